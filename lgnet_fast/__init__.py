@@ -1,0 +1,55 @@
+"""LGNet image inpainting, made fast.
+
+    from lgnet_fast import Inpainter
+    picture = Inpainter.from_pretrained(None)(picture, mask)
+
+Importing registers the operators ``torch.ops.lgnet.*``; everything else loads at first use.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from . import ops
+from .errors import (
+    BackendError,
+    InvalidImageError,
+    InvalidMaskError,
+    LGNetError,
+    OutOfMemoryError,
+    WeightsError,
+)
+from .lazy import attach
+
+if TYPE_CHECKING:
+    from .pipeline import Inpainter
+    from .reference import LGNet, LocalGlobalRefinement, create_model, list_models
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "Inpainter": "pipeline",
+        "LGNet": "reference",
+        "LocalGlobalRefinement": "reference",
+        "create_model": "reference",
+        "list_models": "reference",
+    },
+)
+
+__all__ = [
+    "BackendError",
+    "Inpainter",
+    "InvalidImageError",
+    "InvalidMaskError",
+    "LGNet",
+    "LGNetError",
+    "LocalGlobalRefinement",
+    "OutOfMemoryError",
+    "WeightsError",
+    "__version__",
+    "create_model",
+    "list_models",
+    "ops",
+]

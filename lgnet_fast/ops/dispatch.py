@@ -1,0 +1,94 @@
+"""Choosing what computes an operator: "auto", "eager", "triton" or "cpp".
+
+An explicit choice that cannot run raises BackendError with the reason. "auto" takes the first fused backend of
+the tensor's device that can run, else eager PyTorch, and logs each reason for falling back once.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from importlib import import_module
+from types import ModuleType
+
+from torch import Tensor
+
+from ..errors import BackendError
+
+logger = logging.getLogger("lgnet_fast")
+
+FUSED = ("triton", "cpp")
+
+# (operator, backend) -> number of runs since the process began, or since reset_calls().
+_calls: Counter[tuple[str, str]] = Counter()
+_logged: set[tuple[str, str]] = set()
+
+
+def launchers(op: str, backend: str) -> ModuleType:
+    """Module with `op`'s launchers: ``<op>_forward``, ``<op>_backward`` and ``can_run_*``."""
+    if backend == "cpp":
+        return import_module("lgnet_fast.ops.cpp")
+    return import_module("lgnet_fast.kernels." + ("merge_concat" if op.startswith("merge") else "attention"))
+
+
+def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | None) -> str | None:
+    """Why `backend` cannot run `op` on these tensors, or None if it can. Looks at metadata only."""
+    device = tensors[0].device.type
+    if any(t.device != tensors[0].device for t in tensors):
+        return f"tensors are on several devices: {sorted({str(t.device) for t in tensors})}"
+    if any(t.dtype != tensors[0].dtype for t in tensors):
+        return f"tensors have several dtypes: {sorted({str(t.dtype) for t in tensors})}"
+    if backend == "cpp" and device != "cpu":
+        return f"the C++ kernels run on the CPU, the tensors are on {device}"
+    if backend == "triton":
+        from importlib.util import find_spec
+
+        if find_spec("triton") is None:
+            return "Triton is not installed (pip install 'lgnet-fast[triton]')"
+    module = launchers(op, backend)
+    if op.startswith("merge"):
+        return module.can_run_merge(*tensors)
+    return module.can_run_attention(*tensors, variant=variant)
+
+
+def resolve(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | None = None) -> str:
+    """The backend that will run: "eager", "triton" or "cpp".
+
+    Raises:
+        ValueError: `backend` is not a name.
+        BackendError: `backend` was named and cannot run.
+    """
+    if backend == "eager":
+        return backend
+    if backend in FUSED:
+        reason = reason_against(op, backend, tensors, variant)
+        if reason is not None:
+            raise BackendError(f"backend={backend!r} cannot run {op}: {reason}")
+        return backend
+    if backend != "auto":
+        raise ValueError(f"backend: expected 'auto', 'eager', 'triton' or 'cpp', got {backend!r}")
+    candidate = {"cuda": "triton", "cpu": "cpp"}.get(tensors[0].device.type)
+    if candidate is None:
+        return "eager"
+    reason = reason_against(op, candidate, tensors, variant)
+    if reason is None:
+        return candidate
+    if (op, reason) not in _logged:
+        _logged.add((op, reason))
+        logger.info("%s runs in eager PyTorch: %s: %s", op, candidate, reason)
+    return "eager"
+
+
+def record(op: str, backend: str) -> None:
+    """Count one run, so that a test (or a curious user) can ask which backend ran."""
+    _calls[op, backend] += 1
+
+
+def calls() -> dict[tuple[str, str], int]:
+    """{(operator, backend): runs}; backward runs are counted under ``<op>_backward``."""
+    return dict(_calls)
+
+
+def reset_calls() -> None:
+    """Forget all counts."""
+    _calls.clear()

@@ -1,0 +1,39 @@
+"""The networks in plain PyTorch: the oracle that everything faster is checked against."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import attach
+
+if TYPE_CHECKING:
+    from .cascade import Stages
+    from .lgnet import CASCADES, LGNet, LocalGlobalRefinement
+    from .networks import LocalNet, UNet
+    from .variants import create_model, list_models
+
+# Lazy: the operators import the attention and merge functions from here, and must not pull in the rest.
+__getattr__, __dir__ = attach(
+    __name__,
+    {
+        "CASCADES": "lgnet",
+        "LGNet": "lgnet",
+        "LocalGlobalRefinement": "lgnet",
+        "LocalNet": "networks",
+        "Stages": "cascade",
+        "UNet": "networks",
+        "create_model": "variants",
+        "list_models": "variants",
+    },
+)
+
+__all__ = [
+    "CASCADES",
+    "LGNet",
+    "LocalGlobalRefinement",
+    "LocalNet",
+    "Stages",
+    "UNet",
+    "create_model",
+    "list_models",
+]

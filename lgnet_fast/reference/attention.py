@@ -1,0 +1,115 @@
+"""Cosine-similarity softmax attention in plain PyTorch: the oracle of every fused kernel.
+
+Two formulations exist (paper, eq. (10), and the authors' released network); on features ``F`` of shape
+[C, N] with N = H*W positions:
+
+=========  ==========================================  ==========================
+           released                                    paper
+=========  ==========================================  ==========================
+key        (F + 1e-7) / ||F + 1e-7||                   F / max(||F||, 1e-12)
+query      3x3 zero-padded box sum of F                the key
+value      the key                                     F
+combiner   Conv1x1 over cat(attended, F)               Conv1x1 over cat(F, attended)
+=========  ==========================================  ==========================
+
+The released network takes the box sum on the N x N score map, over query positions. That is linear in the
+query, so it commutes with the dot product and is applied to F here: the block becomes plain attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+VARIANTS = ("released", "paper")
+
+AttentionBlockFn = Callable[[Tensor, Tensor, Tensor, str], Tensor]
+
+
+def check_variant(variant: str) -> str:
+    """Return `variant` if it names a formulation, else raise ValueError."""
+    if variant not in VARIANTS:
+        raise ValueError(f"variant: expected one of {VARIANTS}, got {variant!r}")
+    return variant
+
+
+def query_key_value(features: Tensor, variant: str) -> tuple[Tensor, Tensor, Tensor]:
+    """Query, key and value of `features`.
+
+    Args:
+        features: [B, C, H, W], any real floating dtype.
+        variant: "released" or "paper".
+
+    Returns:
+        q, k, v, each [B, C, H, W]; k has unit norm over C.
+    """
+    if check_variant(variant) == "released":
+        shifted = features + 1e-7
+        key = shifted / torch.linalg.vector_norm(shifted, dim=1, keepdim=True)
+        query = F.avg_pool2d(features, 3, stride=1, padding=1, count_include_pad=True) * 9.0
+        return query, key, key
+    key = F.normalize(features, dim=1, eps=1e-12)
+    return key, key, features
+
+
+def _rows(x: Tensor) -> Tensor:
+    """[B, C, H, W] -> [B, 1, H*W, C], the layout that scaled_dot_product_attention wants."""
+    return x.flatten(2).transpose(1, 2).unsqueeze(1)
+
+
+def cosine_attention(features: Tensor, variant: str = "released") -> Tensor:
+    """softmax(Q K^T) V over the positions of a feature map, without scale (SPEC table; paper eq. (10)).
+
+    Args:
+        features: [B, C, H, W].
+        variant: "released" or "paper".
+
+    Returns:
+        attended features, [B, C, H, W], in the dtype of `features`.
+    """
+    q, k, v = query_key_value(features, variant)
+    attended = F.scaled_dot_product_attention(_rows(q), _rows(k), _rows(v), scale=1.0)
+    return attended.squeeze(1).transpose(1, 2).reshape(features.shape)
+
+
+def attention_weights(features: Tensor, variant: str = "released") -> Tensor:
+    """The softmax weights themselves, [B, N, N], row = query. For inspection: N x N numbers a sample."""
+    q, k, _ = query_key_value(features, variant)
+    return torch.softmax(_rows(q).squeeze(1) @ _rows(k).squeeze(1).transpose(1, 2), dim=-1)
+
+
+def attention_block(features: Tensor, weight: Tensor, bias: Tensor, variant: str = "released") -> Tensor:
+    """Attention and its 1x1 combiner.
+
+    Args:
+        features: [B, C, H, W].
+        weight: [C, 2C, 1, 1]; input columns are (attended, F) for "released", (F, attended) for "paper".
+        bias: [C].
+        variant: "released" or "paper".
+
+    Returns:
+        [B, C, H, W].
+    """
+    attended = cosine_attention(features, variant)
+    pair = (attended, features) if variant == "released" else (features, attended)
+    return F.conv2d(torch.cat(pair, dim=1), weight, bias)
+
+
+class AttentionBlock(nn.Module):
+    """Attention block of NetG. `run` is the injected function: :func:`attention_block` or a fused one."""
+
+    def __init__(self, channels: int, variant: str = "released") -> None:
+        super().__init__()
+        self.variant = check_variant(variant)
+        self.combiner = nn.Conv2d(2 * channels, channels, kernel_size=1)
+        self.run: AttentionBlockFn = attention_block
+
+    def forward(self, features: Tensor) -> Tensor:
+        assert self.combiner.bias is not None
+        return self.run(features, self.combiner.weight, self.combiner.bias, self.variant)
+
+    def extra_repr(self) -> str:
+        return f"variant={self.variant!r}"

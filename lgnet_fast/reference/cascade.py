@@ -1,0 +1,126 @@
+"""Running first stage, local stage and global stage one after another (SPEC, "Data convention")."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import attention as eager_attention
+from . import merge as eager_merge
+from .attention import AttentionBlock
+from .networks import LEVELS
+
+BACKENDS = ("auto", "eager", "triton", "cpp")
+
+
+class Stages(NamedTuple):
+    """Every stage's picture, [B, 3, H, W] each.
+
+    `coarse`, `local` and `refined` are raw network outputs (None where an ablation lacks the stage; `refined` is
+    the last global network's). `raw` and `merged` list all stages in order; `merged[-1]` is the result.
+    """
+
+    coarse: Tensor
+    local: Tensor | None
+    refined: Tensor | None
+    raw: tuple[Tensor, ...]
+    merged: tuple[Tensor, ...]
+
+
+class Cascade(nn.Module):
+    """Base of LGNet and of X_LG: input checks, merging between stages, choice of backend."""
+
+    size_multiple = 2**LEVELS
+    """H and W must be multiples of this."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._merge: eager_merge.MergeFn = eager_merge.merge
+        self._merge_concat: eager_merge.MergeFn = eager_merge.merge_concat
+        self.backend = "eager"
+
+    def set_backend(self, backend: str) -> Cascade:
+        """Choose what computes attention and merging.
+
+        Args:
+            backend: "auto" (the fastest that can run for each input), "eager" (plain PyTorch), "triton" or "cpp".
+                An explicit choice that cannot run raises BackendError, here or at the first input it cannot take.
+
+        Returns:
+            self.
+        """
+        if backend not in BACKENDS:
+            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+        if backend == "eager":
+            block: eager_attention.AttentionBlockFn = eager_attention.attention_block
+            self._merge, self._merge_concat = eager_merge.merge, eager_merge.merge_concat
+        else:
+            # Imported here so that the reference itself stays plain PyTorch.
+            from ..ops import functions
+
+            block, self._merge, self._merge_concat = functions(backend)
+        for module in self.modules():
+            if isinstance(module, AttentionBlock):
+                module.run = block
+        self.backend = backend
+        return self
+
+    def _check(self, image: Tensor, mask: Tensor) -> None:
+        check_inputs(image, mask, self.size_multiple)
+
+    def _continue(
+        self, image: Tensor, mask: Tensor, first: Tensor, nets: Sequence[Callable[[Tensor], Tensor]]
+    ) -> tuple[list[Tensor], list[Tensor]]:
+        """Run `nets` after the raw output `first`; raw and merged pictures of all stages."""
+        raw, merged = [first], []
+        for net in nets:
+            x = self._merge_concat(image, raw[-1], mask)
+            merged.append(x[:, :3])
+            raw.append(net(x))
+        merged.append(self._merge(image, raw[-1], mask))
+        return raw, merged
+
+
+def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:
+    """Raise TypeError or ValueError, naming the argument, unless (image, mask) fits the networks.
+
+    Only metadata is looked at: no value is read, so nothing waits for a GPU.
+    """
+    for name, tensor in (("image", image), ("mask", mask)):
+        if not isinstance(tensor, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
+        if not tensor.is_floating_point():
+            raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+    if torch.jit.is_tracing():
+        return  # sizes are symbols there, and comparing them would bake them in
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise ValueError(f"image: expected [B, 3, H, W], got {list(image.shape)}")
+    expected = [image.shape[0], 1, *image.shape[2:]]
+    if list(mask.shape) != expected:
+        raise ValueError(f"mask: expected {expected} to fit image, got {list(mask.shape)}")
+    if image.shape[2] % multiple or image.shape[3] % multiple or 0 in image.shape[2:]:
+        raise ValueError(
+            f"image: expected H and W that are positive multiples of {multiple}, got {list(image.shape[2:])}; "
+            "lgnet_fast.Inpainter takes any size"
+        )
+    if image.device != mask.device:
+        raise ValueError(f"mask: expected device {image.device} as image, got {mask.device}")
+    if image.dtype != mask.dtype:
+        raise TypeError(f"mask: expected dtype {image.dtype} as image, got {mask.dtype}")
+
+
+@torch.no_grad()
+def init_weights(module: nn.Module, std: float = 0.02) -> None:
+    """The paper's initialisation: conv weights N(0, std), BatchNorm weights N(1, std), biases 0."""
+    for m in module.modules():
+        if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
+            nn.init.normal_(m.weight, 0.0, std)
+        elif isinstance(m, nn.BatchNorm2d):
+            nn.init.normal_(m.weight, 1.0, std)
+        else:
+            continue
+        if m.bias is not None:
+            nn.init.zeros_(m.bias)

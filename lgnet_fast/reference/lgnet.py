@@ -1,0 +1,280 @@
+"""LGNet, its variants and ablations, and X_LG (paper, Sections III and IV; SPEC, "Variants")."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from . import released
+from .attention import check_variant
+from .cascade import Cascade, Stages, init_weights
+from .networks import LocalNet, UNet
+from .pretrained import MODEL_CARD, find_weights, read_safetensors, staged, weights_errors, write_safetensors
+
+CASCADES = ("C", "C+L", "C+G_att", "C+G+G_att", "C+L+G", "C+L+G_att")
+"""The paper's Table VI: C = NetC, L = NetL, G = NetG without attention, G_att = NetG."""
+
+# Stage name in the paper -> name of the sub-module.
+_MODULES = {"C": "net_c", "L": "net_l", "G": "net_g_plain", "G_att": "net_g"}
+
+
+class LGNet(
+    Cascade,
+    PyTorchModelHubMixin,
+    library_name="lgnet_fast",
+    tags=["image-inpainting"],
+    model_card_template=MODEL_CARD,
+):
+    """The three-stage inpainting network of Quan et al., "Image Inpainting with Local and Global Refinement".
+
+    Args:
+        stages: one of :data:`CASCADES`; "C+L+G_att" is LGNet, the others are the ablations of Table VI.
+        variant: attention formulation, "released" (the authors' checkpoints) or "paper" (eq. (10)).
+        coarse_channels, local_channels, global_channels: n of NetC, NetL and NetG.
+        share_coarse: LGNet_share: NetC is NetG run without its attention blocks, one set of weights.
+        backend: see :meth:`set_backend`.
+
+    A new model has the paper's random initialisation and is in training mode.
+    """
+
+    def __init__(
+        self,
+        stages: str = "C+L+G_att",
+        variant: str = "released",
+        coarse_channels: int = 64,
+        local_channels: int = 64,
+        global_channels: int = 64,
+        share_coarse: bool = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if stages not in CASCADES:
+            raise ValueError(f"stages: expected one of {CASCADES}, got {stages!r}")
+        check_variant(variant)
+        for name, width in (
+            ("coarse_channels", coarse_channels),
+            ("local_channels", local_channels),
+            ("global_channels", global_channels),
+        ):
+            if not isinstance(width, int) or width < 1:
+                raise ValueError(f"{name}: expected a positive integer, got {width!r}")
+        if share_coarse and "G_att" not in stages:
+            raise ValueError(f"share_coarse: needs a G_att stage to share with, got stages={stages!r}")
+        self.stages, self.variant, self.share_coarse = stages, variant, share_coarse
+        self.channels = (coarse_channels, local_channels, global_channels)
+        builders: dict[str, Callable[[], nn.Module]] = {
+            "C": lambda: UNet(coarse_channels),
+            "L": lambda: LocalNet(local_channels),
+            "G": lambda: UNet(global_channels),
+            "G_att": lambda: UNet(global_channels, attention=variant),
+        }
+        for stage in stages.split("+"):
+            if not (stage == "C" and share_coarse):
+                self.add_module(_MODULES[stage], builders[stage]())
+        self.set_backend(backend)
+        if not any(p.is_meta for p in self.parameters()):
+            init_weights(self)
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The constructor's arguments, without the backend, which belongs to a machine and not to a model."""
+        coarse, local, global_ = self.channels
+        return {
+            "stages": self.stages,
+            "variant": self.variant,
+            "coarse_channels": coarse,
+            "local_channels": local,
+            "global_channels": global_,
+            "share_coarse": self.share_coarse,
+        }
+
+    def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
+        """Stage name of Table VI -> what runs it on cat(picture, mask), in order."""
+        nets: dict[str, Callable[[Tensor], Tensor]] = {}
+        for stage in self.stages.split("+"):
+            if stage == "C" and self.share_coarse:
+                nets[stage] = partial(self.net_g, use_attention=False)
+            else:
+                nets[stage] = getattr(self, _MODULES[stage])
+        return nets
+
+    def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False) -> Tensor | Stages:
+        """Fill the hole.
+
+        Args:
+            image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256.
+            mask: [B, 1, H, W], 1 = hole, 0 = known; same dtype and device as `image`.
+            return_stages: return every stage's picture.
+
+        Returns:
+            The merged result [B, 3, H, W] in [-1, 1], or :class:`Stages`.
+        """
+        self._check(image, mask)
+        names = self.stages.split("+")
+        nets = list(self.networks().values())
+        # The hole is painted white: merge with an output of ones.
+        first = nets[0](self._merge_concat(image, torch.ones_like(image), mask))
+        raw, merged = self._continue(image, mask, first, nets[1:])
+        if not return_stages:
+            return merged[-1]
+        by_name = dict(zip(names, raw, strict=True))
+        refined = by_name.get("G_att", by_name.get("G"))
+        return Stages(raw[0], by_name.get("L"), refined, tuple(raw), tuple(merged))
+
+    # -- weights ---------------------------------------------------------------------------------------------
+
+    @classmethod
+    def from_released(
+        cls,
+        source: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        epoch: str | int | None = None,
+        variant: str = "released",
+        backend: str = "auto",
+    ) -> LGNet:
+        """Load the authors' checkpoint files ``<epoch>_net_G1.pth``, ``_G2.pth`` and ``_G3.pth``.
+
+        Args:
+            source: a directory, or a mapping {"G1": ..., "G2": ..., "G3": ...} of state dicts or file paths.
+            epoch: which one, where the directory holds several.
+            variant, backend: as in the constructor. Widths are taken from the shapes.
+
+        Returns:
+            The model in eval mode. Float64 tensors stay float64; float16 and bfloat16 become float32.
+
+        Raises:
+            WeightsError: a file is missing, unreadable or unsafe, or names or shapes do not fit; it lists them.
+        """
+        nets = released.read(source, epoch)
+        coarse, local, global_ = released.widths(nets)
+        with torch.device("meta"):
+            model = cls(
+                variant=variant,
+                coarse_channels=coarse,
+                local_channels=local,
+                global_channels=global_,
+                backend=backend,
+            )
+        model.load_state_dict(released.to_native(nets, model), strict=True, assign=True)
+        return model.eval()
+
+    def to_released(self) -> dict[str, dict[str, Tensor]]:
+        """State dicts under the authors' names, {"G1": ..., "G2": ..., "G3": ...}; the inverse of from_released."""
+        return released.from_native(self)
+
+    def save_pretrained(  # type: ignore[override]
+        self,
+        save_directory: str | os.PathLike[str],
+        *,
+        dtype: torch.dtype | None = None,
+        push_to_hub: bool = False,
+        repo_id: str | None = None,
+        model_card_kwargs: dict[str, Any] | None = None,
+        **push_to_hub_kwargs: Any,
+    ) -> str | None:
+        """Write ``config.json``, ``model.safetensors`` and, where there is none, a model card.
+
+        A write that fails leaves what was in the directory as it was.
+
+        Args:
+            save_directory: created if needed.
+            dtype: store floating tensors in this dtype (float16 halves the file); None: as they are.
+            push_to_hub, repo_id, model_card_kwargs, push_to_hub_kwargs: see huggingface_hub's ``ModelHubMixin``.
+
+        Returns:
+            The commit's address if pushed, else None.
+        """
+        directory = Path(save_directory)
+        self._save_dtype = dtype
+        try:
+            with staged(directory) as staging:
+                super().save_pretrained(
+                    staging,
+                    config=self.config,
+                    model_card_kwargs={"repo_id": repo_id or directory.name, **(model_card_kwargs or {})},
+                )
+            if push_to_hub:
+                return self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs)
+        finally:
+            del self._save_dtype
+        return None
+
+    def _save_pretrained(self, save_directory: Path) -> None:
+        write_safetensors(self.state_dict(), save_directory, getattr(self, "_save_dtype", None))
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LGNet:
+        """Load what :meth:`save_pretrained` wrote, from a directory or a Hugging Face Hub id; strict.
+
+        Args:
+            pretrained_model_name_or_path: directory or hub id ("owner/name").
+            kwargs: ``backend=``, and those of huggingface_hub (revision, cache_dir, local_files_only, token).
+
+        Returns:
+            The model in eval mode.
+
+        Raises:
+            WeightsError: nothing there, or names or shapes do not fit; it lists them.
+        """
+        find_weights(pretrained_model_name_or_path)
+        with weights_errors(pretrained_model_name_or_path):
+            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+
+    @classmethod
+    def _from_pretrained(  # type: ignore[override]
+        cls, *, model_id: str, map_location: str | torch.device = "cpu", **kwargs: Any
+    ) -> LGNet:
+        hub = {
+            key: kwargs.pop(key)
+            for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")
+            if key in kwargs
+        }
+        kwargs.pop("strict", None)  # always strict
+        with torch.device("meta"):
+            model = cls(**kwargs)
+        tensors = read_safetensors(model_id, model.state_dict(), map_location, **hub)
+        model.load_state_dict(tensors, strict=True, assign=True)
+        return model.eval()
+
+
+class LocalGlobalRefinement(Cascade):
+    """X_LG: LGNet's local and global networks behind any first-stage network (paper, Section IV-E).
+
+    Args:
+        first_stage: module called as ``first_stage(image, mask)`` with the same tensors as this one; returns its
+            raw picture [B, 3, H, W] in [-1, 1].
+        variant, local_channels, global_channels, backend: as in :class:`LGNet`.
+    """
+
+    def __init__(
+        self,
+        first_stage: nn.Module,
+        variant: str = "released",
+        local_channels: int = 64,
+        global_channels: int = 64,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        if not isinstance(first_stage, nn.Module):
+            raise TypeError(f"first_stage: expected a torch.nn.Module, got {type(first_stage).__name__}")
+        self.net_l = LocalNet(local_channels)
+        self.net_g = UNet(global_channels, attention=variant)
+        if not any(p.is_meta for p in self.net_l.parameters()):
+            init_weights(self)
+        self.first_stage = first_stage  # after the initialisation: it keeps its own weights
+        self.set_backend(backend)
+
+    def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False) -> Tensor | Stages:
+        """Same contract as :meth:`LGNet.forward`."""
+        self._check(image, mask)
+        raw, merged = self._continue(image, mask, self.first_stage(image, mask), (self.net_l, self.net_g))
+        if not return_stages:
+            return merged[-1]
+        return Stages(raw[0], raw[1], raw[2], tuple(raw), tuple(merged))

@@ -1,0 +1,128 @@
+"""Reading and writing model.safetensors: strict, atomic, and with errors that list what does not fit."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import hf_hub_download
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..errors import LGNetError, WeightsError
+
+WEIGHTS_FILE = "model.safetensors"
+CONFIG_FILE = "config.json"
+
+MODEL_CARD = """---
+{{ card_data }}
+---
+
+# {{ repo_id | default("LGNet", true) }}
+
+LGNet image inpainting (Quan et al., "Image Inpainting with Local and Global Refinement", IEEE TIP 31, 2022), for
+the Python package lgnet_fast.
+
+```python
+from lgnet_fast import Inpainter
+
+picture = Inpainter.from_pretrained("{{ repo_id | default("this directory", true) }}")(picture, mask)
+```
+"""
+"""What :meth:`LGNet.save_pretrained` writes beside the weights."""
+
+
+def find_weights(source: str | os.PathLike[str]) -> None:
+    """Raise WeightsError early where `source` is plainly neither a model directory nor a hub id."""
+    path = Path(source)
+    if path.is_dir():
+        missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
+        if missing:
+            raise WeightsError(
+                f"weights: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {path}, missing {missing}"
+            )
+    elif path.exists():
+        raise WeightsError(f"weights: expected a model directory or a hub id, got the file {path}")
+    elif path.is_absolute() or str(source).count("/") != 1:
+        raise WeightsError(
+            f"weights: expected a model directory or a hub id 'owner/name', got {str(source)!r}"
+        )
+
+
+@contextmanager
+def weights_errors(source: str | os.PathLike[str]) -> Iterator[None]:
+    """Turn what goes wrong while `source` is fetched and parsed into one WeightsError."""
+    try:
+        yield
+    except LGNetError:
+        raise
+    except (OSError, ValueError, TypeError, SafetensorError) as error:
+        raise WeightsError(f"weights: {str(source)!r} could not be loaded: {error}") from error
+
+
+def upcast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """16-bit floating tensors as float32 (what the networks compute in by default); others as they are."""
+    return {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
+
+
+def check_names_and_shapes(
+    found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str
+) -> None:
+    """Raise WeightsError that lists missing, unexpected and wrong-shaped names, unless all agree."""
+    missing = sorted(expected.keys() - found.keys())
+    unexpected = sorted(found.keys() - expected.keys())
+    wrong = [
+        f"{name}: expected {list(expected[name])}, got {list(found[name].shape)}"
+        for name in sorted(expected.keys() & found.keys())
+        if tuple(found[name].shape) != tuple(expected[name])
+    ]
+    if missing or unexpected or wrong:
+        parts = [
+            f"{label} ({len(names)}): " + "; ".join(names)
+            for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+            if names
+        ]
+        raise WeightsError(f"{what}: names and shapes do not fit. " + " | ".join(parts))
+
+
+def read_safetensors(
+    source: str, expected: Mapping[str, Tensor], map_location: str | torch.device, **hub: Any
+) -> dict[str, Tensor]:
+    """Tensors of `source` (directory or hub id), checked against `expected`; 16-bit floats become float32."""
+    if os.path.isdir(source):
+        file = os.path.join(source, WEIGHTS_FILE)
+    else:
+        file = hf_hub_download(repo_id=source, filename=WEIGHTS_FILE, **hub)
+    tensors = load_file(file, device=str(map_location))
+    check_names_and_shapes(tensors, {k: tuple(v.shape) for k, v in expected.items()}, str(file))
+    return upcast(tensors)
+
+
+def write_safetensors(tensors: Mapping[str, Tensor], directory: Path, dtype: torch.dtype | None) -> None:
+    """Write ``model.safetensors`` in `directory`, floating tensors in `dtype` (None: as they are)."""
+    out = {
+        name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().cpu().contiguous()
+        for name, t in tensors.items()
+    }
+    save_file(out, directory / WEIGHTS_FILE, metadata={"format": "pt"})
+    os.chmod(directory / WEIGHTS_FILE, 0o644)  # safetensors writes files that only their owner can read
+
+
+@contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A folder to write into, whose files then replace those of `directory`: all after the last was written."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
+        yield Path(name)
+        for file in sorted(Path(name).iterdir()):
+            if file.name == "README.md" and (directory / file.name).exists():
+                continue  # the owner's model card stays
+            with open(file, "rb") as f:
+                os.fsync(f.fileno())
+            os.replace(file, directory / file.name)

@@ -1,0 +1,222 @@
+"""The authors' checkpoint files: names, reading, and translation to and from this package's names.
+
+``<epoch>_net_G1.pth`` (NetC), ``_G2.pth`` (NetL) and ``_G3.pth`` (NetG) each hold a state dict, possibly with a
+``module.`` prefix. G1 nests one module per U-Net level, G3 lists the levels flat, G2 is one flat Sequential.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from zipfile import BadZipFile
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError
+from .networks import LEVELS, LocalNet
+from .pretrained import check_names_and_shapes, upcast
+
+if TYPE_CHECKING:
+    from .lgnet import LGNet
+
+NETS = ("G1", "G2", "G3")
+_MODULES = {"G1": "net_c", "G2": "net_l", "G3": "net_g"}
+# The tensor whose first dimension is the base width n.
+_WIDTH_KEYS = {"G1": "model.model.0.weight", "G2": "model.1.weight", "G3": "model1.0.weight"}
+
+
+def _unet_nested() -> dict[str, str]:
+    """Native module -> released module of G1."""
+    names = {"encoder.e1.conv": "model.model.0", "decoder.d1.deconv": "model.model.3"}
+    prefix = "model.model"
+    for i in range(2, LEVELS + 1):
+        prefix += ".1.model" if i == 2 else ".3.model"
+        names[f"encoder.e{i}.conv"] = f"{prefix}.1"
+        if i < LEVELS:
+            names[f"encoder.e{i}.norm"] = f"{prefix}.2"
+            names[f"decoder.d{i}.deconv"], names[f"decoder.d{i}.norm"] = f"{prefix}.5", f"{prefix}.6"
+        else:
+            names[f"decoder.d{i}.deconv"], names[f"decoder.d{i}.norm"] = f"{prefix}.3", f"{prefix}.4"
+    return names
+
+
+def _unet_flat() -> dict[str, str]:
+    """Native module -> released module of G3."""
+    names = {"encoder.e1.conv": "model1.0", "encoder.e8.conv": "model8.1", "decoder.d1.deconv": "model15.1"}
+    for i in range(2, LEVELS):
+        names[f"encoder.e{i}.conv"], names[f"encoder.e{i}.norm"] = f"model{i}.1", f"model{i}.2"
+        k = 2 * LEVELS - i  # model9 is d7, ..., model14 is d2
+        names[f"decoder.d{i}.deconv"], names[f"decoder.d{i}.norm"] = f"model{k}.1", f"model{k}.2"
+    names["decoder.d8.deconv"], names["decoder.d8.norm"] = "model8.3", "model8.4"
+    for level, size in ((5, 16), (4, 32), (3, 64)):
+        names[f"attention.d{level}.combiner"] = f"att_{size}.combiner"
+    return names
+
+
+def _local() -> dict[str, str]:
+    """Native module -> released module of G2."""
+    names = {}
+    layers = (("stem", 1), ("down1", 4), ("down2", 7), ("up1", 14), ("up2", 17))
+    for name, index in layers:
+        names[f"{name}.conv"], names[f"{name}.norm"] = f"model.{index}", f"model.{index + 1}"
+    for b in range(LocalNet.BLOCKS):
+        for part, index in (("first", 1), ("second", 5)):
+            block = f"model.{10 + b}.conv_block"
+            names[f"blocks.{b}.{part}.conv"] = f"{block}.{index}"
+            names[f"blocks.{b}.{part}.norm"] = f"{block}.{index + 1}"
+    names["out"] = "model.21"
+    return names
+
+
+_NAMES = {"G1": _unet_nested(), "G2": _local(), "G3": _unet_flat()}
+
+
+def _translate(model: LGNet) -> dict[str, dict[str, str]]:
+    """{"G1": {released name: native name}, ...} for every tensor of `model`."""
+    result: dict[str, dict[str, str]] = {}
+    for net in NETS:
+        module: nn.Module = getattr(model, _MODULES[net])
+        result[net] = {}
+        for key in module.state_dict(keep_vars=True):
+            owner, leaf = key.rsplit(".", 1)
+            result[net][f"{_NAMES[net][owner]}.{leaf}"] = f"{_MODULES[net]}.{key}"
+    return result
+
+
+def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """A state dict from a .pth file, tensors only.
+
+    Raises:
+        WeightsError: the file is not there, cannot be read, or holds anything but a state dict. Pickles that
+            would run code are refused (``torch.load(weights_only=True)``).
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise WeightsError(f"weights: expected a checkpoint file, got {path}, which does not exist")
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise WeightsError(
+            f"weights: {path} was refused: it is damaged, or holds more than tensors and would run code when "
+            f"loaded ({str(error).splitlines()[0]})"
+        ) from error
+    except (RuntimeError, EOFError, OSError, BadZipFile, ValueError, KeyError) as error:
+        raise WeightsError(f"weights: {path} is not a readable checkpoint: {error}") from error
+    if not isinstance(state, Mapping) or not all(
+        isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
+    ):
+        raise WeightsError(
+            f"weights: expected a state dict (name -> tensor) in {path}, got {type(state).__name__}"
+        )
+    return dict(state)
+
+
+def _files(directory: Path, epoch: str | int | None) -> dict[str, Path]:
+    """The three files of one epoch in `directory`."""
+    if not directory.is_dir():
+        raise WeightsError(f"weights: expected a directory with *_net_G1.pth, got {directory}")
+    found: dict[str, dict[str, Path]] = {}
+    for file in directory.iterdir():
+        match = re.fullmatch(r"(.+)_net_(G[123])\.pth", file.name)
+        if match:
+            found.setdefault(match[1], {})[match[2]] = file
+    if not found:
+        raise WeightsError(
+            f"weights: expected <epoch>_net_G1.pth, _G2.pth and _G3.pth in {directory}, found none"
+        )
+    if epoch is None:
+        if len(found) > 1:
+            raise WeightsError(f"epoch: {directory} holds several, expected one of {sorted(found)}")
+        epoch = next(iter(found))
+    if str(epoch) not in found:
+        raise WeightsError(f"epoch: expected one of {sorted(found)} in {directory}, got {str(epoch)!r}")
+    files = found[str(epoch)]
+    missing = [f"{epoch}_net_{net}.pth" for net in NETS if net not in files]
+    if missing:
+        raise WeightsError(f"weights: missing in {directory}: {', '.join(missing)}")
+    return files
+
+
+def read(source: Any, epoch: str | int | None = None) -> dict[str, dict[str, Tensor]]:
+    """State dicts {"G1", "G2", "G3"} of `source`, without ``module.`` prefixes, in one common float dtype."""
+    if isinstance(source, Mapping):
+        if epoch is not None:
+            raise ValueError(f"epoch: only a directory has epochs, got {epoch!r} beside a mapping")
+        missing = [net for net in NETS if net not in source]
+        unexpected = [str(key) for key in source if key not in (*NETS, "D")]
+        if missing or unexpected:
+            raise WeightsError(
+                f"weights: expected a mapping with keys {NETS}, missing {missing}, unexpected {unexpected}"
+            )
+        items = {net: source[net] for net in NETS}
+    elif isinstance(source, (str, os.PathLike)):
+        items = dict(_files(Path(source), epoch))
+    else:
+        raise TypeError(f"source: expected a directory or a mapping, got {type(source).__name__}")
+    nets: dict[str, dict[str, Tensor]] = {}
+    for net, item in items.items():
+        if isinstance(item, (str, os.PathLike)):
+            state = load_state_dict_file(item)
+        elif isinstance(item, Mapping) and all(isinstance(v, Tensor) for v in item.values()):
+            # The model must not share memory with the caller's tensors.
+            state = {k: v.detach().clone() for k, v in item.items()}
+        else:
+            raise WeightsError(
+                f"{net}: expected a state dict (name -> tensor) or a path, got {type(item).__name__}"
+            )
+        nets[net] = upcast({k.removeprefix("module."): v for k, v in state.items()})
+    double = any(t.dtype == torch.float64 for state in nets.values() for t in state.values())
+    if double:  # one dtype for the whole model, and nothing loses precision
+        nets = {
+            net: {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
+            for net, state in nets.items()
+        }
+    return nets
+
+
+def widths(nets: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, int, int]:
+    """Base widths (n of NetC, NetL, NetG) from the shapes."""
+    result = []
+    for net in NETS:
+        first = nets[net].get(_WIDTH_KEYS[net])
+        if first is None or first.dim() != 4 or first.shape[0] < 1:
+            raise WeightsError(
+                f"{net}: expected a tensor {_WIDTH_KEYS[net]} of 4 dimensions, got "
+                + (
+                    "none; names found: " + ", ".join(sorted(nets[net])[:8])
+                    if first is None
+                    else f"{list(first.shape)}"
+                )
+            )
+        result.append(int(first.shape[0]))
+    return result[0], result[1], result[2]
+
+
+def to_native(nets: Mapping[str, Mapping[str, Tensor]], model: LGNet) -> dict[str, Tensor]:
+    """`model`'s state dict from released ones; WeightsError lists every name or shape that does not fit."""
+    native_shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+    state: dict[str, Tensor] = {}
+    problems = []
+    for net, names in _translate(model).items():
+        try:
+            check_names_and_shapes(nets[net], {r: native_shapes[n] for r, n in names.items()}, net)
+        except WeightsError as error:
+            problems.append(str(error))
+            continue
+        state.update({native: nets[net][name] for name, native in names.items()})
+    if problems:
+        raise WeightsError("\n".join(problems))
+    return state
+
+
+def from_native(model: LGNet) -> dict[str, dict[str, Tensor]]:
+    """Released state dicts of `model`, which must have the three stages of LGNet."""
+    if model.stages != "C+L+G_att" or model.share_coarse:
+        raise ValueError(f"model: only plain LGNet has released names, got stages={model.stages!r}")
+    state = model.state_dict()
+    return {net: {r: state[n] for r, n in names.items()} for net, names in _translate(model).items()}

@@ -1,0 +1,112 @@
+"""The reference against the authors' released network: vectors computed by it in float64 (SPEC, "Conformance")."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from lgnet_fast.reference import LGNet, LocalNet
+from lgnet_fast.reference.attention import attention_weights, cosine_attention
+from tests.support import CONFORMANCE, case, released_state
+
+CASES = {"gen256": ("generator_256.npz", (2, 256, 256)), "gen512": ("generator_512x256.npz", (1, 512, 256))}
+
+
+@pytest.fixture(scope="module")
+def model() -> LGNet:
+    return LGNet.from_released({net: released_state(net) for net in ("G1", "G2", "G3")}, backend="eager")
+
+
+def worst_error(pictures: dict[str, torch.Tensor], vectors: np.lib.npyio.NpzFile) -> dict[str, float]:
+    errors = {}
+    for name, picture in pictures.items():
+        p = picture.double().numpy()
+        views = {"strided": p[..., 1::4, 2::4], "patch": p[..., 96:128, 96:128]}
+        views |= {"mean": p.mean((2, 3)), "std": p.std((2, 3))}
+        for view, value in views.items():
+            assert value.shape == vectors[f"{name}.{view}"].shape
+            errors[f"{name}.{view}"] = float(np.abs(value - vectors[f"{name}.{view}"]).max())
+    return errors
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 1e-4)])
+def test_generator_reproduces_the_released_network(model, name, dtype, bound):
+    file, shape = CASES[name]
+    image, mask = case(name, *shape, dtype=dtype)
+    with torch.no_grad():
+        stages = model.to(dtype)(image, mask, return_stages=True)
+        result = model(image, mask)
+    model.double()
+    assert torch.equal(result, stages.merged[2])
+    pictures = {"coarse": stages.coarse, "local": stages.local, "refined": stages.refined, "merged": result}
+    errors = worst_error(pictures, np.load(CONFORMANCE / file))
+    assert max(errors.values()) < bound, errors
+    assert torch.equal(torch.where(mask.bool(), image, result), image)
+
+
+def test_float32_error_is_as_small_as_the_specification_says(model):
+    image, mask = case("gen256", 2, 256, 256)
+    with torch.no_grad():
+        exact = model(image, mask)
+        single = model.float()(image.float(), mask.float()).double()
+    model.double()
+    relative = ((single - exact).norm() / exact.norm()).item()
+    assert 1e-8 < relative < 5e-6
+    assert (single - exact).abs().max() < 5e-5
+
+
+def test_attention_output_weights_and_gradient():
+    vectors = np.load(CONFORMANCE / "attention.npz")
+    x = torch.from_numpy(vectors["x"]).requires_grad_()
+    y = cosine_attention(x, "released")
+    np.testing.assert_allclose(y.detach().numpy(), vectors["y"], rtol=0, atol=1e-10)
+    (y * torch.from_numpy(vectors["w"])).sum().backward()
+    np.testing.assert_allclose(x.grad.numpy(), vectors["grad_x"], rtol=0, atol=1e-9)
+    weights = attention_weights(x[:1].detach(), "released")[0].numpy()
+    np.testing.assert_allclose(weights, vectors["scores"], rtol=0, atol=1e-10)
+    np.testing.assert_allclose(weights.sum(1), 1.0, atol=1e-12)
+
+
+def test_box_sum_on_features_equals_box_sum_on_the_score_map():
+    """The algebra on which every kernel rests, checked against the formulation that materialises the map."""
+    torch.manual_seed(0)
+    f = torch.randn(2, 12, 9, 13, dtype=torch.float64)
+    n = 9 * 13
+    key = (f + 1e-7) / (f + 1e-7).norm(dim=1, keepdim=True)
+    k = key.flatten(2)
+    scores = torch.einsum("bcj,bci->bji", k, f.flatten(2)).reshape(2, n, 9, 13)  # a map over queries per key
+    box = torch.nn.functional.conv2d(
+        scores.reshape(2 * n, 1, 9, 13), torch.ones(1, 1, 3, 3, dtype=torch.float64), padding=1
+    )
+    weights = box.reshape(2, n, n).softmax(dim=1)
+    y = torch.einsum("bcj,bji->bci", k, weights).reshape(f.shape)
+    assert (cosine_attention(f, "released") - y).abs().max() < 1e-13
+
+
+def test_paper_attention_is_equation_10():
+    torch.manual_seed(1)
+    f = torch.randn(1, 6, 4, 5, dtype=torch.float64)
+    rows = f[0].flatten(1).T.numpy()
+    unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
+    cosine = unit @ unit.T
+    weights = np.exp(cosine) / np.exp(cosine).sum(1, keepdims=True)
+    expected = (weights @ rows).T.reshape(1, 6, 4, 5)
+    np.testing.assert_allclose(cosine_attention(f, "paper").numpy(), expected, atol=1e-13)
+
+
+def test_receptive_field_of_the_local_network():
+    """89x89 at the widest output phase, by gradient support (the paper prints 109x109)."""
+    torch.manual_seed(0)
+    net = LocalNet(4).double().eval()
+    x = torch.randn(1, 4, 256, 256, dtype=torch.float64, requires_grad=True)
+    y = net(x)
+    widths = []
+    for phase in range(4):
+        (gradient,) = torch.autograd.grad(y[0, :, 128 + phase, 128 + phase].sum(), x, retain_graph=True)
+        rows = gradient.abs().sum((0, 1, 3)).nonzero()
+        columns = gradient.abs().sum((0, 1, 2)).nonzero()
+        assert len(rows) == len(columns)
+        widths.append(int(rows.max() - rows.min()) + 1)
+    assert max(widths) == 89

@@ -1,0 +1,235 @@
+"""Loading and saving weights: the authors' files, safetensors, and what must be refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from lgnet_fast import LGNet, WeightsError, create_model
+from lgnet_fast.weights import bundled_path
+from tests.support import keys
+
+
+@pytest.fixture
+def model() -> LGNet:
+    torch.manual_seed(0)
+    return create_model("lgnet_demo", coarse_channels=8, local_channels=4, global_channels=12).eval()
+
+
+def save_released(model: LGNet, folder, epoch: str = "200", prefix: str = "") -> None:
+    for net, state in model.to_released().items():
+        torch.save({prefix + k: v for k, v in state.items()}, folder / f"{epoch}_net_{net}.pth")
+
+
+def same(a: LGNet, b: LGNet) -> bool:
+    sa, sb = a.state_dict(), b.state_dict()
+    return sa.keys() == sb.keys() and all(
+        torch.equal(sa[k], sb[k]) and sa[k].dtype == sb[k].dtype for k in sa
+    )
+
+
+def test_released_names_and_shapes_are_the_authors(model):
+    with torch.device("meta"):
+        full = create_model("lgnet")
+    for net, state in full.to_released().items():
+        assert {k: list(v.shape) for k, v in state.items()} == keys()["shapes"][net]
+
+
+@pytest.mark.parametrize("prefix", ["", "module."])
+def test_released_directory_round_trip_infers_widths(model, tmp_path, prefix):
+    save_released(model, tmp_path, prefix=prefix)
+    loaded = LGNet.from_released(tmp_path)
+    assert loaded.channels == (8, 4, 12)
+    assert same(model, loaded)
+    assert not loaded.training
+
+
+def test_epoch_is_needed_where_a_directory_holds_several(model, tmp_path):
+    save_released(model, tmp_path, "100")
+    other = create_model("lgnet_demo", coarse_channels=8, local_channels=4, global_channels=12)
+    save_released(other, tmp_path, "latest")
+    with pytest.raises(WeightsError, match=r"epoch: .* expected one of \['100', 'latest'\]"):
+        LGNet.from_released(tmp_path)
+    assert same(LGNet.from_released(tmp_path, epoch=100), model)
+    assert same(LGNet.from_released(tmp_path, epoch="latest"), other)
+    with pytest.raises(WeightsError, match="epoch: expected one of .*got '7'"):
+        LGNet.from_released(tmp_path, epoch=7)
+
+
+def test_dtypes_of_released_tensors(model):
+    nets = model.to_released()
+    half = {n: {k: v.half() if v.is_floating_point() else v for k, v in s.items()} for n, s in nets.items()}
+    assert next(LGNet.from_released(half).parameters()).dtype == torch.float32
+    double = {
+        n: {k: v.double() if v.is_floating_point() else v for k, v in s.items()} for n, s in nets.items()
+    }
+    loaded = LGNet.from_released(double)
+    assert {p.dtype for p in loaded.parameters()} == {torch.float64}
+    assert loaded.net_c.encoder.e2.norm.num_batches_tracked.dtype == torch.int64
+
+
+def test_loaded_model_does_not_share_memory_with_the_callers_tensors(model):
+    nets = model.to_released()
+    loaded = LGNet.from_released(nets)
+    with torch.no_grad():
+        for p in loaded.parameters():
+            p.zero_()
+    assert not any((v == 0).all() for k, v in nets["G1"].items() if k.endswith("0.weight"))
+
+
+def test_every_wrong_name_and_shape_is_listed(model):
+    nets = {n: dict(s) for n, s in model.to_released().items()}
+    del nets["G1"]["model.model.3.bias"]
+    nets["G2"]["model.99.weight"] = torch.zeros(1)
+    nets["G3"]["att_16.combiner.bias"] = torch.zeros(7)
+    with pytest.raises(WeightsError) as error:
+        LGNet.from_released(nets)
+    text = str(error.value)
+    assert "G1: " in text and "missing (1): model.model.3.bias" in text
+    assert "unexpected (1): model.99.weight" in text
+    assert "att_16.combiner.bias: expected [96], got [7]" in text
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ({"G1": {}}, r"missing \['G2', 'G3'\]"),
+        ({"G1": {}, "G2": {}, "G3": {}, "G4": {}}, r"unexpected \['G4'\]"),
+        ({"G1": {}, "G2": {}, "G3": {}}, "G1: expected a tensor model.model.0.weight"),
+        ({"G1": 3, "G2": {}, "G3": {}}, "G1: expected a state dict"),
+        ("/nowhere/at/all", "expected a directory with"),
+    ],
+)
+def test_unusable_sources(source, message):
+    with pytest.raises(WeightsError, match=message):
+        LGNet.from_released(source)
+
+
+def test_missing_and_broken_files(model, tmp_path):
+    with pytest.raises(WeightsError, match="found none"):
+        LGNet.from_released(tmp_path)
+    save_released(model, tmp_path)
+    whole = (tmp_path / "200_net_G2.pth").read_bytes()
+    for broken in (whole[: len(whole) // 2], b"", b"not a checkpoint at all"):
+        (tmp_path / "200_net_G2.pth").write_bytes(broken)
+        with pytest.raises(WeightsError, match="200_net_G2.pth"):
+            LGNet.from_released(tmp_path)
+    (tmp_path / "200_net_G2.pth").unlink()
+    with pytest.raises(WeightsError, match=r"missing in .*200_net_G2\.pth"):
+        LGNet.from_released(tmp_path)
+
+
+class Exploit:
+    def __init__(self, path: str) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (self.path,)
+
+
+@pytest.mark.parametrize("save", [torch.save, lambda o, f: f.write_bytes(pickle.dumps(o))])
+def test_a_malicious_pickle_is_refused_and_does_not_run(model, tmp_path, save):
+    save_released(model, tmp_path)
+    ran = tmp_path / "owned"
+    save({"model.model.0.weight": Exploit(str(ran))}, tmp_path / "200_net_G1.pth")
+    with pytest.raises(WeightsError, match="200_net_G1.pth was refused"):
+        LGNet.from_released(tmp_path)
+    assert not ran.exists()
+
+
+def test_save_and_load_pretrained(model, tmp_path):
+    model.save_pretrained(tmp_path / "m")
+    loaded = LGNet.from_pretrained(tmp_path / "m", backend="eager")
+    assert same(model, loaded)
+    assert loaded.config == model.config
+    assert loaded.backend == "eager"
+    assert not loaded.training
+    assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
+        "README.md",
+        "config.json",
+        "model.safetensors",
+    ]
+    assert (tmp_path / "m" / "model.safetensors").stat().st_mode & 0o777 == 0o644
+
+
+@pytest.mark.parametrize("name", ["lgnet_share", "C", "C+G+G_att", "C+L+G"])
+def test_every_kind_of_model_survives_saving(name, tmp_path):
+    narrow = {"coarse_channels": 4, "local_channels": 4, "global_channels": 4}
+    model = create_model(name, variant="paper", **narrow)
+    model.save_pretrained(tmp_path)
+    loaded = LGNet.from_pretrained(tmp_path)
+    assert same(model, loaded)
+    assert (loaded.stages, loaded.variant) == (model.stages, "paper")
+
+
+def test_stored_dtype(model, tmp_path):
+    model.save_pretrained(tmp_path / "half", dtype=torch.float16)
+    model.save_pretrained(tmp_path / "full")
+    size = {k: (tmp_path / k / "model.safetensors").stat().st_size for k in ("half", "full")}
+    assert size["half"] < 0.6 * size["full"]
+    loaded = LGNet.from_pretrained(tmp_path / "half")
+    for a, b in zip(loaded.parameters(), model.parameters(), strict=True):
+        assert a.dtype == torch.float32
+        assert torch.equal(a, b.half().float())
+
+
+def test_pretrained_loading_is_strict(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"local_channels": 5}))
+    with pytest.raises(
+        WeightsError, match=r"wrong shape .*net_l\.stem\.conv\.weight: expected \[5, 4, 7, 7\]"
+    ):
+        LGNet.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"stages": "C+L"}))
+    with pytest.raises(WeightsError, match=r"unexpected .*net_g\.encoder"):
+        LGNet.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config | {"stages": "L+C"}))
+    with pytest.raises(WeightsError, match="stages: expected one of"):
+        LGNet.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(WeightsError):
+        LGNet.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes(b"broken")
+    with pytest.raises(WeightsError):
+        LGNet.from_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match=r"missing \['model.safetensors'\]"):
+        LGNet.from_pretrained(tmp_path)
+    with pytest.raises(WeightsError, match="expected a model directory or a hub id"):
+        LGNet.from_pretrained(tmp_path / "nowhere")
+
+
+def test_a_failed_save_keeps_the_old_file(model, tmp_path, monkeypatch):
+    model.save_pretrained(tmp_path)
+    before = (tmp_path / "model.safetensors").read_bytes()
+
+    def full_disk(*args, **kwargs):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("lgnet_fast.reference.pretrained.save_file", full_disk)
+    with pytest.raises(OSError, match="No space"):
+        create_model("lgnet_demo").save_pretrained(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == before
+    assert same(model, LGNet.from_pretrained(tmp_path))
+
+
+def test_offline_hub_id_is_one_clear_error(monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(WeightsError, match="'someone/lgnet-nowhere' could not be loaded"):
+        LGNet.from_pretrained("someone/lgnet-nowhere", local_files_only=True)
+
+
+def test_bundled_model():
+    path = bundled_path()
+    assert sum(f.stat().st_size for f in path.iterdir()) < 16e6
+    model = LGNet.from_pretrained(path)
+    assert model.channels == (16, 16, 16)
+    assert sum(p.numel() for p in model.parameters()) == 7_200_473
+    with pytest.raises(ValueError, match="name: expected one of"):
+        bundled_path("nonsense")
