@@ -27,9 +27,7 @@ def save_released(model: LGNet, folder, epoch: str = "200", prefix: str = "") ->
 
 def same(a: LGNet, b: LGNet) -> bool:
     sa, sb = a.state_dict(), b.state_dict()
-    return sa.keys() == sb.keys() and all(
-        torch.equal(sa[k], sb[k]) and sa[k].dtype == sb[k].dtype for k in sa
-    )
+    return sa.keys() == sb.keys() and all(torch.equal(sa[k], sb[k]) and sa[k].dtype == sb[k].dtype for k in sa)
 
 
 def test_released_names_and_shapes_are_the_authors(model):
@@ -64,9 +62,7 @@ def test_dtypes_of_released_tensors(model):
     nets = model.to_released()
     half = {n: {k: v.half() if v.is_floating_point() else v for k, v in s.items()} for n, s in nets.items()}
     assert next(LGNet.from_released(half).parameters()).dtype == torch.float32
-    double = {
-        n: {k: v.double() if v.is_floating_point() else v for k, v in s.items()} for n, s in nets.items()
-    }
+    double = {n: {k: v.double() if v.is_floating_point() else v for k, v in s.items()} for n, s in nets.items()}
     loaded = LGNet.from_released(double)
     assert {p.dtype for p in loaded.parameters()} == {torch.float64}
     assert loaded.net_c.encoder.e2.norm.num_batches_tracked.dtype == torch.int64
@@ -89,7 +85,8 @@ def test_every_wrong_name_and_shape_is_listed(model):
     with pytest.raises(WeightsError) as error:
         LGNet.from_released(nets)
     text = str(error.value)
-    assert "G1: " in text and "missing (1): model.model.3.bias" in text
+    assert "G1: " in text
+    assert "missing (1): model.model.3.bias" in text
     assert "unexpected (1): model.99.weight" in text
     assert "att_16.combiner.bias: expected [96], got [7]" in text
 
@@ -181,9 +178,7 @@ def test_pretrained_loading_is_strict(model, tmp_path):
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"local_channels": 5}))
-    with pytest.raises(
-        WeightsError, match=r"wrong shape .*net_l\.stem\.conv\.weight: expected \[5, 4, 7, 7\]"
-    ):
+    with pytest.raises(WeightsError, match=r"wrong shape .*net_l\.stem\.conv\.weight: expected \[5, 4, 7, 7\]"):
         LGNet.from_pretrained(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps(config | {"stages": "C+L"}))
     with pytest.raises(WeightsError, match=r"unexpected .*net_g\.encoder"):

@@ -110,9 +110,7 @@ def _cosine_fwd(features: Tensor, variant: str, backend: str) -> tuple[Tensor, T
     return launchers("cosine_attention", backend).attention_forward(features, variant)
 
 
-def _cosine_bwd(
-    grad: Tensor, features: Tensor, attended: Tensor, lse: Tensor, variant: str, backend: str
-) -> Tensor:
+def _cosine_bwd(grad: Tensor, features: Tensor, attended: Tensor, lse: Tensor, variant: str, backend: str) -> Tensor:
     record("cosine_attention_backward", backend)
     return launchers("cosine_attention", backend).attention_backward(grad, features, attended, lse, variant)
 

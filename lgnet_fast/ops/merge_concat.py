@@ -44,9 +44,7 @@ def _register(op: str, planes: int) -> None:
     inner = getattr(torch.ops.lgnet, f"_{op}")
     inner_backward = getattr(torch.ops.lgnet, f"_{op}_backward")
 
-    def run(
-        image: Tensor, output: Tensor, mask: Tensor, tanh: bool = False, *, backend: str = "auto"
-    ) -> Tensor:
+    def run(image: Tensor, output: Tensor, mask: Tensor, tanh: bool = False, *, backend: str = "auto") -> Tensor:
         _check(image, output, mask)
         backend = resolve(op, backend, (image, output, mask))
         if backend == "eager":

@@ -100,7 +100,7 @@ class LGNet(
         nets: dict[str, Callable[[Tensor], Tensor]] = {}
         for stage in self.stages.split("+"):
             if stage == "C" and self.share_coarse:
-                nets[stage] = partial(self.net_g, use_attention=False)
+                nets[stage] = partial(self.get_submodule(_MODULES["G_att"]), use_attention=False)
             else:
                 nets[stage] = getattr(self, _MODULES[stage])
         return nets
@@ -169,7 +169,7 @@ class LGNet(
         """State dicts under the authors' names, {"G1": ..., "G2": ..., "G3": ...}; the inverse of from_released."""
         return released.from_native(self)
 
-    def save_pretrained(  # type: ignore[override]
+    def save_pretrained(
         self,
         save_directory: str | os.PathLike[str],
         *,
@@ -228,7 +228,7 @@ class LGNet(
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def _from_pretrained(  # type: ignore[override]
+    def _from_pretrained(
         cls, *, model_id: str, map_location: str | torch.device = "cpu", **kwargs: Any
     ) -> LGNet:
         hub = {

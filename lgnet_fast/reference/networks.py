@@ -147,9 +147,7 @@ class LocalNet(nn.Module):
 
     @staticmethod
     def _deconv(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
-        return nn.ConvTranspose2d(
-            in_channels, out_channels, 3, stride=2, padding=1, output_padding=1, bias=False
-        )
+        return nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, 4, H, W] -> [B, 3, H, W]."""

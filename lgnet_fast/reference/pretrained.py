@@ -44,15 +44,11 @@ def find_weights(source: str | os.PathLike[str]) -> None:
     if path.is_dir():
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
         if missing:
-            raise WeightsError(
-                f"weights: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {path}, missing {missing}"
-            )
+            raise WeightsError(f"weights: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {path}, missing {missing}")
     elif path.exists():
         raise WeightsError(f"weights: expected a model directory or a hub id, got the file {path}")
     elif path.is_absolute() or str(source).count("/") != 1:
-        raise WeightsError(
-            f"weights: expected a model directory or a hub id 'owner/name', got {str(source)!r}"
-        )
+        raise WeightsError(f"weights: expected a model directory or a hub id 'owner/name', got {str(source)!r}")
 
 
 @contextmanager
@@ -71,9 +67,7 @@ def upcast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
 
 
-def check_names_and_shapes(
-    found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str
-) -> None:
+def check_names_and_shapes(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
     """Raise WeightsError that lists missing, unexpected and wrong-shaped names, unless all agree."""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())

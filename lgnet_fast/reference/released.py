@@ -110,9 +110,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
-        raise WeightsError(
-            f"weights: expected a state dict (name -> tensor) in {path}, got {type(state).__name__}"
-        )
+        raise WeightsError(f"weights: expected a state dict (name -> tensor) in {path}, got {type(state).__name__}")
     return dict(state)
 
 
@@ -126,9 +124,7 @@ def _files(directory: Path, epoch: str | int | None) -> dict[str, Path]:
         if match:
             found.setdefault(match[1], {})[match[2]] = file
     if not found:
-        raise WeightsError(
-            f"weights: expected <epoch>_net_G1.pth, _G2.pth and _G3.pth in {directory}, found none"
-        )
+        raise WeightsError(f"weights: expected <epoch>_net_G1.pth, _G2.pth and _G3.pth in {directory}, found none")
     if epoch is None:
         if len(found) > 1:
             raise WeightsError(f"epoch: {directory} holds several, expected one of {sorted(found)}")
@@ -166,9 +162,7 @@ def read(source: Any, epoch: str | int | None = None) -> dict[str, dict[str, Ten
             # The model must not share memory with the caller's tensors.
             state = {k: v.detach().clone() for k, v in item.items()}
         else:
-            raise WeightsError(
-                f"{net}: expected a state dict (name -> tensor) or a path, got {type(item).__name__}"
-            )
+            raise WeightsError(f"{net}: expected a state dict (name -> tensor) or a path, got {type(item).__name__}")
         nets[net] = upcast({k.removeprefix("module."): v for k, v in state.items()})
     double = any(t.dtype == torch.float64 for state in nets.values() for t in state.values())
     if double:  # one dtype for the whole model, and nothing loses precision

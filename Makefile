@@ -1,0 +1,69 @@
+# Two targets do all set-up: `make demo` and `make test`. Both use .venv here.
+PYTHON ?= python3
+# Pinned so that a machine without a GPU gets the small build quickly; the package itself asks for >= 2.6.
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help demo test smoke bench aot gpu lint format clean
+
+help:
+	@echo "make demo   fill holes in the bundled photos (first set-up included)"
+	@echo "make test   run the tests (first set-up included)"
+	@echo "make bench  run the benchmarks; JSON in bench/results/"
+	@echo "make aot    compile every Triton configuration ahead of time; prints shared memory, registers, spills"
+	@echo "make gpu    on a machine with an NVIDIA GPU: GPU tests and benchmarks (PYTHON=python3 picks the Python)"
+	@echo "make lint   ruff, mypy, clang-format"
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+# Build tools and PyTorch first: the package is then built without isolation, against nothing else.
+$(VENV)/.torch: | $(BIN)/python
+	$(PIP) --upgrade pip "setuptools>=68" wheel pybind11 ninja
+	$(PIP) "$(TORCH)"
+	@touch $@
+
+SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+
+$(VENV)/.package: $(VENV)/.torch $(SOURCES)
+	$(PIP) --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.extras: $(VENV)/.package
+	$(PIP) --no-build-isolation -e ".[test,bench]"
+	@touch $@
+
+$(VENV)/.lint: $(VENV)/.package
+	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18"
+	@touch $@
+
+demo: $(VENV)/.package
+	$(BIN)/lgnet-fast demo --output demo_output
+
+test: $(VENV)/.extras
+	$(BIN)/python -m pytest -m "not gpu"
+
+bench: $(VENV)/.extras
+	$(BIN)/python -m pytest bench --benchmark-json=bench/results/cpu.json
+
+aot: $(VENV)/.extras
+	$(BIN)/python bench/aot_report.py
+
+gpu:
+	$(PYTHON) bench/run_gpu.py
+
+lint: $(VENV)/.lint
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h)
+
+format: $(VENV)/.lint
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+
+clean:
+	rm -rf $(VENV) build dist demo_output *.egg-info lgnet_fast/_C*.so

@@ -1,0 +1,78 @@
+"""`lgnet-fast info`: what is installed, which devices are there, which backends can run and why not."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import torch
+
+from . import __version__
+from .ops.dispatch import FUSED, reason_against
+
+_PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "huggingface_hub", "onnxruntime", "openvino")
+_OPERATORS = {"attention_block": "released", "merge_concat": None}
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _devices() -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = [
+        {
+            "device": "cpu",
+            "name": platform.processor() or platform.machine(),
+            "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "capability": torch.backends.cpu.get_cpu_capability(),
+        }
+    ]
+    for i in range(torch.cuda.device_count()):
+        properties = torch.cuda.get_device_properties(i)
+        found.append(
+            {
+                "device": f"cuda:{i}",
+                "name": properties.name,
+                "capability": f"sm_{properties.major}{properties.minor}",
+                "memory_gib": round(properties.total_memory / 2**30, 1),
+            }
+        )
+    return found
+
+
+def _example(op: str, device: str) -> tuple[torch.Tensor, ...]:
+    if op == "attention_block":
+        shapes: tuple[tuple[int, ...], ...] = ((1, 128, 64, 64), (128, 256, 1, 1), (128,))
+    else:
+        shapes = ((1, 3, 256, 256), (1, 3, 256, 256), (1, 1, 256, 256))
+    return tuple(torch.empty(shape, device=device) for shape in shapes)
+
+
+def _backends(device: str) -> dict[str, dict[str, str | None]]:
+    return {
+        backend: {op: reason_against(op, backend, _example(op, device), v) for op, v in _OPERATORS.items()}
+        for backend in FUSED
+    }
+
+
+def collect() -> dict[str, Any]:
+    """Everything `lgnet-fast info` prints, as plain data.
+
+    ``backends[device][backend][operator]`` is None where the backend can run, else the reason why not.
+    """
+    devices = _devices()
+    return {
+        "lgnet_fast": __version__,
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {p: _version(p) for p in _PACKAGES},
+        "cuda": torch.version.cuda,
+        "devices": devices,
+        "backends": {d["device"]: _backends(d["device"]) for d in devices},
+    }
