@@ -1,0 +1,284 @@
+"""Parameters and operations of a model, by the paper's convention and as they really are.
+
+Two conventions are in use, and they differ by a third:
+
+* **The paper's rule** gives the FLOPs that the paper prints (69.62 G for LGNet at 256x256): multiply-accumulates of
+  convolutions; transposed convolutions counted on their output (four times too many at stride 2); 2 per BatchNorm
+  element; nothing for products of two activations, so none for attention. The tool that it was measured with, thop
+  0.0.31, also counts 1 per output of a convolution with bias, 1 per LeakyReLU element, and window + 1 per output of
+  an adaptive average pool. Both sums are reported. A layer counts by its exact class, each time it is called.
+* **The true cost** counts the multiply-accumulates that a forward pass does, attention's two matrix products
+  included, with ``torch.utils.flop_counter``. One multiply-accumulate is two FLOP.
+
+Everything runs on the meta device: shapes only, no memory for weights, no arithmetic.
+"""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from .reference.attention import AttentionBlock, attention_weights, query_key_value
+from .reference.cascade import Cascade
+from .reference.lgnet import LGNet, LocalGlobalRefinement
+from .reference.networks import LocalNet, UNet
+from .reference.variants import create_model
+
+if TYPE_CHECKING:
+    from rich.table import Table
+
+_TITLES = {"C": "NetC", "L": "NetL", "G": "NetG plain", "G_att": "NetG"}
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Of one stage, or of a whole model, for one forward pass of the whole batch."""
+
+    name: str
+    parameters: int
+    """Distinct trainable numbers; a total counts shared ones once."""
+    paper_rule: int
+    """By the paper's rule as printed: convolutions, transposed convolutions, BatchNorm."""
+    thop_rule: int
+    """By the paper's tool, thop 0.0.31: `paper_rule` and its biases, LeakyReLUs and adaptive average pools."""
+    macs: int
+    """True multiply-accumulates."""
+    attention_macs: int
+    """Of `macs`: the two matrix products of the attention blocks (scores, weighted sum)."""
+    combiner_macs: int
+    """Of `macs`: the attention blocks' 1x1 combiners."""
+
+    @property
+    def flops(self) -> int:
+        """True floating-point operations, two a multiply-accumulate."""
+        return 2 * self.macs
+
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "flops": self.flops}
+
+
+@dataclass(frozen=True)
+class Report:
+    """What :func:`count` found. Figures are plain counts (not G) for the whole batch."""
+
+    model: str
+    size: tuple[int, int]
+    batch_size: int
+    stages: tuple[Counts, ...]
+    total: Counts
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return {
+            "model": self.model,
+            "size": list(self.size),
+            "batch_size": self.batch_size,
+            "stages": [stage.as_dict() for stage in self.stages],
+            "total": self.total.as_dict(),
+        }
+
+
+# -- the paper's rule ----------------------------------------------------------------------------------------------
+
+
+def _convolution(module: nn.Conv2d | nn.ConvTranspose2d, x: Tensor, y: Tensor) -> tuple[int, int]:
+    taps = module.in_channels // module.groups * math.prod(module.kernel_size)
+    return y.numel() * taps, y.numel() if module.bias is not None else 0
+
+
+def _adaptive_pool(module: nn.AdaptiveAvgPool2d, x: Tensor, y: Tensor) -> tuple[int, int]:
+    window = (x.shape[2] // y.shape[2]) * (x.shape[3] // y.shape[3])
+    return 0, (window + 1) * y.numel()
+
+
+# Exact class -> (by the rule as printed, what thop adds).
+_RULES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], tuple[int, int]]] = {
+    nn.Conv2d: _convolution,
+    nn.ConvTranspose2d: _convolution,
+    nn.BatchNorm2d: lambda module, x, y: (2 * y.numel(), 0),
+    nn.LeakyReLU: lambda module, x, y: (0, y.numel()),
+    nn.AdaptiveAvgPool2d: _adaptive_pool,
+}
+
+
+class _Tally:
+    """Counts one stage while it runs. The hooks and attention blocks of a model's copy report to it."""
+
+    def __init__(self) -> None:
+        self.printed = self.thop_extra = self.attention = self.combiner = 0
+        self.parameters: dict[int, int] = {}
+        self.flops = FlopCounterMode(display=False)
+
+    def layer(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
+        self.parameters.update({id(p): p.numel() for p in module.parameters(recurse=False)})
+        rule = _RULES.get(type(module))
+        if rule is not None:
+            printed, extra = rule(module, inputs[0], output)
+            self.printed += printed
+            self.thop_extra += extra
+
+    def attention_block(self, block: AttentionBlock, features: Tensor) -> Tensor:
+        """The block with its matrix products in the open: a fused one may do them where no counter looks."""
+        start = self.flops.get_total_flops()
+        value = query_key_value(features, block.variant)[2].flatten(2)
+        weights = attention_weights(features, block.variant)
+        attended = (value @ weights.transpose(1, 2)).reshape(features.shape)
+        between = self.flops.get_total_flops()
+        out = block.combiner(torch.cat((attended, features), dim=1))
+        self.attention += between - start
+        self.combiner += self.flops.get_total_flops() - between
+        return out
+
+    def counts(self, name: str) -> Counts:
+        return Counts(
+            name=name,
+            parameters=sum(self.parameters.values()),
+            paper_rule=self.printed,
+            thop_rule=self.printed + self.thop_extra,
+            macs=self.flops.get_total_flops() // 2,
+            attention_macs=self.attention // 2,
+            combiner_macs=self.combiner // 2,
+        )
+
+
+# -- running a model without weights -------------------------------------------------------------------------------
+
+
+def _meta_copy(model: nn.Module) -> nn.Module:
+    """A deep copy whose tensors are on the meta device: nothing is allocated, `model` is left as it is."""
+    memo: dict[int, Any] = {}
+    for parameter in model.parameters():
+        empty = torch.empty_like(parameter, device="meta")
+        memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
+    for buffer in model.buffers():
+        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    return copy.deepcopy(model, memo).eval()
+
+
+def _stages(model: nn.Module, image: Tensor, mask: Tensor) -> dict[str, tuple[nn.Module | None, Callable[[], Any]]]:
+    """Title -> (its module, or None where it runs a part of one; what runs it)."""
+    if isinstance(model, LGNet):
+        nets: dict[str, Callable[[Tensor], Tensor]] = {_TITLES[k]: net for k, net in model.networks().items()}
+    elif isinstance(model, LocalGlobalRefinement):
+        nets = {"NetL": model.net_l, "NetG": model.net_g}
+    elif isinstance(model, (LocalNet, UNet)):
+        nets = {type(model).__name__: model}
+    else:
+        nets = {}
+    x = torch.cat((image, mask), dim=1)
+    stages: dict[str, tuple[nn.Module | None, Callable[[], Any]]] = {
+        title: (net if isinstance(net, nn.Module) else None, lambda net=net: net(x))  # type: ignore[misc]
+        for title, net in nets.items()
+    }
+    if isinstance(model, (LGNet, LocalNet, UNet)):
+        return stages
+    first = model.first_stage if isinstance(model, LocalGlobalRefinement) else model
+    return {type(first).__name__: (first, lambda: first(image, mask)), **stages}
+
+
+def _check_size(size: tuple[int, int], batch_size: int, multiple: int) -> tuple[int, int]:
+    if (
+        not isinstance(size, (tuple, list))
+        or len(size) != 2
+        or any(isinstance(side, bool) or not isinstance(side, int) for side in size)
+    ):
+        raise TypeError(f"size: expected two integers (H, W), got {size!r}")
+    if any(side < 1 or side % multiple for side in size):
+        raise ValueError(f"size: expected positive multiples of {multiple}, got {tuple(size)}")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
+        raise TypeError(f"batch_size: expected an integer, got {batch_size!r}")
+    if batch_size < 1:
+        raise ValueError(f"batch_size: expected at least 1, got {batch_size}")
+    return size[0], size[1]
+
+
+def count(model: nn.Module | str, size: tuple[int, int] = (256, 256), batch_size: int = 1) -> Report:
+    """Count parameters and operations of one forward pass.
+
+    Args:
+        model: a name of :func:`lgnet_fast.list_models`, an :class:`LGNet`, an X_LG
+            (:class:`LocalGlobalRefinement`), one of their networks, or any module called as
+            ``model(image, mask)``, which counts as one stage. It is neither run nor changed.
+        size: H and W of the picture; multiples of 256 for a name, an LGNet or an X_LG.
+        batch_size: pictures a pass.
+
+    Returns:
+        Counts for each stage and the total. Merging between stages costs nothing by either convention.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit, by name.
+    """
+    name = model if isinstance(model, str) else type(model).__name__
+    if isinstance(model, str):
+        with torch.device("meta"):
+            model = create_model(model, backend="eager")
+    elif not isinstance(model, nn.Module):
+        raise TypeError(f"model: expected a name or a torch.nn.Module, got {type(model).__name__}")
+    size = _check_size(size, batch_size, model.size_multiple if isinstance(model, Cascade) else 1)
+    parameters = list(model.parameters())
+    twin = _meta_copy(model)
+
+    tally = _Tally()
+    for module in twin.modules():
+        module.register_forward_hook(lambda *args: tally.layer(*args))
+        if isinstance(module, AttentionBlock):
+            module.run = lambda features, *rest, block=module: tally.attention_block(block, features)
+    dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
+    image = torch.empty((batch_size, 3, *size), dtype=dtype, device="meta")
+    mask = torch.empty((batch_size, 1, *size), dtype=dtype, device="meta")
+
+    stages = []
+    for title, (owner, run) in _stages(twin, image, mask).items():
+        tally = _Tally()
+        with torch.no_grad(), tally.flops:
+            run()
+        if owner is not None:  # all of it, also what was used without a call
+            tally.parameters = {id(p): p.numel() for p in owner.parameters()}
+        stages.append(tally.counts(title))
+    sums = {
+        field: sum(getattr(stage, field) for stage in stages)
+        for field in ("paper_rule", "thop_rule", "macs", "attention_macs", "combiner_macs")
+    }
+    total = Counts(name="total", parameters=sum(p.numel() for p in parameters), **sums)
+    return Report(name, size, batch_size, tuple(stages), total)
+
+
+def _short(value: float) -> str:
+    return f"{value:.3f}" if value < 1000 else f"{value:.1f}"
+
+
+def render(report: Report) -> Table:
+    """`report` as a table for a terminal (``lgnet-fast flops``)."""
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    height, width = report.size
+    table = Table(
+        title=f"{report.model}, {height}x{width}, batch {report.batch_size}",
+        caption=(
+            "Paper's rule: multiply-accumulates with transposed convolutions counted on their output, 2 per "
+            "BatchNorm element, no attention products. thop 0.0.31, the paper's tool, adds biases and LeakyReLU. "
+            "True: multiply-accumulates really done, of which attention's products and combiners; "
+            "1 GMAC = 2 GFLOP. Plain: without attention. A total counts shared parameters once."
+        ),
+        caption_justify="left",
+        box=SIMPLE_HEAD,
+        padding=(0, 0, 0, 1),
+    )
+    table.add_column("stage")
+    for heading in ("params\nM", "paper's\nrule, G", "thop\nG", "true\nGMAC", "true\nGFLOP",
+                    "attention\nGMAC", "combiners\nGMAC"):  # fmt: skip
+        table.add_column(heading, justify="right")
+    for row in (*report.stages, report.total):
+        if row is report.total:
+            table.add_section()
+        giga = (row.paper_rule, row.thop_rule, row.macs, row.flops, row.attention_macs, row.combiner_macs)
+        table.add_row(row.name, f"{row.parameters / 1e6:.3f}", *(_short(value / 1e9) for value in giga))
+    return table

@@ -1,0 +1,222 @@
+"""The training losses: the terms of the paper's eqs. (1)-(9) with the released network's normalisation.
+
+================  ============================================  ======  =======================
+term              formula                                       weight  on
+================  ============================================  ======  =======================
+valid             :func:`masked_l1` with 1 - mask               1       every stage, raw
+hole              :func:`masked_l1` with mask                   6       every stage, raw
+adversarial       mean((D(merged) - 1)^2), least squares        0.1     first stage, merged
+total variation   :func:`total_variation` of merged * mask      0.1     later stages
+perceptual        :func:`perceptual_distance` to the image      0.05    later stages, raw and merged
+style             :func:`style_distance` to the image           120     later stages, raw and merged
+================  ============================================  ======  =======================
+
+16-bit pictures, features and scores are brought to float32 before anything is summed, so that the terms can be
+taken under autocast. Nothing divides by zero: masks may be all 0 or all 1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .cascade import Stages
+
+FeaturesFn = Callable[[Tensor], Sequence[Tensor]]
+
+
+@dataclass(frozen=True)
+class LossWeights:
+    """Weights of the terms in the generators' total; the defaults are the paper's (valid has weight 1)."""
+
+    hole: float = 6.0
+    adversarial: float = 0.1
+    total_variation: float = 0.1
+    perceptual: float = 0.05
+    style: float = 120.0
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Float32 at least: sums over a picture overflow in 16 bit."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _same_shape(first: str, a: Tensor, second: str, b: Tensor) -> None:
+    if a.shape != b.shape:
+        raise ValueError(f"{second}: expected {list(a.shape)} as {first}, got {list(b.shape)}")
+
+
+# -- terms -------------------------------------------------------------------------------------------------------
+
+
+def masked_l1(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """Mean absolute error where `weight` is 1: the valid and the hole term.
+
+    Per sample ``sum|(output - target) * weight| / (C * sum(weight) + 1e-12)``, then the mean over the batch.
+
+    Args:
+        output, target: [B, C, H, W].
+        weight: [B, 1, H, W] in [0, 1]; the mask for the hole's error, 1 - mask for the valid pixels'.
+
+    Returns:
+        0-dimensional, float32 at least; 0 for a sample whose weight is all 0.
+    """
+    _same_shape("output", output, "target", target)
+    expected = [output.shape[0], 1, *output.shape[2:]]
+    if list(weight.shape) != expected:
+        raise ValueError(f"weight: expected {expected} to fit output, got {list(weight.shape)}")
+    output, target, weight = _wide(output), _wide(target), _wide(weight)
+    error = ((output - target) * weight).abs().sum(dim=(1, 2, 3))
+    return (error / (output.shape[1] * weight.sum(dim=(1, 2, 3)) + 1e-12)).mean()
+
+
+def total_variation(picture: Tensor) -> Tensor:
+    """``mean|dy| + mean|dx|``, differences of neighbours down and across.
+
+    Args:
+        picture: [B, C, H, W]; H and W of at least 2. The released network takes it of ``merged * mask``.
+
+    Returns:
+        0-dimensional, float32 at least.
+    """
+    if picture.dim() != 4 or min(picture.shape[2:]) < 2:
+        raise ValueError(f"picture: expected [B, C, H, W] with H, W of at least 2, got {list(picture.shape)}")
+    picture = _wide(picture)
+    return picture.diff(dim=2).abs().mean() + picture.diff(dim=3).abs().mean()
+
+
+def gram_matrix(features: Tensor) -> Tensor:
+    """``A A^T`` of features [B, C, H, W] seen as A [B, C, H*W]: [B, C, C].
+
+    Float32 at least, under autocast too: in float16 the sum over positions overflows.
+    """
+    if features.dim() != 4:
+        raise ValueError(f"features: expected [B, C, H, W], got {list(features.shape)}")
+    with torch.autocast(features.device.type, enabled=False):
+        rows = _wide(features).flatten(2)
+        return rows @ rows.transpose(1, 2)
+
+
+def _check_levels(a: Sequence[Tensor], b: Sequence[Tensor]) -> None:
+    if len(a) != len(b):
+        raise ValueError(f"b: expected {len(a)} levels as a, got {len(b)}")
+    for level, (x, y) in enumerate(zip(a, b, strict=True)):
+        _same_shape(f"a[{level}]", x, f"b[{level}]", y)
+
+
+def perceptual_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Sum over levels of ``mean|A - B|``.
+
+    Args:
+        a, b: the features of two batches, level by level, [B, C, H, W] each; see :class:`.vgg.VGG16Features`.
+
+    Returns:
+        0-dimensional, float32 at least.
+    """
+    _check_levels(a, b)
+    return torch.stack([(_wide(x) - _wide(y)).abs().mean() for x, y in zip(a, b, strict=True)]).sum()
+
+
+def style_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
+    """Sum over levels of ``mean|Gram(A) - Gram(B)| / (C * H * W)``.
+
+    Args:
+        a, b: as in :func:`perceptual_distance`.
+
+    Returns:
+        0-dimensional, float32 at least.
+    """
+    _check_levels(a, b)
+    levels = [
+        (gram_matrix(x) - gram_matrix(y)).abs().mean() / math.prod(x.shape[1:]) for x, y in zip(a, b, strict=True)
+    ]
+    return torch.stack(levels).sum()
+
+
+def adversarial_loss(scores: Tensor, real: bool) -> Tensor:
+    """Least squares GAN: ``mean((scores - 1)^2)`` if `real`, else ``mean(scores^2)``.
+
+    Args:
+        scores: any shape, the discriminator's score map.
+        real: what the scores are pulled to: 1 or 0.
+
+    Returns:
+        0-dimensional, float32 at least.
+    """
+    return (_wide(scores) - float(real)).square().mean()
+
+
+# -- totals ------------------------------------------------------------------------------------------------------
+
+
+def discriminator_loss(fake_scores: Tensor, real_scores: Tensor) -> dict[str, Tensor]:
+    """The discriminator's loss.
+
+    Args:
+        fake_scores: the scores of the first stage's merged picture, ``discriminator(stages.merged[0].detach())``.
+        real_scores: the scores of the ground truth. In training mode the order counts (power iteration): fake
+            first.
+
+    Returns:
+        0-dimensional terms ``D_fake`` and ``D_real``, and the total ``D`` = half their sum.
+    """
+    fake, real = adversarial_loss(fake_scores, False), adversarial_loss(real_scores, True)
+    return {"D_fake": fake, "D_real": real, "D": 0.5 * (fake + real)}
+
+
+def generator_loss(
+    stages: Stages,
+    image: Tensor,
+    mask: Tensor,
+    scores: Tensor,
+    features: FeaturesFn,
+    weights: LossWeights | None = None,
+) -> dict[str, Tensor]:
+    """The generators' loss, one total for all stages.
+
+    Args:
+        stages: ``model(image, mask, return_stages=True)``. Ablations have fewer stages, and fewer terms.
+        image: ground truth [B, 3, H, W] in [-1, 1].
+        mask: [B, 1, H, W], 1 = hole.
+        scores: ``discriminator(stages.merged[0])``, not detached, after the discriminator's own step.
+        features: picture -> features level by level, :class:`.vgg.VGG16Features`. Called for stages after the first.
+        weights: of the terms; None: the paper's.
+
+    Returns:
+        0-dimensional, unweighted terms ``valid<i>``, ``hole<i>`` for stage i = 1, 2, ... in the order of
+        ``stages.raw``; ``tv<i>``, ``style<i>``, ``perceptual<i>`` for i >= 2; ``G_adv``; and the weighted total
+        ``G``, to be differentiated.
+    """
+    weights = LossWeights() if weights is None else weights
+    terms: dict[str, Tensor] = {}
+    real: Sequence[Tensor] = ()
+    for i, (raw, merged) in enumerate(zip(stages.raw, stages.merged, strict=True), start=1):
+        _same_shape(f"stages.raw[{i - 1}]", raw, "image", image)
+        terms[f"valid{i}"] = masked_l1(raw, image, 1 - mask)
+        terms[f"hole{i}"] = masked_l1(raw, image, mask)
+        if i == 1:
+            continue
+        if not real:
+            with torch.no_grad():
+                real = features(image)
+        # One pass for both pictures.
+        levels = [level.chunk(2) for level in features(torch.cat((raw, merged)))]
+        ours, blended = [a for a, _ in levels], [b for _, b in levels]
+        terms[f"tv{i}"] = total_variation(merged * mask)
+        terms[f"style{i}"] = style_distance(real, ours) + style_distance(real, blended)
+        terms[f"perceptual{i}"] = perceptual_distance(real, ours) + perceptual_distance(real, blended)
+    terms["G_adv"] = adversarial_loss(scores, True)
+    factors = {
+        "valid": 1.0,
+        "hole": weights.hole,
+        "tv": weights.total_variation,
+        "style": weights.style,
+        "perceptual": weights.perceptual,
+        "G_adv": weights.adversarial,
+    }
+    terms["G"] = torch.stack([factors[name.rstrip("0123456789")] * term for name, term in terms.items()]).sum()
+    return terms

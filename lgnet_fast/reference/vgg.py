@@ -1,0 +1,138 @@
+"""VGG-16's first three blocks: the features of the perceptual and style losses (among the paper's eqs. (1)-(9)).
+
+The layers and names are those of torchvision's ``vgg16().features[:17]``; torchvision itself is not needed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import WeightsError
+from .pretrained import check_names_and_shapes, upcast
+from .released import load_state_dict_file
+
+WEIGHTS_FILE = "vgg16-397923af.pth"
+WEIGHTS_URL = f"https://download.pytorch.org/models/{WEIGHTS_FILE}"
+
+_ADVICE = (
+    f"Download {WEIGHTS_URL} on a machine with network access, and pass its path "
+    "(VGG16Features.from_torchvision(path)) or put it into torch's hub cache, $TORCH_HOME/hub/checkpoints"
+)
+
+# Output channels of the convolutions of each block; a max pool ends it.
+_BLOCKS = ((64, 64), (128, 128), (256, 256, 256))
+_LAYERS = sum(2 * len(block) + 1 for block in _BLOCKS)
+
+
+class VGG16Features(nn.Sequential):
+    """Conv 3x3 and ReLU layers of VGG-16 up to its third max pool, frozen.
+
+    Parameters have ``requires_grad=False`` and the module stays in eval mode; gradients flow to the picture.
+    A new one has random weights: see :meth:`from_torchvision`.
+    """
+
+    def __init__(self) -> None:
+        layers: list[nn.Module] = []
+        channels = 3
+        for block in _BLOCKS:
+            for width in block:
+                layers += [nn.Conv2d(channels, width, 3, padding=1), nn.ReLU(inplace=True)]
+                channels = width
+            layers.append(nn.MaxPool2d(2))
+        super().__init__(*layers)
+        self.requires_grad_(False)
+        self.eval()
+
+    def train(self, mode: bool = True) -> VGG16Features:
+        """Stay in eval mode."""
+        return super().train(False)
+
+    def forward(self, picture: Tensor) -> list[Tensor]:
+        """Features after pool1, pool2 and pool3.
+
+        Args:
+            picture: [B, 3, H, W] in [-1, 1], as it is: the released network feeds VGG without ImageNet's mean and
+                deviation. H and W at least 8.
+
+        Returns:
+            [B, 64, H//2, W//2], [B, 128, H//4, W//4] and [B, 256, H//8, W//8].
+        """
+        if not isinstance(picture, Tensor):
+            raise TypeError(f"picture: expected a torch.Tensor, got {type(picture).__name__}")
+        if picture.dim() != 4 or picture.shape[1] != 3:
+            raise ValueError(f"picture: expected [B, 3, H, W], got {list(picture.shape)}")
+        if min(picture.shape[2:]) < 2 ** len(_BLOCKS):
+            raise ValueError(
+                f"picture: expected H and W of at least {2 ** len(_BLOCKS)}, got {list(picture.shape[2:])}"
+            )
+        features = []
+        for layer in self:
+            picture = layer(picture)
+            if isinstance(layer, nn.MaxPool2d):
+                features.append(picture)
+        return features
+
+    @classmethod
+    def from_torchvision(cls, path: str | os.PathLike[str] | None = None) -> VGG16Features:
+        """Load torchvision's ImageNet weights of VGG-16.
+
+        Args:
+            path: the file ``vgg16-397923af.pth``, or any state dict file with names ``features.0.weight``... or
+                ``0.weight``...; later layers and the classifier are left out. None: the file in torch's hub cache,
+                where torchvision keeps it too, else it is downloaded into that cache (528 MB).
+
+        Returns:
+            The frozen features, float32 (float64 where the file holds float64).
+
+        Raises:
+            WeightsError: no such file, not downloadable, damaged, unsafe, or of another network.
+        """
+        file = _cached_or_downloaded() if path is None else Path(path)
+        if not file.is_file():
+            raise WeightsError(
+                f"weights: expected torchvision's VGG-16 file, got {file}, which does not exist. {_ADVICE}"
+            )
+        state = _select(load_state_dict_file(file))
+        with torch.device("meta"):
+            net = cls()
+        check_names_and_shapes(state, {k: tuple(v.shape) for k, v in net.state_dict().items()}, str(file))
+        net.load_state_dict(upcast(state), strict=True, assign=True)
+        net.requires_grad_(False)  # assigned tensors bring their own flag
+        return net
+
+
+def _cached_or_downloaded() -> Path:
+    """torchvision's file in torch's hub cache."""
+    file = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Writes a temporary file beside it, checks the hash, renames.
+            torch.hub.download_url_to_file(
+                WEIGHTS_URL, str(file), hash_prefix="397923af", progress=sys.stderr.isatty()
+            )
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+            raise WeightsError(
+                f"weights: VGG-16 is not at {file} and could not be downloaded ({error}). {_ADVICE}"
+            ) from error
+    return file
+
+
+def _select(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of the first three blocks, named ``0.weight``...; unknown names are kept, to be complained of."""
+    selected = {}
+    for name, tensor in state.items():
+        match = re.fullmatch(r"(?:features\.)?(\d+)\.(\w+)", name)
+        if match is None:
+            if not name.startswith("classifier."):
+                selected[name] = tensor
+        elif int(match[1]) < _LAYERS:
+            selected[f"{match[1]}.{match[2]}"] = tensor
+    return selected

@@ -1,0 +1,245 @@
+"""The losses against formulas written out in numpy, and at the edges: empty masks, 16 bit, ablations."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from lgnet_fast.reference import CASCADES, Stages, create_model
+from lgnet_fast.reference.losses import (
+    LossWeights,
+    adversarial_loss,
+    discriminator_loss,
+    generator_loss,
+    gram_matrix,
+    masked_l1,
+    perceptual_distance,
+    style_distance,
+    total_variation,
+)
+
+
+@pytest.fixture
+def rng() -> np.random.Generator:
+    return np.random.default_rng(7)
+
+
+def tensor(array) -> torch.Tensor:
+    return torch.from_numpy(np.asarray(array, dtype=np.float64))
+
+
+def features(picture: torch.Tensor) -> list[torch.Tensor]:
+    """A stand-in for VGG: two levels of cheap non-negative features."""
+    first = torch.relu(torch.cat((picture, -picture), dim=1))
+    return [first, torch.nn.functional.max_pool2d(first, 2)]
+
+
+def stages_of(count: int, side: int = 16, batch: int = 2, dtype: torch.dtype = torch.float64):
+    """(stages, image, mask) with random pictures; the raw ones are leaves that want a gradient."""
+    generator = torch.Generator().manual_seed(count)
+
+    def picture() -> torch.Tensor:
+        return torch.rand(batch, 3, side, side, generator=generator, dtype=torch.float64).mul(2).sub(1).to(dtype)
+
+    image = picture()
+    mask = (torch.rand(batch, 1, side, side, generator=generator) < 0.3).to(dtype)
+    raw = tuple(picture().requires_grad_() for _ in range(count))
+    merged = tuple(image * (1 - mask) + o * mask for o in raw)
+    return Stages(raw[0], None, None, raw, merged), image, mask
+
+
+# -- terms ------------------------------------------------------------------------------------------------------
+
+
+def test_masked_l1_by_hand():
+    output = tensor([[[[1.0, 0.0], [0.5, -1.0]]] * 3, [[[1.0, 1.0], [1.0, 1.0]]] * 3])
+    target = torch.zeros_like(output)
+    mask = tensor([[[[1.0, 0.0], [1.0, 0.0]]], [[[0.0, 0.0], [0.0, 1.0]]]])
+    # Sample 0: the hole's errors are 1 and 0.5; sample 1: 1. Three equal channels do not change a mean.
+    assert masked_l1(output, target, mask).item() == pytest.approx((0.75 + 1.0) / 2)
+    assert masked_l1(output, target, 1 - mask).item() == pytest.approx((0.5 + 1.0) / 2)
+
+
+def test_masked_l1_is_per_sample_then_the_mean(rng):
+    o, t = rng.standard_normal((2, 3, 3, 5, 7))
+    m = (rng.random((3, 1, 5, 7)) < [[[[0.1]]], [[[0.5]]], [[[0.9]]]]).astype(float)
+    expected = np.mean([np.abs((o[b] - t[b]) * m[b]).sum() / (3 * m[b].sum() + 1e-12) for b in range(3)])
+    assert masked_l1(tensor(o), tensor(t), tensor(m)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_total_variation_by_hand(rng):
+    x = tensor([[[[0.0, 1.0, 3.0], [2.0, 2.0, -1.0]]]])
+    assert total_variation(x).item() == pytest.approx((2 + 1 + 4) / 3 + (1 + 2 + 0 + 3) / 4)
+    p = rng.standard_normal((2, 3, 5, 6))
+    expected = np.abs(np.diff(p, axis=2)).mean() + np.abs(np.diff(p, axis=3)).mean()
+    assert total_variation(tensor(p)).item() == pytest.approx(expected, rel=1e-12)
+
+
+def test_gram_style_and_perceptual(rng):
+    a, b = ([rng.standard_normal((2, c, h, w)) for c, h, w in ((3, 4, 5), (2, 3, 3))] for _ in range(2))
+    style = perceptual = 0.0
+    for x, y in zip(a, b):
+        c, h, w = x.shape[1:]
+        grams = [np.stack([f.reshape(c, -1) @ f.reshape(c, -1).T for f in z]) for z in (x, y)]
+        np.testing.assert_allclose(gram_matrix(tensor(x)).numpy(), grams[0], rtol=1e-12)
+        style += np.abs(grams[0] - grams[1]).mean() / (c * h * w)
+        perceptual += np.abs(x - y).mean()
+    a, b = [tensor(x) for x in a], [tensor(x) for x in b]
+    assert style_distance(a, b).item() == pytest.approx(style, rel=1e-12)
+    assert perceptual_distance(a, b).item() == pytest.approx(perceptual, rel=1e-12)
+    assert style_distance(a, a).item() == perceptual_distance(b, b).item() == 0.0
+
+
+def test_adversarial_by_hand():
+    scores = tensor([[0.5, -1.0]])
+    assert adversarial_loss(scores, True).item() == pytest.approx((0.25 + 4.0) / 2)
+    assert adversarial_loss(scores, False).item() == pytest.approx((0.25 + 1.0) / 2)
+    terms = discriminator_loss(scores, scores)
+    assert list(terms) == ["D_fake", "D_real", "D"]
+    assert terms["D"].item() == pytest.approx((0.625 + 2.125) / 2)
+
+
+def test_gradients_are_right(rng):
+    x, y = (tensor(rng.standard_normal((2, 3, 4, 4))).requires_grad_() for _ in range(2))
+    mask = tensor(rng.random((2, 1, 4, 4)) < 0.5)
+    assert torch.autograd.gradcheck(lambda a, b: masked_l1(a, b, mask), (x, y))
+    assert torch.autograd.gradcheck(total_variation, (x,))
+    assert torch.autograd.gradcheck(lambda a, b: style_distance([a], [b]), (x, y))
+    assert torch.autograd.gradcheck(lambda a, b: perceptual_distance([a], [b]), (x, y))
+
+
+# -- totals -----------------------------------------------------------------------------------------------------
+
+
+def test_total_is_the_weighted_sum():
+    stages, image, mask = stages_of(3)
+    scores = torch.linspace(-1, 2, 8, dtype=torch.float64).reshape(2, 1, 2, 2)
+    terms = {k: v.item() for k, v in generator_loss(stages, image, mask, scores, features).items()}
+    assert list(terms) == [
+        "valid1", "hole1", "valid2", "hole2", "tv2", "style2", "perceptual2",
+        "valid3", "hole3", "tv3", "style3", "perceptual3", "G_adv", "G",
+    ]  # fmt: skip
+    expected = sum(terms[f"valid{i}"] + 6 * terms[f"hole{i}"] for i in (1, 2, 3)) + 0.1 * terms["G_adv"]
+    expected += sum(0.1 * terms[f"tv{i}"] + 0.05 * terms[f"perceptual{i}"] + 120 * terms[f"style{i}"] for i in (2, 3))
+    assert terms["G"] == pytest.approx(expected, rel=1e-12)
+    weights = LossWeights(hole=1, adversarial=2, total_variation=3, perceptual=5, style=7)
+    expected = sum(terms[f"valid{i}"] + terms[f"hole{i}"] for i in (1, 2, 3)) + 2 * terms["G_adv"]
+    expected += sum(3 * terms[f"tv{i}"] + 5 * terms[f"perceptual{i}"] + 7 * terms[f"style{i}"] for i in (2, 3))
+    total = generator_loss(stages, image, mask, scores, features, weights)["G"].item()
+    assert total == pytest.approx(expected, rel=1e-12)
+
+
+def test_style_and_perceptual_compare_raw_and_merged_to_the_image():
+    stages, image, mask = stages_of(2)
+    terms = generator_loss(stages, image, mask, torch.ones(1), features)
+    gt, raw, merged = features(image), features(stages.raw[1]), features(stages.merged[1])
+    assert torch.allclose(terms["style2"], style_distance(gt, raw) + style_distance(gt, merged), rtol=1e-12)
+    expected = perceptual_distance(gt, raw) + perceptual_distance(gt, merged)
+    assert torch.allclose(terms["perceptual2"], expected, rtol=1e-12)
+    assert torch.allclose(terms["tv2"], total_variation(stages.merged[1] * mask), rtol=1e-12)
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_masks_all_known_or_all_hole(value, dtype):
+    stages, image, mask = stages_of(3, dtype=dtype)
+    mask = torch.full_like(mask, value)
+    merged = tuple(image * (1 - mask) + o * mask for o in stages.raw)
+    stages = stages._replace(merged=merged)
+    terms = generator_loss(stages, image, mask, torch.zeros(2, 1, 3, 3, dtype=dtype), features)
+    assert all(torch.isfinite(t) and t.dtype == torch.float32 for t in terms.values())
+    assert terms["hole1" if value == 0 else "valid1"].item() == 0.0
+    terms["G"].backward()
+    assert all(torch.isfinite(o.grad).all() for o in stages.raw)
+    assert stages.raw[0].grad.any()
+
+
+@pytest.mark.parametrize("stages", CASCADES)
+def test_ablations_have_the_terms_of_their_stages(stages):
+    torch.manual_seed(0)
+    model = create_model(stages, coarse_channels=2, local_channels=2, global_channels=2, backend="eager")
+    image = torch.rand(1, 3, 256, 256) * 2 - 1
+    mask = torch.zeros(1, 1, 256, 256)
+    mask[:, :, 80:150, 60:200] = 1
+    out = model(image, mask, return_stages=True)
+    terms = generator_loss(out, image, mask, out.merged[0].mean((1, 2, 3)), features)
+    count = stages.count("+") + 1
+    expected = ["valid1", "hole1"]
+    for i in range(2, count + 1):
+        expected += [f"valid{i}", f"hole{i}", f"tv{i}", f"style{i}", f"perceptual{i}"]
+    assert list(terms) == [*expected, "G_adv", "G"]
+    terms["G"].backward()
+    assert all(torch.isfinite(p.grad).all() for p in model.parameters() if p.grad is not None)
+    assert sum(p.grad is None for p in model.parameters()) == 0
+
+
+def test_first_stage_alone_never_asks_for_features():
+    stages, image, mask = stages_of(1)
+
+    def forbidden(picture):
+        raise AssertionError("features were computed")
+
+    assert list(generator_loss(stages, image, mask, torch.ones(1), forbidden)) == ["valid1", "hole1", "G_adv", "G"]
+
+
+# -- 16 bit -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_gram_is_float32_under_autocast(dtype):
+    torch.manual_seed(0)
+    a = (torch.rand(1, 8, 64, 64) * 100).to(dtype)  # entries near 1e7: beyond float16
+    with torch.autocast("cpu", dtype=dtype):
+        gram = gram_matrix(a)
+        loss = style_distance([a], [a * 0.5])
+        assert (torch.ones(2, 2) @ torch.ones(2, 2)).dtype == dtype  # autocast itself goes on
+    exact = a.double().flatten(2)
+    exact = exact @ exact.transpose(1, 2)
+    assert gram.dtype == loss.dtype == torch.float32
+    assert exact.max() > 65504
+    assert torch.allclose(gram.double(), exact, rtol=1e-5)
+    assert torch.isfinite(loss)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_16_bit_terms_are_those_of_float64_on_the_same_numbers(dtype):
+    stages, image, mask = stages_of(3, side=64, dtype=dtype)
+    scores = torch.linspace(-2, 2, 50, dtype=dtype)
+    with torch.autocast("cpu", dtype=dtype):
+        terms = generator_loss(stages, image, mask, scores, features)
+        terms |= discriminator_loss(scores, scores)
+    wide = Stages(*stages[:3], *(tuple(p.double() for p in group) for group in stages[3:]))
+    exact = generator_loss(wide, image.double(), mask.double(), scores.double(), features)
+    exact |= discriminator_loss(scores.double(), scores.double())
+    for name, value in exact.items():
+        assert terms[name].dtype == torch.float32, name
+        assert math.isclose(terms[name].item(), value.item(), rel_tol=2e-5), name
+    terms["G"].backward()
+    assert all(torch.isfinite(o.grad).all() for o in stages.raw)
+
+
+# -- wrong arguments --------------------------------------------------------------------------------------------
+
+
+def test_wrong_shapes_name_the_argument():
+    x = torch.zeros(2, 3, 8, 8)
+    with pytest.raises(ValueError, match=r"target: expected \[2, 3, 8, 8\] as output, got \[2, 3, 8, 9\]"):
+        masked_l1(x, torch.zeros(2, 3, 8, 9), torch.zeros(2, 1, 8, 8))
+    with pytest.raises(ValueError, match=r"weight: expected \[2, 1, 8, 8\] to fit output, got \[2, 3, 8, 8\]"):
+        masked_l1(x, x, x)
+    with pytest.raises(ValueError, match="picture: expected"):
+        total_variation(torch.zeros(1, 3, 1, 8))
+    with pytest.raises(ValueError, match="features: expected"):
+        gram_matrix(torch.zeros(3, 8, 8))
+    with pytest.raises(ValueError, match="b: expected 2 levels as a, got 1"):
+        style_distance([x, x], [x])
+    with pytest.raises(ValueError, match=r"b\[1\]: expected"):
+        perceptual_distance([x, x], [x, x[:1]])
+    stages, image, mask = stages_of(2)
+    with pytest.raises(ValueError, match="image: expected"):
+        generator_loss(stages, image[:1], mask, torch.ones(1), features)
+    with pytest.raises(ValueError, match="weight: expected"):
+        generator_loss(stages, image, mask[:1], torch.ones(1), features)
