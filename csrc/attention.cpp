@@ -1,0 +1,339 @@
+// LGNet's attention block, forward and backward, without a positions x positions matrix.
+//
+// Features F [B, C, H, W], N = H * W positions i, j (SPEC.md, "Attention block"):
+//
+//   released  K = (F + 1e-7) / |F + 1e-7|   Q = 3x3 zero-padded box sum of F   V = K
+//   paper     K = F / max(|F|, 1e-12)       Q = K                              V = F
+//   attended_i = sum_j softmax_j(Q_i . K_j) V_j            lse_i = log sum_j exp(Q_i . K_j)
+//   out = Wa attended + Wf F + bias                        (1x1 convolution of the two, never concatenated)
+//
+// Work and traffic. 4 N^2 C operations of products and 4 N C^2 of the combiner; for [1, 128, 64, 64] that is 8.9
+// GFLOP against 2 MB of features read, 2 MB written and 2 MB of packed keys: bound by multiplication, so everything
+// here serves the register block and the exponentials in between.
+//
+// Layout. Everything stays channel-major, as the features are: scores are held transposed, [key][query], with
+// queries in the vector lanes. Then
+//   * the features are the query operand as they lie: no transposition of input or output,
+//   * the softmax's maxima, sums and rescalings are per lane: no horizontal reductions,
+//   * the weights are already the operand of the second product, at the place where the first one wrote them.
+// The other operand of both products is broadcast element by element, so keys are packed once per call into
+// [N/8][C][8]. Read along C, eight adjacent keys are one step of the score product; read along the 8, eight channels
+// of eight keys are 256 adjacent bytes of the value product. One packed copy serves both (released: K = V).
+// On bf16 hardware a broadcast brings a pair along the summed index, and keys and values differ in the pairing.
+//
+// Blocking (AVX-512: panels of 48 queries, register blocks of 8 x 48, see attention_kernels.h). A task is one panel
+// of queries against a range of keys, taken 128 keys at a time: scores 24 KB and query panel 24 KB (C = 128) stay in
+// the first-level cache, the 64 KB of keys are read twice from the second level. Tasks are (batch, panel), handed out
+// dynamically; where they are too few for the threads, the keys are split as well and the parts merged by their sums
+// (log-sum-exp). Queries are built by the task that needs them, and the combiner runs on its finished panel while
+// that is still in cache.
+//
+// Backward. Scores are recomputed from lse. With G the gradient of attended, P = exp(S - lse), D_i = G_i .
+// attended_i:
+//   dV_j = sum_i P_ij G_i     dS = P * (G_i . V_j - D_i)     dQ_i = sum_j dS_ij K_j     dK_j = sum_i dS_ij Q_i
+// five products over the same blocks, then dF = box3x3(dQ) + d normalise(dK + dV) (released; the zero-padded box sum
+// is its own adjoint) or d normalise(dQ + dK) + dV (paper). Threads take rectangles of (query range, key range), each
+// with gradient buffers of its own: about 2 sqrt(threads) copies of N x C, no atomics, one order of summation.
+#include "attention.h"
+
+#include <algorithm>
+#include <functional>
+
+#include "isa.h"
+#include "parallel.h"
+
+namespace lgnet {
+namespace {
+
+// Packed keys of at most this size are kept at once; larger batches go in turns, so that memory does not grow with B.
+constexpr int64_t kPackBudgetBytes = int64_t{64} << 20;
+// Tasks per thread that even out uneven panels and cores that other processes disturb.
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kMinimumGroupsPerSplit = 8;
+// Starting a thread's share costs some microseconds, more where cores are busy: below this many multiplications each,
+// fewer threads are faster.
+constexpr double kProductsPerThread = 5e5;
+
+int64_t useful_threads(const View& features, int64_t threads) {
+  const double positions = static_cast<double>(features.size[2]) * static_cast<double>(features.size[3]);
+  const double products =
+      2.0 * static_cast<double>(features.size[0]) * static_cast<double>(features.size[1]) * positions * positions;
+  return std::clamp<int64_t>(static_cast<int64_t>(std::min(products / kProductsPerThread, 1e6)), 1, threads);
+}
+
+const AttentionKernels<float>& pick(float, bool pairs) {
+  const AttentionTable& table = current_kernels().attention;
+  return pairs && table.bf16.forward ? table.bf16 : table.f32;
+}
+const AttentionKernels<double>& pick(double, bool) { return current_kernels().attention.f64; }
+
+// A contiguous [batch][channels][positions] copy of some items of a view, or the view's own memory.
+template <class T>
+class Planes {
+ public:
+  Planes(const View& view, int64_t first, int64_t batch, DType native, int64_t threads) {
+    const int64_t channels = view.size[1], positions = view.size[2] * view.size[3];
+    if (view.dtype == native && view.dense_plane() && (view.stride[1] == positions || channels == 1) &&
+        (view.stride[0] == channels * positions || batch == 1)) {
+      data_ = reinterpret_cast<const T*>(view.data) + first * view.stride[0];
+      return;
+    }
+    copy_ = Buffer<T>(batch * channels * positions);
+    const int64_t tiles = ceil_div(positions, kPositionsPerTile);
+    T* to = copy_.get();
+    parallel_for(threads, batch * tiles, [&](int64_t task, int64_t) {
+      const int64_t b = task / tiles, p0 = task % tiles * kPositionsPerTile;
+      load_rows(view, first + b, p0, std::min(kPositionsPerTile, positions - p0), to + b * channels * positions + p0,
+                positions);
+    });
+    data_ = to;
+  }
+  const T* get() const { return data_; }
+
+ private:
+  Buffer<T> copy_;
+  const T* data_;
+};
+
+template <class T>
+void describe(const View& features, bool released, const AttentionKernels<T>& kernels, AttentionWork<T>& w) {
+  w.channels = features.size[1];
+  w.channels_padded = round_up(w.channels, 8);
+  w.height = features.size[2];
+  w.width = features.size[3];
+  w.positions = w.height * w.width;
+  w.panel = kernels.panel;
+  w.panels = ceil_div(w.positions, w.panel);
+  w.key_groups = ceil_div(w.positions, kKeysPerGroup);
+  w.released = released;
+  w.pack_bytes = w.key_groups * w.channels_padded * kKeysPerGroup * kernels.element_bytes;
+  w.channels_lanes = round_up(w.channels, kernels.lanes);
+}
+
+// Norms, packed keys and values of `batch` items.
+template <class T>
+struct Packed {
+  Packed(const AttentionKernels<T>& kernels, bool share, int64_t threads, AttentionWork<T>& w)
+      : norms(w.batch * w.positions), keys(w.batch * w.pack_bytes), values(share ? 0 : w.batch * w.pack_bytes) {
+    w.inverse_norm = norms.get();
+    w.keys = keys.get();
+    w.values = share ? keys.get() : values.get();
+    const int64_t tiles = ceil_div(w.positions, kPositionsPerTile);
+    parallel_for(threads, w.batch * tiles,
+                 [&](int64_t task, int64_t) { kernels.prepare(w, task / tiles, task % tiles); });
+  }
+  Buffer<T> norms;
+  Buffer<char> keys, values;
+};
+
+template <class T>
+void run_forward(const View& features, const View& weight, const View& bias, bool released, const View& out,
+                 const View& attended, const View& lse, int64_t threads) {
+  const bool pairs = features.dtype == DType::bfloat16;
+  const DType native = sizeof(T) == 8 ? DType::float64 : DType::float32;
+  const AttentionKernels<T>& kernels = pick(T{}, pairs);
+  AttentionWork<T> w{};
+  describe(features, released, kernels, w);
+  w.out = out;
+  w.attended = attended;
+  w.lse = reinterpret_cast<T*>(lse.data);
+
+  Buffer<T> packed_weight, packed_bias;
+  if (weight) {
+    const int64_t c = w.channels, cp = w.channels_padded;
+    packed_weight = Buffer<T>(2 * cp * c);
+    packed_bias = Buffer<T>(cp);
+    std::fill_n(packed_bias.get(), cp, T{0});
+    if (bias) load_rows(bias, 0, 0, c, packed_bias.get(), c);
+    const Buffer<T> rows(2 * cp * c);
+    parallel_for(threads, 2 * cp / 8, [&](int64_t task, int64_t) {
+      const int64_t half = task / (cp / 8), to = task % (cp / 8) * 8;
+      // Columns are (attended, F) in the released network and (F, attended) in the paper.
+      const int64_t column = (half == 0) == released ? 0 : c;
+      T* plain = rows.get() + task * 8 * c;
+      T* packed = packed_weight.get() + task * 8 * c;
+      for (int64_t r = 0; r < 8; ++r) {
+        if (to + r < c) {
+          load_rows(weight, 0, (to + r) * 2 * c + column, c, plain + r * c, c);
+        } else {
+          std::fill_n(plain + r * c, c, T{0});
+        }
+      }
+      for (int64_t from = 0; from < c; ++from) {
+        for (int64_t r = 0; r < 8; ++r) packed[from * 8 + r] = plain[r * c + from];
+      }
+    });
+    w.weight = packed_weight.get();
+    w.bias = packed_bias.get();
+  }
+
+  const bool share = released && kernels.element_bytes == static_cast<int64_t>(sizeof(T));
+  const int64_t item_bytes = w.pack_bytes * (share ? 1 : 2);
+  const int64_t turn = std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, features.size[0]);
+  for (int64_t first = 0; first < features.size[0]; first += turn) {
+    w.first_item = first;
+    w.batch = std::min(turn, features.size[0] - first);
+    const Planes<T> planes(features, first, w.batch, native, threads);
+    w.features = planes.get();
+    const Packed<T> packed(kernels, share, threads, w);
+
+    const int64_t panels = w.batch * w.panels;
+    w.splits = 1;
+    if (threads > 1 && panels < kTasksPerThread * threads) {
+      w.splits = std::clamp<int64_t>(ceil_div(kTasksPerThread * threads, panels), 1,
+                                     std::max<int64_t>(1, w.key_groups / kMinimumGroupsPerSplit));
+    }
+    w.groups_per_split = ceil_div(w.key_groups, w.splits);
+    w.splits = ceil_div(w.key_groups, w.groups_per_split);
+    Buffer<T> parts, tops, sums;
+    if (w.splits > 1) {
+      parts = Buffer<T>(panels * w.splits * w.channels_padded * w.panel);
+      tops = Buffer<T>(panels * w.splits * w.panel);
+      sums = Buffer<T>(panels * w.splits * w.panel);
+      w.part_rows = parts.get();
+      w.part_max = tops.get();
+      w.part_sum = sums.get();
+    }
+    const int64_t each = round_up(kernels.forward_scratch(w), 64), per_item = w.panels * w.splits;
+    const Buffer<T> scratch(each * std::min(threads, panels * w.splits));
+    parallel_for(threads, panels * w.splits, [&](int64_t task, int64_t worker) {
+      kernels.forward(w, task / per_item, task % per_item / w.splits, task % w.splits, scratch.get() + worker * each);
+    });
+    if (w.splits > 1) {
+      parallel_for(threads, panels, [&](int64_t task, int64_t worker) {
+        kernels.merge(w, task / w.panels, task % w.panels, scratch.get() + worker * each);
+      });
+    }
+  }
+}
+
+template <class T>
+void run_backward(const View& grad_attended, const View& features, const View& attended, const View& lse,
+                  bool released, const View& grad_features, int64_t threads) {
+  const DType native = sizeof(T) == 8 ? DType::float64 : DType::float32;
+  const AttentionKernels<T>& kernels = pick(T{}, false);
+  AttentionWork<T> w{};
+  describe(features, released, kernels, w);
+  w.out = grad_features;
+  const int64_t item_bytes = w.pack_bytes * (released ? 1 : 2);
+  const int64_t turn = std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, features.size[0]);
+  for (int64_t first = 0; first < features.size[0]; first += turn) {
+    w.first_item = first;
+    w.batch = std::min(turn, features.size[0] - first);
+    const Planes<T> planes(features, first, w.batch, native, threads);
+    const Planes<T> grads(grad_attended, first, w.batch, native, threads);
+    const Planes<T> saved(attended, first, w.batch, native, threads);
+    w.features = planes.get();
+    w.grad = grads.get();
+    w.saved = saved.get();
+    w.saved_lse = reinterpret_cast<const T*>(lse.data) + first * w.positions;
+    const Packed<T> packed(kernels, released, threads, w);
+
+    const Buffer<T> row_dot(w.batch * w.positions);
+    w.row_dot = row_dot.get();
+    const int64_t tiles = ceil_div(w.positions, kPositionsPerTile);
+    parallel_for(threads, w.batch * tiles, [&](int64_t task, int64_t) {
+      const int64_t b = task / tiles, p0 = task % tiles * kPositionsPerTile;
+      const int64_t count = std::min(kPositionsPerTile, w.positions - p0);
+      T* dot = w.row_dot + b * w.positions + p0;
+      std::fill_n(dot, count, T{0});
+      for (int64_t c = 0; c < w.channels; ++c) {
+        const int64_t offset = (b * w.channels + c) * w.positions + p0;
+        for (int64_t t = 0; t < count; ++t) dot[t] += w.grad[offset + t] * w.saved[offset + t];
+      }
+    });
+
+    // As many rectangles as threads, near square: queries x keys copies cost (queries + keys) buffers.
+    const int64_t wanted = ceil_div(threads, w.batch);
+    w.key_ranges = 1;
+    while ((w.key_ranges + 1) * (w.key_ranges + 1) <= wanted) ++w.key_ranges;
+    w.key_ranges = std::min(w.key_ranges, w.key_groups);
+    w.query_ranges = std::min(ceil_div(wanted, w.key_ranges), w.panels);
+    const int64_t key_elements = w.batch * w.key_groups * kKeysPerGroup * w.channels_lanes;
+    const Buffer<T> grad_key(w.query_ranges * key_elements);
+    const Buffer<T> grad_value(released ? 0 : w.query_ranges * key_elements);
+    const Buffer<T> grad_query(w.key_ranges * w.batch * w.channels * w.positions);
+    w.grad_key = grad_key.get();
+    w.grad_value = grad_value.get();
+    w.grad_query = grad_query.get();
+
+    const int64_t each = round_up(kernels.backward_scratch(w), 64);
+    const Buffer<T> scratch(each * threads);
+    const int64_t per_item = w.query_ranges * w.key_ranges;
+    parallel_for(threads, w.batch * per_item, [&](int64_t task, int64_t worker) {
+      kernels.backward(w, task / per_item, task % per_item / w.key_ranges, task % w.key_ranges,
+                       scratch.get() + worker * each);
+    });
+    if (w.key_ranges > 1) {
+      parallel_for(threads, w.batch * tiles,
+                   [&](int64_t task, int64_t) { kernels.backward_sum(w, task / tiles, task % tiles); });
+    }
+    parallel_for(threads, w.batch * tiles, [&](int64_t task, int64_t worker) {
+      kernels.backward_finish(w, task / tiles, task % tiles, scratch.get() + worker * each);
+    });
+  }
+}
+
+// Common checks; false where there is nothing to do.
+bool check_features(const char* function, const View& features, const View& lse, int64_t threads) {
+  if (features.dtype == DType::float16) fail(function, "features", "float32, bfloat16 or float64", "float16");
+  if (threads < 1) fail(function, "threads", "at least 1", std::to_string(threads));
+  expect_dtype(function, "lse", lse, features.dtype == DType::float64 ? DType::float64 : DType::float32);
+  const int64_t positions = features.size[2] * features.size[3];
+  expect_size(function, "lse", lse, {1, 1, features.size[0], positions});
+  if (lse.stride[3] != 1 || lse.stride[2] != positions) fail(function, "lse", "a contiguous tensor", "strides");
+  if (features.size[1] < 1 || positions < 1) {
+    fail(function, "features", "[B, C, H, W] with C, H, W >= 1", shape_string(features.size));
+  }
+  return features.size[0] > 0;
+}
+
+void expect_like(const char* function, const char* name, const View& view, const View& features) {
+  expect_dtype(function, name, view, features.dtype);
+  expect_size(function, name, view, {features.size[0], features.size[1], features.size[2], features.size[3]});
+}
+
+}  // namespace
+
+void attention_forward(const TensorArg& features_arg, const TensorArg& weight_arg, const TensorArg& bias_arg,
+                       bool released, const TensorArg& out_arg, const TensorArg& attended_arg,
+                       const TensorArg& lse_arg, int64_t threads) {
+  const char* function = "attention_forward";
+  const View features = make_view(function, "features", features_arg);
+  const View weight = make_view(function, "weight", weight_arg, true);
+  const View bias = make_view(function, "bias", bias_arg, true);
+  const View out = make_view(function, "out", out_arg, true);
+  const View attended = make_view(function, "attended", attended_arg, true);
+  const View lse = make_view(function, "lse", lse_arg);
+  if (!check_features(function, features, lse, threads)) return;
+  const int64_t channels = features.size[1];
+  if (weight) {
+    expect_size(function, "weight", weight, {1, 1, channels, 2 * channels});
+    expect_like(function, "out", out, features);
+  }
+  if (bias) expect_size(function, "bias", bias, {1, 1, 1, channels});
+  if (static_cast<bool>(out) != static_cast<bool>(weight))
+    fail(function, "out", "a tensor with weight, none without", "the other");
+  if (attended) expect_like(function, "attended", attended, features);
+  const auto run = features.dtype == DType::float64 ? run_forward<double> : run_forward<float>;
+  run(features, weight, bias, released, out, attended, lse, useful_threads(features, threads));
+}
+
+void attention_backward(const TensorArg& grad_arg, const TensorArg& features_arg, const TensorArg& attended_arg,
+                        const TensorArg& lse_arg, bool released, const TensorArg& grad_features_arg,
+                        int64_t threads) {
+  const char* function = "attention_backward";
+  const View features = make_view(function, "features", features_arg);
+  const View grad = make_view(function, "grad_attended", grad_arg);
+  const View attended = make_view(function, "attended", attended_arg);
+  const View lse = make_view(function, "lse", lse_arg);
+  const View grad_features = make_view(function, "grad_features", grad_features_arg);
+  if (!check_features(function, features, lse, threads)) return;
+  expect_like(function, "grad_attended", grad, features);
+  expect_like(function, "attended", attended, features);
+  expect_like(function, "grad_features", grad_features, features);
+  const auto run = features.dtype == DType::float64 ? run_backward<double> : run_backward<float>;
+  run(grad, features, attended, lse, released, grad_features, useful_threads(features, threads));
+}
+
+}  // namespace lgnet

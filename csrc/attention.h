@@ -1,0 +1,78 @@
+// What attention.cpp (scheduling, memory) and attention_kernels.h (arithmetic, once per instruction set) share.
+#pragma once
+
+#include "common.h"
+
+namespace lgnet {
+
+constexpr int64_t kKeysPerGroup = 8;       // keys interleaved in the packed layout [group][channel][key in group]
+constexpr int64_t kKeysPerChunk = 128;     // keys between two looks at the running maximum
+constexpr int64_t kPositionsPerTile = 64;  // positions a preparation task handles at once
+constexpr double kLog2E = 1.4426950408889634;
+constexpr double kLn2 = 0.6931471805599453;
+
+// Everything one call works on. T is the accumulators' type: float (also for bf16 inputs) or double.
+template <class T>
+struct AttentionWork {
+  // Problem. channels_padded is a multiple of 8; positions = height * width; panels of `panel` queries.
+  int64_t batch, channels, channels_padded, height, width, positions;
+  int64_t panel, panels, key_groups;
+  bool released;
+
+  const T* features;   // [batch][channels][positions]
+  T* inverse_norm;     // [batch][positions]
+  char* keys;          // [batch][key_groups][channels_padded][8]
+  char* values;        // the same layout; the same memory in the released variant
+  int64_t pack_bytes;  // of one batch item in keys and in values
+
+  // Forward.
+  int64_t splits, groups_per_split;  // key range of one task, in groups of 8
+  const T* weight;  // [2: attended, features][channels_padded / 8][channels][8], or null: attention alone
+  const T* bias;    // [channels_padded]
+  T* part_rows;     // [batch][panels][splits][channels_padded][panel], only where splits > 1
+  T* part_max;      // [batch][panels][splits][panel]
+  T* part_sum;
+  View out, attended;  // either may be empty
+  T* lse;              // [batch][positions]
+  int64_t first_item;  // batch item of the views that item 0 here is
+
+  // Backward.
+  int64_t query_ranges, key_ranges;
+  const T* grad;           // of attended, [batch][channels][positions]
+  const T* saved;          // attended, the same layout
+  const T* saved_lse;      // [batch][positions]
+  T* row_dot;              // D_i = sum_c grad * attended, [batch][positions]
+  T* grad_query;           // [key_ranges][batch][channels][positions]
+  T* grad_key;             // [query_ranges][batch][key_groups * 8][channels_lanes]; dK, with dV added if released
+  T* grad_value;           // the same layout, only in the paper's variant
+  int64_t channels_lanes;  // channels rounded up to the vector width
+};
+
+template <class T>
+struct AttentionKernels {
+  int64_t panel;                                        // queries in a panel
+  int64_t lanes;                                        // of a vector
+  int64_t element_bytes;                                // of packed keys and values
+  int64_t (*forward_scratch)(const AttentionWork<T>&);  // elements of T per worker
+  int64_t (*backward_scratch)(const AttentionWork<T>&);
+  void (*prepare)(const AttentionWork<T>&, int64_t b, int64_t tile);
+  void (*forward)(const AttentionWork<T>&, int64_t b, int64_t panel, int64_t split, T* scratch);
+  void (*merge)(const AttentionWork<T>&, int64_t b, int64_t panel, T* scratch);
+  void (*backward)(const AttentionWork<T>&, int64_t b, int64_t query_range, int64_t key_range, T* scratch);
+  void (*backward_sum)(const AttentionWork<T>&, int64_t b, int64_t tile);
+  void (*backward_finish)(const AttentionWork<T>&, int64_t b, int64_t tile, T* scratch);
+};
+
+struct AttentionTable {
+  AttentionKernels<float> f32;
+  AttentionKernels<double> f64;
+  AttentionKernels<float> bf16;  // forward on bf16 pairs; all null where the instruction set has no such product
+};
+
+// features [B, C, H, W]; lse [1, 1, B, H*W] dense, float32 or float64; weight [1, 1, C, 2C]; bias [1, 1, 1, C].
+void attention_forward(const TensorArg& features, const TensorArg& weight, const TensorArg& bias, bool released,
+                       const TensorArg& out, const TensorArg& attended, const TensorArg& lse, int64_t threads);
+void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,
+                        const TensorArg& lse, bool released, const TensorArg& grad_features, int64_t threads);
+
+}  // namespace lgnet

@@ -1,0 +1,615 @@
+// The arithmetic of attention.cpp, a template of the vector class; see there for formulas and blocking.
+// Included by isa_*.cpp inside its target pragma.
+#include "attention.h"
+#include "simd.h"
+
+namespace lgnet {
+namespace LGNET_ISA {
+
+template <class V>
+struct Attention {
+  using T = typename V::T;
+  using Unit = typename V::Unit;
+  using Reg = typename V::Reg;
+  using Work = AttentionWork<T>;
+  static constexpr int W = V::W, NR = V::W * V::NV, ROWS = V::ROWS;
+  static constexpr int UNITS = static_cast<int>(kKeysPerGroup) / V::PAIR;  // of one channel in a group of keys
+  static constexpr int64_t GROUP = kKeysPerGroup, CHUNK = kKeysPerChunk;
+  static constexpr int64_t SCORE_ROWS = CHUNK;
+
+  // --- register block -------------------------------------------------------------------------------------------
+
+  // acc[r][m] += sum_k a[r * A_ROW + k * A_STEP] * b[k * ldb + m * W ...]: per k, M loads and R broadcasts feed
+  // R * M products. With 8 x 3 accumulators that is 11 loads for 24 products, under half of what two load ports do
+  // in the 12 cycles, so the products' latency and throughput are what is left.
+  template <int R, int M, int A_ROW, int A_STEP>
+  static LGNET_INLINE void multiply(Reg (&acc)[R][M], const Unit* a, const Unit* b, int64_t ldb, int64_t depth) {
+    for (int64_t k = 0; k < depth; ++k) {
+      decltype(V::load_units(b)) column[M];
+      LGNET_UNROLL
+      for (int m = 0; m < M; ++m) column[m] = V::load_units(b + m * W);
+      LGNET_UNROLL
+      for (int r = 0; r < R; ++r) {
+        const auto value = V::broadcast(a + r * A_ROW);
+        LGNET_UNROLL
+        for (int m = 0; m < M; ++m) acc[r][m] = V::dot(acc[r][m], value, column[m]);
+      }
+      a += A_STEP;
+      b += ldb;
+    }
+  }
+
+  template <int R, int M>
+  static LGNET_INLINE void load_block(Reg (&acc)[R][M], const T* c, int64_t ldc, bool accumulate) {
+    LGNET_UNROLL
+    for (int r = 0; r < R; ++r) {
+      LGNET_UNROLL
+      for (int m = 0; m < M; ++m) acc[r][m] = accumulate ? V::load(c + r * ldc + m * W) : V::set1(0);
+    }
+  }
+
+  template <int R, int M>
+  static LGNET_INLINE void store_block(const Reg (&acc)[R][M], T* c, int64_t ldc) {
+    LGNET_UNROLL
+    for (int r = 0; r < R; ++r) {
+      LGNET_UNROLL
+      for (int m = 0; m < M; ++m) V::store(c + r * ldc + m * W, acc[r][m]);
+    }
+  }
+
+  // --- products of a panel ---------------------------------------------------------------------------------------
+
+  // scores[key][query] (+)= keys . queries for `groups` groups of 8 keys. Depth is the channels' units. Channels
+  // are taken 256 at a time, so that the panel's slice stays in the first-level cache while the keys stream by.
+  template <int M>
+  static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
+                            int64_t depth, T* scores, bool accumulate) {
+    constexpr int64_t kDepth = 256;
+    for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
+      const int64_t step = depth - k0 < kDepth ? depth - k0 : kDepth;
+      for (int64_t g = 0; g < groups; ++g) {
+        for (int r0 = 0; r0 < GROUP; r0 += ROWS) {
+          Reg acc[ROWS][M];
+          T* c = scores + (g * GROUP + r0) * NR;
+          load_block<ROWS, M>(acc, c, NR, accumulate || k0 > 0);
+          multiply<ROWS, M, 1, static_cast<int>(GROUP)>(acc, keys + g * group_stride + k0 * GROUP + r0,
+                                                        queries + k0 * NR, NR, step);
+          store_block<ROWS, M>(acc, c, NR);
+        }
+      }
+    }
+  }
+
+  // rows[channel][query] (+)= sum over keys of values[key][channel] * weights[key][query]. Eight channels of eight
+  // keys are 256 adjacent bytes in the same packed layout that score_product reads.
+  template <int M>
+  static void value_product(const Unit* values, int64_t group_stride, int64_t groups, const Unit* weights,
+                            int64_t channels_padded, T* rows, bool accumulate) {
+    for (int64_t c0 = 0; c0 < channels_padded; c0 += ROWS) {
+      Reg acc[ROWS][M];
+      load_block<ROWS, M>(acc, rows + c0 * NR, NR, accumulate);
+      const Unit* a = values + c0 * UNITS;
+      for (int64_t g = 0; g < groups; ++g) {
+        multiply<ROWS, M, UNITS, 1>(acc, a + g * group_stride, weights + g * UNITS * NR, NR, UNITS);
+      }
+      store_block<ROWS, M>(acc, rows + c0 * NR, NR);
+    }
+  }
+
+  // out[key][channel] += sum over queries of left[key][query] * right[query][channel], for `keys` keys (a multiple
+  // of 8) and `queries` <= NR queries.
+  template <int M>
+  static LGNET_INLINE void outer_block(const T* left, const T* right, int64_t ld, int64_t keys, int64_t queries,
+                                       T* out) {
+    for (int64_t j = 0; j < keys; j += ROWS) {
+      Reg acc[ROWS][M];
+      load_block<ROWS, M>(acc, out + j * ld, ld, true);
+      multiply<ROWS, M, NR, 1>(acc, left + j * NR, right, ld, queries);
+      store_block<ROWS, M>(acc, out + j * ld, ld);
+    }
+  }
+  static void outer_product(const T* left, const T* right, int64_t lanes, int64_t keys, int64_t queries, T* out) {
+    int64_t c = 0;
+    for (; c + NR <= lanes; c += NR) outer_block<V::NV>(left, right + c, lanes, keys, queries, out + c);
+    for (; c < lanes; c += W) outer_block<1>(left, right + c, lanes, keys, queries, out + c);
+  }
+
+  // Calls f with the number of vectors that `count` positions fill as a compile-time constant.
+  template <class F>
+  static LGNET_INLINE void with_vectors(int64_t count, F f) {
+    if constexpr (V::NV >= 3) {
+      if (count > 2 * W) return f(std::integral_constant<int, 3>());
+    }
+    if (count > W) return f(std::integral_constant<int, 2>());
+    f(std::integral_constant<int, 1>());
+  }
+
+  // --- preparation: norms, packed keys and values ---------------------------------------------------------------
+
+  static LGNET_INLINE void put(Unit* pack, int64_t index, T value) {
+    if constexpr (V::PAIR == 1) {
+      pack[index] = value;
+    } else {
+      const uint16_t bits = to_bf16(value).bits;
+      std::memcpy(reinterpret_cast<char*>(pack) + 2 * index, &bits, 2);
+    }
+  }
+
+  static void prepare(const Work& w, int64_t b, int64_t tile) {
+    constexpr int64_t TILE = kPositionsPerTile;
+    const int64_t p0 = tile * TILE, count = w.positions - p0 < TILE ? w.positions - p0 : TILE;
+    const T* f = w.features + b * w.channels * w.positions + p0;
+    const T shift = w.released ? static_cast<T>(1e-7) : T{0};
+    T inverse[TILE] = {};
+    // Squares are summed 16 channels at a time: shorter chains of float32 sums, smaller rounding errors.
+    T total[TILE] = {};
+    for (int64_t c0 = 0; c0 < w.channels; c0 += 16) {
+      T part[TILE] = {};
+      const int64_t c1 = c0 + 16 < w.channels ? c0 + 16 : w.channels;
+      for (int64_t c = c0; c < c1; ++c) {
+        const T* row = f + c * w.positions;
+        for (int64_t t = 0; t < count; ++t) part[t] += (row[t] + shift) * (row[t] + shift);
+      }
+      for (int64_t t = 0; t < TILE; ++t) total[t] += part[t];
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      const T norm = std::sqrt(total[t]);
+      inverse[t] = T{1} / (w.released || !(norm < static_cast<T>(1e-12)) ? norm : static_cast<T>(1e-12));
+      w.inverse_norm[b * w.positions + p0 + t] = inverse[t];
+    }
+    const bool separate_values = w.values != w.keys;
+    for (int64_t c = 0; c < w.channels_padded; ++c) {
+      T row[TILE] = {};
+      if (c < w.channels) {
+        for (int64_t t = 0; t < count; ++t) row[t] = f[c * w.positions + t] + shift;
+      }
+      T key[TILE];
+      for (int64_t t = 0; t < TILE; ++t) key[t] = row[t] * inverse[t];
+      const T* value = w.released ? key : row;
+      for (int64_t t0 = 0; t0 < count; t0 += GROUP) {
+        const int64_t group = (p0 + t0) / GROUP;
+        Unit* kp = reinterpret_cast<Unit*>(w.keys + b * w.pack_bytes) + group * w.channels_padded * UNITS;
+        Unit* vp = reinterpret_cast<Unit*>(w.values + b * w.pack_bytes) + group * w.channels_padded * UNITS;
+        for (int64_t t = 0; t < GROUP; ++t) {
+          // Pairs run along the summed index: channels in the keys, keys in the values.
+          if constexpr (V::PAIR == 1) {
+            kp[c * GROUP + t] = key[t0 + t];
+          } else {
+            put(kp, (c / 2) * 2 * GROUP + 2 * t + c % 2, key[t0 + t]);
+          }
+        }
+        if (separate_values) {
+          for (int64_t t = 0; t < GROUP; ++t) put(vp, c * GROUP + t, value[t0 + t]);
+        }
+      }
+    }
+  }
+
+  // --- queries ---------------------------------------------------------------------------------------------------
+
+  // rows[c][t] = scale * query of position p0 + t: the zero-padded 3x3 box sum of the features (released), or the
+  // normalised features (paper). Lanes from `count` on are zero.
+  static void load_queries(const Work& w, int64_t b, int64_t p0, int64_t count, T scale, T* rows) {
+    const int64_t n = w.positions, width = w.width;
+    const T* f = w.features + b * w.channels * n;
+    if (!w.released) {
+      T factor[NR] = {};
+      for (int64_t t = 0; t < count; ++t) factor[t] = w.inverse_norm[b * n + p0 + t] * scale;
+      for (int64_t c = 0; c < w.channels; ++c) {
+        for (int64_t t = 0; t < NR; ++t) rows[c * NR + t] = t < count ? f[c * n + p0 + t] * factor[t] : T{0};
+      }
+    } else {
+      box_sum(f, w.channels, n, width, p0, count, scale, rows);
+    }
+    for (int64_t c = w.channels; c < w.channels_padded; ++c) {
+      for (int64_t t = 0; t < NR; ++t) rows[c * NR + t] = T{0};
+    }
+  }
+
+  // rows[c][t] = scale * sum of the 3x3 neighbourhood of position p0 + t in image c, zero outside the image.
+  static void box_sum(const T* f, int64_t channels, int64_t n, int64_t width, int64_t p0, int64_t count, T scale,
+                      T* rows) {
+    // In flat order the neighbours left and right of a row's ends belong to other rows: these factors drop them.
+    T left[NR] = {}, right[NR] = {}, here[NR] = {};
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t x = (p0 + t) % width;
+      left[t] = x > 0 ? scale : T{0};
+      right[t] = x < width - 1 ? scale : T{0};
+      here[t] = scale;
+    }
+    // column[u]: vertical sum at position p0 - 1 + u, over those of its three rows that exist.
+    const int64_t first = p0 - 1;
+    int64_t begin[3], end[3];
+    for (int k = 0; k < 3; ++k) {
+      const int64_t shift = first + (k - 1) * width;
+      begin[k] = shift < 0 ? (-shift < NR + 2 ? -shift : NR + 2) : 0;
+      end[k] = n - shift < NR + 2 ? (n - shift > 0 ? n - shift : 0) : NR + 2;
+    }
+    for (int64_t c = 0; c < channels; ++c) {
+      const T* plane = f + c * n;
+      T column[NR + 2] = {};
+      for (int k = 0; k < 3; ++k) {
+        const int64_t shift = first + (k - 1) * width;
+        for (int64_t u = begin[k]; u < end[k]; ++u) column[u] += plane[shift + u];
+      }
+      T* row = rows + c * NR;
+      for (int64_t t = 0; t < NR; ++t)
+        row[t] = column[t] * left[t] + column[t + 1] * here[t] + column[t + 2] * right[t];
+    }
+  }
+
+  static LGNET_INLINE void to_units(const T* rows, int64_t channels_padded, Unit* units) {
+    if constexpr (V::PAIR == 2) {
+      for (int64_t c = 0; c < channels_padded; c += 2) {
+        for (int64_t t = 0; t < NR; t += W) {
+          V::store_pairs(units + c / 2 * NR + t, V::load(rows + c * NR + t), V::load(rows + (c + 1) * NR + t));
+        }
+      }
+    }
+  }
+
+  // --- forward ---------------------------------------------------------------------------------------------------
+
+  static int64_t forward_scratch(const Work& w) { return 3 * w.channels_padded * NR + CHUNK * NR + 4 * NR; }
+
+  // One panel of queries against one range of keys.
+  static void forward(const Work& w, int64_t b, int64_t panel, int64_t split, T* scratch) {
+    const int64_t p0 = panel * NR, count = w.positions - p0 < NR ? w.positions - p0 : NR;
+    with_vectors(count, [&](auto m) { forward_panel<decltype(m)::value>(w, b, panel, count, split, scratch); });
+  }
+
+  template <int M>
+  static void forward_panel(const Work& w, int64_t b, int64_t panel, int64_t count, int64_t split, T* scratch) {
+    const int64_t cp = w.channels_padded;
+    T* rows = scratch;                // [cp][NR] attended values, not yet divided by the sums
+    T* query_rows = rows + cp * NR;   // [cp][NR]
+    T* spare = query_rows + cp * NR;  // [cp][NR] queries as units; later the combiner's operands
+    T* scores = spare + cp * NR;      // [CHUNK][NR] scores, then weights
+    T* top = scores + CHUNK * NR;     // [NR] subtracted from the scores: the maximum, or a little less
+    T* sum = top + NR;                // [NR]
+    T* chunk_top = sum + NR;          // [NR]
+
+    // Scores in units of log 2: the softmax's exp is exp2, and the factor costs nothing here.
+    load_queries(w, b, panel * NR, count, static_cast<T>(kLog2E), query_rows);
+    const Unit* queries;
+    if constexpr (V::PAIR == 1) {
+      queries = query_rows;
+    } else {
+      to_units(query_rows, cp, reinterpret_cast<Unit*>(spare));
+      queries = reinterpret_cast<const Unit*>(spare);
+    }
+    for (int64_t t = 0; t < NR; ++t) sum[t] = 0, top[t] = 0;
+
+    const int64_t group_stride = cp * UNITS;
+    const Unit* keys = reinterpret_cast<const Unit*>(w.keys + b * w.pack_bytes);
+    const Unit* values = reinterpret_cast<const Unit*>(w.values + b * w.pack_bytes);
+    const int64_t g_begin = split * w.groups_per_split;
+    const int64_t g_end = g_begin + w.groups_per_split < w.key_groups ? g_begin + w.groups_per_split : w.key_groups;
+    for (int64_t g0 = g_begin; g0 < g_end; g0 += CHUNK / GROUP) {
+      const int64_t groups = g_end - g0 < CHUNK / GROUP ? g_end - g0 : CHUNK / GROUP;
+      const int64_t padded = groups * GROUP;
+      const int64_t valid = w.positions - g0 * GROUP < padded ? w.positions - g0 * GROUP : padded;
+      const bool first = g0 == g_begin;
+      score_product<M>(keys + g0 * group_stride, group_stride, groups, queries,
+                       V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false);
+      // The paper's scores are cosines: exp2 of them needs no maximum subtracted.
+      if (w.released) raise_maximum<M>(scores, valid, first, cp, rows, top, sum, chunk_top);
+      exponentiate<M>(scores, valid, padded, top, sum);
+      value_product<M>(values + g0 * group_stride, group_stride, groups, reinterpret_cast<const Unit*>(scores), cp,
+                       rows, !first);
+    }
+    if (w.splits == 1) return finish<M>(w, b, panel, count, rows, top, sum, query_rows, spare);
+
+    const int64_t part = (b * w.panels + panel) * w.splits + split;
+    T* part_rows = w.part_rows + part * cp * NR;
+    for (int64_t c = 0; c < cp; ++c) {
+      for (int m = 0; m < M; ++m) V::store(part_rows + c * NR + m * W, V::load(rows + c * NR + m * W));
+    }
+    for (int64_t t = 0; t < NR; ++t) w.part_max[part * NR + t] = top[t], w.part_sum[part * NR + t] = sum[t];
+  }
+
+  // Softmax is right for any constant subtracted, so the running maximum is only raised where a chunk exceeds it by
+  // more than 8 (weights then stay below 2^8, sums far below overflow). After a few chunks that hardly happens, and
+  // the rows are not rescaled.
+  template <int M>
+  static LGNET_INLINE void raise_maximum(const T* scores, int64_t valid, bool first, int64_t channels_padded, T* rows,
+                                         T* top, T* sum, T* chunk_top) {
+    LGNET_UNROLL
+    for (int m = 0; m < M; ++m) {
+      Reg best[4];
+      LGNET_UNROLL
+      for (int u = 0; u < 4; ++u) best[u] = V::load(scores + m * W);
+      int64_t j = 0;
+      for (; j + 4 <= valid; j += 4) {
+        LGNET_UNROLL
+        for (int u = 0; u < 4; ++u) best[u] = V::max(best[u], V::load(scores + (j + u) * NR + m * W));
+      }
+      for (; j < valid; ++j) best[0] = V::max(best[0], V::load(scores + j * NR + m * W));
+      V::store(chunk_top + m * W, V::max(V::max(best[0], best[1]), V::max(best[2], best[3])));
+    }
+    const Reg slack = V::set1(T{8});
+    for (int m = 0; m < M; ++m) {
+      const Reg now = V::load(chunk_top + m * W), before = V::load(top + m * W);
+      if (first) {
+        V::store(top + m * W, now);
+        continue;
+      }
+      const Reg limit = V::add(before, slack);
+      if (!V::any_greater(now, limit)) continue;
+      const Reg after = V::select_greater(now, limit, now, before);
+      const Reg factor = V::exp2(V::sub(before, after));
+      V::store(top + m * W, after);
+      V::store(sum + m * W, V::mul(V::load(sum + m * W), factor));
+      for (int64_t c = 0; c < channels_padded; ++c) {
+        T* row = rows + c * NR + m * W;
+        V::store(row, V::mul(V::load(row), factor));
+      }
+    }
+  }
+
+  // scores -> weights exp2(score - top), in place, as units; weights of the padding keys are zero.
+  template <int M>
+  static LGNET_INLINE void exponentiate(T* scores, int64_t valid, int64_t padded, const T* top, T* sum) {
+    for (int m = 0; m < M; ++m) {
+      const Reg shift = V::load(top + m * W);
+      Reg total[2] = {V::set1(0), V::set1(0)};
+      T* column = scores + m * W;
+      int64_t j = 0;
+      for (; j + 2 <= valid; j += 2) {
+        const Reg even = V::exp2(V::sub(V::load(column + j * NR), shift));
+        const Reg odd = V::exp2(V::sub(V::load(column + (j + 1) * NR), shift));
+        total[0] = V::add(total[0], even);
+        total[1] = V::add(total[1], odd);
+        store_weights(column, j, even, odd);
+      }
+      if (j < valid) {
+        const Reg last = V::exp2(V::sub(V::load(column + j * NR), shift));
+        total[0] = V::add(total[0], last);
+        store_weights(column, j, last, V::set1(0));
+        j += 2;
+      }
+      for (; j < padded; j += 2) store_weights(column, j, V::set1(0), V::set1(0));
+      V::store(sum + m * W, V::add(V::load(sum + m * W), V::add(total[0], total[1])));
+    }
+  }
+
+  static LGNET_INLINE void store_weights(T* column, int64_t j, Reg even, Reg odd) {
+    if constexpr (V::PAIR == 1) {
+      V::store(column + j * NR, even);
+      V::store(column + (j + 1) * NR, odd);
+    } else {
+      // Pairs take half the rows: row j / 2 has been read before it is written.
+      V::store_pairs(reinterpret_cast<Unit*>(column) + j / 2 * NR, even, odd);
+    }
+  }
+
+  // Divides by the sums, writes lse and what was asked for: the attended rows, or those through the combiner.
+  template <int M>
+  static void finish(const Work& w, int64_t b, int64_t panel, int64_t count, T* rows, const T* top, const T* sum,
+                     T* feature_rows, T* out_rows) {
+    const int64_t p0 = panel * NR, cp = w.channels_padded, item = w.first_item + b;
+    for (int m = 0; m < M; ++m) {
+      const Reg inverse = V::div(V::set1(1), V::load(sum + m * W));
+      for (int64_t c = 0; c < cp; ++c)
+        V::store(rows + c * NR + m * W, V::mul(V::load(rows + c * NR + m * W), inverse));
+    }
+    for (int64_t t = 0; t < count; ++t) {
+      w.lse[item * w.positions + p0 + t] = (top[t] + std::log2(sum[t])) * static_cast<T>(kLn2);
+    }
+    if (w.attended) store_rows(w.attended, item, p0, count, rows, NR);
+    if (!w.out) return;
+    const T* f = w.features + b * w.channels * w.positions + p0;
+    for (int64_t c = 0; c < w.channels; ++c) {
+      for (int64_t t = 0; t < NR; ++t) feature_rows[c * NR + t] = t < count ? f[c * w.positions + t] : T{0};
+    }
+    for (int64_t c = 0; c < cp; ++c) {
+      for (int m = 0; m < M; ++m) V::store(out_rows + c * NR + m * W, V::set1(w.bias[c]));
+    }
+    // The same register block in plain T, also under bf16 keys: the combiner is a sixteenth of the work or less.
+    using Full = Attention<F<T>>;
+    const int64_t stride = w.channels * GROUP;
+    Full::template score_product<M>(w.weight, stride, cp / GROUP, rows, w.channels, out_rows, true);
+    Full::template score_product<M>(w.weight + cp * w.channels, stride, cp / GROUP, feature_rows, w.channels,
+                                    out_rows, true);
+    store_rows(w.out, item, p0, count, out_rows, NR);
+  }
+
+  // Joins the key ranges of one panel: rows weighted by exp2 of their maxima's differences.
+  static void merge(const Work& w, int64_t b, int64_t panel, T* scratch) {
+    const int64_t p0 = panel * NR, count = w.positions - p0 < NR ? w.positions - p0 : NR;
+    with_vectors(count, [&](auto m) { merge_panel<decltype(m)::value>(w, b, panel, count, scratch); });
+  }
+
+  template <int M>
+  static void merge_panel(const Work& w, int64_t b, int64_t panel, int64_t count, T* scratch) {
+    const int64_t cp = w.channels_padded, part = (b * w.panels + panel) * w.splits;
+    T* rows = scratch;
+    T* top = rows + 3 * cp * NR + CHUNK * NR;
+    T* sum = top + NR;
+    for (int m = 0; m < M; ++m) {
+      Reg best = V::load(w.part_max + part * NR + m * W);
+      for (int64_t s = 1; s < w.splits; ++s) best = V::max(best, V::load(w.part_max + (part + s) * NR + m * W));
+      V::store(top + m * W, best);
+      Reg total = V::set1(0);
+      for (int64_t s = 0; s < w.splits; ++s) {
+        const Reg factor = V::exp2(V::sub(V::load(w.part_max + (part + s) * NR + m * W), best));
+        total = V::fma(factor, V::load(w.part_sum + (part + s) * NR + m * W), total);
+        const T* from = w.part_rows + (part + s) * cp * NR + m * W;
+        for (int64_t c = 0; c < cp; ++c) {
+          T* row = rows + c * NR + m * W;
+          const Reg scaled = V::mul(factor, V::load(from + c * NR));
+          V::store(row, s ? V::add(V::load(row), scaled) : scaled);
+        }
+      }
+      V::store(sum + m * W, total);
+    }
+    finish<M>(w, b, panel, count, rows, top, sum, rows + cp * NR, rows + 2 * cp * NR);
+  }
+
+  // --- backward --------------------------------------------------------------------------------------------------
+
+  static int64_t backward_scratch(const Work& w) {
+    const int64_t task = 3 * w.channels_padded * NR + 2 * CHUNK * NR + 2 * NR * w.channels_lanes + 2 * NR;
+    const int64_t finish = w.channels * (kPositionsPerTile + NR);
+    return task > finish ? task : finish;
+  }
+
+  // One range of query panels against one range of keys: adds to this range's own grad_query and grad_key buffers,
+  // so that no two tasks write the same memory and the sums have one order.
+  static void backward(const Work& w, int64_t b, int64_t query_range, int64_t key_range, T* scratch) {
+    const int64_t n = w.positions, lanes = w.channels_lanes, rows_k = w.key_groups * GROUP;
+    const int64_t panel_begin = query_range * w.panels / w.query_ranges;
+    const int64_t panel_end = (query_range + 1) * w.panels / w.query_ranges;
+    const int64_t g_begin = key_range * w.key_groups / w.key_ranges;
+    const int64_t g_end = (key_range + 1) * w.key_groups / w.key_ranges;
+    T* grad_key = w.grad_key + (query_range * w.batch + b) * rows_k * lanes;
+    T* grad_value = w.released ? grad_key : w.grad_value + (query_range * w.batch + b) * rows_k * lanes;
+    T* grad_query = w.grad_query + (key_range * w.batch + b) * w.channels * n;
+    for (int64_t j = g_begin * GROUP * lanes; j < g_end * GROUP * lanes; ++j) grad_key[j] = 0;
+    if (!w.released) {
+      for (int64_t j = g_begin * GROUP * lanes; j < g_end * GROUP * lanes; ++j) grad_value[j] = 0;
+    }
+    for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
+      const int64_t count = n - panel * NR < NR ? n - panel * NR : NR;
+      with_vectors(count, [&](auto m) {
+        backward_panel<decltype(m)::value>(w, b, panel, count, g_begin, g_end, grad_query, grad_key, grad_value,
+                                           scratch);
+      });
+    }
+  }
+
+  template <int M>
+  static void backward_panel(const Work& w, int64_t b, int64_t panel, int64_t count, int64_t g_begin, int64_t g_end,
+                             T* grad_query, T* grad_key, T* grad_value, T* scratch) {
+    const int64_t cp = w.channels_padded, n = w.positions, p0 = panel * NR, lanes = w.channels_lanes;
+    T* queries = scratch;                  // [cp][NR], in units of log 2
+    T* grads = queries + cp * NR;          // [cp][NR]
+    T* rows = grads + cp * NR;             // [cp][NR] gradient of the queries
+    T* weights = rows + cp * NR;           // [CHUNK][NR] P
+    T* slopes = weights + CHUNK * NR;      // [CHUNK][NR] dP, then dS
+    T* query_lanes = slopes + CHUNK * NR;  // [NR][lanes]: the queries with channels innermost
+    T* grad_lanes = query_lanes + NR * lanes;
+    T* lse = grad_lanes + NR * lanes;  // [NR], in units of log 2
+    T* row_dot = lse + NR;             // [NR]
+
+    load_queries(w, b, p0, count, static_cast<T>(kLog2E), queries);
+    const T* grad = w.grad + b * w.channels * n + p0;
+    for (int64_t c = 0; c < cp; ++c) {
+      for (int64_t t = 0; t < NR; ++t) grads[c * NR + t] = c < w.channels && t < count ? grad[c * n + t] : T{0};
+    }
+    for (int64_t t = 0; t < NR; ++t) {
+      for (int64_t c = 0; c < lanes; ++c) {
+        query_lanes[t * lanes + c] = c < w.channels ? queries[c * NR + t] * static_cast<T>(kLn2) : T{0};
+        grad_lanes[t * lanes + c] = c < w.channels ? grads[c * NR + t] : T{0};
+      }
+      lse[t] = t < count ? w.saved_lse[b * n + p0 + t] * static_cast<T>(kLog2E) : T{0};
+      row_dot[t] = t < count ? w.row_dot[b * n + p0 + t] : T{0};
+    }
+    const int64_t stride = cp * GROUP;
+    const T* keys = reinterpret_cast<const T*>(w.keys + b * w.pack_bytes);
+    const T* values = reinterpret_cast<const T*>(w.values + b * w.pack_bytes);
+    for (int64_t g0 = g_begin; g0 < g_end; g0 += CHUNK / GROUP) {
+      const int64_t groups = g_end - g0 < CHUNK / GROUP ? g_end - g0 : CHUNK / GROUP;
+      const int64_t padded = groups * GROUP;
+      const int64_t valid = n - g0 * GROUP < padded ? n - g0 * GROUP : padded;
+      score_product<M>(keys + g0 * stride, stride, groups, queries, w.channels, weights, false);
+      score_product<M>(values + g0 * stride, stride, groups, grads, w.channels, slopes, false);
+      for (int m = 0; m < M; ++m) {
+        const Reg log_sum = V::load(lse + m * W), dot = V::load(row_dot + m * W);
+        for (int64_t j = 0; j < padded; ++j) {
+          T* p = weights + j * NR + m * W;
+          T* s = slopes + j * NR + m * W;
+          const Reg probability = j < valid ? V::exp2(V::sub(V::load(p), log_sum)) : V::set1(0);
+          V::store(p, probability);
+          V::store(s, V::mul(probability, V::sub(V::load(s), dot)));
+        }
+      }
+      value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != g_begin);
+      const int64_t offset = g0 * GROUP * lanes;
+      outer_product(weights, grad_lanes, lanes, padded, count, grad_value + offset);
+      outer_product(slopes, query_lanes, lanes, padded, count, grad_key + offset);
+    }
+    for (int64_t c = 0; c < w.channels; ++c) {
+      for (int64_t t = 0; t < count; ++t) grad_query[c * n + p0 + t] = g_begin < g_end ? rows[c * NR + t] : T{0};
+    }
+  }
+
+  // Adds the other key ranges' grad_query to the first.
+  static void backward_sum(const Work& w, int64_t b, int64_t tile) {
+    const int64_t n = w.positions, p0 = tile * kPositionsPerTile;
+    const int64_t p1 = p0 + kPositionsPerTile < n ? p0 + kPositionsPerTile : n;
+    for (int64_t r = 1; r < w.key_ranges; ++r) {
+      for (int64_t c = 0; c < w.channels; ++c) {
+        T* into = w.grad_query + (b * w.channels + c) * n;
+        const T* from = w.grad_query + ((r * w.batch + b) * w.channels + c) * n;
+        for (int64_t p = p0; p < p1; ++p) into[p] += from[p];
+      }
+    }
+  }
+
+  // From the gradients of queries, keys and values to that of the features, for one tile of positions.
+  static void backward_finish(const Work& w, int64_t b, int64_t tile, T* scratch) {
+    const int64_t n = w.positions, p0 = tile * kPositionsPerTile, lanes = w.channels_lanes;
+    const int64_t count = n - p0 < kPositionsPerTile ? n - p0 : kPositionsPerTile;
+    const int64_t copy = w.batch * w.key_groups * GROUP * lanes;
+    const T* f = w.features + b * w.channels * n;
+    const T* grad_query = w.grad_query + b * w.channels * n;
+    T* total = scratch;                                 // [channels][64]
+    T* box = scratch + w.channels * kPositionsPerTile;  // [channels][NR]
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t p = p0 + t, offset = (b * w.key_groups * GROUP + p) * lanes;
+      const T inverse = w.inverse_norm[b * n + p], shift = w.released ? static_cast<T>(1e-7) : T{0};
+      T along = 0;
+      for (int64_t c = 0; c < w.channels; ++c) {
+        T g = w.released ? T{0} : grad_query[c * n + p];
+        for (int64_t r = 0; r < w.query_ranges; ++r) g += w.grad_key[r * copy + offset + c];
+        total[c * kPositionsPerTile + t] = g;
+        along += g * (f[c * n + p] + shift) * inverse;
+      }
+      // Where the norm was clamped it is a constant, and only the division is left of the derivative.
+      if (!w.released && inverse == T{1} / static_cast<T>(1e-12)) along = 0;
+      for (int64_t c = 0; c < w.channels; ++c) {
+        T& g = total[c * kPositionsPerTile + t];
+        g = (g - along * (f[c * n + p] + shift) * inverse) * inverse;
+        if (!w.released) {
+          for (int64_t r = 0; r < w.query_ranges; ++r) g += w.grad_value[r * copy + offset + c];
+        }
+      }
+    }
+    if (w.released) {
+      for (int64_t t0 = 0; t0 < count; t0 += NR) {
+        const int64_t part = count - t0 < NR ? count - t0 : NR;
+        box_sum(grad_query, w.channels, n, w.width, p0 + t0, part, T{1}, box);
+        for (int64_t c = 0; c < w.channels; ++c) {
+          for (int64_t t = 0; t < part; ++t) total[c * kPositionsPerTile + t0 + t] += box[c * NR + t];
+        }
+      }
+    }
+    store_rows(w.out, w.first_item + b, p0, count, total, kPositionsPerTile);
+  }
+
+  static constexpr AttentionKernels<T> kernels() {
+    AttentionKernels<T> k{};
+    k.panel = NR;
+    k.lanes = W;
+    k.element_bytes = static_cast<int64_t>(sizeof(Unit)) / V::PAIR;
+    k.forward_scratch = forward_scratch;
+    k.prepare = prepare;
+    k.forward = forward;
+    k.merge = merge;
+    if constexpr (V::PAIR == 1) {
+      k.backward_scratch = backward_scratch;
+      k.backward = backward;
+      k.backward_sum = backward_sum;
+      k.backward_finish = backward_finish;
+    }
+    return k;
+  }
+
+  // The plain vector class of an element type.
+  template <class S>
+  using F = std::conditional_t<sizeof(S) == 8, F64, F32>;
+};
+
+}  // namespace LGNET_ISA
+}  // namespace lgnet

@@ -1,0 +1,130 @@
+// What engine.cpp (scheduling, memory) and conv_kernels.h (arithmetic, once per instruction set) share.
+//
+// Every convolution of a plan is brought to one form. Along each axis a transposed convolution with stride s is s
+// convolutions of the same input, one for each output phase (output y = s * i + phase); a strided convolution is a
+// sum of s convolutions over the input's phases. What is left are sums of r taps with stride 1 (r = 1, 2, 3), and
+// those are computed m outputs at a time as Winograd's F(m, r) with m + r - 1 multiplications; m = r = 1 is direct
+// convolution by patches. So a step is a list of jobs (output phases), a job a sum of groups, a group a
+// product V U at each of its points, V [tiles][depth] from the input transform, U [depth][channels] the weights.
+#pragma once
+
+#include <vector>
+
+#include "common.h"
+
+namespace lgnet {
+
+// Rows [top, bottom), columns [left, right).
+struct Rect {
+  int64_t top, bottom, left, right;
+};
+
+// What a step computes, and what of its source exists for that.
+struct Region {
+  Rect out, read;
+};
+
+enum class Activation : int64_t { none = 0, relu = 1, leaky_relu = 2 };
+
+// A feature map [batch][height][width][pixel], of which `channels` from `data` on are meant.
+struct FeatureMap {
+  const float* data;
+  int64_t height, width, pixel, channels;
+};
+
+// m x m outputs of one phase: positions y..y + m - 1, x..x + m - 1 of the phase's grid.
+struct Tile {
+  int64_t batch, y, x;
+  const Region* region;
+};
+
+struct Start {
+  int64_t y, x;  // source row of the first tap = tile row * in_step + y
+};
+
+// One product: taps ry x rx from each start (input phase, or single tap where m = 1), all summed.
+struct Group {
+  int64_t ry = 1, rx = 1;
+  std::vector<Start> starts;
+  int64_t weight = 0;  // offset of U in the step's weights, in bytes: [points][panels][depth][panel's columns]
+};
+
+struct Job {
+  int64_t oy = 0, ox = 0;  // output phase
+  std::vector<Group> groups;
+};
+
+struct Input {
+  FeatureMap source;
+  int64_t in_step;
+  bool reflect;
+  const float* zeros;  // at least source.channels zeros, read outside the source
+};
+
+// A product c[rows][columns] (+)= a[rows][depth] * b, depth in units (see simd.h), columns [0, columns) of panels.
+struct Product {
+  const void* a;
+  int64_t a_row;  // units between rows
+  const void* b;  // panels [depth][panel's columns], the first of them
+  float* c;
+  int64_t c_row;
+  int64_t rows, columns, depth;
+  bool accumulate;
+  // Ranges of depth that are not all zero in a: [begin, end) pairs.
+  const int64_t* live;
+  int64_t live_count;
+};
+
+struct Target {
+  float* data;
+  int64_t pixel;
+  Activation activation;
+};
+
+struct Output {
+  const float* bias;  // padded to the vector width
+  int64_t channels, height, width, out_step;
+  const float* residual;  // or null
+  int64_t residual_pixel;
+  int64_t target_count;
+  Target targets[2];
+};
+
+// One row of a stage's last step: sums of products, tanh, the raw picture and the merge.
+struct NarrowRow {
+  const float* products;  // [source x - first][columns], column = tap * channels + channel
+  int64_t columns, first, last;
+  int64_t kernel, stride, padding, width;  // width of the source
+  bool transposed, reflect;
+  const float* bias;
+  int64_t left, right;  // output columns
+  float* scratch;       // 4 * (right - left) floats
+  float* raw;           // [x][3], at x = 0
+  float* picture;       // [x][4] = (merged, mask), at x = 0
+  const float* image;   // channel 0 at x = 0
+  int64_t image_channel, image_column;
+};
+
+struct ConvKernels {
+  int64_t lanes;         // of a vector: bias and weights are padded to it
+  int64_t panel;         // columns of a panel; the last panel is one vector wide where that is enough
+  int64_t pair;          // elements in a unit
+  int64_t unit_bytes;    // of a unit
+  int64_t rows;          // of the largest register block
+  void (*product)(const Product&);
+  // V of `count` tiles: v[point * point_stride + tile * row + k], in units.
+  void (*transform)(const Input&, const Group&, int64_t m, const Tile*, int64_t count, void* v, int64_t point_stride,
+                    int64_t row);
+  // Sums the groups' output transforms, adds bias and residual and stores. products[g] is M of group g:
+  // [point][tile][row]; scratch holds m * m rows.
+  void (*finish)(const Output&, const Job&, int64_t m, const Tile*, int64_t count, const float* const* products,
+                 const int64_t* point_strides, int64_t row, float* scratch);
+  void (*narrow)(const NarrowRow&);
+};
+
+struct ConvTable {
+  ConvKernels f32;
+  ConvKernels bf16;  // products of bf16 pairs; all null where the instruction set has none
+};
+
+}  // namespace lgnet

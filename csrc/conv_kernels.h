@@ -1,0 +1,489 @@
+// The arithmetic of convolutions, a template of the vector class; see conv.h for the one form they all have.
+// Included by isa_*.cpp inside its target pragma.
+#include "conv.h"
+#include "simd.h"
+
+namespace lgnet {
+namespace LGNET_ISA {
+
+// --- Winograd's transforms along one axis ----------------------------------------------------------------------
+//
+// F(m, r): m outputs of an r-tap correlation, y = A^T [(G w) * (B^T d)], from m + r - 1 inputs d. With points a_p
+// (the last one infinity), A^T[i][p] = a_p^i, G[p][j] = a_p^j / prod_{q != p} (a_p - a_q), and row p of B^T holds
+// the coefficients of prod_{q != p} (x - a_q). G is applied to the weights when they are packed
+// (cpu_executor.py). Points of F(4, 3): 0, +-3/4, +-3/2, infinity: half the rounding error of the textbook's 0, +-1,
+// +-2, infinity (1.1e-6 against 2.3e-6 of the output's deviation at 256 channels); F(4, 2): 0, +-3/4, 3/2, infinity.
+constexpr float kNear = 0.75f, kFar = 1.5f;
+
+template <class V, int M, int R>
+struct Axis {
+  static constexpr int POINTS = M + R - 1;
+  using Reg = typename V::Reg;
+
+  static LGNET_INLINE Reg madd(float factor, Reg a, Reg b) { return V::fma(V::set1(factor), a, b); }
+
+  static LGNET_INLINE void input(const Reg (&d)[POINTS], Reg (&v)[POINTS]) {
+    constexpr float near2 = kNear * kNear, far2 = kFar * kFar;
+    if constexpr (R == 1) {
+      LGNET_UNROLL
+      for (int i = 0; i < POINTS; ++i) v[i] = d[i];
+    } else if constexpr (M == 4 && R == 3) {
+      v[0] = madd(near2 * far2, d[0], madd(-(near2 + far2), d[2], d[4]));
+      const Reg near_even = madd(-far2, d[2], d[4]), near_odd = madd(-far2, d[1], d[3]);
+      v[1] = madd(kNear, near_odd, near_even);
+      v[2] = madd(-kNear, near_odd, near_even);
+      const Reg far_even = madd(-near2, d[2], d[4]), far_odd = madd(-near2, d[1], d[3]);
+      v[3] = madd(kFar, far_odd, far_even);
+      v[4] = madd(-kFar, far_odd, far_even);
+      v[5] = madd(near2 * far2, d[1], madd(-(near2 + far2), d[3], d[5]));
+    } else if constexpr (M == 4 && R == 2) {
+      const Reg far = madd(-near2, d[1], d[3]);
+      v[0] = madd(-kFar, madd(-near2, d[0], d[2]), far);
+      const Reg even = madd(-kFar, d[2], d[3]), odd = madd(-kFar, d[1], d[2]);
+      v[1] = madd(kNear, odd, even);
+      v[2] = madd(-kNear, odd, even);
+      v[3] = far;
+      v[4] = madd(-kFar, far, madd(-near2, d[2], d[4]));
+    } else if constexpr (M == 2 && R == 3) {  // 0, 1, -1, infinity
+      v[0] = V::sub(d[2], d[0]);
+      v[1] = V::add(d[2], d[1]);
+      v[2] = V::sub(d[2], d[1]);
+      v[3] = V::sub(d[3], d[1]);
+    } else {  // F(2, 2): 0, 1, infinity
+      v[0] = V::sub(d[1], d[0]);
+      v[1] = d[1];
+      v[2] = V::sub(d[2], d[1]);
+    }
+  }
+
+  static LGNET_INLINE void output(const Reg (&p)[POINTS], Reg (&y)[M]) {
+    if constexpr (R == 1) {
+      LGNET_UNROLL
+      for (int i = 0; i < M; ++i) y[i] = p[i];
+    } else if constexpr (M == 4 && R == 3) {
+      const Reg near_even = V::add(p[1], p[2]), near_odd = V::sub(p[1], p[2]);
+      const Reg far_even = V::add(p[3], p[4]), far_odd = V::sub(p[3], p[4]);
+      y[0] = V::add(p[0], V::add(near_even, far_even));
+      y[1] = madd(kNear, near_odd, V::mul(V::set1(kFar), far_odd));
+      y[2] = madd(kNear * kNear, near_even, V::mul(V::set1(kFar * kFar), far_even));
+      y[3] = madd(kNear * kNear * kNear, near_odd, madd(kFar * kFar * kFar, far_odd, p[5]));
+    } else if constexpr (M == 4 && R == 2) {
+      const Reg even = V::add(p[1], p[2]), odd = V::sub(p[1], p[2]);
+      y[0] = V::add(V::add(p[0], p[3]), even);
+      y[1] = madd(kNear, odd, V::mul(V::set1(kFar), p[3]));
+      y[2] = madd(kNear * kNear, even, V::mul(V::set1(kFar * kFar), p[3]));
+      y[3] = madd(kNear * kNear * kNear, odd, madd(kFar * kFar * kFar, p[3], p[4]));
+    } else if constexpr (M == 2 && R == 3) {
+      y[0] = V::add(p[0], V::add(p[1], p[2]));
+      y[1] = V::add(V::sub(p[1], p[2]), p[3]);
+    } else {
+      y[0] = V::add(p[0], p[1]);
+      y[1] = V::add(p[1], p[2]);
+    }
+  }
+};
+
+// V: class of the products (its units are what V U multiplies); everything else is float.
+template <class V>
+struct Conv {
+  using Unit = typename V::Unit;
+  using Reg = typename V::Reg;
+  static constexpr int W = V::W, PAIR = V::PAIR;
+  // Register block: ROWS x 2 accumulators, 2 operands and a broadcast fill the register file (AVX-512: 28 + 3 of
+  // 32), and each k brings 16 loads for 28 products, where two load ports could do 28.
+  static constexpr int NV = 2, NR = NV * W, ROWS = W == 16 ? 14 : W == 8 ? 6 : 4;
+  // Depth between two visits of an accumulator's memory: a panel's slice of 32 KB stays in the first-level cache
+  // while all rows go by.
+  static constexpr int64_t DEPTH = 256;
+
+  // --- products --------------------------------------------------------------------------------------------------
+
+  // Rows in threes from one pointer, for addressing modes reach row + {0, 1, 2} * a_row: 14 pointers would not fit
+  // the integer registers.
+  template <int R, int M>
+  static LGNET_INLINE void multiply(Reg (&acc)[R][M], const Unit* const (&rows)[(R + 2) / 3], int64_t a_row,
+                                    const Unit* b, int k) {
+    decltype(V::load_units(b)) column[M];
+    LGNET_UNROLL
+    for (int m = 0; m < M; ++m) column[m] = V::load_units(b + (k * M + m) * W);
+    LGNET_UNROLL
+    for (int r = 0; r < R; ++r) {
+      const auto value = V::broadcast(rows[r / 3] + r % 3 * a_row + k);
+      LGNET_UNROLL
+      for (int m = 0; m < M; ++m) acc[r][m] = V::dot(acc[r][m], value, column[m]);
+    }
+  }
+
+  template <int R, int M>
+  static void block(const Unit* a, int64_t a_row, const Unit* b, int64_t depth, float* c, int64_t c_row,
+                    bool accumulate) {
+    constexpr int STEP = 4;
+    Reg acc[R][M];
+    LGNET_UNROLL
+    for (int r = 0; r < R; ++r) {
+      LGNET_UNROLL
+      for (int m = 0; m < M; ++m) acc[r][m] = accumulate ? V::load(c + r * c_row + m * W) : V::set1(0);
+    }
+    const Unit* rows[(R + 2) / 3];
+    LGNET_UNROLL
+    for (int i = 0; i < (R + 2) / 3; ++i) rows[i] = a + 3 * i * a_row;
+    int64_t k = 0;
+    for (; k + STEP <= depth; k += STEP) {
+      LGNET_UNROLL
+      for (int u = 0; u < STEP; ++u) multiply<R, M>(acc, rows, a_row, b, u);
+      LGNET_UNROLL
+      for (int i = 0; i < (R + 2) / 3; ++i) rows[i] += STEP;
+      b += STEP * M * W;
+    }
+    for (; k < depth; ++k) {
+      multiply<R, M>(acc, rows, a_row, b, 0);
+      LGNET_UNROLL
+      for (int i = 0; i < (R + 2) / 3; ++i) rows[i] += 1;
+      b += M * W;
+    }
+    LGNET_UNROLL
+    for (int r = 0; r < R; ++r) {
+      LGNET_UNROLL
+      for (int m = 0; m < M; ++m) V::store(c + r * c_row + m * W, acc[r][m]);
+    }
+  }
+
+  // Blocks of at most ROWS rows, as equal as possible.
+  template <int M>
+  static void rows_of_blocks(const Product& p, const Unit* b, int64_t k0, int64_t depth, float* c, bool accumulate) {
+    const int64_t blocks = ceil_div(p.rows, ROWS);
+    const Unit* a = static_cast<const Unit*>(p.a) + k0;
+    int64_t r0 = 0;
+    for (int64_t i = 0; i < blocks; ++i) {
+      const int64_t r1 = p.rows * (i + 1) / blocks;
+      with_rows<ROWS>(r1 - r0, [&](auto r) {
+        block<decltype(r)::value, M>(a + r0 * p.a_row, p.a_row, b, depth, c + r0 * p.c_row, p.c_row, accumulate);
+      });
+      r0 = r1;
+    }
+  }
+  // Calls f with `rows`, between 1 and R, as a compile-time constant.
+  template <int R, class F>
+  static LGNET_INLINE void with_rows(int64_t rows, F f) {
+    if constexpr (R == 1) {
+      f(std::integral_constant<int, 1>());
+    } else {
+      if (rows == R) return f(std::integral_constant<int, R>());
+      with_rows<R - 1>(rows, f);
+    }
+  }
+
+  static void product(const Product& p) {
+    bool accumulate = p.accumulate;
+    for (int64_t range = 0; range < p.live_count; ++range) {
+      const int64_t end = p.live[2 * range + 1];
+      for (int64_t k0 = p.live[2 * range]; k0 < end; k0 += DEPTH) {
+        const int64_t depth = end - k0 < DEPTH ? end - k0 : DEPTH;
+        for (int64_t n = 0; n < p.columns; n += NR) {
+          const Unit* b = static_cast<const Unit*>(p.b) + n * p.depth;
+          if (p.columns - n > W) {
+            rows_of_blocks<2>(p, b + k0 * NR, k0, depth, p.c + n, accumulate);
+          } else {
+            rows_of_blocks<1>(p, b + k0 * W, k0, depth, p.c + n, accumulate);
+          }
+        }
+        accumulate = true;
+      }
+    }
+    if (!accumulate) {  // nothing but padding
+      for (int64_t r = 0; r < p.rows; ++r) std::memset(p.c + r * p.c_row, 0, static_cast<size_t>(p.columns) * 4);
+    }
+  }
+
+  // --- input -----------------------------------------------------------------------------------------------------
+
+  // Writes element k.. of a row of V.
+  static LGNET_INLINE void put(Unit* row, int64_t k, Reg value) {
+    if constexpr (PAIR == 1) {
+      V::store(row + k, value);
+    } else {
+      V::store_half(reinterpret_cast<bf16*>(row) + k, value);
+    }
+  }
+  static LGNET_INLINE void put_one(Unit* row, int64_t k, float value) {
+    if constexpr (PAIR == 1) {
+      row[k] = value;
+    } else {
+      reinterpret_cast<bf16*>(row)[k] = to_bf16(value);
+    }
+  }
+  static LGNET_INLINE Reg load_some(const float* p, int64_t count) {
+    if (count >= W) return V::load(p);
+    float lane[W] = {};
+    for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
+    return V::load(lane);
+  }
+  static LGNET_INLINE void store_some(float* p, Reg value, int64_t count) {
+    if (count >= W) return V::store(p, value);
+    float lane[W];
+    V::store(lane, value);
+    for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
+  }
+  static LGNET_INLINE void put_some(Unit* row, int64_t k, Reg value, int64_t count) {
+    if (count >= W) return put(row, k, value);
+    float lane[W];
+    V::store(lane, value);
+    for (int64_t i = 0; i < count; ++i) put_one(row, k + i, lane[i]);
+  }
+
+  // Index of a source row or column, or -1 where zeros are read: outside the source, or outside what exists of it.
+  static LGNET_INLINE int64_t index(int64_t i, int64_t size, bool reflect, int64_t first, int64_t last) {
+    if (reflect) {
+      i = i < 0 ? -i : i;
+      i = i >= size ? 2 * (size - 1) - i : i;
+    }
+    return i >= first && i < last ? i : -1;
+  }
+
+  static LGNET_INLINE const float* batch_item(const Input& in, const Tile& tile) {
+    return in.source.data + tile.batch * in.source.height * in.source.width * in.source.pixel;
+  }
+
+  static void copy(const float* from, Unit* row, int64_t k, int64_t count) {
+    int64_t c = 0;
+    for (; c + W <= count; c += W) put(row, k + c, V::load(from + c));
+    if (c == count) return;
+    if (count >= W) return put(row, k + count - W, V::load(from + count - W));
+    for (; c < count; ++c) put_one(row, k + c, from[c]);
+  }
+
+  // m = 1: the patches themselves. Taps that follow each other in a row are one run where the source's pixels do.
+  static void patches(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v, int64_t row) {
+    const FeatureMap& s = in.source;
+    const int64_t channels = round_up(s.channels, PAIR), taps = static_cast<int64_t>(group.starts.size());
+    const bool runs = s.pixel == s.channels && s.channels == channels;
+    for (int64_t t = 0; t < count; ++t, v += row) {
+      const Tile& tile = tiles[t];
+      const Rect& read = tile.region->read;
+      const float* image = batch_item(in, tile);
+      int64_t k = 0;
+      for (int64_t tap = 0; tap < taps;) {
+        const Start& start = group.starts[tap];
+        int64_t length = 1;
+        while (runs && tap + length < taps && group.starts[tap + length].y == start.y &&
+               group.starts[tap + length].x == start.x + length)
+          ++length;
+        const int64_t y = index(tile.y * in.in_step + start.y, s.height, in.reflect, read.top, read.bottom);
+        const int64_t x = tile.x * in.in_step + start.x;
+        if (y >= 0 && x >= 0 && x + length <= s.width) {
+          copy(image + (y * s.width + x) * s.pixel, v, k, length * s.channels);
+        } else {
+          for (int64_t i = 0; i < length; ++i) {
+            const int64_t column = index(x + i, s.width, in.reflect, read.left, read.right);
+            copy(y < 0 || column < 0 ? in.zeros : image + (y * s.width + column) * s.pixel, v, k + i * channels,
+                 s.channels);
+          }
+        }
+        if (channels != s.channels) put_one(v, k + s.channels, 0);
+        k += length * channels;
+        tap += length;
+      }
+    }
+  }
+
+  template <int M, int RY, int RX>
+  static void transform_tiles(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v,
+                              int64_t point_stride, int64_t row) {
+    using Y = Axis<V, M, RY>;
+    using X = Axis<V, M, RX>;
+    const FeatureMap& s = in.source;
+    const int64_t channels = round_up(s.channels, PAIR);
+    for (int64_t t = 0; t < count; ++t, v += row) {
+      const Tile& tile = tiles[t];
+      const Rect& read = tile.region->read;
+      const float* image = batch_item(in, tile);
+      Unit* to = v;
+      for (const Start& start : group.starts) {
+        const float* pixels[Y::POINTS][X::POINTS];
+        int64_t columns[X::POINTS];
+        for (int j = 0; j < X::POINTS; ++j) {
+          columns[j] =
+              index((tile.x + j) * in.in_step + start.x, s.width, in.reflect, read.left, read.right) * s.pixel;
+        }
+        for (int i = 0; i < Y::POINTS; ++i) {
+          const int64_t y = index((tile.y + i) * in.in_step + start.y, s.height, in.reflect, read.top, read.bottom);
+          for (int j = 0; j < X::POINTS; ++j) {
+            pixels[i][j] = y < 0 || columns[j] < 0 ? in.zeros : image + y * s.width * s.pixel + columns[j];
+          }
+        }
+        for (int64_t c = 0; c < s.channels; c += W) {
+          const int64_t some = s.channels - c;
+          Reg half[Y::POINTS][X::POINTS];
+          LGNET_UNROLL
+          for (int j = 0; j < X::POINTS; ++j) {
+            Reg d[Y::POINTS], p[Y::POINTS];
+            LGNET_UNROLL
+            for (int i = 0; i < Y::POINTS; ++i) d[i] = load_some(pixels[i][j] + c, some);
+            Y::input(d, p);
+            LGNET_UNROLL
+            for (int i = 0; i < Y::POINTS; ++i) half[i][j] = p[i];
+          }
+          LGNET_UNROLL
+          for (int i = 0; i < Y::POINTS; ++i) {
+            Reg p[X::POINTS];
+            X::input(half[i], p);
+            LGNET_UNROLL
+            for (int j = 0; j < X::POINTS; ++j) put_some(to + (i * X::POINTS + j) * point_stride, c, p[j], some);
+          }
+        }
+        if (channels != s.channels) {
+          for (int p = 0; p < Y::POINTS * X::POINTS; ++p) put_one(to + p * point_stride, s.channels, 0);
+        }
+        to += channels / PAIR;
+      }
+    }
+  }
+
+  // Calls f with (m, ry, rx) as compile-time constants.
+  template <class F>
+  static LGNET_INLINE void with_form(int64_t m, int64_t ry, int64_t rx, F f) {
+    using std::integral_constant;
+    const auto columns = [&](auto mm, auto y) {
+      if (rx == 1) return f(mm, y, integral_constant<int, 1>());
+      if (rx == 2) return f(mm, y, integral_constant<int, 2>());
+      f(mm, y, integral_constant<int, 3>());
+    };
+    const auto rows = [&](auto mm) {
+      if (ry == 1) return columns(mm, integral_constant<int, 1>());
+      if (ry == 2) return columns(mm, integral_constant<int, 2>());
+      columns(mm, integral_constant<int, 3>());
+    };
+    if (m == 2) return rows(integral_constant<int, 2>());
+    rows(integral_constant<int, 4>());
+  }
+
+  static void transform(const Input& in, const Group& group, int64_t m, const Tile* tiles, int64_t count, void* v,
+                        int64_t point_stride, int64_t row) {
+    Unit* to = static_cast<Unit*>(v);
+    if (m == 1) return patches(in, group, tiles, count, to, row);
+    with_form(m, group.ry, group.rx, [&](auto mm, auto ry, auto rx) {
+      transform_tiles<decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(in, group, tiles, count, to,
+                                                                                     point_stride, row);
+    });
+  }
+
+  // --- output ----------------------------------------------------------------------------------------------------
+
+  // y[m * m][row] (+)= A^T p A for one tile, all columns.
+  template <int M, int RY, int RX>
+  static void transform_products(const float* products, int64_t point_stride, int64_t columns, bool accumulate,
+                                 float* y, int64_t row) {
+    using AxisY = Axis<V, M, RY>;
+    using AxisX = Axis<V, M, RX>;
+    for (int64_t c = 0; c < columns; c += W) {
+      Reg half[M][AxisX::POINTS];
+      LGNET_UNROLL
+      for (int j = 0; j < AxisX::POINTS; ++j) {
+        Reg p[AxisY::POINTS], o[M];
+        LGNET_UNROLL
+        for (int i = 0; i < AxisY::POINTS; ++i) p[i] = V::load(products + (i * AxisX::POINTS + j) * point_stride + c);
+        AxisY::output(p, o);
+        LGNET_UNROLL
+        for (int i = 0; i < M; ++i) half[i][j] = o[i];
+      }
+      LGNET_UNROLL
+      for (int i = 0; i < M; ++i) {
+        Reg o[M];
+        AxisX::output(half[i], o);
+        LGNET_UNROLL
+        for (int j = 0; j < M; ++j) {
+          float* to = y + (i * M + j) * row + c;
+          V::store(to, accumulate ? V::add(V::load(to), o[j]) : o[j]);
+        }
+      }
+    }
+  }
+
+  static LGNET_INLINE Reg activate(Reg x, Activation activation) {
+    if (activation == Activation::relu) return V::max(x, V::set1(0));
+    if (activation == Activation::leaky_relu) return V::max(x, V::mul(x, V::set1(0.2f)));
+    return x;
+  }
+
+  // Bias, residual, activations and stores of one pixel.
+  static LGNET_INLINE void store_pixel(const Output& out, const float* value, int64_t pixel) {
+    for (int64_t c = 0; c < out.channels; c += W) {
+      const int64_t some = out.channels - c;
+      Reg x = V::add(V::load(value + c), V::load(out.bias + c));
+      if (out.residual) x = V::add(x, load_some(out.residual + pixel * out.residual_pixel + c, some));
+      for (int64_t i = 0; i < out.target_count; ++i) {
+        const Target& target = out.targets[i];
+        store_some(target.data + pixel * target.pixel + c, activate(x, target.activation), some);
+      }
+    }
+  }
+
+  static void finish(const Output& out, const Job& job, int64_t m, const Tile* tiles, int64_t count,
+                     const float* const* products, const int64_t* point_strides, int64_t row, float* scratch) {
+    for (int64_t t = 0; t < count; ++t) {
+      const Tile& tile = tiles[t];
+      const Rect& rect = tile.region->out;
+      const float* values = scratch;
+      if (m == 1) {
+        values = products[0] + t * row;
+      } else {
+        for (size_t g = 0; g < job.groups.size(); ++g) {
+          with_form(m, job.groups[g].ry, job.groups[g].rx, [&](auto mm, auto ry, auto rx) {
+            transform_products<decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(
+                products[g] + t * row, point_strides[g], out.channels, g > 0, scratch, row);
+          });
+        }
+      }
+      for (int64_t i = 0; i < m; ++i) {
+        const int64_t y = (tile.y + i) * out.out_step + job.oy;
+        if (y < rect.top || y >= rect.bottom) continue;
+        for (int64_t j = 0; j < m; ++j) {
+          const int64_t x = (tile.x + j) * out.out_step + job.ox;
+          if (x < rect.left || x >= rect.right) continue;
+          store_pixel(out, values + (i * m + j) * row, (tile.batch * out.height + y) * out.width + x);
+        }
+      }
+    }
+  }
+
+  // Output column x sums, over its taps, the products of the source columns that they read.
+  static void narrow(const NarrowRow& n) {
+    constexpr int64_t kChannels = 3;
+    for (int64_t x = n.left; x < n.right; ++x) {
+      float sum[4] = {n.bias[0], n.bias[1], n.bias[2], 0};
+      for (int64_t tap = 0; tap < n.kernel; ++tap) {
+        int64_t source = x * n.stride + tap - n.padding;
+        if (n.transposed) {
+          const int64_t scaled = x + n.padding - tap;
+          if (scaled % n.stride != 0) continue;
+          source = scaled / n.stride;
+        }
+        source = index(source, n.width, n.reflect, n.first, n.last);
+        if (source < 0) continue;
+        const float* p = n.products + (source - n.first) * n.columns + tap * kChannels;
+        for (int i = 0; i < 4; ++i) sum[i] += p[i];
+      }
+      for (int i = 0; i < 4; ++i) n.scratch[(x - n.left) * 4 + i] = sum[i];
+    }
+    const int64_t count = 4 * (n.right - n.left);
+    for (int64_t i = 0; i < count; i += W) {
+      store_some(n.scratch + i, tanh<V>(load_some(n.scratch + i, count - i)), count - i);
+    }
+    for (int64_t x = n.left; x < n.right; ++x) {
+      const float* value = n.scratch + (x - n.left) * 4;
+      float* pixel = n.picture + x * 4;
+      const float mask = pixel[3];
+      for (int64_t c = 0; c < kChannels; ++c) {
+        n.raw[x * kChannels + c] = value[c];
+        pixel[c] = n.image[c * n.image_channel + x * n.image_column] * (1 - mask) + value[c] * mask;
+      }
+    }
+  }
+
+  static constexpr ConvKernels kernels() {
+    return {W, NR, PAIR, sizeof(Unit), ROWS, product, transform, finish, narrow};
+  }
+};
+
+}  // namespace LGNET_ISA
+}  // namespace lgnet

@@ -1,0 +1,140 @@
+// The arithmetic of merge_concat.cpp, a template of the vector class. Included by isa_*.cpp inside its target pragma.
+#include "merge_concat.h"
+#include "simd.h"
+
+namespace lgnet {
+namespace LGNET_ISA {
+
+// S is the tensors' element type, V::T the type computed in.
+template <class V, class S>
+struct Merge {
+  using T = typename V::T;
+  using Reg = typename V::Reg;
+  static constexpr int W = V::W;
+
+  // W elements at distance `step`, of which the first `count` exist.
+  static LGNET_INLINE Reg gather(const S* p, int64_t step, int64_t count) {
+    S lane[W] = {};
+    for (int64_t t = 0; t < count; ++t) lane[t] = p[t * step];
+    return V::load(lane);
+  }
+  static LGNET_INLINE void scatter(S* p, int64_t step, int64_t count, Reg value) {
+    S lane[W];
+    V::store(lane, value);
+    for (int64_t t = 0; t < count; ++t) p[t * step] = lane[t];
+  }
+
+  // How elements are reached: adjacent whole vectors, or one by one (strides, and the ends of runs).
+  struct Adjacent {
+    static LGNET_INLINE Reg load(const S* p, int64_t, int64_t) { return V::load(p); }
+    static LGNET_INLINE void store(S* p, int64_t, int64_t, Reg value) { V::store(p, value); }
+  };
+  struct Streaming : Adjacent {
+    static LGNET_INLINE void store(S* p, int64_t, int64_t, Reg value) { V::stream(p, value); }
+  };
+  struct Scattered {
+    static LGNET_INLINE Reg load(const S* p, int64_t step, int64_t count) { return gather(p, step, count); }
+    static LGNET_INLINE void store(S* p, int64_t step, int64_t count, Reg value) { scatter(p, step, count, value); }
+  };
+
+  static LGNET_INLINE const S* in(const char* p) { return reinterpret_cast<const S*>(p); }
+  static LGNET_INLINE S* to(char* p) { return reinterpret_cast<S*>(p); }
+
+  template <class Access, bool Concat, bool Tanh>
+  static LGNET_INLINE void forward_at(const MergeRun& r, int64_t x, int64_t count) {
+    const Reg mask = Access::load(in(r.mask) + x * r.mask_x, r.mask_x, count);
+    const Reg keep = V::sub(V::set1(1), mask);
+    LGNET_UNROLL
+    for (int c = 0; c < 3; ++c) {
+      const Reg image = Access::load(in(r.image) + c * r.image_c + x * r.image_x, r.image_x, count);
+      Reg output = Access::load(in(r.output) + c * r.output_c + x * r.output_x, r.output_x, count);
+      if constexpr (Tanh) output = tanh<V>(output);
+      Access::store(to(r.out) + c * r.out_c + x * r.out_x, r.out_x, count, V::fma(output, mask, V::mul(image, keep)));
+    }
+    if constexpr (Concat) Access::store(to(r.out) + 3 * r.out_c + x * r.out_x, r.out_x, count, mask);
+  }
+
+  template <bool Concat, bool Tanh>
+  static void forward_run(const MergeRun& r) {
+    int64_t x = 0;
+    if (r.image_x == 1 && r.output_x == 1 && r.mask_x == 1 && r.out_x == 1) {
+      // Non-temporal stores want whole aligned vectors; the planes must then be aligned alike.
+      constexpr int64_t kBytes = W * static_cast<int64_t>(sizeof(S));
+      const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(r.out) % kBytes);
+      const bool stream =
+          r.stream && misaligned % sizeof(S) == 0 && r.out_c * static_cast<int64_t>(sizeof(S)) % kBytes == 0;
+      if (stream) {
+        const int64_t head = misaligned ? (kBytes - misaligned) / static_cast<int64_t>(sizeof(S)) : 0;
+        if (head && head <= r.count) forward_at<Scattered, Concat, Tanh>(r, 0, head), x = head;
+        if (head <= r.count) {
+          for (; x + W <= r.count; x += W) forward_at<Streaming, Concat, Tanh>(r, x, W);
+        }
+      } else {
+        for (; x + W <= r.count; x += W) forward_at<Adjacent, Concat, Tanh>(r, x, W);
+      }
+    }
+    for (; x < r.count; x += W) forward_at<Scattered, Concat, Tanh>(r, x, r.count - x < W ? r.count - x : W);
+  }
+
+  static void forward(const MergeRun& r) {
+    if (r.concat) return r.tanh ? forward_run<true, true>(r) : forward_run<true, false>(r);
+    return r.tanh ? forward_run<false, true>(r) : forward_run<false, false>(r);
+  }
+
+  template <class Access>
+  static LGNET_INLINE void backward_at(const MergeRun& r, int64_t x, int64_t count) {
+    const Reg mask = Access::load(in(r.mask) + x * r.mask_x, r.mask_x, count);
+    const Reg keep = V::sub(V::set1(1), mask);
+    Reg grad_mask = r.concat ? Access::load(in(r.grad) + 3 * r.grad_c + x * r.grad_x, r.grad_x, count) : V::set1(0);
+    for (int c = 0; c < 3; ++c) {
+      const Reg grad = Access::load(in(r.grad) + c * r.grad_c + x * r.grad_x, r.grad_x, count);
+      if (r.grad_image) {
+        Access::store(to(r.grad_image) + c * r.grad_image_c + x * r.grad_image_x, r.grad_image_x, count,
+                      V::mul(grad, keep));
+      }
+      Reg output = V::set1(0);
+      if (r.tanh || r.grad_mask)
+        output = Access::load(in(r.output) + c * r.output_c + x * r.output_x, r.output_x, count);
+      if (r.tanh) output = tanh<V>(output);
+      if (r.grad_output) {
+        Reg g = V::mul(grad, mask);
+        // 1 - y^2 as (1 - y)(1 + y): no cancellation of the square's rounding where tanh saturates.
+        if (r.tanh) g = V::mul(g, V::mul(V::sub(V::set1(1), output), V::add(V::set1(1), output)));
+        Access::store(to(r.grad_output) + c * r.grad_output_c + x * r.grad_output_x, r.grad_output_x, count, g);
+      }
+      if (r.grad_mask) {
+        const Reg image = Access::load(in(r.image) + c * r.image_c + x * r.image_x, r.image_x, count);
+        grad_mask = V::fma(grad, V::sub(output, image), grad_mask);
+      }
+    }
+    if (r.grad_mask) Access::store(to(r.grad_mask) + x * r.grad_mask_x, r.grad_mask_x, count, grad_mask);
+  }
+
+  static void backward(const MergeRun& r) {
+    int64_t x = 0;
+    const bool adjacent = r.image_x == 1 && r.output_x == 1 && r.mask_x == 1 && r.grad_x == 1 &&
+                          (r.grad_image_x == 1 || !r.grad_image) && (r.grad_output_x == 1 || !r.grad_output) &&
+                          (r.grad_mask_x == 1 || !r.grad_mask);
+    if (adjacent) {
+      for (; x + W <= r.count; x += W) backward_at<Adjacent>(r, x, W);
+    }
+    for (; x < r.count; x += W) backward_at<Scattered>(r, x, r.count - x < W ? r.count - x : W);
+  }
+};
+
+static void merge_fence() {
+#if defined(LGNET_ISA_AVX512) || defined(LGNET_ISA_AVX2)
+  _mm_sfence();
+#endif
+}
+
+static constexpr MergeTable merge_table() {
+  return MergeTable{
+      {Merge<F32, float>::forward, Merge<F32, bf16>::forward, Merge<F64, double>::forward, Merge<F32, f16>::forward},
+      {Merge<F32, float>::backward, Merge<F32, bf16>::backward, Merge<F64, double>::backward,
+       Merge<F32, f16>::backward},
+      merge_fence};
+}
+
+}  // namespace LGNET_ISA
+}  // namespace lgnet

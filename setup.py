@@ -1,0 +1,166 @@
+"""Build script: the Python packages, and the optional C++ extension ``lgnet_fast._C``.
+
+The extension needs a C++17 compiler and pybind11, and nothing of PyTorch: it takes raw pointers, so that one binary
+serves every torch. It is optional. Whatever stops it (no compiler, no pybind11, a compile error) leaves one line in
+``lgnet_fast/_C_unavailable.txt`` beside the package, the install goes on, and ``lgnet-fast info`` prints that line.
+
+Where ninja is found, the objects are compiled in parallel and only when a source or header changed; otherwise
+setuptools compiles them one by one. ``LGNET_FAST_NO_EXTENSION=1`` skips the extension, ``MAX_JOBS`` bounds the jobs.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+ROOT = Path(__file__).resolve().parent
+REASON_FILE = "_C_unavailable.txt"
+# Relative to this file: setuptools refuses absolute paths in an sdist. The instruction sets are chosen inside
+# csrc/isa_*.cpp by target pragmas, so that the same flags serve every file and every build path.
+SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*.cpp"))
+HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*.h"))
+
+
+def ninja_executable() -> str | None:
+    """The ninja to build with: that of the ``ninja`` wheel, else one on PATH."""
+    try:
+        import ninja
+
+        candidate = Path(ninja.BIN_DIR) / ("ninja.exe" if os.name == "nt" else "ninja")
+        if candidate.is_file():
+            return str(candidate)
+    except (ImportError, AttributeError):
+        pass
+    return shutil.which("ninja")
+
+
+def one_line(error: BaseException) -> str:
+    """The most telling line of a build error."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    telling = [line for line in lines if "error" in line.lower() or "not found" in line.lower()]
+    return ((telling or lines or [type(error).__name__])[0])[:300]
+
+
+class BuildExtension(build_ext):
+    """``build_ext`` with pybind11's include path, ninja where there is one, and a recorded reason for failure."""
+
+    def run(self) -> None:
+        # Not super().run(): its compiler set-up can raise, and a missing compiler must not stop the install.
+        try:
+            super().run()
+        except Exception as error:
+            self.record(one_line(error))
+
+    def build_extensions(self) -> None:
+        if os.environ.get("LGNET_FAST_NO_EXTENSION", "0") not in ("", "0"):
+            self.record("skipped at build time by LGNET_FAST_NO_EXTENSION")
+            return
+        try:
+            import pybind11
+        except ImportError:
+            self.record("pybind11 was not installed at build time")
+            return
+        for ext in self.extensions:
+            ext.include_dirs.append(pybind11.get_include())
+            if self.compiler.compiler_type == "msvc":
+                ext.extra_compile_args += ["/std:c++17", "/O2", "/EHsc"]
+            else:
+                ext.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
+                # Never libgomp: csrc/parallel.cpp uses the OpenMP runtime that torch has loaded.
+                ext.extra_link_args += ["-pthread"]
+        try:
+            ninja = ninja_executable()
+            if ninja is None or self.compiler.compiler_type != "unix":
+                super().build_extensions()
+            else:
+                for ext in self.extensions:
+                    self.build_with_ninja(ninja, ext)
+        except Exception as error:
+            self.record(one_line(error))
+            return
+        self.reason_path().unlink(missing_ok=True)
+
+    def copy_extensions_to_source(self) -> None:
+        # Editable installs: setuptools copies what was built; there may be nothing.
+        self.extensions = [e for e in self.extensions if Path(self.build_lib_path(e)).is_file()]
+        super().copy_extensions_to_source()
+
+    def build_lib_path(self, ext: Extension) -> str:
+        return os.path.join(self.build_lib, self.get_ext_filename(self.get_ext_fullname(ext.name)))
+
+    def build_with_ninja(self, ninja: str, ext: Extension) -> None:
+        compiler = self.compiler
+        cxx = getattr(compiler, "compiler_so_cxx", None) or [*compiler.compiler_cxx, "-fPIC"]
+        link = getattr(compiler, "linker_so_cxx", None) or [compiler.compiler_cxx[0], *compiler.linker_so[1:]]
+        includes = [f"-I{path}" for path in [*ext.include_dirs, *compiler.include_dirs]]
+        target = Path(self.get_ext_fullpath(ext.name)).resolve()
+        temp = Path(self.build_temp).resolve()
+        temp.mkdir(parents=True, exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+
+        def escape(path: object) -> str:
+            return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+        def command(words: list[str]) -> str:
+            return subprocess.list2cmdline(words).replace("$", "$$")
+
+        objects = [temp / (Path(source).stem + ".o") for source in ext.sources]
+        lines = [
+            "ninja_required_version = 1.5",
+            f"rule compile\n  command = {command([*cxx, *includes, *ext.extra_compile_args])} "
+            "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            f"rule link\n  command = {command(link)} $in {command(ext.extra_link_args)} -o $out",
+        ]
+        for source, obj in zip(ext.sources, objects, strict=True):
+            lines.append(f"build {escape(obj)}: compile {escape(Path(source).resolve())}")
+        lines.append(f"build {escape(target)}: link {' '.join(escape(o) for o in objects)}")
+        build_file = temp / "build.ninja"
+        build_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        done = subprocess.run(
+            [ninja, "-f", str(build_file), "-j", jobs], cwd=temp, capture_output=True, text=True, check=False
+        )
+        sys.stdout.write(done.stdout)
+        if done.returncode:
+            raise RuntimeError(done.stdout + done.stderr)
+
+    def reason_path(self) -> Path:
+        base = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        return base / "lgnet_fast" / REASON_FILE
+
+    def record(self, reason: str) -> None:
+        """Note why there is no extension, where ``lgnet_fast.ops.cpp`` looks for it."""
+        print(f"lgnet_fast: building without the C++ extension: {reason}", file=sys.stderr)
+        path = self.reason_path()
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(reason + "\n", encoding="utf-8")
+
+    def get_outputs(self) -> list[str]:
+        return [path for path in super().get_outputs() if Path(path).is_file()]
+
+
+class BuildPython(build_py):
+    """``build_py`` that never packs a checkout's own note of a failed in-place build."""
+
+    def find_data_files(self, package: str, src_dir: str) -> list[str]:
+        return [f for f in super().find_data_files(package, src_dir) if Path(f).name != REASON_FILE]
+
+
+packages = sorted({"lgnet_fast", *find_packages(include=["lgnet_fast", "lgnet_fast.*"]), "lgnet_fast.kernels"})
+
+setup(
+    packages=packages,
+    package_dir={"lgnet_fast.kernels": "kernels"},
+    package_data={"lgnet_fast": ["py.typed", "weights/**", "samples/**"]},
+    include_package_data=False,
+    ext_modules=[Extension("lgnet_fast._C", SOURCES, language="c++", depends=HEADERS)],
+    cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
+    zip_safe=False,
+)

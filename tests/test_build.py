@@ -1,0 +1,137 @@
+"""The build: optional extension, recorded reason, contents of sdist and wheel. Runs in a copy of the sources."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+if not (ROOT / "setup.py").is_file():
+    pytest.skip("needs a checkout", allow_module_level=True)
+pytest.importorskip("setuptools")
+
+
+@pytest.fixture
+def sources(tmp_path):
+    """A copy without build products and without big files."""
+    tree = tmp_path / "sources"
+    tree.mkdir()
+    products = ("__pycache__", "*.so", "*.pyd", "_C_unavailable.txt")
+    skip = shutil.ignore_patterns(*products, "*.safetensors", "*.png", "*.jpg")
+    for name in ("csrc", "kernels", "lgnet_fast"):
+        shutil.copytree(ROOT / name, tree / name, ignore=skip)
+    for name in ("setup.py", "pyproject.toml", "MANIFEST.in", "LICENSE", "README.md"):
+        if (ROOT / name).is_file():
+            shutil.copy(ROOT / name, tree / name)
+    if not (tree / "README.md").exists():
+        (tree / "README.md").write_text("")
+    return tree
+
+
+def run(arguments, cwd, **env):
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
+        env={**os.environ, **env},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=True,
+    )
+
+
+def backend(hook, tree, **env):
+    """Calls a PEP 517 hook and returns the archive that it makes."""
+    out = tree.parent / "dist"
+    out.mkdir(exist_ok=True)
+    run(["-c", f"from setuptools import build_meta; build_meta.{hook}({str(out)!r})"], tree, **env)
+    (archive,) = out.iterdir()
+    return archive
+
+
+def reason_after_build(tree, **env):
+    lib = tree.parent / "lib"
+    arguments = ["setup.py", "-q", "build", "--build-lib", str(lib), "--build-temp", str(tree.parent / "temp")]
+    run(arguments, tree, **env)
+    assert (lib / "lgnet_fast" / "kernels" / "__init__.py").is_file()
+    assert (lib / "lgnet_fast" / "py.typed").is_file()
+    assert not list((lib / "lgnet_fast").glob("_C.*"))
+    # The finder of an editable install would offer the checkout's own extension.
+    code = (
+        "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
+        "from lgnet_fast.ops import cpp; print(cpp.__file__); print(cpp.unavailable_reason())"
+    )
+    file, reason = run(["-c", code], tree.parent, PYTHONPATH=str(lib)).stdout.splitlines()
+    assert Path(file).is_relative_to(lib)
+    return reason
+
+
+def test_without_a_compiler(sources):
+    reason = reason_after_build(sources, CC="/nonexistent/cc", CXX="/nonexistent/c++")
+    assert reason.startswith("the C++ extension lgnet_fast._C is not installed: ")
+    assert "/nonexistent/c++" in reason
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in compiler is a shell script")
+def test_with_a_compiler_that_fails(sources, tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'fatal error: no such thing' >&2\nexit 1\n")
+    compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    assert "fatal error: no such thing" in reason_after_build(sources, CC=str(compiler), CXX=str(compiler))
+
+
+def test_without_pybind11(sources, tmp_path):
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    (hidden / "pybind11.py").write_text("raise ImportError\n")
+    assert "pybind11 was not installed" in reason_after_build(sources, PYTHONPATH=str(hidden))
+
+
+def test_the_sdist_builds(sources, tmp_path):
+    archive = backend("build_sdist", sources)
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[1] for name in tar.getnames() if "/" in name}
+        unpacked = tmp_path / "unpacked"
+        for member in tar.getmembers():
+            if member.isfile():
+                path = unpacked / member.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(tar.extractfile(member).read())
+    wanted = {p.relative_to(sources).as_posix() for p in (sources / "csrc").iterdir()}
+    wanted |= {p.relative_to(sources).as_posix() for p in (sources / "kernels").glob("*.py")}
+    wanted |= {p.relative_to(sources).as_posix() for p in (sources / "lgnet_fast").rglob("*.py")}
+    wanted |= {"setup.py", "pyproject.toml", "LICENSE", "lgnet_fast/py.typed"}
+    assert wanted <= names
+    assert not [name for name in names if name.endswith((".so", ".pyd", ".pyc"))]
+    (tree,) = unpacked.iterdir()
+    archive.unlink()
+    shutil.move(tree, tmp_path / "again")
+    wheel = backend("build_wheel", tmp_path / "again", LGNET_FAST_NO_EXTENSION="1")
+    with zipfile.ZipFile(wheel) as file:
+        packed = set(file.namelist())
+    assert "lgnet_fast/_C_unavailable.txt" in packed
+    for path in (sources / "kernels").glob("*.py"):
+        assert f"lgnet_fast/kernels/{path.name}" in packed
+    top = {name.split("/")[0] for name in packed if ".dist-info/" not in name}
+    assert top == {"lgnet_fast"}
+
+
+def test_data_files_are_packed(sources):
+    for folder in ("weights", "samples"):
+        nested = sources / "lgnet_fast" / folder / "nested"
+        nested.mkdir(parents=True)
+        (nested / "data.bin").write_bytes(b"x")
+    (sources / "lgnet_fast" / "_C_unavailable.txt").write_text("of this checkout only")
+    wheel = backend("build_wheel", sources, LGNET_FAST_NO_EXTENSION="1")
+    with zipfile.ZipFile(wheel) as file:
+        assert {"lgnet_fast/weights/nested/data.bin", "lgnet_fast/samples/nested/data.bin"} <= set(file.namelist())
+        assert b"LGNET_FAST_NO_EXTENSION" in file.read("lgnet_fast/_C_unavailable.txt")

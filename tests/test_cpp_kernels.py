@@ -1,0 +1,469 @@
+"""The C++ kernels against plain PyTorch in float64: values, gradients, layouts, threads, forks, memory."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from lgnet_fast.ops import cpp
+
+pytestmark = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
+
+VARIANTS = ("released", "paper")
+LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "flipped batch", "expanded"]
+ISAS = cpp._library().isa_available() if cpp.unavailable_reason() is None else []
+
+
+def attention(features, variant):
+    if variant == "released":
+        query = F.avg_pool2d(features, 3, 1, 1, count_include_pad=True) * 9
+        shifted = features + 1e-7
+        key = value = shifted / shifted.norm(dim=1, keepdim=True)
+    else:
+        query = key = features / features.norm(dim=1, keepdim=True).clamp_min(1e-12)
+        value = features
+    query, key, value = (t.flatten(2) for t in (query, key, value))
+    scores = query.transpose(1, 2) @ key
+    attended = value @ scores.softmax(dim=-1).transpose(1, 2)
+    return attended.view(features.shape), scores.logsumexp(dim=-1)
+
+
+def block(features, weight, bias, variant):
+    attended, _ = attention(features, variant)
+    pair = (attended, features) if variant == "released" else (features, attended)
+    return F.conv2d(torch.cat(pair, dim=1), weight, bias)
+
+
+def merge(image, output, mask, tanh, concat):
+    merged = image * (1 - mask) + (output.tanh() if tanh else output) * mask
+    return torch.cat((merged, mask), dim=1) if concat else merged
+
+
+def make(shape, dtype=torch.float32, seed=0):
+    channels = shape[1]
+    rng = torch.Generator().manual_seed(seed)
+    features = torch.randn(shape, generator=rng).to(dtype)
+    weight = (torch.randn(channels, 2 * channels, 1, 1, generator=rng) / channels**0.5).to(dtype)
+    bias = torch.randn(channels, generator=rng).to(dtype)
+    grad = torch.randn(shape, generator=rng).to(dtype)
+    return features, weight, bias, grad
+
+
+def assert_twice(got, eager, truth, name=""):
+    """The rule of DESIGN.md: at most twice the eager error in the same dtype, plus a few roundings of the scale."""
+    assert got.dtype == eager.dtype, name
+    assert got.shape == truth.shape, name
+    if truth.numel() == 0:
+        return
+    eps = torch.finfo(eager.dtype).eps
+    error = (got.double() - truth).abs().max().item()
+    allowed = 2 * (eager.double() - truth).abs().max().item() + 4 * eps * truth.abs().max().item()
+    if eager.dtype == torch.float64:
+        allowed = 1e-11 * max(1.0, truth.abs().max().item())
+    assert error <= allowed, f"{name}: {error:.3e} > {allowed:.3e}"
+
+
+def with_grads(function, inputs, grad):
+    leaves = [t.detach().clone().requires_grad_() for t in inputs]
+    out = function(*leaves)
+    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    cpp._library().set_isa(request.param)
+    yield request.param
+    cpp._library().set_isa("auto")
+
+
+SHAPES = [(1, 1, 1, 1), (2, 7, 9, 13), (3, 96, 17, 31), (1, 128, 24, 24), (1, 192, 1, 50), (0, 8, 4, 4)]
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_block_and_its_gradients(isa, variant, dtype, shape):
+    features, weight, bias, grad = make(shape, dtype)
+    inputs = (features, weight, bias)
+    before = [t.clone() for t in inputs]
+
+    def run(*args):
+        return block(*args, variant)
+
+    truth = with_grads(run, [t.double() for t in inputs], grad.double())
+    eager = with_grads(run, inputs, grad)
+    out, attended, lse = cpp.attention_block_forward(*inputs, variant, save_attended=True)
+    grads = cpp.attention_block_backward(grad, features, attended, lse, weight, variant)
+    for name, got, e, t in zip(("out", "features", "weight", "bias"), (out, *grads), eager, truth, strict=True):
+        assert_twice(got, e, t, name)
+    exact, exact_lse = attention(features.double(), variant)
+    assert_twice(attended, attention(features, variant)[0], exact, "attended")
+    assert lse.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert_twice(lse.to(dtype), attention(features, variant)[1], exact_lse, "lse")
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_size_of_the_network(variant):
+    features, weight, bias, grad = make((1, 128, 64, 64))
+    truth, *truth_grads = with_grads(
+        lambda *a: block(*a, variant), [t.double() for t in (features, weight, bias)], grad.double()
+    )
+    eager, *eager_grads = with_grads(lambda *a: block(*a, variant), (features, weight, bias), grad)
+    out, attended, lse = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+    assert_twice(out, eager, truth)
+    grads = cpp.attention_block_backward(grad, features, attended, lse, weight, variant)
+    for got, e, t in zip(grads, eager_grads, truth_grads, strict=True):
+        assert_twice(got, e, t)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_gradcheck_in_float64(variant):
+    class Block(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, features, weight, bias):
+            out, attended, lse = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+            ctx.save_for_backward(features, weight, attended, lse)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            features, weight, attended, lse = ctx.saved_tensors
+            return cpp.attention_block_backward(grad, features, attended, lse, weight, variant)
+
+    inputs = [t.double().requires_grad_() for t in make((2, 3, 3, 4))[:3]]
+    assert torch.autograd.gradcheck(Block.apply, inputs)
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3, 16])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_any_number_of_threads(variant, threads):
+    # Many threads and few queries: the keys are split and merged, gradients summed over rectangles.
+    features, weight, bias, grad = make((2, 40, 13, 19))
+    truth = with_grads(lambda *a: block(*a, variant), [t.double() for t in (features, weight, bias)], grad.double())
+    eager = with_grads(lambda *a: block(*a, variant), (features, weight, bias), grad)
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        out, attended, lse = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+        grads = cpp.attention_block_backward(grad, features, attended, lse, weight, variant)
+        again = cpp.attention_block_forward(features, weight, bias, variant)[0]
+    finally:
+        torch.set_num_threads(before)
+    for got, e, t in zip((out, *grads), eager, truth, strict=True):
+        assert_twice(got, e, t)
+    assert torch.equal(out, again)  # the same bits every time
+
+
+def views(tensor):
+    batch, channels, height, width = tensor.shape
+    wide = torch.full((batch, channels + 3, height + 2, 2 * width), float("nan"), dtype=tensor.dtype)
+    wide[:, 1 : 1 + channels, 1 : 1 + height, ::2] = tensor
+    return {
+        "contiguous": tensor.contiguous(),
+        "channels_last": tensor.contiguous(memory_format=torch.channels_last),
+        "sliced": wide[:, 1 : 1 + channels, 1 : 1 + height, ::2],
+        "transposed": tensor.transpose(2, 3).contiguous().transpose(2, 3),
+        "flipped batch": tensor.transpose(0, 1).contiguous().transpose(0, 1),
+        "expanded": tensor[:1].expand(tensor.shape),
+    }
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_attention_reads_any_strides(dtype, layout):
+    features, weight, bias, grad = make((2, 20, 9, 13), dtype)
+    view = views(features)[layout]
+    dense = view.contiguous()
+    transposed_weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
+    expected, attended, lse = cpp.attention_block_forward(dense, weight, bias, "released", save_attended=True)
+    out, attended_too, _ = cpp.attention_block_forward(view, transposed_weight, bias, "released", save_attended=True)
+    assert torch.equal(out, expected)
+    assert torch.equal(attended, attended_too)
+    if layout == "channels_last":
+        assert out.is_contiguous(memory_format=torch.channels_last)
+    else:
+        assert out.is_contiguous()
+    want = cpp.attention_backward(grad, dense, attended, lse, "released")
+    got = cpp.attention_backward(views(grad)["sliced"], view, views(attended)["transposed"], lse, "released")
+    assert torch.equal(got, want)
+    for a, b in zip(
+        cpp.attention_block_backward(views(grad)["channels_last"], view, None, lse, weight, "released"),
+        cpp.attention_block_backward(grad, dense, attended, lse, weight, "released"),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("last", [False, True], ids=["contiguous", "channels_last"])
+def test_attention_writes_into_a_slice(last):
+    features, weight, bias, _ = make((2, 20, 9, 13))
+    buffer = torch.full((2, 50, 9, 13), float("nan"))
+    if last:
+        buffer = buffer.contiguous(memory_format=torch.channels_last)
+    target = buffer[:, 11:31]
+    out, attended, _ = cpp.attention_block_forward(features, weight, bias, "paper", out=target)
+    assert out.data_ptr() == target.data_ptr()
+    assert attended is None
+    assert torch.equal(target, cpp.attention_block_forward(features, weight, bias, "paper")[0])
+    assert buffer[:, :11].isnan().all()
+    assert buffer[:, 31:].isnan().all()
+    cpp.attention_forward(features, "paper", out=buffer[:, 30:50])
+    assert torch.equal(buffer[:, 30:50], cpp.attention_forward(features, "paper")[0])
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("kind", ["zero", "1e4", "-1e4", "random 1e4", "half zero", "one hot"])
+def test_extreme_features(isa, variant, kind):
+    features, weight, bias, grad = make((1, 16, 9, 13))
+    if kind == "zero":
+        features.zero_()
+    elif kind == "half zero":
+        features[:, :, :5] = 0
+    elif kind == "random 1e4":
+        features *= 1e4
+    elif kind == "one hot":
+        features = torch.zeros_like(features)
+        features[:, 3, 4, 5] = 1e4
+    else:
+        features.fill_(float(kind))
+    truth, exact_lse = attention(features.double(), variant)
+    eager, _ = attention(features, variant)
+    out, attended, lse = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+    assert_twice(attended, eager, truth)
+    inputs = (features, weight, bias)
+    assert_twice(out, block(*inputs, variant), block(*(t.double() for t in inputs), variant))
+    torch.testing.assert_close(lse.double(), exact_lse, rtol=1e-5, atol=1e-5)
+    got = cpp.attention_backward(grad, features, attended, lse, variant)
+    assert got.isfinite().all()
+    if kind in ("zero", "half zero") and variant == "paper":
+        eager_grad = with_grads(lambda f: attention(f, variant)[0], [features], grad)[1]
+        truth_grad = with_grads(lambda f: attention(f, variant)[0], [features.double()], grad.double())[1]
+        assert_twice(got, eager_grad, truth_grad)
+
+
+def test_bound_on_memory():
+    """65,536 positions: a score matrix would take 16 GiB; the whole block stays within 256 MB."""
+    code = """
+        import threading, time, psutil, torch
+        from lgnet_fast.ops import cpp
+        features = torch.randn(1, 128, 256, 256)
+        weight, bias = torch.randn(128, 256, 1, 1), torch.randn(128)
+        out = torch.empty_like(features).fill_(0)
+        cpp.attention_block_forward(features[:, :, :8, :8], weight, bias, "{variant}")
+        process, peak, done = psutil.Process(), [0], threading.Event()
+        before = process.memory_info().rss
+        def watch():
+            while not done.wait(0.002):
+                peak[0] = max(peak[0], process.memory_info().rss)
+        thread = threading.Thread(target=watch)
+        thread.start()
+        def call():
+            cpp.attention_block_forward(features, weight, bias, "{variant}", out=out)
+        threading.Thread(target=call, daemon=True).start()
+        # All memory is taken before the first panel is done: the sum over the keys need not be waited for.
+        time.sleep(1.5)
+        done.set(); thread.join()
+        import os
+        print((peak[0] - before) / 2**20, flush=True)
+        os._exit(0)
+    """
+    for variant in VARIANTS:
+        script = textwrap.dedent(code).format(variant=variant)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+        used = float(done.stdout)
+        assert 30 < used < 256, f"{variant}: {used:.0f} MB"
+
+
+MERGE_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+
+
+def merge_inputs(shape, dtype, scale=2.0):
+    batch, height, width = shape
+    rng = torch.Generator().manual_seed(1)
+    image = torch.rand(batch, 3, height, width, generator=rng) * 2 - 1
+    output = torch.randn(batch, 3, height, width, generator=rng) * scale
+    mask = (torch.rand(batch, 1, height, width, generator=rng) > 0.5).float()
+    mask = torch.where(torch.rand(mask.shape, generator=rng) > 0.8, torch.rand(mask.shape, generator=rng), mask)
+    return [t.to(dtype) for t in (image, output, mask)]
+
+
+@pytest.mark.parametrize("concat", [True, False], ids=["merge_concat", "merge"])
+@pytest.mark.parametrize("tanh", [False, True], ids=["", "tanh"])
+@pytest.mark.parametrize("dtype", MERGE_DTYPES, ids=str)
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 9, 13), (0, 4, 4), (2, 17, 31), (1, 130, 129)], ids=str)
+def test_merge_and_its_gradients(isa, shape, dtype, tanh, concat):
+    inputs = merge_inputs(shape, dtype)
+    before = [t.clone() for t in inputs]
+    rng = torch.Generator().manual_seed(2)
+    grad = torch.randn(shape[0], 4 if concat else 3, *shape[1:], generator=rng).to(dtype)
+    forward = cpp.merge_concat_forward if concat else cpp.merge_forward
+    backward = cpp.merge_concat_backward if concat else cpp.merge_backward
+    truth = with_grads(lambda *a: merge(*a, tanh, concat), [t.double() for t in inputs], grad.double())
+    eager = with_grads(lambda *a: merge(*a, tanh, concat), inputs, grad)
+    got = (forward(*inputs, tanh=tanh), *backward(grad, *inputs, tanh=tanh))
+    for name, g, e, t in zip(("out", "image", "output", "mask"), got, eager, truth, strict=True):
+        assert_twice(g, e, t, name)
+    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
+    for wanted in range(3):
+        needs = tuple(i == wanted for i in range(3))
+        alone = backward(grad, *inputs, tanh=tanh, needs=needs)
+        assert [g is not None for g in alone] == list(needs)
+        assert torch.equal(alone[wanted], got[1 + wanted])
+
+
+def test_merge_is_exact_outside_and_inside_the_hole():
+    image, output, mask = merge_inputs((2, 40, 50), torch.float32)
+    mask = (mask > 0.5).float()
+    out = cpp.merge_concat_forward(image, output, mask)
+    assert torch.equal(out[:, :3], torch.where(mask.bool(), output, image))
+    assert torch.equal(out[:, 3:], mask)
+
+
+def test_tanh_to_a_few_ulp(isa):
+    x = torch.cat([torch.linspace(-12, 12, 200_001), torch.logspace(-30, 2, 50_000), -torch.logspace(-30, 2, 50_000)])
+    x = x[: x.numel() // 3 * 3].view(1, 3, 1, -1)
+    ones, zeros = torch.ones(1, 1, 1, x.shape[3]), torch.zeros_like(x)
+    got = cpp.merge_forward(zeros, x, ones, tanh=True)
+    truth = x.double().tanh()
+    ulp = (got.double() - truth).abs() / (truth.abs() * 2.0**-23).clamp_min(2.0**-149)
+    assert ulp.max() < 4
+    assert got.abs().max() <= 1
+    special = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(1, 3, 1, 1)
+    got = cpp.merge_forward(torch.zeros_like(special), special, torch.ones(1, 1, 1, 1), tanh=True).flatten()
+    assert got[0].isnan()
+    assert got[1:].tolist() == pytest.approx([1.0, -1.0], abs=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_merge_strides_and_slices(layout, dtype):
+    image, output, mask = (views(t)[layout] for t in merge_inputs((2, 19, 45), dtype))
+    expected = cpp.merge_concat_forward(*(t.contiguous() for t in (image, output, mask)), tanh=True)
+    got = cpp.merge_concat_forward(image, output, mask, tanh=True)
+    assert torch.equal(got, expected)
+    buffer = torch.full((2, 9, 19, 45), float("nan"), dtype=dtype)
+    for target in (buffer[:, 2:6], buffer.contiguous(memory_format=torch.channels_last)[:, 2:6]):
+        out = cpp.merge_concat_forward(image, output, mask, tanh=True, out=target)
+        assert out is target
+        assert torch.equal(target, expected)
+    assert buffer[:, :2].isnan().all()
+    assert buffer[:, 6:].isnan().all()
+    grad = torch.randn_like(expected)
+    want = cpp.merge_concat_backward(grad, *(t.contiguous() for t in (image, output, mask)), tanh=True)
+    have = cpp.merge_concat_backward(views(grad)["transposed"], image, output, mask, tanh=True)
+    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
+
+
+@pytest.mark.parametrize("offset", [0, 1, 5])
+def test_merge_past_the_caches(offset):
+    # Above 16 MB the output is written by non-temporal stores, which want aligned planes.
+    image, output, mask = merge_inputs((1, 1056, 1024), torch.float32)
+    storage = torch.full((4 * 1056 * 1024 + 64,), float("nan"))
+    out = storage[offset : offset + 4 * 1056 * 1024].view(1, 4, 1056, 1024)
+    cpp.merge_concat_forward(image, output, mask, out=out)
+    torch.testing.assert_close(out, merge(image, output, mask, False, True), rtol=0, atol=1e-6)
+    assert storage[:offset].isnan().all()
+    assert storage[offset + out.numel() :].isnan().all()
+
+
+def test_errors_name_argument_expected_and_got():
+    features, weight, bias, _ = make((1, 8, 4, 4))
+    with pytest.raises(ValueError, match=r"weight: expected shape \[8, 16, 1, 1\], got \[8, 8, 1, 1\]"):
+        cpp.attention_block_forward(features, weight[:, :8], bias, "released")
+    with pytest.raises(ValueError, match=r"variant: expected 'released' or 'paper', got 'other'"):
+        cpp.attention_forward(features, "other")
+    with pytest.raises(ValueError, match=r"out: expected shape \[1, 8, 4, 4\], got \[1, 8, 4, 5\]"):
+        cpp.attention_forward(features, "paper", out=torch.empty(1, 8, 4, 5))
+    with pytest.raises(TypeError, match=r"features: expected a torch.Tensor, got list"):
+        cpp.attention_forward([], "paper")
+    with pytest.raises(ValueError, match="float16"):
+        cpp.attention_forward(features.half(), "paper")
+    assert "bias: expected torch.float32, got torch.float64" in cpp.can_run_attention(features, weight, bias.double())
+    assert "on meta" in cpp.can_run_attention(features.to("meta"))
+    image, output, mask = merge_inputs((1, 4, 4), torch.float32)
+    with pytest.raises(ValueError, match=r"mask: expected shape \[1, 1, 4, 4\], got \[1, 3, 4, 4\]"):
+        cpp.merge_forward(image, output, image)
+    assert "output: expected torch.float32, got torch.float16" in cpp.can_run_merge(image, output.half(), mask)
+    assert cpp.can_run_merge(image, output, mask) is None
+    library = cpp._library()
+    with pytest.raises(ValueError, match=r"set_isa: name: expected one of auto, portable.*, got sse"):
+        library.set_isa("sse")
+    args = [cpp._arg(t) for t in (image, output, mask[:, :, :3])]
+    with pytest.raises(ValueError, match=r"merge_forward: mask: expected shape \[1, 1, 4, 4\], got \[1, 1, 3, 4\]"):
+        library.merge_forward(*args, False, False, cpp._arg(image), 1)
+
+
+def test_eight_python_threads_at_once():
+    cases = [make((1, 32, 16, 11 + i), seed=i)[:3] for i in range(8)]
+    expected = [cpp.attention_block_forward(*case, "released")[0] for case in cases]
+    wrong: list[int] = []
+
+    def work(i):
+        for _ in range(20):
+            if not torch.equal(cpp.attention_block_forward(*cases[i], "released")[0], expected[i]):
+                wrong.append(i)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_the_gil_is_released():
+    features, weight, bias, _ = make((2, 128, 64, 64))
+    running = threading.Thread(target=lambda: cpp.attention_block_forward(features, weight, bias, "released"))
+    start = time.perf_counter()
+    running.start()
+    longest, last = 0.0, start
+    while running.is_alive():
+        now = time.perf_counter()
+        longest, last = max(longest, now - last), now
+    assert longest < 0.6 * (time.perf_counter() - start)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.parametrize("loaded", [True, False], ids=["loaded before", "loaded in the child"])
+def test_after_fork(loaded):
+    code = f"""
+        import os, signal, torch
+        from lgnet_fast.ops import cpp
+        torch.set_num_threads(4)
+        features = torch.randn(1, 16, 32, 32)
+        torch.mm(torch.randn(500, 500), torch.randn(500, 500)); torch.randn(10**6).exp_()  # starts OpenMP's pool
+        if {loaded}:
+            expected = cpp.attention_forward(features, "released")[0]
+        child = os.fork()
+        if child == 0:
+            signal.alarm(20)
+            out = cpp.attention_forward(features, "released")[0]
+            assert cpp._library().parallel_backend() == "threads"
+            os._exit(0 if not {loaded} or torch.equal(out, expected) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert cpp.attention_forward(features, "released")[0].isfinite().all()
+    """
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], timeout=60, check=True)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="torch bundles libgomp on Linux")
+def test_one_openmp_runtime():
+    code = """
+        import torch, threadpoolctl
+        from lgnet_fast.ops import cpp
+        cpp.attention_forward(torch.randn(1, 16, 32, 32), "released")
+        runtimes = [lib["filepath"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "openmp"]
+        assert len(runtimes) == 1, runtimes
+        assert cpp._library().parallel_backend() == f"openmp ({runtimes[0]})", cpp._library().parallel_backend()
+    """
+    pytest.importorskip("threadpoolctl")
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=True)
