@@ -1,0 +1,25 @@
+"""Triton kernels, one file an op. Importing this package does not import triton.
+
+==================  ===================================================================
+`attention`         cosine-similarity attention and its 1x1 combiner, forward and backward
+`merge_concat`      ``cat(image * (1 - m) + output * m, m)``, forward and backward
+`configs`           block shapes per GPU generation, tuned offline by `bench/tune_attention.py`
+`aot`               ahead-of-time compilation of everything above, without a GPU
+==================  ===================================================================
+
+The launchers allocate and launch, nothing else: registration, autograd and dispatch are in `lgnet_fast.ops`.
+"""
+
+from __future__ import annotations
+
+
+def missing() -> str | None:
+    """Why the kernels cannot be imported here, or None where they can."""
+    try:
+        import triton
+    except ImportError as error:
+        return f"triton cannot be imported: {error}"
+    version = tuple(int(part) for part in triton.__version__.split(".")[:2])
+    if version < (3, 3):
+        return f"triton {triton.__version__} is installed, 3.3 or newer is needed"
+    return None

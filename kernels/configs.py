@@ -1,0 +1,119 @@
+"""Which block shapes a kernel runs with, and over how many splits: static choices, no tuning at run time.
+
+`tables.py` holds the shapes for each GPU generation; `bench/tune_attention.py` rewrites it on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Iterator
+from contextvars import ContextVar
+from typing import NamedTuple
+
+import torch
+
+from .launch import is_interpreted
+from .tables import TABLES
+
+HEAD_CLASSES = (96, 128, 192, 256, 384, 512)
+MAX_SPLITS = 8
+
+
+class Config(NamedTuple):
+    """BLOCK_M queries (or positions) by BLOCK_N keys (or channels) a program, warps a program, pipeline stages."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def meta(self) -> dict[str, int]:
+        """As the kernels' keyword arguments."""
+        return {
+            "BLOCK_M": self.block_m,
+            "BLOCK_N": self.block_n,
+            "num_warps": self.num_warps,
+            "num_stages": self.num_stages,
+        }
+
+
+_assumed: ContextVar[tuple[str, int] | None] = ContextVar("lgnet_fast_assumed_generation", default=None)
+
+_overrides: ContextVar[dict[str, Config]] = ContextVar("lgnet_fast_config_overrides", default={})  # noqa: B039
+
+
+@contextlib.contextmanager
+def assume_generation(target: str, num_sms: int = 132) -> Iterator[None]:
+    """Choose as for another GPU, such as "sm_90": for `aot` and tests."""
+    token = _assumed.set((target, num_sms))
+    try:
+        yield
+    finally:
+        _assumed.reset(token)
+
+
+@contextlib.contextmanager
+def override(op: str, config: Config) -> Iterator[None]:
+    """Use `config` for every launch of `op`, whatever the table says: for the tuner and for tests."""
+    token = _overrides.set({**_overrides.get(), op: config})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
+
+
+def generation_of(major: int, minor: int) -> str:
+    """The table for a compute capability.
+
+    8.6, 8.9 and 12.x have the least shared memory of all (99 KiB a block): theirs serves whatever has no table too.
+    """
+    name = f"sm_{major}{minor}" if major == 8 else f"sm_{major}0"
+    return name if name in TABLES else "sm_89"
+
+
+@functools.lru_cache(maxsize=64)
+def _cuda_generation(index: int) -> tuple[str, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return generation_of(properties.major, properties.minor), properties.multi_processor_count
+
+
+def device_generation(device: torch.device) -> tuple[str, int]:
+    """Name of the device's table, and its number of multiprocessors."""
+    assumed = _assumed.get()
+    if assumed is not None:
+        return assumed
+    if is_interpreted():
+        return "interpreted", 4
+    return _cuda_generation(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def config_kind(dtype: torch.dtype, precision: str) -> str:
+    """The table's name for a dtype: "half", "tf32" or "ieee"."""
+    if dtype != torch.float32:
+        return "half"
+    return "tf32" if precision == "tf32" else "ieee"
+
+
+def pick(op: str, generation: str, kind: str, channels: int, positions: int) -> Config:
+    """The configuration of `op` for a head size and a number of positions, of all samples together.
+
+    A head size without an entry of its own takes that of the next larger one.
+    """
+    overridden = _overrides.get().get(op)
+    if overridden is not None:
+        return overridden
+    table = TABLES[generation]
+    rows = next(table[op, kind, size] for size in HEAD_CLASSES if channels <= size and (op, kind, size) in table)
+    return Config(*next(shape for least, shape in rows if positions >= least))
+
+
+def num_splits(programs: int, positions: int, block: int, num_sms: int) -> tuple[int, int]:
+    """Into how many parts each program's walk over the positions is cut to fill the chip, and the length of a part.
+
+    Parts are whole blocks and none is empty.
+    """
+    blocks = -(-positions // block)
+    splits = max(1, min(num_sms // programs, blocks, MAX_SPLITS))
+    blocks_per_split = -(-blocks // splits)
+    return -(-blocks // blocks_per_split), blocks_per_split * block
