@@ -1,0 +1,404 @@
+"""`Inpainter`: a network and everything between it and pictures of any size, kind and depth."""
+
+from __future__ import annotations
+
+import copy
+import os
+import threading
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import BackendError, LGNetError, OutOfMemoryError
+from . import memory, strategies
+from .devices import resolve_device, resolve_dtype
+from .masks import masks_for, read_hole, soft_edge
+from .pictures import Picture, picture_of, pictures_of_tensor
+from .strategies import Window
+
+_MOSTLY_HOLE = 0.95
+
+
+@dataclass(frozen=True)
+class Inpainted:
+    """One filled picture and how it was made.
+
+    `picture`: of the caller's kind. `size`: (height, width). `hole_ratio`: share of hole pixels in the mask, before
+    dilation. `strategy`: the one that ran, None when the mask was empty. `passes`: network runs.
+    """
+
+    picture: Any
+    size: tuple[int, int]
+    hole_ratio: float
+    strategy: str | None
+    passes: int
+
+
+@dataclass(frozen=True)
+class Stages:
+    """One picture at every stage of the network, each of the caller's kind.
+
+    `masked`: the hole painted white, as the network sees it. `merged`: the merged picture after every stage, in
+    order (three for LGNet, fewer for ablations).
+    """
+
+    masked: Any
+    merged: tuple[Any, ...]
+
+    @property
+    def coarse(self) -> Any:
+        """After the first stage."""
+        return self.merged[0]
+
+    @property
+    def local(self) -> Any | None:
+        """After the local stage; None for networks of fewer than three stages."""
+        return self.merged[1] if len(self.merged) > 2 else None
+
+    @property
+    def result(self) -> Any:
+        """After the last stage: what the pipeline returns."""
+        return self.merged[-1]
+
+
+@dataclass(frozen=True)
+class _Job:
+    picture: Picture
+    hole: np.ndarray
+    alpha: np.ndarray
+
+    @property
+    def region(self) -> np.ndarray:
+        """bool [H, W]: where the network has to deliver, the feathered rim included."""
+        return self.alpha > 0
+
+
+class Inpainter:
+    """Fills the holes of pictures of any size and kind. Thread-safe.
+
+    Args:
+        model: called as ``model(image, mask)`` with image [B, 3, H, W] in [-1, 1], mask [B, 1, H, W], 1 = hole, H and
+            W multiples of ``model.size_multiple`` (256 where it has none); returns the merged picture. A model on
+            another device, of another dtype, in training mode or with an explicit backend is copied, not changed.
+        device: "auto" (CUDA if there is a GPU) or a torch device.
+        dtype: "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name.
+        backend: "auto" leaves the model's choice; others go to ``model.set_backend``.
+        window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
+            largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
+        memory_limit: bytes that a run may take; None asks the system before every run.
+
+    Raises:
+        BackendError: a device, dtype or backend that was asked for and cannot run.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        *,
+        window: int = 512,
+        memory_limit: int | None = None,
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"model: expected a callable (image, mask), got {type(model).__name__}")
+        self.device = resolve_device(device)
+        self.dtype = resolve_dtype(dtype, self.device)
+        self.multiple = int(getattr(model, "size_multiple", 256))
+        self.base_channels = max(getattr(model, "channels", None) or (64,))
+        if window < self.multiple:
+            raise ValueError(f"window: expected at least the network's multiple {self.multiple}, got {window}")
+        self.window = window // self.multiple * self.multiple
+        self.memory_limit = memory_limit
+        self._source = model
+        self._backend = backend
+        self._model = self._placed(self.dtype)
+        self._exact: Callable[..., Any] | None = None
+        self._exact_lock = threading.Lock()
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | os.PathLike[str] | None = None,
+        device: str | torch.device = "auto",
+        dtype: str | torch.dtype = "auto",
+        backend: str = "auto",
+        **options: Any,
+    ) -> Inpainter:
+        """An Inpainter for a model directory or a Hugging Face Hub id; None is the model bundled with the package.
+
+        Raises WeightsError when the weights are missing or malformed, and what the constructor raises.
+        """
+        from ..reference import LGNet
+
+        resolve_dtype(dtype, resolve_device(device))  # before hundreds of megabytes are read
+        if model is None:
+            from ..weights import bundled_path
+
+            model = bundled_path()
+        return cls(LGNet.from_pretrained(os.fspath(model)), device, dtype, backend, **options)
+
+    def __call__(
+        self,
+        picture: Any,
+        mask: Any,
+        strategy: str = "auto",
+        mask_threshold: float = 0.5,
+        invert_mask: bool = False,
+        dilate: int = 0,
+        feather: int = 0,
+    ) -> Any:
+        """The picture with its hole filled, of the same kind; known pixels keep their bits.
+
+        Args:
+            picture: a PIL picture, a path, a uint8 (or uint16) array [H, W, 3], a float tensor [B, 3, H, W] in
+                [0, 1], or a list of those. PIL pictures and files are turned upright by their EXIF orientation.
+            mask: a PIL picture, a path, an array [H, W] (bool, uint8 0..255, uint8 whose maximum is 1, or float in
+                [0, 1]) or a tensor [B, 1, H, W]; one for all pictures or a list of one each. Larger is hole.
+            strategy: "auto", "full", "crop", "resize" or "tile"; see `lgnet_fast.pipeline.strategies.choose`.
+            mask_threshold: levels above this share of full scale are hole; 0 <= value < 1.
+            invert_mask: dark is hole.
+            dilate: pixels by which the hole grows on every side (a disk).
+            feather: width in pixels of a soft ramp around the grown hole, where fill and picture are blended.
+
+        Returns:
+            The same kind; a path gives a PIL picture. Known pixels, those outside the dilated hole and its feather,
+            are identical to the input's. An empty mask returns the picture unchanged with a UserWarning, which
+            also tells when more than 95 % is hole.
+
+        Raises:
+            InvalidImageError, InvalidMaskError, OutOfMemoryError (before anything is allocated, where the estimate
+            exceeds the memory), LGNetError (output not finite even in float32), ValueError (strategy).
+        """
+        options: dict[str, Any] = {
+            "strategy": strategy,
+            "mask_threshold": mask_threshold,
+            "invert_mask": invert_mask,
+            "dilate": dilate,
+            "feather": feather,
+        }
+        if isinstance(picture, (list, tuple)):
+            return [
+                self(one, own, **options) for one, own in zip(picture, masks_for(mask, len(picture)), strict=True)
+            ]
+        if isinstance(picture, Tensor):
+            pictures = pictures_of_tensor(picture)
+            if not pictures:
+                return picture.clone()
+            own_masks = masks_for(mask, len(pictures))
+            return torch.cat(
+                [self._inpaint(one, own, **options).picture for one, own in zip(pictures, own_masks, strict=True)]
+            )
+        return self.inpaint(picture, mask, **options).picture
+
+    def inpaint(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
+        """Like a call, for one PIL picture, path or array, and says how the picture was made."""
+        return self._inpaint(picture_of(picture), mask, strategy, **mask_options)
+
+    def stages(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Stages:
+        """The picture after every stage, for contact sheets; arguments as for a call, for one PIL picture, path or
+        array. With an empty mask every stage is the picture."""
+        _check_strategy(strategy)
+        read = picture_of(picture)
+        with memory.out_of_memory_errors("picture"):
+            job = self._job(read, mask, **mask_options)
+            white = np.ones((*read.size, 3), dtype=np.float32)
+            masked = read.with_fill(white, job.hole.astype(np.float32))
+            if not job.region.any():
+                return Stages(masked, (masked, masked, masked))
+            fills, _, _ = self._fill(job, strategy, stages=True)
+            return Stages(masked, tuple(read.with_fill(fill, job.alpha) for fill in fills))
+
+    def warmup(self, height: int = 256, width: int = 256) -> float:
+        """Runs the network once on an empty picture of that size, padded; returns the seconds it took."""
+        start = time.perf_counter()
+        size = strategies.padded(height, self.multiple), strategies.padded(width, self.multiple)
+        self._run(self._model, self.dtype, np.zeros((*size, 3), np.float32), np.ones(size, bool), stages=False)
+        return time.perf_counter() - start
+
+    def estimate_memory(self, height: int, width: int, strategy: str = "full") -> int:
+        """Bytes that a picture of that size takes at most, beyond the weights, with this network and dtype."""
+        return memory.estimate_memory(
+            height,
+            width,
+            strategy,
+            base_channels=self.base_channels,
+            dtype=self.dtype,
+            size_multiple=self.multiple,
+            window=self.window,
+        )
+
+    # -- one picture -------------------------------------------------------------------------------------------
+
+    def _job(
+        self,
+        picture: Picture,
+        mask: Any,
+        mask_threshold: float = 0.5,
+        invert_mask: bool = False,
+        dilate: int = 0,
+        feather: int = 0,
+    ) -> _Job:
+        hole = read_hole(mask, *picture.size, threshold=mask_threshold, invert=invert_mask, note=picture.note)
+        job = _Job(picture, hole, soft_edge(hole, dilate, feather))
+        share = float(job.region.mean())
+        if share == 0:
+            warnings.warn("mask: no hole pixel; the picture is returned unchanged", UserWarning, stacklevel=4)
+        elif share > _MOSTLY_HOLE:
+            warnings.warn(
+                f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)?",
+                UserWarning,
+                stacklevel=4,
+            )
+        return job
+
+    def _inpaint(self, picture: Picture, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
+        _check_strategy(strategy)
+        with memory.out_of_memory_errors("picture"):
+            job = self._job(picture, mask, **mask_options)
+            ratio = float(job.hole.mean())
+            if not job.region.any():
+                unchanged = picture.rebuild(picture.samples.copy(), job.region)
+                return Inpainted(unchanged, picture.size, ratio, None, 0)
+            (fill,), ran, passes = self._fill(job, strategy, stages=False)
+            return Inpainted(picture.with_fill(fill, job.alpha), picture.size, ratio, ran, passes)
+
+    def _fill(self, job: _Job, strategy: str, stages: bool) -> tuple[list[np.ndarray], str, int]:
+        """Fills float32 [H, W, 3] in [-1, 1], one or one a stage, with the strategy that ran and its passes."""
+        region = job.region
+        if strategy != "auto":
+            windows = strategies.windows_for(strategy, region, self.multiple, self.window)
+            self._check_memory(job.picture.size, windows, strategy)
+            return self._run_windows(job, region, windows, stages), strategy, len(windows)
+        attempts = self._attempts(region)
+        for position, (name, largest) in enumerate(attempts):
+            windows = strategies.windows_for(name, region, self.multiple, largest)
+            try:
+                self._check_memory(job.picture.size, windows, name)
+                with memory.out_of_memory_errors(f"strategy {name}"):
+                    return self._run_windows(job, region, windows, stages), name, len(windows)
+            except OutOfMemoryError:
+                if position == len(attempts) - 1:
+                    raise
+        raise AssertionError("unreachable: the last attempt returns or raises")
+
+    def _attempts(self, region: np.ndarray) -> list[tuple[str, int]]:
+        """(strategy, largest window side), the preferred first, then ever cheaper ones."""
+        first = (strategies.choose(region, self.multiple, self.window), self.window)
+        ladder = [first, ("crop", self.window), ("crop", self.multiple), ("resize", self.multiple)]
+        return list(dict.fromkeys(ladder))
+
+    def _check_memory(self, size: tuple[int, int], windows: list[Window], strategy: str) -> None:
+        available = memory.available_memory(self.device) if self.memory_limit is None else self.memory_limit
+        if available is None:
+            return
+        sizes = (strategies.network_size(window, self.multiple) for window in windows)
+        largest = max(height * width for height, width in sizes)
+        needed = memory.picture_bytes(*size) + memory.network_bytes(largest, self.base_channels, self.dtype)
+        if needed > available:
+            better = "a smaller window" if strategy != "full" else "strategy 'crop', 'tile', 'resize' or 'auto'"
+            raise OutOfMemoryError(
+                f"strategy {strategy}: a picture of {size[1]}x{size[0]} needs about {memory.human(needed)}, "
+                f"{memory.human(available)} are available on {self.device}; try {better}, or a smaller picture"
+            )
+
+    def _run_windows(self, job: _Job, region: np.ndarray, windows: list[Window], stages: bool) -> list[np.ndarray]:
+        sums: list[np.ndarray] = []
+        total = np.zeros(region.shape, dtype=np.float32)
+        for window in windows:
+            place = (window.rows, window.columns)
+            fills = self._run_window(job.picture.network_range(*place), region[place], window, stages)
+            weight = np.ones(window.size, dtype=np.float32) if window.weight is None else window.weight
+            if not sums:
+                sums = [np.zeros((*region.shape, 3), dtype=np.float32) for _ in fills]
+            for accumulated, fill in zip(sums, fills, strict=True):
+                accumulated[place] += fill * weight[..., None]
+            total[place] += weight
+        divisor = np.where(total > 0, total, 1)[..., None]
+        return [np.divide(accumulated, divisor, out=accumulated) for accumulated in sums]
+
+    def _run_window(self, content: np.ndarray, hole: np.ndarray, window: Window, stages: bool) -> list[np.ndarray]:
+        if window.reduced == window.size:
+            # What lies under the mask must not reach the network, not even to be multiplied by zero.
+            image, small_hole = np.where(hole[..., None], np.float32(0), content), hole
+        else:
+            image, small_hole = strategies.reduce_region(content, hole, window.reduced)
+        height, width = window.reduced
+        target = strategies.network_size(window, self.multiple)
+        rows = strategies.reflection(height, target[0])
+        columns = strategies.reflection(width, target[1])
+        outputs = self._run_checked(image[rows][:, columns], small_hole[rows][:, columns], stages)
+        fills = [output[:height, :width] for output in outputs]
+        if window.reduced == window.size:
+            return fills
+        return [strategies.enlarge_fill(fill, window.size) for fill in fills]
+
+    # -- the network -------------------------------------------------------------------------------------------
+
+    def _run_checked(self, image: np.ndarray, hole: np.ndarray, stages: bool) -> list[np.ndarray]:
+        """The network on a padded picture; half precision that overflows gets one more try in float32."""
+        outputs = self._run(self._model, self.dtype, image, hole, stages)
+        if _finite(outputs):
+            return outputs
+        if self.dtype in (torch.float16, torch.bfloat16):
+            outputs = self._run(self._exact_model(), torch.float32, image, hole, stages)
+            if _finite(outputs):
+                return outputs
+            raise LGNetError(f"model: its output is not finite, neither in {self.dtype} nor in torch.float32")
+        raise LGNetError(f"model: its output is not finite in {self.dtype}; are the weights sound?")
+
+    def _run(
+        self, model: Callable[..., Any], dtype: torch.dtype, image: np.ndarray, hole: np.ndarray, stages: bool
+    ) -> list[np.ndarray]:
+        """float32 [H, W, 3] in [-1, 1] of every stage, or of the result alone."""
+        with torch.inference_mode():
+            image_tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))[None])
+            hole_tensor = torch.from_numpy(np.ascontiguousarray(hole)[None, None])
+            image_tensor = image_tensor.to(self.device, dtype)
+            hole_tensor = hole_tensor.to(self.device, dtype)
+            if stages:
+                outputs = list(model(image_tensor, hole_tensor, return_stages=True).merged)
+            else:
+                outputs = [model(image_tensor, hole_tensor)]
+            return [output[0].float().permute(1, 2, 0).cpu().numpy() for output in outputs]
+
+    def _exact_model(self) -> Callable[..., Any]:
+        with self._exact_lock:
+            if self._exact is None:
+                self._exact = self._placed(torch.float32)
+            return self._exact
+
+    def _placed(self, dtype: torch.dtype) -> Callable[..., Any]:
+        """The source model on this device in `dtype`, in eval mode: itself where it is that already, else a copy."""
+        model = self._source
+        if isinstance(model, nn.Module):
+            tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+            fits = all(tensor.device == self.device and tensor.dtype == dtype for tensor in tensors)
+            if not fits or model.training or self._backend != "auto":
+                model = copy.deepcopy(model).to(self.device, dtype).eval()
+        if self._backend != "auto":
+            if not hasattr(model, "set_backend"):
+                raise BackendError(
+                    f"backend: {self._backend!r} was asked for, but {type(model).__name__} has no choice"
+                )
+            try:
+                model.set_backend(self._backend)
+            except ValueError as cause:
+                raise BackendError(str(cause)) from cause
+        return model
+
+
+def _check_strategy(strategy: str) -> None:
+    if strategy not in strategies.STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(strategies.STRATEGIES)}, got {strategy!r}")
+
+
+def _finite(outputs: list[np.ndarray]) -> bool:
+    return all(bool(np.isfinite(output).all()) for output in outputs)

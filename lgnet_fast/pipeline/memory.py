@@ -1,0 +1,136 @@
+"""How much memory a run takes, asked before anything is allocated."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from ..errors import OutOfMemoryError
+from .strategies import padded
+
+# Buffers of the picture itself, bytes a pixel: samples and their copies, hole, alpha, fill, blending sums.
+_PICTURE_BYTES = 64
+# Live tensors of n channels at full resolution at NetL's widest point, where its last deconvolution's output and
+# that output normalised meet the half-resolution input with twice the channels (n/2). NetC and NetG peak lower.
+_LIVE_COPIES = 2.5
+# Image, mask, their padded and 32-bit copies, concatenations, every stage's output and merged picture, and layout
+# copies of those: channels at full resolution, whatever n is.
+_LIVE_PICTURE_CHANNELS = 72
+# Allocators vary from run to run. Measured on a CPU in float32, n = 16 to 64 at 512 to 1024 pixels: 355 to 1318 bytes
+# a pixel, where this estimates 736 to 1456; tests/test_pipeline_memory.py measures it again.
+_MARGIN = 1.5
+
+
+def estimate_memory(
+    height: int,
+    width: int,
+    strategy: str = "full",
+    *,
+    base_channels: int = 64,
+    dtype: torch.dtype = torch.float32,
+    size_multiple: int = 256,
+    window: int = 512,
+) -> int:
+    """Bytes that one picture of `height` x `width` pixels takes at most, beyond the weights.
+
+    `strategy`: "full" pads the whole picture; "crop", "tile" and "resize" never run more than `window`^2 network
+    pixels at once, whatever the hole. `base_channels` is the network's n (64 in the paper). Attention scores count
+    nothing: they are never materialised.
+    """
+    pixels = padded(height, size_multiple) * padded(width, size_multiple)
+    if strategy != "full":
+        pixels = min(pixels, max(window, size_multiple) ** 2)
+    return picture_bytes(height, width) + network_bytes(pixels, base_channels, dtype)
+
+
+def picture_bytes(height: int, width: int) -> int:
+    """Bytes of the buffers at the picture's own resolution."""
+    return height * width * _PICTURE_BYTES
+
+
+def network_bytes(pixels: int, base_channels: int, dtype: torch.dtype) -> int:
+    """Bytes of the activations of one pass over `pixels` padded pixels."""
+    channels = _LIVE_COPIES * base_channels + _LIVE_PICTURE_CHANNELS
+    return int(pixels * channels * _MARGIN * dtype.itemsize)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on `device`, None where the system does not tell."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    known = [room for room in (_system_room(), _container_room()) if room is not None]
+    return min(known) if known else None
+
+
+@contextmanager
+def out_of_memory_errors(what: str) -> Iterator[None]:
+    """Turns an allocation that fails, in torch or in numpy, into OutOfMemoryError."""
+    try:
+        yield
+    except OutOfMemoryError:
+        raise
+    except (torch.OutOfMemoryError, MemoryError) as cause:
+        raise OutOfMemoryError(f"{what}: {str(cause).splitlines()[0] if str(cause) else 'out of memory'}") from cause
+    except RuntimeError as cause:
+        # The CPU allocator has no exception type of its own.
+        if "allocate memory" not in str(cause) and "not enough memory" not in str(cause):
+            raise
+        raise OutOfMemoryError(f"{what}: {str(cause).splitlines()[0]}") from cause
+
+
+def human(size: int) -> str:
+    """1536 -> "1.5 KiB"."""
+    value = float(size)
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if value < 1024:
+            return f"{value:.3g} {unit}"
+        value /= 1024
+    return f"{value:.3g} TiB"
+
+
+def _system_room() -> int | None:
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    if sys.platform == "win32":
+        return _windows_room()
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError):
+        return None
+
+
+def _windows_room() -> int | None:
+    class Status(ctypes.Structure):
+        _fields_ = (
+            ("length", ctypes.c_ulong),
+            ("load", ctypes.c_ulong),
+            *((name, ctypes.c_ulonglong) for name in ("total", "available", "c", "d", "e", "f", "g")),
+        )
+
+    status = Status(length=ctypes.sizeof(Status))
+    found = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
+    return int(status.available) if found else None
+
+
+def _container_room() -> int | None:
+    """What the control group still grants: inside a container the machine's free memory is not the limit."""
+    for limit, used in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    ):
+        try:
+            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
+        except (OSError, ValueError):  # not there, or "max"
+            continue
+    return None

@@ -1,0 +1,229 @@
+"""Pictures of every accepted kind as samples in their own depth, and back: known pixels pass through untouched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from ..errors import InvalidImageError
+from .files import open_upright, upright
+
+ACCEPTED = (
+    "a PIL picture, a path, an array [H, W, 3] of uint8 or uint16, a float tensor [B, C, H, W], or a list of those"
+)
+PIL_MODES = "1, L, LA, P, RGB, RGBA, I, I;16, I;16B, CMYK, YCbCr, HSV"
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture as the pipeline works on it.
+
+    `samples` [H, W, C], C = 1 (grey) or 3 (RGB), in the picture's own depth, 0 = black, `white` = white.
+    `rebuild(samples, touched)` gives the caller's kind back; `touched` bool [H, W] marks the pixels that may have
+    changed: every other pixel, and all alpha, comes from the original. `note` explains a turned picture's size.
+    """
+
+    samples: np.ndarray
+    white: float
+    rebuild: Callable[[np.ndarray, np.ndarray], Any]
+    note: str = ""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self.samples.shape[0], self.samples.shape[1]
+
+    def network_range(self, rows: slice, columns: slice) -> np.ndarray:
+        """A region as float32 [h, w, 3] in [-1, 1]: level / (white / 2) - 1."""
+        region = self.samples[rows, columns].astype(np.float32)
+        region = region / np.float32(self.white / 2) - 1
+        return np.broadcast_to(region, (*region.shape[:2], 3))
+
+    def with_fill(self, fill: np.ndarray, alpha: np.ndarray) -> Any:
+        """The caller's kind with `fill` (float32 [H, W, 3] in [-1, 1]) laid over it by `alpha` (float32 [H, W]).
+
+        Pixels of alpha 0 keep their bits. Grey pictures take the mean of the three channels. Integer depths are
+        rounded to nearest and clamped.
+        """
+        touched = alpha > 0
+        samples = self.samples.copy()
+        painted = fill[touched].astype(np.float64)
+        if samples.shape[2] == 1:
+            painted = painted.mean(axis=1, keepdims=True)
+        painted = np.clip((painted + 1) * (self.white / 2), 0, self.white)
+        weight = alpha[touched].astype(np.float64)[:, None]
+        # Where alpha is 1 the old sample must not enter at all: what lies under the mask is not to be trusted.
+        blended = np.where(weight == 1, painted, samples[touched] * (1 - weight) + painted * weight)
+        samples[touched] = blended if samples.dtype.kind == "f" else np.rint(blended)
+        return self.rebuild(samples, touched)
+
+
+def picture_of(picture: Any) -> Picture:
+    """One PIL picture, path (str or Path) or array [H, W, 3] (uint8 or uint16).
+
+    Raises InvalidImageError for anything else, for an empty picture, and for modes that cannot be kept.
+    """
+    if isinstance(picture, (str, os.PathLike)):
+        return _of_pil(*open_upright(Path(picture)))
+    if isinstance(picture, Image.Image):
+        return _of_pil(*upright(picture))
+    if isinstance(picture, np.ndarray):
+        return _of_array(picture)
+    raise InvalidImageError(f"picture: expected {ACCEPTED}, got {type(picture).__name__}")
+
+
+def pictures_of_tensor(batch: torch.Tensor) -> list[Picture]:
+    """The pictures of a float tensor [B, C, H, W], C = 1 or 3, in [0, 1]; each rebuilds to [1, C, H, W].
+
+    Dtype and device are kept. Raises InvalidImageError: shape, dtype, NaN, infinity or levels outside [0, 1].
+    """
+    if batch.ndim != 4 or batch.shape[1] not in (1, 3) or 0 in batch.shape[2:]:
+        raise InvalidImageError(f"picture: expected a tensor [B, 3, H, W] or [B, 1, H, W], got {list(batch.shape)}")
+    if not batch.is_floating_point():
+        raise InvalidImageError(f"picture: expected a float tensor in [0, 1], got {batch.dtype}")
+    wide = torch.float64 if batch.dtype == torch.float64 else torch.float32
+    levels = batch.detach().to("cpu", wide).numpy()
+    if not np.isfinite(levels).all():
+        raise InvalidImageError("picture: expected finite levels in [0, 1], got NaN or infinity")
+    if levels.size and (levels.min() < 0 or levels.max() > 1):
+        raise InvalidImageError(f"picture: expected levels in [0, 1], got {levels.min():g} to {levels.max():g}")
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> torch.Tensor:
+        channels_first = np.ascontiguousarray(samples.transpose(2, 0, 1)[None])
+        return torch.from_numpy(channels_first).to(batch.device, batch.dtype)
+
+    return [Picture(np.ascontiguousarray(one.transpose(1, 2, 0)), 1.0, rebuild) for one in levels]
+
+
+def _of_array(array: np.ndarray) -> Picture:
+    if array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise InvalidImageError(f"picture: expected an RGB array [H, W, 3], got {list(array.shape)}")
+    if array.dtype not in (np.uint8, np.uint16):
+        raise InvalidImageError(
+            f"picture: expected an array of uint8 or uint16, got {array.dtype} (floats: a tensor [B, 3, H, W])"
+        )
+    return Picture(array, float(np.iinfo(array.dtype).max), lambda samples, touched: samples)
+
+
+def _of_pil(picture: Image.Image, orientation: int) -> Picture:
+    note = f" (the picture is turned upright by its EXIF orientation {orientation})" if orientation != 1 else ""
+    if 0 in picture.size:
+        raise InvalidImageError(f"picture: expected at least one pixel, got {picture.width}x{picture.height}")
+    mode = picture.mode
+    if mode == "P":
+        return _of_palette(picture, note)
+    if mode == "1":
+        return _of_bilevel(picture, note)
+    if mode in ("LA", "RGBA"):
+        return _with_alpha(picture, note)
+    if mode in ("L", "RGB"):
+        return _with_colour_key(picture, note)
+    if mode in ("I", "I;16", "I;16B"):
+        return _of_deep(picture, note)
+    if mode in ("CMYK", "YCbCr", "HSV"):
+        return _of_other_space(picture, note)
+    raise InvalidImageError(
+        f"picture: expected one of the modes {PIL_MODES}, got {mode}; convert it, for example to RGB"
+    )
+
+
+def _like(picture: Image.Image, original: Image.Image) -> Image.Image:
+    picture.info = dict(original.info)
+    picture.format = original.format
+    return picture
+
+
+def _with_alpha(picture: Image.Image, note: str) -> Picture:
+    array = np.asarray(picture)
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
+        return _like(Image.fromarray(np.concatenate([samples, array[..., -1:]], axis=2)), picture)
+
+    return Picture(array[..., :-1], 255.0, rebuild, note)
+
+
+def _with_colour_key(picture: Image.Image, note: str) -> Picture:
+    """L and RGB, where PNG may declare one colour transparent: that choice of pixels is alpha, and is kept."""
+    array = np.asarray(picture).reshape(picture.height, picture.width, -1)
+    key = picture.info.get("transparency")
+    clear = None if key is None or isinstance(key, bytes) else (array == np.array(key)).all(axis=2)
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
+        if clear is not None:
+            collides = (samples == np.array(key)).all(axis=2) & ~clear
+            samples[collides, 0] ^= 1
+            samples[clear] = array[clear]
+        return _like(Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples), picture)
+
+    return Picture(array, 255.0, rebuild, note)
+
+
+def _of_bilevel(picture: Image.Image, note: str) -> Picture:
+    grey = np.asarray(picture.convert("L"))[..., None]
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
+        return _like(Image.fromarray(samples[..., 0]).convert("1", dither=Image.Dither.NONE), picture)
+
+    return Picture(grey, 255.0, rebuild, note)
+
+
+def _of_deep(picture: Image.Image, note: str) -> Picture:
+    array = np.asarray(picture)
+    stored = {"I": "=i4", "I;16": "<u2", "I;16B": ">u2"}[picture.mode]
+    if picture.mode == "I" and (array.min() < 0 or array.max() > 65535):
+        raise InvalidImageError(
+            f"picture: expected levels in 0..65535 for mode I, got {int(array.min())} to {int(array.max())}"
+        )
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
+        data = samples[..., 0].astype(stored).tobytes()
+        return _like(Image.frombytes(picture.mode, picture.size, data), picture)
+
+    native = array.astype(np.int32 if picture.mode == "I" else np.uint16)
+    return Picture(native[..., None], 65535.0, rebuild, note)
+
+
+def _of_other_space(picture: Image.Image, note: str) -> Picture:
+    """CMYK, YCbCr, HSV: the network sees RGB, known pixels keep their own numbers, filled ones are converted back."""
+    array = np.asarray(picture)
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
+        converted = Image.fromarray(samples).convert(picture.mode)
+        merged = np.where(touched[..., None], np.asarray(converted), array)
+        return _like(Image.frombytes(picture.mode, picture.size, merged.tobytes()), picture)
+
+    return Picture(np.array(picture.convert("RGB")), 255.0, rebuild, note)
+
+
+def _of_palette(picture: Image.Image, note: str) -> Picture:
+    """P: known pixels keep their index, filled ones take the nearest palette colour of the same alpha."""
+    index = np.asarray(picture)
+    entries = picture.resize((256, 1))
+    entries.paste(Image.frombytes("P", (256, 1), bytes(range(256))))
+    table = np.asarray(entries.convert("RGBA"))[0]
+    used = min(256, max(len(picture.getpalette("RGB") or ()) // 3, int(index.max()) + 1))
+    colours, alphas = table[:used, :3].astype(np.int32), table[:used, 3]
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
+        changed = index.copy()
+        wanted, own_alpha = samples[touched].astype(np.int32), alphas[index[touched]]
+        nearest = np.empty(len(wanted), dtype=np.uint8)
+        for alpha in np.unique(own_alpha):
+            choices = np.flatnonzero(alphas == alpha)
+            where = np.flatnonzero(own_alpha == alpha)
+            for part in np.array_split(where, len(where) // 65536 + 1):
+                apart = ((wanted[part, None] - colours[None, choices]) ** 2).sum(axis=2)
+                nearest[part] = choices[apart.argmin(axis=1)]
+        changed[touched] = nearest
+        result = picture.copy()
+        result.paste(Image.frombytes("P", picture.size, changed.tobytes()))
+        return _like(result, picture)
+
+    return Picture(table[index][..., :3], 255.0, rebuild, note)

@@ -1,0 +1,307 @@
+"""Which regions of a picture go through the network, at which scale, and how their fills are joined."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image
+
+from .masks import bounding_box
+
+STRATEGIES = ("auto", "full", "crop", "resize", "tile")
+
+# Hole pixels closer than this many pixels always share a group, those twice as far apart never do.
+GROUP_CELL = 16
+# Known pixels wanted on every side of a hole group, at least; half the square root of its area if that is more.
+CONTEXT = 64
+# Known pixels shared by neighbouring tiles, over which they are blended.
+TILE_OVERLAP = 128
+# A hole that contains a square of this side is too thick for tiles: some would see next to no known pixel.
+THICK = 128
+
+
+@dataclass(frozen=True)
+class Window:
+    """A region of the picture that goes through the network once.
+
+    `rows`, `columns`: the region; `reduced`: (height, width) at which the network sees it, before padding, never
+    larger than the region. `weight` float32 [h, w]: this window's say in each of its pixels, None = 1 everywhere.
+    """
+
+    rows: slice
+    columns: slice
+    reduced: tuple[int, int]
+    weight: np.ndarray | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) of the region in pixels of the picture."""
+        return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
+
+
+def choose(hole: np.ndarray, multiple: int, largest: int) -> str:
+    """The strategy that "auto" starts with, for a hole bool [H, W], a network multiple and a largest window side.
+
+    full  when the padded picture is no larger than `largest` on both sides, unless crops at native scale take fewer
+          network pixels: the network was trained on 256x256, more picture around a hole does not fill it better;
+    crop  when every hole group fits a window at native scale, or when the hole is thick (contains a 128x128 square):
+          then the large groups are filled at reduced scale;
+    tile  otherwise: thin holes, such as scratches and text, all over a large picture.
+    """
+    crops = crop_windows(hole, multiple, largest)
+    native = all(window.reduced == window.size for window in crops)
+    whole = padded(hole.shape[0], multiple), padded(hole.shape[1], multiple)
+    cropped = sum(math.prod(network_size(window, multiple)) for window in crops)
+    if max(whole) <= largest and not (native and cropped < math.prod(whole)):
+        return "full"
+    return "crop" if native or _is_thick(hole) else "tile"
+
+
+def windows_for(strategy: str, hole: np.ndarray, multiple: int, largest: int) -> list[Window]:
+    """The windows that fill a hole bool [H, W] with at least one pixel, in an order fixed by their position."""
+    height, width = hole.shape
+    if strategy == "full":
+        return [Window(slice(0, height), slice(0, width), (height, width))]
+    if strategy == "resize":
+        scale = min(1.0, largest / max(height, width))
+        reduced = (max(1, round(height * scale)), max(1, round(width * scale)))
+        return [Window(slice(0, height), slice(0, width), reduced)]
+    if strategy == "crop":
+        return crop_windows(hole, multiple, largest)
+    return tile_windows(hole, largest, min(TILE_OVERLAP, largest // 2))
+
+
+def network_size(window: Window, multiple: int) -> tuple[int, int]:
+    """(height, width) of a window as the network gets it, padded."""
+    return padded(window.reduced[0], multiple), padded(window.reduced[1], multiple)
+
+
+def padded(length: int, multiple: int) -> int:
+    """The least multiple of `multiple` that is not below `length`."""
+    return -(-length // multiple) * multiple
+
+
+def reflection(length: int, target: int) -> np.ndarray:
+    """Indices [target] that extend 0..length-1 by reflection without repeating the edge, again and again.
+
+    5 to 12: 0 1 2 3 4 3 2 1 0 1 2 3. A length of 1 replicates.
+    """
+    if length == 1:
+        return np.zeros(target, dtype=np.intp)
+    phase = np.arange(target) % (2 * length - 2)
+    return np.minimum(phase, 2 * length - 2 - phase)
+
+
+def reduce_region(region: np.ndarray, hole: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """A region float32 [h, w, 3] and its hole bool [h, w] area-averaged to `size` (height, width).
+
+    Only known pixels enter the averages, so nothing of what lies under the mask leaks out; a reduced pixel is hole
+    where most of its area is.
+    """
+    known = (~hole).astype(np.float32)
+    share = _resample(known, size, Image.Resampling.BOX)
+    reduced = np.zeros((*size, 3), dtype=np.float32)
+    for channel in range(3):
+        reduced[..., channel] = _resample(region[..., channel] * known, size, Image.Resampling.BOX)
+    reduced /= np.maximum(share, 1e-6)[..., None]
+    small_hole = share < 0.5
+    reduced[small_hole] = 0
+    return reduced, small_hole
+
+
+def enlarge_fill(fill: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A fill float32 [h, w, 3] scaled up to `size` (height, width) by Lanczos, clamped to [-1, 1]."""
+    channels = [_resample(fill[..., channel], size, Image.Resampling.LANCZOS) for channel in range(3)]
+    return np.clip(np.stack(channels, axis=2), -1, 1)
+
+
+def crop_windows(hole: np.ndarray, multiple: int, largest: int) -> list[Window]:
+    """One window for each group of holes, with context, of at most `largest`^2 network pixels.
+
+    Windows that overlap are merged when one pass over both costs no more than two and loses no scale. The rest may
+    overlap: each sees the other's hole as hole and fills its own group only, so their order does not matter.
+    """
+    grid = _cell_grid(hole)
+    labels = _label(grid)
+    boxes = _group_boxes(hole, labels)
+    frames = [_Frame.around(box, {k}, hole, multiple, largest) for k, box in sorted(boxes.items())]
+    frames = _merge(frames, hole, multiple, largest)
+    frames.sort(key=lambda frame: (frame.rows.start, frame.columns.start, frame.rows.stop, frame.columns.stop))
+    return [Window(frame.rows, frame.columns, frame.reduced, _ownership(frame, labels)) for frame in frames]
+
+
+def tile_windows(hole: np.ndarray, tile: int, overlap: int) -> list[Window]:
+    """The overlapping tiles of side `tile` at native scale that contain hole pixels, with smooth blending weights."""
+    windows = []
+    for top, bottom, row_weight in _spans(hole.shape[0], tile, overlap):
+        for left, right, column_weight in _spans(hole.shape[1], tile, overlap):
+            if hole[top:bottom, left:right].any():
+                weight = row_weight[:, None] * column_weight[None, :]
+                windows.append(Window(slice(top, bottom), slice(left, right), (bottom - top, right - left), weight))
+    return windows
+
+
+@dataclass(frozen=True)
+class _Frame:
+    box: tuple[slice, slice]
+    groups: frozenset[int]
+    rows: slice
+    columns: slice
+    reduced: tuple[int, int]
+    scale: float
+    cost: int
+
+    @classmethod
+    def around(
+        cls,
+        box: tuple[slice, slice],
+        groups: set[int] | frozenset[int],
+        hole: np.ndarray,
+        multiple: int,
+        largest: int,
+    ) -> _Frame:
+        context = max(CONTEXT, math.isqrt(int(hole[box].sum())) // 2)
+        wanted = [
+            min(extent.stop - extent.start + 2 * context, length)
+            for extent, length in zip(box, hole.shape, strict=True)
+        ]
+        cells = max(1, (largest // multiple) ** 2)
+        shapes = [(a, b) for a in range(1, cells + 1) for b in range(1, cells // a + 1)]
+        scale, down, across = max(
+            ((min(1.0, a * multiple / wanted[0], b * multiple / wanted[1]), a, b) for a, b in shapes),
+            key=lambda shape: (shape[0], -shape[1] * shape[2], -shape[1]),
+        )
+        rows, high = _place(box[0], down * multiple, scale, hole.shape[0])
+        columns, wide = _place(box[1], across * multiple, scale, hole.shape[1])
+        return cls(box, frozenset(groups), rows, columns, (high, wide), scale, down * across)
+
+    def overlaps(self, other: _Frame) -> bool:
+        return (
+            self.rows.start < other.rows.stop
+            and other.rows.start < self.rows.stop
+            and self.columns.start < other.columns.stop
+            and other.columns.start < self.columns.stop
+        )
+
+
+def _place(extent: slice, network: int, scale: float, length: int) -> tuple[slice, int]:
+    """Where a window of `network` pixels at `scale` lies along an axis of `length`, and its reduced length."""
+    span = round(network / scale)
+    if span >= length:
+        return slice(0, length), length if scale == 1 else max(1, min(network, round(length * scale)))
+    start = (extent.start + extent.stop - span) // 2
+    start = min(max(0, start), length - span)
+    return slice(start, start + span), network
+
+
+def _merge(frames: list[_Frame], hole: np.ndarray, multiple: int, largest: int) -> list[_Frame]:
+    merged_any = True
+    while merged_any:
+        merged_any = False
+        kept: list[_Frame] = []
+        for frame in frames:
+            for position, other in enumerate(kept):
+                if not frame.overlaps(other):
+                    continue
+                union = _union(frame.box[0], other.box[0]), _union(frame.box[1], other.box[1])
+                both = _Frame.around(union, frame.groups | other.groups, hole, multiple, largest)
+                if both.scale >= min(frame.scale, other.scale) and both.cost <= frame.cost + other.cost:
+                    kept[position], merged_any = both, True
+                    break
+            else:
+                kept.append(frame)
+        frames = kept
+    return frames
+
+
+def _union(a: slice, b: slice) -> slice:
+    return slice(min(a.start, b.start), max(a.stop, b.stop))
+
+
+def _ownership(frame: _Frame, labels: np.ndarray) -> np.ndarray:
+    """float32 [h, w]: 1 where a frame's region belongs to its own groups."""
+    cells = (
+        slice(frame.rows.start // GROUP_CELL, -(-frame.rows.stop // GROUP_CELL)),
+        slice(frame.columns.start // GROUP_CELL, -(-frame.columns.stop // GROUP_CELL)),
+    )
+    own = np.isin(labels[cells], list(frame.groups)).astype(np.float32)
+    own = own.repeat(GROUP_CELL, axis=0).repeat(GROUP_CELL, axis=1)
+    top, left = frame.rows.start - cells[0].start * GROUP_CELL, frame.columns.start - cells[1].start * GROUP_CELL
+    return own[top : top + frame.rows.stop - frame.rows.start, left : left + frame.columns.stop - frame.columns.start]
+
+
+def _cell_grid(hole: np.ndarray) -> np.ndarray:
+    """bool [ceil(H/16), ceil(W/16)]: which cells contain a hole pixel."""
+    down = np.logical_or.reduceat(hole, np.arange(0, hole.shape[0], GROUP_CELL), axis=0)
+    return np.logical_or.reduceat(down, np.arange(0, hole.shape[1], GROUP_CELL), axis=1)
+
+
+def _label(grid: np.ndarray) -> np.ndarray:
+    """8-connected groups of a small bool grid, numbered from 1 in reading order; 0 = no hole."""
+    labels = np.zeros(grid.shape, dtype=np.int32)
+    count = 0
+    for start in zip(*np.nonzero(grid), strict=True):
+        if labels[start]:
+            continue
+        count += 1
+        labels[start] = count
+        pending = [start]
+        while pending:
+            y, x = pending.pop()
+            for near_y in range(max(0, y - 1), min(grid.shape[0], y + 2)):
+                for near_x in range(max(0, x - 1), min(grid.shape[1], x + 2)):
+                    if grid[near_y, near_x] and not labels[near_y, near_x]:
+                        labels[near_y, near_x] = count
+                        pending.append((near_y, near_x))
+    return labels
+
+
+def _group_boxes(hole: np.ndarray, labels: np.ndarray) -> dict[int, tuple[slice, slice]]:
+    """Each group's bounding box in pixels."""
+    extents: dict[int, list[int]] = {}
+    for y, x in zip(*np.nonzero(labels), strict=True):
+        cell = hole[y * GROUP_CELL : (y + 1) * GROUP_CELL, x * GROUP_CELL : (x + 1) * GROUP_CELL]
+        rows, columns = bounding_box(cell)
+        top, left = int(y) * GROUP_CELL, int(x) * GROUP_CELL
+        own = [top + rows.start, top + rows.stop, left + columns.start, left + columns.stop]
+        seen = extents.setdefault(int(labels[y, x]), own)
+        seen[:] = min(seen[0], own[0]), max(seen[1], own[1]), min(seen[2], own[2]), max(seen[3], own[3])
+    return {k: (slice(e[0], e[1]), slice(e[2], e[3])) for k, e in extents.items()}
+
+
+def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, np.ndarray]]:
+    """(start, stop, weight float32 [stop - start]) of evenly spread spans that cover an axis."""
+    if length <= tile:
+        return [(0, length, np.ones(length, dtype=np.float32))]
+    count = -(-(length - overlap) // (tile - overlap))
+    ramp = (np.arange(tile) + 0.5) / overlap
+    rising = _smooth(np.minimum(ramp, 1))
+    spans = []
+    for number in range(count):
+        start = round(number * (length - tile) / (count - 1))
+        weight = np.ones(tile, dtype=np.float32)
+        if number > 0:
+            weight *= rising
+        if number < count - 1:
+            weight *= rising[::-1]
+        spans.append((start, start + tile, weight))
+    return spans
+
+
+def _smooth(ramp: np.ndarray) -> np.ndarray:
+    return (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+
+
+def _is_thick(hole: np.ndarray) -> bool:
+    if min(hole.shape) < THICK:
+        return False
+    sums = np.pad(hole.astype(np.int32).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
+    inside = sums[THICK:, THICK:] - sums[:-THICK, THICK:] - sums[THICK:, :-THICK] + sums[:-THICK, :-THICK]
+    return bool((inside == THICK * THICK).any())
+
+
+def _resample(channel: np.ndarray, size: tuple[int, int], filter: Image.Resampling) -> np.ndarray:
+    plane = Image.fromarray(np.ascontiguousarray(channel, dtype=np.float32))
+    return np.asarray(plane.resize((size[1], size[0]), filter))

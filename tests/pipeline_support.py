@@ -1,0 +1,93 @@
+"""Small networks with LGNet's contract, and pictures and masks to run through the pipeline."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+class BlurFill(nn.Module):
+    """Fills the hole with the mean of the known pixels around it: depends on all known content, on nothing else.
+
+    `seen` lists the network size of every call.
+    """
+
+    size_multiple = 256
+    channels = (4, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gain = nn.Parameter(torch.ones(()))
+        self.seen: list[tuple[int, int]] = []
+        self.eval()
+
+    def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False):
+        assert image.shape[1:2] == (3,)
+        assert mask.shape == (image.shape[0], 1, *image.shape[2:])
+        assert image.dtype == mask.dtype == self.gain.dtype
+        assert image.shape[2] % self.size_multiple == 0
+        assert image.shape[3] % self.size_multiple == 0
+        assert image.abs().max() <= 1
+        self.seen.append(tuple(image.shape[2:]))
+        known = 1 - mask
+        output = self.gain * _blur(image * known) / _blur(known).clamp(min=1e-3)
+        merged = image * known + output * mask
+        if not return_stages:
+            return merged
+        dark = image * known - mask
+        return SimpleNamespace(coarse=-torch.ones_like(image), merged=(dark, merged * 0.5 + dark * 0.5, merged))
+
+
+class ConstantFill(nn.Module):
+    """Fills the hole with one colour (three values in [-1, 1])."""
+
+    size_multiple = 256
+    channels = (4, 4, 4)
+
+    def __init__(self, *colour: float) -> None:
+        super().__init__()
+        self.register_buffer("colour", torch.tensor(colour, dtype=torch.float32).view(1, 3, 1, 1))
+        self.eval()
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        return image * (1 - mask) + self.colour * mask
+
+
+class IdentityFill(nn.Module):
+    """Returns the known pixels as the network got them, also where the mask says hole (there it gets none)."""
+
+    size_multiple = 256
+    channels = (4, 4, 4)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.images: list[Tensor] = []
+        self.masks: list[Tensor] = []
+        self.eval()
+
+    def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+        self.images.append(image.clone())
+        self.masks.append(mask.clone())
+        return image
+
+
+def _blur(planes: Tensor) -> Tensor:
+    return F.avg_pool2d(F.avg_pool2d(planes, (33, 1), 1, (16, 0)), (1, 33), 1, (0, 16))
+
+
+def noise(height: int, width: int, seed: int = 0, dtype: type = np.uint8) -> np.ndarray:
+    """A random RGB array [height, width, 3]."""
+    high = np.iinfo(dtype).max + 1
+    return np.random.default_rng(seed).integers(0, high, (height, width, 3)).astype(dtype)
+
+
+def box_mask(height: int, width: int, *boxes: tuple[int, int, int, int]) -> np.ndarray:
+    """bool [height, width], True within each (top, left, bottom, right)."""
+    mask = np.zeros((height, width), dtype=bool)
+    for top, left, bottom, right in boxes:
+        mask[top:bottom, left:right] = True
+    return mask

@@ -1,0 +1,134 @@
+"""The estimate before a run against what a run really takes, and what happens when it does not fit."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lgnet_fast.errors import OutOfMemoryError
+from lgnet_fast.pipeline import Inpainter, memory
+from lgnet_fast.pipeline.memory import available_memory, estimate_memory, out_of_memory_errors
+
+from .pipeline_support import BlurFill, box_mask, noise
+
+MEASURE = """
+import resource, sys
+import numpy as np, torch
+from lgnet_fast.pipeline import Inpainter
+from lgnet_fast.reference import LGNet
+torch.set_num_threads(2)
+width, side = int(sys.argv[1]), int(sys.argv[2])
+pipe = Inpainter(LGNet(coarse_channels=width, local_channels=width, global_channels=width, backend="eager").eval(),
+                 device="cpu")
+picture, hole = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
+hole[50:150, 50:150] = True
+pipe(picture[:256, :256], hole[:256, :256], strategy="full")
+with open("/proc/self/clear_refs", "w") as refs:
+    refs.write("5")  # resets the peak
+def status(field):
+    for line in open("/proc/self/status"):
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+before = status("VmRSS")
+pipe(picture, hole, strategy="full")
+print(status("VmHWM") - before, pipe.estimate_memory(side, side, "full"))
+"""
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
+@pytest.mark.parametrize(("width", "side"), [(16, 512), (64, 512)])
+def test_estimate_bounds_what_a_run_takes(width, side):
+    root = Path(__file__).resolve().parent.parent
+    done = subprocess.run(
+        [sys.executable, "-c", MEASURE, str(width), str(side)], cwd=root, capture_output=True, text=True, check=False
+    )
+    if "clear_refs" in done.stderr:
+        pytest.skip("the peak of this process cannot be reset here")
+    assert done.returncode == 0, done.stderr
+    measured, estimate = (int(number) for number in done.stdout.split())
+    assert measured <= estimate <= 2.5 * measured
+
+
+def test_estimate_grows_with_the_padded_picture_and_not_beyond_the_window():
+    assert estimate_memory(257, 256) > estimate_memory(256, 256)
+    assert estimate_memory(256, 256) - memory.picture_bytes(256, 256) == memory.network_bytes(
+        65536, 64, torch.float32
+    )
+    for strategy in ("crop", "tile", "resize"):
+        large = estimate_memory(4000, 6000, strategy)
+        assert large == memory.picture_bytes(4000, 6000) + memory.network_bytes(512 * 512, 64, torch.float32)
+        assert large < estimate_memory(4000, 6000, "full") / 5
+    assert estimate_memory(512, 512, dtype=torch.float16) < estimate_memory(512, 512)
+    assert estimate_memory(512, 512, base_channels=16) < estimate_memory(512, 512)
+
+
+@pytest.mark.parametrize("strategy", ["full", "crop", "tile", "resize"])
+def test_a_run_that_does_not_fit_stops_before_the_network(strategy):
+    model = BlurFill()
+    pipe = Inpainter(model, memory_limit=1_000_000)
+    with pytest.raises(OutOfMemoryError, match=r"needs about .*MiB.*977 KiB are available on cpu; try"):
+        pipe(noise(600, 700), box_mask(600, 700, (100, 100, 200, 200)), strategy=strategy)
+    assert model.seen == []
+
+
+def test_auto_goes_to_smaller_windows_until_the_run_fits():
+    hole = np.zeros((900, 900), bool)
+    hole[::100] = hole[:, ::100] = True  # lines everywhere: tiles of 512 at first
+    picture = noise(900, 900)
+    roomy = Inpainter(BlurFill(), memory_limit=10**10).inpaint(picture, hole)
+    assert roomy.strategy == "tile"
+    model = BlurFill()
+    limit = memory.picture_bytes(900, 900) + memory.network_bytes(256 * 256, 4, torch.float32)
+    tight = Inpainter(model, memory_limit=limit).inpaint(picture, hole)
+    assert tight.strategy == "crop"
+    assert set(model.seen) == {(256, 256)}
+    np.testing.assert_array_equal(tight.picture[~hole], picture[~hole])
+    with pytest.raises(OutOfMemoryError, match="strategy resize"):
+        Inpainter(BlurFill(), memory_limit=limit - 1)(picture, hole)
+
+
+class RunsOut(BlurFill):
+    """Fails like torch's allocators do, above 256x256."""
+
+    failure: BaseException = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB")
+
+    def forward(self, image, mask, return_stages=False):
+        if image.shape[2:].numel() > 256 * 256:
+            raise self.failure
+        return super().forward(image, mask, return_stages)
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB"),
+        RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you tried"),
+        MemoryError("Unable to allocate 20 GiB"),
+    ],
+)
+def test_an_allocation_that_fails_is_reported_and_auto_tries_again(failure):
+    model = RunsOut()
+    model.failure = failure
+    picture, hole = noise(500, 500), box_mask(500, 500, (50, 50, 400, 400))
+    pipe = Inpainter(model)
+    with pytest.raises(OutOfMemoryError, match="allocate"):
+        pipe(picture, hole, strategy="full")
+    done = pipe.inpaint(picture, hole)
+    assert done.strategy == "crop"
+    assert model.seen == [(256, 256)]
+
+
+def test_other_errors_pass_through():
+    with pytest.raises(RuntimeError, match="shape"), out_of_memory_errors("picture"):
+        raise RuntimeError("shape mismatch")
+
+
+def test_available_memory_is_what_the_system_says():
+    psutil = pytest.importorskip("psutil")
+    available = available_memory(torch.device("cpu"))
+    assert 0 < available <= psutil.virtual_memory().total

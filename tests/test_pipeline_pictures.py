@@ -1,0 +1,366 @@
+"""PIL modes, depths, alpha, EXIF, metadata and formats."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+import torch
+from PIL import ExifTags, Image, ImageOps
+
+from lgnet_fast.errors import InvalidImageError, InvalidMaskError
+from lgnet_fast.pipeline import Inpainter
+from lgnet_fast.pipeline import files as files_module
+from lgnet_fast.pipeline.files import open_upright, save_picture
+from lgnet_fast.pipeline.pictures import picture_of
+
+from .pipeline_support import ConstantFill, box_mask, noise
+
+HEIGHT, WIDTH = 40, 60
+HOLE = box_mask(HEIGHT, WIDTH, (10, 15, 30, 45))
+COLOUR = (0.2, -0.3, 0.7)  # of 255: 153, 89.25, 216.75; their mean 153
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    return Inpainter(ConstantFill(*COLOUR))
+
+
+def _of_mode(mode: str) -> Image.Image:
+    rgb = noise(HEIGHT, WIDTH)
+    if mode == "I;16":
+        return Image.fromarray(noise(HEIGHT, WIDTH, dtype=np.uint16)[..., 0])
+    if mode == "I;16B":
+        return Image.frombytes(
+            mode, (WIDTH, HEIGHT), noise(HEIGHT, WIDTH, dtype=np.uint16)[..., 0].astype(">u2").tobytes()
+        )
+    if mode == "I":
+        return Image.fromarray(noise(HEIGHT, WIDTH, dtype=np.uint16)[..., 0].astype(np.int32))
+    if mode in ("LA", "RGBA"):
+        alpha = np.random.default_rng(5).integers(0, 256, (HEIGHT, WIDTH, 1)).astype(np.uint8)
+        return Image.fromarray(np.concatenate([rgb[..., : len(mode) - 1], alpha], axis=2))
+    if mode == "P":
+        return Image.fromarray(rgb).quantize(64)
+    return Image.fromarray(rgb).convert(mode)
+
+
+MODES = ["1", "L", "LA", "P", "RGB", "RGBA", "I", "I;16", "I;16B", "CMYK", "YCbCr", "HSV"]
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_mode_alpha_and_known_pixels_are_kept(pipe, mode):
+    picture = _of_mode(mode)
+    assert picture.mode == mode
+    before = np.array(picture)
+    result = pipe(picture, HOLE)
+    after = np.asarray(result)
+    assert result.mode == mode
+    assert result.size == picture.size
+    np.testing.assert_array_equal(after[~HOLE], before[~HOLE])
+    np.testing.assert_array_equal(np.asarray(picture), before)  # the caller's picture is left alone
+    if mode in ("LA", "RGBA"):
+        np.testing.assert_array_equal(after[..., -1], before[..., -1])
+    assert (after[HOLE] != before[HOLE]).any()
+
+
+def test_filled_levels_are_exact_in_each_depth(pipe):
+    rgb = np.asarray(pipe(_of_mode("RGB"), HOLE))[HOLE]
+    assert {tuple(pixel) for pixel in rgb.tolist()} == {(153, 89, 217)}
+    assert set(np.asarray(pipe(_of_mode("L"), HOLE))[HOLE].tolist()) == {153}
+    for mode in ("I", "I;16", "I;16B"):
+        assert set(np.asarray(pipe(_of_mode(mode), HOLE))[HOLE].tolist()) == {39321}
+    assert np.asarray(pipe(_of_mode("1"), HOLE))[HOLE].all()
+    cmyk = pipe(_of_mode("CMYK"), HOLE).convert("RGB")
+    assert np.abs(np.asarray(cmyk)[HOLE].astype(int) - [153, 89, 217]).max() <= 2
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+def test_levels_survive_the_network_range_and_back(dtype):
+    """x / (white / 2) - 1 and round((y + 1) * white / 2) is the identity for every level."""
+    levels = np.arange(np.iinfo(dtype).max + 1, dtype=dtype)
+    array = np.stack([levels.reshape(-1, 256)] * 3, axis=2)
+    picture = picture_of(array)
+    network = picture.network_range(slice(None), slice(None))
+    assert network.dtype == np.float32
+    assert network.min() == -1
+    assert network.max() == 1
+    everywhere = np.ones(array.shape[:2], np.float32)
+    np.testing.assert_array_equal(picture.with_fill(network, everywhere), array)
+
+
+def test_palette_is_kept_and_fills_take_its_nearest_colour(pipe):
+    picture = _of_mode("P")
+    result = pipe(picture, HOLE)
+    assert result.getpalette() == picture.getpalette()
+    palette = np.array(picture.getpalette()).reshape(-1, 3)
+    apart = ((palette - [153, 89, 217]) ** 2).sum(axis=1)
+    assert set(apart[np.asarray(result)[HOLE]]) == {apart.min()}
+
+
+def test_palette_transparency_keeps_every_alpha(pipe):
+    picture = _of_mode("P")
+    picture.info["transparency"] = bytes([0] * 8 + [255] * 20 + [128] * 36)
+    before, after = picture.convert("RGBA"), pipe(picture, HOLE).convert("RGBA")
+    np.testing.assert_array_equal(np.asarray(after)[..., 3], np.asarray(before)[..., 3])
+    file = io.BytesIO()
+    pipe(picture, HOLE).save(file, "PNG")
+    np.testing.assert_array_equal(np.asarray(Image.open(file).convert("RGBA")), np.asarray(after))
+
+
+def test_colour_key_transparency_keeps_every_alpha(pipe):
+    array = noise(HEIGHT, WIDTH)
+    for key in ((153, 89, 217), (1, 2, 3)):  # the first is what the fill comes to
+        array[5:25, 5:25] = key
+        picture = Image.fromarray(array)
+        picture.info["transparency"] = key
+        result = pipe(picture, HOLE)
+        alpha = np.asarray(result.convert("RGBA"))[..., 3]
+        np.testing.assert_array_equal(alpha, np.asarray(picture.convert("RGBA"))[..., 3])
+        np.testing.assert_array_equal(np.asarray(result)[~HOLE], array[~HOLE])
+
+
+@pytest.mark.parametrize("mode", ["LAB", "F", "PA", "RGBX"])
+def test_modes_that_cannot_be_kept_are_refused(pipe, mode):
+    with pytest.raises(InvalidImageError, match=mode):
+        pipe(Image.new(mode, (8, 8)), np.ones((8, 8), bool))
+
+
+@pytest.mark.parametrize(
+    ("picture", "words"),
+    [
+        (np.zeros((4, 4, 3), np.float32), "float32"),
+        (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
+        (np.zeros((0, 4, 3), np.uint8), r"\[0, 4, 3\]"),
+        (torch.zeros(3, 4, 4), r"\[3, 4, 4\]"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "uint8"),
+        (torch.full((1, 3, 4, 4), float("nan")), "NaN"),
+        (torch.full((1, 3, 4, 4), float("inf")), "infinity"),
+        (torch.full((1, 3, 4, 4), 1.01), "1.01"),
+        (torch.full((1, 3, 4, 4), -1.0), "got -1"),
+        (Image.fromarray(np.full((4, 4), 70000, np.int32)), "70000"),
+        (7, "int"),
+    ],
+)
+def test_pictures_that_cannot_be_used_are_named(pipe, picture, words):
+    with pytest.raises(InvalidImageError, match=words):
+        pipe(picture, np.ones((4, 4), bool))
+
+
+# -- orientation and metadata ------------------------------------------------------------------------------------
+
+
+def _with_exif(orientation: int) -> Image.Exif:
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = orientation
+    exif[ExifTags.Base.Make] = "Camera"
+    exif[ExifTags.IFD.Exif] = {ExifTags.Base.ExposureTime: 0.5, ExifTags.Base.ISOSpeedRatings: 400}
+    exif[ExifTags.IFD.GPSInfo] = {ExifTags.GPS.GPSLatitudeRef: "N", ExifTags.GPS.GPSLatitude: (50.0, 30.0, 0.0)}
+    return exif
+
+
+# Transposes that make an upright picture look as a camera with that orientation tag stores it.
+STORED = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("extension", ["png", "tiff", "webp"])
+def test_every_orientation_of_picture_and_mask_is_applied(pipe, tmp_path, orientation, extension):
+    upright, mask = Image.fromarray(noise(HEIGHT, WIDTH)), Image.fromarray(HOLE.astype(np.uint8) * 255)
+    paths = []
+    for name, picture in (("picture", upright), ("mask", mask)):
+        stored = picture if STORED[orientation] is None else picture.transpose(STORED[orientation])
+        paths.append(tmp_path / f"{name}.{extension}")
+        stored.save(paths[-1], exif=_with_exif(orientation).tobytes(), lossless=True)
+    result = pipe(paths[0], paths[1])
+    expected = np.asarray(pipe(upright, mask))
+    np.testing.assert_array_equal(np.asarray(result), expected)
+
+    again = tmp_path / f"again.{extension}"
+    save_picture(result, again)
+    exif = Image.open(again).getexif()
+    assert exif.get(ExifTags.Base.Orientation, 1) == 1
+    assert exif[ExifTags.Base.Make] == "Camera"
+    assert exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ISOSpeedRatings] == 400
+    assert exif.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitudeRef] == "N"
+    np.testing.assert_array_equal(np.asarray(ImageOps.exif_transpose(Image.open(again))), expected)
+    # a PIL picture that carries the tag is turned too
+    np.testing.assert_array_equal(np.asarray(pipe(Image.open(paths[0]), paths[1])), expected)
+
+
+def test_a_mask_of_the_stored_size_is_told_about_the_turn(pipe):
+    picture = Image.fromarray(noise(WIDTH, HEIGHT))
+    picture.info["exif"] = _with_exif(6).tobytes()
+    with pytest.raises(InvalidMaskError, match=r"expected the picture's size 60x40.*got 40x60.*orientation 6"):
+        pipe(picture, np.zeros((WIDTH, HEIGHT), bool))
+
+
+def test_the_exif_thumbnail_which_shows_what_was_removed_is_dropped(pipe, tmp_path):
+    exif = _with_exif(1)
+    base = exif.tobytes()
+    # A thumbnail directory (IFD1) appended to the TIFF block, reached through the first directory's link.
+    tiff = bytearray(base[6:])
+    little = tiff[:2] == b"II"
+    order = "little" if little else "big"
+    first = int.from_bytes(tiff[4:8], order)
+    link = first + 2 + 12 * int.from_bytes(tiff[first : first + 2], order)
+    tiff[link : link + 4] = len(tiff).to_bytes(4, order)
+    thumbnail = b"\xff\xd8thumbnail\xff\xd9"
+    start = len(tiff) + 2 + 2 * 12 + 4
+    tiff += (2).to_bytes(2, order)
+    for tag, value in ((0x0201, start), (0x0202, len(thumbnail))):
+        tiff += tag.to_bytes(2, order) + (4).to_bytes(2, order) + (1).to_bytes(4, order) + value.to_bytes(4, order)
+    tiff += bytes(4) + thumbnail
+    source = tmp_path / "photo.jpg"
+    Image.fromarray(noise(HEIGHT, WIDTH)).save(source, exif=bytes(base[:6] + tiff))
+    assert b"thumbnail" in source.read_bytes()
+    assert Image.open(source).getexif().get_ifd(ExifTags.IFD.IFD1)
+
+    save_picture(pipe(source, HOLE), tmp_path / "out.jpg")
+    assert b"thumbnail" not in (tmp_path / "out.jpg").read_bytes()
+    assert Image.open(tmp_path / "out.jpg").getexif()[ExifTags.Base.Make] == "Camera"
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "tiff", "webp", "bmp"])
+def test_format_icc_and_dpi_are_kept(pipe, tmp_path, extension):
+    profile = b"an ICC profile, opaque to Pillow"
+    source, target = tmp_path / f"in.{extension}", tmp_path / f"out.{extension}"
+    picture = Image.fromarray(noise(HEIGHT, WIDTH))
+    picture.save(source, icc_profile=profile, dpi=(300, 300), lossless=True)
+    result = pipe(source, HOLE)
+    assert result.format == Image.open(source).format
+    save_picture(result, target, like=Image.open(source))
+    saved = Image.open(target)
+    assert saved.format == result.format
+    if extension != "bmp":
+        assert saved.info["icc_profile"] == profile
+    if extension != "webp":
+        assert saved.info["dpi"] == pytest.approx((300, 300), abs=0.1)
+    if extension != "jpg":
+        np.testing.assert_array_equal(np.asarray(saved.convert("RGB"))[~HOLE], np.asarray(picture)[~HOLE])
+
+
+def test_jpeg_reuses_the_source_tables_so_known_blocks_hardly_change(pipe, tmp_path):
+    source, target = tmp_path / "in.jpg", tmp_path / "out.jpg"
+    smooth = np.linspace(0, 255, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3).astype(np.uint8)
+    Image.fromarray(smooth).save(source, quality=60)
+    result = pipe(source, HOLE)
+    before = np.asarray(Image.open(source))
+    np.testing.assert_array_equal(np.asarray(result)[~HOLE], before[~HOLE])  # exact before the lossy encoding
+    save_picture(result, target, like=Image.open(source))
+    saved = Image.open(target)
+    assert saved.quantization == Image.open(source).quantization
+    assert saved.layer == Image.open(source).layer
+    far = np.ones_like(HOLE)
+    far[:, 0:48] = far[:32] = False  # blocks of 16x16 that hold no hole pixel
+    assert np.abs(np.asarray(saved).astype(int) - before)[far].max() <= 4
+    save_picture(result, target, like=Image.open(source), quality=20)
+    assert Image.open(target).quantization != saved.quantization
+
+
+def test_deep_and_alpha_pictures_are_not_flattened_silently(pipe, tmp_path):
+    for mode, extension in (("RGBA", "jpg"), ("I;16", "jpg"), ("I;16", "webp"), ("CMYK", "png"), ("RGBA", "bmp")):
+        result = pipe(_of_mode(mode), HOLE)
+        with pytest.raises(InvalidImageError, match=r"format: .*" + mode):
+            save_picture(result, tmp_path / f"out.{extension}")
+        assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("mode", "extension"),
+    [
+        ("1", "jpg"),
+        ("1", "tiff"),
+        ("L", "webp"),
+        ("LA", "webp"),
+        ("LA", "png"),
+        ("P", "jpg"),
+        ("P", "png"),
+        ("P", "gif"),
+        ("I;16", "png"),
+        ("I;16", "tiff"),
+        ("I;16B", "png"),
+        ("I", "png"),
+        ("RGB", "bmp"),
+        ("CMYK", "tiff"),
+        ("CMYK", "jpg"),
+    ],
+)
+def test_samples_survive_the_file(pipe, tmp_path, mode, extension):
+    result = pipe(_of_mode(mode), HOLE)
+    file = tmp_path / f"out.{extension}"
+    save_picture(result, file, quality=100 if extension == "jpg" else None)
+    saved = Image.open(file)
+    if mode.startswith("I"):
+        np.testing.assert_array_equal(np.asarray(saved).astype(int), np.asarray(result).astype(int))
+        return
+    apart = np.abs(np.asarray(saved.convert("RGBA")).astype(int) - np.asarray(result.convert("RGBA")))
+    assert apart.max() <= (8 if extension == "jpg" else 0)
+
+
+# -- broken files -------------------------------------------------------------------------------------------------
+
+
+def test_decompression_bombs_are_one_clear_error(pipe, tmp_path, monkeypatch):
+    file = tmp_path / "bomb.png"
+    Image.new("L", (100, 100)).save(file)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 4000)
+    with pytest.raises(InvalidImageError, match=r"bomb\.png.*DecompressionBombError"):
+        pipe(file, np.ones((100, 100), bool))
+
+
+@pytest.mark.parametrize("extension", ["png", "jpg", "webp", "tiff", "bmp", "gif"])
+def test_truncated_files_are_one_clear_error(pipe, tmp_path, extension):
+    file = tmp_path / f"cut.{extension}"
+    Image.fromarray(noise(HEIGHT, WIDTH)).save(file)
+    data = file.read_bytes()
+    for share in (0.03, 0.5):
+        file.write_bytes(data[: int(len(data) * share)])
+        with pytest.raises(InvalidImageError, match=f"cut.{extension}"):
+            pipe(file, HOLE)
+
+
+def test_missing_and_foreign_files_are_one_clear_error(pipe, tmp_path):
+    (tmp_path / "notes.png").write_text("no picture")
+    for path in (tmp_path / "notes.png", tmp_path / "missing.png", tmp_path):
+        with pytest.raises(InvalidImageError, match=path.name):
+            pipe(path, HOLE)
+
+
+def test_only_the_first_frame_is_used_with_a_warning(pipe, tmp_path):
+    frames = [Image.fromarray(noise(HEIGHT, WIDTH, seed)) for seed in (1, 2)]
+    file = tmp_path / "two.tiff"
+    frames[0].save(file, save_all=True, append_images=frames[1:])
+    with pytest.warns(UserWarning, match="2 frames"):
+        result = pipe(file, HOLE)
+    np.testing.assert_array_equal(np.asarray(result)[~HOLE], np.asarray(frames[0])[~HOLE])
+
+
+def test_writing_is_atomic(tmp_path, monkeypatch):
+    target = tmp_path / "out.png"
+    target.write_bytes(b"old")
+
+    def crash(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(files_module.os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        save_picture(Image.new("RGB", (4, 4)), target)
+    assert target.read_bytes() == b"old"
+    assert list(tmp_path.iterdir()) == [target]
+
+
+def test_open_upright_reports_the_turn(tmp_path):
+    file = tmp_path / "turned.jpg"
+    Image.new("RGB", (30, 20)).save(file, exif=_with_exif(8))
+    picture, orientation = open_upright(file)
+    assert (picture.size, orientation, picture.format) == ((20, 30), 8, "JPEG")

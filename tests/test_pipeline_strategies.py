@@ -1,0 +1,158 @@
+"""Windows, tiles, padding and blending: where the network looks, and that every hole pixel is filled."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from lgnet_fast.pipeline import strategies
+from lgnet_fast.pipeline.strategies import choose, crop_windows, network_size, reflection, tile_windows, windows_for
+
+from .pipeline_support import box_mask
+
+
+def _filled(windows, shape):
+    total = np.zeros(shape, np.float32)
+    for window in windows:
+        weight = 1 if window.weight is None else window.weight
+        total[window.rows, window.columns] += weight
+    return total
+
+
+def test_reflection_repeats_and_replicates():
+    assert reflection(5, 12).tolist() == [0, 1, 2, 3, 4, 3, 2, 1, 0, 1, 2, 3]
+    assert reflection(1, 4).tolist() == [0, 0, 0, 0]
+    assert reflection(2, 5).tolist() == [0, 1, 0, 1, 0]
+    assert reflection(256, 256).tolist() == list(range(256))
+    for length in (2, 3, 17, 100):
+        expected = np.pad(np.arange(length), (0, length - 1), mode="reflect")
+        assert reflection(length, 2 * length - 1).tolist() == expected.tolist()
+
+
+@pytest.mark.parametrize("strategy", ["full", "crop", "resize", "tile"])
+@pytest.mark.parametrize("shape", [(1, 1), (17, 933), (255, 257), (700, 1300)])
+def test_every_hole_pixel_is_covered_and_every_window_fits_the_network(strategy, shape):
+    rng = np.random.default_rng(shape[0])
+    hole = rng.random(shape) > 0.999
+    hole[-1, -1] = hole[0, 0] = True
+    hole[shape[0] // 3 : shape[0] // 2, shape[1] // 4 : shape[1] // 2] = True
+    windows = windows_for(strategy, hole, 256, 512)
+    assert (_filled(windows, shape)[hole] > 0).all()
+    for window in windows:
+        assert window.rows.start >= 0
+        assert window.columns.start >= 0
+        assert window.rows.stop <= shape[0]
+        assert window.columns.stop <= shape[1]
+        assert window.reduced[0] <= window.size[0]
+        assert window.reduced[1] <= window.size[1]
+        height, width = network_size(window, 256)
+        assert strategy == "full" or height * width <= 512 * 512
+
+
+def test_a_small_hole_gets_one_native_window_with_context():
+    hole = box_mask(1000, 1500, (480, 700, 560, 790))
+    (window,) = crop_windows(hole, 256, 512)
+    assert window.size == window.reduced == (256, 256)
+    assert (window.rows.start, window.columns.start) == ((480 + 560 - 256) // 2, (700 + 790 - 256) // 2)
+    assert (window.weight[480 - window.rows.start : 560 - window.rows.start, 700 - window.columns.start] == 1).all()
+
+
+def test_a_window_at_the_border_is_moved_inside():
+    (window,) = crop_windows(box_mask(600, 600, (0, 590, 20, 600)), 256, 512)
+    assert (window.rows, window.columns) == (slice(0, 256), slice(344, 600))
+
+
+def test_a_long_scratch_keeps_native_scale_in_an_oblong_window():
+    (window,) = crop_windows(box_mask(1000, 2000, (500, 400, 506, 1200)), 256, 512)
+    assert window.size == window.reduced == (256, 1024)
+
+
+def test_a_large_hole_is_seen_at_reduced_scale_with_context():
+    hole = box_mask(2000, 3000, (500, 900, 1300, 1900))
+    (window,) = crop_windows(hole, 256, 512)
+    assert network_size(window, 256) == window.reduced == (512, 512)
+    # context: half the square root of 800 * 1000 on either side
+    assert window.size[1] == pytest.approx(1000 + 2 * 447, abs=1)
+    assert window.size[0] == window.size[1]
+
+
+def test_groups_near_each_other_merge_and_distant_ones_do_not():
+    near = box_mask(1024, 1024, (100, 100, 110, 110), (100, 180, 110, 190))
+    assert len(crop_windows(near, 256, 512)) == 1
+    touching = box_mask(1024, 1024, (100, 100, 110, 110), (100, 115, 110, 120))
+    assert len(crop_windows(touching, 256, 512)) == 1
+    distant = box_mask(1024, 1024, (100, 100, 110, 110), (900, 900, 910, 910))
+    assert len(crop_windows(distant, 256, 512)) == 2
+
+
+def test_overlapping_windows_fill_only_their_own_group():
+    # Too far apart for one 256 window, and one of 512 would cost more than two of 256; yet the windows overlap.
+    hole = box_mask(1024, 1024, (400, 300, 500, 400), (520, 460, 620, 560))
+    windows = crop_windows(hole, 256, 512)
+    assert len(windows) == 2
+    first, second = windows
+    assert first.rows.stop > second.rows.start
+    assert first.columns.stop > second.columns.start
+    assert set(np.unique(_filled(windows, hole.shape)[hole])) == {1.0}
+
+
+def test_many_specks_take_few_windows():
+    hole = np.zeros((1024, 1024), bool)
+    hole[::64, ::64] = True
+    windows = crop_windows(hole, 256, 512)
+    assert len(windows) <= 32
+    assert (_filled(windows, hole.shape)[hole] == 1).all()
+
+
+def test_tiles_without_holes_are_left_out_and_weights_are_smooth():
+    hole = box_mask(2000, 3000, (990, 0, 1000, 3000))
+    windows = tile_windows(hole, 512, 128)
+    everything = tile_windows(np.ones_like(hole), 512, 128)
+    assert 0 < len(windows) < len(everything) / 2
+    total = _filled(everything, hole.shape)
+    assert total.min() > 0
+    for window in everything:
+        assert window.size == (512, 512)
+        share = window.weight / total[window.rows, window.columns]
+        # At an inner edge a tile's share starts near nothing, and it changes by little from pixel to pixel.
+        assert np.abs(np.diff(share, axis=0)).max() < 0.02
+        assert np.abs(np.diff(share, axis=1)).max() < 0.02
+        if window.columns.start > 0:
+            assert share[:, 0].max() < 1e-3
+
+
+def test_auto_chooses_by_size_and_hole_geometry():
+    assert choose(box_mask(100, 200, (10, 10, 20, 20)), 256, 512) == "full"
+    assert choose(box_mask(512, 512, (0, 0, 300, 300)), 256, 512) == "full"
+    # one 256 window does it
+    assert choose(box_mask(512, 512, (200, 200, 250, 250)), 256, 512) == "crop"
+    assert choose(box_mask(2000, 3000, (200, 200, 250, 250)), 256, 512) == "crop"
+    # a thick large hole: reduced scale
+    assert choose(box_mask(2000, 3000, (200, 200, 1250, 1250)), 256, 512) == "crop"
+    # a thin grid of lines over everything: native scale in tiles
+    lines = np.zeros((2000, 3000), bool)
+    lines[::200] = lines[:, ::200] = True
+    assert choose(lines, 256, 512) == "tile"
+
+
+def test_reduced_scale_averages_known_pixels_only():
+    region = np.zeros((4, 4, 3), np.float32)
+    region[:2] = 0.5
+    hole = np.zeros((4, 4), bool)
+    hole[0, 0] = hole[2:, 2:] = True
+    poisoned = region.copy()
+    poisoned[hole] = -1
+    for content in (region, poisoned):
+        reduced, small_hole = strategies.reduce_region(content, hole, (2, 2))
+        assert small_hole.tolist() == [[False, False], [False, True]]
+        np.testing.assert_allclose(reduced[0], 0.5, atol=1e-6)
+        assert (reduced[1] == 0).all()
+
+
+def test_enlarged_fills_stay_in_range():
+    step = np.ones((4, 4, 3), np.float32)
+    step[:, 2:] = -1
+    large = strategies.enlarge_fill(step, (40, 41))
+    assert large.shape == (40, 41, 3)
+    assert large.min() == -1
+    assert large.max() == 1
