@@ -40,6 +40,8 @@ void for_runs(const View& image, bool flat, int64_t threads, Run run) {
   // Short rows go together into one task, or handing them out would cost more than their work.
   const int64_t bundle = std::max<int64_t>(1, kPositionsPerRun / std::max<int64_t>(1, length));
   const int64_t bundles = ceil_div(rows, bundle);
+  // Waking a thread costs more than this little work.
+  if (image.size[0] * rows * length <= kPositionsPerRun) threads = 1;
   parallel_for(threads, image.size[0] * bundles * pieces, [&](int64_t task, int64_t) {
     const int64_t b = task / (bundles * pieces), y0 = task / pieces % bundles * bundle;
     const int64_t x = task % pieces * kPositionsPerRun, count = std::min(kPositionsPerRun, length - x);

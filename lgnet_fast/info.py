@@ -8,6 +8,8 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
+from rich.console import Group
+from rich.table import Table
 
 from . import __version__
 from .ops.dispatch import FUSED, reason_against
@@ -76,3 +78,20 @@ def collect() -> dict[str, Any]:
         "devices": devices,
         "backends": {d["device"]: _backends(d["device"]) for d in devices},
     }
+
+
+def render(info: dict[str, Any]) -> Group:
+    """The same as tables for a terminal."""
+    versions = Table("package", "version", title=f"lgnet_fast {info['lgnet_fast']}")
+    for name, number in {"python": info["python"], **info["packages"], "CUDA of PyTorch": info["cuda"]}.items():
+        versions.add_row(name, number or "none")
+    devices = Table("device", "what", title=info["platform"])
+    for device in info["devices"]:
+        devices.add_row(device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
+    backends = Table("device", "backend", "operator", "runs", title="backends")
+    for device_name, by_backend in info["backends"].items():
+        for backend, by_operator in by_backend.items():
+            for operator, reason in by_operator.items():
+                backends.add_row(device_name, backend, operator, "yes" if reason is None else f"no: {reason}")
+        backends.add_row(device_name, "eager", "all", "yes")
+    return Group(versions, devices, backends)

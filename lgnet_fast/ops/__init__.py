@@ -18,7 +18,9 @@ import torch
 
 from ..reference.attention import AttentionBlockFn
 from ..reference.merge import MergeFn
-from . import attention, merge_concat  # noqa: F401  (importing registers the operators)
+
+# Importing the first two registers the operators; the third notices forks from now on, and loads no library yet.
+from . import attention, cpp, merge_concat  # noqa: F401
 from .dispatch import calls, reset_calls
 
 

@@ -56,8 +56,11 @@ def query_key_value(features: Tensor, variant: str) -> tuple[Tensor, Tensor, Ten
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, 1, H*W, C], the layout that scaled_dot_product_attention wants."""
-    return x.flatten(2).transpose(1, 2).unsqueeze(1)
+    """[B, C, H, W] -> [B, 1, H*W, C], the layout that scaled_dot_product_attention wants.
+
+    Contiguous: on a CPU a strided view would send it to the kernel that materialises all N x N scores.
+    """
+    return x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
 
 def cosine_attention(features: Tensor, variant: str = "released") -> Tensor:

@@ -23,7 +23,7 @@ class Stages(NamedTuple):
     the last global network's). `raw` and `merged` list all stages in order; `merged[-1]` is the result.
     """
 
-    coarse: Tensor
+    coarse: Tensor | None
     local: Tensor | None
     refined: Tensor | None
     raw: tuple[Tensor, ...]

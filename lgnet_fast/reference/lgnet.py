@@ -228,9 +228,7 @@ class LGNet(
             return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
 
     @classmethod
-    def _from_pretrained(
-        cls, *, model_id: str, map_location: str | torch.device = "cpu", **kwargs: Any
-    ) -> LGNet:
+    def _from_pretrained(cls, *, model_id: str, map_location: str | torch.device = "cpu", **kwargs: Any) -> LGNet:
         hub = {
             key: kwargs.pop(key)
             for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")

@@ -1,0 +1,94 @@
+"""`lgnet-fast convert`, `info`, `flops` and `demo`; `run` has test_cli_run.py."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from lgnet_fast import LGNet, create_model
+from lgnet_fast.cli import app
+from lgnet_fast.samples import sample_paths
+
+
+def invoke(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def released(tmp_path):
+    model = create_model("lgnet_demo", coarse_channels=4, local_channels=4, global_channels=4)
+    folder = tmp_path / "released"
+    folder.mkdir()
+    for net, state in model.to_released().items():
+        torch.save(state, folder / f"200_net_{net}.pth")
+    return model, folder
+
+
+def test_convert(released, tmp_path):
+    model, folder = released
+    result = invoke("convert", folder, tmp_path / "out", "--dtype", "float16", "--variant", "paper")
+    assert result.exit_code == 0, result.output
+    assert "widths (4, 4, 4), paper attention" in result.output
+    loaded = LGNet.from_pretrained(tmp_path / "out")
+    assert loaded.variant == "paper"
+    for a, b in zip(loaded.parameters(), model.parameters()):
+        assert torch.equal(a, b.half().float())
+
+
+def test_convert_errors_are_one_line(released, tmp_path):
+    _, folder = released
+    (folder / "200_net_G3.pth").unlink()
+    result = invoke("convert", folder, tmp_path / "out")
+    assert result.exit_code == 2
+    assert result.stderr.startswith("error: weights: missing in ")
+    assert result.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_info_says_what_runs_and_why_not():
+    report = json.loads(invoke("info", "--json").stdout)
+    assert report["packages"]["torch"] == torch.__version__
+    cpu = report["backends"]["cpu"]
+    assert "need an NVIDIA GPU" in cpu["triton"]["attention_block"]
+    assert cpu["cpp"]["merge_concat"] is None
+    text = invoke("info").stdout
+    assert "no: " in text
+    assert "yes" in text
+
+
+def test_info_names_the_missing_extension(monkeypatch):
+    monkeypatch.setattr("lgnet_fast.ops.cpp.unavailable_reason", lambda: "the compiler went on holiday")
+    report = json.loads(invoke("info", "--json").stdout)
+    assert report["backends"]["cpu"]["cpp"]["attention_block"] == "the compiler went on holiday"
+
+
+def test_flops_reports_both_conventions():
+    report = json.loads(invoke("flops", "--json").stdout)
+    total = report["total"]
+    assert round(total["parameters"] / 1e6, 2) == 115.00
+    text = invoke("flops", "--model", "lgnet_light").stdout
+    assert "53.728" in text
+    assert "67.095" in text
+    for arguments in (("--size", "100x100"), ("--size", "big"), ("--model", "nope")):
+        assert invoke("flops", *arguments).exit_code == 2
+
+
+def test_demo_fills_every_sample(tmp_path):
+    result = invoke("demo", "--output", tmp_path)
+    assert result.exit_code == 0, result.output
+    for name, (picture_path, mask_path) in sample_paths().items():
+        picture, mask = Image.open(picture_path), Image.open(mask_path)
+        filled = Image.open(tmp_path / f"{name}.png")
+        assert (filled.size, filled.mode) == (picture.size, picture.mode)
+        assert f"{name}: {picture.width}x{picture.height} in " in result.output
+        before, after = (torch.tensor(list(p.getdata())) for p in (picture, filled))
+        hole = torch.tensor(list(mask.getdata())) > 127
+        assert torch.equal(before[~hole], after[~hole])
+        # Filled, and closer to what was there than white paint is.
+        error, white = (after - before)[hole].abs().double().mean(), (255 - before)[hole].abs().double().mean()
+        assert 0 < error < white / 2
+        assert Image.open(tmp_path / f"{name}_sheet.png").width == 5 * 328 + 8
