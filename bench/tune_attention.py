@@ -48,8 +48,7 @@ def render(tables: Tables) -> str:
         lines.append(f'    "{generation}": {{')
         for op, kind, head in sorted(tables[generation]):
             rows = sorted(tables[generation][op, kind, head], reverse=True)
-            body = ", ".join(str(row) for row in rows)
-            lines.append(f'        ("{op}", "{kind}", {head}): ({body},),')
+            lines.append(f'        ("{op}", "{kind}", {head}): {tuple(rows)},')
         lines.append("    },")
     lines.append("}")
     return "\n".join(lines) + "\n"

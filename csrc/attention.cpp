@@ -126,10 +126,10 @@ struct Packed {
   Buffer<char> keys, values;
 };
 
+// pairs: multiply bf16 pairs where the CPU can. Queries outside the panels of positions [first, last) are left out.
 template <class T>
-void run_forward(const View& features, const View& weight, const View& bias, bool released, const View& out,
-                 const View& attended, const View& lse, int64_t threads) {
-  const bool pairs = features.dtype == DType::bfloat16;
+void run_forward(const View& features, const View& weight, const View& bias, bool released, bool pairs, int64_t first,
+                 int64_t last, const View& out, const View& attended, const View& lse, int64_t threads) {
   const DType native = sizeof(T) == 8 ? DType::float64 : DType::float32;
   const AttentionKernels<T>& kernels = pick(T{}, pairs);
   AttentionWork<T> w{};
@@ -170,14 +170,15 @@ void run_forward(const View& features, const View& weight, const View& bias, boo
   const bool share = released && kernels.element_bytes == static_cast<int64_t>(sizeof(T));
   const int64_t item_bytes = w.pack_bytes * (share ? 1 : 2);
   const int64_t turn = std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, features.size[0]);
-  for (int64_t first = 0; first < features.size[0]; first += turn) {
-    w.first_item = first;
-    w.batch = std::min(turn, features.size[0] - first);
-    const Planes<T> planes(features, first, w.batch, native, threads);
+  for (int64_t item = 0; item < features.size[0]; item += turn) {
+    w.first_item = item;
+    w.batch = std::min(turn, features.size[0] - item);
+    const Planes<T> planes(features, item, w.batch, native, threads);
     w.features = planes.get();
     const Packed<T> packed(kernels, share, threads, w);
 
-    const int64_t panels = w.batch * w.panels;
+    const int64_t first_panel = first / w.panel, panels_each = ceil_div(last, w.panel) - first_panel;
+    const int64_t panels = w.batch * panels_each;
     w.splits = 1;
     if (threads > 1 && panels < kTasksPerThread * threads) {
       w.splits = std::clamp<int64_t>(ceil_div(kTasksPerThread * threads, panels), 1,
@@ -186,22 +187,24 @@ void run_forward(const View& features, const View& weight, const View& bias, boo
     w.groups_per_split = ceil_div(w.key_groups, w.splits);
     w.splits = ceil_div(w.key_groups, w.groups_per_split);
     Buffer<T> parts, tops, sums;
-    if (w.splits > 1) {
-      parts = Buffer<T>(panels * w.splits * w.channels_padded * w.panel);
-      tops = Buffer<T>(panels * w.splits * w.panel);
-      sums = Buffer<T>(panels * w.splits * w.panel);
+    if (w.splits > 1) {  // indexed by panel: memory of panels left out is never touched
+      const int64_t count = w.batch * w.panels * w.splits;
+      parts = Buffer<T>(count * w.channels_padded * w.panel);
+      tops = Buffer<T>(count * w.panel);
+      sums = Buffer<T>(count * w.panel);
       w.part_rows = parts.get();
       w.part_max = tops.get();
       w.part_sum = sums.get();
     }
-    const int64_t each = round_up(kernels.forward_scratch(w), 64), per_item = w.panels * w.splits;
+    const int64_t each = round_up(kernels.forward_scratch(w), 64), per_item = panels_each * w.splits;
     const Buffer<T> scratch(each * std::min(threads, panels * w.splits));
     parallel_for(threads, panels * w.splits, [&](int64_t task, int64_t worker) {
-      kernels.forward(w, task / per_item, task % per_item / w.splits, task % w.splits, scratch.get() + worker * each);
+      kernels.forward(w, task / per_item, first_panel + task % per_item / w.splits, task % w.splits,
+                      scratch.get() + worker * each);
     });
     if (w.splits > 1) {
       parallel_for(threads, panels, [&](int64_t task, int64_t worker) {
-        kernels.merge(w, task / w.panels, task % w.panels, scratch.get() + worker * each);
+        kernels.merge(w, task / panels_each, first_panel + task % panels_each, scratch.get() + worker * each);
       });
     }
   }
@@ -316,7 +319,14 @@ void attention_forward(const TensorArg& features_arg, const TensorArg& weight_ar
     fail(function, "out", "a tensor with weight, none without", "the other");
   if (attended) expect_like(function, "attended", attended, features);
   const auto run = features.dtype == DType::float64 ? run_forward<double> : run_forward<float>;
-  run(features, weight, bias, released, out, attended, lse, useful_threads(features, threads));
+  run(features, weight, bias, released, features.dtype == DType::bfloat16, 0, features.size[2] * features.size[3],
+      out, attended, lse, useful_threads(features, threads));
+}
+
+void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool pairs,
+                         int64_t first, int64_t last, const View& out, const View& lse, int64_t threads) {
+  run_forward<float>(features, weight, bias, released, pairs, first, last, out, View{}, lse,
+                     useful_threads(features, threads));
 }
 
 void attention_backward(const TensorArg& grad_arg, const TensorArg& features_arg, const TensorArg& attended_arg,

@@ -72,6 +72,10 @@ struct AttentionTable {
 // features [B, C, H, W]; lse [1, 1, B, H*W] dense, float32 or float64; weight [1, 1, C, 2C]; bias [1, 1, 1, C].
 void attention_forward(const TensorArg& features, const TensorArg& weight, const TensorArg& bias, bool released,
                        const TensorArg& out, const TensorArg& attended, const TensorArg& lse, int64_t threads);
+// The same for the queries of positions [first, last) and a few more, without checks, for engine.cpp: float32 views;
+// pairs multiplies in bf16 where the CPU can.
+void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool pairs,
+                         int64_t first, int64_t last, const View& out, const View& lse, int64_t threads);
 void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,
                         const TensorArg& lse, bool released, const TensorArg& grad_features, int64_t threads);
 

@@ -46,7 +46,7 @@ struct Start {
 struct Group {
   int64_t ry = 1, rx = 1;
   std::vector<Start> starts;
-  int64_t weight = 0;  // offset of U in the step's weights, in bytes: [points][panels][depth][panel's columns]
+  int64_t weight = 0;  // offset of U in the step's weights, in bytes: see ConvKernels
 };
 
 struct Job {
@@ -61,11 +61,13 @@ struct Input {
   const float* zeros;  // at least source.channels zeros, read outside the source
 };
 
-// A product c[rows][columns] (+)= a[rows][depth] * b, depth in units (see simd.h), columns [0, columns) of panels.
+// A product c[rows][columns] (+)= a[rows][depth] * b, depth in units (see simd.h), of columns
+// [first_column, first_column + columns) of the weights; first_column is a multiple of the panel.
 struct Product {
   const void* a;
   int64_t a_row;  // units between rows
-  const void* b;  // panels [depth][panel's columns], the first of them
+  const void* b;  // packed weights, see ConvKernels
+  int64_t weight_columns, first_column;
   float* c;
   int64_t c_row;
   int64_t rows, columns, depth;
@@ -106,11 +108,12 @@ struct NarrowRow {
 };
 
 struct ConvKernels {
-  int64_t lanes;         // of a vector: bias and weights are padded to it
-  int64_t panel;         // columns of a panel; the last panel is one vector wide where that is enough
-  int64_t pair;          // elements in a unit
-  int64_t unit_bytes;    // of a unit
-  int64_t rows;          // of the largest register block
+  int64_t lanes;       // of a vector: bias and weights are padded to it
+  int64_t panel;       // columns of a panel; the last panel is one vector wide where that is enough
+  int64_t pair;        // elements in a unit
+  int64_t depth;       // units in a slice; weights are packed [slices][panels][depth of the slice][panel's columns]
+  int64_t unit_bytes;  // of a unit
+  int64_t rows;        // of the largest register block
   void (*product)(const Product&);
   // V of `count` tiles: v[point * point_stride + tile * row + k], in units.
   void (*transform)(const Input&, const Group&, int64_t m, const Tile*, int64_t count, void* v, int64_t point_stride,

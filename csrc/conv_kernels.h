@@ -92,9 +92,9 @@ struct Conv {
   // Register block: ROWS x 2 accumulators, 2 operands and a broadcast fill the register file (AVX-512: 28 + 3 of
   // 32), and each k brings 16 loads for 28 products, where two load ports could do 28.
   static constexpr int NV = 2, NR = NV * W, ROWS = W == 16 ? 14 : W == 8 ? 6 : 4;
-  // Depth between two visits of an accumulator's memory: a panel's slice of 32 KB stays in the first-level cache
-  // while all rows go by.
-  static constexpr int64_t DEPTH = 256;
+  // Depth between two visits of an accumulator's memory: a panel's slice of 24 KB shares the first-level cache with
+  // the rows that go by (11 KB a block).
+  static constexpr int64_t DEPTH = 192;
 
   // --- products --------------------------------------------------------------------------------------------------
 
@@ -114,10 +114,11 @@ struct Conv {
     }
   }
 
+  // `ahead` is what will be read next from the weights: it is fetched into the second-level cache meanwhile.
   template <int R, int M>
-  static void block(const Unit* a, int64_t a_row, const Unit* b, int64_t depth, float* c, int64_t c_row,
-                    bool accumulate) {
-    constexpr int STEP = 4;
+  static void block(const Unit* a, int64_t a_row, const Unit* b, const Unit* ahead, int64_t depth, float* c,
+                    int64_t c_row, bool accumulate) {
+    constexpr int STEP = 4, LINE = 16;
     Reg acc[R][M];
     LGNET_UNROLL
     for (int r = 0; r < R; ++r) {
@@ -130,10 +131,13 @@ struct Conv {
     int64_t k = 0;
     for (; k + STEP <= depth; k += STEP) {
       LGNET_UNROLL
+      for (int i = 0; i < STEP * M * W; i += LINE) prefetch(ahead + i);
+      LGNET_UNROLL
       for (int u = 0; u < STEP; ++u) multiply<R, M>(acc, rows, a_row, b, u);
       LGNET_UNROLL
       for (int i = 0; i < (R + 2) / 3; ++i) rows[i] += STEP;
       b += STEP * M * W;
+      ahead += STEP * M * W;
     }
     for (; k < depth; ++k) {
       multiply<R, M>(acc, rows, a_row, b, 0);
@@ -147,17 +151,26 @@ struct Conv {
       for (int m = 0; m < M; ++m) V::store(c + r * c_row + m * W, acc[r][m]);
     }
   }
+  static LGNET_INLINE void prefetch(const Unit* p) {
+#if defined(__GNUC__)
+    __builtin_prefetch(p, 0, 2);
+#else
+    static_cast<void>(p);
+#endif
+  }
 
   // Blocks of at most ROWS rows, as equal as possible.
   template <int M>
-  static void rows_of_blocks(const Product& p, const Unit* b, int64_t k0, int64_t depth, float* c, bool accumulate) {
+  static void rows_of_blocks(const Product& p, const Unit* b, const Unit* ahead, int64_t k0, int64_t depth, float* c,
+                             bool accumulate) {
     const int64_t blocks = ceil_div(p.rows, ROWS);
     const Unit* a = static_cast<const Unit*>(p.a) + k0;
     int64_t r0 = 0;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t r1 = p.rows * (i + 1) / blocks;
       with_rows<ROWS>(r1 - r0, [&](auto r) {
-        block<decltype(r)::value, M>(a + r0 * p.a_row, p.a_row, b, depth, c + r0 * p.c_row, p.c_row, accumulate);
+        block<decltype(r)::value, M>(a + r0 * p.a_row, p.a_row, b, i == 0 ? ahead : b, depth, c + r0 * p.c_row,
+                                     p.c_row, accumulate);
       });
       r0 = r1;
     }
@@ -173,21 +186,30 @@ struct Conv {
     }
   }
 
+  // Weights lie as they are read: [depth / DEPTH][panels][DEPTH][panel's columns], the last slice as deep as is left.
   static void product(const Product& p) {
+    const Unit* weights = static_cast<const Unit*>(p.b);
     bool accumulate = p.accumulate;
     for (int64_t range = 0; range < p.live_count; ++range) {
       const int64_t end = p.live[2 * range + 1];
-      for (int64_t k0 = p.live[2 * range]; k0 < end; k0 += DEPTH) {
-        const int64_t depth = end - k0 < DEPTH ? end - k0 : DEPTH;
+      for (int64_t k0 = p.live[2 * range]; k0 < end;) {
+        const int64_t slice = k0 / DEPTH * DEPTH;
+        const int64_t slice_depth = p.depth - slice < DEPTH ? p.depth - slice : DEPTH;
+        const int64_t k1 = slice + slice_depth < end ? slice + slice_depth : end;
         for (int64_t n = 0; n < p.columns; n += NR) {
-          const Unit* b = static_cast<const Unit*>(p.b) + n * p.depth;
+          const Unit* b = weights + slice * p.weight_columns + (p.first_column + n) * slice_depth;
+          // The next panel, at the end of the slice that of the next slice.
+          const Unit* ahead = n + NR < p.columns
+                                  ? b + NR * slice_depth
+                                  : weights + (slice + slice_depth) * p.weight_columns + p.first_column * DEPTH;
           if (p.columns - n > W) {
-            rows_of_blocks<2>(p, b + k0 * NR, k0, depth, p.c + n, accumulate);
+            rows_of_blocks<2>(p, b + (k0 - slice) * NR, ahead, k0, k1 - k0, p.c + n, accumulate);
           } else {
-            rows_of_blocks<1>(p, b + k0 * W, k0, depth, p.c + n, accumulate);
+            rows_of_blocks<1>(p, b + (k0 - slice) * W, ahead, k0, k1 - k0, p.c + n, accumulate);
           }
         }
         accumulate = true;
+        k0 = k1;
       }
     }
     if (!accumulate) {  // nothing but padding
@@ -253,35 +275,46 @@ struct Conv {
   }
 
   // m = 1: the patches themselves. Taps that follow each other in a row are one run where the source's pixels do.
+  struct Run {
+    int64_t y, x, taps;
+  };
+  static std::vector<Run> runs_of(const Input& in, const Group& group) {
+    const FeatureMap& s = in.source;
+    const bool adjacent = s.pixel == s.channels && s.channels % PAIR == 0;
+    std::vector<Run> runs;
+    for (const Start& start : group.starts) {
+      if (adjacent && !runs.empty() && runs.back().y == start.y && runs.back().x + runs.back().taps == start.x) {
+        ++runs.back().taps;
+      } else {
+        runs.push_back({start.y, start.x, 1});
+      }
+    }
+    return runs;
+  }
+
   static void patches(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v, int64_t row) {
     const FeatureMap& s = in.source;
-    const int64_t channels = round_up(s.channels, PAIR), taps = static_cast<int64_t>(group.starts.size());
-    const bool runs = s.pixel == s.channels && s.channels == channels;
+    const int64_t channels = round_up(s.channels, PAIR);
+    const std::vector<Run> runs = runs_of(in, group);
     for (int64_t t = 0; t < count; ++t, v += row) {
       const Tile& tile = tiles[t];
       const Rect& read = tile.region->read;
       const float* image = batch_item(in, tile);
       int64_t k = 0;
-      for (int64_t tap = 0; tap < taps;) {
-        const Start& start = group.starts[tap];
-        int64_t length = 1;
-        while (runs && tap + length < taps && group.starts[tap + length].y == start.y &&
-               group.starts[tap + length].x == start.x + length)
-          ++length;
-        const int64_t y = index(tile.y * in.in_step + start.y, s.height, in.reflect, read.top, read.bottom);
-        const int64_t x = tile.x * in.in_step + start.x;
-        if (y >= 0 && x >= 0 && x + length <= s.width) {
-          copy(image + (y * s.width + x) * s.pixel, v, k, length * s.channels);
+      for (const Run& run : runs) {
+        const int64_t y = index(tile.y * in.in_step + run.y, s.height, in.reflect, read.top, read.bottom);
+        const int64_t x = tile.x * in.in_step + run.x;
+        if (y >= 0 && x >= 0 && x + run.taps <= s.width) {
+          copy(image + (y * s.width + x) * s.pixel, v, k, run.taps * s.channels);
         } else {
-          for (int64_t i = 0; i < length; ++i) {
+          for (int64_t i = 0; i < run.taps; ++i) {
             const int64_t column = index(x + i, s.width, in.reflect, read.left, read.right);
             copy(y < 0 || column < 0 ? in.zeros : image + (y * s.width + column) * s.pixel, v, k + i * channels,
                  s.channels);
           }
         }
         if (channels != s.channels) put_one(v, k + s.channels, 0);
-        k += length * channels;
-        tap += length;
+        k += run.taps * channels;
       }
     }
   }
@@ -451,17 +484,23 @@ struct Conv {
     constexpr int64_t kChannels = 3;
     for (int64_t x = n.left; x < n.right; ++x) {
       float sum[4] = {n.bias[0], n.bias[1], n.bias[2], 0};
-      for (int64_t tap = 0; tap < n.kernel; ++tap) {
-        int64_t source = x * n.stride + tap - n.padding;
-        if (n.transposed) {
-          const int64_t scaled = x + n.padding - tap;
-          if (scaled % n.stride != 0) continue;
-          source = scaled / n.stride;
-        }
-        source = index(source, n.width, n.reflect, n.first, n.last);
-        if (source < 0) continue;
+      const auto add = [&](int64_t source, int64_t tap) {
         const float* p = n.products + (source - n.first) * n.columns + tap * kChannels;
         for (int i = 0; i < 4; ++i) sum[i] += p[i];
+      };
+      const int64_t start = x * n.stride - n.padding;
+      if (n.transposed) {
+        const int64_t tap = (x + n.padding) % n.stride, source = (x + n.padding) / n.stride;
+        for (int64_t i = 0; tap + i * n.stride < n.kernel; ++i) {
+          if (source - i >= n.first && source - i < n.last) add(source - i, tap + i * n.stride);
+        }
+      } else if (start >= n.first && start + n.kernel <= n.last) {
+        for (int64_t tap = 0; tap < n.kernel; ++tap) add(start + tap, tap);
+      } else {
+        for (int64_t tap = 0; tap < n.kernel; ++tap) {
+          const int64_t source = index(start + tap, n.width, n.reflect, n.first, n.last);
+          if (source >= 0) add(source, tap);
+        }
       }
       for (int i = 0; i < 4; ++i) n.scratch[(x - n.left) * 4 + i] = sum[i];
     }
@@ -481,7 +520,7 @@ struct Conv {
   }
 
   static constexpr ConvKernels kernels() {
-    return {W, NR, PAIR, sizeof(Unit), ROWS, product, transform, finish, narrow};
+    return {W, NR, PAIR, DEPTH, sizeof(Unit), ROWS, product, transform, finish, narrow};
   }
 };
 

@@ -5,12 +5,14 @@
 #include <vector>
 
 #include "attention.h"
+#include "conv.h"
 #include "merge_concat.h"
 
 namespace lgnet {
 
 struct Kernels {
   AttentionTable attention;
+  ConvTable conv;
   MergeTable merge;
 };
 

@@ -23,6 +23,7 @@
 #endif
 
 #include "attention_kernels.h"
+#include "conv_kernels.h"
 #include "merge_concat_kernels.h"
 
 #if defined(__clang__)
@@ -35,7 +36,8 @@ namespace lgnet {
 
 const Kernels* kernels_avx2() {
   using namespace avx2;
-  static constexpr Kernels kernels{{Attention<F32>::kernels(), Attention<F64>::kernels(), {}}, merge_table()};
+  static constexpr Kernels kernels{
+      {Attention<F32>::kernels(), Attention<F64>::kernels(), {}}, {Conv<F32>::kernels(), {}}, merge_table()};
   return &kernels;
 }
 

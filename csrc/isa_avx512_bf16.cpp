@@ -26,6 +26,7 @@
 #endif
 
 #include "attention_kernels.h"
+#include "conv_kernels.h"
 #include "merge_concat_kernels.h"
 
 #if defined(__clang__)
@@ -39,6 +40,7 @@ namespace lgnet {
 const Kernels* kernels_avx512_bf16() {
   using namespace avx512_bf16;
   static constexpr Kernels kernels{{Attention<F32>::kernels(), Attention<F64>::kernels(), Attention<BF16>::kernels()},
+                                   {Conv<F32>::kernels(), Conv<BF16>::kernels()},
                                    merge_table()};
   return &kernels;
 }

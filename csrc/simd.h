@@ -124,6 +124,9 @@ struct BF16 : F32 {
   static LGNET_INLINE Reg dot(Reg acc, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(acc, reinterpret_cast<__m512bh>(a), reinterpret_cast<__m512bh>(b));
   }
+  static LGNET_INLINE void store_half(bf16* p, Reg a) {
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+  }
   // 16 pairs (even[i], odd[i]): one conversion puts both rows side by side, one permutation interleaves them.
   static LGNET_INLINE void store_pairs(Unit* p, Reg even, Reg odd) {
     const __m512i rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));

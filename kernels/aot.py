@@ -24,13 +24,14 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention, configs, merge_concat
+from . import attention, configs, conv, conv_configs, merge_concat
 from .launch import OPTIONS, Launch, record
 
 # Shared memory a block may use, in bytes (CUDA C++ Programming Guide, technical specifications per capability), and
 # tensor memory columns.
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 TENSOR_MEMORY_COLUMNS = 512
+OVERLAPPING = ("sm_90", "sm_100")
 _POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
 DTYPES = {
     "float16": torch.float16,
@@ -40,6 +41,24 @@ DTYPES = {
 }
 # head size -> side of the feature map in a 256 x 256 picture, for LGNet and LGNet_light
 NETWORK_SHAPES = {128: 64, 256: 32, 512: 16, 96: 64, 192: 32, 384: 16}
+# One of each kind of convolution of LGNet at 256 x 256: (step, side of its input, residual, stores).
+NETWORK_CONVS: dict[str, tuple[conv.Conv, int, bool, int]] = {
+    "e1": (conv.Conv(4, 64, 4, 2, 1, False, False, False), 256, False, 2),
+    "e3": (conv.Conv(128, 256, 4, 2, 1, False, False, False), 64, False, 2),
+    "e6": (conv.Conv(512, 512, 4, 2, 1, False, False, False), 8, False, 2),
+    "e8": (conv.Conv(512, 512, 4, 2, 1, False, False, False), 2, False, 1),
+    "d6": (conv.Conv(1024, 512, 4, 2, 1, True, False, False), 4, False, 1),
+    "d3": (conv.Conv(512, 128, 4, 2, 1, True, False, False), 32, False, 1),
+    "d1": (conv.Conv(128, 3, 4, 2, 1, True, False, True), 128, False, 0),
+    "stem": (conv.Conv(4, 64, 7, 1, 3, False, True, False), 256, False, 1),
+    "down2": (conv.Conv(128, 256, 3, 2, 1, False, False, False), 128, False, 1),
+    "block": (conv.Conv(256, 256, 3, 1, 1, False, True, False), 64, True, 1),
+    "up1": (conv.Conv(256, 128, 3, 2, 1, True, False, False), 64, False, 1),
+    "out": (conv.Conv(64, 3, 7, 1, 3, False, True, True), 256, False, 0),
+    # LGNet_light: its channels are no powers of two
+    "light_e2": (conv.Conv(48, 96, 4, 2, 1, False, False, False), 128, False, 2),
+    "light_d2": (conv.Conv(192, 48, 4, 2, 1, True, False, False), 64, False, 1),
+}
 
 
 class Case(NamedTuple):
@@ -224,19 +243,64 @@ def merge_case(target: str, dtype: str, tanh: bool) -> Case:
     return Case("merge tanh" if tanh else "merge", target, dtype, 3, run)
 
 
+def conv_case(target: str, dtype: str, batch: int, name: str, overlap: bool = False) -> Case:
+    """A convolution of the engine, NETWORK_CONVS[name], with the block shapes it would run with on `target`."""
+    step, side, has_residual, stores = NETWORK_CONVS[name]
+    size = 2 * side if step.transposed else side // step.stride
+    work = step.work(batch, (side, side), (size, size), (0, size, 0, size))
+
+    def run() -> None:
+        element = DTYPES[dtype]
+        kind = configs.config_kind(element, "tf32" if dtype == "tf32" else "ieee")
+        generation, num_sms = configs.device_generation(torch.device("meta"))
+        tile = conv_configs.pick_tile(work, kind, generation, num_sms)
+        full = torch.float32
+        out = _meta(batch, size, size, step.out_channels, dtype=element)
+        merge = None
+        if step.merges:
+            picture, raw = _meta(batch, size, size, 4, dtype=element), _meta(batch, 3, size, size, dtype=full)
+            merge = conv.Merge(raw, _meta(batch, 1, size, size, dtype=full), raw, picture, False)
+        pair = (step.in_channels, step.out_channels)[:: 1 if step.transposed else -1]
+        conv.conv_forward(
+            step,
+            _meta(batch, side, side, step.in_channels, dtype=element),
+            step.pack(_meta(*pair, step.kernel, step.kernel, dtype=element)),
+            _meta(step.out_channels, dtype=full),
+            (conv.Store(out, "leaky_relu"), conv.Store(out, "relu"))[:stores],
+            tile,
+            size=(size, size),
+            residual=out if has_residual else None,
+            merge=merge,
+            overlap=overlap,
+            partial=_meta(tile.splits * work.all_rows * work.columns, dtype=full) if tile.splits > 1 else None,
+        )
+
+    return Case(f"conv {name} b{batch}{' overlapped' if overlap else ''}", target, dtype, step.in_channels, run)
+
+
 def network_cases(
-    targets: Sequence[str], works: Sequence[tuple[str, str, int]], channels: Sequence[int] = tuple(NETWORK_SHAPES)
+    targets: Sequence[str],
+    works: Sequence[tuple[str, str, int]],
+    channels: Sequence[int] = tuple(NETWORK_SHAPES),
+    convs: Sequence[str] = tuple(NETWORK_CONVS),
 ) -> list[Case]:
-    """The network's attention blocks and merges.
+    """The network's attention blocks and merges, and the engine's convolutions.
 
     Args:
         targets: such as "sm_90".
         works: (dtype name, variant, batch) of the attention blocks.
         channels: head sizes, keys of NETWORK_SHAPES.
+        convs: keys of NETWORK_CONVS, each in the dtypes and for the batches of `works`.
     """
     cases = []
     for target in targets:
         for dtype, variant, batch in works:
             cases += [attention_case(target, dtype, batch, size, NETWORK_SHAPES[size], variant) for size in channels]
         cases += [merge_case(target, "float16", tanh) for tanh in (False, True)]
+        for dtype, batch in dict.fromkeys((dtype, batch) for dtype, _, batch in works):
+            cases += [conv_case(target, dtype, batch, name) for name in convs]
+            if target in OVERLAPPING:
+                cases += [
+                    conv_case(target, dtype, batch, name, True) for name in convs if name in ("e6", "d6", "block")
+                ]
     return cases

@@ -22,6 +22,7 @@ from .errors import (
 from .lazy import attach
 
 if TYPE_CHECKING:
+    from .engine import Engine, load_engine, optimize
     from .pipeline import Inpainter
     from .reference import LGNet, LocalGlobalRefinement, create_model, list_models
 
@@ -30,16 +31,20 @@ __version__ = "0.1.0"
 __getattr__, __dir__ = attach(
     __name__,
     {
+        "Engine": "engine",
         "Inpainter": "pipeline",
         "LGNet": "reference",
         "LocalGlobalRefinement": "reference",
         "create_model": "reference",
         "list_models": "reference",
+        "load_engine": "engine",
+        "optimize": "engine",
     },
 )
 
 __all__ = [
     "BackendError",
+    "Engine",
     "Inpainter",
     "InvalidImageError",
     "InvalidMaskError",
@@ -51,5 +56,7 @@ __all__ = [
     "__version__",
     "create_model",
     "list_models",
+    "load_engine",
     "ops",
+    "optimize",
 ]

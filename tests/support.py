@@ -35,9 +35,7 @@ def released_state(net: str, dtype: torch.dtype = torch.float64) -> dict[str, Te
     return state
 
 
-def case(
-    name: str, batch: int, height: int, width: int, dtype: torch.dtype = torch.float64
-) -> tuple[Tensor, Tensor]:
+def case(name: str, batch: int, height: int, width: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor]:
     """The recipe's image [B, 3, H, W] and mask [B, 1, H, W] of that name."""
     image = torch.from_numpy(recipe.image(name, batch, height, width)).to(dtype)
     return image, torch.from_numpy(recipe.mask(name, batch, height, width)).to(dtype)

@@ -14,21 +14,34 @@ from lgnet_fast.kernels.launch import is_interpreted
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="Triton runs interpreted: nothing is compiled")
 
 TARGETS = ("sm_80", "sm_90")
-SIXTEEN_BIT = functools.partial(
-    aot.network_cases, TARGETS, (("float16", "released", 1), ("float16", "released", 16)), (128, 256, 512)
-)
+SIXTEEN_BIT = functools.partial(aot.network_cases, TARGETS, (("float16", "released", 1),), (128, 256, 512), convs=())
+# whole batches take the path without splits
 OTHERS = functools.partial(
-    aot.network_cases, TARGETS, (("bfloat16", "paper", 16), ("float32", "released", 16)), (128,)
+    aot.network_cases,
+    TARGETS[1:],
+    (("float16", "released", 16), ("bfloat16", "paper", 16), ("float32", "released", 16)),
+    (128,),
+    convs=(),
 )
+CONVS = functools.partial(aot.network_cases, TARGETS[1:], (("float16", "released", 1),), ())
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("cases", [SIXTEEN_BIT, OTHERS], ids=["float16", "others"])
-def test_default_configurations_compile(cases: functools.partial[list[aot.Case]]) -> None:
+@pytest.mark.parametrize(
+    ("cases", "targets", "kernels"),
+    [
+        (SIXTEEN_BIT, TARGETS, {"_attn_prep_kernel", "_attn_fwd_kernel", "_attn_merge_kernel", "_merge_fwd_kernel"}),
+        (OTHERS, TARGETS[1:], {"_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"}),
+        (CONVS, TARGETS[1:], {"_conv_kernel"}),
+    ],
+    ids=["float16", "others", "convs"],
+)
+def test_default_configurations_compile(
+    cases: functools.partial[list[aot.Case]], targets: tuple[str, ...], kernels: set[str]
+) -> None:
     reports = list(aot.compile_all(cases))
-    assert {report.target for report in reports} == set(TARGETS)
-    kernels = {report.kernel for report in reports}
-    assert {"_attn_prep_kernel", "_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_merge_fwd_kernel"} <= kernels
+    assert {report.target for report in reports} == set(targets)
+    assert kernels <= {report.kernel for report in reports}
     broken = [f"{report}: {report.violation()}" for report in reports if report.violation() is not None]
     assert not broken, "\n".join(broken)
     assert all(0 < report.registers <= 255 for report in reports)

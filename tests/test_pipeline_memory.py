@@ -24,7 +24,7 @@ from lgnet_fast.reference import LGNet
 torch.set_num_threads(2)
 width, side = int(sys.argv[1]), int(sys.argv[2])
 pipe = Inpainter(LGNet(coarse_channels=width, local_channels=width, global_channels=width, backend="eager").eval(),
-                 device="cpu")
+                 device="cpu", backend=sys.argv[3])
 picture, hole = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), bool)
 hole[50:150, 50:150] = True
 pipe(picture[:256, :256], hole[:256, :256], strategy="full")
@@ -41,17 +41,25 @@ print(status("VmHWM") - before, pipe.estimate_memory(side, side, "full"))
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
-@pytest.mark.parametrize(("width", "side"), [(16, 512), (64, 512)])
-def test_estimate_bounds_what_a_run_takes(width, side):
+@pytest.mark.parametrize(
+    ("width", "side", "backend", "slack"),
+    # The estimate is for a plain forward pass; the engine, whose buffers share memory, stays far below it.
+    [(16, 512, "eager", 2.5), (64, 512, "eager", 2.5), (16, 512, "auto", 20)],
+)
+def test_estimate_bounds_what_a_run_takes(width, side, backend, slack):
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
-        [sys.executable, "-c", MEASURE, str(width), str(side)], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-c", MEASURE, str(width), str(side), backend],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     if "clear_refs" in done.stderr:
         pytest.skip("the peak of this process cannot be reset here")
     assert done.returncode == 0, done.stderr
     measured, estimate = (int(number) for number in done.stdout.split())
-    assert measured <= estimate <= 2.5 * measured
+    assert measured <= estimate <= slack * measured
 
 
 def test_estimate_grows_with_the_padded_picture_and_not_beyond_the_window():

@@ -71,6 +71,11 @@ def _library() -> ModuleType:
     return module
 
 
+def isa_name() -> str:
+    """The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16"."""
+    return _library().isa_name()
+
+
 def _arg(tensor: Tensor | None) -> tuple[int, ...]:
     if tensor is None:
         return _ABSENT

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import os
 import threading
 import time
@@ -15,12 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..engine import fast_executor_reason, optimize
+from ..engine.devices import resolve_device, resolve_dtype
 from ..errors import BackendError, LGNetError, OutOfMemoryError
+from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import memory, strategies
-from .devices import resolve_device, resolve_dtype
 from .masks import masks_for, read_hole, soft_edge
 from .pictures import Picture, picture_of, pictures_of_tensor
 from .strategies import Window
+
+logger = logging.getLogger("lgnet_fast")
 
 _MOSTLY_HOLE = 0.95
 
@@ -88,7 +93,8 @@ class Inpainter:
             another device, of another dtype, in training mode or with an explicit backend is copied, not changed.
         device: "auto" (CUDA if there is a GPU) or a torch device.
         dtype: "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name.
-        backend: "auto" leaves the model's choice; others go to ``model.set_backend``.
+        backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is fast; others go to
+            ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
             largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
         memory_limit: bytes that a run may take; None asks the system before every run.
@@ -136,8 +142,6 @@ class Inpainter:
 
         Raises WeightsError when the weights are missing or malformed, and what the constructor raises.
         """
-        from ..reference import LGNet
-
         resolve_dtype(dtype, resolve_device(device))  # before hundreds of megabytes are read
         if model is None:
             from ..weights import bundled_path
@@ -376,7 +380,17 @@ class Inpainter:
             return self._exact
 
     def _placed(self, dtype: torch.dtype) -> Callable[..., Any]:
-        """The source model on this device in `dtype`, in eval mode: itself where it is that already, else a copy."""
+        """The source model ready to run on this device in `dtype`.
+
+        With backend "auto" an LGNet becomes an engine where that has a fast executor. Else the model itself, in
+        evaluation mode: the very one where it is that already, otherwise a copy.
+        """
+        if self._backend == "auto" and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
+            reason = fast_executor_reason(self.device, dtype)
+            if reason is None:
+                size = (self.multiple, self.multiple)
+                return optimize(self._source, size, device=self.device, dtype=dtype)
+            logger.info("the network runs without the engine: %s", reason)
         model = self._source
         if isinstance(model, nn.Module):
             tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]

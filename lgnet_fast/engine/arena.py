@@ -1,0 +1,60 @@
+"""Where a plan's buffers lie in one block of memory: buffers that never live at the same time share addresses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .plan import PICTURE, Plan
+
+
+@dataclass(frozen=True)
+class Arena:
+    """Offsets of buffers, in elements, and how many elements there are in all."""
+
+    offsets: dict[str, int]
+    size: int
+
+
+def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
+    """First and last step that touches each buffer. The picture lives throughout, raw pictures until the end."""
+    last = len(plan.steps) - 1
+    spans = {PICTURE: (0, last)}
+    for number, step in enumerate(plan.steps):
+        views = [step.source, *(s.view for s in step.stores)]
+        if step.residual is not None:
+            views.append(step.residual)
+        for view in views:
+            first, _ = spans.get(view.buffer, (number, number))
+            spans[view.buffer] = (first, last if step.merges and view is step.stores[0].view else number)
+        spans[PICTURE] = (0, last)
+    return spans
+
+
+def plan_arena(plan: Plan, alignment: int = 64) -> Arena:
+    """Offsets of every buffer [batch, height, width, channels] of `plan`.
+
+    Greedy: the largest buffer first, each at the lowest offset where no buffer that lives at the same time is.
+
+    Args:
+        alignment: of offsets, in elements.
+    """
+    spans = lifetimes(plan)
+    sizes = {
+        name: -(-plan.batch * b.height * b.width * b.channels // alignment) * alignment
+        for name, b in plan.buffers.items()
+    }
+    offsets: dict[str, int] = {}
+    for name in sorted(spans, key=lambda n: (-sizes[n], n)):
+        first, last = spans[name]
+        taken = sorted(
+            (offsets[other], offsets[other] + sizes[other])
+            for other in offsets
+            if spans[other][0] <= last and first <= spans[other][1]
+        )
+        offset = 0
+        for begin, end in taken:
+            if offset + sizes[name] <= begin:
+                break
+            offset = max(offset, end)
+        offsets[name] = offset
+    return Arena(offsets, max(offsets[n] + sizes[n] for n in offsets))

@@ -1,0 +1,320 @@
+"""`optimize`: a model in, a callable that gives the same pictures faster out."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import weakref
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Protocol, TypeVar
+
+import torch
+from rich.table import Table
+from torch import Tensor, nn
+
+from ..errors import LGNetError
+from ..reference.cascade import Cascade, Stages, check_inputs
+from ..reference.lgnet import LGNet, LocalGlobalRefinement
+from ..reference.networks import LEVELS
+from .cpu_executor import CpuExecutor
+from .describe import describe
+from .devices import resolve_device, resolve_dtype
+from .holes import hole_boxes
+from .plan import PICTURE, Plan, build_plan
+from .regions import Rect
+from .saved import read_engine, write_engine
+from .torch_executor import TorchExecutor
+
+logger = logging.getLogger("lgnet_fast")
+
+SHAPES_KEPT = 8
+"""Shapes whose plans and buffers are kept; the least recently used goes first."""
+HOLES_KEPT = 64
+"""Restricted plans kept a shape."""
+
+# A restricted run must save this share of the multiplications, else the dense one is taken.
+_WORTHWHILE = 0.05
+
+T = TypeVar("T")
+
+
+class Executor(Protocol):
+    """What runs a plan."""
+
+    def run(
+        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Sequence[tuple[Rect, ...]] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """The merged picture and every stage's raw picture, [B, 3, H, W] float32 each.
+
+        `start` is painted into the hole at first (None: white); `regions` holds each step's rectangles (None:
+        everywhere). Raw pictures hold anything outside the last step's rectangles.
+        """
+        ...
+
+    def resized(self, plan: Plan) -> Executor:
+        """An executor of the same weights for another batch or size."""
+        ...
+
+
+class _Cache(OrderedDict[object, T]):
+    """Least recently used out first."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__()
+        self.limit = limit
+
+    def get_or_make(self, key: object, make: Callable[[], T]) -> T:
+        if key in self:
+            self.move_to_end(key)
+            return self[key]
+        value = self[key] = make()
+        if len(self) > self.limit:
+            self.popitem(last=False)
+        return value
+
+
+class _Shape:
+    """One (batch, height, width): its plan, its executor, and the regions of recent holes."""
+
+    def __init__(self, plan: Plan, executor: Executor) -> None:
+        self.plan, self.executor = plan, executor
+        self.dense_macs = plan.total_macs()
+        self.regions: _Cache[Sequence[tuple[Rect, ...]] | None] = _Cache(HOLES_KEPT)
+
+    def regions_for(self, holes: tuple[Rect, ...]) -> Sequence[tuple[Rect, ...]] | None:
+        """Every step's rectangles for these holes; None where the dense run is no dearer."""
+
+        def make() -> Sequence[tuple[Rect, ...]] | None:
+            plan = self.plan.restricted(holes)
+            if plan.total_macs() > (1 - _WORTHWHILE) * self.dense_macs:
+                return None
+            return [step.regions for step in plan.steps]
+
+        return self.regions.get_or_make(holes, make)
+
+
+def _fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
+    """Changes when a weight is written to, replaced or moved."""
+    return tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()))
+
+
+class Engine:
+    """The optimised form of a model; made by :func:`optimize`.
+
+    Calling it is thread-safe. It holds its own packed weights, and no reference to the model: when the model's
+    weights change or move while it lives, the next call raises LGNetError. Engines do not pickle.
+    """
+
+    size_multiple = Cascade.size_multiple
+
+    def __init__(
+        self,
+        model: LGNet | LocalGlobalRefinement,
+        plan: Plan,
+        executor: Executor,
+        device: torch.device,
+        hole_aware: bool,
+    ) -> None:
+        self.hole_aware = hole_aware
+        self.device = device
+        self._first_stage: Callable[[Tensor, Tensor], Tensor] | None = (
+            model.first_stage if isinstance(model, LocalGlobalRefinement) else None
+        )
+        self._stages = ("X", "L", "G_att") if isinstance(model, LocalGlobalRefinement) else tuple(model.networks())
+        self._config = model.config if isinstance(model, LGNet) else None
+        # Read from a file, an engine has no model that could change.
+        on_meta = any(p.is_meta for p in model.parameters())
+        self._model = None if on_meta else weakref.ref(model)
+        self._fingerprint = () if on_meta else _fingerprint(model)
+        self._lock = threading.Lock()
+        self._shapes: _Cache[_Shape] = _Cache(SHAPES_KEPT)
+        self._first = _Shape(plan, executor)
+        self._shapes[self._key(plan)] = self._first
+
+    @staticmethod
+    def _key(plan: Plan) -> tuple[int, int, int]:
+        return plan.batch, plan.height, plan.width
+
+    def __reduce__(self) -> str:
+        raise LGNetError("an engine cannot be pickled: it holds machine code choices and buffers; pickle the model")
+
+    def __call__(
+        self, image: Tensor, mask: Tensor, return_stages: bool = False, holes: Sequence[Rect] | None = None
+    ) -> Tensor | Stages:
+        """Fill the hole; the contract of :meth:`LGNet.forward`.
+
+        Args:
+            image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256; any float dtype.
+            mask: [B, 1, H, W], 1 = hole; dtype and device of `image`.
+            return_stages: every stage's picture. Raw ones are None where the run was restricted to holes.
+            holes: rectangles that contain every hole pixel, where the caller knows them; None: found in the mask if
+                it is on the CPU.
+
+        Returns:
+            The merged result in the dtype of `image`, or :class:`Stages`.
+        """
+        check_inputs(image, mask, self.size_multiple)
+        if image.device != self.device:
+            raise ValueError(f"image: expected device {self.device} as the engine, got {image.device}")
+        model = None if self._model is None else self._model()
+        if model is not None and _fingerprint(model) != self._fingerprint:
+            raise LGNetError("the model's weights changed or moved after optimize(); optimize it again")
+        if holes is None and self.hole_aware and mask.device.type == "cpu":
+            holes = hole_boxes(mask)
+        if image.shape[0] == 0 or (holes is not None and not holes):
+            return self._unchanged(image, return_stages)
+        with torch.no_grad():
+            shape = self._shape(image.shape[0], image.shape[2], image.shape[3])
+            regions = None
+            if holes is not None:
+                with self._lock:
+                    regions = shape.regions_for(tuple(holes))
+            start = None if self._first_stage is None else self._first_stage(image, mask)
+            result, raw = shape.executor.run(image, mask, start, regions)
+            if not return_stages:
+                return result.to(image.dtype)
+            raw = [r.to(image.dtype) for r in raw]
+            if start is not None:
+                raw.insert(0, start)
+            # Outside the hole, a restricted run's raw pictures hold anything at all.
+            hole = mask != 0
+            merged = tuple(torch.where(hole, image * (1 - mask) + r * mask, image) for r in raw)
+            if regions is not None:
+                return Stages(None, None, None, (), merged)
+            by_name = dict(zip(self._stages, raw, strict=True))
+            return Stages(raw[0], by_name.get("L"), by_name.get("G_att", by_name.get("G")), tuple(raw), merged)
+
+    def _unchanged(self, image: Tensor, return_stages: bool) -> Tensor | Stages:
+        if not return_stages:
+            return image.clone()
+        return Stages(None, None, None, (), tuple(image.clone() for _ in self._stages))
+
+    def _shape(self, batch: int, height: int, width: int) -> _Shape:
+        with self._lock:
+            return self._shapes.get_or_make(
+                (batch, height, width), lambda: self._planned(self._first.plan.resized(batch, height, width))
+            )
+
+    def _planned(self, plan: Plan) -> _Shape:
+        return _Shape(plan, self._first.executor.resized(plan))
+
+    def warmup(self) -> None:
+        """Run once on a grey picture whose hole is everywhere, so that nothing is left for the first real call."""
+        image, mask = self._example()
+        self(image, mask, holes=[self._first.plan.buffers[PICTURE].everywhere])
+
+    def _example(self) -> tuple[Tensor, Tensor]:
+        plan = self._first.plan
+        image = torch.zeros(plan.batch, 3, plan.height, plan.width, device=self.device)
+        return image, torch.ones_like(image[:, :1])
+
+    @property
+    def plan(self) -> Plan:
+        """The dense plan of the size and batch that the engine was made for, without weights."""
+        return self._first.plan
+
+    def describe(self, holes: Sequence[Rect] | None = None, rounds: int = 5) -> Table:
+        """The plan as a table for ``rich``: step, shapes, GFLOP, MB, kernel, ms measured here, GFLOP/s.
+
+        Args:
+            holes: describe the run restricted to these rectangles; None: the dense run.
+            rounds: runs whose least times are shown.
+        """
+        return describe(self._first.executor, self.plan if holes is None else self.plan.restricted(holes), rounds)
+
+    def save(self, directory: str | os.PathLike[str]) -> None:
+        """Write the plan and the packed weights, for :func:`load_engine` on this kind of machine.
+
+        Raises:
+            LGNetError: the engine is of an X_LG, whose first stage is not in the plan, or not of the CPU executor.
+        """
+        if self._config is None or not isinstance(self._first.executor, CpuExecutor):
+            raise LGNetError("save: expected an engine of an LGNet on the C++ executor")
+        write_engine(Path(directory), self._config, self.plan, self._first.executor, self.hole_aware)
+
+
+def plan_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Module, bool]]:
+    """The stages of a model as :func:`.plan.build_plan` takes them; of an X_LG, those after the first."""
+    if isinstance(model, LocalGlobalRefinement):
+        return [("net_l", model.net_l, False), ("net_g", model.net_g, True)]
+    modules = dict(model.named_children())
+    stages = []
+    for stage in model.stages.split("+"):
+        name = {"C": "net_c", "L": "net_l", "G": "net_g_plain", "G_att": "net_g"}[stage]
+        shared = stage == "C" and model.share_coarse
+        stages.append((name, modules["net_g" if shared else name], stage == "G_att"))
+    return stages
+
+
+def optimize(
+    model: LGNet | LocalGlobalRefinement,
+    size: tuple[int, int] = (256, 256),
+    batch_size: int = 1,
+    device: str | torch.device = "auto",
+    dtype: str | torch.dtype = "auto",
+    hole_aware: bool = True,
+) -> Engine:
+    """A fast form of `model`, with the same contract as ``model(image, mask)``.
+
+    Args:
+        model: any LGNet or X_LG; used in evaluation mode, left untouched.
+        size: (height, width) to prepare for, multiples of 256; other shapes are planned when they come.
+        batch_size: to prepare for.
+        device: "auto" (a GPU if there is one), or as torch names it.
+        dtype: to compute in: "auto" (float32 on a CPU, float16 on a GPU), a torch.dtype or its name.
+        hole_aware: compute each layer only where a hole pixel depends on it. Same pixels as the dense run.
+
+    Returns:
+        The engine; it keeps no reference to the model's weights.
+    """
+    if not isinstance(model, (LGNet, LocalGlobalRefinement)):
+        raise TypeError(f"model: expected an LGNet or a LocalGlobalRefinement, got {type(model).__name__}")
+    height, width = size
+    if min(height, width) < 1 or height % 2**LEVELS or width % 2**LEVELS:
+        raise ValueError(f"size: expected positive multiples of {2**LEVELS}, got {tuple(size)}")
+    if not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+    if not isinstance(hole_aware, bool):
+        raise TypeError(f"hole_aware: expected a bool, got {type(hole_aware).__name__}")
+    target = resolve_device(device)
+    computed = resolve_dtype(dtype, target)
+    plan = build_plan(plan_stages(model), batch_size, height, width)
+    executor = _executor(plan, target, computed)
+    return Engine(model, plan.without_weights(), executor, target, hole_aware)
+
+
+def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why a plan would run in plain PyTorch on `device` in `dtype`, in one sentence; None where it runs faster."""
+    if device.type != "cpu":
+        return f"the fast executor runs on the CPU, not on {device}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the C++ executor computes in float32 or bfloat16, not in {dtype}"
+    return CpuExecutor.unavailable_reason()
+
+
+def _executor(plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
+    """The fastest executor for a device and dtype; plain PyTorch, with the reason logged, where there is no other."""
+    reason = fast_executor_reason(device, dtype)
+    if reason is None:
+        return CpuExecutor(plan.to(device, torch.float32), dtype)
+    logger.info("the plan runs in plain PyTorch: %s", reason)
+    return TorchExecutor(plan.to(device, dtype))
+
+
+def load_engine(directory: str | os.PathLike[str]) -> Engine:
+    """The engine that :meth:`Engine.save` wrote; nothing is folded, packed or measured again.
+
+    Raises:
+        WeightsError: the files are missing or damaged.
+        LGNetError: they were written for another instruction set, thread count, or version of this package or of
+            PyTorch; it names what differs. Optimise the model again there.
+    """
+    config, executor, hole_aware = read_engine(
+        Path(directory), lambda model, *size: build_plan(plan_stages(model), *size)
+    )
+    with torch.device("meta"):
+        model = LGNet(**config)
+    return Engine(model, executor.plan, executor, torch.device("cpu"), hole_aware)

@@ -1,0 +1,83 @@
+"""Rectangles of a feature map, and how they spread backwards through convolutions: the cone of a hole.
+
+Only pixels under the mask survive the merge, so a stage's output is needed inside the hole only, and every layer
+only where something needed reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+
+class Rect(NamedTuple):
+    """Rows [top, bottom) and columns [left, right)."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+    @property
+    def area(self) -> int:
+        return (self.bottom - self.top) * (self.right - self.left)
+
+    def union(self, other: Rect) -> Rect:
+        """The smallest rectangle around both."""
+        return Rect(
+            min(self.top, other.top),
+            max(self.bottom, other.bottom),
+            min(self.left, other.left),
+            max(self.right, other.right),
+        )
+
+
+def join(rects: Iterable[Rect]) -> tuple[Rect, ...]:
+    """Rectangles that cover the same pixels, two at a time replaced by their union while that costs no more."""
+    todo = sorted(set(rects))
+    merged = True
+    while merged:
+        merged = False
+        for i in range(len(todo)):
+            for j in range(i + 1, len(todo)):
+                union = todo[i].union(todo[j])
+                if union.area <= todo[i].area + todo[j].area:
+                    todo[i] = union
+                    del todo[j]
+                    merged = True
+                    break
+            if merged:
+                break
+    return tuple(sorted(todo))
+
+
+def _conv_span(
+    start: int, stop: int, size: int, kernel: int, stride: int, pad: int, reflect: bool
+) -> tuple[int, int]:
+    """Inputs [start, stop) that outputs [start, stop) of a convolution read along one axis of `size` inputs."""
+    low, high = start * stride - pad, (stop - 1) * stride - pad + kernel
+    if reflect:  # index -i reads i, index size - 1 + i reads size - 1 - i
+        return (
+            max(0, min(low, 2 * (size - 1) - (high - 1))),
+            min(size, max(high, 1 - low)),
+        )
+    return max(0, low), min(size, high)
+
+
+def _deconv_span(start: int, stop: int, size: int, kernel: int, stride: int, pad: int) -> tuple[int, int]:
+    """Inputs that outputs [start, stop) of a transposed convolution read: output = input * stride - pad + tap."""
+    low = -(-(start + pad - kernel + 1) // stride)
+    high = (stop - 1 + pad) // stride + 1
+    return max(0, low), min(size, high)
+
+
+def conv_input(rect: Rect, size: tuple[int, int], kernel: int, stride: int, pad: int, reflect: bool) -> Rect:
+    """What a convolution reads of its input, `size` (height, width), for an output rectangle."""
+    rows = _conv_span(rect.top, rect.bottom, size[0], kernel, stride, pad, reflect)
+    return Rect(*rows, *_conv_span(rect.left, rect.right, size[1], kernel, stride, pad, reflect))
+
+
+def deconv_input(rect: Rect, size: tuple[int, int], kernel: int, stride: int, pad: int) -> Rect:
+    """What a transposed convolution reads of its input, `size` (height, width), for an output rectangle."""
+    rows = _deconv_span(rect.top, rect.bottom, size[0], kernel, stride, pad)
+    return Rect(*rows, *_deconv_span(rect.left, rect.right, size[1], kernel, stride, pad))

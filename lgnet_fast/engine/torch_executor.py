@@ -1,0 +1,141 @@
+"""A plan in plain PyTorch: slow, and the check of the other executors.
+
+Buffers start as NaN and only a step's regions are computed, so a region that is too small shows at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference.attention import query_key_value
+from .plan import PICTURE, Plan, Step
+from .regions import Rect, conv_input, deconv_input
+
+
+class TorchExecutor:
+    """Runs a plan; computes in the dtype and on the device of the plan's weights."""
+
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+
+    def resized(self, plan: Plan) -> TorchExecutor:
+        """The same weights for another batch or size."""
+        steps = tuple(
+            replace(new, weight=old.weight, bias=old.bias)
+            for new, old in zip(plan.steps, self.plan.steps, strict=True)
+        )
+        return TorchExecutor(replace(plan, steps=steps))
+
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Sequence[tuple[Rect, ...]] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See :class:`.engine.Executor`; results in the dtype of the weights."""
+        buffers = self.buffers_after(image, mask, start, regions)
+        raw = [buffers[s.stores[0].view.buffer] for s in self.plan.steps if s.merges]
+        return buffers[PICTURE][:, :3], raw
+
+    def buffers_after(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Sequence[tuple[Rect, ...]] | None = None,
+    ) -> dict[str, Tensor]:
+        """Every buffer after the last step, [B, C, H, W] each; NaN where nothing was computed."""
+        plan = self.plan
+        weight = plan.steps[0].weight
+        image, mask = image.to(weight), mask.to(weight)
+        buffers = {
+            name: image.new_full((plan.batch, b.channels, b.height, b.width), torch.nan)
+            for name, b in plan.buffers.items()
+        }
+        painted = torch.ones_like(image) if start is None else start.to(weight)
+        buffers[PICTURE][:] = torch.cat((image * (1 - mask) + painted * mask, mask), dim=1)
+        for number, step in enumerate(plan.steps):
+            source = buffers[step.source.buffer][:, step.source.offset :][:, : step.source.channels]
+            for region in step.regions if regions is None else regions[number]:
+                _store(step, region, _value(step, region, source), buffers, image, mask)
+        return buffers
+
+
+def _value(step: Step, region: Rect, source: Tensor) -> Tensor:
+    if step.kind == "attention":
+        return _attention(step, region, source)
+    if step.kind == "conv":
+        return _convolution(step, region, source)
+    return _transposed(step, region, source)
+
+
+def _convolution(step: Step, region: Rect, source: Tensor) -> Tensor:
+    size = (source.shape[2], source.shape[3])
+    k, s, p = step.kernel, step.stride, step.padding
+    read = conv_input(region, size, k, s, p, step.reflect)
+    indices = []
+    for start, stop, length in ((region.top, region.bottom, size[0]), (region.left, region.right, size[1])):
+        index = torch.arange(start * s - p, (stop - 1) * s - p + k, device=source.device)
+        if step.reflect:
+            index = index.abs()
+            index = torch.where(index >= length, 2 * (length - 1) - index, index)
+        indices.append(index)
+    rows, columns = indices
+    inside = ((rows >= 0) & (rows < size[0]))[:, None] & ((columns >= 0) & (columns < size[1]))
+    assert rows.clamp(0, size[0] - 1).min() >= read.top
+    assert rows.clamp(0, size[0] - 1).max() < read.bottom
+    patch = source[:, :, rows.clamp(0, size[0] - 1)][..., columns.clamp(0, size[1] - 1)]
+    return F.conv2d(torch.where(inside, patch, 0.0), step.weight, step.bias, stride=s)
+
+
+def _transposed(step: Step, region: Rect, source: Tensor) -> Tensor:
+    read = deconv_input(region, (source.shape[2], source.shape[3]), step.kernel, step.stride, step.padding)
+    patch = source[:, :, read.top : read.bottom, read.left : read.right]
+    # Without padding, output 0 of this is output read * stride - padding of the whole map.
+    spread = F.conv_transpose2d(patch, step.weight, stride=step.stride, output_padding=step.output_padding)
+    top = region.top - (read.top * step.stride - step.padding)
+    left = region.left - (read.left * step.stride - step.padding)
+    height, width = region.bottom - region.top, region.right - region.left
+    return spread[:, :, top : top + height, left : left + width] + step.bias[:, None, None]
+
+
+def _attention(step: Step, region: Rect, source: Tensor) -> Tensor:
+    assert step.variant is not None
+    query, key, value = query_key_value(source, step.variant)
+    rows, columns = slice(region.top, region.bottom), slice(region.left, region.right)
+    here = source[:, :, rows, columns]
+    q, k, v = (
+        x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for x in (query[:, :, rows, columns], key, value)
+    )
+    attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1).transpose(1, 2).reshape(here.shape)
+    pair = (attended, here) if step.variant == "released" else (here, attended)
+    return F.conv2d(torch.cat(pair, dim=1), step.weight, step.bias)
+
+
+_ACTIVATIONS = {
+    "none": lambda x: x,
+    "relu": torch.relu,
+    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "tanh": torch.tanh,
+}
+
+
+def _store(step: Step, region: Rect, value: Tensor, buffers: dict[str, Tensor], image: Tensor, mask: Tensor) -> None:
+    rows, columns = slice(region.top, region.bottom), slice(region.left, region.right)
+    if step.residual is not None:
+        view = step.residual
+        value = value + buffers[view.buffer][:, view.offset :, rows, columns][:, : view.channels]
+    for store in step.stores:
+        view = store.view
+        target = buffers[view.buffer][:, view.offset : view.offset + view.channels, rows, columns]
+        target.copy_(_ACTIVATIONS[store.activation](value))
+    if step.merges:
+        m = mask[:, :, rows, columns]
+        merged = image[:, :, rows, columns] * (1 - m) + torch.tanh(value) * m
+        buffers[PICTURE][:, :3, rows, columns] = merged

@@ -1,0 +1,368 @@
+"""`optimize`: the contract of the engine, whichever executor runs it."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import json
+import logging
+import pickle
+import random
+import subprocess
+import sys
+import threading
+import weakref
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lgnet_fast import (
+    Engine,
+    LGNet,
+    LGNetError,
+    LocalGlobalRefinement,
+    WeightsError,
+    create_model,
+    load_engine,
+    optimize,
+)
+from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.engine import SHAPES_KEPT
+from lgnet_fast.engine.regions import Rect
+from lgnet_fast.engine.torch_executor import TorchExecutor
+from tests.support import case, released_state
+from tests.test_plan import NARROW, lively, random_mask
+
+needs_extension = pytest.mark.skipif(
+    CpuExecutor.unavailable_reason() is not None, reason=f"no C++ executor: {CpuExecutor.unavailable_reason()}"
+)
+
+
+@pytest.fixture
+def model() -> LGNet:
+    torch.manual_seed(0)
+    return lively(create_model("lgnet", **NARROW, backend="eager")).float()
+
+
+def levels(x: Tensor) -> Tensor:
+    """8-bit samples."""
+    return ((x + 1) * 127.5).round().clamp(0, 255)
+
+
+def assert_same_pixels(fast: Tensor, exact: Tensor, mask: Tensor) -> None:
+    """The project's rule for a whole float32 engine."""
+    hole = (mask > 0).expand_as(exact)
+    difference = (levels(fast.double()) - levels(exact))[hole].abs()
+    assert difference.max() <= 1
+    assert (difference == 0).double().mean() >= 0.99
+    assert (fast.double() - exact)[hole].square().mean().sqrt() <= 1e-4
+
+
+@needs_extension
+@pytest.mark.parametrize("shape", [("gen256", 2, 256, 256), ("gen512", 1, 512, 256)])
+def test_conformance_of_the_float32_engine(shape):
+    """LGNet with the recipe's weights, against the float64 reference."""
+    model = LGNet.from_released({net: released_state(net) for net in ("G1", "G2", "G3")}, backend="eager")
+    image, mask = case(*shape)
+    with torch.no_grad():
+        exact = model(image, mask)
+    fast = optimize(model, size=shape[2:], batch_size=shape[1], dtype="float32")
+    assert isinstance(fast._first.executor, CpuExecutor)
+    result = fast(image.float(), mask.float())
+    assert_same_pixels(result, exact, mask)
+    assert torch.equal(torch.where(mask.bool(), image.float(), result), image.float())
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["lgnet", "lgnet_share", "C", "C+L", "C+G_att", "C+G+G_att", "C+L+G"])
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_every_variant(name, variant):
+    torch.manual_seed(0)
+    widths = NARROW | ({"coarse_channels": 6} if name == "lgnet_share" else {})
+    model = lively(create_model(name, variant=variant, **widths, backend="eager"))
+    image, mask = case("gen256", 1, 256, 256)
+    with torch.no_grad():
+        exact = model(image, mask, return_stages=True)
+    fast = optimize(model, dtype="float32", hole_aware=False)
+    stages = fast(image.float(), mask.float(), return_stages=True)
+    assert_same_pixels(fast(image.float(), mask.float()), exact.merged[-1], mask)
+    for ours, theirs in zip(stages.raw, exact.raw, strict=True):
+        assert (ours - theirs).abs().max() < 2e-3
+    assert (stages.local is None) == (exact.local is None)
+    assert (stages.refined is None) == (exact.refined is None)
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_hole_aware_gives_the_dense_pixels_on_200_masks(model, dtype):
+    image, _ = case("gen256", 1, 256, 256, torch.float32)
+    aware, dense = optimize(model, dtype=dtype), optimize(model, dtype=dtype, hole_aware=False)
+    for seed in range(200):
+        mask = random_mask(seed).float()
+        a, b = aware(image, mask), dense(image, mask)
+        assert (a - b).abs().max() <= (1e-4 if dtype == "float32" else 0.15), seed
+        assert torch.equal(torch.where(mask.bool(), image, a), image)
+
+
+@needs_extension
+def test_bfloat16_error_is_at_most_twice_that_of_autocast(model):
+    image, mask = case("gen256", 1, 256, 256)
+    with torch.no_grad():
+        exact = model.double()(image, mask)
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            eager = model(image.float(), mask.float())
+    fast = optimize(model, dtype="bfloat16")(image.float(), mask.float())
+    errors = [(x.double() - exact).square().mean().sqrt() for x in (fast, eager)]
+    assert errors[0] <= 2 * errors[1] + 1e-3
+
+
+def test_x_lg(model):
+    class Grey(nn.Module):
+        def forward(self, image, mask):
+            return image.mean(dim=(2, 3), keepdim=True).expand_as(image)
+
+    torch.manual_seed(0)
+    x_lg = lively(LocalGlobalRefinement(Grey(), local_channels=4, global_channels=4, backend="eager"))
+    image, mask = case("gen256", 1, 256, 256)
+    with torch.no_grad():
+        exact = x_lg(image, mask)
+    fast = optimize(x_lg, dtype="float32")
+    assert_same_pixels(fast(image.float(), mask.float()), exact, mask)
+    with pytest.raises(LGNetError, match="save: expected an engine of an LGNet"):
+        fast.save("anywhere")
+
+
+def test_stages_of_a_restricted_run_are_merged_and_not_raw(model):
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    mask = torch.zeros_like(mask)
+    mask[..., 40:60, 70:110] = 1
+    with torch.no_grad():
+        expected = model(image, mask, return_stages=True)
+    stages = optimize(model)(image, mask, return_stages=True)
+    assert (stages.coarse, stages.local, stages.refined, stages.raw) == (None, None, None, ())
+    for ours, theirs in zip(stages.merged, expected.merged, strict=True):
+        assert (ours - theirs).abs().max() < 1e-3
+
+
+def test_empty_and_full_masks(model):
+    image, _ = case("gen256", 1, 256, 256, torch.float32)
+    fast = optimize(model)
+    empty = torch.zeros(1, 1, 256, 256)
+    result = fast(image, empty)
+    assert torch.equal(result, image)
+    assert result.data_ptr() != image.data_ptr()
+    assert [torch.equal(m, image) for m in fast(image, empty, return_stages=True).merged] == [True] * 3
+    with torch.no_grad():
+        exact = copy.deepcopy(model).double()(image.double(), torch.ones(1, 1, 256, 256).double())
+    assert_same_pixels(fast(image, torch.ones(1, 1, 256, 256)), exact, torch.ones(1, 1, 256, 256))
+    assert fast(image[:0], empty[:0]).shape == (0, 3, 256, 256)
+
+
+def test_given_holes_are_used_instead_of_the_masks(model):
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    fast = optimize(model)
+    everywhere = [Rect(0, 256, 0, 256)]
+    assert (fast(image, mask, holes=everywhere) - fast(image, mask)).abs().max() < 1e-4
+
+
+def test_same_inputs_same_bits_and_earlier_results_stay(model):
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    fast = optimize(model)
+    first = fast(image, mask)
+    kept = first.clone()
+    for seed in range(100):
+        fast(image, random_mask(seed).float())
+    assert torch.equal(first, kept)
+    assert torch.equal(fast(image, mask), first)
+
+
+def test_eight_threads_get_the_serial_results(model):
+    image, _ = case("gen256", 1, 256, 256, torch.float32)
+    fast = optimize(model)
+    masks = [random_mask(seed).float() for seed in range(8)]
+    serial = [fast(image, m) for m in masks]
+    wrong = []
+
+    def work(number: int) -> None:
+        order = list(range(8)) * 7
+        random.Random(number).shuffle(order)
+        for i in order[:50]:
+            if not torch.equal(fast(image, masks[i]), serial[i]):
+                wrong.append((number, i))
+
+    threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert wrong == []
+
+
+def test_changed_weights_are_refused_and_a_gone_model_is_fine(model):
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    fast = optimize(model)
+    expected = fast(image, mask)
+    with torch.no_grad():
+        model.net_l.out.bias.add_(1)
+    with pytest.raises(LGNetError, match="weights changed or moved after optimize"):
+        fast(image, mask)
+    again = optimize(model)
+    model.double()
+    with pytest.raises(LGNetError, match="weights changed or moved"):
+        again(image, mask)
+    model.float()
+    last = optimize(model)
+    gone = weakref.ref(model)
+    del model
+    gc.collect()
+    # The fixture still holds the model; what counts is that the engine does not.
+    assert gone() is None or all(r is not last for r in gc.get_referrers(gone()))
+    assert (last(image, mask) - expected).abs().max() > 1e-4
+
+
+def test_the_model_is_left_alone(model):
+    model.train()
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    optimize(model)(*case("gen256", 1, 256, 256, torch.float32))
+    assert model.training
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"size": (255, 256)}, ValueError, r"size: expected positive multiples of 256, got \(255, 256\)"),
+        ({"batch_size": 0}, ValueError, "batch_size: expected a positive integer, got 0"),
+        ({"hole_aware": "yes"}, TypeError, "hole_aware: expected a bool, got str"),
+        ({"device": "cuda:99"}, LGNetError, "device: cuda:99 is not available"),
+        ({"dtype": "int8"}, LGNetError, "dtype: expected 'auto', float16"),
+    ],
+)
+def test_bad_arguments_of_optimize(model, arguments, error, message):
+    with pytest.raises(error, match=message):
+        optimize(model, **arguments)
+
+
+def test_bad_input_of_a_call(model):
+    fast = optimize(model)
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    with pytest.raises(ValueError, match="multiples of 256"):
+        fast(image[..., :100], mask[..., :100])
+    with pytest.raises(ValueError, match="expected device cpu as the engine, got meta"):
+        fast(image.to("meta"), mask.to("meta"))
+    with pytest.raises(TypeError, match="model: expected an LGNet"):
+        optimize(nn.Identity())
+    with pytest.raises(LGNetError, match="cannot be pickled"):
+        pickle.dumps(fast)
+
+
+def test_other_dtypes_of_input_come_back_as_they_were(model):
+    image, mask = case("gen256", 1, 256, 256)
+    fast = optimize(model, dtype="float32")
+    single = fast(image.float(), mask.float())
+    for dtype in (torch.float64, torch.float16, torch.bfloat16):
+        result = fast(image.to(dtype), mask.to(dtype))
+        assert result.dtype == dtype
+        assert (result.float() - single).abs().max() < 0.1
+
+
+def test_shapes_come_and_go_and_are_bounded(model):
+    fast = optimize(model)
+    for batch in range(1, SHAPES_KEPT + 4):
+        image, mask = case("gen256", batch, 256, 256, torch.float32)
+        result = fast(image, mask)
+    with torch.no_grad():
+        assert (result - model(image, mask)).abs().max() < 2e-3
+    assert len(fast._shapes) == SHAPES_KEPT
+
+
+def test_plain_pytorch_runs_what_the_extension_cannot(model, monkeypatch, caplog):
+    monkeypatch.setattr(CpuExecutor, "unavailable_reason", staticmethod(lambda: "no compiler today"))
+    with caplog.at_level(logging.INFO, logger="lgnet_fast"):
+        fast = optimize(model)
+    assert isinstance(fast._first.executor, TorchExecutor)
+    assert "the plan runs in plain PyTorch: no compiler today" in caplog.messages
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    with torch.no_grad():
+        assert (fast(image, mask) - model(image, mask)).abs().max() < 1e-3
+
+
+@needs_extension
+def test_save_and_load(model, tmp_path):
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    fast = optimize(model)
+    fast.save(tmp_path / "engine")
+    loaded = load_engine(tmp_path / "engine")
+    assert isinstance(loaded, Engine)
+    assert torch.equal(loaded(image, mask), fast(image, mask))
+    wide, wide_mask = case("gen512", 2, 256, 512, torch.float32)
+    assert torch.equal(loaded(wide, wide_mask), fast(wide, wide_mask))
+
+
+@needs_extension
+@pytest.mark.parametrize("circumstance", ["instruction set", "threads", "lgnet_fast", "torch"])
+def test_an_engine_made_elsewhere_is_refused(model, tmp_path, circumstance):
+    optimize(model).save(tmp_path)
+    description = json.loads((tmp_path / "engine.json").read_text())
+    description["made for"][circumstance] = "other"
+    (tmp_path / "engine.json").write_text(json.dumps(description))
+    with pytest.raises(LGNetError, match=f"{circumstance}: other there, .* here"):
+        load_engine(tmp_path)
+
+
+@needs_extension
+def test_damaged_engines_are_refused(model, tmp_path):
+    optimize(model).save(tmp_path)
+    data = bytearray((tmp_path / "weights.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "weights.bin").write_bytes(data)
+    with pytest.raises(WeightsError, match="is damaged"):
+        load_engine(tmp_path)
+    (tmp_path / "engine.json").write_text("{")
+    with pytest.raises(WeightsError, match="expected a saved engine"):
+        load_engine(tmp_path)
+    with pytest.raises(WeightsError, match="expected a saved engine"):
+        load_engine(tmp_path / "nowhere")
+
+
+@needs_extension
+def test_description_names_every_step_and_its_cost(model):
+    fast = optimize(model)
+    table = fast.describe(rounds=1)
+    assert table.row_count == len(fast.plan.steps) + 1
+    restricted = fast.describe(holes=[Rect(96, 160, 96, 160)], rounds=1)
+    dense_gflop, sparse_gflop = (float(list(t.columns[4].cells)[-1]) for t in (table, restricted))
+    assert 0 < sparse_gflop < 0.6 * dense_gflop
+
+
+MEMORY = """
+import gc, random, torch
+import lgnet_fast
+from tests.support import case
+torch.manual_seed(0)
+fast = lgnet_fast.optimize(lgnet_fast.create_model("lgnet_demo").eval())
+gc.collect()
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+rng = random.Random(0)
+image = torch.zeros(3, 3, 768, 768)
+for call in range(300):
+    batch, height, width = rng.randint(1, 2), 256 * rng.randint(1, 3), 256 * rng.randint(1, 3)
+    mask = torch.zeros(batch, 1, height, width)
+    top, left = rng.randrange(height - 40), rng.randrange(width - 40)
+    mask[:, :, top : top + rng.randint(1, 40), left : left + rng.randint(1, 40)] = 1
+    fast(image[:batch, :, :height, :width], mask)
+    if call == 49:
+        before = resident()
+print(resident() - before)
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
+def test_changing_shapes_keep_the_memory_flat():
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert int(done.stdout) < 50e6

@@ -1,0 +1,293 @@
+"""The CPU executor against the plan run in plain PyTorch, float64."""
+
+from __future__ import annotations
+
+import threading
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lgnet_fast.engine import cpu_executor
+from lgnet_fast.engine.arena import lifetimes, plan_arena
+from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.engine import plan_stages
+from lgnet_fast.engine.plan import Plan, build_plan
+from lgnet_fast.engine.regions import Rect
+from lgnet_fast.engine.torch_executor import TorchExecutor
+from lgnet_fast.ops import cpp
+from lgnet_fast.reference.lgnet import LGNet
+from tests.support import case, released_state
+
+pytestmark = pytest.mark.skipif(
+    CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
+)
+
+ISAS = cpp._library().isa_available() if cpp.unavailable_reason() is None else []
+KERNELS = ("direct", "winograd2", "winograd4")
+
+
+@pytest.fixture(params=ISAS)
+def isa(request):
+    cpp._library().set_isa(request.param)
+    yield request.param
+    cpp._library().set_isa("auto")
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request):
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+@cache
+def plan_of(channels: int, stages: str = "C+L+G_att", variant: str = "released", local: int | None = None) -> Plan:
+    """A plan, float64, of a network whose features have deviation about one."""
+    torch.manual_seed(0)
+    model = LGNet(
+        stages, variant, coarse_channels=channels, local_channels=local or channels, global_channels=channels
+    ).double()
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.momentum = 1.0
+            nn.init.normal_(module.bias, 0, 0.1)
+    with torch.no_grad():
+        model.train()(*picture(1, 256, 256))
+    return build_plan(plan_stages(model.eval()), 1, 256, 256)
+
+
+def picture(batch: int, height: int, width: int, seed: int = 1) -> tuple[Tensor, Tensor]:
+    rng = torch.Generator().manual_seed(seed)
+    image = torch.rand(batch, 3, height, width, generator=rng, dtype=torch.float64) * 2 - 1
+    mask = torch.zeros(batch, 1, height, width, dtype=torch.float64)
+    mask[:, :, height // 4 : height * 3 // 4, width // 5 : width // 2] = 1
+    mask[:, :, :7, -9:] = 1
+    return image, mask
+
+
+@cache
+def truth(plan: tuple[object, ...], batch: int, height: int, width: int) -> tuple[Tensor, list[Tensor]]:
+    dense = plan_of(*plan)  # type: ignore[arg-type]
+    executor = TorchExecutor(dense).resized(dense.resized(batch, height, width))
+    return executor.run(*picture(batch, height, width))
+
+
+def choices(plan: Plan, kernel: str) -> dict[str, str]:
+    """`kernel` wherever it can run."""
+    able = {step.name: cpu_executor.candidates(step) for step in plan.steps}
+    return {name: kernel if kernel in options else options[0] for name, options in able.items()}
+
+
+def assert_close(got: Tensor, expected: Tensor, rms: float = 2e-5, worst: float = 1e-3) -> None:
+    error = got.double() - expected
+    assert not got.isnan().any()
+    assert error.square().mean().sqrt() <= rms
+    assert error.abs().max() <= worst
+
+
+def check(
+    plan: tuple[object, ...], executor: CpuExecutor, batch: int = 1, height: int = 256, width: int = 256
+) -> None:
+    result, raw, _ = executor._run(*picture(batch, height, width), None, None, poison=True)
+    expected, expected_raw = truth(plan, batch, height, width)
+    assert_close(result, expected)
+    for got, want in zip(raw, expected_raw, strict=True):
+        assert_close(got, want)
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("channels", [5, 16])
+def test_every_kernel(channels, kernel, threads):
+    plan = plan_of(channels)
+    check((channels,), CpuExecutor(plan, choices=choices(plan, kernel)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_every_instruction_set(isa, kernel):
+    plan = plan_of(5)
+    check((5,), CpuExecutor(plan, choices=choices(plan, kernel)))
+
+
+@pytest.mark.parametrize("shape", [(3, 256, 256), (1, 256, 512), (2, 512, 256)], ids=str)
+def test_resized_shares_the_weights(shape):
+    plan = plan_of(5)
+    executor = CpuExecutor(plan)
+    other = executor.resized(plan.resized(*shape))
+    assert other._data.data_ptr() == executor._data.data_ptr()
+    check((5,), other, *shape)
+    check((5,), executor)
+
+
+@pytest.mark.parametrize("stages", ["C", "C+L", "C+G_att", "C+G+G_att", "C+L+G"])
+def test_ablations(stages):
+    check((5, stages), CpuExecutor(plan_of(5, stages)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_the_paper_s_attention_and_a_width_of_48(kernel):
+    key = (48, "C+G_att", "paper")
+    plan = plan_of(*key)
+    check(key, CpuExecutor(plan, choices=choices(plan, kernel)))
+
+
+def test_a_given_start_is_painted_into_the_hole():
+    plan = plan_of(5, "C+L")
+    image, mask = picture(1, 256, 256)
+    start = torch.rand_like(image)
+    expected, _ = TorchExecutor(plan).run(image, mask, start)
+    assert_close(CpuExecutor(plan).run(image, mask, start)[0], expected)
+
+
+HOLES = {
+    "centre": [Rect(100, 161, 90, 150)],
+    "corner": [Rect(0, 33, 0, 17)],
+    "last pixel": [Rect(255, 256, 255, 256)],
+    "edges": [Rect(0, 1, 100, 103), Rect(120, 131, 0, 5), Rect(250, 256, 60, 200)],
+    "several": [Rect(10, 20, 10, 30), Rect(200, 230, 190, 250), Rect(13, 90, 200, 207)],
+    "everywhere": [Rect(0, 256, 0, 256)],
+}
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("holes", HOLES, ids=str)
+def test_regions_give_the_same_pixels(holes, kernel):
+    plan = plan_of(5)
+    image, _ = picture(2, 256, 256)
+    mask = torch.zeros(2, 1, 256, 256, dtype=torch.float64)
+    for top, bottom, left, right in HOLES[holes]:
+        mask[:, :, top:bottom, left:right] = 1
+    dense = plan.resized(2, 256, 256)
+    executor = CpuExecutor(plan, choices=choices(plan, kernel)).resized(dense)
+    expected, _ = executor.run(image, mask)
+    regions = [step.regions for step in dense.restricted(HOLES[holes]).steps]
+    got, _, _ = executor._run(image, mask, None, regions, poison=True)
+    assert_close(got, expected.double(), rms=5e-6, worst=2e-4)
+    outside = (mask == 0).expand_as(got)
+    assert torch.equal(got[outside], image.float()[outside])
+
+
+def test_regions_on_every_instruction_set(isa):
+    plan = plan_of(5)
+    image, mask = picture(1, 256, 256)
+    executor = CpuExecutor(plan)
+    regions = [s.regions for s in plan.restricted([Rect(64, 192, 51, 128), Rect(0, 7, 247, 256)]).steps]
+    got, _, _ = executor._run(image, mask, None, regions, poison=True)
+    assert_close(got, truth((5,), 1, 256, 256)[0])
+
+
+def test_no_region_at_all_returns_the_picture():
+    plan = plan_of(5)
+    image, _ = picture(1, 256, 256)
+    got, _ = CpuExecutor(plan).run(image, torch.zeros(1, 1, 256, 256), None, [()] * len(plan.steps))
+    assert torch.equal(got, image.float())
+
+
+def test_same_bits_every_time_and_in_eight_threads_at_once(threads):
+    plan = plan_of(16)
+    executor = CpuExecutor(plan)
+    pictures = [tuple(t.float() for t in picture(1, 256, 256, seed)) for seed in range(8)]
+    expected = [executor.run(*p)[0] for p in pictures]
+    assert all(torch.equal(executor.run(*p)[0], e) for p, e in zip(pictures, expected, strict=True))
+    got: dict[int, Tensor] = {}
+
+    def work(i: int) -> None:
+        torch.set_num_threads(threads)
+        for _ in range(2):
+            got[i] = executor.run(*pictures[i])[0]
+
+    workers = [threading.Thread(target=work, args=(i,)) for i in range(8)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert all(torch.equal(got[i], expected[i]) for i in range(8))
+
+
+def test_any_strides_and_inputs_unchanged():
+    executor = CpuExecutor(plan_of(5))
+    image, mask = (t.float() for t in picture(1, 256, 256))
+    expected, _ = executor.run(image, mask)
+    strided = image.transpose(2, 3).contiguous().transpose(2, 3)
+    last = image.contiguous(memory_format=torch.channels_last)
+    wide = torch.zeros(1, 1, 256, 512)
+    wide[..., ::2] = mask
+    before = image.clone(), mask.clone()
+    for variant in (strided, last):
+        assert torch.equal(executor.run(variant, wide[..., ::2])[0], expected)
+    assert torch.equal(image, before[0])
+    assert torch.equal(mask, before[1])
+
+
+def test_state_restores_without_packing(monkeypatch):
+    plan = plan_of(5)
+    executor = CpuExecutor(plan, choices=choices(plan, "winograd4"))
+    image, mask = picture(1, 256, 256)
+    monkeypatch.setattr(cpu_executor, "_group_weight", None)
+    state = {**executor.state, "data": executor.state["data"].clone()}
+    loaded = CpuExecutor.from_state(plan.without_weights(), state)
+    assert loaded.choices == executor.choices
+    assert torch.equal(loaded.run(image, mask)[0], executor.run(image, mask)[0])
+    with pytest.raises(ValueError, match="another network"):
+        CpuExecutor.from_state(plan_of(5, "C+L").without_weights(), state)
+    with pytest.raises(ValueError, match="bytes of weights"):
+        CpuExecutor.from_state(plan_of(16).without_weights(), state)
+    with pytest.raises(ValueError, match="packed for"):
+        CpuExecutor.from_state(plan.without_weights(), {**state, "isa": "other"})
+
+
+def test_wrong_arguments_are_refused():
+    plan = plan_of(5)
+    with pytest.raises(ValueError, match="dtype"):
+        CpuExecutor(plan, torch.float16)
+    executor = CpuExecutor(plan)
+    image, mask = picture(1, 256, 256)
+    with pytest.raises(ValueError, match=r"image: expected shape \[1, 3, 256, 256\]"):
+        executor.run(image[..., :128], mask)
+    with pytest.raises(ValueError, match="mask: expected shape"):
+        executor.run(image, mask[..., :128])
+
+
+def test_buffers_that_live_together_do_not_overlap():
+    plan = plan_of(16)
+    arena, spans = plan_arena(plan), lifetimes(plan)
+    sizes = {name: b.height * b.width * b.channels for name, b in plan.buffers.items()}
+    for a in spans:
+        for b in spans:
+            if a < b and spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]:
+                assert (
+                    arena.offsets[a] + sizes[a] <= arena.offsets[b] or arena.offsets[b] + sizes[b] <= arena.offsets[a]
+                )
+    assert arena.size < 0.5 * sum(sizes.values())
+
+
+@pytest.mark.skipif("avx512_bf16" not in ISAS, reason="no bf16 products on this CPU")
+def test_bf16_is_close():
+    plan = plan_of(16)
+    result, raw = CpuExecutor(plan, torch.bfloat16).run(*picture(1, 256, 256))
+    expected, expected_raw = truth((16,), 1, 256, 256)
+    assert_close(result, expected, rms=0.02, worst=0.5)
+    for got, want in zip(raw, expected_raw, strict=True):
+        assert_close(got, want, rms=0.05, worst=1)
+
+
+@pytest.mark.slow
+def test_lgnet_with_the_recipe_s_weights():
+    """The whole network: 99% of the hole's 8-bit samples equal, none off by more than one, RMS error at most 1e-4."""
+    model = LGNet.from_released({net: released_state(net, torch.float32) for net in ("G1", "G2", "G3")})
+    plan = build_plan(plan_stages(model), 1, 256, 256)
+    image, mask = case("gen256", 1, 256, 256)
+    executor = CpuExecutor(plan)
+    got, _ = executor.run(image, mask)
+    weights = sum(4 * step.weight.numel() for step in plan.steps)
+    assert executor.packed_bytes + executor.workspace_bytes <= 1.3 * weights + (150 << 20)
+    expected = model.double()(image, mask).detach()
+    hole = mask.expand_as(image) > 0
+    error = (got.double() - expected)[hole]
+    levels = (((t[hole].double() + 1) * 127.5).round() for t in (got, expected))
+    off = (next(levels) - next(levels)).abs()
+    assert (off == 0).double().mean() >= 0.99
+    assert off.max() <= 1
+    assert error.square().mean().sqrt() <= 1e-4

@@ -1,0 +1,291 @@
+"""The CUDA executor on a real GPU: accuracy at the network's size, and the rules of CUDA graphs, one test each."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from lgnet_fast.engine import cuda_executor, graphs
+from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.engine import plan_stages
+from lgnet_fast.engine.graphs import Program, Recent, capture
+from lgnet_fast.engine.plan import Plan, build_plan
+from lgnet_fast.engine.regions import Rect
+from lgnet_fast.engine.torch_executor import TorchExecutor
+from lgnet_fast.reference.lgnet import LGNet
+from tests.interpreted.rules import DTYPES, assert_accurate, normal
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
+HOLE = Rect(70, 130, 60, 150)
+
+
+# -- without a GPU ---------------------------------------------------------------------------------------------------
+
+
+def test_recent_drops_the_least_recently_used() -> None:
+    dropped: list[str] = []
+    recent: Recent[str] = Recent(2, dropped.append)
+    recent.get(1, lambda: "one")
+    recent.get(2, lambda: "two")
+    assert recent.get(1, lambda: "made again") == "one"
+    recent.get(3, lambda: "three")
+    assert dropped == ["two"]
+    assert 1 in recent
+    assert len(recent) == 2
+
+
+def test_programs_without_a_pool_launch_directly() -> None:
+    calls: list[int] = []
+    program = Program(lambda: calls.append(1), torch.device("cpu"))
+    program()
+    program()
+    assert len(calls) == 2
+    assert program.graph is None
+    assert program.reason == "graphs are switched off"
+
+
+def test_failed_captures_launch_directly_and_say_why_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(*args: object) -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    calls: list[int] = []
+    program = Program(lambda: calls.append(1), torch.device("cpu"), pool=(0, 1), direct=1)
+    with caplog.at_level(logging.INFO, logger="lgnet_fast"):
+        for _ in range(3):
+            program()
+    assert len(calls) == 3
+    assert sum("not permitted" in record.message for record in caplog.records) == 1
+
+
+# -- on a GPU --------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(autouse=True)
+def strict_float32() -> Iterator[None]:
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before):
+        switch.allow_tf32 = value
+
+
+@pytest.fixture(scope="module")
+def model() -> LGNet:
+    """Narrow, with weights of a size that keeps the features alive through all layers."""
+    torch.manual_seed(0)
+    model = LGNet(coarse_channels=16, local_channels=16, global_channels=16).eval().double()
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim == 4:
+                transposed = "deconv" in name or name.split(".")[1].startswith("up")
+                fan = parameter.shape[0 if transposed else 1] * parameter.shape[2] * parameter.shape[3]
+                parameter.normal_(0, (2 / fan) ** 0.5)
+    return model
+
+
+def planned(model: LGNet, batch: int = 1) -> Plan:
+    return build_plan(plan_stages(model), batch, 256, 256)
+
+
+@pytest.fixture(scope="module")
+def executor(model: LGNet) -> CudaExecutor:
+    return CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+
+
+def inputs(seed: int = 0, batch: int = 1) -> tuple[Tensor, Tensor]:
+    image = normal(batch, 3, 256, 256, seed=seed, device="cuda").clamp(-1, 1)
+    mask = torch.zeros(batch, 1, 256, 256, device="cuda")
+    mask[..., HOLE.top : HOLE.bottom, HOLE.left : HOLE.right] = 1
+    return image, mask
+
+
+def regions(plan: Plan, hole: Rect = HOLE) -> list[tuple[Rect, ...]]:
+    return [step.regions for step in plan.restricted([hole]).steps]
+
+
+def check(model: LGNet, executor: CudaExecutor, batch: int, where: list[tuple[Rect, ...]] | None = None) -> None:
+    """By twice the error of eager autocast, against float64 on the CPU."""
+    image, mask = inputs(batch=batch)
+    result, _ = executor.run(image, mask, None, where)
+    exact = TorchExecutor(planned(model, batch)).run(image.cpu().double(), mask.cpu().double())[0].cuda()
+    eager_model = LGNet(coarse_channels=16, local_channels=16, global_channels=16).eval().cuda()
+    eager_model.load_state_dict(model.state_dict())
+    half = executor.dtype != torch.float32
+    with torch.no_grad(), torch.autocast("cuda", executor.dtype, enabled=half):
+        eager = eager_model(image, mask)
+    hole = (mask != 0).expand_as(image)
+    dtype = executor.dtype
+    assert_accurate("merged", result[hole].to(dtype), exact[hole], eager[hole].to(dtype))
+    assert torch.equal(result[~hole], image[~hole])
+
+
+class TestOnGpu:
+    pytestmark = gpu
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    @pytest.mark.parametrize("batch", [1, 2])
+    def test_dense(self, model: LGNet, dtype: torch.dtype, batch: int) -> None:
+        executor = CudaExecutor(planned(model, batch), dtype, device=torch.device("cuda"))
+        check(model, executor, batch)
+
+    def test_tf32(self, model: LGNet) -> None:
+        executor = CudaExecutor(planned(model), torch.float32, device=torch.device("cuda"))
+        image, mask = inputs()
+        strict = executor.run(image, mask)[0]
+        torch.backends.cuda.matmul.allow_tf32 = True
+        loose = executor.run(image, mask)[0]
+        assert len(executor._programs) == 2
+        assert 0 < (strict - loose).abs().max().item() < 5e-2
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_regions(self, model: LGNet, dtype: torch.dtype) -> None:
+        plan = planned(model)
+        executor = CudaExecutor(plan, dtype, device=torch.device("cuda"))
+        image, mask = inputs()
+        executor.run(image, mask)
+        where = regions(plan)
+        executor.run(image, mask, None, where)  # directly
+        for _ in range(2):  # captured, replayed
+            executor.memory.arena.fill_(torch.nan)
+            check(model, executor, 1, where)
+
+    def test_capture_takes_the_lock_of_the_process(self, executor: CudaExecutor) -> None:
+        x = torch.zeros(8, device="cuda")
+        pool = torch.cuda.graph_pool_handle()
+        device = torch.device("cuda", torch.cuda.current_device())
+        locked: list[bool] = []
+
+        def launches() -> None:
+            locked.append(graphs._CAPTURE_LOCK.locked())
+            x.add_(1)
+
+        graph = capture(launches, device, pool)
+        assert locked == [True, True]
+        assert not graphs._CAPTURE_LOCK.locked()
+        graph.replay()
+        assert x.eq(2).all()  # the run that warms up, and the replay; capturing runs nothing
+
+    def test_one_graph_a_shape_dtype_and_bucket(self, model: LGNet) -> None:
+        executor = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+        image, mask = inputs()
+        for _ in range(3):
+            executor.run(image, mask)
+        assert len(executor._programs) == 1
+        for hole in (HOLE, Rect(65, 128, 64, 160), Rect(70, 128, 70, 150)):
+            executor.run(image, mask, None, regions(executor.plan, hole))
+        captured = [p.graph is not None for p in executor._programs.values()]
+        assert len(captured) == 3  # everywhere, rows to 160, rows to 128 (twice)
+        assert sum(captured) == 2  # a bucket gets its graph when it comes again
+
+    def test_graphs_are_bounded(self, model: LGNet, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(cuda_executor, "GRAPHS_KEPT", 2)
+        executor = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+        image, mask = inputs()
+        for top in range(0, 192, 32):
+            for _ in range(2):
+                executor.run(image, mask, None, regions(executor.plan, Rect(top, top + 32, 0, 32)))
+        assert len(executor._programs) == 2
+        expected = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"), graphs=False)
+        assert torch.equal(executor.run(image, mask)[0], expected.run(image, mask)[0])
+
+    def test_results_survive_the_next_call(self, executor: CudaExecutor) -> None:
+        image, mask = inputs()
+        first, raw = executor.run(image, mask)
+        kept = [x.clone() for x in (first, *raw)]
+        executor.run(-image, mask)
+        assert all(torch.equal(a, b) for a, b in zip((first, *raw), kept))
+
+    def test_inputs_are_copied(self, executor: CudaExecutor) -> None:
+        """Fresh tensors each call, freed before the next, in any float dtype and any strides."""
+        image, mask = inputs()
+        expected = executor.run(image, mask)[0]
+        for view in (image.clone(), image.transpose(2, 3).contiguous().transpose(2, 3), image.double()):
+            before = view.clone()
+            assert torch.equal(executor.run(view, mask.to(view.dtype))[0], expected)
+            assert torch.equal(view, before)
+
+    def test_graph_and_direct_launches_agree(self, model: LGNet, executor: CudaExecutor) -> None:
+        direct = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"), graphs=False)
+        image, mask = inputs(3)
+        assert torch.equal(executor.run(image, mask)[0], direct.run(image, mask)[0])
+        assert all(p.graph is not None for p in executor._programs.values())
+
+    def test_threads_and_streams(self, executor: CudaExecutor) -> None:
+        images = [inputs(seed)[0] for seed in range(4)]
+        mask = inputs()[1]
+        expected = [executor.run(x, mask)[0] for x in images]
+        torch.cuda.synchronize()
+        wrong: list[int] = []
+
+        def work(index: int) -> None:
+            stream = torch.cuda.Stream()
+            with torch.cuda.stream(stream):
+                for _ in range(20):
+                    if not torch.equal(executor.run(images[index], mask)[0], expected[index]):
+                        wrong.append(index)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert not wrong
+
+    def test_calls_do_not_wait_for_the_device(self, executor: CudaExecutor) -> None:
+        image, mask = inputs()
+        executor.run(image, mask)
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            executor.run(image, mask)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+    def test_failed_capture_still_computes(
+        self, model: LGNet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        image, mask = inputs()
+        expected = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda")).run(image, mask)[0]
+        attend = CudaExecutor._attend
+
+        def synchronising(self: CudaExecutor, *args: object) -> None:
+            attend(self, *args)  # type: ignore[arg-type]
+            torch.cuda.current_stream().synchronize()
+
+        monkeypatch.setattr(CudaExecutor, "_attend", synchronising)
+        executor = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+        with caplog.at_level(logging.INFO, logger="lgnet_fast"):
+            for _ in range(2):
+                assert torch.equal(executor.run(image, mask)[0], expected)
+        assert sum("no CUDA graph" in record.message for record in caplog.records) == 1
+
+    def test_overlapping_launches(self, model: LGNet) -> None:
+        if torch.cuda.get_device_capability() < (9, 0):
+            with pytest.raises(RuntimeError, match="capability"):
+                CudaExecutor(planned(model), device=torch.device("cuda"), overlap=True)
+            return
+        image, mask = inputs()
+        expected = CudaExecutor(planned(model), device=torch.device("cuda")).run(image, mask)[0]
+        for use_graphs in (False, True):
+            executor = CudaExecutor(planned(model), device=torch.device("cuda"), overlap=True, graphs=use_graphs)
+            for _ in range(50):  # a missing wait shows now and then
+                assert torch.equal(executor.run(image, mask)[0], expected)
+
+    def test_steps_by_cudnn(self, model: LGNet) -> None:
+        plan = planned(model)
+        choices = {step.name: "cudnn" for step in plan.steps if step.kind != "attention"}
+        executor = CudaExecutor(plan, torch.float16, device=torch.device("cuda"), choices=choices)
+        for _ in range(2):
+            check(model, executor, 1)

@@ -1,0 +1,241 @@
+"""The plan and its plain-PyTorch executor against the reference; regions against the dense run."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from lgnet_fast import LocalGlobalRefinement, create_model
+from lgnet_fast.engine.engine import plan_stages
+from lgnet_fast.engine.holes import hole_boxes
+from lgnet_fast.engine.plan import PICTURE, Plan, build_plan
+from lgnet_fast.engine.regions import Rect, conv_input, deconv_input, join
+from lgnet_fast.engine.torch_executor import TorchExecutor
+from tests.support import case
+
+NARROW = {"coarse_channels": 4, "local_channels": 5, "global_channels": 6}
+
+
+def lively(model: nn.Module) -> nn.Module:
+    """In evaluation mode, float64, with weights and statistics that make every layer's output vary."""
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.dim() == 4:
+                p.mul_(6)
+        for m in model.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                m.running_mean.normal_(0, 0.1, generator=generator)
+                m.running_var.uniform_(0.5, 1.5, generator=generator)
+    return model.eval().double()
+
+
+@pytest.fixture(scope="module")
+def model() -> nn.Module:
+    torch.manual_seed(0)
+    return lively(create_model("lgnet", **NARROW, backend="eager"))
+
+
+def plan_of(model: nn.Module, batch: int = 1, height: int = 256, width: int = 256) -> Plan:
+    return build_plan(plan_stages(model), batch, height, width)
+
+
+def random_mask(seed: int, height: int = 256, width: int = 256) -> Tensor:
+    """Strokes, boxes, single pixels, holes at borders and corners."""
+    rng = random.Random(seed)
+    mask = torch.zeros(1, 1, height, width, dtype=torch.float64)
+    for _ in range(rng.randint(1, 4)):
+        kind = rng.choice(["box", "pixel", "stroke", "corner", "border"])
+        y, x = rng.randrange(height), rng.randrange(width)
+        if kind == "pixel":
+            mask[..., y, x] = 1
+        elif kind == "box":
+            mask[..., y : y + rng.randint(1, 90), x : x + rng.randint(1, 90)] = 1
+        elif kind == "corner":
+            mask[..., height - rng.randint(1, 30) :, : rng.randint(1, 30)] = 1
+        elif kind == "border":
+            mask[..., : rng.randint(1, 12), x : x + rng.randint(1, 60)] = 1
+        else:
+            for _ in range(rng.randint(5, 60)):
+                mask[..., y : y + 4, x : x + 4] = 1
+                y = min(max(0, y + rng.randint(-4, 4)), height - 1)
+                x = min(max(0, x + rng.randint(-4, 4)), width - 1)
+    return mask
+
+
+@pytest.mark.parametrize(
+    ("name", "variant"),
+    [
+        ("lgnet", "released"),
+        ("lgnet", "paper"),
+        ("lgnet_share", "released"),
+        ("C", "released"),
+        ("C+L", "paper"),
+        ("C+G_att", "paper"),
+        ("C+G+G_att", "released"),
+        ("C+L+G", "released"),
+    ],
+)
+def test_plan_reproduces_every_model(name, variant):
+    torch.manual_seed(0)
+    widths = NARROW | ({"coarse_channels": 6} if name == "lgnet_share" else {})
+    model = lively(create_model(name, variant=variant, **widths, backend="eager"))
+    image, mask = case("gen256", 2, 256, 256)
+    with torch.no_grad():
+        expected = model(image, mask, return_stages=True)
+        merged, raw = TorchExecutor(plan_of(model, 2)).run(image, mask)
+    assert (expected.merged[-1] - image).abs().max() > 0.1
+    assert (merged - expected.merged[-1]).abs().max() < 1e-10
+    for ours, theirs in zip(raw, expected.raw, strict=True):
+        assert (ours - theirs).abs().max() < 1e-10
+
+
+def test_plan_of_x_lg_starts_from_the_first_stages_picture(model):
+    class Grey(nn.Module):
+        def forward(self, image, mask):
+            return image.mean(dim=(2, 3), keepdim=True).expand_as(image)
+
+    torch.manual_seed(0)
+    x_lg = lively(LocalGlobalRefinement(Grey(), local_channels=4, global_channels=4, backend="eager"))
+    image, mask = case("gen512", 1, 512, 256)
+    with torch.no_grad():
+        expected = x_lg(image, mask)
+        merged, _ = TorchExecutor(plan_of(x_lg, 1, 512, 256)).run(image, mask, start=Grey()(image, mask))
+    assert (merged - expected).abs().max() < 1e-10
+
+
+def test_resized_plan_is_the_plan_of_that_size(model):
+    small, large = plan_of(model), plan_of(model, 3, 512, 256)
+    resized = small.resized(3, 512, 256)
+    assert resized.buffers == large.buffers
+    assert [s.regions for s in resized.steps] == [s.regions for s in large.steps]
+    assert resized.total_macs() == large.total_macs() == 6 * small.total_macs() + extra_attention(small, 3, 2)
+
+
+def extra_attention(plan: Plan, batch: int, area: int) -> int:
+    """Attention's products grow with the square of the area."""
+    products = 0
+    for step in plan.steps:
+        if step.kind == "attention":
+            positions = plan.buffers[step.source.buffer].everywhere.area
+            products += 2 * positions**2 * step.out_channels
+    return products * (batch * area**2 - batch * area)
+
+
+def test_without_weights_keeps_shapes_and_counts(model):
+    plan = plan_of(model)
+    bare = plan.without_weights()
+    assert all(s.weight.is_meta and s.bias.is_meta for s in bare.steps)
+    assert bare.total_macs() == plan.total_macs()
+
+
+@pytest.mark.parametrize(
+    ("hole", "expected"), [(None, 43.029), (64, 13.151), (128, 21.970)], ids=["dense", "64x64", "128x128"]
+)
+def test_multiply_accumulates_of_the_full_model(hole, expected):
+    with torch.device("meta"):
+        plan = plan_of(create_model("lgnet").eval())
+    if hole is not None:
+        start = 128 - hole // 2
+        plan = plan.restricted([Rect(start, start + hole, start, start + hole)])
+    assert abs(plan.total_macs() / 1e9 - expected) < 5e-4
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_restricted_plan_gives_the_dense_pixels(model, seed):
+    image, _ = case("gen256", 1, 256, 256)
+    mask = random_mask(seed)
+    plan = plan_of(model)
+    restricted = plan.restricted(hole_boxes(mask))
+    assert restricted.total_macs() < plan.total_macs()
+    executor = TorchExecutor(plan)
+    with torch.no_grad():
+        dense, _ = executor.run(image, mask)
+        # Everything that was not computed is NaN, so too small a region cannot go unnoticed.
+        sparse, raw = executor.run(image, mask, regions=[s.regions for s in restricted.steps])
+    assert (dense - sparse).abs().max() < 1e-12
+    assert torch.isnan(raw[0]).any()
+
+
+def test_regions_in_a_non_square_batch(model):
+    image, _ = case("gen512", 2, 512, 256)
+    mask = torch.cat([random_mask(1, 512, 256), random_mask(2, 512, 256)])
+    plan = plan_of(model, 2, 512, 256)
+    regions = [s.regions for s in plan.restricted(hole_boxes(mask)).steps]
+    with torch.no_grad():
+        dense, _ = TorchExecutor(plan).run(image, mask)
+        sparse, _ = TorchExecutor(plan).run(image, mask, regions=regions)
+    assert (dense - sparse).abs().max() < 1e-12
+
+
+def test_join_covers_the_same_pixels_and_costs_no_more():
+    rng = random.Random(0)
+    for _ in range(50):
+        rects = []
+        for _ in range(rng.randint(1, 6)):
+            top, left = rng.randrange(30), rng.randrange(30)
+            rects.append(Rect(top, top + rng.randint(1, 12), left, left + rng.randint(1, 12)))
+        before, after = torch.zeros(45, 45), torch.zeros(45, 45)
+        for r in rects:
+            before[r.top : r.bottom, r.left : r.right] = 1
+        joined = join(rects)
+        for r in joined:
+            after[r.top : r.bottom, r.left : r.right] = 1
+        assert (after >= before).all()
+        assert sum(r.area for r in joined) <= sum(r.area for r in set(rects))
+
+
+@pytest.mark.parametrize(
+    ("kernel", "stride", "pad", "reflect"), [(4, 2, 1, 0), (3, 1, 1, 1), (3, 2, 1, 0), (7, 1, 3, 1)]
+)
+def test_conv_input_is_exactly_what_a_convolution_reads(kernel, stride, pad, reflect):
+    size = 16
+    for top in range(0, size // stride):
+        for bottom in range(top + 1, size // stride + 1):
+            x = torch.zeros(1, 1, size, size, requires_grad=True)
+            padded = nn.functional.pad(x, (pad,) * 4, mode="reflect" if reflect else "constant")
+            y = nn.functional.conv2d(padded, torch.ones(1, 1, kernel, kernel), stride=stride)
+            y[:, :, top:bottom, 2:5].sum().backward()
+            rows, columns = x.grad[0, 0].sum(1).nonzero(), x.grad[0, 0].sum(0).nonzero()
+            read = Rect(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+            assert conv_input(Rect(top, bottom, 2, 5), (size, size), kernel, stride, pad, bool(reflect)) == read
+
+
+@pytest.mark.parametrize(("kernel", "pad", "output_padding"), [(4, 1, 0), (3, 1, 1)])
+def test_deconv_input_is_exactly_what_a_transposed_convolution_reads(kernel, pad, output_padding):
+    for top in range(0, 16):
+        for bottom in range(top + 1, 17):
+            x = torch.zeros(1, 1, 8, 8, requires_grad=True)
+            y = nn.functional.conv_transpose2d(
+                x, torch.ones(1, 1, kernel, kernel), stride=2, padding=pad, output_padding=output_padding
+            )
+            y[:, :, top:bottom, 3:9].sum().backward()
+            rows, columns = x.grad[0, 0].sum(1).nonzero(), x.grad[0, 0].sum(0).nonzero()
+            read = Rect(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+            assert deconv_input(Rect(top, bottom, 3, 9), (8, 8), kernel, 2, pad) == read
+
+
+def test_hole_boxes_contain_every_hole_pixel_tightly():
+    assert hole_boxes(torch.zeros(2, 1, 256, 256)) == ()
+    mask = torch.zeros(2, 1, 256, 512)
+    mask[0, :, 10:20, 30:40] = 1
+    mask[1, :, 200, 511] = 0.25
+    assert hole_boxes(mask) == (Rect(10, 20, 30, 40), Rect(200, 201, 511, 512))
+    for seed in range(20):
+        mask = random_mask(seed)
+        covered = torch.zeros_like(mask)
+        for r in hole_boxes(mask):
+            covered[..., r.top : r.bottom, r.left : r.right] = 1
+            assert mask[..., r.top : r.bottom, r.left : r.right].any()
+        assert (covered >= mask).all()
+
+
+def test_picture_buffer_keeps_known_pixels_and_mask(model):
+    image, mask = case("gen256", 1, 256, 256)
+    with torch.no_grad():
+        picture = TorchExecutor(plan_of(model)).buffers_after(image, mask)[PICTURE]
+    assert torch.equal(picture[:, 3:], mask)
+    assert torch.equal(torch.where(mask.bool(), image, picture[:, :3]), image)
