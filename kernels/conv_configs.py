@@ -1,0 +1,179 @@
+"""Which block shapes, and over how many splits of the depth, a convolution of the engine runs with.
+
+`conv_tables.py` holds what `bench/tune_conv.py` measured on a GPU. Where it says nothing, the candidate with the
+least estimated time is taken: waves of programs, each bound by its multiplications or by its reads from the L2 cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import triton
+
+from .conv_tables import TUNED
+
+_LIMITS = {"interpreted": 1 << 30, "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
+MAX_SPLITS = 64
+
+
+class Tile(NamedTuple):
+    """BLOCK_M rows by BLOCK_N columns a program, BLOCK_K of the depth a step, the depth cut in `splits`."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    splits: int
+    num_warps: int
+    num_stages: int
+
+
+class Work(NamedTuple):
+    """One product: rows of a phase, columns, the taps of every phase, and input channels.
+
+    flat: a block of the depth spans taps. merges: it ends a stage.
+    """
+
+    rows: int
+    columns: int
+    taps: tuple[int, ...]
+    in_channels: int
+    flat: bool
+    merges: bool
+
+    @property
+    def all_rows(self) -> int:
+        """Rows of all phases together."""
+        return self.rows * len(self.taps)
+
+    def steps(self, block_k: int) -> tuple[int, ...]:
+        """Steps along the depth, of each phase."""
+        if self.flat:
+            return tuple(-(-taps * self.in_channels // block_k) for taps in self.taps)
+        return tuple(taps * -(-self.in_channels // block_k) for taps in self.taps)
+
+
+class Card(NamedTuple):
+    """What the estimate needs to know of a GPU.
+
+    macs: multiply-accumulates a second on the tensor cores (16 bit), dense. l2 and memory: bytes a second.
+    """
+
+    num_sms: int
+    macs: float
+    l2: float
+    memory: float
+
+
+CARDS = {
+    "sm_80": Card(108, 140e12, 4.0e12, 1.4e12),
+    "sm_89": Card(128, 80e12, 3.5e12, 0.9e12),
+    "sm_90": Card(132, 399e12, 5.5e12, 3.0e12),
+    "sm_100": Card(148, 800e12, 8.0e12, 7.0e12),
+}
+"""Sustained figures: H100 measured, the others from data sheets, less a fifth."""
+
+LAUNCH_SECONDS = 2.0e-6
+"""Start, drain and dependency of one kernel within a graph."""
+# A program's way from its start to its first product, and each further step's fixed part.
+_FILL_SECONDS = 1.0e-6
+_STEP_SECONDS = 5.0e-8
+# Share of the tensor cores' rate that the best of these kernels reach, by block area.
+_EFFICIENCY = 0.75
+
+
+def _shared_bytes(tile: Tile, element: int) -> int:
+    return tile.num_stages * tile.block_k * (tile.block_m + tile.block_n) * element
+
+
+def programs(work: Work, tile: Tile) -> int:
+    """Programs of the main launch."""
+    blocks = -(-work.rows // tile.block_m) * -(-work.columns // tile.block_n)
+    return blocks * len(work.taps) * tile.splits
+
+
+def estimate(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -> float:
+    """Seconds of the launch (two launches where the depth is split)."""
+    card = CARDS.get(generation, CARDS["sm_90"])
+    element = 4 if kind in ("tf32", "ieee") else 2
+    rate = card.macs / num_sms * {"half": 1.0, "tf32": 0.5, "ieee": 0.06}[kind]
+    # narrow blocks leave the tensor cores waiting for shared memory
+    area = tile.block_m * tile.block_n
+    rate *= _EFFICIENCY * min(1.0, (area / (128 * 128)) ** 0.5)
+    longest = -(-max(work.steps(tile.block_k)) // tile.splits)
+    total = sum(max(1, -(-s // tile.splits)) for s in work.steps(tile.block_k)) / len(work.taps)
+    count = programs(work, tile)
+    waves = -(-count // num_sms)
+    compute = tile.block_k * area / rate
+    read = tile.block_k * (tile.block_m + tile.block_n) * element / (card.l2 / num_sms)
+    weights = work.columns * sum(work.taps) * work.in_channels * element
+    per_program = max(compute, read, _STEP_SECONDS)
+    seconds = _FILL_SECONDS + max(longest, total * waves) * per_program
+    seconds = max(seconds, _FILL_SECONDS + weights / (card.memory * min(1.0, count / num_sms)))
+    seconds += LAUNCH_SECONDS
+    if tile.splits > 1:
+        partial = 4 * work.all_rows * work.columns * tile.splits
+        seconds += LAUNCH_SECONDS + 2 * partial / card.l2 + 2e-8 * tile.splits
+    return seconds
+
+
+def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator[Tile]:
+    """Shapes worth trying: those that fit and suit the product's size."""
+    element = 4 if kind in ("tf32", "ieee") else 2
+    columns = max(16, triton.next_power_of_2(work.columns))
+    rows = max(16, triton.next_power_of_2(work.rows))
+    depth = max(16, triton.next_power_of_2(max(work.taps) * work.in_channels if work.flat else work.in_channels))
+    # [BLOCK_M, BLOCK_N, warps]
+    shapes: tuple[tuple[int, int, int], ...]
+    if kind == "ieee":
+        shapes = ((16, 32, 4), (32, 32, 4), (64, 32, 4), (64, 64, 8))
+    elif kind == "tf32":
+        shapes = ((16, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8))
+    else:
+        shapes = (
+            (16, 64, 4), (16, 128, 4), (32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4),
+            (128, 128, 8), (128, 256, 8),
+        )  # fmt: skip
+    if generation == "interpreted":  # whose time goes by the operation, not by the element
+        shapes = ((min(1024, rows), 64, 4),)
+    seen = set()
+    for block_m, wanted_n, warps in shapes:
+        block_n = min(wanted_n, columns)
+        if block_m > max(rows, 16) or (block_m, block_n) in seen:
+            continue
+        seen.add((block_m, block_n))
+        block_k = min(depth, {"half": 64, "tf32": 32, "ieee": 16}[kind])
+        if work.in_channels % block_k and not work.flat and work.in_channels % (block_k // 2) == 0:
+            block_k = max(16, block_k // 2)
+        for num_stages in (4, 3, 2):
+            tile = Tile(block_m, block_n, block_k, 1, warps, 1 if kind == "ieee" else num_stages)
+            if _shared_bytes(tile, element) <= _LIMITS[generation] * 0.9:
+                break
+        else:
+            continue
+        longest = max(work.steps(block_k))
+        single = programs(work, tile)
+        splits = 1
+        # the whole epilogue beside a large accumulator would spill registers
+        crowded = block_m * block_n > (64 * 64 if work.merges else 128 * 128)
+        while splits <= min(MAX_SPLITS, longest // 2 or 1):
+            if (splits == 1 and not crowded) or (splits > 1 and single * splits <= 4 * num_sms):
+                yield tile._replace(splits=splits)
+            splits *= 2
+
+
+@functools.lru_cache(maxsize=4096)
+def pick_tile(work: Work, kind: str, generation: str, num_sms: int) -> Tile:
+    """The tuned tile of this product, else the candidate of least estimated time."""
+    tuned = TUNED.get(generation, {}).get((kind, *work[:4]))
+    if tuned is not None and tuned != "cudnn":
+        return Tile(*tuned)
+    return min(
+        candidates(work, kind, generation, num_sms), key=lambda t: estimate(work, t, kind, generation, num_sms)
+    )
+
+
+def is_tuned_cudnn(work: Work, kind: str, generation: str) -> bool:
+    """Whether the tuner found PyTorch's own convolution faster for this product."""
+    return TUNED.get(generation, {}).get((kind, *work[:4])) == "cudnn"
