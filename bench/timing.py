@@ -47,8 +47,9 @@ def interleave(
 
 
 def summarize(seconds: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
-    """Medians in ms, and how many times longer each contestant takes than `ours` (median of the rounds' ratios)."""
+    """Medians and least times in ms; how many times longer each takes than `ours` (median of the rounds' ratios)."""
     return {
+        "least_ms": {name: round(1e3 * min(s), 4) for name, s in seconds.items()},
         "median_ms": {name: round(1e3 * statistics.median(s), 4) for name, s in seconds.items()},
         "times_slower_than_ours": {
             name: round(statistics.median(a / b for a, b in zip(s, seconds[ours])), 3)

@@ -492,27 +492,31 @@ void Program::narrow(const StepSpec& step, const std::vector<Region>& regions, C
     row.products = products;
     Product product{};
     product.a_row = source.pixel;
-    product.c = products;
     product.c_row = columns;
-    product.rows = row.last - row.first;
     product.columns = product.weight_columns = columns;
     product.depth = source.channels;
     product.live = live;
     product.live_count = 1;
-    for (int64_t tap = 0; tap < step.kernel; ++tap) {
-      int64_t from = y * step.stride + tap - step.padding;
-      if (step.transposed) {
-        if ((y + step.padding - tap) % step.stride != 0) continue;
-        from = (y + step.padding - tap) / step.stride;
-      } else if (step.reflect) {
-        from = std::abs(from);
-        from = from >= source.height ? 2 * (source.height - 1) - from : from;
+    // All kernel rows for some columns at a time, so that their sums stay in the first-level cache.
+    for (int64_t x0 = row.first; x0 < row.last; x0 += kMaximumChunk) {
+      product.c = products + (x0 - row.first) * columns;
+      product.rows = std::min(kMaximumChunk, row.last - x0);
+      product.accumulate = false;
+      for (int64_t tap = 0; tap < step.kernel; ++tap) {
+        int64_t from = y * step.stride + tap - step.padding;
+        if (step.transposed) {
+          if ((y + step.padding - tap) % step.stride != 0) continue;
+          from = (y + step.padding - tap) / step.stride;
+        } else if (step.reflect) {
+          from = std::abs(from);
+          from = from >= source.height ? 2 * (source.height - 1) - from : from;
+        }
+        if (from < 0 || from >= source.height) continue;
+        product.a = call.arena(source.offset) + ((b * source.height + from) * source.width + x0) * source.pixel;
+        product.b = reinterpret_cast<const float*>(step.weight) + tap * source.channels * columns;
+        kernels.product(product);
+        product.accumulate = true;
       }
-      if (from < 0 || from >= source.height) continue;
-      product.a = call.arena(source.offset) + ((b * source.height + from) * source.width + row.first) * source.pixel;
-      product.b = reinterpret_cast<const float*>(step.weight) + tap * source.channels * columns;
-      kernels.product(product);
-      product.accumulate = true;
     }
     const int64_t first = (b * step.out_height + y) * step.out_width;
     row.bias = reinterpret_cast<const float*>(step.bias);

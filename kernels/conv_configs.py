@@ -106,7 +106,9 @@ def estimate(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -
     count = programs(work, tile)
     waves = -(-count // num_sms)
     compute = tile.block_k * area / rate
-    read = tile.block_k * (tile.block_m + tile.block_n) * element / (card.l2 / num_sms)
+    # one multiprocessor alone draws about twice its share of the L2 cache's rate
+    share = card.l2 / min(num_sms, max(count, num_sms // 2))
+    read = tile.block_k * (tile.block_m + tile.block_n) * element / share
     weights = work.columns * sum(work.taps) * work.in_channels * element
     per_program = max(compute, read, _STEP_SECONDS)
     seconds = _FILL_SECONDS + max(longest, total * waves) * per_program
@@ -132,7 +134,7 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
         shapes = ((16, 32, 4), (32, 64, 4), (64, 32, 4), (64, 64, 4), (128, 64, 8))
     else:
         shapes = (
-            (16, 64, 4), (16, 128, 4), (32, 64, 4), (32, 128, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4),
+            (16, 64, 4), (16, 128, 4), (32, 64, 4), (64, 64, 4), (64, 128, 4), (128, 64, 4),
             (128, 128, 8), (128, 256, 8),
         )  # fmt: skip
     if generation == "interpreted":  # whose time goes by the operation, not by the element
@@ -141,6 +143,8 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
     for block_m, wanted_n, warps in shapes:
         block_n = min(wanted_n, columns)
         if block_m > max(rows, 16) or (block_m, block_n) in seen:
+            continue
+        if work.flat and block_m < min(rows, 64):  # its index arithmetic would spill registers
             continue
         seen.add((block_m, block_n))
         block_k = min(depth, {"half": 64, "tf32": 32, "ieee": 16}[kind])
@@ -156,7 +160,8 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
         single = programs(work, tile)
         splits = 1
         # the whole epilogue beside a large accumulator would spill registers
-        crowded = block_m * block_n > (64 * 64 if work.merges else 128 * 128)
+        most = 64 * 64 if work.merges else 128 * 128
+        crowded = block_m * block_n > most and generation != "interpreted"
         while splits <= min(MAX_SPLITS, longest // 2 or 1):
             if (splits == 1 and not crowded) or (splits > 1 and single * splits <= 4 * num_sms):
                 yield tile._replace(splits=splits)

@@ -134,11 +134,26 @@ def convert(
 
 
 @app.command()
-def info(json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False) -> None:
+def info(
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+    plan: Annotated[str | None, typer.Option(help="Print the engine's plan of this model, measured here.")] = None,
+) -> None:
     """Print versions, devices, and which backends run here, or why not."""
     from .info import collect, render
 
-    _print(collect(), json, render)
+    if plan is None:
+        _print(collect(), json, render)
+        return
+    from rich.console import Console
+
+    from .engine import optimize
+    from .reference import create_model
+
+    try:
+        model = create_model(plan)
+    except ValueError as error:
+        raise typer.BadParameter(str(error), param_hint="--plan") from None
+    Console(width=140).print(optimize(model, device="cpu").describe())
 
 
 @app.command()

@@ -66,6 +66,14 @@ def test_info_names_the_missing_extension(monkeypatch):
     assert report["backends"]["cpu"]["cpp"]["attention_block"] == "the compiler went on holiday"
 
 
+def test_info_prints_the_plan():
+    result = invoke("info", "--plan", "lgnet_demo")
+    assert result.exit_code == 0, result.output
+    assert "net_g.attention_d3" in result.output
+    assert "total" in result.output
+    assert invoke("info", "--plan", "nope").exit_code == 2
+
+
 def test_flops_reports_both_conventions():
     report = json.loads(invoke("flops", "--json").stdout)
     total = report["total"]
@@ -85,8 +93,8 @@ def test_demo_fills_every_sample(tmp_path):
         filled = Image.open(tmp_path / f"{name}.png")
         assert (filled.size, filled.mode) == (picture.size, picture.mode)
         assert f"{name}: {picture.width}x{picture.height} in " in result.output
-        before, after = (torch.tensor(list(p.getdata())) for p in (picture, filled))
-        hole = torch.tensor(list(mask.getdata())) > 127
+        before, after = (torch.tensor(list(p.tobytes())).view(-1, 3) for p in (picture, filled))
+        hole = torch.tensor(list(mask.tobytes())) > 127
         assert torch.equal(before[~hole], after[~hole])
         # Filled, and closer to what was there than white paint is.
         error, white = (after - before)[hole].abs().double().mean(), (255 - before)[hole].abs().double().mean()

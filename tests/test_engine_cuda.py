@@ -12,6 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from lgnet_fast.kernels.conv_configs import Work, pick_tile
+
+from bench import tune_conv
 from lgnet_fast.engine import cuda_executor, graphs
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.engine import plan_stages
@@ -65,6 +68,28 @@ def test_failed_captures_launch_directly_and_say_why_once(
             program()
     assert len(calls) == 3
     assert sum("not permitted" in record.message for record in caplog.records) == 1
+
+
+def test_tuner_renders_the_table() -> None:
+    text = tune_conv.TABLES_FILE.read_text()
+    half, tf32 = ("half", 4096, 256, (9,), 256), ("tf32", 16, 512, (4, 4, 4, 4), 1024)
+    tables = {"sm_90": {half: (128, 128, 64, 1, 8, 4), tf32: "cudnn"}}
+    namespace: dict[str, object] = {}
+    exec(tune_conv.render(text, tables), namespace)
+    assert namespace["TUNED"] == tables
+    assert tune_conv.render(tune_conv.render(text, tables), {}) == tune_conv.render(text, {})
+
+
+def test_tiles_exist_for_every_kind_of_step() -> None:
+    for generation in ("interpreted", "sm_80", "sm_89", "sm_90", "sm_100"):
+        for kind in ("half", "tf32", "ieee"):
+            for columns in (3, 5, 48, 64, 512):
+                for rows in (1, 7, 4096, 10**6):
+                    for channels in (4, 5, 48, 100, 512):
+                        for merges in (False, True):
+                            work = Work(rows, columns, (16,), channels, channels < 16, merges)
+                            tile = pick_tile(work, kind, generation, 132)
+                            assert tile.splits == 1 or tile.splits <= max(work.steps(tile.block_k))
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import threading
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -37,7 +38,6 @@ BUCKET = 32
 # A restricted run must save this share of the multiplications, else the dense graph is taken.
 _WORTHWHILE = 0.05
 
-Choice = "Tile | Literal['cudnn']"
 Launch = Callable[[], None]
 
 
@@ -141,7 +141,7 @@ class CudaExecutor:
         self.device = plan.steps[0].weight.device if device is None else torch.device(device)
         if (reason := self.unavailable_reason(self.device, dtype)) is not None:
             raise RuntimeError(reason)
-        self.choices = dict(choices or {})
+        self._chosen = dict(choices or {})
         self._graphs, self._clone = graphs, clone_outputs
         self._overlap = overlap
         if overlap and (reason := self._overlap_reason()) is not None:
@@ -169,7 +169,7 @@ class CudaExecutor:
     def resized(self, plan: Plan) -> CudaExecutor:
         """The same packed weights for another batch or size."""
         other = type(self).__new__(type(self))
-        other.dtype, other.device, other.choices = self.dtype, self.device, self.choices
+        other.dtype, other.device, other._chosen = self.dtype, self.device, self._chosen
         other._graphs, other._clone, other._weights = self._graphs, self._clone, self._weights
         other._overlap = self._overlap
         other._build(plan.without_weights())
@@ -204,8 +204,8 @@ class CudaExecutor:
     def _prefers_cudnn(self, plan: Plan, step: Step) -> bool:
         from lgnet_fast.kernels.conv_configs import is_tuned_cudnn
 
-        if step.name in self.choices:
-            return self.choices[step.name] == "cudnn"
+        if step.name in self._chosen:
+            return self._chosen[step.name] == "cudnn"
         kind, generation, _ = self._target()
         return is_tuned_cudnn(self._work(plan, step), kind, generation)
 
@@ -213,10 +213,22 @@ class CudaExecutor:
         """Block shapes that a step's rectangle (None: all of it) runs with."""
         from lgnet_fast.kernels.conv_configs import pick_tile
 
-        choice = self.choices.get(step.name, "cudnn")
+        choice = self._chosen.get(step.name, "cudnn")
         if choice != "cudnn":
             return choice
         return pick_tile(self._work(self.plan, step, rect), *self._target())
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """Step name -> what runs it in a dense run: "cudnn", "attention", or BLOCK_MxBLOCK_NxBLOCK_K/splits."""
+        names = {}
+        for step in self.plan.steps:
+            if step.kind == "attention" or self._weights[step.name].plain is not None:
+                names[step.name] = "attention" if step.kind == "attention" else "cudnn"
+            else:
+                tile = self.tile(step)
+                names[step.name] = f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}"
+        return names
 
     # -- programs ------------------------------------------------------------------------------------------------
 
@@ -269,13 +281,8 @@ class CudaExecutor:
         key = (kind, painted, None if regions is None else regions[self._last])
 
         def make() -> Program:
-            launches = self._launches(memory, regions, painted)
-
-            def run() -> None:
-                for launch in launches:
-                    launch()
-
-            return Program(run, self.device, self._pool, direct=0 if regions is None else 1)
+            launches = functools.partial(_run_all, self._launches(memory, regions, painted))
+            return Program(launches, self.device, self._pool, direct=0 if regions is None else 1)
 
         return self._programs.get(key, make)
 
@@ -403,6 +410,34 @@ class CudaExecutor:
             program()
             outputs = memory.outputs.clone() if self._clone else memory.outputs
         return outputs[0], list(outputs[1:])
+
+    def step_times(
+        self, image: Tensor, mask: Tensor, regions: Sequence[tuple[Rect, ...]] | None = None, replays: int = 20
+    ) -> list[float]:
+        """Milliseconds of every step, the mean of `replays` replays of a graph of its own; waits for the device."""
+        self.run(image, mask)  # every map holds numbers now
+        times = []
+        with torch.no_grad(), self._turn():
+            for number in range(len(self.plan.steps)):
+                launches = self.step_launches(self.memory, number, None if regions is None else regions[number])
+                program = Program(functools.partial(_run_all, launches), self.device, self._pool)
+                program()
+                self._wait()
+                begin = time.perf_counter()
+                for _ in range(replays):
+                    program()
+                self._wait()
+                times.append(1e3 * (time.perf_counter() - begin) / replays)
+        return times
+
+    def _wait(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+
+
+def _run_all(launches: Sequence[Launch]) -> None:
+    for launch in launches:
+        launch()
 
 
 def _activate_(x: Tensor, activation: str) -> None:

@@ -144,7 +144,18 @@ def test_steps_by_library_convolutions() -> None:
     choices = {step.name: "cudnn" for step in plan.steps if step.kind != "attention"}
     executor = CudaExecutor(plan, torch.float32, choices=choices)
     check(plan, executor, *inputs(plan))
+    assert set(executor.choices.values()) == {"cudnn", "attention"}
     assert executor.packed_bytes > CudaExecutor(plan, torch.float32).packed_bytes
+
+
+def test_step_times() -> None:
+    plan = small_plan()
+    executor = CudaExecutor(plan, torch.float32)
+    image, mask = inputs(plan)
+    before = executor.run(image, mask)[0]
+    assert len(executor.step_times(image, mask, replays=1)) == len(plan.steps)
+    assert torch.equal(executor.run(image, mask)[0], before)
+    assert list(executor.choices) == [step.name for step in plan.steps]
 
 
 def test_threads_take_turns() -> None:
