@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -16,8 +17,8 @@ SIZE = 256
 
 
 @pytest.fixture
-def device() -> str:
-    return "cpu"  # the GPU's executor has a bench of its own
+def device(request: pytest.FixtureRequest) -> str:
+    return "cuda" if request.node.get_closest_marker("gpu") else "cpu"
 
 
 def model_of(name: str) -> LGNet:
@@ -82,3 +83,29 @@ def test_inference(name: str, dtype: torch.dtype, compete: Any, benchmark: Any) 
     }
     benchmark.extra_info.update(report)
     print(name, dtype, summary, report)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+@pytest.mark.parametrize("batch", [1, 16])
+def test_inference_gpu(batch: int, compete: Any, benchmark: Any) -> None:
+    """fp16, one captured graph, against torch.compile in the layout it likes best."""
+    model = model_of("lgnet").cuda()
+    image, mask = (x.cuda().expand(batch, -1, -1, -1).contiguous() for x in inputs(128))
+    with torch.no_grad():
+        exact = model(image, mask)
+    dense = optimize(model, batch_size=batch, device="cuda", dtype="float16", hole_aware=False)
+    half = copy.deepcopy(model).half().to(memory_format=torch.channels_last)
+    compiled = torch.compile(half, mode="max-autotune")
+    half_image, half_mask = image.half().to(memory_format=torch.channels_last), mask.half()
+
+    def peer() -> Tensor:
+        with torch.no_grad():
+            return compiled(half_image, half_mask)
+
+    eager_error = (half.set_backend("eager")(half_image, half_mask).detach().float() - exact).square().mean().sqrt()
+    error = (dense(image, mask) - exact).square().mean().sqrt()
+    assert error <= 2 * eager_error + 1e-3
+    summary = compete({"ours": lambda: dense(image, mask), "compiled": peer}, "ours", rounds=20)
+    benchmark.extra_info["pictures_a_second"] = round(1e3 * batch / summary["least_ms"]["ours"], 1)
+    print("fp16", batch, summary)

@@ -3,7 +3,12 @@
 ==================  ===================================================================
 `attention`         cosine-similarity attention and its 1x1 combiner, forward and backward
 `merge_concat`      ``cat(image * (1 - m) + output * m, m)``, forward and backward
-`configs`           block shapes per GPU generation, tuned offline by `bench/tune_attention.py`
+`conv`              every convolution of the engine's plan, with its epilogue; split depth for the deep layers
+`configs`           block shapes of attention and merge per GPU generation; the table itself is in `tables`,
+                    written by `bench/tune_attention.py`
+`conv_configs`      tiles of the convolutions, by an estimate; `conv_tables`, written by `bench/tune_conv.py`,
+                    overrides it
+`launch`            device guard, interpreter check
 `aot`               ahead-of-time compilation of everything above, without a GPU
 ==================  ===================================================================
 

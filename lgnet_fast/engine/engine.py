@@ -20,6 +20,7 @@ from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
 from .cpu_executor import CpuExecutor
+from .cuda_executor import CudaExecutor
 from .describe import describe
 from .devices import resolve_device, resolve_dtype
 from .holes import hole_boxes
@@ -288,8 +289,10 @@ def optimize(
 
 def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a plan would run in plain PyTorch on `device` in `dtype`, in one sentence; None where it runs faster."""
+    if device.type == "cuda":
+        return CudaExecutor.unavailable_reason(device, dtype)
     if device.type != "cpu":
-        return f"the fast executor runs on the CPU, not on {device}"
+        return f"there are fast executors for CPUs and NVIDIA GPUs, not for {device}"
     if dtype not in (torch.float32, torch.bfloat16):
         return f"the C++ executor computes in float32 or bfloat16, not in {dtype}"
     return CpuExecutor.unavailable_reason()
@@ -298,10 +301,12 @@ def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None
 def _executor(plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
     """The fastest executor for a device and dtype; plain PyTorch, with the reason logged, where there is no other."""
     reason = fast_executor_reason(device, dtype)
-    if reason is None:
-        return CpuExecutor(plan.to(device, torch.float32), dtype)
-    logger.info("the plan runs in plain PyTorch: %s", reason)
-    return TorchExecutor(plan.to(device, dtype))
+    if reason is not None:
+        logger.info("the plan runs in plain PyTorch: %s", reason)
+        return TorchExecutor(plan.to(device, dtype))
+    # Weights are rounded once, by the executor.
+    plan = plan.to(device, torch.float32)
+    return CpuExecutor(plan, dtype) if device.type == "cpu" else CudaExecutor(plan, dtype, device=device)
 
 
 def load_engine(directory: str | os.PathLike[str]) -> Engine:
