@@ -13,6 +13,7 @@ from bench.timing import environment, interleave, summarize
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["lgnet_fast"] = environment()
+    machine_info.pop("node", None)  # a host's name says nothing about its speed
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
