@@ -61,10 +61,11 @@ def onnxruntime(file: Path, threads: int) -> Peer:
 
 
 def compiled(model: LGNet, dtype: torch.dtype, freezing: bool) -> Peer:
-    """torch.compile, max-autotune, with weights frozen or not; under autocast for bfloat16."""
+    """torch.compile, max-autotune, or with weights frozen (which max-autotune mode switches off again); under
+    autocast for bfloat16."""
     import torch._inductor.config as inductor
 
-    fast = torch.compile(model, mode="max-autotune")
+    fast = torch.compile(model, mode="default" if freezing else "max-autotune")
 
     def run(image: Tensor, mask: Tensor) -> Tensor:
         lowered = torch.autocast("cpu", dtype, enabled=dtype != torch.float32)
