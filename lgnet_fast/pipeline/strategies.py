@@ -8,12 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
-from .masks import bounding_box
+from ..engine.holes import CELL, cell_grid, group_boxes, label
 
 STRATEGIES = ("auto", "full", "crop", "resize", "tile")
 
-# Hole pixels closer than this many pixels always share a group, those twice as far apart never do.
-GROUP_CELL = 16
 # Known pixels wanted on every side of a hole group, at least; half the square root of its area if that is more.
 CONTEXT = 64
 # Known pixels shared by neighbouring tiles, over which they are blended.
@@ -123,9 +121,11 @@ def crop_windows(hole: np.ndarray, multiple: int, largest: int) -> list[Window]:
     Windows that overlap are merged when one pass over both costs no more than two and loses no scale. The rest may
     overlap: each sees the other's hole as hole and fills its own group only, so their order does not matter.
     """
-    grid = _cell_grid(hole)
-    labels = _label(grid)
-    boxes = _group_boxes(hole, labels)
+    labels = label(cell_grid(hole))
+    boxes = {
+        group: (slice(box.top, box.bottom), slice(box.left, box.right))
+        for group, box in group_boxes(hole, labels).items()
+    }
     frames = [_Frame.around(box, {k}, hole, multiple, largest) for k, box in sorted(boxes.items())]
     frames = _merge(frames, hole, multiple, largest)
     frames.sort(key=lambda frame: (frame.rows.start, frame.columns.start, frame.rows.stop, frame.columns.stop))
@@ -223,52 +223,13 @@ def _union(a: slice, b: slice) -> slice:
 def _ownership(frame: _Frame, labels: np.ndarray) -> np.ndarray:
     """float32 [h, w]: 1 where a frame's region belongs to its own groups."""
     cells = (
-        slice(frame.rows.start // GROUP_CELL, -(-frame.rows.stop // GROUP_CELL)),
-        slice(frame.columns.start // GROUP_CELL, -(-frame.columns.stop // GROUP_CELL)),
+        slice(frame.rows.start // CELL, -(-frame.rows.stop // CELL)),
+        slice(frame.columns.start // CELL, -(-frame.columns.stop // CELL)),
     )
     own = np.isin(labels[cells], list(frame.groups)).astype(np.float32)
-    own = own.repeat(GROUP_CELL, axis=0).repeat(GROUP_CELL, axis=1)
-    top, left = frame.rows.start - cells[0].start * GROUP_CELL, frame.columns.start - cells[1].start * GROUP_CELL
+    own = own.repeat(CELL, axis=0).repeat(CELL, axis=1)
+    top, left = frame.rows.start - cells[0].start * CELL, frame.columns.start - cells[1].start * CELL
     return own[top : top + frame.rows.stop - frame.rows.start, left : left + frame.columns.stop - frame.columns.start]
-
-
-def _cell_grid(hole: np.ndarray) -> np.ndarray:
-    """bool [ceil(H/16), ceil(W/16)]: which cells contain a hole pixel."""
-    down = np.logical_or.reduceat(hole, np.arange(0, hole.shape[0], GROUP_CELL), axis=0)
-    return np.logical_or.reduceat(down, np.arange(0, hole.shape[1], GROUP_CELL), axis=1)
-
-
-def _label(grid: np.ndarray) -> np.ndarray:
-    """8-connected groups of a small bool grid, numbered from 1 in reading order; 0 = no hole."""
-    labels = np.zeros(grid.shape, dtype=np.int32)
-    count = 0
-    for start in zip(*np.nonzero(grid), strict=True):
-        if labels[start]:
-            continue
-        count += 1
-        labels[start] = count
-        pending = [start]
-        while pending:
-            y, x = pending.pop()
-            for near_y in range(max(0, y - 1), min(grid.shape[0], y + 2)):
-                for near_x in range(max(0, x - 1), min(grid.shape[1], x + 2)):
-                    if grid[near_y, near_x] and not labels[near_y, near_x]:
-                        labels[near_y, near_x] = count
-                        pending.append((near_y, near_x))
-    return labels
-
-
-def _group_boxes(hole: np.ndarray, labels: np.ndarray) -> dict[int, tuple[slice, slice]]:
-    """Each group's bounding box in pixels."""
-    extents: dict[int, list[int]] = {}
-    for y, x in zip(*np.nonzero(labels), strict=True):
-        cell = hole[y * GROUP_CELL : (y + 1) * GROUP_CELL, x * GROUP_CELL : (x + 1) * GROUP_CELL]
-        rows, columns = bounding_box(cell)
-        top, left = int(y) * GROUP_CELL, int(x) * GROUP_CELL
-        own = [top + rows.start, top + rows.stop, left + columns.start, left + columns.stop]
-        seen = extents.setdefault(int(labels[y, x]), own)
-        seen[:] = min(seen[0], own[0]), max(seen[1], own[1]), min(seen[2], own[2]), max(seen[3], own[3])
-    return {k: (slice(e[0], e[1]), slice(e[2], e[3])) for k, e in extents.items()}
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, np.ndarray]]:
