@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ..errors import LGNetError
 from ..reference.cascade import Cascade, Stages, check_inputs
-from ..reference.lgnet import LGNet, LocalGlobalRefinement
+from ..reference.lgnet import STAGE_MODULES, LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
 from .cpu_executor import CpuExecutor
 from .cuda_executor import CudaExecutor
@@ -244,9 +244,9 @@ def plan_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Modu
     modules = dict(model.named_children())
     stages = []
     for stage in model.stages.split("+"):
-        name = {"C": "net_c", "L": "net_l", "G": "net_g_plain", "G_att": "net_g"}[stage]
+        name = STAGE_MODULES[stage]
         shared = stage == "C" and model.share_coarse
-        stages.append((name, modules["net_g" if shared else name], stage == "G_att"))
+        stages.append((name, modules[STAGE_MODULES["G_att"] if shared else name], stage == "G_att"))
     return stages
 
 
@@ -317,9 +317,5 @@ def load_engine(directory: str | os.PathLike[str]) -> Engine:
         LGNetError: they were written for another instruction set, thread count, or version of this package or of
             PyTorch; it names what differs. Optimise the model again there.
     """
-    config, executor, hole_aware = read_engine(
-        Path(directory), lambda model, *size: build_plan(plan_stages(model), *size)
-    )
-    with torch.device("meta"):
-        model = LGNet(**config)
+    model, executor, hole_aware = read_engine(Path(directory), lambda m, *size: build_plan(plan_stages(m), *size))
     return Engine(model, executor.plan, executor, torch.device("cpu"), hole_aware)

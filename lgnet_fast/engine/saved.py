@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from ..errors import LGNetError, WeightsError
 from ..reference.lgnet import LGNet
@@ -62,8 +61,8 @@ def write_engine(
         (staging / _DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
-def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[dict[str, Any], CpuExecutor, bool]:
-    """(model's config, executor, hole_aware); ``build(model, batch, height, width)`` makes the plan's shapes.
+def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, CpuExecutor, bool]:
+    """(model without weights, executor, hole_aware); ``build(model, batch, height, width)`` makes the plan's shapes.
 
     Raises:
         WeightsError, LGNetError: see :func:`.engine.load_engine`.
@@ -74,7 +73,7 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[dict[str, 
         if os.path.getsize(weights) != description["bytes"] or _checksum(weights) != description["crc32"]:
             raise WeightsError(f"{weights} is damaged: its size or checksum is not what {_DESCRIPTION} says")
         with torch.device("meta"):
-            model: nn.Module = LGNet(**description["config"])
+            model = LGNet(**description["config"])
         plan = build(model, *description["size"])
         state, made_for = description["state"], description["made for"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -92,4 +91,4 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[dict[str, 
             f"{directory}: the engine was made elsewhere ({'; '.join(differs)}); optimise the model again"
         )
     state["data"] = torch.from_file(str(weights), shared=False, size=description["bytes"], dtype=torch.uint8)
-    return description["config"], CpuExecutor.from_state(plan, state), description["hole_aware"]
+    return model, CpuExecutor.from_state(plan, state), description["hole_aware"]

@@ -21,8 +21,8 @@ from .pretrained import MODEL_CARD, find_weights, read_safetensors, staged, weig
 CASCADES = ("C", "C+L", "C+G_att", "C+G+G_att", "C+L+G", "C+L+G_att")
 """The paper's Table VI: C = NetC, L = NetL, G = NetG without attention, G_att = NetG."""
 
-# Stage name in the paper -> name of the sub-module.
-_MODULES = {"C": "net_c", "L": "net_l", "G": "net_g_plain", "G_att": "net_g"}
+STAGE_MODULES = {"C": "net_c", "L": "net_l", "G": "net_g_plain", "G_att": "net_g"}
+"""Stage name in the paper -> name of the sub-module."""
 
 
 class LGNet(
@@ -77,7 +77,7 @@ class LGNet(
         }
         for stage in stages.split("+"):
             if not (stage == "C" and share_coarse):
-                self.add_module(_MODULES[stage], builders[stage]())
+                self.add_module(STAGE_MODULES[stage], builders[stage]())
         self.set_backend(backend)
         if not any(p.is_meta for p in self.parameters()):
             init_weights(self)
@@ -100,9 +100,9 @@ class LGNet(
         nets: dict[str, Callable[[Tensor], Tensor]] = {}
         for stage in self.stages.split("+"):
             if stage == "C" and self.share_coarse:
-                nets[stage] = partial(self.get_submodule(_MODULES["G_att"]), use_attention=False)
+                nets[stage] = partial(self.get_submodule(STAGE_MODULES["G_att"]), use_attention=False)
             else:
-                nets[stage] = getattr(self, _MODULES[stage])
+                nets[stage] = getattr(self, STAGE_MODULES[stage])
         return nets
 
     def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False) -> Tensor | Stages:
