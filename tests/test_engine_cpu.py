@@ -206,6 +206,22 @@ def test_same_bits_every_time_and_in_eight_threads_at_once(threads):
     assert all(torch.equal(got[i], expected[i]) for i in range(8))
 
 
+def test_holes_whose_cones_overlap_give_the_same_bits_every_time(threads):
+    # Computed twice with other tiles, by whichever thread comes last, a pixel would have either's rounding.
+    plan = plan_of(16)
+    holes = [Rect(0, 50, 0, 62), Rect(70, 150, 20, 180), Rect(170, 200, 100, 256)]
+    image, _ = (t.float() for t in picture(1, 256, 256))
+    mask = torch.zeros(1, 1, 256, 256)
+    for top, bottom, left, right in holes:
+        mask[:, :, top:bottom, left:right] = 1
+    restricted = plan.restricted(holes)
+    regions = [step.regions for step in restricted.steps]
+    assert max(map(len, regions)) > 1
+    executor = CpuExecutor(plan)
+    first, _ = executor.run(image, mask, None, regions)
+    assert all(torch.equal(executor.run(image, mask, None, regions)[0], first) for _ in range(10))
+
+
 def test_any_strides_and_inputs_unchanged():
     executor = CpuExecutor(plan_of(5))
     image, mask = (t.float() for t in picture(1, 256, 256))

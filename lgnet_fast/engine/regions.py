@@ -32,8 +32,27 @@ class Rect(NamedTuple):
         )
 
 
+def _without(rect: Rect, hole: Rect) -> list[Rect]:
+    """Disjoint rectangles that cover `rect` outside `hole`; whole rows stay together, as memory has them."""
+    top, bottom = max(rect.top, hole.top), min(rect.bottom, hole.bottom)
+    left, right = max(rect.left, hole.left), min(rect.right, hole.right)
+    if top >= bottom or left >= right:
+        return [rect]
+    pieces = (
+        Rect(rect.top, top, rect.left, rect.right),
+        Rect(top, bottom, rect.left, left),
+        Rect(top, bottom, right, rect.right),
+        Rect(bottom, rect.bottom, rect.left, rect.right),
+    )
+    return [piece for piece in pieces if piece.area]
+
+
 def join(rects: Iterable[Rect]) -> tuple[Rect, ...]:
-    """Rectangles that cover the same pixels, two at a time replaced by their union while that costs no more."""
+    """Disjoint rectangles that cover the same pixels, two at a time replaced by their union while that costs no more.
+
+    Disjoint, because each is computed with tiles of its own: a pixel in two of them would get the rounding of
+    whichever thread came last.
+    """
     todo = sorted(set(rects))
     merged = True
     while merged:
@@ -48,7 +67,13 @@ def join(rects: Iterable[Rect]) -> tuple[Rect, ...]:
                     break
             if merged:
                 break
-    return tuple(sorted(todo))
+    apart: list[Rect] = []
+    for rect in sorted(todo, key=lambda r: (-r.area, r)):
+        pieces = [rect]
+        for other in apart:
+            pieces = [left for piece in pieces for left in _without(piece, other)]
+        apart += pieces
+    return tuple(sorted(apart))
 
 
 def _conv_span(
