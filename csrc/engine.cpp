@@ -11,11 +11,16 @@
 #include <cmath>
 #include <cstring>
 #include <limits>
+#include <memory>
+#include <new>
 
 #include "parallel.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#endif
+#if defined(__GLIBC__)
+#include <malloc.h>
 #endif
 
 namespace lgnet {
@@ -33,11 +38,12 @@ constexpr int64_t kSplitColumns = 64;
 constexpr int64_t kSplitRows = 448;
 constexpr int64_t kSplitTiles = 16;
 
-// Uninitialised memory on large pages.
+// Uninitialised memory on large pages. Where it can, it comes from the system and returns there: scratch grows from
+// step to step of a first run, and an allocator would keep every outgrown piece.
 class Pages {
  public:
   Pages() = default;
-  explicit Pages(int64_t bytes) : bytes_(bytes), storage_(bytes + kLargePage) {
+  explicit Pages(int64_t bytes) : bytes_(bytes), storage_(allocate(bytes + kLargePage), Free{bytes + kLargePage}) {
     const auto address = reinterpret_cast<uintptr_t>(storage_.get());
     data_ = storage_.get() + (round_up(static_cast<int64_t>(address), kLargePage) - static_cast<int64_t>(address));
     advise_large_pages(reinterpret_cast<uintptr_t>(data_), static_cast<uint64_t>(bytes));
@@ -49,8 +55,26 @@ class Pages {
   int64_t bytes() const { return bytes_; }
 
  private:
+#if defined(__linux__)
+  struct Free {
+    int64_t bytes;
+    void operator()(char* p) const { munmap(p, static_cast<size_t>(bytes)); }
+  };
+  static char* allocate(int64_t bytes) {
+    void* p = mmap(nullptr, static_cast<size_t>(bytes), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    if (p == MAP_FAILED) throw std::bad_alloc();
+    return static_cast<char*>(p);
+  }
+#else
+  struct Free {
+    int64_t bytes;
+    void operator()(char* p) const { delete[] p; }
+  };
+  static char* allocate(int64_t bytes) { return new char[static_cast<size_t>(bytes)]; }
+#endif
+
   int64_t bytes_ = 0;
-  Buffer<char> storage_;
+  std::unique_ptr<char, Free> storage_{nullptr, Free{0}};
   char* data_ = nullptr;
 };
 
@@ -617,6 +641,12 @@ void advise_large_pages(uint64_t address, uint64_t bytes) {
 #else
   static_cast<void>(address);
   static_cast<void>(bytes);
+#endif
+}
+
+void release_free_memory() {
+#if defined(__GLIBC__)
+  malloc_trim(0);
 #endif
 }
 

@@ -88,4 +88,7 @@ std::array<int64_t, 4> packing(bool pairs);
 // Asks for large pages, where the system has them: weights are read from end to end in every call.
 void advise_large_pages(uint64_t address, uint64_t bytes);
 
+// Gives freed memory that the allocator keeps for later back to the system: hundreds of MB once a model is gone.
+void release_free_memory();
+
 }  // namespace lgnet

@@ -63,6 +63,7 @@ void bind_engine(py::module_& m) {
       .def("workspace_bytes", &Program::workspace_bytes);
   m.def("packing", &packing, py::arg("pairs"), "(lanes, panel, pair, depth) of the instruction set in use");
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));
+  m.def("release_free_memory", &release_free_memory, py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace lgnet

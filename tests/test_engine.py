@@ -360,6 +360,44 @@ print(resident() - before)
 """
 
 
+RUNNING = """
+import gc
+import torch
+
+def resident():
+    return int(open("/proc/self/statm").read().split()[1]) * 4096
+
+torch.ones(8) + 1
+before = resident()
+import lgnet_fast
+model = lgnet_fast.create_model("lgnet")
+weights = sum(4 * p.numel() for p in model.parameters())
+fast = lgnet_fast.optimize(model)
+del model
+gc.collect()
+fast(torch.zeros(1, 3, 256, 256), torch.ones(1, 1, 256, 256))
+print(weights, resident() - before)
+"""
+
+
+@needs_extension
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
+def test_a_running_engine_holds_little_more_than_its_weights():
+    done = subprocess.run([sys.executable, "-c", RUNNING], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    weights, resident = map(int, done.stdout.split())
+    assert weights == 4 * 115_002_185
+    assert weights < resident <= 1.3 * weights + 150e6
+
+
+@needs_extension
+def test_networks_that_stages_share_are_packed_once():
+    widths = {"coarse_channels": 16, "local_channels": 16, "global_channels": 16}
+    models = {name: create_model(name, **widths) for name in ("lgnet", "lgnet_share", "C")}
+    packed = {name: optimize(model)._first.executor.packed_bytes for name, model in models.items()}
+    assert packed["lgnet"] - packed["lgnet_share"] == pytest.approx(packed["C"], rel=1e-4)
+
+
 @needs_extension
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
 def test_changing_shapes_keep_the_memory_flat():

@@ -20,6 +20,7 @@ faster; feature maps stay float32.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -205,17 +206,25 @@ def candidates(step: Step) -> list[str]:
 _MACS_PER_SECOND = 1.1e11
 _WEIGHT_BYTES_PER_SECOND = 1.5e10
 _SCRATCH_BYTES_PER_SECOND = 2.5e10
-# Transformed weights of one step beyond this size cost more memory than their time is worth.
-_WEIGHT_BUDGET_BYTES = 48 << 20
+# Packed weights may take this many times the bytes of the network's own in float32 (LGNet then stays within 1.3 times
+# its weights and 150 MB, everything included), or this many bytes more, which small networks may as well have.
+_WEIGHT_BUDGET = 1.44
+_WEIGHT_SLACK_BYTES = 128 << 20
 
 
-def _cost(step: Step, kernel: str, pairs: bool, batch: int, height: int, width: int) -> float:
-    """Estimated seconds of a convolution with `kernel` for outputs [batch, height, width]."""
+@dataclass(frozen=True)
+class _Cost:
+    seconds: float
+    weight_bytes: int
+
+
+def _cost(step: Step, kernel: str, pairs: bool, batch: int, height: int, width: int) -> _Cost:
+    """Estimated cost of a convolution with `kernel` for outputs [batch, height, width]."""
     m = _KERNELS[kernel]
     out_step = step.stride if step.kind == "deconv" else 1
     tiles = batch * -(-height // (out_step * m)) * -(-width // (out_step * m))
     bytes_each = 2 if pairs else 4
-    seconds = weight_bytes = 0.0
+    seconds, weight_bytes = 0.0, 0
     for job in _jobs(step, m):
         for group in job.groups:
             points, depth = group.points(m), len(group.starts) * step.source.channels
@@ -223,28 +232,48 @@ def _cost(step: Step, kernel: str, pairs: bool, batch: int, height: int, width: 
             seconds += points * tiles * depth * step.out_channels / (_MACS_PER_SECOND * (2 if pairs else 1))
             # V and M are written and read once each.
             seconds += 2 * points * tiles * (bytes_each * depth + 4 * step.out_channels) / _SCRATCH_BYTES_PER_SECOND
-    if m > 1 and weight_bytes > _WEIGHT_BUDGET_BYTES:
-        return float("inf")
-    return seconds + weight_bytes / _WEIGHT_BYTES_PER_SECOND
+    return _Cost(seconds + weight_bytes / _WEIGHT_BYTES_PER_SECOND, weight_bytes)
 
 
 def choose_kernels(plan: Plan, dtype: torch.dtype) -> dict[str, str]:
-    """A kernel for every step, by estimated time.
+    """A kernel for every step: the least estimated time whose packed weights keep to the budget.
 
     F(4x4) is not taken with bf16 products: its transforms blow their rounding up (LGNet's error grows 1.6 times, with
     F(2x2) 1.15 times).
     """
     pairs = dtype == torch.bfloat16 and _library().packing(True)[0] > 0
-    choices = {}
-    for step in plan.steps:
-        kernels = candidates(step)
-        out = plan.buffers[step.stores[0].view.buffer]
+    owners = [step for step in plan.steps if step.weights_of == step.name]
+    users = Counter(step.weights_of for step in plan.steps)
+    options: dict[str, dict[str, _Cost]] = {}
+    chosen: dict[str, str] = {}
+    for step in owners:
+        kernels = [k for k in candidates(step) if not (pairs and k == "winograd4")]
+        chosen[step.name] = kernels[0]
         if len(kernels) > 1:
-            kernels = [k for k in kernels if not (pairs and k == "winograd4")]
+            out = plan.buffers[step.stores[0].view.buffer]
             costs = {k: _cost(step, k, pairs, plan.batch, out.height, out.width) for k in kernels}
-            kernels.sort(key=costs.__getitem__)
-        choices[step.name] = kernels[0] + (_PAIRS if pairs and kernels[0] != "narrow" else "")
-    return choices
+            options[step.name] = costs
+            chosen[step.name] = min(costs, key=lambda k: costs[k].seconds)
+    # Too many bytes: change the kernel that loses the least time a byte, until they fit.
+    plain = sum(4 * step.weight.numel() for step in owners if step.name in options)
+    excess = sum(costs[chosen[name]].weight_bytes for name, costs in options.items())
+    excess -= max(round(_WEIGHT_BUDGET * plain), plain + _WEIGHT_SLACK_BYTES)
+    while excess > 0:
+        changes = []
+        for name, costs in options.items():
+            now = costs[chosen[name]]
+            for kernel, cost in costs.items():
+                if (saved := now.weight_bytes - cost.weight_bytes) > 0:
+                    changes.append((users[name] * (cost.seconds - now.seconds) / saved, name, kernel, saved))
+        if not changes:
+            break
+        _, name, kernel, saved = min(changes)
+        chosen[name] = kernel
+        excess -= saved
+    return {
+        step.name: (kernel := chosen[step.weights_of]) + (_PAIRS if pairs and kernel != "narrow" else "")
+        for step in plan.steps
+    }
 
 
 def _read(plan: Plan, step: Step, region: Rect) -> Rect:
@@ -288,7 +317,9 @@ class CpuExecutor:
         self._placed, size = self._place(plan)
         self._data = self._allocate(size)
         for step in plan.steps:
-            self._pack(step)
+            if step.weights_of == step.name:
+                self._pack(step)
+        self.release_free_memory()
         self._build(plan.without_weights())
 
     @staticmethod
@@ -324,7 +355,7 @@ class CpuExecutor:
                     yield elements * packing.element_bytes, m, group
 
     def _place(self, plan: Plan) -> tuple[dict[str, _Placed], int]:
-        placed = {}
+        placed: dict[str, _Placed] = {}
         size = 0
 
         def take(count: int) -> int:
@@ -334,6 +365,13 @@ class CpuExecutor:
             return begin
 
         for step in plan.steps:
+            if step.weights_of != step.name:
+                if self.choices[step.name] != self.choices[step.weights_of]:
+                    raise ValueError(
+                        f"choices: {step.name} has the weights of {step.weights_of} and needs its kernel"
+                    )
+                placed[step.name] = placed[step.weights_of]
+                continue
             weights = tuple(take(count) for count, _, _ in self._weights(step))
             placed[step.name] = _Placed(weights, take(4 * (step.out_channels + 64)))
         return placed, size + _ALIGNMENT
@@ -418,6 +456,10 @@ class CpuExecutor:
         other._packings, other._placed, other._data = self._packings, self._placed, self._data
         other._build(plan.without_weights())
         return other
+
+    def release_free_memory(self) -> None:
+        """Give back to the system what the allocator keeps of memory that nobody uses any more."""
+        _library().release_free_memory()
 
     # -- program -------------------------------------------------------------------------------------------------
 

@@ -146,7 +146,8 @@ class CudaExecutor:
         self._overlap = overlap
         if overlap and (reason := self._overlap_reason()) is not None:
             raise RuntimeError(f"overlap: {reason}")
-        self._weights = {step.name: self._pack(plan, step) for step in plan.steps}
+        packed = {s.name: self._pack(plan, s) for s in plan.steps if s.weights_of == s.name}
+        self._weights = {step.name: packed[step.weights_of] for step in plan.steps}
         self._build(plan.without_weights())
 
     @staticmethod

@@ -129,6 +129,7 @@ class Engine:
         # Read from a file, an engine has no model that could change.
         on_meta = any(p.is_meta for p in model.parameters())
         self._model = None if on_meta else weakref.ref(model)
+        self._model_was_there = not on_meta
         self._fingerprint = () if on_meta else _fingerprint(model)
         self._lock = threading.Lock()
         self._shapes: _Cache[_Shape] = _Cache(SHAPES_KEPT)
@@ -160,9 +161,7 @@ class Engine:
         check_inputs(image, mask, self.size_multiple)
         if image.device != self.device:
             raise ValueError(f"image: expected device {self.device} as the engine, got {image.device}")
-        model = None if self._model is None else self._model()
-        if model is not None and _fingerprint(model) != self._fingerprint:
-            raise LGNetError("the model's weights changed or moved after optimize(); optimize it again")
+        self._notice_model()
         if holes is None and self.hole_aware and mask.device.type == "cpu":
             holes = hole_boxes(mask)
         if image.shape[0] == 0 or (holes is not None and not holes):
@@ -187,6 +186,17 @@ class Engine:
                 return Stages(None, None, None, (), merged)
             by_name = dict(zip(self._stages, raw, strict=True))
             return Stages(raw[0], by_name.get("L"), by_name.get("G_att", by_name.get("G")), tuple(raw), merged)
+
+    def _notice_model(self) -> None:
+        """Refuse a model whose weights are no longer the engine's; when it has gone, let its memory go too."""
+        model = None if self._model is None else self._model()
+        if model is not None:
+            if _fingerprint(model) != self._fingerprint:
+                raise LGNetError("the model's weights changed or moved after optimize(); optimize it again")
+        elif self._model_was_there:
+            self._model_was_there = False
+            if isinstance(self._first.executor, CpuExecutor):
+                self._first.executor.release_free_memory()
 
     def _unchanged(self, image: Tensor, return_stages: bool) -> Tensor | Stages:
         if not return_stages:

@@ -83,6 +83,8 @@ class Step:
     variant: str | None = None
     merges: bool = False
     regions: tuple[Rect, ...] = ()
+    weights_of: str = ""
+    """The first step with these weights: another one where two stages share a network, else this one."""
 
     @property
     def kernel(self) -> int:
@@ -163,10 +165,13 @@ class Plan:
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Plan:
         """The same plan with its weights on `device`, in `dtype` (None: theirs)."""
-        steps = tuple(
-            replace(s, weight=s.weight.to(device, dtype), bias=s.bias.to(device, dtype)) for s in self.steps
-        )
-        return replace(self, steps=tuple(steps))
+        moved = {
+            s.name: (s.weight.to(device, dtype), s.bias.to(device, dtype))
+            for s in self.steps
+            if s.weights_of == s.name
+        }
+        steps = tuple(replace(s, weight=moved[s.weights_of][0], bias=moved[s.weights_of][1]) for s in self.steps)
+        return replace(self, steps=steps)
 
     def without_weights(self) -> Plan:
         """The same plan whose weights keep their shapes but no memory."""
@@ -198,12 +203,19 @@ class _Builder:
         self.batch, self.height, self.width = batch, height, width
         self.buffers: dict[str, Buffer] = {}
         self.steps: list[Step] = []
+        self.folded: dict[nn.Module, tuple[str, Tensor, Tensor]] = {}
         self.buffer(PICTURE, 4, 1)
 
     def buffer(self, name: str, channels: int, reduction: int) -> View:
         """A new buffer at 1/reduction of the picture's size, as a view of all its channels."""
         self.buffers[name] = Buffer(name, channels, self.height // reduction, self.width // reduction)
         return View(name, 0, channels)
+
+    def fold(self, name: str, conv: nn.Module, norm: nn.BatchNorm2d | None) -> dict[str, object]:
+        """The weights of a step, which belong to an earlier one if that has the same module."""
+        if conv not in self.folded:
+            self.folded[conv] = (name, *fold(conv, norm))
+        return dict(zip(("weights_of", "weight", "bias"), self.folded[conv], strict=True))
 
     def add(self, step: Step) -> None:
         everywhere = self.buffers[step.stores[0].view.buffer].everywhere
@@ -213,14 +225,14 @@ class _Builder:
         self, name: str, module: nn.Module, norm: nn.BatchNorm2d | None, source: View, *stores: Store, **extra: object
     ) -> None:
         assert isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
-        weight, bias = fold(module, norm)
         kind: Kind = "conv" if isinstance(module, nn.Conv2d) else "deconv"
         arguments: dict[str, object] = {
             "stride": module.stride[0],
             "padding": int(module.padding[0]),
             "output_padding": int(module.output_padding[0]),
+            **self.fold(name, module, norm),
         }
-        self.add(Step(name, kind, source, stores, weight, bias, **(arguments | extra)))  # type: ignore[arg-type]
+        self.add(Step(name, kind, source, stores, **(arguments | extra)))  # type: ignore[arg-type]
 
     def unet(self, name: str, net: UNet, use_attention: bool) -> None:
         """Steps of NetC or NetG."""
@@ -257,8 +269,8 @@ class _Builder:
 
     def attend(self, name: str, block: nn.Module, source: View, store: Store) -> None:
         assert isinstance(block, AttentionBlock)
-        weight, bias = fold(block.combiner, None)
-        self.add(Step(name, "attention", source, (store,), weight, bias, variant=block.variant))
+        weights = self.fold(name, block.combiner, None)
+        self.add(Step(name, "attention", source, (store,), variant=block.variant, **weights))  # type: ignore[arg-type]
 
     def local(self, name: str, net: LocalNet) -> None:
         """Steps of NetL."""

@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..reference import attention as reference
 from .dispatch import launchers, record, resolve
@@ -21,6 +20,7 @@ from .registry import (
     checked_float,
     composite,
     define,
+    flop_formula,
     implement,
     no_double_backward,
 )
@@ -245,21 +245,21 @@ def _combiner_flops(shape: torch.Size) -> int:
     return 2 * batch * height * width * 2 * channels * channels
 
 
-@register_flop_formula(torch.ops.lgnet._cosine_attention)
+@flop_formula(torch.ops.lgnet._cosine_attention)
 def _(features_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     return _attention_flops(features_shape, 2)  # scores, weighted sum
 
 
-@register_flop_formula(torch.ops.lgnet._cosine_attention_backward)
+@flop_formula(torch.ops.lgnet._cosine_attention_backward)
 def _(grad_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     return _attention_flops(grad_shape, 5)  # scores again, dP, dQ, dK, dV
 
 
-@register_flop_formula(torch.ops.lgnet._attention_block)
+@flop_formula(torch.ops.lgnet._attention_block)
 def _(features_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     return _attention_flops(features_shape, 2) + _combiner_flops(features_shape)
 
 
-@register_flop_formula(torch.ops.lgnet._attention_block_backward)
+@flop_formula(torch.ops.lgnet._attention_block_backward)
 def _(grad_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
     return _attention_flops(grad_shape, 5) + 2 * _combiner_flops(grad_shape)

@@ -6,11 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from ..reference import merge as reference
 from .dispatch import launchers, record, resolve
-from .registry import LIBRARY, check, checked_float, composite, define, implement, no_double_backward
+from .registry import LIBRARY, check, checked_float, composite, define, flop_formula, implement, no_double_backward
 
 
 def _check(image: Tensor, output: Tensor, mask: Tensor) -> None:
@@ -91,7 +90,7 @@ def _register(op: str, planes: int) -> None:
     torch.library.register_fake(backward, fake_backward, lib=LIBRARY)
     torch.library.register_autograd(forward, grad, setup_context=setup, lib=LIBRARY)
     no_double_backward(backward)
-    register_flop_formula([inner, inner_backward])(_flops)
+    flop_formula(inner, inner_backward)(_flops)
 
 
 _register("merge_concat", 4)
