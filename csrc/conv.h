@@ -19,9 +19,10 @@ struct Rect {
   int64_t top, bottom, left, right;
 };
 
-// What a step computes, and what of its source exists for that.
+// What a step computes, and what of its source exists for that; of one sample, or of every one (-1).
 struct Region {
   Rect out, read;
+  int64_t sample = -1;
 };
 
 enum class Activation : int64_t { none = 0, relu = 1, leaky_relu = 2 };

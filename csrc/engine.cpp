@@ -84,10 +84,10 @@ class TileSpace {
   TileSpace(const std::vector<Region>& regions, int64_t batch, int64_t step, int64_t m) : m_(m) {
     for (const Region& region : regions) {
       const Rect& out = region.out;
-      Area area{&region, out.top / step, out.left / step, 0, 0, total_};
+      Area area{&region, std::max<int64_t>(region.sample, 0), out.top / step, out.left / step, 0, 0, total_};
       area.rows = ceil_div(ceil_div(out.bottom, step) - area.top, m);
       area.columns = ceil_div(ceil_div(out.right, step) - area.left, m);
-      total_ += batch * area.rows * area.columns;
+      total_ += (region.sample < 0 ? batch : 1) * area.rows * area.columns;
       areas_.push_back(area);
     }
   }
@@ -101,7 +101,7 @@ class TileSpace {
       const int64_t end = a + 1 < areas_.size() ? areas_[a + 1].first : total_;
       int64_t x = (i - area.first) % area.columns;
       int64_t y = (i - area.first) / area.columns % area.rows;
-      int64_t b = (i - area.first) / area.columns / area.rows;
+      int64_t b = area.sample + (i - area.first) / area.columns / area.rows;
       for (; i < std::min(end, first + count); ++i) {
         *tiles++ = Tile{b, area.top + y * m_, area.left + x * m_, area.region};
         if (++x == area.columns) x = 0, ++y;
@@ -114,7 +114,7 @@ class TileSpace {
  private:
   struct Area {
     const Region* region;
-    int64_t top, left, rows, columns, first;
+    int64_t sample, top, left, rows, columns, first;  // `sample`: the first of them
   };
   int64_t m_, total_ = 0;
   std::vector<Area> areas_;
@@ -492,15 +492,21 @@ void Program::narrow(const StepSpec& step, const std::vector<Region>& regions, C
   const int64_t columns = round_up(3 * step.kernel + 1, kernels.lanes);
   const int64_t each = round_up(source.width * columns + 4 * step.out_width, 64);
   float* scratch = reinterpret_cast<float*>(call.scratch(4 * each * call.threads));
-  std::vector<std::pair<const Region*, int64_t>> rows;
+  struct Line {
+    const Region* region;
+    int64_t sample, y;
+  };
+  std::vector<Line> lines;
   for (const Region& region : regions) {
-    for (int64_t y = region.out.top; y < region.out.bottom; ++y) rows.emplace_back(&region, y);
+    const int64_t begin = std::max<int64_t>(region.sample, 0), end = region.sample < 0 ? batch_ : begin + 1;
+    for (int64_t b = begin; b < end; ++b) {
+      for (int64_t y = region.out.top; y < region.out.bottom; ++y) lines.push_back({&region, b, y});
+    }
   }
-  const int64_t count = static_cast<int64_t>(rows.size());
   const View raw = call.raw->empty() ? View{} : make_view("Program.run", "raw", call.raw->at(call.stage));
-  parallel_for(call.threads, batch_ * count, [&](int64_t task, int64_t worker) {
-    const int64_t b = task / count, y = rows[task % count].second;
-    const Region& region = *rows[task % count].first;
+  parallel_for(call.threads, static_cast<int64_t>(lines.size()), [&](int64_t task, int64_t worker) {
+    const int64_t b = lines[task].sample, y = lines[task].y;
+    const Region& region = *lines[task].region;
     const int64_t live[2] = {0, source.channels};
     NarrowRow row{};
     row.columns = columns;
@@ -563,22 +569,33 @@ void Program::narrow(const StepSpec& step, const std::vector<Region>& regions, C
 }
 
 // The attention's kernels work on [channels][positions]; blocks of 16 x 16 are transposed on the way there and back.
-// Keys and values come from all positions, queries from the rows that the regions need.
+// Keys and values come from all positions, queries from the rows that the regions need: of all samples together, or
+// of each by itself where the regions tell them apart.
 void Program::attend(const StepSpec& step, const std::vector<Region>& regions, Call& call) const {
+  const bool apart = regions[0].sample >= 0;
+  for (int64_t b = 0; b < (apart ? batch_ : 1); ++b) {
+    int64_t top = step.source.height, bottom = 0;
+    for (const Region& region : regions) {
+      if (apart && region.sample != b) continue;
+      top = std::min(top, region.out.top);
+      bottom = std::max(bottom, region.out.bottom);
+    }
+    if (top < bottom) attend_rows(step, b, apart ? 1 : batch_, top, bottom, call);
+  }
+}
+
+void Program::attend_rows(const StepSpec& step, int64_t sample, int64_t batch, int64_t top, int64_t bottom,
+                          Call& call) const {
   constexpr int64_t kBlock = 16;
   const MapSpec& source = step.source;
   const TargetSpec& target = step.targets[0];
   const int64_t channels = source.channels, positions = source.height * source.width;
-  int64_t first = positions, last = 0;
-  for (const Region& region : regions) {
-    first = std::min(first, region.out.top * source.width);
-    last = std::max(last, region.out.bottom * source.width);
-  }
-  float* features = reinterpret_cast<float*>(call.scratch(4 * batch_ * positions * (2 * channels + 1)));
-  float* out = features + batch_ * positions * channels;
-  float* lse = out + batch_ * positions * channels;
-  const float* from = call.arena(source.offset);
-  float* to = call.arena(target.offset);
+  const int64_t first = top * source.width, last = bottom * source.width;
+  float* features = reinterpret_cast<float*>(call.scratch(4 * batch * positions * (2 * channels + 1)));
+  float* out = features + batch * positions * channels;
+  float* lse = out + batch * positions * channels;
+  const float* from = call.arena(source.offset) + sample * positions * source.pixel;
+  float* to = call.arena(target.offset) + sample * positions * target.pixel;
 
   const auto view = [](const float* data, std::array<int64_t, 4> size) {
     View v;
@@ -590,7 +607,7 @@ void Program::attend(const StepSpec& step, const std::vector<Region>& regions, C
     return v;
   };
   const int64_t blocks = ceil_div(positions, kBlock);
-  parallel_for(call.threads, batch_ * blocks, [&](int64_t task, int64_t) {
+  parallel_for(call.threads, batch * blocks, [&](int64_t task, int64_t) {
     const int64_t b = task / blocks, p0 = task % blocks * kBlock, count = std::min(kBlock, positions - p0);
     for (int64_t c0 = 0; c0 < channels; c0 += kBlock) {
       const int64_t some = std::min(kBlock, channels - c0);
@@ -604,14 +621,14 @@ void Program::attend(const StepSpec& step, const std::vector<Region>& regions, C
       }
     }
   });
-  attention_positions(view(features, {batch_, channels, source.height, source.width}),
+  attention_positions(view(features, {batch, channels, source.height, source.width}),
                       view(reinterpret_cast<const float*>(step.weight), {1, 1, channels, 2 * channels}),
                       view(reinterpret_cast<const float*>(step.bias), {1, 1, 1, channels}), step.released, step.pairs,
-                      first, last, view(out, {batch_, channels, source.height, source.width}),
-                      view(lse, {1, 1, batch_, positions}), call.threads);
+                      first, last, view(out, {batch, channels, source.height, source.width}),
+                      view(lse, {1, 1, batch, positions}), call.threads);
   const bool relu = target.activation == Activation::relu;
   const int64_t first_block = first / kBlock, out_blocks = ceil_div(last, kBlock) - first_block;
-  parallel_for(call.threads, batch_ * out_blocks, [&](int64_t task, int64_t) {
+  parallel_for(call.threads, batch * out_blocks, [&](int64_t task, int64_t) {
     const int64_t b = task / out_blocks, p0 = (first_block + task % out_blocks) * kBlock;
     const int64_t count = std::min(kBlock, positions - p0);
     for (int64_t c0 = 0; c0 < channels; c0 += kBlock) {

@@ -56,8 +56,9 @@ class Program {
 
   // image, start and out [B, 3, H, W], mask [B, 1, H, W], float32 with any strides. start (white where absent) is
   // painted into the hole at first; raw: what the narrow steps computed, one [B, 3, H, W] each, or none. regions: one
-  // list a step, or none for those of the specification. poison: start from an arena full of NaN. Returns the
-  // milliseconds of every step. May run in several threads at once, each with memory of its own.
+  // list a step, or none for those of the specification; all of every sample, or each of one. poison: start from an
+  // arena full of NaN. Returns the milliseconds of every step. May run in several threads at once, each with memory
+  // of its own.
   std::vector<double> run(const TensorArg& image, const TensorArg& mask, const TensorArg& start, const TensorArg& out,
                           const std::vector<TensorArg>& raw, const std::vector<std::vector<Region>>& regions,
                           int64_t threads, bool poison);
@@ -72,6 +73,8 @@ class Program {
   void convolve(const StepSpec& step, const std::vector<Region>& regions, Call& call) const;
   void narrow(const StepSpec& step, const std::vector<Region>& regions, Call& call) const;
   void attend(const StepSpec& step, const std::vector<Region>& regions, Call& call) const;
+  void attend_rows(const StepSpec& step, int64_t sample, int64_t batch, int64_t top, int64_t bottom,
+                   Call& call) const;
 
   int64_t batch_, height_, width_, arena_, picture_;
   std::vector<StepSpec> steps_;

@@ -18,8 +18,8 @@ void bind_engine(py::module_& m) {
     return TargetSpec{offset, pixel, static_cast<Activation>(activation)};
   }));
   py::class_<Region>(m, "Region")
-      .def(py::init([](const std::array<int64_t, 4>& out, const std::array<int64_t, 4>& read) {
-        return Region{{out[0], out[1], out[2], out[3]}, {read[0], read[1], read[2], read[3]}};
+      .def(py::init([](const std::array<int64_t, 4>& out, const std::array<int64_t, 4>& read, int64_t sample) {
+        return Region{{out[0], out[1], out[2], out[3]}, {read[0], read[1], read[2], read[3]}, sample};
       }));
   py::class_<Group>(m, "Group")
       .def(py::init(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 class BlurFill(nn.Module):
     """Fills the hole with the mean of the known pixels around it: depends on all known content, on nothing else.
 
-    `seen` lists the network size of every call.
+    `seen` lists the batch and network size of every call.
     """
 
     size_multiple = 256
@@ -22,7 +22,7 @@ class BlurFill(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.gain = nn.Parameter(torch.ones(()))
-        self.seen: list[tuple[int, int]] = []
+        self.seen: list[tuple[int, int, int]] = []
         self.eval()
 
     def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False):
@@ -32,7 +32,7 @@ class BlurFill(nn.Module):
         assert image.shape[2] % self.size_multiple == 0
         assert image.shape[3] % self.size_multiple == 0
         assert image.abs().max() <= 1
-        self.seen.append(tuple(image.shape[2:]))
+        self.seen.append((image.shape[0], *image.shape[2:]))
         known = 1 - mask
         output = self.gain * _blur(image * known) / _blur(known).clamp(min=1e-3)
         merged = image * known + output * mask

@@ -91,7 +91,7 @@ def assert_close(got: Tensor, expected: Tensor, rms: float = 2e-5, worst: float 
 def check(
     plan: tuple[object, ...], executor: CpuExecutor, batch: int = 1, height: int = 256, width: int = 256
 ) -> None:
-    result, raw, _ = executor._run(*picture(batch, height, width), None, None, poison=True)
+    result, raw, _ = executor._run(*picture(batch, height, width), None, [], poison=True)
     expected, expected_raw = truth(plan, batch, height, width)
     assert_close(result, expected)
     for got, want in zip(raw, expected_raw, strict=True):
@@ -163,7 +163,7 @@ def test_regions_give_the_same_pixels(holes, kernel):
     executor = CpuExecutor(plan, choices=choices(plan, kernel)).resized(dense)
     expected, _ = executor.run(image, mask)
     regions = [step.regions for step in dense.restricted(HOLES[holes]).steps]
-    got, _, _ = executor._run(image, mask, None, regions, poison=True)
+    got, _, _ = executor._run(image, mask, None, executor._listed(regions), poison=True)
     assert_close(got, expected.double(), rms=5e-6, worst=2e-4)
     outside = (mask == 0).expand_as(got)
     assert torch.equal(got[outside], image.float()[outside])
@@ -174,8 +174,28 @@ def test_regions_on_every_instruction_set(isa):
     image, mask = picture(1, 256, 256)
     executor = CpuExecutor(plan)
     regions = [s.regions for s in plan.restricted([Rect(64, 192, 51, 128), Rect(0, 7, 247, 256)]).steps]
-    got, _, _ = executor._run(image, mask, None, regions, poison=True)
+    got, _, _ = executor._run(image, mask, None, executor._listed(regions), poison=True)
     assert_close(got, truth((5,), 1, 256, 256)[0])
+
+
+def test_each_sample_has_regions_of_its_own():
+    plan = plan_of(5).resized(3, 256, 256)
+    image, _ = picture(3, 256, 256)
+    mask = torch.zeros(3, 1, 256, 256, dtype=torch.float64)
+    own = [HOLES["several"], [], HOLES["corner"]]
+    for sample, holes in enumerate(own):
+        for top, bottom, left, right in holes:
+            mask[sample, :, top:bottom, left:right] = 1
+    executor = CpuExecutor(plan_of(5)).resized(plan)
+    expected, _ = executor.run(image, mask)
+    regions = [[step.regions for step in plan.restricted(holes).steps] for holes in own]
+    for given in (regions, [regions[0], None, regions[2]]):
+        got, _ = executor.run_each(image, mask, None, given)
+        assert_close(got, expected.double(), rms=5e-6, worst=2e-4)
+        assert torch.equal(got[1], image[1].float())
+    # The others' regions change nothing: neither do their tiles meet, nor does one sample wait in another's buffers.
+    alone, _ = CpuExecutor(plan_of(5)).run(image[:1], mask[:1], None, regions[0])
+    assert_close(executor.run_each(image, mask, None, regions)[0][:1], alone.double(), rms=1e-6, worst=1e-5)
 
 
 def test_no_region_at_all_returns_the_picture():

@@ -61,8 +61,19 @@ def test_a_photo_of_six_megapixels_runs_in_small_passes():
     assert done.passes == 2
     assert done.size == (2000, 3000)
     assert done.hole_ratio == pytest.approx(14000 / 6e6)
-    assert model.seen == [(256, 256), (256, 256)]
+    assert model.seen == [(2, 256, 256)]
     np.testing.assert_array_equal(done.picture[~hole], picture[~hole])
+
+
+def test_windows_of_one_size_go_through_the_network_together():
+    holes = [(y, x, y + 20, x + 20) for y in (300, 900) for x in (300, 900, 1500)]
+    picture, hole = noise(1200, 1800), box_mask(1200, 1800, *holes)
+    together, alone = BlurFill(), BlurFill()
+    result = Inpainter(together, window=512)(picture, hole, strategy="crop")
+    assert together.seen == [(4, 256, 256), (2, 256, 256)]
+    expected = Inpainter(alone, window=256)(picture, hole, strategy="crop")
+    assert alone.seen == [(1, 256, 256)] * 6
+    np.testing.assert_array_equal(result, expected)
 
 
 def test_padding_reflects_picture_and_mask_together():
@@ -384,4 +395,4 @@ def test_the_bundled_model_fills_a_photo_better_than_its_mean_colour(bundled, st
 def test_warmup_runs_the_network_once():
     model = BlurFill()
     assert Inpainter(model).warmup(300, 200) > 0
-    assert model.seen == [(512, 256)]
+    assert model.seen == [(1, 512, 256)]

@@ -94,7 +94,7 @@ def test_auto_goes_to_smaller_windows_until_the_run_fits():
     limit = memory.picture_bytes(900, 900) + memory.network_bytes(256 * 256, 4, torch.float32)
     tight = Inpainter(model, memory_limit=limit).inpaint(picture, hole)
     assert tight.strategy == "crop"
-    assert set(model.seen) == {(256, 256)}
+    assert set(model.seen) == {(1, 256, 256)}
     np.testing.assert_array_equal(tight.picture[~hole], picture[~hole])
     with pytest.raises(OutOfMemoryError, match="strategy resize"):
         Inpainter(BlurFill(), memory_limit=limit - 1)(picture, hole)
@@ -128,7 +128,7 @@ def test_an_allocation_that_fails_is_reported_and_auto_tries_again(failure):
         pipe(picture, hole, strategy="full")
     done = pipe.inpaint(picture, hole)
     assert done.strategy == "crop"
-    assert model.seen == [(256, 256)]
+    assert model.seen == [(1, 256, 256)]
 
 
 def test_other_errors_pass_through():

@@ -529,8 +529,8 @@ class CpuExecutor:
             ]
         return spec
 
-    def _regions(self, step: Step, rects: Sequence[Rect]) -> list[Any]:
-        return [_library().Region(tuple(r), tuple(_read(self.plan, step, r))) for r in rects]
+    def _regions(self, step: Step, rects: Sequence[Rect], sample: int = -1) -> list[Any]:
+        return [_library().Region(tuple(r), tuple(_read(self.plan, step, r)), sample) for r in rects]
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -542,19 +542,36 @@ class CpuExecutor:
         regions: Sequence[Sequence[Rect]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`.engine.Executor`."""
-        result, raw, _ = self._run(image, mask, start, regions)
+        result, raw, _ = self._run(image, mask, start, self._listed(regions))
+        return result, raw
+
+    def run_each(
+        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Sequence[Sequence[Sequence[Rect]] | None]
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Like :meth:`run`, with regions of its own for each sample."""
+        lists: list[list[Any]] = [[] for _ in self.plan.steps]
+        for sample, own in enumerate(regions):
+            for number, step in enumerate(self.plan.steps):
+                lists[number] += self._regions(step, step.regions if own is None else own[number], sample)
+        result, raw, _ = self._run(image, mask, start, lists)
         return result, raw
 
     def step_times(self, image: Tensor, mask: Tensor, regions: Sequence[Sequence[Rect]] | None = None) -> list[float]:
         """Milliseconds of every step in one run."""
-        return self._run(image, mask, None, regions)[2]
+        return self._run(image, mask, None, self._listed(regions))[2]
+
+    def _listed(self, regions: Sequence[Sequence[Rect]] | None) -> list[list[Any]]:
+        """Regions of all samples alike, as the program takes them."""
+        if regions is None:
+            return []
+        return [self._regions(step, rects) for step, rects in zip(self.plan.steps, regions, strict=True)]
 
     def _run(
         self,
         image: Tensor,
         mask: Tensor,
         start: Tensor | None,
-        regions: Sequence[Sequence[Rect]] | None,
+        regions: Sequence[Sequence[Any]],
         poison: bool = False,
     ) -> tuple[Tensor, list[Tensor], list[float]]:
         """`poison` starts from buffers full of NaN, so that reading what was not computed shows."""
@@ -563,18 +580,13 @@ class CpuExecutor:
         start = None if start is None else start.detach().float()
         out = torch.empty(plan.batch, 3, plan.height, plan.width)
         raw = [torch.empty_like(out) for step in plan.steps if step.merges]
-        lists = (
-            []
-            if regions is None
-            else [self._regions(step, rects) for step, rects in zip(plan.steps, regions, strict=True)]
-        )
         times = self._program.run(
             _arg(image),
             _arg(mask),
             _NO_TENSOR if start is None else _arg(start),
             _arg(out),
             [_arg(r) for r in raw],
-            lists,
+            regions,
             torch.get_num_threads(),
             poison,
         )

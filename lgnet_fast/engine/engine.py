@@ -25,7 +25,7 @@ from .describe import describe
 from .devices import resolve_device, resolve_dtype
 from .holes import hole_boxes
 from .plan import PICTURE, Plan, build_plan
-from .regions import Rect
+from .regions import Rect, join
 from .saved import read_engine, write_engine
 from .torch_executor import TorchExecutor
 
@@ -152,8 +152,8 @@ class Engine:
             image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256; any float dtype.
             mask: [B, 1, H, W], 1 = hole; dtype and device of `image`.
             return_stages: every stage's picture. Raw ones are None where the run was restricted to holes.
-            holes: rectangles that contain every hole pixel, where the caller knows them; None: found in the mask if
-                it is on the CPU.
+            holes: rectangles that contain every hole pixel, of all samples together, where the caller knows them;
+                None: found in the mask, for each sample by itself, if it is on the CPU.
 
         Returns:
             The merged result in the dtype of `image`, or :class:`Stages`.
@@ -162,18 +162,16 @@ class Engine:
         if image.device != self.device:
             raise ValueError(f"image: expected device {self.device} as the engine, got {image.device}")
         self._notice_model()
+        each: list[tuple[Rect, ...]] = []
         if holes is None and self.hole_aware and mask.device.type == "cpu":
-            holes = hole_boxes(mask)
+            each = [hole_boxes(sample) for sample in mask.split(1)]
+            holes = join(hole for own in each for hole in own)
         if image.shape[0] == 0 or (holes is not None and not holes):
             return self._unchanged(image, return_stages)
         with torch.no_grad():
             shape = self._shape(image.shape[0], image.shape[2], image.shape[3])
-            regions = None
-            if holes is not None:
-                with self._lock:
-                    regions = shape.regions_for(tuple(holes))
             start = None if self._first_stage is None else self._first_stage(image, mask)
-            result, raw = shape.executor.run(image, mask, start, regions)
+            restricted, result, raw = self._run(shape, image, mask, start, holes, each)
             if not return_stages:
                 return result.to(image.dtype)
             raw = [r.to(image.dtype) for r in raw]
@@ -182,10 +180,32 @@ class Engine:
             # Outside the hole, a restricted run's raw pictures hold anything at all.
             hole = mask != 0
             merged = tuple(torch.where(hole, image * (1 - mask) + r * mask, image) for r in raw)
-            if regions is not None:
+            if restricted:
                 return Stages(None, None, None, (), merged)
             by_name = dict(zip(self._stages, raw, strict=True))
             return Stages(raw[0], by_name.get("L"), by_name.get("G_att", by_name.get("G")), tuple(raw), merged)
+
+    def _run(
+        self,
+        shape: _Shape,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None,
+        holes: Sequence[Rect] | None,
+        each: list[tuple[Rect, ...]],
+    ) -> tuple[bool, Tensor, list[Tensor]]:
+        """(whether the run was restricted to holes, merged picture, raw pictures)"""
+        if isinstance(shape.executor, CpuExecutor) and len(set(each)) > 1:
+            with self._lock:
+                own = [shape.regions_for(boxes) for boxes in each]
+            if any(regions is not None for regions in own):
+                return True, *shape.executor.run_each(image, mask, start, own)
+            return False, *shape.executor.run(image, mask, start, None)
+        regions = None
+        if holes is not None:
+            with self._lock:
+                regions = shape.regions_for(tuple(holes))
+        return regions is not None, *shape.executor.run(image, mask, start, regions)
 
     def _notice_model(self) -> None:
         """Refuse a model whose weights are no longer the engine's; when it has gone, let its memory go too."""

@@ -224,7 +224,9 @@ class Inpainter:
         """Runs the network once on an empty picture of that size, padded; returns the seconds it took."""
         start = time.perf_counter()
         size = strategies.padded(height, self.multiple), strategies.padded(width, self.multiple)
-        self._run(self._model, self.dtype, np.zeros((*size, 3), np.float32), np.ones(size, bool), stages=False)
+        self._run(
+            self._model, self.dtype, np.zeros((1, *size, 3), np.float32), np.ones((1, *size), bool), stages=False
+        )
         return time.perf_counter() - start
 
     def estimate_memory(self, height: int, width: int, strategy: str = "full") -> int:
@@ -316,62 +318,69 @@ class Inpainter:
     def _run_windows(self, job: _Job, region: np.ndarray, windows: list[Window], stages: bool) -> list[np.ndarray]:
         sums: list[np.ndarray] = []
         total = np.zeros(region.shape, dtype=np.float32)
-        for window in windows:
-            place = (window.rows, window.columns)
-            fills = self._run_window(job.picture.network_range(*place), region[place], window, stages)
-            weight = np.ones(window.size, dtype=np.float32) if window.weight is None else window.weight
-            if not sums:
-                sums = [np.zeros((*region.shape, 3), dtype=np.float32) for _ in fills]
-            for accumulated, fill in zip(sums, fills, strict=True):
-                accumulated[place] += fill * weight[..., None]
-            total[place] += weight
+        for batch in strategies.batches(windows, self.multiple, self.window):
+            for window, fills in zip(batch, self._run_batch(job.picture, region, batch, stages), strict=True):
+                place = (window.rows, window.columns)
+                weight = np.ones(window.size, dtype=np.float32) if window.weight is None else window.weight
+                if not sums:
+                    sums = [np.zeros((*region.shape, 3), dtype=np.float32) for _ in fills]
+                for accumulated, fill in zip(sums, fills, strict=True):
+                    accumulated[place] += fill * weight[..., None]
+                total[place] += weight
         divisor = np.where(total > 0, total, 1)[..., None]
         return [np.divide(accumulated, divisor, out=accumulated) for accumulated in sums]
 
-    def _run_window(self, content: np.ndarray, hole: np.ndarray, window: Window, stages: bool) -> list[np.ndarray]:
+    def _run_batch(
+        self, picture: Picture, region: np.ndarray, windows: list[Window], stages: bool
+    ) -> list[list[np.ndarray]]:
+        """The fills of each window, all of one network size: one or one a stage, at the window's own size."""
+        images, holes = zip(*(self._network_input(picture, region, window) for window in windows), strict=True)
+        outputs = self._run_checked(np.stack(images), np.stack(holes), stages)
+        fills = []
+        for sample, window in enumerate(windows):
+            height, width = window.reduced
+            own = [output[sample, :height, :width] for output in outputs]
+            if window.reduced != window.size:
+                own = [strategies.enlarge_fill(fill, window.size) for fill in own]
+            fills.append(own)
+        return fills
+
+    def _network_input(self, picture: Picture, region: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
+        """A window's image float32 [h, w, 3] and hole bool [h, w], reduced and padded."""
+        content, hole = picture.network_range(window.rows, window.columns), region[window.rows, window.columns]
         if window.reduced == window.size:
             # What lies under the mask must not reach the network, not even to be multiplied by zero.
             image, small_hole = np.where(hole[..., None], np.float32(0), content), hole
         else:
             image, small_hole = strategies.reduce_region(content, hole, window.reduced)
-        height, width = window.reduced
         target = strategies.network_size(window, self.multiple)
-        rows = strategies.reflection(height, target[0])
-        columns = strategies.reflection(width, target[1])
-        outputs = self._run_checked(image[rows][:, columns], small_hole[rows][:, columns], stages)
-        fills = [output[:height, :width] for output in outputs]
-        if window.reduced == window.size:
-            return fills
-        return [strategies.enlarge_fill(fill, window.size) for fill in fills]
+        rows, columns = (strategies.reflection(*pair) for pair in zip(window.reduced, target, strict=True))
+        return image[rows][:, columns], small_hole[rows][:, columns]
 
     # -- the network -------------------------------------------------------------------------------------------
 
-    def _run_checked(self, image: np.ndarray, hole: np.ndarray, stages: bool) -> list[np.ndarray]:
-        """The network on a padded picture; half precision that overflows gets one more try in float32."""
-        outputs = self._run(self._model, self.dtype, image, hole, stages)
+    def _run_checked(self, images: np.ndarray, holes: np.ndarray, stages: bool) -> list[np.ndarray]:
+        """The network on padded windows; half precision that overflows gets one more try in float32."""
+        outputs = self._run(self._model, self.dtype, images, holes, stages)
         if _finite(outputs):
             return outputs
         if self.dtype in (torch.float16, torch.bfloat16):
-            outputs = self._run(self._exact_model(), torch.float32, image, hole, stages)
+            outputs = self._run(self._exact_model(), torch.float32, images, holes, stages)
             if _finite(outputs):
                 return outputs
             raise LGNetError(f"model: its output is not finite, neither in {self.dtype} nor in torch.float32")
         raise LGNetError(f"model: its output is not finite in {self.dtype}; are the weights sound?")
 
     def _run(
-        self, model: Callable[..., Any], dtype: torch.dtype, image: np.ndarray, hole: np.ndarray, stages: bool
+        self, model: Callable[..., Any], dtype: torch.dtype, images: np.ndarray, holes: np.ndarray, stages: bool
     ) -> list[np.ndarray]:
-        """float32 [H, W, 3] in [-1, 1] of every stage, or of the result alone."""
+        """float32 [B, H, W, 3] in [-1, 1] of every stage, or of the result alone, for images [B, H, W, 3] and holes
+        bool [B, H, W]."""
         with torch.inference_mode():
-            image_tensor = torch.from_numpy(np.ascontiguousarray(image.transpose(2, 0, 1))[None])
-            hole_tensor = torch.from_numpy(np.ascontiguousarray(hole)[None, None])
-            image_tensor = image_tensor.to(self.device, dtype)
-            hole_tensor = hole_tensor.to(self.device, dtype)
-            if stages:
-                outputs = list(model(image_tensor, hole_tensor, return_stages=True).merged)
-            else:
-                outputs = [model(image_tensor, hole_tensor)]
-            return [output[0].float().permute(1, 2, 0).cpu().numpy() for output in outputs]
+            image = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device, dtype)
+            hole = torch.from_numpy(np.ascontiguousarray(holes)[:, None]).to(self.device, dtype)
+            outputs = list(model(image, hole, return_stages=True).merged) if stages else [model(image, hole)]
+            return [output.float().permute(0, 2, 3, 1).cpu().numpy() for output in outputs]
 
     def _exact_model(self) -> Callable[..., Any]:
         with self._exact_lock:

@@ -76,6 +76,21 @@ def network_size(window: Window, multiple: int) -> tuple[int, int]:
     return padded(window.reduced[0], multiple), padded(window.reduced[1], multiple)
 
 
+def batches(windows: list[Window], multiple: int, largest: int) -> list[list[Window]]:
+    """The windows in groups of one network size, each of no more network pixels than `largest`^2, or of one window.
+
+    Small windows together take little more than one: most of what a pass reads is weights.
+    """
+    groups: dict[tuple[int, int], list[list[Window]]] = {}
+    for window in windows:
+        size = network_size(window, multiple)
+        own = groups.setdefault(size, [[]])
+        if own[-1] and (len(own[-1]) + 1) * math.prod(size) > largest**2:
+            own.append([])
+        own[-1].append(window)
+    return [group for own in groups.values() for group in own]
+
+
 def padded(length: int, multiple: int) -> int:
     """The least multiple of `multiple` that is not below `length`."""
     return -(-length // multiple) * multiple
