@@ -1,14 +1,17 @@
 """Parameters and operations of a model, by the paper's convention and as they really are.
 
-Two conventions are in use, and they differ by a third:
+Several conventions are in use, and they differ by a third and more:
 
 * **The paper's rule** gives the FLOPs that the paper prints (69.62 G for LGNet at 256x256): multiply-accumulates of
   convolutions; transposed convolutions counted on their output (four times too many at stride 2); 2 per BatchNorm
   element; nothing for products of two activations, so none for attention. The tool that it was measured with, thop
   0.0.31, also counts 1 per output of a convolution with bias, 1 per LeakyReLU element, and window + 1 per output of
-  an adaptive average pool. Both sums are reported. A layer counts by its exact class, each time it is called.
+  an adaptive average pool. Both sums are reported. A layer counts by its exact class, each time it is called: a
+  sub-class of a convolution counts nothing, and its parameters are missed too.
 * **The true cost** counts the multiply-accumulates that a forward pass does, attention's two matrix products
   included, with ``torch.utils.flop_counter``. One multiply-accumulate is two FLOP.
+* **The TensorFlow profiler's rule** (``float_operation``) is the true FLOPs and one for each biased, added,
+  subtracted, multiplied, divided or squared element, five for each element of a softmax, one for each summand.
 
 Everything runs on the meta device: shapes only, no memory for weights, no arithmetic.
 """
@@ -23,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from .reference.attention import AttentionBlock, attention_weights, query_key_value
@@ -34,6 +38,10 @@ from .reference.variants import create_model
 if TYPE_CHECKING:
     from rich.table import Table
 
+PUBLISHED = {"lgnet": (115.00, 69.62), "lgnet_share": (60.58, 69.62), "lgnet_light": (67.10, 53.73)}
+"""The paper's Table IV, as printed: M parameters and G FLOPs at 256x256, batch 1."""
+PUBLISHED_SIZE = (256, 256)
+
 _TITLES = {"C": "NetC", "L": "NetL", "G": "NetG plain", "G_att": "NetG"}
 
 
@@ -43,7 +51,9 @@ class Counts:
 
     name: str
     parameters: int
-    """Distinct trainable numbers; a total counts shared ones once."""
+    """Distinct numbers; a total counts shared ones once."""
+    thop_parameters: int
+    """Of `parameters`: those that thop 0.0.31 finds, in layers that it knows by their exact class."""
     paper_rule: int
     """By the paper's rule as printed: convolutions, transposed convolutions, BatchNorm."""
     thop_rule: int
@@ -54,14 +64,21 @@ class Counts:
     """Of `macs`: the two matrix products of the attention blocks (scores, weighted sum)."""
     combiner_macs: int
     """Of `macs`: the attention blocks' 1x1 combiners."""
+    elementwise: int
+    """What the TensorFlow profiler adds to `flops`: biases, sums, products, softmax, element by element."""
 
     @property
     def flops(self) -> int:
         """True floating-point operations, two a multiply-accumulate."""
         return 2 * self.macs
 
+    @property
+    def profiler_rule(self) -> int:
+        """By the TensorFlow profiler's rule."""
+        return self.flops + self.elementwise
+
     def as_dict(self) -> dict[str, Any]:
-        return {**asdict(self), "flops": self.flops}
+        return {**asdict(self), "flops": self.flops, "profiler_rule": self.profiler_rule}
 
 
 @dataclass(frozen=True)
@@ -74,15 +91,34 @@ class Report:
     stages: tuple[Counts, ...]
     total: Counts
 
+    @property
+    def published(self) -> tuple[float, float] | None:
+        """The paper's M parameters and G FLOPs, if it prints them for this model at this size."""
+        return PUBLISHED.get(self.model) if (self.size, self.batch_size) == (PUBLISHED_SIZE, 1) else None
+
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return {
+        result: dict[str, Any] = {
             "model": self.model,
             "size": list(self.size),
             "batch_size": self.batch_size,
             "stages": [stage.as_dict() for stage in self.stages],
             "total": self.total.as_dict(),
         }
+        if self.published:
+            parameters, flops = self.published
+            result["paper"] = {
+                "parameters_m": parameters,
+                "flops_g": flops,
+                "parameters_difference_percent": difference_percent(self.total.parameters / 1e6, parameters),
+                "flops_difference_percent": difference_percent(self.total.thop_rule / 1e9, flops),
+            }
+        return result
+
+
+def difference_percent(ours: float, published: float) -> float:
+    """How much larger ours is than a printed figure, in percent of that."""
+    return 100 * (ours / published - 1)
 
 
 # -- the paper's rule ----------------------------------------------------------------------------------------------
@@ -108,18 +144,49 @@ _RULES: dict[type[nn.Module], Callable[[Any, Tensor, Tensor], tuple[int, int]]] 
 }
 
 
+class _ProfilerExtra(TorchDispatchMode):
+    """Counts what the TensorFlow profiler counts besides multiply-accumulates; other operators are free there."""
+
+    _PER_OUTPUT = ("mul", "add", "sub", "rsub", "div", "pow", "square", "maximum", "minimum", "clamp_min")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        name = func.overloadpacket.__name__.rstrip("_")
+        if name == "convolution":
+            self.total += out.numel() if args[2] is not None else 0
+        elif name in self._PER_OUTPUT:
+            self.total += out.numel()
+        elif name == "_softmax":
+            self.total += 5 * out.numel()
+        elif name == "sum":
+            self.total += args[0].numel() - out.numel()
+        elif name == "mean":
+            self.total += args[0].numel()
+        elif name == "linalg_vector_norm":  # a square and a sum there
+            self.total += 2 * args[0].numel() - out.numel()
+        return out
+
+
 class _Tally:
     """Counts one stage while it runs. The hooks and attention blocks of a model's copy report to it."""
 
     def __init__(self) -> None:
         self.printed = self.thop_extra = self.attention = self.combiner = 0
         self.parameters: dict[int, int] = {}
+        self.thop_parameters: dict[int, int] = {}
         self.flops = FlopCounterMode(display=False)
+        self.elementwise = _ProfilerExtra()
 
     def layer(self, module: nn.Module, inputs: tuple[Any, ...], output: Any) -> None:
-        self.parameters.update({id(p): p.numel() for p in module.parameters(recurse=False)})
+        own = {id(p): p.numel() for p in module.parameters(recurse=False)}
+        self.parameters |= own
         rule = _RULES.get(type(module))
         if rule is not None:
+            self.thop_parameters |= own
             printed, extra = rule(module, inputs[0], output)
             self.printed += printed
             self.thop_extra += extra
@@ -140,11 +207,13 @@ class _Tally:
         return Counts(
             name=name,
             parameters=sum(self.parameters.values()),
+            thop_parameters=sum(self.thop_parameters.values()),
             paper_rule=self.printed,
             thop_rule=self.printed + self.thop_extra,
             macs=self.flops.get_total_flops() // 2,
             attention_macs=self.attention // 2,
             combiner_macs=self.combiner // 2,
+            elementwise=self.elementwise.total,
         )
 
 
@@ -234,19 +303,26 @@ def count(model: nn.Module | str, size: tuple[int, int] = (256, 256), batch_size
     image = torch.empty((batch_size, 3, *size), dtype=dtype, device="meta")
     mask = torch.empty((batch_size, 1, *size), dtype=dtype, device="meta")
 
-    stages = []
+    stages: list[Counts] = []
+    thop_parameters: dict[int, int] = {}
     for title, (owner, run) in _stages(twin, image, mask).items():
         tally = _Tally()
-        with torch.no_grad(), tally.flops:
+        with torch.no_grad(), tally.flops, tally.elementwise:
             run()
         if owner is not None:  # all of it, also what was used without a call
             tally.parameters = {id(p): p.numel() for p in owner.parameters()}
         stages.append(tally.counts(title))
+        thop_parameters |= tally.thop_parameters
     sums = {
         field: sum(getattr(stage, field) for stage in stages)
-        for field in ("paper_rule", "thop_rule", "macs", "attention_macs", "combiner_macs")
+        for field in ("paper_rule", "thop_rule", "macs", "attention_macs", "combiner_macs", "elementwise")
     }
-    total = Counts(name="total", parameters=sum(p.numel() for p in parameters), **sums)
+    total = Counts(
+        name="total",
+        parameters=sum(p.numel() for p in parameters),
+        thop_parameters=sum(thop_parameters.values()),
+        **sums,
+    )
     return Report(name, size, batch_size, tuple(stages), total)
 
 
@@ -281,4 +357,16 @@ def render(report: Report) -> Table:
             table.add_section()
         giga = (row.paper_rule, row.thop_rule, row.macs, row.flops, row.attention_macs, row.combiner_macs)
         table.add_row(row.name, f"{row.parameters / 1e6:.3f}", *(_short(value / 1e9) for value in giga))
+    if report.published:
+        parameters, flops = report.published
+        by_rule = [
+            difference_percent(value / 1e9, flops) for value in (report.total.paper_rule, report.total.thop_rule)
+        ]
+        table.add_section()
+        table.add_row("paper", f"{parameters:.2f}", *[f"{flops:.2f}"] * 2)
+        table.add_row(
+            "difference",
+            f"{difference_percent(report.total.parameters / 1e6, parameters):+.2f} %",
+            *(f"{percent:+.2f} %" for percent in by_rule),
+        )
     return table
