@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json as json_module
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from enum import Enum
@@ -49,6 +51,14 @@ class Variant(str, Enum):
     paper = "paper"
 
 
+class MaskKind(str, Enum):
+    """Values of --mask-kind."""
+
+    strokes = "strokes"
+    boxes = "boxes"
+    mixed = "mixed"
+
+
 class Stored(str, Enum):
     """Values of convert's --dtype."""
 
@@ -64,9 +74,11 @@ def commands() -> None:
 
 @app.command()
 def run(
-    source: Annotated[Path, typer.Option("-i", "--input", help="A picture, or a folder of them.")],
-    mask: Annotated[Path, typer.Option("-m", "--mask", help="A mask (white = fill), or a folder paired by name.")],
+    source: Annotated[Path, typer.Option("-i", "--input", help="A picture, a folder of them, or tar shards.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="The result's file or folder; replaced if it exists.")],
+    mask: Annotated[
+        Path | None, typer.Option("-m", "--mask", help="A mask (white = fill), or a folder paired by name.")
+    ] = None,
     strategy: Annotated[Strategy, typer.Option(help="How large pictures are handled.")] = Strategy.auto,
     mask_threshold: Annotated[float, typer.Option(help="Mask levels above this share are hole; below 1.")] = 0.5,
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Black = fill.")] = False,
@@ -79,9 +91,15 @@ def run(
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, eager, triton, cpp.")] = "auto",
     skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave results that are there.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on with an interrupted run; always so under `accelerate launch`.")
+    ] = False,
     report: Annotated[Path | None, typer.Option(help="Write a JSON report to this file.")] = None,
 ) -> None:
-    """Fill the holes of a picture or of a folder of pictures.
+    """Fill the holes of a picture, of a folder of pictures, or of tar shards.
+
+    Started by `accelerate launch -m lgnet_fast run ...`, the processes share the work and merge one report; the same
+    command run again does only what is not done.
 
     Exit code: 0 all done, 1 some pictures failed, 2 the run could not start.
     """
@@ -99,6 +117,7 @@ def run(
             format=format and format.value,
             quality=quality,
             skip_existing=skip_existing,
+            resume=resume,
             report=report,
             model=model,
             device=device,
@@ -109,6 +128,76 @@ def run(
             invert_mask=invert_mask,
             dilate=dilate,
             feather=feather,
+        )
+    raise typer.Exit(code)
+
+
+@app.command("eval")
+def evaluate(
+    pictures: Annotated[Path, typer.Option("-i", "--input", help="A folder of pictures, or one picture.")],
+    out: Annotated[Path, typer.Option("-o", "--output", help="Folder for evaluation.json, .md and .png.")],
+    masks: Annotated[
+        Path | None, typer.Option("-m", "--masks", help="A folder of masks (white = hole); default: drawn ones.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="A model folder or hub id, or TITLE=it ('bundled': the package's own); more than one allowed."
+        ),
+    ] = None,
+    classes: Annotated[
+        str | None,
+        typer.Option(help="Hole ratios, e.g. 10-20,20-30, or their numbers 0 to 5, e.g. 1,2; default: all."),
+    ] = None,
+    size: Annotated[int, typer.Option(min=0, help="Shorter edge, then centre crop; 0: pictures as they are.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Of the masks, and of which picture gets which.")] = 0,
+    mask_kind: Annotated[MaskKind, typer.Option(help="Of drawn masks.")] = MaskKind.strokes,
+    pair_by_name: Annotated[
+        bool, typer.Option("--pair-by-name", help="Each picture has a mask of its name.")
+    ] = False,
+    invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Black = hole.")] = False,
+    baselines: Annotated[str, typer.Option(help="Rows to compare with: telea, ns, or none.")] = "telea,ns",
+    metrics: Annotated[str, typer.Option(help="Which to measure.")] = "l1,psnr,ssim,lpips,fid",
+    paper_compat: Annotated[
+        bool, typer.Option("--paper-compat", help="Truncate to 8 bits as the released test script does.")
+    ] = False,
+    lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet weights; default: downloaded.")] = None,
+    fid: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights; default: downloaded.")] = None,
+    sheet_rows: Annotated[int, typer.Option(min=0, help="Pictures in the contact sheet.")] = 6,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, eager, triton, cpp.")] = "auto",
+) -> None:
+    """Score models beside OpenCV's methods, by the paper's protocol: a table, JSON, Markdown, a contact sheet.
+
+    An interrupted evaluation goes on where it was; under `accelerate launch` the processes share the pictures.
+
+    Exit code: 0 all done, 1 some pictures could not be evaluated, 2 the evaluation could not start.
+    """
+    from .evaluation.command import run as run_evaluation
+    from .pipeline.batch import UsageError
+
+    with _one_line_errors(UsageError):
+        code = run_evaluation(
+            pictures,
+            out,
+            masks=masks,
+            models=model or [],
+            classes=classes,
+            size=size,
+            seed=seed,
+            mask_kind=mask_kind.value,
+            pair_by_name=pair_by_name,
+            invert_mask=invert_mask,
+            baselines=[] if baselines in ("", "none") else baselines.split(","),
+            metrics=metrics.split(","),
+            paper_compat=paper_compat,
+            lpips=lpips,
+            fid=fid,
+            sheet_rows=sheet_rows,
+            device=device,
+            dtype=dtype,
+            backend=backend,
         )
     raise typer.Exit(code)
 
@@ -161,11 +250,24 @@ def flops(
     model: Annotated[str, typer.Option(help="A name as create_model takes it.")] = "lgnet",
     size: Annotated[str, typer.Option(help="HxW, multiples of 256.")] = "256x256",
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 1,
+    peers: Annotated[
+        bool, typer.Option("--peers", help="The paper's whole Table IV and X_LG instead; in a checkout only.")
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
-    """Print parameters and FLOPs, by the paper's rule and by true count, stage by stage."""
+    """Print parameters and FLOPs, by the paper's rule and true, stage by stage, beside the paper's own figures."""
     from .counting import count, render
 
+    if peers:
+        if (model, size, batch) != ("lgnet", "256x256", 1):
+            raise typer.BadParameter(
+                "Table IV has its own models at 256x256, batch 1; leave --model, --size and --batch out",
+                param_hint="--peers",
+            )
+        with _one_line_errors():
+            complexity = _from_checkout("bench.complexity")
+        _print(complexity.rows(), json, complexity.render, complexity.as_dict)
+        return
     try:
         height, width = (int(part) for part in size.lower().split("x"))
         report = count(model, (height, width), batch)
@@ -188,6 +290,19 @@ def demo(
         for item in run_demo(out, pipe):
             width, height = item.size
             typer.echo(f"{item.name}: {width}x{height} in {item.seconds:.2f} s -> {item.result}, {item.sheet}")
+
+
+def _from_checkout(module: str) -> Any:
+    """A module of the repository that the installed package does not have."""
+    root = Path(__file__).resolve().parents[1]
+    if not (root / "bench" / "__init__.py").is_file():
+        raise LGNetError(
+            f"{module} is in the repository, not in the installed package: "
+            "run this in a checkout after `pip install -e .`"
+        )
+    if str(root) not in sys.path:
+        sys.path.insert(0, str(root))
+    return importlib.import_module(module)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import numpy as np
 import pytest
@@ -243,3 +244,35 @@ def test_wrong_shapes_name_the_argument():
         generator_loss(stages, image[:1], mask, torch.ones(1), features)
     with pytest.raises(ValueError, match="weight: expected"):
         generator_loss(stages, image, mask[:1], torch.ones(1), features)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_lean_gives_the_same_gradients_and_keeps_no_feature_maps(frozen):
+    weights = LossWeights(style=7.0, perceptual=3.0)
+    results = []
+    for lean in (False, True):
+        kept: list[weakref.ref] = []
+
+        def watched(picture: torch.Tensor, kept: list[weakref.ref] = kept) -> list[torch.Tensor]:
+            levels = features(picture)
+            if picture.requires_grad:
+                kept += [weakref.ref(level) for level in levels]
+            return levels
+
+        stages, image, mask = stages_of(3)
+        if frozen:
+            stages = Stages(
+                *stages[:3], tuple(r.detach() for r in stages.raw), tuple(m.detach() for m in stages.merged)
+            )
+        scores = (image * 0.5).requires_grad_()
+        terms = generator_loss(stages, image, mask, scores, watched, weights, lean=lean)
+        assert [ref() is None for ref in kept] == [] if frozen else [lean] * 4
+        terms["G"].backward()
+        results.append((terms, [None if frozen else r.grad for r in stages.raw]))
+    (plain, gradients), (ahead, same) = results
+    assert list(plain) == list(ahead)
+    for name in plain:
+        assert ahead[name].item() == pytest.approx(plain[name].item(), rel=1e-12)
+    if not frozen:
+        for a, b in zip(gradients, same, strict=True):
+            assert (a - b).abs().max() <= 1e-12 * a.abs().max()

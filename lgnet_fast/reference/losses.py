@@ -20,6 +20,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -168,6 +169,30 @@ def discriminator_loss(fake_scores: Tensor, real_scores: Tensor) -> dict[str, Te
     return {"D_fake": fake, "D_real": real, "D": 0.5 * (fake + real)}
 
 
+class _GradientAhead(torch.autograd.Function):
+    """``fn(x)``, with its gradient computed at once, so that nothing inside `fn` waits for the backward pass.
+
+    fn: x -> (0-dimensional loss, further tensors, which come back without a gradient).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, fn: Callable[[Tensor], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            inner = x.detach().requires_grad_()
+            total, *rest = fn(inner)
+            (gradient,) = torch.autograd.grad(total, inner)
+        ctx.save_for_backward(gradient)
+        rest = [value.detach() for value in rest]
+        ctx.mark_non_differentiable(*rest)
+        return total.detach(), *rest
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor, *_: Any) -> tuple[Tensor, None]:
+        (ahead,) = ctx.saved_tensors
+        return (ahead * gradient).to(ahead.dtype), None
+
+
 def generator_loss(
     stages: Stages,
     image: Tensor,
@@ -175,6 +200,7 @@ def generator_loss(
     scores: Tensor,
     features: FeaturesFn,
     weights: LossWeights | None = None,
+    lean: bool = False,
 ) -> dict[str, Tensor]:
     """The generators' loss, one total for all stages.
 
@@ -185,6 +211,9 @@ def generator_loss(
         scores: ``discriminator(stages.merged[0])``, not detached, after the discriminator's own step.
         features: picture -> features level by level, :class:`.vgg.VGG16Features`. Called for stages after the first.
         weights: of the terms; None: the paper's.
+        lean: differentiate the style and perceptual terms of each stage at once, which frees the feature network's
+            maps before the next stage needs its own: less memory, the same arithmetic. Only ``G`` may then be
+            differentiated, once. In float16 these gradients are not loss-scaled: use it with float32 or bfloat16.
 
     Returns:
         0-dimensional, unweighted terms ``valid<i>``, ``hole<i>`` for stage i = 1, 2, ... in the order of
@@ -193,6 +222,7 @@ def generator_loss(
     """
     weights = LossWeights() if weights is None else weights
     terms: dict[str, Tensor] = {}
+    feature_totals: list[Tensor] = []
     real: Sequence[Tensor] = ()
     for i, (raw, merged) in enumerate(zip(stages.raw, stages.merged, strict=True), start=1):
         _same_shape(f"stages.raw[{i - 1}]", raw, "image", image)
@@ -203,20 +233,24 @@ def generator_loss(
         if not real:
             with torch.no_grad():
                 real = features(image)
-        # One pass for both pictures.
-        levels = [level.chunk(2) for level in features(torch.cat((raw, merged)))]
-        ours, blended = [a for a, _ in levels], [b for _, b in levels]
         terms[f"tv{i}"] = total_variation(merged * mask)
-        terms[f"style{i}"] = style_distance(real, ours) + style_distance(real, blended)
-        terms[f"perceptual{i}"] = perceptual_distance(real, ours) + perceptual_distance(real, blended)
+
+        def feature_terms(pictures: Tensor, real: Sequence[Tensor] = real) -> tuple[Tensor, Tensor, Tensor]:
+            # One pass for both pictures.
+            levels = [level.chunk(2) for level in features(pictures)]
+            ours, blended = [a for a, _ in levels], [b for _, b in levels]
+            style = style_distance(real, ours) + style_distance(real, blended)
+            perceptual = perceptual_distance(real, ours) + perceptual_distance(real, blended)
+            return weights.style * style + weights.perceptual * perceptual, style, perceptual
+
+        pictures = torch.cat((raw, merged))
+        ahead = lean and pictures.requires_grad
+        total, style, perceptual = _GradientAhead.apply(pictures, feature_terms) if ahead else feature_terms(pictures)
+        feature_totals.append(total)
+        terms[f"style{i}"], terms[f"perceptual{i}"] = style, perceptual
     terms["G_adv"] = adversarial_loss(scores, True)
-    factors = {
-        "valid": 1.0,
-        "hole": weights.hole,
-        "tv": weights.total_variation,
-        "style": weights.style,
-        "perceptual": weights.perceptual,
-        "G_adv": weights.adversarial,
-    }
-    terms["G"] = torch.stack([factors[name.rstrip("0123456789")] * term for name, term in terms.items()]).sum()
+    factors = {"valid": 1.0, "hole": weights.hole, "tv": weights.total_variation, "G_adv": weights.adversarial}
+    named = [(factors.get(name.rstrip("0123456789")), term) for name, term in terms.items()]
+    plain = [factor * term for factor, term in named if factor is not None]
+    terms["G"] = torch.stack(plain + feature_totals).sum()
     return terms

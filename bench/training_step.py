@@ -1,0 +1,125 @@
+"""One training step of LGNet in the forms that bench_training.py compares: SPEC's two optimiser steps.
+
+python -m bench.training_step FORM DTYPE BATCH     # peak memory of one step, in a process of its own
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import gc
+import json
+import resource
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from bench.attention_forms import score_map
+from lgnet_fast import create_model
+from lgnet_fast.reference.attention import AttentionBlock
+from lgnet_fast.reference.discriminator import Discriminator
+from lgnet_fast.reference.losses import discriminator_loss, generator_loss
+from lgnet_fast.reference.vgg import VGG16Features
+
+FORMS = ("released", "sdpa", "compiled", "ours")
+"""Eager with the attention as released; with SDPA's; that compiled; the fused operators and lean losses."""
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+SIZE = 256
+
+
+class Step(NamedTuple):
+    """Runs one step, which gives its loss terms; `network` is the generator."""
+
+    run: Callable[[], dict[str, Tensor]]
+    network: nn.Module
+
+
+def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> Step:
+    """A training step on one fixed random batch.
+
+    Args:
+        form: of :data:`FORMS`.
+        dtype: float32, or bfloat16 for autocast.
+        batch: pictures a step.
+        name: for ``create_model``.
+    """
+    if form not in FORMS:
+        raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
+    torch.manual_seed(0)
+    ours = form == "ours"
+    network = create_model(name, backend="auto" if ours else "eager").to(device).train()
+    if form == "released":
+        for module in network.modules():
+            if isinstance(module, AttentionBlock):
+                module.run = lambda features, weight, bias, variant: score_map(features, weight, bias)
+    model = torch.compile(network) if form == "compiled" else network
+    discriminator, vgg = Discriminator().to(device).train(), VGG16Features().to(device)
+    adam = {"lr": 2e-4, "betas": (0.5, 0.999)}
+    ours_optimizer = torch.optim.Adam(network.parameters(), **adam)
+    its_optimizer = torch.optim.Adam(discriminator.parameters(), **adam)
+    image = torch.rand(batch, 3, SIZE, SIZE, device=device) * 2 - 1
+    mask = torch.zeros(batch, 1, SIZE, SIZE, device=device)
+    mask[..., 64:160, 64:160] = 1
+
+    def autocast() -> torch.autocast:
+        return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+    def run() -> dict[str, Tensor]:
+        with autocast():
+            stages = model(image, mask, return_stages=True)
+            judged = discriminator_loss(discriminator(stages.merged[0].detach()), discriminator(image))
+        its_optimizer.zero_grad(set_to_none=False)
+        judged["D"].backward()
+        its_optimizer.step()
+        with autocast():
+            terms = generator_loss(stages, image, mask, discriminator(stages.merged[0]), vgg, lean=ours)
+        ours_optimizer.zero_grad(set_to_none=False)  # the same memory every step, so that peaks compare
+        terms["G"].backward()
+        ours_optimizer.step()
+        return {name: term.detach() for name, term in (terms | judged).items()}
+
+    return Step(run, network)
+
+
+def _resident(key: str) -> int:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
+
+
+def peak_bytes(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> int:
+    """Most memory that a step takes beyond parameters, gradients and optimiser state, in bytes.
+
+    On a CPU of the whole process: ask once a process (Linux).
+    """
+    step = make_step(form, dtype, batch, device, name)
+    step.run()  # gradients and optimiser state exist from now on, and stay
+    gc.collect()
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        step.run()
+        return torch.cuda.max_memory_allocated() - before
+    ctypes.CDLL(None).malloc_trim(0)
+    before = _resident("VmRSS")
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        peak = "VmHWM"
+    except OSError:
+        peak = ""
+    step.run()
+    highest = _resident(peak) if peak else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return highest - before
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("form", choices=FORMS)
+    parser.add_argument("dtype", choices=tuple(DTYPES))
+    parser.add_argument("batch", type=int)
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    args = parser.parse_args()
+    print(json.dumps({"peak_bytes": peak_bytes(args.form, DTYPES[args.dtype], args.batch, args.device)}))

@@ -1,0 +1,58 @@
+"""`lgnet-fast eval`: `evaluate` with a progress bar, the table on the terminal, and an exit code."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..pipeline.batch import UsageError
+from ..pipeline.distributed import World
+from .scoring import evaluate
+
+
+def named_models(texts: list[str]) -> dict[str, str | None] | list[str | None]:
+    """The values of ``--model``, each "DIR" or "TITLE=DIR"; none: the bundled model.
+
+    Raises UsageError: titles for some only, or a title twice.
+    """
+    if not texts:
+        return [None]
+    pairs = [text.split("=", 1) for text in texts if "=" in text and not Path(text).exists()]
+    if not pairs:
+        return list(texts)
+    if len(pairs) < len(texts) or len({title for title, _ in pairs}) < len(pairs):
+        raise UsageError(f"--model: expected a title of its own for each, as TITLE=DIR, got {', '.join(texts)}")
+    return {title: model if model != "bundled" else None for title, model in pairs}
+
+
+def run(pictures: Path, out: Path, *, models: list[str], **options: Any) -> int:
+    """The eval command: its exit code, 0 when every picture was evaluated, 1 when some could not be.
+
+    Raises what `evaluate` raises.
+    """
+    world = World.from_environment()
+    # File names are printed as they are: rich would read [brackets] in them as markup, and wrap long ones.
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    shown = console.is_terminal and world.rank == 0
+    with Progress(*columns, console=console, disable=not shown, transient=True) as progress:
+        share = "" if world.size == 1 else f" (process 1 of {world.size})"
+        task = progress.add_task(f"evaluating{share}", total=None)
+
+        def tell(done: int, total: int, error: str | None) -> None:
+            if error is not None:
+                console.print(f"failed: {error}")
+            progress.update(task, completed=done, total=total)
+
+        result = evaluate(pictures, out=out, models=named_models(models), world=world, tell=tell, **options)
+    if result is None:
+        return 0
+    if result.scores:
+        Console(width=None if console.is_terminal else 120).print(result.table())
+    for note in result.notes():
+        console.print(f"warning: {note}")
+    console.print(f"written: {out / 'evaluation.json'}, evaluation.md, evaluation.png")
+    return 1 if result.failures or result.died or not result.scores else 0

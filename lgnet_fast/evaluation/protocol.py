@@ -1,0 +1,225 @@
+"""What is evaluated on what: pictures scaled and cropped, each with one mask of every hole-ratio class."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InvalidMaskError
+from ..pipeline import batch
+from ..pipeline.batch import UsageError
+from ..pipeline.distributed import stamp
+from ..pipeline.files import EXTENSIONS
+from ..pipeline.pictures import picture_of
+from ..training.errors import DataError
+from ..training.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_class, read_mask, resize_mask
+
+OTHER = -1
+"""The class of masks whose hole ratio lies in none of HOLE_CLASSES."""
+
+
+def class_label(index: int) -> str:
+    """The name of a class: its hole ratios in percent, e.g. "10-20%"; "other" for :data:`OTHER`."""
+    if index == OTHER:
+        return "other"
+    low, high = HOLE_CLASSES[index]
+    return f"{100 * low:.0f}-{100 * high:.0f}%"
+
+
+def parse_classes(classes: str | Sequence[int | str] | None) -> tuple[int, ...] | None:
+    """Indices in HOLE_CLASSES of classes given by index ("1") or by percent ("10-20", "10-20%"); None stays None.
+
+    Raises UsageError: a name that is neither.
+    """
+    if classes is None:
+        return None
+    named = {class_label(index): index for index in range(len(HOLE_CLASSES))}
+    parts = classes.split(",") if isinstance(classes, str) else [str(part) for part in classes]
+    chosen = []
+    for part in (part.strip().removesuffix("%") for part in parts):
+        if part.isdecimal() and int(part) < len(HOLE_CLASSES):
+            chosen.append(int(part))
+        elif f"{part}%" in named:
+            chosen.append(named[f"{part}%"])
+        else:
+            raise UsageError(
+                f"--classes: expected names of {', '.join(named)} or numbers of 0 to {len(named) - 1}, got {part!r}"
+            )
+    return tuple(dict.fromkeys(chosen))
+
+
+def pictures_in(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
+    """The pictures of a folder and its sub-folders, without those in the folders `besides`; or the one picture.
+
+    Raises UsageError: not there, or none.
+    """
+    if not folder.exists():
+        raise UsageError(f"--input: {str(folder)!r} does not exist")
+    if not folder.is_dir():
+        return [folder]
+    excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
+    found = list(batch.pictures_in(folder, excluded))
+    if not found:
+        raise UsageError(f"--input: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
+    return found
+
+
+def fit_picture(path: Path, size: int) -> np.ndarray:
+    """The picture as uint8 [size, size, 3]: shorter edge scaled to `size` (bicubic), centre crop. 0: as it is.
+
+    Raises InvalidImageError: unreadable, or of a kind that the pipeline does not take.
+    """
+    read = picture_of(path)
+    levels = np.rint(read.samples.astype(np.float64) * (255 / read.white)).astype(np.uint8)
+    picture = np.ascontiguousarray(np.broadcast_to(levels, (*read.size, 3)))
+    if size == 0:
+        return picture
+    height, width = _scaled(*read.size, size)
+    if (height, width) != read.size:
+        picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
+    return picture[_centre(height, width, size)]
+
+
+def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
+    """A mask of a picture's own size, bool [H, W], as :func:`fit_picture` scales and crops the picture."""
+    if size == 0:
+        return mask
+    height, width = _scaled(mask.shape[0], mask.shape[1], size)
+    return resize_mask(mask, height, width)[_centre(height, width, size)]
+
+
+def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
+    shorter = min(height, width)
+    return int(size * height / shorter), int(size * width / shorter)
+
+
+def _centre(height: int, width: int, size: int) -> tuple[slice, slice]:
+    top, left = (height - size) // 2, (width - size) // 2
+    return slice(top, top + size), slice(left, left + size)
+
+
+class GeneratedMasks:
+    """Masks drawn by `lgnet_fast.training.masks.generate_mask` from (seed, index, class)."""
+
+    def __init__(self, classes: tuple[int, ...] | None, kind: str, seed: int) -> None:
+        self.classes = classes or tuple(range(len(HOLE_CLASSES)))
+        self.kind, self.seed = kind, seed
+
+    def mask(self, index: int, hole_class: int, height: int, width: int) -> np.ndarray:
+        """The drawn mask."""
+        seed = (self.seed, index, hole_class)
+        return generate_mask(height, width, hole_class=hole_class, kind=self.kind, seed=seed)
+
+    def identity(self, index: int, hole_class: int) -> object:
+        """Everything that it is drawn from."""
+        return [self.kind, self.seed, index, hole_class]
+
+
+class FolderMasks:
+    """A folder's masks by their measured class, dealt to the pictures in an order drawn from (seed, class).
+
+    Raises UsageError: a class that was asked for and has no mask, or no mask of any class.
+    """
+
+    def __init__(self, folder: MaskFolder, classes: tuple[int, ...] | None, seed: int) -> None:
+        self.folder = folder
+        self._dealt: dict[int, np.ndarray] = {}
+        for one in classes if classes is not None else range(len(HOLE_CLASSES)):
+            found = folder.indices(one)
+            if found:
+                rng = np.random.default_rng(np.random.SeedSequence([seed, one]))
+                self._dealt[one] = rng.permutation(found)
+            elif classes is not None:
+                raise UsageError(
+                    f"--masks: expected masks with a hole ratio of {class_label(one)}, got none in "
+                    f"{str(folder.folder)!r} ({len(folder)} masks; is white the hole? --invert-mask)"
+                )
+        if not self._dealt:
+            raise UsageError(
+                f"--masks: expected masks with hole ratios of 1-60%, got none in {str(folder.folder)!r} "
+                f"({len(folder)} masks; is white the hole? --invert-mask)"
+            )
+        self.classes = tuple(self._dealt)
+
+    def _index(self, index: int, hole_class: int) -> int:
+        dealt = self._dealt[hole_class]
+        return int(dealt[index % len(dealt)])
+
+    def mask(self, index: int, hole_class: int, height: int, width: int) -> np.ndarray:
+        """The dealt mask, scaled."""
+        return self.folder.mask(self._index(index, hole_class), height, width)
+
+    def identity(self, index: int, hole_class: int) -> object:
+        """The mask's file."""
+        file = self.folder.files[self._index(index, hole_class)]
+        return [str(file), stamp(file)]
+
+
+class NamedMasks:
+    """The mask of each picture is the one of its name, as `lgnet-fast run` pairs them.
+
+    Raises UsageError: no masks, or a picture without one, or with several.
+    """
+
+    classes = (OTHER,)
+
+    def __init__(self, pictures: Sequence[Path], base: Path, folder: Path, invert: bool) -> None:
+        found = list(batch.pictures_in(folder, [])) if folder.is_dir() else []
+        if not found:
+            raise UsageError(f"--masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
+        self.files: list[Path] = []
+        for picture in pictures:
+            mask, problem = batch.pair_mask(picture.relative_to(base), folder, found)
+            if mask is None:
+                raise UsageError(f"--masks: {problem} (for the picture {str(picture)!r})")
+            self.files.append(mask)
+        self.polarity = "black" if invert else "white"
+
+    def paired(self, index: int, picture: Path, size: int) -> tuple[np.ndarray, int]:
+        """The mask of picture number `index`, scaled and cropped as that is, and its class.
+
+        Raises InvalidMaskError: not of the picture's size, or without a hole.
+        """
+        mask, own = read_mask(self.files[index], self.polarity), picture_of(picture).size
+        if mask.shape != own:
+            raise InvalidMaskError(
+                f"mask {str(self.files[index])!r}: expected the picture's size {own[1]}x{own[0]} (width x height), "
+                f"got {mask.shape[1]}x{mask.shape[0]}"
+            )
+        mask = fit_mask(mask, size)
+        if not mask.any():
+            raise InvalidMaskError(f"mask {str(self.files[index])!r}: no hole pixel in the part that is evaluated")
+        found = hole_class(mask)
+        return mask, OTHER if found is None else found
+
+    def identity(self, index: int, hole_class: int) -> object:
+        """The mask's file."""
+        return [str(self.files[index]), stamp(self.files[index])]
+
+
+def mask_source(
+    masks: Path | None,
+    pictures: Sequence[Path],
+    base: Path,
+    classes: tuple[int, ...] | None,
+    *,
+    kind: str,
+    seed: int,
+    invert: bool,
+    by_name: bool,
+) -> GeneratedMasks | FolderMasks | NamedMasks:
+    """The masks of an evaluation. Raises UsageError: options that contradict each other, masks that are missing."""
+    if by_name:
+        if masks is None or classes is not None:
+            raise UsageError("--pair-by-name: expected --masks and no --classes (each mask has its own class)")
+        return NamedMasks(pictures, base, masks, invert)
+    if masks is None:
+        return GeneratedMasks(classes, kind, seed)
+    try:
+        folder = MaskFolder(masks, polarity="black" if invert else "white")
+    except DataError as cause:
+        raise UsageError(f"--{cause}") from cause
+    return FolderMasks(folder, classes, seed)

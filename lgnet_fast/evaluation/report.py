@@ -1,0 +1,171 @@
+"""Results of an evaluation as a table, Markdown, JSON and a contact sheet."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+from rich.table import Table
+
+from ..pipeline.files import write_atomically
+from .metrics import METRICS
+
+ALL = "all"
+"""The class label of the row over all classes."""
+
+TITLES = {"l1": "l1 %", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "fid": "FID"}
+_DIGITS = {"l1": 2, "psnr": 2, "ssim": 4, "lpips": 4, "fid": 2}
+_HIGHER_IS_BETTER = {"psnr", "ssim"}
+_MARGIN, _CAPTION, _CELL = 6, 22, 192
+
+
+@dataclass(frozen=True)
+class Score:
+    """One method on one hole-ratio class: means over `pictures` pictures (FID: of their sets).
+
+    `l1` in percent, `psnr` in dB. None: not measured, or (PSNR) not finite.
+    """
+
+    method: str
+    hole_class: str
+    pictures: int
+    l1: float | None = None
+    psnr: float | None = None
+    ssim: float | None = None
+    lpips: float | None = None
+    fid: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What `lgnet_fast.evaluation.evaluate` found.
+
+    `scores`: by class, then by method. `metrics`: those asked for. `missing`: those that could not be measured, and
+    why. `failures`: pictures that could not be evaluated ("picture", "error"). `died`: ranks of processes that ended
+    before their part. `settings`, `versions`: how it was made.
+    """
+
+    scores: list[Score]
+    metrics: tuple[str, ...] = METRICS
+    missing: dict[str, str] = field(default_factory=dict)
+    failures: list[dict[str, str]] = field(default_factory=list)
+    died: list[int] = field(default_factory=list)
+    settings: dict[str, Any] = field(default_factory=dict)
+    versions: dict[str, str] = field(default_factory=dict)
+
+    def score(self, method: str, hole_class: str = ALL) -> Score:
+        """The score of a method on a class ("10-20%", or "all"). Raises KeyError: there is none."""
+        for score in self.scores:
+            if (score.method, score.hole_class) == (method, hole_class):
+                return score
+        raise KeyError((method, hole_class))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Everything, as JSON can hold it."""
+        return asdict(self)
+
+    def markdown(self) -> str:
+        """A table in Markdown, the best of each class in bold, with notes below it."""
+        heads = ["holes", "method", "pictures", *(f"{TITLES[name]} {_arrow(name)}" for name in self.metrics)]
+        lines = ["| " + " | ".join(heads) + " |", "|" + "|".join(["---", "---", *["---:"] * (len(heads) - 2)]) + "|"]
+        for label, rows in self._classes():
+            for row, cells in rows:
+                shown = [f"**{text}**" if best else text for text, best in cells]
+                lines.append("| " + " | ".join([label, row.method, str(row.pictures), *shown]) + " |")
+        notes = "".join(f"\n- {note}" for note in self.notes())
+        return "\n".join(lines) + "\n" + (notes + "\n" if notes else "")
+
+    def table(self) -> Table:
+        """The same as a rich table."""
+        table = Table(title="inpainting by hole ratio")
+        for head in ("holes", "method"):
+            table.add_column(head, no_wrap=True)
+        for head in ("pictures", *(f"{TITLES[name]} {_arrow(name)}" for name in self.metrics)):
+            table.add_column(head, justify="right")
+        for label, rows in self._classes():
+            for position, (row, cells) in enumerate(rows):
+                shown = [f"[bold]{text}[/bold]" if best else text for text, best in cells]
+                # Names of model folders may hold what rich reads as markup.
+                method = row.method.replace("[", r"\[")
+                table.add_row(label if position == 0 else "", method, str(row.pictures), *shown)
+            table.add_section()
+        return table
+
+    def notes(self) -> list[str]:
+        """What a reader of the table has to know."""
+        notes = [f"{TITLES[name]}: n/a ({reason})" for name, reason in self.missing.items()]
+        if self.failures:
+            notes.append(f"{len(self.failures)} pictures could not be evaluated and are left out")
+        if self.died:
+            ranks = ", ".join(map(str, self.died))
+            notes.append(f"incomplete: processes {ranks} ended before their part; run the same command again")
+        return notes
+
+    def write(self, out: Path) -> None:
+        """Writes ``evaluation.json`` and ``evaluation.md`` to the folder `out`, atomically."""
+        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
+        write_atomically(out / "evaluation.json", (text + "\n").encode())
+        write_atomically(out / "evaluation.md", self.markdown().encode())
+
+    def _classes(self) -> Iterable[tuple[str, list[tuple[Score, list[tuple[str, bool]]]]]]:
+        """Each class with its rows: the score and, of every metric, the text and whether it is the best."""
+        for label in dict.fromkeys(score.hole_class for score in self.scores):
+            rows = [score for score in self.scores if score.hole_class == label]
+            shown = []
+            for row in rows:
+                cells = []
+                for name in self.metrics:
+                    value = getattr(row, name)
+                    others = [getattr(one, name) for one in rows if getattr(one, name) is not None]
+                    wins = max if name in _HIGHER_IS_BETTER else min
+                    best = len(rows) > 1 and value is not None and value == wins(others)
+                    cells.append(("n/a" if value is None else f"{value:.{_DIGITS[name]}f}", best))
+                shown.append((row, cells))
+            yield label, shown
+
+
+def finite(value: float | None) -> float | None:
+    """`value`, None for infinity and NaN, which JSON has not."""
+    return value if value is not None and math.isfinite(value) else None
+
+
+def strip(panels: Sequence[np.ndarray]) -> bytes:
+    """One row of a contact sheet: pictures uint8 [H, W, 3] of one size side by side, as PNG."""
+    height, width = panels[0].shape[:2]
+    scale = _CELL / max(height, width)
+    size = max(1, round(width * scale)), max(1, round(height * scale))
+    row = Image.new("RGB", ((_CELL + _MARGIN) * len(panels) - _MARGIN, _CELL), "white")
+    for position, panel in enumerate(panels):
+        cell = Image.fromarray(panel).resize(size, Image.Resampling.LANCZOS)
+        left, top = (_CELL - size[0]) // 2, (_CELL - size[1]) // 2
+        row.paste(cell, (position * (_CELL + _MARGIN) + left, top))
+    encoded = io.BytesIO()
+    row.save(encoded, format="PNG")
+    return encoded.getvalue()
+
+
+def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, bytes]]) -> Image.Image:
+    """Rows made by :func:`strip`, each under its caption, the columns named at the top."""
+    font = ImageFont.load_default(14)
+    width = (_CELL + _MARGIN) * len(columns) + _MARGIN
+    sheet = Image.new("RGB", (width, _CAPTION + len(rows) * (_CELL + _CAPTION) + _MARGIN), "white")
+    draw = ImageDraw.Draw(sheet)
+    for position, name in enumerate(columns):
+        draw.text((_MARGIN + position * (_CELL + _MARGIN), 3), name, fill="black", font=font)
+    for position, (caption, encoded) in enumerate(rows):
+        top = _CAPTION + position * (_CELL + _CAPTION)
+        draw.text((_MARGIN, top + 3), caption, fill="dimgray", font=font)
+        with Image.open(io.BytesIO(encoded)) as row:
+            sheet.paste(row, (_MARGIN, top + _CAPTION))
+    return sheet
+
+
+def _arrow(name: str) -> str:
+    return "↑" if name in _HIGHER_IS_BETTER else "↓"

@@ -1,0 +1,328 @@
+"""Holes for training and evaluation: generated strokes and boxes, and the folders of masks that the field uses.
+
+A mask is a bool array [H, W], True = hole. The hole ratio is the share of hole pixels; the paper groups its tests by
+the six classes of Liu et al. ("Image Inpainting for Irregular Holes Using Partial Convolutions", ECCV 2018),
+:data:`HOLE_CLASSES`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..errors import InvalidMaskError
+from ..pipeline.files import open_upright
+from .errors import DataError
+
+HOLE_CLASSES: tuple[tuple[float, float], ...] = (
+    (0.01, 0.1),
+    (0.1, 0.2),
+    (0.2, 0.3),
+    (0.3, 0.4),
+    (0.4, 0.5),
+    (0.5, 0.6),
+)
+"""Bounds of the hole ratio of each class: above the first, up to and including the second."""
+
+KINDS = ("strokes", "boxes", "mixed")
+POLARITIES = ("white", "black")
+
+Seed = int | Sequence[int]
+
+# Directions of a brush as integers: a cosine's last bit may differ between math libraries, a rounded one does not.
+_TURN = 256
+_SCALE = 1 << 12
+_DIRECTIONS = np.array(
+    [
+        (round(_SCALE * math.cos(2 * math.pi * k / _TURN)), round(_SCALE * math.sin(2 * math.pi * k / _TURN)))
+        for k in range(_TURN)
+    ],
+    dtype=np.int64,
+)
+
+
+# -- ratios ------------------------------------------------------------------------------------------------------
+
+
+def hole_ratio(mask: np.ndarray) -> float:
+    """Share of hole pixels of a bool mask [H, W], in [0, 1]."""
+    return int(np.count_nonzero(mask)) / mask.size
+
+
+def hole_class(mask: np.ndarray) -> int | None:
+    """Index in :data:`HOLE_CLASSES` of a bool mask [H, W]; None for ratios up to 0.01 and above 0.6."""
+    return _class_of(hole_ratio(mask))
+
+
+def _class_of(ratio: float) -> int | None:
+    return next((i for i, (low, high) in enumerate(HOLE_CLASSES) if low < ratio <= high), None)
+
+
+def _pixel_bounds(height: int, width: int, hole_class: int | None) -> tuple[int, int]:
+    """Smallest and largest count of hole pixels whose ratio lies in the class; None: from the first to the last."""
+    if hole_class is None:
+        low, high = HOLE_CLASSES[0][0], HOLE_CLASSES[-1][1]
+    elif isinstance(hole_class, (int, np.integer)) and 0 <= hole_class < len(HOLE_CLASSES):
+        low, high = HOLE_CLASSES[hole_class]
+    else:
+        raise ValueError(f"hole_class: expected None or 0 to {len(HOLE_CLASSES) - 1}, got {hole_class!r}")
+    pixels = height * width
+    fewest, most = math.floor(low * pixels), math.ceil(high * pixels)
+    while fewest / pixels <= low:
+        fewest += 1
+    while most / pixels > high:
+        most -= 1
+    if fewest > most:
+        raise ValueError(f"height, width: {height}x{width} has no pixel count with a hole ratio in ({low}, {high}]")
+    return fewest, most
+
+
+# -- generated masks ---------------------------------------------------------------------------------------------
+
+
+def generate_mask(height: int, width: int, *, hole_class: int | None, kind: str, seed: Seed) -> np.ndarray:
+    """Draw a hole of brush strokes, of boxes, or of both.
+
+    The same arguments give the same mask on every platform: integer arithmetic, and numpy's PCG64 seeded by
+    ``SeedSequence(seed)``.
+
+    Args:
+        height, width: of the mask, in pixels.
+        hole_class: index in :data:`HOLE_CLASSES`, whose bounds the hole ratio keeps; None: anywhere in (0.01, 0.6].
+        kind: "strokes" (random walks of a thick round brush), "boxes" (rectangles) or "mixed" (strokes, boxes or
+            both, drawn by lot).
+        seed: a non-negative integer or several, e.g. (seed, epoch, index).
+
+    Returns:
+        bool [height, width], True = hole.
+
+    Raises:
+        ValueError: an argument outside the above, or a picture too small for the class.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"kind: expected one of {KINDS}, got {kind!r}")
+    if height < 1 or width < 1:
+        raise ValueError(f"height, width: expected positive sizes, got {height}x{width}")
+    fewest, most = _pixel_bounds(height, width, hole_class)
+    words = [int(seed)] if isinstance(seed, (int, np.integer)) else [int(word) for word in seed]
+    if any(word < 0 for word in words):
+        raise ValueError(f"seed: expected non-negative integers, got {seed!r}")
+    rng = np.random.default_rng(np.random.SeedSequence(words))
+
+    target = int(rng.integers(fewest, most + 1))
+    if kind == "mixed":
+        kind = ("strokes", "boxes", "both")[int(rng.integers(3))]
+    hole = np.zeros((height, width), dtype=bool)
+    count, attempts, size = 0, 0, 1.0
+    # Within a hundredth of the picture of its target the hole is done: the rest would be crumbs.
+    while (count < fewest or target - count > height * width // 100) and attempts < 200:
+        attempts += 1
+        before = hole.copy()
+        if kind == "boxes" or (kind == "both" and rng.integers(2)):
+            _draw_box(hole, rng, target - count, size)
+        else:
+            _draw_stroke(hole, rng, size)
+        drawn = int(np.count_nonzero(hole))
+        if drawn > most:
+            # Too much: take it back and go on with a smaller brush.
+            hole, size = before, size * 0.7
+        else:
+            count = drawn
+    if count < fewest:
+        _grow(hole, rng, fewest - count)
+    return hole
+
+
+def _draw_stroke(hole: np.ndarray, rng: np.random.Generator, size: float) -> None:
+    """One free-form stroke: a walk of straight pieces that turns by up to 60 degrees, with a round brush."""
+    height, width = hole.shape
+    side = min(height, width)
+    thickest = max(1, round(0.075 * side * size))
+    radius = int(rng.integers(max(1, thickest // 4), thickest + 1))
+    longest = max(2, round(0.25 * side * size))
+    x, y = int(rng.integers(width)), int(rng.integers(height))
+    angle = int(rng.integers(_TURN))
+    pieces = int(rng.integers(2, 9))
+    turns = rng.integers(-_TURN // 6, _TURN // 6 + 1, size=pieces)
+    lengths = rng.integers(max(1, longest // 4), longest + 1, size=pieces)
+    _stamp(hole, x, y, radius)
+    for turn, length in zip(turns.tolist(), lengths.tolist()):
+        angle = (angle + turn) % _TURN
+        dx, dy = (_DIRECTIONS[angle] * length // _SCALE).tolist()
+        # The walk reflects at the border, so that a stroke stays in the picture.
+        if not 0 <= x + dx < width:
+            dx, angle = -dx, (_TURN // 2 - angle) % _TURN
+        if not 0 <= y + dy < height:
+            dy, angle = -dy, -angle % _TURN
+        _capsule(hole, x, y, dx, dy, radius)
+        x, y = min(max(x + dx, 0), width - 1), min(max(y + dy, 0), height - 1)
+        _stamp(hole, x, y, radius)
+
+
+@cache
+def _disc(radius: int) -> np.ndarray:
+    line = np.arange(-radius, radius + 1) ** 2
+    return line[:, None] + line[None, :] <= radius * radius
+
+
+def _stamp(hole: np.ndarray, x: int, y: int, radius: int) -> None:
+    """Mark the disc around (x, y), cut at the borders."""
+    height, width = hole.shape
+    left, top = max(0, x - radius), max(0, y - radius)
+    right, bottom = min(width, x + radius + 1), min(height, y + radius + 1)
+    part = _disc(radius)[top - y + radius : bottom - y + radius, left - x + radius : right - x + radius]
+    hole[top:bottom, left:right] |= part
+
+
+def _capsule(hole: np.ndarray, x: int, y: int, dx: int, dy: int, radius: int) -> None:
+    """Mark what is within `radius` of the piece from (x, y) to (x + dx, y + dy), without its round ends."""
+    height, width = hole.shape
+    left, right = max(0, min(x, x + dx) - radius), min(width, max(x, x + dx) + radius + 1)
+    top, bottom = max(0, min(y, y + dy) - radius), min(height, max(y, y + dy) + radius + 1)
+    if left >= right or top >= bottom:
+        return
+    columns, rows = np.arange(left - x, right - x), np.arange(top - y, bottom - y)[:, None]
+    length2 = dx * dx + dy * dy
+    along = columns * dx + rows * dy
+    across = np.abs(columns * dy - rows * dx)
+    reach = math.isqrt(radius * radius * length2)
+    hole[top:bottom, left:right] |= (across <= reach) & (along >= 0) & (along <= length2)
+
+
+def _draw_box(hole: np.ndarray, rng: np.random.Generator, missing: int, size: float) -> None:
+    """One rectangle with sides in a ratio of up to 1:3, of between a quarter and all of the `missing` pixels."""
+    height, width = hole.shape
+    area = max(1, height * width // 500, round(missing * size))
+    area = int(rng.integers(max(1, area // 4), area + 1))
+    # Aspect as a fraction of integers: h/w from 1/3 to 3.
+    a, b = int(rng.integers(4, 13)), int(rng.integers(4, 13))
+    h = min(height, max(1, math.isqrt(area * a // b)))
+    w = min(width, max(1, area // h))
+    top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+    hole[top : top + h, left : left + w] = True
+
+
+def _grow(hole: np.ndarray, rng: np.random.Generator, missing: int) -> None:
+    """Add exactly `missing` pixels at the hole's rim: the last resort where no stroke fits the class's bounds."""
+    if not hole.any():
+        hole[int(rng.integers(hole.shape[0])), int(rng.integers(hole.shape[1]))] = True
+        missing -= 1
+    while missing > 0:
+        rim = np.zeros_like(hole)
+        rim[1:] |= hole[:-1]
+        rim[:-1] |= hole[1:]
+        rim[:, 1:] |= hole[:, :-1]
+        rim[:, :-1] |= hole[:, 1:]
+        places = np.flatnonzero(rim & ~hole)[:missing]
+        hole.flat[places] = True
+        missing -= len(places)
+
+
+# -- folders of masks --------------------------------------------------------------------------------------------
+
+_LIU_COUNT, _LIU_PER_CLASS = 12_000, 2_000
+
+
+class MaskFolder:
+    """Masks from picture files, in the order of their numbers.
+
+    Layouts that are recognised by themselves:
+
+    * Liu et al.'s 12,000 test masks (``00000.png`` to ``11999.png``): 2,000 for each of :data:`HOLE_CLASSES` in
+      order, half of them with holes that reach the border, half with none near it; see :meth:`liu_group`.
+    * QD-IMD (Iskakov's Quick Draw irregular masks: ``train/``, ``test/`` of numbered files) and any other folder of
+      pictures, searched with its sub-folders.
+
+    Classes are always those of the measured hole ratio: a name promises nothing.
+
+    Args:
+        folder: where the masks are.
+        polarity: "white" = levels above a half are hole; "black" = the others.
+
+    Raises:
+        DataError: no such folder, or no picture in it.
+        InvalidMaskError: at access, a file that cannot be read; it names the file.
+    """
+
+    def __init__(self, folder: str | Path, *, polarity: str = "white") -> None:
+        if polarity not in POLARITIES:
+            raise ValueError(f"polarity: expected one of {POLARITIES}, got {polarity!r}")
+        self.folder, self.polarity = Path(folder), polarity
+        if not self.folder.is_dir():
+            raise DataError(f"masks: expected a folder of mask pictures, got {str(folder)!r}, which is not a folder")
+        known = set(Image.registered_extensions())
+        files = [p for p in self.folder.rglob("*") if p.suffix.lower() in known and p.is_file()]
+        self.files = sorted(files, key=lambda p: (p.parent.as_posix(), _number(p.stem), p.name))
+        if not self.files:
+            raise DataError(f"masks: expected a folder of mask pictures, got {str(folder)!r}, which has none")
+        self._ratios: list[float] | None = None
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """Mask `index` at its own size: bool [h, w], True = hole."""
+        return read_mask(self.files[index], self.polarity)
+
+    def mask(self, index: int, height: int, width: int) -> np.ndarray:
+        """Mask `index` scaled to bool [height, width] (nearest neighbour, as the field's evaluations do)."""
+        return resize_mask(self[index], height, width)
+
+    @property
+    def is_liu(self) -> bool:
+        """Whether this is the numbered set of 12,000."""
+        return len(self) == _LIU_COUNT and all(_number(f.stem) == i for i, f in enumerate(self.files))
+
+    def liu_group(self, index: int) -> tuple[int, bool]:
+        """(class by Liu et al.'s numbering, whether the hole reaches the border, as measured) of mask `index`."""
+        if not self.is_liu:
+            raise ValueError(f"folder: expected 12,000 files numbered from 0, got {len(self)} files in {self.folder}")
+        return index // _LIU_PER_CLASS, reaches_border(self[index])
+
+    def ratios(self) -> list[float]:
+        """The measured hole ratio of every mask; read once, with threads."""
+        if self._ratios is None:
+            with ThreadPoolExecutor() as pool:
+                self._ratios = list(pool.map(lambda i: hole_ratio(self[i]), range(len(self))))
+        return self._ratios
+
+    def indices(self, hole_class: int | None) -> list[int]:
+        """The masks whose measured ratio lies in the class; None: those that lie in none."""
+        return [i for i, ratio in enumerate(self.ratios()) if _class_of(ratio) == hole_class]
+
+
+def reaches_border(mask: np.ndarray) -> bool:
+    """Whether any pixel of the outermost rows and columns is hole."""
+    return bool(mask[0].any() or mask[-1].any() or mask[:, 0].any() or mask[:, -1].any())
+
+
+def read_mask(path: str | Path, polarity: str = "white") -> np.ndarray:
+    """A mask file as bool [h, w], True = hole; levels are compared with half of the scale."""
+    picture, _ = open_upright(Path(path), InvalidMaskError, "mask")
+    if picture.mode.startswith("I"):
+        levels = np.asarray(picture).astype(np.int64) > 32767
+    else:
+        levels = np.asarray(picture.convert("L")) > 127
+    return levels if polarity == "white" else ~levels
+
+
+def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
+    """`mask` sampled at the centres of height x width cells (nearest neighbour)."""
+    if mask.shape == (height, width):
+        return mask
+    rows = (2 * np.arange(height) + 1) * mask.shape[0] // (2 * height)
+    columns = (2 * np.arange(width) + 1) * mask.shape[1] // (2 * width)
+    return mask[rows[:, None], columns]
+
+
+def _number(stem: str) -> int:
+    """The last number in a name, so that 2.png comes before 10.png; names without one come first."""
+    found = re.findall(r"\d+", stem)
+    return int(found[-1]) if found else -1
