@@ -203,6 +203,33 @@ def evaluate(
 
 
 @app.command()
+def train(
+    config: Annotated[Path, typer.Argument(help="A YAML or JSON file; configs/ has examples.")],
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the run's newest checkpoint, if there is one.")
+    ] = False,
+    change: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="SECTION.NAME=VALUE, put over the file's, e.g. optim.steps=100; repeatable."),
+    ] = None,
+) -> None:
+    """Train a model; over several processes by `accelerate launch -m lgnet_fast train ...`.
+
+    Ctrl-C and SIGTERM end it after the current step, with a checkpoint.
+
+    Exit code: 0 trained, 1 stopped by a signal, 2 it could not start or go on.
+    """
+    from .training.config import load_config
+    from .training.trainer import train as run_training
+
+    with _one_line_errors():
+        model = run_training(load_config(config, change or []), resume)
+    if model is None:
+        raise typer.Exit(1)
+    typer.echo(f"model: {model}")
+
+
+@app.command()
 def convert(
     source: Annotated[Path, typer.Argument(help="Folder with <epoch>_net_G1.pth, _G2.pth and _G3.pth.")],
     out: Annotated[Path, typer.Argument(help="Model folder to write: config.json and model.safetensors.")],
@@ -274,6 +301,33 @@ def flops(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     _print(report, json, render, lambda r: r.as_dict())
+
+
+@app.command()
+def bench(
+    report: Annotated[Path | None, typer.Option(help="Folder for report.html, report.md and their pictures.")] = None,
+    report_only: Annotated[
+        bool, typer.Option("--report-only", help="Write the report from stored results; run nothing.")
+    ] = False,
+    store: Annotated[
+        bool, typer.Option("--store", help="Make this run the one that later runs are compared with.")
+    ] = False,
+) -> None:
+    """Run the benchmarks beside the stored ones of this kind of machine, and report; in a checkout only.
+
+    Exit code: 0 fine, 1 something failed or got slower, 2 the run could not start.
+    """
+    if report_only and (report is None or store):
+        raise typer.BadParameter("needs --report, and excludes --store", param_hint="--report-only")
+    with _one_line_errors():
+        suite = _from_checkout("bench.report")
+        own = None if report is None else report / "results"
+        code = 0 if report_only else suite.run_suite(own, store)
+        if report is not None:
+            folders = [suite.RESULTS, *([] if report_only else [own])]
+            for file in suite.write_report(report, folders):
+                typer.echo(file)
+    raise typer.Exit(min(code, 2))
 
 
 @app.command()

@@ -21,7 +21,7 @@ faster; feature maps stay float32.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -148,19 +148,34 @@ class _Packing:
     def element_bytes(self) -> int:
         return 4 // self.pair
 
-    def pack(self, weight: Tensor) -> Tensor:
-        """[points, depth, channels] -> flat: [points][slices][panels][units][panel's columns][pair]."""
-        points, depth, channels = weight.shape
-        columns = self.columns(channels)
-        padded = weight.new_zeros(points, depth, columns, dtype=torch.bfloat16 if self.pair == 2 else torch.float32)
-        padded[:, :, :channels] = weight
-        units = padded.view(points, depth // self.pair, self.pair, columns).transpose(2, 3)
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.pair == 2 else torch.float32
+
+    def pack(self, into: Tensor, depth: int, channels: int, rows: Callable[[int, int, Tensor], object]) -> None:
+        """Fill `into`, flat: [points][slices][panels][units][panel's columns][pair].
+
+        A slice at a time, so that no second copy of the weights is ever in memory.
+
+        Args:
+            into: of the packed dtype, [points, rest].
+            depth, channels: rows and columns of the weights; depth a multiple of the pair.
+            rows: (begin, end, zeros [points, end - begin, channels]) -> puts those rows of the weights there.
+        """
+        points, columns, pair = into.shape[0], self.columns(channels), self.pair
         full = columns // self.panel * self.panel
-        parts = []
-        for some in units.split(self.slice, dim=1):
-            panels = some[:, :, :full].unflatten(2, (-1, self.panel)).transpose(1, 2)
-            parts += [panels.reshape(points, -1), some[:, :, full:].reshape(points, -1)]
-        return torch.cat(parts, dim=1).flatten()
+        scratch = torch.empty(points * min(depth, self.slice * pair) * columns)
+        written = 0
+        for begin in range(0, depth, self.slice * pair):
+            end = min(depth, begin + self.slice * pair)
+            some = scratch[: points * (end - begin) * columns].view(points, end - begin, columns).zero_()
+            rows(begin, end, some[:, :, :channels])
+            units = some.view(points, -1, pair, columns).transpose(2, 3)
+            panels = units[:, :, :full].unflatten(2, (-1, self.panel)).transpose(1, 2)
+            for part in (panels, units[:, :, full:]):
+                count = part[0].numel()
+                into[:, written : written + count].view(part.shape).copy_(part)
+                written += count
 
 
 def _taps_first(step: Step) -> Tensor:
@@ -169,20 +184,32 @@ def _taps_first(step: Step) -> Tensor:
     return step.weight.permute(order).contiguous()
 
 
-def _group_weight(step: Step, weight: Tensor, group: _Group, m: int, packing: _Packing) -> Tensor:
-    """U of one group, [points, depth, out]; transforms are computed in float64."""
-    channels = step.source.channels
-    depth = packing.depth(channels)
-    u = torch.zeros(group.points(m), len(group.starts), depth, step.out_channels)
-    gy, gx = _weight_transform(m, group.ry), _weight_transform(m, group.rx)
-    for i, (ty, tx) in enumerate(group.taps):
-        taps = torch.stack([weight[y, x] for y in ty for x in tx])
-        if m == 1:
-            u[:, i, :channels] = taps
-        else:
-            transformed = torch.kron(gy, gx) @ taps.double().flatten(1)
-            u[:, i, :channels] = transformed.view(-1, *taps.shape[1:])
-    return u.flatten(1, 2)
+# Rows that are transformed at a time: more would need new memory, which the system gives slowly.
+_TRANSFORMED_ROWS = 32
+
+
+def _group_rows(weight: Tensor, group: _Group, m: int, channels: int) -> Callable[[int, int, Tensor], None]:
+    """What :meth:`_Packing.pack` asks for U of one group, [points, depth, out]; transforms are computed in float64.
+
+    Args:
+        weight: [kernel rows, kernel columns, in, out].
+        channels: rows of each start, zeros after the weight's own.
+    """
+    own = weight.shape[2]
+    transform = torch.kron(_weight_transform(m, group.ry), _weight_transform(m, group.rx))
+
+    def rows(begin: int, end: int, u: Tensor) -> None:
+        for i, (ty, tx) in enumerate(group.taps):
+            # Of start i, as far as its rows are asked for and are weights at all.
+            last = min(end, i * channels + own)
+            for row in range(max(begin, i * channels), last, _TRANSFORMED_ROWS):
+                stop = min(last, row + _TRANSFORMED_ROWS)
+                taps = torch.stack([weight[y, x, row - i * channels : stop - i * channels] for y in ty for x in tx])
+                if m > 1:
+                    taps = (transform @ taps.double().flatten(1)).view(-1, *taps.shape[1:])
+                u[:, row - begin : stop - begin] = taps
+
+    return rows
 
 
 _KERNELS = {"direct": 1, "winograd2": 2, "winograd4": 4}
@@ -380,24 +407,29 @@ class CpuExecutor:
         kernel, packing = self._kernel(step)
         placed = self._placed[step.name]
 
-        def put(offset: int, values: Tensor) -> None:
-            values = values.contiguous().view(torch.uint8).flatten()
-            self._data[offset : offset + values.numel()] = values
+        def room(offset: int, count: int, dtype: torch.dtype) -> Tensor:
+            return self._data[offset : offset + count * dtype.itemsize].view(dtype)
 
-        put(placed.bias, step.bias.float())
+        room(placed.bias, step.bias.numel(), torch.float32).copy_(step.bias)
         if kernel == "attention":
-            put(placed.weights[0], step.weight.float())
+            room(placed.weights[0], step.weight.numel(), torch.float32).copy_(step.weight.flatten())
         elif kernel == "narrow":
             # [kernel rows][in][column tap * 3 + out]
             taps = _taps_first(step).permute(0, 2, 1, 3).flatten(2)
             padded = taps.new_zeros(*taps.shape[:2], 3 * step.kernel + 1)
             padded[:, :, :-1] = taps
-            put(placed.weights[0], packing.pack(padded))
+            points, depth, channels = padded.shape
+            count = points * depth * packing.columns(channels)
+            into = room(placed.weights[0], count, torch.float32).view(points, -1)
+            packing.pack(into, depth, channels, lambda begin, end, u: u.copy_(padded[:, begin:end]))
         else:
             weight = _taps_first(step)
-            for offset, (_, m, group) in zip(placed.weights, self._weights(step), strict=True):
+            for offset, (size, m, group) in zip(placed.weights, self._weights(step), strict=True):
                 assert group is not None
-                put(offset, packing.pack(_group_weight(step, weight, group, m, packing)))
+                channels = packing.depth(step.source.channels)
+                into = room(offset, size // packing.element_bytes, packing.dtype).view(group.points(m), -1)
+                rows = _group_rows(weight, group, m, channels)
+                packing.pack(into, len(group.starts) * channels, step.out_channels, rows)
 
     @property
     def packed_bytes(self) -> int:

@@ -26,6 +26,8 @@ from .regions import Rect, conv_input, deconv_input, join
 Activation = Literal["none", "relu", "leaky_relu", "tanh"]
 Kind = Literal["conv", "deconv", "attention"]
 
+_FOLDED_ROWS = 32
+
 PICTURE = "picture"
 """Name of the buffer that holds (merged picture, mask)."""
 
@@ -185,17 +187,27 @@ def fold(conv: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     """
     assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
     dtype = conv.weight.dtype
-    weight = conv.weight.detach().double()
-    out_channels = conv.out_channels
-    bias = weight.new_zeros(out_channels) if conv.bias is None else conv.bias.detach().double()
+    weight = conv.weight.detach()
+    bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
     if norm is None:
-        return weight.to(dtype), bias.to(dtype)
+        return weight.clone(), bias.clone()
+    bias = bias.double()
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    shape = (-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)
     bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
-    return (weight * scale.view(shape)).to(dtype), bias.to(dtype)
+    if weight.is_meta:
+        return weight, bias.to(dtype)
+    # A few rows at a time: what the system has to find in new memory takes longer than the arithmetic.
+    folded = torch.empty_like(weight)
+    scale = scale.view((-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)).expand(
+        *weight.shape[:2], 1, 1
+    )
+    for target, rows, factor in zip(
+        folded.split(_FOLDED_ROWS), weight.split(_FOLDED_ROWS), scale.split(_FOLDED_ROWS)
+    ):
+        target.copy_(rows.double() * factor)
+    return folded, bias.to(dtype)
 
 
 class _Builder:

@@ -9,6 +9,7 @@ adversarial       mean((D(merged) - 1)^2), least squares        0.1     first st
 total variation   :func:`total_variation` of merged * mask      0.1     later stages
 perceptual        :func:`perceptual_distance` to the image      0.05    later stages, raw and merged
 style             :func:`style_distance` to the image           120     later stages, raw and merged
+edge              :func:`edge_l1` in the mask                   0       every stage, raw; not the paper's
 ================  ============================================  ======  =======================
 
 16-bit pictures, features and scores are brought to float32 before anything is summed, so that the terms can be
@@ -39,6 +40,8 @@ class LossWeights:
     total_variation: float = 0.1
     perceptual: float = 0.05
     style: float = 120.0
+    edge: float = 0.0
+    """Not the paper's: for training without a feature network, which else has nothing that asks for sharpness."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -73,6 +76,18 @@ def masked_l1(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     output, target, weight = _wide(output), _wide(target), _wide(weight)
     error = ((output - target) * weight).abs().sum(dim=(1, 2, 3))
     return (error / (output.shape[1] * weight.sum(dim=(1, 2, 3)) + 1e-12)).mean()
+
+
+def edge_l1(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
+    """:func:`masked_l1` of the differences of neighbours, down and across, where both are weighted; their sum.
+
+    Args:
+        output, target, weight: as there.
+    """
+    down, across = (weight[:, :, 1:] * weight[:, :, :-1], weight[..., 1:] * weight[..., :-1])
+    return masked_l1(output.diff(dim=2), target.diff(dim=2), down) + masked_l1(
+        output.diff(dim=3), target.diff(dim=3), across
+    )
 
 
 def total_variation(picture: Tensor) -> Tensor:
@@ -198,7 +213,7 @@ def generator_loss(
     image: Tensor,
     mask: Tensor,
     scores: Tensor,
-    features: FeaturesFn,
+    features: FeaturesFn | None,
     weights: LossWeights | None = None,
     lean: bool = False,
 ) -> dict[str, Tensor]:
@@ -209,16 +224,17 @@ def generator_loss(
         image: ground truth [B, 3, H, W] in [-1, 1].
         mask: [B, 1, H, W], 1 = hole.
         scores: ``discriminator(stages.merged[0])``, not detached, after the discriminator's own step.
-        features: picture -> features level by level, :class:`.vgg.VGG16Features`. Called for stages after the first.
+        features: picture -> features level by level, :class:`.vgg.VGG16Features`. Called for stages after the first;
+            None: there are no style and perceptual terms.
         weights: of the terms; None: the paper's.
         lean: differentiate the style and perceptual terms of each stage at once, which frees the feature network's
             maps before the next stage needs its own: less memory, the same arithmetic. Only ``G`` may then be
             differentiated, once. In float16 these gradients are not loss-scaled: use it with float32 or bfloat16.
 
     Returns:
-        0-dimensional, unweighted terms ``valid<i>``, ``hole<i>`` for stage i = 1, 2, ... in the order of
-        ``stages.raw``; ``tv<i>``, ``style<i>``, ``perceptual<i>`` for i >= 2; ``G_adv``; and the weighted total
-        ``G``, to be differentiated.
+        0-dimensional, unweighted terms ``valid<i>``, ``hole<i>`` (and ``edge<i>`` where it has a weight) for stage
+        i = 1, 2, ... in the order of ``stages.raw``; ``tv<i>``, ``style<i>``, ``perceptual<i>`` for i >= 2;
+        ``G_adv``; and the weighted total ``G``, to be differentiated.
     """
     weights = LossWeights() if weights is None else weights
     terms: dict[str, Tensor] = {}
@@ -228,14 +244,20 @@ def generator_loss(
         _same_shape(f"stages.raw[{i - 1}]", raw, "image", image)
         terms[f"valid{i}"] = masked_l1(raw, image, 1 - mask)
         terms[f"hole{i}"] = masked_l1(raw, image, mask)
+        if weights.edge:
+            terms[f"edge{i}"] = edge_l1(raw, image, mask)
         if i == 1:
+            continue
+        terms[f"tv{i}"] = total_variation(merged * mask)
+        if features is None:
             continue
         if not real:
             with torch.no_grad():
                 real = features(image)
-        terms[f"tv{i}"] = total_variation(merged * mask)
 
-        def feature_terms(pictures: Tensor, real: Sequence[Tensor] = real) -> tuple[Tensor, Tensor, Tensor]:
+        def feature_terms(
+            pictures: Tensor, features: FeaturesFn = features, real: Sequence[Tensor] = real
+        ) -> tuple[Tensor, Tensor, Tensor]:
             # One pass for both pictures.
             levels = [level.chunk(2) for level in features(pictures)]
             ours, blended = [a for a, _ in levels], [b for _, b in levels]
@@ -249,7 +271,13 @@ def generator_loss(
         feature_totals.append(total)
         terms[f"style{i}"], terms[f"perceptual{i}"] = style, perceptual
     terms["G_adv"] = adversarial_loss(scores, True)
-    factors = {"valid": 1.0, "hole": weights.hole, "tv": weights.total_variation, "G_adv": weights.adversarial}
+    factors = {
+        "valid": 1.0,
+        "hole": weights.hole,
+        "edge": weights.edge,
+        "tv": weights.total_variation,
+        "G_adv": weights.adversarial,
+    }
     named = [(factors.get(name.rstrip("0123456789")), term) for name, term in terms.items()]
     plain = [factor * term for factor, term in named if factor is not None]
     terms["G"] = torch.stack(plain + feature_totals).sum()

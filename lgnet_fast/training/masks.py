@@ -305,7 +305,11 @@ def reaches_border(mask: np.ndarray) -> bool:
 
 def read_mask(path: str | Path, polarity: str = "white") -> np.ndarray:
     """A mask file as bool [h, w], True = hole; levels are compared with half of the scale."""
-    picture, _ = open_upright(Path(path), InvalidMaskError, "mask")
+    return hole_levels(open_upright(Path(path), InvalidMaskError, "mask")[0], polarity)
+
+
+def hole_levels(picture: Image.Image, polarity: str = "white") -> np.ndarray:
+    """A mask picture as bool [h, w], True = hole."""
     if picture.mode.startswith("I"):
         levels = np.asarray(picture).astype(np.int64) > 32767
     else:

@@ -1,0 +1,143 @@
+"""Checkpoints: one file each, written beside its name and renamed, so that there is never half of one."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import TrainingError
+
+BEST = "best.pt"
+_STEP = re.compile(r"step_(\d+)\.pt")
+_UNFINISHED = ".unfinished"
+
+
+def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Write `state` (tensors, numbers, strings, lists, dicts) as `path`: wholly or not at all.
+
+    Raises:
+        TrainingError: the disk is full or cannot be written; what was there before stays.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + _UNFINISHED)
+    try:
+        with open(unfinished, "wb") as file:
+            torch.save(state, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(unfinished, path)
+        _sync_folder(path.parent)
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+        unfinished.unlink(missing_ok=True)
+        raise TrainingError(
+            f"checkpoint: {path} cannot be written ({error}); earlier checkpoints are as they were"
+        ) from error
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a rename last through a power cut, where folders can be synced."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return
+    try:
+        os.fsync(descriptor)
+    except OSError:
+        pass
+    finally:
+        os.close(descriptor)
+
+
+def load_checkpoint(path: Path) -> dict[str, Any]:
+    """Read a checkpoint, on the CPU; nothing but tensors and plain values is unpickled.
+
+    Raises:
+        TrainingError: it cannot be read.
+    """
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # pickle, zip and torch errors of many kinds
+        raise TrainingError(f"checkpoint: {path} cannot be read ({error})") from error
+
+
+class CheckpointFolder:
+    """The checkpoints ``step_*.pt`` of a run, of which the newest `keep` stay, and ``best.pt``."""
+
+    def __init__(self, folder: str | Path, keep: int) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def steps(self) -> list[int]:
+        """Steps of the checkpoints that are there, in order."""
+        if not self.folder.is_dir():
+            return []
+        found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int) -> Path:
+        return self.folder / f"step_{step:09d}.pt"
+
+    def save(self, step: int, state: dict[str, Any]) -> Path:
+        """Write the checkpoint of a step, then drop the oldest ones."""
+        path = self.path(step)
+        save_checkpoint(path, state)
+        for old in self.steps()[: -self.keep]:
+            self.path(old).unlink(missing_ok=True)
+        self.clean()
+        return path
+
+    def clean(self) -> None:
+        """Remove what a killed process left half written."""
+        for left in self.folder.glob(f"*{_UNFINISHED}"):
+            left.unlink(missing_ok=True)
+
+    def latest(self) -> Path | None:
+        """The newest checkpoint."""
+        steps = self.steps()
+        return self.path(steps[-1]) if steps else None
+
+    def load_latest(self) -> dict[str, Any] | None:
+        """The newest checkpoint that can be read, with a warning for each that cannot; None: there is none.
+
+        Raises:
+            TrainingError: there are some, and none can be read.
+        """
+        failure: TrainingError | None = None
+        for step in reversed(self.steps()):
+            try:
+                return load_checkpoint(self.path(step))
+            except TrainingError as error:
+                warnings.warn(f"{error}; trying the one before", stacklevel=2)
+                failure = error
+        if failure is not None:
+            raise failure
+        return None
+
+
+def random_states() -> dict[str, Any]:
+    """The state of every random generator, in types that :func:`load_checkpoint` takes."""
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (data sets of others may use it)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def restore_random_states(states: dict[str, Any]) -> None:
+    """Put every random generator back."""
+    version, words, gauss = states["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = states["numpy"]
+    np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
+    torch.set_rng_state(states["torch"])
+    if states["cuda"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all(states["cuda"])

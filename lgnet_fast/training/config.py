@@ -1,0 +1,297 @@
+"""What a training run is made of: dataclasses, read from YAML or JSON, saved with the run."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ..reference.losses import LossWeights
+from .errors import ConfigError, MissingExtraError
+from .masks import HOLE_CLASSES, KINDS, POLARITIES
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The network."""
+
+    name: str = "lgnet"
+    """For :func:`lgnet_fast.create_model`; not looked at where `init_from` or `factory` is given."""
+    overrides: dict[str, Any] = field(default_factory=dict)
+    """Arguments of :class:`LGNet`, e.g. ``{"coarse_channels": 16}``."""
+    init_from: str | None = None
+    """"bundled", a model folder, a hub id, or a folder of the authors' files to go on from, instead of `name` with
+    the paper's random weights."""
+    factory: str | None = None
+    """"package.module:function", which returns the model: for an X_LG (LocalGlobalRefinement)."""
+    backend: str = "auto"
+    """Of attention and merging: "auto" (fused where that can run), "eager", "cpp" or "triton"."""
+    freeze_batchnorm: bool = False
+    """Normalise by the running statistics, and leave those alone."""
+
+
+@dataclass(frozen=True)
+class DiscriminatorConfig:
+    """The adversary. ``loss.adversarial: 0`` leaves it out altogether."""
+
+    variant: Literal["released", "paper"] = "released"
+    """Of its padding."""
+    channels: int = 64
+    """Width of its first layer; 64 in the paper. Fewer suit a small model on a CPU."""
+    stage: Literal["first", "last"] = "first"
+    """Whose merged picture it judges; "first" in the paper."""
+    start: float = 0.0
+    """Share of the run, in [0, 1), after which it sets in."""
+    init_from: str | None = None
+    """The authors' ``<epoch>_net_D.pth`` to go on from."""
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """Pictures and masks."""
+
+    pictures: tuple[str, ...] = ()
+    """Folders (searched with their sub-folders), ``*.tar`` shards, or ``hf:NAME[:SPLIT[:COLUMN]]``."""
+    exclude: tuple[str, ...] = ()
+    """Stems of pictures to leave out, e.g. those of the validation."""
+    validation: str | None = None
+    """Held-out pictures, a place as in `pictures`; None: no validation."""
+    protocol: str = "photos"
+    """How a picture becomes a square; see :data:`.data.PROTOCOLS`."""
+    categories: tuple[str, ...] | None = None
+    """Only pictures in folders of these names (Places2's 20 categories, for instance), or of those in a .txt file."""
+    size: int = 256
+    masks: str = "generated"
+    """"generated", a folder of mask pictures (Liu et al.'s, QD-IMD, ...), or "paired": those in the tar shards."""
+    mask_kind: str = "strokes"
+    mask_polarity: str = "white"
+    hole_classes: tuple[int, ...] = tuple(range(len(HOLE_CLASSES)))
+    """Of generated masks, drawn evenly; indices in :data:`.masks.HOLE_CLASSES`."""
+    workers: int = 2
+    prefetch: int = 2
+    """Batches that each worker prepares ahead."""
+
+
+@dataclass(frozen=True)
+class LossConfig(LossWeights):
+    """Weights of the terms, and the feature network of the style and perceptual ones."""
+
+    features: str | None = "torchvision"
+    """"torchvision" (VGG-16 from torch's hub cache, else downloaded), a weights file, or None: no such terms."""
+    lean: bool = True
+    """Less memory for the same gradients, see ``generator_loss``; not taken in float16."""
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    """Steps, optimisers, precision."""
+
+    batch_size: int = 4
+    """Pictures a process and step, before accumulation."""
+    accumulate: int = 1
+    """Batches whose gradients are averaged for one step."""
+    learning_rate: float = 2e-4
+    discriminator_learning_rate: float | None = None
+    """None: the same."""
+    betas: tuple[float, float] = (0.5, 0.999)
+    epochs: int | None = 200
+    steps: int | None = None
+    """Length of the run; overrides `epochs`."""
+    max_minutes: float | None = None
+    """Stops there, with a checkpoint; the schedule then runs by whichever share is larger, time's or steps'."""
+    schedule: Literal["paper", "linear", "cosine", "constant"] = "paper"
+    """"paper": constant for half of the epochs, then falling linearly (SPEC, "Training schedule")."""
+    warmup_steps: int = 0
+    clip: float | None = None
+    """Largest gradient norm of either network."""
+    ema: float | None = None
+    """Decay of an exponential moving average of the generator; it is then what is validated and exported."""
+    precision: Literal["no", "bf16", "fp16"] = "no"
+    """Autocast; "fp16" needs a GPU."""
+    dtype: Literal["float32", "float64"] = "float32"
+    """Of the weights."""
+    channels_last: bool = False
+    """Memory format; quicker on GPUs in 16 bit."""
+    compile: bool = False
+    """torch.compile the generator."""
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Where the run lives, and what it writes."""
+
+    directory: str = "runs/lgnet"
+    seed: int = 0
+    device: Literal["auto", "cpu"] = "auto"
+    log_every: int = 50
+    picture_every: int = 500
+    """Steps between picture grids; 0: none."""
+    validate_every: int = 1000
+    metric: Literal["psnr", "ssim", "l1"] = "psnr"
+    """Which chooses the best checkpoint."""
+    validation_classes: tuple[int, ...] = (1, 2)
+    checkpoint_every: int = 1000
+    checkpoint_minutes: float | None = None
+    """And after so much time, where given."""
+    keep: int = 3
+    """Checkpoints kept, besides the best."""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """A loss that is not finite: "stop" saves the batch and ends the run, "skip" leaves the batch out and counts."""
+    tensorboard: bool = True
+    threads: int | None = None
+    """Of PyTorch on the CPU; None: its own choice."""
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """A whole run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    def __post_init__(self) -> None:
+        def check(name: str, value: object, condition: bool, expected: str) -> None:
+            if not condition:
+                raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+
+        data, optim, run = self.data, self.optim, self.run
+        check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
+        check("data.mask_kind", data.mask_kind, data.mask_kind in KINDS, f"one of {KINDS}")
+        check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
+        for name, classes in (
+            ("data.hole_classes", data.hole_classes),
+            ("run.validation_classes", run.validation_classes),
+        ):
+            inside = bool(classes) and all(0 <= c < len(HOLE_CLASSES) for c in classes)
+            check(name, classes, inside, f"indices from 0 to {len(HOLE_CLASSES) - 1}")
+        check("data.workers", data.workers, data.workers >= 0, "0 or more")
+        check("data.prefetch", data.prefetch, data.prefetch >= 1, "1 or more")
+        for name in ("batch_size", "accumulate"):
+            check(f"optim.{name}", getattr(optim, name), getattr(optim, name) >= 1, "1 or more")
+        check("optim.learning_rate", optim.learning_rate, optim.learning_rate > 0, "a positive number")
+        its_rate = optim.discriminator_learning_rate
+        check("optim.discriminator_learning_rate", its_rate, its_rate is None or its_rate > 0, "a positive number")
+        inside = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
+        check("optim.betas", optim.betas, inside, "two numbers in [0, 1)")
+        check("discriminator.channels", self.discriminator.channels, self.discriminator.channels >= 1, "1 or more")
+        start = self.discriminator.start
+        check("discriminator.start", start, 0 <= start < 1, "a share in [0, 1)")
+        for weight in dataclasses.fields(LossWeights):
+            value = getattr(self.loss, weight.name)
+            check(f"loss.{weight.name}", value, value >= 0, "0 or more")
+        check("run.seed", run.seed, run.seed >= 0, "0 or more")
+        check("run.picture_every", run.picture_every, run.picture_every >= 0, "0 or more")
+        for name in ("threads", "checkpoint_minutes"):
+            value = getattr(run, name)
+            check(f"run.{name}", value, value is None or value > 0, "a positive number")
+        check("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more")
+        for name in ("epochs", "steps", "max_minutes", "clip"):
+            value = getattr(optim, name)
+            check(f"optim.{name}", value, value is None or value > 0, "a positive number")
+        check("optim.epochs", optim.epochs, optim.epochs is not None or optim.steps is not None, "epochs or steps")
+        check("optim.ema", optim.ema, optim.ema is None or 0 < optim.ema < 1, "a number between 0 and 1")
+        for name in ("log_every", "validate_every", "checkpoint_every", "keep"):
+            check(f"run.{name}", getattr(run, name), getattr(run, name) >= 1, "1 or more")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain lists, dicts, strings and numbers."""
+        return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def config_of(mapping: Mapping[str, Any]) -> TrainConfig:
+    """A configuration from nested mappings; what is left out has its default.
+
+    Raises:
+        ConfigError: an unknown name, or a value of the wrong kind; it says which, and what was expected.
+    """
+    return _build(TrainConfig, mapping, "")
+
+
+def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> TrainConfig:
+    """Read a YAML or JSON file.
+
+    Args:
+        path: the file.
+        overrides: ``"section.name=value"``, the value in YAML, put over the file's.
+
+    Raises:
+        ConfigError: the file cannot be read, or see :func:`config_of`.
+    """
+    try:
+        import yaml
+    except ImportError as error:
+        raise MissingExtraError('configurations need PyYAML: pip install "lgnet_fast[train]"') from error
+    try:
+        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"config: expected a readable YAML or JSON file, got {str(path)!r} ({' '.join(str(error).split())})"
+        ) from error
+    values = {} if values is None else values
+    if not isinstance(values, dict):
+        raise ConfigError(f"config: expected a mapping in {str(path)!r}, got {type(values).__name__}")
+    for item in overrides:
+        name, equals, text = item.partition("=")
+        parts = name.strip().split(".")
+        if not equals or len(parts) != 2:
+            raise ConfigError(f"set: expected section.name=value, got {item!r}")
+        section = values.setdefault(parts[0], {})
+        if not isinstance(section, dict):
+            raise ConfigError(f"config: expected a mapping under {parts[0]}, got {section!r}")
+        try:
+            section[parts[1]] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"set: expected a YAML value, got {item!r} ({' '.join(str(error).split())})") from error
+    return config_of(values)
+
+
+def _build(cls: type[T], mapping: Any, where: str) -> T:
+    if not isinstance(mapping, Mapping):
+        raise ConfigError(f"{where}: expected a mapping, got {mapping!r}")
+    hints = typing.get_type_hints(cls)
+    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
+    for name in mapping:
+        if name not in names:
+            raise ConfigError(f"{where}{name}: no such setting; there are {', '.join(names)}")
+    return cls(**{name: _value(hints[name], value, where + name) for name, value in mapping.items()})
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+    if dataclasses.is_dataclass(hint):
+        return _build(hint, value, where + ".")  # type: ignore[arg-type]
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in arguments:
+            return None
+        return _value(next(a for a in arguments if a is not type(None)), value, where)
+    if origin is Literal:
+        if isinstance(value, bool):
+            value = "yes" if value else "no"  # YAML 1.1 takes no for a boolean
+        if value not in arguments:
+            raise ConfigError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
+        return value
+    if origin is tuple:
+        values = [value] if isinstance(value, (str, int, float)) else value
+        if not isinstance(values, (list, tuple)):
+            raise ConfigError(f"{where}: expected a list, got {value!r}")
+        return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(values))
+    kind = dict if origin is dict else hint
+    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
+        try:
+            return float(value)  # YAML 1.1 takes 2e-4 for a text
+        except ValueError:
+            pass
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
+    return value

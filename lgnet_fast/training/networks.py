@@ -1,0 +1,143 @@
+"""The networks of a training run, as its configuration asks for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import spectral_norm
+from torch.nn.utils.spectral_norm import SpectralNorm
+
+from ..reference import LGNet, create_model
+from ..reference.cascade import Cascade
+from ..reference.discriminator import Discriminator
+from ..reference.losses import FeaturesFn
+from ..reference.vgg import VGG16Features
+from ..weights import bundled_path
+from .config import DiscriminatorConfig, LossConfig, ModelConfig
+from .errors import ConfigError
+
+
+def make_network(config: ModelConfig) -> Cascade:
+    """The generator, in float32.
+
+    Raises:
+        ConfigError: an unknown name, arguments that do not fit, or a factory that gives no cascade. WeightsError:
+        `init_from` cannot be loaded.
+    """
+    network: Any
+    if config.factory is not None:
+        network = _imported(config.factory)()
+        if not isinstance(network, Cascade):
+            raise ConfigError(
+                f"model.factory: expected an LGNet or LocalGlobalRefinement, got {type(network).__name__}"
+            )
+    elif config.init_from is not None:
+        if config.overrides:
+            raise ConfigError("model.overrides: init_from brings its own architecture; leave one of the two out")
+        source = bundled_path() if config.init_from == "bundled" else Path(config.init_from)
+        if source.is_dir() and not (source / "config.json").exists() and any(source.glob("*_net_G1.pth")):
+            network = LGNet.from_released(source)
+        else:
+            network = LGNet.from_pretrained(str(source))
+    else:
+        try:
+            network = create_model(config.name, **config.overrides)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model: {error}") from error
+    return network.float().set_backend(config.backend)
+
+
+def _imported(where: str) -> Callable[[], Any]:
+    module, colon, name = where.partition(":")
+    try:
+        if not colon:
+            raise ImportError("no colon in it")
+        return getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(f"model.factory: expected package.module:function, got {where!r} ({error})") from error
+
+
+class SlimDiscriminator(Discriminator):
+    """The discriminator with another width: `channels`, twice, four and eight times that, where it has 64 first."""
+
+    def __init__(self, channels: int, variant: str = "released") -> None:
+        super().__init__(variant)
+        convolutions = [layer for layer in self.encoder if isinstance(layer, nn.Conv2d)]
+        widths = [3, *(channels * conv.out_channels // convolutions[0].out_channels for conv in convolutions)]
+        layers: list[nn.Module] = []
+        for before, after, like in zip(widths, widths[1:], convolutions):
+            layers += [spectral_norm(_convolution(like, before, after)), nn.LeakyReLU(0.2, inplace=True)]
+        self.encoder = nn.Sequential(*layers)
+        self.classifier = _convolution(self.classifier, widths[-1], 1)
+
+
+def _convolution(like: nn.Conv2d, before: int, after: int) -> nn.Conv2d:
+    kernel, stride, padding = (int(value[0]) for value in (like.kernel_size, like.stride, like.padding))
+    conv = nn.Conv2d(before, after, kernel, stride=stride, padding=padding, bias=like.bias is not None)
+    nn.init.normal_(conv.weight, 0.0, 0.02)
+    if conv.bias is not None:
+        nn.init.zeros_(conv.bias)
+    return conv
+
+
+def make_discriminator(config: DiscriminatorConfig) -> Discriminator:
+    """The discriminator, in float32 and training mode.
+
+    Raises:
+        WeightsError: `init_from` cannot be loaded.
+    """
+    if config.init_from is not None:
+        discriminator = Discriminator.from_released(config.init_from, variant=config.variant).float()
+    elif config.channels == 64:
+        discriminator = Discriminator(config.variant)
+    else:
+        discriminator = SlimDiscriminator(config.channels, config.variant)
+    return discriminator.train()
+
+
+def keep_spectral_norm_wide(discriminator: nn.Module) -> None:
+    """Leave the power iteration and the norm out of autocast: in 16 bit a norm has three digits or fewer."""
+    for module in discriminator.modules():
+        for key, hook in module._forward_pre_hooks.items():
+            if isinstance(hook, SpectralNorm):
+                module._forward_pre_hooks[key] = _Wide(hook)
+
+
+class _Wide:
+    def __init__(self, hook: SpectralNorm) -> None:
+        self.hook = hook
+
+    def __call__(self, module: nn.Module, inputs: Any) -> None:
+        with torch.autocast(inputs[0].device.type, enabled=False):
+            self.hook(module, inputs)
+
+
+def make_features(config: LossConfig) -> FeaturesFn | None:
+    """The feature network of the style and perceptual terms; None where the configuration has none."""
+    if config.features is None or not (config.style or config.perceptual):
+        return None
+    return VGG16Features.from_torchvision(None if config.features == "torchvision" else config.features)
+
+
+class MovingAverage:
+    """Exponential moving average of a network's floating tensors; its other tensors are copied."""
+
+    def __init__(self, network: nn.Module, decay: float) -> None:
+        self.decay = decay
+        self.state: dict[str, Tensor] = {k: v.detach().clone() for k, v in network.state_dict().items()}
+
+    @torch.no_grad()
+    def update(self, network: nn.Module, step: int) -> None:
+        """Take in the network's tensors after optimiser step `step` (from 0)."""
+        # At the start the average would otherwise be of little but the random weights.
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, value in network.state_dict().items():
+            if value.is_floating_point():
+                self.state[name].lerp_(value, 1 - decay)
+            else:
+                self.state[name].copy_(value)

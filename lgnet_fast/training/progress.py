@@ -1,0 +1,124 @@
+"""What a training run tells: TensorBoard, ``log.jsonl``, and the terminal (a bar where there is one, else lines)."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Mapping
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..pipeline.files import write_atomically
+from .errors import MissingExtraError
+
+LOG = "log.jsonl"
+
+
+class Report:
+    """The first process's report.
+
+    Args:
+        folder: of the run.
+        step, total: where it begins, and its length. Lines of a later step are an interrupted run's, and are dropped.
+        tensorboard: write TensorBoard's files too.
+    """
+
+    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool = True) -> None:
+        self._writer: Any = None
+        if tensorboard:
+            try:
+                from torch.utils.tensorboard import SummaryWriter
+            except ImportError as error:
+                raise MissingExtraError(
+                    'TensorBoard is missing: pip install "lgnet_fast[train]", or set run.tensorboard=false'
+                ) from error
+            self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
+        log = folder / LOG
+        if log.exists():
+            write_atomically(log, b"".join(_lines_until(log, step)))
+        self._log = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        self._total, self._began, self._first = total, time.monotonic(), step
+        self._bar: Any = None
+        if sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+            self._bar = Progress(
+                SpinnerColumn(),
+                TextColumn("step {task.fields[step]}/{task.fields[steps]}"),
+                *Progress.get_default_columns()[1:3],
+                TimeElapsedColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[loss]}"),
+                console=Console(stderr=True),
+            )
+            self._task = self._bar.add_task("training", total=1.0, step=step, steps=total, loss="")
+            self._bar.start()
+
+    def say(self, text: str) -> None:
+        """One line, above the bar where there is one."""
+        if self._bar is None:
+            print(text, file=sys.stderr, flush=True)
+        else:
+            self._bar.console.print(text, highlight=False)
+
+    def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
+        if self._writer is not None:
+            for name, value in values.items():
+                self._writer.add_scalar(f"{kind}/{name}", value, step)
+        self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self._log.flush()
+
+    def train(self, step: int, epoch: int, values: Mapping[str, float], progress: float, pictures: int) -> None:
+        """Mean terms since the last call, `progress` (0 to 1) through the run, and pictures a step."""
+        self._write("train", step, values)
+        text = ", ".join(f"{name} {values[name]:.4f}" for name in ("G", "D") if name in values)
+        passed = time.monotonic() - self._began
+        speed = (step - self._first) / passed
+        text = f"epoch {epoch}, {text}, {speed * pictures:.1f} pictures/s"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=progress, step=step, loss=text)
+            return
+        left = (self._total - step) / speed
+        if progress > step / self._total:  # time will end it first
+            left = min(left, passed * (1 - progress) / progress)
+        self.say(f"step {step}/{self._total}: {text}, {timedelta(seconds=round(left))} left")
+
+    def validation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
+        """The scores of the held-out pictures."""
+        self._write("validation", step, scores)
+        text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
+        self.say(f"step {step}: validation {text}{' (best)' if best else ''}")
+
+    def pictures(self, step: int, grid: Tensor) -> None:
+        """A picture grid [3, H, W] in [0, 1]."""
+        if self._writer is not None:
+            self._writer.add_image("train/pictures", grid, step)
+
+    def close(self, skipped: int, broken: int) -> None:
+        """End the bar; say what was left out."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+        if self._writer is not None:
+            self._writer.close()
+        self._log.close()
+        if skipped:
+            self.say(f"{skipped} steps were skipped: their loss was not finite")
+        if broken:
+            self.say(f"{broken} pictures could not be read and were skipped")
+
+
+def _lines_until(log: Path, step: int) -> list[bytes]:
+    kept = []
+    for line in log.read_bytes().splitlines(keepends=True):
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except (ValueError, KeyError, TypeError):  # torn by a kill
+            continue
+    return kept

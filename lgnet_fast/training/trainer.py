@@ -1,0 +1,588 @@
+"""The trainer: SPEC's two optimiser steps on accelerate, with everything that a long run needs around them."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..pipeline.files import write_atomically
+from ..reference import LGNet
+from ..reference.cascade import Cascade
+from ..reference.discriminator import Discriminator
+from ..reference.losses import FeaturesFn
+from ..reference.vgg import VGG16Features
+from .checkpoints import BEST, CheckpointFolder, random_states, restore_random_states, save_checkpoint
+from .config import OptimConfig, TrainConfig
+from .data import InpaintingDataset, PositionSampler, make_loader, validation_pairs
+from .errors import ConfigError, DataError, MissingExtraError, TrainingError
+from .networks import MovingAverage, keep_spectral_norm_wide, make_discriminator, make_features, make_network
+from .progress import Report
+from .steps import optimise_step
+
+_PICTURES_SHOWN = 4
+_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def learning_rate_factor(optim: OptimConfig, step: int, total: int, progress: float, steps_an_epoch: int) -> float:
+    """What the learning rate is multiplied with.
+
+    Args:
+        optim: names the schedule.
+        step, total: optimiser steps done, and of the whole run.
+        progress: 0 to 1 through the run; step / total, or more where time will end it.
+        steps_an_epoch: "paper" falls epoch by epoch: with E of them, constant over the first half,
+            then 1 - (epoch + 1 - E/2) / (E - E/2 + 1), counted from 0.
+    """
+    if step < optim.warmup_steps:
+        return (step + 1) / optim.warmup_steps
+    if optim.schedule == "constant":
+        return 1.0
+    if optim.schedule == "linear":
+        return 1.0 - progress
+    if optim.schedule == "cosine":
+        return 0.5 * (1 + math.cos(math.pi * progress))
+    epochs = max(2, round(total / steps_an_epoch))
+    constant = epochs // 2
+    epoch = int(progress * epochs + 1e-9)  # a share of 3/200 times 200 may be a bit less than 3
+    return 1.0 - max(0, epoch + 1 - constant) / (epochs - constant + 1)
+
+
+class Trainer:
+    """Trains a cascade; :meth:`fit` runs to the end, or from where an earlier run of the same folder stopped.
+
+    Args:
+        config: of the run.
+        model, discriminator: instead of the configured ones, e.g. an X_LG; on the CPU.
+        features: any module or function picture -> list of features, instead of the configured network.
+
+    Raises:
+        ConfigError, DataError, WeightsError: before anything is written.
+        MissingExtraError: accelerate is not installed.
+    """
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        model: Cascade | None = None,
+        discriminator: Discriminator | None = None,
+        features: FeaturesFn | None = None,
+    ) -> None:
+        self.config = config
+        data, run, optim = config.data, config.run, config.optim
+        if run.threads is not None:
+            torch.set_num_threads(run.threads)
+        self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
+        self.validation = (
+            []
+            if data.validation is None
+            else validation_pairs(data.validation, data.size, run.validation_classes, run.seed, data.protocol)
+        )
+        torch.manual_seed(run.seed)
+        network = make_network(config.model) if model is None else model
+        if discriminator is None:
+            discriminator = make_discriminator(config.discriminator)
+        feature_network = make_features(config.loss) if features is None else features
+        self.weights = config.loss
+        if feature_network is None:
+            self.weights = dataclasses.replace(config.loss, style=0.0, perceptual=0.0)
+
+        self.accelerator = _accelerator(optim.precision, run.device)
+        device, dtype = self.accelerator.device, getattr(torch, optim.dtype)
+        network, discriminator = network.to(device, dtype), discriminator.to(device, dtype)
+        if isinstance(feature_network, nn.Module):
+            feature_network = feature_network.to(device, dtype).requires_grad_(False)
+            if device.type == "cpu" and isinstance(feature_network, VGG16Features):
+                feature_network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # a tenth faster
+        self.features: FeaturesFn | None = feature_network
+        if optim.channels_last:
+            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if config.model.freeze_batchnorm:
+            for module in network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.requires_grad_(False)
+        keep_spectral_norm_wide(discriminator)
+        self.average = None if optim.ema is None else MovingAverage(network, optim.ema)
+        rate = optim.learning_rate
+        its_rate = rate if optim.discriminator_learning_rate is None else optim.discriminator_learning_rate
+        self._rates = (rate, its_rate)
+        self._trained = [p for p in network.parameters() if p.requires_grad]
+        prepared = self.accelerator.prepare(
+            network,
+            discriminator,
+            torch.optim.Adam(self._trained, lr=rate, betas=optim.betas),
+            torch.optim.Adam(discriminator.parameters(), lr=its_rate, betas=optim.betas),
+        )
+        self._wrapped, self._wrapped_discriminator, *self.optimisers = prepared
+        self.network, self.discriminator = network, discriminator
+        self._forward = torch.compile(self._wrapped) if optim.compile else self._wrapped
+        self.folder = Path(run.directory)
+        self.checkpoints = CheckpointFolder(self.folder / "checkpoints", run.keep)
+        self.step = 0
+        self.skipped = 0
+        self.broken: list[str] = []
+        self.best: float | None = None
+        self.minutes = 0.0
+        self._signal = 0
+        self._report: Report | None = None
+
+    # -- length and schedule -------------------------------------------------------------------------------------
+
+    @property
+    def pictures_a_step(self) -> int:
+        """Pictures that all processes take for one optimiser step."""
+        return self.config.optim.batch_size * self.config.optim.accumulate * self.accelerator.num_processes
+
+    @property
+    def steps_an_epoch(self) -> int:
+        """Optimiser steps until every picture was seen once."""
+        return max(1, math.ceil(len(self.dataset or ()) / self.pictures_a_step))
+
+    @property
+    def total_steps(self) -> int:
+        """Length of the run in optimiser steps."""
+        optim = self.config.optim
+        return optim.steps if optim.steps is not None else (optim.epochs or 1) * self.steps_an_epoch
+
+    @property
+    def progress(self) -> float:
+        """How much of the run is over, 0 to 1: of its steps, or of its time if that is more."""
+        shares = [self.step / self.total_steps]
+        if self.config.optim.max_minutes is not None:
+            shares.append(self.minutes / self.config.optim.max_minutes)
+        return min(1.0, max(shares))
+
+    @property
+    def adversarial(self) -> bool:
+        """Whether the discriminator takes part at this point of the run."""
+        if not self.weights.adversarial:
+            return False
+        start = self.config.discriminator.start
+        return start == 0 or self.progress >= start
+
+    def _set_learning_rates(self) -> float:
+        optim = self.config.optim
+        factor = 1.0
+        if self.dataset is not None:
+            factor = learning_rate_factor(optim, self.step, self.total_steps, self.progress, self.steps_an_epoch)
+        for optimiser, rate in zip(self.optimisers, self._rates):
+            for group in optimiser.param_groups:
+                group["lr"] = factor * rate
+        return factor * self._rates[0]
+
+    # -- one step ------------------------------------------------------------------------------------------------
+
+    def training_mode(self) -> None:
+        """Everything in training mode, but for BatchNorms that are frozen."""
+        self._wrapped.train()
+        self._wrapped_discriminator.train()
+        if self.config.model.freeze_batchnorm:
+            for module in self.network.modules():
+                if isinstance(module, nn.BatchNorm2d):
+                    module.eval()
+
+    def train_step(self, batches: list[dict[str, Any]]) -> dict[str, Tensor] | None:
+        """One step of both optimisers on batches of :func:`.data.collate`; the terms, None where it was skipped.
+
+        Raises:
+            TrainingError: a loss is not finite, and ``run.on_nan`` is "stop".
+        """
+        optim = self.config.optim
+        skipping = self.config.run.on_nan == "skip"
+        kept = [buffer.clone() for buffer in self.network.buffers()] if skipping else []
+        terms = optimise_step(
+            self._forward,
+            self._wrapped_discriminator,
+            self.discriminator,
+            (self.optimisers[0], self.optimisers[1]),
+            [self._on_device(batch) for batch in batches],
+            self.features,
+            self.weights,
+            judged=0 if self.config.discriminator.stage == "first" else -1,
+            adversarial=self.adversarial,
+            lean=self.config.loss.lean and optim.precision != "fp16",
+            autocast=self.accelerator.autocast,
+            backward=self.accelerator.backward,
+            waiting=self._waiting,
+            clip=self._clip,
+            refuse=lambda total, terms, number: self._refuse(total, terms, batches[number]),
+        )
+        if terms is None:
+            # What is not finite has also gone through the running statistics.
+            for buffer, before in zip(self.network.buffers(), kept):
+                buffer.copy_(before)
+            self.skipped += 1
+        elif self.average is not None:
+            self.average.update(self.network, self.step)
+        return terms
+
+    def _on_device(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        device, dtype = self.accelerator.device, getattr(torch, self.config.optim.dtype)
+        image, mask = (batch[key].to(device, dtype, non_blocking=True) for key in ("image", "mask"))
+        if self.config.optim.channels_last:
+            image = image.contiguous(memory_format=torch.channels_last)
+        return image, mask
+
+    @contextlib.contextmanager
+    def _waiting(self) -> Iterator[None]:
+        with self.accelerator.no_sync(self._wrapped), self.accelerator.no_sync(self._wrapped_discriminator):
+            yield
+
+    def _clip(self, module: nn.Module | None) -> None:
+        if self.config.optim.clip is not None:
+            parameters = self._trained if module is None else list(module.parameters())
+            self.accelerator.clip_grad_norm_(parameters, self.config.optim.clip)
+
+    def _refuse(self, total: str, terms: Mapping[str, Tensor], batch: Mapping[str, Any]) -> bool:
+        """Whether the total is not finite in any process; saves the batch and stops where the run is set to."""
+        skipping = self.config.run.on_nan == "skip"
+        if total == "D" and not skipping:
+            # It spoils the generators' loss of the same step, and nothing is kept of that step: waiting once for the
+            # device will do.
+            return False
+        found = (~torch.isfinite(terms[total])).to(torch.float32)
+        if float(self.accelerator.reduce(found, "sum")) == 0:
+            return False
+        if skipping:
+            return True
+        message = f"the loss of step {self.step + 1} is not finite"
+        bad = sorted(name for name, term in terms.items() if not bool(torch.isfinite(term)))
+        if bad:
+            path = self.folder / f"not_finite_step_{self.step + 1}_process_{self.accelerator.process_index}.pt"
+            values = {name: float(term) for name, term in terms.items()}
+            save_checkpoint(path, {**{k: batch[k] for k in ("image", "mask", "name")}, "terms": values})
+            message += f" ({', '.join(bad)}); its batch is in {path}"
+        raise TrainingError(message + "; set run.on_nan=skip to leave such batches out")
+
+    # -- state ---------------------------------------------------------------------------------------------------
+
+    def state(self) -> dict[str, Any]:
+        """Everything that decides how the run goes on. All processes must ask for it together."""
+        from accelerate.utils import gather_object
+
+        scaler = self.accelerator.scaler
+        return {
+            "network": self.network.state_dict(),
+            "discriminator": self.discriminator.state_dict(),  # with its power iteration
+            "average": None if self.average is None else self.average.state,
+            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
+            "scaler": None if scaler is None else scaler.state_dict(),
+            "random": gather_object([random_states()]),
+            "step": self.step,
+            "position": self.step * self.config.optim.accumulate,
+            "processes": self.accelerator.num_processes,
+            "minutes": self.minutes,
+            "skipped": self.skipped,
+            "broken": list(self.broken),
+            "best": self.best,
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from :meth:`state`.
+
+        Raises:
+            TrainingError: it is of another network, another batch size or another number of processes.
+        """
+        if state["processes"] != self.accelerator.num_processes:
+            raise TrainingError(
+                f"resume: the checkpoint was written by {state['processes']} processes, now there are "
+                f"{self.accelerator.num_processes}"
+            )
+        if state["position"] != state["step"] * self.config.optim.accumulate:
+            raise TrainingError("resume: optim.accumulate is not what the checkpoint was written with")
+        try:
+            self.network.load_state_dict(state["network"])
+            self.discriminator.load_state_dict(state["discriminator"])
+            for optimiser, own in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(own)
+        except (RuntimeError, ValueError) as error:
+            reason = " ".join(str(error).split())[:300]
+            raise TrainingError(f"resume: the checkpoint is of another network ({reason})") from error
+        if self.average is not None:
+            # A run that had none begins its average here.
+            average = state["network"] if state["average"] is None else state["average"]
+            self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
+        if self.accelerator.scaler is not None and state["scaler"] is not None:
+            self.accelerator.scaler.load_state_dict(state["scaler"])
+        restore_random_states(state["random"][self.accelerator.process_index])
+        self.step, self.minutes = state["step"], state["minutes"]
+        self.skipped, self.best, self.broken = state["skipped"], state["best"], list(state["broken"])
+
+    # -- the run -------------------------------------------------------------------------------------------------
+
+    def fit(self, resume: bool = False) -> Path | None:
+        """Train to the end. SIGINT and SIGTERM end it after the current step, with a checkpoint.
+
+        Args:
+            resume: go on from the newest checkpoint of the run's folder; a folder without one is started anew.
+
+        Returns:
+            The folder of the exported model (of the moving average, where there is one); None where a signal ended
+            the run before.
+
+        Raises:
+            DataError: no pictures were configured.
+            TrainingError: the folder holds a run and `resume` is false; a loss is not finite; a checkpoint cannot
+                be written or read.
+        """
+        if self.dataset is None:
+            raise DataError("data.pictures: expected folders, tar shards or datasets, got none")
+        if self.checkpoints.latest() is not None and not resume:
+            raise TrainingError(f"run.directory: {self.folder} holds a run already; resume it, or choose another")
+        state = self.checkpoints.load_latest()
+        if state is not None:
+            self.restore(state)
+            del state
+        if self.accelerator.is_main_process:
+            try:
+                text = json.dumps(self.config.as_dict(), indent=2) + "\n"
+                write_atomically(self.folder / "config.json", text.encode())
+                self.checkpoints.clean()
+            except OSError as error:
+                raise TrainingError(f"run.directory: {self.folder} cannot be written ({error})") from error
+        with self._until_signal(), contextlib.ExitStack() as closing:
+            sampler = PositionSampler(
+                self.step * self.config.optim.accumulate,
+                self.config.optim.batch_size,
+                self.accelerator.process_index,
+                self.accelerator.num_processes,
+            )
+            batches = iter(make_loader(self.dataset, sampler, pin=self.accelerator.device.type == "cuda"))
+            if self.accelerator.is_main_process:
+                run = self.config.run
+                self._report = Report(self.folder, self.step, self.total_steps, run.tensorboard)
+                closing.callback(self._close)
+            self._loop(batches)
+            if self._signal:
+                if self._report is not None:
+                    self._report.say(f"stopped by {signal.Signals(self._signal).name} after step {self.step}")
+                return None
+        return self.export(self.folder / "model")
+
+    def _loop(self, batches: Iterator[dict[str, Any]]) -> None:
+        run, accumulate = self.config.run, self.config.optim.accumulate
+        self.training_mode()
+        began = time.monotonic() - 60 * self.minutes
+        saved, saved_at = self.step, time.monotonic()
+        validated = -1
+        sums: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        while self.progress < 1 and not self._signal:
+            rate = self._set_learning_rates()
+            several = [next(batches) for _ in range(accumulate)]
+            self._note_broken(several)
+            terms = self.train_step(several)
+            self.step += 1
+            self._agree((time.monotonic() - began) / 60)
+            for name, term in (terms or {}).items():
+                sums[name] = sums.get(name, 0) + term
+                counts[name] = counts.get(name, 0) + 1
+            if self.step % run.log_every == 0 and sums:
+                self._log({name: total / counts[name] for name, total in sums.items()}, rate)
+                sums, counts = {}, {}
+            if self._report is not None and run.picture_every and self.step % run.picture_every == 0:
+                self._report.pictures(self.step, self._shown(several[-1]))
+            if self.validation and self.step % run.validate_every == 0:
+                self._validate()
+                validated = self.step
+            minutes = run.checkpoint_minutes
+            late = minutes is not None and self._any(time.monotonic() - saved_at > 60 * minutes)
+            if self.step % run.checkpoint_every == 0 or late:
+                self._save()
+                saved, saved_at = self.step, time.monotonic()
+        if self.validation and validated != self.step and not self._signal:
+            self._validate()
+        if saved != self.step:
+            self._save()
+
+    @contextlib.contextmanager
+    def _until_signal(self) -> Iterator[None]:
+        """Inside, the first SIGINT or SIGTERM only asks for an end; the second acts as ever."""
+        self._signal = 0
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only there can Python take signals
+            return
+        before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
+
+        def ask(number: int, frame: Any) -> None:
+            self._signal = number
+            for each, handler in before.items():
+                signal.signal(each, handler)
+
+        for number in _STOP_SIGNALS:
+            signal.signal(number, ask)
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+    def _agree(self, minutes: float) -> None:
+        """All processes must stop at the same step: by the first one's clock, or when any was asked to."""
+        if self.accelerator.num_processes == 1:
+            self.minutes = minutes
+            return
+        own = [minutes if self.accelerator.is_main_process else 0.0, float(self._signal)]
+        agreed = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
+        self.minutes = agreed[0]
+        if agreed[1] and not self._signal:
+            self._signal = int(signal.SIGTERM)
+
+    def _any(self, here: bool) -> bool:
+        if self.accelerator.num_processes == 1:
+            return here
+        return float(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "sum")) > 0
+
+    def _note_broken(self, batches: list[dict[str, Any]]) -> None:
+        for message in (message for batch in batches for message in batch["broken"]):
+            if message not in self.broken:
+                self.broken.append(message)
+                text = f"skipped ({len(self.broken)}): {message}"
+                if self._report is not None:
+                    self._report.say(text)
+                else:
+                    print(text, file=sys.stderr)
+
+    def _log(self, terms: Mapping[str, Tensor], rate: float) -> None:
+        means = self.accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
+        if self._report is not None:
+            values = {**dict(zip(terms, means)), "learning_rate": rate}
+            epoch = (self.step - 1) // self.steps_an_epoch
+            self._report.train(self.step, epoch, values, self.progress, self.pictures_a_step)
+
+    def _save(self, best: bool = False) -> None:
+        state = self.state()
+        if self.accelerator.is_main_process:
+            if best:
+                save_checkpoint(self.checkpoints.folder / BEST, state)
+            else:
+                self.checkpoints.save(self.step, state)
+        self.accelerator.wait_for_everyone()
+
+    def _close(self) -> None:
+        if self._report is not None:
+            self._report.close(self.skipped, len(self.broken))
+            self._report = None
+
+    # -- looking at it -------------------------------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """The network in evaluation mode, with the moving average's weights where there is one."""
+        own = None
+        if self.average is not None:
+            own = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
+            self.network.load_state_dict(self.average.state)
+        self.network.eval()
+        try:
+            yield
+        finally:
+            if own is not None:
+                self.network.load_state_dict(own)
+            self.training_mode()
+
+    @torch.no_grad()
+    def validate(self) -> dict[str, float]:
+        """Mean l1 (%), PSNR (dB) and SSIM of the 8-bit merged pictures over the validation pairs."""
+        from ..evaluation.metrics import Metrics
+
+        names = ("l1", "psnr", "ssim")
+        metrics = Metrics(names)
+        parameter = next(self.network.parameters())
+        sums = torch.zeros(len(names), dtype=torch.float64)
+        mine = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
+        with self.averaged():
+            for image, mask in mine:
+                filled = self.network(image.to(parameter), mask.to(parameter))
+                scores = metrics.scores(_eight_bit(filled), _eight_bit(image))
+                sums += torch.tensor([scores[name] for name in names], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
+        return dict(zip(names, (sums / len(self.validation)).tolist()))
+
+    def _validate(self) -> None:
+        scores = self.validate()
+        metric = self.config.run.metric
+        sign = -1 if metric == "l1" else 1
+        best = self.best is None or sign * scores[metric] > sign * self.best
+        if self._report is not None:
+            self._report.validation(self.step, scores, best)
+        if best:
+            self.best = scores[metric]
+            self._save(best=True)
+            self.export(self.folder / "best_model")
+
+    @torch.no_grad()
+    def _shown(self, batch: dict[str, Any]) -> Tensor:
+        """Rows of (picture, with its hole white, every stage) side by side, [3, rows * S, columns * S] in [0, 1]."""
+        parameter = next(self.network.parameters())
+        image, mask = (batch[key][:_PICTURES_SHOWN].to(parameter) for key in ("image", "mask"))
+        with self.averaged():
+            stages = self.network(image, mask, return_stages=True)
+        columns = torch.cat((image, image * (1 - mask) + mask, *stages.merged), dim=3)
+        return torch.cat(list(columns.float().cpu()), dim=1).add(1).div(2).clamp(0, 1)
+
+    def export(self, folder: Path) -> Path:
+        """Write the network to `folder` for ``LGNet.from_pretrained`` (an X_LG: its state dict, ``network.pt``).
+
+        Raises:
+            TrainingError: it cannot be written.
+        """
+        if self.accelerator.is_main_process:
+            with self.averaged():
+                if isinstance(self.network, LGNet):
+                    try:
+                        self.network.save_pretrained(folder)
+                    except Exception as error:  # OSError, and safetensors' own on a full disk
+                        raise TrainingError(f"model: {folder} cannot be written ({error})") from error
+                else:
+                    save_checkpoint(folder / "network.pt", dict(self.network.state_dict()))
+        self.accelerator.wait_for_everyone()
+        return folder
+
+
+def _accelerator(precision: str, device: str) -> Any:
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:
+        raise MissingExtraError('training needs accelerate: pip install "lgnet_fast[train]"') from error
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
+        # The process's earlier trainer had another precision; accelerate would refuse this one.
+        AcceleratorState._reset_state()
+    try:
+        return Accelerator(
+            mixed_precision=precision,
+            cpu=device == "cpu",
+            # Between the discriminator's two passes and their backward pass no buffer may be overwritten; every
+            # process computes the same power iteration by itself.
+            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
+        )
+    except (ValueError, RuntimeError) as error:  # fp16 without a GPU, bf16 on hardware without it
+        raise ConfigError(f"optim.precision: {precision!r} cannot be used here ({error})") from error
+
+
+def _eight_bit(picture: Tensor) -> Any:
+    """[1, 3, H, W] in [-1, 1] -> uint8 [H, W, 3], rounded."""
+    return ((picture[0].float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+
+
+def train(config: TrainConfig, resume: bool = False) -> Path | None:
+    """Run a configuration, see :meth:`Trainer.fit`; ends the process group that accelerate began."""
+    trainer = Trainer(config)
+    try:
+        return trainer.fit(resume)
+    finally:
+        trainer.accelerator.end_training()
