@@ -1,14 +1,43 @@
-"""What every bench shares: the device, and the environment written into the JSON."""
+"""What every bench shares: the device, the contest, results by machine class, and the verdict at the end.
+
+pytest bench/                 compares with bench/results, stores what is new there; fails when something got slower
+pytest bench/ --bench-store   the new state becomes what later runs are compared with
+"""
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from bench.timing import environment, interleave, summarize
+from bench import regression
+from bench.regression import Bench, Change
+from bench.timing import LONG, SMOKE, environment, interleave, summarize
+
+_RUN = pytest.StashKey[dict[str, dict[str, Bench]]]()
+_CHANGES = pytest.StashKey[list[Change]]()
+_NOTES = pytest.StashKey[list[str]]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("lgnet_fast", "results by machine class")
+    group.addoption(
+        "--bench-results",
+        metavar="DIR",
+        type=Path,
+        help="stored results to compare with, and where new ones go (default: bench/results; none in smoke runs)",
+    )
+    group.addoption("--bench-run", metavar="DIR", type=Path, help="write this run's own results here too")
+    group.addoption("--bench-store", action="store_true", help="store this run instead of comparing it")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.stash[_RUN] = defaultdict(dict)
+    config.stash[_CHANGES], config.stash[_NOTES] = [], []
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -26,10 +55,18 @@ def device(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def compete(benchmark: Any, device: str) -> Callable[..., dict[str, Any]]:
     """``compete(contestants, ours)``: time all of them interleaved, record ratios, and `ours` once more in its own
-    right by pytest-benchmark, so that its ``--benchmark-*`` options work."""
+    right by pytest-benchmark, so that its ``--benchmark-*`` options work. Contestants have run once before."""
 
-    def run(contestants: Mapping[str, Callable[[], Any]], ours: str, rounds: int = 12) -> dict[str, Any]:
-        summary = summarize(interleave(contestants, device, rounds), ours)
+    def run(
+        contestants: Mapping[str, Callable[[], Any]],
+        ours: str,
+        rounds: int = 12,
+        warmup: int = 3,
+        long_rounds: int = 4,
+    ) -> dict[str, Any]:
+        if benchmark.disabled:
+            rounds, warmup, long_rounds = 1, 1, 1
+        summary = summarize(interleave(contestants, device, rounds, warmup, long_rounds), ours)
         benchmark.extra_info.update(summary, device=device)
 
         def timed() -> None:
@@ -37,7 +74,67 @@ def compete(benchmark: Any, device: str) -> Callable[..., dict[str, Any]]:
             if device == "cuda":
                 torch.cuda.synchronize()
 
-        benchmark.pedantic(timed, rounds=rounds, warmup_rounds=2)
+        long = SMOKE or 1e-3 * summary["median_ms"][ours] > LONG
+        benchmark.pedantic(timed, rounds=1 if long else min(rounds, 10), warmup_rounds=0 if long else 1)
         return summary
 
     return run
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
+    """Keep the figures of a bench that passed."""
+    report = yield
+    benchmark = getattr(item, "funcargs", {}).get("benchmark")
+    if report.when == "call" and report.passed and benchmark is not None and not benchmark.disabled:
+        figures = benchmark.extra_info
+        if "times_slower_than_ours" in figures:
+            stem = f"{regression.machine_class(figures['device'])}_{item.path.stem.removeprefix('bench_')}"
+            info = environment()
+            stamp = {key: info[key] for key in ("commit", "date")}
+            item.config.stash[_RUN][stem][item.name] = dict(figures) | stamp
+    return report
+
+
+def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
+    config = session.config
+    run, folder = config.stash[_RUN], config.getoption("--bench-results")
+    if own := config.getoption("--bench-run"):
+        for stem, benches in run.items():
+            regression.write_results(own / f"{stem}.json", benches, environment())
+    if not run or (SMOKE and folder is None):
+        return
+    changes, notes = regression.settle(run, folder or regression.RESULTS, config.getoption("--bench-store"))
+    config.stash[_CHANGES][:], config.stash[_NOTES][:] = changes, notes
+    if exitstatus == pytest.ExitCode.OK and any(change.failed for change in changes):
+        session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    run = config.stash[_RUN]
+    if not run:
+        return
+    write = terminalreporter.write_line
+    terminalreporter.section("lgnet_fast: times slower than ours, in this run")
+    for stem, benches in run.items():
+        write(stem)
+        for name, bench in benches.items():
+            ours = bench["ours"]
+            ratios = ", ".join(f"{rival} {t:.2f}" for rival, t in sorted(regression.rivals(bench).items()))
+            spread = regression.bench_spread(bench)
+            write(f"  {name}: {ours} {bench['median_ms'][ours]:.3g} ms; {ratios} (+-{spread:.0%})")
+    changes = config.stash[_CHANGES]
+    if changes:
+        terminalreporter.section("lgnet_fast: speed-up over the rivals, beside the stored run's")
+    for change in changes:
+        line = f"  {change.bench} {change.contestant}: {change.now:.2f}x, {change.ratio - 1:+.1%}: {change.verdict}"
+        write(line, red=change.failed)
+    for note in config.stash[_NOTES]:
+        write(note)
+    failed = sum(change.failed for change in changes)
+    if failed:
+        write(
+            f"{failed} of {len(changes)} got slower. If that is meant, or the machine changed: "
+            "pytest bench --bench-store",
+            red=True,
+        )

@@ -1,14 +1,39 @@
-"""Interleaved timing: A B C A B C ..., so that a noisy machine slows every contestant alike."""
+"""Interleaved timing: A B C A B C ..., so that a noisy machine slows every contestant alike.
+
+The ratio of two contestants is the median over the rounds of the ratio within a round: what disturbs one round, or
+slows the machine for good, leaves it as it is. Its spread is half the middle half's width, over the median.
+"""
 
 from __future__ import annotations
 
+import os
 import statistics
 import subprocess
 import time
 from collections.abc import Callable, Mapping
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
 import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+SMOKE = bool(os.environ.get("LGNET_BENCH_SMOKE"))
+"""Everything small and once, only to see that it runs: the figures mean nothing."""
+
+LONG = 1.0
+"""Seconds from which a call is long: one warm-up, and no more than `long_rounds` rounds."""
+SHORTEST = 5e-3
+"""Seconds that one timed run of calls should take at least, so that clock and call cost vanish in it."""
+STEADY = 0.025
+"""Standard error of the ratios at which no more rounds are needed."""
+
+clock = time.perf_counter
+"""Seconds; a test that must not depend on the machine's load takes the process's own time instead."""
+
+Rounds = list[dict[str, float]]
 
 
 def synchronize(device: str) -> None:
@@ -17,71 +42,127 @@ def synchronize(device: str) -> None:
         torch.cuda.synchronize()
 
 
-def interleave(
-    contestants: Mapping[str, Callable[[], Any]], device: str, rounds: int = 12, warmup: int = 3
-) -> dict[str, list[float]]:
-    """Seconds of every contestant in every round; each timed call ends synchronised.
-
-    On a GPU one timed call is a run of launches, long enough (about 5 ms) to hide the clock and the launch latency.
-    """
-    repeats = {}
-    for name, call in contestants.items():
-        for _ in range(warmup):
-            call()
-        synchronize(device)
-        start = time.perf_counter()
+def seconds(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
+    """Of one call, the mean of `repeats` in a row; the device is idle before and after."""
+    synchronize(device)
+    start = clock()
+    for _ in range(repeats):
         call()
-        synchronize(device)
-        once = time.perf_counter() - start
-        repeats[name] = max(1, int(5e-3 / once)) if device == "cuda" else 1
-    seconds: dict[str, list[float]] = {name: [] for name in contestants}
-    for _ in range(rounds):
-        for name, call in contestants.items():
-            synchronize(device)
-            start = time.perf_counter()
-            for _ in range(repeats[name]):
-                call()
-            synchronize(device)
-            seconds[name].append((time.perf_counter() - start) / repeats[name])
-    return seconds
+    synchronize(device)
+    return (clock() - start) / repeats
 
 
-def summarize(seconds: Mapping[str, list[float]], ours: str) -> dict[str, Any]:
-    """Medians and least times in ms; how many times longer each takes than `ours` (median of the rounds' ratios)."""
-    return {
-        "least_ms": {name: round(1e3 * min(s), 4) for name, s in seconds.items()},
-        "median_ms": {name: round(1e3 * statistics.median(s), 4) for name, s in seconds.items()},
-        "times_slower_than_ours": {
-            name: round(statistics.median(a / b for a, b in zip(s, seconds[ours])), 3)
-            for name, s in seconds.items()
-            if name != ours
-        },
+def interleave(
+    contestants: Mapping[str, Callable[[], Any]],
+    device: str,
+    rounds: int = 12,
+    warmup: int = 3,
+    long_rounds: int = 4,
+) -> Rounds:
+    """Seconds of every contestant in every round.
+
+    Args:
+        contestants: each has run before, so that nothing is compiled here.
+        device: "cpu" or "cuda".
+        rounds: at least; up to as many again follow until the ratios are known to 2.5 % (:data:`STEADY`).
+        warmup: calls before the rounds; one for calls of a second and more.
+        long_rounds: of the rounds, those in which calls of a second and more take part, spread evenly.
+
+    Returns:
+        A dict a round: contestant -> seconds a call.
+    """
+    if SMOKE:
+        rounds, warmup, long_rounds = 2, 1, 1
+    once = {}
+    for name, call in contestants.items():
+        for _ in range(max(1, warmup)):
+            once[name] = seconds(call, device)
+            if once[name] > LONG:
+                break
+    if min(once.values()) > LONG:
+        rounds = min(rounds, long_rounds)
+    repeats = {name: max(1, round(SHORTEST / s)) for name, s in once.items()}
+    taken: Rounds = []
+    while len(taken) < rounds or (not SMOKE and len(taken) < 2 * rounds and not _steady(taken)):
+        number = len(taken)
+        joins = number < rounds and number * long_rounds % rounds < long_rounds
+        taken.append(
+            {
+                name: seconds(call, device, repeats[name])
+                for name, call in contestants.items()
+                if once[name] <= LONG or joins
+            }
+        )
+    return taken
+
+
+def _steady(rounds: Rounds) -> bool:
+    """Whether the ratios to the first contestant that is in every round have small standard errors."""
+    names = [name for name in rounds[0] if all(name in taken for taken in rounds)]
+    for name in names[1:]:
+        ratios = [taken[name] / taken[names[0]] for taken in rounds]
+        # Of a median: 1.253 deviations / sqrt(n); half the middle half's width is 0.6745 deviations.
+        if 1.253 / 0.6745 * spread(ratios) / len(ratios) ** 0.5 > STEADY:
+            return False
+    return True
+
+
+def spread(values: list[float]) -> float:
+    """Half the width of the middle half, over the median; 0 for one value."""
+    if len(values) < 2:
+        return 0.0
+    low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+    return (high - low) / 2 / middle
+
+
+def summarize(rounds: Rounds, ours: str) -> dict[str, Any]:
+    """Figures of every contestant: least and median time in ms, and how many times longer it takes than `ours`, which
+    is the median of the rounds' ratios, with the spread of these ratios."""
+    names = list(dict.fromkeys(name for taken in rounds for name in taken))
+    times = {name: [taken[name] for taken in rounds if name in taken] for name in names}
+    ratios = {
+        name: [taken[name] / taken[ours] for taken in rounds if name in taken and ours in taken]
+        for name in names
+        if name != ours
     }
+    return {
+        "least_ms": {name: round(1e3 * min(s), 4) for name, s in times.items()},
+        "median_ms": {name: round(1e3 * statistics.median(s), 4) for name, s in times.items()},
+        "times_slower_than_ours": {name: round(statistics.median(r), 3) for name, r in ratios.items()},
+        "spread": {name: round(spread(r), 4) for name, r in ratios.items()},
+        "ours": ours,
+        "rounds": len(rounds),
+    }
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except FileNotFoundError:
+        return ""
 
 
 def environment() -> dict[str, Any]:
-    """Device, versions, thread count and commit: what a figure means nothing without."""
-    import triton
-
+    """Versions, thread count, commit and date: what a figure means nothing without. No host name."""
+    versions = {}
+    for package in ("triton", "openvino", "onnxruntime"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
     info: dict[str, Any] = {
         "torch": torch.__version__,
-        "triton": triton.__version__,
+        **versions,
         "threads": torch.get_num_threads(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "tf32": torch.backends.cuda.matmul.allow_tf32,
-        "commit": subprocess.run(
-            ["git", "describe", "--always", "--dirty"], capture_output=True, text=True
-        ).stdout.strip(),
+        "commit": _output("git", "describe", "--always", "--dirty"),
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
     }
     if torch.cuda.is_available():
-        driver = subprocess.run(
-            ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"],
-            capture_output=True,
-            text=True,
-        )
         info |= {
             "gpu": torch.cuda.get_device_name(),
             "cuda": torch.version.cuda,
-            "driver": driver.stdout.strip(),
+            "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         }
     return info

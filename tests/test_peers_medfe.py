@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from bench.peers.medfe import HOLE_COLOUR, MEDFE, PartialConv, gaussian_weights
+from lgnet_fast.errors import WeightsError
 from tests.peers_support import check_golden, check_keys, example, keys, with_weights
 
 
@@ -109,9 +110,7 @@ def test_checkpoint(tmp_path, form):
     assert loaded.MEDFE.pc_block.mask_mode == "nearest"
     assert all(torch.equal(value, state[key]) for key, value in loaded.state_dict().items())
     next(tmp_path.glob("*DE.p*")).unlink()
-    with pytest.raises(
-        FileNotFoundError, match=r"folder: expected DE\.pkl or one <epoch>_net_DE\.pth in .*, found 0"
-    ):
+    with pytest.raises(WeightsError, match=r"folder: expected DE\.pkl or one <epoch>_net_DE\.pth in .*, found 0"):
         MEDFE.from_checkpoint(tmp_path)
 
 

@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from bench.peers.rfr import RFR, KnowledgeConsistentAttention, Memory, PartialConv2d
+from lgnet_fast.errors import WeightsError
 from tests.peers_support import check_golden, check_keys, example, keys, with_weights
 
 
@@ -100,7 +101,10 @@ def test_checkpoint(tmp_path):
     assert all(torch.equal(value, state[key]) for key, value in network.state_dict().items())
     del state["out.weight"]
     torch.save({"generator": state}, file)
-    with pytest.raises(RuntimeError, match="out.weight"):
+    with pytest.raises(WeightsError, match=r"g_300000\.pth.*out\.weight"):
+        RFR.from_checkpoint(file)
+    file.write_bytes(b"no checkpoint")
+    with pytest.raises(WeightsError, match="file: expected a readable checkpoint of tensors only"):
         RFR.from_checkpoint(file)
 
 

@@ -1,4 +1,4 @@
-"""Three optimiser steps of the trainer in float64 against the released network's: every loss term, in training mode."""
+"""Three optimiser steps of the trainer in float64 against the released network's: every loss term."""
 
 from __future__ import annotations
 

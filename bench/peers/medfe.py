@@ -21,6 +21,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lgnet_fast.errors import WeightsError
+
+from .checkpoint import load_strictly, read_checkpoint
+
 SIZE = 256
 MASK_MODES = ("all_valid", "nearest")
 # What the hole is painted with: R, G, B of 8-bit levels, on [-1, 1].
@@ -357,7 +361,7 @@ class MEDFE(nn.Module):
         self.register_buffer("colour", torch.tensor(HOLE_COLOUR).view(1, 3, 1, 1), persistent=False)
 
     @classmethod
-    def from_checkpoint(cls, folder: Path, mask_mode: str = "all_valid") -> MEDFE:
+    def from_checkpoint(cls, folder: str | Path, mask_mode: str = "all_valid") -> MEDFE:
         """The network in eval mode with its authors' weights.
 
         Args:
@@ -366,17 +370,16 @@ class MEDFE(nn.Module):
             mask_mode: as in the constructor.
 
         Raises:
-            FileNotFoundError: not one file for each network.
-            RuntimeError: names or shapes do not fit; they are listed.
+            WeightsError: not one file for each network; one cannot be read; names or shapes do not fit; they are
+                listed.
         """
         model = cls(mask_mode)
         for network, released in (("EN", "EN"), ("DE", "DE"), ("MEDFE", "MEDEF")):
-            files = [*folder.glob(f"{released}.pkl"), *folder.glob(f"*_net_{network}.pth")]
+            files = [*Path(folder).glob(f"{released}.pkl"), *Path(folder).glob(f"*_net_{network}.pth")]
             if len(files) != 1:
                 expected = f"{released}.pkl or one <epoch>_net_{network}.pth"
-                raise FileNotFoundError(f"folder: expected {expected} in {folder}, found {len(files)}")
-            state = torch.load(files[0], map_location="cpu", weights_only=True)
-            getattr(model, network).load_state_dict(state.get("net", state))
+                raise WeightsError(f"folder: expected {expected} in {folder}, found {len(files)}")
+            load_strictly(getattr(model, network), read_checkpoint(files[0], "net"), str(files[0]))
         return model.eval()
 
     def forward(self, image: Tensor, hole: Tensor) -> Tensor:

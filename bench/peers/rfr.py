@@ -19,6 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .checkpoint import load_strictly, read_checkpoint
+
 ITERATIONS = 6
 SIZE_MULTIPLE = 16
 
@@ -174,14 +176,14 @@ class RFR(nn.Module):
         self.out = nn.Conv2d(64, 3, 3, padding=1, bias=False)
 
     @classmethod
-    def from_checkpoint(cls, file: Path) -> RFR:
+    def from_checkpoint(cls, file: str | Path) -> RFR:
         """The network in eval mode with its authors' weights: a checkpoint with the key "generator".
 
         Raises:
-            KeyError, RuntimeError: it is another file; names or shapes that do not fit are listed.
+            WeightsError: it cannot be read, or names or shapes do not fit; they are listed.
         """
         model = cls()
-        model.load_state_dict(torch.load(file, map_location="cpu", weights_only=True)["generator"])
+        load_strictly(model, read_checkpoint(file, "generator"), str(file))
         return model.eval()
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import random
 import signal
 import sys
 import threading
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -89,7 +91,7 @@ class Trainer:
             if data.validation is None
             else validation_pairs(data.validation, data.size, run.validation_classes, run.seed, data.protocol)
         )
-        torch.manual_seed(run.seed)
+        _seed(run.seed)
         network = make_network(config.model) if model is None else model
         if discriminator is None:
             discriminator = make_discriminator(config.discriminator)
@@ -260,7 +262,7 @@ class Trainer:
         bad = sorted(name for name, term in terms.items() if not bool(torch.isfinite(term)))
         if bad:
             path = self.folder / f"not_finite_step_{self.step + 1}_process_{self.accelerator.process_index}.pt"
-            values = {name: float(term) for name, term in terms.items()}
+            values = {name: term.item() for name, term in terms.items()}
             save_checkpoint(path, {**{k: batch[k] for k in ("image", "mask", "name")}, "terms": values})
             message += f" ({', '.join(bad)}); its batch is in {path}"
         raise TrainingError(message + "; set run.on_nan=skip to leave such batches out")
@@ -552,6 +554,13 @@ class Trainer:
         return folder
 
 
+def _seed(seed: int) -> None:
+    """Of Python, numpy and torch: modules of others may draw from any of them."""
+    random.seed(seed)
+    np.random.seed(seed % 2**32)  # noqa: NPY002
+    torch.manual_seed(seed)
+
+
 def _accelerator(precision: str, device: str) -> Any:
     try:
         from accelerate import Accelerator
@@ -563,15 +572,18 @@ def _accelerator(precision: str, device: str) -> Any:
         # The process's earlier trainer had another precision; accelerate would refuse this one.
         AcceleratorState._reset_state()
     try:
-        return Accelerator(
+        accelerator = Accelerator(
             mixed_precision=precision,
             cpu=device == "cpu",
             # Between the discriminator's two passes and their backward pass no buffer may be overwritten; every
             # process computes the same power iteration by itself.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
-    except (ValueError, RuntimeError) as error:  # fp16 without a GPU, bf16 on hardware without it
+    except (ValueError, RuntimeError) as error:  # such as bf16 on hardware without it
         raise ConfigError(f"optim.precision: {precision!r} cannot be used here ({error})") from error
+    if precision == "fp16" and accelerator.device.type == "cpu":
+        raise ConfigError("optim.precision: 'fp16' cannot be used here (it needs a GPU; bf16 does not)")
+    return accelerator
 
 
 def _eight_bit(picture: Tensor) -> Any:

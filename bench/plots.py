@@ -1,0 +1,174 @@
+"""The report's pictures: results in, SVG out. Deterministic, so that unchanged results give unchanged files."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from lgnet_fast.errors import LGNetError
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+OURS, OURS_LIGHT, OTHERS, WRONG = "#0b6e4f", "#5bb99a", "#9aa5b1", "#d9b8b8"
+PALETTE = ("#0b6e4f", "#c8553d", "#28559a", "#8a5a9e", "#b58900", "#4f5d6b")
+
+
+def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figure, list[Axes]]:
+    """An empty figure of width x height inches."""
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise LGNetError('the report needs matplotlib: pip install "lgnet_fast[bench]"') from error
+    from matplotlib.figure import Figure
+
+    matplotlib.rcParams.update(
+        {
+            "svg.fonttype": "none",  # text stays text: small files
+            "svg.hashsalt": "lgnet_fast",
+            "font.family": "sans-serif",
+            "font.size": 9,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    )
+    figure = Figure(figsize=(width, height), layout="constrained", facecolor="white")
+    return figure, list(figure.subplots(rows, columns, squeeze=False).flat)
+
+
+def _svg(figure: Figure) -> bytes:
+    out = io.BytesIO()
+    figure.savefig(out, format="svg", metadata={"Date": None})
+    return out.getvalue()
+
+
+def _bars(axes: Axes, values: Mapping[str, float], colours: Mapping[str, str], unit: str) -> None:
+    """Horizontal bars, the first on top, each with its value."""
+    names = list(values)
+    axes.barh(names, [values[name] for name in names], color=[colours[name] for name in names], height=0.7)
+    axes.invert_yaxis()
+    for i, name in enumerate(names):
+        axes.text(values[name], i, f" {values[name]:.4g}", va="center", fontsize=8)
+    axes.set_xlabel(unit)
+    axes.margins(x=0.15)
+
+
+def _colour(name: str, wrong: Mapping[str, Any]) -> str:
+    if name in wrong:
+        return WRONG
+    return OURS if name == "ours" else OURS_LIGHT if name.startswith("ours") else OTHERS
+
+
+def latency(benches: Mapping[str, Any]) -> bytes:
+    """Bars of the least times of every whole-network bench, beside the peers."""
+    figure, axes = _figure((len(benches) + 1) // 2, min(2, len(benches)), 9, 2.4 * ((len(benches) + 1) // 2))
+    for spare in axes[len(benches) :]:
+        spare.remove()
+    for plot, (name, bench) in zip(axes, benches.items()):
+        wrong = bench.get("wrong_peers", {})
+        times = dict(sorted(bench["least_ms"].items(), key=lambda item: item[1]))
+        labels = {key: key + (" (wrong pixels)" if key in wrong else "") for key in times}
+        colours = {labels[key]: _colour(key, wrong) for key in times}
+        _bars(plot, {labels[key]: ms for key, ms in times.items()}, colours, "ms, least of one interleaved run")
+        plot.set_title(name.removeprefix("test_").replace("inference", "").strip("[]_") or name, loc="left")
+    return _svg(figure)
+
+
+def table4(bench: Mapping[str, Any]) -> bytes:
+    """Bars of Table IV's times, on a logarithmic axis."""
+    times = dict(sorted(bench["least_ms"].items(), key=lambda item: item[1]))
+    figure, (axes,) = _figure(1, 1, 8, 0.9 + 0.24 * len(times))
+    colours = {
+        name: OURS if name.startswith("ours") else "#4f5d6b" if name.startswith("LGNet") else OTHERS for name in times
+    }
+    axes.set_xscale("log")
+    _bars(axes, times, colours, "ms at 256x256, batch 1, float32")
+    return _svg(figure)
+
+
+def roofline(bench: Mapping[str, Any]) -> bytes:
+    """Every step's GFLOP/s over its FLOP/byte, under the measured roofs."""
+    figure, (axes,) = _figure(1, 1, 7.5, 4.5)
+    flops, rate = bench["peaks"]["gflops"], bench["peaks"]["gigabytes_a_second"]
+    nets: dict[str, list[tuple[float, float, float]]] = {}
+    for name, gflop, megabytes, ms in bench["steps"]:
+        if gflop > 0 and ms > 0:
+            nets.setdefault(name.split(".")[0], []).append((1e3 * gflop / megabytes, 1e3 * gflop / ms, ms))
+    for colour, (net, points) in zip(PALETTE, nets.items()):
+        x, y, ms = zip(*points)
+        axes.scatter(x, y, s=[12 + 30 * value for value in ms], color=colour, alpha=0.65, label=net, linewidths=0)
+    lowest = min(x for points in nets.values() for x, _, _ in points) / 2
+    highest = max(x for points in nets.values() for x, _, _ in points) * 2
+    roof = [(x, min(flops, rate * x)) for x in sorted((lowest, flops / rate, highest))]
+    axes.plot(*zip(*roof), color="#222", linewidth=1)
+    axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s")
+    legend = axes.legend(title="stage; area: time", frameon=False)
+    for handle in legend.legend_handles:
+        handle.set_sizes([40])
+    return _svg(figure)
+
+
+def scaling(benches: Mapping[str, Any]) -> bytes:
+    """Time over size in log-log, with the fitted slopes."""
+    figure, axes = _figure(1, len(benches), 4.2 * len(benches), 3.4)
+    for plot, bench in zip(axes, benches.values()):
+        for colour, name in zip((OURS, "#4f5d6b"), ("ours", "eager")):
+            points = [
+                (int(key.removeprefix(f"{name}_")), ms)
+                for key, ms in bench["least_ms"].items()
+                if key.startswith(f"{name}_")
+            ]
+            label = f"{name}, slope {bench['slopes'][name]['slope']:.2f}"
+            plot.plot(*zip(*points), marker="o", color=colour, label=label)
+        plot.set(xscale="log", yscale="log", ylabel="ms")
+        plot.set_xlabel({"side": "side of the picture, pixels", "batch": "batch, at 256x256"}[bench["size"]])
+        ticks = sorted({int(key.rsplit("_", 1)[1]) for key in bench["least_ms"]})
+        plot.set_xticks(ticks, [str(tick) for tick in ticks])
+        plot.set_xticks([], minor=True)
+        plot.legend(frameon=False)
+    return _svg(figure)
+
+
+def hole_ratio(bench: Mapping[str, Any]) -> bytes:
+    """Speed-up of the hole-aware run over the dense one and over eager, by the hole's share of the picture."""
+    figure, (axes,) = _figure(1, 1, 6.5, 3.6)
+    kinds = {"square": ("one square hole", OURS, "o"), "squares": ("2 x 2 square holes", "#28559a", "s")}
+    for kind, (label, colour, marker) in kinds.items():
+        points = sorted(
+            (100 * bench["hole_ratios"][name], faster)
+            for name, faster in bench["times_faster_than_dense"].items()
+            if name.startswith(f"ours_{kind}_")
+        )
+        axes.plot(*zip(*points), marker=marker, color=colour, label=label)
+    axes.axhline(1, color="#222", linewidth=0.8)
+    axes.set(
+        xlabel="hole, % of the picture", ylabel="times faster than our dense run", xlim=(0, None), ylim=(0, None)
+    )
+    eager = bench["times_slower_than_ours"]["eager"]
+    above = axes.secondary_yaxis("right", functions=(lambda y: y * eager, lambda y: y / eager))
+    above.set_ylabel("times faster than eager PyTorch")
+    axes.legend(frameon=False)
+    return _svg(figure)
+
+
+def history(past: Sequence[tuple[str, str, Mapping[str, float]]]) -> bytes:
+    """The speed-up over the fastest rival, by measured commit, of benches that were measured more than once."""
+    figure, (axes,) = _figure(1, 1, 9, 4)
+    names = dict.fromkeys(name for _, _, values in past for name in values)
+    several = [name for name in names if sum(name in values for _, _, values in past) > 1]
+    headline = [name for name in several if name.startswith(("test_inference", "test_forward[cpu-64x64x128"))]
+    shown = headline or several[:6]
+    past = [point for point in past if any(name in point[2] for name in shown)]
+    commits = [f"{commit}\n{date}" for date, commit, _ in past]
+    for number, name in enumerate(shown):
+        points = [(i, values[name]) for i, (_, _, values) in enumerate(past) if name in values]
+        colour, style = PALETTE[number % len(PALETTE)], ("-", "--")[number // len(PALETTE) % 2]
+        axes.plot(*zip(*points), marker="o", linestyle=style, color=colour, label=name.removeprefix("test_"))
+    axes.set_xticks(range(len(commits)), commits, fontsize=7)
+    axes.set_ylabel("times faster than the fastest rival")
+    axes.set_ylim(0, None)
+    if shown:
+        axes.legend(frameon=False, fontsize=7, ncols=2)
+    return _svg(figure)

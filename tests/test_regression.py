@@ -1,0 +1,275 @@
+"""Results by machine class, and that a slower op is caught: by figures, by a real op slowed, and by the command."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import time
+from contextlib import redirect_stdout
+
+import pytest
+import torch
+
+from bench import regression, timing
+from bench.regression import Change, compare, incomparable, machine_class, read_results, settle, write_results
+from bench.timing import interleave, spread, summarize
+from lgnet_fast.ops.dispatch import launchers
+from lgnet_fast.reference.attention import attention_block
+
+STEM = "cpu-test-1-cores_synthetic"
+
+
+def bench(spreads: float = 0.01, **slower: float) -> dict:
+    """A bench's figures, each contestant so many times slower than ours."""
+    rest = {name: spreads for name in slower}
+    return {"times_slower_than_ours": slower, "spread": rest, "ours": "ours"}
+
+
+def only(changes: list[Change]) -> Change:
+    assert len(changes) == 1
+    return changes[0]
+
+
+@pytest.mark.parametrize(
+    ("spreads", "factor", "failed"),
+    [(0.01, 0.91, False), (0.01, 0.89, True), (0.01, 1.5, False), (0.08, 0.85, False), (0.08, 0.83, True)],
+)
+def test_ten_percent_or_twice_the_spread(spreads, factor, failed):
+    stored = {"a": bench(spreads, eager=3.0, openvino=1.7)}
+    now = {"a": bench(spreads, eager=3.0 * factor, openvino=1.7 * factor)}
+    change = only(compare(stored, now))
+    assert change.ratio == pytest.approx(factor)
+    assert change.now == pytest.approx((3.0 + 1.7) / 2 * factor)
+    assert change.allowed == pytest.approx(max(0.1, 2 * spreads))
+    assert change.failed is failed
+    # The larger spread of the two runs counts.
+    quiet = {"a": bench(0.01, eager=3.0, openvino=1.7)}
+    assert only(compare(quiet, now)).allowed == pytest.approx(max(0.1, 2 * spreads))
+
+
+def test_one_disturbed_rival_of_three_changes_nothing():
+    stored = {"a": bench(eager=3.0, openvino=1.7, compiled=4.0)}
+    now = {"a": bench(eager=3.0, openvino=1.0, compiled=4.0)}
+    assert only(compare(stored, now)).ratio == 1
+
+
+def test_every_contestant_of_ours_is_watched():
+    stored = {"a": bench(eager=3.0, ours_hole=0.5)}
+    now = {"a": bench(eager=3.0, ours_hole=0.6)}
+    changes = {change.contestant: change for change in compare(stored, now)}
+    assert changes["ours"].ratio == 1
+    assert changes["ours_hole"].now == pytest.approx(5.0)
+    assert changes["ours_hole"].ratio == pytest.approx(5 / 6)
+    assert changes["ours_hole"].failed
+
+
+def test_wrong_rivals_and_strangers_do_not_count():
+    stored = {"a": bench(eager=3.0) | {"wrong_peers": {"frozen": 0.3}}, "b": bench(eager=1.0)}
+    stored["a"]["times_slower_than_ours"]["frozen"] = 2.0
+    now = {"a": bench(eager=3.0, frozen=1.0), "c": bench(eager=1.0)}
+    assert only(compare(stored, now)).ratio == 1
+    assert compare({"a": bench(old=2.0)}, {"a": bench(new=2.0)}) == []
+
+
+def test_settle(tmp_path):
+    """Unknown: stored. Known: compared, nothing overwritten; what is new in it is stored. Asked for: stored."""
+    file = tmp_path / f"{STEM}.json"
+    changes, notes = settle({STEM: {"a": bench(eager=3.0)}}, tmp_path)
+    assert changes == []
+    assert notes == [f"stored 1 benches in {file}: no stored run of this machine class"]
+    slower = {"a": bench(eager=2.0), "b": bench(eager=5.0)}
+    changes, notes = settle({STEM: slower}, tmp_path)
+    assert only(changes).failed
+    assert notes == [f"stored 1 new benches in {file}: b"]
+    stored = read_results(file.read_text())["benches"]
+    assert {name: b["times_slower_than_ours"]["eager"] for name, b in stored.items()} == {"a": 3.0, "b": 5.0}
+    changes, notes = settle({STEM: {"a": bench(eager=2.0)}}, tmp_path, store=True)
+    assert changes == []
+    assert notes == [f"stored 1 benches in {file}: asked for"]
+    stored = read_results(file.read_text())["benches"]
+    assert {name: b["times_slower_than_ours"]["eager"] for name, b in stored.items()} == {"a": 2.0, "b": 5.0}
+    assert not only(settle({STEM: {"a": bench(eager=2.0)}}, tmp_path)[0]).failed
+
+
+def test_settle_after_another_torch(tmp_path, monkeypatch):
+    settle({STEM: {"a": bench(eager=3.0), "b": bench(eager=3.0)}}, tmp_path)
+    info = regression.environment()
+    monkeypatch.setattr(regression, "environment", lambda: info | {"torch": "99.1.0+cpu"})
+    changes, notes = settle({STEM: {"a": bench(eager=2.0)}}, tmp_path)
+    assert changes == []
+    was = ".".join(torch.__version__.split(".")[:2])
+    assert notes[0].endswith(f"the stored run does not compare: torch was {was}, is 99.1")
+    stored = read_results((tmp_path / f"{STEM}.json").read_text())
+    assert stored["environment"]["torch"] == "99.1.0+cpu"
+    assert list(stored["benches"]) == ["a"]
+
+
+def test_incomparable():
+    here = {"torch": "2.13.0+cpu", "cpu_capability": "AVX512", "tf32": False}
+    assert incomparable(here, here | {"torch": "2.13.1", "commit": "x", "cuda": "12.8"}) is None
+    assert incomparable(here | {"cuda": "12.8"}, here | {"cuda": "13.0"}) == "cuda was 12.8, is 13.0"
+    assert incomparable(here, here | {"cpu_capability": "AVX2"}) == "cpu_capability was AVX512, is AVX2"
+
+
+def test_results_file(tmp_path):
+    """Small, no host name, one line a bench; pytest-benchmark's own layout is read too."""
+    file = tmp_path / "r.json"
+    write_results(file, {"b": bench(eager=2.0), "a": bench(eager=1.0)}, regression.environment())
+    text = file.read_text()
+    assert [line[4:7] for line in text.splitlines() if line.startswith("    ")] == ['"a"', '"b"']
+    assert os.uname().nodename not in text
+    assert read_results(text)["benches"]["b"]["times_slower_than_ours"] == {"eager": 2.0}
+    theirs = {
+        "machine_info": {"lgnet_fast": {"torch": "2.13.0", "commit": "abc"}, "cpu": {"family": 26}},
+        "datetime": "2026-01-02T03:04:05.678+00:00",
+        "benchmarks": [{"name": "a", "extra_info": bench(eager=2.5), "stats": {"data": [1, 2]}}],
+    }
+    read = read_results(json.dumps(theirs))
+    assert read["environment"]["date"] == "2026-01-02T03:04:05+00:00"
+    assert read["benches"]["a"] == bench(eager=2.5) | {"commit": "abc", "date": "2026-01-02T03:04:05+00:00"}
+    with pytest.raises(ValueError, match="expected a results file"):
+        read_results("[]")
+
+
+@pytest.mark.parametrize(
+    ("vendor", "family", "model", "name"),
+    [
+        ("AuthenticAMD", 0x1A, 2, "zen5"),
+        ("AuthenticAMD", 0x19, 0x11, "zen4"),
+        ("AuthenticAMD", 0x19, 0x01, "zen3"),
+        ("GenuineIntel", 6, 0x8F, "sapphirerapids"),
+        ("Some Vendor", 7, 8, "some-vendor-7-8"),
+    ],
+)
+def test_cpu_names(vendor, family, model, name):
+    assert regression._microarchitecture(vendor, family, model) == name
+
+
+def test_machine_class():
+    threads = torch.get_num_threads()
+    assert machine_class("cpu") == f"cpu-{regression.cpu_name()}-{threads}-cores"
+
+
+def test_rounds_and_ratios():
+    """A contestant that takes a second and more joins some rounds only; ratios are taken within rounds."""
+    rounds = [{"ours": 1.0, "eager": 2.0, "slow": 30.0}, {"ours": 4.0, "eager": 8.0}, {"ours": 2.0, "eager": 6.0}]
+    summary = summarize(rounds, "ours")
+    assert summary["times_slower_than_ours"] == {"eager": 2.0, "slow": 30.0}
+    assert summary["least_ms"] == {"ours": 1000.0, "eager": 2000.0, "slow": 30000.0}
+    assert summary["spread"] == {"eager": 0.125, "slow": 0.0}
+    assert spread([1.0, 2.0, 3.0, 4.0, 5.0]) == pytest.approx(1 / 3)
+
+
+def test_long_calls_join_few_rounds(monkeypatch):
+    monkeypatch.setattr("bench.timing.LONG", 0.02)
+    monkeypatch.setattr("bench.timing.SHORTEST", 1e-3)
+    called = {"short": 0, "long": 0}
+
+    def call(name, s):
+        called[name] += 1
+        time.sleep(s)
+
+    running = {"short": lambda: call("short", 2e-3), "long": lambda: call("long", 25e-3)}
+    rounds = interleave(running, "cpu", rounds=6, warmup=3, long_rounds=2)
+    assert 6 <= len(rounds) <= 12
+    assert ["long" in taken for taken in rounds[:6]] == [True, False, False, True, False, False]
+    assert called["long"] == 1 + 2
+    assert called["short"] == 3 + len(rounds)
+
+
+def test_a_real_op_slowed_is_caught(monkeypatch):
+    """The attention block in C++ against eager; then its kernel runs twice a call."""
+    monkeypatch.setattr("bench.timing.clock", time.process_time)  # whatever else this machine does
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    features, weight, bias = torch.randn(1, 64, 32, 32), torch.randn(64, 128, 1, 1) / 8, torch.zeros(64)
+    cpp = launchers("attention_block", "cpp")
+
+    def run() -> dict:
+        contestants = {
+            "ours": lambda: torch.ops.lgnet.attention_block(features, weight, bias, "released", backend="cpp"),
+            "eager": lambda: attention_block(features, weight, bias, "released"),
+        }
+        with torch.no_grad():
+            return {"attention": summarize(interleave(contestants, "cpu", rounds=15), "ours")}
+
+    try:
+        stored = run()
+        assert not only(compare(stored, run())).failed
+        kernel = cpp.attention_block_forward
+
+        def slowed(*args, **options):
+            kernel(*args, **options)
+            return kernel(*args, **options)
+
+        monkeypatch.setattr(cpp, "attention_block_forward", slowed)
+        change = only(compare(stored, run()))
+    finally:
+        torch.set_num_threads(threads)
+    assert change.ratio == pytest.approx(0.5, abs=0.15)
+    assert change.failed
+
+
+SYNTHETIC = """
+import os, time, pytest
+
+@pytest.fixture
+def device():
+    return "cpu"
+
+def spin(ms):
+    end = time.process_time() + 1e-3 * ms
+    while time.process_time() < end:
+        pass
+
+def test_spin(compete):
+    ours = float(os.environ["OURS_MS"])
+    compete({"ours": lambda: spin(ours), "rival": lambda: spin(6)}, "ours", rounds=6)
+"""
+
+
+def test_command(tmp_path, monkeypatch):
+    """`pytest bench/`: stores, then passes, then fails for the slower op; --benchmark-* options go on working."""
+    (tmp_path / "bench_synthetic.py").write_text(SYNTHETIC)
+    results = tmp_path / "results"
+    monkeypatch.setattr(timing, "clock", time.process_time)
+    monkeypatch.setattr("bench.conftest.SMOKE", False)
+
+    def run(ours_ms: float, *options: str) -> tuple[int, str]:
+        monkeypatch.setenv("OURS_MS", str(ours_ms))
+        arguments = ["-p", "bench.conftest", "-p", "no:cacheprovider", "-q", "--capture=no", "--rootdir", tmp_path]
+        arguments += ["-o", "python_files=bench_*.py", "--bench-results", results, *options]
+        with redirect_stdout(io.StringIO()) as out:
+            code = pytest.main([str(argument) for argument in (*arguments, tmp_path / "bench_synthetic.py")])
+        return int(code), out.getvalue()
+
+    code, out = run(2, "--benchmark-columns=min", f"--benchmark-json={tmp_path / 'theirs.json'}")
+    assert code == 0, out
+    (file,) = results.iterdir()
+    assert file.name == f"{machine_class('cpu')}_synthetic.json"
+    assert f"stored 1 benches in {file}: no stored run of this machine class" in out
+    stored = read_results(file.read_text())["benches"]["test_spin"]
+    assert stored["times_slower_than_ours"]["rival"] == pytest.approx(3, rel=0.1)
+    theirs = json.loads((tmp_path / "theirs.json").read_text())
+    assert theirs["benchmarks"][0]["stats"]["min"] > 1.9e-3
+    assert "node" not in theirs["machine_info"]
+
+    code, out = run(2)
+    assert code == 0, out
+    assert "got slower" not in out
+    before = file.read_bytes()
+    own = tmp_path / "own"
+    code, out = run(4, f"--bench-run={own}")
+    assert code == 1, out
+    assert "1 of 1 got slower" in out
+    assert "SLOWER, -10% is allowed" in out
+    assert file.read_bytes() == before
+    ratio = read_results((own / file.name).read_text())["benches"]["test_spin"]["times_slower_than_ours"]["rival"]
+    assert ratio == pytest.approx(1.5, rel=0.1)
+
+    assert run(4, "--benchmark-disable")[0] == 0  # runs once, measures nothing, judges nothing
+    code, out = run(4, "--bench-store")
+    assert code == 0, out
+    assert run(4)[0] == 0
+    assert file.read_bytes() != before

@@ -1,0 +1,282 @@
+"""Checkpoints: all of the state, whole or not at all; killed runs go on bit by bit where they were."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from lgnet_fast.training import Trainer, TrainingError, checkpoints
+from lgnet_fast.training.checkpoints import (
+    CheckpointFolder,
+    load_checkpoint,
+    random_states,
+    restore_random_states,
+    save_checkpoint,
+)
+from tests.training_support import assert_same, tiny_config, tiny_settings, write_pictures
+
+# Forked, not started anew: importing PyTorch thirty times would take longer than all the training. One thread, and no
+# operator has run before the fork.
+KILLER = """
+import json, os, random, signal, sys, time
+import torch
+torch.set_num_threads(1)
+from lgnet_fast.training import Trainer
+from lgnet_fast.training.checkpoints import CheckpointFolder
+from lgnet_fast.training.config import config_of
+import accelerate, safetensors.torch, yaml
+
+def start(settings):
+    child = os.fork()
+    if child == 0:
+        code = 9
+        try:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+            Trainer(config_of(settings)).fit(resume=True)
+            code = 0
+        finally:
+            os._exit(code)
+    return child
+
+plain, killed, kills, seed = json.loads(sys.argv[1])
+assert os.waitpid(start(plain), 0)[1] == 0
+folder = CheckpointFolder(killed["run"]["directory"] + "/checkpoints", 3)
+lots, seen, done, longest = random.Random(seed), [], 0, 0.8
+while done < kills:
+    began = time.monotonic()
+    child = start(killed)
+    time.sleep(lots.uniform(0, longest))
+    finished, status = os.waitpid(child, os.WNOHANG)
+    if finished:
+        assert status == 0, status
+        break
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    done += 1
+    steps = folder.steps()
+    seen.append(steps[-1] if steps else 0)
+    if steps:
+        # Whatever moment it was, the newest one is whole.
+        assert folder.load_latest()["step"] == steps[-1]
+    if len(seen) > 1 and seen[-1] == seen[-2]:
+        longest *= 1.1
+assert os.waitpid(start(killed), 0)[1] == 0
+print(json.dumps({"kills": done, "seen": seen}))
+"""
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    return write_pictures(tmp_path / "pictures")
+
+
+def run_killer(pictures: Path, tmp_path: Path, steps: int, every: int, kills: int) -> dict:
+    both = []
+    for name in ("plain", "killed"):
+        settings = tiny_settings(pictures, tmp_path / name)
+        settings["optim"] |= {"steps": steps, "ema": 0.9, "schedule": "linear"}
+        settings["run"] |= {"checkpoint_every": every, "keep": 3}
+        both.append(settings)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLER, json.dumps([*both, kills, 7])],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def final(run: Path, steps: int) -> dict:
+    state = load_checkpoint(CheckpointFolder(run / "checkpoints", 3).path(steps))
+    state.pop("minutes")
+    return state
+
+
+@pytest.mark.slow
+def test_thirty_kills_lose_nothing_and_change_no_bit(pictures, tmp_path):
+    steps = 30
+    report = run_killer(pictures, tmp_path, steps, every=1, kills=30)
+    assert report["seen"] == sorted(report["seen"])  # no checkpoint was ever lost
+    assert report["kills"] == 30
+    assert len(set(report["seen"])) >= 4  # the run was interrupted at different places
+    assert_same(final(tmp_path / "killed", steps), final(tmp_path / "plain", steps))
+    logs = [(tmp_path / name / "log.jsonl").read_text().splitlines() for name in ("plain", "killed")]
+    assert len(logs[0]) == steps
+    assert logs[0] == logs[1]
+    left = {f.name for f in (tmp_path / "killed" / "checkpoints").iterdir()}
+    assert left == {f.name for f in (tmp_path / "plain" / "checkpoints").iterdir()}
+
+
+def test_twenty_steps_equal_ten_and_ten(pictures, tmp_path):
+    def trainer(name):
+        changes = {"optim": {"steps": 20, "ema": 0.9}, "run": {"checkpoint_every": 10}}
+        return Trainer(tiny_config(pictures, tmp_path / name, **changes))
+
+    whole = trainer("whole")
+    whole.fit()
+    half = trainer("halves")
+    step = half.train_step
+
+    def stop_in_the_thirteenth(batches):
+        if half.step == 12:
+            raise KeyboardInterrupt
+        return step(batches)
+
+    half.train_step = stop_in_the_thirteenth
+    with pytest.raises(KeyboardInterrupt):
+        half.fit()
+    assert half.checkpoints.steps() == [10]
+    random.random(), np.random.default_rng(), torch.rand(3)  # somebody else draws in between
+    rest = trainer("halves")
+    rest.fit(resume=True)
+    assert_same(final(tmp_path / "halves", 20), final(tmp_path / "whole", 20))
+    logs = [(tmp_path / name / "log.jsonl").read_text() for name in ("whole", "halves")]
+    assert logs[0].count("\n") == 20
+    assert logs[0] == logs[1]
+
+
+def test_sigterm_ends_with_a_checkpoint(pictures, tmp_path):
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", optim={"steps": 50}))
+    step = trainer.train_step
+
+    def terminated_in_the_second(batches):
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batches)
+
+    trainer.train_step = terminated_in_the_second
+    before = signal.getsignal(signal.SIGTERM)
+    assert trainer.fit() is None
+    assert trainer.checkpoints.steps() == [2]
+    assert not (tmp_path / "run" / "model").exists()
+    assert signal.getsignal(signal.SIGTERM) == before
+
+
+# -- files ------------------------------------------------------------------------------------------------------
+
+
+def test_newest_stay_and_half_written_ones_go(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=2)
+    for step in (1, 20, 3, 100):
+        folder.save(step, {"step": step})
+    assert folder.steps() == [20, 100]
+    (tmp_path / "step_000000200.pt.unfinished").write_bytes(b"half")
+    assert folder.latest() == tmp_path / "step_000000100.pt"
+    folder.clean()
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step_000000020.pt", "step_000000100.pt"]
+
+
+def test_damaged_newest_falls_back_with_a_warning(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=3)
+    for step in (1, 2):
+        folder.save(step, {"step": step, "x": torch.zeros(1000)})
+    folder.path(2).write_bytes(folder.path(2).read_bytes()[:700])
+    with pytest.warns(UserWarning, match="step_000000002.pt cannot be read .*; trying the one before"):
+        assert folder.load_latest()["step"] == 1
+    folder.path(1).write_bytes(b"")
+    with (
+        pytest.warns(UserWarning, match="trying the one before"),
+        pytest.raises(TrainingError, match="step_000000001.pt cannot be read"),
+    ):
+        folder.load_latest()
+    assert CheckpointFolder(tmp_path / "none", 3).load_latest() is None
+
+
+def test_full_disk_leaves_the_old_checkpoint(pictures, tmp_path, monkeypatch):
+    config = tiny_config(pictures, tmp_path / "run", run={"checkpoint_every": 1})
+    trainer = Trainer(config)
+    sync = os.fsync
+
+    def full(descriptor):
+        if trainer.step == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(descriptor)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    with pytest.raises(TrainingError, match=r"step_000000003.pt cannot be written \(.*No space left.*as they were"):
+        trainer.fit()
+    folder = tmp_path / "run" / "checkpoints"
+    assert sorted(f.name for f in folder.iterdir()) == ["step_000000001.pt", "step_000000002.pt"]
+    monkeypatch.setattr(checkpoints.os, "fsync", sync)
+    rest = Trainer(config)
+    rest.fit(resume=True)
+    assert rest.step == 4
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX's")
+def test_file_size_limit_while_torch_writes(tmp_path):
+    """The real writer on a real limit, in a process of its own."""
+    code = """
+import resource, signal, sys, torch
+from pathlib import Path
+from lgnet_fast.training.checkpoints import save_checkpoint
+from lgnet_fast.training import TrainingError
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+path = Path(sys.argv[1])
+save_checkpoint(path, {"x": torch.zeros(100)})
+try:
+    save_checkpoint(path, {"x": torch.zeros(100_000)})
+except TrainingError as error:
+    print(error)
+assert torch.load(path, weights_only=True)["x"].shape == (100,)
+assert [f.name for f in path.parent.iterdir()] == [path.name]
+"""
+    path = tmp_path / "a.pt"
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=100)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(f"checkpoint: {path} cannot be written (")
+
+
+def test_checkpoints_hold_no_code(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "made"),)
+
+    torch.save({"step": Evil()}, tmp_path / "step_000000001.pt")
+    with pytest.raises(TrainingError, match="cannot be read"):
+        load_checkpoint(tmp_path / "step_000000001.pt")
+    assert not (tmp_path / "made").exists()
+
+
+def test_random_states_of_every_kind(tmp_path):
+    def draw():
+        return [random.random(), random.gauss(0, 1), np.random.standard_normal(), torch.rand(2).tolist()]  # noqa: NPY002
+
+    random.gauss(0, 1)  # leaves a second value behind
+    save_checkpoint(tmp_path / "r.pt", {"random": random_states()})
+    first = draw()
+    assert draw() != first
+    restore_random_states(load_checkpoint(tmp_path / "r.pt")["random"])
+    assert draw() == first
+
+
+def test_what_cannot_be_resumed(pictures, tmp_path):
+    run = tmp_path / "run"
+    Trainer(tiny_config(pictures, run, optim={"steps": 1})).fit()
+    with pytest.raises(TrainingError, match="holds a run already; resume it, or choose another"):
+        Trainer(tiny_config(pictures, run)).fit()
+    other = tiny_config(pictures, run, model={"overrides": {"coarse_channels": 3}})
+    with pytest.raises(TrainingError, match="resume: the checkpoint is of another network"):
+        Trainer(other).fit(resume=True)
+    with pytest.raises(TrainingError, match=r"resume: optim.accumulate is not"):
+        Trainer(tiny_config(pictures, run, optim={"accumulate": 2})).fit(resume=True)
+    state = load_checkpoint(CheckpointFolder(run / "checkpoints", 3).path(1))
+    with pytest.raises(TrainingError, match="written by 2 processes, now there are 1"):
+        Trainer(tiny_config(pictures, run)).restore(state | {"processes": 2})
+    # An average that a run begins later begins at the weights.
+    late = Trainer(tiny_config(pictures, run, optim={"ema": 0.9}))
+    late.restore(state)
+    assert_same(dict(late.average.state), dict(late.network.state_dict()))

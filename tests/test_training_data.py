@@ -1,0 +1,322 @@
+"""Training data: every source and protocol, the same samples whoever reads them, broken files passed over."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import tarfile
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lgnet_fast import InvalidImageError
+from lgnet_fast.training import ConfigError, DataError, hole_class
+from lgnet_fast.training.config import DataConfig
+from lgnet_fast.training.data import (
+    InpaintingDataset,
+    PositionSampler,
+    crop_box,
+    make_loader,
+    open_source,
+    validation_pairs,
+)
+from tests.training_support import write_pictures
+
+
+def dataset(*places, seed=0, **options) -> InpaintingDataset:
+    return InpaintingDataset(DataConfig(**{"pictures": tuple(map(str, places)), "workers": 0, **options}), seed)
+
+
+def first(loader, count):
+    return list(itertools.islice(iter(loader), count))
+
+
+def read(data, count, batch_size=2, start=0, rank=0, processes=1):
+    return first(make_loader(data, PositionSampler(start, batch_size, rank, processes), pin=False), count)
+
+
+def assert_same_batches(a, b):
+    for x, y in zip(a, b, strict=True):
+        assert x["name"] == y["name"]
+        assert torch.equal(x["image"], y["image"])
+        assert torch.equal(x["mask"], y["mask"])
+
+
+# -- samples ----------------------------------------------------------------------------------------------------
+
+
+def test_a_sample(tmp_path):
+    data = dataset(write_pictures(tmp_path / "p"), hole_classes=(1, 4))
+    classes = set()
+    for sample in (data[i] for i in range(20)):
+        assert sample.image.shape == (3, 256, 256)
+        assert sample.image.dtype == sample.mask.dtype == torch.float32
+        assert -1 <= sample.image.min() < sample.image.max() <= 1
+        assert sample.mask.unique().tolist() == [0, 1]
+        classes.add(hole_class(sample.mask[0].bool().numpy()))
+        assert sample.broken == []
+    assert classes == {1, 4}
+
+
+def test_every_epoch_has_every_picture_in_another_order_with_other_crops(tmp_path):
+    data = dataset(write_pictures(tmp_path / "p", 6, (400, 300)))
+    epochs = [[data[p] for p in range(e * 6, e * 6 + 6)] for e in range(3)]
+    names = [[s.name for s in epoch] for epoch in epochs]
+    assert all(sorted(n) == sorted(names[0]) for n in names)
+    assert len(set(names[0])) == 6
+    assert len({tuple(n) for n in names}) > 1
+    by_name = [{s.name: s for s in epoch} for epoch in epochs]
+    for name in names[0]:
+        assert not torch.equal(by_name[0][name].image, by_name[1][name].image)
+        assert not torch.equal(by_name[0][name].mask, by_name[1][name].mask)
+    other = dataset(tmp_path / "p", seed=1)
+    assert not torch.equal(other[0].mask, epochs[0][0].mask)
+
+
+def test_workers_and_a_later_start_change_nothing(tmp_path):
+    data = dataset(write_pictures(tmp_path / "p"))
+    alone = read(data, 6)
+    assert_same_batches(alone, read(dataset(tmp_path / "p", workers=2), 6))
+    assert_same_batches(alone[4:], read(dataset(tmp_path / "p"), 2, start=4))
+
+
+def test_processes_together_read_what_one_reads(tmp_path):
+    data = dataset(write_pictures(tmp_path / "p"))
+    whole = read(data, 4, batch_size=4)
+    parts = [read(data, 4, batch_size=2, rank=rank, processes=2) for rank in range(2)]
+    joined = [
+        {"name": a["name"] + b["name"], **{k: torch.cat((a[k], b[k])) for k in ("image", "mask")}}
+        for a, b in zip(*parts, strict=True)
+    ]
+    assert_same_batches(whole, joined)
+
+
+def test_random_state_of_the_caller_is_left_alone(tmp_path):
+    data = dataset(write_pictures(tmp_path / "p"))
+    before = torch.get_rng_state()
+    read(data, 2)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_broken_pictures_are_replaced_and_named(tmp_path):
+    folder = write_pictures(tmp_path / "p", 4)
+    (folder / "2.png").write_bytes((folder / "2.png").read_bytes()[:300])
+    data = dataset(folder)
+    batches = read(data, 4, batch_size=4)
+    for batch in batches:
+        assert len(batch["name"]) == 4
+        assert not any(name.endswith("2.png") for name in batch["name"])
+        (line,) = batch["broken"]
+        assert "2.png: picture: expected a readable picture" in line
+    for file in folder.iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="none of 4 pictures in a row can be read; the first: .*png"):
+        dataset(folder)[0]  # the other one remembers what it has decoded
+
+
+# -- pictures of every kind -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "1", "CMYK", "I;16"])
+def test_modes(tmp_path, mode):
+    rgb = np.zeros((256, 256, 3), dtype=np.uint8)
+    rgb[:128] = 255
+    if mode == "I;16":
+        picture = Image.fromarray(rgb[..., 0].astype(np.uint16) * 257)
+    else:
+        picture = Image.fromarray(rgb).convert(mode)
+    picture.save(tmp_path / f"a.{'tif' if mode == 'CMYK' else 'png'}")
+    image = dataset(tmp_path, protocol="celeba_hq")[0].image
+    assert image[:, :128].unique().tolist() == [1]
+    assert image[:, 128:].unique().tolist() == [-1]
+
+
+def test_exif_orientation_turns_the_picture(tmp_path):
+    upright = np.zeros((256, 256), dtype=np.uint8)
+    upright[:64] = 255
+    exif = Image.Exif()
+    exif[0x0112] = 6  # stored turned by a quarter
+    Image.fromarray(np.rot90(upright)).save(tmp_path / "a.jpg", quality=95, exif=exif)
+    image = dataset(tmp_path, protocol="celeba_hq")[0].image
+    assert image[:, :60].min() > 0.9
+    assert image[:, 68:].max() < -0.9
+
+
+# -- protocols --------------------------------------------------------------------------------------------------
+
+
+def ramp(tmp_path, width, height):
+    """Red grows from left to right and green from top to bottom, 0 to 250."""
+    x, y = np.meshgrid(np.linspace(0, 250, width), np.linspace(0, 250, height))
+    Image.fromarray(np.uint8(np.stack((x, y, 0 * x), axis=2))).save(tmp_path / "a.png")
+
+
+def test_whole_pictures_are_squashed(tmp_path):
+    ramp(tmp_path, 600, 300)
+    for position in range(4):
+        red, green, _ = (dataset(tmp_path, protocol="places2")[position].image + 1) * 127.5
+        assert sorted([red[0, 0].item(), red[0, -1].item()]) == pytest.approx([0, 250], abs=3)
+        assert [green[0, 0].item(), green[-1, 0].item()] == pytest.approx([0, 250], abs=3)
+
+
+@pytest.mark.parametrize(("protocol", "largest"), [("logo_removal", 1.0), ("paris_streetview", 1.0), ("photos", 2.0)])
+def test_crops_of_the_shorter_edge(tmp_path, protocol, largest):
+    ramp(tmp_path, 1200, 600)
+    data = dataset(tmp_path, protocol=protocol)
+    shares, lefts = [], []
+    for position in range(12):
+        red, green, _ = (data[position].image + 1) * 127.5
+        across = abs(red[0, -1] - red[0, 0]).item() / 250  # share of the width
+        down = (green[-1, 0] - green[0, 0]).item() / 250
+        assert across * 2 == pytest.approx(down, abs=0.05)  # proportions are kept
+        shares.append(down)
+        lefts.append(min(red[0, 0], red[0, -1]).item())
+    assert max(lefts) - min(lefts) > 40
+    assert 1 / largest - 0.03 <= min(shares) <= max(shares) <= 1.01
+    assert (min(shares) < 0.8) == (largest > 1)
+    (image, mask), *rest = validation_pairs(str(tmp_path), 256, (0, 3), 0, protocol)
+    assert len(rest) == 1
+    red, green, _ = (image[0] + 1) * 127.5
+    assert [red[0, 0].item(), red[0, -1].item()] == pytest.approx([62.5, 187.5], abs=3)  # the centre
+    assert [green[0, 0].item(), green[-1, 0].item()] == pytest.approx([0, 250], abs=3)
+    assert [hole_class(m[0, 0].bool().numpy()) for m in (mask, rest[0][1])] == [0, 3]
+
+
+def test_crop_boxes_stay_inside():
+    rng = np.random.default_rng(0)
+    for height, width in [(256, 256), (1, 300), (300, 1), (31, 77), (1000, 257), (255, 256)]:
+        for largest in (1.0, 2.0):
+            for generator in [None] + [rng] * 20:
+                left, top, right, bottom = crop_box(height, width, 256, largest, generator)
+                assert 0 <= left < right <= width
+                assert 0 <= top < bottom <= height
+
+
+def test_flips_half_of_the_pictures(tmp_path):
+    ramp(tmp_path, 256, 256)
+    data = dataset(tmp_path, protocol="places2")
+    flipped = sum(bool(data[i].image[0, 0, 0] > 0) for i in range(40))
+    assert 10 <= flipped <= 30
+
+
+# -- masks ------------------------------------------------------------------------------------------------------
+
+
+def test_masks_of_a_folder(tmp_path):
+    (tmp_path / "m").mkdir()
+    mask = np.zeros((512, 512), dtype=np.uint8)
+    mask[:128, :256] = 255
+    Image.fromarray(mask).save(tmp_path / "m" / "0.png")
+    write_pictures(tmp_path / "p")
+    data = dataset(tmp_path / "p", masks=str(tmp_path / "m"))
+    found = {data[i].mask.numpy().tobytes() for i in range(60)}
+    small = np.zeros((1, 256, 256), dtype=np.float32)
+    small[:, :64, :128] = 1
+    assert small.tobytes() in found
+    assert len(found) == 8  # its turns and reflections
+    assert all(data[i].mask.mean().item() == 0.125 for i in range(10))
+    inverted = dataset(tmp_path / "p", masks=str(tmp_path / "m"), mask_polarity="black")
+    assert inverted[0].mask.mean().item() == 0.875
+
+
+# -- places -----------------------------------------------------------------------------------------------------
+
+
+def test_categories_and_exclusion(tmp_path):
+    for name in ("abbey", "beach", "bridge"):
+        write_pictures(tmp_path / "p" / name[0] / name, 2)
+    (tmp_path / "list.txt").write_text("/b/beach\n/b/bridge\n")
+    assert len(dataset(tmp_path / "p")) == 6
+    data = dataset(tmp_path / "p", categories=("abbey",))
+    assert {data[i].name for i in range(2)} == {str(tmp_path / "p" / "a" / "abbey" / f"{i}.png") for i in range(2)}
+    assert len(dataset(tmp_path / "p", categories=(str(tmp_path / "list.txt"),))) == 4
+    data = dataset(tmp_path / "p", categories=("beach",), exclude=("0",))
+    assert [data[i].name[-11:] for i in range(2)] == ["beach/1.png"] * 2
+    with pytest.raises(DataError, match=r"data.categories: no pictures in .* for castle"):
+        dataset(tmp_path / "p", categories=("abbey", "castle"))
+    with pytest.raises(DataError, match="data.exclude: no picture of the name 7"):
+        dataset(tmp_path / "p", exclude=("7",))
+    with pytest.raises(DataError, match="after exclusion"):
+        dataset(tmp_path / "p", exclude=("0", "1"))
+    with pytest.raises(ConfigError, match=r"data.categories: expected a text file of names, got '.*missing.txt'"):
+        dataset(tmp_path / "p", categories=(str(tmp_path / "missing.txt"),))
+
+
+def add(tar, name, array):
+    data = io.BytesIO()
+    Image.fromarray(array).save(data, "PNG")
+    info = tarfile.TarInfo(name)
+    info.size = len(data.getvalue())
+    tar.addfile(info, io.BytesIO(data.getvalue()))
+
+
+def test_tar_shards_with_their_own_masks(tmp_path):
+    picture = np.full((300, 256, 3), 128, dtype=np.uint8)
+    for shard in range(2):
+        with tarfile.open(tmp_path / f"{shard}.tar", "w") as tar:
+            for i in range(2):
+                marked, mask = picture.copy(), np.zeros((300, 256), dtype=np.uint8)
+                mask[100 + 40 * i : 160, 50:90] = 255
+                marked[mask > 0] = 255
+                add(tar, f"{shard}{i}.png", marked)
+                add(tar, f"{shard}{i}.mask.png", mask)
+    data = dataset(tmp_path, masks="paired", protocol="logo_removal")
+    assert len(data) == 4
+    assert len(dataset(tmp_path / "1.tar")) == 2
+    for sample in (data[i] for i in range(8)):
+        # The mask went through the same crop and mirroring as its picture.
+        assert torch.equal(sample.mask[0] == 1, sample.image[0] == 1)
+        assert sample.mask.sum().item() in (60 * 40, 20 * 40)
+    with tarfile.open(tmp_path / "1.tar", "w") as tar:
+        add(tar, "a.png", picture)
+    with pytest.raises(DataError, match=r"a.png has no <key>.mask"):
+        dataset(tmp_path / "1.tar", masks="paired")[0]
+    (tmp_path / "1.tar").write_bytes(b"nothing")
+    with pytest.raises(InvalidImageError, match="1.tar"):
+        dataset(tmp_path / "1.tar")
+
+
+def test_hugging_face_dataset(tmp_path):
+    datasets = pytest.importorskip("datasets")
+    folder = write_pictures(tmp_path / "p", 3, (256, 256))
+    files = [str(folder / f"{i}.png") for i in range(3)]
+    rows = datasets.Dataset.from_dict({"photo": files}).cast_column("photo", datasets.Image())
+    datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "hf"))
+    data = dataset(f"hf:{tmp_path / 'hf'}:train:photo", protocol="places2")
+    assert len(data) == 3
+    sample = data[0]
+    index = int(sample.name[-2])
+    expected = np.asarray(Image.open(files[index])).transpose(2, 0, 1)
+    shown = ((sample.image + 1) * 127.5).round().byte().numpy()
+    assert np.array_equal(shown, expected) or np.array_equal(shown[..., ::-1], expected)
+    with pytest.raises(DataError, match="data.split: expected one of train, got 'test'"):
+        open_source([f"hf:{tmp_path / 'hf'}:test"])
+    with pytest.raises(DataError, match="data.column: expected one of photo, got 'image'"):
+        open_source([f"hf:{tmp_path / 'hf'}"])
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "text"),
+    [
+        ({}, DataError, "data.pictures: expected folders"),
+        ({"pictures": ("nowhere",)}, DataError, "data: expected a folder of pictures, got 'nowhere'"),
+        ({"pictures": ("EMPTY",)}, DataError, "which has none"),
+        ({"pictures": ("SOME",), "masks": "nowhere"}, DataError, "masks: expected a folder of mask pictures"),
+        ({"pictures": ("SOME",), "masks": "EMPTY"}, DataError, "masks: expected a folder of mask pictures"),
+        ({"pictures": ("SOME",), "protocol": "squares"}, ConfigError, "data.protocol: expected one of photos"),
+    ],
+)
+def test_nothing_to_train_on(tmp_path, options, error, text):
+    places = {"EMPTY": tmp_path / "empty", "SOME": write_pictures(tmp_path / "some", 1)}
+    places["EMPTY"].mkdir()
+
+    def place(value):
+        return str(places.get(value, value))
+
+    options = {
+        key: tuple(map(place, value)) if isinstance(value, tuple) else place(value) for key, value in options.items()
+    }
+    with pytest.raises(error, match=text):
+        InpaintingDataset(DataConfig(**options), 0)

@@ -1,0 +1,73 @@
+"""`accelerate launch` on two processes: the same losses as one process with twice the batch."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lgnet_fast.training import Trainer
+from lgnet_fast.training.checkpoints import CheckpointFolder, load_checkpoint
+from tests.training_support import tiny_config, tiny_settings, write_pictures
+
+STEPS = 10
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+
+
+def settings(pictures, held_out, run, batch_size, **run_options):
+    """Float64 with frozen BatchNorm: what else is summed over a batch does not mind how it is split."""
+    changed = tiny_settings(pictures, run)
+    changed["model"]["freeze_batchnorm"] = True
+    changed["data"]["validation"] = str(held_out)
+    changed["optim"] |= {"batch_size": batch_size, "steps": STEPS, "dtype": "float64", "learning_rate": 1e-3}
+    changed["run"] |= {"validate_every": STEPS, "checkpoint_every": 4, **run_options}
+    return changed
+
+
+def launch(file, *options):
+    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
+    flags = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
+    return [*accelerate, "--cpu", *flags, "-m", "lgnet_fast", "train", str(file), *options]
+
+
+def log(run, kind):
+    lines = [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+@pytest.mark.slow
+def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
+    pictures, held_out = write_pictures(tmp_path / "p", 5), write_pictures(tmp_path / "h", 3)
+    file = tmp_path / "c.json"
+    file.write_text(json.dumps(settings(pictures, held_out, tmp_path / "two", 1)))
+    done = subprocess.run(launch(file), capture_output=True, text=True, timeout=280, env=ENVIRONMENT)
+    assert done.returncode == 0, done.stderr
+    one = settings(pictures, held_out, tmp_path / "one", 2)
+    changed = {section: values for section, values in one.items() if section != "run"}
+    threads = torch.get_num_threads()
+    Trainer(tiny_config(pictures, tmp_path / "one", run=one["run"], **changed)).fit()
+    torch.set_num_threads(threads)
+
+    a, b = log(tmp_path / "two", "train"), log(tmp_path / "one", "train")
+    assert [line["step"] for line in a] == [line["step"] for line in b] == list(range(1, STEPS + 1))
+    worst = 0.0
+    for two, single in zip(a, b, strict=True):
+        assert two.keys() == single.keys()
+        assert {"G", "D", "hole3", "edge1", "G_adv"} <= two.keys()
+        for name in two.keys() - {"kind", "step"}:
+            worst = max(worst, abs(two[name] / single[name] - 1))
+    assert worst < 1e-5
+    for two, single in zip(log(tmp_path / "two", "validation"), log(tmp_path / "one", "validation"), strict=True):
+        assert two["psnr"] == pytest.approx(single["psnr"], rel=1e-5)
+        assert two["ssim"] == pytest.approx(single["ssim"], rel=1e-5)
+
+    states = [load_checkpoint(CheckpointFolder(tmp_path / n / "checkpoints", 3).path(STEPS)) for n in ("two", "one")]
+    for part in ("network", "discriminator"):
+        for name, value in states[0][part].items():
+            # Adam divides by the root of the square: where a gradient is next to nothing, its rounding shows.
+            assert torch.allclose(value, states[1][part][name], rtol=1e-5, atol=1e-6), name
+    assert [len(state["random"]) for state in states] == [2, 1]

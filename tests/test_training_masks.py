@@ -1,0 +1,170 @@
+"""Generated holes keep their class and their seed's promise; folders of masks in the field's layouts."""
+
+from __future__ import annotations
+
+import hashlib
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lgnet_fast import InvalidMaskError
+from lgnet_fast.training import HOLE_CLASSES, DataError, MaskFolder, generate_mask, hole_class, hole_ratio, masks
+
+
+@pytest.mark.parametrize("kind", masks.KINDS)
+@pytest.mark.parametrize("chosen", range(len(HOLE_CLASSES)))
+def test_ratio_lies_in_the_class(kind, chosen):
+    low, high = HOLE_CLASSES[chosen]
+    ratios = []
+    for seed in range(25):
+        mask = generate_mask(128, 160, hole_class=chosen, kind=kind, seed=(seed, chosen))
+        assert mask.shape == (128, 160)
+        assert mask.dtype == np.bool_
+        ratios.append(hole_ratio(mask))
+        assert low < ratios[-1] <= high
+        assert hole_class(mask) == chosen
+    assert max(ratios) - min(ratios) > 0.02  # spread over the class, not at one bound
+
+
+@pytest.mark.parametrize(("height", "width"), [(1, 40), (7, 5), (8, 8), (16, 200), (300, 256)])
+@pytest.mark.parametrize("kind", masks.KINDS)
+def test_any_size_keeps_the_class_or_says_why_not(kind, height, width):
+    for chosen, (low, high) in enumerate(HOLE_CLASSES):
+        counts = [n for n in range(height * width + 1) if low < n / (height * width) <= high]
+        assert counts
+        for seed in range(5):
+            assert generate_mask(height, width, hole_class=chosen, kind=kind, seed=seed).sum() in counts
+    with pytest.raises(ValueError, match="3x3 has no pixel count"):
+        generate_mask(3, 3, hole_class=0, kind=kind, seed=0)
+
+
+def test_any_ratio_without_a_class():
+    ratios = [hole_ratio(generate_mask(64, 64, hole_class=None, kind="strokes", seed=s)) for s in range(60)]
+    assert 0.01 < min(ratios) < 0.12
+    assert 0.45 < max(ratios) <= 0.6
+
+
+def test_same_seed_same_mask_on_every_platform():
+    digest = hashlib.sha256()
+    seen = set()
+    for kind in masks.KINDS:
+        for seed in ((3, 1, 4), (3, 1, 5)):
+            mask = generate_mask(64, 96, hole_class=2, kind=kind, seed=seed)
+            assert np.array_equal(mask, generate_mask(64, 96, hole_class=2, kind=kind, seed=list(seed)))
+            seen.add(mask.tobytes())
+            digest.update(np.packbits(mask).tobytes())
+    assert len(seen) == 6
+    # Masks are drawn again for every evaluation: a change here makes earlier tables incomparable.
+    assert digest.hexdigest()[:16] == "6db705ec8815530d"
+
+
+def test_strokes_are_thick_and_rounded():
+    """Every hole pixel of a stroke belongs to a disc of at least the thinnest brush."""
+    mask = generate_mask(256, 256, hole_class=3, kind="strokes", seed=11)
+    thinnest = max(1, round(0.075 * 256) // 4)
+    disc = masks._disc(thinnest - 1)
+    padded = np.pad(mask, thinnest, mode="edge")
+    eroded = np.ones_like(padded)
+    opened = np.zeros_like(padded)
+    offsets = np.argwhere(disc) - (thinnest - 1)
+    for dy, dx in offsets:
+        eroded &= np.roll(padded, (dy, dx), (0, 1))
+    for dy, dx in offsets:
+        opened |= np.roll(eroded, (dy, dx), (0, 1))
+    kept = (opened[thinnest:-thinnest, thinnest:-thinnest] & mask).sum() / mask.sum()
+    assert kept > 0.97
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"kind": "dots"}, "kind: expected one of"),
+        ({"hole_class": 6}, "hole_class: expected None or 0 to 5, got 6"),
+        ({"seed": (1, -2)}, "seed: expected non-negative"),
+        ({"height": 0}, "height, width: expected positive"),
+    ],
+)
+def test_wrong_arguments(changes, text):
+    with pytest.raises(ValueError, match=text):
+        generate_mask(**{"height": 32, "width": 32, "hole_class": 1, "kind": "boxes", "seed": 0, **changes})
+
+
+def test_classes_are_closed_above():
+    mask = np.zeros((10, 10), dtype=bool)
+    found = []
+    for count in (0, 1, 2, 10, 11, 20, 50, 60, 61):
+        mask.flat[:count] = True
+        found.append(hole_class(mask))
+    assert found == [None, None, 0, 0, 1, 1, 4, 5, None]
+
+
+# -- folders ----------------------------------------------------------------------------------------------------
+
+
+def write_masks(folder, ratios, mode="L"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for i, ratio in enumerate(ratios):
+        mask = np.zeros((20, 20), dtype=np.uint8)
+        mask.flat[: round(ratio * 400)] = 255
+        Image.fromarray(mask).convert(mode).save(folder / f"{i}.png")
+    return folder
+
+
+@pytest.mark.parametrize("mode", ["L", "RGB", "1"])
+def test_folder_by_number_polarity_and_measured_class(tmp_path, mode):
+    ratios = [0.05, 0.15, 0.25, 0.35, 0.45, 0.55, 0.95, 0.06, 0.16, 0.26, 0.36]
+    folder = MaskFolder(write_masks(tmp_path / "m", ratios, mode))
+    assert [f.stem for f in folder.files] == [str(i) for i in range(11)]  # 2 before 10
+    assert folder.ratios() == pytest.approx(ratios)
+    assert folder.indices(0) == [0, 7]
+    assert folder.indices(3) == [3, 10]
+    assert folder.indices(None) == [6]
+    inverted = MaskFolder(tmp_path / "m", polarity="black")
+    assert np.array_equal(inverted[1], ~folder[1])
+    assert inverted.indices(0) == [6]
+
+
+def test_resizing_is_nearest_neighbour(tmp_path):
+    folder = MaskFolder(write_masks(tmp_path / "m", [0.5]))
+    assert np.array_equal(folder.mask(0, 40, 40), np.kron(folder[0], np.ones((2, 2), dtype=bool)))
+    assert np.array_equal(folder.mask(0, 10, 10), folder[0][1::2, 1::2])
+
+
+def test_liu_layout(tmp_path, monkeypatch):
+    monkeypatch.setattr(masks, "_LIU_COUNT", 12)
+    monkeypatch.setattr(masks, "_LIU_PER_CLASS", 2)
+    folder = write_masks(tmp_path / "m", [0.05] * 12)
+    inner = np.zeros((20, 20), dtype=np.uint8)
+    inner[5:9, 5:10] = 255
+    Image.fromarray(inner).save(folder / "3.png")
+    masks_ = MaskFolder(folder)
+    assert masks_.is_liu
+    assert masks_.liu_group(2) == (1, True)
+    assert masks_.liu_group(3) == (1, False)
+    (folder / "11.png").unlink()
+    with pytest.raises(ValueError, match="got 11 files"):
+        MaskFolder(folder).liu_group(0)
+
+
+def test_qd_imd_layout_is_searched_with_its_folders(tmp_path):
+    write_masks(tmp_path / "m" / "train", [0.1, 0.2])
+    write_masks(tmp_path / "m" / "test", [0.3])
+    folder = MaskFolder(tmp_path / "m")
+    assert [f.relative_to(tmp_path / "m").as_posix() for f in folder.files] == [
+        "test/0.png",
+        "train/0.png",
+        "train/1.png",
+    ]
+
+
+def test_missing_empty_and_broken(tmp_path):
+    with pytest.raises(DataError, match="which is not a folder"):
+        MaskFolder(tmp_path / "none")
+    with pytest.raises(DataError, match="which has none"):
+        MaskFolder(tmp_path)
+    with pytest.raises(ValueError, match="polarity: expected one of"):
+        MaskFolder(tmp_path, polarity="grey")
+    (tmp_path / "0.png").write_bytes(b"no picture")
+    with pytest.raises(InvalidMaskError, match="0.png"):
+        MaskFolder(tmp_path)[0]

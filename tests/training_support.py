@@ -1,0 +1,71 @@
+"""What the training tests share: small pictures, and a configuration of a network as small as they come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from lgnet_fast.training import TrainConfig
+from lgnet_fast.training.config import config_of
+
+TINY = {"coarse_channels": 2, "local_channels": 2, "global_channels": 2}
+
+
+def write_pictures(folder: Path, count: int = 5, size: tuple[int, int] = (80, 64)) -> Path:
+    """Smooth pictures 0.png, 1.png, ... of (width, height) `size`, each with its own colours."""
+    folder.mkdir(parents=True, exist_ok=True)
+    x, y = np.meshgrid(np.linspace(0, 1, size[0]), np.linspace(0, 1, size[1]))
+    for i in range(count):
+        rng = np.random.default_rng(i)
+        planes = [np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + rng.uniform(0, 6)) for _ in range(3)]
+        Image.fromarray(np.uint8(127.5 + 120 * np.stack(planes, axis=2))).save(folder / f"{i}.png")
+    return folder
+
+
+def tiny_settings(pictures: Path, run: Path) -> dict[str, Any]:
+    """A run of 2-channel networks without workers and TensorBoard."""
+    return {
+        "model": {"name": "lgnet_demo", "overrides": dict(TINY), "backend": "eager"},
+        "discriminator": {"channels": 2},
+        "data": {"pictures": [str(pictures)], "workers": 0},
+        "loss": {"features": None, "edge": 1.0},
+        "optim": {"batch_size": 1, "steps": 4},
+        "run": {
+            "directory": str(run),
+            "device": "cpu",
+            "threads": 1,
+            "tensorboard": False,
+            "log_every": 1,
+            "picture_every": 0,
+        },
+    }
+
+
+def tiny_config(pictures: Path, directory: Path, **changes: dict[str, Any]) -> TrainConfig:
+    """:func:`tiny_settings` with sections updated by `changes`."""
+    settings = tiny_settings(pictures, directory)
+    for section, values in changes.items():
+        settings[section].update(values)
+    return config_of(settings)
+
+
+def assert_same(a: Any, b: Any, where: str = "") -> None:
+    """Equal bit by bit: nested dicts and lists of tensors and plain values."""
+    assert type(a) is type(b), where
+    if isinstance(a, dict):
+        assert a.keys() == b.keys(), where
+        for key in a:
+            assert_same(a[key], b[key], f"{where}.{key}")
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b), where
+        for i, (x, y) in enumerate(zip(a, b, strict=True)):
+            assert_same(x, y, f"{where}[{i}]")
+    elif isinstance(a, torch.Tensor):
+        assert a.dtype == b.dtype, where
+        assert torch.equal(a, b), where
+    else:
+        assert a == b, where
