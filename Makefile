@@ -6,12 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test smoke bench aot gpu lint format clean
+.PHONY: help demo test bench plots aot gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make test   run the tests (first set-up included)"
-	@echo "make bench  run the benchmarks; JSON in bench/results/"
+	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
+	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make aot    compile every Triton configuration ahead of time; prints shared memory, registers, spills"
 	@echo "make gpu    on a machine with an NVIDIA GPU: GPU tests and benchmarks (PYTHON=python3 picks the Python)"
 	@echo "make lint   ruff, mypy, clang-format"
@@ -46,7 +47,10 @@ test: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu"
 
 bench: $(VENV)/.extras
-	$(BIN)/python -m pytest bench --benchmark-json=bench/results/cpu.json
+	$(BIN)/python -m pytest bench
+
+plots: $(VENV)/.extras
+	$(BIN)/python -m bench.report --plots docs
 
 aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py

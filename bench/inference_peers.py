@@ -86,18 +86,18 @@ def eager(model: LGNet) -> Peer:
     return run
 
 
-def peers(model: LGNet, image: Tensor, mask: Tensor, dtype: torch.dtype) -> dict[str, Peer]:
-    """Every peer that computes in `dtype`; `model` must have backend "eager"."""
+def peers(model: LGNet, image: Tensor, mask: Tensor, dtype: torch.dtype, compile: bool = True) -> dict[str, Peer]:
+    """Every peer that computes in `dtype`, torch.compile among them or not; `model` must have backend "eager"."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
         file = onnx_file(model, image, mask, Path(name))
         if SMOKE:  # compiling takes longer than all the rest
             return {"onnxruntime": onnxruntime(file, threads), "eager": eager(model)}
         # A model compiles once: the frozen form gets a copy.
-        both = {
-            "compiled": compiled(model, dtype, freezing=False),
-            "compiled_frozen": compiled(copy.deepcopy(model), dtype, freezing=True),
-        }
+        both = {}
+        if compile:
+            both["compiled"] = compiled(model, dtype, freezing=False)
+            both["compiled_frozen"] = compiled(copy.deepcopy(model), dtype, freezing=True)
         if dtype == torch.bfloat16:
             return {"openvino": openvino(file, "bf16", threads), **both}
         return {

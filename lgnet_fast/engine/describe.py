@@ -1,9 +1,10 @@
-"""A plan as a table: what each step does, costs and takes."""
+"""A plan as a table: what each step does, costs and takes, beside the least that this machine needs for it."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -24,12 +25,47 @@ def traffic(plan: Plan, step: Step) -> int:
     return round(_ELEMENT * (plan.batch * (read + written) + step.weight.numel()))
 
 
+class Peaks(NamedTuple):
+    """What a machine reaches in float32: multiply-accumulates and bytes of a copy a second."""
+
+    macs: float
+    bytes: float
+
+    def floor(self, macs: float, traffic: float) -> float:
+        """Seconds below which a step cannot go by its direct arithmetic and its least traffic; Winograd's transforms
+        multiply less, so a step may still beat this."""
+        return max(macs / self.macs, traffic / self.bytes)
+
+
+def measure_peaks(device: torch.device | str = "cpu") -> Peaks:
+    """A 1024 x 1024 x 1024 product and a copy of 64 MB, the best of five; a tenth of a second."""
+
+    def best(call: Callable[[], object]) -> float:
+        times = []
+        for _ in range(5):
+            begin = time.perf_counter()
+            call()
+            if torch.device(device).type == "cuda":
+                torch.cuda.synchronize(device)
+            times.append(time.perf_counter() - begin)
+        return min(times)
+
+    a, b = torch.ones(2, 1024, 1024, device=device)
+    out = torch.empty_like(a)
+    source = torch.ones(1 << 24, device=device)
+    target = torch.empty_like(source)
+    with torch.no_grad():
+        return Peaks(
+            1024**3 / best(lambda: torch.mm(a, b, out=out)), 2 * 4 * 2**24 / best(lambda: target.copy_(source))
+        )
+
+
 def describe(executor: Any, plan: Plan, rounds: int) -> Table:
     """The table that :meth:`.engine.Engine.describe` returns.
 
     Args:
-        executor: of the plan's sizes; where it has ``step_times(image, mask, regions)`` and ``choices``, the kernel
-            and the least time of `rounds` runs are shown.
+        executor: of the plan's sizes; where it has ``step_times(image, mask, regions)`` and ``choices``, the kernel,
+            the least time of `rounds` runs and its share of the floor (:class:`Peaks`) are shown.
         plan: dense or restricted.
         rounds: at least 1.
     """
@@ -41,8 +77,10 @@ def describe(executor: Any, plan: Plan, rounds: int) -> Table:
         mask = torch.ones_like(image[:, :1])
         runs = [measure(image, mask, [s.regions for s in plan.steps]) for _ in range(rounds)]
         times = [min(column) for column in zip(*runs, strict=True)]
+    peaks = measure_peaks() if times is not None else None
+    floors = 0.0
     table = Table(title=f"{plan.batch} x 3 x {plan.height} x {plan.width}" + (", restricted" if plan.holes else ""))
-    for name in ("step", "kind", "input", "output", "GFLOP", "MB", "kernel", "ms", "GFLOP/s"):
+    for name in ("step", "kind", "input", "output", "GFLOP", "MB", "kernel", "ms", "GFLOP/s", "floor"):
         table.add_column(name, justify="left" if name in ("step", "kind", "kernel") else "right")
     for number, step in enumerate(plan.steps):
         source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
@@ -57,12 +95,15 @@ def describe(executor: Any, plan: Plan, rounds: int) -> Table:
             f"{traffic(plan, step) / 1e6:.1f}",
             choices.get(step.name, "torch"),
         ]
-        if times is not None:
-            row += [f"{times[number]:.3f}", f"{1e3 * gflop / times[number]:.0f}" if times[number] > 0 else ""]
+        if times is not None and peaks is not None:
+            floor = 1e3 * peaks.floor(plan.macs(step), traffic(plan, step))
+            floors += floor
+            row.append(f"{times[number]:.3f}")
+            row += [f"{1e3 * gflop / times[number]:.0f}", f"{floor / times[number]:.0%}"] if times[number] > 0 else []
         table.add_row(*row)
     total = ["total", "", "", "", f"{2e-9 * plan.total_macs():.3f}", "", ""]
     if times is not None:
-        total += [f"{sum(times):.2f}", f"{2e-6 * plan.total_macs() / sum(times):.0f}"]
+        total += [f"{sum(times):.2f}", f"{2e-6 * plan.total_macs() / sum(times):.0f}", f"{floors / sum(times):.0%}"]
     table.add_section()
     table.add_row(*total)
     return table

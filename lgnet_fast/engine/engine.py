@@ -248,7 +248,8 @@ class Engine:
         return self._first.plan
 
     def describe(self, holes: Sequence[Rect] | None = None, rounds: int = 5) -> Table:
-        """The plan as a table for ``rich``: step, shapes, GFLOP, MB, kernel, ms measured here, GFLOP/s.
+        """The plan as a table for ``rich``: step, shapes, GFLOP, MB, kernel, ms measured here, GFLOP/s,
+        and what share of the measured time this machine's peaks would need (Winograd can exceed 100 %).
 
         Args:
             holes: describe the run restricted to these rectangles; None: the dense run.
