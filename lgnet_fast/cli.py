@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json as json_module
+import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -213,7 +214,9 @@ def train(
         typer.Option("--set", help="SECTION.NAME=VALUE, put over the file's, e.g. optim.steps=100; repeatable."),
     ] = None,
 ) -> None:
-    """Train a model; over several processes by `accelerate launch -m lgnet_fast train ...`.
+    """Train a model.
+
+    Over N processes: `accelerate launch --multi_gpu --num_processes N -m lgnet_fast train ...`, on CPUs too.
 
     Ctrl-C and SIGTERM end it after the current step, with a checkpoint.
 
@@ -226,7 +229,8 @@ def train(
         model = run_training(load_config(config, change or []), resume)
     if model is None:
         raise typer.Exit(1)
-    typer.echo(f"model: {model}")
+    if os.environ.get("RANK", "0") == "0":
+        typer.echo(f"model: {model}")
 
 
 @app.command()

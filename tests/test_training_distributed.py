@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,13 +16,14 @@ from lgnet_fast.training.checkpoints import CheckpointFolder, load_checkpoint
 from tests.training_support import tiny_config, tiny_settings, write_pictures
 
 STEPS = 10
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1"}
+ROOT = Path(__file__).parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def settings(pictures, held_out, run, batch_size, **run_options):
     """Float64 with frozen BatchNorm: what else is summed over a batch does not mind how it is split."""
     changed = tiny_settings(pictures, run)
-    changed["model"]["freeze_batchnorm"] = True
+    changed["model"] = {"factory": "tests.training_support:lively_model", "freeze_batchnorm": True}
     changed["data"]["validation"] = str(held_out)
     changed["optim"] |= {"batch_size": batch_size, "steps": STEPS, "dtype": "float64", "learning_rate": 1e-3}
     changed["run"] |= {"validate_every": STEPS, "checkpoint_every": 4, **run_options}
@@ -29,9 +31,12 @@ def settings(pictures, held_out, run, batch_size, **run_options):
 
 
 def launch(file, *options):
-    accelerate = [sys.executable, "-m", "accelerate.commands.accelerate_cli", "launch"]
-    flags = ["--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no", "--dynamo_backend", "no"]
-    return [*accelerate, "--cpu", *flags, "-m", "lgnet_fast", "train", str(file), *options]
+    """Two processes by torchrun's launcher, which `--multi_gpu` names; with `--cpu`, accelerate would leave their
+    number to MPI, and start one. The configuration's device decides that they compute on the CPU."""
+    flags = ["--multi_gpu", "--num_processes", "2", "--num_machines", "1", "--mixed_precision", "no"]
+    flags += ["--dynamo_backend", "no", "--main_process_port", "0"]
+    command = [sys.executable, "-m", "accelerate.commands.launch", *flags]
+    return [*command, "-m", "lgnet_fast", "train", str(file), *options]
 
 
 def log(run, kind):
@@ -61,6 +66,9 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         for name in two.keys() - {"kind", "step"}:
             worst = max(worst, abs(two[name] / single[name] - 1))
     assert worst < 1e-5
+    # The networks answer to what they see, and learn: otherwise nothing would have been compared.
+    assert max(line["tv3"] for line in b) > 1e-3
+    assert all(x["hole3"] != y["hole3"] for x, y in zip(b, b[3:]))
     for two, single in zip(log(tmp_path / "two", "validation"), log(tmp_path / "one", "validation"), strict=True):
         assert two["psnr"] == pytest.approx(single["psnr"], rel=1e-5)
         assert two["ssim"] == pytest.approx(single["ssim"], rel=1e-5)

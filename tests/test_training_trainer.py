@@ -507,6 +507,14 @@ def test_command_line(pictures, tmp_path):
     assert result.stderr.startswith("error: config: expected a readable YAML or JSON file")
 
 
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_but_broken_pictures_is_one_line(pictures, tmp_path, workers):
+    for file in pictures.iterdir():
+        file.write_bytes(b"nothing")
+    with pytest.raises(DataError, match="^data: none of 5 pictures in a row can be read; the first: [^\\n]*$"):
+        Trainer(tiny_config(pictures, tmp_path / "run", data={"workers": workers})).fit()
+
+
 def test_no_pictures_configured(tmp_path):
     settings = tiny_settings(tmp_path, tmp_path / "run")
     settings["data"]["pictures"] = []

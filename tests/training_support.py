@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from lgnet_fast import LGNet, create_model
 from lgnet_fast.training import TrainConfig
 from lgnet_fast.training.config import config_of
 
@@ -51,6 +52,15 @@ def tiny_config(pictures: Path, directory: Path, **changes: dict[str, Any]) -> T
     for section, values in changes.items():
         settings[section].update(values)
     return config_of(settings)
+
+
+def lively_model() -> LGNet:
+    """A tiny network whose activations keep their size without BatchNorm's help."""
+    model = create_model("lgnet_demo", **TINY, backend="eager")
+    for module in model.modules():
+        if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):
+            torch.nn.init.kaiming_normal_(module.weight, a=0.2)
+    return model
 
 
 def assert_same(a: Any, b: Any, where: str = "") -> None:

@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ..errors import LGNetError
 from ..pipeline.files import write_atomically
 from ..reference import LGNet
 from ..reference.cascade import Cascade
@@ -120,12 +122,15 @@ class Trainer:
         its_rate = rate if optim.discriminator_learning_rate is None else optim.discriminator_learning_rate
         self._rates = (rate, its_rate)
         self._trained = [p for p in network.parameters() if p.requires_grad]
-        prepared = self.accelerator.prepare(
-            network,
-            discriminator,
-            torch.optim.Adam(self._trained, lr=rate, betas=optim.betas),
-            torch.optim.Adam(discriminator.parameters(), lr=its_rate, betas=optim.betas),
-        )
+        with warnings.catch_warnings():
+            # Its successor is unknown to PyTorch before 2.13, and to accelerate.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            prepared = self.accelerator.prepare(
+                network,
+                discriminator,
+                torch.optim.Adam(self._trained, lr=rate, betas=optim.betas),
+                torch.optim.Adam(discriminator.parameters(), lr=its_rate, betas=optim.betas),
+            )
         self._wrapped, self._wrapped_discriminator, *self.optimisers = prepared
         self.network, self.discriminator = network, discriminator
         self._forward = torch.compile(self._wrapped) if optim.compile else self._wrapped
@@ -382,7 +387,7 @@ class Trainer:
         counts: dict[str, int] = {}
         while self.progress < 1 and not self._signal:
             rate = self._set_learning_rates()
-            several = [next(batches) for _ in range(accumulate)]
+            several = [_next(batches) for _ in range(accumulate)]
             self._note_broken(several)
             terms = self.train_step(several)
             self.step += 1
@@ -463,7 +468,18 @@ class Trainer:
             epoch = (self.step - 1) // self.steps_an_epoch
             self._report.train(self.step, epoch, values, self.progress, self.pictures_a_step)
 
+    def _share_statistics(self) -> None:
+        """Every process has seen its own pictures: the mean of their running statistics is what is kept."""
+        if self.accelerator.num_processes == 1:
+            return
+        own = dict(self.network.named_buffers())
+        for buffers in (own, {} if self.average is None else {name: self.average.state[name] for name in own}):
+            for buffer in buffers.values():
+                if buffer.is_floating_point():
+                    buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+
     def _save(self, best: bool = False) -> None:
+        self._share_statistics()
         state = self.state()
         if self.accelerator.is_main_process:
             if best:
@@ -499,6 +515,7 @@ class Trainer:
         """Mean l1 (%), PSNR (dB) and SSIM of the 8-bit merged pictures over the validation pairs."""
         from ..evaluation.metrics import Metrics
 
+        self._share_statistics()
         names = ("l1", "psnr", "ssim")
         metrics = Metrics(names)
         parameter = next(self.network.parameters())
@@ -552,6 +569,17 @@ class Trainer:
                     save_checkpoint(folder / "network.pt", dict(self.network.state_dict()))
         self.accelerator.wait_for_everyone()
         return folder
+
+
+def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
+    try:
+        return next(batches)
+    except LGNetError as error:
+        # A worker's error brings its traceback as text; what went wrong is in the last line, behind the type's name.
+        lines = str(error).strip().splitlines()
+        if len(lines) > 1:
+            raise type(error)(lines[-1].partition(": ")[2]) from None
+        raise
 
 
 def _seed(seed: int) -> None:
