@@ -24,18 +24,6 @@ from .pipeline_support import BlurFill, box_mask, noise
 HOLE = box_mask(40, 60, (10, 15, 30, 45))
 
 
-@pytest.fixture
-def fake(monkeypatch):
-    """Every Inpainter that the command loads holds this network instead."""
-    model = BlurFill()
-
-    def load(cls, model_path=None, device="auto", dtype="auto", backend="auto", **options):
-        return cls(model, device, dtype, backend, **options)
-
-    monkeypatch.setattr(Inpainter, "from_pretrained", classmethod(load))
-    return model
-
-
 def _write(path: Path, array: np.ndarray, **options) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.fromarray(array).save(path, **options)

@@ -29,18 +29,6 @@ HOLE = box_mask(40, 60, (10, 15, 30, 45))
 
 
 @pytest.fixture
-def fake(monkeypatch):
-    """Every Inpainter that is loaded holds this network instead."""
-    model = BlurFill()
-
-    def load(cls, model_path=None, device="auto", dtype="auto", backend="auto", **options):
-        return cls(model, device, dtype, backend, **options)
-
-    monkeypatch.setattr(Inpainter, "from_pretrained", classmethod(load))
-    return model
-
-
-@pytest.fixture
 def folder(tmp_path) -> Path:
     """Seven pictures in a folder ``in``, and a mask ``m.png`` beside it."""
     (tmp_path / "in").mkdir()

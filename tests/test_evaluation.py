@@ -28,7 +28,7 @@ from lgnet_fast.pipeline.distributed import World
 from lgnet_fast.training.errors import MissingExtraError
 from lgnet_fast.training.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_ratio
 
-from .pipeline_support import BlurFill, ConstantFill, box_mask, noise
+from .pipeline_support import ConstantFill, box_mask, noise
 
 PLAIN = ("l1", "psnr", "ssim")
 
@@ -43,18 +43,6 @@ def pictures(tmp_path) -> Path:
         waves = [np.sin(rows + index), np.cos(columns * (index + 1) / 2), np.sin(rows + columns)]
         Image.fromarray((127 + 100 * np.stack(waves, axis=2)).astype(np.uint8)).save(folder / f"{index}.png")
     return folder
-
-
-@pytest.fixture
-def fake(monkeypatch):
-    """Every Inpainter that is loaded holds this network instead."""
-    model = BlurFill()
-
-    def load(cls, model_path=None, device="auto", dtype="auto", backend="auto", **options):
-        return cls(model, device, dtype, backend, **options)
-
-    monkeypatch.setattr(Inpainter, "from_pretrained", classmethod(load))
-    return model
 
 
 def _evaluate(*arguments):
