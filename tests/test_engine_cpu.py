@@ -261,7 +261,7 @@ def test_state_restores_without_packing(monkeypatch):
     plan = plan_of(5)
     executor = CpuExecutor(plan, choices=choices(plan, "winograd4"))
     image, mask = picture(1, 256, 256)
-    monkeypatch.setattr(cpu_executor, "_group_weight", None)
+    monkeypatch.setattr(cpu_executor, "_group_rows", None)
     state = {**executor.state, "data": executor.state["data"].clone()}
     loaded = CpuExecutor.from_state(plan.without_weights(), state)
     assert loaded.choices == executor.choices

@@ -88,6 +88,10 @@ class Step:
     weights_of: str = ""
     """The first step with these weights: another one where two stages share a network, else this one."""
 
+    def __post_init__(self) -> None:
+        if not self.weights_of:
+            object.__setattr__(self, "weights_of", self.name)
+
     @property
     def kernel(self) -> int:
         return self.weight.shape[-1]
