@@ -71,7 +71,7 @@ def grow(
             result = running[f"{name}_{size}"]()
             assert (result - results.setdefault(size, result)).abs().max() < TOLERANCE, (name, size)
     first = f"ours_{contest['ours'][0][0]}"
-    summary = compete(running, first, rounds=rounds, warmup=1, long_rounds=3)
+    summary = compete(running, first, rounds=rounds, warmup=1, long_rounds=2)
     fits = {}
     for name, cases in contest.items():
         sizes = [size for size, _, _ in cases]

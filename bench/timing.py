@@ -29,6 +29,8 @@ SHORTEST = 5e-3
 """Seconds that one timed run of calls should take at least, so that clock and call cost vanish in it."""
 STEADY = 0.025
 """Standard error of the ratios at which no more rounds are needed."""
+PATIENCE = 30.0
+"""Seconds of one contest after which no rounds are added, so that the whole suite ends within 15 minutes."""
 
 clock = time.perf_counter
 """Seconds; a test that must not depend on the machine's load takes the process's own time instead."""
@@ -64,7 +66,8 @@ def interleave(
     Args:
         contestants: each has run before, so that nothing is compiled here.
         device: "cpu" or "cuda".
-        rounds: at least; up to as many again follow until the ratios are known to 2.5 % (:data:`STEADY`).
+        rounds: at least; up to as many again follow until the ratios are known to 2.5 % (:data:`STEADY`), unless
+            the contest has taken half a minute (:data:`PATIENCE`) by then.
         warmup: calls before the rounds; one for calls of a second and more.
         long_rounds: of the rounds, those in which calls of a second and more take part, spread evenly.
 
@@ -83,7 +86,8 @@ def interleave(
         rounds = min(rounds, long_rounds)
     repeats = {name: max(1, round(SHORTEST / s)) for name, s in once.items()}
     taken: Rounds = []
-    while len(taken) < rounds or (not SMOKE and len(taken) < 2 * rounds and not _steady(taken)):
+    end = clock() + PATIENCE
+    while len(taken) < rounds or (not SMOKE and len(taken) < 2 * rounds and clock() < end and not _steady(taken)):
         number = len(taken)
         joins = number < rounds and number * long_rounds % rounds < long_rounds
         taken.append(

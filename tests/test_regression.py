@@ -178,6 +178,25 @@ def test_long_calls_join_few_rounds(monkeypatch):
     assert called["short"] == 3 + len(rounds)
 
 
+@pytest.mark.parametrize(("patience", "expected"), [(0.0, 4), (2.2, 6), (1e9, 8)])
+def test_rounds_are_added_while_patience_lasts(monkeypatch, patience, expected):
+    """On a clock of the test's own: a round takes 0.3 or 0.5 s, the ratio jumps between 2 and 4 and stays unknown."""
+    now = [0.0]
+    monkeypatch.setattr("bench.timing.clock", lambda: now[0])
+    monkeypatch.setattr("bench.timing.PATIENCE", patience)
+    calls = [0]
+
+    def advance(s):
+        now[0] += s
+
+    def noisy():
+        calls[0] += 1
+        advance(0.2 if calls[0] % 2 else 0.4)
+
+    rounds = interleave({"steady": lambda: advance(0.1), "noisy": noisy}, "cpu", rounds=4, warmup=1)
+    assert len(rounds) == expected
+
+
 def test_a_real_op_slowed_is_caught(monkeypatch):
     """The attention block in C++ against eager; then its kernel runs twice a call."""
     monkeypatch.setattr("bench.timing.clock", time.process_time)  # whatever else this machine does
