@@ -229,9 +229,10 @@ def sections(machines: Mapping[str, Machine]) -> list[Section]:
         if roof:
             peaks = roof["peaks"]
             text = (
-                f"The roofs are measured: a 2048x2048 float32 product by PyTorch ({peaks['gflops']:.0f} GFLOP/s) "
-                f"and a 128 MB copy ({peaks['gigabytes_a_second']:.1f} GB/s). FLOPs are the convolution's own, so "
-                "a Winograd step can lie above the roof; bytes are source, result and weights once each."
+                f"The roofs are measured: float32 multiply-adds in registers ({peaks['gflops']:.0f} GFLOP/s) and "
+                f"a 128 MB copy ({peaks['gigabytes_a_second']:.1f} GB/s). FLOPs are the convolution's own, so a "
+                "Winograd step, which multiplies up to four times less, can lie above the roof; bytes are source, "
+                "result and weights once each."
             )
             found.append(Section("Roofline of the plan's steps", text, picture=f"{name}_roofline"))
         if len(history(name)) > 1:

@@ -124,6 +124,9 @@ struct ConvKernels {
   void (*finish)(const Output&, const Job&, int64_t m, const Tile*, int64_t count, const float* const* products,
                  const int64_t* point_strides, int64_t row, float* scratch);
   void (*narrow)(const NarrowRow&);
+  // Multiplies and adds into a full register block, nothing read from memory: the arithmetic roof. Returns the
+  // multiply-accumulates of `rounds` passes over the block.
+  int64_t (*multiply_add)(int64_t rounds);
 };
 
 struct ConvTable {

@@ -519,8 +519,33 @@ struct Conv {
     }
   }
 
+  static int64_t multiply_add(int64_t rounds) {
+    volatile Unit hidden = 0;  // from the compiler, which would else know the sums
+    const Unit factor = hidden;
+    const auto a = V::broadcast(&factor);
+    Reg sum[V::ROWS][V::NV];
+    for (int r = 0; r < V::ROWS; ++r)
+      for (int v = 0; v < V::NV; ++v) sum[r][v] = V::set1(1.0f);
+    for (int64_t round = 0; round < rounds; ++round) {
+      LGNET_UNROLL
+      for (int r = 0; r < V::ROWS; ++r) {
+        LGNET_UNROLL
+        for (int v = 0; v < V::NV; ++v) sum[r][v] = V::dot(sum[r][v], a, a);
+      }
+    }
+    float lanes[W];
+    volatile float kept = 0;  // nothing is computed that nobody reads
+    for (int r = 0; r < V::ROWS; ++r) {
+      for (int v = 0; v < V::NV; ++v) {
+        V::store(lanes, sum[r][v]);
+        kept = lanes[0];
+      }
+    }
+    return rounds * V::ROWS * V::NV * W * PAIR;
+  }
+
   static constexpr ConvKernels kernels() {
-    return {W, NR, PAIR, DEPTH, sizeof(Unit), ROWS, product, transform, finish, narrow};
+    return {W, NR, PAIR, DEPTH, sizeof(Unit), ROWS, product, transform, finish, narrow, multiply_add};
   }
 };
 

@@ -7,6 +7,7 @@
 #include "engine.h"
 
 #include <algorithm>
+#include <atomic>
 #include <chrono>
 #include <cmath>
 #include <cstring>
@@ -648,6 +649,14 @@ void Program::attend_rows(const StepSpec& step, int64_t sample, int64_t batch, i
 std::array<int64_t, 4> packing(bool pairs) {
   const ConvKernels& kernels = pairs ? current_kernels().conv.bf16 : current_kernels().conv.f32;
   return {kernels.lanes, kernels.panel, kernels.pair, kernels.depth};
+}
+
+int64_t multiply_adds(bool pairs, int64_t rounds, int64_t threads) {
+  const ConvKernels& kernels = pairs ? current_kernels().conv.bf16 : current_kernels().conv.f32;
+  if (!kernels.multiply_add) return 0;
+  std::atomic<int64_t> total{0};
+  parallel_for(threads, threads, [&](int64_t, int64_t) { total += kernels.multiply_add(rounds); });
+  return total;
 }
 
 void advise_large_pages(uint64_t address, uint64_t bytes) {

@@ -88,6 +88,10 @@ class Program {
 // for pairs where it has none.
 std::array<int64_t, 4> packing(bool pairs);
 
+// Multiply-accumulates of `rounds` passes over a full register block on each of `threads` threads, with no memory
+// read: timed, the arithmetic roof. Pairs of bf16 or float32; 0 for pairs where the instruction set has none.
+int64_t multiply_adds(bool pairs, int64_t rounds, int64_t threads);
+
 // Asks for large pages, where the system has them: weights are read from end to end in every call.
 void advise_large_pages(uint64_t address, uint64_t bytes);
 

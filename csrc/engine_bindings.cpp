@@ -62,6 +62,8 @@ void bind_engine(py::module_& m) {
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
       .def("workspace_bytes", &Program::workspace_bytes);
   m.def("packing", &packing, py::arg("pairs"), "(lanes, panel, pair, depth) of the instruction set in use");
+  m.def("multiply_adds", &multiply_adds, py::arg("pairs"), py::arg("rounds"), py::arg("threads"),
+        py::call_guard<py::gil_scoped_release>(), "Work of known size that no memory slows; returns its amount");
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));
   m.def("release_free_memory", &release_free_memory, py::call_guard<py::gil_scoped_release>());
 }

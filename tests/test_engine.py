@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import importlib
 import json
 import logging
 import pickle
@@ -28,6 +29,7 @@ from lgnet_fast import (
     optimize,
 )
 from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.describe import measure_peaks
 from lgnet_fast.engine.engine import SHAPES_KEPT
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
@@ -339,6 +341,22 @@ def test_description_names_every_step_and_its_cost(model):
     shares = [float(cell.rstrip("%")) for cell in table.columns[-1].cells if cell]
     assert len(shares) == table.row_count
     assert 0 < shares[-1] < 400
+
+
+@needs_extension
+def test_arithmetic_roof():
+    """The work that is timed for the roof is what it says it is."""
+    library = importlib.import_module("lgnet_fast._C")
+    lanes = library.packing(False)[0]
+    once, thrice = (library.multiply_adds(False, rounds, 1) for rounds in (1, 3))
+    assert once > 0
+    assert once % lanes == 0
+    assert (thrice, library.multiply_adds(False, 1, 2)) == (3 * once, 2 * once)
+    assert library.multiply_adds(True, 1, 1) == (2 * once if library.packing(True)[0] else 0)
+    peaks = measure_peaks()
+    assert (peaks.pair_macs > 0) == (library.packing(True)[0] > 0)
+    assert peaks.floor(peaks.macs, 0, pairs=False) == pytest.approx(1)
+    assert peaks.floor(0, 2 * peaks.bytes, pairs=False) == pytest.approx(2)
 
 
 MEMORY = """

@@ -213,7 +213,8 @@ def _group_rows(weight: Tensor, group: _Group, m: int, channels: int) -> Callabl
 
 
 _KERNELS = {"direct": 1, "winograd2": 2, "winograd4": 4}
-_PAIRS = "/bf16"
+PAIRS = "/bf16"
+"""At the end of a kernel's name: with products of bf16 pairs."""
 
 
 def candidates(step: Step) -> list[str]:
@@ -298,7 +299,7 @@ def choose_kernels(plan: Plan, dtype: torch.dtype) -> dict[str, str]:
         chosen[name] = kernel
         excess -= saved
     return {
-        step.name: (kernel := chosen[step.weights_of]) + (_PAIRS if pairs and kernel != "narrow" else "")
+        step.name: (kernel := chosen[step.weights_of]) + (PAIRS if pairs and kernel != "narrow" else "")
         for step in plan.steps
     }
 
@@ -520,7 +521,7 @@ class CpuExecutor:
 
         source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
         spec = library.StepSpec()
-        spec.pairs = self.choices[step.name].endswith(_PAIRS)
+        spec.pairs = self.choices[step.name].endswith(PAIRS)
         spec.source = library.MapSpec(
             offsets[source.name] + step.source.offset,
             source.height,
