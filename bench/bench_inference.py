@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from bench.conftest import marked_device
 from bench.inference_peers import peers
 from bench.timing import SMOKE
 from lgnet_fast import LGNet, create_model, optimize
@@ -17,10 +18,7 @@ from lgnet_fast.engine.holes import hole_boxes
 SIZE = 256
 MODELS = ["lgnet_demo"] if SMOKE else ["lgnet", "lgnet_light"]
 
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> str:
-    return "cuda" if request.node.get_closest_marker("gpu") else "cpu"
+device = pytest.fixture(marked_device)
 
 
 def model_of(name: str) -> LGNet:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -11,23 +12,21 @@ from typing import Any
 import pytest
 import torch
 
-from bench.training_step import DTYPES, FORMS, make_step, peak_bytes
+from bench.conftest import marked_device
+from bench.training_step import DTYPES, FORMS, Memory, make_step, memory_of
 from lgnet_fast import ops
 
-
-@pytest.fixture
-def device(request: pytest.FixtureRequest) -> str:
-    return "cuda" if request.node.get_closest_marker("gpu") else "cpu"
+device = pytest.fixture(marked_device)
 
 
-def peak_megabytes(form: str, dtype: str, batch: int, device: str) -> float:
-    """Of one step beyond parameters, gradients and optimiser state; measured in a process of its own."""
+def measured_memory(form: str, dtype: str, batch: int, device: str) -> Memory:
+    """Of one step; on a CPU measured in a process of its own."""
     if device == "cuda":
         torch.cuda.empty_cache()
-        return peak_bytes(form, DTYPES[dtype], batch, device) / 1e6
+        return memory_of(form, DTYPES[dtype], batch, device)
     command = [sys.executable, "-m", "bench.training_step", form, dtype, str(batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])["peak_bytes"] / 1e6
+    return Memory(**json.loads(done.stdout.splitlines()[-1]))
 
 
 def compare(
@@ -44,7 +43,7 @@ def compare(
         assert first[form]["G"].item() == pytest.approx(first["released"]["G"].item(), rel=tolerance), form
     summary = compete({form: step.run for form, step in steps.items()}, "ours", warmup=1, long_rounds=3)
     steps.clear()
-    peaks = {form: round(peak_megabytes(form, dtype, batch, device), 1) for form in measured}
+    peaks = {form: round(measured_memory(form, dtype, batch, device).step / 1e6, 1) for form in measured}
     report: dict[str, Any] = {"batch": batch, "peak_mb": peaks}
     if peaks:
         report["peak_of_released"] = round(peaks["ours"] / peaks["released"], 3)
@@ -59,6 +58,23 @@ def test_training_step(dtype: str, compete: Any, benchmark: Any) -> None:
     full = dtype == "fp32"
     eager = [form for form in FORMS if form != "compiled"]
     compare(compete, benchmark, "cpu", dtype, 2, FORMS if full else eager, eager if full else ())
+
+
+@pytest.mark.full
+def test_training_step_batch_4(compete: Any, benchmark: Any) -> None:
+    """The paper's batch; and by the peaks' growth from 2 to 4 the largest that the memory of this machine holds."""
+    forms = [form for form in FORMS if form != "compiled"]
+    compare(compete, benchmark, "cpu", "fp32", 4, forms, forms)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    largest = {}
+    for form in forms:
+        two = measured_memory(form, "fp32", 2, "cpu")
+        a_picture = (1e6 * benchmark.extra_info["peak_mb"][form] - two.step) / 2
+        assert a_picture > 0
+        largest[form] = int((memory - two.standing - two.step) / a_picture) + 2
+    assert largest["ours"] > largest["released"]
+    benchmark.extra_info.update(memory_gb=round(memory / 1e9, 1), largest_batch=largest)
+    print(largest)
 
 
 @pytest.mark.gpu

@@ -2,6 +2,7 @@
 
 pytest bench/                 compares with bench/results, stores what is new there; fails when something got slower
 pytest bench/ --bench-store   the new state becomes what later runs are compared with
+pytest bench/ --bench-full    also what takes several minutes by itself
 """
 
 from __future__ import annotations
@@ -33,11 +34,19 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption("--bench-run", metavar="DIR", type=Path, help="write this run's own results here too")
     group.addoption("--bench-store", action="store_true", help="store this run instead of comparing it")
+    group.addoption("--bench-full", action="store_true", help="also the benches that take several minutes each")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     config.stash[_RUN] = defaultdict(dict)
     config.stash[_CHANGES], config.stash[_NOTES] = [], []
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    if not config.getoption("--bench-full"):
+        for item in items:
+            if item.get_closest_marker("full"):
+                item.add_marker(pytest.mark.skip(reason="takes several minutes: --bench-full"))
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
@@ -50,6 +59,11 @@ def device(request: pytest.FixtureRequest) -> str:
     if request.param == "cuda" and not torch.cuda.is_available():
         pytest.skip("no NVIDIA GPU here")
     return request.param
+
+
+def marked_device(request: pytest.FixtureRequest) -> str:
+    """The device of a test by its mark, for ``device = pytest.fixture(marked_device)`` in a bench's module."""
+    return "cuda" if request.node.get_closest_marker("gpu") else "cpu"
 
 
 @pytest.fixture

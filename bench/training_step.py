@@ -90,11 +90,16 @@ def _resident(key: str) -> int:
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(key))
 
 
-def peak_bytes(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> int:
-    """Most memory that a step takes beyond parameters, gradients and optimiser state, in bytes.
+class Memory(NamedTuple):
+    """Bytes: parameters, gradients, optimiser state (on a CPU with all else that the process has) between steps, and
+    what a step takes beyond that at most."""
 
-    On a CPU of the whole process: ask once a process (Linux).
-    """
+    standing: int
+    step: int
+
+
+def memory_of(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> Memory:
+    """Of a training step in one of :data:`FORMS`. On a CPU of the whole process: ask once a process (Linux)."""
     step = make_step(form, dtype, batch, device, name)
     step.run()  # gradients and optimiser state exist from now on, and stay
     gc.collect()
@@ -102,7 +107,7 @@ def peak_bytes(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", n
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         step.run()
-        return torch.cuda.max_memory_allocated() - before
+        return Memory(before, torch.cuda.max_memory_allocated() - before)
     ctypes.CDLL(None).malloc_trim(0)
     before = _resident("VmRSS")
     try:
@@ -112,7 +117,7 @@ def peak_bytes(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", n
         peak = ""
     step.run()
     highest = _resident(peak) if peak else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return highest - before
+    return Memory(before, highest - before)
 
 
 if __name__ == "__main__":
@@ -122,4 +127,4 @@ if __name__ == "__main__":
     parser.add_argument("batch", type=int)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    print(json.dumps({"peak_bytes": peak_bytes(args.form, DTYPES[args.dtype], args.batch, args.device)}))
+    print(json.dumps(memory_of(args.form, DTYPES[args.dtype], args.batch, args.device)._asdict()))
