@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import pytest
+import torch
 
 from lgnet_fast.pipeline import Inpainter
 
@@ -19,3 +22,16 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> BlurFill:
 
     monkeypatch.setattr(Inpainter, "from_pretrained", classmethod(load))
     return model
+
+
+@pytest.fixture
+def strict_float32() -> Iterator[None]:
+    """Float32 products on a GPU in full precision, not in TF32."""
+    # Not by monkeypatch: deleting the attribute again, which is how it restores, fails on these objects.
+    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
+    before = [switch.allow_tf32 for switch in switches]
+    for switch in switches:
+        switch.allow_tf32 = False
+    yield
+    for switch, value in zip(switches, before):
+        switch.allow_tf32 = value

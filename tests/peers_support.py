@@ -16,6 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from bench.peers.adapter import adapt
+
 PEERS = Path(__file__).parent / "data" / "peers"
 SIZE = 256
 TOLERANCE = 1e-3
@@ -78,6 +80,17 @@ def example() -> tuple[Tensor, Tensor]:
     hole[..., 10:30, 20:240] = 1
     hole[..., 200:203, 5:250] = 1
     return picture, hole
+
+
+def hooked(name: str, network: nn.Module, image: Tensor, hole: Tensor) -> tuple[Any, Tensor]:
+    """What `network` itself returns when its adapter runs it on one picture, and what the adapter makes of it."""
+    caught: list[Any] = []
+    hook = network.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs))
+    with torch.inference_mode():
+        result = adapt(name, network)(image, hole)
+    hook.remove()
+    (outputs,) = caught
+    return outputs, result
 
 
 def check_keys(module: nn.Module, network: str) -> None:

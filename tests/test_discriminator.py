@@ -95,9 +95,11 @@ def test_wrong_pictures(net, picture, error, text):
         net(picture)
 
 
-def test_unknown_variant():
+def test_unknown_variant_and_no_width():
     with pytest.raises(ValueError, match="variant: expected one of"):
         Discriminator("theirs")
+    with pytest.raises(ValueError, match="channels: expected a positive integer, got 0"):
+        Discriminator(channels=0)
 
 
 # -- weights ----------------------------------------------------------------------------------------------------

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -25,6 +24,7 @@ from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.lgnet import LGNet
 from tests.interpreted.rules import DTYPES, assert_accurate, normal
 
+pytestmark = pytest.mark.usefixtures("strict_float32")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
 HOLE = Rect(70, 130, 60, 150)
 
@@ -93,17 +93,6 @@ def test_tiles_exist_for_every_kind_of_step() -> None:
 
 
 # -- on a GPU --------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(autouse=True)
-def strict_float32() -> Iterator[None]:
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    yield
-    for switch, value in zip(switches, before):
-        switch.allow_tf32 = value
 
 
 @pytest.fixture(scope="module")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -40,20 +40,9 @@ from tests.interpreted.rules import (
 pytestmark = [
     pytest.mark.gpu,
     pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here"),
+    pytest.mark.usefixtures("strict_float32"),
 ]
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def strict_float32() -> Iterator[None]:
-    # Not by monkeypatch: deleting the attribute again, which is how it restores, fails on these objects.
-    switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
-    before = [switch.allow_tf32 for switch in switches]
-    for switch in switches:
-        switch.allow_tf32 = False
-    yield
-    for switch, value in zip(switches, before):
-        switch.allow_tf32 = value
 
 
 def cuda(*shape: int, dtype: torch.dtype = torch.float32, seed: int = 0) -> Tensor:

@@ -12,7 +12,16 @@ from torch.nn import functional as F
 from bench.peers.adapter import adapt
 from bench.peers.gconv import Conv, GConv, _fuse, subsample
 from lgnet_fast.errors import WeightsError
-from tests.peers_support import PEERS, check_golden, check_keys, check_loaded, checkpoint_like, example, with_weights
+from tests.peers_support import (
+    PEERS,
+    check_golden,
+    check_keys,
+    check_loaded,
+    checkpoint_like,
+    example,
+    hooked,
+    with_weights,
+)
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +39,8 @@ def test_names_and_parameters(network):
 def test_outputs_of_the_original(network):
     """Through the adapter, whose pictures are red first where the network's are blue first."""
     picture, hole = example()
-    image, caught = (2 * picture - 1).flip(1), []
-    hook = network.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs))
-    with torch.inference_mode():
-        result = adapt("GConv", network)(image, hole)
-    hook.remove()
-    ((first, output),) = caught
+    image = (2 * picture - 1).flip(1)
+    (first, output), result = hooked("GConv", network, image, hole)
     check_golden(first, "GCONV", "stage1")
     check_golden(output, "GCONV", "output")
     assert torch.equal(result, torch.where(hole > 0, output.flip(1), image))

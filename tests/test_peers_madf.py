@@ -6,10 +6,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench.peers.adapter import adapt
 from bench.peers.madf import IMAGENET_MEAN, IMAGENET_STD, MADF, DynamicConv, PointwiseNorm
 from lgnet_fast.errors import WeightsError
-from tests.peers_support import check_golden, check_keys, check_loaded, checkpoint_like, example, with_weights
+from tests.peers_support import check_golden, check_keys, check_loaded, checkpoint_like, example, hooked, with_weights
 
 
 @pytest.fixture(scope="module")
@@ -28,12 +27,8 @@ def test_names_and_parameters(network):
 def test_outputs_of_the_original(network):
     """Through the adapter, which is thereby known to normalise and to mask as its authors do."""
     picture, hole = example()
-    image, caught = 2 * picture - 1, []
-    hook = network.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs))
-    with torch.inference_mode():
-        result = adapt("MADF", network)(image, hole)
-    hook.remove()
-    (pictures,) = caught
+    image = 2 * picture - 1
+    pictures, result = hooked("MADF", network, image, hole)
     for output, name in zip(pictures, ("recovery", "refine0", "output"), strict=True):
         check_golden(output, "MADF", name)
     std, mean = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_STD, IMAGENET_MEAN))

@@ -8,11 +8,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from bench.peers.adapter import adapt
 from bench.peers.contextual import patches
 from bench.peers.pen import PEN, AttentionTransfer
 from lgnet_fast.errors import WeightsError
-from tests.peers_support import check_golden, check_keys, check_loaded, checkpoint_like, example, with_weights
+from tests.peers_support import check_golden, check_keys, check_loaded, checkpoint_like, example, hooked, with_weights
 
 
 @pytest.fixture(scope="module")
@@ -30,12 +29,8 @@ def test_names_and_parameters(network):
 def test_outputs_of_the_original(network):
     """Through the adapter, which is thereby known to feed the network as its authors do."""
     picture, hole = example()
-    image, caught = 2 * picture - 1, []
-    hook = network.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs))
-    with torch.inference_mode():
-        result = adapt("PEN", network)(image, hole)
-    hook.remove()
-    ((pyramid, output),) = caught
+    image = 2 * picture - 1
+    (pyramid, output), result = hooked("PEN", network, image, hole)
     check_golden(output, "PEN", "output")
     check_golden(pyramid[0], "PEN", "pyramid_1")
     check_golden(pyramid[4], "PEN", "pyramid_5")

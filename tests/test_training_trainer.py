@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 from lgnet_fast import LGNet, LocalGlobalRefinement, create_model
 from lgnet_fast.cli import app
 from lgnet_fast.reference import list_models
+from lgnet_fast.reference.discriminator import Discriminator
 from lgnet_fast.reference.networks import UNet
 from lgnet_fast.training import ConfigError, DataError, Trainer, TrainingError, load_config
 from lgnet_fast.training.config import LossConfig, OptimConfig, config_of
-from lgnet_fast.training.networks import SlimDiscriminator, keep_spectral_norm_wide, make_discriminator
+from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator
 from lgnet_fast.training.trainer import learning_rate_factor
 from tests.support import released_state
 from tests.training_support import TINY, tiny_config, tiny_settings, write_pictures
@@ -257,8 +258,8 @@ def test_float16_needs_a_gpu(pictures, tmp_path):
 
 def test_wide_spectral_norm_is_the_same_function():
     torch.manual_seed(0)
-    a = SlimDiscriminator(4).train()
-    b = SlimDiscriminator(4).train()
+    a = Discriminator(channels=4).train()
+    b = Discriminator(channels=4).train()
     b.load_state_dict(a.state_dict())
     keep_spectral_norm_wide(b)
     x = batch()["image"]

@@ -10,6 +10,8 @@ What `image` has in the hole does not matter. Each adapter brings that to its ne
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
@@ -24,7 +26,7 @@ REFINED = {"PEN_LG": "PEN", "MEDFE_LG": "MEDFE"}
 """LGNet's local and global network behind another first stage (paper, Section IV-E): name -> first stage."""
 
 
-class Adapter(nn.Module):
+class Adapter(nn.Module, ABC):
     """Base: checks, then :meth:`fill`, then merging. Runs under any grad mode; timings want inference mode.
 
     Args:
@@ -39,9 +41,9 @@ class Adapter(nn.Module):
         self.size_multiple = size_multiple
         self.merged = merged
 
+    @abstractmethod
     def fill(self, image: Tensor, mask: Tensor) -> Tensor:
         """The network's raw picture, brought to [-1, 1] and red first."""
-        raise NotImplementedError
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
         """[B, 3, H, W] and [B, 1, H, W] -> [B, 3, H, W]; see the module's text.

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from .checkpoint import load_strictly, read_checkpoint
 from .contextual import attention_weights, known_patches, paste, scores
+from .shapes import check_shapes
 
 SIZE_MULTIPLE = 8
 _UP = "_upsample"
@@ -229,13 +230,7 @@ class GConv(nn.Module):
         Raises:
             ValueError: a shape that does not fit.
         """
-        height, width = image.shape[-2:]
-        if image.dim() != 4 or image.shape[1] != 3 or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-            raise ValueError(
-                f"image: expected [B, 3, H, W] with multiples of {SIZE_MULTIPLE}, got {list(image.shape)}"
-            )
-        if mask.shape != image[:, :1].shape:
-            raise ValueError(f"mask: expected {list(image[:, :1].shape)} to fit image, got {list(mask.shape)}")
+        check_shapes("image", image, 3, mask, 1, SIZE_MULTIPLE)
 
         coarse, plain, attended, after, merged = self._paths
         ones = torch.ones_like(mask)

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .checkpoint import load_strictly, read_checkpoint
+from .shapes import check_shapes
 
 LEVELS = 7
 SIZE_MULTIPLE = 2**LEVELS
@@ -184,13 +185,7 @@ class MADF(nn.Module):
         Raises:
             ValueError: a shape that does not fit.
         """
-        height, width = image.shape[-2:]
-        if image.dim() != 4 or image.shape[1] != 3 or height % SIZE_MULTIPLE or width % SIZE_MULTIPLE:
-            raise ValueError(
-                f"image: expected [B, 3, H, W] with multiples of {SIZE_MULTIPLE}, got {list(image.shape)}"
-            )
-        if mask.shape != image.shape:
-            raise ValueError(f"mask: expected {list(image.shape)} to fit image, got {list(mask.shape)}")
+        check_shapes("image", image, 3, mask, 3, SIZE_MULTIPLE)
 
         x = torch.cat((image, mask), dim=1)
         mask_features, skips = mask, [x]

@@ -22,6 +22,7 @@ from lgnet_fast.reference.cascade import init_weights
 
 from .checkpoint import load_strictly, read_checkpoint
 from .contextual import attention_weights, known_patches, paste, scores
+from .shapes import check_shapes
 
 SIZE_MULTIPLE = 64
 # Channels of the five skip connections, sides 1/2 to 1/32 of the picture's.
@@ -119,10 +120,7 @@ class PEN(nn.Module):
         Raises:
             ValueError: a shape that does not fit.
         """
-        if x.dim() != 4 or x.shape[1] != 4 or x.shape[2] % SIZE_MULTIPLE or x.shape[3] % SIZE_MULTIPLE:
-            raise ValueError(f"x: expected [B, 4, H, W] with multiples of {SIZE_MULTIPLE}, got {list(x.shape)}")
-        if mask.shape != x[:, :1].shape:
-            raise ValueError(f"mask: expected {list(x[:, :1].shape)} to fit x, got {list(mask.shape)}")
+        check_shapes("x", x, 4, mask, 1, SIZE_MULTIPLE)
 
         skips = []
         for i in range(1, 7):
