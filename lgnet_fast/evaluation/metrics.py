@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from ..reference.pretrained import TORCHVISION_URL, torchvision_file
 from ..reference.released import load_state_dict_file
 from ..training.errors import MissingExtraError
 
 METRICS = ("l1", "psnr", "ssim", "lpips", "fid")
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
-ALEXNET_URL = f"https://download.pytorch.org/models/{ALEXNET_FILE}"
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 
@@ -177,17 +177,8 @@ def _lpips_network(source: str | Path | Distance | None) -> Distance:
 
 
 def _alexnet_file() -> Path:
-    file = Path(torch.hub.get_dir()) / "checkpoints" / ALEXNET_FILE
-    if not file.is_file():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            torch.hub.download_url_to_file(ALEXNET_URL, str(file), hash_prefix="7be5be79", progress=False)
-        except (OSError, RuntimeError) as cause:
-            raise WeightsError(
-                f"AlexNet's weights are not at {file} and could not be downloaded ({cause}); give --lpips the path "
-                f"of {ALEXNET_URL}"
-            ) from cause
-    return file
+    advice = f"; give --lpips the path of {TORCHVISION_URL}{ALEXNET_FILE}"
+    return torchvision_file(ALEXNET_FILE, "AlexNet's weights are", advice)
 
 
 def _inception(source: str | Path | nn.Module | None) -> nn.Module:

@@ -21,7 +21,6 @@ from .released import load_state_dict_file
 
 # The paper's 32x32 map for a 256x256 picture needs padding 2; the released network has 1.
 _PADDING = {"released": 1, "paper": 2}
-_WIDTHS = (3, 64, 128, 256, 512)
 _STRIDES = (2, 2, 2, 1, 1)  # the last is the classifier's
 _KERNEL = 5
 
@@ -34,24 +33,31 @@ def _spectral_conv(in_channels: int, out_channels: int, stride: int, padding: in
 
 
 class Discriminator(nn.Module):
-    """Patch discriminator, 4.318 M parameters.
+    """Patch discriminator; 4.318 M parameters at its default width.
 
     Each forward pass in training mode does one power iteration, which changes the buffers ``weight_u`` and
     ``weight_v``; in eval mode they stay.
 
     Args:
         variant: "released" (padding 1, 256x256 -> 27x27) or "paper" (padding 2, 256x256 -> 32x32).
+        channels: width of the first layer; the next ones have twice, four and eight times that. 64 in the paper.
+
+    Raises:
+        ValueError: unknown variant, or no positive width.
     """
 
-    def __init__(self, variant: str = "released") -> None:
+    def __init__(self, variant: str = "released", channels: int = 64) -> None:
         super().__init__()
         self.variant = check_variant(variant)
+        if channels < 1:
+            raise ValueError(f"channels: expected a positive integer, got {channels!r}")
         self.padding = _PADDING[variant]
+        widths = (3, channels, 2 * channels, 4 * channels, 8 * channels)
         layers: list[nn.Module] = []
-        for width_in, width_out, stride in zip(_WIDTHS, _WIDTHS[1:], _STRIDES, strict=False):
+        for width_in, width_out, stride in zip(widths, widths[1:], _STRIDES, strict=False):
             layers += [_spectral_conv(width_in, width_out, stride, self.padding), nn.LeakyReLU(0.2, inplace=True)]
         self.encoder = nn.Sequential(*layers)
-        self.classifier = nn.Conv2d(_WIDTHS[-1], 1, _KERNEL, padding=self.padding)
+        self.classifier = nn.Conv2d(widths[-1], 1, _KERNEL, padding=self.padding)
         nn.init.normal_(self.classifier.weight, 0.0, 0.02)
         assert self.classifier.bias is not None
         nn.init.zeros_(self.classifier.bias)

@@ -19,6 +19,7 @@ from ..errors import LGNetError, WeightsError
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
+TORCHVISION_URL = "https://download.pytorch.org/models/"
 
 MODEL_CARD = """---
 {{ card_data }}
@@ -49,6 +50,30 @@ def find_weights(source: str | os.PathLike[str]) -> None:
         raise WeightsError(f"weights: expected a model directory or a hub id, got the file {path}")
     elif path.is_absolute() or str(source).count("/") != 1:
         raise WeightsError(f"weights: expected a model directory or a hub id 'owner/name', got {str(source)!r}")
+
+
+def torchvision_file(name: str, missing: str, advice: str, *, progress: bool = False) -> Path:
+    """The file `name` of torchvision in torch's hub cache, downloaded into it where it is not there.
+
+    Args:
+        name: "<network>-<start of its SHA-256>.pth".
+        missing, advice: begin and end of the error's message, around the path and the cause.
+        progress: show a bar on stderr while downloading.
+
+    Raises:
+        WeightsError: not there and not downloadable.
+    """
+    file = Path(torch.hub.get_dir()) / "checkpoints" / name
+    if not file.is_file():
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            # Writes a temporary file beside it, checks the hash, renames.
+            torch.hub.download_url_to_file(
+                TORCHVISION_URL + name, str(file), hash_prefix=file.stem.rpartition("-")[2], progress=progress
+            )
+        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
+            raise WeightsError(f"{missing} not at {file} and could not be downloaded ({error}){advice}") from error
+    return file
 
 
 @contextmanager

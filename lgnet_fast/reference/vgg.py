@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from .pretrained import check_names_and_shapes, upcast
+from .pretrained import TORCHVISION_URL, check_names_and_shapes, torchvision_file, upcast
 from .released import load_state_dict_file
 
 WEIGHTS_FILE = "vgg16-397923af.pth"
-WEIGHTS_URL = f"https://download.pytorch.org/models/{WEIGHTS_FILE}"
+WEIGHTS_URL = TORCHVISION_URL + WEIGHTS_FILE
 
 _ADVICE = (
     f"Download {WEIGHTS_URL} on a machine with network access, and pass its path "
@@ -94,7 +94,10 @@ class VGG16Features(nn.Sequential):
         Raises:
             WeightsError: no such file, not downloadable, damaged, unsafe, or of another network.
         """
-        file = _cached_or_downloaded() if path is None else Path(path)
+        if path is None:
+            file = torchvision_file(WEIGHTS_FILE, "weights: VGG-16 is", f". {_ADVICE}", progress=sys.stderr.isatty())
+        else:
+            file = Path(path)
         if not file.is_file():
             raise WeightsError(
                 f"weights: expected torchvision's VGG-16 file, got {file}, which does not exist. {_ADVICE}"
@@ -106,23 +109,6 @@ class VGG16Features(nn.Sequential):
         net.load_state_dict(upcast(state), strict=True, assign=True)
         net.requires_grad_(False)  # assigned tensors bring their own flag
         return net
-
-
-def _cached_or_downloaded() -> Path:
-    """torchvision's file in torch's hub cache."""
-    file = Path(torch.hub.get_dir()) / "checkpoints" / WEIGHTS_FILE
-    if not file.is_file():
-        try:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            # Writes a temporary file beside it, checks the hash, renames.
-            torch.hub.download_url_to_file(
-                WEIGHTS_URL, str(file), hash_prefix="397923af", progress=sys.stderr.isatty()
-            )
-        except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
-            raise WeightsError(
-                f"weights: VGG-16 is not at {file} and could not be downloaded ({error}). {_ADVICE}"
-            ) from error
-    return file
 
 
 def _select(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

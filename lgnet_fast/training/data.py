@@ -24,7 +24,7 @@ from ..pipeline.pictures import picture_of
 from ..pipeline.shards import Member, samples_in
 from .config import DataConfig
 from .errors import ConfigError, DataError, MissingExtraError
-from .masks import MaskFolder, generate_mask, hole_levels, resize_mask
+from .masks import MaskFolder, generate_mask, hole_levels, pictures_below, resize_mask
 
 PROTOCOLS: dict[str, float | None] = {
     "photos": 2.0,
@@ -76,12 +76,7 @@ class FolderSource:
     """
 
     def __init__(self, folder: Path, categories: Sequence[str] | None = None) -> None:
-        if not folder.is_dir():
-            raise DataError(f"data: expected a folder of pictures, got {str(folder)!r}, which is not a folder")
-        known = set(Image.registered_extensions())
-        self.files = sorted(p for p in folder.rglob("*") if p.suffix.lower() in known and p.is_file())
-        if not self.files:
-            raise DataError(f"data: expected a folder of pictures, got {str(folder)!r}, which has none")
+        self.files = sorted(pictures_below(folder, "data: expected a folder of pictures"))
         if categories is not None:
             parts = {file: set(file.relative_to(folder).parts[:-1]) for file in self.files}
             missing = [c for c in categories if not any(c in where for where in parts.values())]

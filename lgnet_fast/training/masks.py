@@ -230,6 +230,20 @@ def _grow(hole: np.ndarray, rng: np.random.Generator, missing: int) -> None:
 _LIU_COUNT, _LIU_PER_CLASS = 12_000, 2_000
 
 
+def pictures_below(folder: str | Path, expected: str) -> list[Path]:
+    """The files, of every format that Pillow knows, of a folder and its sub-folders, in no order.
+
+    Raises DataError, which begins with `expected`: no such folder, or no picture in it.
+    """
+    if not Path(folder).is_dir():
+        raise DataError(f"{expected}, got {str(folder)!r}, which is not a folder")
+    known = set(Image.registered_extensions())
+    files = [p for p in Path(folder).rglob("*") if p.suffix.lower() in known and p.is_file()]
+    if not files:
+        raise DataError(f"{expected}, got {str(folder)!r}, which has none")
+    return files
+
+
 class MaskFolder:
     """Masks from picture files, in the order of their numbers.
 
@@ -255,13 +269,8 @@ class MaskFolder:
         if polarity not in POLARITIES:
             raise ValueError(f"polarity: expected one of {POLARITIES}, got {polarity!r}")
         self.folder, self.polarity = Path(folder), polarity
-        if not self.folder.is_dir():
-            raise DataError(f"masks: expected a folder of mask pictures, got {str(folder)!r}, which is not a folder")
-        known = set(Image.registered_extensions())
-        files = [p for p in self.folder.rglob("*") if p.suffix.lower() in known and p.is_file()]
+        files = pictures_below(folder, "masks: expected a folder of mask pictures")
         self.files = sorted(files, key=lambda p: (p.parent.as_posix(), _number(p.stem), p.name))
-        if not self.files:
-            raise DataError(f"masks: expected a folder of mask pictures, got {str(folder)!r}, which has none")
         self._ratios: list[float] | None = None
 
     def __len__(self) -> int:

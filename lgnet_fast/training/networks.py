@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import spectral_norm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from ..reference import LGNet, create_model
@@ -62,29 +61,6 @@ def _imported(where: str) -> Callable[[], Any]:
         raise ConfigError(f"model.factory: expected package.module:function, got {where!r} ({error})") from error
 
 
-class SlimDiscriminator(Discriminator):
-    """The discriminator with another width: `channels`, twice, four and eight times that, where it has 64 first."""
-
-    def __init__(self, channels: int, variant: str = "released") -> None:
-        super().__init__(variant)
-        convolutions = [layer for layer in self.encoder if isinstance(layer, nn.Conv2d)]
-        widths = [3, *(channels * conv.out_channels // convolutions[0].out_channels for conv in convolutions)]
-        layers: list[nn.Module] = []
-        for before, after, like in zip(widths, widths[1:], convolutions):
-            layers += [spectral_norm(_convolution(like, before, after)), nn.LeakyReLU(0.2, inplace=True)]
-        self.encoder = nn.Sequential(*layers)
-        self.classifier = _convolution(self.classifier, widths[-1], 1)
-
-
-def _convolution(like: nn.Conv2d, before: int, after: int) -> nn.Conv2d:
-    kernel, stride, padding = (int(value[0]) for value in (like.kernel_size, like.stride, like.padding))
-    conv = nn.Conv2d(before, after, kernel, stride=stride, padding=padding, bias=like.bias is not None)
-    nn.init.normal_(conv.weight, 0.0, 0.02)
-    if conv.bias is not None:
-        nn.init.zeros_(conv.bias)
-    return conv
-
-
 def make_discriminator(config: DiscriminatorConfig) -> Discriminator:
     """The discriminator, in float32 and training mode.
 
@@ -93,10 +69,8 @@ def make_discriminator(config: DiscriminatorConfig) -> Discriminator:
     """
     if config.init_from is not None:
         discriminator = Discriminator.from_released(config.init_from, variant=config.variant).float()
-    elif config.channels == 64:
-        discriminator = Discriminator(config.variant)
     else:
-        discriminator = SlimDiscriminator(config.channels, config.variant)
+        discriminator = Discriminator(config.variant, config.channels)
     return discriminator.train()
 
 
