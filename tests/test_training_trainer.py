@@ -18,6 +18,7 @@ from lgnet_fast.reference.networks import UNet
 from lgnet_fast.training import ConfigError, DataError, Trainer, TrainingError, load_config
 from lgnet_fast.training.config import LossConfig, OptimConfig, config_of
 from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator
+from lgnet_fast.training.progress import Report
 from lgnet_fast.training.trainer import learning_rate_factor
 from tests.support import released_state
 from tests.training_support import TINY, tiny_config, tiny_settings, write_pictures
@@ -522,3 +523,16 @@ def test_no_pictures_configured(tmp_path):
     with pytest.raises(DataError, match="data.pictures: expected folders"):
         Trainer(config_of(settings)).fit()
     assert not (tmp_path / "run").exists()
+
+
+def test_time_left_of_a_resumed_run(tmp_path, monkeypatch, capsys):
+    """Half done by time when resumed; a tenth in one minute leaves four."""
+    now = [1000.0]
+    monkeypatch.setattr("lgnet_fast.training.progress.time.monotonic", lambda: now[0])
+    report = Report(tmp_path, step=100, total=100_000, progress=0.5, tensorboard=False)
+    now[0] += 60
+    report.train(160, 1, {"G": 2.0}, progress=0.6, pictures=4)
+    assert capsys.readouterr().err == "step 160/100000: epoch 1, G 2.0000, 4.0 pictures/s, 0:04:00 left\n"
+    report.train(99_960, 1, {"G": 2.0}, progress=0.9996, pictures=4)  # 40 steps at 1664 a second
+    assert capsys.readouterr().err.endswith(", 0:00:00 left\n")
+    report.close(skipped=0, broken=0)

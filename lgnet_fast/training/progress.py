@@ -24,10 +24,11 @@ class Report:
     Args:
         folder: of the run.
         step, total: where it begins, and its length. Lines of a later step are an interrupted run's, and are dropped.
+        progress: 0 to 1, the share of the run that is done, by steps or by time.
         tensorboard: write TensorBoard's files too.
     """
 
-    def __init__(self, folder: Path, step: int, total: int, tensorboard: bool = True) -> None:
+    def __init__(self, folder: Path, step: int, total: int, progress: float, tensorboard: bool = True) -> None:
         self._writer: Any = None
         if tensorboard:
             try:
@@ -41,7 +42,7 @@ class Report:
         if log.exists():
             write_atomically(log, b"".join(_lines_until(log, step)))
         self._log = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
-        self._total, self._began, self._first = total, time.monotonic(), step
+        self._total, self._began, self._first, self._done = total, time.monotonic(), step, progress
         self._bar: Any = None
         if sys.stderr.isatty():
             from rich.console import Console
@@ -56,7 +57,9 @@ class Report:
                 TextColumn("{task.fields[loss]}"),
                 console=Console(stderr=True),
             )
-            self._task = self._bar.add_task("training", total=1.0, step=step, steps=total, loss="")
+            self._task = self._bar.add_task(
+                "training", total=1.0, completed=progress, step=step, steps=total, loss=""
+            )
             self._bar.start()
 
     def say(self, text: str) -> None:
@@ -84,8 +87,8 @@ class Report:
             self._bar.update(self._task, completed=progress, step=step, loss=text)
             return
         left = (self._total - step) / speed
-        if progress > step / self._total:  # time will end it first
-            left = min(left, passed * (1 - progress) / progress)
+        if progress > max(step / self._total, self._done):  # time will end it first
+            left = min(left, passed * (1 - progress) / (progress - self._done))
         self.say(f"step {step}/{self._total}: {text}, {timedelta(seconds=round(left))} left")
 
     def validation(self, step: int, scores: Mapping[str, float], best: bool) -> None:

@@ -369,7 +369,7 @@ class Trainer:
             batches = iter(make_loader(self.dataset, sampler, pin=self.accelerator.device.type == "cuda"))
             if self.accelerator.is_main_process:
                 run = self.config.run
-                self._report = Report(self.folder, self.step, self.total_steps, run.tensorboard)
+                self._report = Report(self.folder, self.step, self.total_steps, self.progress, run.tensorboard)
                 closing.callback(self._close)
             self._loop(batches)
             if self._signal:
