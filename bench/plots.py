@@ -153,6 +153,26 @@ def hole_ratio(bench: Mapping[str, Any]) -> bytes:
     return _svg(figure)
 
 
+def training_curve(log: Sequence[Mapping[str, Any]]) -> bytes:
+    """Of the lines of a run's log.jsonl: the l1 in the hole of every stage, and the held-out pictures' scores."""
+    figure, (left, right) = _figure(1, 2, 9, 3.2)
+    steps = [line for line in log if line["kind"] == "train"]
+    for stage, colour in zip(("1", "2", "3"), PALETTE):
+        points = [(line["step"], line[f"hole{stage}"]) for line in steps if f"hole{stage}" in line]
+        if points:
+            left.plot(*zip(*points), color=colour, linewidth=0.9, label=f"stage {stage}")
+    left.set(xlabel="step", ylabel="l1 in the hole, of [-1, 1]")
+    left.legend(frameon=False)
+    checks = [line for line in log if line["kind"] == "validation"]
+    right.plot([line["step"] for line in checks], [line["psnr"] for line in checks], color=PALETTE[0], label="PSNR")
+    right.set(xlabel="step", ylabel="held-out PSNR, dB")
+    beside = right.twinx()
+    beside.plot([line["step"] for line in checks], [line["l1"] for line in checks], color=PALETTE[1], label="l1")
+    beside.set_ylabel("held-out l1, %")
+    right.legend(handles=[*right.get_lines(), *beside.get_lines()], frameon=False, loc="center right")
+    return _svg(figure)
+
+
 def history(past: Sequence[tuple[str, str, Mapping[str, float]]]) -> bytes:
     """The speed-up over the fastest rival, by measured commit, of benches that were measured more than once."""
     figure, (axes,) = _figure(1, 1, 9, 4)

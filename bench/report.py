@@ -2,7 +2,7 @@
 
 lgnet-fast bench --report out/                 # run everything, then write the report
 lgnet-fast bench --report out/ --report-only   # from stored results
-python -m bench.report --plots docs            # the README's pictures, from stored results
+python -m bench.report --plots docs            # the README's pictures and the bundled model's training curve
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import base64
 import html
+import json
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -323,7 +324,8 @@ def write_report(out: Path, folders: Sequence[Path] = (RESULTS,)) -> list[Path]:
 
 
 def write_plots(out: Path, folders: Sequence[Path] = (RESULTS,)) -> list[Path]:
-    """The README's two pictures, latency.svg and hole_ratio.svg, of the preferred CPU; the files.
+    """The README's two pictures, latency.svg and hole_ratio.svg, of the preferred CPU, and X.svg of every X.jsonl in
+    `out`, a training run's log; the files.
 
     Raises:
         LGNetError: results or matplotlib are missing.
@@ -338,6 +340,10 @@ def write_plots(out: Path, folders: Sequence[Path] = (RESULTS,)) -> list[Path]:
             raise LGNetError(f"no CPU results for {picture}.svg in {', '.join(map(str, folders))}")
         write_atomically(out / f"{picture}.svg", image)
         written.append(out / f"{picture}.svg")
+    for log in sorted(out.glob("*.jsonl")):
+        lines = [json.loads(line) for line in log.read_text().splitlines()]
+        write_atomically(log.with_suffix(".svg"), plots.training_curve(lines))
+        written.append(log.with_suffix(".svg"))
     return written
 
 
@@ -360,8 +366,8 @@ def run_suite(own: Path | None = None, store: bool = False) -> int:
 
 
 def main() -> int:
-    """The README's pictures."""
-    parser = argparse.ArgumentParser(description="Draw the README's pictures from stored results.")
+    """The pictures of the documentation."""
+    parser = argparse.ArgumentParser(description="Draw the documentation's pictures from stored results.")
     parser.add_argument("--plots", type=Path, required=True, metavar="DIR")
     for file in write_plots(parser.parse_args().plots):
         print(file)

@@ -139,6 +139,19 @@ def test_plots(results, tmp_path):
         report.write_plots(tmp_path / "c", [results])
 
 
+def test_training_curve_of_a_log(results, tmp_path):
+    """Drawn beside the log, the stages that it has."""
+    log = [{"kind": "train", "step": step, "hole1": 1 / step, "hole3": 0.5 / step} for step in (50, 100, 150)]
+    log += [{"kind": "validation", "step": step, "psnr": 20 + step / 100, "l1": 3.0} for step in (100, 150)]
+    (tmp_path / "run.jsonl").write_text("".join(json.dumps(line) + "\n" for line in log))
+    written = report.write_plots(tmp_path, [results])
+    assert written[-1] == tmp_path / "run.svg"
+    drawn = ElementTree.fromstring(written[-1].read_bytes())
+    texts = {element.text for element in drawn.iter("{http://www.w3.org/2000/svg}text")}
+    assert {"stage 1", "stage 3", "held-out PSNR, dB", "held-out l1, %"} <= texts
+    assert "stage 2" not in texts
+
+
 def test_history(tmp_path, monkeypatch):
     """One point a commit that was measured, oldest first, from every committed version of the results."""
     folder = tmp_path / "bench" / "results"
