@@ -88,7 +88,7 @@ def test_resolution(model: Any, compete: Any, benchmark: Any) -> None:
         "eager": [(side, *cases[side]) for side in SIDES],
     }
     runners = {"ours": engine, "eager": lambda *pair: eager(model, *pair)}
-    summary, fits = grow(contest, runners, compete, rounds=5)
+    summary, fits = grow(contest, runners, compete, rounds=4)
     macs = [engine.plan.resized(1, side, side).total_macs() for side in SIDES]
     benchmark.extra_info.update(size="side", slopes=fits | {"multiply_accumulates": slope(SIDES, macs)})
     print(summary, benchmark.extra_info["slopes"])
@@ -136,7 +136,7 @@ def test_hole_ratio(model: Any, compete: Any, benchmark: Any) -> None:
             assert (running[name]() - dense(image, mask)).abs().max() < 1e-4, name
     running["eager"] = lambda: eager(model, image, square_holes(1, 256, 1))
     assert (running["eager"]() - running["ours"]()).abs().max() < TOLERANCE
-    summary = compete(running, "ours", rounds=10)
+    summary = compete(running, "ours", rounds=8)
     slower = summary["times_slower_than_ours"]
     faster = {name: round(1 / slower[name], 3) for name in ratios}
     benchmark.extra_info.update(hole_ratios=ratios, times_faster_than_dense=faster)
