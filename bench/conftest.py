@@ -17,7 +17,7 @@ import torch
 
 from bench import regression
 from bench.regression import Bench, Change
-from bench.timing import LONG, SMOKE, environment, interleave, summarize
+from bench.timing import LONG, SMOKE, environment, interleave, keep_freed_memory, summarize
 
 _RUN = pytest.StashKey[dict[str, dict[str, Bench]]]()
 _CHANGES = pytest.StashKey[list[Change]]()
@@ -38,6 +38,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    keep_freed_memory()
     config.stash[_RUN] = defaultdict(dict)
     config.stash[_CHANGES], config.stash[_NOTES] = [], []
 

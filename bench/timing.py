@@ -6,9 +6,11 @@ slows the machine for good, leaves it as it is. Its spread is half the middle ha
 
 from __future__ import annotations
 
+import ctypes
 import os
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
@@ -29,6 +31,8 @@ SHORTEST = 5e-3
 """Seconds that one timed run of calls should take at least, so that clock and call cost vanish in it."""
 STEADY = 0.025
 """Standard error of the ratios at which no more rounds are needed."""
+ENOUGH = 1.0
+"""Seconds that a contest should take at least: short calls get more rounds, so that no single disturbance decides."""
 PATIENCE = 30.0
 """Seconds of one contest after which no rounds are added, so that the whole suite ends within 15 minutes."""
 
@@ -36,6 +40,21 @@ clock = time.perf_counter
 """Seconds; a test that must not depend on the machine's load takes the process's own time instead."""
 
 Rounds = list[dict[str, float]]
+
+
+def keep_freed_memory() -> None:
+    """Let the C library reuse memory that was freed instead of giving it back to the system (glibc; else nothing).
+
+    By default every large tensor is new pages, which the system zeroes in its own good time: contestants that
+    allocate are slower by that, and by an amount that changes from minute to minute. A server that has been running
+    for a while has its memory, so this is the fairer comparison too.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is None:
+        return
+    trim_threshold, mmap_max = -1, -4  # malloc.h's M_TRIM_THRESHOLD, M_MMAP_MAX
+    mallopt(trim_threshold, -1)
+    mallopt(mmap_max, 0)
 
 
 def synchronize(device: str) -> None:
@@ -66,8 +85,9 @@ def interleave(
     Args:
         contestants: each has run before, so that nothing is compiled here.
         device: "cpu" or "cuda".
-        rounds: at least; up to as many again follow until the ratios are known to 2.5 % (:data:`STEADY`), unless
-            the contest has taken half a minute (:data:`PATIENCE`) by then.
+        rounds: at least, and until the contest has taken a second (:data:`ENOUGH`); up to as many again follow until
+            the ratios are known to 2.5 % (:data:`STEADY`), unless it has taken half a minute (:data:`PATIENCE`) by
+            then. 1 is exactly one.
         warmup: calls before the rounds; one for calls of a second and more.
         long_rounds: of the rounds, those in which calls of a second and more take part, spread evenly.
 
@@ -86,8 +106,16 @@ def interleave(
         rounds = min(rounds, long_rounds)
     repeats = {name: max(1, round(SHORTEST / s)) for name, s in once.items()}
     taken: Rounds = []
-    end = clock() + PATIENCE
-    while len(taken) < rounds or (not SMOKE and len(taken) < 2 * rounds and clock() < end and not _steady(taken)):
+    start = clock()
+
+    def worth_another() -> bool:
+        if SMOKE or rounds == 1:
+            return False
+        return clock() < start + ENOUGH or (
+            len(taken) < 2 * rounds and clock() < start + PATIENCE and not _steady(taken)
+        )
+
+    while len(taken) < rounds or worth_another():
         number = len(taken)
         joins = number < rounds and number * long_rounds % rounds < long_rounds
         taken.append(

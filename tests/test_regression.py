@@ -5,6 +5,9 @@ from __future__ import annotations
 import io
 import json
 import os
+import platform
+import subprocess
+import sys
 import time
 from contextlib import redirect_stdout
 
@@ -13,7 +16,7 @@ import torch
 
 from bench import regression, timing
 from bench.regression import Change, compare, incomparable, machine_class, read_results, settle, write_results
-from bench.timing import interleave, spread, summarize
+from bench.timing import ROOT, interleave, spread, summarize
 from lgnet_fast.ops.dispatch import launchers
 from lgnet_fast.reference.attention import attention_block
 
@@ -164,6 +167,7 @@ def test_rounds_and_ratios():
 def test_long_calls_join_few_rounds(monkeypatch):
     monkeypatch.setattr("bench.timing.LONG", 0.02)
     monkeypatch.setattr("bench.timing.SHORTEST", 1e-3)
+    monkeypatch.setattr("bench.timing.ENOUGH", 0.0)
     called = {"short": 0, "long": 0}
 
     def call(name, s):
@@ -178,11 +182,14 @@ def test_long_calls_join_few_rounds(monkeypatch):
     assert called["short"] == 3 + len(rounds)
 
 
-@pytest.mark.parametrize(("patience", "expected"), [(0.0, 4), (2.2, 6), (1e9, 8)])
-def test_rounds_are_added_while_patience_lasts(monkeypatch, patience, expected):
+@pytest.mark.parametrize(
+    ("enough", "patience", "expected"), [(0.0, 0.0, 4), (0.0, 2.2, 6), (0.0, 1e9, 8), (4.4, 0.0, 11)]
+)
+def test_rounds_are_added(monkeypatch, enough, patience, expected):
     """On a clock of the test's own: a round takes 0.3 or 0.5 s, the ratio jumps between 2 and 4 and stays unknown."""
     now = [0.0]
     monkeypatch.setattr("bench.timing.clock", lambda: now[0])
+    monkeypatch.setattr("bench.timing.ENOUGH", enough)
     monkeypatch.setattr("bench.timing.PATIENCE", patience)
     calls = [0]
 
@@ -254,6 +261,8 @@ def test_command(tmp_path, monkeypatch):
     results = tmp_path / "results"
     monkeypatch.setattr(timing, "clock", time.process_time)
     monkeypatch.setattr("bench.conftest.SMOKE", False)
+    kept = []  # the tests that follow in this process are to have the C library as it comes
+    monkeypatch.setattr("bench.conftest.keep_freed_memory", lambda: kept.append(True))
 
     def run(ours_ms: float, *options: str) -> tuple[int, str]:
         monkeypatch.setenv("OURS_MS", str(ours_ms))
@@ -292,3 +301,29 @@ def test_command(tmp_path, monkeypatch):
     assert code == 0, out
     assert run(4)[0] == 0
     assert file.read_bytes() != before
+    assert len(kept) == 6
+
+
+FAULTS = """
+import resource, sys
+import torch
+from bench.timing import keep_freed_memory
+
+if sys.argv[1] == "keep":
+    keep_freed_memory()
+for number in range(30):
+    if number == 20:
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    torch.ones(2**24)
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
+def test_freed_memory_is_kept():
+    """64 MiB time and again: new pages every time, or at first only."""
+    new = {
+        how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, cwd=ROOT).stdout)
+        for how in ("as it comes", "keep")
+    }
+    assert new["keep"] < 0.2 * new["as it comes"]
