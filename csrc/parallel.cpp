@@ -58,20 +58,35 @@ GompParallel gomp_parallel() {
   return function;
 }
 
-struct Region {
-  const std::function<void(int64_t, int64_t)>* body;
-  int64_t tasks;
-  std::atomic<int64_t> next_task{0};
-  std::atomic<int64_t> next_worker{0};
+// Tasks [next, end) of the worker that has taken it; on a cache line of its own.
+struct alignas(64) Share {
+  std::atomic<bool> taken{false};
+  std::atomic<int64_t> next{0};
+  int64_t end = 0;
 };
 
+struct Region {
+  const std::function<void(int64_t, int64_t)>* body;
+  std::vector<Share> shares;
+};
+
+// A thread takes the share that it had last, if it is free, and so becomes that worker. Shares are the same part of
+// the tasks in every region: a core finds rows and scratch of the step before in its own caches, and in the near ones
+// where cores do not share all. Only then it helps the others.
 void run_worker(void* data) {
+  thread_local size_t seat = 0;
   Region& region = *static_cast<Region*>(data);
-  const int64_t worker = region.next_worker.fetch_add(1, std::memory_order_relaxed);
-  for (;;) {
-    const int64_t task = region.next_task.fetch_add(1, std::memory_order_relaxed);
-    if (task >= region.tasks) return;
-    (*region.body)(task, worker);
+  const size_t workers = region.shares.size();
+  size_t worker = seat % workers;
+  while (region.shares[worker].taken.exchange(true, std::memory_order_relaxed)) worker = (worker + 1) % workers;
+  seat = worker;
+  for (size_t i = 0; i < workers; ++i) {
+    Share& share = region.shares[(worker + i) % workers];
+    for (;;) {
+      const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
+      if (task >= share.end) break;
+      (*region.body)(task, static_cast<int64_t>(worker));
+    }
   }
 }
 
@@ -88,10 +103,15 @@ void watch_forks() {
 void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64_t, int64_t)>& body) {
   if (tasks <= 0) return;
   if (threads > tasks) threads = tasks;
-  Region region;
-  region.body = &body;
-  region.tasks = tasks;
-  if (threads <= 1) return run_worker(&region);
+  if (threads <= 1) {
+    for (int64_t task = 0; task < tasks; ++task) body(task, 0);
+    return;
+  }
+  Region region{&body, std::vector<Share>(static_cast<size_t>(threads))};
+  for (int64_t i = 0; i < threads; ++i) {
+    region.shares[static_cast<size_t>(i)].next.store(tasks * i / threads, std::memory_order_relaxed);
+    region.shares[static_cast<size_t>(i)].end = tasks * (i + 1) / threads;
+  }
   const GompParallel parallel = gomp_parallel();
   // After fork() libgomp believes in worker threads that exist in the parent only and would wait for them forever.
   if (parallel && !g_forked.load(std::memory_order_relaxed)) {

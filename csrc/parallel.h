@@ -13,9 +13,10 @@
 
 namespace lgnet {
 
-// Calls body(task, worker) for every task in [0, tasks), worker in [0, threads). Tasks are handed out in order, one
-// at a time, so that uneven tasks and busy cores balance; a worker runs its tasks one after another and may use
-// worker-indexed scratch. The body must not throw. With one thread or one task nothing is started.
+// Calls body(task, worker) for every task in [0, tasks), worker in [0, threads). Each worker
+// has an equal part of the tasks, the same in every call, and then helps the others, one task at a time, so that
+// uneven tasks and busy cores balance; a worker runs its tasks one after another and may use worker-indexed scratch.
+// The body must not throw. With one thread or one task nothing is started.
 void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64_t task, int64_t worker)>& body);
 
 // Where the threads come from: "openmp (<path of the runtime>)" or "threads".

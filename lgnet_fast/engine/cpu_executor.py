@@ -359,9 +359,9 @@ class CpuExecutor:
 
     @staticmethod
     def _allocate(size: int) -> Tensor:
-        data = torch.zeros(size, dtype=torch.uint8)
-        _library().advise_large_pages(data.data_ptr(), size)
-        return data
+        data = torch.empty(size, dtype=torch.uint8)
+        _library().advise_large_pages(data.data_ptr(), size)  # before they are touched: pages in use stay small
+        return data.zero_()
 
     def _kernel(self, step: Step) -> tuple[str, _Packing]:
         kernel, _, pairs = self.choices[step.name].partition("/")
