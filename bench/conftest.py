@@ -17,7 +17,7 @@ import torch
 
 from bench import regression
 from bench.regression import Bench, Change
-from bench.timing import LONG, SMOKE, environment, interleave, keep_freed_memory, summarize
+from bench.timing import LONG, SMOKE, copy_rate, environment, interleave, keep_freed_memory, summarize
 
 _RUN = pytest.StashKey[dict[str, dict[str, Bench]]]()
 _CHANGES = pytest.StashKey[list[Change]]()
@@ -81,7 +81,10 @@ def compete(benchmark: Any, device: str) -> Callable[..., dict[str, Any]]:
     ) -> dict[str, Any]:
         if benchmark.disabled:
             rounds, warmup, long_rounds = 1, 1, 1
+        rates = [copy_rate()] if device == "cpu" else []
         summary = summarize(interleave(contestants, device, rounds, warmup, long_rounds), ours)
+        if rates:
+            summary["copy_gb_s"] = [*rates, copy_rate()]
         benchmark.extra_info.update(summary, device=device)
 
         def timed() -> None:

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
+from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,22 @@ clock = time.perf_counter
 """Seconds; a test that must not depend on the machine's load takes the process's own time instead."""
 
 Rounds = list[dict[str, float]]
+
+
+def copy_rate() -> float:
+    """Of all threads, copying what no cache holds: GB read and written a second, the best of three.
+
+    A virtual machine's cores are moved about by its host: now they share a cache and one way to the memory, now each
+    has its own. Copies are then twice as fast, while what one core hands to the other arrives later, so that ratios
+    shift by a tenth and more with no change of the code. No other figure tells the two states apart as clearly.
+    """
+    source, target = _copied()
+    return round(max(2e-9 * source.nbytes / seconds(lambda: target.copy_(source), "cpu") for _ in range(3)), 1)
+
+
+@cache
+def _copied() -> tuple[torch.Tensor, torch.Tensor]:
+    return torch.ones(1 << 25), torch.zeros(1 << 25)
 
 
 def keep_freed_memory() -> None:

@@ -145,22 +145,27 @@ void run_forward(const View& features, const View& weight, const View& bias, boo
     packed_bias = Buffer<T>(cp);
     std::fill_n(packed_bias.get(), cp, T{0});
     if (bias) load_rows(bias, 0, 0, c, packed_bias.get(), c);
-    const Buffer<T> rows(2 * cp * c);
-    parallel_for(threads, 2 * cp / 8, [&](int64_t task, int64_t) {
+    const Buffer<T> rows(threads * 8 * c);  // eight rows for each worker, where they cannot be read in place
+    const bool plain = weight.dtype == native && weight.stride[3] == 1;
+    parallel_for(threads, 2 * cp / 8, [&](int64_t task, int64_t worker) {
       const int64_t half = task / (cp / 8), to = task % (cp / 8) * 8;
       // Columns are (attended, F) in the released network and (F, attended) in the paper.
       const int64_t column = (half == 0) == released ? 0 : c;
-      T* plain = rows.get() + task * 8 * c;
       T* packed = packed_weight.get() + task * 8 * c;
+      const T* row[8];
       for (int64_t r = 0; r < 8; ++r) {
-        if (to + r < c) {
-          load_rows(weight, 0, (to + r) * 2 * c + column, c, plain + r * c, c);
+        T* copy = rows.get() + (worker * 8 + r) * c;
+        row[r] = copy;
+        if (to + r >= c) {
+          std::fill_n(copy, c, T{0});
+        } else if (plain) {
+          row[r] = reinterpret_cast<const T*>(weight.data) + (to + r) * weight.stride[2] + column;
         } else {
-          std::fill_n(plain + r * c, c, T{0});
+          load_rows(weight, 0, (to + r) * 2 * c + column, c, copy, c);
         }
       }
       for (int64_t from = 0; from < c; ++from) {
-        for (int64_t r = 0; r < 8; ++r) packed[from * 8 + r] = plain[r * c + from];
+        for (int64_t r = 0; r < 8; ++r) packed[from * 8 + r] = row[r][from];
       }
     });
     w.weight = packed_weight.get();

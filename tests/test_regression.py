@@ -51,6 +51,31 @@ def test_ten_percent_or_twice_the_spread(spreads, factor, failed):
     assert only(compare(quiet, now)).allowed == pytest.approx(max(0.1, 2 * spreads))
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "allowed"),
+    [
+        ([40, 42], [38, 45], 0.1),
+        ([40, 42], [70, 72], 0.2),  # another state than the stored run's
+        ([70, 70], [70, 40], 0.2),  # changed meanwhile
+        ([], [40, 42], 0.1),
+    ],
+)
+def test_more_is_allowed_between_two_states_of_the_machine(then, now, allowed):
+    stored = {"a": bench(eager=3.0) | ({"copy_gb_s": then} if then else {})}
+    for factor, failed in ((1 - allowed + 0.01, False), (1 - allowed - 0.01, True)):
+        change = only(compare(stored, {"a": bench(eager=3.0 * factor) | {"copy_gb_s": now}}))
+        assert change.allowed == allowed
+        assert change.failed is failed
+    assert ("placed otherwise" in change.verdict) is (allowed == 0.2)
+
+
+def test_copy_rate():
+    """Rates of the same minute on the same machine are the same within a factor, and no cache's."""
+    one, two = timing.copy_rate(), timing.copy_rate()
+    assert 1 < one < 2000
+    assert 0.3 < one / two < 3
+
+
 def test_one_disturbed_rival_of_three_changes_nothing():
     stored = {"a": bench(eager=3.0, openvino=1.7, compiled=4.0)}
     now = {"a": bench(eager=3.0, openvino=1.0, compiled=4.0)}
@@ -263,6 +288,7 @@ def test_command(tmp_path, monkeypatch):
     monkeypatch.setattr("bench.conftest.SMOKE", False)
     kept = []  # the tests that follow in this process are to have the C library as it comes
     monkeypatch.setattr("bench.conftest.keep_freed_memory", lambda: kept.append(True))
+    monkeypatch.setattr("bench.conftest.copy_rate", lambda: 40.0)
 
     def run(ours_ms: float, *options: str) -> tuple[int, str]:
         monkeypatch.setenv("OURS_MS", str(ours_ms))
@@ -278,6 +304,7 @@ def test_command(tmp_path, monkeypatch):
     assert file.name == f"{machine_class('cpu')}_synthetic.json"
     assert f"stored 1 benches in {file}: no stored run of this machine class" in out
     stored = read_results(file.read_text())["benches"]["test_spin"]
+    assert stored["copy_gb_s"] == [40.0, 40.0]
     assert stored["times_slower_than_ours"]["rival"] == pytest.approx(3, rel=0.1)
     theirs = json.loads((tmp_path / "theirs.json").read_text())
     assert theirs["benchmarks"][0]["stats"]["min"] > 1.9e-3
