@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -40,17 +41,23 @@ print(status("VmHWM") - before, pipe.estimate_memory(side, side, "full"))
 """
 
 
+# What glibc's heap may take over the live tensors: holes between freed blocks, which vary from run to run.
+HEAP = 1.6
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the peak from /proc")
 @pytest.mark.parametrize(
     ("width", "side", "backend", "slack"),
     # The estimate is for a plain forward pass; the engine, whose buffers share memory, stays far below it.
-    [(16, 512, "eager", 3), (64, 512, "eager", 3), (16, 512, "auto", 20)],
+    [(16, 512, "eager", 3.5), (64, 512, "eager", 3.5), (16, 512, "auto", 8)],
 )
 def test_estimate_bounds_what_a_run_takes(width, side, backend, slack):
     root = Path(__file__).resolve().parent.parent
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(width), str(side), backend],
         cwd=root,
+        # A fixed threshold makes every tensor a mapping of its own, returned when freed: the peak is what was live.
+        env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,
         check=False,
@@ -58,8 +65,8 @@ def test_estimate_bounds_what_a_run_takes(width, side, backend, slack):
     if "clear_refs" in done.stderr:
         pytest.skip("the peak of this process cannot be reset here")
     assert done.returncode == 0, done.stderr
-    measured, estimate = (int(number) for number in done.stdout.split())
-    assert measured <= estimate <= slack * measured
+    live, estimate = (int(number) for number in done.stdout.split())
+    assert HEAP * live <= estimate <= slack * live
 
 
 def test_estimate_grows_with_the_padded_picture_and_not_beyond_the_window():
