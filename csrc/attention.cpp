@@ -26,7 +26,9 @@
 // the first-level cache, the 64 KB of keys are read twice from the second level. Tasks are (batch, panel), handed out
 // dynamically; where they are too few for the threads, the keys are split as well and the parts merged by their sums
 // (log-sum-exp). Queries are built by the task that needs them, and the combiner runs on its finished panel while
-// that is still in cache.
+// that is still in cache. Where its weights would not stay in the second-level cache from panel to panel (C = 512:
+// 2 MB), the panels are finished first and the combiner then goes by output channels: a task packs the weights of
+// some and takes all panels past them, and no weight passes from core to core.
 //
 // Backward. Scores are recomputed from lse. With G the gradient of attended, P = exp(S - lse), D_i = G_i .
 // attended_i:
@@ -38,6 +40,7 @@
 
 #include <algorithm>
 #include <functional>
+#include <optional>
 
 #include "isa.h"
 #include "parallel.h"
@@ -48,8 +51,13 @@ namespace {
 // Packed keys of at most this size are kept at once; larger batches go in turns, so that memory does not grow with B.
 constexpr int64_t kPackBudgetBytes = int64_t{64} << 20;
 // Tasks per thread that even out uneven panels and cores that other processes disturb.
-constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kTasksPerThread = 3;
 constexpr int64_t kMinimumGroupsPerSplit = 8;
+// The combiner goes by output channels where its weights are larger than a second-level cache, and where the panels'
+// operands are few: with larger batches, reading those again for every task costs more than it saves.
+constexpr int64_t kWeightsInCacheBytes = int64_t{1} << 20;
+constexpr int64_t kOperandBudgetBytes = int64_t{4} << 20;
+constexpr int64_t kGroupsPerCombinerTask = 16;
 // Starting a thread's share costs some microseconds, more where cores are busy: below this many multiplications each,
 // fewer threads are faster.
 constexpr double kProductsPerThread = 5e5;
@@ -126,6 +134,45 @@ struct Packed {
   Buffer<char> keys, values;
 };
 
+// The combiner's weight [1, 1, C, 2C] by groups of eight output channels, interleaved for the register block.
+template <class T>
+class CombinerWeight {
+ public:
+  CombinerWeight(const View& weight, bool released, DType native, int64_t workers)
+      : weight_(weight), released_(released), channels_(weight.size[2]) {
+    plain_ = weight.dtype == native && weight.stride[3] == 1;
+    if (!plain_) rows_ = Buffer<T>(workers * 8 * channels_);
+  }
+
+  // packed[channel][8] of output channels [8 * group, 8 * group + 8); half 0 multiplies attended, 1 the features.
+  void pack(int64_t half, int64_t group, int64_t worker, T* packed) const {
+    const int64_t c = channels_, to = group * 8;
+    // Columns are (attended, F) in the released network and (F, attended) in the paper.
+    const int64_t column = (half == 0) == released_ ? 0 : c;
+    const T* row[8];
+    for (int64_t r = 0; r < 8; ++r) {
+      // Rows beyond the last channel are multiplied and thrown away: any numbers will do.
+      const int64_t from = std::min(to + r, c - 1);
+      if (plain_) {
+        row[r] = reinterpret_cast<const T*>(weight_.data) + from * weight_.stride[2] + column;
+      } else {
+        T* copy = rows_.get() + (worker * 8 + r) * c;
+        load_rows(weight_, 0, from * 2 * c + column, c, copy, c);
+        row[r] = copy;
+      }
+    }
+    for (int64_t from = 0; from < c; ++from) {
+      for (int64_t r = 0; r < 8; ++r) packed[from * 8 + r] = row[r][from];
+    }
+  }
+
+ private:
+  const View& weight_;
+  bool released_, plain_;
+  int64_t channels_;
+  Buffer<T> rows_;  // eight for each worker, where they cannot be read in place
+};
+
 // pairs: multiply bf16 pairs where the CPU can. Queries outside the panels of positions [first, last) are left out.
 template <class T>
 void run_forward(const View& features, const View& weight, const View& bias, bool released, bool pairs, int64_t first,
@@ -138,43 +185,32 @@ void run_forward(const View& features, const View& weight, const View& bias, boo
   w.attended = attended;
   w.lse = reinterpret_cast<T*>(lse.data);
 
-  Buffer<T> packed_weight, packed_bias;
-  if (weight) {
-    const int64_t c = w.channels, cp = w.channels_padded;
-    packed_weight = Buffer<T>(2 * cp * c);
-    packed_bias = Buffer<T>(cp);
-    std::fill_n(packed_bias.get(), cp, T{0});
-    if (bias) load_rows(bias, 0, 0, c, packed_bias.get(), c);
-    const Buffer<T> rows(threads * 8 * c);  // eight rows for each worker, where they cannot be read in place
-    const bool plain = weight.dtype == native && weight.stride[3] == 1;
-    parallel_for(threads, 2 * cp / 8, [&](int64_t task, int64_t worker) {
-      const int64_t half = task / (cp / 8), to = task % (cp / 8) * 8;
-      // Columns are (attended, F) in the released network and (F, attended) in the paper.
-      const int64_t column = (half == 0) == released ? 0 : c;
-      T* packed = packed_weight.get() + task * 8 * c;
-      const T* row[8];
-      for (int64_t r = 0; r < 8; ++r) {
-        T* copy = rows.get() + (worker * 8 + r) * c;
-        row[r] = copy;
-        if (to + r >= c) {
-          std::fill_n(copy, c, T{0});
-        } else if (plain) {
-          row[r] = reinterpret_cast<const T*>(weight.data) + (to + r) * weight.stride[2] + column;
-        } else {
-          load_rows(weight, 0, (to + r) * 2 * c + column, c, copy, c);
-        }
-      }
-      for (int64_t from = 0; from < c; ++from) {
-        for (int64_t r = 0; r < 8; ++r) packed[from * 8 + r] = row[r][from];
-      }
-    });
-    w.weight = packed_weight.get();
-    w.bias = packed_bias.get();
-  }
-
   const bool share = released && kernels.element_bytes == static_cast<int64_t>(sizeof(T));
   const int64_t item_bytes = w.pack_bytes * (share ? 1 : 2);
   const int64_t turn = std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, features.size[0]);
+
+  const int64_t c = w.channels, cp = w.channels_padded, groups = cp / 8;
+  std::optional<CombinerWeight<T>> combiner;
+  Buffer<T> packed_weight, packed_bias, operands;
+  if (weight) {
+    combiner.emplace(weight, released, native, threads);
+    packed_bias = Buffer<T>(cp);
+    std::fill_n(packed_bias.get(), cp, T{0});
+    if (bias) load_rows(bias, 0, 0, c, packed_bias.get(), c);
+    w.bias = packed_bias.get();
+    const int64_t element = sizeof(T), operand_count = turn * w.panels * 2 * cp * w.panel;
+    if (2 * cp * c * element > kWeightsInCacheBytes && operand_count * element <= kOperandBudgetBytes) {
+      operands = Buffer<T>(operand_count);
+      w.operands = operands.get();
+    } else {
+      packed_weight = Buffer<T>(2 * cp * c);
+      w.weight = packed_weight.get();
+      parallel_for(threads, 2 * groups, [&](int64_t task, int64_t worker) {
+        combiner->pack(task / groups, task % groups, worker, packed_weight.get() + task * 8 * c);
+      });
+    }
+  }
+
   for (int64_t item = 0; item < features.size[0]; item += turn) {
     w.first_item = item;
     w.batch = std::min(turn, features.size[0] - item);
@@ -210,6 +246,21 @@ void run_forward(const View& features, const View& weight, const View& bias, boo
     if (w.splits > 1) {
       parallel_for(threads, panels, [&](int64_t task, int64_t worker) {
         kernels.merge(w, task / panels_each, first_panel + task % panels_each, scratch.get() + worker * each);
+      });
+    }
+    if (w.operands) {
+      const int64_t tasks = std::min(groups, round_up(ceil_div(groups, kGroupsPerCombinerTask), threads));
+      const int64_t most = ceil_div(groups, tasks), room = round_up(most * 8 * (2 * c + w.panel), 64);
+      const Buffer<T> blocks(room * std::min(threads, tasks));
+      parallel_for(threads, tasks, [&](int64_t task, int64_t worker) {
+        const int64_t begin = groups * task / tasks, count = groups * (task + 1) / tasks - begin;
+        T* block = blocks.get() + worker * room;
+        for (int64_t i = 0; i < 2 * count; ++i)
+          combiner->pack(i / count, begin + i % count, worker, block + i * 8 * c);
+        for (int64_t i = 0; i < panels; ++i) {
+          kernels.combine(w, i / panels_each, first_panel + i % panels_each, block, begin, count,
+                          block + 2 * count * 8 * c);
+        }
       });
     }
   }

@@ -27,11 +27,12 @@ struct AttentionWork {
 
   // Forward.
   int64_t splits, groups_per_split;  // key range of one task, in groups of 8
-  const T* weight;  // [2: attended, features][channels_padded / 8][channels][8], or null: attention alone
+  const T* weight;  // [2: attended, features][channels_padded / 8][channels][8]; null: none, or operands are
   const T* bias;    // [channels_padded]
   T* part_rows;     // [batch][panels][splits][channels_padded][panel], only where splits > 1
   T* part_max;      // [batch][panels][splits][panel]
   T* part_sum;
+  T* operands;         // [batch][panels][2: attended, features][channels_padded][panel] kept for combine, or null
   View out, attended;  // either may be empty
   T* lse;              // [batch][positions]
   int64_t first_item;  // batch item of the views that item 0 here is
@@ -58,6 +59,9 @@ struct AttentionKernels {
   void (*prepare)(const AttentionWork<T>&, int64_t b, int64_t tile);
   void (*forward)(const AttentionWork<T>&, int64_t b, int64_t panel, int64_t split, T* scratch);
   void (*merge)(const AttentionWork<T>&, int64_t b, int64_t panel, T* scratch);
+  // Output channels [8 * first, 8 * (first + groups)) of a panel whose operands were kept; weight [2][groups][C][8].
+  void (*combine)(const AttentionWork<T>&, int64_t b, int64_t panel, const T* weight, int64_t first, int64_t groups,
+                  T* out_rows);
   void (*backward)(const AttentionWork<T>&, int64_t b, int64_t query_range, int64_t key_range, T* scratch);
   void (*backward_sum)(const AttentionWork<T>&, int64_t b, int64_t tile);
   void (*backward_finish)(const AttentionWork<T>&, int64_t b, int64_t tile, T* scratch);

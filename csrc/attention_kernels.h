@@ -261,13 +261,14 @@ struct Attention {
   template <int M>
   static void forward_panel(const Work& w, int64_t b, int64_t panel, int64_t count, int64_t split, T* scratch) {
     const int64_t cp = w.channels_padded;
-    T* rows = scratch;                // [cp][NR] attended values, not yet divided by the sums
-    T* query_rows = rows + cp * NR;   // [cp][NR]
-    T* spare = query_rows + cp * NR;  // [cp][NR] queries as units; later the combiner's operands
-    T* scores = spare + cp * NR;      // [CHUNK][NR] scores, then weights
-    T* top = scores + CHUNK * NR;     // [NR] subtracted from the scores: the maximum, or a little less
-    T* sum = top + NR;                // [NR]
-    T* chunk_top = sum + NR;          // [NR]
+    // [cp][NR] attended values, not yet divided by the sums
+    T* rows = w.operands && w.splits == 1 ? operands(w, b, panel) : scratch;
+    T* query_rows = rows + cp * NR;    // [cp][NR] queries; later the features
+    T* spare = scratch + 2 * cp * NR;  // [cp][NR] queries as units; later the combiner's result
+    T* scores = spare + cp * NR;       // [CHUNK][NR] scores, then weights
+    T* top = scores + CHUNK * NR;      // [NR] subtracted from the scores: the maximum, or a little less
+    T* sum = top + NR;                 // [NR]
+    T* chunk_top = sum + NR;           // [NR]
 
     // Scores in units of log 2: the softmax's exp is exp2, and the factor costs nothing here.
     load_queries(w, b, panel * NR, count, static_cast<T>(kLog2E), query_rows);
@@ -298,7 +299,7 @@ struct Attention {
       value_product<M>(values + g0 * group_stride, group_stride, groups, reinterpret_cast<const Unit*>(scores), cp,
                        rows, !first);
     }
-    if (w.splits == 1) return finish<M>(w, b, panel, count, rows, top, sum, query_rows, spare);
+    if (w.splits == 1) return finish<M>(w, b, panel, count, rows, top, sum, spare);
 
     const int64_t part = (b * w.panels + panel) * w.splits + split;
     T* part_rows = w.part_rows + part * cp * NR;
@@ -383,10 +384,11 @@ struct Attention {
     }
   }
 
-  // Divides by the sums, writes lse and what was asked for: the attended rows, or those through the combiner.
+  // Divides by the sums, writes lse and what was asked for: the attended rows, or those through the combiner, for
+  // which the features join them; rows [2][cp][NR].
   template <int M>
   static void finish(const Work& w, int64_t b, int64_t panel, int64_t count, T* rows, const T* top, const T* sum,
-                     T* feature_rows, T* out_rows) {
+                     T* out_rows) {
     const int64_t p0 = panel * NR, cp = w.channels_padded, item = w.first_item + b;
     for (int m = 0; m < M; ++m) {
       const Reg inverse = V::div(V::set1(1), V::load(sum + m * W));
@@ -399,19 +401,39 @@ struct Attention {
     if (w.attended) store_rows(w.attended, item, p0, count, rows, NR);
     if (!w.out) return;
     const T* f = w.features + b * w.channels * w.positions + p0;
+    T* feature_rows = rows + cp * NR;
     for (int64_t c = 0; c < w.channels; ++c) {
       for (int64_t t = 0; t < NR; ++t) feature_rows[c * NR + t] = t < count ? f[c * w.positions + t] : T{0};
     }
-    for (int64_t c = 0; c < cp; ++c) {
-      for (int m = 0; m < M; ++m) V::store(out_rows + c * NR + m * W, V::set1(w.bias[c]));
+    if (w.weight) combine_rows<M>(w, b, p0, count, rows, w.weight, 0, cp / GROUP, out_rows);
+  }
+
+  static T* operands(const Work& w, int64_t b, int64_t panel) {
+    return w.operands + (b * w.panels + panel) * 2 * w.channels_padded * NR;
+  }
+
+  static void combine(const Work& w, int64_t b, int64_t panel, const T* weight, int64_t first, int64_t groups,
+                      T* out_rows) {
+    const int64_t p0 = panel * NR, count = w.positions - p0 < NR ? w.positions - p0 : NR;
+    with_vectors(count, [&](auto m) {
+      combine_rows<decltype(m)::value>(w, b, p0, count, operands(w, b, panel), weight, first, groups, out_rows);
+    });
+  }
+
+  // Output channels [8 * first, 8 * (first + groups)) from rows [2: attended, features][cp][NR].
+  template <int M>
+  static void combine_rows(const Work& w, int64_t b, int64_t p0, int64_t count, const T* rows, const T* weight,
+                           int64_t first, int64_t groups, T* out_rows) {
+    for (int64_t c = 0; c < groups * GROUP; ++c) {
+      for (int m = 0; m < M; ++m) V::store(out_rows + c * NR + m * W, V::set1(w.bias[first * GROUP + c]));
     }
     // The same register block in plain T, also under bf16 keys: the combiner is a sixteenth of the work or less.
     using Full = Attention<F<T>>;
     const int64_t stride = w.channels * GROUP;
-    Full::template score_product<M>(w.weight, stride, cp / GROUP, rows, w.channels, out_rows, true);
-    Full::template score_product<M>(w.weight + cp * w.channels, stride, cp / GROUP, feature_rows, w.channels,
-                                    out_rows, true);
-    store_rows(w.out, item, p0, count, out_rows, NR);
+    Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, true);
+    Full::template score_product<M>(weight + groups * stride, stride, groups, rows + w.channels_padded * NR,
+                                    w.channels, out_rows, true);
+    store_rows(w.out.channels(first * GROUP, groups * GROUP), w.first_item + b, p0, count, out_rows, NR);
   }
 
   // Joins the key ranges of one panel: rows weighted by exp2 of their maxima's differences.
@@ -423,8 +445,8 @@ struct Attention {
   template <int M>
   static void merge_panel(const Work& w, int64_t b, int64_t panel, int64_t count, T* scratch) {
     const int64_t cp = w.channels_padded, part = (b * w.panels + panel) * w.splits;
-    T* rows = scratch;
-    T* top = rows + 3 * cp * NR + CHUNK * NR;
+    T* rows = w.operands ? operands(w, b, panel) : scratch;
+    T* top = scratch + 3 * cp * NR + CHUNK * NR;
     T* sum = top + NR;
     for (int m = 0; m < M; ++m) {
       Reg best = V::load(w.part_max + part * NR + m * W);
@@ -443,7 +465,7 @@ struct Attention {
       }
       V::store(sum + m * W, total);
     }
-    finish<M>(w, b, panel, count, rows, top, sum, rows + cp * NR, rows + 2 * cp * NR);
+    finish<M>(w, b, panel, count, rows, top, sum, scratch + 2 * cp * NR);
   }
 
   // --- backward --------------------------------------------------------------------------------------------------
@@ -597,6 +619,7 @@ struct Attention {
     k.prepare = prepare;
     k.forward = forward;
     k.merge = merge;
+    k.combine = combine;
     if constexpr (V::PAIR == 1) {
       k.backward_scratch = backward_scratch;
       k.backward = backward;

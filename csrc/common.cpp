@@ -42,6 +42,13 @@ void fail(const char* function, const char* name, const std::string& expected, c
   throw std::invalid_argument(std::string(function) + ": " + name + ": expected " + expected + ", got " + got);
 }
 
+View View::channels(int64_t first, int64_t count) const {
+  View part = *this;
+  part.data += first * stride[1] * element_size(dtype);
+  part.size[1] = std::min(count, size[1] - first);
+  return part;
+}
+
 View make_view(const char* function, const char* name, const TensorArg& arg, bool optional) {
   View view;
   if (arg[1] < 0 || arg[1] > 3) fail(function, name, "element type 0..3", std::to_string(arg[1]));

@@ -27,6 +27,8 @@ struct View {
   explicit operator bool() const { return data != nullptr; }
   // Positions of one channel lie one after another in memory.
   bool dense_plane() const { return (stride[3] == 1 || size[3] == 1) && (stride[2] == size[3] || size[2] == 1); }
+  // Channels [first, first + count), as far as there are any.
+  View channels(int64_t first, int64_t count) const;
 };
 
 int64_t element_size(DType dtype);

@@ -125,6 +125,31 @@ def test_the_size_of_the_network(variant):
         assert_twice(got, e, t)
 
 
+@pytest.mark.parametrize("channels", [387, 512])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_many_channels(isa, variant, dtype, channels):
+    """Few positions: the combiner goes by output channels. In a larger batch by panels, with the same bits."""
+    features, weight, bias, _ = make((2, channels, 7, 15), dtype)
+    truth = block(*(t.double() for t in (features, weight, bias)), variant)
+    eager = block(features, weight, bias, variant)
+    before = torch.get_num_threads()
+    try:
+        for threads in (2, 3, 1):
+            torch.set_num_threads(threads)
+            out, attended, _ = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+            assert_twice(out, eager, truth, f"{threads} threads")
+        assert_twice(attended, attention(features, variant)[0], attention(features.double(), variant)[0], "attended")
+        batch = features.repeat(10, 1, 1, 1)
+        assert torch.equal(cpp.attention_block_forward(batch, weight, bias, variant)[0], out.repeat(10, 1, 1, 1))
+        strided = weight.transpose(0, 1).contiguous().transpose(0, 1)  # not read in place
+        assert torch.equal(cpp.attention_block_forward(features, strided, bias, variant)[0], out)
+        channels_last = features.contiguous(memory_format=torch.channels_last)
+        assert torch.equal(cpp.attention_block_forward(channels_last, weight, bias, variant)[0], out)
+    finally:
+        torch.set_num_threads(before)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradcheck_in_float64(variant):
     class Block(torch.autograd.Function):
