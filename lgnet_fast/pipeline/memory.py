@@ -22,9 +22,9 @@ _LIVE_COPIES = 2.5
 # Image, mask, their padded and 32-bit copies, concatenations, every stage's output and merged picture, and layout
 # copies of those: channels at full resolution, whatever n is.
 _LIVE_PICTURE_CHANNELS = 72
-# What live tensors take varies little (n = 64 at 512 pixels: 1040 bytes a pixel; n = 16: 320), but the C library's heap
-# lets freed blocks of changing sizes leave holes: 900 to 1675 bytes a pixel from run to run, where this estimates 1835.
-# tests/test_pipeline_memory.py measures the live part, with blocks returned as they are freed.
+# What live tensors take varies little (n = 64 at 512 pixels: 1040 bytes a pixel; n = 16: 320), but freed blocks of
+# changing sizes leave holes in the C library's heap: 900 to 1675 bytes a pixel from run to run, where this estimates
+# 1835. tests/test_pipeline_memory.py measures the live part, with blocks returned as they are freed.
 _MARGIN = 1.9
 
 
