@@ -27,7 +27,7 @@ struct AttentionWork {
 
   // Forward.
   int64_t splits, groups_per_split;  // key range of one task, in groups of 8
-  const T* weight;  // [2: attended, features][channels_padded / 8][channels][8]; null: none, or operands are
+  const T* weight;  // [2: attended, features][channels_padded / 8][channels][8]; null: none, or for combine
   const T* bias;    // [channels_padded]
   T* part_rows;     // [batch][panels][splits][channels_padded][panel], only where splits > 1
   T* part_max;      // [batch][panels][splits][panel]

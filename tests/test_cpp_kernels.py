@@ -84,6 +84,13 @@ def isa(request):
     cpp._library().set_isa("auto")
 
 
+@pytest.fixture
+def threads_restored():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 SHAPES = [(1, 1, 1, 1), (2, 7, 9, 13), (3, 96, 17, 31), (1, 128, 24, 24), (1, 192, 1, 50), (0, 8, 4, 4)]
 
 
@@ -128,26 +135,22 @@ def test_the_size_of_the_network(variant):
 @pytest.mark.parametrize("channels", [387, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_many_channels(isa, variant, dtype, channels):
+def test_many_channels(isa, threads_restored, variant, dtype, channels):
     """Few positions: the combiner goes by output channels. In a larger batch by panels, with the same bits."""
     features, weight, bias, _ = make((2, channels, 7, 15), dtype)
     truth = block(*(t.double() for t in (features, weight, bias)), variant)
     eager = block(features, weight, bias, variant)
-    before = torch.get_num_threads()
-    try:
-        for threads in (2, 3, 1):
-            torch.set_num_threads(threads)
-            out, attended, _ = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
-            assert_twice(out, eager, truth, f"{threads} threads")
-        assert_twice(attended, attention(features, variant)[0], attention(features.double(), variant)[0], "attended")
-        batch = features.repeat(10, 1, 1, 1)
-        assert torch.equal(cpp.attention_block_forward(batch, weight, bias, variant)[0], out.repeat(10, 1, 1, 1))
-        strided = weight.transpose(0, 1).contiguous().transpose(0, 1)  # not read in place
-        assert torch.equal(cpp.attention_block_forward(features, strided, bias, variant)[0], out)
-        channels_last = features.contiguous(memory_format=torch.channels_last)
-        assert torch.equal(cpp.attention_block_forward(channels_last, weight, bias, variant)[0], out)
-    finally:
-        torch.set_num_threads(before)
+    for threads in (2, 3, 1):
+        torch.set_num_threads(threads)
+        out, attended, _ = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+        assert_twice(out, eager, truth, f"{threads} threads")
+    assert_twice(attended, attention(features, variant)[0], attention(features.double(), variant)[0], "attended")
+    batch = features.repeat(10, 1, 1, 1)
+    assert torch.equal(cpp.attention_block_forward(batch, weight, bias, variant)[0], out.repeat(10, 1, 1, 1))
+    strided = weight.transpose(0, 1).contiguous().transpose(0, 1)  # not read in place
+    assert torch.equal(cpp.attention_block_forward(features, strided, bias, variant)[0], out)
+    channels_last = features.contiguous(memory_format=torch.channels_last)
+    assert torch.equal(cpp.attention_block_forward(channels_last, weight, bias, variant)[0], out)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -170,19 +173,15 @@ def test_gradcheck_in_float64(variant):
 
 @pytest.mark.parametrize("threads", [1, 2, 3, 16])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_any_number_of_threads(variant, threads):
+def test_any_number_of_threads(threads_restored, variant, threads):
     # Many threads and few queries: the keys are split and merged, gradients summed over rectangles.
     features, weight, bias, grad = make((2, 40, 13, 19))
     truth = with_grads(lambda *a: block(*a, variant), [t.double() for t in (features, weight, bias)], grad.double())
     eager = with_grads(lambda *a: block(*a, variant), (features, weight, bias), grad)
-    before = torch.get_num_threads()
     torch.set_num_threads(threads)
-    try:
-        out, attended, lse = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
-        grads = cpp.attention_block_backward(grad, features, attended, lse, weight, variant)
-        again = cpp.attention_block_forward(features, weight, bias, variant)[0]
-    finally:
-        torch.set_num_threads(before)
+    out, attended, lse = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+    grads = cpp.attention_block_backward(grad, features, attended, lse, weight, variant)
+    again = cpp.attention_block_forward(features, weight, bias, variant)[0]
     for got, e, t in zip((out, *grads), eager, truth, strict=True):
         assert_twice(got, e, t)
     assert torch.equal(out, again)  # the same bits every time
