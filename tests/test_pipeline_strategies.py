@@ -121,18 +121,25 @@ def test_tiles_without_holes_are_left_out_and_weights_are_smooth():
             assert share[:, 0].max() < 1e-3
 
 
+def _chosen(hole):
+    name, windows = choose(hole, 256, 512)
+    expected = windows_for(name, hole, 256, 512)
+    assert [(w.rows, w.columns, w.reduced) for w in windows] == [(w.rows, w.columns, w.reduced) for w in expected]
+    return name
+
+
 def test_auto_chooses_by_size_and_hole_geometry():
-    assert choose(box_mask(100, 200, (10, 10, 20, 20)), 256, 512) == "full"
-    assert choose(box_mask(512, 512, (0, 0, 300, 300)), 256, 512) == "full"
+    assert _chosen(box_mask(100, 200, (10, 10, 20, 20))) == "full"
+    assert _chosen(box_mask(512, 512, (0, 0, 300, 300))) == "full"
     # one 256 window does it
-    assert choose(box_mask(512, 512, (200, 200, 250, 250)), 256, 512) == "crop"
-    assert choose(box_mask(2000, 3000, (200, 200, 250, 250)), 256, 512) == "crop"
+    assert _chosen(box_mask(512, 512, (200, 200, 250, 250))) == "crop"
+    assert _chosen(box_mask(2000, 3000, (200, 200, 250, 250))) == "crop"
     # a thick large hole: reduced scale
-    assert choose(box_mask(2000, 3000, (200, 200, 1250, 1250)), 256, 512) == "crop"
+    assert _chosen(box_mask(2000, 3000, (200, 200, 1250, 1250))) == "crop"
     # a thin grid of lines over everything: native scale in tiles
     lines = np.zeros((2000, 3000), bool)
     lines[::200] = lines[:, ::200] = True
-    assert choose(lines, 256, 512) == "tile"
+    assert _chosen(lines) == "tile"
 
 
 def test_reduced_scale_averages_known_pixels_only():
