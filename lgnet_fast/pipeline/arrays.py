@@ -44,5 +44,5 @@ def unit_levels(levels: np.ndarray, error: type[LGNetError], name: str) -> np.nd
     slack = max(1e-6, 4 * float(np.finfo(levels.dtype).eps))
     if low < -slack or high > 1 + slack:
         hint = " (divide 8-bit levels by 255)" if 1 < high <= 255 and low >= 0 else ""
-        raise error(f"{name}: expected levels in [0, 1], got {low:.9g} to {high:.9g}{hint}")
+        raise error(f"{name}: expected levels in [0, 1], got {low:.7g} to {high:.7g}{hint}")
     return levels

@@ -37,7 +37,7 @@ _SATURATED = 32
 _BLACK = 48
 # Pixels of one colour differ by no more than this in any channel; a photograph's do.
 _ONE_COLOUR = 64
-# A pixel of the mask is the picture's own where no channel differs by more: a copy may have been through a JPEG.
+# Where a copy of the picture has been through a JPEG, a pixel is the picture's own if no channel differs by more.
 _COPIED = 24
 # Rows that are worked on at a time where a whole picture of wide numbers would take too much memory.
 _STRIP = 256
@@ -66,8 +66,8 @@ def read_hole(
     luma           luma times alpha above `threshold` (0 <= threshold < 1, of full scale) is hole;
     alpha          alpha above `threshold` is hole: by default 128 and more of 255;
     inverse_alpha  the rest is hole: by default alpha below 128;
-    colour         pixels whose channels differ by 32 of 255 or more are hole, but for those that `picture` has itself
-                   (within 24 of 255) where it is given and those of alpha below 128;
+    colour         pixels whose channels differ by 32 of 255 or more are hole, but for those of alpha below 128 and,
+                   where at least half of the mask is a copy of `picture`, for those that are the picture's own;
     auto           the hole, where only one reading makes sense; see `_certain_hole`.
 
     `invert` swaps hole and known. `note` is appended to the message about a wrong size.
@@ -163,8 +163,12 @@ def _hole_by(channel: str, planes: _Planes, threshold: float, picture: Picture |
         if planes.colour is None:
             raise InvalidMaskError(f"mask_channel: 'colour' needs a mask in colour, got {planes.kind}")
         hole = _chroma(planes.colour) >= _SATURATED
-        if picture is not None:
-            hole &= ~_copied(planes.colour, picture, _COPIED)
+        # Where the mask is a copy of the picture, painted over: at least half of it, to the bit or through a JPEG.
+        for apart in () if picture is None else (0, _COPIED):
+            own = _copied(planes.colour, picture, apart)
+            if own.mean() >= 0.5:
+                hole &= ~own
+                break
         return hole if planes.alpha is None else hole & (planes.alpha >= 128)
     if planes.alpha is None:
         raise InvalidMaskError(f"mask_channel: {channel!r} needs a mask with transparency, got {planes.kind}")
