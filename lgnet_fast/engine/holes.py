@@ -76,6 +76,12 @@ def _ends(hole: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
     )
 
 
+def bounding_box(hole: np.ndarray) -> Rect:
+    """The smallest box that holds every True of a bool [H, W] with at least one."""
+    rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
+    return Rect(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+
+
 def disjoint_boxes(boxes: Iterable[Rect], shape: tuple[int, int]) -> list[Rect]:
     """Disjoint boxes, with sides on the grid of cells or on the border of a picture of `shape`, that cover `boxes`.
 

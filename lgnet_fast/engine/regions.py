@@ -36,6 +36,10 @@ class Rect(NamedTuple):
             max(self.right, other.right),
         )
 
+    def moved(self, down: int, across: int) -> Rect:
+        """Moved by so many pixels."""
+        return Rect(self.top + down, self.bottom + down, self.left + across, self.right + across)
+
     def grown(self, by: int, shape: tuple[int, ...]) -> Rect:
         """Grown by `by` pixels on every side, inside a picture of `shape` (height, width)."""
         return Rect(

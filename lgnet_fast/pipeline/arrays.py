@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+from PIL import Image
 
 from ..errors import LGNetError
 
@@ -29,6 +30,19 @@ def channels_last(
         fitting = [order for order in orders if size == (array.shape[:2] if order == "HWC" else array.shape[1:])]
         orders = fitting if len(fitting) == 1 else ["CHW" if tensor else "HWC"]
     return (array if orders[0] == "HWC" else array.transpose(1, 2, 0)), orders[0]
+
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    """What `np.asarray` gives, strip by strip: all at once it takes the picture's bytes three times."""
+    rows = max(1, 2**20 // max(1, picture.width))
+    strips = (picture.crop((0, top, picture.width, min(top + rows, picture.height))) for top in range(0, picture.height, rows))
+    pixels, done = np.empty(0), 0
+    for strip in map(np.asarray, strips):
+        if done == 0:
+            pixels = np.empty((picture.height, *strip.shape[1:]), strip.dtype)
+        pixels[done : done + len(strip)] = strip
+        done += len(strip)
+    return pixels
 
 
 def unit_levels(levels: np.ndarray, error: type[LGNetError], name: str) -> np.ndarray:

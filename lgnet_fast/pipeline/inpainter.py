@@ -302,7 +302,10 @@ class Inpainter:
                 unchanged = picture.rebuild(picture.samples.copy(), job.region)
                 return Inpainted(unchanged, picture.size, ratio, None, 0)
             (fills,), ran, passes = self._fill(job, strategy, stages=False)
-            return Inpainted(picture.with_fill(fills, job.alpha), picture.size, ratio, ran, passes)
+            laid = [(box, fill, job.alpha[box.slices].copy()) for box, fill in fills]
+            region = job.region
+            del job, fills  # buffers of the picture's size, of no use while it is there three times
+            return Inpainted(picture.rebuild(picture.painted(laid), region), picture.size, ratio, ran, passes)
 
     def _fill(self, job: _Job, strategy: str, stages: bool) -> tuple[list[_Fills], str, int]:
         """Fills of the result, or of every stage, with the strategy that ran and its passes."""
@@ -342,32 +345,25 @@ class Inpainter:
 
     def _run_windows(self, job: _Job, windows: list[Window], stages: bool) -> list[_Fills]:
         """The fills of the result, or of every stage: weighted means where windows overlap."""
-        boxes, owner = strategies.patches(windows, job.picture.size)
+        boxes, owner = strategies.patches([strategies.needed(w, job.region) for w in windows], job.picture.size)
         sums: list[list[np.ndarray]] = [[] for _ in boxes]
-        totals: list[np.ndarray | None] = [None for _ in boxes]
+        totals = [np.zeros(job.region[box.slices].shape, dtype=np.float32) for box in boxes]
         for batch in strategies.batches(windows, self.multiple, self.window):
             for window, fills in zip(batch, self._run_batch(job.picture, job.region, batch, stages), strict=True):
-                number = int(owner[window.rows.start // CELL, window.columns.start // CELL])
-                if window.weight is None:  # one window is the whole picture
-                    sums[number] = fills
-                    continue
-                box, total = boxes[number], totals[number]
-                shape = job.region[box.slices].shape
-                if total is None:
-                    total = totals[number] = np.zeros(shape, dtype=np.float32)
-                    sums[number] = [np.zeros((*shape, 3), dtype=np.float32) for _ in fills]
-                place = (
-                    slice(window.rows.start - box.top, window.rows.stop - box.top),
-                    slice(window.columns.start - box.left, window.columns.stop - box.left),
-                )
+                needed = strategies.needed(window, job.region)
+                number = int(owner[needed.top // CELL, needed.left // CELL])
+                there = needed.moved(-boxes[number].top, -boxes[number].left).slices
+                here = needed.moved(-window.rows.start, -window.columns.start).slices
+                weight = np.float32(1) if window.weight is None else window.weight[here]
+                if not sums[number]:
+                    sums[number] = [np.zeros((*totals[number].shape, 3), dtype=np.float32) for _ in fills]
                 for accumulated, fill in zip(sums[number], fills, strict=True):
-                    accumulated[place] += fill * window.weight[..., None]
-                total[place] += window.weight
+                    accumulated[there] += fill[here] * weight[..., None]
+                totals[number][there] += weight
         for own, total in zip(sums, totals, strict=True):
-            if total is not None:
-                divisor = np.where(total > 0, total, 1)[..., None]
-                for accumulated in own:
-                    np.divide(accumulated, divisor, out=accumulated)
+            divisor = np.where(total > 0, total, 1)[..., None]
+            for accumulated in own:
+                np.divide(accumulated, divisor, out=accumulated)
         return [list(zip(boxes, fills, strict=True)) for fills in zip(*sums, strict=True)]
 
     def _run_batch(

@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from ..engine.holes import disjoint_boxes, group_holes
 from ..errors import InvalidMaskError
-from .arrays import channels_last, unit_levels
+from .arrays import channels_last, pixels_of, unit_levels
 from .files import open_upright, upright
 from .pictures import Picture
 
@@ -326,18 +326,18 @@ def _scaled(mask: np.ndarray) -> tuple[np.ndarray, float]:
 def _of_pil(mask: Image.Image) -> _Planes:
     kind = f"a picture of mode {mask.mode}"
     if mask.mode == "F" or mask.mode.startswith("I"):
-        levels, white = _scaled(np.asarray(mask))
+        levels, white = _scaled(pixels_of(mask))
         return _Planes(levels, white, None, None, kind)
     keyed = "transparency" in mask.info and mask.mode in ("1", "L", "RGB", "P")
     if mask.mode in ("1", "L") and not keyed:
-        grey = np.asarray(mask)
+        grey = pixels_of(mask)
         levels, white = (grey, 255.0) if mask.format in _LOSSY_FORMATS else _scaled(grey)
         return _Planes(levels, white, None, None, kind)
     if keyed:
         kind += " with transparency"
     try:
         wanted = "RGBA" if keyed or mask.mode in ("LA", "La", "PA", "RGBA", "RGBa") else "RGB"
-        return _of_bytes(np.asarray(mask if mask.mode == wanted else mask.convert(wanted)), kind)
+        return _of_bytes(pixels_of(mask if mask.mode == wanted else mask.convert(wanted)), kind)
     except ValueError as error:
         raise InvalidMaskError(f"mask: expected a mode that converts to grey, got {mask.mode}") from error
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from ..engine.regions import Rect
 from ..errors import InvalidImageError
-from .arrays import channels_last, unit_levels
+from .arrays import channels_last, pixels_of, unit_levels
 from .files import open_upright, upright
 
 ACCEPTED = (
@@ -52,26 +52,31 @@ class Picture:
         return np.broadcast_to(region, (*region.shape[:2], 3))
 
     def with_fill(self, fills: list[tuple[Rect, np.ndarray]], alpha: np.ndarray) -> Any:
-        """The caller's kind with fills laid over it by `alpha` (bool, or float in [0, 1]; [H, W]).
+        """The caller's kind with fills, float32 [h, w, 3] in [-1, 1], laid over disjoint boxes by `alpha`.
 
-        `fills`: disjoint boxes that hold every pixel of alpha > 0, each with its fill float32 [h, w, 3] in [-1, 1].
+        `alpha`: bool, or float in [0, 1]; [H, W], 0 outside the boxes. See `painted`.
+        """
+        return self.rebuild(self.painted([(box, fill, alpha[box.slices]) for box, fill in fills]), alpha > 0)
+
+    def painted(self, fills: list[tuple[Rect, np.ndarray, np.ndarray]]) -> np.ndarray:
+        """A copy of the samples with fills laid over disjoint boxes: (box, fill float32 [h, w, 3] in [-1, 1], alpha
+        [h, w], bool or float in [0, 1]).
+
         Pixels of alpha 0 keep their bits. Grey pictures take the mean of the three channels. Integer depths are
         rounded to nearest and clamped.
         """
         samples = self.samples.copy()
-        for box, fill in fills:
-            part = alpha[box.slices]
-            touched = part > 0
-            old = samples[box.slices]
+        for box, fill, alpha in fills:
+            touched, old = alpha > 0, samples[box.slices]
             painted = fill[touched].astype(np.float64)
             if samples.shape[2] == 1:
                 painted = painted.mean(axis=1, keepdims=True)
             painted = np.clip((painted + 1) * (self.white / 2), 0, self.white)
-            weight = part[touched].astype(np.float64)[:, None]
+            weight = alpha[touched].astype(np.float64)[:, None]
             # Where alpha is 1 the old sample must not enter at all: what lies under the mask is not to be trusted.
             blended = np.where(weight == 1, painted, old[touched] * (1 - weight) + painted * weight)
             old[touched] = blended if samples.dtype.kind == "f" else np.rint(blended)
-        return self.rebuild(samples, alpha if alpha.dtype == np.bool_ else alpha > 0)
+        return samples
 
 
 def picture_of(picture: Any) -> Picture:
@@ -177,7 +182,7 @@ def _like(picture: Image.Image, original: Image.Image | _Origin) -> Image.Image:
 
 
 def _with_alpha(picture: Image.Image, note: str) -> Picture:
-    array, origin = np.asarray(picture), _Origin(dict(picture.info), picture.format)
+    array, origin = pixels_of(picture), _Origin(dict(picture.info), picture.format)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
         return _like(Image.fromarray(np.concatenate([samples, array[..., -1:]], axis=2)), origin)
@@ -187,7 +192,7 @@ def _with_alpha(picture: Image.Image, note: str) -> Picture:
 
 def _with_colour_key(picture: Image.Image, note: str) -> Picture:
     """L and RGB, where PNG may declare one colour transparent: that choice of pixels is alpha, and is kept."""
-    array = np.asarray(picture).reshape(picture.height, picture.width, -1)
+    array = pixels_of(picture).reshape(picture.height, picture.width, -1)
     origin, key = _Origin(dict(picture.info), picture.format), picture.info.get("transparency")
     clear = None if key is None or isinstance(key, bytes) else (array == np.array(key)).all(axis=2)
 

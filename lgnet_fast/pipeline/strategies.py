@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from ..engine.holes import CELL, HoleGroups, disjoint_boxes, group_holes
+from ..engine.holes import CELL, HoleGroups, bounding_box, disjoint_boxes, group_holes
 from ..engine.regions import Rect
 
 STRATEGIES = ("auto", "full", "crop", "resize", "tile")
@@ -143,16 +143,21 @@ def enlarge_fill(fill: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.clip(np.stack(channels, axis=2), -1, 1)
 
 
-def patches(windows: list[Window], shape: tuple[int, int]) -> tuple[list[Rect], np.ndarray]:
-    """Disjoint boxes of a picture of `shape`, so that each window lies in one, and which one covers each cell of
+def needed(window: Window, hole: np.ndarray) -> Rect:
+    """The box, in pixels of the picture, around the hole in a window, which has some."""
+    box = bounding_box(hole[window.rows, window.columns])
+    top, left = window.rows.start, window.columns.start
+    return Rect(top + box.top, top + box.bottom, left + box.left, left + box.right)
+
+
+def patches(boxes: list[Rect], shape: tuple[int, int]) -> tuple[list[Rect], np.ndarray]:
+    """Disjoint boxes of a picture of `shape`, so that each of `boxes` lies in one, and which one covers each cell of
     16x16 pixels (int [h, w]; -1 = none). What fills a few small holes then needs no buffer of the picture's size."""
-    boxes = disjoint_boxes(
-        (Rect(w.rows.start, w.rows.stop, w.columns.start, w.columns.stop) for w in windows), shape
-    )
+    apart = disjoint_boxes(boxes, shape)
     owner = np.full((padded(shape[0], CELL) // CELL, padded(shape[1], CELL) // CELL), -1, dtype=np.int32)
-    for number, box in enumerate(boxes):
+    for number, box in enumerate(apart):
         owner[box.top // CELL : -(-box.bottom // CELL), box.left // CELL : -(-box.right // CELL)] = number
-    return boxes, owner
+    return apart, owner
 
 
 def crop_windows(
