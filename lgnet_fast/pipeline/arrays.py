@@ -23,8 +23,8 @@ def channels_last(
         orders = [order for order, axis in (("HWC", 2), ("CHW", 0)) if 1 <= array.shape[axis] <= 4]
     if not orders:
         raise error(
-            f"{name}: expected {'a tensor' if tensor else 'an array'} [H, W], [H, W, C] or [C, H, W] with C = 1 to 4, "
-            f"got {list(array.shape)}"
+            f"{name}: expected {'a tensor' if tensor else 'an array'} [H, W], [H, W, C] or [C, H, W] with "
+            f"C = 1 to 4, got {list(array.shape)}"
         )
     if len(orders) == 2:
         fitting = [order for order in orders if size == (array.shape[:2] if order == "HWC" else array.shape[1:])]
@@ -35,7 +35,10 @@ def channels_last(
 def pixels_of(picture: Image.Image) -> np.ndarray:
     """What `np.asarray` gives, strip by strip: all at once it takes the picture's bytes three times."""
     rows = max(1, 2**20 // max(1, picture.width))
-    strips = (picture.crop((0, top, picture.width, min(top + rows, picture.height))) for top in range(0, picture.height, rows))
+    strips = (
+        picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        for top in range(0, picture.height, rows)
+    )
     pixels, done = np.empty(0), 0
     for strip in map(np.asarray, strips):
         if done == 0:

@@ -164,11 +164,12 @@ def _hole_by(channel: str, planes: _Planes, threshold: float, picture: Picture |
             raise InvalidMaskError(f"mask_channel: 'colour' needs a mask in colour, got {planes.kind}")
         hole = _chroma(planes.colour) >= _SATURATED
         # Where the mask is a copy of the picture, painted over: at least half of it, to the bit or through a JPEG.
-        for apart in () if picture is None else (0, _COPIED):
-            own = _copied(planes.colour, picture, apart)
-            if own.mean() >= 0.5:
-                hole &= ~own
-                break
+        if picture is not None:
+            for apart in (0, _COPIED):
+                own = _copied(planes.colour, picture, apart)
+                if own.mean() >= 0.5:
+                    hole &= ~own
+                    break
         return hole if planes.alpha is None else hole & (planes.alpha >= 128)
     if planes.alpha is None:
         raise InvalidMaskError(f"mask_channel: {channel!r} needs a mask with transparency, got {planes.kind}")
@@ -193,8 +194,8 @@ def _certain_hole(planes: _Planes, threshold: float, picture: Picture | None) ->
             if _one_colour(strokes) and (mean.min() >= 255 - _BLACK or np.ptp(mean) >= _ONE_COLOUR):
                 return _above(planes.alpha, 255, threshold)
         raise InvalidMaskError(
-            f"mask: it is partly transparent ({planes.kind}), which can mean strokes on a layer or a picture with the "
-            f"hole rubbed out; {_CHOICES}"
+            f"mask: it is partly transparent ({planes.kind}), which can mean strokes on a layer or a picture with "
+            f"the hole rubbed out; {_CHOICES}"
         )
     if planes.colour is None:
         return _by_luma(planes, threshold)
@@ -209,9 +210,9 @@ def _certain_hole(planes: _Planes, threshold: float, picture: Picture | None) ->
     if picture is not None:
         own = _copied(planes.colour, picture, 0)
         brush = planes.colour[~own]
-        if own.mean() >= 0.5 and len(brush) and _one_colour(brush, 0) and np.ptp(brush[0]) >= _ONE_COLOUR:
-            if not (planes.colour[own] == brush[0]).all(axis=1).any():
-                return ~own
+        one_colour = len(brush) > 0 and _one_colour(brush, 0) and np.ptp(brush[0]) >= _ONE_COLOUR
+        if own.mean() >= 0.5 and one_colour and not (planes.colour[own] == brush[0]).all(axis=1).any():
+            return ~own
     raise InvalidMaskError(
         f"mask: it is in colour ({planes.kind}), which can mean a coloured brush, labels or a photograph; {_CHOICES}"
     )
@@ -352,6 +353,4 @@ def _of_bytes(levels: np.ndarray, kind: str) -> _Planes:
 
 def _is_grey(levels: np.ndarray) -> bool:
     """Whether the first three channels of [H, W, C] are the same."""
-    return bool(
-        np.array_equal(levels[..., 0], levels[..., 1]) and np.array_equal(levels[..., 1], levels[..., 2])
-    )
+    return bool(np.array_equal(levels[..., 0], levels[..., 1]) and np.array_equal(levels[..., 1], levels[..., 2]))

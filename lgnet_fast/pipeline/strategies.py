@@ -160,9 +160,7 @@ def patches(boxes: list[Rect], shape: tuple[int, int]) -> tuple[list[Rect], np.n
     return apart, owner
 
 
-def crop_windows(
-    hole: np.ndarray, multiple: int, largest: int, groups: HoleGroups | None = None
-) -> list[Window]:
+def crop_windows(hole: np.ndarray, multiple: int, largest: int, groups: HoleGroups | None = None) -> list[Window]:
     """One window for each group of holes, with context, of at most `largest`^2 network pixels.
 
     Windows that overlap are merged when one pass over both costs no more than two and loses no scale. The rest may
