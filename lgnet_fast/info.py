@@ -14,7 +14,17 @@ from rich.table import Table
 from . import __version__
 from .ops.dispatch import FUSED, reason_against
 
-_PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "huggingface_hub", "onnxruntime", "openvino")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pillow",
+    "scipy",
+    "safetensors",
+    "huggingface_hub",
+    "onnxruntime",
+    "openvino",
+)
 _OPERATORS = {"attention_block": "released", "merge_concat": None}
 
 
