@@ -33,7 +33,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def test_list_models():
-    assert list_models() == ["lgnet", "lgnet_share", "lgnet_light", "lgnet_demo", *ABLATIONS]
+    assert list_models() == ["lgnet", "lgnet_share", "lgnet_light", "lgnet_demo", "lgnet_small", *ABLATIONS]
     with pytest.raises(ValueError, match="name: expected one of .*got 'lgnet_huge'"):
         create_model("lgnet_huge")
 
