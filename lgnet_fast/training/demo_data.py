@@ -33,14 +33,14 @@ _HELD_OUT_QUALITY = 90
 def encode(file: Path, edge: int, quality: int) -> bytes:
     """A picture as WebP: the shorter side at most `edge`, the middle of the longer one."""
     picture = Image.fromarray(decode(Image.open(io.BytesIO(file.read_bytes()))))
+    longest = _LONGEST * min(picture.size)
+    kept = [min(side, longest) for side in picture.size]
+    left, top = ((side - keep) / 2 for side, keep in zip(picture.size, kept))
     factor = min(1.0, edge / min(picture.size))
-    width, height = (max(1, round(side * factor)) for side in picture.size)
-    longest = round(_LONGEST * min(width, height))
-    kept = min(width, longest), min(height, longest)
-    left, top = ((side - keep) / 2 / factor for side, keep in zip((width, height), kept))
-    box = (left, top, left + kept[0] / factor, top + kept[1] / factor)
+    size = (max(1, round(kept[0] * factor)), max(1, round(kept[1] * factor)))
+    box = (left, top, min(left + kept[0], picture.width), min(top + kept[1], picture.height))
     stream = io.BytesIO()
-    picture.resize(kept, Image.Resampling.LANCZOS, box=box).save(stream, "WEBP", quality=quality, method=4)
+    picture.resize(size, Image.Resampling.LANCZOS, box=box).save(stream, "WEBP", quality=quality, method=4)
     return stream.getvalue()
 
 

@@ -133,6 +133,8 @@ class Trainer:
                 feature_network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.features = _narrow(feature_network) if config.loss.feature_dtype == "bf16" else feature_network
         self.lpips: LPIPS | None = None if lpips is None else lpips.to(device, dtype)
+        if self.lpips is not None and device.type == "cuda":
+            self.lpips.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if optim.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if optim.channels_last and device.type == "cuda":
@@ -361,10 +363,11 @@ class Trainer:
             self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        restore_random_states(state["random"][self.accelerator.process_index])
+        if state["random"]:  # a compact checkpoint has none
+            restore_random_states(state["random"][self.accelerator.process_index])
         self.step, self.minutes = state["step"], state["minutes"]
-        if not any(own["state"] for own in state["optimisers"]):
-            self._warm_from = self.step  # a compact checkpoint: the moments begin anew
+        if self.step and not any(own["state"] for own in state["optimisers"]):
+            self._warm_from = self.step  # a compact checkpoint's moments may begin anew
         self.skipped, self.best, self.broken = state["skipped"], state["best"], list(state["broken"])
 
     # -- the run -------------------------------------------------------------------------------------------------
