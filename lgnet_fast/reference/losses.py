@@ -193,7 +193,7 @@ def hole_share(mask: Tensor, scores: Tensor) -> Tensor:
 
     Where only the hole is made by the network, all other cells of a merged picture are true.
     """
-    return F.adaptive_avg_pool2d(_wide(mask), scores.shape[2:])
+    return F.adaptive_avg_pool2d(_wide(mask), (scores.shape[2], scores.shape[3]))
 
 
 def window(pictures: Sequence[Tensor], mask: Tensor, side: int) -> list[Tensor]:

@@ -12,12 +12,14 @@ import argparse
 import io
 import os
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
+from torch import Tensor
 
 from ..errors import WeightsError
 from ..reference.features import LPIPS, read_weights
@@ -104,18 +106,24 @@ def write_weights(vgg: Path | None, lpips: Path | None, folder: Path) -> list[Pa
             raise WeightsError(
                 f"weights: expected VGG-16's convolutions in {str(vgg)!r}, missing {', '.join(missing)}"
             )
-        np.savez(folder / "vgg16_pool3.npz", **{name: weights[name].half().numpy() for name in names})
-        written.append(folder / "vgg16_pool3.npz")
+        written.append(_write(folder / "vgg16_pool3.npz", {name: weights[name].half() for name in names}))
     if lpips is not None:
         net = LPIPS.from_file(lpips)
-        arrays = {}
-        for i, convolution in enumerate(net.features.convolutions):
-            arrays[f"w{i}"], arrays[f"b{i}"] = convolution.weight.half().numpy(), convolution.bias.half().numpy()
-        for i in range(net.features.levels):
-            arrays[f"lin{i}"] = getattr(net, f"head{i}").numpy()
-        np.savez(folder / f"{net.features.network}_lpips.npz", **arrays)
-        written.append(folder / f"{net.features.network}_lpips.npz")
+        state = net.features.state_dict()
+        tensors = {
+            f"{leaf[0]}{i}": state[f"convolutions.{i}.{leaf}"].half()
+            for i in range(len(net.features.convolutions))
+            for leaf in ("weight", "bias")
+        }
+        tensors |= {f"lin{i}": getattr(net, f"head{i}") for i in range(net.features.levels)}
+        written.append(_write(folder / f"{net.features.network}_lpips.npz", tensors))
     return written
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> Path:
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    np.savez(file, **arrays)
+    return file
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -125,10 +125,10 @@ class MemoryBatches:
         for i in range(count):
             epoch, place = divmod(first + i, len(self.dataset))
             levels = self.places[int(self.dataset.order(epoch)[place]) % len(self.places)]
-            offset, height, width = levels[int(rng.integers(len(levels)))]
-            top, left = int(rng.integers(height - size + 1)), int(rng.integers(width - size + 1))
+            offset, down, across = levels[int(rng.integers(len(levels)))]
+            top, left = int(rng.integers(down - size + 1)), int(rng.integers(across - size + 1))
             flips = rng.integers(2, size=4)
-            choice[i] = (offset + top * width + left, width, rng.integers(len(self.masks)), *flips)
+            choice[i] = (offset + top * across + left, across, rng.integers(len(self.masks)), *flips)
         device = self.pixels.device
         origin, width, mask, mirrored, turned, upside, sideways = (
             torch.from_numpy(choice).to(device, non_blocking=True)[:, :, None, None].unbind(1)
