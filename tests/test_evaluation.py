@@ -16,7 +16,7 @@ from typer.testing import CliRunner
 
 from lgnet_fast import cli
 from lgnet_fast.errors import WeightsError
-from lgnet_fast.evaluation import evaluate, navier_stokes, parse_classes, telea
+from lgnet_fast.evaluation import biharmonic, evaluate, navier_stokes, parse_classes, telea
 from lgnet_fast.evaluation import metrics as metrics_module
 from lgnet_fast.evaluation.command import named_models
 from lgnet_fast.evaluation.metrics import Metrics, fid_score
@@ -216,6 +216,9 @@ def test_extras_that_are_not_installed_are_named(monkeypatch, pictures):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingExtraError, match=r"lgnet_fast\[eval\]"):
         telea(noise(20, 20), hole)
+    monkeypatch.setitem(sys.modules, "skimage.restoration", None)
+    with pytest.raises(MissingExtraError, match=r"scikit-image.*lgnet_fast\[eval\]"):
+        biharmonic(noise(20, 20), hole)
     result = _evaluate("-i", pictures, "-o", pictures.parent / "out", "--metrics", "l1", "--size", 64)
     assert result.exit_code == 2
     assert result.stderr.count("\n") == 1
@@ -227,7 +230,7 @@ def test_extras_that_are_not_installed_are_named(monkeypatch, pictures):
 # -- baselines, pictures and masks ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", [telea, navier_stokes])
+@pytest.mark.parametrize("method", [telea, navier_stokes, biharmonic])
 def test_baselines_keep_known_pixels_and_never_look_under_the_hole(method):
     hole = box_mask(40, 50, (10, 15, 25, 40))
     flat = np.full((40, 50, 3), (10, 200, 90), np.uint8)
