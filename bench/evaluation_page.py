@@ -49,7 +49,9 @@ def kodak(source: Path, folder: Path) -> None:
         if number and file.suffix.lower() in EXTENSIONS:
             numbered[int(number[1])] = file
     if sorted(numbered) != list(range(1, 25)):
-        raise LGNetError(f"--kodak: expected 24 pictures numbered from 1 to 24 in {str(source)!r}, got {len(numbered)}")
+        raise LGNetError(
+            f"--kodak: expected 24 pictures numbered from 1 to 24 in {str(source)!r}, got {len(numbered)}"
+        )
     for number, file in numbered.items():
         shutil.copy(file, folder / f"kodim{number:02d}{file.suffix}")
 

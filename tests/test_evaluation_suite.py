@@ -122,6 +122,8 @@ def test_lpips_takes_the_pictures_in_the_range_of_the_network():
         expected = [float(network(other, a)) for other in others]
     assert [values[i]["lpips"] for i in range(2)] == pytest.approx(expected, rel=1e-4)
     assert expected[0] != pytest.approx(expected[1], rel=1e-2)
+    other = SuiteMetrics(("lpips",), lpips=lambda a, b: network(a, b)).scores(dict(enumerate(filled)), truth, hole)
+    assert [other[i]["lpips"] for i in range(2)] == pytest.approx(expected, rel=1e-4)
 
 
 def test_lpips_weights_come_from_the_option_or_the_variable(tmp_path, monkeypatch):
@@ -223,9 +225,12 @@ def test_the_command_writes_table_json_markdown_and_sheet(fake, pictures, tmp_pa
     with Image.open(tmp_path / "out" / "evaluation.png") as sheet:
         assert sheet.size == (7 * 198 + 6, 22 + 12 * 214 + 6)  # original, masked, five methods; three rows a kind
 
-    result = _suite("-i", pictures, "-o", tmp_path / "quick", "--baselines", "none", "--sheet-rows", 0)
+    result = _suite(
+        "-i", pictures, "-o", tmp_path / "quick", "--baselines", "none", "--sheet-rows", 0, "--classes", "box"
+    )
     assert result.exit_code == 0, result.output
     assert sorted(p.name for p in (tmp_path / "quick").iterdir()) == ["evaluation.json", "evaluation.md"]
+    assert "evaluation.png" not in result.stderr
 
 
 def test_the_sheet_shows_the_best_and_the_worst():

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..errors import InvalidMaskError, WeightsError
 from ..pipeline import batch
@@ -20,6 +21,7 @@ from ..pipeline.files import EXTENSIONS
 from ..reference.features import LPIPS
 from ..training.errors import MissingExtraError
 from ..training.masks import SUITE_KINDS, suite_mask
+from .metrics import Distance
 from .protocol import mask_of
 
 SUITE_METRICS = ("l1", "psnr", "ssim", "lpips", "sharp")
@@ -126,8 +128,9 @@ class SuiteMetrics:
 
     Args:
         wanted: names in :data:`SUITE_METRICS`.
-        lpips: file of LPIPS weights as :meth:`lgnet_fast.reference.features.LPIPS.from_file` takes it, or such a
-            network; None: the file that the environment variable :data:`LPIPS_VARIABLE` names.
+        lpips: file of LPIPS weights as :meth:`lgnet_fast.reference.features.LPIPS.from_file` takes it, or any
+            callable on two [1, 3, H, W] in [-1, 1] that gives one number; None: the file that the environment
+            variable :data:`LPIPS_VARIABLE` names.
         device: where LPIPS runs.
 
     ``available``: the names, in order. ``missing``: name -> one line why not.
@@ -139,7 +142,7 @@ class SuiteMetrics:
     def __init__(
         self,
         wanted: Collection[str] = SUITE_METRICS,
-        lpips: str | Path | LPIPS | None = None,
+        lpips: str | Path | Distance | None = None,
         device: torch.device | str = "cpu",
     ) -> None:
         try:
@@ -150,15 +153,15 @@ class SuiteMetrics:
             ) from cause
         self._ssim, self.device = structural_similarity, torch.device(device)
         self.missing: dict[str, str] = {}
-        self._lpips: LPIPS | None = None
+        self._lpips: Distance | None = None
         if "lpips" in wanted:
             source = lpips if lpips is not None else os.environ.get(LPIPS_VARIABLE) or None
             if source is None:
                 self.missing["lpips"] = f"no weights; give their file by --lpips or {LPIPS_VARIABLE}"
             else:
                 try:
-                    network = source if isinstance(source, LPIPS) else LPIPS.from_file(source)
-                    self._lpips = network.to(self.device).eval()
+                    network = LPIPS.from_file(source) if isinstance(source, (str, Path)) else source
+                    self._lpips = network.to(self.device).eval() if isinstance(network, nn.Module) else network
                 except WeightsError as cause:
                     self.missing["lpips"] = str(cause).splitlines()[0]
         self.available = tuple(name for name in SUITE_METRICS if name in wanted and name not in self.missing)
@@ -166,7 +169,7 @@ class SuiteMetrics:
     @property
     def legend(self) -> str:
         """What the columns mean."""
-        network = "" if self._lpips is None else f" LPIPS: {_NETWORKS[self._lpips.features.network]}."
+        network = f" LPIPS: {_NETWORKS[self._lpips.features.network]}." if isinstance(self._lpips, LPIPS) else ""
         return f"Sharpness: gradient energy in the hole, 1 = as sharp as the truth, median.{network}"
 
     def scores(
@@ -199,16 +202,19 @@ class SuiteMetrics:
                 values["ssim"] = float(self._ssim(picture, truth, channel_axis=2))
             result[title] = values
         if self._lpips is not None:
-            for title, distance in zip(filled, self._distances(truth, list(filled.values()))):
-                result[title]["lpips"] = distance
+            distances = self._distances(self._lpips, truth, list(filled.values()))
+            for values, distance in zip(result.values(), distances):
+                values["lpips"] = distance
         return result
 
     @torch.inference_mode()
-    def _distances(self, truth: np.ndarray, filled: Sequence[np.ndarray]) -> list[float]:
-        assert self._lpips is not None
+    def _distances(self, network: Distance, truth: np.ndarray, filled: Sequence[np.ndarray]) -> list[float]:
         stacked = torch.from_numpy(np.stack([truth, *filled]).transpose(0, 3, 1, 2).astype(np.float32))
-        levels = self._lpips.directions((stacked / 127.5 - 1).to(self.device))
-        return self._lpips.distance([x[1:] for x in levels], [x[:1] for x in levels]).tolist()
+        stacked = (stacked / 127.5 - 1).to(self.device)
+        if not isinstance(network, LPIPS):
+            return [float(network(stacked[i : i + 1], stacked[:1])) for i in range(1, len(stacked))]
+        levels = network.directions(stacked)  # the truth's once
+        return network.distance([x[1:] for x in levels], [x[:1] for x in levels]).tolist()
 
 
 def gradient_energy(picture: np.ndarray, hole: np.ndarray) -> float:
