@@ -32,6 +32,8 @@ HOLE_CLASSES: tuple[tuple[float, float], ...] = (
 """Bounds of the hole ratio of each class: above the first, up to and including the second."""
 
 KINDS = ("strokes", "boxes", "mixed")
+VARIED = "varied"
+"""The kind of :func:`varied_mask`, which knows no hole classes."""
 POLARITIES = ("white", "black")
 
 Seed = int | Sequence[int]
@@ -325,6 +327,65 @@ def _draw_blob(hole: np.ndarray, rng: np.random.Generator, pixels: int) -> None:
             dy, angle = -dy, -angle % _TURN
         x, y = x + dx, y + dy
     hole.flat[np.argsort(-level, axis=None, kind="stable")[:pixels]] = True
+
+
+def varied_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
+    """Draw a hole of any kind: thin and thick strokes, boxes, blobs and shapes like objects, by lot.
+
+    Args:
+        height, width: of the mask, in pixels, each at least 16.
+        seed: a non-negative integer or several.
+
+    Returns:
+        bool [height, width], True = hole.
+    """
+    rng = _generator(seed)
+    kind = str(rng.choice(list(_VARIED), p=list(_VARIED.values())))
+    inner = int(rng.integers(1 << 62))
+    if kind in SUITE_KINDS and kind != "box":
+        return suite_mask(height, width, kind=kind, seed=inner)
+    if kind in KINDS:
+        return generate_mask(
+            height, width, hole_class=int(rng.integers(4 if kind == "strokes" else 2)), kind=kind, seed=inner
+        )
+    hole = np.zeros((height, width), dtype=bool)
+    if kind == "box":
+        side = min(height, width)
+        for _ in range(int(rng.integers(1, 3))):
+            h, w = (int(rng.integers(side // 6, side // 3)) for _ in range(2))
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            hole[top : top + h, left : left + w] = True
+    else:
+        _draw_object(hole, rng)
+    return hole
+
+
+# Shares of the kinds: those of the suite, :func:`generate_mask`'s, and "object".
+_VARIED = {"thin": 0.25, "thick": 0.25, "box": 0.12, "blob": 0.13, "strokes": 0.1, "boxes": 0.03, "object": 0.12}
+
+
+def _draw_object(hole: np.ndarray, rng: np.random.Generator) -> None:
+    """A body of two to five overlapping tilted ellipses, with up to three limbs, like a person's or an animal's."""
+    height, width = hole.shape
+    side = min(height, width)
+    x, y = (int(rng.integers(length // 4, length - length // 4)) for length in (width, height))
+    columns, rows = np.arange(width, dtype=np.int64), np.arange(height, dtype=np.int64)[:, None]
+    angle = int(rng.integers(_TURN))
+    for _ in range(int(rng.integers(2, 6))):
+        a, b = int(rng.integers(side // 12, side // 6 + 1)), int(rng.integers(side // 20, side // 9 + 1))
+        ux, uy = _DIRECTIONS[angle].tolist()
+        along = ((columns - x) * ux + (rows - y) * uy) // _SCALE
+        across = ((rows - y) * ux - (columns - x) * uy) // _SCALE
+        hole |= along**2 * b**2 + across**2 * a**2 <= a**2 * b**2
+        # The next one begins inside this one.
+        x, y = (min(max(v + d * a // _SCALE, 0), n - 1) for v, d, n in ((x, ux, width), (y, uy, height)))
+        angle = (angle + int(rng.integers(-_TURN // 5, _TURN // 5 + 1))) % _TURN
+    inside = np.argwhere(hole)
+    for _ in range(int(rng.integers(4))):
+        row, column = inside[int(rng.integers(len(inside)))].tolist()
+        radius = int(rng.integers(max(1, side // 64), side // 24 + 1))
+        dx, dy = (_DIRECTIONS[int(rng.integers(_TURN))] * int(rng.integers(side // 8, side // 4)) // _SCALE).tolist()
+        _capsule(hole, column, row, dx, dy, radius)
 
 
 # -- folders of masks --------------------------------------------------------------------------------------------
