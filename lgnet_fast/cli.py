@@ -183,7 +183,13 @@ def evaluate(
     paper_compat: Annotated[
         bool, typer.Option("--paper-compat", help="Truncate to 8 bits as the released test script does.")
     ] = False,
-    lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet weights; default: downloaded.")] = None,
+    lpips: Annotated[
+        Path | None,
+        typer.Option(
+            help="LPIPS weights: AlexNet's or VGG-16's, torchvision's file or one with the heads; default: "
+            "$LGNET_FAST_LPIPS, or, without --suite, downloaded."
+        ),
+    ] = None,
     fid: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights; default: downloaded.")] = None,
     sheet_rows: Annotated[
         int | None, typer.Option(min=0, help="Rows of the contact sheet; 0: none. Default: 6; with --suite 12.")

@@ -13,10 +13,11 @@ from typer.testing import CliRunner
 
 from lgnet_fast import cli
 from lgnet_fast.evaluation import evaluate, telea
+from lgnet_fast.evaluation.metrics import LPIPS_VARIABLE
 from lgnet_fast.evaluation.protocol import fit_picture
 from lgnet_fast.evaluation.report import Evaluation, Score
 from lgnet_fast.evaluation.scoring import _best_to_worst
-from lgnet_fast.evaluation.suite import LPIPS_VARIABLE, SuiteMetrics, gradient_energy
+from lgnet_fast.evaluation.suite import SuiteMetrics, gradient_energy
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.pipeline.batch import UsageError
 from lgnet_fast.reference.features import LPIPS

@@ -21,13 +21,10 @@ from ..pipeline.files import EXTENSIONS
 from ..reference.features import LPIPS
 from ..training.errors import MissingExtraError
 from ..training.masks import SUITE_KINDS, suite_mask
-from .metrics import Distance
+from .metrics import LPIPS_VARIABLE, Distance, one_line
 from .protocol import mask_of
 
 SUITE_METRICS = ("l1", "psnr", "ssim", "lpips", "sharp")
-
-LPIPS_VARIABLE = "LGNET_FAST_LPIPS"
-"""Environment variable with the path of the LPIPS weights, where none is given."""
 
 _NETWORKS = {"alexnet": "AlexNet", "vgg16": "VGG-16"}
 _LUMA = (0.299, 0.587, 0.114)
@@ -163,7 +160,7 @@ class SuiteMetrics:
                     network = LPIPS.from_file(source) if isinstance(source, (str, Path)) else source
                     self._lpips = network.to(self.device).eval() if isinstance(network, nn.Module) else network
                 except WeightsError as cause:
-                    self.missing["lpips"] = str(cause).splitlines()[0]
+                    self.missing["lpips"] = one_line(cause)
         self.available = tuple(name for name in SUITE_METRICS if name in wanted and name not in self.missing)
 
     @property
