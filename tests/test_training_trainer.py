@@ -11,14 +11,16 @@ import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from lgnet_fast import LGNet, LocalGlobalRefinement, create_model
+from lgnet_fast import LGNet, LocalGlobalRefinement, WeightsError, create_model
 from lgnet_fast.cli import app
 from lgnet_fast.reference import list_models
 from lgnet_fast.reference.discriminator import Discriminator
+from lgnet_fast.reference.features import register_features
 from lgnet_fast.reference.networks import UNet
+from lgnet_fast.reference.vgg import VGG16Features
 from lgnet_fast.training import ConfigError, DataError, Trainer, TrainingError, load_config
 from lgnet_fast.training.config import LossConfig, OptimConfig, config_of
-from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator
+from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator, make_features, make_lpips
 from lgnet_fast.training.progress import Report
 from lgnet_fast.training.trainer import learning_rate_factor
 from lgnet_fast.training.validation import gradient_energy
@@ -413,6 +415,21 @@ def test_pictures_in_memory_and_scores_by_kind_of_hole(pictures, tmp_path):
         error = ((trainer.network(image, mask) + 1) * 127.5).round().clamp(0, 255) - truth
     expected = 10 * math.log10(255**2 / float(error.square().mean()))
     assert scores["psnr_box"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_feature_networks_by_configuration(tmp_path):
+    register_features("mine", Features)
+    assert isinstance(make_features(LossConfig(features="mine")), Features)
+    assert isinstance(make_features(LossConfig(features="lgnet_fast.reference.vgg:VGG16Features")), VGG16Features)
+    with pytest.raises(ConfigError, match="loss.features: expected package.module:function, got 'nowhere:at_all'"):
+        make_features(LossConfig(features="nowhere:at_all"))
+    np.savez(tmp_path / "vgg.npz", **weights("vgg16", convolutions=7))
+    file = str(tmp_path / "vgg.npz")
+    assert make_features(LossConfig(features=file, features_normalised=True)).normalised
+    with pytest.raises(WeightsError, match="expected a SHA-256 of '0000"):
+        make_features(LossConfig(features=file, features_sha256="00" * 32))
+    assert make_features(LossConfig(features=file, style=0, perceptual=0)) is None
+    assert make_lpips(LossConfig()) is None
 
 
 def test_gradient_energy_by_hand():

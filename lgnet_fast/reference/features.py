@@ -20,6 +20,7 @@ import hashlib
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -59,8 +60,16 @@ NETWORKS = tuple(_LAYERS)
 
 def normalise(picture: Tensor) -> Tensor:
     """A picture [B, 3, H, W] in [-1, 1] by ImageNet's mean and deviation."""
-    mean, deviation = (picture.new_tensor(v).view(1, 3, 1, 1) for v in (_MEAN, _DEVIATION))
+    mean, deviation = _imagenet(picture.device, picture.dtype)
     return (picture - mean) / deviation
+
+
+@cache
+def _imagenet(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    # Kept, for making a tensor of numbers waits for the GPU. Tensors of inference mode take no part in gradients.
+    with torch.inference_mode(False):
+        mean, deviation = (torch.tensor(v, device=device, dtype=dtype).view(1, 3, 1, 1) for v in (_MEAN, _DEVIATION))
+    return mean, deviation
 
 
 # -- files -------------------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ class MemoryBatches:
                 pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
             with pool as executor:
                 run = executor.map if isinstance(executor, Executor) else lambda f, n, chunksize: map(f, n)
-                packed = list(run(self._packed_mask, range(count), chunksize=16))
+                packed = list(run(self._packed_mask, range(count), chunksize=max(1, count // (4 * workers))))
         return torch.from_numpy(np.unpackbits(np.stack(packed), axis=1).reshape(count, size, size))
 
     def _packed_mask(self, number: int) -> np.ndarray:
