@@ -21,6 +21,7 @@ from lgnet_fast.evaluation.suite import SuiteMetrics, gradient_energy
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.pipeline.batch import UsageError
 from lgnet_fast.reference.features import LPIPS
+from lgnet_fast.training import validation
 from lgnet_fast.training.masks import SUITE_KINDS, suite_mask
 
 from .pipeline_support import ConstantFill, box_mask, noise
@@ -110,6 +111,13 @@ def test_energy_counts_only_steps_within_the_hole():
     assert gradient_energy(picture, box_mask(4, 4, (1, 1, 2, 2))) == 0
     assert gradient_energy(picture, box_mask(4, 4, (1, 1, 3, 3))) == pytest.approx(200)
     assert gradient_energy(picture, box_mask(4, 4, (0, 0, 4, 4))) == pytest.approx(400)
+
+
+def test_the_trainer_validates_by_the_same_energy():
+    picture, hole = smooth(24, 32, 3), suite_mask(24, 32, kind="thick", seed=2)
+    batch = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].double()
+    mask = torch.from_numpy(hole)[None, None].double()
+    assert float(validation.gradient_energy(batch, mask)) == pytest.approx(gradient_energy(picture, hole), rel=1e-6)
 
 
 def test_lpips_takes_the_pictures_in_the_range_of_the_network():
