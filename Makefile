@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test bench plots aot gpu lint format clean
+.PHONY: help demo demo-data test bench plots evaluation aot gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
@@ -14,6 +14,7 @@ help:
 	@echo "make test   run the tests (first set-up included)"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make plots  redraw the README's pictures from bench/results/"
+	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile every Triton configuration ahead of time; prints shared memory, registers, spills"
 	@echo "make gpu    on a machine with an NVIDIA GPU: GPU tests and benchmarks (PYTHON=python3 picks the Python)"
 	@echo "make lint   ruff, mypy, clang-format"
@@ -57,6 +58,9 @@ bench: $(VENV)/.extras
 
 plots: $(VENV)/.extras
 	$(BIN)/python -m bench.report --plots docs
+
+evaluation: $(VENV)/.extras
+	$(BIN)/python -m bench.evaluation_page $(if $(KODAK),--kodak "$(KODAK)") $(if $(LPIPS),--lpips "$(LPIPS)")
 
 aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py
