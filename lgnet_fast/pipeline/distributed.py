@@ -260,8 +260,6 @@ class Journal:
                         found[line["key"]] = Done(line["done"], line["written"])
             for key, line in begun.items():
                 output = Path(line["output"])
-                for left in output.parent.glob(f".{_escaped(output.name[:100])}.*.tmp"):
-                    left.unlink(missing_ok=True)
                 now = stamp(output)
                 if now is not None and now != line["before"]:
                     found[key] = Done(line["writing"], now)
@@ -286,10 +284,6 @@ class Journal:
                 # Written but not journalled: the next launch finds it by its file.
                 return records, False
             time.sleep(_POLL)
-
-
-def _escaped(name: str) -> str:
-    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _lines(part: Path) -> list[dict[str, Any]]:

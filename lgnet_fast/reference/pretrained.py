@@ -42,6 +42,14 @@ picture = Inpainter.from_pretrained("{{ repo_id | default("this directory", true
 def find_weights(source: str | os.PathLike[str]) -> None:
     """Raise WeightsError early where `source` is plainly neither a model directory nor a hub id."""
     path = Path(source)
+    if not str(source).strip():
+        raise WeightsError(f"weights: expected a model directory or a hub id, got the empty text {str(source)!r}")
+    try:
+        path.is_dir()
+    except (OSError, ValueError) as error:  # a name that is too long, or with a NUL
+        raise WeightsError(
+            f"weights: expected a model directory or a hub id, got {str(source)[:100]!r} ({error})"
+        ) from error
     if path.is_dir():
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
         if missing:
@@ -93,7 +101,8 @@ def upcast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_names_and_shapes(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Raise WeightsError that lists missing, unexpected and wrong-shaped names, unless all agree."""
+    """Raise WeightsError that lists names that are missing, unexpected, wrong-shaped or not of floats, unless all
+    agree. (What counts batches is a whole number.)"""
     missing = sorted(expected.keys() - found.keys())
     unexpected = sorted(found.keys() - expected.keys())
     wrong = [
@@ -101,10 +110,20 @@ def check_names_and_shapes(found: Mapping[str, Any], expected: Mapping[str, tupl
         for name in sorted(expected.keys() & found.keys())
         if tuple(found[name].shape) != tuple(expected[name])
     ]
-    if missing or unexpected or wrong:
+    kinds = [
+        f"{name}: {str(found[name].dtype).removeprefix('torch.')}"
+        for name in sorted(expected.keys() & found.keys())
+        if expected[name] and isinstance(found[name], Tensor) and not found[name].is_floating_point()
+    ]
+    if missing or unexpected or wrong or kinds:
         parts = [
             f"{label} ({len(names)}): " + "; ".join(names)
-            for label, names in (("missing", missing), ("unexpected", unexpected), ("wrong shape", wrong))
+            for label, names in (
+                ("missing", missing),
+                ("unexpected", unexpected),
+                ("wrong shape", wrong),
+                ("expected floats", kinds),
+            )
             if names
         ]
         raise WeightsError(f"{what}: names and shapes do not fit. " + " | ".join(parts))
