@@ -73,9 +73,9 @@ class Stored(str, Enum):
 
 
 def _given(text: str) -> str:
-    """A path or name that is not empty: an empty one, of a variable that is not set, would mean the current folder."""
+    """A path or name; an empty one, as of a variable that is not set, would mean the current folder."""
     if not text.strip():
-        raise typer.BadParameter("expected a path or a name, got an empty text")
+        raise typer.BadParameter("got an empty text")
     return text
 
 

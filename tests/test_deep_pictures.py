@@ -369,5 +369,7 @@ def test_depth_is_read_from_the_header_only():
     assert deep.deep_format(b"\x89PNG\r\n\x1a\n" + bytes(16) + bytes([16, 2])) == "PNG"
     assert deep.deep_format(b"\x89PNG\r\n\x1a\n" + bytes(16) + bytes([16, 0])) is None
     assert deep.deep_format(b"\x89PNG\r\n\x1a\n" + bytes(16) + bytes([8, 2])) is None
-    for torn in (b"", b"II*\0", b"MM\0*\0\0\0\x08", b"II+\0\x08\0\0\0", b"\x89PNG\r\n\x1a\n"):
-        assert deep.deep_format(torn) is None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow's, about torn tags
+        for torn in (b"", b"II*\0", b"MM\0*\0\0\0\x08", b"II+\0\x08\0\0\0", b"\x89PNG\r\n\x1a\n"):
+            assert deep.deep_format(torn) is None

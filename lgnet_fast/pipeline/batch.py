@@ -108,8 +108,8 @@ def plan_items(
     `source` and `mask` are files or folders; folders are searched with their sub-folders. A picture takes the mask of
     the same relative path without extension; if there is none, the only mask of that stem anywhere; none, or several
     candidates, are that item's problem. `out` names a file (one picture) or a folder: relative paths are kept, and
-    where two pictures would get the same name, their own extensions are kept in it. `format`: a key of FORMATS. A name
-    with an extension is a file's, unless the folder is there or a slash ends it.
+    where two pictures would get the same name, their own extensions are kept in it. `format`: a key of FORMATS. For
+    one picture, a name with an extension is a file's, unless it is a folder that is there or a slash ends it.
 
     With `mask_suffix`, e.g. "_mask", picture ``a`` takes ``a_mask`` or ``a_mask001`` (LaMa's layout), where `mask` is
     None beside it; of several such masks each gives a result, named by the mask.
@@ -171,6 +171,7 @@ def _plan(
 
     base = source if source.is_dir() else source.parent
     mask_folder = base if mask is None else mask if mask.is_dir() else None
+    one_mask = _opened_mask(mask) if mask is not None and mask_folder is None else None
     excluded = [folder.resolve() for folder in (mask_folder, out) if folder is not None and folder.is_dir()]
     excluded = [folder for folder in excluded if folder != source.resolve()]
     found = _scan(source, excluded) if source.is_dir() else Found([source])
@@ -186,16 +187,17 @@ def _plan(
     if mask_folder is not None and not masks:
         raise UsageError(f"--mask: no pictures in {str(mask_folder)!r} ({', '.join(EXTENSIONS)})")
 
-    tasks: list[tuple[Path, Path, Path | None, str | None]] = []
+    tasks: list[tuple[Path, Path, Path | Encoded | None, str | None]] = []
     for picture in pictures:
         relative = picture.relative_to(base)
         if mask_folder is None:
-            tasks.append((picture, relative, mask, None))
+            tasks.append((picture, relative, one_mask, None))
         elif mask_suffix is None:
             tasks.append((picture, relative, *pair_mask(relative, mask_folder, masks)))
         else:
             own_masks, problem = _masks_by_suffix(relative, mask_folder, masks, mask_suffix)
-            for one in own_masks or [None]:
+            choices: list[Path | None] = [*own_masks] or [None]
+            for one in choices:
                 named = relative if one is None or len(own_masks) == 1 else relative.with_stem(one.stem)
                 tasks.append((picture, named, one, problem))
     outputs = _outputs([task[:2] for task in tasks], source.is_dir(), out, format, is_folder)
@@ -204,7 +206,7 @@ def _plan(
         for (picture, _, own, problem), (output, pillow_format) in zip(tasks, outputs, strict=True)
     ]
     _refuse_own_mask(items, mask_suffix)
-    _refuse_to_overwrite(items, [*pictures, *masks])
+    _refuse_to_overwrite(items, [*pictures, *(masks if one_mask is None or one_mask == mask else [])])
     problems = [*found.left_out, *(found_masks.left_out if mask is not None else [])]
     items += [Item(path, None, out, "PNG", reason, left_out=True) for path, reason in dict(problems).items()]
     return world.part(items)
@@ -214,14 +216,17 @@ def _plan_stream(
     picture: Encoded, mask: Path | None, out: Path, format: str | None, is_folder: bool, world: World
 ) -> list[Item]:
     if mask is None or mask.is_dir():
-        raise UsageError(
-            "--mask: expected a mask for the picture of a pipe, got " + ("none" if mask is None else "a folder")
-        )
-    own = _read_stream("--mask", mask) if mask == STANDARD_STREAM or is_stream(mask) else mask
+        got = "none" if mask is None else f"the folder {str(mask)!r}"
+        raise UsageError(f"--mask: expected a mask for the picture of a pipe, got {got}")
+    own = _opened_mask(mask)
     ((output, pillow_format),) = _outputs([(picture, Path(Path(picture.name).name))], False, out, format, is_folder)
     items = [Item(picture, own, output, pillow_format)]
-    _refuse_to_overwrite(items, [mask])
+    _refuse_to_overwrite(items, [own] if isinstance(own, Path) else [])
     return world.part(items)
+
+
+def _opened_mask(mask: Path) -> Path | Encoded:
+    return _read_stream("--mask", mask) if mask == STANDARD_STREAM or is_stream(mask) else mask
 
 
 def _read_stream(name: str, path: Path) -> Encoded:
@@ -295,7 +300,7 @@ def report_of(
     processes: dict[str, Any] | None = None,
     planned: int | None = None,
 ) -> dict[str, Any]:
-    """The report as JSON has it: `items`, `totals`, `settings`, `versions`; for a job with a journal also `processes`,
+    """The report as JSON has it: `items`, `totals`, `settings`, `versions`; for a job with a journal `processes` too,
     and what was done earlier. `complete`: whether these are all of the `planned` items (None: they are)."""
     from .. import __version__
 
@@ -344,7 +349,7 @@ def run(
     world: World | None = None,
     **options: Any,
 ) -> int:
-    """The run command: its exit code, 0 when every item is done, 1 when some failed or were left out, 130 after Ctrl-C.
+    """The run command: its exit code, 0 when all is done, 1 when some failed or were left out, 130 after Ctrl-C.
 
     The report is rewritten as the run goes, so that also a killed run leaves one; then its `complete` is false.
 
@@ -364,8 +369,8 @@ def run(
         raise UsageError("--resume: expected a file or a folder as --output, got a stream")
     file = None
     if report is not None and world.rank == 0:
-        _refuse_report_clash(report, items, folder)
         try:
+            _refuse_report_clash(report, items, folder)
             file = ReportFile(report)
         except OSError as cause:
             raise UsageError(
@@ -533,6 +538,7 @@ def _plan_shards(
     base = source if source.is_dir() else source.parent
     found = _scan(mask, []) if mask is not None and mask.is_dir() else Found([])
     masks = found.pictures
+    one_mask = _opened_mask(mask) if mask is not None and not mask.is_dir() else None
     if mask is not None and mask.is_dir() and not masks:
         raise UsageError(f"--mask: no pictures in {str(mask)!r} ({', '.join(EXTENSIONS)})")
     relative = [shard.relative_to(base) for shard in shards]
@@ -548,28 +554,30 @@ def _plan_shards(
             items.append(Item(shard, None, folder, "PNG", str(error)))
             continue
         for sample in content.samples:
-            items.append(_shard_item(sample, mask, masks, folder, format))
+            items.append(_shard_item(sample, one_mask or mask, masks, folder, format))
         for other in content.others:
             items.append(Item(other, None, folder, "PNG", _unread(other.suffix), left_out=True))
     if not items and (world.size == 1 or not whole):
         raise UsageError(f"--input: no pictures in the tar shards of {str(source)!r} ({', '.join(EXTENSIONS)})")
     items = _without_clashes(items)
-    _refuse_to_overwrite(items, [*shards, *masks, *([mask] if mask is not None else [])])
+    _refuse_to_overwrite(items, [*shards, *masks, *([one_mask] if isinstance(one_mask, Path) else [])])
     if world.rank == 0 or not whole:
         items += [Item(path, None, out, "PNG", reason, left_out=True) for path, reason in found.left_out]
     return items if whole else world.part(items)
 
 
-def _shard_item(sample: Sample, mask: Path | None, masks: list[Path], folder: Path, format: str | None) -> Item:
+def _shard_item(
+    sample: Sample, mask: Path | Encoded | None, masks: list[Path], folder: Path, format: str | None
+) -> Item:
     picture, key = sample.pictures[0], PurePosixPath(sample.key)
-    own: Path | Member | None = None
+    own: Path | Member | Encoded | None = None
     problem = None
     if mask is None:
         own = sample.masks[0] if len(sample.masks) == 1 else None
         if own is None:
             names = ", ".join(one.name for one in sample.masks) or "none"
             problem = f"mask: expected one file {sample.key}.mask.<extension> in the shard, got {names}"
-    elif mask.is_dir():
+    elif isinstance(mask, Path) and mask.is_dir():
         own, problem = pair_mask(Path(*key.parts), mask, masks, suffix=False)
     else:
         own = mask
@@ -594,8 +602,9 @@ def _file_of(source: Path | Member | Encoded) -> Path | None:
 
 def _stamp(source: Path | Member | Encoded) -> Any:
     """What tells a source from others of its name."""
-    file = _file_of(source)
-    return stamp(file) if file is not None else hashlib.sha256(source.data).hexdigest()
+    if isinstance(source, Encoded):
+        return hashlib.sha256(source.data).hexdigest()
+    return stamp(source.shard if isinstance(source, Member) else source)
 
 
 @dataclass(frozen=True)
@@ -615,10 +624,11 @@ def pictures_in(folder: Path, excluded: list[Path]) -> list[Path]:
 def _scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSIONS) -> Found:
     """The files with one of the `suffixes` in a folder and below, also through links to folders elsewhere."""
     suffixes = set(suffixes)
-    found, left_out = Found([]), []
+    found = Found([])
+    errors: list[OSError] = []
     root = folder.resolve()
     seen: set[Path] = set()
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=left_out.append):
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
         kept = []
         for name in sorted(folders):
             path = Path(parent) / name
@@ -640,7 +650,7 @@ def _scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSIO
                 found.pictures.append(path)
             elif suffix in OTHER_EXTENSIONS or reason is not None:
                 found.left_out.append((path, reason or _unread(suffix)))
-    for error in left_out:
+    for error in errors:
         found.left_out.append((Path(error.filename), f"the folder cannot be read ({error.strerror})"))
     return found
 

@@ -1,4 +1,4 @@
-"""PNG chunks that Pillow drops: text, colour space, significant bits. They pass from the source file to the result."""
+"""PNG chunks that Pillow drops: text, colour space, significant bits. They pass from a file to its result."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 from ..errors import InvalidImageError
 from . import chunks
-from .exif import kept_exif
+from .exif import TIFF_DESCRIPTIVE, kept_exif
 
 EXTRA = "pip install 'lgnet-fast[deep]'"
 
@@ -118,15 +118,13 @@ def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
     Raises InvalidImageError: a layout that cannot be kept, or the packages are missing; the decoders' own errors for
     damaged files.
     """
-    samples, exif, info = _read_png(data) if format == "PNG" else _read_tiff(data)
-    orientation = exif.get(ExifTags.Base.Orientation, 1)
+    samples, orientation, info = _read_png(data) if format == "PNG" else _read_tiff(data)
     orientation = orientation if orientation in range(1, 9) else 1
     samples = np.ascontiguousarray(_turned(samples, orientation))
     if format == "PNG":
         info["png_chunks"] = chunks.kept_chunks(data, turned=orientation > 4)
-    if orientation > 4 and "dpi" in info:
+    if orientation > 4 and info["dpi"] is not None:
         info["dpi"] = info["dpi"][::-1]
-    info["exif"] = kept_exif(exif, format)
     return DeepImage(samples, format, {key: value for key, value in info.items() if value}), orientation
 
 
@@ -166,7 +164,8 @@ def _check_size(width: int, height: int) -> None:
 # -- PNG ---------------------------------------------------------------------------------------------------------
 
 
-def _read_png(data: bytes) -> tuple[np.ndarray, Image.Exif, dict[str, Any]]:
+def _read_png(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
+    """Samples [H, W, C] as stored, EXIF orientation, metadata."""
     imagecodecs, _ = _packages()
     width, height = struct.unpack_from(">II", data, 16)
     _check_size(width, height)
@@ -184,7 +183,8 @@ def _read_png(data: bytes) -> tuple[np.ndarray, Image.Exif, dict[str, Any]]:
     info["xmp"] = next((_xmp_of(content) for kind, content in chunks.read_chunks(data) if kind == b"iTXt"), None)
     if count == 3 and len(own.get(b"tRNS", b"")) == 6:
         info["transparency"] = struct.unpack(">3H", own[b"tRNS"])
-    return samples[..., :count], exif, info
+    info["exif"] = kept_exif(exif, "PNG")
+    return samples[..., :count], exif.get(ExifTags.Base.Orientation, 1), info
 
 
 def _xmp_of(content: bytes) -> bytes | None:
@@ -215,16 +215,32 @@ def _encode_png(picture: DeepImage) -> bytes:
 # -- TIFF --------------------------------------------------------------------------------------------------------
 
 
-def _directory(data: bytes) -> ImageFileDirectory_v2:
+def _directory(data: bytes, place: int | None = None) -> ImageFileDirectory_v2:
+    """The tags of a TIFF's first directory, or of the one at `place`."""
     file = io.BytesIO(data)
     header = file.read(16 if data[2:4] in (b"+\0", b"\0+") else 8)
     directory = ImageFileDirectory_v2(header)
-    file.seek(directory.next)
+    file.seek(directory.next if place is None else place)
     directory.load(file)
     return directory
 
 
-def _read_tiff(data: bytes) -> tuple[np.ndarray, Image.Exif, dict[str, Any]]:
+def _tiff_exif(data: bytes, directory: ImageFileDirectory_v2) -> bytes:
+    """What `kept_exif` gives, also of a BigTIFF, whose header Pillow's own reader of EXIF does not know."""
+    kept = Image.Exif()
+    for tag in TIFF_DESCRIPTIVE:
+        if tag in directory:
+            value = directory[tag]
+            if tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+                own = dict(_directory(data, int(value)))
+                own.pop(ExifTags.IFD.Interop, None)  # a place in the old file
+                value = own
+            kept[tag] = value
+    return kept.tobytes() if len(kept) else b""
+
+
+def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
+    """As `_read_png`."""
     _, tifffile = _packages()
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         if len(file.pages) > 1:
@@ -233,8 +249,8 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, Image.Exif, dict[str, Any]]:
         _check_size(page.imagewidth, page.imagelength)
         colours = {_RGB: 3, _GREY: 1}.get(page.photometric)
         extra = tuple(page.extrasamples)
-        fits = page.dtype == np.uint16 and page.bitspersample == 16 and colours is not None
-        if not fits or page.samplesperpixel != colours + len(extra) or len(extra) > 1 or page.imagedepth != 1:
+        fits = page.dtype == np.uint16 and page.bitspersample == 16 and page.imagedepth == 1 and len(extra) < 2
+        if not fits or colours is None or page.samplesperpixel != colours + len(extra):
             raise InvalidImageError(
                 f"expected a TIFF of 16 bits a sample, RGB or grey, with at most one alpha, got "
                 f"{page.samplesperpixel} samples of {page.dtype} ({page.bitspersample} bits), "
@@ -247,17 +263,18 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, Image.Exif, dict[str, Any]]:
             samples = np.moveaxis(samples, 0, -1)
         compression = _COMPRESSIONS.get(int(page.compression), "adobe_deflate")
         extra_kind = extra[0] if extra else None
-    directory, exif = _directory(data), Image.Exif()
-    exif.load_from_fp(io.BytesIO(data))
-    unit = directory.get(ExifTags.Base.ResolutionUnit, 2)
-    dpi = tuple(directory.get(tag) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
+    directory = _directory(data)
+    unit = directory.get(ExifTags.Base.ResolutionUnit, 2)  # 1: none, 2: inch, 3: centimetre
+    inch = 2.54 if unit == 3 else 1.0
+    across, down = (directory.get(tag) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
     info = {
+        "exif": _tiff_exif(data, directory),
         "icc_profile": _as_bytes(directory.get(ExifTags.Base.InterColorProfile)),
         "xmp": _as_bytes(directory.get(700)),
-        "dpi": None if None in dpi or unit == 1 else tuple(float(one) * (2.54 if unit == 3 else 1) for one in dpi),
+        "dpi": None if across is None or down is None or unit == 1 else (float(across) * inch, float(down) * inch),
         "tiff": {"compression": compression, "extra": extra_kind},
     }
-    return samples, exif, info
+    return samples, directory.get(ExifTags.Base.Orientation, 1), info
 
 
 def _as_bytes(value: Any) -> bytes | None:
@@ -305,6 +322,7 @@ def _encode_tiff(picture: DeepImage) -> bytes:
         place = file.seek(0, io.SEEK_END)
         place += file.write(b"\0" * (place % 2))
         file.write(own.tobytes(place))
+        file.seek(0)
         with tifffile.TiffFile(file, mode="r+") as written:
             written.pages[0].tags[tag].overwrite(place)
     return file.getvalue()

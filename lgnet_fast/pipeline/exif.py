@@ -5,7 +5,7 @@ from __future__ import annotations
 from PIL import ExifTags, Image
 
 # A TIFF's tags describe its storage too; only those about the picture itself may go into another file.
-_TIFF_DESCRIPTIVE = {
+TIFF_DESCRIPTIVE = {
     ExifTags.Base.ImageDescription,
     ExifTags.Base.Make,
     ExifTags.Base.Model,
@@ -23,7 +23,7 @@ def kept_exif(exif: Image.Exif, format: str | None) -> bytes:
     kept = Image.Exif()
     directories = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
     for tag, value in exif.items():
-        if tag != ExifTags.Base.Orientation and (format != "TIFF" or tag in _TIFF_DESCRIPTIVE):
+        if tag != ExifTags.Base.Orientation and (format != "TIFF" or tag in TIFF_DESCRIPTIVE):
             # Pillow writes a sub-directory only where it is given as a dictionary.
             kept[tag] = exif.get_ifd(tag) if tag in directories else value
     return kept.tobytes() if len(kept) else b""

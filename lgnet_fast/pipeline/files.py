@@ -193,8 +193,8 @@ def open_upright(
     Pillow's decompression-bomb limit (`PIL.Image.MAX_IMAGE_PIXELS`, left as it is).
     """
     try:
-        # From bytes, not a path: Pillow maps uncompressed TIFFs that it opens by path into memory, and mixes up height
-        # and width of those that their orientation turns by a quarter (seen in 13.0).
+        # From bytes, not a path: Pillow maps uncompressed TIFFs that it opens by path into memory, and mixes up
+        # height and width of those that their orientation turns by a quarter (seen in 13.0).
         return _upright_of(path.read_bytes(), f"{name} {str(path)!r}", error)
     except LGNetError:
         raise
@@ -281,8 +281,8 @@ def save_picture(
 ) -> None:
     """Writes `picture` to `path` atomically, with the EXIF, ICC profile, XMP and DPI of its `.info`.
 
-    Of a PNG that was read by `read_picture` or `open_upright`, a PNG also keeps text and colour chunks; another format
-    gives a UserWarning that names those which it cannot hold.
+    Of a PNG that was read by `read_picture` or `open_upright`, a PNG also keeps text and colour chunks; for another
+    format a UserWarning names those which it cannot hold.
 
     `format`: a Pillow format name; None takes the one of the extension. `quality`: 1 to 100, for JPEG, WebP, AVIF and
     HEIC; None gives lossless WebP, and for JPEG the quantisation tables and chroma sampling of `like`, the picture as

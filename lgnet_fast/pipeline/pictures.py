@@ -17,8 +17,8 @@ from .deep import DeepImage
 from .files import Encoded, read_picture, upright
 
 ACCEPTED = (
-    "a PIL picture, a path, a DeepImage, an array [H, W, 3] of uint8 or uint16, a float tensor [B, C, H, W], or a list "
-    "of those"
+    "a PIL picture, a path, a DeepImage, an array [H, W, 3] of uint8 or uint16, a float tensor [B, C, H, W], "
+    "or a list of those"
 )
 PIL_MODES = "1, L, LA, P, RGB, RGBA, I, I;16, I;16B, CMYK, YCbCr, HSV"
 

@@ -42,6 +42,8 @@ class ReportFile:
         real = Path(os.path.realpath(path))
         if os.path.lexists(real) and not os.access(real, os.W_OK):
             raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        if real.parent.exists() and not real.parent.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, "no folder", str(real.parent))
         real.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers([real.parent])
         # The trial that tells of rights, full disks and file systems that take no files.
