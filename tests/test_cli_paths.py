@@ -474,11 +474,11 @@ def test_ctrl_c_tells_what_was_done_and_keeps_the_report(tmp_path):
     assert run.returncode == 130, text
     data = json.loads((tmp_path / "r.json").read_text())
     done = data["totals"]["ok"]
-    assert 3 <= done < 400
+    assert 2 <= done < 400  # the third may be written and not yet counted
     assert f"interrupted: {done} filled, 0 skipped, 0 failed of 400" in text.splitlines()[-1]
     assert "Traceback" not in text
     assert (data["complete"], data["planned"]) == (False, 400)
-    assert 0 <= len(_names(tmp_path / "out")) - done <= 1  # the one under way may be written, not counted
+    assert 0 <= len(_names(tmp_path / "out")) - done <= 1
 
 
 # -- other arguments -----------------------------------------------------------------------------------------------

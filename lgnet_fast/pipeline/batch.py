@@ -31,7 +31,6 @@ from .files import (
     OTHER_EXTENSIONS,
     STANDARD_STREAM,
     Encoded,
-    check_format,
     format_of,
     is_stream,
     reason_against_reading,
@@ -415,9 +414,10 @@ def run(
 
     written = False
     try:
-        if world.size == 1:
+        if world.rank == 0:
             files = [item.output for item in items if item.problem is None and not is_stream(item.output)]
-            remove_leftovers(file.parent for file in files if file != STANDARD_STREAM)
+            own = (file.parent for file in files if file != STANDARD_STREAM)
+            remove_leftovers(own, age=0 if world.size == 1 else 600)
         inpainter = Inpainter.from_pretrained(model, device=world.device(device), dtype=dtype, backend=backend)
         settings |= {"device": str(inpainter.device), "dtype": str(inpainter.dtype).removeprefix("torch.")}
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -506,7 +506,7 @@ def _run_item(
     source = item.picture.read() if isinstance(item.picture, Member) else item.picture
     picture = picture_of(source)
     # Before the network runs: a result that the format cannot hold would be lost.
-    check_format(picture.original, item.format)
+    picture.check_format(item.format)
     mask = item.mask if isinstance(item.mask, Path) or item.mask is None else item.mask.open(InvalidMaskError, "mask")
     done = inpainter.inpaint(picture, mask, **options)
     entry.size, entry.strategy, entry.passes = list(done.size), done.strategy, done.passes

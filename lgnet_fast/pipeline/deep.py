@@ -38,6 +38,10 @@ _TIFF_TEXT = (
 )
 
 
+# tifffile writes them only by its own names.
+_DIRECTORIES = {int(ExifTags.IFD.Exif): "ExifTag", int(ExifTags.IFD.GPSInfo): "GPSTag"}
+
+
 class NotInstalledError(InvalidImageError):
     """A 16-bit colour picture where the packages that read it are missing."""
 
@@ -128,18 +132,18 @@ def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
     return DeepImage(samples, format, {key: value for key, value in info.items() if value}), orientation
 
 
-def check_deep_format(picture: DeepImage, format: str) -> None:
+def check_deep_format(mode: str, format: str) -> None:
     """Raises InvalidImageError: a format (Pillow's name) without 16-bit colour."""
     if format not in ("PNG", "TIFF"):
         raise InvalidImageError(
-            f"format: {format} does not hold 16 bits a sample in colour, got a picture of mode {picture.mode}; "
+            f"format: {format} does not hold 16 bits a sample in colour, got a picture of mode {mode}; "
             "PNG and TIFF do"
         )
 
 
 def encode_deep(picture: DeepImage, format: str) -> bytes:
     """The file of a deep picture, with its metadata. Raises InvalidImageError: a format without 16-bit colour."""
-    check_deep_format(picture, format)
+    check_deep_format(picture.mode, format)
     return _encode_png(picture) if format == "PNG" else _encode_tiff(picture)
 
 
@@ -292,9 +296,9 @@ def _encode_tiff(picture: DeepImage) -> bytes:
     tags: list[tuple[Any, ...]] = [(int(tag), 2, 0, str(exif[tag]), True) for tag in _TIFF_TEXT if tag in exif]
     if info.get("xmp"):
         tags.append((700, 1, len(info["xmp"]), info["xmp"], True))
-    directories = {int(tag): exif.get_ifd(tag) for tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)}
+    directories = {tag: exif.get_ifd(tag) for tag in _DIRECTORIES}
     directories = {tag: content for tag, content in directories.items() if content}
-    tags += [(tag, 4, 1, 0, True) for tag in directories]
+    tags += [(_DIRECTORIES[tag], 4, 1, 0, True) for tag in directories]
     file = io.BytesIO()
     tifffile.imwrite(
         file,

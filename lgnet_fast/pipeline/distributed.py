@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import BackendError, LGNetError
+from .files import temporary_prefix
 
 try:
     import fcntl
@@ -260,6 +261,8 @@ class Journal:
                         found[line["key"]] = Done(line["done"], line["written"])
             for key, line in begun.items():
                 output = Path(line["output"])
+                for left in output.parent.glob(f"{_escaped(temporary_prefix(output))}*.tmp"):
+                    left.unlink(missing_ok=True)
                 now = stamp(output)
                 if now is not None and now != line["before"]:
                     found[key] = Done(line["writing"], now)
@@ -284,6 +287,10 @@ class Journal:
                 # Written but not journalled: the next launch finds it by its file.
                 return records, False
             time.sleep(_POLL)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
 
 
 def _lines(part: Path) -> list[dict[str, Any]]:

@@ -10,6 +10,7 @@ import re
 import stat
 import sys
 import threading
+import time
 import uuid
 import warnings
 from collections.abc import Iterable
@@ -306,7 +307,7 @@ def encode(
         return deep.encode_deep(picture, format)
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
-    for mode in _held_mode(picture, format):
+    for mode in held_modes(picture.mode, "transparency" in picture.info, format):
         picture = picture.convert(mode)
     options: dict[str, Any] = {
         key: picture.info[key]
@@ -411,8 +412,12 @@ def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
 
 
-def remove_leftovers(folders: Iterable[Path]) -> None:
-    """Deletes what killed processes left of `write_atomically` in these folders; files being written now stay."""
+def remove_leftovers(folders: Iterable[Path], age: float = 0.0) -> None:
+    """Deletes what killed processes left of `write_atomically` in these folders; files being written now stay.
+
+    `age`: seconds since the last write that a leftover must have; for folders that other hosts write to, whose locks
+    may not be seen here.
+    """
     for folder in dict.fromkeys(folders):
         try:
             found = [Path(entry.path) for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]
@@ -422,6 +427,8 @@ def remove_leftovers(folders: Iterable[Path]) -> None:
             if fcntl is None:
                 continue
             try:
+                if time.time() - temporary.stat().st_mtime < age:
+                    continue
                 with open(temporary, "rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     temporary.unlink(missing_ok=True)
@@ -456,25 +463,20 @@ def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int |
     return {"quality": 95, "subsampling": 0}
 
 
-def check_format(picture: Image.Image | DeepImage | None, format: str) -> None:
-    """Raises InvalidImageError where `save_picture` could not write a picture like this one in that format."""
-    if isinstance(picture, DeepImage):
-        deep.check_deep_format(picture, format)
-    elif picture is not None:
-        _held_mode(picture, format)
+def held_modes(mode: str, transparent: bool, format: str) -> list[str]:
+    """The modes to convert to one after the other, so that the format holds a picture and keeps every sample.
 
-
-def _held_mode(picture: Image.Image, format: str) -> list[str]:
-    """The modes to convert to one after the other, so that the format holds the picture and keeps every sample."""
-    mode, steps = picture.mode, []
+    `transparent`: whether a palette has alpha. Raises InvalidImageError: no such mode.
+    """
+    own, steps = mode, []
     while mode not in _MODES[format]:
         if mode == "P":
-            mode = "RGBA" if "transparency" in picture.info else "RGB"
+            mode = "RGBA" if transparent else "RGB"
         elif mode in _WIDER:
             mode = _WIDER[mode]
         else:
             raise InvalidImageError(
-                f"format: {format} holds {', '.join(sorted(_MODES[format]))}, got a picture of mode {picture.mode}; "
+                f"format: {format} holds {', '.join(sorted(_MODES[format]))}, got a picture of mode {own}; "
                 "PNG and TIFF keep alpha and depth"
             )
         steps.append(mode)

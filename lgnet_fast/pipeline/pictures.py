@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +14,8 @@ import torch
 from PIL import Image
 
 from ..errors import InvalidImageError
-from .deep import DeepImage
-from .files import Encoded, read_picture, upright
+from .deep import DeepImage, check_deep_format
+from .files import Encoded, held_modes, read_picture, upright
 
 ACCEPTED = (
     "a PIL picture, a path, a DeepImage, an array [H, W, 3] of uint8 or uint16, a float tensor [B, C, H, W], "
@@ -30,14 +31,14 @@ class Picture:
     `samples` [H, W, C], C = 1 (grey) or 3 (RGB), in the picture's own depth, 0 = black, `white` = white.
     `rebuild(samples, touched)` gives the caller's kind back; `touched` bool [H, W] marks the pixels that may have
     changed: every other pixel, and all alpha, comes from the original. `note` explains a turned picture's size.
-    `original`: the upright picture that a rebuilt one is like; None for arrays and tensors.
+    `check_format(format)` raises InvalidImageError where a file of that format could not hold the result.
     """
 
     samples: np.ndarray
     white: float
     rebuild: Callable[[np.ndarray, np.ndarray], Any]
     note: str = ""
-    original: Image.Image | DeepImage | None = None
+    check_format: Callable[[str], Any] = lambda format: None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -132,7 +133,8 @@ def _note(orientation: int) -> str:
 
 
 def _of_pil(picture: Image.Image, note: str) -> Picture:
-    return replace(_of_mode(picture, note), original=picture)
+    transparent = "transparency" in picture.info
+    return replace(_of_mode(picture, note), check_format=partial(held_modes, picture.mode, transparent))
 
 
 def _of_mode(picture: Image.Image, note: str) -> Picture:
@@ -182,7 +184,7 @@ def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
         merged = np.concatenate([samples, array[..., colours:]], axis=2)
         return DeepImage(merged, picture.format, dict(picture.info))
 
-    return Picture(array[..., :colours], 65535.0, rebuild, note, picture)
+    return Picture(array[..., :colours], 65535.0, rebuild, note, partial(check_deep_format, picture.mode))
 
 
 def _with_colour_key(picture: Image.Image, note: str) -> Picture:
