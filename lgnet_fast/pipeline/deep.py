@@ -38,7 +38,7 @@ _TIFF_TEXT = (
 )
 
 
-# tifffile writes them only by its own names.
+# tifffile writes these tags only under its own names.
 _DIRECTORIES = {int(ExifTags.IFD.Exif): "ExifTag", int(ExifTags.IFD.GPSInfo): "GPSTag"}
 
 
@@ -319,17 +319,27 @@ def _encode_tiff(picture: DeepImage) -> bytes:
         extratags=tags,
     )
     for tag, content in directories.items():
-        # tifffile writes no directories of its own choosing: each is appended, and its place put into the tag.
+        # tifffile writes no directories of its user's: each is appended, and its place put into the tag.
         own = ImageFileDirectory_v2(b"II*\0\0\0\0\0")
         for key, value in content.items():
             own[key] = value
         place = file.seek(0, io.SEEK_END)
         place += file.write(b"\0" * (place % 2))
         file.write(own.tobytes(place))
-        file.seek(0)
-        with tifffile.TiffFile(file, mode="r+") as written:
-            written.pages[0].tags[tag].overwrite(place)
+        _set_tag(file, tag, place)
     return file.getvalue()
+
+
+def _set_tag(file: io.BytesIO, tag: int, value: int) -> None:
+    """Replaces the value of a 4-byte tag in the first directory of a little-endian TIFF or BigTIFF."""
+    data = file.getbuffer()
+    big = data[2] == 43
+    count, entry, header = ("<Q", "<HHQI4x", 8) if big else ("<H", "<HHII", 2)
+    (at,) = struct.unpack_from("<Q" if big else "<I", data, 8 if big else 4)
+    (entries,) = struct.unpack_from(count, data, at)
+    for place in range(at + header, at + header + entries * struct.calcsize(entry), struct.calcsize(entry)):
+        if struct.unpack_from(entry, data, place)[0] == tag:
+            struct.pack_into(entry, data, place, tag, 4, 1, value)
 
 
 def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:
