@@ -397,6 +397,19 @@ def test_a_report_through_a_link_and_to_a_pipe(case):
     assert Path(os.devnull).is_char_device()
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line_for_each_file(case):
+    result = _run("-i", "a.png", "-m", "m.png", "-o", "/dev/full", "--report", "r.json")
+    assert result.exit_code == 1
+    assert "failed: a.png: [Errno 28] No space left on device" in result.stderr
+    assert "0 filled, 0 skipped, 1 failed of 1" in result.stderr
+    assert "Errno 28" in json.loads(Path("r.json").read_text())["items"][0]["error"]
+    result = _run("-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", "/dev/full")
+    assert result.exit_code == 1
+    assert "failed: the report '/dev/full' could not be written ([Errno 28] No space left on device" in result.stderr
+    assert "1 filled, 0 skipped, 0 failed of 1" in result.stderr
+
+
 @pytest.mark.parametrize("report", ["m.png/r.json", "y" * 300 + ".json", "ftp://host/r.json", "/proc/none/r.json"])
 def test_a_report_that_cannot_be_written_is_refused_before_work(case, fake, report):
     result = _run("-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", report)

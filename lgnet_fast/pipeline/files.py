@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -360,13 +361,23 @@ def is_stream(path: Path) -> bool:
 def write_file(path: Path, data: bytes) -> None:
     """`write_atomically`; a pipe or a device, or the standard output as "-", is written to instead."""
     if path == STANDARD_STREAM:
-        sys.stdout.buffer.write(data)
-        sys.stdout.buffer.flush()
+        sys.stdout.flush()
+        write_stream(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), data)
     elif is_stream(path):
-        with open(path, "wb") as stream:
-            stream.write(data)
+        with open(path, "wb", buffering=0) as stream:
+            write_stream(stream, data)
     else:
         write_atomically(path, data)
+
+
+def write_stream(stream: BinaryIO | io.RawIOBase, data: bytes) -> None:
+    """Writes all of `data`, without a buffer, which would fail once more when the stream is closed."""
+    rest = memoryview(data)
+    while rest:
+        written = stream.write(rest)
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, "the pipe takes no more")
+        rest = rest[written:]
 
 
 def write_atomically(path: Path, data: bytes) -> None:

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import time
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
-from .files import STANDARD_STREAM, is_stream, json_bytes, remove_leftovers, write_atomically, write_file
+from .files import (
+    STANDARD_STREAM,
+    is_stream,
+    json_bytes,
+    remove_leftovers,
+    write_atomically,
+    write_file,
+    write_stream,
+)
 
 _INTERVAL = 2.0
 # Writing may take so large a share of the run.
@@ -27,7 +36,7 @@ class ReportFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._stream: BinaryIO | None = None
+        self._stream: io.FileIO | None = None
         self._next = 0.0
         if path == STANDARD_STREAM:
             return
@@ -35,7 +44,7 @@ class ReportFile:
             # Without waiting for a reader, which may never come.
             descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
             os.set_blocking(descriptor, True)
-            self._stream = os.fdopen(descriptor, "wb")
+            self._stream = os.fdopen(descriptor, "wb", buffering=0)
             return
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, "a folder", str(path))
@@ -67,8 +76,7 @@ class ReportFile:
         if self._stream is None:
             write_file(self.path, data)
         else:
-            self._stream.write(data)
-            self._stream.flush()
+            write_stream(self._stream, data)
         end = time.monotonic()
         self._next = end + max(_INTERVAL, (end - start) / _SHARE)
 
