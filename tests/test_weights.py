@@ -100,6 +100,8 @@ def test_every_wrong_name_and_shape_is_listed(model):
         ({"G1": {}, "G2": {}, "G3": {}}, "G1: expected a tensor model.model.0.weight"),
         ({"G1": 3, "G2": {}, "G3": {}}, "G1: expected a state dict"),
         ("/nowhere/at/all", "expected a directory with"),
+        ("x" * 300, "expected a directory with"),
+        ({"G1": "x" * 300, "G2": {}, "G3": {}}, "expected a checkpoint file"),
     ],
 )
 def test_unusable_sources(source, message):
