@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,15 @@ from ..pipeline.files import write_atomically
 from ..training.errors import MissingExtraError
 from .baselines import BASELINES
 from .metrics import METRICS, Distance, Metrics, fid_score
-from .protocol import NamedMasks, class_label, fit_picture, mask_source, parse_classes, pictures_in
+from .protocol import (
+    NamedMasks,
+    class_label,
+    fit_picture,
+    left_out_in,
+    mask_source,
+    parse_classes,
+    pictures_in,
+)
 from .report import ALL, Evaluation, Score, contact_sheet, finite, strip
 
 SMALLEST = 16
@@ -108,6 +117,7 @@ def evaluate(
     besides = [Path(one) for one in (masks, out) if one is not None]
     found = pictures_in(source, besides)
     base = source if source.is_dir() else source.parent
+    not_read = left_out_in(source, besides)
     holes = mask_source(
         None if masks is None else Path(masks),
         found,
@@ -172,6 +182,7 @@ def evaluate(
                 return None
             records, died = journal.collect()
         result = _merged(records, titles, tuple(metrics), measure.missing, died, settings, job.features)
+        result = replace(result, failures=[*result.failures, *not_read])
         if folder is not None and journal is not None:
             result.write(folder)
             job.write_sheet(folder, records)

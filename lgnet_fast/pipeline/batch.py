@@ -173,10 +173,10 @@ def _plan(
     one_mask = _opened_mask(mask) if mask is not None and mask_folder is None else None
     excluded = [folder.resolve() for folder in (mask_folder, out) if folder is not None and folder.is_dir()]
     excluded = [folder for folder in excluded if folder != source.resolve()]
-    found = _scan(source, excluded) if source.is_dir() else Found([source])
+    found = scan(source, excluded) if source.is_dir() else Found([source])
     found_masks = Found([] if mask is None else [mask])
     if mask_folder is not None:
-        found_masks = _scan(mask_folder, []) if source.is_dir() or mask is not None else Found(_beside(source))
+        found_masks = scan(mask_folder, []) if source.is_dir() or mask is not None else Found(_beside(source))
     pictures, masks = found.pictures, found_masks.pictures
     if mask_suffix is not None and mask_folder is not None and mask_folder.resolve() == base.resolve():
         own = set(masks) - {one for one in masks if _of_mask(one.stem, mask_suffix) is not None}
@@ -525,7 +525,7 @@ def _shards_in(source: Path, out: Path) -> list[Path]:
     if not source.is_dir():
         return [source] if source.suffix.lower() == ".tar" else []
     excluded = [out.resolve()] if out.is_dir() and out.resolve() != source.resolve() else []
-    found = _scan(source, excluded, [*EXTENSIONS, ".tar"]).pictures
+    found = scan(source, excluded, [*EXTENSIONS, ".tar"]).pictures
     shards = [path for path in found if path.suffix.lower() == ".tar"]
     return shards if len(shards) == len(found) else []
 
@@ -536,7 +536,7 @@ def _plan_shards(
     if out.exists() and not out.is_dir():
         raise UsageError(f"--output: expected a folder, got the file {str(out)!r}")
     base = source if source.is_dir() else source.parent
-    found = _scan(mask, []) if mask is not None and mask.is_dir() else Found([])
+    found = scan(mask, []) if mask is not None and mask.is_dir() else Found([])
     masks = found.pictures
     one_mask = _opened_mask(mask) if mask is not None and not mask.is_dir() else None
     if mask is not None and mask.is_dir() and not masks:
@@ -618,10 +618,10 @@ class Found:
 def pictures_in(folder: Path, excluded: list[Path]) -> list[Path]:
     """The files in `folder` and below with an extension of EXTENSIONS, sorted, without hidden and `excluded` folders
     (resolved paths)."""
-    return _scan(folder, excluded).pictures
+    return scan(folder, excluded).pictures
 
 
-def _scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSIONS) -> Found:
+def scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSIONS) -> Found:
     """The files with one of the `suffixes` in a folder and below, also through links to folders elsewhere."""
     suffixes = set(suffixes)
     found = Found([])
