@@ -228,6 +228,26 @@ def test_missing_packages_are_named_and_so_is_the_extra(pipe, tmp_path, monkeypa
         pipe(source, HOLE)
 
 
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_a_picture_that_pillow_cuts_to_eight_bits_is_warned_of(pipe, tmp_path, extension):
+    source = _write(tmp_path / f"in.{extension}", _samples(3))
+    with Image.open(source) as opened, pytest.warns(UserWarning, match="cuts 16-bit colour to 8 bits; give the file"):
+        pipe(opened, HOLE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        pipe(Image.fromarray(_samples(1)[..., 0]), HOLE)
+
+
+def test_deep_pictures_and_masks_are_accepted_in_lists(pipe, tmp_path):
+    source = _write(tmp_path / "in.png", _samples(3))
+    picture, _ = read_picture(source)
+    mask = _write(tmp_path / "m.png", np.where(HOLE[..., None], np.uint16(65535), np.zeros((1, 1, 3), np.uint16)))
+    results = pipe([picture, source], mask)
+    np.testing.assert_array_equal(results[0].samples, results[1].samples)
+    np.testing.assert_array_equal(results[0].samples[~HOLE], _samples(3)[~HOLE])
+    assert (results[0].samples[HOLE] != _samples(3)[HOLE]).mean() > 0.9
+
+
 def test_deep_pictures_do_not_become_shallow_files(pipe, tmp_path):
     result = pipe(_write(tmp_path / "in.png", _samples(3)), HOLE)
     for name in ("out.jpg", "out.webp", "out.bmp", "out.avif"):

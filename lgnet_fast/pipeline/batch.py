@@ -176,7 +176,8 @@ def _plan(
     found = scan(source, excluded) if source.is_dir() else Found([source])
     found_masks = Found([] if mask is None else [mask])
     if mask_folder is not None:
-        found_masks = scan(mask_folder, []) if source.is_dir() or mask is not None else Found(_beside(source))
+        earlier = [out.resolve()]  # results of another run are no masks
+        found_masks = scan(mask_folder, earlier) if source.is_dir() or mask is not None else Found(_beside(source))
     pictures, masks = found.pictures, found_masks.pictures
     if mask_suffix is not None and mask_folder is not None and mask_folder.resolve() == base.resolve():
         own = set(masks) - {one for one in masks if _of_mask(one.stem, mask_suffix) is not None}
@@ -412,7 +413,7 @@ def run(
             return False
         return True
 
-    written = False
+    written = finished = False
     try:
         if world.rank == 0:
             files = [item.output for item in items if item.problem is None and not is_stream(item.output)]
@@ -460,12 +461,13 @@ def run(
             if not dead:
                 journal.remove_earlier()
         processes = None if journal is None else {"count": world.size, "died": dead}
+        finished = True
         written = write(len(items) if interrupted else None)
     finally:
         if journal is not None:
             journal.close()
         if file is not None:
-            if not written and entries:
+            if not finished and entries:
                 write(len(items))
             file.close()
     if interrupted and world.rank > 0:

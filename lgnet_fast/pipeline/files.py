@@ -215,7 +215,7 @@ def read_picture(source: Path | Encoded) -> tuple[Image.Image | DeepImage, int]:
         format = deep.deep_format(data)
         if format is not None:
             return deep.read_deep(data, format)
-        return _upright_of(data, name, InvalidImageError)
+        return _upright_of(data, name, InvalidImageError, whole=True)
     except deep.NotInstalledError as cause:
         raise InvalidImageError(f"{name}: {cause}") from cause
     except InvalidImageError as cause:
@@ -226,9 +226,10 @@ def read_picture(source: Path | Encoded) -> tuple[Image.Image | DeepImage, int]:
         ) from cause
 
 
-def _upright_of(data: bytes, name: str, error: type[LGNetError]) -> tuple[Image.Image, int]:
+def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = False) -> tuple[Image.Image, int]:
+    """`whole`: refuse files whose samples Pillow would cut."""
     with open_image(data) as picture:
-        depth = deep.cut_depth(picture.format, data)
+        depth = deep.cut_depth(picture.format, data) if whole else None
         if depth is not None:
             raise error(
                 f"{name}: expected at most 8 bits a sample in colour, got {depth} in a {picture.format} file; "
@@ -423,18 +424,20 @@ def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
 
 
-def remove_leftovers(folders: Iterable[Path], age: float = 0.0) -> None:
+def remove_leftovers(folders: Iterable[Path], age: float = 0.0, of: Path | None = None) -> None:
     """Deletes what killed processes left of `write_atomically` in these folders; files being written now stay.
 
     `age`: seconds since the last write that a leftover must have; for folders that other hosts write to, whose locks
-    may not be seen here.
+    may not be seen here. `of`: only those of this file.
     """
+    begin = "" if of is None else temporary_prefix(of)
     for folder in dict.fromkeys(folders):
         try:
-            found = [Path(entry.path) for entry in os.scandir(folder) if _TEMPORARY.fullmatch(entry.name)]
+            names = [entry.name for entry in os.scandir(folder)]
         except OSError:  # not there yet
             continue
-        for temporary in found:
+        found = [name for name in names if name.startswith(begin) and _TEMPORARY.fullmatch(name)]
+        for temporary in (folder / name for name in found):
             if fcntl is None:
                 continue
             try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -88,6 +89,10 @@ def picture_of(picture: Any) -> Picture:
     if isinstance(picture, DeepImage):
         return _of_deep_colour(picture, "")
     if isinstance(picture, Image.Image):
+        # Of a file that is not decoded yet, what its samples are decoded from.
+        stored = str(getattr(picture, "tile", None) or "")
+        if ";16" in stored and len(picture.getbands()) > 1:
+            warnings.warn("picture: Pillow cuts 16-bit colour to 8 bits; give the file's path", stacklevel=4)
         turned, orientation = upright(picture)
         return _of_pil(turned, _note(orientation))
     if isinstance(picture, np.ndarray):

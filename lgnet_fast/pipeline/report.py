@@ -54,7 +54,7 @@ class ReportFile:
         if real.parent.exists() and not real.parent.is_dir():
             raise NotADirectoryError(errno.ENOTDIR, "no folder", str(real.parent))
         real.parent.mkdir(parents=True, exist_ok=True)
-        remove_leftovers([real.parent])
+        remove_leftovers([real.parent], of=real)
         # The trial that tells of rights, full disks and file systems that take no files.
         trial = real
         if not os.path.lexists(trial):
