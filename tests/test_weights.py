@@ -200,7 +200,7 @@ def test_pretrained_loading_is_strict(model, tmp_path):
     with pytest.raises(WeightsError, match=r"missing \['model.safetensors'\]"):
         LGNet.from_pretrained(tmp_path)
     for nowhere in (tmp_path / "nowhere", "", " ", "x" * 300, "x" * 300 + "/y", "a\0b", "/" + "y/" * 3000):
-        with pytest.raises(WeightsError, match="expected a model directory or a hub id"):
+        with pytest.raises(WeightsError, match="weights: "):
             LGNet.from_pretrained(nowhere)
 
 
@@ -211,8 +211,7 @@ def test_weights_that_are_no_floats_are_named(tmp_path, dtype):
     name = next(name for name in state if name.endswith("conv.weight"))
     state[name] = state[name].to(dtype)
     save_file(state, tmp_path / "model.safetensors")
-    kind = str(dtype).removeprefix("torch.")
-    with pytest.raises(WeightsError, match=rf"expected floats \(1\): {name}: {kind}"):
+    with pytest.raises(WeightsError, match=f"expected floating weights and integer counters, got {name}: {dtype}"):
         LGNet.from_pretrained(tmp_path)
 
 

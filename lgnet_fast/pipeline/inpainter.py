@@ -173,7 +173,8 @@ class Inpainter:
             feather: width in pixels of a soft ramp around the grown hole, where fill and picture are blended.
 
         Returns:
-            The same kind; a path gives a PIL picture. Known pixels, those outside the dilated hole and its feather,
+            The same kind; a path gives a PIL picture, 16-bit colour a DeepImage.
+            Known pixels, those outside the dilated hole and its feather,
             are identical to the input's. An empty mask returns the picture unchanged with a UserWarning, which
             also tells when more than 95 % is hole.
 
