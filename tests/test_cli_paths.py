@@ -6,7 +6,6 @@ import io
 import json
 import os
 import signal
-import subprocess
 import sys
 import tarfile
 import threading
@@ -25,7 +24,6 @@ from lgnet_fast.pipeline.files import remove_leftovers, write_atomically, write_
 
 from .pipeline_support import BlurFill, box_mask, noise
 
-ROOT = Path(__file__).resolve().parent.parent
 HOLE = box_mask(40, 60, (10, 15, 30, 45))
 FILLED = Inpainter(BlurFill())(noise(40, 60), HOLE)
 
@@ -102,6 +100,20 @@ def test_a_format_that_cannot_be_written_here_is_refused(case, monkeypatch):
         result = _run("-i", "a.png", "-m", "m.png", *arguments)
         assert result.exit_code == 2
         assert "no encoder" in result.stderr
+
+
+@pytest.mark.parametrize("out", ["kept/o.png", "kept/new/deeper/", "kept/old.png", "link.png"])
+def test_folders_without_the_right_to_write_are_refused_before_work(case, fake, monkeypatch, out):
+    """By a spy, since the tests may run as root, who may write everywhere."""
+    _write(case / "kept" / "old.png", noise(40, 60))
+    (case / "link.png").symlink_to(case / "kept" / "old.png")
+    access = os.access
+    refuse = lambda path, mode: str(path) != str(case / "kept") and access(path, mode)  # noqa: E731
+    monkeypatch.setattr(os, "access", refuse)
+    result = _run("-i", "a.png", "-m", "m.png", "-o", out)
+    assert result.exit_code == 2, result.output
+    assert "no right to write in" in result.stderr
+    assert fake.seen == []
 
 
 def test_a_picture_that_the_format_cannot_hold_fails_before_the_network_runs(case, fake):
@@ -461,44 +473,31 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
     assert (data["complete"], len(data["items"])) == (True, 3)
 
 
-def test_ctrl_c_tells_what_was_done_and_keeps_the_report(tmp_path):
-    for index in range(400):
-        _write(tmp_path / "in" / f"{index:03}.png", noise(16, 16))
-    _write(tmp_path / "m.png", box_mask(16, 16, (4, 4, 9, 9)).astype(np.uint8) * 255)
-    command = [
-        sys.executable,
-        "-m",
-        "lgnet_fast",
-        "run",
-        "-i",
-        "in",
-        "-m",
-        "m.png",
-        "-o",
-        "out",
-        "--report",
-        "r.json",
-    ]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = subprocess.Popen(command, cwd=tmp_path, env=environment, stderr=subprocess.PIPE, text=True)
-    try:
-        deadline = time.monotonic() + 60
-        while len(list((tmp_path / "out").glob("*.png"))) < 3:
-            assert run.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.005)
-        run.send_signal(signal.SIGINT)
-        _, text = run.communicate(timeout=60)
-    finally:
-        run.kill()
-    assert run.returncode == 130, text
-    data = json.loads((tmp_path / "r.json").read_text())
-    done = data["totals"]["ok"]
-    assert 2 <= done < 400  # the third may be written and not yet counted
-    assert f"interrupted: {done} filled, 0 skipped, 0 failed of 400" in text.splitlines()[-1]
-    assert "Traceback" not in text
-    assert (data["complete"], data["planned"]) == (False, 400)
-    assert 0 <= len(_names(tmp_path / "out")) - done <= 1
+@pytest.mark.parametrize("resume", [False, True])
+def test_ctrl_c_tells_what_was_done_and_keeps_the_report(case, fake, monkeypatch, resume):
+    for name in "cdef":
+        _write(case / "in" / f"{name}.png", noise(40, 60))
+    forward = BlurFill.forward
+
+    def interrupted(self, *arguments, **options):
+        if len(self.seen) == 3:
+            os.kill(os.getpid(), signal.SIGINT)  # as a terminal does it
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(BlurFill, "forward", interrupted)
+    arguments = ["-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json", *(["--resume"] if resume else [])]
+    result = _run(*arguments)
+    assert result.exit_code == 130, result.output
+    assert "interrupted: 3 filled, 0 skipped, 0 failed of 6 in " in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.output
+    data = json.loads(Path("r.json").read_text())
+    assert (data["complete"], data["planned"], data["totals"]["ok"]) == (False, 6, 3)
+    assert [name for name in _names(case / "out") if "/" not in name] == ["a.png", "b.jpg", "c.png"]
+    assert [Path(item["input"]).name for item in data["items"]] == ["a.png", "b.jpg", "c.png"]
+    if resume:
+        monkeypatch.setattr(BlurFill, "forward", forward)
+        assert "6 filled (3 by an earlier run)" in _run(*arguments).stderr
+        assert json.loads(Path("r.json").read_text())["complete"] is True
 
 
 # -- other arguments -----------------------------------------------------------------------------------------------

@@ -813,17 +813,17 @@ def _refuse_unwritable(out: Path) -> None:
     """Raises UsageError where no result could be written, before anything is done."""
     if out == STANDARD_STREAM:
         return
-    if is_stream(out) or out.is_file():
-        if not os.access(out, os.W_OK):
-            raise UsageError(f"--output: {str(out)!r} cannot be written (Permission denied)")
+    if (is_stream(out) or out.is_file()) and not os.access(out, os.W_OK):
+        raise UsageError(f"--output: {str(out)!r} cannot be written (Permission denied)")
+    if is_stream(out):
         return
-    place = out
+    place = Path(os.path.realpath(out))
+    place = place.parent if place.is_file() else place
     while not os.path.lexists(place) and place != place.parent:
         place = place.parent
-    place = Path(os.path.realpath(place))
-    if place.exists() and not place.is_dir():
+    if not place.is_dir():
         raise UsageError(f"--output: {str(out)!r} cannot be written: {str(place)!r} is no folder")
-    if place.exists() and not os.access(place, os.W_OK | os.X_OK):
+    if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"--output: {str(out)!r} cannot be written: no right to write in {str(place)!r}")
     # A name that is too long for the file system is told by asking for it.
     with contextlib.suppress(FileNotFoundError):
