@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -473,21 +474,32 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
     assert (data["complete"], len(data["items"])) == (True, 3)
 
 
-@pytest.mark.parametrize("resume", [False, True])
-def test_ctrl_c_tells_what_was_done_and_keeps_the_report(case, fake, monkeypatch, resume):
+@pytest.mark.parametrize(
+    ("number", "resume", "lost"),
+    [
+        (signal.SIGINT, False, False),
+        (signal.SIGINT, True, False),
+        (signal.SIGTERM, False, False),
+        (signal.SIGINT, False, True),
+    ],
+)
+def test_an_interrupted_run_tells_what_was_done_and_keeps_the_report(case, fake, monkeypatch, number, resume, lost):
+    """`lost`: the exception is dropped, as in a destructor; then the picture under way is still finished."""
     for name in "cdef":
         _write(case / "in" / f"{name}.png", noise(40, 60))
     forward = BlurFill.forward
 
     def interrupted(self, *arguments, **options):
-        if len(self.seen) == 3:
-            os.kill(os.getpid(), signal.SIGINT)  # as a terminal does it
+        if len(self.seen) == 3 - lost:
+            with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
+                os.kill(os.getpid(), number)  # as a terminal does it
+                time.sleep(1)
         return forward(self, *arguments, **options)
 
     monkeypatch.setattr(BlurFill, "forward", interrupted)
     arguments = ["-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json", *(["--resume"] if resume else [])]
     result = _run(*arguments)
-    assert result.exit_code == 130, result.output
+    assert result.exit_code == 128 + number, result.output
     assert "interrupted: 3 filled, 0 skipped, 0 failed of 6 in " in result.stderr.splitlines()[-1]
     assert "Traceback" not in result.output
     data = json.loads(Path("r.json").read_text())

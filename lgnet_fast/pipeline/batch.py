@@ -7,11 +7,13 @@ import hashlib
 import os
 import platform
 import re
+import signal
 import sys
+import threading
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -42,9 +44,6 @@ from .inpainter import Inpainter
 from .pictures import picture_of
 from .report import ReportFile
 from .shards import Member, Sample, read_shard
-
-INTERRUPTED = 130
-"""Exit code after Ctrl-C, as shells have it."""
 
 # A name of this form in place of a path is a slip: no file is written through it.
 _ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
@@ -349,7 +348,8 @@ def run(
     world: World | None = None,
     **options: Any,
 ) -> int:
-    """The run command: its exit code, 0 when all is done, 1 when some failed or were left out, 130 after Ctrl-C.
+    """The run command: its exit code, 0 when all is done, 1 when some failed or were left out, 130 after Ctrl-C, 143
+    after SIGTERM.
 
     The report is rewritten as the run goes, so that also a killed run leaves one; then its `complete` is false.
 
@@ -397,6 +397,7 @@ def run(
     dead: list[int] = []
     entries: list[Entry] = []
     interrupted = False
+    came: list[int] = []
     processes = None
     # File names are printed as they are: rich would read [brackets] in them as markup, and wrap long ones.
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
@@ -438,17 +439,20 @@ def run(
                 progress.advance(task)
                 if file is not None and file.due:
                     write(len(items))
+                if came:
+                    raise KeyboardInterrupt
 
             try:
-                run_items(
-                    items,
-                    inpainter,
-                    quality=quality,
-                    skip_existing=skip_existing,
-                    journal=journal,
-                    tell=tell,
-                    **options,
-                )
+                with _signals_told(came):
+                    run_items(
+                        items,
+                        inpainter,
+                        quality=quality,
+                        skip_existing=skip_existing,
+                        journal=journal,
+                        tell=tell,
+                        **options,
+                    )
             except KeyboardInterrupt:
                 interrupted = True
         if journal is not None and not interrupted:
@@ -470,8 +474,10 @@ def run(
             if not finished and entries:
                 write(len(items))
             file.close()
+    # As shells have it: 130 after Ctrl-C, 143 after SIGTERM.
+    interrupted_code = 128 + (came[0] if came else signal.SIGINT)
     if interrupted and world.rank > 0:
-        return INTERRUPTED
+        return interrupted_code
     seconds = time.perf_counter() - start
     counts = Counter(entry.status for entry in entries)
     earlier = sum(entry.earlier for entry in entries)
@@ -484,8 +490,31 @@ def run(
     for rank in dead:
         console.print(f"failed: process {rank} of {world.size} ended before its part; run the same command again")
     if interrupted:
-        return INTERRUPTED
+        return interrupted_code
     return 1 if counts["failed"] or counts["left_out"] or dead or not written else 0
+
+
+@contextlib.contextmanager
+def _signals_told(came: list[int]) -> Iterator[None]:
+    """Within it, Ctrl-C and SIGTERM raise KeyboardInterrupt and are noted in `came`.
+
+    The note is for the case that the exception is lost: Python drops those that are raised in a destructor.
+    """
+
+    def handle(number: int, frame: Any) -> None:
+        came.append(number)
+        raise KeyboardInterrupt
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in (signal.SIGINT, signal.SIGTERM):
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as in background jobs of a shell
+                before[number] = signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def shown_text(text: str) -> str:
