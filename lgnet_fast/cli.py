@@ -83,6 +83,14 @@ def _path(text: str) -> Path:
     return Path(_given(text))
 
 
+def _folder(text: str) -> Path:
+    from .pipeline.files import ADDRESS
+
+    if ADDRESS.match(text):
+        raise typer.BadParameter(f"expected a folder, got the address {text}")
+    return _path(text)
+
+
 @app.callback()
 def commands() -> None:
     """LGNet image inpainting, made fast."""
@@ -171,7 +179,7 @@ def evaluate(
         Path, typer.Option("-i", "--input", parser=_path, help="A folder of pictures, or one picture.")
     ],
     out: Annotated[
-        Path, typer.Option("-o", "--output", parser=_path, help="Folder for evaluation.json, .md and .png.")
+        Path, typer.Option("-o", "--output", parser=_folder, help="Folder for evaluation.json, .md and .png.")
     ],
     masks: Annotated[
         Path | None,
@@ -307,7 +315,7 @@ def convert(
         Path, typer.Argument(parser=_path, help="Folder with <epoch>_net_G1.pth, _G2.pth and _G3.pth.")
     ],
     out: Annotated[
-        Path, typer.Argument(parser=_path, help="Model folder to write: config.json and model.safetensors.")
+        Path, typer.Argument(parser=_folder, help="Model folder to write: config.json and model.safetensors.")
     ],
     epoch: Annotated[str | None, typer.Option(help="Which one, where the folder holds several.")] = None,
     variant: Annotated[Variant, typer.Option(help="Attention the weights were trained with.")] = Variant.released,
@@ -408,7 +416,7 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--output", "-o", parser=_path, help="Folder for the results.")] = Path(
+    out: Annotated[Path, typer.Option("--output", "-o", parser=_folder, help="Folder for the results.")] = Path(
         "demo_output"
     ),
 ) -> None:

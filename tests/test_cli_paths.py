@@ -523,6 +523,15 @@ def test_empty_texts_are_no_paths(case, option):
     assert "got an empty text" in result.stderr
 
 
+@pytest.mark.parametrize("command", [["eval", "-i", "in", "-o"], ["convert", "in"], ["demo", "-o"]])
+def test_other_commands_take_no_addresses_and_no_empty_names(case, command):
+    for out, words in (("https://example.org/x", "got the address"), ("", "got an empty text")):
+        result = CliRunner().invoke(cli.app, [*command, out])
+        assert result.exit_code == 2
+        assert words in result.stderr
+    assert _names(case) == ["a.png", "in/a.png", "in/b.jpg", "m.png"]
+
+
 @pytest.mark.parametrize("option", ["-i", "-m", "-o", "--model", "--report"])
 def test_names_that_are_too_long_are_one_line(tmp_path, monkeypatch, option):
     monkeypatch.chdir(tmp_path)

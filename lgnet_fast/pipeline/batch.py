@@ -28,6 +28,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from ..errors import BackendError, InvalidImageError, InvalidMaskError, LGNetError, WeightsError
 from .distributed import FOLDER, JobError, Journal, World, fingerprint, model_stamp, stamp
 from .files import (
+    ADDRESS,
     EXTENSIONS,
     FORMATS,
     OTHER_EXTENSIONS,
@@ -45,8 +46,6 @@ from .pictures import picture_of
 from .report import ReportFile
 from .shards import Member, Sample, read_shard
 
-# A name of this form in place of a path is a slip: no file is written through it.
-_ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -140,7 +139,7 @@ def _plan(
         raise UsageError(f"--format: {reason}")
     if mask_suffix is not None and (not mask_suffix or "/" in mask_suffix):
         raise UsageError(f"--mask-suffix: expected the end of the masks' names, such as _mask, got {mask_suffix!r}")
-    if _ADDRESS.match(str(out)):
+    if ADDRESS.match(str(out)):
         raise UsageError(f"--output: expected a file or a folder, got the address {str(out)!r}")
     is_folder, out = str(out).endswith(("/", os.sep)), Path(out)
     for name, path in (("--input", source), ("--mask", mask)):
@@ -860,7 +859,7 @@ def _refuse_unwritable(out: Path) -> None:
 
 
 def _refuse_report_clash(report: Path, items: list[Item], out: Path) -> None:
-    if _ADDRESS.match(str(report)):
+    if ADDRESS.match(str(report)):
         raise UsageError(f"--report: expected a file, got the address {str(report)!r}")
     if report.is_dir():
         raise UsageError(f"--report: expected a file, got the folder {str(report)!r}")

@@ -112,6 +112,9 @@ _TIFF_LOSSLESS = {
 # Pillow decodes lazily into the object itself, so two threads that share one must not both load it.
 _loading = threading.Lock()
 
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins, http://..., which in place of a path is a slip: nothing is written through it."""
+
 STANDARD_STREAM = Path("-")
 """As an input the standard input, as an output the standard output."""
 
