@@ -185,7 +185,8 @@ class Inpainter:
                 two things; see `lgnet_fast.pipeline.masks.read_hole` and docs/masks.md.
 
         Returns:
-            The same kind; a path gives a PIL picture. Known pixels, those outside the dilated hole and its feather,
+            The same kind; a path gives a PIL picture, 16-bit colour a DeepImage.
+            Known pixels, those outside the dilated hole and its feather,
             are identical to the input's. An empty mask returns the picture unchanged with a UserWarning, which
             also tells when more than 95 % is hole.
 

@@ -42,6 +42,14 @@ picture = Inpainter.from_pretrained("{{ repo_id | default("this directory", true
 def find_weights(source: str | os.PathLike[str]) -> None:
     """Raise WeightsError early where `source` is plainly neither a model directory nor a hub id."""
     path = Path(source)
+    if not str(source):
+        raise WeightsError("weights: expected a model directory or a hub id, got an empty name")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, not allowed to look, a NUL in it
+        raise WeightsError(f"weights: {str(source)!r} could not be looked at: {error}") from error
     if path.is_dir():
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
         if missing:
@@ -120,7 +128,19 @@ def read_safetensors(
         file = hf_hub_download(repo_id=source, filename=WEIGHTS_FILE, **hub)
     tensors = load_file(file, device=str(map_location))
     check_names_and_shapes(tensors, {k: tuple(v.shape) for k, v in expected.items()}, str(file))
+    check_kinds(tensors, expected, str(file))
     return upcast(tensors)
+
+
+def check_kinds(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Raise WeightsError that lists the tensors that are floating where they must not be, or the other way."""
+    wrong = [
+        f"{name}: {found[name].dtype}"
+        for name, tensor in expected.items()
+        if found[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    if wrong:
+        raise WeightsError(f"{what}: expected floating weights and integer counters, got {'; '.join(wrong)}")
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], directory: Path, dtype: torch.dtype | None) -> None:
