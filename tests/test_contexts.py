@@ -1,4 +1,4 @@
-"""The public calls inside other people's programs: inference mode, default dtype and device, function transforms, copies,
+"""The public calls in other people's programs: inference mode, default dtype and device, function transforms, copies,
 pickles, forks, spawned and distributed processes, exporters."""
 
 from __future__ import annotations
@@ -147,7 +147,9 @@ def test_operators_and_their_gradients(context, backend, name):
         assert (result - wanted).abs().max() <= 1e-5 * wanted.abs().max()
 
 
-def operator_and_arguments(name: str, dtype: torch.dtype = torch.float32) -> tuple[Callable[..., Tensor], list[Tensor]]:
+def operator_and_arguments(
+    name: str, dtype: torch.dtype = torch.float32
+) -> tuple[Callable[..., Tensor], list[Tensor]]:
     generator = torch.Generator().manual_seed(0)
 
     def normal(*size: int) -> Tensor:
@@ -358,7 +360,8 @@ from lgnet_fast import Inpainter, LGNet
 def work(rank, model, pipe, queue):
     image, mask = torch.zeros(1, 3, 256, 256), torch.ones(1, 1, 256, 256)
     with torch.no_grad():
-        queue.put((rank, float(model(image, mask).sum()), int(pipe(np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=bool)).sum())))
+        pixels = int(pipe(np.zeros((8, 8, 3), np.uint8), np.eye(8, dtype=bool)).sum())
+        queue.put((rank, float(model(image, mask).sum()), pixels))
 
 if __name__ == "__main__":
     model = LGNet.from_pretrained(sys.argv[1])

@@ -165,9 +165,7 @@ class _Packing:
         """
         points, columns, pair = into.shape[0], self.columns(channels), self.pair
         full = columns // self.panel * self.panel
-        scratch = torch.empty(
-            points * min(depth, self.slice * pair) * columns, dtype=torch.float32, device="cpu"
-        )
+        scratch = torch.empty(points * min(depth, self.slice * pair) * columns, dtype=torch.float32, device="cpu")
         written = 0
         for begin in range(0, depth, self.slice * pair):
             end = min(depth, begin + self.slice * pair)

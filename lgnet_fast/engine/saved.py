@@ -11,8 +11,8 @@ from typing import Any
 import torch
 
 from ..errors import LGNetError, WeightsError
-from ..reference.lgnet import LGNet
 from ..reference.folders import complete_set, staged
+from ..reference.lgnet import LGNet
 from .cpu_executor import CpuExecutor
 from .plan import Plan
 

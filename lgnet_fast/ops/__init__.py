@@ -12,6 +12,7 @@ Each also takes ``backend="auto" | "eager" | "triton" | "cpp"``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from ..reference.merge import MergeFn
 from . import attention, merge_concat  # noqa: F401
 from .dispatch import calls, reset_calls
 
-_EAGER = {
+_EAGER: dict[str, Callable[..., Tensor]] = {
     "attention_block": eager_attention.attention_block,
     "merge": eager_merge.merge,
     "merge_concat": eager_merge.merge_concat,

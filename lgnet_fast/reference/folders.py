@@ -69,7 +69,9 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
         return directory
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = {name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["hash"])) for name in names}
+        files = {
+            name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["hash"])) for name in names
+        }
         staging = directory / str(manifest["staging"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
@@ -92,8 +94,8 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
     if staging.parent == directory and staging.name.startswith(_STAGING) and not wrong(staging):
         return staging
     raise WeightsError(
-        f"{directory}: {' and '.join(differing)} {'is' if len(differing) == 1 else 'are'} damaged or of another save: "
-        f"size or hash is not what {MANIFEST} says; save again, or delete {MANIFEST} to take the files unchecked"
+        f"{directory}: damaged or of another save: {' and '.join(differing)}; size or hash is not what {MANIFEST} says. "
+        f"Save again, or delete {MANIFEST} to take the files unchecked"
     )
 
 

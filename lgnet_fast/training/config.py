@@ -234,7 +234,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
         raise MissingExtraError('configurations need PyYAML: pip install "lgnet_fast[train]"') from error
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # a value that a YAML tag does not fit raises anything: AttributeError, RecursionError
         raise ConfigError(
             f"config: expected a readable YAML or JSON file, got {str(path)!r} ({' '.join(str(error).split())})"
         ) from error
@@ -251,7 +251,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
             raise ConfigError(f"config: expected a mapping under {parts[0]}, got {section!r}")
         try:
             section[parts[1]] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except Exception as error:
             raise ConfigError(f"set: expected a YAML value, got {item!r} ({' '.join(str(error).split())})") from error
     return config_of(values)
 
