@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import io
 import os
 import pickle
@@ -25,7 +26,7 @@ needs_extension = pytest.mark.skipif(
     CpuExecutor.unavailable_reason() is not None, reason=f"no C++ executor: {CpuExecutor.unavailable_reason()}"
 )
 
-TINY = {"coarse_channels": 2, "local_channels": 2, "global_channels": 2}
+TINY = {"coarse_channels": 1, "local_channels": 1, "global_channels": 1}
 
 
 @contextlib.contextmanager
@@ -57,16 +58,25 @@ CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
 }
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def saved(path: Path, stages: str) -> Path:
     """A saved model and, where there is an extension, its engine."""
     torch.manual_seed(0)
-    path = tmp_path_factory.mktemp("model")
-    model = LGNet(**TINY).eval()
+    model = LGNet(stages, **TINY).eval()
     model.save_pretrained(path)
     if CpuExecutor.unavailable_reason() is None:
         optimize(model).save(path / "engine")
     return path
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return saved(tmp_path_factory.mktemp("model"), "C+G_att")
+
+
+@pytest.fixture(scope="module")
+def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Without attention, most of the time of networks as narrow as these."""
+    return saved(tmp_path_factory.mktemp("quick"), "C+L")
 
 
 @pytest.fixture(scope="module")
@@ -103,23 +113,32 @@ CALLS: dict[str, tuple[Callable[[Path], object], Callable[..., Tensor]]] = {
 }
 
 
+@pytest.fixture(scope="module")
+def outside(quick: Path, inputs: tuple[Tensor, Tensor]) -> Callable[[str], tuple[object, Tensor]]:
+    """What a call is made with, made in no context, and its result there."""
+
+    @functools.cache
+    def made(call: str) -> tuple[object, Tensor]:
+        make, use = CALLS[call]
+        own = make(quick)
+        return own, use(own, *inputs)
+
+    return made
+
+
 @pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("context", CONTEXTS)
-def test_made_and_used_inside_and_outside(folder, inputs, context, call):
+def test_made_and_used_inside_and_outside(quick, inputs, outside, context, call):
     if call == "loaded engine" and CpuExecutor.unavailable_reason() is not None:
         pytest.skip("only the C++ executor's engines can be saved")
     make, use = CALLS[call]
-    expected = use(make(folder), *inputs)
+    there, expected = outside(call)
     assert torch.isfinite(expected).all()
     limit = 0.05 if call == "bfloat16" else 2 / 255 if use is of_picture else 1e-5
     with CONTEXTS[context]():
-        inside = make(folder)
-        results = [use(inside, *inputs)]
+        inside = make(quick)
+        results = [use(inside, *inputs), use(there, *inputs)]
     results.append(use(inside, *inputs))
-    outside = make(folder)
-    with CONTEXTS[context]():
-        results.append(use(outside, *inputs))
-    results.append(use(outside, *inputs))
     for result in results:
         assert result.dtype == expected.dtype
         assert (result - expected).abs().max() <= limit
@@ -180,15 +199,18 @@ def test_function_transforms(name):
         def loss(*args: Tensor) -> Tensor:
             return run(*args).square().mean()
 
+        mapped = torch.vmap(torch.func.grad(loss, argnums=numbers))
         results: list[Tensor] = [*torch.func.grad(loss, argnums=numbers)(*arguments)]
         value, pullback = torch.func.vjp(run, *arguments)
         results += [value, *pullback(torch.ones_like(value))]
         results.append(torch.vmap(run)(*several))
         results.append(torch.vmap(run, in_dims=first)(several[0], *arguments[1:]))
         results.append(torch.vmap(run, in_dims=(1, *first[1:]), out_dims=2)(several[0].movedim(0, 1), *arguments[1:]))
-        results += torch.vmap(torch.func.grad(loss, argnums=numbers))(*several)
+        results += mapped(*several)
         results += torch.vmap(torch.func.grad(loss, argnums=numbers), in_dims=first)(several[0], *arguments[1:])
         results += torch.func.grad(lambda *args: torch.vmap(loss)(*args).sum(), argnums=numbers)(*several)
+        leaves = [a.clone().requires_grad_() for a in several]
+        results += torch.autograd.grad(torch.vmap(run)(*leaves).square().sum(), leaves)
         results.append(torch.func.jacrev(lambda *args: run(*args).mean(dim=(0, 2)))(*arguments))
         return results
 
@@ -206,6 +228,9 @@ def test_a_second_derivative_by_transforms_is_refused_too():
     first = torch.func.grad(lambda x: operator(x, backend="cpp").square().sum())
     with pytest.raises(RuntimeError, match="no second derivative; use backend='eager'"):
         torch.func.grad(lambda x: first(x).sum())(features)
+    leaf = features.clone().requires_grad_()
+    with pytest.raises(RuntimeError, match="no second derivative; use backend='eager'"):
+        torch.autograd.grad(first(leaf).sum(), leaf)
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", "cpp", "triton"])
@@ -232,23 +257,23 @@ def test_models_copy_and_pickle(backend, how):
 
 
 @pytest.mark.parametrize("backend", ["auto", "eager", pytest.param("cpp", marks=needs_extension)])
-def test_pipelines_copy_and_pickle(folder, backend):
-    pipe = Inpainter.from_pretrained(folder, device="cpu", backend=backend, window=256)
+def test_pipelines_copy_and_pickle(quick, backend):
+    pipe = Inpainter.from_pretrained(quick, device="cpu", backend=backend, window=256)
     expected = pipe(*picture())
     for other in (pickle.loads(pickle.dumps(pipe)), copy.deepcopy(pipe)):
         assert other.window == 256
         assert np.abs(other(*picture()).astype(int) - expected).max() <= 1
 
 
-def test_engines_refuse_both(folder):
-    engine = optimize(LGNet.from_pretrained(folder), device="cpu")
+def test_engines_refuse_both(quick):
+    engine = optimize(LGNet.from_pretrained(quick), device="cpu")
     for call in (pickle.dumps, copy.copy, copy.deepcopy):
         with pytest.raises(LGNetError, match="an engine cannot be pickled"):
             call(engine)
 
 
-def test_weights_of_inference_mode_are_used_and_their_replacement_is_noticed(folder, inputs):
-    model = LGNet.from_pretrained(folder)
+def test_weights_of_inference_mode_are_used_and_their_replacement_is_noticed(quick, inputs):
+    model = LGNet.from_pretrained(quick)
     expected = model(*inputs).detach()
     with torch.inference_mode():
         cast = model.double().float()  # its weights are inference tensors now
@@ -260,10 +285,24 @@ def test_weights_of_inference_mode_are_used_and_their_replacement_is_noticed(fol
         engine(*inputs)
 
 
-def test_weights_changed_under_inference_mode_are_noticed(folder, inputs):
-    model = LGNet.from_pretrained(folder)
+def test_weights_changed_under_inference_mode_are_noticed(quick, inputs):
+    model = LGNet.from_pretrained(quick)
     engine = optimize(model, device="cpu")
     with torch.inference_mode():
+        model.net_l.out.bias.add_(1)
+    with pytest.raises(LGNetError, match="weights changed or moved"):
+        engine(*inputs)
+
+
+def test_weights_that_go_to_shared_memory_are_still_the_engines(quick, inputs):
+    model = LGNet.from_pretrained(quick)
+    engine = optimize(model, device="cpu")
+    expected = engine(*inputs)
+    before = model.net_l.out.bias.data_ptr()
+    model.share_memory()
+    assert model.net_l.out.bias.data_ptr() != before
+    assert torch.equal(engine(*inputs), expected)
+    with torch.no_grad():
         model.net_l.out.bias.add_(1)
     with pytest.raises(LGNetError, match="weights changed or moved"):
         engine(*inputs)
@@ -379,10 +418,10 @@ if __name__ == "__main__":
 """
 
 
-def test_spawned_workers_take_models_and_pipelines(folder, tmp_path):
+def test_spawned_workers_take_models_and_pipelines(quick, tmp_path):
     script = tmp_path / "spawned.py"
     script.write_text(SPAWNED)
-    done = subprocess.run([sys.executable, script, folder], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, script, quick], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["[0,", "1]"]
 
@@ -415,13 +454,13 @@ if __name__ == "__main__":
 
 
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="PyTorch without torch.distributed")
-def test_distributed_data_parallel_averages_the_gradients(folder, tmp_path):
+def test_distributed_data_parallel_averages_the_gradients(quick, tmp_path):
     script = tmp_path / "distributed.py"
     script.write_text(DISTRIBUTED)
-    done = subprocess.run([sys.executable, script, folder, tmp_path], capture_output=True, text=True, timeout=200)
+    done = subprocess.run([sys.executable, script, quick, tmp_path], capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
     gradients = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
-    model = LGNet.from_pretrained(folder)
+    model = LGNet.from_pretrained(quick)
     mask = torch.zeros(1, 1, 256, 256)
     mask[..., 50:200, 60:190] = 1
     losses = []

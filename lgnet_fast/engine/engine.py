@@ -100,17 +100,26 @@ class _Shape:
 def _fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
     """Changes when a weight is written to, replaced or moved. Tensors made under ``torch.inference_mode`` count no
     writes: of those only replacing and moving shows."""
-    tensors = (*model.parameters(), *model.buffers())
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in tensors)
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model))
+
+
+def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
+    return (*model.parameters(), *model.buffers())
+
+
+def _storages(model: nn.Module) -> tuple[int, ...]:
+    """What stays when PyTorch moves weights into shared memory, to send the model to another process."""
+    return tuple(t.untyped_storage()._cdata for t in _tensors(model))
 
 
 class Engine:
     """The optimised form of a model; made by :func:`optimize`.
 
     Calling it is thread-safe. It holds its own packed weights, and no reference to the model: when the model's
-    weights change or move while it lives, the next call raises LGNetError (weights that were made under
-    ``torch.inference_mode`` count no writes, so of those only a replacement or a move is noticed). Engines do not
-    pickle. They work under any default dtype, default device and inference mode.
+    weights change or move while it lives, the next call raises LGNetError. (Weights that were made under
+    ``torch.inference_mode`` count no writes, nor does this process those of others into shared memory: of such only a
+    replacement or a move is noticed.) Engines do not pickle. They work under any default dtype, default device and
+    inference mode.
 
     Where a hole sample of the model is NaN or infinite for NaN or infinity in its weights or input, so is that of the
     engine, also in a run restricted to holes. (What overflows in the model alone, a feature that its BatchNorm would
@@ -139,6 +148,7 @@ class Engine:
         self._model = None if on_meta else weakref.ref(model)
         self._model_was_there = not on_meta
         self._fingerprint = () if on_meta else _fingerprint(model)
+        self._storages = () if on_meta else _storages(model)
         self._lock = forks.Lock()
         self._shapes: _Cache[_Shape] = _Cache(SHAPES_KEPT)
         self._first = _Shape(plan, executor)
@@ -228,8 +238,17 @@ class Engine:
         """Refuse a model whose weights are no longer the engine's; when it has gone, let its memory go too."""
         model = None if self._model is None else self._model()
         if model is not None:
-            if _fingerprint(model) != self._fingerprint:
-                raise LGNetError("the model's weights changed or moved after optimize(); optimize it again")
+            now = _fingerprint(model)
+            if now != self._fingerprint:
+                same = _storages(model) == self._storages and all(
+                    version == then_version and (address == then_address or tensor.is_shared())
+                    for tensor, (address, version), (then_address, then_version) in zip(
+                        _tensors(model), now, self._fingerprint, strict=True
+                    )
+                )
+                if not same:
+                    raise LGNetError("the model's weights changed or moved after optimize(); optimize it again")
+                self._fingerprint = now
         elif self._model_was_there:
             self._model_was_there = False
             if isinstance(self._first.executor, CpuExecutor):

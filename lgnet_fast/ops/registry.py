@@ -63,7 +63,8 @@ def differentiable(
     operator = getattr(torch.ops.lgnet, short).default
 
     def forward(*args: Any) -> Any:
-        with torch._C._AutoDispatchBelowAutograd():
+        # Functions run their forward without gradients, but the levels below this one want theirs.
+        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
     members = {
@@ -77,7 +78,8 @@ def differentiable(
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             with enable_single_level_autograd_function():
                 return function.apply(*args)  # type: ignore[attr-defined]
-        return forward(*args)
+        with torch._C._AutoDispatchBelowAutograd():
+            return operator(*args)
 
     LIBRARY.impl(short, autograd, "Autograd")
 

@@ -94,8 +94,8 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
     if staging.parent == directory and staging.name.startswith(_STAGING) and not wrong(staging):
         return staging
     raise WeightsError(
-        f"{directory}: damaged or of another save: {' and '.join(differing)}; size or hash is not what {MANIFEST} says. "
-        f"Save again, or delete {MANIFEST} to take the files unchecked"
+        f"{directory}: {' and '.join(differing)}: damaged or of another save, size or hash is not what {MANIFEST} "
+        f"says; save again, or delete {MANIFEST} to take the files unchecked"
     )
 
 
