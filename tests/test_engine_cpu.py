@@ -334,6 +334,8 @@ def test_lgnet_with_the_recipe_s_weights():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     """NaN or infinity in one weight of each kind of step, in a run restricted to the hole."""
+    if dtype == torch.bfloat16 and not cpp._library().packing(True)[0]:
+        pytest.skip("no products of bf16 pairs")
     plan = plan_of(2)
     image, mask = picture(1, 256, 256)
     mask = torch.zeros_like(mask)
@@ -341,7 +343,7 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     hole = (mask > 0).expand_as(image)
     regions = [step.regions for step in plan.restricted([Rect(60, 100, 80, 130)]).steps]
     chosen = choices(plan, kernel)
-    if dtype == torch.bfloat16 and cpp._library().packing(True)[0]:
+    if dtype == torch.bfloat16:
         chosen = {name: own if own == "narrow" else own + cpu_executor.PAIRS for name, own in chosen.items()}
     broken = {  # the index of a weight that reads more than padding
         "net_c.e2": (0, 0, 1, 2),
@@ -353,7 +355,11 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
         "net_g.d1": (1, 2, 2, 2),
     }
     assert torch.isfinite(CpuExecutor(plan, dtype, chosen).run(image, mask, None, regions)[0]).all()
+    # A third of them for each kernel and instruction set, so that together every pair of kernel and step comes.
+    turn = ISAS.index(isa) + KERNELS.index(kernel)
     for number, (name, index) in enumerate(broken.items()):
+        if (number + turn) % 3:
+            continue
         value = (torch.nan, torch.inf, -torch.inf)[number % 3]
         steps = []
         for step in plan.steps:
@@ -393,7 +399,7 @@ def test_regions_of_all_samples_and_of_one_do_not_mix():
     plan = plan_of(5)
     executor = CpuExecutor(plan).resized(plan.resized(2, 256, 256))
     lists = executor._listed([step.regions for step in executor.plan.steps])
-    whole = (0, 256, 0, 256)
-    lists[-1] = [cpp._library().Region(whole, whole, -1), cpp._library().Region(whole, whole, 0)]
+    out, read = (0, 256, 0, 256), (0, 128, 0, 128)
+    lists[-1] = [cpp._library().Region(out, read, -1), cpp._library().Region(out, read, 0)]
     with pytest.raises(ValueError, match="regions: expected samples 0 to 1, or -1 for all of them"):
         executor._run(*picture(2, 256, 256), None, lists)

@@ -155,6 +155,7 @@ def test_save_and_load_pretrained(model, tmp_path):
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
         "README.md",
         "config.json",
+        "manifest.json",
         "model.safetensors",
     ]
     assert (tmp_path / "m" / "model.safetensors").stat().st_mode & 0o777 == 0o644
@@ -183,6 +184,7 @@ def test_stored_dtype(model, tmp_path):
 
 def test_pretrained_loading_is_strict(model, tmp_path):
     model.save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"local_channels": 5}))
     with pytest.raises(WeightsError, match=r"wrong shape .*net_l\.stem\.conv\.weight: expected \[5, 4, 7, 7\]"):
@@ -229,32 +231,40 @@ import torch
 from lgnet_fast import LGNet
 from lgnet_fast.reference import folders
 
-steps, folder, links = int(sys.argv[1]), sys.argv[2], sys.argv[3] == "links"
-calls = 0
-
-def stop(real):
-    def call(*args, **kwargs):
-        global calls
-        if calls == steps:
-            os.kill(os.getpid(), signal.SIGKILL)
-        calls += 1
-        return real(*args, **kwargs)
-    return call
-
-def no_links(*args):
-    raise OSError("no links here")
-
+torch.set_num_threads(1)
 torch.manual_seed(1)
 model = LGNet("C", variant="paper", coarse_channels=1)
-os.link = stop(os.link if links else no_links)
-os.replace, os.fsync = stop(os.replace), stop(os.fsync)
-folders.shutil.rmtree = stop(folders.shutil.rmtree)
-model.save_pretrained(folder)
-print(calls)
+
+def save(folder, steps):
+    calls = 0
+
+    def stop(real):
+        def call(*args, **kwargs):
+            nonlocal calls
+            if calls == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+            return real(*args, **kwargs)
+        return call
+
+    def no_links(*args):
+        raise OSError("no links here")
+
+    os.link = stop(os.link if sys.argv[1] == "links" else no_links)
+    os.replace, os.fsync = stop(os.replace), stop(os.fsync)
+    folders.shutil.rmtree = stop(folders.shutil.rmtree)
+    model.save_pretrained(folder)
+
+for steps, folder in enumerate(sys.argv[2:]):
+    pid = os.fork()
+    if pid == 0:
+        save(folder, steps)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 """
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
 @pytest.mark.parametrize("links", ["links", "copies"])
 def test_a_save_killed_anywhere_leaves_the_old_set_or_the_new_one(tmp_path, links):
     """Killed before every call that changes the folder, one after another; then the next save cleans up."""
@@ -262,27 +272,25 @@ def test_a_save_killed_anywhere_leaves_the_old_set_or_the_new_one(tmp_path, link
     old = LGNet("C", coarse_channels=1)
     torch.manual_seed(1)
     new = LGNet("C", variant="paper", coarse_channels=1)
+    folders = [tmp_path / str(steps) for steps in range(16)]
+    for folder in folders:
+        old.save_pretrained(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, links, *folders], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
     seen = []
-    # All children at once: they take seconds to start.
-    children = []
-    for steps in range(16):
-        old.save_pretrained(tmp_path / str(steps))
-        command = [sys.executable, "-c", KILLED, str(steps), str(tmp_path / str(steps)), links]
-        children.append(subprocess.Popen(command, stdout=subprocess.DEVNULL))
-    for steps, child in enumerate(children):
-        child.wait(timeout=300)
-        folder = tmp_path / str(steps)
+    for folder, status in zip(folders, done.stdout.split(), strict=True):
         loaded = LGNet.from_pretrained(folder)
         assert same(loaded, new if loaded.variant == "paper" else old)
-        seen.append((child.returncode, loaded.variant))
-        left = list(folder.glob(".saving-*"))
-        assert len(left) <= 1
+        seen.append((int(status), loaded.variant))
+        assert len(list(folder.glob(".saving-*"))) <= 1
         old.save_pretrained(folder)
         assert same(LGNet.from_pretrained(folder), old)
         assert not list(folder.glob(".saving-*"))
     assert (-signal.SIGKILL, "released") in seen
     assert (-signal.SIGKILL, "paper") in seen
-    assert seen[-1] == (0, "paper"), "one save has fewer calls than there are children"
+    assert seen[-1] == (0, "paper"), "one save has fewer calls than were stopped"
 
 
 def test_a_mixture_of_two_saves_is_refused(model, tmp_path):
