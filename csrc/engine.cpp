@@ -168,8 +168,8 @@ std::vector<int64_t> live_ranges(const StepSpec& step, const Group& group, const
 // What lies outside a map is not the arena's, so a region that reaches there would write into other memory.
 void check_regions(const char* function, const StepSpec& step, const std::vector<Region>& regions, int64_t batch) {
   const auto inside = [&](const Rect& rect, int64_t height, int64_t width) {
-    if (0 <= rect.top && rect.top < rect.bottom && rect.bottom <= height && 0 <= rect.left && rect.left < rect.right &&
-        rect.right <= width) {
+    if (0 <= rect.top && rect.top < rect.bottom && rect.bottom <= height && 0 <= rect.left &&
+        rect.left < rect.right && rect.right <= width) {
       return;
     }
     fail(function, "regions",
