@@ -27,12 +27,9 @@ from triton.compiler import ASTSource
 from . import attention, configs, conv, conv_configs, merge_concat
 from .launch import OPTIONS, Launch, record
 
-# Shared memory a block may use, in bytes (CUDA C++ Programming Guide, technical specifications per capability), and
-# tensor memory columns.
-SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 TENSOR_MEMORY_COLUMNS = 512
 OVERLAPPING = ("sm_90", "sm_100")
-_POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -90,7 +87,7 @@ class Report(NamedTuple):
         """What is wrong with it, or None."""
         if self.error is not None:
             return self.error
-        limit = SHARED_MEMORY_LIMIT[self.target]
+        limit = configs.SHARED_LIMITS[self.target]
         if self.shared > limit:
             return f"shared memory {self.shared} > {limit}"
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
@@ -110,16 +107,18 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], 
     attributes: dict[tuple[int], Any] = {}
     for index, name in enumerate(names):
         value = values[name]
+        parameter = launch.kernel.params[index]
+        specialised = isinstance(value, int) and not parameter.do_not_specialize
         aligned = False
         if isinstance(value, Tensor):
             signature[name] = _POINTER[value.dtype]
             aligned = True
-        elif value is None or launch.kernel.params[index].is_constexpr or (isinstance(value, int) and value == 1):
+        elif value is None or parameter.is_constexpr or (specialised and value == 1):
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, int):
             signature[name] = "i32" if value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = specialised and value % 16 == 0
         else:
             signature[name] = "fp32"
         if aligned:

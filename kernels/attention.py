@@ -241,6 +241,7 @@ def _attn_fwd_kernel(
     split = tl.program_id(1)
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, n_positions)
+    tl.assume(begin < end)  # without it ptxas serialises the matrix products (Triton 3.6)
 
     rows = tl.arange(0, BLOCK_M)
     row_mask = start_m + rows < n_positions
@@ -557,6 +558,7 @@ def _attn_bwd_dq_kernel(
     split = tl.program_id(1)
     begin = split * keys_per_split
     end = tl.minimum(begin + keys_per_split, n_positions)
+    tl.assume(begin < end)  # without it ptxas serialises the matrix products (Triton 3.6)
 
     rows = tl.arange(0, BLOCK_M)
     row_mask = start_m + rows < n_positions
@@ -659,6 +661,7 @@ def _attn_bwd_dkv_kernel(
     split = tl.program_id(1)
     begin = split * queries_per_split
     end = tl.minimum(begin + queries_per_split, n_positions)
+    tl.assume(begin < end)  # as in the forward
 
     keys = tl.arange(0, BLOCK_N)
     key_mask = start_n + keys < n_positions
@@ -1138,7 +1141,7 @@ def attention_block_forward(
     *,
     out: Tensor | None = None,
     save_attended: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention and its 1x1 combiner.
 
     Args:
@@ -1147,13 +1150,17 @@ def attention_block_forward(
         bias: [C].
         variant: "released" or "paper".
         out: where to put the result, [B, C, H, W] of the same dtype, any strides.
-        save_attended: also return the attended features, which the backward needs.
+        save_attended: also return what the backward needs; otherwise `attention_inference` computes the result.
 
     Returns:
-        out [B, C, H, W], attended [B, C, H, W] or None, lse [B, H*W] float32.
+        out [B, C, H, W], attended [B, C, H, W] or None, lse [B, H*W] float32 or None.
     """
+    if not save_attended:
+        from .attention_inference import attention_block_inference  # which imports this module
+
+        return attention_block_inference(features, weight, bias, variant, out=out), None, None
     result = torch.empty_like(features) if out is None else out
-    attended = torch.empty_like(features) if save_attended else None
+    attended = torch.empty_like(features)
     lse = _forward(features, variant, weight=weight, bias=bias, out=result, attended=attended)
     return result, attended, lse
 
