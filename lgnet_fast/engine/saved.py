@@ -61,7 +61,10 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, Cpu
         weights = folder / _WEIGHTS
         with torch.device("meta"):
             model = LGNet(**description["config"])
-        plan = build(model, *description["size"])
+        batch, height, width = description["size"]
+        if batch < 1 or min(height, width) < 1 or height % model.size_multiple or width % model.size_multiple:
+            raise ValueError(f"size {description['size']}")
+        plan = build(model, batch, height, width)
         state, made_for = dict(description["state"]), dict(description["made for"])
         hole_aware = bool(description["hole_aware"])
     except WeightsError:
