@@ -290,9 +290,7 @@ def _guess(work: Any, tile: Any, num_sms: int) -> float:
     clocks = 1500 + max(waves * longest * per_step, weights / min(1.0, programs / num_sms))
     if tile.splits > 1:
         parts = tile.splits * tile.block_m * tile.block_n * 4
-        clocks += (
-            1000 + parts / 60 if tile.fused else 3500 + 2 * work.all_rows * work.columns * tile.splits * 4 / 3000
-        )
+        clocks += 1000 + parts / 60 if tile.fused else 3500 + 2 * work.all_rows * work.columns * tile.splits * 4 / 3000
     return clocks
 
 
