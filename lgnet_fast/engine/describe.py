@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
+from .. import forks
 from ..ops.cpp import _library
 from .cpu_executor import PAIRS
 from .plan import Plan, Step
@@ -47,7 +48,7 @@ def measure_peaks() -> Peaks:
 
     Not a large matrix product: that is as good as the library behind it, and can fall short of the machine by half.
     """
-    rounds, threads = 1_000_000, torch.get_num_threads()
+    rounds, threads = 1_000_000, forks.kernel_threads()
 
     def best(call: Callable[[], float]) -> float:
         rates = []
@@ -57,7 +58,7 @@ def measure_peaks() -> Peaks:
             rates.append(amount / (time.perf_counter() - begin))
         return max(rates)
 
-    source = torch.ones(1 << 25)
+    source = torch.ones(1 << 25, dtype=torch.float32, device="cpu")
     target = torch.empty_like(source)
     return Peaks(
         macs=best(lambda: _library().multiply_adds(False, rounds, threads)),
@@ -79,7 +80,7 @@ def describe(executor: Any, plan: Plan, rounds: int) -> Table:
     choices = getattr(executor, "choices", {})
     times: list[float] | None = None
     if measure is not None:
-        image = torch.zeros(plan.batch, 3, plan.height, plan.width)
+        image = torch.zeros(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device="cpu")
         mask = torch.ones_like(image[:, :1])
         runs = [measure(image, mask, [s.regions for s in plan.steps]) for _ in range(rounds)]
         times = [min(column) for column in zip(*runs, strict=True)]

@@ -368,7 +368,13 @@ def _best_to_worst(
 
 # The level that every 8-bit level comes back as from the released test script, which scales to [-1, 1] and back in
 # float32 and then truncates.
-_TRUNCATED = ((torch.arange(256, dtype=torch.float32) / 255 - 0.5) / 0.5 + 1).div(2).mul(255).to(torch.uint8).numpy()
+_TRUNCATED = (
+    ((torch.arange(256, dtype=torch.float32, device="cpu") / 255 - 0.5) / 0.5 + 1)
+    .div(2)
+    .mul(255)
+    .to(torch.uint8)
+    .numpy()
+)
 
 
 def _network(pipe: Inpainter, paper_compat: bool) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import forks
 from ..reference import attention as reference
 from .dispatch import launchers, record, resolve
 from .registry import (
@@ -20,9 +21,11 @@ from .registry import (
     checked_float,
     composite,
     define,
+    differentiable,
     flop_formula,
     implement,
     no_double_backward,
+    vectorized,
 )
 
 _COSINE = define('cosine_attention(Tensor features, str variant="released", *, str backend="auto") -> Tensor')
@@ -46,6 +49,7 @@ _BLOCK_BWD = define(
 
 
 def _check_features(features: Tensor, variant: str) -> None:
+    forks.prepare()
     reference.check_variant(variant)
     checked_float("features", features)
     check(features.dim() == 4, "features", "[B, C, H, W]", list(features.shape))
@@ -229,10 +233,13 @@ def _block_grad(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None,
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
-torch.library.register_autograd(_COSINE_FWD, _cosine_grad, setup_context=_cosine_setup, lib=LIBRARY)
-torch.library.register_autograd(_BLOCK_FWD, _block_grad, setup_context=_block_setup, lib=LIBRARY)
+differentiable(_COSINE_FWD, _cosine_grad, _cosine_setup)
+differentiable(_BLOCK_FWD, _block_grad, _block_setup)
 no_double_backward(_COSINE_BWD)
 no_double_backward(_BLOCK_BWD)
+for _name, _maps in ((_COSINE, 1), (_BLOCK, 1), (_COSINE_FWD, 1), (_BLOCK_FWD, 1), (_COSINE_BWD, 4)):
+    vectorized(_name, _maps)
+vectorized(_BLOCK_BWD, 4, summed=True)
 
 
 # -- FLOPs (two a multiply-accumulate) ---------------------------------------------------------------------------

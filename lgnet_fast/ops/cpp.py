@@ -12,32 +12,21 @@ Shapes: features [B, C, H, W]; weight [C, 2C, 1, 1] with input columns (attended
 from __future__ import annotations
 
 import importlib
-import os
-import threading
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .. import forks
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
 _ABSENT = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 _VARIANTS = ("released", "paper")
 
-_lock = threading.Lock()
+_lock = forks.Lock()
 _module: ModuleType | None = None
 _reason: str | None = None
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    # For an extension first loaded in the child; a loaded one notices forks by itself.
-    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _load() -> ModuleType | None:
@@ -53,8 +42,8 @@ def _load() -> ModuleType | None:
                 why = note.read_text(encoding="utf-8").strip() if note.is_file() else str(error)
                 _reason = f"the C++ extension lgnet_fast._C is not installed: {why}"
             else:
-                if _forked:
-                    module.mark_forked()
+                if forks.forked():
+                    module.mark_forked()  # a loaded one notices forks by itself
                 _module = module
     return _module
 
@@ -141,6 +130,7 @@ def _empty_like(tensor: Tensor, channels: int | None = None) -> Tensor:
         (batch, own if channels is None else channels, height, width),
         dtype=tensor.dtype,
         memory_format=torch.channels_last if last else torch.contiguous_format,
+        device="cpu",
     )
 
 
@@ -171,7 +161,9 @@ def _forward(
     out: Tensor | None,
     attended: Tensor | None,
 ) -> Tensor:
-    lse = torch.empty((features.shape[0], features.shape[2] * features.shape[3]), dtype=_lse_dtype(features))
+    lse = torch.empty(
+        (features.shape[0], features.shape[2] * features.shape[3]), dtype=_lse_dtype(features), device="cpu"
+    )
     weight_arg = _ABSENT if weight is None else _arg(weight.detach()[None, None, :, :, 0, 0])
     bias_arg = _ABSENT if bias is None else _arg(bias.detach()[None, None, None])
     _library().attention_forward(
@@ -182,7 +174,7 @@ def _forward(
         _arg(out),
         _arg(attended),
         _lse_arg(lse),
-        torch.get_num_threads(),
+        forks.kernel_threads(),
     )
     return lse
 
@@ -210,7 +202,7 @@ def attention_backward(
         _lse_arg(lse.contiguous()),
         variant == "released",
         _arg(grad),
-        torch.get_num_threads(),
+        forks.kernel_threads(),
     )
     return grad
 
@@ -300,7 +292,7 @@ def _merge_forward(
     _require(can_run_merge(image, output, mask))
     result = _result(out, image, 4 if concat else 3)
     _library().merge_forward(
-        _arg(image), _arg(output), _arg(mask), concat, tanh, _arg(result), torch.get_num_threads()
+        _arg(image), _arg(output), _arg(mask), concat, tanh, _arg(result), forks.kernel_threads()
     )
     return result
 
@@ -326,7 +318,7 @@ def _merge_backward(
         concat,
         tanh,
         *(_arg(tensor) for tensor in grads),
-        torch.get_num_threads(),
+        forks.kernel_threads(),
     )
     return grads[0], grads[1], grads[2]
 
