@@ -6,11 +6,13 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test bench plots aot gpu lint format clean
+.PHONY: help demo test test-machines test-all bench plots aot gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make test   run the tests (first set-up included)"
+	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
+	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make aot    compile every Triton configuration ahead of time; prints shared memory, registers, spills"
@@ -44,7 +46,15 @@ demo: $(VENV)/.package
 	$(BIN)/lgnet-fast demo --output demo_output
 
 test: $(VENV)/.extras
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-machines: $(VENV)/.extras
+	$(BIN)/python tests/run_machines.py
+
+test-all: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu"
+	$(MAKE) test-machines
+	$(MAKE) aot
 
 bench: $(VENV)/.extras
 	$(BIN)/python -m pytest bench

@@ -299,6 +299,7 @@ def test_a_bias_larger_than_the_products(isa):
     assert_accurate("products", *(t - inputs[2].to(t.dtype)[:, None, None] for t in (out, exact, eager)))
 
 
+@pytest.mark.once
 def test_bound_on_memory():
     """65,536 positions: a score matrix would take 16 GiB; the whole block stays within 256 MB."""
     code = """
@@ -412,6 +413,7 @@ def test_merge_strides_and_slices(layout, dtype):
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("offset", [0, 1, 5])
 def test_merge_past_the_caches(offset):
     # Above 16 MB the output is written by non-temporal stores, which want aligned planes.
@@ -451,6 +453,7 @@ def test_errors_name_argument_expected_and_got():
         library.merge_forward(*args, False, False, cpp._arg(image), 1)
 
 
+@pytest.mark.once
 def test_eight_python_threads_at_once():
     cases = [make((1, 32, 16, 11 + i), seed=i)[:3] for i in range(8)]
     expected = [cpp.attention_block_forward(*case, "released")[0] for case in cases]
@@ -469,6 +472,7 @@ def test_eight_python_threads_at_once():
     assert not wrong
 
 
+@pytest.mark.once
 def test_the_gil_is_released():
     features, weight, bias, _ = make((2, 128, 64, 64))
     running = threading.Thread(target=lambda: cpp.attention_block_forward(features, weight, bias, "released"))
@@ -481,6 +485,7 @@ def test_the_gil_is_released():
     assert longest < 0.6 * (time.perf_counter() - start)
 
 
+@pytest.mark.once
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
 @pytest.mark.parametrize("loaded", [True, False], ids=["loaded before", "loaded in the child"])
 def test_after_fork(loaded):
@@ -504,6 +509,7 @@ def test_after_fork(loaded):
     subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], timeout=60, check=True)
 
 
+@pytest.mark.once
 @pytest.mark.skipif(sys.platform != "linux", reason="torch bundles libgomp on Linux")
 def test_one_openmp_runtime():
     code = """

@@ -97,11 +97,16 @@ def test_every_variant(name, variant):
 
 @needs_extension
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_hole_aware_gives_the_dense_pixels_on_200_masks(model, dtype):
+@pytest.mark.parametrize(
+    "seeds",
+    [range(25), pytest.param(range(25, 200), marks=pytest.mark.slow(reason="the same on more masks"))],
+    ids=["25 masks", "175 more"],
+)
+def test_hole_aware_gives_the_dense_pixels(model, seeds, dtype):
     image, _ = case("gen256", 1, 256, 256, torch.float32)
     precision = getattr(torch, dtype)
     aware, dense = optimize(model, dtype=dtype), optimize(model, dtype=dtype, hole_aware=False)
-    for seed in range(200):
+    for seed in seeds:
         mask = random_mask(seed).float()
         a, b = aware(image, mask), dense(image, mask)
         # computed in that dtype, returned in float32
@@ -182,6 +187,7 @@ def test_same_inputs_same_bits_and_earlier_results_stay(model):
     assert torch.equal(fast(image, mask), first)
 
 
+@pytest.mark.once
 def test_eight_threads_get_the_serial_results(model):
     image, _ = case("gen256", 1, 256, 256, torch.float32)
     fast = optimize(model)
@@ -305,6 +311,7 @@ def test_save_and_load(model, tmp_path):
     assert torch.equal(loaded(wide, wide_mask), fast(wide, wide_mask))
 
 
+@pytest.mark.once
 @needs_extension
 @pytest.mark.parametrize("circumstance", ["instruction set", "threads", "lgnet_fast", "torch"])
 def test_an_engine_made_elsewhere_is_refused(model, tmp_path, circumstance):
@@ -316,6 +323,7 @@ def test_an_engine_made_elsewhere_is_refused(model, tmp_path, circumstance):
         load_engine(tmp_path)
 
 
+@pytest.mark.once
 @needs_extension
 def test_damaged_engines_are_refused(model, tmp_path):
     optimize(model).save(tmp_path)
@@ -404,6 +412,7 @@ print(weights, resident() - before)
 """
 
 
+@pytest.mark.once
 @needs_extension
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
 def test_a_running_engine_holds_little_more_than_its_weights():
@@ -414,6 +423,7 @@ def test_a_running_engine_holds_little_more_than_its_weights():
     assert weights < resident <= 1.3 * weights + 150e6
 
 
+@pytest.mark.once
 @needs_extension
 def test_networks_that_stages_share_are_packed_once():
     widths = {"coarse_channels": 16, "local_channels": 16, "global_channels": 16}
@@ -422,6 +432,7 @@ def test_networks_that_stages_share_are_packed_once():
     assert packed["lgnet"] - packed["lgnet_share"] == pytest.approx(packed["C"], rel=1e-4)
 
 
+@pytest.mark.once
 @needs_extension
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads the resident memory from /proc")
 def test_changing_shapes_keep_the_memory_flat():

@@ -309,7 +309,7 @@ def test_bf16_is_close():
         assert_close(got.bfloat16(), want, rms=6.4, roundings=128)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="packs the full network a second time: test_engine.py runs it through the engine")
 def test_lgnet_with_the_recipe_s_weights():
     """The whole network: 99% of the hole's 8-bit samples equal, none off by more than one, RMS error at most 1e-4."""
     model = LGNet.from_released({net: released_state(net, torch.float32) for net in ("G1", "G2", "G3")})

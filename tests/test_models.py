@@ -232,6 +232,7 @@ def test_local_network_keeps_size_and_is_shift_equivariant():
     assert_accurate("moved", moved[..., inner, inner], y[..., 60:124, 60:124])
 
 
+@pytest.mark.once
 def test_eager_model_exports_to_onnx(tmp_path):
     onnxruntime = pytest.importorskip("onnxruntime")
     model = narrow(backend="eager")
@@ -253,6 +254,7 @@ def test_compiled_model_has_no_graph_break():
         assert_accurate("compiled", compiled(image, mask), model(image, mask), roundings=128)
 
 
+@pytest.mark.once
 def test_import_is_quick_and_light():
     """Under two seconds, and nothing that only some users need."""
     program = (
@@ -270,6 +272,7 @@ def test_import_is_quick_and_light():
     assert best < 2.0
 
 
+@pytest.mark.once
 def test_import_and_networks_work_without_triton_and_the_extension():
     program = """
 import sys

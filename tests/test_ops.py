@@ -211,6 +211,7 @@ def test_second_derivative_is_refused():
 # -- the operators as PyTorch sees them --------------------------------------------------------------------------
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_attention(variant, grad):
@@ -221,6 +222,7 @@ def test_opcheck_attention(variant, grad):
     torch.library.opcheck(torch.ops.lgnet._cosine_attention, (args[0], variant, "cpp"))
 
 
+@pytest.mark.once
 @pytest.mark.parametrize("op", ["merge", "merge_concat"])
 @pytest.mark.parametrize("grad", [False, True])
 def test_opcheck_merging(op, grad):
@@ -285,6 +287,7 @@ def test_flops_of_the_fused_operators_are_those_of_the_eager_ones():
     assert counter.get_total_flops() == expected + 2 * (10 * positions**2 * channels + 8 * positions * channels**2)
 
 
+@pytest.mark.once
 def test_formulas_reach_a_counter_that_is_imported_later():
     program = """
 import sys

@@ -40,7 +40,7 @@ def test_names_and_parameters(on_meta):
     assert {name: parameters(getattr(block, name)) for name in expected} == expected
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="another group's network of full size, whose code here hardly changes")
 def test_output_of_the_original():
     """With today's mask of the features (all known) and the earlier one; what is in the hole does not matter."""
     network = with_weights(MEDFE(), "MEDFE")
