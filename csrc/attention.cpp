@@ -32,8 +32,9 @@
 // some and takes all panels past them, and no weight passes from core to core.
 //
 // Backward. Scores are recomputed, bit for bit: operands and instructions are the forward's, bf16 pairs included.
-// The forward saves m and l apart, as log(l) + m would lose l's digits where m is large (log-sum-exp at scores of 1e7:
-// off by 1, probabilities by a factor of e). With G the gradient of attended, P = exp(S - m) / l, D_i = G_i . attended_i:
+// The forward saves m and l apart, as log(l) + m would lose l's digits where m is large (log-sum-exp at scores of
+// 1e7: off by 1, probabilities by a factor of e). With G the gradient of attended, P = exp(S - m) / l, D_i = G_i .
+// attended_i:
 //   dV_j = sum_i P_ij G_i     dS = P * (G_i . V_j - D_i)     dQ_i = sum_j dS_ij K_j     dK_j = sum_i dS_ij Q_i
 // five products over the same blocks, then dF = box3x3(dQ) + d normalise(dK + dV) (released; the zero-padded box sum
 // is its own adjoint) or d normalise(dQ + dK) + dV (paper). Threads take rectangles of (query range, key range), each

@@ -43,7 +43,7 @@ struct AttentionWork {
   const T* grad;           // of attended, [batch][channels][positions]
   const char* score_keys;  // the keys as the forward packed them; w.keys where that was in T
   int64_t score_pack_bytes;
-  const T* saved_max;      // [batch][positions], the forward's row_max and row_sum
+  const T* saved_max;  // [batch][positions], the forward's row_max and row_sum
   const T* saved_sum;
   T* row_dot;              // D_i = sum_c grad * attended, [batch][positions]
   T* grad_query;           // [key_ranges][batch][channels][positions]
@@ -77,8 +77,8 @@ struct AttentionTable {
   AttentionKernels<float> bf16;
 };
 
-// features [B, C, H, W]; stats [1, 2, B, H*W] dense, float32 or float64: the rows' maxima, in units of log 2, and sums;
-// weight [1, 1, C, 2C]; bias [1, 1, 1, C].
+// features [B, C, H, W]; stats [1, 2, B, H*W] dense, float32 or float64: the rows' maxima, in units of log 2, and
+// sums; weight [1, 1, C, 2C]; bias [1, 1, 1, C].
 void attention_forward(const TensorArg& features, const TensorArg& weight, const TensorArg& bias, bool released,
                        const TensorArg& out, const TensorArg& attended, const TensorArg& stats, int64_t threads);
 // The same for the queries of positions [first, last) and a few more, without checks and stats, for engine.cpp:

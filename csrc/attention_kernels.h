@@ -389,8 +389,8 @@ struct Attention {
     }
   }
 
-  // Divides by the sums, writes these and the maxima for the backward, and what was asked for: the attended rows, or those through the combiner, for
-  // which the features join them; rows [2][cp][NR].
+  // Divides by the sums, writes these and the maxima for the backward, and what was asked for: the attended rows, or
+  // those through the combiner, for which the features join them; rows [2][cp][NR].
   template <int M>
   static void finish(const Work& w, int64_t b, int64_t panel, int64_t count, T* rows, const T* top, const T* sum,
                      T* out_rows) {

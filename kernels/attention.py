@@ -25,17 +25,17 @@ N = 1024, C = 256 gives 16 of 64, split in 8; N = 256, C = 512 gives 4, split in
 Bytes moved at N = 4096, C = 128, 16 bit: F 1 MiB read, q and k 2 MiB written, out 1 MiB; partial results 2 MiB a
 split each way, which stay in the L2 cache. The 8.6 GFLOP are what costs.
 
-**Backward** recomputes the probabilities from `stats`, never holds N x N numbers and uses no atomics: `_attn_bwd_delta_kernel`
-(rows of grad_attended, and delta = <grad_attended, attended>), `_attn_bwd_dq_kernel` (a program owns queries),
+**Backward** recomputes the scores, never holds N x N numbers and uses no atomics: `_attn_bwd_delta_kernel` (rows of
+grad_attended, and delta = <grad_attended, attended>), `_attn_bwd_dq_kernel` (a program owns queries),
 `_attn_bwd_dkv_kernel` (a program owns keys; in "released" dK and dV share one accumulator as k = v, in "paper" they
 are two launches of one accumulator each), `_attn_bwd_finish_kernel`: dF = box3x3(dq), the box being its own adjoint,
 plus the normalisation's backward of dk + dv ("paper": of dq + dk, plus dv).
 
 **Numbers.** Products accumulate in float32. In float16 the box sum is stored divided by 16, as nine times a float16
-can pass its range; scores are scaled back in float32. `stats` [2, B, N] are the rows' maxima m and sums l of exp(s - m):
-apart, as scores near 1e5 would leave their log-sum-exp few digits after the point. Recomputed scores of that size may
-differ from the forward's in a few of those digits, and the probabilities would not sum to one: in float32 the dq
-kernel also sums them, and the others divide by that instead of l.
+can pass its range; scores are scaled back in float32. The forward saves `stats` [2, B, N], the rows' maxima m and
+sums l of exp(s - m): apart, as scores near 1e5 would leave their log-sum-exp few digits after the point. Recomputed
+scores of that size may differ from the forward's in the last of those digits, and the probabilities would not sum to
+one: in float32 the dq kernel also sums them, and the others divide by that instead of l.
 """
 
 from __future__ import annotations
@@ -970,7 +970,9 @@ def _is_rows(features: Tensor) -> bool:
     return features.stride(1) == 1 and is_flat(features)
 
 
-def _prepare(features: Tensor, variant: str, *, backward: bool, overlap: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _prepare(
+    features: Tensor, variant: str, *, backward: bool, overlap: bool = False
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v rows and 1/||F|| as the variant's kernels need them.
 
     Rows have unit channel stride. released: q, k, k, None. paper forward: F, F, F, 1/||F||; backward: k, k, F, None.

@@ -1,12 +1,13 @@
 """`make test-machines`: the numerical tests as other machines would run them.
 
-PyTorch's kernels depend on the instruction sets of the processor and on the number of threads, and so do ours: each row
-of the table is one such machine, emulated by environment variables, with the files that can tell it from others. Rows
-are no product of all settings: each setting appears where it can show an error. Prints a line a row; the exit code is
-1 where a row failed. Instruction sets that this processor has not are skipped.
+PyTorch's kernels depend on the instruction sets of the processor and on the number of threads, and so do ours: each
+row of the table is one such machine, emulated by environment variables, with the files that can tell it from others.
+Rows are no product of all settings: each setting appears where it can show an error. Prints a line a row; the exit
+code is 1 where a row failed. Instruction sets that this processor has not are skipped.
 `python tests/run_machines.py NAME ...` runs the rows whose names contain one of NAME.
 
-Tests that show the same on every processor (processes, memory, files) are marked `once` and run in the first row only.
+Tests that show the same on every processor (processes, memory, files) are marked `once` and run in the first row
+only.
 """
 
 from __future__ import annotations
@@ -22,7 +23,12 @@ from lgnet_fast.ops import cpp
 
 ROOT = Path(__file__).resolve().parent.parent
 # Plain PyTorch against stored vectors and against itself; then our kernels against plain PyTorch.
-REFERENCE = ("conformance", "discriminator", "models", *(f"peers_{n}" for n in ("gconv", "madf", "medfe", "pen", "rfr")))
+REFERENCE = (
+    "conformance",
+    "discriminator",
+    "models",
+    *(f"peers_{n}" for n in ("gconv", "madf", "medfe", "pen", "rfr")),
+)
 KERNELS = ("ops", "cpp_kernels", "engine_cpu", "engine")
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}

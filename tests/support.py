@@ -42,8 +42,8 @@ def case(name: str, batch: int, height: int, width: int, dtype: torch.dtype = to
     return image, torch.from_numpy(recipe.mask(name, batch, height, width)).to(dtype)
 
 
-# Roundings of the output's scale that the rule allows beyond twice eager's error. float32: eager sums in another order,
-# sometimes luckily. float64 is the reference itself, so that what its own sums lose counts too.
+# Roundings of the output's scale that the rule allows beyond twice eager's error. float32: eager sums in another
+# order, sometimes luckily. float64 is the reference itself, so that what its own sums lose counts too.
 ROUNDINGS = {torch.float64: 4096, torch.float32: 4, torch.float16: 1, torch.bfloat16: 1}
 
 

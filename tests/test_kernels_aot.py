@@ -34,7 +34,10 @@ ALSO_IN_AOT = pytest.mark.slow(reason="`make aot` compiles these too")
     [
         (SIXTEEN_BIT, TARGETS, {"_attn_prep_kernel", "_attn_fwd_kernel", "_attn_merge_kernel", "_merge_fwd_kernel"}),
         pytest.param(
-            OTHERS, TARGETS[1:], {"_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"}, marks=ALSO_IN_AOT
+            OTHERS,
+            TARGETS[1:],
+            {"_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"},
+            marks=ALSO_IN_AOT,
         ),
         pytest.param(CONVS, TARGETS[1:], {"_conv_kernel"}, marks=ALSO_IN_AOT),
     ],

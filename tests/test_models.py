@@ -71,6 +71,7 @@ def test_every_ablation_runs_and_keeps_known_pixels(name, variant):
     image, mask = case("gen256", 1, 256, 256, torch.float32)
     with torch.no_grad():
         stages = model(image, mask, return_stages=True)
+        assert torch.equal(model(image, mask), stages.merged[-1])
     assert len(stages.raw) == len(stages.merged) == len(name.split("+"))
     assert (stages.local is not None) == ("L" in name)
     assert (stages.refined is not None) == ("G" in name)

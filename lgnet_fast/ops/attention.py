@@ -111,7 +111,9 @@ def _cosine_fwd(features: Tensor, variant: str, backend: str) -> tuple[Tensor, T
     return launchers("cosine_attention", backend).attention_forward(features, variant)
 
 
-def _cosine_bwd(grad: Tensor, features: Tensor, attended: Tensor, stats: Tensor, variant: str, backend: str) -> Tensor:
+def _cosine_bwd(
+    grad: Tensor, features: Tensor, attended: Tensor, stats: Tensor, variant: str, backend: str
+) -> Tensor:
     record("cosine_attention_backward", backend)
     return launchers("cosine_attention", backend).attention_backward(grad, features, attended, stats, variant)
 
