@@ -23,8 +23,9 @@ the chip, and partial sums go to a float32 workspace [splits, rows, columns]. Th
 results are bitwise repeatable, and the epilogue follows: either by the program of a block that comes last, which a
 counter tells (`Tile.fused`), or by a second kernel, which spreads many splits over more programs.
 
-**Overlap** (programmatic dependent launch; Hopper and newer). A launch may start while the one before it still runs:
-it brings its part of the weights into the L2 cache, then waits for the other to end before it touches any feature map.
+**Overlap** (programmatic dependent launch; Hopper and newer; off unless asked for). A launch may start while the one
+before it still runs: it brings its part of the weights into the L2 cache, then waits for the other to end before it
+touches any feature map. Measured on an H100 it costs 5 to 8 % with the tuned tiles, wherever the trigger stands.
 
 **Epilogue.** value = sum + bias [+ residual]; up to two stores, each with its activation.
 Bytes: every program reads (BLOCK_M + BLOCK_N) x depth elements, mostly from the L2 cache; from memory, inputs,
@@ -632,8 +633,8 @@ def _conv_reduce_kernel(
     phase = pid // (n_blocks * m_blocks)
     mask = (rows < n_rows)[:, None] & (cols < N)[None, :]
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for split in tl.range(0, SPLITS):
         index = (split * PHASES + phase).to(tl.int64) * n_rows + rows

@@ -125,7 +125,9 @@ def _block_fwd(
     out, attended, stats = launchers("attention_block", backend).attention_block_forward(
         features, weight, bias, variant, save_attended=save
     )
-    return out, features.new_empty(0) if attended is None else attended, stats
+    if not save:
+        return out, features.new_empty(0), features.new_empty(0)
+    return out, attended, stats
 
 
 def _block_bwd(
@@ -180,7 +182,9 @@ def _(grad: Tensor, features: Tensor, attended: Tensor, stats: Tensor, variant: 
 def _(
     features: Tensor, weight: Tensor, bias: Tensor, variant: str, save: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(features), _like(features) if save else features.new_empty(0), _fake_stats(features)
+    if not save:
+        return _like(features), features.new_empty(0), features.new_empty(0)
+    return _like(features), _like(features), _fake_stats(features)
 
 
 @torch.library.register_fake(_BLOCK_BWD, lib=LIBRARY)
