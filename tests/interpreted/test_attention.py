@@ -62,11 +62,11 @@ def check_block(features: Tensor, variant: str) -> None:
     assert all(torch.equal(x, y) for x, y in zip(inputs, before, strict=True))
     exact = block_results(features, weight, bias, variant, grad, torch.float64)
     eager = block_results(features, weight, bias, variant, grad, dtype)
-    for name, actual, reference, plain in zip(
+    for name, actual, truth, plain in zip(
         ("out", "dF", "dweight", "dbias"), (out, *grads), exact, eager, strict=True
     ):
         assert actual is not None
-        assert_accurate(name, actual, reference, plain)
+        assert_accurate(name, actual, truth, plain)
 
 
 @pytest.mark.parametrize("shape", [(1, 5, 1, 1), (3, 5, 9, 13), (1, 96, 9, 13)], ids=str)
