@@ -12,6 +12,12 @@ from lgnet_fast.pipeline import Inpainter
 from .pipeline_support import BlurFill
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts and choices of the tests stay among themselves."""
+    monkeypatch.setenv("LGNET_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> BlurFill:
     """Every Inpainter that is loaded holds this network instead."""

@@ -54,22 +54,6 @@ def test_programs_without_a_pool_launch_directly() -> None:
     assert program.reason == "graphs are switched off"
 
 
-def test_failed_captures_launch_directly_and_say_why_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*args: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(graphs, "capture", refuse)
-    calls: list[int] = []
-    program = Program(lambda: calls.append(1), torch.device("cpu"), pool=(0, 1), direct=1)
-    with caplog.at_level(logging.INFO, logger="lgnet_fast"):
-        for _ in range(3):
-            program()
-    assert len(calls) == 3
-    assert sum("not permitted" in record.message for record in caplog.records) == 1
-
-
 def test_tuner_renders_the_table() -> None:
     text = tune_conv.TABLES_FILE.read_text()
     half, tf32 = ("half", 4096, 256, (9,), 256), ("tf32", 16, 512, (4, 4, 4, 4), 1024)
