@@ -24,10 +24,11 @@ from .cuda_executor import CudaExecutor
 from .describe import describe
 from .devices import resolve_device, resolve_dtype
 from .holes import hole_boxes
+from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan, build_plan
 from .regions import Rect, join
 from .saved import read_engine, write_engine
-from .torch_executor import TorchExecutor
+from .verified import verified
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -314,12 +315,13 @@ def optimize(
     target = resolve_device(device)
     computed = resolve_dtype(dtype, target)
     plan = build_plan(plan_stages(model), batch_size, height, width)
-    executor = _executor(plan, target, computed)
+    executor = _executor(model, plan, target, computed)
     return Engine(model, plan.without_weights(), executor, target, hole_aware)
 
 
 def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a plan would run in plain PyTorch on `device` in `dtype`, in one sentence; None where it runs faster."""
+    """Why a model would run in plain PyTorch on `device` in `dtype`, in one sentence; None where an executor of its
+    plan is faster."""
     if device.type == "cuda":
         return CudaExecutor.unavailable_reason(device, dtype)
     if device.type != "cpu":
@@ -329,15 +331,16 @@ def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None
     return CpuExecutor.unavailable_reason()
 
 
-def _executor(plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
-    """The fastest executor for a device and dtype; plain PyTorch, with the reason logged, where there is no other."""
+def _executor(model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
+    """The fastest executor for a device and dtype that passes its check there; the model in its best layout, with the
+    reason logged, where there is no other."""
     reason = fast_executor_reason(device, dtype)
     if reason is not None:
-        logger.info("the plan runs in plain PyTorch: %s", reason)
-        return TorchExecutor(plan.to(device, dtype))
+        logger.info("the model runs in plain PyTorch: %s", reason)
+        return ModelExecutor(model, device, dtype)
     # Weights are rounded once, by the executor.
     plan = plan.to(device, torch.float32)
-    return CpuExecutor(plan, dtype) if device.type == "cpu" else CudaExecutor(plan, dtype, device=device)
+    return CpuExecutor(plan, dtype) if device.type == "cpu" else verified(model, plan, device, dtype)[0]
 
 
 def load_engine(directory: str | os.PathLike[str]) -> Engine:
