@@ -32,7 +32,7 @@ from .launch import OPTIONS, Launch, record
 SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 TENSOR_MEMORY_COLUMNS = 512
 OVERLAPPING = ("sm_90", "sm_100")
-_POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+_POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 DTYPES = {
     "float16": torch.float16,
     "bfloat16": torch.bfloat16,
@@ -110,16 +110,18 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], 
     attributes: dict[tuple[int], Any] = {}
     for index, name in enumerate(names):
         value = values[name]
+        parameter = launch.kernel.params[index]
+        specialised = isinstance(value, int) and not parameter.do_not_specialize
         aligned = False
         if isinstance(value, Tensor):
             signature[name] = _POINTER[value.dtype]
             aligned = True
-        elif value is None or launch.kernel.params[index].is_constexpr or (isinstance(value, int) and value == 1):
+        elif value is None or parameter.is_constexpr or (specialised and value == 1):
             signature[name] = "constexpr"
             constants[(index,)] = value
         elif isinstance(value, int):
             signature[name] = "i32" if value < 2**31 else "i64"
-            aligned = value % 16 == 0
+            aligned = specialised and value % 16 == 0
         else:
             signature[name] = "fp32"
         if aligned:

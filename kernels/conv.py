@@ -19,11 +19,12 @@ phases over one 3x3 window), 4x4 for the 7x7 convolution (a 10x10 window, 2.7 ti
 eighth of the reads). Their epilogue applies tanh, writes the raw picture and merges it into the picture.
 
 **Split depth.** Grids of 8x8 and smaller have few rows and many weights: the depth is cut so that the programs fill
-the chip, partial sums go to a float32 workspace [splits, rows, columns], and a second kernel adds them in a fixed
-order (no atomics, so bitwise repeatable) and runs the epilogue.
+the chip, and partial sums go to a float32 workspace [splits, rows, columns]. They are added in a fixed order, so
+results are bitwise repeatable, and the epilogue follows: either by the program of a block that comes last, which a
+counter tells (`Tile.fused`), or by a second kernel, which spreads many splits over more programs.
 
-**Overlap** (off unless asked for; Hopper and newer). A launch may start while the one before it still runs: it brings
-its part of the weights into the L2 cache, then waits for the other to end before it touches any feature map.
+**Overlap** (programmatic dependent launch; Hopper and newer). A launch may start while the one before it still runs:
+it brings its part of the weights into the L2 cache, then waits for the other to end before it touches any feature map.
 
 **Epilogue.** value = sum + bias [+ residual]; up to two stores, each with its activation.
 Bytes: every program reads (BLOCK_M + BLOCK_N) x depth elements, mostly from the L2 cache; from memory, inputs,
@@ -41,11 +42,21 @@ import triton.language as tl
 from torch import Tensor
 
 from .conv_configs import Tile, Work
-from .launch import MAX_GRID, device_guard, device_reason, dot, dot_precision, is_interpreted, launch
+from .launch import (
+    ACTIVATIONS,
+    MAX_GRID,
+    activate,
+    device_guard,
+    device_reason,
+    dot,
+    dot_precision,
+    is_interpreted,
+    launch,
+    overlapping,
+)
 from .merge_concat import _tanh
 
 CAPABILITY = (8, 0)
-ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
 PICTURE_CHANNELS = 4
 """Channels of the picture's buffer, and columns that one pixel takes in a step that ends a stage."""
 RAW_CHANNELS = 3
@@ -192,17 +203,6 @@ def _pick(which, first: tl.constexpr, second: tl.constexpr):
 
 
 @triton.jit
-def _activate(x, CODE: tl.constexpr):
-    if CODE == 1:
-        # not maximum: NaN must stay NaN
-        return tl.where(x < 0.0, 0.0, x)
-    elif CODE == 2:
-        return tl.where(x < 0.0, 0.2 * x, x)
-    else:
-        return x
-
-
-@triton.jit
 def _finish(
     value,  # [BLOCK_M, BLOCK_N] float32
     rows,
@@ -282,10 +282,10 @@ def _finish(
         if residual_ptr is not None:
             residual = tl.load(residual_ptr + (pixel * STRIDE_R)[:, None] + cols[None, :], mask=mask, other=0.0)
             value += residual.to(tl.float32)
-        first = _activate(value, ACTIVATION_0).to(store0_ptr.dtype.element_ty)
+        first = activate(value, ACTIVATION_0).to(store0_ptr.dtype.element_ty)
         tl.store(store0_ptr + (pixel * STRIDE_0)[:, None] + cols[None, :], first, mask=mask)
         if store1_ptr is not None:
-            second = _activate(value, ACTIVATION_1).to(store1_ptr.dtype.element_ty)
+            second = activate(value, ACTIVATION_1).to(store1_ptr.dtype.element_ty)
             tl.store(store1_ptr + (pixel * STRIDE_1)[:, None] + cols[None, :], second, mask=mask)
 
 
@@ -304,11 +304,19 @@ def _prefetch(pointers):
     )
 
 
-@triton.jit
+# Grid integers: specialised on "is 1" and "divisible by 16" they would give each rectangle of a hole its own kernels.
+_GRID_INTEGERS = [
+    "in_h", "in_w", "out_h", "out_w", "top", "bottom", "left", "right",
+    "rows_top", "rows_left", "rows_h", "rows_w", "n_rows", "m_blocks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_GRID_INTEGERS)
 def _conv_kernel(
     x_ptr,  # [B, H, W, CIN], pixels STRIDE_X apart
     w_ptr,  # [taps of all phases * CIN, N]
-    partial_ptr,  # [splits, PHASES * rows, N] float32, written where SPLIT
+    partial_ptr,  # [splits, PHASES * rows, N] float32, written where SPLITS > 1
+    count_ptr,  # int32, a zero for each block; where given, the last program of a block adds its splits
     bias_ptr,  # float32
     residual_ptr,
     store0_ptr,
@@ -364,6 +372,7 @@ def _conv_kernel(
     REFLECT: tl.constexpr,
     FLAT: tl.constexpr,
     SPLITS: tl.constexpr,
+    NO_EMPTY_SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -412,6 +421,9 @@ def _conv_kernel(
         part = (steps + SPLITS - 1) // SPLITS
         begin = tl.program_id(1) * part
         steps = tl.minimum(begin + part, steps)
+        if NO_EMPTY_SPLIT:
+            # without it ptxas serialises the matrix products of a loop that may be empty (Triton 3.6)
+            tl.assume(begin < steps)
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
@@ -477,7 +489,59 @@ def _conv_kernel(
 
     if SPLITS > 1:
         index = (tl.program_id(1) * PHASES + phase).to(tl.int64) * n_rows + rows
-        tl.store(partial_ptr + index[:, None] * N + cols[None, :], acc, mask=(rows < n_rows)[:, None] & col_mask)
+        inside = (rows < n_rows)[:, None] & col_mask
+        tl.store(partial_ptr + index[:, None] * N + cols[None, :], acc, mask=inside)
+        if count_ptr is not None:
+            # every thread's part is stored before the block is counted, and counted before it is read
+            tl.debug_barrier()
+            done = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
+            if done == SPLITS - 1:
+                tl.debug_barrier()
+                value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+                for split in tl.range(0, SPLITS, num_stages=1):
+                    index = (split * PHASES + phase).to(tl.int64) * n_rows + rows
+                    parts = partial_ptr + index[:, None] * N + cols[None, :]
+                    # past the L1 cache, which does not see what other multiprocessors wrote
+                    value += tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
+                _finish(
+                    value,
+                    rows,
+                    cols,
+                    phase,
+                    bias_ptr,
+                    residual_ptr,
+                    store0_ptr,
+                    store1_ptr,
+                    image_ptr,
+                    mask_ptr,
+                    raw_ptr,
+                    merged_ptr,
+                    out_h,
+                    out_w,
+                    top,
+                    bottom,
+                    left,
+                    right,
+                    rows_top,
+                    rows_left,
+                    rows_h,
+                    rows_w,
+                    n_rows,
+                    N,
+                    PHASES,
+                    OUT_STEP,
+                    PATCH,
+                    CHANNELS,
+                    STRIDE_R,
+                    STRIDE_0,
+                    STRIDE_1,
+                    ACTIVATION_0,
+                    ACTIVATION_1,
+                    MERGE,
+                    LAST,
+                    WIDE,
+                )
+                tl.store(count_ptr + pid, 0)
     else:
         _finish(
             acc,
@@ -519,7 +583,7 @@ def _conv_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=[name for name in _GRID_INTEGERS if not name.startswith("in_")])
 def _conv_reduce_kernel(
     partial_ptr,  # [SPLITS, PHASES * rows, N] float32
     bias_ptr,
@@ -623,9 +687,12 @@ def _paint_kernel(
     merged_ptr,  # [B, 3, H, W] float32
     positions,
     n_pixels,
+    OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program paints BLOCK pixels."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
     pixels = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = pixels < n_pixels
     m = tl.load(mask_ptr + pixels, mask=inside, other=0.0)
@@ -669,7 +736,9 @@ def can_overlap(device: torch.device) -> str | None:
     return None
 
 
-def paint_forward(image: Tensor, mask: Tensor, start: Tensor | None, picture: Tensor, merged: Tensor) -> None:
+def paint_forward(
+    image: Tensor, mask: Tensor, start: Tensor | None, picture: Tensor, merged: Tensor, overlap: bool = False
+) -> None:
     """What a run starts from: picture = (image * (1 - mask) + start * mask, mask) and merged = image.
 
     Args:
@@ -677,6 +746,7 @@ def paint_forward(image: Tensor, mask: Tensor, start: Tensor | None, picture: Te
         start: as `image`, or None for white.
         picture: [B, H, W, 4], contiguous.
         merged: as `image`.
+        overlap: let the next launch start meanwhile, where :func:`can_overlap` allows it.
     """
     batch, _, height, width = image.shape
     block = 256
@@ -691,6 +761,7 @@ def paint_forward(image: Tensor, mask: Tensor, start: Tensor | None, picture: Te
             merged,
             height * width,
             batch * height * width,
+            OVERLAP=overlap,
             BLOCK=block,
             num_warps=2,
             num_stages=1,
@@ -710,6 +781,7 @@ def conv_forward(
     residual: Tensor | None = None,
     merge: Merge | None = None,
     partial: Tensor | None = None,
+    counters: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
     """One step: value = conv(source) + bias [+ residual], then every store, or the merge.
@@ -727,6 +799,8 @@ def conv_forward(
         merge: what a step that ends a stage reads and writes beside its features.
         overlap: start while the previous launch still runs, where :func:`can_overlap` allows it.
         partial: float32 workspace of at least ``tile.splits * work.all_rows * columns`` elements, where splits > 1.
+        counters: int32 zeros, one for each block of the product (``programs(work, tile) / tile.splits``), where
+            ``tile.fused``; they are zeros again afterwards.
     """
     batch, in_h, in_w, _ = source.shape
     out_h, out_w = size
@@ -740,6 +814,7 @@ def conv_forward(
     phases = axis.phases**2
     columns = conv.columns
     last_phase = axis.phases - 1
+    fused = tile.fused and tile.splits > 1
     constants: dict[str, int] = {}
     for name, in_size, out_size in (("Y", in_h, out_h), ("X", in_w, out_w)):
         for suffix, phase in (("", 0), ("1", last_phase)):
@@ -767,8 +842,7 @@ def conv_forward(
         "WIDE": max(most, batch * out_h * out_w * PICTURE_CHANNELS) >= MAX_GRID,
         "OVERLAP": overlap,
     }
-    if overlap:
-        common["launch_pdl"] = True
+    common |= overlapping(overlap)
     tail = (
         bias,
         residual,
@@ -779,6 +853,10 @@ def conv_forward(
     place = (out_h, out_w, top, bottom, left, right, rows_y[0], rows_x[0], rows_h, rows_w, n_rows)
     m_blocks = triton.cdiv(n_rows, tile.block_m)
     n_blocks = triton.cdiv(columns, tile.block_n)
+    work = conv.work(batch, (in_h, in_w), (out_h, out_w), (top, bottom, left, right))
+    lengths = work.steps(tile.block_k)
+    if fused and (counters is None or counters.numel() < m_blocks * n_blocks * phases):
+        raise ValueError(f"counters: expected {m_blocks * n_blocks * phases} or more int32 zeros for {tile}")
     with device_guard(source):
         launch(
             _conv_kernel,
@@ -786,6 +864,7 @@ def conv_forward(
             source,
             weight,
             partial if tile.splits > 1 else None,
+            counters if fused else None,
             *tail,
             in_h,
             in_w,
@@ -798,6 +877,7 @@ def conv_forward(
             TAPS1=axis.taps[last_phase],
             REFLECT=conv.reflect,
             FLAT=conv.flat,
+            NO_EMPTY_SPLIT=all((tile.splits - 1) * -(-length // tile.splits) < length for length in lengths),
             PRECISION=dot_precision(source.dtype),
             BLOCK_M=tile.block_m,
             BLOCK_N=tile.block_n,
@@ -807,7 +887,7 @@ def conv_forward(
             **constants,
             **common,
         )
-        if tile.splits > 1:
+        if tile.splits > 1 and not fused:
             block_m = min(4, triton.next_power_of_2(n_rows))
             block_n = min(128, triton.next_power_of_2(columns))
             m_blocks = triton.cdiv(n_rows, block_m)

@@ -19,7 +19,10 @@ MAX_SPLITS = 64
 
 
 class Tile(NamedTuple):
-    """BLOCK_M rows by BLOCK_N columns a program, BLOCK_K of the depth a step, the depth cut in `splits`."""
+    """BLOCK_M rows by BLOCK_N columns a program, BLOCK_K of the depth a step, the depth cut in `splits`.
+
+    fused: the last program of a block adds its splits, not a kernel of their own.
+    """
 
     block_m: int
     block_n: int
@@ -27,6 +30,7 @@ class Tile(NamedTuple):
     splits: int
     num_warps: int
     num_stages: int
+    fused: bool = False
 
 
 class Work(NamedTuple):

@@ -17,6 +17,7 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_GRID = 2**31 - 1
 # the default differs between versions of Triton
 OPTIONS = {"enable_fp_fusion": True}
+ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
 
 
 class Launch(NamedTuple):
@@ -72,6 +73,23 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def activate(x, CODE: tl.constexpr):
+    """A value of ACTIVATIONS."""
+    if CODE == 1:
+        # not maximum: NaN must stay NaN
+        return tl.where(x < 0.0, 0.0, x)
+    elif CODE == 2:
+        return tl.where(x < 0.0, 0.2 * x, x)
+    else:
+        return x
+
+
+def overlapping(overlap: bool) -> dict[str, bool]:
+    """The launch option that lets a kernel start before the one ahead of it ends (programmatic dependent launch)."""
+    return {"launch_pdl": True} if overlap else {}
 
 
 def is_interpreted() -> bool:

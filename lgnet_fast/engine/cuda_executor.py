@@ -104,6 +104,7 @@ class Memory:
         self.outputs = torch.empty(1 + stages, *size, device=device)
         """The merged picture, then every stage's raw one."""
         self._partial = torch.empty(0, device=device)
+        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
     def take(self, image: Tensor, mask: Tensor, start: Tensor | None) -> None:
         """Copy a call's arguments in."""
@@ -122,6 +123,12 @@ class Memory:
         if self._partial.numel() < elements:
             self._partial = torch.empty(elements, device=self._partial.device)
         return self._partial
+
+    def counters(self, blocks: int) -> Tensor:
+        """int32 zeros, which kernels leave as zeros; earlier ones stay valid too."""
+        if self._counters.numel() < blocks:
+            self._counters = torch.zeros(blocks, dtype=torch.int32, device=self._counters.device)
+        return self._counters
 
 
 class CudaExecutor:
@@ -249,7 +256,7 @@ class CudaExecutor:
                 names[step.name] = "attention" if step.kind == "attention" else "cudnn"
             else:
                 tile = self.tile(step)
-                names[step.name] = f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}"
+                names[step.name] = f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}{'f' if tile.fused else ''}"
         return names
 
     # -- programs ------------------------------------------------------------------------------------------------
@@ -339,7 +346,13 @@ class CudaExecutor:
         start = memory.start if painted else None
         launches: list[Launch] = [
             functools.partial(
-                paint_forward, memory.image, memory.mask, start, memory.maps[PICTURE], memory.outputs[0]
+                paint_forward,
+                memory.image,
+                memory.mask,
+                start,
+                memory.maps[PICTURE],
+                memory.outputs[0],
+                self._overlap,
             )
         ]
         for number in range(len(self.plan.steps)):
@@ -375,6 +388,7 @@ class CudaExecutor:
 
     def _conv_launch(self, memory: Memory, step: Step, rect: Rect, merge: Any) -> Launch:
         from lgnet_fast.kernels import conv
+        from lgnet_fast.kernels.conv_configs import programs
 
         tile = self.tile(step, rect)
         work = self._work(self.plan, step, rect)
@@ -395,6 +409,7 @@ class CudaExecutor:
             merge=merge,
             overlap=self._overlap,
             partial=memory.partial(tile.splits * work.all_rows * work.columns) if tile.splits > 1 else None,
+            counters=memory.counters(programs(work, tile) // tile.splits) if tile.fused else None,
         )
 
     def _attend(self, memory: Memory, step: Step) -> None:
@@ -406,8 +421,15 @@ class CudaExecutor:
         features = memory.view(step.source).permute(0, 3, 1, 2)
         for store in step.stores:
             out = memory.view(store.view).permute(0, 3, 1, 2)
-            attention_block_forward(features, weights.packed, weights.bias, step.variant, out=out)
-            _activate_(out, store.activation)
+            attention_block_forward(
+                features,
+                weights.packed,
+                weights.bias,
+                step.variant,
+                out=out,
+                activation=store.activation,
+                overlap=self._overlap,
+            )
 
     def _convolve(self, memory: Memory, step: Step, merge: Any) -> None:
         """A dense step by PyTorch's own convolution."""

@@ -103,10 +103,12 @@ def check(
     for rect in rects or (everything,):
         rows = conv.work(batch, (height, width), size, rect).all_rows
         partial = torch.full((tile.splits * rows * conv.columns,), math.nan) if tile.splits > 1 else None
+        counters = torch.zeros(rows * conv.columns, dtype=torch.int32) if tile.fused else None
         conv_forward(
             conv, source, packed, bias.float(), stores, tile,
-            size=size, rect=rect, residual=added_view, merge=merge, partial=partial,
+            size=size, rect=rect, residual=added_view, merge=merge, partial=partial, counters=counters,
         )  # fmt: skip
+        assert counters is None or not counters.any(), "the counters of the next launch"
     inside = torch.zeros(size, dtype=torch.bool)
     for top, bottom, left, right in rects or (everything,):
         inside[top:bottom, left:right] = True
@@ -145,13 +147,27 @@ def test_conv(name: str, dtype: torch.dtype) -> None:
     check(conv, (2, 8, 10), dtype)
 
 
+@pytest.mark.parametrize("fused", [False, True], ids=["reduced", "fused"])
 @pytest.mark.parametrize("name", CONVS)
-def test_split_depth(name: str) -> None:
-    check(CONVS[name], (2, 8, 8), torch.float32, SPLIT, residual=not CONVS[name].merges)
+def test_split_depth(name: str, fused: bool) -> None:
+    check(CONVS[name], (2, 8, 8), torch.float32, SPLIT._replace(fused=fused), residual=not CONVS[name].merges)
 
 
-def test_more_splits_than_steps() -> None:
-    check(CONVS["deconv3s2"], (1, 4, 4), torch.float32, Tile(16, 16, 16, 7, 4, 1))
+@pytest.mark.parametrize("fused", [False, True], ids=["reduced", "fused"])
+def test_more_splits_than_steps(fused: bool) -> None:
+    check(CONVS["deconv3s2"], (1, 4, 4), torch.float32, Tile(16, 16, 16, 7, 4, 1, fused))
+
+
+def test_too_few_counters_are_refused() -> None:
+    conv = CONVS["deconv4s2"]
+    x, weight, bias = operands(conv, 1, 4, 4, torch.float32)
+    out = torch.full((1, 8, 8, conv.out_channels), math.nan)
+    with pytest.raises(ValueError, match="counters: expected"):
+        conv_forward(
+            conv, nhwc(x).contiguous(), conv.pack(weight), bias, (Store(out, "none"),), SPLIT._replace(fused=True),
+            size=(8, 8), partial=torch.empty(4 * 64 * conv.columns), counters=torch.zeros(1, dtype=torch.int32),
+        )  # fmt: skip
+    assert out.isnan().all()
 
 
 @pytest.mark.parametrize("name", CONVS)
