@@ -275,9 +275,9 @@ class CudaExecutor:
         if on_gpu:
             if self._packed is not None and not is_capturing(self.device):
                 torch.cuda.current_stream(self.device).wait_event(self._packed)
-            self._done = self._event()
+            self._done = done = self._event()
             # Memory goes back to the stream it was made on; the last run may still use it on another one.
-            weakref.finalize(self, _let_finish, self._done, self.device).atexit = False
+            weakref.finalize(self, _let_finish, done, self.device).atexit = False
 
     def _event(self) -> torch.cuda.Event | None:
         """What has been launched on the current stream so far."""
@@ -529,8 +529,8 @@ class CudaExecutor:
             torch.cuda.synchronize(self.device)
 
 
-def _let_finish(done: torch.cuda.Event, device: torch.device) -> None:
-    if not is_capturing(device):
+def _let_finish(done: torch.cuda.Event | None, device: torch.device) -> None:
+    if done is not None and not is_capturing(device):
         done.synchronize()
 
 

@@ -37,7 +37,7 @@ class ModelExecutor:
         self._model = copy.deepcopy(model, memo).eval()
         # cuDNN's and oneDNN's GPU convolutions want channels last; Metal's gain nothing by it
         self._layout = torch.channels_last if device.type in ("cuda", "xpu") else torch.contiguous_format
-        self._model.to(device=device, dtype=dtype, memory_format=self._layout)
+        self._model.to(device, dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
         if backend is not None:
             self._model.set_backend(backend)
         self._dtype = dtype

@@ -183,7 +183,8 @@ def make_example(plan: Plan, device: torch.device, dtype: torch.dtype, painted: 
 def strict_float32() -> Iterator[None]:
     """Float32 products and convolutions on a GPU in full precision, not in TF32."""
     backends: Any = torch.backends
-    name, strict, switches = "allow_tf32", False, (backends.cuda.matmul, backends.cudnn)
+    strict: bool | str = False
+    name, switches = "allow_tf32", (backends.cuda.matmul, backends.cudnn)
     try:
         before: list[Any] = [getattr(switch, name) for switch in switches]
     except RuntimeError:  # raised where a program has set TF32 by the newer switches as well
