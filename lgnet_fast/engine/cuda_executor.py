@@ -256,7 +256,9 @@ class CudaExecutor:
                 names[step.name] = "attention" if step.kind == "attention" else "cudnn"
             else:
                 tile = self.tile(step)
-                names[step.name] = f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}{'f' if tile.fused else ''}"
+                names[step.name] = (
+                    f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}{'f' if tile.fused else ''}"
+                )
         return names
 
     # -- programs ------------------------------------------------------------------------------------------------

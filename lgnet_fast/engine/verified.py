@@ -21,7 +21,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,6 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cache
+from ..ops.first_use import strict_float32, tf32_allowed
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from .cuda_executor import CudaExecutor
 from .graphs import error_text
@@ -162,13 +163,11 @@ def make_example(plan: Plan, device: torch.device, dtype: torch.dtype, painted: 
     image, mask, start = example_input(plan, device, painted)
     with strict_float32():
         exact = TorchExecutor(plan).run(image, mask, start)[0].clone()
-    from lgnet_fast.kernels.launch import dot_precision
-
     # float32 of eager PyTorch is exact by this measure; the rule for a whole float32 engine is ten times stricter
     eager = LIMITS[torch.float32] / 40
     if dtype != torch.float32:
         eager = hole_error(TorchExecutor(plan.to(device, dtype)).run(image, mask, start)[0].float(), exact, mask)
-    elif dot_precision(dtype) == "tf32":
+    elif tf32_allowed():
         eager = LIMITS[torch.float32] / 4
     moved = min(hole_error(exact.roll(1, dims=axis), exact, mask) for axis in (2, 3))
     hole = (mask != 0).expand_as(exact)
@@ -177,26 +176,6 @@ def make_example(plan: Plan, device: torch.device, dtype: torch.dtype, painted: 
         min(LIMITS[dtype], max(4 * eager, floor), moved / 2), 1.5 * eager if eager > moved / 8 else 0.0, floor
     )
     return Example(image, mask, start, exact, limit)
-
-
-@contextlib.contextmanager
-def strict_float32() -> Iterator[None]:
-    """Float32 products and convolutions on a GPU in full precision, not in TF32."""
-    backends: Any = torch.backends
-    strict: bool | str = False
-    name, switches = "allow_tf32", (backends.cuda.matmul, backends.cudnn)
-    try:
-        before: list[Any] = [getattr(switch, name) for switch in switches]
-    except RuntimeError:  # raised where a program has set TF32 by the newer switches as well
-        name, strict, switches = "fp32_precision", "ieee", (backends.cuda.matmul, backends.cudnn.conv)
-        before = [getattr(switch, name) for switch in switches]
-    try:
-        for switch in switches:
-            setattr(switch, name, strict)
-        yield
-    finally:
-        for switch, value in zip(switches, before):
-            setattr(switch, name, value)
 
 
 def judge(name: str, run: Runner, example: Example) -> Check:

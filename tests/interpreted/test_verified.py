@@ -73,17 +73,13 @@ def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
         build(self, plan)
         self._pool = (0, 1) if self._graphs else None
 
-    def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> FakeGraph:
-        launches()
-        return FakeGraph(launches)
-
     monkeypatch.setattr(CudaExecutor, "_build", with_pool)
-    monkeypatch.setattr(graphs, "capture", capture)
+    monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(launches))
     monkeypatch.setattr(verified, "ModelExecutor", Model)
     FakeGraph.replays = Model.made = 0
 
 
-def tiny_plan(side: int = 32) -> Plan:
+def tiny_plan(side: int = 16) -> Plan:
     """One stage with every kind of step, in float32: the interpreter is slow."""
     whole = cast(small_plan(side=side), torch.float32)
     steps = {s.name: s for s in whole.steps if s.name.startswith("u.")}
