@@ -21,9 +21,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -139,16 +141,15 @@ def check_buffers(executor: Any, plan: Any, log: Log) -> None:
         worst=error.abs().max().item(),
         deviation=expected[hole].std().item(),
     )
-    # Every step by itself: its inputs are the executor's, so an error stays where it arises.
+    # Every step by itself, so that an error stays where it arises.
     for number, step in enumerate(plan.steps):
         if step.merges:
             continue
-        own = executor.memory.view(step.stores[0].view).float()
-        log_step_error(executor, plan, number, own, log)
+        log_step_error(executor, plan, number, log)
 
 
-def log_step_error(executor: Any, plan: Any, number: int, own: Tensor, log: Log) -> None:
-    """One step's output, made anew from its own input by float32 PyTorch; only where buffers are still whole."""
+def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
+    """One step on noise, beside float32 PyTorch on the same noise."""
     import torch.nn.functional as F
 
     step = plan.steps[number]
@@ -181,7 +182,7 @@ def time_graph(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log,
 
     image, mask = picture(plan.batch)
     expected = None
-    for overlap in (False, True):
+    for overlap in (0, 1, 2, 3):
         try:
             executor = CudaExecutor(plan, dtype, choices=choices, overlap=overlap, graphs=False)
         except RuntimeError as error:
@@ -265,8 +266,12 @@ def tiles(work: Any, num_sms: int) -> Iterator[Any]:
                     tile = Tile(block_m, block_n, block_k, splits, warps, stages, fused)
                     ranked.append((_guess(work, tile, num_sms), tile))
     ranked.sort(key=lambda pair: pair[0])
-    for _, tile in ranked:
-        yield tile
+    taken: Counter[tuple[int, ...]] = Counter()
+    for _, tile in ranked:  # variety: the guess is no better than a factor of two
+        shape = tile[:3] + tile[4:5]
+        taken[shape] += 1
+        if taken[shape] <= 3:
+            yield tile
 
 
 def _guess(work: Any, tile: Any, num_sms: int) -> float:
@@ -406,15 +411,49 @@ def tune_convs(
     return best
 
 
-def tune_attention(plan: Any, dtype: torch.dtype, overlap: bool, log: Log, deadline: float) -> None:
-    """Forward and merge configurations of every attention step."""
-    from lgnet_fast.kernels.attention import attention_block_forward
-    from lgnet_fast.kernels.configs import Config, config_kind, device_generation, override, pick
+def tune_attention(plan: Any, dtype: torch.dtype, log: Log, deadline: float) -> None:
+    """Block shapes of `attention_inference` for every attention step: the walk, the projection, the sum, in turn."""
+    from lgnet_fast.kernels.attention_inference import attention_block_inference
+    from lgnet_fast.kernels.configs import (
+        SHARED_LIMITS, _inference_bytes, config_kind, device_generation, override, pick_inference,
+    )  # fmt: skip
     from lgnet_fast.kernels.launch import dot_precision, record
     from lgnet_fast.kernels.precompile import compile_all
+    from lgnet_fast.kernels.tables import INFERENCE
 
     kind = config_kind(dtype, dot_precision(dtype))
-    generation, _ = device_generation(torch.device("cuda", 0))
+    generation, num_sms = device_generation(torch.device("cuda", 0))
+    element = 4 if dtype == torch.float32 else 2
+
+    def walks(config: Any, channels: int, positions: int) -> Iterator[Any]:
+        for m, n, v, warps, stages, splits in itertools.product(
+            (32, 64, 128), (32, 64, 128), (64, 128, 256), (4, 8), (2, 3), (1, 2, 4, 8)
+        ):
+            programs = plan.batch * -(-positions // m) * -(-channels // v)
+            if v > triton_width(channels) or m > positions or n > positions:
+                continue
+            if splits > 1 and (programs * splits > num_sms or positions // splits < n):
+                continue
+            if programs * splits < min(24, programs * positions // n) or m * v > 128 * 128 or m * n > 128 * 128:
+                continue
+            if (m == 32 and warps == 8) or (m == 128 and warps == 4 and n == 128):
+                continue
+            new = config._replace(
+                block_m=m, block_n=n, block_v=v, num_warps=warps, num_stages=stages, max_splits=splits
+            )
+            if _inference_bytes(new, channels, element) < 0.97 * SHARED_LIMITS[generation]:
+                yield new
+
+    def projections(config: Any, channels: int, positions: int) -> Iterator[Any]:
+        for p, o, d in itertools.product((16, 32, 64, 128), (32, 64, 128), (32, 64, 128)):
+            programs = plan.batch * -(-positions // p) * -(-channels // o)
+            if o <= channels and d <= channels and p * o <= 64 * 128 and 24 <= programs:
+                yield config._replace(project_p=p, project_o=o, project_d=d)
+
+    def sums(config: Any, channels: int, positions: int) -> Iterator[Any]:
+        for m in (2, 4, 8, 16, 32):
+            yield config._replace(sum_m=m)
+
     cases = []
     for step in plan.steps:
         if step.kind == "attention":
@@ -424,54 +463,40 @@ def tune_attention(plan: Any, dtype: torch.dtype, overlap: bool, log: Log, deadl
             x = x.to(memory_format=torch.channels_last).mul_(0.5)
             weight = (torch.randn(channels, 2 * channels, 1, 1, device="cuda") / channels**0.5).to(dtype)
             bias = torch.zeros(channels, device="cuda", dtype=dtype)
-            call = functools.partial(
-                attention_block_forward, x, weight, bias, "released", out=torch.empty_like(x), overlap=overlap
-            )
-            defaults = {
-                op: pick(op, generation, kind, channels, plan.batch * side * side) for op in ("forward", "merge")
-            }
-            forward = [
-                Config(m, n, w, s)
-                for m in (32, 64, 128) for n in (16, 32, 64, 128) for w in (4, 8) for s in (2, 3)
-                if m * channels <= 64 * 512 and n * channels * s * 2 <= 180_000 and not (m == 32 and w == 8)
-                and (m * channels >= 128 * 128 or w == 4 or m == 128 or channels >= 256)
-            ]  # fmt: skip
-            merge = [
-                Config(m, n, w, s) for m in (16, 32, 64) for n in (32, 64, 128) for w in (4, 8) for s in (1, 2, 3)
-                if n <= channels
-            ]  # fmt: skip
-            cases.append((step.name, channels, call, defaults, {"forward": forward, "merge": merge}))
-    for op in ("forward", "merge"):
+            call = functools.partial(attention_block_inference, x, weight, bias, "released", out=torch.empty_like(x))
+            config = pick_inference(generation, kind, channels, side * side, plan.batch, num_sms)
+            cases.append([step.name, channels, side * side, call, config])
+    for part, options in (("walk", walks), ("projection", projections), ("sum", sums)):
         queue = []
-        for _, _, call, defaults, options in cases:
-            for config in [defaults[op], *options[op]]:
-                with override("forward", defaults["forward"]), override(op, config), record() as launches:
+        for _, channels, positions, call, config in cases:
+            for new in (config, *options(config, channels, positions)):
+                with override("inference", new), record() as launches:
                     call()
                 queue += launches
         begin = time.perf_counter()
         failures = compile_all(queue, 0)
-        log("attention", op=op, compiled=len(queue), seconds=time.perf_counter() - begin, failures=failures[:10])
-        for name, channels, call, defaults, options in cases:
+        log("attention", part=part, compiled=len(queue), seconds=time.perf_counter() - begin, failures=failures[:10])
+        for case in cases:
+            name, channels, positions, call, config = case
             if time.perf_counter() > deadline:
                 log("attention", cut_off=name)
                 return
             results = []
             expected = None
-            for config in [defaults[op], *options[op]]:
+            for new in dict.fromkeys((config, *options(config, channels, positions))):
                 try:
-                    with override("forward", defaults["forward"]), override(op, config):
-                        actual = call()[0].float().clone()
+                    with override("inference", new):
+                        actual = call().float().clone()
                         torch.cuda.synchronize()
-                        if expected is None:
-                            expected = actual
+                        expected = actual if expected is None else expected
                         error = ((actual - expected).norm() / expected.norm()).item()
                         if not error < 1e-2:
-                            log("attention", step=name, op=op, config=list(config), wrong=error)
+                            log("attention", step=name, part=part, config=list(new), wrong=error)
                             continue
                         graph = graph_of(functools.partial(run_all, [call] * 8))
-                    results.append((median_us(graph.replay, 9) / 8, config))
+                    results.append((median_us(graph.replay, 7) / 8, new))
                 except Exception as error:  # a shape that cannot run is no contestant
-                    log("attention", step=name, config=list(config), error=f"{type(error).__name__}: {error}"[:200])
+                    log("attention", step=name, config=list(new), error=f"{type(error).__name__}: {error}"[:200])
             if not results:
                 continue
             default_us = results[0][0]
@@ -479,15 +504,20 @@ def tune_attention(plan: Any, dtype: torch.dtype, overlap: bool, log: Log, deadl
             log(
                 "attention",
                 step=name,
-                op=op,
-                channels=channels,
+                part=part,
+                key=[generation, kind, channels, positions, plan.batch],
                 default_us=default_us,
-                default=list(defaults[op]),
                 best_us=results[0][0],
                 best=list(results[0][1]),
-                others=[[round(us, 2), *config] for us, config in results[1:6]],
+                others=[[round(us, 2), *new] for us, new in results[1:6]],
             )
-            defaults[op] = results[0][1]
+            case[4] = results[0][1]
+            INFERENCE[generation, kind, channels, positions, plan.batch] = tuple(case[4])
+
+
+def triton_width(channels: int) -> int:
+    """The power of two that holds `channels`."""
+    return 1 << (channels - 1).bit_length()
 
 
 def cudnn_blocks(batch: int, dtype: torch.dtype, log: Log) -> None:
@@ -514,12 +544,12 @@ def main() -> int:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default="compile,buffers,graph,steps,cudnn,convs,attention")
+    parser.add_argument("--sections", default="compile,buffers,graph,steps,attention,convs")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--model", default="lgnet")
     parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--tried", type=int, default=22, help="tiles a convolution")
+    parser.add_argument("--tried", type=int, default=30, help="tiles a convolution")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         print("no NVIDIA GPU here: nothing to measure")
@@ -543,9 +573,9 @@ def main() -> int:
     dtype = getattr(torch, args.dtype)
     _, plan = model_and_plan(args.model, args.batch)
     choices: dict[str, Any] = {}
-    overlap = properties.major >= 9
+    overlap = False
     if "compile" in sections:
-        for flag in (False, True) if overlap else (False,):
+        for flag in (0, 1, 2, 3):
             launches = recorded(CudaExecutor(plan, dtype, overlap=flag, graphs=False))
             begin = time.perf_counter()
             failures = compile_all(launches, 0)
@@ -558,13 +588,13 @@ def main() -> int:
         time_steps(plan, dtype, choices, overlap, log)
     if "cudnn" in sections:
         cudnn_blocks(args.batch, dtype, log)
+    if "attention" in sections:
+        tune_attention(plan, dtype, log, deadline)
     if "convs" in sections:
         best = tune_convs(plan, dtype, overlap, log, deadline - 30, args.tried)
         choices = {name: tile for name, (tile, _) in best.items()}
         time_graph(plan, dtype, choices, log, "tuned convolutions")
         time_steps(plan, dtype, choices, overlap, log)
-    if "attention" in sections:
-        tune_attention(plan, dtype, overlap, log, deadline)
     return 0
 
 

@@ -27,9 +27,6 @@ from triton.compiler import ASTSource
 from . import attention, configs, conv, conv_configs, merge_concat
 from .launch import OPTIONS, Launch, record
 
-# Shared memory a block may use, in bytes (CUDA C++ Programming Guide, technical specifications per capability), and
-# tensor memory columns.
-SHARED_MEMORY_LIMIT = {"sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 TENSOR_MEMORY_COLUMNS = 512
 OVERLAPPING = ("sm_90", "sm_100")
 _POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -90,7 +87,7 @@ class Report(NamedTuple):
         """What is wrong with it, or None."""
         if self.error is not None:
             return self.error
-        limit = SHARED_MEMORY_LIMIT[self.target]
+        limit = configs.SHARED_LIMITS[self.target]
         if self.shared > limit:
             return f"shared memory {self.shared} > {limit}"
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:

@@ -47,16 +47,13 @@ from torch import Tensor
 
 from .configs import config_kind, device_generation, num_splits, pick
 from .launch import (
-    ACTIVATIONS,
     MAX_GRID,
-    activate,
     device_guard,
     device_reason,
     dot,
     dot_precision,
     is_flat,
     launch,
-    overlapping,
     position_offsets,
     position_strides,
 )
@@ -124,14 +121,10 @@ def _attn_prep_kernel(
     WRITE_V: tl.constexpr,
     WRITE_NORM: tl.constexpr,
     FLAT: tl.constexpr,
-    OVERLAP: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
     """A program writes BLOCK_C channels of BLOCK_P positions (and reads all channels of them for the norm)."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     n_positions = height * width
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     rows = (tl.program_id(0) % num_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -230,12 +223,10 @@ def _attn_fwd_kernel(
     PARTIAL: tl.constexpr,
     ATTENDED: tl.constexpr,
     COMBINE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     EVEN_N: tl.constexpr,
     F_FLAT: tl.constexpr,
     O_FLAT: tl.constexpr,
     A_FLAT: tl.constexpr,
-    OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
     D0: tl.constexpr,
     D1: tl.constexpr,
@@ -245,9 +236,6 @@ def _attn_fwd_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """A program owns BLOCK_M queries and walks the keys of one split."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     start_m = (tl.program_id(0) % num_blocks) * BLOCK_M
     split = tl.program_id(1)
@@ -374,7 +362,6 @@ def _attn_fwd_kernel(
                     )
                     y = _add_product(y, f, wf_ptr, out_cols, cols, HEAD_DIM, PRECISION)
                 y += tl.load(bias_ptr + out_cols, mask=out_mask, other=0.0).to(tl.float32)[None, :]
-                y = activate(y, ACTIVATION)
                 tl.store(
                     o_ptrs[:, None] + out_cols.to(tl.int64)[None, :] * stride_oc,
                     y.to(out_ptr.dtype.element_ty),
@@ -421,11 +408,9 @@ def _attn_merge_kernel(
     PAPER: tl.constexpr,
     ATTENDED: tl.constexpr,
     COMBINE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
     F_FLAT: tl.constexpr,
     O_FLAT: tl.constexpr,
     A_FLAT: tl.constexpr,
-    OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_O: tl.constexpr,
@@ -436,9 +421,6 @@ def _attn_merge_kernel(
     COMBINE: a program owns BLOCK_O output channels of BLOCK_M positions and walks the input channels; the first
     program of a row block stores the attended rows. Otherwise a program owns BLOCK_D attended channels.
     """
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        tl.extra.cuda.gdc_wait()
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     positions = (tl.program_id(0) % num_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
     row_mask = positions < n_positions
@@ -493,7 +475,6 @@ def _attn_merge_kernel(
             y = _add_product(y, f, wf_ptr, out_cols, cols, HEAD_DIM, PRECISION)
     if COMBINE:
         y += tl.load(bias_ptr + out_cols, mask=out_mask, other=0.0).to(tl.float32)[None, :]
-        y = activate(y, ACTIVATION)
         tl.store(
             o_ptrs[:, None] + out_cols.to(tl.int64)[None, :] * stride_oc,
             y.to(out_ptr.dtype.element_ty),
@@ -959,7 +940,7 @@ def _is_rows(features: Tensor) -> bool:
     return features.stride(1) == 1 and is_flat(features)
 
 
-def _prepare(features: Tensor, variant: str, *, backward: bool, overlap: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _prepare(features: Tensor, variant: str, *, backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v rows and 1/||F|| as the variant's kernels need them.
 
     Rows have unit channel stride. released: q, k, k, None. paper forward: F, F, F, 1/||F||; backward: k, k, F, None.
@@ -1003,9 +984,7 @@ def _prepare(features: Tensor, variant: str, *, backward: bool, overlap: bool = 
         WRITE_V=write_v,
         WRITE_NORM=inv_norm is not None,
         FLAT=is_flat(features),
-        OVERLAP=overlap,
         **blocks,
-        **overlapping(overlap),
     )
     if not paper:
         assert q is not None
@@ -1025,8 +1004,6 @@ def _forward(
     bias: Tensor | None = None,
     out: Tensor | None = None,
     attended: Tensor | None = None,
-    activation: str = "none",
-    overlap: bool = False,
 ) -> Tensor:
     """Fill `attended` and (with `weight`) `out`, either may be None; return lse."""
     batch, channels, height, width = features.shape
@@ -1057,13 +1034,10 @@ def _forward(
         "F_FLAT": is_flat(features),
         "O_FLAT": out is None or is_flat(out),
         "A_FLAT": attended is None or is_flat(attended),
-        "ACTIVATION": ACTIVATIONS[activation],
-        "OVERLAP": overlap,
         "PRECISION": precision,
-        **overlapping(overlap),
     }
     with device_guard(features):
-        q, _, kv, inv_norm = _prepare(features, variant, backward=False, overlap=overlap)
+        q, _, kv, inv_norm = _prepare(features, variant, backward=False)
         launch(
             _attn_fwd_kernel,
             (num_blocks * batch, splits),
@@ -1167,9 +1141,7 @@ def attention_block_forward(
     *,
     out: Tensor | None = None,
     save_attended: bool = False,
-    activation: str = "none",
-    overlap: bool = False,
-) -> tuple[Tensor, Tensor | None, Tensor]:
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Attention and its 1x1 combiner.
 
     Args:
@@ -1178,25 +1150,18 @@ def attention_block_forward(
         bias: [C].
         variant: "released" or "paper".
         out: where to put the result, [B, C, H, W] of the same dtype, any strides.
-        save_attended: also return the attended features, which the backward needs.
-        activation: of `out`, a key of ACTIVATIONS.
-        overlap: start each kernel while the launch before it still runs (compute capability 9.0, see `conv`).
+        save_attended: also return what the backward needs; otherwise `attention_inference` computes the result.
 
     Returns:
-        out [B, C, H, W], attended [B, C, H, W] or None, lse [B, H*W] float32.
+        out [B, C, H, W], attended [B, C, H, W] or None, lse [B, H*W] float32 or None.
     """
+    if not save_attended:
+        from .attention_inference import attention_block_inference  # which imports this module
+
+        return attention_block_inference(features, weight, bias, variant, out=out), None, None
     result = torch.empty_like(features) if out is None else out
-    attended = torch.empty_like(features) if save_attended else None
-    lse = _forward(
-        features,
-        variant,
-        weight=weight,
-        bias=bias,
-        out=result,
-        attended=attended,
-        activation=activation,
-        overlap=overlap,
-    )
+    attended = torch.empty_like(features)
+    lse = _forward(features, variant, weight=weight, bias=bias, out=result, attended=attended)
     return result, attended, lse
 
 

@@ -9,12 +9,12 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
 from .launch import is_interpreted
-from .tables import TABLES
+from .tables import INFERENCE, TABLES
 
 HEAD_CLASSES = (96, 128, 192, 256, 384, 512)
 MAX_SPLITS = 8
@@ -38,9 +38,31 @@ class Config(NamedTuple):
         }
 
 
+class Inference(NamedTuple):
+    """Block shapes of `attention_inference`.
+
+    block_m queries by block_n keys a step, block_v columns of the result a program; positions, columns and depth of
+    the projection; positions of the sum over splits, and the most splits of the keys.
+    """
+
+    block_m: int
+    block_n: int
+    block_v: int
+    num_warps: int
+    num_stages: int
+    project_p: int
+    project_o: int
+    project_d: int
+    sum_m: int
+    max_splits: int = 8
+
+
+SHARED_LIMITS = {"interpreted": 1 << 30, "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
+"""Bytes of shared memory a block may use (CUDA C++ Programming Guide, technical specifications per capability)."""
+
 _assumed: ContextVar[tuple[str, int] | None] = ContextVar("lgnet_fast_assumed_generation", default=None)
 
-_overrides: ContextVar[dict[str, Config]] = ContextVar("lgnet_fast_config_overrides", default={})  # noqa: B039
+_overrides: ContextVar[dict[str, Any]] = ContextVar("lgnet_fast_config_overrides", default={})  # noqa: B039
 
 
 @contextlib.contextmanager
@@ -54,8 +76,11 @@ def assume_generation(target: str, num_sms: int = 132) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def override(op: str, config: Config) -> Iterator[None]:
-    """Use `config` for every launch of `op`, whatever the table says: for the tuner and for tests."""
+def override(op: str, config: Config | Inference) -> Iterator[None]:
+    """Use `config` for every launch of `op`, whatever the table says: for the tuner and for tests.
+
+    op: a key of the table, or "inference".
+    """
     token = _overrides.set({**_overrides.get(), op: config})
     try:
         yield
@@ -108,12 +133,59 @@ def pick(op: str, generation: str, kind: str, channels: int, positions: int) -> 
     return Config(*next(shape for least, shape in rows if positions >= least))
 
 
-def num_splits(programs: int, positions: int, block: int, num_sms: int) -> tuple[int, int]:
+def _inference_bytes(config: Inference, channels: int, element: int) -> int:
+    """Shared memory of the walk over the keys: queries once, keys and values of every stage."""
+    width = 1 << (channels - 1).bit_length()
+    return element * (
+        config.block_m * width + config.num_stages * config.block_n * (width + config.block_v) + 16 * config.block_m
+    )
+
+
+def pick_inference(generation: str, kind: str, channels: int, positions: int, batch: int, num_sms: int) -> Inference:
+    """Block shapes for head size `channels`: the tuned ones, else by rule, within the card's shared memory."""
+    overridden = _overrides.get().get("inference")
+    if overridden is not None:
+        return overridden
+    tuned = INFERENCE.get((generation, kind, channels, positions, batch))
+    if tuned is not None:
+        return Inference(*tuned)
+    width = max(16, 1 << (channels - 1).bit_length())
+    if generation == "interpreted":
+        return Inference(64, 64, min(128, width), 4, 1, 64, min(128, width), min(128, width), 64)
+    element = 2 if kind == "half" else 4
+    if kind == "ieee":
+        rows = 32 if channels <= 256 else 16
+        config = Inference(rows, 32 if channels <= 128 else 16, min(64, width), 8, 1, 16, min(64, width), 32, 16)
+    elif kind == "tf32":
+        config = Inference(64 if channels <= 128 else 32, 32, min(64, width), 4, 2, 32, min(64, width), 32, 16)
+    else:
+        many = positions * batch // 64 >= num_sms
+        block_v = min(width, 128 if channels <= 128 or many else 64)
+        block_m = 128 if channels <= 128 else 64
+        project_p = 64 if positions * batch >= 16384 else 32 if positions * batch >= 1024 else 16
+        warps = 8 if channels <= 128 or channels > 256 else 4
+        config = Inference(block_m, 64, block_v, warps, 3, project_p, min(64, width), min(64, width), 16)
+    limit = SHARED_LIMITS[generation]
+    while _inference_bytes(config, channels, element) > 0.95 * limit:
+        if config.num_stages > 2:
+            config = config._replace(num_stages=config.num_stages - 1)
+        elif config.block_n > 16:
+            config = config._replace(block_n=config.block_n // 2)
+        elif config.block_m > 16:
+            config = config._replace(block_m=config.block_m // 2)
+        else:
+            break
+    return config
+
+
+def num_splits(
+    programs: int, positions: int, block: int, num_sms: int, most: int = MAX_SPLITS
+) -> tuple[int, int]:
     """Into how many parts each program's walk over the positions is cut to fill the chip, and the length of a part.
 
     Parts are whole blocks and none is empty.
     """
     blocks = -(-positions // block)
-    splits = max(1, min(num_sms // programs, blocks, MAX_SPLITS))
+    splits = max(1, min(num_sms // programs, blocks, most))
     blocks_per_split = -(-blocks // splits)
     return -(-blocks // blocks_per_split), blocks_per_split * block

@@ -426,7 +426,8 @@ def _conv_kernel(
             tl.assume(begin < steps)
 
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
+        if OVERLAP == 1:
+            tl.extra.cuda.gdc_launch_dependents()
         if SPLITS > 1 and not FLAT:
             # a line of weights for each row of the depth and 128 bytes of columns, while the last step still runs
             LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
@@ -437,6 +438,8 @@ def _conv_kernel(
                 w_rows = kernel_tap * CIN + tl.minimum(step % CHUNKS * BLOCK_K + depths, CIN - 1)
                 _prefetch(w_ptr + w_rows[:, None] * N + lines[None, :])
         tl.extra.cuda.gdc_wait()
+        if OVERLAP == 2:
+            tl.extra.cuda.gdc_launch_dependents()
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for step in tl.range(begin, steps):
@@ -487,6 +490,8 @@ def _conv_kernel(
         w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=w_mask, other=0.0)
         acc = dot(a, w, acc, PRECISION)
 
+    if OVERLAP == 3:
+        tl.extra.cuda.gdc_launch_dependents()
     if SPLITS > 1:
         index = (tl.program_id(1) * PHASES + phase).to(tl.int64) * n_rows + rows
         inside = (rows < n_rows)[:, None] & col_mask
@@ -632,8 +637,8 @@ def _conv_reduce_kernel(
     phase = pid // (n_blocks * m_blocks)
     mask = (rows < n_rows)[:, None] & (cols < N)[None, :]
     if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
         tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
     value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for split in tl.range(0, SPLITS):
         index = (split * PHASES + phase).to(tl.int64) * n_rows + rows
@@ -842,7 +847,7 @@ def conv_forward(
         "WIDE": max(most, batch * out_h * out_w * PICTURE_CHANNELS) >= MAX_GRID,
         "OVERLAP": overlap,
     }
-    common |= overlapping(overlap)
+    common |= overlapping(overlap > 0)
     tail = (
         bias,
         residual,

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import triton
 
+from .configs import SHARED_LIMITS
 from .conv_tables import TUNED
 
-_LIMITS = {"interpreted": 1 << 30, "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
 MAX_SPLITS = 64
 
 
@@ -156,7 +156,7 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
             block_k = max(16, block_k // 2)
         for num_stages in (4, 3, 2):
             tile = Tile(block_m, block_n, block_k, 1, warps, 1 if kind == "ieee" else num_stages)
-            if _shared_bytes(tile, element) <= _LIMITS[generation] * 0.9:
+            if _shared_bytes(tile, element) <= SHARED_LIMITS[generation] * 0.9:
                 break
         else:
             continue

@@ -12,6 +12,7 @@ import importlib
 import multiprocessing
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -23,8 +24,9 @@ WORKER_BYTES = 2 << 30
 """Host memory that one compiling process may need."""
 
 
-class Pointer(NamedTuple):
-    """Stands for a tensor: what Triton specialises a kernel on."""
+@dataclass(frozen=True)
+class Pointer:
+    """Stands for a tensor: what Triton specialises a kernel on. No tuple, which Triton takes for several arguments."""
 
     dtype: torch.dtype
     aligned: bool

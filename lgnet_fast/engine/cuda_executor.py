@@ -416,14 +416,14 @@ class CudaExecutor:
 
     def _attend(self, memory: Memory, step: Step) -> None:
         """The attention block; in a restricted run too it fills its whole map."""
-        from lgnet_fast.kernels.attention import attention_block_forward
+        from lgnet_fast.kernels.attention_inference import attention_block_inference
 
         assert step.variant is not None
         weights = self._weights[step.name]
         features = memory.view(step.source).permute(0, 3, 1, 2)
         for store in step.stores:
             out = memory.view(store.view).permute(0, 3, 1, 2)
-            attention_block_forward(
+            attention_block_inference(
                 features,
                 weights.packed,
                 weights.bias,

@@ -127,7 +127,9 @@ def _block_fwd(
     out, attended, lse = launchers("attention_block", backend).attention_block_forward(
         features, weight, bias, variant, save_attended=save
     )
-    return out, features.new_empty(0) if attended is None else attended, lse
+    if not save:
+        return out, features.new_empty(0), features.new_empty(0)
+    return out, attended, lse
 
 
 def _block_bwd(
@@ -182,7 +184,9 @@ def _(grad: Tensor, features: Tensor, attended: Tensor, lse: Tensor, variant: st
 def _(
     features: Tensor, weight: Tensor, bias: Tensor, variant: str, save: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _like(features), _like(features) if save else features.new_empty(0), _fake_lse(features)
+    if not save:
+        return _like(features), features.new_empty(0), features.new_empty(0)
+    return _like(features), _like(features), _fake_lse(features)
 
 
 @torch.library.register_fake(_BLOCK_BWD, lib=LIBRARY)
