@@ -24,7 +24,8 @@ from . import first_use
 logger = logging.getLogger("lgnet_fast")
 
 FUSED = ("triton", "cpp")
-_CANDIDATES = {"cuda": "triton", "cpu": "cpp"}
+CANDIDATES = {"cuda": "triton", "cpu": "cpp"}
+"""Device type -> the fused backend that "auto" tries."""
 
 # (operator, backend) -> number of runs since the process began, or since reset_calls().
 _calls: Counter[tuple[str, str]] = Counter()
@@ -74,7 +75,7 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | N
         return backend
     if backend != "auto":
         raise ValueError(f"backend: expected 'auto', 'eager', 'triton' or 'cpp', got {backend!r}")
-    candidate = _CANDIDATES.get(tensors[0].device.type)
+    candidate = CANDIDATES.get(tensors[0].device.type)
     if candidate is None:
         return "eager"
     reason = reason_against(op, candidate, tensors, variant)

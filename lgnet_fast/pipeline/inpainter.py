@@ -93,8 +93,8 @@ class Inpainter:
             another device, of another dtype, in training mode or with an explicit backend is copied, not changed.
         device: "auto" (CUDA if there is a GPU) or a torch device.
         dtype: "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name.
-        backend: "auto" runs an LGNet on a CPU by :func:`lgnet_fast.optimize` where that is fast; others go to
-            ``model.set_backend``.
+        backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is fast (on a CPU in float32 or
+            bfloat16, on an NVIDIA GPU from sm_80 on); others go to ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
             largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
         memory_limit: bytes that a run may take; None asks the system before every run.
@@ -391,12 +391,10 @@ class Inpainter:
     def _placed(self, dtype: torch.dtype) -> Callable[..., Any]:
         """The source model ready to run on this device in `dtype`.
 
-        With backend "auto" an LGNet on a CPU becomes an engine where that has a fast executor. (On a GPU it runs as
-        it is, with its fused operators, until the GPU's executor has been measured on one.) Else the model itself,
-        in evaluation mode: the very one where it is that already, otherwise a copy.
+        With backend "auto" an LGNet becomes an engine where that has a fast executor. Else the model itself, in
+        evaluation mode: the very one where it is that already, otherwise a copy.
         """
-        on_cpu = self._backend == "auto" and self.device.type == "cpu"
-        if on_cpu and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
+        if self._backend == "auto" and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
             reason = fast_executor_reason(self.device, dtype)
             if reason is None:
                 size = (self.multiple, self.multiple)

@@ -25,7 +25,7 @@ def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton is what "auto" takes, nothing is known yet."""
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
     monkeypatch.setattr(cache, "_known", {})
-    monkeypatch.setattr(dispatch, "_CANDIDATES", {"cpu": "triton"})
+    monkeypatch.setattr(dispatch, "CANDIDATES", {"cpu": "triton"})
     monkeypatch.setattr(first_use, "_verdicts", {})
     ops.reset_calls()
 

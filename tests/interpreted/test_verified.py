@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from lgnet_fast.kernels import attention as attention_kernels
+from lgnet_fast.kernels import attention_inference as attention_kernels
 from lgnet_fast.kernels import conv as conv_kernels
 from torch import Tensor
 from triton.compiler.errors import CompilationError
@@ -142,7 +142,7 @@ def test_kernels_and_graph_run_where_the_check_passes(
     assert (verdict.runs, verdict.reason) == ("graph", None)
     assert [c.name for c in verdict.checks] == ["graph"]
     convolutions = count(monkeypatch, conv_kernels, "conv_forward")
-    attentions = count(monkeypatch, attention_kernels, "attention_block_forward")
+    attentions = count(monkeypatch, attention_kernels, "attention_block_inference")
     before = FakeGraph.replays
     assert_right(plan, executor, dtype)
     assert FakeGraph.replays == before + 1
@@ -223,7 +223,7 @@ def test_convolutions_that_fail_are_run_by_pytorch(
     plan: Plan, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(conv_kernels, "conv_forward", FAULTS[fault](conv_kernels.conv_forward))
-    attentions = count(monkeypatch, attention_kernels, "attention_block_forward")
+    attentions = count(monkeypatch, attention_kernels, "attention_block_inference")
     executor, verdict = decide(plan)
     assert verdict.runs == "library"
     assert [c.name for c in verdict.checks[:2]] == ["graph", "direct"]
@@ -261,7 +261,7 @@ def test_one_wrong_step_is_named_and_replaced(
 @pytest.mark.parametrize("part", ["attention", "paint"])
 def test_attention_and_painting_have_replacements(plan: Plan, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
     module, name = {
-        "attention": (attention_kernels, "attention_block_forward"),
+        "attention": (attention_kernels, "attention_block_inference"),
         "paint": (conv_kernels, "paint_forward"),
     }[part]
     monkeypatch.setattr(module, name, FAULTS["runtime"](getattr(module, name)))
