@@ -182,7 +182,7 @@ def time_graph(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log,
 
     image, mask = picture(plan.batch)
     expected = None
-    for overlap in (0, 1, 2, 3):
+    for overlap in (False, True):
         try:
             executor = CudaExecutor(plan, dtype, choices=choices, overlap=overlap, graphs=False)
         except RuntimeError as error:
@@ -338,6 +338,7 @@ def tune_convs(
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
     contest = Contest(plan, dtype, overlap)
     executor = contest.executor
+    kind, generation, _ = executor._target()
     groups: dict[Any, list[int]] = {}
     for number, step in enumerate(plan.steps):
         if step.kind != "attention":
@@ -401,7 +402,7 @@ def tune_convs(
             "convs",
             step=step.name,
             times=len(numbers),
-            key=[work.rows, work.columns, list(work.taps), work.in_channels],
+            key=[generation, kind, work.rows, work.columns, list(work.taps), work.in_channels],
             default_us=default_us,
             default=list(chosen[number][0]),
             best_us=results[0][0],
@@ -419,7 +420,7 @@ def tune_attention(plan: Any, dtype: torch.dtype, log: Log, deadline: float) -> 
     )  # fmt: skip
     from lgnet_fast.kernels.launch import dot_precision, record
     from lgnet_fast.kernels.precompile import compile_all
-    from lgnet_fast.kernels.tables import INFERENCE
+    from lgnet_fast.kernels.conv_tables import INFERENCE
 
     kind = config_kind(dtype, dot_precision(dtype))
     generation, num_sms = device_generation(torch.device("cuda", 0))
@@ -575,7 +576,7 @@ def main() -> int:
     choices: dict[str, Any] = {}
     overlap = False
     if "compile" in sections:
-        for flag in (0, 1, 2, 3):
+        for flag in (False, True) if properties.major >= 9 else (False,):
             launches = recorded(CudaExecutor(plan, dtype, overlap=flag, graphs=False))
             begin = time.perf_counter()
             failures = compile_all(launches, 0)

@@ -2,13 +2,15 @@
 
 ==================  ===================================================================
 `attention`         cosine-similarity attention and its 1x1 combiner, forward and backward
+`attention_inference`  the same block where nothing is saved for a backward
 `merge_concat`      ``cat(image * (1 - m) + output * m, m)``, forward and backward
 `conv`              every convolution of the engine's plan, with its epilogue; split depth for the deep layers
 `configs`           block shapes of attention and merge per GPU generation; the table itself is in `tables`,
                     written by `bench/tune_attention.py`
-`conv_configs`      tiles of the convolutions, by an estimate; `conv_tables`, written by `bench/tune_conv.py`,
-                    overrides it
+`conv_configs`      tiles of the convolutions, by an estimate; `conv_tables`, measured by `bench/gpu_contact.py` and
+                    written by `bench/write_tables.py`, overrides it
 `launch`            device guard, interpreter check
+`precompile`        compiling many launches in parallel processes
 `aot`               ahead-of-time compilation of everything above, without a GPU
 ==================  ===================================================================
 

@@ -348,7 +348,7 @@ def attention_block_inference(
     rows = torch.empty((2 if paper else 3, *size), dtype=dtype, device=device)
     q, v, k = rows[0], rows[1], rows[0 if paper else 2]
     r = torch.empty(size, dtype=torch.float32, device=device)
-    shared: dict[str, Any] = {"OVERLAP": overlap > 0, **overlapping(overlap > 0)}
+    shared: dict[str, Any] = {"OVERLAP": overlap, **overlapping(overlap)}
     with device_guard(features):
         _project(features, weight, bias, (q, k, v, r), paper, config, precision, shared)
         _weigh((q, k, v, r), result, shape, paper, config, ACTIVATIONS[activation], precision, num_sms, shared)

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .conv_tables import INFERENCE
 from .launch import is_interpreted
-from .tables import INFERENCE, TABLES
+from .tables import TABLES
 
 HEAD_CLASSES = (96, 128, 192, 256, 384, 512)
 MAX_SPLITS = 8

@@ -1,6 +1,6 @@
 """Which block shapes, and over how many splits of the depth, a convolution of the engine runs with.
 
-`conv_tables.py` holds what `bench/tune_conv.py` measured on a GPU. Where it says nothing, the candidate with the
+`conv_tables.py` holds what `bench/gpu_contact.py` measured on a GPU. Where it says nothing, the candidate with the
 least estimated time is taken: waves of programs, each bound by its multiplications or by its reads from the L2 cache.
 """
 
@@ -118,7 +118,9 @@ def estimate(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -
     seconds = _FILL_SECONDS + max(longest, total * waves) * per_program
     seconds = max(seconds, _FILL_SECONDS + weights / (card.memory * min(1.0, count / num_sms)))
     seconds += LAUNCH_SECONDS
-    if tile.splits > 1:
+    if tile.fused:  # the last program reads every part of its block alone
+        seconds += 4 * area * tile.splits / (2 * card.l2 / num_sms) + 5e-7
+    elif tile.splits > 1:
         partial = 4 * work.all_rows * work.columns * tile.splits
         seconds += LAUNCH_SECONDS + 2 * partial / card.l2 + 2e-8 * tile.splits
     return seconds
@@ -168,7 +170,8 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
         crowded = block_m * block_n > most and generation != "interpreted"
         while splits <= min(MAX_SPLITS, longest // 2 or 1):
             if (splits == 1 and not crowded) or (splits > 1 and single * splits <= 4 * num_sms):
-                yield tile._replace(splits=splits)
+                # measured: a kernel of its own for the sum pays only beside the epilogue that ends a stage
+                yield tile._replace(splits=splits, fused=splits > 1 and not work.merges)
             splits *= 2
 
 

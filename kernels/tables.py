@@ -188,6 +188,3 @@ TABLES: dict[str, dict[tuple[str, str, int], Rows]] = {
         ("rows", "any", 512): ((8192, (32, 32, 4, 2)), (0, (16, 64, 4, 2))),
     },
 }
-
-INFERENCE: dict[tuple[str, str, int, int, int], tuple[int, ...]] = {}
-"""(generation, dtype kind, head size, positions, batch) -> fields of `configs.Inference`; others go by rule."""

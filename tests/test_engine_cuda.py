@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +16,7 @@ pytest.importorskip("triton")
 
 from lgnet_fast.kernels.conv_configs import Work, pick_tile
 
-from bench import tune_conv
+from bench import write_tables
 from lgnet_fast.engine import cuda_executor, graphs
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.engine import plan_stages
@@ -54,14 +57,30 @@ def test_programs_without_a_pool_launch_directly() -> None:
     assert program.reason == "graphs are switched off"
 
 
-def test_tuner_renders_the_table() -> None:
-    text = tune_conv.TABLES_FILE.read_text()
-    half, tf32 = ("half", 4096, 256, (9,), 256), ("tf32", 16, 512, (4, 4, 4, 4), 1024)
-    tables = {"sm_90": {half: (128, 128, 64, 1, 8, 4), tf32: "cudnn"}}
+def test_measured_tiles_become_the_table(tmp_path: Path) -> None:
+    """Steps of one product share the tile of least sum; what was not measured stays."""
+    work, fast, slow = ["sm_90", "half", 4096, 256, [9], 256], [64, 128, 64, 1, 4, 5, False], [64, 64, 64, 2, 4, 5, True]
+    block = ["sm_90", "half", 128, 4096, 1]
+    lines = [
+        {"section": "convs", "key": work, "times": 4, "best": slow, "best_us": 9.0, "others": [[10.0, *fast]]},
+        {"section": "convs", "key": work, "times": 4, "best": fast, "best_us": 9.0, "others": [[12.0, *slow]]},
+        {"section": "attention", "key": block, "best": [128, 64, 128, 8, 3, 32, 64, 128, 4, 4]},
+        {"section": "convs", "cut_off": "net_g.d1"},
+    ]
+    file = tmp_path / "contact_lgnet_float16_b1.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    tables, inference = write_tables.measured([file])
+    assert tables == {"sm_90": {("half", 4096, 256, (9,), 256): tuple(fast)}}
+    assert inference == {tuple(block): (128, 64, 128, 8, 3, 32, 64, 128, 4, 4)}
+    kept = {"sm_80": {("tf32", 16, 512, (4, 4, 4, 4), 1024): "cudnn"}}
+    text = write_tables.TABLES_FILE.read_text()
     namespace: dict[str, object] = {}
-    exec(tune_conv.render(text, tables), namespace)
-    assert namespace["TUNED"] == tables
-    assert tune_conv.render(tune_conv.render(text, tables), {}) == tune_conv.render(text, {})
+    exec(write_tables.render(text, {**tables, **kept}, inference), namespace)
+    assert namespace["TUNED"] == {**tables, **kept}
+    assert namespace["INFERENCE"] == inference
+    shipped: dict[str, Any] = {}
+    exec(text, shipped)
+    assert write_tables.render(text, shipped["TUNED"], shipped["INFERENCE"]) == text
 
 
 def test_tiles_exist_for_every_kind_of_step() -> None:

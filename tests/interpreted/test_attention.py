@@ -15,9 +15,11 @@ from lgnet_fast.kernels.attention import (
     can_run_attention,
     split_head,
 )
-from lgnet_fast.kernels.configs import Config, assume_generation, num_splits, override
+from lgnet_fast.kernels.attention_inference import attention_block_inference
+from lgnet_fast.kernels.configs import Config, Inference, assume_generation, num_splits, override
 from torch import Tensor
 
+from lgnet_fast.reference import attention as reference
 from lgnet_fast.reference.attention import query_key_value
 from tests.interpreted.rules import DTYPES, VARIANTS, assert_accurate, attention_results, block_results, normal
 
@@ -277,3 +279,27 @@ def test_num_splits() -> None:
         assert (splits - 1) * length < positions <= splits * length
     assert num_splits(32, 4096, 64, 132) == (4, 1024)
     assert num_splits(512, 4096, 64, 132)[0] == 1
+
+
+@pytest.mark.parametrize("num_sms", [1, 24], ids=["whole", "split"])
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("shape", [(2, 24, 5, 7), (1, 96, 8, 8), (1, 320, 4, 5)], ids=str)
+def test_inference(shape: tuple[int, ...], variant: str, dtype: torch.dtype, num_sms: int) -> None:
+    """Columns and keys cut, an activation at the end, into a slice of a wider map of any layout."""
+    channels = shape[1]
+    features = normal(*shape, dtype=dtype)
+    weight = (normal(channels, 2 * channels, 1, 1, seed=1) / channels**0.5).to(dtype)
+    bias = normal(channels, dtype=dtype, seed=2)
+    wide = torch.full((shape[0], *shape[2:], channels + 16), math.nan, dtype=dtype)
+    out = wide[..., 8:-8].permute(0, 3, 1, 2)
+    config = Inference(16, 16, 32, 4, 1, 16, 32, 32, 8)
+    with assume_generation("interpreted", num_sms), override("inference", config):
+        attention_block_inference(features, weight, bias, variant, out=out, activation="relu")
+    exact, eager = (
+        torch.relu(reference.attention_block(*(t.to(kind) for t in (features, weight, bias)), variant))
+        for kind in (torch.float64, dtype)
+    )
+    assert_accurate("out", out, exact, eager)
+    assert wide[..., :8].isnan().all()
+    assert wide[..., -8:].isnan().all()
