@@ -59,7 +59,11 @@ def test_programs_without_a_pool_launch_directly() -> None:
 
 def test_measured_tiles_become_the_table(tmp_path: Path) -> None:
     """Steps of one product share the tile of least sum; what was not measured stays."""
-    work, fast, slow = ["sm_90", "half", 4096, 256, [9], 256], [64, 128, 64, 1, 4, 5, False], [64, 64, 64, 2, 4, 5, True]
+    work, fast, slow = (
+        ["sm_90", "half", 4096, 256, [9], 256],
+        [64, 128, 64, 1, 4, 5, False],
+        [64, 64, 64, 2, 4, 5, True],
+    )
     block = ["sm_90", "half", 128, 4096, 1]
     lines = [
         {"section": "convs", "key": work, "times": 4, "best": slow, "best_us": 9.0, "others": [[10.0, *fast]]},

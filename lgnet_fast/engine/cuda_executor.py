@@ -98,12 +98,13 @@ class Memory:
             self.maps[name] = self.arena[begin : begin + count].view(shape)
         size = (plan.batch, 3, plan.height, plan.width)
         stages = sum(step.merges for step in plan.steps)
-        self.image = torch.zeros(size, device=device)
-        self.mask = torch.zeros(size[0], 1, *size[2:], device=device)
-        self.start = torch.zeros(size, device=device)
-        self.outputs = torch.empty(1 + stages, *size, device=device)
+        single: Any = {"dtype": torch.float32, "device": device}  # whatever the caller's defaults are
+        self.image = torch.zeros(size, **single)
+        self.mask = torch.zeros(size[0], 1, *size[2:], **single)
+        self.start = torch.zeros(size, **single)
+        self.outputs = torch.empty(1 + stages, *size, **single)
         """The merged picture, then every stage's raw one."""
-        self._partial = torch.empty(0, device=device)
+        self._partial = torch.empty(0, **single)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
     def take(self, image: Tensor, mask: Tensor, start: Tensor | None) -> None:
@@ -121,7 +122,7 @@ class Memory:
     def partial(self, elements: int) -> Tensor:
         """A float32 workspace; earlier ones stay valid for those who hold them."""
         if self._partial.numel() < elements:
-            self._partial = torch.empty(elements, device=self._partial.device)
+            self._partial = self._partial.new_empty(elements)
         return self._partial
 
     def counters(self, blocks: int) -> Tensor:
@@ -318,11 +319,15 @@ class CudaExecutor:
         if program.graph is not None and self._done is not None:
             self._done.synchronize()
 
+    def bucket_of(self, regions: Sequence[tuple[Rect, ...]]) -> tuple[Rect, ...]:
+        """What holes share a graph with these, whose rectangles every step has."""
+        return bucket(regions[self._last], self.plan.height, self.plan.width)
+
     def _bucketed(self, regions: Sequence[tuple[Rect, ...]] | None) -> tuple[tuple[Rect, ...], ...] | None:
         """Every step's rectangles for the bucket of these; None where the dense graph is no dearer."""
         if regions is None:
             return None
-        holes = bucket(regions[self._last], self.plan.height, self.plan.width)
+        holes = self.bucket_of(regions)
 
         def make() -> tuple[tuple[Rect, ...], ...] | None:
             plan = self.plan.restricted(holes)

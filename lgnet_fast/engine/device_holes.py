@@ -2,20 +2,21 @@
 
 The mask is reduced to its cells of 32x32 pixels by one small reduction, and those are copied to the host behind it.
 Where nothing else is queued on the stream, the answer is there after some microseconds, and waited for. Where work is
-queued, waiting would leave the device without work afterwards: that run is told nothing, and a later one with the same
-mask finds the answer.
+queued, waiting would leave the device idle afterwards: that run is told nothing, and a later one with the same mask
+finds the answer.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
-from typing import Any, NamedTuple
+from collections import OrderedDict
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from .graphs import Recent, is_capturing
+from .graphs import is_capturing
 from .holes import label
 from .regions import Rect, join
 
@@ -27,7 +28,7 @@ _MASKS_KEPT = 16
 class _Search(NamedTuple):
     mask: weakref.ref[Tensor]
     cells: Tensor
-    done: Any
+    done: torch.cuda.Event
 
 
 class DeviceHoles:
@@ -35,31 +36,51 @@ class DeviceHoles:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self._searches: Recent[_Search] = Recent(_MASKS_KEPT)
+        self._searches: OrderedDict[tuple[int, int], _Search] = OrderedDict()
 
     def find(self, mask: Tensor) -> tuple[Rect, ...] | None:
         """Rectangles that contain every hole pixel of all samples; None where that is not known yet.
 
         Args:
-            mask: [B, 1, H, W] on a GPU, H and W multiples of 32; not 0 = hole.
+            mask: [B, 1, H, W] on an NVIDIA GPU, H and W multiples of 32; not 0 = hole.
         """
         if is_capturing(mask.device):
             return None
-        idle = _is_idle(mask.device)
-        # an inference tensor counts no writes, so it may have another content the next time
-        version = None if mask.is_inference() else mask._version
-        with self._lock:
-            key = (id(mask), version)
-            known = version is not None and key in self._searches
-            search = self._searches.get(key, lambda: _begin(mask))
-            if search.mask() is not mask or version is None:
-                search = search if not known and search.mask() is mask else _begin(mask)
-                self._searches.put(key, search)
+        stream = torch.cuda.current_stream(mask.device)
+        idle = stream.query()
+        if mask.is_inference() and not idle:
+            return None  # it counts no writes, so the answer would not serve a later run
+        search = _begin(mask, stream) if mask.is_inference() else self._known(mask, stream)
         if idle:
             search.done.synchronize()
-        elif not search.done.query():
-            return None
-        return boxes(search.cells)
+        return boxes(search.cells) if search.done.query() else None
+
+    def _known(self, mask: Tensor, stream: torch.cuda.Stream) -> _Search:
+        key = (id(mask), mask._version)
+        with self._lock:
+            search = self._searches.pop(key, None)
+            if search is None or search.mask() is not mask:
+                search = _begin(mask, stream)
+            self._searches[key] = search
+            if len(self._searches) > _MASKS_KEPT:
+                self._searches.popitem(last=False)
+        return search
+
+
+def _begin(mask: Tensor, stream: torch.cuda.Stream) -> _Search:
+    with torch.cuda.device(mask.device), torch.inference_mode(False), torch.no_grad():
+        cells = hole_cells(mask)
+        host = torch.empty(cells.shape, dtype=torch.bool, device="cpu", pin_memory=True)
+        host.copy_(cells, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record(stream)
+    return _Search(weakref.ref(mask), host, done)
+
+
+def hole_cells(mask: Tensor) -> Tensor:
+    """bool [H/32, W/32]: which cells of a mask [B, 1, H, W] hold a hole pixel of any sample."""
+    blocks = mask[:, 0].unflatten(2, (-1, CELL)).unflatten(1, (-1, CELL))
+    return blocks.ne(0).any(dim=4).any(dim=2).any(dim=0)
 
 
 def boxes(cells: Tensor) -> tuple[Rect, ...]:
@@ -71,9 +92,3 @@ def boxes(cells: Tensor) -> tuple[Rect, ...]:
         group = int(labels[y, x])
         found[group] = found[group].union(own) if group in found else own
     return join(found.values())
-
-
-def hole_cells(mask: Tensor) -> Tensor:
-    """bool [H/32, W/32]: which cells hold a hole pixel of any sample."""
-    blocks = mask.detach()[:, 0].unflatten(2, (-1, CELL)).unflatten(1, (-1, CELL))
-    return blocks.ne(0).any(dim=4).any(dim=2).any(dim=0)

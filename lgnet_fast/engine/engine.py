@@ -22,7 +22,8 @@ from ..reference.networks import LEVELS
 from .cpu_executor import CpuExecutor
 from .cuda_executor import CudaExecutor
 from .describe import describe
-from .devices import resolve_device, resolve_dtype
+from .device_holes import DeviceHoles
+from .devices import resolve_device, resolve_dtype, same_device
 from .holes import hole_boxes
 from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan, build_plan
@@ -133,6 +134,7 @@ class Engine:
         self._model_was_there = not on_meta
         self._fingerprint = () if on_meta else _fingerprint(model)
         self._lock = threading.Lock()
+        self._device_holes = DeviceHoles()
         self._shapes: _Cache[_Shape] = _Cache(SHAPES_KEPT)
         self._first = _Shape(plan, executor)
         self._shapes[self._key(plan)] = self._first
@@ -154,19 +156,22 @@ class Engine:
             mask: [B, 1, H, W], 1 = hole; dtype and device of `image`.
             return_stages: every stage's picture. Raw ones are None where the run was restricted to holes.
             holes: rectangles that contain every hole pixel, of all samples together, where the caller knows them;
-                None: found in the mask, for each sample by itself, if it is on the CPU.
+                None: found in the mask, for each sample by itself on the CPU; on a GPU for all together, in cells of
+                32x32 pixels, where that needs no wait for queued work (:mod:`.device_holes`).
 
         Returns:
             The merged result in the dtype of `image`, or :class:`Stages`.
         """
         check_inputs(image, mask, self.size_multiple)
-        if image.device != self.device:
+        if not same_device(image.device, self.device):
             raise ValueError(f"image: expected device {self.device} as the engine, got {image.device}")
         self._notice_model()
         each: list[tuple[Rect, ...]] = []
         if holes is None and self.hole_aware and mask.device.type == "cpu":
             each = [hole_boxes(sample) for sample in mask.split(1)]
             holes = join(hole for own in each for hole in own)
+        elif holes is None and self.hole_aware and mask.device.type == "cuda" and image.shape[0]:
+            holes = self._device_holes.find(mask)
         if image.shape[0] == 0 or (holes is not None and not holes):
             return self._unchanged(image, return_stages)
         with torch.no_grad():
@@ -291,6 +296,10 @@ def optimize(
     hole_aware: bool = True,
 ) -> Engine:
     """A fast form of `model`, with the same contract as ``model(image, mask)``.
+
+    On an NVIDIA GPU (sm_80 and later) its kernels are checked once against the model in float32, and the verdict is
+    kept in the user's cache folder; where one fails, a WARNING says so and the next best path runs
+    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the device's best layout.
 
     Args:
         model: any LGNet or X_LG; used in evaluation mode, left untouched.

@@ -78,6 +78,10 @@ class LibraryExecutor(CudaExecutor):
     def _bucketed(self, regions: Sequence[tuple[Rect, ...]] | None) -> None:
         return None
 
+    def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:
+        """One step's launches, everywhere."""
+        return super().step_launches(memory, number)
+
     def _launches(self, memory: Memory, regions: tuple[tuple[Rect, ...], ...] | None, painted: bool) -> list[Launch]:
         launches = super()._launches(memory, regions, painted)
         if PAINT in self._by_library:

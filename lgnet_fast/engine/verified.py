@@ -20,6 +20,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
+import threading
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,7 +34,7 @@ from .. import cache
 from ..ops.first_use import strict_float32, tf32_allowed
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from .cuda_executor import CudaExecutor
-from .graphs import error_text
+from .graphs import Recent, error_text
 from .library_executor import PAINT, LibraryExecutor
 from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan
@@ -46,6 +47,8 @@ LIMITS = {torch.float16: 2e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3}
 """Largest RMS error in the hole, of pictures in [-1, 1]."""
 _STEP_LIMITS = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 2e-3}
 """Largest RMS error of one step's result on exact operands, relative to that result's RMS."""
+HOLES_KEPT = 256
+"""Buckets of holes that a shape remembers."""
 _LARGEST_CHECK = 16 * 256 * 256
 """Pixels of a batch up to which the check has the plan's own sizes; else it has one picture of 256x256."""
 
@@ -136,12 +139,13 @@ class Example:
 
 def example_input(plan: Plan, device: torch.device, painted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Smooth colours with some detail, and one hole off the centre that no block of a kernel fits."""
-    generator = torch.Generator().manual_seed(20)
+    generator = torch.Generator("cpu").manual_seed(20)
     size = (plan.height, plan.width)
-    coarse = torch.rand(plan.batch, 3, 6, 6, generator=generator)
-    fine = torch.rand(plan.batch, 3, *size, generator=generator)
+    made: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    coarse = torch.rand(plan.batch, 3, 6, 6, **made)
+    fine = torch.rand(plan.batch, 3, *size, **made)
     image = (1.6 * F.interpolate(coarse, size, mode="bicubic") + 0.4 * fine - 1).clamp(-1, 1)
-    mask = torch.zeros(plan.batch, 1, *size)
+    mask = torch.zeros_like(image[:, :1])
     mask[..., plan.height // 5 : plan.height * 7 // 10, plan.width // 4 + 3 : plan.width * 3 // 4 + 1] = 1
     start = image.flip(3).to(device) if painted else None
     return image.to(device), mask.to(device), start
@@ -422,11 +426,14 @@ class Guarded:
     """A checked executor, and what runs in its place when a launch of another shape or hole raises: first the dense
     run, then launches without a graph, then all steps by PyTorch's operators. One WARNING each.
 
-    Running out of memory is passed on: the caller can ask for less.
+    Running out of memory is passed on: the caller can ask for less. A hole that comes for the first time is run
+    densely, for which every kernel is compiled; kernels for its rectangles are compiled when it comes again.
     """
 
-    def __init__(self, executor: CudaExecutor, dense_only: bool = False) -> None:
-        self.executor, self._dense_only = executor, dense_only
+    def __init__(self, executor: CudaExecutor) -> None:
+        self.executor, self._dense_only = executor, False
+        self._lock = threading.Lock()
+        self._holes: Recent[None] = Recent(HOLES_KEPT)
 
     def resized(self, plan: Plan) -> Guarded:
         """The same weights for another batch or size."""
@@ -440,6 +447,8 @@ class Guarded:
         regions: Sequence[tuple[Rect, ...]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`.engine.Executor`."""
+        if regions is not None and not self._came_before(regions):
+            regions = None
         while True:
             executor, where = self.executor, None if self._dense_only else regions
             try:
@@ -452,6 +461,13 @@ class Guarded:
                     raise
                 if title:
                     logger.warning("from now on %s at this size (%s)", title, error_text(error))
+
+    def _came_before(self, regions: Sequence[tuple[Rect, ...]]) -> bool:
+        holes = self.executor.bucket_of(regions)
+        with self._lock:
+            known = holes in self._holes
+            self._holes.get(holes, lambda: None)
+        return known
 
     def _step_down(self, failed: CudaExecutor, restricted: bool) -> str | None:
         """Take the next path: its name, "" where another thread has taken it already, None where there is none."""
@@ -472,6 +488,16 @@ class Guarded:
         return _TITLES["library"] + " run"
 
     # what describe() asks for
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.executor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return self.executor.dtype
 
     @property
     def choices(self) -> dict[str, str]:

@@ -92,10 +92,10 @@ def verify(
 
 def _operators(plan: Plan, device: torch.device, dtype: torch.dtype) -> Iterator[Check]:
     """Every operator that the model calls, with and without a gradient, by the backend that "auto" tries."""
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator("cpu").manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device, dtype)
+        return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
     cases: list[tuple[str, tuple[Tensor, ...], tuple[object, ...], str | None]] = []
     size = (plan.height, plan.width)

@@ -208,7 +208,9 @@ def _results(
     if not gradient:
         return [out]
     # positive, so that the gradient of a bias is not a sum that cancels
-    cotangent = 1 + torch.linspace(0, 37, out.numel(), device=out.device).cos().view(out.shape) / 2
+    cotangent = (
+        1 + torch.linspace(0, 37, out.numel(), dtype=torch.float32, device=out.device).cos().view(out.shape) / 2
+    )
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
 
 

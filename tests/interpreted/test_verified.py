@@ -18,7 +18,9 @@ from triton.runtime.errors import OutOfResources
 
 from lgnet_fast import cache
 from lgnet_fast.engine import cuda_executor, graphs, verified
+from lgnet_fast.engine import describe as describing
 from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.describe import Peaks
 from lgnet_fast.engine.graphs import CaptureError
 from lgnet_fast.engine.library_executor import LibraryExecutor, unpack
 from lgnet_fast.engine.plan import PICTURE, Plan, Step, Store, View
@@ -373,6 +375,9 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
     mask[..., 3:12, 5:14] = 1
     expected = TorchExecutor(plan).run(image, mask)[0]
     regions = [s.regions for s in plan.restricted([Rect(3, 12, 5, 14)]).steps]
+    result = executor.run(image, mask, None, regions)[0]  # densely, as this hole comes for the first time
+    assert not warnings(caplog)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     result = executor.run(image, mask, None, regions)[0]
     torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
     (warning,) = warnings(caplog)
@@ -391,6 +396,24 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
     other = executor.resized(plan.resized(2, 32, 64))
     picture = executor_inputs(other.executor.plan)
     assert other.run(*picture)[0].isfinite().all()
+
+
+def test_the_plan_is_described_with_the_cards_own_peaks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table asks the executor for its device; a floor is of the bytes that it stores."""
+    executor = Guarded(CudaExecutor(plan, HALF))
+    image = torch.zeros(1, 3, 16, 16)
+    times = executor.step_times(image, image[:, :1], replays=1)
+    assert len(times) == len(plan.steps)
+    # as on a GPU whose peaks were measured so
+    monkeypatch.setattr(describing, "measure_gpu_peaks", lambda *args: Peaks(1e12, 0.0, 1e9))
+    monkeypatch.setattr(describing.torch, "zeros", lambda *shape, **options: image)
+    monkeypatch.setattr(Guarded, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(Guarded, "step_times", lambda *args: [1.0] * len(plan.steps))
+    table = describing.describe(executor, plan, 5)
+    floors = [cell for cell in table.columns[-1].cells]
+    step = plan.steps[0]
+    expected = max(plan.macs(step) / 1e12, describing.traffic(plan, step) / 2 / 1e9) / 1e-3
+    assert floors[0] == f"{expected:.0%}"
 
 
 def executor_inputs(plan: Plan) -> tuple[Tensor, Tensor]:
