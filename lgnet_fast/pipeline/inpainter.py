@@ -385,16 +385,17 @@ class Inpainter:
     def _exact_model(self) -> Callable[..., Any]:
         with self._exact_lock:
             if self._exact is None:
-                self._exact = self._placed(torch.float32)
+                # on a GPU, compiling an engine's kernels for this one case takes longer than it saves
+                self._exact = self._placed(torch.float32, may_optimize=self.device.type == "cpu")
             return self._exact
 
-    def _placed(self, dtype: torch.dtype) -> Callable[..., Any]:
+    def _placed(self, dtype: torch.dtype, may_optimize: bool = True) -> Callable[..., Any]:
         """The source model ready to run on this device in `dtype`.
 
         With backend "auto" an LGNet becomes an engine where that has a fast executor. Else the model itself, in
         evaluation mode: the very one where it is that already, otherwise a copy.
         """
-        if self._backend == "auto" and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
+        if may_optimize and self._backend == "auto" and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
             reason = fast_executor_reason(self.device, dtype)
             if reason is None:
                 size = (self.multiple, self.multiple)
