@@ -6,13 +6,15 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo test bench plots aot gpu lint format clean
+.PHONY: help demo demo-data test bench plots evaluation aot gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
+	@echo "make demo-data  DATA=PICTURES WEIGHTS=FOLDER: what the bundled model is trained on, as tar shards in demo_data/"
 	@echo "make test   run the tests (first set-up included)"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make plots  redraw the README's pictures from bench/results/"
+	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile every Triton configuration ahead of time; prints shared memory, registers, spills"
 	@echo "make gpu    on a machine with an NVIDIA GPU: GPU tests and benchmarks (PYTHON=python3 picks the Python)"
 	@echo "make lint   ruff, mypy, clang-format"
@@ -43,6 +45,11 @@ $(VENV)/.lint: $(VENV)/.package
 demo: $(VENV)/.package
 	$(BIN)/lgnet-fast demo --output demo_output
 
+# WEIGHTS holds lpips_vgg16_f16.npz and lpips_alexnet_f16.npz (layout: lgnet_fast/reference/features.py).
+demo-data: $(VENV)/.extras
+	$(BIN)/python -m lgnet_fast.training.demo_data "$(DATA)" --output demo_data \
+		--vgg "$(WEIGHTS)/lpips_vgg16_f16.npz" --lpips "$(WEIGHTS)/lpips_alexnet_f16.npz"
+
 test: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu"
 
@@ -51,6 +58,9 @@ bench: $(VENV)/.extras
 
 plots: $(VENV)/.extras
 	$(BIN)/python -m bench.report --plots docs
+
+evaluation: $(VENV)/.extras
+	$(BIN)/python -m bench.evaluation_page $(if $(KODAK),--kodak "$(KODAK)") $(if $(LPIPS),--lpips "$(LPIPS)")
 
 aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py

@@ -138,7 +138,12 @@ def evaluate(
     pictures: Annotated[Path, typer.Option("-i", "--input", help="A folder of pictures, or one picture.")],
     out: Annotated[Path, typer.Option("-o", "--output", help="Folder for evaluation.json, .md and .png.")],
     masks: Annotated[
-        Path | None, typer.Option("-m", "--masks", help="A folder of masks (white = hole); default: drawn ones.")
+        Path | None,
+        typer.Option(
+            "-m",
+            "--masks",
+            help="A folder of masks (white = hole), with --suite PICTURE_thin.png and so on; default: drawn ones.",
+        ),
     ] = None,
     model: Annotated[
         list[str] | None,
@@ -148,7 +153,10 @@ def evaluate(
     ] = None,
     classes: Annotated[
         str | None,
-        typer.Option(help="Hole ratios, e.g. 10-20,20-30, or their numbers 0 to 5, e.g. 1,2; default: all."),
+        typer.Option(
+            help="Hole ratios, e.g. 10-20,20-30, or their numbers 0 to 5, e.g. 1,2; with --suite kinds, e.g. "
+            "thin,box; default: all."
+        ),
     ] = None,
     size: Annotated[int, typer.Option(min=0, help="Shorter edge, then centre crop; 0: pictures as they are.")] = 256,
     seed: Annotated[int, typer.Option(min=0, help="Of the masks, and of which picture gets which.")] = 0,
@@ -157,14 +165,35 @@ def evaluate(
         bool, typer.Option("--pair-by-name", help="Each picture has a mask of its name.")
     ] = False,
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Black = hole.")] = False,
-    baselines: Annotated[str, typer.Option(help="Rows to compare with: telea, ns, or none.")] = "telea,ns",
-    metrics: Annotated[str, typer.Option(help="Which to measure.")] = "l1,psnr,ssim,lpips,fid",
+    suite: Annotated[
+        bool, typer.Option("--suite", help="Thin and thick strokes, a box, a blob; sharpness; docs/evaluation.md.")
+    ] = False,
+    baselines: Annotated[
+        str | None,
+        typer.Option(
+            help="Rows to compare with: telea, ns, biharmonic, or none. Default: telea,ns; with --suite all three."
+        ),
+    ] = None,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            help="Which to measure. Default: l1,psnr,ssim,lpips,fid; with --suite l1,psnr,ssim,lpips,sharp."
+        ),
+    ] = None,
     paper_compat: Annotated[
         bool, typer.Option("--paper-compat", help="Truncate to 8 bits as the released test script does.")
     ] = False,
-    lpips: Annotated[Path | None, typer.Option(help="torchvision's AlexNet weights; default: downloaded.")] = None,
+    lpips: Annotated[
+        Path | None,
+        typer.Option(
+            help="LPIPS weights: AlexNet's or VGG-16's, torchvision's file or one with the heads; default: "
+            "$LGNET_FAST_LPIPS, or, without --suite, downloaded."
+        ),
+    ] = None,
     fid: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights; default: downloaded.")] = None,
-    sheet_rows: Annotated[int, typer.Option(min=0, help="Pictures in the contact sheet.")] = 6,
+    sheet_rows: Annotated[
+        int | None, typer.Option(min=0, help="Rows of the contact sheet; 0: none. Default: 6; with --suite 12.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, eager, triton, cpp.")] = "auto",
@@ -190,8 +219,9 @@ def evaluate(
             mask_kind=mask_kind.value,
             pair_by_name=pair_by_name,
             invert_mask=invert_mask,
-            baselines=[] if baselines in ("", "none") else baselines.split(","),
-            metrics=metrics.split(","),
+            suite=suite,
+            baselines=None if baselines is None else [] if baselines in ("", "none") else baselines.split(","),
+            metrics=None if metrics is None else metrics.split(","),
             paper_compat=paper_compat,
             lpips=lpips,
             fid=fid,

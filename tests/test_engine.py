@@ -304,6 +304,19 @@ def test_save_and_load(model, tmp_path):
 
 
 @needs_extension
+def test_capped_widths_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = lively(create_model("lgnet_small", **NARROW, max_channels=12, backend="eager")).float()
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    with torch.no_grad():
+        exact = model.double()(image.double(), mask.double())
+    fast = optimize(model.float())
+    assert_same_pixels(fast(image, mask), exact, mask)
+    fast.save(tmp_path / "engine")
+    assert torch.equal(load_engine(tmp_path / "engine")(image, mask), fast(image, mask))
+
+
+@needs_extension
 @pytest.mark.parametrize("circumstance", ["instruction set", "threads", "lgnet_fast", "torch"])
 def test_an_engine_made_elsewhere_is_refused(model, tmp_path, circumstance):
     optimize(model).save(tmp_path)

@@ -44,11 +44,22 @@ def threads(request):
 
 
 @cache
-def plan_of(channels: int, stages: str = "C+L+G_att", variant: str = "released", local: int | None = None) -> Plan:
+def plan_of(
+    channels: int,
+    stages: str = "C+L+G_att",
+    variant: str = "released",
+    local: int | None = None,
+    cap: int | None = None,
+) -> Plan:
     """A plan, float64, of a network whose features have deviation about one."""
     torch.manual_seed(0)
     model = LGNet(
-        stages, variant, coarse_channels=channels, local_channels=local or channels, global_channels=channels
+        stages,
+        variant,
+        coarse_channels=channels,
+        local_channels=local or channels,
+        global_channels=channels,
+        max_channels=cap,
     ).double()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -130,6 +141,14 @@ def test_ablations(stages):
 def test_the_paper_s_attention_and_a_width_of_48(kernel):
     key = (48, "C+G_att", "paper")
     plan = plan_of(*key)
+    check(key, CpuExecutor(plan, choices=choices(plan, kernel)))
+
+
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_capped_widths(kernel):
+    key = (16, "C+G_att", "released", None, 32)
+    plan = plan_of(*key)
+    assert max(buffer.channels for buffer in plan.buffers.values()) == 64
     check(key, CpuExecutor(plan, choices=choices(plan, kernel)))
 
 

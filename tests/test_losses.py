@@ -11,16 +11,20 @@ import torch
 
 from lgnet_fast.reference import CASCADES, Stages, create_model
 from lgnet_fast.reference.losses import (
+    FeatureOptions,
     LossWeights,
     adversarial_loss,
     discriminator_loss,
     generator_loss,
     gram_matrix,
+    hole_share,
     masked_l1,
     perceptual_distance,
     style_distance,
     total_variation,
+    window,
 )
+from lgnet_fast.reference.vgg import VGG16Features
 
 
 @pytest.fixture
@@ -276,3 +280,120 @@ def test_lean_gives_the_same_gradients_and_keeps_no_feature_maps(frozen):
     if not frozen:
         for a, b in zip(gradients, same, strict=True):
             assert (a - b).abs().max() <= 1e-12 * a.abs().max()
+
+
+# -- cheaper and further terms ----------------------------------------------------------------------------------
+
+
+def test_style_and_perceptual_of_vgg_are_the_plain_formula(tmp_path):
+    """From a weights file to the terms, in float64, against layers and sums written out."""
+    rng = np.random.default_rng(0)
+    pairs = [(64, 3), (64, 64), (128, 64), (128, 128), (256, 128), (256, 256), (256, 256)]
+    weights = {f"w{i}": rng.standard_normal((*p, 3, 3)) * (2 / (9 * p[1])) ** 0.5 for i, p in enumerate(pairs)}
+    weights |= {f"b{i}": rng.standard_normal(p[0]) * 0.1 for i, p in enumerate(pairs)}
+    np.savez(tmp_path / "vgg.npz", **weights)
+    stages, image, mask = stages_of(2)
+    terms = generator_loss(stages, image, mask, torch.ones(1), VGG16Features.from_file(tmp_path / "vgg.npz"))
+
+    def levels(x):
+        out = []
+        for i in range(7):
+            w, b = tensor(weights[f"w{i}"]), tensor(weights[f"b{i}"])
+            x = torch.nn.functional.conv2d(x, w, b, padding=1).clamp(min=0)
+            if i in (1, 3, 6):
+                x = torch.nn.functional.max_pool2d(x, 2)
+                out.append(x.detach().numpy())
+        return out
+
+    style = perceptual = 0.0
+    for picture in (stages.raw[1], stages.merged[1]):
+        for a, b in zip(levels(image), levels(picture)):
+            c, h, w = a.shape[1:]
+            a, b = a.reshape(-1, c, h * w), b.reshape(-1, c, h * w)
+            perceptual += np.abs(a - b).mean()
+            style += np.abs(a @ a.transpose(0, 2, 1) - b @ b.transpose(0, 2, 1)).mean() / (c * h * w)
+    assert terms["style2"].item() == pytest.approx(style, rel=1e-6)
+    assert terms["perceptual2"].item() == pytest.approx(perceptual, rel=1e-6)
+
+
+def test_only_the_last_stage_and_merged_pictures():
+    stages, image, mask = stages_of(3)
+    options = FeatureOptions(stages="last", pictures="merged", factor=4)
+    terms = generator_loss(stages, image, mask, torch.ones(1), features, options=options)
+    assert "style2" not in terms
+    gt, merged = features(image), features(stages.merged[2])
+    assert torch.allclose(terms["style3"], style_distance(gt, merged), rtol=1e-12)
+    assert torch.allclose(terms["perceptual3"], perceptual_distance(gt, merged), rtol=1e-12)
+    plain = sum(terms[f"valid{i}"] + 6 * terms[f"hole{i}"] for i in (1, 2, 3)) + 0.1 * (terms["tv2"] + terms["tv3"])
+    expected = plain + 4 * (120 * terms["style3"] + 0.05 * terms["perceptual3"])
+    assert terms["G"].item() == pytest.approx(expected.item(), rel=1e-12)
+
+
+def test_windows_hold_the_same_place_of_every_picture_and_a_hole_pixel():
+    torch.manual_seed(0)
+    places = torch.arange(20 * 24, dtype=torch.float64).view(1, 1, 20, 24).expand(3, 2, 20, 24)
+    mask = torch.zeros(3, 1, 20, 24, dtype=torch.float64)
+    mask[0, 0, 0, 0] = mask[1, 0, 19, 23] = mask[2, 0, 10, 12] = 1
+    cut, holes = window([places, mask], mask, 8)
+    assert cut.shape == (3, 2, 8, 8)
+    assert holes.sum(dim=(1, 2, 3)).tolist() == [1, 1, 1]
+    assert [int(c[0, 0, 0]) for c in cut] == [0, 12 * 24 + 16, 6 * 24 + 8]
+    assert torch.equal(cut[2, 1], places[2, 1, 6:14, 8:16])
+    with pytest.raises(ValueError, match="side: expected 1 to 20, got 21"):
+        window([places], mask, 21)
+    (anywhere,) = window([places], torch.zeros_like(mask), 20)
+    assert anywhere.shape == (3, 2, 20, 20)
+
+
+def test_crops_restrict_the_terms_and_their_gradient():
+    stages, image, mask = stages_of(2, side=32)
+    mask = torch.zeros_like(mask)
+    mask[:, :, 2, 3] = 1  # the window is the upper left corner
+    options = FeatureOptions(crop=16)
+    weights = LossWeights(hole=0, total_variation=0, adversarial=0)
+    terms = generator_loss(stages, image, mask, torch.ones(1), features, weights, options=options)
+    part = Stages(None, None, None, *(tuple(p[..., :16, :16] for p in kind) for kind in (stages.raw, stages.merged)))
+    small = generator_loss(part, image[..., :16, :16], mask[..., :16, :16], torch.ones(1), features, weights)
+    assert terms["style2"].item() == pytest.approx(small["style2"].item(), rel=1e-12)
+    assert terms["perceptual2"].item() == pytest.approx(small["perceptual2"].item(), rel=1e-12)
+    (120 * terms["style2"]).backward()
+    assert stages.raw[1].grad[..., :16, :16].any()
+    assert not stages.raw[1].grad[..., 16:, :].any()
+    assert not stages.raw[1].grad[..., 16:].any()
+
+
+class _LPIPS:
+    """A stand-in with LPIPS's two methods."""
+
+    def directions(self, picture):
+        return features(picture)
+
+    def distance(self, a, b):
+        return torch.stack([(x - y).square().mean(dim=(1, 2, 3)) for x, y in zip(a, b)]).sum(dim=0)
+
+
+@pytest.mark.parametrize("lean", [False, True])
+def test_lpips_term(lean):
+    stages, image, mask = stages_of(3)
+    weights = LossWeights(hole=0, total_variation=0, adversarial=0, lpips=3)
+    terms = generator_loss(stages, image, mask, torch.ones(1), None, weights, lean, lpips=_LPIPS())
+    expected = [_LPIPS().distance(features(image), features(m)).mean() for m in stages.merged[1:]]
+    assert terms["lpips2"].item() == pytest.approx(expected[0].item(), rel=1e-12)
+    assert terms["lpips3"].item() == pytest.approx(expected[1].item(), rel=1e-12)
+    (gradient,) = torch.autograd.grad(3 * expected[1], stages.raw[2], retain_graph=True)
+    (valid,) = torch.autograd.grad(masked_l1(stages.raw[2], image, 1 - mask), stages.raw[2])
+    terms["G"].backward()
+    assert torch.allclose(stages.raw[2].grad, gradient + valid, rtol=1e-9, atol=1e-15)
+
+
+def test_scores_weighted_by_the_hole():
+    mask = torch.zeros(1, 1, 8, 8, dtype=torch.float64)
+    mask[..., :4, :2] = 1
+    scores = tensor([[[[0.5, 3.0], [-2.0, 7.0]]]])
+    weight = hole_share(mask, scores)
+    assert weight.flatten().tolist() == [0.5, 0, 0, 0]
+    assert adversarial_loss(scores, True, weight).item() == pytest.approx(0.25)
+    assert discriminator_loss(scores, scores, weight)["D"].item() == pytest.approx(0.25)
+    assert adversarial_loss(scores, True, torch.zeros_like(weight)).item() == 0.0
+    with pytest.raises(ValueError, match=r"weight: expected \[1, 1, 2, 2\] as scores"):
+        adversarial_loss(scores, True, mask)

@@ -33,7 +33,7 @@ def parameters(model: nn.Module) -> int:
 
 
 def test_list_models():
-    assert list_models() == ["lgnet", "lgnet_share", "lgnet_light", "lgnet_demo", *ABLATIONS]
+    assert list_models() == ["lgnet", "lgnet_share", "lgnet_light", "lgnet_demo", "lgnet_small", *ABLATIONS]
     with pytest.raises(ValueError, match="name: expected one of .*got 'lgnet_huge'"):
         create_model("lgnet_huge")
 
@@ -44,6 +44,7 @@ def test_list_models():
         ("lgnet", 115_002_185),
         ("lgnet_share", 60_587_206),
         ("lgnet_light", 67_095_337),
+        ("lgnet_small", 9_790_761),
         ("C", 54_414_979),
         ("C+L", 54_414_979 + 5_483_203),
         ("C+G_att", 54_414_979 + 55_104_003),

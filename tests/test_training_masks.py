@@ -99,6 +99,73 @@ def test_classes_are_closed_above():
     assert found == [None, None, 0, 0, 1, 1, 4, 5, None]
 
 
+# -- the suite's kinds ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", [(256, 256), (100, 300), (64, 64), (16, 16)])
+def test_suite_kinds_keep_their_shares(size):
+    pixels = size[0] * size[1]
+    for seed in range(10):
+        thin, thick, box, blob = (masks.suite_mask(*size, kind=kind, seed=(seed, 7)) for kind in masks.SUITE_KINDS)
+        assert 0.1 < hole_ratio(thin) <= 0.2
+        assert 0.2 < hole_ratio(thick) <= 0.3
+        rows, columns = np.flatnonzero(box.any(axis=1)), np.flatnonzero(box.any(axis=0))
+        side = min(size) // 4
+        assert len(rows) == len(columns) == side
+        assert box.sum() == side**2
+        assert not masks.reaches_border(box)
+        assert blob.sum() == round(0.15 * pixels)
+        assert _is_connected(blob)
+
+
+def _is_connected(hole: np.ndarray) -> bool:
+    """Whether steps up, down, left and right within the hole lead from one pixel to all others."""
+    reached = np.zeros_like(hole)
+    reached.flat[np.flatnonzero(hole)[0]] = True
+    while True:
+        wider = np.pad(reached, 1)
+        wider = wider[1:-1, 1:-1] | wider[:-2, 1:-1] | wider[2:, 1:-1] | wider[1:-1, :-2] | wider[1:-1, 2:]
+        wider &= hole
+        if (wider == reached).all():
+            return bool((reached == hole).all())
+        reached = wider
+
+
+def test_suite_strokes_are_thin_and_thick():
+    """The largest square inside the strokes of one brush lies between the bounds of the brush."""
+    for kind, low, high in (("thin", 2, 9), ("thick", 12, 31)):
+        for seed in range(5):
+            hole = masks.suite_mask(256, 256, kind=kind, seed=seed)
+            crossing = 3  # where strokes cross, a square is wider than any of them
+            for side in (low, crossing * high):
+                windows = np.lib.stride_tricks.sliding_window_view(hole, (side, side)).all(axis=(2, 3))
+                assert windows.any() == (side == low)
+
+
+def test_suite_masks_are_the_same_on_every_platform():
+    digest = hashlib.sha256()
+    for kind in masks.SUITE_KINDS:
+        mask = masks.suite_mask(256, 192, kind=kind, seed=(0, 3))
+        assert np.array_equal(mask, masks.suite_mask(256, 192, kind=kind, seed=[0, 3]))
+        assert not np.array_equal(mask, masks.suite_mask(256, 192, kind=kind, seed=[0, 4]))
+        digest.update(np.packbits(mask).tobytes())
+    # As above: a change makes earlier tables incomparable.
+    assert digest.hexdigest()[:16] == "30bf818cd1aecd37"
+
+
+@pytest.mark.parametrize(
+    ("changes", "text"),
+    [
+        ({"kind": "strokes"}, "kind: expected one of"),
+        ({"height": 15}, "height, width: expected at least 16 each, got 15x32"),
+        ({"seed": -1}, "seed: expected non-negative"),
+    ],
+)
+def test_wrong_arguments_of_suite_masks(changes, text):
+    with pytest.raises(ValueError, match=text):
+        masks.suite_mask(**{"height": 32, "width": 32, "kind": "box", "seed": 0, **changes})
+
+
 # -- folders ----------------------------------------------------------------------------------------------------
 
 

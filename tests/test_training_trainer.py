@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 from typer.testing import CliRunner
 
-from lgnet_fast import LGNet, LocalGlobalRefinement, create_model
+from lgnet_fast import LGNet, LocalGlobalRefinement, WeightsError, create_model
 from lgnet_fast.cli import app
 from lgnet_fast.reference import list_models
 from lgnet_fast.reference.discriminator import Discriminator
+from lgnet_fast.reference.features import register_features
 from lgnet_fast.reference.networks import UNet
+from lgnet_fast.reference.vgg import VGG16Features
 from lgnet_fast.training import ConfigError, DataError, Trainer, TrainingError, load_config
 from lgnet_fast.training.config import LossConfig, OptimConfig, config_of
-from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator
+from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator, make_features, make_lpips
 from lgnet_fast.training.progress import Report
 from lgnet_fast.training.trainer import learning_rate_factor
+from lgnet_fast.training.validation import gradient_energy
 from tests.support import released_state
+from tests.test_features import weights
 from tests.training_support import TINY, tiny_config, tiny_settings, write_pictures
 
 
@@ -326,6 +333,116 @@ def test_frozen_batchnorm_keeps_its_statistics(pictures, tmp_path):
     assert "net_l.stem.norm.running_mean" in before
 
 
+def test_batchnorm_is_frozen_from_a_share_of_the_run_on(pictures, tmp_path):
+    model = {"freeze_batchnorm_from": 0.5, "batchnorm_momentum": 0.25}
+    trainer = Trainer(tiny_config(pictures, tmp_path, model=model, optim={"steps": 4}))
+    trainer.training_mode()
+    norm = trainer.network.net_l.stem.norm
+    seen = []
+    mean = norm.running_mean.clone()
+    for step in range(4):
+        trainer.train_step([batch(seed=step)])
+        trainer.step += 1
+        seen.append(norm.running_mean.clone())
+    assert norm.momentum == 0.25
+    assert not torch.equal(mean, seen[0])
+    assert not torch.equal(seen[0], seen[1])
+    assert torch.equal(seen[1], seen[2])
+    assert torch.equal(seen[2], seen[3])
+    assert norm.weight.requires_grad
+    assert norm.weight.grad.any()
+
+
+def test_a_leg_ends_with_a_checkpoint_and_the_next_goes_on(pictures, tmp_path, monkeypatch):
+    config = tiny_config(pictures, tmp_path / "run", optim={"steps": 5, "leg_minutes": 60})
+    trainer = Trainer(config)
+    step = trainer.train_step
+
+    def slow(batches):
+        trainer._born -= 1801
+        return step(batches)
+
+    monkeypatch.setattr(trainer, "train_step", slow)
+    assert trainer.fit() == tmp_path / "run" / "model"
+    assert trainer.step == 2
+    assert trainer.checkpoints.steps() == [2]
+    again = Trainer(config)
+    again.fit(resume=True)
+    assert again.step == 5
+
+
+def test_feature_terms_in_every_second_step_and_in_bfloat16(pictures, tmp_path):
+    seen = []
+
+    class Seeing(Features):
+        def forward(self, picture):
+            seen.append((picture.dtype, tuple(picture.shape)))
+            return super().forward(picture)
+
+    loss = {"feature_every": 2, "feature_dtype": "bf16", "feature_stages": "last", "feature_pictures": "merged"}
+    config = tiny_config(pictures, tmp_path, loss={**loss, "feature_crop": 64, "features": "torchvision"})
+    trainer = Trainer(config, features=Seeing())
+    trainer.training_mode()
+    found = []
+    for number in range(3):
+        found.append("style3" in trainer.train_step([batch(seed=number)]))
+        trainer.step += 1
+    assert found == [True, False, True]
+    assert seen == [(torch.bfloat16, (2, 3, 64, 64))] * 4  # the truth and the merged picture, twice
+
+
+def test_pictures_in_memory_and_scores_by_kind_of_hole(pictures, tmp_path):
+    held_out = write_pictures(tmp_path / "held_out", 2, (256, 256))
+    np.savez(tmp_path / "alexnet.npz", **weights("alexnet"))
+    run = tmp_path / "run"
+    config = tiny_config(
+        pictures,
+        run,
+        data={"in_memory": True, "mask_bank": 2, "mask_kind": "varied", "validation": str(held_out)},
+        loss={"lpips_weights": str(tmp_path / "alexnet.npz"), "lpips": 1.0},
+        optim={"steps": 2},
+        run={"validation_kinds": ["thin", "box"], "validation_pictures": 1, "metric": "lpips", "finite_every": 2},
+    )
+    trainer = Trainer(config)
+    trainer.fit()
+    train, scores = lines(run)[-2:]
+    assert train["lpips3"] > 0
+    assert {"l1", "psnr", "lpips", "sharpness", "psnr_thin", "lpips_box"} <= scores.keys()
+    assert scores["psnr"] == pytest.approx((scores["psnr_thin"] + scores["psnr_box"]) / 2)
+    assert trainer.best == pytest.approx(scores["lpips"])
+    assert len(trainer.by_kind.images) == 1
+    image, mask = trainer.by_kind.images, trainer.by_kind.masks["box"]
+    truth = ((image + 1) * 127.5).round()
+    with trainer.averaged(), torch.no_grad():
+        error = ((trainer.network(image, mask) + 1) * 127.5).round().clamp(0, 255) - truth
+    expected = 10 * math.log10(255**2 / float(error.square().mean()))
+    assert scores["psnr_box"] == pytest.approx(expected, abs=1e-3)
+
+
+def test_feature_networks_by_configuration(tmp_path):
+    register_features("mine", Features)
+    assert isinstance(make_features(LossConfig(features="mine")), Features)
+    assert isinstance(make_features(LossConfig(features="lgnet_fast.reference.vgg:VGG16Features")), VGG16Features)
+    with pytest.raises(ConfigError, match="loss.features: expected package.module:function, got 'nowhere:at_all'"):
+        make_features(LossConfig(features="nowhere:at_all"))
+    np.savez(tmp_path / "vgg.npz", **weights("vgg16", convolutions=7))
+    file = str(tmp_path / "vgg.npz")
+    assert make_features(LossConfig(features=file, features_normalised=True)).normalised
+    with pytest.raises(WeightsError, match="expected a SHA-256 of '0000"):
+        make_features(LossConfig(features=file, features_sha256="00" * 32))
+    assert make_features(LossConfig(features=file, style=0, perceptual=0)) is None
+    assert make_lpips(LossConfig()) is None
+
+
+def test_gradient_energy_by_hand():
+    picture = torch.zeros(1, 3, 3, 3)
+    picture[0, :, 1, 1] = 10  # grey 10
+    mask = torch.ones(1, 1, 3, 3)
+    assert float(gradient_energy(picture, mask)) == pytest.approx(400)
+    mask[..., 0] = 0
+    assert float(gradient_energy(picture, mask)) == pytest.approx(300)
+
+
 # -- losses that are not finite -----------------------------------------------------------------------------------
 
 
@@ -391,13 +508,15 @@ def test_schedules_by_progress(schedule, expected):
     assert found == pytest.approx(expected, abs=1e-6)
 
 
-def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path):
+def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path, monkeypatch):
+    clock = itertools.count()  # a second passes with every look at it
+    monkeypatch.setattr("lgnet_fast.training.trainer.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     config = tiny_config(
-        pictures, tmp_path / "run", optim={"steps": 100_000, "max_minutes": 0.02, "schedule": "linear"}
+        pictures, tmp_path / "run", optim={"steps": 100_000, "max_minutes": 0.2, "schedule": "linear"}
     )
     trainer = Trainer(config)
     trainer.fit()
-    assert 0 < trainer.step < 500
+    assert 2 < trainer.step <= 12
     assert trainer.checkpoints.steps() == [trainer.step]
     rates = [line["learning_rate"] for line in lines(tmp_path / "run")]
     assert rates == sorted(rates, reverse=True)
@@ -424,6 +543,15 @@ def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path):
         ("data: {hole_classes: [6]}", "data.hole_classes: expected indices from 0 to 5"),
         ("data: {mask_kind: dots}", "data.mask_kind: expected one of"),
         ("loss: {hole: -1}", "loss.hole: expected 0 or more, got -1"),
+        ("loss: {feature_crop: 300}", "loss.feature_crop: expected 64 to 256, got 300"),
+        ("loss: {feature_every: 0}", "loss.feature_every: expected 1 or more, got 0"),
+        ("loss: {feature_stages: first}", "loss.feature_stages: expected one of later, last, got 'first'"),
+        ("loss: {lpips: 1}", "loss.lpips_weights: expected a file, for loss.lpips, got None"),
+        ("run: {validation_kinds: [round]}", "run.validation_kinds: expected names of"),
+        ("run: {metric: lpips}", "run.metric: expected one that is scored"),
+        ("run: {metric: ssim, validation_kinds: [box]}", "run.metric: expected one that is scored"),
+        ("model: {freeze_batchnorm_from: 1}", "model.freeze_batchnorm_from: expected a share in"),
+        ("data: {colour: 1}", "data.colour: expected a share in"),
         ("discriminator: {start: 1}", "discriminator.start: expected a share in"),
         ("run: {on_nan: ignore}", "run.on_nan: expected one of stop, skip, got 'ignore'"),
         ("run: [1", "config: expected a readable YAML or JSON file"),
@@ -455,7 +583,7 @@ def test_configuration_from_yaml_json_and_the_command_line(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["demo", "lgnet_places2"])
+@pytest.mark.parametrize("name", ["demo", "demo_gpu", "lgnet_places2"])
 def test_shipped_configurations_are_valid(name):
     from pathlib import Path
 

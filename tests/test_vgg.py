@@ -30,14 +30,14 @@ def state(dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     return out
 
 
-def torchvision_file(directory: Path) -> Path:
+def torchvision_file(directory: Path, name: str = WEIGHTS_FILE) -> Path:
     """A file laid out as torchvision's: all of VGG-16's names (later shapes are made up)."""
     full = {f"features.{k}": v for k, v in state().items()}
     full |= {f"features.{i}.{leaf}": torch.zeros(1) for i in (17, 19, 21, 24, 26, 28) for leaf in ("weight", "bias")}
     full |= {f"classifier.{i}.{leaf}": torch.zeros(1) for i in (0, 3, 6) for leaf in ("weight", "bias")}
     directory.mkdir(parents=True, exist_ok=True)
-    torch.save(full, directory / WEIGHTS_FILE)
-    return directory / WEIGHTS_FILE
+    torch.save(full, directory / name)
+    return directory / name
 
 
 def test_names_and_shapes_are_torchvisions():
@@ -86,11 +86,16 @@ def test_wrong_pictures():
 def test_from_torchvisions_full_file_or_plain_names(tmp_path):
     plain = tmp_path / "plain.pth"
     torch.save(state(), plain)
-    for file in (torchvision_file(tmp_path), plain):
+    for file in (torchvision_file(tmp_path, "vgg16.pth"), plain):
         net = VGG16Features.from_torchvision(file)
         assert all(torch.equal(net.state_dict()[k], v) for k, v in state().items())
         assert not net.training
         assert not any(p.requires_grad or p.is_meta for p in net.parameters())
+
+
+def test_a_given_files_hash_is_what_its_name_promises(tmp_path):
+    with pytest.raises(WeightsError, match="expected a SHA-256 of '397923af'"):
+        VGG16Features.from_torchvision(torchvision_file(tmp_path))
 
 
 def test_the_hub_cache_is_used_without_a_download(tmp_path, monkeypatch):

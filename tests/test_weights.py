@@ -37,6 +37,21 @@ def test_released_names_and_shapes_are_the_authors(model):
         assert {k: list(v.shape) for k, v in state.items()} == keys()["shapes"][net]
 
 
+def test_capped_widths_round_trip_and_have_no_released_names(tmp_path):
+    model = create_model(
+        "lgnet_small", coarse_channels=4, local_channels=4, global_channels=4, max_channels=12
+    ).eval()
+    model.save_pretrained(tmp_path)
+    loaded = LGNet.from_pretrained(tmp_path)
+    assert loaded.max_channels == 12
+    assert loaded.net_g.encoder["e5"].conv.weight.shape == (12, 12, 4, 4)
+    assert same(model, loaded)
+    with pytest.raises(ValueError, match="only plain LGNet has released names.*max_channels=12"):
+        model.to_released()
+    with pytest.raises(ValueError, match="max_channels: expected a positive integer or None, got 0"):
+        create_model("lgnet_small", max_channels=0)
+
+
 @pytest.mark.parametrize("prefix", ["", "module."])
 def test_released_directory_round_trip_infers_widths(model, tmp_path, prefix):
     save_released(model, tmp_path, prefix=prefix)

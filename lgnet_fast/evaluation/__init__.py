@@ -1,4 +1,7 @@
-"""Evaluation by the paper's protocol: scores per hole-ratio class. Needs ``pip install "lgnet_fast[eval]"``."""
+"""Evaluation: scores per hole-ratio class (the paper's protocol) or per kind of hole.
+
+Needs ``pip install "lgnet_fast[eval]"``.
+"""
 
 from __future__ import annotations
 
@@ -7,19 +10,22 @@ from typing import TYPE_CHECKING
 from ..lazy import attach
 
 if TYPE_CHECKING:
-    from .baselines import BASELINES, navier_stokes, telea
+    from .baselines import BASELINES, biharmonic, navier_stokes, telea
     from .metrics import METRICS
     from .protocol import class_label, parse_classes
     from .report import Evaluation, Score
     from .scoring import evaluate
+    from .suite import SUITE_METRICS
 
 __getattr__, __dir__ = attach(
     __name__,
     {
         "BASELINES": "baselines",
         "METRICS": "metrics",
+        "SUITE_METRICS": "suite",
         "Evaluation": "report",
         "Score": "report",
+        "biharmonic": "baselines",
         "class_label": "protocol",
         "evaluate": "scoring",
         "navier_stokes": "baselines",
@@ -31,8 +37,10 @@ __getattr__, __dir__ = attach(
 __all__ = [
     "BASELINES",
     "METRICS",
+    "SUITE_METRICS",
     "Evaluation",
     "Score",
+    "biharmonic",
     "class_label",
     "evaluate",
     "navier_stokes",

@@ -1,4 +1,4 @@
-"""Rows to compare with: the two inpainting methods that OpenCV has, neither of which is trained."""
+"""Rows to compare with: methods that are not trained, two of OpenCV and one of scikit-image."""
 
 from __future__ import annotations
 
@@ -36,9 +36,30 @@ def navier_stokes(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
     return _inpaint(cv2, picture, hole, cv2.INPAINT_NS)
 
 
+def biharmonic(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
+    """S. B. Damelin, N. S. Hoang, "On surface completion and image inpainting by biharmonic functions", 2018.
+
+    scikit-image's `inpaint_biharmonic`, all channels together, rounded; else as `telea`.
+
+    Raises:
+        MissingExtraError: scikit-image is not installed.
+    """
+    try:
+        from skimage.restoration import inpaint_biharmonic
+    except ImportError as cause:
+        raise MissingExtraError(
+            f'baselines: scikit-image cannot be imported ({cause}); pip install "lgnet_fast[eval]", or ask for no '
+            "baselines"
+        ) from cause
+    known = np.where(hole[..., None], np.uint8(0), picture)
+    filled = np.rint(inpaint_biharmonic(known, hole, channel_axis=2) * 255)
+    return np.where(hole[..., None], filled.clip(0, 255).astype(np.uint8), picture)
+
+
 BASELINES: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]] = {
     "telea": ("Telea", telea),
     "ns": ("Navier-Stokes", navier_stokes),
+    "biharmonic": ("biharmonic", biharmonic),
 }
 """Name for `evaluate` and `--baselines`: the row's title, and the method."""
 

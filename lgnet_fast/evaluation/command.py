@@ -54,5 +54,6 @@ def run(pictures: Path, out: Path, *, models: list[str], **options: Any) -> int:
         Console(width=None if console.is_terminal else 120).print(result.table())
     for note in result.notes():
         console.print(f"warning: {note}")
-    console.print(f"written: {out / 'evaluation.json'}, evaluation.md, evaluation.png")
+    sheet = ", evaluation.png" if options.get("sheet_rows") != 0 else ""
+    console.print(f"written: {out / 'evaluation.json'}, evaluation.md{sheet}")
     return 1 if result.failures or result.died or not result.scores else 0

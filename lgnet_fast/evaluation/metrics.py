@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import socket
+import textwrap
 import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
@@ -14,11 +16,15 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from ..reference.features import LPIPS
 from ..reference.pretrained import TORCHVISION_URL, torchvision_file
 from ..reference.released import load_state_dict_file
 from ..training.errors import MissingExtraError
 
 METRICS = ("l1", "psnr", "ssim", "lpips", "fid")
+
+LPIPS_VARIABLE = "LGNET_FAST_LPIPS"
+"""Environment variable with the path of the LPIPS weights, where none is given."""
 
 ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
 
@@ -30,8 +36,10 @@ class Metrics:
 
     Args:
         wanted: names in :data:`METRICS`.
-        lpips: torchvision's AlexNet file, or any callable on two [1, 3, H, W] in [-1, 1] that gives one number; None:
-            torchvision's file from torch's hub cache, or its own download.
+        lpips: AlexNet's or VGG-16's weights as :meth:`lgnet_fast.reference.features.LPIPS.from_file` takes them
+            (torchvision's file among others), or any callable on two [1, 3, H, W] in [-1, 1] that gives one number;
+            None: the file that the environment variable :data:`LPIPS_VARIABLE` names, or torchvision's AlexNet from
+            torch's hub cache or its download.
         fid: the Inception file of torch-fidelity, or any module from uint8 [1, 3, H, W] to [1, D]; None:
             torch-fidelity's own download.
         device: where those two networks run.
@@ -74,12 +82,13 @@ class Metrics:
             with _stalled_downloads_end():
                 network = load()
         except ImportError as cause:
-            package = {"lpips": "torchvision", "fid": "torch-fidelity"}[name]
-            self.missing[name] = f'{package} cannot be imported ({_line(cause)}); pip install "lgnet_fast[eval]"'
+            self.missing[name] = f'torch-fidelity cannot be imported ({_line(cause)}); pip install "lgnet_fast[eval]"'
             return None
-        except Exception as cause:  # a broken torchvision raises RuntimeError, unpicklers and hubs all kinds
-            own = isinstance(cause, WeightsError)
-            self.missing[name] = _line(cause) if own else f"{type(cause).__name__}: {_line(cause)}"
+        except WeightsError as cause:
+            self.missing[name] = one_line(cause)
+            return None
+        except Exception as cause:  # unpicklers and hubs raise all kinds
+            self.missing[name] = f"{type(cause).__name__}: {_line(cause)}"
             return None
         return network.to(self.device).eval() if isinstance(network, nn.Module) else network
 
@@ -144,6 +153,11 @@ class _Given(nn.Module):
         return features
 
 
+def one_line(cause: WeightsError) -> str:
+    """The error's text in one line of at most 240 characters: lists of names can be long."""
+    return textwrap.shorten(str(cause), 240, placeholder=" ...")
+
+
 def _line(cause: Exception) -> str:
     return str(cause).strip().split("\n")[0].split(". ")[0]
 
@@ -153,27 +167,9 @@ def _tensor(picture: np.ndarray) -> Tensor:
 
 
 def _lpips_network(source: str | Path | Distance | None) -> Distance:
-    if callable(source):
-        return source
-    from torchmetrics.functional.image.lpips import _NoTrainLpips
-
-    # The public class can only download its backbone; this one has torchmetrics' linear layers (LPIPS v0.1) too, and
-    # takes the backbone's weights from a file that is read without unpickling objects.
-    network = _NoTrainLpips(net="alex", pnet_rand=True)
-    file = _alexnet_file() if source is None else Path(source)
-    if not file.is_file():
-        raise WeightsError(f"--lpips: expected torchvision's {ALEXNET_FILE}, got {str(file)!r}, which does not exist")
-    state = load_state_dict_file(file)
-    own = dict(network.net.named_parameters())
-    for name, parameter in own.items():
-        layer = "features." + name.split(".", 1)[1]
-        if layer not in state or state[layer].shape != parameter.shape:
-            raise WeightsError(
-                f"--lpips: expected torchvision's AlexNet with {layer} {list(parameter.shape)} in {str(file)!r}, "
-                f"got {list(state[layer].shape) if layer in state else 'no such tensor'}"
-            )
-        parameter.data.copy_(state[layer])
-    return network
+    if source is None:
+        source = os.environ.get(LPIPS_VARIABLE) or _alexnet_file()
+    return LPIPS.from_file(source) if isinstance(source, (str, Path)) else source
 
 
 def _alexnet_file() -> Path:

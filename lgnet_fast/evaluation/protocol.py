@@ -91,6 +91,23 @@ def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
     return resize_mask(mask, height, width)[_centre(height, width, size)]
 
 
+def mask_of(file: Path, polarity: str, picture: Path, size: int) -> np.ndarray:
+    """The mask in `file`, scaled and cropped as :func:`fit_picture` does the picture that it belongs to.
+
+    Raises InvalidMaskError: not of the picture's size, or without a hole.
+    """
+    mask, own = read_mask(file, polarity), picture_of(picture).size
+    if mask.shape != own:
+        raise InvalidMaskError(
+            f"mask {str(file)!r}: expected the picture's size {own[1]}x{own[0]} (width x height), "
+            f"got {mask.shape[1]}x{mask.shape[0]}"
+        )
+    mask = fit_mask(mask, size)
+    if not mask.any():
+        raise InvalidMaskError(f"mask {str(file)!r}: no hole pixel in the part that is evaluated")
+    return mask
+
+
 def _scaled(height: int, width: int, size: int) -> tuple[int, int]:
     shorter = min(height, width)
     return int(size * height / shorter), int(size * width / shorter)
@@ -183,15 +200,7 @@ class NamedMasks:
 
         Raises InvalidMaskError: not of the picture's size, or without a hole.
         """
-        mask, own = read_mask(self.files[index], self.polarity), picture_of(picture).size
-        if mask.shape != own:
-            raise InvalidMaskError(
-                f"mask {str(self.files[index])!r}: expected the picture's size {own[1]}x{own[0]} (width x height), "
-                f"got {mask.shape[1]}x{mask.shape[0]}"
-            )
-        mask = fit_mask(mask, size)
-        if not mask.any():
-            raise InvalidMaskError(f"mask {str(self.files[index])!r}: no hole pixel in the part that is evaluated")
+        mask = mask_of(self.files[index], self.polarity, picture, size)
         found = hole_class(mask)
         return mask, OTHER if found is None else found
 

@@ -20,8 +20,8 @@ from .metrics import METRICS
 ALL = "all"
 """The class label of the row over all classes."""
 
-TITLES = {"l1": "l1 %", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "fid": "FID"}
-_DIGITS = {"l1": 2, "psnr": 2, "ssim": 4, "lpips": 4, "fid": 2}
+TITLES = {"l1": "l1 %", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "fid": "FID", "sharp": "sharpness"}
+DIGITS = {"l1": 2, "psnr": 2, "ssim": 4, "lpips": 4, "fid": 2, "sharp": 3}
 _HIGHER_IS_BETTER = {"psnr", "ssim"}
 _MARGIN, _CAPTION, _CELL = 6, 22, 192
 
@@ -30,7 +30,9 @@ _MARGIN, _CAPTION, _CELL = 6, 22, 192
 class Score:
     """One method on one hole-ratio class: means over `pictures` pictures (FID: of their sets).
 
-    `l1` in percent, `psnr` in dB. None: not measured, or (PSNR) not finite.
+    `hole_class`: a class of hole ratios, or a kind of the suite. `l1` in percent, `psnr` in dB. None: not measured,
+    or (PSNR) not finite. Of the suite alone: `sharp`, the median of the fill's gradient energy in the hole relative
+    to the truth's; `sharp_all`, that of the sums; `hole_l1`, `hole_psnr`, of the hole instead of the whole picture.
     """
 
     method: str
@@ -41,6 +43,10 @@ class Score:
     ssim: float | None = None
     lpips: float | None = None
     fid: float | None = None
+    sharp: float | None = None
+    sharp_all: float | None = None
+    hole_l1: float | None = None
+    hole_psnr: float | None = None
 
 
 @dataclass(frozen=True)
@@ -49,7 +55,7 @@ class Evaluation:
 
     `scores`: by class, then by method. `metrics`: those asked for. `missing`: those that could not be measured, and
     why. `failures`: pictures that could not be evaluated ("picture", "error"). `died`: ranks of processes that ended
-    before their part. `settings`, `versions`: how it was made.
+    before their part. `settings`, `versions`: how it was made. `legend`: what the table's words mean.
     """
 
     scores: list[Score]
@@ -59,9 +65,10 @@ class Evaluation:
     died: list[int] = field(default_factory=list)
     settings: dict[str, Any] = field(default_factory=dict)
     versions: dict[str, str] = field(default_factory=dict)
+    legend: str = ""
 
     def score(self, method: str, hole_class: str = ALL) -> Score:
-        """The score of a method on a class ("10-20%", or "all"). Raises KeyError: there is none."""
+        """The score of a method on a class ("10-20%", "thin", or "all"). Raises KeyError: there is none."""
         for score in self.scores:
             if (score.method, score.hole_class) == (method, hole_class):
                 return score
@@ -79,12 +86,13 @@ class Evaluation:
             for row, cells in rows:
                 shown = [f"**{text}**" if best else text for text, best in cells]
                 lines.append("| " + " | ".join([label, row.method, str(row.pictures), *shown]) + " |")
-        notes = "".join(f"\n- {note}" for note in self.notes())
+        legend = [self.legend] if self.legend else []
+        notes = "".join(f"\n- {note}" for note in legend + self.notes())
         return "\n".join(lines) + "\n" + (notes + "\n" if notes else "")
 
     def table(self) -> Table:
         """The same as a rich table."""
-        table = Table(title="inpainting by hole ratio")
+        table = Table(title="inpainting by hole", caption=self.legend or None, caption_justify="left")
         for head in ("holes", "method"):
             table.add_column(head, no_wrap=True)
         for head in ("pictures", *(f"{TITLES[name]} {_arrow(name)}" for name in self.metrics)):
@@ -124,9 +132,12 @@ class Evaluation:
                 for name in self.metrics:
                     value = getattr(row, name)
                     others = [getattr(one, name) for one in rows if getattr(one, name) is not None]
-                    wins = max if name in _HIGHER_IS_BETTER else min
-                    best = len(rows) > 1 and value is not None and value == wins(others)
-                    cells.append(("n/a" if value is None else f"{value:.{_DIGITS[name]}f}", best))
+                    best = (
+                        len(rows) > 1
+                        and value is not None
+                        and loss(name, value) == min(loss(name, one) for one in others)
+                    )
+                    cells.append(("n/a" if value is None else f"{value:.{DIGITS[name]}f}", best))
                 shown.append((row, cells))
             yield label, shown
 
@@ -167,5 +178,14 @@ def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, bytes]]) -> 
     return sheet
 
 
+def loss(name: str, value: float) -> float:
+    """What is the smaller, the better the value."""
+    if name == "sharp":
+        return abs(value - 1)
+    return -value if name in _HIGHER_IS_BETTER else value
+
+
 def _arrow(name: str) -> str:
+    if name == "sharp":
+        return "→ 1"
     return "↑" if name in _HIGHER_IS_BETTER else "↓"

@@ -7,6 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +21,26 @@ from ..pipeline.batch import UsageError
 from ..pipeline.distributed import FOLDER, JobError, Journal, World, fingerprint, model_stamp, stamp
 from ..pipeline.files import write_atomically
 from ..training.errors import MissingExtraError
+from ..training.masks import SUITE_KINDS
 from .baselines import BASELINES
 from .metrics import METRICS, Distance, Metrics, fid_score
-from .protocol import NamedMasks, class_label, fit_picture, mask_source, parse_classes, pictures_in
-from .report import ALL, Evaluation, Score, contact_sheet, finite, strip
+from .protocol import (
+    FolderMasks,
+    GeneratedMasks,
+    NamedMasks,
+    class_label,
+    fit_picture,
+    mask_source,
+    parse_classes,
+    pictures_in,
+)
+from .report import ALL, DIGITS, TITLES, Evaluation, Score, contact_sheet, finite, loss, strip
+from .suite import SUITE_METRICS, SuiteMasks, SuiteMetrics, parse_kinds, summary
 
 SMALLEST = 16
 """Smallest side that is evaluated: SSIM's window needs 11."""
 
+Holes = GeneratedMasks | FolderMasks | NamedMasks | SuiteMasks
 Model = str | os.PathLike[str] | Inpainter | None
 
 
@@ -40,43 +53,53 @@ def evaluate(
     size: int = 256,
     seed: int = 0,
     mask_kind: str = "strokes",
-    baselines: Sequence[str] = ("telea", "ns"),
-    metrics: Sequence[str] = METRICS,
+    suite: bool = False,
+    baselines: Sequence[str] | None = None,
+    metrics: Sequence[str] | None = None,
     paper_compat: bool = False,
     pair_by_name: bool = False,
     invert_mask: bool = False,
     lpips: str | Path | Distance | None = None,
     fid: str | Path | nn.Module | None = None,
     out: str | Path | None = None,
-    sheet_rows: int = 6,
+    sheet_rows: int | None = None,
     device: str = "auto",
     dtype: str = "auto",
     backend: str = "auto",
     world: World | None = None,
     tell: Callable[[int, int, str | None], None] = lambda done, total, error: None,
 ) -> Evaluation | None:
-    """Score models and baselines on whole merged 8-bit pictures, per class of hole ratios (the paper's protocol).
+    """Score models and baselines on whole merged 8-bit pictures, per class of hole ratios (the paper's protocol) or,
+    with `suite`, per kind of hole.
 
     Args:
         pictures: a folder (with its sub-folders), or one picture.
         masks: a folder of masks (Liu et al.'s 12,000, or any), white = hole; each class's masks are dealt to the
-            pictures in an order drawn from (seed, class). None: masks drawn from (seed, index, class).
+            pictures in an order drawn from (seed, class). With `suite`: ``<picture>_<kind>.png``. None: masks drawn
+            from (seed, index, class or kind).
         models: model folders or hub ids, None = the bundled one; or a mapping from titles to them. Where `out` is
             None, also ready Inpainters.
-        classes: indices in HOLE_CLASSES or names such as "10-20%"; None: all (that the folder of masks has).
+        classes: indices in HOLE_CLASSES or names such as "10-20%"; with `suite`, names in SUITE_KINDS; None: all
+            (that the folder of masks has).
         size: the shorter edge is scaled to it, then the centre is cropped to size x size; 0: pictures as they are.
         seed: of the masks and of their dealing.
         mask_kind: "strokes", "boxes" or "mixed", for masks that are drawn.
-        baselines: names in BASELINES.
-        metrics: names in METRICS. LPIPS and FID are left out, with the reason, where their networks are missing.
+        suite: thin and thick strokes, a box and a blob (:func:`lgnet_fast.training.masks.suite_mask`), and the
+            measures of :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
+        baselines: names in BASELINES; None: "telea", "ns" and, with `suite`, "biharmonic".
+        metrics: names in METRICS or, with `suite`, SUITE_METRICS; None: all. LPIPS and FID are left out, with the
+            reason, where their networks are missing.
         paper_compat: convert the networks' merged pictures to 8 bits as the released test script does, by
             truncation: 63 of 256 levels come back one lower, known pixels included. Default: round.
         pair_by_name: the mask of each picture is the one of its name, as `lgnet-fast run` pairs them.
         invert_mask: black is hole.
-        lpips, fid: files of the networks' weights, or networks; see :class:`lgnet_fast.evaluation.metrics.Metrics`.
+        lpips, fid: files of the networks' weights, or networks; see :class:`lgnet_fast.evaluation.metrics.Metrics`
+            and :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
         out: folder for evaluation.json, evaluation.md and evaluation.png (original, masked, and every method's
-            result for the first `sheet_rows` pictures). An interrupted evaluation with the same arguments goes on
-            where it was. None: nothing is written.
+            result). An interrupted evaluation with the same arguments goes on where it was. None: nothing is written.
+        sheet_rows: rows of evaluation.png; None: 6, with `suite` 12. They show the first pictures, each with a mask
+            of another class; with `suite`, of every kind as many, evenly from the first method's best to its worst by
+            LPIPS (SSIM without that, l1 without either).
         device, dtype, backend: as for Inpainter.
         world: of several processes each evaluates its share of the pictures; default: as the launcher says.
         tell: hears of this process (pictures with a mask done, in all, a picture's first error or None).
@@ -92,32 +115,40 @@ def evaluate(
     source, folder = Path(pictures), None if out is None else Path(out)
     if size != 0 and size < SMALLEST:
         raise UsageError(f"--size: expected 0 or at least {SMALLEST} pixels, got {size}")
+    if baselines is None:
+        baselines = tuple(BASELINES) if suite else ("telea", "ns")
+    names = SUITE_METRICS if suite else METRICS
+    metrics = names if metrics is None else metrics
+    if sheet_rows is None:
+        sheet_rows = 12 if suite else 6
+    if suite and pair_by_name:
+        raise UsageError("--suite: expected no --pair-by-name (with --masks it pairs PICTURE with PICTURE_KIND)")
     unknown = [name for name in baselines if name not in BASELINES]
     if unknown:
         raise UsageError(f"--baselines: expected names of {', '.join(BASELINES)}, got {', '.join(unknown)}")
-    bad = [name for name in metrics if name not in METRICS]
+    bad = [name for name in metrics if name not in names]
     if bad or not metrics:
-        raise UsageError(f"--metrics: expected names of {', '.join(METRICS)}, got {', '.join(bad) or 'none'}")
+        raise UsageError(f"--metrics: expected names of {', '.join(names)}, got {', '.join(bad) or 'none'}")
     if seed < 0:
         raise UsageError(f"--seed: expected 0 or more, got {seed}")
     named = dict(models) if isinstance(models, Mapping) else _titles(models)
-    chosen = parse_classes(classes)
+    kinds = parse_kinds(classes) if suite else ()
+    chosen = None if suite else parse_classes(classes)
     titles = [*named, *(BASELINES[name][0] for name in baselines)]
     if not titles or len(set(titles)) != len(titles):
         raise UsageError(f"--model: expected methods with titles of their own, got {', '.join(titles) or 'none'}")
     besides = [Path(one) for one in (masks, out) if one is not None]
     found = pictures_in(source, besides)
     base = source if source.is_dir() else source.parent
-    holes = mask_source(
-        None if masks is None else Path(masks),
-        found,
-        base,
-        chosen,
-        kind=mask_kind,
-        seed=seed,
-        invert=invert_mask,
-        by_name=pair_by_name,
-    )
+    mask_folder = None if masks is None else Path(masks)
+    holes: Holes
+    if suite:
+        holes = SuiteMasks(found, base, mask_folder, kinds, size=size, seed=seed, invert=invert_mask)
+    else:
+        holes = mask_source(
+            mask_folder, found, base, chosen, kind=mask_kind, seed=seed, invert=invert_mask, by_name=pair_by_name
+        )
+    label = SUITE_KINDS.__getitem__ if suite else class_label
     world = world or World.from_environment()
     if folder is None and world.size > 1:
         raise UsageError("--output: several processes need a folder that they share")
@@ -127,10 +158,11 @@ def evaluate(
     settings = {
         "pictures": str(source),
         "masks": None if masks is None else str(masks),
-        "mask_kind": mask_kind if masks is None else None,
+        "suite": suite,
+        "mask_kind": mask_kind if masks is None and not suite else None,
         "pair_by_name": pair_by_name,
         "invert_mask": invert_mask,
-        "classes": None if pair_by_name else [class_label(one) for one in holes.classes],
+        "classes": None if pair_by_name else [label(one) for one in holes.classes],
         "size": size,
         "seed": seed,
         "models": {title: "bundled" if model is None else str(model) for title, model in named.items()},
@@ -146,7 +178,8 @@ def evaluate(
     try:
         target = world.device(device)
         pipes = {title: _inpainter(model, target, dtype, backend) for title, model in named.items()}
-        measure = Metrics(metrics, lpips, fid, next(iter(pipes.values())).device if pipes else "cpu")
+        where = next(iter(pipes.values())).device if pipes else "cpu"
+        measure = SuiteMetrics(metrics, lpips, where) if suite else Metrics(metrics, lpips, fid, where)
         methods: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
             title: _network(pipe, paper_compat) for title, pipe in pipes.items()
         }
@@ -171,7 +204,9 @@ def evaluate(
             if world.rank > 0:
                 return None
             records, died = journal.collect()
-        result = _merged(records, titles, tuple(metrics), measure.missing, died, settings, job.features)
+        result = _merged(records, titles, tuple(metrics), measure, died, settings, label, job.features)
+        if isinstance(holes, SuiteMasks) and isinstance(measure, SuiteMetrics):
+            result = replace(result, legend=" ".join(filter(None, (holes.legend, measure.legend))))
         if folder is not None and journal is not None:
             result.write(folder)
             job.write_sheet(folder, records)
@@ -191,9 +226,9 @@ class _Job:
     def __init__(
         self,
         pictures: list[Path],
-        holes: Any,
+        holes: Holes,
         methods: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]],
-        measure: Metrics,
+        measure: Metrics | SuiteMetrics,
         size: int,
         journal: Journal | None,
         sheet_rows: int,
@@ -233,12 +268,19 @@ class _Job:
 
     def write_sheet(self, out: Path, records: list[dict[str, Any]]) -> None:
         """Writes ``evaluation.png``, atomically."""
-        rows = []
-        for record in sorted(records, key=lambda record: (record["index"], record["class"])):
-            file = self._strip_file(record["key"])
-            if file.is_file() and record.get("error") is None:
-                caption = f"{Path(record['picture']).name}, {record['hole_ratio']:.0%} hole"
-                rows.append((caption, file.read_bytes()))
+        good = [
+            record
+            for record in sorted(records, key=lambda record: (record["index"], record["class"]))
+            if record.get("error") is None and self._strip_file(record["key"]).is_file()
+        ]
+        if isinstance(self.holes, SuiteMasks):
+            chosen = _best_to_worst(good, next(iter(self.methods)), self.holes.classes, self.sheet_rows)
+        else:
+            chosen = [(f"{record['hole_ratio']:.0%} hole", record) for record in good]
+        rows = [
+            (f"{Path(record['picture']).name}, {words}", self._strip_file(record["key"]).read_bytes())
+            for words, record in chosen
+        ]
         if rows:
             encoded = io.BytesIO()
             contact_sheet(["original", "masked", *self.methods], rows).save(encoded, format="PNG")
@@ -254,15 +296,22 @@ class _Job:
             hole = self.holes.mask(index, asked, *truth.shape[:2])
         record["hole_ratio"] = round(float(hole.mean()), 6)
         filled = {title: method(truth, hole) for title, method in self.methods.items()}
-        record["scores"] = {title: self.measure.scores(picture, truth) for title, picture in filled.items()}
-        if "fid" in self.measure.available:
+        if isinstance(self.measure, SuiteMetrics):
+            record["scores"] = self.measure.scores(filled, truth, hole)
+        else:
+            record["scores"] = {title: self.measure.scores(picture, truth) for title, picture in filled.items()}
+        if isinstance(self.measure, Metrics) and "fid" in self.measure.available:
             if self._truth_features is None:
                 self._truth_features = self.measure.features(truth)
             filled_features = [self.measure.features(picture) for picture in filled.values()]
             self._keep_features(record["key"], np.stack([self._truth_features, *filled_features]))
-        # One row a picture, of another class each.
-        position = list(self.holes.classes).index(asked)
-        if self.journal is not None and index < self.sheet_rows and position == index % len(self.holes.classes):
+        if isinstance(self.holes, SuiteMasks):
+            shown = self.sheet_rows > 0  # which of them are best and worst shows at the end
+        else:
+            # One row a picture, of another class each.
+            position = list(self.holes.classes).index(asked)
+            shown = index < self.sheet_rows and position == index % len(self.holes.classes)
+        if self.journal is not None and shown:
             masked = np.where(hole[..., None], np.uint8(255), truth)
             write_atomically(self._strip_file(record["key"]), strip([truth, masked, *filled.values()]))
         record["measured"] = list(self.measure.available)
@@ -292,6 +341,26 @@ class _Job:
     def _strip_file(self, key: str) -> Path:
         assert self.journal is not None
         return self.journal.folder / "sheet" / f"{key}.png"
+
+
+def _best_to_worst(
+    records: list[dict[str, Any]], title: str, classes: Sequence[int], rows: int
+) -> list[tuple[str, dict[str, Any]]]:
+    """Of every kind `rows` divided by the kinds, at least 1: from best to worst of `title`, with the ranks."""
+    chosen = []
+    for one in classes:
+        kind = [record for record in records if record["class"] == one]
+        if not kind:
+            continue
+        name = next(name for name in ("lpips", "ssim", "l1") if all(name in r["scores"][title] for r in kind))
+        ranked = sorted(kind, key=lambda r: (loss(name, r["scores"][title][name]), r["index"]))
+        count = max(1, rows // len(classes))
+        places = np.linspace(0, len(ranked) - 1, count) if count > 1 else np.array([(len(ranked) - 1) / 2])
+        for place in dict.fromkeys(np.rint(places).astype(int).tolist()):
+            rank = f"{SUITE_KINDS[one]}, number {place + 1} of {len(ranked)} for {title}"
+            value = ranked[place]["scores"][title][name]
+            chosen.append((f"{rank}: {TITLES[name]} {value:.{DIGITS[name]}f}", ranked[place]))
+    return chosen
 
 
 # The level that every 8-bit level comes back as from the released test script, which scales to [-1, 1] and back in
@@ -345,39 +414,38 @@ def _merged(
     records: list[dict[str, Any]],
     titles: Sequence[str],
     metrics: tuple[str, ...],
-    missing: dict[str, str],
+    measure: Metrics | SuiteMetrics,
     died: list[int],
     settings: dict[str, Any],
+    label: Callable[[int], str],
     features: Callable[[dict[str, Any]], np.ndarray | None],
 ) -> Evaluation:
     # Sums are taken in one order, whoever measured what: the same numbers from any number of processes.
     records = sorted(records, key=lambda record: (record["index"], record["class"]))
     good = [record for record in records if record.get("error") is None]
-    missing = dict(missing)
+    suite, missing = isinstance(measure, SuiteMetrics), dict(measure.missing)
     for name in metrics:
         without = sum(name not in record["measured"] for record in good)
         if without and name not in missing:
             missing[name] = f"another process could not measure it on {without} pictures"
-    groups = {class_label(one): [r for r in good if r["class"] == one] for one in sorted({r["class"] for r in good})}
+    groups = {label(one): [r for r in good if r["class"] == one] for one in sorted({r["class"] for r in good})}
     if "other" in groups:
         groups["other"] = groups.pop("other")
     if len(groups) > 1:
         groups[ALL] = good
     scores = []
-    for label, group in groups.items():
-        means = {
-            title: {
-                name: finite(float(np.mean([record["scores"][title][name] for record in group])))
-                for name in metrics
-                if name not in missing and name != "fid"
-            }
-            for title in titles
-        }
+    names = [name for name in metrics if name not in missing and name != "fid"]
+    for hole_class, group in groups.items():
+        means: dict[str, dict[str, float | None]] = {}
+        for title in titles:
+            own = [record["scores"][title] for record in group]
+            values = summary(own, names) if suite else {n: float(np.mean([one[n] for one in own])) for n in names}
+            means[title] = {name: finite(value) for name, value in values.items()}
         if "fid" in metrics and "fid" not in missing and len(group) > 1:
             stacked = np.stack([one for record in group if (one := features(record)) is not None])
             for position, title in enumerate(titles):
                 means[title]["fid"] = finite(fid_score(stacked[:, 0], stacked[:, 1 + position]))
-        scores += [Score(title, label, len(group), **means[title]) for title in titles]
+        scores += [Score(title, hole_class, len(group), **means[title]) for title in titles]
     if "fid" in metrics and "fid" not in missing and any(len(group) < 2 for group in groups.values()):
         missing["fid"] = "classes of a single picture have none"
     failures: dict[str, str] = {}

@@ -39,6 +39,7 @@ class LGNet(
         variant: attention formulation, "released" (the authors' checkpoints) or "paper" (eq. (10)).
         coarse_channels, local_channels, global_channels: n of NetC, NetL and NetG.
         share_coarse: LGNet_share: NetC is NetG run without its attention blocks, one set of weights.
+        max_channels: no level of NetC and NetG is wider; None: the paper's widths, up to 8n.
         backend: see :meth:`set_backend`.
 
     A new model has the paper's random initialisation and is in training mode.
@@ -53,6 +54,7 @@ class LGNet(
         global_channels: int = 64,
         share_coarse: bool = False,
         backend: str = "auto",
+        max_channels: int | None = None,
     ) -> None:
         super().__init__()
         if stages not in CASCADES:
@@ -65,15 +67,18 @@ class LGNet(
         ):
             if not isinstance(width, int) or width < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {width!r}")
+        if max_channels is not None and (not isinstance(max_channels, int) or max_channels < 1):
+            raise ValueError(f"max_channels: expected a positive integer or None, got {max_channels!r}")
         if share_coarse and "G_att" not in stages:
             raise ValueError(f"share_coarse: needs a G_att stage to share with, got stages={stages!r}")
         self.stages, self.variant, self.share_coarse = stages, variant, share_coarse
         self.channels = (coarse_channels, local_channels, global_channels)
+        self.max_channels = max_channels
         builders: dict[str, Callable[[], nn.Module]] = {
-            "C": lambda: UNet(coarse_channels),
+            "C": lambda: UNet(coarse_channels, max_channels=max_channels),
             "L": lambda: LocalNet(local_channels),
-            "G": lambda: UNet(global_channels),
-            "G_att": lambda: UNet(global_channels, attention=variant),
+            "G": lambda: UNet(global_channels, max_channels=max_channels),
+            "G_att": lambda: UNet(global_channels, attention=variant, max_channels=max_channels),
         }
         for stage in stages.split("+"):
             if not (stage == "C" and share_coarse):
@@ -86,6 +91,7 @@ class LGNet(
     def config(self) -> dict[str, Any]:
         """The constructor's arguments, without the backend, which belongs to a machine and not to a model."""
         coarse, local, global_ = self.channels
+        capped = {} if self.max_channels is None else {"max_channels": self.max_channels}
         return {
             "stages": self.stages,
             "variant": self.variant,
@@ -93,6 +99,7 @@ class LGNet(
             "local_channels": local,
             "global_channels": global_,
             "share_coarse": self.share_coarse,
+            **capped,
         }
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:

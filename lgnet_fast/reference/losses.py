@@ -10,6 +10,7 @@ total variation   :func:`total_variation` of merged * mask      0.1     later st
 perceptual        :func:`perceptual_distance` to the image      0.05    later stages, raw and merged
 style             :func:`style_distance` to the image           120     later stages, raw and merged
 edge              :func:`edge_l1` in the mask                   0       every stage, raw; not the paper's
+LPIPS             :class:`.features.LPIPS` to the image         0       later stages, merged; not the paper's
 ================  ============================================  ======  =======================
 
 16-bit pictures, features and scores are brought to float32 before anything is summed, so that the terms can be
@@ -21,14 +22,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .cascade import Stages
-
-FeaturesFn = Callable[[Tensor], Sequence[Tensor]]
+from .features import LPIPS, FeaturesFn
 
 
 @dataclass(frozen=True)
@@ -42,6 +43,22 @@ class LossWeights:
     style: float = 120.0
     edge: float = 0.0
     """Not the paper's: for training without a feature network, which else has nothing that asks for sharpness."""
+    lpips: float = 0.0
+    """Not the paper's."""
+
+
+@dataclass(frozen=True)
+class FeatureOptions:
+    """What the style, perceptual and LPIPS terms look at; the defaults are the paper's, the others cost less."""
+
+    stages: Literal["later", "last"] = "later"
+    """Every stage after the first, or the last alone."""
+    pictures: Literal["both", "merged"] = "both"
+    """Raw and merged pictures, or merged ones alone (LPIPS always)."""
+    crop: int | None = None
+    """Side of the square that is looked at, around a hole pixel drawn anew each time; None: the whole picture."""
+    factor: float = 1.0
+    """The terms count so many times in the total: k where they are taken in every k-th step only."""
 
 
 def _wide(x: Tensor) -> Tensor:
@@ -153,34 +170,68 @@ def style_distance(a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
     return torch.stack(levels).sum()
 
 
-def adversarial_loss(scores: Tensor, real: bool) -> Tensor:
+def adversarial_loss(scores: Tensor, real: bool, weight: Tensor | None = None) -> Tensor:
     """Least squares GAN: ``mean((scores - 1)^2)`` if `real`, else ``mean(scores^2)``.
 
     Args:
         scores: any shape, the discriminator's score map.
         real: what the scores are pulled to: 1 or 0.
+        weight: of each score, not negative, of the same shape; the mean is then weighted. None: all the same.
 
     Returns:
         0-dimensional, float32 at least.
     """
-    return (_wide(scores) - float(real)).square().mean()
+    errors = (_wide(scores) - float(real)).square()
+    if weight is None:
+        return errors.mean()
+    _same_shape("scores", scores, "weight", weight)
+    return (errors * weight).sum() / (weight.sum() + 1e-12)
+
+
+def hole_share(mask: Tensor, scores: Tensor) -> Tensor:
+    """How much of each cell of a score map [B, 1, h, w] is hole, in [0, 1].
+
+    Where only the hole is made by the network, all other cells of a merged picture are true.
+    """
+    return F.adaptive_avg_pool2d(_wide(mask), (scores.shape[2], scores.shape[3]))
+
+
+def window(pictures: Sequence[Tensor], mask: Tensor, side: int) -> list[Tensor]:
+    """The same square of each of several batches, around a hole pixel of each sample, drawn by torch's generator.
+
+    Args:
+        pictures: [B, C, H, W] each.
+        mask: [B, 1, H, W], 1 = hole; of a sample without a hole any pixel may be drawn.
+        side: of the square, at most H and W, within which it is kept.
+    """
+    batch, _, height, width = mask.shape
+    if not 0 < side <= min(height, width):
+        raise ValueError(f"side: expected 1 to {min(height, width)}, got {side}")
+    drawn = torch.multinomial(_wide(mask).flatten(1) + 1e-9, 1)
+    reach = torch.arange(side, device=mask.device)
+    rows = (drawn // width - side // 2).clamp(0, height - side) + reach
+    columns = (drawn % width - side // 2).clamp(0, width - side) + reach
+    sample = torch.arange(batch, device=mask.device)[:, None, None]
+    places = (sample, rows[:, :, None], columns[:, None, :])
+    return [picture.permute(0, 2, 3, 1)[places].permute(0, 3, 1, 2) for picture in pictures]
 
 
 # -- totals ------------------------------------------------------------------------------------------------------
 
 
-def discriminator_loss(fake_scores: Tensor, real_scores: Tensor) -> dict[str, Tensor]:
+def discriminator_loss(fake_scores: Tensor, real_scores: Tensor, weight: Tensor | None = None) -> dict[str, Tensor]:
     """The discriminator's loss.
 
     Args:
         fake_scores: the scores of the first stage's merged picture, ``discriminator(stages.merged[0].detach())``.
         real_scores: the scores of the ground truth. In training mode the order counts (power iteration): fake
             first.
+        weight: of the scores, see :func:`adversarial_loss`, e.g. :func:`hole_share`; None: the paper's.
 
     Returns:
         0-dimensional terms ``D_fake`` and ``D_real``, and the total ``D`` = half their sum.
     """
-    fake, real = adversarial_loss(fake_scores, False), adversarial_loss(real_scores, True)
+    fake, real = adversarial_loss(fake_scores, False, weight), adversarial_loss(real_scores, True, weight)
     return {"D_fake": fake, "D_real": real, "D": 0.5 * (fake + real)}
 
 
@@ -216,6 +267,10 @@ def generator_loss(
     features: FeaturesFn | None,
     weights: LossWeights | None = None,
     lean: bool = False,
+    *,
+    lpips: LPIPS | None = None,
+    options: FeatureOptions | None = None,
+    score_weight: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """The generators' loss, one total for all stages.
 
@@ -227,19 +282,24 @@ def generator_loss(
         features: picture -> features level by level, :class:`.vgg.VGG16Features`. Called for stages after the first;
             None: there are no style and perceptual terms.
         weights: of the terms; None: the paper's.
-        lean: differentiate the style and perceptual terms of each stage at once, which frees the feature network's
-            maps before the next stage needs its own: less memory, the same arithmetic. Only ``G`` may then be
-            differentiated, once. In float16 these gradients are not loss-scaled: use it with float32 or bfloat16.
+        lean: differentiate the style, perceptual and LPIPS terms of each stage at once, which frees the feature
+            network's maps before the next stage needs its own: less memory, the same arithmetic. Only ``G`` may then
+            be differentiated, once. In float16 these gradients are not loss-scaled: use it with float32 or bfloat16.
+        lpips: the network of the LPIPS term; None: there is none.
+        options: what these terms look at; None: the paper's.
+        score_weight: see :func:`adversarial_loss`.
 
     Returns:
         0-dimensional, unweighted terms ``valid<i>``, ``hole<i>`` (and ``edge<i>`` where it has a weight) for stage
-        i = 1, 2, ... in the order of ``stages.raw``; ``tv<i>``, ``style<i>``, ``perceptual<i>`` for i >= 2;
-        ``G_adv``; and the weighted total ``G``, to be differentiated.
+        i = 1, 2, ... in the order of ``stages.raw``; ``tv<i>``, ``style<i>``, ``perceptual<i>``, ``lpips<i>`` for
+        i >= 2; ``G_adv``; and the weighted total ``G``, to be differentiated.
     """
     weights = LossWeights() if weights is None else weights
+    options = FeatureOptions() if options is None else options
     terms: dict[str, Tensor] = {}
     feature_totals: list[Tensor] = []
-    real: Sequence[Tensor] = ()
+    truth: _Truth | None = None
+    count = len(stages.raw)
     for i, (raw, merged) in enumerate(zip(stages.raw, stages.merged, strict=True), start=1):
         _same_shape(f"stages.raw[{i - 1}]", raw, "image", image)
         terms[f"valid{i}"] = masked_l1(raw, image, 1 - mask)
@@ -249,28 +309,19 @@ def generator_loss(
         if i == 1:
             continue
         terms[f"tv{i}"] = total_variation(merged * mask)
-        if features is None:
+        if (features is None and lpips is None) or (options.stages == "last" and i < count):
             continue
-        if not real:
-            with torch.no_grad():
-                real = features(image)
-
-        def feature_terms(
-            pictures: Tensor, features: FeaturesFn = features, real: Sequence[Tensor] = real
-        ) -> tuple[Tensor, Tensor, Tensor]:
-            # One pass for both pictures.
-            levels = [level.chunk(2) for level in features(pictures)]
-            ours, blended = [a for a, _ in levels], [b for _, b in levels]
-            style = style_distance(real, ours) + style_distance(real, blended)
-            perceptual = perceptual_distance(real, ours) + perceptual_distance(real, blended)
-            return weights.style * style + weights.perceptual * perceptual, style, perceptual
-
-        pictures = torch.cat((raw, merged))
-        ahead = lean and pictures.requires_grad
-        total, style, perceptual = _GradientAhead.apply(pictures, feature_terms) if ahead else feature_terms(pictures)
-        feature_totals.append(total)
-        terms[f"style{i}"], terms[f"perceptual{i}"] = style, perceptual
-    terms["G_adv"] = adversarial_loss(scores, True)
+        pictures, seen = [merged] if options.pictures == "merged" else [raw, merged], image
+        if options.crop is not None:
+            seen, *pictures = window([image, *pictures], mask, options.crop)
+        if truth is None or options.crop is not None:
+            truth = _Truth(seen, features, lpips, weights)
+        together = torch.cat(pictures)
+        ahead = lean and together.requires_grad
+        total, *parts = _GradientAhead.apply(together, truth.terms) if ahead else truth.terms(together)
+        feature_totals.append(options.factor * total)
+        terms |= {f"{name}{i}": part for name, part in zip(truth.names, parts, strict=True)}
+    terms["G_adv"] = adversarial_loss(scores, True, score_weight)
     factors = {
         "valid": 1.0,
         "hole": weights.hole,
@@ -282,3 +333,32 @@ def generator_loss(
     plain = [factor * term for factor, term in named if factor is not None]
     terms["G"] = torch.stack(plain + feature_totals).sum()
     return terms
+
+
+class _Truth:
+    """The features of the true picture, and the terms of others beside it."""
+
+    def __init__(self, image: Tensor, features: FeaturesFn | None, lpips: LPIPS | None, weights: LossWeights) -> None:
+        self.features, self.lpips, self.weights, self.batch = features, lpips, weights, len(image)
+        with torch.no_grad():
+            self.levels = () if features is None else features(image)
+            self.directions = [] if lpips is None else lpips.directions(image)
+        self.names = (*(() if features is None else ("style", "perceptual")), *(() if lpips is None else ("lpips",)))
+
+    def terms(self, pictures: Tensor) -> tuple[Tensor, ...]:
+        """The weighted total, then what is in `names`; `pictures`: one or two batches, one after the other, of which
+        the last is the merged one."""
+        parts, totals = [], []
+        if self.features is not None:
+            # One pass for both pictures.
+            levels = [level.split(self.batch) for level in self.features(pictures)]
+            batches = [list(batch) for batch in zip(*levels, strict=True)]
+            style = torch.stack([style_distance(self.levels, batch) for batch in batches]).sum()
+            perceptual = torch.stack([perceptual_distance(self.levels, batch) for batch in batches]).sum()
+            parts += [style, perceptual]
+            totals += [self.weights.style * style + self.weights.perceptual * perceptual]
+        if self.lpips is not None:
+            distance = self.lpips.distance(self.directions, self.lpips.directions(pictures[-self.batch :])).mean()
+            parts.append(distance)
+            totals.append(self.weights.lpips * distance)
+        return torch.stack(totals).sum(), *parts

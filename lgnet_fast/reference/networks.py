@@ -56,12 +56,16 @@ class UNet(nn.Module):
     Args:
         base_channels: n, the width of the first level; 64 in the paper, 48 in LGNet_light.
         attention: formulation of the attention blocks after d5, d4 and d3, or None for none.
+        max_channels: no level is wider; None: the paper's widths, up to 8n. The deep levels hold most of the weights
+            and work on grids of 8x8 and smaller: under a cap the same memory gives wider fine levels.
     """
 
-    def __init__(self, base_channels: int = 64, attention: str | None = None) -> None:
+    def __init__(
+        self, base_channels: int = 64, attention: str | None = None, max_channels: int | None = None
+    ) -> None:
         super().__init__()
         n = base_channels
-        widths = [n * m for m in _WIDTHS]
+        widths = [n * m if max_channels is None else min(n * m, max_channels) for m in _WIDTHS]
         self.encoder = nn.ModuleDict()
         self.decoder = nn.ModuleDict()
         for i in range(1, LEVELS + 1):

@@ -210,7 +210,10 @@ def to_native(nets: Mapping[str, Mapping[str, Tensor]], model: LGNet) -> dict[st
 
 def from_native(model: LGNet) -> dict[str, dict[str, Tensor]]:
     """Released state dicts of `model`, which must have the three stages of LGNet."""
-    if model.stages != "C+L+G_att" or model.share_coarse:
-        raise ValueError(f"model: only plain LGNet has released names, got stages={model.stages!r}")
+    if model.stages != "C+L+G_att" or model.share_coarse or model.max_channels is not None:
+        raise ValueError(
+            f"model: only plain LGNet has released names, got stages={model.stages!r}, "
+            f"share_coarse={model.share_coarse}, max_channels={model.max_channels}"
+        )
     state = model.state_dict()
     return {net: {r: state[n] for r, n in names.items()} for net, names in _translate(model).items()}

@@ -11,12 +11,13 @@ _CONFIGS: dict[str, dict[str, Any]] = {
     "lgnet_share": {"share_coarse": True},
     "lgnet_light": {"coarse_channels": 48, "global_channels": 48},
     "lgnet_demo": {"coarse_channels": 16, "local_channels": 16, "global_channels": 16},
+    "lgnet_small": {"coarse_channels": 32, "local_channels": 32, "global_channels": 32, "max_channels": 128},
     **{stages: {"stages": stages} for stages in CASCADES},
 }
 
 
 def list_models() -> list[str]:
-    """Names that :func:`create_model` takes: the paper's variants, the demo size, the ablations of Table VI."""
+    """Names that :func:`create_model` takes: the paper's variants, the demo's sizes, the ablations of Table VI."""
     return list(_CONFIGS)
 
 

@@ -1,6 +1,7 @@
 """VGG-16's first three blocks: the features of the perceptual and style losses (among the paper's eqs. (1)-(9)).
 
-The layers and names are those of torchvision's ``vgg16().features[:17]``; torchvision itself is not needed.
+The layers and names are those of torchvision's ``vgg16().features[:17]``; torchvision itself is not needed. Files of
+other layouts, :mod:`.features` describes them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from .features import check_hash, normalise, read_weights
 from .pretrained import TORCHVISION_URL, check_names_and_shapes, torchvision_file, upcast
 from .released import load_state_dict_file
 
@@ -35,10 +37,14 @@ class VGG16Features(nn.Sequential):
     """Conv 3x3 and ReLU layers of VGG-16 up to its third max pool, frozen.
 
     Parameters have ``requires_grad=False`` and the module stays in eval mode; gradients flow to the picture.
-    A new one has random weights: see :meth:`from_torchvision`.
+    A new one has random weights: see :meth:`from_file` and :meth:`from_torchvision`.
+
+    Args:
+        normalised: scale the picture by ImageNet's mean and deviation first, as VGG-16 was trained; the released
+            network feeds it pictures in [-1, 1] as they are.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, normalised: bool = False) -> None:
         layers: list[nn.Module] = []
         channels = 3
         for block in _BLOCKS:
@@ -47,6 +53,7 @@ class VGG16Features(nn.Sequential):
                 channels = width
             layers.append(nn.MaxPool2d(2))
         super().__init__(*layers)
+        self.normalised = normalised
         self.requires_grad_(False)
         self.eval()
 
@@ -58,8 +65,7 @@ class VGG16Features(nn.Sequential):
         """Features after pool1, pool2 and pool3.
 
         Args:
-            picture: [B, 3, H, W] in [-1, 1], as it is: the released network feeds VGG without ImageNet's mean and
-                deviation. H and W at least 8.
+            picture: [B, 3, H, W] in [-1, 1]. H and W at least 8.
 
         Returns:
             [B, 64, H//2, W//2], [B, 128, H//4, W//4] and [B, 256, H//8, W//8].
@@ -72,6 +78,8 @@ class VGG16Features(nn.Sequential):
             raise ValueError(
                 f"picture: expected H and W of at least {2 ** len(_BLOCKS)}, got {list(picture.shape[2:])}"
             )
+        if self.normalised:
+            picture = normalise(picture)
         features = []
         for layer in self:
             picture = layer(picture)
@@ -80,13 +88,40 @@ class VGG16Features(nn.Sequential):
         return features
 
     @classmethod
-    def from_torchvision(cls, path: str | os.PathLike[str] | None = None) -> VGG16Features:
+    def from_file(
+        cls, path: str | os.PathLike[str], sha256: str | None = None, normalised: bool = False
+    ) -> VGG16Features:
+        """Load the first seven convolutions of a file: torchvision's, ``.safetensors`` or ``.npz``.
+
+        Args:
+            path, sha256: see :func:`.features.read_weights`, which describes the layouts; further convolutions and
+                LPIPS's heads are left out.
+            normalised: as in the constructor.
+
+        Raises:
+            WeightsError: the file is missing, has another hash, is damaged, unsafe, or of another network.
+        """
+        weights = read_weights(path, sha256)
+        with torch.device("meta"):
+            net = cls(normalised)
+        places = [i for i, layer in enumerate(net) if isinstance(layer, nn.Conv2d)]
+        names = {f"{leaf[0]}{i}": f"{p}.{leaf}" for i, p in enumerate(places) for leaf in ("weight", "bias")}
+        expected = {short: tuple(net.state_dict()[name].shape) for short, name in names.items()}
+        check_names_and_shapes({k: v for k, v in weights.items() if k in expected}, expected, str(path))
+        net.load_state_dict({name: weights[short] for short, name in names.items()}, strict=True, assign=True)
+        net.requires_grad_(False)
+        return net
+
+    @classmethod
+    def from_torchvision(cls, path: str | os.PathLike[str] | None = None, normalised: bool = False) -> VGG16Features:
         """Load torchvision's ImageNet weights of VGG-16.
 
         Args:
             path: the file ``vgg16-397923af.pth``, or any state dict file with names ``features.0.weight``... or
                 ``0.weight``...; later layers and the classifier are left out. None: the file in torch's hub cache,
-                where torchvision keeps it too, else it is downloaded into that cache (528 MB).
+                where torchvision keeps it too, else it is downloaded into that cache (528 MB). A given file's hash is
+                checked where its name promises one, as torchvision's does.
+            normalised: as in the constructor.
 
         Returns:
             The frozen features, float32 (float64 where the file holds float64).
@@ -102,9 +137,11 @@ class VGG16Features(nn.Sequential):
             raise WeightsError(
                 f"weights: expected torchvision's VGG-16 file, got {file}, which does not exist. {_ADVICE}"
             )
+        if path is not None:  # the cache's was checked when it came
+            check_hash(file, None)
         state = _select(load_state_dict_file(file))
         with torch.device("meta"):
-            net = cls()
+            net = cls(normalised)
         check_names_and_shapes(state, {k: tuple(v.shape) for k, v in net.state_dict().items()}, str(file))
         net.load_state_dict(upcast(state), strict=True, assign=True)
         net.requires_grad_(False)  # assigned tensors bring their own flag

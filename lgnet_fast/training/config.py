@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ..reference.losses import LossWeights
+from ..reference.losses import FeatureOptions, LossWeights
 from .errors import ConfigError, MissingExtraError
-from .masks import HOLE_CLASSES, KINDS, POLARITIES
+from .masks import HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
 
 T = TypeVar("T")
 
@@ -35,6 +35,11 @@ class ModelConfig:
     """Of attention and merging: "auto" (fused where that can run), "eager", "cpp" or "triton"."""
     freeze_batchnorm: bool = False
     """Normalise by the running statistics, and leave those alone."""
+    freeze_batchnorm_from: float | None = None
+    """The same from this share of the run on, in [0, 1): its own batches would move every colour a little at every
+    step, where most of the learning rate is gone. Weights and biases of the normalisation are still trained."""
+    batchnorm_momentum: float = 0.1
+    """Share of each batch in the running statistics."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,9 @@ class DiscriminatorConfig:
     """Share of the run, in [0, 1), after which it sets in."""
     init_from: str | None = None
     """The authors' ``<epoch>_net_D.pth`` to go on from."""
+    by_hole: bool = False
+    """Scores count by the share of their patch that is hole; in the paper all count, although most patches of a
+    merged picture are true."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +79,20 @@ class DataConfig:
     masks: str = "generated"
     """"generated", a folder of mask pictures (Liu et al.'s, QD-IMD, ...), or "paired": those in the tar shards."""
     mask_kind: str = "strokes"
+    """"strokes", "boxes", "mixed", or "varied": thin and thick strokes, boxes, blobs and shapes like objects."""
     mask_polarity: str = "white"
     hole_classes: tuple[int, ...] = tuple(range(len(HOLE_CLASSES)))
     """Of generated masks, drawn evenly; indices in :data:`.masks.HOLE_CLASSES`."""
     workers: int = 2
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
+    in_memory: bool = False
+    """Decode every picture once, at a few scales, and keep them on the device with a bank of masks: for a GPU that
+    outruns the decoders. 1,700 pictures of 288x400 take 1 GB."""
+    mask_bank: int = 4096
+    """Masks of that bank; each is seen in its eight symmetries."""
+    colour: float = 0.0
+    """With `in_memory`: gains, contrast, brightness and saturation move by up to this share."""
 
 
 @dataclass(frozen=True)
@@ -84,9 +100,32 @@ class LossConfig(LossWeights):
     """Weights of the terms, and the feature network of the style and perceptual ones."""
 
     features: str | None = "torchvision"
-    """"torchvision" (VGG-16 from torch's hub cache, else downloaded), a weights file, or None: no such terms."""
+    """"torchvision" (VGG-16 from torch's hub cache, else downloaded), a weights file (:mod:`..reference.features`
+    describes its layouts), a name of ``register_features``, "package.module:function", or None: no such terms."""
+    features_sha256: str | None = None
+    """Of that file, or the begin of it."""
+    features_normalised: bool = False
+    """Give VGG-16 pictures normalised as ImageNet's were; the released network feeds it those in [-1, 1]."""
+    lpips_weights: str | None = None
+    """File of AlexNet or VGG-16 with LPIPS's heads, for the term and for the validation."""
+    feature_stages: Literal["later", "last"] = "later"
+    """Whose pictures the style, perceptual and LPIPS terms look at: those of every stage after the first, as in the
+    paper, or of the last alone."""
+    feature_pictures: Literal["both", "merged"] = "both"
+    """Raw and merged pictures, as in the paper, or merged ones alone."""
+    feature_crop: int | None = None
+    """Side of a square around a hole pixel by lot, to which these terms are restricted."""
+    feature_every: int = 1
+    """These terms are taken in every so many steps, and count so many times then."""
+    feature_dtype: Literal["same", "bf16"] = "same"
+    """Of the feature networks; autocast has its own say."""
     lean: bool = True
     """Less memory for the same gradients, see ``generator_loss``; not taken in float16."""
+
+    def options(self) -> FeatureOptions:
+        return FeatureOptions(
+            self.feature_stages, self.feature_pictures, self.feature_crop, float(self.feature_every)
+        )
 
 
 @dataclass(frozen=True)
@@ -105,7 +144,9 @@ class OptimConfig:
     steps: int | None = None
     """Length of the run; overrides `epochs`."""
     max_minutes: float | None = None
-    """Stops there, with a checkpoint; the schedule then runs by whichever share is larger, time's or steps'."""
+    """The run ends there; the schedule then runs by whichever share is larger, time's or steps'."""
+    leg_minutes: float | None = None
+    """This process stops after so much time, with a checkpoint and an exported model, and ``--resume`` goes on."""
     schedule: Literal["paper", "linear", "cosine", "constant"] = "paper"
     """"paper": constant for half of the epochs, then falling linearly (SPEC, "Training schedule")."""
     warmup_steps: int = 0
@@ -134,9 +175,14 @@ class RunConfig:
     picture_every: int = 500
     """Steps between picture grids; 0: none."""
     validate_every: int = 1000
-    metric: Literal["psnr", "ssim", "l1"] = "psnr"
+    metric: Literal["psnr", "ssim", "l1", "lpips"] = "psnr"
     """Which chooses the best checkpoint."""
     validation_classes: tuple[int, ...] = (1, 2)
+    validation_kinds: tuple[str, ...] = ()
+    """Holes of these kinds of :data:`.masks.SUITE_KINDS` instead, scored on the device, in batches, kind by kind: l1,
+    PSNR, sharpness, and LPIPS where ``loss.lpips_weights`` is given."""
+    validation_pictures: int | None = None
+    """Only the first so many."""
     checkpoint_every: int = 1000
     checkpoint_minutes: float | None = None
     """And after so much time, where given."""
@@ -144,6 +190,8 @@ class RunConfig:
     """Checkpoints kept, besides the best."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss that is not finite: "stop" saves the batch and ends the run, "skip" leaves the batch out and counts."""
+    finite_every: int = 1
+    """With "stop": steps between looks at the loss. Each makes the processor wait for the GPU."""
     tensorboard: bool = True
     threads: int | None = None
     """Of PyTorch on the CPU; None: its own choice."""
@@ -167,7 +215,8 @@ class TrainConfig:
 
         data, optim, run = self.data, self.optim, self.run
         check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
-        check("data.mask_kind", data.mask_kind, data.mask_kind in KINDS, f"one of {KINDS}")
+        kinds = (*KINDS, VARIED)
+        check("data.mask_kind", data.mask_kind, data.mask_kind in kinds, f"one of {kinds}")
         check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
         for name, classes in (
             ("data.hole_classes", data.hole_classes),
@@ -176,7 +225,30 @@ class TrainConfig:
             inside = bool(classes) and all(0 <= c < len(HOLE_CLASSES) for c in classes)
             check(name, classes, inside, f"indices from 0 to {len(HOLE_CLASSES) - 1}")
         check("data.workers", data.workers, data.workers >= 0, "0 or more")
-        check("data.prefetch", data.prefetch, data.prefetch >= 1, "1 or more")
+        for name in ("prefetch", "mask_bank"):
+            check(f"data.{name}", getattr(data, name), getattr(data, name) >= 1, "1 or more")
+        check("data.colour", data.colour, 0 <= data.colour < 1, "a share in [0, 1)")
+        crop = self.loss.feature_crop
+        check("loss.feature_crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
+        check("loss.feature_every", self.loss.feature_every, self.loss.feature_every >= 1, "1 or more")
+        freeze = self.model.freeze_batchnorm_from
+        check("model.freeze_batchnorm_from", freeze, freeze is None or 0 <= freeze < 1, "a share in [0, 1)")
+        momentum = self.model.batchnorm_momentum
+        check("model.batchnorm_momentum", momentum, 0 < momentum <= 1, "a share in (0, 1]")
+        inside = all(kind in SUITE_KINDS for kind in run.validation_kinds)
+        check("run.validation_kinds", run.validation_kinds, inside, f"names of {SUITE_KINDS}")
+        scored = run.metric != ("ssim" if run.validation_kinds else "lpips")
+        check(
+            "run.metric",
+            run.metric,
+            scored,
+            "one that is scored: lpips with validation_kinds only, ssim without only",
+        )
+        given = self.loss.lpips_weights
+        needs = [
+            name for name, asked in (("loss.lpips", self.loss.lpips), ("run.metric", run.metric == "lpips")) if asked
+        ]
+        check("loss.lpips_weights", given, given is not None or not needs, f"a file, for {' and '.join(needs)}")
         for name in ("batch_size", "accumulate"):
             check(f"optim.{name}", getattr(optim, name), getattr(optim, name) >= 1, "1 or more")
         check("optim.learning_rate", optim.learning_rate, optim.learning_rate > 0, "a positive number")
@@ -196,12 +268,12 @@ class TrainConfig:
             value = getattr(run, name)
             check(f"run.{name}", value, value is None or value > 0, "a positive number")
         check("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more")
-        for name in ("epochs", "steps", "max_minutes", "clip"):
+        for name in ("epochs", "steps", "max_minutes", "leg_minutes", "clip"):
             value = getattr(optim, name)
             check(f"optim.{name}", value, value is None or value > 0, "a positive number")
         check("optim.epochs", optim.epochs, optim.epochs is not None or optim.steps is not None, "epochs or steps")
         check("optim.ema", optim.ema, optim.ema is None or 0 < optim.ema < 1, "a number between 0 and 1")
-        for name in ("log_every", "validate_every", "checkpoint_every", "keep"):
+        for name in ("log_every", "validate_every", "checkpoint_every", "keep", "finite_every"):
             check(f"run.{name}", getattr(run, name), getattr(run, name) >= 1, "1 or more")
 
     def as_dict(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from ..pipeline.pictures import picture_of
 from ..pipeline.shards import Member, samples_in
 from .config import DataConfig
 from .errors import ConfigError, DataError, MissingExtraError
-from .masks import MaskFolder, generate_mask, hole_levels, pictures_below, resize_mask
+from .masks import VARIED, MaskFolder, generate_mask, hole_levels, pictures_below, resize_mask, varied_mask
 
 PROTOCOLS: dict[str, float | None] = {
     "photos": 2.0,
@@ -335,18 +335,41 @@ class InpaintingDataset(Dataset[Sample]):
 
 
 def validation_pairs(
-    folder: str, size: int, hole_classes: Sequence[int], seed: int, protocol: str = "photos"
+    folder: str,
+    size: int,
+    hole_classes: Sequence[int],
+    seed: int,
+    protocol: str = "photos",
+    limit: int | None = None,
 ) -> list[tuple[Tensor, Tensor]]:
     """The pictures of a place with one stroke mask of every class: ([1, 3, S, S] in [-1, 1], [1, 1, S, S]) each.
 
-    Centre crops, drawn masks by (seed, index, class); a picture that cannot be read is left out with a warning.
+    Drawn masks by (seed, index, class), pictures as of :func:`validation_pictures`.
+
+    Raises:
+        DataError: see there.
+    """
+    pairs = []
+    for index, image in validation_pictures(folder, size, protocol, limit):
+        for hole_class in hole_classes:
+            mask = generate_mask(
+                size, size, hole_class=hole_class, kind="strokes", seed=(_VALIDATION, seed, index, hole_class)
+            )
+            pairs.append((image, torch.from_numpy(mask)[None, None].float()))
+    return pairs
+
+
+def validation_pictures(folder: str, size: int, protocol: str, limit: int | None) -> list[tuple[int, Tensor]]:
+    """(number, centre crop [1, 3, S, S] in [-1, 1]) of the pictures of a place, of the first `limit` only.
+
+    A picture that cannot be read is left out with a warning.
 
     Raises:
         DataError: no such place, or no picture in it that can be read.
     """
     source = open_source([folder])
-    pairs = []
-    for index in range(len(source)):
+    pictures = []
+    for index in range(len(source) if limit is None else min(limit, len(source))):
         try:
             picture = decode(source.picture(index))
         except Exception as error:  # as in InpaintingDataset
@@ -354,16 +377,10 @@ def validation_pairs(
             continue
         box = crop_box(picture.shape[0], picture.shape[1], size, PROTOCOLS[protocol], None)
         image = scale(picture, box, size, Image.Resampling.BICUBIC).transpose(2, 0, 1)
-        for hole_class in hole_classes:
-            mask = generate_mask(
-                size, size, hole_class=hole_class, kind="strokes", seed=(_VALIDATION, seed, index, hole_class)
-            )
-            pairs.append(
-                (_network_range(np.ascontiguousarray(image))[None], torch.from_numpy(mask)[None, None].float())
-            )
-    if not pairs:
+        pictures.append((index, _network_range(np.ascontiguousarray(image))[None]))
+    if not pictures:
         raise DataError(f"data.validation: none of {len(source)} pictures in {folder!r} can be read")
-    return pairs
+    return pictures
 
 
 def decode(picture: Image.Image) -> np.ndarray:
@@ -437,6 +454,8 @@ class _Masks:
     def draw(self, size: int, seed: Sequence[int]) -> np.ndarray:
         """A mask by lot, bool [size, size]."""
         rng = np.random.default_rng(np.random.SeedSequence(seed))
+        if self.folder is None and self.kind == VARIED:
+            return varied_mask(size, size, seed=(*seed, 1))
         if self.folder is None:
             return generate_mask(
                 size, size, hole_class=int(rng.choice(self.classes)), kind=self.kind, seed=(*seed, 1)

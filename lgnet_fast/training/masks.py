@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
@@ -32,6 +32,8 @@ HOLE_CLASSES: tuple[tuple[float, float], ...] = (
 """Bounds of the hole ratio of each class: above the first, up to and including the second."""
 
 KINDS = ("strokes", "boxes", "mixed")
+VARIED = "varied"
+"""The kind of :func:`varied_mask`, which knows no hole classes."""
 POLARITIES = ("white", "black")
 
 Seed = int | Sequence[int]
@@ -111,33 +113,53 @@ def generate_mask(height: int, width: int, *, hole_class: int | None, kind: str,
     if height < 1 or width < 1:
         raise ValueError(f"height, width: expected positive sizes, got {height}x{width}")
     fewest, most = _pixel_bounds(height, width, hole_class)
-    words = [int(seed)] if isinstance(seed, (int, np.integer)) else [int(word) for word in seed]
-    if any(word < 0 for word in words):
-        raise ValueError(f"seed: expected non-negative integers, got {seed!r}")
-    rng = np.random.default_rng(np.random.SeedSequence(words))
-
+    rng = _generator(seed)
     target = int(rng.integers(fewest, most + 1))
     if kind == "mixed":
         kind = ("strokes", "boxes", "both")[int(rng.integers(3))]
     hole = np.zeros((height, width), dtype=bool)
-    count, attempts, size = 0, 0, 1.0
-    # Within a hundredth of the picture of its target the hole is done: the rest would be crumbs.
-    while (count < fewest or target - count > height * width // 100) and attempts < 200:
-        attempts += 1
-        before = hole.copy()
+
+    def draw(missing: int, size: float) -> None:
         if kind == "boxes" or (kind == "both" and rng.integers(2)):
-            _draw_box(hole, rng, target - count, size)
+            _draw_box(hole, rng, missing, size)
         else:
             _draw_stroke(hole, rng, size)
+
+    _fill(hole, rng, draw, target, fewest, most)
+    return hole
+
+
+def _generator(seed: Seed) -> np.random.Generator:
+    words = [int(seed)] if isinstance(seed, (int, np.integer)) else [int(word) for word in seed]
+    if any(word < 0 for word in words):
+        raise ValueError(f"seed: expected non-negative integers, got {seed!r}")
+    return np.random.default_rng(np.random.SeedSequence(words))
+
+
+def _fill(
+    hole: np.ndarray,
+    rng: np.random.Generator,
+    draw: Callable[[int, float], None],
+    target: int,
+    fewest: int,
+    most: int,
+) -> None:
+    """Call draw(missing pixels, size <= 1), which marks pixels of `hole`, until it has about `target` of them."""
+    count, attempts, size = 0, 0, 1.0
+    # Within a hundredth of the picture of its target the hole is done: the rest would be crumbs.
+    while (count < fewest or target - count > hole.size // 100) and attempts < 200:
+        attempts += 1
+        before = hole.copy()
+        draw(target - count, size)
         drawn = int(np.count_nonzero(hole))
         if drawn > most:
             # Too much: take it back and go on with a smaller brush.
-            hole, size = before, size * 0.7
+            hole[:] = before
+            size *= 0.7
         else:
             count = drawn
     if count < fewest:
         _grow(hole, rng, fewest - count)
-    return hole
 
 
 def _draw_stroke(hole: np.ndarray, rng: np.random.Generator, size: float) -> None:
@@ -146,7 +168,12 @@ def _draw_stroke(hole: np.ndarray, rng: np.random.Generator, size: float) -> Non
     side = min(height, width)
     thickest = max(1, round(0.075 * side * size))
     radius = int(rng.integers(max(1, thickest // 4), thickest + 1))
-    longest = max(2, round(0.25 * side * size))
+    _walk(hole, rng, radius, max(2, round(0.25 * side * size)))
+
+
+def _walk(hole: np.ndarray, rng: np.random.Generator, radius: int, longest: int) -> None:
+    """A walk of 2 to 8 straight pieces, each of a quarter to the whole of `longest`, with a brush of that radius."""
+    height, width = hole.shape
     x, y = int(rng.integers(width)), int(rng.integers(height))
     angle = int(rng.integers(_TURN))
     pieces = int(rng.integers(2, 9))
@@ -223,6 +250,142 @@ def _grow(hole: np.ndarray, rng: np.random.Generator, missing: int) -> None:
         places = np.flatnonzero(rim & ~hole)[:missing]
         hole.flat[places] = True
         missing -= len(places)
+
+
+# -- the evaluation suite's holes ----------------------------------------------------------------------------------
+
+SUITE_KINDS = ("thin", "thick", "box", "blob")
+
+
+def suite_mask(height: int, width: int, *, kind: str, seed: Seed) -> np.ndarray:
+    """Draw a hole of one of the kinds that `lgnet-fast eval --suite` measures.
+
+    Sizes follow the picture's shorter side s; in brackets at 256. The same arguments give the same mask on every
+    platform, as with :func:`generate_mask`.
+
+    Args:
+        height, width: of the mask, in pixels, each at least 16.
+        kind: "thin": strokes of s/85 to s/28 (3 to 9 pixels) over 10-20 % of the picture. "thick": strokes of s/15 to
+            s/8 (17 to 31 pixels) over 20-30 %. "box": a square of s/4 (64x64), s/8 or more from the border. "blob":
+            one smooth shape of 15 %, round about the middle.
+        seed: a non-negative integer or several.
+
+    Returns:
+        bool [height, width], True = hole.
+
+    Raises:
+        ValueError: an argument outside the above.
+    """
+    if kind not in SUITE_KINDS:
+        raise ValueError(f"kind: expected one of {SUITE_KINDS}, got {kind!r}")
+    if min(height, width) < 16:
+        raise ValueError(f"height, width: expected at least 16 each, got {height}x{width}")
+    rng, side = _generator(seed), min(height, width)
+    hole = np.zeros((height, width), dtype=bool)
+    if kind == "box":
+        box, rim = side // 4, side // 8
+        top = int(rng.integers(rim, height - box - rim + 1))
+        left = int(rng.integers(rim, width - box - rim + 1))
+        hole[top : top + box, left : left + box] = True
+    elif kind == "blob":
+        _draw_blob(hole, rng, round(0.15 * hole.size))
+    else:
+        thin = kind == "thin"
+        thinnest, thickest = (side // 256, side // 64) if thin else (side // 32, side // 17)
+        fewest, most = _pixel_bounds(height, width, 1 if thin else 2)
+
+        def draw(missing: int, size: float) -> None:
+            radius = int(rng.integers(max(1, thinnest), max(1, thickest) + 1))
+            _walk(hole, rng, radius, max(2, round(0.3 * side * size)))
+
+        _fill(hole, rng, draw, int(rng.integers(fewest, most + 1)), fewest, most)
+    return hole
+
+
+def _draw_blob(hole: np.ndarray, rng: np.random.Generator, pixels: int) -> None:
+    """Mark the `pixels` with the highest sum of inverse squared distances to a few points along a walk.
+
+    Steps of up to 0.18 of the shorter side keep it in one piece: between two points that far apart the sum is above
+    the level that encloses a seventh of the picture.
+    """
+    height, width = hole.shape
+    side = min(height, width)
+    x, y = (int(rng.integers(length // 3, length - length // 3)) for length in (width, height))
+    angle = int(rng.integers(_TURN))
+    columns, rows = np.arange(width, dtype=np.int64), np.arange(height, dtype=np.int64)[:, None]
+    level = np.zeros(hole.shape, dtype=np.int64)
+    for _ in range(int(rng.integers(4, 7))):
+        weight = int(rng.integers(7, 14))
+        level += (weight << 32) // ((columns - x) ** 2 + (rows - y) ** 2 + 1)
+        angle = (angle + int(rng.integers(-_TURN // 4, _TURN // 4 + 1))) % _TURN
+        step = int(rng.integers(side // 12, round(0.18 * side) + 1))
+        dx, dy = (_DIRECTIONS[angle] * step // _SCALE).tolist()
+        # Turned back at the border, so that most of the shape's rim lies in the picture.
+        if not side // 6 <= x + dx < width - side // 6:
+            dx, angle = -dx, (_TURN // 2 - angle) % _TURN
+        if not side // 6 <= y + dy < height - side // 6:
+            dy, angle = -dy, -angle % _TURN
+        x, y = x + dx, y + dy
+    hole.flat[np.argsort(-level, axis=None, kind="stable")[:pixels]] = True
+
+
+def varied_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
+    """Draw a hole of any kind: thin and thick strokes, boxes, blobs and shapes like objects, by lot.
+
+    Args:
+        height, width: of the mask, in pixels, each at least 16.
+        seed: a non-negative integer or several.
+
+    Returns:
+        bool [height, width], True = hole.
+    """
+    rng = _generator(seed)
+    kind = str(rng.choice(list(_VARIED), p=list(_VARIED.values())))
+    inner = int(rng.integers(1 << 62))
+    if kind in SUITE_KINDS and kind != "box":
+        return suite_mask(height, width, kind=kind, seed=inner)
+    if kind in KINDS:
+        return generate_mask(
+            height, width, hole_class=int(rng.integers(4 if kind == "strokes" else 2)), kind=kind, seed=inner
+        )
+    hole = np.zeros((height, width), dtype=bool)
+    if kind == "box":
+        side = min(height, width)
+        for _ in range(int(rng.integers(1, 3))):
+            h, w = (int(rng.integers(side // 6, side // 3)) for _ in range(2))
+            top, left = int(rng.integers(height - h + 1)), int(rng.integers(width - w + 1))
+            hole[top : top + h, left : left + w] = True
+    else:
+        _draw_object(hole, rng)
+    return hole
+
+
+# Shares of the kinds: those of the suite, :func:`generate_mask`'s, and "object".
+_VARIED = {"thin": 0.25, "thick": 0.25, "box": 0.12, "blob": 0.13, "strokes": 0.1, "boxes": 0.03, "object": 0.12}
+
+
+def _draw_object(hole: np.ndarray, rng: np.random.Generator) -> None:
+    """A body of two to five overlapping tilted ellipses, with up to three limbs, like a person's or an animal's."""
+    height, width = hole.shape
+    side = min(height, width)
+    x, y = (int(rng.integers(length // 4, length - length // 4)) for length in (width, height))
+    columns, rows = np.arange(width, dtype=np.int64), np.arange(height, dtype=np.int64)[:, None]
+    angle = int(rng.integers(_TURN))
+    for _ in range(int(rng.integers(2, 6))):
+        a, b = int(rng.integers(side // 12, side // 6 + 1)), int(rng.integers(side // 20, side // 9 + 1))
+        ux, uy = _DIRECTIONS[angle].tolist()
+        along = ((columns - x) * ux + (rows - y) * uy) // _SCALE
+        across = ((rows - y) * ux - (columns - x) * uy) // _SCALE
+        hole |= along**2 * b**2 + across**2 * a**2 <= a**2 * b**2
+        # The next one begins inside this one.
+        x, y = (min(max(v + d * a // _SCALE, 0), n - 1) for v, d, n in ((x, ux, width), (y, uy, height)))
+        angle = (angle + int(rng.integers(-_TURN // 5, _TURN // 5 + 1))) % _TURN
+    inside = np.argwhere(hole)
+    for _ in range(int(rng.integers(4))):
+        row, column = inside[int(rng.integers(len(inside)))].tolist()
+        radius = int(rng.integers(max(1, side // 64), side // 24 + 1))
+        dx, dy = (_DIRECTIONS[int(rng.integers(_TURN))] * int(rng.integers(side // 8, side // 4)) // _SCALE).tolist()
+        _capsule(hole, column, row, dx, dy, radius)
 
 
 # -- folders of masks --------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from ..reference import LGNet, create_model
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
-from ..reference.losses import FeaturesFn
+from ..reference.features import LPIPS, FeaturesFn, registered_features
 from ..reference.vgg import VGG16Features
 from ..weights import bundled_path
 from .config import DiscriminatorConfig, LossConfig, ModelConfig
@@ -92,10 +92,31 @@ class _Wide:
 
 
 def make_features(config: LossConfig) -> FeaturesFn | None:
-    """The feature network of the style and perceptual terms; None where the configuration has none."""
+    """The feature network of the style and perceptual terms; None where the configuration has none.
+
+    Raises:
+        WeightsError: its file cannot be loaded. ConfigError: the function to make it cannot be imported.
+    """
     if config.features is None or not (config.style or config.perceptual):
         return None
-    return VGG16Features.from_torchvision(None if config.features == "torchvision" else config.features)
+    if config.features == "torchvision":
+        return VGG16Features.from_torchvision(normalised=config.features_normalised)
+    try:
+        registered = registered_features(config.features)
+    except ValueError as error:
+        raise ConfigError(f"loss.{error}") from error
+    if registered is not None:
+        return registered
+    return VGG16Features.from_file(config.features, config.features_sha256, config.features_normalised)
+
+
+def make_lpips(config: LossConfig) -> LPIPS | None:
+    """The network of the LPIPS term and of the validation's LPIPS; None where no file is configured.
+
+    Raises:
+        WeightsError: the file cannot be loaded.
+    """
+    return None if config.lpips_weights is None else LPIPS.from_file(config.lpips_weights)
 
 
 class MovingAverage:
@@ -110,8 +131,11 @@ class MovingAverage:
         """Take in the network's tensors after optimiser step `step` (from 0)."""
         # At the start the average would otherwise be of little but the random weights.
         decay = min(self.decay, (1 + step) / (10 + step))
+        own, theirs = [], []
         for name, value in network.state_dict().items():
             if value.is_floating_point():
-                self.state[name].lerp_(value, 1 - decay)
+                own.append(self.state[name])
+                theirs.append(value)
             else:
                 self.state[name].copy_(value)
+        torch._foreach_lerp_(own, theirs, 1 - decay)

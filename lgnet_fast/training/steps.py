@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from ..reference.cascade import Stages
-from ..reference.losses import FeaturesFn, LossWeights, discriminator_loss, generator_loss
+from ..reference.features import LPIPS, FeaturesFn
+from ..reference.losses import FeatureOptions, LossWeights, discriminator_loss, generator_loss, hole_share
 
 
 def optimise_step(
@@ -22,7 +23,10 @@ def optimise_step(
     features: FeaturesFn | None,
     weights: LossWeights,
     *,
+    lpips: LPIPS | None = None,
+    options: FeatureOptions | None = None,
     judged: int = 0,
+    by_hole: bool = False,
     adversarial: bool = True,
     lean: bool = True,
     autocast: Callable[[], Any] = contextlib.nullcontext,
@@ -44,8 +48,10 @@ def optimise_step(
             leave no gradients in it.
         optimisers: of the generators, of the discriminator.
         batches: (image [B, 3, H, W] in [-1, 1], mask [B, 1, H, W], 1 = hole) each.
-        features, weights, lean: see ``generator_loss``.
+        features, weights, lean, lpips, options: see ``generator_loss``.
         judged: the stage whose merged picture the discriminator judges: 0, the first, in the paper.
+        by_hole: scores count by the share of their cell that is hole, in the generators' loss and in the
+            discriminator's; in the paper all count.
         adversarial: false leaves the discriminator out; the term ``G_adv`` is then 0.
         autocast, backward, waiting: precision, gradient scaling, and what leaves out the exchange of gradients (for
             all but the last batch).
@@ -69,9 +75,12 @@ def optimise_step(
             with autocast():
                 stages = network(image, mask, return_stages=True)
             merged = stages.merged[judged]
+            share_of_hole: Tensor | None = None
             if adversarial:
                 with autocast():
-                    terms |= discriminator_loss(discriminator(merged.detach()), discriminator(image))
+                    fake, real = discriminator(merged.detach()), discriminator(image)
+                    share_of_hole = hole_share(mask, fake) if by_hole else None
+                    terms |= discriminator_loss(fake, real, share_of_hole)
                 if refuse("D", terms, number):
                     return None
                 backward(terms["D"] * share)
@@ -81,7 +90,18 @@ def optimise_step(
             with autocast(), _frozen(judge):
                 # A score of 1 is what the generators are pulled to: no loss, no gradient.
                 scores = judge(merged) if adversarial else merged.new_ones(1)
-                terms |= generator_loss(stages, image, mask, scores, features, weights, lean=lean)
+                terms |= generator_loss(
+                    stages,
+                    image,
+                    mask,
+                    scores,
+                    features,
+                    weights,
+                    lean=lean,
+                    lpips=lpips,
+                    options=options,
+                    score_weight=share_of_hole,
+                )
             if refuse("G", terms, number):
                 return None
             backward(terms["G"] * share)

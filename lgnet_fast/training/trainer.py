@@ -25,15 +25,24 @@ from ..pipeline.files import write_atomically
 from ..reference import LGNet
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
-from ..reference.losses import FeaturesFn
+from ..reference.features import LPIPS, FeaturesFn
 from ..reference.vgg import VGG16Features
 from .checkpoints import BEST, CheckpointFolder, random_states, restore_random_states, save_checkpoint
 from .config import OptimConfig, TrainConfig
 from .data import InpaintingDataset, PositionSampler, make_loader, validation_pairs
 from .errors import ConfigError, DataError, MissingExtraError, TrainingError
-from .networks import MovingAverage, keep_spectral_norm_wide, make_discriminator, make_features, make_network
+from .memory import MemoryBatches
+from .networks import (
+    MovingAverage,
+    keep_spectral_norm_wide,
+    make_discriminator,
+    make_features,
+    make_lpips,
+    make_network,
+)
 from .progress import Report
 from .steps import optimise_step
+from .validation import KindValidation
 
 _PICTURES_SHOWN = 4
 _STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
@@ -83,16 +92,23 @@ class Trainer:
         discriminator: Discriminator | None = None,
         features: FeaturesFn | None = None,
     ) -> None:
+        self._born = time.monotonic()
         self.config = config
         data, run, optim = config.data, config.run, config.optim
         if run.threads is not None:
             torch.set_num_threads(run.threads)
         self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
-        self.validation = (
-            []
-            if data.validation is None
-            else validation_pairs(data.validation, data.size, run.validation_classes, run.seed, data.protocol)
-        )
+        self.memory = MemoryBatches(self.dataset) if data.in_memory and self.dataset is not None else None
+        self.validation: list[tuple[Tensor, Tensor]] = []
+        self.by_kind: KindValidation | None = None
+        if data.validation is not None and run.validation_kinds:
+            self.by_kind = KindValidation(
+                data.validation, data.size, run.validation_kinds, run.seed, data.protocol, run.validation_pictures
+            )
+        elif data.validation is not None:
+            self.validation = validation_pairs(
+                data.validation, data.size, run.validation_classes, run.seed, data.protocol, run.validation_pictures
+            )
         _seed(run.seed)
         network = make_network(config.model) if model is None else model
         if discriminator is None:
@@ -101,27 +117,39 @@ class Trainer:
         self.weights = config.loss
         if feature_network is None:
             self.weights = dataclasses.replace(config.loss, style=0.0, perceptual=0.0)
+        lpips = make_lpips(config.loss)
 
         self.accelerator = _accelerator(optim.precision, run.device)
         device, dtype = self.accelerator.device, getattr(torch, optim.dtype)
+        if device.type == "cuda":
+            torch.backends.cudnn.benchmark = True  # every step has the same shapes
         network, discriminator = network.to(device, dtype), discriminator.to(device, dtype)
+        if self.memory is not None:
+            self.memory.to(device)
         if isinstance(feature_network, nn.Module):
             feature_network = feature_network.to(device, dtype).requires_grad_(False)
-            if device.type == "cpu" and dtype == torch.float32 and isinstance(feature_network, VGG16Features):
-                # A tenth faster; in float64, many times slower.
+            if isinstance(feature_network, VGG16Features) and (device.type == "cuda" or dtype == torch.float32):
+                # On a CPU a tenth faster; in float64, many times slower.
                 feature_network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.features: FeaturesFn | None = feature_network
+        self.features = _narrow(feature_network) if config.loss.feature_dtype == "bf16" else feature_network
+        self.lpips: LPIPS | None = None if lpips is None else lpips.to(device, dtype)
+        if self.lpips is not None and device.type == "cuda":
+            self.lpips.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if optim.channels_last:
             network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if config.model.freeze_batchnorm:
-            for module in network.modules():
-                if isinstance(module, nn.BatchNorm2d):
+        if optim.channels_last and device.type == "cuda":
+            discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        for module in network.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = config.model.batchnorm_momentum
+                if config.model.freeze_batchnorm:
                     module.requires_grad_(False)
         keep_spectral_norm_wide(discriminator)
         self.average = None if optim.ema is None else MovingAverage(network, optim.ema)
         rate = optim.learning_rate
         its_rate = rate if optim.discriminator_learning_rate is None else optim.discriminator_learning_rate
         self._rates = (rate, its_rate)
+        fused = True if device.type == "cuda" else None
         self._trained = [p for p in network.parameters() if p.requires_grad]
         with warnings.catch_warnings():
             # Its successor is unknown to PyTorch before 2.13, and to accelerate.
@@ -129,8 +157,8 @@ class Trainer:
             prepared = self.accelerator.prepare(
                 network,
                 discriminator,
-                torch.optim.Adam(self._trained, lr=rate, betas=optim.betas),
-                torch.optim.Adam(discriminator.parameters(), lr=its_rate, betas=optim.betas),
+                torch.optim.Adam(self._trained, lr=rate, betas=optim.betas, fused=fused),
+                torch.optim.Adam(discriminator.parameters(), lr=its_rate, betas=optim.betas, fused=fused),
             )
         self._wrapped, self._wrapped_discriminator, *self.optimisers = prepared
         self.network, self.discriminator = network, discriminator
@@ -143,6 +171,8 @@ class Trainer:
         self.best: float | None = None
         self.minutes = 0.0
         self._signal = 0
+        self._warm_from = 0
+        self._frozen = config.model.freeze_batchnorm
         self._report: Report | None = None
 
     # -- length and schedule -------------------------------------------------------------------------------------
@@ -184,6 +214,8 @@ class Trainer:
         factor = 1.0
         if self.dataset is not None:
             factor = learning_rate_factor(optim, self.step, self.total_steps, self.progress, self.steps_an_epoch)
+            if self._warm_from and self.step - self._warm_from < optim.warmup_steps:
+                factor *= (self.step - self._warm_from + 1) / optim.warmup_steps
         for optimiser, rate in zip(self.optimisers, self._rates):
             for group in optimiser.param_groups:
                 group["lr"] = factor * rate
@@ -195,7 +227,7 @@ class Trainer:
         """Everything in training mode, but for BatchNorms that are frozen."""
         self._wrapped.train()
         self._wrapped_discriminator.train()
-        if self.config.model.freeze_batchnorm:
+        if self._frozen:
             for module in self.network.modules():
                 if isinstance(module, nn.BatchNorm2d):
                     module.eval()
@@ -206,7 +238,12 @@ class Trainer:
         Raises:
             TrainingError: a loss is not finite, and ``run.on_nan`` is "stop".
         """
-        optim = self.config.optim
+        optim, loss = self.config.optim, self.config.loss
+        freeze = self.config.model.freeze_batchnorm_from
+        if not self._frozen and freeze is not None and self.progress >= freeze:
+            self._frozen = True
+            self.training_mode()
+        looking = self.step % loss.feature_every == 0
         skipping = self.config.run.on_nan == "skip"
         kept = [buffer.clone() for buffer in self.network.buffers()] if skipping else []
         terms = optimise_step(
@@ -215,8 +252,11 @@ class Trainer:
             self.discriminator,
             (self.optimisers[0], self.optimisers[1]),
             [self._on_device(batch) for batch in batches],
-            self.features,
+            self.features if looking else None,
             self.weights,
+            lpips=self.lpips if looking and loss.lpips else None,
+            options=loss.options(),
+            by_hole=self.config.discriminator.by_hole,
             judged=0 if self.config.discriminator.stage == "first" else -1,
             adversarial=self.adversarial,
             lean=self.config.loss.lean and optim.precision != "fp16",
@@ -255,9 +295,9 @@ class Trainer:
     def _refuse(self, total: str, terms: Mapping[str, Tensor], batch: Mapping[str, Any]) -> bool:
         """Whether the total is not finite in any process; saves the batch and stops where the run is set to."""
         skipping = self.config.run.on_nan == "skip"
-        if total == "D" and not skipping:
-            # It spoils the generators' loss of the same step, and nothing is kept of that step: waiting once for the
-            # device will do.
+        if not skipping and (total == "D" or self.step % self.config.run.finite_every):
+            # What D's loss spoils, the generators' loss of the same step shows, and nothing is kept of that step:
+            # waiting once for the device will do.
             return False
         found = (~torch.isfinite(terms[total])).to(torch.float32)
         if float(self.accelerator.reduce(found, "sum")) == 0:
@@ -323,8 +363,11 @@ class Trainer:
             self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        restore_random_states(state["random"][self.accelerator.process_index])
+        if state["random"]:  # a compact checkpoint has none
+            restore_random_states(state["random"][self.accelerator.process_index])
         self.step, self.minutes = state["step"], state["minutes"]
+        if self.step and not any(own["state"] for own in state["optimisers"]):
+            self._warm_from = self.step  # a compact checkpoint's moments may begin anew
         self.skipped, self.best, self.broken = state["skipped"], state["best"], list(state["broken"])
 
     # -- the run -------------------------------------------------------------------------------------------------
@@ -366,7 +409,10 @@ class Trainer:
                 self.accelerator.process_index,
                 self.accelerator.num_processes,
             )
-            batches = iter(make_loader(self.dataset, sampler, pin=self.accelerator.device.type == "cuda"))
+            if self.memory is not None:
+                batches = self.memory.batches(sampler)
+            else:
+                batches = iter(make_loader(self.dataset, sampler, pin=self.accelerator.device.type == "cuda"))
             if self.accelerator.is_main_process:
                 run = self.config.run
                 self._report = Report(self.folder, self.step, self.total_steps, self.progress, run.tensorboard)
@@ -386,7 +432,7 @@ class Trainer:
         validated = -1
         sums: dict[str, Tensor] = {}
         counts: dict[str, int] = {}
-        while self.progress < 1 and not self._signal:
+        while self.progress < 1 and not self._signal and not self._leg_over():
             rate = self._set_learning_rates()
             several = [_next(batches) for _ in range(accumulate)]
             self._note_broken(several)
@@ -401,7 +447,7 @@ class Trainer:
                 sums, counts = {}, {}
             if self._report is not None and run.picture_every and self.step % run.picture_every == 0:
                 self._report.pictures(self.step, self._shown(several[-1]))
-            if self.validation and self.step % run.validate_every == 0:
+            if self._validated and self.step % run.validate_every == 0:
                 self._validate()
                 validated = self.step
             minutes = run.checkpoint_minutes
@@ -409,7 +455,7 @@ class Trainer:
             if self.step % run.checkpoint_every == 0 or late:
                 self._save()
                 saved, saved_at = self.step, time.monotonic()
-        if self.validation and validated != self.step and not self._signal:
+        if self._validated and validated != self.step and not self._signal:
             self._validate()
         if saved != self.step:
             self._save()
@@ -447,6 +493,14 @@ class Trainer:
         if agreed[1] and not self._signal:
             self._signal = int(signal.SIGTERM)
 
+    def _leg_over(self) -> bool:
+        minutes = self.config.optim.leg_minutes
+        return minutes is not None and self._any(time.monotonic() - self._born > 60 * minutes)
+
+    @property
+    def _validated(self) -> bool:
+        return bool(self.validation) or self.by_kind is not None
+
     def _any(self, here: bool) -> bool:
         if self.accelerator.num_processes == 1:
             return here
@@ -481,6 +535,10 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         self._share_statistics()
+        if self.config.run.finite_every > 1 and not _finite(self.network):
+            raise TrainingError(
+                f"after step {self.step} the weights are not finite; the checkpoint before is as it was"
+            )
         state = self.state()
         if self.accelerator.is_main_process:
             if best:
@@ -513,10 +571,14 @@ class Trainer:
 
     @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean l1 (%), PSNR (dB) and SSIM of the 8-bit merged pictures over the validation pairs."""
+        """Mean l1 (%), PSNR (dB) and SSIM of the 8-bit merged pictures over the validation pairs; by kinds of holes,
+        see :class:`.validation.KindValidation`."""
+        self._share_statistics()
+        if self.by_kind is not None:
+            with self.averaged(), self.accelerator.autocast():
+                return self.by_kind.scores(self.network, self.lpips, self.accelerator.device)
         from ..evaluation.metrics import Metrics
 
-        self._share_statistics()
         names = ("l1", "psnr", "ssim")
         metrics = Metrics(names)
         parameter = next(self.network.parameters())
@@ -534,7 +596,7 @@ class Trainer:
     def _validate(self) -> None:
         scores = self.validate()
         metric = self.config.run.metric
-        sign = -1 if metric == "l1" else 1
+        sign = -1 if metric in ("l1", "lpips") else 1
         best = self.best is None or sign * scores[metric] > sign * self.best
         if self._report is not None:
             self._report.validation(self.step, scores, best)
@@ -570,6 +632,19 @@ class Trainer:
                     save_checkpoint(folder / "network.pt", dict(self.network.state_dict()))
         self.accelerator.wait_for_everyone()
         return folder
+
+
+def _narrow(features: FeaturesFn | None) -> FeaturesFn | None:
+    """The network in bfloat16, fed with pictures in bfloat16."""
+    if not isinstance(features, nn.Module):
+        return features
+    network = features.to(torch.bfloat16)
+    return lambda picture: network(picture.to(torch.bfloat16))
+
+
+def _finite(network: nn.Module) -> bool:
+    norms = torch._foreach_norm([p.detach() for p in network.parameters()])
+    return bool(torch.isfinite(torch.stack(norms)).all())
 
 
 def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,111 @@
+"""Measures the bundled model for docs/evaluation.md: rewrites its tables and the contact sheet beside it.
+
+python -m bench.evaluation_page --kodak DIR --lpips FILE       # or: make evaluation KODAK=DIR LPIPS=FILE
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import re
+import shutil
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from PIL import Image
+
+from bench.timing import ROOT
+from lgnet_fast import weights
+from lgnet_fast.errors import LGNetError
+from lgnet_fast.evaluation import Evaluation, evaluate
+from lgnet_fast.pipeline.files import EXTENSIONS
+
+SAMPLES = {
+    "astronaut.png": "NASA, public domain",
+    "brick.png": "CC0 Textures, CC0 1.0",
+    "camera.png": "Lav Varshney, CC0 1.0",
+    "chelsea.png": "Stéfan van der Walt, CC0 1.0",
+    "clock_motion.png": "Stéfan van der Walt, public domain",
+    "coffee.png": "Rachel Michetti, courtesy of Pikolo Espresso Bar, CC0 1.0",
+    "grass.png": "linolafett, CC0 1.0",
+    "gravel.png": "CC0 Textures, CC0 1.0",
+    "hubble_deep_field.jpg": "NASA, public domain",
+    "retina.jpg": "Mikael Häggström, CC0 1.0",
+    "rocket.jpg": "SpaceX, public domain",
+}
+"""The photographs that scikit-image's package holds and declares CC0 or public domain; by whom, and which."""
+
+
+def kodak(source: Path, folder: Path) -> None:
+    """Copies the Kodak set to `folder` in the order of its numbers: the drawn masks go by the files' order.
+
+    Raises LGNetError: not 24 pictures numbered from 1 to 24.
+    """
+    numbered = {}
+    for file in sorted(source.glob("*")):
+        number = re.search(r"(\d+)$", file.stem)
+        if number and file.suffix.lower() in EXTENSIONS:
+            numbered[int(number[1])] = file
+    if sorted(numbered) != list(range(1, 25)):
+        raise LGNetError(
+            f"--kodak: expected 24 pictures numbered from 1 to 24 in {str(source)!r}, got {len(numbered)}"
+        )
+    for number, file in numbered.items():
+        shutil.copy(file, folder / f"kodim{number:02d}{file.suffix}")
+
+
+def samples(folder: Path) -> None:
+    """Copies :data:`SAMPLES` to `folder`. Raises LGNetError: the installed scikit-image lacks one."""
+    import skimage.data
+
+    assert skimage.data.__file__ is not None
+    for name in SAMPLES:
+        file = Path(skimage.data.__file__).with_name(name)
+        if not file.is_file():
+            raise LGNetError(f"scikit-image: expected {name} among its data, got {str(file.parent)!r} without it")
+        shutil.copy(file, folder / name)
+
+
+def filled_in(page: str, name: str, text: str) -> str:
+    """`page` with `text` between ``<!-- name -->`` and ``<!-- end -->``. Raises LGNetError: no such place."""
+    place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
+    if not place.search(page):
+        raise LGNetError(f"page: expected a line <!-- {name} --> and after it <!-- end -->")
+    return place.sub(lambda _: text, page, count=1)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Rewrites the page; without ``--kodak`` only the part of scikit-image's samples."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--kodak", type=Path, metavar="DIR", help="the 24 pictures of the Kodak set")
+    parser.add_argument("--lpips", type=Path, metavar="FILE", help="AlexNet's weights with the heads of LPIPS")
+    parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evaluation.md")
+    options = parser.parse_args(arguments)
+    page = options.page.read_text()
+    with tempfile.TemporaryDirectory() as temporary:
+        sets = {"samples": samples}
+        if options.kodak is not None:
+            sets["kodak"] = lambda folder: kodak(options.kodak, folder)
+        for name, fetch in sets.items():
+            folder, out = Path(temporary, name), Path(temporary, f"{name} out")
+            folder.mkdir()
+            fetch(folder)
+            result = evaluate(folder, suite=True, models={"LGNet": None}, out=out, lpips=options.lpips)
+            assert isinstance(result, Evaluation)
+            page = filled_in(page, name, result.markdown())
+            if name == "samples":
+                sheet = options.page.with_name("evaluation_samples.jpg")
+                Image.open(out / "evaluation.png").save(sheet, quality=80, optimize=True)
+    licences = "".join(f"| `{name}` | {licence} |\n" for name, licence in SAMPLES.items())
+    page = filled_in(page, "licences", "| file | by, licence |\n|---|---|\n" + licences)
+    file = Path(weights.__file__).with_name("lgnet_demo") / "model.safetensors"
+    digest = hashlib.sha256(file.read_bytes()).hexdigest()
+    page = filled_in(page, "weights", f"Weights measured: `lgnet_demo`, SHA-256 `{digest[:16]}…`.\n")
+    options.page.write_text(page)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

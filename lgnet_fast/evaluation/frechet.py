@@ -1,0 +1,72 @@
+"""Fréchet distance of VGG-16 features: for sets of pictures, where the Inception network of FID is not at hand.
+
+Its figures are not FID's and cannot be compared with them.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..reference.features import ConvFeatures
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared Fréchet distance of the normal distributions with the means and covariances of two sets of vectors.
+
+    ``|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``. With fewer vectors than dimensions it is biased
+    upwards: only sets of one size can be compared.
+
+    Args:
+        a, b: [N, D] and [M, D], N and M at least 2.
+    """
+    for name, rows in (("a", a), ("b", b)):
+        if rows.dim() != 2 or len(rows) < 2 or rows.shape[1] != a.shape[1]:
+            expected = "[N, D] with N of at least 2" if name == "a" else f"[M, {a.shape[1]}] with M of at least 2"
+            raise ValueError(f"{name}: expected {expected}, got {list(rows.shape)}")
+    a, b = a.double(), b.double()
+    mean_a, mean_b = a.mean(dim=0), b.mean(dim=0)
+    # S = R^T R for the centred rows R: the trace of (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b^T,
+    # which is exact where the covariances are singular.
+    rows_a, rows_b = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
+    overlap = torch.linalg.svdvals(rows_a @ rows_b.T).sum()
+    squared = (mean_a - mean_b).square().sum() + rows_a.square().sum() + rows_b.square().sum() - 2 * overlap
+    return max(0.0, float(squared))
+
+
+class VGGFrechet:
+    """Fréchet distance between true and filled pictures, on means over positions of one level of VGG-16.
+
+    Args:
+        features: VGG-16 from a file, ``ConvFeatures.from_file(path)``.
+        level: of the features, counted from 0, relu1_2; -1: the last that the file has (relu5_3 of a whole one).
+
+    Raises:
+        ValueError: not VGG-16, or no such level.
+    """
+
+    def __init__(self, features: ConvFeatures, level: int = -1) -> None:
+        if features.network != "vgg16":
+            raise ValueError(f"features: expected vgg16, got {features.network}")
+        if not -features.levels <= level < features.levels:
+            raise ValueError(f"level: expected one of {features.levels} levels, got {level}")
+        self.network, self.level = features, level
+        self._rows: dict[bool, list[Tensor]] = {True: [], False: []}
+
+    @torch.inference_mode()
+    def features(self, pictures: Tensor) -> Tensor:
+        """[B, 3, H, W] in [-1, 1] -> [B, D], float32 at least, on the CPU."""
+        return self.network(pictures)[self.level].float().mean(dim=(2, 3)).cpu()
+
+    def update(self, pictures: Tensor, real: bool) -> None:
+        """Take in pictures [B, 3, H, W] in [-1, 1], true ones or filled ones."""
+        self._rows[real].append(self.features(pictures))
+
+    def compute(self) -> float:
+        """The distance of what was taken in. Raises ValueError: fewer than two of either."""
+        counts = {real: sum(map(len, rows)) for real, rows in self._rows.items()}
+        if min(counts.values()) < 2:
+            raise ValueError(
+                f"pictures: expected two or more of each, got {counts[True]} true, {counts[False]} filled"
+            )
+        return frechet_distance(torch.cat(self._rows[True]), torch.cat(self._rows[False]))

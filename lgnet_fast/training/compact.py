@@ -1,0 +1,163 @@
+"""A run in small files: to carry it between machines, and to take the model from it.
+
+    python -m lgnet_fast.training.compact pack runs/demo_gpu OUT          # compact.json, compact-00.safetensors, ...
+    python -m lgnet_fast.training.compact unpack OUT runs/demo_gpu --model lgnet-small
+
+`pack` keeps the newest checkpoint's moving average (the network where there is none) and its discriminator, matrices
+and kernels in float16, but not the optimisers' moments: `lgnet-fast train --resume` after `unpack` warms the learning
+rate up again. With ``--optimiser`` the moments come along in bfloat16, which makes three times as much.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from ..pipeline.files import write_atomically
+from ..reference.pretrained import CONFIG_FILE, upcast, write_safetensors
+from .checkpoints import CheckpointFolder
+from .errors import TrainingError
+from .progress import LOG
+
+_ABOUT = "compact.json"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+_PLAIN = ("step", "position", "processes", "minutes", "skipped", "best")
+
+
+def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_000_000) -> list[Path]:
+    """Write the newest checkpoint of a run's folder, with the log and the model's configuration, to `folder`.
+
+    Args:
+        run: the run's folder.
+        folder: made where needed.
+        optimiser: keep the moments of Adam.
+        part_bytes: largest file, unless one tensor alone is larger.
+
+    Returns:
+        The files.
+
+    Raises:
+        TrainingError: there is no checkpoint, or it cannot be read.
+    """
+    checkpoints = CheckpointFolder(run / "checkpoints", keep=1)
+    state = checkpoints.load_latest()
+    if state is None:
+        raise TrainingError(f"run: expected a run's folder with checkpoints, got {str(run)!r}, which has none")
+    tensors = _half("network", state["average"] or state["network"]) | _half("discriminator", state["discriminator"])
+    if optimiser:
+        for number, one in enumerate(state["optimisers"]):
+            for index, moments in one["state"].items():
+                tensors |= {f"optimiser{number}.{index}.{m}": moments[m].bfloat16() for m in _MOMENTS}
+    about = {name: state[name] for name in _PLAIN}
+    about["param_groups"] = [one["param_groups"] for one in state["optimisers"]]
+    about["adam_steps"] = [
+        next((float(moments["step"]) for moments in one["state"].values()), 0.0) for one in state["optimisers"]
+    ]
+    parts: list[dict[str, Tensor]] = [{}]
+    room = part_bytes
+    for name, tensor in tensors.items():
+        if parts[-1] and tensor.nbytes > room:
+            parts.append({})
+            room = part_bytes
+        parts[-1][name] = tensor.contiguous()
+        room -= tensor.nbytes
+    folder.mkdir(parents=True, exist_ok=True)
+    written = [folder / _ABOUT]
+    write_atomically(written[0], (json.dumps(about) + "\n").encode())
+    for number, part in enumerate(parts):
+        written.append(folder / f"compact-{number:02d}.safetensors")
+        save_file(part, written[-1])
+    for file in (run / LOG, run / "model" / CONFIG_FILE):
+        if file.is_file():
+            written.append(folder / (file.name if file.name == LOG else f"model_{CONFIG_FILE}"))
+            shutil.copyfile(file, written[-1])
+    return written
+
+
+def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> None:
+    """Make the checkpoint of a run's folder, or a model's folder, from what :func:`pack` wrote.
+
+    Args:
+        folder: with the packed files.
+        run: gets the checkpoint and the log; None: no run is made.
+        model: gets ``model.safetensors`` in float16 and ``config.json``, for ``LGNet.from_pretrained``.
+
+    Raises:
+        TrainingError: `folder` does not hold what :func:`pack` writes.
+    """
+    try:
+        about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        tensors: dict[str, Tensor] = {}
+        for part in sorted(folder.glob("compact-*.safetensors")):
+            tensors |= load_file(part)
+    except (OSError, ValueError) as error:
+        raise TrainingError(f"compact: {str(folder)!r} cannot be read ({error})") from error
+    network = _below("network.", tensors)
+    if model is not None:
+        model.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(folder / f"model_{CONFIG_FILE}", model / CONFIG_FILE)
+        write_safetensors(network, model, torch.float16)
+    if run is None:
+        return
+    optimisers = []
+    for number, groups in enumerate(about["param_groups"]):
+        own: dict[int, dict[str, Tensor]] = {}
+        for name, tensor in upcast(_below(f"optimiser{number}.", tensors)).items():
+            index, moment = name.split(".")
+            own.setdefault(int(index), {"step": torch.tensor(about["adam_steps"][number])})[moment] = tensor
+        optimisers.append({"state": own, "param_groups": [{**g, "betas": tuple(g["betas"])} for g in groups]})
+    state = {name: about[name] for name in _PLAIN} | {
+        "network": upcast(network),
+        "discriminator": upcast(_below("discriminator.", tensors)),
+        "average": None,
+        "optimisers": optimisers,
+        "scaler": None,
+        "random": [],
+        "broken": [],
+    }
+    CheckpointFolder(run / "checkpoints", keep=1).save(about["step"], state)
+    if (folder / LOG).is_file():
+        shutil.copyfile(folder / LOG, run / LOG)
+
+
+def _half(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Vectors, such as running statistics, stay as they are: their range may be beyond float16's."""
+    return {
+        f"{prefix}.{name}": tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
+        for name, tensor in state.items()
+    }
+
+
+def _below(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lgnet_fast.training.compact", description=__doc__.split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    packing = commands.add_parser("pack", help="the newest checkpoint of a run in small files")
+    packing.add_argument("run", type=Path)
+    packing.add_argument("folder", type=Path)
+    packing.add_argument("--optimiser", action="store_true", help="with Adam's moments")
+    unpacking = commands.add_parser("unpack", help="a run to resume, a model, or both, from such files")
+    unpacking.add_argument("folder", type=Path)
+    unpacking.add_argument("run", type=Path, nargs="?")
+    unpacking.add_argument("--model", type=Path, help="folder for the model, float16")
+    given = parser.parse_args(arguments)
+    if given.command == "pack":
+        for file in pack(given.run, given.folder, given.optimiser):
+            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+    else:
+        unpack(given.folder, given.run, given.model)
+
+
+if __name__ == "__main__":
+    main()

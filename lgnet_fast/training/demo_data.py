@@ -1,0 +1,155 @@
+"""What `configs/demo.yaml` and `configs/demo_gpu.yaml` train on, small enough to be carried about (`make demo-data`).
+
+``train-000.tar``, ...    pictures as WebP, the shorter side at most `edge`, the longer one cut to 1.5 times that
+``held_out.tar``          evenly spaced pictures that are in none of these
+``vgg16_pool3.npz``       VGG-16's convolutions up to pool3, float16, layout: `reference/features.py`
+``alexnet_lpips.npz``     AlexNet's and LPIPS's heads, the same
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import tarfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..errors import WeightsError
+from ..reference.features import LPIPS, read_weights
+from .data import decode
+from .errors import DataError
+from .masks import pictures_below
+
+_LONGEST = 1.5
+_VGG_CONVOLUTIONS = 7
+_HELD_OUT_QUALITY = 90
+
+
+def encode(file: Path, edge: int, quality: int) -> bytes:
+    """A picture as WebP: the shorter side at most `edge`, the middle of the longer one."""
+    picture = Image.fromarray(decode(Image.open(io.BytesIO(file.read_bytes()))))
+    longest = _LONGEST * min(picture.size)
+    kept = [min(side, longest) for side in picture.size]
+    left, top = ((side - keep) / 2 for side, keep in zip(picture.size, kept))
+    factor = min(1.0, edge / min(picture.size))
+    size = (max(1, round(kept[0] * factor)), max(1, round(kept[1] * factor)))
+    box = (left, top, min(left + kept[0], picture.width), min(top + kept[1], picture.height))
+    stream = io.BytesIO()
+    picture.resize(size, Image.Resampling.LANCZOS, box=box).save(stream, "WEBP", quality=quality, method=4)
+    return stream.getvalue()
+
+
+def write_shards(files: Sequence[tuple[str, bytes]], folder: Path, stem: str, largest: int) -> list[Path]:
+    """Tar files ``<stem>-000.tar``, ... of at most `largest` bytes each."""
+    shards: list[Path] = []
+    size, archive = 0, None
+    for name, content in files:
+        room = 512 + -(-len(content) // 512) * 512
+        if archive is None or size + room > largest - 2 * 10240:  # tar pads its end to 10 KiB
+            if archive is not None:
+                archive.close()
+            shards.append(folder / f"{stem}-{len(shards):03d}.tar")
+            archive, size = tarfile.open(shards[-1], "w"), 0  # noqa: SIM115 (closed below)
+        member = tarfile.TarInfo(name)
+        member.size = len(content)
+        archive.addfile(member, io.BytesIO(content))
+        size += room
+    if archive is not None:
+        archive.close()
+    return shards
+
+
+def write_pictures(source: Path, folder: Path, *, edge: int, quality: int, held_out: int, largest: int) -> list[Path]:
+    """Shards of a folder's pictures, see the module's text.
+
+    Raises:
+        DataError: no pictures, or not more than are held out.
+    """
+    files = sorted(pictures_below(source, "pictures: expected a folder of pictures"))
+    if len(files) <= held_out:
+        raise DataError(f"pictures: expected more than the {held_out} held out in {str(source)!r}, got {len(files)}")
+    held = {round((i + 0.5) * len(files) / held_out) for i in range(held_out)} if held_out else set()
+
+    def encoded(chosen: list[int], quality: int) -> list[tuple[str, bytes]]:
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            contents = pool.map(lambda i: encode(files[i], edge, quality), chosen)
+            return [(f"{i:06d}.webp", content) for i, content in zip(chosen, contents, strict=True)]
+
+    training = [i for i in range(len(files)) if i not in held]
+    # A shard holds neighbours of everywhere, not one source's pictures.
+    np.random.default_rng(0).shuffle(training)
+    shards = write_shards(encoded(training, quality), folder, "train", largest)
+    if held:
+        (one,) = write_shards(encoded(sorted(held), _HELD_OUT_QUALITY), folder, "held_out", 1 << 40)
+        shards.append(one.replace(folder / "held_out.tar"))
+    return shards
+
+
+def write_weights(vgg: Path | None, lpips: Path | None, folder: Path) -> list[Path]:
+    """``vgg16_pool3.npz`` and ``alexnet_lpips.npz`` of files in any layout.
+
+    Raises:
+        WeightsError: they cannot be read, or are of other networks.
+    """
+    written = []
+    if vgg is not None:
+        weights = read_weights(vgg)
+        names = [f"{leaf}{i}" for i in range(_VGG_CONVOLUTIONS) for leaf in "wb"]
+        if missing := [name for name in names if name not in weights]:
+            raise WeightsError(
+                f"weights: expected VGG-16's convolutions in {str(vgg)!r}, missing {', '.join(missing)}"
+            )
+        written.append(_write(folder / "vgg16_pool3.npz", {name: weights[name].half() for name in names}))
+    if lpips is not None:
+        net = LPIPS.from_file(lpips)
+        state = net.features.state_dict()
+        tensors = {
+            f"{leaf[0]}{i}": state[f"convolutions.{i}.{leaf}"].half()
+            for i in range(len(net.features.convolutions))
+            for leaf in ("weight", "bias")
+        }
+        tensors |= {f"lin{i}": getattr(net, f"head{i}") for i in range(net.features.levels)}
+        written.append(_write(folder / f"{net.features.network}_lpips.npz", tensors))
+    return written
+
+
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> Path:
+    arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
+    np.savez(file, **arrays)
+    return file
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(prog="python -m lgnet_fast.training.demo_data", description=__doc__)
+    parser.add_argument("pictures", type=Path, help="a folder of pictures, searched with its sub-folders")
+    parser.add_argument("-o", "--output", type=Path, default=Path("demo_data"))
+    parser.add_argument("--vgg", type=Path, help="VGG-16's weights")
+    parser.add_argument("--lpips", type=Path, help="AlexNet's weights with LPIPS's heads")
+    parser.add_argument("--edge", type=int, default=288, help="longest shorter side, in pixels")
+    parser.add_argument("--quality", type=int, default=70, help="of WebP")
+    parser.add_argument("--held-out", type=int, default=32, help="pictures kept for validation")
+    parser.add_argument("--shard-mb", type=float, default=24.5, help="largest shard, in millions of bytes")
+    given = parser.parse_args(arguments)
+    given.output.mkdir(parents=True, exist_ok=True)
+    written = write_weights(given.vgg, given.lpips, given.output)
+    written += write_pictures(
+        given.pictures,
+        given.output,
+        edge=given.edge,
+        quality=given.quality,
+        held_out=given.held_out,
+        largest=round(given.shard_mb * 1e6),
+    )
+    for file in written:
+        print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

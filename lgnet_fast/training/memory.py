@@ -1,0 +1,171 @@
+"""Pictures and holes that are decoded once and stay in memory, on the GPU where there is one.
+
+A GPU that takes hundreds of pictures a second outruns the JPEG decoders of a whole processor. What a batch looks like
+depends on (seed, position of its first sample) alone.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import warnings
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import nullcontext
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .data import InpaintingDataset, PositionSampler, decode
+from .errors import DataError
+
+# Shorter sides beside data.size, as multiples of it, at which a picture is kept where it has as much.
+SCALES = (1.0, 1.125, 1.25, 1.5, 2.0)
+
+_BATCH, _BANK = 5, 6  # streams of random numbers, see data.py
+_COLUMNS = 7
+_FEW_MASKS = 64  # below that a process pool costs more than it saves
+
+
+class MemoryBatches:
+    """Every picture of a dataset at several scales, and a bank of masks.
+
+    Args:
+        dataset: whose pictures, order and masks are taken.
+        workers: processes that draw the masks, threads that decode; None: as many as there are cores.
+
+    Raises:
+        DataError: paired masks; pictures of which none can be read.
+    """
+
+    def __init__(self, dataset: InpaintingDataset, workers: int | None = None) -> None:
+        self.dataset, self.data, self.seed = dataset, dataset.data, dataset.seed
+        if dataset.masks.paired:
+            raise DataError("data.in_memory: masks that come with the pictures cannot be kept; set data.masks")
+        workers = workers or os.cpu_count() or 1
+        # First of all, and in processes: they are forked before the GPU is touched.
+        self.masks = self._draw_masks(workers)
+        self.broken: list[str] = []
+        kept: list[np.ndarray] = []
+        places: list[list[tuple[int, int, int]]] = []  # of each picture at each of its scales: offset, height, width
+        offset = 0
+        with ThreadPoolExecutor(workers) as pool:
+            for index, levels in enumerate(pool.map(self._levels, range(len(dataset)))):
+                if isinstance(levels, str):
+                    self.broken.append(f"{dataset.source.name(index)}: {levels}")
+                    continue
+                places.append([])
+                for level in levels:
+                    places[-1].append((offset, *level.shape[:2]))
+                    kept.append(level.reshape(-1, 3))
+                    offset += len(kept[-1])
+        if not kept:
+            raise DataError(f"data: none of {len(dataset)} pictures can be read; the first: {self.broken[0]}")
+        self.places = places
+        self.pixels = torch.from_numpy(np.concatenate(kept))  # uint8 [all pixels, 3]
+
+    def _levels(self, index: int) -> list[np.ndarray] | str:
+        """A picture at its scales, uint8 [H, W, 3] each; or why it cannot be read."""
+        size, largest = self.data.size, self.dataset.largest
+        try:
+            picture = decode(self.dataset.source.picture(index))
+        except Exception as error:  # as in InpaintingDataset
+            return " ".join(str(error).split()) or type(error).__name__
+        if largest is None:
+            return [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))]
+        height, width = picture.shape[:2]
+        shorter = min(height, width)
+        levels = []
+        for scale in SCALES:
+            edge = round(size * scale)
+            if scale > 1 and (edge > shorter or scale > largest):
+                break
+            shape = (max(size, round(width * edge / shorter)), max(size, round(height * edge / shorter)))
+            whole = shape == (width, height)
+            levels.append(
+                picture if whole else np.asarray(Image.fromarray(picture).resize(shape, Image.Resampling.LANCZOS))
+            )
+        return levels
+
+    def _draw_masks(self, workers: int) -> Tensor:
+        """uint8 [count, S, S], 1 = hole."""
+        count, size = self.data.mask_bank, self.data.size
+        several = workers > 1 and count >= _FEW_MASKS and "fork" in multiprocessing.get_all_start_methods()
+        pool: Any = nullcontext()
+        with warnings.catch_warnings():
+            # Python 3.12 warns of every fork beside threads; these children run numpy's integer code only.
+            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
+            if several:
+                pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
+            with pool as executor:
+                run = executor.map if isinstance(executor, Executor) else lambda f, n, chunksize: map(f, n)
+                packed = list(run(self._packed_mask, range(count), chunksize=max(1, count // (4 * workers))))
+        return torch.from_numpy(np.unpackbits(np.stack(packed), axis=1).reshape(count, size, size))
+
+    def _packed_mask(self, number: int) -> np.ndarray:
+        return np.packbits(self.dataset.masks.draw(self.data.size, (_BANK, self.seed, number)))
+
+    def to(self, device: torch.device) -> MemoryBatches:
+        """Move pictures and masks. Returns self."""
+        self.pixels, self.masks = self.pixels.to(device), self.masks.to(device)
+        return self
+
+    def batch(self, first: int, count: int) -> dict[str, Any]:
+        """The samples from position `first` on, as of :func:`.data.collate`, on the device that holds the pictures.
+
+        Each is a crop of its picture at one of its scales, mirrored by lot, with its colours moved (`data.colour`),
+        under a mask of the bank in one of its eight symmetries.
+        """
+        rng = np.random.default_rng(np.random.SeedSequence((_BATCH, self.seed, first)))
+        size = self.data.size
+        choice = np.empty((count, _COLUMNS), dtype=np.int64)
+        for i in range(count):
+            epoch, place = divmod(first + i, len(self.dataset))
+            levels = self.places[int(self.dataset.order(epoch)[place]) % len(self.places)]
+            offset, down, across = levels[int(rng.integers(len(levels)))]
+            top, left = int(rng.integers(down - size + 1)), int(rng.integers(across - size + 1))
+            flips = rng.integers(2, size=4)
+            choice[i] = (offset + top * across + left, across, rng.integers(len(self.masks)), *flips)
+        device = self.pixels.device
+        origin, width, mask, mirrored, turned, upside, sideways = (
+            torch.from_numpy(choice).to(device, non_blocking=True)[:, :, None, None].unbind(1)
+        )
+        line = torch.arange(size, device=device)
+        rows, columns = line[:, None], line[None, :]
+        columns_of = torch.where(mirrored == 1, size - 1 - columns, columns)
+        image = self.pixels[origin + rows * width + columns_of]  # [B, S, S, 3]
+        image = image.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+        if self.data.colour:
+            image = _move_colours(image, rng, self.data.colour)
+        rows_of = torch.where(upside == 1, size - 1 - rows, rows)
+        columns_of = torch.where(sideways == 1, size - 1 - columns, columns)
+        rows_of, columns_of = (
+            torch.where(turned == 1, columns_of, rows_of),
+            torch.where(turned == 1, rows_of, columns_of),
+        )
+        hole = self.masks.view(-1)[(mask * size + rows_of) * size + columns_of]
+        return {"image": image, "mask": hole[:, None].float(), "name": [""] * count, "broken": []}
+
+    def batches(self, sampler: PositionSampler) -> Iterator[dict[str, Any]]:
+        """Batches in the sampler's order, without end; the first one tells of pictures that cannot be read."""
+        broken = self.broken
+        for positions in sampler:
+            yield {**self.batch(positions[0], len(positions)), "broken": broken}
+            broken = []
+
+
+def _move_colours(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
+    """Gain of each channel, contrast, brightness and saturation of [B, 3, H, W] in [-1, 1], each moved by up to
+    `strength`."""
+    moved = rng.uniform(-strength, strength, size=(len(image), 6)).astype(np.float32)
+    factors = torch.from_numpy(moved).to(image.device, non_blocking=True)[:, :, None, None]
+    gain, saturation, brightness = 1 + factors[:, :3] / 2, 1 + factors[:, 3:4], factors[:, 4:5] / 2
+    contrast = 1 + factors[:, 5:6]
+    image = image * gain
+    grey = image.mean(dim=1, keepdim=True)
+    image = grey + (image - grey) * saturation
+    mean = grey.mean(dim=(2, 3), keepdim=True)
+    return (mean + (image - mean) * contrast + brightness).clamp_(-1, 1)

@@ -1,0 +1,69 @@
+"""Shards and weights of `make demo-data`."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lgnet_fast.errors import WeightsError
+from lgnet_fast.reference.features import LPIPS
+from lgnet_fast.reference.vgg import VGG16Features
+from lgnet_fast.training.data import open_source
+from lgnet_fast.training.demo_data import encode, main, write_shards, write_weights
+from lgnet_fast.training.errors import DataError
+from tests.test_features import weights
+from tests.training_support import write_pictures
+
+
+def test_pictures_are_scaled_and_cut_and_never_enlarged(tmp_path):
+    for size, expected in (((400, 200), (150, 100)), ((200, 220), (100, 110)), ((60, 50), (60, 50))):
+        write_pictures(tmp_path / "p", 1, size)
+        picture = Image.open(io.BytesIO(encode(tmp_path / "p" / "0.png", 100, 80)))
+        assert picture.format == "WEBP"
+        assert picture.size == expected
+    column = np.zeros((50, 200, 3), np.uint8)
+    column[:, 100:] = 255
+    Image.fromarray(column).save(tmp_path / "half.png")
+    middle = np.asarray(Image.open(io.BytesIO(encode(tmp_path / "half.png", 50, 95))))
+    assert middle.shape == (50, 75, 3)
+    assert middle[:, :36].mean() < 5
+    assert middle[:, 39:].mean() > 250
+
+
+def test_shards_stay_below_their_limit(tmp_path):
+    content = bytes(range(256)) * 40
+    shards = write_shards([(f"{i}.webp", content) for i in range(20)], tmp_path, "train", 100_000)
+    assert len(shards) > 2
+    assert max(shard.stat().st_size for shard in shards) <= 100_000
+
+
+def test_the_command(tmp_path, capsys):
+    write_pictures(tmp_path / "p", 6, (90, 70))
+    np.savez(tmp_path / "vgg.npz", **{k: v for k, v in weights("vgg16", 8).items()})
+    np.savez(tmp_path / "alex.npz", **weights("alexnet"))
+    files = ["--vgg", str(tmp_path / "vgg.npz"), "--lpips", str(tmp_path / "alex.npz")]
+    main([str(tmp_path / "p"), "-o", str(tmp_path / "out"), "--edge", "64", "--held-out", "2", *files])
+    assert len(open_source([str(tmp_path / "out" / "train-000.tar")])) == 4
+    held_out = open_source([str(tmp_path / "out" / "held_out.tar")])
+    assert held_out.picture(1).size == (82, 64)
+    names = {
+        open_source([str(tmp_path / "out" / f)]).name(i)[-11:]
+        for f, n in (("train-000.tar", 4), ("held_out.tar", 2))
+        for i in range(n)
+    }
+    assert names == {f"{i:06d}.webp" for i in range(6)}
+    assert VGG16Features.from_file(tmp_path / "out" / "vgg16_pool3.npz")[14].weight.shape == (256, 256, 3, 3)
+    assert LPIPS.from_file(tmp_path / "out" / "alexnet_lpips.npz").features.network == "alexnet"
+    assert capsys.readouterr().out.count(" MB") == 4
+
+
+def test_what_cannot_be_made(tmp_path):
+    write_pictures(tmp_path / "p", 2)
+    with pytest.raises(DataError, match="more than the 2 held out"):
+        main([str(tmp_path / "p"), "-o", str(tmp_path / "out"), "--held-out", "2"])
+    np.savez(tmp_path / "vgg.npz", **weights("vgg16", 3))
+    with pytest.raises(WeightsError, match="expected VGG-16's convolutions .* missing w3"):
+        write_weights(tmp_path / "vgg.npz", None, tmp_path)

@@ -1,0 +1,119 @@
+"""Pictures kept in memory: crops are the pictures' own pixels, masks and order follow the seed alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lgnet_fast.training import DataError
+from lgnet_fast.training.config import DataConfig
+from lgnet_fast.training.data import InpaintingDataset, PositionSampler
+from lgnet_fast.training.masks import varied_mask
+from lgnet_fast.training.memory import MemoryBatches
+from tests.training_support import write_pictures
+
+
+def memory(folder, seed: int = 0, workers: int = 1, **settings) -> MemoryBatches:
+    data = DataConfig(pictures=(str(folder),), **{"mask_kind": "varied", "mask_bank": 4, **settings})
+    return MemoryBatches(InpaintingDataset(data, seed), workers)
+
+
+def test_batches_are_crops_of_the_pictures_and_masks_of_the_bank(tmp_path):
+    rng = np.random.default_rng(0)
+    levels = rng.integers(0, 256, (2, 300, 260, 3)).astype(np.uint8)  # shorter side below 1.125 times 256
+    (tmp_path / "p").mkdir()
+    for i, picture in enumerate(levels):
+        Image.fromarray(picture).resize((256, 295)).save(tmp_path / "p" / f"{i}.png")
+    sources = [np.asarray(Image.open(tmp_path / "p" / f"{i}.png")) for i in range(2)]
+    kept = memory(tmp_path / "p")
+    assert [len(levels) for levels in kept.places] == [1, 1]
+    batch = kept.batch(0, 8)
+    assert batch["image"].shape == (8, 3, 256, 256)
+    assert batch["image"].dtype == batch["mask"].dtype == torch.float32
+    seen = []
+    for i, image in enumerate(batch["image"]):
+        picture = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        source = sources[int(kept.dataset.order(i // 2)[i % 2])]
+        found = [
+            (top, flip)
+            for top in range(295 - 256 + 1)
+            for flip in (False, True)
+            if np.array_equal(source[top : top + 256][:, ::-1] if flip else source[top : top + 256], picture)
+        ]
+        assert len(found) == 1
+        seen += found
+    assert len(set(seen)) > 4
+    assert {flip for _, flip in seen} == {False, True}
+    bank = kept.masks.numpy()
+    for mask in batch["mask"][:, 0].numpy():
+        turned = [np.rot90(m, k)[:, ::s] for m in bank for k in range(4) for s in (1, -1)]
+        assert any(np.array_equal(mask, t) for t in turned)
+
+
+def test_larger_pictures_come_at_several_scales(tmp_path):
+    write_pictures(tmp_path / "p", 1, (420, 400))
+    kept = memory(tmp_path / "p")
+    assert [(h, w) for _, h, w in kept.places[0]] == [(256, 269), (288, 302), (320, 336), (384, 403)]
+    assert len(memory(tmp_path / "p", protocol="paris_streetview").places[0]) == 1
+    assert [(h, w) for _, h, w in memory(tmp_path / "p", protocol="places2").places[0]] == [(256, 256)]
+
+
+def test_the_seed_and_the_position_decide(tmp_path):
+    write_pictures(tmp_path / "p", 3, (300, 290))
+    kept, again = memory(tmp_path / "p", colour=0.1), memory(tmp_path / "p", colour=0.1)
+    first, second = kept.batch(6, 2), again.batch(6, 2)
+    assert torch.equal(first["image"], second["image"])
+    assert torch.equal(first["mask"], second["mask"])
+    assert not torch.equal(first["image"], kept.batch(8, 2)["image"])
+    other = memory(tmp_path / "p", seed=1).batch(6, 2)
+    assert not torch.equal(first["mask"], other["mask"])
+    batches = kept.batches(PositionSampler(3, 2))
+    assert torch.equal(next(batches)["image"], first["image"])
+    assert torch.equal(next(batches)["image"], kept.batch(8, 2)["image"])
+
+
+def test_masks_of_several_processes_are_those_of_one(tmp_path):
+    write_pictures(tmp_path / "p", 1, (256, 256))
+    one, two = (memory(tmp_path / "p", workers=workers, mask_bank=64) for workers in (1, 2))
+    assert torch.equal(one.masks, two.masks)
+
+
+def test_colours_move_within_their_bounds(tmp_path):
+    (tmp_path / "p").mkdir()
+    Image.new("RGB", (256, 256), (128, 128, 128)).save(tmp_path / "p" / "grey.png")
+    kept = memory(tmp_path / "p", colour=0.2)
+    image = kept.batch(0, 16)["image"]
+    assert image.std(dim=(2, 3)).max() < 1e-5
+    assert 0.02 < image.abs().max() <= 0.2
+    assert image.mean(dim=(2, 3)).std() > 0.02
+
+
+def test_broken_pictures_are_told_of_once(tmp_path):
+    write_pictures(tmp_path / "p", 2, (256, 256))
+    (tmp_path / "p" / "0.png").write_bytes(b"broken")
+    kept = memory(tmp_path / "p")
+    batches = kept.batches(PositionSampler(0, 2))
+    told = next(batches)["broken"]
+    assert len(told) == 1
+    assert "0.png" in told[0]
+    assert next(batches)["broken"] == []
+    (tmp_path / "p" / "1.png").write_bytes(b"broken")
+    with pytest.raises(DataError, match="none of 2 pictures can be read"):
+        memory(tmp_path / "p")
+
+
+def test_paired_masks_are_refused(tmp_path):
+    write_pictures(tmp_path / "p", 1)
+    with pytest.raises(DataError, match="data.in_memory: masks that come with the pictures"):
+        memory(tmp_path / "p", masks="paired")
+
+
+def test_varied_masks_have_many_sizes_and_repeat():
+    masks = [varied_mask(128, 160, seed=(1, i)) for i in range(40)]
+    ratios = [mask.mean() for mask in masks]
+    assert masks[0].shape == (128, 160)
+    assert 0 < min(ratios) < 0.08
+    assert 0.2 < max(ratios) < 0.6
+    assert np.array_equal(masks[7], varied_mask(128, 160, seed=(1, 7)))
