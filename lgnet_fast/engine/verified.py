@@ -34,7 +34,7 @@ from .. import cache
 from ..ops.first_use import strict_float32, tf32_allowed
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from .cuda_executor import CudaExecutor
-from .graphs import Recent, error_text
+from .graphs import Recent, error_text, is_capturing
 from .library_executor import PAINT, LibraryExecutor
 from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan
@@ -447,6 +447,8 @@ class Guarded:
         regions: Sequence[tuple[Rect, ...]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
         """See :class:`.engine.Executor`."""
+        if is_capturing(self.executor.device):
+            return self.executor.run(image, mask, start, regions)  # what fails there is the capture
         if regions is not None and not self._came_before(regions):
             regions = None
         while True:

@@ -126,9 +126,9 @@ def check(
     return outcome
 
 
-def distrust(use: Use, error: BaseException) -> bool:
+def distrust(use: Use, error: Exception) -> bool:
     """Whether an automatic call whose kernel raised `error` may go to eager PyTorch, as later ones then do."""
-    if isinstance(error, torch.OutOfMemoryError) or not isinstance(error, Exception) or torch.compiler.is_compiling():
+    if isinstance(error, torch.OutOfMemoryError) or torch.compiler.is_compiling() or _is_capturing(use.device):
         return False
     with _lock:
         if _verdicts.get(use) is None:
@@ -156,9 +156,15 @@ def _can_check(tensors: tuple[Tensor, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if tensors[0].is_cuda:
-        with torch.cuda.device(tensors[0].device):
-            return not torch.cuda.is_current_stream_capturing() and torch.cuda.get_sync_debug_mode() == 0
+        return not _is_capturing(tensors[0].device) and torch.cuda.get_sync_debug_mode() == 0
     return True
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
 
 
 def compare(
