@@ -29,7 +29,7 @@ from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan, build_plan
 from .regions import Rect, join
 from .saved import read_engine, write_engine
-from .verified import verified
+from .verified import Guarded, verified
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -170,7 +170,7 @@ class Engine:
         if holes is None and self.hole_aware and mask.device.type == "cpu":
             each = [hole_boxes(sample) for sample in mask.split(1)]
             holes = join(hole for own in each for hole in own)
-        elif holes is None and self.hole_aware and mask.device.type == "cuda" and image.shape[0]:
+        elif holes is None and self.hole_aware and isinstance(self._first.executor, Guarded) and image.shape[0]:
             holes = self._device_holes.find(mask)
         if image.shape[0] == 0 or (holes is not None and not holes):
             return self._unchanged(image, return_stages)
