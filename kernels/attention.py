@@ -45,7 +45,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import config_kind, device_generation, num_splits, pick
+from .configs import SHARED_LIMITS, Config, config_kind, device_generation, num_splits, pick
 from .launch import (
     MAX_GRID,
     device_guard,
@@ -996,6 +996,15 @@ def _prepare(features: Tensor, variant: str, *, backward: bool) -> tuple[Tensor,
     return (v, v, v, inv_norm) if k is None else (k, k, v, None)
 
 
+def _merge_stages(config: Config, columns: int, splits: int, element: int, generation: str) -> int:
+    """The most pipeline stages, up to the table's, whose tiles of all splits fit the card's shared memory."""
+    tiles = splits * config.block_m * columns * 4 + (2 * columns + config.block_m) * columns * element
+    stages = config.num_stages
+    while stages > 1 and (stages - 1) * tiles > 0.9 * SHARED_LIMITS[generation]:
+        stages -= 1
+    return stages
+
+
 def _forward(
     features: Tensor,
     variant: str,
@@ -1110,7 +1119,7 @@ def _forward(
                 BLOCK_O=block_d,
                 BLOCK_D=block_d,
                 num_warps=merge.num_warps,
-                num_stages=merge.num_stages,
+                num_stages=_merge_stages(merge, block_d, splits, features.element_size(), generation),
                 **flags,
             )
     return lse

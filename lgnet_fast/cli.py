@@ -35,6 +35,16 @@ class Strategy(str, Enum):
     tile = "tile"
 
 
+class MaskChannel(str, Enum):
+    """Values of --mask-channel."""
+
+    auto = "auto"
+    luma = "luma"
+    alpha = "alpha"
+    inverse_alpha = "inverse_alpha"
+    colour = "colour"
+
+
 class Format(str, Enum):
     """Values of --format."""
 
@@ -83,6 +93,12 @@ def run(
     strategy: Annotated[Strategy, typer.Option(help="How large pictures are handled.")] = Strategy.auto,
     mask_threshold: Annotated[float, typer.Option(help="Mask levels above this share are hole; below 1.")] = 0.5,
     invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Black = fill.")] = False,
+    mask_channel: Annotated[
+        MaskChannel, typer.Option(help="What tells the hole; auto refuses masks that may mean two things.")
+    ] = MaskChannel.auto,
+    allow_any_mask: Annotated[
+        bool, typer.Option("--allow-any-mask", help="Let masks pass that select nothing, or more than 95 %.")
+    ] = False,
     dilate: Annotated[int, typer.Option(min=0, help="Grow the hole by this many pixels.")] = 0,
     feather: Annotated[int, typer.Option(min=0, help="Blend over this many pixels around the hole.")] = 0,
     format: Annotated[Format | None, typer.Option(help="The results' format; default: each picture's.")] = None,
@@ -127,6 +143,8 @@ def run(
             strategy=strategy.value,
             mask_threshold=mask_threshold,
             invert_mask=invert_mask,
+            mask_channel=mask_channel.value,
+            allow_any_mask=allow_any_mask,
             dilate=dilate,
             feather=feather,
         )

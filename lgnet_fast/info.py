@@ -16,7 +16,17 @@ from . import __version__, cache
 from .engine.verified import Verdict
 from .ops.dispatch import FUSED, reason_against
 
-_PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "huggingface_hub", "onnxruntime", "openvino")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pillow",
+    "scipy",
+    "safetensors",
+    "huggingface_hub",
+    "onnxruntime",
+    "openvino",
+)
 _OPERATORS = {"attention_block": "released", "merge_concat": None}
 
 

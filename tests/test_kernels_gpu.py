@@ -155,6 +155,7 @@ def test_splits_agree(variant: str) -> None:
             out, attended, lse = attention_block_forward(features, weight, bias, variant, save_attended=True)
             assert attended is not None
             df = attention_block_backward(grad, features, attended, lse, weight, variant)[0]
+            assert lse is not None
             results.append((out, lse, df))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)

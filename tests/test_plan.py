@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lgnet_fast import LocalGlobalRefinement, create_model
 from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.holes import hole_boxes
+from lgnet_fast.engine.holes import group_holes, hole_boxes
 from lgnet_fast.engine.plan import PICTURE, Plan, build_plan
 from lgnet_fast.engine.regions import Rect, conv_input, deconv_input, join
 from lgnet_fast.engine.torch_executor import TorchExecutor
@@ -232,6 +233,30 @@ def test_hole_boxes_contain_every_hole_pixel_tightly():
             covered[..., r.top : r.bottom, r.left : r.right] = 1
             assert mask[..., r.top : r.bottom, r.left : r.right].any()
         assert (covered >= mask).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 33), (100, 47), (161, 320)])
+@pytest.mark.parametrize("density", [0.0, 0.0003, 0.003, 0.5])
+def test_groups_of_holes(size, density):
+    """Against the definition: cells of 16x16 with a hole pixel, joined over sides and corners."""
+    hole = np.random.default_rng(size[0]).random(size) < density
+    found = group_holes(hole)
+    cells = {(y // 16, x // 16) for y, x in np.argwhere(hole).tolist()}
+    assert set(map(tuple, np.argwhere(found.labels > 0).tolist())) == cells
+    firsts = []
+    for number, box in enumerate(found.boxes, 1):
+        own = set(map(tuple, np.argwhere(found.labels == number).tolist()))
+        reached, todo = set(), [min(own)]
+        firsts.append(min(own))
+        while todo:
+            y, x = todo.pop()
+            if (y, x) in cells - reached:
+                reached.add((y, x))
+                todo += [(y + down, x + across) for down in (-1, 0, 1) for across in (-1, 0, 1)]
+        assert reached == own
+        ys, xs = np.array([(y, x) for y, x in np.argwhere(hole).tolist() if (y // 16, x // 16) in own]).T
+        assert box == Rect(ys.min(), ys.max() + 1, xs.min(), xs.max() + 1)
+    assert firsts == sorted(firsts)
 
 
 def test_picture_buffer_keeps_known_pixels_and_mask(model):

@@ -19,8 +19,7 @@ from lgnet_fast.kernels.attention_inference import attention_block_inference
 from lgnet_fast.kernels.configs import Config, Inference, assume_generation, num_splits, override
 from torch import Tensor
 
-from lgnet_fast.reference import attention as reference
-from lgnet_fast.reference.attention import query_key_value
+from lgnet_fast.reference.attention import attention_block, query_key_value
 from tests.interpreted.rules import DTYPES, VARIANTS, assert_accurate, attention_results, block_results, normal
 
 
@@ -297,7 +296,7 @@ def test_inference(shape: tuple[int, ...], variant: str, dtype: torch.dtype, num
     with assume_generation("interpreted", num_sms), override("inference", config):
         attention_block_inference(features, weight, bias, variant, out=out, activation="relu")
     exact, eager = (
-        torch.relu(reference.attention_block(*(t.to(kind) for t in (features, weight, bias)), variant))
+        torch.relu(attention_block(*(t.to(kind) for t in (features, weight, bias)), variant))
         for kind in (torch.float64, dtype)
     )
     assert_accurate("out", out, exact, eager)
