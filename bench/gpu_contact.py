@@ -290,7 +290,9 @@ def _guess(work: Any, tile: Any, num_sms: int) -> float:
     clocks = 1500 + max(waves * longest * per_step, weights / min(1.0, programs / num_sms))
     if tile.splits > 1:
         parts = tile.splits * tile.block_m * tile.block_n * 4
-        clocks += 1000 + parts / 60 if tile.fused else 3500 + 2 * work.all_rows * work.columns * tile.splits * 4 / 3000
+        clocks += (
+            1000 + parts / 60 if tile.fused else 3500 + 2 * work.all_rows * work.columns * tile.splits * 4 / 3000
+        )
     return clocks
 
 
@@ -416,11 +418,16 @@ def tune_attention(plan: Any, dtype: torch.dtype, log: Log, deadline: float) -> 
     """Block shapes of `attention_inference` for every attention step: the walk, the projection, the sum, in turn."""
     from lgnet_fast.kernels.attention_inference import attention_block_inference
     from lgnet_fast.kernels.configs import (
-        SHARED_LIMITS, _inference_bytes, config_kind, device_generation, override, pick_inference,
+        SHARED_LIMITS,
+        _inference_bytes,
+        config_kind,
+        device_generation,
+        override,
+        pick_inference,
     )  # fmt: skip
+    from lgnet_fast.kernels.conv_tables import INFERENCE
     from lgnet_fast.kernels.launch import dot_precision, record
     from lgnet_fast.kernels.precompile import compile_all
-    from lgnet_fast.kernels.conv_tables import INFERENCE
 
     kind = config_kind(dtype, dot_precision(dtype))
     generation, num_sms = device_generation(torch.device("cuda", 0))
@@ -448,7 +455,7 @@ def tune_attention(plan: Any, dtype: torch.dtype, log: Log, deadline: float) -> 
     def projections(config: Any, channels: int, positions: int) -> Iterator[Any]:
         for p, o, d in itertools.product((16, 32, 64, 128), (32, 64, 128), (32, 64, 128)):
             programs = plan.batch * -(-positions // p) * -(-channels // o)
-            if o <= channels and d <= channels and p * o <= 64 * 128 and 24 <= programs:
+            if o <= channels and d <= channels and p * o <= 64 * 128 and programs >= 24:
                 yield config._replace(project_p=p, project_o=o, project_d=d)
 
     def sums(config: Any, channels: int, positions: int) -> Iterator[Any]:

@@ -628,9 +628,8 @@ void Program::attend_rows(const StepSpec& step, int64_t sample, int64_t batch, i
   const TargetSpec& target = step.targets[0];
   const int64_t channels = source.channels, positions = source.height * source.width;
   const int64_t first = top * source.width, last = bottom * source.width;
-  float* features = reinterpret_cast<float*>(call.scratch(4 * batch * positions * (2 * channels + 1)));
+  float* features = reinterpret_cast<float*>(call.scratch(8 * batch * positions * channels));
   float* out = features + batch * positions * channels;
-  float* lse = out + batch * positions * channels;
   const float* from = call.arena(source.offset) + sample * positions * source.pixel;
   float* to = call.arena(target.offset) + sample * positions * target.pixel;
 
@@ -661,8 +660,7 @@ void Program::attend_rows(const StepSpec& step, int64_t sample, int64_t batch, i
   attention_positions(view(features, {batch, channels, source.height, source.width}),
                       view(reinterpret_cast<const float*>(step.weight), {1, 1, channels, 2 * channels}),
                       view(reinterpret_cast<const float*>(step.bias), {1, 1, 1, channels}), step.released, step.pairs,
-                      first, last, view(out, {batch, channels, source.height, source.width}),
-                      view(lse, {1, 1, batch, positions}), call.threads);
+                      first, last, view(out, {batch, channels, source.height, source.width}), call.threads);
   const bool relu = target.activation == Activation::relu;
   const int64_t first_block = first / kBlock, out_blocks = ceil_div(last, kBlock) - first_block;
   parallel_for(call.threads, batch * out_blocks, [&](int64_t task, int64_t) {

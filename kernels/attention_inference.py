@@ -250,9 +250,7 @@ def _attn_weigh_kernel(
         r = tl.load(r_ptr + (first + positions)[:, None] * HEAD_DIM + vcols[None, :], mask=mask, other=0.0)
         y = activate(acc + r, ACTIVATION)
         o_ptrs = out_ptr + batch * stride_ob + position_offsets(positions, width, stride_oh, stride_ow, O_FLAT)
-        tl.store(
-            o_ptrs[:, None] + vcols.to(tl.int64)[None, :] * stride_oc, y.to(out_ptr.dtype.element_ty), mask=mask
-        )
+        tl.store(o_ptrs[:, None] + vcols.to(tl.int64)[None, :] * stride_oc, y.to(out_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit

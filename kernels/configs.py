@@ -179,9 +179,7 @@ def pick_inference(generation: str, kind: str, channels: int, positions: int, ba
     return config
 
 
-def num_splits(
-    programs: int, positions: int, block: int, num_sms: int, most: int = MAX_SPLITS
-) -> tuple[int, int]:
+def num_splits(programs: int, positions: int, block: int, num_sms: int, most: int = MAX_SPLITS) -> tuple[int, int]:
     """Into how many parts each program's walk over the positions is cut to fill the chip, and the length of a part.
 
     Parts are whole blocks and none is empty.

@@ -26,7 +26,7 @@ WORKER_BYTES = 2 << 30
 
 @dataclass(frozen=True)
 class Pointer:
-    """Stands for a tensor: what Triton specialises a kernel on. No tuple, which Triton takes for several arguments."""
+    """Stands for a tensor: what Triton specialises a kernel on. No tuple: Triton takes one for several arguments."""
 
     dtype: torch.dtype
     aligned: bool

@@ -10,11 +10,25 @@ from typing import Any
 import torch
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__
 from .ops.dispatch import FUSED, reason_against
 
-_PACKAGES = ("torch", "triton", "numpy", "pillow", "safetensors", "huggingface_hub", "onnxruntime", "openvino")
+_PACKAGES = (
+    "torch",
+    "triton",
+    "numpy",
+    "pillow",
+    "scipy",
+    "imagecodecs",
+    "tifffile",
+    "pillow-heif",
+    "safetensors",
+    "huggingface_hub",
+    "onnxruntime",
+    "openvino",
+)
 _OPERATORS = {"attention_block": "released", "merge_concat": None}
 
 
@@ -82,16 +96,25 @@ def collect() -> dict[str, Any]:
 
 def render(info: dict[str, Any]) -> Group:
     """The same as tables for a terminal."""
-    versions = Table("package", "version", title=f"lgnet_fast {info['lgnet_fast']}")
+    versions = _table(f"lgnet_fast {info['lgnet_fast']}", "package", "version")
     for name, number in {"python": info["python"], **info["packages"], "CUDA of PyTorch": info["cuda"]}.items():
-        versions.add_row(name, number or "none")
-    devices = Table("device", "what", title=info["platform"])
+        _add(versions, name, number or "none")
+    devices = _table(info["platform"], "device", "what")
     for device in info["devices"]:
-        devices.add_row(device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
-    backends = Table("device", "backend", "operator", "runs", title="backends")
+        _add(devices, device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
+    backends = _table("backends", "device", "backend", "operator", "runs")
     for device_name, by_backend in info["backends"].items():
         for backend, by_operator in by_backend.items():
             for operator, reason in by_operator.items():
-                backends.add_row(device_name, backend, operator, "yes" if reason is None else f"no: {reason}")
-        backends.add_row(device_name, "eager", "all", "yes")
+                _add(backends, device_name, backend, operator, "yes" if reason is None else f"no: {reason}")
+        _add(backends, device_name, "eager", "all", "yes")
     return Group(versions, devices, backends)
+
+
+def _table(title: str, *heads: str) -> Table:
+    return Table(*heads, title=Text(title))
+
+
+def _add(table: Table, *cells: str) -> None:
+    # As Text: rich would read what stands in brackets, such as the extra of a package, as markup.
+    table.add_row(*(Text(cell) for cell in cells))

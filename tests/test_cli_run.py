@@ -183,10 +183,10 @@ def test_report(fake, tmp_path):
         "strategy": "full", "passes": 1, "hole_ratio": 0.25, "warnings": [], "error": None,
     }  # fmt: skip
     assert data["totals"].pop("seconds") > 0
-    assert data["totals"] == {"items": 1, "ok": 1, "failed": 0, "skipped": 0}
+    assert data["totals"] == {"items": 1, "ok": 1, "failed": 0, "skipped": 0, "left_out": 0}
     assert set(data["versions"]) == {"lgnet_fast", "torch", "numpy", "pillow", "python"}
 
-    result = _run("-i", picture, "-m", empty, "-o", tmp_path / "o.png", "--report", report)
+    result = _run("-i", picture, "-m", empty, "-o", tmp_path / "o.png", "--report", report, "--allow-any-mask")
     assert result.exit_code == 0
     assert "no hole pixel" in result.stderr
     (item,) = json.loads(report.read_text())["items"]
@@ -274,6 +274,37 @@ def test_errors_that_concern_every_item_stop_the_run_and_others_do_not(tmp_path)
     with pytest.raises(WeightsError):
         run_items(items, Inpainter(model))
     assert not (tmp_path / "o.png").exists()
+
+
+@pytest.mark.parametrize(("share", "words"), [(0, "no hole pixel"), (0.96, "96.0% of the picture is hole")])
+def test_a_mask_that_selects_nothing_or_nearly_all_fails_before_the_network(fake, tmp_path, share, words):
+    hole = np.zeros((50, 60), bool)
+    hole.reshape(-1)[: round(share * 3000)] = True
+    picture, out = _write(tmp_path / "a.png", noise(50, 60)), tmp_path / "o.png"
+    arguments = ("-i", picture, "-m", _mask(tmp_path / "m.png", hole), "-o", out)
+    result = _run(*arguments)
+    assert result.exit_code == 1
+    assert f"failed: {picture}: mask: {words}" in result.stderr
+    assert "--allow-any-mask" in result.stderr
+    assert "returned unchanged" not in result.stderr
+    assert not out.exists()
+    assert fake.seen == []
+    result = _run(*arguments, "--allow-any-mask")
+    assert result.exit_code == 0
+    assert f"warning: {picture}: mask: {words}" in result.stderr
+    assert out.exists()
+
+
+def test_mask_channel(fake, tmp_path):
+    picture = _write(tmp_path / "a.png", noise(40, 60))
+    rubbed_out = _write(tmp_path / "m.png", np.dstack([noise(40, 60), np.where(HOLE, 0, 255).astype(np.uint8)]))
+    result = _run("-i", picture, "-m", rubbed_out, "-o", tmp_path / "o.png")
+    assert result.exit_code == 1
+    assert "--mask-channel" in result.stderr
+    result = _run("-i", picture, "-m", rubbed_out, "-o", tmp_path / "o.png", "--mask-channel", "inverse_alpha")
+    assert result.exit_code == 0
+    filled = np.asarray(Image.open(tmp_path / "o.png"))
+    np.testing.assert_array_equal(filled, Inpainter(BlurFill())(noise(40, 60), HOLE))
 
 
 def test_masks_and_results_inside_the_picture_folder_are_not_pictures(tmp_path):

@@ -25,7 +25,8 @@ from lgnet_fast.engine.plan import Plan, build_plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.lgnet import LGNet
-from tests.interpreted.rules import DTYPES, assert_accurate, normal
+from tests.interpreted.rules import DTYPES, normal
+from tests.support import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("strict_float32")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
@@ -75,7 +76,11 @@ def test_failed_captures_launch_directly_and_say_why_once(
 
 def test_measured_tiles_become_the_table(tmp_path: Path) -> None:
     """Steps of one product share the tile of least sum; what was not measured stays."""
-    work, fast, slow = ["sm_90", "half", 4096, 256, [9], 256], [64, 128, 64, 1, 4, 5, False], [64, 64, 64, 2, 4, 5, True]
+    work, fast, slow = (
+        ["sm_90", "half", 4096, 256, [9], 256],
+        [64, 128, 64, 1, 4, 5, False],
+        [64, 64, 64, 2, 4, 5, True],
+    )
     block = ["sm_90", "half", 128, 4096, 1]
     lines = [
         {"section": "convs", "key": work, "times": 4, "best": slow, "best_us": 9.0, "others": [[10.0, *fast]]},

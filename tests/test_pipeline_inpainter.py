@@ -245,6 +245,48 @@ def test_more_than_95_percent_hole_warns(pipe):
         pipe(picture, hole)
 
 
+def test_the_mask_channel_reaches_the_mask(pipe):
+    picture, hole = noise(100, 120), _holes(100, 120)
+    rubbed_out = np.dstack([picture, np.where(hole, 0, 255).astype(np.uint8)])
+    expected = pipe(picture, hole)
+    with pytest.raises(InvalidMaskError, match="mask_channel"):
+        pipe(picture, rubbed_out)
+    np.testing.assert_array_equal(pipe(picture, rubbed_out, mask_channel="inverse_alpha"), expected)
+    brushed = np.where(hole[..., None], np.uint8([255, 0, 255]), picture)
+    np.testing.assert_array_equal(pipe(picture, brushed), expected)
+    np.testing.assert_array_equal(pipe.inpaint(picture, brushed, mask_channel="colour").picture, expected)
+    result = pipe(torch.from_numpy(picture), torch.from_numpy(brushed))
+    np.testing.assert_array_equal(result.numpy(), expected)
+
+
+def test_the_picture_is_searched_for_holes_once(pipe, monkeypatch):
+    from lgnet_fast.pipeline import inpainter, masks, strategies
+
+    searched = []
+    for module in (inpainter, masks, strategies):
+        original = module.group_holes
+        monkeypatch.setattr(
+            module, "group_holes", lambda hole, original=original: searched.append(hole.shape) or original(hole)
+        )
+    pipe(noise(700, 900), box_mask(700, 900, (100, 100, 140, 160), (500, 600, 520, 700)))
+    assert searched == [(700, 900)]
+
+
+def test_few_small_holes_of_a_large_picture_take_little_memory(pipe):
+    """Beyond the samples, and the copy that is given back: less than their bytes again, once a pixel for the hole,
+    twice where its edge is soft, and four for that edge while it is made."""
+    import tracemalloc
+
+    picture = np.zeros((2160, 3840, 3), np.uint8)
+    hole = box_mask(2160, 3840, *[(y, x, y + 100, x + 100) for y in (200, 1700) for x in (100, 1200, 3000)])
+    for edge, bytes_a_pixel in (({}, 6), ({"dilate": 3, "feather": 3}, 9)):
+        tracemalloc.start()
+        pipe(picture, hole, **edge)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak <= bytes_a_pixel * hole.size
+
+
 @pytest.mark.filterwarnings("ignore:mask")
 def test_threshold_and_inversion_reach_the_mask(pipe):
     picture = noise(64, 64)

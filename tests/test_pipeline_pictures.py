@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import ExifTags, Image, ImageOps
 
+from lgnet_fast.engine.regions import Rect
 from lgnet_fast.errors import InvalidImageError, InvalidMaskError
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.pipeline import files as files_module
@@ -86,7 +87,8 @@ def test_levels_survive_the_network_range_and_back(dtype):
     assert network.min() == -1
     assert network.max() == 1
     everywhere = np.ones(array.shape[:2], np.float32)
-    np.testing.assert_array_equal(picture.with_fill(network, everywhere), array)
+    box = Rect(0, array.shape[0], 0, array.shape[1])
+    np.testing.assert_array_equal(picture.with_fill([(box, network)], everywhere), array)
 
 
 def test_palette_is_kept_and_fills_take_its_nearest_colour(pipe):
@@ -129,11 +131,12 @@ def test_modes_that_cannot_be_kept_are_refused(pipe, mode):
 @pytest.mark.parametrize(
     ("picture", "words"),
     [
-        (np.zeros((4, 4, 3), np.float32), "float32"),
-        (np.zeros((4, 4), np.uint8), r"\[4, 4\]"),
+        (np.zeros((4, 4, 3), np.int64), "int64"),
+        (np.zeros((5, 4, 5), np.uint8), r"\[5, 4, 5\]"),
         (np.zeros((0, 4, 3), np.uint8), r"\[0, 4, 3\]"),
-        (torch.zeros(3, 4, 4), r"\[3, 4, 4\]"),
-        (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), "uint8"),
+        (np.full((4, 4, 3), 255.0), "0, 1.*got 255 to 255.*divide"),
+        (torch.zeros(9, 4, 9), r"\[9, 4, 9\]"),
+        (torch.zeros(1, 3, 4, 4, dtype=torch.int32), "int32"),
         (torch.full((1, 3, 4, 4), float("nan")), "NaN"),
         (torch.full((1, 3, 4, 4), float("inf")), "infinity"),
         (torch.full((1, 3, 4, 4), 1.01), "1.01"),
@@ -145,6 +148,50 @@ def test_modes_that_cannot_be_kept_are_refused(pipe, mode):
 def test_pictures_that_cannot_be_used_are_named(pipe, picture, words):
     with pytest.raises(InvalidImageError, match=words):
         pipe(picture, np.ones((4, 4), bool))
+
+
+@pytest.mark.parametrize(
+    "dtype", [np.uint8, np.uint16, np.float16, np.float32, np.float64], ids=lambda dtype: dtype.__name__
+)
+@pytest.mark.parametrize("layout", ["HW", "HW1", "HW3", "HW4", "3HW", "4HW"])
+def test_arrays_of_every_layout_and_depth(pipe, layout, dtype):
+    channels = int(layout.strip("HW") or 1)
+    white = 1 if dtype is np.float16 or dtype in (np.float32, np.float64) else np.iinfo(dtype).max
+    array = (np.random.default_rng(4).random((HEIGHT, WIDTH, channels)) * white).astype(dtype)
+    if white == 1:
+        array[0, 0] = np.nextafter(dtype(1), dtype(2))  # 1 but for rounding
+    given = {"HW": array[..., 0]}.get(layout, array if layout.startswith("HW") else array.transpose(2, 0, 1))
+    before = given.copy()
+    result = pipe(given, HOLE)
+    np.testing.assert_array_equal(given, before)
+    assert result.dtype == dtype
+    assert result.shape == given.shape
+    back = result.reshape(HEIGHT, WIDTH, -1) if layout.startswith("HW") else result.transpose(1, 2, 0)
+    np.testing.assert_array_equal(back[~HOLE], array[~HOLE])
+    if channels == 4:
+        np.testing.assert_array_equal(back[..., 3], array[..., 3])
+    colour = np.array([0.6, 0.35, 0.85]) if channels >= 3 else np.array([0.6])
+    step = 1.01 if white != 1 else np.finfo(dtype).eps + 1e-6
+    np.testing.assert_allclose(back[HOLE][:, : len(colour)], np.tile(colour * white, (HOLE.sum(), 1)), atol=step)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", ["HW", "3HW", "4HW", "HW3", "B4HW"])
+def test_tensors_of_every_shape(pipe, shape, dtype):
+    white = 255 if dtype == torch.uint8 else 1
+    sizes = {"H": HEIGHT, "W": WIDTH, "B": 2}
+    full = [sizes[axis] if axis in sizes else int(axis) for axis in shape]
+    tensor = (torch.rand(full, generator=torch.Generator().manual_seed(1)) * white).to(dtype)
+    result = pipe(tensor, torch.from_numpy(HOLE))
+    assert result.dtype == dtype
+    assert result.shape == tensor.shape
+    hole = torch.from_numpy(HOLE)[..., None] if shape == "HW3" else torch.from_numpy(HOLE)
+    known = ~hole.expand(tensor.shape)
+    assert torch.equal(result[known], tensor[known])
+    red = result[..., 0] if shape == "HW3" else result.reshape(-1, HEIGHT, WIDTH)[0]
+    assert (red[torch.from_numpy(HOLE)].float() / white - 0.6).abs().max() < 0.004
+    if "4" in shape:
+        assert torch.equal(result[..., 3, :, :], tensor[..., 3, :, :])
 
 
 # -- orientation and metadata ------------------------------------------------------------------------------------

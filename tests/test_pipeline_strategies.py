@@ -5,8 +5,18 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from lgnet_fast.engine.regions import Rect
 from lgnet_fast.pipeline import strategies
-from lgnet_fast.pipeline.strategies import choose, crop_windows, network_size, reflection, tile_windows, windows_for
+from lgnet_fast.pipeline.strategies import (
+    _is_thick,
+    choose,
+    crop_windows,
+    network_size,
+    patches,
+    reflection,
+    tile_windows,
+    windows_for,
+)
 
 from .pipeline_support import box_mask
 
@@ -121,18 +131,52 @@ def test_tiles_without_holes_are_left_out_and_weights_are_smooth():
             assert share[:, 0].max() < 1e-3
 
 
+def _chosen(hole):
+    name, windows = choose(hole, 256, 512)
+    expected = windows_for(name, hole, 256, 512)
+    assert [(w.rows, w.columns, w.reduced) for w in windows] == [(w.rows, w.columns, w.reduced) for w in expected]
+    return name
+
+
 def test_auto_chooses_by_size_and_hole_geometry():
-    assert choose(box_mask(100, 200, (10, 10, 20, 20)), 256, 512) == "full"
-    assert choose(box_mask(512, 512, (0, 0, 300, 300)), 256, 512) == "full"
+    assert _chosen(box_mask(100, 200, (10, 10, 20, 20))) == "full"
+    assert _chosen(box_mask(512, 512, (0, 0, 300, 300))) == "full"
     # one 256 window does it
-    assert choose(box_mask(512, 512, (200, 200, 250, 250)), 256, 512) == "crop"
-    assert choose(box_mask(2000, 3000, (200, 200, 250, 250)), 256, 512) == "crop"
+    assert _chosen(box_mask(512, 512, (200, 200, 250, 250))) == "crop"
+    assert _chosen(box_mask(2000, 3000, (200, 200, 250, 250))) == "crop"
     # a thick large hole: reduced scale
-    assert choose(box_mask(2000, 3000, (200, 200, 1250, 1250)), 256, 512) == "crop"
+    assert _chosen(box_mask(2000, 3000, (200, 200, 1250, 1250))) == "crop"
     # a thin grid of lines over everything: native scale in tiles
     lines = np.zeros((2000, 3000), bool)
     lines[::200] = lines[:, ::200] = True
-    assert choose(lines, 256, 512) == "tile"
+    assert _chosen(lines) == "tile"
+
+
+@pytest.mark.parametrize(("across", "thick"), [((128, 128), True), ((127, 400), False), ((400, 127), False)])
+def test_thick_is_a_square_of_128(across, thick):
+    hole = box_mask(700, 900, (30, 50, 30 + across[0], 50 + across[1]))
+    hole[600:603] = hole[:, 800:803] = True
+    assert _is_thick(hole) == thick
+    speckled = hole.copy()
+    speckled[30 + across[0] // 2, 50 + across[1] // 2] = False
+    assert not _is_thick(speckled)
+
+
+def test_patches_hold_each_box_and_nothing_twice():
+    rng = np.random.default_rng(3)
+    boxes = []
+    for _ in range(30):
+        top, left, height, width = rng.integers(0, 500), rng.integers(0, 700), *rng.integers(1, 90, 2)
+        boxes.append(Rect(int(top), int(min(600, top + height)), int(left), int(min(777, left + width))))
+    apart, owner = patches(boxes, (600, 777))
+    assert 1 < len(apart) < len(boxes)
+    covered = np.zeros((600, 777), int)
+    for box in apart:
+        covered[box.slices] += 1
+    assert covered.max() == 1
+    for box in boxes:
+        own = apart[owner[box.top // 16, box.left // 16]]
+        assert own.union(box) == own
 
 
 def test_reduced_scale_averages_known_pixels_only():

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import random
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from lgnet_fast import LocalGlobalRefinement, create_model
 from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.holes import hole_boxes
+from lgnet_fast.engine.holes import group_holes, hole_boxes
 from lgnet_fast.engine.plan import PICTURE, Plan, build_plan
 from lgnet_fast.engine.regions import Rect, conv_input, deconv_input, join
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from tests.support import case
+from tests.support import assert_accurate, case
 
 NARROW = {"coarse_channels": 4, "local_channels": 5, "global_channels": 6}
 
@@ -88,9 +89,9 @@ def test_plan_reproduces_every_model(name, variant):
         expected = model(image, mask, return_stages=True)
         merged, raw = TorchExecutor(plan_of(model, 2)).run(image, mask)
     assert (expected.merged[-1] - image).abs().max() > 0.1
-    assert (merged - expected.merged[-1]).abs().max() < 1e-10
+    assert_accurate("merged", merged, expected.merged[-1], roundings=2**20)
     for ours, theirs in zip(raw, expected.raw, strict=True):
-        assert (ours - theirs).abs().max() < 1e-10
+        assert_accurate("raw", ours, theirs, roundings=2**20)
 
 
 def test_plan_of_x_lg_starts_from_the_first_stages_picture(model):
@@ -104,7 +105,7 @@ def test_plan_of_x_lg_starts_from_the_first_stages_picture(model):
     with torch.no_grad():
         expected = x_lg(image, mask)
         merged, _ = TorchExecutor(plan_of(x_lg, 1, 512, 256)).run(image, mask, start=Grey()(image, mask))
-    assert (merged - expected).abs().max() < 1e-10
+    assert_accurate("merged", merged, expected, roundings=2**20)
 
 
 def test_resized_plan_is_the_plan_of_that_size(model):
@@ -156,7 +157,7 @@ def test_restricted_plan_gives_the_dense_pixels(model, seed):
         dense, _ = executor.run(image, mask)
         # Everything that was not computed is NaN, so too small a region cannot go unnoticed.
         sparse, raw = executor.run(image, mask, regions=[s.regions for s in restricted.steps])
-    assert (dense - sparse).abs().max() < 1e-12
+    assert_accurate("sparse", sparse, dense)
     assert torch.isnan(raw[0]).any()
 
 
@@ -168,7 +169,7 @@ def test_regions_in_a_non_square_batch(model):
     with torch.no_grad():
         dense, _ = TorchExecutor(plan).run(image, mask)
         sparse, _ = TorchExecutor(plan).run(image, mask, regions=regions)
-    assert (dense - sparse).abs().max() < 1e-12
+    assert_accurate("sparse", sparse, dense)
 
 
 def test_join_covers_the_same_pixels_once_and_costs_no_more():
@@ -232,6 +233,30 @@ def test_hole_boxes_contain_every_hole_pixel_tightly():
             covered[..., r.top : r.bottom, r.left : r.right] = 1
             assert mask[..., r.top : r.bottom, r.left : r.right].any()
         assert (covered >= mask).all()
+
+
+@pytest.mark.parametrize("size", [(1, 1), (16, 33), (100, 47), (161, 320)])
+@pytest.mark.parametrize("density", [0.0, 0.0003, 0.003, 0.5])
+def test_groups_of_holes(size, density):
+    """Against the definition: cells of 16x16 with a hole pixel, joined over sides and corners."""
+    hole = np.random.default_rng(size[0]).random(size) < density
+    found = group_holes(hole)
+    cells = {(y // 16, x // 16) for y, x in np.argwhere(hole).tolist()}
+    assert set(map(tuple, np.argwhere(found.labels > 0).tolist())) == cells
+    firsts = []
+    for number, box in enumerate(found.boxes, 1):
+        own = set(map(tuple, np.argwhere(found.labels == number).tolist()))
+        reached, todo = set(), [min(own)]
+        firsts.append(min(own))
+        while todo:
+            y, x = todo.pop()
+            if (y, x) in cells - reached:
+                reached.add((y, x))
+                todo += [(y + down, x + across) for down in (-1, 0, 1) for across in (-1, 0, 1)]
+        assert reached == own
+        ys, xs = np.array([(y, x) for y, x in np.argwhere(hole).tolist() if (y // 16, x // 16) in own]).T
+        assert box == Rect(ys.min(), ys.max() + 1, xs.min(), xs.max() + 1)
+    assert firsts == sorted(firsts)
 
 
 def test_picture_buffer_keeps_known_pixels_and_mask(model):

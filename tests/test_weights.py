@@ -121,6 +121,8 @@ def test_every_wrong_name_and_shape_is_listed(model):
         ({"G1": {}, "G2": {}, "G3": {}}, "G1: expected a tensor model.model.0.weight"),
         ({"G1": 3, "G2": {}, "G3": {}}, "G1: expected a state dict"),
         ("/nowhere/at/all", "expected a directory with"),
+        ("x" * 300, "expected a directory with"),
+        ({"G1": "x" * 300, "G2": {}, "G3": {}}, "expected a checkpoint file"),
     ],
 )
 def test_unusable_sources(source, message):
@@ -220,8 +222,20 @@ def test_pretrained_loading_is_strict(model, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"missing \['model.safetensors'\]"):
         LGNet.from_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="expected a model directory or a hub id"):
-        LGNet.from_pretrained(tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", "", " ", "x" * 300, "x" * 300 + "/y", "a\0b", "/" + "y/" * 3000):
+        with pytest.raises(WeightsError, match="weights: "):
+            LGNet.from_pretrained(nowhere)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_weights_that_are_no_floats_are_named(tmp_path, dtype):
+    LGNet(coarse_channels=1, local_channels=1, global_channels=1).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if name.endswith("conv.weight"))
+    state[name] = state[name].to(dtype)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"expected floating weights and integer counters, got {name}: {dtype}"):
+        LGNet.from_pretrained(tmp_path)
 
 
 def test_a_failed_save_keeps_the_old_file(model, tmp_path, monkeypatch):

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
+from scipy import ndimage
 from torch import Tensor
 
 from .regions import Rect, join
@@ -14,49 +16,99 @@ CELL = 16
 """Side of the cells that holes are grouped by: closer than one cell is one group, two cells apart never is."""
 
 
-def cell_grid(hole: np.ndarray) -> np.ndarray:
-    """bool [H, W] -> bool [ceil(H/16), ceil(W/16)]: which cells contain a hole pixel."""
-    down = np.logical_or.reduceat(hole, np.arange(0, hole.shape[0], CELL), axis=0)
-    return np.logical_or.reduceat(down, np.arange(0, hole.shape[1], CELL), axis=1)
+@dataclass(frozen=True)
+class HoleGroups:
+    """The groups of a hole bool [H, W].
+
+    `labels` int32 [ceil(H/16), ceil(W/16)]: the group of each cell of 16x16 pixels, numbered from 1 in reading order,
+    0 = no hole pixel; `boxes[k - 1]`: the bounding box of group k in pixels.
+    """
+
+    labels: np.ndarray
+    boxes: tuple[Rect, ...]
 
 
-def label(grid: np.ndarray) -> np.ndarray:
-    """8-connected groups of a small bool grid, numbered from 1 in reading order; 0 = no hole."""
-    labels = np.zeros(grid.shape, dtype=np.int32)
-    count = 0
-    for start in zip(*np.nonzero(grid), strict=True):
-        if labels[start]:
-            continue
-        count += 1
-        labels[start] = count
-        pending = [start]
-        while pending:
-            y, x = pending.pop()
-            for near_y in range(max(0, y - 1), min(grid.shape[0], y + 2)):
-                for near_x in range(max(0, x - 1), min(grid.shape[1], x + 2)):
-                    if grid[near_y, near_x] and not labels[near_y, near_x]:
-                        labels[near_y, near_x] = count
-                        pending.append((near_y, near_x))
-    return labels
+def group_holes(hole: np.ndarray) -> HoleGroups:
+    """The 8-connected groups of the cells of a hole bool [H, W] that contain a hole pixel."""
+    height, width = hole.shape
+    columns = np.zeros((-(-height // CELL), width), dtype=bool)
+    # Band by band: numpy's reduceat along the first axis takes a hundred times as long.
+    for band in np.unique(np.flatnonzero(hole.any(axis=1)) // CELL):
+        hole[band * CELL : (band + 1) * CELL].any(axis=0, out=columns[band])
+    cells = np.logical_or.reduceat(columns, np.arange(0, width, CELL), axis=1)
+    labels, count = ndimage.label(cells, structure=np.ones((3, 3)), output=np.int32)
+    if not count:
+        return HoleGroups(labels, ())
+    y, x = np.nonzero(cells)
+    ends = [_ends(hole, y[part], x[part]) for part in np.array_split(np.arange(len(y)), len(y) // 4096 + 1)]
+    top, bottom, left, right = np.concatenate(ends, axis=1)
+    groups = labels[cells]
+    order = np.argsort(groups, kind="stable")
+    starts = np.searchsorted(groups[order], np.arange(1, count + 1))
+    boxes = np.stack(
+        [
+            np.minimum.reduceat(top[order], starts),
+            np.minimum(np.maximum.reduceat(bottom[order], starts), height),
+            np.minimum.reduceat(left[order], starts),
+            np.minimum(np.maximum.reduceat(right[order], starts), width),
+        ],
+        axis=1,
+    )
+    return HoleGroups(labels, tuple(Rect(*box) for box in boxes.tolist()))
 
 
-def group_boxes(hole: np.ndarray, labels: np.ndarray) -> dict[int, Rect]:
-    """Each group's bounding box in pixels, for a hole bool [H, W] and the labels of its cells."""
-    boxes: dict[int, Rect] = {}
-    for y, x in zip(*np.nonzero(labels), strict=True):
-        top, left = int(y) * CELL, int(x) * CELL
-        cell = hole[top : top + CELL, left : left + CELL]
-        rows, columns = np.flatnonzero(cell.any(axis=1)), np.flatnonzero(cell.any(axis=0))
-        own = Rect(top + int(rows[0]), top + int(rows[-1]) + 1, left + int(columns[0]), left + int(columns[-1]) + 1)
-        group = int(labels[y, x])
-        boxes[group] = boxes[group].union(own) if group in boxes else own
-    return boxes
+def _ends(hole: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """int [4, n]: top, bottom, left and right of the hole pixels in each cell (y, x), all of which have some.
+
+    The picture's last row and column count as repeated in cells that stick out of it.
+    """
+    inside = np.arange(CELL)
+    rows = np.minimum(y[:, None] * CELL + inside, hole.shape[0] - 1)
+    columns = np.minimum(x[:, None] * CELL + inside, hole.shape[1] - 1)
+    cells = hole[rows[:, :, None], columns[:, None, :]]
+    by_row, by_column = cells.any(axis=2), cells.any(axis=1)
+    return np.stack(
+        [
+            y * CELL + by_row.argmax(axis=1),
+            (y + 1) * CELL - by_row[:, ::-1].argmax(axis=1),
+            x * CELL + by_column.argmax(axis=1),
+            (x + 1) * CELL - by_column[:, ::-1].argmax(axis=1),
+        ]
+    )
+
+
+def bounding_box(hole: np.ndarray) -> Rect:
+    """The smallest box that holds every True of a bool [H, W] with at least one."""
+    rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
+    return Rect(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
+
+
+def disjoint_boxes(boxes: Iterable[Rect], shape: tuple[int, int]) -> list[Rect]:
+    """Disjoint boxes, with sides on the grid of cells or on the border of a picture of `shape`, that cover `boxes`.
+
+    Boxes that share a cell end up in one, so whatever lies in two of `boxes` lies in one of the result.
+    """
+    found, before = list(boxes), -1
+    while len(found) != before:
+        before = len(found)
+        cells = np.zeros((-(-shape[0] // CELL), -(-shape[1] // CELL)), dtype=bool)
+        for box in found:
+            cells[box.top // CELL : -(-box.bottom // CELL), box.left // CELL : -(-box.right // CELL)] = True
+        found = [
+            Rect(
+                rows.start * CELL,
+                min(rows.stop * CELL, shape[0]),
+                columns.start * CELL,
+                min(columns.stop * CELL, shape[1]),
+            )
+            for rows, columns in ndimage.find_objects(ndimage.label(cells)[0])
+        ]
+    return found
 
 
 def hole_boxes(mask: Tensor) -> tuple[Rect, ...]:
     """Bounding boxes of the holes of a mask [B, 1, H, W] on the CPU, of all samples together; none if it is empty."""
-    hole = (mask != 0).any(dim=0)[0].numpy()
-    return join(group_boxes(hole, label(cell_grid(hole))).values())
+    return join(group_holes((mask != 0).any(dim=0)[0].numpy()).boxes)
 
 
 def check_holes(holes: Sequence[Rect], mask: Tensor) -> tuple[Rect, ...]:

@@ -22,6 +22,11 @@ class Rect(NamedTuple):
     def area(self) -> int:
         return (self.bottom - self.top) * (self.right - self.left)
 
+    @property
+    def slices(self) -> tuple[slice, slice]:
+        """(rows, columns), to index an array with."""
+        return slice(self.top, self.bottom), slice(self.left, self.right)
+
     def union(self, other: Rect) -> Rect:
         """The smallest rectangle around both."""
         return Rect(
@@ -29,6 +34,19 @@ class Rect(NamedTuple):
             max(self.bottom, other.bottom),
             min(self.left, other.left),
             max(self.right, other.right),
+        )
+
+    def moved(self, down: int, across: int) -> Rect:
+        """Moved by so many pixels."""
+        return Rect(self.top + down, self.bottom + down, self.left + across, self.right + across)
+
+    def grown(self, by: int, shape: tuple[int, ...]) -> Rect:
+        """Grown by `by` pixels on every side, inside a picture of `shape` (height, width)."""
+        return Rect(
+            max(0, self.top - by),
+            min(shape[0], self.bottom + by),
+            max(0, self.left - by),
+            min(shape[1], self.right + by),
         )
 
 

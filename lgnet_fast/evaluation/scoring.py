@@ -30,6 +30,7 @@ from .protocol import (
     NamedMasks,
     class_label,
     fit_picture,
+    left_out_in,
     mask_source,
     parse_classes,
     pictures_in,
@@ -140,6 +141,7 @@ def evaluate(
     besides = [Path(one) for one in (masks, out) if one is not None]
     found = pictures_in(source, besides)
     base = source if source.is_dir() else source.parent
+    not_read = left_out_in(source, besides)
     mask_folder = None if masks is None else Path(masks)
     holes: Holes
     if suite:
@@ -207,6 +209,7 @@ def evaluate(
         result = _merged(records, titles, tuple(metrics), measure, died, settings, label, job.features)
         if isinstance(holes, SuiteMasks) and isinstance(measure, SuiteMetrics):
             result = replace(result, legend=" ".join(filter(None, (holes.legend, measure.legend))))
+        result = replace(result, failures=[*result.failures, *not_read])
         if folder is not None and journal is not None:
             result.write(folder)
             job.write_sheet(folder, records)

@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from .. import forks
 from ..engine import fast_executor_reason, optimize
 from ..engine.devices import resolve_device, resolve_dtype
-from ..errors import BackendError, LGNetError, OutOfMemoryError
+from ..engine.holes import CELL, HoleGroups, disjoint_boxes, group_holes
+from ..engine.regions import Rect
+from ..errors import BackendError, InvalidMaskError, LGNetError, OutOfMemoryError
 from ..ops.dispatch import require_backend
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import memory, strategies
@@ -73,16 +75,20 @@ class Stages:
         return self.merged[-1]
 
 
+# Fills of disjoint boxes of a picture: each float32 [h, w, 3] in [-1, 1].
+_Fills = list[tuple[Rect, np.ndarray]]
+
+
 @dataclass(frozen=True)
 class _Job:
+    """One picture and mask. `alpha` is the hole itself, bool, where its edge is hard; else float32. `region` bool
+    [H, W]: where the network has to deliver, the feathered rim included; `groups`: its groups."""
+
     picture: Picture
     hole: np.ndarray
     alpha: np.ndarray
-
-    @property
-    def region(self) -> np.ndarray:
-        """bool [H, W]: where the network has to deliver, the feathered rim included."""
-        return self.alpha > 0
+    region: np.ndarray
+    groups: HoleGroups
 
 
 class Inpainter:
@@ -172,22 +178,29 @@ class Inpainter:
         invert_mask: bool = False,
         dilate: int = 0,
         feather: int = 0,
+        mask_channel: str = "auto",
     ) -> Any:
         """The picture with its hole filled, of the same kind; known pixels keep their bits.
 
         Args:
-            picture: a PIL picture, a path, a uint8 (or uint16) array [H, W, 3], a float tensor [B, 3, H, W] in
-                [0, 1], or a list of those. PIL pictures and files are turned upright by their EXIF orientation.
-            mask: a PIL picture, a path, an array [H, W] (bool, uint8 0..255, uint8 whose maximum is 1, or float in
-                [0, 1]) or a tensor [B, 1, H, W]; one for all pictures or a list of one each. Larger is hole.
+            picture: a PIL picture, a path, an array [H, W] or [H, W, C] (uint8, uint16, or floats in [0, 1]), a
+                tensor [H, W], [C, H, W] or [B, C, H, W] (uint8, or floats in [0, 1]), C = 1, 3 or 4 (alpha is kept),
+                or a list of those. PIL pictures and files are turned upright by their EXIF orientation.
+            mask: a PIL picture, a path, an array [H, W] or [H, W, C] (bool, uint8 0..255, integers whose maximum is
+                1, or floats in [0, 1]) or a tensor [H, W], [C, H, W] or [B, C, H, W]; one for all pictures or a list
+                of one each. Larger is hole.
             strategy: "auto", "full", "crop", "resize" or "tile"; see `lgnet_fast.pipeline.strategies.choose`.
             mask_threshold: levels above this share of full scale are hole; 0 <= value < 1.
             invert_mask: dark is hole.
             dilate: pixels by which the hole grows on every side (a disk).
             feather: width in pixels of a soft ramp around the grown hole, where fill and picture are blended.
+            mask_channel: what tells the hole: "luma", "alpha" (opaque is hole), "inverse_alpha" (transparent is
+                hole), "colour" (saturated is hole), or "auto", which raises InvalidMaskError where the mask may mean
+                two things; see `lgnet_fast.pipeline.masks.read_hole` and docs/masks.md.
 
         Returns:
-            The same kind; a path gives a PIL picture. Known pixels, those outside the dilated hole and its feather,
+            The same kind; a path gives a PIL picture, 16-bit colour a DeepImage.
+            Known pixels, those outside the dilated hole and its feather,
             are identical to the input's. An empty mask returns the picture unchanged with a UserWarning, which
             also tells when more than 95 % is hole.
 
@@ -201,23 +214,25 @@ class Inpainter:
             "invert_mask": invert_mask,
             "dilate": dilate,
             "feather": feather,
+            "mask_channel": mask_channel,
         }
         if isinstance(picture, (list, tuple)):
             return [
                 self(one, own, **options) for one, own in zip(picture, masks_for(mask, len(picture)), strict=True)
             ]
         if isinstance(picture, Tensor):
-            pictures = pictures_of_tensor(picture)
-            if not pictures:
-                return picture.clone()
+            pictures, together = pictures_of_tensor(picture)
             own_masks = masks_for(mask, len(pictures))
-            return torch.cat(
+            return together(
                 [self._inpaint(one, own, **options).picture for one, own in zip(pictures, own_masks, strict=True)]
             )
         return self.inpaint(picture, mask, **options).picture
 
     def inpaint(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
-        """Like a call, for one PIL picture, path or array, and says how the picture was made."""
+        """Like a call, for one PIL picture, path or array, and says how the picture was made.
+
+        With `allow_any_mask=False` a mask that selects nothing or more than 95 % raises InvalidMaskError.
+        """
         return self._inpaint(picture_of(picture), mask, strategy, **mask_options)
 
     def stages(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Stages:
@@ -227,12 +242,13 @@ class Inpainter:
         read = picture_of(picture)
         with memory.out_of_memory_errors("picture"):
             job = self._job(read, mask, **mask_options)
-            white = np.ones((*read.size, 3), dtype=np.float32)
-            masked = read.with_fill(white, job.hole.astype(np.float32))
-            if not job.region.any():
+            boxes = disjoint_boxes(job.groups.boxes, read.size)
+            white = [(box, np.ones((*job.hole[box.slices].shape, 3), np.float32)) for box in boxes]
+            masked = read.with_fill(white, job.hole)
+            if not job.groups.boxes:
                 return Stages(masked, (masked, masked, masked))
-            fills, _, _ = self._fill(job, strategy, stages=True)
-            return Stages(masked, tuple(read.with_fill(fill, job.alpha) for fill in fills))
+            each, _, _ = self._fill(job, strategy, stages=True)
+            return Stages(masked, tuple(read.with_fill(fills, job.alpha) for fills in each))
 
     def warmup(self, height: int = 256, width: int = 256) -> float:
         """Runs the network once on an empty picture of that size, padded; returns the seconds it took."""
@@ -263,57 +279,70 @@ class Inpainter:
         mask: Any,
         mask_threshold: float = 0.5,
         invert_mask: bool = False,
+        mask_channel: str = "auto",
         dilate: int = 0,
         feather: int = 0,
+        allow_any_mask: bool = True,
     ) -> _Job:
-        hole = read_hole(mask, *picture.size, threshold=mask_threshold, invert=invert_mask, note=picture.note)
-        job = _Job(picture, hole, soft_edge(hole, dilate, feather))
-        share = float(job.region.mean())
-        if share == 0:
-            warnings.warn("mask: no hole pixel; the picture is returned unchanged", UserWarning, stacklevel=4)
-        elif share > _MOSTLY_HOLE:
-            warnings.warn(
-                f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)?",
-                UserWarning,
-                stacklevel=4,
-            )
-        return job
+        hole = read_hole(
+            mask,
+            *picture.size,
+            threshold=mask_threshold,
+            invert=invert_mask,
+            channel=mask_channel,
+            picture=picture,
+            note=picture.note,
+        )
+        alpha = region = hole
+        if dilate != 0 or feather != 0:
+            alpha = soft_edge(hole, dilate, feather)
+            region = alpha > 0
+        share = np.count_nonzero(region) / region.size
+        if share == 0 or share > _MOSTLY_HOLE:
+            problem = f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)?"
+            if share == 0:
+                problem = "mask: no hole pixel; the picture is returned unchanged"
+            if not allow_any_mask:
+                problem = problem.removesuffix("; the picture is returned unchanged")
+                raise InvalidMaskError(f"{problem} (allow_any_mask, --allow-any-mask, lets it pass)")
+            warnings.warn(problem, UserWarning, stacklevel=4)
+        return _Job(picture, hole, alpha, region, group_holes(region))
 
     def _inpaint(self, picture: Picture, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
         _check_strategy(strategy)
         with memory.out_of_memory_errors("picture"):
             job = self._job(picture, mask, **mask_options)
-            ratio = float(job.hole.mean())
-            if not job.region.any():
+            ratio = np.count_nonzero(job.hole) / job.hole.size
+            if not job.groups.boxes:
                 unchanged = picture.rebuild(picture.samples.copy(), job.region)
                 return Inpainted(unchanged, picture.size, ratio, None, 0)
-            (fill,), ran, passes = self._fill(job, strategy, stages=False)
-            return Inpainted(picture.with_fill(fill, job.alpha), picture.size, ratio, ran, passes)
+            (fills,), ran, passes = self._fill(job, strategy, stages=False)
+            laid = [(box, fill, job.alpha[box.slices].copy()) for box, fill in fills]
+            region = job.region
+            del job, fills  # buffers of the picture's size, of no use while it is there three times
+            return Inpainted(picture.rebuild(picture.painted(laid), region), picture.size, ratio, ran, passes)
 
-    def _fill(self, job: _Job, strategy: str, stages: bool) -> tuple[list[np.ndarray], str, int]:
-        """Fills float32 [H, W, 3] in [-1, 1], one or one a stage, with the strategy that ran and its passes."""
-        region = job.region
+    def _fill(self, job: _Job, strategy: str, stages: bool) -> tuple[list[_Fills], str, int]:
+        """Fills of the result, or of every stage, with the strategy that ran and its passes."""
         if strategy != "auto":
-            windows = strategies.windows_for(strategy, region, self.multiple, self.window)
+            windows = strategies.windows_for(strategy, job.region, self.multiple, self.window, job.groups)
             self._check_memory(job.picture.size, windows, strategy)
-            return self._run_windows(job, region, windows, stages), strategy, len(windows)
-        attempts = self._attempts(region)
+            return self._run_windows(job, windows, stages), strategy, len(windows)
+        name, windows = strategies.choose(job.region, self.multiple, self.window, job.groups)
+        # Ever cheaper ones, for where memory is short.
+        ladder = [(name, self.window), ("crop", self.window), ("crop", self.multiple), ("resize", self.multiple)]
+        attempts = list(dict.fromkeys(ladder))
         for position, (name, largest) in enumerate(attempts):
-            windows = strategies.windows_for(name, region, self.multiple, largest)
+            if position > 0:
+                windows = strategies.windows_for(name, job.region, self.multiple, largest, job.groups)
             try:
                 self._check_memory(job.picture.size, windows, name)
                 with memory.out_of_memory_errors(f"strategy {name}"):
-                    return self._run_windows(job, region, windows, stages), name, len(windows)
+                    return self._run_windows(job, windows, stages), name, len(windows)
             except OutOfMemoryError:
                 if position == len(attempts) - 1:
                     raise
         raise AssertionError("unreachable: the last attempt returns or raises")
-
-    def _attempts(self, region: np.ndarray) -> list[tuple[str, int]]:
-        """(strategy, largest window side), the preferred first, then ever cheaper ones."""
-        first = (strategies.choose(region, self.multiple, self.window), self.window)
-        ladder = [first, ("crop", self.window), ("crop", self.multiple), ("resize", self.multiple)]
-        return list(dict.fromkeys(ladder))
 
     def _check_memory(self, size: tuple[int, int], windows: list[Window], strategy: str) -> None:
         available = memory.available_memory(self.device) if self.memory_limit is None else self.memory_limit
@@ -329,20 +358,28 @@ class Inpainter:
                 f"{memory.human(available)} are available on {self.device}; try {better}, or a smaller picture"
             )
 
-    def _run_windows(self, job: _Job, region: np.ndarray, windows: list[Window], stages: bool) -> list[np.ndarray]:
-        sums: list[np.ndarray] = []
-        total = np.zeros(region.shape, dtype=np.float32)
+    def _run_windows(self, job: _Job, windows: list[Window], stages: bool) -> list[_Fills]:
+        """The fills of the result, or of every stage: weighted means where windows overlap."""
+        boxes, owner = strategies.patches([strategies.needed(w, job.region) for w in windows], job.picture.size)
+        sums: list[list[np.ndarray]] = [[] for _ in boxes]
+        totals = [np.zeros(job.region[box.slices].shape, dtype=np.float32) for box in boxes]
         for batch in strategies.batches(windows, self.multiple, self.window):
-            for window, fills in zip(batch, self._run_batch(job.picture, region, batch, stages), strict=True):
-                place = (window.rows, window.columns)
-                weight = np.ones(window.size, dtype=np.float32) if window.weight is None else window.weight
-                if not sums:
-                    sums = [np.zeros((*region.shape, 3), dtype=np.float32) for _ in fills]
-                for accumulated, fill in zip(sums, fills, strict=True):
-                    accumulated[place] += fill * weight[..., None]
-                total[place] += weight
-        divisor = np.where(total > 0, total, 1)[..., None]
-        return [np.divide(accumulated, divisor, out=accumulated) for accumulated in sums]
+            for window, fills in zip(batch, self._run_batch(job.picture, job.region, batch, stages), strict=True):
+                needed = strategies.needed(window, job.region)
+                number = int(owner[needed.top // CELL, needed.left // CELL])
+                there = needed.moved(-boxes[number].top, -boxes[number].left).slices
+                here = needed.moved(-window.rows.start, -window.columns.start).slices
+                weight = np.float32(1) if window.weight is None else window.weight[here]
+                if not sums[number]:
+                    sums[number] = [np.zeros((*totals[number].shape, 3), dtype=np.float32) for _ in fills]
+                for accumulated, fill in zip(sums[number], fills, strict=True):
+                    accumulated[there] += fill[here] * weight[..., None]
+                totals[number][there] += weight
+        for own, total in zip(sums, totals, strict=True):
+            divisor = np.where(total > 0, total, 1)[..., None]
+            for accumulated in own:
+                np.divide(accumulated, divisor, out=accumulated)
+        return [list(zip(boxes, fills, strict=True)) for fills in zip(*sums, strict=True)]
 
     def _run_batch(
         self, picture: Picture, region: np.ndarray, windows: list[Window], stages: bool

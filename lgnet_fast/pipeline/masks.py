@@ -3,50 +3,93 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
+from scipy import ndimage
 
+from ..engine.holes import disjoint_boxes, group_holes
 from ..errors import InvalidMaskError
+from .arrays import channels_last, pixels_of, unit_levels
 from .files import open_upright, upright
+from .pictures import Picture
 
 ACCEPTED = (
-    "a PIL picture, a path, a bool, uint8 or float array [H, W], or a tensor [B, 1, H, W] "
-    "(uint8 in 0..255, floats in [0, 1]; larger is hole)"
+    "a PIL picture, a path, an array [H, W] or [H, W, C], or a tensor [H, W], [C, H, W] or [1, C, H, W], C = 1 to 4 "
+    "(bool, integers, or floats in [0, 1]; larger is hole)"
 )
+
+CHANNELS = ("auto", "luma", "alpha", "inverse_alpha", "colour")
+"""What `read_hole` may go by; docs/masks.md says what "auto" does for each kind of mask."""
 
 # A black mask in a lossy file decodes to levels 0 and 1: there the rule "uint8 whose maximum is 1 means bool"
 # would turn coding noise into holes.
 _LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
 
+# Of 255. A pixel is saturated where its largest and its smallest channel are at least this far apart: every colour of
+# the VOC and Cityscapes palettes but their greys is.
+_SATURATED = 32
+# Near black: what lossy coding makes of black beside a coloured stroke.
+_BLACK = 48
+# Pixels of one colour differ by no more than this in any channel; a photograph's do.
+_ONE_COLOUR = 64
+# Where a copy of the picture has been through a JPEG, a pixel is the picture's own if no channel differs by more.
+_COPIED = 24
+# Rows that are worked on at a time where a whole picture of wide numbers would take too much memory.
+_STRIP = 256
+_CHOICES = (
+    "say which by mask_channel (--mask-channel): luma (bright is hole), alpha (opaque is hole: strokes on a layer), "
+    "inverse_alpha (transparent is hole: rubbed out) or colour (saturated is hole)"
+)
+
 
 def read_hole(
-    mask: Any, height: int, width: int, *, threshold: float = 0.5, invert: bool = False, note: str = ""
+    mask: Any,
+    height: int,
+    width: int,
+    *,
+    threshold: float = 0.5,
+    invert: bool = False,
+    channel: str = "auto",
+    picture: Picture | None = None,
+    note: str = "",
 ) -> np.ndarray:
     """The hole as bool [height, width], True = to be filled.
 
-    `mask` is one mask of any accepted kind (see `ACCEPTED`). Levels above `threshold` (0 <= threshold < 1, of full
-    scale) are hole; `invert` swaps hole and known. Colour masks count by luma times alpha, so transparent is known.
-    uint8 with maximum 1 means bool. `note` is appended to the message about a wrong size.
-    Raises InvalidMaskError: unreadable, wrong type, wrong size, NaN, out of range.
+    `mask` is one mask of any accepted kind (see `ACCEPTED`); three channels are RGB, a fourth (or second) is alpha.
+    uint8 and other integers with maximum 1 mean bool. `channel`, one of `CHANNELS`:
+
+    luma           luma times alpha above `threshold` (0 <= threshold < 1, of full scale) is hole;
+    alpha          alpha above `threshold` is hole: by default 128 and more of 255;
+    inverse_alpha  the rest is hole: by default alpha below 128;
+    colour         pixels whose channels differ by 32 of 255 or more are hole, but for those of alpha below 128 and,
+                   where at least half of the mask is a copy of `picture`, for those that are the picture's own;
+    auto           the hole, where only one reading makes sense; see `_certain_hole`.
+
+    `invert` swaps hole and known. `note` is appended to the message about a wrong size.
+    Raises InvalidMaskError: unreadable, wrong type, wrong size, NaN, out of range, a channel that the mask does not
+    have, or auto where the mask may mean two things.
     """
     if not 0 <= threshold < 1:
         raise InvalidMaskError(f"mask_threshold: expected 0 <= value < 1, got {threshold!r}")
-    levels = _levels(mask)
-    if levels.shape != (height, width):
+    if channel not in CHANNELS:
+        raise InvalidMaskError(f"mask_channel: expected one of {', '.join(CHANNELS)}, got {channel!r}")
+    planes = _planes(mask, (height, width))
+    if planes.size != (height, width):
         raise InvalidMaskError(
             f"mask: expected the picture's size {width}x{height} (width x height), "
-            f"got {levels.shape[1]}x{levels.shape[0]}{note}"
+            f"got {planes.size[1]}x{planes.size[0]}{note}"
         )
-    hole = levels if levels.dtype == np.bool_ else levels > threshold
+    hole = _hole_by(channel, planes, threshold, picture)
     return ~hole if invert else hole
 
 
 def masks_for(mask: Any, count: int) -> list[Any]:
-    """One mask for each of `count` pictures: from a list of `count`, a tensor [count, 1, H, W], or one for all.
+    """One mask for each of `count` pictures: from a list of `count`, a tensor [count, C, H, W], or one for all.
 
     Raises InvalidMaskError when a list or a tensor has another length (a tensor's may also be 1).
     """
@@ -56,7 +99,7 @@ def masks_for(mask: Any, count: int) -> list[Any]:
         return list(mask)
     if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[0] != 1:
         if mask.shape[0] != count:
-            raise InvalidMaskError(f"mask: expected [{count} or 1, 1, H, W], got {list(mask.shape)}")
+            raise InvalidMaskError(f"mask: expected [{count} or 1, C, H, W], got {list(mask.shape)}")
         return list(mask.split(1))
     return [mask] * count
 
@@ -65,112 +108,249 @@ def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray
     """Alpha float32 [H, W] in [0, 1] of the fill over the picture.
 
     1 within `dilate` pixels of the hole (Euclidean: the structuring element is a disk), then a linear ramp over the
-    next `feather` pixels, outside the dilated hole, and 0 beyond.
+    next `feather` pixels, outside the dilated hole, and 0 beyond. Both may exceed the picture. The cost does not
+    depend on them but by the area that they reach.
     """
     for name, pixels in (("dilate", dilate), ("feather", feather)):
         if isinstance(pixels, bool) or not isinstance(pixels, (int, np.integer)) or pixels < 0:
             raise InvalidMaskError(f"{name}: expected a whole number of pixels >= 0, got {pixels!r}")
     alpha = hole.astype(np.float32)
-    if dilate + feather == 0 or not hole.any():
+    if dilate + feather == 0:
         return alpha
-    reach = int(dilate + feather)
-    box = grow_box(bounding_box(hole), reach, hole.shape)
-    distance = _distance(hole[box], reach)
-    ramp = np.where(distance <= reach, 1 - (distance - dilate) / (feather + 1), 0)
-    alpha[box] = np.where(distance <= dilate, 1, ramp)
+    # No pixel of the picture is farther than `far`; a ramp of 2^40 pixels is 1 in float32 all over it.
+    far = sum(hole.shape)
+    dilate, feather = min(int(dilate), far), min(int(feather), 2**40)
+    reach = min(dilate + feather, far)
+    grown = [box.grown(reach, hole.shape) for box in group_holes(hole).boxes]
+    for box in disjoint_boxes(grown, hole.shape):
+        # Indices of the nearest hole pixel; distances are made of them strip by strip, which takes less memory.
+        nearest = ndimage.distance_transform_edt(~hole[box.slices], return_distances=False, return_indices=True)
+        columns = np.arange(nearest.shape[2])
+        part = alpha[box.slices]
+        for top in range(0, nearest.shape[1], _STRIP):
+            strip = slice(top, min(top + _STRIP, nearest.shape[1]))
+            down = nearest[0, strip] - np.arange(strip.start, strip.stop)[:, None]
+            distance = np.sqrt(np.square(down, dtype=np.float64) + np.square(nearest[1, strip] - columns))
+            ramp = np.where(distance <= reach, 1 - (distance - dilate) / (feather + 1), 0)
+            part[strip] = np.where(distance <= dilate, 1, ramp)
     return alpha
 
 
-def bounding_box(hole: np.ndarray) -> tuple[slice, slice]:
-    """The smallest (rows, columns) that hold every True of a bool [H, W] with at least one."""
-    rows, columns = np.flatnonzero(hole.any(axis=1)), np.flatnonzero(hole.any(axis=0))
-    return slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1)
+@dataclass(frozen=True)
+class _Planes:
+    """A mask's channels: `levels` [H, W], bool or in units of 1 / `white`, where it is grey; else `colour` uint8
+    [H, W, 3]. `alpha` uint8 [H, W] where it has transparency; `levels` are uint8 then."""
+
+    levels: np.ndarray | None
+    white: float
+    colour: np.ndarray | None
+    alpha: np.ndarray | None
+    kind: str
+
+    @property
+    def size(self) -> tuple[int, int]:
+        plane = self.colour if self.levels is None else self.levels
+        assert plane is not None
+        return plane.shape[0], plane.shape[1]
 
 
-def grow_box(box: tuple[slice, slice], by: int, shape: tuple[int, ...]) -> tuple[slice, slice]:
-    """`box` grown by `by` pixels on every side, clipped to `shape`."""
-    rows, columns = box
-    return (
-        slice(max(0, rows.start - by), min(shape[0], rows.stop + by)),
-        slice(max(0, columns.start - by), min(shape[1], columns.stop + by)),
+def _hole_by(channel: str, planes: _Planes, threshold: float, picture: Picture | None) -> np.ndarray:
+    if channel == "auto":
+        return _certain_hole(planes, threshold, picture)
+    if channel == "luma":
+        return _by_luma(planes, threshold)
+    if channel == "colour":
+        if planes.colour is None:
+            raise InvalidMaskError(f"mask_channel: 'colour' needs a mask in colour, got {planes.kind}")
+        hole = _chroma(planes.colour) >= _SATURATED
+        # Where the mask is a copy of the picture, painted over: at least half of it, to the bit or through a JPEG.
+        if picture is not None:
+            for apart in (0, _COPIED):
+                own = _copied(planes.colour, picture, apart)
+                if own.mean() >= 0.5:
+                    hole &= ~own
+                    break
+        return hole if planes.alpha is None else hole & (planes.alpha >= 128)
+    if planes.alpha is None:
+        raise InvalidMaskError(f"mask_channel: {channel!r} needs a mask with transparency, got {planes.kind}")
+    opaque = _above(planes.alpha, 255, threshold)
+    return opaque if channel == "alpha" else ~opaque
+
+
+def _certain_hole(planes: _Planes, threshold: float, picture: Picture | None) -> np.ndarray:
+    """The hole where a mask can mean one thing only; else InvalidMaskError, which names the choices.
+
+    Opaque and grey: by luma. Partly transparent: by alpha where what is opaque is one colour, white or saturated, and
+    at most half of the mask (strokes on a layer). Opaque and in colour: by colour where at most half is of one colour
+    on black, or on an exact copy of the picture.
+    """
+    if planes.alpha is not None and planes.alpha.min() < 128:
+        opaque = planes.alpha >= 128
+        plane = planes.colour if planes.levels is None else planes.levels
+        assert plane is not None
+        if 0 < np.count_nonzero(opaque) <= opaque.size / 2:
+            strokes = plane[opaque].reshape(np.count_nonzero(opaque), -1)
+            mean = strokes.mean(axis=0)
+            if _one_colour(strokes) and (mean.min() >= 255 - _BLACK or np.ptp(mean) >= _ONE_COLOUR):
+                return _above(planes.alpha, 255, threshold)
+        raise InvalidMaskError(
+            f"mask: it is partly transparent ({planes.kind}), which can mean strokes on a layer or a picture with "
+            f"the hole rubbed out; {_CHOICES}"
+        )
+    if planes.colour is None:
+        return _by_luma(planes, threshold)
+    saturated = _chroma(planes.colour) >= _SATURATED
+    count = np.count_nonzero(saturated)
+    if count == 0:
+        return _by_luma(planes, threshold)
+    if count <= saturated.size / 2:
+        brightest = _largest(planes.colour)
+        if brightest[~saturated].max() <= _BLACK and _one_shade(planes.colour[saturated], brightest[saturated]):
+            return saturated
+    if picture is not None:
+        own = _copied(planes.colour, picture, 0)
+        brush = planes.colour[~own]
+        one_colour = len(brush) > 0 and _one_colour(brush, 0) and np.ptp(brush[0]) >= _ONE_COLOUR
+        if own.mean() >= 0.5 and one_colour and not (planes.colour[own] == brush[0]).all(axis=1).any():
+            return ~own
+    raise InvalidMaskError(
+        f"mask: it is in colour ({planes.kind}), which can mean a coloured brush, labels or a photograph; {_CHOICES}"
     )
 
 
-def _distance(hole: np.ndarray, reach: int) -> np.ndarray:
-    """Euclidean distance to the nearest hole pixel, float32 [H, W], exact up to `reach`, larger beyond.
-
-    Separable: the squared distance is the least, over column offsets, of the offset squared plus the squared
-    distance along that column.
-    """
-    height, width = hole.shape
-    far = reach + 1
-    along = np.full((height, width), far, dtype=np.int32)
-    along[hole] = 0
-    for y in range(1, height):
-        np.minimum(along[y], along[y - 1] + 1, out=along[y])
-    for y in range(height - 2, -1, -1):
-        np.minimum(along[y], along[y + 1] + 1, out=along[y])
-    column = np.minimum(along, far) ** 2
-    nearest = column.copy()
-    for offset in range(1, min(reach, width - 1) + 1):
-        np.minimum(nearest[:, offset:], column[:, :-offset] + offset * offset, out=nearest[:, offset:])
-        np.minimum(nearest[:, :-offset], column[:, offset:] + offset * offset, out=nearest[:, :-offset])
-    return np.sqrt(nearest, dtype=np.float32)
+def _by_luma(planes: _Planes, threshold: float) -> np.ndarray:
+    if planes.levels is not None and planes.alpha is None:
+        return planes.levels if planes.levels.dtype == np.bool_ else _above(planes.levels, planes.white, threshold)
+    luma = planes.levels
+    if luma is None:
+        assert planes.colour is not None
+        luma = np.asarray(Image.fromarray(planes.colour).convert("L"))
+    if planes.alpha is None:
+        return _above(luma, 255, threshold)
+    return luma.astype(np.float32) * planes.alpha / (255 * 255) > threshold
 
 
-def _levels(mask: Any) -> np.ndarray:
-    """The mask as bool [H, W], or as float32 [H, W] in [0, 1]."""
+def _above(levels: np.ndarray, white: float, threshold: float) -> np.ndarray:
+    """Where a level, as a share of `white`, exceeds a threshold."""
+    if levels.dtype != np.uint8:
+        return levels / np.float32(white) > threshold
+    # Compared as bytes: the least level that exceeds it.
+    exceeding = np.flatnonzero(np.arange(256, dtype=np.float32) / np.float32(white) > threshold)
+    return levels >= exceeding[0] if len(exceeding) else np.zeros(levels.shape, dtype=bool)
+
+
+def _largest(colour: np.ndarray) -> np.ndarray:
+    """Largest channel of a uint8 [..., 3]."""
+    return np.maximum(np.maximum(colour[..., 0], colour[..., 1]), colour[..., 2])
+
+
+def _chroma(colour: np.ndarray) -> np.ndarray:
+    """Largest less smallest channel of a uint8 [..., 3]."""
+    return _largest(colour) - np.minimum(np.minimum(colour[..., 0], colour[..., 1]), colour[..., 2])
+
+
+def _one_colour(pixels: np.ndarray, apart: int = _ONE_COLOUR) -> bool:
+    """Whether pixels uint8 [N, C] differ by no more than `apart` in each channel."""
+    return bool(all(int(channel.max()) - int(channel.min()) <= apart for channel in pixels.T))
+
+
+def _one_shade(pixels: np.ndarray, brightest: np.ndarray) -> bool:
+    """Whether pixels uint8 [N, 3] are one colour and darker ones of it towards black, as soft edges are.
+    `brightest` uint8 [N]: their largest channels."""
+    shade = pixels[brightest.argmax()].astype(np.float32) / brightest.max()
+    return all(
+        bool((np.abs(pixels[part] - shade * brightest[part, None]) <= _BLACK).all())
+        for part in (slice(start, start + 2**20) for start in range(0, len(pixels), 2**20))
+    )
+
+
+def _copied(colour: np.ndarray, picture: Picture, apart: int) -> np.ndarray:
+    """bool [H, W]: where a mask's colour uint8 [H, W, 3] is the picture's, within `apart` in each channel."""
+    same = np.ones(colour.shape[:2], dtype=bool)
+    for top in range(0, colour.shape[0], _STRIP):
+        strip = slice(top, top + _STRIP)
+        own = np.rint(picture.samples[strip] * (255 / picture.white)).astype(np.int16)
+        same[strip] = (np.abs(colour[strip].astype(np.int16) - own) <= apart).all(axis=2)
+    return same
+
+
+def _planes(mask: Any, size: tuple[int, int]) -> _Planes:
+    """The channels of one mask of any accepted kind, for a picture of `size` (height, width)."""
     if isinstance(mask, (str, os.PathLike)):
-        return _levels_of_picture(open_upright(Path(mask), InvalidMaskError, "mask")[0])
+        return _of_pil(open_upright(Path(mask), InvalidMaskError, "mask")[0])
     if isinstance(mask, Image.Image):
-        return _levels_of_picture(upright(mask, InvalidMaskError, "mask")[0])
+        return _of_pil(upright(mask, InvalidMaskError, "mask")[0])
     if isinstance(mask, torch.Tensor):
-        if mask.ndim != 4 or mask.shape[0] != 1 or mask.shape[1] != 1:
-            raise InvalidMaskError(f"mask: expected one tensor mask [1, 1, H, W] a picture, got {list(mask.shape)}")
-        mask = mask[0, 0].detach().cpu()
-        return _levels_of_array((mask.float() if mask.is_floating_point() else mask).numpy())
+        if mask.ndim == 4 and mask.shape[0] != 1:
+            raise InvalidMaskError(f"mask: expected one tensor mask [1, C, H, W] a picture, got {list(mask.shape)}")
+        one = mask[0] if mask.ndim == 4 else mask
+        one = one.detach().cpu()
+        return _of_array((one.float() if one.dtype == torch.bfloat16 else one).numpy(), size, str(mask.dtype), True)
     if isinstance(mask, np.ndarray):
-        if mask.ndim == 3 and mask.shape[2] == 1:
-            mask = mask[..., 0]
-        if mask.ndim != 2:
-            raise InvalidMaskError(f"mask: expected an array [H, W], got {list(mask.shape)}")
-        return _levels_of_array(mask)
+        return _of_array(mask, size, str(mask.dtype), False)
     raise InvalidMaskError(f"mask: expected {ACCEPTED}, got {type(mask).__name__}")
 
 
-def _levels_of_array(mask: np.ndarray) -> np.ndarray:
+def _of_array(mask: np.ndarray, size: tuple[int, int], dtype: str, tensor: bool) -> _Planes:
+    kind = f"{'a tensor' if tensor else 'an array'} {list(mask.shape)} of {dtype}"
+    mask, _ = channels_last(mask, InvalidMaskError, "mask", tensor=tensor, size=size)
+    levels, white = _scaled(mask)
+    channels = levels.shape[2]
+    if channels == 1:
+        return _Planes(levels[..., 0], white, None, None, kind)
+    if channels == 3 and _is_grey(levels):
+        return _Planes(levels[..., 0], white, None, None, kind)
+    if white != 255:
+        levels = np.rint(np.clip(levels * np.float32(255 / white), 0, 255)).astype(np.uint8)
+    return _of_bytes(levels, kind)
+
+
+def _scaled(mask: np.ndarray) -> tuple[np.ndarray, float]:
+    """Levels, bool or of a dtype that holds them, and the level of white."""
     if mask.dtype == np.bool_:
-        return mask
-    if mask.dtype == np.uint8:
-        return mask.astype(bool) if mask.size and mask.max() == 1 else mask.astype(np.float32) / 255
-    if mask.dtype.kind != "f":
-        raise InvalidMaskError(f"mask: expected bool, uint8 or float, got {mask.dtype}")
-    if not np.isfinite(mask).all():
-        raise InvalidMaskError("mask: expected finite levels in [0, 1], got NaN or infinity")
-    if mask.size and (mask.min() < 0 or mask.max() > 1):
-        raise InvalidMaskError(f"mask: expected levels in [0, 1], got {mask.min():g} to {mask.max():g}")
-    return mask.astype(np.float32)
+        return mask, 1.0
+    if mask.dtype.kind == "f":
+        return unit_levels(mask, InvalidMaskError, "mask"), 1.0
+    if mask.dtype.kind not in "iu":
+        raise InvalidMaskError(f"mask: expected bool, integers or floats, got {mask.dtype}")
+    low, high = (int(mask.min()), int(mask.max())) if mask.size else (0, 0)
+    if low < 0 or high > 65535:
+        raise InvalidMaskError(f"mask: expected levels in 0..65535 for {mask.dtype}, got {low} to {high}")
+    if high == 1:
+        return mask.astype(bool), 1.0
+    # The wide types hold whatever integers they were made from: 8-bit levels are told from 16-bit ones by their
+    # maximum.
+    deep = mask.dtype.itemsize == 2 and mask.dtype.kind == "u"
+    return (mask, 65535.0) if deep or high > 255 else (mask.astype(np.uint8), 255.0)
 
 
-def _levels_of_picture(mask: Image.Image) -> np.ndarray:
-    if mask.mode == "1":
-        return np.array(mask)
-    if mask.mode == "F":
-        return _levels_of_array(np.asarray(mask))
-    if mask.mode.startswith("I"):
-        deep = np.asarray(mask).astype(np.int64)
-        low, high = (int(deep.min()), int(deep.max())) if deep.size else (0, 0)
-        if low < 0 or high > 65535:
-            raise InvalidMaskError(f"mask: expected levels in 0..65535 for mode {mask.mode}, got {low} to {high}")
-        # Mode I holds whatever integers it was made from: 8-bit levels are told from 16-bit ones by their maximum.
-        full = 65535 if mask.mode != "I" or high > 255 else 255
-        return deep.astype(bool) if high == 1 else (deep / full).astype(np.float32)
-    if mask.mode == "L":
-        grey = np.asarray(mask)
-        return grey.astype(np.float32) / 255 if mask.format in _LOSSY_FORMATS else _levels_of_array(grey)
+def _of_pil(mask: Image.Image) -> _Planes:
+    kind = f"a picture of mode {mask.mode}"
+    if mask.mode == "F" or mask.mode.startswith("I"):
+        levels, white = _scaled(pixels_of(mask))
+        return _Planes(levels, white, None, None, kind)
+    keyed = "transparency" in mask.info and mask.mode in ("1", "L", "RGB", "P")
+    if mask.mode in ("1", "L") and not keyed:
+        grey = pixels_of(mask)
+        levels, white = (grey, 255.0) if mask.format in _LOSSY_FORMATS else _scaled(grey)
+        return _Planes(levels, white, None, None, kind)
+    if keyed:
+        kind += " with transparency"
     try:
-        colour = np.asarray(mask.convert("RGBA"))
+        wanted = "RGBA" if keyed or mask.mode in ("LA", "La", "PA", "RGBA", "RGBa") else "RGB"
+        return _of_bytes(pixels_of(mask if mask.mode == wanted else mask.convert(wanted)), kind)
     except ValueError as error:
         raise InvalidMaskError(f"mask: expected a mode that converts to grey, got {mask.mode}") from error
-    luma = np.asarray(Image.fromarray(colour[..., :3]).convert("L"), dtype=np.float32)
-    return luma * colour[..., 3] / (255 * 255)
+
+
+def _of_bytes(levels: np.ndarray, kind: str) -> _Planes:
+    """The planes of a uint8 [H, W, C], C = 2 (grey, alpha), 3 or 4 (RGBA)."""
+    alpha = None if levels.shape[2] == 3 else levels[..., -1]
+    if levels.shape[2] == 2 or _is_grey(levels):
+        return _Planes(levels[..., 0], 255.0, None, alpha, kind)
+    return _Planes(None, 255.0, levels[..., :3], alpha, kind)
+
+
+def _is_grey(levels: np.ndarray) -> bool:
+    """Whether the first three channels of [H, W, C] are the same."""
+    return bool(np.array_equal(levels[..., 0], levels[..., 1]) and np.array_equal(levels[..., 1], levels[..., 2]))

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +14,15 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..engine.regions import Rect
 from ..errors import InvalidImageError
-from .files import open_upright, upright
+from .arrays import channels_last, pixels_of, unit_levels
+from .deep import DeepImage, check_deep_format
+from .files import Encoded, held_modes, read_picture, upright
 
 ACCEPTED = (
-    "a PIL picture, a path, an array [H, W, 3] of uint8 or uint16, a float tensor [B, C, H, W], or a list of those"
+    "a PIL picture, a path, a DeepImage, an array [H, W] or [H, W, C] of uint8, uint16 or floats in [0, 1], a tensor "
+    "[H, W], [C, H, W] or [B, C, H, W] of uint8 or floats in [0, 1], C = 1, 3 or 4, or a list of those"
 )
 PIL_MODES = "1, L, LA, P, RGB, RGBA, I, I;16, I;16B, CMYK, YCbCr, HSV"
 
@@ -28,12 +34,14 @@ class Picture:
     `samples` [H, W, C], C = 1 (grey) or 3 (RGB), in the picture's own depth, 0 = black, `white` = white.
     `rebuild(samples, touched)` gives the caller's kind back; `touched` bool [H, W] marks the pixels that may have
     changed: every other pixel, and all alpha, comes from the original. `note` explains a turned picture's size.
+    `check_format(format)` raises InvalidImageError where a file of that format could not hold the result.
     """
 
     samples: np.ndarray
     white: float
     rebuild: Callable[[np.ndarray, np.ndarray], Any]
     note: str = ""
+    check_format: Callable[[str], Any] = lambda format: None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -44,76 +52,129 @@ class Picture:
         """A region as float32 [h, w, 3] in [-1, 1]: level / (white / 2) - 1."""
         region = self.samples[rows, columns].astype(np.float32)
         region = region / np.float32(self.white / 2) - 1
+        if self.samples.dtype.kind == "f":  # a level may exceed its range by rounding
+            region = np.clip(region, -1, 1)
         return np.broadcast_to(region, (*region.shape[:2], 3))
 
-    def with_fill(self, fill: np.ndarray, alpha: np.ndarray) -> Any:
-        """The caller's kind with `fill` (float32 [H, W, 3] in [-1, 1]) laid over it by `alpha` (float32 [H, W]).
+    def with_fill(self, fills: list[tuple[Rect, np.ndarray]], alpha: np.ndarray) -> Any:
+        """The caller's kind with fills, float32 [h, w, 3] in [-1, 1], laid over disjoint boxes by `alpha`.
+
+        `alpha`: bool, or float in [0, 1]; [H, W], 0 outside the boxes. See `painted`.
+        """
+        return self.rebuild(self.painted([(box, fill, alpha[box.slices]) for box, fill in fills]), alpha > 0)
+
+    def painted(self, fills: list[tuple[Rect, np.ndarray, np.ndarray]]) -> np.ndarray:
+        """A copy of the samples with fills laid over disjoint boxes: (box, fill float32 [h, w, 3] in [-1, 1], alpha
+        [h, w], bool or float in [0, 1]).
 
         Pixels of alpha 0 keep their bits. Grey pictures take the mean of the three channels. Integer depths are
         rounded to nearest and clamped.
         """
-        touched = alpha > 0
         samples = self.samples.copy()
-        painted = fill[touched].astype(np.float64)
-        if samples.shape[2] == 1:
-            painted = painted.mean(axis=1, keepdims=True)
-        painted = np.clip((painted + 1) * (self.white / 2), 0, self.white)
-        weight = alpha[touched].astype(np.float64)[:, None]
-        # Where alpha is 1 the old sample must not enter at all: what lies under the mask is not to be trusted.
-        blended = np.where(weight == 1, painted, samples[touched] * (1 - weight) + painted * weight)
-        samples[touched] = blended if samples.dtype.kind == "f" else np.rint(blended)
-        return self.rebuild(samples, touched)
+        for box, fill, alpha in fills:
+            touched, old = alpha > 0, samples[box.slices]
+            painted = fill[touched].astype(np.float64)
+            if samples.shape[2] == 1:
+                painted = painted.mean(axis=1, keepdims=True)
+            painted = np.clip((painted + 1) * (self.white / 2), 0, self.white)
+            weight = alpha[touched].astype(np.float64)[:, None]
+            # Where alpha is 1 the old sample must not enter at all: what lies under the mask is not to be trusted.
+            blended = np.where(weight == 1, painted, old[touched] * (1 - weight) + painted * weight)
+            old[touched] = blended if samples.dtype.kind == "f" else np.rint(blended)
+        return samples
 
 
 def picture_of(picture: Any) -> Picture:
-    """One PIL picture, path (str or Path) or array [H, W, 3] (uint8 or uint16).
+    """One PIL picture, path (str or Path), file's bytes, DeepImage, or array [H, W], [H, W, C] or [C, H, W], C = 1 to
+    4 (a second or fourth channel is alpha, which is kept), of uint8, uint16 or floats in [0, 1].
+
+    A file of 16 bits a sample in colour gives a DeepImage back, any other a PIL picture.
 
     Raises InvalidImageError for anything else, for an empty picture, and for modes that cannot be kept.
     """
     if isinstance(picture, (str, os.PathLike)):
-        return _of_pil(*open_upright(Path(picture)))
+        picture = Path(picture)
+    if isinstance(picture, (Path, Encoded)):
+        read, orientation = read_picture(picture)
+        note = _note(orientation)
+        return _of_deep_colour(read, note) if isinstance(read, DeepImage) else _of_pil(read, note)
+    if isinstance(picture, Picture):
+        return picture
+    if isinstance(picture, DeepImage):
+        return _of_deep_colour(picture, "")
     if isinstance(picture, Image.Image):
-        return _of_pil(*upright(picture))
+        # Of a file that is not decoded yet, what its samples are decoded from.
+        stored = str(getattr(picture, "tile", None) or "")
+        if ";16" in stored and len(picture.getbands()) > 1:
+            warnings.warn("picture: Pillow cuts 16-bit colour to 8 bits; give the file's path", stacklevel=4)
+        turned, orientation = upright(picture)
+        return _of_pil(turned, _note(orientation))
     if isinstance(picture, np.ndarray):
-        return _of_array(picture)
+        return _of_array(picture, tensor=False)
     raise InvalidImageError(f"picture: expected {ACCEPTED}, got {type(picture).__name__}")
 
 
-def pictures_of_tensor(batch: torch.Tensor) -> list[Picture]:
-    """The pictures of a float tensor [B, C, H, W], C = 1 or 3, in [0, 1]; each rebuilds to [1, C, H, W].
+def pictures_of_tensor(batch: torch.Tensor) -> tuple[list[Picture], Callable[[list[torch.Tensor]], torch.Tensor]]:
+    """The pictures of a tensor [B, C, H, W], [C, H, W], [H, W, C] or [H, W], C = 1 to 4, of uint8 or floats in
+    [0, 1], and what makes one tensor of that shape, dtype and device of what they rebuild to.
 
-    Dtype and device are kept. Raises InvalidImageError: shape, dtype, NaN, infinity or levels outside [0, 1].
+    Raises InvalidImageError: shape, dtype, NaN, infinity or levels outside [0, 1].
     """
-    if batch.ndim != 4 or batch.shape[1] not in (1, 3) or 0 in batch.shape[2:]:
-        raise InvalidImageError(f"picture: expected a tensor [B, 3, H, W] or [B, 1, H, W], got {list(batch.shape)}")
-    if not batch.is_floating_point():
-        raise InvalidImageError(f"picture: expected a float tensor in [0, 1], got {batch.dtype}")
-    wide = torch.float64 if batch.dtype == torch.float64 else torch.float32
-    levels = batch.detach().to("cpu", wide).numpy()
-    if not np.isfinite(levels).all():
-        raise InvalidImageError("picture: expected finite levels in [0, 1], got NaN or infinity")
-    if levels.size and (levels.min() < 0 or levels.max() > 1):
-        raise InvalidImageError(f"picture: expected levels in [0, 1], got {levels.min():g} to {levels.max():g}")
+    if not batch.is_floating_point() and batch.dtype != torch.uint8:
+        raise InvalidImageError(f"picture: expected a tensor of uint8 or of floats in [0, 1], got {batch.dtype}")
+    if batch.ndim == 4 and (not 1 <= batch.shape[1] <= 4 or 0 in batch.shape[2:]):
+        raise InvalidImageError(f"picture: expected a tensor [B, C, H, W] with C = 1 to 4, got {list(batch.shape)}")
+    known = batch.detach().cpu()
+    if known.is_floating_point() and known.dtype != torch.float64:
+        known = known.float()
 
-    def rebuild(samples: np.ndarray, touched: np.ndarray) -> torch.Tensor:
-        channels_first = np.ascontiguousarray(samples.transpose(2, 0, 1)[None])
-        return torch.from_numpy(channels_first).to(batch.device, batch.dtype)
+    def one(levels: torch.Tensor) -> Picture:
+        picture = _of_array(levels.numpy(), tensor=True)
 
-    return [Picture(np.ascontiguousarray(one.transpose(1, 2, 0)), 1.0, rebuild) for one in levels]
+        def rebuild(samples: np.ndarray, touched: np.ndarray) -> torch.Tensor:
+            whole = np.ascontiguousarray(picture.rebuild(samples, touched))
+            return torch.from_numpy(whole).to(batch.device, batch.dtype)
 
+        return replace(picture, rebuild=rebuild)
 
-def _of_array(array: np.ndarray) -> Picture:
-    if array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
-        raise InvalidImageError(f"picture: expected an RGB array [H, W, 3], got {list(array.shape)}")
-    if array.dtype not in (np.uint8, np.uint16):
-        raise InvalidImageError(
-            f"picture: expected an array of uint8 or uint16, got {array.dtype} (floats: a tensor [B, 3, H, W])"
-        )
-    return Picture(array, float(np.iinfo(array.dtype).max), lambda samples, touched: samples)
+    if batch.ndim == 4:
+        # Each is [C, H, W] whatever its width.
+        return [one(levels) for levels in known], lambda done: torch.stack(done) if done else batch.clone()
+    return [one(known)], lambda done: done[0]
 
 
-def _of_pil(picture: Image.Image, orientation: int) -> Picture:
-    note = f" (the picture is turned upright by its EXIF orientation {orientation})" if orientation != 1 else ""
+def _of_array(array: np.ndarray, tensor: bool) -> Picture:
+    pixels, order = channels_last(array, InvalidImageError, "picture", tensor=tensor)
+    if array.size == 0:
+        raise InvalidImageError(f"picture: expected at least one pixel, got {list(array.shape)}")
+    if array.dtype.kind == "f":
+        unit_levels(array, InvalidImageError, "picture")
+        white = 1.0
+    elif array.dtype in (np.uint8, np.uint16):
+        white = float(np.iinfo(array.dtype).max)
+    else:
+        raise InvalidImageError(f"picture: expected uint8, uint16 or floats in [0, 1], got {array.dtype}")
+    with_alpha = pixels.shape[2] in (2, 4)
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> np.ndarray:
+        whole = np.concatenate([samples, pixels[..., -1:]], axis=2) if with_alpha else samples
+        if order == "CHW":
+            return np.ascontiguousarray(whole.transpose(2, 0, 1))
+        return whole if order == "HWC" else whole[..., 0]
+
+    return Picture(pixels[..., :-1] if with_alpha else pixels, white, rebuild)
+
+
+def _note(orientation: int) -> str:
+    return f" (the picture is turned upright by its EXIF orientation {orientation})" if orientation != 1 else ""
+
+
+def _of_pil(picture: Image.Image, note: str) -> Picture:
+    transparent = "transparency" in picture.info
+    return replace(_of_mode(picture, note), check_format=partial(held_modes, picture.mode, transparent))
+
+
+def _of_mode(picture: Image.Image, note: str) -> Picture:
     if 0 in picture.size:
         raise InvalidImageError(f"picture: expected at least one pixel, got {picture.width}x{picture.height}")
     mode = picture.mode
@@ -134,35 +195,71 @@ def _of_pil(picture: Image.Image, orientation: int) -> Picture:
     )
 
 
-def _like(picture: Image.Image, original: Image.Image) -> Image.Image:
+@dataclass(frozen=True)
+class _Origin:
+    """What `_like` takes from a picture, without its pixels: they would be kept beside the samples."""
+
+    info: dict[Any, Any]
+    format: str | None
+
+
+def _like(picture: Image.Image, original: Image.Image | _Origin) -> Image.Image:
     picture.info = dict(original.info)
     picture.format = original.format
     return picture
 
 
 def _with_alpha(picture: Image.Image, note: str) -> Picture:
-    array = np.asarray(picture)
+    array, origin = pixels_of(picture), _Origin(dict(picture.info), picture.format)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
-        return _like(Image.fromarray(np.concatenate([samples, array[..., -1:]], axis=2)), picture)
+        return _like(Image.fromarray(np.concatenate([samples, array[..., -1:]], axis=2)), origin)
 
     return Picture(array[..., :-1], 255.0, rebuild, note)
 
 
+def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
+    """16 bits a sample: RGB with or without alpha, or grey with alpha."""
+    array = picture.samples
+    colours = 3 if array.shape[2] > 2 else 1
+    keep_key = _colour_key(array, picture.info.get("transparency"))
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> DeepImage:
+        keep_key(samples)
+        merged = np.concatenate([samples, array[..., colours:]], axis=2)
+        return DeepImage(merged, picture.format, dict(picture.info))
+
+    return Picture(array[..., :colours], 65535.0, rebuild, note, partial(check_deep_format, picture.mode))
+
+
 def _with_colour_key(picture: Image.Image, note: str) -> Picture:
-    """L and RGB, where PNG may declare one colour transparent: that choice of pixels is alpha, and is kept."""
-    array = np.asarray(picture).reshape(picture.height, picture.width, -1)
-    key = picture.info.get("transparency")
-    clear = None if key is None or isinstance(key, bytes) else (array == np.array(key)).all(axis=2)
+    """L and RGB, where PNG may declare one colour transparent."""
+    array = pixels_of(picture).reshape(picture.height, picture.width, -1)
+    origin, key = _Origin(dict(picture.info), picture.format), picture.info.get("transparency")
+    keep_key = _colour_key(array, None if isinstance(key, bytes) else key)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
-        if clear is not None:
-            collides = (samples == np.array(key)).all(axis=2) & ~clear
-            samples[collides, 0] ^= 1
-            samples[clear] = array[clear]
-        return _like(Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples), picture)
+        keep_key(samples)
+        return _like(Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples), origin)
 
     return Picture(array, 255.0, rebuild, note)
+
+
+def _colour_key(array: np.ndarray, key: Any) -> Callable[[np.ndarray], None]:
+    """What keeps the alpha that a transparent colour `key` gives to the pixels of `array` [H, W, C], in place.
+
+    Filled samples of the key's colour are moved off it by one level, and transparent pixels stay as they are.
+    """
+    if key is None:
+        return lambda samples: None
+    clear = (array == np.array(key)).all(axis=2)
+
+    def keep(samples: np.ndarray) -> None:
+        collides = (samples == np.array(key)).all(axis=2) & ~clear
+        samples[collides, 0] ^= 1
+        samples[clear] = array[clear]
+
+    return keep
 
 
 def _of_bilevel(picture: Image.Image, note: str) -> Picture:

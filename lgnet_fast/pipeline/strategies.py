@@ -7,8 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
+from scipy import ndimage
 
-from ..engine.holes import CELL, cell_grid, group_boxes, label
+from ..engine.holes import CELL, HoleGroups, bounding_box, disjoint_boxes, group_holes
+from ..engine.regions import Rect
 
 STRATEGIES = ("auto", "full", "crop", "resize", "tile")
 
@@ -39,8 +41,11 @@ class Window:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
 
-def choose(hole: np.ndarray, multiple: int, largest: int) -> str:
-    """The strategy that "auto" starts with, for a hole bool [H, W], a network multiple and a largest window side.
+def choose(
+    hole: np.ndarray, multiple: int, largest: int, groups: HoleGroups | None = None
+) -> tuple[str, list[Window]]:
+    """The strategy that "auto" starts with and its windows, for a hole bool [H, W], a network multiple and a largest
+    window side. `groups`: those of the hole, where they are known.
 
     full  when the padded picture is no larger than `largest` on both sides, unless crops at native scale take fewer
           network pixels: the network was trained on 256x256, more picture around a hole does not fill it better;
@@ -48,17 +53,25 @@ def choose(hole: np.ndarray, multiple: int, largest: int) -> str:
           then the large groups are filled at reduced scale;
     tile  otherwise: thin holes, such as scratches and text, all over a large picture.
     """
-    crops = crop_windows(hole, multiple, largest)
+    groups = groups or group_holes(hole)
+    crops = crop_windows(hole, multiple, largest, groups)
     native = all(window.reduced == window.size for window in crops)
     whole = padded(hole.shape[0], multiple), padded(hole.shape[1], multiple)
     cropped = sum(math.prod(network_size(window, multiple)) for window in crops)
     if max(whole) <= largest and not (native and cropped < math.prod(whole)):
-        return "full"
-    return "crop" if native or _is_thick(hole) else "tile"
+        return "full", windows_for("full", hole, multiple, largest)
+    if native or any(_is_thick(hole[box.slices]) for box in groups.boxes):
+        return "crop", crops
+    return "tile", windows_for("tile", hole, multiple, largest)
 
 
-def windows_for(strategy: str, hole: np.ndarray, multiple: int, largest: int) -> list[Window]:
-    """The windows that fill a hole bool [H, W] with at least one pixel, in an order fixed by their position."""
+def windows_for(
+    strategy: str, hole: np.ndarray, multiple: int, largest: int, groups: HoleGroups | None = None
+) -> list[Window]:
+    """The windows that fill a hole bool [H, W] with at least one pixel, in an order fixed by their position.
+
+    `groups`: those of the hole, where they are known.
+    """
     height, width = hole.shape
     if strategy == "full":
         return [Window(slice(0, height), slice(0, width), (height, width))]
@@ -67,7 +80,7 @@ def windows_for(strategy: str, hole: np.ndarray, multiple: int, largest: int) ->
         reduced = (max(1, round(height * scale)), max(1, round(width * scale)))
         return [Window(slice(0, height), slice(0, width), reduced)]
     if strategy == "crop":
-        return crop_windows(hole, multiple, largest)
+        return crop_windows(hole, multiple, largest, groups)
     return tile_windows(hole, largest, min(TILE_OVERLAP, largest // 2))
 
 
@@ -130,21 +143,34 @@ def enlarge_fill(fill: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return np.clip(np.stack(channels, axis=2), -1, 1)
 
 
-def crop_windows(hole: np.ndarray, multiple: int, largest: int) -> list[Window]:
+def needed(window: Window, hole: np.ndarray) -> Rect:
+    """The box, in pixels of the picture, around the hole in a window, which has some."""
+    box = bounding_box(hole[window.rows, window.columns])
+    top, left = window.rows.start, window.columns.start
+    return Rect(top + box.top, top + box.bottom, left + box.left, left + box.right)
+
+
+def patches(boxes: list[Rect], shape: tuple[int, int]) -> tuple[list[Rect], np.ndarray]:
+    """Disjoint boxes of a picture of `shape`, so that each of `boxes` lies in one, and which one covers each cell of
+    16x16 pixels (int [h, w]; -1 = none). What fills a few small holes then needs no buffer of the picture's size."""
+    apart = disjoint_boxes(boxes, shape)
+    owner = np.full((padded(shape[0], CELL) // CELL, padded(shape[1], CELL) // CELL), -1, dtype=np.int32)
+    for number, box in enumerate(apart):
+        owner[box.top // CELL : -(-box.bottom // CELL), box.left // CELL : -(-box.right // CELL)] = number
+    return apart, owner
+
+
+def crop_windows(hole: np.ndarray, multiple: int, largest: int, groups: HoleGroups | None = None) -> list[Window]:
     """One window for each group of holes, with context, of at most `largest`^2 network pixels.
 
     Windows that overlap are merged when one pass over both costs no more than two and loses no scale. The rest may
     overlap: each sees the other's hole as hole and fills its own group only, so their order does not matter.
     """
-    labels = label(cell_grid(hole))
-    boxes = {
-        group: (slice(box.top, box.bottom), slice(box.left, box.right))
-        for group, box in group_boxes(hole, labels).items()
-    }
-    frames = [_Frame.around(box, {k}, hole, multiple, largest) for k, box in sorted(boxes.items())]
+    groups = groups or group_holes(hole)
+    frames = [_Frame.around(box.slices, {k}, hole, multiple, largest) for k, box in enumerate(groups.boxes, 1)]
     frames = _merge(frames, hole, multiple, largest)
     frames.sort(key=lambda frame: (frame.rows.start, frame.columns.start, frame.rows.stop, frame.columns.stop))
-    return [Window(frame.rows, frame.columns, frame.reduced, _ownership(frame, labels)) for frame in frames]
+    return [Window(frame.rows, frame.columns, frame.reduced, _ownership(frame, groups.labels)) for frame in frames]
 
 
 def tile_windows(hole: np.ndarray, tile: int, overlap: int) -> list[Window]:
@@ -177,7 +203,7 @@ class _Frame:
         multiple: int,
         largest: int,
     ) -> _Frame:
-        context = max(CONTEXT, math.isqrt(int(hole[box].sum())) // 2)
+        context = max(CONTEXT, math.isqrt(np.count_nonzero(hole[box])) // 2)
         wanted = [
             min(extent.stop - extent.start + 2 * context, length)
             for extent, length in zip(box, hole.shape, strict=True)
@@ -271,11 +297,15 @@ def _smooth(ramp: np.ndarray) -> np.ndarray:
 
 
 def _is_thick(hole: np.ndarray) -> bool:
-    if min(hole.shape) < THICK:
+    """Whether a hole bool [h, w], the box around one group, contains a square of side THICK."""
+    if min(hole.shape) < THICK or np.count_nonzero(hole) < THICK**2:
         return False
-    sums = np.pad(hole.astype(np.int32).cumsum(axis=0).cumsum(axis=1), ((1, 0), (1, 0)))
-    inside = sums[THICK:, THICK:] - sums[:-THICK, THICK:] - sums[THICK:, :-THICK] + sums[:-THICK, :-THICK]
-    return bool((inside == THICK * THICK).any())
+    # The least of each square, as the least along the rows of the least along the columns: cost and memory do not
+    # depend on the side, and nothing is wider than a byte a pixel.
+    least = hole.view(np.uint8)
+    for axis in (0, 1):
+        least = ndimage.minimum_filter1d(least, THICK, axis=axis, mode="constant", cval=0)
+    return bool(least.any())
 
 
 def _resample(channel: np.ndarray, size: tuple[int, int], filter: Image.Resampling) -> np.ndarray:

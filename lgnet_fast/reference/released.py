@@ -111,7 +111,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             would run code are refused (``torch.load(weights_only=True)``).
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise WeightsError(f"weights: expected a checkpoint file, got {path}, which does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -126,7 +126,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _files(directory: Path, epoch: str | int | None) -> dict[str, Path]:
     """The three files of one epoch in `directory`."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # False, not an error, for a name that is too long
         raise WeightsError(f"weights: expected a directory with *_net_G1.pth, got {directory}")
     found: dict[str, dict[str, Path]] = {}
     for file in directory.iterdir():

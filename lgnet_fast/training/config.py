@@ -359,6 +359,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: expected a list, got {value!r}")
         return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(values))
     kind = dict if origin is dict else hint
+    if kind is dict and isinstance(value, dict):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}: expected texts, numbers, lists and mappings, got {value!r}") from error
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 takes 2e-4 for a text

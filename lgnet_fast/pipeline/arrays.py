@@ -1,0 +1,65 @@
+"""The layouts and scales of arrays and tensors that pictures and masks come in."""
+
+from __future__ import annotations
+
+import numpy as np
+from PIL import Image
+
+from ..errors import LGNetError
+
+
+def channels_last(
+    array: np.ndarray, error: type[LGNetError], name: str, *, tensor: bool, size: tuple[int, int] | None = None
+) -> tuple[np.ndarray, str]:
+    """An array [H, W], [H, W, C] or [C, H, W], C = 1 to 4, as a view [H, W, C], and "HW", "HWC" or "CHW".
+
+    Where a shape of three allows both orders, the one that gives `size` (height, width) is taken; where that does not
+    decide, a tensor is [C, H, W], an array [H, W, C]. Raises `error` for other shapes.
+    """
+    if array.ndim == 2:
+        return array[..., None], "HW"
+    orders = []
+    if array.ndim == 3:
+        orders = [order for order, axis in (("HWC", 2), ("CHW", 0)) if 1 <= array.shape[axis] <= 4]
+    if not orders:
+        raise error(
+            f"{name}: expected {'a tensor' if tensor else 'an array'} [H, W], [H, W, C] or [C, H, W] with "
+            f"C = 1 to 4, got {list(array.shape)}"
+        )
+    if len(orders) == 2:
+        fitting = [order for order in orders if size == (array.shape[:2] if order == "HWC" else array.shape[1:])]
+        orders = fitting if len(fitting) == 1 else ["CHW" if tensor else "HWC"]
+    return (array if orders[0] == "HWC" else array.transpose(1, 2, 0)), orders[0]
+
+
+def pixels_of(picture: Image.Image) -> np.ndarray:
+    """What `np.asarray` gives, strip by strip: all at once it takes the picture's bytes three times."""
+    rows = max(1, 2**20 // max(1, picture.width))
+    strips = (
+        picture.crop((0, top, picture.width, min(top + rows, picture.height)))
+        for top in range(0, picture.height, rows)
+    )
+    pixels, done = np.empty(0), 0
+    for strip in map(np.asarray, strips):
+        if done == 0:
+            pixels = np.empty((picture.height, *strip.shape[1:]), strip.dtype)
+        pixels[done : done + len(strip)] = strip
+        done += len(strip)
+    return pixels
+
+
+def unit_levels(levels: np.ndarray, error: type[LGNetError], name: str) -> np.ndarray:
+    """Floats as they came, all finite and in [0, 1] but for rounding: a millionth, or four units of their precision.
+
+    Raises `error` for NaN, infinity and other levels.
+    """
+    if not levels.size:
+        return levels
+    low, high = float(levels.min()), float(levels.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        raise error(f"{name}: expected finite levels in [0, 1], got NaN or infinity")
+    slack = max(1e-6, 4 * float(np.finfo(levels.dtype).eps))
+    if low < -slack or high > 1 + slack:
+        hint = " (divide 8-bit levels by 255)" if 1 < high <= 255 and low >= 0 else ""
+        raise error(f"{name}: expected levels in [0, 1], got {low:.7g} to {high:.7g}{hint}")
+    return levels
