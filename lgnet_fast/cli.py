@@ -375,6 +375,33 @@ def info(
 
 
 @app.command()
+def verify(
+    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the bundled one.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Check every kernel and the engine on this machine against plain PyTorch, anew, and print each error.
+
+    On an NVIDIA GPU the verdicts are kept (`lgnet-fast info` shows them), and decide what later runs take.
+
+    Exit code: 0 all as it should be, 1 something failed and something slower runs in its place, 2 it could not start.
+    """
+    from .engine.devices import resolve_device, resolve_dtype
+    from .engine.verify import render
+    from .engine.verify import verify as run_checks
+    from .reference import LGNet
+    from .weights import bundled_path
+
+    with _one_line_errors():
+        target = resolve_device(device)
+        network = LGNet.from_pretrained(model or bundled_path())
+        report = run_checks(network, target, resolve_dtype(dtype, target))
+    _print(report, json, render, lambda r: r.as_dict())
+    raise typer.Exit(0 if report.passed else 1)
+
+
+@app.command()
 def flops(
     model: Annotated[str, typer.Option(help="A name as create_model takes it.")] = "lgnet",
     size: Annotated[str, typer.Option(help="HxW, multiples of 256.")] = "256x256",

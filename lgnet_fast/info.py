@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,7 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__
+from . import __version__, cache
+from .engine.verified import Verdict
 from .ops.dispatch import FUSED, reason_against
 
 _PACKAGES = (
@@ -91,7 +93,19 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": devices,
         "backends": {d["device"]: _backends(d["device"]) for d in devices},
+        "cache": str(cache.folder() or "none"),
+        "verdicts": [
+            asdict(e.key) | {"check": e.name, "found": _found(e.value)} for e in cache.entries(cache.VERDICTS)
+        ],
     }
+
+
+def _found(value: Any) -> str:
+    """A verdict in words: of an operator's first use, or of the engine."""
+    if isinstance(value, dict) and "passed" in value:
+        return "passed" if value["passed"] else f"eager PyTorch runs: {value.get('reason')}"
+    verdict = Verdict.from_dict(value)
+    return "not readable" if verdict is None else str(verdict)
 
 
 def render(info: dict[str, Any]) -> Group:
@@ -108,7 +122,10 @@ def render(info: dict[str, Any]) -> Group:
             for operator, reason in by_operator.items():
                 _add(backends, device_name, backend, operator, "yes" if reason is None else f"no: {reason}")
         _add(backends, device_name, "eager", "all", "yes")
-    return Group(versions, devices, backends)
+    verdicts = _table(f"verdicts kept in {info['cache']}", "card", "dtype", "check", "found")
+    for v in info["verdicts"]:
+        _add(verdicts, v["card"], v["dtype"], v["check"], v["found"])
+    return Group(versions, devices, backends, *([verdicts] if info["verdicts"] else []))
 
 
 def _table(title: str, *heads: str) -> Table:

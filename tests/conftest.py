@@ -36,6 +36,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 raise pytest.UsageError(f"{item.nodeid}: slow needs a reason")
 
 
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts and choices of the tests stay among themselves."""
+    monkeypatch.setenv("LGNET_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> BlurFill:
     """Every Inpainter that is loaded holds this network instead."""

@@ -32,8 +32,8 @@ from lgnet_fast.engine import saved
 from lgnet_fast.engine.cpu_executor import CpuExecutor
 from lgnet_fast.engine.describe import measure_peaks
 from lgnet_fast.engine.engine import SHAPES_KEPT
+from lgnet_fast.engine.model_executor import ModelExecutor
 from lgnet_fast.engine.regions import Rect
-from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.folders import complete_set
 from tests.support import assert_accurate, case, released_state
 from tests.test_plan import NARROW, lively, random_mask
@@ -348,8 +348,8 @@ def test_plain_pytorch_runs_what_the_extension_cannot(model, monkeypatch, caplog
     monkeypatch.setattr(CpuExecutor, "unavailable_reason", staticmethod(lambda: "no compiler today"))
     with caplog.at_level(logging.INFO, logger="lgnet_fast"):
         fast = optimize(model)
-    assert isinstance(fast._first.executor, TorchExecutor)
-    assert "the plan runs in plain PyTorch: no compiler today" in caplog.messages
+    assert isinstance(fast._first.executor, ModelExecutor)
+    assert "the model runs in plain PyTorch: no compiler today" in caplog.messages
     image, mask = case("gen256", 1, 256, 256, torch.float32)
     with torch.no_grad():
         assert_accurate("plain", fast(image, mask), model(image, mask), roundings=2**13)

@@ -22,12 +22,14 @@ from ..reference.networks import LEVELS
 from .cpu_executor import CpuExecutor
 from .cuda_executor import CudaExecutor
 from .describe import describe
-from .devices import resolve_device, resolve_dtype
+from .device_holes import DeviceHoles
+from .devices import resolve_device, resolve_dtype, same_device
 from .holes import check_holes, hole_boxes
+from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan, build_plan
 from .regions import Rect, join
 from .saved import read_engine, write_engine
-from .torch_executor import TorchExecutor
+from .verified import Guarded, verified
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -150,6 +152,7 @@ class Engine:
         self._fingerprint = () if on_meta else _fingerprint(model)
         self._storages = () if on_meta else _storages(model)
         self._lock = forks.Lock()
+        self._device_holes = DeviceHoles()
         self._shapes: _Cache[_Shape] = _Cache(SHAPES_KEPT)
         self._first = _Shape(plan, executor)
         self._shapes[self._key(plan)] = self._first
@@ -171,9 +174,10 @@ class Engine:
             mask: [B, 1, H, W], 1 = hole; dtype and device of `image`.
             return_stages: every stage's picture. Raw ones are None where the run was restricted to holes.
             holes: rectangles (top, bottom, left, right), ends excluded, that contain every hole pixel, of all samples
-                together, where the caller knows them; None: found in the mask, for each sample by itself, if it is
-                on the CPU. That they contain every hole pixel is checked for a mask on the CPU, and the caller's
-                promise elsewhere: a hole pixel outside them may come back white.
+                together, where the caller knows them; None: found in the mask, for each sample by itself on the CPU;
+                on a GPU for all together, in cells of 32x32 pixels, where that needs no wait for queued work
+                (:mod:`.device_holes`). That they contain every hole pixel is checked for a mask on the CPU, and the
+                caller's promise elsewhere: a hole pixel outside them may come back white.
 
         Returns:
             The merged result in the dtype of `image`, or :class:`Stages`.
@@ -184,7 +188,7 @@ class Engine:
         """
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)
-        if image.device != self.device:
+        if not same_device(image.device, self.device):
             raise ValueError(f"image: expected device {self.device} as the engine, got {image.device}")
         self._notice_model()
         each: list[tuple[Rect, ...]] = []
@@ -193,6 +197,8 @@ class Engine:
             holes = join(hole for own in each for hole in own)
         elif holes is not None:
             holes = check_holes(holes, mask)
+        elif self.hole_aware and isinstance(self._first.executor, Guarded) and image.shape[0]:
+            holes = self._device_holes.find(mask)
         if image.shape[0] == 0 or (holes is not None and not holes):
             return self._unchanged(image, return_stages)
         with torch.no_grad():
@@ -328,6 +334,10 @@ def optimize(
 ) -> Engine:
     """A fast form of `model`, with the same contract as ``model(image, mask)``.
 
+    On an NVIDIA GPU (sm_80 and later) its kernels are checked once against the model in float32, and the verdict is
+    kept in the user's cache folder; where one fails, a WARNING says so and the next best path runs
+    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the device's best layout.
+
     Args:
         model: any LGNet or X_LG; used in evaluation mode, left untouched.
         size: (height, width) to prepare for, multiples of 256; other shapes are planned when they come.
@@ -358,12 +368,13 @@ def optimize(
     # What an engine keeps must serve calls outside inference mode too.
     with torch.inference_mode(False), torch.no_grad():
         plan = build_plan(plan_stages(model), batch_size, height, width)
-        executor = _executor(plan, target, computed)
+        executor = _executor(model, plan, target, computed)
     return Engine(model, plan.without_weights(), executor, target, hole_aware)
 
 
 def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a plan would run in plain PyTorch on `device` in `dtype`, in one sentence; None where it runs faster."""
+    """Why a model would run in plain PyTorch on `device` in `dtype`, in one sentence; None where an executor of its
+    plan is faster."""
     if device.type == "cuda":
         return CudaExecutor.unavailable_reason(device, dtype)
     if device.type != "cpu":
@@ -373,15 +384,16 @@ def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None
     return CpuExecutor.unavailable_reason()
 
 
-def _executor(plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
-    """The fastest executor for a device and dtype; plain PyTorch, with the reason logged, where there is no other."""
+def _executor(model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
+    """The fastest executor for a device and dtype that passes its check there; the model in its best layout, with the
+    reason logged, where there is no other."""
     reason = fast_executor_reason(device, dtype)
     if reason is not None:
-        logger.info("the plan runs in plain PyTorch: %s", reason)
-        return TorchExecutor(plan.to(device, dtype))
+        logger.info("the model runs in plain PyTorch: %s", reason)
+        return ModelExecutor(model, device, dtype)
     # Weights are rounded once, by the executor.
     plan = plan.to(device, torch.float32)
-    return CpuExecutor(plan, dtype) if device.type == "cpu" else CudaExecutor(plan, dtype, device=device)
+    return CpuExecutor(plan, dtype) if device.type == "cpu" else verified(model, plan, device, dtype)[0]
 
 
 def load_engine(directory: str | os.PathLike[str]) -> Engine:

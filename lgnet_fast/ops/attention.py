@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import forks
 from ..reference import attention as reference
-from .dispatch import launchers, record, resolve
+from .dispatch import launchers, record, run
 from .registry import (
     LIBRARY,
     check,
@@ -66,11 +66,14 @@ def _wants_grad(*tensors: Tensor) -> bool:
 
 def _cosine_attention(features: Tensor, variant: str = "released", *, backend: str = "auto") -> Tensor:
     _check_features(features, variant)
-    backend = resolve("cosine_attention", backend, (features,), variant)
-    if backend == "eager":
-        record("cosine_attention", backend)
+
+    def fused(backend: str, features: Tensor) -> Tensor:
+        return torch.ops.lgnet._cosine_attention(features, variant, backend)[0]
+
+    def eager(features: Tensor) -> Tensor:
         return reference.cosine_attention(features, variant)
-    return torch.ops.lgnet._cosine_attention(features, variant, backend)[0]
+
+    return run("cosine_attention", backend, (features,), variant, fused, eager)
 
 
 def _attention_block(
@@ -81,12 +84,14 @@ def _attention_block(
     check(list(weight.shape) == [channels, 2 * channels, 1, 1], "weight", f"[{channels}, {2 * channels}, 1, 1]",
           list(weight.shape))  # fmt: skip
     check(list(bias.shape) == [channels], "bias", f"[{channels}]", list(bias.shape))
-    backend = resolve("attention_block", backend, (features, weight, bias), variant)
-    if backend == "eager":
-        record("attention_block", backend)
+
+    def fused(backend: str, *tensors: Tensor) -> Tensor:
+        return torch.ops.lgnet._attention_block(*tensors, variant, _wants_grad(*tensors), backend)[0]
+
+    def eager(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return reference.attention_block(features, weight, bias, variant)
-    save = _wants_grad(features, weight, bias)
-    return torch.ops.lgnet._attention_block(features, weight, bias, variant, save, backend)[0]
+
+    return run("attention_block", backend, (features, weight, bias), variant, fused, eager)
 
 
 def _cast_cosine(device: str, features: Tensor, *rest: Any) -> tuple[Any, ...]:

@@ -100,8 +100,8 @@ class Inpainter:
             another device, of another dtype, in training mode or with an explicit backend is copied, not changed.
         device: "auto" (CUDA if there is a GPU) or a torch device.
         dtype: "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name.
-        backend: "auto" runs an LGNet on a CPU by :func:`lgnet_fast.optimize` where that is fast; others go to
-            ``model.set_backend``.
+        backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is fast (on a CPU in float32 or
+            bfloat16, on an NVIDIA GPU from sm_80 on); others go to ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
             largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
         memory_limit: bytes that a run may take; None asks the system before every run.
@@ -437,19 +437,18 @@ class Inpainter:
     def _exact_model(self) -> Callable[..., Any]:
         with self._exact_lock:
             if self._exact is None:
-                self._exact = self._placed(torch.float32)
+                # on a GPU, compiling an engine's kernels for this one case takes longer than it saves
+                self._exact = self._placed(torch.float32, may_optimize=self.device.type == "cpu")
             return self._exact
 
     @torch.inference_mode(False)  # what is kept must serve calls outside of it too
-    def _placed(self, dtype: torch.dtype) -> Callable[..., Any]:
+    def _placed(self, dtype: torch.dtype, may_optimize: bool = True) -> Callable[..., Any]:
         """The source model ready to run on this device in `dtype`.
 
-        With backend "auto" an LGNet on a CPU becomes an engine where that has a fast executor. (On a GPU it runs as
-        it is, with its fused operators, until the GPU's executor has been measured on one.) Else the model itself,
-        in evaluation mode: the very one where it is that already, otherwise a copy.
+        With backend "auto" an LGNet becomes an engine where that has a fast executor. Else the model itself, in
+        evaluation mode: the very one where it is that already, otherwise a copy.
         """
-        on_cpu = self._backend == "auto" and self.device.type == "cpu"
-        if on_cpu and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
+        if may_optimize and self._backend == "auto" and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
             reason = fast_executor_reason(self.device, dtype)
             if reason is None:
                 size = (self.multiple, self.multiple)
