@@ -6,12 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test bench plots evaluation aot gpu lint format clean
+.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make demo-data  DATA=PICTURES WEIGHTS=FOLDER: what the bundled model is trained on, as tar shards in demo_data/"
 	@echo "make test   run the tests (first set-up included)"
+	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
+	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
@@ -51,7 +53,15 @@ demo-data: $(VENV)/.extras
 		--vgg "$(WEIGHTS)/lpips_vgg16_f16.npz" --lpips "$(WEIGHTS)/lpips_alexnet_f16.npz"
 
 test: $(VENV)/.extras
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-machines: $(VENV)/.extras
+	$(BIN)/python tests/run_machines.py
+
+test-all: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu"
+	$(MAKE) test-machines
+	$(MAKE) aot
 
 bench: $(VENV)/.extras
 	$(BIN)/python -m pytest bench

@@ -221,9 +221,9 @@ def attention_case(target: str, dtype: str, batch: int, channels: int, side: int
         features = _meta(batch, channels, side, side, dtype=DTYPES[dtype])
         weight = _meta(channels, 2 * channels, 1, 1, dtype=DTYPES[dtype])
         bias = _meta(channels, dtype=DTYPES[dtype])
-        out, attended, lse = attention.attention_block_forward(features, weight, bias, variant, save_attended=True)
+        out, attended, stats = attention.attention_block_forward(features, weight, bias, variant, save_attended=True)
         assert attended is not None
-        attention.attention_block_backward(out, features, attended, lse, weight, variant)
+        attention.attention_block_backward(out, features, attended, stats, weight, variant)
 
     return Case(f"block {variant} b{batch} {side}x{side}", target, dtype, channels, run)
 

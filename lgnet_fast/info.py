@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
 from . import __version__, cache
 from .engine.verified import Verdict
@@ -22,6 +23,9 @@ _PACKAGES = (
     "numpy",
     "pillow",
     "scipy",
+    "imagecodecs",
+    "tifffile",
+    "pillow-heif",
     "safetensors",
     "huggingface_hub",
     "onnxruntime",
@@ -106,19 +110,28 @@ def _found(value: Any) -> str:
 
 def render(info: dict[str, Any]) -> Group:
     """The same as tables for a terminal."""
-    versions = Table("package", "version", title=f"lgnet_fast {info['lgnet_fast']}")
+    versions = _table(f"lgnet_fast {info['lgnet_fast']}", "package", "version")
     for name, number in {"python": info["python"], **info["packages"], "CUDA of PyTorch": info["cuda"]}.items():
-        versions.add_row(name, number or "none")
-    devices = Table("device", "what", title=info["platform"])
+        _add(versions, name, number or "none")
+    devices = _table(info["platform"], "device", "what")
     for device in info["devices"]:
-        devices.add_row(device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
-    backends = Table("device", "backend", "operator", "runs", title="backends")
+        _add(devices, device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
+    backends = _table("backends", "device", "backend", "operator", "runs")
     for device_name, by_backend in info["backends"].items():
         for backend, by_operator in by_backend.items():
             for operator, reason in by_operator.items():
-                backends.add_row(device_name, backend, operator, "yes" if reason is None else f"no: {reason}")
-        backends.add_row(device_name, "eager", "all", "yes")
-    verdicts = Table("card", "dtype", "check", "found", title=f"verdicts kept in {info['cache']}")
+                _add(backends, device_name, backend, operator, "yes" if reason is None else f"no: {reason}")
+        _add(backends, device_name, "eager", "all", "yes")
+    verdicts = _table(f"verdicts kept in {info['cache']}", "card", "dtype", "check", "found")
     for v in info["verdicts"]:
-        verdicts.add_row(v["card"], v["dtype"], v["check"], v["found"])
+        _add(verdicts, v["card"], v["dtype"], v["check"], v["found"])
     return Group(versions, devices, backends, *([verdicts] if info["verdicts"] else []))
+
+
+def _table(title: str, *heads: str) -> Table:
+    return Table(*heads, title=Text(title))
+
+
+def _add(table: Table, *cells: str) -> None:
+    # As Text: rich would read what stands in brackets, such as the extra of a package, as markup.
+    table.add_row(*(Text(cell) for cell in cells))

@@ -7,11 +7,13 @@ import json
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
 from lgnet_fast import LGNet, cache, create_model
 from lgnet_fast.cli import app
 from lgnet_fast.engine.verified import Verdict
+from lgnet_fast.info import render
 from lgnet_fast.ops import cpp
 from lgnet_fast.samples import sample_paths
 
@@ -57,9 +59,25 @@ def test_info_says_what_runs_and_why_not():
     cpu = report["backends"]["cpu"]
     assert "need an NVIDIA GPU" in cpu["triton"]["attention_block"]
     assert cpu["cpp"]["merge_concat"] is None
+    assert {"imagecodecs", "tifffile", "pillow-heif"} <= set(report["packages"])
     text = invoke("info").stdout
     assert "no: " in text
     assert "yes" in text
+
+
+def test_info_prints_what_stands_in_brackets():
+    """rich reads [brackets] in plain table cells as markup, and drops them."""
+    reasons = {"attention_block": "needs the extra [a] (pip install 'lgnet-fast[triton]')", "merge_concat": None}
+    report = {
+        "lgnet_fast": "1[b]", "python": "3[c]", "platform": "here [d]", "packages": {"some": "2[e]"}, "cuda": None,
+        "devices": [{"device": "cpu", "name": "one [f]"}], "backends": {"cpu": {"triton": reasons}},
+    }  # fmt: skip
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(render(report))
+    text = captured.get()
+    for part in ("1[b]", "3[c]", "here [d]", "2[e]", "one [f]", "extra [a]", "'lgnet-fast[triton]'"):
+        assert part in text
 
 
 def test_info_names_the_missing_extension(monkeypatch):

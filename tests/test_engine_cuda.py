@@ -26,7 +26,8 @@ from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.engine.verified import Guarded, check_steps, make_example, verified
 from lgnet_fast.reference.lgnet import LGNet
-from tests.interpreted.rules import DTYPES, assert_accurate, normal
+from tests.interpreted.rules import DTYPES, normal
+from tests.support import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("strict_float32")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]

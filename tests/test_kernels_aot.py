@@ -26,13 +26,20 @@ OTHERS = functools.partial(
 CONVS = functools.partial(aot.network_cases, TARGETS[1:], (("float16", "released", 1),), ())
 
 
-@pytest.mark.slow
+ALSO_IN_AOT = pytest.mark.slow(reason="`make aot` compiles these too")
+
+
 @pytest.mark.parametrize(
     ("cases", "targets", "kernels"),
     [
         (SIXTEEN_BIT, TARGETS, {"_attn_prep_kernel", "_attn_fwd_kernel", "_attn_merge_kernel", "_merge_fwd_kernel"}),
-        (OTHERS, TARGETS[1:], {"_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"}),
-        (CONVS, TARGETS[1:], {"_conv_kernel"}),
+        pytest.param(
+            OTHERS,
+            TARGETS[1:],
+            {"_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"},
+            marks=ALSO_IN_AOT,
+        ),
+        pytest.param(CONVS, TARGETS[1:], {"_conv_kernel"}, marks=ALSO_IN_AOT),
     ],
     ids=["float16", "others", "convs"],
 )

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
+from .. import forks
 from ..ops.cpp import _library
 from .cpu_executor import PAIRS
 from .plan import Plan, Step
@@ -48,7 +49,7 @@ def measure_peaks() -> Peaks:
 
     Not a large matrix product: that is as good as the library behind it, and can fall short of the machine by half.
     """
-    rounds, threads = 1_000_000, torch.get_num_threads()
+    rounds, threads = 1_000_000, forks.kernel_threads()
 
     def best(call: Callable[[], float]) -> float:
         rates = []
@@ -58,7 +59,7 @@ def measure_peaks() -> Peaks:
             rates.append(amount / (time.perf_counter() - begin))
         return max(rates)
 
-    source = torch.ones(1 << 25)
+    source = torch.ones(1 << 25, dtype=torch.float32, device="cpu")
     target = torch.empty_like(source)
     return Peaks(
         macs=best(lambda: _library().multiply_adds(False, rounds, threads)),

@@ -16,9 +16,10 @@ from importlib import import_module
 from types import ModuleType
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import BackendError
+from ..reference.attention import AttentionBlock
 from . import first_use
 
 logger = logging.getLogger("lgnet_fast")
@@ -85,6 +86,24 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | N
         _logged.add((op, reason))
         logger.info("%s runs in eager PyTorch: %s: %s", op, candidate, reason)
     return "eager"
+
+
+def require_backend(model: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise BackendError unless fused `backend` can run the operators of a network on `device` in `dtype`.
+
+    Each attention block of `model` is tried with its channels, merging as every cascade has it; nothing is computed.
+    """
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    for module in model.modules():
+        if isinstance(module, AttentionBlock):
+            channels = module.combiner.out_channels
+            tensors = empty(1, channels, 8, 8), empty(channels, 2 * channels, 1, 1), empty(channels)
+            resolve("attention_block", backend, tensors, module.variant)
+    for op in ("merge", "merge_concat"):
+        resolve(op, backend, (empty(1, 3, 8, 8), empty(1, 3, 8, 8), empty(1, 1, 8, 8)))
 
 
 def run(

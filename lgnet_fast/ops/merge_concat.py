@@ -7,12 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import forks
 from ..reference import merge as reference
 from .dispatch import launchers, record, run
-from .registry import LIBRARY, check, checked_float, composite, define, flop_formula, implement, no_double_backward
+from .registry import (
+    LIBRARY,
+    check,
+    checked_float,
+    composite,
+    define,
+    differentiable,
+    flop_formula,
+    implement,
+    no_double_backward,
+    vectorized,
+)
 
 
 def _check(image: Tensor, output: Tensor, mask: Tensor) -> None:
+    forks.prepare()
     for name, tensor in (("image", image), ("output", output), ("mask", mask)):
         checked_float(name, tensor)
     check(image.dim() == 4 and image.shape[1] == 3, "image", "[B, 3, H, W]", list(image.shape))
@@ -91,8 +104,10 @@ def _register(op: str, planes: int) -> None:
     implement(backward, run_backward)
     torch.library.register_fake(forward, fake_forward, lib=LIBRARY)
     torch.library.register_fake(backward, fake_backward, lib=LIBRARY)
-    torch.library.register_autograd(forward, grad, setup_context=setup, lib=LIBRARY)
+    differentiable(forward, grad, setup)
     no_double_backward(backward)
+    for name, maps in ((public, 3), (forward, 3), (backward, 4)):
+        vectorized(name, maps)
     flop_formula(inner, inner_backward)(_flops)
 
 

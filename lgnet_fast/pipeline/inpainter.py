@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -16,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import forks
 from ..engine import fast_executor_reason, optimize
 from ..engine.devices import resolve_device, resolve_dtype
 from ..engine.holes import CELL, HoleGroups, disjoint_boxes, group_holes
 from ..engine.regions import Rect
 from ..errors import BackendError, InvalidMaskError, LGNetError, OutOfMemoryError
+from ..ops.dispatch import require_backend
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import memory, strategies
 from .masks import masks_for, read_hole, soft_edge
@@ -91,7 +92,7 @@ class _Job:
 
 
 class Inpainter:
-    """Fills the holes of pictures of any size and kind. Thread-safe.
+    """Fills the holes of pictures of any size and kind. Thread-safe; pickles and copies where its model does.
 
     Args:
         model: called as ``model(image, mask)`` with image [B, 3, H, W] in [-1, 1], mask [B, 1, H, W], 1 = hole, H and
@@ -133,7 +134,20 @@ class Inpainter:
         self._backend = backend
         self._model = self._placed(self.dtype)
         self._exact: Callable[..., Any] | None = None
-        self._exact_lock = threading.Lock()
+        self._exact_lock = forks.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what :meth:`__setstate__` makes anew: engines neither pickle nor copy."""
+        made = ("_model", "_exact", "_exact_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Prepare the network again. Raises BackendError where this machine lacks the device or the backend."""
+        self.__dict__.update(state)
+        resolve_device(self.device)
+        self._model = self._placed(self.dtype)
+        self._exact = None
+        self._exact_lock = forks.Lock()
 
     @classmethod
     def from_pretrained(
@@ -185,7 +199,8 @@ class Inpainter:
                 two things; see `lgnet_fast.pipeline.masks.read_hole` and docs/masks.md.
 
         Returns:
-            The same kind; a path gives a PIL picture. Known pixels, those outside the dilated hole and its feather,
+            The same kind; a path gives a PIL picture, 16-bit colour a DeepImage.
+            Known pixels, those outside the dilated hole and its feather,
             are identical to the input's. An empty mask returns the picture unchanged with a UserWarning, which
             also tells when more than 95 % is hole.
 
@@ -412,6 +427,7 @@ class Inpainter:
     ) -> list[np.ndarray]:
         """float32 [B, H, W, 3] in [-1, 1] of every stage, or of the result alone, for images [B, H, W, 3] and holes
         bool [B, H, W]."""
+        forks.prepare()
         with torch.inference_mode():
             image = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device, dtype)
             hole = torch.from_numpy(np.ascontiguousarray(holes)[:, None]).to(self.device, dtype)
@@ -425,6 +441,7 @@ class Inpainter:
                 self._exact = self._placed(torch.float32, may_optimize=self.device.type == "cpu")
             return self._exact
 
+    @torch.inference_mode(False)  # what is kept must serve calls outside of it too
     def _placed(self, dtype: torch.dtype, may_optimize: bool = True) -> Callable[..., Any]:
         """The source model ready to run on this device in `dtype`.
 
@@ -452,6 +469,8 @@ class Inpainter:
                 model.set_backend(self._backend)
             except ValueError as cause:
                 raise BackendError(str(cause)) from cause
+            if self._backend != "eager" and isinstance(model, nn.Module):
+                require_backend(model, self._backend, self.device, dtype)
         return model
 
 
