@@ -14,7 +14,9 @@ from collections import OrderedDict
 from functools import lru_cache
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from scipy import ndimage
 from torch import Tensor
 
 from .graphs import is_capturing
@@ -90,18 +92,9 @@ def boxes(cells: Tensor) -> tuple[Rect, ...]:
 
 @lru_cache(maxsize=1024)
 def _boxes(cells: bytes, columns: int) -> tuple[Rect, ...]:
-    left = {divmod(number, columns) for number, hole in enumerate(cells) if hole}
-    found = []
-    while left:
-        pending = [left.pop()]
-        rows, places = [], []
-        while pending:
-            y, x = pending.pop()
-            rows.append(y)
-            places.append(x)
-            near = {(y + dy, x + dx) for dy in (-1, 0, 1) for dx in (-1, 0, 1)} & left
-            left -= near
-            pending += near
-        top, bottom, first, last = min(rows), max(rows) + 1, min(places), max(places) + 1
-        found.append(Rect(top * CELL, bottom * CELL, first * CELL, last * CELL))
-    return join(found)
+    grid = np.frombuffer(cells, dtype=bool).reshape(-1, columns)
+    labels, _ = ndimage.label(grid, structure=np.ones((3, 3)))
+    return join(
+        Rect(rows.start * CELL, rows.stop * CELL, places.start * CELL, places.stop * CELL)
+        for rows, places in ndimage.find_objects(labels)
+    )
