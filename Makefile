@@ -36,11 +36,12 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.extras: $(VENV)/.package
+# In one step, for each editable install compiles the extension.
+$(VENV)/.extras: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e ".[test,bench]"
-	@touch $@
+	@touch $(VENV)/.package $@
 
-$(VENV)/.lint: $(VENV)/.package
+$(VENV)/.lint: $(VENV)/.extras
 	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18"
 	@touch $@
 
