@@ -245,9 +245,10 @@ differentiable(_COSINE_FWD, _cosine_grad, _cosine_setup)
 differentiable(_BLOCK_FWD, _block_grad, _block_setup)
 no_double_backward(_COSINE_BWD)
 no_double_backward(_BLOCK_BWD)
-for _name, _maps in ((_COSINE, 1), (_BLOCK, 1), (_COSINE_FWD, 1), (_BLOCK_FWD, 1), (_COSINE_BWD, 4)):
-    vectorized(_name, _maps)
-vectorized(_BLOCK_BWD, 4, summed=True)
+vectorized(_COSINE, 1)
+vectorized(_BLOCK, 1)
+for _name in (_COSINE_FWD, _BLOCK_FWD, _COSINE_BWD, _BLOCK_BWD):
+    vectorized(_name, 1, apart=True)  # the statistics are [2, B, H*W]
 
 
 # -- FLOPs (two a multiply-accumulate) ---------------------------------------------------------------------------

@@ -96,20 +96,20 @@ def no_double_backward(name: str) -> None:
     differentiable(name, refuse)
 
 
-def vectorized(name: str, maps: int, summed: bool = False) -> None:
+def vectorized(name: str, maps: int, apart: bool = False) -> None:
     """Register the rule of :func:`torch.vmap`.
 
     Args:
         maps: so many first arguments are [B, ...], as all results are: the mapped dimension joins theirs. Where
             another argument has it too, there is one call for each of its slices.
-        summed: results are sums over B, so that slices must stay apart.
+        apart: one call for each slice always: a result or argument is a sum over B, or has B elsewhere.
     """
     operator = getattr(torch.ops.lgnet, name.split("::")[1])
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **kwargs: Any) -> Any:
         size = info.batch_size
         mapped = [isinstance(dim, int) for dim in in_dims]  # of a list argument it is a list
-        if summed or any(mapped[maps:]):
+        if apart or any(mapped[maps:]):
             slices = [
                 operator(
                     *(a.select(d, i) if own else a for a, d, own in zip(args, in_dims, mapped, strict=True)), **kwargs
@@ -126,14 +126,14 @@ def vectorized(name: str, maps: int, summed: bool = False) -> None:
         batch = front[0].shape[1]
         results = operator(*(a.flatten(0, 1) for a in front), *args[maps:], **kwargs)
 
-        def apart(result: Tensor) -> Tensor:
+        def split(result: Tensor) -> Tensor:
             # An empty vector stands for a result that nobody asked for.
             absent = result.dim() == 1 and result.numel() == 0
             return result.expand(size, 0) if absent else result.unflatten(0, (size, batch))
 
         if isinstance(results, Tensor):
-            return apart(results), 0
-        return tuple(map(apart, results)), (0,) * len(results)
+            return split(results), 0
+        return tuple(map(split, results)), (0,) * len(results)
 
     torch.library.register_vmap(name, rule, lib=LIBRARY)
 
