@@ -18,7 +18,6 @@ import platform
 import re
 import sys
 import tempfile
-import threading
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -28,6 +27,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from . import forks
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -40,7 +41,7 @@ VERDICTS = "verdicts"
 CHOICES = "choices"
 """Section of what tuning measured."""
 
-_lock = threading.Lock()
+_lock = forks.Lock()
 # What this process wrote or read: (folder, key, section, name) -> value. It outlives a folder that cannot be written.
 _known: dict[tuple[Path | None, Key, str, str], Any] = {}
 _complained: set[str] = set()

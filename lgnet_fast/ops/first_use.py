@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import threading
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .. import cache
+from .. import cache, forks
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -27,7 +26,7 @@ _SCORES = 1 << 28
 """Attention scores that a check computes at most, eager PyTorch may hold them all; larger inputs are cut."""
 _SIDE = 128
 
-_lock = threading.RLock()
+_lock = forks.Lock()
 # use -> why the kernel is not used, None where it passed
 _verdicts: dict[Use, str | None] = {}
 

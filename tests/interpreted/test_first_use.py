@@ -200,13 +200,15 @@ def test_nothing_is_checked_where_values_cannot_be_read(monkeypatch: pytest.Monk
         block(*operands())
     assert counter.get_total_flops() > 0
     assert ops.calls() == {("attention_block", "triton"): 1}
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    block(*operands())
-    monkeypatch.undo()
+    with monkeypatch.context() as patch:
+        patch.setattr(torch.compiler, "is_compiling", lambda: True)
+        block(*operands())
     assert block(*(t.to("meta") for t in operands())).is_meta
     assert checks == [0]
     with torch.inference_mode():
         block(*operands())
+    assert checks == [1]
+    assert ops.calls()["attention_block", "triton"] == 3
 
 
 def test_large_operands_are_cut() -> None:
