@@ -18,7 +18,8 @@ help:
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile every Triton configuration ahead of time; prints shared memory, registers, spills"
-	@echo "make gpu    on a machine with an NVIDIA GPU: GPU tests and benchmarks (PYTHON=python3 picks the Python)"
+	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
+	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
 	@echo "make lint   ruff, mypy, clang-format"
 
 $(BIN)/python:
@@ -77,7 +78,7 @@ aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py
 
 gpu:
-	$(PYTHON) bench/run_gpu.py
+	$(PYTHON) bench/run_gpu.py $(if $(RESULTS),--results "$(RESULTS)") $(if $(MINUTES),--minutes "$(MINUTES)")
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

@@ -71,12 +71,25 @@ def test_info_prints_what_stands_in_brackets():
     report = {
         "lgnet_fast": "1[b]", "python": "3[c]", "platform": "here [d]", "packages": {"some": "2[e]"}, "cuda": None,
         "devices": [{"device": "cpu", "name": "one [f]"}], "backends": {"cpu": {"triton": reasons}},
+        "cache": "in [g]", "verdicts": [{"card": "k [h]", "dtype": "half", "check": "c [i]", "found": "found [j]"}],
     }  # fmt: skip
     console = Console(width=200)
     with console.capture() as captured:
         console.print(render(report))
     text = captured.get()
-    for part in ("1[b]", "3[c]", "here [d]", "2[e]", "one [f]", "extra [a]", "'lgnet-fast[triton]'"):
+    for part in (
+        "1[b]",
+        "3[c]",
+        "here [d]",
+        "2[e]",
+        "one [f]",
+        "extra [a]",
+        "in [g]",
+        "k [h]",
+        "c [i]",
+        "found [j]",
+        "'lgnet-fast[triton]'",
+    ):
         assert part in text
 
 
