@@ -45,7 +45,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import SHARED_LIMITS, Config, config_kind, device_generation, num_splits, pick
+from .cards import SHARED_LIMITS
+from .configs import Config, config_kind, device_generation, num_splits, pick
 from .launch import (
     MAX_GRID,
     device_guard,
