@@ -46,6 +46,8 @@ HOLE = Rect(96, 160, 96, 160)
 """Of the restricted runs."""
 MODELS = ("lgnet", "lgnet_light", "lgnet_demo", "lgnet_small")
 TENSOR_MEMORY_COLUMNS = 512
+# on the tensor cores: mma.sync, wgmma, tcgen05
+_PRODUCT = r"\b([HIQ]MMA|HGMMA|UTC\w*MMA)\b"
 _POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 DTYPES = {
     "float16": torch.float16,
@@ -82,8 +84,9 @@ class Job(NamedTuple):
 class Code(NamedTuple):
     """What the machine code of a kernel shows.
 
-    local: accesses of local memory. wgmma: warp-group matrix products, and waits: waits for them. narrow: loads and
-    stores of 16 bits or fewer within loops.
+    local: accesses of local memory. wgmma: warp-group matrix products, and waits: waits until none of them runs; both
+    in main loops, which have matrix products in them, or anywhere where there is none; serialised code has such a wait
+    for each product. narrow: loads and stores of 16 bits or fewer in main loops.
     """
 
     local: int
@@ -120,7 +123,7 @@ class Report(NamedTuple):
             if self.code.local > 0:
                 found.append(f"{self.code.local} accesses of local memory")
             if self.code.narrow > 0:
-                found.append(f"{self.code.narrow} loads or stores of 16 bits in a loop")
+                found.append(f"{self.code.narrow} loads or stores of 16 bits in a main loop")
         return found
 
 
@@ -300,7 +303,7 @@ def _specialise(work: Task, kernel: Any) -> tuple[dict[str, str], dict[tuple[int
 def job(case: Case, launch: Launch) -> Job:
     """One recorded launch of a case, ready to be compiled."""
     work = task(launch)
-    options = {name: launch.meta[name] for name in ("num_warps", "num_stages", "launch_pdl") if name in launch.meta}
+    options = {name: launch.meta[name] for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if name in launch.meta}
     shapes = {k: v for k, v in launch.meta.items() if k.startswith("BLOCK_") or k in ("SPLITS", *options)}
     config = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_').lower()}={v}" for k, v in shapes.items())
     specialised = _specialise(work, launch.kernel)
@@ -340,24 +343,25 @@ def read_code(text: str) -> Code:
     """Count in what nvdisasm prints."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
-    in_loop: set[int] = set()
+    loops: list[range] = []
     for line in text.splitlines():
         if label := re.match(r"\s*(\.L_\w+):", line):
             labels[label[1]] = len(instructions)
         elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+([^;]*);", line):
             if (jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction[1])) and jump[1] in labels:
-                in_loop.update(range(labels[jump[1]], len(instructions)))
+                loops.append(range(labels[jump[1]], len(instructions)))
             instructions.append(instruction[1])
 
     def count(pattern: str, among: Iterable[str] = instructions) -> int:
         return sum(re.search(pattern, instruction) is not None for instruction in among)
 
-    narrow = r"\b(LDG|STG|LDGSTS)\.\S*\b[US](16|8)\b"
+    inside = {index for loop in loops if count(_PRODUCT, (instructions[i] for i in loop)) for index in loop}
+    main = [instructions[index] for index in sorted(inside)]
     return Code(
         local=count(r"\b(LDL|STL)\b"),
-        wgmma=count(r"\bHGMMA\b"),
-        waits=count(r"\bWARPGROUP\.DEPBAR\b"),
-        narrow=count(narrow, (instructions[index] for index in in_loop)),
+        wgmma=count(r"\bHGMMA\b", main or instructions),
+        waits=count(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", main or instructions),
+        narrow=count(r"\b(LDG|STG|LDGSTS)\.\S*\b[US](16|8)\b", main),
     )
 
 

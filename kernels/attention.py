@@ -1091,6 +1091,8 @@ def _forward(
         )
         if splits > 1:
             merge = pick("merge", generation, kind, channels, batch * positions)
+            if splits * merge.block_m > 128:  # addresses of that many rows would spill registers
+                merge = merge._replace(block_m=16)
             flags["COMBINE"] = combine
             flags["ATTENDED"] = attended is not None
             num_blocks = triton.cdiv(positions, merge.block_m)
