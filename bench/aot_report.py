@@ -45,7 +45,6 @@ def environment(version: str) -> dict[str, str]:
 def compile_here(arguments: argparse.Namespace) -> int:
     """Compile with the Triton of this process, print, and return the number of violations."""
     import triton
-
     from lgnet_fast.kernels import aot
     from lgnet_fast.kernels.cards import CARDS
 
@@ -72,9 +71,8 @@ def compile_here(arguments: argparse.Namespace) -> int:
             job = report.job
             numbers = report.shared, report.registers, report.stack, report.code.wgmma
             print(row(job.card.name, job.dtype, job.kernel, job.label, job.config, *numbers, violations), flush=True)
-    print(
-        f"triton {triton.__version__}: {len(jobs)} kernels, {broken} with violations, {time.monotonic() - begin:.0f} s"
-    )
+    seconds = time.monotonic() - begin
+    print(f"triton {triton.__version__}: {len(jobs)} kernels, {broken} with violations, {seconds:.0f} s")
     return broken
 
 
@@ -94,7 +92,8 @@ def main(arguments: Sequence[str]) -> int:
         return 1 if compile_here(parsed) else 0
     command = [sys.executable, __file__, "--here", *arguments]
     return max(
-        subprocess.run(command, env=environment(version), check=False).returncode for version in parsed.triton or TRITONS
+        subprocess.run(command, env=environment(version), check=False).returncode
+        for version in parsed.triton or TRITONS
     )
 
 

@@ -21,8 +21,8 @@ KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32
 def main() -> int:
     """Print the table."""
     from lgnet_fast.kernels.attention import VARIANTS
-    from lgnet_fast.kernels.configs import num_splits, pick
     from lgnet_fast.kernels.cards import CARDS
+    from lgnet_fast.kernels.configs import num_splits, pick
     from lgnet_fast.kernels.conv_configs import LAUNCH_SECONDS, estimate, pick_tile, programs
 
     from lgnet_fast.engine.cuda_executor import bucket, describe

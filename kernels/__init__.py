@@ -7,11 +7,12 @@
 `conv`              every convolution of the engine's plan, with its epilogue; split depth for the deep layers
 `configs`           block shapes of attention and merge per GPU generation; the table itself is in `tables`,
                     written by `bench/tune_attention.py`
+`cards`             facts about GPUs: shared memory, multiprocessors, rates
 `conv_configs`      tiles of the convolutions, by an estimate; `conv_tables`, measured by `bench/gpu_contact.py` and
                     written by `bench/write_tables.py`, overrides it
 `launch`            device guard, interpreter check
 `precompile`        compiling many launches in parallel processes
-`aot`               ahead-of-time compilation of everything above, without a GPU
+`aot`               compiling what any card would launch ahead of time, without a GPU
 ==================  ===================================================================
 
 The launchers allocate and launch, nothing else: registration, autograd and dispatch are in `lgnet_fast.ops`.

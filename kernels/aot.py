@@ -1,7 +1,7 @@
 """Ahead-of-time compilation of the kernels for GPUs that are not here.
 
 The executor and the operators run on tensors of the "meta" device, each as if on one of `cards.CARDS` with its own
-number of multiprocessors, while their launches are recorded. So what is compiled is what would be launched there: same
+number of multiprocessors, while their launches are recorded. What is compiled is what would be launched there: same
 constants, same specialisation of arguments. Launches of several cards that make the same kernel are compiled once.
 Each cubin is then read for shared memory, registers, local memory and, disassembled, for the two ways in which a
 compiler spoils such kernels without a word: matrix products that wait for each other, and loops that move 16-bit
@@ -46,6 +46,7 @@ HOLE = Rect(96, 160, 96, 160)
 """Of the restricted runs."""
 MODELS = ("lgnet", "lgnet_light", "lgnet_demo", "lgnet_small")
 TENSOR_MEMORY_COLUMNS = 512
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 # on the tensor cores: mma.sync, wgmma, tcgen05
 _PRODUCT = r"\b([HIQ]MMA|HGMMA|UTC\w*MMA)\b"
 _POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -85,8 +86,8 @@ class Code(NamedTuple):
     """What the machine code of a kernel shows.
 
     local: accesses of local memory. wgmma: warp-group matrix products, and waits: waits until none of them runs; both
-    in main loops, which have matrix products in them, or anywhere where there is none; serialised code has such a wait
-    for each product. narrow: loads and stores of 16 bits or fewer in main loops.
+    in main loops, which have matrix products in them, or anywhere where there is none. Serialised code has such a
+    wait for each product. narrow: loads and stores of 16 bits or fewer in main loops.
     """
 
     local: int
@@ -142,7 +143,9 @@ class _Elsewhere(CudaExecutor):
 
     def launch_all(self, holes: Sequence[Rect] | None) -> None:
         """Everything of one run, in its order."""
-        regions = None if holes is None else self._bucketed([step.regions for step in self.plan.restricted(holes).steps])
+        regions = (
+            None if holes is None else self._bucketed([step.regions for step in self.plan.restricted(holes).steps])
+        )
         with torch.no_grad():
             for launch in self._launches(self.memory, regions, painted=holes is not None):
                 launch()
@@ -303,7 +306,11 @@ def _specialise(work: Task, kernel: Any) -> tuple[dict[str, str], dict[tuple[int
 def job(case: Case, launch: Launch) -> Job:
     """One recorded launch of a case, ready to be compiled."""
     work = task(launch)
-    options = {name: launch.meta[name] for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl") if name in launch.meta}
+    options = {
+        name: launch.meta[name]
+        for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+        if name in launch.meta
+    }
     shapes = {k: v for k, v in launch.meta.items() if k.startswith("BLOCK_") or k in ("SPLITS", *options)}
     config = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_').lower()}={v}" for k, v in shapes.items())
     specialised = _specialise(work, launch.kernel)
@@ -380,7 +387,8 @@ def compile_job(one: Job) -> Report:
     except Exception as error:
         # a compiler's message can be pages long
         return Report(one, error=f"{type(error).__name__}: {str(error).strip()[:300]}")
-    return Report(one, compiled.metadata.shared, registers, stack, getattr(compiled.metadata, "tmem_size", 0) or 0, code)
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Report(one, compiled.metadata.shared, registers, stack, columns, code)
 
 
 def compile_all(work: Sequence[Job], processes: int | None = None) -> Iterator[Report]:

@@ -1317,6 +1317,7 @@ def _backward(
             F_FLAT=is_flat(features),
             R_FLAT=direct is None or is_flat(direct),
             O_FLAT=is_flat(df),
+            maxnreg=255,  # ptxas may spill registers to fit more programs on a multiprocessor
             **rows,
         )
     return df

@@ -42,7 +42,8 @@ def training_jobs() -> list[aot.Job]:
 def split_jobs() -> list[aot.Job]:
     """What adds partial results: the more multiprocessors a card has, the more of them, in little shared memory."""
     names = ("RTX 4090", "L40S", "RTX 5090", "RTX PRO 6000")
-    cases = [aot.attention_case(CARDS[name], dtype, 1, 128, 64, "released") for name in names for dtype in ("float16", "tf32")]
+    works = [(CARDS[name], dtype) for name in names for dtype in ("float16", "tf32")]
+    cases = [aot.attention_case(card, dtype, 1, 128, 64, "released") for card, dtype in works]
     cases += [aot.inference_case(CARDS[name], "float16", 1, 128, 64, "released") for name in names]
     wanted = ("_attn_merge_kernel", "_attn_weigh_kernel", "_attn_sum_kernel")
     return [job for job in aot.jobs(cases) if job.kernel in wanted]
