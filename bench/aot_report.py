@@ -78,8 +78,10 @@ def compile_here(arguments: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str]) -> int:
     """Print the tables; return the exit code."""
+    from lgnet_fast.kernels.cards import CARDS
+
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--card", action="append", help="default: all of kernels/cards.py")
+    parser.add_argument("--card", action="append", choices=tuple(CARDS), help="default: all")
     parser.add_argument("--model", action="append", help="default: all sizes")
     parser.add_argument("--dtype", action="append", choices=("float16", "bfloat16", "float32", "tf32"))
     parser.add_argument("--batch", action="append", type=int, help="default: 1 and 16")

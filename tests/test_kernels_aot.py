@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import subprocess
 from typing import Any
 
 import pytest
@@ -15,6 +16,7 @@ from lgnet_fast.kernels.launch import is_interpreted, record
 from lgnet_fast.kernels.precompile import distinct
 from lgnet_fast.kernels.tables import TABLES
 
+from bench import aot_report
 from lgnet_fast.engine.regions import Rect
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="Triton runs interpreted: nothing is compiled")
@@ -113,6 +115,20 @@ def test_what_the_machine_code_shows() -> None:
     assert aot.Report(job, code=aot.Code(0, 4, 2, 0)).violations() == []
     # float32 may spill, as its products run without tensor cores
     assert aot.Report(job._replace(dtype="float32"), stack=8, code=aot.Code(1, 0, 0, 0)).violations() == []
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (0, 1), (1, 0)])
+def test_the_report_fails_where_one_triton_fails(monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int]) -> None:
+    calls: list[tuple[Any, str]] = []
+
+    def run(command: list[str], *, env: str, check: bool) -> subprocess.CompletedProcess[bytes]:
+        calls.append((command[2:], env))
+        return subprocess.CompletedProcess(command, codes[len(calls) - 1])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(aot_report, "environment", lambda version: version)
+    assert aot_report.main(["--card", "L4"]) == max(codes)
+    assert calls == [(["--here", "--card", "L4"], version) for version in ("3.6.0", "newest")]
 
 
 def test_a_kernel_that_does_not_compile_is_reported() -> None:
