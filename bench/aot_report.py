@@ -4,7 +4,7 @@
                                [--triton 3.6.0] [--all]
 
 The launches of the engine (dense, restricted) and of the operators are recorded for each card of kernels/cards.py and
-compiled by each Triton: the lowest that is supported, which PyTorch's builds of 2026 bring, and the newest. Both are
+compiled by each Triton: the lowest that is supported and the newest. Both are
 installed in folders of their own under .cache/aot; what was compiled stays there, so that a run that was cut off goes
 on. One line for each kernel with a violation (--all: for every kernel):
 
@@ -26,9 +26,11 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from lgnet_fast.kernels import LOWEST_TRITON
+
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "aot"
-TRITONS = ("3.6.0", "newest")
+TRITONS = (".".join(map(str, (*LOWEST_TRITON, 0))), "newest")
 
 
 def environment(version: str) -> dict[str, str]:
@@ -85,7 +87,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--model", action="append", help="default: all sizes")
     parser.add_argument("--dtype", action="append", choices=("float16", "bfloat16", "float32", "tf32"))
     parser.add_argument("--batch", action="append", type=int, help="default: 1 and 16")
-    parser.add_argument("--triton", action="append", metavar="VERSION", help='default: 3.6.0 and "newest"')
+    parser.add_argument("--triton", action="append", metavar="VERSION", help='default: the lowest and "newest"')
     parser.add_argument("--here", action="store_true", help="with the Triton that is installed")
     parser.add_argument("--all", action="store_true", help="print every kernel")
     parser.add_argument("--processes", type=int, help="default: one a core")

@@ -20,6 +20,9 @@ The launchers allocate and launch, nothing else: registration, autograd and disp
 
 from __future__ import annotations
 
+LOWEST_TRITON = (3, 6)
+"""The lowest that `make aot` passes with; 3.3 does not compile the convolutions."""
+
 
 def missing() -> str | None:
     """Why the kernels cannot be imported here, or None where they can."""
@@ -28,6 +31,6 @@ def missing() -> str | None:
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 3):
-        return f"triton {triton.__version__} is installed, 3.3 or newer is needed"
+    if version < LOWEST_TRITON:
+        return f"triton {triton.__version__} is installed, {'.'.join(map(str, LOWEST_TRITON))} or newer is needed"
     return None

@@ -732,8 +732,6 @@ def can_overlap(device: torch.device) -> str | None:
         return "only GPUs overlap launches"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "compute capability below 9.0"
-    if not hasattr(tl.extra.cuda, "gdc_wait"):
-        return "triton 3.4 or newer is needed"
     return None
 
 

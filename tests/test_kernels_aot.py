@@ -17,6 +17,7 @@ from lgnet_fast.kernels.precompile import distinct
 from lgnet_fast.kernels.tables import TABLES
 
 from bench import aot_report
+from lgnet_fast import kernels
 from lgnet_fast.engine.regions import Rect
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="Triton runs interpreted: nothing is compiled")
@@ -53,16 +54,16 @@ def split_jobs() -> list[aot.Job]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "kernels"),
+    ("make", "wanted"),
     [
         (network_jobs, {"_conv_kernel", "_attn_project_kernel", "_attn_weigh_kernel", "_attn_sum_kernel"}),
         (training_jobs, {"_attn_prep_kernel", "_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"}),
         (split_jobs, {"_attn_merge_kernel", "_attn_weigh_kernel", "_attn_sum_kernel"}),
     ],
 )
-def test_kernels_compile_within_each_card(make: Any, kernels: set[str]) -> None:
+def test_kernels_compile_within_each_card(make: Any, wanted: set[str]) -> None:
     reports = list(aot.compile_all(make()))
-    assert kernels <= {report.job.kernel for report in reports}
+    assert wanted <= {report.job.kernel for report in reports}
     broken = [
         f"{report.job.card.name} {report.job.kernel} {report.job.label} {report.job.config}: {violation}"
         for report in reports
@@ -129,6 +130,12 @@ def test_the_report_fails_where_one_triton_fails(monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(aot_report, "environment", lambda version: version)
     assert aot_report.main(["--card", "L4"]) == max(codes)
     assert calls == [(["--here", "--card", "L4"], version) for version in ("3.6.0", "newest")]
+
+
+def test_older_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.missing() is None
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert kernels.missing() == "triton 3.5.1 is installed, 3.6 or newer is needed"
 
 
 def test_a_kernel_that_does_not_compile_is_reported() -> None:
