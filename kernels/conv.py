@@ -883,8 +883,8 @@ def conv_forward(
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
-            # ptxas may spill registers of the largest blocks to fit two programs on a multiprocessor
-            **({"maxnreg": 255} if fused and tile.block_m * tile.block_n >= 128 * 128 else {}),
+            # ptxas may spill registers of large accumulators to fit one more program on a multiprocessor
+            **({"maxnreg": 255} if fused and tile.block_m * tile.block_n >= 2048 * tile.num_warps else {}),
             **constants,
             **common,
         )
