@@ -6,17 +6,20 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test bench plots evaluation aot gpu lint format clean
+.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make demo-data  DATA=PICTURES WEIGHTS=FOLDER: what the bundled model is trained on, as tar shards in demo_data/"
 	@echo "make test   run the tests (first set-up included)"
+	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
+	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
-	@echo "make gpu    on a machine with an NVIDIA GPU: GPU tests and benchmarks (PYTHON=python3 picks the Python)"
+	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
+	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
 	@echo "make lint   ruff, mypy, clang-format"
 
 $(BIN)/python:
@@ -34,11 +37,12 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/.extras: $(VENV)/.package
+# In one step, for each editable install compiles the extension.
+$(VENV)/.extras: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e ".[test,bench]"
-	@touch $@
+	@touch $(VENV)/.package $@
 
-$(VENV)/.lint: $(VENV)/.package
+$(VENV)/.lint: $(VENV)/.extras
 	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18"
 	@touch $@
 
@@ -51,7 +55,15 @@ demo-data: $(VENV)/.extras
 		--vgg "$(WEIGHTS)/lpips_vgg16_f16.npz" --lpips "$(WEIGHTS)/lpips_alexnet_f16.npz"
 
 test: $(VENV)/.extras
+	$(BIN)/python -m pytest -m "not gpu and not slow"
+
+test-machines: $(VENV)/.extras
+	$(BIN)/python tests/run_machines.py
+
+test-all: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu"
+	$(MAKE) test-machines
+	$(MAKE) aot
 
 bench: $(VENV)/.extras
 	$(BIN)/python -m pytest bench
@@ -66,7 +78,7 @@ aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py $(AOT)
 
 gpu:
-	$(PYTHON) bench/run_gpu.py
+	$(PYTHON) bench/run_gpu.py $(if $(RESULTS),--results "$(RESULTS)") $(if $(MINUTES),--minutes "$(MINUTES)")
 
 lint: $(VENV)/.lint
 	$(BIN)/ruff check .

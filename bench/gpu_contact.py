@@ -1,7 +1,7 @@
 """The first minutes on a GPU: does every step compute what it should, and where does the time go?
 
-    python bench/gpu_contact.py RESULTS [--sections compile,buffers,graph,steps,convs,attention] [--dtype float16]
-                                [--batch 1] [--minutes 5] [--tables]
+    python bench/gpu_contact.py RESULTS [--dtype float16]
+                                [--batch 1] [--minutes 5] [--sections compile,buffers,...]
 
 Each figure is written to RESULTS/contact_<dtype>_b<batch>.jsonl as it comes, one JSON object a line, so that a run
 that is cut off leaves what it measured.
@@ -12,8 +12,9 @@ buffers    a run without graphs; every step's output beside the plan in plain Py
            is named
 graph      the whole forward: launched one by one, as a graph, with and without overlapping launches
 steps      each step in place: graphs of the first k steps, and differences, so weights come from memory
+attention  block shapes of `attention_inference`: the walk over the keys, the projection, the sum over splits
 convs      tiles of every distinct convolution, timed in graphs that rotate copies of the weights (cold, as in place)
-attention  block shapes of the attention, forward and merge
+peers      the engine beside the model in eager PyTorch (channels last, with and without a graph) and torch.compile
 =========  ==========================================================================================================
 """
 
@@ -528,31 +529,58 @@ def triton_width(channels: int) -> int:
     return 1 << (channels - 1).bit_length()
 
 
-def cudnn_blocks(batch: int, dtype: torch.dtype, log: Log) -> None:
-    """What PyTorch's fused convolution takes for one of NetL's eight, on a map that is padded already."""
-    x = torch.randn(batch, 256, 66, 66, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
-    weight = torch.randn(256, 256, 3, 3, device="cuda", dtype=dtype).to(memory_format=torch.channels_last)
-    bias = torch.zeros(256, device="cuda", dtype=dtype)
-    calls = {
-        "cudnn_convolution_relu": lambda: torch.cudnn_convolution_relu(x, weight, bias, (1, 1), (0, 0), (1, 1), 1),
-        "conv2d": lambda: torch.nn.functional.conv2d(x, weight, bias),
-    }
-    for benchmark in (False, True):
-        torch.backends.cudnn.benchmark = benchmark
-        for name, call in calls.items():
+def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
+    """The engine's graph in turn with other forms of the same network; what compiles longest comes last."""
+    import copy
+
+    from lgnet_fast.engine.cuda_executor import CudaExecutor
+
+    image, mask = picture(plan.batch)
+    executor = CudaExecutor(plan, dtype, graphs=False)
+    executor.run(image, mask)
+    ours = graph_of(functools.partial(run_all, executor._launches(executor.memory, None, False)))
+    half = copy.deepcopy(model).to(dtype).set_backend("eager")
+    last = copy.deepcopy(half).to(memory_format=torch.channels_last)
+    inputs = [t.to(dtype) for t in (image, mask)]
+    inputs_last = [t.to(memory_format=torch.channels_last) for t in inputs]
+    with torch.no_grad():
+        captured = graph_of(lambda: last(*inputs_last))
+        forms: dict[str, Callable[[], Any]] = {
+            "eager": lambda: half(*inputs),
+            "eager, channels last": lambda: last(*inputs_last),
+            "eager, channels last, CUDA graph": captured.replay,
+        }
+        for mode in ("default", "max-autotune"):
+            compiled = torch.compile(copy.deepcopy(last), mode=None if mode == "default" else mode)
+            forms[f"torch.compile {mode}, channels last"] = functools.partial(compiled, *inputs_last)
+        for name, form in forms.items():
+            begin = time.perf_counter()
             try:
-                graph = graph_of(functools.partial(run_all, [call] * 8))
-                log("cudnn", call=name, benchmark=benchmark, us=median_us(graph.replay, 9) / 8)
-            except Exception as error:
-                log("cudnn", call=name, error=f"{type(error).__name__}: {error}"[:200])
-    torch.backends.cudnn.benchmark = False
+                for _ in range(4):
+                    form()
+                torch.cuda.synchronize()
+                first = time.perf_counter() - begin
+                rounds = [(median_us(ours.replay, 10, inner=4), median_us(form, 10, inner=4)) for _ in range(3)]
+            except Exception as error:  # a form that cannot run here is no contestant
+                log("peers", form=name, error=f"{type(error).__name__}: {error}"[:200])
+                continue
+            ratios = sorted(b / a for a, b in rounds)
+            log(
+                "peers",
+                form=name,
+                ours_us=[round(a, 1) for a, _ in rounds],
+                us=[round(b, 1) for _, b in rounds],
+                times_slower_than_ours=ratios[1],
+                first_calls_s=round(first, 1),
+                pictures_a_second_ours=round(plan.batch * 1e6 / min(a for a, _ in rounds)),
+            )
 
 
 def main() -> int:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default="compile,buffers,graph,steps,attention,convs")
+    parser.add_argument("--sections", default="compile,buffers,graph,steps,peers,attention,convs")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--model", default="lgnet")
@@ -579,7 +607,7 @@ def main() -> int:
         triton=triton.__version__,
     )
     dtype = getattr(torch, args.dtype)
-    _, plan = model_and_plan(args.model, args.batch)
+    model, plan = model_and_plan(args.model, args.batch)
     choices: dict[str, Any] = {}
     overlap = False
     if "compile" in sections:
@@ -594,8 +622,6 @@ def main() -> int:
         time_graph(plan, dtype, choices, log, "shipped")
     if "steps" in sections:
         time_steps(plan, dtype, choices, overlap, log)
-    if "cudnn" in sections:
-        cudnn_blocks(args.batch, dtype, log)
     if "attention" in sections:
         tune_attention(plan, dtype, log, deadline)
     if "convs" in sections:
@@ -603,6 +629,8 @@ def main() -> int:
         choices = {name: tile for name, (tile, _) in best.items()}
         time_graph(plan, dtype, choices, log, "tuned convolutions")
         time_steps(plan, dtype, choices, overlap, log)
+    if "peers" in sections:
+        peers(model, plan, dtype, log)
     return 0
 
 

@@ -1,12 +1,22 @@
-"""`make gpu`: build in place, run the tests marked `gpu`, then the benches; JSON to bench/results/<GPU>_<bench>.json.
+"""`make gpu RESULTS=dir MINUTES=8`: what this machine's NVIDIA GPU computes, and how fast, the most telling first.
 
-A GPU that has results there is compared with them, and getting slower fails; another's are stored.
+=========  =================================================================================================
+build      in place, without the C++ extension, which no GPU needs
+contact    every step of the engine against float32, the graph and each step timed (bench/gpu_contact.py)
+tests      those marked `gpu`, in parallel where pytest-xdist is installed; junit file in RESULTS
+tuning     tiles of convolutions and attention, then the engine beside eager PyTorch and torch.compile
+benches    the benches' GPU cases, ours before the rivals
+=========  =================================================================================================
 
+Each part has a share of MINUTES; what does not fit is cut off, and the rest still runs. Figures are in RESULTS
+(bench/results by default) as they come, so that a run that is killed leaves what it measured.
 Uses the Python it is run with, and no network. Without an NVIDIA GPU it says so and exits 0.
 """
 
 from __future__ import annotations
 
+import argparse
+import os
 import subprocess
 import sys
 import time
@@ -14,32 +24,61 @@ from importlib.util import find_spec
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-# The whole run fits in eight minutes; what does not is cut off, and the rest still runs.
-SECONDS = {
-    "build": 70,
-    "tests": 130,
-    "bench_inference": 80,
-    "bench_attention": 70,
-    "bench_training": 50,
-    "bench_table4": 40,
-    "bench_pipeline": 25,
-    "bench_merge_concat": 15,
-}
+BENCHES = (
+    "bench_inference",
+    "bench_attention",
+    "bench_training",
+    "bench_table4",
+    "bench_pipeline",
+    "bench_merge_concat",
+)
+# Of the whole time; the benches share the rest.
+SHARES = {"build": 0.06, "contact": 0.17, "tests": 0.25, "tuning": 0.3}
 
 
-def run(name: str, *command: str) -> bool:
-    """Run `command` from the repository root within its share of the time; whether it succeeded."""
+def parts(results: Path, minutes: float, python: str = sys.executable) -> list[tuple[str, float, list[str]]]:
+    """(name, seconds it may take, command) in the order in which they run."""
+    seconds = 60 * minutes
+    contact = [python, "bench/gpu_contact.py", str(results)]
+    pytest = [python, "-m", "pytest", "-m", "gpu", "-q"]
+    workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") is not None else []
+    limit = ["--timeout", "120"] if find_spec("pytest_timeout") is not None else []
+    junit = [f"--junitxml={results / 'gpu_tests.xml'}", "--tb=short", "-rf"]
+    tuning = SHARES["tuning"] * minutes
+    pip = [python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
+    rest = seconds * (1 - sum(SHARES.values())) / len(BENCHES)
+    return [
+        ("build", SHARES["build"] * seconds, pip),
+        ("contact", SHARES["contact"] * seconds, [*contact, "--sections", "compile,buffers,graph,steps"]),
+        ("tests", SHARES["tests"] * seconds, [*pytest, "tests", *workers, *limit, *junit]),
+        (
+            "tuning",
+            SHARES["tuning"] * seconds,
+            [*contact, "--sections", "attention,convs,peers", "--minutes", f"{0.6 * tuning:.2f}"],
+        ),
+        *((name, rest, [*pytest, f"bench/{name}.py", "-s", "--bench-results", str(results)]) for name in BENCHES),
+    ]
+
+
+def run(name: str, seconds: float, command: list[str]) -> bool:
+    """Run `command` from the repository root for at most `seconds`; whether it succeeded."""
     print(f"== {name}: {' '.join(command)}", flush=True)
     start = time.perf_counter()
+    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "LGNET_FAST_NO_EXTENSION": "1"}
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=SECONDS[name]).returncode
+        code = subprocess.run(command, cwd=ROOT, timeout=seconds, env=environment).returncode
     except subprocess.TimeoutExpired:
-        code = f"cut off after {SECONDS[name]} s"
+        code = f"cut off after {seconds:.0f} s"
     print(f"== {name}: exit status {code}, {time.perf_counter() - start:.0f} s", flush=True)
     return code == 0
 
 
 def main() -> int:
+    """Run every part."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--results", type=Path, default=ROOT / "bench" / "results")
+    parser.add_argument("--minutes", type=float, default=8)
+    args = parser.parse_args()
     if find_spec("torch") is None or find_spec("triton") is None:
         print(f"{sys.executable} has no PyTorch or no Triton: nothing to run. Try make gpu PYTHON=python3")
         return 0
@@ -48,15 +87,12 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("No NVIDIA GPU here: nothing to run.")
         return 0
-    print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}")
-    python = sys.executable
-    pip = (python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index")
-    if not run("build", *pip, "-e", "."):
-        return 1
-    fine = run("tests", python, "-m", "pytest", "-m", "gpu", "tests", "-q", "--maxfail=20")
-    for bench in (name for name in SECONDS if name.startswith("bench_")):
-        fine &= run(bench, python, "-m", "pytest", f"bench/{bench}.py", "-m", "gpu", "-q", "-s", *sys.argv[1:])
-    return 0 if fine else 1
+    results = args.results.resolve()
+    results.mkdir(parents=True, exist_ok=True)
+    print(
+        f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, results in {results}"
+    )
+    return 0 if all([run(*part) for part in parts(results, args.minutes)]) else 1
 
 
 if __name__ == "__main__":

@@ -97,12 +97,12 @@ def measure(op: str, dtype: torch.dtype, channels: int, side: int, batch: int) -
     for shape in candidates(op):
         with override(op, Config(*shape)):
             try:
-                out, attended, lse = attention.attention_block_forward(
+                out, attended, stats = attention.attention_block_forward(
                     features, weight, bias, "released", save_attended=True
                 )
                 assert attended is not None
                 df, _, _ = attention.attention_block_backward(
-                    grad, features, attended, lse, weight, "released", needs=(True, False, False)
+                    grad, features, attended, stats, weight, "released", needs=(True, False, False)
                 )
                 torch.cuda.synchronize()
             except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError):
@@ -111,13 +111,13 @@ def measure(op: str, dtype: torch.dtype, channels: int, side: int, batch: int) -
                 print(f"  wrong result, left out: {op} {shape}", file=sys.stderr)
                 continue
             with record() as launches:
-                _, attended, lse = attention.attention_block_forward(
+                _, attended, stats = attention.attention_block_forward(
                     features, weight, bias, "released", save_attended=True
                 )
                 if backward:
                     assert attended is not None
                     attention.attention_block_backward(
-                        grad, features, attended, lse, weight, "released", needs=(True, False, False)
+                        grad, features, attended, stats, weight, "released", needs=(True, False, False)
                     )
         concerned = [item for item in launches if item.kernel.__name__ in KERNELS[op]]
         if not concerned:  # the merge kernel, where the work is not split

@@ -4,7 +4,8 @@
 //
 //   released  K = (F + 1e-7) / |F + 1e-7|   Q = 3x3 zero-padded box sum of F   V = K
 //   paper     K = F / max(|F|, 1e-12)       Q = K                              V = F
-//   attended_i = sum_j softmax_j(Q_i . K_j) V_j            lse_i = log sum_j exp(Q_i . K_j)
+//   attended_i = sum_j softmax_j(Q_i . K_j) V_j            m_i: what is subtracted in the softmax, max_j Q_i . K_j or
+//                                                          a little less; l_i = sum_j exp(Q_i . K_j - m_i)
 //   out = Wa attended + Wf F + bias                        (1x1 convolution of the two, never concatenated)
 //
 // Work and traffic. 4 N^2 C operations of products and 4 N C^2 of the combiner; for [1, 128, 64, 64] that is 8.9
@@ -24,13 +25,15 @@
 // Blocking (AVX-512: panels of 48 queries, register blocks of 8 x 48, see attention_kernels.h). A task is one panel
 // of queries against a range of keys, taken 128 keys at a time: scores 24 KB and query panel 24 KB (C = 128) stay in
 // the first-level cache, the 64 KB of keys are read twice from the second level. Tasks are (batch, panel), handed out
-// dynamically; where they are too few for the threads, the keys are split as well and the parts merged by their sums
-// (log-sum-exp). Queries are built by the task that needs them, and the combiner runs on its finished panel while
+// dynamically; where they are too few for the threads, the keys are split as well and the parts merged by their
+// maxima and sums. Queries are built by the task that needs them, and the combiner runs on its finished panel while
 // that is still in cache. Where its weights would not stay in the second-level cache from panel to panel (C = 512:
 // 2 MB), the panels are finished first and the combiner then goes by output channels: a task packs the weights of
 // some and takes all panels past them, and no weight passes from core to core.
 //
-// Backward. Scores are recomputed from lse. With G the gradient of attended, P = exp(S - lse), D_i = G_i .
+// Backward. Scores are recomputed, bit for bit: operands and instructions are the forward's, bf16 pairs included.
+// The forward saves m and l apart, as log(l) + m would lose l's digits where m is large (log-sum-exp at scores of
+// 1e7: off by 1, probabilities by a factor of e). With G the gradient of attended, P = exp(S - m) / l, D_i = G_i .
 // attended_i:
 //   dV_j = sum_i P_ij G_i     dS = P * (G_i . V_j - D_i)     dQ_i = sum_j dS_ij K_j     dK_j = sum_i dS_ij Q_i
 // five products over the same blocks, then dF = box3x3(dQ) + d normalise(dK + dV) (released; the zero-padded box sum
@@ -176,14 +179,15 @@ class CombinerWeight {
 // pairs: multiply bf16 pairs where the CPU can. Queries outside the panels of positions [first, last) are left out.
 template <class T>
 void run_forward(const View& features, const View& weight, const View& bias, bool released, bool pairs, int64_t first,
-                 int64_t last, const View& out, const View& attended, const View& lse, int64_t threads) {
+                 int64_t last, const View& out, const View& attended, const View& stats, int64_t threads) {
   const DType native = sizeof(T) == 8 ? DType::float64 : DType::float32;
   const AttentionKernels<T>& kernels = pick(T{}, pairs);
   AttentionWork<T> w{};
   describe(features, released, kernels, w);
   w.out = out;
   w.attended = attended;
-  w.lse = reinterpret_cast<T*>(lse.data);
+  w.row_max = reinterpret_cast<T*>(stats.data);
+  w.row_sum = stats ? w.row_max + features.size[0] * w.positions : nullptr;
 
   const bool share = released && kernels.element_bytes == static_cast<int64_t>(sizeof(T));
   const int64_t item_bytes = w.pack_bytes * (share ? 1 : 2);
@@ -266,41 +270,63 @@ void run_forward(const View& features, const View& weight, const View& bias, boo
   }
 }
 
+// D = sum over the channels of grad * attended, [batch][positions].
 template <class T>
-void run_backward(const View& grad_attended, const View& features, const View& attended, const View& lse,
+Buffer<T> row_dots(const AttentionWork<T>& w, const T* grad, const T* attended, int64_t threads) {
+  Buffer<T> dots(w.batch * w.positions);
+  const int64_t tiles = ceil_div(w.positions, kPositionsPerTile);
+  parallel_for(threads, w.batch * tiles, [&](int64_t task, int64_t) {
+    const int64_t b = task / tiles, p0 = task % tiles * kPositionsPerTile;
+    const int64_t count = std::min(kPositionsPerTile, w.positions - p0);
+    T* dot = dots.get() + b * w.positions + p0;
+    std::fill_n(dot, count, T{0});
+    for (int64_t c = 0; c < w.channels; ++c) {
+      const int64_t offset = (b * w.channels + c) * w.positions + p0;
+      for (int64_t t = 0; t < count; ++t) dot[t] += grad[offset + t] * attended[offset + t];
+    }
+  });
+  return dots;
+}
+
+template <class T>
+void run_backward(const View& grad_attended, const View& features, const View& attended, const View& stats,
                   bool released, const View& grad_features, int64_t threads) {
   const DType native = sizeof(T) == 8 ? DType::float64 : DType::float32;
+  // Scores as in the forward; everything else in T.
   const AttentionKernels<T>& kernels = pick(T{}, false);
+  const AttentionKernels<T>& score_kernels = pick(T{}, features.dtype == DType::bfloat16);
+  const bool pairs = score_kernels.element_bytes != kernels.element_bytes;
   AttentionWork<T> w{};
   describe(features, released, kernels, w);
   w.out = grad_features;
-  const int64_t item_bytes = w.pack_bytes * (released ? 1 : 2);
+  const int64_t pair_bytes = pairs ? w.pack_bytes / kernels.element_bytes * score_kernels.element_bytes : 0;
+  const int64_t item_bytes = w.pack_bytes * (released ? 1 : 2) + pair_bytes;
   const int64_t turn = std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, features.size[0]);
   for (int64_t first = 0; first < features.size[0]; first += turn) {
     w.first_item = first;
     w.batch = std::min(turn, features.size[0] - first);
-    const Planes<T> planes(features, first, w.batch, native, threads);
     const Planes<T> grads(grad_attended, first, w.batch, native, threads);
-    const Planes<T> saved(attended, first, w.batch, native, threads);
-    w.features = planes.get();
     w.grad = grads.get();
-    w.saved = saved.get();
-    w.saved_lse = reinterpret_cast<const T*>(lse.data) + first * w.positions;
-    const Packed<T> packed(kernels, released, threads, w);
-
-    const Buffer<T> row_dot(w.batch * w.positions);
+    // A copy of the attended features ends here, before other memory is taken.
+    const Buffer<T> row_dot =
+        row_dots(w, w.grad, Planes<T>(attended, first, w.batch, native, threads).get(), threads);
     w.row_dot = row_dot.get();
+    const Planes<T> planes(features, first, w.batch, native, threads);
+    w.features = planes.get();
+    w.saved_max = reinterpret_cast<const T*>(stats.data) + first * w.positions;
+    w.saved_sum = w.saved_max + features.size[0] * w.positions;
+    const Packed<T> packed(kernels, released, threads, w);
+    w.score_keys = w.keys;
+    w.score_pack_bytes = w.pack_bytes;
+    std::optional<Packed<T>> packed_pairs;
+    if (pairs) {
+      AttentionWork<T> forward = w;
+      forward.pack_bytes = pair_bytes;
+      packed_pairs.emplace(score_kernels, true, threads, forward);
+      w.score_keys = forward.keys;
+      w.score_pack_bytes = pair_bytes;
+    }
     const int64_t tiles = ceil_div(w.positions, kPositionsPerTile);
-    parallel_for(threads, w.batch * tiles, [&](int64_t task, int64_t) {
-      const int64_t b = task / tiles, p0 = task % tiles * kPositionsPerTile;
-      const int64_t count = std::min(kPositionsPerTile, w.positions - p0);
-      T* dot = w.row_dot + b * w.positions + p0;
-      std::fill_n(dot, count, T{0});
-      for (int64_t c = 0; c < w.channels; ++c) {
-        const int64_t offset = (b * w.channels + c) * w.positions + p0;
-        for (int64_t t = 0; t < count; ++t) dot[t] += w.grad[offset + t] * w.saved[offset + t];
-      }
-    });
 
     // As many rectangles as threads, near square: queries x keys copies cost (queries + keys) buffers.
     const int64_t wanted = ceil_div(threads, w.batch);
@@ -316,12 +342,12 @@ void run_backward(const View& grad_attended, const View& features, const View& a
     w.grad_value = grad_value.get();
     w.grad_query = grad_query.get();
 
-    const int64_t each = round_up(kernels.backward_scratch(w), 64);
+    const int64_t each = round_up(std::max(kernels.backward_scratch(w), score_kernels.backward_scratch(w)), 64);
     const Buffer<T> scratch(each * threads);
     const int64_t per_item = w.query_ranges * w.key_ranges;
     parallel_for(threads, w.batch * per_item, [&](int64_t task, int64_t worker) {
-      kernels.backward(w, task / per_item, task % per_item / w.key_ranges, task % w.key_ranges,
-                       scratch.get() + worker * each);
+      score_kernels.backward(w, task / per_item, task % per_item / w.key_ranges, task % w.key_ranges,
+                             scratch.get() + worker * each);
     });
     if (w.key_ranges > 1) {
       parallel_for(threads, w.batch * tiles,
@@ -334,17 +360,20 @@ void run_backward(const View& grad_attended, const View& features, const View& a
 }
 
 // Common checks; false where there is nothing to do.
-bool check_features(const char* function, const View& features, const View& lse, int64_t threads) {
+bool check_features(const char* function, const View& features, const View& stats, int64_t threads) {
   if (features.dtype == DType::float16) fail(function, "features", "float32, bfloat16 or float64", "float16");
   if (threads < 1) fail(function, "threads", "at least 1", std::to_string(threads));
-  expect_dtype(function, "lse", lse, features.dtype == DType::float64 ? DType::float64 : DType::float32);
+  expect_dtype(function, "stats", stats, features.dtype == DType::float64 ? DType::float64 : DType::float32);
   const int64_t positions = features.size[2] * features.size[3];
-  expect_size(function, "lse", lse, {1, 1, features.size[0], positions});
-  if (lse.stride[3] != 1 || lse.stride[2] != positions) fail(function, "lse", "a contiguous tensor", "strides");
+  expect_size(function, "stats", stats, {1, 2, features.size[0], positions});
   if (features.size[1] < 1 || positions < 1) {
     fail(function, "features", "[B, C, H, W] with C, H, W >= 1", shape_string(features.size));
   }
-  return features.size[0] > 0;
+  if (features.size[0] == 0) return false;
+  if (stats.stride[3] != 1 || stats.stride[2] != positions || stats.stride[1] != features.size[0] * positions) {
+    fail(function, "stats", "a contiguous tensor", "strides");
+  }
+  return true;
 }
 
 void expect_like(const char* function, const char* name, const View& view, const View& features) {
@@ -356,15 +385,15 @@ void expect_like(const char* function, const char* name, const View& view, const
 
 void attention_forward(const TensorArg& features_arg, const TensorArg& weight_arg, const TensorArg& bias_arg,
                        bool released, const TensorArg& out_arg, const TensorArg& attended_arg,
-                       const TensorArg& lse_arg, int64_t threads) {
+                       const TensorArg& stats_arg, int64_t threads) {
   const char* function = "attention_forward";
   const View features = make_view(function, "features", features_arg);
   const View weight = make_view(function, "weight", weight_arg, true);
   const View bias = make_view(function, "bias", bias_arg, true);
   const View out = make_view(function, "out", out_arg, true);
   const View attended = make_view(function, "attended", attended_arg, true);
-  const View lse = make_view(function, "lse", lse_arg);
-  if (!check_features(function, features, lse, threads)) return;
+  const View stats = make_view(function, "stats", stats_arg);
+  if (!check_features(function, features, stats, threads)) return;
   const int64_t channels = features.size[1];
   if (weight) {
     expect_size(function, "weight", weight, {1, 1, channels, 2 * channels});
@@ -376,30 +405,30 @@ void attention_forward(const TensorArg& features_arg, const TensorArg& weight_ar
   if (attended) expect_like(function, "attended", attended, features);
   const auto run = features.dtype == DType::float64 ? run_forward<double> : run_forward<float>;
   run(features, weight, bias, released, features.dtype == DType::bfloat16, 0, features.size[2] * features.size[3],
-      out, attended, lse, useful_threads(features, threads));
+      out, attended, stats, useful_threads(features, threads));
 }
 
 void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool pairs,
-                         int64_t first, int64_t last, const View& out, const View& lse, int64_t threads) {
-  run_forward<float>(features, weight, bias, released, pairs, first, last, out, View{}, lse,
+                         int64_t first, int64_t last, const View& out, int64_t threads) {
+  run_forward<float>(features, weight, bias, released, pairs, first, last, out, View{}, View{},
                      useful_threads(features, threads));
 }
 
 void attention_backward(const TensorArg& grad_arg, const TensorArg& features_arg, const TensorArg& attended_arg,
-                        const TensorArg& lse_arg, bool released, const TensorArg& grad_features_arg,
+                        const TensorArg& stats_arg, bool released, const TensorArg& grad_features_arg,
                         int64_t threads) {
   const char* function = "attention_backward";
   const View features = make_view(function, "features", features_arg);
   const View grad = make_view(function, "grad_attended", grad_arg);
   const View attended = make_view(function, "attended", attended_arg);
-  const View lse = make_view(function, "lse", lse_arg);
+  const View stats = make_view(function, "stats", stats_arg);
   const View grad_features = make_view(function, "grad_features", grad_features_arg);
-  if (!check_features(function, features, lse, threads)) return;
+  if (!check_features(function, features, stats, threads)) return;
   expect_like(function, "grad_attended", grad, features);
   expect_like(function, "attended", attended, features);
   expect_like(function, "grad_features", grad_features, features);
   const auto run = features.dtype == DType::float64 ? run_backward<double> : run_backward<float>;
-  run(grad, features, attended, lse, released, grad_features, useful_threads(features, threads));
+  run(grad, features, attended, stats, released, grad_features, useful_threads(features, threads));
 }
 
 }  // namespace lgnet

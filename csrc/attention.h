@@ -34,14 +34,17 @@ struct AttentionWork {
   T* part_sum;
   T* operands;         // [batch][panels][2: attended, features][channels_padded][panel] kept for combine, or null
   View out, attended;  // either may be empty
-  T* lse;              // [batch][positions]
-  int64_t first_item;  // batch item of the views that item 0 here is
+  T* row_max;          // [batch][positions]: what was subtracted from the scores (in units of log 2); or null
+  T* row_sum;          // [batch][positions]: the sum of exp2 of the differences
+  int64_t first_item;  // batch item of the views, and of row_max and row_sum, that item 0 here is
 
   // Backward.
   int64_t query_ranges, key_ranges;
   const T* grad;           // of attended, [batch][channels][positions]
-  const T* saved;          // attended, the same layout
-  const T* saved_lse;      // [batch][positions]
+  const char* score_keys;  // the keys as the forward packed them; w.keys where that was in T
+  int64_t score_pack_bytes;
+  const T* saved_max;  // [batch][positions], the forward's row_max and row_sum
+  const T* saved_sum;
   T* row_dot;              // D_i = sum_c grad * attended, [batch][positions]
   T* grad_query;           // [key_ranges][batch][channels][positions]
   T* grad_key;             // [query_ranges][batch][key_groups * 8][channels_lanes]; dK, with dV added if released
@@ -70,17 +73,19 @@ struct AttentionKernels {
 struct AttentionTable {
   AttentionKernels<float> f32;
   AttentionKernels<double> f64;
-  AttentionKernels<float> bf16;  // forward on bf16 pairs; all null where the instruction set has no such product
+  // Scores and attended values by products of bf16 pairs. All null where the instruction set has no such product.
+  AttentionKernels<float> bf16;
 };
 
-// features [B, C, H, W]; lse [1, 1, B, H*W] dense, float32 or float64; weight [1, 1, C, 2C]; bias [1, 1, 1, C].
+// features [B, C, H, W]; stats [1, 2, B, H*W] dense, float32 or float64: the rows' maxima, in units of log 2, and
+// sums; weight [1, 1, C, 2C]; bias [1, 1, 1, C].
 void attention_forward(const TensorArg& features, const TensorArg& weight, const TensorArg& bias, bool released,
-                       const TensorArg& out, const TensorArg& attended, const TensorArg& lse, int64_t threads);
-// The same for the queries of positions [first, last) and a few more, without checks, for engine.cpp: float32 views;
-// pairs multiplies in bf16 where the CPU can.
+                       const TensorArg& out, const TensorArg& attended, const TensorArg& stats, int64_t threads);
+// The same for the queries of positions [first, last) and a few more, without checks and stats, for engine.cpp:
+// float32 views; pairs multiplies in bf16 where the CPU can.
 void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool pairs,
-                         int64_t first, int64_t last, const View& out, const View& lse, int64_t threads);
+                         int64_t first, int64_t last, const View& out, int64_t threads);
 void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,
-                        const TensorArg& lse, bool released, const TensorArg& grad_features, int64_t threads);
+                        const TensorArg& stats, bool released, const TensorArg& grad_features, int64_t threads);
 
 }  // namespace lgnet

@@ -40,41 +40,46 @@ struct Attention {
   }
 
   template <int R, int M>
-  static LGNET_INLINE void load_block(Reg (&acc)[R][M], const T* c, int64_t ldc, bool accumulate) {
+  static LGNET_INLINE void clear(Reg (&acc)[R][M]) {
     LGNET_UNROLL
     for (int r = 0; r < R; ++r) {
       LGNET_UNROLL
-      for (int m = 0; m < M; ++m) acc[r][m] = accumulate ? V::load(c + r * ldc + m * W) : V::set1(0);
+      for (int m = 0; m < M; ++m) acc[r][m] = V::set1(0);
     }
   }
 
+  // c (+)= acc. A block's products are summed from zero and the sum is added here, instead of going on from c: as
+  // many loads, and the chains of sums, hence the rounding errors, do not grow with the number of blocks.
   template <int R, int M>
-  static LGNET_INLINE void store_block(const Reg (&acc)[R][M], T* c, int64_t ldc) {
+  static LGNET_INLINE void store_block(const Reg (&acc)[R][M], T* c, int64_t ldc, bool accumulate) {
     LGNET_UNROLL
     for (int r = 0; r < R; ++r) {
       LGNET_UNROLL
-      for (int m = 0; m < M; ++m) V::store(c + r * ldc + m * W, acc[r][m]);
+      for (int m = 0; m < M; ++m) {
+        T* to = c + r * ldc + m * W;
+        V::store(to, accumulate ? V::add(V::load(to), acc[r][m]) : acc[r][m]);
+      }
     }
   }
 
   // --- products of a panel ---------------------------------------------------------------------------------------
 
   // scores[key][query] (+)= keys . queries for `groups` groups of 8 keys. Depth is the channels' units. Channels
-  // are taken 256 at a time, so that the panel's slice stays in the first-level cache while the keys stream by.
+  // are taken kDepth at a time, so that the panel's slice stays in the first-level cache while the keys stream by,
+  // and so that chains of sums are short.
   template <int M>
   static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
                             int64_t depth, T* scores, bool accumulate) {
-    constexpr int64_t kDepth = 256;
+    constexpr int64_t kDepth = 128;
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
       const int64_t step = depth - k0 < kDepth ? depth - k0 : kDepth;
       for (int64_t g = 0; g < groups; ++g) {
         for (int r0 = 0; r0 < GROUP; r0 += ROWS) {
           Reg acc[ROWS][M];
-          T* c = scores + (g * GROUP + r0) * NR;
-          load_block<ROWS, M>(acc, c, NR, accumulate || k0 > 0);
+          clear<ROWS, M>(acc);
           multiply<ROWS, M, 1, static_cast<int>(GROUP)>(acc, keys + g * group_stride + k0 * GROUP + r0,
                                                         queries + k0 * NR, NR, step);
-          store_block<ROWS, M>(acc, c, NR);
+          store_block<ROWS, M>(acc, scores + (g * GROUP + r0) * NR, NR, accumulate || k0 > 0);
         }
       }
     }
@@ -87,12 +92,12 @@ struct Attention {
                             int64_t channels_padded, T* rows, bool accumulate) {
     for (int64_t c0 = 0; c0 < channels_padded; c0 += ROWS) {
       Reg acc[ROWS][M];
-      load_block<ROWS, M>(acc, rows + c0 * NR, NR, accumulate);
+      clear<ROWS, M>(acc);
       const Unit* a = values + c0 * UNITS;
       for (int64_t g = 0; g < groups; ++g) {
         multiply<ROWS, M, UNITS, 1>(acc, a + g * group_stride, weights + g * UNITS * NR, NR, UNITS);
       }
-      store_block<ROWS, M>(acc, rows + c0 * NR, NR);
+      store_block<ROWS, M>(acc, rows + c0 * NR, NR, accumulate);
     }
   }
 
@@ -103,9 +108,9 @@ struct Attention {
                                        T* out) {
     for (int64_t j = 0; j < keys; j += ROWS) {
       Reg acc[ROWS][M];
-      load_block<ROWS, M>(acc, out + j * ld, ld, true);
+      clear<ROWS, M>(acc);
       multiply<ROWS, M, NR, 1>(acc, left + j * NR, right, ld, queries);
-      store_block<ROWS, M>(acc, out + j * ld, ld);
+      store_block<ROWS, M>(acc, out + j * ld, ld, true);
     }
   }
   static void outer_product(const T* left, const T* right, int64_t lanes, int64_t keys, int64_t queries, T* out) {
@@ -384,8 +389,8 @@ struct Attention {
     }
   }
 
-  // Divides by the sums, writes lse and what was asked for: the attended rows, or those through the combiner, for
-  // which the features join them; rows [2][cp][NR].
+  // Divides by the sums, writes these and the maxima for the backward, and what was asked for: the attended rows, or
+  // those through the combiner, for which the features join them; rows [2][cp][NR].
   template <int M>
   static void finish(const Work& w, int64_t b, int64_t panel, int64_t count, T* rows, const T* top, const T* sum,
                      T* out_rows) {
@@ -395,8 +400,11 @@ struct Attention {
       for (int64_t c = 0; c < cp; ++c)
         V::store(rows + c * NR + m * W, V::mul(V::load(rows + c * NR + m * W), inverse));
     }
-    for (int64_t t = 0; t < count; ++t) {
-      w.lse[item * w.positions + p0 + t] = (top[t] + std::log2(sum[t])) * static_cast<T>(kLn2);
+    if (w.row_max) {
+      for (int64_t t = 0; t < count; ++t) {
+        w.row_max[item * w.positions + p0 + t] = top[t];
+        w.row_sum[item * w.positions + p0 + t] = sum[t];
+      }
     }
     if (w.attended) store_rows(w.attended, item, p0, count, rows, NR);
     if (!w.out) return;
@@ -424,15 +432,19 @@ struct Attention {
   template <int M>
   static void combine_rows(const Work& w, int64_t b, int64_t p0, int64_t count, const T* rows, const T* weight,
                            int64_t first, int64_t groups, T* out_rows) {
-    for (int64_t c = 0; c < groups * GROUP; ++c) {
-      for (int m = 0; m < M; ++m) V::store(out_rows + c * NR + m * W, V::set1(w.bias[first * GROUP + c]));
-    }
     // The same register block in plain T, also under bf16 keys: the combiner is a sixteenth of the work or less.
     using Full = Attention<F<T>>;
     const int64_t stride = w.channels * GROUP;
-    Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, true);
+    Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, false);
     Full::template score_product<M>(weight + groups * stride, stride, groups, rows + w.channels_padded * NR,
                                     w.channels, out_rows, true);
+    // Last: where the bias is much larger than the products, sums that begin with it would lose their digits.
+    for (int64_t c = 0; c < groups * GROUP; ++c) {
+      const Reg bias = V::set1(w.bias[first * GROUP + c]);
+      for (int m = 0; m < M; ++m) {
+        V::store(out_rows + c * NR + m * W, V::add(V::load(out_rows + c * NR + m * W), bias));
+      }
+    }
     store_rows(w.out.channels(first * GROUP, groups * GROUP), w.first_item + b, p0, count, out_rows, NR);
   }
 
@@ -471,7 +483,7 @@ struct Attention {
   // --- backward --------------------------------------------------------------------------------------------------
 
   static int64_t backward_scratch(const Work& w) {
-    const int64_t task = 3 * w.channels_padded * NR + 2 * CHUNK * NR + 2 * NR * w.channels_lanes + 2 * NR;
+    const int64_t task = 3 * w.channels_padded * NR + 2 * CHUNK * NR + 2 * NR * w.channels_lanes + 3 * NR;
     const int64_t finish = w.channels * (kPositionsPerTile + NR);
     return task > finish ? task : finish;
   }
@@ -511,8 +523,9 @@ struct Attention {
     T* slopes = weights + CHUNK * NR;      // [CHUNK][NR] dP, then dS
     T* query_lanes = slopes + CHUNK * NR;  // [NR][lanes]: the queries with channels innermost
     T* grad_lanes = query_lanes + NR * lanes;
-    T* lse = grad_lanes + NR * lanes;  // [NR], in units of log 2
-    T* row_dot = lse + NR;             // [NR]
+    T* top = grad_lanes + NR * lanes;  // [NR], what the forward subtracted from the scores
+    T* inverse_sum = top + NR;         // [NR]
+    T* row_dot = inverse_sum + NR;     // [NR]
 
     load_queries(w, b, p0, count, static_cast<T>(kLog2E), queries);
     const T* grad = w.grad + b * w.channels * n + p0;
@@ -524,9 +537,18 @@ struct Attention {
         query_lanes[t * lanes + c] = c < w.channels ? queries[c * NR + t] * static_cast<T>(kLn2) : T{0};
         grad_lanes[t * lanes + c] = c < w.channels ? grads[c * NR + t] : T{0};
       }
-      lse[t] = t < count ? w.saved_lse[b * n + p0 + t] * static_cast<T>(kLog2E) : T{0};
+      top[t] = t < count ? w.saved_max[b * n + p0 + t] : T{0};
+      inverse_sum[t] = t < count ? T{1} / w.saved_sum[b * n + p0 + t] : T{0};
       row_dot[t] = t < count ? w.row_dot[b * n + p0 + t] : T{0};
     }
+    // The scores come from the same operands by the same instructions as in the forward, so that they are the same
+    // bits as those which the maxima and the sums were taken of: differences from these are as exact as the scores.
+    const Unit* query_units = reinterpret_cast<const Unit*>(queries);
+    if constexpr (V::PAIR == 2) to_units(queries, cp, reinterpret_cast<Unit*>(queries));  // row c / 2 <= c: in place
+    const int64_t unit_stride = cp * UNITS;
+    const Unit* score_keys = reinterpret_cast<const Unit*>(w.score_keys + b * w.score_pack_bytes);
+    // All other products are in plain T.
+    using Full = Attention<F<T>>;
     const int64_t stride = cp * GROUP;
     const T* keys = reinterpret_cast<const T*>(w.keys + b * w.pack_bytes);
     const T* values = reinterpret_cast<const T*>(w.values + b * w.pack_bytes);
@@ -534,22 +556,23 @@ struct Attention {
       const int64_t groups = g_end - g0 < CHUNK / GROUP ? g_end - g0 : CHUNK / GROUP;
       const int64_t padded = groups * GROUP;
       const int64_t valid = n - g0 * GROUP < padded ? n - g0 * GROUP : padded;
-      score_product<M>(keys + g0 * stride, stride, groups, queries, w.channels, weights, false);
-      score_product<M>(values + g0 * stride, stride, groups, grads, w.channels, slopes, false);
+      score_product<M>(score_keys + g0 * unit_stride, unit_stride, groups, query_units,
+                       V::PAIR == 1 ? w.channels : cp / V::PAIR, weights, false);
+      Full::template score_product<M>(values + g0 * stride, stride, groups, grads, w.channels, slopes, false);
       for (int m = 0; m < M; ++m) {
-        const Reg log_sum = V::load(lse + m * W), dot = V::load(row_dot + m * W);
+        const Reg shift = V::load(top + m * W), scale = V::load(inverse_sum + m * W), dot = V::load(row_dot + m * W);
         for (int64_t j = 0; j < padded; ++j) {
           T* p = weights + j * NR + m * W;
           T* s = slopes + j * NR + m * W;
-          const Reg probability = j < valid ? V::exp2(V::sub(V::load(p), log_sum)) : V::set1(0);
+          const Reg probability = j < valid ? V::mul(V::exp2(V::sub(V::load(p), shift)), scale) : V::set1(0);
           V::store(p, probability);
           V::store(s, V::mul(probability, V::sub(V::load(s), dot)));
         }
       }
-      value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != g_begin);
+      Full::template value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != g_begin);
       const int64_t offset = g0 * GROUP * lanes;
-      outer_product(weights, grad_lanes, lanes, padded, count, grad_value + offset);
-      outer_product(slopes, query_lanes, lanes, padded, count, grad_key + offset);
+      Full::outer_product(weights, grad_lanes, lanes, padded, count, grad_value + offset);
+      Full::outer_product(slopes, query_lanes, lanes, padded, count, grad_key + offset);
     }
     for (int64_t c = 0; c < w.channels; ++c) {
       for (int64_t t = 0; t < count; ++t) grad_query[c * n + p0 + t] = g_begin < g_end ? rows[c * NR + t] : T{0};
@@ -620,9 +643,9 @@ struct Attention {
     k.forward = forward;
     k.merge = merge;
     k.combine = combine;
+    k.backward_scratch = backward_scratch;
+    k.backward = backward;
     if constexpr (V::PAIR == 1) {
-      k.backward_scratch = backward_scratch;
-      k.backward = backward;
       k.backward_sum = backward_sum;
       k.backward_finish = backward_finish;
     }

@@ -433,8 +433,9 @@ struct Conv {
   }
 
   static LGNET_INLINE Reg activate(Reg x, Activation activation) {
-    if (activation == Activation::relu) return V::max(x, V::set1(0));
-    if (activation == Activation::leaky_relu) return V::max(x, V::mul(x, V::set1(0.2f)));
+    // x second: max returns its second operand where one is NaN, so that NaN comes through as in PyTorch.
+    if (activation == Activation::relu) return V::max(V::set1(0), x);
+    if (activation == Activation::leaky_relu) return V::max(V::mul(x, V::set1(0.2f)), x);
     return x;
   }
 

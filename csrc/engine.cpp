@@ -165,6 +165,28 @@ std::vector<int64_t> live_ranges(const StepSpec& step, const Group& group, const
   return ranges;
 }
 
+// What lies outside a map is not the arena's, so a region that reaches there would write into other memory.
+void check_regions(const char* function, const StepSpec& step, const std::vector<Region>& regions, int64_t batch) {
+  const auto inside = [&](const Rect& rect, int64_t height, int64_t width) {
+    if (0 <= rect.top && rect.top < rect.bottom && rect.bottom <= height && 0 <= rect.left &&
+        rect.left < rect.right && rect.right <= width) {
+      return;
+    }
+    fail(function, "regions",
+         "0 <= top < bottom <= " + std::to_string(height) + " and 0 <= left < right <= " + std::to_string(width),
+         "rows " + std::to_string(rect.top) + " to " + std::to_string(rect.bottom) + ", columns " +
+             std::to_string(rect.left) + " to " + std::to_string(rect.right));
+  };
+  for (const Region& region : regions) {
+    inside(region.out, step.out_height, step.out_width);
+    inside(region.read, step.source.height, step.source.width);
+    if (region.sample < -1 || region.sample >= batch || (region.sample < 0) != (regions[0].sample < 0)) {
+      fail(function, "regions", "samples 0 to " + std::to_string(batch - 1) + ", or -1 for all of them",
+           std::to_string(region.sample));
+    }
+  }
+}
+
 }  // namespace
 
 struct Program::Memory {
@@ -205,6 +227,7 @@ Program::Program(int64_t batch, int64_t height, int64_t width, int64_t arena, in
     if (step.pairs && step.kind == StepKind::convolution && !kernels_.conv.bf16.product) {
       fail("Program", "pairs", "an instruction set with bf16 products", isa_name());
     }
+    check_regions("Program", step, step.regions, batch_);
     channels = std::max(channels, step.source.channels);
   }
   zeros_.assign(static_cast<size_t>(channels), 0.0f);
@@ -213,7 +236,7 @@ Program::Program(int64_t batch, int64_t height, int64_t width, int64_t arena, in
 Program::~Program() = default;
 
 int64_t Program::workspace_bytes() {
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(shared_mutex());
   int64_t bytes = 0;
   for (const auto& memory : idle_) bytes += memory->arena.bytes() + memory->scratch.bytes();
   return bytes;
@@ -241,10 +264,23 @@ std::vector<double> Program::run(const TensorArg& image_arg, const TensorArg& ma
   if (!regions.empty() && regions.size() != steps_.size()) {
     fail(function, "regions", std::to_string(steps_.size()) + " lists", std::to_string(regions.size()));
   }
+  if (!raw.empty()) {
+    const auto stages = std::count_if(steps_.begin(), steps_.end(),
+                                      [](const StepSpec& step) { return step.kind == StepKind::narrow; });
+    if (raw.size() != static_cast<size_t>(stages)) {
+      fail(function, "raw", std::to_string(stages) + " tensors", std::to_string(raw.size()));
+    }
+    for (const TensorArg& arg : raw) {
+      const View view = make_view(function, "raw", arg);
+      expect_dtype(function, "raw", view, DType::float32);
+      expect_size(function, "raw", view, {batch_, 3, height_, width_});
+    }
+  }
+  for (size_t i = 0; i < regions.size(); ++i) check_regions(function, steps_[i], regions[i], batch_);
   if (threads < 1) fail(function, "threads", "at least 1", std::to_string(threads));
   std::unique_ptr<Memory> memory;
   {
-    const std::lock_guard<std::mutex> lock(mutex_);
+    const std::lock_guard<std::mutex> lock(shared_mutex());
     if (!idle_.empty()) {
       memory = std::move(idle_.back());
       idle_.pop_back();
@@ -309,7 +345,7 @@ std::vector<double> Program::run(const TensorArg& image_arg, const TensorArg& ma
       for (int64_t x = 0; x < width_; ++x) to[x * out.stride[3]] = pixel[4 * x + c];
     }
   });
-  const std::lock_guard<std::mutex> lock(mutex_);
+  const std::lock_guard<std::mutex> lock(shared_mutex());
   idle_.push_back(std::move(memory));
   return times;
 }
@@ -592,9 +628,8 @@ void Program::attend_rows(const StepSpec& step, int64_t sample, int64_t batch, i
   const TargetSpec& target = step.targets[0];
   const int64_t channels = source.channels, positions = source.height * source.width;
   const int64_t first = top * source.width, last = bottom * source.width;
-  float* features = reinterpret_cast<float*>(call.scratch(4 * batch * positions * (2 * channels + 1)));
+  float* features = reinterpret_cast<float*>(call.scratch(8 * batch * positions * channels));
   float* out = features + batch * positions * channels;
-  float* lse = out + batch * positions * channels;
   const float* from = call.arena(source.offset) + sample * positions * source.pixel;
   float* to = call.arena(target.offset) + sample * positions * target.pixel;
 
@@ -625,8 +660,7 @@ void Program::attend_rows(const StepSpec& step, int64_t sample, int64_t batch, i
   attention_positions(view(features, {batch, channels, source.height, source.width}),
                       view(reinterpret_cast<const float*>(step.weight), {1, 1, channels, 2 * channels}),
                       view(reinterpret_cast<const float*>(step.bias), {1, 1, 1, channels}), step.released, step.pairs,
-                      first, last, view(out, {batch, channels, source.height, source.width}),
-                      view(lse, {1, 1, batch, positions}), call.threads);
+                      first, last, view(out, {batch, channels, source.height, source.width}), call.threads);
   const bool relu = target.activation == Activation::relu;
   const int64_t first_block = first / kBlock, out_blocks = ceil_div(last, kBlock) - first_block;
   parallel_for(call.threads, batch * out_blocks, [&](int64_t task, int64_t) {

@@ -2,7 +2,6 @@
 #pragma once
 
 #include <memory>
-#include <mutex>
 #include <optional>
 #include <string>
 #include <vector>
@@ -80,8 +79,7 @@ class Program {
   std::vector<StepSpec> steps_;
   const Kernels& kernels_;
   std::vector<float> zeros_;
-  std::mutex mutex_;
-  std::vector<std::unique_ptr<Memory>> idle_;
+  std::vector<std::unique_ptr<Memory>> idle_;  // under shared_mutex()
 };
 
 // What weights are packed for: lanes, panel, pair and depth of the instruction set in use (see ConvKernels). All zero

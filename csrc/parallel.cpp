@@ -2,7 +2,6 @@
 #include "parallel.h"
 
 #include <atomic>
-#include <mutex>
 #include <system_error>
 #include <thread>
 #include <vector>
@@ -94,9 +93,18 @@ void run_worker(void* data) {
 
 void mark_forked() { g_forked.store(true, std::memory_order_relaxed); }
 
+std::mutex& shared_mutex() {
+  static std::mutex mutex;
+  return mutex;
+}
+
 void watch_forks() {
 #ifdef LGNET_HAVE_DL
-  pthread_atfork(nullptr, nullptr, mark_forked);
+  pthread_atfork([] { shared_mutex().lock(); }, [] { shared_mutex().unlock(); },
+                 [] {
+                   shared_mutex().unlock();
+                   mark_forked();
+                 });
 #endif
 }
 

@@ -9,6 +9,7 @@
 
 #include <cstdint>
 #include <functional>
+#include <mutex>
 #include <string>
 
 namespace lgnet {
@@ -24,7 +25,9 @@ std::string parallel_backend();
 
 // Tells this library that the process is a fork of one that may have used OpenMP (libgomp's pool did not survive).
 void mark_forked();
-// Has mark_forked called in every later child of this process.
+// Has mark_forked called in every later child of this process, and fork() wait for shared_mutex().
 void watch_forks();
+// For short sections only. No child starts while another thread holds it, so it is never locked for good there.
+std::mutex& shared_mutex();
 
 }  // namespace lgnet

@@ -7,6 +7,7 @@
 //   ROWS             rows of a register block: ROWS * NV accumulators, chosen to fill the register file but for the
 //                    NV operands and the broadcast (AVX-512: 24 + 3 + 1 of 32; AVX2: 12 + 3 + 1 of 16)
 //   Unit, PAIR       what one broadcast of a product brings: one T, or a pair of bf16 for vdpbf16ps
+//   max(a, b)        b where either is NaN
 //   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi
 #pragma once
 

@@ -200,9 +200,9 @@ def attention_case(
 
     def run() -> None:
         features, weight, bias = _attention_tensors(batch, channels, side, dtype, channels_last)
-        out, attended, lse = attention.attention_block_forward(features, weight, bias, variant, save_attended=True)
+        out, attended, stats = attention.attention_block_forward(features, weight, bias, variant, save_attended=True)
         assert attended is not None
-        attention.attention_block_backward(out, features, attended, lse, weight, variant)
+        attention.attention_block_backward(out, features, attended, stats, weight, variant)
 
     layout = " NHWC" if channels_last else ""
     return Case(f"training {variant} C={channels} {side}x{side} b{batch}{layout}", card, dtype, run)
@@ -306,11 +306,7 @@ def _specialise(work: Task, kernel: Any) -> tuple[dict[str, str], dict[tuple[int
 def job(case: Case, launch: Launch) -> Job:
     """One recorded launch of a case, ready to be compiled."""
     work = task(launch)
-    options = {
-        name: launch.meta[name]
-        for name in ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-        if name in launch.meta
-    }
+    options = {name: value for name, value in launch.meta.items() if name in _OPTIONS}
     shapes = {k: v for k, v in launch.meta.items() if k.startswith("BLOCK_") or k in ("SPLITS", *options)}
     config = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_').lower()}={v}" for k, v in shapes.items())
     specialised = _specialise(work, launch.kernel)

@@ -14,7 +14,7 @@ where F already is channels_last). `_attn_fwd_kernel` then loads each key tile o
 "released"; in "paper" the raw tile gives scores and values, as the two norms are factors of the score. "paper" scores
 lie in [-1, 1] and need no running maximum. Without splits its epilogue applies the combiner, so that neither the
 attended map nor a concatenation is written; with splits over the keys `_attn_merge_kernel` merges the partial results
-by log-sum-exp and applies the combiner.
+by their rows' maxima and sums and applies the combiner.
 
 **Shapes on an H100** (132 multiprocessors). A program owns BLOCK_M queries and all C channels. C is held as two
 power-of-two chunks D0 + D1 (96 = 64 + 32, 192 = 128 + 64, 384 = 256 + 128, 512 = 256 + 256), not padded: 384 as 512
@@ -25,15 +25,17 @@ N = 1024, C = 256 gives 16 of 64, split in 8; N = 256, C = 512 gives 4, split in
 Bytes moved at N = 4096, C = 128, 16 bit: F 1 MiB read, q and k 2 MiB written, out 1 MiB; partial results 2 MiB a
 split each way, which stay in the L2 cache. The 8.6 GFLOP are what costs.
 
-**Backward** recomputes the scores from `lse`, never holds N x N numbers and uses no atomics: `_attn_bwd_delta_kernel`
-(rows of grad_attended, and delta = <grad_attended, attended>), `_attn_bwd_dq_kernel` (a program owns queries),
+**Backward** recomputes the scores, never holds N x N numbers and uses no atomics: `_attn_bwd_delta_kernel` (rows of
+grad_attended, and delta = <grad_attended, attended>), `_attn_bwd_dq_kernel` (a program owns queries),
 `_attn_bwd_dkv_kernel` (a program owns keys; in "released" dK and dV share one accumulator as k = v, in "paper" they
 are two launches of one accumulator each), `_attn_bwd_finish_kernel`: dF = box3x3(dq), the box being its own adjoint,
 plus the normalisation's backward of dk + dv ("paper": of dq + dk, plus dv).
 
 **Numbers.** Products accumulate in float32. In float16 the box sum is stored divided by 16, as nine times a float16
-can pass its range; scores are scaled back in float32. Scores near 1e5 leave `lse` few digits after the point, and the
-probabilities recomputed from it would not sum to one: in float32 the dq kernel also sums them, and the others divide.
+can pass its range; scores are scaled back in float32. The forward saves `stats` [2, B, N], the rows' maxima m and
+sums l of exp(s - m): apart, as scores near 1e5 would leave their log-sum-exp few digits after the point. Recomputed
+scores of that size may differ from the forward's in the last of those digits, and the probabilities would not sum to
+one: in float32 the dq kernel also sums them, and the others divide by that instead of l.
 """
 
 from __future__ import annotations
@@ -68,7 +70,6 @@ LOG2E = math.log2(math.e)
 _KEY_SHIFT = tl.constexpr(1e-7)
 _NORM_CLAMP = tl.constexpr(1e-12)
 _LOG2E = tl.constexpr(LOG2E)
-_LN2 = tl.constexpr(1.0 / LOG2E)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -194,9 +195,8 @@ def _attn_fwd_kernel(
     out_ptr,  # [B, C, H, W], written where COMBINE
     attended_ptr,  # [B, C, H, W], written where ATTENDED
     partial_ptr,  # [splits, B, N, C] float32, written where PARTIAL
-    max_ptr,  # [splits, B, N] float32, written where PARTIAL
-    sum_ptr,  # [splits, B, N] float32, written where PARTIAL: sum of exp(score - max)
-    lse_ptr,  # [B, N] float32, written where not PARTIAL
+    max_ptr,  # [splits, B, N] float32
+    sum_ptr,  # [splits, B, N] float32: sum of exp(score - max)
     stride_qb,
     stride_qn,
     stride_kb,
@@ -313,16 +313,15 @@ def _attn_fwd_kernel(
     if D1 > 0:
         acc1 = acc1 * inverse[:, None]
 
+    # not their log-sum-exp: near 1e5 it would keep too few digits after the point, for the splits and the backward
+    tl.store(max_ptr + row_index, row_max, mask=row_mask)
+    tl.store(sum_ptr + row_index, total, mask=row_mask)
     if PARTIAL:
-        # not their sum: near 1e5 it would keep too few digits after the point to weigh the splits
-        tl.store(max_ptr + row_index, row_max, mask=row_mask)
-        tl.store(sum_ptr + row_index, total, mask=row_mask)
         out_rows = partial_ptr + row_index[:, None] * HEAD_DIM
         tl.store(out_rows + cols0[None, :], acc0, mask=row_mask[:, None] & (cols0 < HEAD_DIM)[None, :])
         if D1 > 0:
             tl.store(out_rows + cols1[None, :], acc1, mask=row_mask[:, None] & (cols1 < HEAD_DIM)[None, :])
     else:
-        tl.store(lse_ptr + row_index, row_max + tl.log2(total) * _LN2, mask=row_mask)
         a0 = acc0.to(kv_ptr.dtype.element_ty)
         if D1 > 0:
             a1 = acc1.to(kv_ptr.dtype.element_ty)
@@ -387,7 +386,7 @@ def _attn_merge_kernel(
     bias_ptr,  # [C], read where COMBINE
     out_ptr,  # [B, C, H, W], written where COMBINE
     attended_ptr,  # [B, C, H, W], written where ATTENDED
-    lse_ptr,  # [B, N] float32
+    stats_ptr,  # [2, B, N] float32: maximum and sum over all splits
     stride_fb,
     stride_fc,
     stride_fh,
@@ -435,7 +434,8 @@ def _attn_merge_kernel(
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     for s in tl.static_range(SPLITS):
         total += _split_weight(max_ptr, sum_ptr, s * split_rows + row_index, best, row_mask)
-    tl.store(lse_ptr + row_index, best + tl.log2(total) * _LN2, mask=first_mask)
+    tl.store(stats_ptr + row_index, best, mask=first_mask)
+    tl.store(stats_ptr + split_rows + row_index, total, mask=first_mask)
     inverse = 1.0 / total
 
     a_rows = attended_ptr + batch * stride_ab + position_offsets(positions, width, stride_ah, stride_aw, A_FLAT)
@@ -534,10 +534,10 @@ def _attn_bwd_dq_kernel(
     k_ptr,  # [B, N, C] rows
     v_ptr,  # [B, N, C] rows, read where not SHARED_KV
     do_ptr,  # [B, N, C] rows
-    lse_ptr,  # [B, N] float32
+    stats_ptr,  # [2, B, N] float32: m, l
     delta_ptr,  # [B, N] float32
     dq_ptr,  # [splits, B, N, C] float32
-    sum_ptr,  # [splits, B, N] float32, written where RENORM: sum_j exp(s_ij - lse_i)
+    sum_ptr,  # [splits, B, N] float32, written where RENORM: sum_j exp(s_ij - m_i)
     n_batch,
     n_positions,
     num_blocks,
@@ -553,7 +553,10 @@ def _attn_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq_i = sum_j ds_ij k_j, ds = p (dp - delta), p = exp(s - lse), dp = do v^T; a program owns BLOCK_M queries."""
+    """dq_i = sum_j ds_ij k_j, ds = p (dp - delta), p = exp(s - m) / l, dp = do v^T; a program owns BLOCK_M queries.
+
+    RENORM: without the division.
+    """
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     start_m = (tl.program_id(0) % num_blocks) * BLOCK_M
     split = tl.program_id(1)
@@ -588,10 +591,14 @@ def _attn_bwd_dq_kernel(
         acc1 = tl.zeros([BLOCK_M, D1], dtype=tl.float32)
     positions = start_m + rows
     # in units of the stored scores
-    lse = tl.load(lse_ptr + first_row + positions, mask=row_mask, other=0.0) * Q_SCALE
+    row_max = tl.load(stats_ptr + first_row + positions, mask=row_mask, other=0.0) * Q_SCALE
     LOG2E_SCALE: tl.constexpr = _LOG2E / Q_SCALE
     delta = tl.load(delta_ptr + first_row + positions, mask=row_mask, other=0.0)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
+    if not RENORM:
+        all_rows = tl.full([], 1, tl.int64) * n_batch * n_positions
+        inverse = 1.0 / tl.load(stats_ptr + all_rows + first_row + positions, mask=row_mask, other=1.0)
+        delta *= inverse
 
     for start_n in tl.range(begin, end, BLOCK_N):
         key_mask = start_n + keys < end
@@ -608,9 +615,11 @@ def _attn_bwd_dq_kernel(
             dp = dot(do1, tl.trans(v1), dp, PRECISION)
         if not EVEN_N:
             scores = tl.where(key_mask[None, :], scores, float("-inf"))
-        p = _exp(scores, lse[:, None], LOG2E_SCALE, k_ptr.dtype.element_ty)
+        p = _exp(scores, row_max[:, None], LOG2E_SCALE, k_ptr.dtype.element_ty)
         if RENORM:
             total += tl.sum(p, axis=1)
+        else:
+            dp *= inverse[:, None]
         ds = (p * (dp - delta[:, None])).to(k_ptr.dtype.element_ty)
         acc0 = dot(ds, k0, acc0, PRECISION)
         k0_ptrs += BLOCK_N * HEAD_DIM
@@ -635,7 +644,7 @@ def _attn_bwd_dkv_kernel(
     k_ptr,  # [B, N, C] rows
     v_ptr,  # [B, N, C] rows, read where dp is needed and not SHARED_KV
     do_ptr,  # [B, N, C] rows
-    lse_ptr,  # [B, N] float32
+    stats_ptr,  # [2, B, N] float32: m, l
     delta_ptr,  # [B, N] float32
     sum_ptr,  # [SUMS, B, N] float32, read where RENORM
     dkv_ptr,  # [splits, B, N, C] float32
@@ -710,14 +719,16 @@ def _attn_bwd_dkv_kernel(
             scores = dot(k1, tl.trans(q1), scores, PRECISION)
             if WITH_DK:
                 dp = dot(v1, tl.trans(do1), dp, PRECISION)
-        # lse = +inf past the end makes p = 0 there
-        lse = tl.load(lse_ptr + row_index, mask=row_mask, other=float("inf")) * Q_SCALE
-        p = _exp(scores, lse[None, :], LOG2E_SCALE, k_ptr.dtype.element_ty)
+        # m = +inf past the end makes p = 0 there
+        row_max = tl.load(stats_ptr + row_index, mask=row_mask, other=float("inf")) * Q_SCALE
+        p = _exp(scores, row_max[None, :], LOG2E_SCALE, k_ptr.dtype.element_ty)
         if RENORM:
             total = tl.zeros([BLOCK_M], dtype=tl.float32)
             for s in tl.static_range(SUMS):
                 total += tl.load(sum_ptr + s * split_rows + row_index, mask=row_mask, other=1.0)
-            p *= (1.0 / total)[None, :]
+        else:
+            total = tl.load(stats_ptr + split_rows + row_index, mask=row_mask, other=1.0)
+        p *= (1.0 / total)[None, :]
         if WITH_DV:
             pv = p.to(k_ptr.dtype.element_ty)
             acc0 = dot(pv, do0, acc0, PRECISION)
@@ -1015,13 +1026,13 @@ def _forward(
     out: Tensor | None = None,
     attended: Tensor | None = None,
 ) -> Tensor:
-    """Fill `attended` and (with `weight`) `out`, either may be None; return lse."""
+    """Fill `attended` and (with `weight`) `out`, either may be None; return stats."""
     batch, channels, height, width = features.shape
     positions = height * width
     device = features.device
-    lse = torch.empty((batch, positions), dtype=torch.float32, device=device)
+    stats = torch.empty((2, batch, positions), dtype=torch.float32, device=device)
     if batch == 0:
-        return lse
+        return stats
     precision = dot_precision(features.dtype)
     generation, num_sms = device_generation(device)
     kind = config_kind(features.dtype, precision)
@@ -1033,7 +1044,7 @@ def _forward(
     weight_rows = None if weight is None else weight.reshape(channels, 2 * channels).contiguous()
     bias = None if bias is None else bias.contiguous()
     d0, d1 = split_head(channels)
-    partial = row_max = row_sum = None
+    partial, (row_max, row_sum) = None, stats
     if splits > 1:
         partial = torch.empty((splits, batch, positions, channels), dtype=torch.float32, device=device)
         row_max, row_sum = torch.empty((2, splits, batch, positions), dtype=torch.float32, device=device)
@@ -1062,7 +1073,6 @@ def _forward(
             partial,
             row_max,
             row_sum,
-            lse,
             q.stride(0),
             q.stride(1),
             kv.stride(0),
@@ -1108,7 +1118,7 @@ def _forward(
                 bias,
                 out,
                 attended if attended is not None else out,
-                lse,
+                stats,
                 *_strides(features),
                 *_strides(out),
                 *_strides(attended),
@@ -1125,7 +1135,7 @@ def _forward(
                 num_stages=_merge_stages(merge, block_d, splits, features.element_size(), generation),
                 **flags,
             )
-    return lse
+    return stats
 
 
 def attention_forward(features: Tensor, variant: str, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -1138,11 +1148,11 @@ def attention_forward(features: Tensor, variant: str, *, out: Tensor | None = No
 
     Returns:
         attended [B, C, H, W] (`out` where given, else with the strides of ``torch.empty_like(features)``), and
-        lse [B, H*W] float32, the natural logarithm of each query's sum of exponentiated scores.
+        stats [2, B, H*W] float32: of each query's scores the maximum m (0 in "paper"), and the sum of exp(score - m).
     """
     attended = torch.empty_like(features) if out is None else out
-    lse = _forward(features, variant, attended=attended)
-    return attended, lse
+    stats = _forward(features, variant, attended=attended)
+    return attended, stats
 
 
 def attention_block_forward(
@@ -1165,7 +1175,8 @@ def attention_block_forward(
         save_attended: also return what the backward needs; otherwise `attention_inference` computes the result.
 
     Returns:
-        out [B, C, H, W], attended [B, C, H, W] or None, lse [B, H*W] float32 or None.
+        out [B, C, H, W], attended [B, C, H, W] or None, stats [2, B, H*W] float32 as from
+        :func:`attention_forward` or None.
     """
     if not save_attended:
         from .attention_inference import attention_block_inference  # which imports this module
@@ -1173,15 +1184,15 @@ def attention_block_forward(
         return attention_block_inference(features, weight, bias, variant, out=out), None, None
     result = torch.empty_like(features) if out is None else out
     attended = torch.empty_like(features)
-    lse = _forward(features, variant, weight=weight, bias=bias, out=result, attended=attended)
-    return result, attended, lse
+    stats = _forward(features, variant, weight=weight, bias=bias, out=result, attended=attended)
+    return result, attended, stats
 
 
 def _backward(
     grad_attended: Tensor,
     features: Tensor,
     attended: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     variant: str,
     direct: Tensor | None,
 ) -> Tensor:
@@ -1251,7 +1262,7 @@ def _backward(
             k,
             v,
             do,
-            lse,
+            stats,
             delta,
             dq,
             sums,
@@ -1273,7 +1284,7 @@ def _backward(
                 k,
                 v,
                 do,
-                lse,
+                stats,
                 delta,
                 sums,
                 result,
@@ -1324,27 +1335,27 @@ def _backward(
 
 
 def attention_backward(
-    grad_attended: Tensor, features: Tensor, attended: Tensor, lse: Tensor, variant: str
+    grad_attended: Tensor, features: Tensor, attended: Tensor, stats: Tensor, variant: str
 ) -> Tensor:
     """Gradient with respect to the features.
 
     Args:
         grad_attended: [B, C, H, W], any strides, the dtype of `features`.
         features: what the forward was given.
-        attended, lse: what :func:`attention_forward` returned.
+        attended, stats: what :func:`attention_forward` returned.
         variant: "released" or "paper".
 
     Returns:
         [B, C, H, W], with the strides of ``torch.empty_like(features)``. Deterministic: no atomics.
     """
-    return _backward(grad_attended, features, attended, lse, variant, None)
+    return _backward(grad_attended, features, attended, stats, variant, None)
 
 
 def attention_block_backward(
     grad_out: Tensor,
     features: Tensor,
     attended: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     weight: Tensor,
     variant: str,
     *,
@@ -1355,7 +1366,7 @@ def attention_block_backward(
     Args:
         grad_out: [B, C, H, W], any strides, the dtype of `features`.
         features, weight, variant: what the forward was given.
-        attended, lse: what :func:`attention_block_forward` returned with ``save_attended=True``.
+        attended, stats: what :func:`attention_block_forward` returned with ``save_attended=True``.
 
     Returns:
         [B, C, H, W], [C, 2C, 1, 1], [C], each None where not needed.
@@ -1371,7 +1382,7 @@ def attention_block_backward(
             grad_a, grad_f = grad_pair[:, :channels], grad_pair[:, channels:]
             if paper:
                 grad_a, grad_f = grad_f, grad_a
-            df = _backward(grad_a, features, attended, lse, variant, grad_f)
+            df = _backward(grad_a, features, attended, stats, variant, grad_f)
         if needs[1]:
             pair = (features, attended) if paper else (attended, features)
             halves = [torch.einsum("bon,bcn->oc", grad_rows, x.flatten(2)) for x in pair]

@@ -53,6 +53,10 @@ class Format(str, Enum):
     webp = "webp"
     tiff = "tiff"
     bmp = "bmp"
+    avif = "avif"
+    jp2 = "jp2"
+    ppm = "ppm"
+    tga = "tga"
 
 
 class Variant(str, Enum):
@@ -78,6 +82,25 @@ class Stored(str, Enum):
     float32 = "float32"
 
 
+def _given(text: str) -> str:
+    """A path or name; an empty one, as of a variable that is not set, would mean the current folder."""
+    if not text.strip():
+        raise typer.BadParameter("got an empty text")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_given(text))
+
+
+def _folder(text: str) -> Path:
+    from .pipeline.files import ADDRESS
+
+    if ADDRESS.match(text):
+        raise typer.BadParameter(f"expected a folder, got the address {text}")
+    return _path(text)
+
+
 @app.callback()
 def commands() -> None:
     """LGNet image inpainting, made fast."""
@@ -85,10 +108,22 @@ def commands() -> None:
 
 @app.command()
 def run(
-    source: Annotated[Path, typer.Option("-i", "--input", help="A picture, a folder of them, or tar shards.")],
-    out: Annotated[Path, typer.Option("-o", "--output", help="The result's file or folder; replaced if it exists.")],
+    source: Annotated[
+        Path, typer.Option("-i", "--input", parser=_path, help="A picture, a folder of them, tar shards; -: a pipe.")
+    ],
+    out: Annotated[
+        str,
+        typer.Option(
+            "-o", "--output", parser=_given, help="The result's file or folder; replaced if it exists; -: a pipe."
+        ),
+    ],
     mask: Annotated[
-        Path | None, typer.Option("-m", "--mask", help="A mask (white = fill), or a folder paired by name.")
+        Path | None,
+        typer.Option("-m", "--mask", parser=_path, help="A mask (white = fill), or a folder paired by name."),
+    ] = None,
+    mask_suffix: Annotated[
+        str | None,
+        typer.Option(help="Masks are named like their pictures with this added, e.g. _mask (also _mask001)."),
     ] = None,
     strategy: Annotated[Strategy, typer.Option(help="How large pictures are handled.")] = Strategy.auto,
     mask_threshold: Annotated[float, typer.Option(help="Mask levels above this share are hole; below 1.")] = 0.5,
@@ -102,8 +137,10 @@ def run(
     dilate: Annotated[int, typer.Option(min=0, help="Grow the hole by this many pixels.")] = 0,
     feather: Annotated[int, typer.Option(min=0, help="Blend over this many pixels around the hole.")] = 0,
     format: Annotated[Format | None, typer.Option(help="The results' format; default: each picture's.")] = None,
-    quality: Annotated[int | None, typer.Option(min=1, max=100, help="For JPEG and WebP.")] = None,
-    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the bundled one.")] = None,
+    quality: Annotated[int | None, typer.Option(min=1, max=100, help="For JPEG, WebP, AVIF, HEIC.")] = None,
+    model: Annotated[
+        str | None, typer.Option(parser=_given, help="A model folder or hub id; default: the bundled one.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
     backend: Annotated[str, typer.Option(help="auto, eager, triton, cpp.")] = "auto",
@@ -111,14 +148,16 @@ def run(
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on with an interrupted run; always so under `accelerate launch`.")
     ] = False,
-    report: Annotated[Path | None, typer.Option(help="Write a JSON report to this file.")] = None,
+    report: Annotated[
+        Path | None, typer.Option(parser=_path, help="Write a JSON report to this file, as the run goes.")
+    ] = None,
 ) -> None:
     """Fill the holes of a picture, of a folder of pictures, or of tar shards.
 
     Started by `accelerate launch -m lgnet_fast run ...`, the processes share the work and merge one report; the same
     command run again does only what is not done.
 
-    Exit code: 0 all done, 1 some pictures failed, 2 the run could not start.
+    Exit code: 0 all done, 1 some pictures failed or were left out, 2 the run could not start, 130 after Ctrl-C.
     """
     # Imported here so that --help does not wait for torch.
     from .pipeline.batch import UsageError
@@ -131,6 +170,7 @@ def run(
             source,
             mask,
             out,
+            mask_suffix=mask_suffix,
             format=format and format.value,
             quality=quality,
             skip_existing=skip_existing,
@@ -153,20 +193,26 @@ def run(
 
 @app.command("eval")
 def evaluate(
-    pictures: Annotated[Path, typer.Option("-i", "--input", help="A folder of pictures, or one picture.")],
-    out: Annotated[Path, typer.Option("-o", "--output", help="Folder for evaluation.json, .md and .png.")],
+    pictures: Annotated[
+        Path, typer.Option("-i", "--input", parser=_path, help="A folder of pictures, or one picture.")
+    ],
+    out: Annotated[
+        Path, typer.Option("-o", "--output", parser=_folder, help="Folder for evaluation.json, .md and .png.")
+    ],
     masks: Annotated[
         Path | None,
         typer.Option(
             "-m",
             "--masks",
+            parser=_path,
             help="A folder of masks (white = hole), with --suite PICTURE_thin.png and so on; default: drawn ones.",
         ),
     ] = None,
     model: Annotated[
         list[str] | None,
         typer.Option(
-            help="A model folder or hub id, or TITLE=it ('bundled': the package's own); more than one allowed."
+            parser=_given,
+            help="A model folder or hub id, or TITLE=it ('bundled': the package's own); more than one allowed.",
         ),
     ] = None,
     classes: Annotated[
@@ -283,8 +329,12 @@ def train(
 
 @app.command()
 def convert(
-    source: Annotated[Path, typer.Argument(help="Folder with <epoch>_net_G1.pth, _G2.pth and _G3.pth.")],
-    out: Annotated[Path, typer.Argument(help="Model folder to write: config.json and model.safetensors.")],
+    source: Annotated[
+        Path, typer.Argument(parser=_path, help="Folder with <epoch>_net_G1.pth, _G2.pth and _G3.pth.")
+    ],
+    out: Annotated[
+        Path, typer.Argument(parser=_folder, help="Model folder to write: config.json and model.safetensors.")
+    ],
     epoch: Annotated[str | None, typer.Option(help="Which one, where the folder holds several.")] = None,
     variant: Annotated[Variant, typer.Option(help="Attention the weights were trained with.")] = Variant.released,
     dtype: Annotated[Stored | None, typer.Option(help="Store floating tensors so; default: as they are.")] = None,
@@ -322,6 +372,33 @@ def info(
     except ValueError as error:
         raise typer.BadParameter(str(error), param_hint="--plan") from None
     Console(width=140).print(optimize(model, device="cpu").describe())
+
+
+@app.command()
+def verify(
+    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the bundled one.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Check every kernel and the engine on this machine against plain PyTorch, anew, and print each error.
+
+    On an NVIDIA GPU the verdicts are kept (`lgnet-fast info` shows them), and decide what later runs take.
+
+    Exit code: 0 all as it should be, 1 something failed and something slower runs in its place, 2 it could not start.
+    """
+    from .engine.devices import resolve_device, resolve_dtype
+    from .engine.verify import render
+    from .engine.verify import verify as run_checks
+    from .reference import LGNet
+    from .weights import bundled_path
+
+    with _one_line_errors():
+        target = resolve_device(device)
+        network = LGNet.from_pretrained(model or bundled_path())
+        report = run_checks(network, target, resolve_dtype(dtype, target))
+    _print(report, json, render, lambda r: r.as_dict())
+    raise typer.Exit(0 if report.passed else 1)
 
 
 @app.command()
@@ -384,7 +461,9 @@ def bench(
 
 @app.command()
 def demo(
-    out: Annotated[Path, typer.Option("--output", "-o", help="Folder for the results.")] = Path("demo_output"),
+    out: Annotated[Path, typer.Option("--output", "-o", parser=_folder, help="Folder for the results.")] = Path(
+        "demo_output"
+    ),
 ) -> None:
     """Fill the bundled pictures with the bundled model; writes results and contact sheets."""
     from .demo import run_demo
@@ -413,8 +492,11 @@ def _from_checkout(module: str) -> Any:
 
 @contextmanager
 def _one_line_errors(*more: type[Exception]) -> Iterator[None]:
-    """What the user can put right becomes one line on stderr and exit code 2, without a traceback."""
-    expected: tuple[type[Exception], ...] = (LGNetError, *more)
+    """What the user can put right becomes one line on stderr and exit code 2, without a traceback.
+
+    OSError too: a full disk, a folder without rights, a name that is too long.
+    """
+    expected: tuple[type[Exception], ...] = (LGNetError, OSError, *more)
     try:
         yield
     except expected as error:

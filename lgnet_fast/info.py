@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
+from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 from rich.console import Group
 from rich.table import Table
+from rich.text import Text
 
-from . import __version__
+from . import __version__, cache
+from .engine.verified import Verdict
 from .ops.dispatch import FUSED, reason_against
 
 _PACKAGES = (
@@ -20,6 +23,9 @@ _PACKAGES = (
     "numpy",
     "pillow",
     "scipy",
+    "imagecodecs",
+    "tifffile",
+    "pillow-heif",
     "safetensors",
     "huggingface_hub",
     "onnxruntime",
@@ -87,21 +93,45 @@ def collect() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "devices": devices,
         "backends": {d["device"]: _backends(d["device"]) for d in devices},
+        "cache": str(cache.folder() or "none"),
+        "verdicts": [
+            asdict(e.key) | {"check": e.name, "found": _found(e.value)} for e in cache.entries(cache.VERDICTS)
+        ],
     }
+
+
+def _found(value: Any) -> str:
+    """A verdict in words: of an operator's first use, or of the engine."""
+    if isinstance(value, dict) and "passed" in value:
+        return "passed" if value["passed"] else f"eager PyTorch runs: {value.get('reason')}"
+    verdict = Verdict.from_dict(value)
+    return "not readable" if verdict is None else str(verdict)
 
 
 def render(info: dict[str, Any]) -> Group:
     """The same as tables for a terminal."""
-    versions = Table("package", "version", title=f"lgnet_fast {info['lgnet_fast']}")
+    versions = _table(f"lgnet_fast {info['lgnet_fast']}", "package", "version")
     for name, number in {"python": info["python"], **info["packages"], "CUDA of PyTorch": info["cuda"]}.items():
-        versions.add_row(name, number or "none")
-    devices = Table("device", "what", title=info["platform"])
+        _add(versions, name, number or "none")
+    devices = _table(info["platform"], "device", "what")
     for device in info["devices"]:
-        devices.add_row(device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
-    backends = Table("device", "backend", "operator", "runs", title="backends")
+        _add(devices, device["device"], ", ".join(f"{k} {v}" for k, v in device.items() if k != "device"))
+    backends = _table("backends", "device", "backend", "operator", "runs")
     for device_name, by_backend in info["backends"].items():
         for backend, by_operator in by_backend.items():
             for operator, reason in by_operator.items():
-                backends.add_row(device_name, backend, operator, "yes" if reason is None else f"no: {reason}")
-        backends.add_row(device_name, "eager", "all", "yes")
-    return Group(versions, devices, backends)
+                _add(backends, device_name, backend, operator, "yes" if reason is None else f"no: {reason}")
+        _add(backends, device_name, "eager", "all", "yes")
+    verdicts = _table(f"verdicts kept in {info['cache']}", "card", "dtype", "check", "found")
+    for v in info["verdicts"]:
+        _add(verdicts, v["card"], v["dtype"], v["check"], v["found"])
+    return Group(versions, devices, backends, *([verdicts] if info["verdicts"] else []))
+
+
+def _table(title: str, *heads: str) -> Table:
+    return Table(*heads, title=Text(title))
+
+
+def _add(table: Table, *cells: str) -> None:
+    # As Text: rich would read what stands in brackets, such as the extra of a package, as markup.
+    table.add_row(*(Text(cell) for cell in cells))

@@ -2,14 +2,44 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 
 import pytest
 import torch
 
+from lgnet_fast.ops import cpp
 from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill
+
+
+def pretend_to_have(isa: str) -> None:
+    """Let the extension find no instruction set beyond `isa`, as on a lesser processor (see run_machines.py)."""
+    library = cpp._library()
+    names, set_isa = library.isa_available(), library.set_isa
+    if isa not in names:
+        pytest.exit(f"LGNET_FAST_TEST_ISA: expected one of {names}, got {isa}", returncode=2)
+    library.isa_available = lambda: names[: names.index(isa) + 1]
+    library.set_isa = lambda name: set_isa(isa if name == "auto" else name)
+    set_isa(isa)
+
+
+if isa := os.environ.get("LGNET_FAST_TEST_ISA"):
+    pretend_to_have(isa)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for mark in item.iter_markers("slow"):
+            if not mark.kwargs.get("reason"):
+                raise pytest.UsageError(f"{item.nodeid}: slow needs a reason")
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Verdicts and choices of the tests stay among themselves."""
+    monkeypatch.setenv("LGNET_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture

@@ -1,8 +1,9 @@
-"""What several test files share: the conformance recipe, and small models."""
+"""What several test files share: the conformance recipe, and the accuracy rule."""
 
 from __future__ import annotations
 
 import json
+import os
 from functools import cache
 from pathlib import Path
 
@@ -39,3 +40,51 @@ def case(name: str, batch: int, height: int, width: int, dtype: torch.dtype = to
     """The recipe's image [B, 3, H, W] and mask [B, 1, H, W] of that name."""
     image = torch.from_numpy(recipe.image(name, batch, height, width)).to(dtype)
     return image, torch.from_numpy(recipe.mask(name, batch, height, width)).to(dtype)
+
+
+# Roundings of the output's scale that the rule allows beyond twice eager's error. float32: eager sums in another
+# order, sometimes luckily. float64 is the reference itself, so that what its own sums lose counts too.
+ROUNDINGS = {torch.float64: 4096, torch.float32: 4, torch.float16: 1, torch.bfloat16: 1}
+
+
+def assert_accurate(
+    name: str,
+    actual: Tensor,
+    exact: Tensor,
+    eager: Tensor | None = None,
+    *,
+    terms: float = 0.0,
+    roundings: float | None = None,
+) -> None:
+    """The project's accuracy rule: worst error at most twice eager's in the same dtype, plus roundings of the scale.
+
+    Nothing in it is a number of one machine: errors are relative to the largest exact value, in eps of the dtype.
+    Where the exact value overflows the dtype nothing is compared; where only eager does, more roundings are allowed.
+
+    Args:
+        name: of the tensor, for the message.
+        actual, exact: what is tested, and its value in float64 (or by an equivalent form, for `roundings`).
+        eager: what plain PyTorch gives in the dtype of `actual` on this machine. None: only roundings are allowed.
+        terms: size of the terms whose roundings count, where they cancel to something much smaller.
+        roundings: instead of `ROUNDINGS`, for outputs of many layers or without `eager`.
+    """
+    assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)}, exact {tuple(exact.shape)}"
+    assert eager is None or actual.dtype == eager.dtype, f"{name}: {actual.dtype}, eager {eager.dtype}"
+    if exact.numel() == 0:
+        return
+    info = torch.finfo(actual.dtype)
+    exact, factor, allowed = exact.double(), 2.0, ROUNDINGS[actual.dtype] if roundings is None else roundings
+    if actual.dtype == torch.bfloat16 and os.environ.get("TRITON_INTERPRET") == "1":
+        # Triton's interpreter truncates to bfloat16 instead of rounding.
+        factor, allowed = 2 * factor, 2 * allowed
+    representable = exact.abs() < info.max / 4
+    error = torch.where(representable, (actual.double() - exact).abs(), 0.0).max().item()
+    scale = max(terms, torch.where(representable, exact.abs(), 0.0).max().item())
+    eager_error = 0.0
+    if eager is not None:
+        comparable = representable & eager.isfinite()
+        eager_error = torch.where(comparable, (eager.double() - exact).abs(), 0.0).max().item()
+        if not torch.equal(comparable, representable):
+            allowed *= 8
+    bound = factor * eager_error + allowed * info.eps * scale + info.tiny
+    assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e} (eager {eager_error:.3e}, scale {scale:.3e})"

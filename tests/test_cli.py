@@ -7,10 +7,14 @@ import json
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from lgnet_fast import LGNet, create_model
+from lgnet_fast import LGNet, cache, create_model
 from lgnet_fast.cli import app
+from lgnet_fast.engine.verified import Verdict
+from lgnet_fast.info import render
+from lgnet_fast.ops import cpp
 from lgnet_fast.samples import sample_paths
 
 
@@ -55,9 +59,38 @@ def test_info_says_what_runs_and_why_not():
     cpu = report["backends"]["cpu"]
     assert "need an NVIDIA GPU" in cpu["triton"]["attention_block"]
     assert cpu["cpp"]["merge_concat"] is None
+    assert {"imagecodecs", "tifffile", "pillow-heif"} <= set(report["packages"])
     text = invoke("info").stdout
     assert "no: " in text
     assert "yes" in text
+
+
+def test_info_prints_what_stands_in_brackets():
+    """rich reads [brackets] in plain table cells as markup, and drops them."""
+    reasons = {"attention_block": "needs the extra [a] (pip install 'lgnet-fast[triton]')", "merge_concat": None}
+    report = {
+        "lgnet_fast": "1[b]", "python": "3[c]", "platform": "here [d]", "packages": {"some": "2[e]"}, "cuda": None,
+        "devices": [{"device": "cpu", "name": "one [f]"}], "backends": {"cpu": {"triton": reasons}},
+        "cache": "in [g]", "verdicts": [{"card": "k [h]", "dtype": "half", "check": "c [i]", "found": "found [j]"}],
+    }  # fmt: skip
+    console = Console(width=200)
+    with console.capture() as captured:
+        console.print(render(report))
+    text = captured.get()
+    for part in (
+        "1[b]",
+        "3[c]",
+        "here [d]",
+        "2[e]",
+        "one [f]",
+        "extra [a]",
+        "in [g]",
+        "k [h]",
+        "c [i]",
+        "found [j]",
+        "'lgnet-fast[triton]'",
+    ):
+        assert part in text
 
 
 def test_info_names_the_missing_extension(monkeypatch):
@@ -100,3 +133,47 @@ def test_demo_fills_every_sample(tmp_path):
         error, white = (after - before)[hole].abs().double().mean(), (255 - before)[hole].abs().double().mean()
         assert 0 < error < white / 2
         assert Image.open(tmp_path / f"{name}_sheet.png").width == 5 * 328 + 8
+
+
+def test_verify_prints_every_check_with_its_error():
+    result = invoke("verify", "--json", "--device", "cpu")
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    names = [check["name"] for check in report["checks"]]
+    assert "merge_concat, with gradient" in names
+    assert "attention_block released, up to 128 channels, without gradient" in names
+    assert names[-1] == "engine"
+    assert all(0 <= check["error"] <= check["limit"] and check["passed"] for check in report["checks"])
+    assert report["runs"] == "the engine, in C++"
+    assert report["key"]["dtype"] == "float32"
+
+
+def test_verify_fails_where_a_kernel_is_wrong(monkeypatch):
+    forward = cpp.attention_block_forward
+
+    def moved(*args, **options):
+        out, *rest = forward(*args, **options)
+        return out.roll(1, dims=3), *rest
+
+    monkeypatch.setattr(cpp, "attention_block_forward", moved)
+    result = invoke("verify", "--device", "cpu")
+    assert result.exit_code == 1
+    assert "is allowed" in " ".join(result.stdout.split())
+
+
+def test_info_shows_kept_verdicts(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
+    key = cache.key_for(torch.device("cpu"), torch.float16)
+    passed = {"passed": True, "reason": None, "error": 0.1, "limit": 0.2}
+    cache.put(key, cache.VERDICTS, "merge, with gradient", passed)
+    cache.put(key, cache.VERDICTS, "merge, without gradient", passed | {"passed": False, "reason": "OutOfResources"})
+    cache.put(key, cache.VERDICTS, "engine x", Verdict("library", "u.d1: wrong", ("u.d1",)).as_dict())
+    cache.put(key, cache.VERDICTS, "engine y", {"runs": "by magic"})
+    found = {v["check"]: v["found"] for v in json.loads(invoke("info", "--json").stdout)["verdicts"]}
+    assert found == {
+        "merge, with gradient": "passed",
+        "merge, without gradient": "eager PyTorch runs: OutOfResources",
+        "engine x": "the engine with u.d1 by PyTorch's operators (u.d1: wrong)",
+        "engine y": "not readable",
+    }
+    assert "OutOfResources" in invoke("info").stdout

@@ -183,7 +183,7 @@ def test_report(fake, tmp_path):
         "strategy": "full", "passes": 1, "hole_ratio": 0.25, "warnings": [], "error": None,
     }  # fmt: skip
     assert data["totals"].pop("seconds") > 0
-    assert data["totals"] == {"items": 1, "ok": 1, "failed": 0, "skipped": 0}
+    assert data["totals"] == {"items": 1, "ok": 1, "failed": 0, "skipped": 0, "left_out": 0}
     assert set(data["versions"]) == {"lgnet_fast", "torch", "numpy", "pillow", "python"}
 
     result = _run("-i", picture, "-m", empty, "-o", tmp_path / "o.png", "--report", report, "--allow-any-mask")

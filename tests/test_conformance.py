@@ -8,7 +8,7 @@ import torch
 
 from lgnet_fast.reference import LGNet, LocalNet
 from lgnet_fast.reference.attention import attention_weights, cosine_attention
-from tests.support import CONFORMANCE, case, released_state
+from tests.support import CONFORMANCE, assert_accurate, case, released_state
 
 CASES = {"gen256": ("generator_256.npz", (2, 256, 256)), "gen512": ("generator_512x256.npz", (1, 512, 256))}
 
@@ -18,55 +18,59 @@ def model() -> LGNet:
     return LGNet.from_released({net: released_state(net) for net in ("G1", "G2", "G3")}, backend="eager")
 
 
-def worst_error(pictures: dict[str, torch.Tensor], vectors: np.lib.npyio.NpzFile) -> dict[str, float]:
-    errors = {}
+def check(pictures: dict[str, torch.Tensor], vectors: np.lib.npyio.NpzFile) -> None:
     for name, picture in pictures.items():
-        p = picture.double().numpy()
+        p = picture.double()
         views = {"strided": p[..., 1::4, 2::4], "patch": p[..., 96:128, 96:128]}
-        views |= {"mean": p.mean((2, 3)), "std": p.std((2, 3))}
+        views |= {"mean": p.mean((2, 3)), "std": p.std((2, 3), correction=0)}
         for view, value in views.items():
-            assert value.shape == vectors[f"{name}.{view}"].shape
-            errors[f"{name}.{view}"] = float(np.abs(value - vectors[f"{name}.{view}"]).max())
-    return errors
+            expected = torch.from_numpy(vectors[f"{name}.{view}"])
+            # Samples are stored in float32. A network of 40 layers in float32 loses 10 bits, on some processors more.
+            dtype = expected.dtype if picture.dtype == torch.float64 else picture.dtype
+            assert_accurate(f"{name}.{view}", value.to(dtype), expected, roundings=ALLOWED[picture.dtype, dtype])
+
+
+ALLOWED = {
+    (torch.float64, torch.float64): 2**20,
+    (torch.float64, torch.float32): 1,
+    (torch.float32, torch.float32): 2**11,
+}
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-5), (torch.float32, 1e-4)])
-def test_generator_reproduces_the_released_network(model, name, dtype, bound):
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_generator_reproduces_the_released_network(model, name, dtype):
     file, shape = CASES[name]
     image, mask = case(name, *shape, dtype=dtype)
     with torch.no_grad():
         stages = model.to(dtype)(image, mask, return_stages=True)
-        result = model(image, mask)
     model.double()
-    assert torch.equal(result, stages.merged[2])
-    pictures = {"coarse": stages.coarse, "local": stages.local, "refined": stages.refined, "merged": result}
-    errors = worst_error(pictures, np.load(CONFORMANCE / file))
-    assert max(errors.values()) < bound, errors
-    assert torch.equal(torch.where(mask.bool(), image, result), image)
+    pictures = {"coarse": stages.coarse, "local": stages.local, "refined": stages.refined, "merged": stages.merged[2]}
+    check(pictures, np.load(CONFORMANCE / file))
+    assert torch.equal(torch.where(mask.bool(), image, stages.merged[2]), image)
 
 
 def test_float32_error_is_as_small_as_the_specification_says(model):
-    image, mask = case("gen256", 2, 256, 256)
+    image, mask = case("gen256", 1, 256, 256)
     with torch.no_grad():
         exact = model(image, mask)
         single = model.float()(image.float(), mask.float()).double()
     model.double()
     relative = ((single - exact).norm() / exact.norm()).item()
     assert 1e-8 < relative < 5e-6
-    assert (single - exact).abs().max() < 5e-5
+    assert_accurate("picture", single.float(), exact, roundings=2**10)
 
 
 def test_attention_output_weights_and_gradient():
     vectors = np.load(CONFORMANCE / "attention.npz")
     x = torch.from_numpy(vectors["x"]).requires_grad_()
     y = cosine_attention(x, "released")
-    np.testing.assert_allclose(y.detach().numpy(), vectors["y"], rtol=0, atol=1e-10)
+    assert_accurate("attended", y.detach(), torch.from_numpy(vectors["y"]))
     (y * torch.from_numpy(vectors["w"])).sum().backward()
-    np.testing.assert_allclose(x.grad.numpy(), vectors["grad_x"], rtol=0, atol=1e-9)
-    weights = attention_weights(x[:1].detach(), "released")[0].numpy()
-    np.testing.assert_allclose(weights, vectors["scores"], rtol=0, atol=1e-10)
-    np.testing.assert_allclose(weights.sum(1), 1.0, atol=1e-12)
+    assert_accurate("gradient", x.grad, torch.from_numpy(vectors["grad_x"]))
+    weights = attention_weights(x[:1].detach(), "released")[0]
+    assert_accurate("weights", weights, torch.from_numpy(vectors["scores"]))
+    assert_accurate("sums", weights.sum(1), torch.ones(len(weights)))
 
 
 def test_box_sum_on_features_equals_box_sum_on_the_score_map():
@@ -82,7 +86,7 @@ def test_box_sum_on_features_equals_box_sum_on_the_score_map():
     )
     weights = box.reshape(2, n, n).softmax(dim=1)
     y = torch.einsum("bcj,bji->bci", k, weights).reshape(f.shape)
-    assert (cosine_attention(f, "released") - y).abs().max() < 1e-13
+    assert_accurate("attended", cosine_attention(f, "released"), y)
 
 
 def test_paper_attention_is_equation_10():
@@ -92,8 +96,8 @@ def test_paper_attention_is_equation_10():
     unit = rows / np.linalg.norm(rows, axis=1, keepdims=True)
     cosine = unit @ unit.T
     weights = np.exp(cosine) / np.exp(cosine).sum(1, keepdims=True)
-    expected = (weights @ rows).T.reshape(1, 6, 4, 5)
-    np.testing.assert_allclose(cosine_attention(f, "paper").numpy(), expected, atol=1e-13)
+    expected = (weights @ rows).T.reshape(6, 4, 5)
+    assert_accurate("attended", cosine_attention(f, "paper")[0], torch.from_numpy(expected))
 
 
 def test_receptive_field_of_the_local_network():

@@ -10,7 +10,7 @@ import torch
 
 from lgnet_fast import WeightsError
 from lgnet_fast.reference.discriminator import Discriminator
-from tests.support import CONFORMANCE, case, keys, released_state
+from tests.support import CONFORMANCE, assert_accurate, case, keys, released_state
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,9 @@ def test_scores_of_the_released_network(net):
     with torch.no_grad():
         scores = net(image)
     assert scores.dtype == torch.float64
-    np.testing.assert_allclose(scores.numpy(), np.load(CONFORMANCE / "discriminator.npz")["y"], rtol=0, atol=1e-10)
+    expected = torch.from_numpy(np.load(CONFORMANCE / "discriminator.npz")["y"])
+    # Five layers, scores of 1e6: two processors' differ in the last 15 bits.
+    assert_accurate("scores", scores, expected, roundings=2**20)
 
 
 @pytest.mark.parametrize(("variant", "side"), [("released", 27), ("paper", 32)])

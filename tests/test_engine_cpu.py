@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from functools import cache
 
 import pytest
@@ -18,7 +19,7 @@ from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.ops import cpp
 from lgnet_fast.reference.lgnet import LGNet
-from tests.support import case, released_state
+from tests.support import assert_accurate, case, released_state
 
 pytestmark = pytest.mark.skipif(
     CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
@@ -92,11 +93,11 @@ def choices(plan: Plan, kernel: str) -> dict[str, str]:
     return {name: kernel if kernel in options else options[0] for name, options in able.items()}
 
 
-def assert_close(got: Tensor, expected: Tensor, rms: float = 2e-5, worst: float = 1e-3) -> None:
-    error = got.double() - expected
-    assert not got.isnan().any()
-    assert error.square().mean().sqrt() <= rms
-    assert error.abs().max() <= worst
+def assert_close(got: Tensor, expected: Tensor, rms: float = 170, roundings: float = 2**13) -> None:
+    """A whole network, where Winograd may be used: root mean square and worst error, in roundings of the scale."""
+    assert_accurate("worst", got, expected, roundings=roundings)
+    error = (got.double() - expected).square().mean().sqrt()
+    assert error <= rms * torch.finfo(got.dtype).eps * expected.abs().max()
 
 
 def check(
@@ -183,7 +184,7 @@ def test_regions_give_the_same_pixels(holes, kernel):
     expected, _ = executor.run(image, mask)
     regions = [step.regions for step in dense.restricted(HOLES[holes]).steps]
     got, _, _ = executor._run(image, mask, None, executor._listed(regions), poison=True)
-    assert_close(got, expected.double(), rms=5e-6, worst=2e-4)
+    assert_close(got, expected.double(), rms=42, roundings=2**11)
     outside = (mask == 0).expand_as(got)
     assert torch.equal(got[outside], image.float()[outside])
 
@@ -210,11 +211,11 @@ def test_each_sample_has_regions_of_its_own():
     regions = [[step.regions for step in plan.restricted(holes).steps] for holes in own]
     for given in (regions, [regions[0], None, regions[2]]):
         got, _ = executor.run_each(image, mask, None, given)
-        assert_close(got, expected.double(), rms=5e-6, worst=2e-4)
+        assert_close(got, expected.double(), rms=42, roundings=2**11)
         assert torch.equal(got[1], image[1].float())
     # The others' regions change nothing: neither do their tiles meet, nor does one sample wait in another's buffers.
     alone, _ = CpuExecutor(plan_of(5)).run(image[:1], mask[:1], None, regions[0])
-    assert_close(executor.run_each(image, mask, None, regions)[0][:1], alone.double(), rms=1e-6, worst=1e-5)
+    assert_close(executor.run_each(image, mask, None, regions)[0][:1], alone.double(), rms=8, roundings=2**7)
 
 
 def test_no_region_at_all_returns_the_picture():
@@ -323,12 +324,12 @@ def test_bf16_is_close():
     plan = plan_of(16)
     result, raw = CpuExecutor(plan, torch.bfloat16).run(*picture(1, 256, 256))
     expected, expected_raw = truth((16,), 1, 256, 256)
-    assert_close(result, expected, rms=0.02, worst=0.5)
+    assert_close(result.bfloat16(), expected, rms=2.6, roundings=64)
     for got, want in zip(raw, expected_raw, strict=True):
-        assert_close(got, want, rms=0.05, worst=1)
+        assert_close(got.bfloat16(), want, rms=6.4, roundings=128)
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="packs the full network a second time: test_engine.py runs it through the engine")
 def test_lgnet_with_the_recipe_s_weights():
     """The whole network: 99% of the hole's 8-bit samples equal, none off by more than one, RMS error at most 1e-4."""
     model = LGNet.from_released({net: released_state(net, torch.float32) for net in ("G1", "G2", "G3")})
@@ -346,3 +347,78 @@ def test_lgnet_with_the_recipe_s_weights():
     assert (off == 0).double().mean() >= 0.99
     assert off.max() <= 1
     assert error.square().mean().sqrt() <= 1e-4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
+    """NaN or infinity in one weight of each kind of step, in a run restricted to the hole."""
+    if dtype == torch.bfloat16 and not cpp._library().packing(True)[0]:
+        pytest.skip("no products of bf16 pairs")
+    plan = plan_of(2)
+    image, mask = picture(1, 256, 256)
+    mask = torch.zeros_like(mask)
+    mask[..., 60:100, 80:130] = 1
+    hole = (mask > 0).expand_as(image)
+    regions = [step.regions for step in plan.restricted([Rect(60, 100, 80, 130)]).steps]
+    chosen = choices(plan, kernel)
+    if dtype == torch.bfloat16:
+        chosen = {name: own if own == "narrow" else own + cpu_executor.PAIRS for name, own in chosen.items()}
+    broken = {  # the index of a weight that reads more than padding
+        "net_c.e2": (0, 0, 1, 2),
+        "net_c.d4": (1, 0, 1, 1),
+        "net_l.block3.first": (1, 1, 0, 2),
+        "net_l.up1": (0, 1, 2, 0),
+        "net_g.e5": (0, 3, 2, 1),
+        "net_g.attention_d4": (1, 0, 0, 0),
+        "net_g.d1": (1, 2, 2, 2),
+    }
+    assert torch.isfinite(CpuExecutor(plan, dtype, chosen).run(image, mask, None, regions)[0]).all()
+    # A third of them for each kernel and instruction set, so that together every pair of kernel and step comes.
+    turn = ISAS.index(isa) + KERNELS.index(kernel)
+    for number, (name, index) in enumerate(broken.items()):
+        if (number + turn) % 3:
+            continue
+        value = (torch.nan, torch.inf, -torch.inf)[number % 3]
+        steps = []
+        for step in plan.steps:
+            if step.name == name:
+                weight = step.weight.clone()
+                weight[index] = value
+                step = replace(step, weight=weight)
+            steps.append(step)
+        result, _ = CpuExecutor(replace(plan, steps=tuple(steps)), dtype, chosen).run(image, mask, None, regions)
+        assert not torch.isfinite(result[hole]).all(), (name, value)
+        assert torch.equal(result[~hole], image.float()[~hole])
+
+
+@pytest.mark.parametrize(
+    ("out", "read", "sample", "got"),
+    [
+        ((0, 257, 0, 10), (0, 10, 0, 10), -1, "rows 0 to 257, columns 0 to 10"),
+        ((-1, 5, 0, 10), (0, 10, 0, 10), -1, "rows -1 to 5"),
+        ((9, 5, 0, 10), (0, 10, 0, 10), -1, "rows 9 to 5"),
+        ((0, 5, 10, 10), (0, 10, 0, 10), -1, "columns 10 to 10"),
+        ((0, 5, 0, 10), (0, 10, 0, 1 << 40), -1, f"columns 0 to {1 << 40}"),
+        ((0, 5, 0, 10), (0, 10, 0, 10), 1, "got 1"),
+        ((0, 5, 0, 10), (0, 10, 0, 10), -2, "got -2"),
+    ],
+)
+def test_regions_outside_a_map_are_refused_before_any_kernel_runs(out, read, sample, got):
+    plan = plan_of(5)
+    executor = CpuExecutor(plan)
+    image, mask = picture(1, 256, 256)
+    lists = executor._listed([step.regions for step in plan.steps])
+    lists[-1] = [cpp._library().Region(out, read, sample)]
+    with pytest.raises(ValueError, match=f"Program.run: regions: expected .*{got}"):
+        executor._run(image, mask, None, lists)
+
+
+def test_regions_of_all_samples_and_of_one_do_not_mix():
+    plan = plan_of(5)
+    executor = CpuExecutor(plan).resized(plan.resized(2, 256, 256))
+    lists = executor._listed([step.regions for step in executor.plan.steps])
+    out, read = (0, 256, 0, 256), (0, 128, 0, 128)
+    lists[-1] = [cpp._library().Region(out, read, -1), cpp._library().Region(out, read, 0)]
+    with pytest.raises(ValueError, match="regions: expected samples 0 to 1, or -1 for all of them"):
+        executor._run(*picture(2, 256, 256), None, lists)

@@ -19,13 +19,15 @@ from lgnet_fast.kernels.conv_configs import Work, pick_tile
 from bench import write_tables
 from lgnet_fast.engine import cuda_executor, graphs
 from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.engine import plan_stages
+from lgnet_fast.engine.engine import optimize, plan_stages
 from lgnet_fast.engine.graphs import Program, Recent, capture
 from lgnet_fast.engine.plan import Plan, build_plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
+from lgnet_fast.engine.verified import Guarded, check_steps, make_example, verified
 from lgnet_fast.reference.lgnet import LGNet
-from tests.interpreted.rules import DTYPES, assert_accurate, normal
+from tests.interpreted.rules import DTYPES, normal
+from tests.support import assert_accurate
 
 pytestmark = pytest.mark.usefixtures("strict_float32")
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")]
@@ -55,22 +57,6 @@ def test_programs_without_a_pool_launch_directly() -> None:
     assert len(calls) == 2
     assert program.graph is None
     assert program.reason == "graphs are switched off"
-
-
-def test_failed_captures_launch_directly_and_say_why_once(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
-    def refuse(*args: object) -> None:
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    monkeypatch.setattr(graphs, "capture", refuse)
-    calls: list[int] = []
-    program = Program(lambda: calls.append(1), torch.device("cpu"), pool=(0, 1), direct=1)
-    with caplog.at_level(logging.INFO, logger="lgnet_fast"):
-        for _ in range(3):
-            program()
-    assert len(calls) == 3
-    assert sum("not permitted" in record.message for record in caplog.records) == 1
 
 
 def test_measured_tiles_become_the_table(tmp_path: Path) -> None:
@@ -326,3 +312,44 @@ class TestOnGpu:
         executor = CudaExecutor(plan, torch.float16, device=torch.device("cuda"), choices=choices)
         for _ in range(2):
             check(model, executor, 1)
+
+    def test_the_whole_check_passes_on_this_card(self, model: LGNet) -> None:
+        """Kernels and graph run; every step by itself is right; the next process would know."""
+        device = torch.device("cuda", torch.cuda.current_device())
+        plan = planned(model).to(device, torch.float32)
+        for dtype in DTYPES:
+            executor, verdict = verified(model, plan, device, dtype, anew=True)
+            assert (verdict.runs, verdict.reason) == ("graph", None)
+            assert isinstance(executor, Guarded)
+            assert all(program.graph is not None for program in executor.executor._programs.values())
+            checks = check_steps(executor.executor, plan, make_example(plan, device, dtype))
+            assert [str(c) for c in checks if not c.passed] == []
+            assert verified(model, plan, device, dtype)[1] == verdict
+
+    def test_masks_on_the_gpu_are_searched_for_holes(self, model: LGNet) -> None:
+        fast = optimize(model, device="cuda")
+        image, mask = inputs()
+        dense = optimize(model, device="cuda", hole_aware=False)(image, mask)
+        for _ in range(3):
+            torch.cuda.synchronize()
+            assert fast._device_holes.find(mask) == (Rect(64, 160, 32, 160),)
+            assert (fast(image, mask) - dense).abs().max() < 0.05
+        assert torch.equal(fast(image, torch.zeros_like(mask)), image)
+
+    def test_inside_the_callers_capture(self, executor: CudaExecutor) -> None:
+        image, mask = inputs()
+        expected = executor.run(image, mask)[0]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            result, _ = executor.run(image, mask)
+        executor.run(-image, mask)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert torch.equal(result, expected)
+
+    def test_made_and_used_inside_and_outside_inference_mode(self, model: LGNet) -> None:
+        image, mask = inputs()
+        with torch.inference_mode():
+            executor = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+            first = executor.run(image, mask)[0]
+        assert torch.equal(executor.run(image, mask)[0], first)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -427,6 +428,24 @@ def test_broken_pictures_are_told_once_and_left_out(fake, pictures, tmp_path):
     written = json.loads((tmp_path / "out" / "evaluation.json").read_text())
     assert {Path(one["picture"]).name for one in written["failures"]} == {"2.png", "small.png"}
     assert {score["pictures"] for score in written["scores"]} == {4, 8}
+
+
+def test_names_that_are_not_utf8_and_formats_that_are_not_read(fake, pictures, tmp_path):
+    """A failed picture's name stands in the report, a good one's in the contact sheet's caption."""
+    good = (pictures / "0.png").read_bytes()
+    for name, data in ((b"caf\xe9.png", b"x"), (b"\xe9t\xe9.png", good)):
+        with open(os.fsencode(pictures) + b"/" + name, "wb") as file:
+            file.write(data)
+    (pictures / "art.psd").write_bytes(b"x")
+    arguments = ["--classes", "1", "--size", 0, "--metrics", "l1", "--baselines", "none", "--sheet-rows", 20]
+    result = _evaluate("-i", pictures, "-o", tmp_path / "out", *arguments)
+    assert result.exit_code == 1, result.output
+    assert "2 pictures could not be evaluated" in result.stderr
+    assert {path.name for path in (tmp_path / "out").glob("evaluation.*")} == {
+        "evaluation.json", "evaluation.md", "evaluation.png",
+    }  # fmt: skip
+    failures = json.loads((tmp_path / "out" / "evaluation.json").read_bytes().decode())["failures"]
+    assert {os.fsencode(one["picture"]).rpartition(b"/")[2] for one in failures} == {b"caf\xe9.png", b"art.psd"}
 
 
 # -- the command and its reports -----------------------------------------------------------------------------------

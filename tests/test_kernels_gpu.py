@@ -30,12 +30,12 @@ from lgnet_fast.kernels.merge_concat import (
 from tests.interpreted.rules import (
     DTYPES,
     VARIANTS,
-    assert_accurate,
     attention_results,
     block_results,
     merge_results,
     normal,
 )
+from tests.support import assert_accurate
 
 pytestmark = [
     pytest.mark.gpu,
@@ -55,12 +55,15 @@ def block_inputs(shape: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Te
     return cuda(*shape, dtype=dtype), weight, cuda(channels, dtype=dtype, seed=3), cuda(*shape, dtype=dtype, seed=4)
 
 
-def check_block(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> None:
+def check_block(shape: tuple[int, ...], dtype: torch.dtype, variant: str, size: float | None = None) -> None:
+    """`size`: of the largest features; else they are normal."""
     features, weight, bias, grad = block_inputs(shape, dtype)
+    if size is not None:
+        features = features.clamp(-1, 1) * size
     assert can_run_attention(features, weight, bias, variant) is None
-    out, attended, lse = attention_block_forward(features, weight, bias, variant, save_attended=True)
+    out, attended, stats = attention_block_forward(features, weight, bias, variant, save_attended=True)
     assert attended is not None
-    grads = attention_block_backward(grad, features, attended, lse, weight, variant)
+    grads = attention_block_backward(grad, features, attended, stats, weight, variant)
     exact = block_results(features, weight, bias, variant, grad, torch.float64)
     eager = block_results(features, weight, bias, variant, grad, dtype)
     names = ("out", "dF", "dweight", "dbias")
@@ -99,6 +102,14 @@ def test_block(shape: tuple[int, ...], dtype: torch.dtype, variant: str) -> None
     check_block(shape, dtype, variant)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "size"), [(torch.float32, 1e4), (torch.float16, 7e3), (torch.bfloat16, 1e4)], ids=str
+)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_large_features(variant: str, dtype: torch.dtype, size: float) -> None:
+    check_block((1, 128, 16, 16), dtype, variant, size)
+
+
 def test_tf32(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
     features, weight, bias, _ = block_inputs((1, 128, 32, 32), torch.float32)
@@ -114,13 +125,13 @@ def test_extreme_values(variant: str, dtype: torch.dtype) -> None:
     features = cuda(1, 128, 16, 16, dtype=dtype)
     grad = cuda(1, 128, 16, 16, dtype=dtype, seed=1)
     for values in (torch.zeros_like(features), features * 1e4):
-        attended, lse = attention_forward(values, variant)
+        attended, stats = attention_forward(values, variant)
         assert attended.isfinite().all()
-        assert lse.isfinite().all()
+        assert stats.isfinite().all()
         exact = attention_results(values, variant, grad, torch.float64)
         eager = attention_results(values, variant, grad, dtype)
         assert_accurate("attended", attended, exact[0], eager[0])
-    df = attention_backward(grad, values, attended, lse, variant)
+    df = attention_backward(grad, values, attended, stats, variant)
     assert df.isfinite().all()
     assert_accurate("dF", df, exact[1], eager[1], terms=grad.abs().max().item())
 
@@ -152,11 +163,11 @@ def test_splits_agree(variant: str) -> None:
     results = []
     for num_sms in (1, 500):
         with assume_generation(generation, num_sms):
-            out, attended, lse = attention_block_forward(features, weight, bias, variant, save_attended=True)
+            out, attended, stats = attention_block_forward(features, weight, bias, variant, save_attended=True)
             assert attended is not None
-            df = attention_block_backward(grad, features, attended, lse, weight, variant)[0]
-            assert lse is not None
-            results.append((out, lse, df))
+            df = attention_block_backward(grad, features, attended, stats, weight, variant)[0]
+            assert stats is not None
+            results.append((out, stats, df))
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
@@ -165,9 +176,9 @@ def test_bitwise_repeatable() -> None:
     features, weight, bias, grad = block_inputs((2, 256, 32, 32), torch.float16)
 
     def once() -> tuple[Tensor | None, ...]:
-        out, attended, lse = attention_block_forward(features, weight, bias, "released", save_attended=True)
+        out, attended, stats = attention_block_forward(features, weight, bias, "released", save_attended=True)
         assert attended is not None
-        return out, lse, attention_block_backward(grad, features, attended, lse, weight, "released")[0]
+        return out, stats, attention_block_backward(grad, features, attended, stats, weight, "released")[0]
 
     for a, b in zip(once(), once(), strict=True):
         assert a is not None
@@ -191,10 +202,10 @@ def test_memory_of_a_large_picture(variant: str) -> None:
     """d3 of a 1024x1024 picture: 65536 positions, whose scores would take 8 GiB in 16 bit."""
     features, weight, bias, grad = block_inputs((1, 128, 256, 256), torch.float16)
     assert extra_memory(lambda: attention_block_forward(features, weight, bias, variant)) <= 256 * MIB
-    out, attended, lse = attention_block_forward(features, weight, bias, variant, save_attended=True)
+    out, attended, stats = attention_block_forward(features, weight, bias, variant, save_attended=True)
     assert out.isfinite().all()
     assert attended is not None
-    needed = extra_memory(lambda: attention_block_backward(grad, features, attended, lse, weight, variant))
+    needed = extra_memory(lambda: attention_block_backward(grad, features, attended, stats, weight, variant))
     assert needed <= 512 * MIB
     # a few queries against float64
     rows = torch.arange(0, 65536, 4999, device="cuda")
@@ -235,10 +246,10 @@ def test_graph_capture_of_attention(variant: str) -> None:
     features, weight, bias, grad = block_inputs((1, 256, 32, 32), torch.float16)
     captured(lambda: attention_forward(features, variant))
     captured(lambda: attention_block_forward(features, weight, bias, variant, save_attended=True))
-    _, attended, lse = attention_block_forward(features, weight, bias, variant, save_attended=True)
+    _, attended, stats = attention_block_forward(features, weight, bias, variant, save_attended=True)
     assert attended is not None
-    captured(lambda: (attention_backward(grad, features, attended, lse, variant),))
-    captured(lambda: attention_block_backward(grad, features, attended, lse, weight, variant))
+    captured(lambda: (attention_backward(grad, features, attended, stats, variant),))
+    captured(lambda: attention_block_backward(grad, features, attended, stats, weight, variant))
 
 
 def merge_inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -306,13 +317,13 @@ def test_offsets_past_31_bits() -> None:
     far.copy_(cuda(2, *shape, dtype=torch.float16))
     near = far.contiguous()
     for variant in VARIANTS:
-        attended, lse = attention_forward(far, variant)
-        expected, expected_lse = attention_forward(near, variant)
+        attended, stats = attention_forward(far, variant)
+        expected, expected_stats = attention_forward(near, variant)
         assert torch.equal(attended, expected)
-        assert torch.equal(lse, expected_lse)
+        assert torch.equal(stats, expected_stats)
         assert torch.equal(
-            attention_backward(far, far, attended, lse, variant),
-            attention_backward(near, near, attended, lse, variant),
+            attention_backward(far, far, attended, stats, variant),
+            attention_backward(near, near, attended, stats, variant),
         )
     mask = near[:, :1].sigmoid()
     assert torch.equal(

@@ -15,7 +15,6 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-@pytest.mark.slow
 def test_kernels_in_the_interpreter() -> None:
     command = [
         sys.executable,

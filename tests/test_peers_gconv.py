@@ -22,6 +22,7 @@ from tests.peers_support import (
     hooked,
     with_weights,
 )
+from tests.support import assert_accurate
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +53,7 @@ def test_gated_convolution_by_its_definition():
     layer = Conv(3, 4, stride=2)
     x = torch.randn(1, 3, 6, 8)
     y = F.conv2d(F.pad(x, (0, 1, 0, 1)), layer.conv.weight, layer.conv.bias, stride=2)
-    torch.testing.assert_close(layer(x), F.elu(y[:, :4]) * torch.sigmoid(y[:, 4:]))
+    assert_accurate("out", layer(x), F.elu(y[:, :4]) * torch.sigmoid(y[:, 4:]), roundings=16)
     assert layer(x).shape == (1, 4, 3, 4)
 
 
@@ -77,7 +78,7 @@ def test_fusion_by_its_definition():
     expected = torch.empty_like(scores)
     expected[by_column[:, None], by_column] = fused(fused(scores)[by_column][:, by_column])
     found = _fuse(scores.view(1, length, height, width), height, width)
-    torch.testing.assert_close(found.reshape(length, length), expected)
+    assert_accurate("fused", found.reshape(length, length), expected)
 
 
 def test_pictures_of_a_batch_do_not_meet(network):
@@ -93,7 +94,7 @@ def test_pictures_of_a_batch_do_not_meet(network):
         single = torch.cat([run(image[i : i + 1], mask[i : i + 1]) for i in range(2)])
         raw = network(image * (1 - mask), mask)[1]
         second = network(image[1:] * (1 - mask[1:]), mask[1:])[1]
-    torch.testing.assert_close(together, single, rtol=0, atol=1e-6)
+    assert_accurate("batch", together, single, roundings=64)
     assert (raw[1:] - second).abs().max() > 1e-4
 
 

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from bench.peers.madf import IMAGENET_MEAN, IMAGENET_STD, MADF, DynamicConv, PointwiseNorm
 from lgnet_fast.errors import WeightsError
 from tests.peers_support import check_golden, check_keys, check_loaded, checkpoint_like, example, hooked, with_weights
+from tests.support import assert_accurate
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def test_outputs_of_the_original(network):
         check_golden(output, "MADF", name)
     std, mean = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_STD, IMAGENET_MEAN))
     filled = (2 * (pictures[-1] * std + mean) - 1).clamp(-1, 1)
-    torch.testing.assert_close(result, torch.where(hole > 0, filled, image), rtol=0, atol=1e-6)
+    assert_accurate("result", result, torch.where(hole > 0, filled, image), roundings=8)
 
 
 def test_dynamic_filtering_by_its_definition():
@@ -63,7 +64,7 @@ def test_pointwise_norm_by_its_definition():
     shared = norm.mlp_shared(F.interpolate(label, size=(6, 6), mode="bilinear", align_corners=False))
     mean, variance = (v.view(1, 4, 1, 1) for v in (norm.batch_norm.running_mean, norm.batch_norm.running_var))
     expected = (x - mean) / (variance + 1e-5).sqrt() * (1 + norm.mlp_scale(shared)) + norm.mlp_bias(shared)
-    torch.testing.assert_close(norm(x, label), expected)
+    assert_accurate("out", norm(x, label), expected, roundings=16)
     assert (norm.mlp_shared(label) >= 0).all()
 
 
@@ -74,7 +75,7 @@ def test_pictures_of_a_batch_do_not_meet(network):
     with torch.inference_mode():
         together = network(image, known)[-1]
         single = torch.cat([network(image[i : i + 1], known[i : i + 1])[-1] for i in range(2)])
-    torch.testing.assert_close(together, single, rtol=0, atol=1e-5)
+    assert_accurate("batch", together, single, roundings=128)
     assert (together[0] - together[1]).abs().max() > 0.1
 
 

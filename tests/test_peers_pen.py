@@ -12,6 +12,7 @@ from bench.peers.contextual import patches
 from bench.peers.pen import PEN, AttentionTransfer
 from lgnet_fast.errors import WeightsError
 from tests.peers_support import check_golden, check_keys, check_loaded, checkpoint_like, example, hooked, with_weights
+from tests.support import assert_accurate
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +64,7 @@ def test_attention_by_its_definition(size):
                 weight / 4 * source[:, 2 * v : 2 * v + 4, 2 * u : 2 * u + 4]
             )
     found = AttentionTransfer(2, size, combine=False)(shallow, deep, mask)
-    torch.testing.assert_close(found[0], expected[:, 1:-1, 1:-1], rtol=0, atol=1e-12)
+    assert_accurate("found", found[0], expected[:, 1:-1, 1:-1])
 
 
 def test_patches_are_row_by_row():
@@ -81,7 +82,7 @@ def test_pictures_of_a_batch_do_not_meet(network):
     with torch.inference_mode():
         together = network(x, mask)[1]
         single = torch.cat([network(x[i : i + 1], mask[i : i + 1])[1] for i in range(2)])
-    torch.testing.assert_close(together, single, rtol=0, atol=1e-5)
+    assert_accurate("batch", together, single, roundings=128)
     assert (together[0] - together[1]).abs().max() > 0.1
 
 

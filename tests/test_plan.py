@@ -15,7 +15,7 @@ from lgnet_fast.engine.holes import group_holes, hole_boxes
 from lgnet_fast.engine.plan import PICTURE, Plan, build_plan
 from lgnet_fast.engine.regions import Rect, conv_input, deconv_input, join
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from tests.support import case
+from tests.support import assert_accurate, case
 
 NARROW = {"coarse_channels": 4, "local_channels": 5, "global_channels": 6}
 
@@ -89,9 +89,9 @@ def test_plan_reproduces_every_model(name, variant):
         expected = model(image, mask, return_stages=True)
         merged, raw = TorchExecutor(plan_of(model, 2)).run(image, mask)
     assert (expected.merged[-1] - image).abs().max() > 0.1
-    assert (merged - expected.merged[-1]).abs().max() < 1e-10
+    assert_accurate("merged", merged, expected.merged[-1], roundings=2**20)
     for ours, theirs in zip(raw, expected.raw, strict=True):
-        assert (ours - theirs).abs().max() < 1e-10
+        assert_accurate("raw", ours, theirs, roundings=2**20)
 
 
 def test_plan_of_x_lg_starts_from_the_first_stages_picture(model):
@@ -105,7 +105,7 @@ def test_plan_of_x_lg_starts_from_the_first_stages_picture(model):
     with torch.no_grad():
         expected = x_lg(image, mask)
         merged, _ = TorchExecutor(plan_of(x_lg, 1, 512, 256)).run(image, mask, start=Grey()(image, mask))
-    assert (merged - expected).abs().max() < 1e-10
+    assert_accurate("merged", merged, expected, roundings=2**20)
 
 
 def test_resized_plan_is_the_plan_of_that_size(model):
@@ -157,7 +157,7 @@ def test_restricted_plan_gives_the_dense_pixels(model, seed):
         dense, _ = executor.run(image, mask)
         # Everything that was not computed is NaN, so too small a region cannot go unnoticed.
         sparse, raw = executor.run(image, mask, regions=[s.regions for s in restricted.steps])
-    assert (dense - sparse).abs().max() < 1e-12
+    assert_accurate("sparse", sparse, dense)
     assert torch.isnan(raw[0]).any()
 
 
@@ -169,7 +169,7 @@ def test_regions_in_a_non_square_batch(model):
     with torch.no_grad():
         dense, _ = TorchExecutor(plan).run(image, mask)
         sparse, _ = TorchExecutor(plan).run(image, mask, regions=regions)
-    assert (dense - sparse).abs().max() < 1e-12
+    assert_accurate("sparse", sparse, dense)
 
 
 def test_join_covers_the_same_pixels_once_and_costs_no_more():

@@ -106,7 +106,7 @@ def final(run: Path, steps: int) -> dict:
     return state
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="thirty processes killed and started again")
 def test_thirty_kills_lose_nothing_and_change_no_bit(pictures, tmp_path):
     steps = 45
     report = run_killer(pictures, tmp_path, steps, every=1, kills=30)

@@ -108,8 +108,9 @@ def test_broken_pictures_are_replaced_and_named(tmp_path):
     for batch in batches:
         assert len(batch["name"]) == 4
         assert not any(name.endswith("2.png") for name in batch["name"])
-        (line,) = batch["broken"]
-        assert "2.png: picture: expected a readable picture" in line
+        ((name, reason),) = batch["broken"]
+        assert name == str(folder / "2.png")
+        assert "expected a readable picture" in reason
     for file in folder.iterdir():
         file.write_bytes(b"nothing")
     with pytest.raises(DataError, match="none of 4 pictures in a row can be read; the first: .*png"):

@@ -44,7 +44,7 @@ def log(run, kind):
     return [line for line in lines if line["kind"] == kind]
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="two processes of training, and one beside them that equals both")
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     pictures, held_out = write_pictures(tmp_path / "p", 5), write_pictures(tmp_path / "h", 3)
     file = tmp_path / "c.json"

@@ -20,7 +20,7 @@ def config(tmp_path) -> TrainConfig:
     return config_of({"optim": {"dtype": "float64"}, "run": {"directory": str(tmp_path), "device": "cpu"}})
 
 
-@pytest.mark.slow
+@pytest.mark.slow(reason="three steps of the full networks in float64; test_losses.py checks the terms one by one")
 def test_three_steps_reproduce_every_term_of_the_released_network(config):
     expected = json.loads((CONFORMANCE / "training_steps.json").read_text())
     model = LGNet.from_released({net: released_state(net) for net in ("G1", "G2", "G3")}, backend="eager")

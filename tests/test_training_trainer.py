@@ -565,6 +565,41 @@ def test_bad_configurations_are_named(tmp_path, text, error):
         load_config(file)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "x: !!timestamp 2020",
+        "run: {seed: !!timestamp x}",
+        "run: {seed: !!int x}",
+        "run: {seed: !!float []}",
+        "run: {seed: 2020-01-01}",
+        "run: {seed: !!binary 1}",
+        "model: {overrides: {coarse_channels: 2020-01-01}}",
+        "? [a]\n: b",
+        "1: 2",
+        "[" * 3000,
+        "data: {pictures: 2020-01-01}",
+    ],
+)
+def test_whatever_stands_in_a_configuration_is_a_configuration_error(tmp_path, text):
+    (tmp_path / "c.yaml").write_text(text)
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "c.yaml")
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / ("z" * 300))
+    (tmp_path / "empty.yaml").write_text("")
+    with pytest.raises(ConfigError):
+        load_config(tmp_path / "empty.yaml", ["run.seed=!!timestamp x"])
+
+
+def test_a_picture_that_is_met_often_counts_once(pictures, tmp_path, capsys):
+    """Whatever the reason says each time."""
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run"))
+    for number in range(3):
+        trainer._note_broken([{"broken": [("a.png", f"reason {number}"), ("b: c.png", f"at 0x{number}")]}])
+    assert trainer.broken == ["a.png: reason 0", "b: c.png: at 0x0"]
+
+
 def test_configuration_from_yaml_json_and_the_command_line(tmp_path):
     file = tmp_path / "c.yaml"
     file.write_text("optim: {learning_rate: 2e-3, precision: no}\ndata: {pictures: here}\n")

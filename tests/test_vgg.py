@@ -15,7 +15,7 @@ import torch.nn.functional as F
 
 from lgnet_fast import WeightsError
 from lgnet_fast.reference.vgg import WEIGHTS_FILE, VGG16Features
-from tests.support import recipe
+from tests.support import assert_accurate, recipe
 
 CONVS = {0: (3, 64), 2: (64, 64), 5: (64, 128), 7: (128, 128), 10: (128, 256), 12: (256, 256), 14: (256, 256)}
 
@@ -57,7 +57,7 @@ def test_features_after_each_pool():
             y = F.max_pool2d(y, 2)
             expected.append(y)
     for got, want in zip(features, expected):
-        assert torch.allclose(got, want, rtol=1e-12)
+        assert_accurate("features", got, want)
     sum(f.sum() for f in features).backward()
     assert torch.isfinite(x.grad).all()
     assert x.grad.any()

@@ -5,11 +5,18 @@ from __future__ import annotations
 import json
 import os
 import pickle
+import signal
+import subprocess
+import sys
+import threading
 
 import pytest
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from lgnet_fast import LGNet, WeightsError, create_model
+from lgnet_fast import LGNet, LGNetError, WeightsError, create_model
+from lgnet_fast.reference.released import load_state_dict_file
 from lgnet_fast.weights import bundled_path
 from tests.support import keys
 
@@ -114,6 +121,8 @@ def test_every_wrong_name_and_shape_is_listed(model):
         ({"G1": {}, "G2": {}, "G3": {}}, "G1: expected a tensor model.model.0.weight"),
         ({"G1": 3, "G2": {}, "G3": {}}, "G1: expected a state dict"),
         ("/nowhere/at/all", "expected a directory with"),
+        ("x" * 300, "expected a directory with"),
+        ({"G1": "x" * 300, "G2": {}, "G3": {}}, "expected a checkpoint file"),
     ],
 )
 def test_unusable_sources(source, message):
@@ -163,6 +172,7 @@ def test_save_and_load_pretrained(model, tmp_path):
     assert sorted(p.name for p in (tmp_path / "m").iterdir()) == [
         "README.md",
         "config.json",
+        "manifest.json",
         "model.safetensors",
     ]
     assert (tmp_path / "m" / "model.safetensors").stat().st_mode & 0o777 == 0o644
@@ -191,6 +201,7 @@ def test_stored_dtype(model, tmp_path):
 
 def test_pretrained_loading_is_strict(model, tmp_path):
     model.save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config | {"local_channels": 5}))
     with pytest.raises(WeightsError, match=r"wrong shape .*net_l\.stem\.conv\.weight: expected \[5, 4, 7, 7\]"):
@@ -211,22 +222,228 @@ def test_pretrained_loading_is_strict(model, tmp_path):
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(WeightsError, match=r"missing \['model.safetensors'\]"):
         LGNet.from_pretrained(tmp_path)
-    with pytest.raises(WeightsError, match="expected a model directory or a hub id"):
-        LGNet.from_pretrained(tmp_path / "nowhere")
+    for nowhere in (tmp_path / "nowhere", "", " ", "x" * 300, "x" * 300 + "/y", "a\0b", "/" + "y/" * 3000):
+        with pytest.raises(WeightsError, match="weights: "):
+            LGNet.from_pretrained(nowhere)
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.uint8, torch.bool])
+def test_weights_that_are_no_floats_are_named(tmp_path, dtype):
+    LGNet(coarse_channels=1, local_channels=1, global_channels=1).save_pretrained(tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in state if name.endswith("conv.weight"))
+    state[name] = state[name].to(dtype)
+    save_file(state, tmp_path / "model.safetensors")
+    with pytest.raises(WeightsError, match=f"expected floating weights and integer counters, got {name}: {dtype}"):
+        LGNet.from_pretrained(tmp_path)
 
 
 def test_a_failed_save_keeps_the_old_file(model, tmp_path, monkeypatch):
     model.save_pretrained(tmp_path)
     before = (tmp_path / "model.safetensors").read_bytes()
+    for error in (OSError(28, "No space left on device"), SafetensorError("I/O error: No space left on device")):
 
-    def full_disk(*args, **kwargs):
-        raise OSError(28, "No space left on device")
+        def full_disk(*args, error=error, **kwargs):
+            raise error
 
-    monkeypatch.setattr("lgnet_fast.reference.pretrained.save_file", full_disk)
-    with pytest.raises(OSError, match="No space"):
-        create_model("lgnet_demo").save_pretrained(tmp_path)
+        monkeypatch.setattr("lgnet_fast.reference.pretrained.save_file", full_disk)
+        with pytest.raises(LGNetError, match="save: .* could not be written: .*No space"):
+            create_model("lgnet_demo").save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == before
     assert same(model, LGNet.from_pretrained(tmp_path))
+    assert not list(tmp_path.glob(".saving-*"))
+
+
+KILLED = """
+import os, signal, sys
+import torch
+from lgnet_fast import LGNet
+from lgnet_fast.reference import folders
+
+torch.set_num_threads(1)
+torch.manual_seed(1)
+model = LGNet("C", variant="paper", coarse_channels=1)
+
+def save(folder, steps):
+    calls = 0
+
+    def stop(real):
+        def call(*args, **kwargs):
+            nonlocal calls
+            if calls == steps:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls += 1
+            return real(*args, **kwargs)
+        return call
+
+    def no_links(*args):
+        raise OSError("no links here")
+
+    os.link = stop(os.link if sys.argv[1] == "links" else no_links)
+    os.replace, os.fsync = stop(os.replace), stop(os.fsync)
+    folders.shutil.rmtree = stop(folders.shutil.rmtree)
+    model.save_pretrained(folder)
+
+for steps, folder in enumerate(sys.argv[2:]):
+    pid = os.fork()
+    if pid == 0:
+        save(folder, steps)
+        os._exit(0)
+    print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+@pytest.mark.parametrize("links", ["links", "copies"])
+def test_a_save_killed_anywhere_leaves_the_old_set_or_the_new_one(tmp_path, links):
+    """Killed before every call that changes the folder, one after another; then the next save cleans up."""
+    torch.manual_seed(0)
+    old = LGNet("C", coarse_channels=1)
+    torch.manual_seed(1)
+    new = LGNet("C", variant="paper", coarse_channels=1)
+    folders = [tmp_path / str(steps) for steps in range(16)]
+    for folder in folders:
+        old.save_pretrained(folder)
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, links, *folders], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    seen = []
+    for folder, status in zip(folders, done.stdout.split(), strict=True):
+        loaded = LGNet.from_pretrained(folder)
+        assert same(loaded, new if loaded.variant == "paper" else old)
+        seen.append((int(status), loaded.variant))
+        assert len(list(folder.glob(".saving-*"))) <= 1
+        old.save_pretrained(folder)
+        assert same(LGNet.from_pretrained(folder), old)
+        assert not list(folder.glob(".saving-*"))
+    assert (-signal.SIGKILL, "released") in seen
+    assert (-signal.SIGKILL, "paper") in seen
+    assert seen[-1] == (0, "paper"), "one save has fewer calls than were stopped"
+
+
+def test_a_mixture_of_two_saves_is_refused(model, tmp_path):
+    model.save_pretrained(tmp_path / "a")
+    other = LGNet(variant="paper", coarse_channels=8, local_channels=4, global_channels=12)
+    other.save_pretrained(tmp_path / "b")
+    (tmp_path / "b" / "model.safetensors").replace(tmp_path / "a" / "model.safetensors")
+    with pytest.raises(WeightsError, match=r"model.safetensors: damaged or of another save"):
+        LGNet.from_pretrained(tmp_path / "a")
+    (tmp_path / "a" / "manifest.json").unlink()  # as in a download from a hub: taken as it is
+    assert LGNet.from_pretrained(tmp_path / "a").variant == "released"
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "manifest.json"])
+def test_a_flipped_bit_in_any_file_is_noticed(model, tmp_path, name):
+    model.save_pretrained(tmp_path)
+    whole = (tmp_path / name).read_bytes()
+    for position in (0, len(whole) // 3, len(whole) // 2):
+        damaged = bytearray(whole)
+        damaged[position] ^= 4
+        (tmp_path / name).write_bytes(damaged)
+        with pytest.raises(WeightsError, match=r"manifest.json"):
+            LGNet.from_pretrained(tmp_path)
+    (tmp_path / name).write_bytes(whole)
+    assert same(LGNet.from_pretrained(tmp_path), model)
+
+
+def test_two_saves_of_one_folder_do_not_mix(model, tmp_path):
+    others = [LGNet("C", coarse_channels=1 + n) for n in range(4)]
+    threads = [threading.Thread(target=other.save_pretrained, args=(tmp_path,)) for other in others]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    loaded = LGNet.from_pretrained(tmp_path)
+    assert same(loaded, others[loaded.channels[0] - 1])
+    assert sorted(p.name for p in tmp_path.iterdir()) == [
+        "README.md", "config.json", "manifest.json", "model.safetensors"
+    ]  # fmt: skip
+
+
+IMPOSTORS = {
+    "page": (b"\n<!DOCTYPE html>\n<html><body>Quota exceeded</body></html>", "web page"),
+    "upper": (b"<HTML><HEAD><TITLE>403</TITLE>", "web page"),
+    "xml": (b"\xef\xbb\xbf<?xml version='1.0'?><Error><Code>AccessDenied</Code></Error>", "web page"),
+    "lfs": (b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n", "Git LFS pointer"),
+}
+
+
+@pytest.mark.parametrize("kind", IMPOSTORS)
+def test_what_is_no_checkpoint_is_named_and_no_protection_is_talked_down(model, tmp_path, kind):
+    content, named = IMPOSTORS[kind]
+    save_released(model, tmp_path)
+    (tmp_path / "200_net_G2.pth").write_bytes(content)
+    model.save_pretrained(tmp_path / "model")
+    (tmp_path / "config").mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / "config" / name).write_bytes((tmp_path / "model" / name).read_bytes())
+    (tmp_path / "model" / "model.safetensors").write_bytes(content)
+    (tmp_path / "config" / "config.json").write_bytes(content)
+    for load in (
+        lambda: LGNet.from_released(tmp_path),
+        lambda: LGNet.from_pretrained(tmp_path / "model"),
+        lambda: LGNet.from_pretrained(tmp_path / "config"),
+    ):
+        with pytest.raises(WeightsError, match=named) as caught:
+            load()
+        assert "weights_only" not in str(caught.value)
+        assert "\x1b" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\0" * 64, b'{"a": 1}', b"PK\3\4 not a zip", b"\x80\x04."])
+def test_other_files_that_are_no_checkpoint(tmp_path, content):
+    path = tmp_path / "x.pth"
+    path.write_bytes(content)
+    with pytest.raises(WeightsError, match=r"weights: .*x.pth (was refused|is not a readable checkpoint)") as caught:
+        load_state_dict_file(path)
+    assert "weights_only" not in str(caught.value)
+    assert "\x1b" not in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("source", ["", "x" * 300 + "/y", "a\0b/c", "/" + "y" * 300, ".", "a/b/c"])
+def test_names_that_name_no_model(source):
+    with pytest.raises(WeightsError, match="weights: "):
+        LGNet.from_pretrained(source)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        "[]",
+        "null",
+        "7",
+        "{",
+        '{"stages": 5}',
+        '{"stages": ["C"]}',
+        '{"coarse_channels": 1e9}',
+        '{"coarse_channels": 1000000000}',
+        '{"variant": {}}',
+        '{"nonsense": 1}',
+        '{"backend": []}',
+        "[" * 100_000,
+        "\xff\xfe",
+    ],
+)
+def test_a_config_of_any_content_raises_what_is_documented(tmp_path, config):
+    LGNet("C", coarse_channels=1).save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "config.json").write_text(config, encoding="latin-1")
+    with pytest.raises(WeightsError):
+        LGNet.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["I32", "I64 counter"])
+def test_tensors_of_the_wrong_kind_are_refused(tmp_path, kind):
+    LGNet("C", coarse_channels=1).save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    state = load_file(tmp_path / "model.safetensors")
+    name = "net_c.encoder.e2.norm." + ("num_batches_tracked" if "counter" in kind else "weight")
+    state[name] = state[name].to(torch.float32 if "counter" in kind else torch.int32)
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=f"expected floating weights and integer counters, got {name}"):
+        LGNet.from_pretrained(tmp_path)
 
 
 def test_offline_hub_id_is_one_clear_error(monkeypatch):

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import forks
 from ..ops.cpp import _arg, _library, unavailable_reason
 from .arena import plan_arena
 from .plan import PICTURE, Plan, Step, View
@@ -116,7 +117,7 @@ def _jobs(step: Step, m: int) -> list[_Job]:
 def _weight_transform(m: int, r: int) -> Tensor:
     """G [m + r - 1, r] of F(m, r), float64."""
     if r == 1:
-        return torch.ones(m, 1, dtype=torch.float64)
+        return torch.ones(m, 1, dtype=torch.float64, device="cpu")
     points = _POINTS[m, r]
     rows = []
     for p, a in enumerate(points):
@@ -126,7 +127,7 @@ def _weight_transform(m: int, r: int) -> Tensor:
                 divisor *= a - b
         rows.append([a**j / divisor for j in range(r)])
     rows.append([0.0] * (r - 1) + [1.0])
-    return torch.tensor(rows, dtype=torch.float64)
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class _Packing:
         """
         points, columns, pair = into.shape[0], self.columns(channels), self.pair
         full = columns // self.panel * self.panel
-        scratch = torch.empty(points * min(depth, self.slice * pair) * columns)
+        scratch = torch.empty(points * min(depth, self.slice * pair) * columns, dtype=torch.float32, device="cpu")
         written = 0
         for begin in range(0, depth, self.slice * pair):
             end = min(depth, begin + self.slice * pair)
@@ -359,7 +360,7 @@ class CpuExecutor:
 
     @staticmethod
     def _allocate(size: int) -> Tensor:
-        data = torch.empty(size, dtype=torch.uint8)
+        data = torch.empty(size, dtype=torch.uint8, device="cpu")
         _library().advise_large_pages(data.data_ptr(), size)  # before they are touched: pages in use stay small
         return data.zero_()
 
@@ -611,7 +612,7 @@ class CpuExecutor:
         plan = self.plan
         image, mask = image.detach().float(), mask.detach().float()
         start = None if start is None else start.detach().float()
-        out = torch.empty(plan.batch, 3, plan.height, plan.width)
+        out = torch.empty(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device="cpu")
         raw = [torch.empty_like(out) for step in plan.steps if step.merges]
         times = self._program.run(
             _arg(image),
@@ -620,7 +621,7 @@ class CpuExecutor:
             _arg(out),
             [_arg(r) for r in raw],
             regions,
-            torch.get_num_threads(),
+            forks.kernel_threads(),
             poison,
         )
         return out, raw, times

@@ -13,6 +13,7 @@ import contextlib
 import functools
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arena import plan_arena
-from .graphs import Program, Recent
+from .graphs import Program, Recent, is_capturing
 from .plan import PICTURE, Plan, Step, View
 from .regions import Rect, join
 
@@ -80,8 +81,12 @@ class _Weights:
 
 
 class Memory:
-    """What one shape's runs read and write: every feature map, pictures in, pictures out."""
+    """What one shape's runs read and write: every feature map, pictures in, pictures out.
 
+    Made outside inference mode, whatever mode the caller is in: an inference tensor could not be written to later.
+    """
+
+    @torch.inference_mode(False)
     def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
         arena = plan_arena(plan)
         self.arena = torch.empty(arena.size, dtype=dtype, device=device)
@@ -93,22 +98,31 @@ class Memory:
             self.maps[name] = self.arena[begin : begin + count].view(shape)
         size = (plan.batch, 3, plan.height, plan.width)
         stages = sum(step.merges for step in plan.steps)
-        self.image = torch.zeros(size, device=device)
-        self.mask = torch.zeros(size[0], 1, *size[2:], device=device)
-        self.start = torch.zeros(size, device=device)
-        self.outputs = torch.empty(1 + stages, *size, device=device)
+        single: Any = {"dtype": torch.float32, "device": device}  # whatever the caller's defaults are
+        self.image = torch.zeros(size, **single)
+        self.mask = torch.zeros(size[0], 1, *size[2:], **single)
+        self.start = torch.zeros(size, **single)
+        self.outputs = torch.empty(1 + stages, *size, **single)
         """The merged picture, then every stage's raw one."""
-        self._partial = torch.empty(0, device=device)
+        self._partial = torch.empty(0, **single)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+
+    def take(self, image: Tensor, mask: Tensor, start: Tensor | None) -> None:
+        """Copy a call's arguments in."""
+        self.image.copy_(image)
+        self.mask.copy_(mask)
+        if start is not None:
+            self.start.copy_(start)
 
     def view(self, view: View) -> Tensor:
         """[B, H, W, C] of some channels."""
         return self.maps[view.buffer][..., view.offset : view.offset + view.channels]
 
+    @torch.inference_mode(False)
     def partial(self, elements: int) -> Tensor:
         """A float32 workspace; earlier ones stay valid for those who hold them."""
         if self._partial.numel() < elements:
-            self._partial = torch.empty(elements, device=self._partial.device)
+            self._partial = self._partial.new_empty(elements)
         return self._partial
 
     def counters(self, blocks: int) -> Tensor:
@@ -153,8 +167,10 @@ class CudaExecutor:
         self._overlap = overlap
         if overlap and (reason := self._overlap_reason()) is not None:
             raise RuntimeError(f"overlap: {reason}")
-        packed = {s.name: self._pack(plan, s) for s in plan.steps if s.weights_of == s.name}
-        self._weights = {step.name: packed[step.weights_of] for step in plan.steps}
+        with torch.inference_mode(False):
+            packed = {s.name: self._pack(plan, s) for s in plan.steps if s.weights_of == s.name}
+            self._weights = {step.name: packed[step.weights_of] for step in plan.steps}
+        self._packed = self._event()
         self._build(plan.without_weights())
 
     @staticmethod
@@ -179,8 +195,14 @@ class CudaExecutor:
         other = type(self).__new__(type(self))
         other.dtype, other.device, other._chosen = self.dtype, self.device, self._chosen
         other._graphs, other._clone, other._weights = self._graphs, self._clone, self._weights
-        other._overlap = self._overlap
+        other._overlap, other._packed = self._overlap, self._packed
         other._build(plan.without_weights())
+        return other
+
+    def without_graphs(self) -> CudaExecutor:
+        """The same weights and sizes, every kernel launched by itself."""
+        other = self.resized(self.plan)
+        other._graphs, other._pool = False, None
         return other
 
     # -- weights and choices -------------------------------------------------------------------------------------
@@ -252,7 +274,22 @@ class CudaExecutor:
         self._last = max((number for number, step in enumerate(plan.steps) if step.merges), default=-1)
         on_gpu = self.device.type == "cuda"
         self._pool = torch.cuda.graph_pool_handle() if on_gpu and self._graphs else None
-        self._done = torch.cuda.Event() if on_gpu else None
+        self._done: torch.cuda.Event | None = None
+        if on_gpu:
+            if self._packed is not None and not is_capturing(self.device):
+                torch.cuda.current_stream(self.device).wait_event(self._packed)
+            self._done = done = self._event()
+            # Memory goes back to the stream it was made on; the last run may still use it on another one.
+            weakref.finalize(self, _let_finish, done, self.device).atexit = False
+
+    def _event(self) -> torch.cuda.Event | None:
+        """What has been launched on the current stream so far."""
+        if self.device.type != "cuda":
+            return None
+        event = torch.cuda.Event()
+        if not is_capturing(self.device):
+            event.record(torch.cuda.current_stream(self.device))
+        return event
 
     @property
     def memory(self) -> Memory:
@@ -260,6 +297,16 @@ class CudaExecutor:
         if self._own is None:
             self._own = Memory(self.plan, self.dtype, self.device)
         return self._own
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether runs are captured."""
+        return self._pool is not None
+
+    @property
+    def graph_reason(self) -> str | None:
+        """Why a capture failed; None where none did."""
+        return next((p.reason for p in self._programs.values() if self.uses_graphs and p.reason), None)
 
     @property
     def packed_bytes(self) -> int:
@@ -272,11 +319,15 @@ class CudaExecutor:
         if program.graph is not None and self._done is not None:
             self._done.synchronize()
 
+    def bucket_of(self, regions: Sequence[tuple[Rect, ...]]) -> tuple[Rect, ...]:
+        """What holes share a graph with these, whose rectangles every step has."""
+        return bucket(regions[self._last], self.plan.height, self.plan.width)
+
     def _bucketed(self, regions: Sequence[tuple[Rect, ...]] | None) -> tuple[tuple[Rect, ...], ...] | None:
         """Every step's rectangles for the bucket of these; None where the dense graph is no dearer."""
         if regions is None:
             return None
-        holes = bucket(regions[self._last], self.plan.height, self.plan.width)
+        holes = self.bucket_of(regions)
 
         def make() -> tuple[tuple[Rect, ...], ...] | None:
             plan = self.plan.restricted(holes)
@@ -314,6 +365,16 @@ class CudaExecutor:
         for number in range(len(self.plan.steps)):
             launches += self.step_launches(memory, number, None if regions is None else regions[number])
         return launches
+
+    def launches_by_step(self, painted: bool) -> list[tuple[str, Launch]]:
+        """A dense run as (step's name, its launches), "paint" before the first step; for checks in between."""
+        memory = self.memory
+        paint = self._launches(memory, None, painted)[0]
+        steps = [(s.name, functools.partial(self._run_step, memory, n)) for n, s in enumerate(self.plan.steps)]
+        return [("paint", paint), *steps]
+
+    def _run_step(self, memory: Memory, number: int) -> None:
+        _run_all(self.step_launches(memory, number))
 
     def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:
         """One step's launches, in its rectangles (None: everywhere)."""
@@ -424,17 +485,32 @@ class CudaExecutor:
         start: Tensor | None = None,
         regions: Sequence[tuple[Rect, ...]] | None = None,
     ) -> tuple[Tensor, list[Tensor]]:
-        """See :class:`.engine.Executor`. Does not wait for the device, but where a graph is captured."""
-        with torch.no_grad(), self._turn():
-            memory = self.memory
-            program = self._program(memory, self._bucketed(regions), start is not None)
-            memory.image.copy_(image)
-            memory.mask.copy_(mask)
-            if start is not None:
-                memory.start.copy_(start)
-            program()
-            outputs = memory.outputs.clone() if self._clone else memory.outputs
+        """See :class:`.engine.Executor`. Does not wait for the device, but where a graph is captured.
+
+        Where the caller captures a graph of his own, the launches become part of it, on memory of its own.
+        """
+        with torch.inference_mode(False), torch.no_grad():
+            if is_capturing(self.device):
+                return self._run_captured(image, mask, start, regions)
+            with self._turn():
+                memory = self.memory
+                program = self._program(memory, self._bucketed(regions), start is not None)
+                memory.take(image, mask, start)
+                program()
+                outputs = memory.outputs.clone() if self._clone else memory.outputs
         return outputs[0], list(outputs[1:])
+
+    def _run_captured(
+        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Sequence[tuple[Rect, ...]] | None
+    ) -> tuple[Tensor, list[Tensor]]:
+        """Launches for somebody else's graph, whose replays no lock or event of ours could order: they share nothing
+        with other calls but the weights."""
+        with self._lock:
+            bucketed = self._bucketed(regions)
+        memory = Memory(self.plan, self.dtype, self.device)
+        memory.take(image, mask, start)
+        _run_all(self._launches(memory, bucketed, start is not None))
+        return memory.outputs[0], list(memory.outputs[1:])
 
     def step_times(
         self, image: Tensor, mask: Tensor, regions: Sequence[tuple[Rect, ...]] | None = None, replays: int = 20
@@ -442,7 +518,7 @@ class CudaExecutor:
         """Milliseconds of every step, the mean of `replays` replays of a graph of its own; waits for the device."""
         self.run(image, mask)  # every map holds numbers now
         times = []
-        with torch.no_grad(), self._turn():
+        with torch.inference_mode(False), torch.no_grad(), self._turn():
             for number in range(len(self.plan.steps)):
                 launches = self.step_launches(self.memory, number, None if regions is None else regions[number])
                 program = Program(functools.partial(_run_all, launches), self.device, self._pool)
@@ -458,6 +534,11 @@ class CudaExecutor:
     def _wait(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
+
+
+def _let_finish(done: torch.cuda.Event | None, device: torch.device) -> None:
+    if done is not None and not is_capturing(device):
+        done.synchronize()
 
 
 def _run_all(launches: Sequence[Launch]) -> None:

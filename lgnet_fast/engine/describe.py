@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from rich.table import Table
 
+from .. import forks
 from ..ops.cpp import _library
 from .cpu_executor import PAIRS
 from .plan import Plan, Step
@@ -28,8 +29,9 @@ def traffic(plan: Plan, step: Step) -> int:
 
 
 class Peaks(NamedTuple):
-    """What this CPU reaches on PyTorch's threads: multiply-accumulates a second of float32 and of pairs of bfloat16
-    (0 where it has no such products), and bytes of a copy a second, read and written."""
+    """What this CPU on PyTorch's threads, or a GPU, reaches: multiply-accumulates a second of float32 (of a GPU: in
+    the dtype that it computes in) and of pairs of bfloat16 (0 where it has no such products), and bytes of a copy a
+    second, read and written."""
 
     macs: float
     pair_macs: float
@@ -47,7 +49,7 @@ def measure_peaks() -> Peaks:
 
     Not a large matrix product: that is as good as the library behind it, and can fall short of the machine by half.
     """
-    rounds, threads = 1_000_000, torch.get_num_threads()
+    rounds, threads = 1_000_000, forks.kernel_threads()
 
     def best(call: Callable[[], float]) -> float:
         rates = []
@@ -57,13 +59,36 @@ def measure_peaks() -> Peaks:
             rates.append(amount / (time.perf_counter() - begin))
         return max(rates)
 
-    source = torch.ones(1 << 25)
+    source = torch.ones(1 << 25, dtype=torch.float32, device="cpu")
     target = torch.empty_like(source)
     return Peaks(
         macs=best(lambda: _library().multiply_adds(False, rounds, threads)),
         pair_macs=best(lambda: _library().multiply_adds(True, rounds, threads)),
         bytes=best(lambda: target.copy_(source).nbytes + source.nbytes),
     )
+
+
+def measure_gpu_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
+    """The best of ten products of 4096 x 4096 matrices in `dtype`, and of ten copies of 256 MB, on a GPU."""
+    with torch.cuda.device(device), torch.inference_mode():
+        side = 4096
+        a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
+        source = torch.ones(1 << 26, dtype=torch.float32, device=device)
+        target = torch.empty_like(source)
+
+        def best(call: Callable[[], object], amount: float) -> float:
+            rates = []
+            for _ in range(10):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                call()
+                end.record()
+                end.synchronize()
+                rates.append(1e3 * amount / begin.elapsed_time(end))
+            return max(rates)
+
+        macs = best(lambda: torch.mm(a, b), side**3)
+        return Peaks(macs, 0.0, best(lambda: target.copy_(source), 2 * source.nbytes))
 
 
 def describe(executor: Any, plan: Plan, rounds: int) -> Table:
@@ -73,17 +98,24 @@ def describe(executor: Any, plan: Plan, rounds: int) -> Table:
         executor: of the plan's sizes; where it has ``step_times(image, mask, regions)`` and ``choices``, the kernel,
             the least time of `rounds` runs and its share of the floor (:class:`Peaks`) are shown.
         plan: dense or restricted.
-        rounds: at least 1.
+        rounds: at least 1; on a GPU one is enough, as a step's time is a mean of replays there.
     """
     measure: Callable[..., list[float]] | None = getattr(executor, "step_times", None)
     choices = getattr(executor, "choices", {})
+    device = getattr(executor, "device", torch.device("cpu"))
+    on_gpu = device.type == "cuda"
     times: list[float] | None = None
     if measure is not None:
-        image = torch.zeros(plan.batch, 3, plan.height, plan.width)
+        image = torch.zeros(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device=device)
         mask = torch.ones_like(image[:, :1])
-        runs = [measure(image, mask, [s.regions for s in plan.steps]) for _ in range(rounds)]
+        regions = None if plan.holes is None else [s.regions for s in plan.steps]
+        runs = [measure(image, mask, regions) for _ in range(1 if on_gpu else rounds)]
         times = [min(column) for column in zip(*runs, strict=True)]
-    peaks = measure_peaks() if times is not None else None
+    peaks = None
+    if times is not None:
+        peaks = measure_gpu_peaks(device, executor.dtype) if on_gpu else measure_peaks()
+    # a GPU's feature maps and weights are in the dtype that it computes in
+    stored = executor.dtype.itemsize / _ELEMENT if on_gpu else 1.0
     floors = 0.0
     table = Table(title=f"{plan.batch} x 3 x {plan.height} x {plan.width}" + (", restricted" if plan.holes else ""))
     for name in ("step", "kind", "input", "output", "GFLOP", "MB", "kernel", "ms", "GFLOP/s", "floor"):
@@ -103,7 +135,7 @@ def describe(executor: Any, plan: Plan, rounds: int) -> Table:
         ]
         if times is not None and peaks is not None:
             pairs = choices.get(step.name, "").endswith(PAIRS)
-            floor = 1e3 * peaks.floor(plan.macs(step), traffic(plan, step), pairs)
+            floor = 1e3 * peaks.floor(plan.macs(step), stored * traffic(plan, step), pairs)
             floors += floor
             row.append(f"{times[number]:.3f}")
             row += [f"{1e3 * gflop / times[number]:.0f}", f"{floor / times[number]:.0%}"] if times[number] > 0 else []

@@ -37,6 +37,11 @@ def resolve_device(device: str | torch.device) -> torch.device:
     return resolved
 
 
+def same_device(a: torch.device, b: torch.device) -> bool:
+    """Whether two names mean one device: tensors on "mps" or "xpu" say that they are on "mps:0" or "xpu:0"."""
+    return a.type == b.type and (a.index or 0) == (b.index or 0)
+
+
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
     """ "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name, as a floating torch.dtype.
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -15,6 +14,7 @@ import torch
 from rich.table import Table
 from torch import Tensor, nn
 
+from .. import forks
 from ..errors import LGNetError
 from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import STAGE_MODULES, LGNet, LocalGlobalRefinement
@@ -22,12 +22,14 @@ from ..reference.networks import LEVELS
 from .cpu_executor import CpuExecutor
 from .cuda_executor import CudaExecutor
 from .describe import describe
-from .devices import resolve_device, resolve_dtype
-from .holes import hole_boxes
+from .device_holes import DeviceHoles
+from .devices import resolve_device, resolve_dtype, same_device
+from .holes import check_holes, hole_boxes
+from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan, build_plan
 from .regions import Rect, join
 from .saved import read_engine, write_engine
-from .torch_executor import TorchExecutor
+from .verified import Guarded, verified
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -98,15 +100,32 @@ class _Shape:
 
 
 def _fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is written to, replaced or moved."""
-    return tuple((t.data_ptr(), t._version) for t in (*model.parameters(), *model.buffers()))
+    """Changes when a weight is written to, replaced or moved. Tensors made under ``torch.inference_mode`` count no
+    writes: of those only replacing and moving shows."""
+    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model))
+
+
+def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
+    return (*model.parameters(), *model.buffers())
+
+
+def _storages(model: nn.Module) -> tuple[int, ...]:
+    """What stays when PyTorch moves weights into shared memory, to send the model to another process."""
+    return tuple(t.untyped_storage()._cdata for t in _tensors(model))
 
 
 class Engine:
     """The optimised form of a model; made by :func:`optimize`.
 
     Calling it is thread-safe. It holds its own packed weights, and no reference to the model: when the model's
-    weights change or move while it lives, the next call raises LGNetError. Engines do not pickle.
+    weights change or move while it lives, the next call raises LGNetError. (Weights that were made under
+    ``torch.inference_mode`` count no writes, nor does this process those of others into shared memory: of such only a
+    replacement or a move is noticed.) Engines do not pickle. They work under any default dtype, default device and
+    inference mode.
+
+    Where a hole sample of the model is NaN or infinite for NaN or infinity in its weights or input, so is that of the
+    engine, also in a run restricted to holes. (What overflows in the model alone, a feature that its BatchNorm would
+    scale down again, need not overflow here: that scale is part of the weights.)
     """
 
     size_multiple = Cascade.size_multiple
@@ -131,7 +150,9 @@ class Engine:
         self._model = None if on_meta else weakref.ref(model)
         self._model_was_there = not on_meta
         self._fingerprint = () if on_meta else _fingerprint(model)
-        self._lock = threading.Lock()
+        self._storages = () if on_meta else _storages(model)
+        self._lock = forks.Lock()
+        self._device_holes = DeviceHoles()
         self._shapes: _Cache[_Shape] = _Cache(SHAPES_KEPT)
         self._first = _Shape(plan, executor)
         self._shapes[self._key(plan)] = self._first
@@ -152,20 +173,32 @@ class Engine:
             image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256; any float dtype.
             mask: [B, 1, H, W], 1 = hole; dtype and device of `image`.
             return_stages: every stage's picture. Raw ones are None where the run was restricted to holes.
-            holes: rectangles that contain every hole pixel, of all samples together, where the caller knows them;
-                None: found in the mask, for each sample by itself, if it is on the CPU.
+            holes: rectangles (top, bottom, left, right), ends excluded, that contain every hole pixel, of all samples
+                together, where the caller knows them; None: found in the mask, for each sample by itself on the CPU;
+                on a GPU for all together, in cells of 32x32 pixels, where that needs no wait for queued work
+                (:mod:`.device_holes`). That they contain every hole pixel is checked for a mask on the CPU, and the
+                caller's promise elsewhere: a hole pixel outside them may come back white.
 
         Returns:
             The merged result in the dtype of `image`, or :class:`Stages`.
+
+        Raises:
+            TypeError, ValueError: an argument that does not fit; the message names it.
+            LGNetError: the model's weights are no longer the engine's.
         """
+        forks.prepare()
         check_inputs(image, mask, self.size_multiple)
-        if image.device != self.device:
+        if not same_device(image.device, self.device):
             raise ValueError(f"image: expected device {self.device} as the engine, got {image.device}")
         self._notice_model()
         each: list[tuple[Rect, ...]] = []
         if holes is None and self.hole_aware and mask.device.type == "cpu":
             each = [hole_boxes(sample) for sample in mask.split(1)]
             holes = join(hole for own in each for hole in own)
+        elif holes is not None:
+            holes = check_holes(holes, mask)
+        elif self.hole_aware and isinstance(self._first.executor, Guarded) and image.shape[0]:
+            holes = self._device_holes.find(mask)
         if image.shape[0] == 0 or (holes is not None and not holes):
             return self._unchanged(image, return_stages)
         with torch.no_grad():
@@ -211,8 +244,17 @@ class Engine:
         """Refuse a model whose weights are no longer the engine's; when it has gone, let its memory go too."""
         model = None if self._model is None else self._model()
         if model is not None:
-            if _fingerprint(model) != self._fingerprint:
-                raise LGNetError("the model's weights changed or moved after optimize(); optimize it again")
+            now = _fingerprint(model)
+            if now != self._fingerprint:
+                same = _storages(model) == self._storages and all(
+                    version == then_version and (address == then_address or tensor.is_shared())
+                    for tensor, (address, version), (then_address, then_version) in zip(
+                        _tensors(model), now, self._fingerprint, strict=True
+                    )
+                )
+                if not same:
+                    raise LGNetError("the model's weights changed or moved after optimize(); optimize it again")
+                self._fingerprint = now
         elif self._model_was_there:
             self._model_was_there = False
             if isinstance(self._first.executor, CpuExecutor):
@@ -230,7 +272,8 @@ class Engine:
             )
 
     def _planned(self, plan: Plan) -> _Shape:
-        return _Shape(plan, self._first.executor.resized(plan))
+        with torch.inference_mode(False):
+            return _Shape(plan, self._first.executor.resized(plan))
 
     def warmup(self) -> None:
         """Run once on a grey picture whose hole is everywhere, so that nothing is left for the first real call."""
@@ -239,7 +282,7 @@ class Engine:
 
     def _example(self) -> tuple[Tensor, Tensor]:
         plan = self._first.plan
-        image = torch.zeros(plan.batch, 3, plan.height, plan.width, device=self.device)
+        image = torch.zeros(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device=self.device)
         return image, torch.ones_like(image[:, :1])
 
     @property
@@ -291,6 +334,10 @@ def optimize(
 ) -> Engine:
     """A fast form of `model`, with the same contract as ``model(image, mask)``.
 
+    On an NVIDIA GPU (sm_80 and later) its kernels are checked once against the model in float32, and the verdict is
+    kept in the user's cache folder; where one fails, a WARNING says so and the next best path runs
+    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the device's best layout.
+
     Args:
         model: any LGNet or X_LG; used in evaluation mode, left untouched.
         size: (height, width) to prepare for, multiples of 256; other shapes are planned when they come.
@@ -301,7 +348,12 @@ def optimize(
 
     Returns:
         The engine; it keeps no reference to the model's weights.
+
+    Raises:
+        TypeError, ValueError: an argument that does not fit; the message names it.
+        BackendError: a device or dtype that is not there.
     """
+    forks.prepare()
     if not isinstance(model, (LGNet, LocalGlobalRefinement)):
         raise TypeError(f"model: expected an LGNet or a LocalGlobalRefinement, got {type(model).__name__}")
     height, width = size
@@ -313,13 +365,16 @@ def optimize(
         raise TypeError(f"hole_aware: expected a bool, got {type(hole_aware).__name__}")
     target = resolve_device(device)
     computed = resolve_dtype(dtype, target)
-    plan = build_plan(plan_stages(model), batch_size, height, width)
-    executor = _executor(plan, target, computed)
+    # What an engine keeps must serve calls outside inference mode too.
+    with torch.inference_mode(False), torch.no_grad():
+        plan = build_plan(plan_stages(model), batch_size, height, width)
+        executor = _executor(model, plan, target, computed)
     return Engine(model, plan.without_weights(), executor, target, hole_aware)
 
 
 def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a plan would run in plain PyTorch on `device` in `dtype`, in one sentence; None where it runs faster."""
+    """Why a model would run in plain PyTorch on `device` in `dtype`, in one sentence; None where an executor of its
+    plan is faster."""
     if device.type == "cuda":
         return CudaExecutor.unavailable_reason(device, dtype)
     if device.type != "cpu":
@@ -329,15 +384,16 @@ def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None
     return CpuExecutor.unavailable_reason()
 
 
-def _executor(plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
-    """The fastest executor for a device and dtype; plain PyTorch, with the reason logged, where there is no other."""
+def _executor(model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
+    """The fastest executor for a device and dtype that passes its check there; the model in its best layout, with the
+    reason logged, where there is no other."""
     reason = fast_executor_reason(device, dtype)
     if reason is not None:
-        logger.info("the plan runs in plain PyTorch: %s", reason)
-        return TorchExecutor(plan.to(device, dtype))
+        logger.info("the model runs in plain PyTorch: %s", reason)
+        return ModelExecutor(model, device, dtype)
     # Weights are rounded once, by the executor.
     plan = plan.to(device, torch.float32)
-    return CpuExecutor(plan, dtype) if device.type == "cpu" else CudaExecutor(plan, dtype, device=device)
+    return CpuExecutor(plan, dtype) if device.type == "cpu" else verified(model, plan, device, dtype)[0]
 
 
 def load_engine(directory: str | os.PathLike[str]) -> Engine:
@@ -348,5 +404,7 @@ def load_engine(directory: str | os.PathLike[str]) -> Engine:
         LGNetError: they were written for another instruction set, thread count, or version of this package or of
             PyTorch; it names what differs. Optimise the model again there.
     """
-    model, executor, hole_aware = read_engine(Path(directory), lambda m, *size: build_plan(plan_stages(m), *size))
+    forks.prepare()
+    with torch.inference_mode(False), torch.no_grad():
+        model, executor, hole_aware = read_engine(Path(directory), lambda m, *size: build_plan(plan_stages(m), *size))
     return Engine(model, executor.plan, executor, torch.device("cpu"), hole_aware)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import operator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -108,3 +109,41 @@ def disjoint_boxes(boxes: Iterable[Rect], shape: tuple[int, int]) -> list[Rect]:
 def hole_boxes(mask: Tensor) -> tuple[Rect, ...]:
     """Bounding boxes of the holes of a mask [B, 1, H, W] on the CPU, of all samples together; none if it is empty."""
     return join(group_holes((mask != 0).any(dim=0)[0].numpy()).boxes)
+
+
+def check_holes(holes: Sequence[Rect], mask: Tensor) -> tuple[Rect, ...]:
+    """`holes` as rectangles that lie inside the picture and, where `mask` [B, 1, H, W] is on the CPU, cover it.
+
+    The values of a mask on another device are not read: that would wait for the device.
+
+    Raises:
+        TypeError, ValueError: they do not; the message names ``holes``.
+    """
+    height, width = mask.shape[2:]
+    if not isinstance(holes, Sequence):
+        raise TypeError(f"holes: expected a sequence of Rect(top, bottom, left, right), got {type(holes).__name__}")
+    checked = []
+    for number, hole in enumerate(holes):
+        try:
+            rect = Rect(*map(operator.index, hole))
+        except TypeError as error:
+            raise TypeError(
+                f"holes: expected Rect(top, bottom, left, right) of four integers, got holes[{number}] = {hole!r}"
+            ) from error
+        if not (0 <= rect.top < rect.bottom <= height and 0 <= rect.left < rect.right <= width):
+            raise ValueError(
+                f"holes: expected 0 <= top < bottom <= {height} and 0 <= left < right <= {width}, "
+                f"got holes[{number}] = {rect}"
+            )
+        checked.append(rect)
+    if mask.device.type == "cpu":
+        outside = (mask.detach() != 0).any(dim=0)[0]
+        for rect in checked:
+            outside[rect.top : rect.bottom, rect.left : rect.right] = False
+        if outside.any():
+            y, x = outside.nonzero()[0].tolist()
+            raise ValueError(
+                f"holes: expected rectangles that contain every hole pixel of the mask, got {int(outside.sum())} "
+                f"outside them, the first at row {y}, column {x}"
+            )
+    return tuple(checked)

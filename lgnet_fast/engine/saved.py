@@ -4,23 +4,19 @@ in memory, mapped when read)."""
 from __future__ import annotations
 
 import json
-import os
-import zlib
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..errors import LGNetError, WeightsError
+from ..reference.folders import complete_set, staged
 from ..reference.lgnet import LGNet
-from ..reference.pretrained import staged
 from .cpu_executor import CpuExecutor
 from .plan import Plan
 
 _DESCRIPTION, _WEIGHTS = "engine.json", "weights.bin"
-_CHUNK = 1 << 22
 
 
 def _circumstances(isa: str) -> dict[str, Any]:
@@ -34,22 +30,10 @@ def _circumstances(isa: str) -> dict[str, Any]:
     }
 
 
-def _checksum(path: Path) -> int:
-    """CRC-32 of the CRC-32s of the file's chunks, which several threads can take."""
-
-    def of_chunk(offset: int) -> bytes:
-        with open(path, "rb") as f:
-            f.seek(offset)
-            return zlib.crc32(f.read(_CHUNK)).to_bytes(4, "little")
-
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return zlib.crc32(b"".join(pool.map(of_chunk, range(0, os.path.getsize(path), _CHUNK))))
-
-
 def write_engine(
     directory: Path, config: dict[str, Any], plan: Plan, executor: CpuExecutor, hole_aware: bool
 ) -> None:
-    """Write both files; a write that fails leaves what was there."""
+    """Write both files as one set: see :mod:`..reference.folders`."""
     state = dict(executor.state)
     data = state.pop("data")
     with staged(directory) as staging:
@@ -61,7 +45,6 @@ def write_engine(
             "made for": _circumstances(state["isa"]),
             "state": state,
             "bytes": data.numel(),
-            "crc32": _checksum(staging / _WEIGHTS),
         }
         (staging / _DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
@@ -73,17 +56,20 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, Cpu
         WeightsError, LGNetError: see :func:`.engine.load_engine`.
     """
     try:
-        description = json.loads((directory / _DESCRIPTION).read_text(encoding="utf-8"))
-        weights = directory / _WEIGHTS
-        if os.path.getsize(weights) != description["bytes"] or _checksum(weights) != description["crc32"]:
-            raise WeightsError(f"{weights} is damaged: its size or checksum is not what {_DESCRIPTION} says")
+        folder = complete_set(directory, (_DESCRIPTION, _WEIGHTS), manifest_needed=True)
+        description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
+        weights = folder / _WEIGHTS
         with torch.device("meta"):
             model = LGNet(**description["config"])
-        plan = build(model, *description["size"])
-        state, made_for = description["state"], description["made for"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        if isinstance(error, WeightsError):
-            raise
+        batch, height, width = description["size"]
+        if batch < 1 or min(height, width) < 1 or height % model.size_multiple or width % model.size_multiple:
+            raise ValueError(f"size {description['size']}")
+        plan = build(model, batch, height, width)
+        state, made_for = dict(description["state"]), dict(description["made for"])
+        hole_aware = bool(description["hole_aware"])
+    except WeightsError:
+        raise
+    except Exception as error:  # JSON, LGNet and the plan have many kinds, and so has a wrong description
         raise WeightsError(f"{directory}: expected a saved engine ({_DESCRIPTION}, {_WEIGHTS}): {error}") from error
     if (reason := CpuExecutor.unavailable_reason()) is not None:
         raise LGNetError(f"{directory}: the engine cannot run here: {reason}")
@@ -95,5 +81,10 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, Cpu
         raise LGNetError(
             f"{directory}: the engine was made elsewhere ({'; '.join(differs)}); optimise the model again"
         )
-    state["data"] = torch.from_file(str(weights), shared=False, size=description["bytes"], dtype=torch.uint8)
-    return model, CpuExecutor.from_state(plan, state), description["hole_aware"]
+    try:
+        state["data"] = torch.from_file(
+            str(weights), shared=False, size=description["bytes"], dtype=torch.uint8, device="cpu"
+        )
+        return model, CpuExecutor.from_state(plan, state), hole_aware
+    except Exception as error:
+        raise WeightsError(f"{directory}: {_DESCRIPTION} does not fit the network: {error}") from error

@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..pipeline.batch import UsageError
+from ..pipeline.batch import UsageError, shown_text
 from ..pipeline.distributed import World
 from .scoring import evaluate
 
@@ -44,7 +44,7 @@ def run(pictures: Path, out: Path, *, models: list[str], **options: Any) -> int:
 
         def tell(done: int, total: int, error: str | None) -> None:
             if error is not None:
-                console.print(f"failed: {error}")
+                console.print(f"failed: {shown_text(error)}")
             progress.update(task, completed=done, total=total)
 
         result = evaluate(pictures, out=out, models=named_models(models), world=world, tell=tell, **options)

@@ -67,6 +67,13 @@ def pictures_in(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
     return found
 
 
+def left_out_in(folder: Path, besides: Sequence[Path] = ()) -> list[dict[str, str]]:
+    """What `pictures_in` passes over and should not have to: unreadable sub-folders, pictures in other formats."""
+    excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
+    found = batch.scan(folder, excluded).left_out if folder.is_dir() else []
+    return [{"picture": str(path), "error": reason} for path, reason in found]
+
+
 def fit_picture(path: Path, size: int) -> np.ndarray:
     """The picture as uint8 [size, size, 3]: shorter edge scaled to `size` (bicubic), centre crop. 0: as it is.
 

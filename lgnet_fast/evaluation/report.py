@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
@@ -14,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from ..pipeline.files import write_atomically
+from ..pipeline.files import json_bytes, write_atomically
 from .metrics import METRICS
 
 ALL = "all"
@@ -118,9 +117,8 @@ class Evaluation:
 
     def write(self, out: Path) -> None:
         """Writes ``evaluation.json`` and ``evaluation.md`` to the folder `out`, atomically."""
-        text = json.dumps(self.as_dict(), indent=2, ensure_ascii=False, allow_nan=False)
-        write_atomically(out / "evaluation.json", (text + "\n").encode())
-        write_atomically(out / "evaluation.md", self.markdown().encode())
+        write_atomically(out / "evaluation.json", json_bytes(self.as_dict()))
+        write_atomically(out / "evaluation.md", self.markdown().encode("utf-8", "backslashreplace"))
 
     def _classes(self) -> Iterable[tuple[str, list[tuple[Score, list[tuple[str, bool]]]]]]:
         """Each class with its rows: the score and, of every metric, the text and whether it is the best."""
@@ -172,7 +170,8 @@ def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, bytes]]) -> 
         draw.text((_MARGIN + position * (_CELL + _MARGIN), 3), name, fill="black", font=font)
     for position, (caption, encoded) in enumerate(rows):
         top = _CAPTION + position * (_CELL + _CAPTION)
-        draw.text((_MARGIN, top + 3), caption, fill="dimgray", font=font)
+        shown = caption.encode("utf-8", "replace").decode()  # of a name that is not UTF-8, what can be drawn
+        draw.text((_MARGIN, top + 3), shown, fill="dimgray", font=font)
         with Image.open(io.BytesIO(encoded)) as row:
             sheet.paste(row, (_MARGIN, top + _CAPTION))
     return sheet

@@ -30,6 +30,7 @@ from .protocol import (
     NamedMasks,
     class_label,
     fit_picture,
+    left_out_in,
     mask_source,
     parse_classes,
     pictures_in,
@@ -140,6 +141,7 @@ def evaluate(
     besides = [Path(one) for one in (masks, out) if one is not None]
     found = pictures_in(source, besides)
     base = source if source.is_dir() else source.parent
+    not_read = left_out_in(source, besides)
     mask_folder = None if masks is None else Path(masks)
     holes: Holes
     if suite:
@@ -207,6 +209,7 @@ def evaluate(
         result = _merged(records, titles, tuple(metrics), measure, died, settings, label, job.features)
         if isinstance(holes, SuiteMasks) and isinstance(measure, SuiteMetrics):
             result = replace(result, legend=" ".join(filter(None, (holes.legend, measure.legend))))
+        result = replace(result, failures=[*result.failures, *not_read])
         if folder is not None and journal is not None:
             result.write(folder)
             job.write_sheet(folder, records)
@@ -365,7 +368,13 @@ def _best_to_worst(
 
 # The level that every 8-bit level comes back as from the released test script, which scales to [-1, 1] and back in
 # float32 and then truncates.
-_TRUNCATED = ((torch.arange(256, dtype=torch.float32) / 255 - 0.5) / 0.5 + 1).div(2).mul(255).to(torch.uint8).numpy()
+_TRUNCATED = (
+    ((torch.arange(256, dtype=torch.float32, device="cpu") / 255 - 0.5) / 0.5 + 1)
+    .div(2)
+    .mul(255)
+    .to(torch.uint8)
+    .numpy()
+)
 
 
 def _network(pipe: Inpainter, paper_compat: bool) -> Callable[[np.ndarray, np.ndarray], np.ndarray]:

@@ -12,26 +12,55 @@ Each also takes ``backend="auto" | "eager" | "triton" | "cpp"``.
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
+from ..errors import BackendError
+from ..reference import attention as eager_attention
+from ..reference import merge as eager_merge
 from ..reference.attention import AttentionBlockFn
 from ..reference.merge import MergeFn
 
-# Importing the first two registers the operators; the third notices forks from now on, and loads no library yet.
-from . import attention, cpp, merge_concat  # noqa: F401
+# Importing these registers the operators.
+from . import attention, merge_concat  # noqa: F401
 from .dispatch import calls, reset_calls
+
+_EAGER: dict[str, Callable[..., Tensor]] = {
+    "attention_block": eager_attention.attention_block,
+    "merge": eager_merge.merge,
+    "merge_concat": eager_merge.merge_concat,
+}
+
+
+@dataclass(frozen=True)
+class Bound:
+    """An operator with its backend, by their names: PyTorch's own operator objects do not pickle.
+
+    An exported program must run where this package is not, so that "auto" is plain PyTorch while a model is exported
+    (``torch.export``, ``torch.onnx.export``).
+    """
+
+    operator: str
+    backend: str
+
+    def __call__(self, *args: Any) -> Tensor:
+        to_onnx = torch.onnx.is_in_onnx_export()
+        if self.backend == "auto" and (to_onnx or torch.compiler.is_exporting()):
+            return _EAGER[self.operator](*args)
+        if to_onnx:
+            raise BackendError(
+                f"backend: {self.backend!r} has no ONNX form; call set_backend('auto') or set_backend('eager') first"
+            )
+        return getattr(torch.ops.lgnet, self.operator)(*args, backend=self.backend)
 
 
 def functions(backend: str) -> tuple[AttentionBlockFn, MergeFn, MergeFn]:
     """(attention_block, merge, merge_concat) with the backend bound: what ``set_backend`` injects."""
-    ops = torch.ops.lgnet
-    return (
-        partial(ops.attention_block, backend=backend),
-        partial(ops.merge, backend=backend),
-        partial(ops.merge_concat, backend=backend),
-    )
+    return Bound("attention_block", backend), Bound("merge", backend), Bound("merge_concat", backend)
 
 
-__all__ = ["calls", "functions", "reset_calls"]
+__all__ = ["Bound", "calls", "functions", "reset_calls"]

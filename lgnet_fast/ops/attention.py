@@ -1,8 +1,9 @@
 """`lgnet::cosine_attention` and `lgnet::attention_block`.
 
 The public operators pick a backend. Eager runs :mod:`lgnet_fast.reference.attention`, which autograd
-differentiates. Fused backends go through an inner operator that also returns what its backward needs: the row
-log-sum-exp, and the attended features where a gradient will be asked for.
+differentiates. Fused backends go through an inner operator that also returns what its backward needs: the softmax's
+row statistics [2, B, H*W] (maximum and sum, in the backend's own units: one number, their log-sum-exp, would lose the
+sum where scores are large), and the attended features where a gradient will be asked for.
 """
 
 from __future__ import annotations
@@ -12,17 +13,20 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import forks
 from ..reference import attention as reference
-from .dispatch import launchers, record, resolve
+from .dispatch import launchers, record, run
 from .registry import (
     LIBRARY,
     check,
     checked_float,
     composite,
     define,
+    differentiable,
     flop_formula,
     implement,
     no_double_backward,
+    vectorized,
 )
 
 _COSINE = define('cosine_attention(Tensor features, str variant="released", *, str backend="auto") -> Tensor')
@@ -32,7 +36,7 @@ _BLOCK = define(
 )
 _COSINE_FWD = define("_cosine_attention(Tensor features, str variant, str backend) -> (Tensor, Tensor)")
 _COSINE_BWD = define(
-    "_cosine_attention_backward(Tensor grad, Tensor features, Tensor attended, Tensor lse, "
+    "_cosine_attention_backward(Tensor grad, Tensor features, Tensor attended, Tensor stats, "
     "str variant, str backend) -> Tensor"
 )
 _BLOCK_FWD = define(
@@ -40,12 +44,13 @@ _BLOCK_FWD = define(
     "-> (Tensor, Tensor, Tensor)"
 )
 _BLOCK_BWD = define(
-    "_attention_block_backward(Tensor grad, Tensor features, Tensor attended, Tensor lse, Tensor weight, "
+    "_attention_block_backward(Tensor grad, Tensor features, Tensor attended, Tensor stats, Tensor weight, "
     "str variant, bool[] needs, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def _check_features(features: Tensor, variant: str) -> None:
+    forks.prepare()
     reference.check_variant(variant)
     checked_float("features", features)
     check(features.dim() == 4, "features", "[B, C, H, W]", list(features.shape))
@@ -61,11 +66,14 @@ def _wants_grad(*tensors: Tensor) -> bool:
 
 def _cosine_attention(features: Tensor, variant: str = "released", *, backend: str = "auto") -> Tensor:
     _check_features(features, variant)
-    backend = resolve("cosine_attention", backend, (features,), variant)
-    if backend == "eager":
-        record("cosine_attention", backend)
+
+    def fused(backend: str, features: Tensor) -> Tensor:
+        return torch.ops.lgnet._cosine_attention(features, variant, backend)[0]
+
+    def eager(features: Tensor) -> Tensor:
         return reference.cosine_attention(features, variant)
-    return torch.ops.lgnet._cosine_attention(features, variant, backend)[0]
+
+    return run("cosine_attention", backend, (features,), variant, fused, eager)
 
 
 def _attention_block(
@@ -76,12 +84,14 @@ def _attention_block(
     check(list(weight.shape) == [channels, 2 * channels, 1, 1], "weight", f"[{channels}, {2 * channels}, 1, 1]",
           list(weight.shape))  # fmt: skip
     check(list(bias.shape) == [channels], "bias", f"[{channels}]", list(bias.shape))
-    backend = resolve("attention_block", backend, (features, weight, bias), variant)
-    if backend == "eager":
-        record("attention_block", backend)
+
+    def fused(backend: str, *tensors: Tensor) -> Tensor:
+        return torch.ops.lgnet._attention_block(*tensors, variant, _wants_grad(*tensors), backend)[0]
+
+    def eager(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return reference.attention_block(features, weight, bias, variant)
-    save = _wants_grad(features, weight, bias)
-    return torch.ops.lgnet._attention_block(features, weight, bias, variant, save, backend)[0]
+
+    return run("attention_block", backend, (features, weight, bias), variant, fused, eager)
 
 
 def _cast_cosine(device: str, features: Tensor, *rest: Any) -> tuple[Any, ...]:
@@ -110,28 +120,30 @@ def _cosine_fwd(features: Tensor, variant: str, backend: str) -> tuple[Tensor, T
     return launchers("cosine_attention", backend).attention_forward(features, variant)
 
 
-def _cosine_bwd(grad: Tensor, features: Tensor, attended: Tensor, lse: Tensor, variant: str, backend: str) -> Tensor:
+def _cosine_bwd(
+    grad: Tensor, features: Tensor, attended: Tensor, stats: Tensor, variant: str, backend: str
+) -> Tensor:
     record("cosine_attention_backward", backend)
-    return launchers("cosine_attention", backend).attention_backward(grad, features, attended, lse, variant)
+    return launchers("cosine_attention", backend).attention_backward(grad, features, attended, stats, variant)
 
 
 def _block_fwd(
     features: Tensor, weight: Tensor, bias: Tensor, variant: str, save: bool, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     record("attention_block", backend)
-    out, attended, lse = launchers("attention_block", backend).attention_block_forward(
+    out, attended, stats = launchers("attention_block", backend).attention_block_forward(
         features, weight, bias, variant, save_attended=save
     )
     if not save:
         return out, features.new_empty(0), features.new_empty(0)
-    return out, attended, lse
+    return out, attended, stats
 
 
 def _block_bwd(
     grad: Tensor,
     features: Tensor,
     attended: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     weight: Tensor,
     variant: str,
     needs: list[bool],
@@ -139,7 +151,7 @@ def _block_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     record("attention_block_backward", backend)
     grads = launchers("attention_block", backend).attention_block_backward(
-        grad, features, attended, lse, weight, variant, needs=tuple(needs)
+        grad, features, attended, stats, weight, variant, needs=tuple(needs)
     )
     # An operator's schema has no optional results: an empty tensor stands for a gradient nobody asked for.
     a, b, c = (features.new_empty(0) if g is None else g for g in grads)
@@ -159,19 +171,19 @@ def _like(features: Tensor) -> Tensor:
     return torch.empty_like(features, memory_format=memory_format)
 
 
-def _fake_lse(features: Tensor) -> Tensor:
+def _fake_stats(features: Tensor) -> Tensor:
     batch, _, height, width = features.shape
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
-    return features.new_empty((batch, height * width), dtype=dtype)
+    return features.new_empty((2, batch, height * width), dtype=dtype)
 
 
 @torch.library.register_fake(_COSINE_FWD, lib=LIBRARY)
 def _(features: Tensor, variant: str, backend: str) -> tuple[Tensor, Tensor]:
-    return _like(features), _fake_lse(features)
+    return _like(features), _fake_stats(features)
 
 
 @torch.library.register_fake(_COSINE_BWD, lib=LIBRARY)
-def _(grad: Tensor, features: Tensor, attended: Tensor, lse: Tensor, variant: str, backend: str) -> Tensor:
+def _(grad: Tensor, features: Tensor, attended: Tensor, stats: Tensor, variant: str, backend: str) -> Tensor:
     return _like(features)
 
 
@@ -181,7 +193,7 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not save:
         return _like(features), features.new_empty(0), features.new_empty(0)
-    return _like(features), _like(features), _fake_lse(features)
+    return _like(features), _like(features), _fake_stats(features)
 
 
 @torch.library.register_fake(_BLOCK_BWD, lib=LIBRARY)
@@ -189,7 +201,7 @@ def _(
     grad: Tensor,
     features: Tensor,
     attended: Tensor,
-    lse: Tensor,
+    stats: Tensor,
     weight: Tensor,
     variant: str,
     needs: list[bool],
@@ -209,9 +221,9 @@ def _cosine_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
     ctx.save_for_backward(features, *output)
 
 
-def _cosine_grad(ctx: Any, grad: Tensor, grad_lse: Tensor) -> tuple[Tensor, None, None]:
-    features, attended, lse = ctx.saved_tensors
-    out = torch.ops.lgnet._cosine_attention_backward(grad, features, attended, lse, ctx.variant, ctx.backend)
+def _cosine_grad(ctx: Any, grad: Tensor, grad_stats: Tensor) -> tuple[Tensor, None, None]:
+    features, attended, stats = ctx.saved_tensors
+    out = torch.ops.lgnet._cosine_attention_backward(grad, features, attended, stats, ctx.variant, ctx.backend)
     return out, None, None
 
 
@@ -221,18 +233,22 @@ def _block_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor
 
 
 def _block_grad(ctx: Any, grad: Tensor, *unused: Tensor) -> tuple[Tensor | None, ...]:
-    features, weight, attended, lse = ctx.saved_tensors
+    features, weight, attended, stats = ctx.saved_tensors
     needs = list(ctx.needs_input_grad[:3])
     grads = torch.ops.lgnet._attention_block_backward(
-        grad, features, attended, lse, weight, ctx.variant, needs, ctx.backend
+        grad, features, attended, stats, weight, ctx.variant, needs, ctx.backend
     )
     return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None, None)
 
 
-torch.library.register_autograd(_COSINE_FWD, _cosine_grad, setup_context=_cosine_setup, lib=LIBRARY)
-torch.library.register_autograd(_BLOCK_FWD, _block_grad, setup_context=_block_setup, lib=LIBRARY)
+differentiable(_COSINE_FWD, _cosine_grad, _cosine_setup)
+differentiable(_BLOCK_FWD, _block_grad, _block_setup)
 no_double_backward(_COSINE_BWD)
 no_double_backward(_BLOCK_BWD)
+vectorized(_COSINE, 1)
+vectorized(_BLOCK, 1)
+for _name in (_COSINE_FWD, _BLOCK_FWD, _COSINE_BWD, _BLOCK_BWD):
+    vectorized(_name, 1, apart=True)  # the statistics are [2, B, H*W]
 
 
 # -- FLOPs (two a multiply-accumulate) ---------------------------------------------------------------------------

@@ -5,39 +5,29 @@ They allocate, pass addresses, sizes and strides, and call; no registration, no 
 where the features (the image) are. The formulas stand at the top of csrc/attention.cpp and csrc/merge_concat.cpp.
 
 Shapes: features [B, C, H, W]; weight [C, 2C, 1, 1] with input columns (attended, F) for ``variant="released"`` and
-(F, attended) for ``"paper"``; bias [C]; lse [B, H*W], natural logarithm; image and output [B, 3, H, W]; mask
-[B, 1, H, W], 1 = hole. Every launcher raises TypeError or ValueError with the reason where ``can_run_*`` gives one.
+(F, attended) for ``"paper"``; bias [C]; stats [2, B, H*W], see ``attention_forward``; image and output [B, 3, H, W];
+mask [B, 1, H, W], 1 = hole. Every launcher raises TypeError or ValueError with the reason where ``can_run_*`` gives
+one.
 """
 
 from __future__ import annotations
 
 import importlib
-import os
-import threading
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
+from .. import forks
+
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
 _ABSENT = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
 _VARIANTS = ("released", "paper")
 
-_lock = threading.Lock()
+_lock = forks.Lock()
 _module: ModuleType | None = None
 _reason: str | None = None
-_forked = False
-
-
-def _note_fork() -> None:
-    global _forked
-    _forked = True
-
-
-if hasattr(os, "register_at_fork"):
-    # For an extension first loaded in the child; a loaded one notices forks by itself.
-    os.register_at_fork(after_in_child=_note_fork)
 
 
 def _load() -> ModuleType | None:
@@ -53,8 +43,8 @@ def _load() -> ModuleType | None:
                 why = note.read_text(encoding="utf-8").strip() if note.is_file() else str(error)
                 _reason = f"the C++ extension lgnet_fast._C is not installed: {why}"
             else:
-                if _forked:
-                    module.mark_forked()
+                if forks.forked():
+                    module.mark_forked()  # a loaded one notices forks by itself
                 _module = module
     return _module
 
@@ -141,6 +131,7 @@ def _empty_like(tensor: Tensor, channels: int | None = None) -> Tensor:
         (batch, own if channels is None else channels, height, width),
         dtype=tensor.dtype,
         memory_format=torch.channels_last if last else torch.contiguous_format,
+        device="cpu",
     )
 
 
@@ -155,12 +146,8 @@ def _result(out: Tensor | None, like: Tensor, channels: int | None = None) -> Te
     return out
 
 
-def _lse_dtype(features: Tensor) -> torch.dtype:
-    return torch.float64 if features.dtype == torch.float64 else torch.float32
-
-
-def _lse_arg(lse: Tensor) -> tuple[int, ...]:
-    return (lse.data_ptr(), _DTYPES[lse.dtype], 1, 1, *lse.shape, 0, 0, *lse.stride())
+def _stats_shape(features: Tensor) -> tuple[int, int, int]:
+    return (2, features.shape[0], features.shape[2] * features.shape[3])
 
 
 def _forward(
@@ -171,7 +158,8 @@ def _forward(
     out: Tensor | None,
     attended: Tensor | None,
 ) -> Tensor:
-    lse = torch.empty((features.shape[0], features.shape[2] * features.shape[3]), dtype=_lse_dtype(features))
+    dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
+    stats = torch.empty(_stats_shape(features), dtype=dtype, device="cpu")
     weight_arg = _ABSENT if weight is None else _arg(weight.detach()[None, None, :, :, 0, 0])
     bias_arg = _ABSENT if bias is None else _arg(bias.detach()[None, None, None])
     _library().attention_forward(
@@ -181,36 +169,40 @@ def _forward(
         variant == "released",
         _arg(out),
         _arg(attended),
-        _lse_arg(lse),
-        torch.get_num_threads(),
+        _arg(stats[None]),
+        forks.kernel_threads(),
     )
-    return lse
+    return stats
 
 
 def attention_forward(features: Tensor, variant: str, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Attended features [B, C, H, W] in the features' dtype, and lse [B, H*W] (float32; float64 for float64)."""
+    """Attended features [B, C, H, W] in the features' dtype, and stats, the softmax's row statistics.
+
+    Stats are [2, B, H*W], float32 (float64 for float64). With the scores S in units of log 2: m, which is their
+    maximum or at most 8 less (0 in the paper's variant), and the sum of exp2(S - m).
+    """
     _require(can_run_attention(features, variant=variant))
     attended = _result(out, features)
     return attended, _forward(features, None, None, variant, None, attended)
 
 
 def attention_backward(
-    grad_attended: Tensor, features: Tensor, attended: Tensor, lse: Tensor, variant: str
+    grad_attended: Tensor, features: Tensor, attended: Tensor, stats: Tensor, variant: str
 ) -> Tensor:
     """Gradient of the features, from that of ``attended`` and what ``attention_forward`` returned."""
     _require(can_run_attention(features, variant=variant))
     for name, tensor in (("grad_attended", grad_attended), ("attended", attended)):
         _require(_check_tensor(name, tensor, tuple(features.shape)))
-    _require(_check_tensor("lse", lse, (features.shape[0], features.shape[2] * features.shape[3])))
+    _require(_check_tensor("stats", stats, _stats_shape(features)))
     grad = _empty_like(features)
     _library().attention_backward(
         _arg(grad_attended),
         _arg(features),
         _arg(attended),
-        _lse_arg(lse.contiguous()),
+        _arg(stats.contiguous()[None]),
         variant == "released",
         _arg(grad),
-        torch.get_num_threads(),
+        forks.kernel_threads(),
     )
     return grad
 
@@ -224,7 +216,7 @@ def attention_block_forward(
     out: Tensor | None = None,
     save_attended: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor]:
-    """Block output [B, C, H, W], the attended features if ``save_attended`` (for the backward), and lse."""
+    """Block output [B, C, H, W], the attended features if ``save_attended`` (for the backward), and stats."""
     _require(can_run_attention(features, weight, bias, variant))
     result = _result(out, features)
     attended = _empty_like(features) if save_attended else None
@@ -235,7 +227,7 @@ def attention_block_backward(
     grad_out: Tensor,
     features: Tensor,
     attended: Tensor | None,
-    lse: Tensor,
+    stats: Tensor,
     weight: Tensor,
     variant: str,
     *,
@@ -248,7 +240,7 @@ def attention_block_backward(
     rows = attended
     if rows is None:
         # Unused where only the bias's gradient is wanted.
-        rows, lse = attention_forward(features, variant) if needs[0] or needs[1] else (features, lse)
+        rows, stats = attention_forward(features, variant) if needs[0] or needs[1] else (features, stats)
     # The 1x1 convolution's own gradients are plain matrix products: torch's are as good as they get.
     grad = grad_out.reshape(batch, channels, height * width)
     flat_weight = weight.detach().reshape(channels, 2 * channels)
@@ -258,7 +250,7 @@ def attention_block_backward(
     grad_features = grad_weight = grad_bias = None
     if needs[0]:
         grad_attended = torch.matmul(weight_a.t(), grad).view(features.shape)
-        grad_features = attention_backward(grad_attended, features, rows, lse, variant)
+        grad_features = attention_backward(grad_attended, features, rows, stats, variant)
         grad_features += torch.matmul(weight_f.t(), grad).view(features.shape)
     if needs[1]:
 
@@ -300,7 +292,7 @@ def _merge_forward(
     _require(can_run_merge(image, output, mask))
     result = _result(out, image, 4 if concat else 3)
     _library().merge_forward(
-        _arg(image), _arg(output), _arg(mask), concat, tanh, _arg(result), torch.get_num_threads()
+        _arg(image), _arg(output), _arg(mask), concat, tanh, _arg(result), forks.kernel_threads()
     )
     return result
 
@@ -326,7 +318,7 @@ def _merge_backward(
         concat,
         tanh,
         *(_arg(tensor) for tensor in grads),
-        torch.get_num_threads(),
+        forks.kernel_threads(),
     )
     return grads[0], grads[1], grads[2]
 

@@ -1,23 +1,32 @@
 """Choosing what computes an operator: "auto", "eager", "triton" or "cpp".
 
-An explicit choice that cannot run raises BackendError with the reason. "auto" takes the first fused backend of
-the tensor's device that can run, else eager PyTorch, and logs each reason for falling back once.
+An explicit choice that cannot run raises BackendError with the reason. "auto" takes the fused backend of the tensors'
+device if it can run, and on a GPU if it was right when it was first used there (:mod:`.first_use`); else eager
+PyTorch. Each reason for falling back is logged once.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
 from importlib import import_module
 from types import ModuleType
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from ..errors import BackendError
+from ..reference.attention import AttentionBlock
+from . import first_use
 
 logger = logging.getLogger("lgnet_fast")
 
 FUSED = ("triton", "cpp")
+CANDIDATES = {"cuda": "triton", "cpu": "cpp"}
+"""Device type -> the fused backend that "auto" tries."""
 
 # (operator, backend) -> number of runs since the process began, or since reset_calls().
 _calls: Counter[tuple[str, str]] = Counter()
@@ -67,7 +76,7 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | N
         return backend
     if backend != "auto":
         raise ValueError(f"backend: expected 'auto', 'eager', 'triton' or 'cpp', got {backend!r}")
-    candidate = {"cuda": "triton", "cpu": "cpp"}.get(tensors[0].device.type)
+    candidate = CANDIDATES.get(tensors[0].device.type)
     if candidate is None:
         return "eager"
     reason = reason_against(op, candidate, tensors, variant)
@@ -77,6 +86,75 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | N
         _logged.add((op, reason))
         logger.info("%s runs in eager PyTorch: %s: %s", op, candidate, reason)
     return "eager"
+
+
+def require_backend(model: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> None:
+    """Raise BackendError unless fused `backend` can run the operators of a network on `device` in `dtype`.
+
+    Each attention block of `model` is tried with its channels, merging as every cascade has it; nothing is computed.
+    """
+
+    def empty(*shape: int) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device=device)
+
+    for module in model.modules():
+        if isinstance(module, AttentionBlock):
+            channels = module.combiner.out_channels
+            tensors = empty(1, channels, 8, 8), empty(channels, 2 * channels, 1, 1), empty(channels)
+            resolve("attention_block", backend, tensors, module.variant)
+    for op in ("merge", "merge_concat"):
+        resolve(op, backend, (empty(1, 3, 8, 8), empty(1, 3, 8, 8), empty(1, 1, 8, 8)))
+
+
+def run(
+    op: str,
+    asked: str,
+    tensors: tuple[Tensor, ...],
+    variant: str | None,
+    fused: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+) -> Tensor:
+    """Compute an operator by the backend that was asked for.
+
+    Args:
+        op: the operator's name.
+        asked: the backend's, "auto" included.
+        tensors: the operands.
+        variant: of an attention; for others whatever tells uses apart.
+        fused: called with the backend's name and operands.
+        eager: called with operands.
+
+    Raises:
+        ValueError, BackendError: see :func:`resolve`.
+    """
+    backend = resolve(op, asked, tensors, variant)
+    if backend == "eager":
+        record(op, backend)
+        return eager(*tensors)
+    if asked != "auto" or backend != "triton":
+        return fused(backend, *tensors)
+    gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    use = first_use.use_of(op, tensors, variant, gradient)
+    reason = first_use.reason_against(use, tensors, partial(fused, backend), eager, _uncounted)
+    if reason is None:
+        try:
+            return fused(backend, *tensors)
+        except Exception as error:
+            if not first_use.distrust(use, error):
+                raise
+    record(op, "eager")
+    return eager(*tensors)
+
+
+@contextmanager
+def _uncounted() -> Iterator[None]:
+    """What a check runs is nobody's call."""
+    before = _calls.copy()
+    try:
+        yield
+    finally:
+        _calls.clear()
+        _calls.update(before)
 
 
 def record(op: str, backend: str) -> None:

@@ -7,12 +7,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .. import forks
 from ..reference import merge as reference
-from .dispatch import launchers, record, resolve
-from .registry import LIBRARY, check, checked_float, composite, define, flop_formula, implement, no_double_backward
+from .dispatch import launchers, record, run
+from .registry import (
+    LIBRARY,
+    check,
+    checked_float,
+    composite,
+    define,
+    differentiable,
+    flop_formula,
+    implement,
+    no_double_backward,
+    vectorized,
+)
 
 
 def _check(image: Tensor, output: Tensor, mask: Tensor) -> None:
+    forks.prepare()
     for name, tensor in (("image", image), ("output", output), ("mask", mask)):
         checked_float(name, tensor)
     check(image.dim() == 4 and image.shape[1] == 3, "image", "[B, 3, H, W]", list(image.shape))
@@ -33,7 +46,7 @@ def _flops(image_shape: torch.Size, *args: Any, **kwargs: Any) -> int:
 
 def _register(op: str, planes: int) -> None:
     """Register operator `op`, whose result has `planes` channels, and its backward."""
-    eager = getattr(reference, op)
+    plain = getattr(reference, op)
     tensors = "Tensor image, Tensor output, Tensor mask"
     public = define(f'{op}({tensors}, bool tanh=False, *, str backend="auto") -> Tensor')
     forward = define(f"_{op}({tensors}, bool tanh, str backend) -> Tensor")
@@ -43,13 +56,16 @@ def _register(op: str, planes: int) -> None:
     inner = getattr(torch.ops.lgnet, f"_{op}")
     inner_backward = getattr(torch.ops.lgnet, f"_{op}_backward")
 
-    def run(image: Tensor, output: Tensor, mask: Tensor, tanh: bool = False, *, backend: str = "auto") -> Tensor:
+    def call(image: Tensor, output: Tensor, mask: Tensor, tanh: bool = False, *, backend: str = "auto") -> Tensor:
         _check(image, output, mask)
-        backend = resolve(op, backend, (image, output, mask))
-        if backend == "eager":
-            record(op, backend)
-            return eager(image, torch.tanh(output) if tanh else output, mask)
-        return inner(image, output, mask, tanh, backend)
+
+        def fused(backend: str, *tensors: Tensor) -> Tensor:
+            return inner(*tensors, tanh, backend)
+
+        def eager(image: Tensor, output: Tensor, mask: Tensor) -> Tensor:
+            return plain(image, torch.tanh(output) if tanh else output, mask)
+
+        return run(op, backend, (image, output, mask), "of tanh" if tanh else None, fused, eager)
 
     def run_forward(image: Tensor, output: Tensor, mask: Tensor, tanh: bool, backend: str) -> Tensor:
         record(op, backend)
@@ -83,13 +99,15 @@ def _register(op: str, planes: int) -> None:
         grads = inner_backward(grad_out, *ctx.saved_tensors, ctx.tanh, needs, ctx.backend)
         return (*(g if need else None for g, need in zip(grads, needs, strict=True)), None, None)
 
-    composite(public, run, _promote)
+    composite(public, call, _promote)
     implement(forward, run_forward)
     implement(backward, run_backward)
     torch.library.register_fake(forward, fake_forward, lib=LIBRARY)
     torch.library.register_fake(backward, fake_backward, lib=LIBRARY)
-    torch.library.register_autograd(forward, grad, setup_context=setup, lib=LIBRARY)
+    differentiable(forward, grad, setup)
     no_double_backward(backward)
+    for name, maps in ((public, 3), (forward, 3), (backward, 4)):
+        vectorized(name, maps)
     flop_formula(inner, inner_backward)(_flops)
 
 

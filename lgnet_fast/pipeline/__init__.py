@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .deep import DeepImage
 from .inpainter import Inpainted, Inpainter, Stages
 
-__all__ = ["Inpainted", "Inpainter", "Stages"]
+__all__ = ["DeepImage", "Inpainted", "Inpainter", "Stages"]

@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import BackendError, LGNetError
+from .files import temporary_prefix
 
 try:
     import fcntl
@@ -260,7 +261,7 @@ class Journal:
                         found[line["key"]] = Done(line["done"], line["written"])
             for key, line in begun.items():
                 output = Path(line["output"])
-                for left in output.parent.glob(f".{_escaped(output.name[:100])}.*.tmp"):
+                for left in output.parent.glob(f"{_escaped(temporary_prefix(output))}*.tmp"):
                     left.unlink(missing_ok=True)
                 now = stamp(output)
                 if now is not None and now != line["before"]:

@@ -2,22 +2,40 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import io
+import json
 import os
+import re
+import stat
+import sys
 import threading
+import time
 import uuid
 import warnings
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+from typing import Any, BinaryIO
 
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
 from ..errors import InvalidImageError, LGNetError
+from . import chunks, deep
+from .deep import DeepImage
+from .exif import kept_exif
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 # Extensions that a folder run picks up, and the Pillow format that each one names. The first extension of a format
 # is the one a file gets when its own does not name the format.
 EXTENSIONS = {
     ".png": "PNG",
+    ".apng": "PNG",
     ".jpg": "JPEG",
     ".jpeg": "JPEG",
     ".jpe": "JPEG",
@@ -27,8 +45,40 @@ EXTENSIONS = {
     ".tiff": "TIFF",
     ".bmp": "BMP",
     ".gif": "GIF",
+    ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+    ".hif": "HEIF",
+    ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
+    ".jpx": "JPEG2000",
+    ".jpf": "JPEG2000",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pbm": "PPM",
+    ".pnm": "PPM",
+    ".tga": "TGA",
 }
-FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP", "tiff": "TIFF", "bmp": "BMP"}
+FORMATS = {
+    "png": "PNG",
+    "jpeg": "JPEG",
+    "webp": "WEBP",
+    "tiff": "TIFF",
+    "bmp": "BMP",
+    "avif": "AVIF",
+    "jp2": "JPEG2000",
+    "ppm": "PPM",
+    "tga": "TGA",
+}
+_OTHERS = (
+    ".3fr .ai .arw .bpg .cr2 .cr3 .crw .cur .dcm .dcr .dds .dib .dng .emf .eps .erf .exr .fits .fff .flif .hdr .icns "
+    ".ico .iiq .jng .jxl .jxr .kdc .mef .mng .mos .mrw .nef .nrw .orf .pam .pcd .pct .pcx .pef .pfm .pic .psb .psd "
+    ".qoi .raf .ras .rw2 .rwl .sgi .sr2 .srf .srw .svg .svgz .wbmp .wdp .wmf .x3f .xbm .xcf .xpm"
+)
+OTHER_EXTENSIONS = frozenset(_OTHERS.split())
+"""Pictures, raw photographs and drawings in formats that are not read here: a folder run names them."""
+
+_HEIF_EXTRA = "pip install 'lgnet-fast[heif]'"
 
 _MODES = {
     "PNG": {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"},
@@ -37,6 +87,11 @@ _MODES = {
     "TIFF": {"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B", "I", "CMYK", "YCbCr"},
     "BMP": {"1", "L", "P", "RGB"},
     "GIF": {"1", "L", "P"},
+    "AVIF": {"RGB", "RGBA"},
+    "HEIF": {"RGB", "RGBA"},
+    "JPEG2000": {"L", "LA", "RGB", "RGBA"},
+    "PPM": {"1", "L", "RGB", "I;16"},
+    "TGA": {"L", "LA", "P", "RGB", "RGBA"},
 }
 # Modes that hold every sample of another; the pipeline's mode I never exceeds 16 bits, and Pillow has no direct way
 # from I;16B to I;16.
@@ -54,21 +109,84 @@ _TIFF_LOSSLESS = {
     "zstd",
 }
 
-# A TIFF's tags describe its storage too; only those about the picture itself may go into another file.
-_TIFF_DESCRIPTIVE = {
-    ExifTags.Base.ImageDescription,
-    ExifTags.Base.Make,
-    ExifTags.Base.Model,
-    ExifTags.Base.Software,
-    ExifTags.Base.DateTime,
-    ExifTags.Base.Artist,
-    ExifTags.Base.Copyright,
-    ExifTags.IFD.Exif,
-    ExifTags.IFD.GPSInfo,
-}
-
 # Pillow decodes lazily into the object itself, so two threads that share one must not both load it.
 _loading = threading.Lock()
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""How an address begins, http://..., which in place of a path is a slip: nothing is written through it."""
+
+STANDARD_STREAM = Path("-")
+"""As an input the standard input, as an output the standard output."""
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """The bytes of a picture file that can be read only once or is a part of another; `name` for messages."""
+
+    name: str
+    data: bytes
+
+    def __str__(self) -> str:
+        return self.name
+
+    @property
+    def suffix(self) -> str:
+        """The name's extension, with its dot."""
+        return PurePosixPath(self.name).suffix
+
+    def open(self, error: type[LGNetError] = InvalidImageError, name: str = "picture") -> Image.Image:
+        """The picture, not yet decoded. Raises `error`: not a picture."""
+        try:
+            return open_image(self.data)
+        except Exception as cause:  # decoders raise OSError, SyntaxError, struct.error and more on bad data
+            raise error(f"{name}: expected a readable picture, got {self.name!r} ({_reason(cause)})") from cause
+
+
+def open_image(data: bytes) -> Image.Image:
+    """Pillow's picture of a file's bytes, not yet decoded. HEIC files need pillow-heif.
+
+    Raises InvalidImageError: that is missing; Pillow's own errors.
+    """
+    if _is_heif(data) and (reason := reason_against_reading("HEIF")) is not None:
+        raise InvalidImageError(reason)
+    try:
+        return Image.open(io.BytesIO(data))
+    except UnidentifiedImageError:  # its text names an object in memory
+        raise UnidentifiedImageError("no picture that Pillow can read") from None
+
+
+def _is_heif(data: bytes) -> bool:
+    # "mif1" leads AVIF files too; they name themselves among the compatible brands.
+    brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
+    return data[4:8] == b"ftyp" and data[8:12] in brands and b"avif" not in data[:64]
+
+
+def reason_against_reading(format: str) -> str | None:
+    """Why pictures of a Pillow format cannot be read here, None where they can."""
+    if format == "HEIF":
+        try:
+            import pillow_heif
+        except ImportError:
+            return f"HEIC pictures need the package pillow-heif: {_HEIF_EXTRA}"
+        pillow_heif.register_heif_opener()
+    elif format in ("AVIF", "JPEG2000"):
+        known = {"AVIF": "avif", "JPEG2000": "jpg_2000"}[format]
+        if not (known in features.modules or known in features.codecs) or not features.check(known):
+            return f"{format} pictures need a Pillow that was built with {format}"
+    return None
+
+
+def reason_against_writing(format: str) -> str | None:
+    """Why pictures of a Pillow format cannot be written here, None where they can."""
+    if format not in _MODES:
+        return f"{format} is not written here"
+    reason = reason_against_reading(format)
+    if reason is None and format == "HEIF":
+        import pillow_heif
+
+        if not pillow_heif.libheif_info()["HEIF"]:
+            return "HEIC pictures need a pillow-heif with an encoder"
+    return reason
 
 
 def open_upright(
@@ -80,14 +198,52 @@ def open_upright(
     Pillow's decompression-bomb limit (`PIL.Image.MAX_IMAGE_PIXELS`, left as it is).
     """
     try:
-        # From a file object, not a path: Pillow maps uncompressed TIFFs that it opens by path into memory, and mixes
-        # up height and width of those that their orientation turns by a quarter (seen in 13.0).
-        with open(path, "rb") as file, Image.open(file) as picture:
-            return upright(picture, error, f"{name} {str(path)!r}")
+        # From bytes, not a path: Pillow maps uncompressed TIFFs that it opens by path into memory, and mixes up
+        # height and width of those that their orientation turns by a quarter (seen in 13.0).
+        return _upright_of(path.read_bytes(), f"{name} {str(path)!r}", error)
     except LGNetError:
         raise
     except Exception as cause:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more on bad data
         raise error(f"{name}: expected a readable picture file, got {str(path)!r} ({_reason(cause)})") from cause
+
+
+def read_picture(source: Path | Encoded) -> tuple[Image.Image | DeepImage, int]:
+    """Like `open_upright`, with every bit of the file's samples: 16-bit colour comes as a DeepImage.
+
+    Raises InvalidImageError: also where a file has more than 8 bits a sample in colour and is no PNG or TIFF.
+    """
+    name = f"picture {str(source)!r}"
+    try:
+        data = source.data if isinstance(source, Encoded) else source.read_bytes()
+        format = deep.deep_format(data)
+        if format is not None:
+            return deep.read_deep(data, format)
+        return _upright_of(data, name, InvalidImageError, whole=True)
+    except deep.NotInstalledError as cause:
+        raise InvalidImageError(f"{name}: {cause}") from cause
+    except InvalidImageError as cause:
+        raise cause if str(cause).startswith("picture") else InvalidImageError(f"{name}: {cause}") from cause
+    except Exception as cause:  # as in open_upright
+        raise InvalidImageError(
+            f"picture: expected a readable picture file, got {str(source)!r} ({_reason(cause)})"
+        ) from cause
+
+
+def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = False) -> tuple[Image.Image, int]:
+    """`whole`: refuse files whose samples Pillow would cut."""
+    with open_image(data) as picture:
+        depth = deep.cut_depth(picture.format, data) if whole else None
+        if depth is not None:
+            raise error(
+                f"{name}: expected at most 8 bits a sample in colour, got {depth} in a {picture.format} file; "
+                "make it a 16-bit PNG or TIFF"
+            )
+        turned, orientation = upright(picture, error, name)
+    xmp = turned.info.get("xmp") if orientation != 1 else None
+    kept = chunks.kept_chunks(data, xmp if isinstance(xmp, bytes) else None, orientation > 4)
+    if kept is not None:
+        turned.info["png_chunks"] = kept
+    return turned, orientation
 
 
 def upright(
@@ -109,7 +265,7 @@ def upright(
             orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
             picture.load()
             turned = ImageOps.exif_transpose(picture)
-            exif = _exif(picture)
+            exif = kept_exif(picture.getexif(), picture.format)
     except Exception as cause:  # as in open_upright: any decoder error
         raise error(
             f"{name}: expected a readable picture, got one that does not decode ({_reason(cause)})"
@@ -122,7 +278,7 @@ def upright(
 
 
 def save_picture(
-    picture: Image.Image,
+    picture: Image.Image | DeepImage,
     path: Path,
     *,
     like: Image.Image | None = None,
@@ -131,15 +287,33 @@ def save_picture(
 ) -> None:
     """Writes `picture` to `path` atomically, with the EXIF, ICC profile, XMP and DPI of its `.info`.
 
-    `format`: a Pillow format name; None takes the one of the extension. `quality`: 1 to 100, for JPEG and WebP; None
-    gives lossless WebP, and for JPEG the quantisation tables and chroma sampling of `like`, the picture as it was
-    opened, if that was a JPEG, otherwise quality 95 without subsampling. Raises InvalidImageError when the format
-    cannot hold the picture's mode or alpha; OSError from the file system.
+    Of a PNG that was read by `read_picture` or `open_upright`, a PNG also keeps text and colour chunks; for another
+    format a UserWarning names those which it cannot hold.
+
+    `format`: a Pillow format name; None takes the one of the extension. `quality`: 1 to 100, for JPEG, WebP, AVIF and
+    HEIC; None gives lossless WebP, and for JPEG the quantisation tables and chroma sampling of `like`, the picture as
+    it was opened, if that was a JPEG, otherwise quality 95 without subsampling. Raises InvalidImageError when the
+    format cannot hold the picture's mode or alpha; OSError from the file system.
     """
     format = format or EXTENSIONS.get(path.suffix.lower())
     if format not in _MODES:
         raise InvalidImageError(f"format: expected one of {', '.join(_MODES)}, got {format or path.suffix!r}")
-    picture = _fit_mode(picture, format)
+    write_file(path, encode(picture, format, like, quality))
+
+
+def encode(
+    picture: Image.Image | DeepImage, format: str, like: Image.Image | None = None, quality: int | None = None
+) -> bytes:
+    """The file that `save_picture` writes. `format`: a key of _MODES."""
+    kept = picture.info.get("png_chunks")
+    if kept is not None and format != "PNG" and (lost := chunks.names(kept)):
+        warnings.warn(f"format: {format} does not hold the picture's PNG chunks {', '.join(lost)}", stacklevel=3)
+    if isinstance(picture, DeepImage):
+        return deep.encode_deep(picture, format)
+    if (reason := reason_against_writing(format)) is not None:
+        raise InvalidImageError(f"format: {reason}")
+    for mode in held_modes(picture.mode, "transparency" in picture.info, format):
+        picture = picture.convert(mode)
     options: dict[str, Any] = {
         key: picture.info[key]
         for key in ("exif", "icc_profile", "dpi", "xmp", "transparency")
@@ -149,49 +323,150 @@ def save_picture(
         options.update(_jpeg_options(like, picture, quality))
     elif format == "WEBP":
         options.update({"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True})
+    elif format == "AVIF":
+        options.update({"quality": quality or 95, "subsampling": "4:4:4"})
+    elif format == "HEIF":
+        options.update({"quality": quality or 95, "chroma": 444})
     elif format == "TIFF":
         compression = picture.info.get("compression")
         options["compression"] = compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate"
+        if options.get("xmp"):
+            options["tiffinfo"] = {700: options.pop("xmp")}
     encoded = io.BytesIO()
     try:
         picture.save(encoded, format=format, **options)
     except ValueError as cause:
         raise InvalidImageError(f"format: {format} could not be written ({_reason(cause)})") from cause
-    write_atomically(path, encoded.getvalue())
+    data = encoded.getvalue()
+    if format != "PNG":
+        return data
+    if kept is not None:
+        return chunks.put_chunks(data, chunks.fitting(kept, data))
+    xmp = picture.info.get("xmp")
+    return chunks.put_chunks(data, [chunks.xmp_chunk(xmp)] if isinstance(xmp, bytes) else [])
+
+
+def json_bytes(value: Any) -> bytes:
+    """`value` as a JSON file. A file name that is not UTF-8 keeps its bytes as lone surrogates, escaped."""
+    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
+        "utf-8", "backslashreplace"
+    )
+
+
+def is_stream(path: Path) -> bool:
+    """Whether `path` is a pipe, a device or a socket, also through links: no file that could be replaced."""
+    try:
+        mode = os.stat(path).st_mode
+    except OSError:
+        return False
+    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """`write_atomically`; a pipe or a device, or the standard output as "-", is written to instead."""
+    if path == STANDARD_STREAM:
+        sys.stdout.flush()
+        write_stream(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), data)
+    elif is_stream(path):
+        with open(path, "wb", buffering=0) as stream:
+            write_stream(stream, data)
+    else:
+        write_atomically(path, data)
+
+
+def write_stream(stream: BinaryIO | io.RawIOBase, data: bytes) -> None:
+    """Writes all of `data`, without a buffer, which would fail once more when the stream is closed."""
+    rest = memoryview(data)
+    while rest:
+        written = stream.write(rest)
+        if written is None:
+            raise BlockingIOError(errno.EAGAIN, "the pipe takes no more")
+        rest = rest[written:]
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, flushes it to the disk, then renames: readers see the old file or the new one."""
+    """Writes `data` beside `path`, flushes it to the disk, then renames: readers see the old file or the new one.
+
+    Where `path` is a link, what it points to is replaced, and the link stays.
+    """
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name[:100]}.{uuid.uuid4().hex}.tmp"
+    temporary, file = _open_temporary(path)
     try:
-        with open(temporary, "xb") as file:
+        with file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
+            os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
 
 
-def format_of(path: Path) -> str | None:
+def temporary_prefix(path: Path) -> str:
+    """How the names of the temporary files of `path` begin; after it come 32 hexadecimal digits and ".tmp"."""
+    # Names are limited in bytes, and this one is longer than the file's own.
+    return f".{os.fsdecode(os.fsencode(path.name)[:100])}."
+
+
+def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
+    """A new file beside `path`, locked while it is written, which tells it from the leftover of a killed process."""
+    while True:
+        temporary = path.parent / f"{temporary_prefix(path)}{uuid.uuid4().hex}.tmp"
+        file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
+        if fcntl is None:
+            return temporary, file
+        # Fails where it is being removed as a leftover, and on file systems without locks.
+        with contextlib.suppress(OSError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if temporary.exists():
+            return temporary, file
+        file.close()
+
+
+_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
+
+
+def remove_leftovers(folders: Iterable[Path], age: float = 0.0, of: Path | None = None) -> None:
+    """Deletes what killed processes left of `write_atomically` in these folders; files being written now stay.
+
+    `age`: seconds since the last write that a leftover must have; for folders that other hosts write to, whose locks
+    may not be seen here. `of`: only those of this file.
+    """
+    begin = "" if of is None else temporary_prefix(of)
+    for folder in dict.fromkeys(folders):
+        try:
+            names = [entry.name for entry in os.scandir(folder)]
+        except OSError:  # not there yet
+            continue
+        found = [name for name in names if name.startswith(begin) and _TEMPORARY.fullmatch(name)]
+        for temporary in (folder / name for name in found):
+            if fcntl is None:
+                continue
+            try:
+                if time.time() - temporary.stat().st_mtime < age:
+                    continue
+                with open(temporary, "rb") as file:
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    temporary.unlink(missing_ok=True)
+            except OSError:  # locked by its writer, or not ours to delete
+                continue
+
+
+def format_of(source: Path | Encoded) -> str | None:
     """The Pillow format of a file's contents by its header, None where it is not a picture."""
     try:
-        with Image.open(path) as picture:
+        if isinstance(source, Encoded):
+            picture = open_image(source.data)
+        else:
+            with open(source, "rb") as file:
+                if _is_heif(file.read(64)):
+                    reason_against_reading("HEIF")  # which lets Pillow know of the format
+            picture = Image.open(source)
+        with picture:
             return "JPEG" if picture.format == "MPO" else picture.format
     except Exception:  # the item's own run reports the reason
         return None
-
-
-def _exif(picture: Image.Image) -> bytes:
-    exif, kept = picture.getexif(), Image.Exif()
-    directories = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
-    for tag, value in exif.items():
-        if tag != ExifTags.Base.Orientation and (picture.format != "TIFF" or tag in _TIFF_DESCRIPTIVE):
-            # Pillow writes a sub-directory only where it is given as a dictionary.
-            kept[tag] = exif.get_ifd(tag) if tag in directories else value
-    return kept.tobytes() if len(kept) else b""
 
 
 def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int | None) -> dict[str, Any]:
@@ -205,19 +480,24 @@ def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int |
     return {"quality": 95, "subsampling": 0}
 
 
-def _fit_mode(picture: Image.Image, format: str) -> Image.Image:
-    fitted = picture
-    while fitted.mode not in _MODES[format]:
-        if fitted.mode == "P":
-            fitted = fitted.convert("RGBA" if "transparency" in fitted.info else "RGB")
-        elif fitted.mode in _WIDER:
-            fitted = fitted.convert(_WIDER[fitted.mode])
+def held_modes(mode: str, transparent: bool, format: str) -> list[str]:
+    """The modes to convert to one after the other, so that the format holds a picture and keeps every sample.
+
+    `transparent`: whether a palette has alpha. Raises InvalidImageError: no such mode.
+    """
+    own, steps = mode, []
+    while mode not in _MODES[format]:
+        if mode == "P":
+            mode = "RGBA" if transparent else "RGB"
+        elif mode in _WIDER:
+            mode = _WIDER[mode]
         else:
             raise InvalidImageError(
-                f"format: {format} holds {', '.join(sorted(_MODES[format]))}, got a picture of mode {picture.mode}; "
+                f"format: {format} holds {', '.join(sorted(_MODES[format]))}, got a picture of mode {own}; "
                 "PNG and TIFF keep alpha and depth"
             )
-    return fitted
+        steps.append(mode)
+    return steps
 
 
 def _reason(cause: BaseException) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import os
-import threading
 import time
 import warnings
 from collections.abc import Callable
@@ -16,11 +15,13 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .. import forks
 from ..engine import fast_executor_reason, optimize
 from ..engine.devices import resolve_device, resolve_dtype
 from ..engine.holes import CELL, HoleGroups, disjoint_boxes, group_holes
 from ..engine.regions import Rect
 from ..errors import BackendError, InvalidMaskError, LGNetError, OutOfMemoryError
+from ..ops.dispatch import require_backend
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import memory, strategies
 from .masks import masks_for, read_hole, soft_edge
@@ -91,7 +92,7 @@ class _Job:
 
 
 class Inpainter:
-    """Fills the holes of pictures of any size and kind. Thread-safe.
+    """Fills the holes of pictures of any size and kind. Thread-safe; pickles and copies where its model does.
 
     Args:
         model: called as ``model(image, mask)`` with image [B, 3, H, W] in [-1, 1], mask [B, 1, H, W], 1 = hole, H and
@@ -99,8 +100,8 @@ class Inpainter:
             another device, of another dtype, in training mode or with an explicit backend is copied, not changed.
         device: "auto" (CUDA if there is a GPU) or a torch device.
         dtype: "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name.
-        backend: "auto" runs an LGNet on a CPU by :func:`lgnet_fast.optimize` where that is fast; others go to
-            ``model.set_backend``.
+        backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is fast (on a CPU in float32 or
+            bfloat16, on an NVIDIA GPU from sm_80 on); others go to ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
             largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
         memory_limit: bytes that a run may take; None asks the system before every run.
@@ -133,7 +134,20 @@ class Inpainter:
         self._backend = backend
         self._model = self._placed(self.dtype)
         self._exact: Callable[..., Any] | None = None
-        self._exact_lock = threading.Lock()
+        self._exact_lock = forks.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but what :meth:`__setstate__` makes anew: engines neither pickle nor copy."""
+        made = ("_model", "_exact", "_exact_lock")
+        return {name: value for name, value in self.__dict__.items() if name not in made}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Prepare the network again. Raises BackendError where this machine lacks the device or the backend."""
+        self.__dict__.update(state)
+        resolve_device(self.device)
+        self._model = self._placed(self.dtype)
+        self._exact = None
+        self._exact_lock = forks.Lock()
 
     @classmethod
     def from_pretrained(
@@ -185,7 +199,8 @@ class Inpainter:
                 two things; see `lgnet_fast.pipeline.masks.read_hole` and docs/masks.md.
 
         Returns:
-            The same kind; a path gives a PIL picture. Known pixels, those outside the dilated hole and its feather,
+            The same kind; a path gives a PIL picture, 16-bit colour a DeepImage.
+            Known pixels, those outside the dilated hole and its feather,
             are identical to the input's. An empty mask returns the picture unchanged with a UserWarning, which
             also tells when more than 95 % is hole.
 
@@ -412,6 +427,7 @@ class Inpainter:
     ) -> list[np.ndarray]:
         """float32 [B, H, W, 3] in [-1, 1] of every stage, or of the result alone, for images [B, H, W, 3] and holes
         bool [B, H, W]."""
+        forks.prepare()
         with torch.inference_mode():
             image = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device, dtype)
             hole = torch.from_numpy(np.ascontiguousarray(holes)[:, None]).to(self.device, dtype)
@@ -421,18 +437,18 @@ class Inpainter:
     def _exact_model(self) -> Callable[..., Any]:
         with self._exact_lock:
             if self._exact is None:
-                self._exact = self._placed(torch.float32)
+                # on a GPU, compiling an engine's kernels for this one case takes longer than it saves
+                self._exact = self._placed(torch.float32, may_optimize=self.device.type == "cpu")
             return self._exact
 
-    def _placed(self, dtype: torch.dtype) -> Callable[..., Any]:
+    @torch.inference_mode(False)  # what is kept must serve calls outside of it too
+    def _placed(self, dtype: torch.dtype, may_optimize: bool = True) -> Callable[..., Any]:
         """The source model ready to run on this device in `dtype`.
 
-        With backend "auto" an LGNet on a CPU becomes an engine where that has a fast executor. (On a GPU it runs as
-        it is, with its fused operators, until the GPU's executor has been measured on one.) Else the model itself,
-        in evaluation mode: the very one where it is that already, otherwise a copy.
+        With backend "auto" an LGNet becomes an engine where that has a fast executor. Else the model itself, in
+        evaluation mode: the very one where it is that already, otherwise a copy.
         """
-        on_cpu = self._backend == "auto" and self.device.type == "cpu"
-        if on_cpu and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
+        if may_optimize and self._backend == "auto" and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
             reason = fast_executor_reason(self.device, dtype)
             if reason is None:
                 size = (self.multiple, self.multiple)
@@ -453,6 +469,8 @@ class Inpainter:
                 model.set_backend(self._backend)
             except ValueError as cause:
                 raise BackendError(str(cause)) from cause
+            if self._backend != "eager" and isinstance(model, nn.Module):
+                require_backend(model, self._backend, self.device, dtype)
         return model
 
 

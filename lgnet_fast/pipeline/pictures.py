@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +17,12 @@ from PIL import Image
 from ..engine.regions import Rect
 from ..errors import InvalidImageError
 from .arrays import channels_last, pixels_of, unit_levels
-from .files import open_upright, upright
+from .deep import DeepImage, check_deep_format
+from .files import Encoded, held_modes, read_picture, upright
 
 ACCEPTED = (
-    "a PIL picture, a path, an array [H, W] or [H, W, C] of uint8, uint16 or floats in [0, 1], a tensor [H, W], "
-    "[C, H, W] or [B, C, H, W] of uint8 or floats in [0, 1], C = 1, 3 or 4, or a list of those"
+    "a PIL picture, a path, a DeepImage, an array [H, W] or [H, W, C] of uint8, uint16 or floats in [0, 1], a tensor "
+    "[H, W], [C, H, W] or [B, C, H, W] of uint8 or floats in [0, 1], C = 1, 3 or 4, or a list of those"
 )
 PIL_MODES = "1, L, LA, P, RGB, RGBA, I, I;16, I;16B, CMYK, YCbCr, HSV"
 
@@ -31,12 +34,14 @@ class Picture:
     `samples` [H, W, C], C = 1 (grey) or 3 (RGB), in the picture's own depth, 0 = black, `white` = white.
     `rebuild(samples, touched)` gives the caller's kind back; `touched` bool [H, W] marks the pixels that may have
     changed: every other pixel, and all alpha, comes from the original. `note` explains a turned picture's size.
+    `check_format(format)` raises InvalidImageError where a file of that format could not hold the result.
     """
 
     samples: np.ndarray
     white: float
     rebuild: Callable[[np.ndarray, np.ndarray], Any]
     note: str = ""
+    check_format: Callable[[str], Any] = lambda format: None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -80,15 +85,30 @@ class Picture:
 
 
 def picture_of(picture: Any) -> Picture:
-    """One PIL picture, path (str or Path), or array [H, W], [H, W, C] or [C, H, W], C = 1 to 4 (a second or fourth
-    channel is alpha, which is kept), of uint8, uint16 or floats in [0, 1].
+    """One PIL picture, path (str or Path), file's bytes, DeepImage, or array [H, W], [H, W, C] or [C, H, W], C = 1 to
+    4 (a second or fourth channel is alpha, which is kept), of uint8, uint16 or floats in [0, 1].
+
+    A file of 16 bits a sample in colour gives a DeepImage back, any other a PIL picture.
 
     Raises InvalidImageError for anything else, for an empty picture, and for modes that cannot be kept.
     """
     if isinstance(picture, (str, os.PathLike)):
-        return _of_pil(*open_upright(Path(picture)))
+        picture = Path(picture)
+    if isinstance(picture, (Path, Encoded)):
+        read, orientation = read_picture(picture)
+        note = _note(orientation)
+        return _of_deep_colour(read, note) if isinstance(read, DeepImage) else _of_pil(read, note)
+    if isinstance(picture, Picture):
+        return picture
+    if isinstance(picture, DeepImage):
+        return _of_deep_colour(picture, "")
     if isinstance(picture, Image.Image):
-        return _of_pil(*upright(picture))
+        # Of a file that is not decoded yet, what its samples are decoded from.
+        stored = str(getattr(picture, "tile", None) or "")
+        if ";16" in stored and len(picture.getbands()) > 1:
+            warnings.warn("picture: Pillow cuts 16-bit colour to 8 bits; give the file's path", stacklevel=4)
+        turned, orientation = upright(picture)
+        return _of_pil(turned, _note(orientation))
     if isinstance(picture, np.ndarray):
         return _of_array(picture, tensor=False)
     raise InvalidImageError(f"picture: expected {ACCEPTED}, got {type(picture).__name__}")
@@ -145,8 +165,16 @@ def _of_array(array: np.ndarray, tensor: bool) -> Picture:
     return Picture(pixels[..., :-1] if with_alpha else pixels, white, rebuild)
 
 
-def _of_pil(picture: Image.Image, orientation: int) -> Picture:
-    note = f" (the picture is turned upright by its EXIF orientation {orientation})" if orientation != 1 else ""
+def _note(orientation: int) -> str:
+    return f" (the picture is turned upright by its EXIF orientation {orientation})" if orientation != 1 else ""
+
+
+def _of_pil(picture: Image.Image, note: str) -> Picture:
+    transparent = "transparency" in picture.info
+    return replace(_of_mode(picture, note), check_format=partial(held_modes, picture.mode, transparent))
+
+
+def _of_mode(picture: Image.Image, note: str) -> Picture:
     if 0 in picture.size:
         raise InvalidImageError(f"picture: expected at least one pixel, got {picture.width}x{picture.height}")
     mode = picture.mode
@@ -190,20 +218,48 @@ def _with_alpha(picture: Image.Image, note: str) -> Picture:
     return Picture(array[..., :-1], 255.0, rebuild, note)
 
 
+def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
+    """16 bits a sample: RGB with or without alpha, or grey with alpha."""
+    array = picture.samples
+    colours = 3 if array.shape[2] > 2 else 1
+    keep_key = _colour_key(array, picture.info.get("transparency"))
+
+    def rebuild(samples: np.ndarray, touched: np.ndarray) -> DeepImage:
+        keep_key(samples)
+        merged = np.concatenate([samples, array[..., colours:]], axis=2)
+        return DeepImage(merged, picture.format, dict(picture.info))
+
+    return Picture(array[..., :colours], 65535.0, rebuild, note, partial(check_deep_format, picture.mode))
+
+
 def _with_colour_key(picture: Image.Image, note: str) -> Picture:
-    """L and RGB, where PNG may declare one colour transparent: that choice of pixels is alpha, and is kept."""
+    """L and RGB, where PNG may declare one colour transparent."""
     array = pixels_of(picture).reshape(picture.height, picture.width, -1)
     origin, key = _Origin(dict(picture.info), picture.format), picture.info.get("transparency")
-    clear = None if key is None or isinstance(key, bytes) else (array == np.array(key)).all(axis=2)
+    keep_key = _colour_key(array, None if isinstance(key, bytes) else key)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
-        if clear is not None:
-            collides = (samples == np.array(key)).all(axis=2) & ~clear
-            samples[collides, 0] ^= 1
-            samples[clear] = array[clear]
+        keep_key(samples)
         return _like(Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples), origin)
 
     return Picture(array, 255.0, rebuild, note)
+
+
+def _colour_key(array: np.ndarray, key: Any) -> Callable[[np.ndarray], None]:
+    """What keeps the alpha that a transparent colour `key` gives to the pixels of `array` [H, W, C], in place.
+
+    Filled samples of the key's colour are moved off it by one level, and transparent pixels stay as they are.
+    """
+    if key is None:
+        return lambda samples: None
+    clear = (array == np.array(key)).all(axis=2)
+
+    def keep(samples: np.ndarray) -> None:
+        collides = (samples == np.array(key)).all(axis=2) & ~clear
+        samples[collides, 0] ^= 1
+        samples[clear] = array[clear]
+
+    return keep
 
 
 def _of_bilevel(picture: Image.Image, note: str) -> Picture:

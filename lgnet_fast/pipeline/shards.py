@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
@@ -10,7 +9,7 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from ..errors import InvalidImageError, LGNetError
-from .files import EXTENSIONS
+from .files import EXTENSIONS, OTHER_EXTENSIONS, Encoded
 
 MASK_MARK = "mask"
 
@@ -32,15 +31,15 @@ class Member:
         """The extension, with its dot."""
         return PurePosixPath(self.name).suffix
 
-    def open(self, error: type[LGNetError] = InvalidImageError, name: str = "picture") -> Image.Image:
-        """The picture, not yet decoded. Raises `error`: not a picture, or a torn shard."""
+    def read(self) -> Encoded:
+        """The file's bytes. Raises OSError."""
         with open(self.shard, "rb") as file:
             file.seek(self.offset)
-            data = file.read(self.size)
-        try:
-            return Image.open(io.BytesIO(data))
-        except Exception as cause:  # decoders raise OSError, SyntaxError, struct.error and more on bad data
-            raise error(f"{name}: expected a readable picture, got {str(self)!r} ({type(cause).__name__})") from cause
+            return Encoded(str(self), file.read(self.size))
+
+    def open(self, error: type[LGNetError] = InvalidImageError, name: str = "picture") -> Image.Image:
+        """The picture, not yet decoded. Raises `error`: not a picture, or a torn shard."""
+        return self.read().open(error, name)
 
 
 @dataclass(frozen=True)
@@ -52,8 +51,21 @@ class Sample:
     masks: tuple[Member, ...]
 
 
+@dataclass(frozen=True)
+class Shard:
+    """The samples with pictures of a shard, in its order, and its pictures in formats that are not read here."""
+
+    samples: list[Sample]
+    others: list[Member]
+
+
 def samples_in(shard: Path) -> list[Sample]:
-    """The samples with pictures in a shard, in its order.
+    """The samples of `read_shard`."""
+    return read_shard(shard).samples
+
+
+def read_shard(shard: Path) -> Shard:
+    """What a shard holds.
 
     As webdataset has it, a key is a file's path up to the first dot of its name. Files of other kinds (captions,
     labels) and hidden ones are passed over; only the headers are read.
@@ -61,6 +73,7 @@ def samples_in(shard: Path) -> list[Sample]:
     Raises InvalidImageError: not a plain tar file (compressed ones cannot be read at random), or a damaged one.
     """
     found: dict[str, tuple[list[Member], list[Member]]] = {}
+    others = []
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
@@ -68,14 +81,19 @@ def samples_in(shard: Path) -> list[Sample]:
                 if not info.isreg() or info.sparse is not None or path.name.startswith("."):
                     continue
                 stem, *extensions = path.name.split(".")
-                if not extensions or f".{extensions[-1].lower()}" not in EXTENSIONS:
+                extension = f".{extensions[-1].lower()}" if extensions else ""
+                member = Member(shard, info.name, info.offset_data, info.size)
+                if extension in OTHER_EXTENSIONS:
+                    others.append(member)
+                if extension not in EXTENSIONS:
                     continue
                 pictures, masks = found.setdefault(str(path.with_name(stem)), ([], []))
-                member = Member(shard, info.name, info.offset_data, info.size)
                 if len(extensions) == 1:
                     pictures.append(member)
                 elif extensions[:-1] == [MASK_MARK]:
                     masks.append(member)
     except (tarfile.TarError, OSError, EOFError) as cause:
         raise InvalidImageError(f"shard: expected an uncompressed tar file, got {str(shard)!r} ({cause})") from cause
-    return [Sample(key, tuple(pictures), tuple(masks)) for key, (pictures, masks) in found.items() if pictures]
+    return Shard(
+        [Sample(k, tuple(pictures), tuple(masks)) for k, (pictures, masks) in found.items() if pictures], others
+    )

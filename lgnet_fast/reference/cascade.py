@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from .. import forks
 from . import attention as eager_attention
 from . import merge as eager_merge
 from .attention import AttentionBlock
@@ -69,6 +70,7 @@ class Cascade(nn.Module):
         return self
 
     def _check(self, image: Tensor, mask: Tensor) -> None:
+        forks.prepare()
         check_inputs(image, mask, self.size_multiple)
 
     def _continue(

@@ -12,11 +12,22 @@ import torch
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
 
+from .. import forks
 from . import released
 from .attention import check_variant
 from .cascade import Cascade, Stages, init_weights
+from .folders import complete_set, staged
 from .networks import LocalNet, UNet
-from .pretrained import MODEL_CARD, find_weights, read_safetensors, staged, weights_errors, write_safetensors
+from .pretrained import (
+    CONFIG_FILE,
+    MODEL_CARD,
+    WEIGHTS_FILE,
+    find_weights,
+    read_safetensors,
+    refuse_impostor,
+    weights_errors,
+    write_safetensors,
+)
 
 CASCADES = ("C", "C+L", "C+G_att", "C+G+G_att", "C+L+G", "C+L+G_att")
 """The paper's Table VI: C = NetC, L = NetL, G = NetG without attention, G_att = NetG."""
@@ -45,6 +56,7 @@ class LGNet(
     A new model has the paper's random initialisation and is in training mode.
     """
 
+    @torch.inference_mode(False)  # weights must serve outside of it too
     def __init__(
         self,
         stages: str = "C+L+G_att",
@@ -138,6 +150,7 @@ class LGNet(
     # -- weights ---------------------------------------------------------------------------------------------
 
     @classmethod
+    @torch.inference_mode(False)
     def from_released(
         cls,
         source: str | os.PathLike[str] | Mapping[str, Any],
@@ -159,6 +172,7 @@ class LGNet(
         Raises:
             WeightsError: a file is missing, unreadable or unsafe, or names or shapes do not fit; it lists them.
         """
+        forks.prepare()
         nets = released.read(source, epoch)
         coarse, local, global_ = released.widths(nets)
         with torch.device("meta"):
@@ -188,7 +202,8 @@ class LGNet(
     ) -> str | None:
         """Write ``config.json``, ``model.safetensors`` and, where there is none, a model card.
 
-        A write that fails leaves what was in the directory as it was.
+        The files count as one set, with hashes in ``manifest.json``: a save that fails or is killed leaves the
+        old set or the new one, never a mixture. What killed saves left (``.saving-*``) is removed.
 
         Args:
             save_directory: created if needed.
@@ -197,6 +212,9 @@ class LGNet(
 
         Returns:
             The commit's address if pushed, else None.
+
+        Raises:
+            LGNetError: the directory cannot be written.
         """
         directory = Path(save_directory)
         self._save_dtype = dtype
@@ -228,11 +246,19 @@ class LGNet(
             The model in eval mode.
 
         Raises:
-            WeightsError: nothing there, or names or shapes do not fit; it lists them.
+            WeightsError: nothing there, or names or shapes do not fit (it lists them), or the files of a directory
+                are not those of its ``manifest.json``. A directory without one, such as a download from the hub, is
+                read unchecked.
         """
-        find_weights(pretrained_model_name_or_path)
-        with weights_errors(pretrained_model_name_or_path):
-            return super().from_pretrained(pretrained_model_name_or_path, **kwargs)
+        forks.prepare()
+        source = pretrained_model_name_or_path
+        find_weights(source)
+        with weights_errors(source), torch.inference_mode(False):
+            if os.path.isdir(source):
+                refuse_impostor(Path(source) / CONFIG_FILE)
+                refuse_impostor(Path(source) / WEIGHTS_FILE)
+                source = complete_set(Path(source), (CONFIG_FILE, WEIGHTS_FILE))
+            return super().from_pretrained(source, **kwargs)
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str | torch.device = "cpu", **kwargs: Any) -> LGNet:
@@ -258,6 +284,7 @@ class LocalGlobalRefinement(Cascade):
         variant, local_channels, global_channels, backend: as in :class:`LGNet`.
     """
 
+    @torch.inference_mode(False)
     def __init__(
         self,
         first_stage: nn.Module,

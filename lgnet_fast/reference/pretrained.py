@@ -1,9 +1,8 @@
-"""Reading and writing model.safetensors: strict, atomic, and with errors that list what does not fit."""
+"""Reading and writing model.safetensors: strict, and with errors that list what does not fit."""
 
 from __future__ import annotations
 
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download
-from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import LGNetError, WeightsError
+from .folders import impostor
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -42,6 +41,14 @@ picture = Inpainter.from_pretrained("{{ repo_id | default("this directory", true
 def find_weights(source: str | os.PathLike[str]) -> None:
     """Raise WeightsError early where `source` is plainly neither a model directory nor a hub id."""
     path = Path(source)
+    if not str(source):
+        raise WeightsError("weights: expected a model directory or a hub id, got an empty name")
+    try:
+        path.stat()
+    except FileNotFoundError:
+        pass
+    except (OSError, ValueError) as error:  # too long, not allowed to look, a NUL in it
+        raise WeightsError(f"weights: {str(source)!r} could not be looked at: {error}") from error
     if path.is_dir():
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
         if missing:
@@ -81,10 +88,12 @@ def weights_errors(source: str | os.PathLike[str]) -> Iterator[None]:
     """Turn what goes wrong while `source` is fetched and parsed into one WeightsError."""
     try:
         yield
-    except LGNetError:
+    except (LGNetError, MemoryError):
         raise
-    except (OSError, ValueError, TypeError, SafetensorError) as error:
-        raise WeightsError(f"weights: {str(source)!r} could not be loaded: {error}") from error
+    except Exception as error:  # JSON, safetensors, hub and PyTorch have many kinds, and so has a damaged file
+        raise WeightsError(
+            f"weights: {str(source)!r} could not be loaded: {str(error) or type(error).__name__}"
+        ) from error
 
 
 def upcast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -118,9 +127,28 @@ def read_safetensors(
         file = os.path.join(source, WEIGHTS_FILE)
     else:
         file = hf_hub_download(repo_id=source, filename=WEIGHTS_FILE, **hub)
+    refuse_impostor(Path(file))
     tensors = load_file(file, device=str(map_location))
     check_names_and_shapes(tensors, {k: tuple(v.shape) for k, v in expected.items()}, str(file))
+    check_kinds(tensors, expected, str(file))
     return upcast(tensors)
+
+
+def refuse_impostor(path: Path) -> None:
+    """Raise WeightsError where `path` is a web page or a Git LFS pointer."""
+    if (what := impostor(path)) is not None:
+        raise WeightsError(f"weights: {path} is {what}")
+
+
+def check_kinds(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
+    """Raise WeightsError that lists the tensors that are floating where they must not be, or the other way."""
+    wrong = [
+        f"{name}: {found[name].dtype}"
+        for name, tensor in expected.items()
+        if found[name].is_floating_point() != tensor.is_floating_point()
+    ]
+    if wrong:
+        raise WeightsError(f"{what}: expected floating weights and integer counters, got {'; '.join(wrong)}")
 
 
 def write_safetensors(tensors: Mapping[str, Tensor], directory: Path, dtype: torch.dtype | None) -> None:
@@ -131,17 +159,3 @@ def write_safetensors(tensors: Mapping[str, Tensor], directory: Path, dtype: tor
     }
     save_file(out, directory / WEIGHTS_FILE, metadata={"format": "pt"})
     os.chmod(directory / WEIGHTS_FILE, 0o644)  # safetensors writes files that only their owner can read
-
-
-@contextmanager
-def staged(directory: Path) -> Iterator[Path]:
-    """A folder to write into, whose files then replace those of `directory`: all after the last was written."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=directory, prefix=".saving-") as name:
-        yield Path(name)
-        for file in sorted(Path(name).iterdir()):
-            if file.name == "README.md" and (directory / file.name).exists():
-                continue  # the owner's model card stays
-            with open(file, "rb") as f:
-                os.fsync(f.fileno())
-            os.replace(file, directory / file.name)

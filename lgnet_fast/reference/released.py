@@ -12,12 +12,12 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-from zipfile import BadZipFile
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
+from .folders import impostor
 from .networks import LEVELS, LocalNet
 from .pretrained import check_names_and_shapes, upcast
 
@@ -88,6 +88,21 @@ def _translate(model: LGNet) -> dict[str, dict[str, str]]:
     return result
 
 
+def unreadable(path: Path, error: Exception) -> str:
+    """Why ``torch.load(path, weights_only=True)`` raised `error`, as "<path> ..." goes on.
+
+    PyTorch's own text advises to switch the protection off, and may hold codes for terminals.
+    """
+    if (what := impostor(path)) is not None:
+        return f"is {what}"
+    if isinstance(error, pickle.UnpicklingError):
+        refused = re.search(r"GLOBAL ([\w.]+)", str(error))
+        detail = f" ({refused[1]})" if refused else ""
+        return f"was refused: it is damaged, or holds more than tensors and would run code when loaded{detail}"
+    first = (str(error) or type(error).__name__).splitlines()[0]
+    return f"is not a readable checkpoint: {first}"
+
+
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """A state dict from a .pth file, tensors only.
 
@@ -96,17 +111,12 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             would run code are refused (``torch.load(weights_only=True)``).
     """
     path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise WeightsError(f"weights: expected a checkpoint file, got {path}, which does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise WeightsError(
-            f"weights: {path} was refused: it is damaged, or holds more than tensors and would run code when "
-            f"loaded ({str(error).splitlines()[0]})"
-        ) from error
-    except (RuntimeError, EOFError, OSError, BadZipFile, ValueError, KeyError) as error:
-        raise WeightsError(f"weights: {path} is not a readable checkpoint: {error}") from error
+    except Exception as error:  # pickle, zip and torch errors of many kinds
+        raise WeightsError(f"weights: {path} {unreadable(path, error)}") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()
     ):
@@ -116,7 +126,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
 def _files(directory: Path, epoch: str | int | None) -> dict[str, Path]:
     """The three files of one epoch in `directory`."""
-    if not directory.is_dir():
+    if not os.path.isdir(directory):  # False, not an error, for a name that is too long
         raise WeightsError(f"weights: expected a directory with *_net_G1.pth, got {directory}")
     found: dict[str, dict[str, Path]] = {}
     for file in directory.iterdir():

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..reference.released import unreadable
 from .errors import TrainingError
 
 BEST = "best.pt"
@@ -64,7 +65,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # pickle, zip and torch errors of many kinds
-        raise TrainingError(f"checkpoint: {path} cannot be read ({error})") from error
+        raise TrainingError(f"checkpoint: {path} cannot be read (it {unreadable(path, error)})") from error
 
 
 class CheckpointFolder:

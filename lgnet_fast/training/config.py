@@ -306,7 +306,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
         raise MissingExtraError('configurations need PyYAML: pip install "lgnet_fast[train]"') from error
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+    except Exception as error:  # a value that a YAML tag does not fit raises anything: AttributeError, RecursionError
         raise ConfigError(
             f"config: expected a readable YAML or JSON file, got {str(path)!r} ({' '.join(str(error).split())})"
         ) from error
@@ -323,7 +323,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
             raise ConfigError(f"config: expected a mapping under {parts[0]}, got {section!r}")
         try:
             section[parts[1]] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+        except Exception as error:
             raise ConfigError(f"set: expected a YAML value, got {item!r} ({' '.join(str(error).split())})") from error
     return config_of(values)
 
@@ -359,6 +359,11 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             raise ConfigError(f"{where}: expected a list, got {value!r}")
         return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(values))
     kind = dict if origin is dict else hint
+    if kind is dict and isinstance(value, dict):
+        try:
+            json.dumps(value)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"{where}: expected texts, numbers, lists and mappings, got {value!r}") from error
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 takes 2e-4 for a text

@@ -6,7 +6,6 @@ where a resumed training went on.
 
 from __future__ import annotations
 
-import io
 import signal
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,6 +19,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 from ..errors import InvalidMaskError, LGNetError
+from ..pipeline.files import open_image
 from ..pipeline.pictures import picture_of
 from ..pipeline.shards import Member, samples_in
 from .config import DataConfig
@@ -92,7 +92,7 @@ class FolderSource:
 
     def picture(self, index: int) -> Image.Image:
         # From memory, not a path: a file that Pillow opens by path stays open until the picture is decoded.
-        return Image.open(io.BytesIO(self.files[index].read_bytes()))
+        return open_image(self.files[index].read_bytes())
 
     def mask(self, index: int) -> Image.Image | None:
         return None
@@ -160,7 +160,7 @@ class HuggingFaceSource:
     def picture(self, index: int) -> Image.Image:
         stored = self.rows[index][self.column]
         data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
-        return Image.open(io.BytesIO(data))
+        return open_image(data)
 
     def mask(self, index: int) -> Image.Image | None:
         return None
@@ -227,13 +227,13 @@ def open_source(places: Sequence[str], categories: Sequence[str] | None = None) 
 
 
 class Sample(NamedTuple):
-    """`image` float32 [3, S, S] in [-1, 1]; `mask` float32 [1, S, S], 1 = hole; `name` of the picture; `broken`: one
-    line for each picture that could not be read and was passed over for this one."""
+    """`image` float32 [3, S, S] in [-1, 1]; `mask` float32 [1, S, S], 1 = hole; `name` of the picture; `broken`:
+    (name, reason) of each picture that could not be read and was passed over for this one."""
 
     image: Tensor
     mask: Tensor
     name: str
-    broken: list[str]
+    broken: list[tuple[str, str]]
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -242,7 +242,7 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
         "image": torch.stack([sample.image for sample in samples]),
         "mask": torch.stack([sample.mask for sample in samples]),
         "name": [sample.name for sample in samples],
-        "broken": [line for sample in samples for line in sample.broken],
+        "broken": [one for sample in samples for one in sample.broken],
     }
 
 
@@ -286,7 +286,7 @@ class InpaintingDataset(Dataset[Sample]):
     def __getitem__(self, position: int) -> Sample:
         epoch, place = divmod(position, len(self))
         index = int(self.order(epoch)[place])
-        broken: list[str] = []
+        broken: list[tuple[str, str]] = []
         tried = index
         for _ in range(min(len(self), _MOST_BROKEN)):
             name = self.source.name(tried)
@@ -297,9 +297,11 @@ class InpaintingDataset(Dataset[Sample]):
                 raise
             except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on bad data
                 reason = " ".join(str(error).split()) or type(error).__name__
-                broken.append(f"{name}: {reason}")
+                broken.append((name, reason))
             tried = (tried + 1) % len(self)
-        raise DataError(f"data: none of {len(broken)} pictures in a row can be read; the first: {broken[0]}")
+        raise DataError(
+            f"data: none of {len(broken)} pictures in a row can be read; the first: {': '.join(broken[0])}"
+        )
 
     def _sample(self, epoch: int, index: int, tried: int) -> tuple[np.ndarray, np.ndarray]:
         """uint8 [3, S, S] and bool [1, S, S]."""

@@ -507,10 +507,10 @@ class Trainer:
         return float(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "sum")) > 0
 
     def _note_broken(self, batches: list[dict[str, Any]]) -> None:
-        for message in (message for batch in batches for message in batch["broken"]):
-            if message not in self.broken:
-                self.broken.append(message)
-                text = f"skipped ({len(self.broken)}): {message}"
+        for name, reason in (one for batch in batches for one in batch["broken"]):
+            if not any(message.startswith(f"{name}: ") for message in self.broken):
+                self.broken.append(f"{name}: {reason}")
+                text = f"skipped ({len(self.broken)}): {self.broken[-1]}"
                 if self._report is not None:
                     self._report.say(text)
                 else:

@@ -1,4 +1,4 @@
-"""Convolution kernels of the engine against float64, by the rule of `rules.assert_accurate`."""
+"""Convolution kernels of the engine against float64, by the rule of `support.assert_accurate`."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from lgnet_fast.kernels.conv import Conv, Merge, Store, can_run_conv, conv_forwa
 from lgnet_fast.kernels.conv_configs import Tile
 from torch import Tensor
 
-from tests.interpreted.rules import DTYPES, assert_accurate, normal
+from tests.interpreted.rules import DTYPES, normal
+from tests.support import assert_accurate
 
 TILE = Tile(128, 32, 32, 1, 4, 1)
 SPLIT = Tile(64, 16, 64, 4, 4, 1)
@@ -234,7 +235,7 @@ def test_paint(painted: bool) -> None:
     paint_forward(image, mask, start if painted else None, picture, merged)
     paint = start if painted else torch.ones_like(image)
     expected = torch.cat((image * (1 - mask) + paint * mask, mask), dim=1)
-    torch.testing.assert_close(picture.permute(0, 3, 1, 2), expected)
+    assert_accurate("picture", picture.permute(0, 3, 1, 2), expected, roundings=16)
     assert torch.equal(merged, image)
 
 

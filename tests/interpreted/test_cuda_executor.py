@@ -14,7 +14,8 @@ from lgnet_fast.engine.plan import PICTURE, Buffer, Plan, Step, Store, View, bui
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.networks import LocalNet
-from tests.interpreted.rules import assert_accurate, normal
+from tests.interpreted.rules import normal
+from tests.support import assert_accurate
 
 
 def small_plan(batch: int = 1, side: int = 32) -> Plan:
@@ -118,10 +119,10 @@ def test_regions() -> None:
     executor.memory.arena.fill_(torch.nan)
     result, raw = executor.run(image, mask, None, [s.regions for s in restricted.steps])
     # block shapes, so the order of sums, differ between the two
-    torch.testing.assert_close(result, dense, rtol=1e-4, atol=1e-5)
+    assert_accurate("result", result, dense, roundings=2**8)
     hole = (mask != 0).expand_as(image)
     for a, b in zip(raw, dense_raw):
-        torch.testing.assert_close(a[hole], b[hole], rtol=1e-4, atol=1e-5)
+        assert_accurate("raw", a[hole], b[hole], roundings=2**8)
 
 
 def test_regions_that_save_nothing_are_dense() -> None:

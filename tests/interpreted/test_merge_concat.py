@@ -1,4 +1,4 @@
-"""Merge kernels against float64, by the rule of `rules.assert_accurate`."""
+"""Merge kernels against float64, by the rule of `support.assert_accurate`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from lgnet_fast.kernels.merge_concat import (
 )
 from torch import Tensor
 
-from tests.interpreted.rules import DTYPES, assert_accurate, merge_results, normal
+from tests.interpreted.rules import DTYPES, merge_results, normal
+from tests.support import assert_accurate
 
 FORWARD = {True: merge_concat_forward, False: merge_forward}
 BACKWARD = {True: merge_concat_backward, False: merge_backward}

@@ -1,0 +1,225 @@
+"""What was found out about this machine and is kept for later processes: verdicts of checks, kernel choices.
+
+A folder of small JSON files, one an entry, named by what the entry depends on (:class:`Key`), its section and its
+name. The folder is ``$LGNET_FAST_CACHE``, or ``lgnet_fast`` in the user's cache folder. An entry is written to a file
+of its own and moved into place, so readers never see half of one, and processes need no lock: the last one wins. What
+cannot be read, or was written by another version of the schema, is as if it were not there; what cannot be written
+is kept for this process only, and said once at INFO.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import platform
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from . import forks
+
+logger = logging.getLogger("lgnet_fast")
+
+ENVIRONMENT = "LGNET_FAST_CACHE"
+"""Environment variable that names the folder."""
+SCHEMA = 1
+"""Version of the files' layout: {"schema", "key", "section", "name", "value"}."""
+VERDICTS = "verdicts"
+"""Section of the checks: which path runs, and why not a better one."""
+CHOICES = "choices"
+"""Section of what tuning measured."""
+
+_lock = forks.Lock()
+# What this process wrote or read: (folder, key, section, name) -> value. It outlives a folder that cannot be written.
+_known: dict[tuple[Path | None, Key, str, str], Any] = {}
+_complained: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Key:
+    """What an entry depends on."""
+
+    card: str
+    driver: str
+    torch: str
+    triton: str
+    lgnet_fast: str
+    dtype: str
+
+    @property
+    def digest(self) -> str:
+        """Short name for files."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file's content."""
+
+    key: Key
+    section: str
+    name: str
+    value: Any
+
+
+def key_for(device: torch.device, dtype: torch.dtype) -> Key:
+    """The key of a device (an NVIDIA GPU, or a device type) and the dtype that is computed in."""
+    return Key(*_machine(device.type, device.index), str(dtype).removeprefix("torch."))
+
+
+@cache
+def _machine(kind: str, index: int | None) -> tuple[str, str, str, str, str]:
+    card, driver = f"{kind} {platform.machine()}", "none"
+    if kind == "cuda":
+        p = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
+        # MIG slices of a card bear its name, and have fewer multiprocessors
+        card, driver = f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} SMs", _driver()
+    return card, driver, torch.__version__, _triton(), _package()
+
+
+def _triton() -> str:
+    for name in ("triton", "pytorch-triton"):
+        with contextlib.suppress(PackageNotFoundError):
+            return version(name)
+    return "none"
+
+
+def _package() -> str:
+    """This package's version, and what its kernels' sources are: in a checkout they change between versions."""
+    from . import __version__
+
+    spec = find_spec("lgnet_fast.kernels")
+    digest = hashlib.sha256()
+    for directory in (spec.submodule_search_locations if spec else None) or ():
+        for path in sorted(Path(directory).glob("*.py")):
+            digest.update(path.read_bytes())
+    return f"{__version__}, kernels {digest.hexdigest()[:12]}"
+
+
+def _driver() -> str:
+    """The driver's version where Linux tells it, and the CUDA version that it supports."""
+    supports = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
+    with contextlib.suppress(OSError):
+        found = re.search(r"\s(\d+(?:\.\d+)+)\s", Path("/proc/driver/nvidia/version").read_text())
+        if found:
+            return f"{found[1]}, CUDA {supports}"
+    return f"CUDA {supports}"
+
+
+def folder() -> Path | None:
+    """Where entries lie; None where there is no home to put them in."""
+    named = os.environ.get(ENVIRONMENT)
+    if named:
+        return Path(named)
+    try:
+        if sys.platform == "win32":
+            base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
+        elif sys.platform == "darwin":
+            base = Path.home() / "Library" / "Caches"
+        else:
+            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # no home
+        return None
+    return base / "lgnet_fast"
+
+
+def _path(where: Path, key: Key, section: str, name: str) -> Path:
+    return where / f"{section}-{key.digest}-{hashlib.sha256(name.encode()).hexdigest()[:16]}.json"
+
+
+def get(key: Key, section: str, name: str) -> Any | None:
+    """The value of an entry; None where there is none that can be read."""
+    where = folder()
+    known = (where, key, section, name)
+    with _lock:
+        if known in _known:
+            return _known[known]
+    entry = None if where is None else _read(_path(where, key, section, name))
+    if entry is None or (entry.key, entry.section, entry.name) != (key, section, name):
+        return None
+    with _lock:
+        return _known.setdefault(known, entry.value)
+
+
+def put(key: Key, section: str, name: str, value: Any) -> bool:
+    """Keep a value (of what JSON can hold) in place of an earlier one; False where only this process knows it."""
+    where = folder()
+    with _lock:
+        _known[where, key, section, name] = value
+    if where is None:
+        return False
+    content = {"schema": SCHEMA, "key": asdict(key), "section": section, "name": name, "value": value}
+    text = json.dumps(content, indent=1)
+    temporary = None
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=where, prefix=".writing-", delete=False, encoding="utf-8") as file:
+            temporary = file.name
+            file.write(text)
+        os.replace(temporary, _path(where, key, section, name))
+    except OSError as error:
+        if temporary is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+        _say_once(f"what was found out about this machine is not kept: {error}")
+        return False
+    return True
+
+
+def drop(key: Key, section: str) -> None:
+    """Forget a section's entries of this key, so that they are made anew."""
+    where = folder()
+    with _lock:
+        for known in [k for k in _known if k[:3] == (where, key, section)]:
+            del _known[known]
+    if where is not None:
+        with contextlib.suppress(OSError):
+            for path in where.glob(f"{section}-{key.digest}-*.json"):
+                path.unlink(missing_ok=True)
+
+
+def entries(section: str) -> Iterator[Entry]:
+    """Every entry of a section that can be read, of all keys, in the order of the files' names."""
+    where = folder()
+    if where is None:
+        return
+    try:
+        paths = sorted(where.glob(f"{section}-*.json"))
+    except OSError:
+        return
+    for path in paths:
+        entry = _read(path)
+        if entry is not None:
+            yield entry
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content["schema"] != SCHEMA:
+            return None
+        key = Key(**{field.name: str(content["key"][field.name]) for field in fields(Key)})
+        return Entry(key, str(content["section"]), str(content["name"]), content["value"])
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        _say_once(f"{path} is not read: {type(error).__name__}: {error}")
+        return None
+
+
+def _say_once(message: str) -> None:
+    if message not in _complained:
+        _complained.add(message)
+        logger.info("%s", message)

@@ -1,0 +1,516 @@
+"""The engine of an NVIDIA GPU, proved on that GPU before it is trusted, with what takes over where it fails.
+
+A new kind of card, driver or compiler may refuse a kernel or compute it wrongly. So the engine runs once on a fixed
+picture and is compared with the plan in float32 by PyTorch's own operators (:func:`judge`). The first path that
+passes is taken, and remembered by :mod:`lgnet_fast.cache`:
+
+==========  ========================================================================================
+"graph"     the kernels, replayed as one CUDA graph
+"direct"    the kernels, launched one by one
+"library"   the steps that fail (else all) by PyTorch's operators, cuDNN, channels last; dense
+"model"     the model itself, channels last, in eager PyTorch
+==========  ========================================================================================
+
+Other shapes and holes than the checked one have launches of their own: :class:`Guarded` takes the next path when one
+of them raises.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import cache
+from ..ops.first_use import strict_float32, tf32_allowed
+from ..reference.lgnet import LGNet, LocalGlobalRefinement
+from .cuda_executor import CudaExecutor
+from .graphs import Recent, error_text, is_capturing
+from .library_executor import PAINT, LibraryExecutor
+from .model_executor import ModelExecutor
+from .plan import PICTURE, Plan
+from .regions import Rect
+from .torch_executor import TorchExecutor
+
+logger = logging.getLogger("lgnet_fast")
+
+LIMITS = {torch.float16: 2e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3}
+"""Largest RMS error in the hole, of pictures in [-1, 1]."""
+_STEP_LIMITS = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 2e-3}
+"""Largest RMS error of one step's result on exact operands, relative to that result's RMS."""
+HOLES_KEPT = 256
+"""Buckets of holes that a shape remembers."""
+_LARGEST_CHECK = 16 * 256 * 256
+"""Pixels of a batch up to which the check has the plan's own sizes; else it has one picture of 256x256."""
+
+Runner = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: `error` and the `limit` it must not exceed, or `problem`, what was raised or found instead."""
+
+    name: str
+    error: float | None = None
+    limit: float | None = None
+    problem: str | None = None
+
+    @property
+    def passed(self) -> bool:
+        return self.problem is None
+
+    def __str__(self) -> str:
+        if self.problem is not None:
+            return f"{self.name}: {self.problem}"
+        return f"{self.name}: error {self.error:.1e}, allowed {self.limit:.1e}"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Which path runs, why no better one does, and every check that led to it."""
+
+    runs: str
+    reason: str | None = None
+    steps: tuple[str, ...] = ()
+    """Steps that "library" runs by PyTorch's operators; none: all."""
+    again: bool = False
+    """The next process checks anew: what failed may have been the moment's fault."""
+    checks: tuple[Check, ...] = field(default=(), compare=False)
+    seconds: float = field(default=0.0, compare=False)
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the cache keeps it."""
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Verdict | None:
+        """From :meth:`as_dict`; None where that is something else."""
+        try:
+            checks = tuple(Check(**check) for check in value["checks"])
+            verdict = cls(
+                str(value["runs"]),
+                value["reason"],
+                tuple(value["steps"]),
+                bool(value["again"]),
+                checks,
+                float(value["seconds"]),
+            )
+        except (TypeError, KeyError, ValueError):
+            return None
+        return verdict if verdict.runs in _TITLES else None
+
+    def __str__(self) -> str:
+        title = _TITLES[self.runs]
+        if self.runs == "library" and self.steps:
+            title = f"the engine with {', '.join(self.steps)} by PyTorch's operators"
+        return title if self.reason is None else f"{title} ({self.reason})"
+
+
+_TITLES = {
+    "graph": "the engine, as one CUDA graph",
+    "direct": "the engine, without a CUDA graph",
+    "library": "the engine's steps by PyTorch's operators",
+    "model": "the model itself in eager PyTorch",
+}
+
+
+# -- the picture and the rule -------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Example:
+    """A fixed input of a plan's sizes, and what it must become: hole pixels to within `limit`."""
+
+    image: Tensor
+    mask: Tensor
+    start: Tensor | None
+    exact: Tensor
+    limit: float
+
+
+def example_input(plan: Plan, device: torch.device, painted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Smooth colours with some detail, and one hole off the centre that no block of a kernel fits."""
+    generator = torch.Generator("cpu").manual_seed(20)
+    size = (plan.height, plan.width)
+    made: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
+    coarse = torch.rand(plan.batch, 3, 6, 6, **made)
+    fine = torch.rand(plan.batch, 3, *size, **made)
+    image = (1.6 * F.interpolate(coarse, size, mode="bicubic") + 0.4 * fine - 1).clamp(-1, 1)
+    mask = torch.zeros_like(image[:, :1])
+    mask[..., plan.height // 5 : plan.height * 7 // 10, plan.width // 4 + 3 : plan.width * 3 // 4 + 1] = 1
+    start = image.flip(3).to(device) if painted else None
+    return image.to(device), mask.to(device), start
+
+
+def hole_error(result: Tensor, exact: Tensor, mask: Tensor) -> float:
+    """RMS of the difference over the hole's samples."""
+    hole = (mask != 0).expand_as(exact)
+    return (result - exact)[hole].double().square().mean().sqrt().item()
+
+
+def make_example(plan: Plan, device: torch.device, dtype: torch.dtype, painted: bool = False) -> Example:
+    """The example of a plan with float32 weights on `device`.
+
+    The limit is that of the dtype, four times the error of eager PyTorch in the same dtype, and half the error of the
+    exact picture moved by a pixel, whichever is least; but what eager PyTorch makes of the model is always allowed
+    (half as much again), and so are a few roundings.
+    """
+    image, mask, start = example_input(plan, device, painted)
+    with strict_float32():
+        exact = TorchExecutor(plan).run(image, mask, start)[0].clone()
+    # float32 of eager PyTorch is exact by this measure; the rule for a whole float32 engine is ten times stricter
+    eager = LIMITS[torch.float32] / 40
+    if dtype != torch.float32:
+        eager = hole_error(TorchExecutor(plan.to(device, dtype)).run(image, mask, start)[0].float(), exact, mask)
+    elif tf32_allowed():
+        eager = LIMITS[torch.float32] / 4
+    moved = min(hole_error(exact.roll(1, dims=axis), exact, mask) for axis in (2, 3))
+    hole = (mask != 0).expand_as(exact)
+    floor = 4 * torch.finfo(dtype).eps * exact[hole].square().mean().sqrt().item()
+    limit = max(
+        min(LIMITS[dtype], max(4 * eager, floor), moved / 2), 1.5 * eager if eager > moved / 8 else 0.0, floor
+    )
+    return Example(image, mask, start, exact, limit)
+
+
+def judge(name: str, run: Runner, example: Example) -> Check:
+    """Compare a path with the example: finite, known pixels those of the input, the hole to within the limit."""
+    try:
+        result = run(example.image, example.mask, example.start)
+        known = (example.mask == 0).expand_as(result)
+        if not bool(result.isfinite().all()):
+            return Check(name, problem="its picture is not finite")
+        if not torch.equal(result[known], example.image[known]):
+            return Check(name, problem="it changes known pixels")
+        error = hole_error(result, example.exact, example.mask)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # whatever Triton, the driver or torch can raise means: not this path
+        return Check(name, problem=error_text(raised))
+    problem = None
+    if error > example.limit:
+        problem = f"RMS error in the hole {error:.1e}, allowed {example.limit:.1e}"
+    return Check(name, error, example.limit, problem)
+
+
+# -- step by step --------------------------------------------------------------------------------------------------
+
+
+def check_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list[Check]:
+    """Every step by itself, on the exact operands, against the plan in float32.
+
+    Args:
+        executor: what runs.
+        plan: of the same sizes, with float32 weights on the executor's device.
+    """
+    with strict_float32():
+        exact = TorchExecutor(plan).buffers_after(example.image, example.mask, example.start)
+    limit = _STEP_LIMITS[executor.dtype]
+    checks = []
+    with torch.inference_mode(False), torch.no_grad(), executor._turn():
+        memory = executor.memory
+        memory.take(example.image, example.mask, example.start)
+        launches = executor.launches_by_step(example.start is not None)
+        stage = 0
+        for name, own in launches:
+            step = next((s for s in plan.steps if s.name == name), None)
+            expected: list[tuple[Tensor, Tensor]] = []
+            if step is None:
+                start = torch.ones_like(example.image) if example.start is None else example.start
+                painted = example.image * (1 - example.mask) + start * example.mask
+                picture = torch.cat((painted, example.mask), dim=1)
+                expected.append((memory.maps[PICTURE].permute(0, 3, 1, 2), picture))
+                memory.maps[PICTURE].fill_(torch.nan)
+            else:
+                for view in (step.source, step.residual):
+                    if view is not None and view.buffer != PICTURE:
+                        values = exact[view.buffer][:, view.offset : view.offset + view.channels]
+                        memory.view(view).copy_(values.permute(0, 2, 3, 1))
+                for store in step.stores:
+                    view = store.view
+                    values = exact[view.buffer][:, view.offset : view.offset + view.channels]
+                    found = memory.view(view).permute(0, 3, 1, 2)
+                    if step.merges:
+                        stage += 1
+                        found = memory.outputs[stage]
+                    found.fill_(torch.nan)
+                    expected.append((found, values))
+            checks.append(_check_step(name, own, expected, limit))
+            if step is None:
+                expected[0][0].copy_(expected[0][1])
+            elif step.merges and stage < sum(s.merges for s in plan.steps):
+                merged = example.image * (1 - example.mask) + expected[0][1] * example.mask
+                found = memory.maps[PICTURE].permute(0, 3, 1, 2)[:, :3]
+                if checks[-1].passed:
+                    checks[-1] = _compare(name, [(found, merged)], limit)
+                found.copy_(merged)
+    return checks
+
+
+def _check_step(
+    name: str, launches: Callable[[], None], expected: list[tuple[Tensor, Tensor]], limit: float
+) -> Check:
+    try:
+        launches()
+        return _compare(name, expected, limit)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:
+        return Check(name, problem=error_text(raised))
+
+
+def _compare(name: str, pairs: list[tuple[Tensor, Tensor]], limit: float) -> Check:
+    scale = max(exact.double().square().mean().sqrt().item() for _, exact in pairs)
+    error = max((found - exact).double().square().mean().sqrt().item() for found, exact in pairs)
+    error = error / scale if scale > 0 else error
+    if not error <= limit:  # so that NaN fails
+        return Check(name, problem=f"relative error {error:.1e}, allowed {limit:.1e}")
+    return Check(name, error, limit)
+
+
+# -- choosing a path -----------------------------------------------------------------------------------------------
+
+
+def verdict_name(plan: Plan, choices: dict[str, str]) -> str:
+    """What a verdict is about, within its key: the network's shapes, the sizes, and the kernels that were chosen."""
+    shapes = [(s.name, s.kind, tuple(s.weight.shape), s.stride, s.padding, s.variant) for s in plan.steps]
+    digest = hashlib.sha256(repr((shapes, sorted(choices.items()))).encode()).hexdigest()[:12]
+    return f"engine {digest}, {len(plan.steps)} steps, {plan.batch}x{plan.height}x{plan.width}"
+
+
+def verified(
+    model: LGNet | LocalGlobalRefinement,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    anew: bool = False,
+    graphs: bool = True,
+) -> tuple[Guarded | ModelExecutor, Verdict]:
+    """The best path that passes its check on this machine, by the cache or by a check now; at most one WARNING.
+
+    Args:
+        model: the plan's; its last resort.
+        plan: dense, float32 weights on `device`.
+        anew: check even where the cache has a verdict.
+        graphs: try to capture.
+
+    Raises:
+        torch.OutOfMemoryError: there is not enough memory for the check.
+    """
+    key = cache.key_for(device, dtype)
+    problem: str | None = None
+    try:
+        engine = CudaExecutor(plan, dtype, device=device, graphs=graphs)
+        name = verdict_name(plan, engine.choices)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:
+        engine, name, problem = None, verdict_name(plan, {}), error_text(raised)
+    verdict = None if anew else Verdict.from_dict(cache.get(key, cache.VERDICTS, name))
+    executor: Guarded | ModelExecutor
+    if verdict is not None and not verdict.again:
+        with contextlib.suppress(Exception):
+            executor = _built(verdict, engine, model, plan, device, dtype)
+            if verdict.reason is not None:
+                logger.warning(
+                    "%s on %s in %s; known from an earlier run, `lgnet-fast verify` tries anew",
+                    verdict, key.card, key.dtype,
+                )  # fmt: skip
+            return executor, verdict
+    begin = time.perf_counter()
+    executor, verdict, warned = _decide(engine, problem, model, plan, device, dtype)
+    verdict = replace(verdict, seconds=time.perf_counter() - begin)
+    cache.put(key, cache.VERDICTS, name, verdict.as_dict())
+    if verdict.reason is not None and not warned:
+        logger.warning("%s on %s in %s", verdict, key.card, key.dtype)
+    return executor, verdict
+
+
+def _built(
+    verdict: Verdict,
+    engine: CudaExecutor | None,
+    model: LGNet | LocalGlobalRefinement,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> Guarded | ModelExecutor:
+    """What a verdict says."""
+    if verdict.runs == "model":
+        return ModelExecutor(model, device, dtype, "eager")
+    if verdict.runs == "library":
+        return Guarded(LibraryExecutor(plan, dtype, device=device, steps=verdict.steps or None))
+    assert engine is not None
+    return Guarded(engine if verdict.runs == "graph" else engine.without_graphs())
+
+
+def _decide(
+    engine: CudaExecutor | None,
+    problem: str | None,
+    model: LGNet | LocalGlobalRefinement,
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> tuple[Guarded | ModelExecutor, Verdict, bool]:
+    """(what runs, why, whether its reason has been logged already)"""
+    small = plan.batch * plan.height * plan.width <= _LARGEST_CHECK
+    checked_plan = plan if small else _resized_with_weights(plan, 1, 256, 256)
+    example = make_example(checked_plan, device, dtype, isinstance(model, LocalGlobalRefinement))
+
+    def at_size(executor: CudaExecutor) -> CudaExecutor:
+        return executor if small else executor.resized(checked_plan.without_weights())
+
+    def runner(executor: Any) -> Runner:
+        return lambda image, mask, start: executor.run(image, mask, start)[0]
+
+    checks: list[Check] = []
+    steps: tuple[str, ...] = ()
+    if engine is None:
+        checks.append(Check("engine", problem=problem))
+    else:
+        sized = at_size(engine)
+        checks.append(judge("graph" if engine.uses_graphs else "direct", runner(sized), example))
+        if checks[-1].passed:
+            reason = sized.graph_reason
+            runs = "graph" if engine.uses_graphs and reason is None else "direct"
+            # a failed capture has logged its reason itself
+            return Guarded(engine), Verdict(runs, reason, (), reason is not None, tuple(checks)), True
+        if engine.uses_graphs:
+            direct = engine.without_graphs()
+            checks.append(judge("direct", runner(at_size(direct)), example))
+            if checks[-1].passed:
+                return Guarded(direct), Verdict("direct", str(checks[0]), (), False, tuple(checks)), False
+        by_step = _checked_steps(at_size(engine.without_graphs()), checked_plan, example)
+        checks += by_step
+        steps = tuple(check.name for check in by_step if not check.passed)
+    reason = "; ".join(str(check) for check in checks if not check.passed)
+    for attempt in [steps, ()] if 0 < len(steps) <= len(plan.steps) else [()]:
+        try:
+            library = LibraryExecutor(plan, dtype, device=device, steps=attempt or None)
+            checks.append(judge("library", runner(at_size(library)), example))
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as raised:
+            checks.append(Check("library", problem=error_text(raised)))
+        if checks[-1].passed:
+            return Guarded(library), Verdict("library", reason, attempt, False, tuple(checks)), False
+        reason += f"; {checks[-1]}"
+    last = ModelExecutor(model, device, dtype, "eager")
+    checks.append(judge("model", runner(last), example))
+    return last, Verdict("model", reason, (), not checks[-1].passed, tuple(checks)), False
+
+
+def _checked_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list[Check]:
+    try:
+        return check_steps(executor, plan, example)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # an error that spoils the device for good comes back at every call
+        return [Check("steps", problem=error_text(raised))]
+
+
+def _resized_with_weights(plan: Plan, batch: int, height: int, width: int) -> Plan:
+    return TorchExecutor(plan).resized(plan.resized(batch, height, width)).plan
+
+
+class Guarded:
+    """A checked executor, and what runs in its place when a launch of another shape or hole raises: first the dense
+    run, then launches without a graph, then all steps by PyTorch's operators. One WARNING each.
+
+    Running out of memory is passed on: the caller can ask for less. A hole that comes for the first time is run
+    densely, for which every kernel is compiled; kernels for its rectangles are compiled when it comes again.
+    """
+
+    def __init__(self, executor: CudaExecutor) -> None:
+        self.executor, self._dense_only = executor, False
+        self._lock = threading.Lock()
+        self._holes: Recent[None] = Recent(HOLES_KEPT)
+
+    def resized(self, plan: Plan) -> Guarded:
+        """The same weights for another batch or size."""
+        return Guarded(self.executor.resized(plan))
+
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Sequence[tuple[Rect, ...]] | None = None,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """See :class:`.engine.Executor`."""
+        if is_capturing(self.executor.device):
+            return self.executor.run(image, mask, start, regions)  # what fails there is the capture
+        if regions is not None and not self._came_before(regions):
+            regions = None
+        while True:
+            executor, where = self.executor, None if self._dense_only else regions
+            try:
+                return executor.run(image, mask, start, where)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:
+                title = self._step_down(executor, where is not None)
+                if title is None:
+                    raise
+                if title:
+                    logger.warning("from now on %s at this size (%s)", title, error_text(error))
+
+    def _came_before(self, regions: Sequence[tuple[Rect, ...]]) -> bool:
+        holes = self.executor.bucket_of(regions)
+        with self._lock:
+            known = holes in self._holes
+            self._holes.get(holes, lambda: None)
+        return known
+
+    def _step_down(self, failed: CudaExecutor, restricted: bool) -> str | None:
+        """Take the next path: its name, "" where another thread has taken it already, None where there is none."""
+        if restricted and not self._dense_only:
+            self._dense_only = True
+            return "everything is computed, not the hole alone,"
+        if failed is not self.executor:
+            return ""
+        if isinstance(failed, LibraryExecutor):
+            if not failed.uses_graphs:
+                return None
+            self.executor = failed.without_graphs()
+        elif failed.uses_graphs:
+            self.executor = failed.without_graphs()
+            return _TITLES["direct"] + " runs"
+        else:
+            self.executor = LibraryExecutor.taking_over(failed)
+        return _TITLES["library"] + " run"
+
+    # what describe() asks for
+
+    @property
+    def device(self) -> torch.device:
+        """Where it runs."""
+        return self.executor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """In which it computes."""
+        return self.executor.dtype
+
+    @property
+    def choices(self) -> dict[str, str]:
+        """See :attr:`.cuda_executor.CudaExecutor.choices`."""
+        return self.executor.choices
+
+    def step_times(
+        self, image: Tensor, mask: Tensor, regions: Sequence[tuple[Rect, ...]] | None = None, **options: Any
+    ) -> list[float]:
+        """See :meth:`.cuda_executor.CudaExecutor.step_times`."""
+        return self.executor.step_times(image, mask, regions, **options)
+
+
+__all__ = ["PAINT", "Check", "Guarded", "Verdict", "check_steps", "judge", "make_example", "verified"]

@@ -1,0 +1,248 @@
+"""The first automatic use of a Triton kernel on a machine: kernel and eager PyTorch side by side, once.
+
+A use is a (operator, device, dtype, variant, class of channels, with or without gradient). Its verdict is kept in
+the user's cache folder (:mod:`lgnet_fast.cache`), so that only the first process pays. Nothing is checked while
+tracing or capturing, where values cannot be read; such uses take the kernel unless it has failed before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .. import cache, forks
+
+logger = logging.getLogger("lgnet_fast")
+
+FACTOR = 4.0
+"""A kernel's error may be this many times that of eager PyTorch in the same dtype, plus a few roundings."""
+_ROUNDINGS = 16
+_SCORES = 1 << 28
+"""Attention scores that a check computes at most, eager PyTorch may hold them all; larger inputs are cut."""
+_SIDE = 128
+
+_lock = forks.Lock()
+# use -> why the kernel is not used, None where it passed
+_verdicts: dict[Use, str | None] = {}
+
+
+class Use(NamedTuple):
+    """What one check speaks for."""
+
+    op: str
+    device: torch.device
+    dtype: torch.dtype
+    variant: str | None
+    channels: int
+    """The next power of two, which kernels are compiled for; 0 where it does not matter."""
+    gradient: bool
+
+    @property
+    def name(self) -> str:
+        """As the cache and `lgnet-fast info` have it."""
+        variant = f" {self.variant}" if self.variant else ""
+        channels = f", up to {self.channels} channels" if self.channels else ""
+        return f"{self.op}{variant}{channels}, {'with' if self.gradient else 'without'} gradient"
+
+
+def use_of(op: str, tensors: tuple[Tensor, ...], variant: str | None, gradient: bool) -> Use:
+    """The use that a call belongs to."""
+    first = tensors[0]
+    channels = 0 if op.startswith("merge") else max(16, 1 << (first.shape[1] - 1).bit_length())
+    return Use(op, first.device, first.dtype, variant, channels, gradient)
+
+
+def reason_against(
+    use: Use,
+    tensors: tuple[Tensor, ...],
+    fused: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    around: Callable[[], contextlib.AbstractContextManager[None]],
+) -> str | None:
+    """Why `fused` must not be used, or None. Checks it now, if that has not been done and can be done here.
+
+    Args:
+        use: of these tensors.
+        tensors: the call's operands.
+        fused, eager: the operator by the kernel and by PyTorch, as functions of the operands.
+        around: entered during a check.
+    """
+    if use in _verdicts:
+        return _verdicts[use]
+    if not _can_check(tensors):
+        return None
+    with _lock:
+        if use not in _verdicts:
+            key = cache.key_for(use.device, use.dtype)
+            kept = cache.get(key, cache.VERDICTS, use.name)
+            if isinstance(kept, dict) and {"passed", "reason"} <= kept.keys():
+                reason = None if kept["passed"] else f"{kept['reason']}; known from an earlier run"
+            else:
+                try:
+                    with around():
+                        reason = check(use, tensors, fused, eager).reason
+                except torch.OutOfMemoryError:
+                    return None  # not the kernel's fault; the next call may have the room
+            _settle(use, reason)
+        return _verdicts[use]
+
+
+class Outcome(NamedTuple):
+    """Of one check: why the kernel must not be used, None if it passed; its error and what that may be, if it ran."""
+
+    reason: str | None
+    error: float | None
+    limit: float | None
+
+
+def check(
+    use: Use,
+    tensors: tuple[Tensor, ...],
+    fused: Callable[..., Tensor],
+    eager: Callable[..., Tensor],
+    keep: bool = True,
+) -> Outcome:
+    """Compare `fused` with `eager`; the verdict goes to the cache if it is to be kept."""
+    if use.device.type == "cuda":
+        torch.cuda.synchronize(use.device)  # raises what went wrong before, which is not this kernel's
+    try:
+        error, limit = compare(tensors, fused, eager, use.gradient)
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as raised:  # whatever Triton or the driver can raise
+        outcome = Outcome(one_line(raised), None, None)
+    else:
+        reason = None if error <= limit else f"its error is {error:.1e}, {limit:.1e} is allowed"
+        outcome = Outcome(reason, error, limit)
+    if keep:
+        value = {"passed": outcome.reason is None, **outcome._asdict()}
+        cache.put(cache.key_for(use.device, use.dtype), cache.VERDICTS, use.name, value)
+    return outcome
+
+
+def distrust(use: Use, error: Exception) -> bool:
+    """Whether an automatic call whose kernel raised `error` may go to eager PyTorch, as later ones then do."""
+    if isinstance(error, torch.OutOfMemoryError) or torch.compiler.is_compiling() or _is_capturing(use.device):
+        return False
+    with _lock:
+        if _verdicts.get(use) is None:
+            _settle(use, one_line(error))
+    return True
+
+
+def _settle(use: Use, reason: str | None) -> None:
+    _verdicts[use] = reason
+    if reason is not None:
+        logger.warning("%s runs in eager PyTorch on %s in %s: triton: %s", use.name, use.device, use.dtype, reason)
+
+
+def one_line(error: BaseException) -> str:
+    """An exception's type and message."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+
+
+def _can_check(tensors: tuple[Tensor, ...]) -> bool:
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    # fake, functional and other tensors without values, and modes that count or record what runs
+    if any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or t.numel() == 0 for t in tensors):
+        return False
+    if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
+        return False
+    if tensors[0].is_cuda:
+        return not _is_capturing(tensors[0].device) and torch.cuda.get_sync_debug_mode() == 0
+    return True
+
+
+def _is_capturing(device: torch.device) -> bool:
+    if device.type != "cuda":
+        return False
+    with torch.cuda.device(device):
+        return torch.cuda.is_current_stream_capturing()
+
+
+def compare(
+    tensors: tuple[Tensor, ...], fused: Callable[..., Tensor], eager: Callable[..., Tensor], gradient: bool
+) -> tuple[float, float]:
+    """(error of `fused`, what it may be), of the result or gradient that comes nearest to its limit.
+
+    Both relative to the largest exact value: eager PyTorch in float32 for 16-bit operands, else in float64.
+    """
+    dtype = tensors[0].dtype
+    wide = torch.float64 if dtype == torch.float32 else torch.float32
+    device = tensors[0].device.type
+    with torch.inference_mode(False), torch.set_grad_enabled(gradient), torch.autocast(device, enabled=False):
+        own = _cut(tensors)
+        found = _results(fused, own, dtype, gradient)
+        plain = _results(eager, own, dtype, gradient)
+        with strict_float32():
+            exact = _results(eager, own, wide, gradient)
+    eps = torch.finfo(dtype).eps
+    if dtype == torch.float32 and tf32_allowed():
+        eps = 2.0**-10
+    worst = (0.0, torch.inf)
+    for ours, theirs, true in zip(found, plain, exact, strict=True):
+        scale = true.abs().max().item() or 1.0
+        error = (ours.to(wide) - true).abs().max().item() / scale
+        limit = FACTOR * (theirs.to(wide) - true).abs().max().item() / scale + _ROUNDINGS * eps
+        if not error / limit < worst[0] / worst[1]:  # so that NaN counts
+            worst = error, limit
+    return worst
+
+
+def _cut(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Operands of a size that is checked quickly: a part of the picture, a part of the batch."""
+    first = tensors[0]
+    height, width = (min(side, _SIDE) for side in first.shape[2:])
+    batch = max(1, min(first.shape[0], _SCORES // (height * width) ** 2))
+    maps = [t.detach()[:batch, :, :height, :width] if t.shape[2:] == first.shape[2:] else t.detach() for t in tensors]
+    return tuple(maps)
+
+
+def _results(
+    function: Callable[..., Tensor], tensors: tuple[Tensor, ...], dtype: torch.dtype, gradient: bool
+) -> list[Tensor]:
+    """The result, and the gradients of all operands by a fixed cotangent."""
+    leaves = [t.to(dtype, copy=True).requires_grad_(gradient) for t in tensors]
+    out = function(*leaves)
+    if not gradient:
+        return [out]
+    # positive, so that the gradient of a bias is not a sum that cancels
+    cotangent = (
+        1 + torch.linspace(0, 37, out.numel(), dtype=torch.float32, device=out.device).cos().view(out.shape) / 2
+    )
+    return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
+
+
+@contextlib.contextmanager
+def strict_float32() -> Iterator[None]:
+    """Float32 products and convolutions on a GPU in full precision, not in TF32."""
+    backends: Any = torch.backends
+    strict: bool | str = False
+    name, switches = "allow_tf32", (backends.cuda.matmul, backends.cudnn)
+    try:
+        before: list[Any] = [getattr(switch, name) for switch in switches]
+    except RuntimeError:  # raised where a program has set TF32 by the newer switches as well
+        name, strict, switches = "fp32_precision", "ieee", (backends.cuda.matmul, backends.cudnn.conv)
+        before = [getattr(switch, name) for switch in switches]
+    try:
+        for switch in switches:
+            setattr(switch, name, strict)
+        yield
+    finally:
+        for switch, value in zip(switches, before):
+            setattr(switch, name, value)
+
+
+def tf32_allowed() -> bool:
+    """Whether float32 matrix products may be computed in TF32."""
+    backends: Any = torch.backends
+    try:
+        return bool(backends.cuda.matmul.allow_tf32)
+    except RuntimeError:
+        return backends.cuda.matmul.fp32_precision == "tf32"

@@ -1,0 +1,353 @@
+"""Pictures of 16 bits a sample with several samples a pixel, for which Pillow has no mode: PNG and TIFF files.
+
+imagecodecs (libpng) reads and writes the PNG files, tifffile the TIFF files, whose compressions imagecodecs brings:
+both give the samples as they are stored, whatever the byte order, tiling or predictor. OpenCV reorders channels and
+takes fewer kinds of TIFF, pypng undoes PNG's filters in Python (a minute for a large photograph).
+"""
+
+from __future__ import annotations
+
+import io
+import struct
+import warnings
+from dataclasses import dataclass, field
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from ..errors import InvalidImageError
+from . import chunks
+from .exif import TIFF_DESCRIPTIVE, kept_exif
+
+EXTRA = "pip install 'lgnet-fast[deep]'"
+
+_COLOUR_TYPES = {2: 3, 4: 2, 6: 4}  # PNG's colour type -> samples a pixel
+_MODES = {2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}
+_RGB, _GREY = 2, 1  # TIFF's photometric interpretation
+_UNASSOCIATED = (0, 2)  # extra samples that leave the colours as they are: unspecified, and unassociated alpha
+_COMPRESSIONS = {1: None, 5: "lzw", 8: "adobe_deflate", 32946: "adobe_deflate", 50000: "zstd"}
+
+_TIFF_TEXT = (
+    ExifTags.Base.Make,
+    ExifTags.Base.Model,
+    ExifTags.Base.Artist,
+    ExifTags.Base.Copyright,
+)
+
+
+# tifffile writes these tags only under its own names.
+_DIRECTORIES = {int(ExifTags.IFD.Exif): "ExifTag", int(ExifTags.IFD.GPSInfo): "GPSTag"}
+
+
+class NotInstalledError(InvalidImageError):
+    """A 16-bit colour picture where the packages that read it are missing."""
+
+
+@dataclass
+class DeepImage:
+    """A picture with 16 bits a sample and several samples a pixel; Pillow cannot hold one.
+
+    `samples`: uint16 [H, W, C], C = 2 (grey and alpha), 3 (RGB) or 4 (RGBA); also ``numpy.asarray(picture)``.
+    `format`: "PNG" or "TIFF". `info`: metadata under Pillow's names ("exif", "icc_profile", "xmp", "dpi").
+    """
+
+    samples: np.ndarray
+    format: str
+    info: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(width, height) in pixels, as Pillow has it."""
+        return self.samples.shape[1], self.samples.shape[0]
+
+    @property
+    def mode(self) -> str:
+        """ "LA;16", "RGB;16" or "RGBA;16"."""
+        return _MODES[self.samples.shape[2]]
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        return np.array(self.samples, dtype=dtype) if copy else np.asarray(self.samples, dtype=dtype)
+
+    def save(self, path: Any) -> None:
+        """Writes a PNG or TIFF file with the metadata, atomically. Raises InvalidImageError: another extension."""
+        from pathlib import Path
+
+        from .files import save_picture
+
+        save_picture(self, Path(path))
+
+
+def deep_format(data: bytes) -> str | None:
+    """ "PNG" or "TIFF" for a file of more than 8 bits a sample and several samples a pixel, None for any other."""
+    if data.startswith(chunks.SIGNATURE):
+        return "PNG" if len(data) > 25 and data[24] == 16 and data[25] in _COLOUR_TYPES else None
+    if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
+        try:
+            bits = _directory(data).get(ExifTags.Base.BitsPerSample, (1,))
+        except Exception:  # of a torn file; whoever reads it says so
+            return None
+        several = isinstance(bits, tuple) and len(bits) > 1
+        return "TIFF" if several and max(bits) > 8 else None
+    return None
+
+
+def cut_depth(format: str | None, data: bytes) -> int | None:
+    """Bits a sample of a colour file that Pillow would cut to 8 and that is not read here; None: nothing is cut."""
+    depth = 8
+    if format == "PPM":
+        fields = [line.split(b"#")[0] for line in data[:4096].split(b"\n")]
+        header = b" ".join(fields).split()[:4]
+        colour = header[:1] in ([b"P3"], [b"P6"]) and len(header) == 4 and header[3].isdigit()
+        depth = int(header[3]).bit_length() if colour else 8
+    elif format == "JPEG2000":
+        at = data.find(b"\xff\x4f\xff\x51")
+        if at >= 0 and len(data) > at + 42 and int.from_bytes(data[at + 40 : at + 42], "big") > 1:
+            depth = (data[at + 42] & 127) + 1
+    elif format in ("AVIF", "HEIF"):
+        at = data.find(b"av1C")
+        if at >= 0 and len(data) > at + 6 and data[at + 6] & 0x40:
+            depth = 12 if data[at + 6] & 0x20 else 10
+        at = data.find(b"hvcC")
+        if at >= 0 and len(data) > at + 21:
+            depth = max(depth, 8 + (data[at + 21] & 7))
+    return depth if depth > 8 else None
+
+
+def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
+    """The picture of a file that `deep_format` named, upright, and the EXIF orientation (1 to 8) it was turned by.
+
+    Raises InvalidImageError: a layout that cannot be kept, or the packages are missing; the decoders' own errors for
+    damaged files.
+    """
+    samples, orientation, info = _read_png(data) if format == "PNG" else _read_tiff(data)
+    orientation = orientation if orientation in range(1, 9) else 1
+    samples = np.ascontiguousarray(_turned(samples, orientation))
+    if format == "PNG":
+        info["png_chunks"] = chunks.kept_chunks(data, turned=orientation > 4)
+    if orientation > 4 and info["dpi"] is not None:
+        info["dpi"] = info["dpi"][::-1]
+    return DeepImage(samples, format, {key: value for key, value in info.items() if value}), orientation
+
+
+def check_deep_format(mode: str, format: str) -> None:
+    """Raises InvalidImageError: a format (Pillow's name) without 16-bit colour."""
+    if format not in ("PNG", "TIFF"):
+        raise InvalidImageError(
+            f"format: {format} does not hold 16 bits a sample in colour, got a picture of mode {mode}; "
+            "PNG and TIFF do"
+        )
+
+
+def encode_deep(picture: DeepImage, format: str) -> bytes:
+    """The file of a deep picture, with its metadata. Raises InvalidImageError: a format without 16-bit colour."""
+    check_deep_format(picture.mode, format)
+    return _encode_png(picture) if format == "PNG" else _encode_tiff(picture)
+
+
+def _packages() -> tuple[ModuleType, ModuleType]:
+    try:
+        import imagecodecs
+        import tifffile
+    except ImportError as cause:
+        raise NotInstalledError(
+            f"16 bits a sample in colour need the packages imagecodecs and tifffile: {EXTRA}"
+        ) from cause
+    return imagecodecs, tifffile
+
+
+def _check_size(width: int, height: int) -> None:
+    """Pillow's limit against decompression bombs, for files that Pillow does not decode."""
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and width * height > 2 * limit:
+        raise Image.DecompressionBombError(f"{width * height} pixels exceed the limit of {2 * limit}")
+
+
+# -- PNG ---------------------------------------------------------------------------------------------------------
+
+
+def _read_png(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
+    """Samples [H, W, C] as stored, EXIF orientation, metadata."""
+    imagecodecs, _ = _packages()
+    width, height = struct.unpack_from(">II", data, 16)
+    _check_size(width, height)
+    samples = imagecodecs.png_decode(data)
+    count = _COLOUR_TYPES[data[25]]
+    if samples.dtype != np.uint16 or samples.shape[:2] != (height, width) or samples.ndim != 3:
+        raise InvalidImageError(f"expected 16 bits a sample, got {samples.dtype} {list(samples.shape)}")
+    with Image.open(io.BytesIO(data)) as header:
+        info = {key: header.info.get(key) for key in ("icc_profile", "dpi")}
+        own = {kind: content for kind, content in chunks.read_chunks(data) if kind in (b"eXIf", b"tRNS")}
+        if b"eXIf" in own or "Raw profile type exif" not in header.info:
+            # Without it Pillow would decode the whole picture in search of EXIF behind the image data.
+            header.info["exif"] = own.get(b"eXIf", b"")
+        exif = header.getexif()
+    info["xmp"] = next((_xmp_of(content) for kind, content in chunks.read_chunks(data) if kind == b"iTXt"), None)
+    if count == 3 and len(own.get(b"tRNS", b"")) == 6:
+        info["transparency"] = struct.unpack(">3H", own[b"tRNS"])
+    info["exif"] = kept_exif(exif, "PNG")
+    return samples[..., :count], exif.get(ExifTags.Base.Orientation, 1), info
+
+
+def _xmp_of(content: bytes) -> bytes | None:
+    plain = chunks.XMP_KEYWORD + b"\0\0\0\0\0"
+    return content[len(plain) :] if content.startswith(plain) else None
+
+
+def _encode_png(picture: DeepImage) -> bytes:
+    imagecodecs, _ = _packages()
+    encoded = bytes(imagecodecs.png_encode(np.ascontiguousarray(picture.samples)))
+    info, added = picture.info, []
+    if info.get("exif"):
+        added.append((b"eXIf", info["exif"].removeprefix(b"Exif\0\0")))
+    if info.get("transparency"):
+        added.append((b"tRNS", struct.pack(">3H", *info["transparency"])))
+    kept = info.get("png_chunks")
+    if kept is not None:
+        return chunks.put_chunks(encoded, [*chunks.fitting(kept, encoded), *added])
+    if info.get("icc_profile"):
+        added.append(chunks.profile_chunk(info["icc_profile"]))
+    if info.get("dpi"):
+        added.append(chunks.resolution_chunk(info["dpi"]))
+    if info.get("xmp"):
+        added.append(chunks.xmp_chunk(info["xmp"]))
+    return chunks.put_chunks(encoded, added)
+
+
+# -- TIFF --------------------------------------------------------------------------------------------------------
+
+
+def _directory(data: bytes, place: int | None = None) -> ImageFileDirectory_v2:
+    """The tags of a TIFF's first directory, or of the one at `place`."""
+    file = io.BytesIO(data)
+    header = file.read(16 if data[2:4] in (b"+\0", b"\0+") else 8)
+    directory = ImageFileDirectory_v2(header)
+    file.seek(directory.next if place is None else place)
+    directory.load(file)
+    return directory
+
+
+def _tiff_exif(data: bytes, directory: ImageFileDirectory_v2) -> bytes:
+    """What `kept_exif` gives, also of a BigTIFF, whose header Pillow's own reader of EXIF does not know."""
+    kept = Image.Exif()
+    for tag in TIFF_DESCRIPTIVE:
+        if tag in directory:
+            value = directory[tag]
+            if tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
+                own = dict(_directory(data, int(value)))
+                own.pop(ExifTags.IFD.Interop, None)  # a place in the old file
+                value = own
+            kept[tag] = value
+    return kept.tobytes() if len(kept) else b""
+
+
+def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
+    """As `_read_png`."""
+    _, tifffile = _packages()
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        if len(file.pages) > 1:
+            warnings.warn(f"only one of its {len(file.pages)} frames is used", UserWarning, stacklevel=4)
+        page = file.pages[0]
+        _check_size(page.imagewidth, page.imagelength)
+        colours = {_RGB: 3, _GREY: 1}.get(page.photometric)
+        extra = tuple(page.extrasamples)
+        fits = page.dtype == np.uint16 and page.bitspersample == 16 and page.imagedepth == 1 and len(extra) < 2
+        if not fits or colours is None or page.samplesperpixel != colours + len(extra):
+            raise InvalidImageError(
+                f"expected a TIFF of 16 bits a sample, RGB or grey, with at most one alpha, got "
+                f"{page.samplesperpixel} samples of {page.dtype} ({page.bitspersample} bits), "
+                f"{getattr(page.photometric, 'name', page.photometric)}"
+            )
+        if any(one not in _UNASSOCIATED for one in extra):
+            raise InvalidImageError("expected alpha beside the colours, got colours multiplied by it")
+        samples = page.asarray()
+        if page.planarconfig == 2:
+            samples = np.moveaxis(samples, 0, -1)
+        compression = _COMPRESSIONS.get(int(page.compression), "adobe_deflate")
+        extra_kind = extra[0] if extra else None
+    directory = _directory(data)
+    unit = directory.get(ExifTags.Base.ResolutionUnit, 2)  # 1: none, 2: inch, 3: centimetre
+    inch = 2.54 if unit == 3 else 1.0
+    across, down = (directory.get(tag) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
+    info = {
+        "exif": _tiff_exif(data, directory),
+        "icc_profile": _as_bytes(directory.get(ExifTags.Base.InterColorProfile)),
+        "xmp": _as_bytes(directory.get(700)),
+        "dpi": None if across is None or down is None or unit == 1 else (float(across) * inch, float(down) * inch),
+        "tiff": {"compression": compression, "extra": extra_kind},
+    }
+    return samples, directory.get(ExifTags.Base.Orientation, 1), info
+
+
+def _as_bytes(value: Any) -> bytes | None:
+    return bytes(value) if isinstance(value, (bytes, tuple)) else None
+
+
+def _encode_tiff(picture: DeepImage) -> bytes:
+    _, tifffile = _packages()
+    info, channels = picture.info, picture.samples.shape[2]
+    exif = Image.Exif()
+    if info.get("exif"):
+        exif.load(info["exif"])
+    stored = info.get("tiff", {})
+    compression = stored.get("compression", "adobe_deflate")
+    tags: list[tuple[Any, ...]] = [(int(tag), 2, 0, str(exif[tag]), True) for tag in _TIFF_TEXT if tag in exif]
+    if info.get("xmp"):
+        tags.append((700, 1, len(info["xmp"]), info["xmp"], True))
+    directories = {tag: exif.get_ifd(tag) for tag in _DIRECTORIES}
+    directories = {tag: content for tag, content in directories.items() if content}
+    tags += [(_DIRECTORIES[tag], 4, 1, 0, True) for tag in directories]
+    file = io.BytesIO()
+    tifffile.imwrite(
+        file,
+        picture.samples,
+        byteorder="<",
+        photometric="rgb" if channels > 2 else "minisblack",
+        planarconfig="contig",
+        extrasamples=[stored.get("extra") or 2] if channels % 2 == 0 else None,
+        compression=compression,
+        predictor=compression is not None,
+        iccprofile=info.get("icc_profile"),
+        resolution=info.get("dpi"),
+        resolutionunit="inch" if info.get("dpi") else None,
+        description=exif.get(ExifTags.Base.ImageDescription),
+        datetime=exif.get(ExifTags.Base.DateTime),
+        software=exif.get(ExifTags.Base.Software, False),
+        metadata=None,
+        extratags=tags,
+    )
+    for tag, content in directories.items():
+        # tifffile writes no directories of its user's: each is appended, and its place put into the tag.
+        own = ImageFileDirectory_v2(b"II*\0\0\0\0\0")
+        for key, value in content.items():
+            own[key] = value
+        place = file.seek(0, io.SEEK_END)
+        place += file.write(b"\0" * (place % 2))
+        file.write(own.tobytes(place))
+        _set_tag(file, tag, place)
+    return file.getvalue()
+
+
+def _set_tag(file: io.BytesIO, tag: int, value: int) -> None:
+    """Replaces the value of a 4-byte tag in the first directory of a little-endian TIFF or BigTIFF."""
+    data = file.getbuffer()
+    big = data[2] == 43
+    count, entry, header = ("<Q", "<HHQI4x", 8) if big else ("<H", "<HHII", 2)
+    (at,) = struct.unpack_from("<Q" if big else "<I", data, 8 if big else 4)
+    (entries,) = struct.unpack_from(count, data, at)
+    for place in range(at + header, at + header + entries * struct.calcsize(entry), struct.calcsize(entry)):
+        if struct.unpack_from(entry, data, place)[0] == tag:
+            struct.pack_into(entry, data, place, tag, 4, 1, value)
+
+
+def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:
+    """[H, W, C] as the EXIF orientation says that it is to be seen."""
+    if orientation in (5, 6, 7, 8):
+        samples = samples.transpose(1, 0, 2)
+    if orientation in (2, 3, 6, 7):
+        samples = samples[:, ::-1]
+    if orientation in (3, 4, 7, 8):
+        samples = samples[::-1]
+    return samples

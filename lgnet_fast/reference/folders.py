@@ -1,0 +1,226 @@
+"""Folders whose files are saved and read as one set.
+
+``manifest.json`` holds the size and hash of every file of the set. A save writes all files into a sub-folder, then
+replaces the manifest, which is the moment when the new set counts, then puts the files in place. Killed before that
+moment, it leaves the old set as it was; killed after, the new one is whole in the sub-folder that the manifest names,
+and is read there. What a killed save left is removed by the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+
+from ..errors import LGNetError, WeightsError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+MANIFEST = "manifest.json"
+MODEL_CARD_FILE = "README.md"
+_STAGING = ".saving-"
+_CHUNK = 1 << 22
+_PATIENCE = 300.0
+"""Seconds that a save waits for another one of the same folder."""
+
+
+def file_hash(path: Path) -> str:
+    """BLAKE2b of the BLAKE2b hashes of the file's chunks of 4 MiB, which several threads can take; 32 digits."""
+
+    def of_chunk(offset: int) -> bytes:
+        with open(path, "rb") as file:
+            file.seek(offset)
+            return hashlib.blake2b(file.read(_CHUNK), digest_size=16).digest()
+
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        digests = pool.map(of_chunk, range(0, os.path.getsize(path), _CHUNK))
+        return hashlib.blake2b(b"".join(digests), digest_size=16).hexdigest()
+
+
+def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool = False) -> Path:
+    """The folder to read files `names` of a save from: `directory`, or where a killed save left the whole set.
+
+    A folder without manifest, as of a download from a model hub, is taken as it is: whether its files belong
+    together cannot be told.
+
+    Args:
+        manifest_needed: a folder without one is an error.
+
+    Raises:
+        WeightsError: a file is missing, or not the one that the manifest means.
+    """
+    if not (directory / MANIFEST).is_file():
+        if manifest_needed:
+            raise WeightsError(f"{directory}: expected a {MANIFEST} beside {', '.join(names)}; save it again")
+        return directory
+    try:
+        manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
+        files = {
+            name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["hash"])) for name in names
+        }
+        staging = directory / str(manifest["staging"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise WeightsError(
+            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error}); save the model again, or delete "
+            "that file to take the others unchecked"
+        ) from error
+
+    def wrong(folder: Path) -> list[str]:
+        return [
+            name
+            for name, (size, digest) in files.items()
+            if not (folder / name).is_file()
+            or os.path.getsize(folder / name) != size
+            or file_hash(folder / name) != digest
+        ]
+
+    differing = wrong(directory)
+    if not differing:
+        return directory
+    if staging.parent == directory and staging.name.startswith(_STAGING) and not wrong(staging):
+        return staging
+    raise WeightsError(
+        f"{directory}: {' and '.join(differing)}: damaged or of another save, size or hash is not what {MANIFEST} "
+        f"says; save again, or delete {MANIFEST} to take the files unchecked"
+    )
+
+
+@contextlib.contextmanager
+def _alone(directory: Path) -> Iterator[bool]:
+    """Wait until no other save of this folder runs; yields whether that can be told here."""
+    if fcntl is None:
+        yield False
+        return
+    descriptor = os.open(directory, os.O_RDONLY)
+    locked = False
+    try:
+        begin = time.monotonic()
+        while not locked:
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                locked = True
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EACCES):
+                    break  # a file system without locks
+                if time.monotonic() - begin > _PATIENCE:
+                    raise LGNetError(
+                        f"save: another process has been saving to {directory} for {_PATIENCE:.0f} seconds"
+                    ) from error
+                time.sleep(0.05)
+        yield locked
+    finally:
+        if locked:
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile would keep it
+        os.close(descriptor)
+
+
+def _sync(path: Path) -> None:
+    """Make a file, or the names in a folder, last through a power cut, where that can be asked for."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:  # folders on Windows
+        return
+    try:
+        with contextlib.suppress(OSError):
+            os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _put(file: Path, target: Path) -> None:
+    """Replace `target` by `file`, which stays where it is."""
+    copy = file.with_name(file.name + ".copy")
+    try:
+        os.link(file, copy)
+    except OSError:  # a file system without links
+        shutil.copyfile(file, copy)
+        _sync(copy)
+    os.replace(copy, target)
+
+
+@contextlib.contextmanager
+def staged(directory: Path) -> Iterator[Path]:
+    """A folder to write into, whose files then replace those of `directory`, all or none.
+
+    A model card that is there already stays, and belongs to no set.
+
+    Raises:
+        LGNetError: it cannot be written. Until all files were written, what was there is as before.
+    """
+    staging: Path | None = None
+    committed = False
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        with _alone(directory) as alone:
+            # Left by killed saves; one may hold the set that counts.
+            left = list(directory.glob(_STAGING + "*")) if alone else []
+            counts = _named_staging(directory)
+            for folder in left:
+                if folder.name != counts:
+                    shutil.rmtree(folder, ignore_errors=True)
+            staging = Path(tempfile.mkdtemp(dir=directory, prefix=_STAGING))
+            yield staging
+            # The largest first, so that the description comes last.
+            files = sorted(staging.iterdir(), key=lambda file: (-file.stat().st_size, file.name))
+            members: dict[str, Any] = {}
+            for file in files:
+                _sync(file)
+                if file.name != MODEL_CARD_FILE:
+                    members[file.name] = {"bytes": file.stat().st_size, "hash": file_hash(file)}
+            manifest = staging / MANIFEST
+            manifest.write_text(
+                json.dumps({"files": members, "staging": staging.name}, indent=2) + "\n", encoding="utf-8"
+            )
+            _sync(manifest)
+            os.chmod(staging, 0o755)  # may have to be read by others
+            os.replace(manifest, directory / MANIFEST)
+            committed = True
+            _sync(directory)
+            for file in files:
+                if file.name in members or not (directory / file.name).exists():
+                    _put(file, directory / file.name)
+            _sync(directory)
+            committed = False  # nothing in the sub-folder is needed any more
+            for folder in left:
+                shutil.rmtree(folder, ignore_errors=True)
+    except (OSError, SafetensorError) as error:
+        raise LGNetError(f"save: {directory} could not be written: {error}") from error
+    finally:
+        if staging is not None and not committed:
+            shutil.rmtree(staging, ignore_errors=True)
+
+
+def _named_staging(directory: Path) -> str | None:
+    """Name of the sub-folder in the manifest of `directory`."""
+    try:
+        return str(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["staging"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def impostor(path: Path) -> str | None:
+    """What a file is that often lies under the name of a checkpoint without being one; None: neither of them."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file it stands for; `git lfs pull` fetches that"
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
+        return "a web page (HTML or XML), as a failed download leaves it, not a checkpoint"
+    return None

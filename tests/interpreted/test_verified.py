@@ -1,0 +1,463 @@
+"""Faults injected into the engine's kernels, launches and captures: each must end in the right picture, one warning
+and a verdict; and without a fault the kernels and the graph must really run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from lgnet_fast.kernels import attention_inference as attention_kernels
+from lgnet_fast.kernels import conv as conv_kernels
+from torch import Tensor
+from triton.compiler.errors import CompilationError
+from triton.runtime.errors import OutOfResources
+
+from lgnet_fast import cache
+from lgnet_fast.engine import cuda_executor, graphs, verified
+from lgnet_fast.engine import describe as describing
+from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.describe import Peaks
+from lgnet_fast.engine.graphs import CaptureError
+from lgnet_fast.engine.library_executor import LibraryExecutor, unpack
+from lgnet_fast.engine.plan import PICTURE, Plan, Step, Store, View
+from lgnet_fast.engine.regions import Rect
+from lgnet_fast.engine.torch_executor import TorchExecutor
+from lgnet_fast.engine.verified import Guarded, check_steps, judge, make_example
+from tests.interpreted.rules import normal
+from tests.interpreted.test_cuda_executor import cast, small_plan
+
+CPU = torch.device("cpu")
+HALF = torch.float16
+
+
+class FakeGraph:
+    """Replays by launching; counts."""
+
+    replays = 0
+
+    def __init__(self, launches: Callable[[], None]) -> None:
+        self.launches = launches
+
+    def replay(self) -> None:
+        FakeGraph.replays += 1
+        self.launches()
+
+
+class Model:
+    """In the model's place, for a plan that belongs to none: the plan in plain PyTorch."""
+
+    plan: Plan
+    made = 0
+
+    def __init__(self, model: object, device: torch.device, dtype: torch.dtype, backend: str | None = None) -> None:
+        Model.made += 1
+        self.dtype = dtype
+
+    def run(
+        self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Any = None
+    ) -> tuple[Tensor, Any]:
+        raw = TorchExecutor(cast(Model.plan, self.dtype)).run(image, mask, start)[1]
+        return image * (1 - mask) + raw[-1].float() * mask, raw
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A cache of its own, and graphs on CPU tensors."""
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setattr(cache, "_known", {})
+    build = CudaExecutor._build
+
+    def with_pool(self: CudaExecutor, plan: Plan) -> None:
+        build(self, plan)
+        self._pool = (0, 1) if self._graphs else None
+
+    monkeypatch.setattr(CudaExecutor, "_build", with_pool)
+    monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(launches))
+    monkeypatch.setattr(verified, "ModelExecutor", Model)
+    FakeGraph.replays = Model.made = 0
+
+
+def tiny_plan(side: int = 16) -> Plan:
+    """One stage with every kind of step, in float32: the interpreter is slow."""
+    whole = cast(small_plan(side=side), torch.float32)
+    steps = {s.name: s for s in whole.steps if s.name.startswith("u.")}
+    weight = normal(20, 20, 3, 3, seed=3) / 13
+    inner = View("u.inner", 0, 20)
+    residual = Step("u.block", "conv", View("u.e2", 0, 20), (Store(inner, "relu"),), weight, normal(20, seed=4),
+                    padding=1, reflect=True, residual=View("u.e2", 0, 20))  # fmt: skip
+    buffers = {n: b for n, b in whole.buffers.items() if n == PICTURE or n.startswith("u.")}
+    buffers["u.inner"] = replace(buffers["u.e2"], name="u.inner")
+    steps["u.d2"] = replace(steps["u.d2"], source=inner)
+    order = [steps["u.e1"], steps["u.e2"], residual, steps["u.d2"], steps["u.attention"], steps["u.d1"]]
+    order = [replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in order]
+    return Plan(1, side, side, buffers, tuple(order))
+
+
+@pytest.fixture
+def plan() -> Plan:
+    Model.plan = tiny_plan()
+    return Model.plan
+
+
+def decide(plan: Plan, dtype: torch.dtype = HALF, **options: Any) -> tuple[Any, verified.Verdict]:
+    return verified.verified(None, plan, CPU, dtype, **options)  # type: ignore[arg-type]
+
+
+def assert_right(plan: Plan, executor: Any, dtype: torch.dtype = HALF) -> None:
+    example = make_example(plan, CPU, dtype)
+    check = judge("user", lambda *args: executor.run(*args)[0], example)
+    assert check.passed, str(check)
+
+
+def warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [r.message for r in caplog.records if r.levelno >= logging.WARNING]
+
+
+def count(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
+    calls = [0]
+    original = getattr(module, name)
+
+    def counted(*args: Any, **options: Any) -> Any:
+        calls[0] += 1
+        return original(*args, **options)
+
+    monkeypatch.setattr(module, name, counted)
+    return calls
+
+
+def gives(result: Tensor) -> verified.Runner:
+    return lambda *args: result
+
+
+# -- without a fault -------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_kernels_and_graph_run_where_the_check_passes(
+    plan: Plan, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    executor, verdict = decide(plan, dtype)
+    assert (verdict.runs, verdict.reason) == ("graph", None)
+    assert [c.name for c in verdict.checks] == ["graph"]
+    convolutions = count(monkeypatch, conv_kernels, "conv_forward")
+    attentions = count(monkeypatch, attention_kernels, "attention_block_inference")
+    before = FakeGraph.replays
+    assert_right(plan, executor, dtype)
+    assert FakeGraph.replays == before + 1
+    assert attentions == [1]
+    # a graph holds the launchers as they were, so what was counted here is what is looked up at each call
+    assert convolutions[0] in (0, len(plan.steps) - 1)
+    assert type(executor.executor) is CudaExecutor
+    assert set(executor.choices.values()) & {"cudnn", "torch"} == set()
+    assert not warnings(caplog)
+
+
+def test_a_kept_verdict_saves_the_check(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = decide(plan)[1]
+    monkeypatch.setattr(cache, "_known", {})
+    examples = count(monkeypatch, verified, "make_example")
+    executor, verdict = decide(plan)
+    assert examples == [0]
+    assert verdict == first
+    assert executor.executor.uses_graphs
+    decide(plan, anew=True)
+    assert examples == [1]
+
+
+def test_a_moved_picture_fails(plan: Plan) -> None:
+    """Also one that agrees with the known pixels."""
+    for dtype in (torch.float32, torch.float16, torch.bfloat16):
+        example = make_example(plan, CPU, dtype)
+        assert example.limit <= verified.LIMITS[dtype]
+        for axis in (2, 3):
+            moved = example.exact.roll(1, dims=axis)
+            assert judge("moved", gives(moved), example).problem == "it changes known pixels"
+            pasted = torch.where(example.mask != 0, moved, example.image)
+            assert "RMS error" in (judge("moved", gives(pasted), example).problem or "")
+        right = torch.where(example.mask != 0, example.exact, example.image)
+        assert judge("right", gives(right), example).passed
+
+
+# -- faults ----------------------------------------------------------------------------------------------------------
+
+
+def raises(error: Callable[[], Exception]) -> Callable[[Any], Any]:
+    def fault(original: Any) -> Any:
+        def launch(*args: Any, **options: Any) -> None:
+            raise error()
+
+        return launch
+
+    return fault
+
+
+def writes(change: Callable[[Tensor], Tensor]) -> Callable[[Any], Any]:
+    """The right result, changed afterwards in every store."""
+
+    def fault(original: Any) -> Any:
+        def launch(conv: Any, source: Any, weight: Any, bias: Any, stores: Any, *args: Any, **options: Any) -> None:
+            original(conv, source, weight, bias, stores, *args, **options)
+            merge = options.get("merge")
+            for target in [s.view for s in stores] if merge is None else [merge.raw, merge.merged]:
+                target.copy_(change(target.clone()))
+
+        return launch
+
+    return fault
+
+
+FAULTS = {
+    "out of resources": raises(lambda: OutOfResources(122880, 101376, "shared memory")),
+    "compilation": raises(lambda: CompilationError("", None, "ptxas said no")),
+    "runtime": raises(lambda: RuntimeError("CUDA error: invalid argument")),
+    "zeros": writes(torch.zeros_like),
+    "nan": writes(lambda x: torch.full_like(x, torch.nan)),
+    "shifted": writes(lambda x: x.roll(1, dims=2)),
+}
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_convolutions_that_fail_are_run_by_pytorch(
+    plan: Plan, fault: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(conv_kernels, "conv_forward", FAULTS[fault](conv_kernels.conv_forward))
+    attentions = count(monkeypatch, attention_kernels, "attention_block_inference")
+    executor, verdict = decide(plan)
+    assert verdict.runs == "library"
+    assert [c.name for c in verdict.checks[:2]] == ["graph", "direct"]
+    assert set(verdict.steps) == {s.name for s in plan.steps if s.kind != "attention"}
+    (warning,) = warnings(caplog)
+    assert "cpu" in warning
+    assert verdict.reason is not None
+    assert verdict.reason in warning
+    ran = attentions[0]
+    assert_right(plan, executor)
+    assert attentions[0] == ran + 1  # what does not fail still runs by its kernel
+    (entry,) = cache.entries(cache.VERDICTS)
+    assert verified.Verdict.from_dict(entry.value) == verdict
+
+
+def test_one_wrong_step_is_named_and_replaced(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Only convolutions with a residual are wrong."""
+    original, wrong = conv_kernels.conv_forward, FAULTS["shifted"](conv_kernels.conv_forward)
+
+    def launch(conv: Any, *args: Any, **options: Any) -> None:
+        (wrong if options.get("residual") is not None else original)(conv, *args, **options)
+
+    monkeypatch.setattr(conv_kernels, "conv_forward", launch)
+    executor, verdict = decide(plan)
+    assert set(verdict.steps) == {s.name for s in plan.steps if s.residual is not None}
+    assert verdict.steps == ("u.block",)
+    assert "u.block: relative error" in warnings(caplog)[0]
+    assert_right(plan, executor)
+    by_library = {name for name, choice in executor.choices.items() if choice == "cudnn"}
+    assert by_library == set(verdict.steps)
+
+
+@pytest.mark.parametrize("part", ["attention", "paint"])
+def test_attention_and_painting_have_replacements(plan: Plan, part: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    module, name = {
+        "attention": (attention_kernels, "attention_block_inference"),
+        "paint": (conv_kernels, "paint_forward"),
+    }[part]
+    monkeypatch.setattr(module, name, FAULTS["runtime"](getattr(module, name)))
+    executor, verdict = decide(plan)
+    assert verdict.runs == "library"
+    assert verdict.steps == ({"attention": "u.attention", "paint": "paint"}[part],)
+    assert_right(plan, executor)
+
+
+def test_nothing_works_but_the_model(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(CudaExecutor, "_launches", FAULTS["runtime"](None))
+    executor, verdict = decide(plan)
+    assert isinstance(executor, Model)
+    assert verdict.runs == "model"
+    assert verdict.checks[-1].passed
+    assert len(warnings(caplog)) == 1
+    assert_right(plan, executor)
+    monkeypatch.setattr(cache, "_known", {})
+    caplog.clear()
+    assert isinstance(decide(plan)[0], Model)
+    (again,) = warnings(caplog)
+    assert "known from an earlier run" in again
+
+
+def test_an_engine_that_cannot_be_made(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(CudaExecutor, "_pack", FAULTS["runtime"](None))
+    executor, verdict = decide(plan)
+    assert verdict.runs == "model"
+    assert_right(plan, executor)
+
+
+def test_graph_that_replays_wrongly(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    take = cuda_executor.Memory.take
+
+    def forgetful(memory: cuda_executor.Memory, *args: Any) -> None:
+        take(memory, *args)
+        memory.outputs.zero_()
+
+    monkeypatch.setattr(cuda_executor.Memory, "take", forgetful)
+    monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(lambda: None))
+    executor, verdict = decide(plan)
+    assert verdict.runs == "direct"
+    assert "graph:" in (verdict.reason or "")
+    assert len(warnings(caplog)) == 1
+    assert not executor.executor.uses_graphs
+    assert_right(plan, executor)
+
+
+def test_capture_that_fails(plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    good = graphs.capture
+
+    def refuse(*args: Any) -> Any:
+        raise CaptureError("RuntimeError: operation not permitted when stream is capturing")
+
+    monkeypatch.setattr(graphs, "capture", refuse)
+    executor, verdict = decide(plan)
+    assert verdict.runs == "direct"
+    assert "not permitted" in (verdict.reason or "")
+    assert len(warnings(caplog)) == 1
+    assert_right(plan, executor)
+    # it is the moment's fault until shown otherwise
+    monkeypatch.setattr(graphs, "capture", good)
+    monkeypatch.setattr(cache, "_known", {})
+    assert decide(plan)[1].runs == "graph"
+
+
+def test_a_spoilt_cache_means_a_check(plan: Plan, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decide(plan)
+    for file in tmp_path.iterdir():
+        file.write_text('{"schema": 1')
+    monkeypatch.setattr(cache, "_known", {})
+    examples = count(monkeypatch, verified, "make_example")
+    assert decide(plan)[1].runs == "graph"
+    assert examples == [1]
+
+
+def test_every_step_is_checked_by_itself() -> None:
+    plan = cast(small_plan(), torch.float32)  # of two stages
+    executor = CudaExecutor(plan, HALF)
+    checks = check_steps(executor, plan, make_example(plan, CPU, HALF))
+    assert [c.name for c in checks] == ["paint", *(s.name for s in plan.steps)]
+    assert all(c.passed for c in checks), [str(c) for c in checks]
+    assert all(0 <= c.error < c.limit / 2 for c in checks if c.error is not None and c.limit is not None)
+
+
+# -- after the check -------------------------------------------------------------------------------------------------
+
+
+def test_other_holes_and_sizes_fall_back_when_they_fail(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    plan = Model.plan = tiny_plan(64)
+    executor = Guarded(CudaExecutor(plan, torch.float32))
+    original = conv_kernels.conv_forward
+
+    def only_dense(conv: Any, *args: Any, **options: Any) -> None:
+        height, width = options["size"]
+        if options["rect"] != (0, height, 0, width):
+            raise OutOfResources(122880, 101376, "shared memory")
+        original(conv, *args, **options)
+
+    monkeypatch.setattr(conv_kernels, "conv_forward", only_dense)
+    image, mask = executor_inputs(plan)
+    mask = torch.zeros_like(mask)
+    mask[..., 3:12, 5:14] = 1
+    expected = TorchExecutor(plan).run(image, mask)[0]
+    regions = [s.regions for s in plan.restricted([Rect(3, 12, 5, 14)]).steps]
+    result = executor.run(image, mask, None, regions)[0]  # densely, as this hole comes for the first time
+    assert not warnings(caplog)
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    result = executor.run(image, mask, None, regions)[0]
+    torch.testing.assert_close(result, expected, rtol=1e-4, atol=1e-5)
+    (warning,) = warnings(caplog)
+    assert "not the hole alone" in warning
+    assert "OutOfResources" in warning
+    # now nothing launches: first the graph goes, then the kernels
+    caplog.clear()
+    monkeypatch.setattr(conv_kernels, "conv_forward", FAULTS["out of resources"](original))
+    monkeypatch.setattr(FakeGraph, "replay", FAULTS["runtime"](None))
+    torch.testing.assert_close(executor.run(image, mask, None, regions)[0], expected, rtol=1e-4, atol=1e-5)
+    assert isinstance(executor.executor, LibraryExecutor)
+    assert [message.split(" (")[0] for message in warnings(caplog)] == [
+        "from now on the engine, without a CUDA graph runs at this size",
+        "from now on the engine's steps by PyTorch's operators run at this size",
+    ]
+    other = executor.resized(plan.resized(2, 32, 64))
+    picture = executor_inputs(other.executor.plan)
+    assert other.run(*picture)[0].isfinite().all()
+
+
+def test_the_plan_is_described_with_the_cards_own_peaks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The table asks the executor for its device; a floor is of the bytes that it stores."""
+    executor = Guarded(CudaExecutor(plan, HALF))
+    image = torch.zeros(1, 3, 16, 16)
+    times = executor.step_times(image, image[:, :1], replays=1)
+    assert len(times) == len(plan.steps)
+    # as on a GPU whose peaks were measured so
+    monkeypatch.setattr(describing, "measure_gpu_peaks", lambda *args: Peaks(1e12, 0.0, 1e9))
+    monkeypatch.setattr(describing.torch, "zeros", lambda *shape, **options: image)
+    monkeypatch.setattr(Guarded, "device", torch.device("cuda", 0))
+    monkeypatch.setattr(Guarded, "step_times", lambda *args: [1.0] * len(plan.steps))
+    table = describing.describe(executor, plan, 5)
+    floors = [cell for cell in table.columns[-1].cells]
+    step = plan.steps[0]
+    expected = max(plan.macs(step) / 1e12, describing.traffic(plan, step) / 2 / 1e9) / 1e-3
+    assert floors[0] == f"{expected:.0%}"
+
+
+def executor_inputs(plan: Plan) -> tuple[Tensor, Tensor]:
+    image, mask, _ = verified.example_input(plan, CPU, False)
+    return image, mask
+
+
+def test_out_of_memory_is_the_callers_matter(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    executor = Guarded(CudaExecutor(plan, HALF))
+    monkeypatch.setattr(conv_kernels, "conv_forward", raises(lambda: torch.OutOfMemoryError("90 GiB"))(None))
+    with pytest.raises(torch.OutOfMemoryError):
+        executor.run(*executor_inputs(plan))
+    assert type(executor.executor) is CudaExecutor
+
+
+def test_weights_unpacked_are_those_that_were_packed(plan: Plan) -> None:
+    for step in plan.steps:
+        if step.kind != "attention":
+            packed = cuda_executor.describe(step).pack(step.weight)
+            assert torch.equal(unpack(step, packed), step.weight), step.name
+
+
+def test_a_run_inside_inference_mode_spoils_nothing(plan: Plan) -> None:
+    """Memory, packed weights and partial sums made there could not be written to outside."""
+    image, mask = executor_inputs(plan)
+    with torch.inference_mode():
+        executor = CudaExecutor(plan, torch.float32, graphs=False)
+        first = executor.run(image.clone(), mask)[0]
+    assert torch.equal(executor.run(image, mask)[0], first)
+    memory = executor.memory
+    assert not any(x.is_inference() for x in (memory.arena, memory.image, memory.outputs, memory._partial))
+    assert not any(w.packed.is_inference() or w.bias.is_inference() for w in executor._weights.values())
+
+
+def test_a_caller_who_captures_gets_launches_on_memory_of_their_own(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    executor = CudaExecutor(plan, torch.float32)
+    image, mask = executor_inputs(plan)
+    expected = executor.run(image, mask)[0]
+    before = executor.memory.arena.clone()
+    replays = FakeGraph.replays
+    monkeypatch.setattr(cuda_executor, "is_capturing", lambda device: True)
+    monkeypatch.setattr(CudaExecutor, "_turn", None)  # neither waits nor records
+    assert torch.equal(executor.run(image, mask)[0], expected)
+    assert FakeGraph.replays == replays
+    assert torch.equal(executor.memory.arena, before)

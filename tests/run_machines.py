@@ -1,0 +1,89 @@
+"""`make test-machines`: the numerical tests as other machines would run them.
+
+PyTorch's kernels depend on the instruction sets of the processor and on the number of threads, and so do ours: each
+row of the table is one such machine, emulated by environment variables, with the files that can tell it from others.
+Rows are no product of all settings: each setting appears where it can show an error. Prints a line a row; the exit
+code is 1 where a row failed. Instruction sets that this processor has not are skipped.
+`python tests/run_machines.py NAME ...` runs the rows whose names contain one of NAME.
+
+Tests that show the same on every processor (processes, memory, files) are marked `once` and run in the first row
+only.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from lgnet_fast.ops import cpp
+
+ROOT = Path(__file__).resolve().parent.parent
+# Plain PyTorch against stored vectors and against itself; then our kernels against plain PyTorch.
+REFERENCE = (
+    "conformance",
+    "discriminator",
+    "models",
+    *(f"peers_{n}" for n in ("gconv", "madf", "medfe", "pen", "rfr")),
+)
+KERNELS = ("ops", "cpp_kernels", "engine_cpu", "engine")
+AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
+SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
+ISA = "LGNET_FAST_TEST_ISA"  # read by conftest.py
+
+# name: (environment, files)
+ROWS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
+    "as is": ({}, REFERENCE + KERNELS),
+    "1 thread": ({"OMP_NUM_THREADS": "1"}, REFERENCE + KERNELS),
+    "4 threads": ({"OMP_NUM_THREADS": "4"}, KERNELS),
+    "PyTorch AVX2, 1 thread": (AVX2 | {"OMP_NUM_THREADS": "1"}, REFERENCE + KERNELS),
+    "PyTorch AVX2, 2 threads": (AVX2 | {"OMP_NUM_THREADS": "2"}, REFERENCE + KERNELS),
+    "PyTorch SSE4": (SSE, REFERENCE + KERNELS),
+    "kernels portable": ({ISA: "portable"}, KERNELS),
+    "kernels AVX2": ({ISA: "avx2"}, KERNELS),
+    "kernels AVX-512": ({ISA: "avx512"}, KERNELS),
+}
+FIRST = next(iter(ROWS))
+MARKS = "not gpu and not slow"
+# All rows together take at most 25 minutes on two quiet cores.
+SECONDS_PER_ROW = 900
+
+
+def run(environment: dict[str, str], files: tuple[str, ...], marks: str) -> tuple[str, str]:
+    """Outcome ("pass" or "FAIL") and pytest's last line or the end of its output."""
+    command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", marks]
+    command += [f"tests/test_{name}.py" for name in files]
+    try:
+        done = subprocess.run(
+            command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=SECONDS_PER_ROW
+        )
+    except subprocess.TimeoutExpired:
+        return "FAIL", f"not done after {SECONDS_PER_ROW} s"
+    lines = done.stdout.strip().splitlines() or [""]
+    if done.returncode == 0 and re.search(r"\d+ passed", lines[-1]):
+        return "pass", lines[-1]
+    return "FAIL", (done.stdout + done.stderr)[-8000:]
+
+
+def main(names: list[str]) -> int:
+    rows = {row: what for row, what in ROWS.items() if not names or any(name in row for name in names)}
+    if not rows:
+        print(f"no row of {list(ROWS)} contains one of {names}", file=sys.stderr)
+        return 2
+    here, failed = cpp._library().isa_available(), 0
+    for row, (environment, files) in rows.items():
+        if environment.get(ISA, here[0]) not in here:
+            print(f"skip  {row:24}        this processor has {', '.join(here)}", flush=True)
+            continue
+        start = time.perf_counter()
+        outcome, text = run(environment, files, MARKS + ("" if row == FIRST else " and not once"))
+        failed += outcome == "FAIL"
+        print(f"{outcome}  {row:24} {time.perf_counter() - start:5.0f} s  {text}", flush=True)
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

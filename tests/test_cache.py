@@ -1,0 +1,170 @@
+"""The cache folder: what damages, races and missing rights do to it."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lgnet_fast import cache
+from lgnet_fast.cache import CHOICES, VERDICTS, Key
+
+KEY = Key("a card", "580.1", "2.11", "3.6", "0.1.0", "float16")
+
+
+@pytest.fixture
+def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "kept"))
+    forget(monkeypatch)
+    return tmp_path / "kept"
+
+
+def forget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a new process would begin."""
+    monkeypatch.setattr(cache, "_known", {})
+    monkeypatch.setattr(cache, "_complained", set())
+
+
+def test_values_come_back_in_a_new_process(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert cache.get(KEY, VERDICTS, "x") is None
+    assert cache.put(KEY, VERDICTS, "x", {"runs": "graph", "steps": [1, 2]})
+    assert cache.put(KEY, CHOICES, "x", "128x64")
+    forget(monkeypatch)
+    assert cache.get(KEY, VERDICTS, "x") == {"runs": "graph", "steps": [1, 2]}
+    assert cache.get(KEY, CHOICES, "x") == "128x64"
+    assert [(e.key, e.name, e.value) for e in cache.entries(CHOICES)] == [(KEY, "x", "128x64")]
+    assert not [p for p in where.iterdir() if p.name.startswith(".")]
+
+
+@pytest.mark.parametrize("field", Key.__dataclass_fields__)
+def test_another_machine_or_version_knows_nothing(where: Path, field: str) -> None:
+    cache.put(KEY, VERDICTS, "x", 1)
+    other = Key(**{**KEY.__dict__, field: "another"})
+    assert cache.get(other, VERDICTS, "x") is None
+    cache.put(other, VERDICTS, "x", 2)
+    assert cache.get(KEY, VERDICTS, "x") == 1
+
+
+@pytest.mark.parametrize(
+    "damage",
+    ["", "{", "[]", "null", "\x00\x01", '{"schema": 1}', '{"schema": 99}', '{"schema": 1, "key": 3}', "[" * 100_000],
+)
+def test_damaged_files_are_as_if_not_there(where: Path, monkeypatch: pytest.MonkeyPatch, damage: str) -> None:
+    cache.put(KEY, VERDICTS, "x", 1)
+    (file,) = where.iterdir()
+    file.write_text(damage)
+    forget(monkeypatch)
+    assert cache.get(KEY, VERDICTS, "x") is None
+    assert list(cache.entries(VERDICTS)) == []
+    assert cache.put(KEY, VERDICTS, "x", 2)
+    forget(monkeypatch)
+    assert cache.get(KEY, VERDICTS, "x") == 2
+
+
+def test_bytes_that_are_no_text(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put(KEY, VERDICTS, "x", 1)
+    (file,) = where.iterdir()
+    file.write_bytes(b"\xff\xfe\x80")
+    forget(monkeypatch)
+    assert cache.get(KEY, VERDICTS, "x") is None
+
+
+def test_a_file_of_another_key_is_not_believed(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put(KEY, VERDICTS, "x", 1)
+    (file,) = where.iterdir()
+    content = json.loads(file.read_text())
+    content["key"]["card"] = "another"
+    file.write_text(json.dumps(content))
+    forget(monkeypatch)
+    assert cache.get(KEY, VERDICTS, "x") is None
+
+
+def test_a_folder_that_cannot_be_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    blocked = tmp_path / "a file"
+    blocked.write_text("")
+    monkeypatch.setenv(cache.ENVIRONMENT, str(blocked))
+    forget(monkeypatch)
+    with caplog.at_level(logging.INFO, logger="lgnet_fast"):
+        assert not cache.put(KEY, VERDICTS, "x", 1)
+        assert not cache.put(KEY, VERDICTS, "y", 2)
+    assert [cache.get(KEY, VERDICTS, name) for name in "xy"] == [1, 2]
+    assert [r.levelname for r in caplog.records] == ["INFO"]
+    assert list(cache.entries(VERDICTS)) == []
+    cache.drop(KEY, VERDICTS)
+    assert cache.get(KEY, VERDICTS, "x") is None
+
+
+def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    forget(monkeypatch)
+    monkeypatch.delenv(cache.ENVIRONMENT)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    assert cache.folder() is None
+    assert not cache.put(KEY, VERDICTS, "x", 1)
+    assert cache.get(KEY, VERDICTS, "x") == 1
+    assert list(cache.entries(VERDICTS)) == []
+
+
+def test_an_interrupted_write_leaves_what_was_there(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put(KEY, VERDICTS, "x", 1)
+
+    def full(*args: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", full)
+        assert not cache.put(KEY, VERDICTS, "x", 2)
+    assert len(list(where.iterdir())) == 1
+    forget(monkeypatch)
+    assert cache.get(KEY, VERDICTS, "x") == 1
+
+
+def test_dropped_sections_are_forgotten_others_stay(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put(KEY, VERDICTS, "x", 1)
+    cache.put(KEY, CHOICES, "x", 2)
+    cache.drop(KEY, VERDICTS)
+    forget(monkeypatch)
+    assert cache.get(KEY, VERDICTS, "x") is None
+    assert cache.get(KEY, CHOICES, "x") == 2
+
+
+WRITER = """
+import sys
+from lgnet_fast import cache
+key = cache.Key("a card", "580.1", "2.11", "3.6", "0.1.0", "float16")
+for number in range(50):
+    assert cache.put(key, "verdicts", "shared", [int(sys.argv[1])] * 500)
+    cache._known.clear()
+    value = cache.get(key, "verdicts", "shared")
+    assert len(value) == 500 and len(set(value)) == 1, value
+    assert cache.put(key, "verdicts", f"own {sys.argv[1]} {number}", number)
+"""
+
+
+def test_processes_share_the_folder(where: Path) -> None:
+    processes = [
+        subprocess.Popen([sys.executable, "-c", WRITER, str(i)], stderr=subprocess.PIPE, text=True) for i in range(2)
+    ]
+    for process in processes:
+        _, errors = process.communicate(timeout=120)
+        assert process.returncode == 0, errors
+    assert len(list(cache.entries(VERDICTS))) == 101
+
+
+def test_key_of_this_machine() -> None:
+    key = cache.key_for(torch.device("cpu"), torch.bfloat16)
+    assert key.dtype == "bfloat16"
+    assert key.torch == torch.__version__
+    assert key.card.startswith("cpu")
+    assert key.digest != cache.key_for(torch.device("cpu"), torch.float16).digest

@@ -1,0 +1,550 @@
+"""`lgnet-fast run`: outputs, masks, pipes and reports that could surprise; what is left out is named."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import signal
+import sys
+import tarfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from typer.testing import CliRunner
+
+from lgnet_fast import cli
+from lgnet_fast.pipeline import Inpainter, batch, files
+from lgnet_fast.pipeline.batch import UsageError, plan_items
+from lgnet_fast.pipeline.files import remove_leftovers, write_atomically, write_file
+
+from .pipeline_support import BlurFill, box_mask, noise
+
+HOLE = box_mask(40, 60, (10, 15, 30, 45))
+FILLED = Inpainter(BlurFill())(noise(40, 60), HOLE)
+
+
+def _write(path: Path, array: np.ndarray, **options) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def _png(array: np.ndarray) -> bytes:
+    encoded = io.BytesIO()
+    Image.fromarray(array).save(encoded, "PNG")
+    return encoded.getvalue()
+
+
+def _run(*arguments, **options):
+    return CliRunner().invoke(cli.app, ["run", *map(str, arguments)], **options)
+
+
+def _names(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+
+
+@pytest.fixture
+def case(fake, tmp_path, monkeypatch) -> Path:
+    """The current folder, with a picture a.png, a mask m.png and a folder in/ with a.png and b.jpg."""
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "a.png", noise(40, 60))
+    _write(tmp_path / "m.png", HOLE.astype(np.uint8) * 255)
+    _write(tmp_path / "in" / "a.png", noise(40, 60))
+    _write(tmp_path / "in" / "b.jpg", noise(40, 60))
+    return tmp_path
+
+
+# -- outputs ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("result.pgn", "got 'result.pgn'; end it with a slash"),
+        ("result.v2", "end it with a slash"),
+        ("result.psd", "result.psd"),
+        ("http://example.org/a.png", "got the address"),
+        ("s3://bucket/a.png", "got the address"),
+        ("", "got an empty text"),
+        ("m.png/a.png", "m.png' is no folder"),
+        ("x" * 300 + ".png", "File name too long"),
+    ],
+)
+def test_outputs_that_cannot_be_meant_are_refused_before_work(case, fake, out, words):
+    before = _names(case)
+    result = _run("-i", "a.png", "-m", "m.png", "-o", out)
+    assert result.exit_code == 2, result.output
+    assert words in " ".join(result.stderr.replace("│", " ").split())
+    assert _names(case) == before
+    assert fake.seen == []
+
+
+def test_a_slash_makes_a_folder_of_any_name(case):
+    assert _run("-i", "a.png", "-m", "m.png", "-o", "result.v2/").exit_code == 0
+    assert _run("-i", "in", "-m", "m.png", "-o", "other.v3").exit_code == 0
+    assert _names(case / "result.v2") == ["a.png"]
+    assert _names(case / "other.v3") == ["a.png", "b.jpg"]
+    result = _run("-i", "in", "-m", "m.png", "-o", "results.png")
+    assert result.exit_code == 2
+    assert "got a picture's name 'results.png'" in result.stderr
+
+
+def test_a_format_that_cannot_be_written_here_is_refused(case, monkeypatch):
+    monkeypatch.setattr(batch, "reason_against_writing", lambda format: "no encoder" if format == "AVIF" else None)
+    for arguments in (["-o", "o.avif"], ["-o", "o/", "--format", "avif"]):
+        result = _run("-i", "a.png", "-m", "m.png", *arguments)
+        assert result.exit_code == 2
+        assert "no encoder" in result.stderr
+
+
+@pytest.mark.parametrize("out", ["kept/o.png", "kept/new/deeper/", "kept/old.png", "link.png"])
+def test_folders_without_the_right_to_write_are_refused_before_work(case, fake, monkeypatch, out):
+    """By a spy, since the tests may run as root, who may write everywhere."""
+    _write(case / "kept" / "old.png", noise(40, 60))
+    (case / "link.png").symlink_to(case / "kept" / "old.png")
+    access = os.access
+    refuse = lambda path, mode: str(path) != str(case / "kept") and access(path, mode)  # noqa: E731
+    monkeypatch.setattr(os, "access", refuse)
+    result = _run("-i", "a.png", "-m", "m.png", "-o", out)
+    assert result.exit_code == 2, result.output
+    assert "no right to write in" in result.stderr
+    assert fake.seen == []
+
+
+def test_a_picture_that_the_format_cannot_hold_fails_before_the_network_runs(case, fake):
+    _write(case / "rgba.png", np.dstack([noise(40, 60), noise(40, 60)[..., 0]]))
+    result = _run("-i", "rgba.png", "-m", "m.png", "-o", "o.jpg")
+    assert result.exit_code == 1
+    assert "JPEG holds" in result.stderr
+    assert fake.seen == []
+
+
+def test_new_formats_pass_through_a_folder_run(case):
+    for name in ("c.ppm", "d.tga", "e.jp2"):
+        _write(case / "in" / name, noise(40, 60))
+    assert _run("-i", "in", "-m", "m.png", "-o", "out").exit_code == 0
+    assert _names(case / "out") == ["a.png", "b.jpg", "c.ppm", "d.tga", "e.jp2"]
+    for name in ("c.ppm", "d.tga", "e.jp2"):
+        np.testing.assert_array_equal(np.asarray(Image.open(case / "out" / name)), FILLED)
+
+
+def test_results_of_names_that_meet_are_all_kept(case):
+    names = ["p.png", "P.PNG", "p.bmp", "p.png.png"]
+    items = {}
+    for name in names:
+        _write(case / "many" / name, noise(40, 60), format="BMP" if name.endswith("bmp") else "PNG")
+    for item in plan_items(case / "many", case / "m.png", case / "out", "png"):
+        items[item.picture.name] = item.output.name
+    assert len({name.casefold() for name in items.values()}) == len(names), items
+    assert items["p.png.png"] == "p.png.png"
+
+
+# -- what is left out ---------------------------------------------------------------------------------------------
+
+
+def test_pictures_that_are_not_read_are_named_and_the_exit_code_tells(case, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    for name in ("IMG_1.HEIC", "raw.CR2", "deep/art.psd", "notes.txt", ".hidden.heic"):
+        (case / "in" / name).parent.mkdir(exist_ok=True)
+        (case / "in" / name).write_bytes(b"x")
+    result = _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json")
+    assert result.exit_code == 1
+    assert "2 filled, 0 skipped, 0 failed, 3 left out of 5" in result.stderr
+    data = json.loads(Path("r.json").read_text())
+    left = {Path(item["input"]).name: item["error"] for item in data["items"] if item["status"] == "left_out"}
+    assert set(left) == {"IMG_1.HEIC", "raw.CR2", "art.psd"}
+    assert "pip install 'lgnet-fast[heif]'" in left["IMG_1.HEIC"]
+    assert "pip install 'lgnet-fast[heif]'" in result.stderr
+    assert data["totals"]["left_out"] == 3
+    assert _names(case / "out") == ["a.png", "b.jpg"]
+
+
+@pytest.mark.parametrize("side", ["in", "masks"])
+def test_folders_that_cannot_be_read_are_named(case, monkeypatch, side):
+    """By a spy, since the tests may run as root, who can read everything."""
+    for name in ("a", "b", "sub/c"):
+        _write(case / "masks" / f"{name}.png", HOLE.astype(np.uint8) * 255)
+    _write(case / "in" / "sub" / "c.png", noise(40, 60))
+    walk = os.scandir
+
+    def refuse(path):
+        if str(path) == os.path.join(side, "sub"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return walk(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    result = _run("-i", "in", "-m", "masks", "-o", "out", "--report", "r.json")
+    assert result.exit_code == 1
+    assert f"left out: {side}/sub: the folder cannot be read (Permission denied)" in result.stderr
+    assert "1 left out of" in result.stderr
+    items = {item["input"]: item for item in json.loads(Path("r.json").read_text())["items"]}
+    assert items[f"{side}/sub"]["status"] == "left_out"
+
+
+def test_links_to_folders_are_followed_once(case):
+    _write(case / "elsewhere" / "c.png", noise(40, 60))
+    (case / "elsewhere" / "loop").symlink_to(case / "elsewhere")
+    (case / "in" / "linked").symlink_to(case / "elsewhere")
+    (case / "in" / "again").symlink_to(case / "in")
+    found = [str(path.relative_to(case / "in")) for path in batch.pictures_in(case / "in", [])]
+    assert found == ["a.png", "b.jpg", "linked/c.png"]
+
+
+def _shard(path: Path, files: dict[str, bytes]) -> None:
+    with tarfile.open(path, "w", format=tarfile.PAX_FORMAT) as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo("replaced.png" if "\0" in name else name)
+            info.pax_headers = {"path": name} if "\0" in name else {}
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_one_bad_name_in_a_shard_does_not_end_the_run(case):
+    bad = ["nul\0byte.png", "line\nfeed.png", "\x1b[31mred.png", "../out.png", "/root.png", "l" * 300 + ".png"]
+    _shard(case / "x.tar", {name: _png(noise(40, 60)) for name in [*bad, "good.png", "caption.txt", "o.psd"]})
+    result = _run("-i", "x.tar", "-m", "m.png", "-o", "out", "--report", "r.json", "--skip-existing")
+    assert result.exit_code == 1
+    assert f"1 filled, 0 skipped, {len(bad)} failed, 1 left out of {len(bad) + 2}" in result.stderr
+    assert "Traceback" not in result.output
+    assert "\x1b[31m" not in result.stderr
+    assert _names(case / "out") == ["x/good.png"]
+    assert len(json.loads(Path("r.json").read_text())["items"]) == len(bad) + 2
+
+
+def test_shards_of_names_that_meet_keep_all_results(case):
+    folder = case / "shards"
+    folder.mkdir()
+    for name in ("s.tar", "s.TAR", "t.tar"):
+        _shard(folder / name, {"a.png": _png(noise(40, 60))})
+    assert _run("-i", folder, "-m", "m.png", "-o", "out").exit_code == 0
+    results = _names(case / "out")
+    assert len({name.casefold() for name in results}) == 3
+    assert "t/a.png" in results
+
+
+# -- masks --------------------------------------------------------------------------------------------------------
+
+
+def test_a_picture_that_is_its_own_mask_is_refused(case):
+    (case / "linked").symlink_to(case / "in")
+    (case / "link.png").symlink_to(case / "a.png")
+    os.link(case / "a.png", case / "hard.png")
+    (case / "some").mkdir()
+    (case / "some" / "b.png").symlink_to(case / "in" / "b.jpg")
+    pairs = [("in", "in"), ("in", "linked"), ("in", "./in/"), ("a.png", "a.png"), ("a.png", "link.png")]
+    for source, mask in [*pairs, ("a.png", "hard.png"), ("in", "some"), ("link.png", "a.png")]:
+        result = _run("-i", source, "-m", mask, "-o", "out/")
+        assert result.exit_code == 2, (source, mask, result.output)
+        assert "itself; masks that lie beside their pictures as a_mask.png: --mask-suffix _mask" in result.stderr
+    assert not (case / "out").exists()
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_lamas_layout_by_mask_suffix(case, named):
+    small = box_mask(40, 60, (0, 0, 5, 5))
+    folder = case / "lama"
+    for name in ("image1.png", "image2.png", "sub/image1.png"):
+        _write(folder / name, noise(40, 60))
+    for name, hole in (
+        ("image1_mask001.png", HOLE), ("image2_mask000.png", HOLE), ("image2_mask001.png", small),
+        ("sub/image1_mask.png", small),
+    ):  # fmt: skip
+        _write(folder / name, hole.astype(np.uint8) * 255)
+    result = _run("-i", folder, *(["-m", folder] if named else []), "-o", "out", "--mask-suffix", "_mask")
+    assert result.exit_code == 0, result.output
+    expected = {"image1.png": HOLE, "image2_mask000.png": HOLE, "image2_mask001.png": small, "sub/image1.png": small}
+    assert _names(case / "out") == sorted(expected)
+    for name, hole in expected.items():
+        changed = (np.asarray(Image.open(case / "out" / name)) != noise(40, 60)).any(axis=2)
+        assert not changed[~hole].any()
+        assert changed[hole].mean() > 0.9
+
+
+def test_results_of_an_earlier_run_are_no_masks(case):
+    _write(case / "in" / "out" / "a_mask.png", HOLE.astype(np.uint8) * 255)
+    result = _run("-i", "in", "-o", "in/out", "--mask-suffix", "_mask")
+    assert result.exit_code == 1
+    assert "0 filled, 0 skipped, 2 failed of 2" in result.stderr
+
+
+def test_mask_suffix_with_a_folder_of_masks_one_picture_and_gaps(case):
+    _write(case / "masks" / "a-hole.png", HOLE.astype(np.uint8) * 255)
+    _write(case / "in" / "x-hole.png", noise(40, 60))  # a picture of such a name: the masks are elsewhere
+    result = _run("-i", "in", "-m", "masks", "-o", "out", "--mask-suffix=-hole")
+    assert result.exit_code == 1
+    assert "1 filled, 0 skipped, 2 failed of 3" in result.stderr
+    assert "no file named 'b-hole'" in result.stderr
+    _write(case / "a_mask.png", HOLE.astype(np.uint8) * 255)
+    assert _run("-i", "a.png", "-o", "o.png", "--mask-suffix", "_mask").exit_code == 0
+    np.testing.assert_array_equal(np.asarray(Image.open("o.png")), FILLED)
+    for arguments in (["-m", "m.png"], ["--mask-suffix", ""]):
+        assert _run("-i", "a.png", "-o", "o.png", "--mask-suffix", "_mask", *arguments).exit_code == 2
+
+
+# -- pipes ---------------------------------------------------------------------------------------------------------
+
+
+def _fed(path: Path, data: bytes) -> threading.Thread:
+    os.mkfifo(path)
+    thread = threading.Thread(target=path.write_bytes, args=(data,), daemon=True)
+    thread.start()
+    return thread
+
+
+def test_pipes_as_picture_mask_and_result(case):
+    thread = _fed(case / "picture", (case / "a.png").read_bytes())
+    other = _fed(case / "mask", (case / "m.png").read_bytes())
+    assert _run("-i", "picture", "-m", "mask", "-o", "o.png").exit_code == 0
+    thread.join(10)
+    other.join(10)
+    np.testing.assert_array_equal(np.asarray(Image.open("o.png")), FILLED)
+
+    os.mkfifo("result")
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(Path("result").read_bytes()), daemon=True)
+    reader.start()
+    assert _run("-i", "a.png", "-m", "m.png", "-o", "result", "--format", "tiff").exit_code == 0
+    reader.join(10)
+    saved = Image.open(io.BytesIO(received[0]))
+    assert saved.format == "TIFF"
+    np.testing.assert_array_equal(np.asarray(saved), FILLED)
+    assert files.is_stream(case / "result")
+
+
+def test_standard_input_and_output(case):
+    result = _run("-i", "-", "-m", "m.png", "-o", "-", input=(case / "in" / "b.jpg").read_bytes())
+    assert result.exit_code == 0, result.stderr
+    assert "1 filled" in result.stderr
+    assert Image.open(io.BytesIO(result.stdout_bytes)).format == "JPEG"
+    result = _run("-i", "a.png", "-m", "-", "-o", "o.png", input=(case / "m.png").read_bytes())
+    assert result.exit_code == 0, result.stderr
+    np.testing.assert_array_equal(np.asarray(Image.open("o.png")), FILLED)
+    assert _run("-i", "-", "-m", "m.png", "-o", "out/", input=(case / "a.png").read_bytes()).exit_code == 0
+    assert _names(case / "out") == ["stdin.png"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["-i", "in", "-m", "m.png", "-o", "-"], "one stream takes one picture"),
+        (["-i", "-", "-m", "-", "-o", "o.png"], "the standard input is the picture already"),
+        (["-i", "-", "-m", "in", "-o", "o.png"], "got the folder"),
+        (["-i", "a.png", "-m", "m.png", "-o", "-", "--report", "-"], "has the picture already"),
+        (["-i", "a.png", "-m", "m.png", "-o", "-", "--resume"], "got a stream"),
+        (["-i", os.devnull, "-m", "m.png", "-o", "o.png"], "got the device"),
+    ],
+)
+def test_streams_that_cannot_work_are_refused(case, arguments, words):
+    result = _run(*arguments, input=b"")
+    assert result.exit_code == 2, result.output
+    assert words in result.stderr
+
+
+# -- writing -----------------------------------------------------------------------------------------------------
+
+
+def test_links_stay_links_and_names_may_be_as_long_as_the_file_system_takes(tmp_path):
+    target, link = tmp_path / "sub" / "target.bin", tmp_path / "link.bin"
+    link.symlink_to(target)  # leads nowhere yet
+    for data in (b"one", b"two"):
+        write_atomically(link, data)
+        assert link.is_symlink()
+        assert target.read_bytes() == data
+    long = tmp_path / ("字" * 83 + ".png")
+    write_atomically(long, b"three")
+    assert long.read_bytes() == b"three"
+    assert len(_names(tmp_path)) == 3
+
+
+def test_a_pipe_is_written_through(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()), daemon=True)
+    reader.start()
+    write_file(pipe, b"data")
+    reader.join(10)
+    assert received == [b"data"]
+    assert files.is_stream(pipe)
+
+
+def test_leftovers_of_killed_runs_go_and_files_being_written_stay(case):
+    out = case / "out"
+    out.mkdir()
+    dead = out / f".a.png.{'0' * 32}.tmp"
+    dead.write_bytes(b"half")
+    for name in (".keep.tmp", "a.tmp", f".a.png.{'0' * 31}.tmp", f"a.png.{'0' * 32}.tmp"):
+        (out / name).write_bytes(b"not ours")
+    temporary, file = files._open_temporary(out / "b.png")
+    with file:
+        assert _run("-i", "in", "-m", "m.png", "-o", out, "--skip-existing").exit_code == 0
+        assert temporary.exists()
+    assert not dead.exists()
+    remove_leftovers([out, case / "nowhere"])
+    assert not temporary.exists()
+    assert len([name for name in _names(out) if name.endswith("tmp")]) == 4
+
+
+# -- reports -----------------------------------------------------------------------------------------------------
+
+
+def test_a_report_through_a_link_and_to_a_pipe(case):
+    (case / "link.json").symlink_to(case / "target.json")
+    arguments = ["-i", "a.png", "-m", "m.png", "-o", "o.png", "--report"]
+    assert _run(*arguments, "link.json").exit_code == 0
+    assert (case / "link.json").is_symlink()
+    assert json.loads((case / "target.json").read_text())["complete"] is True
+    os.mkfifo("pipe.json")
+    result = _run(*arguments, "pipe.json")  # that nobody reads
+    assert result.exit_code == 2
+    assert "--report" in result.stderr
+    received: list[bytes] = []
+    reader = threading.Thread(target=lambda: received.append(Path("pipe.json").read_bytes()), daemon=True)
+    reader.start()
+    time.sleep(0.05)
+    assert _run(*arguments, "pipe.json").exit_code == 0
+    reader.join(10)
+    assert json.loads(received[0])["totals"]["ok"] == 1
+    assert files.is_stream(case / "pipe.json")
+    assert json.loads(_run(*arguments, "-").stdout)["totals"]["ok"] == 1
+    assert _run(*arguments, os.devnull).exit_code == 0
+    assert Path(os.devnull).is_char_device()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_full_disk_is_one_line_for_each_file(case):
+    result = _run("-i", "a.png", "-m", "m.png", "-o", "/dev/full", "--report", "r.json")
+    assert result.exit_code == 1
+    assert "failed: a.png: [Errno 28] No space left on device" in result.stderr
+    assert "0 filled, 0 skipped, 1 failed of 1" in result.stderr
+    assert "Errno 28" in json.loads(Path("r.json").read_text())["items"][0]["error"]
+    result = _run("-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", "/dev/full")
+    assert result.exit_code == 1
+    assert result.stderr.count("failed: the report '/dev/full' could not be written ([Errno 28] No space left") == 1
+    assert "1 filled, 0 skipped, 0 failed of 1" in result.stderr
+
+
+@pytest.mark.parametrize("report", ["m.png/r.json", "y" * 300 + ".json", "ftp://host/r.json", "/proc/none/r.json"])
+def test_a_report_that_cannot_be_written_is_refused_before_work(case, fake, report):
+    result = _run("-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", report)
+    assert result.exit_code == 2
+    assert "--report" in result.stderr
+    assert fake.seen == []
+    assert not Path("o.png").exists()
+
+
+def test_names_that_are_not_utf8(case):
+    name = os.fsencode("in/") + b"caf\xe9.png"
+    with open(name, "wb") as file:
+        file.write(_png(noise(40, 60)))
+    (case / "in" / "line\nfeed.png").write_bytes(b"broken")
+    result = _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json")
+    assert result.exit_code == 1
+    assert "3 filled, 0 skipped, 1 failed of 4" in result.stderr
+    assert "failed: in/line\\x0afeed.png" in result.stderr
+    items = json.loads(Path("r.json").read_bytes().decode("utf-8"))["items"]
+    assert name in [os.fsencode(item["input"]) for item in items]
+    assert os.path.exists(b"out/caf\xe9.png")
+
+
+def test_the_report_grows_with_the_run(case, monkeypatch):
+    """What a killed run leaves: after each picture, where that is due."""
+    seen = []
+    real = batch.save_picture
+
+    def spy(*arguments, **options):
+        if Path("r.json").exists():
+            data = json.loads(Path("r.json").read_text())
+            seen.append((data["complete"], data["planned"], len(data["items"])))
+        real(*arguments, **options)
+
+    monkeypatch.setattr(batch, "save_picture", spy)
+    monkeypatch.setattr("lgnet_fast.pipeline.report._INTERVAL", 0.0)
+    monkeypatch.setattr("lgnet_fast.pipeline.report._SHARE", 1e9)
+    _write(case / "in" / "c.png", noise(40, 60))
+    assert _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json").exit_code == 0
+    assert seen == [(False, 3, 1), (False, 3, 2)]
+    data = json.loads(Path("r.json").read_text())
+    assert (data["complete"], len(data["items"])) == (True, 3)
+
+
+@pytest.mark.parametrize(
+    ("number", "resume", "lost"),
+    [
+        (signal.SIGINT, False, False),
+        (signal.SIGINT, True, False),
+        (signal.SIGTERM, False, False),
+        (signal.SIGINT, False, True),
+    ],
+)
+def test_an_interrupted_run_tells_what_was_done_and_keeps_the_report(case, fake, monkeypatch, number, resume, lost):
+    """`lost`: the exception is dropped, as in a destructor; then the picture under way is still finished."""
+    for name in "cdef":
+        _write(case / "in" / f"{name}.png", noise(40, 60))
+    forward = BlurFill.forward
+
+    def interrupted(self, *arguments, **options):
+        if len(self.seen) == 3 - lost:
+            with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
+                os.kill(os.getpid(), number)  # as a terminal does it
+                time.sleep(1)
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(BlurFill, "forward", interrupted)
+    arguments = ["-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json", *(["--resume"] if resume else [])]
+    result = _run(*arguments)
+    assert result.exit_code == 128 + number, result.output
+    assert "interrupted: 3 filled, 0 skipped, 0 failed of 6 in " in result.stderr.splitlines()[-1]
+    assert "Traceback" not in result.output
+    data = json.loads(Path("r.json").read_text())
+    assert (data["complete"], data["planned"], data["totals"]["ok"]) == (False, 6, 3)
+    assert [name for name in _names(case / "out") if "/" not in name] == ["a.png", "b.jpg", "c.png"]
+    assert [Path(item["input"]).name for item in data["items"]] == ["a.png", "b.jpg", "c.png"]
+    if resume:
+        monkeypatch.setattr(BlurFill, "forward", forward)
+        assert "6 filled (3 by an earlier run)" in _run(*arguments).stderr
+        assert json.loads(Path("r.json").read_text())["complete"] is True
+
+
+# -- other arguments -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("option", ["-i", "-m", "-o", "--model", "--report"])
+def test_empty_texts_are_no_paths(case, option):
+    arguments = {"-i": "a.png", "-m": "m.png", "-o": "o.png", option: ""}
+    result = _run(*(text for pair in arguments.items() for text in pair))
+    assert result.exit_code == 2
+    assert "got an empty text" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["eval", "-i", "in", "-o"], ["convert", "in"], ["demo", "-o"]])
+def test_other_commands_take_no_addresses_and_no_empty_names(case, command):
+    for out, words in (("https://example.org/x", "got the address"), ("", "got an empty text")):
+        result = CliRunner().invoke(cli.app, [*command, out])
+        assert result.exit_code == 2
+        assert words in result.stderr
+    assert _names(case) == ["a.png", "in/a.png", "in/b.jpg", "m.png"]
+
+
+@pytest.mark.parametrize("option", ["-i", "-m", "-o", "--model", "--report"])
+def test_names_that_are_too_long_are_one_line(tmp_path, monkeypatch, option):
+    monkeypatch.chdir(tmp_path)
+    _write(tmp_path / "a.png", noise(40, 60))
+    _write(tmp_path / "m.png", HOLE.astype(np.uint8) * 255)
+    arguments = {"-i": "a.png", "-m": "m.png", "-o": "o.png", option: "z" * 300 + "/y"}
+    result = _run(*(text for pair in arguments.items() for text in pair))
+    assert result.exit_code == 2, result.output
+    assert result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1
+
+
+def test_plan_items_raises_only_usage_errors(case):
+    for source, mask in ((Path("z" * 300), case / "m.png"), (case / "a.png", Path("z" * 300))):
+        with pytest.raises(UsageError):
+            plan_items(source, mask, "o.png")

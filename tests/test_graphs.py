@@ -1,0 +1,213 @@
+"""What captures leave behind, on an emulation of torch.cuda: streams, the allocator, retries."""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import logging
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from lgnet_fast.engine import graphs
+from lgnet_fast.engine.graphs import CaptureError, Program, capture
+
+DEVICE = torch.device("cuda", 0)
+POOL = (0, 1)
+
+
+class FakeCuda:
+    """Streams, and a graph that replays what was launched while it was captured."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.current = self.user = FakeStream("the user's")
+        self.capturing: FakeGraph | None = None
+        self.fail_begin: Exception | None = None
+        self.fail_end: Exception | None = None
+        self.ended_pools: list[object] = []
+        cuda = torch.cuda
+        for name, value in {
+            "Stream": lambda device=None: FakeStream("a side"),
+            "current_stream": lambda device=None: self.current,
+            "set_stream": self.set_stream,
+            "stream": lambda stream: self.on(stream),
+            "synchronize": lambda *args: None,
+            "empty_cache": lambda: None,
+            "CUDAGraph": lambda: FakeGraph(self),
+            "device": lambda device: contextlib.nullcontext(),
+            "current_device": lambda: 0,
+            "is_current_stream_capturing": lambda: self.capturing is not None,
+        }.items():
+            monkeypatch.setattr(cuda, name, value)
+        monkeypatch.setattr(torch._C, "_host_emptyCache", lambda: None, raising=False)
+        monkeypatch.setattr(
+            torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.ended_pools.append(pool), raising=False
+        )
+
+    def set_stream(self, stream: FakeStream) -> None:
+        self.current = stream
+
+    @contextlib.contextmanager
+    def on(self, stream: FakeStream):
+        before, self.current = self.current, stream
+        yield
+        self.current = before
+
+
+class FakeStream:
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def wait_stream(self, other: FakeStream) -> None:
+        pass
+
+
+class FakeGraph:
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.kernels = cuda, list[Callable[[], None]]()
+
+    def capture_begin(self, *args: object, **options: object) -> None:
+        if self.cuda.fail_begin is not None:
+            raise self.cuda.fail_begin
+        self.cuda.capturing = self
+
+    def capture_end(self) -> None:
+        self.cuda.capturing = None
+        if self.cuda.fail_end is not None:
+            raise self.cuda.fail_end
+
+    def replay(self) -> None:
+        for kernel in self.kernels:
+            kernel()
+
+
+@pytest.fixture
+def cuda(monkeypatch: pytest.MonkeyPatch) -> FakeCuda:
+    return FakeCuda(monkeypatch)
+
+
+class Work:
+    """Launches one kernel, which counts its runs."""
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda, self.launched, self.ran = cuda, 0, 0
+        self.streams: list[str] = []
+
+    def __call__(self) -> None:
+        self.launched += 1
+        self.streams.append(self.cuda.current.name)
+        if self.cuda.capturing is not None:
+            self.cuda.capturing.kernels.append(self.kernel)
+        else:
+            self.kernel()
+
+    def kernel(self) -> None:
+        self.ran += 1
+
+
+def test_a_capture_warms_up_on_a_stream_of_its_own_and_replays(cuda: FakeCuda) -> None:
+    work = Work(cuda)
+    program = Program(work, DEVICE, POOL)
+    for _ in range(3):
+        program()
+    assert (work.launched, work.ran) == (2, 4)
+    assert work.streams == ["a side", "a side"]
+    assert (program.reason, cuda.current, gc.isenabled()) == (None, cuda.user, True)
+
+
+@pytest.mark.parametrize("where", ["fail_begin", "fail_end"])
+def test_a_failed_capture_leaves_the_callers_stream_and_tells_the_allocator(cuda: FakeCuda, where: str) -> None:
+    setattr(cuda, where, RuntimeError("CUDA error: operation failed due to a previous error during capture"))
+    work = Work(cuda)
+    with pytest.raises(CaptureError, match="previous error during capture"):
+        capture(work, DEVICE, POOL)
+    assert cuda.current is cuda.user
+    assert cuda.ended_pools == [POOL]
+    assert gc.isenabled()
+    program = Program(work, DEVICE, POOL)
+    program()
+    assert cuda.current is cuda.user
+    assert work.streams[-1] == "the user's"
+
+
+def test_the_reason_names_what_failed_first(cuda: FakeCuda) -> None:
+    cuda.fail_end = RuntimeError("capture invalidated")
+
+    def launches() -> None:
+        if cuda.capturing is not None:
+            raise KeyError("a launch")
+
+    with pytest.raises(CaptureError, match="KeyError: 'a launch'; then RuntimeError: capture invalidated"):
+        capture(launches, DEVICE, POOL)
+    assert cuda.current is cuda.user
+
+
+def test_failed_captures_are_tried_again_a_few_times(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
+    cuda.fail_end = RuntimeError("another thread synchronised")
+    work = Work(cuda)
+    program = Program(work, DEVICE, POOL, direct=1)
+    tries: list[int] = []
+    original = graphs.capture
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, logger="lgnet_fast"):
+        patch.setattr(graphs, "capture", lambda *args: (tries.append(calls), original(*args))[1])
+        for calls in range(1300):  # noqa: B007
+            program()
+    assert tries == [1, 11, 111, 1111]
+    assert [r.levelname for r in caplog.records] == ["WARNING", "INFO", "INFO", "INFO"]
+    assert "another thread synchronised" in caplog.records[0].message
+    assert work.ran == 1300 + len(tries)
+    assert "another thread synchronised" in (program.reason or "")
+
+
+def test_a_later_capture_succeeds(cuda: FakeCuda) -> None:
+    cuda.fail_end = RuntimeError("a moment's trouble")
+    work = Work(cuda)
+    program = Program(work, DEVICE, POOL)
+    program()
+    cuda.fail_end = None
+    for _ in range(11):
+        program()
+    assert program.graph is not None
+    assert program.reason is None
+    launched = work.launched
+    program()
+    assert work.launched == launched
+
+
+class OutOfResources(Exception):
+    """Triton's errors derive from Exception, not from RuntimeError."""
+
+
+def test_launches_that_raise_are_not_taken_for_a_failed_capture(
+    cuda: FakeCuda, caplog: pytest.LogCaptureFixture
+) -> None:
+    def launches() -> None:
+        raise OutOfResources("shared memory")
+
+    program = Program(launches, DEVICE, POOL)
+    with pytest.raises(OutOfResources):
+        program()
+    assert not caplog.records
+    assert (program.graph, program.reason, cuda.current) == (None, None, cuda.user)
+
+
+def test_errors_of_triton_during_the_capture_are_failed_captures(cuda: FakeCuda) -> None:
+    work = Work(cuda)
+
+    def launches() -> None:
+        if cuda.capturing is not None:
+            raise OutOfResources("shared memory")
+        work()
+
+    program = Program(launches, DEVICE, POOL)
+    program()
+    assert "OutOfResources" in (program.reason or "")
+    assert work.ran == 2  # the warm-up, and the launches in the graph's place
+
+
+def test_capturing_is_noticed(cuda: FakeCuda) -> None:
+    assert not graphs.is_capturing(DEVICE)
+    cuda.capturing = FakeGraph(cuda)
+    assert graphs.is_capturing(DEVICE)
+    assert not graphs.is_capturing(torch.device("cpu"))
