@@ -75,7 +75,7 @@ def test_kernels_compile_within_each_card(make: Any, wanted: set[str]) -> None:
     assert not broken, "\n".join(broken)
     assert all(0 < report.registers <= 255 for report in reports)
     if make is network_jobs:  # the reader of the machine code finds what it counts
-        assert sum(report.code.wgmma > report.code.waits > 0 for report in reports) >= 10
+        assert sum(report.code.wgmma > 0 for report in reports) >= 10
 
 
 def test_too_much_shared_memory_is_reported() -> None:
