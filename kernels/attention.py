@@ -1328,7 +1328,8 @@ def _backward(
             F_FLAT=is_flat(features),
             R_FLAT=direct is None or is_flat(direct),
             O_FLAT=is_flat(df),
-            maxnreg=255,  # ptxas may spill registers to fit more programs on a multiprocessor
+            # ptxas may spill registers to fit more programs on a multiprocessor; on an H100 it does not
+            **({} if generation == "sm_90" else {"maxnreg": 255}),
             **rows,
         )
     return df
