@@ -1,16 +1,20 @@
 """Compiling launches in several processes at once, into Triton's own cache on disk.
 
-Compiling LGNet's fifty kernels one after another takes half a minute; a pool of processes shares it out. Each worker
-makes a CUDA context of its own, calls ``JITFunction.warmup`` with stand-ins for the tensors (dtype and alignment are
-all that decides), and the caller's process then finds every kernel on disk.
+Compiling LGNet's fifty kernels one after another takes half a minute; several processes share it out. Each makes a
+CUDA context of its own, calls ``JITFunction.warmup`` with stand-ins for the tensors (dtype and alignment are all that
+decides), and the caller's process then finds every kernel on disk. The processes run this module, not the caller's
+program, which a pool of `multiprocessing` would import anew.
 """
 
 from __future__ import annotations
 
-import concurrent.futures
 import importlib
-import multiprocessing
+import json
 import os
+import pickle
+import subprocess
+import sys
+import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -22,6 +26,8 @@ from .launch import OPTIONS, Launch
 
 WORKER_BYTES = 2 << 30
 """Host memory that one compiling process may need."""
+CONTEXT_BYTES = 600 << 20
+"""Memory of the GPU that its CUDA context takes."""
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,9 @@ def distinct(launches: Sequence[Launch]) -> list[Task]:
     return list(found.values())
 
 
-def _compile(job: tuple[Task, int]) -> str | None:
-    work, device = job
+def _compile(work: Task) -> str | None:
+    """Compile one kernel for the current device; why it failed, or None."""
     try:
-        torch.cuda.set_device(device)
         kernel = getattr(importlib.import_module(work.module), work.kernel)
         kernel.warmup(*work.args, grid=work.grid, **dict(work.meta), **OPTIONS)
     except Exception as error:  # whatever it is, the caller's own launch will meet it again and report it
@@ -105,15 +110,54 @@ def compile_all(
     """
     tasks = distinct(launches)
     count = workers(len(tasks))
-    if count < 2:
+    if torch.cuda.is_available():
+        count = min(count, torch.cuda.mem_get_info(device)[0] // 2 // CONTEXT_BYTES)
+    if count < 2 or not sys.executable:
         return []  # the caller's own launches compile them
-    failures = []
-    context = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
-        results = pool.map(_compile, [(one, device) for one in tasks])
-        for number, failure in enumerate(results, 1):
-            if failure is not None:
-                failures.append(failure)
-            if progress is not None:
-                progress(number, len(tasks))
+    failures: list[str] = []
+    done = 0
+    lock = threading.Lock()
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
+
+    def share(number: int) -> None:
+        nonlocal done
+        own = tasks[number::count]
+        answers = 0
+        with subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        ) as process:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            try:
+                pickle.dump((device, own), process.stdin)
+                process.stdin.close()
+            except BrokenPipeError:  # it died at once
+                pass
+            for line in process.stdout:
+                failure = json.loads(line)
+                answers += 1
+                with lock:
+                    done += 1
+                    if failure is not None:
+                        failures.append(failure)
+                    if progress is not None:
+                        progress(done, len(tasks))
+        if answers < len(own):
+            with lock:
+                failures.append(f"a compiling process ended with status {process.returncode}")
+
+    threads = [threading.Thread(target=share, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
     return failures
+
+
+def main() -> None:
+    """A compiling process: (device, tasks) pickled on its input, a line of JSON a task on its output."""
+    device, tasks = pickle.load(sys.stdin.buffer)
+    torch.cuda.set_device(device)
+    for work in tasks:
+        print(json.dumps(_compile(work)), flush=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import threading
 import time
 import weakref
@@ -30,6 +31,8 @@ from .regions import Rect, join
 if TYPE_CHECKING:
     from lgnet_fast.kernels.conv import Conv
     from lgnet_fast.kernels.conv_configs import Tile
+
+logger = logging.getLogger("lgnet_fast")
 
 GRAPHS_KEPT = 32
 """Graphs kept a shape, one a set of rectangles."""
@@ -375,6 +378,23 @@ class CudaExecutor:
 
     def _run_step(self, memory: Memory, number: int) -> None:
         _run_all(self.step_launches(memory, number))
+
+    def precompile(self) -> None:
+        """Compile the kernels of a dense run in several processes; what fails there fails again at its launch."""
+        if self.device.type != "cuda":
+            return
+        from lgnet_fast.kernels.launch import record
+        from lgnet_fast.kernels.precompile import compile_all
+
+        with record() as launches:
+            _run_all(self._launches(self.memory, None, False))
+
+        def tell(done: int, total: int) -> None:
+            if done in (1, total) or done % 10 == 0:
+                logger.info("compiling the engine's kernels: %d of %d", done, total)
+
+        for failure in compile_all(launches, self.device.index or 0, tell):
+            logger.info("not compiled ahead: %s", failure)
 
     def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:
         """One step's launches, in its rectangles (None: everywhere)."""

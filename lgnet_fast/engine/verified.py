@@ -378,6 +378,7 @@ def _decide(
         checks.append(Check("engine", problem=problem))
     else:
         sized = at_size(engine)
+        sized.precompile()
         checks.append(judge("graph" if engine.uses_graphs else "direct", runner(sized), example))
         if checks[-1].passed:
             reason = sized.graph_reason

@@ -1,0 +1,57 @@
+"""Launches compiled in other processes: which are distinct, what travels, and what a failure says.
+
+Without a GPU every compiling process refuses at once, which the caller must survive.
+"""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from lgnet_fast.kernels import precompile
+from lgnet_fast.kernels.conv import Conv, Store, conv_forward
+from lgnet_fast.kernels.conv_configs import Tile
+from lgnet_fast.kernels.launch import Launch, record
+
+CONV = Conv(32, 64, 3, 1, 1, False, False, False)
+
+
+def launches(rect: tuple[int, int, int, int], dtype: torch.dtype = torch.float16) -> list[Launch]:
+    source = torch.empty(1, 16, 16, 32, dtype=dtype)
+    out = torch.empty(1, 16, 16, 64, dtype=dtype)
+    with record() as recorded:
+        conv_forward(
+            CONV, source, torch.empty(288, 64, dtype=dtype), torch.empty(64), (Store(out, "relu"),),
+            Tile(64, 64, 32, 1, 4, 3), size=(16, 16), rect=rect,
+        )  # fmt: skip
+    return recorded
+
+
+def test_rectangles_share_a_kernel_and_dtypes_do_not() -> None:
+    """Grid integers are not specialised: 1, 16 and 7 rows give one kernel."""
+    rects = [(0, 16, 0, 16), (0, 1, 0, 16), (3, 10, 5, 6)]
+    same = [launch for rect in rects for launch in launches(rect)]
+    assert len(same) == 3
+    assert len(precompile.distinct(same)) == 1
+    assert len(precompile.distinct([*same, *launches(rects[0], torch.bfloat16)])) == 2
+
+
+def test_tasks_travel_without_their_tensors() -> None:
+    (task,) = precompile.distinct(launches((0, 16, 0, 16)))
+    assert pickle.loads(pickle.dumps(task)) == task
+    pointers = [a for a in task.args if isinstance(a, precompile.Pointer)]
+    assert {p.dtype for p in pointers} == {torch.float16, torch.float32}
+    assert all(p.data_ptr() % 16 == 0 for p in pointers if p.aligned)
+    assert precompile.Pointer(torch.float16, False).data_ptr() % 16 != 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU nothing can be compiled for one")
+def test_processes_that_cannot_start_are_reported(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precompile, "workers", lambda tasks: 2)
+    failures = precompile.compile_all([*launches((0, 16, 0, 16)), *launches((0, 16, 0, 16), torch.bfloat16)], 0)
+    assert len(failures) == 2
+    assert all("ended with status 1" in failure for failure in failures)
