@@ -63,7 +63,7 @@ test-machines: $(VENV)/.extras
 test-all: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu"
 	$(MAKE) test-machines
-	$(MAKE) aot
+	$(MAKE) aot AOT="--card H100 --card 'RTX 4090' --model lgnet --dtype float16 --batch 1"
 
 bench: $(VENV)/.extras
 	$(BIN)/python -m pytest bench
