@@ -100,9 +100,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 Image.open(out / "evaluation.png").save(sheet, quality=80, optimize=True)
     licences = "".join(f"| `{name}` | {licence} |\n" for name, licence in SAMPLES.items())
     page = filled_in(page, "licences", "| file | by, licence |\n|---|---|\n" + licences)
-    file = Path(weights.__file__).with_name("lgnet_demo") / "model.safetensors"
+    file = weights.bundled_path() / "model.safetensors"
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
-    page = filled_in(page, "weights", f"Weights measured: `lgnet_demo`, SHA-256 `{digest[:16]}…`.\n")
+    page = filled_in(page, "weights", f"Weights measured: `{weights.BUNDLED}`, SHA-256 `{digest[:16]}…`.\n")
     options.page.write_text(page)
     return 0
 

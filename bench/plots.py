@@ -154,22 +154,40 @@ def hole_ratio(bench: Mapping[str, Any]) -> bytes:
 
 
 def training_curve(log: Sequence[Mapping[str, Any]]) -> bytes:
-    """Of the lines of a run's log.jsonl: the l1 in the hole of every stage, and the held-out pictures' scores."""
-    figure, (left, right) = _figure(1, 2, 9, 3.2)
+    """Of the lines of a run's log.jsonl: the l1 in the hole of every stage, and the held-out pictures' scores.
+
+    Beside PSNR is LPIPS, where the log has it, else l1; where it has the sharpness of kinds of holes, a third plot. A
+    dotted line stands at the first step with an adversary, a dashed one where a line of kind "leg" ends a leg.
+    """
     steps = [line for line in log if line["kind"] == "train"]
+    checks = [line for line in log if line["kind"] == "validation"]
+    kinds = [key for key in (checks[-1] if checks else {}) if key.startswith("sharpness_")]
+    figure, axes = _figure(1, 3 if kinds else 2, 12 if kinds else 9, 3.2)
+    left, right = axes[:2]
     for stage, colour in zip(("1", "2", "3"), PALETTE):
         points = [(line["step"], line[f"hole{stage}"]) for line in steps if f"hole{stage}" in line]
         if points:
             left.plot(*zip(*points), color=colour, linewidth=0.9, label=f"stage {stage}")
     left.set(xlabel="step", ylabel="l1 in the hole, of [-1, 1]")
     left.legend(frameon=False)
-    checks = [line for line in log if line["kind"] == "validation"]
-    right.plot([line["step"] for line in checks], [line["psnr"] for line in checks], color=PALETTE[0], label="PSNR")
+    at = [line["step"] for line in checks]
+    right.plot(at, [line["psnr"] for line in checks], color=PALETTE[0], label="PSNR")
     right.set(xlabel="step", ylabel="held-out PSNR, dB")
+    other, label, unit = ("lpips", "LPIPS", "") if checks and "lpips" in checks[-1] else ("l1", "l1", ", %")
     beside = right.twinx()
-    beside.plot([line["step"] for line in checks], [line["l1"] for line in checks], color=PALETTE[1], label="l1")
-    beside.set_ylabel("held-out l1, %")
+    beside.plot(at, [line[other] for line in checks], color=PALETTE[1], label=label)
+    beside.set_ylabel(f"held-out {label}{unit}")
     right.legend(handles=[*right.get_lines(), *beside.get_lines()], frameon=False, loc="center right")
+    for kind, colour in zip(kinds, PALETTE):
+        axes[2].plot(at, [line[kind] for line in checks], color=colour, label=kind.removeprefix("sharpness_"))
+    if kinds:
+        axes[2].set(xlabel="step", ylabel="held-out sharpness, 1 = the truth", ylim=(0, None))
+        axes[2].legend(frameon=False, ncols=2)
+    starts = [line["step"] for line in steps if "D" in line][:1]
+    legs = [line["step"] for line in log if line["kind"] == "leg"][:-1]
+    for plot in axes:
+        for step, style in [*((step, ":") for step in starts), *((step, "--") for step in legs)]:
+            plot.axvline(step, color="#4f5d6b", linewidth=0.8, linestyle=style)
     return _svg(figure)
 
 

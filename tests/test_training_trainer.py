@@ -634,7 +634,7 @@ def test_shipped_configurations_are_valid(name):
 def test_networks_by_configuration(pictures, tmp_path):
     settings = tiny_settings(pictures, tmp_path)
     settings["model"] = {"init_from": "bundled"}
-    assert Trainer(config_of(settings)).network.channels == (16, 16, 16)
+    assert Trainer(config_of(settings)).network.channels == (32, 32, 32)
     settings["model"] = {"factory": "tests.test_training_trainer:make_small"}
     assert Trainer(config_of(settings)).network.channels == (2, 2, 2)
     for model, text in (

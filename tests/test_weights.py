@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
 import json
 import os
 import pickle
@@ -454,9 +456,13 @@ def test_offline_hub_id_is_one_clear_error(monkeypatch):
 
 def test_bundled_model():
     path = bundled_path()
-    assert sum(f.stat().st_size for f in path.iterdir()) < 16e6
+    assert sum(f.stat().st_size for f in path.iterdir()) < 32e6
     model = LGNet.from_pretrained(path)
-    assert model.channels == (16, 16, 16)
-    assert sum(p.numel() for p in model.parameters()) == 7_200_473
+    assert model.config == create_model("lgnet_small").config
+    assert sum(p.numel() for p in model.parameters()) == 9_790_761
+    with gzip.open(path / "ATTRIBUTION.tsv.gz", "rt") as table:
+        rows = list(csv.DictReader(table, delimiter="\t"))
+    assert len(rows) == 1680
+    assert all(row["licence"] and row["source"] for row in rows)
     with pytest.raises(ValueError, match="name: expected one of"):
         bundled_path("nonsense")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-BUNDLED = "lgnet_demo"
+BUNDLED = "lgnet_small"
 
 
 def bundled_path(name: str = BUNDLED) -> Path:
