@@ -1,70 +1,105 @@
-"""Compiles every Triton configuration for GPUs that need not be here, and prints what each cubin uses.
+"""Compiles what every card would launch, on this machine, and fails on what a card could not run or would run slowly.
 
-    python bench/aot_report.py [--target sm_90] [--channels 128] [--dtype float16] [--processes 2]
+    python bench/aot_report.py [--card H100] [--model lgnet] [--dtype float16] [--batch 1] [--processes 2]
+                               [--triton 3.6.0] [--all]
 
-Exit code 1 where a kernel does not compile, needs more shared or tensor memory than its GPU generation has, or spills
-registers in 16 bit. float32 may spill: its products run without tensor cores, and the table says so.
+The launches of the engine (dense, restricted) and of the operators are recorded for each card of kernels/cards.py and
+compiled by each Triton: the lowest that is supported and the newest. Both are
+installed in folders of their own under .cache/aot; what was compiled stays there, so that a run that was cut off goes
+on. One line for each kernel with a violation (--all: for every kernel):
+
+* more shared or tensor memory than the card has,
+* matrix products that wait for each other (as many waits as products),
+* in 16 bit: spills, local memory, loops that load or store values one by one,
+* whatever the compiler says.
+
+Exit code 1 where there is any. float32 may spill: its products run without tensor cores.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
+import os
+import subprocess
 import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
 
-TARGETS = ("sm_80", "sm_89", "sm_90", "sm_100")
-WORKS = (
-    ("float16", "released", 1),
-    ("float16", "released", 16),
-    ("float16", "paper", 16),
-    ("bfloat16", "released", 16),
-    ("float32", "released", 16),
-    ("float32", "paper", 16),
-    ("tf32", "released", 16),
-)
+from lgnet_fast.kernels import LOWEST_TRITON
+
+ROOT = Path(__file__).resolve().parent.parent
+CACHE = ROOT / ".cache" / "aot"
+TRITONS = (".".join(map(str, (*LOWEST_TRITON, 0))), "newest")
 
 
-def main() -> int:
-    """Print the table; return the exit code."""
+def environment(version: str) -> dict[str, str]:
+    """Variables for a Python that finds this version of Triton ahead of its own; installs it once."""
+    folder = CACHE / f"triton-{version}"
+    if not (folder / "triton").is_dir():
+        wanted = ["--upgrade", "triton"] if version == "newest" else [f"triton=={version}"]
+        pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+        subprocess.run([*pip, "--target", str(folder), *wanted], check=True)
+    path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
+    return {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(CACHE / "kernels"), "OMP_NUM_THREADS": "1"}
+
+
+def compile_here(arguments: argparse.Namespace) -> int:
+    """Compile with the Triton of this process, print, and return the number of violations."""
+    import triton
     from lgnet_fast.kernels import aot
+    from lgnet_fast.kernels.cards import CARDS
+
+    begin = time.monotonic()
+    cases = [
+        case
+        for name in arguments.card or CARDS
+        for case in aot.card_cases(
+            CARDS[name],
+            arguments.dtype or tuple(aot.DTYPES),
+            arguments.model or aot.MODELS,
+            arguments.batch or (1, 16),
+        )
+    ]
+    jobs = aot.jobs(cases)
+    print(f"triton {triton.__version__}: {len(cases)} cases, {len(jobs)} kernels", flush=True)
+    row = "{:<12} {:<9} {:<22} {:<44} {:<60} {:>7} {:>5} {:>6} {:>5}  {}".format
+    print(row("card", "dtype", "kernel", "first launch", "config", "shared", "regs", "stack", "wgmma", ""))
+    broken = 0
+    for report in aot.compile_all(jobs, arguments.processes):
+        violations = "; ".join(report.violations())
+        broken += bool(violations)
+        if violations or arguments.all:
+            job = report.job
+            numbers = report.shared, report.registers, report.stack, report.code.wgmma
+            print(row(job.card.name, job.dtype, job.kernel, job.label, job.config, *numbers, violations), flush=True)
+    seconds = time.monotonic() - begin
+    print(f"triton {triton.__version__}: {len(jobs)} kernels, {broken} with violations, {seconds:.0f} s")
+    return broken
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Print the tables; return the exit code."""
+    from lgnet_fast.kernels.cards import CARDS
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--target", choices=TARGETS, action="append", help="default: all")
-    parser.add_argument("--channels", type=int, choices=tuple(aot.NETWORK_SHAPES), action="append")
-    parser.add_argument("--dtype", choices=tuple(aot.DTYPES), action="append")
-    parser.add_argument("--processes", type=int)
-    args = parser.parse_args()
-    works = tuple(work for work in WORKS if args.dtype is None or work[0] in args.dtype)
-    cases = functools.partial(
-        aot.network_cases, args.target or TARGETS, works, args.channels or tuple(aot.NETWORK_SHAPES)
+    parser.add_argument("--card", action="append", choices=tuple(CARDS), help="default: all")
+    parser.add_argument("--model", action="append", help="default: all sizes")
+    parser.add_argument("--dtype", action="append", choices=("float16", "bfloat16", "float32", "tf32"))
+    parser.add_argument("--batch", action="append", type=int, help="default: 1 and 16")
+    parser.add_argument("--triton", action="append", metavar="VERSION", help='default: the lowest and "newest"')
+    parser.add_argument("--here", action="store_true", help="with the Triton that is installed")
+    parser.add_argument("--all", action="store_true", help="print every kernel")
+    parser.add_argument("--processes", type=int, help="default: one a core")
+    parsed = parser.parse_args(arguments)
+    if parsed.here:
+        return 1 if compile_here(parsed) else 0
+    command = [sys.executable, __file__, "--here", *arguments]
+    return max(
+        subprocess.run(command, env=environment(version), check=False).returncode
+        for version in parsed.triton or TRITONS
     )
-    row = "{:<24} {:<7} {:<9} {:>4}  {:<26} {:<44} {:>7} {:>7} {:>5} {:>6} {:>5}  {}".format
-    print(row("kernel", "target", "dtype", "C", "case", "config", "shared", "limit", "regs", "spills", "tmem", ""))
-    violations = count = 0
-    for report in aot.compile_all(cases, args.processes):
-        count += 1
-        violation = report.violation()
-        violations += violation is not None
-        print(
-            row(
-                report.kernel,
-                report.target,
-                report.dtype,
-                report.channels,
-                report.label,
-                report.config,
-                report.shared,
-                aot.SHARED_MEMORY_LIMIT[report.target],
-                report.registers,
-                report.spill_bytes,
-                report.tensor_memory,
-                f"VIOLATION: {violation}" if violation else "",
-            ),
-            flush=True,
-        )
-    print(f"{count} kernels, {violations} violations")
-    return 1 if violations else 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

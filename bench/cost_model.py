@@ -1,6 +1,6 @@
 """What every step of LGNet should take on a GPU that need not be here, beside the least it could take.
 
-    python bench/cost_model.py [--card sm_90] [--dtype float16] [--batch 1] [--size 256 256]
+    python bench/cost_model.py [--card H100] [--dtype float16] [--batch 1] [--size 256 256]
                                [--hole TOP BOTTOM LEFT RIGHT]
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py): waves of programs, each bound by its
@@ -21,8 +21,9 @@ KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32
 def main() -> int:
     """Print the table."""
     from lgnet_fast.kernels.attention import VARIANTS
+    from lgnet_fast.kernels.cards import CARDS
     from lgnet_fast.kernels.configs import num_splits, pick
-    from lgnet_fast.kernels.conv_configs import CARDS, LAUNCH_SECONDS, estimate, pick_tile, programs
+    from lgnet_fast.kernels.conv_configs import LAUNCH_SECONDS, estimate, pick_tile, programs
 
     from lgnet_fast.engine.cuda_executor import bucket, describe
     from lgnet_fast.engine.engine import plan_stages
@@ -31,7 +32,7 @@ def main() -> int:
     from lgnet_fast.reference.lgnet import LGNet
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--card", choices=tuple(CARDS), default="sm_90")
+    parser.add_argument("--card", choices=tuple(CARDS), default="H100")
     parser.add_argument("--dtype", choices=tuple(KINDS), default="float16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--size", type=int, nargs=2, default=(256, 256))
@@ -50,7 +51,7 @@ def main() -> int:
     def attention(step: Step, plan: Plan) -> tuple[float, int, str]:
         source = plan.buffers[step.source.buffer]
         channels, positions = step.out_channels, source.height * source.width
-        config = pick("forward", args.card, kind, channels, plan.batch * positions)
+        config = pick("forward", card.generation, kind, channels, plan.batch * positions)
         blocks = plan.batch * -(-positions // config.block_m)
         splits, _ = num_splits(blocks, positions, config.block_n, card.num_sms)
         # preparation, product, merge of the splits, activation
@@ -81,8 +82,8 @@ def main() -> int:
             sizes = (source.height, source.width), (out.height, out.width)
             for region in step.regions:
                 work = describe(step).work(plan.batch, *sizes, region)
-                tile = pick_tile(work, kind, args.card, card.num_sms)
-                seconds += estimate(work, tile, kind, args.card, card.num_sms)
+                tile = pick_tile(work, kind, card.generation, card.num_sms)
+                seconds += estimate(work, tile, kind, card.generation, card.num_sms)
                 launches += 1 + (tile.splits > 1)
                 count += programs(work, tile)
                 tiles = f"{tile.block_m}x{tile.block_n}x{tile.block_k} s{tile.splits} w{tile.num_warps}"

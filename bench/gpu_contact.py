@@ -418,8 +418,8 @@ def tune_convs(
 def tune_attention(plan: Any, dtype: torch.dtype, log: Log, deadline: float) -> None:
     """Block shapes of `attention_inference` for every attention step: the walk, the projection, the sum, in turn."""
     from lgnet_fast.kernels.attention_inference import attention_block_inference
+    from lgnet_fast.kernels.cards import SHARED_LIMITS
     from lgnet_fast.kernels.configs import (
-        SHARED_LIMITS,
         _inference_bytes,
         config_kind,
         device_generation,

@@ -7,17 +7,21 @@
 `conv`              every convolution of the engine's plan, with its epilogue; split depth for the deep layers
 `configs`           block shapes of attention and merge per GPU generation; the table itself is in `tables`,
                     written by `bench/tune_attention.py`
+`cards`             facts about GPUs: shared memory, multiprocessors, rates
 `conv_configs`      tiles of the convolutions, by an estimate; `conv_tables`, measured by `bench/gpu_contact.py` and
                     written by `bench/write_tables.py`, overrides it
 `launch`            device guard, interpreter check
 `precompile`        compiling many launches in parallel processes
-`aot`               ahead-of-time compilation of everything above, without a GPU
+`aot`               compiling what any card would launch ahead of time, without a GPU
 ==================  ===================================================================
 
 The launchers allocate and launch, nothing else: registration, autograd and dispatch are in `lgnet_fast.ops`.
 """
 
 from __future__ import annotations
+
+LOWEST_TRITON = (3, 6)
+"""The lowest that `make aot` passes with; 3.3 does not compile the convolutions."""
 
 
 def missing() -> str | None:
@@ -27,6 +31,6 @@ def missing() -> str | None:
     except ImportError as error:
         return f"triton cannot be imported: {error}"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
-    if version < (3, 3):
-        return f"triton {triton.__version__} is installed, 3.3 or newer is needed"
+    if version < LOWEST_TRITON:
+        return f"triton {triton.__version__} is installed, {'.'.join(map(str, LOWEST_TRITON))} or newer is needed"
     return None

@@ -1,20 +1,25 @@
 """Ahead-of-time compilation of the kernels for GPUs that are not here.
 
-The launchers run on tensors of the "meta" device while their launches are recorded, so that what is compiled is what
-would be launched: same constants, same specialisation of arguments. Each cubin is then read for shared memory,
-registers and spills. Needs triton, no GPU. Used by `tests/test_kernels_aot.py` and `bench/aot_report.py`.
+The executor and the operators run on tensors of the "meta" device, each as if on one of `cards.CARDS` with its own
+number of multiprocessors, while their launches are recorded. What is compiled is what would be launched there: same
+constants, same specialisation of arguments. Launches of several cards that make the same kernel are compiled once.
+Each cubin is then read for shared memory, registers, local memory and, disassembled, for the two ways in which a
+compiler spoils such kernels without a word: matrix products that wait for each other, and loops that move 16-bit
+values one by one. Needs triton, no GPU. Used by `tests/test_kernels_aot.py` and `bench/aot_report.py`.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import functools
+import importlib
 import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,11 +29,26 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from . import attention, configs, conv, conv_configs, merge_concat
-from .launch import OPTIONS, Launch, record
+from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.engine import plan_stages
+from lgnet_fast.engine.plan import Plan, build_plan
+from lgnet_fast.engine.regions import Rect
+from lgnet_fast.reference.variants import create_model
 
+from . import attention, attention_inference, configs, merge_concat
+from .cards import Card
+from .launch import OPTIONS, Launch, record
+from .precompile import Pointer, Task, task
+
+SIDE = 256
+"""Height and width of the pictures."""
+HOLE = Rect(96, 160, 96, 160)
+"""Of the restricted runs."""
+MODELS = ("lgnet", "lgnet_light", "lgnet_demo", "lgnet_small")
 TENSOR_MEMORY_COLUMNS = 512
-OVERLAPPING = ("sm_90", "sm_100")
+_OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+# on the tensor cores: mma.sync, wgmma, tcgen05
+_PRODUCT = r"\b([HIQ]MMA|HGMMA|UTC\w*MMA)\b"
 _POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 DTYPES = {
     "float16": torch.float16,
@@ -36,83 +56,240 @@ DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
 }
-# head size -> side of the feature map in a 256 x 256 picture, for LGNet and LGNet_light
-NETWORK_SHAPES = {128: 64, 256: 32, 512: 16, 96: 64, 192: 32, 384: 16}
-# One of each kind of convolution of LGNet at 256 x 256: (step, side of its input, residual, stores).
-NETWORK_CONVS: dict[str, tuple[conv.Conv, int, bool, int]] = {
-    "e1": (conv.Conv(4, 64, 4, 2, 1, False, False, False), 256, False, 2),
-    "e3": (conv.Conv(128, 256, 4, 2, 1, False, False, False), 64, False, 2),
-    "e6": (conv.Conv(512, 512, 4, 2, 1, False, False, False), 8, False, 2),
-    "e8": (conv.Conv(512, 512, 4, 2, 1, False, False, False), 2, False, 1),
-    "d6": (conv.Conv(1024, 512, 4, 2, 1, True, False, False), 4, False, 1),
-    "d3": (conv.Conv(512, 128, 4, 2, 1, True, False, False), 32, False, 1),
-    "d1": (conv.Conv(128, 3, 4, 2, 1, True, False, True), 128, False, 0),
-    "stem": (conv.Conv(4, 64, 7, 1, 3, False, True, False), 256, False, 1),
-    "down2": (conv.Conv(128, 256, 3, 2, 1, False, False, False), 128, False, 1),
-    "block": (conv.Conv(256, 256, 3, 1, 1, False, True, False), 64, True, 1),
-    "up1": (conv.Conv(256, 128, 3, 2, 1, True, False, False), 64, False, 1),
-    "out": (conv.Conv(64, 3, 7, 1, 3, False, True, True), 256, False, 0),
-    # LGNet_light: its channels are no powers of two
-    "light_e2": (conv.Conv(48, 96, 4, 2, 1, False, False, False), 128, False, 2),
-    "light_d2": (conv.Conv(192, 48, 4, 2, 1, True, False, False), 64, False, 1),
-}
 
 
 class Case(NamedTuple):
-    """Launches to compile: `run` calls launchers on meta tensors. `dtype` is a name in DTYPES."""
+    """Launches to compile: `run` calls executors or launchers on meta tensors. `dtype` is a name in DTYPES."""
 
     label: str
-    target: str
+    card: Card
     dtype: str
-    channels: int
     run: Callable[[], Any]
+
+
+class Job(NamedTuple):
+    """One kernel to compile, as it can be sent to another process. The label and card are of its first launch."""
+
+    label: str
+    card: Card
+    dtype: str
+    module: str
+    kernel: str
+    signature: dict[str, str]
+    constants: dict[tuple[int], Any]
+    attributes: dict[tuple[int], Any]
+    options: dict[str, Any]
+    config: str
+
+
+class Code(NamedTuple):
+    """What the machine code of a kernel shows.
+
+    local: accesses of local memory. wgmma: warp-group matrix products, and waits: waits until none of them runs; both
+    in main loops, which have matrix products in them, or anywhere where there is none. Serialised code has such a
+    wait for each product. narrow: loads and stores of 16 bits or fewer in main loops.
+    """
+
+    local: int
+    wgmma: int
+    waits: int
+    narrow: int
 
 
 class Report(NamedTuple):
     """One compiled kernel."""
 
-    kernel: str
-    target: str
-    dtype: str
-    channels: int
-    label: str
-    config: str
-    shared: int
-    registers: int
-    spill_bytes: int
-    tensor_memory: int
-    error: str | None
+    job: Job
+    shared: int = 0
+    registers: int = 0
+    stack: int = 0
+    tensor_memory: int = 0
+    code: Code = Code(0, 0, 0, 0)
+    error: str | None = None
 
-    def violation(self) -> str | None:
-        """What is wrong with it, or None."""
+    def violations(self) -> list[str]:
+        """What is wrong with it."""
         if self.error is not None:
-            return self.error
-        limit = configs.SHARED_LIMITS[self.target]
-        if self.shared > limit:
-            return f"shared memory {self.shared} > {limit}"
+            return [self.error]
+        found = []
+        if self.shared > self.job.card.shared_limit:
+            found.append(f"shared memory {self.shared} > {self.job.card.shared_limit}")
         if self.tensor_memory > TENSOR_MEMORY_COLUMNS:
-            return f"tensor memory {self.tensor_memory} > {TENSOR_MEMORY_COLUMNS} columns"
-        if self.spill_bytes > 0 and DTYPES[self.dtype] != torch.float32:
-            return f"{self.spill_bytes} bytes of spills"
+            found.append(f"tensor memory {self.tensor_memory} > {TENSOR_MEMORY_COLUMNS} columns")
+        if 0 < self.code.wgmma <= self.code.waits:
+            found.append(f"serialised: {self.code.waits} waits for {self.code.wgmma} matrix products")
+        if DTYPES[self.job.dtype] != torch.float32:
+            if self.stack > 0:
+                found.append(f"{self.stack} bytes of spills")
+            if self.code.local > 0:
+                found.append(f"{self.code.local} accesses of local memory")
+            if self.code.narrow > 0:
+                found.append(f"{self.code.narrow} loads or stores of 16 bits in a main loop")
+        return found
+
+
+# -- what is launched ------------------------------------------------------------------------------------------------
+
+
+class _Elsewhere(CudaExecutor):
+    """An executor of a card that is not here: its launches can be recorded, not made."""
+
+    @staticmethod
+    def unavailable_reason(device: torch.device, dtype: torch.dtype = torch.float16) -> str | None:
         return None
 
+    def _overlap_reason(self) -> str | None:
+        return None
 
-def _specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
-    """Signature, constants and attributes that Triton's own launch would derive (16-byte aligned pointers)."""
-    names = launch.kernel.arg_names
-    values = dict(zip(names, launch.args, strict=False))
-    values.update({k: v for k, v in launch.meta.items() if k in names})
+    def launch_all(self, holes: Sequence[Rect] | None) -> None:
+        """Everything of one run, in its order."""
+        regions = (
+            None if holes is None else self._bucketed([step.regions for step in self.plan.restricted(holes).steps])
+        )
+        with torch.no_grad():
+            for launch in self._launches(self.memory, regions, painted=holes is not None):
+                launch()
+
+
+@functools.lru_cache(maxsize=64)
+def _plan(model: str, batch: int) -> Plan:
+    with torch.device("meta"):
+        network = create_model(model).eval()
+    return build_plan(plan_stages(network), batch, SIDE, SIDE)
+
+
+def heads(model: str) -> list[tuple[int, int]]:
+    """(channels, side of the map) of the model's attention blocks."""
+    plan = _plan(model, 1)
+    return [(s.out_channels, plan.buffers[s.source.buffer].height) for s in plan.steps if s.kind == "attention"]
+
+
+def executor(model: str, dtype: str, batch: int, overlap: bool = False) -> _Elsewhere:
+    """An executor on meta tensors; call it within `configs.assume_generation`."""
+    return _Elsewhere(_plan(model, batch), DTYPES[dtype], device=torch.device("meta"), overlap=overlap)
+
+
+def engine_case(card: Card, model: str, dtype: str, batch: int, restricted: bool, overlap: bool = False) -> Case:
+    """All launches of a run of the engine, dense or within HOLE."""
+
+    def run() -> None:
+        executor(model, dtype, batch, overlap).launch_all([HOLE] if restricted else None)
+
+    kind = ("restricted" if restricted else "dense") + (" overlapped" if overlap else "")
+    return Case(f"{model} b{batch} {kind}", card, dtype, run)
+
+
+def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _attention_tensors(
+    batch: int, channels: int, side: int, dtype: str, channels_last: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    element = DTYPES[dtype]
+    features = _meta(batch, channels, side, side, dtype=element)
+    if channels_last:
+        features = features.to(memory_format=torch.channels_last)
+    return features, _meta(channels, 2 * channels, 1, 1, dtype=element), _meta(channels, dtype=element)
+
+
+def attention_case(
+    card: Card, dtype: str, batch: int, channels: int, side: int, variant: str, channels_last: bool = False
+) -> Case:
+    """The attention block on [batch, channels, side, side] in training: forward and backward."""
+
+    def run() -> None:
+        features, weight, bias = _attention_tensors(batch, channels, side, dtype, channels_last)
+        out, attended, stats = attention.attention_block_forward(features, weight, bias, variant, save_attended=True)
+        assert attended is not None
+        attention.attention_block_backward(out, features, attended, stats, weight, variant)
+
+    layout = " NHWC" if channels_last else ""
+    return Case(f"training {variant} C={channels} {side}x{side} b{batch}{layout}", card, dtype, run)
+
+
+def inference_case(card: Card, dtype: str, batch: int, channels: int, side: int, variant: str) -> Case:
+    """The attention block where no gradient is asked for, as the operator calls it."""
+
+    def run() -> None:
+        features, weight, bias = _attention_tensors(batch, channels, side, dtype, False)
+        attention_inference.attention_block_inference(features, weight, bias, variant)
+
+    return Case(f"no gradient {variant} C={channels} {side}x{side} b{batch}", card, dtype, run)
+
+
+def merge_case(card: Card, dtype: str, batch: int, tanh: bool) -> Case:
+    """Both merges, forward and backward."""
+
+    def run() -> None:
+        image = _meta(batch, 3, SIDE, SIDE, dtype=DTYPES[dtype])
+        mask = _meta(batch, 1, SIDE, SIDE, dtype=DTYPES[dtype])
+        grad = merge_concat.merge_concat_forward(image, image, mask, tanh=tanh)
+        merge_concat.merge_concat_backward(grad, image, image, mask, tanh=tanh)
+        merge_concat.merge_forward(image, image, mask, tanh=tanh)
+        merge_concat.merge_backward(image, image, image, mask, tanh=tanh)
+
+    return Case(f"merge{' tanh' if tanh else ''} b{batch}", card, dtype, run)
+
+
+def card_cases(
+    card: Card,
+    dtypes: Sequence[str] = tuple(DTYPES),
+    models: Sequence[str] = MODELS,
+    batches: Sequence[int] = (1, 16),
+) -> list[Case]:
+    """Everything that a card may be asked for: the engine dense and restricted, and the operators.
+
+    The operators, both variants: without gradient, in training (16 bit: in NHWC too), and the merges.
+    """
+    cases = []
+    for dtype in dtypes:
+        half = DTYPES[dtype] != torch.float32
+        for batch in batches:
+            for model in models:
+                cases += [engine_case(card, model, dtype, batch, restricted) for restricted in (False, True)]
+                if card.capability >= (9, 0):
+                    cases.append(engine_case(card, model, dtype, batch, False, overlap=True))
+                for channels, side in heads(model):
+                    for variant in attention.VARIANTS:
+                        cases.append(inference_case(card, dtype, batch, channels, side, variant))
+                        for channels_last in (False, True) if half else (False,):
+                            cases.append(attention_case(card, dtype, batch, channels, side, variant, channels_last))
+            cases += [merge_case(card, dtype, batch, tanh) for tanh in (False, True)]
+    return cases
+
+
+# -- what is compiled ------------------------------------------------------------------------------------------------
+
+
+def launches(case: Case) -> list[Launch]:
+    """What the case launches on its card."""
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
+    try:
+        with record() as recorded, configs.assume_generation(case.card.generation, case.card.num_sms):
+            case.run()
+    finally:
+        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
+    return recorded
+
+
+def _specialise(work: Task, kernel: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+    """Signature, constants and attributes that Triton's own launch would derive."""
+    names = kernel.arg_names
+    values = dict(zip(names, work.args, strict=False))
+    values.update({k: v for k, v in work.meta if k in names})
     signature: dict[str, str] = {}
     constants: dict[tuple[int], Any] = {}
     attributes: dict[tuple[int], Any] = {}
     for index, name in enumerate(names):
         value = values[name]
-        parameter = launch.kernel.params[index]
+        parameter = kernel.params[index]
         specialised = isinstance(value, int) and not parameter.do_not_specialize
         aligned = False
-        if isinstance(value, Tensor):
+        if isinstance(value, Pointer):
             signature[name] = _POINTER[value.dtype]
-            aligned = True
+            aligned = value.aligned
         elif value is None or parameter.is_constexpr or (specialised and value == 1):
             signature[name] = "constexpr"
             constants[(index,)] = value
@@ -126,180 +303,93 @@ def _specialise(launch: Launch) -> tuple[dict[str, str], dict[tuple[int], Any], 
     return signature, constants, attributes
 
 
-def _resources(cubin: bytes) -> tuple[int, int]:
-    """Registers a thread, and bytes of stack (where spills live)."""
-    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-    command = str(tool) if tool.exists() else shutil.which("cuobjdump")
+def job(case: Case, launch: Launch) -> Job:
+    """One recorded launch of a case, ready to be compiled."""
+    work = task(launch)
+    options = {name: value for name, value in launch.meta.items() if name in _OPTIONS}
+    shapes = {k: v for k, v in launch.meta.items() if k.startswith("BLOCK_") or k in ("SPLITS", *options)}
+    config = " ".join(f"{k.removeprefix('BLOCK_').removeprefix('num_').lower()}={v}" for k, v in shapes.items())
+    specialised = _specialise(work, launch.kernel)
+    return Job(case.label, case.card, case.dtype, work.module, work.kernel, *specialised, options | OPTIONS, config)
+
+
+def jobs(cases: Iterable[Case]) -> list[Job]:
+    """One job for each kernel that the cases' launches need; cards of one compute capability share theirs."""
+    found: dict[tuple[Any, ...], Job] = {}
+    for case in cases:
+        for launch in launches(case):
+            one = job(case, launch)
+            parts = (one.signature, one.constants, one.attributes, one.options)
+            found.setdefault((one.card.capability, one.module, one.kernel, *map(str, parts)), one)
+    return list(found.values())
+
+
+def _run_tool(name: str, *arguments: str) -> str:
+    """Standard output of one of the CUDA tools that come with triton."""
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    command = str(tool) if tool.exists() else shutil.which(name)
     if command is None:
-        raise RuntimeError("cuobjdump is neither in the triton package nor on PATH")
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        text = subprocess.run(
-            [command, "--dump-resource-usage", file.name], capture_output=True, text=True, check=True
-        ).stdout
+        raise RuntimeError(f"{name} is neither in the triton package nor on PATH")
+    return subprocess.run([command, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: str) -> tuple[int, int]:
+    """Registers a thread, and bytes of stack (where spills live), of a file."""
+    text = _run_tool("cuobjdump", "--dump-resource-usage", cubin)
     registers, stack = (re.search(rf"{field}:(\d+)", text) for field in ("REG", "STACK"))
     if registers is None or stack is None:
         raise RuntimeError(f"cuobjdump printed no resource usage: {text!r}")
     return int(registers[1]), int(stack[1])
 
 
-def launches(case: Case) -> list[Launch]:
-    """What the case's launchers would launch on its target."""
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = case.dtype == "tf32"
-    try:
-        with record() as recorded, configs.assume_generation(case.target):
-            case.run()
-    finally:
-        torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-    return recorded
+def read_code(text: str) -> Code:
+    """Count in what nvdisasm prints."""
+    instructions: list[str] = []
+    labels: dict[str, int] = {}
+    loops: list[range] = []
+    for line in text.splitlines():
+        if label := re.match(r"\s*(\.L_\w+):", line):
+            labels[label[1]] = len(instructions)
+        elif instruction := re.match(r"\s*/\*[0-9a-f]{4,}\*/\s+([^;]*);", line):
+            if (jump := re.search(r"\bBRA\b.*`\((\.L_\w+)\)", instruction[1])) and jump[1] in labels:
+                loops.append(range(labels[jump[1]], len(instructions)))
+            instructions.append(instruction[1])
 
+    def count(pattern: str, among: Iterable[str] = instructions) -> int:
+        return sum(re.search(pattern, instruction) is not None for instruction in among)
 
-def compile_launch(case: Case, launch: Launch) -> Report:
-    """Compile one recorded launch for the case's target."""
-    signature, constants, attributes = _specialise(launch)
-    options = {name: launch.meta[name] for name in ("num_warps", "num_stages")}
-    shapes = {k: v for k, v in launch.meta.items() if k.startswith("BLOCK_") or k in options}
-    report = Report(
-        launch.kernel.__name__,
-        case.target,
-        case.dtype,
-        case.channels,
-        case.label,
-        " ".join(f"{k.removeprefix('BLOCK_').lower()}={v}" for k, v in shapes.items()),
-        *(0, 0, 0, 0, None),
+    inside = {index for loop in loops if count(_PRODUCT, (instructions[i] for i in loop)) for index in loop}
+    main = [instructions[index] for index in sorted(inside)]
+    return Code(
+        local=count(r"\b(LDL|STL)\b"),
+        wgmma=count(r"\bHGMMA\b", main or instructions),
+        waits=count(r"\bWARPGROUP\.DEPBAR\.LE gsb0, 0x0\b", main or instructions),
+        narrow=count(r"\b(LDG|STG|LDGSTS)\.\S*\b[US](16|8)\b", main),
     )
-    target = GPUTarget("cuda", int(case.target.removeprefix("sm_")), 32)
+
+
+def compile_job(one: Job) -> Report:
+    """Compile and read one kernel."""
+    major, minor = one.card.capability
+    kernel = getattr(importlib.import_module(one.module), one.kernel)
     try:
-        source = ASTSource(launch.kernel, signature, constants, attributes)
-        compiled = triton.compile(source, target=target, options=options | OPTIONS)
-        registers, stack = _resources(compiled.asm["cubin"])
+        source = ASTSource(kernel, one.signature, one.constants, one.attributes)
+        compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=one.options)
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(compiled.asm["cubin"])
+            file.flush()
+            registers, stack = _resources(file.name)
+            code = read_code(_run_tool("nvdisasm", "-c", file.name))
     except Exception as error:
         # a compiler's message can be pages long
-        return report._replace(error=f"{type(error).__name__}: {str(error).strip()[:300]}")
-    return report._replace(
-        shared=compiled.metadata.shared,
-        registers=registers,
-        spill_bytes=stack,
-        tensor_memory=getattr(compiled.metadata, "tmem_size", None) or 0,
-    )
+        return Report(one, error=f"{type(error).__name__}: {str(error).strip()[:300]}")
+    columns = getattr(compiled.metadata, "tmem_size", None) or 0
+    return Report(one, compiled.metadata.shared, registers, stack, columns, code)
 
 
-def _compile_nth(work: tuple[Callable[[], list[Case]], int, int]) -> Report:
-    cases, case_index, launch_index = work
-    case = cases()[case_index]
-    return compile_launch(case, launches(case)[launch_index])
-
-
-def compile_all(cases: Callable[[], list[Case]], processes: int | None = None) -> Iterator[Report]:
-    """Compile every distinct launch of `cases()`, which must be picklable, in parallel processes."""
-    work = []
-    seen = set()
-    for case_index, case in enumerate(cases()):
-        for launch_index, launch in enumerate(launches(case)):
-            signature, constants, attributes = _specialise(launch)
-            options = (launch.meta["num_warps"], launch.meta["num_stages"])
-            key = (case.target, launch.kernel.__name__, str(signature), str(constants), str(attributes), options)
-            if key not in seen:
-                seen.add(key)
-                work.append((cases, case_index, launch_index))
+def compile_all(work: Sequence[Job], processes: int | None = None) -> Iterator[Report]:
+    """Compile in parallel processes; reports come in the order of `work`."""
     context = multiprocessing.get_context("spawn")
-    count = processes or os.cpu_count() or 1
+    count = processes or len(os.sched_getaffinity(0))
     with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
-        yield from pool.map(_compile_nth, work)
-
-
-def _meta(*shape: int, dtype: torch.dtype) -> Tensor:
-    return torch.empty(shape, dtype=dtype, device="meta")
-
-
-def attention_case(target: str, dtype: str, batch: int, channels: int, side: int, variant: str) -> Case:
-    """The attention block on [batch, channels, side, side], forward (with the attended map) and backward."""
-
-    def run() -> None:
-        features = _meta(batch, channels, side, side, dtype=DTYPES[dtype])
-        weight = _meta(channels, 2 * channels, 1, 1, dtype=DTYPES[dtype])
-        bias = _meta(channels, dtype=DTYPES[dtype])
-        out, attended, stats = attention.attention_block_forward(features, weight, bias, variant, save_attended=True)
-        assert attended is not None
-        attention.attention_block_backward(out, features, attended, stats, weight, variant)
-
-    return Case(f"block {variant} b{batch} {side}x{side}", target, dtype, channels, run)
-
-
-def merge_case(target: str, dtype: str, tanh: bool) -> Case:
-    """Both merges at 256x256, forward and backward."""
-
-    def run() -> None:
-        image = _meta(1, 3, 256, 256, dtype=DTYPES[dtype])
-        mask = _meta(1, 1, 256, 256, dtype=DTYPES[dtype])
-        grad = merge_concat.merge_concat_forward(image, image, mask, tanh=tanh)
-        merge_concat.merge_concat_backward(grad, image, image, mask, tanh=tanh)
-        merge_concat.merge_forward(image, image, mask, tanh=tanh)
-        merge_concat.merge_backward(image, image, image, mask, tanh=tanh)
-
-    return Case("merge tanh" if tanh else "merge", target, dtype, 3, run)
-
-
-def conv_case(target: str, dtype: str, batch: int, name: str, overlap: bool = False) -> Case:
-    """A convolution of the engine, NETWORK_CONVS[name], with the block shapes it would run with on `target`."""
-    step, side, has_residual, stores = NETWORK_CONVS[name]
-    size = 2 * side if step.transposed else side // step.stride
-    work = step.work(batch, (side, side), (size, size), (0, size, 0, size))
-
-    def run() -> None:
-        element = DTYPES[dtype]
-        kind = configs.config_kind(element, "tf32" if dtype == "tf32" else "ieee")
-        generation, num_sms = configs.device_generation(torch.device("meta"))
-        tile = conv_configs.pick_tile(work, kind, generation, num_sms)
-        full = torch.float32
-        out = _meta(batch, size, size, step.out_channels, dtype=element)
-        merge = None
-        if step.merges:
-            picture, raw = _meta(batch, size, size, 4, dtype=element), _meta(batch, 3, size, size, dtype=full)
-            merge = conv.Merge(raw, _meta(batch, 1, size, size, dtype=full), raw, picture, False)
-        pair = (step.in_channels, step.out_channels)[:: 1 if step.transposed else -1]
-        conv.conv_forward(
-            step,
-            _meta(batch, side, side, step.in_channels, dtype=element),
-            step.pack(_meta(*pair, step.kernel, step.kernel, dtype=element)),
-            _meta(step.out_channels, dtype=full),
-            (conv.Store(out, "leaky_relu"), conv.Store(out, "relu"))[:stores],
-            tile,
-            size=(size, size),
-            residual=out if has_residual else None,
-            merge=merge,
-            overlap=overlap,
-            partial=_meta(tile.splits * work.all_rows * work.columns, dtype=full) if tile.splits > 1 else None,
-        )
-
-    return Case(f"conv {name} b{batch}{' overlapped' if overlap else ''}", target, dtype, step.in_channels, run)
-
-
-def network_cases(
-    targets: Sequence[str],
-    works: Sequence[tuple[str, str, int]],
-    channels: Sequence[int] = tuple(NETWORK_SHAPES),
-    convs: Sequence[str] = tuple(NETWORK_CONVS),
-) -> list[Case]:
-    """The network's attention blocks and merges, and the engine's convolutions.
-
-    Args:
-        targets: such as "sm_90".
-        works: (dtype name, variant, batch) of the attention blocks.
-        channels: head sizes, keys of NETWORK_SHAPES.
-        convs: keys of NETWORK_CONVS, each in the dtypes and for the batches of `works`.
-    """
-    cases = []
-    for target in targets:
-        for dtype, variant, batch in works:
-            cases += [attention_case(target, dtype, batch, size, NETWORK_SHAPES[size], variant) for size in channels]
-        cases += [merge_case(target, "float16", tanh) for tanh in (False, True)]
-        for dtype, batch in dict.fromkeys((dtype, batch) for dtype, _, batch in works):
-            cases += [conv_case(target, dtype, batch, name) for name in convs]
-            if target in OVERLAPPING:
-                cases += [
-                    conv_case(target, dtype, batch, name, True) for name in convs if name in ("e6", "d6", "block")
-                ]
-    return cases
+        yield from pool.map(compile_job, work)

@@ -47,7 +47,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import SHARED_LIMITS, Config, config_kind, device_generation, num_splits, pick
+from .cards import SHARED_LIMITS
+from .configs import Config, config_kind, device_generation, num_splits, pick
 from .launch import (
     MAX_GRID,
     device_guard,
@@ -1100,6 +1101,8 @@ def _forward(
         )
         if splits > 1:
             merge = pick("merge", generation, kind, channels, batch * positions)
+            if splits * merge.block_m > 128:  # addresses of that many rows would spill registers
+                merge = merge._replace(block_m=16)
             flags["COMBINE"] = combine
             flags["ATTENDED"] = attended is not None
             num_blocks = triton.cdiv(positions, merge.block_m)
@@ -1325,6 +1328,8 @@ def _backward(
             F_FLAT=is_flat(features),
             R_FLAT=direct is None or is_flat(direct),
             O_FLAT=is_flat(df),
+            # ptxas may spill registers to fit more programs on a multiprocessor; on an H100 it does not
+            **({} if generation == "sm_90" else {"maxnreg": 255}),
             **rows,
         )
     return df

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .cards import SHARED_LIMITS, generation_of
 from .conv_tables import INFERENCE
 from .launch import is_interpreted
 from .tables import TABLES
@@ -58,9 +59,6 @@ class Inference(NamedTuple):
     max_splits: int = 8
 
 
-SHARED_LIMITS = {"interpreted": 1 << 30, "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
-"""Bytes of shared memory a block may use (CUDA C++ Programming Guide, technical specifications per capability)."""
-
 _assumed: ContextVar[tuple[str, int] | None] = ContextVar("lgnet_fast_assumed_generation", default=None)
 
 _overrides: ContextVar[dict[str, Any]] = ContextVar("lgnet_fast_config_overrides", default={})  # noqa: B039
@@ -87,15 +85,6 @@ def override(op: str, config: Config | Inference) -> Iterator[None]:
         yield
     finally:
         _overrides.reset(token)
-
-
-def generation_of(major: int, minor: int) -> str:
-    """The table for a compute capability.
-
-    8.6, 8.9 and 12.x have the least shared memory of all (99 KiB a block): theirs serves whatever has no table too.
-    """
-    name = f"sm_{major}{minor}" if major == 8 else f"sm_{major}0"
-    return name if name in TABLES else "sm_89"
 
 
 @functools.lru_cache(maxsize=64)

@@ -732,8 +732,6 @@ def can_overlap(device: torch.device) -> str | None:
         return "only GPUs overlap launches"
     if torch.cuda.get_device_capability(device) < (9, 0):
         return "compute capability below 9.0"
-    if not hasattr(tl.extra.cuda, "gdc_wait"):
-        return "triton 3.4 or newer is needed"
     return None
 
 
@@ -885,6 +883,8 @@ def conv_forward(
             BLOCK_K=tile.block_k,
             num_warps=tile.num_warps,
             num_stages=tile.num_stages,
+            # ptxas may spill registers of large accumulators to fit one more program on a multiprocessor
+            **({"maxnreg": 255} if fused and tile.block_m * tile.block_n >= 2048 * tile.num_warps else {}),
             **constants,
             **common,
         )

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import triton
 
-from .configs import SHARED_LIMITS
+from .cards import SHARED_LIMITS, card_for
 from .conv_tables import TUNED
 
 MAX_SPLITS = 64
@@ -58,26 +58,6 @@ class Work(NamedTuple):
         return tuple(taps * -(-self.in_channels // block_k) for taps in self.taps)
 
 
-class Card(NamedTuple):
-    """What the estimate needs to know of a GPU.
-
-    macs: multiply-accumulates a second on the tensor cores (16 bit), dense. l2 and memory: bytes a second.
-    """
-
-    num_sms: int
-    macs: float
-    l2: float
-    memory: float
-
-
-CARDS = {
-    "sm_80": Card(108, 140e12, 4.0e12, 1.4e12),
-    "sm_89": Card(128, 80e12, 3.5e12, 0.9e12),
-    "sm_90": Card(132, 399e12, 5.5e12, 3.0e12),
-    "sm_100": Card(148, 800e12, 8.0e12, 7.0e12),
-}
-"""Sustained figures: H100 measured, the others from data sheets, less a fifth."""
-
 LAUNCH_SECONDS = 2.0e-6
 """Start, drain and dependency of one kernel within a graph."""
 # A program's way from its start to its first product, and each further step's fixed part.
@@ -99,9 +79,9 @@ def programs(work: Work, tile: Tile) -> int:
 
 def estimate(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -> float:
     """Seconds of the launch (two launches where the depth is split)."""
-    card = CARDS.get(generation, CARDS["sm_90"])
+    card = card_for(generation, num_sms)
     element = 4 if kind in ("tf32", "ieee") else 2
-    rate = card.macs / num_sms * {"half": 1.0, "tf32": 0.5, "ieee": 0.06}[kind]
+    rate = card.macs / card.num_sms * {"half": 1.0, "tf32": 0.5, "ieee": 0.06}[kind]
     # narrow blocks leave the tensor cores waiting for shared memory
     area = tile.block_m * tile.block_n
     rate *= _EFFICIENCY * min(1.0, (area / (128 * 128)) ** 0.5)

@@ -1,77 +1,203 @@
-"""Default configurations compile for GPUs that are not here: shared memory within the limit, no spills in 16 bit."""
+"""The kernels compiled for GPUs that are not here: a part of what `make aot` compiles, and what its report sees."""
 
 from __future__ import annotations
 
-import functools
+import random
+import subprocess
+from typing import Any
 
 import pytest
 
 pytest.importorskip("triton")
 
-from lgnet_fast.kernels import aot, configs
-from lgnet_fast.kernels.launch import is_interpreted
+from lgnet_fast.kernels import aot, cards, configs
+from lgnet_fast.kernels.cards import CARDS
+from lgnet_fast.kernels.launch import is_interpreted, record
+from lgnet_fast.kernels.precompile import distinct
+from lgnet_fast.kernels.tables import TABLES
+
+from bench import aot_report
+from lgnet_fast import kernels
+from lgnet_fast.engine.regions import Rect
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="Triton runs interpreted: nothing is compiled")
 
-TARGETS = ("sm_80", "sm_90")
-SIXTEEN_BIT = functools.partial(aot.network_cases, TARGETS, (("float16", "released", 1),), (128, 256, 512), convs=())
-# whole batches take the path without splits
-OTHERS = functools.partial(
-    aot.network_cases,
-    TARGETS[1:],
-    (("float16", "released", 16), ("bfloat16", "paper", 16), ("float32", "released", 16)),
-    (128,),
-    convs=(),
-)
-CONVS = functools.partial(aot.network_cases, TARGETS[1:], (("float16", "released", 1),), ())
+
+def network_jobs() -> list[aot.Job]:
+    """A run of LGNet in float16 on an H100."""
+    return aot.jobs([aot.engine_case(CARDS["H100"], "lgnet", "float16", 1, False)])
 
 
-ALSO_IN_AOT = pytest.mark.slow(reason="`make aot` compiles these too")
+def training_jobs() -> list[aot.Job]:
+    """The largest blocks of LGNet, and the merges."""
+    return aot.jobs(
+        [
+            aot.attention_case(CARDS["H100"], "float16", 1, 128, 64, "released"),
+            aot.attention_case(CARDS["H100"], "bfloat16", 16, 128, 64, "paper"),
+            aot.attention_case(CARDS["H100"], "float16", 16, 512, 16, "released"),
+            aot.attention_case(CARDS["A100"], "float16", 16, 128, 64, "released"),
+            aot.attention_case(CARDS["RTX 4090"], "float16", 1, 128, 64, "released"),
+            aot.merge_case(CARDS["H100"], "float16", 1, True),
+        ]
+    )
+
+
+def split_jobs() -> list[aot.Job]:
+    """What adds partial results: the more multiprocessors a card has, the more of them, in little shared memory."""
+    names = ("RTX 4090", "L40S", "RTX 5090", "RTX PRO 6000")
+    works = [(CARDS[name], dtype) for name in names for dtype in ("float16", "tf32")]
+    cases = [aot.attention_case(card, dtype, 1, 128, 64, "released") for card, dtype in works]
+    cases += [aot.inference_case(CARDS[name], "float16", 1, 128, 64, "released") for name in names]
+    wanted = ("_attn_merge_kernel", "_attn_weigh_kernel", "_attn_sum_kernel")
+    return [job for job in aot.jobs(cases) if job.kernel in wanted]
 
 
 @pytest.mark.parametrize(
-    ("cases", "targets", "kernels"),
+    ("make", "wanted"),
     [
-        (SIXTEEN_BIT, TARGETS, {"_attn_prep_kernel", "_attn_fwd_kernel", "_attn_merge_kernel", "_merge_fwd_kernel"}),
+        (network_jobs, {"_conv_kernel", "_attn_project_kernel", "_attn_weigh_kernel", "_attn_sum_kernel"}),
         pytest.param(
-            OTHERS,
-            TARGETS[1:],
-            {"_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"},
-            marks=ALSO_IN_AOT,
+            training_jobs,
+            {"_attn_prep_kernel", "_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"},
+            marks=pytest.mark.slow(reason="`make aot` compiles these too"),
         ),
-        pytest.param(CONVS, TARGETS[1:], {"_conv_kernel"}, marks=ALSO_IN_AOT),
+        (split_jobs, {"_attn_merge_kernel", "_attn_weigh_kernel", "_attn_sum_kernel"}),
     ],
-    ids=["float16", "others", "convs"],
 )
-def test_default_configurations_compile(
-    cases: functools.partial[list[aot.Case]], targets: tuple[str, ...], kernels: set[str]
-) -> None:
-    reports = list(aot.compile_all(cases))
-    assert {report.target for report in reports} == set(targets)
-    assert kernels <= {report.kernel for report in reports}
-    broken = [f"{report}: {report.violation()}" for report in reports if report.violation() is not None]
+def test_kernels_compile_within_each_card(make: Any, wanted: set[str]) -> None:
+    reports = list(aot.compile_all(make()))
+    assert wanted <= {report.job.kernel for report in reports}
+    broken = [
+        f"{report.job.card.name} {report.job.kernel} {report.job.label} {report.job.config}: {violation}"
+        for report in reports
+        for violation in report.violations()
+    ]
     assert not broken, "\n".join(broken)
     assert all(0 < report.registers <= 255 for report in reports)
+    if make is network_jobs:  # the reader of the machine code finds what it counts
+        assert sum(report.code.wgmma > 0 for report in reports) >= 10
+
+
+def test_too_much_shared_memory_is_reported() -> None:
+    card = CARDS["RTX 4090"]
+    case = aot.inference_case(card, "float16", 1, 128, 64, "released")
+    with configs.assume_generation(card.generation, card.num_sms):
+        config = configs.pick_inference(card.generation, "half", 128, 4096, 1, card.num_sms)
+    with configs.override("inference", config._replace(block_n=64, num_stages=4)):
+        (job,) = (job for job in aot.jobs([case]) if job.kernel == "_attn_weigh_kernel")
+    report = aot.compile_job(job)
+    assert report.shared > 101376
+    assert report.violations() == [f"shared memory {report.shared} > 101376"]
+
+
+SERIALISED = """
+.L_x_1:
+        /*0100*/                   LDGSTS.E.BYPASS.128 [R2], desc[UR4][R4.64] ;
+        /*0110*/                   HGMMA.64x128x16.F32 R24, gdesc[UR8], R24, gsb0 ;
+        /*0120*/                   WARPGROUP.DEPBAR.LE gsb0, 0x0 ;
+        /*0130*/                   LDG.E.U16 R3, desc[UR4][R6.64] ;
+        /*0140*/                   STG.E.128 desc[UR4][R6.64], R8 ;
+        /*0150*/              @!P0 BRA `(.L_x_1) ;
+        /*0160*/                   STG.E.U16 desc[UR4][R6.64], R3 ;
+        /*0170*/                   STL.64 [R1], R2 ;
+.L_x_2:
+        /*0180*/                   BRA `(.L_x_2) ;
+"""
+
+
+def test_what_the_machine_code_shows() -> None:
+    code = aot.read_code(SERIALISED)
+    assert code == aot.Code(local=1, wgmma=1, waits=1, narrow=1)
+    (job, *_) = aot.jobs([aot.merge_case(CARDS["H100"], "float16", 1, True)])
+    assert aot.Report(job, code=code).violations() == [
+        "serialised: 1 waits for 1 matrix products",
+        "1 accesses of local memory",
+        "1 loads or stores of 16 bits in a main loop",
+    ]
+    assert aot.Report(job, stack=8).violations() == ["8 bytes of spills"]
+    assert aot.Report(job, error="CompilationError: x").violations() == ["CompilationError: x"]
+    assert aot.Report(job, code=aot.Code(0, 4, 2, 0)).violations() == []
+    # float32 may spill, as its products run without tensor cores
+    assert aot.Report(job._replace(dtype="float32"), stack=8, code=aot.Code(1, 0, 0, 0)).violations() == []
+
+
+@pytest.mark.parametrize("codes", [(0, 0), (0, 1), (1, 0)])
+def test_the_report_fails_where_one_triton_fails(monkeypatch: pytest.MonkeyPatch, codes: tuple[int, int]) -> None:
+    calls: list[tuple[Any, str]] = []
+
+    def run(command: list[str], *, env: str, check: bool) -> subprocess.CompletedProcess[bytes]:
+        calls.append((command[2:], env))
+        return subprocess.CompletedProcess(command, codes[len(calls) - 1])
+
+    monkeypatch.setattr(subprocess, "run", run)
+    monkeypatch.setattr(aot_report, "environment", lambda version: version)
+    assert aot_report.main(["--card", "L4"]) == max(codes)
+    assert calls == [(["--here", "--card", "L4"], version) for version in ("3.6.0", "newest")]
+
+
+def test_older_triton_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert kernels.missing() is None
+    monkeypatch.setattr("triton.__version__", "3.5.1")
+    assert kernels.missing() == "triton 3.5.1 is installed, 3.6 or newer is needed"
+
+
+def test_a_kernel_that_does_not_compile_is_reported() -> None:
+    (job, *_) = aot.jobs([aot.merge_case(CARDS["A100"], "float16", 1, True)])
+    report = aot.compile_job(job._replace(signature={**job.signature, "height": "nonsense"}))
+    assert report.error is not None
+    assert report.violations() == [report.error]
+
+
+def test_jobs_have_no_duplicates() -> None:
+    one = aot.engine_case(CARDS["H100"], "lgnet", "float16", 1, False)
+    jobs = aot.jobs([one])
+    assert 30 < len(jobs) < len(aot.launches(one))
+    # the same multiprocessors, the same kernels
+    assert aot.jobs([one, one._replace(card=CARDS["H200"])]) == jobs
+    # more multiprocessors of the same kind: some kernels are shared
+    single, both = (
+        {
+            (job.kernel, str(job.constants), str(job.options))
+            for job in aot.jobs([one._replace(card=CARDS[name]) for name in names])
+        }
+        for names in (("L4",), ("L4", "RTX 4090"))
+    )
+    assert single < both
 
 
 def test_shapes_specialised_to_one_compile() -> None:
     """Sizes of 1 become constants in Triton."""
-    for variant in ("released", "paper"):
-        case = aot.attention_case("sm_90", "float16", 1, 1, 1, variant)
-        for launch in aot.launches(case):
-            report = aot.compile_launch(case, launch)
-            assert report.violation() is None, report
+    cases = [aot.attention_case(CARDS["H100"], "float16", 1, 1, 1, variant) for variant in ("released", "paper")]
+    for job in aot.jobs(cases):
+        report = aot.compile_job(job)
+        assert report.error is None
+        assert report.stack == 0
+
+
+def test_random_holes_share_their_kernels() -> None:
+    card = CARDS["H100"]
+    rng = random.Random(0)
+    with configs.assume_generation(card.generation, card.num_sms), record() as recorded:
+        executor = aot.executor("lgnet", "float16", 1)
+        executor.launch_all(None)
+        for _ in range(40):
+            height, width = rng.randint(16, 128), rng.randint(16, 128)
+            top, left = rng.randint(0, 256 - height), rng.randint(0, 256 - width)
+            executor.launch_all([Rect(top, top + height, left, left + width)])
+    assert len(recorded) > 40 * 37  # each hole has launched the whole network
+    assert 40 < len(distinct(recorded)) <= 120
 
 
 def test_every_configuration_is_there() -> None:
-    for generation in ("sm_80", "sm_89", "sm_90", "sm_100"):
-        with configs.assume_generation(generation):
-            for op in ("forward", "merge", "backward_dq", "backward_dkv"):
-                for kind in ("half", "tf32", "ieee"):
-                    for channels in (1, 64, 65, 128, 200, 512):
-                        for positions in (1, 10**7):
-                            configs.pick(op, generation, kind, channels, positions)
-            configs.pick("rows", generation, "any", 512, 1)
+    assert set(TABLES) == {"interpreted", *cards.GENERATIONS}
+    for card in CARDS.values():
+        assert card.generation in cards.GENERATIONS
+        for op in ("forward", "merge", "backward_dq", "backward_dkv"):
+            for kind in ("half", "tf32", "ieee"):
+                for channels in (1, 64, 65, 128, 200, 512):
+                    for positions in (1, 10**7):
+                        configs.pick(op, card.generation, kind, channels, positions)
+        configs.pick("rows", card.generation, "any", 512, 1)
 
 
 @pytest.mark.parametrize(
@@ -88,4 +214,11 @@ def test_every_configuration_is_there() -> None:
     ],
 )
 def test_generation_of_capability(capability: tuple[int, int], generation: str) -> None:
-    assert configs.generation_of(*capability) == generation
+    assert cards.generation_of(*capability) == generation
+
+
+def test_nearest_card() -> None:
+    assert cards.card_for("sm_89", 60).name == "L4"
+    assert cards.card_for("sm_89", 188).name == "RTX PRO 6000"
+    assert cards.card_for("sm_90", 114).name == "H100"
+    assert cards.card_for("interpreted", 4).name == "H100"
