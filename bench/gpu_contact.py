@@ -1,10 +1,10 @@
 """The first minutes on a GPU: does every step compute what it should, and where does the time go?
 
-    python bench/gpu_contact.py RESULTS [--dtype float16]
-                                [--batch 1] [--minutes 5] [--sections compile,buffers,...]
+    python bench/gpu_contact.py RESULTS [--model lgnet] [--dtype float16] [--batch 1] [--minutes 5]
+                                [--sections compile,buffers,...]
 
-Each figure is written to RESULTS/contact_<dtype>_b<batch>.jsonl as it comes, one JSON object a line, so that a run
-that is cut off leaves what it measured.
+Each figure is written to RESULTS/contact_<model>_<dtype>_b<batch>.jsonl as it comes, one JSON object a line, so that
+a run that is cut off leaves what it measured.
 
 =========  ==========================================================================================================
 compile    every kernel of the dense plan, in parallel processes
@@ -213,11 +213,11 @@ def time_graph(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log,
         )
 
 
-def time_steps(plan: Any, dtype: torch.dtype, choices: dict[str, Any], overlap: bool, log: Log) -> None:
+def time_steps(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log) -> None:
     """Graphs of the first k steps; a step's time is the difference."""
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
-    executor = CudaExecutor(plan, dtype, choices=choices, overlap=overlap, graphs=False)
+    executor = CudaExecutor(plan, dtype, choices=choices, graphs=False)
     image, mask = picture(plan.batch)
     executor.run(image, mask)
     launches = executor._launches(executor.memory, None, False)
@@ -230,7 +230,7 @@ def time_steps(plan: Any, dtype: torch.dtype, choices: dict[str, Any], overlap: 
     before = 0.0
     chosen = executor.choices
     for name, total in zip(names, best):
-        log("steps", step=name, us=total - before, until_us=total, overlap=overlap, tile=chosen.get(name, ""))
+        log("steps", step=name, us=total - before, until_us=total, tile=chosen.get(name, ""))
         before = total
 
 
@@ -300,10 +300,10 @@ def _guess(work: Any, tile: Any, num_sms: int) -> float:
 class Contest:
     """One step with many tiles."""
 
-    def __init__(self, plan: Any, dtype: torch.dtype, overlap: bool) -> None:
+    def __init__(self, plan: Any, dtype: torch.dtype) -> None:
         from lgnet_fast.engine.cuda_executor import CudaExecutor
 
-        self.executor = CudaExecutor(plan, dtype, overlap=overlap, graphs=False)
+        self.executor = CudaExecutor(plan, dtype, graphs=False)
         self.plan = plan
 
     def launch(self, number: int, tile: Any, weights: Any = None) -> Callable[[], None]:
@@ -331,15 +331,13 @@ class Contest:
         return median_us(graph.replay, 7) / LAUNCHES
 
 
-def tune_convs(
-    plan: Any, dtype: torch.dtype, overlap: bool, log: Log, deadline: float, tried: int
-) -> dict[str, tuple[Any, float]]:
+def tune_convs(plan: Any, dtype: torch.dtype, log: Log, deadline: float, tried: int) -> dict[str, tuple[Any, float]]:
     """step -> (fastest right tile, microseconds) of every distinct product."""
     from lgnet_fast.kernels.launch import record
     from lgnet_fast.kernels.precompile import compile_all
 
     num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    contest = Contest(plan, dtype, overlap)
+    contest = Contest(plan, dtype)
     executor = contest.executor
     kind, generation, _ = executor._target()
     groups: dict[Any, list[int]] = {}
@@ -609,7 +607,6 @@ def main() -> int:
     dtype = getattr(torch, args.dtype)
     model, plan = model_and_plan(args.model, args.batch)
     choices: dict[str, Any] = {}
-    overlap = False
     if "compile" in sections:
         for flag in (False, True) if properties.major >= 9 else (False,):
             launches = recorded(CudaExecutor(plan, dtype, overlap=flag, graphs=False))
@@ -621,14 +618,14 @@ def main() -> int:
     if "graph" in sections:
         time_graph(plan, dtype, choices, log, "shipped")
     if "steps" in sections:
-        time_steps(plan, dtype, choices, overlap, log)
+        time_steps(plan, dtype, choices, log)
     if "attention" in sections:
         tune_attention(plan, dtype, log, deadline)
     if "convs" in sections:
-        best = tune_convs(plan, dtype, overlap, log, deadline - 30, args.tried)
+        best = tune_convs(plan, dtype, log, deadline - 30, args.tried)
         choices = {name: tile for name, (tile, _) in best.items()}
         time_graph(plan, dtype, choices, log, "tuned convolutions")
-        time_steps(plan, dtype, choices, overlap, log)
+        time_steps(plan, dtype, choices, log)
     if "peers" in sections:
         peers(model, plan, dtype, log)
     return 0

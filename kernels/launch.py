@@ -48,7 +48,7 @@ _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _COMPILED_KEPT = 4096
 
 
-def _specialisation(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
+def specialisation(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
     """What decides which compiled form of `kernel` serves `args`."""
     key: list[Any] = []
     for parameter, value in zip(kernel.params, args):
@@ -73,7 +73,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
     if is_interpreted():
         kernel[grid](*args, **meta, **OPTIONS)
         return
-    key = (kernel, torch.cuda.current_device(), *meta.values(), *_specialisation(kernel, args))
+    key = (kernel, torch.cuda.current_device(), *meta.values(), *specialisation(kernel, args))
     found = _compiled.get(key)
     if found is not None:
         compiled, constants = found

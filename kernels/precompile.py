@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import OPTIONS, Launch
+from .launch import OPTIONS, Launch, specialisation
 
 WORKER_BYTES = 2 << 30
 """Host memory that one compiling process may need."""
@@ -58,22 +58,12 @@ def task(launch: Launch) -> Task:
     return Task(launch.kernel.__module__, launch.kernel.__name__, launch.grid, args, tuple(launch.meta.items()))
 
 
-def _key(task: Task, kernel: Any) -> tuple[Any, ...]:
-    """Equal for launches of one compiled kernel."""
-    args = []
-    for parameter, value in zip(kernel.params, task.args, strict=False):
-        if isinstance(value, int) and not isinstance(value, bool):
-            value = "int" if parameter.do_not_specialize else (value == 1, value % 16 == 0)
-        args.append(value)
-    return (task.module, task.kernel, tuple(args), task.meta)
-
-
 def distinct(launches: Sequence[Launch]) -> list[Task]:
     """The tasks of `launches`, one for each kernel that has to be compiled."""
     found: dict[tuple[Any, ...], Task] = {}
     for launch in launches:
-        one = task(launch)
-        found.setdefault(_key(one, launch.kernel), one)
+        key = (launch.kernel, *launch.meta.items(), *specialisation(launch.kernel, launch.args))
+        found.setdefault(key, task(launch))
     return list(found.values())
 
 
