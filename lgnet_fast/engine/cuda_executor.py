@@ -24,6 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .arena import plan_arena
+from .deep import group_launch, make_groups
 from .graphs import Program, Recent, is_capturing
 from .plan import PICTURE, Plan, Step, View
 from .regions import Rect, join
@@ -31,6 +32,7 @@ from .regions import Rect, join
 if TYPE_CHECKING:
     from lgnet_fast.kernels.conv import Conv
     from lgnet_fast.kernels.conv_configs import Tile
+    from lgnet_fast.kernels.deep import DeepGroup
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -148,6 +150,8 @@ class CudaExecutor:
         graphs: replay by CUDA graph.
         overlap: let a step's launch start, and fetch its weights, while the one before still runs (Hopper and newer).
         clone_outputs: return copies. Else results are overwritten by the next call.
+        deep_rows: consecutive steps of at most so many outputs a phase share a launch where they can (Hopper, dense
+            runs); None: as measured, 0: none.
     """
 
     def __init__(
@@ -160,6 +164,7 @@ class CudaExecutor:
         graphs: bool = True,
         overlap: bool = False,
         clone_outputs: bool = True,
+        deep_rows: int | None = None,
     ) -> None:
         self.dtype = dtype
         self.device = plan.steps[0].weight.device if device is None else torch.device(device)
@@ -167,7 +172,8 @@ class CudaExecutor:
             raise RuntimeError(reason)
         self._chosen = dict(choices or {})
         self._graphs, self._clone = graphs, clone_outputs
-        self._overlap = overlap
+        self._overlap, self._deep_rows = overlap, deep_rows
+        self._deep_packs: dict[tuple[str, Any], Tensor] = {}
         if overlap and (reason := self._overlap_reason()) is not None:
             raise RuntimeError(f"overlap: {reason}")
         with torch.inference_mode(False):
@@ -199,6 +205,7 @@ class CudaExecutor:
         other.dtype, other.device, other._chosen = self.dtype, self.device, self._chosen
         other._graphs, other._clone, other._weights = self._graphs, self._clone, self._weights
         other._overlap, other._packed = self._overlap, self._packed
+        other._deep_rows, other._deep_packs = self._deep_rows, self._deep_packs
         other._build(plan.without_weights())
         return other
 
@@ -271,6 +278,7 @@ class CudaExecutor:
         self.plan = plan
         self._dense_macs = plan.total_macs()
         self._lock = threading.Lock()
+        self._groups: dict[int, DeepGroup] | None = None
         self._own: Memory | None = None
         self._regions: Recent[tuple[tuple[Rect, ...], ...] | None] = Recent(4 * GRAPHS_KEPT)
         self._programs: Recent[Program] = Recent(GRAPHS_KEPT, self._drop)
@@ -365,9 +373,25 @@ class CudaExecutor:
                 self._overlap,
             )
         ]
-        for number in range(len(self.plan.steps)):
-            launches += self.step_launches(memory, number, None if regions is None else regions[number])
+        groups = {} if regions is not None else self._deep_groups()
+        number = 0
+        while number < len(self.plan.steps):
+            if number in groups:
+                launches.append(group_launch(self.plan, number, groups[number], memory.view)[0])
+                number += len(groups[number].layers)
+            else:
+                launches += self.step_launches(memory, number, None if regions is None else regions[number])
+                number += 1
         return launches
+
+    def _deep_groups(self) -> dict[int, DeepGroup]:
+        """First step -> the steps from there on that run in one launch (see :mod:`.deep`)."""
+        if self._groups is None and self.device.type == "cuda" and not is_capturing(self.device):
+            from lgnet_fast.kernels.deep import MEASURED_ROWS
+
+            rows = MEASURED_ROWS.get(self._target()[0], 0) if self._deep_rows is None else self._deep_rows
+            self._groups = make_groups(self.plan, self._weights, self._deep_packs, rows) if rows else {}
+        return self._groups or {}
 
     def launches_by_step(self, painted: bool) -> list[tuple[str, Launch]]:
         """A dense run as (step's name, its launches), "paint" before the first step; for checks in between."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,6 +17,9 @@ from ..reference.attention import attention_block
 from .cuda_executor import CudaExecutor, Launch, Memory, _activate_, _Weights, describe
 from .plan import PICTURE, Plan, Step
 from .regions import Rect
+
+if TYPE_CHECKING:
+    from lgnet_fast.kernels.deep import DeepGroup
 
 PAINT = "paint"
 """Name of what comes before a plan's first step: painting the hole, copying the picture."""
@@ -77,6 +81,9 @@ class LibraryExecutor(CudaExecutor):
 
     def _bucketed(self, regions: Sequence[tuple[Rect, ...]] | None) -> None:
         return None
+
+    def _deep_groups(self) -> dict[int, DeepGroup]:
+        return {}
 
     def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:
         """One step's launches, everywhere."""

@@ -1,0 +1,152 @@
+"""Machine code of CUDA C++ kernels, loaded and launched by NVIDIA's driver interface: users need no compiler.
+
+A cubin lies beside this file, written by ``make cubin`` where nvcc is. Launches go to PyTorch's current stream, into
+a graph that is being captured too.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_CLUSTER, _COOPERATIVE, _PROGRAMMATIC = 4, 2, 6  # CUlaunchAttributeID
+_STATIC_SHARED, _MAX_DYNAMIC_SHARED = 1, 8  # CUfunction_attribute
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("gridX", "gridY", "gridZ", "blockX", "blockY", "blockZ", "sharedBytes")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    ]
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute: `value` is a union of 64 bytes."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    return ctypes.CDLL("libcuda.so.1")
+
+
+def call(name: str, *arguments: Any) -> None:
+    """A function of the driver.
+
+    Raises:
+        OSError: there is no driver.
+        RuntimeError: it reports an error.
+    """
+    code = getattr(_library(), name)(*arguments)
+    if code:
+        text = ctypes.c_char_p()
+        _library().cuGetErrorString(code, ctypes.byref(text))
+        raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+
+
+def _make_current(device: int) -> None:
+    """A thread that has launched nothing yet has no context: give it PyTorch's."""
+    context = ctypes.c_void_p()
+    call("cuCtxGetCurrent", ctypes.byref(context))
+    if not context.value:
+        call("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(device))
+        call("cuCtxSetCurrent", context)
+
+
+@functools.cache
+def _module(cubin: Path, device: int) -> ctypes.c_void_p:
+    module = ctypes.c_void_p()
+    call("cuModuleLoadData", ctypes.byref(module), cubin.read_bytes())
+    return module
+
+
+@functools.cache
+def _function(cubin: Path, name: str, device: int) -> ctypes.c_void_p:
+    function = ctypes.c_void_p()
+    call("cuModuleGetFunction", ctypes.byref(function), _module(cubin, device), name.encode())
+    static = ctypes.c_int()
+    call("cuFuncGetAttribute", ctypes.byref(static), ctypes.c_int(_STATIC_SHARED), function)
+    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - static.value
+    call("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), ctypes.c_int(limit))
+    return function
+
+
+class Kernel:
+    """One kernel of a cubin, with how it is launched. Each GPU that it runs on loads it once.
+
+    Args:
+        cubin: machine code.
+        name: of the kernel, as the cubin has it.
+        threads: a block.
+        shared_bytes: dynamic shared memory a block.
+        cluster: blocks a cluster.
+        cooperative: all blocks are on the GPU at once, or the launch fails.
+        overlap: start while the kernel before ends; it must wait by ``griddepcontrol.wait``.
+    """
+
+    def __init__(
+        self,
+        cubin: Path,
+        name: str,
+        *,
+        threads: int,
+        shared_bytes: int = 0,
+        cluster: int = 1,
+        cooperative: bool = False,
+        overlap: bool = False,
+    ) -> None:
+        self.cubin, self.name, self.threads, self.shared_bytes, self.cluster = (
+            cubin,
+            name,
+            threads,
+            shared_bytes,
+            cluster,
+        )
+        chosen = [(_CLUSTER, (cluster, 1, 1))]
+        if cooperative:
+            chosen.append((_COOPERATIVE, (1,)))
+        if overlap:
+            chosen.append((_PROGRAMMATIC, (1,)))
+        self._attributes = (_Attribute * len(chosen))()
+        for attribute, (number, value) in zip(self._attributes, chosen):
+            attribute.id = number
+            attribute.value[: len(value)] = value
+
+    def _config(self, grid: int, stream: int) -> _Config:
+        return _Config(
+            grid, 1, 1, self.threads, 1, 1, self.shared_bytes,
+            stream, ctypes.addressof(self._attributes), len(self._attributes),
+        )  # fmt: skip
+
+    def load(self) -> ctypes.c_void_p:
+        """The function on the current GPU. Loading cannot be captured into a graph: call this before.
+
+        Raises:
+            RuntimeError: the driver refuses the machine code.
+        """
+        device = torch.cuda.current_device()
+        _make_current(device)
+        return _function(self.cubin, self.name, device)
+
+    def active_clusters(self) -> int:
+        """How many clusters the current GPU holds at a time."""
+        count = ctypes.c_int()
+        config = self._config(self.cluster, 0)
+        config.count = 1  # the first attribute is the cluster's size
+        call("cuOccupancyMaxActiveClusters", ctypes.byref(count), self.load(), ctypes.byref(config))
+        return count.value
+
+    def __call__(self, grid: int, *arguments: ctypes.Structure) -> None:
+        """Launch `grid` blocks on the current stream of the current GPU. Arguments are copied before it returns."""
+        config = self._config(grid, torch.cuda.current_stream().cuda_stream)
+        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
+        call("cuLaunchKernelEx", ctypes.byref(config), self.load(), addresses, None)

@@ -1,0 +1,206 @@
+"""Which steps of a plan run in one launch of `kernels/deep.py`, and that launch, proved before it is trusted."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .plan import Plan, Step, View
+
+if TYPE_CHECKING:
+    from lgnet_fast.kernels.deep import DeepGroup, DeepLayer
+
+logger = logging.getLogger("lgnet_fast")
+
+_LIMITS = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
+"""Largest RMS error of one step's result, relative to that result's RMS."""
+
+
+class Weights(Protocol):
+    """Of one step: packed for the Triton kernels, and its float32 bias."""
+
+    @property
+    def packed(self) -> Tensor: ...
+
+    @property
+    def bias(self) -> Tensor: ...
+
+
+def layer_of(plan: Plan, step: Step) -> DeepLayer:
+    """A convolution of the plan as the kernel describes it."""
+    from lgnet_fast.kernels.conv import Conv
+    from lgnet_fast.kernels.deep import DeepLayer
+
+    source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
+    conv = Conv(
+        step.source.channels,
+        step.out_channels,
+        step.kernel,
+        step.stride,
+        step.padding,
+        step.kind == "deconv",
+        step.reflect,
+        step.merges,
+    )
+    return DeepLayer(conv, plan.batch, (source.height, source.width), (out.height, out.width))
+
+
+def runs(plan: Plan, rows: int) -> list[range]:
+    """Runs of two and more consecutive steps that the kernel supports, with at most `rows` outputs of a phase."""
+    from lgnet_fast.kernels.deep import unsupported
+
+    def fits(step: Step) -> bool:
+        if step.kind == "attention" or step.residual is not None:
+            return False
+        layer = layer_of(plan, step)
+        return layer.rows <= rows and unsupported(layer) is None
+
+    found, begin = [], 0
+    for end in range(len(plan.steps) + 1):
+        if end == len(plan.steps) or not fits(plan.steps[end]):
+            if end - begin > 1:
+                found.append(range(begin, end))
+            begin = end + 1
+    return found
+
+
+def make_group(
+    plan: Plan,
+    numbers: Sequence[int],
+    weights: Mapping[str, Weights],
+    packs: dict[tuple[str, Any], Tensor],
+    clusters: int,
+    **options: Any,
+) -> DeepGroup | str:
+    """Consecutive steps as one launch, or why the kernel cannot run them.
+
+    Args:
+        plan: whose steps.
+        numbers: of the steps.
+        weights: by step's name.
+        packs: weights in the kernel's order by (step, split), kept for other plans with the same weights.
+        clusters: that the GPU holds at a time.
+        options: of :class:`lgnet_fast.kernels.deep.DeepGroup`.
+    """
+    from lgnet_fast.kernels import deep
+
+    cluster = options.get("cluster", deep.CLUSTER)
+    steps = [plan.steps[number] for number in numbers]
+    layers = [layer_of(plan, step) for step in steps]
+    shares = deep.plan_splits(layers, cluster, clusters)
+    if isinstance(shares, str):
+        return shares
+    keys = [(step.weights_of, share) for step, share in zip(steps, shares)]
+    for key, step, layer, share in zip(keys, steps, layers, shares):
+        if key not in packs:
+            packs[key] = deep.pack(layer, weights[step.name].packed, share, cluster)
+    biases = [weights[step.name].bias for step in steps]
+    return deep.DeepGroup(layers, shares, [packs[key] for key in keys], biases, **options)
+
+
+def make_groups(
+    plan: Plan, weights: Mapping[str, Weights], packs: dict[tuple[str, Any], Tensor], rows: int
+) -> dict[int, DeepGroup]:
+    """First step -> the group that begins there. Runs each once, and leaves out what is wrong or cannot run."""
+    from lgnet_fast.kernels import deep
+
+    found = runs(plan, rows)
+    if not found:
+        return {}
+    packed = weights[plan.steps[found[0][0]].name].packed
+    if (reason := deep.unavailable(packed.device, packed.dtype)) is not None:
+        logger.info("deep layers are launched one by one: %s", reason)
+        return {}
+    clusters = deep.clusters_on(packed.device, packed.dtype)
+    groups = {}
+    for numbers in found:
+        group = make_group(plan, numbers, weights, packs, clusters)
+        problem = group if isinstance(group, str) else wrong_step(plan, numbers[0], group, weights)
+        if isinstance(group, str) or problem is not None:
+            logger.warning("%s and after are launched one by one: %s", plan.steps[numbers[0]].name, problem)
+        else:
+            groups[numbers[0]] = group
+    return groups
+
+
+def group_launch(
+    plan: Plan,
+    first: int,
+    group: DeepGroup,
+    view: Callable[[View], Tensor],
+    times: Tensor | None = None,
+    only: int | None = None,
+) -> tuple[Callable[[], None], Tensor]:
+    """The launch of a group that begins at step `first`, on maps given by `view`, and its state.
+
+    The state lives as long as the launch; `times` and `only` are those of :meth:`.kernels.deep.DeepGroup.program`.
+    """
+    from lgnet_fast.kernels.conv import Store
+
+    steps = plan.steps[first : first + len(group.layers)]
+    stores = [[Store(view(s.view), s.activation) for s in step.stores] for step in steps]
+    state = group.new_state()
+    program = group.program([view(step.source) for step in steps], stores, state, times, only)
+    return functools.partial(_launch, group, program, state), state
+
+
+def _launch(group: DeepGroup, program: Any, state: Tensor) -> None:
+    del state  # kept alive by whoever holds the launch
+    group.launch(program)
+
+
+def noise_maps(plan: Plan, steps: Sequence[Step], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+    """Every map that some steps touch, full of noise, none in the memory of another."""
+    generator = torch.Generator("cpu").manual_seed(7)
+    names = dict.fromkeys(view.buffer for step in steps for view in (step.source, *(s.view for s in step.stores)))
+    maps = {}
+    for name in names:
+        b = plan.buffers[name]
+        shape = (plan.batch, b.height, b.width, b.channels)
+        maps[name] = torch.randn(shape, generator=generator).to(device, dtype)
+    return maps
+
+
+def view_of(maps: Mapping[str, Tensor], view: View) -> Tensor:
+    """[B, H, W, C] of some channels."""
+    return maps[view.buffer][..., view.offset : view.offset + view.channels]
+
+
+def step_errors(
+    plan: Plan, steps: Sequence[Step], weights: Mapping[str, Weights], maps: Mapping[str, Tensor]
+) -> list[tuple[Step, Tensor, Tensor]]:
+    """(step, stored, expected) of every store: each step by PyTorch in float32, on the source that lies in `maps`."""
+    from lgnet_fast.kernels.deep import reference
+
+    found = []
+    for step in steps:
+        own = weights[step.name]
+        value = reference(layer_of(plan, step), view_of(maps, step.source), own.packed, own.bias)
+        for store in step.stores:
+            exact = {"relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.2)}.get(store.activation, lambda v: v)
+            found.append((step, view_of(maps, store.view).float(), exact(value)))
+    return found
+
+
+def wrong_step(plan: Plan, first: int, group: DeepGroup, weights: Mapping[str, Weights]) -> str | None:
+    """What is wrong with a group on noise, the first wrong step named, or None. Waits for the device."""
+    steps = plan.steps[first : first + len(group.layers)]
+    maps = noise_maps(plan, steps, group.dtype, group.weights[0].device)
+    try:
+        launch, state = group_launch(plan, first, group, functools.partial(view_of, maps))
+        launch()
+        if (problem := group.error(state)) is not None:
+            return problem
+    except RuntimeError as refusal:
+        return str(refusal)
+    for step, stored, exact in step_errors(plan, steps, weights, maps):
+        error = ((stored - exact).norm() / exact.norm()).item()
+        if not error < _LIMITS[group.dtype]:
+            return f"{step.name}: relative error {error:.1e}"
+    return None

@@ -1,0 +1,219 @@
+"""The deep layers in one launch: what the kernel is told, emulated in NumPy, and its machine code. No GPU."""
+
+from __future__ import annotations
+
+import functools
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+pytest.importorskip("triton")
+
+from lgnet_fast.kernels import deep
+from lgnet_fast.kernels.conv import Conv
+
+from lgnet_fast import create_model
+from lgnet_fast.engine import deep as engine_deep
+from lgnet_fast.engine.engine import plan_stages
+from lgnet_fast.engine.plan import Plan, build_plan
+from tests.deep_model import Machine
+from tests.support import assert_accurate
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "csrc" / "cuda" / "deep.cu"
+
+
+class Weights:
+    def __init__(self, packed, bias):
+        self.packed, self.bias = packed, bias
+
+
+@functools.cache
+def plan_of(name: str, batch: int = 1) -> Plan:
+    with torch.device("meta"):
+        model = create_model(name).eval()
+    return build_plan(plan_stages(model), batch, 256, 256)
+
+
+def random_weights(plan, numbers):
+    """step -> (packed, plain float16 weights as the step has them)."""
+    generator = torch.Generator().manual_seed(3)
+    found = {}
+    for number in numbers:
+        step = plan.steps[number]
+        layer = engine_deep.layer_of(plan, step)
+        plain = torch.randn(step.weight.shape, generator=generator)
+        plain = (plain / (4 * step.source.channels) ** 0.5).half()
+        bias = torch.randn(step.out_channels, generator=generator)
+        found[step.name] = Weights(layer.conv.pack(plain), bias), plain
+    return found
+
+
+def exact(step, plain, bias, source):
+    """The step in float64 before its activations, [B, H, W, C]."""
+    x = source.double().permute(0, 3, 1, 2)
+    if step.kind == "deconv":
+        value = F.conv_transpose2d(x, plain.double(), bias.double(), step.stride, step.padding, step.output_padding)
+    else:
+        value = F.conv2d(x, plain.double(), bias.double(), step.stride, step.padding)
+    return value.permute(0, 2, 3, 1)
+
+
+def activated(value, name):
+    return {"relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.2), "none": lambda v: v}[name](value)
+
+
+def test_runs_are_the_deep_layers():
+    plan = plan_of("lgnet")
+    names = [[plan.steps[n].name for n in run] for run in engine_deep.runs(plan, 64)]
+    deep_ones = ["e5", "e6", "e7", "e8", "d8", "d7", "d6", "d5"]
+    assert names == [[f"{net}.{part}" for part in deep_ones] for net in ("net_c", "net_g")]
+    names = [[plan.steps[n].name[6:] for n in run] for run in engine_deep.runs(plan, 16)]
+    assert names == [deep_ones[1:-1]] * 2
+    assert engine_deep.runs(plan, 0) == []
+
+
+def test_every_multiprocessor_has_the_same_weights():
+    plan = plan_of("lgnet")
+    for number in engine_deep.runs(plan, 64)[0]:
+        layer = engine_deep.layer_of(plan, plan.steps[number])
+        share = deep.split(layer, 8, 16)
+        taps = sum(y[1] * x[1] for y, x in map(layer.taps, range(layer.conv.axis.phases**2)))
+        weights = 2 * taps * layer.conv.in_channels * layer.conv.out_channels
+        assert share.units * 8 * share.rounds * share.round_bytes == weights
+        assert share.units == 16
+
+
+@pytest.mark.parametrize(
+    ("name", "net", "batch", "cluster", "clusters"),
+    [
+        ("lgnet", "net_c", 1, 8, 16),
+        ("lgnet_light", "net_g", 1, 8, 16),
+        ("lgnet_demo", "net_g", 1, 8, 16),
+        ("lgnet_demo", "net_c", 4, 8, 16),
+        ("lgnet_demo", "net_c", 1, 4, 32),
+        ("lgnet_light", "net_c", 1, 4, 32),
+    ],
+)
+def test_emulated_kernel(name, net, batch, cluster, clusters):
+    plan = plan_of(name, batch)
+    rows = 64 if name != "lgnet_light" else 16
+    numbers = next(run for run in engine_deep.runs(plan, rows) if plan.steps[run[0]].name.startswith(net))
+    steps = [plan.steps[number] for number in numbers]
+    weights = random_weights(plan, numbers)
+    own = {step: pair[0] for step, pair in weights.items()}
+    group = engine_deep.make_group(plan, numbers, own, {}, clusters, cluster=cluster)
+    assert not isinstance(group, str), group
+    maps = engine_deep.noise_maps(plan, steps, torch.float16, torch.device("cpu"))
+    before = {key: value.clone() for key, value in maps.items()}
+    view = functools.partial(engine_deep.view_of, maps)
+    launch, state = engine_deep.group_launch(plan, numbers[0], group, view)
+    assert not state.any()
+    program = launch.args[1]
+    Machine(program, group.grid, group.bytes, deep.BARRIER_BYTES).run()
+    written = {key: torch.zeros_like(value, dtype=torch.bool) for key, value in maps.items()}
+    for step in steps:
+        value = exact(step, weights[step.name][1], own[step.name].bias, view(step.source))
+        for store in step.stores:
+            # sums in another order, one rounding
+            assert_accurate(step.name, view(store.view), activated(value, store.activation), roundings=1)
+            engine_deep.view_of(written, store.view)[:] = True
+    for key, value in maps.items():
+        assert torch.equal(value[~written[key]], before[key][~written[key]]), key
+
+
+def test_reference_is_the_convolution():
+    plan = plan_of("lgnet_demo")
+    numbers = engine_deep.runs(plan, 64)[0]
+    weights = random_weights(plan, numbers)
+    steps = [plan.steps[number] for number in numbers]
+    maps = engine_deep.noise_maps(plan, steps, torch.float16, torch.device("cpu"))
+    for step in steps:
+        own, plain = weights[step.name]
+        source = engine_deep.view_of(maps, step.source)
+        found = deep.reference(engine_deep.layer_of(plan, step), source, own.packed, own.bias)
+        assert_accurate(step.name, found, exact(step, plain, own.bias, source), roundings=64)
+
+
+@pytest.mark.parametrize(
+    ("conv", "size", "reason"),
+    [
+        (Conv(512, 512, 4, 2, 1, False, False, False), (64, 64), "32, 32"),
+        (Conv(24, 512, 4, 2, 1, False, False, False), (8, 8), "24 to 512 channels"),
+        (Conv(512, 512, 3, 1, 1, False, True, False), (4, 4), "reflects"),
+        (Conv(512, 512, 3, 2, 1, True, False, False), (4, 4), "taps"),
+        (Conv(512, 512, 4, 2, 1, False, False, False), (12, 12), "powers of two"),
+    ],
+)
+def test_unsupported_layers_are_named(conv, size, reason):
+    out = tuple(2 * s if conv.transposed else s // conv.stride for s in size)
+    assert reason in deep.unsupported(deep.DeepLayer(conv, 1, size, out))
+
+
+def test_bad_views_are_named():
+    plan = plan_of("lgnet_demo")
+    numbers = engine_deep.runs(plan, 64)[0]
+    weights = {step: pair[0] for step, pair in random_weights(plan, numbers).items()}
+    group = engine_deep.make_group(plan, numbers, weights, {}, 16)
+    steps = [plan.steps[number] for number in numbers]
+    maps = engine_deep.noise_maps(plan, steps, torch.float32, torch.device("cpu"))
+    with pytest.raises(ValueError, match="sources: expected .*torch.float16"):
+        engine_deep.group_launch(plan, numbers[0], group, functools.partial(engine_deep.view_of, maps))
+
+
+def test_structures_have_the_kernel_s_fields():
+    text = re.sub(r"//[^\n]*", "", SOURCE.read_text())
+
+    def fields(name):
+        body = re.search(rf"struct {name} {{(.*?)}};", text, re.S)[1]
+        lines = [line.strip().split(None, 1 + line.strip().startswith("const")) for line in body.split(";")]
+        names = [
+            re.sub(r"[*\s]|\[.*?\]", "", one) for line in lines if line and line[0] for one in line[-1].split(",")
+        ]
+        return [one for one in names if one]
+
+    assert fields("Layer") == [field[0] for field in deep._Layer._fields_]
+    assert fields("Program") == [field[0] for field in deep._Program._fields_]
+    for name, value in (
+        ("kLayers", deep.MAX_LAYERS),
+        ("kSlots", deep.SLOTS),
+        ("kSlotBytes", deep.SLOT_BYTES),
+        ("kWarps", deep.WARPS),
+        ("kPass", deep.PASS),
+        ("kStep", deep.STEP),
+        ("kPad", deep.PAD),
+        ("kBarrierBytes", deep.BARRIER_BYTES),
+        ("kStateStride", deep.STATE_STRIDE),
+    ):
+        assert int(re.search(rf"constexpr int {name} = (\d+);", text)[1]) == value, name
+
+
+def test_error_codes():
+    state = torch.zeros(4, dtype=torch.int32)
+    assert deep.DeepGroup.error(state) is None
+    state[0] = 4 << 24 | 3 << 16 | 18
+    assert deep.DeepGroup.error(state) == "block 17 waited for the layer before, at layer 3"
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
+def test_machine_code(tmp_path):
+    import triton
+
+    cubin = tmp_path / "deep.cubin"
+    command = ["nvcc", "-std=c++17", "-O3", "-cubin", "-gencode=arch=compute_90a,code=sm_90a", "-Xptxas", "-v"]
+    done = subprocess.run([*command, "-o", cubin, SOURCE], capture_output=True, text=True, check=True)
+    spills = re.findall(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads", done.stderr)
+    assert spills
+    assert set(spills) == {("0", "0", "0")}
+    command = [triton.knobs.nvidia.cuobjdump.path, "--dump-sass", cubin]
+    sass = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    for dtype in ("float16", "bfloat16"):
+        body = sass.split(f"Function : lgnet_deep_{dtype}\n")[1].split("Function : ")[0]
+        for opcode in ("UBLKCP", "HMMA.16816.F32", "LDS.128", "SYNCS.PHASECHK", "LDG.E.128", "STAS"):
+            assert opcode in body, opcode
+        assert not re.search(r"\b(LDL|STL)\b", body)
