@@ -11,6 +11,8 @@
 `conv_configs`      tiles of the convolutions, by an estimate; `conv_tables`, measured by `bench/gpu_contact.py` and
                     written by `bench/write_tables.py`, overrides it
 `launch`            device guard, interpreter check
+`deep`              a U-Net's deep layers in one launch on Hopper: csrc/cuda/deep.cu, its machine code in `deep.cubin`
+`cuda_driver`       loading and launching such machine code
 `precompile`        compiling many launches in parallel processes
 `aot`               compiling what any card would launch ahead of time, without a GPU
 ==================  ===================================================================

@@ -97,7 +97,9 @@ def test_every_multiprocessor_has_the_same_weights():
         ("lgnet_demo", "net_g", 1, 8, 16),
         ("lgnet_demo", "net_c", 4, 8, 16),
         ("lgnet_demo", "net_c", 1, 4, 32),
-        ("lgnet_light", "net_c", 1, 4, 32),
+        pytest.param(
+            "lgnet_light", "net_c", 1, 4, 32, marks=pytest.mark.slow(reason="the demo's plan has the same clusters")
+        ),
     ],
 )
 def test_emulated_kernel(name, net, batch, cluster, clusters):
