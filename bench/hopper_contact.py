@@ -36,6 +36,10 @@ MODES = [(patch, offset) for patch in ("dense", "padded", "planes") for offset i
 """Layouts of a patch, the cheapest first; with and without wgmma's base offset."""
 LIMITS = {"known": 45, "steps": 90, "time": 150, "graph": 90}
 """Seconds of each part."""
+KNOWN = ((False, 1, 16), (True, 1, 16), (False, 4, 8), (True, 2, 4), (False, 2, 32))
+"""Known answers: whether borders reflect, blocks of a cluster, rows of a tile."""
+RANDOM = tuple(itertools.product((False, True), (4, 16), (1, 2, 4, 8)))
+"""Dense weights: whether transposed, rows of a tile, blocks of a cluster."""
 HEIGHT, WIDTH = 32, 24
 """Of the map with known answers."""
 
@@ -49,7 +53,7 @@ def known(mode: int, log: Log) -> None:
     from lgnet_fast.kernels.conv import Conv, Store
 
     patch, offset = MODES[mode]
-    for reflect, cluster, tile_h in ((False, 1, 16), (True, 1, 16), (False, 4, 8), (True, 2, 4), (False, 2, 32)):
+    for reflect, cluster, tile_h in KNOWN:
         tile = hopper.HopperTile(tile_h, cluster, 3, 2, patch, offset)
         conv = Conv(64, 64, 3, 1, 1, False, reflect, False)
         # pixels are numbered from 1 (0 is what lies outside), channels from 1
@@ -125,11 +129,10 @@ def random_weights(log: Log, layout: tuple[str, bool]) -> None:
 
     generator = torch.Generator("cpu").manual_seed(1)
     device = torch.device("cuda")
-    for conv, tile_h, cluster in itertools.product(
-        (Conv(128, 128, 3, 1, 1, False, True, False), Conv(64, 128, 4, 2, 1, True, False, False)),
-        (4, 16),
-        (1, 2, 4, 8),
-    ):
+    for transposed, tile_h, cluster in RANDOM:
+        conv = (
+            Conv(64, 128, 4, 2, 1, True, False, False) if transposed else Conv(128, 128, 3, 1, 1, False, True, False)
+        )
         tile = hopper.HopperTile(tile_h, cluster, 4, 2, *layout)
         error = hopper._error(conv, tile, (2, 32, 16), torch.float16, device, generator)
         log("known", layout=list(layout), tile=list(tile), conv=list(conv), relative_error=error, right=error < 1e-3)
@@ -375,7 +378,7 @@ def right_layout(path: Path) -> tuple[str, bool] | None:
     found = lines_of(path, "known")
     for patch, offset in MODES:
         verdicts = [line["right"] for line in found if line.get("layout") == [patch, offset] and "right" in line]
-        if verdicts and all(verdicts):
+        if len(verdicts) >= len(KNOWN) + len(RANDOM) and all(verdicts):  # fewer where a case crashed
             return patch, offset
     return None
 

@@ -254,9 +254,9 @@ def _kernel_name(dtype: torch.dtype, tile: HopperTile) -> str:
 
 
 def _tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> Any:
-    """A CUtensorMap: dimensions from the innermost on, strides in bytes from the second on. Aligned to 64 bytes."""
-    memory = ctypes.create_string_buffer(128 + 64)
-    address = -(-ctypes.addressof(memory) // 64) * 64
+    """A CUtensorMap: dimensions from the innermost on, strides in bytes from the second on. Aligned to 128 bytes."""
+    memory = ctypes.create_string_buffer(128 + 128)
+    address = -(-ctypes.addressof(memory) // 128) * 128
     rank = len(sizes)
     _driver()(
         "cuTensorMapEncodeTiled",
