@@ -18,7 +18,7 @@ help:
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
-	@echo "make cubin  compile csrc/cuda/ to the machine code in kernels/ (needs nvcc)"
+	@echo "make cubin  compile csrc/cuda/ anew (needs nvcc; the machine code, kernels/*.cubin, is shipped)"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
 	@echo "make lint   ruff, mypy, clang-format"
@@ -78,12 +78,8 @@ evaluation: $(VENV)/.extras
 aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py $(AOT)
 
-CUBINS := $(patsubst csrc/cuda/%.cu,kernels/%.cubin,$(wildcard csrc/cuda/*.cu))
-
-cubin: $(CUBINS)
-
-kernels/%.cubin: csrc/cuda/%.cu
-	nvcc -std=c++17 -O3 -cubin -gencode=arch=compute_90a,code=sm_90a -o $@ $<
+cubin:
+	$(PYTHON) csrc/cuda/build.py
 
 gpu:
 	$(PYTHON) bench/run_gpu.py $(if $(RESULTS),--results "$(RESULTS)") $(if $(MINUTES),--minutes "$(MINUTES)")
@@ -92,12 +88,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu*)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu)
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu*)
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info lgnet_fast/_C*.so

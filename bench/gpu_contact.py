@@ -238,9 +238,11 @@ def time_steps(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log)
 
 def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
     """Restricted graphs, beside the dense one and their share of its multiplications."""
+    from lgnet_fast.kernels.launch import record
+    from lgnet_fast.kernels.precompile import compile_all
+
     from lgnet_fast.engine.cuda_executor import CudaExecutor, bucket
     from lgnet_fast.engine.regions import Rect
-    from lgnet_fast.kernels.launch import record
 
     executor = CudaExecutor(plan, dtype, graphs=False)
     image, mask = picture(plan.batch)
@@ -250,16 +252,18 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
         regions, share = None, 1.0
         if side is not None:
             start = (plan.height - side) // 2 - 5  # off the grid that rectangles are rounded to
-            restricted = plan.restricted(bucket([Rect(start, start + side, start, start + side)], plan.height, plan.width))
+            hole = Rect(start, start + side, start, start + side)
+            restricted = plan.restricted(bucket([hole], plan.height, plan.width))
             regions, share = tuple(step.regions for step in restricted.steps), restricted.total_macs() / dense
         launches = executor._launches(executor.memory, regions, False)
-        with record() as recorded_launches:
+        with record() as kernels:
             run_all(launches)
+        compile_all(kernels, 0)
         graph = graph_of(functools.partial(run_all, launches))
         log(
             "holes",
             side=side,
-            nodes=len(recorded_launches),
+            nodes=len(kernels),
             share_of_macs=share,
             graph_us=median_us(graph.replay, 50, inner=4),
         )

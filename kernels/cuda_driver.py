@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,11 @@ class Kernel:
         call("cuOccupancyMaxActiveClusters", ctypes.byref(count), self.load(), ctypes.byref(config))
         return count.value
 
-    def __call__(self, grid: int, *arguments: ctypes.Structure) -> None:
-        """Launch `grid` blocks on the current stream of the current GPU. Arguments are copied before it returns."""
+    def launch(self, grid: int, addresses: Sequence[ctypes.c_void_p]) -> None:
+        """Launch `grid` blocks on the current stream of the current GPU.
+
+        `addresses`: of each parameter, which is copied before it returns.
+        """
         config = self._config(grid, torch.cuda.current_stream().cuda_stream)
-        addresses = (ctypes.c_void_p * len(arguments))(*(ctypes.addressof(a) for a in arguments))
-        call("cuLaunchKernelEx", ctypes.byref(config), self.load(), addresses, None)
+        parameters = (ctypes.c_void_p * len(addresses))(*addresses)
+        call("cuLaunchKernelEx", ctypes.byref(config), self.load(), parameters, None)

@@ -9,10 +9,11 @@ This module describes the group to the kernel: :func:`split` says which block ha
 weights in the order in which blocks read them, :class:`DeepGroup` holds all that and launches. Compute capability 9.0
 (clusters, bulk copies), float16 and bfloat16.
 
-**Split.** A layer is, for each phase, a product of [channels, depth] and [depth, rows]; the depth goes in steps of 32
-input channels of one tap. A cluster of blocks has one phase and `channels` output channels, its blocks `block_steps`
-steps each, its eight warps ``warps_k`` x ``warps_c`` of them: in round i, warp (k, c) multiplies step
-``i * warps_k + k`` of its block for the c-th part of the channels.
+**Split.** A layer is, for each phase, a product of [channels, depth] and [depth, rows]; a unit of it is 16 output
+channels of a phase, and the depth goes in steps of 32 input channels of one tap. Every cluster of blocks gets as many
+units as the next or one more; who gets more changes from layer to layer, so that what a cluster reads of all layers
+evens out. Each block of a cluster takes `block_steps` of the depth, and copies the positions that those need to shared
+memory. Its eight warps take items, (unit, every ``warps_k``-th step of the block), eight at a time.
 
 **Failure.** All blocks must be on the GPU at once (a cooperative launch sees to that). Every wait is bounded: one
 that takes more than `timeout` clocks ends the launch with NaN in the last layer's stores and a code in the state,
@@ -23,7 +24,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,20 +41,22 @@ CUBIN = Path(__file__).with_name("deep.cubin")
 
 # As in deep.cu.
 MAX_LAYERS = 12
-SLOTS, SLOT_BYTES = 20, 8192
+MAX_SLOTS, SLOT_BYTES = 24, 8192
 WARPS = 8
-PASS = 16
+UNIT = 16
 STEP = 32
+PIXEL_BYTES, PIECE_BYTES = 64, 1024
 PAD = 4
 BARRIER_BYTES = 512
 STATE_STRIDE = 32
 SHARED_LIMIT = 232448
 """Bytes of shared memory of a block: CUDA C++ Programming Guide, compute capability 9.0."""
 
-CLUSTER = 8
-"""Blocks of a cluster: the most that every GPU of the capability has."""
-MAX_CLUSTERS = 16
-"""Clusters of eight blocks on 132 multiprocessors, one block each."""
+CLUSTERS = (8, 4, 2)
+"""Blocks of a cluster: what is tried; eight is the most that every GPU of the capability has."""
+MIN_SLOTS = 11
+"""Of the ring: at 25 bytes a nanosecond and multiprocessor 3.6 us, more than blocks wait between layers."""
+MAX_ROWS = 64
 MEASURED_ROWS: dict[str, int] = {}
 """dtype kind -> most rows (outputs of a phase) of the layers that run this way; others run one by one."""
 TIMEOUT = 4_000_000_000
@@ -69,10 +72,12 @@ class _Layer(ctypes.Structure):
         *(
             (name, ctypes.c_int32)
             for name in (
-                "units", "groups", "channels", "warps_k", "log_warps_c", "tiles",
-                "rounds", "steps", "block_steps", "chunks", "chunks_inverse", "log_count_x",
-                "rows", "log_rows_h", "log_rows_w", "passes", "log_quads", "log_share",
-                "in_h", "in_w", "in_step", "out_h", "out_w", "out_step",
+                "base", "extra", "shift", "groups",
+                "log_warps_k", "step_rounds", "steps", "block_steps", "log_taps", "log_count_x",
+                "rows", "log_rows", "log_rows_h", "log_rows_w",
+                "log_pixels", "log_in_h", "log_in_w", "log_in_step", "out_h", "out_w", "out_step",
+                "stage_w", "stage_h", "stage_half", "stage_pixels", "stage_bytes", "border_y", "border_x",
+                "sums", "received",
                 "stride_x", "stride_0", "stride_1", "activation_0", "activation_1",
             )
         ),
@@ -88,7 +93,7 @@ class _Program(ctypes.Structure):
         ("state", ctypes.c_void_p),
         ("times", ctypes.c_void_p),
         ("timeout", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("layers", "cluster", "recv_offset", "evict_first")),
+        *((name, ctypes.c_int32) for name in ("layers", "log_cluster", "clusters", "slots", "evict_first")),
         ("layer", _Layer * MAX_LAYERS),
     ]
 
@@ -96,29 +101,42 @@ class _Program(ctypes.Structure):
 class Split(NamedTuple):
     """How a layer is shared out; see the head of this module."""
 
+    cluster: int
+    clusters: int
     units: int
     groups: int
-    channels: int
-    warps_k: int
-    warps_c: int
-    rounds: int
+    """Units of a phase."""
     steps: int
     block_steps: int
+    warps_k: int
+    shift: int = 0
+    """Cluster c has the place ``(c + shift) % clusters``; the first places have one unit more."""
 
     @property
-    def tiles(self) -> int:
-        """Blocks of 16 channels that a warp multiplies."""
-        return self.channels // 16 // self.warps_c
+    def most(self) -> int:
+        """Units of a cluster, at most."""
+        return -(-self.units // self.clusters)
 
     @property
-    def round_bytes(self) -> int:
-        """Weights of a block and round."""
-        return 2 * self.warps_k * self.channels * STEP
+    def step_rounds(self) -> int:
+        """Steps that a warp does of a unit."""
+        return -(-self.block_steps // self.warps_k)
 
     @property
-    def slots(self) -> int:
-        """Parts of the ring that a round takes."""
-        return -(-self.round_bytes // SLOT_BYTES)
+    def chunks(self) -> int:
+        """Parts of the ring that a layer takes, at most."""
+        return -(-self.most * self.warps_k // WARPS) * self.step_rounds
+
+    def units_of(self, place: int) -> range:
+        """The units of the cluster at a place."""
+        base, extra = divmod(self.units, self.clusters)
+        begin = place * base + min(place, extra)
+        return range(begin, begin + base + (place < extra))
+
+    def block_bytes(self, cluster: int) -> int:
+        """Weights that each block of a cluster reads."""
+        units = self.units_of((cluster + self.shift) % self.clusters)
+        return len(units) * self.step_rounds * self.warps_k * PIECE_BYTES
 
 
 class DeepLayer(NamedTuple):
@@ -140,17 +158,33 @@ class DeepLayer(NamedTuple):
         """Rows of the product, of one phase."""
         return self.batch * self.rows_size[0] * self.rows_size[1]
 
-    @property
-    def passes(self) -> int:
-        """Times 16 rows."""
-        return -(-self.rows // PASS)
-
     def taps(self, phase: int) -> list[tuple[int, int]]:
         """First tap and number of taps used, along y and x, of a phase."""
         axis = self.conv.axis
         which = divmod(phase, axis.phases)
         sizes = zip(which, self.in_size, self.out_size)
         return [axis.used(one, in_size, out_size, False) for one, in_size, out_size in sizes]
+
+    @property
+    def origins(self) -> tuple[list[int], list[int]]:
+        """Of the first and last phase: the first position of row 0, along y and x."""
+        axis = self.conv.axis
+        which = [(phase, self.taps(phase * (axis.phases + 1))) for phase in (0, axis.phases - 1)]
+        along_y, along_x = ([axis.origins[phase] + taps[i][0] for phase, taps in which] for i in (0, 1))
+        return along_y, along_x
+
+    @property
+    def stage(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """The block's copy of the positions: pixels of the border at its begin, and size with both borders; y, x."""
+        borders, sizes = [], []
+        counts = [count for _, count in self.taps(0)]
+        for origins, in_size, rows, count in zip(self.origins, self.in_size, self.rows_size, counts):
+            step = self.conv.axis.in_step
+            border = max(0, -min(origins))
+            end = max(in_size, max(origins) + (rows - 1) * step + count)
+            borders.append(border)
+            sizes.append(-(-(border + end) // step) * step)
+        return (borders[0], borders[1]), (sizes[0], sizes[1])
 
 
 def _is_power(number: int) -> bool:
@@ -164,59 +198,56 @@ def unsupported(layer: DeepLayer) -> str | None:
         return "a step that ends a stage, reflects, or has few channels"
     if conv.in_channels % STEP or conv.out_channels % 16:
         return f"{conv.in_channels} to {conv.out_channels} channels (multiples of {STEP} and 16 are supported)"
-    if layer.rows > 4 * PASS or not all(_is_power(n) for n in (*layer.rows_size, layer.batch)):
+    if layer.rows > MAX_ROWS or not all(_is_power(n) for n in (*layer.rows_size, *layer.in_size, layer.batch)):
         return (
-            f"{layer.batch} x {layer.rows_size} outputs of a phase (powers of two, at most {4 * PASS} are supported)"
+            f"{layer.batch} x {layer.rows_size} outputs of a phase (powers of two, at most {MAX_ROWS} are supported)"
         )
     taps = [layer.taps(phase) for phase in range(conv.axis.phases**2)]
     counts = {(y[1], x[1]) for y, x in taps}
-    if len(counts) > 1 or not _is_power(taps[0][1][1]):
+    if len(counts) > 1 or not all(map(_is_power, next(iter(counts)))) or conv.axis.in_step > 2:
         return f"taps {sorted(counts)} of its phases"
-    chunks, steps = conv.in_channels // STEP, taps[0][0][1] * taps[0][1][1] * conv.in_channels // STEP
-    if any(step * _inverse(chunks) >> 16 != step // chunks for step in range(steps)):
-        return f"{steps} steps of the depth"
     return None
 
 
-def _inverse(divisor: int) -> int:
-    """n * _inverse(d) >> 16 == n // d for the small n that :func:`unsupported` has tried."""
-    return -(-65536 // divisor)
+def _layer_bytes(layer: DeepLayer, share: Split) -> tuple[int, int, int]:
+    """Shared memory of a block for a layer: positions, partial sums, sums of the cluster."""
+    (_, count_y), (_, count_x) = layer.taps(0)
+    taps = count_y * count_x
+    blocks = range(0, share.steps, share.block_steps)
+    chunks = max((min(b + share.block_steps, share.steps) - 1) // taps - b // taps + 1 for b in blocks)
+    height, width = layer.stage[1]
+    sums = 4 * share.warps_k * layer.rows * (UNIT * share.most + PAD)
+    received = share.cluster * -(-share.most * layer.rows // share.cluster) * UNIT * 4
+    return chunks * layer.batch * height * width * PIXEL_BYTES, sums, received
 
 
 def split(layer: DeepLayer, cluster: int, clusters: int) -> Split | None:
-    """The share of each of `clusters` clusters of `cluster` blocks; None: there is none that the kernel supports."""
+    """The share of each of `clusters` clusters of `cluster` blocks; None: there is not memory enough."""
     conv = layer.conv
-    phases = conv.axis.phases**2
     (_, count_y), (_, count_x) = layer.taps(0)
     steps = count_y * count_x * conv.in_channels // STEP
-    block_steps = -(-steps // cluster)
-    found: list[tuple[int, int, Split]] = []
-    for channels in (16, 32, 64, 128):
-        units = phases * conv.out_channels // channels
-        if conv.out_channels % channels or units > clusters:
-            continue
-        for warps_c in (1, 2, 4):
-            warps_k = WARPS // warps_c
-            rounds = -(-block_steps // warps_k)
-            one = Split(units, conv.out_channels // channels, channels, warps_k, warps_c, rounds, steps, block_steps)
-            if channels % (16 * warps_c) or one.tiles not in (1, 2, 4) or one.rounds * one.slots > SLOTS:
-                continue
-            found.append((rounds * one.round_bytes, warps_c, one))
-    # the fewest weights that nobody needs, then the fewest reads of one position
-    return min(found)[2] if found else None
+    groups = conv.out_channels // UNIT
+    found = []
+    for warps_k in (1, 2, 4, 8):
+        one = Split(cluster, clusters, groups * conv.axis.phases**2, groups, steps, -(-steps // cluster), warps_k)
+        if BARRIER_BYTES + MIN_SLOTS * SLOT_BYTES + sum(_layer_bytes(layer, one)) <= SHARED_LIMIT:
+            # the least padding of the depth, then time: a chunk takes about as long as 128 rows of partial sums
+            time = one.chunks + warps_k * one.most * layer.rows / 128
+            found.append((one.step_rounds * warps_k, time, warps_k, one))
+    return min(found)[3] if found else None
 
 
-def pack(layer: DeepLayer, weight: Tensor, share: Split, cluster: int) -> Tensor:
+def pack(layer: DeepLayer, weight: Tensor, share: Split) -> Tensor:
     """Weights in the order in which blocks read them.
 
     Args:
         layer: whose they are.
         weight: :meth:`.conv.Conv.pack` of it.
         share: :func:`split`.
-        cluster: blocks of a cluster.
 
     Returns:
-        [unit, block, round, warps_k, warps_c, tile, 2, lane, 8], contiguous, as float16 or bfloat16 as `weight`.
+        [pieces, 2, lane, 8], contiguous, as float16 or bfloat16 as `weight`: for every place of a cluster and block of
+        it, chunk by chunk, the pieces of a unit and step that its warps read.
     """
     conv, axis = layer.conv, layer.conv.axis
     by_phase = []
@@ -227,80 +258,114 @@ def pack(layer: DeepLayer, weight: Tensor, share: Split, cluster: int) -> Tensor
         end = begin + taps_y * taps_x * conv.in_channels
         taps = weight[begin:end].view(taps_y, taps_x, conv.in_channels, conv.out_channels)
         used = taps[first_y : first_y + count_y, first_x : first_x + count_x]
-        by_phase.append(used.reshape(share.steps, STEP, conv.out_channels))
+        chunks = used.reshape(count_y * count_x, conv.in_channels // STEP, STEP, conv.out_channels)
+        by_phase.append(chunks.transpose(0, 1).reshape(share.steps, STEP, conv.out_channels))
         begin = end
-    steps = weight.new_zeros(len(by_phase), cluster * share.block_steps, STEP, conv.out_channels)
-    steps[:, : share.steps] = torch.stack(by_phase)
-    blocks = weight.new_zeros(len(by_phase), cluster, share.rounds * share.warps_k, STEP, conv.out_channels)
-    blocks[:, :, : share.block_steps] = steps.view(len(by_phase), cluster, share.block_steps, STEP, conv.out_channels)
     # depth of a step: lane % 4, product, upper or lower half of the product's depth, pair;
-    # channel: group, part, tile, upper or lower half of the tile, lane // 4
-    shape = (len(by_phase), cluster, share.rounds, share.warps_k, 4, 2, 2, 2)
-    parts = blocks.view(*shape, share.groups, share.warps_c, share.tiles, 2, 8)
-    # phase group | block round k | c tile product | lane // 4, lane % 4 | half of the depth, half of the tile, pair
-    order = (0, 8, 1, 2, 3, 9, 10, 5, 12, 4, 6, 11, 7)
-    packed = parts.permute(order).contiguous()
-    return packed.view(share.units, cluster, share.rounds, share.warps_k, share.warps_c, share.tiles, 2, 32, 8)
+    # channel: group, upper or lower half of the unit, lane // 4
+    parts = torch.stack(by_phase).view(len(by_phase), share.steps, 4, 2, 2, 2, share.groups, 2, 8)
+    # phase group | step | product | lane // 4, lane % 4 | half of the depth, half of the unit, pair
+    pieces = parts.permute(0, 6, 1, 3, 8, 2, 4, 7, 5).reshape(share.units * share.steps, 2, 32, 8)
+    pieces = torch.cat([pieces, pieces.new_zeros(1, 2, 32, 8)])
+    nothing = share.units * share.steps
+    order = []
+    for place, rank in itertools.product(range(share.clusters), range(share.cluster)):
+        units = share.units_of(place)
+        items = [(unit, part) for unit in units for part in range(share.warps_k)]
+        for item in range(0, len(items), WARPS):
+            for first in range(0, share.step_rounds * share.warps_k, share.warps_k):
+                for unit, part in items[item : item + WARPS]:
+                    step = rank * share.block_steps + first + part
+                    used_step = first + part < share.block_steps and step < share.steps
+                    order.append(unit * share.steps + step if used_step else nothing)
+    return pieces[torch.tensor(order, device=pieces.device)]
 
 
 def _log(number: int) -> int:
     return number.bit_length() - 1
 
 
-def describe(layer: DeepLayer, share: Split, cluster: int) -> _Layer:
+def describe(layer: DeepLayer, share: Split) -> _Layer:
     """A layer as the kernel is told of it, but for addresses, strides and activations."""
-    conv, axis = layer.conv, layer.conv.axis
-    (_, count_x) = layer.taps(0)[1]
-    last = axis.phases**2 - 1
-    origins = [layer.taps(phase) for phase in (0, last)]
+    axis = layer.conv.axis
+    (_, count_y), (_, count_x) = layer.taps(0)
+    (border_y, border_x), (height, width) = layer.stage
+    origins_y, origins_x = layer.origins
+    stage, sums, _ = _layer_bytes(layer, share)
+    base, extra = divmod(share.units, share.clusters)
     pair = ctypes.c_int32 * 2
-    quads = share.channels // 4
     return _Layer(
-        units=share.units, groups=share.groups, channels=share.channels,
-        warps_k=share.warps_k, log_warps_c=_log(share.warps_c), tiles=share.tiles,
-        rounds=share.rounds, steps=share.steps, block_steps=share.block_steps,
-        chunks=conv.in_channels // STEP, chunks_inverse=_inverse(conv.in_channels // STEP), log_count_x=_log(count_x),
-        rows=layer.rows, log_rows_h=_log(layer.rows_size[0]), log_rows_w=_log(layer.rows_size[1]),
-        passes=layer.passes, log_quads=_log(quads), log_share=_log(_finished(layer, share, cluster)),
-        in_h=layer.in_size[0], in_w=layer.in_size[1], in_step=axis.in_step,
+        base=base, extra=extra, shift=share.shift, groups=share.groups,
+        log_warps_k=_log(share.warps_k), step_rounds=share.step_rounds, steps=share.steps,
+        block_steps=share.block_steps, log_taps=_log(count_y * count_x), log_count_x=_log(count_x),
+        rows=layer.rows, log_rows=_log(layer.rows),
+        log_rows_h=_log(layer.rows_size[0]), log_rows_w=_log(layer.rows_size[1]),
+        log_pixels=_log(layer.batch * layer.in_size[0] * layer.in_size[1]),
+        log_in_h=_log(layer.in_size[0]), log_in_w=_log(layer.in_size[1]), log_in_step=_log(axis.in_step),
         out_h=layer.out_size[0], out_w=layer.out_size[1], out_step=axis.out_step,
-        origin_y=pair(*(axis.origins[i] + o[0][0] for i, o in zip((0, axis.phases - 1), origins))),
-        origin_x=pair(*(axis.origins[i] + o[1][0] for i, o in zip((0, axis.phases - 1), origins))),
+        stage_w=width, stage_h=height, stage_half=width // axis.in_step,
+        stage_pixels=layer.batch * height * width, stage_bytes=stage, border_y=border_y, border_x=border_x,
+        sums=stage, received=stage + sums,
+        origin_y=pair(*(border_y + origin for origin in origins_y)),
+        origin_x=pair(*(border_x + origin for origin in origins_x)),
     )  # fmt: skip
 
 
-def _finished(layer: DeepLayer, share: Split, cluster: int) -> int:
-    """Fours of channels that a block finishes in a pass."""
-    return -(-min(layer.rows, PASS) * share.channels // 4 // cluster)
-
-
-def shared_bytes(layers: Sequence[DeepLayer], shares: Sequence[Split], cluster: int) -> tuple[int, int]:
-    """Dynamic shared memory of a block, and where in it the cluster's sums begin."""
-    sums = max(4 * share.warps_k * PASS * (share.channels + PAD) for share in shares)
-    begin = BARRIER_BYTES + SLOTS * SLOT_BYTES + sums
-    received = max(16 * cluster * one.passes * _finished(one, share, cluster) for one, share in zip(layers, shares))
-    return begin + received, begin
+def _slots(layers: Sequence[DeepLayer], shares: Sequence[Split]) -> tuple[int, int]:
+    """Parts of the ring, and dynamic shared memory of a block."""
+    most = max(sum(_layer_bytes(layer, share)) for layer, share in zip(layers, shares))
+    slots = min((SHARED_LIMIT - BARRIER_BYTES - most) // SLOT_BYTES, MAX_SLOTS)
+    return slots, BARRIER_BYTES + slots * SLOT_BYTES + most
 
 
 def plan_splits(layers: Sequence[DeepLayer], cluster: int, clusters: int) -> list[Split] | str:
     """Every layer's share, or why the kernel cannot run the group."""
     if not 0 < len(layers) <= MAX_LAYERS:
         return f"{len(layers)} layers (1 to {MAX_LAYERS} are supported)"
-    shares = []
+    shares: list[Split] = []
+    read = [0] * clusters
     for layer in layers:
         if (reason := unsupported(layer)) is not None:
             return reason
         share = split(layer, cluster, clusters)
         if share is None:
-            return f"no split of {layer.conv} over {clusters} clusters of {cluster}"
+            return (
+                f"{layer.conv} over {clusters} clusters of {cluster}: more than {SHARED_LIMIT} bytes of shared memory"
+            )
+
+        def uneven(one: Split) -> tuple[int, int]:
+            return sum((before + one.block_bytes(c)) ** 2 for c, before in enumerate(read)), one.shift
+
+        share = min((share._replace(shift=shift) for shift in range(clusters)), key=uneven)
+        read = [before + share.block_bytes(c) for c, before in enumerate(read)]
         shares.append(share)
-    needed, _ = shared_bytes(layers, shares, cluster)
-    if needed > SHARED_LIMIT:
-        return f"{needed} bytes of shared memory (there are {SHARED_LIMIT})"
     return shares
 
 
-def unavailable(device: torch.device, dtype: torch.dtype, cluster: int = CLUSTER) -> str | None:
+def best_cluster(layers: Sequence[DeepLayer], held: Mapping[int, int]) -> tuple[int, int] | str:
+    """(blocks of a cluster, clusters) for which no block reads more than it must, or why none can run the group.
+
+    Args:
+        layers: of the group.
+        held: blocks of a cluster -> clusters that the GPU holds at a time.
+    """
+    found: list[tuple[int, int, int]] = []
+    reason = "the GPU holds no cluster"
+    for cluster, clusters in held.items():
+        if clusters:
+            shares = plan_splits(layers, cluster, clusters)
+            if isinstance(shares, str):
+                reason = shares
+            else:
+                cost = sum(max(map(share.block_bytes, range(clusters))) for share in shares)
+                found.append((cost, -cluster, clusters))
+    if not found:
+        return reason
+    _, cluster, clusters = min(found)
+    return -cluster, clusters
+
+
+def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel cannot run on a GPU in `dtype`, or None. Loads it there."""
     if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
         return "needs an NVIDIA GPU, float16 or bfloat16"
@@ -310,17 +375,16 @@ def unavailable(device: torch.device, dtype: torch.dtype, cluster: int = CLUSTER
         return f"{CUBIN.name} was not built (make cubin)"
     try:
         with torch.cuda.device(device):
-            _kernel(dtype, SHARED_LIMIT, cluster).load()
+            _kernel(dtype, SHARED_LIMIT, 1).load()
     except (OSError, RuntimeError) as error:
         return str(error)
     return None
 
 
-def clusters_on(device: torch.device, dtype: torch.dtype, cluster: int = CLUSTER) -> int:
-    """Clusters that a GPU holds at a time, at most what MAX_CLUSTERS of eight blocks are."""
+def held_clusters(device: torch.device, dtype: torch.dtype) -> dict[int, int]:
+    """Blocks of a cluster -> clusters that a GPU holds at a time."""
     with torch.cuda.device(device):
-        found = _kernel(dtype, SHARED_LIMIT, cluster).active_clusters()
-    return min(found, MAX_CLUSTERS * CLUSTER // cluster)
+        return {cluster: _kernel(dtype, SHARED_LIMIT, cluster).active_clusters() for cluster in CLUSTERS}
 
 
 def _kernel(dtype: torch.dtype, shared: int, cluster: int, cooperative: bool = True, overlap: bool = False) -> Kernel:
@@ -344,7 +408,6 @@ class DeepGroup:
         shares: of each, :func:`plan_splits`.
         weights: of each, :func:`pack`, float16 or bfloat16 on the GPU.
         biases: of each, [Cout] float32.
-        cluster: blocks of a cluster.
         cooperative, evict_first, overlap, timeout: variants of the launch, for measurements.
     """
 
@@ -355,19 +418,19 @@ class DeepGroup:
         weights: Sequence[Tensor],
         biases: Sequence[Tensor],
         *,
-        cluster: int = CLUSTER,
         cooperative: bool = True,
         evict_first: bool = True,
         overlap: bool = False,
         timeout: int = TIMEOUT,
     ) -> None:
-        self.layers, self.shares, self.cluster = tuple(layers), tuple(shares), cluster
+        self.layers, self.shares = tuple(layers), tuple(shares)
         self.weights, self.biases = tuple(weights), tuple(biases)
-        self.grid = cluster * max(share.units for share in shares)
-        self.bytes, self._recv_offset = shared_bytes(layers, shares, cluster)
+        self.cluster, self.clusters = shares[0].cluster, shares[0].clusters
+        self.grid = self.cluster * self.clusters
+        self.slots, self.bytes = _slots(layers, shares)
         self.dtype = self.weights[0].dtype
         self._evict_first, self._timeout = evict_first, timeout
-        self._kernel = _kernel(self.dtype, self.bytes, cluster, cooperative, overlap)
+        self._kernel = _kernel(self.dtype, self.bytes, self.cluster, cooperative, overlap)
 
     def new_state(self) -> Tensor:
         """int32 zeros that the launches of one program share and leave as zeros."""
@@ -401,11 +464,12 @@ class DeepGroup:
         numbers = range(len(self.layers)) if only is None else [only]
         program = _Program(
             state=state.data_ptr(), times=None if times is None else times.data_ptr(), timeout=self._timeout,
-            layers=len(numbers), cluster=self.cluster, recv_offset=self._recv_offset, evict_first=self._evict_first,
+            layers=len(numbers), log_cluster=_log(self.cluster), clusters=self.clusters, slots=self.slots,
+            evict_first=self._evict_first,
         )  # fmt: skip
         for place, number in enumerate(numbers):
             layer = self.layers[number]
-            told = describe(layer, self.shares[number], self.cluster)
+            told = describe(layer, self.shares[number])
             source = sources[number]
             _check_view("sources", source, self.dtype, (layer.batch, *layer.in_size, layer.conv.in_channels))
             told.weights, told.bias = self.weights[number].data_ptr(), self.biases[number].data_ptr()
@@ -426,7 +490,7 @@ class DeepGroup:
         if is_recording():  # nothing to compile
             return
         with torch.cuda.device(self.weights[0].device):
-            self._kernel(self.grid, program)
+            self._kernel.launch(self.grid, [ctypes.c_void_p(ctypes.addressof(program))])
 
     @staticmethod
     def error(state: Tensor) -> str | None:

@@ -106,7 +106,7 @@ def test_the_sdist_builds(sources, tmp_path):
                 path = unpacked / member.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(tar.extractfile(member).read())
-    wanted = {p.relative_to(sources).as_posix() for p in (sources / "csrc").iterdir()}
+    wanted = {p.relative_to(sources).as_posix() for p in (sources / "csrc").rglob("*.*")}
     wanted |= {p.relative_to(sources).as_posix() for p in (sources / "kernels").glob("*.py")}
     wanted |= {p.relative_to(sources).as_posix() for p in (sources / "lgnet_fast").rglob("*.py")}
     wanted |= {"setup.py", "pyproject.toml", "LICENSE", "lgnet_fast/py.typed"}
@@ -121,6 +121,7 @@ def test_the_sdist_builds(sources, tmp_path):
     assert "lgnet_fast/_C_unavailable.txt" in packed
     for path in (sources / "kernels").glob("*.py"):
         assert f"lgnet_fast/kernels/{path.name}" in packed
+    assert "lgnet_fast/kernels/hopper_conv.cubin" in packed
     top = {name.split("/")[0] for name in packed if ".dist-info/" not in name}
     assert top == {"lgnet_fast"}
 

@@ -4,16 +4,17 @@
 // layers: one warp of each streams the block's part of every layer's weights through a ring in shared memory, as far
 // ahead as the ring is long, whatever layer the others are at.
 //
-// A layer is a product weights [channels, depth] x positions [depth, rows], depth = taps x input channels, for each
-// phase (kernels/conv.py). A cluster owns a unit of it: one phase, `channels` output channels. Its blocks split the
-// depth in steps of 32 input channels of one tap; the eight multiplying warps split the block's steps (`warps_k`) and
-// its channels (`warps_c`). Sums travel within the cluster (distributed shared memory) to the block that finishes
-// them: float32, in a fixed order, so that results are bitwise repeatable. Between layers all blocks meet at a
-// counter in global memory.
+// A layer is a product weights [channels, depth] x positions [depth, rows], depth = input channels x taps, for each
+// phase (kernels/conv.py). A unit is 16 output channels of a phase. Clusters get `base` units each, `extra` of them
+// one more, others in each layer (`shift`). The blocks of a cluster split the depth in steps of 32 input channels of
+// one tap; a block's positions come into shared memory once, with a border of zeros. Its eight multiplying warps take
+// items, (unit, every warps_k-th step), eight at a time: what they read of one step each is a chunk of the ring. Sums
+// travel within the cluster (distributed shared memory) to the block that finishes them: float32, in a fixed order,
+// so that results are bitwise repeatable. Between layers all blocks meet at a counter in global memory.
 //
-// Weights are packed in the order of mma's fragments (kernels/deep.py, `pack`): for every 16 channels and 16 depths,
-// 32 lanes x 16 bytes. A lane's 16 bytes of a position are 8 consecutive channels t * 8 .. + 7 of a step, the operand
-// of two products; the packing permutes the depth of the weights to match.
+// Weights are packed in the order of mma's fragments (kernels/deep.py, `pack`): for every unit and 16 depths, 32
+// lanes x 16 bytes. A lane's 16 bytes of a position are 8 consecutive channels t * 8 .. + 7 of a step, the operand of
+// two products; the packing permutes the depth of the weights to match.
 //
 // Every wait is bounded by `timeout` clocks: then `state[0]` says who waited for what, every block runs to its end
 // without waiting and fills the last layer's stores with NaN, and so does every later launch until `state` is zeroed.
@@ -21,42 +22,45 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+#include "source.cuh"
+
 namespace lgnet {
 
 constexpr int kLayers = 12;
-constexpr int kSlots = 20;
+constexpr int kMaxSlots = 24;
 constexpr int kSlotBytes = 8192;
 constexpr int kWarps = 8;  // that multiply; one more loads weights
 constexpr int kThreads = 32 * kWarps;
-constexpr int kPass = 16;        // rows at a time
-constexpr int kStep = 32;        // depth of a step
-constexpr int kTileBytes = 512;  // weights of 16 channels x 16 depths
-constexpr int kAhead = 4;        // rounds whose positions are loaded at once
-constexpr int kPad = 4;          // floats after a row of partial sums, against bank conflicts
+constexpr int kUnit = 16;          // output channels
+constexpr int kStep = 32;          // depth of a step
+constexpr int kPixelBytes = 64;    // of a step's channels
+constexpr int kPieceBytes = 1024;  // weights of a unit and step
+constexpr int kPad = 4;            // floats after a row of partial sums, against bank conflicts
 constexpr int kBarrierBytes = 512;
 constexpr int kStateStride = 32;  // integers between counters: a line of the L2 cache each
 
 // kernels/deep.py has the same fields in the same order.
 struct Layer {
-  const void* weights;  // [unit, block, round, warps_k, warps_c, tiles, 2, lane, 8]
+  const void* weights;  // of each cluster, in the order of `shift`: [block, chunk, piece, 2, lane, 8]
   const float* bias;
   const void* source;
   void* store0;
   void* store1;
-  int32_t units, groups, channels, warps_k, log_warps_c, tiles;
-  int32_t rounds, steps, block_steps, chunks, chunks_inverse, log_count_x;
-  int32_t rows, log_rows_h, log_rows_w, passes;
-  int32_t log_quads, log_share;  // of four channels: in a row; that a block finishes in a pass
-  int32_t in_h, in_w, in_step, out_h, out_w, out_step;
+  int32_t base, extra, shift, groups;  // units: of every cluster, clusters with one more, rotation; units of a phase
+  int32_t log_warps_k, step_rounds, steps, block_steps, log_taps, log_count_x;
+  int32_t rows, log_rows, log_rows_h, log_rows_w;
+  int32_t log_pixels, log_in_h, log_in_w, log_in_step, out_h, out_w, out_step;
+  int32_t stage_w, stage_h, stage_half, stage_pixels, stage_bytes, border_y, border_x;  // the positions' copy
+  int32_t sums, received;  // bytes from the end of the ring
   int32_t stride_x, stride_0, stride_1, activation_0, activation_1;
-  int32_t origin_y[2], origin_x[2];
+  int32_t origin_y[2], origin_x[2];  // of the copy
 };
 
 struct Program {
   int32_t* state;  // [2 + layers, kStateStride] zeros: error, blocks that are done, then a counter a layer
   int64_t* times;  // [layers, blocks, 6] clocks, or null
   int64_t timeout;
-  int32_t layers, cluster, recv_offset, evict_first;
+  int32_t layers, log_cluster, clusters, slots, evict_first;
   Layer layer[kLayers];
 };
 
@@ -193,139 +197,219 @@ __device__ __forceinline__ float activate(float x, int code) {
   return x;
 }
 
-// A block's place, and its unit's phase and first channel in the layer at hand.
+// A block's place, and its cluster's share of the layer at hand.
 struct Place {
-  int unit, rank, warp, lane, phase, channel;
-  uint32_t full, empty, ring, sums;  // shared memory: barriers, weights, partial sums
+  int cluster, rank, log_cluster, warp, lane;
+  int begin, units;                   // the cluster's units
+  int first, steps;                   // the block's steps
+  uint32_t full, empty, ring, stage;  // shared memory: barriers, weights, positions
+
+  __device__ __forceinline__ void enter(const Layer& layer, int clusters) {
+    int turn = cluster + layer.shift;
+    if (turn >= clusters) turn -= clusters;
+    units = layer.base + (turn < layer.extra ? 1 : 0);
+    begin = turn * layer.base + min(turn, layer.extra);
+    first = rank * layer.block_steps;
+    steps = max(min(layer.block_steps, layer.steps - first), 0);
+  }
 };
 
-// One pass of a layer: this warp's steps, `kTiles` x 16 channels, 16 rows; partial sums go to `sums`.
-template <typename T, int kTiles>
-__device__ __forceinline__ void multiply(const Layer& layer, const Place& place, Guard& guard, uint32_t chunk,
-                                         int pass, int number) {
-  constexpr int kRows = kPass / 8;
-  const int g = place.lane >> 2, t = place.lane & 3;
-  const int warp_k = place.warp >> layer.log_warps_c, warp_c = place.warp - (warp_k << layer.log_warps_c);
-  const int first = place.rank * layer.block_steps;
-  const int count = min(layer.block_steps, layer.steps - first);
-  const bool last = pass == layer.passes - 1;
-  const uint32_t round_bytes = layer.warps_k * layer.channels * kStep * 2;
-  const uint32_t slots = (round_bytes + kSlotBytes - 1) / kSlotBytes;
-  const uint32_t offset = place.warp * kTiles * 2 * kTileBytes;
-  const T* source = static_cast<const T*>(layer.source);
+// The next slot of the ring, and whether its use is an odd one.
+struct Ring {
+  int slot, slots;
+  uint32_t parity;
 
-  int y0[kRows], x0[kRows], sample[kRows];
+  __device__ __forceinline__ void advance() {
+    if (++slot == slots) slot = 0, parity ^= 1;
+  }
+};
+
+__device__ __forceinline__ int phase_of(const Layer& layer, int unit) {
+  return (unit >= layer.groups) + (unit >= 2 * layer.groups) + (unit >= 3 * layer.groups);
+}
+
+__device__ __forceinline__ uint4 load_shared(uint32_t address) {
+  uint4 value;
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
+__device__ __forceinline__ void store_shared(uint32_t address, const uint4& value) {
+  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
+               "r"(value.w)
+               : "memory");
+}
+
+__device__ __forceinline__ void add_shared(float4& sum, uint32_t address) {
+  const uint4 part = load_shared(address);
+  sum.x += __uint_as_float(part.x), sum.y += __uint_as_float(part.y);
+  sum.z += __uint_as_float(part.z), sum.w += __uint_as_float(part.w);
+}
+
+// The positions that the block's steps need: [input channels / 32, sample, y, x, 32], pixels of even x before the
+// others where rows are two pixels apart, so that neighbouring rows never meet in a bank. The border holds zeros
+// already.
+__device__ __forceinline__ void load_positions(const Layer& layer, const Place& place) {
+  constexpr int kAhead = 4;
+  if (place.steps == 0) return;
+  const int chunk0 = place.first >> layer.log_taps;
+  const int chunks = ((place.first + place.steps - 1) >> layer.log_taps) - chunk0 + 1;
+  const int total = chunks << (layer.log_pixels + 2);
+  const uint16_t* source = static_cast<const uint16_t*>(layer.source) + chunk0 * kStep;
+  for (int index0 = threadIdx.x; index0 < total; index0 += kAhead * kThreads) {
+    uint4 value[kAhead];
+    uint32_t to[kAhead];
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      const int index = index0 + i * kThreads;
+      const int part = index & 3, chunk = index >> (layer.log_pixels + 2);
+      const int pixel = (index >> 2) & ((1 << layer.log_pixels) - 1);
+      const int line = pixel >> layer.log_in_w, sample = line >> layer.log_in_h;
+      const int x = (pixel & ((1 << layer.log_in_w) - 1)) + layer.border_x;
+      const int y = sample * layer.stage_h + (line & ((1 << layer.log_in_h) - 1)) + layer.border_y;
+      const int column = (x & ((1 << layer.log_in_step) - 1)) * layer.stage_half + (x >> layer.log_in_step);
+      to[i] = place.stage + (chunk * layer.stage_pixels + y * layer.stage_w + column) * kPixelBytes + part * 16;
+      if (index < total) {  // the L1 cache does not see other blocks' stores
+        const uint16_t* at = source + static_cast<int64_t>(pixel) * layer.stride_x + chunk * kStep + part * 8;
+        value[i] = __ldcg(reinterpret_cast<const uint4*>(at));
+      }
+    }
+#pragma unroll
+    for (int i = 0; i < kAhead; ++i) {
+      if (index0 + i * kThreads < total) store_shared(to[i], value[i]);
+    }
+  }
+}
+
+// This warp's items, `kRows` x 8 rows; partial sums go to [warps_k, row, unit, 16].
+template <typename T, int kRows>
+__device__ __forceinline__ void multiply(const Layer& layer, const Place& place, Guard& guard, Ring& ring,
+                                         int number) {
+  constexpr int kAhead = kRows < 4 ? 2 : 1;  // steps
+  constexpr bool kBefore = kRows < 8;        // whether positions are read before weights are there
+  const int g = place.lane >> 2, t = place.lane & 3;
+  const int warps_k = 1 << layer.log_warps_k, items = place.units << layer.log_warps_k;
+  const int chunk0 = place.first >> layer.log_taps;
+  const int pitch = place.units * kUnit + kPad;
+
+  uint32_t base[kRows];
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
-    const int row = pass * kPass + r * 8 + g, y = row >> layer.log_rows_w;
-    x0[r] = (row - (y << layer.log_rows_w)) * layer.in_step + layer.origin_x[place.phase & 1];
-    sample[r] = (y >> layer.log_rows_h) * layer.in_h;
-    y0[r] = (y & ((1 << layer.log_rows_h) - 1)) * layer.in_step + layer.origin_y[place.phase >> 1];
-    if (row >= layer.rows) y0[r] = INT32_MIN / 2;  // reads nothing
+    const int row = (r * 8 + g) & (layer.rows - 1), line = row >> layer.log_rows_w, sample = line >> layer.log_rows_h;
+    const int y = sample * layer.stage_h + ((line & ((1 << layer.log_rows_h) - 1)) << layer.log_in_step);
+    base[r] = place.stage + (y * layer.stage_w + (row & ((1 << layer.log_rows_w) - 1))) * kPixelBytes + t * 16;
   }
 
-  float sums[kTiles][kRows][4] = {};
-  for (int round0 = 0; round0 < layer.rounds; round0 += kAhead) {
-    uint4 x[kAhead][kRows];
+  for (int item0 = 0; item0 < items; item0 += kWarps) {
+    const int item = item0 + place.warp, unit = item >> layer.log_warps_k, part = item & (warps_k - 1);
+    const int phase = phase_of(layer, place.begin + unit);
+    const int origin_y = layer.origin_y[phase >> 1], origin_x = layer.origin_x[phase & 1];
+    float sums[kRows][4] = {};
+    for (int round0 = 0; round0 < layer.step_rounds; round0 += kAhead) {
+      uint4 x[kAhead][kRows], weights[kAhead][2];
+      uint32_t at[kAhead];
+      bool works[kAhead];
+      Ring ahead = ring;
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      const int step = (round0 + i) * layer.warps_k + warp_k;
-      const int tap = (first + step) * layer.chunks_inverse >> 16;
-      const int channel = (first + step - tap * layer.chunks) * kStep + t * 8;
-      const int tap_y = tap >> layer.log_count_x, tap_x = tap - (tap_y << layer.log_count_x);
+      for (int i = 0; i < kAhead; ++i) {
+        const int step = ((round0 + i) << layer.log_warps_k) + part, depth = place.first + step;
+        const int tap = depth & ((1 << layer.log_taps) - 1);
+        const int y = origin_y + (tap >> layer.log_count_x);
+        const int xx = origin_x + (tap & ((1 << layer.log_count_x) - 1));
+        const int column = (xx & ((1 << layer.log_in_step) - 1)) * layer.stage_half + (xx >> layer.log_in_step);
+        const int pixel = ((depth >> layer.log_taps) - chunk0) * layer.stage_pixels + y * layer.stage_w + column;
+        at[i] = pixel * kPixelBytes;
+        works[i] = item < items && round0 + i < layer.step_rounds && step < place.steps;
+        if (kBefore && works[i]) {
 #pragma unroll
-      for (int r = 0; r < kRows; ++r) {
-        const int y = y0[r] + tap_y, xx = x0[r] + tap_x;
-        x[i][r] = make_uint4(0, 0, 0, 0);
-        if (step < count && y >= 0 && y < layer.in_h && xx >= 0 && xx < layer.in_w) {
-          const T* at = source + static_cast<int64_t>((sample[r] + y) * layer.in_w + xx) * layer.stride_x + channel;
-          x[i][r] = __ldcg(reinterpret_cast<const uint4*>(at));  // the L1 cache does not see other blocks' stores
+          for (int r = 0; r < kRows; ++r) x[i][r] = load_shared(base[r] + at[i]);
         }
       }
-    }
 #pragma unroll
-    for (int i = 0; i < kAhead; ++i) {
-      if (round0 + i >= layer.rounds) break;
-      const uint32_t base = chunk + (round0 + i) * slots;
-      const uint32_t own = base + offset / kSlotBytes;
-      guard.wait(place.full + 8 * (own % kSlots), own / kSlots & 1, code_of(kFull, number));
-      __syncwarp();
-      if ((round0 + i) * layer.warps_k + warp_k < count) {
-        const uint32_t weights = place.ring + own % kSlots * kSlotBytes + offset % kSlotBytes + place.lane * 16;
+      for (int i = 0; i < kAhead; ++i) {
+        if (round0 + i >= layer.step_rounds) break;
+        // warps that have no item wait too: none may be a whole turn of the ring ahead of another
+        guard.wait(place.full + 8 * ahead.slot, ahead.parity, code_of(kFull, number));
+        __syncwarp();
+        const uint32_t from = place.ring + ahead.slot * kSlotBytes + place.warp * kPieceBytes + place.lane * 16;
+        if (works[i]) weights[i][0] = load_shared(from), weights[i][1] = load_shared(from + kPieceBytes / 2);
+        ahead.advance();
+      }
 #pragma unroll
-        for (int tile = 0; tile < kTiles; ++tile) {
+      for (int i = 0; i < kAhead; ++i) {
+        if (round0 + i >= layer.step_rounds) break;
+        if (works[i]) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            uint4 a;
-            asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                         : "=r"(a.x), "=r"(a.y), "=r"(a.z), "=r"(a.w)
-                         : "r"(weights + (tile * 2 + half) * kTileBytes));
-#pragma unroll
-            for (int r = 0; r < kRows; ++r) {
-              Math<T>::multiply(sums[tile][r], a, half ? x[i][r].z : x[i][r].x, half ? x[i][r].w : x[i][r].y);
-            }
+          for (int r = 0; r < kRows; ++r) {
+            if (!kBefore) x[i][r] = load_shared(base[r] + at[i]);
+            Math<T>::multiply(sums[r], weights[i][0], x[i][r].x, x[i][r].y);
+            Math<T>::multiply(sums[r], weights[i][1], x[i][r].z, x[i][r].w);
           }
         }
-      }
-      if (last) {
-        // Of slots that hold nothing for this warp too: a layer uses a slot once, and warps meet between layers.
         __syncwarp();
-        if (place.lane == 0) {
-          for (uint32_t slot = 0; slot < slots; ++slot) barrier_arrive(place.empty + 8 * ((base + slot) % kSlots));
-        }
+        if (place.lane == 0) barrier_arrive(place.empty + 8 * ring.slot);
+        ring.advance();
       }
     }
-  }
-  const int pitch = layer.channels + kPad;
-#pragma unroll
-  for (int tile = 0; tile < kTiles; ++tile) {
+    if (item >= items) continue;
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
-      if (r * 8 >= layer.rows) continue;
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = r * 8 + 2 * t + (e & 1);
-        const int channel = (warp_c * kTiles + tile) * 16 + g + (e >> 1) * 8;
-        const uint32_t at = place.sums + ((warp_k * kPass + row) * pitch + channel) * 4;
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(sums[tile][r][e]) : "memory");
+        const int row = r * 8 + 2 * t + (e & 1), channel = unit * kUnit + g + (e >> 1) * 8;
+        if (row >= layer.rows) continue;
+        const uint32_t at = place.stage + layer.sums + (((part << layer.log_rows) + row) * pitch + channel) * 4;
+        asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(sums[r][e]) : "memory");
       }
     }
   }
 }
 
 template <typename T>
-__device__ __forceinline__ void multiply_any(const Layer& layer, const Place& place, Guard& guard, uint32_t chunk,
-                                             int pass, int number) {
-  if (layer.tiles == 4) {
-    multiply<T, 4>(layer, place, guard, chunk, pass, number);
-  } else if (layer.tiles == 2) {
-    multiply<T, 2>(layer, place, guard, chunk, pass, number);
+__device__ __forceinline__ void multiply_any(const Layer& layer, const Place& place, Guard& guard, Ring& ring,
+                                             int number) {
+  if (layer.rows <= 8) {
+    multiply<T, 1>(layer, place, guard, ring, number);
+  } else if (layer.rows == 16) {
+    multiply<T, 2>(layer, place, guard, ring, number);
+  } else if (layer.rows == 32) {
+    multiply<T, 4>(layer, place, guard, ring, number);
   } else {
-    multiply<T, 1>(layer, place, guard, chunk, pass, number);
+    multiply<T, 8>(layer, place, guard, ring, number);
   }
 }
 
-// The block's sums of a pass, each to the block of the cluster that finishes it.
-__device__ __forceinline__ void send(const Layer& layer, const Place& place, int pass, uint32_t recv,
-                                     uint32_t recv_barrier) {
-  const int pitch = layer.channels + kPad;
-  const int total = min(layer.rows, kPass) << layer.log_quads;
-  for (int f = threadIdx.x; f < total; f += kThreads) {
-    const int row = f >> layer.log_quads, quad = f - (row << layer.log_quads);
+// Of the cluster's rows of 16 channels, (unit, row) in order, each block finishes every cluster-th: how many at most.
+__device__ __forceinline__ int most_finished(const Layer& layer, const Place& place) {
+  return ((place.units << layer.log_rows) + (1 << place.log_cluster) - 1) >> place.log_cluster;
+}
+
+// How many this block finishes.
+__device__ __forceinline__ int finished(const Layer& layer, const Place& place) {
+  const int last = (place.units << layer.log_rows) - 1 - place.rank;
+  return last < 0 ? 0 : (last >> place.log_cluster) + 1;
+}
+
+// The block's sums, each to the block of the cluster that finishes it.
+__device__ __forceinline__ void send(const Layer& layer, const Place& place, uint32_t received_barrier) {
+  const int pitch = place.units * kUnit + kPad, total = place.units << (layer.log_rows + 2);
+  const int most = most_finished(layer, place) * 4;
+  for (int index = threadIdx.x; index < total; index += kThreads) {
+    const int quad = index & 3, which = index >> 2, row = which & (layer.rows - 1), unit = which >> layer.log_rows;
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int w = 0; w < layer.warps_k; ++w) {
-      float4 part;
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
-                   : "r"(place.sums + ((w * kPass + row) * pitch + quad * 4) * 4));
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    for (int part = 0; part < 1 << layer.log_warps_k; ++part) {
+      const int at = ((part << layer.log_rows) + row) * pitch + unit * kUnit + quad * 4;
+      add_shared(sum, place.stage + layer.sums + at * 4);
     }
-    const int owner = f >> layer.log_share, mine = f - (owner << layer.log_share);
-    const uint32_t at = recv + (((place.rank * layer.passes + pass) << layer.log_share) + mine) * 16;
+    const int owner = which & ((1 << place.log_cluster) - 1), mine = (which >> place.log_cluster) * 4 + quad;
+    const uint32_t at = place.stage + layer.received + (place.rank * most + mine) * 16;
     asm volatile(
         "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
             remote(at, owner)),
-        "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w), "r"(remote(recv_barrier, owner))
+        "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w), "r"(remote(received_barrier, owner))
         : "memory");
   }
 }
@@ -340,27 +424,22 @@ __device__ __forceinline__ void store(void* to, int64_t index, const float4& val
 
 // Adds what the blocks of the cluster sent, in their order, and stores it.
 template <typename T>
-__device__ __forceinline__ void finish(const Layer& layer, const Place& place, int cluster, uint32_t recv) {
-  const int all = layer.passes << layer.log_share, total = min(layer.rows, kPass) << layer.log_quads;
-  for (int index = threadIdx.x; index < all; index += kThreads) {
-    const int pass = index >> layer.log_share;
-    const int f = (place.rank << layer.log_share) + index - (pass << layer.log_share);
-    if (f >= total) continue;
-    const int row = pass * kPass + (f >> layer.log_quads);
-    const int channel = place.channel + (f & ((1 << layer.log_quads) - 1)) * 4;
+__device__ __forceinline__ void finish(const Layer& layer, const Place& place) {
+  const int total = finished(layer, place) * 4, most = most_finished(layer, place) * 4;
+  for (int index = threadIdx.x; index < total; index += kThreads) {
+    const int which = ((index >> 2) << place.log_cluster) + place.rank;
+    const int row = which & (layer.rows - 1), unit = place.begin + (which >> layer.log_rows);
+    const int phase = phase_of(layer, unit);
+    const int channel = (unit - phase * layer.groups) * kUnit + (index & 3) * 4;
     const float4 bias = __ldg(reinterpret_cast<const float4*>(layer.bias + channel));
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
-    for (int from = 0; from < cluster; ++from) {
-      float4 part;
-      asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];"
-                   : "=f"(part.x), "=f"(part.y), "=f"(part.z), "=f"(part.w)
-                   : "r"(recv + (from * all + index) * 16));
-      sum.x += part.x, sum.y += part.y, sum.z += part.z, sum.w += part.w;
+    for (int from = 0; from < 1 << place.log_cluster; ++from) {
+      add_shared(sum, place.stage + layer.received + (from * most + index) * 16);
     }
     sum.x += bias.x, sum.y += bias.y, sum.z += bias.z, sum.w += bias.w;
     const int y = row >> layer.log_rows_w, sample = y >> layer.log_rows_h;
-    const int out_x = (row - (y << layer.log_rows_w)) * layer.out_step + (place.phase & 1);
-    const int out_y = (y - (sample << layer.log_rows_h)) * layer.out_step + (place.phase >> 1);
+    const int out_x = (row & ((1 << layer.log_rows_w) - 1)) * layer.out_step + (phase & 1);
+    const int out_y = (y & ((1 << layer.log_rows_h) - 1)) * layer.out_step + (phase >> 1);
     const int64_t pixel = (sample * layer.out_h + out_y) * layer.out_w + out_x;
     store<T>(layer.store0, pixel * layer.stride_0 + channel, sum, layer.activation_0);
     if (layer.store1 != nullptr) store<T>(layer.store1, pixel * layer.stride_1 + channel, sum, layer.activation_1);
@@ -368,24 +447,24 @@ __device__ __forceinline__ void finish(const Layer& layer, const Place& place, i
 }
 
 // This block's weights of every layer, as far ahead as the ring allows. One thread.
-__device__ __forceinline__ void stream(const Program& program, const Place& place, Guard& guard) {
+__device__ __forceinline__ void stream(const Program& program, Place& place, Guard& guard) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
-  uint32_t chunk = 0;
+  Ring ring = {0, program.slots, 0};
   for (int number = 0; number < program.layers; ++number) {
     const Layer& layer = program.layer[number];
-    if (place.unit >= layer.units) continue;
-    const uint32_t round_bytes = layer.warps_k * layer.channels * kStep * 2;
-    const char* from = static_cast<const char*>(layer.weights) +
-                       static_cast<int64_t>(place.unit * program.cluster + place.rank) * layer.rounds * round_bytes;
-    for (int round = 0; round < layer.rounds; ++round) {
-      for (uint32_t at = 0; at < round_bytes; at += kSlotBytes, ++chunk) {
-        const uint32_t slot = chunk % kSlots, bytes = min(round_bytes - at, static_cast<uint32_t>(kSlotBytes));
-        if (chunk >= kSlots) {
-          guard.wait(place.empty + 8 * slot, (chunk / kSlots - 1) & 1, code_of(kEmpty, number));
-          if (guard.dead) return;
-        }
-        const uint32_t to = place.ring + slot * kSlotBytes, barrier = place.full + 8 * slot;
+    place.enter(layer, program.clusters);
+    const int64_t pieces = layer.step_rounds << layer.log_warps_k;  // of a unit and block
+    const int64_t before = (static_cast<int64_t>(place.begin) << place.log_cluster) + place.rank * place.units;
+    const char* from = static_cast<const char*>(layer.weights) + before * pieces * kPieceBytes;
+    const int items = place.units << layer.log_warps_k;
+    for (int item0 = 0; item0 < items; item0 += kWarps) {
+      const uint32_t bytes = min(items - item0, kWarps) * kPieceBytes;
+      for (int round = 0; round < layer.step_rounds; ++round) {
+        // the first time around nobody has used the slot: that wait ends at once
+        guard.wait(place.empty + 8 * ring.slot, ring.parity ^ 1, code_of(kEmpty, number));
+        if (guard.dead) return;
+        const uint32_t to = place.ring + ring.slot * kSlotBytes, barrier = place.full + 8 * ring.slot;
         barrier_expect(barrier, bytes);
         if (program.evict_first) {
           asm volatile(
@@ -400,6 +479,7 @@ __device__ __forceinline__ void stream(const Program& program, const Place& plac
               : "memory");
         }
         from += bytes;
+        ring.advance();
       }
     }
   }
@@ -407,7 +487,7 @@ __device__ __forceinline__ void stream(const Program& program, const Place& plac
 
 template <typename T>
 __device__ void fill_with_nan(const Layer& layer, void* to, int stride) {
-  const int channels = layer.units / (layer.out_step * layer.out_step) * layer.channels;
+  const int channels = layer.groups * kUnit;
   const int pixels = (layer.rows >> layer.log_rows_h >> layer.log_rows_w) * layer.out_h * layer.out_w;
   for (int index = threadIdx.x; index < pixels * channels; index += kThreads) {
     static_cast<T*>(to)[static_cast<int64_t>(index / channels) * stride + index % channels] = T(nanf(""));
@@ -418,49 +498,58 @@ template <typename T>
 __device__ __forceinline__ void run(const Program& program) {
   extern __shared__ __align__(128) uint8_t memory[];
   const uint32_t shared = shared_address(memory);
-  const uint32_t recv_barrier = shared + 16 * kSlots, recv = shared + program.recv_offset;
+  const uint32_t received_barrier = shared + 16 * kMaxSlots;
   Place place;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(place.rank));
-  place.unit = blockIdx.x / program.cluster;
+  place.log_cluster = program.log_cluster;
+  place.cluster = blockIdx.x >> program.log_cluster;
   // the compiler is told that all lanes agree
   place.warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   place.lane = threadIdx.x % 32;
   place.full = shared;
-  place.empty = shared + 8 * kSlots;
+  place.empty = shared + 8 * kMaxSlots;
   place.ring = shared + kBarrierBytes;
-  place.sums = place.ring + kSlots * kSlotBytes;
+  place.stage = place.ring + program.slots * kSlotBytes;
   Guard guard = {program.state, clock64() + program.timeout, false};
 
   if (threadIdx.x == 0) {
-    for (int slot = 0; slot < kSlots; ++slot) {
+    for (int slot = 0; slot < program.slots; ++slot) {
       barrier_init(place.full + 8 * slot, 1);
       barrier_init(place.empty + 8 * slot, kWarps);
     }
-    barrier_init(recv_barrier, 1);
+    barrier_init(received_barrier, 1);
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
+  __syncwarp();
   cluster_meet();  // nobody sends to a barrier that is not there yet
 
   if (place.warp == kWarps) {
-    if (place.lane == 0) stream(program, place, guard);
+    if (place.lane == 0) {
+      stream(program, place, guard);
+      // after a failure nobody waits for what is on its way here: let it arrive before the memory is another block's
+      for (const int64_t until = clock64() + 100000; guard.dead && clock64() < until;) {
+      }
+    }
   } else {
     asm volatile("griddepcontrol.wait;" ::: "memory");
-    uint32_t chunk = 0, received = 0;
+    Ring ring = {0, program.slots, 0};
+    uint32_t received = 0;  // parity
     for (int number = 0; number < program.layers; ++number) {
       const Layer& layer = program.layer[number];
       int64_t* times = program.times == nullptr || threadIdx.x != 0
                            ? nullptr
                            : program.times + (static_cast<int64_t>(number) * gridDim.x + blockIdx.x) * 6;
-      const bool works = place.unit < layer.units;
-      place.phase = place.unit / layer.groups;
-      place.channel = (place.unit - place.phase * layer.groups) * layer.channels;
+      place.enter(layer, program.clusters);
+      const bool works = place.units > 0;
       if (times != nullptr) times[0] = clock64();
-      if (threadIdx.x == 0) {
-        if (works) {
-          const int share = 1 << layer.log_share;
-          const int valid = min(share, (min(layer.rows, kPass) << layer.log_quads) - place.rank * share);
-          barrier_expect(recv_barrier, max(valid, 0) * layer.passes * program.cluster * 16);
+      if (works) {
+        for (int at = threadIdx.x * 16; at < layer.stage_bytes; at += kThreads * 16) {
+          store_shared(place.stage + at, make_uint4(0, 0, 0, 0));
         }
+      }
+      if (threadIdx.x == 0) {
+        // sums that others have sent already count below zero until then
+        if (works) barrier_expect(received_barrier, (finished(layer, place) * kUnit * 4) << place.log_cluster);
         if (number > 0) {
           guard.wait_count(program.state + (1 + number) * kStateStride, gridDim.x, code_of(kGrid, number));
         }
@@ -468,27 +557,22 @@ __device__ __forceinline__ void run(const Program& program) {
       multipliers_meet();
       if (times != nullptr) times[1] = clock64();
       if (works) {
-        for (int pass = 0; pass < layer.passes; ++pass) {
-          multiply_any<T>(layer, place, guard, chunk, pass, number);
-          multipliers_meet();
-          if (times != nullptr) times[2] = clock64();
-          send(layer, place, pass, recv, recv_barrier);
-          if (pass + 1 < layer.passes) multipliers_meet();
-        }
-        if (times != nullptr) times[3] = clock64();
-        const uint32_t round_bytes = layer.warps_k * layer.channels * kStep * 2;
-        chunk += layer.rounds * ((round_bytes + kSlotBytes - 1) / kSlotBytes);
-        guard.wait<true>(recv_barrier, received & 1, code_of(kSums, number));
-        ++received;
-        if (times != nullptr) times[4] = clock64();
-        finish<T>(layer, place, program.cluster, recv);
-      }
-      if (number + 1 < program.layers) {
+        load_positions(layer, place);
         multipliers_meet();
-        if (threadIdx.x == 0) {
-          asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(program.state + (2 + number) * kStateStride)
-                       : "memory");
-        }
+        multiply_any<T>(layer, place, guard, ring, number);
+        multipliers_meet();
+        if (times != nullptr) times[2] = clock64();
+        send(layer, place, received_barrier);
+        if (times != nullptr) times[3] = clock64();
+        guard.wait<true>(received_barrier, received, code_of(kSums, number));
+        received ^= 1;
+        if (times != nullptr) times[4] = clock64();
+        finish<T>(layer, place);
+      }
+      multipliers_meet();  // the next layer uses the same shared memory
+      if (threadIdx.x == 0 && number + 1 < program.layers) {
+        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(program.state + (2 + number) * kStateStride)
+                     : "memory");
       }
       if (times != nullptr) times[5] = clock64();
     }

@@ -75,6 +75,7 @@ def make_group(
     numbers: Sequence[int],
     weights: Mapping[str, Weights],
     packs: dict[tuple[str, Any], Tensor],
+    cluster: int,
     clusters: int,
     **options: Any,
 ) -> DeepGroup | str:
@@ -85,29 +86,36 @@ def make_group(
         numbers: of the steps.
         weights: by step's name.
         packs: weights in the kernel's order by (step, split), kept for other plans with the same weights.
+        cluster: blocks of a cluster.
         clusters: that the GPU holds at a time.
         options: of :class:`lgnet_fast.kernels.deep.DeepGroup`.
     """
     from lgnet_fast.kernels import deep
 
-    cluster = options.get("cluster", deep.CLUSTER)
     steps = [plan.steps[number] for number in numbers]
     layers = [layer_of(plan, step) for step in steps]
     shares = deep.plan_splits(layers, cluster, clusters)
     if isinstance(shares, str):
         return shares
-    keys = [(step.weights_of, share) for step, share in zip(steps, shares)]
+    keys = [(step.weights_of, share._replace(shift=0)) for step, share in zip(steps, shares)]
     for key, step, layer, share in zip(keys, steps, layers, shares):
         if key not in packs:
-            packs[key] = deep.pack(layer, weights[step.name].packed, share, cluster)
+            packs[key] = deep.pack(layer, weights[step.name].packed, share)
     biases = [weights[step.name].bias for step in steps]
     return deep.DeepGroup(layers, shares, [packs[key] for key in keys], biases, **options)
 
 
 def make_groups(
-    plan: Plan, weights: Mapping[str, Weights], packs: dict[tuple[str, Any], Tensor], rows: int
+    plan: Plan,
+    weights: Mapping[str, Weights],
+    packs: dict[tuple[str, Any], Tensor],
+    rows: int,
+    cluster: int | None = None,
 ) -> dict[int, DeepGroup]:
-    """First step -> the group that begins there. Runs each once, and leaves out what is wrong or cannot run."""
+    """First step -> the group that begins there. Runs each once, and leaves out what is wrong or cannot run.
+
+    `cluster`: blocks of a cluster; None: as :func:`lgnet_fast.kernels.deep.best_cluster` has it.
+    """
     from lgnet_fast.kernels import deep
 
     found = runs(plan, rows)
@@ -117,10 +125,13 @@ def make_groups(
     if (reason := deep.unavailable(packed.device, packed.dtype)) is not None:
         logger.info("deep layers are launched one by one: %s", reason)
         return {}
-    clusters = deep.clusters_on(packed.device, packed.dtype)
+    held = deep.held_clusters(packed.device, packed.dtype)
+    if cluster is not None:
+        held = {cluster: held[cluster]}
     groups = {}
     for numbers in found:
-        group = make_group(plan, numbers, weights, packs, clusters)
+        best = deep.best_cluster([layer_of(plan, plan.steps[number]) for number in numbers], held)
+        group = best if isinstance(best, str) else make_group(plan, numbers, weights, packs, *best)
         problem = group if isinstance(group, str) else wrong_step(plan, numbers[0], group, weights)
         if isinstance(group, str) or problem is not None:
             logger.warning("%s and after are launched one by one: %s", plan.steps[numbers[0]].name, problem)
