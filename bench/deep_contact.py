@@ -1,16 +1,16 @@
 """The deep layers in one launch (`kernels/deep.py`) on a Hopper GPU: right, and how much faster?
 
-    python -m bench.deep_contact RESULTS [--model lgnet] [--dtype float16] [--minutes 6] [--sections load,layers,...]
+    python -m bench.deep_contact RESULTS [--model lgnet] [--dtype float16] [--seconds 85] [--sections load,layers,...]
 
-Each section runs in a process of its own, so that one that fails does not spoil the next; figures go to
-RESULTS/deep_<model>_<dtype>.jsonl as they come, one JSON object a line.
+Sections run in a few processes, so that one that fails does not spoil the next, the most telling first; figures go to
+RESULTS/deep_<model>_<dtype>.jsonl as they come, one JSON object a line. The graph's Triton kernels are compiled
+meanwhile.
 
 ======  =============================================================================================================
-load    machine code, shared memory, how many clusters the GPU holds
+load    machine code, how many clusters the GPU holds, which are chosen, whether a cooperative launch is taken
 layers  every layer by itself on noise beside float32: where it is wrong first, whether repeats are equal
 chain   the whole group on noise, every layer on what the one before stored; repeats; state left as zeros
 graph   the dense graph with and without, in turn, with variants of the launch; the pictures compared
-steps   each group in place: graphs up to its end, less graphs up to its beginning, weights cold
 clocks  where a launch's time goes: median clocks of every layer from its begin, over blocks
 ======  =============================================================================================================
 
@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import subprocess
 import sys
 import time
@@ -33,48 +32,72 @@ from torch import Tensor
 
 from bench.gpu_contact import Log, graph_of, median_us, model_and_plan, picture, run_all
 
-SECTIONS = ("load", "layers", "chain", "graph", "steps", "clocks")
+SECTIONS = ("load", "layers", "chain", "graph", "clocks")
+PROCESSES = (("load", "layers"), ("chain",), ("graph", "clocks"))
 TIMEOUT = 400_000_000
+REPEATS = 20
 VARIANTS: dict[str, dict[str, Any]] = {
     "shipped": {},
-    "weights kept in the L2 cache": {"evict_first": False},
-    "not cooperative": {"cooperative": False},
     "overlapped": {"overlap": True, "cooperative": False},
+    "weights kept in the L2 cache": {"evict_first": False},
     "clusters of 4": {"cluster": 4},
 }
+GRAPHS = (("shipped", 16), ("shipped", 64), ("overlapped", 16), ("overlapped", 64))
 
 
 class Bench:
     """The plan, its packed weights, and groups of its steps."""
 
     def __init__(self, model: str, dtype: torch.dtype) -> None:
+        from lgnet_fast.kernels.deep import held_clusters
+
         from lgnet_fast.engine.cuda_executor import CudaExecutor
 
         self.model, self.plan = model_and_plan(model, 1)
         self.dtype = dtype
         self.executor = CudaExecutor(self.plan, dtype, graphs=False, deep_rows=0)
         self.weights = self.executor._weights
-        self.packs: dict[int, dict[Any, Tensor]] = {}
+        self.packs: dict[Any, Tensor] = {}
+        self.held = held_clusters(self.executor.device, dtype)
+        self.defaults: dict[str, Any] = {"timeout": TIMEOUT}
 
-    def groups(self, rows: int, **options: Any) -> dict[int, Any]:
+    def groups(self, rows: int, cluster: int | None = None, **options: Any) -> dict[int, Any]:
         """First step -> group, or why there is none."""
-        from lgnet_fast.kernels.deep import CLUSTER, clusters_on
+        from lgnet_fast.kernels.deep import best_cluster
 
         from lgnet_fast.engine import deep
 
-        cluster = options.get("cluster", CLUSTER)
-        clusters = clusters_on(self.executor.device, self.dtype, cluster)
-        packs = self.packs.setdefault(cluster, {})
-        options = {"timeout": TIMEOUT, **options}
-        return {
-            numbers[0]: deep.make_group(self.plan, numbers, self.weights, packs, clusters, **options)
-            for numbers in deep.runs(self.plan, rows)
-        }
+        found: dict[int, Any] = {}
+        for numbers in deep.runs(self.plan, rows):
+            held = self.held if cluster is None else {cluster: self.held[cluster]}
+            best = best_cluster([deep.layer_of(self.plan, self.plan.steps[number]) for number in numbers], held)
+            found[numbers[0]] = best
+            if not isinstance(best, str):
+                given = {**self.defaults, **options}
+                found[numbers[0]] = deep.make_group(self.plan, numbers, self.weights, self.packs, *best, **given)
+        return found
 
     def launches(self, groups: dict[int, Any]) -> list[Any]:
         """A dense run with these groups."""
         self.executor._groups = groups
         return self.executor._launches(self.executor.memory, None, False)
+
+    def choose_launch(self, log: Log) -> None:
+        """Launch without the promise of a cooperative one where the driver refuses it."""
+        from lgnet_fast.engine import deep
+
+        first, group = next((f, g) for f, g in self.groups(16).items() if not isinstance(g, str))
+        steps = self.plan.steps[first : first + len(group.layers)]
+        maps = deep.noise_maps(self.plan, steps, self.dtype, self.executor.device)
+        launch, _ = deep.group_launch(self.plan, first, group, functools.partial(deep.view_of, maps))
+        refused = None
+        try:
+            launch()
+        except RuntimeError as error:
+            refused = str(error)
+            self.defaults["cooperative"] = False
+        torch.cuda.synchronize()
+        log("load", cooperative=refused is None, refused=refused)
 
 
 def where_wrong(stored: Tensor, exact: Tensor) -> dict[str, Any]:
@@ -98,47 +121,76 @@ def where_wrong(stored: Tensor, exact: Tensor) -> dict[str, Any]:
 def load(bench: Bench, log: Log) -> None:
     from lgnet_fast.kernels import deep
 
-    log("load", unavailable=deep.unavailable(bench.executor.device, bench.dtype), cubin=deep.CUBIN.stat().st_size)
-    for cluster in (8, 4, 2, 1):
-        found = deep._kernel(bench.dtype, deep.SHARED_LIMIT, cluster).active_clusters()
-        log("load", cluster=cluster, active_clusters=found)
+    device = torch.cuda.get_device_name()
+    log("load", device=device, unavailable=deep.unavailable(bench.executor.device, bench.dtype), held=bench.held)
     for rows in (16, 64):
-        for first, group in bench.groups(rows).items():
+        for cluster in (None, *deep.CLUSTERS):
+            first, group = next(iter(bench.groups(rows, cluster).items()))
+            figures = {"rows": rows, "asked": cluster, "first": bench.plan.steps[first].name}
             if isinstance(group, str):
-                log("load", rows=rows, first=bench.plan.steps[first].name, refused=group)
-            else:
-                log("load", rows=rows, first=bench.plan.steps[first].name, grid=group.grid, shared=group.bytes)
+                log("load", **figures, refused=group)
+                continue
+            weights = [sum(share.block_bytes(c) for share in group.shares) for c in range(group.clusters)]
+            log(
+                "load",
+                **figures,
+                cluster=group.cluster,
+                clusters=group.clusters,
+                slots=group.slots,
+                shared=group.bytes,
+                weights_of_a_block=[min(weights), max(weights)],
+            )
+    bench.choose_launch(log)
 
 
-def _check(bench: Bench, log: Log, section: str, rows: int, options: dict[str, Any], only: bool) -> bool:
-    """Whether the groups are right; `only`: each layer by itself."""
+def _untouched(steps: Any, before: dict[str, Tensor], maps: dict[str, Tensor]) -> bool:
+    """Whether nothing but the stores of `steps` has changed."""
+    from lgnet_fast.engine.deep import view_of
+
+    kept = {name: value.clone() for name, value in maps.items()}
+    for step in steps:
+        for store in step.stores:
+            view_of(kept, store.view).copy_(view_of(before, store.view))
+    return all(torch.equal(kept[name], before[name]) for name in kept)
+
+
+def _check(
+    bench: Bench, log: Log, section: str, rows: int, options: dict[str, Any], only: bool, nets: int | None = None
+) -> bool:
+    """Whether the groups (the first `nets` of them) are right; `only`: each layer by itself."""
+    from lgnet_fast.kernels.deep import STATE_STRIDE
+
     from lgnet_fast.engine import deep
 
     right = True
-    for first, group in bench.groups(rows, **options).items():
+    for first, group in list(bench.groups(rows, **options).items())[:nets]:
         if isinstance(group, str):
             log(section, rows=rows, options=options, refused=group)
+            right = False
             continue
         steps = bench.plan.steps[first : first + len(group.layers)]
         for number in range(len(steps)) if only else (None,):
             checked = steps if number is None else steps[number : number + 1]
             maps = deep.noise_maps(bench.plan, steps, bench.dtype, bench.executor.device)
+            before = {name: value.clone() for name, value in maps.items()}
             view = functools.partial(deep.view_of, maps)
             launch, state = deep.group_launch(bench.plan, first, group, view, None, number)
             launch()
             torch.cuda.synchronize()
             error = group.error(state)
-            state_left = int(state.count_nonzero())
-            found = deep.step_errors(bench.plan, checked, bench.weights, maps)
-            places = [where_wrong(stored, exact) for _, stored, exact in found]
-            kept = [stored.clone() for _, stored, _ in found]
+            counters = state[::STATE_STRIDE].tolist()
+            untouched = _untouched(checked, before, maps)
+            places = [
+                (step, where_wrong(stored, exact))
+                for step, stored, exact in deep.step_errors(bench.plan, checked, bench.weights, maps)
+            ]
+            kept = {name: value.clone() for name, value in maps.items()}
             equal = 0
-            for _ in range(20 if error is None else 0):
+            for _ in range(REPEATS if error is None else 0):
                 launch()
-                again = deep.step_errors(bench.plan, checked, bench.weights, maps)
-                equal += all(torch.equal(a, stored) for a, (_, stored, _) in zip(kept, again))
-            for (step, _, _), place in zip(found, places):
-                fine = "wrong" not in place and error is None and equal == 20 and state_left == 0
+                equal += all(torch.equal(maps[name], kept[name]) for name in maps)
+            for step, place in places:
+                fine = "wrong" not in place and error is None and equal == REPEATS and untouched and not any(counters)
                 right &= fine
                 log(
                     section,
@@ -147,22 +199,22 @@ def _check(bench: Bench, log: Log, section: str, rows: int, options: dict[str, A
                     step=step.name,
                     right=fine,
                     error=error,
-                    equal_of_20=equal,
-                    state_left=state_left,
+                    equal=equal,
+                    counters_left=counters if any(counters) else None,
+                    untouched=untouched,
                     **place,
                 )
-            if error is not None:
-                return False
     return right
 
 
 def layers(bench: Bench, log: Log) -> None:
-    _check(bench, log, "layers", 64, {}, True)
+    _check(bench, log, "layers", 64, {}, True, 1)
 
 
 def chain(bench: Bench, log: Log) -> None:
-    for rows, options in ((16, {}), (64, {}), *((64, options) for options in list(VARIANTS.values())[1:])):
-        right = _check(bench, log, "chain", rows, options, False)
+    every = list(VARIANTS.values())
+    for rows, options in ((64, every[0]), (16, every[0]), *((16, options) for options in every[1:])):
+        right = _check(bench, log, "chain", rows, options, False, None if options == {} else 1)
         log("chain", rows=rows, options=options, all_right=right)
 
 
@@ -171,12 +223,10 @@ def graph(bench: Bench, log: Log) -> None:
     bench.executor.memory.take(image, mask, None)
     captured: dict[str, Any] = {}
     pictures: dict[str, Tensor] = {}
-    for rows, (name, options) in itertools.chain(
-        [(0, ("one by one", {}))], itertools.product((16, 64), VARIANTS.items())
-    ):
-        label = name if rows == 0 else f"{name}, {rows} rows"
+    for name, rows in (("one by one", 0), *GRAPHS):
+        label = f"{name}, {rows} rows" if rows else name
         try:
-            groups = bench.groups(rows, **options) if rows else {}
+            groups = bench.groups(rows, **VARIANTS[name]) if rows else {}
             if any(isinstance(group, str) for group in groups.values()):
                 log("graph", label=label, refused=[str(group) for group in groups.values()])
                 continue
@@ -187,7 +237,7 @@ def graph(bench: Bench, log: Log) -> None:
             one.replay()
             pictures[label] = bench.executor.memory.outputs[0].clone()
             equal = 0
-            for _ in range(20):
+            for _ in range(REPEATS):
                 one.replay()
                 equal += torch.equal(bench.executor.memory.outputs[0], pictures[label])
             captured[label] = one, launches
@@ -199,7 +249,7 @@ def graph(bench: Bench, log: Log) -> None:
             "graph",
             label=label,
             nodes=len(launches),
-            equal_of_20=equal,
+            equal=equal,
             finite=bool(pictures[label].isfinite().all()),
             rms_to_one_by_one=difference.square().mean().sqrt().item(),
         )
@@ -218,40 +268,13 @@ def graph(bench: Bench, log: Log) -> None:
         )
 
 
-def steps(bench: Bench, log: Log) -> None:
-    image, mask = picture(1)
-    bench.executor.memory.take(image, mask, None)
-    for rows in (16, 64):
-        groups = bench.groups(rows)
-        plain = bench.launches({})  # "paint", then one a step
-        for first, group in groups.items():
-            if isinstance(group, str):
-                continue
-            last = first + len(group.layers)
-            joined = bench.launches({first: group})
-            before = graph_of(functools.partial(run_all, plain[: 1 + first]))
-            alone = graph_of(functools.partial(run_all, plain[: 1 + last]))
-            together = graph_of(functools.partial(run_all, joined[: 2 + first]))
-            rounds = [[median_us(one.replay, 20, inner=4) for one in (before, alone, together)] for _ in range(5)]
-            low = [min(r[i] for r in rounds) for i in range(3)]
-            log(
-                "steps",
-                rows=rows,
-                first=bench.plan.steps[first].name,
-                last=bench.plan.steps[last - 1].name,
-                one_by_one_us=low[1] - low[0],
-                together_us=low[2] - low[0],
-                weight_bytes=sum(w.numel() * w.element_size() for w in group.weights),
-            )
-
-
 def clocks(bench: Bench, log: Log) -> None:
     from lgnet_fast.engine.deep import group_launch
 
     image, mask = picture(1)
     bench.executor.memory.take(image, mask, None)
-    for rows, (name, options) in itertools.product((16, 64), VARIANTS.items()):
-        for first, group in bench.groups(rows, **options).items():
+    for name, rows in (("shipped", 16), ("shipped", 64), ("weights kept in the L2 cache", 16), ("clusters of 4", 16)):
+        for first, group in list(bench.groups(rows, **VARIANTS[name]).items())[:1]:
             if isinstance(group, str):
                 continue
             times = group.new_times()
@@ -284,6 +307,12 @@ def clocks(bench: Bench, log: Log) -> None:
                 )
 
 
+def compile_kernels(bench: Bench, log: Log) -> None:
+    """Triton's, for the graph, into its cache."""
+    bench.executor.precompile()
+    log("compile_kernels")
+
+
 def main() -> int:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -291,7 +320,7 @@ def main() -> int:
     parser.add_argument("--sections", default=",".join(SECTIONS))
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--model", default="lgnet")
-    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--seconds", type=float, default=85)
     parser.add_argument("--here", action="store_true", help="run the sections in this process")
     args = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
@@ -301,20 +330,30 @@ def main() -> int:
     if args.here:
         log = Log(args.results / f"deep_{args.model}_{args.dtype}.jsonl")
         bench = Bench(args.model, getattr(torch, args.dtype))
+        if not {"load", "compile_kernels"} & set(sections):
+            bench.choose_launch(log)
         for section in sections:
             globals()[section](bench, log)
         return 0
-    end = time.perf_counter() + 60 * args.minutes
+    end = time.perf_counter() + args.seconds
+    base = [sys.executable, "-m", "bench.deep_contact", str(args.results), "--here"]
+    base += ["--dtype", args.dtype, "--model", args.model, "--sections"]
+    compiling = subprocess.Popen([*base, "compile_kernels"]) if "graph" in sections or "clocks" in sections else None
     failed = 0
-    for section in sections:
-        command = [sys.executable, "-m", "bench.deep_contact", str(args.results), "--here", "--sections", section]
-        command += ["--dtype", args.dtype, "--model", args.model]
+    for process in PROCESSES:
+        wanted = ",".join(section for section in process if section in sections)
+        if not wanted:
+            continue
         try:
-            code: object = subprocess.run(command, timeout=max(10.0, end - time.perf_counter())).returncode
+            if compiling is not None and "graph" in process:
+                compiling.wait(max(1.0, end - time.perf_counter()))
+            code: object = subprocess.run([*base, wanted], timeout=max(1.0, end - time.perf_counter())).returncode
         except subprocess.TimeoutExpired:
             code = "cut off"
-        print(f"== {section}: exit status {code}", flush=True)
+        print(f"== {wanted}: exit status {code}", flush=True)
         failed += code != 0
+    if compiling is not None and compiling.poll() is None:
+        compiling.kill()
     return 1 if failed else 0
 
 

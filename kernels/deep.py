@@ -12,8 +12,8 @@ weights in the order in which blocks read them, :class:`DeepGroup` holds all tha
 **Split.** A layer is, for each phase, a product of [channels, depth] and [depth, rows]; a unit of it is 16 output
 channels of a phase, and the depth goes in steps of 32 input channels of one tap. Every cluster of blocks gets as many
 units as the next or one more; who gets more changes from layer to layer, so that what a cluster reads of all layers
-evens out. Each block of a cluster takes `block_steps` of the depth, and copies the positions that those need to shared
-memory. Its eight warps take items, (unit, every ``warps_k``-th step of the block), eight at a time.
+evens out. Each block of a cluster takes `block_steps` of the depth, and copies the positions that those need to
+shared memory. Its eight warps take items, (unit, every ``warps_k``-th step of the block), eight at a time.
 
 **Failure.** All blocks must be on the GPU at once (a cooperative launch sees to that). Every wait is bounded: one
 that takes more than `timeout` clocks ends the launch with NaN in the last layer's stores and a code in the state,
@@ -246,8 +246,8 @@ def pack(layer: DeepLayer, weight: Tensor, share: Split) -> Tensor:
         share: :func:`split`.
 
     Returns:
-        [pieces, 2, lane, 8], contiguous, as float16 or bfloat16 as `weight`: for every place of a cluster and block of
-        it, chunk by chunk, the pieces of a unit and step that its warps read.
+        [pieces, 2, lane, 8], contiguous, float16 or bfloat16 as `weight`: for every place of a cluster and block of it,
+        chunk by chunk, the pieces of a unit and step that its warps read.
     """
     conv, axis = layer.conv, layer.conv.axis
     by_phase = []
@@ -332,13 +332,12 @@ def plan_splits(layers: Sequence[DeepLayer], cluster: int, clusters: int) -> lis
             return (
                 f"{layer.conv} over {clusters} clusters of {cluster}: more than {SHARED_LIMIT} bytes of shared memory"
             )
-
-        def uneven(one: Split) -> tuple[int, int]:
-            return sum((before + one.block_bytes(c)) ** 2 for c, before in enumerate(read)), one.shift
-
-        share = min((share._replace(shift=shift) for shift in range(clusters)), key=uneven)
-        read = [before + share.block_bytes(c) for c, before in enumerate(read)]
-        shares.append(share)
+        shifted = [share._replace(shift=shift) for shift in range(clusters)]
+        after = [[before + one.block_bytes(c) for c, before in enumerate(read)] for one in shifted]
+        uneven = [sum(total**2 for total in totals) for totals in after]
+        best = uneven.index(min(uneven))
+        read = after[best]
+        shares.append(shifted[best])
     return shares
 
 
