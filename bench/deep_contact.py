@@ -175,7 +175,11 @@ def _check(
             before = {name: value.clone() for name, value in maps.items()}
             view = functools.partial(deep.view_of, maps)
             launch, state = deep.group_launch(bench.plan, first, group, view, None, number)
-            launch()
+            try:
+                launch()
+            except RuntimeError as refused:
+                log(section, rows=rows, options=options, refused=str(refused))
+                return False
             torch.cuda.synchronize()
             error = group.error(state)
             counters = state[::STATE_STRIDE].tolist()

@@ -246,8 +246,8 @@ def pack(layer: DeepLayer, weight: Tensor, share: Split) -> Tensor:
         share: :func:`split`.
 
     Returns:
-        [pieces, 2, lane, 8], contiguous, float16 or bfloat16 as `weight`: for every place of a cluster and block of it,
-        chunk by chunk, the pieces of a unit and step that its warps read.
+        [pieces, 2, lane, 8], contiguous, float16 or bfloat16 as `weight`: for every place of a cluster and block of
+        it, chunk by chunk, the pieces of a unit and step that its warps read.
     """
     conv, axis = layer.conv, layer.conv.axis
     by_phase = []

@@ -237,6 +237,16 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
+// Not by the L1 cache, which does not see other blocks' stores; volatile, as __ldcg is not: it stays after the wait.
+__device__ __forceinline__ uint4 load_stored(const void* address) {
+  uint4 value;
+  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "l"(address)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, const uint4& value) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -272,9 +282,8 @@ __device__ __forceinline__ void load_positions(const Layer& layer, const Place& 
       const int y = sample * layer.stage_h + (line & ((1 << layer.log_in_h) - 1)) + layer.border_y;
       const int column = (x & ((1 << layer.log_in_step) - 1)) * layer.stage_half + (x >> layer.log_in_step);
       to[i] = place.stage + (chunk * layer.stage_pixels + y * layer.stage_w + column) * kPixelBytes + part * 16;
-      if (index < total) {  // the L1 cache does not see other blocks' stores
-        const uint16_t* at = source + static_cast<int64_t>(pixel) * layer.stride_x + chunk * kStep + part * 8;
-        value[i] = __ldcg(reinterpret_cast<const uint4*>(at));
+      if (index < total) {
+        value[i] = load_stored(source + static_cast<int64_t>(pixel) * layer.stride_x + chunk * kStep + part * 8);
       }
     }
 #pragma unroll
