@@ -351,11 +351,21 @@ __device__ __forceinline__ void multiply(const Layer& layer, const Place& place,
       for (int i = 0; i < kAhead; ++i) {
         if (round0 + i >= layer.step_rounds) break;
         if (works[i]) {
+          constexpr int kTogether = kRows < 2 ? kRows : 2;  // more spill registers
 #pragma unroll
-          for (int r = 0; r < kRows; ++r) {
-            if (!kBefore) x[i][r] = load_shared(base[r] + at[i]);
-            Math<T>::multiply(sums[r], weights[i][0], x[i][r].x, x[i][r].y);
-            Math<T>::multiply(sums[r], weights[i][1], x[i][r].z, x[i][r].w);
+          for (int r0 = 0; r0 < kRows; r0 += kTogether) {
+#pragma unroll
+            for (int r = r0; r < r0 + kTogether; ++r) {
+              if (!kBefore) x[i][r] = load_shared(base[r] + at[i]);
+            }
+#pragma unroll
+            for (int r = r0; r < r0 + kTogether; ++r) {
+              Math<T>::multiply(sums[r], weights[i][0], x[i][r].x, x[i][r].y);
+            }
+#pragma unroll
+            for (int r = r0; r < r0 + kTogether; ++r) {
+              Math<T>::multiply(sums[r], weights[i][1], x[i][r].z, x[i][r].w);
+            }
           }
         }
         __syncwarp();
