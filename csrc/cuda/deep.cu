@@ -351,7 +351,7 @@ __device__ __forceinline__ void multiply(const Layer& layer, const Place& place,
       for (int i = 0; i < kAhead; ++i) {
         if (round0 + i >= layer.step_rounds) break;
         if (works[i]) {
-          constexpr int kTogether = kRows < 2 ? kRows : 2;  // more spill registers
+          constexpr int kTogether = kRows < 4 ? kRows : 4;
 #pragma unroll
           for (int r0 = 0; r0 < kRows; r0 += kTogether) {
 #pragma unroll
@@ -374,13 +374,16 @@ __device__ __forceinline__ void multiply(const Layer& layer, const Place& place,
       }
     }
     if (item >= items) continue;
+    int own = (((part << layer.log_rows) + 2 * t) * pitch + unit * kUnit + g) * 4;
+    int step = pitch * 4;
+    asm volatile("" : "+r"(own), "+r"(step));  // or 4 * kRows addresses are kept in registers
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
       for (int e = 0; e < 4; ++e) {
-        const int row = r * 8 + 2 * t + (e & 1), channel = unit * kUnit + g + (e >> 1) * 8;
+        const int row = r * 8 + 2 * t + (e & 1);
         if (row >= layer.rows) continue;
-        const uint32_t at = place.stage + layer.sums + (((part << layer.log_rows) + row) * pitch + channel) * 4;
+        const uint32_t at = place.stage + layer.sums + own + (r * 8 + (e & 1)) * step + (e >> 1) * 32;
         asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(sums[r][e]) : "memory");
       }
     }
