@@ -1,4 +1,4 @@
-"""One training step of LGNet in the forms that bench_training.py compares: SPEC's two optimiser steps.
+"""One training step of LGNet in the forms that bench_training.py compares: the two optimiser steps of docs/model.md.
 
 python -m bench.training_step FORM DTYPE BATCH     # peak memory of one step, in a process of its own
 """

@@ -1,6 +1,6 @@
 // LGNet's attention block, forward and backward, without a positions x positions matrix.
 //
-// Features F [B, C, H, W], N = H * W positions i, j (SPEC.md, "Attention block"):
+// Features F [B, C, H, W], N = H * W positions i, j (docs/model.md, "Attention block"):
 //
 //   released  K = (F + 1e-7) / |F + 1e-7|   Q = 3x3 zero-padded box sum of F   V = K
 //   paper     K = F / max(|F|, 1e-12)       Q = K                              V = F

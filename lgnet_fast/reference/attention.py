@@ -64,7 +64,7 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def cosine_attention(features: Tensor, variant: str = "released") -> Tensor:
-    """softmax(Q K^T) V over the positions of a feature map, without scale (SPEC table; paper eq. (10)).
+    """softmax(Q K^T) V over the positions of a feature map, without scale (paper, eq. (10); docs/model.md).
 
     Args:
         features: [B, C, H, W].

@@ -1,4 +1,4 @@
-"""Running first stage, local stage and global stage one after another (SPEC, "Data convention")."""
+"""Running first stage, local stage and global stage one after another (docs/model.md)."""
 
 from __future__ import annotations
 

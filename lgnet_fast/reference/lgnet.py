@@ -1,4 +1,4 @@
-"""LGNet, its variants and ablations, and X_LG (paper, Sections III and IV; SPEC, "Variants")."""
+"""LGNet, its variants and ablations, and X_LG (paper, Sections III and IV; docs/model.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NetC, NetL and NetG of LGNet (paper, Section III; SPEC, "Networks").
+"""NetC, NetL and NetG of LGNet (paper, Section III; layer by layer in docs/model.md).
 
 NetC and NetG are one U-Net, without and with attention blocks in the decoder; NetL is a small-receptive-field
 residual network. Inputs are cat(picture, mask), [B, 4, H, W]; outputs are pictures in [-1, 1], [B, 3, H, W].

@@ -148,7 +148,7 @@ class OptimConfig:
     leg_minutes: float | None = None
     """This process stops after so much time, with a checkpoint and an exported model, and ``--resume`` goes on."""
     schedule: Literal["paper", "linear", "cosine", "constant"] = "paper"
-    """"paper": constant for half of the epochs, then falling linearly (SPEC, "Training schedule")."""
+    """"paper": constant for half of the epochs, then falling linearly (docs/model.md)."""
     warmup_steps: int = 0
     clip: float | None = None
     """Largest gradient norm of either network."""

@@ -1,4 +1,4 @@
-"""One optimiser step of the discriminator, then one of the generators (SPEC, "Losses")."""
+"""One optimiser step of the discriminator, then one of the generators (paper, eqs. (1) to (9); docs/model.md)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The trainer: SPEC's two optimiser steps on accelerate, with everything that a long run needs around them."""
+"""The trainer: the paper's two optimiser steps on accelerate, checkpoints, validation, time limits and resuming."""
 
 from __future__ import annotations
 
