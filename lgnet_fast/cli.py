@@ -93,9 +93,11 @@ def _path(text: str) -> Path:
     return Path(_given(text))
 
 
-def _folder(text: str) -> Path:
+def _folder(given: str | Path) -> Path:
+    """A folder's path; Typer also passes an option's default through its parser."""
     from .pipeline.files import ADDRESS
 
+    text = str(given)
     if ADDRESS.match(text):
         raise typer.BadParameter(f"expected a folder, got the address {text}")
     return _path(text)

@@ -135,6 +135,13 @@ def test_demo_fills_every_sample(tmp_path):
         assert Image.open(tmp_path / f"{name}_sheet.png").width == 5 * 328 + 8
 
 
+def test_demo_writes_to_demo_output_where_no_folder_is_named(tmp_path, monkeypatch, fake):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    assert {f.name for f in (tmp_path / "demo_output").iterdir()} >= {f"{name}.png" for name in sample_paths()}
+
+
 def test_verify_prints_every_check_with_its_error():
     result = invoke("verify", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output

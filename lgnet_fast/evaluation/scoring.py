@@ -111,7 +111,8 @@ def evaluate(
 
     Raises:
         UsageError: arguments that contradict each other or the files that are there. WeightsError, BackendError,
-        JobError, MissingExtraError.
+        JobError: one of several processes failed.
+        MissingExtraError: a package is missing; the text names the extra.
     """
     source, folder = Path(pictures), None if out is None else Path(out)
     if size != 0 and size < SMALLEST:
