@@ -8,6 +8,7 @@ takes a few seconds.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -62,7 +63,7 @@ def pipes(made: dict[str, dict[str, Inpainter]], device: str) -> dict[str, Inpai
     """Contestants in float32; on a GPU `Inpainter` has no engine to be dense or not."""
     if device not in made:
         model = model_of(NETWORK)
-        options = {"device": device, "dtype": "float32"}
+        options: dict[str, Any] = {"device": device, "dtype": "float32"}
         made[device] = {"ours": Inpainter(model, **options), "eager": Inpainter(model, backend="eager", **options)}
         if device == "cpu":
             dense = optimize(model, device=device, dtype="float32", hole_aware=False)
@@ -76,7 +77,7 @@ def test_pipeline(
 ) -> None:
     levels, hole = picture(side)
     running = {
-        name: lambda pipe=pipe: pipe(levels, hole, strategy=strategy)
+        name: partial(pipe, levels, hole, strategy=strategy)
         for name, pipe in pipes.items()
         if name != "eager" or device == "cuda" or (side, strategy) not in WITHOUT_EAGER
     }

@@ -39,7 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
-    config.stash[_RUN] = defaultdict(dict)
+    run: dict[str, dict[str, Bench]] = defaultdict(dict)
+    config.stash[_RUN] = run
     config.stash[_CHANGES], config.stash[_NOTES] = [], []
 
 

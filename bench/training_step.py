@@ -58,9 +58,8 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", na
                 module.run = lambda features, weight, bias, variant: score_map(features, weight, bias)
     model = torch.compile(network) if form == "compiled" else network
     discriminator, vgg = Discriminator().to(device).train(), VGG16Features().to(device)
-    adam = {"lr": 2e-4, "betas": (0.5, 0.999)}
-    ours_optimizer = torch.optim.Adam(network.parameters(), **adam)
-    its_optimizer = torch.optim.Adam(discriminator.parameters(), **adam)
+    generator_optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     image = torch.rand(batch, 3, SIZE, SIZE, device=device) * 2 - 1
     mask = torch.zeros(batch, 1, SIZE, SIZE, device=device)
     mask[..., 64:160, 64:160] = 1
@@ -72,14 +71,14 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", na
         with autocast():
             stages = model(image, mask, return_stages=True)
             judged = discriminator_loss(discriminator(stages.merged[0].detach()), discriminator(image))
-        its_optimizer.zero_grad(set_to_none=False)
+        discriminator_optimizer.zero_grad(set_to_none=False)
         judged["D"].backward()
-        its_optimizer.step()
+        discriminator_optimizer.step()
         with autocast():
             terms = generator_loss(stages, image, mask, discriminator(stages.merged[0]), vgg, lean=ours)
-        ours_optimizer.zero_grad(set_to_none=False)  # the same memory every step, so that peaks compare
+        generator_optimizer.zero_grad(set_to_none=False)  # the same memory every step, so that peaks compare
         terms["G"].backward()
-        ours_optimizer.step()
+        generator_optimizer.step()
         return {name: term.detach() for name, term in (terms | judged).items()}
 
     return Step(run, network)

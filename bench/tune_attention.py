@@ -14,6 +14,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -123,7 +124,7 @@ def measure(op: str, dtype: torch.dtype, channels: int, side: int, batch: int) -
         if not concerned:  # the merge kernel, where the work is not split
             return None
 
-        def once(items=concerned) -> None:
+        def once(items: list[Any] = concerned) -> None:
             for item in items:
                 launch(item.kernel, item.grid, *item.args, **item.meta)
 

@@ -25,7 +25,7 @@ ROLE = re.compile(r":(?:attr|class|data|exc|func|meth|mod):`[~.]?([^`<]+)`")
 
 def command_reference() -> str:
     """Every command's --help, as Markdown."""
-    runner = CliRunner(env={"COLUMNS": "100", "NO_COLOR": "1", "TERM": "dumb"})
+    runner = CliRunner(env={"COLUMNS": "80", "NO_COLOR": "1", "TERM": "dumb"})
     parts = ["\n\n## Every option"]
     for name in typer.main.get_command(cli.app).commands:  # type: ignore[attr-defined]
         shown = runner.invoke(cli.app, [name, "--help"], prog_name="lgnet-fast")

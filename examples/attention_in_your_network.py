@@ -16,7 +16,8 @@ class AttendedStem(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         features = self.stem(image)
-        return torch.ops.lgnet.attention_block(features, self.combine.weight, self.combine.bias, "paper")
+        attended: Tensor = torch.ops.lgnet.attention_block(features, self.combine.weight, self.combine.bias, "paper")
+        return attended
 
 
 torch.manual_seed(0)

@@ -14,7 +14,9 @@ mask = torch.zeros(2, 1, 256, 256)  # [B, 1, H, W], 1 = hole
 mask[0, :, 96:160, 96:160] = 1
 mask[1, :, 20:40, 10:240] = 1
 
-filled = engine(image.to(engine.device), mask.to(engine.device)).cpu()
+filled = engine(image.to(engine.device), mask.to(engine.device))
+assert isinstance(filled, torch.Tensor)  # with return_stages=True it is every stage's picture
+filled = filled.cpu()
 known = (mask == 0).expand_as(image)
 print("known pixels unchanged:", bool(torch.equal(filled[known], image[known])))
 

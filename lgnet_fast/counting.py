@@ -150,7 +150,7 @@ class _ProfilerExtra(TorchDispatchMode):
     _PER_OUTPUT = ("mul", "add", "sub", "rsub", "div", "pow", "square", "maximum", "minimum", "clamp_min")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -198,7 +198,7 @@ class _Tally:
         weights = attention_weights(features, block.variant)
         attended = (value @ weights.transpose(1, 2)).reshape(features.shape)
         between = self.flops.get_total_flops()
-        out = block.combiner(torch.cat((attended, features), dim=1))
+        out: Tensor = block.combiner(torch.cat((attended, features), dim=1))
         self.attention += between - start
         self.combiner += self.flops.get_total_flops() - between
         return out

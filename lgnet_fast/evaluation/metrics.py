@@ -129,7 +129,8 @@ class Metrics:
             raise ValueError("metrics: FID is not available")
         with torch.inference_mode():
             given = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))[None]).to(self.device)
-            return self._inception(given).reshape(-1).float().cpu().numpy()
+            features: np.ndarray = self._inception(given).reshape(-1).float().cpu().numpy()
+        return features
 
 
 def fid_score(real: np.ndarray, filled: np.ndarray) -> float:

@@ -385,7 +385,7 @@ def _network(pipe: Inpainter, paper_compat: bool) -> Callable[[np.ndarray, np.nd
     def truncating(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
         levels = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))[None]).float() / 255
         filled = pipe(levels, hole)[0].permute(1, 2, 0).cpu().numpy()
-        result = _TRUNCATED[picture]
+        result: np.ndarray = _TRUNCATED[picture]
         result[hole] = (filled[hole] * np.float32(255)).astype(np.uint8)
         return result
 

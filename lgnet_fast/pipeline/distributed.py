@@ -114,7 +114,7 @@ def _agree(world: World) -> str:
         store, _, _ = next(iter(torch.distributed.rendezvous("env://", timeout=_RENDEZVOUS)))
         if world.rank == 0:
             store.set(key, world.launch)
-        launch = store.get(key).decode()
+        launch: str = store.get(key).decode()
     except Exception as cause:  # DistNetworkError, DistStoreError, ValueError of a missing variable
         raise BackendError(
             f"WORLD_SIZE: {world.size} processes are announced, but they did not meet "

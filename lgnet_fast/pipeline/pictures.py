@@ -70,7 +70,7 @@ class Picture:
         Pixels of alpha 0 keep their bits. Grey pictures take the mean of the three channels. Integer depths are
         rounded to nearest and clamped.
         """
-        samples = self.samples.copy()
+        samples: np.ndarray = self.samples.copy()
         for box, fill, alpha in fills:
             touched, old = alpha > 0, samples[box.slices]
             painted = fill[touched].astype(np.float64)

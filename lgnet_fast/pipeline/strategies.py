@@ -140,7 +140,8 @@ def reduce_region(region: np.ndarray, hole: np.ndarray, size: tuple[int, int]) -
 def enlarge_fill(fill: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A fill float32 [h, w, 3] scaled up to `size` (height, width) by Lanczos, clamped to [-1, 1]."""
     channels = [_resample(fill[..., channel], size, Image.Resampling.LANCZOS) for channel in range(3)]
-    return np.clip(np.stack(channels, axis=2), -1, 1)
+    clamped: np.ndarray = np.clip(np.stack(channels, axis=2), -1, 1)
+    return clamped
 
 
 def needed(window: Window, hole: np.ndarray) -> Rect:
@@ -219,7 +220,7 @@ class _Frame:
         return cls(box, frozenset(groups), rows, columns, (high, wide), scale, down * across)
 
     def overlaps(self, other: _Frame) -> bool:
-        return (
+        return bool(
             self.rows.start < other.rows.stop
             and other.rows.start < self.rows.stop
             and self.columns.start < other.columns.stop
@@ -293,7 +294,8 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, np.ndar
 
 
 def _smooth(ramp: np.ndarray) -> np.ndarray:
-    return (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+    smooth: np.ndarray = (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+    return smooth
 
 
 def _is_thick(hole: np.ndarray) -> bool:

@@ -89,7 +89,8 @@ class Discriminator(nn.Module):
                 f"picture: expected H and W large enough for a score, got {list(picture.shape[2:])}; "
                 f"variant={self.variant!r} needs {self._smallest_side()}"
             )
-        return self.classifier(self.encoder(picture))
+        scores: Tensor = self.classifier(self.encoder(picture))
+        return scores
 
     def _smallest_side(self) -> int:
         side = 1

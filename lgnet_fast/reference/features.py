@@ -45,15 +45,16 @@ _DEVIATION = (0.458, 0.448, 0.450)
 
 # (output channels, kernel, stride, padding) of every convolution, a ReLU behind each; a number: max pool of that
 # kernel, stride 2. `taps`: the convolutions whose ReLU is a level of the features.
-_VGG: tuple = tuple(
+_Layer = int | tuple[int, int, int, int]
+_VGG: tuple[_Layer, ...] = tuple(
     layer
     for pool, (width, count) in enumerate([(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)])
-    for layer in ([2] if pool else []) + [(width, 3, 1, 1)] * count
+    for layer in (*((2,) if pool else ()), *[(width, 3, 1, 1)] * count)
 )
-_ALEXNET: tuple = (
+_ALEXNET: tuple[_Layer, ...] = (
     (64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1),
 )  # fmt: skip
-_LAYERS: dict[str, tuple] = {"vgg16": _VGG, "alexnet": _ALEXNET}
+_LAYERS: dict[str, tuple[_Layer, ...]] = {"vgg16": _VGG, "alexnet": _ALEXNET}
 _TAPS = {"vgg16": (1, 3, 6, 9, 12), "alexnet": (0, 1, 2, 3, 4)}
 NETWORKS = tuple(_LAYERS)
 
@@ -137,7 +138,9 @@ def _numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _kind(weights: Mapping[str, Tensor], what: str) -> str:
     first = weights.get("w0")
     for name, layers in _LAYERS.items():
-        width, kernel = layers[0][:2]
+        first_layer = layers[0]
+        assert isinstance(first_layer, tuple)
+        width, kernel = first_layer[:2]
         if first is not None and tuple(first.shape) == (width, 3, kernel, kernel):
             return name
     found = "none" if first is None else str(list(first.shape))
@@ -377,6 +380,7 @@ def registered_features(name: str) -> FeaturesFn | None:
     if not colon or not re.fullmatch(r"[\w.]+", module):
         return None
     try:
-        return getattr(import_module(module), function)()
+        features: FeaturesFn = getattr(import_module(module), function)()
+        return features
     except (ImportError, AttributeError) as error:
         raise ValueError(f"features: expected package.module:function, got {name!r} ({error})") from error

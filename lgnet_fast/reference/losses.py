@@ -318,7 +318,10 @@ def generator_loss(
             truth = _Truth(seen, features, lpips, weights)
         together = torch.cat(pictures)
         ahead = lean and together.requires_grad
-        total, *parts = _GradientAhead.apply(together, truth.terms) if ahead else truth.terms(together)
+        if ahead:
+            total, *parts = _GradientAhead.apply(together, truth.terms)  # type: ignore[no-untyped-call]
+        else:
+            total, *parts = truth.terms(together)
         feature_totals.append(options.factor * total)
         terms |= {f"{name}{i}": part for name, part in zip(truth.names, parts, strict=True)}
     terms["G_adv"] = adversarial_loss(scores, True, score_weight)

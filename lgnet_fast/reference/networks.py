@@ -122,7 +122,8 @@ class ResidualBlock(nn.Module):
         self.second = ConvBlock(nn.Conv2d(channels, channels, 3, bias=False), channels, pad=1, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x))
+        out: Tensor = x + self.second(self.first(x))
+        return out
 
 
 class LocalNet(nn.Module):

@@ -63,7 +63,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         TrainingError: it cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except Exception as error:  # pickle, zip and torch errors of many kinds
         raise TrainingError(f"checkpoint: {path} cannot be read (it {unreadable(path, error)})") from error
 

@@ -278,7 +278,8 @@ class TrainConfig:
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
 
 
 def config_of(mapping: Mapping[str, Any]) -> TrainConfig:

@@ -495,7 +495,8 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
         return mask
     rows = (2 * np.arange(height) + 1) * mask.shape[0] // (2 * height)
     columns = (2 * np.arange(width) + 1) * mask.shape[1] // (2 * width)
-    return mask[rows[:, None], columns]
+    resized: np.ndarray = mask[rows[:, None], columns]
+    return resized
 
 
 def _number(stem: str) -> int:

@@ -28,13 +28,12 @@ def make_network(config: ModelConfig) -> Cascade:
         ConfigError: an unknown name, arguments that do not fit, or a factory that gives no cascade. WeightsError:
         `init_from` cannot be loaded.
     """
-    network: Any
+    network: Cascade
     if config.factory is not None:
-        network = _imported(config.factory)()
-        if not isinstance(network, Cascade):
-            raise ConfigError(
-                f"model.factory: expected an LGNet or LocalGlobalRefinement, got {type(network).__name__}"
-            )
+        made = _imported(config.factory)()
+        if not isinstance(made, Cascade):
+            raise ConfigError(f"model.factory: expected an LGNet or LocalGlobalRefinement, got {type(made).__name__}")
+        network = made
     elif config.init_from is not None:
         if config.overrides:
             raise ConfigError("model.overrides: init_from brings its own architecture; leave one of the two out")
@@ -48,7 +47,8 @@ def make_network(config: ModelConfig) -> Cascade:
             network = create_model(config.name, **config.overrides)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model: {error}") from error
-    return network.float().set_backend(config.backend)
+    network.float().set_backend(config.backend)
+    return network
 
 
 def _imported(where: str) -> Callable[[], Any]:
@@ -56,7 +56,8 @@ def _imported(where: str) -> Callable[[], Any]:
     try:
         if not colon:
             raise ImportError("no colon in it")
-        return getattr(import_module(module), name)
+        found: Callable[[], Any] = getattr(import_module(module), name)
+        return found
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.factory: expected package.module:function, got {where!r} ({error})") from error
 

@@ -180,7 +180,8 @@ class Trainer:
     @property
     def pictures_a_step(self) -> int:
         """Pictures that all processes take for one optimiser step."""
-        return self.config.optim.batch_size * self.config.optim.accumulate * self.accelerator.num_processes
+        processes: int = self.accelerator.num_processes
+        return self.config.optim.batch_size * self.config.optim.accumulate * processes
 
     @property
     def steps_an_epoch(self) -> int:
