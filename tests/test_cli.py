@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -140,6 +142,11 @@ def test_demo_writes_to_demo_output_where_no_folder_is_named(tmp_path, monkeypat
     result = invoke("demo")
     assert result.exit_code == 0, result.output
     assert {f.name for f in (tmp_path / "demo_output").iterdir()} >= {f"{name}.png" for name in sample_paths()}
+    # The README shows what is printed, without the times.
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    shown = readme.split("```\nready after", 1)[1].split("```", 1)[0].replace("\\", "/")
+    pattern = re.escape("ready after" + shown.rstrip()).replace(re.escape("..."), r"[\d.]+")
+    assert re.fullmatch(pattern, result.output.replace("\\", "/").rstrip())
 
 
 def test_verify_prints_every_check_with_its_error():
