@@ -83,7 +83,7 @@ class Stored(str, Enum):
 
 
 def _given(text: str) -> str:
-    """A path or name; an empty one, as of a variable that is not set, would mean the current folder."""
+    """A path or name. An empty one, such as an unset shell variable, is refused: it would mean the current folder."""
     if not text.strip():
         raise typer.BadParameter("got an empty text")
     return text
@@ -494,9 +494,9 @@ def _from_checkout(module: str) -> Any:
 
 @contextmanager
 def _one_line_errors(*more: type[Exception]) -> Iterator[None]:
-    """What the user can put right becomes one line on stderr and exit code 2, without a traceback.
+    """Print errors that the user can correct as one line on stderr and exit with code 2, without a traceback.
 
-    OSError too: a full disk, a folder without rights, a name that is too long.
+    OSError is among them: a full disk, missing rights, a name that is too long.
     """
     expected: tuple[type[Exception], ...] = (LGNetError, OSError, *more)
     try:

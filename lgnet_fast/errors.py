@@ -1,4 +1,4 @@
-"""Exceptions of the public API. Each also derives from the built-in that the situation suggests."""
+"""Exceptions of the public API. Each also derives from the built-in exception that fits."""
 
 from __future__ import annotations
 
@@ -24,4 +24,4 @@ class BackendError(LGNetError, RuntimeError):
 
 
 class OutOfMemoryError(LGNetError, MemoryError):
-    """The estimate before a run, or the run itself, exceeds the memory that is there."""
+    """The estimate before a run, or the run itself, exceeds the available memory."""
