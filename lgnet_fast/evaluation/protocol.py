@@ -52,9 +52,9 @@ def parse_classes(classes: str | Sequence[int | str] | None) -> tuple[int, ...] 
 
 
 def pictures_in(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
-    """The pictures of a folder and its sub-folders, without those in the folders `besides`; or the one picture.
+    """The pictures of a folder and its sub-folders, except those in the folders `besides`; or the one picture.
 
-    Raises UsageError: not there, or none.
+    Raises UsageError: no such folder or file, or no picture in it.
     """
     if not folder.exists():
         raise UsageError(f"--input: {str(folder)!r} does not exist")
@@ -68,7 +68,7 @@ def pictures_in(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
 
 
 def left_out_in(folder: Path, besides: Sequence[Path] = ()) -> list[dict[str, str]]:
-    """What `pictures_in` passes over and should not have to: unreadable sub-folders, pictures in other formats."""
+    """Unreadable sub-folders and pictures in unsupported formats, which `pictures_in` skips."""
     excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
     found = batch.scan(folder, excluded).left_out if folder.is_dir() else []
     return [{"picture": str(path), "error": reason} for path, reason in found]
@@ -138,7 +138,7 @@ class GeneratedMasks:
         return generate_mask(height, width, hole_class=hole_class, kind=self.kind, seed=seed)
 
     def identity(self, index: int, hole_class: int) -> object:
-        """Everything that it is drawn from."""
+        """The values it is drawn from."""
         return [self.kind, self.seed, index, hole_class]
 
 

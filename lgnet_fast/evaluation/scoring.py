@@ -102,16 +102,17 @@ def evaluate(
             of another class; with `suite`, of every kind as many, evenly from the first method's best to its worst by
             LPIPS (SSIM without that, l1 without either).
         device, dtype, backend: as for Inpainter.
-        world: of several processes each evaluates its share of the pictures; default: as the launcher says.
-        tell: hears of this process (pictures with a mask done, in all, a picture's first error or None).
+        world: this process's place among several, which share the pictures; default: read from the environment.
+        tell: called with (finished pictures of this process, all of them, a picture's first error or None).
 
     Returns:
         The merged evaluation. Of several processes (`out` must be given, on a disk that they share) the first one
         waits for the others and returns it; the others return None.
 
     Raises:
-        UsageError: arguments that contradict each other or the files that are there. WeightsError, BackendError,
-        JobError: one of several processes failed.
+        UsageError: arguments that contradict each other or the files that are there.
+        WeightsError, BackendError: a model cannot be read; a device or backend cannot run.
+        JobError: another run is active in `out`, or its journal cannot be written.
         MissingExtraError: a package is missing; the text names the extra.
     """
     source, folder = Path(pictures), None if out is None else Path(out)
@@ -257,7 +258,7 @@ class _Job:
                 raise
             except (LGNetError, OSError) as error:
                 record["error"] = str(error)
-            except Exception as error:  # one picture that breaks something must not stop the others
+            except Exception as error:  # an unexpected error of one picture must not stop the others
                 record["error"] = f"{type(error).__name__}: {error}"
         if self.journal is not None:
             self.journal.done(key, record)
@@ -310,7 +311,7 @@ class _Job:
             filled_features = [self.measure.features(picture) for picture in filled.values()]
             self._keep_features(record["key"], np.stack([self._truth_features, *filled_features]))
         if isinstance(self.holes, SuiteMasks):
-            shown = self.sheet_rows > 0  # which of them are best and worst shows at the end
+            shown = self.sheet_rows > 0  # the best and worst are known only at the end
         else:
             # One row a picture, of another class each.
             position = list(self.holes.classes).index(asked)
@@ -408,7 +409,7 @@ def _titles(models: Sequence[str | os.PathLike[str] | None]) -> dict[str, Model]
 
 
 def _identity(settings: dict[str, Any], named: Mapping[str, Model], lpips: Any, fid: Any, sheet_rows: int) -> str:
-    """What tells this evaluation from others that write to the same folder."""
+    """Identifies this evaluation among others that write to the same folder."""
     from .. import __version__
 
     given = {**{f"model {title!r}": model for title, model in named.items()}, "lpips": lpips, "fid": fid}
@@ -430,7 +431,7 @@ def _merged(
     label: Callable[[int], str],
     features: Callable[[dict[str, Any]], np.ndarray | None],
 ) -> Evaluation:
-    # Sums are taken in one order, whoever measured what: the same numbers from any number of processes.
+    # Sums are taken in one fixed order, so that any number of processes gives the same numbers.
     records = sorted(records, key=lambda record: (record["index"], record["class"]))
     good = [record for record in records if record.get("error") is None]
     suite, missing = isinstance(measure, SuiteMetrics), dict(measure.missing)
@@ -477,5 +478,5 @@ def _merged(
 def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
-    except OSError:  # another job's journal is there
+    except OSError:  # the journal of another job lies there
         return

@@ -57,7 +57,7 @@ class UsageError(Exception):
 class Item:
     """One picture to fill. `problem`: why it cannot be run; then `mask` may be None. `format`: Pillow's name.
 
-    `left_out`: no picture to fill but what a folder run does not enter or read, for the reason in `problem`.
+    `left_out`: not a picture to fill, but something that a folder run cannot enter or read; `problem` says why.
     """
 
     picture: Path | Member | Encoded
@@ -68,7 +68,7 @@ class Item:
     left_out: bool = False
 
     def key(self) -> str:
-        """A name of this item and of the very files it is made from: others under the same names get another."""
+        """A name for this item and the exact files it is made from; replaced files give another key."""
         sources = [source for source in (self.picture, self.mask) if source is not None]
         return fingerprint(str(self.picture), str(self.mask), str(self.output), [_stamp(one) for one in sources])
 
@@ -100,7 +100,7 @@ def plan_items(
     world: World | None = None,
     mask_suffix: str | None = None,
 ) -> list[Item]:
-    """What this process is to run, in the order of the names, for `--input`, `--mask`, `--output` and `--format`.
+    """The items this process runs, in the order of their names, for `--input`, `--mask`, `--output` and `--format`.
 
     `source` and `mask` are files or folders; folders are searched with their sub-folders. A picture takes the mask of
     the same relative path without extension; if there is none, the only mask of that stem anywhere; none, or several
@@ -174,7 +174,7 @@ def _plan(
     found = scan(source, excluded) if source.is_dir() else Found([source])
     found_masks = Found([] if mask is None else [mask])
     if mask_folder is not None:
-        earlier = [out.resolve()]  # results of another run are no masks
+        earlier = [out.resolve()]  # results of another run are not masks
         found_masks = scan(mask_folder, earlier) if source.is_dir() or mask is not None else Found(_beside(source))
     pictures, masks = found.pictures, found_masks.pictures
     if mask_suffix is not None and mask_folder is not None and mask_folder.resolve() == base.resolve():
@@ -248,9 +248,9 @@ def run_items(
     tell: Callable[[Entry], None] = lambda entry: None,
     **options: Any,
 ) -> list[Entry]:
-    """Fills and writes every item and goes on after one that fails; `options` go to the Inpainter's call.
+    """Fills and writes every item, and continues after one that fails; `options` go to the Inpainter's call.
 
-    `tell` hears each entry as it is finished. With a `journal`, what an earlier launch finished is passed over.
+    `tell` is called with each finished entry. With a `journal`, items that an earlier launch finished are skipped.
     Raises BackendError, WeightsError and JobError: they would fail every item.
     """
     entries = []
@@ -280,7 +280,7 @@ def run_items(
                     raise
                 except (LGNetError, OSError) as error:
                     entry.status, entry.error = "failed", str(error)
-                except Exception as error:  # one picture that breaks something must not stop the others
+                except Exception as error:  # an unexpected error of one picture must not stop the others
                     entry.status, entry.error = "failed", f"{type(error).__name__}: {error}"
             entry.warnings = [str(one.message) for one in caught]
         entry.seconds = round(time.perf_counter() - start, 4)
@@ -350,7 +350,7 @@ def run(
     """The run command: its exit code, 0 when all is done, 1 when some failed or were left out, 130 after Ctrl-C, 143
     after SIGTERM.
 
-    The report is rewritten as the run goes, so that also a killed run leaves one; then its `complete` is false.
+    The report is rewritten during the run, so that a killed run leaves one too, with `complete` false.
 
     With `resume`, and always under `accelerate launch`, journals in the hidden folder ``.lgnet_fast`` of the output
     folder say what is done: the same command run again does only the rest, and its report covers all. Of several
@@ -389,7 +389,7 @@ def run(
     if keeps_journal:
         from .. import __version__
 
-        # One picture may be written to a file: then the journal is beside it.
+        # A single result may be a file; the journal then lies beside it.
         names_file = folder.suffix.lower() in EXTENSIONS and not folder.is_dir() and not str(out).endswith("/")
         folder = folder.parent if names_file else folder
         journal = Journal(folder / FOLDER / f"run-{fingerprint(chosen, model_stamp(model), __version__)}", world)
@@ -403,7 +403,7 @@ def run(
     settings = dict(chosen)
 
     def write(planned: int | None) -> bool:
-        """Brings the report up to date. Whether it could be written."""
+        """Rewrites the report; returns whether it could be written."""
         if file is None:
             return True
         try:
@@ -495,9 +495,9 @@ def run(
 
 @contextlib.contextmanager
 def _signals_told(came: list[int]) -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM raise KeyboardInterrupt and are noted in `came`.
+    """Inside this context Ctrl-C and SIGTERM raise KeyboardInterrupt and are appended to `came`.
 
-    The note is for the case that the exception is lost: Python drops those that are raised in a destructor.
+    `came` is needed because Python drops an exception that is raised in a destructor.
     """
 
     def handle(number: int, frame: Any) -> None:
@@ -535,7 +535,7 @@ def _run_item(
         raise InvalidImageError(item.problem)
     source = item.picture.read() if isinstance(item.picture, Member) else item.picture
     picture = picture_of(source)
-    # Before the network runs: a result that the format cannot hold would be lost.
+    # Checked before the network runs: a result that the format cannot hold would be lost.
     picture.check_format(item.format)
     mask = item.mask if isinstance(item.mask, Path) or item.mask is None else item.mask.open(InvalidMaskError, "mask")
     done = inpainter.inpaint(picture, mask, **options)
@@ -617,8 +617,7 @@ def _shard_item(
     suffix, pillow_format = _target(picture, format)
     unsafe = key.is_absolute() or ".." in key.parts or _CONTROL.search(picture.name)
     if unsafe or any(_CONTROL.search(one.name) for one in sample.masks):
-        # A tar file may come from a stranger: its names must neither lead out of the output folder nor play tricks
-        # on terminals and scripts.
+        # Tar files are untrusted: their names must not lead out of the output folder, nor hold control characters.
         problem = f"picture: expected a name inside the shard, without control characters, got {picture.name!r}"
         return Item(picture, own, folder, pillow_format, problem)
     return Item(picture, own, folder / f"{sample.key}{suffix}", pillow_format, problem)
@@ -631,7 +630,7 @@ def _file_of(source: Path | Member | Encoded) -> Path | None:
 
 
 def _stamp(source: Path | Member | Encoded) -> Any:
-    """What tells a source from others of its name."""
+    """Identifies a source's content among files of the same name."""
     if isinstance(source, Encoded):
         return hashlib.sha256(source.data).hexdigest()
     return stamp(source.shard if isinstance(source, Member) else source)
@@ -663,7 +662,7 @@ def scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSION
         for name in sorted(folders):
             path = Path(parent) / name
             real = path.resolve()
-            # A folder of this tree is met under its own name; what a link leads to is met once.
+            # Folders of this tree are listed under their own names; the target of a link is listed once.
             inside = root == real or root in real.parents or real in root.parents
             if name.startswith(".") or real in excluded or (path.is_symlink() and (inside or real in seen)):
                 continue
@@ -736,7 +735,7 @@ def _distinct(names: Sequence[Path], longer: Sequence[Path]) -> list[Path]:
     """`names`, but where several meet the `longer` ones, numbered where those meet others too."""
 
     def fold(name: Path) -> str:
-        # Some file systems do not tell a.png from A.png.
+        # Some file systems ignore case.
         return str(name).casefold()
 
     wanted = Counter(fold(name) for name in names)
@@ -753,7 +752,7 @@ def _distinct(names: Sequence[Path], longer: Sequence[Path]) -> list[Path]:
 
 
 def _without_clashes(items: list[Item]) -> list[Item]:
-    """The items, but one whose result would replace another's is a problem."""
+    """The items; one whose result would replace another's gets a `problem`."""
     taken: dict[str, Item] = {}
     kept = []
     for item in items:
@@ -828,7 +827,7 @@ def _refuse_own_mask(items: list[Item], mask_suffix: str | None) -> None:
             continue
         try:
             same = os.path.samefile(item.picture, item.mask)
-        except OSError:  # not there any more: the item's own run says so
+        except OSError:  # removed meanwhile: the run of the item reports it
             continue
         if same:
             advice = (
@@ -853,7 +852,7 @@ def _refuse_unwritable(out: Path) -> None:
         raise UsageError(f"--output: {str(out)!r} cannot be written: {str(place)!r} is no folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"--output: {str(out)!r} cannot be written: no right to write in {str(place)!r}")
-    # A name that is too long for the file system is told by asking for it.
+    # Only a system call tells whether a name is too long for the file system.
     with contextlib.suppress(FileNotFoundError):
         os.lstat(out)
 

@@ -113,10 +113,10 @@ _TIFF_LOSSLESS = {
 _loading = threading.Lock()
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""How an address begins, http://..., which in place of a path is a slip: nothing is written through it."""
+"""Start of an address, such as http://, which is refused in place of a path."""
 
 STANDARD_STREAM = Path("-")
-"""As an input the standard input, as an output the standard output."""
+"""Standard input where an input is named, standard output where an output is."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,7 @@ def open_image(data: bytes) -> Image.Image:
         raise InvalidImageError(reason)
     try:
         return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # its text names an object in memory
+    except UnidentifiedImageError:  # Pillow's message names an object in memory
         raise UnidentifiedImageError("no picture that Pillow can read") from None
 
 
@@ -449,7 +449,7 @@ def remove_leftovers(folders: Iterable[Path], age: float = 0.0, of: Path | None 
                 with open(temporary, "rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     temporary.unlink(missing_ok=True)
-            except OSError:  # locked by its writer, or not ours to delete
+            except OSError:  # locked by its writer, or not deletable by this user
                 continue
 
 
@@ -461,11 +461,11 @@ def format_of(source: Path | Encoded) -> str | None:
         else:
             with open(source, "rb") as file:
                 if _is_heif(file.read(64)):
-                    reason_against_reading("HEIF")  # which lets Pillow know of the format
+                    reason_against_reading("HEIF")  # registers the format with Pillow
             picture = Image.open(source)
         with picture:
             return "JPEG" if picture.format == "MPO" else picture.format
-    except Exception:  # the item's own run reports the reason
+    except Exception:  # the run of the item reports the reason
         return None
 
 

@@ -76,7 +76,7 @@ def make_discriminator(config: DiscriminatorConfig) -> Discriminator:
 
 
 def keep_spectral_norm_wide(discriminator: nn.Module) -> None:
-    """Leave the power iteration and the norm out of autocast: in 16 bit a norm has three digits or fewer."""
+    """Exclude the power iteration and the norm from autocast: in 16 bit a norm has at most three digits."""
     for module in discriminator.modules():
         for key, hook in module._forward_pre_hooks.items():
             if isinstance(hook, SpectralNorm):
@@ -130,7 +130,7 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Take in the network's tensors after optimiser step `step` (from 0)."""
-        # At the start the average would otherwise be of little but the random weights.
+        # Otherwise the average would consist mostly of the random weights at the start.
         decay = min(self.decay, (1 + step) / (10 + step))
         own, theirs = [], []
         for name, value in network.state_dict().items():

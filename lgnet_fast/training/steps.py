@@ -37,10 +37,10 @@ def optimise_step(
 ) -> dict[str, Tensor] | None:
     """Train on one or more batches, whose gradients are averaged.
 
-    The discriminator runs three times a batch, in this order, for each run moves its power iteration on: on the
-    merged picture, detached; on the truth; and, after its own step, on the merged picture for the generators' loss.
-    With several batches its step comes with the last of them; the earlier ones are judged for the generators by the
-    discriminator as it was.
+    The discriminator runs three times for each batch. The order matters, because each run advances its power
+    iteration: on the detached merged picture, on the truth, and, after its optimiser step, on the merged picture for
+    the generators' loss. With several batches its step comes with the last one; for earlier batches the generators'
+    loss uses the discriminator before its step.
 
     Args:
         network: (image, mask, return_stages=True) -> Stages; may be wrapped for distribution.
@@ -88,7 +88,7 @@ def optimise_step(
                     clip(judge)
                     its.step()
             with autocast(), _frozen(judge):
-                # A score of 1 is what the generators are pulled to: no loss, no gradient.
+                # Scores of 1, the generators' target, give no loss and no gradient.
                 scores = judge(merged) if adversarial else merged.new_ones(1)
                 terms |= generator_loss(
                     stages,
@@ -114,7 +114,7 @@ def optimise_step(
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Any:
-    """What runs inside leaves no gradient in the module's parameters, whenever its backward pass comes."""
+    """Calls inside this context leave no gradient in the module's parameters, also in a later backward pass."""
     module.requires_grad_(False)
     try:
         yield

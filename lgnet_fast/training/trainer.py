@@ -129,7 +129,7 @@ class Trainer:
         if isinstance(feature_network, nn.Module):
             feature_network = feature_network.to(device, dtype).requires_grad_(False)
             if isinstance(feature_network, VGG16Features) and (device.type == "cuda" or dtype == torch.float32):
-                # On a CPU a tenth faster; in float64, many times slower.
+                # On a CPU 10 % faster; in float64 many times slower.
                 feature_network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         self.features = _narrow(feature_network) if config.loss.feature_dtype == "bf16" else feature_network
         self.lpips: LPIPS | None = None if lpips is None else lpips.to(device, dtype)
@@ -152,7 +152,7 @@ class Trainer:
         fused = True if device.type == "cuda" else None
         self._trained = [p for p in network.parameters() if p.requires_grad]
         with warnings.catch_warnings():
-            # Its successor is unknown to PyTorch before 2.13, and to accelerate.
+            # PyTorch before 2.13, and accelerate, do not know its successor.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             prepared = self.accelerator.prepare(
                 network,
@@ -268,7 +268,7 @@ class Trainer:
             refuse=lambda total, terms, number: self._refuse(total, terms, batches[number]),
         )
         if terms is None:
-            # What is not finite has also gone through the running statistics.
+            # Non-finite values have also entered the running statistics.
             for buffer, before in zip(self.network.buffers(), kept):
                 buffer.copy_(before)
             self.skipped += 1
@@ -317,7 +317,7 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on. All processes must ask for it together."""
+        """The whole state that determines the rest of the run. All processes must call it together."""
         from accelerate.utils import gather_object
 
         scaler = self.accelerator.scaler
@@ -359,7 +359,7 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise TrainingError(f"resume: the checkpoint is of another network ({reason})") from error
         if self.average is not None:
-            # A run that had none begins its average here.
+            # A run without a moving average starts it here.
             average = state["network"] if state["average"] is None else state["average"]
             self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -463,10 +463,10 @@ class Trainer:
 
     @contextlib.contextmanager
     def _until_signal(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM only asks for an end; the second acts as ever."""
+        """Inside this context the first SIGINT or SIGTERM only requests the end; the second has its usual effect."""
         self._signal = 0
         if threading.current_thread() is not threading.main_thread():
-            yield  # only there can Python take signals
+            yield  # Python handles signals in the main thread only
             return
         before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
 
@@ -484,7 +484,7 @@ class Trainer:
                 signal.signal(number, handler)
 
     def _agree(self, minutes: float) -> None:
-        """All processes must stop at the same step: by the first one's clock, or when any was asked to."""
+        """All processes must stop at the same step: by the clock of the first one, or when any got a signal."""
         if self.accelerator.num_processes == 1:
             self.minutes = minutes
             return
@@ -525,7 +525,7 @@ class Trainer:
             self._report.train(self.step, epoch, values, self.progress, self.pictures_a_step)
 
     def _share_statistics(self) -> None:
-        """Every process has seen its own pictures: the mean of their running statistics is what is kept."""
+        """Each process has seen other pictures: keep the mean of their running statistics."""
         if self.accelerator.num_processes == 1:
             return
         own = dict(self.network.named_buffers())
@@ -652,7 +652,7 @@ def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
     try:
         return next(batches)
     except LGNetError as error:
-        # A worker's error brings its traceback as text; what went wrong is in the last line, behind the type's name.
+        # A worker's error contains its traceback as text; the last line has the message, after the type's name.
         lines = str(error).strip().splitlines()
         if len(lines) > 1:
             raise type(error)(lines[-1].partition(": ")[2]) from None
@@ -660,7 +660,7 @@ def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
 
 
 def _seed(seed: int) -> None:
-    """Of Python, numpy and torch: modules of others may draw from any of them."""
+    """Seed Python, numpy and torch: other packages may draw from any of them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
@@ -674,7 +674,7 @@ def _accelerator(precision: str, device: str) -> Any:
     except ImportError as error:
         raise MissingExtraError('training needs accelerate: pip install "lgnet_fast[train]"') from error
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        # The process's earlier trainer had another precision; accelerate would refuse this one.
+        # An earlier trainer of this process may have had another precision, which accelerate refuses to change.
         AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(
