@@ -46,7 +46,7 @@ def relative_error(form: Callable[..., Tensor], args: Arguments, exact: Tensor) 
 
 
 def contestants(args: Arguments) -> dict[str, Callable[..., Tensor]]:
-    """The forms that run on these tensors and are right; ours must be among them."""
+    """The forms that run on these tensors with a correct result; ours must be among them."""
     features, weight, bias = (a.double() for a in args)
     exact = attention_block(features, weight, bias, "released")
     tolerance = 1e-5 if args[0].dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else 2e-2
@@ -58,7 +58,7 @@ def contestants(args: Arguments) -> dict[str, Callable[..., Tensor]]:
             continue
         try:
             error = relative_error(form, args, exact)
-        except Exception as reason:  # a form that cannot run here is no contestant, whatever it raises
+        except Exception as reason:  # a form that cannot run here is left out, whatever it raises
             print(f"{name}: cannot run: {str(reason).splitlines()[0][:100]}")
             continue
         assert error < tolerance, f"{name} is wrong: {error}"

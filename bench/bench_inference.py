@@ -61,7 +61,7 @@ def test_inference(name: str, dtype: torch.dtype, compete: Any, benchmark: Any) 
     # torch.compile takes minutes, and was never the fastest: it is compared once a dtype.
     for peer_name, peer in peers(model, image, mask, dtype, compile=name == "lgnet").items():
         error = (peer(image, mask).float() - exact).abs().max().item()
-        # Timed all the same, but no rival: torch.compile's freezing is off by 0.26 (torch 2.13).
+        # Timed but not a rival: torch.compile with freezing is wrong by 0.26 (torch 2.13).
         if error > tolerance:
             wrong[peer_name] = round(error, 4)
         running[peer_name] = partial(peer, image, mask)

@@ -1,6 +1,6 @@
 """Whole pictures, 8-bit in, 8-bit out, by `Inpainter`: every strategy and size, hole-aware and dense, and eager.
 
-"ours" is `Inpainter` as it comes, which computes each layer only where a hole depends on it; "ours_dense" computes
+"ours" is the default `Inpainter`, which computes each layer only where a hole depends on it; "ours_dense" computes
 everywhere; "eager" is the reference in plain PyTorch behind the same `Inpainter`, from 1024 pixels on only where it
 takes a few seconds.
 """
@@ -29,7 +29,7 @@ CASES = [
 if SMOKE:
     CASES = [(256, "full"), (512, "crop")]
 NETWORK = "lgnet_demo" if SMOKE else "lgnet"
-# What eager takes is proportional to the pixels that the network sees; two of these passes would take a minute.
+# Eager's time is proportional to the network's pixels; two passes of these cases would take a minute.
 WITHOUT_EAGER = [(1024, "tile"), (2048, "tile")]
 
 

@@ -1,4 +1,4 @@
-"""What every step of LGNet should take on a GPU that need not be here, beside the least it could take.
+"""Estimated time of every step of LGNet on a GPU, which need not be present, beside a lower bound.
 
     python bench/cost_model.py [--card H100] [--dtype float16] [--batch 1] [--size 256 256]
                                [--hole TOP BOTTOM LEFT RIGHT]
@@ -57,7 +57,7 @@ def main() -> int:
         # preparation, product, merge of the splits, activation
         launches = 3 + (splits > 1)
         busy = min(1.0, blocks * splits / card.num_sms)
-        # half the rate of plain products: the softmax stands between them
+        # half the rate of plain products, because the softmax runs between them
         seconds = plan.batch * positions * (2 * positions + 2 * channels) * channels / (0.5 * rate * busy)
         return seconds + launches * LAUNCH_SECONDS, launches, f"{config.block_m}x{config.block_n} s{splits}"
 

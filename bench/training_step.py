@@ -90,17 +90,18 @@ def _resident(key: str) -> int:
 
 
 class Memory(NamedTuple):
-    """Bytes: parameters, gradients, optimiser state (on a CPU with all else that the process has) between steps, and
-    what a step takes beyond that at most."""
+    """Bytes of parameters, gradients and optimiser state between steps (on a CPU of the whole process), and the peak
+    of a step beyond them."""
 
     standing: int
     step: int
 
 
 def memory_of(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> Memory:
-    """Of a training step in one of :data:`FORMS`. On a CPU of the whole process: ask once a process (Linux)."""
+    """Memory of a training step in one of :data:`FORMS`. On a CPU it is the whole process's: call it once in a
+    process (Linux)."""
     step = make_step(form, dtype, batch, device, name)
-    step.run()  # gradients and optimiser state exist from now on, and stay
+    step.run()  # gradients and optimiser state exist from now on
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

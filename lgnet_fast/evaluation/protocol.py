@@ -51,8 +51,8 @@ def parse_classes(classes: str | Sequence[int | str] | None) -> tuple[int, ...] 
     return tuple(dict.fromkeys(chosen))
 
 
-def pictures_in(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
-    """The pictures of a folder and its sub-folders, except those in the folders `besides`; or the one picture.
+def pictures_in(folder: Path, excluded: Sequence[Path] = ()) -> list[Path]:
+    """The pictures of a folder and its sub-folders, except those in the folders `excluded`; or the one picture.
 
     Raises UsageError: no such folder or file, or no picture in it.
     """
@@ -60,17 +60,17 @@ def pictures_in(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
         raise UsageError(f"--input: {str(folder)!r} does not exist")
     if not folder.is_dir():
         return [folder]
-    excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
-    found = list(batch.pictures_in(folder, excluded))
+    resolved = [path.resolve() for path in excluded if path.resolve() != folder.resolve()]
+    found = list(batch.pictures_in(folder, resolved))
     if not found:
         raise UsageError(f"--input: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
     return found
 
 
-def left_out_in(folder: Path, besides: Sequence[Path] = ()) -> list[dict[str, str]]:
+def left_out_in(folder: Path, excluded: Sequence[Path] = ()) -> list[dict[str, str]]:
     """Unreadable sub-folders and pictures in unsupported formats, which `pictures_in` skips."""
-    excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
-    found = batch.scan(folder, excluded).left_out if folder.is_dir() else []
+    resolved = [path.resolve() for path in excluded if path.resolve() != folder.resolve()]
+    found = batch.scan(folder, resolved).left_out if folder.is_dir() else []
     return [{"picture": str(path), "error": reason} for path, reason in found]
 
 

@@ -140,10 +140,10 @@ def evaluate(
     titles = [*named, *(BASELINES[name][0] for name in baselines)]
     if not titles or len(set(titles)) != len(titles):
         raise UsageError(f"--model: expected methods with titles of their own, got {', '.join(titles) or 'none'}")
-    besides = [Path(one) for one in (masks, out) if one is not None]
-    found = pictures_in(source, besides)
+    excluded = [Path(one) for one in (masks, out) if one is not None]
+    found = pictures_in(source, excluded)
     base = source if source.is_dir() else source.parent
-    not_read = left_out_in(source, besides)
+    not_read = left_out_in(source, excluded)
     mask_folder = None if masks is None else Path(masks)
     holes: Holes
     if suite:
