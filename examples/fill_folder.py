@@ -1,4 +1,4 @@
-"""Fill a folder of pictures with the command line's own function: journal, report, exit code.
+"""Fill a folder of pictures by the command line, and read its report.
 
 python examples/fill_folder.py [PICTURES MASKS RESULTS]
 """
@@ -26,5 +26,5 @@ command = [sys.executable, "-m", "lgnet_fast", "run", "-i", pictures, "-m", mask
 done = subprocess.run([*map(str, command), "--skip-existing", "--report", str(report)], check=False)
 
 for entry in json.loads(report.read_text())["items"]:
-    print(entry)
+    print(f"{entry['input']}: {entry['status']}, strategy {entry['strategy']} -> {entry['output']}")
 sys.exit(done.returncode)
