@@ -14,7 +14,7 @@ from lgnet_fast import LGNet, cache, create_model
 from lgnet_fast.cli import app
 from lgnet_fast.engine.verified import Verdict
 from lgnet_fast.info import render
-from lgnet_fast.ops import cpp
+from lgnet_fast.ops.cpu import attention as cpu_attention
 from lgnet_fast.samples import sample_paths
 
 
@@ -94,7 +94,7 @@ def test_info_prints_what_stands_in_brackets():
 
 
 def test_info_names_the_missing_extension(monkeypatch):
-    monkeypatch.setattr("lgnet_fast.ops.cpp.unavailable_reason", lambda: "the compiler went on holiday")
+    monkeypatch.setattr("lgnet_fast.native.unavailable_reason", lambda: "the compiler went on holiday")
     report = json.loads(invoke("info", "--json").stdout)
     assert report["backends"]["cpu"]["cpp"]["attention_block"] == "the compiler went on holiday"
 
@@ -149,13 +149,13 @@ def test_verify_prints_every_check_with_its_error():
 
 
 def test_verify_fails_where_a_kernel_is_wrong(monkeypatch):
-    forward = cpp.attention_block_forward
+    forward = cpu_attention.attention_block_forward
 
     def moved(*args, **options):
         out, *rest = forward(*args, **options)
         return out.roll(1, dims=3), *rest
 
-    monkeypatch.setattr(cpp, "attention_block_forward", moved)
+    monkeypatch.setattr(cpu_attention, "attention_block_forward", moved)
     result = invoke("verify", "--device", "cpu")
     assert result.exit_code == 1
     assert "is allowed" in " ".join(result.stdout.split())
