@@ -13,10 +13,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, cache
+from . import cache
 from .engine.verified import Verdict
 from .ops.dispatch import FUSED, reason_against
 from .ops.registry import OPERATORS
+from .version import __version__
 
 _PACKAGES = (
     "torch",

@@ -20,7 +20,7 @@ _DESCRIPTION, _WEIGHTS = "engine.json", "weights.bin"
 
 
 def _circumstances(isa: str) -> dict[str, Any]:
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "instruction set": isa,

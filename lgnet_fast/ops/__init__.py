@@ -19,8 +19,7 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from ..reference.attention import AttentionBlockFn
-from ..reference.merge import MergeFn
+from ..reference.backends import Functions, provide
 
 # Importing these registers the operators.
 from . import attention, merge_concat  # noqa: F401
@@ -50,9 +49,11 @@ class Bound:
         return getattr(torch.ops.lgnet, self.operator)(*args, backend=self.backend)
 
 
-def functions(backend: str) -> tuple[AttentionBlockFn, MergeFn, MergeFn]:
+def functions(backend: str) -> Functions:
     """(attention_block, merge, merge_concat) with the backend bound: what ``set_backend`` injects."""
     return Bound("attention_block", backend), Bound("merge", backend), Bound("merge_concat", backend)
 
+
+provide(functions)
 
 __all__ = ["OPERATORS", "Bound", "calls", "functions", "reset_calls"]
