@@ -13,6 +13,8 @@ from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill
 
+collect_ignore = ["recipes"]  # parts of changed trees, see test_recipes.py
+
 
 def pretend_to_have(isa: str) -> None:
     """Let the extension find no instruction set beyond `isa`, as on a lesser processor (see run_machines.py)."""
