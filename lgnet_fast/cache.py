@@ -98,7 +98,7 @@ def _triton() -> str:
 
 def _package() -> str:
     """This package's version and a hash of its kernels' sources, which in a checkout change between versions."""
-    from . import __version__
+    from .version import __version__
 
     spec = find_spec("lgnet_fast.kernels")
     digest = hashlib.sha256()
