@@ -136,7 +136,7 @@ class BuildExtension(build_ext):
         return base / "lgnet_fast" / REASON_FILE
 
     def record(self, reason: str) -> None:
-        """Note why there is no extension, where ``lgnet_fast.ops.cpp`` looks for it."""
+        """Note why there is no extension, where ``lgnet_fast.native`` looks for it."""
         print(f"lgnet_fast: building without the C++ extension: {reason}", file=sys.stderr)
         path = self.reason_path()
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from typing import Any
 import torch
 
 from bench.timing import ROOT, environment
-from lgnet_fast.pipeline.files import write_atomically
+from lgnet_fast.pipeline.writing import write_atomically
 
 RESULTS = ROOT / "bench" / "results"
 

@@ -1,5 +1,5 @@
 // lgnet_fast._C: the bindings. Tensors arrive as ten integers (address, element type, sizes, strides), so that this
-// library depends on no version of torch; lgnet_fast/ops/cpp.py makes them. The GIL is released while kernels run.
+// library depends on no version of torch; lgnet_fast/native.py makes them. The GIL is released while kernels run.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -13,7 +13,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   lgnet::watch_forks();
-  m.doc() = "Fused CPU kernels of lgnet_fast; called through lgnet_fast.ops.cpp";
+  m.doc() = "Fused CPU kernels of lgnet_fast; called through lgnet_fast.ops.cpu and lgnet_fast.engine";
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.def("attention_forward", &lgnet::attention_forward, NoGil());
   m.def("attention_backward", &lgnet::attention_backward, NoGil());

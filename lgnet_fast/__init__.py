@@ -20,13 +20,12 @@ from .errors import (
     WeightsError,
 )
 from .lazy import attach
+from .version import __version__
 
 if TYPE_CHECKING:
     from .engine import Engine, load_engine, optimize
     from .pipeline import Inpainter
     from .reference import LGNet, LocalGlobalRefinement, create_model, list_models
-
-__version__ = "0.1.0"
 
 __getattr__, __dir__ = attach(
     __name__,

@@ -98,7 +98,7 @@ def _triton() -> str:
 
 def _package() -> str:
     """This package's version, and what its kernels' sources are: in a checkout they change between versions."""
-    from . import __version__
+    from .version import __version__
 
     spec = find_spec("lgnet_fast.kernels")
     digest = hashlib.sha256()

@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import json as json_module
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import LGNetError
+from .errors import JobError, LGNetError, MissingExtraError, UsageError, WeightsError
 
 app = typer.Typer(
     name="lgnet-fast",
@@ -94,7 +96,7 @@ def _path(text: str) -> Path:
 
 
 def _folder(text: str) -> Path:
-    from .pipeline.files import ADDRESS
+    from .pipeline.formats import ADDRESS
 
     if ADDRESS.match(text):
         raise typer.BadParameter(f"expected a folder, got the address {text}")
@@ -160,13 +162,11 @@ def run(
     Exit code: 0 all done, 1 some pictures failed or were left out, 2 the run could not start, 130 after Ctrl-C.
     """
     # Imported here so that --help does not wait for torch.
-    from .pipeline.batch import UsageError
-    from .pipeline.batch import run as run_batch
+    from .jobs.fill import fill
+    from .jobs.options import FillOptions
 
-    if not 0 <= mask_threshold < 1:
-        raise typer.BadParameter("expected 0 <= value < 1", param_hint="--mask-threshold")
-    with _one_line_errors(UsageError):
-        code = run_batch(
+    with _one_line_errors(FillOptions):
+        options = FillOptions(
             source,
             mask,
             out,
@@ -188,6 +188,7 @@ def run(
             dilate=dilate,
             feather=feather,
         )
+        code = fill(options)
     raise typer.Exit(code)
 
 
@@ -268,32 +269,34 @@ def evaluate(
 
     Exit code: 0 all done, 1 some pictures could not be evaluated, 2 the evaluation could not start.
     """
+    from .evaluation.command import named_models
     from .evaluation.command import run as run_evaluation
-    from .pipeline.batch import UsageError
+    from .evaluation.options import EvaluationOptions
 
-    with _one_line_errors(UsageError):
-        code = run_evaluation(
+    with _one_line_errors(EvaluationOptions):
+        options = EvaluationOptions(
             pictures,
-            out,
-            masks=masks,
-            models=model or [],
-            classes=classes,
+            masks,
+            named_models(model or []),
+            classes,
             size=size,
             seed=seed,
             mask_kind=mask_kind.value,
-            pair_by_name=pair_by_name,
-            invert_mask=invert_mask,
             suite=suite,
             baselines=None if baselines is None else [] if baselines in ("", "none") else baselines.split(","),
             metrics=None if metrics is None else metrics.split(","),
             paper_compat=paper_compat,
+            pair_by_name=pair_by_name,
+            invert_mask=invert_mask,
             lpips=lpips,
             fid=fid,
+            out=out,
             sheet_rows=sheet_rows,
             device=device,
             dtype=dtype,
             backend=backend,
         )
+        code = run_evaluation(options)
     raise typer.Exit(code)
 
 
@@ -490,17 +493,34 @@ def _from_checkout(module: str) -> Any:
     return importlib.import_module(module)
 
 
+_SPELLINGS = {"source": "--input", "pictures": "--input", "out": "--output", "models": "--model"}
+"""Fields of options whose name on the command line is another than theirs with hyphens."""
+
+
+def _spelt(text: str, options: type) -> str:
+    """A library's error in the command line's words: its first words and those in backquotes that are fields."""
+    names = {one.name: _SPELLINGS.get(one.name, "--" + one.name.replace("_", "-")) for one in fields(options)}
+    text = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+    begin = re.match(r"(\w+(?:, \w+)*):", text)
+    if begin is None:
+        return text
+    words = [names.get(word, word) for word in begin[1].split(", ")]
+    return ", ".join(words) + text[begin.end(1) :]
+
+
 @contextmanager
-def _one_line_errors(*more: type[Exception]) -> Iterator[None]:
+def _one_line_errors(options: type | None = None) -> Iterator[None]:
     """What the user can put right becomes one line on stderr and exit code 2, without a traceback.
 
-    OSError too: a full disk, a folder without rights, a name that is too long.
+    OSError too: a full disk, a folder without rights, a name that is too long. `options`: the dataclass that the
+    command's options become; errors that name its fields are shown with the options' names.
     """
-    expected: tuple[type[Exception], ...] = (LGNetError, OSError, *more)
     try:
         yield
-    except expected as error:
-        typer.echo(f"error: {error}", err=True)
+    except (LGNetError, OSError) as error:
+        about_options = isinstance(error, UsageError | JobError | MissingExtraError | WeightsError)
+        text = _spelt(str(error), options) if options is not None and about_options else str(error)
+        typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2) from None
 
 

@@ -13,9 +13,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, cache
+from . import cache
 from .engine.verified import Verdict
 from .ops.dispatch import FUSED, reason_against
+from .ops.registry import OPERATORS
+from .version import __version__
 
 _PACKAGES = (
     "torch",
@@ -31,7 +33,6 @@ _PACKAGES = (
     "onnxruntime",
     "openvino",
 )
-_OPERATORS = {"attention_block": "released", "merge_concat": None}
 
 
 def _version(package: str) -> str | None:
@@ -64,17 +65,9 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _example(op: str, device: str) -> tuple[torch.Tensor, ...]:
-    if op == "attention_block":
-        shapes: tuple[tuple[int, ...], ...] = ((1, 128, 64, 64), (128, 256, 1, 1), (128,))
-    else:
-        shapes = ((1, 3, 256, 256), (1, 3, 256, 256), (1, 1, 256, 256))
-    return tuple(torch.empty(shape, device=device) for shape in shapes)
-
-
 def _backends(device: str) -> dict[str, dict[str, str | None]]:
     return {
-        backend: {op: reason_against(op, backend, _example(op, device), v) for op, v in _OPERATORS.items()}
+        backend: {name: reason_against(name, backend, op.examples(device)) for name, op in OPERATORS.items()}
         for backend in FUSED
     }
 

@@ -68,7 +68,7 @@ def reason_after_build(tree, **env):
     # The finder of an editable install would offer the checkout's own extension.
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
-        "from lgnet_fast.ops import cpp; print(cpp.__file__); print(cpp.unavailable_reason())"
+        "from lgnet_fast import native; print(native.__file__); print(native.unavailable_reason())"
     )
     file, reason = run(["-c", code], tree.parent, PYTHONPATH=str(lib)).stdout.splitlines()
     assert Path(file).is_relative_to(lib)

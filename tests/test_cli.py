@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
 
 import pytest
@@ -10,11 +12,17 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from lgnet_fast import LGNet, cache, create_model
+from lgnet_fast import LGNet, cache, cli, create_model
 from lgnet_fast.cli import app
+from lgnet_fast.data import masks as data_masks
 from lgnet_fast.engine.verified import Verdict
+from lgnet_fast.evaluation import EvaluationOptions
 from lgnet_fast.info import render
-from lgnet_fast.ops import cpp
+from lgnet_fast.jobs.options import FillOptions
+from lgnet_fast.ops.cpu import attention as cpu_attention
+from lgnet_fast.pipeline import formats, strategies
+from lgnet_fast.pipeline import masks as pipeline_masks
+from lgnet_fast.reference.attention import VARIANTS
 from lgnet_fast.samples import sample_paths
 
 
@@ -94,7 +102,7 @@ def test_info_prints_what_stands_in_brackets():
 
 
 def test_info_names_the_missing_extension(monkeypatch):
-    monkeypatch.setattr("lgnet_fast.ops.cpp.unavailable_reason", lambda: "the compiler went on holiday")
+    monkeypatch.setattr("lgnet_fast.native.unavailable_reason", lambda: "the compiler went on holiday")
     report = json.loads(invoke("info", "--json").stdout)
     assert report["backends"]["cpu"]["cpp"]["attention_block"] == "the compiler went on holiday"
 
@@ -149,13 +157,13 @@ def test_verify_prints_every_check_with_its_error():
 
 
 def test_verify_fails_where_a_kernel_is_wrong(monkeypatch):
-    forward = cpp.attention_block_forward
+    forward = cpu_attention.attention_block_forward
 
     def moved(*args, **options):
         out, *rest = forward(*args, **options)
         return out.roll(1, dims=3), *rest
 
-    monkeypatch.setattr(cpp, "attention_block_forward", moved)
+    monkeypatch.setattr(cpu_attention, "attention_block_forward", moved)
     result = invoke("verify", "--device", "cpu")
     assert result.exit_code == 1
     assert "is allowed" in " ".join(result.stdout.split())
@@ -177,3 +185,34 @@ def test_info_shows_kept_verdicts(tmp_path, monkeypatch):
         "engine y": "not readable",
     }
     assert "OutOfResources" in invoke("info").stdout
+
+
+@pytest.mark.parametrize(("command", "options"), [(cli.run, FillOptions), (cli.evaluate, EvaluationOptions)])
+def test_every_option_is_a_field(command, options):
+    renamed = {"model": "models"} if options is EvaluationOptions else {}
+    parameters = [renamed.get(name, name) for name in inspect.signature(command).parameters]
+    assert sorted(parameters) == sorted(field.name for field in dataclasses.fields(options))
+
+
+def test_choices_are_those_of_the_libraries():
+    for enum, names in (
+        (cli.Strategy, strategies.STRATEGIES),
+        (cli.MaskChannel, pipeline_masks.CHANNELS),
+        (cli.Format, formats.FORMATS),
+        (cli.Variant, VARIANTS),
+        (cli.MaskKind, data_masks.KINDS),
+    ):
+        assert [one.value for one in enum] == list(names), enum
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mask_suffix: expected more, or `mask`", "--mask-suffix: expected more, or --mask"),
+        ("source, mask, out: too long", "--input, --mask, --output: too long"),
+        ("weights: `nothing` fits", "weights: `nothing` fits"),
+        ("failed", "failed"),
+    ],
+)
+def test_fields_are_shown_as_options(text, shown):
+    assert cli._spelt(text, FillOptions) == shown

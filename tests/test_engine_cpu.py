@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from lgnet_fast import native
 from lgnet_fast.engine import cpu_executor
 from lgnet_fast.engine.arena import lifetimes, plan_arena
 from lgnet_fast.engine.cpu_executor import CpuExecutor
@@ -17,7 +18,6 @@ from lgnet_fast.engine.engine import plan_stages
 from lgnet_fast.engine.plan import Plan, build_plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.ops import cpp
 from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case, released_state
 
@@ -25,15 +25,15 @@ pytestmark = pytest.mark.skipif(
     CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
 )
 
-ISAS = cpp._library().isa_available() if cpp.unavailable_reason() is None else []
+ISAS = native.library().isa_available() if native.unavailable_reason() is None else []
 KERNELS = ("direct", "winograd2", "winograd4")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    cpp._library().set_isa(request.param)
+    native.library().set_isa(request.param)
     yield request.param
-    cpp._library().set_isa("auto")
+    native.library().set_isa("auto")
 
 
 @pytest.fixture(params=[1, 2])
@@ -353,7 +353,7 @@ def test_lgnet_with_the_recipe_s_weights():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     """NaN or infinity in one weight of each kind of step, in a run restricted to the hole."""
-    if dtype == torch.bfloat16 and not cpp._library().packing(True)[0]:
+    if dtype == torch.bfloat16 and not native.library().packing(True)[0]:
         pytest.skip("no products of bf16 pairs")
     plan = plan_of(2)
     image, mask = picture(1, 256, 256)
@@ -409,7 +409,7 @@ def test_regions_outside_a_map_are_refused_before_any_kernel_runs(out, read, sam
     executor = CpuExecutor(plan)
     image, mask = picture(1, 256, 256)
     lists = executor._listed([step.regions for step in plan.steps])
-    lists[-1] = [cpp._library().Region(out, read, sample)]
+    lists[-1] = [native.library().Region(out, read, sample)]
     with pytest.raises(ValueError, match=f"Program.run: regions: expected .*{got}"):
         executor._run(image, mask, None, lists)
 
@@ -419,6 +419,6 @@ def test_regions_of_all_samples_and_of_one_do_not_mix():
     executor = CpuExecutor(plan).resized(plan.resized(2, 256, 256))
     lists = executor._listed([step.regions for step in executor.plan.steps])
     out, read = (0, 256, 0, 256), (0, 128, 0, 128)
-    lists[-1] = [cpp._library().Region(out, read, -1), cpp._library().Region(out, read, 0)]
+    lists[-1] = [native.library().Region(out, read, -1), native.library().Region(out, read, 0)]
     with pytest.raises(ValueError, match="regions: expected samples 0 to 1, or -1 for all of them"):
         executor._run(*picture(2, 256, 256), None, lists)

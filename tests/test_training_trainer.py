@@ -24,7 +24,7 @@ from lgnet_fast.training import ConfigError, DataError, Trainer, TrainingError, 
 from lgnet_fast.training.config import LossConfig, OptimConfig, config_of
 from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator, make_features, make_lpips
 from lgnet_fast.training.progress import Report
-from lgnet_fast.training.trainer import learning_rate_factor
+from lgnet_fast.training.schedule import learning_rate_factor
 from lgnet_fast.training.validation import gradient_energy
 from tests.support import released_state
 from tests.test_features import weights

@@ -29,8 +29,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import forks
-from ..ops.cpp import _arg, _library, unavailable_reason
+from .. import forks, native
+from ..native import tensor_arg, unavailable_reason
 from .arena import plan_arena
 from .plan import PICTURE, Plan, Step, View
 from .regions import Rect, conv_input, deconv_input
@@ -270,7 +270,7 @@ def choose_kernels(plan: Plan, dtype: torch.dtype) -> dict[str, str]:
     F(4x4) is not taken with bf16 products: its transforms blow their rounding up (LGNet's error grows 1.6 times, with
     F(2x2) 1.15 times).
     """
-    pairs = dtype == torch.bfloat16 and _library().packing(True)[0] > 0
+    pairs = dtype == torch.bfloat16 and native.library().packing(True)[0] > 0
     owners = [step for step in plan.steps if step.weights_of == step.name]
     users = Counter(step.weights_of for step in plan.steps)
     options: dict[str, dict[str, _Cost]] = {}
@@ -342,7 +342,7 @@ class CpuExecutor:
             raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
         self.dtype = dtype
         self.choices = dict(choices) if choices is not None else choose_kernels(plan, dtype)
-        self._packings = {pairs: _Packing(*_library().packing(pairs)) for pairs in (False, True)}
+        self._packings = {pairs: _Packing(*native.library().packing(pairs)) for pairs in (False, True)}
         self._placed, size = self._place(plan)
         self._data = self._allocate(size)
         for step in plan.steps:
@@ -361,7 +361,7 @@ class CpuExecutor:
     @staticmethod
     def _allocate(size: int) -> Tensor:
         data = torch.empty(size, dtype=torch.uint8, device="cpu")
-        _library().advise_large_pages(data.data_ptr(), size)  # before they are touched: pages in use stay small
+        native.library().advise_large_pages(data.data_ptr(), size)  # before they are touched: pages in use stay small
         return data.zero_()
 
     def _kernel(self, step: Step) -> tuple[str, _Packing]:
@@ -449,7 +449,7 @@ class CpuExecutor:
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "choices": dict(self.choices),
-            "isa": _library().isa_name(),
+            "isa": native.library().isa_name(),
             "data": self._data,
         }
 
@@ -462,7 +462,7 @@ class CpuExecutor:
         """
         if (reason := cls.unavailable_reason()) is not None:
             raise RuntimeError(reason)
-        isa = _library().isa_name()
+        isa = native.library().isa_name()
         if state["isa"] != isa:
             raise ValueError(f"state: packed for {state['isa']}, this CPU runs {isa}")
         executor = cls.__new__(cls)
@@ -470,7 +470,7 @@ class CpuExecutor:
         executor.choices = dict(state["choices"])
         if list(executor.choices) != [step.name for step in plan.steps]:
             raise ValueError("state: packed for another network")
-        executor._packings = {pairs: _Packing(*_library().packing(pairs)) for pairs in (False, True)}
+        executor._packings = {pairs: _Packing(*native.library().packing(pairs)) for pairs in (False, True)}
         executor._placed, size = executor._place(plan)
         data: Tensor = state["data"]
         if data.numel() != size:
@@ -493,14 +493,14 @@ class CpuExecutor:
 
     def release_free_memory(self) -> None:
         """Give back to the system what the allocator keeps of memory that nobody uses any more."""
-        _library().release_free_memory()
+        native.library().release_free_memory()
 
     # -- program -------------------------------------------------------------------------------------------------
 
     def _build(self, plan: Plan) -> None:
         self.plan = plan
         arena = plan_arena(plan)
-        self._program = _library().Program(
+        self._program = native.library().Program(
             plan.batch,
             plan.height,
             plan.width,
@@ -510,7 +510,7 @@ class CpuExecutor:
         )
 
     def _specify(self, step: Step, offsets: Mapping[str, int]) -> Any:
-        library = _library()
+        library = native.library()
         plan = self.plan
         kernel, _ = self._kernel(step)
         placed = self._placed[step.name]
@@ -564,7 +564,7 @@ class CpuExecutor:
         return spec
 
     def _regions(self, step: Step, rects: Sequence[Rect], sample: int = -1) -> list[Any]:
-        return [_library().Region(tuple(r), tuple(_read(self.plan, step, r)), sample) for r in rects]
+        return [native.library().Region(tuple(r), tuple(_read(self.plan, step, r)), sample) for r in rects]
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -615,11 +615,11 @@ class CpuExecutor:
         out = torch.empty(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device="cpu")
         raw = [torch.empty_like(out) for step in plan.steps if step.merges]
         times = self._program.run(
-            _arg(image),
-            _arg(mask),
-            _NO_TENSOR if start is None else _arg(start),
-            _arg(out),
-            [_arg(r) for r in raw],
+            tensor_arg(image),
+            tensor_arg(mask),
+            _NO_TENSOR if start is None else tensor_arg(start),
+            tensor_arg(out),
+            [tensor_arg(r) for r in raw],
             regions,
             forks.kernel_threads(),
             poison,

@@ -10,7 +10,7 @@ import torch
 from rich.table import Table
 
 from .. import forks
-from ..ops.cpp import _library
+from ..native import library
 from .cpu_executor import PAIRS
 from .plan import Plan, Step
 
@@ -62,8 +62,8 @@ def measure_peaks() -> Peaks:
     source = torch.ones(1 << 25, dtype=torch.float32, device="cpu")
     target = torch.empty_like(source)
     return Peaks(
-        macs=best(lambda: _library().multiply_adds(False, rounds, threads)),
-        pair_macs=best(lambda: _library().multiply_adds(True, rounds, threads)),
+        macs=best(lambda: library().multiply_adds(False, rounds, threads)),
+        pair_macs=best(lambda: library().multiply_adds(True, rounds, threads)),
         bytes=best(lambda: target.copy_(source).nbytes + source.nbytes),
     )
 

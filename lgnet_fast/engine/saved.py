@@ -20,7 +20,7 @@ _DESCRIPTION, _WEIGHTS = "engine.json", "weights.bin"
 
 
 def _circumstances(isa: str) -> dict[str, Any]:
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "instruction set": isa,
@@ -73,7 +73,7 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, Cpu
         raise WeightsError(f"{directory}: expected a saved engine ({_DESCRIPTION}, {_WEIGHTS}): {error}") from error
     if (reason := CpuExecutor.unavailable_reason()) is not None:
         raise LGNetError(f"{directory}: the engine cannot run here: {reason}")
-    from ..ops.cpp import isa_name
+    from ..native import isa_name
 
     here = _circumstances(isa_name())
     differs = [f"{k}: {made_for.get(k)} there, {v} here" for k, v in here.items() if made_for.get(k) != v]

@@ -15,6 +15,7 @@ from torch import Tensor
 from .. import cache
 from ..ops import first_use
 from ..ops.dispatch import CANDIDATES, reason_against
+from ..ops.registry import OPERATORS
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from .cpu_executor import CpuExecutor
 from .cuda_executor import CudaExecutor
@@ -111,9 +112,9 @@ def _operators(plan: Plan, device: torch.device, dtype: torch.dtype) -> Iterator
     for op, tensors, more, variant in cases:
         function = getattr(torch.ops.lgnet, op)
         backend = CANDIDATES.get(device.type, "triton")
-        reason = reason_against(op, backend, tensors, variant)
+        reason = reason_against(op, backend, tensors)
         for gradient in (False, True):
-            use = first_use.use_of(op, tensors, variant, gradient)
+            use = first_use.use_of(OPERATORS[op], tensors, variant, gradient)
             if reason is not None:
                 yield Check(use.name, problem=f"{backend}: {reason}")
                 continue

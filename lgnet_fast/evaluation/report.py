@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from ..pipeline.files import json_bytes, write_atomically
-from .metrics import METRICS
+from ..data.metrics import METRICS
+from ..pipeline.writing import json_bytes, write_atomically
 
 ALL = "all"
 """The class label of the row over all classes."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_KEYWORD = b"XML:com.adobe.xmp"
@@ -123,3 +125,10 @@ def resolution_chunk(dpi: tuple[float, float]) -> Chunk:
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def warn_lost(info: Mapping[Any, Any], format: str) -> None:
+    """A UserWarning names the chunks of a picture that was a PNG, where `format` (Pillow's name) cannot hold them."""
+    kept = info.get("png_chunks")
+    if kept is not None and format != "PNG" and (lost := names(kept)):
+        warnings.warn(f"format: {format} does not hold the picture's PNG chunks {', '.join(lost)}", stacklevel=4)

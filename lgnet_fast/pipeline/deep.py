@@ -11,6 +11,7 @@ import io
 import struct
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from ..errors import InvalidImageError
 from . import chunks
 from .exif import TIFF_DESCRIPTIVE, kept_exif
+from .formats import EXTENSIONS
+from .writing import write_file
 
 EXTRA = "pip install 'lgnet-fast[deep]'"
 
@@ -73,11 +76,11 @@ class DeepImage:
 
     def save(self, path: Any) -> None:
         """Writes a PNG or TIFF file with the metadata, atomically. Raises InvalidImageError: another extension."""
-        from pathlib import Path
-
-        from .files import save_picture
-
-        save_picture(self, Path(path))
+        path = Path(path)
+        format = EXTENSIONS.get(path.suffix.lower())
+        if format is None:
+            raise InvalidImageError(f"format: expected .png or .tif, got {path.suffix!r}")
+        write_file(path, encode_deep(self, format))
 
 
 def deep_format(data: bytes) -> str | None:
@@ -144,6 +147,7 @@ def check_deep_format(mode: str, format: str) -> None:
 def encode_deep(picture: DeepImage, format: str) -> bytes:
     """The file of a deep picture, with its metadata. Raises InvalidImageError: a format without 16-bit colour."""
     check_deep_format(picture.mode, format)
+    chunks.warn_lost(picture.info, format)
     return _encode_png(picture) if format == "PNG" else _encode_tiff(picture)
 
 

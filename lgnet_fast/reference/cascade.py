@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import forks
-from . import attention as eager_attention
-from . import merge as eager_merge
 from .attention import AttentionBlock
+from .backends import functions
+from .merge import MergeFn, merge, merge_concat
 from .networks import LEVELS
-
-BACKENDS = ("auto", "eager", "triton", "cpp")
 
 
 class Stages(NamedTuple):
@@ -39,8 +37,8 @@ class Cascade(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._merge: eager_merge.MergeFn = eager_merge.merge
-        self._merge_concat: eager_merge.MergeFn = eager_merge.merge_concat
+        self._merge: MergeFn = merge
+        self._merge_concat: MergeFn = merge_concat
         self.backend = "eager"
 
     def set_backend(self, backend: str) -> Cascade:
@@ -53,16 +51,7 @@ class Cascade(nn.Module):
         Returns:
             self.
         """
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-        if backend == "eager":
-            block: eager_attention.AttentionBlockFn = eager_attention.attention_block
-            self._merge, self._merge_concat = eager_merge.merge, eager_merge.merge_concat
-        else:
-            # Imported here so that the reference itself stays plain PyTorch.
-            from ..ops import functions
-
-            block, self._merge, self._merge_concat = functions(backend)
+        block, self._merge, self._merge_concat = functions(backend)
         for module in self.modules():
             if isinstance(module, AttentionBlock):
                 module.run = block

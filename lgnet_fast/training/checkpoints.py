@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import TrainingError
 from ..reference.released import unreadable
-from .errors import TrainingError
 
 BEST = "best.pt"
 _STEP = re.compile(r"step_(\d+)\.pt")

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ..data.masks import HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
+from ..errors import ConfigError, MissingExtraError
 from ..reference.losses import FeatureOptions, LossWeights
-from .errors import ConfigError, MissingExtraError
-from .masks import HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
 
 T = TypeVar("T")
 
@@ -209,36 +209,41 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        def check(name: str, value: object, condition: bool, expected: str) -> None:
-            if not condition:
-                raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+        self._check_data()
+        self._check_loss()
+        self._check_optim()
+        self._check_run()
 
-        data, optim, run = self.data, self.optim, self.run
-        check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
+    def _check_data(self) -> None:
+        data, run = self.data, self.run
+        _check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
         kinds = (*KINDS, VARIED)
-        check("data.mask_kind", data.mask_kind, data.mask_kind in kinds, f"one of {kinds}")
-        check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
+        _check("data.mask_kind", data.mask_kind, data.mask_kind in kinds, f"one of {kinds}")
+        _check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
         for name, classes in (
             ("data.hole_classes", data.hole_classes),
             ("run.validation_classes", run.validation_classes),
         ):
             inside = bool(classes) and all(0 <= c < len(HOLE_CLASSES) for c in classes)
-            check(name, classes, inside, f"indices from 0 to {len(HOLE_CLASSES) - 1}")
-        check("data.workers", data.workers, data.workers >= 0, "0 or more")
+            _check(name, classes, inside, f"indices from 0 to {len(HOLE_CLASSES) - 1}")
+        _check("data.workers", data.workers, data.workers >= 0, "0 or more")
         for name in ("prefetch", "mask_bank"):
-            check(f"data.{name}", getattr(data, name), getattr(data, name) >= 1, "1 or more")
-        check("data.colour", data.colour, 0 <= data.colour < 1, "a share in [0, 1)")
+            _check(f"data.{name}", getattr(data, name), getattr(data, name) >= 1, "1 or more")
+        _check("data.colour", data.colour, 0 <= data.colour < 1, "a share in [0, 1)")
+
+    def _check_loss(self) -> None:
+        run, data = self.run, self.data
         crop = self.loss.feature_crop
-        check("loss.feature_crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
-        check("loss.feature_every", self.loss.feature_every, self.loss.feature_every >= 1, "1 or more")
+        _check("loss.feature_crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
+        _check("loss.feature_every", self.loss.feature_every, self.loss.feature_every >= 1, "1 or more")
         freeze = self.model.freeze_batchnorm_from
-        check("model.freeze_batchnorm_from", freeze, freeze is None or 0 <= freeze < 1, "a share in [0, 1)")
+        _check("model.freeze_batchnorm_from", freeze, freeze is None or 0 <= freeze < 1, "a share in [0, 1)")
         momentum = self.model.batchnorm_momentum
-        check("model.batchnorm_momentum", momentum, 0 < momentum <= 1, "a share in (0, 1]")
+        _check("model.batchnorm_momentum", momentum, 0 < momentum <= 1, "a share in (0, 1]")
         inside = all(kind in SUITE_KINDS for kind in run.validation_kinds)
-        check("run.validation_kinds", run.validation_kinds, inside, f"names of {SUITE_KINDS}")
+        _check("run.validation_kinds", run.validation_kinds, inside, f"names of {SUITE_KINDS}")
         scored = run.metric != ("ssim" if run.validation_kinds else "lpips")
-        check(
+        _check(
             "run.metric",
             run.metric,
             scored,
@@ -248,37 +253,48 @@ class TrainConfig:
         needs = [
             name for name, asked in (("loss.lpips", self.loss.lpips), ("run.metric", run.metric == "lpips")) if asked
         ]
-        check("loss.lpips_weights", given, given is not None or not needs, f"a file, for {' and '.join(needs)}")
-        for name in ("batch_size", "accumulate"):
-            check(f"optim.{name}", getattr(optim, name), getattr(optim, name) >= 1, "1 or more")
-        check("optim.learning_rate", optim.learning_rate, optim.learning_rate > 0, "a positive number")
-        its_rate = optim.discriminator_learning_rate
-        check("optim.discriminator_learning_rate", its_rate, its_rate is None or its_rate > 0, "a positive number")
-        inside = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
-        check("optim.betas", optim.betas, inside, "two numbers in [0, 1)")
-        check("discriminator.channels", self.discriminator.channels, self.discriminator.channels >= 1, "1 or more")
+        _check("loss.lpips_weights", given, given is not None or not needs, f"a file, for {' and '.join(needs)}")
+        _check("discriminator.channels", self.discriminator.channels, self.discriminator.channels >= 1, "1 or more")
         start = self.discriminator.start
-        check("discriminator.start", start, 0 <= start < 1, "a share in [0, 1)")
+        _check("discriminator.start", start, 0 <= start < 1, "a share in [0, 1)")
         for weight in dataclasses.fields(LossWeights):
             value = getattr(self.loss, weight.name)
-            check(f"loss.{weight.name}", value, value >= 0, "0 or more")
-        check("run.seed", run.seed, run.seed >= 0, "0 or more")
-        check("run.picture_every", run.picture_every, run.picture_every >= 0, "0 or more")
-        for name in ("threads", "checkpoint_minutes"):
-            value = getattr(run, name)
-            check(f"run.{name}", value, value is None or value > 0, "a positive number")
-        check("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more")
+            _check(f"loss.{weight.name}", value, value >= 0, "0 or more")
+
+    def _check_optim(self) -> None:
+        optim = self.optim
+        for name in ("batch_size", "accumulate"):
+            _check(f"optim.{name}", getattr(optim, name), getattr(optim, name) >= 1, "1 or more")
+        _check("optim.learning_rate", optim.learning_rate, optim.learning_rate > 0, "a positive number")
+        its_rate = optim.discriminator_learning_rate
+        _check("optim.discriminator_learning_rate", its_rate, its_rate is None or its_rate > 0, "a positive number")
+        inside = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
+        _check("optim.betas", optim.betas, inside, "two numbers in [0, 1)")
+        _check("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more")
         for name in ("epochs", "steps", "max_minutes", "leg_minutes", "clip"):
             value = getattr(optim, name)
-            check(f"optim.{name}", value, value is None or value > 0, "a positive number")
-        check("optim.epochs", optim.epochs, optim.epochs is not None or optim.steps is not None, "epochs or steps")
-        check("optim.ema", optim.ema, optim.ema is None or 0 < optim.ema < 1, "a number between 0 and 1")
+            _check(f"optim.{name}", value, value is None or value > 0, "a positive number")
+        _check("optim.epochs", optim.epochs, optim.epochs is not None or optim.steps is not None, "epochs or steps")
+        _check("optim.ema", optim.ema, optim.ema is None or 0 < optim.ema < 1, "a number between 0 and 1")
+
+    def _check_run(self) -> None:
+        run = self.run
+        _check("run.seed", run.seed, run.seed >= 0, "0 or more")
+        _check("run.picture_every", run.picture_every, run.picture_every >= 0, "0 or more")
+        for name in ("threads", "checkpoint_minutes"):
+            value = getattr(run, name)
+            _check(f"run.{name}", value, value is None or value > 0, "a positive number")
         for name in ("log_every", "validate_every", "checkpoint_every", "keep", "finite_every"):
-            check(f"run.{name}", getattr(run, name), getattr(run, name) >= 1, "1 or more")
+            _check(f"run.{name}", getattr(run, name), getattr(run, name) >= 1, "1 or more")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
+
+
+def _check(name: str, value: object, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
 
 
 def config_of(mapping: Mapping[str, Any]) -> TrainConfig:

@@ -18,13 +18,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import InvalidMaskError, LGNetError
+from ..data.masks import VARIED, MaskFolder, generate_mask, hole_levels, pictures_below, resize_mask, varied_mask
+from ..data.shards import Member, samples_in
+from ..errors import ConfigError, DataError, InvalidMaskError, LGNetError, MissingExtraError
 from ..pipeline.files import open_image
 from ..pipeline.pictures import picture_of
-from ..pipeline.shards import Member, samples_in
 from .config import DataConfig
-from .errors import ConfigError, DataError, MissingExtraError
-from .masks import VARIED, MaskFolder, generate_mask, hole_levels, pictures_below, resize_mask, varied_mask
 
 PROTOCOLS: dict[str, float | None] = {
     "photos": 2.0,

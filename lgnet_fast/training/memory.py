@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import DataError
 from .data import InpaintingDataset, PositionSampler, decode
-from .errors import DataError
 
 # Shorter sides beside data.size, as multiples of it, at which a picture is kept where it has as much.
 SCALES = (1.0, 1.125, 1.25, 1.5, 2.0)

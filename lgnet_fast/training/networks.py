@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ..errors import ConfigError
 from ..reference import LGNet, create_model
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
@@ -18,7 +19,6 @@ from ..reference.features import LPIPS, FeaturesFn, registered_features
 from ..reference.vgg import VGG16Features
 from ..weights import bundled_path
 from .config import DiscriminatorConfig, LossConfig, ModelConfig
-from .errors import ConfigError
 
 
 def make_network(config: ModelConfig) -> Cascade:

@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..pipeline.files import write_atomically
-from .errors import MissingExtraError
+from ..errors import MissingExtraError
+from ..pipeline.writing import write_atomically
 
 LOG = "log.jsonl"
 

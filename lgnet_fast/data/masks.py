@@ -17,9 +17,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import InvalidMaskError
+from ..errors import DataError, InvalidMaskError
 from ..pipeline.files import open_upright
-from .errors import DataError
 
 HOLE_CLASSES: tuple[tuple[float, float], ...] = (
     (0.01, 0.1),

@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from .files import (
+from ..pipeline.writing import (
     STANDARD_STREAM,
     is_stream,
     json_bytes,

@@ -21,8 +21,8 @@ from typing import Any, TypeVar
 
 import torch
 
-from ..errors import BackendError, LGNetError
-from .files import temporary_prefix
+from ..errors import BackendError, JobError
+from ..pipeline.writing import temporary_prefix
 
 try:
     import fcntl
@@ -38,10 +38,6 @@ _RENDEZVOUS = timedelta(minutes=5)
 _POLL = 0.1
 
 _rendezvous_count = 0
-
-
-class JobError(LGNetError, RuntimeError):
-    """A job that cannot go on: another run of it is at work, or its journal cannot be written."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +170,7 @@ class Journal:
             self._earlier = self._read_earlier()
             self._file = open(self._part(world.rank), "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
         except OSError as cause:
-            raise JobError(f"--output: no journal can be kept in {str(folder)!r} ({cause})") from cause
+            raise JobError(f"out: no journal can be kept in {str(folder)!r} ({cause})") from cause
         if fcntl is not None:
             fcntl.flock(self._file, fcntl.LOCK_EX)
         self._write({"host": socket.gethostname(), "pid": os.getpid(), "rank": world.rank, "size": world.size})
@@ -236,7 +232,7 @@ class Journal:
         try:
             self._file.write((json.dumps(line) + "\n").encode())
         except OSError as cause:
-            raise JobError(f"--output: the journal {self._file.name!r} cannot be written ({cause})") from cause
+            raise JobError(f"out: the journal {self._file.name!r} cannot be written ({cause})") from cause
 
     def _beat(self) -> None:
         while not self._stop.wait(_HEARTBEAT):
@@ -250,7 +246,7 @@ class Journal:
         parts = [part for part in self.folder.glob("*.jsonl") if not part.name.startswith(self.world.launch)]
         for part in sorted(parts, key=lambda part: part.stat().st_mtime_ns):
             if _locked(part):
-                raise JobError(f"--output: another run of this job is at work (it holds {str(part)!r})")
+                raise JobError(f"out: another run of this job is at work (it holds {str(part)!r})")
             begun: dict[str, dict[str, Any]] = {}
             for line in _lines(part):
                 if "writing" in line:

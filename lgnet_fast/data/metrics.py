@@ -15,11 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import WeightsError
+from ..errors import MissingExtraError, WeightsError
 from ..reference.features import LPIPS
 from ..reference.pretrained import TORCHVISION_URL, torchvision_file
 from ..reference.released import load_state_dict_file
-from ..training.errors import MissingExtraError
 
 METRICS = ("l1", "psnr", "ssim", "lpips", "fid")
 
@@ -173,7 +172,7 @@ def _lpips_network(source: str | Path | Distance | None) -> Distance:
 
 
 def _alexnet_file() -> Path:
-    advice = f"; give --lpips the path of {TORCHVISION_URL}{ALEXNET_FILE}"
+    advice = f"; give `lpips` the path of {TORCHVISION_URL}{ALEXNET_FILE}"
     return torchvision_file(ALEXNET_FILE, "AlexNet's weights are", advice)
 
 
@@ -182,7 +181,7 @@ def _inception(source: str | Path | nn.Module | None) -> nn.Module:
         return source
     if source is not None and not Path(source).is_file():
         raise WeightsError(
-            f"--fid: expected torch-fidelity's Inception weights, got {str(source)!r}, which does not exist"
+            f"fid: expected torch-fidelity's Inception weights, got {str(source)!r}, which does not exist"
         )
     from torchmetrics.image.fid import NoTrainInceptionV3
 
@@ -195,12 +194,12 @@ def _inception(source: str | Path | nn.Module | None) -> nn.Module:
             return NoTrainInceptionV3("inception-v3-compat", ["2048"], None if source is None else str(source))
     except OSError as cause:
         raise WeightsError(
-            f"the Inception weights could not be downloaded ({cause}); give --fid the path of torch-fidelity's "
+            f"the Inception weights could not be downloaded ({cause}); give `fid` the path of torch-fidelity's "
             "weights-inception-2015-12-05-6726825d.pth"
         ) from cause
     except RuntimeError as cause:
         raise WeightsError(
-            f"--fid: expected torch-fidelity's Inception weights, got {str(source)!r}, which does not fit them"
+            f"fid: expected torch-fidelity's Inception weights, got {str(source)!r}, which does not fit them"
         ) from cause
 
 

@@ -9,7 +9,8 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from ..errors import InvalidImageError, LGNetError
-from .files import EXTENSIONS, OTHER_EXTENSIONS, Encoded
+from ..pipeline.files import Encoded
+from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS
 
 MASK_MARK = "mask"
 
