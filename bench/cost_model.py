@@ -25,10 +25,11 @@ def main() -> int:
     from lgnet_fast.kernels.configs import num_splits, pick
     from lgnet_fast.kernels.conv_configs import LAUNCH_SECONDS, estimate, pick_tile, programs
 
-    from lgnet_fast.engine.cuda_executor import bucket, describe
-    from lgnet_fast.engine.engine import plan_stages
-    from lgnet_fast.engine.plan import Plan, Step, build_plan
-    from lgnet_fast.engine.regions import Rect
+    from lgnet_fast.engine.build import build_plan, plan_stages
+    from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.cuda_weights import work_of
+    from lgnet_fast.engine.plan import AttentionStep, Plan
+    from lgnet_fast.engine.regions import Rect, rounded
     from lgnet_fast.reference.lgnet import LGNet
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -46,9 +47,9 @@ def main() -> int:
         model = LGNet(variant=args.variant).eval()
     plan = build_plan(plan_stages(model), args.batch, *args.size)
     if args.hole:
-        plan = plan.restricted(bucket([Rect(*args.hole)], *args.size))
+        plan = plan.restricted(rounded([Rect(*args.hole)], CudaExecutor.granularity, *args.size))
 
-    def attention(step: Step, plan: Plan) -> tuple[float, int, str]:
+    def attention(step: AttentionStep, plan: Plan) -> tuple[float, int, str]:
         source = plan.buffers[step.source.buffer]
         channels, positions = step.out_channels, source.height * source.width
         config = pick("forward", card.generation, kind, channels, plan.batch * positions)
@@ -75,13 +76,12 @@ def main() -> int:
             reads += outputs * step.residual.channels
         moved = weights + element * plan.batch * (reads + outputs * sum(s.view.channels for s in step.stores))
         seconds, count, launches, tiles = 0.0, 0, 0, ""
-        if step.kind == "attention":
+        if isinstance(step, AttentionStep):
             if step.regions:
                 seconds, launches, tiles = attention(step, plan)
         else:
-            sizes = (source.height, source.width), (out.height, out.width)
             for region in step.regions:
-                work = describe(step).work(plan.batch, *sizes, region)
+                work = work_of(plan, step, region)
                 tile = pick_tile(work, kind, card.generation, card.num_sms)
                 seconds += estimate(work, tile, kind, card.generation, card.num_sms)
                 launches += 1 + (tile.splits > 1)

@@ -88,8 +88,7 @@ def run_all(launches: Sequence[Callable[[], None]]) -> None:
 def model_and_plan(name: str, batch: int) -> tuple[Any, Any]:
     """A network with random weights that keep features alive through all layers, on the GPU, and its dense plan."""
     from lgnet_fast import create_model
-    from lgnet_fast.engine.engine import plan_stages
-    from lgnet_fast.engine.plan import build_plan
+    from lgnet_fast.engine.build import build_plan, plan_stages
 
     torch.manual_seed(0)
     model = create_model(name).eval()
@@ -153,21 +152,19 @@ def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
     """One step on noise, beside float32 PyTorch on the same noise."""
     import torch.nn.functional as F
 
+    from lgnet_fast.engine.plan import AttentionStep
+    from lgnet_fast.engine.torch_executor import convolution
+    from lgnet_fast.reference.attention import attention_block
+
     step = plan.steps[number]
     executor.memory.arena.normal_()
     run_all(executor.step_launches(executor.memory, number))
     own = executor.memory.view(step.stores[0].view).float()
     x = executor.memory.view(step.source).float().permute(0, 3, 1, 2)
-    if step.kind == "attention":
-        from lgnet_fast.reference.attention import attention_block
-
+    if isinstance(step, AttentionStep):
         value = attention_block(x, step.weight.float(), step.bias.float(), step.variant)
-    elif step.kind == "deconv":
-        value = F.conv_transpose2d(x, step.weight, step.bias, step.stride, step.padding, step.output_padding)
-    elif step.reflect:
-        value = F.conv2d(F.pad(x, [step.padding] * 4, mode="reflect"), step.weight, step.bias, step.stride)
     else:
-        value = F.conv2d(x, step.weight, step.bias, step.stride, step.padding)
+        value = convolution(step.geometry, x, step.weight.float(), step.bias.float())
     if step.residual is not None:
         value = value + executor.memory.view(step.residual).float().permute(0, 3, 1, 2)
     activation = step.stores[0].activation
@@ -185,7 +182,7 @@ def time_graph(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log,
     expected = None
     for overlap in (False, True):
         try:
-            executor = CudaExecutor(plan, dtype, choices=choices, overlap=overlap, graphs=False)
+            executor = CudaExecutor.of(plan, dtype, choices=choices, overlap=overlap, graphs=False)
         except RuntimeError as error:
             log("graph", label=label, overlap=overlap, error=str(error))
             continue
@@ -217,7 +214,7 @@ def time_steps(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log)
     """Graphs of the first k steps; a step's time is the difference."""
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
-    executor = CudaExecutor(plan, dtype, choices=choices, graphs=False)
+    executor = CudaExecutor.of(plan, dtype, choices=choices, graphs=False)
     image, mask = picture(plan.batch)
     executor.run(image, mask)
     launches = executor._launches(executor.memory, None, False)
@@ -303,7 +300,7 @@ class Contest:
     def __init__(self, plan: Any, dtype: torch.dtype) -> None:
         from lgnet_fast.engine.cuda_executor import CudaExecutor
 
-        self.executor = CudaExecutor(plan, dtype, graphs=False)
+        self.executor = CudaExecutor.of(plan, dtype, graphs=False)
         self.plan = plan
 
     def launch(self, number: int, tile: Any, weights: Any = None) -> Callable[[], None]:
@@ -534,7 +531,7 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
     image, mask = picture(plan.batch)
-    executor = CudaExecutor(plan, dtype, graphs=False)
+    executor = CudaExecutor.of(plan, dtype, graphs=False)
     executor.run(image, mask)
     ours = graph_of(functools.partial(run_all, executor._launches(executor.memory, None, False)))
     half = copy.deepcopy(model).to(dtype).set_backend("eager")
@@ -609,12 +606,12 @@ def main() -> int:
     choices: dict[str, Any] = {}
     if "compile" in sections:
         for flag in (False, True) if properties.major >= 9 else (False,):
-            launches = recorded(CudaExecutor(plan, dtype, overlap=flag, graphs=False))
+            launches = recorded(CudaExecutor.of(plan, dtype, overlap=flag, graphs=False))
             begin = time.perf_counter()
             failures = compile_all(launches, 0)
             log("compile", launches=len(launches), seconds=time.perf_counter() - begin, failures=failures)
     if "buffers" in sections:
-        check_buffers(CudaExecutor(plan, dtype, graphs=False), plan, log)
+        check_buffers(CudaExecutor.of(plan, dtype, graphs=False), plan, log)
     if "graph" in sections:
         time_graph(plan, dtype, choices, log, "shipped")
     if "steps" in sections:

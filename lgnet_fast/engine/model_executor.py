@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,11 +11,11 @@ from torch import Tensor
 
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.merge import merge
+from .executor import Executor, Regions, Result
 from .plan import Plan
-from .regions import Rect
 
 
-class ModelExecutor:
+class ModelExecutor(Executor):
     """Runs a copy of a model in eager PyTorch, always densely, at any size; pictures come and go as float32.
 
     Args:
@@ -24,6 +24,8 @@ class ModelExecutor:
         dtype: to compute in.
         backend: of the fused operators, see :meth:`.Cascade.set_backend`; None: the model's.
     """
+
+    restricts = False
 
     def __init__(
         self,
@@ -40,20 +42,21 @@ class ModelExecutor:
         self._model.to(device, dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
         if backend is not None:
             self._model.set_backend(backend)
-        self._dtype = dtype
+        self._device, self._dtype = device, dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self._device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._dtype
 
     def resized(self, plan: Plan) -> ModelExecutor:
         """Itself: the model takes any size."""
         return self
 
-    def run(
-        self,
-        image: Tensor,
-        mask: Tensor,
-        start: Tensor | None = None,
-        regions: Sequence[tuple[Rect, ...]] | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """See :class:`.engine.Executor`; `regions` are not needed."""
+    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
         model = self._model
         if isinstance(model, LGNet):
             nets: list[Callable[[Tensor], Tensor]] = list(model.networks().values())
