@@ -80,21 +80,27 @@ def modelled(step: ConvStep, kernel: str, pairs: bool, batch: int, height: int, 
 
 
 def modelled_costs(plan: Plan, dtype: torch.dtype) -> dict[str, dict[str, Cost]]:
-    """Step's name -> kernel -> cost, of every step that has a choice and weights of its own."""
+    """Step's name -> choice -> cost, of every step that has several and weights of its own."""
     pairs = has_pairs(dtype)
     costs: dict[str, dict[str, Cost]] = {}
     for step in plan.steps:
         kernels = kernels_for(step, pairs)
         if step.weights_of == step.name and isinstance(step, ConvStep) and len(kernels) > 1:
             size = plan.target(step).size
-            costs[step.name] = {k: modelled(step, k, pairs, plan.batch, *size) for k in kernels}
+            costs[step.name] = {str(Choice(k, pairs)): modelled(step, k, pairs, plan.batch, *size) for k in kernels}
     return costs
+
+
+def plain_choice(step: Step, pairs: bool) -> str:
+    """The plainest way to run a step."""
+    kernel = kernels_for(step, pairs)[0]
+    return str(Choice(kernel, pairs and kernel != NARROW))
 
 
 def choose_kernels(
     plan: Plan, dtype: torch.dtype, costs: Mapping[str, Mapping[str, Cost]] | None = None
 ) -> dict[str, str]:
-    """A kernel for every step, as :class:`.cpu_kernels.Choice` writes it: the least time whose packed weights keep to
+    """How every step runs, as :class:`.cpu_kernels.Choice` writes it: the least time whose packed weights keep to
     the budget.
 
     Args:
@@ -106,23 +112,23 @@ def choose_kernels(
     pairs = has_pairs(dtype)
     users = Counter(step.weights_of for step in plan.steps)
     owners = {step.name: step for step in plan.steps if step.weights_of == step.name}
-    chosen = {name: kernels_for(step, pairs)[0] for name, step in owners.items()}
-    for name, by_kernel in options.items():
-        chosen[name] = min(by_kernel, key=lambda k: by_kernel[k].seconds)
+    chosen = {name: plain_choice(step, pairs) for name, step in owners.items()}
+    for name, by_choice in options.items():
+        chosen[name] = min(by_choice, key=lambda c: by_choice[c].seconds)
     # Too many bytes: change the kernel that loses the least time a byte, until they fit.
     plain = sum(4 * owners[name].weight.numel() for name in options)
-    excess = sum(by_kernel[chosen[name]].weight_bytes for name, by_kernel in options.items())
+    excess = sum(by_choice[chosen[name]].weight_bytes for name, by_choice in options.items())
     excess -= max(round(_WEIGHT_BUDGET * plain), plain + _WEIGHT_SLACK_BYTES)
     while excess > 0:
         changes = []
-        for name, by_kernel in options.items():
-            now = by_kernel[chosen[name]]
-            for kernel, cost in by_kernel.items():
+        for name, by_choice in options.items():
+            now = by_choice[chosen[name]]
+            for choice, cost in by_choice.items():
                 if (saved := now.weight_bytes - cost.weight_bytes) > 0:
-                    changes.append((users[name] * (cost.seconds - now.seconds) / saved, name, kernel, saved))
+                    changes.append((users[name] * (cost.seconds - now.seconds) / saved, name, choice, saved))
         if not changes:
             break
-        _, name, kernel, saved = min(changes)
-        chosen[name] = kernel
+        _, name, choice, saved = min(changes)
+        chosen[name] = choice
         excess -= saved
-    return {s.name: str(Choice(kernel := chosen[s.weights_of], pairs and kernel != NARROW)) for s in plan.steps}
+    return {step.name: chosen[step.weights_of] for step in plan.steps}

@@ -53,7 +53,11 @@ class CpuExecutor(Executor):
 
     @classmethod
     def of(
-        cls, plan: Plan, dtype: torch.dtype = torch.float32, choices: Mapping[str, str] | None = None
+        cls,
+        plan: Plan,
+        dtype: torch.dtype = torch.float32,
+        choices: Mapping[str, str] | None = None,
+        chosen_by: str = "request",
     ) -> CpuExecutor:
         """The executor of a plan with weights on the CPU; `choices`: None: by the model of :mod:`.cpu_choice`."""
         if (reason := cls.unavailable_reason()) is not None:
@@ -61,7 +65,7 @@ class CpuExecutor(Executor):
         if choices is None:
             weights = CpuWeights.pack(plan, dtype, choose_kernels(plan, dtype), "model")
         else:
-            weights = CpuWeights.pack(plan, dtype, choices)
+            weights = CpuWeights.pack(plan, dtype, choices, chosen_by)
         _library().release_free_memory()
         return cls(plan, weights)
 
@@ -111,7 +115,7 @@ class CpuExecutor(Executor):
         library = _library()
         plan = self.plan
         choice, placed = self.weights.choices[step.name], self.weights.placed[step.name]
-        base = self.weights.data.data_ptr()
+        base = self.weights.address(step)
 
         def target(view: View, activation: str) -> Any:
             buffer = plan.buffers[view.buffer]
@@ -146,7 +150,7 @@ class CpuExecutor(Executor):
             spec.transposed = geometry.transposed
             return spec
         spec.kind = library.StepKind.convolution
-        spec.tile = TILES[choice.kernel]
+        spec.tile, spec.chunk = TILES[choice.kernel], choice.chunk
         spec.in_step, spec.out_step = geometry.in_step, geometry.out_step
         places = iter(placed.weights)
         spec.jobs = [
@@ -177,6 +181,10 @@ class CpuExecutor(Executor):
                 lists[number] += self._regions(step, step.regions if own is None else own[number], sample)
         result, raw, _ = self._run(image, mask, start, lists)
         return result, raw
+
+    def timed(self, image: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor], list[float]]:
+        """A dense run: the merged picture, the stages' raw ones, and every step's milliseconds."""
+        return self._run(image, mask, None, [])
 
     def step_times(self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5) -> list[float]:
         listed = self._listed(regions)

@@ -30,22 +30,44 @@ PAIRS = "/bf16"
 """At the end of a kernel's name: with products of bf16 pairs."""
 
 
+BY_STAGES = -1
+"""In place of a chunk's size: all tiles are transformed, then multiplied, then transformed back."""
+CHUNKS = (BY_STAGES, 14, 28, 56, 112)
+"""Chunks of tiles worth trying, beside the size that csrc finds by a rule."""
+
+
 class Choice(NamedTuple):
-    """How a step runs: its kernel, and whether products are of bf16 pairs."""
+    """How a step runs: its kernel, whether products are of bf16 pairs, and tiles of a chunk (0: by a rule).
+
+    As text: the kernel, "/bf16", and "@56" or "@stages" where it is not by the rule.
+    """
 
     kernel: str
     pairs: bool = False
+    chunk: int = 0
 
     @classmethod
     def parse(cls, text: str) -> Choice:
-        """From the text that :meth:`__str__` makes."""
-        kernel, _, pairs = text.partition("/")
-        if kernel not in TILES and kernel not in (NARROW, ATTENTION):
-            raise ValueError(f"choices: expected a kernel of {', '.join(TILES)}, narrow or attention, got {text!r}")
-        return cls(kernel, bool(pairs))
+        """From the text that :meth:`__str__` makes.
+
+        Raises:
+            ValueError: it is none.
+        """
+        packed, _, chunk = text.partition("@")
+        kernel, _, pairs = packed.partition("/")
+        choice = cls(kernel, bool(pairs), BY_STAGES if chunk == "stages" else int(chunk or 0))
+        if (kernel not in TILES and kernel not in (NARROW, ATTENTION)) or str(choice) != text:
+            raise ValueError(f"choices: expected {', '.join(TILES)}, narrow or attention, got {text!r}")
+        return choice
 
     def __str__(self) -> str:
-        return self.kernel + (PAIRS if self.pairs else "")
+        chunk = "" if not self.chunk else "@stages" if self.chunk == BY_STAGES else f"@{self.chunk}"
+        return self.kernel + (PAIRS if self.pairs else "") + chunk
+
+    @property
+    def packed(self) -> Choice:
+        """What the packed weights depend on: the same by the rule."""
+        return self._replace(chunk=0)
 
     @property
     def packs_pairs(self) -> bool:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -172,7 +172,7 @@ def _place(plan: Plan, choices: Mapping[str, Choice]) -> tuple[dict[str, Placed]
 
     for step in plan.steps:
         if step.weights_of != step.name:
-            if choices[step.name] != choices[step.weights_of]:
+            if choices[step.name].packed != choices[step.weights_of].packed:
                 raise ValueError(f"choices: {step.name} has the weights of {step.weights_of} and needs its kernel")
             placed[step.name] = placed[step.weights_of]
             continue
@@ -188,9 +188,10 @@ class CpuWeights:
     Attributes:
         dtype: float32, or bfloat16 for products of bf16 pairs.
         choices: step's name -> how it runs.
-        chosen_by: what the choices follow: "model", "measured" or "given".
-        placed: where each step's weights lie in `data`.
+        chosen_by: what the choices follow: "model", "measurement" or "request".
+        placed: where each step's weights lie in `data`, or in a block of :attr:`apart`.
         data: uint8, aligned to 64 bytes.
+        apart: step's name -> its weights, where those are not in `data`.
     """
 
     dtype: torch.dtype
@@ -198,9 +199,35 @@ class CpuWeights:
     chosen_by: str
     placed: Mapping[str, Placed]
     data: Tensor
+    apart: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def address(self, step: Step) -> int:
+        """Where a step's placed weights begin."""
+        return self.apart.get(step.name, self.data).data_ptr()
+
+    def with_choices(self, plan: Plan, choices: Mapping[str, str]) -> CpuWeights:
+        """The same weights with other choices; those of steps that want another packing are packed beside them.
+
+        Args:
+            plan: with weights.
+            choices: of some steps; a step and those that share its weights want one kernel.
+        """
+        parsed = {**self.choices, **{name: Choice.parse(text) for name, text in choices.items()}}
+        placed, apart = dict(self.placed), dict(self.apart)
+        for step in plan.steps:
+            owner = step.weights_of
+            if parsed[step.name].packed != self.choices[step.name].packed:
+                if owner == step.name:
+                    one, size = _place(replace(plan, steps=(step,)), parsed)
+                    placed[owner], apart[owner] = one[owner], _allocate(size)
+                    _pack(step, parsed[owner], placed[owner], apart[owner])
+                placed[step.name], apart[step.name] = placed[owner], apart[owner]
+        return replace(self, choices=parsed, placed=placed, apart=apart)
 
     @classmethod
-    def pack(cls, plan: Plan, dtype: torch.dtype, choices: Mapping[str, str], chosen_by: str = "given") -> CpuWeights:
+    def pack(
+        cls, plan: Plan, dtype: torch.dtype, choices: Mapping[str, str], chosen_by: str = "request"
+    ) -> CpuWeights:
         """Packed weights of a plan, which has them on the CPU.
 
         Raises:

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from .. import forks
 from .arena import plan_arena
-from .cuda_weights import CudaWeights, conv_of, event_of, target_of, work_of
+from .cuda_weights import CudaWeights, StepWeights, Tuned, conv_of, event_of, target_of, work_of
 from .executor import Executor, Regions, Result
 from .graphs import Program, is_capturing
 from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step, View
@@ -155,6 +155,7 @@ class CudaExecutor(Executor):
         *,
         device: torch.device | None = None,
         choices: Mapping[str, Tile | Literal["cudnn"]] | None = None,
+        tuned: Tuned | None = None,
         by_library: frozenset[str] = frozenset(),
         **options: bool,
     ) -> Self:
@@ -164,13 +165,13 @@ class CudaExecutor(Executor):
             plan: dense, with weights; nothing of it is kept but its shapes.
             dtype: float32 (tf32 as ``torch.backends.cuda.matmul.allow_tf32`` says), float16 or bfloat16.
             device: where to run; None: where the weights are.
-            choices, by_library: see :class:`.cuda_weights.CudaWeights`.
+            choices, tuned, by_library: see :class:`.cuda_weights.CudaWeights`.
             options: of :class:`CudaOptions`.
         """
         device = plan.steps[0].weight.device if device is None else torch.device(device)
         if (reason := cls.unavailable_reason(device, dtype)) is not None:
             raise RuntimeError(reason)
-        weights = CudaWeights.pack(plan, dtype, device=device, choices=choices, by_library=by_library)
+        weights = CudaWeights.pack(plan, dtype, device=device, choices=choices, tuned=tuned, by_library=by_library)
         return cls(plan, weights, CudaOptions(**options))
 
     @staticmethod
@@ -211,15 +212,22 @@ class CudaExecutor(Executor):
         """Block shapes that a step's rectangle (None: all of it) runs with."""
         from lgnet_fast.kernels.conv_configs import pick_tile
 
-        choice = self.weights.chosen.get(step.name, "cudnn")
-        if choice != "cudnn":
-            return choice
-        return pick_tile(work_of(self.plan, step, rect), *target_of(self.device, self.dtype))
+        target = target_of(self.device, self.dtype)
+        work = work_of(self.plan, step, rect)
+        for choice in (self.weights.chosen.get(step.name), self.weights.tuned.tile(work, target[0])):
+            if choice is not None and choice != "cudnn":
+                return choice
+        return pick_tile(work, *target)
 
     @property
     def choices(self) -> dict[str, str]:
         """Step's name -> what runs it in a dense run: "cudnn", "attention", or BLOCK_MxBLOCK_NxBLOCK_K/splits."""
         return {step.name: self._choice(step) for step in self.plan.steps}
+
+    @property
+    def chosen_by(self) -> str:
+        tuned = self.weights.tuned
+        return "measurement, else table and estimate" if tuned.tiles or tuned.attention else "table and estimate"
 
     def _choice(self, step: Step) -> str:
         if isinstance(step, AttentionStep):
@@ -295,6 +303,10 @@ class CudaExecutor(Executor):
             launches += self.step_launches(memory, number, None if regions is None else regions[number])
         return launches
 
+    def launches(self) -> list[Launch]:
+        """A dense run."""
+        return self._launches(self.memory, None, False)
+
     def launches_by_step(self, painted: bool) -> list[tuple[str, Launch]]:
         """A dense run as (step's name, its launches), "paint" before the first step; for checks in between."""
         memory = self.memory
@@ -336,7 +348,7 @@ class CudaExecutor(Executor):
         if isinstance(step, AttentionStep):
             return [] if rects == () else [functools.partial(self._attend, memory, step)]
         if rects is None and self.weights.steps[step.name].plain is not None:
-            return [functools.partial(self._convolve, memory, step, merge)]
+            return [functools.partial(self._convolve, memory, step, self.weights.steps[step.name], merge)]
         return [self._conv_launch(memory, step, rect, merge) for rect in (step.regions if rects is None else rects)]
 
     def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Any) -> Launch:
@@ -368,24 +380,27 @@ class CudaExecutor(Executor):
     def _attend(self, memory: Memory, step: AttentionStep) -> None:
         """The attention block; in a restricted run too it fills its whole map."""
         from lgnet_fast.kernels.attention_inference import attention_block_inference
+        from lgnet_fast.kernels.configs import override
 
         weights = self.weights.steps[step.name]
         features = memory.view(step.source).permute(0, 3, 1, 2)
+        shape = (step.out_channels, features.shape[2] * features.shape[3], self.plan.batch)
+        tuned = self.weights.tuned.attention.get(shape)
         for store in step.stores:
             out = memory.view(store.view).permute(0, 3, 1, 2)
-            attention_block_inference(
-                features,
-                weights.packed,
-                weights.bias,
-                step.variant,
-                out=out,
-                activation=store.activation,
-                overlap=self.options.overlap,
-            )
+            with contextlib.nullcontext() if tuned is None else override("inference", tuned):
+                attention_block_inference(
+                    features,
+                    weights.packed,
+                    weights.bias,
+                    step.variant,
+                    out=out,
+                    activation=store.activation,
+                    overlap=self.options.overlap,
+                )
 
-    def _convolve(self, memory: Memory, step: ConvStep, merge: Any) -> None:
+    def _convolve(self, memory: Memory, step: ConvStep, weights: StepWeights, merge: Any) -> None:
         """A dense step by PyTorch's own convolution."""
-        weights = self.weights.steps[step.name]
         assert weights.plain is not None
         x = memory.view(step.source).permute(0, 3, 1, 2)
         bias = weights.bias.to(self.dtype)

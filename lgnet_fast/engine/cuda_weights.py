@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -15,6 +15,7 @@ from .plan import AttentionStep, ConvStep, Plan, Step
 from .regions import Rect
 
 if TYPE_CHECKING:
+    from lgnet_fast.kernels.configs import Inference
     from lgnet_fast.kernels.conv import Conv
     from lgnet_fast.kernels.conv_configs import Tile, Work
 
@@ -44,6 +45,23 @@ def target_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str, int]:
 
 
 @dataclass(frozen=True)
+class Tuned:
+    """What was measured on a card (:mod:`.cuda_tuning`), in place of the shipped tables.
+
+    Attributes:
+        tiles: (dtype kind, rows, columns, taps, input channels) of a product -> its tile, or "cudnn".
+        attention: (channels, positions, batch) -> block shapes.
+    """
+
+    tiles: Mapping[tuple[Any, ...], Tile | Literal["cudnn"]] = field(default_factory=dict)
+    attention: Mapping[tuple[int, int, int], Inference] = field(default_factory=dict)
+
+    def tile(self, work: Work, kind: str) -> Tile | Literal["cudnn"] | None:
+        """What a product runs with; None where nothing was measured."""
+        return self.tiles.get((kind, *work[:4]))
+
+
+@dataclass(frozen=True)
 class StepWeights:
     """Of one step: packed for the kernels (or the combiner), the bias, and unpacked where PyTorch may run it."""
 
@@ -58,7 +76,8 @@ class CudaWeights:
 
     Attributes:
         dtype, device: what they are in, and where.
-        chosen: step's name -> the tile that it runs with, or "cudnn"; others by table and estimate.
+        chosen: step's name -> the tile that it runs with, or "cudnn"; others by `tuned`, then by table and estimate.
+        tuned: what was measured on this card.
         by_library: names of steps that run by PyTorch's operators whatever was chosen.
         steps: step's name -> its weights.
         packed: when the device has packed them; None where that is known.
@@ -67,6 +86,7 @@ class CudaWeights:
     dtype: torch.dtype
     device: torch.device
     chosen: Mapping[str, Tile | Literal["cudnn"]]
+    tuned: Tuned
     by_library: frozenset[str]
     steps: Mapping[str, StepWeights]
     packed: torch.cuda.Event | None
@@ -79,11 +99,12 @@ class CudaWeights:
         *,
         device: torch.device | None = None,
         choices: Mapping[str, Tile | Literal["cudnn"]] | None = None,
+        tuned: Tuned | None = None,
         by_library: frozenset[str] = frozenset(),
     ) -> CudaWeights:
         """The weights of a plan, which has them, for `device` (None: where they are)."""
         device = plan.steps[0].weight.device if device is None else torch.device(device)
-        chosen = dict(choices or {})
+        chosen, tuned = dict(choices or {}), tuned or Tuned()
 
         def moved(tensor: Tensor) -> Tensor:
             return tensor.detach().to(device, dtype).contiguous()
@@ -92,7 +113,7 @@ class CudaWeights:
             if isinstance(step, AttentionStep):
                 return StepWeights(moved(step.weight), moved(step.bias), None)
             plain = None
-            if step.name in by_library or _prefers_cudnn(plan, step, chosen, target):
+            if step.name in by_library or _prefers_cudnn(plan, step, chosen, tuned, target):
                 plain = moved(step.weight).contiguous(memory_format=torch.channels_last)
             bias = step.bias.detach().to(device, torch.float32)
             return StepWeights(moved(conv_of(step).pack(step.weight.detach())), bias, plain)
@@ -101,7 +122,7 @@ class CudaWeights:
             target = target_of(device, dtype)
             own = {s.name: packed(s) for s in plan.steps if s.weights_of == s.name}
         steps = {step.name: own[step.weights_of] for step in plan.steps}
-        return cls(dtype, device, chosen, by_library, steps, event_of(device))
+        return cls(dtype, device, chosen, tuned, by_library, steps, event_of(device))
 
     def all_by_library(self, plan: Plan, names: frozenset[str]) -> CudaWeights:
         """The same weights for PyTorch's operators, unpacked."""
@@ -117,13 +138,19 @@ class CudaWeights:
 
 
 def _prefers_cudnn(
-    plan: Plan, step: ConvStep, chosen: Mapping[str, Tile | Literal["cudnn"]], target: tuple[str, str, int]
+    plan: Plan,
+    step: ConvStep,
+    chosen: Mapping[str, Tile | Literal["cudnn"]],
+    tuned: Tuned,
+    target: tuple[str, str, int],
 ) -> bool:
     from lgnet_fast.kernels.conv_configs import is_tuned_cudnn
 
     if step.name in chosen:
         return chosen[step.name] == "cudnn"
-    return is_tuned_cudnn(work_of(plan, step), *target[:2])
+    work = work_of(plan, step)
+    measured = tuned.tile(work, target[0])
+    return is_tuned_cudnn(work, *target[:2]) if measured is None else measured == "cudnn"
 
 
 def event_of(device: torch.device) -> torch.cuda.Event | None:

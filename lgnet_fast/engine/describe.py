@@ -132,7 +132,7 @@ def describe(executor: Executor, plan: Plan, rounds: int) -> Table:
             choices.get(step.name, "torch"),
         ]
         if times is not None and peaks is not None:
-            pairs = choices.get(step.name, "").endswith(PAIRS)
+            pairs = PAIRS in choices.get(step.name, "")
             floor = 1e3 * peaks.floor(plan.macs(step), stored * traffic(plan, step), pairs)
             floors += floor
             row.append(f"{times[number]:.3f}")

@@ -17,8 +17,10 @@ from ..errors import LGNetError
 from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
+from . import cpu_path, cpu_tuning, cuda_tuning
 from .build import build_plan, plan_stages
 from .cpu_executor import CpuExecutor
+from .cpu_tuning import SECONDS
 from .cuda_executor import CudaExecutor
 from .describe import describe
 from .device_holes import DeviceHoles
@@ -288,12 +290,15 @@ def optimize(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     hole_aware: bool = True,
+    tune: bool | float = False,
 ) -> Engine:
     """A fast form of `model`, with the same contract as ``model(image, mask)``.
 
     On an NVIDIA GPU (sm_80 and later) its kernels are checked once against the model in float32, and the verdict is
     kept in the user's cache folder; where one fails, a WARNING says so and the next best path runs
-    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the device's best layout.
+    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the device's best layout. On a
+    CPU for which the C++ kernels are the portable ones, whichever of both is faster runs: measured once, six seconds
+    at most, and kept (:mod:`.cpu_path`).
 
     Args:
         model: any LGNet or X_LG; used in evaluation mode, left untouched.
@@ -302,6 +307,9 @@ def optimize(
         device: "auto" (a GPU if there is one), or as torch names it.
         dtype: to compute in: "auto" (float32 on a CPU, float16 on a GPU), a torch.dtype or its name.
         hole_aware: compute each layer only where a hole pixel depends on it. Same pixels as the dense run.
+        tune: measure every step's kernels on this machine, for a minute or so many seconds, and keep what is fastest
+            in the user's cache folder, where later calls for this network and size find it. Where there is nothing,
+            a model of the time decides.
 
     Returns:
         The engine; it keeps no reference to the model's weights.
@@ -320,12 +328,14 @@ def optimize(
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
     if not isinstance(hole_aware, bool):
         raise TypeError(f"hole_aware: expected a bool, got {type(hole_aware).__name__}")
+    if not isinstance(tune, (bool, int, float)) or tune < 0:
+        raise ValueError(f"tune: expected a bool or a number of seconds, got {tune!r}")
     target = resolve_device(device)
     computed = resolve_dtype(dtype, target)
     # What an engine keeps must serve calls outside inference mode too.
     with torch.inference_mode(False), torch.no_grad():
         plan = build_plan(plan_stages(model), batch_size, height, width)
-        executor = _executor(model, plan, target, computed)
+        executor = _executor(model, plan, target, computed, SECONDS if tune is True else float(tune))
     return Engine(model, plan.without_weights(), executor, target, hole_aware)
 
 
@@ -341,7 +351,9 @@ def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None
     return CpuExecutor.unavailable_reason()
 
 
-def _executor(model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
+def _executor(
+    model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.device, dtype: torch.dtype, tune_seconds: float
+) -> Executor:
     """The fastest executor for a device and dtype that passes its check there; the model in its best layout, with the
     reason logged, where there is no other."""
     reason = fast_executor_reason(device, dtype)
@@ -350,7 +362,18 @@ def _executor(model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.de
         return ModelExecutor(model, device, dtype)
     # Weights are rounded once, by the executor.
     plan = plan.to(device, torch.float32)
-    return CpuExecutor.of(plan, dtype) if device.type == "cpu" else verified(model, plan, device, dtype)[0]
+    if device.type != "cpu":
+        if tune_seconds:
+            cuda_tuning.tune(plan, dtype, device, tune_seconds)
+        return verified(model, plan, device, dtype)[0]
+    if tune_seconds:
+        cpu_path.tune(model, plan, dtype, tune_seconds)
+    path = cpu_path.choose_path(model, plan, dtype)
+    if path.runs == "eager":
+        logger.info("the model runs in plain PyTorch: %s", path.reason)
+        return ModelExecutor(model, device, dtype, "eager")
+    choices = cpu_tuning.kept(plan, dtype)
+    return CpuExecutor.of(plan, dtype, choices, "measurement")
 
 
 def load_engine(directory: str | os.PathLike[str]) -> Engine:

@@ -52,20 +52,22 @@ class ModelExecutor(Executor):
     def dtype(self) -> torch.dtype:
         return self._dtype
 
+    @property
+    def networks(self) -> list[Callable[[Tensor], Tensor]]:
+        """The stages' networks, [B, 4, H, W] to [B, 3, H, W] in :attr:`dtype`; of an X_LG, those after the first."""
+        model = self._model
+        return list(model.networks().values()) if isinstance(model, LGNet) else [model.net_l, model.net_g]
+
     def resized(self, plan: Plan) -> ModelExecutor:
         """Itself: the model takes any size."""
         return self
 
     def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
         model = self._model
-        if isinstance(model, LGNet):
-            nets: list[Callable[[Tensor], Tensor]] = list(model.networks().values())
-        else:
-            nets = [model.net_l, model.net_g]
         with torch.no_grad():
             known, hole = image.to(self._dtype), mask.to(self._dtype)
             raw = [torch.ones_like(known) if start is None else start.to(self._dtype)]
-            for net in nets:
+            for net in self.networks:
                 picture = model._merge_concat(known, raw[-1], hole)
                 raw.append(net(picture.contiguous(memory_format=self._layout)))
             pictures = [r.float() for r in raw[1:]] if self._dtype != torch.float64 else raw[1:]

@@ -18,6 +18,7 @@ from ..ops.dispatch import CANDIDATES, reason_against
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from .build import build_plan, plan_stages
 from .cpu_executor import CpuExecutor
+from .cpu_path import choose_path
 from .engine import fast_executor_reason
 from .plan import AttentionStep, Plan
 from .verified import Check, judge, make_example, steps_checked, verified
@@ -78,7 +79,8 @@ def verify(
         executor = CpuExecutor.of(plan, dtype)
         example = make_example(plan, device, dtype, isinstance(model, LocalGlobalRefinement))
         add(judge("engine", lambda image, mask, start: executor.run(image, mask, start, None)[0], example))
-        return Report(key, tuple(checks), "the engine, in C++", all(c.passed for c in checks))
+        path = choose_path(model, plan, dtype)
+        return Report(key, tuple(checks), str(path), all(c.passed for c in checks))
     found, verdict = verified(model, plan, device, dtype, anew=True)
     for check in verdict.checks:
         add(check)
