@@ -1,6 +1,6 @@
 """The convolution for Hopper on a GPU: is it right, where not, and how fast is it?
 
-    python bench/hopper_contact.py RESULTS [--sections known,steps,time,graph] [--minutes 6]
+    python bench/hopper_contact.py RESULTS [--sections known,steps] [--minutes 6]
 
 Each figure is written to RESULTS/hopper_contact.jsonl as it comes, one JSON object a line. Every part runs in a
 process of its own, so that a kernel that crashes or hangs costs that part only.
@@ -10,8 +10,6 @@ known     one-hot weights over inputs that hold their own pixel's or channel's n
           patch: which input did an output read? Zero and reflected borders, clusters of 1 and 4
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
-time      graphs that rotate copies of the weights, beside the tuned Triton tile and cuDNN
-graph     the whole forward with and without the fastest of those
 ========  ===========================================================================================================
 """
 
@@ -30,11 +28,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_contact import LAUNCHES, ROTATED_BYTES, Contest, Log, graph_of, median_us, model_and_plan, picture, run_all
+from gpu_contact import Log, model_and_plan
 
 MODES = [(patch, offset) for patch in ("dense", "padded", "planes") for offset in (False, True)]
 """Layouts of a patch, the cheapest first; with and without wgmma's base offset."""
-LIMITS = {"known": 45, "steps": 90, "time": 150, "graph": 90}
+LIMITS = {"known": 45, "steps": 90}
 """Seconds of each part."""
 KNOWN = ((False, 1, 16), (True, 1, 16), (False, 4, 8), (True, 2, 4), (False, 2, 32))
 """Known answers: whether borders reflect, blocks of a cluster, rows of a tile."""
@@ -143,9 +141,9 @@ def random_weights(log: Log, layout: tuple[str, bool]) -> None:
 
 def step_operands(step: Any, batch: int, size: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
     """Noise for a step, and its result in float64 before activation."""
-    from lgnet_fast.engine.cuda_executor import describe
+    from lgnet_fast.engine.cuda_weights import conv_of
 
-    conv = describe(step)
+    conv = conv_of(step)
     generator = torch.Generator("cuda").manual_seed(3)
     noise = functools.partial(torch.randn, generator=generator, device="cuda")
     x = noise(batch, *size, conv.in_channels).to(dtype)
@@ -154,7 +152,7 @@ def step_operands(step: Any, batch: int, size: tuple[int, int], dtype: torch.dty
     planes = x.permute(0, 3, 1, 2).double()
     if conv.transposed:
         value = F.conv_transpose2d(
-            planes, weight.double(), bias.double(), conv.stride, conv.padding, step.output_padding
+            planes, weight.double(), bias.double(), conv.stride, conv.padding, step.geometry.output_padding
         )
     elif conv.reflect:
         value = F.conv2d(F.pad(planes, [conv.padding] * 4, mode="reflect"), weight.double(), bias.double())
@@ -173,14 +171,15 @@ def supported(plan: Any) -> Iterator[tuple[int, Any, tuple[int, int]]]:
     """Number, step and input size of the distinct steps that the kernel computes."""
     from lgnet_fast.kernels import hopper
 
-    from lgnet_fast.engine.cuda_executor import describe
+    from lgnet_fast.engine.cuda_weights import conv_of
+    from lgnet_fast.engine.plan import ConvStep
 
     seen = set()
     for number, step in enumerate(plan.steps):
-        if step.kind == "attention" or hopper.unsupported(describe(step)) is not None:
+        if not isinstance(step, ConvStep) or hopper.unsupported(conv_of(step)) is not None:
             continue
-        buffer = plan.buffers[step.source.buffer]
-        key = describe(step), buffer.height, step.residual is not None, len(step.stores), step.stores[0].activation
+        buffer = plan.source(step)
+        key = conv_of(step), buffer.height, step.residual is not None, len(step.stores), step.stores[0].activation
         if key not in seen:
             seen.add(key)
             yield number, step, (buffer.height, buffer.width)
@@ -245,124 +244,6 @@ def check_steps(log: Log, layout: tuple[str, bool]) -> None:
                 right="wrong" not in figures, **figures)  # fmt: skip
 
 
-# -- time ---------------------------------------------------------------------------------------------------------
-
-
-def contestants(rows: int, n_columns: int, phases: int, layout: tuple[str, bool]) -> Iterator[Any]:
-    """Tiles worth a measurement."""
-    from lgnet_fast.kernels.hopper import TILE_HEIGHTS, HopperTile
-
-    for tile_h in TILE_HEIGHTS[::-1]:
-        blocks = -(-rows // (8 * tile_h)) * (n_columns // 64) * phases
-        if blocks > 8 * 132 or (blocks < 24 and tile_h > 4):
-            continue
-        for cluster, weight_stages in ((4, 8), (2, 8), (1, 8), (8, 8), (4, 12), (4, 5), (2, 12)):
-            yield HopperTile(tile_h, cluster, weight_stages, 4 if tile_h <= 16 else 2, *layout)
-
-
-def time_steps(log: Log, layout: tuple[str, bool], deadline: float) -> None:
-    """Every distinct step: the tuned Triton tile, then ours, in turn, on weights that are not in the L2 cache."""
-    from lgnet_fast.kernels import hopper
-
-    from lgnet_fast.engine.cuda_executor import describe
-
-    _, plan = model_and_plan("lgnet", 1)
-    contest = Contest(plan, torch.float16)
-    executor = contest.executor
-    executor.memory.arena.normal_()
-    order = sorted(supported(plan), key=lambda item: not item[1].name.startswith("net_l"))
-    for number, step, size in order:
-        if time.perf_counter() > deadline:
-            log("time", cut_off=step.name)
-            return
-        conv = describe(step)
-        work = executor._work(plan, step)
-        own = executor._weights[step.name]
-        bytes_ = own.packed.numel() * own.packed.element_size()
-        copies = [own]
-        copies += [
-            type(own)(own.packed.clone(), own.bias, None)
-            for _ in range(min(LAUNCHES, -(-ROTATED_BYTES // bytes_)) - 1)
-        ]
-        triton_tile = executor.tile(step)
-        results = []
-        for tile in contestants(work.rows, conv.out_channels, len(work.taps), layout):
-            try:
-                out_size = tuple(conv.axis.out_step * n for n in size)
-                described = hopper.describe_launch(conv, 1, size, out_size, (0, out_size[0], 0, out_size[1]), tile)
-            except ValueError:
-                continue
-            if described.cluster != tile.cluster:
-                continue
-            try:
-                contest.launch(number, tile)()
-                torch.cuda.synchronize()
-                results.append((contest.time(number, tile, copies), list(tile), described.grid,
-                                hopper.active_clusters(described, torch.float16, tile)))  # fmt: skip
-            except RuntimeError as error:
-                log("time", step=step.name, tile=list(tile), error=str(error)[:200])
-                return
-        results.sort()
-        best = hopper.HopperTile(*results[0][1])
-        rounds = [(contest.time(number, triton_tile, copies), contest.time(number, best, copies)) for _ in range(3)]
-        log(
-            "time",
-            step=step.name,
-            key=["half", work.rows, work.columns, list(work.taps), work.in_channels],
-            macs=plan.macs(step),
-            triton=list(triton_tile),
-            triton_us=[round(a, 2) for a, _ in rounds],
-            best=list(best),
-            best_us=[round(b, 2) for _, b in rounds],
-            wins=min(b for _, b in rounds) < 0.97 * min(a for a, _ in rounds),
-            others=[[round(us, 2), *rest] for us, *rest in results],
-        )
-
-
-def whole_graph(log: Log, tuned: dict[Any, Any]) -> None:
-    """The dense forward as a graph, with the kernel where it won and without, in turn; overlap on and off."""
-    from lgnet_fast.kernels import hopper
-
-    from lgnet_fast.engine.cuda_executor import CudaExecutor
-    from lgnet_fast.engine.torch_executor import TorchExecutor
-
-    _, plan = model_and_plan("lgnet", 1)
-    image, mask = picture(1)
-    exact, _ = TorchExecutor(plan).run(image, mask)
-    hole = (mask != 0).expand_as(image)
-    graphs = {}
-    for overlap, used in itertools.product((False, True), ({}, tuned)):
-        hopper.TUNED.clear()
-        hopper.TUNED.update(used)
-        executor = CudaExecutor(plan, torch.float16, graphs=False, overlap=overlap)
-        executor.precompile()
-        launches = functools.partial(run_all, executor._launches(executor.memory, None, False))
-        executor.run(image, mask)
-        graph = graph_of(launches)
-        graph.replay()
-        result = executor.memory.outputs[0].clone()
-        equal = 0
-        for _ in range(20):
-            graph.replay()
-            equal += torch.equal(result, executor.memory.outputs[0])
-        name = f"{'hopper' if used else 'triton'}, overlap {'on' if overlap else 'off'}"
-        graphs[name] = graph, executor
-        log(
-            "graph",
-            form=name,
-            steps=sum(choice.startswith("hopper") for choice in executor.choices.values()),
-            reason=hopper.reason_against(torch.device("cuda"), torch.float16) if used else None,
-            rms=(result - exact)[hole].square().mean().sqrt().item(),
-            equal_of_20=equal,
-        )
-    for number in range(3):
-        log(
-            "graph",
-            round=number,
-            us={name: round(median_us(graph.replay, 30, inner=4), 1) for name, (graph, _) in graphs.items()},
-        )
-
-
 # -- parts --------------------------------------------------------------------------------------------------------
 
 
@@ -386,34 +267,20 @@ def right_layout(path: Path) -> tuple[str, bool] | None:
 def part(section: str, mode: int, path: Path, seconds: float) -> None:
     """One part, in this process."""
     log = Log(path)
-    deadline = time.perf_counter() + seconds - 20
     if section == "known":
         known(mode, log)
         if all(line["right"] for line in lines_of(path, "known")
                if line.get("layout") == list(MODES[mode]) and "right" in line):  # fmt: skip
             random_weights(log, MODES[mode])
         return
-    layout = MODES[mode]
-    if section == "steps":
-        check_steps(log, layout)
-    elif section == "time":
-        time_steps(log, layout, deadline)
-    else:
-        from lgnet_fast.kernels.hopper import HopperTile
-
-        tuned = {}
-        for line in lines_of(path, "time"):
-            if line.get("wins"):
-                kind, rows, columns, taps, channels = line["key"]
-                tuned[kind, rows, columns, tuple(taps), channels] = HopperTile(*line["best"])
-        whole_graph(log, tuned)
+    check_steps(log, MODES[mode])
 
 
 def main() -> int:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default="known,steps,time,graph")
+    parser.add_argument("--sections", default="known,steps")
     parser.add_argument("--minutes", type=float, default=6)
     parser.add_argument("--part", help="run this part only, in this process")
     parser.add_argument("--mode", type=int, default=0, help="layout of the patch, for --part")
@@ -456,7 +323,7 @@ def main() -> int:
     log("layout", right=layout)
     if layout is None:
         return 1
-    for section in ("steps", "time", "graph"):
+    for section in ("steps",):
         if section in sections:
             child(section, MODES.index(layout))
     return 0

@@ -419,10 +419,12 @@ void Program::convolve(const StepSpec& step, const std::vector<Region>& regions,
   };
 
   // Units are 4 bytes whatever they hold, so V and M are counted in 4-byte elements.
-  const int64_t wanted = std::clamp<int64_t>(kChunkBytes / (4 * (tile_v + tile_m)), kernels.rows, kMaximumChunk);
-  const int64_t balanced = call.threads == 1 ? 1 : ceil_div(kTasksPerThread * call.threads, jobs);
+  const bool given = step.chunk > 0;
+  const int64_t fitting = kChunkBytes / (4 * (tile_v + tile_m));
+  const int64_t wanted = std::clamp<int64_t>(given ? step.chunk : fitting, kernels.rows, kMaximumChunk);
+  const int64_t balanced = given || call.threads == 1 ? 1 : ceil_div(kTasksPerThread * call.threads, jobs);
   const int64_t chunks = std::max(ceil_div(tiles, wanted), balanced);
-  if (call.threads == 1 || tiles >= kMinimumChunk * chunks) {
+  if (given || (step.chunk == 0 && (call.threads == 1 || tiles >= kMinimumChunk * chunks))) {
     const int64_t chunk = ceil_div(tiles, chunks);
     int64_t v_size = 0, m_size = 0;
     for (int64_t j = 0; j < jobs; ++j) {

@@ -37,6 +37,7 @@ struct StepSpec {
 
   // Convolutions.
   int64_t in_step = 1, out_step = 1, tile = 1;
+  int64_t chunk = 0;  // tiles of a chunk; 0: by their size; -1: no chunks, the stages one after another
   std::vector<Job> jobs;
 
   // The last step of a stage: weights [kernel rows][channels][columns], columns = kernel columns x 3, padded.

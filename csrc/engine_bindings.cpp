@@ -51,6 +51,7 @@ void bind_engine(py::module_& m) {
       .def_readwrite("in_step", &StepSpec::in_step)
       .def_readwrite("out_step", &StepSpec::out_step)
       .def_readwrite("tile", &StepSpec::tile)
+      .def_readwrite("chunk", &StepSpec::chunk)
       .def_readwrite("jobs", &StepSpec::jobs)
       .def_readwrite("kernel", &StepSpec::kernel)
       .def_readwrite("stride", &StepSpec::stride)

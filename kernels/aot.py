@@ -29,10 +29,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.plan import Plan, build_plan
-from lgnet_fast.engine.regions import Rect
+from lgnet_fast.engine.plan import Plan
+from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.reference.variants import create_model
 
 from . import attention, attention_inference, configs, merge_concat
@@ -143,9 +143,10 @@ class _Elsewhere(CudaExecutor):
 
     def launch_all(self, holes: Sequence[Rect] | None) -> None:
         """Everything of one run, in its order."""
-        regions = (
-            None if holes is None else self._bucketed([step.regions for step in self.plan.restricted(holes).steps])
-        )
+        regions = None
+        if holes is not None:
+            whole = rounded(holes, self.granularity, self.plan.height, self.plan.width)
+            regions = [step.regions for step in self.plan.restricted(whole).steps]
         with torch.no_grad():
             for launch in self._launches(self.memory, regions, painted=holes is not None):
                 launch()
@@ -166,7 +167,7 @@ def heads(model: str) -> list[tuple[int, int]]:
 
 def executor(model: str, dtype: str, batch: int, overlap: bool = False) -> _Elsewhere:
     """An executor on meta tensors; call it within `configs.assume_generation`."""
-    return _Elsewhere(_plan(model, batch), DTYPES[dtype], device=torch.device("meta"), overlap=overlap)
+    return _Elsewhere.of(_plan(model, batch), DTYPES[dtype], device=torch.device("meta"), overlap=overlap)
 
 
 def engine_case(card: Card, model: str, dtype: str, batch: int, restricted: bool, overlap: bool = False) -> Case:

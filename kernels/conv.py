@@ -42,6 +42,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from lgnet_fast.engine.geometry import Axis, Geometry
+
 from .conv_configs import Tile, Work
 from .launch import (
     ACTIVATIONS,
@@ -64,35 +66,6 @@ RAW_CHANNELS = 3
 _PATCH = 4  # outputs a side that the columns of a merging convolution of stride 1 hold
 
 
-class Axis(NamedTuple):
-    """Along one axis, ``out[out_step * g + phase] = sum_t source[in_step * g + origin[phase] + t] w[phase][t]``.
-
-    `taps` are as packed; `patch` outputs a row of the product (their columns stand side by side, no phases then).
-    """
-
-    in_step: int
-    out_step: int
-    origins: tuple[int, ...]
-    taps: tuple[int, ...]
-    patch: int
-
-    @property
-    def phases(self) -> int:
-        return len(self.origins)
-
-    def used(self, phase: int, in_size: int, out_size: int, reflect: bool) -> tuple[int, int]:
-        """First tap and number of taps of a phase that meet any input at all."""
-        if reflect:
-            return 0, self.taps[phase]
-        rows = range(-(-out_size // self.out_step))
-        hits = [
-            tap
-            for tap in range(self.taps[phase])
-            if any(0 <= self.in_step * g + self.origins[phase] + tap < in_size for g in rows)
-        ]
-        return (hits[0], hits[-1] + 1 - hits[0]) if hits else (0, 1)
-
-
 class Conv(NamedTuple):
     """What a step computes, apart from sizes. `transposed` needs stride 2; `merges` ends a stage."""
 
@@ -106,18 +79,15 @@ class Conv(NamedTuple):
     merges: bool
 
     @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.kernel, self.stride, self.padding, self.transposed, self.reflect)
+
+    @property
     def axis(self) -> Axis:
         """The same along both axes."""
-        k, s, p = self.kernel, self.stride, self.padding
-        if not self.transposed:
-            patch = _PATCH if self.merges and s == 1 else 1
-            return Axis(s * patch, patch, (-p,), (k + s * (patch - 1),), patch)
-        # output o sums the kernel's taps o + p - s i of the inputs i
-        first = [-((k - 1 - o - p) // s) for o in range(s)]
-        last = [(o + p) // s for o in range(s)]
-        if self.merges:
-            return Axis(1, s, (min(first),), (max(last) - min(first) + 1,), s)
-        return Axis(1, s, tuple(first), tuple(b - a + 1 for a, b in zip(first, last)), 1)
+        if not self.merges:
+            return self.geometry.axis()
+        return self.geometry.axis(self.stride if self.transposed else _PATCH if self.stride == 1 else 1)
 
     @property
     def columns(self) -> int:
@@ -131,9 +101,7 @@ class Conv(NamedTuple):
 
     def kernel_tap(self, offset: int, source: int) -> int | None:
         """The kernel's tap by which output `offset` of row 0 reads `source`, if any."""
-        s = self.stride
-        tap = offset + self.padding - s * source if self.transposed else source - s * offset + self.padding
-        return tap if 0 <= tap < self.kernel else None
+        return self.geometry.tap(offset, source)
 
     def pack(self, weight: Tensor) -> Tensor:
         """[out, in, k, k] (or [in, out, k, k] transposed) -> [sum of taps of all phases x in, columns]."""

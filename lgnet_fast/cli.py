@@ -405,6 +405,51 @@ def verify(
 
 
 @app.command()
+def tune(
+    seconds: Annotated[float, typer.Option(min=1, help="Nothing new is begun after so many.")] = 60,
+    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the bundled one.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="A network as create_model takes it, with random weights, in place of --model.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="HxW, multiples of 256.")] = "256x256",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Measure every step's kernels on this machine, and keep the fastest for later runs of this network and size.
+
+    Each candidate is checked before it is timed. Prints what every step had, what it has now, and the gain. What is
+    measured is kept at once (`lgnet-fast info` shows where), so that an interrupted run loses little.
+
+    Exit code: 0 measured, 2 it could not start.
+    """
+    from .engine.devices import resolve_device, resolve_dtype
+    from .engine.tuning import render
+    from .engine.tuning import tune as run_tuning
+    from .reference import LGNet, create_model
+    from .weights import bundled_path
+
+    with _one_line_errors():
+        target = resolve_device(device)
+        try:
+            height, width = (int(part) for part in size.lower().split("x"))
+            network = LGNet.from_pretrained(model or bundled_path()) if name is None else create_model(name).eval()
+            report = run_tuning(
+                network,
+                (height, width),
+                batch,
+                target,
+                resolve_dtype(dtype, target),
+                seconds,
+                lambda text: typer.echo(text, err=True),
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    _print(report, json, render, lambda r: r.as_dict())
+
+
+@app.command()
 def flops(
     model: Annotated[str, typer.Option(help="A name as create_model takes it.")] = "lgnet",
     size: Annotated[str, typer.Option(help="HxW, multiples of 256.")] = "256x256",

@@ -187,18 +187,18 @@ def check_model(conv, batch, size, tile, rect=None, blocks_kept=None):
 def plan_convs():
     """Every step of LGNet that the kernel can compute: (name, Conv, size of its input)."""
     from lgnet_fast import create_model
-    from lgnet_fast.engine.cuda_executor import describe
-    from lgnet_fast.engine.engine import plan_stages
-    from lgnet_fast.engine.plan import build_plan
+    from lgnet_fast.engine.build import build_plan, plan_stages
+    from lgnet_fast.engine.cuda_weights import conv_of
+    from lgnet_fast.engine.plan import ConvStep
 
     with torch.device("meta"):
         model = create_model("lgnet").eval()
     plan = build_plan(plan_stages(model), 1, 256, 256)
     found = []
     for step in plan.steps:
-        if step.kind == "attention":
+        if not isinstance(step, ConvStep):
             continue
-        conv, buffer = describe(step), plan.buffers[step.source.buffer]
+        conv, buffer = conv_of(step), plan.source(step)
         if hopper.unsupported(conv) is None:
             found.append((step.name, conv, (buffer.height, buffer.width)))
     return found
