@@ -44,7 +44,7 @@ def short(plan: Plan) -> Plan:
 
 
 class FakeTimer(Timer):
-    """Nothing is compiled; a launch takes what `cost` says of its tile (cuDNN: None), a whole run what `runs` says."""
+    """Nothing is compiled; a launch takes what `cost` says of its tile (cuDNN: None), a whole run `runs`."""
 
     def __init__(self, cost: Callable[[Tile | None], float], runs: Sequence[float] = (3.0, 2.0)) -> None:
         super().__init__(CPU)
