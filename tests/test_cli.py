@@ -73,6 +73,7 @@ def test_info_prints_what_stands_in_brackets():
         "lgnet_fast": "1[b]", "python": "3[c]", "platform": "here [d]", "packages": {"some": "2[e]"}, "cuda": None,
         "devices": [{"device": "cpu", "name": "one [f]"}], "backends": {"cpu": {"triton": reasons}},
         "cache": "in [g]", "verdicts": [{"card": "k [h]", "dtype": "half", "check": "c [i]", "found": "found [j]"}],
+        "choices": [{"card": "l [m]", "dtype": "half", "what": "w [n]", "found": "what [o]"}],
     }  # fmt: skip
     console = Console(width=200)
     with console.capture() as captured:
@@ -80,6 +81,9 @@ def test_info_prints_what_stands_in_brackets():
     text = captured.get()
     for part in (
         "1[b]",
+        "l [m]",
+        "w [n]",
+        "what [o]",
         "3[c]",
         "here [d]",
         "2[e]",
@@ -192,7 +196,7 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
             ["--device", "cpu", "--dtype", "float16"],
             "there is nothing to tune: the C\\+\\+ executor computes in float32",
         ),
-        (["--seconds", "0"], "0"),
+        (["--seconds", "0"], "--seconds"),
     ],
 )
 def test_tune_refuses_what_it_cannot_do(options, message):

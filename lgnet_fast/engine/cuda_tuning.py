@@ -300,6 +300,19 @@ class Contest:
         plain = step.weight.detach().to(self.executor.device, self.executor.dtype)
         return replace(own, plain=plain.contiguous(memory_format=torch.channels_last))
 
+    def clear(self, number: int) -> None:
+        """NaN where the step writes, so that what is not written shows."""
+        step, memory = self.plan.steps[number], self.executor.memory
+        if step.merges:
+            memory.outputs.zero_()
+            memory.outputs[self._stage(number)].fill_(torch.nan)
+        else:
+            memory.view(step.stores[0].view).fill_(torch.nan)
+
+    def _stage(self, number: int) -> int:
+        """Which of the raw pictures the last step of a stage writes, counted from 1."""
+        return sum(step.merges for step in self.plan.steps[: number + 1])
+
     def outputs(self, number: int) -> Tensor:
         """What the step wrote."""
         step, memory = self.plan.steps[number], self.executor.memory
@@ -391,7 +404,7 @@ def _measure(
     contest: Contest, number: int, choices: Sequence[Tile | Literal["cudnn"]], timer: Timer, log: Log
 ) -> dict[Any, float]:
     """Microseconds of every choice that computes what the first one does."""
-    name, memory = contest.plan.steps[number].name, contest.executor.memory
+    name = contest.plan.steps[number].name
     own = contest.weights(number)
     size = own.packed.numel() * own.packed.element_size()
     count = 1 if size < 1 << 20 else max(1, min(LAUNCHES, -(-ROTATED_BYTES // size)))
@@ -401,7 +414,7 @@ def _measure(
     times: dict[Any, float] = {}
     for choice in choices:
         try:
-            memory.outputs.zero_()
+            contest.clear(number)
             contest.launch(number, choice, own)()
             timer.wait()
             actual = contest.outputs(number)
