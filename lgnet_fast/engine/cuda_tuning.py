@@ -10,6 +10,7 @@ wherever nothing better was found.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import logging
@@ -299,6 +300,19 @@ class Contest:
         plain = step.weight.detach().to(self.executor.device, self.executor.dtype)
         return replace(own, plain=plain.contiguous(memory_format=torch.channels_last))
 
+    def clear(self, number: int) -> None:
+        """NaN where the step writes, so that what is not written shows."""
+        step, memory = self.plan.steps[number], self.executor.memory
+        if step.merges:
+            memory.outputs.zero_()
+            memory.outputs[self._stage(number)].fill_(torch.nan)
+        else:
+            memory.view(step.stores[0].view).fill_(torch.nan)
+
+    def _stage(self, number: int) -> int:
+        """Which of the raw pictures the last step of a stage writes, counted from 1."""
+        return sum(step.merges for step in self.plan.steps[: number + 1])
+
     def outputs(self, number: int) -> Tensor:
         """What the step wrote."""
         step, memory = self.plan.steps[number], self.executor.memory
@@ -361,11 +375,12 @@ def tune_convolutions(
         some = itertools.islice(tiles(work, kind, generation, num_sms), tried)
         candidates[numbers[0]] = list(dict.fromkeys((default, *some, "cudnn")))
         own = contest.weights(numbers[0])
-        with record() as launches:
-            for choice in candidates[numbers[0]]:
-                if choice != "cudnn":
+        for choice in candidates[numbers[0]]:
+            if choice != "cudnn":
+                # what raises here raises again where it is measured
+                with contextlib.suppress(Exception), record() as launches:
                     contest.launch(numbers[0], choice, own)()
-        queue += launches
+                queue += launches
     begin = time.perf_counter()
     failures = timer.compile(queue)
     log("convs", compiled=len(queue), seconds=time.perf_counter() - begin, failures=failures[:20])
@@ -389,7 +404,7 @@ def _measure(
     contest: Contest, number: int, choices: Sequence[Tile | Literal["cudnn"]], timer: Timer, log: Log
 ) -> dict[Any, float]:
     """Microseconds of every choice that computes what the first one does."""
-    name, memory = contest.plan.steps[number].name, contest.executor.memory
+    name = contest.plan.steps[number].name
     own = contest.weights(number)
     size = own.packed.numel() * own.packed.element_size()
     count = 1 if size < 1 << 20 else max(1, min(LAUNCHES, -(-ROTATED_BYTES // size)))
@@ -399,7 +414,7 @@ def _measure(
     times: dict[Any, float] = {}
     for choice in choices:
         try:
-            memory.outputs.zero_()
+            contest.clear(number)
             contest.launch(number, choice, own)()
             timer.wait()
             actual = contest.outputs(number)
@@ -575,7 +590,7 @@ def tune_attention(
             some = itertools.islice(options(block, plan.batch, element, generation, num_sms), tried)
             shapes[block.name] = list(dict.fromkeys((block.config, *some)))
             for config in shapes[block.name]:
-                with override("inference", config), record() as launches:
+                with contextlib.suppress(Exception), override("inference", config), record() as launches:
                     block.call()
                 queue += launches
         begin = time.perf_counter()

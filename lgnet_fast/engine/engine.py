@@ -26,6 +26,7 @@ from .describe import describe
 from .device_holes import DeviceHoles
 from .devices import resolve_device, resolve_dtype, same_device
 from .executor import Executor, Regions
+from .graphs import error_text
 from .holes import check_holes, hole_boxes
 from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan
@@ -364,7 +365,12 @@ def _executor(
     plan = plan.to(device, torch.float32)
     if device.type != "cpu":
         if tune_seconds:
-            cuda_tuning.tune(plan, dtype, device, tune_seconds)
+            try:
+                cuda_tuning.tune(plan, dtype, device, tune_seconds)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # what is wrong with the kernels, `verified` finds out
+                logger.warning("kernels are not tuned: %s", error_text(error))
         return verified(model, plan, device, dtype)[0]
     if tune_seconds:
         cpu_path.tune(model, plan, dtype, tune_seconds)

@@ -20,6 +20,7 @@ from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from .build import build_plan, plan_stages
 from .cpu_executor import CpuExecutor
 from .cpu_path import choose_path
+from .cpu_tuning import kept
 from .engine import fast_executor_reason
 from .plan import AttentionStep, Plan
 from .verified import Check, judge, make_example, steps_checked, verified
@@ -77,7 +78,7 @@ def verify(
         return Report(key, tuple(checks), f"the model itself, {reason}", all(c.passed for c in checks))
     plan = plan.to(device, torch.float32)
     if device.type == "cpu":
-        executor = CpuExecutor.of(plan, dtype)
+        executor = CpuExecutor.of(plan, dtype, kept(plan, dtype), "measurement")
         example = make_example(plan, device, dtype, isinstance(model, LocalGlobalRefinement))
         add(judge("engine", lambda image, mask, start: executor.run(image, mask, start, None)[0], example))
         path = choose_path(model, plan, dtype)
