@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot compare-kernels gpu lint format clean
+.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot compare-kernels cubin gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
@@ -19,6 +19,7 @@ help:
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
 	@echo "make compare-kernels BASE=REF  the kernels' machine code beside another commit's (AOT as above, or '--triton 3.6.0'); fails on what got worse"
+	@echo "make cubin  compile csrc/hopper/conv.cu anew (needs nvcc; the result, kernels/hopper_conv.cubin, is shipped)"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
 	@echo "make lint   ruff, mypy, clang-format"
@@ -81,6 +82,9 @@ aot: $(VENV)/.extras
 compare-kernels: $(VENV)/.extras
 	$(BIN)/python -m bench.compare_kernels "$(BASE)" $(AOT)
 
+cubin:
+	$(PYTHON) csrc/hopper/build.py
+
 gpu:
 	$(PYTHON) bench/run_gpu.py $(if $(RESULTS),--results "$(RESULTS)") $(if $(MINUTES),--minutes "$(MINUTES)")
 
@@ -88,12 +92,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/hopper/*.cu*)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/hopper/*.cu*)
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info lgnet_fast/_C*.so

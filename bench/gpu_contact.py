@@ -13,6 +13,7 @@ buffers    a run without graphs; every step's output beside the plan in plain Py
 graph      the whole forward: launched one by one, as a graph, with and without overlapping launches
 steps      each step in place: graphs of the first k steps, and differences, so weights come from memory
 attention  block shapes of `attention_inference`: the walk over the keys, the projection, the sum over splits
+holes      graphs restricted to square holes of 16, 64 and 128 pixels
 convs      tiles of every distinct convolution, timed in graphs that rotate copies of the weights (cold, as in place)
 peers      the engine beside the model in eager PyTorch (channels last, with and without a graph) and torch.compile
 =========  ==========================================================================================================
@@ -207,6 +208,7 @@ def time_graph(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log,
             overlap=overlap,
             direct_us=direct,
             graph_us=replayed,
+            pictures_a_second=round(plan.batch * 1e6 / replayed),
             equal_of_50=same,
             equal_to_first=torch.equal(result, expected),
             worst=(result - expected).abs().max().item(),
@@ -232,6 +234,39 @@ def time_steps(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log)
     for name, total in zip(names, best):
         log("steps", step=name, us=total - before, until_us=total, tile=chosen.get(name, ""))
         before = total
+
+
+def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
+    """Restricted graphs, beside the dense one and their share of its multiplications."""
+    from lgnet_fast.kernels.launch import record
+    from lgnet_fast.kernels.precompile import compile_all
+
+    from lgnet_fast.engine.cuda_executor import CudaExecutor, bucket
+    from lgnet_fast.engine.regions import Rect
+
+    executor = CudaExecutor(plan, dtype, graphs=False)
+    image, mask = picture(plan.batch)
+    executor.run(image, mask)
+    dense = plan.total_macs()
+    for side in (16, 64, 128, None):
+        regions, share = None, 1.0
+        if side is not None:
+            start = (plan.height - side) // 2 - 5  # off the grid that rectangles are rounded to
+            hole = Rect(start, start + side, start, start + side)
+            restricted = plan.restricted(bucket([hole], plan.height, plan.width))
+            regions, share = tuple(step.regions for step in restricted.steps), restricted.total_macs() / dense
+        launches = executor._launches(executor.memory, regions, False)
+        with record() as kernels:
+            run_all(launches)
+        compile_all(kernels, 0)
+        graph = graph_of(functools.partial(run_all, launches))
+        log(
+            "holes",
+            side=side,
+            nodes=len(kernels),
+            share_of_macs=share,
+            graph_us=median_us(graph.replay, 50, inner=4),
+        )
 
 
 def tiles(work: Any, num_sms: int) -> Iterator[Any]:
@@ -578,7 +613,7 @@ def main() -> int:
     """Measure what the arguments name."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default="compile,buffers,graph,steps,peers,attention,convs")
+    parser.add_argument("--sections", default="compile,buffers,graph,steps,holes,peers,attention,convs")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--model", default="lgnet")
@@ -619,6 +654,8 @@ def main() -> int:
         time_graph(plan, dtype, choices, log, "shipped")
     if "steps" in sections:
         time_steps(plan, dtype, choices, log)
+    if "holes" in sections:
+        time_holes(plan, dtype, log)
     if "attention" in sections:
         tune_attention(plan, dtype, log, deadline)
     if "convs" in sections:

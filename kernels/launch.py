@@ -43,6 +43,11 @@ def record() -> Iterator[list[Launch]]:
         _recorded.reset(token)
 
 
+def is_recording() -> bool:
+    """Whether launches are collected instead of made."""
+    return _recorded.get() is not None
+
+
 # What Triton compiled, by what it specialises on: its own look-up takes longer.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _COMPILED_KEPT = 4096

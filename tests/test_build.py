@@ -121,6 +121,7 @@ def test_the_sdist_builds(sources, tmp_path):
     assert "lgnet_fast/_C_unavailable.txt" in packed
     for path in (sources / "kernels").glob("*.py"):
         assert f"lgnet_fast/kernels/{path.name}" in packed
+    assert "lgnet_fast/kernels/hopper_conv.cubin" in packed
     top = {name.split("/")[0] for name in packed if ".dist-info/" not in name}
     assert top == {"lgnet_fast"}
 

@@ -31,6 +31,7 @@ from .regions import Rect, join
 if TYPE_CHECKING:
     from lgnet_fast.kernels.conv import Conv
     from lgnet_fast.kernels.conv_configs import Tile
+    from lgnet_fast.kernels.hopper import HopperTile
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -156,7 +157,7 @@ class CudaExecutor:
         dtype: torch.dtype = torch.float16,
         *,
         device: torch.device | None = None,
-        choices: Mapping[str, Tile | Literal["cudnn"]] | None = None,
+        choices: Mapping[str, Tile | HopperTile | Literal["cudnn"]] | None = None,
         graphs: bool = True,
         overlap: bool = False,
         clone_outputs: bool = True,
@@ -244,20 +245,32 @@ class CudaExecutor:
 
     def tile(self, step: Step, rect: Rect | None = None) -> Tile:
         """Block shapes that a step's rectangle (None: all of it) runs with."""
-        from lgnet_fast.kernels.conv_configs import pick_tile
+        from lgnet_fast.kernels.conv_configs import Tile, pick_tile
 
-        choice = self._chosen.get(step.name, "cudnn")
-        if choice != "cudnn":
+        choice = self._chosen.get(step.name)
+        if isinstance(choice, Tile):
             return choice
         return pick_tile(self._work(self.plan, step, rect), *self._target())
 
+    def _hopper_tile(self, step: Step, rect: Rect | None = None) -> HopperTile | None:
+        """The tile of `kernels/hopper.py` for a step's rectangle; None where it runs by `kernels/conv.py`."""
+        from lgnet_fast.kernels.hopper import HopperTile, pick
+
+        choice = self._chosen.get(step.name)
+        if choice is not None:
+            return choice if isinstance(choice, HopperTile) else None
+        return pick(describe(step), self._work(self.plan, step, rect), self.dtype, self.device)
+
     @property
     def choices(self) -> dict[str, str]:
-        """Step name -> what runs it in a dense run: "cudnn", "attention", or BLOCK_MxBLOCK_NxBLOCK_K/splits."""
+        """Step name -> what runs it in a dense run: "cudnn", "attention", "hopper PIXELSxCHANNELS/cluster", or
+        BLOCK_MxBLOCK_NxBLOCK_K/splits."""
         names = {}
         for step in self.plan.steps:
             if step.kind == "attention" or self._weights[step.name].plain is not None:
                 names[step.name] = "attention" if step.kind == "attention" else "cudnn"
+            elif (hopper_tile := self._hopper_tile(step)) is not None:
+                names[step.name] = f"hopper 8x{hopper_tile.tile_h}x64/{hopper_tile.cluster}"
             else:
                 tile = self.tile(step)
                 names[step.name] = (
@@ -414,27 +427,29 @@ class CudaExecutor:
         return [self._conv_launch(memory, step, rect, merge) for rect in (step.regions if rects is None else rects)]
 
     def _conv_launch(self, memory: Memory, step: Step, rect: Rect, merge: Any) -> Launch:
-        from lgnet_fast.kernels import conv
+        from lgnet_fast.kernels import conv, hopper
         from lgnet_fast.kernels.conv_configs import programs
 
-        tile = self.tile(step, rect)
-        work = self._work(self.plan, step, rect)
         out = self.plan.buffers[step.stores[0].view.buffer]
         weights = self._weights[step.name]
         stores = () if step.merges else tuple(conv.Store(memory.view(s.view), s.activation) for s in step.stores)
+        operands = describe(step), memory.view(step.source), weights.packed, weights.bias, stores
+        where: dict[str, Any] = {
+            "size": (out.height, out.width),
+            "rect": rect,
+            "residual": None if step.residual is None else memory.view(step.residual),
+            "overlap": self._overlap,
+        }
+        if (hopper_tile := self._hopper_tile(step, rect)) is not None:
+            return functools.partial(hopper.hopper_forward, *operands, hopper_tile, **where)
+        tile = self.tile(step, rect)
+        work = self._work(self.plan, step, rect)
         return functools.partial(
             conv.conv_forward,
-            describe(step),
-            memory.view(step.source),
-            weights.packed,
-            weights.bias,
-            stores,
+            *operands,
             tile,
-            size=(out.height, out.width),
-            rect=rect,
-            residual=None if step.residual is None else memory.view(step.residual),
+            **where,
             merge=merge,
-            overlap=self._overlap,
             partial=memory.partial(tile.splits * work.all_rows * work.columns) if tile.splits > 1 else None,
             counters=memory.counters(programs(work, tile) // tile.splits) if tile.fused else None,
         )
