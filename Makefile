@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot cubin gpu lint format clean
+.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot compare-kernels cubin gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
@@ -18,6 +18,7 @@ help:
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
+	@echo "make compare-kernels BASE=REF  the kernels' machine code beside another commit's (AOT as above, or '--triton 3.6.0'); fails on what got worse"
 	@echo "make cubin  compile csrc/hopper/conv.cu anew (needs nvcc; the result, kernels/hopper_conv.cubin, is shipped)"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
@@ -77,6 +78,9 @@ evaluation: $(VENV)/.extras
 
 aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py $(AOT)
+
+compare-kernels: $(VENV)/.extras
+	$(BIN)/python -m bench.compare_kernels "$(BASE)" $(AOT)
 
 cubin:
 	$(PYTHON) csrc/hopper/build.py

@@ -468,7 +468,7 @@ def _error(
             planes = F.pad(planes, [conv.padding] * 4, mode="reflect")
         exact = F.conv2d(planes, weight.double(), bias.double(), padding=0 if conv.reflect else conv.padding)
     exact = (exact.permute(0, 2, 3, 1) + residual.double()).relu()
-    return ((out.double() - exact).norm() / exact.norm()).item()
+    return float((out.double() - exact).norm() / exact.norm())
 
 
 def pick(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device) -> HopperTile | None:
