@@ -492,15 +492,9 @@ def serve(
         ),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    token: Annotated[
-        str | None, typer.Option(help="What clients have to send; made up if needed.")
-    ] = None,
-    cors: Annotated[
-        list[str] | None, typer.Option(help="Origins whose pages may call the API.")
-    ] = None,
-    allowed_host: Annotated[
-        list[str] | None, typer.Option(help="Names that this server is reached by.")
-    ] = None,
+    token: Annotated[str | None, typer.Option(help="What clients have to send; made up if needed.")] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="Origins whose pages may call the API.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="Names that this server is reached by.")] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Of a request's body.")] = 64 * 2**20,
     max_pixels: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 100_000_000,
     max_sessions: Annotated[int, typer.Option(min=1, help="Pictures open at the same time.")] = 50,

@@ -69,9 +69,8 @@ def run(
             key = f"?token={options.token}" if options.token else ""
             if made_up:
                 say(f"{options.host} is reached from other machines: a token was made up (--token sets one)")
-            say(
-                f"lgnet-fast serves {', '.join(state.models)} after {time.perf_counter() - start:.1f} s: {address}{key}"
-            )
+            names, seconds = ", ".join(state.models), time.perf_counter() - start
+            say(f"lgnet-fast serves {names} after {seconds:.1f} s: {address}{key}")
             if open_page:
                 import webbrowser
 

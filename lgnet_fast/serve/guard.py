@@ -115,9 +115,9 @@ class Guard:
         path = scope["path"]
         is_open = path in _OPEN_PATHS or path.startswith(("/static/", "/v2/health/"))
         preflight = scope["method"] == "OPTIONS" and origin in self._options.cors
-        if self._options.token is not None and not is_open and not preflight:
-            if not self._has_token(headers.get("authorization", "")):
-                return RequestError("token: expected the header Authorization: Bearer TOKEN", status=401)
+        locked = self._options.token is not None and not is_open and not preflight
+        if locked and not self._has_token(headers.get("authorization", "")):
+            return RequestError("token: expected the header Authorization: Bearer TOKEN", status=401)
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:20]) > self._options.max_bytes:
             return TooLargeError(self._too_many())

@@ -247,8 +247,7 @@ def routes(state: State) -> APIRouter:
                 confirm=job.check,
             )
             own.encoded.clear()
-            job.seconds["fill"] = patch.seconds
-            job.phase("total")
+            job.phase("fill")
             data, boxes = own.display.patch(patch)
             job.phase("encode")
             told = {

@@ -176,7 +176,7 @@ class Session:
                 f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)? "
                 "(allow_any_mask lets it pass)"
             )
-        options = {"strategy": strategy, "dilate": dilate, "feather": feather}
+        options: dict[str, Any] = {"strategy": strategy, "dilate": dilate, "feather": feather}
         pipe = self._inpainter if inpainter is None else inpainter
         soft_edge(np.zeros((1, 1), dtype=bool), dilate, feather)  # which checks the two
         with self._lock:
@@ -388,7 +388,7 @@ def _shape_of(mask: Any) -> tuple[int, int]:
     """(height, width) of a mask that is a PIL picture, or an array or tensor [h, w] or [h, w, C]."""
     if isinstance(mask, Image.Image):
         return mask.height, mask.width
-    shape = getattr(mask, "shape", ())
+    shape: tuple[int, ...] = tuple(getattr(mask, "shape", ()))
     if len(shape) not in (2, 3):
         raise InvalidMaskError(
             f"mask: expected a PIL picture, or an array [h, w] or [h, w, C], for a box, got {type(mask).__name__}"
