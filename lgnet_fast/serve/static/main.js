@@ -265,6 +265,7 @@ async function save() {
     const same = !settings.format && (EXTENSIONS[picture.format] || picture.format) === kind;
     const name = `${stem(picture.name)}_filled.${same && own ? own : kind}`;
     download(blob, name);
+    picture.saved = picture.position;
     say(t("saved", { name }), "done");
   } catch (error) {
     editor.fail(error);
@@ -404,7 +405,7 @@ $("#colour").addEventListener("input", (event) => {
 function showPanel() {
   $("#panel").hidden = !settings.panel;
   $("#settings").setAttribute("aria-expanded", String(settings.panel));
-  document.body.classList.toggle("with-panel", settings.panel);
+  view.resize(settings.panel && innerWidth > 1000 ? $("#panel").offsetWidth : 0);
 }
 function togglePanel() {
   settings.panel = !settings.panel;
@@ -498,7 +499,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 addEventListener("beforeunload", (event) => {
-  if (editor.pictures.some((picture) => picture.position > 0)) event.preventDefault();
+  if (editor.pictures.some((picture) => picture.position > (picture.saved || 0))) event.preventDefault();
 });
 
 update();

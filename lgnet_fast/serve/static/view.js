@@ -33,6 +33,7 @@ export class View {
     for (const canvas of container.querySelectorAll("canvas")) canvas.setAttribute("aria-hidden", "true");
     this.scale = 1;
     this.x = this.y = 0;
+    this.inset = 0; // what a panel covers on the right
     this.moved = () => {};
     new ResizeObserver(() => this.resize()).observe(container);
   }
@@ -107,7 +108,7 @@ export class View {
 
   get fitting() {
     const { top, bottom, side } = this.margin;
-    const across = Math.max(80, this.stage.width() - 2 * side) / this.picture.width;
+    const across = Math.max(80, this.stage.width() - this.inset - 2 * side) / this.picture.width;
     const down = Math.max(80, this.stage.height() - top - bottom) / this.picture.height;
     return Math.min(across, down, MOST);
   }
@@ -116,7 +117,7 @@ export class View {
     if (!this.picture) return;
     const { top, bottom } = this.margin;
     this.scale = this.fitting;
-    this.x = (this.stage.width() - this.picture.width * this.scale) / 2;
+    this.x = (this.stage.width() - this.inset - this.picture.width * this.scale) / 2;
     this.y = top + (this.stage.height() - top - bottom - this.picture.height * this.scale) / 2;
     this.place();
   }
@@ -154,9 +155,10 @@ export class View {
     this.settled = setTimeout(() => this.sharpen(), SETTLED);
   }
 
-  resize() {
+  resize(inset = this.inset) {
     const { clientWidth: width, clientHeight: height } = this.container;
     const fitted = this.picture && Math.abs(this.scale / this.fitting - 1) < 1e-6;
+    this.inset = inset;
     this.stage.size({ width, height });
     if (fitted) this.fit();
     else this.place();
