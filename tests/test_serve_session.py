@@ -69,7 +69,11 @@ def test_strategies_that_see_the_whole_picture(pipe, strategy):
 
 
 def test_a_fill_sees_the_fills_before_it(pipe):
-    picture, first, second = photo(600, 800), hole(600, 800, (200, 260, 300, 360)), hole(600, 800, (240, 300, 340, 400))
+    picture, first, second = (
+        photo(600, 800),
+        hole(600, 800, (200, 260, 300, 360)),
+        hole(600, 800, (240, 300, 340, 400)),
+    )
     session = Session(picture, pipe)
     session.fill(first)
     session.fill(second)

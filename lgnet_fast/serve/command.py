@@ -64,7 +64,7 @@ def run(
 
         async def startup(self, sockets: list[socket.socket] | None = None) -> None:
             await super().startup(sockets)
-            host = options.host if options.loopback else socket.gethostname()
+            host = options.host if options.loopback else "127.0.0.1"
             address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
             key = f"?token={options.token}" if options.token else ""
             if made_up:
