@@ -119,7 +119,7 @@ function update() {
     $("#about").textContent = `${picture.width} × ${picture.height} · ${picture.format.toUpperCase()}${picture.depth > 8 ? " · 16 bit" : ""}`;
   }
   showLast(picture?.last);
-  for (const button of document.querySelectorAll("[data-tool]")) {
+  for (const button of document.querySelectorAll("button[data-tool]")) {
     button.setAttribute("aria-checked", String(button.dataset.tool === settings.tool));
     button.tabIndex = button.dataset.tool === settings.tool ? 0 : -1;
   }
@@ -177,14 +177,14 @@ function choose(tool) {
   settings.tool = tool;
   update();
 }
-for (const button of document.querySelectorAll("[data-tool]")) {
+for (const button of document.querySelectorAll("button[data-tool]")) {
   button.addEventListener("click", () => choose(button.dataset.tool));
   button.addEventListener("keydown", (event) => {
     const step = { ArrowDown: 1, ArrowRight: 1, ArrowUp: -1, ArrowLeft: -1 }[event.key];
     if (!step) return;
     event.preventDefault();
     choose(TOOLS[(TOOLS.indexOf(settings.tool) + step + TOOLS.length) % TOOLS.length]);
-    $(`[data-tool=${settings.tool}]`).focus();
+    $(`button[data-tool=${settings.tool}]`).focus();
   });
 }
 $("#size").addEventListener("input", (event) => {
