@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import base64
 import io
+import os
+import re
+import signal
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import httpx
 import numpy as np
 import uvicorn
 from PIL import Image
@@ -75,3 +81,36 @@ def live_server(options: ServeOptions | None = None, models: dict[str, str | Non
     finally:
         server.should_exit = True
         thread.join(60)
+
+
+class Server:
+    """`lgnet-fast serve` as a process on a free port; `seconds`: from its start until it was ready to fill."""
+
+    def __init__(self, *options: str) -> None:
+        start = time.monotonic()
+        command = [sys.executable, "-m", "lgnet_fast", "serve", "--port", "0", *options]
+        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
+        self.process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+        )
+        self.lines: list[str] = []
+        self.address = ""
+        for line in self.process.stdout:
+            self.lines.append(line)
+            if found := re.search(r"http://[^\s?]+", line):
+                self.address = found[0].rstrip("/")
+                break
+        assert self.address, self.lines
+        threading.Thread(target=self._drain, daemon=True).start()
+        deadline = time.monotonic() + 120
+        while httpx.get(f"{self.address}/v2/health/ready").status_code != 200:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        self.seconds = time.monotonic() - start
+
+    def _drain(self) -> None:
+        self.lines.extend(self.process.stdout)
+
+    def end(self) -> int:
+        self.process.send_signal(signal.SIGTERM)
+        return self.process.wait(60)

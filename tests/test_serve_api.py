@@ -27,6 +27,8 @@ from .serve_support import base64_of, data_url, file_of, hole, live_server, phot
 
 PICTURE, HOLE = photo(), hole()
 
+pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
+
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:

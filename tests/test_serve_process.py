@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import signal
 import subprocess
@@ -18,41 +17,12 @@ import pytest
 
 from lgnet_fast import Inpainter
 
-from .serve_support import base64_of, file_of, hole, photo, pixels_of
+from .serve_support import Server, base64_of, file_of, hole, photo, pixels_of
+
+pytestmark = pytest.mark.once
 
 SIZES = [(96, 120), (200, 180), (256, 256), (300, 420)]
 BOXES = [(30, 50, 40, 70), (60, 90, 20, 60), (10, 40, 80, 110)]
-
-
-class Server:
-    """A served process on a free port."""
-
-    def __init__(self, *options: str) -> None:
-        command = [sys.executable, "-m", "lgnet_fast", "serve", "--port", "0", *options]
-        environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-        self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
-        )
-        self.lines: list[str] = []
-        self.address = ""
-        for line in self.process.stdout:
-            self.lines.append(line)
-            if found := re.search(r"http://[^\s?]+", line):
-                self.address = found[0].rstrip("/")
-                break
-        assert self.address, self.lines
-        threading.Thread(target=self._drain, daemon=True).start()
-        deadline = time.monotonic() + 120
-        while httpx.get(f"{self.address}/v2/health/ready").status_code != 200:
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-
-    def _drain(self) -> None:
-        self.lines.extend(self.process.stdout)
-
-    def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
-        return self.process.wait(60)
 
 
 @pytest.fixture
@@ -74,7 +44,6 @@ def _requests() -> list[tuple[dict[str, str], np.ndarray, np.ndarray]]:
     return cases
 
 
-@pytest.mark.once
 def test_eight_clients_get_what_each_would_get_alone(server):
     cases = _requests()
     pipe = Inpainter.from_pretrained(None)
@@ -106,7 +75,6 @@ def test_eight_clients_get_what_each_would_get_alone(server):
     assert server.end() == 0
 
 
-@pytest.mark.once
 def test_sigterm_answers_or_refuses_every_request(server):
     body, picture, mask = _requests()[0]
     expected = np.asarray(Inpainter.from_pretrained(None)(picture, mask))
@@ -151,7 +119,6 @@ def test_sigterm_answers_or_refuses_every_request(server):
     assert "lgnet-fast has ended" in "".join(server.lines)
 
 
-@pytest.mark.once
 def test_a_public_address_gets_a_token_and_a_taken_one_an_error():
     server = Server("--host", "0.0.0.0")
     try:

@@ -17,6 +17,8 @@ from lgnet_fast.serve import Session
 from .pipeline_support import BlurFill
 from .serve_support import file_of, hole, photo
 
+pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
+
 
 @pytest.fixture(scope="module")
 def pipe() -> Inpainter:

@@ -21,6 +21,8 @@ from lgnet_fast.serve.work import DeviceWorker, SharedInpainter, WorkQueue
 from .pipeline_support import BlurFill
 from .serve_support import hole, photo
 
+pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
+
 
 def shared(model: BlurFill, batch: int = 4, **options: object) -> SharedInpainter:
     made = SharedInpainter(model, device="cpu", **options)

@@ -5,7 +5,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from ..lazy import attach
+
+if TYPE_CHECKING:
+    from .app import create_app
+    from .options import ServeOptions
+    from .session import Patch, Session
 
 __getattr__, __dir__ = attach(
     __name__, {"Patch": "session", "ServeOptions": "options", "Session": "session", "create_app": "app"}
