@@ -177,8 +177,11 @@ export class Editor {
 
   // -- fills --------------------------------------------------------------------------------------------------
 
-  /** Fills what is painted; while a fill runs, it waits and goes with what is painted until then. */
-  async fill() {
+  /**
+   * Fills what is painted; while a fill runs, it waits and goes with what is painted until then. `released`: when the
+   * pointer was, for the time that is shown.
+   */
+  async fill(released = performance.now()) {
     const { picture } = this;
     if (!picture) return;
     if (picture.running) {
@@ -190,7 +193,6 @@ export class Editor {
       this.say(t("nothing"));
       return;
     }
-    const released = performance.now();
     const operations = picture.pending;
     const running = { operations, abort: new AbortController() };
     picture.running = running;

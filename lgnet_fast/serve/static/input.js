@@ -94,7 +94,7 @@ export class Input {
       this.container.classList.remove("panning");
     } else if (this.stroke?.pointer === event.pointerId) {
       if (cancelled) this.drop();
-      else this.finish(event.ctrlKey || event.metaKey);
+      else this.finish(event.ctrlKey || event.metaKey, event.timeStamp);
     }
     if (event.pointerType === "touch") this.cursor.hidden = true;
   }
@@ -157,7 +157,7 @@ export class Input {
     else this.view.mask({ current: [this.stroke] });
   }
 
-  finish(collect = false) {
+  finish(collect = false, released = performance.now()) {
     const { stroke } = this;
     this.stroke = null;
     this.view.mask({ current: [] });
@@ -175,7 +175,7 @@ export class Input {
     const { kind, points, width, height, x, y, erase } = stroke;
     this.editor.add({ kind, points, width, height, x, y, erase });
     this.collecting ||= collect;
-    if (settings.auto && !collect && !erase) this.editor.fill();
+    if (settings.auto && !collect && !erase) this.editor.fill(released);
   }
 
   /** Forgets the stroke that is being painted. */
