@@ -4,13 +4,13 @@ RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 RUN pip install --no-cache-dir "setuptools>=68" wheel "pybind11>=2.12" "ninja>=1.10"
-RUN pip install --no-cache-dir --index-url https://download.pytorch.org/whl/cpu "torch>=2.6"
+ARG TORCH=torch==2.13.0
+RUN pip install --no-cache-dir "$TORCH"
 COPY . /src
 RUN pip install --no-cache-dir --no-build-isolation "/src[serve,heif,deep]"
 
 FROM python:3.12-slim
-RUN apt-get update && apt-get install -y --no-install-recommends libgomp1 && rm -rf /var/lib/apt/lists/* \
-    && useradd --create-home --uid 10001 lgnet
+RUN useradd --create-home --uid 10001 lgnet
 COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
 USER lgnet

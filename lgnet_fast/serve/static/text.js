@@ -76,7 +76,7 @@ const TEXT = {
   phase_queue: "Wait",
   phase_fill: "Fill",
   phase_encode: "Encode",
-  phase_network: "Way back and drawing",
+  phase_network: "Send, draw",
   before: "Before",
   after: "After",
   sliderLabel: "Before and after; the arrow keys move the divider",
