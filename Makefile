@@ -6,12 +6,16 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot compare-kernels cubin gpu lint format clean
+.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-all bench plots evaluation aot \
+	compare-kernels cubin gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make demo-data  DATA=PICTURES WEIGHTS=FOLDER: what the bundled model is trained on, as tar shards in demo_data/"
+	@echo "make serve  the page, on this machine alone: http://127.0.0.1:8080 (first set-up included)"
 	@echo "make test   run the tests (first set-up included)"
+	@echo "make test-page  the page in a real browser (Chromium; as root on Debian it is installed)"
+	@echo "make fuzz-serve two minutes of made-up requests against the API"
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
@@ -56,14 +60,35 @@ demo-data: $(VENV)/.extras
 	$(BIN)/python -m lgnet_fast.training.demo_data "$(DATA)" --output demo_data \
 		--vgg "$(WEIGHTS)/lpips_vgg16_f16.npz" --lpips "$(WEIGHTS)/lpips_alexnet_f16.npz"
 
+serve: $(VENV)/.extras
+	$(BIN)/lgnet-fast serve --open
+
 test: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow and not page"
+
+$(VENV)/.page: $(VENV)/.extras
+	$(PIP) "playwright>=1.45"
+	@touch $@
+
+# LGNET_FAST_PAGE=required: fails where there is no browser, instead of skipping.
+test-page: $(VENV)/.page
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation; } >/dev/null
+	$(BIN)/python -m pytest tests/page -m page
+
+$(VENV)/.fuzz: $(VENV)/.extras
+	$(PIP) "schemathesis>=4.0"
+	@touch $@
+
+fuzz-serve: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz_serve
 
 test-machines: $(VENV)/.extras
 	$(BIN)/python tests/run_machines.py
 
 test-all: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not page"
+	$(MAKE) test-page
 	$(MAKE) test-machines
 	$(MAKE) aot AOT="--card H100 --card 'RTX 4090' --model lgnet --dtype float16 --batch 1"
 

@@ -158,7 +158,10 @@ packages = sorted({"lgnet_fast", *find_packages(include=["lgnet_fast", "lgnet_fa
 setup(
     packages=packages,
     package_dir={"lgnet_fast.kernels": "kernels"},
-    package_data={"lgnet_fast": ["py.typed", "weights/**", "samples/**"], "lgnet_fast.kernels": ["*.cubin"]},
+    package_data={
+        "lgnet_fast": ["py.typed", "weights/**", "samples/**", "serve/static/**"],
+        "lgnet_fast.kernels": ["*.cubin"],
+    },
     include_package_data=False,
     ext_modules=[Extension("lgnet_fast._C", SOURCES, language="c++", depends=HEADERS)],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},
