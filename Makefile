@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot gpu lint format clean
+.PHONY: help demo demo-data test test-machines test-arm test-all bench plots evaluation aot gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make demo-data  DATA=PICTURES WEIGHTS=FOLDER: what the bundled model is trained on, as tar shards in demo_data/"
 	@echo "make test   run the tests (first set-up included)"
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
+	@echo "make test-arm  the C++ kernels cross-compiled for 64-bit Arm, under an emulator (speed is not measured)"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make plots  redraw the README's pictures from bench/results/"
@@ -31,7 +32,8 @@ $(VENV)/.torch: | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.h tests/native/*.cpp)
+SOURCES := $(wildcard csrc/* csrc/simd/*) setup.py pyproject.toml
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
@@ -60,6 +62,10 @@ test: $(VENV)/.extras
 test-machines: $(VENV)/.extras
 	$(BIN)/python tests/run_machines.py
 
+# Needs a cross-compiler and an emulator; says which packages are missing.
+test-arm:
+	$(PYTHON) tests/native/run.py --arm
+
 test-all: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu"
 	$(MAKE) test-machines
@@ -84,12 +90,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h)
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info lgnet_fast/_C*.so

@@ -1,4 +1,4 @@
-"""A plan on the CPU, by one call into ``lgnet_fast._C`` (csrc/engine.cpp).
+"""A plan on the CPU, by one call into ``lgnet_fast._C`` (csrc/program.cpp).
 
 Here the steps are brought to the one form that csrc/conv.h describes (output phases, input phases, taps), a kernel is
 chosen for each, and weights are packed for it, all into one block of memory.
@@ -521,8 +521,7 @@ class CpuExecutor:
             return library.TargetSpec(offsets[view.buffer] + view.offset, buffer.channels, _ACTIVATIONS[activation])
 
         source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
-        spec = library.StepSpec()
-        spec.pairs = self.choices[step.name].endswith(PAIRS)
+        spec = {"attention": library.AttentionStep, "narrow": library.LastStep}.get(kernel, library.ConvStep)()
         spec.source = library.MapSpec(
             offsets[source.name] + step.source.offset,
             source.height,
@@ -530,23 +529,23 @@ class CpuExecutor:
             source.channels,
             step.source.channels,
         )
-        spec.reflect = step.reflect
-        spec.out_height, spec.out_width, spec.out_channels = out.height, out.width, step.out_channels
+        spec.out_height, spec.out_width = out.height, out.width
         # A stage's last step applies its tanh itself.
         spec.targets = [target(s.view, "none" if step.merges else s.activation) for s in step.stores]
-        if step.residual is not None:
-            spec.residual = target(step.residual, "none")
         spec.weight, spec.bias = base + placed.weights[0], base + placed.bias
         spec.regions = self._regions(step, step.regions)
         if kernel == "attention":
-            spec.kind = library.StepKind.attention
+            spec.bf16 = self.choices[step.name].endswith(PAIRS)
             spec.released = step.variant == "released"
         elif kernel == "narrow":
-            spec.kind = library.StepKind.narrow
+            spec.reflect = step.reflect
             spec.kernel, spec.stride, spec.padding = step.kernel, step.stride, step.padding
             spec.transposed = step.kind == "deconv"
         else:
-            spec.kind = library.StepKind.convolution
+            spec.bf16 = self.choices[step.name].endswith(PAIRS)
+            spec.reflect, spec.out_channels = step.reflect, step.out_channels
+            if step.residual is not None:
+                spec.residual = target(step.residual, "none")
             spec.tile = _KERNELS[kernel]
             spec.in_step, spec.out_step = (step.stride, 1) if step.kind == "conv" else (1, step.stride)
             offsets_of_groups = iter(placed.weights)
