@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-all bench plots evaluation aot \
+.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-arm test-all bench plots evaluation aot \
 	compare-kernels cubin gpu lint format clean
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make test-page  the page in a real browser (Chromium; as root on Debian it is installed)"
 	@echo "make fuzz-serve two minutes of made-up requests against the API"
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
+	@echo "make test-arm  the C++ kernels cross-compiled for 64-bit Arm, under an emulator (speed is not measured)"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make plots  redraw the README's pictures from bench/results/"
@@ -37,7 +38,8 @@ $(VENV)/.torch: | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.h csrc/hopper/*.cu* tests/native/*.cpp)
+SOURCES := $(wildcard csrc/* csrc/simd/*) setup.py pyproject.toml
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
@@ -86,6 +88,10 @@ fuzz-serve: $(VENV)/.fuzz
 test-machines: $(VENV)/.extras
 	$(BIN)/python tests/run_machines.py
 
+# Needs a cross-compiler and an emulator; says which packages are missing.
+test-arm:
+	$(PYTHON) tests/native/run.py --arm
+
 test-all: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu and not page"
 	$(MAKE) test-page
@@ -117,12 +123,12 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/hopper/*.cu*)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/hopper/*.cu*)
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist demo_output *.egg-info lgnet_fast/_C*.so

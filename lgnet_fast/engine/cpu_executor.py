@@ -1,4 +1,4 @@
-"""A plan on the CPU, by one call into ``lgnet_fast._C`` (csrc/engine.cpp).
+"""A plan on the CPU, by one call into ``lgnet_fast._C`` (csrc/program.cpp).
 
 With ``dtype=torch.bfloat16`` products are of bf16 pairs with float32 sums where the CPU has them and where that is
 faster; feature maps stay float32. Kernels: :mod:`.cpu_kernels`; which one a step has: :mod:`.cpu_choice`.
@@ -122,8 +122,10 @@ class CpuExecutor(Executor):
             return library.TargetSpec(offsets[view.buffer] + view.offset, buffer.channels, _ACTIVATIONS[activation])
 
         source, out = plan.source(step), plan.target(step)
-        spec = library.StepSpec()
-        spec.pairs = choice.pairs
+        if not isinstance(step, ConvStep):
+            spec = library.AttentionStep()
+        else:
+            spec = library.LastStep() if choice.kernel == NARROW else library.ConvStep()
         spec.source = library.MapSpec(
             offsets[source.name] + step.source.offset,
             source.height,
@@ -131,25 +133,23 @@ class CpuExecutor(Executor):
             source.channels,
             step.source.channels,
         )
-        spec.out_height, spec.out_width, spec.out_channels = out.height, out.width, step.out_channels
+        spec.out_height, spec.out_width = out.height, out.width
         # A stage's last step applies its tanh itself.
         spec.targets = [target(s.view, "none" if step.merges else s.activation) for s in step.stores]
-        if step.residual is not None:
-            spec.residual = target(step.residual, "none")
         spec.weight, spec.bias = base + placed.weights[0], base + placed.bias
         spec.regions = self._regions(step, step.regions)
         if not isinstance(step, ConvStep):
-            spec.kind = library.StepKind.attention
-            spec.released = step.variant == "released"
+            spec.bf16, spec.released = choice.pairs, step.variant == "released"
             return spec
         geometry = step.geometry
         spec.reflect = geometry.reflect
         if choice.kernel == NARROW:
-            spec.kind = library.StepKind.narrow
             spec.kernel, spec.stride, spec.padding = geometry.kernel, geometry.stride, geometry.padding
             spec.transposed = geometry.transposed
             return spec
-        spec.kind = library.StepKind.convolution
+        spec.bf16, spec.out_channels = choice.pairs, step.out_channels
+        if step.residual is not None:
+            spec.residual = target(step.residual, "none")
         spec.tile, spec.chunk = TILES[choice.kernel], choice.chunk
         spec.in_step, spec.out_step = geometry.in_step, geometry.out_step
         places = iter(placed.weights)
