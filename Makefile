@@ -6,13 +6,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test test-machines test-all examples docs wheel bench plots evaluation aot gpu lint format clean
+.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-arm test-all examples docs wheel bench \
+	plots evaluation aot compare-kernels cubin gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make demo-data  DATA=PICTURES WEIGHTS=FOLDER: what the bundled model is trained on, as tar shards in demo_data/"
+	@echo "make serve  the page, on this machine alone: http://127.0.0.1:8080 (first set-up included)"
 	@echo "make test   run the tests (first set-up included)"
+	@echo "make test-page  the page in a real browser (Chromium; as root on Debian it is installed)"
+	@echo "make fuzz-serve two minutes of made-up requests against the API"
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
+	@echo "make test-arm  the C++ kernels cross-compiled for 64-bit Arm, under an emulator (speed is not measured)"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make examples  run the scripts of examples/ (a minute)"
 	@echo "make docs   build the documentation into site/, strictly; it needs no network to be read"
@@ -22,6 +27,8 @@ help:
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
+	@echo "make compare-kernels BASE=REF  the kernels' machine code beside another commit's (AOT as above, or '--triton 3.6.0'); fails on what got worse"
+	@echo "make cubin  compile csrc/hopper/conv.cu anew (needs nvcc; the result, kernels/hopper_conv.cubin, is shipped)"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
 	@echo "make lint   ruff, mypy, clang-format, workflow files"
@@ -36,8 +43,8 @@ $(VENV)/.torch: | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-SOURCES := $(wildcard csrc/* csrc/*/*) setup.py pyproject.toml
-CXX_FILES := $(wildcard csrc/*.cpp csrc/*.h csrc/*/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.h csrc/hopper/*.cu* tests/native/*.cpp)
+SOURCES := $(wildcard csrc/* csrc/simd/*) setup.py pyproject.toml
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
@@ -66,14 +73,39 @@ demo-data: $(VENV)/.extras
 	$(BIN)/python -m lgnet_fast.training.demo_data "$(DATA)" --output demo_data \
 		--vgg "$(WEIGHTS)/lpips_vgg16_f16.npz" --lpips "$(WEIGHTS)/lpips_alexnet_f16.npz"
 
+serve: $(VENV)/.extras
+	$(BIN)/lgnet-fast serve --open
+
 test: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow and not page"
+
+$(VENV)/.page: $(VENV)/.extras
+	$(PIP) "playwright>=1.45"
+	@touch $@
+
+# LGNET_FAST_PAGE=required: fails where there is no browser, instead of skipping.
+test-page: $(VENV)/.page
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation; } >/dev/null
+	$(BIN)/python -m pytest tests/page -m page
+
+$(VENV)/.fuzz: $(VENV)/.extras
+	$(PIP) "schemathesis>=4.0"
+	@touch $@
+
+fuzz-serve: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz_serve
 
 test-machines: $(VENV)/.extras
 	$(BIN)/python tests/run_machines.py
 
+# Needs a cross-compiler and an emulator; says which packages are missing.
+test-arm:
+	$(PYTHON) tests/native/run.py --arm
+
 test-all: $(VENV)/.extras $(VENV)/.wheel
-	$(BIN)/python -m pytest -m "not gpu"
+	$(BIN)/python -m pytest -m "not gpu and not page"
+	$(MAKE) test-page
 	$(MAKE) test-machines
 	$(MAKE) aot AOT="--card H100 --card 'RTX 4090' --model lgnet --dtype float16 --batch 1"
 
@@ -100,6 +132,12 @@ evaluation: $(VENV)/.extras
 aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py $(AOT)
 
+compare-kernels: $(VENV)/.extras
+	$(BIN)/python -m bench.compare_kernels "$(BASE)" $(AOT)
+
+cubin:
+	$(PYTHON) csrc/hopper/build.py
+
 gpu:
 	$(PYTHON) bench/run_gpu.py $(if $(RESULTS),--results "$(RESULTS)") $(if $(MINUTES),--minutes "$(MINUTES)")
 
@@ -107,13 +145,14 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(CXX_FILES)
+	$(BIN)/mypy examples/*.py docs/site_hooks.py
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
 	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(CXX_FILES)
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
 	rm -rf $(VENV) build dist site demo_output examples_output *.egg-info lgnet_fast/_C*.so

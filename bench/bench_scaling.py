@@ -15,10 +15,9 @@ from torch import Tensor
 from bench.bench_inference import model_of
 from bench.timing import SMOKE
 from lgnet_fast import optimize
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu_executor import CpuExecutor
 from lgnet_fast.engine.describe import measure_peaks, traffic
-from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.plan import build_plan
 
 NETWORK = "lgnet_demo" if SMOKE else "lgnet"
 SIDES = (256, 512) if SMOKE else (256, 512, 768)
@@ -147,7 +146,7 @@ def test_hole_ratio(model: Any, compete: Any, benchmark: Any) -> None:
 def test_roofline(model: Any, compete: Any, benchmark: Any) -> None:
     """Every step of the plan: operations, bytes, milliseconds; beside them the machine's own roofs."""
     plan = build_plan(plan_stages(model), 1, 256, 256)
-    executor = CpuExecutor(plan, torch.float32)
+    executor = CpuExecutor.of(plan, torch.float32)
     image, mask = picture(1, 256)
     running = {"ours": lambda: executor.run(image, mask)[0], "eager": lambda: eager(model, image, mask)}
     assert (running["ours"]() - running["eager"]()).abs().max() < TOLERANCE

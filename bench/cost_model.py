@@ -1,34 +1,110 @@
-"""Estimated time of every step of LGNet on a GPU, which need not be present, beside a lower bound.
+"""What every step of LGNet should take on a GPU that need not be here, beside the least it could take.
 
     python bench/cost_model.py [--card H100] [--dtype float16] [--batch 1] [--size 256 256]
-                               [--hole TOP BOTTOM LEFT RIGHT]
+                               [--hole TOP BOTTOM LEFT RIGHT] [--measured FILE]
 
-The estimate is the one that chooses block shapes (kernels/conv_configs.py): waves of programs, each bound by its
-multiplications or its reads from the L2 cache, and launches. The floor of a step is the larger of its multiplications
-at the card's rate and its bytes (weights, inputs, outputs, once each) at the memory's. Nothing here is measured.
+Columns: launches; megabytes that all programs read from the L2 cache; microseconds of the start (launch and fill),
+of the longest program's products, reads and issue, of what all programs of a multiprocessor take together, of the
+weights from memory, of adding the splits; the estimate; its bound; the floor (the larger of the multiplications at
+the card's rate and of weights, inputs and outputs, once each, at the memory's); what was measured, where it was.
+
+The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
+MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
+from pathlib import Path
+from typing import Any
 
 import torch
 
 KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}
+RESULTS = Path(__file__).resolve().parent / "results"
+ROW = (
+    "{:<20} {:>11} {:>11} {:>3} {:>6} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:<9} {:>6} {:>8} {:<16} {:>8}"
+)
+
+
+def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str]:
+    """The costs of the projection, the walk over the keys and the sum of an attention step, and the walk's blocks."""
+    from lgnet_fast.kernels.configs import num_splits, pick_inference
+    from lgnet_fast.kernels.conv_configs import Tile, Work, cost
+
+    source = plan.source(step)
+    channels, positions = step.out_channels, source.height * source.width
+    config = pick_inference(card.generation, kind, channels, positions, plan.batch, card.num_sms)
+    target = (kind, card.generation, card.num_sms)
+    project = Tile(config.project_p, config.project_o, config.project_d, 1, 4, 2)
+    projection = cost(Work(plan.batch * positions, channels, (1,), channels, False, False), project, *target)
+    programs = plan.batch * -(-positions // config.block_m) * -(-channels // config.block_v)
+    splits, _ = num_splits(programs, positions, config.block_n, card.num_sms, config.max_splits)
+    # each program: block_m positions by block_v values over all keys, and their scores over all channels
+    walk = Tile(config.block_m, config.block_v, config.block_n, splits, config.num_warps, config.num_stages)
+    values = cost(Work(plan.batch * positions, channels, (1,), positions, False, False), walk, *target)
+    scores = channels / config.block_v
+    walk_cost = values._replace(
+        products=values.products * (1 + scores),
+        reads=values.reads * (config.block_n * (channels + config.block_v))
+        / (config.block_n * (config.block_m + config.block_v)),
+        issue=values.issue * 2,
+        together=values.together * (1 + scores),
+        memory=0.0,
+        splits=0.0,
+    )  # fmt: skip
+    total = projection._replace(
+        products=0.0, reads=0.0, issue=0.0, together=0.0, memory=0.0,
+        splits=4 * plan.batch * positions * channels * splits / card.l2, l2_bytes=0.0,
+    )  # fmt: skip
+    return [projection, walk_cost, total], f"{config.block_m}x{config.block_n}x{config.block_v}/{splits}"
+
+
+def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str, int]:
+    """The costs of a convolution's launches, the last one's tile, and the programs of all."""
+    from lgnet_fast.kernels.conv_configs import cost, pick_tile, programs
+
+    from lgnet_fast.engine.cuda_weights import work_of
+
+    costs, name, count = [], "", 0
+    for region in step.regions:
+        work = work_of(plan, step, region)
+        tile = pick_tile(work, kind, card.generation, card.num_sms)
+        costs.append(cost(work, tile, kind, card.generation, card.num_sms))
+        count += programs(work, tile)
+        name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}{'f' if tile.fused else ''}"
+    return costs, name, count
+
+
+def measured_steps(path: Path) -> dict[str, float]:
+    """Step -> microseconds in place, of the last run in a file of bench/gpu_contact.py."""
+    lines = [json.loads(line) for line in path.read_text().splitlines()]
+    return {line["step"]: line["us"] for line in lines if line["section"] == "steps"}
+
+
+def floor_seconds(step: Any, plan: Any, card: Any, rate: float, element: int) -> float:
+    """The least a step could take: its multiplications, or its bytes from memory once each."""
+    source, out = plan.source(step), plan.target(step)
+    outputs = sum(region.area for region in step.regions)
+    reads = source.height * source.width * source.channels * outputs / (out.height * out.width)
+    if step.residual is not None:
+        reads += outputs * step.residual.channels
+    moved = step.weight.numel() + plan.batch * (reads + outputs * sum(s.view.channels for s in step.stores))
+    return float(max(plan.macs(step) / rate, element * moved / card.memory))
 
 
 def main() -> int:
     """Print the table."""
     from lgnet_fast.kernels.attention import VARIANTS
     from lgnet_fast.kernels.cards import CARDS
-    from lgnet_fast.kernels.configs import num_splits, pick
-    from lgnet_fast.kernels.conv_configs import LAUNCH_SECONDS, estimate, pick_tile, programs
+    from lgnet_fast.kernels.conv_configs import LAUNCH_SECONDS
 
-    from lgnet_fast.engine.cuda_executor import bucket, describe
-    from lgnet_fast.engine.engine import plan_stages
-    from lgnet_fast.engine.plan import Plan, Step, build_plan
-    from lgnet_fast.engine.regions import Rect
+    from lgnet_fast.engine.build import build_plan, plan_stages
+    from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.plan import AttentionStep
+    from lgnet_fast.engine.regions import Rect, rounded
     from lgnet_fast.reference.lgnet import LGNet
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -38,6 +114,7 @@ def main() -> int:
     parser.add_argument("--size", type=int, nargs=2, default=(256, 256))
     parser.add_argument("--hole", type=int, nargs=4, metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"))
     parser.add_argument("--variant", choices=VARIANTS, default="released")
+    parser.add_argument("--measured", type=Path)
     args = parser.parse_args()
     card, kind = CARDS[args.card], KINDS[args.dtype]
     element = 4 if kind in ("ieee", "tf32") else 2
@@ -45,76 +122,61 @@ def main() -> int:
     with torch.device("meta"):
         model = LGNet(variant=args.variant).eval()
     plan = build_plan(plan_stages(model), args.batch, *args.size)
+    stored = RESULTS / f"{args.card.lower()}_contact_lgnet_{args.dtype}_b{args.batch}.jsonl"
     if args.hole:
-        plan = plan.restricted(bucket([Rect(*args.hole)], *args.size))
-
-    def attention(step: Step, plan: Plan) -> tuple[float, int, str]:
-        source = plan.buffers[step.source.buffer]
-        channels, positions = step.out_channels, source.height * source.width
-        config = pick("forward", card.generation, kind, channels, plan.batch * positions)
-        blocks = plan.batch * -(-positions // config.block_m)
-        splits, _ = num_splits(blocks, positions, config.block_n, card.num_sms)
-        # preparation, product, merge of the splits, activation
-        launches = 3 + (splits > 1)
-        busy = min(1.0, blocks * splits / card.num_sms)
-        # half the rate of plain products, because the softmax runs between them
-        seconds = plan.batch * positions * (2 * positions + 2 * channels) * channels / (0.5 * rate * busy)
-        return seconds + launches * LAUNCH_SECONDS, launches, f"{config.block_m}x{config.block_n} s{splits}"
-
-    row = "{:<20} {:>11} {:>11} {:>8} {:>8} {:>8} {:<22} {:>8} {:>8} {:>8} {:<7}".format
-    print(row("step", "in", "out", "MMAC", "w MiB", "MiB", "tile", "programs", "est us", "floor us", "bound"))
-    total = floor = 0.0
-    all_launches, weight_bytes = 1, 0
+        plan = plan.restricted(rounded([Rect(*args.hole)], CudaExecutor.granularity, *args.size))
+    elif args.measured is None and stored.exists() and tuple(args.size) == (256, 256):
+        args.measured = stored
+    measured = measured_steps(args.measured) if args.measured else {}
+    print(
+        ROW.format(
+            "step", "in", "out", "n", "L2 MB", "start", "prod", "reads", "issue", "togeth", "memory", "splits",
+            "est us", "bound", "floor", "measured", "tile", "programs",
+        )
+    )  # fmt: skip
+    total = floor = found = 0.0
+    launches = 1
     for step in plan.steps:
-        source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
-        weights = element * step.weight.numel()
-        outputs = sum(region.area for region in step.regions)
-        share = outputs / (out.height * out.width)
-        reads = source.height * source.width * (step.source.channels * share)
-        if step.residual is not None:
-            reads += outputs * step.residual.channels
-        moved = weights + element * plan.batch * (reads + outputs * sum(s.view.channels for s in step.stores))
-        seconds, count, launches, tiles = 0.0, 0, 0, ""
-        if step.kind == "attention":
-            if step.regions:
-                seconds, launches, tiles = attention(step, plan)
+        source, out = plan.source(step), plan.target(step)
+        costs: list[Any] = []
+        name, count, kernels = "", 0, 0
+        if isinstance(step, AttentionStep):
+            costs, name = attention_costs(step, plan, kind, card) if step.regions else ([], "")
+            kernels = len(costs)
         else:
-            sizes = (source.height, source.width), (out.height, out.width)
-            for region in step.regions:
-                work = describe(step).work(plan.batch, *sizes, region)
-                tile = pick_tile(work, kind, card.generation, card.num_sms)
-                seconds += estimate(work, tile, kind, card.generation, card.num_sms)
-                launches += 1 + (tile.splits > 1)
-                count += programs(work, tile)
-                tiles = f"{tile.block_m}x{tile.block_n}x{tile.block_k} s{tile.splits} w{tile.num_warps}"
-                used = sum(work.taps) * work.in_channels * work.columns
-                if not step.merges:
-                    weights = element * used
-        least_products, least_bytes = plan.macs(step) / rate, moved / card.memory
-        least = max(least_products, least_bytes)
-        total += seconds
-        floor += least
-        all_launches += launches
-        weight_bytes += weights
+            costs, name, count = conv_costs(step, plan, kind, card)
+            kernels = len(costs) + sum(not name.endswith("f") and not name.endswith("/1") for _ in costs)
+        seconds = sum(c.seconds for c in costs)
+        least = floor_seconds(step, plan, card, rate, element)
+        total, floor, launches = total + seconds, floor + least, launches + kernels
+        found += measured.get(step.name, 0.0)
+        parts = [
+            f"{1e6 * sum(getattr(c, part) for c in costs):.1f}"
+            for part in ("start", "products", "reads", "issue", "together", "memory", "splits")
+        ]
         print(
-            row(
+            ROW.format(
                 step.name,
                 f"{source.height}x{source.width}x{step.source.channels}",
                 f"{out.height}x{out.width}x{step.out_channels}",
-                f"{plan.macs(step) / 1e6:.0f}",
-                f"{weights / 2**20:.1f}",
-                f"{moved / 2**20:.1f}",
-                tiles,
-                count,
+                kernels,
+                f"{sum(c.l2_bytes for c in costs) / 1e6:.0f}",
+                *parts,
                 f"{seconds * 1e6:.1f}",
+                max(costs, key=lambda c: c.seconds).bound if costs else "",
                 f"{least * 1e6:.1f}",
-                "bytes" if least_bytes > least_products else "products",
+                f"{measured[step.name]:.1f}" if step.name in measured else "",
+                name,
+                count or "",
             )
         )
     total += LAUNCH_SECONDS
-    products, streams = plan.total_macs() / rate, weight_bytes / card.memory
-    print(f"{args.card} {args.dtype}: {all_launches} launches, estimated {total * 1e6:.0f} us")
-    print(f"floor: step by step {floor * 1e6:.0f} us, products {products * 1e6:.0f}, weights {streams * 1e6:.0f}")
+    found += measured.get("paint", 0.0)
+    print(
+        f"{args.card} {args.dtype}: {launches} launches, estimated {total * 1e6:.0f} us, floor {floor * 1e6:.0f} us"
+    )
+    if measured:
+        print(f"measured {found:.0f} us ({args.measured.name}): the estimate is {total * 1e6 / found:.2f} of it")
     return 0
 
 

@@ -4,10 +4,10 @@
 #include <pybind11/stl.h>
 
 #include "attention.h"
-#include "engine_bindings.h"
 #include "isa.h"
 #include "merge_concat.h"
 #include "parallel.h"
+#include "program_bindings.h"
 
 namespace py = pybind11;
 
@@ -24,6 +24,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_name", &lgnet::isa_name, "The instruction set in use");
   m.def("set_isa", &lgnet::set_isa, py::arg("name"), "Choose an instruction set by name, or \"auto\"");
   m.def("parallel_backend", &lgnet::parallel_backend, "Where the threads come from");
-  lgnet::bind_engine(m);
+  lgnet::bind_program(m);
   m.def("mark_forked", &lgnet::mark_forked, "Use plain threads from now on: OpenMP's did not survive fork()");
 }

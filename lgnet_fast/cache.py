@@ -79,6 +79,35 @@ def key_for(device: torch.device, dtype: torch.dtype) -> Key:
     return Key(*_machine(device.type, device.index), str(dtype).removeprefix("torch."))
 
 
+def cpu_key(dtype: torch.dtype, isa: str, threads: int) -> Key:
+    """The key of this CPU with an instruction set and a number of threads, and the dtype that is computed in."""
+    card = f"{_processor()}, {isa}, {threads} thread{'s' if threads > 1 else ''}"
+    return Key(card, "none", torch.__version__, "none", _extension(), str(dtype).removeprefix("torch."))
+
+
+@cache
+def _processor() -> str:
+    """The processor's model, as precisely as the system tells it."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        told = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
+        model = told.get("model name") or "/".join(told[n] for n in ("CPU implementer", "CPU part") if n in told)
+        if model.strip():
+            return " ".join(model.split())
+    return platform.processor() or platform.machine()
+
+
+@cache
+def _extension() -> str:
+    """This package's version, and what its extension is: in a checkout it changes between versions."""
+    from .version import __version__
+
+    spec = find_spec("lgnet_fast._C")
+    if spec is None or spec.origin is None:
+        return f"{__version__}, no extension"
+    return f"{__version__}, extension {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]}"
+
+
 @cache
 def _machine(kind: str, index: int | None) -> tuple[str, str, str, str, str]:
     card, driver = f"{kind} {platform.machine()}", "none"
@@ -176,6 +205,32 @@ def put(key: Key, section: str, name: str, value: Any) -> bool:
         _say_once(f"what was found out about this machine is not kept: {error}")
         return False
     return True
+
+
+def can_keep() -> bool:
+    """Whether later processes would find what is put here."""
+    where = folder()
+    if where is None:
+        return False
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=where, prefix=".writing-"):
+            return True
+    except OSError:
+        return False
+
+
+def put_first(key: Key, section: str, name: str, value: Any) -> Any:
+    """Keep a value unless another process was first; the one that is kept, so that all processes agree."""
+    where = folder()
+    if where is not None:
+        kept = _read(_path(where, key, section, name))
+        if kept is not None and (kept.key, kept.section, kept.name) == (key, section, name):
+            with _lock:
+                _known[where, key, section, name] = kept.value
+            return kept.value
+    put(key, section, name, value)
+    return value
 
 
 def drop(key: Key, section: str) -> None:

@@ -407,6 +407,51 @@ def verify(
 
 
 @app.command()
+def tune(
+    seconds: Annotated[float, typer.Option(min=1, help="Nothing new is begun after so many.")] = 60,
+    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the bundled one.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="A network as create_model takes it, with random weights, in place of --model.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="HxW, multiples of 256.")] = "256x256",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Measure every step's kernels on this machine, and keep the fastest for later runs of this network and size.
+
+    Each candidate is checked before it is timed. Prints what every step had, what it has now, and the gain. What is
+    measured is kept at once (`lgnet-fast info` shows where), so that an interrupted run loses little.
+
+    Exit code: 0 measured, 2 it could not start.
+    """
+    from .engine.devices import resolve_device, resolve_dtype
+    from .engine.tuning import render
+    from .engine.tuning import tune as run_tuning
+    from .reference import LGNet, create_model
+    from .weights import bundled_path
+
+    with _one_line_errors():
+        target = resolve_device(device)
+        try:
+            height, width = (int(part) for part in size.lower().split("x"))
+            network = LGNet.from_pretrained(model or bundled_path()) if name is None else create_model(name).eval()
+            report = run_tuning(
+                network,
+                (height, width),
+                batch,
+                target,
+                resolve_dtype(dtype, target),
+                seconds,
+                lambda text: typer.echo(text, err=True),
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    _print(report, json, render, lambda r: r.as_dict())
+
+
+@app.command()
 def flops(
     model: Annotated[str, typer.Option(help="A name as create_model takes it.")] = "lgnet",
     size: Annotated[str, typer.Option(help="HxW, multiples of 256.")] = "256x256",
@@ -480,6 +525,65 @@ def demo(
         for item in run_demo(out, pipe):
             width, height = item.size
             typer.echo(f"{item.name}: {width}x{height} in {item.seconds:.2f} s -> {item.result}, {item.sheet}")
+
+
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=_given,
+            help="A model folder or hub id, or NAME=it ('bundled': the package's own); more than one "
+            "allowed, the first is the default.",
+        ),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    token: Annotated[str | None, typer.Option(help="What clients have to send; made up if needed.")] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="Origins whose pages may call the API.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="Names that this server is reached by.")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Of a request's body.")] = 64 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 100_000_000,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Pictures open at the same time.")] = 50,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait or run; more are told 429.")] = 32,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
+    shutdown: Annotated[float, typer.Option(help="Seconds that running work has to end in.")] = 30.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, eager, triton, cpp.")] = "auto",
+) -> None:
+    """Serve a page to paint holes on and see them filled, and the API of IOPaint, OpenAI and A1111; docs/serve.md.
+
+    SIGTERM and Ctrl-C end it after the running work.
+
+    Exit code: 0 ended by a signal, 2 it could not start.
+    """
+    from .serve.command import parse_models
+    from .serve.command import run as run_server
+    from .serve.options import ServeOptions
+
+    try:
+        options = ServeOptions(
+            host=host,
+            port=port,
+            token=token,
+            cors=tuple(cors or ()),
+            allowed_hosts=tuple(allowed_host or ()),
+            max_bytes=max_bytes,
+            max_pixels=max_pixels,
+            max_sessions=max_sessions,
+            queue=queue,
+            timeout=timeout,
+            shutdown=shutdown,
+        )
+        models = parse_models(model or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with _one_line_errors():
+        run_server(options, models, typer.echo, open_page, device=device, dtype=dtype, backend=backend)
 
 
 def _from_checkout(module: str) -> Any:

@@ -70,14 +70,14 @@ def reason_against(name: str, tensor: object) -> str | None:
     """Why the extension cannot read `tensor`, which is called `name`, in one sentence; None where it can."""
     if not isinstance(tensor, Tensor):
         return f"{name}: expected a torch.Tensor, got {type(tensor).__name__}"
-    if tensor.device.type != "cpu":
+    if not tensor.is_cpu:
         return f"{name}: expected a tensor on the CPU, got one on {tensor.device}"
-    if tensor.layout != torch.strided:
+    if tensor.layout is not torch.strided:
         return f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}"
     if tensor.dtype not in DTYPES:
         return f"{name}: expected float32, bfloat16, float64 or float16, got {tensor.dtype}"
-    if tensor.is_conj() or tensor.is_neg():
-        return f"{name}: expected plain values, got a lazy conjugate or negative view"
+    if tensor.is_neg():
+        return f"{name}: expected plain values, got a lazy negative view"
     return None
 
 
@@ -97,9 +97,10 @@ def tensor_arg(tensor: Tensor, name: str = "tensor") -> tuple[int, ...]:
     reason = reason_against(name, tensor)
     if reason is not None:
         raise (ValueError if isinstance(tensor, Tensor) else TypeError)(reason)
-    if tensor.dim() != 4:
+    argument = (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.shape, *tensor.stride())
+    if len(argument) != len(ABSENT):
         raise ValueError(f"{name}: expected four dimensions, got {list(tensor.shape)}")
-    return (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.shape, *tensor.stride())
+    return argument
 
 
 def optional_arg(tensor: Tensor | None, name: str = "tensor") -> tuple[int, ...]:

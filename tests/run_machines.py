@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "kernels AVX-512": ({ISA: "avx512"}, KERNELS),
 }
 FIRST = next(iter(ROWS))
-MARKS = "not gpu and not slow"
+MARKS = "not gpu and not slow and not page"
 # All rows together take at most 25 minutes on two quiet cores.
 SECONDS_PER_ROW = 900
 

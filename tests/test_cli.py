@@ -82,6 +82,7 @@ def test_info_prints_what_stands_in_brackets():
         "lgnet_fast": "1[b]", "python": "3[c]", "platform": "here [d]", "packages": {"some": "2[e]"}, "cuda": None,
         "devices": [{"device": "cpu", "name": "one [f]"}], "backends": {"cpu": {"triton": reasons}},
         "cache": "in [g]", "verdicts": [{"card": "k [h]", "dtype": "half", "check": "c [i]", "found": "found [j]"}],
+        "choices": [{"card": "l [m]", "dtype": "half", "what": "w [n]", "found": "what [o]"}],
     }  # fmt: skip
     console = Console(width=200)
     with console.capture() as captured:
@@ -89,6 +90,9 @@ def test_info_prints_what_stands_in_brackets():
     text = captured.get()
     for part in (
         "1[b]",
+        "l [m]",
+        "w [n]",
+        "what [o]",
         "3[c]",
         "here [d]",
         "2[e]",
@@ -166,7 +170,7 @@ def test_verify_prints_every_check_with_its_error():
     assert "attention_block released, up to 128 channels, without gradient" in names
     assert names[-1] == "engine"
     assert all(0 <= check["error"] <= check["limit"] and check["passed"] for check in report["checks"])
-    assert report["runs"] == "the engine, in C++"
+    assert report["runs"].startswith(("the C++ executor (", "plain PyTorch ("))
     assert report["key"]["dtype"] == "float32"
 
 
@@ -181,6 +185,45 @@ def test_verify_fails_where_a_kernel_is_wrong(monkeypatch):
     result = invoke("verify", "--device", "cpu")
     assert result.exit_code == 1
     assert "is allowed" in " ".join(result.stdout.split())
+
+
+def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
+    model = LGNet("C+L", coarse_channels=4, local_channels=4)
+    model.save_pretrained(tmp_path / "model")
+    options = ["--device", "cpu", "--seconds", "2", "--model", str(tmp_path / "model")]
+    result = invoke("tune", "--json", *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    names = [step["step"] for step in report["steps"]]
+    assert names[0] == "net_c.e1"
+    assert names[-1] == "net_l.out"
+    assert 0 < report["now_ms"] <= report["before_ms"]
+    assert all(step["now_us"] is None or step["now_us"] > 0 for step in report["steps"])
+    kept = {c["what"].split()[0]: c["found"] for c in json.loads(invoke("info", "--json").stdout)["choices"]}
+    assert set(kept) == {"engine", "path"}
+    assert kept["engine"].startswith("measured: ")
+    assert kept["path"] == report["runs"]
+    shown = " ".join(invoke("info").stdout.split())
+    assert "measured choices kept in" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "100x256"], "size: expected positive multiples of 256, got 100x256"),
+        (["--size", "big"], "invalid literal"),
+        (
+            ["--device", "cpu", "--dtype", "float16"],
+            "there is nothing to tune: the C\\+\\+ executor computes in float32",
+        ),
+        (["--seconds", "0"], "--seconds"),
+    ],
+)
+def test_tune_refuses_what_it_cannot_do(options, message):
+    result = invoke("tune", *options)
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.output.replace("│", " ").split()))
 
 
 def test_info_shows_kept_verdicts(tmp_path, monkeypatch):

@@ -1,0 +1,333 @@
+"""The convolution for Hopper on a GPU: is it right, where not, and how fast is it?
+
+    python bench/hopper_contact.py RESULTS [--sections known,steps] [--minutes 6]
+
+Each figure is written to RESULTS/hopper_contact.jsonl as it comes, one JSON object a line. Every part runs in a
+process of its own, so that a kernel that crashes or hangs costs that part only.
+
+========  ===========================================================================================================
+known     one-hot weights over inputs that hold their own pixel's or channel's number, for each way of laying out a
+          patch: which input did an output read? Zero and reflected borders, clusters of 1 and 4
+steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
+          rectangles, bfloat16, both stores, tiles
+========  ===========================================================================================================
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from gpu_contact import Log, model_and_plan
+
+MODES = [(patch, offset) for patch in ("dense", "padded", "planes") for offset in (False, True)]
+"""Layouts of a patch, the cheapest first; with and without wgmma's base offset."""
+LIMITS = {"known": 45, "steps": 90}
+"""Seconds of each part."""
+KNOWN = ((False, 1, 16), (True, 1, 16), (False, 4, 8), (True, 2, 4), (False, 2, 32))
+"""Known answers: whether borders reflect, blocks of a cluster, rows of a tile."""
+RANDOM = tuple(itertools.product((False, True), (4, 16), (1, 2, 4, 8)))
+"""Dense weights: whether transposed, rows of a tile, blocks of a cluster."""
+HEIGHT, WIDTH = 32, 24
+"""Of the map with known answers."""
+
+
+# -- known answers ------------------------------------------------------------------------------------------------
+
+
+def known(mode: int, log: Log) -> None:
+    """One layout of the patch."""
+    from lgnet_fast.kernels import hopper
+    from lgnet_fast.kernels.conv import Conv, Store
+
+    patch, offset = MODES[mode]
+    for reflect, cluster, tile_h in KNOWN:
+        tile = hopper.HopperTile(tile_h, cluster, 3, 2, patch, offset)
+        conv = Conv(64, 64, 3, 1, 1, False, reflect, False)
+        # pixels are numbered from 1 (0 is what lies outside), channels from 1
+        number = torch.arange(1, HEIGHT * WIDTH + 1, device="cuda", dtype=torch.float16).view(1, HEIGHT, WIDTH, 1)
+        inputs = {
+            "pixel": number.expand(1, HEIGHT, WIDTH, 64).contiguous(),
+            "channel": torch.arange(1, 65, device="cuda", dtype=torch.float16)
+            .expand(1, HEIGHT, WIDTH, 64)
+            .contiguous(),
+        }
+        bias = torch.zeros(64, device="cuda")
+        wrong_taps = 0
+        for tap in range(9):
+            weight = torch.zeros(64, 64, 3, 3, device="cuda", dtype=torch.float16)
+            weight[torch.arange(64), torch.arange(64), tap // 3, tap % 3] = 1
+            packed = conv.pack(weight).contiguous()
+            for what, x in inputs.items():
+                out = torch.full_like(x, float("nan"))
+                hopper.hopper_forward(conv, x, packed, bias, (Store(out, "none"),), tile, size=(HEIGHT, WIDTH))
+                torch.cuda.synchronize()
+                planes = F.pad(x.permute(0, 3, 1, 2).float(), [1] * 4, mode="reflect" if reflect else "constant")
+                exact = F.conv2d(planes, weight.float()).permute(0, 2, 3, 1)
+                wrong = (out.float() - exact).abs().nan_to_num(1e9) > 0.1
+                if not wrong.any():
+                    continue
+                wrong_taps += 1
+                if wrong_taps > 4:
+                    continue
+                places = wrong.nonzero()[:, 1:]
+                first = [
+                    {
+                        "y": y,
+                        "x": x_,
+                        "channel": c,
+                        "expected": exact[0, y, x_, c].item(),
+                        "got": out[0, y, x_, c].item(),
+                    }
+                    for y, x_, c in places[:: max(1, len(places) // 8)].tolist()[:8]
+                ]
+                log(
+                    "known",
+                    layout=[patch, offset],
+                    tile=list(tile),
+                    reflect=reflect,
+                    tap=[tap // 3, tap % 3],
+                    input=what,
+                    wrong=len(places),
+                    of=wrong.numel(),
+                    wrong_rows=wrong.any(3).any(2)[0].nonzero().flatten().tolist(),
+                    wrong_columns=wrong.any(3).any(1)[0].nonzero().flatten().tolist(),
+                    wrong_channels=wrong.any(2).any(1)[0].nonzero().flatten().tolist()[:64],
+                    first=first,
+                    # one tile row of pixels by channel 0, and one pixel's channels
+                    row1_channel0=[int(v) for v in out[0, 1, :16, 0].float().nan_to_num(-1).tolist()],
+                    pixel11_channels=[int(v) for v in out[0, 1, 1].float().nan_to_num(-1).tolist()],
+                )
+        log(
+            "known",
+            layout=[patch, offset],
+            tile=list(tile),
+            reflect=reflect,
+            right=wrong_taps == 0,
+            wrong_cases=wrong_taps,
+        )
+        if wrong_taps and not reflect and cluster == 1:
+            return  # the others can only be as wrong
+
+
+def random_weights(log: Log, layout: tuple[str, bool]) -> None:
+    """Dense weights on a small map, so that an error of the weights' own descriptor shows."""
+    from lgnet_fast.kernels import hopper
+    from lgnet_fast.kernels.conv import Conv
+
+    generator = torch.Generator("cpu").manual_seed(1)
+    device = torch.device("cuda")
+    for transposed, tile_h, cluster in RANDOM:
+        conv = (
+            Conv(64, 128, 4, 2, 1, True, False, False) if transposed else Conv(128, 128, 3, 1, 1, False, True, False)
+        )
+        tile = hopper.HopperTile(tile_h, cluster, 4, 2, *layout)
+        error = hopper._error(conv, tile, (2, 32, 16), torch.float16, device, generator)
+        log("known", layout=list(layout), tile=list(tile), conv=list(conv), relative_error=error, right=error < 1e-3)
+
+
+# -- steps --------------------------------------------------------------------------------------------------------
+
+
+def step_operands(step: Any, batch: int, size: tuple[int, int], dtype: torch.dtype) -> dict[str, Any]:
+    """Noise for a step, and its result in float64 before activation."""
+    from lgnet_fast.engine.cuda_weights import conv_of
+
+    conv = conv_of(step)
+    generator = torch.Generator("cuda").manual_seed(3)
+    noise = functools.partial(torch.randn, generator=generator, device="cuda")
+    x = noise(batch, *size, conv.in_channels).to(dtype)
+    weight = (noise(step.weight.shape) * (2 / (conv.in_channels * conv.kernel**2)) ** 0.5).to(dtype)
+    bias = noise(conv.out_channels)
+    planes = x.permute(0, 3, 1, 2).double()
+    if conv.transposed:
+        value = F.conv_transpose2d(
+            planes, weight.double(), bias.double(), conv.stride, conv.padding, step.geometry.output_padding
+        )
+    elif conv.reflect:
+        value = F.conv2d(F.pad(planes, [conv.padding] * 4, mode="reflect"), weight.double(), bias.double())
+    else:
+        value = F.conv2d(planes, weight.double(), bias.double(), conv.stride, conv.padding)
+    value = value.permute(0, 2, 3, 1).contiguous()
+    residual = None
+    if step.residual is not None:
+        residual = noise(value.shape).to(dtype)
+        value = value + residual.double()
+    return {"conv": conv, "x": x, "weight": conv.pack(weight).contiguous(), "bias": bias, "residual": residual,
+            "value": value}  # fmt: skip
+
+
+def supported(plan: Any) -> Iterator[tuple[int, Any, tuple[int, int]]]:
+    """Number, step and input size of the distinct steps that the kernel computes."""
+    from lgnet_fast.kernels import hopper
+
+    from lgnet_fast.engine.cuda_weights import conv_of
+    from lgnet_fast.engine.plan import ConvStep
+
+    seen = set()
+    for number, step in enumerate(plan.steps):
+        if not isinstance(step, ConvStep) or hopper.unsupported(conv_of(step)) is not None:
+            continue
+        buffer = plan.source(step)
+        key = conv_of(step), buffer.height, step.residual is not None, len(step.stores), step.stores[0].activation
+        if key not in seen:
+            seen.add(key)
+            yield number, step, (buffer.height, buffer.width)
+
+
+def check_steps(log: Log, layout: tuple[str, bool]) -> None:
+    """Errors of all distinct steps."""
+    from lgnet_fast.kernels import hopper
+    from lgnet_fast.kernels.conv import Store, conv_forward
+    from lgnet_fast.kernels.conv_configs import pick_tile
+
+    _, plan = model_and_plan("lgnet", 1)
+    for _, step, size in supported(plan):
+        for dtype, batch, rect, tile_h, cluster in (
+            (torch.float16, 1, None, 16, 4),
+            (torch.float16, 1, None, 4, 2),
+            (torch.float16, 2, None, 8, 8),
+            (torch.float16, 2, None, 32, 1),
+            (torch.bfloat16, 1, None, 16, 4),
+            (torch.float16, 1, (1, 5, 2, 9), 4, 1),
+        ):
+            tile = hopper.HopperTile(tile_h, cluster, 6, 2, *layout)
+            operands = step_operands(step, batch, size, dtype)
+            conv, value = operands["conv"], operands["value"]
+            out_size = tuple(value.shape[1:3])
+            if rect is not None and (out_size[0] < 8 or out_size[1] < 16 or layout[0] == "planes"):
+                continue
+            wide = torch.full((*value.shape[:3], 2 * conv.out_channels), float("nan"), device="cuda", dtype=dtype)
+            stores = (Store(wide[..., conv.out_channels :], "relu"), Store(torch.full_like(wide, float("nan"))[
+                ..., : conv.out_channels], "leaky_relu"))  # fmt: skip
+            arguments = (conv, operands["x"], operands["weight"], operands["bias"])
+            figures: dict[str, Any] = {}
+            try:
+                hopper.hopper_forward(
+                    *arguments, stores, tile, size=out_size, rect=rect, residual=operands["residual"]
+                )
+                torch.cuda.synchronize()
+            except ValueError as error:
+                log("steps", step=step.name, tile=list(tile), refused=str(error)[:200])
+                continue
+            top, bottom, left, right = rect or (0, out_size[0], 0, out_size[1])
+            inside = (slice(None), slice(top, bottom), slice(left, right))
+            errors = []
+            for store, activation in zip(stores, (F.relu, lambda v: F.leaky_relu(v, 0.2))):
+                exact = activation(value)[inside]
+                distance = (store.view[inside].double() - exact).abs().nan_to_num(1e9)
+                errors.append((distance.norm() / exact.norm()).item())
+                outside = store.view.isfinite().sum().item() - store.view[inside].isfinite().sum().item()
+                if not errors[-1] < 8 * torch.finfo(dtype).eps or outside:
+                    worst = (distance > 32 * torch.finfo(dtype).eps * exact.abs().max()).nonzero()
+                    figures["wrong"] = [*figures.get("wrong", []), len(worst), outside, worst[:6].tolist()]
+            if dtype == torch.float16 and rect is None and batch == 1:
+                own = torch.full_like(wide, float("nan"))[..., conv.out_channels :]
+                work = conv.work(batch, size, out_size, (0, out_size[0], 0, out_size[1]))
+                triton_tile = pick_tile(work, "half", "sm_90", 132)
+                if triton_tile.splits == 1:
+                    conv_forward(*arguments, (Store(own, "relu"),), triton_tile, size=out_size,
+                                 residual=operands["residual"])  # fmt: skip
+                    figures["triton_error"] = ((own.double() - F.relu(value)).norm() / F.relu(value).norm()).item()
+                    figures["equal_to_triton"] = (own == stores[0].view).float().mean().item()
+            log("steps", step=step.name, dtype=str(dtype), batch=batch, rect=rect, tile=list(tile), errors=errors,
+                right="wrong" not in figures, **figures)  # fmt: skip
+
+
+# -- parts --------------------------------------------------------------------------------------------------------
+
+
+def lines_of(path: Path, section: str) -> list[dict[str, Any]]:
+    """What a part wrote so far."""
+    if not path.exists():
+        return []
+    return [line for line in map(json.loads, path.read_text().splitlines()) if line["section"] == section]
+
+
+def right_layout(path: Path) -> tuple[str, bool] | None:
+    """The cheapest layout of the patch all of whose known answers are right."""
+    found = lines_of(path, "known")
+    for patch, offset in MODES:
+        verdicts = [line["right"] for line in found if line.get("layout") == [patch, offset] and "right" in line]
+        if len(verdicts) >= len(KNOWN) + len(RANDOM) and all(verdicts):  # fewer where a case crashed
+            return patch, offset
+    return None
+
+
+def part(section: str, mode: int, path: Path, seconds: float) -> None:
+    """One part, in this process."""
+    log = Log(path)
+    if section == "known":
+        known(mode, log)
+        if all(line["right"] for line in lines_of(path, "known")
+               if line.get("layout") == list(MODES[mode]) and "right" in line):  # fmt: skip
+            random_weights(log, MODES[mode])
+        return
+    check_steps(log, MODES[mode])
+
+
+def main() -> int:
+    """Measure what the arguments name."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--sections", default="known,steps")
+    parser.add_argument("--minutes", type=float, default=6)
+    parser.add_argument("--part", help="run this part only, in this process")
+    parser.add_argument("--mode", type=int, default=0, help="layout of the patch, for --part")
+    args = parser.parse_args()
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        print("no Hopper GPU here: nothing to measure")
+        return 0
+    path = args.results / "hopper_contact.jsonl"
+    if args.part:
+        part(args.part, args.mode, path, LIMITS[args.part])
+        return 0
+    log = Log(path)
+    properties = torch.cuda.get_device_properties(0)
+    log("machine", device=properties.name, multiprocessors=properties.multi_processor_count, torch=torch.__version__)
+    deadline = time.perf_counter() + 60 * args.minutes
+
+    def child(section: str, mode: int) -> None:
+        seconds = min(LIMITS[section], deadline - time.perf_counter())
+        if seconds < 10:
+            log(section, cut_off=True)
+            return
+        command = [sys.executable, __file__, str(args.results), "--part", section, "--mode", str(mode)]
+        begin = time.perf_counter()
+        try:
+            done = subprocess.run(command, timeout=seconds, capture_output=True, text=True)
+            code, tail = done.returncode, (done.stdout[-2000:] if done.returncode == 0 else done.stderr[-1500:])
+        except subprocess.TimeoutExpired:
+            code, tail = -1, "cut off"
+        print(tail, flush=True)
+        log(f"{section} part", mode=list(MODES[mode]), code=code, seconds=time.perf_counter() - begin,
+            error=None if code == 0 else tail[-1200:])  # fmt: skip
+
+    sections = args.sections.split(",")
+    if "known" in sections:
+        for mode in range(len(MODES)):
+            child("known", mode)
+            if right_layout(path) is not None:
+                break
+    layout = right_layout(path)
+    log("layout", right=layout)
+    if layout is None:
+        return 1
+    for section in ("steps",):
+        if section in sections:
+            child(section, MODES.index(layout))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

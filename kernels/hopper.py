@@ -1,0 +1,479 @@
+"""The engine's convolutions on Hopper (compute capability 9.0) by the CUDA C++ kernel of `csrc/hopper/conv.cu`.
+
+It does what :func:`.conv.conv_forward` does for steps of stride 1 and for transposed ones, in float16 and bfloat16:
+the patch of the input that a tile of outputs needs comes into shared memory once and serves all taps. Its machine
+code, `hopper_conv.cubin`, lies beside this file and is loaded by the driver, so that nothing is compiled here;
+`make cubin` writes it anew. :data:`TUNED` says for which products it was measured to be the fastest.
+
+The first use on a GPU compares it with PyTorch in float32 (:func:`reason_against`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import logging
+import threading
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .conv import Conv, Store
+from .conv_configs import Work
+from .launch import ACTIVATIONS, device_guard, is_recording
+
+logger = logging.getLogger("lgnet_fast")
+
+CAPABILITY = (9, 0)
+CUBIN = Path(__file__).with_name("hopper_conv.cubin")
+CHANNELS = 64
+"""Output channels of a block, and input channels of a step."""
+TILE_W = 8
+TILE_HEIGHTS = (4, 8, 16, 32)
+SHARED_LIMIT = 232448
+"""Bytes of shared memory of a block: CUDA C++ Programming Guide, compute capability 9.0."""
+_THREADS = 256
+_LINE = 2 * CHANNELS  # bytes of a pixel's channels, or of a depth's columns
+_WEIGHT_BYTES = CHANNELS * _LINE
+_MAX_WEIGHT_STAGES, _MAX_PATCH_STAGES = 12, 4
+_STATIC_BYTES = 1024  # barriers
+_ALIGNMENT = 1024  # bytes after which the swizzle repeats
+_ROW_BYTES = 4 * (CHANNELS + 4)  # a pixel's results on their way to the stores
+
+
+class HopperTile(NamedTuple):
+    """Blocks of 8 x tile_h pixels by 64 channels; `cluster` blocks share the weights of a stage.
+
+    patch: "dense": a row of the patch takes as many pixels as it has; "padded": 16; "planes": a patch for each tap
+    along x.
+    base_offset: put the start's place within the swizzle's pattern into wgmma's descriptor.
+    """
+
+    tile_h: int
+    cluster: int
+    weight_stages: int = 8
+    patch_stages: int = 4
+    patch: str = "dense"
+    base_offset: bool = False
+
+
+TUNED: dict[tuple[str, int, int, tuple[int, ...], int], HopperTile] = {}
+"""(dtype kind, rows, columns, taps of every phase, input channels) -> tile, where this kernel is the fastest."""
+
+
+class Args(ctypes.Structure):
+    """`Args` of csrc/hopper/conv.cu."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("bias", "residual", "store0", "store1")),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "out_h", "out_w", "top", "bottom", "left", "right",
+                "rows_top", "rows_left", "in_h", "in_w",
+                "tiles_x", "tiles_y", "m_tiles", "n_blocks", "chunks", "phases", "out_step",
+            )
+        ),
+        *(
+            (name, ctypes.c_int32 * 2)
+            for name in ("origin_y", "origin_x", "first_y", "first_x", "count_y", "count_x", "taps")
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "stride_r", "stride_0", "stride_1", "activation_0", "activation_1", "reflect",
+                "dx_bytes", "dy_bytes", "box_bytes", "pitch", "box_rows", "planes",
+                "base_offset", "weight_stages", "patch_stages", "patch_bytes",
+            )
+        ),
+    ]  # fmt: skip
+
+
+class _Config(ctypes.Structure):
+    """CUlaunchConfig."""
+
+    _fields_ = [
+        *((name, ctypes.c_uint) for name in ("gridX", "gridY", "gridZ", "blockX", "blockY", "blockZ", "sharedBytes")),
+        ("stream", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("count", ctypes.c_uint),
+    ]
+
+
+class _Attribute(ctypes.Structure):
+    """CUlaunchAttribute; `value` begins with three unsigned integers or one integer."""
+
+    _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+_CLUSTER_DIMENSION, _PROGRAMMATIC_SERIALIZATION = 4, 6
+_MAX_DYNAMIC_SHARED = 8
+_SWIZZLE_128B, _PROMOTE_256B = 3, 3
+_TYPES = {torch.float16: 6, torch.bfloat16: 9}
+
+
+class Launch(NamedTuple):
+    """What one launch is given, but for addresses."""
+
+    args: Args
+    grid: int
+    cluster: int
+    shared_bytes: int
+    box: tuple[int, int]
+    """Pixels and rows of one box of the patch."""
+
+
+def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
+    """Why the kernel cannot compute a step (with that tile), or None."""
+    axis = conv.axis
+    if axis.in_step != 1 or axis.patch != 1 or conv.merges:
+        return "a step of stride 2, or one that ends a stage"
+    if conv.in_channels % CHANNELS or conv.out_channels % CHANNELS:
+        return f"{conv.in_channels} to {conv.out_channels} channels (multiples of {CHANNELS} are supported)"
+    if max(axis.taps) > 3 or (conv.reflect and conv.padding > 1):
+        return f"{conv.kernel}x{conv.kernel} taps (at most 3x3 a phase are supported)"
+    if tile is None:
+        return None
+    if tile.tile_h not in TILE_HEIGHTS or tile.patch not in ("dense", "padded", "planes"):
+        return f"{tile}"
+    if not (2 <= tile.weight_stages <= _MAX_WEIGHT_STAGES and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES):
+        return f"{tile.weight_stages} stages of weights and {tile.patch_stages} of patches"
+    if tile.cluster not in (1, 2, 4, 8):
+        return f"clusters of {tile.cluster} blocks (1, 2, 4 and 8 are supported)"
+    return None
+
+
+def describe_launch(
+    conv: Conv,
+    batch: int,
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    rect: tuple[int, int, int, int],
+    tile: HopperTile,
+) -> Launch:
+    """A launch for outputs `rect` = (top, bottom, left, right).
+
+    Raises:
+        ValueError: the kernel cannot compute the step, or its tile takes more shared memory than there is.
+    """
+    if (reason := unsupported(conv, tile)) is not None:
+        raise ValueError(f"conv: {reason}")
+    axis, phases = conv.axis, conv.axis.phases
+    (rows_top, rows_bottom), (rows_left, rows_right) = conv.rows_of(rect)
+    used = [
+        [axis.used(phase, in_size[dim], out_size[dim], conv.reflect) for phase in (0, phases - 1)] for dim in (0, 1)
+    ]
+    most_y, most_x = (max(count for _, count in used[dim]) for dim in (0, 1))
+    if tile.patch == "planes" and conv.reflect and (rows_left % TILE_W or in_size[1] % TILE_W):
+        raise ValueError(f"tile: planes of a reflecting step need widths that are multiples of {TILE_W}")
+    box_rows = tile.tile_h + most_y - 1
+    planes = most_x if tile.patch == "planes" else 1
+    pitch = {"dense": TILE_W + most_x - 1, "padded": 16, "planes": TILE_W}[tile.patch]
+    box_bytes = pitch * box_rows * _LINE
+    patch_bytes = -(-planes * box_bytes // _ALIGNMENT) * _ALIGNMENT
+    tiles_y = -(-(rows_bottom - rows_top) // tile.tile_h)
+    tiles_x = -(-(rows_right - rows_left) // TILE_W)
+    m_tiles = batch * tiles_y * tiles_x
+    cluster = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
+    chunks = conv.in_channels // CHANNELS
+    # results pass through the patches' memory
+    patch_stages = max(min(tile.patch_stages, chunks), -(-TILE_W * tile.tile_h * _ROW_BYTES // patch_bytes))
+    shared_bytes = tile.weight_stages * _WEIGHT_BYTES + patch_stages * patch_bytes + _ALIGNMENT
+    if patch_stages > _MAX_PATCH_STAGES or shared_bytes + _STATIC_BYTES > SHARED_LIMIT:
+        raise ValueError(f"tile: {tile} takes {shared_bytes} bytes of shared memory")
+    pair = ctypes.c_int32 * 2
+    args = Args(
+        out_h=out_size[0], out_w=out_size[1], top=rect[0], bottom=rect[1], left=rect[2], right=rect[3],
+        rows_top=rows_top, rows_left=rows_left, in_h=in_size[0], in_w=in_size[1],
+        tiles_x=tiles_x, tiles_y=tiles_y, m_tiles=m_tiles, n_blocks=conv.out_channels // CHANNELS,
+        chunks=chunks, phases=phases**2, out_step=axis.out_step,
+        origin_y=pair(*(axis.origins[phase] + used[0][i][0] for i, phase in enumerate((0, phases - 1)))),
+        origin_x=pair(*(axis.origins[phase] + used[1][i][0] for i, phase in enumerate((0, phases - 1)))),
+        first_y=pair(*(first for first, _ in used[0])), first_x=pair(*(first for first, _ in used[1])),
+        count_y=pair(*(count for _, count in used[0])), count_x=pair(*(count for _, count in used[1])),
+        taps=pair(axis.taps[0], axis.taps[phases - 1]),
+        reflect=conv.reflect,
+        dx_bytes=box_bytes if tile.patch == "planes" else _LINE, dy_bytes=pitch * _LINE,
+        box_bytes=box_bytes, pitch=pitch, box_rows=box_rows, planes=planes,
+        base_offset=tile.base_offset, weight_stages=tile.weight_stages, patch_stages=patch_stages,
+        patch_bytes=patch_bytes,
+    )  # fmt: skip
+    return Launch(args, m_tiles * args.n_blocks * args.phases, cluster, shared_bytes, (pitch, box_rows))
+
+
+class _Driver:
+    """NVIDIA's driver interface, by ctypes."""
+
+    def __init__(self) -> None:
+        self._library = ctypes.CDLL("libcuda.so.1")
+
+    def __call__(self, name: str, *arguments: Any) -> None:
+        code = getattr(self._library, name)(*arguments)
+        if code:
+            text = ctypes.c_char_p()
+            self._library.cuGetErrorString(code, ctypes.byref(text))
+            raise RuntimeError(f"{name}: {(text.value or b'unknown error').decode()} ({code})")
+
+
+@functools.cache
+def _driver() -> _Driver:
+    return _Driver()
+
+
+def _enter_context(device: int) -> None:
+    """Make the device's primary context, which is PyTorch's, current in a thread that has none yet."""
+    context = ctypes.c_void_p()
+    _driver()("cuCtxGetCurrent", ctypes.byref(context))
+    if not context:
+        _driver()("cuDevicePrimaryCtxRetain", ctypes.byref(context), ctypes.c_int(device))
+        _driver()("cuCtxSetCurrent", context)
+
+
+@functools.cache
+def _function(device: int, name: str) -> ctypes.c_void_p:
+    """A kernel in the current context, which is that of `device`."""
+    function = ctypes.c_void_p()
+    _driver()("cuModuleGetFunction", ctypes.byref(function), _module(device), name.encode())
+    shared = SHARED_LIMIT - _STATIC_BYTES
+    _driver()("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), ctypes.c_int(shared))
+    return function
+
+
+@functools.cache
+def _module(device: int) -> ctypes.c_void_p:
+    module = ctypes.c_void_p()
+    _driver()("cuModuleLoadData", ctypes.byref(module), CUBIN.read_bytes())
+    return module
+
+
+def _kernel_name(dtype: torch.dtype, tile: HopperTile) -> str:
+    return f"lgnet_conv_{str(dtype).removeprefix('torch.')}_{tile.tile_h}"
+
+
+def _tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> Any:
+    """A CUtensorMap: dimensions from the innermost on, strides in bytes from the second on. Aligned to 128 bytes."""
+    memory = ctypes.create_string_buffer(128 + 128)
+    address = -(-ctypes.addressof(memory) // 128) * 128
+    rank = len(sizes)
+    _driver()(
+        "cuTensorMapEncodeTiled",
+        ctypes.c_void_p(address),
+        ctypes.c_int(_TYPES[tensor.dtype]),
+        ctypes.c_uint(rank),
+        ctypes.c_void_p(tensor.data_ptr()),
+        (ctypes.c_uint64 * rank)(*sizes),
+        (ctypes.c_uint64 * (rank - 1))(*strides),
+        (ctypes.c_uint32 * rank)(*box),
+        (ctypes.c_uint32 * rank)(*([1] * rank)),
+        ctypes.c_int(0),
+        ctypes.c_int(_SWIZZLE_128B),
+        ctypes.c_int(_PROMOTE_256B),
+        ctypes.c_int(0),
+    )
+    return memory, ctypes.c_void_p(address)
+
+
+def _check_view(name: str, view: Tensor, dtype: torch.dtype, channels: int) -> None:
+    if view.dtype != dtype or view.shape[3] != channels or view.stride(3) != 1:
+        raise ValueError(
+            f"{name}: expected {channels} adjacent channels of {dtype}, got {tuple(view.shape)} {view.dtype}"
+        )
+    if view.data_ptr() % 16 or any(stride % 8 for stride in view.stride()[:3]):
+        raise ValueError(f"{name}: expected pixels at multiples of 16 bytes, got strides {view.stride()}")
+    if view.stride(1) != view.shape[2] * view.stride(2) or view.stride(0) != view.shape[1] * view.stride(1):
+        raise ValueError(f"{name}: expected evenly spaced pixels, got strides {view.stride()} of {tuple(view.shape)}")
+
+
+def _prepare(
+    conv: Conv,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stores: tuple[Store, ...],
+    tile: HopperTile,
+    size: tuple[int, int],
+    rect: tuple[int, int, int, int] | None,
+    residual: Tensor | None,
+) -> tuple[Launch, list[Any], list[Any]]:
+    """The launch, the addresses of its parameters, and what must live until it is made."""
+    batch, in_h, in_w, _ = source.shape
+    rect = (0, size[0], 0, size[1]) if rect is None else rect
+    launch = describe_launch(conv, batch, (in_h, in_w), size, rect, tile)
+    dtype = source.dtype
+    if dtype not in _TYPES:
+        raise ValueError(f"source: expected float16 or bfloat16, got {dtype}")
+    _check_view("source", source, dtype, conv.in_channels)
+    for store in stores:
+        _check_view("stores", store.view, dtype, conv.out_channels)
+    if residual is not None:
+        _check_view("residual", residual, dtype, conv.out_channels)
+    if weight.dtype != dtype or weight.shape[1] != conv.out_channels or not weight.is_contiguous():
+        raise ValueError(f"weight: expected Conv.pack in {dtype}, got {tuple(weight.shape)} {weight.dtype}")
+    if bias.dtype != torch.float32 or bias.shape != (conv.out_channels,) or bias.data_ptr() % 16:
+        raise ValueError(f"bias: expected {conv.out_channels} aligned float32, got {tuple(bias.shape)} {bias.dtype}")
+    args = launch.args
+    args.bias, args.residual = bias.data_ptr(), None if residual is None else residual.data_ptr()
+    args.stride_r = 0 if residual is None else residual.stride(2)
+    for number, store in enumerate(stores):
+        setattr(args, f"store{number}", store.view.data_ptr())
+        setattr(args, f"stride_{number}", store.view.stride(2))
+        setattr(args, f"activation_{number}", ACTIVATIONS[store.activation])
+    patches = _tensor_map(
+        source,
+        [conv.in_channels, in_w, in_h, batch],
+        [2 * source.stride(2), 2 * source.stride(1), 2 * source.stride(1) * in_h],
+        [CHANNELS, *launch.box, 1],
+    )
+    weights = _tensor_map(
+        weight,
+        [conv.out_channels, weight.shape[0]],
+        [2 * conv.out_channels],
+        [CHANNELS, CHANNELS // launch.cluster],
+    )
+    return launch, [patches[1], weights[1], ctypes.c_void_p(ctypes.addressof(args))], [patches, weights, args]
+
+
+def _config(launch: Launch, stream: int, overlap: bool) -> tuple[_Config, Any]:
+    attributes = (_Attribute * 2)()
+    attributes[0].id = _CLUSTER_DIMENSION
+    attributes[0].value[0:3] = [launch.cluster, 1, 1]
+    attributes[1].id = _PROGRAMMATIC_SERIALIZATION
+    attributes[1].value[0] = 1
+    config = _Config(
+        launch.grid, 1, 1, _THREADS, 1, 1, launch.shared_bytes,
+        stream, ctypes.addressof(attributes), 2 if overlap else 1,
+    )  # fmt: skip
+    return config, attributes
+
+
+def hopper_forward(
+    conv: Conv,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stores: tuple[Store, ...],
+    tile: HopperTile,
+    *,
+    size: tuple[int, int],
+    rect: tuple[int, int, int, int] | None = None,
+    residual: Tensor | None = None,
+    overlap: bool = False,
+) -> None:
+    """One step, as :func:`.conv.conv_forward` has it, on the current stream of the source's GPU.
+
+    Raises:
+        ValueError: an argument is not what the kernel needs.
+        RuntimeError: the driver refuses the kernel.
+    """
+    if is_recording():  # nothing to compile
+        return
+    with device_guard(source):
+        launch, addresses, kept = _prepare(conv, source, weight, bias, stores, tile, size, rect, residual)
+        if launch.grid == 0:
+            return
+        device = torch.cuda.current_device()
+        config, attributes = _config(launch, torch.cuda.current_stream(device).cuda_stream, overlap)
+        _enter_context(device)
+        function = _function(device, _kernel_name(source.dtype, tile))
+        parameters = (ctypes.c_void_p * 3)(*addresses)
+        _driver()("cuLaunchKernelEx", ctypes.byref(config), function, parameters, None)
+        del kept, attributes
+
+
+def active_clusters(launch: Launch, dtype: torch.dtype, tile: HopperTile) -> int:
+    """How many clusters of such a launch the current GPU holds at a time."""
+    device = torch.cuda.current_device()
+    config, attributes = _config(launch, 0, False)
+    count = ctypes.c_int()
+    function = _function(device, _kernel_name(dtype, tile))
+    _driver()("cuOccupancyMaxActiveClusters", ctypes.byref(count), function, ctypes.byref(config))
+    del attributes
+    return count.value
+
+
+_reasons: dict[tuple[int, torch.dtype], str | None] = {}
+_lock = threading.Lock()
+
+
+def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel is not used on a GPU in `dtype`, or None. The first call there runs it and compares."""
+    if device.type != "cuda" or torch.version.hip is not None or dtype not in _TYPES:
+        return "needs an NVIDIA GPU, float16 or bfloat16"
+    if torch.cuda.get_device_capability(device) != CAPABILITY:
+        return "needs compute capability 9.0"
+    index = torch.cuda.current_device() if device.index is None else device.index
+    with _lock:
+        key = index, dtype
+        if key not in _reasons:
+            if torch.cuda.is_current_stream_capturing():
+                return "not checked yet, and a graph is being captured"
+            try:
+                _reasons[key] = _check(torch.device("cuda", index), dtype)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # whatever the driver may raise means: not this kernel
+                _reasons[key] = f"{type(error).__name__}: {error}"
+            if _reasons[key] is not None:
+                logger.warning("the convolution for Hopper is not used: %s", _reasons[key])
+        return _reasons[key]
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> str | None:
+    """A reflecting 3x3 convolution with a residual and a transposed 4x4 one, each beside PyTorch in float32."""
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator("cpu").manual_seed(9)
+        for conv in (
+            Conv(128, 128, 3, 1, 1, False, True, False),
+            Conv(128, 64, 4, 2, 1, True, False, False),
+        ):
+            for tile in dict.fromkeys(TUNED.values()) or [HopperTile(16, 4)]:
+                error = _error(conv, tile, (2, 32, 16), dtype, device, generator)
+                if not error < 8 * torch.finfo(dtype).eps:
+                    return f"relative error {error:.1e} in {conv} with {tile}"
+    return None
+
+
+def _error(
+    conv: Conv,
+    tile: HopperTile,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> float:
+    """Of a step on noise: RMS of the difference to float32, relative to the result's."""
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device, dtype)
+
+    batch, height, width = shape
+    step = conv.axis.out_step
+    x = noise(batch, height, width, conv.in_channels)
+    first, second = (conv.in_channels, conv.out_channels)[:: 1 if conv.transposed else -1]
+    weight = noise(first, second, conv.kernel, conv.kernel) / (conv.in_channels * conv.kernel**2) ** 0.5
+    bias = noise(conv.out_channels).float()
+    residual = noise(batch, step * height, step * width, conv.out_channels)
+    out = torch.full_like(residual, float("nan"))
+    stores = (Store(out, "relu"),)
+    size = (step * height, step * width)
+    hopper_forward(conv, x, conv.pack(weight).contiguous(), bias, stores, tile, size=size, residual=residual)
+    planes = x.permute(0, 3, 1, 2).double()
+    if conv.transposed:
+        exact = F.conv_transpose2d(planes, weight.double(), bias.double(), conv.stride, conv.padding)
+    else:
+        if conv.reflect:
+            planes = F.pad(planes, [conv.padding] * 4, mode="reflect")
+        exact = F.conv2d(planes, weight.double(), bias.double(), padding=0 if conv.reflect else conv.padding)
+    exact = (exact.permute(0, 2, 3, 1) + residual.double()).relu()
+    return float((out.double() - exact).norm() / exact.norm())
+
+
+def pick(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device) -> HopperTile | None:
+    """The tile of a product for which this kernel is the fastest on `device`, where it may be used there."""
+    tile = TUNED.get(("half", *work[:4])) if dtype in _TYPES else None
+    if tile is None or unsupported(conv, tile) is not None or reason_against(device, dtype) is not None:
+        return None
+    return tile
