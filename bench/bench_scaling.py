@@ -63,7 +63,8 @@ def grow(
     contest: dict[str, list[tuple[int, Tensor, Tensor]]], runners: dict[str, Any], compete: Any, rounds: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Time every runner on its (size, image, mask); the summary, and each runner's slope in size."""
-    running, results = {}, {}
+    running: dict[str, Any] = {}
+    results: dict[int, Any] = {}
     for name, cases in contest.items():
         for size, image, mask in cases:
             running[f"{name}_{size}"] = lambda run=runners[name], image=image, mask=mask: run(image, mask)

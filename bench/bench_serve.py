@@ -40,6 +40,13 @@ SIZES = [(96, 120), (200, 180), (256, 256), (300, 420), (512, 512)]
 PICTURES, SESSIONS = 300, 50
 
 
+def metric(text: str, name: str) -> float:
+    """A figure of /metrics."""
+    found = re.search(rf"^{name} (\S+)", text, re.MULTILINE)
+    assert found is not None, name
+    return float(found[1])
+
+
 def percentiles(values: list[float]) -> dict[str, float]:
     p50, p95, p99 = np.percentile(values, [50, 95, 99])
     return {"p50": round(p50, 2), "p95": round(p95, 2), "p99": round(p99, 2), "max": round(max(values), 2)}
@@ -164,7 +171,7 @@ def test_many_clients(server: Server, report: Callable[..., None]) -> None:
         thread.join()
     seconds = time.perf_counter() - start
     text = httpx.get(f"{server.address}/metrics").text
-    windows, runs = (float(re.search(rf"lgnet_batch_windows_{name} (\S+)", text)[1]) for name in ("sum", "count"))
+    windows, runs = (metric(text, f"lgnet_batch_windows_{name}") for name in ("sum", "count"))
     report(
         "eight clients",
         requests=len(taken),
@@ -197,7 +204,7 @@ def test_memory_stays(report: Callable[..., None]) -> None:
             if number % 25 == 24:
                 resident.append(process.memory_info().rss / 2**20)
         text = calls.get("/metrics").text
-    opened = int(float(re.search(r"lgnet_pictures (\S+)", text)[1]))
+    opened = int(metric(text, "lgnet_pictures"))
     report("memory", pictures=PICTURES, open=opened, resident_mib=[round(value) for value in resident])
     assert opened == SESSIONS
     assert resident[-1] < 1.05 * resident[3] + 32  # the first hundred fill the sessions and the heap

@@ -45,9 +45,9 @@ def kodak(source: Path, folder: Path) -> None:
     """
     numbered = {}
     for file in sorted(source.glob("*")):
-        number = re.search(r"(\d+)$", file.stem)
-        if number and file.suffix.lower() in EXTENSIONS:
-            numbered[int(number[1])] = file
+        digits = re.search(r"(\d+)$", file.stem)
+        if digits and file.suffix.lower() in EXTENSIONS:
+            numbered[int(digits[1])] = file
     if sorted(numbered) != list(range(1, 25)):
         raise LGNetError(
             f"--kodak: expected 24 pictures numbered from 1 to 24 in {str(source)!r}, got {len(numbered)}"

@@ -1,4 +1,4 @@
-"""What every step of LGNet takes on this CPU, and how far that is from the multiplications' floor.
+"""Time of every step of LGNet on this CPU, and how far it is from the bound of its multiplications.
 
     python bench/profile_plan.py [--dtype float32] [--size 256 256] [--batch 1] [--threads 2] [--rounds 20]
                                  [--kernel direct|winograd2|winograd4] [--hole TOP BOTTOM LEFT RIGHT] [--channels 64]

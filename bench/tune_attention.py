@@ -14,6 +14,7 @@ import itertools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -101,13 +102,14 @@ def measure(op: str, dtype: torch.dtype, channels: int, side: int, batch: int) -
                     features, weight, bias, "released", save_attended=True
                 )
                 assert attended is not None
+                assert stats is not None
                 df, _, _ = attention.attention_block_backward(
                     grad, features, attended, stats, weight, "released", needs=(True, False, False)
                 )
                 torch.cuda.synchronize()
             except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError):
                 continue
-            if not close(out, exact, dtype) or (backward and not close(df, exact_grad, dtype)):
+            if not close(out, exact, dtype) or (backward and (df is None or not close(df, exact_grad, dtype))):
                 print(f"  wrong result, left out: {op} {shape}", file=sys.stderr)
                 continue
             with record() as launches:
@@ -116,6 +118,7 @@ def measure(op: str, dtype: torch.dtype, channels: int, side: int, batch: int) -
                 )
                 if backward:
                     assert attended is not None
+                    assert stats is not None
                     attention.attention_block_backward(
                         grad, features, attended, stats, weight, "released", needs=(True, False, False)
                     )
@@ -123,7 +126,7 @@ def measure(op: str, dtype: torch.dtype, channels: int, side: int, batch: int) -
         if not concerned:  # the merge kernel, where the work is not split
             return None
 
-        def once(items=concerned) -> None:
+        def once(items: list[Any] = concerned) -> None:
             for item in items:
                 launch(item.kernel, item.grid, *item.args, **item.meta)
 

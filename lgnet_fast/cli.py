@@ -85,7 +85,7 @@ class Stored(str, Enum):
 
 
 def _given(text: str) -> str:
-    """A path or name; an empty one, as of a variable that is not set, would mean the current folder."""
+    """A path or name. An empty one, such as an unset shell variable, is refused: it would mean the current folder."""
     if not text.strip():
         raise typer.BadParameter("got an empty text")
     return text
@@ -95,9 +95,11 @@ def _path(text: str) -> Path:
     return Path(_given(text))
 
 
-def _folder(text: str) -> Path:
+def _folder(given: str | Path) -> Path:
+    """A folder's path; Typer also passes an option's default through its parser."""
     from .pipeline.formats import ADDRESS
 
+    text = str(given)
     if ADDRESS.match(text):
         raise typer.BadParameter(f"expected a folder, got the address {text}")
     return _path(text)

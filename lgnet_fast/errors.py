@@ -1,4 +1,4 @@
-"""Exceptions of the public API. Each also derives from the built-in that the situation suggests."""
+"""Exceptions of the public API. Each also derives from the built-in exception that fits."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -146,6 +147,18 @@ def test_demo_fills_every_sample(tmp_path):
         error, white = (after - before)[hole].abs().double().mean(), (255 - before)[hole].abs().double().mean()
         assert 0 < error < white / 2
         assert Image.open(tmp_path / f"{name}_sheet.png").width == 5 * 328 + 8
+
+
+def test_demo_writes_to_demo_output_where_no_folder_is_named(tmp_path, monkeypatch, fake):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    assert {f.name for f in (tmp_path / "demo_output").iterdir()} >= {f"{name}.png" for name in sample_paths()}
+    # The README shows what is printed, without the times.
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    shown = readme.split("```\nready after", 1)[1].split("```", 1)[0].replace("\\", "/")
+    pattern = re.escape("ready after" + shown.rstrip()).replace(re.escape("..."), r"[\d.]+")
+    assert re.fullmatch(pattern, result.output.replace("\\", "/").rstrip())
 
 
 def test_verify_prints_every_check_with_its_error():

@@ -303,7 +303,7 @@ def test_scores_of_a_network_with_a_known_answer(pictures):
 
 
 def test_paper_compat_truncates_known_and_filled_pixels(tmp_path):
-    """63 of 256 levels come back one lower; SPEC of the released test script."""
+    """63 of 256 levels come back one lower, as in the released test script (docs/model.md)."""
     levels = np.arange(256, dtype=np.uint8).reshape(16, 16)
     Image.fromarray(np.stack([levels] * 3, axis=2)).save(tmp_path / "levels.png")
     pipe = Inpainter(ConstantFill(0.5, 0.5, 0.5))

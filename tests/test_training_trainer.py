@@ -625,7 +625,7 @@ def test_shipped_configurations_are_valid(name):
     config = load_config(Path(__file__).parent.parent / "configs" / f"{name}.yaml")
     assert config.data.size == 256
     if name == "lgnet_places2":
-        # SPEC's settings are the defaults.
+        # The paper's settings are the defaults.
         assert config.loss == LossConfig()
         assert (config.optim.learning_rate, config.optim.betas, config.optim.batch_size) == (2e-4, (0.5, 0.999), 4)
         assert (config.optim.epochs, config.optim.schedule) == (200, "paper")

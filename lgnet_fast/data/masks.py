@@ -145,14 +145,14 @@ def _fill(
 ) -> None:
     """Call draw(missing pixels, size <= 1), which marks pixels of `hole`, until it has about `target` of them."""
     count, attempts, size = 0, 0, 1.0
-    # Within a hundredth of the picture of its target the hole is done: the rest would be crumbs.
+    # Stop within 1 % of the picture of the target: the rest would be tiny specks.
     while (count < fewest or target - count > hole.size // 100) and attempts < 200:
         attempts += 1
         before = hole.copy()
         draw(target - count, size)
         drawn = int(np.count_nonzero(hole))
         if drawn > most:
-            # Too much: take it back and go on with a smaller brush.
+            # Too much: undo it and continue with a smaller brush.
             hole[:] = before
             size *= 0.7
         else:
@@ -236,7 +236,7 @@ def _draw_box(hole: np.ndarray, rng: np.random.Generator, missing: int, size: fl
 
 
 def _grow(hole: np.ndarray, rng: np.random.Generator, missing: int) -> None:
-    """Add exactly `missing` pixels at the hole's rim: the last resort where no stroke fits the class's bounds."""
+    """Add exactly `missing` pixels at the hole's rim, where no stroke fits the class's bounds."""
     if not hole.any():
         hole[int(rng.integers(hole.shape[0])), int(rng.integers(hole.shape[1]))] = True
         missing -= 1
@@ -416,7 +416,7 @@ class MaskFolder:
     * QD-IMD (Iskakov's Quick Draw irregular masks: ``train/``, ``test/`` of numbered files) and any other folder of
       pictures, searched with its sub-folders.
 
-    Classes are always those of the measured hole ratio: a name promises nothing.
+    Classes follow the measured hole ratio, not the file's name.
 
     Args:
         folder: where the masks are.
@@ -494,7 +494,8 @@ def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
         return mask
     rows = (2 * np.arange(height) + 1) * mask.shape[0] // (2 * height)
     columns = (2 * np.arange(width) + 1) * mask.shape[1] // (2 * width)
-    return mask[rows[:, None], columns]
+    resized: np.ndarray = mask[rows[:, None], columns]
+    return resized
 
 
 def _number(stem: str) -> int:

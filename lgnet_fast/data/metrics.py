@@ -31,7 +31,7 @@ Distance = Callable[[Tensor, Tensor], Tensor]
 
 
 class Metrics:
-    """The metrics that can be had here.
+    """The metrics that are available here.
 
     Args:
         wanted: names in :data:`METRICS`.
@@ -86,7 +86,7 @@ class Metrics:
         except WeightsError as cause:
             self.missing[name] = one_line(cause)
             return None
-        except Exception as cause:  # unpicklers and hubs raise all kinds
+        except Exception as cause:  # unpickling and downloads raise many types
             self.missing[name] = f"{type(cause).__name__}: {_line(cause)}"
             return None
         return network.to(self.device).eval() if isinstance(network, nn.Module) else network
@@ -128,7 +128,8 @@ class Metrics:
             raise ValueError("metrics: FID is not available")
         with torch.inference_mode():
             given = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))[None]).to(self.device)
-            return self._inception(given).reshape(-1).float().cpu().numpy()
+            features: np.ndarray = self._inception(given).reshape(-1).float().cpu().numpy()
+        return features
 
 
 def fid_score(real: np.ndarray, filled: np.ndarray) -> float:
@@ -142,7 +143,7 @@ def fid_score(real: np.ndarray, filled: np.ndarray) -> float:
 
 
 class _Given(nn.Module):
-    """Features that are there already."""
+    """A stand-in network that returns features computed before."""
 
     def __init__(self, num_features: int) -> None:
         super().__init__()
@@ -153,7 +154,7 @@ class _Given(nn.Module):
 
 
 def one_line(cause: WeightsError) -> str:
-    """The error's text in one line of at most 240 characters: lists of names can be long."""
+    """The error's text in one line of at most 240 characters; lists of names can be long."""
     return textwrap.shorten(str(cause), 240, placeholder=" ...")
 
 
@@ -186,7 +187,7 @@ def _inception(source: str | Path | nn.Module | None) -> nn.Module:
     from torchmetrics.image.fid import NoTrainInceptionV3
 
     if source is not None:
-        # torch-fidelity unpickles whatever the file holds: first it must pass as a file of tensors.
+        # torch-fidelity unpickles the file without checks, so it is first loaded as tensors only.
         load_state_dict_file(Path(source))
     try:
         with warnings.catch_warnings():
@@ -205,7 +206,7 @@ def _inception(source: str | Path | nn.Module | None) -> nn.Module:
 
 @contextmanager
 def _stalled_downloads_end(seconds: float = 30.0) -> Iterator[None]:
-    """urllib waits for ever by default."""
+    """urllib has no timeout by default."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -49,26 +49,26 @@ def parse_classes(classes: str | Sequence[int | str] | None) -> tuple[int, ...] 
     return tuple(dict.fromkeys(chosen))
 
 
-def pictures_in(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
-    """The pictures of a folder and its sub-folders, without those in the folders `besides`; or the one picture.
+def pictures_in(folder: Path, excluded: Sequence[Path] = ()) -> list[Path]:
+    """The pictures of a folder and its sub-folders, except those in the folders `excluded`; or the one picture.
 
-    Raises UsageError: not there, or none.
+    Raises UsageError: no such folder or file, or no picture in it.
     """
     if not folder.exists():
         raise UsageError(f"pictures: {str(folder)!r} does not exist")
     if not folder.is_dir():
         return [folder]
-    excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
-    found = list(folders.pictures_in(folder, excluded))
+    resolved = [path.resolve() for path in excluded if path.resolve() != folder.resolve()]
+    found = list(folders.pictures_in(folder, resolved))
     if not found:
         raise UsageError(f"pictures: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
     return found
 
 
-def left_out_in(folder: Path, besides: Sequence[Path] = ()) -> list[dict[str, str]]:
-    """What `pictures_in` passes over and should not have to: unreadable sub-folders, pictures in other formats."""
-    excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
-    found = folders.scan(folder, excluded).left_out if folder.is_dir() else []
+def left_out_in(folder: Path, excluded: Sequence[Path] = ()) -> list[dict[str, str]]:
+    """Unreadable sub-folders and pictures in unsupported formats, which `pictures_in` skips."""
+    resolved = [path.resolve() for path in excluded if path.resolve() != folder.resolve()]
+    found = folders.scan(folder, resolved).left_out if folder.is_dir() else []
     return [{"picture": str(path), "error": reason} for path, reason in found]
 
 
@@ -136,7 +136,7 @@ class GeneratedMasks:
         return generate_mask(height, width, hole_class=hole_class, kind=self.kind, seed=seed)
 
     def identity(self, index: int, hole_class: int) -> object:
-        """Everything that it is drawn from."""
+        """The values it is drawn from."""
         return [self.kind, self.seed, index, hole_class]
 
 

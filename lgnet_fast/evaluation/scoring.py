@@ -227,7 +227,7 @@ class _Job:
                 raise
             except (LGNetError, OSError) as error:
                 record["error"] = str(error)
-            except Exception as error:  # one picture that breaks something must not stop the others
+            except Exception as error:  # an unexpected error of one picture must not stop the others
                 record["error"] = f"{type(error).__name__}: {error}"
         if self.journal is not None:
             self.journal.done(key, record)
@@ -280,7 +280,7 @@ class _Job:
             filled_features = [self.measure.features(picture) for picture in filled.values()]
             self._keep_features(record["key"], np.stack([self._truth_features, *filled_features]))
         if isinstance(self.holes, SuiteMasks):
-            shown = self.sheet_rows > 0  # which of them are best and worst shows at the end
+            shown = self.sheet_rows > 0  # the best and worst are known only at the end
         else:
             # One row a picture, of another class each.
             position = list(self.holes.classes).index(asked)
@@ -355,7 +355,7 @@ def _network(pipe: Inpainter, paper_compat: bool) -> Callable[[np.ndarray, np.nd
     def truncating(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
         levels = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))[None]).float() / 255
         filled = pipe(levels, hole)[0].permute(1, 2, 0).cpu().numpy()
-        result = _TRUNCATED[picture]
+        result: np.ndarray = _TRUNCATED[picture]
         result[hole] = (filled[hole] * np.float32(255)).astype(np.uint8)
         return result
 
@@ -442,5 +442,5 @@ def _means(group: list[dict[str, Any]], job: _Job, measured: list[str]) -> dict[
 def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
-    except OSError:  # another job's journal is there
+    except OSError:  # the journal of another job lies there
         return

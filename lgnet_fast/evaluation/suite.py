@@ -6,8 +6,9 @@ All measures are of 8-bit pictures whose known pixels are the true ones; see :cl
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -146,7 +147,8 @@ class SuiteMetrics:
             raise MissingExtraError(
                 f'suite: scikit-image cannot be imported ({cause}); pip install "lgnet_fast[eval]"'
             ) from cause
-        self._ssim, self.device = structural_similarity, torch.device(device)
+        self._ssim: Callable[..., Any] = structural_similarity
+        self.device = torch.device(device)
         self.missing: dict[str, str] = {}
         self._lpips: Distance | None = None
         if "lpips" in wanted:

@@ -1,7 +1,7 @@
 """Work split among processes without collectives: every process keeps a journal of its part on the shared disk.
 
-A process that dies can therefore hang nobody. The journals of one job lie in one hidden folder beside the results,
-and the same command run again, with any number of processes, finds in them what is done.
+So no process waits for one that died. The journals of a job lie in a hidden folder beside the results. The same
+command run again, with any number of processes, reads in them what is done.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..pipeline.writing import temporary_prefix
 
 try:
     import fcntl
-except ImportError:  # Windows: the heartbeat alone tells who is alive
+except ImportError:  # Windows has no such locks: only the heartbeat tells which processes are alive
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = ".lgnet_fast"
@@ -42,10 +42,10 @@ _rendezvous_count = 0
 
 @dataclass(frozen=True)
 class World:
-    """Which of how many processes this is.
+    """This process's rank and the number of processes.
 
-    `launch` is the same text in all processes of one launch and in no other. `launched`: by `accelerate launch`,
-    torchrun or mpirun, as the environment tells.
+    `launch` is a text that all processes of one launch share, and no other launch has. `launched`: whether
+    environment variables of `accelerate launch`, torchrun or mpirun are set.
     """
 
     rank: int = 0
@@ -101,7 +101,7 @@ def _agree(world: World) -> str:
     global _rendezvous_count
     if not torch.distributed.is_available():
         raise BackendError("WORLD_SIZE: this build of torch has no torch.distributed; start a single process")
-    # A restarted worker group meets the keys of its first attempt in the launcher's store.
+    # The launcher's store still holds the keys of a worker group's first attempt after a restart.
     key = f"lgnet_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_rendezvous_count}"
     _rendezvous_count += 1
     os.environ.setdefault("RANK", str(world.rank))
@@ -110,13 +110,13 @@ def _agree(world: World) -> str:
         store, _, _ = next(iter(torch.distributed.rendezvous("env://", timeout=_RENDEZVOUS)))
         if world.rank == 0:
             store.set(key, world.launch)
-        launch = store.get(key).decode()
+        launch: str = store.get(key).decode()
     except Exception as cause:  # DistNetworkError, DistStoreError, ValueError of a missing variable
         raise BackendError(
             f"WORLD_SIZE: {world.size} processes are announced, but they did not meet "
             f"({str(cause).splitlines()[0]}); start them with `accelerate launch` or torchrun"
         ) from cause
-    _stores.append(store)  # process 0's store serves the others, who may come later
+    _stores.append(store)  # process 0's store serves the others, which may start later
     return launch
 
 
@@ -129,7 +129,7 @@ def fingerprint(*values: Any) -> str:
 
 
 def stamp(path: Path) -> list[int] | None:
-    """[size, mtime in ns] of a file, None where there is none: whether it was replaced since."""
+    """[size, mtime in ns] of a file, to detect a replacement; None where there is no file."""
     try:
         found = path.stat()
     except OSError:
@@ -148,7 +148,7 @@ def model_stamp(model: str | os.PathLike[str] | None) -> Any:
 
 @dataclass(frozen=True)
 class Done:
-    """What a journal says of one finished item."""
+    """A journal's record of one finished item."""
 
     record: dict[str, Any]
     written: list[int] | None
@@ -187,20 +187,20 @@ class Journal:
         return done.record
 
     def writing(self, key: str, record: dict[str, Any], output: Path) -> None:
-        """Says that `output` is about to be replaced: should the process die before `done`, a file that changed since
-        tells that the replacement (which is atomic) took place."""
+        """Record that `output` is about to be replaced. If the process dies before `done`, a changed file shows that
+        the atomic replacement took place."""
         self._write({"key": key, "writing": record, "output": str(output), "before": stamp(output)})
 
     def done(self, key: str, record: dict[str, Any], output: Path | None = None) -> None:
-        """Says that an item is finished, for good or with an error in its record."""
+        """Record that an item is finished, successfully or with an error in its record."""
         self._write({"key": key, "done": record, "written": None if output is None else stamp(output)})
 
     def finish(self) -> None:
-        """Says that this process's part is finished."""
+        """Record that this process's part is finished."""
         self._write({"finished": True})
 
     def close(self) -> None:
-        """Ends the heartbeat and gives the file free."""
+        """Stop the heartbeat and release the file."""
         self._stop.set()
         self._heart.join()
         self._file.close()
@@ -208,8 +208,9 @@ class Journal:
     def collect(self, patience: float = 60.0) -> tuple[list[dict[str, Any]], list[int]]:
         """The records of all processes of this launch, once each has finished or died, and the ranks that died.
 
-        A process is dead when its journal is neither finished nor locked (on this host), or when nothing was written
-        to it for `patience` seconds (its heart beats every 2); one that never began, after 5 times `patience`.
+        A process counts as dead when its journal is neither finished nor locked (on this host), or when nothing was
+        written to it for `patience` seconds (a heartbeat is written every 2); one that never started, after 5 times
+        `patience`.
         """
         records, dead = [], []
         for rank in range(self.world.size):
@@ -220,7 +221,7 @@ class Journal:
         return records, dead
 
     def remove_earlier(self) -> None:
-        """Deletes the parts of earlier launches: this one's repeat all that they hold."""
+        """Delete the journals of earlier launches; this launch's journals repeat their content."""
         for part in self.folder.glob("*.jsonl"):
             if not part.name.startswith(self.world.launch):
                 part.unlink(missing_ok=True)
@@ -268,7 +269,7 @@ class Journal:
         part = self._part(rank)
         last, since = stamp(part), time.monotonic()
         while True:
-            # Asked before the lines are read: what a process wrote before it died must not be missed.
+            # Checked before the lines are read, so that nothing is missed that a process wrote before it died.
             locked = _locked(part)
             lines = _lines(part)
             records = [line["done"] for line in lines if "done" in line]
@@ -298,7 +299,7 @@ def _lines(part: Path) -> list[dict[str, Any]]:
     for raw in text.splitlines():
         try:
             line = json.loads(raw)
-        except ValueError:  # torn by a kill
+        except ValueError:  # truncated by a kill
             continue
         if isinstance(line, dict):
             lines.append(line)
@@ -306,7 +307,7 @@ def _lines(part: Path) -> list[dict[str, Any]]:
 
 
 def _locked(part: Path) -> bool | None:
-    """Whether a living process on this host holds the part; None where that cannot be told."""
+    """Whether a live process on this host holds the journal; None where the file system has no locks."""
     if fcntl is None:
         return None
     try:

@@ -1,4 +1,4 @@
-"""The report of a run: a JSON file that is there, as far as the run has come, whenever it is looked at."""
+"""The report of a run: a JSON file that is rewritten during the run; a reader always finds a whole one."""
 
 from __future__ import annotations
 
@@ -20,15 +20,15 @@ from ..pipeline.writing import (
 )
 
 _INTERVAL = 2.0
-# Writing may take so large a share of the run.
+# Largest share of the run's time that writing may take.
 _SHARE = 0.05
 
 
 class ReportFile:
-    """A report to be written again and again.
+    """A report that is written repeatedly.
 
-    A file is replaced atomically; of a link, the file that it points to. A pipe or a device, which cannot be taken
-    back, is opened at once and written to at the end only.
+    A file, or the file that a link points to, is replaced atomically. A pipe or a device, whose content cannot be
+    replaced, is opened at once and written to at the end only.
 
     Raises OSError in the constructor where it could not be written: no such right, a folder, a name that is too long,
     a pipe that nobody reads.
@@ -41,7 +41,7 @@ class ReportFile:
         if path == STANDARD_STREAM:
             return
         if is_stream(path):
-            # Without waiting for a reader, which may never come.
+            # Non-blocking: do not wait for a reader.
             descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
             os.set_blocking(descriptor, True)
             self._stream = os.fdopen(descriptor, "wb", buffering=0)
@@ -55,7 +55,7 @@ class ReportFile:
             raise NotADirectoryError(errno.ENOTDIR, "no folder", str(real.parent))
         real.parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers([real.parent], of=real)
-        # The trial that tells of rights, full disks and file systems that take no files.
+        # A trial write finds missing rights, full disks and read-only file systems.
         trial = real
         if not os.path.lexists(trial):
             write_atomically(trial, b"")
@@ -81,6 +81,6 @@ class ReportFile:
         self._next = end + max(_INTERVAL, (end - start) / _SHARE)
 
     def close(self) -> None:
-        """Gives the stream free."""
+        """Close the stream."""
         if self._stream is not None:
             self._stream.close()

@@ -90,7 +90,7 @@ def deep_format(data: bytes) -> str | None:
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         try:
             bits = _directory(data).get(ExifTags.Base.BitsPerSample, (1,))
-        except Exception:  # of a torn file; whoever reads it says so
+        except Exception:  # truncated file: the reader raises the error
             return None
         several = isinstance(bits, tuple) and len(bits) > 1
         return "TIFF" if several and max(bits) > 8 else None
@@ -241,7 +241,7 @@ def _tiff_exif(data: bytes, directory: ImageFileDirectory_v2) -> bytes:
             value = directory[tag]
             if tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
                 own = dict(_directory(data, int(value)))
-                own.pop(ExifTags.IFD.Interop, None)  # a place in the old file
+                own.pop(ExifTags.IFD.Interop, None)  # an offset in the old file
                 value = own
             kept[tag] = value
     return kept.tobytes() if len(kept) else b""

@@ -72,7 +72,7 @@ def open_image(data: bytes) -> Image.Image:
         raise InvalidImageError(reason)
     try:
         return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # its text names an object in memory
+    except UnidentifiedImageError:  # Pillow's message names an object in memory
         raise UnidentifiedImageError("no picture that Pillow can read") from None
 
 
@@ -273,11 +273,11 @@ def format_of(source: Path | Encoded) -> str | None:
         else:
             with open(source, "rb") as file:
                 if _is_heif(file.read(64)):
-                    reason_against_reading("HEIF")  # which lets Pillow know of the format
+                    reason_against_reading("HEIF")  # registers the format with Pillow
             picture = Image.open(source)
         with picture:
             return "JPEG" if picture.format == "MPO" else picture.format
-    except Exception:  # the item's own run reports the reason
+    except Exception:  # the run of the item reports the reason
         return None
 
 

@@ -1,4 +1,4 @@
-"""Running first stage, local stage and global stage one after another (SPEC, "Data convention")."""
+"""Running first stage, local stage and global stage one after another (docs/model.md)."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ class Cascade(nn.Module):
 def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:
     """Raise TypeError or ValueError, naming the argument, unless (image, mask) fits the networks.
 
-    Only metadata is looked at: no value is read, so nothing waits for a GPU.
+    Reads metadata only, no values, so it does not wait for a GPU.
     """
     for name, tensor in (("image", image), ("mask", mask)):
         if not isinstance(tensor, Tensor):
@@ -86,7 +86,7 @@ def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if torch.jit.is_tracing():
-        return  # sizes are symbols there, and comparing them would bake them in
+        return  # sizes are symbols there; comparing them would fix them in the trace
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image: expected [B, 3, H, W], got {list(image.shape)}")
     expected = [image.shape[0], 1, *image.shape[2:]]

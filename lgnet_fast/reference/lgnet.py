@@ -1,4 +1,4 @@
-"""LGNet, its variants and ablations, and X_LG (paper, Sections III and IV; SPEC, "Variants")."""
+"""LGNet, its variants and ablations, and X_LG (paper, Sections III and IV; docs/model.md)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LGNet(
     A new model has the paper's random initialisation and is in training mode.
     """
 
-    @torch.inference_mode(False)  # weights must serve outside of it too
+    @torch.inference_mode(False)  # weights must also work outside inference mode
     def __init__(
         self,
         stages: str = "C+L+G_att",
@@ -101,7 +101,7 @@ class LGNet(
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, without the backend, which belongs to a machine and not to a model."""
+        """The constructor's arguments, except the backend, which depends on the machine."""
         coarse, local, global_ = self.channels
         capped = {} if self.max_channels is None else {"max_channels": self.max_channels}
         return {

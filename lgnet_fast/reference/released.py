@@ -23,7 +23,7 @@ from .pretrained import check_names_and_shapes, upcast
 
 NETS = ("G1", "G2", "G3")
 _MODULES = {"G1": "net_c", "G2": "net_l", "G3": "net_g"}
-# The tensor whose first dimension is the base width n.
+# Name of the tensor whose first dimension is the base width n.
 _WIDTH_KEYS = {"G1": "model.model.0.weight", "G2": "model.1.weight", "G3": "model1.0.weight"}
 
 
@@ -85,9 +85,9 @@ def _translate(state: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """Why ``torch.load(path, weights_only=True)`` raised `error`, as "<path> ..." goes on.
+    """Why ``torch.load(path, weights_only=True)`` raised `error`: the rest of a sentence that starts with the path.
 
-    PyTorch's own text advises to switch the protection off, and may hold codes for terminals.
+    PyTorch's message is not used: it advises to switch the protection off and may contain terminal codes.
     """
     if (what := impostor(path)) is not None:
         return f"is {what}"
@@ -171,7 +171,7 @@ def read(source: Any, epoch: str | int | None = None) -> dict[str, dict[str, Ten
             raise WeightsError(f"{net}: expected a state dict (name -> tensor) or a path, got {type(item).__name__}")
         nets[net] = upcast({k.removeprefix("module."): v for k, v in state.items()})
     double = any(t.dtype == torch.float64 for state in nets.values() for t in state.values())
-    if double:  # one dtype for the whole model, and nothing loses precision
+    if double:  # one dtype for the whole model, without loss of precision
         nets = {
             net: {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
             for net, state in nets.items()

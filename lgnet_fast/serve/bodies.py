@@ -13,7 +13,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from ..errors import InvalidImageError, InvalidMaskError, LGNetError
-from ..pipeline.files import FORMATS, Encoded
+from ..pipeline.files import Encoded
+from ..pipeline.formats import FORMATS
 from .errors import RequestError, TooLargeError
 
 _DATA_URL = re.compile(r"data:[^,]{0,200},")

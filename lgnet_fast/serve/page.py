@@ -11,7 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from PIL import Image
 
 from ..engine.regions import Rect
-from ..pipeline.files import FORMATS
+from ..pipeline.formats import FORMATS
 from ..pipeline.masks import CHANNELS, read_hole
 from ..pipeline.strategies import STRATEGIES
 from ..samples import sample_paths

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from ..errors import LGNetError, WeightsError
-from ..pipeline.files import FORMATS
+from ..pipeline.formats import FORMATS
 from .bodies import FillFields, mask_picture, picture_file
 from .errors import RequestError
 from .metrics import Metrics

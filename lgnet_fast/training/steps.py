@@ -54,10 +54,10 @@ class Trained:
 class Step:
     """One step of both optimisers on one or more batches, whose gradients are averaged.
 
-    The discriminator runs three times a batch, in this order, for each run moves its power iteration on: on the
-    merged picture, detached; on the truth; and, after its own step, on the merged picture for the generators' loss.
-    With several batches its step comes with the last of them; the earlier ones are judged for the generators by the
-    discriminator as it was.
+    The discriminator runs three times for each batch. The order matters, because each run advances its power
+    iteration: on the detached merged picture, on the truth, and, after its optimiser step, on the merged picture for
+    the generators' loss. With several batches its step comes with the last one; for earlier batches the generators'
+    loss uses the discriminator before its step.
 
     Args:
         nets: what is trained.

@@ -1,4 +1,4 @@
-"""The trainer: SPEC's two optimiser steps on accelerate, with everything that a long run needs around them."""
+"""The trainer: the paper's two optimiser steps on accelerate, checkpoints, validation, time limits and resuming."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ class Trainer:
         fused = True if self.accelerator.device.type == "cuda" else None
         trained = [p for p in self.network.parameters() if p.requires_grad]
         with warnings.catch_warnings():
-            # Its successor is unknown to PyTorch before 2.13, and to accelerate.
+            # PyTorch before 2.13, and accelerate, do not know its successor.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             wrapped, wrapped_discriminator, *self.optimisers = self.accelerator.prepare(
                 self.network,
@@ -161,7 +161,8 @@ class Trainer:
     @property
     def pictures_a_step(self) -> int:
         """Pictures that all processes take for one optimiser step."""
-        return self.config.optim.batch_size * self.config.optim.accumulate * self.accelerator.num_processes
+        processes: int = self.accelerator.num_processes
+        return self.config.optim.batch_size * self.config.optim.accumulate * processes
 
     @property
     def steps_an_epoch(self) -> int:
@@ -232,7 +233,7 @@ class Trainer:
             features=self.step % self.config.loss.feature_every == 0,
         )
         if terms is None:
-            # What is not finite has also gone through the running statistics.
+            # Non-finite values have also entered the running statistics.
             for buffer, before in zip(self.network.buffers(), kept):
                 buffer.copy_(before)
             self.skipped += 1
@@ -272,7 +273,7 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on. All processes must ask for it together."""
+        """The whole state that determines the rest of the run. All processes must call it together."""
         from accelerate.utils import gather_object
 
         scaler = self.accelerator.scaler
@@ -314,7 +315,7 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise TrainingError(f"resume: the checkpoint is of another network ({reason})") from error
         if self.average is not None:
-            # A run that had none begins its average here.
+            # A run without a moving average starts it here.
             average = state["network"] if state["average"] is None else state["average"]
             self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -421,7 +422,7 @@ class Trainer:
         self._signal = number
 
     def _agree(self, minutes: float) -> None:
-        """All processes must stop at the same step: by the first one's clock, or when any was asked to."""
+        """All processes must stop at the same step: by the clock of the first one, or when any got a signal."""
         if self.accelerator.num_processes == 1:
             self.minutes = minutes
             return
@@ -462,7 +463,7 @@ class Trainer:
             self._report.train(self.step, epoch, values, self.progress, self.pictures_a_step)
 
     def _share_statistics(self) -> None:
-        """Every process has seen its own pictures: the mean of their running statistics is what is kept."""
+        """Each process has seen other pictures: keep the mean of their running statistics."""
         if self.accelerator.num_processes == 1:
             return
         own = dict(self.network.named_buffers())
@@ -581,7 +582,7 @@ def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
     try:
         return next(batches)
     except LGNetError as error:
-        # A worker's error brings its traceback as text; what went wrong is in the last line, behind the type's name.
+        # A worker's error contains its traceback as text; the last line has the message, after the type's name.
         lines = str(error).strip().splitlines()
         if len(lines) > 1:
             raise type(error)(lines[-1].partition(": ")[2]) from None
