@@ -41,8 +41,8 @@ PICTURES, SESSIONS = 300, 50
 
 
 def metric(text: str, name: str) -> float:
-    """The value of a metric in Prometheus's text form."""
-    found = re.search(rf"{name} (\S+)", text)
+    """A figure of /metrics."""
+    found = re.search(rf"^{name} (\S+)", text, re.MULTILINE)
     assert found is not None, name
     return float(found[1])
 

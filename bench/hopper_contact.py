@@ -217,8 +217,8 @@ def check_steps(log: Log, layout: tuple[str, bool]) -> None:
                     *arguments, stores, tile, size=out_size, rect=rect, residual=operands["residual"]
                 )
                 torch.cuda.synchronize()
-            except ValueError as error:
-                log("steps", step=step.name, tile=list(tile), refused=str(error)[:200])
+            except ValueError as refusal:
+                log("steps", step=step.name, tile=list(tile), refused=str(refusal)[:200])
                 continue
             top, bottom, left, right = rect or (0, out_size[0], 0, out_size[1])
             inside = (slice(None), slice(top, bottom), slice(left, right))

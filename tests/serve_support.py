@@ -95,6 +95,7 @@ class Server:
         )
         self.lines: list[str] = []
         self.address = ""
+        assert self.process.stdout is not None
         for line in self.process.stdout:
             self.lines.append(line)
             if found := re.search(r"http://[^\s?]+", line):
@@ -109,7 +110,7 @@ class Server:
         self.seconds = time.monotonic() - start
 
     def _drain(self) -> None:
-        self.lines.extend(self.process.stdout)
+        self.lines.extend(self.process.stdout or ())
 
     def end(self) -> int:
         self.process.send_signal(signal.SIGTERM)

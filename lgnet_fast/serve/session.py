@@ -339,7 +339,7 @@ class Session:
         return around._replace(top=around.top // CELL * CELL, left=around.left // CELL * CELL)
 
     def _read(self, box: Rect, position: int) -> np.ndarray:
-        samples = self._picture.samples[box.slices].copy()
+        samples: np.ndarray = self._picture.samples[box.slices].copy()
         for patch in self._patches[:position]:
             for part in patch.parts:
                 _lay(samples, box, part)

@@ -76,7 +76,7 @@ def new_page(browser: Any, server: str, request: pytest.FixtureRequest) -> Itera
             context.add_init_script(init)
         page = context.new_page()
         page.on("pageerror", lambda error: errors.append(str(error)))
-        page.on("console", lambda message: message.type == "error" and errors.append(message.text))
+        page.on("console", lambda message: errors.extend([message.text] if message.type == "error" else []))
         page.expected_errors = []
         page.goto(address + path)
         page.wait_for_selector("html.ready", state="attached")
