@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 
 from ..errors import InvalidImageError, InvalidMaskError, LGNetError
 from ..pipeline.files import FORMATS, Encoded
-from .errors import RequestError, TooLargeError
+from .errors import OptionError, RequestError, TooLargeError
 
 _DATA_URL = re.compile(r"data:[^,]{0,200},")
 _HD_STRATEGIES = {"original": "full", "crop": "crop", "resize": "resize"}
@@ -96,12 +96,6 @@ class Img2ImgRequest(BaseModel):
     include_init_images: bool = False
 
 
-class HistoryRequest(BaseModel):
-    """`POST /api/v1/pictures/{id}/history`."""
-
-    position: int = Field(ge=0, description="how many fills the picture shall have")
-
-
 class ModelRequest(BaseModel):
     """`POST /api/v1/model`."""
 
@@ -169,7 +163,7 @@ def _check_pixels(file: Encoded, error: type[LGNetError], name: str, max_pixels:
 
 
 def checked_format(name: str) -> str:
-    """A Pillow format by its short name. Raises ValueError."""
+    """The short name of a format that is written here. Raises OptionError."""
     if name.lower() not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {name[:40]!r}")
+        raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {name[:40]!r}")
     return name.lower()
