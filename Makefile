@@ -6,8 +6,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-arm test-all bench plots evaluation aot \
-	compare-kernels cubin gpu lint format clean
+.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-arm test-all examples docs wheel bench \
+	plots evaluation aot compare-kernels cubin gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
@@ -103,7 +103,7 @@ test-machines: $(VENV)/.extras
 test-arm:
 	$(PYTHON) tests/native/run.py --arm
 
-test-all: $(VENV)/.extras
+test-all: $(VENV)/.extras $(VENV)/.wheel
 	$(BIN)/python -m pytest -m "not gpu and not page"
 	$(MAKE) test-page
 	$(MAKE) test-machines
@@ -146,6 +146,7 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .

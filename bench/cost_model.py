@@ -1,4 +1,4 @@
-"""Estimated time of every step of LGNet on a GPU, which need not be present, beside a lower bound.
+"""What every step of LGNet should take on a GPU that need not be here, beside the least it could take.
 
     python bench/cost_model.py [--card H100] [--dtype float16] [--batch 1] [--size 256 256]
                                [--hole TOP BOTTOM LEFT RIGHT] [--measured FILE]

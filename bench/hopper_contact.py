@@ -225,11 +225,11 @@ def check_steps(log: Log, layout: tuple[str, bool]) -> None:
             errors = []
             for store, activation in zip(stores, (F.relu, lambda v: F.leaky_relu(v, 0.2))):
                 exact = activation(value)[inside]
-                error = (store.view[inside].double() - exact).abs().nan_to_num(1e9)
-                errors.append((error.norm() / exact.norm()).item())
+                distance = (store.view[inside].double() - exact).abs().nan_to_num(1e9)
+                errors.append((distance.norm() / exact.norm()).item())
                 outside = store.view.isfinite().sum().item() - store.view[inside].isfinite().sum().item()
                 if not errors[-1] < 8 * torch.finfo(dtype).eps or outside:
-                    worst = (error > 32 * torch.finfo(dtype).eps * exact.abs().max()).nonzero()
+                    worst = (distance > 32 * torch.finfo(dtype).eps * exact.abs().max()).nonzero()
                     figures["wrong"] = [*figures.get("wrong", []), len(worst), outside, worst[:6].tolist()]
             if dtype == torch.float16 and rect is None and batch == 1:
                 own = torch.full_like(wide, float("nan"))[..., conv.out_channels :]

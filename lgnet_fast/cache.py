@@ -100,7 +100,7 @@ def _processor() -> str:
 @cache
 def _extension() -> str:
     """This package's version, and what its extension is: in a checkout it changes between versions."""
-    from . import __version__
+    from .version import __version__
 
     spec = find_spec("lgnet_fast._C")
     if spec is None or spec.origin is None:
@@ -126,7 +126,7 @@ def _triton() -> str:
 
 
 def _package() -> str:
-    """This package's version, and what its kernels' sources are: in a checkout they change between versions."""
+    """This package's version and a hash of its kernels' sources, which in a checkout change between versions."""
     from .version import __version__
 
     spec = find_spec("lgnet_fast.kernels")

@@ -616,9 +616,9 @@ def _spelt(text: str, options: type) -> str:
 
 @contextmanager
 def _one_line_errors(options: type | None = None) -> Iterator[None]:
-    """What the user can put right becomes one line on stderr and exit code 2, without a traceback.
+    """Print errors that the user can correct as one line on stderr and exit with code 2, without a traceback.
 
-    OSError too: a full disk, a folder without rights, a name that is too long. `options`: the dataclass that the
+    OSError is among them: a full disk, missing rights, a name that is too long. `options`: the dataclass that the
     command's options become; errors that name its fields are shown with the options' names.
     """
     try:

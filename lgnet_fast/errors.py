@@ -24,7 +24,7 @@ class BackendError(LGNetError, RuntimeError):
 
 
 class OutOfMemoryError(LGNetError, MemoryError):
-    """The estimate before a run, or the run itself, exceeds the memory that is there."""
+    """The estimate before a run, or the run itself, exceeds the available memory."""
 
 
 class UsageError(LGNetError, ValueError):
@@ -36,7 +36,7 @@ class UsageError(LGNetError, ValueError):
 
 
 class JobError(LGNetError, RuntimeError):
-    """A job that cannot go on: another run of it is at work, or its journal cannot be written."""
+    """A job cannot run: another run of it is active, or its journal cannot be written."""
 
 
 class ConfigError(LGNetError, ValueError):

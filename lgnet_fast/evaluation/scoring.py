@@ -47,8 +47,8 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
 
     Args:
         options: what to evaluate on what.
-        world: of several processes each evaluates its share of the pictures; default: as the launcher says.
-        tell: hears of this process (pictures with a mask done, in all, a picture's first error or None).
+        world: this process's place among several, which share the pictures; default: read from the environment.
+        tell: called with (finished pictures of this process, all of them, a picture's first error or None).
 
     Returns:
         The merged evaluation. Of several processes (`out` must be given, on a disk that they share) the first one
@@ -369,7 +369,7 @@ def _inpainter(model: Model, options: EvaluationOptions, device: str) -> Inpaint
 
 
 def _identity(options: EvaluationOptions, settings: dict[str, Any]) -> str:
-    """What tells this evaluation from others that write to the same folder."""
+    """Identifies this evaluation among others that write to the same folder."""
     named = options.named
     models = {f"models {title!r}": model for title, model in named.items()}
     for name, value in {**models, "lpips": options.lpips, "fid": options.fid}.items():
@@ -382,7 +382,7 @@ def _identity(options: EvaluationOptions, settings: dict[str, Any]) -> str:
 
 
 def _merged(records: list[dict[str, Any]], job: _Job, died: list[int], settings: dict[str, Any]) -> Evaluation:
-    # Sums are taken in one order, whoever measured what: the same numbers from any number of processes.
+    # Sums are taken in one fixed order, so that any number of processes gives the same numbers.
     records = sorted(records, key=lambda record: (record["index"], record["class"]))
     good = [record for record in records if record.get("error") is None]
     metrics, missing = job.options.metric_names, dict(job.measure.missing)

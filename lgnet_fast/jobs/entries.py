@@ -51,7 +51,7 @@ def run_items(
 ) -> list[Entry]:
     """Fills and writes every item and goes on after one that fails; `call` goes to the Inpainter's call.
 
-    `tell` hears each entry as it is finished. With a `journal`, what an earlier launch finished is passed over.
+    `tell` is called with each finished entry. With a `journal`, items that an earlier launch finished are skipped.
     Raises BackendError, WeightsError and JobError: they would fail every item.
     """
 
@@ -88,7 +88,7 @@ def _guarded(item: Item, key: str, run: Callable[[Item, Entry, str], None]) -> E
             raise
         except (LGNetError, OSError) as error:
             entry.status, entry.error = "failed", str(error)
-        except Exception as error:  # one picture that breaks something must not stop the others
+        except Exception as error:  # an unexpected error of one picture must not stop the others
             entry.status, entry.error = "failed", f"{type(error).__name__}: {error}"
     entry.warnings = [str(one.message) for one in caught]
     entry.seconds = round(time.perf_counter() - start, 4)
@@ -108,7 +108,7 @@ def _run_item(
         raise InvalidImageError(item.problem)
     source = item.picture.read() if isinstance(item.picture, Member) else item.picture
     picture = picture_of(source)
-    # Before the network runs: a result that the format cannot hold would be lost.
+    # Checked before the network runs: a result that the format cannot hold would be lost.
     picture.check_format(item.format)
     mask = item.mask if isinstance(item.mask, Path) or item.mask is None else item.mask.open(InvalidMaskError, "mask")
     done = inpainter.inpaint(picture, mask, **call)

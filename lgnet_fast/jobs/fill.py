@@ -33,7 +33,7 @@ def fill(options: FillOptions, world: World | None = None) -> int:
     """The run command: its exit code, 0 when all is done, 1 when some failed or were left out, 130 after Ctrl-C, 143
     after SIGTERM.
 
-    The report is rewritten as the run goes, so that also a killed run leaves one; then its `complete` is false.
+    The report is rewritten during the run, so that a killed run leaves one too, with `complete` false.
 
     With `resume`, and always under `accelerate launch`, journals in the hidden folder ``.lgnet_fast`` of the output
     folder say what is done: the same command run again does only the rest, and its report covers all. Of several
@@ -238,9 +238,9 @@ def report_of(
 
 @contextlib.contextmanager
 def _signals_told(came: list[int]) -> Iterator[None]:
-    """Within it, Ctrl-C and SIGTERM raise KeyboardInterrupt and are noted in `came`.
+    """Inside this context Ctrl-C and SIGTERM raise KeyboardInterrupt and are appended to `came`.
 
-    The note is for the case that the exception is lost: Python drops those that are raised in a destructor.
+    `came` is needed because Python drops an exception that is raised in a destructor.
     """
 
     def handle(number: int, frame: Any) -> None:

@@ -38,7 +38,7 @@ def scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSION
         for name in sorted(folders):
             path = Path(parent) / name
             real = path.resolve()
-            # A folder of this tree is met under its own name; what a link leads to is met once.
+            # Folders of this tree are listed under their own names; the target of a link is listed once.
             inside = root == real or root in real.parents or real in root.parents
             if name.startswith(".") or real in excluded or (path.is_symlink() and (inside or real in seen)):
                 continue

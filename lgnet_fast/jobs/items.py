@@ -28,7 +28,7 @@ CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 class Item:
     """One picture to fill. `problem`: why it cannot be run; then `mask` may be None. `format`: Pillow's name.
 
-    `left_out`: no picture to fill but what a folder run does not enter or read, for the reason in `problem`.
+    `left_out`: not a picture to fill, but something that a folder run cannot enter or read; `problem` says why.
     """
 
     picture: Path | Member | Encoded
@@ -39,7 +39,7 @@ class Item:
     left_out: bool = False
 
     def key(self) -> str:
-        """A name of this item and of the very files it is made from: others under the same names get another."""
+        """A name for this item and the exact files it is made from; replaced files give another key."""
         sources = [source for source in (self.picture, self.mask) if source is not None]
         return fingerprint(str(self.picture), str(self.mask), str(self.output), [_stamp(one) for one in sources])
 
@@ -158,7 +158,7 @@ def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple
     found = scan(source, excluded) if source.is_dir() else Found([source])
     masks = Found([] if mask is None else [mask])
     if mask_folder is not None:
-        earlier = [out.resolve()]  # results of another run are no masks
+        earlier = [out.resolve()]  # results of another run are not masks
         masks = scan(mask_folder, earlier) if source.is_dir() or mask is not None else Found(beside(source))
     together = suffix is not None and mask_folder is not None and mask_folder.resolve() == base.resolve()
     if suffix is not None and together and source.is_dir():
@@ -276,8 +276,7 @@ def _shard_item(
     suffix, pillow_format = format_for(picture, format)
     unsafe = key.is_absolute() or ".." in key.parts or CONTROL.search(picture.name)
     if unsafe or any(CONTROL.search(one.name) for one in sample.masks):
-        # A tar file may come from a stranger: its names must neither lead out of the output folder nor play tricks
-        # on terminals and scripts.
+        # Tar files are untrusted: their names must not lead out of the output folder, nor hold control characters.
         problem = f"picture: expected a name inside the shard, without control characters, got {picture.name!r}"
         return Item(picture, own, folder, pillow_format, problem)
     return Item(picture, own, folder / f"{sample.key}{suffix}", pillow_format, problem)
@@ -290,14 +289,14 @@ def _file_of(source: Path | Member | Encoded) -> Path | None:
 
 
 def _stamp(source: Path | Member | Encoded) -> Any:
-    """What tells a source from others of its name."""
+    """Identifies a source's content among files of the same name."""
     if isinstance(source, Encoded):
         return hashlib.sha256(source.data).hexdigest()
     return stamp(source.shard if isinstance(source, Member) else source)
 
 
 def _without_clashes(items: list[Item]) -> list[Item]:
-    """The items, but one whose result would replace another's is a problem."""
+    """The items; one whose result would replace another's gets a `problem`."""
     taken: dict[str, Item] = {}
     kept = []
     for item in items:
@@ -322,7 +321,7 @@ def _refuse_own_mask(items: list[Item], mask_suffix: str | None) -> None:
             continue
         try:
             same = os.path.samefile(item.picture, item.mask)
-        except OSError:  # not there any more: the item's own run says so
+        except OSError:  # removed meanwhile: the run of the item reports it
             continue
         if same:
             advice = (

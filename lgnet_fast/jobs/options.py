@@ -114,6 +114,6 @@ class FillOptions:
         out = self.result
         if out == STANDARD_STREAM or is_stream(out):
             raise UsageError("resume: expected a file or a folder as `out`, got a stream")
-        # One picture may be written to a file: then the journal is beside it.
+        # A single result may be a file; the journal then lies beside it.
         names_file = out.suffix.lower() in EXTENSIONS and not out.is_dir() and not self.names_folder
         return out.parent if names_file else out

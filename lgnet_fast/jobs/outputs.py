@@ -57,7 +57,7 @@ def distinct(names: Sequence[Path], longer: Sequence[Path]) -> list[Path]:
     """`names`, but where several meet the `longer` ones, numbered where those meet others too."""
 
     def fold(name: Path) -> str:
-        # Some file systems do not tell a.png from A.png.
+        # Some file systems ignore case.
         return str(name).casefold()
 
     wanted = Counter(fold(name) for name in names)
@@ -102,6 +102,6 @@ def refuse_unwritable(out: Path) -> None:
         raise UsageError(f"out: {str(out)!r} cannot be written: {str(place)!r} is no folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"out: {str(out)!r} cannot be written: no right to write in {str(place)!r}")
-    # A name that is too long for the file system is told by asking for it.
+    # Only a system call tells whether a name is too long for the file system.
     with contextlib.suppress(FileNotFoundError):
         os.lstat(out)

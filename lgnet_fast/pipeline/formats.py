@@ -67,4 +67,4 @@ MODES = {
 """Pillow format -> modes that it holds."""
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""How an address begins, http://..., which in place of a path is a slip: nothing is written through it."""
+"""Start of an address, such as http://, which is refused in place of a path."""

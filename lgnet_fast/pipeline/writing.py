@@ -22,7 +22,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STANDARD_STREAM = Path("-")
-"""As an input the standard input, as an output the standard output."""
+"""Standard input where an input is named, standard output where an output is."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -128,5 +128,5 @@ def remove_leftovers(folders: Iterable[Path], age: float = 0.0, of: Path | None 
                 with open(temporary, "rb") as file:
                     fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     temporary.unlink(missing_ok=True)
-            except OSError:  # locked by its writer, or not ours to delete
+            except OSError:  # locked by its writer, or not deletable by this user
                 continue

@@ -14,8 +14,8 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
-from .. import __version__
 from ..errors import LGNetError
+from ..version import __version__
 from . import compat, page
 from .errors import status_of
 from .guard import Guard

@@ -14,10 +14,10 @@ from PIL import Image
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
-from .. import __version__
 from ..errors import InvalidMaskError
 from ..pipeline.files import upright
 from ..pipeline.masks import read_hole, soft_edge
+from ..version import __version__
 from .bodies import (
     AdjustMaskRequest,
     FillFields,

@@ -43,7 +43,7 @@ def place_features(
     if isinstance(features, nn.Module):
         features = features.to(device, dtype).requires_grad_(False)
         if isinstance(features, VGG16Features) and (device.type == "cuda" or dtype == torch.float32):
-            # On a CPU a tenth faster; in float64, many times slower.
+            # On a CPU 10 % faster; in float64 many times slower.
             features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _narrow(features) if loss.feature_dtype == "bf16" else features
 
@@ -67,7 +67,7 @@ def _narrow(features: FeaturesFn | None) -> FeaturesFn | None:
 
 
 def seed_everything(seed: int) -> None:
-    """Of Python, numpy and torch: modules of others may draw from any of them."""
+    """Seed Python, numpy and torch: other packages may draw from any of them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
@@ -81,7 +81,7 @@ def make_accelerator(precision: str, device: str) -> Any:
     except ImportError as error:
         raise MissingExtraError('training needs accelerate: pip install "lgnet_fast[train]"') from error
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        # The process's earlier trainer had another precision; accelerate would refuse this one.
+        # An earlier trainer of this process may have had another precision, which accelerate refuses to change.
         AcceleratorState._reset_state()
     try:
         accelerator = Accelerator(

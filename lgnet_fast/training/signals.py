@@ -15,7 +15,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 def until_signal(ask: Callable[[int], None]) -> Iterator[None]:
     """Inside, the first SIGINT or SIGTERM only calls `ask` with its number; the second acts as ever."""
     if threading.current_thread() is not threading.main_thread():
-        yield  # only there can Python take signals
+        yield  # Python handles signals in the main thread only
         return
     before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
 

@@ -136,7 +136,7 @@ class Step:
                 self._clip(list(self.nets.discriminator.parameters()))
                 self.discriminator_optimizer.step()
         with self.accelerator.autocast(), _frozen(self.nets.discriminator):
-            # A score of 1 is what the generators are pulled to: no loss, no gradient.
+            # Scores of 1, the generators' target, give no loss and no gradient.
             scores = self.nets.discriminator(merged) if adversarial else merged.new_ones(1)
             terms |= self._generator_terms(stages, image, mask, scores, share_of_hole, features)
         if self.on_nonfinite("G", terms, number):
@@ -181,7 +181,7 @@ class Step:
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """What runs inside leaves no gradient in the module's parameters, whenever its backward pass comes."""
+    """Calls inside this context leave no gradient in the module's parameters, also in a later backward pass."""
     module.requires_grad_(False)
     try:
         yield
