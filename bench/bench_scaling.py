@@ -153,7 +153,7 @@ def test_roofline(model: Any, compete: Any, benchmark: Any) -> None:
     summary = compete(running, "ours", rounds=10)
     roofs = measure_peaks()
     peaks = {"gflops": round(2e-9 * roofs.macs, 1), "gigabytes_a_second": round(1e-9 * roofs.bytes, 2)}
-    runs = [executor.step_times(image, mask) for _ in range(2 if SMOKE else 10)]
+    runs = [executor.step_times(image, mask, None, 1) for _ in range(2 if SMOKE else 10)]
     steps = [
         [step.name, round(2e-9 * plan.macs(step), 4), round(1e-6 * traffic(plan, step), 3), round(min(times), 4)]
         for step, times in zip(plan.steps, zip(*runs))

@@ -46,7 +46,7 @@ struct Input {
   const float* zeros;  // at least source.channels zeros, read outside the source
 };
 
-// A product c[rows][columns] (+)= a[rows][depth] * b, depth in units (see simd.h), of columns
+// A product c[rows][columns] (+)= a[rows][depth] * b, depth in units (see simd/vector.h), of columns
 // [first_column, first_column + columns) of the weights; first_column is a multiple of the panel.
 struct Product {
   const void* a;

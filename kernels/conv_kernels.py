@@ -122,12 +122,9 @@ def _finish(
         y2 = y[:, None] + (shift // LAYOUT.patch)[None, :]
         x2 = x[:, None] + (shift % LAYOUT.patch)[None, :]
         c2 = tl.broadcast_to(channel[None, :], value.shape)
-        inside = (y2 >= place.top) & (y2 < place.bottom) & (x2 >= place.left) & (x2 < place.right)
-        inside = (
-            inside
-            & (rows < place.n_rows)[:, None]
-            & ((cols < LAYOUT.columns) & (channel < LAYOUT.out_channels))[None, :]
-        )
+        inside = (rows < place.n_rows)[:, None] & (y2 >= place.top) & (y2 < place.bottom)
+        inside = inside & (x2 >= place.left) & (x2 < place.right)
+        inside = inside & ((cols < LAYOUT.columns) & (channel < LAYOUT.out_channels))[None, :]
         pixel = (sample[:, None] * place.out_h + y2) * place.out_w + x2
         plane = ((sample[:, None] * LAYOUT.out_channels + c2) * place.out_h + y2) * place.out_w + x2
         if EPILOGUE.wide:

@@ -44,6 +44,12 @@ def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Monk
     monkeypatch.setenv("LGNET_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
+@pytest.fixture(autouse=True)
+def by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Portable kernels too are tested as the engine's, not measured against PyTorch; test_cpu_path.py does that."""
+    monkeypatch.setattr(cpu_path, "measured", lambda *args: (0.0, 1.0))
+
+
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> BlurFill:
     """Every Inpainter that is loaded holds this network instead."""

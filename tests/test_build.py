@@ -155,5 +155,7 @@ def test_data_files_are_packed(sources):
     (sources / "lgnet_fast" / "_C_unavailable.txt").write_text("of this checkout only")
     wheel = backend("build_wheel", sources, LGNET_FAST_NO_EXTENSION="1")
     with zipfile.ZipFile(wheel) as file:
+        page = {f"lgnet_fast/serve/static/{name}" for name in ("index.html", "main.js", "vendor/konva.min.js")}
+        assert page <= set(file.namelist())
         assert {"lgnet_fast/weights/nested/data.bin", "lgnet_fast/samples/nested/data.bin"} <= set(file.namelist())
         assert b"LGNET_FAST_NO_EXTENSION" in file.read("lgnet_fast/_C_unavailable.txt")

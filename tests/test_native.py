@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 
@@ -25,6 +26,21 @@ DISASSEMBLY = """
   20:	4f8010e8 	fmla	v8.4s, v7.4s, v0.s[0]
   24:	d65f03c0 	ret
 """
+
+
+def test_an_instruction_set_is_a_header_a_unit_and_a_row():
+    csrc = run.ROOT / "csrc"
+    rows = re.findall(r"^LGNET_ROW\((\w+),", (csrc / "isa.inc").read_text(), re.MULTILINE)
+    assert rows[0] == "portable"
+    assert sorted(rows) == sorted(path.stem.removeprefix("isa_") for path in csrc.glob("isa_*.cpp"))
+    page = (run.ROOT / "docs" / "instruction_sets.md").read_text()
+    for name in rows:
+        unit = (csrc / f"isa_{name}.cpp").read_text()
+        assert f"#define LGNET_ISA {name}\n" in unit
+        assert f'#define LGNET_SIMD "simd/{name}.h"\n' in unit
+        assert len(unit.splitlines()) <= 16
+        assert (csrc / "simd" / f"{name}.h").is_file()
+        assert f"| `{name}` |" in page
 
 
 def test_inner_loops_are_counted():

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import sys
 import threading
 import time
 
 import numpy as np
 import pytest
 
+from lgnet_fast import LGNetError
 from lgnet_fast.pipeline import Inpainter
-from lgnet_fast.serve.command import parse_models
+from lgnet_fast.serve.command import parse_models, run
 from lgnet_fast.serve.display import Display
 from lgnet_fast.serve.errors import BusyError, CancelledError, DrainingError, TimeLimitError, UnknownPictureError
 from lgnet_fast.serve.options import ServeOptions
@@ -252,3 +254,9 @@ def test_models_on_the_command_line():
     }
     with pytest.raises(ValueError, match="names that differ"):
         parse_models(["a/x", "b/x"])
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(LGNetError, match=r"serve: uvicorn is missing: pip install 'lgnet-fast\[serve\]'"):
+        run(ServeOptions(), {"bundled": None})

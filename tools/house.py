@@ -29,6 +29,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cache", "native"),
     ("reference",),
     ("ops",),
+    ("engine.regions",),
+    ("engine.geometry",),
     ("kernels",),
     ("engine",),
     ("kernels.aot",),
@@ -43,7 +45,8 @@ FLOORS: tuple[tuple[str, ...], ...] = (
 )
 """Rooms of the package, from the ground up: a room imports from itself and from floors below.
 
-A module with a floor of its own ("kernels.aot", which compiles what the engine would launch) is a room by itself.
+A module with a floor of its own is a room by itself: plain algebra that the kernels need too ("engine.geometry"), and
+"kernels.aot", which compiles what the engine would launch.
 """
 
 TASKS = ("operator", "stage", "network variant", "instruction set", "GPU", "command")

@@ -330,12 +330,13 @@ class _Contest:
         """Whole runs by measurement and by the model, in turn: what is not faster is not taken."""
         assert self.found.choices is not None
         by_model = choose_kernels(self.plan, self.dtype)
-        both = [CpuExecutor.of(self.plan, self.dtype, choices) for choices in (by_model, self.found.choices)]
-        totals: list[list[float]] = [[], []]
+        different = [by_model] if by_model == self.found.choices else [by_model, self.found.choices]
+        executors = [CpuExecutor.of(self.plan, self.dtype, choices) for choices in different]
+        totals: list[list[float]] = [[] for _ in executors]
         for _ in range(1 + _ROUNDS):
-            for own, executor in zip(totals, both, strict=True):
+            for own, executor in zip(totals, executors, strict=True):
                 own.append(sum(self.measure(executor).steps))
-        self.found.model_ms, self.found.total_ms = (min(own[1:]) for own in totals)
+        self.found.model_ms, self.found.total_ms = min(totals[0][1:]), min(totals[-1][1:])
         if self.found.total_ms > self.found.model_ms:
             self.found.choices, self.found.total_ms = by_model, self.found.model_ms
 

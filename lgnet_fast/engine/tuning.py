@@ -115,7 +115,7 @@ def render(report: Report) -> Group:
             us(row.before_us),
             row.now,
             us(row.now_us),
-            "" if row.gain != row.gain else f"{row.gain:.2f}x",
+            "" if math.isnan(row.now_us) else f"{row.gain:.2f}x",
         )
     last = f"runs: {report.runs}"
     if report.before_ms and report.now_ms:

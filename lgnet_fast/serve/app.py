@@ -63,7 +63,7 @@ def create_app(state: State) -> FastAPI:
         retry = getattr(error, "retry_after", None)
         return answer(request, error, status, str(error), None if retry is None else {"Retry-After": str(retry)})
 
-    for kind in (LGNetError, ValueError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+    for kind in (LGNetError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
         app.add_exception_handler(kind, refuse)
     app.add_middleware(Guard, options=state.options, metrics=state.metrics)
     return app

@@ -97,12 +97,6 @@ class Img2ImgRequest(BaseModel):
     include_init_images: bool = False
 
 
-class HistoryRequest(BaseModel):
-    """`POST /api/v1/pictures/{id}/history`."""
-
-    position: int = Field(ge=0, description="how many fills the picture shall have")
-
-
 class ModelRequest(BaseModel):
     """`POST /api/v1/model`."""
 
@@ -170,7 +164,7 @@ def _check_pixels(file: Encoded, error: type[LGNetError], name: str, max_pixels:
 
 
 def checked_format(name: str) -> str:
-    """A Pillow format by its short name. Raises ValueError."""
+    """The short name of a format that is written here. Raises OptionError."""
     if name.lower() not in FORMATS:
-        raise ValueError(f"format: expected one of {', '.join(FORMATS)}, got {name[:40]!r}")
+        raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {name[:40]!r}")
     return name.lower()

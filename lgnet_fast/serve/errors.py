@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
-from ..errors import InvalidImageError, LGNetError, OutOfMemoryError
+from ..errors import LGNetError, OutOfMemoryError
+
+
+class OptionError(LGNetError, ValueError):
+    """An option that a session does not take; the text names it."""
 
 
 class RequestError(LGNetError):
@@ -58,6 +62,4 @@ def status_of(error: Exception) -> int | None:
         return error.status
     if isinstance(error, OutOfMemoryError):
         return 413
-    if isinstance(error, (ValueError, InvalidImageError)):  # masks, strategies, formats
-        return 400
-    return None
+    return 400 if isinstance(error, LGNetError) and isinstance(error, ValueError) else None

@@ -61,12 +61,14 @@ class Guard:
                 message["headers"] = [*message.get("headers", []), *extra]
             await send(message)
 
-        held = 0
+        held, complete = 0, False
 
         async def counted() -> Message:
-            nonlocal held
+            nonlocal held, complete
+            # What follows a complete body is the client leaving, whenever that is.
+            limit = None if complete else self._options.body_timeout
             try:
-                message = await (receive() if held < 0 else asyncio.wait_for(receive(), self._options.body_timeout))
+                message = await asyncio.wait_for(receive(), limit)
             except asyncio.TimeoutError:
                 raise RequestError(f"body: no data for {self._options.body_timeout:g} seconds", status=408) from None
             if message["type"] == "http.request":
@@ -77,9 +79,7 @@ class Guard:
                     raise TooLargeError(self._too_many())
                 if self._held > _BODIES * self._options.max_bytes:
                     raise BusyError("body: the server holds too many bodies now", status=503, retry_after=2)
-                if not message.get("more_body", False):
-                    self._held -= held
-                    held = -1  # what follows is the client leaving, whenever that is
+                complete = not message.get("more_body", False)
             return message
 
         try:
@@ -96,7 +96,7 @@ class Guard:
             else:
                 await self._app(scope, counted, answer)
         finally:
-            self._held -= max(0, held)
+            self._held -= held
             route = scope.get("route")
             self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
 

@@ -15,7 +15,7 @@ from ..pipeline.formats import FORMATS
 from ..pipeline.masks import CHANNELS, read_hole
 from ..pipeline.strategies import STRATEGIES
 from ..samples import sample_paths
-from .bodies import MAX_REACH, HistoryRequest, checked_format, mask_picture, picture_file, read_json
+from .bodies import MAX_REACH, checked_format, mask_picture, picture_file
 from .compat import IMAGE_RESPONSES, body_of
 from .display import Display, photo, png
 from .errors import RequestError, TooLargeError
@@ -52,6 +52,9 @@ _STATIC = (
     "vendor/img-comparison-slider.js",
     "vendor/konva.min.js",
 )
+Position = Annotated[
+    int | None, Query(ge=0, description="with the first so many fills; default: all that are not undone")
+]
 _FILE = {"type": "string", "format": "binary"}
 _ERRORS = {status: told for status, told in IMAGE_RESPONSES.items() if status != 200}
 _ERRORS[404] = {"description": "the server does not have this picture, or no longer"}
@@ -183,7 +186,7 @@ def routes(state: State) -> APIRouter:
         width: Annotated[int | None, Query(ge=1)] = None,
         height: Annotated[int | None, Query(ge=1)] = None,
         longest: Annotated[int, Query(ge=1, le=PREVIEW, description="pixels of the longer side, at most")] = PREVIEW,
-        position: Annotated[int, Query(ge=0, description="with so many fills; 0: the picture as it came")] = 0,
+        position: Annotated[int, Query(ge=0, description="with the first so many fills")] = 0,
     ) -> Response:
         """A box of the picture to look at, turned upright, in 8 bits and sRGB: JPEG, or PNG with alpha."""
         own = state.store.get(id)
@@ -264,21 +267,6 @@ def routes(state: State) -> APIRouter:
         return Response(data, media_type="image/png", headers={**told, "Server-Timing": job.server_timing})
 
     @router.post(
-        "/api/v1/pictures/{id}/history",
-        tags=["page"],
-        responses=_ERRORS,
-        openapi_extra=body_of(("application/json", HistoryRequest)),
-    )
-    async def history(request: Request, id: str) -> dict[str, int]:
-        """Undoes or redoes until the picture has so many fills."""
-        own = state.store.get(id)
-        asked = read_json(await request.body(), HistoryRequest)
-        async with own.turn:
-            own.session.go_to(asked.position)
-            own.encoded.clear()
-        return {"position": own.session.position, "fills": own.session.fills}
-
-    @router.post(
         "/api/v1/pictures/{id}/mask",
         tags=["page"],
         response_class=Response,
@@ -305,12 +293,12 @@ def routes(state: State) -> APIRouter:
         return Response(data, media_type="image/png")
 
     @router.get("/api/v1/pictures/{id}/stages", tags=["page"], responses=_ERRORS)
-    async def stages(request: Request, id: str) -> dict[str, Any]:
+    async def stages(request: Request, id: str, position: Position = None) -> dict[str, Any]:
         """The last fill after each stage of the network, with its surroundings, as data URLs."""
         own = state.store.get(id)
 
         def work(job: Job) -> dict[str, Any]:
-            box, found = own.session.stages(context=48)
+            box, found = own.session.stages(context=48, position=position)
             shape = box.right - box.left, box.bottom - box.top
             scale = min(1.0, 1024 / max(shape))
             size = max(1, round(shape[0] * scale)), max(1, round(shape[1] * scale))
@@ -336,15 +324,17 @@ def routes(state: State) -> APIRouter:
         id: str,
         format: Annotated[str | None, Query(description=f"{', '.join(FORMATS)}; default: the picture's")] = None,
         quality: Annotated[int | None, Query(ge=1, le=100)] = None,
+        position: Position = None,
     ) -> Response:
         """The picture with its fills as a file with its metadata; known pixels are the input's, bit by bit."""
         own = state.store.get(id)
         name = format and checked_format(format)
 
         def work(job: Job) -> tuple[bytes, str]:
-            key = (own.session.position, name, quality)
+            key = (own.session.position if position is None else position, name, quality)
             if key not in own.encoded:
-                own.encoded[key] = state.encode(job, own.session, name, quality)
+                own.encoded.clear()  # one is kept: who saves twice saves the same
+                own.encoded[key] = state.encode(job, own.session, name, quality, position)
             return own.encoded[key]
 
         async with own.turn:

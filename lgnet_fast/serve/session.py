@@ -24,6 +24,7 @@ from ..pipeline.inpainter import Inpainter
 from ..pipeline.masks import read_hole, soft_edge
 from ..pipeline.pictures import Picture, picture_of
 from ..pipeline.strategies import CONTEXT, STRATEGIES, choose
+from .errors import OptionError
 
 _MOSTLY_HOLE = 0.95
 
@@ -164,10 +165,10 @@ class Session:
 
         Raises:
             InvalidMaskError: unreadable, empty, outside the picture, more than 95 % without `allow_any_mask`.
-            ValueError: strategy, position. And what an `Inpainter` raises.
+            OptionError: strategy, position. And what an `Inpainter` raises.
         """
         if strategy not in STRATEGIES:
-            raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+            raise OptionError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
         start = time.perf_counter()
         hole, corner = self._hole(mask, at, mask_threshold, invert_mask, mask_channel)
         share = np.count_nonzero(hole) / math.prod(self.size)
@@ -205,14 +206,17 @@ class Session:
             return self._position != before
 
     def go_to(self, position: int) -> None:
-        """Undoes or redoes until the picture has `position` fills. Raises ValueError: not that many."""
+        """Undoes or redoes until the picture has `position` fills. Raises OptionError: not that many."""
         with self._lock:
             self._position = self._checked(position)
 
-    def result(self) -> Any:
-        """The picture with its fills, of the kind it came in (a path gives a PIL picture, or a DeepImage)."""
+    def result(self, position: int | None = None) -> Any:
+        """The picture with its fills, of the kind it came in (a path gives a PIL picture, or a DeepImage).
+
+        `position`: with the first so many fills; None: as it is now.
+        """
         with self._lock:
-            patches = self._patches[: self._position]
+            patches = self._patches[: self._position if position is None else self._checked(position)]
         samples = self._picture.samples.copy()
         touched = np.zeros(self.size, dtype=bool)
         whole = Rect(0, self.size[0], 0, self.size[1])
@@ -222,14 +226,17 @@ class Session:
                 touched[part.box.slices] |= part.touched
         return self._picture.rebuild(samples, touched)
 
-    def encoded(self, format: str | None = None, quality: int | None = None) -> tuple[bytes, str]:
+    def encoded(
+        self, format: str | None = None, quality: int | None = None, position: int | None = None
+    ) -> tuple[bytes, str]:
         """The result as a file with its metadata, and the Pillow format that it has.
 
         `format`: a Pillow format name; None takes the picture's own, and PNG where it has none or that cannot be
-        written. `quality`: as in `lgnet_fast.pipeline.files.save_picture`. Raises InvalidImageError: the format
-        cannot hold the picture.
+        written. `quality`: as in `lgnet_fast.pipeline.files.save_picture`. `position`: as in `result`.
+
+        Raises InvalidImageError: the format cannot hold the picture.
         """
-        result = self.result()
+        result = self.result(position)
         if not isinstance(result, (Image.Image, DeepImage)):
             result = Image.fromarray(result)
         wanted = format or result.format or "PNG"
@@ -246,13 +253,16 @@ class Session:
         with self._lock:
             return self._read(box, self._position if position is None else self._checked(position))
 
-    def stages(self, context: int = 32) -> tuple[Rect, list[np.ndarray]]:
+    def stages(self, context: int = 32, position: int | None = None) -> tuple[Rect, list[np.ndarray]]:
         """The last fill's surroundings, `context` pixels on each side: with the hole white, and after each stage of
-        the network: (box, samples [h, w, C] each). Runs the network again. Raises ValueError: no fill."""
+        the network: (box, samples [h, w, C] each). Runs the network again. `position`: as in `result`.
+
+        Raises OptionError: no fill.
+        """
         with self._lock:
-            if not self._position:
-                raise ValueError("stages: expected a session with a fill, got one without")
-            position = self._position - 1
+            if not (self._position if position is None else self._checked(position)):
+                raise OptionError("stages: expected a session with a fill, got one without")
+            position = (self._position if position is None else position) - 1
             patch = self._patches[position]
             region, offset, inside = self._region(self._inpainter, patch.hole, patch.at, patch.options, position)
             found = self._inpainter.stages(region, inside, **patch.options)
@@ -270,7 +280,7 @@ class Session:
 
     def _checked(self, position: int) -> int:
         if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self._patches):
-            raise ValueError(f"position: expected 0 to {len(self._patches)} fills, got {position!r}")
+            raise OptionError(f"position: expected 0 to {len(self._patches)} fills, got {position!r}")
         return position
 
     def _hole(

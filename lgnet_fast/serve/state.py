@@ -93,9 +93,11 @@ class State:
         job.phase("fill")
         return session, patch
 
-    def encode(self, job: Job, session: Session, format: str | None, quality: int | None) -> tuple[bytes, str]:
+    def encode(
+        self, job: Job, session: Session, format: str | None, quality: int | None, position: int | None = None
+    ) -> tuple[bytes, str]:
         """The result as a file and its media type. `format`: a short name, None = the picture's own."""
-        data, own = session.encoded(format and FORMATS[format], quality)
+        data, own = session.encoded(format and FORMATS[format], quality, position)
         job.phase("encode")
         return data, MEDIA_TYPES[own]
 

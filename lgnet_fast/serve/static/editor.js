@@ -88,7 +88,6 @@ export class Editor {
       if (error.status !== 404) throw error;
       await this.upload(picture);
       for (const fill of picture.fills) await this.send(picture, fill);
-      await this.setPosition(picture, picture.position);
       this.say(t("reopened"));
       return ask();
     }
@@ -139,22 +138,22 @@ export class Editor {
     return Boolean(this.picture && !this.picture.running && this.picture.done < this.picture.history.length);
   }
 
-  async undo() {
+  undo() {
     const { picture } = this;
     if (!this.canUndo) return;
     if (picture.running) {
       this.cancel();
       return;
     }
-    await this.step(picture.done - 1, picture.history[picture.done - 1], "undone");
+    this.step(picture.done - 1, picture.history[picture.done - 1], "undone");
   }
 
-  async redo() {
+  redo() {
     const { picture } = this;
-    if (this.canRedo) await this.step(picture.done + 1, picture.history[picture.done], "redone");
+    if (this.canRedo) this.step(picture.done + 1, picture.history[picture.done], "redone");
   }
 
-  async step(done, entry, told) {
+  step(done, entry, told) {
     const { picture } = this;
     picture.done = done;
     if (entry.kind === "operation") {
@@ -162,17 +161,11 @@ export class Editor {
         told === "undone" ? picture.pending.slice(0, -1) : [...picture.pending, entry.operation];
       this.showMask();
     } else {
-      picture.position += told === "undone" ? -1 : 1;
+      picture.position += told === "undone" ? -1 : 1; // the server is told with whatever it is asked next
       this.view.history();
-      this.setPosition(picture, picture.position).catch((error) => this.fail(error));
     }
     this.changed();
     this.say(t(told));
-  }
-
-  async setPosition(picture, position) {
-    const body = JSON.stringify({ position });
-    await this.callFor(picture, "/history", { method: "POST", body, type: "application/json" });
   }
 
   // -- fills --------------------------------------------------------------------------------------------------

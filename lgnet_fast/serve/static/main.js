@@ -250,7 +250,9 @@ function download(blob, name) {
 }
 
 async function result(format) {
-  const response = await editor.callFor(editor.picture, `/result${format ? `?format=${format}` : ""}`);
+  const { position } = editor.picture;
+  const query = new URLSearchParams({ position, ...(format && { format }) });
+  const response = await editor.callFor(editor.picture, `/result?${query}`);
   return response.blob();
 }
 
@@ -354,7 +356,7 @@ async function stages() {
   }
   say(t("filling"), "busy");
   try {
-    const told = await (await editor.callFor(picture, "/stages")).json();
+    const told = await (await editor.callFor(picture, `/stages?position=${picture.position}`)).json();
     $("#stage-figures").replaceChildren(
       ...told.stages.map(({ name, image }) => {
         const figure = document.createElement("figure");
