@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from lgnet_fast import native
+from lgnet_fast.engine import cpu_path
 from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill

@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from ..errors import InvalidImageError, InvalidMaskError, LGNetError
 from ..pipeline.files import Encoded
 from ..pipeline.formats import FORMATS
-from .errors import RequestError, TooLargeError
+from .errors import OptionError, RequestError, TooLargeError
 
 _DATA_URL = re.compile(r"data:[^,]{0,200},")
 _HD_STRATEGIES = {"original": "full", "crop": "crop", "resize": "resize"}
