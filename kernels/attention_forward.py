@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .launch import dot
 from .maps import (
+    ABSENT,
     Map,
     add_weighted,
     advance,
@@ -31,16 +32,16 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 class Result(NamedTuple):
-    """Where an attention ends: the attended map and, None without a combiner, the combiner's operands and result.
+    """Where an attention ends: the attended map, and the combiner's operands and result (absent without a combiner).
 
     attended, features, out: maps. weight: [C, 2C], bias: [C].
     """
 
     attended: Map
-    features: Map | None = None
+    features: Map = ABSENT
     weight: Any = None
     bias: Any = None
-    out: Map | None = None
+    out: Map = ABSENT
 
 
 @triton.jit
@@ -251,7 +252,7 @@ def _attn_fwd_kernel(
         for i in tl.static_range(len(cols)):
             a_ptrs = a_rows[:, None] + cols[i].to(tl.int64)[None, :] * result.attended.stride_c
             tl.store(a_ptrs, a[i], mask=masks[i])
-        if result.out is not None:
+        if result.out.ptr is not None:
             wa_ptr, wf_ptr = weight_halves(result.weight, HEAD_DIM, PAPER)
             f_rows = position_rows(result.features, batch, positions, width)
             o_rows = position_rows(result.out, batch, positions, width)
@@ -319,7 +320,7 @@ def _attn_merge_kernel(
     tl.store(stats_ptr + split_rows + row_index, total, mask=first_mask)
     inverse = 1.0 / total
 
-    COMBINE: tl.constexpr = result.out is not None
+    COMBINE: tl.constexpr = result.out.ptr is not None
     a_rows = position_rows(result.attended, batch, positions, width)
     if COMBINE:
         wa_ptr, wf_ptr = weight_halves(result.weight, HEAD_DIM, PAPER)
