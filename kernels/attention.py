@@ -54,7 +54,7 @@ from .attention_forward import Result, _attn_fwd_kernel, _attn_merge_kernel, _at
 from .cards import SHARED_LIMITS
 from .configs import Config, config_kind, device_generation, num_splits, pick
 from .launch import MAX_GRID, device_guard, device_reason, dot_precision, launch
-from .maps import Rows, as_map, as_optional_map, is_flat, position_stride, split_head
+from .maps import ABSENT, Rows, as_map, as_optional_map, is_flat, position_stride, split_head
 
 MAX_CHANNELS = 512
 # Triton leaves the tensor cores of older GPUs unused
@@ -212,7 +212,7 @@ def _forward(features: Tensor, variant: str, result: Result) -> Tensor:
             Rows(q, q.stride(0), q.stride(1)),
             Rows(kv, kv.stride(0), kv.stride(1)),
             inv_norm,
-            result if whole else None,
+            *(result if whole else Result(ABSENT)),
             partial,
             row_max,
             row_sum,
@@ -248,7 +248,7 @@ def _forward(features: Tensor, variant: str, result: Result) -> Tensor:
                 row_max,
                 row_sum,
                 stats,
-                result,
+                *result,
                 batch,
                 positions,
                 width,
@@ -410,7 +410,7 @@ def _backward(
                 stats,
                 delta,
                 sums,
-                result,
+                *result,
                 batch,
                 positions,
                 dkv_blocks,

@@ -238,7 +238,7 @@ def _attn_bwd_finish_kernel(
     sum_ptr,  # [dq_splits, B, N] float32 that dq has to be divided by, or None
     dk_ptr,  # [dkv_splits, B, N, C] float32: dk + dv (released), dk (paper)
     dv_ptr,  # [dkv_splits, B, N, C] float32 where PAPER, else None
-    direct,  # Map, or None: gradient that reaches F past the attention
+    direct,  # Map, or ABSENT: gradient that reaches F past the attention
     df,  # Map
     n_batch,
     height,
@@ -314,7 +314,7 @@ def _attn_bwd_finish_kernel(
                     part = part / total[:, None]
                 rest += part
     gradient = (g - x * slope[:, None]) * inverse[:, None] + rest
-    if direct is not None:
+    if direct.ptr is not None:
         r_rows = position_rows(direct, batch, rows, width)
         gradient += tl.load(r_rows[:, None] + col_offsets * direct.stride_c, mask=mask, other=0.0).to(tl.float32)
     o_rows = position_rows(df, batch, rows, width)

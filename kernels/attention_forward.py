@@ -10,6 +10,7 @@ import triton.language as tl
 
 from .launch import dot
 from .maps import (
+    ABSENT,
     Map,
     add_weighted,
     advance,
@@ -31,16 +32,16 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 class Result(NamedTuple):
-    """Where an attention ends: the attended map and, None without a combiner, the combiner's operands and result.
+    """Where an attention ends: the attended map, and the combiner's operands and result (absent without a combiner).
 
     attended, features, out: maps. weight: [C, 2C], bias: [C].
     """
 
     attended: Map
-    features: Map | None = None
+    features: Map = ABSENT
     weight: Any = None
     bias: Any = None
-    out: Map | None = None
+    out: Map = ABSENT
 
 
 @triton.jit
@@ -151,13 +152,13 @@ def exp_above(scores, reference, LOG2E_SCALE: tl.constexpr, DTYPE: tl.constexpr)
 
 
 @triton.jit
-def _store_combined(y, rows, row_mask, cols, result, HEAD_DIM: tl.constexpr):
-    """Add the combiner's bias and store [positions, outputs]; pointers `rows` are at channel 0 of result.out."""
+def _store_combined(y, rows, row_mask, cols, out, bias_ptr, HEAD_DIM: tl.constexpr):
+    """Add the combiner's bias and store [positions, outputs]; pointers `rows` are at channel 0 of `out`."""
     out_mask = cols < HEAD_DIM
-    y += tl.load(result.bias + cols, mask=out_mask, other=0.0).to(tl.float32)[None, :]
+    y += tl.load(bias_ptr + cols, mask=out_mask, other=0.0).to(tl.float32)[None, :]
     tl.store(
-        rows[:, None] + cols.to(tl.int64)[None, :] * result.out.stride_c,
-        y.to(result.out.ptr.dtype.element_ty),
+        rows[:, None] + cols.to(tl.int64)[None, :] * out.stride_c,
+        y.to(out.ptr.dtype.element_ty),
         mask=row_mask[:, None] & out_mask[None, :],
     )
 
@@ -167,7 +168,11 @@ def _attn_fwd_kernel(
     q,  # Rows
     kv,  # Rows
     inv_norm_ptr,  # [B, N] float32 where PAPER, else None
-    result,  # Result, or None where the keys are split
+    attended,  # Map; where the keys are split it and the next four are not used
+    features,  # Map; with weight, bias and out: of the combiner, absent or None without one
+    w_ptr,  # [C, 2C]
+    bias_ptr,  # [C]
+    out,  # Map
     partial_ptr,  # [splits, B, N, C] float32, or None
     max_ptr,  # [splits, B, N] float32
     sum_ptr,  # [splits, B, N] float32: sum of exp(score - max)
@@ -247,14 +252,14 @@ def _attn_fwd_kernel(
         store_tiles(tile_pointers(partial_ptr, row_index, HEAD_DIM, cols), acc, masks)
     else:
         a = cast_tiles(acc, kv.ptr.dtype.element_ty)
-        a_rows = position_rows(result.attended, batch, positions, width)
+        a_rows = position_rows(attended, batch, positions, width)
         for i in tl.static_range(len(cols)):
-            a_ptrs = a_rows[:, None] + cols[i].to(tl.int64)[None, :] * result.attended.stride_c
+            a_ptrs = a_rows[:, None] + cols[i].to(tl.int64)[None, :] * attended.stride_c
             tl.store(a_ptrs, a[i], mask=masks[i])
-        if result.out is not None:
-            wa_ptr, wf_ptr = weight_halves(result.weight, HEAD_DIM, PAPER)
-            f_rows = position_rows(result.features, batch, positions, width)
-            o_rows = position_rows(result.out, batch, positions, width)
+        if out.ptr is not None:
+            wa_ptr, wf_ptr = weight_halves(w_ptr, HEAD_DIM, PAPER)
+            f_rows = position_rows(features, batch, positions, width)
+            o_rows = position_rows(out, batch, positions, width)
             # one stage: the weights are read once, and buffers for more would not fit beside the keys'
             for start_o in tl.range(0, HEAD_DIM, BLOCK_O, num_stages=1):
                 out_cols = start_o + tl.arange(0, BLOCK_O)
@@ -264,12 +269,12 @@ def _attn_fwd_kernel(
                 for start_d in tl.range(0, HEAD_DIM, BLOCK_D, num_stages=1):
                     depth = start_d + tl.arange(0, BLOCK_D)
                     f = tl.load(
-                        f_rows[:, None] + depth.to(tl.int64)[None, :] * result.features.stride_c,
+                        f_rows[:, None] + depth.to(tl.int64)[None, :] * features.stride_c,
                         mask=row_mask[:, None] & (depth < HEAD_DIM)[None, :],
                         other=0.0,
                     )
                     y = _add_product(y, f, wf_ptr, out_cols, depth, HEAD_DIM, PRECISION)
-                _store_combined(y, o_rows, row_mask, out_cols, result, HEAD_DIM)
+                _store_combined(y, o_rows, row_mask, out_cols, out, bias_ptr, HEAD_DIM)
 
 
 @triton.jit
@@ -285,7 +290,11 @@ def _attn_merge_kernel(
     max_ptr,  # [SPLITS, B, N] float32
     sum_ptr,  # [SPLITS, B, N] float32
     stats_ptr,  # [2, B, N] float32: maximum and sum over all splits
-    result,  # Result
+    attended,  # Map
+    features,  # Map; with weight, bias and out: of the combiner, absent or None without one
+    w_ptr,  # [C, 2C]
+    bias_ptr,  # [C]
+    out,  # Map
     n_batch,
     n_positions,
     width,
@@ -319,11 +328,11 @@ def _attn_merge_kernel(
     tl.store(stats_ptr + split_rows + row_index, total, mask=first_mask)
     inverse = 1.0 / total
 
-    COMBINE: tl.constexpr = result.out is not None
-    a_rows = position_rows(result.attended, batch, positions, width)
+    COMBINE: tl.constexpr = out.ptr is not None
+    a_rows = position_rows(attended, batch, positions, width)
     if COMBINE:
-        wa_ptr, wf_ptr = weight_halves(result.weight, HEAD_DIM, PAPER)
-        f_rows = position_rows(result.features, batch, positions, width)
+        wa_ptr, wf_ptr = weight_halves(w_ptr, HEAD_DIM, PAPER)
+        f_rows = position_rows(features, batch, positions, width)
         out_cols = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
         y = tl.zeros([BLOCK_M, BLOCK_D], dtype=tl.float32)
         first_d = 0
@@ -340,14 +349,14 @@ def _attn_merge_kernel(
             share = _split_weight(max_ptr, sum_ptr, index, best, row_mask) * inverse
             tile = tl.load(partial_ptr + index[:, None] * HEAD_DIM + cols[None, :], mask=mask, other=0.0)
             merged += tile * share[:, None]
-        a = merged.to(result.attended.ptr.dtype.element_ty)
+        a = merged.to(attended.ptr.dtype.element_ty)
         col_offsets = cols.to(tl.int64)[None, :]
         a_mask = mask & first_mask[:, None] if COMBINE else mask
-        tl.store(a_rows[:, None] + col_offsets * result.attended.stride_c, a, mask=a_mask)
+        tl.store(a_rows[:, None] + col_offsets * attended.stride_c, a, mask=a_mask)
         if COMBINE:
             y = _add_product(y, a, wa_ptr, out_cols, cols, HEAD_DIM, PRECISION)
-            f = tl.load(f_rows[:, None] + col_offsets * result.features.stride_c, mask=mask, other=0.0)
+            f = tl.load(f_rows[:, None] + col_offsets * features.stride_c, mask=mask, other=0.0)
             y = _add_product(y, f, wf_ptr, out_cols, cols, HEAD_DIM, PRECISION)
     if COMBINE:
-        o_rows = position_rows(result.out, batch, positions, width)
-        _store_combined(y, o_rows, row_mask, out_cols, result, HEAD_DIM)
+        o_rows = position_rows(out, batch, positions, width)
+        _store_combined(y, o_rows, row_mask, out_cols, out, bias_ptr, HEAD_DIM)

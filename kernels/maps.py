@@ -19,10 +19,10 @@ class Map(NamedTuple):
     """A feature map [B, C, H, W] in any strides. stride_h is None where positions are stride_w apart throughout."""
 
     ptr: Any
-    stride_b: int
-    stride_c: int
+    stride_b: int | None
+    stride_c: int | None
     stride_h: int | None
-    stride_w: int
+    stride_w: int | None
 
 
 class Rows(NamedTuple):
@@ -50,9 +50,13 @@ def as_map(tensor: Tensor) -> Map:
     return Map(tensor, stride_b, stride_c, None if is_flat(tensor) else stride_h, position_stride(tensor))
 
 
-def as_optional_map(tensor: Tensor | None) -> Map | None:
+# Kernels ask for its pointer: Triton 3.6 cannot compare with None a tuple that holds one.
+ABSENT = Map(None, None, None, None, None)
+
+
+def as_optional_map(tensor: Tensor | None) -> Map:
     """The same for a map that may be absent."""
-    return None if tensor is None else as_map(tensor)
+    return ABSENT if tensor is None else as_map(tensor)
 
 
 def split_head(channels: int) -> tuple[int, int]:

@@ -65,7 +65,7 @@ def _merge_bwd_kernel(
     image,
     output,
     mask,
-    d_image,  # or None, as the next two
+    d_image,  # or ABSENT, as the next two
     d_output,
     d_mask,
     n_positions,
@@ -81,15 +81,15 @@ def _merge_bwd_kernel(
     inside = n < n_positions
     g_ptrs = position_rows(grad, batch, n, width)
     m = tl.load(position_rows(mask, batch, n, width), mask=inside, other=0.0).to(tl.float32)
-    READ_OUTPUT: tl.constexpr = d_mask is not None or (d_output is not None and TANH)
-    if d_mask is not None:
+    READ_OUTPUT: tl.constexpr = d_mask.ptr is not None or (d_output.ptr is not None and TANH)
+    if d_mask.ptr is not None:
         i_ptrs = position_rows(image, batch, n, width)
         d_hole = tl.zeros([BLOCK], dtype=tl.float32)
     if READ_OUTPUT:
         o_ptrs = position_rows(output, batch, n, width)
-    if d_image is not None:
+    if d_image.ptr is not None:
         di_ptrs = position_rows(d_image, batch, n, width)
-    if d_output is not None:
+    if d_output.ptr is not None:
         do_ptrs = position_rows(d_output, batch, n, width)
     for c in tl.static_range(3):
         plane = tl.full([], c, tl.int64)
@@ -98,18 +98,18 @@ def _merge_bwd_kernel(
             painted = tl.load(o_ptrs + plane * output.stride_c, mask=inside, other=0.0).to(tl.float32)
             if TANH:
                 painted = stable_tanh(painted)
-        if d_image is not None:
+        if d_image.ptr is not None:
             d_known = (g * (1.0 - m)).to(d_image.ptr.dtype.element_ty)
             tl.store(di_ptrs + plane * d_image.stride_c, d_known, mask=inside)
-        if d_output is not None:
+        if d_output.ptr is not None:
             d_painted = g * m
             if TANH:
                 d_painted *= 1.0 - painted * painted
             tl.store(do_ptrs + plane * d_output.stride_c, d_painted.to(d_output.ptr.dtype.element_ty), mask=inside)
-        if d_mask is not None:
+        if d_mask.ptr is not None:
             known = tl.load(i_ptrs + plane * image.stride_c, mask=inside, other=0.0).to(tl.float32)
             d_hole += g * (painted - known)
-    if d_mask is not None:
+    if d_mask.ptr is not None:
         if CONCAT:
             d_hole += tl.load(g_ptrs + tl.full([], 3, tl.int64) * grad.stride_c, mask=inside, other=0.0).to(
                 tl.float32
