@@ -197,7 +197,7 @@ def test_memory_stays(report: Callable[..., None]) -> None:
             if number % 25 == 24:
                 resident.append(process.memory_info().rss / 2**20)
         text = calls.get("/metrics").text
-    opened = int(float(re.search(r"lgnet_pictures (\S+)", text)[1]))
+    opened = int(float(re.search(r"^lgnet_pictures (\S+)", text, re.MULTILINE)[1]))
     report("memory", pictures=PICTURES, open=opened, resident_mib=[round(value) for value in resident])
     assert opened == SESSIONS
     assert resident[-1] < 1.05 * resident[3] + 32  # the first hundred fill the sessions and the heap
