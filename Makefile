@@ -74,7 +74,7 @@ demo-data: $(VENV)/.extras
 		--vgg "$(WEIGHTS)/lpips_vgg16_f16.npz" --lpips "$(WEIGHTS)/lpips_alexnet_f16.npz"
 
 serve: $(VENV)/.extras
-	$(BIN)/lgnet-fast serve --open
+	$(BIN)/lgnet-fast serve
 
 test: $(VENV)/.extras
 	$(BIN)/python -m pytest -m "not gpu and not slow and not page"
