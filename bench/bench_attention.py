@@ -13,6 +13,9 @@ from bench.attention_forms import forms
 from bench.timing import SMOKE
 from lgnet_fast.reference.attention import attention_block
 
+Arguments = tuple[Tensor, Tensor, Tensor]
+"""Features, the combiner's weight and bias."""
+
 # (C, H, W) of the three blocks at 256x256.
 SHAPES = {"64x64x128": (128, 64, 64), "32x32x256": (256, 32, 32), "16x16x512": (512, 16, 16)}
 LARGEST = "64x64x128"
@@ -21,7 +24,7 @@ if SMOKE:
     SHAPES = {LARGEST: SHAPES[LARGEST]}
 
 
-def inputs(device: str, dtype: torch.dtype, shape: tuple[int, int, int], batch: int) -> tuple[Tensor, ...]:
+def inputs(device: str, dtype: torch.dtype, shape: tuple[int, int, int], batch: int) -> Arguments:
     """Features of the scale the trained networks have, and a combiner that keeps it."""
     channels, height, width = shape
     generator = torch.Generator().manual_seed(0)
@@ -38,13 +41,14 @@ def ours(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return torch.ops.lgnet.attention_block(features, weight, bias, "released", backend=backend)
 
 
-def relative_error(form: Callable[..., Tensor], args: tuple[Tensor, ...], exact: Tensor) -> float:
+def relative_error(form: Callable[..., Tensor], args: Arguments, exact: Tensor) -> float:
     return ((form(*args).double() - exact).norm() / exact.norm()).item()
 
 
-def contestants(args: tuple[Tensor, ...]) -> dict[str, Callable[..., Tensor]]:
-    """The forms that run on these tensors and are right; ours must be among them."""
-    exact = attention_block(*(a.double() for a in args), "released")
+def contestants(args: Arguments) -> dict[str, Callable[..., Tensor]]:
+    """The forms that run on these tensors with a correct result; ours must be among them."""
+    features, weight, bias = (a.double() for a in args)
+    exact = attention_block(features, weight, bias, "released")
     tolerance = 1e-5 if args[0].dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32 else 2e-2
     ours_error = relative_error(ours, args, exact)
     assert ours_error < tolerance, f"ours is wrong: {ours_error}"
@@ -54,7 +58,7 @@ def contestants(args: tuple[Tensor, ...]) -> dict[str, Callable[..., Tensor]]:
             continue
         try:
             error = relative_error(form, args, exact)
-        except Exception as reason:  # a form that cannot run here is no contestant, whatever it raises
+        except Exception as reason:  # a form that cannot run here is left out, whatever it raises
             print(f"{name}: cannot run: {str(reason).splitlines()[0][:100]}")
             continue
         assert error < tolerance, f"{name} is wrong: {error}"

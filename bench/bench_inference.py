@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import pytest
@@ -50,8 +52,8 @@ def test_inference(name: str, dtype: torch.dtype, compete: Any, benchmark: Any) 
     small = inputs(64)[1]
     dense = optimize(model, dtype=dtype, hole_aware=False)
     aware = optimize(model, dtype=dtype)
-    running = {"ours": lambda: dense(image, mask)}
-    running |= {"ours_hole_64": lambda: aware(image, small), "ours_hole_128": lambda: aware(image, mask)}
+    running: dict[str, Callable[[], Any]] = {"ours": partial(dense, image, mask)}
+    running |= {"ours_hole_64": partial(aware, image, small), "ours_hole_128": partial(aware, image, mask)}
     with torch.no_grad():
         exact = model(image, mask)
     tolerance = 1e-3 if dtype == torch.float32 else 0.5
@@ -59,10 +61,10 @@ def test_inference(name: str, dtype: torch.dtype, compete: Any, benchmark: Any) 
     # torch.compile takes minutes, and was never the fastest: it is compared once a dtype.
     for peer_name, peer in peers(model, image, mask, dtype, compile=name == "lgnet").items():
         error = (peer(image, mask).float() - exact).abs().max().item()
-        # Timed all the same, but no rival: torch.compile's freezing is off by 0.26 (torch 2.13).
+        # Timed but not a rival: torch.compile with freezing is wrong by 0.26 (torch 2.13).
         if error > tolerance:
             wrong[peer_name] = round(error, 4)
-        running[peer_name] = lambda peer=peer: peer(image, mask)
+        running[peer_name] = partial(peer, image, mask)
     for ours in (dense, aware):
         assert (ours(image, mask) - exact).abs().max() < tolerance
     with torch.no_grad():
@@ -97,7 +99,8 @@ def test_inference_gpu(batch: int, compete: Any, benchmark: Any) -> None:
     with torch.no_grad():
         exact = model(image, mask)
     dense = optimize(model, batch_size=batch, device="cuda", dtype="float16", hole_aware=False)
-    half = copy.deepcopy(model).half().to(memory_format=torch.channels_last)
+    half: Any = copy.deepcopy(model).half()
+    half = half.to(memory_format=torch.channels_last)
     compiled = torch.compile(half, mode="max-autotune")
     half_image, half_mask = image.half().to(memory_format=torch.channels_last), mask.half()
 

@@ -1,6 +1,6 @@
 """Whole pictures, 8-bit in, 8-bit out, by `Inpainter`: every strategy and size, hole-aware and dense, and eager.
 
-"ours" is `Inpainter` as it comes, which computes each layer only where a hole depends on it; "ours_dense" computes
+"ours" is the default `Inpainter`, which computes each layer only where a hole depends on it; "ours_dense" computes
 everywhere; "eager" is the reference in plain PyTorch behind the same `Inpainter`, from 1024 pixels on only where it
 takes a few seconds.
 """
@@ -8,6 +8,7 @@ takes a few seconds.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ CASES = [
 if SMOKE:
     CASES = [(256, "full"), (512, "crop")]
 NETWORK = "lgnet_demo" if SMOKE else "lgnet"
-# What eager takes is proportional to the pixels that the network sees; two of these passes would take a minute.
+# Eager's time is proportional to the network's pixels; two passes of these cases would take a minute.
 WITHOUT_EAGER = [(1024, "tile"), (2048, "tile")]
 
 
@@ -62,7 +63,7 @@ def pipes(made: dict[str, dict[str, Inpainter]], device: str) -> dict[str, Inpai
     """Contestants in float32; on a GPU `Inpainter` has no engine to be dense or not."""
     if device not in made:
         model = model_of(NETWORK)
-        options = {"device": device, "dtype": "float32"}
+        options: dict[str, Any] = {"device": device, "dtype": "float32"}
         made[device] = {"ours": Inpainter(model, **options), "eager": Inpainter(model, backend="eager", **options)}
         if device == "cpu":
             dense = optimize(model, device=device, dtype="float32", hole_aware=False)
@@ -76,7 +77,7 @@ def test_pipeline(
 ) -> None:
     levels, hole = picture(side)
     running = {
-        name: lambda pipe=pipe: pipe(levels, hole, strategy=strategy)
+        name: partial(pipe, levels, hole, strategy=strategy)
         for name, pipe in pipes.items()
         if name != "eager" or device == "cuda" or (side, strategy) not in WITHOUT_EAGER
     }

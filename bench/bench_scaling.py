@@ -15,10 +15,9 @@ from torch import Tensor
 from bench.bench_inference import model_of
 from bench.timing import SMOKE
 from lgnet_fast import optimize
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu_executor import CpuExecutor
 from lgnet_fast.engine.describe import measure_peaks, traffic
-from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.plan import build_plan
 
 NETWORK = "lgnet_demo" if SMOKE else "lgnet"
 SIDES = (256, 512) if SMOKE else (256, 512, 768)
@@ -64,7 +63,8 @@ def grow(
     contest: dict[str, list[tuple[int, Tensor, Tensor]]], runners: dict[str, Any], compete: Any, rounds: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
     """Time every runner on its (size, image, mask); the summary, and each runner's slope in size."""
-    running, results = {}, {}
+    running: dict[str, Any] = {}
+    results: dict[int, Any] = {}
     for name, cases in contest.items():
         for size, image, mask in cases:
             running[f"{name}_{size}"] = lambda run=runners[name], image=image, mask=mask: run(image, mask)
@@ -146,14 +146,14 @@ def test_hole_ratio(model: Any, compete: Any, benchmark: Any) -> None:
 def test_roofline(model: Any, compete: Any, benchmark: Any) -> None:
     """Every step of the plan: operations, bytes, milliseconds; beside them the machine's own roofs."""
     plan = build_plan(plan_stages(model), 1, 256, 256)
-    executor = CpuExecutor(plan, torch.float32)
+    executor = CpuExecutor.of(plan, torch.float32)
     image, mask = picture(1, 256)
     running = {"ours": lambda: executor.run(image, mask)[0], "eager": lambda: eager(model, image, mask)}
     assert (running["ours"]() - running["eager"]()).abs().max() < TOLERANCE
     summary = compete(running, "ours", rounds=10)
     roofs = measure_peaks()
     peaks = {"gflops": round(2e-9 * roofs.macs, 1), "gigabytes_a_second": round(1e-9 * roofs.bytes, 2)}
-    runs = [executor.step_times(image, mask) for _ in range(2 if SMOKE else 10)]
+    runs = [executor.step_times(image, mask, None, 1) for _ in range(2 if SMOKE else 10)]
     steps = [
         [step.name, round(2e-9 * plan.macs(step), 4), round(1e-6 * traffic(plan, step), 3), round(min(times), 4)]
         for step, times in zip(plan.steps, zip(*runs))

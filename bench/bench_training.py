@@ -20,7 +20,7 @@ device = pytest.fixture(marked_device)
 
 
 def measured_memory(form: str, dtype: str, batch: int, device: str) -> Memory:
-    """Of one step; on a CPU measured in a process of its own."""
+    """Peak memory of one step; on a CPU measured in a separate process."""
     if device == "cuda":
         torch.cuda.empty_cache()
         return memory_of(form, DTYPES[dtype], batch, device)

@@ -1,4 +1,4 @@
-"""What every bench shares: the device, the contest, results by machine class, and the verdict at the end.
+"""Shared by all benches: the device, the contest, results by machine class, and the verdict at the end.
 
 pytest bench/                 compares with bench/results, stores what is new there; fails when something got slower
 pytest bench/ --bench-store   the new state becomes what later runs are compared with
@@ -17,7 +17,7 @@ import torch
 
 from bench import regression
 from bench.regression import Bench, Change
-from bench.timing import LONG, SMOKE, copy_rate, environment, interleave, keep_freed_memory, summarize
+from bench.timing import LONG_CALL_S, SMOKE, copy_rate, environment, interleave, keep_freed_memory, summarize
 
 _RUN = pytest.StashKey[dict[str, dict[str, Bench]]]()
 _CHANGES = pytest.StashKey[list[Change]]()
@@ -39,7 +39,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     keep_freed_memory()
-    config.stash[_RUN] = defaultdict(dict)
+    run: dict[str, dict[str, Bench]] = defaultdict(dict)
+    config.stash[_RUN] = run
     config.stash[_CHANGES], config.stash[_NOTES] = [], []
 
 
@@ -52,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["lgnet_fast"] = environment()
-    machine_info.pop("node", None)  # a host's name says nothing about its speed
+    machine_info.pop("node", None)  # left out: a host's name says nothing about its speed
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -92,7 +93,7 @@ def compete(benchmark: Any, device: str) -> Callable[..., dict[str, Any]]:
             if device == "cuda":
                 torch.cuda.synchronize()
 
-        long = SMOKE or 1e-3 * summary["median_ms"][ours] > LONG
+        long = SMOKE or 1e-3 * summary["median_ms"][ours] > LONG_CALL_S
         benchmark.pedantic(timed, rounds=1 if long else min(rounds, 10), warmup_rounds=0 if long else 1)
         return summary
 
@@ -122,7 +123,7 @@ def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
             regression.write_results(own / f"{stem}.json", benches, environment())
     if not run or (SMOKE and folder is None):
         return
-    changes, notes = regression.settle(run, folder or regression.RESULTS, config.getoption("--bench-store"))
+    changes, notes = regression.compare_or_store(run, folder or regression.RESULTS, config.getoption("--bench-store"))
     config.stash[_CHANGES][:], config.stash[_NOTES][:] = changes, notes
     if exitstatus == pytest.ExitCode.OK and any(change.failed for change in changes):
         session.exitstatus = pytest.ExitCode.TESTS_FAILED

@@ -34,7 +34,7 @@ def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[An
     from lgnet_fast.kernels.configs import num_splits, pick_inference
     from lgnet_fast.kernels.conv_configs import Tile, Work, cost
 
-    source = plan.buffers[step.source.buffer]
+    source = plan.source(step)
     channels, positions = step.out_channels, source.height * source.width
     config = pick_inference(card.generation, kind, channels, positions, plan.batch, card.num_sms)
     target = (kind, card.generation, card.num_sms)
@@ -66,12 +66,11 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
     """The costs of a convolution's launches, the last one's tile, and the programs of all."""
     from lgnet_fast.kernels.conv_configs import cost, pick_tile, programs
 
-    from lgnet_fast.engine.cuda_executor import describe
+    from lgnet_fast.engine.cuda_weights import work_of
 
-    source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
     costs, name, count = [], "", 0
     for region in step.regions:
-        work = describe(step).work(plan.batch, (source.height, source.width), (out.height, out.width), region)
+        work = work_of(plan, step, region)
         tile = pick_tile(work, kind, card.generation, card.num_sms)
         costs.append(cost(work, tile, kind, card.generation, card.num_sms))
         count += programs(work, tile)
@@ -87,7 +86,7 @@ def measured_steps(path: Path) -> dict[str, float]:
 
 def floor_seconds(step: Any, plan: Any, card: Any, rate: float, element: int) -> float:
     """The least a step could take: its multiplications, or its bytes from memory once each."""
-    source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
+    source, out = plan.source(step), plan.target(step)
     outputs = sum(region.area for region in step.regions)
     reads = source.height * source.width * source.channels * outputs / (out.height * out.width)
     if step.residual is not None:
@@ -102,10 +101,10 @@ def main() -> int:
     from lgnet_fast.kernels.cards import CARDS
     from lgnet_fast.kernels.conv_configs import LAUNCH_SECONDS
 
-    from lgnet_fast.engine.cuda_executor import bucket
-    from lgnet_fast.engine.engine import plan_stages
-    from lgnet_fast.engine.plan import build_plan
-    from lgnet_fast.engine.regions import Rect
+    from lgnet_fast.engine.build import build_plan, plan_stages
+    from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.plan import AttentionStep
+    from lgnet_fast.engine.regions import Rect, rounded
     from lgnet_fast.reference.lgnet import LGNet
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -125,7 +124,7 @@ def main() -> int:
     plan = build_plan(plan_stages(model), args.batch, *args.size)
     stored = RESULTS / f"{args.card.lower()}_contact_lgnet_{args.dtype}_b{args.batch}.jsonl"
     if args.hole:
-        plan = plan.restricted(bucket([Rect(*args.hole)], *args.size))
+        plan = plan.restricted(rounded([Rect(*args.hole)], CudaExecutor.granularity, *args.size))
     elif args.measured is None and stored.exists() and tuple(args.size) == (256, 256):
         args.measured = stored
     measured = measured_steps(args.measured) if args.measured else {}
@@ -138,13 +137,13 @@ def main() -> int:
     total = floor = found = 0.0
     launches = 1
     for step in plan.steps:
-        source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
+        source, out = plan.source(step), plan.target(step)
         costs: list[Any] = []
         name, count, kernels = "", 0, 0
-        if step.kind == "attention" and step.regions:
-            costs, name = attention_costs(step, plan, kind, card)
+        if isinstance(step, AttentionStep):
+            costs, name = attention_costs(step, plan, kind, card) if step.regions else ([], "")
             kernels = len(costs)
-        elif step.kind != "attention":
+        else:
             costs, name, count = conv_costs(step, plan, kind, card)
             kernels = len(costs) + sum(not name.endswith("f") and not name.endswith("/1") for _ in costs)
         seconds = sum(c.seconds for c in costs)

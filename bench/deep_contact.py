@@ -14,7 +14,7 @@ graph   the dense graph with and without, in turn, with variants of the launch; 
 clocks  where a launch's time goes: median clocks of every layer from its begin, over blocks
 ======  =============================================================================================================
 
-A launch that hangs ends by itself after a fifth of a second and says who waited for what.
+A launch that hangs ends by itself after a fifth of a second here and says who waited for what.
 """
 
 from __future__ import annotations
@@ -55,8 +55,8 @@ class Bench:
 
         self.model, self.plan = model_and_plan(model, 1)
         self.dtype = dtype
-        self.executor = CudaExecutor(self.plan, dtype, graphs=False, deep_rows=0)
-        self.weights = self.executor._weights
+        self.executor = CudaExecutor.of(self.plan, dtype, graphs=False, deep_rows=0)
+        self.weights = self.executor.weights.steps
         self.packs: dict[Any, Tensor] = {}
         self.held = held_clusters(self.executor.device, dtype)
         self.defaults: dict[str, Any] = {"timeout": TIMEOUT}
@@ -70,7 +70,8 @@ class Bench:
         found: dict[int, Any] = {}
         for numbers in deep.runs(self.plan, rows):
             held = self.held if cluster is None else {cluster: self.held[cluster]}
-            best = best_cluster([deep.layer_of(self.plan, self.plan.steps[number]) for number in numbers], held)
+            steps = deep.steps_at(self.plan, numbers[0], len(numbers))
+            best = best_cluster([deep.layer_of(self.plan, step) for step in steps], held)
             found[numbers[0]] = best
             if not isinstance(best, str):
                 given = {**self.defaults, **options}
@@ -80,7 +81,7 @@ class Bench:
     def launches(self, groups: dict[int, Any]) -> list[Any]:
         """A dense run with these groups."""
         self.executor._groups = groups
-        return self.executor._launches(self.executor.memory, None, False)
+        return self.executor.launches()
 
     def choose_launch(self, log: Log) -> None:
         """Launch without the promise of a cooperative one where the driver refuses it."""
@@ -168,7 +169,7 @@ def _check(
             log(section, rows=rows, options=options, refused=group)
             right = False
             continue
-        steps = bench.plan.steps[first : first + len(group.layers)]
+        steps = deep.steps_at(bench.plan, first, len(group.layers))
         for number in range(len(steps)) if only else (None,):
             checked = steps if number is None else steps[number : number + 1]
             maps = deep.noise_maps(bench.plan, steps, bench.dtype, bench.executor.device)

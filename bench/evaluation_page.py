@@ -19,8 +19,8 @@ from PIL import Image
 from bench.timing import ROOT
 from lgnet_fast import weights
 from lgnet_fast.errors import LGNetError
-from lgnet_fast.evaluation import Evaluation, evaluate
-from lgnet_fast.pipeline.files import EXTENSIONS
+from lgnet_fast.evaluation import Evaluation, EvaluationOptions, evaluate
+from lgnet_fast.pipeline.formats import EXTENSIONS
 
 SAMPLES = {
     "astronaut.png": "NASA, public domain",
@@ -45,9 +45,9 @@ def kodak(source: Path, folder: Path) -> None:
     """
     numbered = {}
     for file in sorted(source.glob("*")):
-        number = re.search(r"(\d+)$", file.stem)
-        if number and file.suffix.lower() in EXTENSIONS:
-            numbered[int(number[1])] = file
+        digits = re.search(r"(\d+)$", file.stem)
+        if digits and file.suffix.lower() in EXTENSIONS:
+            numbered[int(digits[1])] = file
     if sorted(numbered) != list(range(1, 25)):
         raise LGNetError(
             f"--kodak: expected 24 pictures numbered from 1 to 24 in {str(source)!r}, got {len(numbered)}"
@@ -92,7 +92,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
             folder, out = Path(temporary, name), Path(temporary, f"{name} out")
             folder.mkdir()
             fetch(folder)
-            result = evaluate(folder, suite=True, models={"LGNet": None}, out=out, lpips=options.lpips)
+            result = evaluate(
+                EvaluationOptions(folder, suite=True, models={"LGNet": None}, out=out, lpips=options.lpips)
+            )
             assert isinstance(result, Evaluation)
             page = filled_in(page, name, result.markdown())
             if name == "samples":

@@ -12,8 +12,8 @@ buffers    a run without graphs; every step's output beside the plan in plain Py
            is named
 graph      the whole forward: launched one by one, as a graph, with and without overlapping launches
 steps      each step in place: graphs of the first k steps, and differences, so weights come from memory
-attention  block shapes of `attention_inference`: the walk over the keys, the projection, the sum over splits
 holes      graphs restricted to square holes of 16, 64 and 128 pixels
+attention  block shapes of `attention_inference`: the walk over the keys, the projection, the sum over splits
 convs      tiles of every distinct convolution, timed in graphs that rotate copies of the weights (cold, as in place)
 peers      the engine beside the model in eager PyTorch (channels last, with and without a graph) and torch.compile
 =========  ==========================================================================================================
@@ -23,22 +23,15 @@ from __future__ import annotations
 
 import argparse
 import functools
-import itertools
 import json
 import sys
 import time
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-LAUNCHES = 24
-"""Launches in a graph that times one kernel."""
-ROTATED_BYTES = 96 << 20
-"""Copies of a step's weights are made until they exceed this: twice the L2 cache of an H100."""
 
 
 class Log:
@@ -89,8 +82,7 @@ def run_all(launches: Sequence[Callable[[], None]]) -> None:
 def model_and_plan(name: str, batch: int) -> tuple[Any, Any]:
     """A network with random weights that keep features alive through all layers, on the GPU, and its dense plan."""
     from lgnet_fast import create_model
-    from lgnet_fast.engine.engine import plan_stages
-    from lgnet_fast.engine.plan import build_plan
+    from lgnet_fast.engine.build import build_plan, plan_stages
 
     torch.manual_seed(0)
     model = create_model(name).eval()
@@ -119,7 +111,7 @@ def recorded(executor: Any) -> list[Any]:
     from lgnet_fast.kernels.launch import record
 
     with record() as launches:
-        run_all(executor._launches(executor.memory, None, False))
+        run_all(executor.launches())
     return launches
 
 
@@ -154,31 +146,32 @@ def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
     """One step on noise, beside float32 PyTorch on the same noise."""
     import torch.nn.functional as F
 
+    from lgnet_fast.engine.plan import AttentionStep
+    from lgnet_fast.engine.torch_executor import convolution
+    from lgnet_fast.reference.attention import attention_block
+
     step = plan.steps[number]
     executor.memory.arena.normal_()
     run_all(executor.step_launches(executor.memory, number))
     own = executor.memory.view(step.stores[0].view).float()
     x = executor.memory.view(step.source).float().permute(0, 3, 1, 2)
-    if step.kind == "attention":
-        from lgnet_fast.reference.attention import attention_block
-
+    if isinstance(step, AttentionStep):
         value = attention_block(x, step.weight.float(), step.bias.float(), step.variant)
-    elif step.kind == "deconv":
-        value = F.conv_transpose2d(x, step.weight, step.bias, step.stride, step.padding, step.output_padding)
-    elif step.reflect:
-        value = F.conv2d(F.pad(x, [step.padding] * 4, mode="reflect"), step.weight, step.bias, step.stride)
     else:
-        value = F.conv2d(x, step.weight, step.bias, step.stride, step.padding)
+        value = convolution(step.geometry, x, step.weight.float(), step.bias.float())
     if step.residual is not None:
         value = value + executor.memory.view(step.residual).float().permute(0, 3, 1, 2)
     activation = step.stores[0].activation
-    value = {"relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.2)}.get(activation, lambda v: v)(value)
+    if activation == "relu":
+        value = F.relu(value)
+    elif activation == "leaky_relu":
+        value = F.leaky_relu(value, 0.2)
     value = value.permute(0, 2, 3, 1)
     error = ((own - value).norm() / value.norm()).item()
     log("buffers", step=step.name, relative_error=error, right=error < 2e-2)
 
 
-def time_graph(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log, label: str) -> None:
+def time_graph(plan: Any, dtype: torch.dtype, tuned: Any, log: Log, label: str) -> None:
     """The whole forward in several ways."""
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
@@ -186,11 +179,11 @@ def time_graph(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log,
     expected = None
     for overlap in (False, True):
         try:
-            executor = CudaExecutor(plan, dtype, choices=choices, overlap=overlap, graphs=False)
+            executor = CudaExecutor.of(plan, dtype, tuned=tuned, overlap=overlap, graphs=False)
         except RuntimeError as error:
             log("graph", label=label, overlap=overlap, error=str(error))
             continue
-        launches = functools.partial(run_all, executor._launches(executor.memory, None, False))
+        launches = functools.partial(run_all, executor.launches())
         executor.run(image, mask)
         direct = median_us(launches, 10)
         graph = graph_of(launches)
@@ -215,14 +208,14 @@ def time_graph(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log,
         )
 
 
-def time_steps(plan: Any, dtype: torch.dtype, choices: dict[str, Any], log: Log) -> None:
+def time_steps(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
     """Graphs of the first k steps; a step's time is the difference."""
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
-    executor = CudaExecutor(plan, dtype, choices=choices, graphs=False)
+    executor = CudaExecutor.of(plan, dtype, tuned=tuned, graphs=False)
     image, mask = picture(plan.batch)
     executor.run(image, mask)
-    launches = executor._launches(executor.memory, None, False)
+    launches = executor.launches()
     names = ["paint", *(step.name for step in plan.steps)]
     graphs = [graph_of(functools.partial(run_all, launches[: k + 1])) for k in range(len(launches))]
     best = [float("inf")] * len(graphs)
@@ -241,10 +234,10 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
     from lgnet_fast.kernels.launch import record
     from lgnet_fast.kernels.precompile import compile_all
 
-    from lgnet_fast.engine.cuda_executor import CudaExecutor, bucket
-    from lgnet_fast.engine.regions import Rect
+    from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.regions import Rect, rounded
 
-    executor = CudaExecutor(plan, dtype, graphs=False)
+    executor = CudaExecutor.of(plan, dtype, graphs=False)
     image, mask = picture(plan.batch)
     executor.run(image, mask)
     dense = plan.total_macs()
@@ -253,9 +246,9 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
         if side is not None:
             start = (plan.height - side) // 2 - 5  # off the grid that rectangles are rounded to
             hole = Rect(start, start + side, start, start + side)
-            restricted = plan.restricted(bucket([hole], plan.height, plan.width))
+            restricted = plan.restricted(rounded([hole], executor.granularity, plan.height, plan.width))
             regions, share = tuple(step.regions for step in restricted.steps), restricted.total_macs() / dense
-        launches = executor._launches(executor.memory, regions, False)
+        launches = executor.launches(regions)
         with record() as kernels:
             run_all(launches)
         compile_all(kernels, 0)
@@ -269,299 +262,6 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
         )
 
 
-def tiles(work: Any, num_sms: int) -> Iterator[Any]:
-    """Tiles of 16-bit products to measure, the most promising first."""
-    import triton
-    from lgnet_fast.kernels.conv_configs import Tile
-
-    columns = max(16, triton.next_power_of_2(work.columns))
-    rows = max(16, triton.next_power_of_2(work.rows))
-    ranked = []
-    shapes = [
-        (16, 64, 4), (16, 128, 4), (16, 128, 8), (16, 256, 8), (32, 64, 4), (32, 128, 4), (64, 16, 4), (64, 32, 4),
-        (64, 64, 4), (64, 128, 4), (64, 128, 8), (64, 256, 8), (64, 256, 4), (128, 16, 4), (128, 16, 8), (128, 32, 4),
-        (128, 64, 4), (128, 64, 8), (128, 128, 8), (128, 128, 4), (256, 16, 8), (256, 64, 8), (256, 128, 8),
-        (128, 256, 8),
-    ]  # fmt: skip
-    for block_m, block_n, warps in shapes:
-        if block_n > columns or block_m > rows:
-            continue
-        for block_k in (32, 64, 128):
-            if work.flat and block_k == 128:
-                continue
-            if not work.flat and (work.in_channels % block_k or block_k > work.in_channels):
-                continue
-            steps = work.steps(block_k)
-            blocks = -(-work.rows // block_m) * -(-work.columns // block_n) * len(work.taps)
-            for splits in (1, 2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64):
-                if splits > 1 and (splits > max(steps) // 2 or blocks * splits > 2.2 * num_sms):
-                    continue
-                stage = block_k * (block_m + block_n) * 2
-                stages = next((s for s in (5, 4, 3, 2) if s * stage <= 200_000 and s <= 2 + 64 * 6 // block_k), 2)
-                for fused in (False, True) if splits > 1 else (False,):
-                    tile = Tile(block_m, block_n, block_k, splits, warps, stages, fused)
-                    ranked.append((_guess(work, tile, num_sms), tile))
-    ranked.sort(key=lambda pair: pair[0])
-    taken: Counter[tuple[int, ...]] = Counter()
-    for _, tile in ranked:  # variety: the guess is no better than a factor of two
-        shape = tile[:3] + tile[4:5]
-        taken[shape] += 1
-        if taken[shape] <= 3:
-            yield tile
-
-
-def _guess(work: Any, tile: Any, num_sms: int) -> float:
-    """Clocks of a launch: matrix unit, issue and ingress of a multiprocessor, waves, weights from memory."""
-    steps = work.steps(tile.block_k)
-    per_step = max(
-        tile.block_m * tile.block_n * tile.block_k / 2048 * (1.6 if tile.block_m < 64 else 1.2),
-        tile.block_k * (tile.block_m + tile.block_n) * 2 / 56,
-        160 * (tile.block_k / 64) ** 0.5,
-    )
-    longest = -(-max(steps) // tile.splits)
-    blocks = -(-work.rows // tile.block_m) * -(-work.columns // tile.block_n) * len(work.taps)
-    programs = blocks * tile.splits
-    waves = -(-programs // num_sms) if programs > num_sms else 1
-    weights = work.columns * sum(work.taps) * work.in_channels * 2 / 1700
-    clocks = 1500 + max(waves * longest * per_step, weights / min(1.0, programs / num_sms))
-    if tile.splits > 1:
-        parts = tile.splits * tile.block_m * tile.block_n * 4
-        clocks += (
-            1000 + parts / 60 if tile.fused else 3500 + 2 * work.all_rows * work.columns * tile.splits * 4 / 3000
-        )
-    return clocks
-
-
-class Contest:
-    """One step with many tiles."""
-
-    def __init__(self, plan: Any, dtype: torch.dtype) -> None:
-        from lgnet_fast.engine.cuda_executor import CudaExecutor
-
-        self.executor = CudaExecutor(plan, dtype, graphs=False)
-        self.plan = plan
-
-    def launch(self, number: int, tile: Any, weights: Any = None) -> Callable[[], None]:
-        """A dense launch of one step."""
-        executor, step = self.executor, self.plan.steps[number]
-        kept = executor._weights[step.name]
-        executor._chosen[step.name] = tile
-        if weights is not None:
-            executor._weights[step.name] = weights
-        (launch,) = executor.step_launches(executor.memory, number)
-        executor._weights[step.name] = kept
-        return launch
-
-    def outputs(self, number: int) -> Tensor:
-        """What the step wrote."""
-        step, memory = self.plan.steps[number], self.executor.memory
-        if step.merges:
-            return memory.outputs.clone()
-        return memory.view(step.stores[0].view).float().clone()
-
-    def time(self, number: int, tile: Any, copies: list[Any]) -> float:
-        """Microseconds of a launch in a graph of LAUNCHES, over rotating copies of the weights."""
-        launches = [self.launch(number, tile, copies[i % len(copies)]) for i in range(LAUNCHES)]
-        graph = graph_of(functools.partial(run_all, launches))
-        return median_us(graph.replay, 7) / LAUNCHES
-
-
-def tune_convs(plan: Any, dtype: torch.dtype, log: Log, deadline: float, tried: int) -> dict[str, tuple[Any, float]]:
-    """step -> (fastest right tile, microseconds) of every distinct product."""
-    from lgnet_fast.kernels.launch import record
-    from lgnet_fast.kernels.precompile import compile_all
-
-    num_sms = torch.cuda.get_device_properties(0).multi_processor_count
-    contest = Contest(plan, dtype)
-    executor = contest.executor
-    kind, generation, _ = executor._target()
-    groups: dict[Any, list[int]] = {}
-    for number, step in enumerate(plan.steps):
-        if step.kind != "attention":
-            work = executor._work(plan, step)
-            # a residual, a second store and the end of a stage are part of the kernel, not of the product
-            key = (work, step.merges, step.residual is not None, len(step.stores))
-            groups.setdefault(key, []).append(number)
-    chosen = {}
-    queue = []
-    for (work, *_), numbers in groups.items():
-        default = executor.tile(plan.steps[numbers[0]])
-        chosen[numbers[0]] = [default, *(t for t in list(tiles(work, num_sms))[:tried] if t != default)]
-        with record() as launches:
-            for tile in chosen[numbers[0]]:
-                contest.launch(numbers[0], tile)()
-        queue += launches
-    begin = time.perf_counter()
-    failures = compile_all(queue, 0)
-    log("convs", compiled=len(queue), seconds=time.perf_counter() - begin, failures=failures[:20])
-    best: dict[str, tuple[Any, float]] = {}
-    # the steps that cost most first: NetL's blocks come eight times
-    order = sorted(groups.items(), key=lambda item: -len(item[1]) * item[0][0].rows * sum(item[0][0].taps))
-    for (work, *_), numbers in order:
-        if time.perf_counter() > deadline:
-            log("convs", cut_off=plan.steps[numbers[0]].name)
-            break
-        number = numbers[0]
-        step = plan.steps[number]
-        own = executor._weights[step.name]
-        count = max(1, min(LAUNCHES, -(-ROTATED_BYTES // (own.packed.numel() * own.packed.element_size()))))
-        if own.packed.numel() * own.packed.element_size() < 1 << 20:
-            count = 1
-        copies = [own, *(type(own)(own.packed.clone(), own.bias, None) for _ in range(count - 1))]
-        executor.memory.arena.normal_()
-        executor.memory.image.normal_()
-        executor.memory.mask.fill_(1)
-        expected = None
-        results = []
-        for tile in chosen[number]:
-            try:
-                executor.memory.outputs.zero_()
-                contest.launch(number, tile)()
-                torch.cuda.synchronize()
-                actual = contest.outputs(number)
-                if expected is None:
-                    expected = actual
-                error = ((actual - expected).norm() / expected.norm()).item()
-                if not error < 5e-3:
-                    log("convs", step=step.name, tile=list(tile), wrong=error)
-                    continue
-                results.append((contest.time(number, tile, copies), tile))
-            except Exception as error:  # a tile that cannot run is no contestant
-                log("convs", step=step.name, tile=list(tile), error=f"{type(error).__name__}: {error}"[:200])
-        if not results:
-            continue
-        default_us = next((us for us, tile in results if tile == chosen[number][0]), None)
-        results.sort()
-        for other in numbers:
-            best[plan.steps[other].name] = (results[0][1], results[0][0])
-        log(
-            "convs",
-            step=step.name,
-            times=len(numbers),
-            key=[generation, kind, work.rows, work.columns, list(work.taps), work.in_channels],
-            default_us=default_us,
-            default=list(chosen[number][0]),
-            best_us=results[0][0],
-            best=list(results[0][1]),
-            others=[[round(us, 2), *tile] for us, tile in results[1:8]],
-        )
-    return best
-
-
-def tune_attention(plan: Any, dtype: torch.dtype, log: Log, deadline: float) -> None:
-    """Block shapes of `attention_inference` for every attention step: the walk, the projection, the sum, in turn."""
-    from lgnet_fast.kernels.attention_inference import attention_block_inference
-    from lgnet_fast.kernels.cards import SHARED_LIMITS
-    from lgnet_fast.kernels.configs import (
-        _inference_bytes,
-        config_kind,
-        device_generation,
-        override,
-        pick_inference,
-    )  # fmt: skip
-    from lgnet_fast.kernels.conv_tables import INFERENCE
-    from lgnet_fast.kernels.launch import dot_precision, record
-    from lgnet_fast.kernels.precompile import compile_all
-
-    kind = config_kind(dtype, dot_precision(dtype))
-    generation, num_sms = device_generation(torch.device("cuda", 0))
-    element = 4 if dtype == torch.float32 else 2
-
-    def walks(config: Any, channels: int, positions: int) -> Iterator[Any]:
-        for m, n, v, warps, stages, splits in itertools.product(
-            (32, 64, 128), (32, 64, 128), (64, 128, 256), (4, 8), (2, 3), (1, 2, 4, 8)
-        ):
-            programs = plan.batch * -(-positions // m) * -(-channels // v)
-            if v > triton_width(channels) or m > positions or n > positions:
-                continue
-            if splits > 1 and (programs * splits > num_sms or positions // splits < n):
-                continue
-            if programs * splits < min(24, programs * positions // n) or m * v > 128 * 128 or m * n > 128 * 128:
-                continue
-            if (m == 32 and warps == 8) or (m == 128 and warps == 4 and n == 128):
-                continue
-            new = config._replace(
-                block_m=m, block_n=n, block_v=v, num_warps=warps, num_stages=stages, max_splits=splits
-            )
-            if _inference_bytes(new, channels, element) < 0.97 * SHARED_LIMITS[generation]:
-                yield new
-
-    def projections(config: Any, channels: int, positions: int) -> Iterator[Any]:
-        for p, o, d in itertools.product((16, 32, 64, 128), (32, 64, 128), (32, 64, 128)):
-            programs = plan.batch * -(-positions // p) * -(-channels // o)
-            if o <= channels and d <= channels and p * o <= 64 * 128 and programs >= 24:
-                yield config._replace(project_p=p, project_o=o, project_d=d)
-
-    def sums(config: Any, channels: int, positions: int) -> Iterator[Any]:
-        for m in (2, 4, 8, 16, 32):
-            yield config._replace(sum_m=m)
-
-    cases = []
-    for step in plan.steps:
-        if step.kind == "attention":
-            source = plan.buffers[step.source.buffer]
-            channels, side = step.out_channels, source.height
-            x = torch.randn(plan.batch, channels, side, side, device="cuda", dtype=dtype)
-            x = x.to(memory_format=torch.channels_last).mul_(0.5)
-            weight = (torch.randn(channels, 2 * channels, 1, 1, device="cuda") / channels**0.5).to(dtype)
-            bias = torch.zeros(channels, device="cuda", dtype=dtype)
-            call = functools.partial(attention_block_inference, x, weight, bias, "released", out=torch.empty_like(x))
-            config = pick_inference(generation, kind, channels, side * side, plan.batch, num_sms)
-            cases.append([step.name, channels, side * side, call, config])
-    for part, options in (("walk", walks), ("projection", projections), ("sum", sums)):
-        queue = []
-        for _, channels, positions, call, config in cases:
-            for new in (config, *options(config, channels, positions)):
-                with override("inference", new), record() as launches:
-                    call()
-                queue += launches
-        begin = time.perf_counter()
-        failures = compile_all(queue, 0)
-        log("attention", part=part, compiled=len(queue), seconds=time.perf_counter() - begin, failures=failures[:10])
-        for case in cases:
-            name, channels, positions, call, config = case
-            if time.perf_counter() > deadline:
-                log("attention", cut_off=name)
-                return
-            results = []
-            expected = None
-            for new in dict.fromkeys((config, *options(config, channels, positions))):
-                try:
-                    with override("inference", new):
-                        actual = call().float().clone()
-                        torch.cuda.synchronize()
-                        expected = actual if expected is None else expected
-                        error = ((actual - expected).norm() / expected.norm()).item()
-                        if not error < 1e-2:
-                            log("attention", step=name, part=part, config=list(new), wrong=error)
-                            continue
-                        graph = graph_of(functools.partial(run_all, [call] * 8))
-                    results.append((median_us(graph.replay, 7) / 8, new))
-                except Exception as error:  # a shape that cannot run is no contestant
-                    log("attention", step=name, config=list(new), error=f"{type(error).__name__}: {error}"[:200])
-            if not results:
-                continue
-            default_us = results[0][0]
-            results.sort()
-            log(
-                "attention",
-                step=name,
-                part=part,
-                key=[generation, kind, channels, positions, plan.batch],
-                default_us=default_us,
-                best_us=results[0][0],
-                best=list(results[0][1]),
-                others=[[round(us, 2), *new] for us, new in results[1:6]],
-            )
-            case[4] = results[0][1]
-            INFERENCE[generation, kind, channels, positions, plan.batch] = tuple(case[4])
-
-
-def triton_width(channels: int) -> int:
-    """The power of two that holds `channels`."""
-    return 1 << (channels - 1).bit_length()
-
-
 def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
     """The engine's graph in turn with other forms of the same network; what compiles longest comes last."""
     import copy
@@ -569,9 +269,9 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
     image, mask = picture(plan.batch)
-    executor = CudaExecutor(plan, dtype, graphs=False)
+    executor = CudaExecutor.of(plan, dtype, graphs=False)
     executor.run(image, mask)
-    ours = graph_of(functools.partial(run_all, executor._launches(executor.memory, None, False)))
+    ours = graph_of(functools.partial(run_all, executor.launches()))
     half = copy.deepcopy(model).to(dtype).set_backend("eager")
     last = copy.deepcopy(half).to(memory_format=torch.channels_last)
     inputs = [t.to(dtype) for t in (image, mask)]
@@ -626,7 +326,9 @@ def main() -> int:
     import triton
     from lgnet_fast.kernels.precompile import compile_all
 
+    from lgnet_fast.engine import cuda_tuning
     from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.cuda_weights import Tuned
 
     deadline = time.perf_counter() + 60 * args.minutes
     sections = args.sections.split(",")
@@ -641,28 +343,36 @@ def main() -> int:
     )
     dtype = getattr(torch, args.dtype)
     model, plan = model_and_plan(args.model, args.batch)
-    choices: dict[str, Any] = {}
+    shipped = Tuned()
     if "compile" in sections:
         for flag in (False, True) if properties.major >= 9 else (False,):
-            launches = recorded(CudaExecutor(plan, dtype, overlap=flag, graphs=False))
+            launches = recorded(CudaExecutor.of(plan, dtype, overlap=flag, graphs=False))
             begin = time.perf_counter()
             failures = compile_all(launches, 0)
             log("compile", launches=len(launches), seconds=time.perf_counter() - begin, failures=failures)
     if "buffers" in sections:
-        check_buffers(CudaExecutor(plan, dtype, graphs=False), plan, log)
+        check_buffers(CudaExecutor.of(plan, dtype, graphs=False), plan, log)
     if "graph" in sections:
-        time_graph(plan, dtype, choices, log, "shipped")
+        time_graph(plan, dtype, shipped, log, "shipped")
     if "steps" in sections:
-        time_steps(plan, dtype, choices, log)
+        time_steps(plan, dtype, shipped, log)
     if "holes" in sections:
         time_holes(plan, dtype, log)
+    device = torch.device("cuda", torch.cuda.current_device())
+    found, timer = cuda_tuning.Found(), cuda_tuning.Timer(device)
+
+    def over(seconds_before: float) -> bool:
+        return time.perf_counter() > deadline - seconds_before
+
     if "attention" in sections:
-        tune_attention(plan, dtype, log, deadline)
+        cuda_tuning.tune_attention(plan, dtype, device, found, timer, log, lambda: None, functools.partial(over, 0.0))
     if "convs" in sections:
-        best = tune_convs(plan, dtype, log, deadline - 30, args.tried)
-        choices = {name: tile for name, (tile, _) in best.items()}
-        time_graph(plan, dtype, choices, log, "tuned convolutions")
-        time_steps(plan, dtype, choices, log)
+        contest = cuda_tuning.Contest(plan, dtype, device)
+        cuda_tuning.tune_convolutions(
+            contest, found, timer, log, lambda: None, args.tried, functools.partial(over, 30.0)
+        )
+        time_graph(plan, dtype, found.tuned(), log, "tuned")
+        time_steps(plan, dtype, found.tuned(), log)
     if "peers" in sections:
         peers(model, plan, dtype, log)
     return 0

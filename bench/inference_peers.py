@@ -1,4 +1,4 @@
-"""What a user would run LGNet with instead: the contestants of bench_inference.py.
+"""The contestants of bench_inference.py: other ways to run LGNet.
 
 Every peer is a function (image, mask) -> result on float32 CPU tensors. All start from the eager reference, whose
 attention is in the form (box sum on the features, scaled_dot_product_attention) that these tools handle best.

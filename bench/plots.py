@@ -105,8 +105,8 @@ def roofline(bench: Mapping[str, Any]) -> bytes:
     axes.plot(*zip(*roof), color="#222", linewidth=1)
     axes.set(xscale="log", yscale="log", xlabel="FLOP a byte", ylabel="GFLOP/s")
     legend = axes.legend(title="stage; area: time", frameon=False)
-    for handle in legend.legend_handles:
-        handle.set_sizes([40])
+    for handle in filter(None, legend.legend_handles):
+        handle.set(sizes=[40])
     return _svg(figure)
 
 

@@ -1,11 +1,11 @@
-"""What every step of LGNet takes on this CPU, and how far that is from the multiplications' floor.
+"""Time of every step of LGNet on this CPU, and how far it is from the bound of its multiplications.
 
     python bench/profile_plan.py [--dtype float32] [--size 256 256] [--batch 1] [--threads 2] [--rounds 20]
                                  [--kernel direct|winograd2|winograd4] [--hole TOP BOTTOM LEFT RIGHT] [--channels 64]
 
 Times are the least of the rounds. GFLOP/s counts the step's own multiplications, so a Winograd step can exceed what
 the CPU can do; "share" is the step's part of the whole. `--kernel` forces one kernel wherever it can run: comparing
-the tables is how the constants of the cost model in lgnet_fast/engine/cpu_executor.py were found.
+the tables is how the constants of the cost model in lgnet_fast/engine/cpu_choice.py were found.
 """
 
 from __future__ import annotations
@@ -15,9 +15,10 @@ import sys
 
 import torch
 
-from lgnet_fast.engine.cpu_executor import CpuExecutor, candidates, choose_kernels
-from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.plan import build_plan
+from lgnet_fast.engine.build import build_plan, plan_stages
+from lgnet_fast.engine.cpu_choice import choose_kernels
+from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu_kernels import candidates
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.reference.lgnet import LGNet
 
@@ -46,14 +47,14 @@ def main() -> int:
         for step in plan.steps:
             if args.kernel in candidates(step):
                 choices[step.name] = args.kernel + ("/bf16" if choices[step.name].endswith("/bf16") else "")
-    executor = CpuExecutor(plan, dtype, choices)
+    executor = CpuExecutor.of(plan, dtype, choices)
     image = torch.rand(args.batch, 3, *args.size) * 2 - 1
     mask = torch.ones(args.batch, 1, *args.size)
     shown, regions = plan, None
     if args.hole:
         shown = plan.restricted([Rect(*args.hole)])
         regions = [step.regions for step in shown.steps]
-    rounds = torch.tensor([executor.step_times(image, mask, regions) for _ in range(args.rounds)])
+    rounds = torch.tensor([executor.step_times(image, mask, regions, 1) for _ in range(args.rounds)])
     best = rounds.min(dim=0).values
     print(f"{'step':24} {'kernel':16} {'MMAC':>8} {'ms':>8} {'GFLOP/s':>8} {'share':>6}")
     for step, ms in zip(shown.steps, best.tolist(), strict=True):

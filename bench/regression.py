@@ -3,12 +3,12 @@
 One file for each machine class and bench module: ``bench/results/cpu-zen5-2-cores_inference.json``. In it, for each
 bench, the figures of :func:`bench.timing.summarize` and whatever else the bench reports.
 
-A machine's speed changes from run to run, so times are not compared. What is compared is the speed-up: how many times
-longer the rivals in the same run take than each contestant whose name begins with "ours". If our code gets slower,
-all these ratios fall alike; if one rival is disturbed, the median over the rivals stays. So that median of
-(ratio now / ratio stored) is the change, and it fails when it falls by more than 10 %, or by twice the spread that
-the bench measured, now or then, whichever is larger. Where the machine itself was not the same, by its rate of copies
-around the bench, then and now (:func:`bench.timing.copy_rate`), 20 % are allowed.
+A machine's speed changes from run to run, so times are not compared, but speed-ups: how many times longer the rivals
+in the same run take than each contestant whose name begins with "ours". If our code gets slower, all these ratios
+fall alike; if one rival is disturbed, the median over the rivals stays. The change is therefore the median over the
+rivals of (ratio now / ratio stored). It fails when it falls by more than 10 %, or by twice the measured spread (the
+larger of the two runs') if that is more. 20 % are allowed where the copy bandwidth around the bench shows that the
+machine was in another state (:func:`bench.timing.copy_rate`).
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from typing import Any
 import torch
 
 from bench.timing import ROOT, environment
-from lgnet_fast.pipeline.files import write_atomically
+from lgnet_fast.pipeline.writing import write_atomically
 
 RESULTS = ROOT / "bench" / "results"
 
 ALLOWED = 0.10
-"""A ratio may fall by this much, and by twice the spread."""
+"""A ratio may fall by this share, or by twice the spread if that is more."""
 
 ALLOWED_MOVED = 0.20
-"""A ratio may fall by this much between two states of the machine."""
+"""The same between two states of the machine."""
 MOVED = 1.4
-"""Rates of copies that are as far apart tell two states of the machine: the two that were met copy 35 to 44 and 65 to
-75 GB a second."""
+"""Copy bandwidths that differ by this factor mean two states of the machine. The two observed ones copy 35 to 44 and
+65 to 75 GB a second."""
 
 Bench = dict[str, Any]
 
@@ -72,7 +72,7 @@ def _microarchitecture(vendor: str, family: int, model: int) -> str:
 
 
 def cpu_name() -> str:
-    """The cores' microarchitecture; where the system does not tell, the machine type."""
+    """The cores' microarchitecture, or the machine type where the system does not report it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         first = cpuinfo.read_text().split("\n\n")[0]
@@ -92,7 +92,7 @@ def machine_class(device: str) -> str:
 def read_results(text: str) -> dict[str, Any]:
     """A results file: {"environment": ..., "benches": {name: figures}}.
 
-    Files of pytest-benchmark's own layout, as this repository had them at first, are read too.
+    Files in pytest-benchmark's layout, from early commits of this repository, are read too.
 
     Raises:
         ValueError: neither.
@@ -137,12 +137,12 @@ def _minor(version: str) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """What became of one contestant of ours in one bench."""
+    """Change of one of our contestants in one bench."""
 
     bench: str
     contestant: str
     now: float
-    """Median over the rivals of how many times longer they take."""
+    """Median over the rivals of (their time / ours)."""
     ratio: float
     """Median over the rivals of (that now / that stored); below 1 is slower."""
     allowed: float
@@ -169,7 +169,7 @@ def _own(bench: Bench) -> dict[str, float]:
 
 
 def rivals(bench: Bench) -> dict[str, float]:
-    """The other contestants that compute the right thing -> times slower than the bench's unit."""
+    """The other contestants with a correct result -> times slower than the bench's unit."""
     wrong = bench.get("wrong_peers", {})
     slower = bench["times_slower_than_ours"]
     return {name: t for name, t in slower.items() if not name.startswith("ours") and name not in wrong}
@@ -188,7 +188,7 @@ def moved(then: Bench, now: Bench) -> bool:
 
 
 def compare(stored: Mapping[str, Bench], now: Mapping[str, Bench]) -> list[Change]:
-    """Every contestant of ours that both runs have, with a rival that both have."""
+    """The change of each of our contestants that both runs have, over the rivals that both have."""
     changes = []
     for name in sorted(now.keys() & stored.keys()):
         then, here = stored[name], now[name]
@@ -211,7 +211,7 @@ def compare(stored: Mapping[str, Bench], now: Mapping[str, Bench]) -> list[Chang
     return changes
 
 
-def settle(
+def compare_or_store(
     benches: Mapping[str, Mapping[str, Bench]], folder: Path = RESULTS, store: bool = False
 ) -> tuple[list[Change], list[str]]:
     """Compare a run with the stored one of its machine class, and store what is new.

@@ -24,7 +24,7 @@ from bench.peers import LGNET_MS, PEERS
 from bench.regression import RESULTS, bench_spread, machine_class, read_results, rivals
 from bench.timing import ROOT
 from lgnet_fast.errors import LGNetError
-from lgnet_fast.pipeline.files import write_atomically
+from lgnet_fast.pipeline.writing import write_atomically
 
 Machine = dict[str, dict[str, Any]]
 """Module ("inference", "table4", ...) -> content of its results file."""

@@ -66,11 +66,11 @@ def run(name: str, seconds: float, command: list[str]) -> bool:
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "LGNET_FAST_NO_EXTENSION": "1"}
     try:
-        code = subprocess.run(command, cwd=ROOT, timeout=seconds, env=environment).returncode
+        status = str(subprocess.run(command, cwd=ROOT, timeout=seconds, env=environment).returncode)
     except subprocess.TimeoutExpired:
-        code = f"cut off after {seconds:.0f} s"
-    print(f"== {name}: exit status {code}, {time.perf_counter() - start:.0f} s", flush=True)
-    return code == 0
+        status = f"cut off after {seconds:.0f} s"
+    print(f"== {name}: exit status {status}, {time.perf_counter() - start:.0f} s", flush=True)
+    return status == "0"
 
 
 def main() -> int:

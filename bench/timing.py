@@ -1,7 +1,7 @@
 """Interleaved timing: A B C A B C ..., so that a noisy machine slows every contestant alike.
 
-The ratio of two contestants is the median over the rounds of the ratio within a round: what disturbs one round, or
-slows the machine for good, leaves it as it is. Its spread is half the middle half's width, over the median.
+The ratio of two contestants is the median over the rounds of the ratio within a round. A disturbance of one round, or
+a lasting slow-down of the machine, does not change it. Its spread is half the interquartile range over the median.
 """
 
 from __future__ import annotations
@@ -24,31 +24,32 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 
 SMOKE = bool(os.environ.get("LGNET_BENCH_SMOKE"))
-"""Everything small and once, only to see that it runs: the figures mean nothing."""
+"""Run every bench small and once, to test that it runs; the figures mean nothing."""
 
-LONG = 1.0
-"""Seconds from which a call is long: one warm-up, and no more than `long_rounds` rounds."""
-SHORTEST = 5e-3
-"""Seconds that one timed run of calls should take at least, so that clock and call cost vanish in it."""
-STEADY = 0.025
-"""Standard error of the ratios at which no more rounds are needed."""
-ENOUGH = 1.0
-"""Seconds that a contest should take at least: short calls get more rounds, so that no single disturbance decides."""
-PATIENCE = 30.0
-"""Seconds of one contest after which no rounds are added, so that the whole suite ends within 15 minutes."""
+LONG_CALL_S = 1.0
+"""Calls of at least so many seconds get one warm-up and at most `long_rounds` rounds."""
+MIN_RUN_S = 5e-3
+"""Shortest duration of one timed run of calls, so that the cost of clock and call is negligible."""
+TARGET_STANDARD_ERROR = 0.025
+"""No rounds are added once the standard error of the ratios is below this."""
+MIN_CONTEST_S = 1.0
+"""Shortest duration of a contest: short calls get more rounds, so that a single disturbance does not decide."""
+MAX_CONTEST_S = 30.0
+"""No rounds are added to a contest after so many seconds, so that the whole suite ends within 15 minutes."""
 
 clock = time.perf_counter
-"""Seconds; a test that must not depend on the machine's load takes the process's own time instead."""
+"""Clock in seconds. Tests replace it by the process's CPU time, to be independent of the machine's load."""
 
 Rounds = list[dict[str, float]]
 
 
 def copy_rate() -> float:
-    """Of all threads, copying what no cache holds: GB read and written a second, the best of three.
+    """Copy bandwidth of all threads beyond the caches: GB read and written a second, the best of three.
 
-    A virtual machine's cores are moved about by its host: now they share a cache and one way to the memory, now each
-    has its own. Copies are then twice as fast, while what one core hands to the other arrives later, so that ratios
-    shift by a tenth and more with no change of the code. No other figure tells the two states apart as clearly.
+    The host of a virtual machine moves its cores: at times they share a cache and one memory controller, at times
+    each has its own. In the second state copies are twice as fast, but data passes between the cores more
+    slowly, so that ratios shift by 10 % and more without a change of the code. This figure distinguishes the two
+    states best.
     """
     source, target = _copied()
     return round(max(2e-9 * source.nbytes / seconds(lambda: target.copy_(source), "cpu") for _ in range(3)), 1)
@@ -62,9 +63,9 @@ def _copied() -> tuple[torch.Tensor, torch.Tensor]:
 def keep_freed_memory() -> None:
     """Let the C library reuse memory that was freed instead of giving it back to the system (glibc; else nothing).
 
-    By default every large tensor is new pages, which the system zeroes in its own good time: contestants that
-    allocate are slower by that, and by an amount that changes from minute to minute. A server that has been running
-    for a while has its memory, so this is the fairer comparison too.
+    By default every large tensor is made of new pages, which the system must zero. That slows contestants that
+    allocate, by an amount that changes from minute to minute. It is also the fairer comparison, because a
+    long-running server reuses its memory.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is None:
@@ -75,13 +76,13 @@ def keep_freed_memory() -> None:
 
 
 def synchronize(device: str) -> None:
-    """Wait for the device to finish; nothing to wait for on a CPU."""
+    """Wait for the device to finish; does nothing on a CPU."""
     if device == "cuda":
         torch.cuda.synchronize()
 
 
 def seconds(call: Callable[[], Any], device: str, repeats: int = 1) -> float:
-    """Of one call, the mean of `repeats` in a row; the device is idle before and after."""
+    """Seconds of one call: the mean of `repeats` in a row. The device is idle before and after."""
     synchronize(device)
     start = clock()
     for _ in range(repeats):
@@ -100,11 +101,11 @@ def interleave(
     """Seconds of every contestant in every round.
 
     Args:
-        contestants: each has run before, so that nothing is compiled here.
+        contestants: each has been called before, so that nothing is compiled here.
         device: "cpu" or "cuda".
-        rounds: at least, and until the contest has taken a second (:data:`ENOUGH`); up to as many again follow until
-            the ratios are known to 2.5 % (:data:`STEADY`), unless it has taken half a minute (:data:`PATIENCE`) by
-            then. 1 is exactly one.
+        rounds: least number of rounds. More are run until the contest has taken :data:`MIN_CONTEST_S`; up to as many
+            again until the ratios are known to :data:`TARGET_STANDARD_ERROR`, but not beyond :data:`MAX_CONTEST_S`.
+            1 is exactly one.
         warmup: calls before the rounds; one for calls of a second and more.
         long_rounds: of the rounds, those in which calls of a second and more take part, spread evenly.
 
@@ -117,19 +118,19 @@ def interleave(
     for name, call in contestants.items():
         for _ in range(max(1, warmup)):
             once[name] = seconds(call, device)
-            if once[name] > LONG:
+            if once[name] > LONG_CALL_S:
                 break
-    if min(once.values()) > LONG:
+    if min(once.values()) > LONG_CALL_S:
         rounds = min(rounds, long_rounds)
-    repeats = {name: max(1, round(SHORTEST / s)) for name, s in once.items()}
+    repeats = {name: max(1, round(MIN_RUN_S / s)) for name, s in once.items()}
     taken: Rounds = []
     start = clock()
 
     def worth_another() -> bool:
         if SMOKE or rounds == 1:
             return False
-        return clock() < start + ENOUGH or (
-            len(taken) < 2 * rounds and clock() < start + PATIENCE and not _steady(taken)
+        return clock() < start + MIN_CONTEST_S or (
+            len(taken) < 2 * rounds and clock() < start + MAX_CONTEST_S and not _steady(taken)
         )
 
     while len(taken) < rounds or worth_another():
@@ -139,7 +140,7 @@ def interleave(
             {
                 name: seconds(call, device, repeats[name])
                 for name, call in contestants.items()
-                if once[name] <= LONG or joins
+                if once[name] <= LONG_CALL_S or joins
             }
         )
     return taken
@@ -151,7 +152,7 @@ def _steady(rounds: Rounds) -> bool:
     for name in names[1:]:
         ratios = [taken[name] / taken[names[0]] for taken in rounds]
         # Of a median: 1.253 deviations / sqrt(n); half the middle half's width is 0.6745 deviations.
-        if 1.253 / 0.6745 * spread(ratios) / len(ratios) ** 0.5 > STEADY:
+        if 1.253 / 0.6745 * spread(ratios) / len(ratios) ** 0.5 > TARGET_STANDARD_ERROR:
             return False
     return True
 
@@ -192,7 +193,7 @@ def _output(*command: str) -> str:
 
 
 def environment() -> dict[str, Any]:
-    """Versions, thread count, commit and date: what a figure means nothing without. No host name."""
+    """Versions, thread count, commit and date, which every figure needs. No host name."""
     versions = {}
     for package in ("triton", "openvino", "onnxruntime"):
         try:

@@ -1,4 +1,4 @@
-"""One training step of LGNet in the forms that bench_training.py compares: SPEC's two optimiser steps.
+"""One training step of LGNet in the forms that bench_training.py compares: the two optimiser steps of docs/model.md.
 
 python -m bench.training_step FORM DTYPE BATCH     # peak memory of one step, in a process of its own
 """
@@ -58,9 +58,8 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", na
                 module.run = lambda features, weight, bias, variant: score_map(features, weight, bias)
     model = torch.compile(network) if form == "compiled" else network
     discriminator, vgg = Discriminator().to(device).train(), VGG16Features().to(device)
-    adam = {"lr": 2e-4, "betas": (0.5, 0.999)}
-    ours_optimizer = torch.optim.Adam(network.parameters(), **adam)
-    its_optimizer = torch.optim.Adam(discriminator.parameters(), **adam)
+    generator_optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     image = torch.rand(batch, 3, SIZE, SIZE, device=device) * 2 - 1
     mask = torch.zeros(batch, 1, SIZE, SIZE, device=device)
     mask[..., 64:160, 64:160] = 1
@@ -72,14 +71,14 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", na
         with autocast():
             stages = model(image, mask, return_stages=True)
             judged = discriminator_loss(discriminator(stages.merged[0].detach()), discriminator(image))
-        its_optimizer.zero_grad(set_to_none=False)
+        discriminator_optimizer.zero_grad(set_to_none=False)
         judged["D"].backward()
-        its_optimizer.step()
+        discriminator_optimizer.step()
         with autocast():
             terms = generator_loss(stages, image, mask, discriminator(stages.merged[0]), vgg, lean=ours)
-        ours_optimizer.zero_grad(set_to_none=False)  # the same memory every step, so that peaks compare
+        generator_optimizer.zero_grad(set_to_none=False)  # the same memory every step, so that peaks compare
         terms["G"].backward()
-        ours_optimizer.step()
+        generator_optimizer.step()
         return {name: term.detach() for name, term in (terms | judged).items()}
 
     return Step(run, network)
@@ -91,17 +90,18 @@ def _resident(key: str) -> int:
 
 
 class Memory(NamedTuple):
-    """Bytes: parameters, gradients, optimiser state (on a CPU with all else that the process has) between steps, and
-    what a step takes beyond that at most."""
+    """Bytes of parameters, gradients and optimiser state between steps (on a CPU of the whole process), and the peak
+    of a step beyond them."""
 
     standing: int
     step: int
 
 
 def memory_of(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> Memory:
-    """Of a training step in one of :data:`FORMS`. On a CPU of the whole process: ask once a process (Linux)."""
+    """Memory of a training step in one of :data:`FORMS`. On a CPU it is the whole process's: call it once in a
+    process (Linux)."""
     step = make_step(form, dtype, batch, device, name)
-    step.run()  # gradients and optimiser state exist from now on, and stay
+    step.run()  # gradients and optimiser state exist from now on
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -39,6 +39,11 @@ def render(text: str, tables: Tables, inference: dict[tuple[Any, ...], Any]) -> 
     return "\n".join(lines) + "\n}\n"
 
 
+def _choice(value: Any) -> Any:
+    """A tile, or "cudnn", from a line of JSON."""
+    return "cudnn" if value in ("cudnn", ["cudnn"]) else tuple(value)
+
+
 def measured(files: Sequence[Path]) -> tuple[Tables, dict[tuple[Any, ...], Any]]:
     """Tables of the results in `files`."""
     times: dict[tuple[str, tuple[Any, ...]], list[dict[tuple[Any, ...], float]]] = defaultdict(list)
@@ -52,8 +57,9 @@ def measured(files: Sequence[Path]) -> tuple[Tables, dict[tuple[Any, ...], Any]]
                 inference[tuple(figures["key"])] = tuple(figures["best"])
             elif figures["section"] == "convs":
                 generation, kind, rows, columns, taps, channels = figures["key"]
-                found = {tuple(figures["best"]): figures["best_us"]}
-                found |= {tuple(other[1:]): other[0] for other in figures["others"]}
+                found = {_choice(figures["best"]): figures["best_us"]}
+                found |= {_choice(other[1:]): other[0] for other in figures["others"]}
+                found = {choice: us for choice, us in found.items() if choice[0] != "hopper"}  # tuned only
                 weighted = {tile: us * figures["times"] for tile, us in found.items()}
                 times[generation, (kind, rows, columns, tuple(taps), channels)].append(weighted)
     tables: Tables = defaultdict(dict)

@@ -1,6 +1,6 @@
 // LGNet's attention block, forward and backward, without a positions x positions matrix.
 //
-// Features F [B, C, H, W], N = H * W positions i, j (SPEC.md, "Attention block"):
+// Features F [B, C, H, W], N = H * W positions i, j (defined in lgnet_fast/reference/attention.py):
 //
 //   released  K = (F + 1e-7) / |F + 1e-7|   Q = 3x3 zero-padded box sum of F   V = K
 //   paper     K = F / max(|F|, 1e-12)       Q = K                              V = F
@@ -72,9 +72,12 @@ int64_t useful_threads(const View& features, int64_t threads) {
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(products / kProductsPerThread, 1e6)), 1, threads);
 }
 
-const AttentionKernels<float>& pick(float, bool pairs) {
+template <class T>
+constexpr DType kNative = sizeof(T) == 8 ? DType::float64 : DType::float32;
+
+const AttentionKernels<float>& pick(float, bool bf16) {
   const AttentionTable& table = current_kernels().attention;
-  return pairs && table.bf16.forward ? table.bf16 : table.f32;
+  return bf16 && table.bf16.forward ? table.bf16 : table.f32;
 }
 const AttentionKernels<double>& pick(double, bool) { return current_kernels().attention.f64; }
 
@@ -176,98 +179,139 @@ class CombinerWeight {
   Buffer<T> rows_;  // eight for each worker, where they cannot be read in place
 };
 
-// pairs: multiply bf16 pairs where the CPU can. Queries outside the panels of positions [first, last) are left out.
+// Batch items whose packed keys and values are kept at once.
+int64_t items_at_once(int64_t batch, int64_t item_bytes) {
+  return std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, batch);
+}
+
+// The forward of one call. bf16: multiply bf16 pairs where the CPU can.
 template <class T>
-void run_forward(const View& features, const View& weight, const View& bias, bool released, bool pairs, int64_t first,
-                 int64_t last, const View& out, const View& attended, const View& stats, int64_t threads) {
-  const DType native = sizeof(T) == 8 ? DType::float64 : DType::float32;
-  const AttentionKernels<T>& kernels = pick(T{}, pairs);
-  AttentionWork<T> w{};
-  describe(features, released, kernels, w);
-  w.out = out;
-  w.attended = attended;
-  w.row_max = reinterpret_cast<T*>(stats.data);
-  w.row_sum = stats ? w.row_max + features.size[0] * w.positions : nullptr;
-
-  const bool share = released && kernels.element_bytes == static_cast<int64_t>(sizeof(T));
-  const int64_t item_bytes = w.pack_bytes * (share ? 1 : 2);
-  const int64_t turn = std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, features.size[0]);
-
-  const int64_t c = w.channels, cp = w.channels_padded, groups = cp / 8;
-  std::optional<CombinerWeight<T>> combiner;
-  Buffer<T> packed_weight, packed_bias, operands;
-  if (weight) {
-    combiner.emplace(weight, released, native, threads);
-    packed_bias = Buffer<T>(cp);
-    std::fill_n(packed_bias.get(), cp, T{0});
-    if (bias) load_rows(bias, 0, 0, c, packed_bias.get(), c);
-    w.bias = packed_bias.get();
-    const int64_t element = sizeof(T), operand_count = turn * w.panels * 2 * cp * w.panel;
-    if (2 * cp * c * element > kWeightsInCacheBytes && operand_count * element <= kOperandBudgetBytes) {
-      operands = Buffer<T>(operand_count);
-      w.operands = operands.get();
-    } else {
-      packed_weight = Buffer<T>(2 * cp * c);
-      w.weight = packed_weight.get();
-      parallel_for(threads, 2 * groups, [&](int64_t task, int64_t worker) {
-        combiner->pack(task / groups, task % groups, worker, packed_weight.get() + task * 8 * c);
-      });
-    }
+class Forward {
+ public:
+  Forward(const View& features, bool released, bool bf16, const View& out, const View& attended, const View& stats,
+          int64_t threads)
+      : features_(features), kernels_(pick(T{}, bf16)), threads_(threads) {
+    describe(features, released, kernels_, w_);
+    w_.out = out;
+    w_.attended = attended;
+    w_.row_max = reinterpret_cast<T*>(stats.data);
+    w_.row_sum = stats ? w_.row_max + features.size[0] * w_.positions : nullptr;
+    share_ = released && kernels_.element_bytes == static_cast<int64_t>(sizeof(T));
+    turn_ = items_at_once(features.size[0], w_.pack_bytes * (share_ ? 1 : 2));
   }
 
-  for (int64_t item = 0; item < features.size[0]; item += turn) {
-    w.first_item = item;
-    w.batch = std::min(turn, features.size[0] - item);
-    const Planes<T> planes(features, item, w.batch, native, threads);
-    w.features = planes.get();
-    const Packed<T> packed(kernels, share, threads, w);
+  // Has the attended features go through the combiner.
+  void combine_with(const View& weight, const View& bias);
+  // Queries outside the panels of positions [first, last) are left out.
+  void run(int64_t first, int64_t last);
 
-    const int64_t first_panel = first / w.panel, panels_each = ceil_div(last, w.panel) - first_panel;
-    const int64_t panels = w.batch * panels_each;
-    w.splits = 1;
-    if (threads > 1 && panels < kTasksPerThread * threads) {
-      w.splits = std::clamp<int64_t>(ceil_div(kTasksPerThread * threads, panels), 1,
-                                     std::max<int64_t>(1, w.key_groups / kMinimumGroupsPerSplit));
-    }
-    w.groups_per_split = ceil_div(w.key_groups, w.splits);
-    w.splits = ceil_div(w.key_groups, w.groups_per_split);
-    Buffer<T> parts, tops, sums;
-    if (w.splits > 1) {  // indexed by panel: memory of panels left out is never touched
-      const int64_t count = w.batch * w.panels * w.splits;
-      parts = Buffer<T>(count * w.channels_padded * w.panel);
-      tops = Buffer<T>(count * w.panel);
-      sums = Buffer<T>(count * w.panel);
-      w.part_rows = parts.get();
-      w.part_max = tops.get();
-      w.part_sum = sums.get();
-    }
-    const int64_t each = round_up(kernels.forward_scratch(w), 64), per_item = panels_each * w.splits;
-    const Buffer<T> scratch(each * std::min(threads, panels * w.splits));
-    parallel_for(threads, panels * w.splits, [&](int64_t task, int64_t worker) {
-      kernels.forward(w, task / per_item, first_panel + task % per_item / w.splits, task % w.splits,
-                      scratch.get() + worker * each);
-    });
-    if (w.splits > 1) {
-      parallel_for(threads, panels, [&](int64_t task, int64_t worker) {
-        kernels.merge(w, task / panels_each, first_panel + task % panels_each, scratch.get() + worker * each);
-      });
-    }
-    if (w.operands) {
-      const int64_t tasks = std::min(groups, round_up(ceil_div(groups, kGroupsPerCombinerTask), threads));
-      const int64_t most = ceil_div(groups, tasks), room = round_up(most * 8 * (2 * c + w.panel), 64);
-      const Buffer<T> blocks(room * std::min(threads, tasks));
-      parallel_for(threads, tasks, [&](int64_t task, int64_t worker) {
-        const int64_t begin = groups * task / tasks, count = groups * (task + 1) / tasks - begin;
-        T* block = blocks.get() + worker * room;
-        for (int64_t i = 0; i < 2 * count; ++i)
-          combiner->pack(i / count, begin + i % count, worker, block + i * 8 * c);
-        for (int64_t i = 0; i < panels; ++i) {
-          kernels.combine(w, i / panels_each, first_panel + i % panels_each, block, begin, count,
-                          block + 2 * count * 8 * c);
-        }
-      });
-    }
+ private:
+  void split_keys(int64_t panels);
+  void attend(int64_t first_panel, int64_t panels_each);
+  void combine(int64_t first_panel, int64_t panels_each);
+
+  const View& features_;
+  const AttentionKernels<T>& kernels_;
+  const int64_t threads_;
+  AttentionWork<T> w_{};
+  bool share_;    // keys and values are the same memory
+  int64_t turn_;  // batch items at once
+  std::optional<CombinerWeight<T>> combiner_;
+  Buffer<T> packed_weight_, packed_bias_, operands_;
+  Buffer<T> part_rows_, part_max_, part_sum_;
+};
+
+template <class T>
+void Forward<T>::combine_with(const View& weight, const View& bias) {
+  const int64_t c = w_.channels, cp = w_.channels_padded, element = sizeof(T);
+  combiner_.emplace(weight, w_.released, kNative<T>, threads_);
+  packed_bias_ = Buffer<T>(cp);
+  std::fill_n(packed_bias_.get(), cp, T{0});
+  if (bias) load_rows(bias, 0, 0, c, packed_bias_.get(), c);
+  w_.bias = packed_bias_.get();
+  const int64_t operands = turn_ * w_.panels * 2 * cp * w_.panel;
+  if (2 * cp * c * element > kWeightsInCacheBytes && operands * element <= kOperandBudgetBytes) {
+    operands_ = Buffer<T>(operands);
+    w_.operands = operands_.get();
+    return;
   }
+  packed_weight_ = Buffer<T>(2 * cp * c);
+  w_.weight = packed_weight_.get();
+  const int64_t groups = cp / 8;
+  parallel_for(threads_, 2 * groups, [&](int64_t task, int64_t worker) {
+    combiner_->pack(task / groups, task % groups, worker, packed_weight_.get() + task * 8 * c);
+  });
+}
+
+template <class T>
+void Forward<T>::run(int64_t first, int64_t last) {
+  for (int64_t item = 0; item < features_.size[0]; item += turn_) {
+    w_.first_item = item;
+    w_.batch = std::min(turn_, features_.size[0] - item);
+    const Planes<T> planes(features_, item, w_.batch, kNative<T>, threads_);
+    w_.features = planes.get();
+    const Packed<T> packed(kernels_, share_, threads_, w_);
+    const int64_t first_panel = first / w_.panel, panels_each = ceil_div(last, w_.panel) - first_panel;
+    split_keys(w_.batch * panels_each);
+    attend(first_panel, panels_each);
+    if (w_.operands) combine(first_panel, panels_each);
+  }
+}
+
+// Ranges of keys for tasks of their own, where the panels are too few for the threads.
+template <class T>
+void Forward<T>::split_keys(int64_t panels) {
+  w_.splits = 1;
+  if (threads_ > 1 && panels < kTasksPerThread * threads_) {
+    w_.splits = std::clamp<int64_t>(ceil_div(kTasksPerThread * threads_, panels), 1,
+                                    std::max<int64_t>(1, w_.key_groups / kMinimumGroupsPerSplit));
+  }
+  w_.groups_per_split = ceil_div(w_.key_groups, w_.splits);
+  w_.splits = ceil_div(w_.key_groups, w_.groups_per_split);
+  if (w_.splits == 1) return;
+  // Indexed by panel: memory of panels left out is never touched.
+  const int64_t count = w_.batch * w_.panels * w_.splits;
+  part_rows_ = Buffer<T>(count * w_.channels_padded * w_.panel);
+  part_max_ = Buffer<T>(count * w_.panel);
+  part_sum_ = Buffer<T>(count * w_.panel);
+  w_.part_rows = part_rows_.get();
+  w_.part_max = part_max_.get();
+  w_.part_sum = part_sum_.get();
+}
+
+template <class T>
+void Forward<T>::attend(int64_t first_panel, int64_t panels_each) {
+  const int64_t panels = w_.batch * panels_each, per_item = panels_each * w_.splits;
+  const int64_t each = round_up(kernels_.forward_scratch(w_), 64);
+  const Buffer<T> scratch(each * std::min(threads_, panels * w_.splits));
+  parallel_for(threads_, panels * w_.splits, [&](int64_t task, int64_t worker) {
+    kernels_.forward(w_, task / per_item, first_panel + task % per_item / w_.splits, task % w_.splits,
+                     scratch.get() + worker * each);
+  });
+  if (w_.splits == 1) return;
+  parallel_for(threads_, panels, [&](int64_t task, int64_t worker) {
+    kernels_.merge(w_, task / panels_each, first_panel + task % panels_each, scratch.get() + worker * each);
+  });
+}
+
+// Goes by output channels: a task packs the weights of some and takes all panels past them.
+template <class T>
+void Forward<T>::combine(int64_t first_panel, int64_t panels_each) {
+  const int64_t c = w_.channels, groups = w_.channels_padded / 8, panels = w_.batch * panels_each;
+  const int64_t tasks = std::min(groups, round_up(ceil_div(groups, kGroupsPerCombinerTask), threads_));
+  const int64_t most = ceil_div(groups, tasks), room = round_up(most * 8 * (2 * c + w_.panel), 64);
+  const Buffer<T> blocks(room * std::min(threads_, tasks));
+  parallel_for(threads_, tasks, [&](int64_t task, int64_t worker) {
+    const int64_t begin = groups * task / tasks, count = groups * (task + 1) / tasks - begin;
+    T* block = blocks.get() + worker * room;
+    for (int64_t i = 0; i < 2 * count; ++i) {
+      combiner_->pack(i / count, begin + i % count, worker, block + i * 8 * c);
+    }
+    for (int64_t i = 0; i < panels; ++i) {
+      kernels_.combine(w_, i / panels_each, first_panel + i % panels_each, block, begin, count,
+                       block + 2 * count * 8 * c);
+    }
+  });
 }
 
 // D = sum over the channels of grad * attended, [batch][positions].
@@ -288,75 +332,123 @@ Buffer<T> row_dots(const AttentionWork<T>& w, const T* grad, const T* attended, 
   return dots;
 }
 
+// The backward of one call: scores as in the forward (bf16 pairs for bf16 features), everything else in T.
+template <class T>
+class Backward {
+ public:
+  Backward(const View& features, bool released, const View& grad_features, int64_t threads)
+      : features_(features),
+        kernels_(pick(T{}, false)),
+        score_kernels_(pick(T{}, features.dtype == DType::bfloat16)),
+        threads_(threads) {
+    describe(features, released, kernels_, w_);
+    w_.out = grad_features;
+    if (score_kernels_.element_bytes != kernels_.element_bytes) {
+      pair_bytes_ = w_.pack_bytes / kernels_.element_bytes * score_kernels_.element_bytes;
+    }
+    turn_ = items_at_once(features.size[0], w_.pack_bytes * (released ? 1 : 2) + pair_bytes_);
+  }
+
+  void run(const View& grad_attended, const View& attended, const View& stats);
+
+ private:
+  void pack_scores(std::optional<Packed<T>>& packed_pairs);
+  void split_work();
+  void differentiate();
+
+  const View& features_;
+  const AttentionKernels<T>&kernels_, &score_kernels_;
+  const int64_t threads_;
+  AttentionWork<T> w_{};
+  int64_t pair_bytes_ = 0;  // of one batch item's keys as bf16 pairs, where the scores need them
+  int64_t turn_;            // batch items at once
+};
+
+template <class T>
+void Backward<T>::run(const View& grad_attended, const View& attended, const View& stats) {
+  for (int64_t first = 0; first < features_.size[0]; first += turn_) {
+    w_.first_item = first;
+    w_.batch = std::min(turn_, features_.size[0] - first);
+    const Planes<T> grads(grad_attended, first, w_.batch, kNative<T>, threads_);
+    w_.grad = grads.get();
+    // A copy of the attended features ends here, before other memory is taken.
+    const Buffer<T> row_dot =
+        row_dots(w_, w_.grad, Planes<T>(attended, first, w_.batch, kNative<T>, threads_).get(), threads_);
+    w_.row_dot = row_dot.get();
+    const Planes<T> planes(features_, first, w_.batch, kNative<T>, threads_);
+    w_.features = planes.get();
+    w_.saved_max = reinterpret_cast<const T*>(stats.data) + first * w_.positions;
+    w_.saved_sum = w_.saved_max + features_.size[0] * w_.positions;
+    const Packed<T> packed(kernels_, w_.released, threads_, w_);
+    std::optional<Packed<T>> packed_pairs;
+    pack_scores(packed_pairs);
+    split_work();
+    differentiate();
+  }
+}
+
+// The keys as the forward packed them.
+template <class T>
+void Backward<T>::pack_scores(std::optional<Packed<T>>& packed_pairs) {
+  w_.score_keys = w_.keys;
+  w_.score_pack_bytes = w_.pack_bytes;
+  if (pair_bytes_ == 0) return;
+  AttentionWork<T> forward = w_;
+  forward.pack_bytes = pair_bytes_;
+  packed_pairs.emplace(score_kernels_, true, threads_, forward);
+  w_.score_keys = forward.keys;
+  w_.score_pack_bytes = pair_bytes_;
+}
+
+// As many rectangles as threads, near square: queries x keys copies cost (queries + keys) buffers.
+template <class T>
+void Backward<T>::split_work() {
+  const int64_t wanted = ceil_div(threads_, w_.batch);
+  w_.key_ranges = 1;
+  while ((w_.key_ranges + 1) * (w_.key_ranges + 1) <= wanted) ++w_.key_ranges;
+  w_.key_ranges = std::min(w_.key_ranges, w_.key_groups);
+  w_.query_ranges = std::min(ceil_div(wanted, w_.key_ranges), w_.panels);
+}
+
+template <class T>
+void Backward<T>::differentiate() {
+  const int64_t key_elements = w_.batch * w_.key_groups * kKeysPerGroup * w_.channels_lanes;
+  const Buffer<T> grad_key(w_.query_ranges * key_elements);
+  const Buffer<T> grad_value(w_.released ? 0 : w_.query_ranges * key_elements);
+  const Buffer<T> grad_query(w_.key_ranges * w_.batch * w_.channels * w_.positions);
+  w_.grad_key = grad_key.get();
+  w_.grad_value = grad_value.get();
+  w_.grad_query = grad_query.get();
+
+  const int64_t each = round_up(std::max(kernels_.backward_scratch(w_), score_kernels_.backward_scratch(w_)), 64);
+  const Buffer<T> scratch(each * threads_);
+  const int64_t per_item = w_.query_ranges * w_.key_ranges;
+  parallel_for(threads_, w_.batch * per_item, [&](int64_t task, int64_t worker) {
+    score_kernels_.backward(w_, task / per_item, task % per_item / w_.key_ranges, task % w_.key_ranges,
+                            scratch.get() + worker * each);
+  });
+  const int64_t tiles = ceil_div(w_.positions, kPositionsPerTile);
+  if (w_.key_ranges > 1) {
+    parallel_for(threads_, w_.batch * tiles,
+                 [&](int64_t task, int64_t) { kernels_.backward_sum(w_, task / tiles, task % tiles); });
+  }
+  parallel_for(threads_, w_.batch * tiles, [&](int64_t task, int64_t worker) {
+    kernels_.backward_finish(w_, task / tiles, task % tiles, scratch.get() + worker * each);
+  });
+}
+
+template <class T>
+void run_forward(const View& features, const View& weight, const View& bias, bool released, const View& out,
+                 const View& attended, const View& stats, int64_t threads) {
+  Forward<T> forward(features, released, features.dtype == DType::bfloat16, out, attended, stats, threads);
+  if (weight) forward.combine_with(weight, bias);
+  forward.run(0, features.size[2] * features.size[3]);
+}
+
 template <class T>
 void run_backward(const View& grad_attended, const View& features, const View& attended, const View& stats,
                   bool released, const View& grad_features, int64_t threads) {
-  const DType native = sizeof(T) == 8 ? DType::float64 : DType::float32;
-  // Scores as in the forward; everything else in T.
-  const AttentionKernels<T>& kernels = pick(T{}, false);
-  const AttentionKernels<T>& score_kernels = pick(T{}, features.dtype == DType::bfloat16);
-  const bool pairs = score_kernels.element_bytes != kernels.element_bytes;
-  AttentionWork<T> w{};
-  describe(features, released, kernels, w);
-  w.out = grad_features;
-  const int64_t pair_bytes = pairs ? w.pack_bytes / kernels.element_bytes * score_kernels.element_bytes : 0;
-  const int64_t item_bytes = w.pack_bytes * (released ? 1 : 2) + pair_bytes;
-  const int64_t turn = std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, features.size[0]);
-  for (int64_t first = 0; first < features.size[0]; first += turn) {
-    w.first_item = first;
-    w.batch = std::min(turn, features.size[0] - first);
-    const Planes<T> grads(grad_attended, first, w.batch, native, threads);
-    w.grad = grads.get();
-    // A copy of the attended features ends here, before other memory is taken.
-    const Buffer<T> row_dot =
-        row_dots(w, w.grad, Planes<T>(attended, first, w.batch, native, threads).get(), threads);
-    w.row_dot = row_dot.get();
-    const Planes<T> planes(features, first, w.batch, native, threads);
-    w.features = planes.get();
-    w.saved_max = reinterpret_cast<const T*>(stats.data) + first * w.positions;
-    w.saved_sum = w.saved_max + features.size[0] * w.positions;
-    const Packed<T> packed(kernels, released, threads, w);
-    w.score_keys = w.keys;
-    w.score_pack_bytes = w.pack_bytes;
-    std::optional<Packed<T>> packed_pairs;
-    if (pairs) {
-      AttentionWork<T> forward = w;
-      forward.pack_bytes = pair_bytes;
-      packed_pairs.emplace(score_kernels, true, threads, forward);
-      w.score_keys = forward.keys;
-      w.score_pack_bytes = pair_bytes;
-    }
-    const int64_t tiles = ceil_div(w.positions, kPositionsPerTile);
-
-    // As many rectangles as threads, near square: queries x keys copies cost (queries + keys) buffers.
-    const int64_t wanted = ceil_div(threads, w.batch);
-    w.key_ranges = 1;
-    while ((w.key_ranges + 1) * (w.key_ranges + 1) <= wanted) ++w.key_ranges;
-    w.key_ranges = std::min(w.key_ranges, w.key_groups);
-    w.query_ranges = std::min(ceil_div(wanted, w.key_ranges), w.panels);
-    const int64_t key_elements = w.batch * w.key_groups * kKeysPerGroup * w.channels_lanes;
-    const Buffer<T> grad_key(w.query_ranges * key_elements);
-    const Buffer<T> grad_value(released ? 0 : w.query_ranges * key_elements);
-    const Buffer<T> grad_query(w.key_ranges * w.batch * w.channels * w.positions);
-    w.grad_key = grad_key.get();
-    w.grad_value = grad_value.get();
-    w.grad_query = grad_query.get();
-
-    const int64_t each = round_up(std::max(kernels.backward_scratch(w), score_kernels.backward_scratch(w)), 64);
-    const Buffer<T> scratch(each * threads);
-    const int64_t per_item = w.query_ranges * w.key_ranges;
-    parallel_for(threads, w.batch * per_item, [&](int64_t task, int64_t worker) {
-      score_kernels.backward(w, task / per_item, task % per_item / w.key_ranges, task % w.key_ranges,
-                             scratch.get() + worker * each);
-    });
-    if (w.key_ranges > 1) {
-      parallel_for(threads, w.batch * tiles,
-                   [&](int64_t task, int64_t) { kernels.backward_sum(w, task / tiles, task % tiles); });
-    }
-    parallel_for(threads, w.batch * tiles, [&](int64_t task, int64_t worker) {
-      kernels.backward_finish(w, task / tiles, task % tiles, scratch.get() + worker * each);
-    });
-  }
+  Backward<T>(features, released, grad_features, threads).run(grad_attended, attended, stats);
 }
 
 // Common checks; false where there is nothing to do.
@@ -404,14 +496,14 @@ void attention_forward(const TensorArg& features_arg, const TensorArg& weight_ar
     fail(function, "out", "a tensor with weight, none without", "the other");
   if (attended) expect_like(function, "attended", attended, features);
   const auto run = features.dtype == DType::float64 ? run_forward<double> : run_forward<float>;
-  run(features, weight, bias, released, features.dtype == DType::bfloat16, 0, features.size[2] * features.size[3],
-      out, attended, stats, useful_threads(features, threads));
+  run(features, weight, bias, released, out, attended, stats, useful_threads(features, threads));
 }
 
-void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool pairs,
+void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool bf16,
                          int64_t first, int64_t last, const View& out, int64_t threads) {
-  run_forward<float>(features, weight, bias, released, pairs, first, last, out, View{}, View{},
-                     useful_threads(features, threads));
+  Forward<float> forward(features, released, bf16, out, View{}, View{}, useful_threads(features, threads));
+  forward.combine_with(weight, bias);
+  forward.run(first, last);
 }
 
 void attention_backward(const TensorArg& grad_arg, const TensorArg& features_arg, const TensorArg& attended_arg,

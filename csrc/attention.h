@@ -81,9 +81,9 @@ struct AttentionTable {
 // sums; weight [1, 1, C, 2C]; bias [1, 1, 1, C].
 void attention_forward(const TensorArg& features, const TensorArg& weight, const TensorArg& bias, bool released,
                        const TensorArg& out, const TensorArg& attended, const TensorArg& stats, int64_t threads);
-// The same for the queries of positions [first, last) and a few more, without checks and stats, for engine.cpp:
-// float32 views; pairs multiplies in bf16 where the CPU can.
-void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool pairs,
+// The same for the queries of positions [first, last) and a few more, without checks and stats, for
+// attention_step.cpp: float32 views; bf16 multiplies bf16 pairs where the CPU can.
+void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool bf16,
                          int64_t first, int64_t last, const View& out, int64_t threads);
 void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,
                         const TensorArg& stats, bool released, const TensorArg& grad_features, int64_t threads);

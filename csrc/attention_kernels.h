@@ -1,7 +1,6 @@
 // The arithmetic of attention.cpp, a template of the vector class; see there for formulas and blocking.
 // Included by isa_*.cpp inside its target pragma.
 #include "attention.h"
-#include "simd.h"
 
 namespace lgnet {
 namespace LGNET_ISA {
@@ -62,6 +61,15 @@ struct Attention {
     }
   }
 
+  // The same for an instruction set with blocks written in assembly: `sum` writes ROWS * NR elements.
+  template <class Sum>
+  static LGNET_INLINE void write_block(T* c, bool accumulate, Sum sum) {
+    if (!accumulate) return sum(c);
+    T block[ROWS * NR];
+    sum(block);
+    for (int i = 0; i < ROWS * NR; i += W) V::store(c + i, V::add(V::load(c + i), V::load(block + i)));
+  }
+
   // --- products of a panel ---------------------------------------------------------------------------------------
 
   // scores[key][query] (+)= keys . queries for `groups` groups of 8 keys. Depth is the channels' units. Channels
@@ -75,6 +83,12 @@ struct Attention {
       const int64_t step = depth - k0 < kDepth ? depth - k0 : kDepth;
       for (int64_t g = 0; g < groups; ++g) {
         for (int r0 = 0; r0 < GROUP; r0 += ROWS) {
+          if constexpr (V::BLOCK_ROWS > 0 && M == V::NV) {
+            const Unit* a = keys + g * group_stride + k0 * GROUP + r0;
+            write_block(scores + (g * GROUP + r0) * NR, accumulate || k0 > 0,
+                        [&](T* to) { V::score_block(a, queries + k0 * NR, step, to); });
+            continue;
+          }
           Reg acc[ROWS][M];
           clear<ROWS, M>(acc);
           multiply<ROWS, M, 1, static_cast<int>(GROUP)>(acc, keys + g * group_stride + k0 * GROUP + r0,
@@ -91,9 +105,13 @@ struct Attention {
   static void value_product(const Unit* values, int64_t group_stride, int64_t groups, const Unit* weights,
                             int64_t channels_padded, T* rows, bool accumulate) {
     for (int64_t c0 = 0; c0 < channels_padded; c0 += ROWS) {
+      const Unit* a = values + c0 * UNITS;
+      if constexpr (V::BLOCK_ROWS > 0 && M == V::NV) {
+        write_block(rows + c0 * NR, accumulate, [&](T* to) { V::value_block(a, group_stride, groups, weights, to); });
+        continue;
+      }
       Reg acc[ROWS][M];
       clear<ROWS, M>(acc);
-      const Unit* a = values + c0 * UNITS;
       for (int64_t g = 0; g < groups; ++g) {
         multiply<ROWS, M, UNITS, 1>(acc, a + g * group_stride, weights + g * UNITS * NR, NR, UNITS);
       }
@@ -119,14 +137,16 @@ struct Attention {
     for (; c < lanes; c += W) outer_block<1>(left, right + c, lanes, keys, queries, out + c);
   }
 
-  // Calls f with the number of vectors that `count` positions fill as a compile-time constant.
-  template <class F>
+  // Calls f with a number of vectors that hold `count` positions, at most M, as a compile-time constant.
+  template <int M = V::NV, class F>
   static LGNET_INLINE void with_vectors(int64_t count, F f) {
-    if constexpr (V::NV >= 3) {
-      if (count > 2 * W) return f(std::integral_constant<int, 3>());
+    if constexpr (M == 1) {
+      f(std::integral_constant<int, 1>());
+    } else {
+      constexpr int LESS = M > 3 ? M / 2 : M - 1;  // few instances even of wide panels
+      if (count > LESS * W) return f(std::integral_constant<int, M>());
+      with_vectors<LESS>(count, f);
     }
-    if (count > W) return f(std::integral_constant<int, 2>());
-    f(std::integral_constant<int, 1>());
   }
 
   // --- preparation: norms, packed keys and values ---------------------------------------------------------------

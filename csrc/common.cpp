@@ -1,6 +1,7 @@
 // See common.h.
 #include "common.h"
 
+#include <algorithm>
 #include <cstring>
 #include <stdexcept>
 
@@ -47,6 +48,10 @@ View View::channels(int64_t first, int64_t count) const {
   part.data += first * stride[1] * element_size(dtype);
   part.size[1] = std::min(count, size[1] - first);
   return part;
+}
+
+float* View::row(int64_t b, int64_t c, int64_t y) const {
+  return reinterpret_cast<float*>(data) + b * stride[0] + c * stride[1] + y * stride[2];
 }
 
 View make_view(const char* function, const char* name, const TensorArg& arg, bool optional) {

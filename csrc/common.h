@@ -29,6 +29,8 @@ struct View {
   bool dense_plane() const { return (stride[3] == 1 || size[3] == 1) && (stride[2] == size[3] || size[2] == 1); }
   // Channels [first, first + count), as far as there are any.
   View channels(int64_t first, int64_t count) const;
+  // Row (b, c, y) of a float32 view; its elements are stride[3] apart.
+  float* row(int64_t b, int64_t c, int64_t y) const;
 };
 
 int64_t element_size(DType dtype);

@@ -1,4 +1,4 @@
-// What engine.cpp (scheduling, memory) and conv_kernels.h (arithmetic, once per instruction set) share.
+// What conv.cpp (scheduling) and conv_kernels.h (arithmetic, once per instruction set) share.
 //
 // Every convolution of a plan is brought to one form. Along each axis a transposed convolution with stride s is s
 // convolutions of the same input, one for each output phase (output y = s * i + phase); a strided convolution is a
@@ -11,19 +11,9 @@
 #include <vector>
 
 #include "common.h"
+#include "tiles.h"
 
 namespace lgnet {
-
-// Rows [top, bottom), columns [left, right).
-struct Rect {
-  int64_t top, bottom, left, right;
-};
-
-// What a step computes, and what of its source exists for that; of one sample, or of every one (-1).
-struct Region {
-  Rect out, read;
-  int64_t sample = -1;
-};
 
 enum class Activation : int64_t { none = 0, relu = 1, leaky_relu = 2 };
 
@@ -31,12 +21,6 @@ enum class Activation : int64_t { none = 0, relu = 1, leaky_relu = 2 };
 struct FeatureMap {
   const float* data;
   int64_t height, width, pixel, channels;
-};
-
-// m x m outputs of one phase: positions y..y + m - 1, x..x + m - 1 of the phase's grid.
-struct Tile {
-  int64_t batch, y, x;
-  const Region* region;
 };
 
 struct Start {
@@ -62,7 +46,7 @@ struct Input {
   const float* zeros;  // at least source.channels zeros, read outside the source
 };
 
-// A product c[rows][columns] (+)= a[rows][depth] * b, depth in units (see simd.h), of columns
+// A product c[rows][columns] (+)= a[rows][depth] * b, depth in units (see simd/vector.h), of columns
 // [first_column, first_column + columns) of the weights; first_column is a multiple of the panel.
 struct Product {
   const void* a;
@@ -94,7 +78,7 @@ struct Output {
 };
 
 // One row of a stage's last step: sums of products, tanh, the raw picture and the merge.
-struct NarrowRow {
+struct LastRow {
   const float* products;  // [source x - first][columns], column = tap * channels + channel
   int64_t columns, first, last;
   int64_t kernel, stride, padding, width;  // width of the source
@@ -107,6 +91,12 @@ struct NarrowRow {
   const float* image;   // channel 0 at x = 0
   int64_t image_channel, image_column;
 };
+
+// Index that a reflected border reads for index i of `size`.
+inline int64_t reflected(int64_t i, int64_t size) {
+  i = i < 0 ? -i : i;
+  return i >= size ? 2 * (size - 1) - i : i;
+}
 
 struct ConvKernels {
   int64_t lanes;       // of a vector: bias and weights are padded to it
@@ -123,7 +113,7 @@ struct ConvKernels {
   // [point][tile][row]; scratch holds m * m rows.
   void (*finish)(const Output&, const Job&, int64_t m, const Tile*, int64_t count, const float* const* products,
                  const int64_t* point_strides, int64_t row, float* scratch);
-  void (*narrow)(const NarrowRow&);
+  void (*last_step)(const LastRow&);
   // Multiplies and adds into a full register block, nothing read from memory: the arithmetic roof. Returns the
   // multiply-accumulates of `rounds` passes over the block.
   int64_t (*multiply_add)(int64_t rounds);

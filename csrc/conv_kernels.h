@@ -1,7 +1,6 @@
 // The arithmetic of convolutions, a template of the vector class; see conv.h for the one form they all have.
 // Included by isa_*.cpp inside its target pragma.
 #include "conv.h"
-#include "simd.h"
 
 namespace lgnet {
 namespace LGNET_ISA {
@@ -89,9 +88,9 @@ struct Conv {
   using Unit = typename V::Unit;
   using Reg = typename V::Reg;
   static constexpr int W = V::W, PAIR = V::PAIR;
-  // Register block: ROWS x 2 accumulators, 2 operands and a broadcast fill the register file (AVX-512: 28 + 3 of
-  // 32), and each k brings 16 loads for 28 products, where two load ports could do 28.
-  static constexpr int NV = 2, NR = NV * W, ROWS = W == 16 ? 14 : W == 8 ? 6 : 4;
+  // A register block is ROWS x NV accumulators. AVX-512: each k brings 16 loads for 28 products, where two load ports
+  // could do 28.
+  static constexpr int NV = V::CONV_NV, NR = NV * W, ROWS = V::CONV_ROWS;
   // Depth between two visits of an accumulator's memory: a panel's slice of 24 KB shares the first-level cache with
   // the rows that go by (11 KB a block).
   static constexpr int64_t DEPTH = 192;
@@ -118,6 +117,9 @@ struct Conv {
   template <int R, int M>
   static void block(const Unit* a, int64_t a_row, const Unit* b, const Unit* ahead, int64_t depth, float* c,
                     int64_t c_row, bool accumulate) {
+    if constexpr (V::BLOCK_ROWS > 0 && M == NV && R >= V::BLOCK_ROWS) {
+      return V::template conv_block<R>(a, a_row, b, depth, c, c_row, accumulate);
+    }
     constexpr int STEP = 4, LINE = 16;
     Reg acc[R][M];
     LGNET_UNROLL
@@ -168,21 +170,21 @@ struct Conv {
     int64_t r0 = 0;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t r1 = p.rows * (i + 1) / blocks;
-      with_rows<ROWS>(r1 - r0, [&](auto r) {
+      with_count<ROWS>(r1 - r0, [&](auto r) {
         block<decltype(r)::value, M>(a + r0 * p.a_row, p.a_row, b, i == 0 ? ahead : b, depth, c + r0 * p.c_row,
                                      p.c_row, accumulate);
       });
       r0 = r1;
     }
   }
-  // Calls f with `rows`, between 1 and R, as a compile-time constant.
+  // Calls f with `count`, between 1 and R, as a compile-time constant.
   template <int R, class F>
-  static LGNET_INLINE void with_rows(int64_t rows, F f) {
+  static LGNET_INLINE void with_count(int64_t count, F f) {
     if constexpr (R == 1) {
       f(std::integral_constant<int, 1>());
     } else {
-      if (rows == R) return f(std::integral_constant<int, R>());
-      with_rows<R - 1>(rows, f);
+      if (count == R) return f(std::integral_constant<int, R>());
+      with_count<R - 1>(count, f);
     }
   }
 
@@ -202,11 +204,10 @@ struct Conv {
           const Unit* ahead = n + NR < p.columns
                                   ? b + NR * slice_depth
                                   : weights + (slice + slice_depth) * p.weight_columns + p.first_column * DEPTH;
-          if (p.columns - n > W) {
-            rows_of_blocks<2>(p, b + (k0 - slice) * NR, ahead, k0, k1 - k0, p.c + n, accumulate);
-          } else {
-            rows_of_blocks<1>(p, b + (k0 - slice) * W, ahead, k0, k1 - k0, p.c + n, accumulate);
-          }
+          const int64_t vectors = p.columns - n < NR ? ceil_div(p.columns - n, W) : NV;
+          with_count<NV>(vectors, [&](auto m) {
+            rows_of_blocks<decltype(m)::value>(p, b + (k0 - slice) * m * W, ahead, k0, k1 - k0, p.c + n, accumulate);
+          });
         }
         accumulate = true;
         k0 = k1;
@@ -253,12 +254,9 @@ struct Conv {
     for (int64_t i = 0; i < count; ++i) put_one(row, k + i, lane[i]);
   }
 
-  // Index of a source row or column, or -1 where zeros are read: outside the source, or outside what exists of it.
+  // Index of a source row or column, or -1 for a zero: outside the map, or in a part that this run did not compute.
   static LGNET_INLINE int64_t index(int64_t i, int64_t size, bool reflect, int64_t first, int64_t last) {
-    if (reflect) {
-      i = i < 0 ? -i : i;
-      i = i >= size ? 2 * (size - 1) - i : i;
-    }
+    if (reflect) i = reflected(i, size);
     return i >= first && i < last ? i : -1;
   }
 
@@ -481,7 +479,7 @@ struct Conv {
   }
 
   // Output column x sums, over its taps, the products of the source columns that they read.
-  static void narrow(const NarrowRow& n) {
+  static void last_step(const LastRow& n) {
     constexpr int64_t kChannels = 3;
     for (int64_t x = n.left; x < n.right; ++x) {
       float sum[4] = {n.bias[0], n.bias[1], n.bias[2], 0};
@@ -542,11 +540,24 @@ struct Conv {
         kept = lanes[0];
       }
     }
+    static_cast<void>(kept);
     return rounds * V::ROWS * V::NV * W * PAIR;
   }
 
   static constexpr ConvKernels kernels() {
-    return {W, NR, PAIR, DEPTH, sizeof(Unit), ROWS, product, transform, finish, narrow, multiply_add};
+    ConvKernels k{};
+    k.lanes = W;
+    k.panel = NR;
+    k.pair = PAIR;
+    k.depth = DEPTH;
+    k.unit_bytes = sizeof(Unit);
+    k.rows = ROWS;
+    k.product = product;
+    k.transform = transform;
+    k.finish = finish;
+    k.last_step = last_step;
+    k.multiply_add = multiply_add;
+    return k;
   }
 };
 

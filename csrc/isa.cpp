@@ -1,8 +1,9 @@
-// See isa.h. The CPU is asked once; features count only where the operating system saves the wide registers, which
-// __builtin_cpu_supports checks.
+// See isa.h. The CPU is asked once.
 #include "isa.h"
 
 #include <atomic>
+
+#include "cpu.h"
 
 namespace lgnet {
 namespace {
@@ -12,30 +13,13 @@ struct Entry {
   const Kernels* kernels;
 };
 
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
-bool cpu_has_avx2() {
-  return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
-}
-bool cpu_has_avx512() {
-  return cpu_has_avx2() && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-}
-bool cpu_has_avx512_bf16() { return cpu_has_avx512() && __builtin_cpu_supports("avx512bf16"); }
-#else
-bool cpu_has_avx2() { return false; }
-bool cpu_has_avx512() { return false; }
-bool cpu_has_avx512_bf16() { return false; }
-#endif
-
 const std::vector<Entry>& entries() {
   static const std::vector<Entry> list = [] {
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
-    __builtin_cpu_init();  // some runtimes leave this to the first user
-#endif
-    std::vector<Entry> found{{"portable", kernels_portable()}};
-    if (cpu_has_avx2() && kernels_avx2()) found.push_back({"avx2", kernels_avx2()});
-    if (cpu_has_avx512() && kernels_avx512()) found.push_back({"avx512", kernels_avx512()});
-    if (cpu_has_avx512_bf16() && kernels_avx512_bf16()) found.push_back({"avx512_bf16", kernels_avx512_bf16()});
+    std::vector<Entry> found;
+#define LGNET_ROW(name, runs_here) \
+  if (runs_here) found.push_back({#name, &name::kernels()});
+#include "isa.inc"
+#undef LGNET_ROW
     return found;
   }();
   return list;

@@ -1,4 +1,4 @@
-// The tables of kernels, one per instruction set, and the choice among them.
+// The tables of kernels, one for each instruction set, and the choice among them.
 #pragma once
 
 #include <string>
@@ -7,6 +7,7 @@
 #include "attention.h"
 #include "conv.h"
 #include "merge_concat.h"
+#include "simd/macros.h"
 
 namespace lgnet {
 
@@ -16,11 +17,13 @@ struct Kernels {
   MergeTable merge;
 };
 
-// Null where the compiler or the target cannot produce the instruction set.
-const Kernels* kernels_portable();
-const Kernels* kernels_avx2();
-const Kernels* kernels_avx512();
-const Kernels* kernels_avx512_bf16();
+// namespace NAME { const Kernels& kernels(); }, defined in isa_NAME.cpp, for every row that this target has.
+#define LGNET_ROW(name, runs_here) \
+  namespace name {                 \
+  const Kernels& kernels();        \
+  }
+#include "isa.inc"
+#undef LGNET_ROW
 
 // Names of what this build and this CPU can run, slowest first; the last is used unless set_isa says otherwise.
 std::vector<std::string> isa_available();

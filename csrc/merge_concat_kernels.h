@@ -1,6 +1,5 @@
 // The arithmetic of merge_concat.cpp, a template of the vector class. Included by isa_*.cpp inside its target pragma.
 #include "merge_concat.h"
-#include "simd.h"
 
 namespace lgnet {
 namespace LGNET_ISA {
@@ -122,18 +121,18 @@ struct Merge {
   }
 };
 
-static void merge_fence() {
-#if defined(LGNET_ISA_AVX512) || defined(LGNET_ISA_AVX2)
-  _mm_sfence();
-#endif
-}
-
 static constexpr MergeTable merge_table() {
-  return MergeTable{
-      {Merge<F32, float>::forward, Merge<F32, bf16>::forward, Merge<F64, double>::forward, Merge<F32, f16>::forward},
-      {Merge<F32, float>::backward, Merge<F32, bf16>::backward, Merge<F64, double>::backward,
-       Merge<F32, f16>::backward},
-      merge_fence};
+  MergeTable table{};
+  const auto set = [&table](DType dtype, auto merge) {
+    table.forward[static_cast<int>(dtype)] = decltype(merge)::forward;
+    table.backward[static_cast<int>(dtype)] = decltype(merge)::backward;
+  };
+  set(DType::float32, Merge<F32, float>{});
+  set(DType::bfloat16, Merge<F32, bf16>{});
+  set(DType::float64, Merge<F64, double>{});
+  set(DType::float16, Merge<F32, f16>{});
+  table.fence = F32::fence;
+  return table;
 }
 
 }  // namespace LGNET_ISA

@@ -1,19 +1,19 @@
 // lgnet_fast._C: the bindings. Tensors arrive as ten integers (address, element type, sizes, strides), so that this
-// library depends on no version of torch; lgnet_fast/ops/cpp.py makes them. The GIL is released while kernels run.
+// library depends on no version of torch; lgnet_fast/native.py makes them. The GIL is released while kernels run.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include "attention.h"
-#include "engine_bindings.h"
 #include "isa.h"
 #include "merge_concat.h"
 #include "parallel.h"
+#include "program_bindings.h"
 
 namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   lgnet::watch_forks();
-  m.doc() = "Fused CPU kernels of lgnet_fast; called through lgnet_fast.ops.cpp";
+  m.doc() = "Fused CPU kernels of lgnet_fast; called through lgnet_fast.ops.cpu and lgnet_fast.engine";
   using NoGil = py::call_guard<py::gil_scoped_release>;
   m.def("attention_forward", &lgnet::attention_forward, NoGil());
   m.def("attention_backward", &lgnet::attention_backward, NoGil());
@@ -24,6 +24,6 @@ PYBIND11_MODULE(_C, m) {
   m.def("isa_name", &lgnet::isa_name, "The instruction set in use");
   m.def("set_isa", &lgnet::set_isa, py::arg("name"), "Choose an instruction set by name, or \"auto\"");
   m.def("parallel_backend", &lgnet::parallel_backend, "Where the threads come from");
-  lgnet::bind_engine(m);
+  lgnet::bind_program(m);
   m.def("mark_forked", &lgnet::mark_forked, "Use plain threads from now on: OpenMP's did not survive fork()");
 }

@@ -29,10 +29,10 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.plan import Plan, build_plan
-from lgnet_fast.engine.regions import Rect
+from lgnet_fast.engine.plan import Plan
+from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.reference.variants import create_model
 
 from . import attention, attention_inference, configs, merge_concat
@@ -56,6 +56,8 @@ DTYPES = {
     "float32": torch.float32,
     "tf32": torch.float32,
 }
+ArgumentPath = tuple[int, ...]
+"""Position of a kernel's argument, and within it of what nested tuples hold."""
 
 
 class Case(NamedTuple):
@@ -75,9 +77,9 @@ class Job(NamedTuple):
     dtype: str
     module: str
     kernel: str
-    signature: dict[str, str]
-    constants: dict[tuple[int], Any]
-    attributes: dict[tuple[int], Any]
+    signature: dict[str, Any]
+    constants: dict[ArgumentPath, Any]
+    attributes: dict[ArgumentPath, Any]
     options: dict[str, Any]
     config: str
 
@@ -143,9 +145,10 @@ class _Elsewhere(CudaExecutor):
 
     def launch_all(self, holes: Sequence[Rect] | None) -> None:
         """Everything of one run, in its order."""
-        regions = (
-            None if holes is None else self._bucketed([step.regions for step in self.plan.restricted(holes).steps])
-        )
+        regions = None
+        if holes is not None:
+            whole = rounded(holes, self.granularity, self.plan.height, self.plan.width)
+            regions = [step.regions for step in self.plan.restricted(whole).steps]
         with torch.no_grad():
             for launch in self._launches(self.memory, regions, painted=holes is not None):
                 launch()
@@ -166,7 +169,7 @@ def heads(model: str) -> list[tuple[int, int]]:
 
 def executor(model: str, dtype: str, batch: int, overlap: bool = False) -> _Elsewhere:
     """An executor on meta tensors; call it within `configs.assume_generation`."""
-    return _Elsewhere(_plan(model, batch), DTYPES[dtype], device=torch.device("meta"), overlap=overlap)
+    return _Elsewhere.of(_plan(model, batch), DTYPES[dtype], device=torch.device("meta"), overlap=overlap)
 
 
 def engine_case(card: Card, model: str, dtype: str, batch: int, restricted: bool, overlap: bool = False) -> Case:
@@ -202,6 +205,7 @@ def attention_case(
         features, weight, bias = _attention_tensors(batch, channels, side, dtype, channels_last)
         out, attended, stats = attention.attention_block_forward(features, weight, bias, variant, save_attended=True)
         assert attended is not None
+        assert stats is not None
         attention.attention_block_backward(out, features, attended, stats, weight, variant)
 
     layout = " NHWC" if channels_last else ""
@@ -274,32 +278,35 @@ def launches(case: Case) -> list[Launch]:
     return recorded
 
 
-def _specialise(work: Task, kernel: Any) -> tuple[dict[str, str], dict[tuple[int], Any], dict[tuple[int], Any]]:
+def _specialise(work: Task, kernel: Any) -> tuple[dict[str, Any], dict[ArgumentPath, Any], dict[ArgumentPath, Any]]:
     """Signature, constants and attributes that Triton's own launch would derive."""
     names = kernel.arg_names
     values = dict(zip(names, work.args, strict=False))
     values.update({k: v for k, v in work.meta if k in names})
-    signature: dict[str, str] = {}
-    constants: dict[tuple[int], Any] = {}
-    attributes: dict[tuple[int], Any] = {}
-    for index, name in enumerate(names):
-        value = values[name]
-        parameter = kernel.params[index]
-        specialised = isinstance(value, int) and not parameter.do_not_specialize
-        aligned = False
+    constants: dict[ArgumentPath, Any] = {}
+    attributes: dict[ArgumentPath, Any] = {}
+
+    def type_of(value: Any, path: ArgumentPath, constant: bool, specialised: bool) -> Any:
+        if constant or value is None or (specialised and isinstance(value, int) and value == 1):
+            constants[path] = value
+            return "constexpr"
+        if isinstance(value, tuple):
+            types = [type_of(part, (*path, i), False, True) for i, part in enumerate(value)]
+            return type(value)(*types) if hasattr(value, "_fields") else tuple(types)
         if isinstance(value, Pointer):
-            signature[name] = _POINTER[value.dtype]
-            aligned = value.aligned
-        elif value is None or parameter.is_constexpr or (specialised and value == 1):
-            signature[name] = "constexpr"
-            constants[(index,)] = value
-        elif isinstance(value, int):
-            signature[name] = "i32" if value < 2**31 else "i64"
-            aligned = specialised and value % 16 == 0
-        else:
-            signature[name] = "fp32"
-        if aligned:
-            attributes[(index,)] = [["tt.divisibility", 16]]
+            if value.aligned:
+                attributes[path] = [["tt.divisibility", 16]]
+            return _POINTER[value.dtype]
+        if isinstance(value, int):
+            if specialised and value % 16 == 0:
+                attributes[path] = [["tt.divisibility", 16]]
+            return "i32" if value < 2**31 else "i64"
+        return "fp32"
+
+    signature = {
+        name: type_of(values[name], (index,), parameter.is_constexpr, not parameter.do_not_specialize)
+        for index, (name, parameter) in enumerate(zip(names, kernel.params))
+    }
     return signature, constants, attributes
 
 

@@ -25,18 +25,20 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import _KEY_SHIFT, _LOG2E, _NORM_CLAMP, _exp, _q_scale, _strides, split_head
+from .attention import q_scale
+from .attention_forward import KEY_SHIFT, LOG2E, NORM_CLAMP, exp_above, weight_halves
 from .configs import Inference, config_kind, device_generation, num_splits, pick_inference
-from .launch import (
-    ACTIVATIONS,
-    activate,
-    device_guard,
-    dot,
-    dot_precision,
-    is_flat,
-    launch,
-    overlapping,
-    position_offsets,
+from .launch import ACTIVATIONS, activate, device_guard, dot, dot_precision, launch, overlapping
+from .maps import (
+    advance,
+    as_map,
+    head_columns,
+    load_tiles,
+    position_rows,
+    row_products,
+    split_head,
+    tile_masks,
+    tile_pointers,
 )
 
 
@@ -53,26 +55,43 @@ class _Shape(NamedTuple):
         return self.height * self.width
 
 
+class Projected(NamedTuple):
+    """What the projection writes, rows [B, N, C] each.
+
+    q: box sums * q_scale (released), normalised F (paper). k: normalised keys, not written in "paper", where it is q.
+    v: values times Wa^T. r: F Wf^T + bias in float32.
+    """
+
+    q: Any
+    k: Any
+    v: Any
+    r: Any
+
+
+class Partial(NamedTuple):
+    """What the splits of the keys leave, float32.
+
+    rows: [splits, B, N, C], divided by its own sum. max: [splits, B, N], in units of the stored scores.
+    sum: [splits, B, N], of exp(score - max).
+    """
+
+    rows: Any
+    max: Any
+    sum: Any
+
+
 @triton.jit
 def _attn_project_kernel(
-    f_ptr,  # [B, C, H, W], any strides
+    features,  # Map
     w_ptr,  # [C, 2C]
     bias_ptr,  # [C]
-    q_ptr,  # [B, N, C]: box sums * q_scale (released), normalised F (paper)
-    k_ptr,  # [B, N, C]: normalised keys; not written where PAPER (the same as q)
-    v_ptr,  # [B, N, C]: values times Wa^T
-    r_ptr,  # [B, N, C] float32: F Wf^T + bias
-    stride_fb,
-    stride_fc,
-    stride_fh,
-    stride_fw,
+    projected,  # Projected
     height,
     width,
     num_blocks,
     q_scale,
     HEAD_DIM: tl.constexpr,
     PAPER: tl.constexpr,
-    FLAT: tl.constexpr,
     OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_P: tl.constexpr,
@@ -90,10 +109,8 @@ def _attn_project_kernel(
     cols = tl.program_id(1) * BLOCK_O + tl.arange(0, BLOCK_O)
     col_mask = cols < HEAD_DIM
     mask = row_mask[:, None] & col_mask[None, :]
-    f_base = f_ptr + batch * stride_fb
-    f_rows = f_base + position_offsets(rows, width, stride_fh, stride_fw, FLAT)
-    wa_ptr = w_ptr + HEAD_DIM if PAPER else w_ptr
-    wf_ptr = w_ptr if PAPER else w_ptr + HEAD_DIM
+    f_rows = position_rows(features, batch, rows, width)
+    wa_ptr, wf_ptr = weight_halves(w_ptr, HEAD_DIM, PAPER)
 
     squares = tl.zeros([BLOCK_P], dtype=tl.float32)
     value = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
@@ -102,61 +119,61 @@ def _attn_project_kernel(
         depth = start + tl.arange(0, BLOCK_D)
         depth_mask = depth < HEAD_DIM
         f_mask = row_mask[:, None] & depth_mask[None, :]
-        f = tl.load(f_rows[:, None] + depth.to(tl.int64)[None, :] * stride_fc, mask=f_mask, other=0.0)
+        f = tl.load(f_rows[:, None] + depth.to(tl.int64)[None, :] * features.stride_c, mask=f_mask, other=0.0)
         w_offsets = cols[:, None] * (2 * HEAD_DIM) + depth[None, :]
         w_mask = col_mask[:, None] & depth_mask[None, :]
         wa = tl.load(wa_ptr + w_offsets, mask=w_mask, other=0.0)
         wf = tl.load(wf_ptr + w_offsets, mask=w_mask, other=0.0)
         key = f.to(tl.float32)
         if not PAPER:
-            key = tl.where(f_mask, key + _KEY_SHIFT, 0.0)
+            key = tl.where(f_mask, key + KEY_SHIFT, 0.0)
         squares += tl.sum(key * key, axis=1)
         value = dot(key.to(f.dtype), tl.trans(wa), value, PRECISION)
         rest = dot(f, tl.trans(wf), rest, PRECISION)
     norm = tl.sqrt(squares)
     if PAPER:
-        norm = tl.maximum(norm, _NORM_CLAMP)
+        norm = tl.maximum(norm, NORM_CLAMP)
     inverse = 1.0 / tl.where(row_mask, norm, 1.0)
 
     out = (batch * n_positions + rows.to(tl.int64))[:, None] * HEAD_DIM + cols[None, :]
     if not PAPER:
         value = value * inverse[:, None]
-    tl.store(v_ptr + out, value.to(v_ptr.dtype.element_ty), mask=mask)
+    tl.store(projected.v + out, value.to(projected.v.dtype.element_ty), mask=mask)
     rest += tl.load(bias_ptr + cols, mask=col_mask, other=0.0).to(tl.float32)[None, :]
-    tl.store(r_ptr + out, rest, mask=mask)
+    tl.store(projected.r + out, rest, mask=mask)
 
-    col_offsets = cols.to(tl.int64)[None, :] * stride_fc
+    col_offsets = cols.to(tl.int64)[None, :] * features.stride_c
     own = tl.load(f_rows[:, None] + col_offsets, mask=mask, other=0.0).to(tl.float32)
     if PAPER:
-        tl.store(q_ptr + out, (own * inverse[:, None]).to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(projected.q + out, (own * inverse[:, None]).to(projected.q.dtype.element_ty), mask=mask)
     else:
-        tl.store(k_ptr + out, ((own + _KEY_SHIFT) * inverse[:, None]).to(k_ptr.dtype.element_ty), mask=mask)
+        key = (own + KEY_SHIFT) * inverse[:, None]
+        tl.store(projected.k + out, key.to(projected.k.dtype.element_ty), mask=mask)
         h = rows // width
         w = rows % width
         box = tl.zeros([BLOCK_P, BLOCK_O], dtype=tl.float32)
         for dh in tl.static_range(-1, 2):
             for dw in tl.static_range(-1, 2):
                 inside = (h + dh >= 0) & (h + dh < height) & (w + dw >= 0) & (w + dw < width)
-                near = f_base + position_offsets(rows + dh * width + dw, width, stride_fh, stride_fw, FLAT)
+                near = position_rows(features, batch, rows + dh * width + dw, width)
                 near_mask = mask & inside[:, None]
                 box += tl.load(near[:, None] + col_offsets, mask=near_mask, other=0.0).to(tl.float32)
-        tl.store(q_ptr + out, (box * q_scale).to(q_ptr.dtype.element_ty), mask=mask)
+        tl.store(projected.q + out, (box * q_scale).to(projected.q.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _store_activated(value, out, batch, positions, width, cols, mask, ACTIVATION: tl.constexpr):
+    """Store activation(value) [positions, channels] in a `Map`."""
+    y = activate(value, ACTIVATION).to(out.ptr.dtype.element_ty)
+    o_rows = position_rows(out, batch, positions, width)
+    tl.store(o_rows[:, None] + cols.to(tl.int64)[None, :] * out.stride_c, y, mask=mask)
 
 
 @triton.jit
 def _attn_weigh_kernel(
-    q_ptr,  # [B, N, C]
-    k_ptr,  # [B, N, C]
-    v_ptr,  # [B, N, C]
-    r_ptr,  # [B, N, C] float32, read where not PARTIAL
-    out_ptr,  # [B, C, H, W], written where not PARTIAL
-    partial_ptr,  # [splits, B, N, C] float32, written where PARTIAL, divided by its own sum
-    max_ptr,  # [splits, B, N] float32, written where PARTIAL, in units of the stored scores
-    sum_ptr,  # [splits, B, N] float32, written where PARTIAL: sum of exp(score - max)
-    stride_ob,
-    stride_oc,
-    stride_oh,
-    stride_ow,
+    projected,  # Projected
+    out,  # Map, written where the keys are not split
+    partial,  # Partial, or None
     n_batch,
     n_positions,
     width,
@@ -165,9 +182,7 @@ def _attn_weigh_kernel(
     HEAD_DIM: tl.constexpr,
     Q_SCALE: tl.constexpr,  # factor of the stored q
     PAPER: tl.constexpr,
-    PARTIAL: tl.constexpr,
     EVEN_N: tl.constexpr,
-    O_FLAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -194,76 +209,60 @@ def _attn_weigh_kernel(
     rows = tl.arange(0, BLOCK_M)
     row_mask = start_m + rows < n_positions
     keys = tl.arange(0, BLOCK_N)
-    cols0 = tl.arange(0, D0)
-    vcols = start_v + tl.arange(0, BLOCK_V)
+    cols = head_columns(D0, D1)
+    v_cols = start_v + tl.arange(0, BLOCK_V)
     first = batch * n_positions
-    q_rows = q_ptr + (first + start_m + rows)[:, None] * HEAD_DIM
-    q0 = tl.load(q_rows + cols0[None, :], mask=row_mask[:, None] & (cols0 < HEAD_DIM)[None, :], other=0.0)
-    k0_ptrs = k_ptr + (first + begin + keys)[:, None] * HEAD_DIM + cols0[None, :]
-    v_ptrs = v_ptr + (first + begin + keys)[:, None] * HEAD_DIM + vcols[None, :]
-    if D1 > 0:
-        cols1 = D0 + tl.arange(0, D1)
-        q1 = tl.load(q_rows + cols1[None, :], mask=row_mask[:, None] & (cols1 < HEAD_DIM)[None, :], other=0.0)
-        k1_ptrs = k_ptr + (first + begin + keys)[:, None] * HEAD_DIM + cols1[None, :]
+    q_ptrs = tile_pointers(projected.q, first + start_m + rows, HEAD_DIM, cols)
+    q = load_tiles(q_ptrs, tile_masks(row_mask, cols, HEAD_DIM))
+    k_ptrs = tile_pointers(projected.k, first + begin + keys, HEAD_DIM, cols)
+    v_ptrs = projected.v + (first + begin + keys)[:, None] * HEAD_DIM + v_cols[None, :]
+    DTYPE: tl.constexpr = projected.v.dtype.element_ty
     acc = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     running_max = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
-    LOG2E_SCALE: tl.constexpr = _LOG2E / Q_SCALE
+    LOG2E_SCALE: tl.constexpr = LOG2E / Q_SCALE
 
     for start_n in tl.range(begin, end, BLOCK_N):
         key_mask = start_n + keys < end
-        k0 = tl.load(k0_ptrs, mask=key_mask[:, None] & (cols0 < HEAD_DIM)[None, :], other=0.0)
-        scores = dot(q0, tl.trans(k0), tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32), PRECISION)
-        if D1 > 0:
-            k1 = tl.load(k1_ptrs, mask=key_mask[:, None] & (cols1 < HEAD_DIM)[None, :], other=0.0)
-            scores = dot(q1, tl.trans(k1), scores, PRECISION)
+        k = load_tiles(k_ptrs, tile_masks(key_mask, cols, HEAD_DIM))
+        scores = row_products(q, k, BLOCK_M, BLOCK_N, PRECISION)
         if not EVEN_N:
             scores = tl.where(key_mask[None, :], scores, float("-inf"))
-        v = tl.load(v_ptrs, mask=key_mask[:, None] & (vcols < HEAD_DIM)[None, :], other=0.0)
+        v = tl.load(v_ptrs, mask=key_mask[:, None] & (v_cols < HEAD_DIM)[None, :], other=0.0)
         if PAPER:  # cosines: no running maximum
             p = tl.exp2(scores * LOG2E_SCALE)
             total += tl.sum(p, axis=1)
         else:
             new_max = tl.maximum(running_max, tl.max(scores, axis=1))
-            p = _exp(scores, new_max[:, None], LOG2E_SCALE, v_ptr.dtype.element_ty)
+            p = exp_above(scores, new_max[:, None], LOG2E_SCALE, DTYPE)
             alpha = tl.exp2((running_max - new_max) * LOG2E_SCALE)
             total = total * alpha + tl.sum(p, axis=1)
             acc = acc * alpha[:, None]
             running_max = new_max
-        acc = dot(p.to(v_ptr.dtype.element_ty), v, acc, PRECISION)
-        k0_ptrs += BLOCK_N * HEAD_DIM
+        acc = dot(p.to(DTYPE), v, acc, PRECISION)
+        k_ptrs = advance(k_ptrs, BLOCK_N * HEAD_DIM)
         v_ptrs += BLOCK_N * HEAD_DIM
-        if D1 > 0:
-            k1_ptrs += BLOCK_N * HEAD_DIM
 
     positions = start_m + rows
-    mask = row_mask[:, None] & (vcols < HEAD_DIM)[None, :]
+    mask = row_mask[:, None] & (v_cols < HEAD_DIM)[None, :]
     acc = acc * (1.0 / total)[:, None]
-    if PARTIAL:
+    if partial is not None:
         row_max = tl.zeros([BLOCK_M], dtype=tl.float32) if PAPER else running_max
         row_index = (split.to(tl.int64) * n_batch + batch) * n_positions + positions
         own = positions < tl.where(start_v == 0, n_positions, 0)
-        tl.store(max_ptr + row_index, row_max, mask=own)
-        tl.store(sum_ptr + row_index, total, mask=own)
-        tl.store(partial_ptr + row_index[:, None] * HEAD_DIM + vcols[None, :], acc, mask=mask)
+        tl.store(partial.max + row_index, row_max, mask=own)
+        tl.store(partial.sum + row_index, total, mask=own)
+        tl.store(partial.rows + row_index[:, None] * HEAD_DIM + v_cols[None, :], acc, mask=mask)
     else:
-        r = tl.load(r_ptr + (first + positions)[:, None] * HEAD_DIM + vcols[None, :], mask=mask, other=0.0)
-        y = activate(acc + r, ACTIVATION)
-        o_ptrs = out_ptr + batch * stride_ob + position_offsets(positions, width, stride_oh, stride_ow, O_FLAT)
-        tl.store(o_ptrs[:, None] + vcols.to(tl.int64)[None, :] * stride_oc, y.to(out_ptr.dtype.element_ty), mask=mask)
+        r = tl.load(projected.r + (first + positions)[:, None] * HEAD_DIM + v_cols[None, :], mask=mask, other=0.0)
+        _store_activated(acc + r, out, batch, positions, width, v_cols, mask, ACTIVATION)
 
 
 @triton.jit
 def _attn_sum_kernel(
-    partial_ptr,  # [SPLITS, B, N, C] float32
-    max_ptr,  # [SPLITS, B, N] float32
-    sum_ptr,  # [SPLITS, B, N] float32
+    partial,  # Partial
     r_ptr,  # [B, N, C] float32
-    out_ptr,  # [B, C, H, W]
-    stride_ob,
-    stride_oc,
-    stride_oh,
-    stride_ow,
+    out,  # Map
     n_batch,
     n_positions,
     width,
@@ -271,7 +270,6 @@ def _attn_sum_kernel(
     HEAD_DIM: tl.constexpr,
     Q_SCALE: tl.constexpr,
     SPLITS: tl.constexpr,
-    O_FLAT: tl.constexpr,
     ACTIVATION: tl.constexpr,
     OVERLAP: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -291,20 +289,21 @@ def _attn_sum_kernel(
 
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     for s in tl.static_range(SPLITS):
-        best = tl.maximum(best, tl.load(max_ptr + s * split_rows + row_index, mask=row_mask, other=0.0))
+        best = tl.maximum(best, tl.load(partial.max + s * split_rows + row_index, mask=row_mask, other=0.0))
     total = tl.zeros([BLOCK_M], dtype=tl.float32)
     merged = tl.zeros([BLOCK_M, BLOCK_V], dtype=tl.float32)
     for s in tl.static_range(SPLITS):
         index = s * split_rows + row_index
-        row_max = tl.load(max_ptr + index, mask=row_mask, other=0.0)
-        weight = tl.load(sum_ptr + index, mask=row_mask, other=1.0) * tl.exp2((row_max - best) * (_LOG2E / Q_SCALE))
-        part = tl.load(partial_ptr + index[:, None] * HEAD_DIM + cols[None, :], mask=mask, other=0.0)
+        row_max = tl.load(partial.max + index, mask=row_mask, other=0.0)
+        weight = tl.load(partial.sum + index, mask=row_mask, other=1.0) * tl.exp2(
+            (row_max - best) * (LOG2E / Q_SCALE)
+        )
+        part = tl.load(partial.rows + index[:, None] * HEAD_DIM + cols[None, :], mask=mask, other=0.0)
         merged += part * weight[:, None]
         total += weight
     r = tl.load(r_ptr + row_index[:, None] * HEAD_DIM + cols[None, :], mask=mask, other=0.0)
-    y = activate(merged * (1.0 / total)[:, None] + r, ACTIVATION)
-    o_ptrs = out_ptr + batch * stride_ob + position_offsets(positions, width, stride_oh, stride_ow, O_FLAT)
-    tl.store(o_ptrs[:, None] + cols.to(tl.int64)[None, :] * stride_oc, y.to(out_ptr.dtype.element_ty), mask=mask)
+    value = merged * (1.0 / total)[:, None] + r
+    _store_activated(value, out, batch, positions, width, cols, mask, ACTIVATION)
 
 
 def attention_block_inference(
@@ -344,12 +343,12 @@ def attention_block_inference(
     paper = variant == "paper"
     size = (shape.batch, shape.positions, shape.channels)
     rows = torch.empty((2 if paper else 3, *size), dtype=dtype, device=device)
-    q, v, k = rows[0], rows[1], rows[0 if paper else 2]
     r = torch.empty(size, dtype=torch.float32, device=device)
+    projected = Projected(rows[0], rows[0 if paper else 2], rows[1], r)
     shared: dict[str, Any] = {"OVERLAP": overlap, **overlapping(overlap)}
     with device_guard(features):
-        _project(features, weight, bias, (q, k, v, r), paper, config, precision, shared)
-        _weigh((q, k, v, r), result, shape, paper, config, ACTIVATIONS[activation], precision, num_sms, shared)
+        _project(features, weight, bias, projected, paper, config, precision, shared)
+        _weigh(projected, result, shape, paper, config, ACTIVATIONS[activation], precision, num_sms, shared)
     return result
 
 
@@ -357,7 +356,7 @@ def _project(
     features: Tensor,
     weight: Tensor,
     bias: Tensor,
-    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    projected: Projected,
     paper: bool,
     config: Inference,
     precision: str,
@@ -368,18 +367,16 @@ def _project(
     launch(
         _attn_project_kernel,
         (num_blocks * batch, triton.cdiv(channels, config.project_o)),
-        features,
+        as_map(features),
         weight.reshape(channels, 2 * channels).contiguous(),
         bias.contiguous(),
-        *rows,
-        *_strides(features),
+        projected,
         height,
         width,
         num_blocks,
-        1.0 if paper else _q_scale(features.dtype),
+        1.0 if paper else q_scale(features.dtype),
         HEAD_DIM=channels,
         PAPER=paper,
-        FLAT=is_flat(features),
         PRECISION=precision,
         BLOCK_P=config.project_p,
         BLOCK_O=config.project_o,
@@ -391,7 +388,7 @@ def _project(
 
 
 def _weigh(
-    rows: tuple[Tensor, Tensor, Tensor, Tensor],
+    projected: Projected,
     out: Tensor,
     shape: _Shape,
     paper: bool,
@@ -401,40 +398,35 @@ def _weigh(
     num_sms: int,
     shared: dict[str, Any],
 ) -> None:
-    q, _, _, r = rows
     batch, channels, _, width = shape
     positions = shape.positions
     num_blocks = triton.cdiv(positions, config.block_m)
     programs = num_blocks * batch * triton.cdiv(channels, config.block_v)
     splits, keys_per_split = num_splits(programs, positions, config.block_n, num_sms, config.max_splits)
-    partial = row_max = row_sum = None
+    partial = None
     if splits > 1:
-        partial = torch.empty((splits, batch, positions, channels), dtype=torch.float32, device=q.device)
-        row_max, row_sum = torch.empty((2, splits, batch, positions), dtype=torch.float32, device=q.device)
+        partial_rows = torch.empty((splits, batch, positions, channels), dtype=torch.float32, device=out.device)
+        stats = torch.empty((2, splits, batch, positions), dtype=torch.float32, device=out.device)
+        partial = Partial(partial_rows, stats[0], stats[1])
     d0, d1 = split_head(channels)
     place = {
         "HEAD_DIM": channels,
-        "Q_SCALE": 1.0 if paper else _q_scale(q.dtype),
-        "O_FLAT": is_flat(out),
+        "Q_SCALE": 1.0 if paper else q_scale(out.dtype),
         "ACTIVATION": activation,
         **shared,
     }
     launch(
         _attn_weigh_kernel,
         (programs, splits),
-        *rows,
-        out,
+        projected,
+        as_map(out),
         partial,
-        row_max,
-        row_sum,
-        *_strides(out),
         batch,
         positions,
         width,
         num_blocks,
         keys_per_split,
         PAPER=paper,
-        PARTIAL=splits > 1,
         EVEN_N=positions % config.block_n == 0,
         PRECISION=precision,
         D0=d0,
@@ -446,18 +438,15 @@ def _weigh(
         num_stages=config.num_stages,
         **place,
     )
-    if splits > 1:
+    if partial is not None:
         num_blocks = triton.cdiv(positions, config.sum_m)
         block_v = min(128, triton.next_power_of_2(channels))
         launch(
             _attn_sum_kernel,
             (num_blocks * batch, triton.cdiv(channels, block_v)),
             partial,
-            row_max,
-            row_sum,
-            r,
-            out,
-            *_strides(out),
+            projected.r,
+            as_map(out),
             batch,
             positions,
             width,

@@ -18,7 +18,7 @@ from .conv_tables import INFERENCE
 from .launch import is_interpreted
 from .tables import TABLES
 
-HEAD_CLASSES = (96, 128, 192, 256, 384, 512)
+HEAD_CLASSES = (64, 96, 128, 192, 256, 384, 512)
 MAX_SPLITS = 8
 
 
@@ -115,7 +115,7 @@ def pick(op: str, generation: str, kind: str, channels: int, positions: int) -> 
 
     A head size without an entry of its own takes that of the next larger one.
     """
-    overridden = _overrides.get().get(op)
+    overridden: Config | None = _overrides.get().get(op)
     if overridden is not None:
         return overridden
     table = TABLES[generation]
@@ -133,7 +133,7 @@ def _inference_bytes(config: Inference, channels: int, element: int) -> int:
 
 def pick_inference(generation: str, kind: str, channels: int, positions: int, batch: int, num_sms: int) -> Inference:
     """Block shapes for head size `channels`: the tuned ones, else by rule, within the card's shared memory."""
-    overridden = _overrides.get().get("inference")
+    overridden: Inference | None = _overrides.get().get("inference")
     if overridden is not None:
         return overridden
     tuned = INFERENCE.get((generation, kind, channels, positions, batch))

@@ -39,58 +39,38 @@ from typing import NamedTuple
 
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
 
+from lgnet_fast.engine.geometry import Axis, Geometry
+
 from .conv_configs import Tile, Work
+from .conv_kernels import (
+    Epilogue,
+    Layout,
+    Outputs,
+    Picture,
+    Place,
+    Taps,
+    _conv_kernel,
+    _conv_reduce_kernel,
+    _paint_kernel,
+)
 from .launch import (
     ACTIVATIONS,
     MAX_GRID,
-    activate,
     device_guard,
     device_reason,
-    dot,
     dot_precision,
     is_interpreted,
     launch,
     overlapping,
 )
-from .merge_concat import _tanh
 
 CAPABILITY = (8, 0)
 PICTURE_CHANNELS = 4
 """Channels of the picture's buffer, and columns that one pixel takes in a step that ends a stage."""
 RAW_CHANNELS = 3
 _PATCH = 4  # outputs a side that the columns of a merging convolution of stride 1 hold
-
-
-class Axis(NamedTuple):
-    """Along one axis, ``out[out_step * g + phase] = sum_t source[in_step * g + origin[phase] + t] w[phase][t]``.
-
-    `taps` are as packed; `patch` outputs a row of the product (their columns stand side by side, no phases then).
-    """
-
-    in_step: int
-    out_step: int
-    origins: tuple[int, ...]
-    taps: tuple[int, ...]
-    patch: int
-
-    @property
-    def phases(self) -> int:
-        return len(self.origins)
-
-    def used(self, phase: int, in_size: int, out_size: int, reflect: bool) -> tuple[int, int]:
-        """First tap and number of taps of a phase that meet any input at all."""
-        if reflect:
-            return 0, self.taps[phase]
-        rows = range(-(-out_size // self.out_step))
-        hits = [
-            tap
-            for tap in range(self.taps[phase])
-            if any(0 <= self.in_step * g + self.origins[phase] + tap < in_size for g in rows)
-        ]
-        return (hits[0], hits[-1] + 1 - hits[0]) if hits else (0, 1)
 
 
 class Conv(NamedTuple):
@@ -106,18 +86,15 @@ class Conv(NamedTuple):
     merges: bool
 
     @property
+    def geometry(self) -> Geometry:
+        return Geometry(self.kernel, self.stride, self.padding, self.transposed, self.reflect)
+
+    @property
     def axis(self) -> Axis:
         """The same along both axes."""
-        k, s, p = self.kernel, self.stride, self.padding
-        if not self.transposed:
-            patch = _PATCH if self.merges and s == 1 else 1
-            return Axis(s * patch, patch, (-p,), (k + s * (patch - 1),), patch)
-        # output o sums the kernel's taps o + p - s i of the inputs i
-        first = [-((k - 1 - o - p) // s) for o in range(s)]
-        last = [(o + p) // s for o in range(s)]
-        if self.merges:
-            return Axis(1, s, (min(first),), (max(last) - min(first) + 1,), s)
-        return Axis(1, s, tuple(first), tuple(b - a + 1 for a, b in zip(first, last)), 1)
+        if not self.merges:
+            return self.geometry.axis()
+        return self.geometry.axis(self.stride if self.transposed else _PATCH if self.stride == 1 else 1)
 
     @property
     def columns(self) -> int:
@@ -131,9 +108,7 @@ class Conv(NamedTuple):
 
     def kernel_tap(self, offset: int, source: int) -> int | None:
         """The kernel's tap by which output `offset` of row 0 reads `source`, if any."""
-        s = self.stride
-        tap = offset + self.padding - s * source if self.transposed else source - s * offset + self.padding
-        return tap if 0 <= tap < self.kernel else None
+        return self.geometry.tap(offset, source)
 
     def pack(self, weight: Tensor) -> Tensor:
         """[out, in, k, k] (or [in, out, k, k] transposed) -> [sum of taps of all phases x in, columns]."""
@@ -194,522 +169,6 @@ class Merge(NamedTuple):
     last: bool
 
 
-@triton.jit
-def _pick(which, first: tl.constexpr, second: tl.constexpr):
-    """A constant of the first or the second phase."""
-    if first == second:
-        return first
-    else:
-        return tl.where(which == 0, first, second)
-
-
-@triton.jit
-def _finish(
-    value,  # [BLOCK_M, BLOCK_N] float32
-    rows,
-    cols,
-    phase,
-    bias_ptr,
-    residual_ptr,
-    store0_ptr,
-    store1_ptr,
-    image_ptr,
-    mask_ptr,
-    raw_ptr,
-    merged_ptr,
-    out_h,
-    out_w,
-    top,
-    bottom,
-    left,
-    right,
-    rows_top,
-    rows_left,
-    rows_h,
-    rows_w,
-    n_rows,
-    N: tl.constexpr,
-    PHASES: tl.constexpr,
-    OUT_STEP: tl.constexpr,
-    PATCH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STRIDE_R: tl.constexpr,
-    STRIDE_0: tl.constexpr,
-    STRIDE_1: tl.constexpr,
-    ACTIVATION_0: tl.constexpr,
-    ACTIVATION_1: tl.constexpr,
-    MERGE: tl.constexpr,
-    LAST: tl.constexpr,
-    WIDE: tl.constexpr,
-):
-    """The epilogue. Nothing outside the rectangle is written."""
-    x = (rows % rows_w + rows_left) * OUT_STEP
-    y = (rows // rows_w % rows_h + rows_top) * OUT_STEP
-    sample = rows // (rows_w * rows_h)
-    if PHASES > 1:
-        x += phase % 2
-        y += phase // 2
-    if MERGE:
-        # columns are (y, x, channel) of a patch
-        channel = cols % 4
-        shift = cols // 4
-        y2 = y[:, None] + (shift // PATCH)[None, :]
-        x2 = x[:, None] + (shift % PATCH)[None, :]
-        c2 = tl.broadcast_to(channel[None, :], value.shape)
-        inside = (rows < n_rows)[:, None] & (y2 >= top) & (y2 < bottom) & (x2 >= left) & (x2 < right)
-        inside = inside & ((cols < N) & (channel < CHANNELS))[None, :]
-        pixel = (sample[:, None] * out_h + y2) * out_w + x2
-        plane = ((sample[:, None] * CHANNELS + c2) * out_h + y2) * out_w + x2
-        if WIDE:
-            pixel = ((sample[:, None].to(tl.int64)) * out_h + y2) * out_w + x2
-            plane = ((sample[:, None].to(tl.int64) * CHANNELS + c2) * out_h + y2) * out_w + x2
-        bias = tl.load(bias_ptr + channel, mask=channel < CHANNELS, other=0.0)
-        value = _tanh(value + bias[None, :])
-        m = tl.load(mask_ptr + pixel, mask=inside, other=0.0)
-        image = tl.load(image_ptr + plane, mask=inside, other=0.0)
-        merged = image * (1.0 - m) + value * m
-        tl.store(raw_ptr + plane, value, mask=inside)
-        if LAST:
-            tl.store(merged_ptr + plane, merged, mask=inside)
-        else:
-            tl.store(merged_ptr + pixel * 4 + c2, merged.to(merged_ptr.dtype.element_ty), mask=inside)
-    else:
-        inside = (rows < n_rows) & (y >= top) & (y < bottom) & (x >= left) & (x < right)
-        mask = inside[:, None] & (cols < N)[None, :]
-        pixel = (sample * out_h + y) * out_w + x
-        if WIDE:
-            pixel = (sample.to(tl.int64) * out_h + y) * out_w + x
-        value += tl.load(bias_ptr + cols, mask=cols < N, other=0.0)[None, :]
-        if residual_ptr is not None:
-            residual = tl.load(residual_ptr + (pixel * STRIDE_R)[:, None] + cols[None, :], mask=mask, other=0.0)
-            value += residual.to(tl.float32)
-        first = activate(value, ACTIVATION_0).to(store0_ptr.dtype.element_ty)
-        tl.store(store0_ptr + (pixel * STRIDE_0)[:, None] + cols[None, :], first, mask=mask)
-        if store1_ptr is not None:
-            second = activate(value, ACTIVATION_1).to(store1_ptr.dtype.element_ty)
-            tl.store(store1_ptr + (pixel * STRIDE_1)[:, None] + cols[None, :], second, mask=mask)
-
-
-@triton.jit
-def _reflected(index, size):
-    """Index -i is i, index size - 1 + i is size - 1 - i."""
-    index = tl.where(index < 0, -index, index)
-    return tl.where(index >= size, 2 * (size - 1) - index, index)
-
-
-@triton.jit
-def _prefetch(pointers):
-    """Bring the cache lines of these addresses into the L2 cache; waits for nothing."""
-    tl.inline_asm_elementwise(
-        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
-    )
-
-
-# Grid integers: specialised on "is 1" and "divisible by 16" they would give each rectangle of a hole its own kernels.
-_GRID_INTEGERS = [
-    "in_h", "in_w", "out_h", "out_w", "top", "bottom", "left", "right",
-    "rows_top", "rows_left", "rows_h", "rows_w", "n_rows", "m_blocks",
-]  # fmt: skip
-
-
-@triton.jit(do_not_specialize=_GRID_INTEGERS)
-def _conv_kernel(
-    x_ptr,  # [B, H, W, CIN], pixels STRIDE_X apart
-    w_ptr,  # [taps of all phases * CIN, N]
-    partial_ptr,  # [splits, PHASES * rows, N] float32, written where SPLITS > 1
-    count_ptr,  # int32, a zero for each block; where given, the last program of a block adds its splits
-    bias_ptr,  # float32
-    residual_ptr,
-    store0_ptr,
-    store1_ptr,
-    image_ptr,
-    mask_ptr,
-    raw_ptr,
-    merged_ptr,
-    in_h,
-    in_w,
-    out_h,
-    out_w,
-    top,
-    bottom,
-    left,
-    right,
-    rows_top,
-    rows_left,
-    rows_h,
-    rows_w,
-    n_rows,
-    m_blocks,
-    CIN: tl.constexpr,
-    STRIDE_X: tl.constexpr,
-    N: tl.constexpr,
-    PHASES: tl.constexpr,
-    IN_STEP: tl.constexpr,
-    OUT_STEP: tl.constexpr,
-    PATCH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    # of the first and second phase: source of the first tap used, that tap, taps used, taps packed
-    ORIGIN_Y: tl.constexpr,
-    ORIGIN_Y1: tl.constexpr,
-    ORIGIN_X: tl.constexpr,
-    ORIGIN_X1: tl.constexpr,
-    FIRST_Y: tl.constexpr,
-    FIRST_Y1: tl.constexpr,
-    FIRST_X: tl.constexpr,
-    FIRST_X1: tl.constexpr,
-    COUNT_Y: tl.constexpr,
-    COUNT_Y1: tl.constexpr,
-    COUNT_X: tl.constexpr,
-    COUNT_X1: tl.constexpr,
-    TAPS: tl.constexpr,
-    TAPS1: tl.constexpr,
-    STRIDE_R: tl.constexpr,
-    STRIDE_0: tl.constexpr,
-    STRIDE_1: tl.constexpr,
-    ACTIVATION_0: tl.constexpr,
-    ACTIVATION_1: tl.constexpr,
-    MERGE: tl.constexpr,
-    LAST: tl.constexpr,
-    REFLECT: tl.constexpr,
-    FLAT: tl.constexpr,
-    SPLITS: tl.constexpr,
-    NO_EMPTY_SPLIT: tl.constexpr,
-    WIDE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-):
-    """A program owns BLOCK_M rows of one phase and BLOCK_N columns, over one part of the depth."""
-    n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    block_m = pid // n_blocks % m_blocks
-    # the phases with the most taps first
-    phase = PHASES - 1 - pid // (n_blocks * m_blocks)
-    phase_y = phase // 2
-    phase_x = phase % 2
-
-    origin_y = _pick(phase_y, ORIGIN_Y, ORIGIN_Y1)
-    origin_x = _pick(phase_x, ORIGIN_X, ORIGIN_X1)
-    first_y = _pick(phase_y, FIRST_Y, FIRST_Y1)
-    first_x = _pick(phase_x, FIRST_X, FIRST_X1)
-    count_y = _pick(phase_y, COUNT_Y, COUNT_Y1)
-    count_x = _pick(phase_x, COUNT_X, COUNT_X1)
-    taps_y = _pick(phase_y, TAPS, TAPS1)
-    taps_x = _pick(phase_x, TAPS, TAPS1)
-    first_tap = phase_y * (TAPS * (TAPS + TAPS1)) + phase_x * (taps_y * TAPS)
-
-    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    col_mask = (cols < N)[None, :]
-    depths = tl.arange(0, BLOCK_K)
-    # rows past the end read what the last one reads
-    read = tl.minimum(rows, n_rows - 1)
-    y0 = (read // rows_w % rows_h + rows_top) * IN_STEP + origin_y
-    x0 = (read % rows_w + rows_left) * IN_STEP + origin_x
-    sample = (read // (rows_w * rows_h)) * in_h
-    if WIDE:
-        sample = sample.to(tl.int64)
-
-    if FLAT:
-        steps = (count_y * count_x * CIN + BLOCK_K - 1) // BLOCK_K
-    else:
-        CHUNKS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
-        steps = count_y * count_x * CHUNKS
-    begin = 0
-    if SPLITS > 1:
-        part = (steps + SPLITS - 1) // SPLITS
-        begin = tl.program_id(1) * part
-        steps = tl.minimum(begin + part, steps)
-        if NO_EMPTY_SPLIT:
-            # without it ptxas serialises the matrix products of a loop that may be empty (Triton 3.6)
-            tl.assume(begin < steps)
-
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-        if SPLITS > 1 and not FLAT:
-            # a line of weights for each row of the depth and 128 bytes of columns, while the last step still runs
-            LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
-            lines = tl.minimum(pid % n_blocks * BLOCK_N + tl.arange(0, (BLOCK_N + LINE - 1) // LINE) * LINE, N - 1)
-            for step in tl.range(begin, steps, num_stages=1):
-                tap = step // CHUNKS
-                kernel_tap = first_tap + (first_y + tap // count_x) * taps_x + first_x + tap % count_x
-                w_rows = kernel_tap * CIN + tl.minimum(step % CHUNKS * BLOCK_K + depths, CIN - 1)
-                _prefetch(w_ptr + w_rows[:, None] * N + lines[None, :])
-        tl.extra.cuda.gdc_wait()
-
-    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for step in tl.range(begin, steps):
-        if FLAT:
-            depth = step * BLOCK_K + depths
-            depth_mask = depth < count_y * count_x * CIN
-            tap = depth // CIN
-            tap_y = tap // count_x
-            tap_x = tap % count_x
-            y = y0[:, None] + tap_y[None, :]
-            x = x0[:, None] + tap_x[None, :]
-            if REFLECT:
-                y = _reflected(y, in_h)
-                x = _reflected(x, in_w)
-                a_mask = tl.broadcast_to(depth_mask[None, :], (BLOCK_M, BLOCK_K))
-            else:
-                a_mask = (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w) & depth_mask[None, :]
-            # the last block of a reflecting step may point past the map
-            pixel = tl.where(a_mask, (sample[:, None] + y) * in_w + x, 0)
-            a = tl.load(x_ptr + pixel * STRIDE_X + (depth % CIN)[None, :], mask=a_mask, other=0.0)
-            w_rows = (first_tap + (first_y + tap_y) * taps_x + first_x + tap_x) * CIN + depth % CIN
-            w_mask = depth_mask[:, None] & col_mask
-        else:
-            tap = step // CHUNKS
-            start = step % CHUNKS * BLOCK_K
-            tap_y = tap // count_x
-            tap_x = tap % count_x
-            y = y0 + tap_y
-            x = x0 + tap_x
-            depth_mask = start + depths < CIN
-            if REFLECT:
-                y = _reflected(y, in_h)
-                x = _reflected(x, in_w)
-                row_mask = tl.full([BLOCK_M], True, tl.int1)
-            else:
-                row_mask = (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
-            pixel = (sample + y) * in_w + x
-            a_ptrs = x_ptr + (pixel * STRIDE_X)[:, None] + (start + depths)[None, :]
-            if CIN % BLOCK_K == 0:
-                a = tl.load(a_ptrs) if REFLECT else tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
-                w_mask = col_mask
-            else:
-                a = tl.load(a_ptrs, mask=row_mask[:, None] & depth_mask[None, :], other=0.0)
-                w_mask = depth_mask[:, None] & col_mask
-            w_rows = (first_tap + (first_y + tap_y) * taps_x + first_x + tap_x) * CIN + start + depths
-        w_ptrs = w_ptr + w_rows[:, None] * N + cols[None, :]
-        EVEN: tl.constexpr = CIN % BLOCK_K == 0 and N % BLOCK_N == 0
-        w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=w_mask, other=0.0)
-        acc = dot(a, w, acc, PRECISION)
-
-    if SPLITS > 1:
-        index = (tl.program_id(1) * PHASES + phase).to(tl.int64) * n_rows + rows
-        inside = (rows < n_rows)[:, None] & col_mask
-        tl.store(partial_ptr + index[:, None] * N + cols[None, :], acc, mask=inside)
-        if count_ptr is not None:
-            # every thread's part is stored before the block is counted, and counted before it is read
-            tl.debug_barrier()
-            done = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
-            if done == SPLITS - 1:
-                tl.debug_barrier()
-                value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-                for split in tl.range(0, SPLITS, num_stages=1):
-                    index = (split * PHASES + phase).to(tl.int64) * n_rows + rows
-                    parts = partial_ptr + index[:, None] * N + cols[None, :]
-                    # past the L1 cache, which does not see what other multiprocessors wrote
-                    value += tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
-                _finish(
-                    value,
-                    rows,
-                    cols,
-                    phase,
-                    bias_ptr,
-                    residual_ptr,
-                    store0_ptr,
-                    store1_ptr,
-                    image_ptr,
-                    mask_ptr,
-                    raw_ptr,
-                    merged_ptr,
-                    out_h,
-                    out_w,
-                    top,
-                    bottom,
-                    left,
-                    right,
-                    rows_top,
-                    rows_left,
-                    rows_h,
-                    rows_w,
-                    n_rows,
-                    N,
-                    PHASES,
-                    OUT_STEP,
-                    PATCH,
-                    CHANNELS,
-                    STRIDE_R,
-                    STRIDE_0,
-                    STRIDE_1,
-                    ACTIVATION_0,
-                    ACTIVATION_1,
-                    MERGE,
-                    LAST,
-                    WIDE,
-                )
-                tl.store(count_ptr + pid, 0)
-    else:
-        _finish(
-            acc,
-            rows,
-            cols,
-            phase,
-            bias_ptr,
-            residual_ptr,
-            store0_ptr,
-            store1_ptr,
-            image_ptr,
-            mask_ptr,
-            raw_ptr,
-            merged_ptr,
-            out_h,
-            out_w,
-            top,
-            bottom,
-            left,
-            right,
-            rows_top,
-            rows_left,
-            rows_h,
-            rows_w,
-            n_rows,
-            N,
-            PHASES,
-            OUT_STEP,
-            PATCH,
-            CHANNELS,
-            STRIDE_R,
-            STRIDE_0,
-            STRIDE_1,
-            ACTIVATION_0,
-            ACTIVATION_1,
-            MERGE,
-            LAST,
-            WIDE,
-        )
-
-
-@triton.jit(do_not_specialize=[name for name in _GRID_INTEGERS if not name.startswith("in_")])
-def _conv_reduce_kernel(
-    partial_ptr,  # [SPLITS, PHASES * rows, N] float32
-    bias_ptr,
-    residual_ptr,
-    store0_ptr,
-    store1_ptr,
-    image_ptr,
-    mask_ptr,
-    raw_ptr,
-    merged_ptr,
-    out_h,
-    out_w,
-    top,
-    bottom,
-    left,
-    right,
-    rows_top,
-    rows_left,
-    rows_h,
-    rows_w,
-    n_rows,
-    m_blocks,
-    N: tl.constexpr,
-    PHASES: tl.constexpr,
-    OUT_STEP: tl.constexpr,
-    PATCH: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    STRIDE_R: tl.constexpr,
-    STRIDE_0: tl.constexpr,
-    STRIDE_1: tl.constexpr,
-    ACTIVATION_0: tl.constexpr,
-    ACTIVATION_1: tl.constexpr,
-    MERGE: tl.constexpr,
-    LAST: tl.constexpr,
-    SPLITS: tl.constexpr,
-    WIDE: tl.constexpr,
-    OVERLAP: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """A program adds the parts of BLOCK_M rows of one phase and BLOCK_N columns, in order, and finishes them."""
-    n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    pid = tl.program_id(0)
-    rows = pid // n_blocks % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
-    cols = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    phase = pid // (n_blocks * m_blocks)
-    mask = (rows < n_rows)[:, None] & (cols < N)[None, :]
-    if OVERLAP:
-        tl.extra.cuda.gdc_wait()
-        tl.extra.cuda.gdc_launch_dependents()
-    value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-    for split in tl.range(0, SPLITS):
-        index = (split * PHASES + phase).to(tl.int64) * n_rows + rows
-        value += tl.load(partial_ptr + index[:, None] * N + cols[None, :], mask=mask, other=0.0)
-    _finish(
-        value,
-        rows,
-        cols,
-        phase,
-        bias_ptr,
-        residual_ptr,
-        store0_ptr,
-        store1_ptr,
-        image_ptr,
-        mask_ptr,
-        raw_ptr,
-        merged_ptr,
-        out_h,
-        out_w,
-        top,
-        bottom,
-        left,
-        right,
-        rows_top,
-        rows_left,
-        rows_h,
-        rows_w,
-        n_rows,
-        N,
-        PHASES,
-        OUT_STEP,
-        PATCH,
-        CHANNELS,
-        STRIDE_R,
-        STRIDE_0,
-        STRIDE_1,
-        ACTIVATION_0,
-        ACTIVATION_1,
-        MERGE,
-        LAST,
-        WIDE,
-    )
-
-
-@triton.jit
-def _paint_kernel(
-    image_ptr,  # [B, 3, H, W] float32
-    mask_ptr,  # [B, 1, H, W] float32
-    start_ptr,  # [B, 3, H, W] float32, or None for white
-    picture_ptr,  # [B, H, W, 4]
-    merged_ptr,  # [B, 3, H, W] float32
-    positions,
-    n_pixels,
-    OVERLAP: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """A program paints BLOCK pixels."""
-    if OVERLAP:
-        tl.extra.cuda.gdc_launch_dependents()
-    pixels = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixels < n_pixels
-    m = tl.load(mask_ptr + pixels, mask=inside, other=0.0)
-    plane = pixels // positions * (3 * positions) + pixels % positions
-    for c in tl.static_range(3):
-        image = tl.load(image_ptr + plane + c * positions, mask=inside, other=0.0)
-        tl.store(merged_ptr + plane + c * positions, image, mask=inside)
-        painted = image * (1.0 - m)
-        if start_ptr is None:
-            painted += m
-        else:
-            painted += tl.load(start_ptr + plane + c * positions, mask=inside, other=0.0) * m
-        tl.store(picture_ptr + pixels * 4 + c, painted.to(picture_ptr.dtype.element_ty), mask=inside)
-    tl.store(picture_ptr + pixels * 4 + 3, m.to(picture_ptr.dtype.element_ty), mask=inside)
-
-
 def can_run_conv(conv: Conv, source: Tensor) -> str | None:
     """Why the kernels cannot run this step on `source` [B, H, W, C], or None."""
     reason = device_reason(source, CAPABILITY)
@@ -767,6 +226,38 @@ def paint_forward(
         )
 
 
+def _layout(conv: Conv) -> Layout:
+    axis = conv.axis
+    return Layout(
+        conv.in_channels,
+        conv.out_channels,
+        conv.columns,
+        axis.phases**2,
+        axis.in_step,
+        axis.out_step,
+        axis.patch,
+        (axis.taps[0], axis.taps[-1]),
+        conv.reflect,
+        conv.flat,
+    )
+
+
+def _taps(axis: Axis, in_size: int, out_size: int, reflect: bool) -> Taps:
+    """The taps that meet any input along one axis."""
+    phases = (0, axis.phases - 1)
+    (first0, count0), (first1, count1) = (axis.used(phase, in_size, out_size, reflect) for phase in phases)
+    origins = axis.origins[0] + first0, axis.origins[-1] + first1
+    return Taps(origins, (first0, first1), (count0, count1))
+
+
+def _pixel_stride(store: Store | None) -> int:
+    return 0 if store is None else store.view.stride(2)
+
+
+def _activation(store: Store | None) -> int:
+    return 0 if store is None else ACTIVATIONS[store.activation]
+
+
 def conv_forward(
     conv: Conv,
     source: Tensor,
@@ -810,72 +301,46 @@ def conv_forward(
     n_rows = batch * rows_h * rows_w
     if n_rows == 0:
         return
-    phases = axis.phases**2
-    columns = conv.columns
-    last_phase = axis.phases - 1
+    layout = _layout(conv)
     fused = tile.fused and tile.splits > 1
-    constants: dict[str, int] = {}
-    for name, in_size, out_size in (("Y", in_h, out_h), ("X", in_w, out_w)):
-        for suffix, phase in (("", 0), ("1", last_phase)):
-            first, count = axis.used(phase, in_size, out_size, conv.reflect)
-            constants[f"ORIGIN_{name}{suffix}"] = axis.origins[phase] + first
-            constants[f"FIRST_{name}{suffix}"] = first
-            constants[f"COUNT_{name}{suffix}"] = count
     views = [source, *(s.view for s in stores), *([] if residual is None else [residual])]
-    most = max(v.shape[0] * v.stride(0) for v in views)
-    common = {
-        "N": columns,
-        "PHASES": phases,
-        "OUT_STEP": axis.out_step,
-        "PATCH": axis.patch,
-        "CHANNELS": conv.out_channels,
-        "STRIDE_R": 0 if residual is None else residual.stride(2),
-        "STRIDE_0": stores[0].view.stride(2) if stores else 0,
-        "STRIDE_1": stores[1].view.stride(2) if len(stores) > 1 else 0,
-        "ACTIVATION_0": ACTIVATIONS[stores[0].activation] if stores else 0,
-        "ACTIVATION_1": ACTIVATIONS[stores[1].activation] if len(stores) > 1 else 0,
-        "MERGE": merge is not None,
-        "LAST": merge is not None and merge.last,
-        "SPLITS": tile.splits,
-        # pointers span 2**31 elements of 32-bit arithmetic
-        "WIDE": max(most, batch * out_h * out_w * PICTURE_CHANNELS) >= MAX_GRID,
-        "OVERLAP": overlap,
-    }
-    common |= overlapping(overlap)
-    tail = (
-        bias,
-        residual,
-        stores[0].view if stores else None,
-        stores[1].view if len(stores) > 1 else None,
-        *((None,) * 4 if merge is None else (merge.image, merge.mask, merge.raw, merge.merged)),
+    most = max(max(v.shape[0] * v.stride(0) for v in views), batch * out_h * out_w * PICTURE_CHANNELS)
+    first, second = (*stores, None, None)[:2]
+    epilogue = Epilogue(
+        0 if residual is None else residual.stride(2),
+        (_pixel_stride(first), _pixel_stride(second)),
+        (_activation(first), _activation(second)),
+        merge is not None and merge.last,
+        most >= MAX_GRID,
     )
-    place = (out_h, out_w, top, bottom, left, right, rows_y[0], rows_x[0], rows_h, rows_w, n_rows)
+    outputs = Outputs(bias, residual, None if first is None else first.view, None if second is None else second.view)
+    picture = None if merge is None else Picture(merge.image, merge.mask, merge.raw, merge.merged)
+    place = Place(out_h, out_w, top, bottom, left, right, rows_y[0], rows_x[0], rows_h, rows_w, n_rows)
+    common = {"LAYOUT": layout, "EPILOGUE": epilogue, "SPLITS": tile.splits, "OVERLAP": overlap}
+    common |= overlapping(overlap)
     m_blocks = triton.cdiv(n_rows, tile.block_m)
-    n_blocks = triton.cdiv(columns, tile.block_n)
+    blocks = m_blocks * triton.cdiv(layout.columns, tile.block_n) * layout.phases
     work = conv.work(batch, (in_h, in_w), (out_h, out_w), (top, bottom, left, right))
     lengths = work.steps(tile.block_k)
-    if fused and (counters is None or counters.numel() < m_blocks * n_blocks * phases):
-        raise ValueError(f"counters: expected {m_blocks * n_blocks * phases} or more int32 zeros for {tile}")
+    if fused and (counters is None or counters.numel() < blocks):
+        raise ValueError(f"counters: expected {blocks} or more int32 zeros for {tile}")
     with device_guard(source):
         launch(
             _conv_kernel,
-            (m_blocks * n_blocks * phases, tile.splits),
+            (blocks, tile.splits),
             source,
             weight,
             partial if tile.splits > 1 else None,
             counters if fused else None,
-            *tail,
+            outputs,
+            picture,
             in_h,
             in_w,
             *place,
             m_blocks,
-            CIN=conv.in_channels,
+            TAPS_Y=_taps(axis, in_h, out_h, conv.reflect),
+            TAPS_X=_taps(axis, in_w, out_w, conv.reflect),
             STRIDE_X=source.stride(2),
-            IN_STEP=axis.in_step,
-            TAPS=axis.taps[0],
-            TAPS1=axis.taps[last_phase],
-            REFLECT=conv.reflect,
-            FLAT=conv.flat,
             NO_EMPTY_SPLIT=all((tile.splits - 1) * -(-length // tile.splits) < length for length in lengths),
             PRECISION=dot_precision(source.dtype),
             BLOCK_M=tile.block_m,
@@ -885,18 +350,18 @@ def conv_forward(
             num_stages=tile.num_stages,
             # ptxas may spill registers of large accumulators to fit one more program on a multiprocessor
             **({"maxnreg": 255} if fused and tile.block_m * tile.block_n >= 2048 * tile.num_warps else {}),
-            **constants,
             **common,
         )
         if tile.splits > 1 and not fused:
             block_m = min(4, triton.next_power_of_2(n_rows))
-            block_n = min(128, triton.next_power_of_2(columns))
+            block_n = min(128, triton.next_power_of_2(layout.columns))
             m_blocks = triton.cdiv(n_rows, block_m)
             launch(
                 _conv_reduce_kernel,
-                (m_blocks * triton.cdiv(columns, block_n) * phases,),
+                (m_blocks * triton.cdiv(layout.columns, block_n) * layout.phases,),
                 partial,
-                *tail,
+                outputs,
+                picture,
                 *place,
                 m_blocks,
                 BLOCK_M=block_m,

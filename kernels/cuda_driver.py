@@ -76,7 +76,8 @@ def _function(cubin: Path, name: str, device: int) -> ctypes.c_void_p:
     call("cuModuleGetFunction", ctypes.byref(function), _module(cubin, device), name.encode())
     static = ctypes.c_int()
     call("cuFuncGetAttribute", ctypes.byref(static), ctypes.c_int(_STATIC_SHARED), function)
-    limit = torch.cuda.get_device_properties(device).shared_memory_per_block_optin - static.value
+    properties: Any = torch.cuda.get_device_properties(device)
+    limit = properties.shared_memory_per_block_optin - static.value
     call("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), ctypes.c_int(limit))
     return function
 
@@ -112,7 +113,7 @@ class Kernel:
             shared_bytes,
             cluster,
         )
-        chosen = [(_CLUSTER, (cluster, 1, 1))]
+        chosen: list[tuple[int, tuple[int, ...]]] = [(_CLUSTER, (cluster, 1, 1))]
         if cooperative:
             chosen.append((_COOPERATIVE, (1,)))
         if overlap:

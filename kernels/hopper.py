@@ -3,7 +3,8 @@
 It does what :func:`.conv.conv_forward` does for steps of stride 1 and for transposed ones, in float16 and bfloat16:
 the patch of the input that a tile of outputs needs comes into shared memory once and serves all taps. Its machine
 code, `hopper_conv.cubin`, lies beside this file and is loaded by the driver, so that nothing is compiled here;
-`make cubin` writes it anew. :data:`TUNED` says for which products it was measured to be the fastest.
+`make cubin` writes it anew. The tuner (`lgnet_fast.engine.cuda_tuning`) measures :func:`candidates` beside the Triton
+tiles; a product runs with one only where it was the fastest on the card at hand.
 
 The first use on a GPU compares it with PyTorch in float32 (:func:`reason_against`).
 """
@@ -11,6 +12,7 @@ The first use on a GPU compares it with PyTorch in float32 (:func:`reason_agains
 from __future__ import annotations
 
 import ctypes
+import itertools
 import logging
 import threading
 from pathlib import Path
@@ -45,23 +47,19 @@ _ROW_BYTES = 4 * (CHANNELS + 4)  # a pixel's results on their way to the stores
 
 
 class HopperTile(NamedTuple):
-    """Blocks of 8 x tile_h pixels by 64 channels; `cluster` blocks share the weights of a stage.
-
-    patch: "dense": a row of the patch takes as many pixels as it has; "padded": 16; "planes": a patch for each tap
-    along x.
-    base_offset: put the start's place within the swizzle's pattern into wgmma's descriptor.
-    """
+    """Blocks of 8 x tile_h pixels by 64 channels; `cluster` blocks share the weights of a stage."""
 
     tile_h: int
     cluster: int
     weight_stages: int = 8
     patch_stages: int = 4
-    patch: str = "dense"
-    base_offset: bool = False
 
 
-TUNED: dict[tuple[str, int, int, tuple[int, ...], int], HopperTile] = {}
-"""(dtype kind, rows, columns, taps of every phase, input channels) -> tile, where this kernel is the fastest."""
+CANDIDATES = tuple(
+    HopperTile(tile_h, cluster, patch_stages=2 if tile_h == 32 else 4)
+    for tile_h, cluster in itertools.product(TILE_HEIGHTS, (1, 2))
+)
+"""Tiles worth measuring: clusters of 4 and 8 were slower on an H100 wherever they were tried."""
 
 
 class Args(ctypes.Structure):
@@ -85,8 +83,7 @@ class Args(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 "stride_r", "stride_0", "stride_1", "activation_0", "activation_1", "reflect",
-                "dx_bytes", "dy_bytes", "box_bytes", "pitch", "box_rows", "planes",
-                "base_offset", "weight_stages", "patch_stages", "patch_bytes",
+                "pitch", "box_rows", "weight_stages", "patch_stages", "patch_bytes",
             )
         ),
     ]  # fmt: skip
@@ -118,8 +115,8 @@ def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
         return f"{conv.kernel}x{conv.kernel} taps (at most 3x3 a phase are supported)"
     if tile is None:
         return None
-    if tile.tile_h not in TILE_HEIGHTS or tile.patch not in ("dense", "padded", "planes"):
-        return f"{tile}"
+    if tile.tile_h not in TILE_HEIGHTS:
+        return f"tiles of {tile.tile_h} rows ({TILE_HEIGHTS} are supported)"
     if not (2 <= tile.weight_stages <= _MAX_WEIGHT_STAGES and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES):
         return f"{tile.weight_stages} stages of weights and {tile.patch_stages} of patches"
     if tile.cluster not in (1, 2, 4, 8):
@@ -148,13 +145,8 @@ def describe_launch(
         [axis.used(phase, in_size[dim], out_size[dim], conv.reflect) for phase in (0, phases - 1)] for dim in (0, 1)
     ]
     most_y, most_x = (max(count for _, count in used[dim]) for dim in (0, 1))
-    if tile.patch == "planes" and conv.reflect and (rows_left % TILE_W or in_size[1] % TILE_W):
-        raise ValueError(f"tile: planes of a reflecting step need widths that are multiples of {TILE_W}")
-    box_rows = tile.tile_h + most_y - 1
-    planes = most_x if tile.patch == "planes" else 1
-    pitch = {"dense": TILE_W + most_x - 1, "padded": 16, "planes": TILE_W}[tile.patch]
-    box_bytes = pitch * box_rows * _LINE
-    patch_bytes = -(-planes * box_bytes // _ALIGNMENT) * _ALIGNMENT
+    box_rows, pitch = tile.tile_h + most_y - 1, TILE_W + most_x - 1
+    patch_bytes = -(-pitch * box_rows * _LINE // _ALIGNMENT) * _ALIGNMENT
     tiles_y = -(-(rows_bottom - rows_top) // tile.tile_h)
     tiles_x = -(-(rows_right - rows_left) // TILE_W)
     m_tiles = batch * tiles_y * tiles_x
@@ -177,9 +169,7 @@ def describe_launch(
         count_y=pair(*(count for _, count in used[0])), count_x=pair(*(count for _, count in used[1])),
         taps=pair(axis.taps[0], axis.taps[phases - 1]),
         reflect=conv.reflect,
-        dx_bytes=box_bytes if tile.patch == "planes" else _LINE, dy_bytes=pitch * _LINE,
-        box_bytes=box_bytes, pitch=pitch, box_rows=box_rows, planes=planes,
-        base_offset=tile.base_offset, weight_stages=tile.weight_stages, patch_stages=patch_stages,
+        pitch=pitch, box_rows=box_rows, weight_stages=tile.weight_stages, patch_stages=patch_stages,
         patch_bytes=patch_bytes,
     )  # fmt: skip
     return Launch(args, m_tiles * args.n_blocks * args.phases, cluster, shared_bytes, (pitch, box_rows))
@@ -331,8 +321,8 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     with _lock:
         key = index, dtype
         if key not in _reasons:
-            if torch.cuda.is_current_stream_capturing():
-                return "not checked yet, and a graph is being captured"
+            if torch.cuda.is_current_stream_capturing() or is_recording():
+                return "not checked yet, and nothing can be run now"
             try:
                 _reasons[key] = _check(torch.device("cuda", index), dtype)
             except torch.OutOfMemoryError:
@@ -352,7 +342,7 @@ def _check(device: torch.device, dtype: torch.dtype) -> str | None:
             Conv(128, 128, 3, 1, 1, False, True, False),
             Conv(128, 64, 4, 2, 1, True, False, False),
         ):
-            for tile in dict.fromkeys(TUNED.values()) or [HopperTile(16, 4)]:
+            for tile in CANDIDATES:
                 error = _error(conv, tile, (2, 32, 16), dtype, device, generator)
                 if not error < 8 * torch.finfo(dtype).eps:
                     return f"relative error {error:.1e} in {conv} with {tile}"
@@ -391,12 +381,16 @@ def _error(
             planes = F.pad(planes, [conv.padding] * 4, mode="reflect")
         exact = F.conv2d(planes, weight.double(), bias.double(), padding=0 if conv.reflect else conv.padding)
     exact = (exact.permute(0, 2, 3, 1) + residual.double()).relu()
-    return ((out.double() - exact).norm() / exact.norm()).item()
+    return float((out.double() - exact).norm() / exact.norm())
 
 
-def pick(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device) -> HopperTile | None:
-    """The tile of a product for which this kernel is the fastest on `device`, where it may be used there."""
-    tile = TUNED.get(("half", *work[:4])) if dtype in _TYPES else None
-    if tile is None or unsupported(conv, tile) is not None or reason_against(device, dtype) is not None:
-        return None
-    return tile
+def candidates(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device) -> list[HopperTile]:
+    """Tiles worth measuring for a product; none where the kernel cannot compute it or may not be used on `device`."""
+    if unsupported(conv) is not None or reason_against(device, dtype) is not None:
+        return []
+    return [tile for tile in CANDIDATES if tile.tile_h == TILE_HEIGHTS[0] or tile.tile_h * TILE_W <= work.rows]
+
+
+def usable(tile: HopperTile, conv: Conv, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a tile that was measured for a product fits another step with that product."""
+    return unsupported(conv, tile) is None and reason_against(device, dtype) is None

@@ -1,9 +1,9 @@
-"""What every launcher shares: the launch itself, the device guard, position offsets, and matrix products."""
+"""What every launcher shares: the launch itself, the device guard, matrix products and activations."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from typing import Any, NamedTuple
 
@@ -48,24 +48,40 @@ def is_recording() -> bool:
     return _recorded.get() is not None
 
 
-# What Triton compiled, by what it specialises on: its own look-up takes 0.1 ms for a kernel of fifty arguments.
+# What Triton compiled, by what it specialises on: its own look-up takes longer.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _COMPILED_KEPT = 4096
+
+
+def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
+    """`value` with `function` applied to what its tuples hold, nested ones too."""
+    if not isinstance(value, tuple):
+        return function(value)
+    parts = [map_leaves(part, function) for part in value]
+    return type(value)(*parts) if hasattr(value, "_fields") else tuple(parts)
 
 
 def specialisation(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
     """What decides which compiled form of `kernel` serves `args`."""
     key: list[Any] = []
     for parameter, value in zip(kernel.params, args):
-        if isinstance(value, Tensor):
-            key.append(value.dtype)
-            key.append(value.data_ptr() % 16 == 0)
-        elif isinstance(value, int):
-            wide = value >= 2**31
-            key.append(wide if parameter.do_not_specialize else (value == 1, value % 16 == 0, wide))
-        else:
-            key.append(type(value))
+        _add_specialisation(key, value, parameter.do_not_specialize)
     return key
+
+
+def _add_specialisation(key: list[Any], value: Any, fixed: bool) -> None:
+    if isinstance(value, Tensor):
+        key.append(value.dtype)
+        key.append(value.data_ptr() % 16 == 0)
+    elif isinstance(value, int):
+        wide = value >= 2**31
+        key.append(wide if fixed else (value == 1, value % 16 == 0, wide))
+    elif isinstance(value, tuple):
+        # Triton specialises on what a tuple holds, whatever is said of the parameter
+        for part in value:
+            _add_specialisation(key, part, False)
+    else:
+        key.append(type(value))
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
@@ -95,21 +111,22 @@ def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 
 @triton.jit
-def position_offsets(n, width, stride_h, stride_w, FLAT: tl.constexpr):
-    """Element offsets (int64) of the positions `n` of an image plane; FLAT: stride_h == width * stride_w."""
-    if FLAT:
-        return n.to(tl.int64) * stride_w
-    else:
-        return (n // width).to(tl.int64) * stride_h + (n % width).to(tl.int64) * stride_w
-
-
-@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
     """acc + a @ b in float32. "upcast" is for Triton's interpreter, which multiplies bfloat16's bit patterns."""
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
+def stable_tanh(x):
+    """tanh in float32: a series near 0, where (1 - e) / (1 + e) would cancel."""
+    e = tl.exp(-2.0 * tl.abs(x))
+    far = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
+    s = x * x
+    near = x + x * s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835))))
+    return tl.where(s < 0.0625, near, far)
 
 
 @triton.jit
@@ -131,20 +148,7 @@ def overlapping(overlap: bool) -> dict[str, bool]:
 
 def is_interpreted() -> bool:
     """Whether the kernels of this process run in Triton's interpreter, on CPU tensors."""
-    return not isinstance(position_offsets, JITFunction)
-
-
-def is_flat(tensor: Tensor) -> bool:
-    """Whether the positions of [B, C, H, W] are evenly spaced, so that one stride walks through them."""
-    height, width = tensor.shape[2:]
-    return height <= 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)
-
-
-def position_strides(tensor: Tensor) -> tuple[int, int]:
-    """stride_h and stride_w for `position_offsets`."""
-    if tensor.shape[3] == 1 and tensor.shape[2] > 1:
-        return tensor.stride(2), tensor.stride(2)
-    return tensor.stride(2), tensor.stride(3)
+    return not isinstance(dot, JITFunction)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -18,156 +18,103 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import MAX_GRID, device_guard, device_reason, is_flat, launch, position_offsets, position_strides
+from .launch import MAX_GRID, device_guard, device_reason, launch, stable_tanh
+from .maps import as_map, as_optional_map, position_rows
 
 _BLOCK = 512
 
 
 @triton.jit
-def _tanh(x):
-    """tanh in float32: a series near 0, where (1 - e) / (1 + e) would cancel."""
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
-    s = x * x
-    near = x + x * s * (-1.0 / 3 + s * (2.0 / 15 + s * (-17.0 / 315 + s * (62.0 / 2835))))
-    return tl.where(s < 0.0625, near, far)
-
-
-@triton.jit
 def _merge_fwd_kernel(
-    image_ptr,
-    output_ptr,
-    mask_ptr,
-    out_ptr,
-    stride_ib,
-    stride_ic,
-    stride_ih,
-    stride_iw,
-    stride_ob,
-    stride_oc,
-    stride_oh,
-    stride_ow,
-    stride_mb,
-    stride_mh,
-    stride_mw,
-    stride_rb,
-    stride_rc,
-    stride_rh,
-    stride_rw,
+    image,  # Map, as all of them
+    output,
+    mask,
+    out,
     n_positions,
     width,
     num_blocks,
     TANH: tl.constexpr,
     CONCAT: tl.constexpr,
-    FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program merges BLOCK pixels of one sample."""
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     n = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = n < n_positions
-    m_ptrs = mask_ptr + batch * stride_mb + position_offsets(n, width, stride_mh, stride_mw, FLAT)
-    i_ptrs = image_ptr + batch * stride_ib + position_offsets(n, width, stride_ih, stride_iw, FLAT)
-    o_ptrs = output_ptr + batch * stride_ob + position_offsets(n, width, stride_oh, stride_ow, FLAT)
-    r_ptrs = out_ptr + batch * stride_rb + position_offsets(n, width, stride_rh, stride_rw, FLAT)
-    mask = tl.load(m_ptrs, mask=inside, other=0.0)
-    m = mask.to(tl.float32)
+    m_ptrs = position_rows(mask, batch, n, width)
+    i_ptrs = position_rows(image, batch, n, width)
+    o_ptrs = position_rows(output, batch, n, width)
+    r_ptrs = position_rows(out, batch, n, width)
+    hole = tl.load(m_ptrs, mask=inside, other=0.0)
+    m = hole.to(tl.float32)
     for c in tl.static_range(3):
         plane = tl.full([], c, tl.int64)
-        image = tl.load(i_ptrs + plane * stride_ic, mask=inside, other=0.0).to(tl.float32)
-        output = tl.load(o_ptrs + plane * stride_oc, mask=inside, other=0.0).to(tl.float32)
+        known = tl.load(i_ptrs + plane * image.stride_c, mask=inside, other=0.0).to(tl.float32)
+        painted = tl.load(o_ptrs + plane * output.stride_c, mask=inside, other=0.0).to(tl.float32)
         if TANH:
-            output = _tanh(output)
-        merged = image * (1.0 - m) + output * m
-        tl.store(r_ptrs + plane * stride_rc, merged.to(out_ptr.dtype.element_ty), mask=inside)
+            painted = stable_tanh(painted)
+        merged = known * (1.0 - m) + painted * m
+        tl.store(r_ptrs + plane * out.stride_c, merged.to(out.ptr.dtype.element_ty), mask=inside)
     if CONCAT:
-        tl.store(r_ptrs + tl.full([], 3, tl.int64) * stride_rc, mask, mask=inside)
+        tl.store(r_ptrs + tl.full([], 3, tl.int64) * out.stride_c, hole, mask=inside)
 
 
 @triton.jit
 def _merge_bwd_kernel(
-    grad_ptr,
-    image_ptr,
-    output_ptr,
-    mask_ptr,
-    d_image_ptr,
-    d_output_ptr,
-    d_mask_ptr,
-    stride_gb,
-    stride_gc,
-    stride_gh,
-    stride_gw,
-    stride_ib,
-    stride_ic,
-    stride_ih,
-    stride_iw,
-    stride_ob,
-    stride_oc,
-    stride_oh,
-    stride_ow,
-    stride_mb,
-    stride_mh,
-    stride_mw,
-    stride_dib,
-    stride_dic,
-    stride_dih,
-    stride_diw,
-    stride_dob,
-    stride_doc,
-    stride_doh,
-    stride_dow,
-    stride_dmb,
-    stride_dmh,
-    stride_dmw,
+    grad,  # Map, as all of them
+    image,
+    output,
+    mask,
+    d_image,  # or ABSENT, as the next two
+    d_output,
+    d_mask,
     n_positions,
     width,
     num_blocks,
     TANH: tl.constexpr,
     CONCAT: tl.constexpr,
-    NEED_IMAGE: tl.constexpr,
-    NEED_OUTPUT: tl.constexpr,
-    NEED_MASK: tl.constexpr,
-    FLAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
     """A program owns BLOCK pixels of one sample."""
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     n = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = n < n_positions
-    g_ptrs = grad_ptr + batch * stride_gb + position_offsets(n, width, stride_gh, stride_gw, FLAT)
-    m_ptrs = mask_ptr + batch * stride_mb + position_offsets(n, width, stride_mh, stride_mw, FLAT)
-    m = tl.load(m_ptrs, mask=inside, other=0.0).to(tl.float32)
-    if NEED_MASK:
-        i_ptrs = image_ptr + batch * stride_ib + position_offsets(n, width, stride_ih, stride_iw, FLAT)
-        d_mask = tl.zeros([BLOCK], dtype=tl.float32)
-    if NEED_MASK or (NEED_OUTPUT and TANH):
-        o_ptrs = output_ptr + batch * stride_ob + position_offsets(n, width, stride_oh, stride_ow, FLAT)
-    if NEED_IMAGE:
-        di_ptrs = d_image_ptr + batch * stride_dib + position_offsets(n, width, stride_dih, stride_diw, FLAT)
-    if NEED_OUTPUT:
-        do_ptrs = d_output_ptr + batch * stride_dob + position_offsets(n, width, stride_doh, stride_dow, FLAT)
+    g_ptrs = position_rows(grad, batch, n, width)
+    m = tl.load(position_rows(mask, batch, n, width), mask=inside, other=0.0).to(tl.float32)
+    READ_OUTPUT: tl.constexpr = d_mask.ptr is not None or (d_output.ptr is not None and TANH)
+    if d_mask.ptr is not None:
+        i_ptrs = position_rows(image, batch, n, width)
+        d_hole = tl.zeros([BLOCK], dtype=tl.float32)
+    if READ_OUTPUT:
+        o_ptrs = position_rows(output, batch, n, width)
+    if d_image.ptr is not None:
+        di_ptrs = position_rows(d_image, batch, n, width)
+    if d_output.ptr is not None:
+        do_ptrs = position_rows(d_output, batch, n, width)
     for c in tl.static_range(3):
         plane = tl.full([], c, tl.int64)
-        g = tl.load(g_ptrs + plane * stride_gc, mask=inside, other=0.0).to(tl.float32)
-        if NEED_MASK or (NEED_OUTPUT and TANH):
-            output = tl.load(o_ptrs + plane * stride_oc, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(g_ptrs + plane * grad.stride_c, mask=inside, other=0.0).to(tl.float32)
+        if READ_OUTPUT:
+            painted = tl.load(o_ptrs + plane * output.stride_c, mask=inside, other=0.0).to(tl.float32)
             if TANH:
-                output = _tanh(output)
-        if NEED_IMAGE:
-            tl.store(di_ptrs + plane * stride_dic, (g * (1.0 - m)).to(d_image_ptr.dtype.element_ty), mask=inside)
-        if NEED_OUTPUT:
-            d_output = g * m
+                painted = stable_tanh(painted)
+        if d_image.ptr is not None:
+            d_known = (g * (1.0 - m)).to(d_image.ptr.dtype.element_ty)
+            tl.store(di_ptrs + plane * d_image.stride_c, d_known, mask=inside)
+        if d_output.ptr is not None:
+            d_painted = g * m
             if TANH:
-                d_output *= 1.0 - output * output
-            tl.store(do_ptrs + plane * stride_doc, d_output.to(d_output_ptr.dtype.element_ty), mask=inside)
-        if NEED_MASK:
-            image = tl.load(i_ptrs + plane * stride_ic, mask=inside, other=0.0).to(tl.float32)
-            d_mask += g * (output - image)
-    if NEED_MASK:
+                d_painted *= 1.0 - painted * painted
+            tl.store(do_ptrs + plane * d_output.stride_c, d_painted.to(d_output.ptr.dtype.element_ty), mask=inside)
+        if d_mask.ptr is not None:
+            known = tl.load(i_ptrs + plane * image.stride_c, mask=inside, other=0.0).to(tl.float32)
+            d_hole += g * (painted - known)
+    if d_mask.ptr is not None:
         if CONCAT:
-            d_mask += tl.load(g_ptrs + tl.full([], 3, tl.int64) * stride_gc, mask=inside, other=0.0).to(tl.float32)
-        dm_ptrs = d_mask_ptr + batch * stride_dmb + position_offsets(n, width, stride_dmh, stride_dmw, FLAT)
-        tl.store(dm_ptrs, d_mask.to(d_mask_ptr.dtype.element_ty), mask=inside)
+            d_hole += tl.load(g_ptrs + tl.full([], 3, tl.int64) * grad.stride_c, mask=inside, other=0.0).to(
+                tl.float32
+            )
+        tl.store(position_rows(d_mask, batch, n, width), d_hole.to(d_mask.ptr.dtype.element_ty), mask=inside)
 
 
 def can_run_merge(image: Tensor, output: Tensor, mask: Tensor) -> str | None:
@@ -198,19 +145,6 @@ def can_run_merge(image: Tensor, output: Tensor, mask: Tensor) -> str | None:
     return None
 
 
-def _strides(tensor: Tensor | None) -> tuple[int, int, int, int]:
-    """stride_b, stride_c, stride_h, stride_w, or zeros for an absent tensor."""
-    if tensor is None:
-        return 0, 0, 0, 0
-    return tensor.stride(0), tensor.stride(1), *position_strides(tensor)
-
-
-def _plane_strides(tensor: Tensor | None) -> tuple[int, int, int]:
-    """stride_b, stride_h, stride_w of a single-channel tensor."""
-    stride_b, _, stride_h, stride_w = _strides(tensor)
-    return stride_b, stride_h, stride_w
-
-
 def _forward(image: Tensor, output: Tensor, mask: Tensor, tanh: bool, out: Tensor, concat: bool) -> Tensor:
     batch, _, height, width = image.shape
     positions = height * width
@@ -221,20 +155,15 @@ def _forward(image: Tensor, output: Tensor, mask: Tensor, tanh: bool, out: Tenso
         launch(
             _merge_fwd_kernel,
             (num_blocks * batch,),
-            image,
-            output,
-            mask,
-            out,
-            *_strides(image),
-            *_strides(output),
-            *_plane_strides(mask),
-            *_strides(out),
+            as_map(image),
+            as_map(output),
+            as_map(mask),
+            as_map(out),
             positions,
             width,
             num_blocks,
             TANH=tanh,
             CONCAT=concat,
-            FLAT=all(is_flat(x) for x in (image, output, mask, out)),
             BLOCK=_BLOCK,
             num_warps=2,
             num_stages=1,
@@ -262,29 +191,18 @@ def _backward(
         launch(
             _merge_bwd_kernel,
             (num_blocks * batch,),
-            grad,
-            image,
-            output,
-            mask,
-            d_image,
-            d_output,
-            d_mask,
-            *_strides(grad),
-            *_strides(image),
-            *_strides(output),
-            *_plane_strides(mask),
-            *_strides(d_image),
-            *_strides(d_output),
-            *_plane_strides(d_mask),
+            as_map(grad),
+            as_map(image),
+            as_map(output),
+            as_map(mask),
+            as_optional_map(d_image),
+            as_optional_map(d_output),
+            as_optional_map(d_mask),
             positions,
             width,
             num_blocks,
             TANH=tanh,
             CONCAT=concat,
-            NEED_IMAGE=needs[0],
-            NEED_OUTPUT=needs[1],
-            NEED_MASK=needs[2],
-            FLAT=all(is_flat(x) for x in (grad, image, output, mask, *grads) if x is not None),
             BLOCK=_BLOCK,
             num_warps=2,
             num_stages=1,

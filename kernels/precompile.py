@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .launch import OPTIONS, Launch, specialisation
+from .launch import OPTIONS, Launch, map_leaves, specialisation
 
 WORKER_BYTES = 2 << 30
 """Host memory that one compiling process may need."""
@@ -54,7 +54,11 @@ class Task(NamedTuple):
 
 def task(launch: Launch) -> Task:
     """`launch` without its tensors."""
-    args = tuple(Pointer(a.dtype, a.data_ptr() % 16 == 0) if isinstance(a, Tensor) else a for a in launch.args)
+
+    def stand_in(value: Any) -> Any:
+        return Pointer(value.dtype, value.data_ptr() % 16 == 0) if isinstance(value, Tensor) else value
+
+    args = tuple(map_leaves(value, stand_in) for value in launch.args)
     return Task(launch.kernel.__module__, launch.kernel.__name__, launch.grid, args, tuple(launch.meta.items()))
 
 

@@ -20,13 +20,13 @@ from .errors import (
     WeightsError,
 )
 from .lazy import attach
+from .version import __version__
 
 if TYPE_CHECKING:
     from .engine import Engine, load_engine, optimize
     from .pipeline import Inpainter
     from .reference import LGNet, LocalGlobalRefinement, create_model, list_models
-
-__version__ = "0.1.0"
+    from .serve import Session
 
 __getattr__, __dir__ = attach(
     __name__,
@@ -35,6 +35,7 @@ __getattr__, __dir__ = attach(
         "Inpainter": "pipeline",
         "LGNet": "reference",
         "LocalGlobalRefinement": "reference",
+        "Session": "serve",
         "create_model": "reference",
         "list_models": "reference",
         "load_engine": "engine",
@@ -52,6 +53,7 @@ __all__ = [
     "LGNetError",
     "LocalGlobalRefinement",
     "OutOfMemoryError",
+    "Session",
     "WeightsError",
     "__version__",
     "create_model",

@@ -1,10 +1,10 @@
-"""What was found out about this machine and is kept for later processes: verdicts of checks, kernel choices.
+"""Facts about this machine that later processes reuse: verdicts of checks, and kernel choices.
 
-A folder of small JSON files, one an entry, named by what the entry depends on (:class:`Key`), its section and its
-name. The folder is ``$LGNET_FAST_CACHE``, or ``lgnet_fast`` in the user's cache folder. An entry is written to a file
-of its own and moved into place, so readers never see half of one, and processes need no lock: the last one wins. What
-cannot be read, or was written by another version of the schema, is as if it were not there; what cannot be written
-is kept for this process only, and said once at INFO.
+Each entry is a small JSON file, named by what it depends on (:class:`Key`), its section and its name. They lie in
+``$LGNET_FAST_CACHE``, or in ``lgnet_fast`` in the user's cache folder. An entry is written to a temporary file and
+renamed, so readers never see half of one and processes need no lock; the last writer wins. A file that cannot be
+read, or has another version of the schema, is ignored. An entry that cannot be written is kept for this process only,
+which is logged once at INFO.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ ENVIRONMENT = "LGNET_FAST_CACHE"
 SCHEMA = 1
 """Version of the files' layout: {"schema", "key", "section", "name", "value"}."""
 VERDICTS = "verdicts"
-"""Section of the checks: which path runs, and why not a better one."""
+"""Section of the checks: which path runs, and why no faster one."""
 CHOICES = "choices"
-"""Section of what tuning measured."""
+"""Section of tuning results."""
 
 _lock = forks.Lock()
-# What this process wrote or read: (folder, key, section, name) -> value. It outlives a folder that cannot be written.
+# Values this process wrote or read, by (folder, key, section, name). Needed where the folder cannot be written.
 _known: dict[tuple[Path | None, Key, str, str], Any] = {}
 _complained: set[str] = set()
 
@@ -66,7 +66,7 @@ class Key:
 
 @dataclass(frozen=True)
 class Entry:
-    """One file's content."""
+    """The content of one file."""
 
     key: Key
     section: str
@@ -75,8 +75,37 @@ class Entry:
 
 
 def key_for(device: torch.device, dtype: torch.dtype) -> Key:
-    """The key of a device (an NVIDIA GPU, or a device type) and the dtype that is computed in."""
+    """The key of a device (an NVIDIA GPU, or a device type) and the dtype of the computation."""
     return Key(*_machine(device.type, device.index), str(dtype).removeprefix("torch."))
+
+
+def cpu_key(dtype: torch.dtype, isa: str, threads: int) -> Key:
+    """The key of this CPU with an instruction set and a number of threads, and the dtype that is computed in."""
+    card = f"{_processor()}, {isa}, {threads} thread{'s' if threads > 1 else ''}"
+    return Key(card, "none", torch.__version__, "none", _extension(), str(dtype).removeprefix("torch."))
+
+
+@cache
+def _processor() -> str:
+    """The processor's model, as precisely as the system tells it."""
+    with contextlib.suppress(OSError):
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
+        told = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
+        model = told.get("model name") or "/".join(told[n] for n in ("CPU implementer", "CPU part") if n in told)
+        if model.strip():
+            return " ".join(model.split())
+    return platform.processor() or platform.machine()
+
+
+@cache
+def _extension() -> str:
+    """This package's version, and what its extension is: in a checkout it changes between versions."""
+    from .version import __version__
+
+    spec = find_spec("lgnet_fast._C")
+    if spec is None or spec.origin is None:
+        return f"{__version__}, no extension"
+    return f"{__version__}, extension {hashlib.sha256(Path(spec.origin).read_bytes()).hexdigest()[:12]}"
 
 
 @cache
@@ -84,7 +113,7 @@ def _machine(kind: str, index: int | None) -> tuple[str, str, str, str, str]:
     card, driver = f"{kind} {platform.machine()}", "none"
     if kind == "cuda":
         p = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-        # MIG slices of a card bear its name, and have fewer multiprocessors
+        # a MIG slice has its card's name, but fewer multiprocessors
         card, driver = f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} SMs", _driver()
     return card, driver, torch.__version__, _triton(), _package()
 
@@ -97,8 +126,8 @@ def _triton() -> str:
 
 
 def _package() -> str:
-    """This package's version, and what its kernels' sources are: in a checkout they change between versions."""
-    from . import __version__
+    """This package's version and a hash of its kernels' sources, which in a checkout change between versions."""
+    from .version import __version__
 
     spec = find_spec("lgnet_fast.kernels")
     digest = hashlib.sha256()
@@ -109,7 +138,7 @@ def _package() -> str:
 
 
 def _driver() -> str:
-    """The driver's version where Linux tells it, and the CUDA version that it supports."""
+    """The driver's version (Linux only) and the CUDA version that it supports."""
     supports = getattr(torch._C, "_cuda_getDriverVersion", lambda: 0)()
     with contextlib.suppress(OSError):
         found = re.search(r"\s(\d+(?:\.\d+)+)\s", Path("/proc/driver/nvidia/version").read_text())
@@ -119,7 +148,7 @@ def _driver() -> str:
 
 
 def folder() -> Path | None:
-    """Where entries lie; None where there is no home to put them in."""
+    """The folder of the entries; None where the user has no home folder."""
     named = os.environ.get(ENVIRONMENT)
     if named:
         return Path(named)
@@ -140,7 +169,7 @@ def _path(where: Path, key: Key, section: str, name: str) -> Path:
 
 
 def get(key: Key, section: str, name: str) -> Any | None:
-    """The value of an entry; None where there is none that can be read."""
+    """The value of an entry; None where it is missing or cannot be read."""
     where = folder()
     known = (where, key, section, name)
     with _lock:
@@ -154,7 +183,7 @@ def get(key: Key, section: str, name: str) -> Any | None:
 
 
 def put(key: Key, section: str, name: str, value: Any) -> bool:
-    """Keep a value (of what JSON can hold) in place of an earlier one; False where only this process knows it."""
+    """Store a JSON value, replacing an earlier one. Returns False where it could not be written to the folder."""
     where = folder()
     with _lock:
         _known[where, key, section, name] = value
@@ -178,8 +207,34 @@ def put(key: Key, section: str, name: str, value: Any) -> bool:
     return True
 
 
+def can_keep() -> bool:
+    """Whether later processes would find what is put here."""
+    where = folder()
+    if where is None:
+        return False
+    try:
+        where.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=where, prefix=".writing-"):
+            return True
+    except OSError:
+        return False
+
+
+def put_first(key: Key, section: str, name: str, value: Any) -> Any:
+    """Keep a value unless another process was first; the one that is kept, so that all processes agree."""
+    where = folder()
+    if where is not None:
+        kept = _read(_path(where, key, section, name))
+        if kept is not None and (kept.key, kept.section, kept.name) == (key, section, name):
+            with _lock:
+                _known[where, key, section, name] = kept.value
+            return kept.value
+    put(key, section, name, value)
+    return value
+
+
 def drop(key: Key, section: str) -> None:
-    """Forget a section's entries of this key, so that they are made anew."""
+    """Delete a section's entries of this key; they are then computed again."""
     where = folder()
     with _lock:
         for known in [k for k in _known if k[:3] == (where, key, section)]:

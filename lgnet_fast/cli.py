@@ -5,16 +5,18 @@ from __future__ import annotations
 import importlib
 import json as json_module
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import fields
 from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from .errors import LGNetError
+from .errors import JobError, LGNetError, MissingExtraError, UsageError, WeightsError
 
 app = typer.Typer(
     name="lgnet-fast",
@@ -83,7 +85,7 @@ class Stored(str, Enum):
 
 
 def _given(text: str) -> str:
-    """A path or name; an empty one, as of a variable that is not set, would mean the current folder."""
+    """A path or name. An empty one, such as an unset shell variable, is refused: it would mean the current folder."""
     if not text.strip():
         raise typer.BadParameter("got an empty text")
     return text
@@ -93,9 +95,11 @@ def _path(text: str) -> Path:
     return Path(_given(text))
 
 
-def _folder(text: str) -> Path:
-    from .pipeline.files import ADDRESS
+def _folder(given: str | Path) -> Path:
+    """A folder's path; Typer also passes an option's default through its parser."""
+    from .pipeline.formats import ADDRESS
 
+    text = str(given)
     if ADDRESS.match(text):
         raise typer.BadParameter(f"expected a folder, got the address {text}")
     return _path(text)
@@ -160,13 +164,11 @@ def run(
     Exit code: 0 all done, 1 some pictures failed or were left out, 2 the run could not start, 130 after Ctrl-C.
     """
     # Imported here so that --help does not wait for torch.
-    from .pipeline.batch import UsageError
-    from .pipeline.batch import run as run_batch
+    from .jobs.fill import fill
+    from .jobs.options import FillOptions
 
-    if not 0 <= mask_threshold < 1:
-        raise typer.BadParameter("expected 0 <= value < 1", param_hint="--mask-threshold")
-    with _one_line_errors(UsageError):
-        code = run_batch(
+    with _one_line_errors(FillOptions):
+        options = FillOptions(
             source,
             mask,
             out,
@@ -188,6 +190,7 @@ def run(
             dilate=dilate,
             feather=feather,
         )
+        code = fill(options)
     raise typer.Exit(code)
 
 
@@ -268,32 +271,34 @@ def evaluate(
 
     Exit code: 0 all done, 1 some pictures could not be evaluated, 2 the evaluation could not start.
     """
+    from .evaluation.command import named_models
     from .evaluation.command import run as run_evaluation
-    from .pipeline.batch import UsageError
+    from .evaluation.options import EvaluationOptions
 
-    with _one_line_errors(UsageError):
-        code = run_evaluation(
+    with _one_line_errors(EvaluationOptions):
+        options = EvaluationOptions(
             pictures,
-            out,
-            masks=masks,
-            models=model or [],
-            classes=classes,
+            masks,
+            named_models(model or []),
+            classes,
             size=size,
             seed=seed,
             mask_kind=mask_kind.value,
-            pair_by_name=pair_by_name,
-            invert_mask=invert_mask,
             suite=suite,
             baselines=None if baselines is None else [] if baselines in ("", "none") else baselines.split(","),
             metrics=None if metrics is None else metrics.split(","),
             paper_compat=paper_compat,
+            pair_by_name=pair_by_name,
+            invert_mask=invert_mask,
             lpips=lpips,
             fid=fid,
+            out=out,
             sheet_rows=sheet_rows,
             device=device,
             dtype=dtype,
             backend=backend,
         )
+        code = run_evaluation(options)
     raise typer.Exit(code)
 
 
@@ -402,6 +407,51 @@ def verify(
 
 
 @app.command()
+def tune(
+    seconds: Annotated[float, typer.Option(min=1, help="Nothing new is begun after so many.")] = 60,
+    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the bundled one.")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="A network as create_model takes it, with random weights, in place of --model.")
+    ] = None,
+    size: Annotated[str, typer.Option(help="HxW, multiples of 256.")] = "256x256",
+    batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 1,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
+) -> None:
+    """Measure every step's kernels on this machine, and keep the fastest for later runs of this network and size.
+
+    Each candidate is checked before it is timed. Prints what every step had, what it has now, and the gain. What is
+    measured is kept at once (`lgnet-fast info` shows where), so that an interrupted run loses little.
+
+    Exit code: 0 measured, 2 it could not start.
+    """
+    from .engine.devices import resolve_device, resolve_dtype
+    from .engine.tuning import render
+    from .engine.tuning import tune as run_tuning
+    from .reference import LGNet, create_model
+    from .weights import bundled_path
+
+    with _one_line_errors():
+        target = resolve_device(device)
+        try:
+            height, width = (int(part) for part in size.lower().split("x"))
+            network = LGNet.from_pretrained(model or bundled_path()) if name is None else create_model(name).eval()
+            report = run_tuning(
+                network,
+                (height, width),
+                batch,
+                target,
+                resolve_dtype(dtype, target),
+                seconds,
+                lambda text: typer.echo(text, err=True),
+            )
+        except ValueError as error:
+            raise typer.BadParameter(str(error)) from None
+    _print(report, json, render, lambda r: r.as_dict())
+
+
+@app.command()
 def flops(
     model: Annotated[str, typer.Option(help="A name as create_model takes it.")] = "lgnet",
     size: Annotated[str, typer.Option(help="HxW, multiples of 256.")] = "256x256",
@@ -477,6 +527,65 @@ def demo(
             typer.echo(f"{item.name}: {width}x{height} in {item.seconds:.2f} s -> {item.result}, {item.sheet}")
 
 
+@app.command()
+def serve(
+    host: Annotated[str, typer.Option(help="Address to listen on; others than this machine's own need a token.")] = (
+        "127.0.0.1"
+    ),
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0: a free one.")] = 8080,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(
+            parser=_given,
+            help="A model folder or hub id, or NAME=it ('bundled': the package's own); more than one "
+            "allowed, the first is the default.",
+        ),
+    ] = None,
+    open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
+    token: Annotated[str | None, typer.Option(help="What clients have to send; made up if needed.")] = None,
+    cors: Annotated[list[str] | None, typer.Option(help="Origins whose pages may call the API.")] = None,
+    allowed_host: Annotated[list[str] | None, typer.Option(help="Names that this server is reached by.")] = None,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Of a request's body.")] = 64 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 100_000_000,
+    max_sessions: Annotated[int, typer.Option(min=1, help="Pictures open at the same time.")] = 50,
+    queue: Annotated[int, typer.Option(min=1, help="Requests that may wait or run; more are told 429.")] = 32,
+    timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
+    shutdown: Annotated[float, typer.Option(help="Seconds that running work has to end in.")] = 30.0,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto, eager, triton, cpp.")] = "auto",
+) -> None:
+    """Serve a page to paint holes on and see them filled, and the API of IOPaint, OpenAI and A1111; docs/serve.md.
+
+    SIGTERM and Ctrl-C end it after the running work.
+
+    Exit code: 0 ended by a signal, 2 it could not start.
+    """
+    from .serve.command import parse_models
+    from .serve.command import run as run_server
+    from .serve.options import ServeOptions
+
+    try:
+        options = ServeOptions(
+            host=host,
+            port=port,
+            token=token,
+            cors=tuple(cors or ()),
+            allowed_hosts=tuple(allowed_host or ()),
+            max_bytes=max_bytes,
+            max_pixels=max_pixels,
+            max_sessions=max_sessions,
+            queue=queue,
+            timeout=timeout,
+            shutdown=shutdown,
+        )
+        models = parse_models(model or [])
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
+    with _one_line_errors():
+        run_server(options, models, typer.echo, open_page, device=device, dtype=dtype, backend=backend)
+
+
 def _from_checkout(module: str) -> Any:
     """A module of the repository that the installed package does not have."""
     root = Path(__file__).resolve().parents[1]
@@ -490,17 +599,34 @@ def _from_checkout(module: str) -> Any:
     return importlib.import_module(module)
 
 
-@contextmanager
-def _one_line_errors(*more: type[Exception]) -> Iterator[None]:
-    """What the user can put right becomes one line on stderr and exit code 2, without a traceback.
+_SPELLINGS = {"source": "--input", "pictures": "--input", "out": "--output", "models": "--model"}
+"""Fields of options whose name on the command line is another than theirs with hyphens."""
 
-    OSError too: a full disk, a folder without rights, a name that is too long.
+
+def _spelt(text: str, options: type) -> str:
+    """A library's error in the command line's words: its first words and those in backquotes that are fields."""
+    names = {one.name: _SPELLINGS.get(one.name, "--" + one.name.replace("_", "-")) for one in fields(options)}
+    text = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
+    begin = re.match(r"(\w+(?:, \w+)*):", text)
+    if begin is None:
+        return text
+    words = [names.get(word, word) for word in begin[1].split(", ")]
+    return ", ".join(words) + text[begin.end(1) :]
+
+
+@contextmanager
+def _one_line_errors(options: type | None = None) -> Iterator[None]:
+    """Print errors that the user can correct as one line on stderr and exit with code 2, without a traceback.
+
+    OSError is among them: a full disk, missing rights, a name that is too long. `options`: the dataclass that the
+    command's options become; errors that name its fields are shown with the options' names.
     """
-    expected: tuple[type[Exception], ...] = (LGNetError, OSError, *more)
     try:
         yield
-    except expected as error:
-        typer.echo(f"error: {error}", err=True)
+    except (LGNetError, OSError) as error:
+        about_options = isinstance(error, UsageError | JobError | MissingExtraError | WeightsError)
+        text = _spelt(str(error), options) if options is not None and about_options else str(error)
+        typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2) from None
 
 

@@ -1,4 +1,4 @@
-"""Parameters and operations of a model, by the paper's convention and as they really are.
+"""Parameters and operations of a model, by the paper's convention and by true count.
 
 Several conventions are in use, and they differ by a third and more:
 
@@ -47,13 +47,13 @@ _TITLES = {"C": "NetC", "L": "NetL", "G": "NetG plain", "G_att": "NetG"}
 
 @dataclass(frozen=True)
 class Counts:
-    """Of one stage, or of a whole model, for one forward pass of the whole batch."""
+    """Counts of one stage or of a whole model, for one forward pass of the whole batch."""
 
     name: str
     parameters: int
-    """Distinct numbers; a total counts shared ones once."""
+    """Number of parameters; a total counts shared ones once."""
     thop_parameters: int
-    """Of `parameters`: those that thop 0.0.31 finds, in layers that it knows by their exact class."""
+    """The parameters that thop 0.0.31 finds: those of layers whose exact class it knows."""
     paper_rule: int
     """By the paper's rule as printed: convolutions, transposed convolutions, BatchNorm."""
     thop_rule: int
@@ -117,7 +117,7 @@ class Report:
 
 
 def difference_percent(ours: float, published: float) -> float:
-    """How much larger ours is than a printed figure, in percent of that."""
+    """By how many percent our figure exceeds the printed one."""
     return 100 * (ours / published - 1)
 
 
@@ -150,7 +150,7 @@ class _ProfilerExtra(TorchDispatchMode):
     _PER_OUTPUT = ("mul", "add", "sub", "rsub", "div", "pow", "square", "maximum", "minimum", "clamp_min")
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.total = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -192,13 +192,13 @@ class _Tally:
             self.thop_extra += extra
 
     def attention_block(self, block: AttentionBlock, features: Tensor) -> Tensor:
-        """The block with its matrix products in the open: a fused one may do them where no counter looks."""
+        """The block as plain matrix products: a counter cannot see those inside a fused kernel."""
         start = self.flops.get_total_flops()
         value = query_key_value(features, block.variant)[2].flatten(2)
         weights = attention_weights(features, block.variant)
         attended = (value @ weights.transpose(1, 2)).reshape(features.shape)
         between = self.flops.get_total_flops()
-        out = block.combiner(torch.cat((attended, features), dim=1))
+        out: Tensor = block.combiner(torch.cat((attended, features), dim=1))
         self.attention += between - start
         self.combiner += self.flops.get_total_flops() - between
         return out
@@ -309,7 +309,7 @@ def count(model: nn.Module | str, size: tuple[int, int] = (256, 256), batch_size
         tally = _Tally()
         with torch.no_grad(), tally.flops, tally.elementwise:
             run()
-        if owner is not None:  # all of it, also what was used without a call
+        if owner is not None:  # every parameter, also of modules that are used without being called
             tally.parameters = {id(p): p.numel() for p in owner.parameters()}
         stages.append(tally.counts(title))
         thop_parameters |= tally.thop_parameters

@@ -1,4 +1,4 @@
-"""Exceptions of the public API. Each also derives from the built-in that the situation suggests."""
+"""Exceptions of the public API. Each also derives from the built-in exception that fits."""
 
 from __future__ import annotations
 
@@ -24,4 +24,32 @@ class BackendError(LGNetError, RuntimeError):
 
 
 class OutOfMemoryError(LGNetError, MemoryError):
-    """The estimate before a run, or the run itself, exceeds the memory that is there."""
+    """The estimate before a run, or the run itself, exceeds the available memory."""
+
+
+class UsageError(LGNetError, ValueError):
+    """Options of a command that contradict each other or the files that are there.
+
+    The text begins with the names of the options' fields, "size: expected ...", and names others in backquotes; the
+    command line shows them as it spells them.
+    """
+
+
+class JobError(LGNetError, RuntimeError):
+    """A job cannot run: another run of it is active, or its journal cannot be written."""
+
+
+class ConfigError(LGNetError, ValueError):
+    """A training configuration that cannot be read, or a value in it that cannot be used."""
+
+
+class DataError(LGNetError, ValueError):
+    """Pictures or masks for training or evaluation that are missing or unreadable."""
+
+
+class TrainingError(LGNetError, RuntimeError):
+    """Training that had to stop: a loss that is not finite, or a checkpoint that cannot be written or read."""
+
+
+class MissingExtraError(LGNetError, ImportError):
+    """A package that is needed and not installed; the text names the extra."""

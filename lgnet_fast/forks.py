@@ -1,7 +1,7 @@
-"""After ``fork()``: PyTorch's threads stay in the parent, and a child that counts on them waits forever.
+"""Working after ``fork()``: PyTorch's threads exist in the parent only, and a child that waits for them hangs.
 
-A child that uses this package runs PyTorch on one thread (as PyTorch's own DataLoader workers do) and the C++ kernels
-on as many as before: they start threads of their own there.
+In a forked child this package runs PyTorch on one thread, as PyTorch's DataLoader workers do. The C++ kernels keep
+their number of threads: they start new ones in the child.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ logger = logging.getLogger("lgnet_fast")
 
 
 def _started_by_fork() -> bool:
-    """Whether `multiprocessing` forked this process, perhaps before this module was there to notice."""
+    """Whether `multiprocessing` forked this process, perhaps before this module was imported."""
     if multiprocessing.parent_process() is None:
         return False
     own = getattr(multiprocessing.current_process(), "_start_method", None)
@@ -36,7 +36,7 @@ def forked() -> bool:
 
 
 def prepare() -> None:
-    """Begin of every public call that runs PyTorch: in a forked child, has it run on one thread from now on."""
+    """Called first by every public function that runs PyTorch: sets one thread in a forked child."""
     global _kernel_threads
     if _forked and torch.get_num_threads() > 1:
         _kernel_threads = torch.get_num_threads()
@@ -49,7 +49,7 @@ def prepare() -> None:
 
 
 def kernel_threads() -> int:
-    """Threads for the C++ kernels: PyTorch's, or what those were before :func:`prepare` lowered them."""
+    """Threads for the C++ kernels: PyTorch's number, before :func:`prepare` lowered it."""
     own = torch.get_num_threads()
     return _kernel_threads if _forked and _kernel_threads is not None and own == 1 else own
 

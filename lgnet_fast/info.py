@@ -13,9 +13,14 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import __version__, cache
+from . import cache
+from .engine.cpu_path import Path
+from .engine.cpu_tuning import Measured
+from .engine.cuda_tuning import Found
 from .engine.verified import Verdict
 from .ops.dispatch import FUSED, reason_against
+from .ops.registry import OPERATORS
+from .version import __version__
 
 _PACKAGES = (
     "torch",
@@ -31,7 +36,7 @@ _PACKAGES = (
     "onnxruntime",
     "openvino",
 )
-_OPERATORS = {"attention_block": "released", "merge_concat": None}
+_CHOICE_HEADS = ("card", "dtype", "what", "found")
 
 
 def _version(package: str) -> str | None:
@@ -64,17 +69,9 @@ def _devices() -> list[dict[str, Any]]:
     return found
 
 
-def _example(op: str, device: str) -> tuple[torch.Tensor, ...]:
-    if op == "attention_block":
-        shapes: tuple[tuple[int, ...], ...] = ((1, 128, 64, 64), (128, 256, 1, 1), (128,))
-    else:
-        shapes = ((1, 3, 256, 256), (1, 3, 256, 256), (1, 1, 256, 256))
-    return tuple(torch.empty(shape, device=device) for shape in shapes)
-
-
 def _backends(device: str) -> dict[str, dict[str, str | None]]:
     return {
-        backend: {op: reason_against(op, backend, _example(op, device), v) for op, v in _OPERATORS.items()}
+        backend: {name: reason_against(name, backend, op.examples(device)) for name, op in OPERATORS.items()}
         for backend in FUSED
     }
 
@@ -97,6 +94,9 @@ def collect() -> dict[str, Any]:
         "verdicts": [
             asdict(e.key) | {"check": e.name, "found": _found(e.value)} for e in cache.entries(cache.VERDICTS)
         ],
+        "choices": [
+            asdict(e.key) | {"what": e.name, "found": _chosen(e.value)} for e in cache.entries(cache.CHOICES)
+        ],
     }
 
 
@@ -106,6 +106,12 @@ def _found(value: Any) -> str:
         return "passed" if value["passed"] else f"eager PyTorch runs: {value.get('reason')}"
     verdict = Verdict.from_dict(value)
     return "not readable" if verdict is None else str(verdict)
+
+
+def _chosen(value: Any) -> str:
+    """What was measured on this machine, in words: what runs a network on a CPU, or the kernels of its steps."""
+    found = Path.from_dict(value) or Measured.from_dict(value) or Found.from_dict(value)
+    return "not readable" if found is None else str(found)
 
 
 def render(info: dict[str, Any]) -> Group:
@@ -125,7 +131,11 @@ def render(info: dict[str, Any]) -> Group:
     verdicts = _table(f"verdicts kept in {info['cache']}", "card", "dtype", "check", "found")
     for v in info["verdicts"]:
         _add(verdicts, v["card"], v["dtype"], v["check"], v["found"])
-    return Group(versions, devices, backends, *([verdicts] if info["verdicts"] else []))
+    choices = _table(f"measured choices kept in {info['cache']}; kernels of others follow a model", *_CHOICE_HEADS)
+    for c in info["choices"]:
+        _add(choices, c["card"], c["dtype"], c["what"], c["found"])
+    kept = [*([verdicts] if info["verdicts"] else []), *([choices] if info["choices"] else [])]
+    return Group(versions, devices, backends, *kept)
 
 
 def _table(title: str, *heads: str) -> Table:

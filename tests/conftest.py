@@ -8,15 +8,18 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from lgnet_fast.ops import cpp
+from lgnet_fast import native
+from lgnet_fast.engine import cpu_path
 from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill
 
+collect_ignore = ["recipes"]  # parts of changed trees, see test_recipes.py
+
 
 def pretend_to_have(isa: str) -> None:
     """Let the extension find no instruction set beyond `isa`, as on a lesser processor (see run_machines.py)."""
-    library = cpp._library()
+    library = native.library()
     names, set_isa = library.isa_available(), library.set_isa
     if isa not in names:
         pytest.exit(f"LGNET_FAST_TEST_ISA: expected one of {names}, got {isa}", returncode=2)
@@ -40,6 +43,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """Verdicts and choices of the tests stay among themselves."""
     monkeypatch.setenv("LGNET_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Portable kernels too are tested as the engine's, not measured against PyTorch; test_cpu_path.py does that."""
+    monkeypatch.setattr(cpu_path, "measured", lambda *args: (0.0, 1.0))
 
 
 @pytest.fixture

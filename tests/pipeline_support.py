@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+from lgnet_fast.evaluation import Evaluation, EvaluationOptions, scoring
+from lgnet_fast.jobs import items
+from lgnet_fast.jobs.items import Item
+from lgnet_fast.jobs.journal import World
+from lgnet_fast.jobs.options import FillOptions
 
 
 class BlurFill(nn.Module):
@@ -91,3 +99,17 @@ def box_mask(height: int, width: int, *boxes: tuple[int, int, int, int]) -> np.n
     for top, left, bottom, right in boxes:
         mask[top:bottom, left:right] = True
     return mask
+
+
+def plan_items(
+    source: Path, mask: Path | None, out: Path | str, format: str | None = None, world: World | None = None
+) -> list[Item]:
+    """The items of `lgnet-fast run` for these options."""
+    return items.plan_items(FillOptions(source, mask, out, format=format), world)
+
+
+def evaluate(
+    pictures: Path, world: World | None = None, tell: scoring.Tell | None = None, **options: Any
+) -> Evaluation | None:
+    """`lgnet-fast eval` with these options."""
+    return scoring.evaluate(EvaluationOptions(pictures, **options), world, tell)

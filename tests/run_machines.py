@@ -19,7 +19,7 @@ import sys
 import time
 from pathlib import Path
 
-from lgnet_fast.ops import cpp
+from lgnet_fast import native
 
 ROOT = Path(__file__).resolve().parent.parent
 # Plain PyTorch against stored vectors and against itself; then our kernels against plain PyTorch.
@@ -47,7 +47,7 @@ ROWS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "kernels AVX-512": ({ISA: "avx512"}, KERNELS),
 }
 FIRST = next(iter(ROWS))
-MARKS = "not gpu and not slow"
+MARKS = "not gpu and not slow and not page"
 # All rows together take at most 25 minutes on two quiet cores.
 SECONDS_PER_ROW = 900
 
@@ -73,7 +73,7 @@ def main(names: list[str]) -> int:
     if not rows:
         print(f"no row of {list(ROWS)} contains one of {names}", file=sys.stderr)
         return 2
-    here, failed = cpp._library().isa_available(), 0
+    here, failed = native.library().isa_available(), 0
     for row, (environment, files) in rows.items():
         if environment.get(ISA, here[0]) not in here:
             print(f"skip  {row:24}        this processor has {', '.join(here)}", flush=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import runpy
 import shutil
 import stat
 import subprocess
@@ -10,6 +11,7 @@ import sys
 import tarfile
 import zipfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 if not (ROOT / "setup.py").is_file():
     pytest.skip("needs a checkout", allow_module_level=True)
-pytest.importorskip("setuptools")
+setuptools = pytest.importorskip("setuptools")
 
 
 @pytest.fixture
@@ -68,7 +70,7 @@ def reason_after_build(tree, **env):
     # The finder of an editable install would offer the checkout's own extension.
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
-        "from lgnet_fast.ops import cpp; print(cpp.__file__); print(cpp.unavailable_reason())"
+        "from lgnet_fast import native; print(native.__file__); print(native.unavailable_reason())"
     )
     file, reason = run(["-c", code], tree.parent, PYTHONPATH=str(lib)).stdout.splitlines()
     assert Path(file).is_relative_to(lib)
@@ -96,6 +98,25 @@ def test_without_pybind11(sources, tmp_path):
     assert "pybind11 was not installed" in reason_after_build(sources, PYTHONPATH=str(hidden))
 
 
+def test_windows_takes_clang_cl_where_it_is_found(tmp_path, monkeypatch):
+    monkeypatch.setattr(setuptools, "setup", lambda **_: None)
+    namespace = runpy.run_path(str(ROOT / "setup.py"))
+    compiler = SimpleNamespace(initialized=False, cc="cl.exe")
+    compiler.initialize = lambda: setattr(compiler, "initialized", True)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for name in ("VCINSTALLDIR", "PROGRAMFILES"):
+        monkeypatch.delenv(name, raising=False)
+    assert not [a for a in namespace["msvc_arguments"](compiler) if "clang" in a]
+    assert (compiler.initialized, compiler.cc) == (False, "cl.exe")
+    studio = tmp_path / "Tools" / "Llvm" / "x64" / "bin" / ("clang-cl.exe" if os.name == "nt" else "clang-cl")
+    studio.parent.mkdir(parents=True)
+    studio.write_text("")
+    studio.chmod(0o755)
+    monkeypatch.setenv("VCINSTALLDIR", str(tmp_path))
+    assert "/clang:-O3" in namespace["msvc_arguments"](compiler)
+    assert (compiler.initialized, compiler.cc) == (True, str(studio))
+
+
 def test_the_sdist_builds(sources, tmp_path):
     archive = backend("build_sdist", sources)
     with tarfile.open(archive) as tar:
@@ -106,7 +127,7 @@ def test_the_sdist_builds(sources, tmp_path):
                 path = unpacked / member.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 path.write_bytes(tar.extractfile(member).read())
-    wanted = {p.relative_to(sources).as_posix() for p in (sources / "csrc").rglob("*.*")}
+    wanted = {p.relative_to(sources).as_posix() for p in (sources / "csrc").rglob("*") if p.is_file()}
     wanted |= {p.relative_to(sources).as_posix() for p in (sources / "kernels").glob("*.py")}
     wanted |= {p.relative_to(sources).as_posix() for p in (sources / "lgnet_fast").rglob("*.py")}
     wanted |= {"setup.py", "pyproject.toml", "LICENSE", "lgnet_fast/py.typed"}
@@ -134,5 +155,7 @@ def test_data_files_are_packed(sources):
     (sources / "lgnet_fast" / "_C_unavailable.txt").write_text("of this checkout only")
     wheel = backend("build_wheel", sources, LGNET_FAST_NO_EXTENSION="1")
     with zipfile.ZipFile(wheel) as file:
+        page = {f"lgnet_fast/serve/static/{name}" for name in ("index.html", "main.js", "vendor/konva.min.js")}
+        assert page <= set(file.namelist())
         assert {"lgnet_fast/weights/nested/data.bin", "lgnet_fast/samples/nested/data.bin"} <= set(file.namelist())
         assert b"LGNET_FAST_NO_EXTENSION" in file.read("lgnet_fast/_C_unavailable.txt")

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import json
+import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,11 +14,17 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from lgnet_fast import LGNet, cache, create_model
+from lgnet_fast import LGNet, cache, cli, create_model
 from lgnet_fast.cli import app
+from lgnet_fast.data import masks as data_masks
 from lgnet_fast.engine.verified import Verdict
+from lgnet_fast.evaluation import EvaluationOptions
 from lgnet_fast.info import render
-from lgnet_fast.ops import cpp
+from lgnet_fast.jobs.options import FillOptions
+from lgnet_fast.ops.cpu import attention as cpu_attention
+from lgnet_fast.pipeline import formats, strategies
+from lgnet_fast.pipeline import masks as pipeline_masks
+from lgnet_fast.reference.attention import VARIANTS
 from lgnet_fast.samples import sample_paths
 
 
@@ -72,6 +82,7 @@ def test_info_prints_what_stands_in_brackets():
         "lgnet_fast": "1[b]", "python": "3[c]", "platform": "here [d]", "packages": {"some": "2[e]"}, "cuda": None,
         "devices": [{"device": "cpu", "name": "one [f]"}], "backends": {"cpu": {"triton": reasons}},
         "cache": "in [g]", "verdicts": [{"card": "k [h]", "dtype": "half", "check": "c [i]", "found": "found [j]"}],
+        "choices": [{"card": "l [m]", "dtype": "half", "what": "w [n]", "found": "what [o]"}],
     }  # fmt: skip
     console = Console(width=200)
     with console.capture() as captured:
@@ -79,6 +90,9 @@ def test_info_prints_what_stands_in_brackets():
     text = captured.get()
     for part in (
         "1[b]",
+        "l [m]",
+        "w [n]",
+        "what [o]",
         "3[c]",
         "here [d]",
         "2[e]",
@@ -94,7 +108,7 @@ def test_info_prints_what_stands_in_brackets():
 
 
 def test_info_names_the_missing_extension(monkeypatch):
-    monkeypatch.setattr("lgnet_fast.ops.cpp.unavailable_reason", lambda: "the compiler went on holiday")
+    monkeypatch.setattr("lgnet_fast.native.unavailable_reason", lambda: "the compiler went on holiday")
     report = json.loads(invoke("info", "--json").stdout)
     assert report["backends"]["cpu"]["cpp"]["attention_block"] == "the compiler went on holiday"
 
@@ -135,6 +149,18 @@ def test_demo_fills_every_sample(tmp_path):
         assert Image.open(tmp_path / f"{name}_sheet.png").width == 5 * 328 + 8
 
 
+def test_demo_writes_to_demo_output_where_no_folder_is_named(tmp_path, monkeypatch, fake):
+    monkeypatch.chdir(tmp_path)
+    result = invoke("demo")
+    assert result.exit_code == 0, result.output
+    assert {f.name for f in (tmp_path / "demo_output").iterdir()} >= {f"{name}.png" for name in sample_paths()}
+    # The README shows what is printed, without the times.
+    readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
+    shown = readme.split("```\nready after", 1)[1].split("```", 1)[0].replace("\\", "/")
+    pattern = re.escape("ready after" + shown.rstrip()).replace(re.escape("..."), r"[\d.]+")
+    assert re.fullmatch(pattern, result.output.replace("\\", "/").rstrip())
+
+
 def test_verify_prints_every_check_with_its_error():
     result = invoke("verify", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -144,21 +170,60 @@ def test_verify_prints_every_check_with_its_error():
     assert "attention_block released, up to 128 channels, without gradient" in names
     assert names[-1] == "engine"
     assert all(0 <= check["error"] <= check["limit"] and check["passed"] for check in report["checks"])
-    assert report["runs"] == "the engine, in C++"
+    assert report["runs"].startswith(("the C++ executor (", "plain PyTorch ("))
     assert report["key"]["dtype"] == "float32"
 
 
 def test_verify_fails_where_a_kernel_is_wrong(monkeypatch):
-    forward = cpp.attention_block_forward
+    forward = cpu_attention.attention_block_forward
 
     def moved(*args, **options):
         out, *rest = forward(*args, **options)
         return out.roll(1, dims=3), *rest
 
-    monkeypatch.setattr(cpp, "attention_block_forward", moved)
+    monkeypatch.setattr(cpu_attention, "attention_block_forward", moved)
     result = invoke("verify", "--device", "cpu")
     assert result.exit_code == 1
     assert "is allowed" in " ".join(result.stdout.split())
+
+
+def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
+    model = LGNet("C+L", coarse_channels=4, local_channels=4)
+    model.save_pretrained(tmp_path / "model")
+    options = ["--device", "cpu", "--seconds", "2", "--model", str(tmp_path / "model")]
+    result = invoke("tune", "--json", *options)
+    assert result.exit_code == 0, result.output
+    report = json.loads(result.stdout)
+    names = [step["step"] for step in report["steps"]]
+    assert names[0] == "net_c.e1"
+    assert names[-1] == "net_l.out"
+    assert 0 < report["now_ms"] <= report["before_ms"]
+    assert all(step["now_us"] is None or step["now_us"] > 0 for step in report["steps"])
+    kept = {c["what"].split()[0]: c["found"] for c in json.loads(invoke("info", "--json").stdout)["choices"]}
+    assert set(kept) == {"engine", "path"}
+    assert kept["engine"].startswith("measured: ")
+    assert kept["path"] == report["runs"]
+    shown = " ".join(invoke("info").stdout.split())
+    assert "measured choices kept in" in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--size", "100x256"], "size: expected positive multiples of 256, got 100x256"),
+        (["--size", "big"], "invalid literal"),
+        (
+            ["--device", "cpu", "--dtype", "float16"],
+            "there is nothing to tune: the C\\+\\+ executor computes in float32",
+        ),
+        (["--seconds", "0"], "--seconds"),
+    ],
+)
+def test_tune_refuses_what_it_cannot_do(options, message):
+    result = invoke("tune", *options)
+    assert result.exit_code == 2
+    assert re.search(message, " ".join(result.output.replace("│", " ").split()))
 
 
 def test_info_shows_kept_verdicts(tmp_path, monkeypatch):
@@ -177,3 +242,34 @@ def test_info_shows_kept_verdicts(tmp_path, monkeypatch):
         "engine y": "not readable",
     }
     assert "OutOfResources" in invoke("info").stdout
+
+
+@pytest.mark.parametrize(("command", "options"), [(cli.run, FillOptions), (cli.evaluate, EvaluationOptions)])
+def test_every_option_is_a_field(command, options):
+    renamed = {"model": "models"} if options is EvaluationOptions else {}
+    parameters = [renamed.get(name, name) for name in inspect.signature(command).parameters]
+    assert sorted(parameters) == sorted(field.name for field in dataclasses.fields(options))
+
+
+def test_choices_are_those_of_the_libraries():
+    for enum, names in (
+        (cli.Strategy, strategies.STRATEGIES),
+        (cli.MaskChannel, pipeline_masks.CHANNELS),
+        (cli.Format, formats.FORMATS),
+        (cli.Variant, VARIANTS),
+        (cli.MaskKind, data_masks.KINDS),
+    ):
+        assert [one.value for one in enum] == list(names), enum
+
+
+@pytest.mark.parametrize(
+    ("text", "shown"),
+    [
+        ("mask_suffix: expected more, or `mask`", "--mask-suffix: expected more, or --mask"),
+        ("source, mask, out: too long", "--input, --mask, --output: too long"),
+        ("weights: `nothing` fits", "weights: `nothing` fits"),
+        ("failed", "failed"),
+    ],
+)
+def test_fields_are_shown_as_options(text, shown):
+    assert cli._spelt(text, FillOptions) == shown

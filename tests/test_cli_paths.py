@@ -19,11 +19,12 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lgnet_fast import cli
-from lgnet_fast.pipeline import Inpainter, batch, files
-from lgnet_fast.pipeline.batch import UsageError, plan_items
-from lgnet_fast.pipeline.files import remove_leftovers, write_atomically, write_file
+from lgnet_fast.errors import UsageError
+from lgnet_fast.jobs import entries, folders, options, outputs
+from lgnet_fast.pipeline import Inpainter, writing
+from lgnet_fast.pipeline.writing import remove_leftovers, write_atomically, write_file
 
-from .pipeline_support import BlurFill, box_mask, noise
+from .pipeline_support import BlurFill, box_mask, noise, plan_items
 
 HOLE = box_mask(40, 60, (10, 15, 30, 45))
 FILLED = Inpainter(BlurFill())(noise(40, 60), HOLE)
@@ -96,7 +97,10 @@ def test_a_slash_makes_a_folder_of_any_name(case):
 
 
 def test_a_format_that_cannot_be_written_here_is_refused(case, monkeypatch):
-    monkeypatch.setattr(batch, "reason_against_writing", lambda format: "no encoder" if format == "AVIF" else None)
+    for module in (options, outputs):
+        monkeypatch.setattr(
+            module, "reason_against_writing", lambda format: "no encoder" if format == "AVIF" else None
+        )
     for arguments in (["-o", "o.avif"], ["-o", "o/", "--format", "avif"]):
         result = _run("-i", "a.png", "-m", "m.png", *arguments)
         assert result.exit_code == 2
@@ -192,7 +196,7 @@ def test_links_to_folders_are_followed_once(case):
     (case / "elsewhere" / "loop").symlink_to(case / "elsewhere")
     (case / "in" / "linked").symlink_to(case / "elsewhere")
     (case / "in" / "again").symlink_to(case / "in")
-    found = [str(path.relative_to(case / "in")) for path in batch.pictures_in(case / "in", [])]
+    found = [str(path.relative_to(case / "in")) for path in folders.pictures_in(case / "in", [])]
     assert found == ["a.png", "b.jpg", "linked/c.png"]
 
 
@@ -314,7 +318,7 @@ def test_pipes_as_picture_mask_and_result(case):
     saved = Image.open(io.BytesIO(received[0]))
     assert saved.format == "TIFF"
     np.testing.assert_array_equal(np.asarray(saved), FILLED)
-    assert files.is_stream(case / "result")
+    assert writing.is_stream(case / "result")
 
 
 def test_standard_input_and_output(case):
@@ -371,7 +375,7 @@ def test_a_pipe_is_written_through(tmp_path):
     write_file(pipe, b"data")
     reader.join(10)
     assert received == [b"data"]
-    assert files.is_stream(pipe)
+    assert writing.is_stream(pipe)
 
 
 def test_leftovers_of_killed_runs_go_and_files_being_written_stay(case):
@@ -381,7 +385,7 @@ def test_leftovers_of_killed_runs_go_and_files_being_written_stay(case):
     dead.write_bytes(b"half")
     for name in (".keep.tmp", "a.tmp", f".a.png.{'0' * 31}.tmp", f"a.png.{'0' * 32}.tmp"):
         (out / name).write_bytes(b"not ours")
-    temporary, file = files._open_temporary(out / "b.png")
+    temporary, file = writing._open_temporary(out / "b.png")
     with file:
         assert _run("-i", "in", "-m", "m.png", "-o", out, "--skip-existing").exit_code == 0
         assert temporary.exists()
@@ -411,7 +415,7 @@ def test_a_report_through_a_link_and_to_a_pipe(case):
     assert _run(*arguments, "pipe.json").exit_code == 0
     reader.join(10)
     assert json.loads(received[0])["totals"]["ok"] == 1
-    assert files.is_stream(case / "pipe.json")
+    assert writing.is_stream(case / "pipe.json")
     assert json.loads(_run(*arguments, "-").stdout)["totals"]["ok"] == 1
     assert _run(*arguments, os.devnull).exit_code == 0
     assert Path(os.devnull).is_char_device()
@@ -456,7 +460,7 @@ def test_names_that_are_not_utf8(case):
 def test_the_report_grows_with_the_run(case, monkeypatch):
     """What a killed run leaves: after each picture, where that is due."""
     seen = []
-    real = batch.save_picture
+    real = entries.save_picture
 
     def spy(*arguments, **options):
         if Path("r.json").exists():
@@ -464,9 +468,9 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
             seen.append((data["complete"], data["planned"], len(data["items"])))
         real(*arguments, **options)
 
-    monkeypatch.setattr(batch, "save_picture", spy)
-    monkeypatch.setattr("lgnet_fast.pipeline.report._INTERVAL", 0.0)
-    monkeypatch.setattr("lgnet_fast.pipeline.report._SHARE", 1e9)
+    monkeypatch.setattr(entries, "save_picture", spy)
+    monkeypatch.setattr("lgnet_fast.jobs.report._INTERVAL", 0.0)
+    monkeypatch.setattr("lgnet_fast.jobs.report._SHARE", 1e9)
     _write(case / "in" / "c.png", noise(40, 60))
     assert _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json").exit_code == 0
     assert seen == [(False, 3, 1), (False, 3, 2)]

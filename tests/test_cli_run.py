@@ -15,11 +15,11 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lgnet_fast import cli
-from lgnet_fast.errors import OutOfMemoryError, WeightsError
+from lgnet_fast.errors import OutOfMemoryError, UsageError, WeightsError
+from lgnet_fast.jobs.entries import run_items
 from lgnet_fast.pipeline import Inpainter
-from lgnet_fast.pipeline.batch import UsageError, plan_items, run_items
 
-from .pipeline_support import BlurFill, box_mask, noise
+from .pipeline_support import BlurFill, box_mask, noise, plan_items
 
 HOLE = box_mask(40, 60, (10, 15, 30, 45))
 

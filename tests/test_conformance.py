@@ -1,4 +1,4 @@
-"""The reference against the authors' released network: vectors computed by it in float64 (SPEC, "Conformance")."""
+"""The reference against the authors' released network: vectors computed by it in float64 (docs/model.md)."""
 
 from __future__ import annotations
 

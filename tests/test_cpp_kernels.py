@@ -14,16 +14,18 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lgnet_fast.ops import cpp
+from lgnet_fast import native
+from lgnet_fast.ops.cpu import attention as cpu
+from lgnet_fast.ops.cpu import merge_concat as cpu_merge
 from lgnet_fast.reference import attention as reference
 from tests.support import assert_accurate
 
-pytestmark = pytest.mark.skipif(cpp.unavailable_reason() is not None, reason=str(cpp.unavailable_reason()))
+pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
 VARIANTS = ("released", "paper")
 NAMES = ("out", "dF", "dweight", "dbias")
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "flipped batch", "expanded"]
-ISAS = cpp._library().isa_available() if cpp.unavailable_reason() is None else []
+ISAS = native.library().isa_available() if native.unavailable_reason() is None else []
 
 
 def attention(features, variant):
@@ -74,9 +76,9 @@ def with_grads(function, inputs, grad):
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    cpp._library().set_isa(request.param)
+    native.library().set_isa(request.param)
     yield request.param
-    cpp._library().set_isa("auto")
+    native.library().set_isa("auto")
 
 
 @pytest.fixture
@@ -102,8 +104,8 @@ def test_block_and_its_gradients(isa, variant, dtype, shape):
 
     truth = with_grads(run, [t.double() for t in inputs], grad.double())
     eager = with_grads(run, inputs, grad)
-    out, attended, stats = cpp.attention_block_forward(*inputs, variant, save_attended=True)
-    grads = cpp.attention_block_backward(grad, features, attended, stats, weight, variant)
+    out, attended, stats = cpu.attention_block_forward(*inputs, variant, save_attended=True)
+    grads = cpu.attention_block_backward(grad, features, attended, stats, weight, variant)
     for name, got, e, t in zip(NAMES, (out, *grads), eager, truth, strict=True):
         assert_accurate(name, got, t, e)
     exact, exact_lse = attention(features.double(), variant)
@@ -120,9 +122,9 @@ def test_the_size_of_the_network(variant):
         lambda *a: block(*a, variant), [t.double() for t in (features, weight, bias)], grad.double()
     )
     eager, *eager_grads = with_grads(lambda *a: block(*a, variant), (features, weight, bias), grad)
-    out, attended, stats = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+    out, attended, stats = cpu.attention_block_forward(features, weight, bias, variant, save_attended=True)
     assert_accurate("out", out, truth, eager)
-    grads = cpp.attention_block_backward(grad, features, attended, stats, weight, variant)
+    grads = cpu.attention_block_backward(grad, features, attended, stats, weight, variant)
     for name, got, e, t in zip(NAMES[1:], grads, eager_grads, truth_grads, strict=True):
         assert_accurate(name, got, t, e)
 
@@ -137,16 +139,16 @@ def test_many_channels(isa, threads_restored, variant, dtype, channels):
     eager = block(features, weight, bias, variant)
     for threads in (2, 3, 1):
         torch.set_num_threads(threads)
-        out, attended, _ = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+        out, attended, _ = cpu.attention_block_forward(features, weight, bias, variant, save_attended=True)
         assert_accurate(f"{threads} threads", out, truth, eager)
     exact, plain = attention(features.double(), variant)[0], attention(features, variant)[0]
     assert_accurate("attended", attended, exact, plain)
     batch = features.repeat(10, 1, 1, 1)
-    assert torch.equal(cpp.attention_block_forward(batch, weight, bias, variant)[0], out.repeat(10, 1, 1, 1))
+    assert torch.equal(cpu.attention_block_forward(batch, weight, bias, variant)[0], out.repeat(10, 1, 1, 1))
     strided = weight.transpose(0, 1).contiguous().transpose(0, 1)  # not read in place
-    assert torch.equal(cpp.attention_block_forward(features, strided, bias, variant)[0], out)
+    assert torch.equal(cpu.attention_block_forward(features, strided, bias, variant)[0], out)
     channels_last = features.contiguous(memory_format=torch.channels_last)
-    assert torch.equal(cpp.attention_block_forward(channels_last, weight, bias, variant)[0], out)
+    assert torch.equal(cpu.attention_block_forward(channels_last, weight, bias, variant)[0], out)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -154,14 +156,14 @@ def test_gradcheck_in_float64(variant):
     class Block(torch.autograd.Function):
         @staticmethod
         def forward(ctx, features, weight, bias):
-            out, attended, stats = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+            out, attended, stats = cpu.attention_block_forward(features, weight, bias, variant, save_attended=True)
             ctx.save_for_backward(features, weight, attended, stats)
             return out
 
         @staticmethod
         def backward(ctx, grad):
             features, weight, attended, stats = ctx.saved_tensors
-            return cpp.attention_block_backward(grad, features, attended, stats, weight, variant)
+            return cpu.attention_block_backward(grad, features, attended, stats, weight, variant)
 
     inputs = [t.double().requires_grad_() for t in make((2, 3, 3, 4))[:3]]
     assert torch.autograd.gradcheck(Block.apply, inputs)
@@ -175,9 +177,9 @@ def test_any_number_of_threads(threads_restored, variant, threads):
     truth = with_grads(lambda *a: block(*a, variant), [t.double() for t in (features, weight, bias)], grad.double())
     eager = with_grads(lambda *a: block(*a, variant), (features, weight, bias), grad)
     torch.set_num_threads(threads)
-    out, attended, stats = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
-    grads = cpp.attention_block_backward(grad, features, attended, stats, weight, variant)
-    again = cpp.attention_block_forward(features, weight, bias, variant)[0]
+    out, attended, stats = cpu.attention_block_forward(features, weight, bias, variant, save_attended=True)
+    grads = cpu.attention_block_backward(grad, features, attended, stats, weight, variant)
+    again = cpu.attention_block_forward(features, weight, bias, variant)[0]
     for name, got, e, t in zip(NAMES, (out, *grads), eager, truth, strict=True):
         assert_accurate(name, got, t, e)
     assert torch.equal(out, again)  # the same bits every time
@@ -204,20 +206,20 @@ def test_attention_reads_any_strides(dtype, layout):
     view = views(features)[layout]
     dense = view.contiguous()
     transposed_weight = weight.transpose(0, 1).contiguous().transpose(0, 1)
-    expected, attended, stats = cpp.attention_block_forward(dense, weight, bias, "released", save_attended=True)
-    out, attended_too, _ = cpp.attention_block_forward(view, transposed_weight, bias, "released", save_attended=True)
+    expected, attended, stats = cpu.attention_block_forward(dense, weight, bias, "released", save_attended=True)
+    out, attended_too, _ = cpu.attention_block_forward(view, transposed_weight, bias, "released", save_attended=True)
     assert torch.equal(out, expected)
     assert torch.equal(attended, attended_too)
     if layout == "channels_last":
         assert out.is_contiguous(memory_format=torch.channels_last)
     else:
         assert out.is_contiguous()
-    want = cpp.attention_backward(grad, dense, attended, stats, "released")
-    got = cpp.attention_backward(views(grad)["sliced"], view, views(attended)["transposed"], stats, "released")
+    want = cpu.attention_backward(grad, dense, attended, stats, "released")
+    got = cpu.attention_backward(views(grad)["sliced"], view, views(attended)["transposed"], stats, "released")
     assert torch.equal(got, want)
     for a, b in zip(
-        cpp.attention_block_backward(views(grad)["channels_last"], view, None, stats, weight, "released"),
-        cpp.attention_block_backward(grad, dense, attended, stats, weight, "released"),
+        cpu.attention_block_backward(views(grad)["channels_last"], view, None, stats, weight, "released"),
+        cpu.attention_block_backward(grad, dense, attended, stats, weight, "released"),
         strict=True,
     ):
         assert_accurate("gradient", a, b, roundings={torch.float32: 16, torch.bfloat16: 2}[dtype])
@@ -230,14 +232,14 @@ def test_attention_writes_into_a_slice(last):
     if last:
         buffer = buffer.contiguous(memory_format=torch.channels_last)
     target = buffer[:, 11:31]
-    out, attended, _ = cpp.attention_block_forward(features, weight, bias, "paper", out=target)
+    out, attended, _ = cpu.attention_block_forward(features, weight, bias, "paper", out=target)
     assert out.data_ptr() == target.data_ptr()
     assert attended is None
-    assert torch.equal(target, cpp.attention_block_forward(features, weight, bias, "paper")[0])
+    assert torch.equal(target, cpu.attention_block_forward(features, weight, bias, "paper")[0])
     assert buffer[:, :11].isnan().all()
     assert buffer[:, 31:].isnan().all()
-    cpp.attention_forward(features, "paper", out=buffer[:, 30:50])
-    assert torch.equal(buffer[:, 30:50], cpp.attention_forward(features, "paper")[0])
+    cpu.attention_forward(features, "paper", out=buffer[:, 30:50])
+    assert torch.equal(buffer[:, 30:50], cpu.attention_forward(features, "paper")[0])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -257,13 +259,13 @@ def test_extreme_features(isa, variant, kind):
         features.fill_(float(kind))
     truth, exact_lse = attention(features.double(), variant)
     eager, _ = attention(features, variant)
-    out, attended, stats = cpp.attention_block_forward(features, weight, bias, variant, save_attended=True)
+    out, attended, stats = cpu.attention_block_forward(features, weight, bias, variant, save_attended=True)
     assert_accurate("attended", attended, truth, eager)
     inputs = (features, weight, bias)
     assert_accurate("out", out, block(*(t.double() for t in inputs), variant), block(*inputs, variant))
     # The maximum, in units of log 2, is rounded once; the sum is added in float64.
     assert_accurate("lse", log_sum_exp(stats).float(), exact_lse, roundings=16)
-    got = cpp.attention_backward(grad, features, attended, stats, variant)
+    got = cpu.attention_backward(grad, features, attended, stats, variant)
     assert got.isfinite().all()
     if kind in ("zero", "half zero") and variant == "paper":
         eager_grad = with_grads(lambda f: attention(f, variant)[0], [features], grad)[1]
@@ -284,8 +286,8 @@ def test_gradients_of_large_features(isa, threads_restored, variant, dtype, size
     eager = with_grads(lambda *a: reference.attention_block(*a, variant), inputs, grad)
     for threads in (1, 3):  # one range of keys, and several that are merged
         torch.set_num_threads(threads)
-        out, attended, stats = cpp.attention_block_forward(*inputs, variant, save_attended=True)
-        grads = cpp.attention_block_backward(grad, inputs[0], attended, stats, weight, variant)
+        out, attended, stats = cpu.attention_block_forward(*inputs, variant, save_attended=True)
+        grads = cpu.attention_block_backward(grad, inputs[0], attended, stats, weight, variant)
         for name, got, e, t in zip(NAMES, (out, *grads), eager, truth, strict=True):
             assert_accurate(f"{name}, {threads} threads", got, t, e)
 
@@ -293,7 +295,7 @@ def test_gradients_of_large_features(isa, threads_restored, variant, dtype, size
 def test_a_bias_larger_than_the_products(isa):
     features, weight, bias, _ = make((1, 200, 6, 7), seed=4)
     inputs = (features, weight, bias * 1e4)
-    out = cpp.attention_block_forward(*inputs, "released")[0]
+    out = cpu.attention_block_forward(*inputs, "released")[0]
     eager, exact = block(*inputs, "released"), block(*(t.double() for t in inputs), "released")
     # Less the bias, so that the scale is that of the products.
     assert_accurate("products", *(t - inputs[2].to(t.dtype)[:, None, None] for t in (out, exact, eager)))
@@ -304,11 +306,12 @@ def test_bound_on_memory():
     """65,536 positions: a score matrix would take 16 GiB; the whole block stays within 256 MB."""
     code = """
         import threading, time, psutil, torch
-        from lgnet_fast.ops import cpp
+        from lgnet_fast import native
+        from lgnet_fast.ops.cpu import attention as cpu
         features = torch.randn(1, 128, 256, 256)
         weight, bias = torch.randn(128, 256, 1, 1), torch.randn(128)
         out = torch.empty_like(features).fill_(0)
-        cpp.attention_block_forward(features[:, :, :8, :8], weight, bias, "{variant}")
+        cpu.attention_block_forward(features[:, :, :8, :8], weight, bias, "{variant}")
         process, peak, done = psutil.Process(), [0], threading.Event()
         before = process.memory_info().rss
         def watch():
@@ -317,7 +320,7 @@ def test_bound_on_memory():
         thread = threading.Thread(target=watch)
         thread.start()
         def call():
-            cpp.attention_block_forward(features, weight, bias, "{variant}", out=out)
+            cpu.attention_block_forward(features, weight, bias, "{variant}", out=out)
         threading.Thread(target=call, daemon=True).start()
         # All memory is taken before the first panel is done: the sum over the keys need not be waited for.
         time.sleep(1.5)
@@ -355,8 +358,8 @@ def test_merge_and_its_gradients(isa, shape, dtype, tanh, concat):
     before = [t.clone() for t in inputs]
     rng = torch.Generator().manual_seed(2)
     grad = torch.randn(shape[0], 4 if concat else 3, *shape[1:], generator=rng).to(dtype)
-    forward = cpp.merge_concat_forward if concat else cpp.merge_forward
-    backward = cpp.merge_concat_backward if concat else cpp.merge_backward
+    forward = cpu_merge.merge_concat_forward if concat else cpu_merge.merge_forward
+    backward = cpu_merge.merge_concat_backward if concat else cpu_merge.merge_backward
     truth = with_grads(lambda *a: merge(*a, tanh, concat), [t.double() for t in inputs], grad.double())
     eager = with_grads(lambda *a: merge(*a, tanh, concat), inputs, grad)
     got = (forward(*inputs, tanh=tanh), *backward(grad, *inputs, tanh=tanh))
@@ -373,7 +376,7 @@ def test_merge_and_its_gradients(isa, shape, dtype, tanh, concat):
 def test_merge_is_exact_outside_and_inside_the_hole():
     image, output, mask = merge_inputs((2, 40, 50), torch.float32)
     mask = (mask > 0.5).float()
-    out = cpp.merge_concat_forward(image, output, mask)
+    out = cpu_merge.merge_concat_forward(image, output, mask)
     assert torch.equal(out[:, :3], torch.where(mask.bool(), output, image))
     assert torch.equal(out[:, 3:], mask)
 
@@ -382,13 +385,13 @@ def test_tanh_to_a_few_ulp(isa):
     x = torch.cat([torch.linspace(-12, 12, 200_001), torch.logspace(-30, 2, 50_000), -torch.logspace(-30, 2, 50_000)])
     x = x[: x.numel() // 3 * 3].view(1, 3, 1, -1)
     ones, zeros = torch.ones(1, 1, 1, x.shape[3]), torch.zeros_like(x)
-    got = cpp.merge_forward(zeros, x, ones, tanh=True)
+    got = cpu_merge.merge_forward(zeros, x, ones, tanh=True)
     truth = x.double().tanh()
     ulp = (got.double() - truth).abs() / (truth.abs() * 2.0**-23).clamp_min(2.0**-149)
     assert ulp.max() < 4
     assert got.abs().max() <= 1
     special = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(1, 3, 1, 1)
-    got = cpp.merge_forward(torch.zeros_like(special), special, torch.ones(1, 1, 1, 1), tanh=True).flatten()
+    got = cpu_merge.merge_forward(torch.zeros_like(special), special, torch.ones(1, 1, 1, 1), tanh=True).flatten()
     assert got[0].isnan()
     assert got[1:].tolist() == pytest.approx([1.0, -1.0], abs=1e-6)
 
@@ -397,19 +400,19 @@ def test_tanh_to_a_few_ulp(isa):
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_merge_strides_and_slices(layout, dtype):
     image, output, mask = (views(t)[layout] for t in merge_inputs((2, 19, 45), dtype))
-    expected = cpp.merge_concat_forward(*(t.contiguous() for t in (image, output, mask)), tanh=True)
-    got = cpp.merge_concat_forward(image, output, mask, tanh=True)
+    expected = cpu_merge.merge_concat_forward(*(t.contiguous() for t in (image, output, mask)), tanh=True)
+    got = cpu_merge.merge_concat_forward(image, output, mask, tanh=True)
     assert torch.equal(got, expected)
     buffer = torch.full((2, 9, 19, 45), float("nan"), dtype=dtype)
     for target in (buffer[:, 2:6], buffer.contiguous(memory_format=torch.channels_last)[:, 2:6]):
-        out = cpp.merge_concat_forward(image, output, mask, tanh=True, out=target)
+        out = cpu_merge.merge_concat_forward(image, output, mask, tanh=True, out=target)
         assert out is target
         assert torch.equal(target, expected)
     assert buffer[:, :2].isnan().all()
     assert buffer[:, 6:].isnan().all()
     grad = torch.randn_like(expected)
-    want = cpp.merge_concat_backward(grad, *(t.contiguous() for t in (image, output, mask)), tanh=True)
-    have = cpp.merge_concat_backward(views(grad)["transposed"], image, output, mask, tanh=True)
+    want = cpu_merge.merge_concat_backward(grad, *(t.contiguous() for t in (image, output, mask)), tanh=True)
+    have = cpu_merge.merge_concat_backward(views(grad)["transposed"], image, output, mask, tanh=True)
     assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
 
 
@@ -420,7 +423,7 @@ def test_merge_past_the_caches(offset):
     image, output, mask = merge_inputs((1, 1056, 1024), torch.float32)
     storage = torch.full((4 * 1056 * 1024 + 64,), float("nan"))
     out = storage[offset : offset + 4 * 1056 * 1024].view(1, 4, 1056, 1024)
-    cpp.merge_concat_forward(image, output, mask, out=out)
+    cpu_merge.merge_concat_forward(image, output, mask, out=out)
     assert_accurate("merged", out, merge(image, output, mask, False, True), roundings=8)
     assert storage[:offset].isnan().all()
     assert storage[offset + out.numel() :].isnan().all()
@@ -428,40 +431,45 @@ def test_merge_past_the_caches(offset):
 
 def test_errors_name_argument_expected_and_got():
     features, weight, bias, _ = make((1, 8, 4, 4))
-    with pytest.raises(ValueError, match=r"weight: expected shape \[8, 16, 1, 1\], got \[8, 8, 1, 1\]"):
-        cpp.attention_block_forward(features, weight[:, :8], bias, "released")
-    with pytest.raises(ValueError, match=r"variant: expected 'released' or 'paper', got 'other'"):
-        cpp.attention_forward(features, "other")
-    with pytest.raises(ValueError, match=r"out: expected shape \[1, 8, 4, 4\], got \[1, 8, 4, 5\]"):
-        cpp.attention_forward(features, "paper", out=torch.empty(1, 8, 4, 5))
-    with pytest.raises(TypeError, match=r"features: expected a torch.Tensor, got list"):
-        cpp.attention_forward([], "paper")
+    with pytest.raises(ValueError, match=r"weight: expected shape \[1, 1, 8, 16\], got \[1, 1, 8, 8\]"):
+        cpu.attention_block_forward(features, weight[:, :8], bias, "released")
+    with pytest.raises(ValueError, match=r"variant: expected one of .*, got 'other'"):
+        cpu.attention_forward(features, "other")
+    with pytest.raises(ValueError, match=r"attended: expected shape \[1, 8, 4, 4\], got \[1, 8, 4, 5\]"):
+        cpu.attention_forward(features, "paper", out=torch.empty(1, 8, 4, 5))
+    with pytest.raises(ValueError, match=r"features: expected a tensor on the CPU, got one on meta"):
+        cpu.attention_forward(features.to("meta"), "paper")
     with pytest.raises(ValueError, match="float16"):
-        cpp.attention_forward(features.half(), "paper")
-    assert "bias: expected torch.float32, got torch.float64" in cpp.can_run_attention(features, weight, bias.double())
-    assert "on meta" in cpp.can_run_attention(features.to("meta"))
+        cpu.attention_forward(features.half(), "paper")
+    reason = cpu.can_run_attention(features, weight, bias.double())
+    assert reason == "bias: expected torch.float32, got torch.float64"
+    assert "on meta" in cpu.can_run_attention(features.to("meta"))
     image, output, mask = merge_inputs((1, 4, 4), torch.float32)
     with pytest.raises(ValueError, match=r"mask: expected shape \[1, 1, 4, 4\], got \[1, 3, 4, 4\]"):
-        cpp.merge_forward(image, output, image)
-    assert "output: expected torch.float32, got torch.float16" in cpp.can_run_merge(image, output.half(), mask)
-    assert cpp.can_run_merge(image, output, mask) is None
-    library = cpp._library()
+        cpu_merge.merge_forward(image, output, image)
+    assert "output: expected torch.float32, got torch.float16" in cpu_merge.can_run_merge(image, output.half(), mask)
+    assert cpu_merge.can_run_merge(image, output, mask) is None
+    with pytest.raises(ValueError, match=r"weight: expected four dimensions, got \[8\]"):
+        native.tensor_arg(bias, "weight")
+    with pytest.raises(TypeError, match=r"mask: expected a torch.Tensor, got list"):
+        native.tensor_arg([], "mask")
+    library = native.library()
     with pytest.raises(ValueError, match=r"set_isa: name: expected one of auto, portable.*, got sse"):
         library.set_isa("sse")
-    args = [cpp._arg(t) for t in (image, output, mask[:, :, :3])]
+    args = [native.tensor_arg(t) for t in (image, output, mask[:, :, :3])]
     with pytest.raises(ValueError, match=r"merge_forward: mask: expected shape \[1, 1, 4, 4\], got \[1, 1, 3, 4\]"):
-        library.merge_forward(*args, False, False, cpp._arg(image), 1)
+        library.merge_forward(*args, False, False, native.tensor_arg(image), 1)
 
 
 @pytest.mark.once
 def test_eight_python_threads_at_once():
     cases = [make((1, 32, 16, 11 + i), seed=i)[:3] for i in range(8)]
-    expected = [cpp.attention_block_forward(*case, "released")[0] for case in cases]
+    expected = [cpu.attention_block_forward(*case, "released")[0] for case in cases]
     wrong: list[int] = []
 
     def work(i):
         for _ in range(20):
-            if not torch.equal(cpp.attention_block_forward(*cases[i], "released")[0], expected[i]):
+            if not torch.equal(cpu.attention_block_forward(*cases[i], "released")[0], expected[i]):
                 wrong.append(i)
 
     threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
@@ -475,7 +483,7 @@ def test_eight_python_threads_at_once():
 @pytest.mark.once
 def test_the_gil_is_released():
     features, weight, bias, _ = make((2, 128, 64, 64))
-    running = threading.Thread(target=lambda: cpp.attention_block_forward(features, weight, bias, "released"))
+    running = threading.Thread(target=lambda: cpu.attention_block_forward(features, weight, bias, "released"))
     start = time.perf_counter()
     running.start()
     longest, last = 0.0, start
@@ -491,20 +499,21 @@ def test_the_gil_is_released():
 def test_after_fork(loaded):
     code = f"""
         import os, signal, torch
-        from lgnet_fast.ops import cpp
+        from lgnet_fast import native
+        from lgnet_fast.ops.cpu import attention as cpu
         torch.set_num_threads(4)
         features = torch.randn(1, 16, 32, 32)
         torch.mm(torch.randn(500, 500), torch.randn(500, 500)); torch.randn(10**6).exp_()  # starts OpenMP's pool
         if {loaded}:
-            expected = cpp.attention_forward(features, "released")[0]
+            expected = cpu.attention_forward(features, "released")[0]
         child = os.fork()
         if child == 0:
             signal.alarm(20)
-            out = cpp.attention_forward(features, "released")[0]
-            assert cpp._library().parallel_backend() == "threads"
+            out = cpu.attention_forward(features, "released")[0]
+            assert native.library().parallel_backend() == "threads"
             os._exit(0 if not {loaded} or torch.equal(out, expected) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert cpp.attention_forward(features, "released")[0].isfinite().all()
+        assert cpu.attention_forward(features, "released")[0].isfinite().all()
     """
     subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], timeout=60, check=True)
 
@@ -514,11 +523,12 @@ def test_after_fork(loaded):
 def test_one_openmp_runtime():
     code = """
         import torch, threadpoolctl
-        from lgnet_fast.ops import cpp
-        cpp.attention_forward(torch.randn(1, 16, 32, 32), "released")
+        from lgnet_fast import native
+        from lgnet_fast.ops.cpu import attention as cpu
+        cpu.attention_forward(torch.randn(1, 16, 32, 32), "released")
         runtimes = [lib["filepath"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "openmp"]
         assert len(runtimes) == 1, runtimes
-        assert cpp._library().parallel_backend() == f"openmp ({runtimes[0]})", cpp._library().parallel_backend()
+        assert native.library().parallel_backend() == f"openmp ({runtimes[0]})", native.library().parallel_backend()
     """
     pytest.importorskip("threadpoolctl")
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=True)

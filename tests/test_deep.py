@@ -19,8 +19,9 @@ from lgnet_fast.kernels.conv import Conv
 
 from lgnet_fast import create_model
 from lgnet_fast.engine import deep as engine_deep
-from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.plan import Plan, build_plan
+from lgnet_fast.engine.build import build_plan, plan_stages
+from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.plan import Plan
 from tests.cubins import build
 from tests.deep_model import Machine
 from tests.support import assert_accurate
@@ -58,10 +59,11 @@ def random_weights(plan, numbers):
 def exact(step, plain, bias, source):
     """The step in float64 before its activations, [B, H, W, C]."""
     x = source.double().permute(0, 3, 1, 2)
-    if step.kind == "deconv":
-        value = F.conv_transpose2d(x, plain.double(), bias.double(), step.stride, step.padding, step.output_padding)
+    g = step.geometry
+    if g.transposed:
+        value = F.conv_transpose2d(x, plain.double(), bias.double(), g.stride, g.padding, g.output_padding)
     else:
-        value = F.conv2d(x, plain.double(), bias.double(), step.stride, step.padding)
+        value = F.conv2d(x, plain.double(), bias.double(), g.stride, g.padding)
     return value.permute(0, 2, 3, 1)
 
 
@@ -223,6 +225,32 @@ def test_error_codes():
     assert deep.DeepGroup.error(state) is None
     state[0] = 4 << 24 | 3 << 16 | 18
     assert deep.DeepGroup.error(state) == "block 17 waited for the layer before, at layer 3"
+
+
+hopper_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != deep.CAPABILITY,
+    reason="no Hopper GPU here",
+)
+
+
+@pytest.mark.gpu
+@hopper_gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_dense_run_with_shared_launches(dtype):
+    """By a graph and launch by launch, beside the run whose steps are launched one by one."""
+    torch.manual_seed(0)
+    plan = build_plan(plan_stages(create_model("lgnet_demo").eval().cuda()), 1, 256, 256)
+    image = torch.rand(1, 3, 256, 256, device="cuda") * 2 - 1
+    mask = torch.zeros(1, 1, 256, 256, device="cuda")
+    mask[..., 60:200, 40:180] = 1
+    expected, _ = CudaExecutor.of(plan, dtype, deep_rows=0).run(image, mask)
+    executor = CudaExecutor.of(plan, dtype, deep_rows=64)
+    assert executor.shares_launches
+    assert list(executor.choices.values()).count("deep") == 16
+    for one in (executor, executor.without_graphs()):
+        found, _ = one.run(image, mask)
+        assert torch.equal(found[:, :, :60], image[:, :, :60])
+        assert (found - expected).norm() < 64 * torch.finfo(dtype).eps * expected.norm()
 
 
 @pytest.mark.slow(reason="compiles the kernels, which the shipped machine code already shows")

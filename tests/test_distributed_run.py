@@ -17,12 +17,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgnet_fast.errors import BackendError
-from lgnet_fast.pipeline import Inpainter, batch
-from lgnet_fast.pipeline.batch import UsageError, plan_items
-from lgnet_fast.pipeline.distributed import FOLDER, JobError, Journal, World, stamp
+from lgnet_fast.errors import BackendError, JobError, UsageError
+from lgnet_fast.jobs.fill import fill
+from lgnet_fast.jobs.journal import FOLDER, Journal, World, stamp
+from lgnet_fast.jobs.options import FillOptions
+from lgnet_fast.pipeline import Inpainter
 
-from .pipeline_support import BlurFill, box_mask, noise
+from .pipeline_support import BlurFill, box_mask, noise, plan_items
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLE = box_mask(40, 60, (10, 15, 30, 45))
@@ -38,14 +39,14 @@ def folder(tmp_path) -> Path:
     return tmp_path
 
 
-def _run(folder: Path, out: str = "out", **options) -> int:
+def _run(folder: Path, out: str = "out", world: World | None = None, **options) -> int:
     common = {
         "source": folder / "in",
         "mask": folder / "m.png",
         "out": folder / out,
         "report": folder / "report.json",
     }
-    return batch.run(**{**common, **options})
+    return fill(FillOptions(**{**common, **options}), world)
 
 
 def _report(folder: Path) -> dict:
@@ -345,7 +346,7 @@ def test_shards_without_pictures_and_pictures_without_masks_are_usage_errors(tmp
     with pytest.raises(UsageError, match="no pictures in the tar shards"):
         plan_items(tmp_path / "in", None, tmp_path / "out")
     Image.fromarray(noise(4, 4)).save(tmp_path / "in" / "a.png")
-    with pytest.raises(UsageError, match="--mask: expected a mask"):
+    with pytest.raises(UsageError, match="^mask: expected a mask"):
         plan_items(tmp_path / "in", None, tmp_path / "out")
 
 

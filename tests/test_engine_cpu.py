@@ -10,14 +10,15 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgnet_fast.engine import cpu_executor
+from lgnet_fast import native
+from lgnet_fast.engine import cpu_kernels, cpu_weights
 from lgnet_fast.engine.arena import lifetimes, plan_arena
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu_executor import CpuExecutor
-from lgnet_fast.engine.engine import plan_stages
-from lgnet_fast.engine.plan import Plan, build_plan
+from lgnet_fast.engine.cpu_weights import CpuWeights
+from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.ops import cpp
 from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case, released_state
 
@@ -25,15 +26,15 @@ pytestmark = pytest.mark.skipif(
     CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
 )
 
-ISAS = cpp._library().isa_available() if cpp.unavailable_reason() is None else []
+ISAS = native.library().isa_available() if native.unavailable_reason() is None else []
 KERNELS = ("direct", "winograd2", "winograd4")
 
 
 @pytest.fixture(params=ISAS)
 def isa(request):
-    cpp._library().set_isa(request.param)
+    native.library().set_isa(request.param)
     yield request.param
-    cpp._library().set_isa("auto")
+    native.library().set_isa("auto")
 
 
 @pytest.fixture(params=[1, 2])
@@ -89,7 +90,7 @@ def truth(plan: tuple[object, ...], batch: int, height: int, width: int) -> tupl
 
 def choices(plan: Plan, kernel: str) -> dict[str, str]:
     """`kernel` wherever it can run."""
-    able = {step.name: cpu_executor.candidates(step) for step in plan.steps}
+    able = {step.name: cpu_kernels.candidates(step) for step in plan.steps}
     return {name: kernel if kernel in options else options[0] for name, options in able.items()}
 
 
@@ -114,35 +115,35 @@ def check(
 @pytest.mark.parametrize("channels", [5, 16])
 def test_every_kernel(channels, kernel, threads):
     plan = plan_of(channels)
-    check((channels,), CpuExecutor(plan, choices=choices(plan, kernel)))
+    check((channels,), CpuExecutor.of(plan, choices=choices(plan, kernel)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_every_instruction_set(isa, kernel):
     plan = plan_of(5)
-    check((5,), CpuExecutor(plan, choices=choices(plan, kernel)))
+    check((5,), CpuExecutor.of(plan, choices=choices(plan, kernel)))
 
 
 @pytest.mark.parametrize("shape", [(3, 256, 256), (1, 256, 512), (2, 512, 256)], ids=str)
 def test_resized_shares_the_weights(shape):
     plan = plan_of(5)
-    executor = CpuExecutor(plan)
+    executor = CpuExecutor.of(plan)
     other = executor.resized(plan.resized(*shape))
-    assert other._data.data_ptr() == executor._data.data_ptr()
+    assert other.weights is executor.weights
     check((5,), other, *shape)
     check((5,), executor)
 
 
 @pytest.mark.parametrize("stages", ["C", "C+L", "C+G_att", "C+G+G_att", "C+L+G"])
 def test_ablations(stages):
-    check((5, stages), CpuExecutor(plan_of(5, stages)))
+    check((5, stages), CpuExecutor.of(plan_of(5, stages)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_the_paper_s_attention_and_a_width_of_48(kernel):
     key = (48, "C+G_att", "paper")
     plan = plan_of(*key)
-    check(key, CpuExecutor(plan, choices=choices(plan, kernel)))
+    check(key, CpuExecutor.of(plan, choices=choices(plan, kernel)))
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
@@ -150,7 +151,7 @@ def test_capped_widths(kernel):
     key = (16, "C+G_att", "released", None, 32)
     plan = plan_of(*key)
     assert max(buffer.channels for buffer in plan.buffers.values()) == 64
-    check(key, CpuExecutor(plan, choices=choices(plan, kernel)))
+    check(key, CpuExecutor.of(plan, choices=choices(plan, kernel)))
 
 
 def test_a_given_start_is_painted_into_the_hole():
@@ -158,7 +159,7 @@ def test_a_given_start_is_painted_into_the_hole():
     image, mask = picture(1, 256, 256)
     start = torch.rand_like(image)
     expected, _ = TorchExecutor(plan).run(image, mask, start)
-    assert_close(CpuExecutor(plan).run(image, mask, start)[0], expected)
+    assert_close(CpuExecutor.of(plan).run(image, mask, start)[0], expected)
 
 
 HOLES = {
@@ -180,7 +181,7 @@ def test_regions_give_the_same_pixels(holes, kernel):
     for top, bottom, left, right in HOLES[holes]:
         mask[:, :, top:bottom, left:right] = 1
     dense = plan.resized(2, 256, 256)
-    executor = CpuExecutor(plan, choices=choices(plan, kernel)).resized(dense)
+    executor = CpuExecutor.of(plan, choices=choices(plan, kernel)).resized(dense)
     expected, _ = executor.run(image, mask)
     regions = [step.regions for step in dense.restricted(HOLES[holes]).steps]
     got, _, _ = executor._run(image, mask, None, executor._listed(regions), poison=True)
@@ -192,7 +193,7 @@ def test_regions_give_the_same_pixels(holes, kernel):
 def test_regions_on_every_instruction_set(isa):
     plan = plan_of(5)
     image, mask = picture(1, 256, 256)
-    executor = CpuExecutor(plan)
+    executor = CpuExecutor.of(plan)
     regions = [s.regions for s in plan.restricted([Rect(64, 192, 51, 128), Rect(0, 7, 247, 256)]).steps]
     got, _, _ = executor._run(image, mask, None, executor._listed(regions), poison=True)
     assert_close(got, truth((5,), 1, 256, 256)[0])
@@ -206,7 +207,7 @@ def test_each_sample_has_regions_of_its_own():
     for sample, holes in enumerate(own):
         for top, bottom, left, right in holes:
             mask[sample, :, top:bottom, left:right] = 1
-    executor = CpuExecutor(plan_of(5)).resized(plan)
+    executor = CpuExecutor.of(plan_of(5)).resized(plan)
     expected, _ = executor.run(image, mask)
     regions = [[step.regions for step in plan.restricted(holes).steps] for holes in own]
     for given in (regions, [regions[0], None, regions[2]]):
@@ -214,20 +215,20 @@ def test_each_sample_has_regions_of_its_own():
         assert_close(got, expected.double(), rms=42, roundings=2**11)
         assert torch.equal(got[1], image[1].float())
     # The others' regions change nothing: neither do their tiles meet, nor does one sample wait in another's buffers.
-    alone, _ = CpuExecutor(plan_of(5)).run(image[:1], mask[:1], None, regions[0])
+    alone, _ = CpuExecutor.of(plan_of(5)).run(image[:1], mask[:1], None, regions[0])
     assert_close(executor.run_each(image, mask, None, regions)[0][:1], alone.double(), rms=8, roundings=2**7)
 
 
 def test_no_region_at_all_returns_the_picture():
     plan = plan_of(5)
     image, _ = picture(1, 256, 256)
-    got, _ = CpuExecutor(plan).run(image, torch.zeros(1, 1, 256, 256), None, [()] * len(plan.steps))
+    got, _ = CpuExecutor.of(plan).run(image, torch.zeros(1, 1, 256, 256), None, [()] * len(plan.steps))
     assert torch.equal(got, image.float())
 
 
 def test_same_bits_every_time_and_in_eight_threads_at_once(threads):
     plan = plan_of(16)
-    executor = CpuExecutor(plan)
+    executor = CpuExecutor.of(plan)
     pictures = [tuple(t.float() for t in picture(1, 256, 256, seed)) for seed in range(8)]
     expected = [executor.run(*p)[0] for p in pictures]
     assert all(torch.equal(executor.run(*p)[0], e) for p, e in zip(pictures, expected, strict=True))
@@ -257,13 +258,13 @@ def test_holes_whose_cones_overlap_give_the_same_bits_every_time(threads):
     restricted = plan.restricted(holes)
     regions = [step.regions for step in restricted.steps]
     assert max(map(len, regions)) > 1
-    executor = CpuExecutor(plan)
+    executor = CpuExecutor.of(plan)
     first, _ = executor.run(image, mask, None, regions)
     assert all(torch.equal(executor.run(image, mask, None, regions)[0], first) for _ in range(10))
 
 
 def test_any_strides_and_inputs_unchanged():
-    executor = CpuExecutor(plan_of(5))
+    executor = CpuExecutor.of(plan_of(5))
     image, mask = (t.float() for t in picture(1, 256, 256))
     expected, _ = executor.run(image, mask)
     strided = image.transpose(2, 3).contiguous().transpose(2, 3)
@@ -279,26 +280,27 @@ def test_any_strides_and_inputs_unchanged():
 
 def test_state_restores_without_packing(monkeypatch):
     plan = plan_of(5)
-    executor = CpuExecutor(plan, choices=choices(plan, "winograd4"))
+    executor = CpuExecutor.of(plan, choices=choices(plan, "winograd4"))
     image, mask = picture(1, 256, 256)
-    monkeypatch.setattr(cpu_executor, "_group_rows", None)
-    state = {**executor.state, "data": executor.state["data"].clone()}
-    loaded = CpuExecutor.from_state(plan.without_weights(), state)
+    monkeypatch.setattr(cpu_weights, "_group_rows", None)
+    state = executor.state()
+    state["data"] = state["data"].clone()
+    loaded = CpuExecutor(plan, CpuWeights.from_state(plan.without_weights(), state))
     assert loaded.choices == executor.choices
     assert torch.equal(loaded.run(image, mask)[0], executor.run(image, mask)[0])
     with pytest.raises(ValueError, match="another network"):
-        CpuExecutor.from_state(plan_of(5, "C+L").without_weights(), state)
+        CpuWeights.from_state(plan_of(5, "C+L").without_weights(), state)
     with pytest.raises(ValueError, match="bytes of weights"):
-        CpuExecutor.from_state(plan_of(16).without_weights(), state)
+        CpuWeights.from_state(plan_of(16).without_weights(), state)
     with pytest.raises(ValueError, match="packed for"):
-        CpuExecutor.from_state(plan.without_weights(), {**state, "isa": "other"})
+        CpuWeights.from_state(plan.without_weights(), {**state, "isa": "other"})
 
 
 def test_wrong_arguments_are_refused():
     plan = plan_of(5)
     with pytest.raises(ValueError, match="dtype"):
-        CpuExecutor(plan, torch.float16)
-    executor = CpuExecutor(plan)
+        CpuExecutor.of(plan, torch.float16)
+    executor = CpuExecutor.of(plan)
     image, mask = picture(1, 256, 256)
     with pytest.raises(ValueError, match=r"image: expected shape \[1, 3, 256, 256\]"):
         executor.run(image[..., :128], mask)
@@ -322,7 +324,7 @@ def test_buffers_that_live_together_do_not_overlap():
 @pytest.mark.skipif("avx512_bf16" not in ISAS, reason="no bf16 products on this CPU")
 def test_bf16_is_close():
     plan = plan_of(16)
-    result, raw = CpuExecutor(plan, torch.bfloat16).run(*picture(1, 256, 256))
+    result, raw = CpuExecutor.of(plan, torch.bfloat16).run(*picture(1, 256, 256))
     expected, expected_raw = truth((16,), 1, 256, 256)
     assert_close(result.bfloat16(), expected, rms=2.6, roundings=64)
     for got, want in zip(raw, expected_raw, strict=True):
@@ -335,7 +337,7 @@ def test_lgnet_with_the_recipe_s_weights():
     model = LGNet.from_released({net: released_state(net, torch.float32) for net in ("G1", "G2", "G3")})
     plan = build_plan(plan_stages(model), 1, 256, 256)
     image, mask = case("gen256", 1, 256, 256)
-    executor = CpuExecutor(plan)
+    executor = CpuExecutor.of(plan)
     got, _ = executor.run(image, mask)
     weights = sum(4 * step.weight.numel() for step in plan.steps)
     assert executor.packed_bytes + executor.workspace_bytes <= 1.3 * weights + (150 << 20)
@@ -353,7 +355,7 @@ def test_lgnet_with_the_recipe_s_weights():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     """NaN or infinity in one weight of each kind of step, in a run restricted to the hole."""
-    if dtype == torch.bfloat16 and not cpp._library().packing(True)[0]:
+    if dtype == torch.bfloat16 and not native.library().packing(True)[0]:
         pytest.skip("no products of bf16 pairs")
     plan = plan_of(2)
     image, mask = picture(1, 256, 256)
@@ -363,7 +365,7 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     regions = [step.regions for step in plan.restricted([Rect(60, 100, 80, 130)]).steps]
     chosen = choices(plan, kernel)
     if dtype == torch.bfloat16:
-        chosen = {name: own if own == "narrow" else own + cpu_executor.PAIRS for name, own in chosen.items()}
+        chosen = {name: own if own == "narrow" else own + cpu_kernels.PAIRS for name, own in chosen.items()}
     broken = {  # the index of a weight that reads more than padding
         "net_c.e2": (0, 0, 1, 2),
         "net_c.d4": (1, 0, 1, 1),
@@ -373,7 +375,7 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
         "net_g.attention_d4": (1, 0, 0, 0),
         "net_g.d1": (1, 2, 2, 2),
     }
-    assert torch.isfinite(CpuExecutor(plan, dtype, chosen).run(image, mask, None, regions)[0]).all()
+    assert torch.isfinite(CpuExecutor.of(plan, dtype, chosen).run(image, mask, None, regions)[0]).all()
     # A third of them for each kernel and instruction set, so that together every pair of kernel and step comes.
     turn = ISAS.index(isa) + KERNELS.index(kernel)
     for number, (name, index) in enumerate(broken.items()):
@@ -387,7 +389,7 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
                 weight[index] = value
                 step = replace(step, weight=weight)
             steps.append(step)
-        result, _ = CpuExecutor(replace(plan, steps=tuple(steps)), dtype, chosen).run(image, mask, None, regions)
+        result, _ = CpuExecutor.of(replace(plan, steps=tuple(steps)), dtype, chosen).run(image, mask, None, regions)
         assert not torch.isfinite(result[hole]).all(), (name, value)
         assert torch.equal(result[~hole], image.float()[~hole])
 
@@ -406,19 +408,19 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
 )
 def test_regions_outside_a_map_are_refused_before_any_kernel_runs(out, read, sample, got):
     plan = plan_of(5)
-    executor = CpuExecutor(plan)
+    executor = CpuExecutor.of(plan)
     image, mask = picture(1, 256, 256)
     lists = executor._listed([step.regions for step in plan.steps])
-    lists[-1] = [cpp._library().Region(out, read, sample)]
+    lists[-1] = [native.library().Region(out, read, sample)]
     with pytest.raises(ValueError, match=f"Program.run: regions: expected .*{got}"):
         executor._run(image, mask, None, lists)
 
 
 def test_regions_of_all_samples_and_of_one_do_not_mix():
     plan = plan_of(5)
-    executor = CpuExecutor(plan).resized(plan.resized(2, 256, 256))
+    executor = CpuExecutor.of(plan).resized(plan.resized(2, 256, 256))
     lists = executor._listed([step.regions for step in executor.plan.steps])
     out, read = (0, 256, 0, 256), (0, 128, 0, 128)
-    lists[-1] = [cpp._library().Region(out, read, -1), cpp._library().Region(out, read, 0)]
+    lists[-1] = [native.library().Region(out, read, -1), native.library().Region(out, read, 0)]
     with pytest.raises(ValueError, match="regions: expected samples 0 to 1, or -1 for all of them"):
         executor._run(*picture(2, 256, 256), None, lists)

@@ -18,11 +18,13 @@ from lgnet_fast.kernels.conv_configs import Work, pick_tile
 
 from bench import write_tables
 from lgnet_fast.engine import cuda_executor, graphs
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.engine import optimize, plan_stages
-from lgnet_fast.engine.graphs import Program, Recent, capture
-from lgnet_fast.engine.plan import Plan, build_plan
-from lgnet_fast.engine.regions import Rect
+from lgnet_fast.engine.engine import optimize
+from lgnet_fast.engine.graphs import Program, capture
+from lgnet_fast.engine.plan import Plan
+from lgnet_fast.engine.recent import Recent
+from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.engine.verified import Guarded, check_steps, make_example, verified
 from lgnet_fast.reference.lgnet import LGNet
@@ -124,7 +126,7 @@ def planned(model: LGNet, batch: int = 1) -> Plan:
 
 @pytest.fixture(scope="module")
 def executor(model: LGNet) -> CudaExecutor:
-    return CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+    return CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
 
 
 def inputs(seed: int = 0, batch: int = 1) -> tuple[Tensor, Tensor]:
@@ -135,7 +137,8 @@ def inputs(seed: int = 0, batch: int = 1) -> tuple[Tensor, Tensor]:
 
 
 def regions(plan: Plan, hole: Rect = HOLE) -> list[tuple[Rect, ...]]:
-    return [step.regions for step in plan.restricted([hole]).steps]
+    holes = rounded([hole], CudaExecutor.granularity, plan.height, plan.width)
+    return [step.regions for step in plan.restricted(holes).steps]
 
 
 def check(model: LGNet, executor: CudaExecutor, batch: int, where: list[tuple[Rect, ...]] | None = None) -> None:
@@ -160,11 +163,11 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     @pytest.mark.parametrize("batch", [1, 2])
     def test_dense(self, model: LGNet, dtype: torch.dtype, batch: int) -> None:
-        executor = CudaExecutor(planned(model, batch), dtype, device=torch.device("cuda"))
+        executor = CudaExecutor.of(planned(model, batch), dtype, device=torch.device("cuda"))
         check(model, executor, batch)
 
     def test_tf32(self, model: LGNet) -> None:
-        executor = CudaExecutor(planned(model), torch.float32, device=torch.device("cuda"))
+        executor = CudaExecutor.of(planned(model), torch.float32, device=torch.device("cuda"))
         image, mask = inputs()
         strict = executor.run(image, mask)[0]
         torch.backends.cuda.matmul.allow_tf32 = True
@@ -175,7 +178,7 @@ class TestOnGpu:
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_regions(self, model: LGNet, dtype: torch.dtype) -> None:
         plan = planned(model)
-        executor = CudaExecutor(plan, dtype, device=torch.device("cuda"))
+        executor = CudaExecutor.of(plan, dtype, device=torch.device("cuda"))
         image, mask = inputs()
         executor.run(image, mask)
         where = regions(plan)
@@ -201,7 +204,7 @@ class TestOnGpu:
         assert x.eq(2).all()  # the run that warms up, and the replay; capturing runs nothing
 
     def test_one_graph_a_shape_dtype_and_bucket(self, model: LGNet) -> None:
-        executor = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+        executor = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
         image, mask = inputs()
         for _ in range(3):
             executor.run(image, mask)
@@ -214,13 +217,13 @@ class TestOnGpu:
 
     def test_graphs_are_bounded(self, model: LGNet, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(cuda_executor, "GRAPHS_KEPT", 2)
-        executor = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+        executor = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
         image, mask = inputs()
         for top in range(0, 192, 32):
             for _ in range(2):
                 executor.run(image, mask, None, regions(executor.plan, Rect(top, top + 32, 0, 32)))
         assert len(executor._programs) == 2
-        expected = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"), graphs=False)
+        expected = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"), graphs=False)
         assert torch.equal(executor.run(image, mask)[0], expected.run(image, mask)[0])
 
     def test_results_survive_the_next_call(self, executor: CudaExecutor) -> None:
@@ -240,7 +243,7 @@ class TestOnGpu:
             assert torch.equal(view, before)
 
     def test_graph_and_direct_launches_agree(self, model: LGNet, executor: CudaExecutor) -> None:
-        direct = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"), graphs=False)
+        direct = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"), graphs=False)
         image, mask = inputs(3)
         assert torch.equal(executor.run(image, mask)[0], direct.run(image, mask)[0])
         assert all(p.graph is not None for p in executor._programs.values())
@@ -280,7 +283,7 @@ class TestOnGpu:
         self, model: LGNet, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
     ) -> None:
         image, mask = inputs()
-        expected = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda")).run(image, mask)[0]
+        expected = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda")).run(image, mask)[0]
         attend = CudaExecutor._attend
 
         def synchronising(self: CudaExecutor, *args: object) -> None:
@@ -288,7 +291,7 @@ class TestOnGpu:
             torch.cuda.current_stream().synchronize()
 
         monkeypatch.setattr(CudaExecutor, "_attend", synchronising)
-        executor = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+        executor = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
         with caplog.at_level(logging.INFO, logger="lgnet_fast"):
             for _ in range(2):
                 assert torch.equal(executor.run(image, mask)[0], expected)
@@ -297,19 +300,19 @@ class TestOnGpu:
     def test_overlapping_launches(self, model: LGNet) -> None:
         if torch.cuda.get_device_capability() < (9, 0):
             with pytest.raises(RuntimeError, match="capability"):
-                CudaExecutor(planned(model), device=torch.device("cuda"), overlap=True)
+                CudaExecutor.of(planned(model), device=torch.device("cuda"), overlap=True)
             return
         image, mask = inputs()
-        expected = CudaExecutor(planned(model), device=torch.device("cuda")).run(image, mask)[0]
+        expected = CudaExecutor.of(planned(model), device=torch.device("cuda")).run(image, mask)[0]
         for use_graphs in (False, True):
-            executor = CudaExecutor(planned(model), device=torch.device("cuda"), overlap=True, graphs=use_graphs)
+            executor = CudaExecutor.of(planned(model), device=torch.device("cuda"), overlap=True, graphs=use_graphs)
             for _ in range(50):  # a missing wait shows now and then
                 assert torch.equal(executor.run(image, mask)[0], expected)
 
     def test_steps_by_cudnn(self, model: LGNet) -> None:
         plan = planned(model)
         choices = {step.name: "cudnn" for step in plan.steps if step.kind != "attention"}
-        executor = CudaExecutor(plan, torch.float16, device=torch.device("cuda"), choices=choices)
+        executor = CudaExecutor.of(plan, torch.float16, device=torch.device("cuda"), choices=choices)
         for _ in range(2):
             check(model, executor, 1)
 
@@ -350,6 +353,6 @@ class TestOnGpu:
     def test_made_and_used_inside_and_outside_inference_mode(self, model: LGNet) -> None:
         image, mask = inputs()
         with torch.inference_mode():
-            executor = CudaExecutor(planned(model), torch.float16, device=torch.device("cuda"))
+            executor = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
             first = executor.run(image, mask)[0]
         assert torch.equal(executor.run(image, mask)[0], first)

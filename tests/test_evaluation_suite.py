@@ -12,19 +12,19 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lgnet_fast import cli
-from lgnet_fast.evaluation import evaluate, telea
-from lgnet_fast.evaluation.metrics import LPIPS_VARIABLE
+from lgnet_fast.data.masks import SUITE_KINDS, suite_mask
+from lgnet_fast.data.metrics import LPIPS_VARIABLE
+from lgnet_fast.errors import UsageError
+from lgnet_fast.evaluation import telea
 from lgnet_fast.evaluation.protocol import fit_picture
 from lgnet_fast.evaluation.report import Evaluation, Score
 from lgnet_fast.evaluation.scoring import _best_to_worst
 from lgnet_fast.evaluation.suite import SuiteMetrics, gradient_energy
 from lgnet_fast.pipeline import Inpainter
-from lgnet_fast.pipeline.batch import UsageError
 from lgnet_fast.reference.features import LPIPS
 from lgnet_fast.training import validation
-from lgnet_fast.training.masks import SUITE_KINDS, suite_mask
 
-from .pipeline_support import ConstantFill, box_mask, noise
+from .pipeline_support import ConstantFill, box_mask, evaluate, noise
 
 PLAIN = ("l1", "psnr", "ssim", "sharp")
 
@@ -143,7 +143,7 @@ def test_lpips_weights_come_from_the_option_or_the_variable(tmp_path, monkeypatc
     np.savez(tmp_path / "alexnet.npz", **{name: value.numpy() for name, value in tensors.items()})
     without = SuiteMetrics()
     assert without.available == PLAIN
-    assert without.missing == {"lpips": "no weights; give their file by --lpips or LGNET_FAST_LPIPS"}
+    assert without.missing == {"lpips": "no weights; give their file as `lpips` or by LGNET_FAST_LPIPS"}
     assert "lpips" in SuiteMetrics(lpips=tmp_path / "alexnet.npz").available
     monkeypatch.setenv(LPIPS_VARIABLE, str(tmp_path / "alexnet.npz"))
     assert "lpips" in SuiteMetrics().available
@@ -229,7 +229,7 @@ def test_the_command_writes_table_json_markdown_and_sheet(fake, pictures, tmp_pa
             f"{score['l1']:.2f}", f"{score['psnr']:.2f}", f"{score['ssim']:.4f}", "n/a", f"{score['sharp']:.3f}"
         ]  # fmt: skip
         assert f"{score['sharp']:.3f}" in result.stdout
-    assert markdown.count("LPIPS: n/a (no weights; give their file by --lpips") == 1
+    assert markdown.count("LPIPS: n/a (no weights; give their file as `lpips`") == 1
     assert "box, 64x64; blob, one shape of 15 %. Sharpness: gradient energy" in markdown
     with Image.open(tmp_path / "out" / "evaluation.png") as sheet:
         assert sheet.size == (7 * 198 + 6, 22 + 12 * 214 + 6)  # original, masked, five methods; three rows a kind

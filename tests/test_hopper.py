@@ -92,9 +92,7 @@ def run_block(block, launch, tile, source, weight, out):
     place_y = args.rows_top + tile_index // args.tiles_x % args.tiles_y * tile.tile_h
     sample = tile_index // (args.tiles_x * args.tiles_y)
     y0, x0 = place_y + args.origin_y[phase_y], place_x + args.origin_x[phase_x]
-    mending = args.reflect and (
-        y0 < 0 or x0 < 0 or y0 + args.box_rows > args.in_h or x0 + args.pitch + args.planes - 1 > args.in_w
-    )
+    mending = args.reflect and (y0 < 0 or x0 < 0 or y0 + args.box_rows > args.in_h or x0 + args.pitch > args.in_w)
     taps_x = args.taps[phase_x]
     before = phase_y * args.taps[0] * (args.taps[0] + args.taps[1]) + phase_x * args.taps[phase_y] * args.taps[0]
     pixels = 8 * tile.tile_h
@@ -107,12 +105,11 @@ def run_block(block, launch, tile, source, weight, out):
     for chunk in range(args.chunks):
         patch = patch_address + chunk % args.patch_stages * args.patch_bytes
         channels = slice(64 * chunk, 64 * chunk + 64)
-        for plane in range(args.planes):
-            lines = box_of(source[..., channels], sample, x0 + plane, y0, *launch.box)
-            assert 2 * lines.size == args.box_bytes
-            load_box(memory, patch + plane * args.box_bytes, lines)
-            if mending:
-                mend(memory, patch + plane * args.box_bytes, args, y0, x0 + plane)
+        lines = box_of(source[..., channels], sample, x0, y0, *launch.box)
+        assert 2 * lines.size == args.box_rows * args.pitch * 128 <= args.patch_bytes
+        load_box(memory, patch, lines)
+        if mending:
+            mend(memory, patch, args, y0, x0)
         for y in range(args.count_y[phase_y]):
             for x in range(args.count_x[phase_x]):
                 stage = stage_address + step % args.weight_stages * 8192
@@ -122,13 +119,13 @@ def run_block(block, launch, tile, source, weight, out):
                 for rank in range(launch.cluster):
                     row = (tap * args.chunks + chunk) * 64 + rank * part
                     load_box(memory, stage + rank * part * 128, weight[row : row + part, column : column + 64])
-                start = patch + y * args.dy_bytes + x * args.dx_bytes
+                start = patch + y * args.pitch * 128 + x * 128
                 # depth 16 k + i of the k-th product: starts move by 2048 bytes of weights, 32 of pixels
                 k, i = depth // 16, depth % 16
                 a = stage + k * 2048 + i // 8 * 1024 + i % 8 * 128
                 b = start + k * 32 + 2 * i
                 weights = memory[swizzled(a[None, :] + 2 * m[:, None]) // 2]
-                lines = memory[swizzled(b[None, :] + (n // 8 * args.dy_bytes + n % 8 * 128)[:, None]) // 2]
+                lines = memory[swizzled(b[None, :] + (n // 8 * args.pitch * 128 + n % 8 * 128)[:, None]) // 2]
                 total += weights @ lines.T
     # the accumulator's layout, then [pixel, channel] in shared memory
     rows = np.full((pixels, 64), np.nan, np.float32)
@@ -188,18 +185,18 @@ def check_model(conv, batch, size, tile, rect=None, blocks_kept=None):
 def plan_convs():
     """Every step of LGNet that the kernel can compute: (name, Conv, size of its input)."""
     from lgnet_fast import create_model
-    from lgnet_fast.engine.cuda_executor import describe
-    from lgnet_fast.engine.engine import plan_stages
-    from lgnet_fast.engine.plan import build_plan
+    from lgnet_fast.engine.build import build_plan, plan_stages
+    from lgnet_fast.engine.cuda_weights import conv_of
+    from lgnet_fast.engine.plan import ConvStep
 
     with torch.device("meta"):
         model = create_model("lgnet").eval()
     plan = build_plan(plan_stages(model), 1, 256, 256)
     found = []
     for step in plan.steps:
-        if step.kind == "attention":
+        if not isinstance(step, ConvStep):
             continue
-        conv, buffer = describe(step), plan.buffers[step.source.buffer]
+        conv, buffer = conv_of(step), plan.source(step)
         if hopper.unsupported(conv) is None:
             found.append((step.name, conv, (buffer.height, buffer.width)))
     return found
@@ -214,39 +211,31 @@ def test_supported_steps():
         assert [name for name in names if name.startswith(net)] == [f"{net}.{up}" for up in ups]
 
 
-@pytest.mark.parametrize("patch", ["dense", "padded", "planes"])
-def test_model_of_every_product_of_the_plan(patch):
+def test_model_of_every_product_of_the_plan():
     """Distinct steps only: NetL's eight are one. All pixels of the blocks' steps, some blocks of the others."""
     seen = set()
     for name, conv, size in plan_convs():
         if (conv, size) in seen:
             continue
         seen.add((conv, size))
-        tile = HopperTile(16 if size[0] >= 16 else 4, 4, 8 if patch == "dense" else 4, 2, patch)
-        whole = name.startswith("net_l.block") and patch == "dense"
-        check_model(conv, 1, size, tile, blocks_kept=None if whole else 6)
+        tile = HopperTile(16 if size[0] >= 16 else 4, 4, 8, 2)
+        check_model(conv, 1, size, tile, blocks_kept=None if name.startswith("net_l.block") else 6)
 
 
-@pytest.mark.parametrize("patch", ["dense", "padded", "planes"])
 @pytest.mark.parametrize("tile_h", hopper.TILE_HEIGHTS)
-def test_model_of_tiles(patch, tile_h):
+def test_model_of_tiles(tile_h):
     """Both kinds of step, every border, a batch, stages that are used again."""
-    tile = HopperTile(tile_h, 2, 2, 2, patch)
+    tile = HopperTile(tile_h, 2, 2, 2)
     check_model(Conv(128, 64, 3, 1, 1, False, True, False), 2, (tile_h + 8, 16), tile)
     check_model(Conv(64, 64, 3, 1, 1, False, False, False), 1, (12, 11), tile)
-    if patch == "planes":  # tiles may then end where no patch has what is reflected
-        with pytest.raises(ValueError, match="planes"):
-            check_model(Conv(64, 64, 3, 1, 1, False, True, False), 1, (12, 11), tile)
-    else:
-        check_model(Conv(64, 64, 3, 1, 1, False, True, False), 1, (12, 11), tile)
+    check_model(Conv(64, 64, 3, 1, 1, False, True, False), 1, (12, 11), tile)
     check_model(Conv(128, 64, 4, 2, 1, True, False, False), 1, (tile_h, 16), tile)
     check_model(Conv(64, 64, 3, 2, 1, True, False, False), 1, (9, 8), tile)
 
 
-@pytest.mark.parametrize("patch", ["dense", "padded"])
-def test_model_of_rectangles(patch):
+def test_model_of_rectangles():
     conv = Conv(64, 128, 3, 1, 1, False, True, False)
-    tile = HopperTile(8, 2, 4, 2, patch)
+    tile = HopperTile(8, 2, 4, 2)
     for rect in ((0, 7, 0, 5), (3, 20, 9, 22), (19, 24, 1, 24), (23, 24, 23, 24)):
         check_model(conv, 1, (24, 24), tile, rect)
     check_model(Conv(64, 64, 4, 2, 1, True, False, False), 1, (16, 16), tile, (5, 19, 2, 31))
@@ -335,15 +324,45 @@ def test_launcher_names_the_argument():
     with pytest.raises(ValueError, match="^bias: expected 64 aligned float32"):
         launch(bias=bias.half())
     with pytest.raises(ValueError, match="^tile: .* bytes of shared memory"):
-        hopper.describe_launch(BLOCK, 1, (64, 64), (64, 64), (0, 64, 0, 64), HopperTile(32, 4, 12, 4, "padded"))
+        hopper.describe_launch(BLOCK, 1, (64, 64), (64, 64), (0, 64, 0, 64), HopperTile(32, 4, 12, 4))
     with pytest.raises(ValueError, match="^conv: clusters of 3"):
         launch(tile=HopperTile(16, 3))
 
 
 def test_not_used_without_such_a_gpu():
-    assert "NVIDIA GPU" in hopper.reason_against(torch.device("cpu"), torch.float16)
+    cpu = torch.device("cpu")
+    assert "NVIDIA GPU" in hopper.reason_against(cpu, torch.float16)
     work = BLOCK.work(1, (64, 64), (64, 64), (0, 64, 0, 64))
-    assert hopper.pick(BLOCK, work, torch.float16, torch.device("cpu")) is None
+    assert hopper.candidates(BLOCK, work, torch.float16, cpu) == []
+    assert not hopper.usable(TILE, BLOCK, torch.float16, cpu)
+
+
+def test_candidates_can_be_launched(monkeypatch):
+    """Every candidate of every product of the plan fits shared memory; small maps get small tiles only."""
+    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: None)
+    for _, conv, size in plan_convs():
+        out_size = tuple(conv.axis.out_step * n for n in size)
+        whole = (0, out_size[0], 0, out_size[1])
+        tiles = hopper.candidates(conv, conv.work(1, size, out_size, whole), torch.float16, torch.device("cpu"))
+        heights = {tile.tile_h for tile in tiles}
+        assert max(heights) == max(h for h in hopper.TILE_HEIGHTS if h == 4 or 8 * h <= size[0] * size[1])
+        for tile in tiles:
+            assert hopper.usable(tile, conv, torch.float16, torch.device("cpu"))
+            assert hopper.describe_launch(conv, 1, size, out_size, whole, tile).grid > 0
+    stride_2 = Conv(64, 64, 3, 2, 1, False, False, False)
+    work = stride_2.work(1, (64, 64), (32, 32), (0, 32, 0, 32))
+    assert hopper.candidates(stride_2, work, torch.float16, torch.device("cpu")) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != hopper.CAPABILITY,
+    reason="no Hopper GPU here",
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_candidate_is_right_on_a_gpu(dtype):
+    """A reflecting step with a residual and a transposed one, each candidate beside PyTorch in float64."""
+    assert hopper.reason_against(torch.device("cuda"), dtype) is None
 
 
 # -- the machine code ---------------------------------------------------------------------------------------------

@@ -10,11 +10,21 @@ import pytest
 
 pytest.importorskip("triton")
 
-from lgnet_fast.kernels import aot, cards, configs
+from lgnet_fast.kernels import (
+    aot,
+    attention_backward,
+    attention_forward,
+    attention_inference,
+    cards,
+    configs,
+    conv_kernels,
+    merge_concat,
+)
 from lgnet_fast.kernels.cards import CARDS
 from lgnet_fast.kernels.launch import is_interpreted, record
 from lgnet_fast.kernels.precompile import distinct
 from lgnet_fast.kernels.tables import TABLES
+from triton.runtime.jit import JITFunction
 
 from bench import aot_report
 from lgnet_fast import kernels
@@ -163,6 +173,25 @@ def test_jobs_have_no_duplicates() -> None:
         for names in (("L4",), ("L4", "RTX 4090"))
     )
     assert single < both
+
+
+def test_kernels_have_few_parameters() -> None:
+    modules = (attention_forward, attention_backward, attention_inference, conv_kernels, merge_concat)
+    found = [value for module in modules for value in vars(module).values() if isinstance(value, JITFunction)]
+    longest = max(found, key=lambda kernel: len(kernel.arg_names))
+    assert len({kernel.__name__ for kernel in found}) > 15
+    assert len(longest.arg_names) <= 35, longest.__name__
+
+
+def test_what_tuples_hold_is_in_the_signature() -> None:
+    """A map in NHWC: unit channel stride is a constant, the rows' stride is not there."""
+    case = aot.attention_case(CARDS["H100"], "float16", 2, 128, 64, "released", True)
+    (job,) = {job.kernel: job for job in aot.jobs([case]) if job.kernel == "_attn_prep_kernel"}.values()
+    pointer, *strides = job.signature["features"]
+    assert pointer == "*fp16"
+    assert strides == ["i32", "constexpr", "constexpr", "i32"]
+    assert (job.constants[0, 2], job.constants[0, 3]) == (1, None)
+    assert {(0, 0), (0, 1), (0, 4)} <= job.attributes.keys()
 
 
 def test_shapes_specialised_to_one_compile() -> None:

@@ -10,10 +10,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from lgnet_fast import BackendError, create_model, ops
-from lgnet_fast.ops import cpp, dispatch
+from lgnet_fast import BackendError, create_model, native, ops
+from lgnet_fast.ops import dispatch
+from lgnet_fast.ops.cpu import attention as cpu_attention
 from lgnet_fast.reference import attention as reference
 from lgnet_fast.reference import merge as reference_merge
 from tests.support import assert_accurate, case
@@ -21,7 +23,7 @@ from tests.support import assert_accurate, case
 VARIANTS = ("released", "paper")
 
 pytestmark = pytest.mark.skipif(
-    cpp.unavailable_reason() is not None, reason=f"no C++ extension: {cpp.unavailable_reason()}"
+    native.unavailable_reason() is not None, reason=f"no C++ extension: {native.unavailable_reason()}"
 )
 
 
@@ -81,7 +83,7 @@ def test_auto_runs_the_cpp_kernels_on_a_cpu():
 
 
 def test_auto_falls_back_and_logs_the_reason_once(monkeypatch, caplog):
-    monkeypatch.setattr(cpp, "can_run_attention", lambda *args, **kwargs: "it is Sunday")
+    monkeypatch.setattr(cpu_attention, "can_run_attention", lambda *args, **kwargs: "it is Sunday")
     monkeypatch.setattr(dispatch, "_logged", set())
     args = block_inputs()
     with caplog.at_level(logging.INFO, logger="lgnet_fast"):
@@ -219,7 +221,7 @@ def test_opcheck_attention(variant, grad):
     torch.library.opcheck(torch.ops.lgnet.attention_block, (*args, variant))
     torch.library.opcheck(torch.ops.lgnet.cosine_attention, (args[0], variant))
     torch.library.opcheck(torch.ops.lgnet._attention_block, (*args, variant, grad, "cpp"))
-    torch.library.opcheck(torch.ops.lgnet._cosine_attention, (args[0], variant, "cpp"))
+    torch.library.opcheck(torch.ops.lgnet._cosine_attention, (args[0], variant, grad, "cpp"))
 
 
 @pytest.mark.once
@@ -238,6 +240,30 @@ def test_channels_last_comes_back_channels_last_in_eager_and_in_the_fake():
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert_accurate("out", out, reference.attention_block(features, weight, bias), roundings=64)
     torch.library.opcheck(torch.ops.lgnet._attention_block, (features, weight, bias, "paper", True, "cpp"))
+
+
+@pytest.mark.parametrize("op", ["merge", "merge_concat"])
+def test_channels_last_merging_as_the_fake_says(op):
+    tensors = leaves(tuple(t.to(memory_format=torch.channels_last) for t in merge_inputs()))
+    out = getattr(torch.ops.lgnet, op)(*tensors, backend="cpp")
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert all(g.is_contiguous(memory_format=torch.channels_last) for g in grads(out, tensors))
+    torch.library.opcheck(getattr(torch.ops.lgnet, f"_{op}"), (*tensors, True, "cpp"))
+
+
+@pytest.mark.parametrize("operator", ops.OPERATORS.values(), ids=lambda operator: operator.name)
+def test_a_declaration_says_what_its_kernels_give(operator):
+    operands = tuple(torch.rand(shape).sub(0.5) for shape in operator.example)
+    public = getattr(torch.ops.lgnet, operator.name)
+    arguments = public.default._schema.arguments[len(operands) :]
+    operator.checks(*operands, *(a.default_value for a in arguments if not a.kwarg_only))
+    result = public(*operands)
+    assert ops.calls() == {(operator.name, "cpp"): 1}
+    assert_accurate(operator.name, result, operator.eager(*operands), roundings=64)
+    with FakeTensorMode() as mode:
+        fake = public(*map(mode.from_tensor, operands), backend="cpp")
+    assert (fake.shape, fake.stride(), fake.dtype) == (result.shape, result.stride(), result.dtype)
+    assert set(operator.backends) == {"triton", "cpp"}
 
 
 def test_compiled_fullgraph_forward_and_backward():
@@ -294,7 +320,7 @@ import sys
 import torch, lgnet_fast
 assert "torch.utils.flop_counter" not in sys.modules
 from torch.utils.flop_counter import FlopCounterMode
-assert all(type(finder).__name__ != "_WithCounter" for finder in sys.meta_path)
+assert all(type(finder).__name__ != "_RegisterFlopsOnImport" for finder in sys.meta_path)
 with FlopCounterMode(display=False) as counter:
     torch.ops.lgnet.cosine_attention(torch.randn(1, 8, 4, 4), "released")
 print(counter.get_total_flops())

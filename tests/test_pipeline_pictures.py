@@ -11,8 +11,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.errors import InvalidImageError, InvalidMaskError
-from lgnet_fast.pipeline import Inpainter
-from lgnet_fast.pipeline import files as files_module
+from lgnet_fast.pipeline import Inpainter, writing
 from lgnet_fast.pipeline.files import open_upright, save_picture
 from lgnet_fast.pipeline.pictures import picture_of
 
@@ -399,7 +398,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     def crash(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(files_module.os, "fsync", crash)
+    monkeypatch.setattr(writing.os, "fsync", crash)
     with pytest.raises(OSError, match="disk full"):
         save_picture(Image.new("RGB", (4, 4)), target)
     assert target.read_bytes() == b"old"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from lgnet_fast import LocalGlobalRefinement, create_model
-from lgnet_fast.engine.engine import plan_stages
+from lgnet_fast.engine.build import build_plan, plan_stages
+from lgnet_fast.engine.geometry import Geometry
 from lgnet_fast.engine.holes import group_holes, hole_boxes
-from lgnet_fast.engine.plan import PICTURE, Plan, build_plan
-from lgnet_fast.engine.regions import Rect, conv_input, deconv_input, join
+from lgnet_fast.engine.plan import PICTURE, Plan
+from lgnet_fast.engine.regions import Rect, join, rounded
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from tests.support import assert_accurate, case
 
@@ -172,6 +173,12 @@ def test_regions_in_a_non_square_batch(model):
     assert_accurate("sparse", sparse, dense)
 
 
+def test_rounded_rectangles_stay_inside():
+    assert rounded([Rect(1, 33, 32, 64)], 32, 256, 256) == (Rect(0, 64, 32, 64),)
+    assert rounded([Rect(0, 1, 0, 1), Rect(2, 3, 5, 6)], 32, 256, 256) == (Rect(0, 32, 0, 32),)
+    assert rounded([Rect(0, 40, 0, 40)], 32, 48, 48) == (Rect(0, 48, 0, 48),)
+
+
 def test_join_covers_the_same_pixels_once_and_costs_no_more():
     rng = random.Random(0)
     for _ in range(50):
@@ -193,7 +200,7 @@ def test_join_covers_the_same_pixels_once_and_costs_no_more():
 @pytest.mark.parametrize(
     ("kernel", "stride", "pad", "reflect"), [(4, 2, 1, 0), (3, 1, 1, 1), (3, 2, 1, 0), (7, 1, 3, 1)]
 )
-def test_conv_input_is_exactly_what_a_convolution_reads(kernel, stride, pad, reflect):
+def test_reads_is_exactly_what_a_convolution_reads(kernel, stride, pad, reflect):
     size = 16
     for top in range(0, size // stride):
         for bottom in range(top + 1, size // stride + 1):
@@ -203,11 +210,13 @@ def test_conv_input_is_exactly_what_a_convolution_reads(kernel, stride, pad, ref
             y[:, :, top:bottom, 2:5].sum().backward()
             rows, columns = x.grad[0, 0].sum(1).nonzero(), x.grad[0, 0].sum(0).nonzero()
             read = Rect(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
-            assert conv_input(Rect(top, bottom, 2, 5), (size, size), kernel, stride, pad, bool(reflect)) == read
+            geometry = Geometry(kernel, stride, pad, reflect=bool(reflect))
+            assert geometry.reads(Rect(top, bottom, 2, 5), (size, size)) == read
+            assert geometry.out_size((size, size)) == tuple(y.shape[2:])
 
 
 @pytest.mark.parametrize(("kernel", "pad", "output_padding"), [(4, 1, 0), (3, 1, 1)])
-def test_deconv_input_is_exactly_what_a_transposed_convolution_reads(kernel, pad, output_padding):
+def test_reads_is_also_exactly_what_a_transposed_convolution_reads(kernel, pad, output_padding):
     for top in range(0, 16):
         for bottom in range(top + 1, 17):
             x = torch.zeros(1, 1, 8, 8, requires_grad=True)
@@ -217,7 +226,57 @@ def test_deconv_input_is_exactly_what_a_transposed_convolution_reads(kernel, pad
             y[:, :, top:bottom, 3:9].sum().backward()
             rows, columns = x.grad[0, 0].sum(1).nonzero(), x.grad[0, 0].sum(0).nonzero()
             read = Rect(int(rows[0]), int(rows[-1]) + 1, int(columns[0]), int(columns[-1]) + 1)
-            assert deconv_input(Rect(top, bottom, 3, 9), (8, 8), kernel, 2, pad) == read
+            geometry = Geometry(kernel, 2, pad, transposed=True, output_padding=output_padding)
+            assert geometry.reads(Rect(top, bottom, 3, 9), (8, 8)) == read
+            assert geometry.out_size((8, 8)) == tuple(y.shape[2:])
+
+
+@pytest.mark.parametrize(
+    "geometry",
+    [
+        Geometry(3, 1, 1),
+        Geometry(4, 2, 1),
+        Geometry(7, 1, 3),
+        Geometry(5, 3, 2),
+        Geometry(4, 2, 1, True),
+        Geometry(3, 2, 1, True, output_padding=1),
+    ],
+    ids=str,
+)
+def test_phases_and_axes_are_the_convolution(geometry):
+    """Summed over phases as the CPU's kernels take them, and over the axes of the GPU's, along one axis."""
+    size, rng = 9, np.random.default_rng(0)
+    source, taps = torch.from_numpy(rng.normal(size=size)), torch.from_numpy(rng.normal(size=geometry.kernel))
+    operator = nn.functional.conv_transpose1d if geometry.transposed else nn.functional.conv1d
+    more = (geometry.output_padding,) if geometry.transposed else ()
+    exact = operator(source[None, None], taps[None, None], None, geometry.stride, geometry.padding, *more)[0, 0]
+    assert geometry.out_size((size, size)) == (len(exact), len(exact))
+
+    def at(index: int) -> Tensor:
+        return source[index] if 0 <= index < size else torch.zeros((), dtype=torch.float64)
+
+    phases = geometry.phases()
+    assert sorted({phase.out for phase in phases}) == list(range(geometry.out_step))
+    axes = [geometry.axis(), geometry.axis(2 * geometry.out_step)]
+    for output, expected in enumerate(exact):
+        row, out = divmod(output, geometry.out_step)
+        total = sum(
+            taps[tap] * at(geometry.in_step * row + phase.start + n * phase.stride)
+            for phase in phases
+            if phase.out == out
+            for n, tap in enumerate(phase.taps)
+        )
+        assert_accurate("phases", total, expected)
+        for axis in axes:
+            row, shift = divmod(output, axis.out_step)
+            phase = shift if axis.phases > 1 else 0
+            first, count = axis.used(phase, size, len(exact), reflect=False)
+            total = torch.zeros((), dtype=torch.float64)
+            for n in range(first, first + count):
+                tap = geometry.tap(shift, axis.origins[phase] + n)
+                if tap is not None:
+                    total += taps[tap] * at(axis.in_step * row + axis.origins[phase] + n)
+            assert_accurate("axis", total, expected)
 
 
 def test_hole_boxes_contain_every_hole_pixel_tightly():

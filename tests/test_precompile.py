@@ -6,6 +6,8 @@ Without a GPU every compiling process refuses at once, which the caller must sur
 from __future__ import annotations
 
 import pickle
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ pytest.importorskip("triton")
 from lgnet_fast.kernels import precompile
 from lgnet_fast.kernels.conv import Conv, Store, conv_forward
 from lgnet_fast.kernels.conv_configs import Tile
-from lgnet_fast.kernels.launch import Launch, record
+from lgnet_fast.kernels.launch import Launch, map_leaves, record, specialisation
 
 CONV = Conv(32, 64, 3, 1, 1, False, False, False)
 
@@ -43,10 +45,34 @@ def test_rectangles_share_a_kernel_and_dtypes_do_not() -> None:
 def test_tasks_travel_without_their_tensors() -> None:
     (task,) = precompile.distinct(launches((0, 16, 0, 16)))
     assert pickle.loads(pickle.dumps(task)) == task
-    pointers = [a for a in task.args if isinstance(a, precompile.Pointer)]
+    leaves: list[object] = []
+    for argument in task.args:
+        map_leaves(argument, leaves.append)
+    assert not any(isinstance(leaf, torch.Tensor) for leaf in leaves)
+    pointers = [leaf for leaf in leaves if isinstance(leaf, precompile.Pointer)]
+    assert len(pointers) == 4  # source, weight, bias, out
     assert {p.dtype for p in pointers} == {torch.float16, torch.float32}
     assert all(p.data_ptr() % 16 == 0 for p in pointers if p.aligned)
     assert precompile.Pointer(torch.float16, False).data_ptr() % 16 != 0
+
+
+def test_what_tuples_hold_decides_too() -> None:
+    """As Triton does it: tensors by dtype and alignment, integers by being 1 or a multiple of 16, None by itself."""
+
+    class Pair(NamedTuple):
+        pointer: object
+        stride: object
+
+    def key(pointer: object, stride: object) -> list[object]:
+        return specialisation(
+            SimpleNamespace(params=[SimpleNamespace(do_not_specialize=True)]), (Pair(pointer, stride),)
+        )
+
+    half = torch.empty(32, dtype=torch.float16)
+    same = key(half, 32)
+    assert same == key(torch.empty(64, dtype=torch.float16), 48)
+    others = [(half.bfloat16(), 32), (half[1:], 32), (half, 33), (half, 1), (half, None), (None, 32), (half, 2**31)]
+    assert all(key(*other) != same for other in others)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="without a GPU nothing can be compiled for one")

@@ -15,7 +15,15 @@ import pytest
 import torch
 
 from bench import regression, timing
-from bench.regression import Change, compare, incomparable, machine_class, read_results, settle, write_results
+from bench.regression import (
+    Change,
+    compare,
+    compare_or_store,
+    incomparable,
+    machine_class,
+    read_results,
+    write_results,
+)
 from bench.timing import ROOT, interleave, spread, summarize
 from lgnet_fast.ops.dispatch import launchers
 from lgnet_fast.reference.attention import attention_block
@@ -103,28 +111,28 @@ def test_wrong_rivals_and_strangers_do_not_count():
 def test_settle(tmp_path):
     """Unknown: stored. Known: compared, nothing overwritten; what is new in it is stored. Asked for: stored."""
     file = tmp_path / f"{STEM}.json"
-    changes, notes = settle({STEM: {"a": bench(eager=3.0)}}, tmp_path)
+    changes, notes = compare_or_store({STEM: {"a": bench(eager=3.0)}}, tmp_path)
     assert changes == []
     assert notes == [f"stored 1 benches in {file}: no stored run of this machine class"]
     slower = {"a": bench(eager=2.0), "b": bench(eager=5.0)}
-    changes, notes = settle({STEM: slower}, tmp_path)
+    changes, notes = compare_or_store({STEM: slower}, tmp_path)
     assert only(changes).failed
     assert notes == [f"stored 1 new benches in {file}: b"]
     stored = read_results(file.read_text())["benches"]
     assert {name: b["times_slower_than_ours"]["eager"] for name, b in stored.items()} == {"a": 3.0, "b": 5.0}
-    changes, notes = settle({STEM: {"a": bench(eager=2.0)}}, tmp_path, store=True)
+    changes, notes = compare_or_store({STEM: {"a": bench(eager=2.0)}}, tmp_path, store=True)
     assert changes == []
     assert notes == [f"stored 1 benches in {file}: asked for"]
     stored = read_results(file.read_text())["benches"]
     assert {name: b["times_slower_than_ours"]["eager"] for name, b in stored.items()} == {"a": 2.0, "b": 5.0}
-    assert not only(settle({STEM: {"a": bench(eager=2.0)}}, tmp_path)[0]).failed
+    assert not only(compare_or_store({STEM: {"a": bench(eager=2.0)}}, tmp_path)[0]).failed
 
 
 def test_settle_after_another_torch(tmp_path, monkeypatch):
-    settle({STEM: {"a": bench(eager=3.0), "b": bench(eager=3.0)}}, tmp_path)
+    compare_or_store({STEM: {"a": bench(eager=3.0), "b": bench(eager=3.0)}}, tmp_path)
     info = regression.environment()
     monkeypatch.setattr(regression, "environment", lambda: info | {"torch": "99.1.0+cpu"})
-    changes, notes = settle({STEM: {"a": bench(eager=2.0)}}, tmp_path)
+    changes, notes = compare_or_store({STEM: {"a": bench(eager=2.0)}}, tmp_path)
     assert changes == []
     was = ".".join(torch.__version__.split(".")[:2])
     assert notes[0].endswith(f"the stored run does not compare: torch was {was}, is 99.1")
@@ -190,9 +198,9 @@ def test_rounds_and_ratios():
 
 
 def test_long_calls_join_few_rounds(monkeypatch):
-    monkeypatch.setattr("bench.timing.LONG", 0.02)
-    monkeypatch.setattr("bench.timing.SHORTEST", 1e-3)
-    monkeypatch.setattr("bench.timing.ENOUGH", 0.0)
+    monkeypatch.setattr("bench.timing.LONG_CALL_S", 0.02)
+    monkeypatch.setattr("bench.timing.MIN_RUN_S", 1e-3)
+    monkeypatch.setattr("bench.timing.MIN_CONTEST_S", 0.0)
     called = {"short": 0, "long": 0}
 
     def call(name, s):
@@ -214,8 +222,8 @@ def test_rounds_are_added(monkeypatch, enough, patience, expected):
     """On a clock of the test's own: a round takes 0.3 or 0.5 s, the ratio jumps between 2 and 4 and stays unknown."""
     now = [0.0]
     monkeypatch.setattr("bench.timing.clock", lambda: now[0])
-    monkeypatch.setattr("bench.timing.ENOUGH", enough)
-    monkeypatch.setattr("bench.timing.PATIENCE", patience)
+    monkeypatch.setattr("bench.timing.MIN_CONTEST_S", enough)
+    monkeypatch.setattr("bench.timing.MAX_CONTEST_S", patience)
     calls = [0]
 
     def advance(s):

@@ -8,12 +8,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgnet_fast.errors import WeightsError
+from lgnet_fast.errors import DataError, WeightsError
 from lgnet_fast.reference.features import LPIPS
 from lgnet_fast.reference.vgg import VGG16Features
 from lgnet_fast.training.data import open_source
 from lgnet_fast.training.demo_data import encode, main, write_shards, write_weights
-from lgnet_fast.training.errors import DataError
 from tests.test_features import weights
 from tests.training_support import write_pictures
 

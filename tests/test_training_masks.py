@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from lgnet_fast import InvalidMaskError
-from lgnet_fast.training import HOLE_CLASSES, DataError, MaskFolder, generate_mask, hole_class, hole_ratio, masks
+from lgnet_fast.data import masks
+from lgnet_fast.training import HOLE_CLASSES, DataError, MaskFolder, generate_mask, hole_class, hole_ratio
 
 
 @pytest.mark.parametrize("kind", masks.KINDS)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from PIL import Image
 
+from lgnet_fast.data.masks import varied_mask
 from lgnet_fast.training import DataError
 from lgnet_fast.training.config import DataConfig
 from lgnet_fast.training.data import InpaintingDataset, PositionSampler
-from lgnet_fast.training.masks import varied_mask
 from lgnet_fast.training.memory import MemoryBatches
 from tests.training_support import write_pictures
 

@@ -24,7 +24,7 @@ from lgnet_fast.training import ConfigError, DataError, Trainer, TrainingError, 
 from lgnet_fast.training.config import LossConfig, OptimConfig, config_of
 from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator, make_features, make_lpips
 from lgnet_fast.training.progress import Report
-from lgnet_fast.training.trainer import learning_rate_factor
+from lgnet_fast.training.schedule import learning_rate_factor
 from lgnet_fast.training.validation import gradient_energy
 from tests.support import released_state
 from tests.test_features import weights
@@ -625,7 +625,7 @@ def test_shipped_configurations_are_valid(name):
     config = load_config(Path(__file__).parent.parent / "configs" / f"{name}.yaml")
     assert config.data.size == 256
     if name == "lgnet_places2":
-        # SPEC's settings are the defaults.
+        # The paper's settings are the defaults.
         assert config.loss == LossConfig()
         assert (config.optim.learning_rate, config.optim.betas, config.optim.batch_size) == (2e-4, (0.5, 0.999), 4)
         assert (config.optim.epochs, config.optim.schedule) == (200, "paper")

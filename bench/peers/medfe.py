@@ -80,7 +80,7 @@ class EncoderStep(nn.Module):
     def __init__(self, in_channels: int, out_channels: int, *, activation: bool = True, norm: bool = True) -> None:
         super().__init__()
         conv = nn.Conv2d(in_channels, out_channels, 4, stride=2, padding=1)
-        layers = [_leaky(inplace=True)] if activation else []
+        layers: list[nn.Module] = [_leaky(inplace=True)] if activation else []
         layers += [conv, nn.InstanceNorm2d(out_channels, affine=True)] if norm else [conv]
         self.model = nn.Sequential(*layers)
 
@@ -173,9 +173,9 @@ class PartialConv(nn.Module):
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()
-        options = {"padding": kernel_size // 2, "bias": False}
-        self.input_conv = nn.Conv2d(channels, channels, kernel_size, **options)
-        self.mask_conv = nn.Conv2d(channels, channels, kernel_size, **options)
+        border = kernel_size // 2
+        self.input_conv = nn.Conv2d(channels, channels, kernel_size, padding=border, bias=False)
+        self.mask_conv = nn.Conv2d(channels, channels, kernel_size, padding=border, bias=False)
         nn.init.ones_(self.mask_conv.weight).requires_grad_(False)
 
     def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -229,6 +229,8 @@ def gaussian_weights(side: int, sigma: float) -> Tensor:
 class Equalization(nn.Module):
     """Channel equalisation, then spatial: Gaussian means over the map beside attention over the 3x3 neighbours."""
 
+    gaussian: Tensor
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.model = nn.Sequential(ChannelEqualization(channels))
@@ -254,6 +256,8 @@ class Equalization(nn.Module):
 
 class Filling(nn.Module):
     """The original's `pc_block`: six feature maps and the hole -> six maps with the hole filled."""
+
+    mean_4x4: Tensor
 
     def __init__(self, mask_mode: str) -> None:
         super().__init__()
@@ -350,6 +354,8 @@ class MEDFE(nn.Module):
         mask_mode: which positions the partial convolutions take for known. "all_valid": all of them, as the
             original does since it averages the mask; "nearest": by the mask sampled at 32x32, as it did before.
     """
+
+    colour: Tensor
 
     def __init__(self, mask_mode: str = "all_valid") -> None:
         super().__init__()

@@ -32,16 +32,18 @@ class PartialConv2d(nn.Conv2d):
     A sub-class of ``nn.Conv2d`` as in the original: the paper's counting tool passes over it for that reason.
     """
 
+    ones: Tensor
+
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1) -> None:
         super().__init__(in_channels, out_channels, kernel_size, stride, padding=kernel_size // 2, bias=False)
         self.register_buffer(
             "ones", torch.ones(out_channels, in_channels, kernel_size, kernel_size), persistent=False
         )
-        self.window = in_channels * kernel_size**2
+        self.window, self.border = in_channels * kernel_size**2, kernel_size // 2
 
-    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:  # type: ignore[override]
         """Features and mask (1 = known), [B, in, H, W] each -> the same of the output, [B, out, H', W']."""
-        known = F.conv2d(mask, self.ones, stride=self.stride, padding=self.padding)
+        known = F.conv2d(mask, self.ones, stride=self.stride, padding=self.border)
         updated = known.clamp(0, 1)
         ratio = self.window / (known + 1e-8) * updated
         return super().forward(x * mask) * ratio, updated

@@ -9,9 +9,9 @@
 //
 // Patch. For 64 input channels at a time the tensor memory accelerator (TMA) brings the tile with its halo into
 // shared memory once: one line of 128 bytes a pixel, `pitch` pixels a row, swizzled by 128 bytes. A tap is another
-// start address of the same patch: 8 pixels of a row are one group of wgmma's matrix descriptor, rows are `dy_bytes`
-// apart. The swizzle exclusive-ors address bits 4 to 6 with bits 7 to 9, on the address itself, so that a start which
-// is no multiple of 1024 bytes finds what the TMA wrote.
+// start address of the same patch: 8 pixels of a row are one group of wgmma's matrix descriptor, rows are `pitch`
+// lines apart. The swizzle exclusive-ors address bits 4 to 6 with bits 7 to 9, on the address itself, so that a start
+// which is no multiple of 1024 bytes finds what the TMA wrote.
 //
 // Weights come as kernels/conv.py packs them, [taps * channels in, channels out], a stage of 64 x 64 a time; the
 // blocks of a cluster share their channels, so each loads its part of a stage and multicasts it to all.
@@ -49,9 +49,8 @@ struct Args {
   int32_t tiles_x, tiles_y, m_tiles, n_blocks, chunks, phases, out_step;
   int32_t origin_y[2], origin_x[2], first_y[2], first_x[2], count_y[2], count_x[2], taps[2];
   int32_t stride_r, stride_0, stride_1, activation_0, activation_1, reflect;
-  // the patch: bytes between taps along x and y, of one box of the TMA, pixels a row and rows of a box, boxes
-  int32_t dx_bytes, dy_bytes, box_bytes, pitch, box_rows, planes;
-  int32_t base_offset, weight_stages, patch_stages, patch_bytes;
+  // the patch: pixels of a row, rows; bytes of a stage
+  int32_t pitch, box_rows, weight_stages, patch_stages, patch_bytes;
 };
 
 __device__ __forceinline__ uint32_t shared_address(const void* p) {
@@ -288,8 +287,8 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
   const Place place = place_of(args, TILE_H);
   const int count_y = args.count_y[place.phase_y], count_x = args.count_x[place.phase_x];
   const int y0 = place.y + args.origin_y[place.phase_y], x0 = place.x + args.origin_x[place.phase_x];
-  const bool mending = args.reflect && (y0 < 0 || x0 < 0 || y0 + args.box_rows > args.in_h ||
-                                        x0 + args.pitch + args.planes - 1 > args.in_w);
+  const bool mending =
+      args.reflect && (y0 < 0 || x0 < 0 || y0 + args.box_rows > args.in_h || x0 + args.pitch > args.in_w);
 
   if (threadIdx.x == 128) {
     asm volatile("prefetch.tensormap [%0];" ::"l"(&weights) : "memory");
@@ -366,11 +365,8 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
         const uint32_t full = shared_address(&patch_full[stage]);
         const uint32_t to = shared_address(patches) + stage * args.patch_bytes;
         barrier_wait(shared_address(&patch_empty[stage]), parity);
-        barrier_expect(full, args.planes * args.box_bytes);
-#pragma unroll 1
-        for (int plane = 0; plane < args.planes; ++plane) {
-          load_patch(to + plane * args.box_bytes, &source, full, chunk * kChannels, x0 + plane, y0, place.sample);
-        }
+        barrier_expect(full, args.box_rows * args.pitch * kLine);
+        load_patch(to, &source, full, chunk * kChannels, x0, y0, place.sample);
         if (++stage == args.patch_stages) {
           stage = 0;
           parity ^= 1;
@@ -384,10 +380,7 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
 #pragma unroll 1
       for (int chunk = 0; chunk < args.chunks; ++chunk) {
         barrier_wait(shared_address(&patch_full[stage]), parity);
-#pragma unroll 1
-        for (int plane = 0; plane < args.planes; ++plane) {
-          mend(patches + stage * args.patch_bytes + plane * args.box_bytes, args, y0, x0 + plane, lane);
-        }
+        mend(patches + stage * args.patch_bytes, args, y0, x0, lane);
         asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
         barrier_arrive(shared_address(&patch_mended[stage]));
         if (++stage == args.patch_stages) {
@@ -419,7 +412,8 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
     float sum[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-    const uint64_t a = descriptor(1024), b = descriptor(args.dy_bytes);
+    const uint32_t row_bytes = args.pitch * kLine;
+    const uint64_t a = descriptor(1024), b = descriptor(row_bytes);
     const uint32_t weight_base = shared_address(memory), patch_base = shared_address(patches);
     int stage = 0, parity = 0, patch_stage = 0, patch_parity = 0;
     int before = -1;
@@ -432,9 +426,9 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
       for (int y = 0; y < count_y; ++y) {
 #pragma unroll 1
         for (int x = 0; x < count_x; ++x) {
-          const uint32_t start = patch + y * args.dy_bytes + x * args.dx_bytes;
+          const uint32_t start = patch + y * row_bytes + x * kLine;
           const uint64_t from_weights = at(a, weight_base + stage * kWeightBytes);
-          const uint64_t from_patch = at(b, start) | (args.base_offset ? uint64_t((start >> 7) & 7) << 49 : 0);
+          const uint64_t from_patch = at(b, start);
           barrier_wait(shared_address(&weights_full[stage]), parity);
           asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
 #pragma unroll

@@ -1,8 +1,10 @@
 """A plan on an NVIDIA GPU: Triton kernels over one block of memory, the whole forward replayed as one CUDA graph.
 
 Each step is one launch of `kernels/conv.py` (two where its depth is split, one more for every further rectangle of a
-restricted run) or the attention block. Feature maps are NHWC in the arena of :mod:`.arena`, in the dtype to compute
-in; pictures come and go as float32, so known pixels of the result are those of the input.
+restricted run) or the attention block. Where the tuner found that faster, a step runs by the compiled kernel of
+`kernels/hopper.py`, and the deep layers of a dense run share a launch (:mod:`.deep`). Feature maps are NHWC in the
+arena of :mod:`.arena`, in the dtype to compute in; pictures come and go as float32, so known pixels of the result are
+those of the input.
 
 A step runs through PyTorch's own convolution (cuDNN) where the tuner found that faster (kernels/conv_tables.py).
 """
@@ -11,79 +13,64 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import logging
-import threading
+import math
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .. import forks
 from .arena import plan_arena
+from .cpu_tuning import entry_name
+from .cuda_weights import CudaWeights, StepWeights, Tuned, conv_of, event_of, target_of, work_of
 from .deep import group_launch, make_groups
-from .graphs import Program, Recent, is_capturing
-from .plan import PICTURE, Plan, Step, View
-from .regions import Rect, join
+from .executor import Executor, Regions, Result
+from .graphs import Program, is_capturing
+from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step, View
+from .recent import Recent
+from .regions import Rect
+from .torch_executor import convolution
 
 if TYPE_CHECKING:
-    from lgnet_fast.kernels.conv import Conv
+    from typing_extensions import Self
+
     from lgnet_fast.kernels.conv_configs import Tile
     from lgnet_fast.kernels.deep import DeepGroup
     from lgnet_fast.kernels.hopper import HopperTile
+
+    from .cuda_weights import Choice
 
 logger = logging.getLogger("lgnet_fast")
 
 GRAPHS_KEPT = 32
 """Graphs kept a shape, one a set of rectangles."""
-BUCKET = 32
-"""Rectangles of holes are rounded outward to multiples of this many pixels, so that few graphs serve many holes."""
-
-# A restricted run must save this share of the multiplications, else the dense graph is taken.
-_WORTHWHILE = 0.05
 
 Launch = Callable[[], None]
 
 
-def describe(step: Step) -> Conv:
-    """A convolution of the plan as the kernels' own description."""
-    from lgnet_fast.kernels.conv import Conv
-
-    return Conv(
-        step.source.channels,
-        step.out_channels,
-        step.kernel,
-        step.stride,
-        step.padding,
-        step.kind == "deconv",
-        step.reflect,
-        step.merges,
-    )
-
-
-def bucket(holes: Sequence[Rect], height: int, width: int) -> tuple[Rect, ...]:
-    """Rectangles rounded outward to multiples of BUCKET, within height x width."""
-    return join(
-        Rect(
-            r.top // BUCKET * BUCKET,
-            min(height, -(-r.bottom // BUCKET) * BUCKET),
-            r.left // BUCKET * BUCKET,
-            min(width, -(-r.right // BUCKET) * BUCKET),
-        )
-        for r in holes
-    )
-
-
 @dataclass(frozen=True)
-class _Weights:
-    """Of one step: packed for the kernels (or the combiner), the bias, and unpacked where cuDNN may run it."""
+class CudaOptions:
+    """How launches are made.
 
-    packed: Tensor
-    bias: Tensor
-    plain: Tensor | None
+    Attributes:
+        graphs: replay by CUDA graph.
+        overlap: let a step's launch start, and fetch its weights, while the one before still runs (Hopper and newer).
+        clone_outputs: return copies. Else results are overwritten by the next call.
+        deep_rows: consecutive steps of at most so many outputs a phase share a launch where they can (Hopper, dense
+            runs); 0: none; None: as measured, else none.
+    """
+
+    graphs: bool = True
+    overlap: bool = False
+    clone_outputs: bool = True
+    deep_rows: int | None = None
 
 
 class Memory:
@@ -138,50 +125,66 @@ class Memory:
         return self._counters
 
 
-class CudaExecutor:
+class CudaExecutor(Executor):
     """Runs a plan on an NVIDIA GPU (or, where Triton runs interpreted, on CPU tensors without graphs).
 
     Thread-safe: calls share their memory, so they take turns, in the order in which they come.
 
     Args:
-        plan: dense, with weights; nothing of it is kept but its shapes.
-        dtype: float32 (tf32 as ``torch.backends.cuda.matmul.allow_tf32`` says), float16 or bfloat16.
-        device: where to run; None: where the weights are.
-        choices: step name -> tile of the kernels, or "cudnn" (in dense runs); others by table and estimate.
-        graphs: replay by CUDA graph.
-        overlap: let a step's launch start, and fetch its weights, while the one before still runs (Hopper and newer).
-        clone_outputs: return copies. Else results are overwritten by the next call.
-        deep_rows: consecutive steps of at most so many outputs a phase share a launch where they can (Hopper, dense
-            runs); None: as measured, 0: none.
+        plan: dense; only its shapes are used.
+        weights: of the plan's network.
+        options: how launches are made.
     """
 
-    def __init__(
-        self,
+    granularity = 32  # so that few graphs serve many holes
+
+    def __init__(self, plan: Plan, weights: CudaWeights, options: CudaOptions = CudaOptions()) -> None:
+        if (reason := self.unavailable_reason(weights.device, weights.dtype)) is not None:
+            raise RuntimeError(reason)
+        self.weights, self.options = weights, options
+        if options.overlap and (reason := self._overlap_reason()) is not None:
+            raise RuntimeError(f"overlap: {reason}")
+        self.plan = plan.without_weights()
+        self._lock = forks.Lock()
+        self._own: Memory | None = None
+        self._groups: dict[int, DeepGroup] | None = None
+        self._programs: Recent[Program] = Recent(GRAPHS_KEPT, self._drop)
+        self._last = max((number for number, step in enumerate(plan.steps) if step.merges), default=-1)
+        self._pool = self._graph_pool()
+        self._done: torch.cuda.Event | None = None
+        if self.device.type == "cuda":
+            if weights.packed is not None and not is_capturing(self.device):
+                torch.cuda.current_stream(self.device).wait_event(weights.packed)
+            self._done = event_of(self.device)
+            # Memory goes back to the stream it was made on; the last run may still use it on another one.
+            weakref.finalize(self, _let_finish, self._done, self.device).atexit = False
+
+    @classmethod
+    def of(
+        cls,
         plan: Plan,
         dtype: torch.dtype = torch.float16,
         *,
         device: torch.device | None = None,
-        choices: Mapping[str, Tile | HopperTile | Literal["cudnn"]] | None = None,
-        graphs: bool = True,
-        overlap: bool = False,
-        clone_outputs: bool = True,
-        deep_rows: int | None = None,
-    ) -> None:
-        self.dtype = dtype
-        self.device = plan.steps[0].weight.device if device is None else torch.device(device)
-        if (reason := self.unavailable_reason(self.device, dtype)) is not None:
+        choices: Mapping[str, Choice] | None = None,
+        tuned: Tuned | None = None,
+        by_library: frozenset[str] = frozenset(),
+        **options: Any,
+    ) -> Self:
+        """The executor of a plan with weights.
+
+        Args:
+            plan: dense, with weights; nothing of it is kept but its shapes.
+            dtype: float32 (tf32 as ``torch.backends.cuda.matmul.allow_tf32`` says), float16 or bfloat16.
+            device: where to run; None: where the weights are.
+            choices, tuned, by_library: see :class:`.cuda_weights.CudaWeights`.
+            options: of :class:`CudaOptions`.
+        """
+        device = plan.steps[0].weight.device if device is None else torch.device(device)
+        if (reason := cls.unavailable_reason(device, dtype)) is not None:
             raise RuntimeError(reason)
-        self._chosen = dict(choices or {})
-        self._graphs, self._clone = graphs, clone_outputs
-        self._overlap, self._deep_rows = overlap, deep_rows
-        self._deep_packs: dict[tuple[str, Any], Tensor] = {}
-        if overlap and (reason := self._overlap_reason()) is not None:
-            raise RuntimeError(f"overlap: {reason}")
-        with torch.inference_mode(False):
-            packed = {s.name: self._pack(plan, s) for s in plan.steps if s.weights_of == s.name}
-            self._weights = {step.name: packed[step.weights_of] for step in plan.steps}
-        self._packed = self._event()
-        self._build(plan.without_weights())
+        weights = CudaWeights.pack(plan, dtype, device=device, choices=choices, tuned=tuned, by_library=by_library)
+        return cls(plan, weights, CudaOptions(**options))
 
     @staticmethod
     def unavailable_reason(device: torch.device, dtype: torch.dtype = torch.float16) -> str | None:
@@ -200,120 +203,77 @@ class CudaExecutor:
 
         return can_overlap(self.device)
 
-    def resized(self, plan: Plan) -> CudaExecutor:
-        """The same packed weights for another batch or size."""
-        other = type(self).__new__(type(self))
-        other.dtype, other.device, other._chosen = self.dtype, self.device, self._chosen
-        other._graphs, other._clone, other._weights = self._graphs, self._clone, self._weights
-        other._overlap, other._packed = self._overlap, self._packed
-        other._deep_rows, other._deep_packs = self._deep_rows, self._deep_packs
-        other._build(plan.without_weights())
-        return other
+    @property
+    def device(self) -> torch.device:
+        return self.weights.device
 
-    def without_graphs(self) -> CudaExecutor:
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weights.dtype
+
+    def resized(self, plan: Plan) -> Self:
+        return type(self)(plan, self.weights, self.options)
+
+    def without_graphs(self) -> Self:
         """The same weights and sizes, every kernel launched by itself."""
-        other = self.resized(self.plan)
-        other._graphs, other._pool = False, None
-        return other
+        return type(self)(self.plan, self.weights, replace(self.options, graphs=False))
 
-    # -- weights and choices -------------------------------------------------------------------------------------
+    # -- choices -------------------------------------------------------------------------------------------------
 
-    def _pack(self, plan: Plan, step: Step) -> _Weights:
-        if step.kind == "attention":
-            return _Weights(self._moved(step.weight), self._moved(step.bias), None)
-        conv = describe(step)
-        plain = None
-        if self._prefers_cudnn(plan, step):
-            plain = self._moved(step.weight).contiguous(memory_format=torch.channels_last)
-        bias = step.bias.detach().to(self.device, torch.float32)
-        return _Weights(self._moved(conv.pack(step.weight.detach())), bias, plain)
-
-    def _moved(self, tensor: Tensor) -> Tensor:
-        return tensor.detach().to(self.device, self.dtype).contiguous()
-
-    def _work(self, plan: Plan, step: Step, rect: Rect | None = None) -> Any:
-        source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
-        sizes = (source.height, source.width), (out.height, out.width)
-        return describe(step).work(plan.batch, *sizes, out.everywhere if rect is None else rect)
-
-    def _target(self) -> tuple[str, str, int]:
-        from lgnet_fast.kernels.configs import config_kind, device_generation
-        from lgnet_fast.kernels.launch import dot_precision
-
-        return config_kind(self.dtype, dot_precision(self.dtype)), *device_generation(self.device)
-
-    def _prefers_cudnn(self, plan: Plan, step: Step) -> bool:
-        from lgnet_fast.kernels.conv_configs import is_tuned_cudnn
-
-        if step.name in self._chosen:
-            return self._chosen[step.name] == "cudnn"
-        kind, generation, _ = self._target()
-        return is_tuned_cudnn(self._work(plan, step), kind, generation)
-
-    def tile(self, step: Step, rect: Rect | None = None) -> Tile:
+    def tile(self, step: ConvStep, rect: Rect | None = None) -> Tile:
         """Block shapes that a step's rectangle (None: all of it) runs with."""
         from lgnet_fast.kernels.conv_configs import Tile, pick_tile
 
-        choice = self._chosen.get(step.name)
-        if isinstance(choice, Tile):
-            return choice
-        return pick_tile(self._work(self.plan, step, rect), *self._target())
+        target = target_of(self.device, self.dtype)
+        work = work_of(self.plan, step, rect)
+        for choice in (self.weights.chosen.get(step.name), self.weights.tuned.tile(work, target[0])):
+            if isinstance(choice, Tile):
+                return choice
+        return pick_tile(work, *target)
 
-    def _hopper_tile(self, step: Step, rect: Rect | None = None) -> HopperTile | None:
+    def _hopper_tile(self, step: ConvStep, rect: Rect | None = None) -> HopperTile | None:
         """The tile of `kernels/hopper.py` for a step's rectangle; None where it runs by `kernels/conv.py`."""
-        from lgnet_fast.kernels.hopper import HopperTile, pick
+        from lgnet_fast.kernels.hopper import HopperTile, usable
 
-        choice = self._chosen.get(step.name)
+        choice = self.weights.chosen.get(step.name)
         if choice is not None:
             return choice if isinstance(choice, HopperTile) else None
-        return pick(describe(step), self._work(self.plan, step, rect), self.dtype, self.device)
+        kind, _, _ = target_of(self.device, self.dtype)
+        measured = self.weights.tuned.tile(work_of(self.plan, step, rect), kind)
+        if isinstance(measured, HopperTile) and usable(measured, conv_of(step), self.dtype, self.device):
+            return measured
+        return None
 
     @property
     def choices(self) -> dict[str, str]:
-        """Step name -> what runs it in a dense run: "cudnn", "attention", "hopper PIXELSxCHANNELS/cluster", or
-        BLOCK_MxBLOCK_NxBLOCK_K/splits."""
-        names = {}
-        for step in self.plan.steps:
-            if step.kind == "attention" or self._weights[step.name].plain is not None:
-                names[step.name] = "attention" if step.kind == "attention" else "cudnn"
-            elif (hopper_tile := self._hopper_tile(step)) is not None:
-                names[step.name] = f"hopper 8x{hopper_tile.tile_h}x64/{hopper_tile.cluster}"
-            else:
-                tile = self.tile(step)
-                names[step.name] = (
-                    f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}{'f' if tile.fused else ''}"
-                )
-        return names
+        """Step's name -> what runs it in a dense run: "cudnn", "attention", "deep" (in one launch with others),
+        "hopper PIXELSxCHANNELS/cluster", or BLOCK_MxBLOCK_NxBLOCK_K/splits."""
+        choices = {step.name: self._choice(step) for step in self.plan.steps}
+        for first, group in self._deep_groups().items():
+            choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
+        return choices
+
+    @property
+    def chosen_by(self) -> str:
+        tuned = self.weights.tuned
+        measured = tuned.tiles or tuned.attention or tuned.deep_rows
+        return "measurement, else table and estimate" if measured else "table and estimate"
+
+    def _choice(self, step: Step) -> str:
+        if isinstance(step, AttentionStep):
+            return "torch" if step.name in self.weights.by_library else "attention"
+        if self.weights.steps[step.name].plain is not None:
+            return "cudnn"
+        if (hopper_tile := self._hopper_tile(step)) is not None:
+            return f"hopper 8x{hopper_tile.tile_h}x64/{hopper_tile.cluster}"
+        tile = self.tile(step)
+        return f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}{'f' if tile.fused else ''}"
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def _build(self, plan: Plan) -> None:
-        self.plan = plan
-        self._dense_macs = plan.total_macs()
-        self._lock = threading.Lock()
-        self._groups: dict[int, DeepGroup] | None = None
-        self._own: Memory | None = None
-        self._regions: Recent[tuple[tuple[Rect, ...], ...] | None] = Recent(4 * GRAPHS_KEPT)
-        self._programs: Recent[Program] = Recent(GRAPHS_KEPT, self._drop)
-        self._last = max((number for number, step in enumerate(plan.steps) if step.merges), default=-1)
-        on_gpu = self.device.type == "cuda"
-        self._pool = torch.cuda.graph_pool_handle() if on_gpu and self._graphs else None
-        self._done: torch.cuda.Event | None = None
-        if on_gpu:
-            if self._packed is not None and not is_capturing(self.device):
-                torch.cuda.current_stream(self.device).wait_event(self._packed)
-            self._done = done = self._event()
-            # Memory goes back to the stream it was made on; the last run may still use it on another one.
-            weakref.finalize(self, _let_finish, done, self.device).atexit = False
-
-    def _event(self) -> torch.cuda.Event | None:
-        """What has been launched on the current stream so far."""
-        if self.device.type != "cuda":
-            return None
-        event = torch.cuda.Event()
-        if not is_capturing(self.device):
-            event.record(torch.cuda.current_stream(self.device))
-        return event
+    def _graph_pool(self) -> Any:
+        """Memory that graphs share; None: nothing is captured."""
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" and self.options.graphs else None
 
     @property
     def memory(self) -> Memory:
@@ -335,35 +295,20 @@ class CudaExecutor:
     @property
     def packed_bytes(self) -> int:
         """Bytes of the packed weights."""
-        tensors = [t for w in self._weights.values() for t in (w.packed, w.bias, w.plain) if t is not None]
-        return sum(t.numel() * t.element_size() for t in tensors)
+        return self.weights.bytes
 
     def _drop(self, program: Program) -> None:
         # a graph must not go while the device runs it
         if program.graph is not None and self._done is not None:
             self._done.synchronize()
 
-    def bucket_of(self, regions: Sequence[tuple[Rect, ...]]) -> tuple[Rect, ...]:
-        """What holes share a graph with these, whose rectangles every step has."""
-        return bucket(regions[self._last], self.plan.height, self.plan.width)
+    def holes_of(self, regions: Regions) -> tuple[Rect, ...]:
+        """The rectangles of holes that these are the regions of."""
+        return regions[self._last]
 
-    def _bucketed(self, regions: Sequence[tuple[Rect, ...]] | None) -> tuple[tuple[Rect, ...], ...] | None:
-        """Every step's rectangles for the bucket of these; None where the dense graph is no dearer."""
-        if regions is None:
-            return None
-        holes = self.bucket_of(regions)
-
-        def make() -> tuple[tuple[Rect, ...], ...] | None:
-            plan = self.plan.restricted(holes)
-            if plan.total_macs() > (1 - _WORTHWHILE) * self._dense_macs:
-                return None
-            return tuple(step.regions for step in plan.steps)
-
-        return self._regions.get(holes, make)
-
-    def _program(self, memory: Memory, regions: tuple[tuple[Rect, ...], ...] | None, painted: bool) -> Program:
-        kind, _, _ = self._target()
-        key = (kind, painted, None if regions is None else regions[self._last])
+    def _program(self, memory: Memory, regions: Regions | None, painted: bool) -> Program:
+        kind, _, _ = target_of(self.device, self.dtype)
+        key = (kind, painted, None if regions is None else self.holes_of(regions))
 
         def make() -> Program:
             launches = functools.partial(_run_all, self._launches(memory, regions, painted))
@@ -371,7 +316,7 @@ class CudaExecutor:
 
         return self._programs.get(key, make)
 
-    def _launches(self, memory: Memory, regions: tuple[tuple[Rect, ...], ...] | None, painted: bool) -> list[Launch]:
+    def _launches(self, memory: Memory, regions: Regions | None, painted: bool) -> list[Launch]:
         from lgnet_fast.kernels.conv import paint_forward
 
         start = memory.start if painted else None
@@ -383,7 +328,7 @@ class CudaExecutor:
                 start,
                 memory.maps[PICTURE],
                 memory.outputs[0],
-                self._overlap,
+                self.options.overlap,
             )
         ]
         groups = {} if regions is not None else self._deep_groups()
@@ -399,12 +344,26 @@ class CudaExecutor:
 
     def _deep_groups(self) -> dict[int, DeepGroup]:
         """First step -> the steps from there on that run in one launch (see :mod:`.deep`)."""
-        if self._groups is None and self.device.type == "cuda" and not is_capturing(self.device):
-            from lgnet_fast.kernels.deep import MEASURED_ROWS
+        from lgnet_fast.kernels.launch import is_recording
 
-            rows = MEASURED_ROWS.get(self._target()[0], 0) if self._deep_rows is None else self._deep_rows
-            self._groups = make_groups(self.plan, self._weights, self._deep_packs, rows) if rows else {}
+        can_check = self.device.type == "cuda" and not is_capturing(self.device) and not is_recording()
+        if self._groups is None and can_check:
+            rows = self.options.deep_rows
+            if rows is None:
+                rows = self.weights.tuned.deep_rows.get(entry_name(self.plan), 0)
+            weights = self.weights
+            with torch.inference_mode(False), torch.no_grad():
+                self._groups = make_groups(self.plan, weights.steps, weights.deep, rows) if rows else {}
         return self._groups or {}
+
+    @property
+    def shares_launches(self) -> bool:
+        """Whether some steps of a dense run are one launch."""
+        return bool(self._deep_groups())
+
+    def launches(self, regions: Regions | None = None) -> list[Launch]:
+        """A run in some regions (None: a dense one), for those who time it or capture it themselves."""
+        return self._launches(self.memory, regions, False)
 
     def launches_by_step(self, painted: bool) -> list[tuple[str, Launch]]:
         """A dense run as (step's name, its launches), "paint" before the first step; for checks in between."""
@@ -423,8 +382,9 @@ class CudaExecutor:
         from lgnet_fast.kernels.launch import record
         from lgnet_fast.kernels.precompile import compile_all
 
+        own = self._launches(self.memory, None, False)  # before: some kernels are run once, to be checked
         with record() as launches:
-            _run_all(self._launches(self.memory, None, False))
+            _run_all(own)
 
         def tell(done: int, total: int) -> None:
             if done in (1, total) or done % 10 == 0:
@@ -444,30 +404,29 @@ class CudaExecutor:
             last = number == self._last
             merged = memory.outputs[0] if last else memory.maps[PICTURE]
             merge = Merge(memory.image, memory.mask, memory.outputs[stage], merged, last)
-        if step.kind == "attention":
+        if isinstance(step, AttentionStep):
             return [] if rects == () else [functools.partial(self._attend, memory, step)]
-        if rects is None and self._weights[step.name].plain is not None:
-            return [functools.partial(self._convolve, memory, step, merge)]
+        if rects is None and self.weights.steps[step.name].plain is not None:
+            return [functools.partial(self._convolve, memory, step, self.weights.steps[step.name], merge)]
         return [self._conv_launch(memory, step, rect, merge) for rect in (step.regions if rects is None else rects)]
 
-    def _conv_launch(self, memory: Memory, step: Step, rect: Rect, merge: Any) -> Launch:
+    def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Any) -> Launch:
         from lgnet_fast.kernels import conv, hopper
         from lgnet_fast.kernels.conv_configs import programs
 
-        out = self.plan.buffers[step.stores[0].view.buffer]
-        weights = self._weights[step.name]
+        weights = self.weights.steps[step.name]
         stores = () if step.merges else tuple(conv.Store(memory.view(s.view), s.activation) for s in step.stores)
-        operands = describe(step), memory.view(step.source), weights.packed, weights.bias, stores
+        operands = conv_of(step), memory.view(step.source), weights.packed, weights.bias, stores
         where: dict[str, Any] = {
-            "size": (out.height, out.width),
+            "size": self.plan.target(step).size,
             "rect": rect,
             "residual": None if step.residual is None else memory.view(step.residual),
-            "overlap": self._overlap,
+            "overlap": self.options.overlap,
         }
         if (hopper_tile := self._hopper_tile(step, rect)) is not None:
             return functools.partial(hopper.hopper_forward, *operands, hopper_tile, **where)
         tile = self.tile(step, rect)
-        work = self._work(self.plan, step, rect)
+        work = work_of(self.plan, step, rect)
         return functools.partial(
             conv.conv_forward,
             *operands,
@@ -478,43 +437,40 @@ class CudaExecutor:
             counters=memory.counters(programs(work, tile) // tile.splits) if tile.fused else None,
         )
 
-    def _attend(self, memory: Memory, step: Step) -> None:
+    def _attend(self, memory: Memory, step: AttentionStep) -> None:
         """The attention block; in a restricted run too it fills its whole map."""
         from lgnet_fast.kernels.attention_inference import attention_block_inference
+        from lgnet_fast.kernels.configs import override
 
-        assert step.variant is not None
-        weights = self._weights[step.name]
+        weights = self.weights.steps[step.name]
         features = memory.view(step.source).permute(0, 3, 1, 2)
+        shape = (step.out_channels, features.shape[2] * features.shape[3], self.plan.batch)
+        tuned = self.weights.tuned.attention.get(shape)
         for store in step.stores:
             out = memory.view(store.view).permute(0, 3, 1, 2)
-            attention_block_inference(
-                features,
-                weights.packed,
-                weights.bias,
-                step.variant,
-                out=out,
-                activation=store.activation,
-                overlap=self._overlap,
-            )
+            with contextlib.nullcontext() if tuned is None else override("inference", tuned):
+                attention_block_inference(
+                    features,
+                    weights.packed,
+                    weights.bias,
+                    step.variant,
+                    out=out,
+                    activation=store.activation,
+                    overlap=self.options.overlap,
+                )
 
-    def _convolve(self, memory: Memory, step: Step, merge: Any) -> None:
+    def _convolve(self, memory: Memory, step: ConvStep, weights: StepWeights, merge: Any) -> None:
         """A dense step by PyTorch's own convolution."""
-        weights = self._weights[step.name]
         assert weights.plain is not None
         x = memory.view(step.source).permute(0, 3, 1, 2)
         bias = weights.bias.to(self.dtype)
-        if step.kind == "deconv":
-            value = F.conv_transpose2d(x, weights.plain, bias, step.stride, step.padding, step.output_padding)
-        elif step.reflect:
-            value = F.conv2d(F.pad(x, [step.padding] * 4, mode="reflect"), weights.plain, bias, step.stride)
-        else:
-            value = F.conv2d(x, weights.plain, bias, step.stride, step.padding)
+        value = convolution(step.geometry, x, weights.plain, bias)
         if step.residual is not None:
             value = value + memory.view(step.residual).permute(0, 3, 1, 2)
         if merge is None:
             for store in step.stores:
                 out = memory.view(store.view).permute(0, 3, 1, 2)
-                _activate_(out.copy_(value), store.activation)
+                activate_(out.copy_(value), store.activation)
             return
         torch.tanh(value.float(), out=merge.raw)
         merged = merge.image * (1 - merge.mask) + merge.raw * merge.mask
@@ -527,7 +483,7 @@ class CudaExecutor:
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """This shape's memory is ours: on the host by the lock, on the device by an event of the last call."""
+        """Exclusive use of this shape's buffers: the lock orders host threads, the event orders streams."""
         with self._lock:
             if self._done is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._done)
@@ -537,14 +493,8 @@ class CudaExecutor:
                 if self._done is not None:
                     self._done.record(torch.cuda.current_stream(self.device))
 
-    def run(
-        self,
-        image: Tensor,
-        mask: Tensor,
-        start: Tensor | None = None,
-        regions: Sequence[tuple[Rect, ...]] | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """See :class:`.engine.Executor`. Does not wait for the device, but where a graph is captured.
+    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+        """Does not wait for the device, but where a graph is captured.
 
         Where the caller captures a graph of his own, the launches become part of it, on memory of its own.
         """
@@ -553,46 +503,64 @@ class CudaExecutor:
                 return self._run_captured(image, mask, start, regions)
             with self._turn():
                 memory = self.memory
-                program = self._program(memory, self._bucketed(regions), start is not None)
+                program = self._program(memory, regions, start is not None)
                 memory.take(image, mask, start)
                 program()
-                outputs = memory.outputs.clone() if self._clone else memory.outputs
+                outputs = memory.outputs.clone() if self.options.clone_outputs else memory.outputs
         return outputs[0], list(outputs[1:])
 
-    def _run_captured(
-        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Sequence[tuple[Rect, ...]] | None
-    ) -> tuple[Tensor, list[Tensor]]:
+    def _run_captured(self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Regions | None) -> Result:
         """Launches for somebody else's graph, whose replays no lock or event of ours could order: they share nothing
         with other calls but the weights."""
-        with self._lock:
-            bucketed = self._bucketed(regions)
         memory = Memory(self.plan, self.dtype, self.device)
         memory.take(image, mask, start)
-        _run_all(self._launches(memory, bucketed, start is not None))
+        _run_all(self._launches(memory, regions, start is not None))
         return memory.outputs[0], list(memory.outputs[1:])
 
-    def step_times(
-        self, image: Tensor, mask: Tensor, regions: Sequence[tuple[Rect, ...]] | None = None, replays: int = 20
-    ) -> list[float]:
-        """Milliseconds of every step, the mean of `replays` replays of a graph of its own; waits for the device."""
+    def step_times(self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5) -> list[float]:
+        """On a GPU with graphs: differences between graphs of the first k steps and of k + 1, so caches are as the
+        step before leaves them. Else what passes between the ends of two steps. Waits for the device."""
         self.run(image, mask)  # every map holds numbers now
-        times = []
         with torch.inference_mode(False), torch.no_grad(), self._turn():
+            parts = [self._launches(self.memory, regions, False)[:1]]
             for number in range(len(self.plan.steps)):
-                launches = self.step_launches(self.memory, number, None if regions is None else regions[number])
-                program = Program(functools.partial(_run_all, launches), self.device, self._pool)
-                program()
-                self._wait()
-                begin = time.perf_counter()
-                for _ in range(replays):
-                    program()
-                self._wait()
-                times.append(1e3 * (time.perf_counter() - begin) / replays)
-        return times
+                parts.append(self.step_launches(self.memory, number, None if regions is None else regions[number]))
+            if self.uses_graphs and self.device.type == "cuda":
+                until = self._until_by_graphs(parts, rounds)
+            else:
+                until = self._until(parts, rounds)
+        return [max(0.0, after - before) for before, after in itertools.pairwise(until)]
 
-    def _wait(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+    def _until_by_graphs(self, parts: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
+        """Milliseconds until the end of each part, the least of `rounds`."""
+        programs = []
+        for count in range(1, len(parts) + 1):
+            launches = [launch for part in parts[:count] for launch in part]
+            programs.append(Program(functools.partial(_run_all, launches), self.device, self._pool))
+            programs[-1]()
+        best = [math.inf] * len(parts)
+        for _ in range(rounds):  # in turn, so that a change of clocks meets all of them
+            for number, program in enumerate(programs):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                for _ in range(4):
+                    program()
+                end.record()
+                end.synchronize()
+                best[number] = min(best[number], begin.elapsed_time(end) / 4)
+        return list(itertools.accumulate(best, max))
+
+    def _until(self, parts: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
+        """The same of launches one by one, waiting for the device after each part."""
+        best = [math.inf] * len(parts)
+        for _ in range(rounds):
+            for number, part in enumerate(parts):
+                begin = time.perf_counter()
+                _run_all(part)
+                if self.device.type == "cuda":
+                    torch.cuda.synchronize(self.device)
+                best[number] = min(best[number], 1e3 * (time.perf_counter() - begin))
+        return list(itertools.accumulate(best))
 
 
 def _let_finish(done: torch.cuda.Event | None, device: torch.device) -> None:
@@ -605,7 +573,8 @@ def _run_all(launches: Sequence[Launch]) -> None:
         launch()
 
 
-def _activate_(x: Tensor, activation: str) -> None:
+def activate_(x: Tensor, activation: str) -> None:
+    """Apply a store's activation in place."""
     if activation == "relu":
         x.relu_()
     elif activation == "leaky_relu":

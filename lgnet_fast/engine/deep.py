@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .plan import Plan, Step, View
+from .cuda_weights import conv_of
+from .plan import ConvStep, Plan, Step, View
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.deep import DeepGroup, DeepLayer
@@ -32,23 +33,16 @@ class Weights(Protocol):
     def bias(self) -> Tensor: ...
 
 
-def layer_of(plan: Plan, step: Step) -> DeepLayer:
+def layer_of(plan: Plan, step: ConvStep) -> DeepLayer:
     """A convolution of the plan as the kernel describes it."""
-    from lgnet_fast.kernels.conv import Conv
     from lgnet_fast.kernels.deep import DeepLayer
 
-    source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
-    conv = Conv(
-        step.source.channels,
-        step.out_channels,
-        step.kernel,
-        step.stride,
-        step.padding,
-        step.kind == "deconv",
-        step.reflect,
-        step.merges,
-    )
-    return DeepLayer(conv, plan.batch, (source.height, source.width), (out.height, out.width))
+    return DeepLayer(conv_of(step), plan.batch, plan.source(step).size, plan.target(step).size)
+
+
+def steps_at(plan: Plan, first: int, count: int) -> list[ConvStep]:
+    """Convolutions that follow each other."""
+    return [step for step in plan.steps[first : first + count] if isinstance(step, ConvStep)]
 
 
 def runs(plan: Plan, rows: int) -> list[range]:
@@ -56,7 +50,7 @@ def runs(plan: Plan, rows: int) -> list[range]:
     from lgnet_fast.kernels.deep import unsupported
 
     def fits(step: Step) -> bool:
-        if step.kind == "attention" or step.residual is not None:
+        if not isinstance(step, ConvStep) or step.residual is not None:
             return False
         layer = layer_of(plan, step)
         return layer.rows <= rows and unsupported(layer) is None
@@ -92,7 +86,7 @@ def make_group(
     """
     from lgnet_fast.kernels import deep
 
-    steps = [plan.steps[number] for number in numbers]
+    steps = steps_at(plan, numbers[0], len(numbers))
     layers = [layer_of(plan, step) for step in steps]
     shares = deep.plan_splits(layers, cluster, clusters)
     if isinstance(shares, str):
@@ -110,12 +104,8 @@ def make_groups(
     weights: Mapping[str, Weights],
     packs: dict[tuple[str, Any], Tensor],
     rows: int,
-    cluster: int | None = None,
 ) -> dict[int, DeepGroup]:
-    """First step -> the group that begins there. Runs each once, and leaves out what is wrong or cannot run.
-
-    `cluster`: blocks of a cluster; None: as :func:`lgnet_fast.kernels.deep.best_cluster` has it.
-    """
+    """First step -> the group that begins there. Runs each once, and leaves out what is wrong or cannot run."""
     from lgnet_fast.kernels import deep
 
     found = runs(plan, rows)
@@ -126,11 +116,10 @@ def make_groups(
         logger.info("deep layers are launched one by one: %s", reason)
         return {}
     held = deep.held_clusters(packed.device, packed.dtype)
-    if cluster is not None:
-        held = {cluster: held[cluster]}
     groups = {}
     for numbers in found:
-        best = deep.best_cluster([layer_of(plan, plan.steps[number]) for number in numbers], held)
+        steps = steps_at(plan, numbers[0], len(numbers))
+        best = deep.best_cluster([layer_of(plan, step) for step in steps], held)
         group = best if isinstance(best, str) else make_group(plan, numbers, weights, packs, *best)
         problem = group if isinstance(group, str) else wrong_step(plan, numbers[0], group, weights)
         if isinstance(group, str) or problem is not None:
@@ -184,8 +173,8 @@ def view_of(maps: Mapping[str, Tensor], view: View) -> Tensor:
 
 
 def step_errors(
-    plan: Plan, steps: Sequence[Step], weights: Mapping[str, Weights], maps: Mapping[str, Tensor]
-) -> list[tuple[Step, Tensor, Tensor]]:
+    plan: Plan, steps: Sequence[ConvStep], weights: Mapping[str, Weights], maps: Mapping[str, Tensor]
+) -> list[tuple[ConvStep, Tensor, Tensor]]:
     """(step, stored, expected) of every store: each step by PyTorch in float32, on the source that lies in `maps`."""
     from lgnet_fast.kernels.deep import reference
 
@@ -201,7 +190,7 @@ def step_errors(
 
 def wrong_step(plan: Plan, first: int, group: DeepGroup, weights: Mapping[str, Weights]) -> str | None:
     """What is wrong with a group on noise, the first wrong step named, or None. Waits for the device."""
-    steps = plan.steps[first : first + len(group.layers)]
+    steps = steps_at(plan, first, len(group.layers))
     maps = noise_maps(plan, steps, group.dtype, group.weights[0].device)
     try:
         launch, state = group_launch(plan, first, group, functools.partial(view_of, maps))

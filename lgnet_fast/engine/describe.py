@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from rich.table import Table
 
 from .. import forks
-from ..ops.cpp import _library
-from .cpu_executor import PAIRS
-from .plan import Plan, Step
+from ..native import library
+from .cpu_kernels import PAIRS
+from .executor import Executor
+from .plan import AttentionStep, ConvStep, Plan, Step
 
 _ELEMENT = 4
 """Bytes of a feature or weight, for the traffic column; executors may store less."""
@@ -20,10 +21,9 @@ _ELEMENT = 4
 
 def traffic(plan: Plan, step: Step) -> int:
     """Bytes a step has to move at least: its source, its results and its weights, float32, once each."""
-    source = plan.buffers[step.source.buffer]
-    out = plan.buffers[step.stores[0].view.buffer]
+    source, out = plan.source(step), plan.target(step)
     share = sum(r.area for r in step.regions) / (out.height * out.width)
-    read = source.height * source.width * step.source.channels * (1 if step.kind == "attention" else share)
+    read = source.height * source.width * step.source.channels * (1 if isinstance(step, AttentionStep) else share)
     written = out.height * out.width * step.out_channels * share * len(step.stores)
     return round(_ELEMENT * (plan.batch * (read + written) + step.weight.numel()))
 
@@ -62,8 +62,8 @@ def measure_peaks() -> Peaks:
     source = torch.ones(1 << 25, dtype=torch.float32, device="cpu")
     target = torch.empty_like(source)
     return Peaks(
-        macs=best(lambda: _library().multiply_adds(False, rounds, threads)),
-        pair_macs=best(lambda: _library().multiply_adds(True, rounds, threads)),
+        macs=best(lambda: library().multiply_adds(False, rounds, threads)),
+        pair_macs=best(lambda: library().multiply_adds(True, rounds, threads)),
         bytes=best(lambda: target.copy_(source).nbytes + source.nbytes),
     )
 
@@ -91,39 +91,37 @@ def measure_gpu_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
         return Peaks(macs, 0.0, best(lambda: target.copy_(source), 2 * source.nbytes))
 
 
-def describe(executor: Any, plan: Plan, rounds: int) -> Table:
+def describe(executor: Executor, plan: Plan, rounds: int) -> Table:
     """The table that :meth:`.engine.Engine.describe` returns.
 
     Args:
-        executor: of the plan's sizes; where it has ``step_times(image, mask, regions)`` and ``choices``, the kernel,
-            the least time of `rounds` runs and its share of the floor (:class:`Peaks`) are shown.
+        executor: of the plan's sizes; where it can time its steps, the least time of `rounds` runs and its share of
+            the floor (:class:`Peaks`) are shown.
         plan: dense or restricted.
-        rounds: at least 1; on a GPU one is enough, as a step's time is a mean of replays there.
+        rounds: at least 1.
     """
-    measure: Callable[..., list[float]] | None = getattr(executor, "step_times", None)
-    choices = getattr(executor, "choices", {})
-    device = getattr(executor, "device", torch.device("cpu"))
-    on_gpu = device.type == "cuda"
-    times: list[float] | None = None
-    if measure is not None:
-        image = torch.zeros(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device=device)
-        mask = torch.ones_like(image[:, :1])
-        regions = None if plan.holes is None else [s.regions for s in plan.steps]
-        runs = [measure(image, mask, regions) for _ in range(1 if on_gpu else rounds)]
-        times = [min(column) for column in zip(*runs, strict=True)]
+    on_gpu = executor.device.type == "cuda"
+    image = torch.zeros(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device=executor.device)
+    mask = torch.ones_like(image[:, :1])
+    regions = None if plan.holes is None else [s.regions for s in plan.steps]
+    times = executor.step_times(image, mask, regions, rounds)
+    choices = executor.choices
     peaks = None
     if times is not None:
-        peaks = measure_gpu_peaks(device, executor.dtype) if on_gpu else measure_peaks()
+        peaks = measure_gpu_peaks(executor.device, executor.dtype) if on_gpu else measure_peaks()
     # a GPU's feature maps and weights are in the dtype that it computes in
     stored = executor.dtype.itemsize / _ELEMENT if on_gpu else 1.0
     floors = 0.0
-    table = Table(title=f"{plan.batch} x 3 x {plan.height} x {plan.width}" + (", restricted" if plan.holes else ""))
+    title = f"{plan.batch} x 3 x {plan.height} x {plan.width}" + (", restricted" if plan.holes else "")
+    table = Table(title=title + (f"; kernels chosen by {executor.chosen_by}" if choices else ""))
     for name in ("step", "kind", "input", "output", "GFLOP", "MB", "kernel", "ms", "GFLOP/s", "floor"):
         table.add_column(name, justify="left" if name in ("step", "kind", "kernel") else "right")
     for number, step in enumerate(plan.steps):
-        source, out = plan.buffers[step.source.buffer], plan.buffers[step.stores[0].view.buffer]
+        source, out = plan.source(step), plan.target(step)
         gflop = 2e-9 * plan.macs(step)
-        kind = step.kind if step.kind == "attention" else f"{step.kind} {step.kernel}x{step.kernel}/{step.stride}"
+        kind = step.kind
+        if isinstance(step, ConvStep):
+            kind += f" {step.geometry.kernel}x{step.geometry.kernel}/{step.geometry.stride}"
         row = [
             step.name,
             kind,
@@ -134,7 +132,7 @@ def describe(executor: Any, plan: Plan, rounds: int) -> Table:
             choices.get(step.name, "torch"),
         ]
         if times is not None and peaks is not None:
-            pairs = choices.get(step.name, "").endswith(PAIRS)
+            pairs = PAIRS in choices.get(step.name, "")
             floor = 1e3 * peaks.floor(plan.macs(step), stored * traffic(plan, step), pairs)
             floors += floor
             row.append(f"{times[number]:.3f}")

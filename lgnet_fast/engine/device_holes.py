@@ -8,9 +8,7 @@ finds the answer.
 
 from __future__ import annotations
 
-import threading
 import weakref
-from collections import OrderedDict
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -19,7 +17,9 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
+from .. import forks
 from .graphs import is_capturing
+from .recent import Recent
 from .regions import Rect, join
 
 CELL = 32
@@ -37,8 +37,8 @@ class DeviceHoles:
     """Searches of recent masks. Thread-safe."""
 
     def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._searches: OrderedDict[tuple[int, int], _Search] = OrderedDict()
+        self._lock = forks.Lock()
+        self._searches: Recent[_Search] = Recent(_MASKS_KEPT)
 
     def find(self, mask: Tensor) -> tuple[Rect, ...] | None:
         """Rectangles that contain every hole pixel of all samples; None where that is not known yet.
@@ -60,12 +60,10 @@ class DeviceHoles:
     def _known(self, mask: Tensor, stream: torch.cuda.Stream) -> _Search:
         key = (id(mask), mask._version)
         with self._lock:
-            search = self._searches.pop(key, None)
-            if search is None or search.mask() is not mask:
+            search = self._searches.get(key, lambda: _begin(mask, stream))
+            if search.mask() is not mask:  # another tensor had this identity
                 search = _begin(mask, stream)
-            self._searches[key] = search
-            if len(self._searches) > _MASKS_KEPT:
-                self._searches.popitem(last=False)
+                self._searches.put(key, search)
         return search
 
 

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import weakref
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Protocol, TypeVar
 
 import torch
 from rich.table import Table
@@ -17,66 +15,35 @@ from torch import Tensor, nn
 from .. import forks
 from ..errors import LGNetError
 from ..reference.cascade import Cascade, Stages, check_inputs
-from ..reference.lgnet import STAGE_MODULES, LGNet, LocalGlobalRefinement
+from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
+from . import cpu_path, cpu_tuning, cuda_tuning
+from .build import build_plan, plan_stages
 from .cpu_executor import CpuExecutor
+from .cpu_tuning import SECONDS
 from .cuda_executor import CudaExecutor
 from .describe import describe
 from .device_holes import DeviceHoles
 from .devices import resolve_device, resolve_dtype, same_device
+from .executor import Executor, Regions
+from .graphs import error_text
 from .holes import check_holes, hole_boxes
 from .model_executor import ModelExecutor
-from .plan import PICTURE, Plan, build_plan
-from .regions import Rect, join
+from .plan import PICTURE, Plan
+from .recent import Recent
+from .regions import Rect, join, rounded
 from .saved import read_engine, write_engine
-from .verified import Guarded, verified
+from .verified import verified
 
 logger = logging.getLogger("lgnet_fast")
 
 SHAPES_KEPT = 8
 """Shapes whose plans and buffers are kept; the least recently used goes first."""
-HOLES_KEPT = 64
+HOLES_KEPT = 128
 """Restricted plans kept a shape."""
 
 # A restricted run must save this share of the multiplications, else the dense one is taken.
 _WORTHWHILE = 0.05
-
-T = TypeVar("T")
-
-
-class Executor(Protocol):
-    """What runs a plan."""
-
-    def run(
-        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Sequence[tuple[Rect, ...]] | None
-    ) -> tuple[Tensor, list[Tensor]]:
-        """The merged picture and every stage's raw picture, [B, 3, H, W] float32 each.
-
-        `start` is painted into the hole at first (None: white); `regions` holds each step's rectangles (None:
-        everywhere). Raw pictures hold anything outside the last step's rectangles.
-        """
-        ...
-
-    def resized(self, plan: Plan) -> Executor:
-        """An executor of the same weights for another batch or size."""
-        ...
-
-
-class _Cache(OrderedDict[object, T]):
-    """Least recently used out first."""
-
-    def __init__(self, limit: int) -> None:
-        super().__init__()
-        self.limit = limit
-
-    def get_or_make(self, key: object, make: Callable[[], T]) -> T:
-        if key in self:
-            self.move_to_end(key)
-            return self[key]
-        value = self[key] = make()
-        if len(self) > self.limit:
-            self.popitem(last=False)
-        return value
 
 
 class _Shape:
@@ -85,18 +52,24 @@ class _Shape:
     def __init__(self, plan: Plan, executor: Executor) -> None:
         self.plan, self.executor = plan, executor
         self.dense_macs = plan.total_macs()
-        self.regions: _Cache[Sequence[tuple[Rect, ...]] | None] = _Cache(HOLES_KEPT)
+        self.regions: Recent[Regions | None] = Recent(HOLES_KEPT)
 
-    def regions_for(self, holes: tuple[Rect, ...]) -> Sequence[tuple[Rect, ...]] | None:
+    def restricted(self, holes: Sequence[Rect]) -> Plan:
+        """The plan within these holes, as coarse as the executor wants them."""
+        if self.executor.granularity > 1:
+            holes = rounded(join(holes), self.executor.granularity, self.plan.height, self.plan.width)
+        return self.plan.restricted(holes)
+
+    def regions_for(self, holes: Sequence[Rect]) -> Regions | None:
         """Every step's rectangles for these holes; None where the dense run is no dearer."""
 
-        def make() -> Sequence[tuple[Rect, ...]] | None:
-            plan = self.plan.restricted(holes)
+        def make() -> Regions | None:
+            plan = self.restricted(holes)
             if plan.total_macs() > (1 - _WORTHWHILE) * self.dense_macs:
                 return None
             return [step.regions for step in plan.steps]
 
-        return self.regions.get_or_make(holes, make)
+        return self.regions.get(tuple(holes), make)
 
 
 def _fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
@@ -153,9 +126,9 @@ class Engine:
         self._storages = () if on_meta else _storages(model)
         self._lock = forks.Lock()
         self._device_holes = DeviceHoles()
-        self._shapes: _Cache[_Shape] = _Cache(SHAPES_KEPT)
+        self._shapes: Recent[_Shape] = Recent(SHAPES_KEPT)
         self._first = _Shape(plan, executor)
-        self._shapes[self._key(plan)] = self._first
+        self._shapes.put(self._key(plan), self._first)
 
     @staticmethod
     def _key(plan: Plan) -> tuple[int, int, int]:
@@ -197,7 +170,7 @@ class Engine:
             holes = join(hole for own in each for hole in own)
         elif holes is not None:
             holes = check_holes(holes, mask)
-        elif self.hole_aware and isinstance(self._first.executor, Guarded) and image.shape[0]:
+        elif self.hole_aware and mask.is_cuda and self._first.executor.restricts and image.shape[0]:
             holes = self._device_holes.find(mask)
         if image.shape[0] == 0 or (holes is not None and not holes):
             return self._unchanged(image, return_stages)
@@ -228,7 +201,7 @@ class Engine:
         each: list[tuple[Rect, ...]],
     ) -> tuple[bool, Tensor, list[Tensor]]:
         """(whether the run was restricted to holes, merged picture, raw pictures)"""
-        if isinstance(shape.executor, CpuExecutor) and len(set(each)) > 1:
+        if shape.executor.per_sample and len(set(each)) > 1:
             with self._lock:
                 own = [shape.regions_for(boxes) for boxes in each]
             if any(regions is not None for regions in own):
@@ -237,7 +210,7 @@ class Engine:
         regions = None
         if holes is not None:
             with self._lock:
-                regions = shape.regions_for(tuple(holes))
+                regions = shape.regions_for(holes)
         return regions is not None, *shape.executor.run(image, mask, start, regions)
 
     def _notice_model(self) -> None:
@@ -257,8 +230,7 @@ class Engine:
                 self._fingerprint = now
         elif self._model_was_there:
             self._model_was_there = False
-            if isinstance(self._first.executor, CpuExecutor):
-                self._first.executor.release_free_memory()
+            self._first.executor.release()
 
     def _unchanged(self, image: Tensor, return_stages: bool) -> Tensor | Stages:
         if not return_stages:
@@ -267,7 +239,7 @@ class Engine:
 
     def _shape(self, batch: int, height: int, width: int) -> _Shape:
         with self._lock:
-            return self._shapes.get_or_make(
+            return self._shapes.get(
                 (batch, height, width), lambda: self._planned(self._first.plan.resized(batch, height, width))
             )
 
@@ -298,7 +270,7 @@ class Engine:
             holes: describe the run restricted to these rectangles; None: the dense run.
             rounds: runs whose least times are shown.
         """
-        return describe(self._first.executor, self.plan if holes is None else self.plan.restricted(holes), rounds)
+        return describe(self._first.executor, self.plan if holes is None else self._first.restricted(holes), rounds)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the plan and the packed weights, for :func:`load_engine` on this kind of machine.
@@ -306,22 +278,10 @@ class Engine:
         Raises:
             LGNetError: the engine is of an X_LG, whose first stage is not in the plan, or not of the CPU executor.
         """
-        if self._config is None or not isinstance(self._first.executor, CpuExecutor):
+        state = None if self._config is None else self._first.executor.state()
+        if self._config is None or state is None:
             raise LGNetError("save: expected an engine of an LGNet on the C++ executor")
-        write_engine(Path(directory), self._config, self.plan, self._first.executor, self.hole_aware)
-
-
-def plan_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Module, bool]]:
-    """The stages of a model as :func:`.plan.build_plan` takes them; of an X_LG, those after the first."""
-    if isinstance(model, LocalGlobalRefinement):
-        return [("net_l", model.net_l, False), ("net_g", model.net_g, True)]
-    modules = dict(model.named_children())
-    stages = []
-    for stage in model.stages.split("+"):
-        name = STAGE_MODULES[stage]
-        shared = stage == "C" and model.share_coarse
-        stages.append((name, modules[STAGE_MODULES["G_att"] if shared else name], stage == "G_att"))
-    return stages
+        write_engine(Path(directory), self._config, self.plan, state, self.hole_aware)
 
 
 def optimize(
@@ -331,12 +291,15 @@ def optimize(
     device: str | torch.device = "auto",
     dtype: str | torch.dtype = "auto",
     hole_aware: bool = True,
+    tune: bool | float = False,
 ) -> Engine:
     """A fast form of `model`, with the same contract as ``model(image, mask)``.
 
     On an NVIDIA GPU (sm_80 and later) its kernels are checked once against the model in float32, and the verdict is
     kept in the user's cache folder; where one fails, a WARNING says so and the next best path runs
-    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the device's best layout.
+    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the device's best layout. On a
+    CPU for which the C++ kernels are the portable ones, whichever of both is faster runs: measured once, six seconds
+    at most, and kept (:mod:`.cpu_path`).
 
     Args:
         model: any LGNet or X_LG; used in evaluation mode, left untouched.
@@ -345,6 +308,9 @@ def optimize(
         device: "auto" (a GPU if there is one), or as torch names it.
         dtype: to compute in: "auto" (float32 on a CPU, float16 on a GPU), a torch.dtype or its name.
         hole_aware: compute each layer only where a hole pixel depends on it. Same pixels as the dense run.
+        tune: measure every step's kernels on this machine, for a minute or so many seconds, and keep what is fastest
+            in the user's cache folder, where later calls for this network and size find it. Where there is nothing,
+            a model of the time decides.
 
     Returns:
         The engine; it keeps no reference to the model's weights.
@@ -363,12 +329,14 @@ def optimize(
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
     if not isinstance(hole_aware, bool):
         raise TypeError(f"hole_aware: expected a bool, got {type(hole_aware).__name__}")
+    if not isinstance(tune, (bool, int, float)) or tune < 0:
+        raise ValueError(f"tune: expected a bool or a number of seconds, got {tune!r}")
     target = resolve_device(device)
     computed = resolve_dtype(dtype, target)
     # What an engine keeps must serve calls outside inference mode too.
     with torch.inference_mode(False), torch.no_grad():
         plan = build_plan(plan_stages(model), batch_size, height, width)
-        executor = _executor(model, plan, target, computed)
+        executor = _executor(model, plan, target, computed, SECONDS if tune is True else float(tune))
     return Engine(model, plan.without_weights(), executor, target, hole_aware)
 
 
@@ -384,7 +352,9 @@ def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None
     return CpuExecutor.unavailable_reason()
 
 
-def _executor(model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.device, dtype: torch.dtype) -> Executor:
+def _executor(
+    model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.device, dtype: torch.dtype, tune_seconds: float
+) -> Executor:
     """The fastest executor for a device and dtype that passes its check there; the model in its best layout, with the
     reason logged, where there is no other."""
     reason = fast_executor_reason(device, dtype)
@@ -393,7 +363,23 @@ def _executor(model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.de
         return ModelExecutor(model, device, dtype)
     # Weights are rounded once, by the executor.
     plan = plan.to(device, torch.float32)
-    return CpuExecutor(plan, dtype) if device.type == "cpu" else verified(model, plan, device, dtype)[0]
+    if device.type != "cpu":
+        if tune_seconds:
+            try:
+                cuda_tuning.tune(plan, dtype, device, tune_seconds)
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # what is wrong with the kernels, `verified` finds out
+                logger.warning("kernels are not tuned: %s", error_text(error))
+        return verified(model, plan, device, dtype)[0]
+    if tune_seconds:
+        cpu_path.tune(model, plan, dtype, tune_seconds)
+    path = cpu_path.choose_path(model, plan, dtype)
+    if path.runs == "eager":
+        logger.info("the model runs in plain PyTorch: %s", path.reason)
+        return ModelExecutor(model, device, dtype, "eager")
+    choices = cpu_tuning.kept(plan, dtype)
+    return CpuExecutor.of(plan, dtype, choices, "measurement")
 
 
 def load_engine(directory: str | os.PathLike[str]) -> Engine:
@@ -406,5 +392,5 @@ def load_engine(directory: str | os.PathLike[str]) -> Engine:
     """
     forks.prepare()
     with torch.inference_mode(False), torch.no_grad():
-        model, executor, hole_aware = read_engine(Path(directory), lambda m, *size: build_plan(plan_stages(m), *size))
+        model, executor, hole_aware = read_engine(Path(directory))
     return Engine(model, executor.plan, executor, torch.device("cpu"), hole_aware)

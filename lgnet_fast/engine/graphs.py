@@ -11,9 +11,8 @@ import contextlib
 import gc
 import logging
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from typing import Any, Generic, TypeVar
+from typing import Any
 
 import torch
 
@@ -22,36 +21,6 @@ logger = logging.getLogger("lgnet_fast")
 _CAPTURE_LOCK = threading.Lock()
 _RETRY_AFTER = (10, 100, 1000)
 """Calls between a failed capture and the next try."""
-
-T = TypeVar("T")
-
-
-class Recent(Generic[T]):
-    """At most `limit` values by key; the least recently used goes first, through `drop`."""
-
-    def __init__(self, limit: int, drop: Callable[[T], None] = lambda value: None) -> None:
-        self.limit, self._drop = limit, drop
-        self._values: OrderedDict[object, T] = OrderedDict()
-
-    def __len__(self) -> int:
-        return len(self._values)
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._values
-
-    def values(self) -> list[T]:
-        """The least recently used first."""
-        return list(self._values.values())
-
-    def get(self, key: object, make: Callable[[], T]) -> T:
-        """The value of `key`, made where there is none."""
-        if key in self._values:
-            self._values.move_to_end(key)
-            return self._values[key]
-        value = self._values[key] = make()
-        if len(self._values) > self.limit:
-            self._drop(self._values.popitem(last=False)[1])
-        return value
 
 
 class CaptureError(Exception):

@@ -65,6 +65,19 @@ def _without(rect: Rect, hole: Rect) -> list[Rect]:
     return [piece for piece in pieces if piece.area]
 
 
+def rounded(rects: Iterable[Rect], granularity: int, height: int, width: int) -> tuple[Rect, ...]:
+    """Rectangles rounded outward to multiples of `granularity` pixels within height x width, and joined."""
+    return join(
+        Rect(
+            r.top // granularity * granularity,
+            min(height, -(-r.bottom // granularity) * granularity),
+            r.left // granularity * granularity,
+            min(width, -(-r.right // granularity) * granularity),
+        )
+        for r in rects
+    )
+
+
 def join(rects: Iterable[Rect]) -> tuple[Rect, ...]:
     """Disjoint rectangles that cover the same pixels, two at a time replaced by their union while that costs no more.
 
@@ -92,35 +105,3 @@ def join(rects: Iterable[Rect]) -> tuple[Rect, ...]:
             pieces = [left for piece in pieces for left in _without(piece, other)]
         apart += pieces
     return tuple(sorted(apart))
-
-
-def _conv_span(
-    start: int, stop: int, size: int, kernel: int, stride: int, pad: int, reflect: bool
-) -> tuple[int, int]:
-    """Inputs [start, stop) that outputs [start, stop) of a convolution read along one axis of `size` inputs."""
-    low, high = start * stride - pad, (stop - 1) * stride - pad + kernel
-    if reflect:  # index -i reads i, index size - 1 + i reads size - 1 - i
-        return (
-            max(0, min(low, 2 * (size - 1) - (high - 1))),
-            min(size, max(high, 1 - low)),
-        )
-    return max(0, low), min(size, high)
-
-
-def _deconv_span(start: int, stop: int, size: int, kernel: int, stride: int, pad: int) -> tuple[int, int]:
-    """Inputs that outputs [start, stop) of a transposed convolution read: output = input * stride - pad + tap."""
-    low = -(-(start + pad - kernel + 1) // stride)
-    high = (stop - 1 + pad) // stride + 1
-    return max(0, low), min(size, high)
-
-
-def conv_input(rect: Rect, size: tuple[int, int], kernel: int, stride: int, pad: int, reflect: bool) -> Rect:
-    """What a convolution reads of its input, `size` (height, width), for an output rectangle."""
-    rows = _conv_span(rect.top, rect.bottom, size[0], kernel, stride, pad, reflect)
-    return Rect(*rows, *_conv_span(rect.left, rect.right, size[1], kernel, stride, pad, reflect))
-
-
-def deconv_input(rect: Rect, size: tuple[int, int], kernel: int, stride: int, pad: int) -> Rect:
-    """What a transposed convolution reads of its input, `size` (height, width), for an output rectangle."""
-    rows = _deconv_span(rect.top, rect.bottom, size[0], kernel, stride, pad)
-    return Rect(*rows, *_deconv_span(rect.left, rect.right, size[1], kernel, stride, pad))

@@ -4,7 +4,7 @@ in memory, mapped when read)."""
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,14 +13,16 @@ import torch
 from ..errors import LGNetError, WeightsError
 from ..reference.folders import complete_set, staged
 from ..reference.lgnet import LGNet
+from .build import build_plan, plan_stages
 from .cpu_executor import CpuExecutor
+from .cpu_weights import CpuWeights
 from .plan import Plan
 
 _DESCRIPTION, _WEIGHTS = "engine.json", "weights.bin"
 
 
 def _circumstances(isa: str) -> dict[str, Any]:
-    from .. import __version__
+    from ..version import __version__
 
     return {
         "instruction set": isa,
@@ -31,10 +33,10 @@ def _circumstances(isa: str) -> dict[str, Any]:
 
 
 def write_engine(
-    directory: Path, config: dict[str, Any], plan: Plan, executor: CpuExecutor, hole_aware: bool
+    directory: Path, config: dict[str, Any], plan: Plan, state: Mapping[str, Any], hole_aware: bool
 ) -> None:
-    """Write both files as one set: see :mod:`..reference.folders`."""
-    state = dict(executor.state)
+    """Write both files as one set: see :mod:`..reference.folders`. `state`: of the executor."""
+    state = dict(state)
     data = state.pop("data")
     with staged(directory) as staging:
         data.numpy().tofile(staging / _WEIGHTS)
@@ -49,8 +51,8 @@ def write_engine(
         (staging / _DESCRIPTION).write_text(json.dumps(description, indent=2), encoding="utf-8")
 
 
-def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, CpuExecutor, bool]:
-    """(model without weights, executor, hole_aware); ``build(model, batch, height, width)`` makes the plan's shapes.
+def read_engine(directory: Path) -> tuple[LGNet, CpuExecutor, bool]:
+    """(model without weights, executor, hole_aware).
 
     Raises:
         WeightsError, LGNetError: see :func:`.engine.load_engine`.
@@ -64,7 +66,7 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, Cpu
         batch, height, width = description["size"]
         if batch < 1 or min(height, width) < 1 or height % model.size_multiple or width % model.size_multiple:
             raise ValueError(f"size {description['size']}")
-        plan = build(model, batch, height, width)
+        plan = build_plan(plan_stages(model), batch, height, width)
         state, made_for = dict(description["state"]), dict(description["made for"])
         hole_aware = bool(description["hole_aware"])
     except WeightsError:
@@ -73,7 +75,7 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, Cpu
         raise WeightsError(f"{directory}: expected a saved engine ({_DESCRIPTION}, {_WEIGHTS}): {error}") from error
     if (reason := CpuExecutor.unavailable_reason()) is not None:
         raise LGNetError(f"{directory}: the engine cannot run here: {reason}")
-    from ..ops.cpp import isa_name
+    from ..native import isa_name
 
     here = _circumstances(isa_name())
     differs = [f"{k}: {made_for.get(k)} there, {v} here" for k, v in here.items() if made_for.get(k) != v]
@@ -85,6 +87,6 @@ def read_engine(directory: Path, build: Callable[..., Plan]) -> tuple[LGNet, Cpu
         state["data"] = torch.from_file(
             str(weights), shared=False, size=description["bytes"], dtype=torch.uint8, device="cpu"
         )
-        return model, CpuExecutor.from_state(plan, state), hole_aware
+        return model, CpuExecutor(plan, CpuWeights.from_state(plan, state)), hole_aware
     except Exception as error:
         raise WeightsError(f"{directory}: {_DESCRIPTION} does not fit the network: {error}") from error

@@ -5,7 +5,6 @@ Buffers start as NaN and only a step's regions are computed, so a region that is
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -13,32 +12,45 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..reference.attention import query_key_value
-from .plan import PICTURE, Plan, Step
-from .regions import Rect, conv_input, deconv_input
+from .executor import Executor, Regions, Result
+from .geometry import Geometry
+from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step
+from .regions import Rect
 
 
-class TorchExecutor:
+def convolution(geometry: Geometry, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """A whole (transposed) convolution by PyTorch's operators, [B, C, H, W]."""
+    g = geometry
+    if g.transposed:
+        return F.conv_transpose2d(x, weight, bias, g.stride, g.padding, g.output_padding)
+    if g.reflect:
+        return F.conv2d(F.pad(x, [g.padding] * 4, mode="reflect"), weight, bias, g.stride)
+    return F.conv2d(x, weight, bias, g.stride, g.padding)
+
+
+class TorchExecutor(Executor):
     """Runs a plan; computes in the dtype and on the device of the plan's weights."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
 
+    @property
+    def device(self) -> torch.device:
+        return self.plan.steps[0].weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.plan.steps[0].weight.dtype
+
     def resized(self, plan: Plan) -> TorchExecutor:
-        """The same weights for another batch or size."""
         steps = tuple(
             replace(new, weight=old.weight, bias=old.bias)
             for new, old in zip(plan.steps, self.plan.steps, strict=True)
         )
         return TorchExecutor(replace(plan, steps=steps))
 
-    def run(
-        self,
-        image: Tensor,
-        mask: Tensor,
-        start: Tensor | None = None,
-        regions: Sequence[tuple[Rect, ...]] | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """See :class:`.engine.Executor`; results in the dtype of the weights."""
+    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+        """As there, with results in the dtype of the weights."""
         buffers = self.buffers_after(image, mask, start, regions)
         raw = [buffers[s.stores[0].view.buffer] for s in self.plan.steps if s.merges]
         return buffers[PICTURE][:, :3], raw
@@ -48,7 +60,7 @@ class TorchExecutor:
         image: Tensor,
         mask: Tensor,
         start: Tensor | None = None,
-        regions: Sequence[tuple[Rect, ...]] | None = None,
+        regions: Regions | None = None,
     ) -> dict[str, Tensor]:
         """Every buffer after the last step, [B, C, H, W] each; NaN where nothing was computed."""
         plan = self.plan
@@ -68,21 +80,19 @@ class TorchExecutor:
 
 
 def _value(step: Step, region: Rect, source: Tensor) -> Tensor:
-    if step.kind == "attention":
+    if isinstance(step, AttentionStep):
         return _attention(step, region, source)
-    if step.kind == "conv":
-        return _convolution(step, region, source)
-    return _transposed(step, region, source)
+    return _transposed(step, region, source) if step.geometry.transposed else _convolution(step, region, source)
 
 
-def _convolution(step: Step, region: Rect, source: Tensor) -> Tensor:
+def _convolution(step: ConvStep, region: Rect, source: Tensor) -> Tensor:
     size = (source.shape[2], source.shape[3])
-    k, s, p = step.kernel, step.stride, step.padding
-    read = conv_input(region, size, k, s, p, step.reflect)
+    k, s, p = step.geometry.kernel, step.geometry.stride, step.geometry.padding
+    read = step.geometry.reads(region, size)
     indices = []
     for start, stop, length in ((region.top, region.bottom, size[0]), (region.left, region.right, size[1])):
         index = torch.arange(start * s - p, (stop - 1) * s - p + k, device=source.device)
-        if step.reflect:
+        if step.geometry.reflect:
             index = index.abs()
             index = torch.where(index >= length, 2 * (length - 1) - index, index)
         indices.append(index)
@@ -94,19 +104,19 @@ def _convolution(step: Step, region: Rect, source: Tensor) -> Tensor:
     return F.conv2d(torch.where(inside, patch, 0.0), step.weight, step.bias, stride=s)
 
 
-def _transposed(step: Step, region: Rect, source: Tensor) -> Tensor:
-    read = deconv_input(region, (source.shape[2], source.shape[3]), step.kernel, step.stride, step.padding)
+def _transposed(step: ConvStep, region: Rect, source: Tensor) -> Tensor:
+    g = step.geometry
+    read = g.reads(region, (source.shape[2], source.shape[3]))
     patch = source[:, :, read.top : read.bottom, read.left : read.right]
     # Without padding, output 0 of this is output read * stride - padding of the whole map.
-    spread = F.conv_transpose2d(patch, step.weight, stride=step.stride, output_padding=step.output_padding)
-    top = region.top - (read.top * step.stride - step.padding)
-    left = region.left - (read.left * step.stride - step.padding)
+    spread = F.conv_transpose2d(patch, step.weight, stride=g.stride, output_padding=g.output_padding)
+    top = region.top - (read.top * g.stride - g.padding)
+    left = region.left - (read.left * g.stride - g.padding)
     height, width = region.bottom - region.top, region.right - region.left
     return spread[:, :, top : top + height, left : left + width] + step.bias[:, None, None]
 
 
-def _attention(step: Step, region: Rect, source: Tensor) -> Tensor:
-    assert step.variant is not None
+def _attention(step: AttentionStep, region: Rect, source: Tensor) -> Tensor:
     query, key, value = query_key_value(source, step.variant)
     rows, columns = slice(region.top, region.bottom), slice(region.left, region.right)
     here = source[:, :, rows, columns]

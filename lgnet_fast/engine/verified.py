@@ -20,9 +20,8 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import logging
-import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,15 +29,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import cache
+from .. import cache, forks
 from ..ops.first_use import strict_float32, tf32_allowed
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
+from . import cuda_tuning
 from .cuda_executor import CudaExecutor
-from .graphs import Recent, error_text, is_capturing
+from .executor import Executor, Regions, Result
+from .graphs import error_text, is_capturing
 from .library_executor import PAINT, LibraryExecutor
 from .model_executor import ModelExecutor
-from .plan import PICTURE, Plan
-from .regions import Rect
+from .plan import PICTURE, ConvStep, Plan, Step
+from .recent import Recent
 from .torch_executor import TorchExecutor
 
 logger = logging.getLogger("lgnet_fast")
@@ -256,6 +257,20 @@ def check_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list[Ch
     return checks
 
 
+def steps_checked(executor: Guarded | ModelExecutor, verdict: Verdict, plan: Plan, painted: bool) -> list[Check]:
+    """:func:`check_steps` of what :func:`verified` returned; none where PyTorch's operators run in its steps' place.
+
+    Args:
+        executor, verdict: what it returned.
+        plan: see :func:`check_steps`.
+        painted: whether a first stage's picture is painted into the hole.
+    """
+    if verdict.runs not in ("graph", "direct") or not isinstance(executor, Guarded):
+        return []
+    example = make_example(plan, executor.device, executor.dtype, painted)
+    return check_steps(executor.executor, plan, example)
+
+
 def _check_step(
     name: str, launches: Callable[[], None], expected: list[tuple[Tensor, Tensor]], limit: float
 ) -> Check:
@@ -280,9 +295,16 @@ def _compare(name: str, pairs: list[tuple[Tensor, Tensor]], limit: float) -> Che
 # -- choosing a path -----------------------------------------------------------------------------------------------
 
 
-def verdict_name(plan: Plan, choices: dict[str, str]) -> str:
+def verdict_name(plan: Plan, choices: Mapping[str, str]) -> str:
     """What a verdict is about, within its key: the network's shapes, the sizes, and the kernels that were chosen."""
-    shapes = [(s.name, s.kind, tuple(s.weight.shape), s.stride, s.padding, s.variant) for s in plan.steps]
+
+    def shape(step: Step) -> tuple[object, ...]:
+        own = (step.name, step.kind, tuple(step.weight.shape))
+        if isinstance(step, ConvStep):
+            return (*own, step.geometry.stride, step.geometry.padding, None)
+        return (*own, 1, 0, step.variant)
+
+    shapes = [shape(step) for step in plan.steps]
     digest = hashlib.sha256(repr((shapes, sorted(choices.items()))).encode()).hexdigest()[:12]
     return f"engine {digest}, {len(plan.steps)} steps, {plan.batch}x{plan.height}x{plan.width}"
 
@@ -310,7 +332,7 @@ def verified(
     key = cache.key_for(device, dtype)
     problem: str | None = None
     try:
-        engine = CudaExecutor(plan, dtype, device=device, graphs=graphs)
+        engine = CudaExecutor.of(plan, dtype, device=device, tuned=cuda_tuning.kept(device, dtype), graphs=graphs)
         name = verdict_name(plan, engine.choices)
     except torch.OutOfMemoryError:
         raise
@@ -348,7 +370,7 @@ def _built(
     if verdict.runs == "model":
         return ModelExecutor(model, device, dtype, "eager")
     if verdict.runs == "library":
-        return Guarded(LibraryExecutor(plan, dtype, device=device, steps=verdict.steps or None))
+        return Guarded(LibraryExecutor.of_steps(plan, dtype, device=device, steps=verdict.steps or None))
     assert engine is not None
     return Guarded(engine if verdict.runs == "graph" else engine.without_graphs())
 
@@ -396,7 +418,7 @@ def _decide(
     reason = "; ".join(str(check) for check in checks if not check.passed)
     for attempt in [steps, ()] if 0 < len(steps) <= len(plan.steps) else [()]:
         try:
-            library = LibraryExecutor(plan, dtype, device=device, steps=attempt or None)
+            library = LibraryExecutor.of_steps(plan, dtype, device=device, steps=attempt or None)
             checks.append(judge("library", runner(at_size(library)), example))
         except torch.OutOfMemoryError:
             raise
@@ -423,7 +445,7 @@ def _resized_with_weights(plan: Plan, batch: int, height: int, width: int) -> Pl
     return TorchExecutor(plan).resized(plan.resized(batch, height, width)).plan
 
 
-class Guarded:
+class Guarded(Executor):
     """A checked executor, and what runs in its place when a launch of another shape or hole raises: first the dense
     run, then launches without a graph, then all steps by PyTorch's operators. One WARNING each.
 
@@ -431,23 +453,36 @@ class Guarded:
     densely, for which every kernel is compiled; kernels for its rectangles are compiled when it comes again.
     """
 
+    granularity = CudaExecutor.granularity
+
     def __init__(self, executor: CudaExecutor) -> None:
         self.executor, self._dense_only = executor, False
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
         self._holes: Recent[None] = Recent(HOLES_KEPT)
 
+    @property
+    def device(self) -> torch.device:
+        return self.executor.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.executor.dtype
+
+    @property
+    def choices(self) -> Mapping[str, str]:
+        return self.executor.choices
+
+    @property
+    def chosen_by(self) -> str:
+        return self.executor.chosen_by
+
+    def step_times(self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5) -> list[float]:
+        return self.executor.step_times(image, mask, regions, rounds)
+
     def resized(self, plan: Plan) -> Guarded:
-        """The same weights for another batch or size."""
         return Guarded(self.executor.resized(plan))
 
-    def run(
-        self,
-        image: Tensor,
-        mask: Tensor,
-        start: Tensor | None = None,
-        regions: Sequence[tuple[Rect, ...]] | None = None,
-    ) -> tuple[Tensor, list[Tensor]]:
-        """See :class:`.engine.Executor`."""
+    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
         if is_capturing(self.executor.device):
             return self.executor.run(image, mask, start, regions)  # what fails there is the capture
         if regions is not None and not self._came_before(regions):
@@ -465,8 +500,8 @@ class Guarded:
                 if title:
                     logger.warning("from now on %s at this size (%s)", title, error_text(error))
 
-    def _came_before(self, regions: Sequence[tuple[Rect, ...]]) -> bool:
-        holes = self.executor.bucket_of(regions)
+    def _came_before(self, regions: Regions) -> bool:
+        holes = self.executor.holes_of(regions)
         with self._lock:
             known = holes in self._holes
             self._holes.get(holes, lambda: None)
@@ -490,28 +525,15 @@ class Guarded:
             self.executor = LibraryExecutor.taking_over(failed)
         return _TITLES["library"] + " run"
 
-    # what describe() asks for
 
-    @property
-    def device(self) -> torch.device:
-        """Where it runs."""
-        return self.executor.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """In which it computes."""
-        return self.executor.dtype
-
-    @property
-    def choices(self) -> dict[str, str]:
-        """See :attr:`.cuda_executor.CudaExecutor.choices`."""
-        return self.executor.choices
-
-    def step_times(
-        self, image: Tensor, mask: Tensor, regions: Sequence[tuple[Rect, ...]] | None = None, **options: Any
-    ) -> list[float]:
-        """See :meth:`.cuda_executor.CudaExecutor.step_times`."""
-        return self.executor.step_times(image, mask, regions, **options)
-
-
-__all__ = ["PAINT", "Check", "Guarded", "Verdict", "check_steps", "judge", "make_example", "verified"]
+__all__ = [
+    "PAINT",
+    "Check",
+    "Guarded",
+    "Verdict",
+    "check_steps",
+    "judge",
+    "make_example",
+    "steps_checked",
+    "verified",
+]

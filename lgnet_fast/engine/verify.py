@@ -15,12 +15,15 @@ from torch import Tensor
 from .. import cache
 from ..ops import first_use
 from ..ops.dispatch import CANDIDATES, reason_against
+from ..ops.registry import OPERATORS
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
+from .build import build_plan, plan_stages
 from .cpu_executor import CpuExecutor
-from .cuda_executor import CudaExecutor
-from .engine import fast_executor_reason, plan_stages
-from .plan import Plan, build_plan
-from .verified import Check, Guarded, check_steps, judge, make_example, verified
+from .cpu_path import choose_path
+from .cpu_tuning import kept
+from .engine import fast_executor_reason
+from .plan import AttentionStep, Plan
+from .verified import Check, judge, make_example, steps_checked, verified
 
 SIZE = 256
 
@@ -75,17 +78,16 @@ def verify(
         return Report(key, tuple(checks), f"the model itself, {reason}", all(c.passed for c in checks))
     plan = plan.to(device, torch.float32)
     if device.type == "cpu":
-        executor = CpuExecutor(plan, dtype)
+        executor = CpuExecutor.of(plan, dtype, kept(plan, dtype), "measurement")
         example = make_example(plan, device, dtype, isinstance(model, LocalGlobalRefinement))
         add(judge("engine", lambda image, mask, start: executor.run(image, mask, start, None)[0], example))
-        return Report(key, tuple(checks), "the engine, in C++", all(c.passed for c in checks))
+        path = choose_path(model, plan, dtype)
+        return Report(key, tuple(checks), str(path), all(c.passed for c in checks))
     found, verdict = verified(model, plan, device, dtype, anew=True)
     for check in verdict.checks:
         add(check)
-    if isinstance(found, Guarded) and type(found.executor) is CudaExecutor:
-        example = make_example(plan, device, dtype, isinstance(model, LocalGlobalRefinement))
-        for check in check_steps(found.executor, plan, example):
-            add(check)
+    for check in steps_checked(found, verdict, plan, isinstance(model, LocalGlobalRefinement)):
+        add(check)
     passed = verdict.runs == "graph" and all(c.passed for c in checks)
     return Report(key, tuple(checks), str(verdict), passed)
 
@@ -103,7 +105,7 @@ def _operators(plan: Plan, device: torch.device, dtype: torch.dtype) -> Iterator
     for op in ("merge", "merge_concat"):
         cases.append((op, (image, output, mask), (), None))
     for step in plan.steps:
-        if step.kind == "attention":
+        if isinstance(step, AttentionStep):
             source, channels = plan.buffers[step.source.buffer], step.out_channels
             weight = normal(channels, 2 * channels, 1, 1) / channels**0.5
             features = normal(1, channels, source.height, source.width)
@@ -111,9 +113,9 @@ def _operators(plan: Plan, device: torch.device, dtype: torch.dtype) -> Iterator
     for op, tensors, more, variant in cases:
         function = getattr(torch.ops.lgnet, op)
         backend = CANDIDATES.get(device.type, "triton")
-        reason = reason_against(op, backend, tensors, variant)
+        reason = reason_against(op, backend, tensors)
         for gradient in (False, True):
-            use = first_use.use_of(op, tensors, variant, gradient)
+            use = first_use.use_of(OPERATORS[op], tensors, variant, gradient)
             if reason is not None:
                 yield Check(use.name, problem=f"{backend}: {reason}")
                 continue

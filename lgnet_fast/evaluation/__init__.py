@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING
 from ..lazy import attach
 
 if TYPE_CHECKING:
+    from ..data.metrics import METRICS
     from .baselines import BASELINES, biharmonic, navier_stokes, telea
-    from .metrics import METRICS
+    from .options import EvaluationOptions
     from .protocol import class_label, parse_classes
     from .report import Evaluation, Score
     from .scoring import evaluate
@@ -21,9 +22,10 @@ __getattr__, __dir__ = attach(
     __name__,
     {
         "BASELINES": "baselines",
-        "METRICS": "metrics",
+        "METRICS": ".data.metrics",
         "SUITE_METRICS": "suite",
         "Evaluation": "report",
+        "EvaluationOptions": "options",
         "Score": "report",
         "biharmonic": "baselines",
         "class_label": "protocol",
@@ -39,6 +41,7 @@ __all__ = [
     "METRICS",
     "SUITE_METRICS",
     "Evaluation",
+    "EvaluationOptions",
     "Score",
     "biharmonic",
     "class_label",

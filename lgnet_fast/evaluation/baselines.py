@@ -7,7 +7,7 @@ from types import ModuleType
 
 import numpy as np
 
-from ..training.errors import MissingExtraError
+from ..errors import MissingExtraError
 
 RADIUS = 3.0
 """Pixels around a hole pixel that both methods look at; the value in OpenCV's own example."""

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..pipeline.batch import UsageError, shown_text
-from ..pipeline.distributed import World
+from ..errors import UsageError
+from ..jobs.fill import shown_text
+from ..jobs.journal import World
+from .options import EvaluationOptions
 from .scoring import evaluate
 
 
@@ -24,11 +25,11 @@ def named_models(texts: list[str]) -> dict[str, str | None] | list[str | None]:
     if not pairs:
         return list(texts)
     if len(pairs) < len(texts) or len({title for title, _ in pairs}) < len(pairs):
-        raise UsageError(f"--model: expected a title of its own for each, as TITLE=DIR, got {', '.join(texts)}")
+        raise UsageError(f"models: expected a title of its own for each, as TITLE=DIR, got {', '.join(texts)}")
     return {title: model if model != "bundled" else None for title, model in pairs}
 
 
-def run(pictures: Path, out: Path, *, models: list[str], **options: Any) -> int:
+def run(options: EvaluationOptions) -> int:
     """The eval command: its exit code, 0 when every picture was evaluated, 1 when some could not be.
 
     Raises what `evaluate` raises.
@@ -47,13 +48,14 @@ def run(pictures: Path, out: Path, *, models: list[str], **options: Any) -> int:
                 console.print(f"failed: {shown_text(error)}")
             progress.update(task, completed=done, total=total)
 
-        result = evaluate(pictures, out=out, models=named_models(models), world=world, tell=tell, **options)
+        result = evaluate(options, world, tell)
     if result is None:
         return 0
     if result.scores:
         Console(width=None if console.is_terminal else 120).print(result.table())
     for note in result.notes():
         console.print(f"warning: {note}")
-    sheet = ", evaluation.png" if options.get("sheet_rows") != 0 else ""
-    console.print(f"written: {out / 'evaluation.json'}, evaluation.md{sheet}")
+    if options.folder is not None:
+        sheet = ", evaluation.png" if options.rows else ""
+        console.print(f"written: {options.folder / 'evaluation.json'}, evaluation.md{sheet}")
     return 1 if result.failures or result.died or not result.scores else 0

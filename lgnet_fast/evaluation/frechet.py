@@ -56,7 +56,8 @@ class VGGFrechet:
     @torch.inference_mode()
     def features(self, pictures: Tensor) -> Tensor:
         """[B, 3, H, W] in [-1, 1] -> [B, D], float32 at least, on the CPU."""
-        return self.network(pictures)[self.level].float().mean(dim=(2, 3)).cpu()
+        levels: list[Tensor] = self.network(pictures)
+        return levels[self.level].float().mean(dim=(2, 3)).cpu()
 
     def update(self, pictures: Tensor, real: bool) -> None:
         """Take in pictures [B, 3, H, W] in [-1, 1], true ones or filled ones."""

@@ -8,14 +8,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from ..errors import InvalidMaskError
-from ..pipeline import batch
-from ..pipeline.batch import UsageError
-from ..pipeline.distributed import stamp
-from ..pipeline.files import EXTENSIONS
+from ..data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_class, read_mask, resize_mask
+from ..errors import DataError, InvalidMaskError, UsageError
+from ..jobs import folders
+from ..jobs.journal import stamp
+from ..pipeline.formats import EXTENSIONS
 from ..pipeline.pictures import picture_of
-from ..training.errors import DataError
-from ..training.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_class, read_mask, resize_mask
 
 OTHER = -1
 """The class of masks whose hole ratio lies in none of HOLE_CLASSES."""
@@ -46,31 +44,31 @@ def parse_classes(classes: str | Sequence[int | str] | None) -> tuple[int, ...] 
             chosen.append(named[f"{part}%"])
         else:
             raise UsageError(
-                f"--classes: expected names of {', '.join(named)} or numbers of 0 to {len(named) - 1}, got {part!r}"
+                f"classes: expected names of {', '.join(named)} or numbers of 0 to {len(named) - 1}, got {part!r}"
             )
     return tuple(dict.fromkeys(chosen))
 
 
-def pictures_in(folder: Path, besides: Sequence[Path] = ()) -> list[Path]:
-    """The pictures of a folder and its sub-folders, without those in the folders `besides`; or the one picture.
+def pictures_in(folder: Path, excluded: Sequence[Path] = ()) -> list[Path]:
+    """The pictures of a folder and its sub-folders, except those in the folders `excluded`; or the one picture.
 
-    Raises UsageError: not there, or none.
+    Raises UsageError: no such folder or file, or no picture in it.
     """
     if not folder.exists():
-        raise UsageError(f"--input: {str(folder)!r} does not exist")
+        raise UsageError(f"pictures: {str(folder)!r} does not exist")
     if not folder.is_dir():
         return [folder]
-    excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
-    found = list(batch.pictures_in(folder, excluded))
+    resolved = [path.resolve() for path in excluded if path.resolve() != folder.resolve()]
+    found = list(folders.pictures_in(folder, resolved))
     if not found:
-        raise UsageError(f"--input: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
+        raise UsageError(f"pictures: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
     return found
 
 
-def left_out_in(folder: Path, besides: Sequence[Path] = ()) -> list[dict[str, str]]:
-    """What `pictures_in` passes over and should not have to: unreadable sub-folders, pictures in other formats."""
-    excluded = [path.resolve() for path in besides if path.resolve() != folder.resolve()]
-    found = batch.scan(folder, excluded).left_out if folder.is_dir() else []
+def left_out_in(folder: Path, excluded: Sequence[Path] = ()) -> list[dict[str, str]]:
+    """Unreadable sub-folders and pictures in unsupported formats, which `pictures_in` skips."""
+    resolved = [path.resolve() for path in excluded if path.resolve() != folder.resolve()]
+    found = folders.scan(folder, resolved).left_out if folder.is_dir() else []
     return [{"picture": str(path), "error": reason} for path, reason in found]
 
 
@@ -126,7 +124,7 @@ def _centre(height: int, width: int, size: int) -> tuple[slice, slice]:
 
 
 class GeneratedMasks:
-    """Masks drawn by `lgnet_fast.training.masks.generate_mask` from (seed, index, class)."""
+    """Masks drawn by `lgnet_fast.data.masks.generate_mask` from (seed, index, class)."""
 
     def __init__(self, classes: tuple[int, ...] | None, kind: str, seed: int) -> None:
         self.classes = classes or tuple(range(len(HOLE_CLASSES)))
@@ -138,7 +136,7 @@ class GeneratedMasks:
         return generate_mask(height, width, hole_class=hole_class, kind=self.kind, seed=seed)
 
     def identity(self, index: int, hole_class: int) -> object:
-        """Everything that it is drawn from."""
+        """The values it is drawn from."""
         return [self.kind, self.seed, index, hole_class]
 
 
@@ -158,13 +156,13 @@ class FolderMasks:
                 self._dealt[one] = rng.permutation(found)
             elif classes is not None:
                 raise UsageError(
-                    f"--masks: expected masks with a hole ratio of {class_label(one)}, got none in "
-                    f"{str(folder.folder)!r} ({len(folder)} masks; is white the hole? --invert-mask)"
+                    f"masks: expected masks with a hole ratio of {class_label(one)}, got none in "
+                    f"{str(folder.folder)!r} ({len(folder)} masks; is white the hole? `invert_mask`)"
                 )
         if not self._dealt:
             raise UsageError(
-                f"--masks: expected masks with hole ratios of 1-60%, got none in {str(folder.folder)!r} "
-                f"({len(folder)} masks; is white the hole? --invert-mask)"
+                f"masks: expected masks with hole ratios of 1-60%, got none in {str(folder.folder)!r} "
+                f"({len(folder)} masks; is white the hole? `invert_mask`)"
             )
         self.classes = tuple(self._dealt)
 
@@ -191,14 +189,14 @@ class NamedMasks:
     classes = (OTHER,)
 
     def __init__(self, pictures: Sequence[Path], base: Path, folder: Path, invert: bool) -> None:
-        found = list(batch.pictures_in(folder, [])) if folder.is_dir() else []
+        found = list(folders.pictures_in(folder, [])) if folder.is_dir() else []
         if not found:
-            raise UsageError(f"--masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
+            raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
         self.files: list[Path] = []
         for picture in pictures:
-            mask, problem = batch.pair_mask(picture.relative_to(base), folder, found)
+            mask, problem = folders.pair_mask(picture.relative_to(base), folder, found)
             if mask is None:
-                raise UsageError(f"--masks: {problem} (for the picture {str(picture)!r})")
+                raise UsageError(f"masks: {problem} (for the picture {str(picture)!r})")
             self.files.append(mask)
         self.polarity = "black" if invert else "white"
 
@@ -230,12 +228,12 @@ def mask_source(
     """The masks of an evaluation. Raises UsageError: options that contradict each other, masks that are missing."""
     if by_name:
         if masks is None or classes is not None:
-            raise UsageError("--pair-by-name: expected --masks and no --classes (each mask has its own class)")
+            raise UsageError("pair_by_name: expected `masks` and no `classes` (each mask has its own class)")
         return NamedMasks(pictures, base, masks, invert)
     if masks is None:
         return GeneratedMasks(classes, kind, seed)
     try:
         folder = MaskFolder(masks, polarity="black" if invert else "white")
     except DataError as cause:
-        raise UsageError(f"--{cause}") from cause
+        raise UsageError(str(cause)) from cause
     return FolderMasks(folder, classes, seed)

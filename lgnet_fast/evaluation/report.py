@@ -13,8 +13,8 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 from rich.table import Table
 
-from ..pipeline.files import json_bytes, write_atomically
-from .metrics import METRICS
+from ..data.metrics import METRICS
+from ..pipeline.writing import json_bytes, write_atomically
 
 ALL = "all"
 """The class label of the row over all classes."""
@@ -106,7 +106,7 @@ class Evaluation:
         return table
 
     def notes(self) -> list[str]:
-        """What a reader of the table has to know."""
+        """Notes that a reader of the table needs."""
         notes = [f"{TITLES[name]}: n/a ({reason})" for name, reason in self.missing.items()]
         if self.failures:
             notes.append(f"{len(self.failures)} pictures could not be evaluated and are left out")
@@ -170,7 +170,7 @@ def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, bytes]]) -> 
         draw.text((_MARGIN + position * (_CELL + _MARGIN), 3), name, fill="black", font=font)
     for position, (caption, encoded) in enumerate(rows):
         top = _CAPTION + position * (_CELL + _CAPTION)
-        shown = caption.encode("utf-8", "replace").decode()  # of a name that is not UTF-8, what can be drawn
+        shown = caption.encode("utf-8", "replace").decode()  # names need not be UTF-8
         draw.text((_MARGIN, top + 3), shown, fill="dimgray", font=font)
         with Image.open(io.BytesIO(encoded)) as row:
             sheet.paste(row, (_MARGIN, top + _CAPTION))
@@ -178,7 +178,7 @@ def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, bytes]]) -> 
 
 
 def loss(name: str, value: float) -> float:
-    """What is the smaller, the better the value."""
+    """The value, or its negative where larger is better: smaller is better."""
     if name == "sharp":
         return abs(value - 1)
     return -value if name in _HIGHER_IS_BETTER else value

@@ -6,24 +6,23 @@ import io
 import os
 import platform
 import shutil
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
-from ..errors import BackendError, LGNetError, WeightsError
+from ..data.masks import SUITE_KINDS
+from ..data.metrics import Metrics, fid_score
+from ..errors import BackendError, JobError, LGNetError, MissingExtraError, UsageError, WeightsError
+from ..jobs.journal import FOLDER, Journal, World, fingerprint, model_stamp, stamp
 from ..pipeline import Inpainter
-from ..pipeline.batch import UsageError
-from ..pipeline.distributed import FOLDER, JobError, Journal, World, fingerprint, model_stamp, stamp
-from ..pipeline.files import write_atomically
-from ..training.errors import MissingExtraError
-from ..training.masks import SUITE_KINDS
+from ..pipeline.writing import write_atomically
+from ..version import __version__
 from .baselines import BASELINES
-from .metrics import METRICS, Distance, Metrics, fid_score
+from .options import SMALLEST, EvaluationOptions, Model
 from .protocol import (
     FolderMasks,
     GeneratedMasks,
@@ -36,183 +35,50 @@ from .protocol import (
     pictures_in,
 )
 from .report import ALL, DIGITS, TITLES, Evaluation, Score, contact_sheet, finite, loss, strip
-from .suite import SUITE_METRICS, SuiteMasks, SuiteMetrics, parse_kinds, summary
-
-SMALLEST = 16
-"""Smallest side that is evaluated: SSIM's window needs 11."""
+from .suite import SuiteMasks, SuiteMetrics, parse_kinds, summary
 
 Holes = GeneratedMasks | FolderMasks | NamedMasks | SuiteMasks
-Model = str | os.PathLike[str] | Inpainter | None
+Tell = Callable[[int, int, str | None], None]
 
 
-def evaluate(
-    pictures: str | Path,
-    *,
-    masks: str | Path | None = None,
-    models: Mapping[str, Model] | Sequence[str | os.PathLike[str] | None] = (None,),
-    classes: str | Sequence[int | str] | None = None,
-    size: int = 256,
-    seed: int = 0,
-    mask_kind: str = "strokes",
-    suite: bool = False,
-    baselines: Sequence[str] | None = None,
-    metrics: Sequence[str] | None = None,
-    paper_compat: bool = False,
-    pair_by_name: bool = False,
-    invert_mask: bool = False,
-    lpips: str | Path | Distance | None = None,
-    fid: str | Path | nn.Module | None = None,
-    out: str | Path | None = None,
-    sheet_rows: int | None = None,
-    device: str = "auto",
-    dtype: str = "auto",
-    backend: str = "auto",
-    world: World | None = None,
-    tell: Callable[[int, int, str | None], None] = lambda done, total, error: None,
-) -> Evaluation | None:
+def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell | None = None) -> Evaluation | None:
     """Score models and baselines on whole merged 8-bit pictures, per class of hole ratios (the paper's protocol) or,
     with `suite`, per kind of hole.
 
     Args:
-        pictures: a folder (with its sub-folders), or one picture.
-        masks: a folder of masks (Liu et al.'s 12,000, or any), white = hole; each class's masks are dealt to the
-            pictures in an order drawn from (seed, class). With `suite`: ``<picture>_<kind>.png``. None: masks drawn
-            from (seed, index, class or kind).
-        models: model folders or hub ids, None = the bundled one; or a mapping from titles to them. Where `out` is
-            None, also ready Inpainters.
-        classes: indices in HOLE_CLASSES or names such as "10-20%"; with `suite`, names in SUITE_KINDS; None: all
-            (that the folder of masks has).
-        size: the shorter edge is scaled to it, then the centre is cropped to size x size; 0: pictures as they are.
-        seed: of the masks and of their dealing.
-        mask_kind: "strokes", "boxes" or "mixed", for masks that are drawn.
-        suite: thin and thick strokes, a box and a blob (:func:`lgnet_fast.training.masks.suite_mask`), and the
-            measures of :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
-        baselines: names in BASELINES; None: "telea", "ns" and, with `suite`, "biharmonic".
-        metrics: names in METRICS or, with `suite`, SUITE_METRICS; None: all. LPIPS and FID are left out, with the
-            reason, where their networks are missing.
-        paper_compat: convert the networks' merged pictures to 8 bits as the released test script does, by
-            truncation: 63 of 256 levels come back one lower, known pixels included. Default: round.
-        pair_by_name: the mask of each picture is the one of its name, as `lgnet-fast run` pairs them.
-        invert_mask: black is hole.
-        lpips, fid: files of the networks' weights, or networks; see :class:`lgnet_fast.evaluation.metrics.Metrics`
-            and :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
-        out: folder for evaluation.json, evaluation.md and evaluation.png (original, masked, and every method's
-            result). An interrupted evaluation with the same arguments goes on where it was. None: nothing is written.
-        sheet_rows: rows of evaluation.png; None: 6, with `suite` 12. They show the first pictures, each with a mask
-            of another class; with `suite`, of every kind as many, evenly from the first method's best to its worst by
-            LPIPS (SSIM without that, l1 without either).
-        device, dtype, backend: as for Inpainter.
-        world: of several processes each evaluates its share of the pictures; default: as the launcher says.
-        tell: hears of this process (pictures with a mask done, in all, a picture's first error or None).
+        options: what to evaluate on what.
+        world: this process's place among several, which share the pictures; default: read from the environment.
+        tell: called with (finished pictures of this process, all of them, a picture's first error or None).
 
     Returns:
         The merged evaluation. Of several processes (`out` must be given, on a disk that they share) the first one
         waits for the others and returns it; the others return None.
 
     Raises:
-        UsageError: arguments that contradict each other or the files that are there. WeightsError, BackendError,
-        JobError, MissingExtraError.
+        UsageError: options that do not fit the files that are there. WeightsError, BackendError, JobError,
+        MissingExtraError.
     """
-    source, folder = Path(pictures), None if out is None else Path(out)
-    if size != 0 and size < SMALLEST:
-        raise UsageError(f"--size: expected 0 or at least {SMALLEST} pixels, got {size}")
-    if baselines is None:
-        baselines = tuple(BASELINES) if suite else ("telea", "ns")
-    names = SUITE_METRICS if suite else METRICS
-    metrics = names if metrics is None else metrics
-    if sheet_rows is None:
-        sheet_rows = 12 if suite else 6
-    if suite and pair_by_name:
-        raise UsageError("--suite: expected no --pair-by-name (with --masks it pairs PICTURE with PICTURE_KIND)")
-    unknown = [name for name in baselines if name not in BASELINES]
-    if unknown:
-        raise UsageError(f"--baselines: expected names of {', '.join(BASELINES)}, got {', '.join(unknown)}")
-    bad = [name for name in metrics if name not in names]
-    if bad or not metrics:
-        raise UsageError(f"--metrics: expected names of {', '.join(names)}, got {', '.join(bad) or 'none'}")
-    if seed < 0:
-        raise UsageError(f"--seed: expected 0 or more, got {seed}")
-    named = dict(models) if isinstance(models, Mapping) else _titles(models)
-    kinds = parse_kinds(classes) if suite else ()
-    chosen = None if suite else parse_classes(classes)
-    titles = [*named, *(BASELINES[name][0] for name in baselines)]
-    if not titles or len(set(titles)) != len(titles):
-        raise UsageError(f"--model: expected methods with titles of their own, got {', '.join(titles) or 'none'}")
-    besides = [Path(one) for one in (masks, out) if one is not None]
-    found = pictures_in(source, besides)
-    base = source if source.is_dir() else source.parent
-    not_read = left_out_in(source, besides)
-    mask_folder = None if masks is None else Path(masks)
-    holes: Holes
-    if suite:
-        holes = SuiteMasks(found, base, mask_folder, kinds, size=size, seed=seed, invert=invert_mask)
-    else:
-        holes = mask_source(
-            mask_folder, found, base, chosen, kind=mask_kind, seed=seed, invert=invert_mask, by_name=pair_by_name
-        )
-    label = SUITE_KINDS.__getitem__ if suite else class_label
     world = world or World.from_environment()
-    if folder is None and world.size > 1:
-        raise UsageError("--output: several processes need a folder that they share")
-    if folder is not None and folder.exists() and not folder.is_dir():
-        raise UsageError(f"--output: expected a folder, got the file {str(folder)!r}")
-
-    settings = {
-        "pictures": str(source),
-        "masks": None if masks is None else str(masks),
-        "suite": suite,
-        "mask_kind": mask_kind if masks is None and not suite else None,
-        "pair_by_name": pair_by_name,
-        "invert_mask": invert_mask,
-        "classes": None if pair_by_name else [label(one) for one in holes.classes],
-        "size": size,
-        "seed": seed,
-        "models": {title: "bundled" if model is None else str(model) for title, model in named.items()},
-        "baselines": list(baselines),
-        "paper_compat": paper_compat,
-        "metrics": list(metrics),
-        "dtype": dtype,
-        "backend": backend,
-    }
+    plan = _plan(options)
+    if options.folder is None and world.size > 1:
+        raise UsageError("out: several processes need a folder that they share")
+    settings = _settings(options, plan.holes)
     journal = None
-    if folder is not None:
-        journal = Journal(folder / FOLDER / f"eval-{_identity(settings, named, lpips, fid, sheet_rows)}", world)
+    if options.folder is not None:
+        journal = Journal(options.folder / FOLDER / f"eval-{_identity(options, settings)}", world)
     try:
-        target = world.device(device)
-        pipes = {title: _inpainter(model, target, dtype, backend) for title, model in named.items()}
-        where = next(iter(pipes.values())).device if pipes else "cpu"
-        measure = SuiteMetrics(metrics, lpips, where) if suite else Metrics(metrics, lpips, fid, where)
-        methods: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]] = {
-            title: _network(pipe, paper_compat) for title, pipe in pipes.items()
-        }
-        for name in baselines:
-            title, method = BASELINES[name]
-            methods[title] = method
-        job = _Job(found, holes, methods, measure, size, journal, sheet_rows if folder is not None else 0)
-        records = []
-        own = world.part(range(len(found)))
-        broken: set[str] = set()
-        for done, (index, one) in enumerate((i, c) for i in own for c in holes.classes):
-            record = job.run(index, one)
-            records.append(record)
-            error = None
-            if record.get("error") is not None and record["picture"] not in broken:
-                broken.add(record["picture"])
-                error = f"{record['picture']}: {record['error']}"
-            tell(done + 1, len(own) * len(holes.classes), error)
+        job = _Job(plan, options, _methods(options, world), journal)
+        records = _run(job, world, tell or (lambda done, total, error: None))
         died: list[int] = []
         if journal is not None:
             journal.finish()
             if world.rank > 0:
                 return None
             records, died = journal.collect()
-        result = _merged(records, titles, tuple(metrics), measure, died, settings, label, job.features)
-        if isinstance(holes, SuiteMasks) and isinstance(measure, SuiteMetrics):
-            result = replace(result, legend=" ".join(filter(None, (holes.legend, measure.legend))))
-        result = replace(result, failures=[*result.failures, *not_read])
-        if folder is not None and journal is not None:
-            result.write(folder)
-            job.write_sheet(folder, records)
+        result = _evaluation(job, records, died, settings)
+        if options.folder is not None and journal is not None:
+            result.write(options.folder)
+            job.write_sheet(options.folder, records)
             if not died:
                 journal.close()
                 shutil.rmtree(journal.folder, ignore_errors=True)
@@ -223,21 +89,126 @@ def evaluate(
     return result
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """The pictures, those that are not read, and the masks."""
+
+    pictures: list[Path]
+    not_read: list[dict[str, str]]
+    holes: Holes
+
+
+def _plan(options: EvaluationOptions) -> _Plan:
+    kinds = parse_kinds(options.classes) if options.suite else ()
+    classes = None if options.suite else parse_classes(options.classes)
+    besides = [path for path in (options.mask_folder, options.folder) if path is not None]
+    found = pictures_in(options.source, besides)
+    holes: Holes
+    if options.suite:
+        holes = SuiteMasks(
+            found,
+            options.base,
+            options.mask_folder,
+            kinds,
+            size=options.size,
+            seed=options.seed,
+            invert=options.invert_mask,
+        )
+    else:
+        holes = mask_source(
+            options.mask_folder,
+            found,
+            options.base,
+            classes,
+            kind=options.mask_kind,
+            seed=options.seed,
+            invert=options.invert_mask,
+            by_name=options.pair_by_name,
+        )
+    return _Plan(found, left_out_in(options.source, besides), holes)
+
+
+def _label(options: EvaluationOptions, hole_class: int) -> str:
+    return SUITE_KINDS[hole_class] if options.suite else class_label(hole_class)
+
+
+def _settings(options: EvaluationOptions, holes: Holes) -> dict[str, Any]:
+    """What the evaluation says of how it was made."""
+    drawn = options.masks is None and not options.suite
+    return {
+        "pictures": str(options.source),
+        "masks": None if options.masks is None else str(options.masks),
+        "suite": options.suite,
+        "mask_kind": options.mask_kind if drawn else None,
+        "pair_by_name": options.pair_by_name,
+        "invert_mask": options.invert_mask,
+        "classes": None if options.pair_by_name else [_label(options, one) for one in holes.classes],
+        "size": options.size,
+        "seed": options.seed,
+        "models": {title: "bundled" if model is None else str(model) for title, model in options.named.items()},
+        "baselines": list(options.baseline_names),
+        "paper_compat": options.paper_compat,
+        "metrics": list(options.metric_names),
+        "dtype": options.dtype,
+        "backend": options.backend,
+    }
+
+
+Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
+def _methods(options: EvaluationOptions, world: World) -> tuple[dict[str, Method], Metrics | SuiteMetrics]:
+    """Networks and baselines by title, and what measures them."""
+    device = world.device(options.device)
+    pipes = {title: _inpainter(model, options, device) for title, model in options.named.items()}
+    where = next(iter(pipes.values())).device if pipes else "cpu"
+    measure: Metrics | SuiteMetrics
+    if options.suite:
+        measure = SuiteMetrics(options.metric_names, options.lpips, where)
+    else:
+        measure = Metrics(options.metric_names, options.lpips, options.fid, where)
+    methods = {title: _network(pipe, options.paper_compat) for title, pipe in pipes.items()}
+    return methods | {BASELINES[name][0]: BASELINES[name][1] for name in options.baseline_names}, measure
+
+
+def _run(job: _Job, world: World, tell: Tell) -> list[dict[str, Any]]:
+    """The records of this process's share."""
+    own, classes = world.part(range(len(job.pictures))), job.holes.classes
+    records = []
+    broken: set[str] = set()
+    for done, (index, one) in enumerate((i, c) for i in own for c in classes):
+        record = job.run(index, one)
+        records.append(record)
+        error = None
+        if record.get("error") is not None and record["picture"] not in broken:
+            broken.add(record["picture"])
+            error = f"{record['picture']}: {record['error']}"
+        tell(done + 1, len(own) * len(classes), error)
+    return records
+
+
+def _evaluation(job: _Job, records: list[dict[str, Any]], died: list[int], settings: dict[str, Any]) -> Evaluation:
+    """All records together."""
+    result = _merged(records, job, died, settings)
+    if isinstance(job.holes, SuiteMasks) and isinstance(job.measure, SuiteMetrics):
+        result = replace(result, legend=" ".join(filter(None, (job.holes.legend, job.measure.legend))))
+    return replace(result, failures=[*result.failures, *job.plan.not_read])
+
+
 class _Job:
     """Pictures one after the other, each with one mask a class, through all methods."""
 
     def __init__(
         self,
-        pictures: list[Path],
-        holes: Holes,
-        methods: dict[str, Callable[[np.ndarray, np.ndarray], np.ndarray]],
-        measure: Metrics | SuiteMetrics,
-        size: int,
+        plan: _Plan,
+        options: EvaluationOptions,
+        methods: tuple[dict[str, Method], Metrics | SuiteMetrics],
         journal: Journal | None,
-        sheet_rows: int,
     ) -> None:
-        self.pictures, self.holes, self.methods, self.measure = pictures, holes, methods, measure
-        self.size, self.journal, self.sheet_rows = size, journal, sheet_rows
+        self.plan, self.options, self.journal = plan, options, journal
+        self.pictures, self.holes = plan.pictures, plan.holes
+        self.methods, self.measure = methods
+        self.size, self.sheet_rows = options.size, options.rows
         self._index = -1
         self._truth: np.ndarray | None = None
         self._truth_features: np.ndarray | None = None
@@ -256,7 +227,7 @@ class _Job:
                 raise
             except (LGNetError, OSError) as error:
                 record["error"] = str(error)
-            except Exception as error:  # one picture that breaks something must not stop the others
+            except Exception as error:  # an unexpected error of one picture must not stop the others
                 record["error"] = f"{type(error).__name__}: {error}"
         if self.journal is not None:
             self.journal.done(key, record)
@@ -309,7 +280,7 @@ class _Job:
             filled_features = [self.measure.features(picture) for picture in filled.values()]
             self._keep_features(record["key"], np.stack([self._truth_features, *filled_features]))
         if isinstance(self.holes, SuiteMasks):
-            shown = self.sheet_rows > 0  # which of them are best and worst shows at the end
+            shown = self.sheet_rows > 0  # the best and worst are known only at the end
         else:
             # One row a picture, of another class each.
             position = list(self.holes.classes).index(asked)
@@ -384,85 +355,52 @@ def _network(pipe: Inpainter, paper_compat: bool) -> Callable[[np.ndarray, np.nd
     def truncating(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
         levels = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))[None]).float() / 255
         filled = pipe(levels, hole)[0].permute(1, 2, 0).cpu().numpy()
-        result = _TRUNCATED[picture]
+        result: np.ndarray = _TRUNCATED[picture]
         result[hole] = (filled[hole] * np.float32(255)).astype(np.uint8)
         return result
 
     return truncating
 
 
-def _inpainter(model: Model, device: str, dtype: str, backend: str) -> Inpainter:
+def _inpainter(model: Model, options: EvaluationOptions, device: str) -> Inpainter:
     if isinstance(model, Inpainter):
         return model
-    return Inpainter.from_pretrained(model, device=device, dtype=dtype, backend=backend)
+    return Inpainter.from_pretrained(model, device=device, dtype=options.dtype, backend=options.backend)
 
 
-def _titles(models: Sequence[str | os.PathLike[str] | None]) -> dict[str, Model]:
-    """Models by their folders' names; by what was given where two have the same."""
-    short = ["bundled" if model is None else Path(model).name for model in models]
-    return {
-        name if short.count(name) == 1 or model is None else os.fspath(model): model
-        for name, model in zip(short, models)
-    }
-
-
-def _identity(settings: dict[str, Any], named: Mapping[str, Model], lpips: Any, fid: Any, sheet_rows: int) -> str:
-    """What tells this evaluation from others that write to the same folder."""
-    from .. import __version__
-
-    given = {**{f"model {title!r}": model for title, model in named.items()}, "lpips": lpips, "fid": fid}
-    for name, value in given.items():
+def _identity(options: EvaluationOptions, settings: dict[str, Any]) -> str:
+    """Identifies this evaluation among others that write to the same folder."""
+    named = options.named
+    models = {f"models {title!r}": model for title, model in named.items()}
+    for name, value in {**models, "lpips": options.lpips, "fid": options.fid}.items():
         if value is not None and not isinstance(value, (str, os.PathLike)):
             raise UsageError(f"{name}: expected a path where `out` is given, got {type(value).__name__}")
     weights = {title: model_stamp(model) for title, model in named.items() if not isinstance(model, Inpainter)}
-    backbones = [None if file is None else [str(file), stamp(Path(file))] for file in (lpips, fid)]
-    return fingerprint(settings, weights, backbones, sheet_rows, __version__)
+    files = (options.lpips, options.fid)
+    backbones = [None if file is None else [str(file), stamp(Path(str(file)))] for file in files]
+    return fingerprint(settings, weights, backbones, options.rows, __version__)
 
 
-def _merged(
-    records: list[dict[str, Any]],
-    titles: Sequence[str],
-    metrics: tuple[str, ...],
-    measure: Metrics | SuiteMetrics,
-    died: list[int],
-    settings: dict[str, Any],
-    label: Callable[[int], str],
-    features: Callable[[dict[str, Any]], np.ndarray | None],
-) -> Evaluation:
-    # Sums are taken in one order, whoever measured what: the same numbers from any number of processes.
+def _merged(records: list[dict[str, Any]], job: _Job, died: list[int], settings: dict[str, Any]) -> Evaluation:
+    # Sums are taken in one fixed order, so that any number of processes gives the same numbers.
     records = sorted(records, key=lambda record: (record["index"], record["class"]))
     good = [record for record in records if record.get("error") is None]
-    suite, missing = isinstance(measure, SuiteMetrics), dict(measure.missing)
+    metrics, missing = job.options.metric_names, dict(job.measure.missing)
     for name in metrics:
         without = sum(name not in record["measured"] for record in good)
         if without and name not in missing:
             missing[name] = f"another process could not measure it on {without} pictures"
-    groups = {label(one): [r for r in good if r["class"] == one] for one in sorted({r["class"] for r in good})}
-    if "other" in groups:
-        groups["other"] = groups.pop("other")
-    if len(groups) > 1:
-        groups[ALL] = good
+    groups = _groups(good, lambda one: _label(job.options, one))
     scores = []
-    names = [name for name in metrics if name not in missing and name != "fid"]
     for hole_class, group in groups.items():
-        means: dict[str, dict[str, float | None]] = {}
-        for title in titles:
-            own = [record["scores"][title] for record in group]
-            values = summary(own, names) if suite else {n: float(np.mean([one[n] for one in own])) for n in names}
-            means[title] = {name: finite(value) for name, value in values.items()}
-        if "fid" in metrics and "fid" not in missing and len(group) > 1:
-            stacked = np.stack([one for record in group if (one := features(record)) is not None])
-            for position, title in enumerate(titles):
-                means[title]["fid"] = finite(fid_score(stacked[:, 0], stacked[:, 1 + position]))
-        scores += [Score(title, hole_class, len(group), **means[title]) for title in titles]
+        means = _means(group, job, [name for name in metrics if name not in missing])
+        scores += [Score(title, hole_class, len(group), **means[title]) for title in job.options.titles]
     if "fid" in metrics and "fid" not in missing and any(len(group) < 2 for group in groups.values()):
         missing["fid"] = "classes of a single picture have none"
     failures: dict[str, str] = {}
     for record in records:
         if record.get("error") is not None:
             failures.setdefault(record["picture"], record["error"])
-    from .. import __version__
-
     versions = {
         "lgnet_fast": __version__,
         "torch": torch.__version__,
@@ -473,8 +411,36 @@ def _merged(
     return Evaluation(scores, metrics, missing, listed, died, settings, versions)
 
 
+def _groups(good: list[dict[str, Any]], label: Callable[[int], str]) -> dict[str, list[dict[str, Any]]]:
+    """Records by the name of their class; "other" last but one, and all of them where there are several classes."""
+    groups = {label(one): [r for r in good if r["class"] == one] for one in sorted({r["class"] for r in good})}
+    if "other" in groups:
+        groups["other"] = groups.pop("other")
+    if len(groups) > 1:
+        groups[ALL] = good
+    return groups
+
+
+def _means(group: list[dict[str, Any]], job: _Job, measured: list[str]) -> dict[str, dict[str, float | None]]:
+    """Each method's mean of the metrics that were measured, over a group of records."""
+    names = [name for name in measured if name != "fid"]
+    means: dict[str, dict[str, float | None]] = {}
+    for title in job.options.titles:
+        own = [record["scores"][title] for record in group]
+        if job.options.suite:
+            values = summary(own, names)
+        else:
+            values = {name: float(np.mean([one[name] for one in own])) for name in names}
+        means[title] = {name: finite(value) for name, value in values.items()}
+    if "fid" in measured and len(group) > 1:
+        stacked = np.stack([one for record in group if (one := job.features(record)) is not None])
+        for position, title in enumerate(job.options.titles):
+            means[title]["fid"] = finite(fid_score(stacked[:, 0], stacked[:, 1 + position]))
+    return means
+
+
 def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
-    except OSError:  # another job's journal is there
+    except OSError:  # the journal of another job lies there
         return

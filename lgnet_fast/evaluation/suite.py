@@ -6,22 +6,21 @@ All measures are of 8-bit pictures whose known pixels are the true ones; see :cl
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from ..errors import InvalidMaskError, WeightsError
-from ..pipeline import batch
-from ..pipeline.batch import UsageError
-from ..pipeline.distributed import stamp
-from ..pipeline.files import EXTENSIONS
+from ..data.masks import SUITE_KINDS, suite_mask
+from ..data.metrics import LPIPS_VARIABLE, Distance, one_line
+from ..errors import InvalidMaskError, MissingExtraError, UsageError, WeightsError
+from ..jobs import folders
+from ..jobs.journal import stamp
+from ..pipeline.formats import EXTENSIONS
 from ..reference.features import LPIPS
-from ..training.errors import MissingExtraError
-from ..training.masks import SUITE_KINDS, suite_mask
-from .metrics import LPIPS_VARIABLE, Distance, one_line
 from .protocol import mask_of
 
 SUITE_METRICS = ("l1", "psnr", "ssim", "lpips", "sharp")
@@ -37,7 +36,7 @@ def parse_kinds(kinds: str | Sequence[int | str] | None) -> tuple[str, ...]:
     chosen = [part.strip() for part in (kinds.split(",") if isinstance(kinds, str) else map(str, kinds))]
     for part in chosen:
         if part not in SUITE_KINDS:
-            raise UsageError(f"--classes: with --suite expected names of {', '.join(SUITE_KINDS)}, got {part!r}")
+            raise UsageError(f"classes: with `suite` expected names of {', '.join(SUITE_KINDS)}, got {part!r}")
     return tuple(kind for kind in SUITE_KINDS if kind in chosen)
 
 
@@ -66,16 +65,16 @@ class SuiteMasks:
         self.files: dict[tuple[int, int], Path] = {}
         if folder is None:
             return
-        found = list(batch.pictures_in(folder, [])) if folder.is_dir() else []
+        found = list(folders.pictures_in(folder, [])) if folder.is_dir() else []
         if not found:
-            raise UsageError(f"--masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
+            raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
         for index, picture in enumerate(pictures):
             for one in self.classes:
                 relative = picture.relative_to(base).with_suffix("")
                 name = relative.with_name(f"{relative.name}_{SUITE_KINDS[one]}")
-                mask, problem = batch.pair_mask(name, folder, found, suffix=False)
+                mask, problem = folders.pair_mask(name, folder, found, suffix=False)
                 if mask is None:
-                    raise UsageError(f"--masks: {problem} (for the picture {str(picture)!r})")
+                    raise UsageError(f"masks: {problem} (for the picture {str(picture)!r})")
                 self.files[index, one] = mask
 
     @property
@@ -146,15 +145,16 @@ class SuiteMetrics:
             from skimage.metrics import structural_similarity
         except ImportError as cause:
             raise MissingExtraError(
-                f'--suite: scikit-image cannot be imported ({cause}); pip install "lgnet_fast[eval]"'
+                f'suite: scikit-image cannot be imported ({cause}); pip install "lgnet_fast[eval]"'
             ) from cause
-        self._ssim, self.device = structural_similarity, torch.device(device)
+        self._ssim: Callable[..., Any] = structural_similarity
+        self.device = torch.device(device)
         self.missing: dict[str, str] = {}
         self._lpips: Distance | None = None
         if "lpips" in wanted:
             source = lpips if lpips is not None else os.environ.get(LPIPS_VARIABLE) or None
             if source is None:
-                self.missing["lpips"] = f"no weights; give their file by --lpips or {LPIPS_VARIABLE}"
+                self.missing["lpips"] = f"no weights; give their file as `lpips` or by {LPIPS_VARIABLE}"
             else:
                 try:
                     network = LPIPS.from_file(source) if isinstance(source, (str, Path)) else source

@@ -12,7 +12,6 @@ Each also takes ``backend="auto" | "eager" | "triton" | "cpp"``.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +19,12 @@ import torch
 from torch import Tensor
 
 from ..errors import BackendError
-from ..reference import attention as eager_attention
-from ..reference import merge as eager_merge
-from ..reference.attention import AttentionBlockFn
-from ..reference.merge import MergeFn
+from ..reference.backends import Functions, provide
 
 # Importing these registers the operators.
 from . import attention, merge_concat  # noqa: F401
 from .dispatch import calls, reset_calls
-
-_EAGER: dict[str, Callable[..., Tensor]] = {
-    "attention_block": eager_attention.attention_block,
-    "merge": eager_merge.merge,
-    "merge_concat": eager_merge.merge_concat,
-}
+from .registry import OPERATORS
 
 
 @dataclass(frozen=True)
@@ -50,7 +41,7 @@ class Bound:
     def __call__(self, *args: Any) -> Tensor:
         to_onnx = torch.onnx.is_in_onnx_export()
         if self.backend == "auto" and (to_onnx or torch.compiler.is_exporting()):
-            return _EAGER[self.operator](*args)
+            return OPERATORS[self.operator].eager(*args)
         if to_onnx:
             raise BackendError(
                 f"backend: {self.backend!r} has no ONNX form; call set_backend('auto') or set_backend('eager') first"
@@ -58,9 +49,11 @@ class Bound:
         return getattr(torch.ops.lgnet, self.operator)(*args, backend=self.backend)
 
 
-def functions(backend: str) -> tuple[AttentionBlockFn, MergeFn, MergeFn]:
+def functions(backend: str) -> Functions:
     """(attention_block, merge, merge_concat) with the backend bound: what ``set_backend`` injects."""
     return Bound("attention_block", backend), Bound("merge", backend), Bound("merge_concat", backend)
 
 
-__all__ = ["Bound", "calls", "functions", "reset_calls"]
+provide(functions)
+
+__all__ = ["OPERATORS", "Bound", "calls", "functions", "reset_calls"]

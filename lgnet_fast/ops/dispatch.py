@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib import import_module
+from importlib.util import find_spec
 from types import ModuleType
 
 import torch
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ..errors import BackendError
 from ..reference.attention import AttentionBlock
 from . import first_use
+from .registry import OPERATORS
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -34,13 +35,11 @@ _logged: set[tuple[str, str]] = set()
 
 
 def launchers(op: str, backend: str) -> ModuleType:
-    """Module with `op`'s launchers: ``<op>_forward``, ``<op>_backward`` and ``can_run_*``."""
-    if backend == "cpp":
-        return import_module("lgnet_fast.ops.cpp")
-    return import_module("lgnet_fast.kernels." + ("merge_concat" if op.startswith("merge") else "attention"))
+    """Module with `op`'s launchers, as the declaration names it."""
+    return OPERATORS[op].launchers(backend)
 
 
-def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | None) -> str | None:
+def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why `backend` cannot run `op` on these tensors, or None if it can. Looks at metadata only."""
     device = tensors[0].device.type
     if any(t.device != tensors[0].device for t in tensors):
@@ -49,18 +48,14 @@ def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...], variant: 
         return f"tensors have several dtypes: {sorted({str(t.dtype) for t in tensors})}"
     if backend == "cpp" and device != "cpu":
         return f"the C++ kernels run on the CPU, the tensors are on {device}"
-    if backend == "triton":
-        from importlib.util import find_spec
-
-        if find_spec("triton") is None:
-            return "Triton is not installed (pip install 'lgnet-fast[triton]')"
-    module = launchers(op, backend)
-    if op.startswith("merge"):
-        return module.can_run_merge(*tensors)
-    return module.can_run_attention(*tensors, variant=variant)
+    if backend == "triton" and find_spec("triton") is None:
+        return "Triton is not installed (pip install 'lgnet-fast[triton]')"
+    declaration = OPERATORS[op]
+    can_run: Callable[..., str | None] = getattr(declaration.launchers(backend), declaration.can_run)
+    return can_run(*tensors)
 
 
-def resolve(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | None = None) -> str:
+def resolve(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
     """The backend that will run: "eager", "triton" or "cpp".
 
     Raises:
@@ -70,7 +65,7 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | N
     if backend == "eager":
         return backend
     if backend in FUSED:
-        reason = reason_against(op, backend, tensors, variant)
+        reason = reason_against(op, backend, tensors)
         if reason is not None:
             raise BackendError(f"backend={backend!r} cannot run {op}: {reason}")
         return backend
@@ -79,7 +74,7 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...], variant: str | N
     candidate = CANDIDATES.get(tensors[0].device.type)
     if candidate is None:
         return "eager"
-    reason = reason_against(op, candidate, tensors, variant)
+    reason = reason_against(op, candidate, tensors)
     if reason is None:
         return candidate
     if (op, reason) not in _logged:
@@ -101,7 +96,7 @@ def require_backend(model: nn.Module, backend: str, device: torch.device, dtype:
         if isinstance(module, AttentionBlock):
             channels = module.combiner.out_channels
             tensors = empty(1, channels, 8, 8), empty(channels, 2 * channels, 1, 1), empty(channels)
-            resolve("attention_block", backend, tensors, module.variant)
+            resolve("attention_block", backend, tensors)
     for op in ("merge", "merge_concat"):
         resolve(op, backend, (empty(1, 3, 8, 8), empty(1, 3, 8, 8), empty(1, 1, 8, 8)))
 
@@ -120,21 +115,21 @@ def run(
         op: the operator's name.
         asked: the backend's, "auto" included.
         tensors: the operands.
-        variant: of an attention; for others whatever tells uses apart.
+        variant: what tells uses of the operator apart, see :func:`.registry.label`.
         fused: called with the backend's name and operands.
         eager: called with operands.
 
     Raises:
         ValueError, BackendError: see :func:`resolve`.
     """
-    backend = resolve(op, asked, tensors, variant)
+    backend = resolve(op, asked, tensors)
     if backend == "eager":
         record(op, backend)
         return eager(*tensors)
     if asked != "auto" or backend != "triton":
         return fused(backend, *tensors)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    use = first_use.use_of(op, tensors, variant, gradient)
+    use = first_use.use_of(OPERATORS[op], tensors, variant, gradient)
     reason = first_use.reason_against(use, tensors, partial(fused, backend), eager, _uncounted)
     if reason is None:
         try:

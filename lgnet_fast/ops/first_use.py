@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .. import cache, forks
+from .registry import Operator
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -50,11 +51,11 @@ class Use(NamedTuple):
         return f"{self.op}{variant}{channels}, {'with' if self.gradient else 'without'} gradient"
 
 
-def use_of(op: str, tensors: tuple[Tensor, ...], variant: str | None, gradient: bool) -> Use:
+def use_of(operator: Operator, tensors: tuple[Tensor, ...], variant: str | None, gradient: bool) -> Use:
     """The use that a call belongs to."""
     first = tensors[0]
-    channels = 0 if op.startswith("merge") else max(16, 1 << (first.shape[1] - 1).bit_length())
-    return Use(op, first.device, first.dtype, variant, channels, gradient)
+    channels = max(16, 1 << (first.shape[1] - 1).bit_length()) if operator.by_channels else 0
+    return Use(operator.name, first.device, first.dtype, variant, channels, gradient)
 
 
 def reason_against(

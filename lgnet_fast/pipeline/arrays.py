@@ -33,7 +33,7 @@ def channels_last(
 
 
 def pixels_of(picture: Image.Image) -> np.ndarray:
-    """What `np.asarray` gives, strip by strip: all at once it takes the picture's bytes three times."""
+    """The same as `np.asarray`, converted strip by strip: at once it would take three times the picture's bytes."""
     rows = max(1, 2**20 // max(1, picture.width))
     strips = (
         picture.crop((0, top, picture.width, min(top + rows, picture.height)))
@@ -49,7 +49,7 @@ def pixels_of(picture: Image.Image) -> np.ndarray:
 
 
 def unit_levels(levels: np.ndarray, error: type[LGNetError], name: str) -> np.ndarray:
-    """Floats as they came, all finite and in [0, 1] but for rounding: a millionth, or four units of their precision.
+    """The floats unchanged, if all are finite and in [0, 1] up to rounding: 1e-6, or four units of their precision.
 
     Raises `error` for NaN, infinity and other levels.
     """

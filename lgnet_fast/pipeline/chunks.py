@@ -1,11 +1,13 @@
-"""PNG chunks that Pillow drops: text, colour space, significant bits. They pass from a file to its result."""
+"""PNG chunks that Pillow drops, copied from a file to its result: text, colour space, significant bits."""
 
 from __future__ import annotations
 
 import struct
+import warnings
 import zlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_KEYWORD = b"XML:com.adobe.xmp"
@@ -14,7 +16,7 @@ _COLOUR = {b"gAMA", b"cHRM", b"sRGB", b"cICP", b"iCCP", b"mDCV", b"cLLI"}
 # Their meaning depends on the samples' layout.
 _LAYOUT = {b"sBIT", b"bKGD"}
 _TEXT = {b"tEXt", b"zTXt", b"iTXt"}
-# Old ways to keep EXIF as text: the result's EXIF is written anew, without thumbnail and orientation.
+# Old text forms of EXIF are left out: the result's EXIF is written anew, without thumbnail and orientation.
 _EXIF_TEXT = (b"Raw profile type exif\0", b"Raw profile type APP1\0")
 _WRITTEN_ANEW = {b"eXIf"}
 
@@ -123,3 +125,10 @@ def resolution_chunk(dpi: tuple[float, float]) -> Chunk:
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
+def warn_lost(info: Mapping[Any, Any], format: str) -> None:
+    """A UserWarning names the chunks of a picture that was a PNG, where `format` (Pillow's name) cannot hold them."""
+    kept = info.get("png_chunks")
+    if kept is not None and format != "PNG" and (lost := names(kept)):
+        warnings.warn(f"format: {format} does not hold the picture's PNG chunks {', '.join(lost)}", stacklevel=4)

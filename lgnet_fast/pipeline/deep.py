@@ -11,6 +11,7 @@ import io
 import struct
 import warnings
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -21,6 +22,8 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from ..errors import InvalidImageError
 from . import chunks
 from .exif import TIFF_DESCRIPTIVE, kept_exif
+from .formats import EXTENSIONS
+from .writing import write_file
 
 EXTRA = "pip install 'lgnet-fast[deep]'"
 
@@ -73,11 +76,11 @@ class DeepImage:
 
     def save(self, path: Any) -> None:
         """Writes a PNG or TIFF file with the metadata, atomically. Raises InvalidImageError: another extension."""
-        from pathlib import Path
-
-        from .files import save_picture
-
-        save_picture(self, Path(path))
+        path = Path(path)
+        format = EXTENSIONS.get(path.suffix.lower())
+        if format is None:
+            raise InvalidImageError(f"format: expected .png or .tif, got {path.suffix!r}")
+        write_file(path, encode_deep(self, format))
 
 
 def deep_format(data: bytes) -> str | None:
@@ -87,7 +90,7 @@ def deep_format(data: bytes) -> str | None:
     if data[:4] in (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"):
         try:
             bits = _directory(data).get(ExifTags.Base.BitsPerSample, (1,))
-        except Exception:  # of a torn file; whoever reads it says so
+        except Exception:  # truncated file: the reader raises the error
             return None
         several = isinstance(bits, tuple) and len(bits) > 1
         return "TIFF" if several and max(bits) > 8 else None
@@ -144,6 +147,7 @@ def check_deep_format(mode: str, format: str) -> None:
 def encode_deep(picture: DeepImage, format: str) -> bytes:
     """The file of a deep picture, with its metadata. Raises InvalidImageError: a format without 16-bit colour."""
     check_deep_format(picture.mode, format)
+    chunks.warn_lost(picture.info, format)
     return _encode_png(picture) if format == "PNG" else _encode_tiff(picture)
 
 
@@ -237,7 +241,7 @@ def _tiff_exif(data: bytes, directory: ImageFileDirectory_v2) -> bytes:
             value = directory[tag]
             if tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
                 own = dict(_directory(data, int(value)))
-                own.pop(ExifTags.IFD.Interop, None)  # a place in the old file
+                own.pop(ExifTags.IFD.Interop, None)  # an offset in the old file
                 value = own
             kept[tag] = value
     return kept.tobytes() if len(kept) else b""

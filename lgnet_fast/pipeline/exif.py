@@ -1,4 +1,4 @@
-"""What of a picture's EXIF goes into its result."""
+"""The part of a picture's EXIF that its result keeps."""
 
 from __future__ import annotations
 

@@ -2,22 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-import errno
 import io
-import json
-import os
-import re
-import stat
-import sys
 import threading
-import time
-import uuid
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any, BinaryIO
+from typing import Any
 
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
 
@@ -25,74 +15,11 @@ from ..errors import InvalidImageError, LGNetError
 from . import chunks, deep
 from .deep import DeepImage
 from .exif import kept_exif
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
-
-# Extensions that a folder run picks up, and the Pillow format that each one names. The first extension of a format
-# is the one a file gets when its own does not name the format.
-EXTENSIONS = {
-    ".png": "PNG",
-    ".apng": "PNG",
-    ".jpg": "JPEG",
-    ".jpeg": "JPEG",
-    ".jpe": "JPEG",
-    ".jfif": "JPEG",
-    ".webp": "WEBP",
-    ".tif": "TIFF",
-    ".tiff": "TIFF",
-    ".bmp": "BMP",
-    ".gif": "GIF",
-    ".avif": "AVIF",
-    ".heic": "HEIF",
-    ".heif": "HEIF",
-    ".hif": "HEIF",
-    ".jp2": "JPEG2000",
-    ".j2k": "JPEG2000",
-    ".jpx": "JPEG2000",
-    ".jpf": "JPEG2000",
-    ".ppm": "PPM",
-    ".pgm": "PPM",
-    ".pbm": "PPM",
-    ".pnm": "PPM",
-    ".tga": "TGA",
-}
-FORMATS = {
-    "png": "PNG",
-    "jpeg": "JPEG",
-    "webp": "WEBP",
-    "tiff": "TIFF",
-    "bmp": "BMP",
-    "avif": "AVIF",
-    "jp2": "JPEG2000",
-    "ppm": "PPM",
-    "tga": "TGA",
-}
-_OTHERS = (
-    ".3fr .ai .arw .bpg .cr2 .cr3 .crw .cur .dcm .dcr .dds .dib .dng .emf .eps .erf .exr .fits .fff .flif .hdr .icns "
-    ".ico .iiq .jng .jxl .jxr .kdc .mef .mng .mos .mrw .nef .nrw .orf .pam .pcd .pct .pcx .pef .pfm .pic .psb .psd "
-    ".qoi .raf .ras .rw2 .rwl .sgi .sr2 .srf .srw .svg .svgz .wbmp .wdp .wmf .x3f .xbm .xcf .xpm"
-)
-OTHER_EXTENSIONS = frozenset(_OTHERS.split())
-"""Pictures, raw photographs and drawings in formats that are not read here: a folder run names them."""
+from .formats import EXTENSIONS, MODES
+from .writing import write_file
 
 _HEIF_EXTRA = "pip install 'lgnet-fast[heif]'"
 
-_MODES = {
-    "PNG": {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"},
-    "JPEG": {"L", "RGB", "CMYK"},
-    "WEBP": {"RGB", "RGBA"},
-    "TIFF": {"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B", "I", "CMYK", "YCbCr"},
-    "BMP": {"1", "L", "P", "RGB"},
-    "GIF": {"1", "L", "P"},
-    "AVIF": {"RGB", "RGBA"},
-    "HEIF": {"RGB", "RGBA"},
-    "JPEG2000": {"L", "LA", "RGB", "RGBA"},
-    "PPM": {"1", "L", "RGB", "I;16"},
-    "TGA": {"L", "LA", "P", "RGB", "RGBA"},
-}
 # Modes that hold every sample of another; the pipeline's mode I never exceeds 16 bits, and Pillow has no direct way
 # from I;16B to I;16.
 _WIDER = {"1": "L", "L": "RGB", "LA": "RGBA", "I;16B": "I", "I": "I;16"}
@@ -111,12 +38,6 @@ _TIFF_LOSSLESS = {
 
 # Pillow decodes lazily into the object itself, so two threads that share one must not both load it.
 _loading = threading.Lock()
-
-ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""How an address begins, http://..., which in place of a path is a slip: nothing is written through it."""
-
-STANDARD_STREAM = Path("-")
-"""As an input the standard input, as an output the standard output."""
 
 
 @dataclass(frozen=True)
@@ -151,7 +72,7 @@ def open_image(data: bytes) -> Image.Image:
         raise InvalidImageError(reason)
     try:
         return Image.open(io.BytesIO(data))
-    except UnidentifiedImageError:  # its text names an object in memory
+    except UnidentifiedImageError:  # Pillow's message names an object in memory
         raise UnidentifiedImageError("no picture that Pillow can read") from None
 
 
@@ -178,7 +99,7 @@ def reason_against_reading(format: str) -> str | None:
 
 def reason_against_writing(format: str) -> str | None:
     """Why pictures of a Pillow format cannot be written here, None where they can."""
-    if format not in _MODES:
+    if format not in MODES:
         return f"{format} is not written here"
     reason = reason_against_reading(format)
     if reason is None and format == "HEIF":
@@ -296,20 +217,18 @@ def save_picture(
     format cannot hold the picture's mode or alpha; OSError from the file system.
     """
     format = format or EXTENSIONS.get(path.suffix.lower())
-    if format not in _MODES:
-        raise InvalidImageError(f"format: expected one of {', '.join(_MODES)}, got {format or path.suffix!r}")
+    if format not in MODES:
+        raise InvalidImageError(f"format: expected one of {', '.join(MODES)}, got {format or path.suffix!r}")
     write_file(path, encode(picture, format, like, quality))
 
 
 def encode(
     picture: Image.Image | DeepImage, format: str, like: Image.Image | None = None, quality: int | None = None
 ) -> bytes:
-    """The file that `save_picture` writes. `format`: a key of _MODES."""
-    kept = picture.info.get("png_chunks")
-    if kept is not None and format != "PNG" and (lost := chunks.names(kept)):
-        warnings.warn(f"format: {format} does not hold the picture's PNG chunks {', '.join(lost)}", stacklevel=3)
+    """The file that `save_picture` writes. `format`: a key of MODES."""
     if isinstance(picture, DeepImage):
         return deep.encode_deep(picture, format)
+    chunks.warn_lost(picture.info, format)
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
     for mode in held_modes(picture.mode, "transparency" in picture.info, format):
@@ -340,117 +259,10 @@ def encode(
     data = encoded.getvalue()
     if format != "PNG":
         return data
-    if kept is not None:
+    if (kept := picture.info.get("png_chunks")) is not None:
         return chunks.put_chunks(data, chunks.fitting(kept, data))
     xmp = picture.info.get("xmp")
     return chunks.put_chunks(data, [chunks.xmp_chunk(xmp)] if isinstance(xmp, bytes) else [])
-
-
-def json_bytes(value: Any) -> bytes:
-    """`value` as a JSON file. A file name that is not UTF-8 keeps its bytes as lone surrogates, escaped."""
-    return (json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n").encode(
-        "utf-8", "backslashreplace"
-    )
-
-
-def is_stream(path: Path) -> bool:
-    """Whether `path` is a pipe, a device or a socket, also through links: no file that could be replaced."""
-    try:
-        mode = os.stat(path).st_mode
-    except OSError:
-        return False
-    return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
-
-
-def write_file(path: Path, data: bytes) -> None:
-    """`write_atomically`; a pipe or a device, or the standard output as "-", is written to instead."""
-    if path == STANDARD_STREAM:
-        sys.stdout.flush()
-        write_stream(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), data)
-    elif is_stream(path):
-        with open(path, "wb", buffering=0) as stream:
-            write_stream(stream, data)
-    else:
-        write_atomically(path, data)
-
-
-def write_stream(stream: BinaryIO | io.RawIOBase, data: bytes) -> None:
-    """Writes all of `data`, without a buffer, which would fail once more when the stream is closed."""
-    rest = memoryview(data)
-    while rest:
-        written = stream.write(rest)
-        if written is None:
-            raise BlockingIOError(errno.EAGAIN, "the pipe takes no more")
-        rest = rest[written:]
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, flushes it to the disk, then renames: readers see the old file or the new one.
-
-    Where `path` is a link, what it points to is replaced, and the link stays.
-    """
-    path = Path(os.path.realpath(path)) if path.is_symlink() else path
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary, file = _open_temporary(path)
-    try:
-        with file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-            os.replace(temporary, path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
-
-
-def temporary_prefix(path: Path) -> str:
-    """How the names of the temporary files of `path` begin; after it come 32 hexadecimal digits and ".tmp"."""
-    # Names are limited in bytes, and this one is longer than the file's own.
-    return f".{os.fsdecode(os.fsencode(path.name)[:100])}."
-
-
-def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `path`, locked while it is written, which tells it from the leftover of a killed process."""
-    while True:
-        temporary = path.parent / f"{temporary_prefix(path)}{uuid.uuid4().hex}.tmp"
-        file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
-        if fcntl is None:
-            return temporary, file
-        # Fails where it is being removed as a leftover, and on file systems without locks.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if temporary.exists():
-            return temporary, file
-        file.close()
-
-
-_TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
-
-
-def remove_leftovers(folders: Iterable[Path], age: float = 0.0, of: Path | None = None) -> None:
-    """Deletes what killed processes left of `write_atomically` in these folders; files being written now stay.
-
-    `age`: seconds since the last write that a leftover must have; for folders that other hosts write to, whose locks
-    may not be seen here. `of`: only those of this file.
-    """
-    begin = "" if of is None else temporary_prefix(of)
-    for folder in dict.fromkeys(folders):
-        try:
-            names = [entry.name for entry in os.scandir(folder)]
-        except OSError:  # not there yet
-            continue
-        found = [name for name in names if name.startswith(begin) and _TEMPORARY.fullmatch(name)]
-        for temporary in (folder / name for name in found):
-            if fcntl is None:
-                continue
-            try:
-                if time.time() - temporary.stat().st_mtime < age:
-                    continue
-                with open(temporary, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    temporary.unlink(missing_ok=True)
-            except OSError:  # locked by its writer, or not ours to delete
-                continue
 
 
 def format_of(source: Path | Encoded) -> str | None:
@@ -461,11 +273,11 @@ def format_of(source: Path | Encoded) -> str | None:
         else:
             with open(source, "rb") as file:
                 if _is_heif(file.read(64)):
-                    reason_against_reading("HEIF")  # which lets Pillow know of the format
+                    reason_against_reading("HEIF")  # registers the format with Pillow
             picture = Image.open(source)
         with picture:
             return "JPEG" if picture.format == "MPO" else picture.format
-    except Exception:  # the item's own run reports the reason
+    except Exception:  # the run of the item reports the reason
         return None
 
 
@@ -486,14 +298,14 @@ def held_modes(mode: str, transparent: bool, format: str) -> list[str]:
     `transparent`: whether a palette has alpha. Raises InvalidImageError: no such mode.
     """
     own, steps = mode, []
-    while mode not in _MODES[format]:
+    while mode not in MODES[format]:
         if mode == "P":
             mode = "RGBA" if transparent else "RGB"
         elif mode in _WIDER:
             mode = _WIDER[mode]
         else:
             raise InvalidImageError(
-                f"format: {format} holds {', '.join(sorted(_MODES[format]))}, got a picture of mode {own}; "
+                f"format: {format} holds {', '.join(sorted(MODES[format]))}, got a picture of mode {own}; "
                 "PNG and TIFF keep alpha and depth"
             )
         steps.append(mode)

@@ -137,7 +137,7 @@ class Inpainter:
         self._exact_lock = forks.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but what :meth:`__setstate__` makes anew: engines neither pickle nor copy."""
+        """All attributes except those that :meth:`__setstate__` makes again: engines do not pickle or copy."""
         made = ("_model", "_exact", "_exact_lock")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
@@ -162,7 +162,7 @@ class Inpainter:
 
         Raises WeightsError when the weights are missing or malformed, and what the constructor raises.
         """
-        resolve_dtype(dtype, resolve_device(device))  # before hundreds of megabytes are read
+        resolve_dtype(dtype, resolve_device(device))  # checked before hundreds of megabytes are read
         if model is None:
             from ..weights import bundled_path
 
@@ -319,7 +319,7 @@ class Inpainter:
             (fills,), ran, passes = self._fill(job, strategy, stages=False)
             laid = [(box, fill, job.alpha[box.slices].copy()) for box, fill in fills]
             region = job.region
-            del job, fills  # buffers of the picture's size, of no use while it is there three times
+            del job, fills  # these have the picture's size, and are not needed while three copies of it exist
             return Inpainted(picture.rebuild(picture.painted(laid), region), picture.size, ratio, ran, passes)
 
     def _fill(self, job: _Job, strategy: str, stages: bool) -> tuple[list[_Fills], str, int]:
@@ -329,7 +329,7 @@ class Inpainter:
             self._check_memory(job.picture.size, windows, strategy)
             return self._run_windows(job, windows, stages), strategy, len(windows)
         name, windows = strategies.choose(job.region, self.multiple, self.window, job.groups)
-        # Ever cheaper ones, for where memory is short.
+        # In the order of less and less memory.
         ladder = [(name, self.window), ("crop", self.window), ("crop", self.multiple), ("resize", self.multiple)]
         attempts = list(dict.fromkeys(ladder))
         for position, (name, largest) in enumerate(attempts):
@@ -400,7 +400,7 @@ class Inpainter:
         """A window's image float32 [h, w, 3] and hole bool [h, w], reduced and padded."""
         content, hole = picture.network_range(window.rows, window.columns), region[window.rows, window.columns]
         if window.reduced == window.size:
-            # What lies under the mask must not reach the network, not even to be multiplied by zero.
+            # Pixels under the mask must not reach the network: NaN times zero is NaN.
             image, small_hole = np.where(hole[..., None], np.float32(0), content), hole
         else:
             image, small_hole = strategies.reduce_region(content, hole, window.reduced)
@@ -441,7 +441,7 @@ class Inpainter:
                 self._exact = self._placed(torch.float32, may_optimize=self.device.type == "cpu")
             return self._exact
 
-    @torch.inference_mode(False)  # what is kept must serve calls outside of it too
+    @torch.inference_mode(False)  # what is kept must also work outside inference mode
     def _placed(self, dtype: torch.dtype, may_optimize: bool = True) -> Callable[..., Any]:
         """The source model ready to run on this device in `dtype`.
 

@@ -227,26 +227,33 @@ def _by_luma(planes: _Planes, threshold: float) -> np.ndarray:
         luma = np.asarray(Image.fromarray(planes.colour).convert("L"))
     if planes.alpha is None:
         return _above(luma, 255, threshold)
-    return luma.astype(np.float32) * planes.alpha / (255 * 255) > threshold
+    above: np.ndarray = luma.astype(np.float32) * planes.alpha / (255 * 255) > threshold
+    return above
 
 
 def _above(levels: np.ndarray, white: float, threshold: float) -> np.ndarray:
     """Where a level, as a share of `white`, exceeds a threshold."""
+    above: np.ndarray
     if levels.dtype != np.uint8:
-        return levels / np.float32(white) > threshold
-    # Compared as bytes: the least level that exceeds it.
+        above = levels / np.float32(white) > threshold
+        return above
+    # Compared as bytes with the least level that exceeds it.
     exceeding = np.flatnonzero(np.arange(256, dtype=np.float32) / np.float32(white) > threshold)
-    return levels >= exceeding[0] if len(exceeding) else np.zeros(levels.shape, dtype=bool)
+    above = levels >= exceeding[0] if len(exceeding) else np.zeros(levels.shape, dtype=bool)
+    return above
 
 
 def _largest(colour: np.ndarray) -> np.ndarray:
     """Largest channel of a uint8 [..., 3]."""
-    return np.maximum(np.maximum(colour[..., 0], colour[..., 1]), colour[..., 2])
+    largest: np.ndarray = np.maximum(np.maximum(colour[..., 0], colour[..., 1]), colour[..., 2])
+    return largest
 
 
 def _chroma(colour: np.ndarray) -> np.ndarray:
     """Largest less smallest channel of a uint8 [..., 3]."""
-    return _largest(colour) - np.minimum(np.minimum(colour[..., 0], colour[..., 1]), colour[..., 2])
+    smallest = np.minimum(np.minimum(colour[..., 0], colour[..., 1]), colour[..., 2])
+    chroma: np.ndarray = _largest(colour) - smallest
+    return chroma
 
 
 def _one_colour(pixels: np.ndarray, apart: int = _ONE_COLOUR) -> bool:

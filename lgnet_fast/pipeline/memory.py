@@ -1,4 +1,4 @@
-"""How much memory a run takes, asked before anything is allocated."""
+"""Estimate of the memory that a run takes, made before anything is allocated."""
 
 from __future__ import annotations
 
@@ -125,13 +125,13 @@ def _windows_room() -> int | None:
 
 
 def _container_room() -> int | None:
-    """What the control group still grants: inside a container the machine's free memory is not the limit."""
+    """Memory left under the control group's limit: in a container the machine's free memory is not the limit."""
     for limit, used in (
         ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
         ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
     ):
         try:
             return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
-        except (OSError, ValueError):  # not there, or "max"
+        except (OSError, ValueError):  # no such file, or "max"
             continue
     return None

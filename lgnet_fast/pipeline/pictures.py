@@ -52,7 +52,7 @@ class Picture:
         """A region as float32 [h, w, 3] in [-1, 1]: level / (white / 2) - 1."""
         region = self.samples[rows, columns].astype(np.float32)
         region = region / np.float32(self.white / 2) - 1
-        if self.samples.dtype.kind == "f":  # a level may exceed its range by rounding
+        if self.samples.dtype.kind == "f":  # rounding may move a level out of its range
             region = np.clip(region, -1, 1)
         return np.broadcast_to(region, (*region.shape[:2], 3))
 
@@ -70,7 +70,7 @@ class Picture:
         Pixels of alpha 0 keep their bits. Grey pictures take the mean of the three channels. Integer depths are
         rounded to nearest and clamped.
         """
-        samples = self.samples.copy()
+        samples: np.ndarray = self.samples.copy()
         for box, fill, alpha in fills:
             touched, old = alpha > 0, samples[box.slices]
             painted = fill[touched].astype(np.float64)
@@ -78,7 +78,7 @@ class Picture:
                 painted = painted.mean(axis=1, keepdims=True)
             painted = np.clip((painted + 1) * (self.white / 2), 0, self.white)
             weight = alpha[touched].astype(np.float64)[:, None]
-            # Where alpha is 1 the old sample must not enter at all: what lies under the mask is not to be trusted.
+            # Where alpha is 1 the old sample is not used at all, since it may be NaN or infinite.
             blended = np.where(weight == 1, painted, old[touched] * (1 - weight) + painted * weight)
             old[touched] = blended if samples.dtype.kind == "f" else np.rint(blended)
         return samples

@@ -18,7 +18,7 @@ STRATEGIES = ("auto", "full", "crop", "resize", "tile")
 CONTEXT = 64
 # Known pixels shared by neighbouring tiles, over which they are blended.
 TILE_OVERLAP = 128
-# A hole that contains a square of this side is too thick for tiles: some would see next to no known pixel.
+# A hole that contains a square of this side is too thick for tiles: some tiles would hold almost no known pixels.
 THICK = 128
 
 
@@ -27,7 +27,7 @@ class Window:
     """A region of the picture that goes through the network once.
 
     `rows`, `columns`: the region; `reduced`: (height, width) at which the network sees it, before padding, never
-    larger than the region. `weight` float32 [h, w]: this window's say in each of its pixels, None = 1 everywhere.
+    larger than the region. `weight` float32 [h, w]: blending weight of each pixel, None = 1 everywhere.
     """
 
     rows: slice
@@ -92,7 +92,7 @@ def network_size(window: Window, multiple: int) -> tuple[int, int]:
 def batches(windows: list[Window], multiple: int, largest: int) -> list[list[Window]]:
     """The windows in groups of one network size, each of no more network pixels than `largest`^2, or of one window.
 
-    Small windows together take little more than one: most of what a pass reads is weights.
+    A batch of small windows takes little longer than one window, since a pass mostly reads weights.
     """
     groups: dict[tuple[int, int], list[list[Window]]] = {}
     for window in windows:
@@ -123,8 +123,8 @@ def reflection(length: int, target: int) -> np.ndarray:
 def reduce_region(region: np.ndarray, hole: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """A region float32 [h, w, 3] and its hole bool [h, w] area-averaged to `size` (height, width).
 
-    Only known pixels enter the averages, so nothing of what lies under the mask leaks out; a reduced pixel is hole
-    where most of its area is.
+    Averages are of known pixels only, so the content under the mask has no influence; a reduced pixel is hole where
+    most of its area is.
     """
     known = (~hole).astype(np.float32)
     share = _resample(known, size, Image.Resampling.BOX)
@@ -140,7 +140,8 @@ def reduce_region(region: np.ndarray, hole: np.ndarray, size: tuple[int, int]) -
 def enlarge_fill(fill: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A fill float32 [h, w, 3] scaled up to `size` (height, width) by Lanczos, clamped to [-1, 1]."""
     channels = [_resample(fill[..., channel], size, Image.Resampling.LANCZOS) for channel in range(3)]
-    return np.clip(np.stack(channels, axis=2), -1, 1)
+    clamped: np.ndarray = np.clip(np.stack(channels, axis=2), -1, 1)
+    return clamped
 
 
 def needed(window: Window, hole: np.ndarray) -> Rect:
@@ -219,7 +220,7 @@ class _Frame:
         return cls(box, frozenset(groups), rows, columns, (high, wide), scale, down * across)
 
     def overlaps(self, other: _Frame) -> bool:
-        return (
+        return bool(
             self.rows.start < other.rows.stop
             and other.rows.start < self.rows.stop
             and self.columns.start < other.columns.stop
@@ -293,15 +294,16 @@ def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, np.ndar
 
 
 def _smooth(ramp: np.ndarray) -> np.ndarray:
-    return (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+    smooth: np.ndarray = (ramp * ramp * (3 - 2 * ramp)).astype(np.float32)
+    return smooth
 
 
 def _is_thick(hole: np.ndarray) -> bool:
     """Whether a hole bool [h, w], the box around one group, contains a square of side THICK."""
     if min(hole.shape) < THICK or np.count_nonzero(hole) < THICK**2:
         return False
-    # The least of each square, as the least along the rows of the least along the columns: cost and memory do not
-    # depend on the side, and nothing is wider than a byte a pixel.
+    # Minimum over each square, as the minimum along rows of the minimum along columns: cost and memory do not depend
+    # on the side, and take one byte a pixel.
     least = hole.view(np.uint8)
     for axis in (0, 1):
         least = ndimage.minimum_filter1d(least, THICK, axis=axis, mode="constant", cval=0)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .networks import LocalNet, UNet
     from .variants import create_model, list_models
 
-# Lazy: the operators import the attention and merge functions from here, and must not pull in the rest.
+# Lazy, because the operators import the attention and merge functions and need nothing else from here.
 __getattr__, __dir__ = attach(
     __name__,
     {

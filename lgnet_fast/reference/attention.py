@@ -58,13 +58,13 @@ def query_key_value(features: Tensor, variant: str) -> tuple[Tensor, Tensor, Ten
 def _rows(x: Tensor) -> Tensor:
     """[B, C, H, W] -> [B, 1, H*W, C], the layout that scaled_dot_product_attention wants.
 
-    Contiguous: on a CPU a strided view would send it to the kernel that materialises all N x N scores.
+    Contiguous, because on a CPU PyTorch handles strided views with the kernel that stores all N x N scores.
     """
     return x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
 
 def cosine_attention(features: Tensor, variant: str = "released") -> Tensor:
-    """softmax(Q K^T) V over the positions of a feature map, without scale (SPEC table; paper eq. (10)).
+    """softmax(Q K^T) V over the positions of a feature map, without scale (paper, eq. (10); docs/model.md).
 
     Args:
         features: [B, C, H, W].
@@ -79,7 +79,7 @@ def cosine_attention(features: Tensor, variant: str = "released") -> Tensor:
 
 
 def attention_weights(features: Tensor, variant: str = "released") -> Tensor:
-    """The softmax weights themselves, [B, N, N], row = query. For inspection: N x N numbers a sample."""
+    """The softmax weights, [B, N, N], row = query. For inspection only: N x N numbers a sample."""
     q, k, _ = query_key_value(features, variant)
     return torch.softmax(_rows(q).squeeze(1) @ _rows(k).squeeze(1).transpose(1, 2), dim=-1)
 

@@ -1,4 +1,4 @@
-"""Running first stage, local stage and global stage one after another (SPEC, "Data convention")."""
+"""Running first stage, local stage and global stage one after another (docs/model.md)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from .. import forks
-from . import attention as eager_attention
-from . import merge as eager_merge
 from .attention import AttentionBlock
+from .backends import functions
+from .merge import MergeFn, merge, merge_concat
 from .networks import LEVELS
-
-BACKENDS = ("auto", "eager", "triton", "cpp")
 
 
 class Stages(NamedTuple):
@@ -39,8 +37,8 @@ class Cascade(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self._merge: eager_merge.MergeFn = eager_merge.merge
-        self._merge_concat: eager_merge.MergeFn = eager_merge.merge_concat
+        self._merge: MergeFn = merge
+        self._merge_concat: MergeFn = merge_concat
         self.backend = "eager"
 
     def set_backend(self, backend: str) -> Cascade:
@@ -53,16 +51,7 @@ class Cascade(nn.Module):
         Returns:
             self.
         """
-        if backend not in BACKENDS:
-            raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
-        if backend == "eager":
-            block: eager_attention.AttentionBlockFn = eager_attention.attention_block
-            self._merge, self._merge_concat = eager_merge.merge, eager_merge.merge_concat
-        else:
-            # Imported here so that the reference itself stays plain PyTorch.
-            from ..ops import functions
-
-            block, self._merge, self._merge_concat = functions(backend)
+        block, self._merge, self._merge_concat = functions(backend)
         for module in self.modules():
             if isinstance(module, AttentionBlock):
                 module.run = block
@@ -89,7 +78,7 @@ class Cascade(nn.Module):
 def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:
     """Raise TypeError or ValueError, naming the argument, unless (image, mask) fits the networks.
 
-    Only metadata is looked at: no value is read, so nothing waits for a GPU.
+    Reads metadata only, no values, so it does not wait for a GPU.
     """
     for name, tensor in (("image", image), ("mask", mask)):
         if not isinstance(tensor, Tensor):
@@ -97,7 +86,7 @@ def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if torch.jit.is_tracing():
-        return  # sizes are symbols there, and comparing them would bake them in
+        return  # sizes are symbols there; comparing them would fix them in the trace
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image: expected [B, 3, H, W], got {list(image.shape)}")
     expected = [image.shape[0], 1, *image.shape[2:]]

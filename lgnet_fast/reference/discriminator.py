@@ -21,14 +21,14 @@ from .released import load_state_dict_file
 
 # The paper's 32x32 map for a 256x256 picture needs padding 2; the released network has 1.
 _PADDING = {"released": 1, "paper": 2}
-_STRIDES = (2, 2, 2, 1, 1)  # the last is the classifier's
+_STRIDES = (2, 2, 2, 1, 1)  # the last belongs to the classifier
 _KERNEL = 5
 
 
 def _spectral_conv(in_channels: int, out_channels: int, stride: int, padding: int) -> nn.Conv2d:
     conv = nn.Conv2d(in_channels, out_channels, _KERNEL, stride=stride, padding=padding, bias=False)
     nn.init.normal_(conv.weight, 0.0, 0.02)
-    # The hook-based form, because the released names are its weight_orig, weight_u and weight_v.
+    # Hook-based spectral norm: the released files have its names weight_orig, weight_u and weight_v.
     return spectral_norm(conv)
 
 
@@ -89,7 +89,8 @@ class Discriminator(nn.Module):
                 f"picture: expected H and W large enough for a score, got {list(picture.shape[2:])}; "
                 f"variant={self.variant!r} needs {self._smallest_side()}"
             )
-        return self.classifier(self.encoder(picture))
+        scores: Tensor = self.classifier(self.encoder(picture))
+        return scores
 
     def _smallest_side(self) -> int:
         side = 1

@@ -10,8 +10,8 @@ torchvision's  ``features.0.weight``, ``features.0.bias``, ...: by the place in 
                without that word; the classifier is left out.
 =============  ======================================================================================================
 
-16-bit tensors become float32. A name such as ``vgg16-397923af.npz`` promises the begin of the file's SHA-256, as
-torchvision's names do, and is checked; so is a hash that the caller gives.
+16-bit tensors become float32. A file name such as ``vgg16-397923af.npz`` contains the start of the file's SHA-256, as
+torchvision's names do, which is checked; so is a hash that the caller gives.
 """
 
 from __future__ import annotations
@@ -43,17 +43,18 @@ FeaturesFn = Callable[[Tensor], Sequence[Tensor]]
 _MEAN = (-0.030, -0.088, -0.188)
 _DEVIATION = (0.458, 0.448, 0.450)
 
-# (output channels, kernel, stride, padding) of every convolution, a ReLU behind each; a number: max pool of that
-# kernel, stride 2. `taps`: the convolutions whose ReLU is a level of the features.
-_VGG: tuple = tuple(
+# (output channels, kernel, stride, padding) of every convolution, each followed by a ReLU; a number is the kernel of
+# a max pool with stride 2. `taps` are the convolutions whose ReLU outputs are the levels of the features.
+_Layer = int | tuple[int, int, int, int]
+_VGG: tuple[_Layer, ...] = tuple(
     layer
     for pool, (width, count) in enumerate([(64, 2), (128, 2), (256, 3), (512, 3), (512, 3)])
-    for layer in ([2] if pool else []) + [(width, 3, 1, 1)] * count
+    for layer in (*((2,) if pool else ()), *[(width, 3, 1, 1)] * count)
 )
-_ALEXNET: tuple = (
+_ALEXNET: tuple[_Layer, ...] = (
     (64, 11, 4, 2), 3, (192, 5, 1, 2), 3, (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1),
 )  # fmt: skip
-_LAYERS: dict[str, tuple] = {"vgg16": _VGG, "alexnet": _ALEXNET}
+_LAYERS: dict[str, tuple[_Layer, ...]] = {"vgg16": _VGG, "alexnet": _ALEXNET}
 _TAPS = {"vgg16": (1, 3, 6, 9, 12), "alexnet": (0, 1, 2, 3, 4)}
 NETWORKS = tuple(_LAYERS)
 
@@ -66,7 +67,8 @@ def normalise(picture: Tensor) -> Tensor:
 
 @cache
 def _imagenet(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    # Kept, for making a tensor of numbers waits for the GPU. Tensors of inference mode take no part in gradients.
+    # Cached, because making a tensor from numbers waits for the GPU. Not in inference mode, whose tensors cannot take
+    # part in gradients.
     with torch.inference_mode(False):
         mean, deviation = (torch.tensor(v, device=device, dtype=dtype).view(1, 3, 1, 1) for v in (_MEAN, _DEVIATION))
     return mean, deviation
@@ -80,7 +82,7 @@ def read_weights(path: str | os.PathLike[str], sha256: str | None = None) -> dic
 
     Args:
         path: ``.npz``, ``.safetensors``, or a PyTorch file.
-        sha256: hash of the file or its begin, in hexadecimal; None: what the file's name promises, if it does.
+        sha256: hash of the file or its start, in hexadecimal; None: the one in the file's name, if there is one.
 
     Raises:
         WeightsError: no such file, another hash, damaged, unsafe, or of neither layout.
@@ -106,7 +108,7 @@ def read_weights(path: str | os.PathLike[str], sha256: str | None = None) -> dic
 
 
 def check_hash(file: Path, sha256: str | None) -> None:
-    """Raise WeightsError unless the SHA-256 of `file` begins with `sha256`, or with what its name promises."""
+    """Raise WeightsError unless the SHA-256 of `file` starts with `sha256`, or with the hash in its name."""
     if sha256 is None:
         promised = re.search(r"-([0-9a-f]{8,64})$", file.stem)
         if promised is None:
@@ -137,7 +139,9 @@ def _numbered(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def _kind(weights: Mapping[str, Tensor], what: str) -> str:
     first = weights.get("w0")
     for name, layers in _LAYERS.items():
-        width, kernel = layers[0][:2]
+        first_layer = layers[0]
+        assert isinstance(first_layer, tuple)
+        width, kernel = first_layer[:2]
         if first is not None and tuple(first.shape) == (width, 3, kernel, kernel):
             return name
     found = "none" if first is None else str(list(first.shape))
@@ -158,7 +162,7 @@ class ConvFeatures(nn.Module):
 
     Args:
         network: "vgg16" or "alexnet".
-        convolutions: how many there are; None: all (13 and 5). Levels that lie behind them are left out.
+        convolutions: number of convolutions; None: all (13 or 5). Levels after the last one are left out.
     """
 
     def __init__(self, network: str = "vgg16", convolutions: int | None = None) -> None:
@@ -209,7 +213,7 @@ class ConvFeatures(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], sha256: str | None = None) -> ConvFeatures:
-        """Load a file of either layout (see the module's text); which network it is, its first convolution tells.
+        """Load a file of either layout (see the module's docstring). Its first convolution tells the network.
 
         Raises:
             WeightsError: see :func:`read_weights`; or names and shapes do not fit.
@@ -342,7 +346,7 @@ def _torchmetrics_heads(network: str) -> Path | None:
 
 def _direction(features: Tensor) -> Tensor:
     wide = features.to(torch.promote_types(features.dtype, torch.float32))
-    # The small number under the root keeps the gradient finite where no channel answers.
+    # The small number under the root keeps the gradient finite where all channels are 0.
     return wide / ((wide.square().sum(dim=1, keepdim=True) + 1e-20).sqrt() + 1e-10)
 
 
@@ -362,7 +366,7 @@ def register_features(name: str, make: Callable[[], FeaturesFn]) -> None:
     """Let ``loss.features: NAME`` of a training run mean what ``make()`` returns.
 
     Args:
-        name: any that is no path of a file. A name taken before now means the new one.
+        name: any name that is not the path of a file. A name that is registered again means the new function.
         make: called once a run; returns a module or function, picture [B, 3, H, W] in [-1, 1] -> features level by
             level, each [B, C, H', W'].
     """
@@ -377,6 +381,7 @@ def registered_features(name: str) -> FeaturesFn | None:
     if not colon or not re.fullmatch(r"[\w.]+", module):
         return None
     try:
-        return getattr(import_module(module), function)()
+        features: FeaturesFn = getattr(import_module(module), function)()
+        return features
     except (ImportError, AttributeError) as error:
         raise ValueError(f"features: expected package.module:function, got {name!r} ({error})") from error

@@ -1,9 +1,9 @@
 """Folders whose files are saved and read as one set.
 
 ``manifest.json`` holds the size and hash of every file of the set. A save writes all files into a sub-folder, then
-replaces the manifest, which is the moment when the new set counts, then puts the files in place. Killed before that
-moment, it leaves the old set as it was; killed after, the new one is whole in the sub-folder that the manifest names,
-and is read there. What a killed save left is removed by the next one.
+replaces the manifest, which makes the new set valid, then moves the files into place. A save that is killed before
+the manifest is replaced leaves the old set; one that is killed later leaves the new set complete in the sub-folder
+that the manifest names, and it is read from there. The next save removes the remains of a killed one.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ MODEL_CARD_FILE = "README.md"
 _STAGING = ".saving-"
 _CHUNK = 1 << 22
 _PATIENCE = 300.0
-"""Seconds that a save waits for another one of the same folder."""
+"""Seconds that a save waits for another save to the same folder."""
 
 
 def file_hash(path: Path) -> str:
@@ -52,16 +52,15 @@ def file_hash(path: Path) -> str:
 
 
 def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool = False) -> Path:
-    """The folder to read files `names` of a save from: `directory`, or where a killed save left the whole set.
+    """The folder that holds the files `names` of a save: `directory`, or where a killed save left the complete set.
 
-    A folder without manifest, as of a download from a model hub, is taken as it is: whether its files belong
-    together cannot be told.
+    A folder without a manifest, such as a download from a model hub, is read unchecked.
 
     Args:
         manifest_needed: a folder without one is an error.
 
     Raises:
-        WeightsError: a file is missing, or not the one that the manifest means.
+        WeightsError: a file is missing, or differs from the manifest's hash.
     """
     if not (directory / MANIFEST).is_file():
         if manifest_needed:
@@ -101,7 +100,7 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
 
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[bool]:
-    """Wait until no other save of this folder runs; yields whether that can be told here."""
+    """Wait until no other save to this folder runs; yields whether the file system has locks."""
     if fcntl is None:
         yield False
         return
@@ -124,12 +123,12 @@ def _alone(directory: Path) -> Iterator[bool]:
         yield locked
     finally:
         if locked:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child forked meanwhile would keep it
+            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile would keep the lock
         os.close(descriptor)
 
 
 def _sync(path: Path) -> None:
-    """Make a file, or the names in a folder, last through a power cut, where that can be asked for."""
+    """Flush a file, or the names in a folder, to the disk, where the system allows it."""
     try:
         descriptor = os.open(path, os.O_RDONLY)
     except OSError:  # folders on Windows
@@ -156,17 +155,17 @@ def _put(file: Path, target: Path) -> None:
 def staged(directory: Path) -> Iterator[Path]:
     """A folder to write into, whose files then replace those of `directory`, all or none.
 
-    A model card that is there already stays, and belongs to no set.
+    An existing model card stays; it is not part of the set.
 
     Raises:
-        LGNetError: it cannot be written. Until all files were written, what was there is as before.
+        LGNetError: it cannot be written. The old files stay until all new ones are written.
     """
     staging: Path | None = None
     committed = False
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _alone(directory) as alone:
-            # Left by killed saves; one may hold the set that counts.
+            # Remains of killed saves; one of them may hold the valid set.
             left = list(directory.glob(_STAGING + "*")) if alone else []
             counts = _named_staging(directory)
             for folder in left:
@@ -174,7 +173,7 @@ def staged(directory: Path) -> Iterator[Path]:
                     shutil.rmtree(folder, ignore_errors=True)
             staging = Path(tempfile.mkdtemp(dir=directory, prefix=_STAGING))
             yield staging
-            # The largest first, so that the description comes last.
+            # Largest files first, so that the small description comes last.
             files = sorted(staging.iterdir(), key=lambda file: (-file.stat().st_size, file.name))
             members: dict[str, Any] = {}
             for file in files:
@@ -194,7 +193,7 @@ def staged(directory: Path) -> Iterator[Path]:
                 if file.name in members or not (directory / file.name).exists():
                     _put(file, directory / file.name)
             _sync(directory)
-            committed = False  # nothing in the sub-folder is needed any more
+            committed = False  # the sub-folder is no longer needed
             for folder in left:
                 shutil.rmtree(folder, ignore_errors=True)
     except (OSError, SafetensorError) as error:
@@ -205,7 +204,7 @@ def staged(directory: Path) -> Iterator[Path]:
 
 
 def _named_staging(directory: Path) -> str | None:
-    """Name of the sub-folder in the manifest of `directory`."""
+    """Name of the sub-folder that the manifest of `directory` names."""
     try:
         return str(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["staging"])
     except (OSError, ValueError, KeyError, TypeError):

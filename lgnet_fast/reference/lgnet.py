@@ -1,4 +1,4 @@
-"""LGNet, its variants and ablations, and X_LG (paper, Sections III and IV; SPEC, "Variants")."""
+"""LGNet, its variants and ablations, and X_LG (paper, Sections III and IV; docs/model.md)."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ class LGNet(
     A new model has the paper's random initialisation and is in training mode.
     """
 
-    @torch.inference_mode(False)  # weights must serve outside of it too
+    @torch.inference_mode(False)  # weights must also work outside inference mode
     def __init__(
         self,
         stages: str = "C+L+G_att",
@@ -101,7 +101,7 @@ class LGNet(
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, without the backend, which belongs to a machine and not to a model."""
+        """The constructor's arguments, except the backend, which depends on the machine."""
         coarse, local, global_ = self.channels
         capped = {} if self.max_channels is None else {"max_channels": self.max_channels}
         return {
@@ -183,12 +183,21 @@ class LGNet(
                 global_channels=global_,
                 backend=backend,
             )
-        model.load_state_dict(released.to_native(nets, model), strict=True, assign=True)
+        model.load_state_dict(released.to_native(nets, model.state_dict()), strict=True, assign=True)
         return model.eval()
 
     def to_released(self) -> dict[str, dict[str, Tensor]]:
-        """State dicts under the authors' names, {"G1": ..., "G2": ..., "G3": ...}; the inverse of from_released."""
-        return released.from_native(self)
+        """State dicts under the authors' names, {"G1": ..., "G2": ..., "G3": ...}; the inverse of from_released.
+
+        Raises:
+            ValueError: not the three plain stages, which alone have released names.
+        """
+        if self.stages != "C+L+G_att" or self.share_coarse or self.max_channels is not None:
+            raise ValueError(
+                f"model: only plain LGNet has released names, got stages={self.stages!r}, "
+                f"share_coarse={self.share_coarse}, max_channels={self.max_channels}"
+            )
+        return released.from_native(self.state_dict())
 
     def save_pretrained(
         self,

@@ -42,7 +42,7 @@ class LossWeights:
     perceptual: float = 0.05
     style: float = 120.0
     edge: float = 0.0
-    """Not the paper's: for training without a feature network, which else has nothing that asks for sharpness."""
+    """Not in the paper. For training without a feature network, where no other term rewards sharpness."""
     lpips: float = 0.0
     """Not the paper's."""
 
@@ -56,13 +56,13 @@ class FeatureOptions:
     pictures: Literal["both", "merged"] = "both"
     """Raw and merged pictures, or merged ones alone (LPIPS always)."""
     crop: int | None = None
-    """Side of the square that is looked at, around a hole pixel drawn anew each time; None: the whole picture."""
+    """Side of the square that these terms see, around a randomly drawn hole pixel; None: the whole picture."""
     factor: float = 1.0
-    """The terms count so many times in the total: k where they are taken in every k-th step only."""
+    """Factor of these terms in the total: k where they are computed in every k-th step only."""
 
 
 def _wide(x: Tensor) -> Tensor:
-    """Float32 at least: sums over a picture overflow in 16 bit."""
+    """At least float32: sums over a picture overflow in 16 bit."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
 
 
@@ -175,7 +175,7 @@ def adversarial_loss(scores: Tensor, real: bool, weight: Tensor | None = None) -
 
     Args:
         scores: any shape, the discriminator's score map.
-        real: what the scores are pulled to: 1 or 0.
+        real: whether the target of the scores is 1 (true) or 0.
         weight: of each score, not negative, of the same shape; the mean is then weighted. None: all the same.
 
     Returns:
@@ -189,9 +189,9 @@ def adversarial_loss(scores: Tensor, real: bool, weight: Tensor | None = None) -
 
 
 def hole_share(mask: Tensor, scores: Tensor) -> Tensor:
-    """How much of each cell of a score map [B, 1, h, w] is hole, in [0, 1].
+    """Share of each cell of a score map [B, 1, h, w] that is hole, in [0, 1].
 
-    Where only the hole is made by the network, all other cells of a merged picture are true.
+    The network makes the hole only; the other cells of a merged picture are true pixels.
     """
     return F.adaptive_avg_pool2d(_wide(mask), (scores.shape[2], scores.shape[3]))
 
@@ -236,7 +236,8 @@ def discriminator_loss(fake_scores: Tensor, real_scores: Tensor, weight: Tensor 
 
 
 class _GradientAhead(torch.autograd.Function):
-    """``fn(x)``, with its gradient computed at once, so that nothing inside `fn` waits for the backward pass.
+    """``fn(x)`` with its gradient computed in the forward pass, so that no activation of `fn` is kept until the
+    backward.
 
     fn: x -> (0-dimensional loss, further tensors, which come back without a gradient).
     """
@@ -318,7 +319,10 @@ def generator_loss(
             truth = _Truth(seen, features, lpips, weights)
         together = torch.cat(pictures)
         ahead = lean and together.requires_grad
-        total, *parts = _GradientAhead.apply(together, truth.terms) if ahead else truth.terms(together)
+        if ahead:
+            total, *parts = _GradientAhead.apply(together, truth.terms)  # type: ignore[no-untyped-call]
+        else:
+            total, *parts = truth.terms(together)
         feature_totals.append(options.factor * total)
         terms |= {f"{name}{i}": part for name, part in zip(truth.names, parts, strict=True)}
     terms["G_adv"] = adversarial_loss(scores, True, score_weight)
@@ -336,7 +340,7 @@ def generator_loss(
 
 
 class _Truth:
-    """The features of the true picture, and the terms of others beside it."""
+    """The features of the true picture, and the loss terms of other pictures against them."""
 
     def __init__(self, image: Tensor, features: FeaturesFn | None, lpips: LPIPS | None, weights: LossWeights) -> None:
         self.features, self.lpips, self.weights, self.batch = features, lpips, weights, len(image)

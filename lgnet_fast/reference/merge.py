@@ -1,4 +1,4 @@
-"""Merging a network's output into the known picture, in plain PyTorch (SPEC, "Data convention")."""
+"""Merging a network's output into the known picture, in plain PyTorch (docs/model.md)."""
 
 from __future__ import annotations
 

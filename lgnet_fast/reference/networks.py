@@ -1,4 +1,4 @@
-"""NetC, NetL and NetG of LGNet (paper, Section III; SPEC, "Networks").
+"""NetC, NetL and NetG of LGNet (paper, Section III; layer by layer in docs/model.md).
 
 NetC and NetG are one U-Net, without and with attention blocks in the decoder; NetL is a small-receptive-field
 residual network. Inputs are cat(picture, mask), [B, 4, H, W]; outputs are pictures in [-1, 1], [B, 3, H, W].
@@ -122,7 +122,8 @@ class ResidualBlock(nn.Module):
         self.second = ConvBlock(nn.Conv2d(channels, channels, 3, bias=False), channels, pad=1, relu=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return x + self.second(self.first(x))
+        out: Tensor = x + self.second(self.first(x))
+        return out
 
 
 class LocalNet(nn.Module):

@@ -39,7 +39,7 @@ picture = Inpainter.from_pretrained("{{ repo_id | default("this directory", true
 
 
 def find_weights(source: str | os.PathLike[str]) -> None:
-    """Raise WeightsError early where `source` is plainly neither a model directory nor a hub id."""
+    """Raise WeightsError early where `source` is neither a model directory nor a possible hub id."""
     path = Path(source)
     if not str(source):
         raise WeightsError("weights: expected a model directory or a hub id, got an empty name")
@@ -60,15 +60,15 @@ def find_weights(source: str | os.PathLike[str]) -> None:
 
 
 def torchvision_file(name: str, missing: str, advice: str, *, progress: bool = False) -> Path:
-    """The file `name` of torchvision in torch's hub cache, downloaded into it where it is not there.
+    """Torchvision's file `name` in torch's hub cache; downloaded if it is missing.
 
     Args:
         name: "<network>-<start of its SHA-256>.pth".
-        missing, advice: begin and end of the error's message, around the path and the cause.
+        missing, advice: start and end of the error's message, around the path and the cause.
         progress: show a bar on stderr while downloading.
 
     Raises:
-        WeightsError: not there and not downloadable.
+        WeightsError: the file is missing and cannot be downloaded.
     """
     file = Path(torch.hub.get_dir()) / "checkpoints" / name
     if not file.is_file():
@@ -85,19 +85,19 @@ def torchvision_file(name: str, missing: str, advice: str, *, progress: bool = F
 
 @contextmanager
 def weights_errors(source: str | os.PathLike[str]) -> Iterator[None]:
-    """Turn what goes wrong while `source` is fetched and parsed into one WeightsError."""
+    """Turn any error while `source` is fetched and parsed into one WeightsError."""
     try:
         yield
     except (LGNetError, MemoryError):
         raise
-    except Exception as error:  # JSON, safetensors, hub and PyTorch have many kinds, and so has a damaged file
+    except Exception as error:  # JSON, safetensors, the hub and PyTorch raise many types for a damaged file
         raise WeightsError(
             f"weights: {str(source)!r} could not be loaded: {str(error) or type(error).__name__}"
         ) from error
 
 
 def upcast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """16-bit floating tensors as float32 (what the networks compute in by default); others as they are."""
+    """16-bit floating tensors as float32, the networks' default dtype; others unchanged."""
     return {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
 
 
@@ -141,7 +141,7 @@ def refuse_impostor(path: Path) -> None:
 
 
 def check_kinds(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> None:
-    """Raise WeightsError that lists the tensors that are floating where they must not be, or the other way."""
+    """Raise a WeightsError that lists tensors that are floating but must not be, or must be but are not."""
     wrong = [
         f"{name}: {found[name].dtype}"
         for name, tensor in expected.items()

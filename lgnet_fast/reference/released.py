@@ -11,22 +11,19 @@ import pickle
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import WeightsError
 from .folders import impostor
 from .networks import LEVELS, LocalNet
 from .pretrained import check_names_and_shapes, upcast
 
-if TYPE_CHECKING:
-    from .lgnet import LGNet
-
 NETS = ("G1", "G2", "G3")
 _MODULES = {"G1": "net_c", "G2": "net_l", "G3": "net_g"}
-# The tensor whose first dimension is the base width n.
+# Name of the tensor whose first dimension is the base width n.
 _WIDTH_KEYS = {"G1": "model.model.0.weight", "G2": "model.1.weight", "G3": "model1.0.weight"}
 
 
@@ -76,22 +73,21 @@ def _local() -> dict[str, str]:
 _NAMES = {"G1": _unet_nested(), "G2": _local(), "G3": _unet_flat()}
 
 
-def _translate(model: LGNet) -> dict[str, dict[str, str]]:
-    """{"G1": {released name: native name}, ...} for every tensor of `model`."""
-    result: dict[str, dict[str, str]] = {}
-    for net in NETS:
-        module: nn.Module = getattr(model, _MODULES[net])
-        result[net] = {}
-        for key in module.state_dict(keep_vars=True):
-            owner, leaf = key.rsplit(".", 1)
-            result[net][f"{_NAMES[net][owner]}.{leaf}"] = f"{_MODULES[net]}.{key}"
+def _translate(state: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
+    """{"G1": {released name: native name}, ...} for every tensor of a state dict of LGNet."""
+    nets = {module: net for net, module in _MODULES.items()}
+    result: dict[str, dict[str, str]] = {net: {} for net in NETS}
+    for name in state:
+        module, key = name.split(".", 1)
+        owner, leaf = key.rsplit(".", 1)
+        result[nets[module]][f"{_NAMES[nets[module]][owner]}.{leaf}"] = name
     return result
 
 
 def unreadable(path: Path, error: Exception) -> str:
-    """Why ``torch.load(path, weights_only=True)`` raised `error`, as "<path> ..." goes on.
+    """Why ``torch.load(path, weights_only=True)`` raised `error`: the rest of a sentence that starts with the path.
 
-    PyTorch's own text advises to switch the protection off, and may hold codes for terminals.
+    PyTorch's message is not used: it advises to switch the protection off and may contain terminal codes.
     """
     if (what := impostor(path)) is not None:
         return f"is {what}"
@@ -175,7 +171,7 @@ def read(source: Any, epoch: str | int | None = None) -> dict[str, dict[str, Ten
             raise WeightsError(f"{net}: expected a state dict (name -> tensor) or a path, got {type(item).__name__}")
         nets[net] = upcast({k.removeprefix("module."): v for k, v in state.items()})
     double = any(t.dtype == torch.float64 for state in nets.values() for t in state.values())
-    if double:  # one dtype for the whole model, and nothing loses precision
+    if double:  # one dtype for the whole model, without loss of precision
         nets = {
             net: {k: v.double() if v.is_floating_point() else v for k, v in state.items()}
             for net, state in nets.items()
@@ -201,12 +197,12 @@ def widths(nets: Mapping[str, Mapping[str, Tensor]]) -> tuple[int, int, int]:
     return result[0], result[1], result[2]
 
 
-def to_native(nets: Mapping[str, Mapping[str, Tensor]], model: LGNet) -> dict[str, Tensor]:
-    """`model`'s state dict from released ones; WeightsError lists every name or shape that does not fit."""
-    native_shapes = {k: tuple(v.shape) for k, v in model.state_dict().items()}
+def to_native(nets: Mapping[str, Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """LGNet's state dict, named as `like`, from released ones; WeightsError lists what does not fit."""
+    native_shapes = {k: tuple(v.shape) for k, v in like.items()}
     state: dict[str, Tensor] = {}
     problems = []
-    for net, names in _translate(model).items():
+    for net, names in _translate(like).items():
         try:
             check_names_and_shapes(nets[net], {r: native_shapes[n] for r, n in names.items()}, net)
         except WeightsError as error:
@@ -218,12 +214,6 @@ def to_native(nets: Mapping[str, Mapping[str, Tensor]], model: LGNet) -> dict[st
     return state
 
 
-def from_native(model: LGNet) -> dict[str, dict[str, Tensor]]:
-    """Released state dicts of `model`, which must have the three stages of LGNet."""
-    if model.stages != "C+L+G_att" or model.share_coarse or model.max_channels is not None:
-        raise ValueError(
-            f"model: only plain LGNet has released names, got stages={model.stages!r}, "
-            f"share_coarse={model.share_coarse}, max_channels={model.max_channels}"
-        )
-    state = model.state_dict()
-    return {net: {r: state[n] for r, n in names.items()} for net, names in _translate(model).items()}
+def from_native(state: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Released state dicts of the state dict of a plain LGNet."""
+    return {net: {r: state[n] for r, n in names.items()} for net, names in _translate(state).items()}

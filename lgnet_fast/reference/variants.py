@@ -1,4 +1,4 @@
-"""Models by name (SPEC, "Variants")."""
+"""Models by name (docs/model.md)."""
 
 from __future__ import annotations
 

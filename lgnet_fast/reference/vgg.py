@@ -137,19 +137,20 @@ class VGG16Features(nn.Sequential):
             raise WeightsError(
                 f"weights: expected torchvision's VGG-16 file, got {file}, which does not exist. {_ADVICE}"
             )
-        if path is not None:  # the cache's was checked when it came
+        if path is not None:  # the cached file was checked when it was downloaded
             check_hash(file, None)
         state = _select(load_state_dict_file(file))
         with torch.device("meta"):
             net = cls(normalised)
         check_names_and_shapes(state, {k: tuple(v.shape) for k, v in net.state_dict().items()}, str(file))
         net.load_state_dict(upcast(state), strict=True, assign=True)
-        net.requires_grad_(False)  # assigned tensors bring their own flag
+        net.requires_grad_(False)  # assigned tensors keep their requires_grad
         return net
 
 
 def _select(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the first three blocks, named ``0.weight``...; unknown names are kept, to be complained of."""
+    """The tensors of the first three blocks, named ``0.weight``...; unknown names are kept, so that they are
+    reported."""
     selected = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"(?:features\.)?(\d+)\.(\w+)", name)

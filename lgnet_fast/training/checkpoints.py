@@ -1,4 +1,4 @@
-"""Checkpoints: one file each, written beside its name and renamed, so that there is never half of one."""
+"""Checkpoints: one file each, written under a temporary name and renamed, so that none is ever incomplete."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..errors import TrainingError
 from ..reference.released import unreadable
-from .errors import TrainingError
 
 BEST = "best.pt"
 _STEP = re.compile(r"step_(\d+)\.pt")
@@ -24,7 +24,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     """Write `state` (tensors, numbers, strings, lists, dicts) as `path`: wholly or not at all.
 
     Raises:
-        TrainingError: the disk is full or cannot be written; what was there before stays.
+        TrainingError: the disk is full or not writable; the old file stays.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + _UNFINISHED)
@@ -43,7 +43,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename last through a power cut, where folders can be synced."""
+    """Flush a rename to the disk, where folders can be synced."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except OSError:
@@ -63,7 +63,8 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         TrainingError: it cannot be read.
     """
     try:
-        return torch.load(path, map_location="cpu", weights_only=True)
+        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        return state
     except Exception as error:  # pickle, zip and torch errors of many kinds
         raise TrainingError(f"checkpoint: {path} cannot be read (it {unreadable(path, error)})") from error
 
@@ -94,7 +95,7 @@ class CheckpointFolder:
         return path
 
     def clean(self) -> None:
-        """Remove what a killed process left half written."""
+        """Remove incomplete files of killed processes."""
         for left in self.folder.glob(f"*{_UNFINISHED}"):
             left.unlink(missing_ok=True)
 
@@ -134,7 +135,7 @@ def random_states() -> dict[str, Any]:
 
 
 def restore_random_states(states: dict[str, Any]) -> None:
-    """Put every random generator back."""
+    """Restore the state of every random generator."""
     version, words, gauss = states["python"]
     random.setstate((version, tuple(words), gauss))
     kind, keys, position, has_gauss, cached = states["numpy"]

@@ -21,10 +21,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..pipeline.files import write_atomically
+from ..errors import TrainingError
+from ..pipeline.writing import write_atomically
 from ..reference.pretrained import CONFIG_FILE, upcast, write_safetensors
 from .checkpoints import CheckpointFolder
-from .errors import TrainingError
 from .progress import LOG
 
 _ABOUT = "compact.json"

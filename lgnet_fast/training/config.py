@@ -1,4 +1,4 @@
-"""What a training run is made of: dataclasses, read from YAML or JSON, saved with the run."""
+"""Configuration of a training run: dataclasses, read from YAML or JSON and saved with the run."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
+from ..data.masks import HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
+from ..errors import ConfigError, MissingExtraError
 from ..reference.losses import FeatureOptions, LossWeights
-from .errors import ConfigError, MissingExtraError
-from .masks import HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
 
 T = TypeVar("T")
 
@@ -23,7 +23,7 @@ class ModelConfig:
     """The network."""
 
     name: str = "lgnet"
-    """For :func:`lgnet_fast.create_model`; not looked at where `init_from` or `factory` is given."""
+    """Name for :func:`lgnet_fast.create_model`; ignored where `init_from` or `factory` is given."""
     overrides: dict[str, Any] = field(default_factory=dict)
     """Arguments of :class:`LGNet`, e.g. ``{"coarse_channels": 16}``."""
     init_from: str | None = None
@@ -32,14 +32,14 @@ class ModelConfig:
     factory: str | None = None
     """"package.module:function", which returns the model: for an X_LG (LocalGlobalRefinement)."""
     backend: str = "auto"
-    """Of attention and merging: "auto" (fused where that can run), "eager", "cpp" or "triton"."""
+    """Backend of attention and merging: "auto" (fused where possible), "eager", "cpp" or "triton"."""
     freeze_batchnorm: bool = False
-    """Normalise by the running statistics, and leave those alone."""
+    """Normalise by the running statistics and do not update them."""
     freeze_batchnorm_from: float | None = None
-    """The same from this share of the run on, in [0, 1): its own batches would move every colour a little at every
-    step, where most of the learning rate is gone. Weights and biases of the normalisation are still trained."""
+    """Freeze them from this share of the run on, in [0, 1). Late in the schedule, statistics of single batches would
+    still shift all colours at every step. Weights and biases of the normalisation are trained on."""
     batchnorm_momentum: float = 0.1
-    """Share of each batch in the running statistics."""
+    """Weight of each batch in the running statistics."""
 
 
 @dataclass(frozen=True)
@@ -47,18 +47,18 @@ class DiscriminatorConfig:
     """The adversary. ``loss.adversarial: 0`` leaves it out altogether."""
 
     variant: Literal["released", "paper"] = "released"
-    """Of its padding."""
+    """Padding, as in the released network or in the paper."""
     channels: int = 64
     """Width of its first layer; 64 in the paper. Fewer suit a small model on a CPU."""
     stage: Literal["first", "last"] = "first"
-    """Whose merged picture it judges; "first" in the paper."""
+    """The stage whose merged picture it judges; "first" in the paper."""
     start: float = 0.0
-    """Share of the run, in [0, 1), after which it sets in."""
+    """Share of the run, in [0, 1), after which it takes part."""
     init_from: str | None = None
     """The authors' ``<epoch>_net_D.pth`` to go on from."""
     by_hole: bool = False
-    """Scores count by the share of their patch that is hole; in the paper all count, although most patches of a
-    merged picture are true."""
+    """Weight each score by the share of its patch that is hole. In the paper all count equally, although most patches
+    of a merged picture are true pixels."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class DataConfig:
     """"strokes", "boxes", "mixed", or "varied": thin and thick strokes, boxes, blobs and shapes like objects."""
     mask_polarity: str = "white"
     hole_classes: tuple[int, ...] = tuple(range(len(HOLE_CLASSES)))
-    """Of generated masks, drawn evenly; indices in :data:`.masks.HOLE_CLASSES`."""
+    """Classes of generated masks, drawn evenly; indices in :data:`.masks.HOLE_CLASSES`."""
     workers: int = 2
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
@@ -90,7 +90,7 @@ class DataConfig:
     """Decode every picture once, at a few scales, and keep them on the device with a bank of masks: for a GPU that
     outruns the decoders. 1,700 pictures of 288x400 take 1 GB."""
     mask_bank: int = 4096
-    """Masks of that bank; each is seen in its eight symmetries."""
+    """Number of masks in that bank; each is used in its eight symmetries."""
     colour: float = 0.0
     """With `in_memory`: gains, contrast, brightness and saturation move by up to this share."""
 
@@ -103,7 +103,7 @@ class LossConfig(LossWeights):
     """"torchvision" (VGG-16 from torch's hub cache, else downloaded), a weights file (:mod:`..reference.features`
     describes its layouts), a name of ``register_features``, "package.module:function", or None: no such terms."""
     features_sha256: str | None = None
-    """Of that file, or the begin of it."""
+    """SHA-256 of that file, or the start of it."""
     features_normalised: bool = False
     """Give VGG-16 pictures normalised as ImageNet's were; the released network feeds it those in [-1, 1]."""
     lpips_weights: str | None = None
@@ -114,13 +114,13 @@ class LossConfig(LossWeights):
     feature_pictures: Literal["both", "merged"] = "both"
     """Raw and merged pictures, as in the paper, or merged ones alone."""
     feature_crop: int | None = None
-    """Side of a square around a hole pixel by lot, to which these terms are restricted."""
+    """Side of a square around a random hole pixel, to which these terms are restricted."""
     feature_every: int = 1
-    """These terms are taken in every so many steps, and count so many times then."""
+    """Compute these terms in every k-th step only, with k times the weight."""
     feature_dtype: Literal["same", "bf16"] = "same"
-    """Of the feature networks; autocast has its own say."""
+    """Dtype of the feature networks outside autocast."""
     lean: bool = True
-    """Less memory for the same gradients, see ``generator_loss``; not taken in float16."""
+    """The same gradients with less memory, see ``generator_loss``; not used in float16."""
 
     def options(self) -> FeatureOptions:
         return FeatureOptions(
@@ -133,22 +133,22 @@ class OptimConfig:
     """Steps, optimisers, precision."""
 
     batch_size: int = 4
-    """Pictures a process and step, before accumulation."""
+    """Pictures in a batch of one process, before accumulation."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one step."""
     learning_rate: float = 2e-4
     discriminator_learning_rate: float | None = None
-    """None: the same."""
+    """None: `learning_rate`."""
     betas: tuple[float, float] = (0.5, 0.999)
     epochs: int | None = 200
     steps: int | None = None
     """Length of the run; overrides `epochs`."""
     max_minutes: float | None = None
-    """The run ends there; the schedule then runs by whichever share is larger, time's or steps'."""
+    """Longest duration of the run. The schedule follows the larger of the shares of time and of steps."""
     leg_minutes: float | None = None
     """This process stops after so much time, with a checkpoint and an exported model, and ``--resume`` goes on."""
     schedule: Literal["paper", "linear", "cosine", "constant"] = "paper"
-    """"paper": constant for half of the epochs, then falling linearly (SPEC, "Training schedule")."""
+    """"paper": constant for half of the epochs, then falling linearly (docs/model.md)."""
     warmup_steps: int = 0
     clip: float | None = None
     """Largest gradient norm of either network."""
@@ -157,16 +157,16 @@ class OptimConfig:
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast; "fp16" needs a GPU."""
     dtype: Literal["float32", "float64"] = "float32"
-    """Of the weights."""
+    """Dtype of the weights."""
     channels_last: bool = False
-    """Memory format; quicker on GPUs in 16 bit."""
+    """Memory format channels_last; faster on GPUs in 16 bit."""
     compile: bool = False
     """torch.compile the generator."""
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """Where the run lives, and what it writes."""
+    """The run's folder, device, logs, validation and checkpoints."""
 
     directory: str = "runs/lgnet"
     seed: int = 0
@@ -176,25 +176,25 @@ class RunConfig:
     """Steps between picture grids; 0: none."""
     validate_every: int = 1000
     metric: Literal["psnr", "ssim", "l1", "lpips"] = "psnr"
-    """Which chooses the best checkpoint."""
+    """The metric that selects the best checkpoint."""
     validation_classes: tuple[int, ...] = (1, 2)
     validation_kinds: tuple[str, ...] = ()
-    """Holes of these kinds of :data:`.masks.SUITE_KINDS` instead, scored on the device, in batches, kind by kind: l1,
-    PSNR, sharpness, and LPIPS where ``loss.lpips_weights`` is given."""
+    """Kinds of :data:`.masks.SUITE_KINDS`, instead of `validation_classes`. They are scored in batches on the device:
+    l1, PSNR, sharpness, and LPIPS where ``loss.lpips_weights`` is given."""
     validation_pictures: int | None = None
-    """Only the first so many."""
+    """Use only the first N pictures."""
     checkpoint_every: int = 1000
     checkpoint_minutes: float | None = None
-    """And after so much time, where given."""
+    """Minutes after which a checkpoint is written too."""
     keep: int = 3
     """Checkpoints kept, besides the best."""
     on_nan: Literal["stop", "skip"] = "stop"
     """A loss that is not finite: "stop" saves the batch and ends the run, "skip" leaves the batch out and counts."""
     finite_every: int = 1
-    """With "stop": steps between looks at the loss. Each makes the processor wait for the GPU."""
+    """With "stop": steps between checks of the loss. Each check waits for the GPU."""
     tensorboard: bool = True
     threads: int | None = None
-    """Of PyTorch on the CPU; None: its own choice."""
+    """Threads of PyTorch on the CPU; None: PyTorch's default."""
 
 
 @dataclass(frozen=True)
@@ -209,36 +209,41 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
-        def check(name: str, value: object, condition: bool, expected: str) -> None:
-            if not condition:
-                raise ConfigError(f"{name}: expected {expected}, got {value!r}")
+        self._check_data()
+        self._check_loss()
+        self._check_optim()
+        self._check_run()
 
-        data, optim, run = self.data, self.optim, self.run
-        check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
+    def _check_data(self) -> None:
+        data, run = self.data, self.run
+        _check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
         kinds = (*KINDS, VARIED)
-        check("data.mask_kind", data.mask_kind, data.mask_kind in kinds, f"one of {kinds}")
-        check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
+        _check("data.mask_kind", data.mask_kind, data.mask_kind in kinds, f"one of {kinds}")
+        _check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
         for name, classes in (
             ("data.hole_classes", data.hole_classes),
             ("run.validation_classes", run.validation_classes),
         ):
             inside = bool(classes) and all(0 <= c < len(HOLE_CLASSES) for c in classes)
-            check(name, classes, inside, f"indices from 0 to {len(HOLE_CLASSES) - 1}")
-        check("data.workers", data.workers, data.workers >= 0, "0 or more")
+            _check(name, classes, inside, f"indices from 0 to {len(HOLE_CLASSES) - 1}")
+        _check("data.workers", data.workers, data.workers >= 0, "0 or more")
         for name in ("prefetch", "mask_bank"):
-            check(f"data.{name}", getattr(data, name), getattr(data, name) >= 1, "1 or more")
-        check("data.colour", data.colour, 0 <= data.colour < 1, "a share in [0, 1)")
+            _check(f"data.{name}", getattr(data, name), getattr(data, name) >= 1, "1 or more")
+        _check("data.colour", data.colour, 0 <= data.colour < 1, "a share in [0, 1)")
+
+    def _check_loss(self) -> None:
+        run, data = self.run, self.data
         crop = self.loss.feature_crop
-        check("loss.feature_crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
-        check("loss.feature_every", self.loss.feature_every, self.loss.feature_every >= 1, "1 or more")
+        _check("loss.feature_crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
+        _check("loss.feature_every", self.loss.feature_every, self.loss.feature_every >= 1, "1 or more")
         freeze = self.model.freeze_batchnorm_from
-        check("model.freeze_batchnorm_from", freeze, freeze is None or 0 <= freeze < 1, "a share in [0, 1)")
+        _check("model.freeze_batchnorm_from", freeze, freeze is None or 0 <= freeze < 1, "a share in [0, 1)")
         momentum = self.model.batchnorm_momentum
-        check("model.batchnorm_momentum", momentum, 0 < momentum <= 1, "a share in (0, 1]")
+        _check("model.batchnorm_momentum", momentum, 0 < momentum <= 1, "a share in (0, 1]")
         inside = all(kind in SUITE_KINDS for kind in run.validation_kinds)
-        check("run.validation_kinds", run.validation_kinds, inside, f"names of {SUITE_KINDS}")
+        _check("run.validation_kinds", run.validation_kinds, inside, f"names of {SUITE_KINDS}")
         scored = run.metric != ("ssim" if run.validation_kinds else "lpips")
-        check(
+        _check(
             "run.metric",
             run.metric,
             scored,
@@ -248,37 +253,49 @@ class TrainConfig:
         needs = [
             name for name, asked in (("loss.lpips", self.loss.lpips), ("run.metric", run.metric == "lpips")) if asked
         ]
-        check("loss.lpips_weights", given, given is not None or not needs, f"a file, for {' and '.join(needs)}")
-        for name in ("batch_size", "accumulate"):
-            check(f"optim.{name}", getattr(optim, name), getattr(optim, name) >= 1, "1 or more")
-        check("optim.learning_rate", optim.learning_rate, optim.learning_rate > 0, "a positive number")
-        its_rate = optim.discriminator_learning_rate
-        check("optim.discriminator_learning_rate", its_rate, its_rate is None or its_rate > 0, "a positive number")
-        inside = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
-        check("optim.betas", optim.betas, inside, "two numbers in [0, 1)")
-        check("discriminator.channels", self.discriminator.channels, self.discriminator.channels >= 1, "1 or more")
+        _check("loss.lpips_weights", given, given is not None or not needs, f"a file, for {' and '.join(needs)}")
+        _check("discriminator.channels", self.discriminator.channels, self.discriminator.channels >= 1, "1 or more")
         start = self.discriminator.start
-        check("discriminator.start", start, 0 <= start < 1, "a share in [0, 1)")
+        _check("discriminator.start", start, 0 <= start < 1, "a share in [0, 1)")
         for weight in dataclasses.fields(LossWeights):
             value = getattr(self.loss, weight.name)
-            check(f"loss.{weight.name}", value, value >= 0, "0 or more")
-        check("run.seed", run.seed, run.seed >= 0, "0 or more")
-        check("run.picture_every", run.picture_every, run.picture_every >= 0, "0 or more")
-        for name in ("threads", "checkpoint_minutes"):
-            value = getattr(run, name)
-            check(f"run.{name}", value, value is None or value > 0, "a positive number")
-        check("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more")
+            _check(f"loss.{weight.name}", value, value >= 0, "0 or more")
+
+    def _check_optim(self) -> None:
+        optim = self.optim
+        for name in ("batch_size", "accumulate"):
+            _check(f"optim.{name}", getattr(optim, name), getattr(optim, name) >= 1, "1 or more")
+        _check("optim.learning_rate", optim.learning_rate, optim.learning_rate > 0, "a positive number")
+        its_rate = optim.discriminator_learning_rate
+        _check("optim.discriminator_learning_rate", its_rate, its_rate is None or its_rate > 0, "a positive number")
+        inside = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
+        _check("optim.betas", optim.betas, inside, "two numbers in [0, 1)")
+        _check("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more")
         for name in ("epochs", "steps", "max_minutes", "leg_minutes", "clip"):
             value = getattr(optim, name)
-            check(f"optim.{name}", value, value is None or value > 0, "a positive number")
-        check("optim.epochs", optim.epochs, optim.epochs is not None or optim.steps is not None, "epochs or steps")
-        check("optim.ema", optim.ema, optim.ema is None or 0 < optim.ema < 1, "a number between 0 and 1")
+            _check(f"optim.{name}", value, value is None or value > 0, "a positive number")
+        _check("optim.epochs", optim.epochs, optim.epochs is not None or optim.steps is not None, "epochs or steps")
+        _check("optim.ema", optim.ema, optim.ema is None or 0 < optim.ema < 1, "a number between 0 and 1")
+
+    def _check_run(self) -> None:
+        run = self.run
+        _check("run.seed", run.seed, run.seed >= 0, "0 or more")
+        _check("run.picture_every", run.picture_every, run.picture_every >= 0, "0 or more")
+        for name in ("threads", "checkpoint_minutes"):
+            value = getattr(run, name)
+            _check(f"run.{name}", value, value is None or value > 0, "a positive number")
         for name in ("log_every", "validate_every", "checkpoint_every", "keep", "finite_every"):
-            check(f"run.{name}", getattr(run, name), getattr(run, name) >= 1, "1 or more")
+            _check(f"run.{name}", getattr(run, name), getattr(run, name) >= 1, "1 or more")
 
     def as_dict(self) -> dict[str, Any]:
         """Plain lists, dicts, strings and numbers."""
-        return json.loads(json.dumps(dataclasses.asdict(self)))
+        plain: dict[str, Any] = json.loads(json.dumps(dataclasses.asdict(self)))
+        return plain
+
+
+def _check(name: str, value: object, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ConfigError(f"{name}: expected {expected}, got {value!r}")
 
 
 def config_of(mapping: Mapping[str, Any]) -> TrainConfig:
@@ -306,7 +323,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
         raise MissingExtraError('configurations need PyYAML: pip install "lgnet_fast[train]"') from error
     try:
         values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
-    except Exception as error:  # a value that a YAML tag does not fit raises anything: AttributeError, RecursionError
+    except Exception as error:  # a value that does not fit its YAML tag raises many types
         raise ConfigError(
             f"config: expected a readable YAML or JSON file, got {str(path)!r} ({' '.join(str(error).split())})"
         ) from error

@@ -1,4 +1,5 @@
-"""Pictures and holes for training: folders, tar shards, Hugging Face datasets; deterministic, whatever reads them.
+"""Pictures and holes for training, from folders, tar shards and Hugging Face datasets, independent of the number of
+readers.
 
 What a sample looks like depends on (seed, epoch, index) alone: not on the number of workers or processes, and not on
 where a resumed training went on.
@@ -18,13 +19,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..errors import InvalidMaskError, LGNetError
+from ..data.masks import VARIED, MaskFolder, generate_mask, hole_levels, pictures_below, resize_mask, varied_mask
+from ..data.shards import Member, samples_in
+from ..errors import ConfigError, DataError, InvalidMaskError, LGNetError, MissingExtraError
 from ..pipeline.files import open_image
 from ..pipeline.pictures import picture_of
-from ..pipeline.shards import Member, samples_in
 from .config import DataConfig
-from .errors import ConfigError, DataError, MissingExtraError
-from .masks import VARIED, MaskFolder, generate_mask, hole_levels, pictures_below, resize_mask, varied_mask
 
 PROTOCOLS: dict[str, float | None] = {
     "photos": 2.0,
@@ -44,10 +44,10 @@ MASKS = ("generated", "paired")
 # Streams of random numbers that must not coincide; each is the first word of a seed of fixed length.
 _ORDER, _CROP, _MASK, _VALIDATION = 1, 2, 3, 4
 
-# Neighbours tried in place of a picture that cannot be read.
+# Number of neighbours tried in place of an unreadable picture.
 _MOST_BROKEN = 1000
 
-# Of few pictures each worker keeps what it decoded, up to so many bytes.
+# Of at most _FEW pictures each worker keeps the decoded ones, up to _CACHE_BYTES.
 _FEW, _CACHE_BYTES = 500, 200_000_000
 
 
@@ -91,7 +91,7 @@ class FolderSource:
         return str(self.files[index])
 
     def picture(self, index: int) -> Image.Image:
-        # From memory, not a path: a file that Pillow opens by path stays open until the picture is decoded.
+        # Opened from memory: a file that Pillow opens by path stays open until the picture is decoded.
         return open_image(self.files[index].read_bytes())
 
     def mask(self, index: int) -> Image.Image | None:
@@ -143,12 +143,12 @@ class HuggingFaceSource:
                 found = found[split]
         except LGNetError:
             raise
-        except Exception as error:  # the hub, the disk, and the dataset's own script each raise their own
+        except Exception as error:  # the hub, the disk and the dataset's script raise many types
             raise DataError(f"data: the dataset {name!r} could not be loaded ({error})") from error
         if column not in found.column_names:
             raise DataError(f"data.column: expected one of {', '.join(found.column_names)}, got {column!r}")
         self.title, self.column = name, column
-        # Undecoded: a broken picture is then met where it can be skipped.
+        # Undecoded, so that a broken picture raises where it can be skipped.
         self.rows = found.cast_column(column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -280,7 +280,7 @@ class InpaintingDataset(Dataset[Sample]):
         """The epoch's pictures in the order in which they come."""
         if epoch not in self._orders:
             rng = np.random.default_rng(np.random.SeedSequence((_ORDER, self.seed, epoch)))
-            self._orders = {epoch: rng.permutation(len(self))}  # only the latest: there may be millions
+            self._orders = {epoch: rng.permutation(len(self))}  # only the latest: orders may be long
         return self._orders[epoch]
 
     def __getitem__(self, position: int) -> Sample:
@@ -412,7 +412,7 @@ def crop_box(
     shorter = min(height, width)
     edge = size
     if rng is not None:
-        # Never beyond the picture's own resolution, unless it is smaller than the result.
+        # Never enlarged, unless the picture is smaller than the result.
         edge = int(rng.integers(size, max(size, min(round(size * largest), shorter)) + 1))
     factor = shorter / edge
     across, down = round(width / factor) - size, round(height / factor) - size
@@ -436,7 +436,7 @@ def _network_range(levels: np.ndarray) -> Tensor:
 
 
 class _Masks:
-    """Holes by the configuration: drawn, from a folder by lot, or the picture's own."""
+    """Holes as configured: generated, drawn at random from a folder, or the mask that came with the picture."""
 
     def __init__(self, data: DataConfig) -> None:
         self.kind, self.classes, self.polarity = data.mask_kind, data.hole_classes, data.mask_polarity
@@ -454,7 +454,7 @@ class _Masks:
         return mask
 
     def draw(self, size: int, seed: Sequence[int]) -> np.ndarray:
-        """A mask by lot, bool [size, size]."""
+        """A random mask, bool [size, size]."""
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         if self.folder is None and self.kind == VARIED:
             return varied_mask(size, size, seed=(*seed, 1))
@@ -522,11 +522,12 @@ def make_loader(dataset: InpaintingDataset, sampler: PositionSampler, pin: bool)
         collate_fn=collate,
         pin_memory=pin,
         worker_init_fn=_start_worker,
-        # Its own generator: otherwise a new iterator would move torch's global one on, which checkpoints keep.
+        # A separate generator: a new iterator would otherwise advance torch's global one, whose state is in
+        # checkpoints.
         generator=torch.Generator(),
     )
 
 
 def _start_worker(worker: int) -> None:
-    # Ctrl-C reaches the whole group: the trainer ends its workers itself.
+    # Workers ignore Ctrl-C, which reaches the whole process group: the trainer ends them.
     signal.signal(signal.SIGINT, signal.SIG_IGN)

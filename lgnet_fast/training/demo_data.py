@@ -21,11 +21,10 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..errors import WeightsError
+from ..data.masks import pictures_below
+from ..errors import DataError, WeightsError
 from ..reference.features import LPIPS, read_weights
 from .data import decode
-from .errors import DataError
-from .masks import pictures_below
 
 _LONGEST = 1.5
 _VGG_CONVOLUTIONS = 7

@@ -19,15 +19,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from ..errors import DataError
 from .data import InpaintingDataset, PositionSampler, decode
-from .errors import DataError
 
 # Shorter sides beside data.size, as multiples of it, at which a picture is kept where it has as much.
 SCALES = (1.0, 1.125, 1.25, 1.5, 2.0)
 
 _BATCH, _BANK = 5, 6  # streams of random numbers, see data.py
 _COLUMNS = 7
-_FEW_MASKS = 64  # below that a process pool costs more than it saves
+_FEW_MASKS = 64  # for fewer masks a process pool costs more than it saves
 
 
 class MemoryBatches:
@@ -46,7 +46,7 @@ class MemoryBatches:
         if dataset.masks.paired:
             raise DataError("data.in_memory: masks that come with the pictures cannot be kept; set data.masks")
         workers = workers or os.cpu_count() or 1
-        # First of all, and in processes: they are forked before the GPU is touched.
+        # Done first, because the worker processes must be forked before the GPU is used.
         self.masks = self._draw_masks(workers)
         self.broken: list[str] = []
         kept: list[np.ndarray] = []

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
+from ..errors import ConfigError
 from ..reference import LGNet, create_model
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
@@ -18,7 +19,6 @@ from ..reference.features import LPIPS, FeaturesFn, registered_features
 from ..reference.vgg import VGG16Features
 from ..weights import bundled_path
 from .config import DiscriminatorConfig, LossConfig, ModelConfig
-from .errors import ConfigError
 
 
 def make_network(config: ModelConfig) -> Cascade:
@@ -28,13 +28,12 @@ def make_network(config: ModelConfig) -> Cascade:
         ConfigError: an unknown name, arguments that do not fit, or a factory that gives no cascade. WeightsError:
         `init_from` cannot be loaded.
     """
-    network: Any
+    network: Cascade
     if config.factory is not None:
-        network = _imported(config.factory)()
-        if not isinstance(network, Cascade):
-            raise ConfigError(
-                f"model.factory: expected an LGNet or LocalGlobalRefinement, got {type(network).__name__}"
-            )
+        made = _imported(config.factory)()
+        if not isinstance(made, Cascade):
+            raise ConfigError(f"model.factory: expected an LGNet or LocalGlobalRefinement, got {type(made).__name__}")
+        network = made
     elif config.init_from is not None:
         if config.overrides:
             raise ConfigError("model.overrides: init_from brings its own architecture; leave one of the two out")
@@ -48,7 +47,8 @@ def make_network(config: ModelConfig) -> Cascade:
             network = create_model(config.name, **config.overrides)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model: {error}") from error
-    return network.float().set_backend(config.backend)
+    network.float().set_backend(config.backend)
+    return network
 
 
 def _imported(where: str) -> Callable[[], Any]:
@@ -56,7 +56,8 @@ def _imported(where: str) -> Callable[[], Any]:
     try:
         if not colon:
             raise ImportError("no colon in it")
-        return getattr(import_module(module), name)
+        found: Callable[[], Any] = getattr(import_module(module), name)
+        return found
     except (ImportError, AttributeError) as error:
         raise ConfigError(f"model.factory: expected package.module:function, got {where!r} ({error})") from error
 
@@ -75,7 +76,7 @@ def make_discriminator(config: DiscriminatorConfig) -> Discriminator:
 
 
 def keep_spectral_norm_wide(discriminator: nn.Module) -> None:
-    """Leave the power iteration and the norm out of autocast: in 16 bit a norm has three digits or fewer."""
+    """Exclude the power iteration and the norm from autocast: in 16 bit a norm has at most three digits."""
     for module in discriminator.modules():
         for key, hook in module._forward_pre_hooks.items():
             if isinstance(hook, SpectralNorm):
@@ -129,7 +130,7 @@ class MovingAverage:
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
         """Take in the network's tensors after optimiser step `step` (from 0)."""
-        # At the start the average would otherwise be of little but the random weights.
+        # Otherwise the average would consist mostly of the random weights at the start.
         decay = min(self.decay, (1 + step) / (10 + step))
         own, theirs = [], []
         for name, value in network.state_dict().items():

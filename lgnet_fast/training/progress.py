@@ -1,4 +1,5 @@
-"""What a training run tells: TensorBoard, ``log.jsonl``, and the terminal (a bar where there is one, else lines)."""
+"""Reports of a training run: TensorBoard, ``log.jsonl``, and the terminal (a progress bar, or lines without a
+terminal)."""
 
 from __future__ import annotations
 
@@ -12,8 +13,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ..pipeline.files import write_atomically
-from .errors import MissingExtraError
+from ..errors import MissingExtraError
+from ..pipeline.writing import write_atomically
 
 LOG = "log.jsonl"
 
@@ -87,7 +88,7 @@ class Report:
             self._bar.update(self._task, completed=progress, step=step, loss=text)
             return
         left = (self._total - step) / speed
-        if progress > max(step / self._total, self._done):  # time will end it first
+        if progress > max(step / self._total, self._done):  # the time limit will end the run first
             left = min(left, passed * (1 - progress) / (progress - self._done))
         self.say(f"step {step}/{self._total}: {text}, {timedelta(seconds=round(left))} left")
 
@@ -103,7 +104,7 @@ class Report:
             self._writer.add_image("train/pictures", grid, step)
 
     def close(self, skipped: int, broken: int) -> None:
-        """End the bar; say what was left out."""
+        """Close the bar and print how many pictures were left out."""
         if self._bar is not None:
             self._bar.stop()
             self._bar = None
@@ -122,6 +123,6 @@ def _lines_until(log: Path, step: int) -> list[bytes]:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except (ValueError, KeyError, TypeError):  # torn by a kill
+        except (ValueError, KeyError, TypeError):  # truncated by a kill
             continue
     return kept

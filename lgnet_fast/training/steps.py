@@ -1,9 +1,10 @@
-"""One optimiser step of the discriminator, then one of the generators (SPEC, "Losses")."""
+"""One optimiser step of the discriminator, then one of the generators (paper, eqs. (1) to (9))."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -13,108 +14,174 @@ from ..reference.cascade import Stages
 from ..reference.features import LPIPS, FeaturesFn
 from ..reference.losses import FeatureOptions, LossWeights, discriminator_loss, generator_loss, hole_share
 
+Terms = dict[str, Tensor]
 
-def optimise_step(
-    network: Callable[..., Stages],
-    discriminator: nn.Module,
-    judge: nn.Module,
-    optimisers: tuple[torch.optim.Optimizer, torch.optim.Optimizer],
-    batches: list[tuple[Tensor, Tensor]],
-    features: FeaturesFn | None,
-    weights: LossWeights,
-    *,
-    lpips: LPIPS | None = None,
-    options: FeatureOptions | None = None,
-    judged: int = 0,
-    by_hole: bool = False,
-    adversarial: bool = True,
-    lean: bool = True,
-    autocast: Callable[[], Any] = contextlib.nullcontext,
-    backward: Callable[[Tensor], None] = Tensor.backward,
-    waiting: Callable[[], Any] = contextlib.nullcontext,
-    clip: Callable[[nn.Module | None], None] = lambda module: None,
-    refuse: Callable[[str, dict[str, Tensor], int], bool] = lambda total, terms, number: False,
-) -> dict[str, Tensor] | None:
-    """Train on one or more batches, whose gradients are averaged.
 
-    The discriminator runs three times a batch, in this order, for each run moves its power iteration on: on the
-    merged picture, detached; on the truth; and, after its own step, on the merged picture for the generators' loss.
-    With several batches its step comes with the last of them; the earlier ones are judged for the generators by the
-    discriminator as it was.
+@dataclass(frozen=True)
+class Objective:
+    """What a step minimises.
 
     Args:
-        network: (image, mask, return_stages=True) -> Stages; may be wrapped for distribution.
-        discriminator: as wrapped for distribution. `judge`: the module inside, for the generators' loss, which must
-            leave no gradients in it.
-        optimisers: of the generators, of the discriminator.
-        batches: (image [B, 3, H, W] in [-1, 1], mask [B, 1, H, W], 1 = hole) each.
-        features, weights, lean, lpips, options: see ``generator_loss``.
-        judged: the stage whose merged picture the discriminator judges: 0, the first, in the paper.
+        weights, features, lpips, options, lean: see :func:`lgnet_fast.reference.losses.generator_loss`.
+        judged_stage: the stage whose merged picture the discriminator judges: 0, the first, in the paper.
         by_hole: scores count by the share of their cell that is hole, in the generators' loss and in the
             discriminator's; in the paper all count.
-        adversarial: false leaves the discriminator out; the term ``G_adv`` is then 0.
-        autocast, backward, waiting: precision, gradient scaling, and what leaves out the exchange of gradients (for
-            all but the last batch).
-        clip: called with the discriminator, and with None for the generators, before their steps.
-        refuse: called with "D" or "G", the terms so far and the number of the batch before gradients are taken; true
-            gives the step up.
-
-    Returns:
-        The terms, averaged over the batches, by the names of ``discriminator_loss`` and ``generator_loss``; None for
-        a step given up.
     """
-    ours, its = optimisers
-    share = 1 / len(batches)
-    sums: dict[str, Tensor] = {}
-    ours.zero_grad()
-    its.zero_grad()
-    for number, (image, mask) in enumerate(batches):
-        last = number == len(batches) - 1
-        terms: dict[str, Tensor] = {}
-        with contextlib.nullcontext() if last else waiting():
-            with autocast():
-                stages = network(image, mask, return_stages=True)
-            merged = stages.merged[judged]
-            share_of_hole: Tensor | None = None
-            if adversarial:
-                with autocast():
-                    fake, real = discriminator(merged.detach()), discriminator(image)
-                    share_of_hole = hole_share(mask, fake) if by_hole else None
-                    terms |= discriminator_loss(fake, real, share_of_hole)
-                if refuse("D", terms, number):
-                    return None
-                backward(terms["D"] * share)
-                if last:
-                    clip(judge)
-                    its.step()
-            with autocast(), _frozen(judge):
-                # A score of 1 is what the generators are pulled to: no loss, no gradient.
-                scores = judge(merged) if adversarial else merged.new_ones(1)
-                terms |= generator_loss(
-                    stages,
-                    image,
-                    mask,
-                    scores,
-                    features,
-                    weights,
-                    lean=lean,
-                    lpips=lpips,
-                    options=options,
-                    score_weight=share_of_hole,
-                )
-            if refuse("G", terms, number):
+
+    weights: LossWeights
+    features: FeaturesFn | None = None
+    lpips: LPIPS | None = None
+    options: FeatureOptions | None = None
+    lean: bool = True
+    judged_stage: int = 0
+    by_hole: bool = False
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The networks of a step, as they are and as accelerate wraps them for distribution.
+
+    `forward`: (image, mask, return_stages=True) -> Stages; the wrapped network, compiled where that is asked for.
+    """
+
+    network: nn.Module
+    discriminator: nn.Module
+    wrapped: nn.Module
+    wrapped_discriminator: nn.Module
+    forward: Callable[..., Stages]
+
+
+class Step:
+    """One step of both optimisers on one or more batches, whose gradients are averaged.
+
+    The discriminator runs three times for each batch. The order matters, because each run advances its power
+    iteration: on the detached merged picture, on the truth, and, after its optimiser step, on the merged picture for
+    the generators' loss. With several batches its step comes with the last one; for earlier batches the generators'
+    loss uses the discriminator before its step.
+
+    Args:
+        nets: what is trained.
+        optimisers: of the generators, of the discriminator.
+        objective: what is minimised.
+        accelerator: accelerate's: precision, scaling of gradients, and their exchange between processes.
+        clip: largest norm of the gradients of the generators, and of the discriminator's; None: no limit.
+        on_nonfinite: called with "D" or "G", the terms so far and the number of the batch before gradients are taken;
+            true gives the step up.
+    """
+
+    def __init__(
+        self,
+        nets: Trained,
+        optimisers: Sequence[torch.optim.Optimizer],
+        objective: Objective,
+        accelerator: Any,
+        clip: float | None = None,
+        on_nonfinite: Callable[[str, Terms, int], bool] = lambda total, terms, number: False,
+    ) -> None:
+        self.nets, self.objective, self.accelerator = nets, objective, accelerator
+        self.generator_optimizer, self.discriminator_optimizer = optimisers
+        self.clip, self.on_nonfinite = clip, on_nonfinite
+        self.parameters = [p for p in nets.network.parameters() if p.requires_grad]
+
+    def __call__(
+        self, batches: Sequence[tuple[Tensor, Tensor]], *, adversarial: bool = True, features: bool = True
+    ) -> Terms | None:
+        """Train on batches of (image [B, 3, H, W] in [-1, 1], mask [B, 1, H, W], 1 = hole).
+
+        Args:
+            batches: at least one.
+            adversarial: false leaves the discriminator out; the term ``G_adv`` is then 0.
+            features: false leaves the terms of feature networks out.
+
+        Returns:
+            The terms, averaged over the batches, by the names of ``discriminator_loss`` and ``generator_loss``; None
+            for a step given up.
+        """
+        share = 1 / len(batches)
+        sums: Terms = {}
+        self.generator_optimizer.zero_grad()
+        self.discriminator_optimizer.zero_grad()
+        for number, batch in enumerate(batches):
+            last = number == len(batches) - 1
+            with contextlib.nullcontext() if last else self._no_sync():
+                terms = self._train_on(batch, number, share, last, adversarial, features)
+            if terms is None:
                 return None
-            backward(terms["G"] * share)
-        for name, term in terms.items():
-            sums[name] = sums.get(name, 0) + share * term.detach()
-    clip(None)
-    ours.step()
-    return sums
+            for name, term in terms.items():
+                sums[name] = sums.get(name, 0) + share * term.detach()
+        self._clip(self.parameters)
+        self.generator_optimizer.step()
+        return sums
+
+    def _train_on(
+        self, batch: tuple[Tensor, Tensor], number: int, share: float, last: bool, adversarial: bool, features: bool
+    ) -> Terms | None:
+        """The gradients of one batch, and with the last one the discriminator's step; the terms."""
+        image, mask = batch
+        with self.accelerator.autocast():
+            stages = self.nets.forward(image, mask, return_stages=True)
+        merged = stages.merged[self.objective.judged_stage]
+        terms: Terms = {}
+        share_of_hole: Tensor | None = None
+        if adversarial:
+            with self.accelerator.autocast():
+                judge = self.nets.wrapped_discriminator
+                fake, real = judge(merged.detach()), judge(image)
+                share_of_hole = hole_share(mask, fake) if self.objective.by_hole else None
+                terms |= discriminator_loss(fake, real, share_of_hole)
+            if self.on_nonfinite("D", terms, number):
+                return None
+            self.accelerator.backward(terms["D"] * share)
+            if last:
+                self._clip(list(self.nets.discriminator.parameters()))
+                self.discriminator_optimizer.step()
+        with self.accelerator.autocast(), _frozen(self.nets.discriminator):
+            # Scores of 1, the generators' target, give no loss and no gradient.
+            scores = self.nets.discriminator(merged) if adversarial else merged.new_ones(1)
+            terms |= self._generator_terms(stages, image, mask, scores, share_of_hole, features)
+        if self.on_nonfinite("G", terms, number):
+            return None
+        self.accelerator.backward(terms["G"] * share)
+        return terms
+
+    def _generator_terms(
+        self,
+        stages: Stages,
+        image: Tensor,
+        mask: Tensor,
+        scores: Tensor,
+        share_of_hole: Tensor | None,
+        features: bool,
+    ) -> Terms:
+        objective = self.objective
+        return generator_loss(
+            stages,
+            image,
+            mask,
+            scores,
+            objective.features if features else None,
+            objective.weights,
+            lean=objective.lean,
+            lpips=objective.lpips if features else None,
+            options=objective.options,
+            score_weight=share_of_hole,
+        )
+
+    @contextlib.contextmanager
+    def _no_sync(self) -> Iterator[None]:
+        """Gradients stay in the processes; for all batches but the last."""
+        nets, accelerator = self.nets, self.accelerator
+        with accelerator.no_sync(nets.wrapped), accelerator.no_sync(nets.wrapped_discriminator):
+            yield
+
+    def _clip(self, parameters: list[nn.Parameter]) -> None:
+        if self.clip is not None:
+            self.accelerator.clip_grad_norm_(parameters, self.clip)
 
 
 @contextlib.contextmanager
-def _frozen(module: nn.Module) -> Any:
-    """What runs inside leaves no gradient in the module's parameters, whenever its backward pass comes."""
+def _frozen(module: nn.Module) -> Iterator[None]:
+    """Calls inside this context leave no gradient in the module's parameters, also in a later backward pass."""
     module.requires_grad_(False)
     try:
         yield

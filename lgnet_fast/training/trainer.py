@@ -1,4 +1,4 @@
-"""The trainer: SPEC's two optimiser steps on accelerate, with everything that a long run needs around them."""
+"""The trainer: the paper's two optimiser steps on accelerate, checkpoints, validation, time limits and resuming."""
 
 from __future__ import annotations
 
@@ -6,70 +6,43 @@ import contextlib
 import dataclasses
 import json
 import math
-import random
 import signal
 import sys
-import threading
 import time
 import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import LGNetError
-from ..pipeline.files import write_atomically
+from ..errors import DataError, LGNetError, TrainingError
+from ..pipeline.writing import write_atomically
 from ..reference import LGNet
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
-from ..reference.features import LPIPS, FeaturesFn
-from ..reference.vgg import VGG16Features
+from ..reference.features import FeaturesFn
+from ..reference.losses import LossWeights
 from .checkpoints import BEST, CheckpointFolder, random_states, restore_random_states, save_checkpoint
-from .config import OptimConfig, TrainConfig
+from .config import TrainConfig
 from .data import InpaintingDataset, PositionSampler, make_loader, validation_pairs
-from .errors import ConfigError, DataError, MissingExtraError, TrainingError
 from .memory import MemoryBatches
 from .networks import (
     MovingAverage,
-    keep_spectral_norm_wide,
     make_discriminator,
     make_features,
     make_lpips,
     make_network,
 )
 from .progress import Report
-from .steps import optimise_step
+from .schedule import learning_rate_factor
+from .setup import make_accelerator, place_features, place_lpips, place_networks, seed_everything
+from .signals import until_signal
+from .steps import Objective, Step, Trained
 from .validation import KindValidation
 
 _PICTURES_SHOWN = 4
-_STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def learning_rate_factor(optim: OptimConfig, step: int, total: int, progress: float, steps_an_epoch: int) -> float:
-    """What the learning rate is multiplied with.
-
-    Args:
-        optim: names the schedule.
-        step, total: optimiser steps done, and of the whole run.
-        progress: 0 to 1 through the run; step / total, or more where time will end it.
-        steps_an_epoch: "paper" falls epoch by epoch: with E of them, constant over the first half,
-            then 1 - (epoch + 1 - E/2) / (E - E/2 + 1), counted from 0.
-    """
-    if step < optim.warmup_steps:
-        return (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return 1.0
-    if optim.schedule == "linear":
-        return 1.0 - progress
-    if optim.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
-    epochs = max(2, round(total / steps_an_epoch))
-    constant = epochs // 2
-    epoch = int(progress * epochs + 1e-9)  # a share of 3/200 times 200 may be a bit less than 3
-    return 1.0 - max(0, epoch + 1 - constant) / (epochs - constant + 1)
 
 
 class Trainer:
@@ -94,75 +67,33 @@ class Trainer:
     ) -> None:
         self._born = time.monotonic()
         self.config = config
-        data, run, optim = config.data, config.run, config.optim
+        run, optim = config.run, config.optim
         if run.threads is not None:
             torch.set_num_threads(run.threads)
-        self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
-        self.memory = MemoryBatches(self.dataset) if data.in_memory and self.dataset is not None else None
-        self.validation: list[tuple[Tensor, Tensor]] = []
-        self.by_kind: KindValidation | None = None
-        if data.validation is not None and run.validation_kinds:
-            self.by_kind = KindValidation(
-                data.validation, data.size, run.validation_kinds, run.seed, data.protocol, run.validation_pictures
-            )
-        elif data.validation is not None:
-            self.validation = validation_pairs(
-                data.validation, data.size, run.validation_classes, run.seed, data.protocol, run.validation_pictures
-            )
-        _seed(run.seed)
+        self._read_data()
+        seed_everything(run.seed)
         network = make_network(config.model) if model is None else model
         if discriminator is None:
             discriminator = make_discriminator(config.discriminator)
         feature_network = make_features(config.loss) if features is None else features
-        self.weights = config.loss
+        self.weights: LossWeights = config.loss
         if feature_network is None:
             self.weights = dataclasses.replace(config.loss, style=0.0, perceptual=0.0)
         lpips = make_lpips(config.loss)
 
-        self.accelerator = _accelerator(optim.precision, run.device)
+        self.accelerator = make_accelerator(optim.precision, run.device)
         device, dtype = self.accelerator.device, getattr(torch, optim.dtype)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every step has the same shapes
-        network, discriminator = network.to(device, dtype), discriminator.to(device, dtype)
         if self.memory is not None:
             self.memory.to(device)
-        if isinstance(feature_network, nn.Module):
-            feature_network = feature_network.to(device, dtype).requires_grad_(False)
-            if isinstance(feature_network, VGG16Features) and (device.type == "cuda" or dtype == torch.float32):
-                # On a CPU a tenth faster; in float64, many times slower.
-                feature_network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        self.features = _narrow(feature_network) if config.loss.feature_dtype == "bf16" else feature_network
-        self.lpips: LPIPS | None = None if lpips is None else lpips.to(device, dtype)
-        if self.lpips is not None and device.type == "cuda":
-            self.lpips.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if optim.channels_last:
-            network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        if optim.channels_last and device.type == "cuda":
-            discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = config.model.batchnorm_momentum
-                if config.model.freeze_batchnorm:
-                    module.requires_grad_(False)
-        keep_spectral_norm_wide(discriminator)
-        self.average = None if optim.ema is None else MovingAverage(network, optim.ema)
-        rate = optim.learning_rate
-        its_rate = rate if optim.discriminator_learning_rate is None else optim.discriminator_learning_rate
-        self._rates = (rate, its_rate)
-        fused = True if device.type == "cuda" else None
-        self._trained = [p for p in network.parameters() if p.requires_grad]
-        with warnings.catch_warnings():
-            # Its successor is unknown to PyTorch before 2.13, and to accelerate.
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            prepared = self.accelerator.prepare(
-                network,
-                discriminator,
-                torch.optim.Adam(self._trained, lr=rate, betas=optim.betas, fused=fused),
-                torch.optim.Adam(discriminator.parameters(), lr=its_rate, betas=optim.betas, fused=fused),
-            )
-        self._wrapped, self._wrapped_discriminator, *self.optimisers = prepared
-        self.network, self.discriminator = network, discriminator
-        self._forward = torch.compile(self._wrapped) if optim.compile else self._wrapped
+        self.network, self.discriminator = place_networks(
+            config, network.to(device, dtype), discriminator.to(device, dtype)
+        )
+        self.features = place_features(config.loss, feature_network, device, dtype)
+        self.lpips = place_lpips(lpips, device, dtype)
+        self.average = None if optim.ema is None else MovingAverage(self.network, optim.ema)
+        self._prepare()
         self.folder = Path(run.directory)
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", run.keep)
         self.step = 0
@@ -175,12 +106,63 @@ class Trainer:
         self._frozen = config.model.freeze_batchnorm
         self._report: Report | None = None
 
+    def _read_data(self) -> None:
+        data, run = self.config.data, self.config.run
+        self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
+        self.memory = MemoryBatches(self.dataset) if data.in_memory and self.dataset is not None else None
+        self.validation: list[tuple[Tensor, Tensor]] = []
+        self.by_kind: KindValidation | None = None
+        if data.validation is not None and run.validation_kinds:
+            self.by_kind = KindValidation(
+                data.validation, data.size, run.validation_kinds, run.seed, data.protocol, run.validation_pictures
+            )
+        elif data.validation is not None:
+            self.validation = validation_pairs(
+                data.validation, data.size, run.validation_classes, run.seed, data.protocol, run.validation_pictures
+            )
+
+    def _prepare(self) -> None:
+        """Optimisers, wrapping for distribution, and the step."""
+        config, optim = self.config, self.config.optim
+        rate = optim.learning_rate
+        discriminator_rate = rate if optim.discriminator_learning_rate is None else optim.discriminator_learning_rate
+        self._rates = (rate, discriminator_rate)
+        fused = True if self.accelerator.device.type == "cuda" else None
+        trained = [p for p in self.network.parameters() if p.requires_grad]
+        with warnings.catch_warnings():
+            # PyTorch before 2.13, and accelerate, do not know its successor.
+            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+            wrapped, wrapped_discriminator, *self.optimisers = self.accelerator.prepare(
+                self.network,
+                self.discriminator,
+                torch.optim.Adam(trained, lr=rate, betas=optim.betas, fused=fused),
+                torch.optim.Adam(
+                    self.discriminator.parameters(), lr=discriminator_rate, betas=optim.betas, fused=fused
+                ),
+            )
+        forward = torch.compile(wrapped) if optim.compile else wrapped
+        objective = Objective(
+            self.weights,
+            self.features,
+            self.lpips if config.loss.lpips else None,
+            config.loss.options(),
+            lean=config.loss.lean and optim.precision != "fp16",
+            judged_stage=0 if config.discriminator.stage == "first" else -1,
+            by_hole=config.discriminator.by_hole,
+        )
+        self.nets = Trained(self.network, self.discriminator, wrapped, wrapped_discriminator, forward)
+        self._optimise = Step(
+            self.nets, self.optimisers, objective, self.accelerator, optim.clip, self._refuse_nonfinite
+        )
+        self._batches: list[dict[str, Any]] = []
+
     # -- length and schedule -------------------------------------------------------------------------------------
 
     @property
     def pictures_a_step(self) -> int:
         """Pictures that all processes take for one optimiser step."""
-        return self.config.optim.batch_size * self.config.optim.accumulate * self.accelerator.num_processes
+        processes: int = self.accelerator.num_processes
+        return self.config.optim.batch_size * self.config.optim.accumulate * processes
 
     @property
     def steps_an_epoch(self) -> int:
@@ -225,8 +207,8 @@ class Trainer:
 
     def training_mode(self) -> None:
         """Everything in training mode, but for BatchNorms that are frozen."""
-        self._wrapped.train()
-        self._wrapped_discriminator.train()
+        self.nets.wrapped.train()
+        self.nets.wrapped_discriminator.train()
         if self._frozen:
             for module in self.network.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -238,36 +220,20 @@ class Trainer:
         Raises:
             TrainingError: a loss is not finite, and ``run.on_nan`` is "stop".
         """
-        optim, loss = self.config.optim, self.config.loss
         freeze = self.config.model.freeze_batchnorm_from
         if not self._frozen and freeze is not None and self.progress >= freeze:
             self._frozen = True
             self.training_mode()
-        looking = self.step % loss.feature_every == 0
         skipping = self.config.run.on_nan == "skip"
         kept = [buffer.clone() for buffer in self.network.buffers()] if skipping else []
-        terms = optimise_step(
-            self._forward,
-            self._wrapped_discriminator,
-            self.discriminator,
-            (self.optimisers[0], self.optimisers[1]),
+        self._batches = batches
+        terms = self._optimise(
             [self._on_device(batch) for batch in batches],
-            self.features if looking else None,
-            self.weights,
-            lpips=self.lpips if looking and loss.lpips else None,
-            options=loss.options(),
-            by_hole=self.config.discriminator.by_hole,
-            judged=0 if self.config.discriminator.stage == "first" else -1,
             adversarial=self.adversarial,
-            lean=self.config.loss.lean and optim.precision != "fp16",
-            autocast=self.accelerator.autocast,
-            backward=self.accelerator.backward,
-            waiting=self._waiting,
-            clip=self._clip,
-            refuse=lambda total, terms, number: self._refuse(total, terms, batches[number]),
+            features=self.step % self.config.loss.feature_every == 0,
         )
         if terms is None:
-            # What is not finite has also gone through the running statistics.
+            # Non-finite values have also entered the running statistics.
             for buffer, before in zip(self.network.buffers(), kept):
                 buffer.copy_(before)
             self.skipped += 1
@@ -282,17 +248,7 @@ class Trainer:
             image = image.contiguous(memory_format=torch.channels_last)
         return image, mask
 
-    @contextlib.contextmanager
-    def _waiting(self) -> Iterator[None]:
-        with self.accelerator.no_sync(self._wrapped), self.accelerator.no_sync(self._wrapped_discriminator):
-            yield
-
-    def _clip(self, module: nn.Module | None) -> None:
-        if self.config.optim.clip is not None:
-            parameters = self._trained if module is None else list(module.parameters())
-            self.accelerator.clip_grad_norm_(parameters, self.config.optim.clip)
-
-    def _refuse(self, total: str, terms: Mapping[str, Tensor], batch: Mapping[str, Any]) -> bool:
+    def _refuse_nonfinite(self, total: str, terms: Mapping[str, Tensor], number: int) -> bool:
         """Whether the total is not finite in any process; saves the batch and stops where the run is set to."""
         skipping = self.config.run.on_nan == "skip"
         if not skipping and (total == "D" or self.step % self.config.run.finite_every):
@@ -305,6 +261,7 @@ class Trainer:
         if skipping:
             return True
         message = f"the loss of step {self.step + 1} is not finite"
+        batch = self._batches[number]
         bad = sorted(name for name, term in terms.items() if not bool(torch.isfinite(term)))
         if bad:
             path = self.folder / f"not_finite_step_{self.step + 1}_process_{self.accelerator.process_index}.pt"
@@ -316,7 +273,7 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """Everything that decides how the run goes on. All processes must ask for it together."""
+        """The whole state that determines the rest of the run. All processes must call it together."""
         from accelerate.utils import gather_object
 
         scaler = self.accelerator.scaler
@@ -358,7 +315,7 @@ class Trainer:
             reason = " ".join(str(error).split())[:300]
             raise TrainingError(f"resume: the checkpoint is of another network ({reason})") from error
         if self.average is not None:
-            # A run that had none begins its average here.
+            # A run without a moving average starts it here.
             average = state["network"] if state["average"] is None else state["average"]
             self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
@@ -402,7 +359,8 @@ class Trainer:
                 self.checkpoints.clean()
             except OSError as error:
                 raise TrainingError(f"run.directory: {self.folder} cannot be written ({error})") from error
-        with self._until_signal(), contextlib.ExitStack() as closing:
+        self._signal = 0
+        with until_signal(self._ask_to_stop), contextlib.ExitStack() as closing:
             sampler = PositionSampler(
                 self.step * self.config.optim.accumulate,
                 self.config.optim.batch_size,
@@ -460,30 +418,11 @@ class Trainer:
         if saved != self.step:
             self._save()
 
-    @contextlib.contextmanager
-    def _until_signal(self) -> Iterator[None]:
-        """Inside, the first SIGINT or SIGTERM only asks for an end; the second acts as ever."""
-        self._signal = 0
-        if threading.current_thread() is not threading.main_thread():
-            yield  # only there can Python take signals
-            return
-        before = {number: signal.getsignal(number) for number in _STOP_SIGNALS}
-
-        def ask(number: int, frame: Any) -> None:
-            self._signal = number
-            for each, handler in before.items():
-                signal.signal(each, handler)
-
-        for number in _STOP_SIGNALS:
-            signal.signal(number, ask)
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
+    def _ask_to_stop(self, number: int) -> None:
+        self._signal = number
 
     def _agree(self, minutes: float) -> None:
-        """All processes must stop at the same step: by the first one's clock, or when any was asked to."""
+        """All processes must stop at the same step: by the clock of the first one, or when any got a signal."""
         if self.accelerator.num_processes == 1:
             self.minutes = minutes
             return
@@ -524,7 +463,7 @@ class Trainer:
             self._report.train(self.step, epoch, values, self.progress, self.pictures_a_step)
 
     def _share_statistics(self) -> None:
-        """Every process has seen its own pictures: the mean of their running statistics is what is kept."""
+        """Each process has seen other pictures: keep the mean of their running statistics."""
         if self.accelerator.num_processes == 1:
             return
         own = dict(self.network.named_buffers())
@@ -577,7 +516,7 @@ class Trainer:
         if self.by_kind is not None:
             with self.averaged(), self.accelerator.autocast():
                 return self.by_kind.scores(self.network, self.lpips, self.accelerator.device)
-        from ..evaluation.metrics import Metrics
+        from ..data.metrics import Metrics
 
         names = ("l1", "psnr", "ssim")
         metrics = Metrics(names)
@@ -634,14 +573,6 @@ class Trainer:
         return folder
 
 
-def _narrow(features: FeaturesFn | None) -> FeaturesFn | None:
-    """The network in bfloat16, fed with pictures in bfloat16."""
-    if not isinstance(features, nn.Module):
-        return features
-    network = features.to(torch.bfloat16)
-    return lambda picture: network(picture.to(torch.bfloat16))
-
-
 def _finite(network: nn.Module) -> bool:
     norms = torch._foreach_norm([p.detach() for p in network.parameters()])
     return bool(torch.isfinite(torch.stack(norms)).all())
@@ -651,43 +582,11 @@ def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
     try:
         return next(batches)
     except LGNetError as error:
-        # A worker's error brings its traceback as text; what went wrong is in the last line, behind the type's name.
+        # A worker's error contains its traceback as text; the last line has the message, after the type's name.
         lines = str(error).strip().splitlines()
         if len(lines) > 1:
             raise type(error)(lines[-1].partition(": ")[2]) from None
         raise
-
-
-def _seed(seed: int) -> None:
-    """Of Python, numpy and torch: modules of others may draw from any of them."""
-    random.seed(seed)
-    np.random.seed(seed % 2**32)  # noqa: NPY002
-    torch.manual_seed(seed)
-
-
-def _accelerator(precision: str, device: str) -> Any:
-    try:
-        from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
-        from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:
-        raise MissingExtraError('training needs accelerate: pip install "lgnet_fast[train]"') from error
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        # The process's earlier trainer had another precision; accelerate would refuse this one.
-        AcceleratorState._reset_state()
-    try:
-        accelerator = Accelerator(
-            mixed_precision=precision,
-            cpu=device == "cpu",
-            # Between the discriminator's two passes and their backward pass no buffer may be overwritten; every
-            # process computes the same power iteration by itself.
-            kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
-        )
-    except (ValueError, RuntimeError) as error:  # such as bf16 on hardware without it
-        raise ConfigError(f"optim.precision: {precision!r} cannot be used here ({error})") from error
-    if precision == "fp16" and accelerator.device.type == "cpu":
-        raise ConfigError("optim.precision: 'fp16' cannot be used here (it needs a GPU; bf16 does not)")
-    return accelerator
 
 
 def _eight_bit(picture: Tensor) -> Any:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from ..data.masks import suite_mask
 from ..reference.features import LPIPS
 from .data import validation_pictures
-from .masks import suite_mask
 
 _MASKS = 7  # a stream of random numbers, see data.py
 _BATCH = 16

@@ -9,8 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from lgnet_fast.engine.cuda_executor import CudaExecutor, bucket
-from lgnet_fast.engine.plan import PICTURE, Buffer, Plan, Step, Store, View, build_plan
+from lgnet_fast.engine.build import build_plan
+from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.geometry import Geometry
+from lgnet_fast.engine.plan import PICTURE, AttentionStep, Buffer, ConvStep, Plan, Step, Store, View
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.networks import LocalNet
@@ -27,12 +29,16 @@ def small_plan(batch: int = 1, side: int = 32) -> Plan:
             parameter.normal_(0, 0.2)
     first = build_plan([("l", local, False)], batch, side, side)
 
-    def step(name: str, kind: str, source: View, stores: tuple[Store, ...], out: int, kernel: int, **more) -> Step:
-        inputs = 2 * source.channels if kind == "attention" else source.channels
-        pair = (inputs, out) if kind == "deconv" else (out, inputs)
+    def tensors(name: str, inputs: int, out: int, kernel: int, transposed: bool = False) -> dict[str, Tensor]:
+        pair = (inputs, out) if transposed else (out, inputs)
         seed = sum(name.encode())
         weight = normal(*pair, kernel, kernel, dtype=torch.float64, seed=seed) / (inputs * kernel) ** 0.5
-        return Step(name, kind, source, stores, weight, normal(out, dtype=torch.float64, seed=seed + 1), **more)  # type: ignore[arg-type]
+        return {"weight": weight, "bias": normal(out, dtype=torch.float64, seed=seed + 1)}
+
+    def conv(name: str, source: View, stores: tuple[Store, ...], out: int, transposed: bool = False, merges=False):
+        own = tensors(name, source.channels, out, 4, transposed)
+        geometry = Geometry(4, 2, 1, transposed)
+        return ConvStep(name=name, source=source, stores=stores, geometry=geometry, merges=merges, **own)
 
     half, quarter = side // 2, side // 4
     added = {
@@ -44,14 +50,20 @@ def small_plan(batch: int = 1, side: int = 32) -> Plan:
     }
     e1, e2, d2 = View("u.e1", 0, 6), View("u.e2", 0, 20), View("u.d2", 0, 8)
     skip, up, joined = View("u.cat1", 0, 6), View("u.cat1", 6, 8), View("u.cat1", 0, 14)
-    strided = {"stride": 2, "padding": 1}
     two = (Store(e1, "leaky_relu"), Store(skip, "relu"))
-    steps = (
-        step("u.e1", "conv", View(PICTURE, 0, 4), two, 6, 4, **strided),
-        step("u.e2", "conv", e1, (Store(e2, "relu"),), 20, 4, **strided),
-        step("u.d2", "deconv", e2, (Store(d2),), 8, 4, **strided),
-        step("u.attention", "attention", d2, (Store(up, "relu"),), 8, 1, variant="released"),
-        step("u.d1", "deconv", joined, (Store(View("u.raw", 0, 3), "tanh"),), 3, 4, **strided, merges=True),
+    attention = AttentionStep(
+        name="u.attention",
+        source=d2,
+        stores=(Store(up, "relu"),),
+        variant="released",
+        **tensors("u.attention", 16, 8, 1),
+    )
+    steps: tuple[Step, ...] = (
+        conv("u.e1", View(PICTURE, 0, 4), two, 6),
+        conv("u.e2", e1, (Store(e2, "relu"),), 20),
+        conv("u.d2", e2, (Store(d2),), 8, True),
+        attention,
+        conv("u.d1", joined, (Store(View("u.raw", 0, 3), "tanh"),), 3, True, True),
     )
     buffers = {**first.buffers, **added}
     steps = tuple(replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in steps)
@@ -89,7 +101,7 @@ def check(plan: Plan, executor: CudaExecutor, image: Tensor, mask: Tensor, start
 def test_dense(batch: int, soft: bool) -> None:
     plan = small_plan(batch)
     image, mask = inputs(plan, soft)
-    executor = CudaExecutor(plan, torch.float32)
+    executor = CudaExecutor.of(plan, torch.float32)
     check(plan, executor, image, mask)
     check(plan, executor, image, mask, normal(*image.shape, seed=9))
 
@@ -97,13 +109,13 @@ def test_dense(batch: int, soft: bool) -> None:
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_sixteen_bit(dtype: torch.dtype) -> None:
     plan = small_plan()
-    check(plan, CudaExecutor(plan, dtype), *inputs(plan))
+    check(plan, CudaExecutor.of(plan, dtype), *inputs(plan))
 
 
 def test_known_pixels_are_those_of_the_input() -> None:
     plan = small_plan()
     image, mask = inputs(plan)
-    result, _ = CudaExecutor(plan, torch.float16).run(image, mask)
+    result, _ = CudaExecutor.of(plan, torch.float16).run(image, mask)
     known = (mask == 0).expand_as(image)
     assert torch.equal(result[known], image[known])
 
@@ -112,10 +124,9 @@ def test_regions() -> None:
     """A restricted run gives the dense run's pixels though its memory starts as NaN."""
     plan = small_plan(side=64)
     image, mask = inputs(plan)
-    executor = CudaExecutor(plan, torch.float32)
+    executor = CudaExecutor.of(plan, torch.float32)
     dense, dense_raw = executor.run(image, mask)
     restricted = plan.restricted([Rect(3, 12, 5, 14)])
-    assert executor._bucketed([s.regions for s in restricted.steps]) is not None
     executor.memory.arena.fill_(torch.nan)
     result, raw = executor.run(image, mask, None, [s.regions for s in restricted.steps])
     # block shapes, so the order of sums, differ between the two
@@ -125,17 +136,11 @@ def test_regions() -> None:
         assert_accurate("raw", a[hole], b[hole], roundings=2**8)
 
 
-def test_regions_that_save_nothing_are_dense() -> None:
-    plan = small_plan()
-    restricted = plan.restricted([Rect(0, 32, 0, 32)])
-    assert CudaExecutor(plan, torch.float32)._bucketed([s.regions for s in restricted.steps]) is None
-
-
 def test_resized_shares_the_weights() -> None:
     plan = small_plan()
-    executor = CudaExecutor(plan, torch.float32)
+    executor = CudaExecutor.of(plan, torch.float32)
     other = executor.resized(plan.resized(2, 32, 64))
-    assert other._weights is executor._weights
+    assert other.weights is executor.weights
     steps = tuple(replace(new, weight=s.weight, bias=s.bias) for new, s in zip(other.plan.steps, plan.steps))
     check(replace(other.plan, steps=steps), other, *inputs(other.plan))
 
@@ -143,18 +148,18 @@ def test_resized_shares_the_weights() -> None:
 def test_steps_by_library_convolutions() -> None:
     plan = small_plan()
     choices = {step.name: "cudnn" for step in plan.steps if step.kind != "attention"}
-    executor = CudaExecutor(plan, torch.float32, choices=choices)
+    executor = CudaExecutor.of(plan, torch.float32, choices=choices)
     check(plan, executor, *inputs(plan))
     assert set(executor.choices.values()) == {"cudnn", "attention"}
-    assert executor.packed_bytes > CudaExecutor(plan, torch.float32).packed_bytes
+    assert executor.packed_bytes > CudaExecutor.of(plan, torch.float32).packed_bytes
 
 
 def test_step_times() -> None:
     plan = small_plan()
-    executor = CudaExecutor(plan, torch.float32)
+    executor = CudaExecutor.of(plan, torch.float32)
     image, mask = inputs(plan)
     before = executor.run(image, mask)[0]
-    assert len(executor.step_times(image, mask, replays=1)) == len(plan.steps)
+    assert len(executor.step_times(image, mask, rounds=1)) == len(plan.steps)
     assert torch.equal(executor.run(image, mask)[0], before)
     assert list(executor.choices) == [step.name for step in plan.steps]
 
@@ -163,7 +168,7 @@ def test_threads_take_turns() -> None:
     plan = small_plan()
     image, mask = inputs(plan)
     images = [image, -image]
-    executor = CudaExecutor(plan, torch.float32)
+    executor = CudaExecutor.of(plan, torch.float32)
     expected = [executor.run(x, mask)[0] for x in images]
     results: list[Tensor | None] = [None, None]
 
@@ -183,18 +188,12 @@ def test_threads_take_turns() -> None:
 def test_outputs_without_clones_are_the_executors_own() -> None:
     plan = small_plan()
     image, mask = inputs(plan)
-    executor = CudaExecutor(plan, torch.float32, clone_outputs=False)
+    executor = CudaExecutor.of(plan, torch.float32, clone_outputs=False)
     first, _ = executor.run(image, mask)
     second, _ = executor.run(-image, mask)
     assert first.data_ptr() == second.data_ptr()
 
 
-def test_bucket() -> None:
-    assert bucket([Rect(1, 33, 32, 64)], 256, 256) == (Rect(0, 64, 32, 64),)
-    assert bucket([Rect(0, 1, 0, 1), Rect(2, 3, 5, 6)], 256, 256) == (Rect(0, 32, 0, 32),)
-    assert bucket([Rect(0, 40, 0, 40)], 48, 48) == (Rect(0, 48, 0, 48),)
-
-
 def test_refuses_float64() -> None:
     with pytest.raises(RuntimeError, match="float64"):
-        CudaExecutor(small_plan(), torch.float64)
+        CudaExecutor.of(small_plan(), torch.float64)

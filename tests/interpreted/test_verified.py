@@ -20,10 +20,12 @@ from lgnet_fast import cache
 from lgnet_fast.engine import cuda_executor, graphs, verified
 from lgnet_fast.engine import describe as describing
 from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda_weights import CudaWeights, conv_of, unpack
 from lgnet_fast.engine.describe import Peaks
+from lgnet_fast.engine.geometry import Geometry
 from lgnet_fast.engine.graphs import CaptureError
-from lgnet_fast.engine.library_executor import LibraryExecutor, unpack
-from lgnet_fast.engine.plan import PICTURE, Plan, Step, Store, View
+from lgnet_fast.engine.library_executor import LibraryExecutor
+from lgnet_fast.engine.plan import PICTURE, AttentionStep, ConvStep, Plan, Store, View
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.engine.verified import Guarded, check_steps, judge, make_example
@@ -69,13 +71,7 @@ def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A cache of its own, and graphs on CPU tensors."""
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
     monkeypatch.setattr(cache, "_known", {})
-    build = CudaExecutor._build
-
-    def with_pool(self: CudaExecutor, plan: Plan) -> None:
-        build(self, plan)
-        self._pool = (0, 1) if self._graphs else None
-
-    monkeypatch.setattr(CudaExecutor, "_build", with_pool)
+    monkeypatch.setattr(CudaExecutor, "_graph_pool", lambda self: (0, 1) if self.options.graphs else None)
     monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(launches))
     monkeypatch.setattr(verified, "ModelExecutor", Model)
     FakeGraph.replays = Model.made = 0
@@ -87,8 +83,10 @@ def tiny_plan(side: int = 16) -> Plan:
     steps = {s.name: s for s in whole.steps if s.name.startswith("u.")}
     weight = normal(20, 20, 3, 3, seed=3) / 13
     inner = View("u.inner", 0, 20)
-    residual = Step("u.block", "conv", View("u.e2", 0, 20), (Store(inner, "relu"),), weight, normal(20, seed=4),
-                    padding=1, reflect=True, residual=View("u.e2", 0, 20))  # fmt: skip
+    residual = ConvStep(
+        name="u.block", source=View("u.e2", 0, 20), stores=(Store(inner, "relu"),), weight=weight,
+        bias=normal(20, seed=4), geometry=Geometry(3, 1, 1, reflect=True), residual=View("u.e2", 0, 20),
+    )  # fmt: skip
     buffers = {n: b for n, b in whole.buffers.items() if n == PICTURE or n.startswith("u.")}
     buffers["u.inner"] = replace(buffers["u.e2"], name="u.inner")
     steps["u.d2"] = replace(steps["u.d2"], source=inner)
@@ -229,7 +227,7 @@ def test_convolutions_that_fail_are_run_by_pytorch(
     executor, verdict = decide(plan)
     assert verdict.runs == "library"
     assert [c.name for c in verdict.checks[:2]] == ["graph", "direct"]
-    assert set(verdict.steps) == {s.name for s in plan.steps if s.kind != "attention"}
+    assert set(verdict.steps) == {s.name for s in plan.steps if not isinstance(s, AttentionStep)}
     (warning,) = warnings(caplog)
     assert "cpu" in warning
     assert verdict.reason is not None
@@ -291,7 +289,7 @@ def test_nothing_works_but_the_model(
 
 
 def test_an_engine_that_cannot_be_made(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(CudaExecutor, "_pack", FAULTS["runtime"](None))
+    monkeypatch.setattr(CudaWeights, "pack", FAULTS["runtime"](None))
     executor, verdict = decide(plan)
     assert verdict.runs == "model"
     assert_right(plan, executor)
@@ -346,7 +344,7 @@ def test_a_spoilt_cache_means_a_check(plan: Plan, tmp_path: Any, monkeypatch: py
 
 def test_every_step_is_checked_by_itself() -> None:
     plan = cast(small_plan(), torch.float32)  # of two stages
-    executor = CudaExecutor(plan, HALF)
+    executor = CudaExecutor.of(plan, HALF)
     checks = check_steps(executor, plan, make_example(plan, CPU, HALF))
     assert [c.name for c in checks] == ["paint", *(s.name for s in plan.steps)]
     assert all(c.passed for c in checks), [str(c) for c in checks]
@@ -360,7 +358,7 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = Model.plan = tiny_plan(64)
-    executor = Guarded(CudaExecutor(plan, torch.float32))
+    executor = Guarded(CudaExecutor.of(plan, torch.float32))
     original = conv_kernels.conv_forward
 
     def only_dense(conv: Any, *args: Any, **options: Any) -> None:
@@ -400,9 +398,9 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
 
 def test_the_plan_is_described_with_the_cards_own_peaks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table asks the executor for its device; a floor is of the bytes that it stores."""
-    executor = Guarded(CudaExecutor(plan, HALF))
+    executor = Guarded(CudaExecutor.of(plan, HALF))
     image = torch.zeros(1, 3, 16, 16)
-    times = executor.step_times(image, image[:, :1], replays=1)
+    times = executor.step_times(image, image[:, :1], rounds=1)
     assert len(times) == len(plan.steps)
     # as on a GPU whose peaks were measured so
     monkeypatch.setattr(describing, "measure_gpu_peaks", lambda *args: Peaks(1e12, 0.0, 1e9))
@@ -422,7 +420,7 @@ def executor_inputs(plan: Plan) -> tuple[Tensor, Tensor]:
 
 
 def test_out_of_memory_is_the_callers_matter(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    executor = Guarded(CudaExecutor(plan, HALF))
+    executor = Guarded(CudaExecutor.of(plan, HALF))
     monkeypatch.setattr(conv_kernels, "conv_forward", raises(lambda: torch.OutOfMemoryError("90 GiB"))(None))
     with pytest.raises(torch.OutOfMemoryError):
         executor.run(*executor_inputs(plan))
@@ -431,8 +429,8 @@ def test_out_of_memory_is_the_callers_matter(plan: Plan, monkeypatch: pytest.Mon
 
 def test_weights_unpacked_are_those_that_were_packed(plan: Plan) -> None:
     for step in plan.steps:
-        if step.kind != "attention":
-            packed = cuda_executor.describe(step).pack(step.weight)
+        if not isinstance(step, AttentionStep):
+            packed = conv_of(step).pack(step.weight)
             assert torch.equal(unpack(step, packed), step.weight), step.name
 
 
@@ -440,18 +438,18 @@ def test_a_run_inside_inference_mode_spoils_nothing(plan: Plan) -> None:
     """Memory, packed weights and partial sums made there could not be written to outside."""
     image, mask = executor_inputs(plan)
     with torch.inference_mode():
-        executor = CudaExecutor(plan, torch.float32, graphs=False)
+        executor = CudaExecutor.of(plan, torch.float32, graphs=False)
         first = executor.run(image.clone(), mask)[0]
     assert torch.equal(executor.run(image, mask)[0], first)
     memory = executor.memory
     assert not any(x.is_inference() for x in (memory.arena, memory.image, memory.outputs, memory._partial))
-    assert not any(w.packed.is_inference() or w.bias.is_inference() for w in executor._weights.values())
+    assert not any(w.packed.is_inference() or w.bias.is_inference() for w in executor.weights.steps.values())
 
 
 def test_a_caller_who_captures_gets_launches_on_memory_of_their_own(
     plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    executor = CudaExecutor(plan, torch.float32)
+    executor = CudaExecutor.of(plan, torch.float32)
     image, mask = executor_inputs(plan)
     expected = executor.run(image, mask)[0]
     before = executor.memory.arena.clone()

@@ -1,0 +1,366 @@
+// Scheduling of convolutions; formulas are in conv.h and conv_kernels.h.
+//
+// A convolution runs in one of two ways. Where there are many tiles, a task takes a chunk of them through all three
+// stages (input transform, products, output transform), so that V and M stay in its cache, and reads the weights once
+// a chunk. Where there are few (deep layers, where weights are most of the traffic), the three stages are three
+// parallel loops: products are split by points and by columns, and every weight is read once.
+#include "conv.h"
+
+#include <algorithm>
+
+#include "parallel.h"
+#include "step.h"
+
+namespace lgnet {
+namespace {
+
+// Size limit of one chunk's scratch (V and M). It may exceed the second-level cache a little: the products read it
+// one Winograd point at a time.
+constexpr int64_t kChunkBytes = int64_t{7} << 19;
+constexpr int64_t kMaximumChunk = 112;  // tiles: eight register blocks of AVX-512
+// At least this many tasks for each thread, so that none idles at the end; chunks shrink to reach it. A chunk of
+// fewer than kMinimumChunk tiles would read the weights too often: then the three stages run one after another
+// instead.
+constexpr int64_t kTasksPerThread = 4;
+constexpr int64_t kMinimumChunk = 28;
+constexpr int64_t kSplitColumns = 64;
+constexpr int64_t kSplitRows = 448;
+constexpr int64_t kSplitTiles = 16;
+constexpr int64_t kMaximumGroups = 4;  // of a job: taps of two lengths along each axis
+
+// A group of a job with its sizes: V is [points][tiles][row], in units; M is [points][tiles][c_row].
+struct Part {
+  const Group* group;
+  int64_t points, depth;
+  const char* weight;
+  std::vector<int64_t> live;  // ranges of depth, in units
+
+  int64_t row() const { return round_up(depth, 16) + 16; }
+};
+
+// V and M of one part. Units are 4 bytes whatever they hold, so V is counted in 4-byte elements like M.
+struct Factors {
+  int32_t* v;
+  int64_t v_stride;  // between points
+  float* products;
+  int64_t m_stride;
+};
+
+// Rows [r0, r0 + rows), columns [n0, n1) of one point's product.
+struct Range {
+  int64_t point, r0, rows, n0, n1;
+};
+
+// Adjacent points a few cache lines apart modulo a page, so that they do not meet in the same cache sets.
+int64_t point_stride(int64_t points, int64_t tiles, int64_t row) {
+  return points == 1 ? tiles * row : round_up(tiles * row, 1024) + 48;
+}
+
+// Whether some output of [low, high) reads inside [0, size) of the source, by the tap at `offset` along this axis.
+bool tap_reads(const ConvStep& step, int64_t low, int64_t high, int64_t offset, int64_t size) {
+  // Output indices of a phase: [low / out_step, ceil(high / out_step)).
+  const int64_t first = low / step.out_step * step.in_step + offset;
+  const int64_t last = (ceil_div(high, step.out_step) - 1) * step.in_step + offset;
+  const int64_t inside = first >= 0 ? first : first + ceil_div(-first, step.in_step) * step.in_step;
+  return inside <= last && inside < size;
+}
+
+// Taps that read nothing but padding, in all regions, have weights that need not be read.
+std::vector<int64_t> live_ranges(const ConvStep& step, const Group& group, const std::vector<Region>& regions,
+                                 int64_t tap_units) {
+  std::vector<int64_t> ranges;
+  for (size_t tap = 0; tap < group.starts.size(); ++tap) {
+    const Start& start = group.starts[tap];
+    bool live = step.reflect || step.tile > 1;
+    for (const Region& region : regions) {
+      live = live || (tap_reads(step, region.out.top, region.out.bottom, start.y, step.source.height) &&
+                      tap_reads(step, region.out.left, region.out.right, start.x, step.source.width));
+    }
+    if (!live) continue;
+    const int64_t begin = static_cast<int64_t>(tap) * tap_units;
+    if (!ranges.empty() && ranges.back() == begin) {
+      ranges.back() += tap_units;
+    } else {
+      ranges.push_back(begin);
+      ranges.push_back(begin + tap_units);
+    }
+  }
+  return ranges;
+}
+
+// One convolution of one run.
+class Convolution {
+ public:
+  Convolution(const ConvStep& step, const std::vector<Region>& regions, const Run& run);
+  void execute() const;
+
+ private:
+  struct Sizes {
+    int64_t v, m;  // elements of V and M of one job
+  };
+
+  int64_t jobs() const { return static_cast<int64_t>(step_.jobs.size()); }
+  void add_parts(const std::vector<Region>& regions);
+  void set_output();
+  Sizes sizes(int64_t job, int64_t tiles) const;
+  void multiply(const Part& part, const Factors& factors, const Range& range) const;
+
+  void run_in_chunks(int64_t chunks) const;
+  void run_chunk(int64_t job, int64_t first, int64_t count, int32_t* v, int64_t v_size, int64_t m_size) const;
+
+  void run_in_stages() const;
+  std::vector<Factors> allocate_stages(float*& y) const;
+  void transform_all(const std::vector<Factors>& factors) const;
+  void multiply_all(const std::vector<Factors>& factors) const;
+  void finish_all(const std::vector<Factors>& factors, float* y) const;
+  int64_t tiles_of_block(int64_t block, Tile* tiles) const;
+
+  const ConvStep& step_;
+  const Run& run_;
+  const ConvKernels& kernels_;
+  const TileSpace space_;
+  const int64_t columns_, c_row_, y_size_;
+  Input input_;
+  Output output_{};
+  std::vector<Part> parts_;         // the groups of all jobs
+  std::vector<size_t> first_part_;  // of each job, and the number of parts
+};
+
+Convolution::Convolution(const ConvStep& step, const std::vector<Region>& regions, const Run& run)
+    : step_(step),
+      run_(run),
+      kernels_(step.bf16 ? run.kernels.conv.bf16 : run.kernels.conv.f32),
+      space_(regions, run.batch, step.out_step, step.tile),
+      columns_(round_up(step.out_channels, kernels_.lanes)),
+      c_row_(columns_ + 16),
+      y_size_(step.tile * step.tile * c_row_) {
+  const MapSpec& source = step.source;
+  input_.source = {run.arena(source.offset), source.height, source.width, source.pixel, source.channels};
+  input_.in_step = step.in_step;
+  input_.reflect = step.reflect;
+  input_.zeros = run.zeros;
+  set_output();
+  add_parts(regions);
+}
+
+void Convolution::set_output() {
+  output_.bias = reinterpret_cast<const float*>(step_.bias);
+  output_.channels = step_.out_channels;
+  output_.height = step_.out_height;
+  output_.width = step_.out_width;
+  output_.out_step = step_.out_step;
+  if (step_.residual) {
+    output_.residual = run_.arena(step_.residual->offset);
+    output_.residual_pixel = step_.residual->pixel;
+  }
+  for (const TargetSpec& target : step_.targets) {
+    output_.targets[output_.target_count++] = {run_.arena(target.offset), target.pixel, target.activation};
+  }
+}
+
+void Convolution::add_parts(const std::vector<Region>& regions) {
+  const int64_t tap_units = ceil_div(step_.source.channels, kernels_.pair);
+  for (const Job& job : step_.jobs) {
+    first_part_.push_back(parts_.size());
+    for (const Group& group : job.groups) {
+      Part part;
+      part.group = &group;
+      part.points = (step_.tile + group.ry - 1) * (step_.tile + group.rx - 1);
+      part.depth = static_cast<int64_t>(group.starts.size()) * tap_units;
+      part.weight = reinterpret_cast<const char*>(step_.weight) + group.weight;
+      part.live = live_ranges(step_, group, regions, tap_units);
+      parts_.push_back(std::move(part));
+    }
+  }
+  first_part_.push_back(parts_.size());
+}
+
+// What `tiles` tiles need: V of the largest part, for parts follow each other in it, and M of all parts.
+Convolution::Sizes Convolution::sizes(int64_t job, int64_t tiles) const {
+  Sizes sizes{0, 0};
+  for (size_t p = first_part_[job]; p < first_part_[job + 1]; ++p) {
+    const Part& part = parts_[p];
+    sizes.v = std::max(sizes.v, part.points * point_stride(part.points, tiles, part.row()));
+    sizes.m += part.points * point_stride(part.points, tiles, c_row_);
+  }
+  return sizes;
+}
+
+void Convolution::multiply(const Part& part, const Factors& factors, const Range& range) const {
+  Product product;
+  product.a = factors.v + range.point * factors.v_stride + range.r0 * part.row();
+  product.a_row = part.row();
+  product.b = part.weight + range.point * columns_ * part.depth * kernels_.unit_bytes;
+  product.weight_columns = columns_;
+  product.first_column = range.n0;
+  product.c = factors.products + range.point * factors.m_stride + range.r0 * c_row_ + range.n0;
+  product.c_row = c_row_;
+  product.rows = range.rows;
+  product.columns = range.n1 - range.n0;
+  product.depth = part.depth;
+  product.accumulate = false;
+  product.live = part.live.data();
+  product.live_count = static_cast<int64_t>(part.live.size()) / 2;
+  kernels_.product(product);
+}
+
+void Convolution::execute() const {
+  int64_t tile_elements = 0;  // V and M of one tile, of the largest part and job
+  int64_t largest_v = 0, largest_m = 0;
+  for (int64_t job = 0; job < jobs(); ++job) {
+    int64_t job_m = 0;
+    for (size_t p = first_part_[job]; p < first_part_[job + 1]; ++p) {
+      largest_v = std::max(largest_v, parts_[p].points * parts_[p].depth);
+      job_m += parts_[p].points * c_row_;
+    }
+    largest_m = std::max(largest_m, job_m);
+  }
+  tile_elements = largest_v + largest_m;
+  const bool given = step_.chunk > 0;
+  const int64_t fitting = kChunkBytes / (4 * tile_elements);
+  const int64_t wanted = std::clamp<int64_t>(given ? step_.chunk : fitting, kernels_.rows, kMaximumChunk);
+  const int64_t balanced = given || run_.threads == 1 ? 1 : ceil_div(kTasksPerThread * run_.threads, jobs());
+  const int64_t chunks = std::max(ceil_div(space_.total(), wanted), balanced);
+  if (given || (step_.chunk == 0 && (run_.threads == 1 || space_.total() >= kMinimumChunk * chunks))) {
+    run_in_chunks(chunks);
+  } else {
+    run_in_stages();
+  }
+}
+
+// --- many tiles: chunks of them ------------------------------------------------------------------------------------
+
+void Convolution::run_in_chunks(int64_t chunks) const {
+  const int64_t tiles = space_.total(), tasks = jobs() * chunks;
+  int64_t v_size = 0, m_size = 0;
+  for (int64_t job = 0; job < jobs(); ++job) {
+    const Sizes job_sizes = sizes(job, ceil_div(tiles, chunks));
+    v_size = std::max(v_size, job_sizes.v);
+    m_size = std::max(m_size, job_sizes.m);
+  }
+  const int64_t each = round_up(v_size + m_size + y_size_, 1024) + 64;
+  int32_t* scratch = reinterpret_cast<int32_t*>(run_.scratch(4 * each * std::min(run_.threads, tasks)));
+  parallel_for(run_.threads, tasks, [&](int64_t task, int64_t worker) {
+    const int64_t chunk = task / jobs();
+    const int64_t first = tiles * chunk / chunks, count = tiles * (chunk + 1) / chunks - first;
+    run_chunk(task % jobs(), first, count, scratch + worker * each, v_size, m_size);
+  });
+}
+
+// All stages of tiles [first, first + count) of a job. scratch: V, then M, then the output transform's rows.
+void Convolution::run_chunk(int64_t job, int64_t first, int64_t count, int32_t* v, int64_t v_size,
+                            int64_t m_size) const {
+  Tile tiles[kMaximumChunk];
+  space_.get(first, count, tiles);
+  float* products = reinterpret_cast<float*>(v + v_size);
+  float* y = products + m_size;
+  const float* of_group[kMaximumGroups];
+  int64_t stride_of_group[kMaximumGroups];
+  for (size_t p = first_part_[job]; p < first_part_[job + 1]; ++p) {
+    const Part& part = parts_[p];
+    const Factors factors{v, point_stride(part.points, count, part.row()), products,
+                          point_stride(part.points, count, c_row_)};
+    kernels_.transform(input_, *part.group, step_.tile, tiles, count, v, factors.v_stride, part.row());
+    for (int64_t point = 0; point < part.points; ++point) multiply(part, factors, {point, 0, count, 0, columns_});
+    of_group[p - first_part_[job]] = products;
+    stride_of_group[p - first_part_[job]] = factors.m_stride;
+    products += part.points * factors.m_stride;
+  }
+  kernels_.finish(output_, step_.jobs[job], step_.tile, tiles, count, of_group, stride_of_group, c_row_, y);
+}
+
+// --- few tiles: stage after stage ----------------------------------------------------------------------------------
+
+void Convolution::run_in_stages() const {
+  float* y = nullptr;
+  const std::vector<Factors> factors = allocate_stages(y);
+  transform_all(factors);
+  multiply_all(factors);
+  finish_all(factors, y);
+}
+
+// V and M of every part, all tiles; y: a worker's rows of the output transform, for each worker.
+std::vector<Factors> Convolution::allocate_stages(float*& y) const {
+  int64_t v_size = 0, m_size = 0;
+  for (const Part& part : parts_) {
+    v_size += part.points * point_stride(part.points, space_.total(), part.row());
+    m_size += part.points * point_stride(part.points, space_.total(), c_row_);
+  }
+  const int64_t y_size = round_up(y_size_, 16) * run_.threads;
+  int32_t* v = reinterpret_cast<int32_t*>(run_.scratch(4 * (v_size + m_size + y_size)));
+  float* products = reinterpret_cast<float*>(v + v_size);
+  y = products + m_size;
+  std::vector<Factors> factors;
+  for (const Part& part : parts_) {
+    factors.push_back({v, point_stride(part.points, space_.total(), part.row()), products,
+                       point_stride(part.points, space_.total(), c_row_)});
+    v += part.points * factors.back().v_stride;
+    products += part.points * factors.back().m_stride;
+  }
+  return factors;
+}
+
+int64_t Convolution::tiles_of_block(int64_t block, Tile* tiles) const {
+  const int64_t first = block * kSplitTiles, count = std::min(kSplitTiles, space_.total() - first);
+  space_.get(first, count, tiles);
+  return count;
+}
+
+void Convolution::transform_all(const std::vector<Factors>& factors) const {
+  const int64_t blocks = ceil_div(space_.total(), kSplitTiles);
+  parallel_for(run_.threads, static_cast<int64_t>(parts_.size()) * blocks, [&](int64_t task, int64_t) {
+    const int64_t p = task / blocks, block = task % blocks, row = parts_[p].row();
+    Tile tiles[kSplitTiles];
+    const int64_t count = tiles_of_block(block, tiles);
+    kernels_.transform(input_, *parts_[p].group, step_.tile, tiles, count, factors[p].v + block * kSplitTiles * row,
+                       factors[p].v_stride, row);
+  });
+}
+
+void Convolution::multiply_all(const std::vector<Factors>& factors) const {
+  struct Piece {
+    size_t part;
+    Range range;
+  };
+  std::vector<Piece> pieces;
+  const int64_t tiles = space_.total();
+  for (size_t p = 0; p < parts_.size(); ++p) {
+    for (int64_t point = 0; point < parts_[p].points; ++point) {
+      for (int64_t n0 = 0; n0 < columns_; n0 += kSplitColumns) {
+        for (int64_t r0 = 0; r0 < tiles; r0 += kSplitRows) {
+          const int64_t rows = std::min(kSplitRows, tiles - r0), n1 = std::min(n0 + kSplitColumns, columns_);
+          pieces.push_back({p, {point, r0, rows, n0, n1}});
+        }
+      }
+    }
+  }
+  parallel_for(run_.threads, static_cast<int64_t>(pieces.size()), [&](int64_t task, int64_t) {
+    const Piece& piece = pieces[task];
+    multiply(parts_[piece.part], factors[piece.part], piece.range);
+  });
+}
+
+void Convolution::finish_all(const std::vector<Factors>& factors, float* y) const {
+  const int64_t blocks = ceil_div(space_.total(), kSplitTiles), y_each = round_up(y_size_, 16);
+  parallel_for(run_.threads, jobs() * blocks, [&](int64_t task, int64_t worker) {
+    const int64_t job = task / blocks, block = task % blocks;
+    Tile tiles[kSplitTiles];
+    const int64_t count = tiles_of_block(block, tiles);
+    const float* of_group[kMaximumGroups];
+    int64_t stride_of_group[kMaximumGroups];
+    for (size_t p = first_part_[job]; p < first_part_[job + 1]; ++p) {
+      of_group[p - first_part_[job]] = factors[p].products + block * kSplitTiles * c_row_;
+      stride_of_group[p - first_part_[job]] = factors[p].m_stride;
+    }
+    kernels_.finish(output_, step_.jobs[job], step_.tile, tiles, count, of_group, stride_of_group, c_row_,
+                    y + worker * y_each);
+  });
+}
+
+}  // namespace
+
+void run_step(const ConvStep& step, const std::vector<Region>& regions, const Run& run) {
+  Convolution(step, regions, run).execute();
+}
+
+}  // namespace lgnet

@@ -1,0 +1,16 @@
+// The kernels for one instruction set: Advanced SIMD with dot products of bf16 pairs (Armv8.6).
+#include "simd/macros.h"
+
+#if LGNET_AARCH64
+#include <arm_neon.h>
+
+#define LGNET_ISA neon_bf16
+#define LGNET_SIMD "simd/neon_bf16.h"
+#define LGNET_VECTORS F32, F64, Bf16
+#if defined(__clang__)
+#define LGNET_TARGET "bf16"
+#else
+#define LGNET_TARGET "arch=armv8.2-a+bf16"
+#endif
+#include "isa_unit.inc"
+#endif

@@ -1,0 +1,10 @@
+// The programs' part of the module (module.cpp).
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace lgnet {
+
+void bind_program(pybind11::module_& m);
+
+}  // namespace lgnet

@@ -1,0 +1,67 @@
+// What every instruction set's header in this folder shares: the interface of a vector class, and functions of it.
+//
+// A unit (isa_*.cpp) includes one of these headers inside its target pragma, with LGNET_ISA naming the namespace. The
+// header defines the classes of which the kernels are templates:
+//   F32    vectors of float
+//   F64    vectors of double
+//   Bf16   float vectors whose products are of bf16 pairs, where the instruction set has such a product
+//
+// A vector class V has
+//   T, Reg, W        element, register and number of lanes
+//   NV, ROWS         attention: a panel is NV * W queries wide, a register block ROWS * NV accumulators
+//   CONV_NV,         convolution: a panel is CONV_NV * W columns wide, a register block at most CONV_ROWS * CONV_NV
+//   CONV_ROWS        accumulators
+//   BLOCK_ROWS       0, or the fewest rows of conv_block where the class writes its register blocks in assembly
+//                    (conv_block, score_block, value_block), for compilers that would spill in them
+//   Unit, PAIR       what one lane of a product's operand holds: one T, or a pair of bf16
+//   max(a, b)        b, or NaN, where either is NaN
+//   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi
+//   stream, fence    stores past the caches, and what completes them
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+
+#include "../half.h"
+#include "macros.h"
+
+namespace lgnet {
+namespace LGNET_ISA {
+
+// exp2 on [-1/2, 1/2] as 1 + f * p(f): relative error 2e-9, far below half an ulp, so that rounding decides.
+constexpr float kExp2[6] = {6.93147203e-01f, 2.40226479e-01f, 5.55033247e-02f,
+                            9.61843736e-03f, 1.33988744e-03f, 1.53533618e-04f};
+// Below this exp2 gives 0 rather than a subnormal number: 1e-38 cannot be seen next to the row's maximum, and
+// multiplying by subnormal numbers costs over a hundred cycles on some CPUs.
+constexpr float kExp2Lowest = -126.0f;
+
+// tanh(x) = x * p(x^2) / q(x^2) on [-7.99881, 7.99881], where it reaches 1 in float32 (the rational approximation
+// of Eigen's generic_fast_tanh_float).
+constexpr float kTanhBound = 7.99881172180175781f;
+constexpr float kTanhLinear = 4e-4f;
+constexpr float kTanhP[7] = {4.89352455891786e-03f, 6.37261928875436e-04f,  1.48572235717979e-05f,
+                             5.12229709037114e-08f, -8.60467152213735e-11f, 2.00018790482477e-13f,
+                             -2.76076847742355e-16f};
+constexpr float kTanhQ[4] = {4.89352518554385e-03f, 2.26843463243900e-03f, 1.18534705686654e-04f,
+                             1.19825839466702e-06f};
+
+template <class V>
+LGNET_INLINE typename V::Reg tanh(typename V::Reg x) {
+  if constexpr (sizeof(typename V::T) == 8) {
+    return V::map([&](int i) { return std::tanh(x.lane[i]); });
+  } else {
+    using Reg = typename V::Reg;
+    const Reg bounded = V::clamp(x, kTanhBound);
+    const Reg square = V::mul(bounded, bounded);
+    Reg p = V::set1(kTanhP[6]), q = V::set1(kTanhQ[3]);
+    for (int i = 5; i >= 0; --i) p = V::fma(p, square, V::set1(kTanhP[i]));
+    for (int i = 2; i >= 0; --i) q = V::fma(q, square, V::set1(kTanhQ[i]));
+    const Reg ratio = V::div(V::mul(bounded, p), q);
+    // Tiny arguments are their own tanh (and NaN compares false, coming through as x).
+    return V::select_greater(V::abs(x), V::set1(kTanhLinear), ratio, x);
+  }
+}
+
+}  // namespace LGNET_ISA
+}  // namespace lgnet

@@ -1,0 +1,23 @@
+// The intrinsics of every x86 instruction set.
+#pragma once
+
+#include <immintrin.h>
+
+// clang-cl's immintrin.h leaves out what the target of the command line lacks. Each header needs those before it.
+// clang-format off
+#if defined(__clang__) && defined(_MSC_VER)
+#include <smmintrin.h>
+#include <avxintrin.h>
+#include <avx2intrin.h>
+#include <f16cintrin.h>
+#include <fmaintrin.h>
+#include <avx512fintrin.h>
+#include <avx512bwintrin.h>
+#include <avx512dqintrin.h>
+#include <avx512vlintrin.h>
+#include <avx512vlbwintrin.h>
+#include <avx512vldqintrin.h>
+#include <avx512bf16intrin.h>
+#include <avx512vlbf16intrin.h>
+#endif
+// clang-format on

@@ -1,0 +1,421 @@
+"""The kernels of the engine's convolutions; :mod:`.conv` says what they compute."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .launch import activate, dot, stable_tanh
+
+
+class Outputs(NamedTuple):
+    """What the epilogue reads and writes beside the sum: None where absent.
+
+    bias: float32. residual, first, second: [B, H, W, C], pixels `Epilogue.residual_stride` or `strides` apart.
+    """
+
+    bias: Any
+    residual: Any = None
+    first: Any = None
+    second: Any = None
+
+
+class Picture(NamedTuple):
+    """What a step that ends a stage reads (image, mask) and writes (raw, merged), see `conv.Merge`."""
+
+    image: Any
+    mask: Any
+    raw: Any
+    merged: Any
+
+
+class Place(NamedTuple):
+    """Sizes of the output, the rectangle of it to compute, and the product's rows that cover it."""
+
+    out_h: Any
+    out_w: Any
+    top: Any
+    bottom: Any
+    left: Any
+    right: Any
+    rows_top: Any
+    rows_left: Any
+    rows_h: Any
+    rows_w: Any
+    n_rows: Any
+
+
+class Layout(NamedTuple):
+    """Constants of a convolution.
+
+    columns of the product, phases of both axes together, steps and patch as in `conv.Axis`, packed taps of the first
+    and second phase of an axis; flat: a block of the depth spans taps.
+    """
+
+    in_channels: int
+    out_channels: int
+    columns: int
+    phases: int
+    in_step: int
+    out_step: int
+    patch: int
+    taps: tuple[int, int]
+    reflect: bool
+    flat: bool
+
+
+class Taps(NamedTuple):
+    """The taps used along one axis, of its first and second phase: source of the first one, its index, how many."""
+
+    origins: tuple[int, int]
+    first: tuple[int, int]
+    counts: tuple[int, int]
+
+
+class Epilogue(NamedTuple):
+    """Constants of the epilogue: pixel strides, values of ACTIVATIONS, whether `Picture.merged` is planar.
+
+    wide: pointers span 2**31 elements of 32-bit arithmetic.
+    """
+
+    residual_stride: int
+    strides: tuple[int, int]
+    activations: tuple[int, int]
+    last: bool
+    wide: bool
+
+
+@triton.jit
+def _of_phase(which, pair: tl.constexpr):
+    """The first or the second of two constants."""
+    if pair[0] == pair[1]:
+        return pair[0]
+    else:
+        return tl.where(which == 0, pair[0], pair[1])
+
+
+@triton.jit
+def _finish(
+    value,  # [BLOCK_M, BLOCK_N] float32
+    rows,
+    cols,
+    phase,
+    outputs,  # Outputs
+    picture,  # Picture, or None
+    place,  # Place
+    LAYOUT: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """The epilogue. Nothing outside the rectangle is written."""
+    x = (rows % place.rows_w + place.rows_left) * LAYOUT.out_step
+    y = (rows // place.rows_w % place.rows_h + place.rows_top) * LAYOUT.out_step
+    sample = rows // (place.rows_w * place.rows_h)
+    if LAYOUT.phases > 1:
+        x += phase % 2
+        y += phase // 2
+    if picture is not None:
+        # columns are (y, x, channel) of a patch
+        channel = cols % 4
+        shift = cols // 4
+        y2 = y[:, None] + (shift // LAYOUT.patch)[None, :]
+        x2 = x[:, None] + (shift % LAYOUT.patch)[None, :]
+        c2 = tl.broadcast_to(channel[None, :], value.shape)
+        inside = (rows < place.n_rows)[:, None] & (y2 >= place.top) & (y2 < place.bottom)
+        inside = inside & (x2 >= place.left) & (x2 < place.right)
+        inside = inside & ((cols < LAYOUT.columns) & (channel < LAYOUT.out_channels))[None, :]
+        pixel = (sample[:, None] * place.out_h + y2) * place.out_w + x2
+        plane = ((sample[:, None] * LAYOUT.out_channels + c2) * place.out_h + y2) * place.out_w + x2
+        if EPILOGUE.wide:
+            pixel = ((sample[:, None].to(tl.int64)) * place.out_h + y2) * place.out_w + x2
+            plane = ((sample[:, None].to(tl.int64) * LAYOUT.out_channels + c2) * place.out_h + y2) * place.out_w + x2
+        bias = tl.load(outputs.bias + channel, mask=channel < LAYOUT.out_channels, other=0.0)
+        value = stable_tanh(value + bias[None, :])
+        m = tl.load(picture.mask + pixel, mask=inside, other=0.0)
+        image = tl.load(picture.image + plane, mask=inside, other=0.0)
+        merged = image * (1.0 - m) + value * m
+        tl.store(picture.raw + plane, value, mask=inside)
+        if EPILOGUE.last:
+            tl.store(picture.merged + plane, merged, mask=inside)
+        else:
+            tl.store(picture.merged + pixel * 4 + c2, merged.to(picture.merged.dtype.element_ty), mask=inside)
+    else:
+        inside = (rows < place.n_rows) & (y >= place.top) & (y < place.bottom) & (x >= place.left) & (x < place.right)
+        mask = inside[:, None] & (cols < LAYOUT.columns)[None, :]
+        pixel = (sample * place.out_h + y) * place.out_w + x
+        if EPILOGUE.wide:
+            pixel = (sample.to(tl.int64) * place.out_h + y) * place.out_w + x
+        value += tl.load(outputs.bias + cols, mask=cols < LAYOUT.columns, other=0.0)[None, :]
+        if outputs.residual is not None:
+            r_ptrs = outputs.residual + (pixel * EPILOGUE.residual_stride)[:, None] + cols[None, :]
+            value += tl.load(r_ptrs, mask=mask, other=0.0).to(tl.float32)
+        first = activate(value, EPILOGUE.activations[0]).to(outputs.first.dtype.element_ty)
+        tl.store(outputs.first + (pixel * EPILOGUE.strides[0])[:, None] + cols[None, :], first, mask=mask)
+        if outputs.second is not None:
+            second = activate(value, EPILOGUE.activations[1]).to(outputs.second.dtype.element_ty)
+            tl.store(outputs.second + (pixel * EPILOGUE.strides[1])[:, None] + cols[None, :], second, mask=mask)
+
+
+@triton.jit
+def _reflected(index, size):
+    """Index -i is i, index size - 1 + i is size - 1 - i."""
+    index = tl.where(index < 0, -index, index)
+    return tl.where(index >= size, 2 * (size - 1) - index, index)
+
+
+@triton.jit
+def _prefetch(pointers):
+    """Bring the cache lines of these addresses into the L2 cache; waits for nothing."""
+    tl.inline_asm_elementwise(
+        "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], dtype=tl.int32, is_pure=False, pack=1
+    )
+
+
+# Grid integers: specialised on "is 1" and "divisible by 16" they would give each rectangle of a hole its own kernels.
+_GRID_INTEGERS = [
+    "in_h", "in_w", "out_h", "out_w", "top", "bottom", "left", "right",
+    "rows_top", "rows_left", "rows_h", "rows_w", "n_rows", "m_blocks",
+]  # fmt: skip
+
+
+@triton.jit(do_not_specialize=_GRID_INTEGERS)
+def _conv_kernel(
+    x_ptr,  # [B, H, W, in_channels], pixels STRIDE_X apart
+    w_ptr,  # [taps of all phases * in_channels, columns]
+    partial_ptr,  # [splits, phases * rows, columns] float32, written where SPLITS > 1
+    count_ptr,  # int32, a zero for each block; where given, the last program of a block adds its splits
+    outputs,  # Outputs
+    picture,  # Picture, or None
+    in_h,
+    in_w,
+    out_h,
+    out_w,
+    top,
+    bottom,
+    left,
+    right,
+    rows_top,
+    rows_left,
+    rows_h,
+    rows_w,
+    n_rows,
+    m_blocks,
+    LAYOUT: tl.constexpr,
+    TAPS_Y: tl.constexpr,
+    TAPS_X: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    SPLITS: tl.constexpr,
+    NO_EMPTY_SPLIT: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """A program owns BLOCK_M rows of one phase and BLOCK_N columns, over one part of the depth."""
+    CIN: tl.constexpr = LAYOUT.in_channels
+    N: tl.constexpr = LAYOUT.columns
+    n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    place = Place(out_h, out_w, top, bottom, left, right, rows_top, rows_left, rows_h, rows_w, n_rows)
+    pid = tl.program_id(0)
+    block_m = pid // n_blocks % m_blocks
+    # the phases with the most taps first
+    phase = LAYOUT.phases - 1 - pid // (n_blocks * m_blocks)
+    phase_y = phase // 2
+    phase_x = phase % 2
+
+    origin_y = _of_phase(phase_y, TAPS_Y.origins)
+    origin_x = _of_phase(phase_x, TAPS_X.origins)
+    first_y = _of_phase(phase_y, TAPS_Y.first)
+    first_x = _of_phase(phase_x, TAPS_X.first)
+    count_y = _of_phase(phase_y, TAPS_Y.counts)
+    count_x = _of_phase(phase_x, TAPS_X.counts)
+    taps_y = _of_phase(phase_y, LAYOUT.taps)
+    taps_x = _of_phase(phase_x, LAYOUT.taps)
+    TAPS: tl.constexpr = LAYOUT.taps[0]
+    first_tap = phase_y * (TAPS * (TAPS + LAYOUT.taps[1])) + phase_x * (taps_y * TAPS)
+
+    rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    col_mask = (cols < N)[None, :]
+    depths = tl.arange(0, BLOCK_K)
+    # rows past the end read what the last one reads
+    read = tl.minimum(rows, n_rows - 1)
+    y0 = (read // rows_w % rows_h + rows_top) * LAYOUT.in_step + origin_y
+    x0 = (read % rows_w + rows_left) * LAYOUT.in_step + origin_x
+    sample = (read // (rows_w * rows_h)) * in_h
+    if EPILOGUE.wide:
+        sample = sample.to(tl.int64)
+
+    if LAYOUT.flat:
+        steps = (count_y * count_x * CIN + BLOCK_K - 1) // BLOCK_K
+    else:
+        CHUNKS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
+        steps = count_y * count_x * CHUNKS
+    begin = 0
+    if SPLITS > 1:
+        part = (steps + SPLITS - 1) // SPLITS
+        begin = tl.program_id(1) * part
+        steps = tl.minimum(begin + part, steps)
+        if NO_EMPTY_SPLIT:
+            # without it ptxas serialises the matrix products of a loop that may be empty (Triton 3.6)
+            tl.assume(begin < steps)
+
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+        if SPLITS > 1 and not LAYOUT.flat:
+            # a line of weights for each row of the depth and 128 bytes of columns, while the last step still runs
+            LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
+            lines = tl.minimum(pid % n_blocks * BLOCK_N + tl.arange(0, (BLOCK_N + LINE - 1) // LINE) * LINE, N - 1)
+            for step in tl.range(begin, steps, num_stages=1):
+                tap = step // CHUNKS
+                kernel_tap = first_tap + (first_y + tap // count_x) * taps_x + first_x + tap % count_x
+                w_rows = kernel_tap * CIN + tl.minimum(step % CHUNKS * BLOCK_K + depths, CIN - 1)
+                _prefetch(w_ptr + w_rows[:, None] * N + lines[None, :])
+        tl.extra.cuda.gdc_wait()
+
+    acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for step in tl.range(begin, steps):
+        if LAYOUT.flat:
+            depth = step * BLOCK_K + depths
+            depth_mask = depth < count_y * count_x * CIN
+            tap = depth // CIN
+            tap_y = tap // count_x
+            tap_x = tap % count_x
+            y = y0[:, None] + tap_y[None, :]
+            x = x0[:, None] + tap_x[None, :]
+            if LAYOUT.reflect:
+                y = _reflected(y, in_h)
+                x = _reflected(x, in_w)
+                a_mask = tl.broadcast_to(depth_mask[None, :], (BLOCK_M, BLOCK_K))
+            else:
+                a_mask = (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w) & depth_mask[None, :]
+            # the last block of a reflecting step may point past the map
+            pixel = tl.where(a_mask, (sample[:, None] + y) * in_w + x, 0)
+            a = tl.load(x_ptr + pixel * STRIDE_X + (depth % CIN)[None, :], mask=a_mask, other=0.0)
+            w_rows = (first_tap + (first_y + tap_y) * taps_x + first_x + tap_x) * CIN + depth % CIN
+            w_mask = depth_mask[:, None] & col_mask
+        else:
+            tap = step // CHUNKS
+            start = step % CHUNKS * BLOCK_K
+            tap_y = tap // count_x
+            tap_x = tap % count_x
+            y = y0 + tap_y
+            x = x0 + tap_x
+            depth_mask = start + depths < CIN
+            if LAYOUT.reflect:
+                y = _reflected(y, in_h)
+                x = _reflected(x, in_w)
+                row_mask = tl.full([BLOCK_M], True, tl.int1)
+            else:
+                row_mask = (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
+            pixel = (sample + y) * in_w + x
+            a_ptrs = x_ptr + (pixel * STRIDE_X)[:, None] + (start + depths)[None, :]
+            if CIN % BLOCK_K == 0:
+                a = tl.load(a_ptrs) if LAYOUT.reflect else tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
+                w_mask = col_mask
+            else:
+                a = tl.load(a_ptrs, mask=row_mask[:, None] & depth_mask[None, :], other=0.0)
+                w_mask = depth_mask[:, None] & col_mask
+            w_rows = (first_tap + (first_y + tap_y) * taps_x + first_x + tap_x) * CIN + start + depths
+        w_ptrs = w_ptr + w_rows[:, None] * N + cols[None, :]
+        EVEN: tl.constexpr = CIN % BLOCK_K == 0 and N % BLOCK_N == 0
+        w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=w_mask, other=0.0)
+        acc = dot(a, w, acc, PRECISION)
+
+    if SPLITS > 1:
+        index = (tl.program_id(1) * LAYOUT.phases + phase).to(tl.int64) * n_rows + rows
+        inside = (rows < n_rows)[:, None] & col_mask
+        tl.store(partial_ptr + index[:, None] * N + cols[None, :], acc, mask=inside)
+        if count_ptr is not None:
+            # every thread's part is stored before the block is counted, and counted before it is read
+            tl.debug_barrier()
+            done = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
+            if done == SPLITS - 1:
+                tl.debug_barrier()
+                value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+                for split in tl.range(0, SPLITS, num_stages=1):
+                    index = (split * LAYOUT.phases + phase).to(tl.int64) * n_rows + rows
+                    parts = partial_ptr + index[:, None] * N + cols[None, :]
+                    # past the L1 cache, which does not see what other multiprocessors wrote
+                    value += tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
+                _finish(value, rows, cols, phase, outputs, picture, place, LAYOUT, EPILOGUE)
+                tl.store(count_ptr + pid, 0)
+    else:
+        _finish(acc, rows, cols, phase, outputs, picture, place, LAYOUT, EPILOGUE)
+
+
+@triton.jit(do_not_specialize=[name for name in _GRID_INTEGERS if not name.startswith("in_")])
+def _conv_reduce_kernel(
+    partial_ptr,  # [SPLITS, phases * rows, columns] float32
+    outputs,  # Outputs
+    picture,  # Picture, or None
+    out_h,
+    out_w,
+    top,
+    bottom,
+    left,
+    right,
+    rows_top,
+    rows_left,
+    rows_h,
+    rows_w,
+    n_rows,
+    m_blocks,
+    LAYOUT: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    SPLITS: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):
+    """A program adds the parts of BLOCK_M rows of one phase and BLOCK_N columns, in order, and finishes them."""
+    N: tl.constexpr = LAYOUT.columns
+    n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
+    place = Place(out_h, out_w, top, bottom, left, right, rows_top, rows_left, rows_h, rows_w, n_rows)
+    pid = tl.program_id(0)
+    rows = pid // n_blocks % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    cols = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
+    phase = pid // (n_blocks * m_blocks)
+    mask = (rows < n_rows)[:, None] & (cols < N)[None, :]
+    if OVERLAP:
+        tl.extra.cuda.gdc_wait()
+        tl.extra.cuda.gdc_launch_dependents()
+    value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+    for split in tl.range(0, SPLITS):
+        index = (split * LAYOUT.phases + phase).to(tl.int64) * n_rows + rows
+        value += tl.load(partial_ptr + index[:, None] * N + cols[None, :], mask=mask, other=0.0)
+    _finish(value, rows, cols, phase, outputs, picture, place, LAYOUT, EPILOGUE)
+
+
+@triton.jit
+def _paint_kernel(
+    image_ptr,  # [B, 3, H, W] float32
+    mask_ptr,  # [B, 1, H, W] float32
+    start_ptr,  # [B, 3, H, W] float32, or None for white
+    picture_ptr,  # [B, H, W, 4]
+    merged_ptr,  # [B, 3, H, W] float32
+    positions,
+    n_pixels,
+    OVERLAP: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """A program paints BLOCK pixels."""
+    if OVERLAP:
+        tl.extra.cuda.gdc_launch_dependents()
+    pixels = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    inside = pixels < n_pixels
+    m = tl.load(mask_ptr + pixels, mask=inside, other=0.0)
+    plane = pixels // positions * (3 * positions) + pixels % positions
+    for c in tl.static_range(3):
+        image = tl.load(image_ptr + plane + c * positions, mask=inside, other=0.0)
+        tl.store(merged_ptr + plane + c * positions, image, mask=inside)
+        painted = image * (1.0 - m)
+        if start_ptr is None:
+            painted += m
+        else:
+            painted += tl.load(start_ptr + plane + c * positions, mask=inside, other=0.0) * m
+        tl.store(picture_ptr + pixels * 4 + c, painted.to(picture_ptr.dtype.element_ty), mask=inside)
+    tl.store(picture_ptr + pixels * 4 + 3, m.to(picture_ptr.dtype.element_ty), mask=inside)

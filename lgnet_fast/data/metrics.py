@@ -1,0 +1,215 @@
+"""Scores of one filled picture against the true one, by torchmetrics."""
+
+from __future__ import annotations
+
+import os
+import socket
+import textwrap
+import warnings
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from ..errors import MissingExtraError, WeightsError
+from ..reference.features import LPIPS
+from ..reference.pretrained import TORCHVISION_URL, torchvision_file
+from ..reference.released import load_state_dict_file
+
+METRICS = ("l1", "psnr", "ssim", "lpips", "fid")
+
+LPIPS_VARIABLE = "LGNET_FAST_LPIPS"
+"""Environment variable with the path of the LPIPS weights, where none is given."""
+
+ALEXNET_FILE = "alexnet-owt-7be5be79.pth"
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+
+
+class Metrics:
+    """The metrics that are available here.
+
+    Args:
+        wanted: names in :data:`METRICS`.
+        lpips: AlexNet's or VGG-16's weights as :meth:`lgnet_fast.reference.features.LPIPS.from_file` takes them
+            (torchvision's file among others), or any callable on two [1, 3, H, W] in [-1, 1] that gives one number;
+            None: the file that the environment variable :data:`LPIPS_VARIABLE` names, or torchvision's AlexNet from
+            torch's hub cache or its download.
+        fid: the Inception file of torch-fidelity, or any module from uint8 [1, 3, H, W] to [1, D]; None:
+            torch-fidelity's own download.
+        device: where those two networks run.
+
+    ``available``: the names, in order. ``missing``: name -> one line why not.
+
+    Raises:
+        MissingExtraError: torchmetrics is not installed.
+    """
+
+    def __init__(
+        self,
+        wanted: Collection[str] = METRICS,
+        lpips: str | Path | Distance | None = None,
+        fid: str | Path | nn.Module | None = None,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        unknown = [name for name in wanted if name not in METRICS]
+        if unknown or not wanted:
+            raise ValueError(f"metrics: expected names of {', '.join(METRICS)}, got {', '.join(unknown) or 'none'}")
+        try:
+            import torchmetrics.functional.image
+        except ImportError as cause:
+            raise MissingExtraError(
+                f'metrics: torchmetrics cannot be imported ({cause}); pip install "lgnet_fast[eval]"'
+            ) from cause
+        self._functional = torchmetrics.functional.image
+        self.device = torch.device(device)
+        self.missing: dict[str, str] = {}
+        self._lpips: Distance | None = None
+        self._inception: nn.Module | None = None
+        if "lpips" in wanted:
+            self._lpips = self._or_missing("lpips", lambda: _lpips_network(lpips))
+        if "fid" in wanted:
+            self._inception = self._or_missing("fid", lambda: _inception(fid))
+        self.available = tuple(name for name in METRICS if name in wanted and name not in self.missing)
+
+    def _or_missing(self, name: str, load: Callable[[], Any]) -> Any:
+        try:
+            with _stalled_downloads_end():
+                network = load()
+        except ImportError as cause:
+            self.missing[name] = f'torch-fidelity cannot be imported ({_line(cause)}); pip install "lgnet_fast[eval]"'
+            return None
+        except WeightsError as cause:
+            self.missing[name] = one_line(cause)
+            return None
+        except Exception as cause:  # unpickling and downloads raise many types
+            self.missing[name] = f"{type(cause).__name__}: {_line(cause)}"
+            return None
+        return network.to(self.device).eval() if isinstance(network, nn.Module) else network
+
+    def scores(self, filled: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+        """Each available metric but FID of a filled picture, uint8 [H, W, 3], sides of at least 11.
+
+        l1: 100 * mean|a - b| / 255, in percent. PSNR in dB with data range 255; infinite for equal pictures. SSIM
+        (Wang et al. 2004): Gaussian windows 11x11 of sigma 1.5, data range 255, mean of RGB. LPIPS: v0.1 on AlexNet.
+        """
+        a, b = _tensor(filled), _tensor(truth)
+        values: dict[str, float] = {}
+        if "l1" in self.available:
+            values["l1"] = float((a - b).abs().mean()) * 100 / 255
+        if "psnr" in self.available:
+            values["psnr"] = float(self._functional.peak_signal_noise_ratio(a, b, data_range=255.0))
+        if "ssim" in self.available:
+            # In float64 it takes 25 times as long, and the difference is below 2e-6. Only windows inside the picture
+            # count, as the definition has it: releases of torchmetrics differ in whether their mean takes the rim.
+            _, windows = self._functional.structural_similarity_index_measure(
+                a.float(),
+                b.float(),
+                gaussian_kernel=True,
+                sigma=1.5,
+                kernel_size=11,
+                data_range=255.0,
+                return_full_image=True,
+            )
+            values["ssim"] = float(windows[..., 5:-5, 5:-5].double().mean())
+        if self._lpips is not None:
+            with torch.inference_mode():
+                scaled = [(picture / 127.5 - 1).to(self.device, torch.float32) for picture in (a, b)]
+                values["lpips"] = float(self._lpips(*scaled))
+        return values
+
+    def features(self, picture: np.ndarray) -> np.ndarray:
+        """FID's features of a uint8 [H, W, 3], float32 [D]. Raises ValueError: FID is not available."""
+        if self._inception is None:
+            raise ValueError("metrics: FID is not available")
+        with torch.inference_mode():
+            given = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))[None]).to(self.device)
+            features: np.ndarray = self._inception(given).reshape(-1).float().cpu().numpy()
+        return features
+
+
+def fid_score(real: np.ndarray, filled: np.ndarray) -> float:
+    """Fréchet inception distance of features [N, D] of N true and N filled pictures, N at least 2, in float64."""
+    from torchmetrics.image.fid import FrechetInceptionDistance
+
+    distance = FrechetInceptionDistance(feature=_Given(real.shape[1]))
+    distance.update(torch.from_numpy(real).double(), real=True)
+    distance.update(torch.from_numpy(filled).double(), real=False)
+    return float(distance.compute())
+
+
+class _Given(nn.Module):
+    """A stand-in network that returns features computed before."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__()
+        self.num_features = num_features
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features
+
+
+def one_line(cause: WeightsError) -> str:
+    """The error's text in one line of at most 240 characters; lists of names can be long."""
+    return textwrap.shorten(str(cause), 240, placeholder=" ...")
+
+
+def _line(cause: Exception) -> str:
+    return str(cause).strip().split("\n")[0].split(". ")[0]
+
+
+def _tensor(picture: np.ndarray) -> Tensor:
+    return torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))[None]).double()
+
+
+def _lpips_network(source: str | Path | Distance | None) -> Distance:
+    if source is None:
+        source = os.environ.get(LPIPS_VARIABLE) or _alexnet_file()
+    return LPIPS.from_file(source) if isinstance(source, (str, Path)) else source
+
+
+def _alexnet_file() -> Path:
+    advice = f"; give `lpips` the path of {TORCHVISION_URL}{ALEXNET_FILE}"
+    return torchvision_file(ALEXNET_FILE, "AlexNet's weights are", advice)
+
+
+def _inception(source: str | Path | nn.Module | None) -> nn.Module:
+    if isinstance(source, nn.Module):
+        return source
+    if source is not None and not Path(source).is_file():
+        raise WeightsError(
+            f"fid: expected torch-fidelity's Inception weights, got {str(source)!r}, which does not exist"
+        )
+    from torchmetrics.image.fid import NoTrainInceptionV3
+
+    if source is not None:
+        # torch-fidelity unpickles the file without checks, so it is first loaded as tensors only.
+        load_state_dict_file(Path(source))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return NoTrainInceptionV3("inception-v3-compat", ["2048"], None if source is None else str(source))
+    except OSError as cause:
+        raise WeightsError(
+            f"the Inception weights could not be downloaded ({cause}); give `fid` the path of torch-fidelity's "
+            "weights-inception-2015-12-05-6726825d.pth"
+        ) from cause
+    except RuntimeError as cause:
+        raise WeightsError(
+            f"fid: expected torch-fidelity's Inception weights, got {str(source)!r}, which does not fit them"
+        ) from cause
+
+
+@contextmanager
+def _stalled_downloads_end(seconds: float = 30.0) -> Iterator[None]:
+    """urllib has no timeout by default."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(seconds)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)

@@ -1,0 +1,100 @@
+"""Tar shards as webdataset writes them: ``<key>.<extension>`` is a picture, ``<key>.mask.<extension>`` its mask."""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+from PIL import Image
+
+from ..errors import InvalidImageError, LGNetError
+from ..pipeline.files import Encoded
+from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS
+
+MASK_MARK = "mask"
+
+
+@dataclass(frozen=True)
+class Member:
+    """One file in a shard, at `offset`, of `size` bytes. Its text is ``shard.tar/name``."""
+
+    shard: Path
+    name: str
+    offset: int
+    size: int
+
+    def __str__(self) -> str:
+        return f"{self.shard}/{self.name}"
+
+    @property
+    def suffix(self) -> str:
+        """The extension, with its dot."""
+        return PurePosixPath(self.name).suffix
+
+    def read(self) -> Encoded:
+        """The file's bytes. Raises OSError."""
+        with open(self.shard, "rb") as file:
+            file.seek(self.offset)
+            return Encoded(str(self), file.read(self.size))
+
+    def open(self, error: type[LGNetError] = InvalidImageError, name: str = "picture") -> Image.Image:
+        """The picture, not yet decoded. Raises `error`: not a picture, or a torn shard."""
+        return self.read().open(error, name)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What a shard holds under one key: its only picture and its only mask, or none of them, or too many."""
+
+    key: str
+    pictures: tuple[Member, ...]
+    masks: tuple[Member, ...]
+
+
+@dataclass(frozen=True)
+class Shard:
+    """The samples with pictures of a shard, in its order, and its pictures in formats that are not read here."""
+
+    samples: list[Sample]
+    others: list[Member]
+
+
+def samples_in(shard: Path) -> list[Sample]:
+    """The samples of `read_shard`."""
+    return read_shard(shard).samples
+
+
+def read_shard(shard: Path) -> Shard:
+    """What a shard holds.
+
+    As webdataset has it, a key is a file's path up to the first dot of its name. Files of other kinds (captions,
+    labels) and hidden ones are passed over; only the headers are read.
+
+    Raises InvalidImageError: not a plain tar file (compressed ones cannot be read at random), or a damaged one.
+    """
+    found: dict[str, tuple[list[Member], list[Member]]] = {}
+    others = []
+    try:
+        with tarfile.open(shard, "r:") as tar:
+            for info in tar:
+                path = PurePosixPath(info.name)
+                if not info.isreg() or info.sparse is not None or path.name.startswith("."):
+                    continue
+                stem, *extensions = path.name.split(".")
+                extension = f".{extensions[-1].lower()}" if extensions else ""
+                member = Member(shard, info.name, info.offset_data, info.size)
+                if extension in OTHER_EXTENSIONS:
+                    others.append(member)
+                if extension not in EXTENSIONS:
+                    continue
+                pictures, masks = found.setdefault(str(path.with_name(stem)), ([], []))
+                if len(extensions) == 1:
+                    pictures.append(member)
+                elif extensions[:-1] == [MASK_MARK]:
+                    masks.append(member)
+    except (tarfile.TarError, OSError, EOFError) as cause:
+        raise InvalidImageError(f"shard: expected an uncompressed tar file, got {str(shard)!r} ({cause})") from cause
+    return Shard(
+        [Sample(k, tuple(pictures), tuple(masks)) for k, (pictures, masks) in found.items() if pictures], others
+    )

@@ -1,0 +1,134 @@
+"""Which kernel runs each step on a CPU: the least time, by a model or as measured, within a limit on bytes."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+
+from ..native import library
+from .cpu_kernels import NARROW, TILES, Choice, candidates, jobs_of
+from .plan import ConvStep, Plan, Step
+
+
+class Rates(NamedTuple):
+    """Of one core, a second: multiply-accumulates, bytes of weights, and bytes of V and M (csrc/conv.h).
+
+    Only their ratios matter, and those differ little between CPUs. Weights count a little more than reading them
+    takes, as memory has its price.
+    """
+
+    macs: float = 1.1e11
+    weight_bytes: float = 1.5e10
+    scratch_bytes: float = 2.5e10
+
+
+RATES = Rates()
+# Packed weights may take this many times the bytes of the network's own in float32 (LGNet then stays within 1.3 times
+# its weights and 150 MB, everything included), or this many bytes more, which small networks may as well have.
+_WEIGHT_BUDGET = 1.44
+_WEIGHT_SLACK_BYTES = 128 << 20
+
+
+class Cost(NamedTuple):
+    """Of one step with one kernel: seconds of a run, bytes of its packed weights."""
+
+    seconds: float
+    weight_bytes: int
+
+
+def has_pairs(dtype: torch.dtype) -> bool:
+    """Whether products are of bf16 pairs: asked for, and in the instruction set in use."""
+    return dtype == torch.bfloat16 and library().packing(True)[0] > 0
+
+
+def kernels_for(step: Step, pairs: bool) -> list[str]:
+    """Kernels worth having for a step, the plainest first.
+
+    F(4x4) is not taken with bf16 products: its transforms blow their rounding up (LGNet's error grows 1.6 times, with
+    F(2x2) 1.15 times).
+    """
+    return [k for k in candidates(step) if not (pairs and k == "winograd4")]
+
+
+def weight_bytes(step: ConvStep, kernel: str, pairs: bool) -> int:
+    """Bytes of a convolution's weights as packed for `kernel`, vectors' padding left out."""
+    m = TILES[kernel]
+    total = 0
+    for job in jobs_of(step.geometry, m):
+        for group in job.groups:
+            total += group.points(m) * len(group.starts) * step.source.channels * step.out_channels
+    return total * (2 if pairs else 4)
+
+
+def modelled(step: ConvStep, kernel: str, pairs: bool, batch: int, height: int, width: int) -> Cost:
+    """Estimated cost of a convolution with `kernel` for outputs [batch, height, width]."""
+    m = TILES[kernel]
+    out_step = step.geometry.out_step
+    tiles = batch * -(-height // (out_step * m)) * -(-width // (out_step * m))
+    bytes_each = 2 if pairs else 4
+    seconds, packed = 0.0, weight_bytes(step, kernel, pairs)
+    for job in jobs_of(step.geometry, m):
+        for group in job.groups:
+            points, depth = group.points(m), len(group.starts) * step.source.channels
+            seconds += points * tiles * depth * step.out_channels / (RATES.macs * (2 if pairs else 1))
+            # V and M are written and read once each.
+            seconds += 2 * points * tiles * (bytes_each * depth + 4 * step.out_channels) / RATES.scratch_bytes
+    return Cost(seconds + packed / RATES.weight_bytes, packed)
+
+
+def modelled_costs(plan: Plan, dtype: torch.dtype) -> dict[str, dict[str, Cost]]:
+    """Step's name -> choice -> cost, of every step that has several and weights of its own."""
+    pairs = has_pairs(dtype)
+    costs: dict[str, dict[str, Cost]] = {}
+    for step in plan.steps:
+        kernels = kernels_for(step, pairs)
+        if step.weights_of == step.name and isinstance(step, ConvStep) and len(kernels) > 1:
+            size = plan.target(step).size
+            costs[step.name] = {str(Choice(k, pairs)): modelled(step, k, pairs, plan.batch, *size) for k in kernels}
+    return costs
+
+
+def plain_choice(step: Step, pairs: bool) -> str:
+    """The plainest way to run a step."""
+    kernel = kernels_for(step, pairs)[0]
+    return str(Choice(kernel, pairs and kernel != NARROW))
+
+
+def choose_kernels(
+    plan: Plan, dtype: torch.dtype, costs: Mapping[str, Mapping[str, Cost]] | None = None
+) -> dict[str, str]:
+    """How every step runs, as :class:`.cpu_kernels.Choice` writes it: the least time whose packed weights keep to
+    the budget.
+
+    Args:
+        plan: dense.
+        dtype: float32 or bfloat16.
+        costs: as :func:`modelled_costs` gives them, which is taken where there are none.
+    """
+    options = modelled_costs(plan, dtype) if costs is None else costs
+    pairs = has_pairs(dtype)
+    users = Counter(step.weights_of for step in plan.steps)
+    owners = {step.name: step for step in plan.steps if step.weights_of == step.name}
+    chosen = {name: plain_choice(step, pairs) for name, step in owners.items()}
+    for name, by_choice in options.items():
+        chosen[name] = min(by_choice, key=lambda c: by_choice[c].seconds)
+    # Too many bytes: change the kernel that loses the least time a byte, until they fit.
+    plain = sum(4 * owners[name].weight.numel() for name in options)
+    excess = sum(by_choice[chosen[name]].weight_bytes for name, by_choice in options.items())
+    excess -= max(round(_WEIGHT_BUDGET * plain), plain + _WEIGHT_SLACK_BYTES)
+    while excess > 0:
+        changes = []
+        for name, by_choice in options.items():
+            now = by_choice[chosen[name]]
+            for choice, cost in by_choice.items():
+                if (saved := now.weight_bytes - cost.weight_bytes) > 0:
+                    changes.append((users[name] * (cost.seconds - now.seconds) / saved, name, choice, saved))
+        if not changes:
+            break
+        _, name, choice, saved = min(changes)
+        chosen[name] = choice
+        excess -= saved
+    return {step.name: chosen[step.weights_of] for step in plan.steps}

@@ -1,0 +1,307 @@
+"""Weights packed for the CPU's kernels, all in one block of memory that every executor of a network shares."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..native import library
+from .cpu_kernels import NARROW, TILES, Choice, Group, jobs_of
+from .plan import ConvStep, Plan, Step
+
+_ALIGNMENT = 64  # bytes
+
+# Points of Winograd's F(m, r), infinity left out; csrc/conv_kernels.h has the transforms of the features.
+_POINTS: dict[tuple[int, int], tuple[float, ...]] = {
+    (2, 2): (0.0, 1.0),
+    (2, 3): (0.0, 1.0, -1.0),
+    (4, 2): (0.0, 0.75, -0.75, 1.5),
+    (4, 3): (0.0, 0.75, -0.75, 1.5, -1.5),
+}
+
+
+def _weight_transform(m: int, r: int) -> Tensor:
+    """G [m + r - 1, r] of F(m, r), float64."""
+    if r == 1:
+        return torch.ones(m, 1, dtype=torch.float64, device="cpu")
+    points = _POINTS[m, r]
+    rows = []
+    for p, a in enumerate(points):
+        divisor = 1.0
+        for q, b in enumerate(points):
+            if q != p:
+                divisor *= a - b
+        rows.append([a**j / divisor for j in range(r)])
+    rows.append([0.0] * (r - 1) + [1.0])
+    return torch.tensor(rows, dtype=torch.float64, device="cpu")
+
+
+@dataclass(frozen=True)
+class Packing:
+    """Vector lanes, columns of a panel, elements in a unit, units in a slice of depth; see csrc/conv.h."""
+
+    lanes: int
+    panel: int
+    pair: int
+    slice: int
+
+    def columns(self, channels: int) -> int:
+        return -(-channels // self.lanes) * self.lanes
+
+    def depth(self, channels: int) -> int:
+        return -(-channels // self.pair) * self.pair
+
+    @classmethod
+    def of(cls, pairs: bool) -> Packing:
+        """Of the instruction set in use; all zero for pairs where it has none."""
+        return cls(*library().packing(pairs))
+
+    @property
+    def element_bytes(self) -> int:
+        return 4 // self.pair
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.bfloat16 if self.pair == 2 else torch.float32
+
+    def pack(self, into: Tensor, depth: int, channels: int, rows: Callable[[int, int, Tensor], object]) -> None:
+        """Fill `into`, flat: [points][slices][panels][units][panel's columns][pair].
+
+        A slice at a time, so that no second copy of the weights is ever in memory.
+
+        Args:
+            into: of the packed dtype, [points, rest].
+            depth, channels: rows and columns of the weights; depth a multiple of the pair.
+            rows: (begin, end, zeros [points, end - begin, channels]) -> puts those rows of the weights there.
+        """
+        points, columns, pair = into.shape[0], self.columns(channels), self.pair
+        full = columns // self.panel * self.panel
+        scratch = torch.empty(points * min(depth, self.slice * pair) * columns, dtype=torch.float32, device="cpu")
+        written = 0
+        for begin in range(0, depth, self.slice * pair):
+            end = min(depth, begin + self.slice * pair)
+            some = scratch[: points * (end - begin) * columns].view(points, end - begin, columns).zero_()
+            rows(begin, end, some[:, :, :channels])
+            units = some.view(points, -1, pair, columns).transpose(2, 3)
+            panels = units[:, :, :full].unflatten(2, (-1, self.panel)).transpose(1, 2)
+            for part in (panels, units[:, :, full:]):
+                count = part[0].numel()
+                into[:, written : written + count].view(part.shape).copy_(part)
+                written += count
+
+
+def _taps_first(step: ConvStep) -> Tensor:
+    """The weight as [kernel rows, kernel columns, in, out]."""
+    order = (2, 3, 0, 1) if step.geometry.transposed else (2, 3, 1, 0)
+    return step.weight.permute(order).contiguous()
+
+
+# Rows transformed at a time. Larger temporaries would come from fresh pages, and page faults dominate.
+_TRANSFORMED_ROWS = 32
+
+
+def _group_rows(weight: Tensor, group: Group, m: int, channels: int) -> Callable[[int, int, Tensor], None]:
+    """What :meth:`Packing.pack` asks for U of one group, [points, depth, out]; transforms are computed in float64.
+
+    Args:
+        weight: [kernel rows, kernel columns, in, out].
+        channels: rows of each start, zeros after the weight's own.
+    """
+    own = weight.shape[2]
+    transform = torch.kron(_weight_transform(m, group.ry), _weight_transform(m, group.rx))
+
+    def rows(begin: int, end: int, u: Tensor) -> None:
+        for i, (ty, tx) in enumerate(group.taps):
+            # Of start i, as far as its rows are asked for and are weights at all.
+            last = min(end, i * channels + own)
+            for row in range(max(begin, i * channels), last, _TRANSFORMED_ROWS):
+                stop = min(last, row + _TRANSFORMED_ROWS)
+                taps = torch.stack([weight[y, x, row - i * channels : stop - i * channels] for y in ty for x in tx])
+                if m > 1:
+                    taps = (transform @ taps.double().flatten(1)).view(-1, *taps.shape[1:])
+                u[:, row - begin : stop - begin] = taps
+
+    return rows
+
+
+@dataclass(frozen=True)
+class Placed:
+    """Byte offsets of one step's weights (one of each group, in order) and bias."""
+
+    weights: tuple[int, ...]
+    bias: int
+
+
+def _allocate(size: int) -> Tensor:
+    data = torch.empty(size, dtype=torch.uint8, device="cpu")
+    library().advise_large_pages(data.data_ptr(), size)  # before they are touched: pages in use stay small
+    return data.zero_()
+
+
+def _parts(step: Step, choice: Choice) -> Iterator[tuple[int, int, Group | None]]:
+    """(bytes, tile, group) of each packed weight of a step."""
+    packing = Packing.of(choice.packs_pairs)
+    if not isinstance(step, ConvStep):
+        yield 4 * step.weight.numel(), 0, None
+    elif choice.kernel == NARROW:
+        kernel = step.geometry.kernel
+        yield 4 * kernel * step.source.channels * packing.columns(3 * kernel + 1), 0, None
+    else:
+        m = TILES[choice.kernel]
+        depth, columns = packing.depth(step.source.channels), packing.columns(step.out_channels)
+        for job in jobs_of(step.geometry, m):
+            for group in job.groups:
+                elements = group.points(m) * len(group.starts) * depth * columns
+                yield elements * packing.element_bytes, m, group
+
+
+def _place(plan: Plan, choices: Mapping[str, Choice]) -> tuple[dict[str, Placed], int]:
+    """Where each step's weights lie, and how many bytes there are."""
+    placed: dict[str, Placed] = {}
+    size = 0
+
+    def take(count: int) -> int:
+        nonlocal size
+        begin = size
+        size += -(-count // _ALIGNMENT) * _ALIGNMENT
+        return begin
+
+    for step in plan.steps:
+        if step.weights_of != step.name:
+            if choices[step.name].packed != choices[step.weights_of].packed:
+                raise ValueError(f"choices: {step.name} has the weights of {step.weights_of} and needs its kernel")
+            placed[step.name] = placed[step.weights_of]
+            continue
+        weights = tuple(take(count) for count, _, _ in _parts(step, choices[step.name]))
+        placed[step.name] = Placed(weights, take(4 * (step.out_channels + 64)))
+    return placed, size + _ALIGNMENT
+
+
+@dataclass(frozen=True)
+class CpuWeights:
+    """A network's packed weights, for the instruction set that was in use.
+
+    Attributes:
+        dtype: float32, or bfloat16 for products of bf16 pairs.
+        choices: step's name -> how it runs.
+        chosen_by: what the choices follow: "model", "measurement" or "request".
+        placed: where each step's weights lie in `data`, or in a block of :attr:`apart`.
+        data: uint8, aligned to 64 bytes.
+        apart: step's name -> its weights, where those are not in `data`.
+    """
+
+    dtype: torch.dtype
+    choices: Mapping[str, Choice]
+    chosen_by: str
+    placed: Mapping[str, Placed]
+    data: Tensor
+    apart: Mapping[str, Tensor] = field(default_factory=dict)
+
+    def address(self, step: Step) -> int:
+        """Where a step's placed weights begin."""
+        return self.apart.get(step.name, self.data).data_ptr()
+
+    def with_choices(self, plan: Plan, choices: Mapping[str, str]) -> CpuWeights:
+        """The same weights with other choices; those of steps that want another packing are packed beside them.
+
+        Args:
+            plan: with weights.
+            choices: of some steps; a step and those that share its weights want one kernel.
+        """
+        parsed = {**self.choices, **{name: Choice.parse(text) for name, text in choices.items()}}
+        placed, apart = dict(self.placed), dict(self.apart)
+        for step in plan.steps:
+            owner = step.weights_of
+            if parsed[step.name].packed != self.choices[step.name].packed:
+                if owner == step.name:
+                    one, size = _place(replace(plan, steps=(step,)), parsed)
+                    placed[owner], apart[owner] = one[owner], _allocate(size)
+                    _pack(step, parsed[owner], placed[owner], apart[owner])
+                placed[step.name], apart[step.name] = placed[owner], apart[owner]
+        return replace(self, choices=parsed, placed=placed, apart=apart)
+
+    @classmethod
+    def pack(
+        cls, plan: Plan, dtype: torch.dtype, choices: Mapping[str, str], chosen_by: str = "request"
+    ) -> CpuWeights:
+        """Packed weights of a plan, which has them on the CPU.
+
+        Raises:
+            ValueError: a dtype or choice that does not fit.
+        """
+        if dtype not in (torch.float32, torch.bfloat16):
+            raise ValueError(f"dtype: expected torch.float32 or torch.bfloat16, got {dtype}")
+        parsed = {name: Choice.parse(text) for name, text in choices.items()}
+        placed, size = _place(plan, parsed)
+        data = _allocate(size)
+        for step in plan.steps:
+            if step.weights_of == step.name:
+                _pack(step, parsed[step.name], placed[step.name], data)
+        return cls(dtype, parsed, chosen_by, placed, data)
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`from_state` needs beside the plan's shapes; the tensor is this object's own memory."""
+        return {
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "choices": {name: str(choice) for name, choice in self.choices.items()},
+            "chosen by": self.chosen_by,
+            "isa": library().isa_name(),
+            "data": self.data,
+        }
+
+    @classmethod
+    def from_state(cls, plan: Plan, state: Mapping[str, Any]) -> CpuWeights:
+        """The weights whose :meth:`state` was saved; `plan` needs none. Nothing is packed again.
+
+        Raises:
+            ValueError: they were packed for another instruction set, or for another network.
+        """
+        isa = library().isa_name()
+        if state["isa"] != isa:
+            raise ValueError(f"state: packed for {state['isa']}, this CPU runs {isa}")
+        choices = {name: Choice.parse(text) for name, text in state["choices"].items()}
+        if list(choices) != [step.name for step in plan.steps]:
+            raise ValueError("state: packed for another network")
+        dtypes = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+        placed, size = _place(plan, choices)
+        data: Tensor = state["data"]
+        if data.numel() != size:
+            raise ValueError(f"state: expected {size} bytes of weights for this network, got {data.numel()}")
+        if data.data_ptr() % _ALIGNMENT or not data.is_contiguous():
+            aligned = _allocate(size)
+            aligned.copy_(data)
+            data = aligned
+        return cls(dtypes[state["dtype"]], choices, str(state["chosen by"]), placed, data)
+
+
+def _pack(step: Step, choice: Choice, placed: Placed, data: Tensor) -> None:
+    """Fill one step's place."""
+    packing = Packing.of(choice.packs_pairs)
+
+    def room(offset: int, count: int, dtype: torch.dtype) -> Tensor:
+        return data[offset : offset + count * dtype.itemsize].view(dtype)
+
+    room(placed.bias, step.bias.numel(), torch.float32).copy_(step.bias)
+    if not isinstance(step, ConvStep):
+        room(placed.weights[0], step.weight.numel(), torch.float32).copy_(step.weight.flatten())
+    elif choice.kernel == NARROW:
+        # [kernel rows][in][column tap * 3 + out]
+        taps = _taps_first(step).permute(0, 2, 1, 3).flatten(2)
+        padded = taps.new_zeros(*taps.shape[:2], 3 * step.geometry.kernel + 1)
+        padded[:, :, :-1] = taps
+        points, depth, channels = padded.shape
+        count = points * depth * packing.columns(channels)
+        into = room(placed.weights[0], count, torch.float32).view(points, -1)
+        packing.pack(into, depth, channels, lambda begin, end, u: u.copy_(padded[:, begin:end]))
+    else:
+        weight = _taps_first(step)
+        for offset, (size, m, group) in zip(placed.weights, _parts(step, choice), strict=True):
+            assert group is not None
+            channels = packing.depth(step.source.channels)
+            into = room(offset, size // packing.element_bytes, packing.dtype).view(group.points(m), -1)
+            rows = _group_rows(weight, group, m, channels)
+            packing.pack(into, len(group.starts) * channels, step.out_channels, rows)

@@ -1,0 +1,197 @@
+"""Weights packed for the GPU's kernels, which every executor of a network shares, and how each step runs on them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+
+import torch
+from torch import Tensor
+
+from .graphs import is_capturing
+from .plan import AttentionStep, ConvStep, Plan, Step
+from .regions import Rect
+
+if TYPE_CHECKING:
+    from lgnet_fast.kernels.configs import Inference
+    from lgnet_fast.kernels.conv import Conv
+    from lgnet_fast.kernels.conv_configs import Tile, Work
+    from lgnet_fast.kernels.hopper import HopperTile
+
+    Choice: TypeAlias = Tile | HopperTile | Literal["cudnn"]
+    """What runs a convolution."""
+
+
+def conv_of(step: ConvStep) -> Conv:
+    """A convolution of the plan as the kernels describe it."""
+    from lgnet_fast.kernels.conv import Conv
+
+    g = step.geometry
+    return Conv(
+        step.source.channels, step.out_channels, g.kernel, g.stride, g.padding, g.transposed, g.reflect, step.merges
+    )
+
+
+def work_of(plan: Plan, step: ConvStep, rect: Rect | None = None) -> Work:
+    """The product that a rectangle of a step (None: all of it) is."""
+    out = plan.target(step)
+    return conv_of(step).work(plan.batch, plan.source(step).size, out.size, out.everywhere if rect is None else rect)
+
+
+def target_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str, int]:
+    """(kind of dtype, generation, multiprocessors), by which the kernels' tables choose."""
+    from lgnet_fast.kernels.configs import config_kind, device_generation
+    from lgnet_fast.kernels.launch import dot_precision
+
+    return config_kind(dtype, dot_precision(dtype)), *device_generation(device)
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What was measured on a card (:mod:`.cuda_tuning`), in place of the shipped tables.
+
+    Attributes:
+        tiles: (dtype kind, rows, columns, taps, input channels) of a product -> its tile, or "cudnn".
+        attention: (channels, positions, batch) -> block shapes.
+        deep_rows: name of a plan (:func:`.cpu_tuning.entry_name`) -> most rows of the layers that share a launch
+            (:mod:`.deep`).
+    """
+
+    tiles: Mapping[tuple[Any, ...], Choice] = field(default_factory=dict)
+    attention: Mapping[tuple[int, int, int], Inference] = field(default_factory=dict)
+    deep_rows: Mapping[str, int] = field(default_factory=dict)
+
+    def tile(self, work: Work, kind: str) -> Choice | None:
+        """What a product runs with; None where nothing was measured."""
+        return self.tiles.get((kind, *work[:4]))
+
+
+@dataclass(frozen=True)
+class StepWeights:
+    """Of one step: packed for the kernels (or the combiner), the bias, and unpacked where PyTorch may run it."""
+
+    packed: Tensor
+    bias: Tensor
+    plain: Tensor | None
+
+
+@dataclass(frozen=True)
+class CudaWeights:
+    """A network's weights on a GPU.
+
+    Attributes:
+        dtype, device: what they are in, and where.
+        chosen: step's name -> the tile that it runs with, or "cudnn"; others by `tuned`, then by table and estimate.
+        tuned: what was measured on this card.
+        by_library: names of steps that run by PyTorch's operators whatever was chosen.
+        steps: step's name -> its weights.
+        packed: when the device has packed them; None where that is known.
+        deep: weights in the order of `kernels/deep.py`, made when they are first needed.
+    """
+
+    dtype: torch.dtype
+    device: torch.device
+    chosen: Mapping[str, Choice]
+    tuned: Tuned
+    by_library: frozenset[str]
+    steps: Mapping[str, StepWeights]
+    packed: torch.cuda.Event | None
+    deep: dict[tuple[str, Any], Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def pack(
+        cls,
+        plan: Plan,
+        dtype: torch.dtype,
+        *,
+        device: torch.device | None = None,
+        choices: Mapping[str, Choice] | None = None,
+        tuned: Tuned | None = None,
+        by_library: frozenset[str] = frozenset(),
+    ) -> CudaWeights:
+        """The weights of a plan, which has them, for `device` (None: where they are)."""
+        device = plan.steps[0].weight.device if device is None else torch.device(device)
+        chosen, tuned = dict(choices or {}), tuned or Tuned()
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.detach().to(device, dtype).contiguous()
+
+        def packed(step: Step) -> StepWeights:
+            if isinstance(step, AttentionStep):
+                return StepWeights(moved(step.weight), moved(step.bias), None)
+            plain = None
+            if step.name in by_library or _prefers_cudnn(plan, step, chosen, tuned, target):
+                plain = moved(step.weight).contiguous(memory_format=torch.channels_last)
+            bias = step.bias.detach().to(device, torch.float32)
+            return StepWeights(moved(conv_of(step).pack(step.weight.detach())), bias, plain)
+
+        with torch.inference_mode(False):
+            target = target_of(device, dtype)
+            own = {s.name: packed(s) for s in plan.steps if s.weights_of == s.name}
+        steps = {step.name: own[step.weights_of] for step in plan.steps}
+        return cls(dtype, device, chosen, tuned, by_library, steps, event_of(device))
+
+    def all_by_library(self, plan: Plan, names: frozenset[str]) -> CudaWeights:
+        """The same weights for PyTorch's operators, unpacked."""
+        with torch.inference_mode(False), torch.no_grad():
+            own = {s.name: _unpacked(s, self.steps[s.name]) for s in plan.steps if s.weights_of == s.name}
+        return replace(self, by_library=names, steps={s.name: own[s.weights_of] for s in plan.steps})
+
+    @property
+    def bytes(self) -> int:
+        """Bytes of all weights."""
+        tensors = [t for w in self.steps.values() for t in (w.packed, w.bias, w.plain) if t is not None]
+        return sum(t.numel() * t.element_size() for t in (*tensors, *self.deep.values()))
+
+
+def _prefers_cudnn(
+    plan: Plan,
+    step: ConvStep,
+    chosen: Mapping[str, Choice],
+    tuned: Tuned,
+    target: tuple[str, str, int],
+) -> bool:
+    from lgnet_fast.kernels.conv_configs import is_tuned_cudnn
+
+    if step.name in chosen:
+        return chosen[step.name] == "cudnn"
+    work = work_of(plan, step)
+    measured = tuned.tile(work, target[0])
+    return is_tuned_cudnn(work, *target[:2]) if measured is None else measured == "cudnn"
+
+
+def event_of(device: torch.device) -> torch.cuda.Event | None:
+    """What has been launched on the current stream so far."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    if not is_capturing(device):
+        event.record(torch.cuda.current_stream(device))
+    return event
+
+
+def _unpacked(step: Step, weights: StepWeights) -> StepWeights:
+    if isinstance(step, AttentionStep) or weights.plain is not None:
+        return weights
+    return replace(weights, plain=unpack(step, weights.packed))
+
+
+def unpack(step: ConvStep, packed: Tensor) -> Tensor:
+    """The weight of a (transposed) convolution, channels last, from what `kernels.conv.Conv.pack` made of it."""
+    conv = conv_of(step)
+    axis = conv.axis
+    taps_first = packed.new_empty(conv.kernel, conv.kernel, conv.in_channels, conv.out_channels)
+    blocks = iter(packed.view(-1, conv.in_channels, packed.shape[-1]))
+    for phase_y, phase_x in itertools.product(range(axis.phases), repeat=2):
+        for y, x in itertools.product(range(axis.taps[phase_y]), range(axis.taps[phase_x])):
+            block = next(blocks)
+            for shift_y, shift_x in itertools.product(range(axis.patch), repeat=2):
+                tap_y = conv.kernel_tap(phase_y + shift_y, axis.origins[phase_y] + y)
+                tap_x = conv.kernel_tap(phase_x + shift_x, axis.origins[phase_x] + x)
+                if tap_y is not None and tap_x is not None:
+                    column = (shift_y * axis.patch + shift_x) * 4
+                    taps_first[tap_y, tap_x] = block[:, column : column + conv.out_channels]
+    weight = taps_first.permute((2, 3, 0, 1) if conv.transposed else (3, 2, 0, 1))
+    return weight.contiguous(memory_format=torch.channels_last)

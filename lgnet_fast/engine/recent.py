@@ -1,0 +1,43 @@
+"""Values that were used recently."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Recent(Generic[T]):
+    """At most `limit` values by key; the least recently used goes first, through `drop`. Not thread-safe."""
+
+    def __init__(self, limit: int, drop: Callable[[T], None] = lambda value: None) -> None:
+        self.limit, self._drop = limit, drop
+        self._values: OrderedDict[object, T] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._values)
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._values
+
+    def values(self) -> list[T]:
+        """The least recently used first."""
+        return list(self._values.values())
+
+    def get(self, key: object, make: Callable[[], T]) -> T:
+        """The value of `key`, made where there is none."""
+        if key in self._values:
+            self._values.move_to_end(key)
+            return self._values[key]
+        value = make()
+        self.put(key, value)
+        return value
+
+    def put(self, key: object, value: T) -> None:
+        """`value` in place of what `key` had."""
+        self._values[key] = value
+        self._values.move_to_end(key)
+        if len(self._values) > self.limit:
+            self._drop(self._values.popitem(last=False)[1])

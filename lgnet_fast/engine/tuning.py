@@ -1,0 +1,124 @@
+"""`lgnet-fast tune`: every step's kernels measured on this machine, and what that gains."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Group
+from rich.table import Table
+
+from .. import cache
+from ..errors import BackendError
+from ..reference.lgnet import LGNet, LocalGlobalRefinement
+from . import cpu_path, cpu_tuning, cuda_tuning
+from .build import build_plan, plan_stages
+from .engine import fast_executor_reason
+from .verified import verified
+
+
+class Row(NamedTuple):
+    """One step: what it ran without a measurement, what it runs now, and microseconds of each (NaN: not measured)."""
+
+    step: str
+    before: str
+    before_us: float
+    now: str
+    now_us: float
+
+    @property
+    def gain(self) -> float:
+        """How many times faster it is now; 1 where nothing was measured."""
+        return self.before_us / self.now_us if self.now_us > 0 else 1.0
+
+
+class Report(NamedTuple):
+    """What tuning found: every step, and milliseconds of a whole run before and now (None: not measured)."""
+
+    key: cache.Key
+    rows: tuple[Row, ...]
+    before_ms: float | None
+    now_ms: float | None
+    runs: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """For `--json`."""
+        rows = [{n: None if v != v else v for n, v in row._asdict().items()} for row in self.rows]
+        return {
+            "key": asdict(self.key),
+            "steps": rows,
+            "before_ms": self.before_ms,
+            "now_ms": self.now_ms,
+            "runs": self.runs,
+        }
+
+
+def tune(
+    model: LGNet | LocalGlobalRefinement,
+    size: tuple[int, int],
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Measure the kernels of a model's steps on `device` in `dtype`, and keep the fastest.
+
+    Args:
+        model: with weights anywhere.
+        size, batch: of the pictures; height and width multiples of 256.
+        device, dtype: where, and in what, the engine computes.
+        seconds: after so many nothing new is begun.
+        progress: called with a line now and then.
+
+    Raises:
+        BackendError: there is no executor for the device and dtype, so there is nothing to tune.
+        ValueError: a size that is no multiple of 256.
+    """
+    if min(size) < 1 or size[0] % model.size_multiple or size[1] % model.size_multiple:
+        raise ValueError(f"size: expected positive multiples of {model.size_multiple}, got {size[0]}x{size[1]}")
+    reason = fast_executor_reason(device, dtype)
+    if reason is not None:
+        raise BackendError(f"there is nothing to tune: {reason}")
+    with torch.inference_mode(False), torch.no_grad():
+        plan = build_plan(plan_stages(model), batch, *size).to(device, torch.float32)
+        if device.type == "cpu":
+            found, path = cpu_path.tune(model, plan, dtype, seconds, progress)
+            rows = tuple(
+                Row(name, before, 1e3 * before_ms, now, 1e3 * now_ms)
+                for name, before, before_ms, now, now_ms in cpu_tuning.gains(plan, dtype, found)
+            )
+            return Report(cpu_tuning.key(dtype), rows, found.model_ms, found.total_ms, str(path))
+        measured = cuda_tuning.tune(plan, dtype, device, seconds, progress)
+        rows = tuple(Row(*row) for row in cuda_tuning.gains(plan, dtype, device, measured))
+        verdict = verified(model, plan, device, dtype)[1]
+        key = cache.key_for(device, dtype)
+        return Report(key, rows, measured.before_ms, measured.now_ms, str(verdict))
+
+
+def render(report: Report) -> Group:
+    """As a table for a terminal."""
+    table = Table(
+        "step", "without tuning", "us", "measured", "us", "gain", title=f"{report.key.card}, {report.key.dtype}"
+    )
+
+    def us(value: float) -> str:
+        return "" if math.isnan(value) else f"{value:.1f}"
+
+    for row in report.rows:
+        table.add_row(
+            row.step,
+            row.before,
+            us(row.before_us),
+            row.now,
+            us(row.now_us),
+            "" if math.isnan(row.now_us) else f"{row.gain:.2f}x",
+        )
+    last = f"runs: {report.runs}"
+    if report.before_ms and report.now_ms:
+        whole = f"a run: {report.before_ms:.3f} ms without tuning, {report.now_ms:.3f} ms now"
+        last = f"{whole} ({report.before_ms / report.now_ms:.2f}x)\n{last}"
+    return Group(table, last)

@@ -1,0 +1,158 @@
+"""The options of an evaluation, checked where they are made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
+
+from ..data.metrics import METRICS, Distance
+from ..errors import UsageError
+from ..pipeline import Inpainter
+from .baselines import BASELINES
+from .suite import SUITE_METRICS
+
+SMALLEST = 16
+"""Smallest side that is evaluated: SSIM's window needs 11."""
+
+Model = str | os.PathLike[str] | Inpainter | None
+
+
+@dataclass(frozen=True)
+class EvaluationOptions:
+    """What is evaluated on what, and how.
+
+    Args:
+        pictures: a folder (with its sub-folders), or one picture.
+        masks: a folder of masks (Liu et al.'s 12,000, or any), white = hole; each class's masks are dealt to the
+            pictures in an order drawn from (seed, class). With `suite`: ``<picture>_<kind>.png``. None: masks drawn
+            from (seed, index, class or kind).
+        models: model folders or hub ids, None = the bundled one; or a mapping from titles to them. Where `out` is
+            None, also ready Inpainters.
+        classes: indices in HOLE_CLASSES or names such as "10-20%"; with `suite`, names in SUITE_KINDS; None: all
+            (that the folder of masks has).
+        size: the shorter edge is scaled to it, then the centre is cropped to size x size; 0: pictures as they are.
+        seed: of the masks and of their dealing.
+        mask_kind: "strokes", "boxes" or "mixed", for masks that are drawn.
+        suite: thin and thick strokes, a box and a blob (:func:`lgnet_fast.data.masks.suite_mask`), and the measures
+            of :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
+        baselines: names in BASELINES; None: "telea", "ns" and, with `suite`, "biharmonic".
+        metrics: names in METRICS or, with `suite`, SUITE_METRICS; None: all. LPIPS and FID are left out, with the
+            reason, where their networks are missing.
+        paper_compat: convert the networks' merged pictures to 8 bits as the released test script does, by
+            truncation: 63 of 256 levels come back one lower, known pixels included. Default: round.
+        pair_by_name: the mask of each picture is the one of its name, as `lgnet-fast run` pairs them.
+        invert_mask: black is hole.
+        lpips, fid: files of the networks' weights, or networks; see :class:`lgnet_fast.data.metrics.Metrics` and
+            :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
+        out: folder for evaluation.json, evaluation.md and evaluation.png (original, masked, and every method's
+            result). An interrupted evaluation with the same options goes on where it was. None: nothing is written.
+        sheet_rows: rows of evaluation.png; None: 6, with `suite` 12. They show the first pictures, each with a mask
+            of another class; with `suite`, of every kind as many, evenly from the first method's best to its worst by
+            LPIPS (SSIM without that, l1 without either).
+        device, dtype, backend: as for Inpainter.
+
+    Raises:
+        UsageError: values that cannot be used, or that contradict each other.
+    """
+
+    pictures: str | Path
+    masks: str | Path | None = None
+    models: Mapping[str, Model] | Sequence[str | os.PathLike[str] | None] = (None,)
+    classes: str | Sequence[int | str] | None = None
+    size: int = 256
+    seed: int = 0
+    mask_kind: str = "strokes"
+    suite: bool = False
+    baselines: Sequence[str] | None = None
+    metrics: Sequence[str] | None = None
+    paper_compat: bool = False
+    pair_by_name: bool = False
+    invert_mask: bool = False
+    lpips: str | Path | Distance | None = None
+    fid: str | Path | nn.Module | None = None
+    out: str | Path | None = None
+    sheet_rows: int | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.size != 0 and self.size < SMALLEST:
+            raise UsageError(f"size: expected 0 or at least {SMALLEST} pixels, got {self.size}")
+        if self.suite and self.pair_by_name:
+            raise UsageError("suite: expected no `pair_by_name` (with `masks` it pairs PICTURE with PICTURE_KIND)")
+        unknown = [name for name in self.baseline_names if name not in BASELINES]
+        if unknown:
+            raise UsageError(f"baselines: expected names of {', '.join(BASELINES)}, got {', '.join(unknown)}")
+        names = SUITE_METRICS if self.suite else METRICS
+        bad = [name for name in self.metric_names if name not in names]
+        if bad or not self.metric_names:
+            raise UsageError(f"metrics: expected names of {', '.join(names)}, got {', '.join(bad) or 'none'}")
+        if self.seed < 0:
+            raise UsageError(f"seed: expected 0 or more, got {self.seed}")
+        titles = self.titles
+        if not titles or len(set(titles)) != len(titles):
+            raise UsageError(f"models: expected methods with titles of their own, got {', '.join(titles) or 'none'}")
+        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+            raise UsageError(f"out: expected a folder, got the file {str(self.folder)!r}")
+
+    @property
+    def source(self) -> Path:
+        """`pictures` as a path."""
+        return Path(self.pictures)
+
+    @property
+    def base(self) -> Path:
+        """The folder of the pictures."""
+        return self.source if self.source.is_dir() else self.source.parent
+
+    @property
+    def folder(self) -> Path | None:
+        """`out` as a path."""
+        return None if self.out is None else Path(self.out)
+
+    @property
+    def mask_folder(self) -> Path | None:
+        """`masks` as a path."""
+        return None if self.masks is None else Path(self.masks)
+
+    @property
+    def baseline_names(self) -> tuple[str, ...]:
+        """The baselines, defaults resolved."""
+        if self.baselines is None:
+            return tuple(BASELINES) if self.suite else ("telea", "ns")
+        return tuple(self.baselines)
+
+    @property
+    def metric_names(self) -> tuple[str, ...]:
+        """The metrics, defaults resolved."""
+        if self.metrics is None:
+            return SUITE_METRICS if self.suite else METRICS
+        return tuple(self.metrics)
+
+    @property
+    def rows(self) -> int:
+        """Rows of the contact sheet; 0 where nothing is written."""
+        if self.out is None:
+            return 0
+        return (12 if self.suite else 6) if self.sheet_rows is None else self.sheet_rows
+
+    @property
+    def named(self) -> dict[str, Model]:
+        """Models by title: their folders' names, or what was given where two have the same."""
+        if isinstance(self.models, Mapping):
+            return dict(self.models)
+        short = ["bundled" if model is None else Path(model).name for model in self.models]
+        return {
+            name if short.count(name) == 1 or model is None else os.fspath(model): model
+            for name, model in zip(short, self.models)
+        }
+
+    @property
+    def titles(self) -> list[str]:
+        """Titles of all methods, networks first."""
+        return [*self.named, *(BASELINES[name][0] for name in self.baseline_names if name in BASELINES)]

@@ -1,0 +1,343 @@
+"""The items of a run: which picture gets which mask, and where its result goes."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from ..data.shards import Member, Sample, Shard, read_shard
+from ..errors import InvalidImageError, UsageError
+from ..pipeline.files import Encoded
+from ..pipeline.formats import ADDRESS, EXTENSIONS
+from ..pipeline.writing import STANDARD_STREAM, is_stream
+from .folders import Found, beside, masks_by_suffix, of_mask, pair_mask, scan, unread
+from .journal import World, fingerprint, stamp
+from .options import FillOptions
+from .outputs import distinct, format_for, refuse_unwritable, result_files
+
+CONTROL = re.compile(r"[\x00-\x1f\x7f]")
+"""Characters that play tricks on terminals and scripts."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """One picture to fill. `problem`: why it cannot be run; then `mask` may be None. `format`: Pillow's name.
+
+    `left_out`: not a picture to fill, but something that a folder run cannot enter or read; `problem` says why.
+    """
+
+    picture: Path | Member | Encoded
+    mask: Path | Member | Encoded | None
+    output: Path
+    format: str
+    problem: str | None = None
+    left_out: bool = False
+
+    def key(self) -> str:
+        """A name for this item and the exact files it is made from; replaced files give another key."""
+        sources = [source for source in (self.picture, self.mask) if source is not None]
+        return fingerprint(str(self.picture), str(self.mask), str(self.output), [_stamp(one) for one in sources])
+
+
+def plan_items(options: FillOptions, world: World | None = None) -> list[Item]:
+    """What this process is to run, in the order of the names.
+
+    `source` and `mask` are files or folders; folders are searched with their sub-folders. A picture takes the mask of
+    the same relative path without extension; if there is none, the only mask of that stem anywhere; none, or several
+    candidates, are that item's problem. `out` names a file (one picture) or a folder: relative paths are kept, and
+    where two pictures would get the same name, their own extensions are kept in it. For one picture, a name with an
+    extension is a file's, unless it is a folder that is there or a slash ends it.
+
+    With `mask_suffix`, e.g. "_mask", picture ``a`` takes ``a_mask`` or ``a_mask001`` (LaMa's layout), where `mask` is
+    None beside it; of several such masks each gives a result, named by the mask.
+
+    `source` may also be a tar shard, or a folder of shards and no pictures: its pictures ``<key>.<extension>`` take
+    the mask ``<key>.mask.<extension>`` of their shard where `mask` is None; results are files, ``out/<shard>/<key>``.
+
+    A pipe, and "-" for the standard input or output, takes the place of one picture, mask or result.
+
+    What a folder holds and cannot be run, such as sub-folders without the right to read them and pictures in formats
+    that are not read here, comes as an item that is `left_out`.
+
+    In a `world` of n processes each gets every n-th picture, or every n-th shard where there are at least n.
+
+    Raises UsageError: nothing there to run, an output that would replace a picture or mask of this run or that cannot
+    be written, or a picture that is its own mask.
+    """
+    try:
+        return _plan(options, world or World())
+    except OSError as cause:  # names that are too long, folders without rights
+        raise UsageError(f"source, mask, out: {cause}") from cause
+
+
+def _plan(options: FillOptions, world: World) -> list[Item]:
+    source, mask, out = options.source, options.mask, options.result
+    for name, path in (("source", source), ("mask", mask)):
+        if path is not None and path != STANDARD_STREAM and not path.exists():
+            raise UsageError(f"{name}: {str(path)!r} does not exist")
+    refuse_unwritable(out)
+    if source == STANDARD_STREAM and mask == STANDARD_STREAM:
+        raise UsageError("mask: the standard input is the picture already")
+    if source == STANDARD_STREAM or is_stream(source):
+        return _plan_stream(_read_stream("source", source), options, world)
+    shards = _shards_in(source, out)
+    if shards or source.is_dir():
+        _refuse_one_result(options)
+    if not shards:
+        return _plan_pictures(options, world)
+    if options.mask_suffix is not None:
+        raise UsageError("mask_suffix: tar shards hold their masks as <key>.mask.<extension>")
+    return _plan_shards(shards, options, world)
+
+
+def _refuse_one_result(options: FillOptions) -> None:
+    """Raises UsageError where `out` takes one picture; for the results of a folder."""
+    out = options.result
+    if out == STANDARD_STREAM or is_stream(out):
+        raise UsageError("out: one stream takes one picture; expected a folder for the results of a folder")
+    if not options.names_folder and not out.is_dir() and out.suffix.lower() in EXTENSIONS:
+        raise UsageError(f"out: expected a folder for the results of a folder, got a picture's name {out.name!r}")
+
+
+def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
+    source, mask, out = options.source, options.mask, options.result
+    if mask is None and options.mask_suffix is None:
+        raise UsageError("mask: expected a mask or a folder of them, got none; only tar shards can hold their own")
+    if options.mask_suffix is not None and mask is not None and not mask.is_dir():
+        raise UsageError(f"mask_suffix: expected a folder as `mask`, or none, got the file {str(mask)!r}")
+    base = source if source.is_dir() else source.parent
+    mask_folder = base if mask is None else mask if mask.is_dir() else None
+    one_mask = _opened_mask(mask) if mask is not None and mask_folder is None else None
+    found, found_masks = _search(options, base, mask_folder)
+    pictures, masks = found.pictures, found_masks.pictures
+    if not pictures and not found.left_out:
+        raise UsageError(f"source: no pictures in {str(source)!r} ({', '.join(EXTENSIONS)})")
+    if mask_folder is not None and not masks:
+        raise UsageError(f"mask: no pictures in {str(mask_folder)!r} ({', '.join(EXTENSIONS)})")
+    tasks: list[_Task] = []
+    for picture in pictures:
+        relative = picture.relative_to(base)
+        if mask_folder is None:
+            tasks.append(_Task(picture, relative, one_mask))
+        else:
+            tasks += _paired(picture, relative, mask_folder, masks, options.mask_suffix)
+    files = result_files(
+        [(task.picture, task.name) for task in tasks], source.is_dir(), out, options.format, options.names_folder
+    )
+    items = [
+        Item(task.picture, task.mask, file, pillow_format, task.problem)
+        for task, (file, pillow_format) in zip(tasks, files, strict=True)
+    ]
+    _refuse_own_mask(items, options.mask_suffix)
+    _refuse_to_overwrite(items, [*pictures, *(masks if one_mask is None or one_mask == mask else [])])
+    problems = [*found.left_out, *(found_masks.left_out if mask is not None else [])]
+    items += [Item(path, None, out, "PNG", reason, left_out=True) for path, reason in dict(problems).items()]
+    return world.part(items)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A picture, the name that its result has in a folder, and its mask or what is wrong with that."""
+
+    picture: Path
+    name: Path
+    mask: Path | Encoded | None
+    problem: str | None = None
+
+
+def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple[Found, Found]:
+    """(pictures, masks); none of them are results of this run or of another."""
+    source, mask, out, suffix = options.source, options.mask, options.result, options.mask_suffix
+    excluded = [folder.resolve() for folder in (mask_folder, out) if folder is not None and folder.is_dir()]
+    excluded = [folder for folder in excluded if folder != source.resolve()]
+    found = scan(source, excluded) if source.is_dir() else Found([source])
+    masks = Found([] if mask is None else [mask])
+    if mask_folder is not None:
+        earlier = [out.resolve()]  # results of another run are not masks
+        masks = scan(mask_folder, earlier) if source.is_dir() or mask is not None else Found(beside(source))
+    together = suffix is not None and mask_folder is not None and mask_folder.resolve() == base.resolve()
+    if suffix is not None and together and source.is_dir():
+        own = {one for one in masks.pictures if of_mask(one.stem, suffix) is None}
+        found = replace(found, pictures=[picture for picture in found.pictures if picture in own])
+    return found, masks
+
+
+def _paired(picture: Path, relative: Path, folder: Path, masks: list[Path], suffix: str | None) -> list[_Task]:
+    """A picture's tasks: one, or with a suffix one for each of its masks."""
+    if suffix is None:
+        return [_Task(picture, relative, *pair_mask(relative, folder, masks))]
+    own, problem = masks_by_suffix(relative, folder, masks, suffix)
+    if len(own) < 2:
+        return [_Task(picture, relative, own[0] if own else None, problem)]
+    return [_Task(picture, relative.with_stem(one.stem), one, problem) for one in own]
+
+
+def _plan_stream(picture: Encoded, options: FillOptions, world: World) -> list[Item]:
+    mask, out = options.mask, options.result
+    if mask is None or mask.is_dir():
+        got = "none" if mask is None else f"the folder {str(mask)!r}"
+        raise UsageError(f"mask: expected a mask for the picture of a pipe, got {got}")
+    own = _opened_mask(mask)
+    named = [(picture, Path(Path(picture.name).name))]
+    ((file, pillow_format),) = result_files(named, False, out, options.format, options.names_folder)
+    items = [Item(picture, own, file, pillow_format)]
+    _refuse_to_overwrite(items, [own] if isinstance(own, Path) else [])
+    return world.part(items)
+
+
+def _opened_mask(mask: Path) -> Path | Encoded:
+    return _read_stream("mask", mask) if mask == STANDARD_STREAM or is_stream(mask) else mask
+
+
+def _read_stream(name: str, path: Path) -> Encoded:
+    """A pipe's bytes. Raises UsageError: a terminal or another device."""
+    if path == STANDARD_STREAM:
+        if sys.stdin.isatty():
+            raise UsageError(f"{name}: expected a picture on the standard input, got a terminal")
+        return Encoded("stdin", sys.stdin.buffer.read())
+    if path.is_char_device() or path.is_block_device():
+        raise UsageError(f"{name}: expected a file, a folder or a pipe, got the device {str(path)!r}")
+    return Encoded(str(path), path.read_bytes())
+
+
+def _shards_in(source: Path, out: Path) -> list[Path]:
+    """The tar shards that `source` is, or holds where it holds no pictures."""
+    if not source.is_dir():
+        return [source] if source.suffix.lower() == ".tar" else []
+    excluded = [out.resolve()] if out.is_dir() and out.resolve() != source.resolve() else []
+    found = scan(source, excluded, [*EXTENSIONS, ".tar"]).pictures
+    shards = [path for path in found if path.suffix.lower() == ".tar"]
+    return shards if len(shards) == len(found) else []
+
+
+def _plan_shards(shards: list[Path], options: FillOptions, world: World) -> list[Item]:
+    source, mask, out = options.source, options.mask, options.result
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"out: expected a folder, got the file {str(out)!r}")
+    base = source if source.is_dir() else source.parent
+    found = scan(mask, []) if mask is not None and mask.is_dir() else Found([])
+    masks = found.pictures
+    one_mask = _opened_mask(mask) if mask is not None and not mask.is_dir() else None
+    if mask is not None and mask.is_dir() and not masks:
+        raise UsageError(f"mask: no pictures in {str(mask)!r} ({', '.join(EXTENSIONS)})")
+    relative = [shard.relative_to(base) for shard in shards]
+    folders = dict(zip(shards, distinct([name.with_suffix("") for name in relative], relative)))
+    # Whole shards are read in order and their headers by one process; few shards are shared by all.
+    whole = len(shards) >= world.size
+    items: list[Item] = []
+    for shard in world.part(shards) if whole else shards:
+        folder = out / folders[shard]
+        try:
+            content = read_shard(shard)
+        except InvalidImageError as error:
+            items.append(Item(shard, None, folder, "PNG", str(error)))
+            continue
+        items += _shard_items(content, one_mask or mask, masks, folder, options.format)
+    if not items and (world.size == 1 or not whole):
+        raise UsageError(f"source: no pictures in the tar shards of {str(source)!r} ({', '.join(EXTENSIONS)})")
+    items = _without_clashes(items)
+    _refuse_to_overwrite(items, [*shards, *masks, *([one_mask] if isinstance(one_mask, Path) else [])])
+    if world.rank == 0 or not whole:
+        items += [Item(path, None, out, "PNG", reason, left_out=True) for path, reason in found.left_out]
+    return items if whole else world.part(items)
+
+
+def _shard_items(
+    content: Shard, mask: Path | Encoded | None, masks: list[Path], folder: Path, format: str | None
+) -> list[Item]:
+    items = [_shard_item(sample, mask, masks, folder, format) for sample in content.samples]
+    left_out = [Item(other, None, folder, "PNG", unread(other.suffix), left_out=True) for other in content.others]
+    return items + left_out
+
+
+def _shard_item(
+    sample: Sample, mask: Path | Encoded | None, masks: list[Path], folder: Path, format: str | None
+) -> Item:
+    picture, key = sample.pictures[0], PurePosixPath(sample.key)
+    own: Path | Member | Encoded | None = None
+    problem = None
+    if mask is None:
+        own = sample.masks[0] if len(sample.masks) == 1 else None
+        if own is None:
+            names = ", ".join(one.name for one in sample.masks) or "none"
+            problem = f"mask: expected one file {sample.key}.mask.<extension> in the shard, got {names}"
+    elif isinstance(mask, Path) and mask.is_dir():
+        own, problem = pair_mask(Path(*key.parts), mask, masks, suffix=False)
+    else:
+        own = mask
+    if len(sample.pictures) > 1:
+        names = ", ".join(one.name for one in sample.pictures)
+        problem = f"picture: expected one picture of the key {sample.key!r}, got {names}"
+    suffix, pillow_format = format_for(picture, format)
+    unsafe = key.is_absolute() or ".." in key.parts or CONTROL.search(picture.name)
+    if unsafe or any(CONTROL.search(one.name) for one in sample.masks):
+        # Tar files are untrusted: their names must not lead out of the output folder, nor hold control characters.
+        problem = f"picture: expected a name inside the shard, without control characters, got {picture.name!r}"
+        return Item(picture, own, folder, pillow_format, problem)
+    return Item(picture, own, folder / f"{sample.key}{suffix}", pillow_format, problem)
+
+
+def _file_of(source: Path | Member | Encoded) -> Path | None:
+    if isinstance(source, Encoded):
+        return None
+    return source.shard if isinstance(source, Member) else source
+
+
+def _stamp(source: Path | Member | Encoded) -> Any:
+    """Identifies a source's content among files of the same name."""
+    if isinstance(source, Encoded):
+        return hashlib.sha256(source.data).hexdigest()
+    return stamp(source.shard if isinstance(source, Member) else source)
+
+
+def _without_clashes(items: list[Item]) -> list[Item]:
+    """The items; one whose result would replace another's gets a `problem`."""
+    taken: dict[str, Item] = {}
+    kept = []
+    for item in items:
+        if item.problem is None:
+            other = taken.setdefault(str(item.output).casefold(), item)
+            if other is not item:
+                item = replace(item, problem=f"picture: its result would replace that of {str(other.picture)!r}")
+        kept.append(item)
+    return kept
+
+
+def _refuse_to_overwrite(items: list[Item], inputs: list[Path]) -> None:
+    read = {path.resolve() for path in inputs}
+    for item in items:
+        if item.problem is None and item.output.resolve() in read:
+            raise UsageError(f"out: {str(item.output)!r} would replace an input of this run")
+
+
+def _refuse_own_mask(items: list[Item], mask_suffix: str | None) -> None:
+    for item in items:
+        if not isinstance(item.picture, Path) or not isinstance(item.mask, Path):
+            continue
+        try:
+            same = os.path.samefile(item.picture, item.mask)
+        except OSError:  # removed meanwhile: the run of the item reports it
+            continue
+        if same:
+            advice = (
+                "" if mask_suffix else "; masks that lie beside their pictures as a_mask.png: `mask_suffix` _mask"
+            )
+            raise UsageError(f"mask: {str(item.mask)!r} is the picture {str(item.picture)!r} itself{advice}")
+
+
+def refuse_report_clash(report: Path, items: list[Item], out: Path) -> None:
+    if ADDRESS.match(str(report)):
+        raise UsageError(f"report: expected a file, got the address {str(report)!r}")
+    if report.is_dir():
+        raise UsageError(f"report: expected a file, got the folder {str(report)!r}")
+    if report == STANDARD_STREAM and out == STANDARD_STREAM:
+        raise UsageError("report: the standard output has the picture already")
+    for item in items:
+        files = [item.output, *(_file_of(path) for path in (item.picture, item.mask) if path is not None)]
+        if not item.left_out and report.resolve() in {path.resolve() for path in files if path is not None}:
+            raise UsageError(f"report: {str(report)!r} is a picture or mask of this run")

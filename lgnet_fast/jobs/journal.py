@@ -1,0 +1,320 @@
+"""Work split among processes without collectives: every process keeps a journal of its part on the shared disk.
+
+So no process waits for one that died. The journals of a job lie in a hidden folder beside the results. The same
+command run again, with any number of processes, reads in them what is done.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import socket
+import threading
+import time
+import uuid
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from ..errors import BackendError, JobError
+from ..pipeline.writing import temporary_prefix
+
+try:
+    import fcntl
+except ImportError:  # Windows has no such locks: only the heartbeat tells which processes are alive
+    fcntl = None  # type: ignore[assignment]
+
+FOLDER = ".lgnet_fast"
+
+T = TypeVar("T")
+
+_HEARTBEAT = 2.0
+_RENDEZVOUS = timedelta(minutes=5)
+_POLL = 0.1
+
+_rendezvous_count = 0
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank and the number of processes.
+
+    `launch` is a text that all processes of one launch share, and no other launch has. `launched`: whether
+    environment variables of `accelerate launch`, torchrun or mpirun are set.
+    """
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    launched: bool = False
+    launch: str = field(default_factory=lambda: uuid.uuid4().hex)
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """The process's place by RANK, WORLD_SIZE and LOCAL_RANK (or mpirun's names for them); alone without them.
+
+        With more than one process, they agree on `launch` through the launcher's rendezvous (MASTER_ADDR and
+        MASTER_PORT): the only time that one waits for another, at most 5 minutes.
+
+        Raises BackendError: the variables contradict each other, or no rendezvous.
+        """
+        size = _variable("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+        rank = _variable("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
+        local = _variable("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+        if size is None or rank is None:
+            return cls()
+        if not 0 <= rank < size:
+            raise BackendError(f"RANK: expected 0 <= RANK < WORLD_SIZE = {size}, got {rank}")
+        world = cls(rank, size, rank if local is None else local, launched=True)
+        if size == 1:
+            return world
+        return cls(rank, size, world.local_rank, launched=True, launch=_agree(world))
+
+    def part(self, items: Sequence[T]) -> list[T]:
+        """This process's share of `items`: every `size`-th one, from the one at `rank` on."""
+        return list(items[self.rank :: self.size])
+
+    def device(self, device: str) -> str:
+        """`device`, but of several processes each gets its own GPU for "auto" and "cuda", where there are GPUs."""
+        if self.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
+            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
+        return device
+
+
+def _variable(*names: str) -> int | None:
+    for name in names:
+        text = os.environ.get(name)
+        if text is not None:
+            try:
+                return int(text)
+            except ValueError:
+                raise BackendError(f"{name}: expected a whole number, got {text!r}") from None
+    return None
+
+
+def _agree(world: World) -> str:
+    global _rendezvous_count
+    if not torch.distributed.is_available():
+        raise BackendError("WORLD_SIZE: this build of torch has no torch.distributed; start a single process")
+    # The launcher's store still holds the keys of a worker group's first attempt after a restart.
+    key = f"lgnet_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_rendezvous_count}"
+    _rendezvous_count += 1
+    os.environ.setdefault("RANK", str(world.rank))
+    os.environ.setdefault("WORLD_SIZE", str(world.size))
+    try:
+        store, _, _ = next(iter(torch.distributed.rendezvous("env://", timeout=_RENDEZVOUS)))
+        if world.rank == 0:
+            store.set(key, world.launch)
+        launch: str = store.get(key).decode()
+    except Exception as cause:  # DistNetworkError, DistStoreError, ValueError of a missing variable
+        raise BackendError(
+            f"WORLD_SIZE: {world.size} processes are announced, but they did not meet "
+            f"({str(cause).splitlines()[0]}); start them with `accelerate launch` or torchrun"
+        ) from cause
+    _stores.append(store)  # process 0's store serves the others, which may start later
+    return launch
+
+
+_stores: list[Any] = []
+
+
+def fingerprint(*values: Any) -> str:
+    """A short name of values that JSON can hold."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def stamp(path: Path) -> list[int] | None:
+    """[size, mtime in ns] of a file, to detect a replacement; None where there is no file."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return [found.st_size, found.st_mtime_ns]
+
+
+def model_stamp(model: str | os.PathLike[str] | None) -> Any:
+    """What tells the weights of a model folder or hub id from others."""
+    from ..weights import bundled_path
+
+    folder = bundled_path() if model is None else Path(model)
+    files = sorted(folder.iterdir()) if folder.is_dir() else [folder]
+    return [str(model), [[file.name, stamp(file)] for file in files if not file.name.startswith(".")]]
+
+
+@dataclass(frozen=True)
+class Done:
+    """A journal's record of one finished item."""
+
+    record: dict[str, Any]
+    written: list[int] | None
+
+
+class Journal:
+    """This process's part of a job, as lines of JSON in ``folder/<launch>-<rank>.jsonl``.
+
+    Opening reads the parts of earlier launches. Every line is written by one call, so that a killed process leaves at
+    most one torn line, which is not read.
+
+    Raises JobError: an earlier launch of the job is still at work on this host, or the folder cannot be written.
+    """
+
+    def __init__(self, folder: Path, world: World) -> None:
+        self.folder, self.world = folder, world
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            self._earlier = self._read_earlier()
+            self._file = open(self._part(world.rank), "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
+        except OSError as cause:
+            raise JobError(f"out: no journal can be kept in {str(folder)!r} ({cause})") from cause
+        if fcntl is not None:
+            fcntl.flock(self._file, fcntl.LOCK_EX)
+        self._write({"host": socket.gethostname(), "pid": os.getpid(), "rank": world.rank, "size": world.size})
+        self._stop = threading.Event()
+        self._heart = threading.Thread(target=self._beat, daemon=True)
+        self._heart.start()
+
+    def earlier(self, key: str, output: Path | None = None) -> dict[str, Any] | None:
+        """The record of an item that an earlier launch finished; None where its `output` was changed or removed
+        since."""
+        done = self._earlier.get(key)
+        if done is None or (output is not None and stamp(output) != done.written):
+            return None
+        return done.record
+
+    def writing(self, key: str, record: dict[str, Any], output: Path) -> None:
+        """Record that `output` is about to be replaced. If the process dies before `done`, a changed file shows that
+        the atomic replacement took place."""
+        self._write({"key": key, "writing": record, "output": str(output), "before": stamp(output)})
+
+    def done(self, key: str, record: dict[str, Any], output: Path | None = None) -> None:
+        """Record that an item is finished, successfully or with an error in its record."""
+        self._write({"key": key, "done": record, "written": None if output is None else stamp(output)})
+
+    def finish(self) -> None:
+        """Record that this process's part is finished."""
+        self._write({"finished": True})
+
+    def close(self) -> None:
+        """Stop the heartbeat and release the file."""
+        self._stop.set()
+        self._heart.join()
+        self._file.close()
+
+    def collect(self, patience: float = 60.0) -> tuple[list[dict[str, Any]], list[int]]:
+        """The records of all processes of this launch, once each has finished or died, and the ranks that died.
+
+        A process counts as dead when its journal is neither finished nor locked (on this host), or when nothing was
+        written to it for `patience` seconds (a heartbeat is written every 2); one that never started, after 5 times
+        `patience`.
+        """
+        records, dead = [], []
+        for rank in range(self.world.size):
+            own, finished = self._await(rank, patience)
+            records += own
+            if not finished:
+                dead.append(rank)
+        return records, dead
+
+    def remove_earlier(self) -> None:
+        """Delete the journals of earlier launches; this launch's journals repeat their content."""
+        for part in self.folder.glob("*.jsonl"):
+            if not part.name.startswith(self.world.launch):
+                part.unlink(missing_ok=True)
+
+    def _part(self, rank: int) -> Path:
+        return self.folder / f"{self.world.launch}-{rank:05d}.jsonl"
+
+    def _write(self, line: dict[str, Any]) -> None:
+        try:
+            self._file.write((json.dumps(line) + "\n").encode())
+        except OSError as cause:
+            raise JobError(f"out: the journal {self._file.name!r} cannot be written ({cause})") from cause
+
+    def _beat(self) -> None:
+        while not self._stop.wait(_HEARTBEAT):
+            try:
+                os.utime(self._file.name)
+            except OSError:  # the first process has merged the report and cleared the folder
+                return
+
+    def _read_earlier(self) -> dict[str, Done]:
+        found: dict[str, Done] = {}
+        parts = [part for part in self.folder.glob("*.jsonl") if not part.name.startswith(self.world.launch)]
+        for part in sorted(parts, key=lambda part: part.stat().st_mtime_ns):
+            if _locked(part):
+                raise JobError(f"out: another run of this job is at work (it holds {str(part)!r})")
+            begun: dict[str, dict[str, Any]] = {}
+            for line in _lines(part):
+                if "writing" in line:
+                    begun[line["key"]] = line
+                elif "done" in line:
+                    begun.pop(line["key"], None)
+                    if line["done"].get("error") is None:
+                        found[line["key"]] = Done(line["done"], line["written"])
+            for key, line in begun.items():
+                output = Path(line["output"])
+                for left in output.parent.glob(f"{_escaped(temporary_prefix(output))}*.tmp"):
+                    left.unlink(missing_ok=True)
+                now = stamp(output)
+                if now is not None and now != line["before"]:
+                    found[key] = Done(line["writing"], now)
+        return found
+
+    def _await(self, rank: int, patience: float) -> tuple[list[dict[str, Any]], bool]:
+        part = self._part(rank)
+        last, since = stamp(part), time.monotonic()
+        while True:
+            # Checked before the lines are read, so that nothing is missed that a process wrote before it died.
+            locked = _locked(part)
+            lines = _lines(part)
+            records = [line["done"] for line in lines if "done" in line]
+            if any("finished" in line for line in lines):
+                return records, True
+            same_host = bool(lines) and lines[0].get("host") == socket.gethostname()
+            now = stamp(part)
+            if now != last:
+                last, since = now, time.monotonic()
+            silent = time.monotonic() - since > (patience if last is not None else 5 * patience)
+            if silent or (same_host and locked is False):
+                # Written but not journalled: the next launch finds it by its file.
+                return records, False
+            time.sleep(_POLL)
+
+
+def _escaped(name: str) -> str:
+    return "".join(f"[{c}]" if c in "*?[" else c for c in name)
+
+
+def _lines(part: Path) -> list[dict[str, Any]]:
+    lines = []
+    try:
+        text = part.read_bytes()
+    except OSError:
+        return []
+    for raw in text.splitlines():
+        try:
+            line = json.loads(raw)
+        except ValueError:  # truncated by a kill
+            continue
+        if isinstance(line, dict):
+            lines.append(line)
+    return lines
+
+
+def _locked(part: Path) -> bool | None:
+    """Whether a live process on this host holds the journal; None where the file system has no locks."""
+    if fcntl is None:
+        return None
+    try:
+        with open(part, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return None
+    return False

@@ -1,0 +1,119 @@
+"""The options of `lgnet-fast run`, checked where they are made."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UsageError
+from ..pipeline.files import reason_against_writing
+from ..pipeline.formats import ADDRESS, EXTENSIONS, FORMATS
+from ..pipeline.writing import STANDARD_STREAM, is_stream
+
+_PER_PICTURE = ("strategy", "mask_threshold", "invert_mask", "mask_channel", "allow_any_mask", "dilate", "feather")
+
+
+@dataclass(frozen=True)
+class FillOptions:
+    """What to fill, and how.
+
+    Args:
+        source: a picture, a folder with its sub-folders, a tar shard or a folder of them, a pipe; "-": the standard
+            input.
+        mask: a mask (white = fill) or a folder of masks paired by name; None: tar shards hold their own, or
+            `mask_suffix` tells them.
+        out: the result's file, or the folder of the results; "-": standard output. A slash at the end names a folder.
+        mask_suffix: masks are named as their pictures with this at the end.
+        format: of the results, a key of FORMATS; None: each picture's.
+        quality: 1 to 100, for JPEG, WebP, AVIF and HEIC.
+        skip_existing: leave results that are there.
+        resume: keep a journal and pass over what an earlier launch finished; always so under a launcher.
+        report: a file for the JSON report.
+        model: a model folder or hub id; None: the bundled model.
+        device, dtype, backend: as for :class:`lgnet_fast.Inpainter`.
+        strategy, mask_threshold, invert_mask, mask_channel, allow_any_mask, dilate, feather: as for its call.
+
+    Raises:
+        UsageError: values that cannot be used, or files that are not there.
+    """
+
+    source: Path
+    mask: Path | None
+    out: Path | str
+    mask_suffix: str | None = None
+    format: str | None = None
+    quality: int | None = None
+    skip_existing: bool = False
+    resume: bool = False
+    report: Path | None = None
+    model: str | None = None
+    device: str = "auto"
+    dtype: str = "auto"
+    backend: str = "auto"
+    strategy: str = "auto"
+    mask_threshold: float = 0.5
+    invert_mask: bool = False
+    mask_channel: str = "auto"
+    allow_any_mask: bool = False
+    dilate: int = 0
+    feather: int = 0
+
+    def __post_init__(self) -> None:
+        if self.format is not None and self.format not in FORMATS:
+            raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got {self.format!r}")
+        if self.format is not None and (reason := reason_against_writing(FORMATS[self.format])) is not None:
+            raise UsageError(f"format: {reason}")
+        if self.mask_suffix is not None and (not self.mask_suffix or "/" in self.mask_suffix):
+            raise UsageError(
+                f"mask_suffix: expected the end of the masks' names, such as _mask, got {self.mask_suffix!r}"
+            )
+        if not 0 <= self.mask_threshold < 1:
+            raise UsageError(f"mask_threshold: expected 0 <= value < 1, got {self.mask_threshold}")
+        if ADDRESS.match(str(self.out)):
+            raise UsageError(f"out: expected a file or a folder, got the address {str(self.out)!r}")
+
+    @property
+    def result(self) -> Path:
+        """`out` as a path."""
+        return Path(self.out)
+
+    @property
+    def names_folder(self) -> bool:
+        """Whether `out` is named as a folder, with a slash at the end."""
+        return str(self.out).endswith(("/", os.sep))
+
+    @property
+    def call(self) -> Mapping[str, Any]:
+        """What goes to the Inpainter's call."""
+        return {name: getattr(self, name) for name in _PER_PICTURE}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What tells this job from others, as the report has it."""
+        return {
+            "model": self.model or "bundled",
+            "dtype": self.dtype,
+            "backend": self.backend,
+            "format": self.format,
+            "quality": self.quality,
+            "skip_existing": self.skip_existing,
+            "mask_suffix": self.mask_suffix,
+            **self.call,
+        }
+
+    @property
+    def journal_folder(self) -> Path:
+        """The folder whose hidden part holds the journals: that of the results.
+
+        Raises:
+            UsageError: the result goes to a stream.
+        """
+        out = self.result
+        if out == STANDARD_STREAM or is_stream(out):
+            raise UsageError("resume: expected a file or a folder as `out`, got a stream")
+        # A single result may be a file; the journal then lies beside it.
+        names_file = out.suffix.lower() in EXTENSIONS and not out.is_dir() and not self.names_folder
+        return out.parent if names_file else out

@@ -1,0 +1,108 @@
+"""The C++ extension ``lgnet_fast._C`` (sources in csrc/): loading it, and handing tensors over to it.
+
+The extension knows nothing of PyTorch. A tensor reaches it as ten integers, see :func:`tensor_arg`.
+"""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import forks
+
+DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
+"""Element types that the extension reads, and their numbers there (``DType`` in csrc/common.h)."""
+
+ABSENT = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
+"""What stands for an optional tensor that is not given."""
+
+_lock = forks.Lock()
+_module: ModuleType | None = None
+_reason: str | None = None
+
+
+def _load() -> ModuleType | None:
+    global _module, _reason
+    if _module is not None or _reason is not None:
+        return _module
+    with _lock:
+        if _module is None and _reason is None:
+            try:
+                module = importlib.import_module("lgnet_fast._C")
+            except ImportError as error:
+                note = Path(__file__).resolve().parent / "_C_unavailable.txt"
+                why = note.read_text(encoding="utf-8").strip() if note.is_file() else str(error)
+                _reason = f"the C++ extension lgnet_fast._C is not installed: {why}"
+            else:
+                if forks.forked():
+                    module.mark_forked()  # a loaded one notices forks by itself
+                _module = module
+    return _module
+
+
+def unavailable_reason() -> str | None:
+    """Why the C++ kernels cannot be used at all, in one sentence; None where they can."""
+    return None if _load() is not None else _reason
+
+
+def library() -> ModuleType:
+    """The extension.
+
+    Raises:
+        RuntimeError: it is not there; with the reason.
+    """
+    module = _load()
+    if module is None:
+        raise RuntimeError(_reason)
+    return module
+
+
+def isa_name() -> str:
+    """The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16"."""
+    return str(library().isa_name())
+
+
+def reason_against(name: str, tensor: object) -> str | None:
+    """Why the extension cannot read `tensor`, which is called `name`, in one sentence; None where it can."""
+    if not isinstance(tensor, Tensor):
+        return f"{name}: expected a torch.Tensor, got {type(tensor).__name__}"
+    if not tensor.is_cpu:
+        return f"{name}: expected a tensor on the CPU, got one on {tensor.device}"
+    if tensor.layout is not torch.strided:
+        return f"{name}: expected a dense (strided) tensor, got layout {tensor.layout}"
+    if tensor.dtype not in DTYPES:
+        return f"{name}: expected float32, bfloat16, float64 or float16, got {tensor.dtype}"
+    if tensor.is_neg():
+        return f"{name}: expected plain values, got a lazy negative view"
+    return None
+
+
+def tensor_arg(tensor: Tensor, name: str = "tensor") -> tuple[int, ...]:
+    """A tensor as the extension takes it: address, number of the element type, four sizes, four strides in elements.
+
+    The extension checks sizes; it must be able to trust the address.
+
+    Args:
+        tensor: of four dimensions, any strides. It must outlive the call.
+        name: of the argument, for errors.
+
+    Raises:
+        TypeError: not a tensor.
+        ValueError: a tensor that the extension cannot read.
+    """
+    reason = reason_against(name, tensor)
+    if reason is not None:
+        raise (ValueError if isinstance(tensor, Tensor) else TypeError)(reason)
+    argument = (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.shape, *tensor.stride())
+    if len(argument) != len(ABSENT):
+        raise ValueError(f"{name}: expected four dimensions, got {list(tensor.shape)}")
+    return argument
+
+
+def optional_arg(tensor: Tensor | None, name: str = "tensor") -> tuple[int, ...]:
+    """:func:`tensor_arg`, or what stands for an absent tensor."""
+    return ABSENT if tensor is None else tensor_arg(tensor, name)

@@ -1,0 +1,30 @@
+"""Launchers of the C++ kernels, for tensors on the CPU: one file an operator, named as in `kernels/`.
+
+They allocate, pass addresses, sizes and strides, and call. Registration, autograd and the choice of a backend are in
+:mod:`lgnet_fast.ops`, which also checks the operands' shapes. A direct call is safe: the extension checks every size
+before it touches memory. Inputs may have any strides and are never modified; results are contiguous, or channels_last
+where the first operand is. Formulas stand at the top of csrc/attention.cpp and csrc/merge_concat.cpp.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from ... import native
+
+
+def reason_against(**tensors: Tensor | None) -> str | None:
+    """Why the extension cannot take these operands (device, layout, dtype), or None. Absent ones are None."""
+    reason = native.unavailable_reason()
+    if reason is not None:
+        return reason
+    first = next(tensor for tensor in tensors.values() if tensor is not None)
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        reason = native.reason_against(name, tensor)
+        if reason is None and tensor.dtype != first.dtype:
+            reason = f"{name}: expected {first.dtype}, got {tensor.dtype}"
+        if reason is not None:
+            return reason
+    return None

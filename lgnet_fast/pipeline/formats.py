@@ -1,0 +1,70 @@
+"""Formats of picture files: their extensions, their names on the command line, the modes that they hold."""
+
+from __future__ import annotations
+
+import re
+
+# Extensions that a folder run picks up, and the Pillow format that each one names. The first extension of a format
+# is the one a file gets when its own does not name the format.
+EXTENSIONS = {
+    ".png": "PNG",
+    ".apng": "PNG",
+    ".jpg": "JPEG",
+    ".jpeg": "JPEG",
+    ".jpe": "JPEG",
+    ".jfif": "JPEG",
+    ".webp": "WEBP",
+    ".tif": "TIFF",
+    ".tiff": "TIFF",
+    ".bmp": "BMP",
+    ".gif": "GIF",
+    ".avif": "AVIF",
+    ".heic": "HEIF",
+    ".heif": "HEIF",
+    ".hif": "HEIF",
+    ".jp2": "JPEG2000",
+    ".j2k": "JPEG2000",
+    ".jpx": "JPEG2000",
+    ".jpf": "JPEG2000",
+    ".ppm": "PPM",
+    ".pgm": "PPM",
+    ".pbm": "PPM",
+    ".pnm": "PPM",
+    ".tga": "TGA",
+}
+FORMATS = {
+    "png": "PNG",
+    "jpeg": "JPEG",
+    "webp": "WEBP",
+    "tiff": "TIFF",
+    "bmp": "BMP",
+    "avif": "AVIF",
+    "jp2": "JPEG2000",
+    "ppm": "PPM",
+    "tga": "TGA",
+}
+_OTHERS = (
+    ".3fr .ai .arw .bpg .cr2 .cr3 .crw .cur .dcm .dcr .dds .dib .dng .emf .eps .erf .exr .fits .fff .flif .hdr .icns "
+    ".ico .iiq .jng .jxl .jxr .kdc .mef .mng .mos .mrw .nef .nrw .orf .pam .pcd .pct .pcx .pef .pfm .pic .psb .psd "
+    ".qoi .raf .ras .rw2 .rwl .sgi .sr2 .srf .srw .svg .svgz .wbmp .wdp .wmf .x3f .xbm .xcf .xpm"
+)
+OTHER_EXTENSIONS = frozenset(_OTHERS.split())
+"""Pictures, raw photographs and drawings in formats that are not read here: a folder run names them."""
+
+MODES = {
+    "PNG": {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"},
+    "JPEG": {"L", "RGB", "CMYK"},
+    "WEBP": {"RGB", "RGBA"},
+    "TIFF": {"1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I;16B", "I", "CMYK", "YCbCr"},
+    "BMP": {"1", "L", "P", "RGB"},
+    "GIF": {"1", "L", "P"},
+    "AVIF": {"RGB", "RGBA"},
+    "HEIF": {"RGB", "RGBA"},
+    "JPEG2000": {"L", "LA", "RGB", "RGBA"},
+    "PPM": {"1", "L", "RGB", "I;16"},
+    "TGA": {"L", "LA", "P", "RGB", "RGBA"},
+}
+"""Pillow format -> modes that it holds."""
+
+ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
+"""Start of an address, such as http://, which is refused in place of a path."""

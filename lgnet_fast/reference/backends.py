@@ -1,0 +1,36 @@
+"""Where networks get fused operators from, without importing them: the reference stays plain PyTorch.
+
+:mod:`lgnet_fast.ops` registers its functions here when it is imported, as ``import lgnet_fast`` does.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from .attention import AttentionBlockFn, attention_block
+from .merge import MergeFn, merge, merge_concat
+
+Functions = tuple[AttentionBlockFn, MergeFn, MergeFn]
+"""(attention_block, merge, merge_concat)."""
+
+BACKENDS = ("auto", "eager", "triton", "cpp")
+
+_fused: list[Callable[[str], Functions]] = []
+
+
+def provide(functions: Callable[[str], Functions]) -> None:
+    """Have `functions(backend)` make the operators of every backend but "eager"."""
+    _fused[:] = [functions]
+
+
+def functions(backend: str) -> Functions:
+    """The operators with `backend` bound; plain PyTorch for "eager".
+
+    Raises:
+        ValueError: `backend` is none of BACKENDS.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
+    if backend == "eager":
+        return attention_block, merge, merge_concat
+    return _fused[0](backend)

@@ -1,0 +1,21 @@
+"""`lgnet-fast serve`: a page to paint holes on and see them filled, and the HTTP calls of other tools.
+
+:class:`Session` works without the extra `[serve]`; the application and the command need it.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..lazy import attach
+
+if TYPE_CHECKING:
+    from .app import create_app
+    from .options import ServeOptions
+    from .session import Patch, Session
+
+__getattr__, __dir__ = attach(
+    __name__, {"Patch": "session", "ServeOptions": "options", "Session": "session", "create_app": "app"}
+)
+
+__all__ = ["Patch", "ServeOptions", "Session", "create_app"]

@@ -1,0 +1,86 @@
+"""The application: routes, the guard before them, one form for errors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+
+from ..errors import LGNetError
+from ..version import __version__
+from . import compat, page
+from .errors import status_of
+from .guard import Guard
+from .state import State
+
+logger = logging.getLogger("lgnet_fast")
+
+
+def create_app(state: State) -> FastAPI:
+    """The ASGI application over one server's state. Its lifespan warms the models up and ends the threads."""
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        warm = asyncio.create_task(asyncio.to_thread(state.warm_up))
+        warm.add_done_callback(_log_failure)
+        yield
+        await asyncio.to_thread(state.close)
+
+    app = FastAPI(
+        title="lgnet_fast",
+        version=__version__,
+        description="Fills holes in pictures. Clients of IOPaint, lama-cleaner, OpenAI and A1111 work unchanged.",
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+    )
+    app.state.server = state
+    app.include_router(page.routes(state))
+    app.include_router(compat.routes(state))
+
+    async def refuse(request: Request, error: Exception) -> JSONResponse:
+        if isinstance(error, RequestValidationError):
+            problems = [
+                f"{'.'.join(str(part) for part in one['loc'][1:]) or 'body'}: {one['msg']}" for one in error.errors()
+            ]
+            return answer(request, error, 422, "; ".join(problems[:8]))
+        if isinstance(error, HTTPException):  # unknown paths, wrong methods, broken forms
+            return answer(request, error, error.status_code, str(error.detail), error.headers)
+        if isinstance(error, ClientDisconnect):
+            return answer(request, error, 499, "the client has left")
+        status = status_of(error)
+        if status is None:
+            logger.error("%s %s", request.method, request.url.path, exc_info=error)
+            return answer(request, error, 500, f"a fault of the server: {type(error).__name__}; its log has more")
+        retry = getattr(error, "retry_after", None)
+        return answer(request, error, status, str(error), None if retry is None else {"Retry-After": str(retry)})
+
+    for kind in (LGNetError, RequestValidationError, HTTPException, ClientDisconnect, Exception):
+        app.add_exception_handler(kind, refuse)
+    app.add_middleware(Guard, options=state.options, metrics=state.metrics)
+    return app
+
+
+def answer(request: Request, error: Exception, status: int, text: str, headers: Any = None) -> JSONResponse:
+    """An error in the form that the path's clients read: OpenAI's under /v1, else IOPaint's."""
+    name = type(error).__name__
+    if request.url.path.startswith("/v1/"):
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        field = text.partition(":")[0] if ":" in text else None
+        body: dict[str, Any] = {"error": {"message": text, "type": kind, "param": field, "code": name}}
+    else:
+        body = {"error": name, "detail": text, "body": "", "errors": ""}
+    return JSONResponse(body, status, headers)
+
+
+def _log_failure(task: asyncio.Task[float]) -> None:
+    if not task.cancelled() and (error := task.exception()) is not None:
+        logger.error("the models could not be warmed up", exc_info=error)

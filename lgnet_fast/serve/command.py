@@ -1,0 +1,122 @@
+"""`lgnet-fast serve`: the server as a process, from the first address printed to the last answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import socket
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import FrameType
+from typing import Any
+
+from ..errors import LGNetError
+from .options import ServeOptions
+
+_GRACE = 0.5  # seconds for which new requests are told 503 before the socket closes
+
+
+def run(
+    options: ServeOptions,
+    models: Mapping[str, str | None],
+    say: Callable[[str], Any] = print,
+    open_page: bool = False,
+    **inpainter: Any,
+) -> None:
+    """Serves until SIGINT or SIGTERM; then /v2/health/ready says 503, running work is finished, and it returns.
+
+    `models`: as in `State`; `inpainter`: device, dtype, backend. Raises LGNetError: the extra is missing, the
+    address is taken, and what the models raise.
+    """
+    try:
+        import uvicorn
+
+        from .app import create_app
+        from .state import State
+    except ImportError as cause:
+        raise LGNetError(f"serve: {cause.name} is missing: pip install 'lgnet-fast[serve]'") from cause
+
+    start = time.perf_counter()
+    logging.captureWarnings(True)
+    made_up = options.token is None and not options.loopback
+    if made_up:
+        options = replace(options, token=secrets.token_urlsafe(24))
+    listening = _socket(options)
+    port = listening.getsockname()[1]
+    state = State(options, models, **inpainter)
+    config = uvicorn.Config(
+        create_app(state),
+        log_level="warning",
+        access_log=False,
+        timeout_keep_alive=10,
+        timeout_graceful_shutdown=max(1, round(options.shutdown)),
+        h11_max_incomplete_event_size=64 * 1024,
+        limit_concurrency=max(1000, 4 * options.queue),
+        server_header=False,
+    )
+
+    class Server(uvicorn.Server):
+        """Tells clients 503 and lets running work end, before uvicorn closes its socket."""
+
+        _ending: float | None = None
+
+        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+            await super().startup(sockets)
+            host = options.host if options.loopback else "127.0.0.1"
+            address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+            key = f"?token={options.token}" if options.token else ""
+            if made_up:
+                say(f"{options.host} is reached from other machines: a token was made up (--token sets one)")
+            names, seconds = ", ".join(state.models), time.perf_counter() - start
+            say(f"lgnet-fast serves {names} after {seconds:.1f} s: {address}{key}")
+            if open_page:
+                import webbrowser
+
+                await asyncio.to_thread(webbrowser.open, address + key)
+
+        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+            if self._ending is not None:  # a second signal does not wait
+                super().handle_exit(sig, frame)
+                return
+            self._ending = time.monotonic()
+            state.drain()
+
+        async def on_tick(self, counter: int) -> bool:
+            if self._ending is not None:
+                spent = time.monotonic() - self._ending
+                if spent > options.shutdown or (spent > _GRACE and state.queue.depth == 0):
+                    self.should_exit = True
+            return await super().on_tick(counter)
+
+    Server(config).run(sockets=[listening])
+    say("lgnet-fast has ended")
+
+
+def parse_models(texts: Sequence[str]) -> dict[str, str | None]:
+    """{name: folder or hub id} of "NAME=FOLDER" or "FOLDER"; none: the bundled model. Raises ValueError."""
+    from pathlib import PurePath
+
+    models: dict[str, str | None] = {}
+    for text in texts:
+        name, equals, folder = text.partition("=")
+        if not equals:
+            name, folder = ("bundled", "") if text == "bundled" else (PurePath(text).name, text)
+        if not name or name in models:
+            raise ValueError(f"model: expected NAME=FOLDER with names that differ, got {text!r}")
+        models[name] = None if folder in ("", "bundled") else folder
+    return models or {"bundled": None}
+
+
+def _socket(options: ServeOptions) -> socket.socket:
+    family = socket.AF_INET6 if ":" in options.host else socket.AF_INET
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    try:
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind((options.host, options.port))
+        listening.listen(1024)
+    except OSError as cause:
+        listening.close()
+        raise LGNetError(f"serve: cannot listen on {options.host}:{options.port} ({cause.strerror})") from cause
+    return listening

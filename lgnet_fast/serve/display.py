@@ -1,0 +1,104 @@
+"""Samples as a browser shows them: 8 bits, sRGB, as PNG or JPEG."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageCms
+
+from ..engine.regions import Rect
+from ..pipeline.deep import DeepImage
+from .session import Patch, Session
+
+
+@dataclass(frozen=True)
+class Display:
+    """How one session's samples are shown. `alpha` uint8 [H, W], None = opaque; `to_srgb`: a colour transform, None
+    where the samples are sRGB or have no profile."""
+
+    white: float
+    alpha: np.ndarray | None
+    to_srgb: Any
+
+    @classmethod
+    def of(cls, session: Session, rebuilt: Any) -> Display:
+        """For a session and the picture that it came from, as `result` gives it."""
+        picture = session.picture
+        alpha: np.ndarray | None = None
+        if isinstance(rebuilt, DeepImage):
+            if rebuilt.samples.shape[2] in (2, 4):
+                alpha = (rebuilt.samples[..., -1] >> 8).astype(np.uint8)
+        elif rebuilt.mode in ("RGBA", "LA", "PA") or "transparency" in rebuilt.info:
+            alpha = np.asarray(rebuilt.convert("RGBA").getchannel("A"))
+        channels = picture.samples.shape[2]
+        own = isinstance(rebuilt, DeepImage) or rebuilt.mode in ("L", "LA", "RGB", "RGBA", "I;16", "I")
+        profile = rebuilt.info.get("icc_profile") if own else None
+        return cls(picture.white, alpha, _transform(profile, "RGB" if channels == 3 else "L"))
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it keeps."""
+        return 0 if self.alpha is None else self.alpha.nbytes
+
+    def picture(self, samples: np.ndarray, box: Rect, size: tuple[int, int] | None = None) -> Image.Image:
+        """Samples [h, w, C] of a box as RGB, or RGBA where the picture has alpha, scaled to (width, height)."""
+        shown = self._colours(samples, size)
+        if self.alpha is not None:
+            alpha = Image.fromarray(np.ascontiguousarray(self.alpha[box.slices]))
+            shown.putalpha(alpha if size is None else alpha.resize(size, Image.Resampling.BOX))
+        return shown
+
+    def patch(self, patch: Patch) -> tuple[bytes, list[Rect]]:
+        """A fill's parts below one another as one lossless PNG, transparent where nothing changed; their boxes."""
+        boxes = [part.box for part in patch.parts]
+        size = max(box.right - box.left for box in boxes), sum(box.bottom - box.top for box in boxes)
+        sheet = Image.new("RGBA", size)
+        top = 0
+        for part in patch.parts:
+            shown = self._colours(part.samples, None)
+            alpha = np.where(part.touched, np.uint8(255), np.uint8(0))
+            if self.alpha is not None:
+                alpha = np.minimum(alpha, self.alpha[part.box.slices])
+            shown.putalpha(Image.fromarray(alpha))
+            sheet.paste(shown, (0, top))
+            top += shown.height
+        return png(sheet), boxes
+
+    def _colours(self, samples: np.ndarray, size: tuple[int, int] | None) -> Image.Image:
+        if self.white != 255:
+            samples = np.rint(samples * (255 / self.white)).astype(np.uint8)
+        shown = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else np.ascontiguousarray(samples))
+        if size is not None and size != shown.size:
+            shown = shown.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        if self.to_srgb is not None:
+            return ImageCms.applyTransform(shown, self.to_srgb) or shown
+        return shown.convert("RGB")
+
+
+def _transform(profile: bytes | None, mode: str) -> Any:
+    if not profile:
+        return None
+    try:
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
+    except (ImageCms.PyCMSError, OSError):  # damaged, or of another colour space: shown as it is
+        return None
+
+
+def png(picture: Image.Image) -> bytes:
+    """A PNG that is written quickly rather than small."""
+    file = io.BytesIO()
+    picture.save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+def photo(picture: Image.Image, quality: int = 92) -> tuple[bytes, str]:
+    """A file to look at and its media type: JPEG, or PNG where there is alpha."""
+    if picture.mode == "RGBA":
+        return png(picture), "image/png"
+    file = io.BytesIO()
+    picture.save(file, "JPEG", quality=quality, subsampling=0)
+    return file.getvalue(), "image/jpeg"

@@ -1,0 +1,166 @@
+"""What every request passes first: who asks, from which page, and how much it sends."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import hmac
+import ipaddress
+import json
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from .errors import BusyError, RequestError, TooLargeError
+from .metrics import Metrics
+from .options import ServeOptions
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+
+# img-comparison-slider brings its styles in a constructed style sheet, Konva sets its own by script.
+_POLICY = (
+    "default-src 'self'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
+    "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+_HEADERS = [
+    (b"content-security-policy", _POLICY.encode()),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cross-origin-resource-policy", b"same-origin"),
+    (b"cross-origin-opener-policy", b"same-origin"),
+]
+_OPEN_PATHS = {"/", "/docs", "/openapi.json", "/favicon.ico"}
+_BODIES = 8  # bodies of the largest size that are held at the same time
+
+
+class Guard:
+    """ASGI middleware. Refuses foreign hosts and origins and wrong tokens; counts the bytes of bodies as they come;
+    adds headers that keep other pages out."""
+
+    def __init__(self, app: Any, options: ServeOptions, metrics: Metrics) -> None:
+        self._app, self._options, self._metrics = app, options, metrics
+        self._hosts = {"localhost", options.host.lower(), *options.allowed_hosts}
+        self._held = 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        origin = headers.get("origin", "").lower()
+        shared = [(b"access-control-allow-origin", origin.encode()), (b"vary", b"Origin")]
+        extra = _HEADERS + (shared if origin in self._options.cors else [])
+        status = 500
+
+        async def answer(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", []), *extra]
+            await send(message)
+
+        held, complete = 0, False
+
+        async def counted() -> Message:
+            nonlocal held, complete
+            # What follows a complete body is the client leaving, whenever that is.
+            limit = None if complete else self._options.body_timeout
+            try:
+                message = await asyncio.wait_for(receive(), limit)
+            except asyncio.TimeoutError:
+                raise RequestError(f"body: no data for {self._options.body_timeout:g} seconds", status=408) from None
+            if message["type"] == "http.request":
+                size = len(message.get("body", b""))
+                held += size
+                self._held += size
+                if held > self._options.max_bytes:
+                    raise TooLargeError(self._too_many())
+                if self._held > _BODIES * self._options.max_bytes:
+                    raise BusyError("body: the server holds too many bodies now", status=503, retry_after=2)
+                complete = not message.get("more_body", False)
+            return message
+
+        try:
+            refused = self._refusal(scope, headers, origin)
+            if refused is not None:
+                await _refuse(refused, answer)
+            elif scope["method"] == "OPTIONS" and origin in self._options.cors:
+                allowed = [
+                    (b"access-control-allow-methods", b"GET, POST, DELETE"),
+                    (b"access-control-allow-headers", b"Authorization, Content-Type"),
+                ]
+                await answer({"type": "http.response.start", "status": 204, "headers": allowed})
+                await answer({"type": "http.response.body"})
+            else:
+                await self._app(scope, counted, answer)
+        finally:
+            self._held -= held
+            route = scope.get("route")
+            self._metrics.requests.labels(getattr(route, "path", "other"), str(status)).inc()
+
+    def _refusal(self, scope: Message, headers: dict[str, str], origin: str) -> RequestError | None:
+        host = headers.get("host", "")
+        if not self._known(host):
+            return RequestError(
+                f"host: {_short(host)} is not this server's name; --allowed-host NAME adds one", status=421
+            )
+        changes = scope["method"] not in ("GET", "HEAD", "OPTIONS")
+        if changes and origin and origin not in self._options.cors and urlsplit(origin).netloc != host.lower():
+            return RequestError(f"origin: pages of {_short(origin)} may not call this server (--cors)", status=403)
+        site = headers.get("sec-fetch-site", "none")
+        if changes and not origin and site not in ("none", "same-origin"):
+            return RequestError("origin: pages of other sites may not call this server (--cors)", status=403)
+        path = scope["path"]
+        is_open = path in _OPEN_PATHS or path.startswith(("/static/", "/v2/health/"))
+        preflight = scope["method"] == "OPTIONS" and origin in self._options.cors
+        locked = self._options.token is not None and not is_open and not preflight
+        if locked and not self._has_token(headers.get("authorization", "")):
+            return RequestError("token: expected the header Authorization: Bearer TOKEN", status=401)
+        length = headers.get("content-length", "")
+        if length.isdigit() and int(length[:20]) > self._options.max_bytes:
+            return TooLargeError(self._too_many())
+        return None
+
+    def _known(self, host: str) -> bool:
+        """Whether a Host header names this server. An address always does: only names can be pointed elsewhere."""
+        try:
+            name = urlsplit(f"//{host}").hostname or ""
+        except ValueError:
+            return False
+        if name.lower() in self._hosts:
+            return True
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+
+    def _has_token(self, authorization: str) -> bool:
+        assert self._options.token is not None
+        kind, _, given = authorization.partition(" ")
+        if kind.lower() == "basic":  # as A1111's clients have it: any user, the token as password
+            try:
+                given = base64.b64decode(given, validate=True).decode().partition(":")[2]
+            except ValueError:
+                return False
+        elif kind.lower() != "bearer":
+            return False
+        return hmac.compare_digest(given.strip().encode(), self._options.token.encode())
+
+    def _too_many(self) -> str:
+        return f"body: expected at most {self._options.max_bytes} bytes (--max-bytes)"
+
+
+async def _refuse(error: RequestError, send: Send) -> None:
+    body = json.dumps({"error": type(error).__name__, "detail": str(error), "body": "", "errors": ""}).encode()
+    headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+    if error.status == 401:
+        headers.append((b"www-authenticate", b"Bearer"))
+    await send({"type": "http.response.start", "status": error.status, "headers": headers})
+    await send({"type": "http.response.body", "body": body})
+
+
+def _short(text: str) -> str:
+    return repr(text[:80])

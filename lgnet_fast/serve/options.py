@@ -1,0 +1,82 @@
+"""What `lgnet-fast serve` can be told."""
+
+from __future__ import annotations
+
+import ipaddress
+import math
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+_MIB = 2**20
+_ORIGIN = re.compile(r"https?://[^/?#\s]+")
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """Where the server listens, whom it answers, and its limits. Checks itself; errors name the field.
+
+    `host`, `port`: address to listen on; port 0 takes a free one. `token`: what clients have to send, None = nothing;
+    on an address other than loopback :func:`lgnet_fast.serve.command.run` makes one up. `cors`: origins of other
+    pages that may call the API, "https://host[:port]" each. `allowed_hosts`: names that the server is reached by,
+    beside the address itself. `max_bytes`: of a request's body. `max_pixels`: of a picture, read from its header
+    before it is decoded. `max_sessions`, `session_bytes`, `session_idle`: how many pictures the page's users may have
+    open, bytes of memory for all of them, and seconds after which an unused one goes. `queue`: requests that may wait
+    or run; more are answered 429. `threads`: requests that are prepared at the same time. `batch`: network passes of
+    one size that may run together. `timeout`: seconds for one request, from the last byte of its body to the answer.
+    `body_timeout`: seconds between two parts of a body. `shutdown`: seconds that running work has to end in.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 8080
+    token: str | None = field(default=None, repr=False)
+    cors: tuple[str, ...] = ()
+    allowed_hosts: tuple[str, ...] = ()
+    max_bytes: int = 64 * _MIB
+    max_pixels: int = 100_000_000
+    max_sessions: int = 50
+    session_bytes: int = 4096 * _MIB
+    session_idle: float = 3600.0
+    queue: int = 32
+    threads: int = 4
+    batch: int = 4
+    timeout: float = 120.0
+    body_timeout: float = 30.0
+    shutdown: float = 30.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.host, str) or not self.host.strip():
+            raise ValueError(f"host: expected an address or a name, got {self.host!r}")
+        _whole("port", self.port, 0, 65535)
+        for name in ("max_bytes", "max_pixels", "max_sessions", "session_bytes", "queue", "threads", "batch"):
+            _whole(name, getattr(self, name), 1, None)
+        for name in ("session_idle", "timeout", "body_timeout", "shutdown"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
+                raise ValueError(f"{name}: expected seconds > 0, got {value!r}")
+        if self.token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]+", self.token):
+            raise ValueError("token: expected letters, digits and . _ ~ -, got something else")
+        for name in ("cors", "allowed_hosts"):
+            values = getattr(self, name)
+            if not isinstance(values, (tuple, list)) or not all(isinstance(value, str) for value in values):
+                raise ValueError(f"{name}: expected a tuple of texts, got {values!r}")
+            object.__setattr__(self, name, tuple(value.lower() for value in values))
+        for origin in self.cors:
+            if not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"cors: expected an origin such as https://example.org:8443, got {origin!r}")
+
+    @property
+    def loopback(self) -> bool:
+        """Whether only this machine can reach the server."""
+        if self.host.lower() == "localhost":
+            return True
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+def _whole(name: str, value: Any, low: int, high: int | None) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < low or (high is not None and value > high):
+        span = f">= {low}" if high is None else f"in {low}..{high}"
+        raise ValueError(f"{name}: expected a whole number {span}, got {value!r}")

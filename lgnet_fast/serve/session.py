@@ -1,0 +1,406 @@
+"""`Session`: one picture that is filled hole by hole, with undo, without being decoded or copied again."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from .. import forks
+from ..engine.holes import CELL, bounding_box
+from ..engine.regions import Rect
+from ..errors import InvalidImageError, InvalidMaskError
+from ..pipeline.deep import DeepImage
+from ..pipeline.files import Encoded, encode, open_image
+from ..pipeline.inpainter import Inpainter
+from ..pipeline.masks import read_hole, soft_edge
+from ..pipeline.pictures import Picture, picture_of
+from ..pipeline.strategies import CONTEXT, STRATEGIES, choose
+from .errors import OptionError
+
+_MOSTLY_HOLE = 0.95
+
+
+@dataclass(frozen=True)
+class Part:
+    """A box of a picture after a fill: `samples` [h, w, C] of the picture's depth, `touched` bool [h, w]: where the
+    fill may have changed them; the rest is the picture's own."""
+
+    box: Rect
+    samples: np.ndarray
+    touched: np.ndarray
+
+
+@dataclass(frozen=True)
+class Patch:
+    """What one fill changed, and how it was made.
+
+    `parts`: disjoint boxes, one at least. `box`: around all of them. `strategy`, `passes`: as in `Inpainted`.
+    `seconds`: from the call to the patch. `hole`: bool, the mask inside its bounding box, which begins at `at` (top,
+    left); `options`: what the fill was called with.
+    """
+
+    parts: tuple[Part, ...]
+    strategy: str
+    passes: int
+    seconds: float
+    hole: np.ndarray
+    at: tuple[int, int]
+    options: dict[str, Any]
+
+    @property
+    def box(self) -> Rect:
+        """The box around all parts, in pixels of the picture."""
+        boxes = [part.box for part in self.parts]
+        return Rect(
+            min(box.top for box in boxes),
+            max(box.bottom for box in boxes),
+            min(box.left for box in boxes),
+            max(box.right for box in boxes),
+        )
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that it takes."""
+        return self.hole.nbytes + sum(part.samples.nbytes + part.touched.nbytes for part in self.parts)
+
+
+class _Region(Picture):
+    """A picture whose result is the list of changed boxes: (box, samples, touched), not a whole picture."""
+
+    def painted(self, fills: Any) -> Any:
+        """See `Picture.painted`; each box by itself."""
+        done = []
+        for box, fill, alpha in fills:
+            own = Picture(self.samples[box.slices], self.white, self.rebuild)
+            height, width = own.size
+            done.append((box, own.painted([(Rect(0, height, 0, width), fill, alpha)]), alpha > 0))
+        return done
+
+
+class Session:
+    """One picture, filled hole by hole: what the page works with. Thread-safe.
+
+    The picture is decoded once; a fill reads and returns only what its hole depends on, and equals
+    ``inpainter(picture, mask)`` on the picture as it is then. Memory: the picture's samples, and of every fill its
+    boxes.
+
+    Args:
+        picture: a PIL picture, a path, an `Encoded` file or an array, as `Inpainter` takes them. Files are turned
+            upright by their EXIF orientation.
+        inpainter: what fills; None loads the bundled model.
+
+    Raises:
+        InvalidImageError: the picture cannot be read.
+    """
+
+    def __init__(self, picture: Any, inpainter: Inpainter | None = None) -> None:
+        self._inpainter = Inpainter.from_pretrained(None) if inpainter is None else inpainter
+        self._source = Path(picture) if isinstance(picture, (str, os.PathLike)) else picture
+        self._picture = picture_of(self._source)
+        self._patches: list[Patch] = []
+        self._position = 0
+        self._lock = forks.Lock()
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels."""
+        return self._picture.size
+
+    @property
+    def picture(self) -> Picture:
+        """The picture as it came."""
+        return self._picture
+
+    @property
+    def position(self) -> int:
+        """How many fills the picture has now; `undo` lowers it, `redo` raises it."""
+        return self._position
+
+    @property
+    def fills(self) -> int:
+        """How many fills there are, undone ones included."""
+        return len(self._patches)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the session keeps, about."""
+        source = len(self._source.data) if isinstance(self._source, Encoded) else 0
+        return source + self._picture.samples.nbytes + sum(patch.nbytes for patch in list(self._patches))
+
+    def fill(
+        self,
+        mask: Any,
+        at: tuple[int, int] | None = None,
+        *,
+        strategy: str = "auto",
+        dilate: int = 0,
+        feather: int = 0,
+        mask_threshold: float = 0.5,
+        invert_mask: bool = False,
+        mask_channel: str = "auto",
+        allow_any_mask: bool = False,
+        position: int | None = None,
+        inpainter: Inpainter | None = None,
+        confirm: Callable[[], None] | None = None,
+    ) -> Patch:
+        """Fills a hole of the picture as it is now and keeps the fill. What was undone is forgotten.
+
+        Args:
+            mask: of the whole picture, as `Inpainter` takes it; with `at` of a box of the picture.
+            at: (top, left) of that box, which must lie inside the picture.
+            strategy, dilate, feather, mask_threshold, invert_mask, mask_channel: as `Inpainter` takes them.
+            allow_any_mask: let a mask of more than 95 % pass.
+            position: how many fills the caller sees; later ones are undone first.
+            inpainter: fills this once instead of the session's own.
+            confirm: called when the fill is made; what it raises leaves the session as it was.
+
+        Raises:
+            InvalidMaskError: unreadable, empty, outside the picture, more than 95 % without `allow_any_mask`.
+            OptionError: strategy, position. And what an `Inpainter` raises.
+        """
+        if strategy not in STRATEGIES:
+            raise OptionError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+        start = time.perf_counter()
+        hole, corner = self._hole(mask, at, mask_threshold, invert_mask, mask_channel)
+        share = np.count_nonzero(hole) / math.prod(self.size)
+        if share > _MOSTLY_HOLE and not allow_any_mask:
+            raise InvalidMaskError(
+                f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)? "
+                "(allow_any_mask lets it pass)"
+            )
+        options: dict[str, Any] = {"strategy": strategy, "dilate": dilate, "feather": feather}
+        pipe = self._inpainter if inpainter is None else inpainter
+        soft_edge(np.zeros((1, 1), dtype=bool), dilate, feather)  # which checks the two
+        with self._lock:
+            position = self._position if position is None else self._checked(position)
+            region, offset, inside = self._region(pipe, hole, corner, options, position)
+            made = pipe.inpaint(region, inside, **options)
+            parts = tuple(_trimmed(box, samples, touched, offset) for box, samples, touched in made.picture)
+            patch = Patch(parts, str(made.strategy), made.passes, time.perf_counter() - start, hole, corner, options)
+            if confirm is not None:
+                confirm()
+            del self._patches[position:]
+            self._patches.append(patch)
+            self._position = len(self._patches)
+        return patch
+
+    def undo(self) -> bool:
+        """Takes the last fill back; False where there is none."""
+        with self._lock:
+            self._position, before = max(0, self._position - 1), self._position
+            return self._position != before
+
+    def redo(self) -> bool:
+        """Brings the fill back that was undone last; False where there is none."""
+        with self._lock:
+            self._position, before = min(len(self._patches), self._position + 1), self._position
+            return self._position != before
+
+    def go_to(self, position: int) -> None:
+        """Undoes or redoes until the picture has `position` fills. Raises OptionError: not that many."""
+        with self._lock:
+            self._position = self._checked(position)
+
+    def result(self, position: int | None = None) -> Any:
+        """The picture with its fills, of the kind it came in (a path gives a PIL picture, or a DeepImage).
+
+        `position`: with the first so many fills; None: as it is now.
+        """
+        with self._lock:
+            patches = self._patches[: self._position if position is None else self._checked(position)]
+        samples = self._picture.samples.copy()
+        touched = np.zeros(self.size, dtype=bool)
+        whole = Rect(0, self.size[0], 0, self.size[1])
+        for patch in patches:
+            for part in patch.parts:
+                _lay(samples, whole, part)
+                touched[part.box.slices] |= part.touched
+        return self._picture.rebuild(samples, touched)
+
+    def encoded(
+        self, format: str | None = None, quality: int | None = None, position: int | None = None
+    ) -> tuple[bytes, str]:
+        """The result as a file with its metadata, and the Pillow format that it has.
+
+        `format`: a Pillow format name; None takes the picture's own, and PNG where it has none or that cannot be
+        written. `quality`: as in `lgnet_fast.pipeline.files.save_picture`. `position`: as in `result`.
+
+        Raises InvalidImageError: the format cannot hold the picture.
+        """
+        result = self.result(position)
+        if not isinstance(result, (Image.Image, DeepImage)):
+            result = Image.fromarray(result)
+        wanted = format or result.format or "PNG"
+        try:
+            with self._opened() as like:
+                return encode(result, wanted, like, quality), wanted
+        except InvalidImageError:
+            if format is not None or wanted == "PNG":
+                raise
+            return encode(result, "PNG"), "PNG"
+
+    def region(self, box: Rect, position: int | None = None) -> np.ndarray:
+        """A copy of the samples [h, w, C] in a box, with the first `position` fills (None: as it is now)."""
+        with self._lock:
+            return self._read(box, self._position if position is None else self._checked(position))
+
+    def stages(self, context: int = 32, position: int | None = None) -> tuple[Rect, list[np.ndarray]]:
+        """The last fill's surroundings, `context` pixels on each side: with the hole white, and after each stage of
+        the network: (box, samples [h, w, C] each). Runs the network again. `position`: as in `result`.
+
+        Raises OptionError: no fill.
+        """
+        with self._lock:
+            if not (self._position if position is None else self._checked(position)):
+                raise OptionError("stages: expected a session with a fill, got one without")
+            position = (self._position if position is None else position) - 1
+            patch = self._patches[position]
+            region, offset, inside = self._region(self._inpainter, patch.hole, patch.at, patch.options, position)
+            found = self._inpainter.stages(region, inside, **patch.options)
+            box = patch.box.grown(context, self.size)
+            before = self._read(box, position)
+        shown = []
+        for changed in (found.masked, *found.merged):
+            samples = before.copy()
+            for own, painted, touched in changed:
+                _lay(samples, box, Part(own.moved(*offset), painted, touched))
+            shown.append(samples)
+        return box, shown
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    def _checked(self, position: int) -> int:
+        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self._patches):
+            raise OptionError(f"position: expected 0 to {len(self._patches)} fills, got {position!r}")
+        return position
+
+    def _hole(
+        self, mask: Any, at: tuple[int, int] | None, threshold: float, invert: bool, channel: str
+    ) -> tuple[np.ndarray, tuple[int, int]]:
+        """The hole bool inside its bounding box, and (top, left) of that."""
+        height, width = self.size
+        top = left = 0
+        picture: Picture | None = self._picture
+        if at is not None:
+            top, left = at
+            shape = _shape_of(mask)
+            if not (top >= 0 and left >= 0 and top + shape[0] <= height and left + shape[1] <= width):
+                raise InvalidMaskError(
+                    f"mask: expected a box inside the picture of {width}x{height}, got {shape[1]}x{shape[0]} "
+                    f"at x = {left}, y = {top}"
+                )
+            height, width = shape
+            box = Rect(top, top + height, left, left + width)
+            picture = replace(self._picture, samples=self._picture.samples[box.slices])
+        hole = read_hole(
+            mask,
+            height,
+            width,
+            threshold=threshold,
+            invert=invert,
+            channel=channel,
+            picture=picture,
+            note=self._picture.note,
+        )
+        if not hole.any():
+            raise InvalidMaskError("mask: no hole pixel; is the mask inverted (invert_mask)?")
+        inner = bounding_box(hole)
+        return np.ascontiguousarray(hole[inner.slices]), (top + inner.top, left + inner.left)
+
+    def _region(
+        self, pipe: Inpainter, hole: np.ndarray, at: tuple[int, int], options: dict[str, Any], position: int
+    ) -> tuple[_Region, tuple[int, int], np.ndarray]:
+        """What a fill reads: a region of the picture, its (top, left), and the hole in it."""
+        box = Rect(at[0], at[0] + hole.shape[0], at[1], at[1] + hole.shape[1])
+        whole = Rect(0, self.size[0], 0, self.size[1])
+        around = whole
+        if options["strategy"] in ("auto", "crop"):
+            around = self._surroundings(box, hole, options["dilate"] + options["feather"], pipe)
+        inside = _laid(hole, box, around)
+        if around != whole and options["strategy"] == "auto":
+            soft = soft_edge(inside, options["dilate"], options["feather"]) > 0
+            if choose(soft, pipe.multiple, pipe.window)[0] == "tile":  # tiles lie where the whole picture puts them
+                around, inside = whole, _laid(hole, box, whole)
+        samples = self._picture.samples if around == whole and not position else self._read(around, position)
+        region = _Region(samples, self._picture.white, lambda done, touched: done)
+        return region, (around.top, around.left), inside
+
+    def _surroundings(self, box: Rect, hole: np.ndarray, reach: int, pipe: Inpainter) -> Rect:
+        """A box of the picture in which the strategy crop finds the windows that it finds in the whole picture.
+
+        A window around a hole is less than `wanted` and one more multiple of the network wide, at native scale, and
+        as much more at a reduced one as that reduces.
+        """
+        grown = box.grown(min(reach, sum(self.size)), self.size)
+        area = grown.area if reach else np.count_nonzero(hole)
+        wanted = max(grown.bottom - grown.top, grown.right - grown.left) + 2 * max(CONTEXT, math.isqrt(area) // 2)
+        margin = max(pipe.window, wanted + math.ceil(pipe.multiple * max(1, wanted / pipe.window)))
+        around = grown.grown(margin, self.size)
+        # Holes are grouped by cells of the whole picture.
+        return around._replace(top=around.top // CELL * CELL, left=around.left // CELL * CELL)
+
+    def _read(self, box: Rect, position: int) -> np.ndarray:
+        samples: np.ndarray = self._picture.samples[box.slices].copy()
+        for patch in self._patches[:position]:
+            for part in patch.parts:
+                _lay(samples, box, part)
+        return samples
+
+    @contextlib.contextmanager
+    def _opened(self) -> Iterator[Image.Image | None]:
+        """The picture's file, not decoded, whose JPEG tables the result takes over."""
+        try:
+            data = self._source.data if isinstance(self._source, Encoded) else None
+            if isinstance(self._source, Path):
+                data = self._source.read_bytes()
+            opened = None if data is None else open_image(data)
+        except Exception:  # what Pillow has no reader for, as a BigTIFF, has no such tables
+            opened = None
+        with opened or contextlib.nullcontext():
+            yield opened
+
+
+def _lay(samples: np.ndarray, box: Rect, part: Part) -> None:
+    """Lays what a part changed over the samples [h, w, C] of a box."""
+    top, bottom = max(box.top, part.box.top), min(box.bottom, part.box.bottom)
+    left, right = max(box.left, part.box.left), min(box.right, part.box.right)
+    if top < bottom and left < right:
+        both = Rect(top, bottom, left, right)
+        here = both.moved(-part.box.top, -part.box.left).slices
+        chosen = part.touched[here]
+        samples[both.moved(-box.top, -box.left).slices][chosen] = part.samples[here][chosen]
+
+
+def _laid(hole: np.ndarray, box: Rect, around: Rect) -> np.ndarray:
+    """The hole of a box, in a larger one."""
+    inside = np.zeros((around.bottom - around.top, around.right - around.left), dtype=bool)
+    inside[box.moved(-around.top, -around.left).slices] = hole
+    return inside
+
+
+def _trimmed(box: Rect, samples: np.ndarray, touched: np.ndarray, offset: tuple[int, int]) -> Part:
+    """The part of a region's box that a fill changed, at its place in the picture."""
+    inner = bounding_box(touched)
+    place = inner.moved(box.top + offset[0], box.left + offset[1])
+    return Part(place, samples[inner.slices].copy(), touched[inner.slices].copy())
+
+
+def _shape_of(mask: Any) -> tuple[int, int]:
+    """(height, width) of a mask that is a PIL picture, or an array or tensor [h, w] or [h, w, C]."""
+    if isinstance(mask, Image.Image):
+        return mask.height, mask.width
+    shape: tuple[int, ...] = tuple(getattr(mask, "shape", ()))
+    if len(shape) not in (2, 3):
+        raise InvalidMaskError(
+            f"mask: expected a PIL picture, or an array [h, w] or [h, w, C], for a box, got {type(mask).__name__}"
+        )
+    return int(shape[0]), int(shape[1])

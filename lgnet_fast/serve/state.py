@@ -1,0 +1,113 @@
+"""What the routes share: models, the queue, open pictures, counters."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from ..errors import LGNetError, WeightsError
+from ..pipeline.formats import FORMATS
+from .bodies import FillFields, mask_picture, picture_file
+from .errors import RequestError
+from .metrics import Metrics
+from .options import ServeOptions
+from .session import Patch, Session
+from .store import Store
+from .work import DeviceWorker, Job, SharedInpainter, WorkQueue
+
+MEDIA_TYPES = {
+    "PNG": "image/png",
+    "JPEG": "image/jpeg",
+    "WEBP": "image/webp",
+    "TIFF": "image/tiff",
+    "BMP": "image/bmp",
+    "GIF": "image/gif",
+    "AVIF": "image/avif",
+    "HEIF": "image/heif",
+    "JPEG2000": "image/jp2",
+    "PPM": "image/x-portable-pixmap",
+    "TGA": "image/x-tga",
+}
+
+
+class State:
+    """One server. `models`: {name: folder or hub id, None = the bundled one}; the first is the default.
+
+    Raises what `Inpainter.from_pretrained` raises.
+    """
+
+    def __init__(self, options: ServeOptions, models: Mapping[str, str | None], **inpainter: Any) -> None:
+        if not models:
+            raise WeightsError("model: expected at least one, got none")
+        self.options = options
+        self.metrics = Metrics()
+        self.worker = DeviceWorker(options.batch, self.metrics.run)
+        self.models = {name: SharedInpainter.over(self.worker, model, **inpainter) for name, model in models.items()}
+        self.queue = WorkQueue(options.threads, options.queue, options.timeout, self.metrics.phases)
+        self.store = Store(options.max_sessions, options.session_bytes, options.session_idle)
+        self.ready = False
+        self.metrics.watch(lambda: self.queue.depth, self.store.usage)
+        for name, model in self.models.items():
+            self.metrics.model.labels(name, model.backend).set(1)
+
+    @property
+    def default(self) -> str:
+        """The first model's name."""
+        return next(iter(self.models))
+
+    def model(self, name: str | None) -> SharedInpainter:
+        """A model by its name, None = the default. Raises RequestError."""
+        if name is not None and name not in self.models:
+            raise RequestError(f"model: expected one of {', '.join(self.models)}, got {name[:80]!r}")
+        return self.models[name or self.default]
+
+    def warm_up(self) -> float:
+        """Runs every model once and says that it is ready; the seconds that took."""
+        seconds = sum(model.warmup() for model in self.models.values())
+        self.ready = True
+        return seconds
+
+    def drain(self) -> None:
+        """No new work; what runs goes on."""
+        self.ready = False
+        self.queue.drain()
+
+    def close(self) -> None:
+        """Ends the threads."""
+        self.drain()
+        self.queue.close()
+        self.worker.close()
+
+    def fill_once(
+        self, job: Job, image: bytes, mask: bytes, fields: FillFields, **more: Any
+    ) -> tuple[Session, Patch]:
+        """A picture and mask as files, decoded and filled."""
+        options = {**fields.fill_options(), **more}
+        file = picture_file(image, "image", self.options.max_pixels)
+        with _named("picture", "image"):
+            session = Session(file, self.model(None))
+        own = mask_picture(mask, self.options.max_pixels)
+        job.phase("decode")
+        patch = session.fill(own, confirm=job.check, **options)
+        job.phase("fill")
+        return session, patch
+
+    def encode(
+        self, job: Job, session: Session, format: str | None, quality: int | None, position: int | None = None
+    ) -> tuple[bytes, str]:
+        """The result as a file and its media type. `format`: a short name, None = the picture's own."""
+        data, own = session.encoded(format and FORMATS[format], quality, position)
+        job.phase("encode")
+        return data, MEDIA_TYPES[own]
+
+
+@contextmanager
+def _named(before: str, after: str) -> Any:
+    """Errors that name a field as the client knows it."""
+    try:
+        yield
+    except LGNetError as error:
+        if str(error).startswith(before):
+            raise type(error)(after + str(error)[len(before) :]) from error.__cause__
+        raise

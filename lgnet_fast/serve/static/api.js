@@ -1,0 +1,63 @@
+// Calls of the server. The token, where there is one, comes once by the address and stays in this tab.
+const given = new URLSearchParams(location.search).get("token");
+if (given) {
+  sessionStorage.setItem("lgnet-token", given);
+  history.replaceState(null, "", location.pathname);
+}
+
+/** An answer that is not 2xx; `status` 0: there was none. */
+export class ApiError extends Error {
+  constructor(status, text) {
+    super(text);
+    this.status = status;
+  }
+}
+
+const pause = (ms, signal) =>
+  new Promise((resolve, reject) => {
+    const timer = setTimeout(resolve, ms);
+    signal?.addEventListener("abort", () => (clearTimeout(timer), reject(signal.reason)), { once: true });
+  });
+
+/**
+ * One call. `waiting(seconds)` is told when the server is busy and the call is made again, five times at most.
+ * Throws ApiError, or the signal's AbortError.
+ */
+export async function call(path, { method = "GET", body, type, signal, waiting, keepalive } = {}) {
+  const headers = {};
+  const token = sessionStorage.getItem("lgnet-token");
+  if (token) headers.Authorization = `Bearer ${token}`;
+  if (type) headers["Content-Type"] = type;
+  for (let tries = 0; ; tries++) {
+    let response;
+    try {
+      response = await fetch(path, { method, body, headers, signal, keepalive });
+    } catch (error) {
+      if (error.name === "AbortError") throw error;
+      throw new ApiError(0, "");
+    }
+    if (response.ok) return response;
+    if ((response.status === 429 || response.status === 503) && tries < 5) {
+      const seconds = Math.min(10, Number(response.headers.get("Retry-After")) || 1);
+      waiting?.(seconds);
+      await pause(seconds * 1000, signal);
+      continue;
+    }
+    const told = await response.json().catch(() => ({}));
+    throw new ApiError(response.status, told.detail || response.statusText);
+  }
+}
+
+export const json = async (path, options) => (await call(path, options)).json();
+
+export const bitmap = async (path, options) => createImageBitmap(await (await call(path, options)).blob());
+
+/** {phase: milliseconds} of an answer's Server-Timing. */
+export function timings(response) {
+  const phases = {};
+  for (const part of (response.headers.get("Server-Timing") || "").split(",")) {
+    const [name, value] = part.trim().split(";dur=");
+    if (value) phases[name] = Number(value);
+  }
+  return phases;
+}

@@ -1,0 +1,208 @@
+// What is on the screen: preview, crop, patches and mask on canvases of the window's size, moved by zoom and pan.
+import { bitmap } from "./api.js";
+import { draw } from "./mask.js";
+
+const MOST = 32; // screen pixels for one of the picture
+const SETTLED = 150; // milliseconds without a move before a sharper crop is asked for
+
+export class View {
+  constructor(container, longest) {
+    this.container = container;
+    this.longest = longest;
+    this.stage = new Konva.Stage({ container, width: container.clientWidth, height: container.clientHeight });
+    this.stage.listening(false);
+    const layer = () => new Konva.Layer({ listening: false });
+    this.pictureLayer = layer();
+    this.runningLayer = layer();
+    this.pendingLayer = layer();
+    this.currentLayer = layer();
+    this.stage.add(this.pictureLayer, this.runningLayer, this.pendingLayer, this.currentLayer);
+    this.masks = { running: [], pending: [], current: [] };
+    for (const [name, shown] of [
+      ["running", this.runningLayer],
+      ["pending", this.pendingLayer],
+      ["current", this.currentLayer],
+    ]) {
+      const shape = new Konva.Shape({
+        sceneFunc: (context) => draw(context._context, this.masks[name], this.colour, this.picture),
+        perfectDrawEnabled: false,
+      });
+      shown.add(shape);
+      shown.canvas._canvas.classList.add("mask", name);
+    }
+    for (const canvas of container.querySelectorAll("canvas")) canvas.setAttribute("aria-hidden", "true");
+    this.scale = 1;
+    this.x = this.y = 0;
+    this.inset = 0; // what a panel covers on the right
+    this.moved = () => {};
+    new ResizeObserver(() => this.resize()).observe(container);
+  }
+
+  /** Shows a picture {id, width, height, preview, fills, position}; fits it to the window. */
+  show(picture) {
+    this.hide();
+    this.picture = picture;
+    this.shade = new Konva.Rect({ width: picture.width, height: picture.height, fill: "#808080" });
+    this.preview = this.image(picture.preview, 0, 0, picture.width, picture.height);
+    this.crop = null;
+    this.patches = new Konva.Group();
+    this.shade.visible(picture.alpha);
+    this.pictureLayer.add(this.shade, this.preview, this.patches);
+    this.history();
+    this.fit();
+  }
+
+  hide() {
+    this.asking?.abort();
+    this.pictureLayer.destroyChildren();
+    this.picture = this.crop = null;
+    this.mask({ running: [], pending: [], current: [] });
+    this.pictureLayer.batchDraw();
+  }
+
+  image(image, x, y, width, height) {
+    return new Konva.Image({ image, x, y, width, height, listening: false, perfectDrawEnabled: false });
+  }
+
+  /** Shows the fills that the picture has now. */
+  history() {
+    this.patches.destroyChildren();
+    for (const fill of this.picture.fills.slice(0, this.picture.position)) {
+      for (const part of fill.parts) {
+        this.patches.add(this.image(part.image, part.x, part.y, part.image.width, part.image.height));
+      }
+    }
+    this.pictureLayer.batchDraw();
+  }
+
+  /** Shows the original while `on`. */
+  peek(on) {
+    this.patches?.visible(!on);
+    this.pictureLayer.batchDraw();
+  }
+
+  /** Replaces operations of the mask: {running, pending, current}. */
+  mask(changed) {
+    for (const [name, operations] of Object.entries(changed)) {
+      this.masks[name] = operations;
+      this[`${name}Layer`].visible(Boolean(this.picture) && operations.length > 0);
+      this[`${name}Layer`].batchDraw();
+    }
+  }
+
+  set colour(value) {
+    this.maskColour = value;
+    for (const layer of [this.runningLayer, this.pendingLayer, this.currentLayer]) layer?.batchDraw();
+  }
+
+  get colour() {
+    return this.maskColour || "#ff5c7a";
+  }
+
+  // -- zoom and pan -------------------------------------------------------------------------------------------
+
+  get margin() {
+    const wide = this.stage.width() > 720;
+    return { top: wide ? 76 : 64, bottom: wide ? 92 : 150, side: wide ? 84 : 12 };
+  }
+
+  get fitting() {
+    const { top, bottom, side } = this.margin;
+    const across = Math.max(80, this.stage.width() - this.inset - 2 * side) / this.picture.width;
+    const down = Math.max(80, this.stage.height() - top - bottom) / this.picture.height;
+    return Math.min(across, down, MOST);
+  }
+
+  fit() {
+    if (!this.picture) return;
+    const { top, bottom } = this.margin;
+    this.scale = this.fitting;
+    this.x = (this.stage.width() - this.inset - this.picture.width * this.scale) / 2;
+    this.y = top + (this.stage.height() - top - bottom - this.picture.height * this.scale) / 2;
+    this.place();
+  }
+
+  /** Zooms by a factor around a point of the container. */
+  zoom(factor, x = this.stage.width() / 2, y = this.stage.height() / 2) {
+    if (!this.picture) return;
+    const scale = Math.min(MOST, Math.max(Math.min(this.fitting / 2, 1), this.scale * factor));
+    this.x = x - ((x - this.x) * scale) / this.scale;
+    this.y = y - ((y - this.y) * scale) / this.scale;
+    this.scale = scale;
+    this.place();
+  }
+
+  pan(x, y) {
+    this.x += x;
+    this.y += y;
+    this.place();
+  }
+
+  place() {
+    if (!this.picture) return;
+    // Some of the picture stays in the window.
+    const keep = 80;
+    this.x = Math.min(this.stage.width() - keep, Math.max(keep - this.picture.width * this.scale, this.x));
+    this.y = Math.min(this.stage.height() - keep, Math.max(keep - this.picture.height * this.scale, this.y));
+    for (const layer of this.stage.getLayers()) {
+      layer.position({ x: this.x, y: this.y });
+      layer.scale({ x: this.scale, y: this.scale });
+      layer.batchDraw();
+    }
+    this.pictureLayer.imageSmoothingEnabled(this.scale < 3);
+    this.moved();
+    clearTimeout(this.settled);
+    this.settled = setTimeout(() => this.sharpen(), SETTLED);
+  }
+
+  resize(inset = this.inset) {
+    const { clientWidth: width, clientHeight: height } = this.container;
+    const fitted = this.picture && Math.abs(this.scale / this.fitting - 1) < 1e-6;
+    this.inset = inset;
+    this.stage.size({ width, height });
+    if (fitted) this.fit();
+    else this.place();
+  }
+
+  /** A point of the container in pixels of the picture. */
+  toPicture(x, y) {
+    return [(x - this.x) / this.scale, (y - this.y) / this.scale];
+  }
+
+  /** Where the preview is too coarse, asks for what is in sight. */
+  async sharpen() {
+    const { picture } = this;
+    if (!picture) return;
+    const dense = this.scale * devicePixelRatio;
+    const coarse = picture.preview.width / picture.width;
+    if (coarse >= 1 || dense < 1.15 * coarse) {
+      this.crop?.destroy();
+      this.crop = null;
+      this.pictureLayer.batchDraw();
+      return;
+    }
+    const [left, top] = this.toPicture(0, 0);
+    const [right, bottom] = this.toPicture(this.stage.width(), this.stage.height());
+    const margin = 0.1 * Math.max(right - left, bottom - top);
+    const x = Math.max(0, Math.floor(left - margin));
+    const y = Math.max(0, Math.floor(top - margin));
+    const width = Math.min(picture.width, Math.ceil(right + margin)) - x;
+    const height = Math.min(picture.height, Math.ceil(bottom + margin)) - y;
+    if (width < 1 || height < 1) return;
+    this.asking?.abort();
+    const asking = (this.asking = new AbortController());
+    const longest = Math.min(this.longest, Math.ceil(Math.max(width, height) * Math.min(1, dense)));
+    const query = new URLSearchParams({ x, y, width, height, longest });
+    try {
+      const image = await bitmap(`/api/v1/pictures/${picture.id}/view?${query}`, { signal: asking.signal });
+      if (asking.signal.aborted || this.picture !== picture) return;
+      this.crop?.destroy();
+      this.crop = this.image(image, x, y, width, height);
+      this.pictureLayer.add(this.crop);
+      this.crop.zIndex(2);
+      this.pictureLayer.batchDraw();
+    } catch {
+      // the preview stays; the next fill says what is wrong with the server
+    }
+  }
+}

@@ -1,0 +1,33 @@
+"""Ending a long run by SIGINT or SIGTERM, in order."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from typing import Any
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextlib.contextmanager
+def until_signal(ask: Callable[[int], None]) -> Iterator[None]:
+    """Inside, the first SIGINT or SIGTERM only calls `ask` with its number; the second acts as ever."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread only
+        return
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def handle(number: int, frame: Any) -> None:
+        ask(number)
+        for each, handler in before.items():
+            signal.signal(each, handler)
+
+    for number in STOP_SIGNALS:
+        signal.signal(number, handle)
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

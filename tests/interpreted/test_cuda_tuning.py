@@ -1,0 +1,307 @@
+"""Tuning for a GPU, with the kernels in Triton's interpreter and a clock that says what it is told."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from lgnet_fast.kernels import conv as conv_kernels
+from lgnet_fast.kernels import hopper
+from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
+from lgnet_fast.kernels.hopper import HopperTile
+
+from lgnet_fast import cache
+from lgnet_fast.engine import cuda_executor, cuda_tuning
+from lgnet_fast.engine.cpu_tuning import entry_name
+from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda_tuning import Found, Timer, gains, kept, product_key, tiles, tune
+from lgnet_fast.engine.cuda_weights import Tuned, work_of
+from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
+from tests.interpreted.test_cuda_executor import cast, check, inputs
+from tests.interpreted.test_verified import tiny_plan
+
+CPU = torch.device("cpu")
+SINGLE = torch.float32
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setattr(cache, "_known", {})
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    return tiny_plan()
+
+
+@pytest.fixture(scope="module")
+def short(plan: Plan) -> Plan:
+    """Two convolutions and the attention block of it: a tuning's results need no picture."""
+    steps = tuple(s for s in plan.steps if s.name in ("u.block", "u.attention", "u.d1"))
+    used = {PICTURE, *(v.buffer for s in steps for v in (s.source, *(store.view for store in s.stores)))}
+    return replace(plan, steps=steps, buffers={name: b for name, b in plan.buffers.items() if name in used})
+
+
+class FakeTimer(Timer):
+    """Nothing is compiled; a launch takes what `cost` says of its tile (cuDNN: None), a whole run `runs` in turn."""
+
+    def __init__(
+        self, cost: Callable[[Tile | None], float], runs: Sequence[float] = (3.0, 2.0), hopper_us: float = 1e3
+    ) -> None:
+        super().__init__(CPU)
+        self.cost, self.runs, self.hopper_us = cost, list(runs), hopper_us
+        self.compiled = 0
+
+    def compile(self, launches: Sequence[Any]) -> list[str]:
+        self.compiled += len(launches)
+        return []
+
+    def workers(self) -> int:
+        return 1
+
+    def wait(self) -> None:
+        pass
+
+    def time(self, launches: Sequence[Callable[[], None]]) -> float:
+        (launch, *others) = launches
+        arguments: Any = getattr(launch, "args", ())
+        if len(launches) == cuda_tuning.LAUNCHES:
+            assert len(others) == cuda_tuning.LAUNCHES - 1
+            if any(isinstance(a, HopperTile) for a in arguments):
+                return self.hopper_us
+            return self.cost(next((a for a in arguments if isinstance(a, Tile)), None))
+        if len(launches) == 1:
+            self.runs.append(self.runs.pop(0))
+            return 1e3 * self.runs[-1]
+        return 5.0  # attention: all alike
+
+
+def splits_are_slow(tile: Tile | None) -> float:
+    """Fewest splits, then the narrowest block, is best; cuDNN is worst."""
+    return 1000.0 if tile is None else 10.0 * tile.splits + tile.block_n
+
+
+def run(plan: Plan, timer: FakeTimer, **options: Any) -> Found:
+    return tune(plan, SINGLE, CPU, 1e6, timer=timer, tried=3, **options)
+
+
+def test_the_fastest_tile_runs_and_is_kept(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    timer = FakeTimer(splits_are_slow)
+    lines: list[str] = []
+    found = run(plan, timer, progress=lines.append)
+    assert timer.compiled > len(plan.steps)
+    convolutions = [step for step in plan.steps if isinstance(step, ConvStep)]
+    assert set(found.tiles) == {product_key(work_of(plan, s), "ieee") for s in convolutions}
+    for result in found.tiles.values():
+        assert result.us == splits_are_slow(Tile(*result.choice)) <= result.default_us
+    assert any(result.choice != result.default for result in found.tiles.values())
+    assert (found.before_ms, found.now_ms) == (3.0, 2.0)
+    assert any(line.startswith("u.e2: ") and line.endswith("x") for line in lines)
+    monkeypatch.setattr(cache, "_known", {})  # another process
+    tuned = kept(CPU, SINGLE)
+    assert tuned == found.tuned()
+    executor = CudaExecutor.of(plan, SINGLE, tuned=tuned)
+    for step in convolutions:
+        assert executor.tile(step) == tuned.tile(work_of(plan, step), "ieee")
+    assert executor.chosen_by.startswith("measurement")
+    check(cast(plan, torch.float64), executor, *inputs(plan))
+    rows = gains(plan, SINGLE, CPU, found)
+    assert [row[0] for row in rows] == [step.name for step in plan.steps]
+    assert all(now <= before for _, _, before, _, now in rows)
+
+
+def test_pytorchs_own_convolution_is_a_candidate(plan: Plan) -> None:
+    found = run(plan, FakeTimer(lambda tile: 1.0 if tile is None else 50.0))
+    assert {result.choice for result in found.tiles.values()} == {"cudnn"}
+    executor = CudaExecutor.of(plan, SINGLE, tuned=found.tuned())
+    assert set(executor.choices.values()) == {"cudnn", "attention"}
+    check(cast(plan, torch.float64), executor, *inputs(plan))
+
+
+def test_a_little_faster_is_no_reason_to_change(short: Plan) -> None:
+    default = {
+        step.name: CudaExecutor.of(short, SINGLE).tile(step) for step in short.steps if isinstance(step, ConvStep)
+    }
+    found = run(short, FakeTimer(lambda tile: 10.0 if tile in default.values() else 9.9))
+    assert all(result.choice == result.default for result in found.tiles.values())
+
+
+def test_what_is_slower_in_the_whole_is_dropped(short: Plan) -> None:
+    found = run(short, FakeTimer(splits_are_slow, (2.0, 2.1)))
+    assert (found.tiles, found.attention) == ({}, {})
+    assert kept(CPU, SINGLE) == Tuned()
+
+
+def test_a_wrong_tile_is_no_contestant(short: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One that computes zeros, and one that raises, though they are the fastest."""
+    step = next(s for s in short.steps if s.name == "u.block")
+    assert isinstance(step, ConvStep)
+    default = CudaExecutor.of(short, SINGLE).tile(step)
+    zeros, raising = default._replace(num_warps=2), default._replace(num_warps=8)
+    monkeypatch.setattr(cuda_tuning, "tiles", lambda *args: iter([zeros, raising]))
+    original = conv_kernels.conv_forward
+
+    def faulty(conv: Any, source: Any, weight: Any, bias: Any, stores: Any, tile: Tile, **options: Any) -> None:
+        if tile == raising:
+            raise RuntimeError("CUDA error: invalid argument")
+        original(conv, source, weight, bias, stores, tile, **options)
+        if tile == zeros:
+            for written in [store.view for store in stores] or [options["merge"].raw]:
+                written.zero_()
+
+    monkeypatch.setattr(conv_kernels, "conv_forward", faulty)
+    found = run(short, FakeTimer(lambda tile: 1.0 if tile in (zeros, raising) else 10.0))
+    assert tuple(zeros) not in {result.choice for result in found.tiles.values()}
+    assert tuple(raising) not in {result.choice for result in found.tiles.values()}
+
+
+def test_an_interrupted_tuning_keeps_what_it_found(short: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: set[int] = set()
+
+    def cost(tile: Tile | None) -> float:
+        seen.add(len(list(cache.entries(cache.CHOICES))))
+        (entry,) = list(cache.entries(cache.CHOICES)) or [None]
+        if entry is not None and len(entry.value["tiles"]) == 1:
+            raise KeyboardInterrupt
+        return splits_are_slow(tile)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(short, FakeTimer(cost))
+    monkeypatch.setattr(cache, "_known", {})
+    assert len(kept(CPU, SINGLE).tiles) == 1
+    assert seen == {0, 1}
+
+
+def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where it is the fastest it is kept, and runs in the next process; not for steps that it cannot compute."""
+    tile = HopperTile(4, 2)
+    ran: list[HopperTile] = []
+    block = next(step for step in short.steps if step.name == "u.block")
+    assert isinstance(block, ConvStep)
+    default = CudaExecutor.of(short, SINGLE).tile(block)._replace(splits=1, fused=False)
+
+    def forward(*arguments: Any, **where: Any) -> None:
+        *operands, given = arguments
+        ran.append(given)
+        conv_kernels.conv_forward(*operands, default, **where)
+
+    monkeypatch.setattr(hopper, "unsupported", lambda conv, tile=None: "transposed" if conv.transposed else None)
+    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(hopper, "CANDIDATES", (tile,))
+    monkeypatch.setattr(hopper, "hopper_forward", forward)
+    timer = FakeTimer(splits_are_slow, hopper_us=1.0)
+    found = run(short, timer)
+    chosen = {step.name: found.tiles[product_key(work_of(short, step), "ieee")] for step in short.steps
+              if isinstance(step, ConvStep)}  # fmt: skip
+    assert chosen["u.block"].choice == ("hopper", 4, 2, 8, 4)
+    assert chosen["u.block"].us == 1.0
+    assert chosen["u.d1"].choice[0] != "hopper"
+    monkeypatch.setattr(cache, "_known", {})  # another process
+    tuned = kept(CPU, SINGLE)
+    executor = CudaExecutor.of(short, SINGLE, tuned=tuned)
+    assert executor.choices["u.block"] == "hopper 8x4x64/2"
+    assert next(row[3] for row in gains(short, SINGLE, CPU, found)) == "hopper 8x4x64/2"
+    ran.clear()
+    executor.memory.arena.zero_()
+    for launch in executor.launches():
+        launch()
+    assert ran == [tile]
+    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: "another card")
+    assert not executor.choices["u.block"].startswith("hopper")
+
+
+class Group:
+    """Steps in one launch, on a machine without the kernel: they run one by one."""
+
+    def __init__(self, steps: int) -> None:
+        self.layers = [None] * steps
+
+
+@pytest.fixture
+def shared(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Executors whose first two steps share a launch where 64 rows do."""
+
+    def groups(executor: CudaExecutor) -> dict[int, Any]:
+        rows = executor.options.deep_rows
+        if rows is None:
+            rows = executor.weights.tuned.deep_rows.get(entry_name(executor.plan), 0)
+        return {0: Group(2)} if rows >= 64 else {}
+
+    def launch(plan: Plan, first: int, group: Group, view: Any) -> tuple[Callable[[], None], None]:
+        return (lambda: None), None
+
+    monkeypatch.setattr(CudaExecutor, "_deep_groups", groups)
+    monkeypatch.setattr(cuda_executor, "group_launch", launch)
+
+
+@pytest.mark.usefixtures("shared")
+@pytest.mark.parametrize(("with_us", "rows"), [(1.9, 64), (1.97, 0)])
+def test_deep_layers_share_a_launch_where_the_whole_gains(short: Plan, with_us: float, rows: int) -> None:
+    """By two percent at least; that plan only."""
+
+    class DeepTimer(FakeTimer):
+        def time(self, launches: Sequence[Callable[[], None]]) -> float:
+            (launch, *_) = launches
+            if len(launches) == 1 and len(getattr(launch, "args", [[]])[0]) == len(short.steps):
+                return 1e3 * with_us
+            return super().time(launches)
+
+    found = run(short, DeepTimer(splits_are_slow, (3.0, 2.0)))
+    assert found.deep_rows == ({entry_name(short): rows} if rows else {})
+    assert found.now_ms == pytest.approx(with_us if rows else 2.0)
+    tuned = kept(CPU, SINGLE)
+    assert tuned.deep_rows == found.deep_rows
+    executor = CudaExecutor.of(short, SINGLE, tuned=tuned)
+    first = [executor.choices[step.name] for step in short.steps[:2]]
+    assert (first == ["deep", "deep"]) == bool(rows)
+    assert len(executor.launches()) == len(short.steps) + (not rows)
+    assert len(executor.launches([step.regions for step in short.steps])) == len(short.steps) + 1
+    assert CudaExecutor.of(short, SINGLE, tuned=tuned, deep_rows=0).choices[short.steps[0].name] != "deep"
+    larger = executor.resized(short.resized(2, short.height, short.width))
+    assert "deep" not in larger.choices.values()
+
+
+@pytest.mark.parametrize("value", [None, {}, {"tiles": [1]}, {"tiles": [], "attention": [[[1], 2]]}], ids=str)
+def test_a_spoilt_entry_is_as_if_not_there(value: Any) -> None:
+    cache.put(cache.key_for(CPU, SINGLE), cache.CHOICES, "engine x", value)
+    assert kept(CPU, SINGLE) == Tuned()
+
+
+def test_attention_shapes(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The shapes that are measured are those that run."""
+    timer = FakeTimer(splits_are_slow)
+    calls: list[int] = []
+
+    def time(launches: Sequence[Callable[[], None]]) -> float:
+        if len(launches) == 8:
+            calls.append(1)
+            return 5.0 / len(calls)  # ever faster: the last is taken
+        return FakeTimer.time(timer, launches)
+
+    monkeypatch.setattr(timer, "time", time)
+    found = run(plan, timer)
+    (key,) = found.attention
+    assert key == (8, 64, 1)
+    result = found.attention[key]
+    assert result.us < result.default_us
+    executor = CudaExecutor.of(plan, SINGLE, tuned=found.tuned())
+    check(cast(plan, torch.float64), executor, *inputs(plan))
+
+
+def test_tiles_fit_the_cards_memory() -> None:
+    from lgnet_fast.kernels.cards import CARDS
+
+    work = Work(4096, 256, (9,), 256, False, False)
+    for card in CARDS.values():
+        for kind, element in (("half", 2), ("tf32", 4), ("ieee", 4)):
+            found = list(tiles(work, kind, card.generation, card.num_sms))
+            assert len(found) > 10
+            assert len(set(found)) == len(found)
+            for tile in found:
+                used = tile.num_stages * tile.block_k * (tile.block_m + tile.block_n) * element
+                assert used <= card.shared_limit
+            assert pick_tile(work, kind, card.generation, card.num_sms)

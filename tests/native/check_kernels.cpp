@@ -1,0 +1,584 @@
+// Every kernel of one instruction set against the portable kernels and against double precision, without Python: for
+// cross-compiled builds under an emulator, and for any other. Linked with csrc/*.cpp except the bindings.
+//
+//   check_kernels [NAME]      NAME: an instruction set (default: the best that this processor has); "list" prints
+//   them
+//
+// The rule is that of tests/support.py: an error of at most twice the portable kernel's in the same element type,
+// plus a few roundings of the output's scale. Exits with 1 where a check failed.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "../../csrc/attention.h"
+#include "../../csrc/half.h"
+#include "../../csrc/isa.h"
+#include "../../csrc/merge_concat.h"
+#include "../../csrc/program.h"
+
+using namespace lgnet;
+
+namespace {
+
+using Values = std::vector<double>;
+
+std::string g_isa;
+int g_checks = 0, g_failed = 0;
+
+double epsilon(DType dtype) {
+  switch (dtype) {
+    case DType::float64:
+      return 0x1p-52;
+    case DType::float32:
+      return 0x1p-23;
+    case DType::float16:
+      return 0x1p-10;
+    default:
+      return 0x1p-7;
+  }
+}
+
+double worst(const Values& actual, const Values& exact) {
+  double error = actual.size() == exact.size() ? 0 : std::numeric_limits<double>::infinity();
+  for (size_t i = 0; i < std::min(actual.size(), exact.size()); ++i) {
+    const double e = std::fabs(actual[i] - exact[i]);
+    if (!(e <= error)) error = e;  // NaN stays
+  }
+  return error;
+}
+
+void expect(const std::string& name, bool good, const std::string& detail) {
+  ++g_checks;
+  g_failed += !good;
+  if (!good) std::printf("FAIL  %s: %s\n", name.c_str(), detail.c_str());
+}
+
+// See tests/support.py, assert_accurate.
+void accurate(const std::string& name, const Values& actual, const Values& exact, const Values& portable, DType dtype,
+              double factor = 2) {
+  double scale = 0;
+  for (double value : exact) scale = std::max(scale, std::fabs(value));
+  const double roundings = dtype == DType::float32 ? 4 : dtype == DType::float64 ? 4096 : 1;
+  const double error = worst(actual, exact), reference = worst(portable, exact);
+  const double bound = factor * reference + roundings * epsilon(dtype) * scale;
+  char text[160];
+  std::snprintf(text, sizeof(text), "error %.3e, bound %.3e (portable %.3e, scale %.3e)", error, bound, reference,
+                scale);
+  expect(name, error <= bound, text);
+}
+
+Values random(size_t count, unsigned seed, double scale = 1) {
+  std::mt19937 engine(seed);
+  std::normal_distribution<double> normal;
+  Values values(count);
+  for (double& value : values) value = scale * normal(engine);
+  return values;
+}
+
+// A contiguous tensor of any element type.
+class Tensor {
+ public:
+  Tensor(std::array<int64_t, 4> size, DType dtype)
+      : size_(size), dtype_(dtype), bytes_(count() * element_size(dtype)) {}
+  Tensor(std::array<int64_t, 4> size, DType dtype, const Values& values) : Tensor(size, dtype) {
+    for (size_t i = 0; i < values.size(); ++i) put(i, values[i]);
+  }
+  size_t count() const { return static_cast<size_t>(size_[0] * size_[1] * size_[2] * size_[3]); }
+  TensorArg arg() {
+    TensorArg arg{static_cast<int64_t>(reinterpret_cast<uintptr_t>(bytes_.data())), static_cast<int64_t>(dtype_)};
+    int64_t stride = 1;
+    for (int i = 3; i >= 0; --i) {
+      arg[2 + i] = size_[i];
+      arg[6 + i] = stride;
+      stride *= size_[i];
+    }
+    return arg;
+  }
+  Values values() const {
+    Values values(count());
+    for (size_t i = 0; i < values.size(); ++i) values[i] = at(i);
+    return values;
+  }
+  const std::vector<char>& bytes() const { return bytes_; }
+
+ private:
+  template <class T>
+  T element(size_t i) const {
+    T value;
+    std::memcpy(&value, bytes_.data() + i * sizeof(T), sizeof(T));
+    return value;
+  }
+  template <class T>
+  void set(size_t i, T value) {
+    std::memcpy(bytes_.data() + i * sizeof(T), &value, sizeof(T));
+  }
+  double at(size_t i) const {
+    switch (dtype_) {
+      case DType::float64:
+        return element<double>(i);
+      case DType::float32:
+        return element<float>(i);
+      case DType::float16:
+        return to_float(element<f16>(i));
+      default:
+        return to_float(element<bf16>(i));
+    }
+  }
+  void put(size_t i, double value) {
+    switch (dtype_) {
+      case DType::float64:
+        return set(i, value);
+      case DType::float32:
+        return set(i, static_cast<float>(value));
+      case DType::float16:
+        return set(i, to_f16(static_cast<float>(value)));
+      default:
+        return set(i, to_bf16(static_cast<float>(value)));
+    }
+  }
+
+  std::array<int64_t, 4> size_;
+  DType dtype_;
+  std::vector<char> bytes_;
+};
+
+const TensorArg kNone{};
+
+// --- attention -----------------------------------------------------------------------------------------------------
+
+// out, attended and the features' gradient, of inputs rounded to `dtype` and computed in `compute`.
+std::vector<Values> attend(const char* isa, std::array<int64_t, 4> size, DType dtype, DType compute, bool released,
+                           int64_t threads) {
+  set_isa(isa);
+  const int64_t channels = size[1], positions = size[2] * size[3];
+  const auto rounded = [&](std::array<int64_t, 4> shape, unsigned seed, double scale) {
+    const size_t count = static_cast<size_t>(shape[0] * shape[1] * shape[2] * shape[3]);
+    return Tensor(shape, compute, Tensor(shape, dtype, random(count, seed, scale)).values());
+  };
+  Tensor features = rounded(size, 1, 1), grad = rounded(size, 2, 1);
+  Tensor weight = rounded({1, 1, channels, 2 * channels}, 3, 1 / std::sqrt(static_cast<double>(channels)));
+  Tensor bias = rounded({1, 1, 1, channels}, 4, 1);
+  Tensor out(size, compute), attended(size, compute), grad_features(size, compute);
+  Tensor stats({1, 2, size[0], positions}, compute == DType::float64 ? DType::float64 : DType::float32);
+  attention_forward(features.arg(), weight.arg(), bias.arg(), released, out.arg(), attended.arg(), stats.arg(),
+                    threads);
+  attention_backward(grad.arg(), features.arg(), attended.arg(), stats.arg(), released, grad_features.arg(), threads);
+  return {out.values(), attended.values(), grad_features.values()};
+}
+
+void check_attention() {
+  const std::array<int64_t, 4> sizes[] = {{1, 1, 1, 1},   {2, 7, 9, 13},   {1, 40, 15, 17},
+                                          {1, 64, 12, 8}, {1, 192, 1, 50}, {1, 387, 3, 9}};
+  const char* parts[] = {"out", "attended", "gradient"};
+  for (const auto& size : sizes) {
+    for (DType dtype : {DType::float32, DType::bfloat16, DType::float64}) {
+      for (bool released : {true, false}) {
+        const auto exact = attend("portable", size, dtype, DType::float64, released, 1);
+        const auto portable = attend("portable", size, dtype, dtype, released, 1);
+        for (int64_t threads : {1, 3}) {
+          const auto actual = attend(g_isa.c_str(), size, dtype, dtype, released, threads);
+          for (int i = 0; i < 3; ++i) {
+            accurate(std::string("attention ") + parts[i] + " " + dtype_name(dtype) +
+                         (released ? " released " : " paper ") + shape_string({size[0], size[1], size[2], size[3]}) +
+                         " threads " + std::to_string(threads),
+                     actual[i], exact[i], portable[i], dtype);
+          }
+        }
+      }
+    }
+  }
+}
+
+// --- merge ---------------------------------------------------------------------------------------------------------
+
+std::vector<Values> merge(const char* isa, DType dtype, DType compute, bool concat, bool tanh) {
+  set_isa(isa);
+  const int64_t height = 17, width = 31;
+  const auto rounded = [&](int64_t channels, unsigned seed, bool mask) {
+    const std::array<int64_t, 4> shape{2, channels, height, width};
+    Values values = random(static_cast<size_t>(2 * channels * height * width), seed, 2);
+    for (double& value : values) value = mask ? std::clamp(value, 0.0, 1.0) : value;
+    return Tensor(shape, compute, Tensor(shape, dtype, values).values());
+  };
+  Tensor image = rounded(3, 1, false), output = rounded(3, 2, false), mask = rounded(1, 3, true);
+  Tensor grad = rounded(concat ? 4 : 3, 4, false), out({2, concat ? 4 : 3, height, width}, compute);
+  Tensor grad_image({2, 3, height, width}, compute), grad_output = grad_image,
+                                                     grad_mask({2, 1, height, width}, compute);
+  merge_forward(image.arg(), output.arg(), mask.arg(), concat, tanh, out.arg(), 2);
+  merge_backward(grad.arg(), image.arg(), output.arg(), mask.arg(), concat, tanh, grad_image.arg(), grad_output.arg(),
+                 grad_mask.arg(), 2);
+  return {out.values(), grad_image.values(), grad_output.values(), grad_mask.values()};
+}
+
+void check_merge() {
+  for (DType dtype : {DType::float32, DType::bfloat16, DType::float16, DType::float64}) {
+    for (bool concat : {true, false}) {
+      for (bool tanh : {true, false}) {
+        const auto exact = merge("portable", dtype, DType::float64, concat, tanh);
+        const auto portable = merge("portable", dtype, dtype, concat, tanh);
+        const auto actual = merge(g_isa.c_str(), dtype, dtype, concat, tanh);
+        for (size_t i = 0; i < actual.size(); ++i) {
+          accurate(std::string("merge ") + dtype_name(dtype) + (concat ? " concat" : "") + (tanh ? " tanh" : "") +
+                       " " + std::to_string(i),
+                   actual[i], exact[i], portable[i], dtype);
+        }
+      }
+    }
+  }
+}
+
+// Conversions from and to the 16-bit formats: halves of two numbers, added, are one float32 rounding and one to 16
+// bits whatever the instructions. All bits equal, infinities and subnormal numbers included.
+void check_halves() {
+  for (DType dtype : {DType::bfloat16, DType::float16}) {
+    const int64_t count = 65536;
+    std::vector<uint16_t> image(3 * count), output(3 * count), mask(count);
+    std::mt19937 engine(5);
+    for (int64_t i = 0; i < 3 * count; ++i) {
+      image[i] = static_cast<uint16_t>(i);
+      output[i] = static_cast<uint16_t>(engine());
+    }
+    const auto one_half = dtype == DType::float16 ? to_f16(0.5f).bits : to_bf16(0.5f).bits;
+    std::fill(mask.begin(), mask.end(), one_half);
+    const auto arg = [&](const std::vector<uint16_t>& data, int64_t channels) {
+      return TensorArg{static_cast<int64_t>(reinterpret_cast<uintptr_t>(data.data())),
+                       static_cast<int64_t>(dtype),
+                       1,
+                       channels,
+                       1,
+                       count,
+                       channels * count,
+                       count,
+                       count,
+                       1};
+    };
+    std::vector<uint16_t> results[2];
+    for (int i = 0; i < 2; ++i) {
+      results[i].resize(3 * count);
+      set_isa(i ? g_isa : "portable");
+      merge_forward(arg(image, 3), arg(output, 3), arg(mask, 1), false, false, arg(results[i], 3), 1);
+    }
+    int64_t different = 0;
+    const uint16_t infinity = dtype == DType::float16 ? 0x7c00 : 0x7f80;
+    for (int64_t i = 0; i < 3 * count; ++i) {
+      const bool nan = (results[0][i] & 0x7fff) > infinity && (results[1][i] & 0x7fff) > infinity;
+      different += results[0][i] != results[1][i] && !nan;
+    }
+    expect(std::string("conversions of ") + dtype_name(dtype), different == 0, std::to_string(different) + " differ");
+  }
+}
+
+// --- convolutions --------------------------------------------------------------------------------------------------
+
+struct Shape {
+  int64_t batch, height, width, channels, outputs, ky, kx, step, tile;
+  bool reflect, residual;
+};
+
+// G [m + r - 1][r] of Winograd's F(m, r) (see conv_kernels.h).
+std::vector<Values> weight_transform(int64_t m, int64_t r) {
+  if (r == 1) return std::vector<Values>(static_cast<size_t>(m), Values{1});
+  Values points{0, 1, -1};
+  if (m == 4) points = r == 3 ? Values{0, 0.75, -0.75, 1.5, -1.5} : Values{0, 0.75, -0.75, 1.5};
+  points.resize(static_cast<size_t>(m + r - 2));
+  std::vector<Values> rows;
+  for (size_t p = 0; p < points.size(); ++p) {
+    double divisor = 1;
+    for (size_t q = 0; q < points.size(); ++q) divisor *= q == p ? 1 : points[p] - points[q];
+    Values row;
+    for (int64_t j = 0; j < r; ++j) row.push_back(std::pow(points[p], static_cast<double>(j)) / divisor);
+    rows.push_back(row);
+  }
+  rows.push_back(Values(static_cast<size_t>(r), 0.0));
+  rows.back().back() = 1;
+  return rows;
+}
+
+// [slices][panels][units][panel's columns][pair] of weights [depth][outputs], as cpu_executor.py packs them.
+void pack(const ConvKernels& kernels, const Values& weights, int64_t depth, int64_t outputs,
+          std::vector<uint32_t>& to) {
+  const int64_t columns = round_up(outputs, kernels.lanes), units = depth / kernels.pair;
+  const auto value = [&](int64_t k, int64_t n) {
+    return n < outputs ? static_cast<float>(weights[static_cast<size_t>(k * outputs + n)]) : 0.0f;
+  };
+  for (int64_t begin = 0; begin < units; begin += kernels.depth) {
+    for (int64_t n0 = 0; n0 < columns; n0 += kernels.panel) {
+      for (int64_t k = begin; k < std::min(units, begin + kernels.depth); ++k) {
+        for (int64_t n = n0; n < std::min(columns, n0 + kernels.panel); ++n) {
+          uint32_t unit;
+          if (kernels.pair == 1) {
+            const float x = value(k, n);
+            std::memcpy(&unit, &x, 4);
+          } else {
+            unit = to_bf16(value(2 * k, n)).bits | static_cast<uint32_t>(to_bf16(value(2 * k + 1, n)).bits) << 16;
+          }
+          to.push_back(unit);
+        }
+      }
+    }
+  }
+}
+
+struct Layer {
+  Shape shape;
+  Values source, weight, bias, residual;  // NHWC, [ky][kx][in][out]
+
+  explicit Layer(const Shape& s) : shape(s) {
+    const auto count = [](int64_t n) { return static_cast<size_t>(n); };
+    source = random(count(s.batch * s.height * s.width * s.channels), 1);
+    weight = random(count(s.ky * s.kx * s.channels * s.outputs), 2,
+                    1 / std::sqrt(static_cast<double>(s.ky * s.kx * s.channels)));
+    bias = random(count(s.outputs), 3);
+    residual = random(count(s.batch * out_height() * out_width() * s.outputs), 4);
+    for (Values* values : {&source, &weight, &bias, &residual}) {
+      for (double& value : *values) value = static_cast<float>(value);
+    }
+  }
+  int64_t out_height() const { return ceil_div(shape.height, shape.step); }
+  int64_t out_width() const { return ceil_div(shape.width, shape.step); }
+
+  // By the definition, summed in T from inputs rounded by `round`.
+  template <class T, class Round>
+  Values direct(Round round) const {
+    const Shape& s = shape;
+    Values out;
+    const auto index = [&](int64_t i, int64_t size) {
+      if (s.reflect) i = reflected(i, size);
+      return i >= 0 && i < size ? i : -1;
+    };
+    for (int64_t b = 0; b < s.batch; ++b) {
+      for (int64_t oy = 0; oy < out_height(); ++oy) {
+        for (int64_t ox = 0; ox < out_width(); ++ox) {
+          for (int64_t n = 0; n < s.outputs; ++n) {
+            T sum = 0;
+            for (int64_t ty = 0; ty < s.ky; ++ty) {
+              const int64_t y = index(oy * s.step + ty - s.ky / 2, s.height);
+              for (int64_t tx = 0; tx < s.kx && y >= 0; ++tx) {
+                const int64_t x = index(ox * s.step + tx - s.kx / 2, s.width);
+                if (x < 0) continue;
+                const double* pixel = source.data() + ((b * s.height + y) * s.width + x) * s.channels;
+                const double* taps = weight.data() + (ty * s.kx + tx) * s.channels * s.outputs + n;
+                for (int64_t c = 0; c < s.channels; ++c) {
+                  sum += static_cast<T>(round(pixel[c])) * static_cast<T>(round(taps[c * s.outputs]));
+                }
+              }
+            }
+            const size_t at = out.size();
+            const double value = sum + static_cast<T>(bias[n]) + static_cast<T>(s.residual ? residual[at] : 0);
+            out.push_back(value > 0 ? value : 0.2 * value);
+          }
+        }
+      }
+    }
+    return out;
+  }
+
+  Values by_kernels(bool bf16, int64_t threads) const;
+};
+
+// One job: a group of all taps from one start (Winograd), or of one tap from each start (direct).
+Values Layer::by_kernels(bool bf16, int64_t threads) const {
+  const Shape& s = shape;
+  const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;
+  const int64_t padded = round_up(s.channels, kernels.pair);
+  Group group;
+  std::vector<uint32_t> packed;
+  if (s.tile == 1) {
+    Values taps;
+    for (int64_t tap = 0; tap < s.ky * s.kx; ++tap) {
+      group.starts.push_back({tap / s.kx - s.ky / 2, tap % s.kx - s.kx / 2});
+      const auto begin = weight.begin() + tap * s.channels * s.outputs;
+      taps.insert(taps.end(), begin, begin + s.channels * s.outputs);
+      taps.resize(static_cast<size_t>((tap + 1) * padded * s.outputs), 0.0);
+    }
+    pack(kernels, taps, s.ky * s.kx * padded, s.outputs, packed);
+  } else {
+    group.ry = s.ky;
+    group.rx = s.kx;
+    group.starts.push_back({-(s.ky / 2), -(s.kx / 2)});
+    for (const Values& gy : weight_transform(s.tile, s.ky)) {
+      for (const Values& gx : weight_transform(s.tile, s.kx)) {
+        Values point(static_cast<size_t>(padded * s.outputs), 0.0);
+        for (int64_t i = 0; i < s.channels * s.outputs; ++i) {
+          for (int64_t tap = 0; tap < s.ky * s.kx; ++tap) {
+            point[i] += gy[tap / s.kx] * gx[tap % s.kx] * weight[tap * s.channels * s.outputs + i];
+          }
+        }
+        pack(kernels, point, padded, s.outputs, packed);
+      }
+    }
+  }
+  // The kernel reads ahead of the weights it multiplies, but prefetches only.
+  std::vector<float> biases(static_cast<size_t>(s.outputs + 64), 0.0f);
+  std::copy(bias.begin(), bias.end(), biases.begin());
+
+  ConvStep step;
+  const int64_t pixels = s.batch * s.height * s.width, out_pixels = s.batch * out_height() * out_width();
+  step.source = {0, s.height, s.width, s.channels, s.channels};
+  step.out_height = out_height();
+  step.out_width = out_width();
+  step.out_channels = s.outputs;
+  const int64_t out_at = round_up(pixels * s.channels, 16),
+                residual_at = out_at + round_up(out_pixels * s.outputs, 16);
+  step.targets.push_back({out_at, s.outputs, Activation::leaky_relu});
+  if (s.residual) step.residual = TargetSpec{residual_at, s.outputs, Activation::none};
+  step.weight = reinterpret_cast<uintptr_t>(packed.data());
+  step.bias = reinterpret_cast<uintptr_t>(biases.data());
+  step.bf16 = bf16;
+  step.reflect = s.reflect;
+  step.in_step = s.step;
+  step.tile = s.tile;
+  step.jobs.push_back({0, 0, {group}});
+  const Rect everywhere{0, out_height(), 0, out_width()};
+  step.regions.push_back({everywhere, {0, s.height, 0, s.width}, -1});
+
+  Memory memory;
+  memory.arena = Pages(4 * (residual_at + round_up(out_pixels * s.outputs, 16)));
+  const std::vector<float> zeros(static_cast<size_t>(s.channels), 0.0f);
+  Run run{current_kernels(), memory, s.batch, threads, zeros.data(), 0, View{}, View{}};
+  std::copy(source.begin(), source.end(), run.arena(0));
+  std::copy(residual.begin(), residual.end(), run.arena(residual_at));
+  run_step(step, step.regions, run);
+  return Values(run.arena(out_at), run.arena(out_at) + out_pixels * s.outputs);
+}
+
+void check_convolution(const Shape& s) {
+  const Layer layer(s);
+  const std::string name = "convolution " + std::to_string(s.ky) + "x" + std::to_string(s.kx) + " " +
+                           std::to_string(s.channels) + " to " + std::to_string(s.outputs) + " tile " +
+                           std::to_string(s.tile) + (s.reflect ? " reflect" : "");
+  const Values exact = layer.direct<double>([](double x) { return x; });
+  set_isa("portable");
+  const Values portable = layer.by_kernels(false, 1);
+  accurate(name + " portable", portable, exact, layer.direct<float>([](double x) { return x; }), DType::float32,
+           s.tile == 1 ? 2 : 16);
+  set_isa(g_isa);
+  for (int64_t threads : {1, 3}) accurate(name, layer.by_kernels(false, threads), exact, portable, DType::float32);
+  if (current_kernels().conv.bf16.product && s.tile < 4) {
+    const Values rounded = layer.direct<float>([](double x) { return to_float(to_bf16(static_cast<float>(x))); });
+    for (int64_t threads : {1, 3}) {
+      accurate(name + " bf16", layer.by_kernels(true, threads), exact, rounded, DType::float32, s.tile == 1 ? 2 : 8);
+    }
+  }
+}
+
+void check_convolutions() {
+  for (int64_t tile : {2, 4}) {
+    for (int64_t ky : {1, 2, 3}) {
+      for (int64_t kx : {1, 2, 3}) {
+        if (ky * kx == 1) continue;
+        check_convolution({2, 13, 11, 5, 7, ky, kx, 1, tile, false, true});
+        check_convolution({1, 8, 13, 20, 40, ky, kx, 1, tile, true, false});
+      }
+    }
+  }
+  for (int64_t step : {1, 2}) {
+    check_convolution({2, 13, 11, 5, 7, 5, 5, step, 1, false, true});
+    check_convolution({1, 12, 17, 4, 48, 7, 7, step, 1, true, false});
+    check_convolution({1, 9, 8, 64, 20, 3, 3, step, 1, false, false});
+  }
+  check_convolution({1, 8, 9, 210, 52, 3, 3, 1, 4, false, true});
+}
+
+// The last step of a stage: 3 output channels, tanh, merge. Weights [kernel rows][channels][column tap * 3 + out].
+void check_last_step() {
+  Shape s{1, 18, 21, 24, 3, 7, 7, 1, 1, true, false};
+  const Layer layer(s);
+  const std::vector<float> zeros(static_cast<size_t>(s.channels), 0.0f);
+  Values results[2];
+  for (int i = 0; i < 2; ++i) {
+    set_isa(i ? g_isa : "portable");
+    const ConvKernels& kernels = current_kernels().conv.f32;
+    const int64_t outputs = 3 * s.kx + 1, pixels = s.height * s.width;
+    std::vector<uint32_t> packed;
+    for (int64_t ty = 0; ty < s.ky; ++ty) {
+      Values row(static_cast<size_t>(s.channels * outputs), 0.0);
+      for (int64_t tx = 0; tx < s.kx; ++tx) {
+        for (int64_t c = 0; c < s.channels; ++c) {
+          for (int64_t n = 0; n < 3; ++n) {
+            row[c * outputs + 3 * tx + n] = layer.weight[((ty * s.kx + tx) * s.channels + c) * 3 + n];
+          }
+        }
+      }
+      pack(kernels, row, s.channels, outputs, packed);
+    }
+    std::vector<float> biases(64, 0.0f);
+    std::copy(layer.bias.begin(), layer.bias.end(), biases.begin());
+    LastStep step;
+    step.source = {0, s.height, s.width, s.channels, s.channels};
+    step.out_height = s.height;
+    step.out_width = s.width;
+    const int64_t raw_at = round_up(pixels * s.channels, 16), picture_at = raw_at + round_up(3 * pixels, 16);
+    step.targets.push_back({raw_at, 3, Activation::none});
+    step.weight = reinterpret_cast<uintptr_t>(packed.data());
+    step.bias = reinterpret_cast<uintptr_t>(biases.data());
+    step.reflect = true;
+    step.kernel = s.kx;
+    step.padding = s.kx / 2;
+    step.regions.push_back({{0, s.height, 0, s.width}, {0, s.height, 0, s.width}, -1});
+    Memory memory;
+    memory.arena = Pages(4 * (picture_at + 4 * pixels));
+    Tensor image({1, 3, s.height, s.width}, DType::float32, random(static_cast<size_t>(3 * pixels), 9));
+    Run run{
+        current_kernels(), memory, 1, 2, zeros.data(), picture_at, make_view("check", "image", image.arg()), View{}};
+    std::copy(layer.source.begin(), layer.source.end(), run.arena(0));
+    for (int64_t p = 0; p < pixels; ++p) run.arena(picture_at)[4 * p + 3] = static_cast<float>(p % 3) / 2;
+    run_step(step, step.regions, run);
+    results[i] = Values(run.arena(raw_at), run.arena(raw_at) + 3 * pixels);
+    results[i].insert(results[i].end(), run.arena(picture_at), run.arena(picture_at) + 4 * pixels);
+  }
+  // direct() ends in leaky_relu, which can be undone; the picture is checked against the portable kernels alone.
+  Values exact = layer.direct<double>([](double x) { return x; });
+  for (double& value : exact) value = std::tanh(value > 0 ? value : value / 0.2);
+  const auto raw = [&](const Values& v) { return Values(v.begin(), v.begin() + static_cast<int64_t>(exact.size())); };
+  accurate("last step, raw", raw(results[1]), exact, raw(results[0]), DType::float32);
+  accurate("last step, picture", results[1], results[0], results[0], DType::float32, 0);
+}
+
+void check_choice() {
+  const std::vector<std::string> names = isa_available();
+  expect("portable comes first", names.front() == "portable", names.front());
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2"), avx512 = __builtin_cpu_supports("avx512vl");
+  expect("avx2 as the compiler's library says", avx2 == (std::count(names.begin(), names.end(), "avx2") == 1), "");
+  expect("avx512 as the compiler's library says", avx512 == (std::count(names.begin(), names.end(), "avx512") == 1),
+         "");
+#endif
+  set_isa(g_isa);
+  const ConvKernels& kernels = current_kernels().conv.f32;
+  expect("multiply_add counts", kernels.multiply_add(3) == 3 * kernels.multiply_add(1) && kernels.multiply_add(1) > 0,
+         "");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  const std::vector<std::string> names = isa_available();
+  g_isa = argc > 1 ? argv[1] : names.back();
+  if (g_isa == "list") {
+    for (const std::string& name : names) std::printf("%s\n", name.c_str());
+    return 0;
+  }
+  if (std::find(names.begin(), names.end(), g_isa) == names.end()) {
+    std::fprintf(stderr, "check_kernels: this processor does not run %s\n", g_isa.c_str());
+    return 2;
+  }
+  const std::pair<const char*, void (*)()> subjects[] = {
+      {"choice", check_choice},       {"conversions", check_halves},
+      {"merge", check_merge},         {"convolution", check_convolutions},
+      {"last step", check_last_step}, {"attention", check_attention}};
+  for (const auto& [name, check] : subjects) {
+    const int before = g_checks;
+    check();
+    std::printf("%s: %s, %d checks\n", g_isa.c_str(), name, g_checks - before);
+    std::fflush(stdout);
+  }
+  std::printf("%s: %d checks, %d failed\n", g_isa.c_str(), g_checks, g_failed);
+  return g_failed ? 1 : 0;
+}

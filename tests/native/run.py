@@ -1,0 +1,161 @@
+"""Builds check_kernels.cpp with the kernels, without Python or PyTorch, and runs it for every instruction set.
+
+    python tests/native/run.py          for this machine, by c++ (or $CXX)
+    python tests/native/run.py --arm    for 64-bit Arm: cross-compiled, run under an emulator; the instructions of the
+                                        register blocks' inner loops are counted too (`make test-arm`)
+
+Objects stay in build/native-* and are compiled again only where a source or header is newer. MAX_JOBS bounds the
+jobs.
+Emulated runs show that results are right; they say nothing about speed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+BINDINGS = ("module", "program_bindings")
+# GCC 12 warns thousands of times about undefined values in its AVX-512 header, which it means to be undefined.
+FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+# Program of Debian and Ubuntu -> its package.
+ARM_TOOLS = {
+    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+    "aarch64-linux-gnu-objdump": "binutils-aarch64-linux-gnu",
+    "qemu-aarch64": "qemu-user",
+}
+# The functions whose inner loops are counted, and the least part of products in them.
+BLOCKS = ("conv_block<6>", "score_block", "value_block")
+LEAST_PRODUCTS = 0.85
+LEAST_REGISTERS = 31  # of 32
+
+
+@dataclass(frozen=True)
+class Loop:
+    """The instructions of one innermost loop."""
+
+    function: str
+    instructions: int
+    products: int  # multiply-adds, or dot products, by element
+    registers: int  # vector registers that it names
+    stack: int  # instructions that reach the stack: spills
+
+    @property
+    def part(self) -> float:
+        return self.products / self.instructions
+
+
+def inner_loops(disassembly: str) -> list[Loop]:
+    """The innermost loops of ``objdump -d -C`` for 64-bit Arm that multiply by element."""
+    loops = []
+    for function, body in re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", disassembly + "\n", re.MULTILINE):
+        lines = re.findall(r"^\s*([0-9a-f]+):\s+[0-9a-f]{8}\s+(\S+)[ \t]*(.*)$", body, re.MULTILINE)
+        at = {address: i for i, (address, _, _) in enumerate(lines)}
+        spans = []
+        for i, (_, name, operands) in enumerate(lines):
+            target = re.search(r"\b([0-9a-f]+) <", operands)
+            if re.fullmatch(r"b(\..+)?|cbn?z|tbn?z", name) and target and at.get(target[1], i) < i:
+                spans.append((at[target[1]], i))
+        for begin, end in spans:
+            if any(begin <= b and e <= end for b, e in spans if (b, e) != (begin, end)):
+                continue
+            inside = lines[begin : end + 1]
+            products = sum(name in ("fmla", "bfdot") and "[" in operands for _, name, operands in inside)
+            if products:
+                text = " ".join(operands for _, _, operands in inside)
+                stack = sum("[sp" in operands for _, _, operands in inside)
+                loops.append(
+                    Loop(function, len(inside), products, len(set(re.findall(r"\b[vqs](\d+)\b", text))), stack)
+                )
+    return loops
+
+
+def check_blocks(disassembly: str, classes: tuple[str, ...]) -> list[str]:
+    """A line for each register block of each vector class; raises SystemExit where one falls short."""
+    lines, short = [], False
+    loops = inner_loops(disassembly)
+    for kind in classes:
+        for block in BLOCKS:
+            found = [loop for loop in loops if f"::{kind}::{block}(" in loop.function]
+            if not found:
+                raise SystemExit(f"{kind}::{block}: not found in the disassembly")
+            loop = max(found, key=lambda loop: loop.products)
+            good = loop.part >= LEAST_PRODUCTS and loop.registers >= LEAST_REGISTERS and loop.stack == 0
+            short = short or not good
+            lines.append(
+                f"{'ok  ' if good else 'FAIL'}  {kind}::{block}: {loop.products} products of {loop.instructions} "
+                f"instructions ({loop.part:.1%}), {loop.registers} registers, {loop.stack} spills"
+            )
+    if short:
+        raise SystemExit("\n".join(lines))
+    return lines
+
+
+def missing_tools() -> str | None:
+    """What must be installed for --arm, in one sentence; None where all is there."""
+    packages = [package for tool, package in ARM_TOOLS.items() if shutil.which(tool) is None]
+    return f"test-arm needs: apt-get install {' '.join(packages)}" if packages else None
+
+
+def build(compiler: list[str], folder: Path) -> Path:
+    """Compiles what is out of date and links ``folder``/check_kernels."""
+    folder.mkdir(parents=True, exist_ok=True)
+    sources = [p for p in sorted((ROOT / "csrc").glob("*.cpp")) if p.stem not in BINDINGS]
+    sources.append(ROOT / "tests" / "native" / "check_kernels.cpp")
+    headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inc")]
+    newest = max(p.stat().st_mtime for p in headers)
+
+    def compile_one(source: Path) -> Path:
+        target = folder / f"{source.stem}.o"
+        if not target.is_file() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
+            done = subprocess.run([*compiler, *FLAGS, "-c", str(source), "-o", str(target)], check=False)
+            if done.returncode:
+                target.unlink(missing_ok=True)
+                raise SystemExit(f"{source.name}: does not compile")
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
+        objects = [str(target) for target in pool.map(compile_one, sources)]
+    program = folder / "check_kernels"
+    link = ["-pthread", "-ldl"] if compiler == host_compiler() else ["-pthread", "-static"]
+    subprocess.run([*compiler, *objects, *link, "-o", str(program)], check=True)
+    return program
+
+
+def host_compiler() -> list[str]:
+    return [os.environ.get("CXX") or "c++"]
+
+
+def run_all(command: list[str]) -> bool:
+    """Runs the program for every instruction set that it lists; whether all checks passed."""
+    names = subprocess.run([*command, "list"], capture_output=True, text=True, check=True).stdout.split()
+    return all([subprocess.run([*command, name], check=False).returncode == 0 for name in names])
+
+
+def main(arguments: list[str]) -> int:
+    if arguments not in ([], ["--arm"]):
+        print(__doc__, file=sys.stderr)
+        return 2
+    if not arguments:
+        return 0 if run_all([str(build(host_compiler(), ROOT / "build" / "native-host"))]) else 1
+    if (missing := missing_tools()) is not None:
+        print(missing, file=sys.stderr)
+        return 2
+    folder = ROOT / "build" / "native-arm"
+    program = build(["aarch64-linux-gnu-g++"], folder)
+    for unit, classes in (("isa_neon", ("F32",)), ("isa_neon_bf16", ("F32", "Bf16"))):
+        dump = ["aarch64-linux-gnu-objdump", "-d", "-C", str(folder / f"{unit}.o")]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        print(f"{unit}:")
+        print("\n".join(check_blocks(text, classes)), flush=True)
+    return 0 if run_all(["qemu-aarch64", "-cpu", "max", str(program)]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

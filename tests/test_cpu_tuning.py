@@ -1,0 +1,253 @@
+"""Measured choices of the CPU's kernels: by a fake clock, exactly; by the real one, loosely."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+from collections.abc import Callable, Mapping
+
+import pytest
+import torch
+from torch import Tensor
+
+from lgnet_fast import cache, create_model, load_engine, optimize
+from lgnet_fast.engine import cpu_choice, cpu_tuning
+from lgnet_fast.engine.build import build_plan, plan_stages
+from lgnet_fast.engine.cpu_choice import RATES, Rates, choose_kernels, modelled
+from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu_kernels import BY_STAGES, TILES, Choice
+from lgnet_fast.engine.cpu_tuning import Timing, entry_name, kept, measured_choices, tune
+from lgnet_fast.engine.plan import ConvStep, Plan
+from lgnet_fast.reference.lgnet import LGNet
+from tests.support import assert_accurate, case
+from tests.test_plan import lively
+
+pytestmark = pytest.mark.skipif(
+    CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
+)
+
+SINGLE = torch.float32
+WRONG_RATES = [
+    RATES._replace(**{name: getattr(RATES, name) * factor}) for name in RATES._fields for factor in (0.5, 2.0)
+]
+
+
+@pytest.fixture(autouse=True)
+def machine(tmp_path, monkeypatch):
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
+    monkeypatch.setattr(cache, "_known", {})
+
+
+@pytest.fixture(scope="module")
+def plan() -> Plan:
+    torch.manual_seed(0)
+    model = LGNet(coarse_channels=16, local_channels=32, global_channels=16).eval()
+    return build_plan(plan_stages(model), 1, 256, 256)
+
+
+def true_ms(plan: Plan, choices: Mapping[str, str]) -> list[float]:
+    """Of every step, where the model's rates are right; a chunk of 28 tiles is better than the rule for NetL."""
+    times = []
+    for step in plan.steps:
+        choice = Choice.parse(choices[step.name])
+        if isinstance(step, ConvStep) and choice.kernel in TILES:
+            ms = 1e3 * modelled(step, choice.kernel, choice.pairs, plan.batch, *plan.target(step).size).seconds
+            better = {28: 0.8, BY_STAGES: 0.99} if step.name.startswith("net_l.block") else {}
+            times.append(ms * (better.get(choice.chunk, 1.1) if choice.chunk else 1.0))
+        else:
+            times.append(1.0)
+    return times
+
+
+def fake(plan: Plan, pictures: Callable[[Mapping[str, Choice]], Tensor] | None = None) -> cpu_tuning.Measure:
+    """A machine on which the model's own rates hold, at whatever the model thinks they are."""
+
+    def measure(executor: CpuExecutor) -> Timing:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(cpu_choice, "RATES", Rates())
+            times = true_ms(plan, executor.choices)
+        shown = torch.ones(1, 3, 4, 4) if pictures is None else pictures(executor.weights.choices)
+        return Timing(times, [shown])
+
+    return measure
+
+
+@pytest.mark.parametrize("wrong", WRONG_RATES, ids=str)
+def test_wrong_rates_of_the_model_cost_nothing(plan, wrong, monkeypatch):
+    best = choose_kernels(plan, SINGLE)
+    least = sum(true_ms(plan, best))
+    monkeypatch.setattr(cpu_choice, "RATES", wrong)
+    found = tune(plan, SINGLE, measure=fake(plan))
+    assert found.choices is not None
+    assert {name: str(Choice.parse(text).packed) for name, text in found.choices.items()} == best
+    chunks = {name: Choice.parse(text).chunk for name, text in found.choices.items()}
+    assert {name for name, chunk in chunks.items() if chunk} == {
+        step.name for step in plan.steps if step.name.startswith("net_l.block")
+    }
+    assert set(chunks.values()) == {0, 28}
+    monkeypatch.setattr(cpu_choice, "RATES", RATES)
+    assert sum(true_ms(plan, found.choices)) < least
+    assert found.total_ms == pytest.approx(sum(true_ms(plan, found.choices)))
+
+
+def test_rates_that_are_off_do_mislead_the_model(plan, monkeypatch):
+    """What the test before is about."""
+    best = choose_kernels(plan, SINGLE)
+    misled = 0
+    for wrong in WRONG_RATES:
+        monkeypatch.setattr(cpu_choice, "RATES", wrong)
+        misled += choose_kernels(plan, SINGLE) != best
+    assert misled >= 2
+
+
+def test_what_differs_from_the_plain_kernel_is_left_out(plan, caplog):
+    step = next(s.name for s in plan.steps if choose_kernels(plan, SINGLE)[s.name] == "winograd4")
+    broken = Choice("winograd4")
+
+    def pictures(choices: Mapping[str, Choice]) -> Tensor:
+        return torch.full((1, 3, 4, 4), torch.nan if choices[step].packed == broken else 1.0)
+
+    with caplog.at_level(logging.WARNING, logger="lgnet_fast"):
+        found = tune(plan, SINGLE, measure=fake(plan, pictures))
+    assert found.wrong == [(step, "winograd4")]
+    assert caplog.messages == [f"{step}: winograd4 differs from the plain kernel and is left out"]
+    assert found.choices is not None
+    assert found.choices[step] in ("direct", "winograd2")
+    kernels = {name: Choice.parse(text).kernel for name, text in found.choices.items() if name != step}
+    assert "winograd4" in kernels.values()
+
+
+def test_results_are_kept_as_they_come(plan, monkeypatch):
+    """A tuning that ends after the first round of candidates leaves that, and a later process goes by it."""
+    ticks = itertools.count()
+    with pytest.raises(KeyboardInterrupt):
+        tune(plan, SINGLE, 60, measure=interrupted(fake(plan), 9), clock=lambda: next(ticks))
+    monkeypatch.setattr(cache, "_known", {})
+    (entry,) = cache.entries(cache.CHOICES)
+    assert entry.name == entry_name(plan)
+    assert entry.key == cpu_tuning.key(SINGLE)
+    assert entry.value["choices"] is None
+    assert entry.value["times"]
+    choices = kept(plan, SINGLE)
+    assert choices is not None
+    found = cpu_tuning.Measured.from_dict(entry.value)
+    assert found is not None
+    assert choices == measured_choices(plan, SINGLE, found)
+
+
+def interrupted(measure: cpu_tuning.Measure, calls: int) -> cpu_tuning.Measure:
+    left = iter(range(calls))
+
+    def counted(executor: CpuExecutor) -> Timing:
+        if next(left, None) is None:
+            raise KeyboardInterrupt
+        return measure(executor)
+
+    return counted
+
+
+def test_the_time_is_kept(plan):
+    """Nothing is begun after it: the plain kernels, and whole runs by the model, from which nothing differs."""
+    calls = []
+
+    def measure(executor: CpuExecutor) -> Timing:
+        calls.append(executor)
+        return fake(plan)(executor)
+
+    now = iter([0.0] + [100.0] * 100)
+    found = tune(plan, SINGLE, 10, measure=measure, clock=lambda: next(now))
+    assert len(calls) == 4 + 4
+    assert found.choices is not None
+    assert found.total_ms == found.model_ms
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        None,
+        3,
+        {},
+        {"times": {}, "wrong": [], "choices": {"x": "direct"}, "total_ms": 1},
+        {"times": {}, "wrong": [], "choices": {"x": "direct"}, "total_ms": None, "model_ms": None},
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_not_used(plan, value):
+    cache.put(cpu_tuning.key(SINGLE), cache.CHOICES, entry_name(plan), value)
+    assert kept(plan, SINGLE) is None
+
+
+def test_a_kernel_that_a_step_cannot_have_is_not_used(plan):
+    found = tune(plan, SINGLE, measure=fake(plan))
+    assert kept(plan, SINGLE) == found.choices
+    assert kept(plan.resized(2, 256, 256), SINGLE) is None
+    value = found.as_dict()
+    for name, text in (
+        ("net_c.e1", "winograd2"),
+        ("net_c.d1", "direct"),
+        ("net_c.e2", "narrow"),
+        ("net_l.down1", "?"),
+    ):
+        edited = {**value, "choices": {**value["choices"], name: text}}
+        cache.put(cpu_tuning.key(SINGLE), cache.CHOICES, entry_name(plan), edited)
+        assert kept(plan, SINGLE) is None
+
+
+@pytest.mark.parametrize("chunk", [BY_STAGES, 14, 112])
+def test_chunks_change_no_bit(plan, chunk):
+    """A product sums the same terms in the same order, whatever tiles stand beside it."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
+    mask = torch.ones_like(image[:, :1])
+    executor = CpuExecutor.of(plan)
+    texts = {n: str(c._replace(chunk=chunk)) for n, c in executor.weights.choices.items() if c.kernel in TILES}
+    other = CpuExecutor(plan, executor.weights.with_choices(plan, texts))
+    assert other.weights.data is executor.weights.data
+    assert not other.weights.apart
+    assert_accurate("chunked", other.run(image, mask)[0], executor.run(image, mask)[0])
+
+
+def test_weights_packed_beside_the_others(plan):
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
+    mask = torch.ones_like(image[:, :1])
+    plain = {step.name: cpu_choice.plain_choice(step, False) for step in plan.steps}
+    executor = CpuExecutor.of(plan, SINGLE, plain)
+    changed = {"net_l.block0.first": "winograd4", "net_g.e3": "winograd2"}
+    other = CpuExecutor(plan, executor.weights.with_choices(plan, changed))
+    whole = CpuExecutor.of(plan, SINGLE, {**plain, **changed})
+    assert set(other.weights.apart) == set(changed)
+    assert torch.equal(other.run(image, mask)[0], whole.run(image, mask)[0])
+
+
+def test_a_tuned_engine(tmp_path, caplog):
+    """Measured for real, on a small network: no slower than by the model, the same pictures, and kept."""
+    torch.manual_seed(0)
+    model = lively(create_model("lgnet", coarse_channels=8, local_channels=8, global_channels=8)).float()
+    image, mask = case("gen256", 1, 256, 256, SINGLE)
+    before = optimize(model, device="cpu")
+    assert before._first.executor.chosen_by == "model"
+    assert "chosen by model" in str(before.describe(rounds=1).title)
+    tuned = optimize(model, device="cpu", tune=5)
+    assert tuned._first.executor.chosen_by == "measurement"
+    assert "chosen by measurement" in str(tuned.describe(rounds=1).title)
+    # Other tiles of Winograd's round otherwise, and so lively a network makes much of it.
+    assert_accurate("tuned", tuned(image, mask), before(image, mask), roundings=2**15)
+    found = next(
+        cpu_tuning.Measured.from_dict(e.value) for e in cache.entries(cache.CHOICES) if e.name.startswith("engine")
+    )
+    assert found is not None
+    assert found.total_ms is not None
+    assert found.model_ms is not None
+    assert found.total_ms <= found.model_ms
+    assert dict(optimize(model, device="cpu")._first.executor.choices) == found.choices
+    tuned.save(tmp_path / "engine")
+    loaded = load_engine(tmp_path / "engine")
+    assert loaded._first.executor.chosen_by == "measurement"
+    assert torch.equal(loaded(image, mask), tuned(image, mask))
+
+
+@pytest.mark.parametrize("tune", [-1, "yes", None])
+def test_a_wrong_time_is_refused(tune):
+    with pytest.raises(ValueError, match="tune: expected a bool or a number of seconds"):
+        optimize(create_model("C", coarse_channels=4).eval(), device="cpu", tune=tune)

@@ -1,0 +1,108 @@
+"""The documentation against the repository: links, variables, targets, commands; and the built site."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import typer
+
+from lgnet_fast import cli
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+
+if not (ROOT / "mkdocs.yml").is_file():
+    pytest.skip("needs a checkout", allow_module_level=True)
+
+
+def sources() -> list[Path]:
+    folders = ("lgnet_fast", "kernels", "csrc", "bench", "tests")
+    found = [
+        path for folder in folders for path in (ROOT / folder).rglob("*") if path.suffix in (".py", ".cpp", ".h")
+    ]
+    return [*found, ROOT / "setup.py", ROOT / "Makefile"]
+
+
+def test_every_environment_variable_is_documented():
+    read = re.compile(r"""(?:environ(?:\.get)?[(\[]|getenv\()\s*["'](LGNET_\w+)["']""")
+    named = re.compile(r"""["'](LGNET_(?:FAST|BENCH)_\w+)["']""")
+    page = (DOCS / "environment.md").read_text()
+    found = {name for path in sources() for pattern in (read, named) for name in pattern.findall(path.read_text())}
+    assert {"LGNET_FAST_CACHE", "LGNET_FAST_NO_EXTENSION", "LGNET_BENCH_SMOKE"} <= found
+    assert {name for name in found if f"`{name}`" not in page} == set()
+    assert set(re.findall(r"`(LGNET_\w+)`", page)) <= found
+
+
+def test_make_targets_that_are_named_exist_and_are_in_its_help():
+    makefile = (ROOT / "Makefile").read_text()
+    (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile.replace("\\\n", ""), re.MULTILINE)
+    targets = set(phony.split())
+    helped = set(re.findall(r'^\t@echo "make ([\w-]+)', makefile, re.MULTILINE))
+    assert targets - {"help", "clean"} <= helped <= targets
+    for path in (ROOT / "README.md", *DOCS.glob("*.md"), *(ROOT / ".github").rglob("*.md")):
+        named = re.findall(r"(?:`|^)make ([\w-]+)", path.read_text(), re.MULTILINE)
+        assert set(named) <= targets, path
+
+
+def test_commands_that_are_named_exist():
+    commands = set(typer.main.get_command(cli.app).commands)
+    pages = {ROOT / "README.md", *DOCS.glob("*.md")} - {DOCS / "contributing.md"}  # which names an example of one
+    for path in pages:
+        named = re.findall(r"(?:`|^|\| )lgnet-fast ([a-z]+)", path.read_text(), re.MULTILINE)
+        assert set(named) <= commands, path
+    assert all(f"`lgnet-fast {name}" in (DOCS / "commands.md").read_text() for name in commands)
+
+
+def test_readme_is_short_and_its_links_hold():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    links = [link.split("#")[0] for link in re.findall(r"\]\(([^)]+)\)", text) if not link.startswith("http")]
+    assert links
+    for link in links:
+        assert (ROOT / link).exists(), link
+
+
+def test_files_that_the_code_cites_exist():
+    for path in sources():
+        cited = re.findall(r"\bdocs/[\w.-]+\.(?:md|svg|jpg|jsonl)", path.read_text())
+        assert all((ROOT / name).is_file() for name in cited), (path, cited)
+
+
+def test_every_page_is_in_the_navigation():
+    nav = (ROOT / "mkdocs.yml").read_text().split("\nnav:\n", 1)[1]
+    pages = set(re.findall(r": ([\w-]+\.md)$", nav, re.MULTILINE))
+    assert {page.name for page in DOCS.glob("*.md")} == pages - {"model_card.md", "changelog.md"}
+
+
+def test_examples_are_short():
+    scripts = sorted((ROOT / "examples").glob("*.py"))
+    assert len(scripts) >= 5
+    for script in scripts:
+        assert len(script.read_text().splitlines()) < 40, script
+        assert script.name in (DOCS / "index.md").read_text(), script
+
+
+def test_the_version_stands_in_one_place():
+    import lgnet_fast
+
+    found = subprocess.run(
+        ["git", "grep", "-lF", f'"{lgnet_fast.__version__}"', "--", ".", ":!tests", ":!bench", ":!docs"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    if found.returncode == 128:
+        pytest.skip("needs a clone")
+    assert found.stdout.split() == ["lgnet_fast/version.py"]
+
+
+@pytest.mark.skipif(not (ROOT / "site").is_dir(), reason="`make docs` builds the site first")
+def test_the_site_asks_for_nothing_from_elsewhere():
+    pages = list((ROOT / "site").rglob("*.html"))
+    assert len(pages) > 15
+    loaded = re.compile(r"""<(?:script|img|iframe|source)[^>]+src="?(?:https?:)?//|<link[^>]+href="?(?:https?:)?//""")
+    for page in pages:
+        assert not loaded.search(page.read_text()), page
+    for style in (ROOT / "site").rglob("*.css"):
+        assert not re.search(r"url\(['\"]?(?:https?:)?//|@import", style.read_text()), style

@@ -1,0 +1,75 @@
+"""Limits on how the code is built, counted by tools/house.py, and the counting itself on a small tree."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tools import house
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES_OF_A_TASK = {"operator": 11, "instruction set": 3, "GPU": 2, "command": 3}
+
+
+@pytest.fixture(scope="module")
+def found() -> dict:
+    return house.report(ROOT)
+
+
+def test_signatures_and_functions_are_short(found: dict) -> None:
+    assert found["longest signature outside kernels"]["count"] <= 10, found["longest signature outside kernels"]
+    long = [line for line in found["functions over 60 lines"] if " kernels/" not in line]
+    assert long == []
+
+
+def test_rooms_import_downwards_only_and_in_no_circle(found: dict) -> None:
+    own = [group for group in found["circles of imports"] if not all(".kernels." in name for name in group)]
+    assert own == []
+    assert found["imports upwards"] == []
+
+
+def test_a_task_touches_few_files(found: dict) -> None:
+    for task, count in found["files of a task"].items():
+        assert count <= FILES_OF_A_TASK.get(task, 99), task
+
+
+def tree(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def test_circles_and_upward_imports_are_seen(tmp_path: Path) -> None:
+    root = tree(
+        tmp_path,
+        {
+            "lgnet_fast/__init__.py": "",
+            "lgnet_fast/errors.py": "",
+            "lgnet_fast/reference/__init__.py": "",
+            "lgnet_fast/reference/a.py": "if TYPE_CHECKING:\n    from .b import B\n",
+            "lgnet_fast/reference/b.py": "from . import a\nfrom ..errors import E\n",
+            "lgnet_fast/ops/__init__.py": "from ..reference import a\n",
+            "lgnet_fast/native.py": "def load():\n    from .ops import x\n",
+            "kernels/__init__.py": "",
+        },
+    )
+    imports = house.imports(root)
+    assert house.circles(imports) == [["lgnet_fast.reference.a", "lgnet_fast.reference.b"]]
+    assert house.upward(imports) == ["lgnet_fast.native:2 imports lgnet_fast.ops"]
+
+
+def test_functions_are_counted_without_their_docstrings(tmp_path: Path) -> None:
+    text = 'class A:\n    def f(self, a, *b, c, **d):\n        """One.\n\n        Two."""\n        return a\n'
+    root = tree(tmp_path, {"lgnet_fast/a.py": text, "kernels/k.py": "@triton.jit\ndef k(a, b): pass\n"})
+    found = {f.place.split()[1]: f for f in house.functions(root)}
+    assert (found["f"].parameters, found["f"].lines, found["f"].kind) == (4, 2, "python")
+    assert (found["k"].parameters, found["k"].kind) == (2, "triton")
+
+
+def test_recipes_are_read_from_fenced_lists(tmp_path: Path) -> None:
+    page = "# C\n\n### Add an operator\n\n```files\nnew  a/X.py  what\nedit a/b.py\n```\n\n### Add a GPU\n\ntext\n"
+    root = tree(tmp_path, {"docs/contributing.md": page, "a/c.py": ""})
+    assert house.recipes(root) == {"operator": ["new a/X.py", "edit a/b.py"]}
+    assert house.missing_files(root) == ["operator: edit a/b.py"]

@@ -1,0 +1,74 @@
+"""The kernels without Python: `tests/native/run.py`, and what it reads out of a disassembly."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+
+import pytest
+
+from .native import run
+
+DISASSEMBLY = """
+0000000000000000 <lgnet::neon::F32::conv_block<6>(float const*)>:
+   0:	ad401027 	ldp	q7, q4, [x1]
+   4:	4f8010e8 	fmla	v8.4s, v7.4s, v0.s[0]
+   8:	4f801089 	fmla	v9.4s, v4.4s, v0.s[0]
+   c:	3d8003e8 	str	q8, [sp]
+  10:	f1000442 	subs	x2, x2, #0x1
+  14:	54ffff61 	b.ne	0 <lgnet::neon::F32::conv_block<6>(float const*)>  // b.any
+  18:	b4000042 	cbz	x2, 0 <lgnet::neon::F32::conv_block<6>(float const*)>
+  1c:	d65f03c0 	ret
+
+0000000000000020 <other()>:
+  20:	4f8010e8 	fmla	v8.4s, v7.4s, v0.s[0]
+  24:	d65f03c0 	ret
+"""
+
+
+def test_an_instruction_set_is_a_header_a_unit_and_a_row():
+    csrc = run.ROOT / "csrc"
+    rows = re.findall(r"^LGNET_ROW\((\w+),", (csrc / "isa.inc").read_text(), re.MULTILINE)
+    assert rows[0] == "portable"
+    assert sorted(rows) == sorted(path.stem.removeprefix("isa_") for path in csrc.glob("isa_*.cpp"))
+    page = (run.ROOT / "docs" / "instruction_sets.md").read_text()
+    for name in rows:
+        unit = (csrc / f"isa_{name}.cpp").read_text()
+        assert f"#define LGNET_ISA {name}\n" in unit
+        assert f'#define LGNET_SIMD "simd/{name}.h"\n' in unit
+        assert len(unit.splitlines()) <= 16
+        assert (csrc / "simd" / f"{name}.h").is_file()
+        assert f"| `{name}` |" in page
+
+
+def test_inner_loops_are_counted():
+    (loop,) = run.inner_loops(DISASSEMBLY)
+    assert loop.function == "lgnet::neon::F32::conv_block<6>(float const*)"
+    assert (loop.instructions, loop.products, loop.registers, loop.stack) == (6, 2, 5, 1)
+    assert loop.part == pytest.approx(1 / 3)
+
+
+def test_a_block_that_falls_short_is_named():
+    with pytest.raises(SystemExit, match=r"score_block: not found"):
+        run.check_blocks(DISASSEMBLY, ("F32",))
+    body = DISASSEMBLY.split(">:\n", 1)[1].split("\n\n")[0]
+    text = "".join(f"0000000000000000 <lgnet::neon::F32::{block}(float const*)>:\n{body}\n\n" for block in run.BLOCKS)
+    with pytest.raises(SystemExit, match=r"FAIL .*block<6>: 2 products of 6 instructions \(33.3%\).* 1 spills"):
+        run.check_blocks(text, ("F32",))
+
+
+def test_missing_tools_are_named(monkeypatch):
+    monkeypatch.setattr(run.shutil, "which", lambda tool: None if "qemu" in tool else tool)
+    assert run.missing_tools() == "test-arm needs: apt-get install qemu-user"
+    monkeypatch.setattr(run.shutil, "which", lambda tool: tool)
+    assert run.missing_tools() is None
+
+
+@pytest.mark.slow(reason="compiles every kernel anew: minutes")
+@pytest.mark.parametrize("arguments", [[], ["--arm"]], ids=["host", "arm"])
+def test_kernels_without_python(arguments):
+    if arguments and (missing := run.missing_tools()) is not None:
+        pytest.skip(missing)
+    subprocess.run([sys.executable, run.__file__, *arguments], env=os.environ, timeout=1800, check=True)

@@ -1,0 +1,114 @@
+"""The recipes of docs/contributing.md: their files exist, and following them on a copy of the tree works.
+
+tests/recipes/NAME is a change as its recipe asks for it: new files in their places, and `edits.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tools import house
+
+ROOT = Path(__file__).resolve().parent.parent
+RECIPES = Path(__file__).resolve().parent / "recipes"
+EXAMPLES = {"operator": "masked_l1", "command": "holes"}
+"""Recipe -> the X of its example."""
+
+
+def new_files(recipe: str) -> list[str]:
+    folder = RECIPES / recipe
+    files = (f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
+    return sorted(f.relative_to(folder).as_posix() for f in files if f.name != "edits.json")
+
+
+def edits(recipe: str) -> list[dict[str, str]]:
+    return json.loads((RECIPES / recipe / "edits.json").read_text())
+
+
+def follow(recipe: str, tree: Path) -> None:
+    """Make the example's change in a copy of the tree."""
+    for name in new_files(recipe):
+        assert not (tree / name).exists(), name
+        (tree / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(RECIPES / recipe / name, tree / name)
+    for edit in edits(recipe):
+        file = tree / edit["file"]
+        text = file.read_text()
+        assert text.count(edit["replace"]) == 1, f"{edit['file']}: {edit['replace']!r} must be there once"
+        file.write_text(text.replace(edit["replace"], edit["by"]))
+
+
+def run(command: list[str], folder: Path, **environment: str) -> None:
+    done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
+
+
+def copy_of_the_tree(folder: Path) -> Path:
+    tree = folder / "tree"
+    tree.mkdir()
+    for name in ("lgnet_fast", "kernels", "csrc", "tests"):
+        left_out = shutil.ignore_patterns("__pycache__", "_C*", "recipes", "build")
+        shutil.copytree(ROOT / name, tree / name, ignore=left_out)
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "MANIFEST.in"):
+        shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
+def installed(tree: Path, **environment: str) -> Path:
+    """A folder to run the tree's tests in: the package as it is installed, and the tests."""
+    place = tree.parent / "run"
+    build = ["setup.py", "-q", "build", "--build-lib", str(place), "--build-temp", str(tree.parent / "temp")]
+    run([sys.executable, *build], tree, **environment)
+    shutil.copytree(tree / "tests", place / "tests")
+    shutil.copy(tree / "pyproject.toml", place)
+    return place
+
+
+def run_tests(place: Path, *files: str, **environment: str) -> None:
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *files]
+    run(command, place, OMP_NUM_THREADS="1", PYTHONPATH=str(place), **environment)
+
+
+def test_the_files_of_recipes_exist() -> None:
+    assert set(EXAMPLES) <= set(house.recipes(ROOT))
+    assert house.missing_files(ROOT) == []
+
+
+@pytest.mark.parametrize("recipe", EXAMPLES)
+def test_examples_touch_what_their_recipe_lists(recipe: str) -> None:
+    listed = {entry.replace("X", EXAMPLES[recipe]) for entry in house.recipes(ROOT)[recipe]}
+    touched = {f"new {name}" for name in new_files(recipe)} | {f"edit {edit['file']}" for edit in edits(recipe)}
+    assert touched <= listed
+    assert len(touched) >= 3
+
+
+@pytest.mark.once
+def test_a_command_by_its_recipe(tmp_path: Path) -> None:
+    tree = copy_of_the_tree(tmp_path)
+    follow("command", tree)
+    run_tests(installed(tree, LGNET_FAST_NO_EXTENSION="1"), "tests/test_cli_holes.py")
+
+
+@pytest.mark.once
+def test_an_operator_by_its_recipe(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    tree = copy_of_the_tree(tmp_path)
+    follow("operator", tree)
+    place = installed(tree, LGNET_FAST_NO_EXTENSION="1")
+    run_tests(place, "tests/interpreted/test_masked_l1.py", TRITON_INTERPRET="1")
+
+
+@pytest.mark.slow(reason="builds the C++ extension anew, minutes on one core")
+def test_an_operator_with_its_cpp_kernels(tmp_path: Path) -> None:
+    tree = copy_of_the_tree(tmp_path)
+    follow("operator", tree)
+    place = installed(tree)
+    assert not (place / "lgnet_fast" / "_C_unavailable.txt").exists()
+    run_tests(place, "tests/test_masked_l1.py", "tests/test_ops.py")

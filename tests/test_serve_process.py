@@ -1,0 +1,140 @@
+"""`lgnet-fast serve` as a process: many clients at once, and its end by SIGTERM."""
+
+from __future__ import annotations
+
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+
+import httpx
+import numpy as np
+import pytest
+
+from lgnet_fast import Inpainter
+
+from .serve_support import Server, base64_of, file_of, hole, photo, pixels_of
+
+pytestmark = pytest.mark.once
+
+SIZES = [(96, 120), (200, 180), (256, 256), (300, 420)]
+BOXES = [(30, 50, 40, 70), (60, 90, 20, 60), (10, 40, 80, 110)]
+
+
+@pytest.fixture
+def server() -> Iterator[Server]:
+    one = Server()
+    yield one
+    if one.process.poll() is None:
+        one.process.kill()
+        one.process.wait()
+
+
+def _requests() -> list[tuple[dict[str, str], np.ndarray, np.ndarray]]:
+    """Bodies of mixed sizes, with their pictures and masks."""
+    cases = []
+    for number, (height, width) in enumerate(SIZES):
+        for box in BOXES:
+            picture, mask = photo(height, width, number), hole(height, width, box)
+            cases.append(({"image": base64_of(file_of(picture)), "mask": base64_of(file_of(mask))}, picture, mask))
+    return cases
+
+
+def test_eight_clients_get_what_each_would_get_alone(server):
+    cases = _requests()
+    pipe = Inpainter.from_pretrained(None)
+    alone = [np.asarray(pipe(picture, mask)) for _, picture, mask in cases]
+    wrong: list[str] = []
+    done = Counter()
+
+    def client(number: int) -> None:
+        with httpx.Client(base_url=server.address, timeout=300) as calls:
+            for turn in range(4):
+                which = (number * 5 + turn * 7) % len(cases)
+                answer = calls.post("/api/v1/inpaint", json=cases[which][0])
+                done[answer.status_code] += 1
+                if answer.status_code != 200 or not np.array_equal(pixels_of(answer.content), alone[which]):
+                    wrong.append(f"client {number}, turn {turn}: {answer.status_code}")
+
+    threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+    assert done == {200: 32}
+    text = httpx.get(f"{server.address}/metrics").text
+    runs = float(re.search(r"lgnet_batch_windows_count (\S+)", text)[1])
+    windows = float(re.search(r"lgnet_batch_windows_sum (\S+)", text)[1])
+    assert windows >= 32
+    assert runs < windows, "no two windows ran together"
+    assert server.end() == 0
+
+
+def test_sigterm_answers_or_refuses_every_request(server):
+    body, picture, mask = _requests()[0]
+    expected = np.asarray(Inpainter.from_pretrained(None)(picture, mask))
+    statuses: Counter[object] = Counter()
+    ended = threading.Event()
+
+    def client() -> None:
+        with httpx.Client(base_url=server.address, timeout=60) as calls:
+            while not ended.is_set():
+                try:
+                    answer = calls.post("/api/v1/inpaint", json=body)
+                except httpx.ConnectError:
+                    statuses["closed"] += 1
+                    return
+                except httpx.RemoteProtocolError as error:
+                    # A kept connection may be closed between two requests; none is lost within one.
+                    statuses["lost" if "without sending" not in str(error) else "closed"] += 1
+                    return
+                statuses[answer.status_code] += 1
+                if answer.status_code == 200:
+                    assert np.array_equal(pixels_of(answer.content), expected)
+                elif answer.status_code == 503:
+                    assert answer.headers["retry-after"]
+                    time.sleep(0.05)
+
+    threads = [threading.Thread(target=client) for _ in range(6)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 60
+    while statuses[200] < 3:
+        assert time.monotonic() < deadline, statuses
+        time.sleep(0.02)
+    server.process.send_signal(signal.SIGTERM)
+    assert httpx.get(f"{server.address}/v2/health/live").status_code == 200
+    assert httpx.get(f"{server.address}/v2/health/ready").status_code == 503
+    assert server.process.wait(60) == 0
+    ended.set()
+    for thread in threads:
+        thread.join(60)
+    assert set(statuses) <= {200, 503, "closed"}, statuses
+    assert statuses[503] >= 1
+    assert "lgnet-fast has ended" in "".join(server.lines)
+
+
+def test_a_public_address_gets_a_token_and_a_taken_one_an_error():
+    server = Server("--host", "0.0.0.0")
+    try:
+        text = "".join(server.lines)
+        token = re.search(r"\?token=(\S+)", text)[1]
+        assert len(token) >= 32
+        port = re.search(r":(\d+)/", text)[1]
+        address = f"http://127.0.0.1:{port}/api/v1/page"
+        assert httpx.get(address).status_code == 401
+        assert httpx.get(address, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        command = [sys.executable, "-m", "lgnet_fast", "serve", "--host", "0.0.0.0", "--port", port]
+        second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        assert second.returncode == 2
+        assert f"cannot listen on 0.0.0.0:{port}" in second.stderr
+        assert server.end() == 0
+    finally:
+        if server.process.poll() is None:
+            server.process.kill()
+            server.process.wait()

@@ -1,0 +1,244 @@
+"""`Session`: fills equal the pipeline's on the whole picture; history, kinds of pictures, threads."""
+
+from __future__ import annotations
+
+import io
+import threading
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from lgnet_fast import InvalidMaskError
+from lgnet_fast.pipeline import Inpainter
+from lgnet_fast.pipeline.files import Encoded
+from lgnet_fast.serve import Session
+
+from .pipeline_support import BlurFill
+from .serve_support import file_of, hole, photo
+
+pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Inpainter:
+    return Inpainter(BlurFill(), device="cpu")
+
+
+HOLES = {
+    "small": [(500, 540, 600, 660)],
+    "corner": [(0, 30, 0, 20)],
+    "last pixel": [(999, 1000, 1299, 1300)],
+    "edge": [(500, 600, 1270, 1300)],
+    "wide": [(440, 500, 100, 1200)],
+    "large": [(300, 700, 400, 1000)],
+    "two near": [(500, 540, 600, 660), (560, 590, 700, 730)],
+    "two far": [(20, 60, 30, 80), (900, 940, 1200, 1260)],
+    "many": [(y, y + 25, x, x + 25) for y in range(400, 700, 97) for x in range(500, 800, 103)],
+}
+GROWN = {"dilate": 5, "feather": 7}
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [*((name, {}) for name in HOLES), ("edge", GROWN), ("two near", GROWN), ("large", {"strategy": "crop"})],
+    ids=str,
+)
+def test_a_fill_is_what_the_pipeline_makes_of_the_whole_picture(pipe, name, options):
+    picture = photo(1000, 1300)
+    mask = np.zeros((1000, 1300), dtype=bool)
+    for top, bottom, left, right in HOLES[name]:
+        mask[top:bottom, left:right] = True
+    session = Session(picture, pipe)
+    patch = session.fill(mask, **options)
+    whole = pipe.inpaint(picture, mask, **options)
+    np.testing.assert_array_equal(session.result(), whole.picture)
+    assert (patch.strategy, patch.passes) == (whole.strategy, whole.passes)
+    touched = np.zeros_like(mask)
+    for part in patch.parts:
+        touched[part.box.slices] |= part.touched
+    assert touched[mask].all()
+    np.testing.assert_array_equal(session.result()[~touched], picture[~touched])
+
+
+@pytest.mark.parametrize("strategy", ["full", "resize", "tile", "auto"])
+def test_strategies_that_see_the_whole_picture(pipe, strategy):
+    picture, mask = photo(700, 900), np.zeros((700, 900), dtype=bool)
+    mask[350:353, 10:890] = mask[20:680, 450:453] = True  # thin, all over: tiles
+    session = Session(picture, pipe)
+    assert session.fill(mask, strategy=strategy).strategy == ("tile" if strategy == "auto" else strategy)
+    np.testing.assert_array_equal(session.result(), pipe(picture, mask, strategy=strategy))
+
+
+def test_a_fill_sees_the_fills_before_it(pipe):
+    picture, first, second = (
+        photo(600, 800),
+        hole(600, 800, (200, 260, 300, 360)),
+        hole(600, 800, (240, 300, 340, 400)),
+    )
+    session = Session(picture, pipe)
+    session.fill(first)
+    session.fill(second)
+    np.testing.assert_array_equal(session.result(), pipe(pipe(picture, first), second))
+
+
+def test_a_box_with_its_place_is_the_same_mask(pipe):
+    picture, mask = photo(600, 800), hole(600, 800, (200, 260, 300, 360))
+    whole, box = Session(picture, pipe), Session(picture, pipe)
+    whole.fill(mask, dilate=3)
+    patch = box.fill(mask[190:270, 280:380], (190, 280), dilate=3)
+    np.testing.assert_array_equal(box.result(), whole.result())
+    assert patch.box == (197, 263, 297, 363)
+    assert patch.at == (200, 300)
+
+
+def test_undo_redo_and_what_is_forgotten(pipe):
+    picture = photo()
+    session = Session(picture, pipe)
+    assert not session.undo()
+    session.fill(hole())
+    one = session.result()
+    session.fill(hole(box=(60, 80, 10, 30)))
+    two = session.result()
+    assert (session.position, session.fills) == (2, 2)
+    assert session.undo()
+    np.testing.assert_array_equal(session.result(), one)
+    assert session.undo()
+    np.testing.assert_array_equal(session.result(), picture)
+    assert session.redo()
+    assert session.redo()
+    assert not session.redo()
+    np.testing.assert_array_equal(session.result(), two)
+    session.go_to(1)
+    session.fill(hole(box=(5, 15, 90, 110)))
+    assert (session.position, session.fills) == (2, 2)
+    session.fill(hole(box=(60, 80, 10, 30)), position=0)
+    assert (session.position, session.fills) == (1, 1)
+    with pytest.raises(ValueError, match="position: expected 0 to 1 fills, got 2"):
+        session.go_to(2)
+
+
+def test_what_confirm_raises_leaves_the_session_as_it_was(pipe):
+    session = Session(photo(), pipe)
+    session.fill(hole())
+    before = session.result()
+
+    def no() -> None:
+        raise KeyError("left")
+
+    with pytest.raises(KeyError, match="left"):
+        session.fill(hole(box=(60, 80, 10, 30)), position=0, confirm=no)
+    assert (session.position, session.fills) == (1, 1)
+    np.testing.assert_array_equal(session.result(), before)
+
+
+@pytest.mark.parametrize(
+    ("mask", "at", "message"),
+    [
+        (np.zeros((96, 120), bool), None, "no hole pixel"),
+        (np.ones((96, 120), bool), None, "100.0% of the picture is hole"),
+        (np.ones((95, 120), bool), None, "expected the picture's size 120x96"),
+        (np.ones((10, 10), bool), (90, 0), "expected a box inside the picture of 120x96, got 10x10 at x = 0, y = 90"),
+        (np.ones((10, 10), bool), (-1, 0), "expected a box inside"),
+        ("mask.png", (0, 0), "expected a PIL picture, or an array"),
+    ],
+)
+def test_masks_that_are_refused(pipe, mask, at, message):
+    session = Session(photo(), pipe)
+    with pytest.raises(InvalidMaskError, match=message):
+        session.fill(mask, at)
+    assert session.fills == 0
+
+
+def test_options_that_are_refused(pipe):
+    session = Session(photo(), pipe)
+    with pytest.raises(ValueError, match="strategy: expected one of"):
+        session.fill(hole(), strategy="best")
+    with pytest.raises(InvalidMaskError, match="dilate: expected a whole number"):
+        session.fill(hole(), dilate=-1)
+    with pytest.raises(ValueError, match="stages: expected a session with a fill"):
+        session.stages()
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr", "I;16"])
+def test_kinds_of_pictures_come_back_as_they_are(pipe, mode):
+    picture = Image.fromarray(photo()).convert("L" if mode == "I;16" else mode)
+    if mode == "I;16":
+        picture = Image.fromarray(np.asarray(picture).astype(np.uint16) * 257)
+    if mode in ("LA", "RGBA"):
+        picture.putalpha(Image.fromarray(photo(seed=2)[..., 0]))
+    session = Session(picture, pipe)
+    session.fill(hole())
+    result = session.result()
+    assert result.mode == mode
+    np.testing.assert_array_equal(np.asarray(result), np.asarray(pipe(picture, hole())))
+    np.testing.assert_array_equal(np.asarray(result)[~hole()], np.asarray(picture)[~hole()])
+
+
+def test_a_file_comes_back_as_a_file_with_its_metadata(pipe):
+    exif = Image.Exif()
+    exif[271] = "maker"
+    data = file_of(photo(), "JPEG", quality=90, exif=exif, icc_profile=b"profile of no use")
+    session = Session(Encoded("photo", data), pipe)
+    session.fill(hole())
+    encoded, format = session.encoded()
+    assert format == "JPEG"
+    with Image.open(io.BytesIO(encoded)) as again, Image.open(io.BytesIO(data)) as own:
+        assert again.getexif()[271] == "maker"
+        assert again.info["icc_profile"] == b"profile of no use"
+        assert again.quantization == own.quantization
+    png, format = session.encoded("PNG")
+    assert format == "PNG"
+    with Image.open(io.BytesIO(png)) as again, Image.open(io.BytesIO(data)) as own:
+        np.testing.assert_array_equal(np.asarray(again)[~hole()], np.asarray(own)[~hole()])
+
+
+def test_a_format_that_cannot_be_written_becomes_png(pipe):
+    animated = io.BytesIO()
+    first = Image.fromarray(photo()).convert("RGB")
+    first.save(animated, "MPO", save_all=True, append_images=[first])
+    session = Session(Encoded("photo", animated.getvalue()), pipe)
+    assert session.encoded()[1] == "JPEG"
+    ppm = Image.new("RGBA", (40, 30))
+    ppm.format = "PPM"
+    assert Session(ppm, pipe).encoded()[1] == "PNG"
+
+
+def test_stages_are_the_pipelines(pipe):
+    picture, mask = photo(), hole()
+    session = Session(picture, pipe)
+    session.fill(mask)
+    box, shown = session.stages(context=8)
+    assert box == (22, 58, 32, 78)
+    stages = pipe.stages(picture, mask)
+    expected = [stages.masked, *stages.merged]
+    assert len(shown) == len(expected) == 4
+    for one, whole in zip(shown, expected):
+        np.testing.assert_array_equal(one, whole[box.slices])
+    np.testing.assert_array_equal(shown[-1], session.result()[box.slices])
+
+
+def test_threads_fill_one_session_without_losing_a_fill(pipe):
+    picture = photo(256, 256)
+    session = Session(picture, pipe)
+    boxes = [(y, y + 10, x, x + 10) for y in (10, 90, 170) for x in (10, 90, 170)]
+    threads = [threading.Thread(target=session.fill, args=(hole(256, 256, box),)) for box in boxes]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert session.fills == len(boxes)
+    expected = picture
+    for patch in [session._patches[number] for number in range(session.fills)]:
+        mask = np.zeros((256, 256), bool)
+        mask[patch.at[0] : patch.at[0] + 10, patch.at[1] : patch.at[1] + 10] = True
+        expected = pipe(expected, mask)
+    np.testing.assert_array_equal(session.result(), expected)
+
+
+def test_memory_grows_by_what_was_filled_only(pipe):
+    session = Session(photo(1500, 2000), pipe)
+    before = session.nbytes
+    assert before == 1500 * 2000 * 3
+    session.fill(hole(1500, 2000, (700, 800, 900, 1000)))
+    assert session.nbytes - before < 8 * 100 * 100

@@ -1,0 +1,262 @@
+"""The queue of requests, the device's worker, open pictures, options: without HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+import time
+
+import numpy as np
+import pytest
+
+from lgnet_fast import LGNetError
+from lgnet_fast.pipeline import Inpainter
+from lgnet_fast.serve.command import parse_models, run
+from lgnet_fast.serve.display import Display
+from lgnet_fast.serve.errors import BusyError, CancelledError, DrainingError, TimeLimitError, UnknownPictureError
+from lgnet_fast.serve.options import ServeOptions
+from lgnet_fast.serve.session import Session
+from lgnet_fast.serve.store import Store
+from lgnet_fast.serve.work import DeviceWorker, SharedInpainter, WorkQueue
+
+from .pipeline_support import BlurFill
+from .serve_support import hole, photo
+
+pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
+
+
+def shared(model: BlurFill, batch: int = 4, **options: object) -> SharedInpainter:
+    made = SharedInpainter(model, device="cpu", **options)
+    made.worker = DeviceWorker(batch)
+    return made
+
+
+def test_passes_of_one_size_that_wait_run_as_one_batch():
+    model = BlurFill()
+    pipe = shared(model)
+    begun, go = threading.Event(), threading.Event()
+
+    def block(images: np.ndarray, holes: np.ndarray) -> list[np.ndarray]:
+        begun.set()
+        assert go.wait(30)
+        return [images]
+
+    blocker = threading.Thread(target=pipe.worker.run, args=(("other",), block, np.zeros((1, 1)), np.zeros((1, 1))))
+    blocker.start()
+    assert begun.wait(30)
+    pictures = [photo(200, 220, seed) for seed in range(5)]
+    results: dict[int, np.ndarray] = {}
+
+    def fill(number: int) -> None:
+        results[number] = pipe(pictures[number], hole(200, 220))
+
+    threads = [threading.Thread(target=fill, args=(number,)) for number in range(5)]
+    for thread in threads:
+        thread.start()
+    deadline = time.monotonic() + 30
+    while len(pipe.worker._waiting) < 5:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    go.set()
+    for thread in (blocker, *threads):
+        thread.join(30)
+    assert [batch for batch, _, _ in model.seen] == [4, 1]
+    alone = Inpainter(BlurFill(), device="cpu")
+    for number, picture in enumerate(pictures):
+        np.testing.assert_array_equal(results[number], alone(picture, hole(200, 220)))
+    pipe.worker.close()
+    with pytest.raises(DrainingError):
+        pipe(pictures[0], hole(200, 220))
+
+
+def test_what_fails_together_runs_alone():
+    worker = DeviceWorker(4)
+    begun, go = threading.Event(), threading.Event()
+    outcomes: dict[int, object] = {}
+
+    def run(images: np.ndarray, holes: np.ndarray) -> list[np.ndarray]:
+        begun.set()
+        assert go.wait(30)
+        if len(images) > 1 or images[0, 0] == 2:
+            raise MemoryError("too much")
+        return [images * 10]
+
+    def ask(number: int) -> None:
+        try:
+            outcomes[number] = worker.run(("k",), run, np.full((1, 1), number), np.zeros((1, 1)))[0][0, 0]
+        except MemoryError as error:
+            outcomes[number] = str(error)
+
+    threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
+    threads[0].start()
+    assert begun.wait(30)
+    for thread in threads[1:]:
+        thread.start()
+    deadline = time.monotonic() + 30
+    while len(worker._waiting) < 2:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    go.set()
+    for thread in threads:
+        thread.join(30)
+    assert outcomes == {0: 0, 1: 10, 2: "too much"}
+    worker.close()
+
+
+def test_a_full_queue_refuses_and_says_when_to_come_again():
+    async def main() -> None:
+        queue = WorkQueue(threads=1, limit=2, timeout=30)
+        go = threading.Event()
+        tasks = [asyncio.create_task(queue.run(lambda job: go.wait(30))) for _ in range(2)]
+        await asyncio.sleep(0.05)
+        assert queue.depth == 2
+        with pytest.raises(BusyError, match="queue: all 2 places are taken") as caught:
+            await queue.run(lambda job: None)
+        assert caught.value.status == 429
+        assert caught.value.retry_after >= 1
+        go.set()
+        assert [result for result, _ in await asyncio.gather(*tasks)] == [True, True]
+        await asyncio.sleep(0)
+        assert (await queue.run(lambda job: 7))[0] == 7
+        queue.close()
+
+    asyncio.run(main())
+
+
+def test_work_over_its_time_is_refused_and_told_to_stop():
+    async def main() -> None:
+        queue = WorkQueue(threads=1, limit=2, timeout=0.2)
+        stopped = threading.Event()
+
+        def work(job: object) -> None:
+            deadline = time.monotonic() + 30
+            while time.monotonic() < deadline:
+                try:
+                    job.check()
+                except TimeLimitError:
+                    stopped.set()
+                    raise
+                time.sleep(0.005)
+
+        with pytest.raises(TimeLimitError, match="timeout: the request took more than 0.2 seconds"):
+            await queue.run(work)
+        assert await asyncio.to_thread(stopped.wait, 10)
+        queue.close()
+
+    asyncio.run(main())
+
+
+def test_work_whose_client_left_before_it_began_does_not_run():
+    async def main() -> None:
+        queue = WorkQueue(threads=1, limit=4, timeout=30)
+        go, ran = threading.Event(), []
+        first = asyncio.create_task(queue.run(lambda job: go.wait(30)))
+        await asyncio.sleep(0.05)
+
+        async def gone() -> bool:
+            return True
+
+        with pytest.raises(CancelledError):
+            await queue.run(lambda job: ran.append(1), gone)
+        go.set()
+        await first
+        queue.close()
+        assert ran == []
+
+    asyncio.run(main())
+
+
+def test_draining_answers_what_runs_and_refuses_the_rest():
+    async def main() -> None:
+        queue = WorkQueue(threads=1, limit=4, timeout=30)
+        go = threading.Event()
+        running = asyncio.create_task(queue.run(lambda job: go.wait(30)))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(queue.run(lambda job: 1))
+        await asyncio.sleep(0.05)
+        queue.drain()
+        with pytest.raises(DrainingError):
+            await waiting
+        with pytest.raises(DrainingError) as caught:
+            await queue.run(lambda job: 1)
+        assert caught.value.retry_after
+        go.set()
+        assert (await running)[0] is True
+        queue.close()
+
+    asyncio.run(main())
+
+
+def _opened(store: Store, pixels: int = 10):
+    session = Session(photo(pixels, 10), Inpainter(BlurFill(), device="cpu"))
+    return store.add(session, Display(255.0, None, None), "png")
+
+
+def test_open_pictures_are_bounded_in_number_bytes_and_time():
+    store = Store(count=3, nbytes=10**9, idle=60)
+    opened = [_opened(store) for _ in range(3)]
+    store.get(opened[0].id)
+    fourth = _opened(store)
+    assert store.usage()[0] == 3
+    with pytest.raises(UnknownPictureError, match="send it again"):
+        store.get(opened[1].id)
+    assert store.get(opened[0].id) is opened[0]
+    opened[0].used = opened[2].used = time.monotonic() - 61
+    assert store.get(fourth.id) is fourth
+    assert store.usage() == (1, 300)
+    assert store.close(fourth.id)
+    assert not store.close(fourth.id)
+    small = Store(count=99, nbytes=700, idle=60)
+    ids = [_opened(small).id for _ in range(5)]
+    assert small.usage() == (2, 600)
+    assert small.get(ids[-1])
+    assert len(set(ids)) == 5
+    assert min(map(len, ids)) >= 24
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("host", ""),
+        ("port", 70000),
+        ("port", True),
+        ("token", "two words"),
+        ("cors", ("example.org",)),
+        ("cors", "https://example.org"),
+        ("max_bytes", 0),
+        ("max_pixels", 1.5),
+        ("queue", 0),
+        ("threads", -1),
+        ("timeout", 0),
+        ("timeout", float("nan")),
+        ("shutdown", float("inf")),
+    ],
+)
+def test_options_check_themselves_and_name_the_field(field, value):
+    with pytest.raises(ValueError, match=rf"^{field}: expected"):
+        ServeOptions(**{field: value})
+
+
+def test_options():
+    assert "secret" not in repr(ServeOptions(token="secret"))
+    assert ServeOptions(cors=["HTTPS://Example.org"]).cors == ("https://example.org",)
+    for host, loopback in (("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)):
+        assert ServeOptions(host=host).loopback is loopback
+
+
+def test_models_on_the_command_line():
+    assert parse_models([]) == {"bundled": None}
+    assert parse_models(["bundled", "big=runs/model", "runs/other/"]) == {
+        "bundled": None,
+        "big": "runs/model",
+        "other": "runs/other/",
+    }
+    with pytest.raises(ValueError, match="names that differ"):
+        parse_models(["a/x", "b/x"])
+
+
+def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "uvicorn", None)
+    with pytest.raises(LGNetError, match=r"serve: uvicorn is missing: pip install 'lgnet-fast\[serve\]'"):
+        run(ServeOptions(), {"bundled": None})
