@@ -410,7 +410,7 @@ def _backward(
                 stats,
                 delta,
                 sums,
-                *result,
+                result,
                 batch,
                 positions,
                 dkv_blocks,
