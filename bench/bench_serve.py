@@ -102,6 +102,7 @@ def test_from_release_to_drawn(server: Server, report: Callable[..., None], tmp_
         page.wait_for_selector("#status:not([data-kind=busy])")
         first = time.perf_counter() - start
         report("page load to first picture", seconds=round(first, 2))
+        p95 = {}
         for model in ("bundled", "lgnet"):
             page.goto(server.address)
             page.wait_for_selector("html.ready", state="attached")
@@ -127,11 +128,10 @@ def test_from_release_to_drawn(server: Server, report: Callable[..., None], tmp_
             last = page.evaluate("() => document.querySelector('#phases').innerText")
             figures = percentiles(taken[2:])  # the first plan what is asked for first
             report(f"release to drawn, {model}", milliseconds=figures, strokes=STROKES, last=last.split("\n"))
-            if model == "bundled":
-                assert figures["p95"] < 300
-            page.evaluate("() => performance.clearMeasures()")
+            p95[model] = figures["p95"]
         browser.close()
     assert first < 3
+    assert p95["bundled"] < 300
 
 
 def test_many_clients(server: Server, report: Callable[..., None]) -> None:

@@ -50,7 +50,8 @@ from .attention_backward import (
     _attn_bwd_dq_kernel,
     _attn_bwd_finish_kernel,
 )
-from .attention_forward import Result, _attn_fwd_kernel, _attn_merge_kernel, _attn_prep_kernel
+from .attention_forward import Result, _attn_fwd_kernel, _attn_merge_kernel, _attn_prep_kernel, q_scale
+from .attention_inference import attention_block_inference
 from .cards import SHARED_LIMITS
 from .configs import Config, config_kind, device_generation, num_splits, pick
 from .launch import MAX_GRID, device_guard, device_reason, dot_precision, launch
@@ -113,11 +114,6 @@ def _row_blocks(generation: str, channels: int, positions: int) -> dict[str, int
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-
-
-def q_scale(dtype: torch.dtype) -> float:
-    """Factor of the stored box sum: nine times a float16 can pass float16's range."""
-    return 1.0 / 16.0 if dtype == torch.float16 else 1.0
 
 
 def _is_rows(features: Tensor) -> bool:
@@ -305,8 +301,6 @@ def attention_block_forward(
         :func:`attention_forward` or None.
     """
     if not save_attended:
-        from .attention_inference import attention_block_inference  # which imports this module
-
         return attention_block_inference(features, weight, bias, variant, out=out), None, None
     out = torch.empty_like(features) if out is None else out
     attended = torch.empty_like(features)
@@ -410,7 +404,7 @@ def _backward(
                 stats,
                 delta,
                 sums,
-                *result,
+                result,
                 batch,
                 positions,
                 dkv_blocks,

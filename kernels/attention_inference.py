@@ -25,8 +25,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention import q_scale
-from .attention_forward import KEY_SHIFT, LOG2E, NORM_CLAMP, exp_above, weight_halves
+from .attention_forward import KEY_SHIFT, LOG2E, NORM_CLAMP, exp_above, q_scale, weight_halves
 from .configs import Inference, config_kind, device_generation, num_splits, pick_inference
 from .launch import ACTIVATIONS, activate, device_guard, dot, dot_precision, launch, overlapping
 from .maps import (

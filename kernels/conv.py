@@ -236,7 +236,8 @@ def _layout(conv: Conv) -> Layout:
         axis.in_step,
         axis.out_step,
         axis.patch,
-        (axis.taps[0], axis.taps[-1]),
+        axis.taps[0],
+        axis.taps[-1],
         conv.reflect,
         conv.flat,
     )
@@ -246,8 +247,7 @@ def _taps(axis: Axis, in_size: int, out_size: int, reflect: bool) -> Taps:
     """The taps that meet any input along one axis."""
     phases = (0, axis.phases - 1)
     (first0, count0), (first1, count1) = (axis.used(phase, in_size, out_size, reflect) for phase in phases)
-    origins = axis.origins[0] + first0, axis.origins[-1] + first1
-    return Taps(origins, (first0, first1), (count0, count1))
+    return Taps(axis.origins[0] + first0, axis.origins[-1] + first1, first0, first1, count0, count1)
 
 
 def _pixel_stride(store: Store | None) -> int:
@@ -308,8 +308,10 @@ def conv_forward(
     first, second = (*stores, None, None)[:2]
     epilogue = Epilogue(
         0 if residual is None else residual.stride(2),
-        (_pixel_stride(first), _pixel_stride(second)),
-        (_activation(first), _activation(second)),
+        _pixel_stride(first),
+        _pixel_stride(second),
+        _activation(first),
+        _activation(second),
         merge is not None and merge.last,
         most >= MAX_GRID,
     )

@@ -51,7 +51,8 @@ class Layout(NamedTuple):
     """Constants of a convolution.
 
     columns of the product, phases of both axes together, steps and patch as in `conv.Axis`, packed taps of the first
-    and second phase of an axis; flat: a block of the depth spans taps.
+    and second phase of an axis; flat: a block of the depth spans taps. No tuples within: Triton 3.6 loses constants
+    that lie two deep.
     """
 
     in_channels: int
@@ -61,7 +62,8 @@ class Layout(NamedTuple):
     in_step: int
     out_step: int
     patch: int
-    taps: tuple[int, int]
+    taps0: int
+    taps1: int
     reflect: bool
     flat: bool
 
@@ -69,9 +71,12 @@ class Layout(NamedTuple):
 class Taps(NamedTuple):
     """The taps used along one axis, of its first and second phase: source of the first one, its index, how many."""
 
-    origins: tuple[int, int]
-    first: tuple[int, int]
-    counts: tuple[int, int]
+    origin0: int
+    origin1: int
+    first0: int
+    first1: int
+    count0: int
+    count1: int
 
 
 class Epilogue(NamedTuple):
@@ -81,19 +86,21 @@ class Epilogue(NamedTuple):
     """
 
     residual_stride: int
-    strides: tuple[int, int]
-    activations: tuple[int, int]
+    stride0: int
+    stride1: int
+    activation0: int
+    activation1: int
     last: bool
     wide: bool
 
 
 @triton.jit
-def _of_phase(which, pair: tl.constexpr):
+def _of_phase(which, FIRST: tl.constexpr, SECOND: tl.constexpr):
     """The first or the second of two constants."""
-    if pair[0] == pair[1]:
-        return pair[0]
+    if FIRST == SECOND:
+        return FIRST
     else:
-        return tl.where(which == 0, pair[0], pair[1])
+        return tl.where(which == 0, FIRST, SECOND)
 
 
 @triton.jit
@@ -150,11 +157,11 @@ def _finish(
         if outputs.residual is not None:
             r_ptrs = outputs.residual + (pixel * EPILOGUE.residual_stride)[:, None] + cols[None, :]
             value += tl.load(r_ptrs, mask=mask, other=0.0).to(tl.float32)
-        first = activate(value, EPILOGUE.activations[0]).to(outputs.first.dtype.element_ty)
-        tl.store(outputs.first + (pixel * EPILOGUE.strides[0])[:, None] + cols[None, :], first, mask=mask)
+        first = activate(value, EPILOGUE.activation0).to(outputs.first.dtype.element_ty)
+        tl.store(outputs.first + (pixel * EPILOGUE.stride0)[:, None] + cols[None, :], first, mask=mask)
         if outputs.second is not None:
-            second = activate(value, EPILOGUE.activations[1]).to(outputs.second.dtype.element_ty)
-            tl.store(outputs.second + (pixel * EPILOGUE.strides[1])[:, None] + cols[None, :], second, mask=mask)
+            second = activate(value, EPILOGUE.activation1).to(outputs.second.dtype.element_ty)
+            tl.store(outputs.second + (pixel * EPILOGUE.stride1)[:, None] + cols[None, :], second, mask=mask)
 
 
 @triton.jit
@@ -226,16 +233,16 @@ def _conv_kernel(
     phase_y = phase // 2
     phase_x = phase % 2
 
-    origin_y = _of_phase(phase_y, TAPS_Y.origins)
-    origin_x = _of_phase(phase_x, TAPS_X.origins)
-    first_y = _of_phase(phase_y, TAPS_Y.first)
-    first_x = _of_phase(phase_x, TAPS_X.first)
-    count_y = _of_phase(phase_y, TAPS_Y.counts)
-    count_x = _of_phase(phase_x, TAPS_X.counts)
-    taps_y = _of_phase(phase_y, LAYOUT.taps)
-    taps_x = _of_phase(phase_x, LAYOUT.taps)
-    TAPS: tl.constexpr = LAYOUT.taps[0]
-    first_tap = phase_y * (TAPS * (TAPS + LAYOUT.taps[1])) + phase_x * (taps_y * TAPS)
+    origin_y = _of_phase(phase_y, TAPS_Y.origin0, TAPS_Y.origin1)
+    origin_x = _of_phase(phase_x, TAPS_X.origin0, TAPS_X.origin1)
+    first_y = _of_phase(phase_y, TAPS_Y.first0, TAPS_Y.first1)
+    first_x = _of_phase(phase_x, TAPS_X.first0, TAPS_X.first1)
+    count_y = _of_phase(phase_y, TAPS_Y.count0, TAPS_Y.count1)
+    count_x = _of_phase(phase_x, TAPS_X.count0, TAPS_X.count1)
+    taps_y = _of_phase(phase_y, LAYOUT.taps0, LAYOUT.taps1)
+    taps_x = _of_phase(phase_x, LAYOUT.taps0, LAYOUT.taps1)
+    TAPS: tl.constexpr = LAYOUT.taps0
+    first_tap = phase_y * (TAPS * (TAPS + LAYOUT.taps1)) + phase_x * (taps_y * TAPS)
 
     rows = block_m * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)

@@ -21,9 +21,11 @@ from lgnet_fast.kernels import (
     merge_concat,
 )
 from lgnet_fast.kernels.cards import CARDS
-from lgnet_fast.kernels.launch import is_interpreted, record
+from lgnet_fast.kernels.launch import OPTIONS, is_interpreted, record
 from lgnet_fast.kernels.precompile import distinct
 from lgnet_fast.kernels.tables import TABLES
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from bench import aot_report
@@ -86,6 +88,38 @@ def test_kernels_compile_within_each_card(make: Any, wanted: set[str]) -> None:
     assert all(0 < report.registers <= 255 for report in reports)
     if make is network_jobs:  # the reader of the machine code finds what it counts
         assert sum(report.code.wgmma > 0 for report in reports) >= 10
+
+
+class DriverOfAnH100:
+    """What Triton asks its driver for when it binds a launch's arguments and compiles; nothing is launched."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def test_launches_bind_as_triton_binds_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One launch of every kernel through Triton's own call, which treats nested tuples otherwise than `aot` does."""
+    card = CARDS["H100"]
+    cases = [aot.engine_case(card, "lgnet_demo", "float16", 1, restricted) for restricted in (False, True)]
+    cases += [aot.inference_case(card, "float16", 1, 128, 64, variant) for variant in ("released", "paper")]
+    cases += [aot.attention_case(card, "float16", 1, 64, 32, variant) for variant in ("released", "paper")]
+    cases.append(aot.merge_case(card, "float16", 1, True))
+    bound = set()
+    monkeypatch.setattr(driver, "_active", DriverOfAnH100())
+    for launch in (launch for case in cases for launch in aot.launches(case)):
+        absent = tuple(arg is None for arg in launch.args)
+        if (launch.kernel, absent) not in bound:
+            bound.add((launch.kernel, absent))
+            launch.kernel.run(*launch.args, grid=launch.grid, warmup=True, **launch.meta, **OPTIONS)
+    names = {kernel.__name__ for kernel, _ in bound}
+    assert names >= {"_conv_kernel", "_paint_kernel", "_attn_weigh_kernel", "_attn_sum_kernel", "_attn_fwd_kernel"}
+    assert names >= {"_attn_merge_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel", "_attn_bwd_finish_kernel"}
 
 
 def test_too_much_shared_memory_is_reported() -> None:

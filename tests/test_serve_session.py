@@ -156,6 +156,8 @@ def test_options_that_are_refused(pipe):
         session.fill(hole(), strategy="best")
     with pytest.raises(InvalidMaskError, match="dilate: expected a whole number"):
         session.fill(hole(), dilate=-1)
+    with pytest.raises(TypeError, match="options: expected strategy, .*, got colour"):
+        session.fill(hole(), colour=3)
     with pytest.raises(ValueError, match="stages: expected a session with a fill"):
         session.stages()
 

@@ -258,5 +258,6 @@ def test_models_on_the_command_line():
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "uvicorn", None)
+    monkeypatch.delitem(sys.modules, "lgnet_fast.serve.process", raising=False)  # which has imported it
     with pytest.raises(LGNetError, match=r"serve: uvicorn is missing: pip install 'lgnet-fast\[serve\]'"):
         run(ServeOptions(), {"bundled": None})

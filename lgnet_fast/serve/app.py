@@ -16,7 +16,7 @@ from starlette.requests import ClientDisconnect
 
 from ..errors import LGNetError
 from ..version import __version__
-from . import compat, page
+from . import a1111, iopaint, kserve, openai, page, pictures
 from .errors import status_of
 from .guard import Guard
 from .state import State
@@ -43,8 +43,9 @@ def create_app(state: State) -> FastAPI:
         lifespan=lifespan,
     )
     app.state.server = state
-    app.include_router(page.routes(state))
-    app.include_router(compat.routes(state))
+    app.include_router(page.static_routes())
+    for group in (page, pictures, iopaint, openai, a1111, kserve):
+        app.include_router(group.router)
 
     async def refuse(request: Request, error: Exception) -> JSONResponse:
         if isinstance(error, RequestValidationError):

@@ -9,13 +9,10 @@ import socket
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from types import FrameType
 from typing import Any
 
 from ..errors import LGNetError
 from .options import ServeOptions
-
-_GRACE = 0.5  # seconds for which new requests are told 503 before the socket closes
 
 
 def run(
@@ -31,9 +28,7 @@ def run(
     address is taken, and what the models raise.
     """
     try:
-        import uvicorn
-
-        from .app import create_app
+        from .process import Server
         from .state import State
     except ImportError as cause:
         raise LGNetError(f"serve: {cause.name} is missing: pip install 'lgnet-fast[serve]'") from cause
@@ -44,53 +39,20 @@ def run(
     if made_up:
         options = replace(options, token=secrets.token_urlsafe(24))
     listening = _socket(options)
-    port = listening.getsockname()[1]
+    address = _address(options, listening.getsockname()[1])
     state = State(options, models, **inpainter)
-    config = uvicorn.Config(
-        create_app(state),
-        log_level="warning",
-        access_log=False,
-        timeout_keep_alive=10,
-        timeout_graceful_shutdown=max(1, round(options.shutdown)),
-        h11_max_incomplete_event_size=64 * 1024,
-        limit_concurrency=max(1000, 4 * options.queue),
-        server_header=False,
-    )
 
-    class Server(uvicorn.Server):
-        """Tells clients 503 and lets running work end, before uvicorn closes its socket."""
+    async def announce() -> None:
+        if made_up:
+            say(f"{options.host} is reached from other machines: a token was made up (--token sets one)")
+        names, seconds = ", ".join(state.models), time.perf_counter() - start
+        say(f"lgnet-fast serves {names} after {seconds:.1f} s: {address}")
+        if open_page:
+            import webbrowser
 
-        _ending: float | None = None
+            await asyncio.to_thread(webbrowser.open, address)
 
-        async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-            await super().startup(sockets)
-            host = options.host if options.loopback else "127.0.0.1"
-            address = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-            key = f"?token={options.token}" if options.token else ""
-            if made_up:
-                say(f"{options.host} is reached from other machines: a token was made up (--token sets one)")
-            names, seconds = ", ".join(state.models), time.perf_counter() - start
-            say(f"lgnet-fast serves {names} after {seconds:.1f} s: {address}{key}")
-            if open_page:
-                import webbrowser
-
-                await asyncio.to_thread(webbrowser.open, address + key)
-
-        def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-            if self._ending is not None:  # a second signal does not wait
-                super().handle_exit(sig, frame)
-                return
-            self._ending = time.monotonic()
-            state.drain()
-
-        async def on_tick(self, counter: int) -> bool:
-            if self._ending is not None:
-                spent = time.monotonic() - self._ending
-                if spent > options.shutdown or (spent > _GRACE and state.queue.depth == 0):
-                    self.should_exit = True
-            return await super().on_tick(counter)
-
-    Server(config).run(sockets=[listening])
+    Server(state, announce).run(sockets=[listening])
     say("lgnet-fast has ended")
 
 
@@ -107,6 +69,13 @@ def parse_models(texts: Sequence[str]) -> dict[str, str | None]:
             raise ValueError(f"model: expected NAME=FOLDER with names that differ, got {text!r}")
         models[name] = None if folder in ("", "bundled") else folder
     return models or {"bundled": None}
+
+
+def _address(options: ServeOptions, port: int) -> str:
+    """The page's address on this machine, with the token."""
+    host = options.host if options.loopback else "127.0.0.1"
+    key = f"?token={options.token}" if options.token else ""
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}/{key}"
 
 
 def _socket(options: ServeOptions) -> socket.socket:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 import numpy as np
 from PIL import Image
@@ -26,7 +26,33 @@ from ..pipeline.pictures import Picture, picture_of
 from ..pipeline.strategies import CONTEXT, STRATEGIES, choose
 from .errors import OptionError
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 _MOSTLY_HOLE = 0.95
+
+
+class FillArguments(TypedDict, total=False):
+    """How a hole is found and filled, as `Inpainter` takes it; `allow_any_mask`: more than 95 % may be hole."""
+
+    strategy: str
+    dilate: int
+    feather: int
+    mask_threshold: float
+    invert_mask: bool
+    mask_channel: str
+    allow_any_mask: bool
+
+
+_DEFAULTS: FillArguments = {
+    "strategy": "auto",
+    "dilate": 0,
+    "feather": 0,
+    "mask_threshold": 0.5,
+    "invert_mask": False,
+    "mask_channel": "auto",
+    "allow_any_mask": False,
+}
 
 
 @dataclass(frozen=True)
@@ -141,51 +167,48 @@ class Session:
         mask: Any,
         at: tuple[int, int] | None = None,
         *,
-        strategy: str = "auto",
-        dilate: int = 0,
-        feather: int = 0,
-        mask_threshold: float = 0.5,
-        invert_mask: bool = False,
-        mask_channel: str = "auto",
-        allow_any_mask: bool = False,
         position: int | None = None,
         inpainter: Inpainter | None = None,
         confirm: Callable[[], None] | None = None,
+        **options: Unpack[FillArguments],
     ) -> Patch:
         """Fills a hole of the picture as it is now and keeps the fill. What was undone is forgotten.
 
         Args:
             mask: of the whole picture, as `Inpainter` takes it; with `at` of a box of the picture.
             at: (top, left) of that box, which must lie inside the picture.
-            strategy, dilate, feather, mask_threshold, invert_mask, mask_channel: as `Inpainter` takes them.
-            allow_any_mask: let a mask of more than 95 % pass.
             position: how many fills the caller sees; later ones are undone first.
             inpainter: fills this once instead of the session's own.
             confirm: called when the fill is made; what it raises leaves the session as it was.
+            options: see :class:`FillArguments`.
 
         Raises:
             InvalidMaskError: unreadable, empty, outside the picture, more than 95 % without `allow_any_mask`.
-            OptionError: strategy, position. And what an `Inpainter` raises.
+            OptionError: strategy, position. TypeError: no such option. And what an `Inpainter` raises.
         """
+        if unknown := options.keys() - _DEFAULTS.keys():
+            raise TypeError(f"options: expected {', '.join(_DEFAULTS)}, got {', '.join(sorted(unknown))}")
+        how: FillArguments = {**_DEFAULTS, **options}
+        strategy, dilate, feather = how["strategy"], how["dilate"], how["feather"]
         if strategy not in STRATEGIES:
             raise OptionError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
         start = time.perf_counter()
-        hole, corner = self._hole(mask, at, mask_threshold, invert_mask, mask_channel)
+        hole, corner = self._hole(mask, at, how["mask_threshold"], how["invert_mask"], how["mask_channel"])
         share = np.count_nonzero(hole) / math.prod(self.size)
-        if share > _MOSTLY_HOLE and not allow_any_mask:
+        if share > _MOSTLY_HOLE and not how["allow_any_mask"]:
             raise InvalidMaskError(
                 f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)? "
                 "(allow_any_mask lets it pass)"
             )
-        options: dict[str, Any] = {"strategy": strategy, "dilate": dilate, "feather": feather}
+        kept: dict[str, Any] = {"strategy": strategy, "dilate": dilate, "feather": feather}
         pipe = self._inpainter if inpainter is None else inpainter
         soft_edge(np.zeros((1, 1), dtype=bool), dilate, feather)  # which checks the two
         with self._lock:
             position = self._position if position is None else self._checked(position)
-            region, offset, inside = self._region(pipe, hole, corner, options, position)
-            made = pipe.inpaint(region, inside, **options)
+            region, offset, inside = self._region(pipe, hole, corner, kept, position)
+            made = pipe.inpaint(region, inside, **kept)
             parts = tuple(_trimmed(box, samples, touched, offset) for box, samples, touched in made.picture)
-            patch = Patch(parts, str(made.strategy), made.passes, time.perf_counter() - start, hole, corner, options)
+            patch = Patch(parts, str(made.strategy), made.passes, time.perf_counter() - start, hole, corner, kept)
             if confirm is not None:
                 confirm()
             del self._patches[position:]

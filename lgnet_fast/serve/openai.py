@@ -1,0 +1,89 @@
+"""The route that clients of OpenAI's image edits call."""
+
+from __future__ import annotations
+
+import base64
+import json
+import time
+
+from fastapi import APIRouter, Request, Response
+
+from ..errors import InvalidMaskError
+from ..pipeline.files import upright
+from .bodies import FillFields, checked, mask_picture
+from .errors import RequestError
+from .routing import FILE, IMAGE_RESPONSES, ServerState, body_of, form_fields
+from .session import Session
+from .work import Job
+
+_FORM = {
+    "type": "object",
+    "required": ["image"],
+    "properties": {
+        "image": FILE,
+        "mask": FILE,
+        "prompt": {"type": "string"},
+        "n": {"type": "integer"},
+        "size": {"type": "string"},
+        "response_format": {"type": "string", "enum": ["b64_json"]},
+        "output_format": {"type": "string", "enum": ["png", "jpeg", "webp"]},
+        "output_compression": {"type": "integer", "minimum": 0, "maximum": 100},
+    },
+}
+
+router = APIRouter()
+
+
+@router.post(
+    "/v1/images/edits",
+    tags=["OpenAI"],
+    responses=IMAGE_RESPONSES | {200: {"description": "`data[0].b64_json`"}},
+    openapi_extra=body_of(("multipart/form-data", _FORM)),
+)
+async def edit(request: Request, state: ServerState) -> Response:
+    """OpenAI's image edit: where the mask (or, without one, the picture) has alpha 0 is the hole."""
+    found = await form_fields(request, state, ("image", "image[]", "mask"))
+    image = found.get("image[]", found.get("image"))
+    if not isinstance(image, bytes) or ("image[]" in found and "image" in found):
+        raise RequestError("image: expected one picture file")
+    if not isinstance(found.get("mask", b""), bytes):
+        raise RequestError("mask: expected a picture file")
+    if str(found.get("n", "1")) != "1":
+        raise RequestError("n: expected 1, the model has no randomness")
+    if str(found.get("response_format", "b64_json")) != "b64_json":
+        raise RequestError("response_format: expected b64_json, no files are kept to link to")
+    format = str(found.get("output_format", "png"))
+    if format not in ("png", "jpeg", "webp"):
+        raise RequestError("output_format: expected png, jpeg or webp")
+    quality = None if format == "png" or "output_compression" not in found else found["output_compression"]
+
+    def work(job: Job) -> tuple[bytes, tuple[int, int]]:
+        fields = checked({"mask_channel": "inverse_alpha", "mask_threshold": 0.0, "quality": quality}, FillFields)
+        mask = found.get("mask")
+        own = mask_picture(image if mask is None else mask, state.options.max_pixels)
+        turned, _ = upright(own, InvalidMaskError, "mask")
+        if turned.convert("RGBA").getchannel("A").getextrema()[0] != 0:
+            raise InvalidMaskError("mask: no pixel is transparent; alpha 0 is the hole")
+        if mask is None:
+            session = Session(turned.convert("RGB"), state.model(None))
+            job.phase("decode")
+            session.fill(turned, confirm=job.check, **fields.fill_options())
+            job.phase("fill")
+        else:
+            session, _ = state.fill_once(job, image, mask, fields)
+        height, width = session.size
+        if str(found.get("size", "auto")) not in ("auto", f"{width}x{height}"):
+            raise RequestError(f"size: expected auto or the picture's {width}x{height}")
+        return state.encode(job, session, format, fields.quality)[0], (width, height)
+
+    (data, (width, height)), job = await state.queue.run(work, request.is_disconnected)
+    answer = {
+        "created": int(time.time()),
+        "data": [{"b64_json": base64.b64encode(data).decode()}],
+        "output_format": format,
+        "size": f"{width}x{height}",
+    }
+    headers = {"Server-Timing": job.server_timing}
+    if found.get("prompt"):
+        headers["X-Ignored"] = "prompt"
+    return Response(json.dumps(answer), media_type="application/json", headers=headers)

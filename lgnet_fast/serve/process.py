@@ -1,0 +1,57 @@
+"""uvicorn's server, which ends in two steps: new requests are told 503, then the socket closes."""
+
+from __future__ import annotations
+
+import socket
+import time
+from collections.abc import Awaitable, Callable
+from types import FrameType
+
+import uvicorn
+
+from .app import create_app
+from .state import State
+
+_GRACE = 0.5  # seconds for which new requests are told 503 before the socket closes
+
+
+class Server(uvicorn.Server):
+    """Tells clients 503 and lets running work end, before uvicorn closes its socket.
+
+    `listening`: awaited once requests are answered.
+    """
+
+    def __init__(self, state: State, listening: Callable[[], Awaitable[None]]) -> None:
+        options = state.options
+        config = uvicorn.Config(
+            create_app(state),
+            log_level="warning",
+            access_log=False,
+            timeout_keep_alive=10,
+            timeout_graceful_shutdown=max(1, round(options.shutdown)),
+            h11_max_incomplete_event_size=64 * 1024,
+            limit_concurrency=max(1000, 4 * options.queue),
+            server_header=False,
+        )
+        super().__init__(config)
+        self._state = state
+        self._listening = listening
+        self._ending: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        await self._listening()
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        if self._ending is not None:  # a second signal does not wait
+            super().handle_exit(sig, frame)
+            return
+        self._ending = time.monotonic()
+        self._state.drain()
+
+    async def on_tick(self, counter: int) -> bool:
+        if self._ending is not None:
+            spent = time.monotonic() - self._ending
+            if spent > self._state.options.shutdown or (spent > _GRACE and self._state.queue.depth == 0):
+                self.should_exit = True
+        return await super().on_tick(counter)

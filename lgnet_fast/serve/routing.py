@@ -1,0 +1,70 @@
+"""What the groups of routes share: the server's state, forms, what the schema says of bodies and answers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+from fastapi import Depends, Request
+from pydantic import BaseModel
+from starlette.datastructures import UploadFile
+
+from .errors import RequestError
+from .state import State
+
+FILE = {"type": "string", "format": "binary"}
+"""The schema of a file's bytes."""
+IMAGE_RESPONSES: dict[int | str, dict[str, Any]] = {
+    200: {"description": "the picture's bytes", "content": {"image/*": {"schema": FILE}}},
+    400: {"description": "what is wrong with the picture, the mask or a field"},
+    413: {"description": "too many bytes or pixels"},
+    422: {"description": "a field of the wrong type"},
+    429: {"description": "the queue is full; Retry-After says when to come again"},
+    503: {"description": "shutting down, or over the time limit"},
+}
+
+
+async def server_state(request: Request) -> State:
+    """The state of the server that a request came to; `create_app` keeps it in its application."""
+    state: State = request.app.state.server
+    return state
+
+
+ServerState = Annotated[State, Depends(server_state)]
+"""A handler's parameter: the server's state."""
+
+
+def body_of(*kinds: tuple[str, type[BaseModel] | dict[str, Any]]) -> dict[str, Any]:
+    """`openapi_extra` for a body that a route reads itself: (media type, fields or schema)."""
+    content = {}
+    for media_type, kind in kinds:
+        content[media_type] = {"schema": kind if isinstance(kind, dict) else kind.model_json_schema()}
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def form_schema(kind: type[BaseModel], required: list[str], *files: str) -> dict[str, Any]:
+    """The schema of a multipart form of some fields and files."""
+    schema = kind.model_json_schema()
+    schema["properties"].update({name: FILE for name in files})
+    schema["required"] = required
+    return schema
+
+
+async def form_fields(request: Request, state: State, files: tuple[str, ...]) -> dict[str, Any]:
+    """A multipart form: files as bytes, in `files`; other fields as texts. Raises RequestError."""
+    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+        raise RequestError("body: expected multipart/form-data", status=415)
+    found: dict[str, Any] = {}
+    async with request.form(max_files=4, max_fields=64, max_part_size=state.options.max_bytes) as form:
+        for name, value in form.multi_items():
+            if isinstance(value, UploadFile):
+                if name in files and name in found:
+                    raise RequestError(f"{name}: expected one file, got several")
+                found[name] = await value.read()
+            else:
+                found.setdefault(name, value)
+    return found
+
+
+async def request_gone() -> bool:
+    """For work that is finished in any case."""
+    return False
