@@ -156,7 +156,7 @@ class Found:
                 {_frozen(key): Result(*map(_frozen, result)) for key, *result in value["attention"]},
                 value["now_ms"],
                 value["before_ms"],
-                {str(name): int(rows) for name, rows in value["deep_rows"].items()},
+                {str(name): int(rows) for name, rows in value.get("deep_rows", {}).items()},
             )
             found.tuned()
         except (AttributeError, TypeError, KeyError, ValueError):
