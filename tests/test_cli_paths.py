@@ -478,6 +478,14 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
     assert (data["complete"], len(data["items"])) == (True, 3)
 
 
+@pytest.fixture
+def heeded_signals():
+    """SIGINT as a program in a terminal has it: in a background job of a shell it is ignored, and stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 @pytest.mark.parametrize(
     ("number", "resume", "lost"),
     [
@@ -487,7 +495,9 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
         (signal.SIGINT, False, True),
     ],
 )
-def test_an_interrupted_run_tells_what_was_done_and_keeps_the_report(case, fake, monkeypatch, number, resume, lost):
+def test_an_interrupted_run_tells_what_was_done_and_keeps_the_report(
+    case, fake, monkeypatch, heeded_signals, number, resume, lost
+):
     """`lost`: the exception is dropped, as in a destructor; then the picture under way is still finished."""
     for name in "cdef":
         _write(case / "in" / f"{name}.png", noise(40, 60))
