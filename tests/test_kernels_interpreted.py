@@ -1,4 +1,4 @@
-"""Runs tests/interpreted in a process of its own: TRITON_INTERPRET must be set before triton is imported."""
+"""Runs tests/interpreted in processes of their own: TRITON_INTERPRET must be set before triton is imported."""
 
 from __future__ import annotations
 
@@ -15,22 +15,27 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 
 
+def start(files: list[Path]) -> subprocess.Popen[str]:
+    """Pytest over some files, on one thread."""
+    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider"]
+    return subprocess.Popen(
+        [sys.executable, "-m", "pytest", *options, *map(str, files)],
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
 def test_kernels_in_the_interpreter() -> None:
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "--no-header",
-        "-p",
-        "no:cacheprovider",
-        "tests/interpreted",
-    ]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    passed = re.search(r"(\d+) passed", run.stdout)
-    assert passed is not None, run.stdout[-2000:]
-    assert int(passed[1]) > 0
-    assert "skipped" not in run.stdout
+    """On two cores at a time, for the interpreter uses one."""
+    files = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"), key=lambda file: -file.stat().st_size)
+    count = min(2, os.cpu_count() or 1)
+    runs = [start(files[first::count]) for first in range(count)]
+    for run, output in [(run, run.communicate()[0]) for run in runs]:
+        assert run.returncode == 0, output[-8000:]
+        passed = re.search(r"(\d+) passed", output)
+        assert passed is not None, output[-2000:]
+        assert int(passed[1]) > 0
+        assert "skipped" not in output
