@@ -74,7 +74,7 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
         tile = pick_tile(work, kind, card.generation, card.num_sms)
         costs.append(cost(work, tile, kind, card.generation, card.num_sms))
         count += programs(work, tile)
-        name = f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}{'f' if tile.fused else ''}"
+        name = tile.label
     return costs, name, count
 
 

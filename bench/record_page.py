@@ -81,7 +81,7 @@ def main() -> None:
     frames: list[tuple[Image.Image, int]] = []
     with sync_playwright() as driver, tempfile.TemporaryDirectory() as temporary:
         browser = driver.chromium.launch(executable_path=browser_path, args=FLAGS)
-        size = {"width": WINDOW[0], "height": WINDOW[1]}
+        size: Any = {"width": WINDOW[0], "height": WINDOW[1]}
         page = browser.new_context(viewport=size, color_scheme="dark").new_page()
         page.goto(server.address)
         page.wait_for_selector("html.ready", state="attached")

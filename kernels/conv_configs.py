@@ -32,6 +32,11 @@ class Tile(NamedTuple):
     num_stages: int
     fused: bool = False
 
+    @property
+    def label(self) -> str:
+        """BLOCK_MxBLOCK_NxBLOCK_K/splits, and f where fused."""
+        return f"{self.block_m}x{self.block_n}x{self.block_k}/{self.splits}{'f' if self.fused else ''}"
+
 
 class Work(NamedTuple):
     """One product: rows of a phase, columns, the taps of every phase, and input channels.

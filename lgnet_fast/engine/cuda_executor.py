@@ -266,8 +266,7 @@ class CudaExecutor(Executor):
             return "cudnn"
         if (hopper_tile := self._hopper_tile(step)) is not None:
             return f"hopper 8x{hopper_tile.tile_h}x64/{hopper_tile.cluster}"
-        tile = self.tile(step)
-        return f"{tile.block_m}x{tile.block_n}x{tile.block_k}/{tile.splits}{'f' if tile.fused else ''}"
+        return self.tile(step).label
 
     # -- programs ------------------------------------------------------------------------------------------------
 

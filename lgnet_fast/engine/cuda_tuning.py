@@ -57,10 +57,6 @@ _DEEP_ROWS = (16, 64)
 Log = Callable[..., None]
 
 
-def _silent(section: str, **figures: Any) -> None:
-    """A log of nothing."""
-
-
 class Timer:
     """How candidates are compiled and timed on a GPU."""
 
@@ -219,7 +215,7 @@ def tiles(work: Work, kind: str, generation: str, num_sms: int) -> Iterator[Tile
     import triton
 
     from lgnet_fast.kernels.cards import SHARED_LIMITS
-    from lgnet_fast.kernels.conv_configs import Tile
+    from lgnet_fast.kernels.conv_configs import Tile, estimate
 
     element = 2 if kind == "half" else 4
     limit = 0.86 * SHARED_LIMITS[generation]
@@ -251,35 +247,14 @@ def tiles(work: Work, kind: str, generation: str, num_sms: int) -> Iterator[Tile
                     continue
                 for fused in (False, True) if splits > 1 else (False,):
                     tile = Tile(block_m, block_n, block_k, splits, warps, 1 if kind == "ieee" else stages, fused)
-                    ranked.append((_guess(work, tile, num_sms), tile))
+                    ranked.append((estimate(work, tile, kind, generation, num_sms), tile))
     ranked.sort(key=lambda pair: pair[0])
     taken: Counter[tuple[int, ...]] = Counter()
-    for _, tile in ranked:  # variety: the guess is no better than a factor of two
+    for _, tile in ranked:  # variety: the estimate is off by a fifth
         shape = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
         taken[shape] += 1
         if taken[shape] <= 3:
             yield tile
-
-
-def _guess(work: Work, tile: Tile, num_sms: int) -> float:
-    """Clocks of a launch: matrix unit, issue and ingress of a multiprocessor, waves, weights from memory."""
-    steps = work.steps(tile.block_k)
-    per_step = max(
-        tile.block_m * tile.block_n * tile.block_k / 2048 * (1.6 if tile.block_m < 64 else 1.2),
-        tile.block_k * (tile.block_m + tile.block_n) * 2 / 56,
-        160 * (tile.block_k / 64) ** 0.5,
-    )
-    longest = -(-max(steps) // tile.splits)
-    blocks = -(-work.rows // tile.block_m) * -(-work.columns // tile.block_n) * len(work.taps)
-    programs = blocks * tile.splits
-    waves = -(-programs // num_sms) if programs > num_sms else 1
-    weights = work.columns * sum(work.taps) * work.in_channels * 2 / 1700
-    clocks = 1500 + max(waves * longest * per_step, weights / min(1.0, programs / num_sms))
-    if tile.splits > 1:
-        parts = tile.splits * tile.block_m * tile.block_n * 4
-        together = 3500 + 2 * work.all_rows * work.columns * tile.splits * 4 / 3000
-        clocks += 1000 + parts / 60 if tile.fused else together
-    return clocks
 
 
 # -- convolutions --------------------------------------------------------------------------------------------------
