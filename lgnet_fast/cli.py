@@ -550,6 +550,7 @@ def serve(
     max_sessions: Annotated[int, typer.Option(min=1, help="Pictures open at the same time.")] = 50,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait or run; more are told 429.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,
+    grace: Annotated[float, typer.Option(help="Seconds of 503 before the socket closes, at the end.")] = 0.5,
     shutdown: Annotated[float, typer.Option(help="Seconds that running work has to end in.")] = 30.0,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
@@ -577,6 +578,7 @@ def serve(
             max_sessions=max_sessions,
             queue=queue,
             timeout=timeout,
+            grace=grace,
             shutdown=shutdown,
         )
         models = parse_models(model or [])

@@ -9,12 +9,15 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+import torch.compiler.config as compiler_config
 from torch import Tensor
+from torch._dynamo.utils import counters
+from torch._inductor.utils import fresh_cache
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgnet_fast import BackendError, create_model, native, ops
-from lgnet_fast.ops import dispatch
+from lgnet_fast.ops import dispatch, library
 from lgnet_fast.ops.cpu import attention as cpu_attention
 from lgnet_fast.reference import attention as reference
 from lgnet_fast.reference import merge as reference_merge
@@ -280,6 +283,30 @@ def test_compiled_fullgraph_forward_and_backward():
     for a, b in zip(grads(out, compiled_in), grads(expected, eager_in), strict=True):
         assert_accurate("gradient", a, b, roundings=64)
     assert ops.calls()["attention_block_backward", "cpp"] == 2
+
+
+def test_a_graph_kept_by_torch_compile_is_not_used_by_another_version(monkeypatch):
+    """Its calls have the schemas of the version that compiled it; see `library.tag_compiled_graphs`."""
+
+    def found_and_missed() -> tuple[int, int]:
+        torch.compiler.reset()
+        counters.clear()
+        inputs = leaves(block_inputs(1, 8, 5, 7))
+        compiled = torch.compile(lambda *args: torch.ops.lgnet.attention_block(*args, "released", backend="cpp"))
+        grads(compiled(*inputs), inputs)
+        seen = counters["aot_autograd"]
+        return seen["autograd_cache_hit"], seen["autograd_cache_miss"]
+
+    assert compiler_config.cache_key_tag.count("lgnet_fast") == 1
+    with fresh_cache():
+        assert found_and_missed() == (0, 1)
+        assert found_and_missed() == (1, 0)
+        with compiler_config.patch(cache_key_tag=""), monkeypatch.context() as other:
+            other.setattr(library, "__version__", "0.0.0")
+            library.tag_compiled_graphs()
+            assert found_and_missed() == (0, 1)
+        assert found_and_missed() == (1, 0)
+    torch.compiler.reset()
 
 
 def test_autocast_lowers_attention_and_widens_merging():

@@ -230,6 +230,7 @@ def test_open_pictures_are_bounded_in_number_bytes_and_time():
         ("threads", -1),
         ("timeout", 0),
         ("timeout", float("nan")),
+        ("grace", 0),
         ("shutdown", float("inf")),
     ],
 )

@@ -24,6 +24,7 @@ from ..reference.backends import Functions, provide
 # Importing these registers the operators.
 from . import attention, merge_concat  # noqa: F401
 from .dispatch import calls, reset_calls
+from .library import tag_compiled_graphs
 from .registry import OPERATORS
 
 
@@ -55,5 +56,6 @@ def functions(backend: str) -> Functions:
 
 
 provide(functions)
+tag_compiled_graphs()
 
 __all__ = ["OPERATORS", "Bound", "calls", "functions", "reset_calls"]

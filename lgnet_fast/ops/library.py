@@ -6,25 +6,44 @@ fused backend runs in the inner operator ``_<name>``, which also returns what ``
 
 from __future__ import annotations
 
+import hashlib
 import importlib.abc
 import sys
 from collections.abc import Callable, Iterable
 from importlib.machinery import ModuleSpec
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import torch
+import torch.compiler.config as compiler_config
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import forks
+from ..version import __version__
 from .dispatch import record, run
 from .registry import OPERATORS, Operator, label, like, memory_format
 
 LIBRARY = torch.library.Library("lgnet", "DEF")
 
 _DEVICES = ("CPU", "CUDA")
+
+
+def tag_compiled_graphs() -> None:
+    """Make this package part of the key under which ``torch.compile`` keeps graphs on disk.
+
+    A kept graph calls the inner operators, with the arguments that they had when it was compiled. PyTorch's key has
+    only the name of the public operator, so that after an upgrade an old graph would be found and fail, or compute by
+    an old formula.
+    """
+    package = Path(__file__).parent.parent
+    digest = hashlib.sha256(__version__.encode())
+    for room in ("ops", "reference"):
+        for path in sorted((package / room).rglob("*.py")):
+            digest.update(path.read_bytes())
+    compiler_config.cache_key_tag += f" lgnet_fast {digest.hexdigest()[:16]}"
 
 
 def define(schema: str) -> str:

@@ -24,7 +24,9 @@ class ServeOptions:
     open, bytes of memory for all of them, and seconds after which an unused one goes. `queue`: requests that may wait
     or run; more are answered 429. `threads`: requests that are prepared at the same time. `batch`: network passes of
     one size that may run together. `timeout`: seconds for one request, from the last byte of its body to the answer.
-    `body_timeout`: seconds between two parts of a body. `shutdown`: seconds that running work has to end in.
+    `body_timeout`: seconds between two parts of a body. `grace`: seconds after the signal to end for which new
+    requests are still answered (503, and /v2/health/ready too), at least a load balancer's interval; `shutdown`:
+    seconds that running work has to end in, counted from the same signal.
     """
 
     host: str = "127.0.0.1"
@@ -42,6 +44,7 @@ class ServeOptions:
     batch: int = 4
     timeout: float = 120.0
     body_timeout: float = 30.0
+    grace: float = 0.5
     shutdown: float = 30.0
 
     def __post_init__(self) -> None:
@@ -50,7 +53,7 @@ class ServeOptions:
         _whole("port", self.port, 0, 65535)
         for name in ("max_bytes", "max_pixels", "max_sessions", "session_bytes", "queue", "threads", "batch"):
             _whole(name, getattr(self, name), 1, None)
-        for name in ("session_idle", "timeout", "body_timeout", "shutdown"):
+        for name in ("session_idle", "timeout", "body_timeout", "grace", "shutdown"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected seconds > 0, got {value!r}")

@@ -12,8 +12,6 @@ import uvicorn
 from .app import create_app
 from .state import State
 
-_GRACE = 0.5  # seconds for which new requests are told 503 before the socket closes
-
 
 class Server(uvicorn.Server):
     """Tells clients 503 and lets running work end, before uvicorn closes its socket.
@@ -43,15 +41,17 @@ class Server(uvicorn.Server):
         await self._listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._ending is not None:  # a second signal does not wait
+        if self._ending is None:
+            self._ending = time.monotonic()
+            self._state.drain()
+        elif not self.should_exit:  # a second signal does not wait for the grace to end
+            self.should_exit = True
+        else:  # and a third one, Ctrl-C, not for running work
             super().handle_exit(sig, frame)
-            return
-        self._ending = time.monotonic()
-        self._state.drain()
 
     async def on_tick(self, counter: int) -> bool:
         if self._ending is not None:
-            spent = time.monotonic() - self._ending
-            if spent > self._state.options.shutdown or (spent > _GRACE and self._state.queue.depth == 0):
+            spent, options = time.monotonic() - self._ending, self._state.options
+            if spent > max(options.grace, options.shutdown) or (spent > options.grace and self._state.queue.depth == 0):
                 self.should_exit = True
         return await super().on_tick(counter)
