@@ -40,6 +40,8 @@ one: in float32 the dq kernel also sums them, and the others divide by that inst
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 from torch import Tensor
@@ -50,12 +52,12 @@ from .attention_backward import (
     _attn_bwd_dq_kernel,
     _attn_bwd_finish_kernel,
 )
-from .attention_forward import Result, _attn_fwd_kernel, _attn_merge_kernel, _attn_prep_kernel, q_scale
+from .attention_forward import AttentionCall, Result, _attn_fwd_kernel, _attn_merge_kernel, _attn_prep_kernel, q_scale
 from .attention_inference import attention_block_inference
 from .cards import SHARED_LIMITS
-from .configs import Config, config_kind, device_generation, num_splits, pick
-from .launch import MAX_GRID, device_guard, device_reason, dot_precision, launch
-from .maps import ABSENT, Rows, as_map, as_optional_map, is_flat, position_stride, split_head
+from .configs import Config, pick
+from .launch import MAX_GRID, device_guard, device_reason, launch
+from .maps import ABSENT, Rows, as_map, as_optional_map, is_flat, position_stride
 
 MAX_CHANNELS = 512
 # Triton leaves the tensor cores of older GPUs unused
@@ -104,13 +106,12 @@ def can_run_attention(
     return None
 
 
-def _row_blocks(generation: str, channels: int, positions: int) -> dict[str, int]:
-    """Block sizes of the bandwidth-bound kernels; `positions` of all samples together."""
-    config = pick("rows", generation, "any", channels, positions)
-    block_c = min(config.block_n, max(16, triton.next_power_of_2(channels)))
+def _row_blocks(call: AttentionCall) -> dict[str, int]:
+    """Block sizes of the bandwidth-bound kernels."""
+    config = pick("rows", call.generation, "any", call.channels, call.batch * call.positions)
     return {
         "BLOCK_P": config.block_m,
-        "BLOCK_C": block_c,
+        "BLOCK_C": call.block(config.block_n),
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
@@ -121,43 +122,39 @@ def _is_rows(features: Tensor) -> bool:
     return features.stride(1) == 1 and is_flat(features)
 
 
-def _prepare(features: Tensor, variant: str, *, backward: bool) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+def _prepare(
+    features: Tensor, call: AttentionCall, *, backward: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """q, k, v rows and 1/||F|| as the variant's kernels need them.
 
     Rows have unit channel stride. released: q, k, k, None. paper forward: F, F, F, 1/||F||; backward: k, k, F, None.
     """
-    batch, channels, height, width = features.shape
-    positions = height * width
-    paper = variant == "paper"
-
-    def rows() -> Tensor:
-        return torch.empty((batch, positions, channels), dtype=features.dtype, device=features.device)
-
+    paper = call.paper
+    rows_shape = (call.batch, call.positions, call.channels)
     write_k = backward or not paper
     # the backward kernels want dense rows
     write_v = paper and (backward or not _is_rows(features))
-    q = None if paper else rows()
-    k = rows() if write_k else None
-    v = rows() if write_v else None
+    q = None if paper else features.new_empty(rows_shape)
+    k = features.new_empty(rows_shape) if write_k else None
+    v = features.new_empty(rows_shape) if write_v else None
     inv_norm = None
     if paper and not backward:
-        inv_norm = torch.empty((batch, positions), dtype=torch.float32, device=features.device)
-    generation, _ = device_generation(features.device)
-    blocks = _row_blocks(generation, channels, batch * positions)
-    num_blocks = triton.cdiv(positions, blocks["BLOCK_P"])
+        inv_norm = features.new_empty(rows_shape[:2], dtype=torch.float32)
+    blocks = _row_blocks(call)
+    num_blocks = triton.cdiv(call.positions, blocks["BLOCK_P"])
     launch(
         _attn_prep_kernel,
-        (num_blocks * batch, triton.cdiv(channels, blocks["BLOCK_C"])),
+        (num_blocks * call.batch, triton.cdiv(call.channels, blocks["BLOCK_C"])),
         as_map(features),
         q,
         k,
         v,
         inv_norm,
-        height,
-        width,
+        call.height,
+        call.width,
         num_blocks,
         q_scale(features.dtype),
-        HEAD_DIM=channels,
+        HEAD_DIM=call.channels,
         PAPER=paper,
         **blocks,
     )
@@ -166,99 +163,98 @@ def _prepare(features: Tensor, variant: str, *, backward: bool) -> tuple[Tensor,
         assert k is not None
         return q, k, k, None
     if v is None:
-        v = features.as_strided((batch, positions, channels), (features.stride(0), position_stride(features), 1))
+        v = features.as_strided(rows_shape, (features.stride(0), position_stride(features), 1))
     return (v, v, v, inv_norm) if k is None else (k, k, v, None)
 
 
-def _merge_stages(config: Config, columns: int, splits: int, element: int, generation: str) -> int:
-    """The most pipeline stages, up to the table's, whose tiles of all splits fit the card's shared memory."""
-    tiles = splits * config.block_m * columns * 4 + (2 * columns + config.block_m) * columns * element
-    stages = config.num_stages
-    while stages > 1 and (stages - 1) * tiles > 0.9 * SHARED_LIMITS[generation]:
-        stages -= 1
-    return stages
+class _Partial(NamedTuple):
+    """What the splits of the keys leave, float32: rows [splits, B, N, C], their maxima and sums [splits, B, N].
+
+    Without splits the rows are None, and the maxima and sums are the call's `stats`.
+    """
+
+    rows: Tensor | None
+    max: Tensor
+    sum: Tensor
 
 
 def _forward(features: Tensor, variant: str, result: Result) -> Tensor:
-    """Fill the maps of `result`; return stats."""
-    batch, channels, height, width = features.shape
-    positions = height * width
-    device = features.device
-    stats = torch.empty((2, batch, positions), dtype=torch.float32, device=device)
-    if batch == 0:
+    """Fill the maps of `result`; return stats [2, B, N]."""
+    call = AttentionCall.of(features, variant)
+    stats = features.new_empty((2, call.batch, call.positions), dtype=torch.float32)
+    if call.batch == 0:
         return stats
-    precision = dot_precision(features.dtype)
-    generation, num_sms = device_generation(device)
-    kind = config_kind(features.dtype, precision)
-    config = pick("forward", generation, kind, channels, batch * positions)
-    num_blocks = triton.cdiv(positions, config.block_m)
-    splits, keys_per_split = num_splits(num_blocks * batch, positions, config.block_n, num_sms)
-    paper = variant == "paper"
-    d0, d1 = split_head(channels)
-    whole = splits == 1
-    partial, (row_max, row_sum) = None, stats
-    if not whole:
-        partial = torch.empty((splits, batch, positions, channels), dtype=torch.float32, device=device)
-        row_max, row_sum = torch.empty((2, splits, batch, positions), dtype=torch.float32, device=device)
+    config = call.pick("forward")
+    num_blocks = triton.cdiv(call.positions, config.block_m)
+    splits, keys_per_split = call.splits(num_blocks * call.batch, config.block_n)
+    partial = _Partial(None, stats[0], stats[1])
+    if splits > 1:
+        rows = stats.new_empty((splits, call.batch, call.positions, call.channels))
+        partial = _Partial(rows, *stats.new_empty((2, splits, call.batch, call.positions)))
     with device_guard(features):
-        q, _, kv, inv_norm = _prepare(features, variant, backward=False)
+        q, _, kv, inv_norm = _prepare(features, call, backward=False)
         launch(
             _attn_fwd_kernel,
-            (num_blocks * batch, splits),
+            (num_blocks * call.batch, splits),
             Rows(q, q.stride(0), q.stride(1)),
             Rows(kv, kv.stride(0), kv.stride(1)),
             inv_norm,
-            *(result if whole else Result(ABSENT)),
-            partial,
-            row_max,
-            row_sum,
-            batch,
-            positions,
-            width,
+            *(result if splits == 1 else Result(ABSENT)),
+            *partial,
+            call.batch,
+            call.positions,
+            call.width,
             num_blocks,
             keys_per_split,
-            HEAD_DIM=channels,
-            Q_SCALE=1.0 if paper else q_scale(features.dtype),
-            PAPER=paper,
-            EVEN_N=positions % config.block_n == 0,
-            PRECISION=precision,
-            D0=d0,
-            D1=d1,
-            BLOCK_M=config.block_m,
-            BLOCK_N=config.block_n,
-            BLOCK_O=min(32, max(16, triton.next_power_of_2(channels))),
-            BLOCK_D=min(64, max(16, triton.next_power_of_2(channels))),
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            Q_SCALE=call.q_scale,
+            PAPER=call.paper,
+            EVEN_N=call.positions % config.block_n == 0,
+            PRECISION=call.precision,
+            BLOCK_O=call.block(32),
+            BLOCK_D=call.block(64),
+            **call.head(),
+            **config.meta(),
         )
-        if not whole:
-            merge = pick("merge", generation, kind, channels, batch * positions)
-            if splits * merge.block_m > 128:  # addresses of that many rows would spill registers
-                merge = merge._replace(block_m=16)
-            num_blocks = triton.cdiv(positions, merge.block_m)
-            block_d = min(merge.block_n, max(16, triton.next_power_of_2(channels)))
-            launch(
-                _attn_merge_kernel,
-                (num_blocks * batch, triton.cdiv(channels, block_d)),
-                partial,
-                row_max,
-                row_sum,
-                stats,
-                *result,
-                batch,
-                positions,
-                width,
-                num_blocks,
-                HEAD_DIM=channels,
-                SPLITS=splits,
-                PAPER=paper,
-                PRECISION=precision,
-                BLOCK_M=merge.block_m,
-                BLOCK_D=block_d,
-                num_warps=merge.num_warps,
-                num_stages=_merge_stages(merge, block_d, splits, features.element_size(), generation),
-            )
+        if splits > 1:
+            _merge_splits(call, partial, splits, stats, result)
     return stats
+
+
+def _merge_splits(call: AttentionCall, partial: _Partial, splits: int, stats: Tensor, result: Result) -> None:
+    """Merge the splits' partial results into the maps of `result` and into `stats`."""
+    config = call.pick("merge")
+    if splits * config.block_m > 128:  # addresses of that many rows would spill registers
+        config = config._replace(block_m=16)
+    num_blocks = triton.cdiv(call.positions, config.block_m)
+    block_d = call.block(config.block_n)
+    launch(
+        _attn_merge_kernel,
+        (num_blocks * call.batch, triton.cdiv(call.channels, block_d)),
+        *partial,
+        stats,
+        *result,
+        call.batch,
+        call.positions,
+        call.width,
+        num_blocks,
+        HEAD_DIM=call.channels,
+        SPLITS=splits,
+        PAPER=call.paper,
+        PRECISION=call.precision,
+        BLOCK_M=config.block_m,
+        BLOCK_D=block_d,
+        num_warps=config.num_warps,
+        num_stages=_merge_stages(config, block_d, splits, call),
+    )
+
+
+def _merge_stages(config: Config, columns: int, splits: int, call: AttentionCall) -> int:
+    """The most pipeline stages, up to the table's, for which the tiles of all splits fit the GPU's shared memory."""
+    tiles = splits * config.block_m * columns * 4 + (2 * columns + config.block_m) * columns * call.dtype.itemsize
+    stages = config.num_stages
+    while stages > 1 and (stages - 1) * tiles > 0.9 * SHARED_LIMITS[call.generation]:
+        stages -= 1
+    return stages
 
 
 def attention_forward(features: Tensor, variant: str, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -310,6 +306,31 @@ def attention_block_forward(
     return out, attended, _forward(features, variant, result)
 
 
+class _Saved(NamedTuple):
+    """What the backward's products read: rows [B, N, C] (v: None in "released", where it is k), stats [2, B, N].
+
+    grad: rows of grad_attended. delta: [B, N], <grad_attended, attended>.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor | None
+    grad: Tensor
+    stats: Tensor
+    delta: Tensor
+
+
+class _Gradient(NamedTuple):
+    """Partial sums of a gradient, float32 [splits, B, N, C]; sums: the probabilities' [splits, B, N], or None."""
+
+    rows: Tensor
+    sums: Tensor | None = None
+
+    @property
+    def splits(self) -> int:
+        return self.rows.shape[0]
+
+
 def _backward(
     grad_attended: Tensor,
     features: Tensor,
@@ -320,128 +341,130 @@ def _backward(
 ) -> Tensor:
     """dF, with `direct` (the gradient that reaches F past the attention) added."""
     df = torch.empty_like(features)
-    batch, channels, height, width = features.shape
-    if batch == 0:
+    call = AttentionCall.of(features, variant)
+    if call.batch == 0:
         return df
-    positions = height * width
-    device = features.device
-    paper = variant == "paper"
-    precision = dot_precision(features.dtype)
-    generation, num_sms = device_generation(device)
-    kind = config_kind(features.dtype, precision)
-    size = batch * positions
-    dq_config = pick("backward_dq", generation, kind, channels, size)
-    dkv_config = pick("backward_dkv", generation, kind, channels, size)
-    d0, d1 = split_head(channels)
-    dq_blocks = triton.cdiv(positions, dq_config.block_m)
-    dq_splits, keys_per_split = num_splits(dq_blocks * batch, positions, dq_config.block_n, num_sms)
-    dkv_blocks = triton.cdiv(positions, dkv_config.block_n)
-    dkv_splits, queries_per_split = num_splits(dkv_blocks * batch, positions, dkv_config.block_m, num_sms)
-    renorm = features.dtype == torch.float32 and not paper
-    rows_shape = (batch, positions, channels)
-
-    def workspace(*shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device=device)
-
     with device_guard(features):
-        q, k, values, _ = _prepare(features, variant, backward=True)
-        v = values if paper else None
-        rows = _row_blocks(generation, channels, size)
-        row_grid = triton.cdiv(positions, rows["BLOCK_P"])
-        do = workspace(*rows_shape, dtype=features.dtype)
-        delta = workspace(batch, positions)
-        launch(
-            _attn_bwd_delta_kernel,
-            (row_grid * batch,),
-            as_map(grad_attended),
-            as_map(attended),
-            do,
-            delta,
-            positions,
-            width,
-            row_grid,
-            HEAD_DIM=channels,
-            **rows,
-        )
-        dq = workspace(dq_splits, *rows_shape)
-        sums = workspace(dq_splits, batch, positions) if renorm else None
-        shared = {
-            "HEAD_DIM": channels,
-            "Q_SCALE": 1.0 if paper else q_scale(features.dtype),
-            "PRECISION": precision,
-            "D0": d0,
-            "D1": d1,
-        }
-        launch(
-            _attn_bwd_dq_kernel,
-            (dq_blocks * batch, dq_splits),
-            q,
-            k,
-            v,
-            do,
-            stats,
-            delta,
-            dq,
-            sums,
-            batch,
-            positions,
-            dq_blocks,
-            keys_per_split,
-            EVEN_N=positions % dq_config.block_n == 0,
-            **shared,
-            **dq_config.meta(),
-        )
-
-        def dkv(with_dk: bool, with_dv: bool) -> Tensor:
-            result = workspace(dkv_splits, *rows_shape)
-            launch(
-                _attn_bwd_dkv_kernel,
-                (dkv_blocks * batch, dkv_splits),
-                q,
-                k,
-                v,
-                do,
-                stats,
-                delta,
-                sums,
-                result,
-                batch,
-                positions,
-                dkv_blocks,
-                queries_per_split,
-                WITH_DK=with_dk,
-                WITH_DV=with_dv,
-                SUMS=dq_splits,
-                **shared,
-                **dkv_config.meta(),
-            )
-            return result
-
-        dk = dkv(True, not paper)
-        dv = dkv(False, True) if paper else None
-        launch(
-            _attn_bwd_finish_kernel,
-            (row_grid * batch, triton.cdiv(channels, rows["BLOCK_C"])),
-            as_map(features),
-            dq,
-            sums,
-            dk,
-            dv,
-            as_optional_map(direct),
-            as_map(df),
-            batch,
-            height,
-            width,
-            row_grid,
-            dq_splits,
-            dkv_splits,
-            HEAD_DIM=channels,
-            PAPER=paper,
-            # ptxas may spill registers to fit more programs on a multiprocessor; on an H100 it does not
-            **({} if generation == "sm_90" else {"maxnreg": 255}),
-            **rows,
-        )
+        q, k, values, _ = _prepare(features, call, backward=True)
+        grad, delta = _backward_delta(call, grad_attended, attended)
+        saved = _Saved(q, k, values if call.paper else None, grad, stats, delta)
+        dq = _backward_dq(call, saved)
+        dk = _backward_dkv(call, saved, dq, with_dk=True, with_dv=not call.paper)
+        dv = _backward_dkv(call, saved, dq, with_dk=False, with_dv=True) if call.paper else None
+        _backward_finish(call, features, dq, dk, dv, direct, df)
     return df
+
+
+def _backward_delta(call: AttentionCall, grad_attended: Tensor, attended: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of grad_attended [B, N, C], and <grad_attended, attended> [B, N] in float32."""
+    grad = attended.new_empty((call.batch, call.positions, call.channels))
+    delta = attended.new_empty((call.batch, call.positions), dtype=torch.float32)
+    blocks = _row_blocks(call)
+    num_blocks = triton.cdiv(call.positions, blocks["BLOCK_P"])
+    launch(
+        _attn_bwd_delta_kernel,
+        (num_blocks * call.batch,),
+        as_map(grad_attended),
+        as_map(attended),
+        grad,
+        delta,
+        call.positions,
+        call.width,
+        num_blocks,
+        HEAD_DIM=call.channels,
+        **blocks,
+    )
+    return grad, delta
+
+
+def _backward_dq(call: AttentionCall, saved: _Saved) -> _Gradient:
+    """Gradient of the queries; in "released" float32 with the sums of the recomputed probabilities."""
+    config = call.pick("backward_dq")
+    num_blocks = triton.cdiv(call.positions, config.block_m)
+    splits, keys_per_split = call.splits(num_blocks * call.batch, config.block_n)
+    rows = saved.delta.new_empty((splits, call.batch, call.positions, call.channels))
+    renormalise = call.dtype == torch.float32 and not call.paper
+    sums = saved.delta.new_empty(rows.shape[:3]) if renormalise else None
+    launch(
+        _attn_bwd_dq_kernel,
+        (num_blocks * call.batch, splits),
+        *saved,
+        rows,
+        sums,
+        call.batch,
+        call.positions,
+        num_blocks,
+        keys_per_split,
+        EVEN_N=call.positions % config.block_n == 0,
+        Q_SCALE=call.q_scale,
+        PRECISION=call.precision,
+        **call.head(),
+        **config.meta(),
+    )
+    return _Gradient(rows, sums)
+
+
+def _backward_dkv(call: AttentionCall, saved: _Saved, dq: _Gradient, *, with_dk: bool, with_dv: bool) -> _Gradient:
+    """Gradient of the keys, of the values, or the sum of both."""
+    config = call.pick("backward_dkv")
+    num_blocks = triton.cdiv(call.positions, config.block_n)
+    splits, queries_per_split = call.splits(num_blocks * call.batch, config.block_m)
+    rows = saved.delta.new_empty((splits, call.batch, call.positions, call.channels))
+    launch(
+        _attn_bwd_dkv_kernel,
+        (num_blocks * call.batch, splits),
+        *saved,
+        dq.sums,
+        rows,
+        call.batch,
+        call.positions,
+        num_blocks,
+        queries_per_split,
+        WITH_DK=with_dk,
+        WITH_DV=with_dv,
+        SUMS=dq.splits,
+        Q_SCALE=call.q_scale,
+        PRECISION=call.precision,
+        **call.head(),
+        **config.meta(),
+    )
+    return _Gradient(rows)
+
+
+def _backward_finish(
+    call: AttentionCall,
+    features: Tensor,
+    dq: _Gradient,
+    dk: _Gradient,
+    dv: _Gradient | None,
+    direct: Tensor | None,
+    df: Tensor,
+) -> None:
+    """df = the gradients of queries, keys and values through the box sum and the norm, plus `direct`."""
+    blocks = _row_blocks(call)
+    num_blocks = triton.cdiv(call.positions, blocks["BLOCK_P"])
+    launch(
+        _attn_bwd_finish_kernel,
+        (num_blocks * call.batch, triton.cdiv(call.channels, blocks["BLOCK_C"])),
+        as_map(features),
+        dq.rows,
+        dq.sums,
+        dk.rows,
+        None if dv is None else dv.rows,
+        as_optional_map(direct),
+        as_map(df),
+        call.batch,
+        call.height,
+        call.width,
+        num_blocks,
+        dq.splits,
+        dk.splits,
+        HEAD_DIM=call.channels,
+        PAPER=call.paper,
+        # ptxas may spill registers to fit more programs on a multiprocessor; on an H100 it does not
+        **({} if call.generation == "sm_90" else {"maxnreg": 255}),
+        **blocks,
+    )
 
 
 def attention_backward(

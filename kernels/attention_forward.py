@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
-from .launch import dot
+from .configs import MAX_SPLITS, Config, config_kind, device_generation, num_splits, pick
+from .launch import dot, dot_precision
 from .maps import (
     ABSENT,
     Map,
@@ -21,6 +23,7 @@ from .maps import (
     position_rows,
     row_products,
     scale_rows,
+    split_head,
     store_tiles,
     tile_masks,
     tile_pointers,
@@ -48,6 +51,61 @@ class Result(NamedTuple):
 def q_scale(dtype: torch.dtype) -> float:
     """Factor of the stored box sum: nine times a float16 can pass float16's range."""
     return 1.0 / 16.0 if dtype == torch.float16 else 1.0
+
+
+class AttentionCall(NamedTuple):
+    """Sizes and arithmetic of one call, from which the block shapes and constants of its launches follow.
+
+    precision: of the matrix products, see `dot_precision`. generation, num_sms: of the GPU.
+    """
+
+    batch: int
+    channels: int
+    height: int
+    width: int
+    dtype: torch.dtype
+    paper: bool
+    precision: str
+    generation: str
+    num_sms: int
+
+    @classmethod
+    def of(cls, features: Tensor, variant: str) -> AttentionCall:
+        """The call on `features` [B, C, H, W]."""
+        batch, channels, height, width = features.shape
+        dtype, paper, precision = features.dtype, variant == "paper", dot_precision(features.dtype)
+        return cls(batch, channels, height, width, dtype, paper, precision, *device_generation(features.device))
+
+    @property
+    def positions(self) -> int:
+        return self.height * self.width
+
+    @property
+    def kind(self) -> str:
+        """Name of the dtype in the tables of block shapes."""
+        return config_kind(self.dtype, self.precision)
+
+    @property
+    def q_scale(self) -> float:
+        """Factor of the stored queries."""
+        return 1.0 if self.paper else q_scale(self.dtype)
+
+    def pick(self, op: str) -> Config:
+        """Block shapes of `op`."""
+        return pick(op, self.generation, self.kind, self.channels, self.batch * self.positions)
+
+    def splits(self, programs: int, block: int, most: int = MAX_SPLITS) -> tuple[int, int]:
+        """Splits of the walk over the positions by blocks of `block`, and positions per split."""
+        return num_splits(programs, self.positions, block, self.num_sms, most)
+
+    def block(self, most: int) -> int:
+        """Block size along the channels: a power of two, 16 to `most`."""
+        return min(most, max(16, 1 << (self.channels - 1).bit_length()))
+
+    def head(self) -> dict[str, int]:
+        """Constants of kernels that hold all channels as one or two tiles."""
+        d0, d1 = split_head(self.channels)
+        return {"HEAD_DIM": self.channels, "D0": d0, "D1": d1}
 
 
 @triton.jit

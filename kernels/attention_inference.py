@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_forward import KEY_SHIFT, LOG2E, NORM_CLAMP, exp_above, q_scale, weight_halves
-from .configs import Inference, config_kind, device_generation, num_splits, pick_inference
-from .launch import ACTIVATIONS, activate, device_guard, dot, dot_precision, launch, overlapping
+from .attention_forward import KEY_SHIFT, LOG2E, NORM_CLAMP, AttentionCall, exp_above, weight_halves
+from .configs import Inference, pick_inference
+from .launch import ACTIVATIONS, activate, device_guard, dot, launch, overlapping
 from .maps import (
     advance,
     as_map,
@@ -35,23 +35,9 @@ from .maps import (
     load_tiles,
     position_rows,
     row_products,
-    split_head,
     tile_masks,
     tile_pointers,
 )
-
-
-class _Shape(NamedTuple):
-    """Sizes of one call."""
-
-    batch: int
-    channels: int
-    height: int
-    width: int
-
-    @property
-    def positions(self) -> int:
-        return self.height * self.width
 
 
 class Projected(NamedTuple):
@@ -330,130 +316,119 @@ def attention_block_inference(
         [B, C, H, W]: `out` where given, else with the strides of ``torch.empty_like(features)``.
     """
     result = torch.empty_like(features) if out is None else out
-    shape = _Shape(*features.shape)
-    if shape.batch == 0:
+    call = AttentionCall.of(features, variant)
+    if call.batch == 0:
         return result
-    dtype, device = features.dtype, features.device
-    precision = dot_precision(dtype)
-    generation, num_sms = device_generation(device)
-    config = pick_inference(
-        generation, config_kind(dtype, precision), shape.channels, shape.positions, shape.batch, num_sms
-    )
-    paper = variant == "paper"
-    size = (shape.batch, shape.positions, shape.channels)
-    rows = torch.empty((2 if paper else 3, *size), dtype=dtype, device=device)
-    r = torch.empty(size, dtype=torch.float32, device=device)
-    projected = Projected(rows[0], rows[0 if paper else 2], rows[1], r)
+    config = pick_inference(call.generation, call.kind, call.channels, call.positions, call.batch, call.num_sms)
+    size = (call.batch, call.positions, call.channels)
+    rows = features.new_empty((2 if call.paper else 3, *size))
+    r = features.new_empty(size, dtype=torch.float32)
+    projected = Projected(rows[0], rows[0 if call.paper else 2], rows[1], r)
     shared: dict[str, Any] = {"OVERLAP": overlap, **overlapping(overlap)}
     with device_guard(features):
-        _project(features, weight, bias, projected, paper, config, precision, shared)
-        _weigh(projected, result, shape, paper, config, ACTIVATIONS[activation], precision, num_sms, shared)
+        _project(call, features, weight, bias, projected, config, shared)
+        _weigh(call, projected, result, config, shared | {"ACTIVATION": ACTIVATIONS[activation]})
     return result
 
 
 def _project(
+    call: AttentionCall,
     features: Tensor,
     weight: Tensor,
     bias: Tensor,
     projected: Projected,
-    paper: bool,
     config: Inference,
-    precision: str,
     shared: dict[str, Any],
 ) -> None:
-    batch, channels, height, width = features.shape
-    num_blocks = triton.cdiv(height * width, config.project_p)
+    """Fill `projected`."""
+    num_blocks = triton.cdiv(call.positions, config.project_p)
     launch(
         _attn_project_kernel,
-        (num_blocks * batch, triton.cdiv(channels, config.project_o)),
+        (num_blocks * call.batch, triton.cdiv(call.channels, config.project_o)),
         as_map(features),
-        weight.reshape(channels, 2 * channels).contiguous(),
+        weight.reshape(call.channels, 2 * call.channels).contiguous(),
         bias.contiguous(),
         projected,
-        height,
-        width,
+        call.height,
+        call.width,
         num_blocks,
-        1.0 if paper else q_scale(features.dtype),
-        HEAD_DIM=channels,
-        PAPER=paper,
-        PRECISION=precision,
+        call.q_scale,
+        HEAD_DIM=call.channels,
+        PAPER=call.paper,
+        PRECISION=call.precision,
         BLOCK_P=config.project_p,
         BLOCK_O=config.project_o,
         BLOCK_D=config.project_d,
         num_warps=4,
-        num_stages=3 if precision == "ieee" and features.dtype != torch.float32 else 2,
+        num_stages=3 if call.precision == "ieee" and call.dtype != torch.float32 else 2,
         **shared,
     )
 
 
-def _weigh(
-    projected: Projected,
-    out: Tensor,
-    shape: _Shape,
-    paper: bool,
-    config: Inference,
-    activation: int,
-    precision: str,
-    num_sms: int,
-    shared: dict[str, Any],
-) -> None:
-    batch, channels, _, width = shape
-    positions = shape.positions
-    num_blocks = triton.cdiv(positions, config.block_m)
-    programs = num_blocks * batch * triton.cdiv(channels, config.block_v)
-    splits, keys_per_split = num_splits(programs, positions, config.block_n, num_sms, config.max_splits)
+def _weigh(call: AttentionCall, projected: Projected, out: Tensor, config: Inference, shared: dict[str, Any]) -> None:
+    """out = activation(softmax-weighted sum of projected.v + projected.r); with splits over the keys two launches."""
+    num_blocks = triton.cdiv(call.positions, config.block_m)
+    programs = num_blocks * call.batch * triton.cdiv(call.channels, config.block_v)
+    splits, keys_per_split = call.splits(programs, config.block_n, config.max_splits)
     partial = None
     if splits > 1:
-        partial_rows = torch.empty((splits, batch, positions, channels), dtype=torch.float32, device=out.device)
-        stats = torch.empty((2, splits, batch, positions), dtype=torch.float32, device=out.device)
-        partial = Partial(partial_rows, stats[0], stats[1])
-    d0, d1 = split_head(channels)
-    place = {
-        "HEAD_DIM": channels,
-        "Q_SCALE": 1.0 if paper else q_scale(out.dtype),
-        "ACTIVATION": activation,
-        **shared,
-    }
+        stats = projected.r.new_empty((2, splits, call.batch, call.positions))
+        partial = Partial(projected.r.new_empty((*stats.shape[1:], call.channels)), stats[0], stats[1])
     launch(
         _attn_weigh_kernel,
         (programs, splits),
         projected,
         as_map(out),
         partial,
-        batch,
-        positions,
-        width,
+        call.batch,
+        call.positions,
+        call.width,
         num_blocks,
         keys_per_split,
-        PAPER=paper,
-        EVEN_N=positions % config.block_n == 0,
-        PRECISION=precision,
-        D0=d0,
-        D1=d1,
+        Q_SCALE=call.q_scale,
+        PAPER=call.paper,
+        EVEN_N=call.positions % config.block_n == 0,
+        PRECISION=call.precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_V=config.block_v,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **place,
+        **call.head(),
+        **shared,
     )
     if partial is not None:
-        num_blocks = triton.cdiv(positions, config.sum_m)
-        block_v = min(128, triton.next_power_of_2(channels))
-        launch(
-            _attn_sum_kernel,
-            (num_blocks * batch, triton.cdiv(channels, block_v)),
-            partial,
-            projected.r,
-            as_map(out),
-            batch,
-            positions,
-            width,
-            num_blocks,
-            SPLITS=splits,
-            BLOCK_M=config.sum_m,
-            BLOCK_V=block_v,
-            num_warps=4,
-            num_stages=1,
-            **place,
-        )
+        _sum_splits(call, partial, splits, projected.r, out, config, shared)
+
+
+def _sum_splits(
+    call: AttentionCall,
+    partial: Partial,
+    splits: int,
+    r: Tensor,
+    out: Tensor,
+    config: Inference,
+    shared: dict[str, Any],
+) -> None:
+    """out = activation(weighted sum of the splits' partial results + r)."""
+    num_blocks = triton.cdiv(call.positions, config.sum_m)
+    block_v = min(128, triton.next_power_of_2(call.channels))
+    launch(
+        _attn_sum_kernel,
+        (num_blocks * call.batch, triton.cdiv(call.channels, block_v)),
+        partial,
+        r,
+        as_map(out),
+        call.batch,
+        call.positions,
+        call.width,
+        num_blocks,
+        HEAD_DIM=call.channels,
+        Q_SCALE=call.q_scale,
+        SPLITS=splits,
+        BLOCK_M=config.sum_m,
+        BLOCK_V=block_v,
+        num_warps=4,
+        num_stages=1,
+        **shared,
+    )

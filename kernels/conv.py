@@ -35,7 +35,7 @@ weights and outputs once. Products accumulate in float32.
 from __future__ import annotations
 
 import itertools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -250,12 +250,103 @@ def _taps(axis: Axis, in_size: int, out_size: int, reflect: bool) -> Taps:
     return Taps(axis.origins[0] + first0, axis.origins[-1] + first1, first0, first1, count0, count1)
 
 
-def _pixel_stride(store: Store | None) -> int:
-    return 0 if store is None else store.view.stride(2)
+def _place(conv: Conv, batch: int, size: tuple[int, int], rect: tuple[int, int, int, int] | None) -> Place:
+    """Of the outputs `rect`, None: all, of `batch` maps of `size`."""
+    bounds = (0, size[0], 0, size[1]) if rect is None else rect
+    (rows_top, rows_bottom), (rows_left, rows_right) = conv.rows_of(bounds)
+    rows_h, rows_w = rows_bottom - rows_top, rows_right - rows_left
+    return Place(*size, *bounds, rows_top, rows_left, rows_h, rows_w, batch * rows_h * rows_w)
 
 
-def _activation(store: Store | None) -> int:
-    return 0 if store is None else ACTIVATIONS[store.activation]
+def _epilogue(
+    source: Tensor, stores: tuple[Store, ...], residual: Tensor | None, merge: Merge | None, size: tuple[int, int]
+) -> Epilogue:
+    views = [source, *(store.view for store in stores), *([] if residual is None else [residual])]
+    most = max(max(v.shape[0] * v.stride(0) for v in views), source.shape[0] * size[0] * size[1] * PICTURE_CHANNELS)
+    (stride0, activation0), (stride1, activation1) = [_stored(store) for store in (*stores, None, None)[:2]]
+    residual_stride = 0 if residual is None else residual.stride(2)
+    last = merge is not None and merge.last
+    return Epilogue(residual_stride, stride0, stride1, activation0, activation1, last, most >= MAX_GRID)
+
+
+def _stored(store: Store | None) -> tuple[int, int]:
+    """Pixel stride and code of the activation."""
+    return (0, 0) if store is None else (store.view.stride(2), ACTIVATIONS[store.activation])
+
+
+class _Step(NamedTuple):
+    """What the launches of one step have in common. constants: of the kernels and of the launch."""
+
+    conv: Conv
+    source: Tensor
+    outputs: Outputs
+    picture: Picture | None
+    place: Place
+    constants: dict[str, Any]
+
+
+def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Tensor | None, tile: Tile) -> None:
+    """The product. It ends with the epilogue, except with splits (`partial`) that no counters add up."""
+    conv, source, place = step.conv, step.source, step.place
+    _, in_h, in_w, _ = source.shape
+    axis = conv.axis
+    m_blocks = triton.cdiv(place.n_rows, tile.block_m)
+    blocks = m_blocks * triton.cdiv(conv.columns, tile.block_n) * axis.phases**2
+    fused = tile.fused and tile.splits > 1
+    if fused and (counters is None or counters.numel() < blocks):
+        raise ValueError(f"counters: expected {blocks} or more int32 zeros for {tile}")
+    bounds = (place.top, place.bottom, place.left, place.right)
+    work = conv.work(source.shape[0], (in_h, in_w), (place.out_h, place.out_w), bounds)
+    lengths = work.steps(tile.block_k)
+    launch(
+        _conv_kernel,
+        (blocks, tile.splits),
+        source,
+        weight,
+        partial,
+        counters,
+        step.outputs,
+        step.picture,
+        in_h,
+        in_w,
+        *place,
+        m_blocks,
+        TAPS_Y=_taps(axis, in_h, place.out_h, conv.reflect),
+        TAPS_X=_taps(axis, in_w, place.out_w, conv.reflect),
+        STRIDE_X=source.stride(2),
+        NO_EMPTY_SPLIT=all((tile.splits - 1) * -(-length // tile.splits) < length for length in lengths),
+        PRECISION=dot_precision(source.dtype),
+        BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        # ptxas may spill registers of large accumulators to fit one more program on a multiprocessor
+        **({"maxnreg": 255} if fused and tile.block_m * tile.block_n >= 2048 * tile.num_warps else {}),
+        **step.constants,
+    )
+
+
+def _reduce(step: _Step, partial: Tensor | None) -> None:
+    """Add the splits' partial sums, then the epilogue."""
+    columns = step.conv.columns
+    block_m = min(4, triton.next_power_of_2(step.place.n_rows))
+    block_n = min(128, triton.next_power_of_2(columns))
+    m_blocks = triton.cdiv(step.place.n_rows, block_m)
+    launch(
+        _conv_reduce_kernel,
+        (m_blocks * triton.cdiv(columns, block_n) * step.conv.axis.phases**2,),
+        partial,
+        step.outputs,
+        step.picture,
+        *step.place,
+        m_blocks,
+        BLOCK_M=block_m,
+        BLOCK_N=block_n,
+        num_warps=2,
+        num_stages=1,
+        **step.constants,
+    )
 
 
 def conv_forward(
@@ -292,83 +383,29 @@ def conv_forward(
         counters: int32 zeros, one for each block of the product (``programs(work, tile) / tile.splits``), where
             ``tile.fused``; they are zeros again afterwards.
     """
-    batch, in_h, in_w, _ = source.shape
-    out_h, out_w = size
-    top, bottom, left, right = (0, out_h, 0, out_w) if rect is None else rect
-    axis = conv.axis
-    rows_y, rows_x = conv.rows_of((top, bottom, left, right))
-    rows_h, rows_w = rows_y[1] - rows_y[0], rows_x[1] - rows_x[0]
-    n_rows = batch * rows_h * rows_w
-    if n_rows == 0:
+    place = _place(conv, source.shape[0], size, rect)
+    if place.n_rows == 0:
         return
-    layout = _layout(conv)
-    fused = tile.fused and tile.splits > 1
-    views = [source, *(s.view for s in stores), *([] if residual is None else [residual])]
-    most = max(max(v.shape[0] * v.stride(0) for v in views), batch * out_h * out_w * PICTURE_CHANNELS)
     first, second = (*stores, None, None)[:2]
-    epilogue = Epilogue(
-        0 if residual is None else residual.stride(2),
-        _pixel_stride(first),
-        _pixel_stride(second),
-        _activation(first),
-        _activation(second),
-        merge is not None and merge.last,
-        most >= MAX_GRID,
+    step = _Step(
+        conv,
+        source,
+        Outputs(bias, residual, None if first is None else first.view, None if second is None else second.view),
+        None if merge is None else Picture(merge.image, merge.mask, merge.raw, merge.merged),
+        place,
+        {
+            "LAYOUT": _layout(conv),
+            "EPILOGUE": _epilogue(source, stores, residual, merge, size),
+            "SPLITS": tile.splits,
+            "OVERLAP": overlap,
+            **overlapping(overlap),
+        },
     )
-    outputs = Outputs(bias, residual, None if first is None else first.view, None if second is None else second.view)
-    picture = None if merge is None else Picture(merge.image, merge.mask, merge.raw, merge.merged)
-    place = Place(out_h, out_w, top, bottom, left, right, rows_y[0], rows_x[0], rows_h, rows_w, n_rows)
-    common = {"LAYOUT": layout, "EPILOGUE": epilogue, "SPLITS": tile.splits, "OVERLAP": overlap}
-    common |= overlapping(overlap)
-    m_blocks = triton.cdiv(n_rows, tile.block_m)
-    blocks = m_blocks * triton.cdiv(layout.columns, tile.block_n) * layout.phases
-    work = conv.work(batch, (in_h, in_w), (out_h, out_w), (top, bottom, left, right))
-    lengths = work.steps(tile.block_k)
-    if fused and (counters is None or counters.numel() < blocks):
-        raise ValueError(f"counters: expected {blocks} or more int32 zeros for {tile}")
     with device_guard(source):
-        launch(
-            _conv_kernel,
-            (blocks, tile.splits),
-            source,
-            weight,
-            partial if tile.splits > 1 else None,
-            counters if fused else None,
-            outputs,
-            picture,
-            in_h,
-            in_w,
-            *place,
-            m_blocks,
-            TAPS_Y=_taps(axis, in_h, out_h, conv.reflect),
-            TAPS_X=_taps(axis, in_w, out_w, conv.reflect),
-            STRIDE_X=source.stride(2),
-            NO_EMPTY_SPLIT=all((tile.splits - 1) * -(-length // tile.splits) < length for length in lengths),
-            PRECISION=dot_precision(source.dtype),
-            BLOCK_M=tile.block_m,
-            BLOCK_N=tile.block_n,
-            BLOCK_K=tile.block_k,
-            num_warps=tile.num_warps,
-            num_stages=tile.num_stages,
-            # ptxas may spill registers of large accumulators to fit one more program on a multiprocessor
-            **({"maxnreg": 255} if fused and tile.block_m * tile.block_n >= 2048 * tile.num_warps else {}),
-            **common,
-        )
-        if tile.splits > 1 and not fused:
-            block_m = min(4, triton.next_power_of_2(n_rows))
-            block_n = min(128, triton.next_power_of_2(layout.columns))
-            m_blocks = triton.cdiv(n_rows, block_m)
-            launch(
-                _conv_reduce_kernel,
-                (m_blocks * triton.cdiv(layout.columns, block_n) * layout.phases,),
-                partial,
-                outputs,
-                picture,
-                *place,
-                m_blocks,
-                BLOCK_M=block_m,
-                BLOCK_N=block_n,
-                num_warps=2,
-                num_stages=1,
-                **common,
-            )
+        if tile.splits == 1:
+            _multiply(step, weight, None, None, tile)
+        elif tile.fused:
+            _multiply(step, weight, partial, counters, tile)
+        else:
+            _multiply(step, weight, partial, None, tile)
+            _reduce(step, partial)

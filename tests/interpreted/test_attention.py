@@ -13,10 +13,10 @@ from lgnet_fast.kernels.attention import (
     attention_block_forward,
     attention_forward,
     can_run_attention,
-    split_head,
 )
 from lgnet_fast.kernels.attention_inference import attention_block_inference
 from lgnet_fast.kernels.configs import Config, Inference, assume_generation, num_splits, override
+from lgnet_fast.kernels.maps import split_head
 from torch import Tensor
 
 from lgnet_fast.reference.attention import attention_block, query_key_value
