@@ -34,6 +34,13 @@ def command_reference() -> str:
     return "\n\n".join(parts)
 
 
+def instruction_sets() -> str:
+    """The rows of csrc/isa.inc as a Markdown table."""
+    text = (ROOT / "csrc" / "isa.inc").read_text(encoding="utf-8")
+    rows = re.findall(r"^// (.+)\nLGNET_ROW\((\w+),", text, re.MULTILINE)
+    return "\n".join(["| name | processors |", "|---|---|", *(f"| `{name}` | {which} |" for which, name in rows)])
+
+
 def on_files(files: Files, config: MkDocsConfig) -> Files:
     """Add the pages of :data:`INSERTED`."""
     for page, source in INSERTED.items():
@@ -46,6 +53,9 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     markdown = markdown.replace(f"(../{CARD})", "(model_card.md)")
     if page.file.src_uri == "commands.md":
         markdown += command_reference()
+    if page.file.src_uri == "instruction_sets.md":
+        markdown = markdown.replace("[`csrc/isa.inc`](../csrc/isa.inc)", "`csrc/isa.inc`")
+        markdown = markdown.replace("## Where things are", f"{instruction_sets()}\n\n## Where things are")
     if page.file.src_uri == "model_card.md":
         markdown = markdown.replace("(../../../docs/", "(").replace(
             "[ATTRIBUTION.tsv.gz](ATTRIBUTION.tsv.gz)", "`ATTRIBUTION.tsv.gz`"

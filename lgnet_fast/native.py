@@ -62,7 +62,7 @@ def library() -> ModuleType:
 
 
 def isa_name() -> str:
-    """The instruction set in use: "portable", "avx2", "avx512" or "avx512_bf16"."""
+    """The instruction set in use: a name of csrc/isa.inc, such as "portable", "avx2" or "neon"."""
     return str(library().isa_name())
 
 

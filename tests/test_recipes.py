@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import json
 import os
+import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -16,20 +18,26 @@ import pytest
 
 from tools import house
 
+from .native import run as native
+
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path(__file__).resolve().parent / "recipes"
-EXAMPLES = {"operator": "masked_l1", "command": "holes"}
+EXAMPLES = {"operator": "masked_l1", "instruction set": "sse41", "command": "holes"}
 """Recipe -> the X of its example."""
 
 
+def folder_of(recipe: str) -> Path:
+    return RECIPES / recipe.replace(" ", "_")
+
+
 def new_files(recipe: str) -> list[str]:
-    folder = RECIPES / recipe
+    folder = folder_of(recipe)
     files = (f for f in folder.rglob("*") if f.is_file() and "__pycache__" not in f.parts)
     return sorted(f.relative_to(folder).as_posix() for f in files if f.name != "edits.json")
 
 
 def edits(recipe: str) -> list[dict[str, str]]:
-    return json.loads((RECIPES / recipe / "edits.json").read_text())
+    return json.loads((folder_of(recipe) / "edits.json").read_text())
 
 
 def follow(recipe: str, tree: Path) -> None:
@@ -37,7 +45,7 @@ def follow(recipe: str, tree: Path) -> None:
     for name in new_files(recipe):
         assert not (tree / name).exists(), name
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(RECIPES / recipe / name, tree / name)
+        shutil.copy(folder_of(recipe) / name, tree / name)
     for edit in edits(recipe):
         file = tree / edit["file"]
         text = file.read_text()
@@ -112,3 +120,21 @@ def test_an_operator_with_its_cpp_kernels(tmp_path: Path) -> None:
     place = installed(tree)
     assert not (place / "lgnet_fast" / "_C_unavailable.txt").exists()
     run_tests(place, "tests/test_masked_l1.py", "tests/test_ops.py")
+
+
+@pytest.mark.once
+@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the example is an x86-64 instruction set")
+def test_an_instruction_set_by_its_recipe(tmp_path: Path) -> None:
+    """Every kernel against the portable ones and double precision. Not optimised: seconds instead of minutes."""
+    if shutil.which(native.host_compiler()[0]) is None:
+        pytest.skip(f"{native.host_compiler()[0]} is not installed")
+    tree = copy_of_the_tree(tmp_path)
+    follow("instruction set", tree)
+    program = native.build(native.host_compiler(), tmp_path / "native", tree, ("-std=c++17", "-O0"))
+    listed = subprocess.run([program, "list"], capture_output=True, text=True, check=True).stdout.split()
+    assert listed[:2] == ["portable", "sse41"]
+    checked = subprocess.run([program, "sse41"], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout + checked.stderr
+    checks = re.search(r"^sse41: (\d+) checks, 0 failed$", checked.stdout, re.MULTILINE)
+    assert checks is not None, checked.stdout
+    assert int(checks[1]) > 100

@@ -103,18 +103,18 @@ def missing_tools() -> str | None:
     return f"test-arm needs: apt-get install {' '.join(packages)}" if packages else None
 
 
-def build(compiler: list[str], folder: Path) -> Path:
-    """Compiles what is out of date and links ``folder``/check_kernels."""
+def build(compiler: list[str], folder: Path, root: Path = ROOT, flags: tuple[str, ...] = FLAGS) -> Path:
+    """Compiles what is out of date of the tree at `root` and links ``folder``/check_kernels; returns its path."""
     folder.mkdir(parents=True, exist_ok=True)
-    sources = [p for p in sorted((ROOT / "csrc").glob("*.cpp")) if p.stem not in BINDINGS]
-    sources.append(ROOT / "tests" / "native" / "check_kernels.cpp")
-    headers = [p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inc")]
+    sources = [p for p in sorted((root / "csrc").glob("*.cpp")) if p.stem not in BINDINGS]
+    sources.append(root / "tests" / "native" / "check_kernels.cpp")
+    headers = [p for p in (root / "csrc").rglob("*") if p.suffix in (".h", ".inc")]
     newest = max(p.stat().st_mtime for p in headers)
 
     def compile_one(source: Path) -> Path:
         target = folder / f"{source.stem}.o"
         if not target.is_file() or target.stat().st_mtime < max(newest, source.stat().st_mtime):
-            done = subprocess.run([*compiler, *FLAGS, "-c", str(source), "-o", str(target)], check=False)
+            done = subprocess.run([*compiler, *flags, "-c", str(source), "-o", str(target)], check=False)
             if done.returncode:
                 target.unlink(missing_ok=True)
                 raise SystemExit(f"{source.name}: does not compile")
