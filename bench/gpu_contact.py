@@ -326,8 +326,10 @@ def main() -> int:
     import triton
     from lgnet_fast.kernels.precompile import compile_all
 
-    from lgnet_fast.engine import cuda_tuning
     from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.cuda_measure import Found, Timer
+    from lgnet_fast.engine.cuda_tuning_attention import tune_attention
+    from lgnet_fast.engine.cuda_tuning_convolutions import Contest, tune_convolutions
     from lgnet_fast.engine.cuda_weights import Tuned
 
     deadline = time.perf_counter() + 60 * args.minutes
@@ -359,18 +361,16 @@ def main() -> int:
     if "holes" in sections:
         time_holes(plan, dtype, log)
     device = torch.device("cuda", torch.cuda.current_device())
-    found, timer = cuda_tuning.Found(), cuda_tuning.Timer(device)
+    found, timer = Found(), Timer(device)
 
     def over(seconds_before: float) -> bool:
         return time.perf_counter() > deadline - seconds_before
 
     if "attention" in sections:
-        cuda_tuning.tune_attention(plan, dtype, device, found, timer, log, lambda: None, functools.partial(over, 0.0))
+        tune_attention(plan, dtype, device, found, timer, log, lambda: None, functools.partial(over, 0.0))
     if "convs" in sections:
-        contest = cuda_tuning.Contest(plan, dtype, device)
-        cuda_tuning.tune_convolutions(
-            contest, found, timer, log, lambda: None, args.tried, functools.partial(over, 30.0)
-        )
+        contest = Contest(plan, dtype, device)
+        tune_convolutions(contest, found, timer, log, lambda: None, args.tried, functools.partial(over, 30.0))
         time_graph(plan, dtype, found.tuned(), log, "tuned")
         time_steps(plan, dtype, found.tuned(), log)
     if "peers" in sections:

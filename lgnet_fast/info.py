@@ -16,7 +16,7 @@ from rich.text import Text
 from . import cache
 from .engine.cpu_path import Path
 from .engine.cpu_tuning import Measured
-from .engine.cuda_tuning import Found
+from .engine.cuda_measure import Found
 from .engine.verified import Verdict
 from .ops.dispatch import FUSED, reason_against
 from .ops.registry import OPERATORS

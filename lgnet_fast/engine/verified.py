@@ -32,7 +32,7 @@ from torch import Tensor
 from .. import cache, forks
 from ..ops.first_use import strict_float32, tf32_allowed
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
-from . import cuda_tuning
+from . import cuda_measure
 from .cuda_executor import CudaExecutor
 from .executor import Executor, Regions, Result
 from .graphs import error_text, is_capturing
@@ -332,7 +332,7 @@ def verified(
     key = cache.key_for(device, dtype)
     problem: str | None = None
     try:
-        engine = CudaExecutor.of(plan, dtype, device=device, tuned=cuda_tuning.kept(device, dtype), graphs=graphs)
+        engine = CudaExecutor.of(plan, dtype, device=device, tuned=cuda_measure.kept(device, dtype), graphs=graphs)
         name = verdict_name(plan, engine.choices)
     except torch.OutOfMemoryError:
         raise

@@ -52,6 +52,8 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._ending is not None:
             spent, options = time.monotonic() - self._ending, self._state.options
-            if spent > max(options.grace, options.shutdown) or (spent > options.grace and self._state.queue.depth == 0):
+            if spent > max(options.grace, options.shutdown) or (
+                spent > options.grace and self._state.queue.depth == 0
+            ):
                 self.should_exit = True
         return await super().on_tick(counter)

@@ -14,10 +14,12 @@ from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
 from lgnet_fast.kernels.hopper import HopperTile
 
 from lgnet_fast import cache
-from lgnet_fast.engine import cuda_executor, cuda_tuning
+from lgnet_fast.engine import cuda_executor, cuda_tuning_convolutions
 from lgnet_fast.engine.cpu_tuning import entry_name
 from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.cuda_tuning import Found, Timer, gains, kept, product_key, tiles, tune
+from lgnet_fast.engine.cuda_measure import Found, Timer, kept, product_key
+from lgnet_fast.engine.cuda_tuning import gains, tune
+from lgnet_fast.engine.cuda_tuning_convolutions import LAUNCHES, tiles
 from lgnet_fast.engine.cuda_weights import Tuned, work_of
 from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
 from tests.interpreted.test_cuda_executor import cast, check, inputs
@@ -69,8 +71,8 @@ class FakeTimer(Timer):
     def time(self, launches: Sequence[Callable[[], None]]) -> float:
         (launch, *others) = launches
         arguments: Any = getattr(launch, "args", ())
-        if len(launches) == cuda_tuning.LAUNCHES:
-            assert len(others) == cuda_tuning.LAUNCHES - 1
+        if len(launches) == LAUNCHES:
+            assert len(others) == LAUNCHES - 1
             if any(isinstance(a, HopperTile) for a in arguments):
                 return self.hopper_us
             return self.cost(next((a for a in arguments if isinstance(a, Tile)), None))
@@ -142,7 +144,7 @@ def test_a_wrong_tile_is_no_contestant(short: Plan, monkeypatch: pytest.MonkeyPa
     assert isinstance(step, ConvStep)
     default = CudaExecutor.of(short, SINGLE).tile(step)
     zeros, raising = default._replace(num_warps=2), default._replace(num_warps=8)
-    monkeypatch.setattr(cuda_tuning, "tiles", lambda *args: iter([zeros, raising]))
+    monkeypatch.setattr(cuda_tuning_convolutions, "tiles", lambda *args: iter([zeros, raising]))
     original = conv_kernels.conv_forward
 
     def faulty(conv: Any, source: Any, weight: Any, bias: Any, stores: Any, tile: Tile, **options: Any) -> None:

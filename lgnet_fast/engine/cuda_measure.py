@@ -1,0 +1,207 @@
+"""Measurements on an NVIDIA GPU: compiling and timing candidates, the results, and their form in the cache.
+
+The user's cache folder keeps results product by product, for the GPU, driver, PyTorch, Triton, version and dtype.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from .. import cache
+from .cuda_weights import Tuned
+from .graphs import capture
+
+if TYPE_CHECKING:
+    from lgnet_fast.kernels.configs import Inference
+    from lgnet_fast.kernels.conv_configs import Work
+
+    from .cuda_weights import Choice
+
+GAIN = 0.02
+"""Share of the time by which a candidate must beat what runs without tuning."""
+_WRONG = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 2e-3}
+
+Log = Callable[..., None]
+"""Called with a section's name and figures by keyword."""
+
+
+def excessive_error(actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1) -> float | None:
+    """The relative error, |actual - expected| / |expected|, where it is NaN or over `factor` times the dtype's limit.
+
+    None for a right result.
+    """
+    error = ((actual - expected).norm() / expected.norm()).item()
+    return None if error < factor * _WRONG[dtype] else error
+
+
+class Timer:
+    """How candidates are compiled and timed on a GPU."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+
+    def compile(self, launches: Sequence[Any]) -> list[str]:
+        """Compile recorded launches in parallel; one sentence for each that failed."""
+        from lgnet_fast.kernels.precompile import compile_all
+
+        return compile_all(launches, self.device.index or 0)
+
+    def workers(self) -> int:
+        """Processes that compile at a time."""
+        from lgnet_fast.kernels.precompile import workers
+
+        return workers(1000)
+
+    def time(self, launches: Sequence[Callable[[], None]]) -> float:
+        """Microseconds of a launch within a graph of these, the median of seven replays."""
+        graph = capture(functools.partial(run_all, launches), self.device, torch.cuda.graph_pool_handle())
+        return self.median_us(graph.replay) / len(launches)
+
+    def median_us(self, call: Callable[[], None], repeats: int = 7) -> float:
+        """Microseconds of a call."""
+        for _ in range(3):
+            call()
+        times = []
+        for _ in range(repeats):
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            begin.record()
+            call()
+            end.record()
+            end.synchronize()
+            times.append(1e3 * begin.elapsed_time(end))
+        return sorted(times)[len(times) // 2]
+
+    def wait(self) -> None:
+        """For what has been launched; raises what went wrong there."""
+        torch.cuda.synchronize(self.device)
+
+
+def run_all(launches: Sequence[Callable[[], None]]) -> None:
+    """Make every launch."""
+    for launch in launches:
+        launch()
+
+
+@dataclass
+class Found:
+    """What tuning measured of a plan.
+
+    Attributes:
+        tiles: product -> its fastest choice, microseconds, and the same without tuning; :func:`product_key`.
+        attention: (channels, positions, batch) -> the same of block shapes.
+        deep_rows: name of a plan -> most rows of the layers that share a launch.
+        now_ms: milliseconds of a whole run with them; None where that was not reached.
+        before_ms: of a run without tuning.
+    """
+
+    tiles: dict[tuple[Any, ...], Result] = field(default_factory=dict)
+    attention: dict[tuple[int, int, int], Result] = field(default_factory=dict)
+    now_ms: float | None = None
+    before_ms: float | None = None
+    deep_rows: dict[str, int] = field(default_factory=dict)
+
+    def tuned(self) -> Tuned:
+        """For the executor."""
+        from lgnet_fast.kernels.configs import Inference
+
+        tiles = {key: choice_of(result.choice) for key, result in self.tiles.items()}
+        attention = {key: Inference(*result.choice) for key, result in self.attention.items()}
+        return Tuned(tiles, attention, dict(self.deep_rows))
+
+    def as_dict(self) -> dict[str, Any]:
+        """As the cache keeps it."""
+        return {
+            "tiles": [[list(key), *result.as_list()] for key, result in self.tiles.items()],
+            "attention": [[list(key), *result.as_list()] for key, result in self.attention.items()],
+            "now_ms": self.now_ms,
+            "before_ms": self.before_ms,
+            "deep_rows": self.deep_rows,
+        }
+
+    @classmethod
+    def from_dict(cls, value: Any) -> Found | None:
+        """From :meth:`as_dict`; None where that is something else."""
+        try:
+            found = cls(
+                {_frozen(key): Result(*map(_frozen, result)) for key, *result in value["tiles"]},
+                {_frozen(key): Result(*map(_frozen, result)) for key, *result in value["attention"]},
+                value["now_ms"],
+                value["before_ms"],
+                {str(name): int(rows) for name, rows in value.get("deep_rows", {}).items()},
+            )
+            found.tuned()
+        except (AttributeError, TypeError, KeyError, ValueError):
+            return None
+        return found
+
+    def __str__(self) -> str:
+        count = f"{len(self.tiles)} convolutions, {len(self.attention)} attention blocks measured"
+        if self.now_ms is None or self.before_ms is None:
+            return f"{count}, not to the end"
+        deep = ", deep layers in one launch" if self.deep_rows else ""
+        return f"{count}{deep}: {self.now_ms:.3f} ms a run, without {self.before_ms:.3f} ms"
+
+
+@dataclass(frozen=True)
+class Result:
+    """The fastest choice of a product, microseconds, and the same without tuning."""
+
+    choice: Any
+    us: float
+    default: Any
+    default_us: float
+
+    def as_list(self) -> list[Any]:
+        """As the cache keeps it."""
+        return [self.choice, self.us, self.default, self.default_us]
+
+
+def _frozen(value: Any) -> Any:
+    """Lists, as JSON gives them, as tuples."""
+    return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
+
+
+def product_key(work: Work, kind: str) -> tuple[Any, ...]:
+    """What a tile was measured for: (dtype kind, rows, columns, taps of every phase, input channels)."""
+    return (kind, *work[:4])
+
+
+def kept(device: torch.device, dtype: torch.dtype) -> Tuned:
+    """Everything that was measured on a card in a dtype, of all networks and sizes."""
+    key = cache.key_for(device, dtype)
+    tiles: dict[tuple[Any, ...], Any] = {}
+    attention: dict[tuple[int, int, int], Inference] = {}
+    deep_rows: dict[str, int] = {}
+    for entry in cache.entries(cache.CHOICES):
+        found = Found.from_dict(entry.value) if entry.key == key else None
+        if found is not None:
+            tuned = found.tuned()
+            tiles.update(tuned.tiles)
+            attention.update(tuned.attention)
+            deep_rows.update(tuned.deep_rows)
+    return Tuned(tiles, attention, deep_rows)
+
+
+def plain(choice: Any) -> Any:
+    """A choice without its class, as the cache keeps it."""
+    from lgnet_fast.kernels.hopper import HopperTile
+
+    if isinstance(choice, HopperTile):
+        return ("hopper", *choice)
+    return choice if choice == "cudnn" else tuple(choice)
+
+
+def choice_of(stored: Any) -> Choice:
+    """The inverse of :func:`plain`."""
+    from lgnet_fast.kernels.conv_configs import Tile
+    from lgnet_fast.kernels.hopper import HopperTile
+
+    if stored == "cudnn":
+        return "cudnn"
+    return HopperTile(*stored[1:]) if stored[0] == "hopper" else Tile(*stored)
