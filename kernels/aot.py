@@ -1,11 +1,11 @@
-"""Ahead-of-time compilation of the kernels for GPUs that are not here.
+"""Ahead-of-time compilation of the kernels for GPUs that this machine does not have.
 
-The executor and the operators run on tensors of the "meta" device, each as if on one of `cards.CARDS` with its own
-number of multiprocessors, while their launches are recorded. What is compiled is what would be launched there: same
-constants, same specialisation of arguments. Launches of several cards that make the same kernel are compiled once.
-Each cubin is then read for shared memory, registers, local memory and, disassembled, for the two ways in which a
-compiler spoils such kernels without a word: matrix products that wait for each other, and loops that move 16-bit
-values one by one. Needs triton, no GPU. Used by `tests/test_kernels_aot.py` and `bench/aot_report.py`.
+The executor and the operators run on tensors of the "meta" device, as if on one of `cards.CARDS` with its number of
+multiprocessors, and their launches are recorded. The compiled kernels have the constants and the argument
+specialisation of those launches. Launches of several GPUs that need the same kernel are compiled once. Each cubin is
+then checked for shared memory, registers and local memory. Its disassembly is checked for two faults that compilers
+do not report: matrix products that wait for each other, and loops that move 16-bit values one by one. Needs triton,
+no GPU. Used by `tests/test_kernels_aot.py` and `bench/aot_report.py`.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ from .precompile import Pointer, Task, task
 SIDE = 256
 """Height and width of the pictures."""
 HOLE = Rect(96, 160, 96, 160)
-"""Of the restricted runs."""
+"""The hole of the restricted runs, in pixels."""
 MODELS = ("lgnet", "lgnet_light", "lgnet_demo", "lgnet_small")
 TENSOR_MEMORY_COLUMNS = 512
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
-# on the tensor cores: mma.sync, wgmma, tcgen05
+# instructions of the tensor cores: mma.sync, wgmma, tcgen05
 _PRODUCT = r"\b([HIQ]MMA|HGMMA|UTC\w*MMA)\b"
 _POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
 DTYPES = {
@@ -57,7 +57,7 @@ DTYPES = {
     "tf32": torch.float32,
 }
 ArgumentPath = tuple[int, ...]
-"""Position of a kernel's argument, and within it of what nested tuples hold."""
+"""Position of an argument of the kernel, followed by positions within nested tuples."""
 
 
 class Case(NamedTuple):
@@ -70,7 +70,7 @@ class Case(NamedTuple):
 
 
 class Job(NamedTuple):
-    """One kernel to compile, as it can be sent to another process. The label and card are of its first launch."""
+    """One kernel to compile, picklable. The label and card are those of its first launch."""
 
     label: str
     card: Card
@@ -85,11 +85,13 @@ class Job(NamedTuple):
 
 
 class Code(NamedTuple):
-    """What the machine code of a kernel shows.
+    """Counts of instructions in the machine code of a kernel.
 
-    local: accesses of local memory. wgmma: warp-group matrix products, and waits: waits until none of them runs; both
-    in main loops, which have matrix products in them, or anywhere where there is none. Serialised code has such a
-    wait for each product. narrow: loads and stores of 16 bits or fewer in main loops.
+    Main loops are the loops with matrix products; a kernel without such a loop is counted as a whole.
+
+    local: accesses to local memory. wgmma: warp-group matrix products in main loops. waits: waits in main loops until
+    no such product is running; serialised code has one for each product. narrow: loads and stores of 16 bits or fewer
+    in main loops.
     """
 
     local: int
@@ -110,7 +112,7 @@ class Report(NamedTuple):
     error: str | None = None
 
     def violations(self) -> list[str]:
-        """What is wrong with it."""
+        """What is wrong with the kernel, one sentence each."""
         if self.error is not None:
             return [self.error]
         found = []
@@ -134,7 +136,7 @@ class Report(NamedTuple):
 
 
 class _Elsewhere(CudaExecutor):
-    """An executor of a card that is not here: its launches can be recorded, not made."""
+    """An executor for a GPU that this machine does not have: its launches can be recorded, not made."""
 
     @staticmethod
     def unavailable_reason(device: torch.device, dtype: torch.dtype = torch.float16) -> str | None:
@@ -144,7 +146,7 @@ class _Elsewhere(CudaExecutor):
         return None
 
     def launch_all(self, holes: Sequence[Rect] | None) -> None:
-        """Everything of one run, in its order."""
+        """Make all launches of one run, in order."""
         regions = None
         if holes is not None:
             whole = rounded(holes, self.granularity, self.plan.height, self.plan.width)
@@ -213,7 +215,7 @@ def attention_case(
 
 
 def inference_case(card: Card, dtype: str, batch: int, channels: int, side: int, variant: str) -> Case:
-    """The attention block where no gradient is asked for, as the operator calls it."""
+    """The attention block without gradients, as the operator calls it."""
 
     def run() -> None:
         features, weight, bias = _attention_tensors(batch, channels, side, dtype, False)
@@ -242,9 +244,9 @@ def card_cases(
     models: Sequence[str] = MODELS,
     batches: Sequence[int] = (1, 16),
 ) -> list[Case]:
-    """Everything that a card may be asked for: the engine dense and restricted, and the operators.
+    """All cases of a GPU: the engine, dense and restricted, and the operators.
 
-    The operators, both variants: without gradient, in training (16 bit: in NHWC too), and the merges.
+    Attention in both variants, without gradients and in training (16 bit: also in NHWC), and the merges.
     """
     cases = []
     for dtype in dtypes:
@@ -311,7 +313,7 @@ def _specialise(work: Task, kernel: Any) -> tuple[dict[str, Any], dict[ArgumentP
 
 
 def job(case: Case, launch: Launch) -> Job:
-    """One recorded launch of a case, ready to be compiled."""
+    """The job of one recorded launch of a case."""
     work = task(launch)
     options = {name: value for name, value in launch.meta.items() if name in _OPTIONS}
     shapes = {k: v for k, v in launch.meta.items() if k.startswith("BLOCK_") or k in ("SPLITS", *options)}
@@ -321,7 +323,7 @@ def job(case: Case, launch: Launch) -> Job:
 
 
 def jobs(cases: Iterable[Case]) -> list[Job]:
-    """One job for each kernel that the cases' launches need; cards of one compute capability share theirs."""
+    """One job for each kernel that the cases launch; GPUs of one compute capability share jobs."""
     found: dict[tuple[Any, ...], Job] = {}
     for case in cases:
         for launch in launches(case):
@@ -350,7 +352,7 @@ def _resources(cubin: str) -> tuple[int, int]:
 
 
 def read_code(text: str) -> Code:
-    """Count in what nvdisasm prints."""
+    """Count instructions in the output of nvdisasm."""
     instructions: list[str] = []
     labels: dict[str, int] = {}
     loops: list[range] = []
@@ -376,7 +378,7 @@ def read_code(text: str) -> Code:
 
 
 def compile_job(one: Job) -> Report:
-    """Compile and read one kernel."""
+    """Compile one kernel and read its cubin."""
     major, minor = one.card.capability
     kernel = getattr(importlib.import_module(one.module), one.kernel)
     try:

@@ -8,34 +8,36 @@ Features F [B, C, H, W], N = H*W positions, one head of size C (at most 512), no
     released: out = Wa attended + Wf F + bias     weight [C, 2C, 1, 1] = [Wa | Wf]
     paper:    the same                            weight [C, 2C, 1, 1] = [Wf | Wa]
 
-**Forward**, two or three kernels. `_attn_prep_kernel` reads F in whatever strides it has and writes the rows
-[B, N, C] that the tensor cores want: box sums and normalised keys (released), or F itself and 1/||F|| (paper; no copy
-where F already is channels_last). `_attn_fwd_kernel` then loads each key tile once for both products: k = v in
-"released"; in "paper" the raw tile gives scores and values, as the two norms are factors of the score. "paper" scores
-lie in [-1, 1] and need no running maximum. Without splits its epilogue applies the combiner, so that neither the
-attended map nor a concatenation is written; with splits over the keys `_attn_merge_kernel` merges the partial results
-by their rows' maxima and sums and applies the combiner.
+**Forward**, two or three kernels. `_attn_prep_kernel` reads F in any strides and writes rows [B, N, C] for the tensor
+cores: box sums and normalised keys (released), or F itself and 1/||F|| (paper; a channels_last F is not copied).
+`_attn_fwd_kernel` loads each key tile once for both products: in "released" k = v; in "paper" the raw tile gives
+scores and values, because the two norms are factors of the score. "paper" scores lie in [-1, 1] and need no running
+maximum. Without splits the epilogue applies the combiner, so neither the attended map nor a concatenation is written.
+With splits over the keys, `_attn_merge_kernel` merges the partial results by the maxima and sums of their rows and
+applies the combiner.
 
-**Shapes on an H100** (132 multiprocessors). A program owns BLOCK_M queries and all C channels. C is held as two
-power-of-two chunks D0 + D1 (96 = 64 + 32, 192 = 128 + 64, 384 = 256 + 128, 512 = 256 + 256), not padded: 384 as 512
-would cost a third more. The accumulator of 64 x 512 float32 is half of the register file, which is why C = 512 takes
-8 warps for 64 queries. One sample of N = 4096, C = 128 gives 32 programs of 128 queries, so its keys are split in 4;
-N = 1024, C = 256 gives 16 of 64, split in 8; N = 256, C = 512 gives 4, split in 8 of 32 keys. A batch of 16 gives
-512, 128 and 64 programs: only the last is split, in 2.
-Bytes moved at N = 4096, C = 128, 16 bit: F 1 MiB read, q and k 2 MiB written, out 1 MiB; partial results 2 MiB a
-split each way, which stay in the L2 cache. The 8.6 GFLOP are what costs.
+**Shapes on an H100** (132 multiprocessors). A program (thread block) computes BLOCK_M queries with all C channels. C
+is held as two power-of-two chunks D0 + D1 (96 = 64 + 32, 192 = 128 + 64, 384 = 256 + 128, 512 = 256 + 256); padding
+384 to 512 would cost a third more. The accumulator of 64 x 512 float32 takes half of the register file, so C = 512
+uses 8 warps for 64 queries. One sample of N = 4096, C = 128 gives 32 programs of 128 queries, so its keys are split
+in 4; N = 1024, C = 256 gives 16 programs of 64, split in 8; N = 256, C = 512 gives 4 programs, split in 8 of 32 keys.
+A batch of 16 gives 512, 128 and 64 programs: only the last is split, in 2.
+Bytes moved at N = 4096, C = 128, 16 bit: F 1 MiB read, q and k 2 MiB written, out 1 MiB; partial results 2 MiB per
+split in each direction, which stay in the L2 cache. The 8.6 GFLOP take most of the time.
 
-**Backward** recomputes the scores, never holds N x N numbers and uses no atomics: `_attn_bwd_delta_kernel` (rows of
-grad_attended, and delta = <grad_attended, attended>), `_attn_bwd_dq_kernel` (a program owns queries),
-`_attn_bwd_dkv_kernel` (a program owns keys; in "released" dK and dV share one accumulator as k = v, in "paper" they
-are two launches of one accumulator each), `_attn_bwd_finish_kernel`: dF = box3x3(dq), the box being its own adjoint,
-plus the normalisation's backward of dk + dv ("paper": of dq + dk, plus dv).
+**Backward** recomputes the scores, never holds N x N numbers and uses no atomics. `_attn_bwd_delta_kernel` writes the
+rows of grad_attended and delta = <grad_attended, attended>. In `_attn_bwd_dq_kernel` a program computes a block of
+queries. In `_attn_bwd_dkv_kernel` a program computes a block of keys: in "released" dK and dV share one accumulator
+because k = v, in "paper" they are two launches with one accumulator each. `_attn_bwd_finish_kernel` computes
+dF = box3x3(dq) (the box sum is its own adjoint) plus the normalisation's backward of dk + dv ("paper": of dq + dk,
+plus dv).
 
-**Numbers.** Products accumulate in float32. In float16 the box sum is stored divided by 16, as nine times a float16
-can pass its range; scores are scaled back in float32. The forward saves `stats` [2, B, N], the rows' maxima m and
-sums l of exp(s - m): apart, as scores near 1e5 would leave their log-sum-exp few digits after the point. Recomputed
-scores of that size may differ from the forward's in the last of those digits, and the probabilities would not sum to
-one: in float32 the dq kernel also sums them, and the others divide by that instead of l.
+**Numbers.** Products accumulate in float32. In float16 the box sum is stored divided by 16, because a sum of nine
+float16 values can overflow; scores are scaled back in float32. The forward saves `stats` [2, B, N]: each row's
+maximum m and the sum l of exp(s - m). They are separate because the log-sum-exp of scores near 1e5 would keep few
+digits after the point. Recomputed scores of that size may differ from the forward's in the last of these digits, and
+then the probabilities would not sum to one. In float32 the dq kernel therefore sums them too, and the others divide
+by that sum instead of l.
 """
 
 from __future__ import annotations
@@ -60,7 +62,7 @@ from .launch import MAX_GRID, device_guard, device_reason, launch
 from .maps import ABSENT, Rows, as_map, as_optional_map, is_flat, position_stride
 
 MAX_CHANNELS = 512
-# Triton leaves the tensor cores of older GPUs unused
+# Triton does not use the tensor cores of older GPUs.
 CAPABILITY = (8, 0)
 VARIANTS = ("released", "paper")
 
@@ -68,7 +70,7 @@ VARIANTS = ("released", "paper")
 def can_run_attention(
     features: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, variant: str = "released"
 ) -> str | None:
-    """Why the kernels cannot take these arguments, or None.
+    """Why the kernels cannot take these arguments, in a few words; None where they can.
 
     Args:
         features: [B, C, H, W], float32, float16 or bfloat16, C at most 512, any strides.
@@ -107,7 +109,7 @@ def can_run_attention(
 
 
 def _row_blocks(call: AttentionCall) -> dict[str, int]:
-    """Block sizes of the bandwidth-bound kernels."""
+    """Block sizes of the kernels bound by memory bandwidth."""
     config = pick("rows", call.generation, "any", call.channels, call.batch * call.positions)
     return {
         "BLOCK_P": config.block_m,
@@ -125,14 +127,14 @@ def _is_rows(features: Tensor) -> bool:
 def _prepare(
     features: Tensor, call: AttentionCall, *, backward: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """q, k, v rows and 1/||F|| as the variant's kernels need them.
+    """Rows q, k, v [B, N, C] with unit channel stride, and 1/||F|| [B, N] or None.
 
-    Rows have unit channel stride. released: q, k, k, None. paper forward: F, F, F, 1/||F||; backward: k, k, F, None.
+    released: q, k, k, None. paper forward: F, F, F, 1/||F||; paper backward: k, k, F, None.
     """
     paper = call.paper
     rows_shape = (call.batch, call.positions, call.channels)
     write_k = backward or not paper
-    # the backward kernels want dense rows
+    # The backward kernels need dense rows.
     write_v = paper and (backward or not _is_rows(features))
     q = None if paper else features.new_empty(rows_shape)
     k = features.new_empty(rows_shape) if write_k else None
@@ -168,7 +170,7 @@ def _prepare(
 
 
 class _Partial(NamedTuple):
-    """What the splits of the keys leave, float32: rows [splits, B, N, C], their maxima and sums [splits, B, N].
+    """Results of the splits of the keys, float32: rows [splits, B, N, C], their maxima and sums [splits, B, N].
 
     Without splits the rows are None, and the maxima and sums are the call's `stats`.
     """
@@ -223,7 +225,7 @@ def _forward(features: Tensor, variant: str, result: Result) -> Tensor:
 def _merge_splits(call: AttentionCall, partial: _Partial, splits: int, stats: Tensor, result: Result) -> None:
     """Merge the splits' partial results into the maps of `result` and into `stats`."""
     config = call.pick("merge")
-    if splits * config.block_m > 128:  # addresses of that many rows would spill registers
+    if splits * config.block_m > 128:  # the addresses of more rows would spill registers
         config = config._replace(block_m=16)
     num_blocks = triton.cdiv(call.positions, config.block_m)
     block_d = call.block(config.block_n)
@@ -267,7 +269,8 @@ def attention_forward(features: Tensor, variant: str, *, out: Tensor | None = No
 
     Returns:
         attended [B, C, H, W] (`out` where given, else with the strides of ``torch.empty_like(features)``), and
-        stats [2, B, H*W] float32: of each query's scores the maximum m (0 in "paper"), and the sum of exp(score - m).
+        stats [2, B, H*W] float32: for each query the maximum m of its scores (0 in "paper") and the sum of
+        exp(score - m).
     """
     attended = torch.empty_like(features) if out is None else out
     return attended, _forward(features, variant, Result(as_map(attended)))
@@ -307,9 +310,10 @@ def attention_block_forward(
 
 
 class _Saved(NamedTuple):
-    """What the backward's products read: rows [B, N, C] (v: None in "released", where it is k), stats [2, B, N].
+    """Operands of the backward's products.
 
-    grad: rows of grad_attended. delta: [B, N], <grad_attended, attended>.
+    q, k, v: rows [B, N, C]; v is None in "released", where it equals k. grad: rows of grad_attended. stats: [2, B,
+    N], from the forward. delta: [B, N], <grad_attended, attended>.
     """
 
     q: Tensor
@@ -321,7 +325,10 @@ class _Saved(NamedTuple):
 
 
 class _Gradient(NamedTuple):
-    """Partial sums of a gradient, float32 [splits, B, N, C]; sums: the probabilities' [splits, B, N], or None."""
+    """A gradient before its splits are added, float32.
+
+    rows: [splits, B, N, C]. sums: sums of the recomputed probabilities, [splits, B, N], or None.
+    """
 
     rows: Tensor
     sums: Tensor | None = None
@@ -339,7 +346,7 @@ def _backward(
     variant: str,
     direct: Tensor | None,
 ) -> Tensor:
-    """dF, with `direct` (the gradient that reaches F past the attention) added."""
+    """dF, plus `direct`, the gradient that reaches F through the combiner's direct input."""
     df = torch.empty_like(features)
     call = AttentionCall.of(features, variant)
     if call.batch == 0:
@@ -378,7 +385,7 @@ def _backward_delta(call: AttentionCall, grad_attended: Tensor, attended: Tensor
 
 
 def _backward_dq(call: AttentionCall, saved: _Saved) -> _Gradient:
-    """Gradient of the queries; in "released" float32 with the sums of the recomputed probabilities."""
+    """Gradient of the queries; for "released" in float32 also the sums of the recomputed probabilities."""
     config = call.pick("backward_dq")
     num_blocks = triton.cdiv(call.positions, config.block_m)
     splits, keys_per_split = call.splits(num_blocks * call.batch, config.block_n)
@@ -461,7 +468,7 @@ def _backward_finish(
         dk.splits,
         HEAD_DIM=call.channels,
         PAPER=call.paper,
-        # ptxas may spill registers to fit more programs on a multiprocessor; on an H100 it does not
+        # Without a limit ptxas may spill registers for a higher occupancy; for sm_90 it does not.
         **({} if call.generation == "sm_90" else {"maxnreg": 255}),
         **blocks,
     )
@@ -474,8 +481,8 @@ def attention_backward(
 
     Args:
         grad_attended: [B, C, H, W], any strides, the dtype of `features`.
-        features: what the forward was given.
-        attended, stats: what :func:`attention_forward` returned.
+        features: the argument of the forward.
+        attended, stats: the results of :func:`attention_forward`.
         variant: "released" or "paper".
 
     Returns:
@@ -494,12 +501,13 @@ def attention_block_backward(
     *,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients with respect to features, weight and bias, as `needs` asks.
+    """Gradients with respect to features, weight and bias.
 
     Args:
         grad_out: [B, C, H, W], any strides, the dtype of `features`.
-        features, weight, variant: what the forward was given.
-        attended, stats: what :func:`attention_block_forward` returned with ``save_attended=True``.
+        features, weight, variant: the arguments of the forward.
+        attended, stats: the results of :func:`attention_block_forward` with ``save_attended=True``.
+        needs: which of the three gradients to compute.
 
     Returns:
         [B, C, H, W], [C, 2C, 1, 1], [C], each None where not needed.

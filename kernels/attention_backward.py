@@ -74,9 +74,9 @@ def _attn_bwd_dq_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """dq_i = sum_j ds_ij k_j, ds = p (dp - delta), p = exp(s - m) / l, dp = do v^T; a program owns BLOCK_M queries.
+    """dq_i = sum_j ds_ij k_j, ds = p (dp - delta), p = exp(s - m) / l, dp = do v^T; BLOCK_M queries per program.
 
-    Where sums are written, the division by l is left to the reader of dq, who has the better ones.
+    With `sum_ptr`, dq is not divided by l: the finish kernel divides it by the more accurate recomputed sums.
     """
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     start_m = (tl.program_id(0) % num_blocks) * BLOCK_M
@@ -163,7 +163,7 @@ def _attn_bwd_dkv_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """sum_i ds_ij q_i (WITH_DK) + sum_i p_ij do_i (WITH_DV); a program owns BLOCK_N keys; scores are transposed."""
+    """sum_i ds_ij q_i (WITH_DK) + sum_i p_ij do_i (WITH_DV); BLOCK_N keys per program; scores are transposed."""
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     start_n = (tl.program_id(0) % num_blocks) * BLOCK_N
     split = tl.program_id(1)
@@ -224,7 +224,7 @@ def _attn_bwd_dkv_kernel(
 
 @triton.jit
 def _sum_splits(ptrs, split_stride, mask, splits):
-    """Sum over the leading split dimension of a float32 workspace. A run-time count: unrolled loads would spill."""
+    """Sum over the leading split dimension of a float32 workspace. The loop is not unrolled: it would spill."""
     total = tl.load(ptrs, mask=mask, other=0.0)
     for s in range(1, splits):
         total += tl.load(ptrs + s * split_stride, mask=mask, other=0.0)

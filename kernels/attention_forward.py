@@ -1,4 +1,4 @@
-"""The forward kernels of attention where a backward follows; :mod:`.attention` says what they compute."""
+"""The forward kernels of attention for training; :mod:`.attention` says what they compute."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ LOG2E = tl.constexpr(math.log2(math.e))
 
 
 class Result(NamedTuple):
-    """Where an attention ends: the attended map, and the combiner's operands and result (absent without a combiner).
+    """Outputs of attention: the attended map, and the combiner's operands and result (absent without a combiner).
 
     attended, features, out: maps. weight: [C, 2C], bias: [C].
     """
@@ -49,7 +49,7 @@ class Result(NamedTuple):
 
 
 def q_scale(dtype: torch.dtype) -> float:
-    """Factor of the stored box sum: nine times a float16 can pass float16's range."""
+    """Factor of the stored box sum: a sum of nine float16 values can overflow float16."""
     return 1.0 / 16.0 if dtype == torch.float16 else 1.0
 
 
@@ -95,7 +95,7 @@ class AttentionCall(NamedTuple):
         return pick(op, self.generation, self.kind, self.channels, self.batch * self.positions)
 
     def splits(self, programs: int, block: int, most: int = MAX_SPLITS) -> tuple[int, int]:
-        """Splits of the walk over the positions by blocks of `block`, and positions per split."""
+        """Number of splits of the loop over the positions in blocks of `block`, and positions per split."""
         return num_splits(programs, self.positions, block, self.num_sms, most)
 
     def block(self, most: int) -> int:
@@ -149,7 +149,7 @@ def _attn_prep_kernel(
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    """A program writes BLOCK_C channels of BLOCK_P positions (and reads all channels of them for the norm)."""
+    """A program writes BLOCK_C channels of BLOCK_P positions; for the norm it reads all their channels."""
     n_positions = height * width
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     rows = (tl.program_id(0) % num_blocks) * BLOCK_P + tl.arange(0, BLOCK_P)
@@ -207,7 +207,7 @@ def weight_halves(w_ptr, HEAD_DIM: tl.constexpr, PAPER: tl.constexpr):
 def exp_above(scores, reference, LOG2E_SCALE: tl.constexpr, DTYPE: tl.constexpr):
     """exp2((scores - reference) * LOG2E_SCALE).
 
-    In 16 bit as one fused multiply-add; its rounding of the reference is far below that of q and k.
+    In 16 bit this is one fused multiply-add; its rounding of the reference is far below the rounding of q and k.
     """
     if tl.float32 == DTYPE:
         return tl.exp2((scores - reference) * LOG2E_SCALE)
@@ -257,7 +257,7 @@ def _attn_fwd_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program owns BLOCK_M queries and walks the keys of one split."""
+    """A program computes BLOCK_M queries over the keys of one split."""
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     start_m = (tl.program_id(0) % num_blocks) * BLOCK_M
     split = tl.program_id(1)
@@ -308,7 +308,7 @@ def _attn_fwd_kernel(
     row_index = (split.to(tl.int64) * n_batch + batch) * n_positions + positions
     acc = scale_rows(acc, 1.0 / total)
 
-    # not their log-sum-exp: near 1e5 it would keep too few digits after the point, for the splits and the backward
+    # Both, not their log-sum-exp: near 1e5 that would have too few digits for the merge of splits and the backward.
     tl.store(max_ptr + row_index, row_max, mask=row_mask)
     tl.store(sum_ptr + row_index, total, mask=row_mask)
     masks = tile_masks(row_mask, cols, HEAD_DIM)
@@ -324,7 +324,7 @@ def _attn_fwd_kernel(
             wa_ptr, wf_ptr = weight_halves(w_ptr, HEAD_DIM, PAPER)
             f_rows = position_rows(features, batch, positions, width)
             o_rows = position_rows(out, batch, positions, width)
-            # one stage: the weights are read once, and buffers for more would not fit beside the keys'
+            # One stage: the weights are read once, and further buffers would not fit beside those of the keys.
             for start_o in tl.range(0, HEAD_DIM, BLOCK_O, num_stages=1):
                 out_cols = start_o + tl.arange(0, BLOCK_O)
                 y = tl.zeros([BLOCK_M, BLOCK_O], dtype=tl.float32)
@@ -343,7 +343,7 @@ def _attn_fwd_kernel(
 
 @triton.jit
 def _split_weight(max_ptr, sum_ptr, index, best, row_mask):
-    """What a split's row counts for, relative to exp(best)."""
+    """Weight of a row of a split, relative to exp(best)."""
     row_max = tl.load(max_ptr + index, mask=row_mask, other=0.0)
     return tl.load(sum_ptr + index, mask=row_mask, other=1.0) * tl.exp2((row_max - best) * LOG2E)
 
@@ -372,8 +372,8 @@ def _attn_merge_kernel(
 ):
     """attended = sum_s softmax_s(max_s + ln(sum_s)) partial_s, then the combiner.
 
-    With a combiner a program owns BLOCK_D output channels of BLOCK_M positions and walks the input channels; the
-    first program of a row block stores the attended rows. Otherwise a program owns BLOCK_D attended channels.
+    With a combiner, a program computes BLOCK_D output channels of BLOCK_M positions over all input channels; the
+    first program of a row block stores the attended rows. Without one, a program computes BLOCK_D attended channels.
     """
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     positions = (tl.program_id(0) % num_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)

@@ -1,18 +1,18 @@
-"""The attention block where nothing is saved for a backward: values projected first, few and short kernels.
+"""The attention block for inference: nothing is saved for a backward, values are projected first.
 
-The combiner is linear, so it can go before the weighted sum::
+The combiner is linear, so it can be applied before the weighted sum::
 
     out_i = sum_j softmax_j(q_i . k_j) (v_j Wa^T) + (F_i Wf^T + bias)
 
-`_attn_project_kernel` reads F once and writes the rows q, k, v' = v Wa^T and r = F Wf^T + bias; "released" has
-v = k = F / ||F||, so v' is the product of F, divided by the norm afterwards. `_attn_weigh_kernel` walks the keys: a
-program owns BLOCK_M queries and BLOCK_V columns of v' and ends with out = activation(sum + r). With splits over the
-keys it writes partial results, and `_attn_sum_kernel` weighs and adds them: no product is left for it, unlike
-`attention._attn_merge_kernel`, which would read every partial result once for each block of output channels.
+`_attn_project_kernel` reads F once and writes the rows q, k, v' = v Wa^T and r = F Wf^T + bias. In "released"
+v = k = F / ||F||, so v' is F Wa^T divided by the norm. `_attn_weigh_kernel` loops over the keys: a program computes
+BLOCK_M queries and BLOCK_V columns of v' and ends with out = activation(sum + r). With splits over the keys it writes
+partial results, which `_attn_sum_kernel` weights and adds. That kernel has no matrix product, unlike
+`attention._attn_merge_kernel`, which reads every partial result once for each block of output channels.
 
-On an H100 the three blocks of LGNet at 256x256 are bound by latency, not by their 9.8 GFLOP: 16x16x512 has four
-blocks of queries. Columns of v' are cut for it (each program then makes the scores anew, which is cheap at 256 keys),
-the keys at 64x64x128.
+On an H100 the three blocks of LGNet at 256x256 are bound by latency, not by their 9.8 GFLOP: 16x16x512 has only four
+blocks of queries. There the columns of v' are split over programs, each of which recomputes the scores, which is
+cheap at 256 keys. At 64x64x128 the keys are split.
 Bytes at N = 4096, C = 128, 16 bit: F 1 MiB read; q, k, v', r 5 MiB written and read; partial results 2 MiB a split.
 """
 
@@ -41,9 +41,10 @@ from .maps import (
 
 
 class Projected(NamedTuple):
-    """What the projection writes, rows [B, N, C] each.
+    """Results of the projection, rows [B, N, C] each.
 
-    q: box sums * q_scale (released), normalised F (paper). k: normalised keys, not written in "paper", where it is q.
+    q: box sums * q_scale (released), normalised F (paper). k: normalised keys; in "paper" not written, as it equals
+    q.
     v: values times Wa^T. r: F Wf^T + bias in float32.
     """
 
@@ -54,9 +55,9 @@ class Projected(NamedTuple):
 
 
 class Partial(NamedTuple):
-    """What the splits of the keys leave, float32.
+    """Results of the splits of the keys, float32.
 
-    rows: [splits, B, N, C], divided by its own sum. max: [splits, B, N], in units of the stored scores.
+    rows: [splits, B, N, C], divided by `sum`. max: [splits, B, N], in units of the stored scores.
     sum: [splits, B, N], of exp(score - max).
     """
 
@@ -83,7 +84,7 @@ def _attn_project_kernel(
     BLOCK_O: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
-    """A program owns BLOCK_O columns of every result for BLOCK_P positions; it reads all channels of them."""
+    """A program computes BLOCK_O columns of every result for BLOCK_P positions, from all their channels."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -177,7 +178,7 @@ def _attn_weigh_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program owns BLOCK_M queries and BLOCK_V columns, and walks the keys of one split."""
+    """A program computes BLOCK_M queries and BLOCK_V columns over the keys of one split."""
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -301,7 +302,7 @@ def attention_block_inference(
     activation: str = "none",
     overlap: bool = False,
 ) -> Tensor:
-    """Attention and its 1x1 combiner, nothing kept for a backward.
+    """Attention and its 1x1 combiner; nothing is kept for a backward.
 
     Args:
         features: [B, C, H, W], any strides; see :func:`.attention.can_run_attention`.

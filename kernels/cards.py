@@ -1,8 +1,9 @@
-"""What is known of the NVIDIA GPUs that the kernels are made for: the one place for such facts.
+"""Facts about the NVIDIA GPUs that the kernels are made for; they stand nowhere else.
 
 Shared memory: CUDA C++ Programming Guide, technical specifications per compute capability (99, 163, 227 KiB a block).
-Rates: the H100's measured; the others' from NVIDIA's data sheets and architecture papers (dense, 16 bit with float32
-sums), less a fifth, as the H100 shows. L2 rates of the others are estimates by number and clock of multiprocessors.
+Rates: those of the H100 are measured. The others are NVIDIA's figures (data sheets and architecture papers; dense, 16
+bit with float32 sums) less a fifth, which is what an H100 falls short of its own. L2 rates of the others are
+estimated from the number and clock of the multiprocessors.
 """
 
 from __future__ import annotations
@@ -10,16 +11,17 @@ from __future__ import annotations
 from typing import NamedTuple
 
 GENERATIONS = ("sm_80", "sm_89", "sm_90", "sm_100")
-"""GPUs with block shapes of their own."""
+"""Generations that have a table of block shapes."""
 
 SHARED_LIMITS = {"interpreted": 1 << 30, "sm_80": 166912, "sm_89": 101376, "sm_90": 232448, "sm_100": 232448}
-"""Bytes of shared memory that a block may use, by generation. 8.6 and 12.x have what 8.9 has."""
+"""Bytes of shared memory that a thread block may use, by generation. 8.6 and 12.x have as much as 8.9."""
 
 
 def generation_of(major: int, minor: int) -> str:
-    """The table for a compute capability.
+    """The generation whose block shapes a compute capability uses.
 
-    8.6, 8.9 and 12.x have the least shared memory of all (99 KiB a block): theirs serves whatever has no table too.
+    8.6, 8.9 and 12.x have the least shared memory (99 KiB per thread block), so their table also serves GPUs that
+    have none.
     """
     name = f"sm_{major}{minor}" if major == 8 else f"sm_{major}0"
     return name if name in GENERATIONS else "sm_89"
@@ -40,12 +42,12 @@ class Card(NamedTuple):
 
     @property
     def generation(self) -> str:
-        """Whose block shapes it runs with."""
+        """Generation whose block shapes it uses."""
         return generation_of(*self.capability)
 
     @property
     def shared_limit(self) -> int:
-        """Bytes of shared memory that a block may use."""
+        """Bytes of shared memory that a thread block may use."""
         return SHARED_LIMITS[self.generation]
 
 

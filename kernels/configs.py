@@ -1,4 +1,4 @@
-"""Which block shapes a kernel runs with, and over how many splits: static choices, no tuning at run time.
+"""Block shapes and numbers of splits of the attention and merge kernels, from tables: no tuning at run time.
 
 `tables.py` holds the shapes for each GPU generation; `bench/tune_attention.py` rewrites it on a GPU.
 """
@@ -23,7 +23,7 @@ MAX_SPLITS = 8
 
 
 class Config(NamedTuple):
-    """BLOCK_M queries (or positions) by BLOCK_N keys (or channels) a program, warps a program, pipeline stages."""
+    """BLOCK_M queries (or positions) by BLOCK_N keys (or channels) per program, warps, pipeline stages."""
 
     block_m: int
     block_n: int
@@ -43,8 +43,9 @@ class Config(NamedTuple):
 class Inference(NamedTuple):
     """Block shapes of `attention_inference`.
 
-    block_m queries by block_n keys a step, block_v columns of the result a program; positions, columns and depth of
-    the projection; positions of the sum over splits, and the most splits of the keys.
+    block_m queries by block_n keys per step, block_v columns of the result per program. project_p, project_o,
+    project_d: positions, columns and depth of the projection. sum_m: positions of the sum over splits. max_splits: of
+    the keys.
     """
 
     block_m: int
@@ -66,7 +67,7 @@ _overrides: ContextVar[dict[str, Any]] = ContextVar("lgnet_fast_config_overrides
 
 @contextlib.contextmanager
 def assume_generation(target: str, num_sms: int = 132) -> Iterator[None]:
-    """Choose as for another GPU, such as "sm_90": for `aot` and tests."""
+    """Choose block shapes as on a GPU of generation `target`, such as "sm_90": for `aot` and tests."""
     token = _assumed.set((target, num_sms))
     try:
         yield
@@ -113,7 +114,7 @@ def config_kind(dtype: torch.dtype, precision: str) -> str:
 def pick(op: str, generation: str, kind: str, channels: int, positions: int) -> Config:
     """The configuration of `op` for a head size and a number of positions, of all samples together.
 
-    A head size without an entry of its own takes that of the next larger one.
+    A head size without an entry takes that of the next larger one.
     """
     overridden: Config | None = _overrides.get().get(op)
     if overridden is not None:
@@ -124,7 +125,7 @@ def pick(op: str, generation: str, kind: str, channels: int, positions: int) -> 
 
 
 def _inference_bytes(config: Inference, channels: int, element: int) -> int:
-    """Shared memory of the walk over the keys: queries once, keys and values of every stage."""
+    """Bytes of shared memory of the loop over the keys: queries once, keys and values of every stage."""
     width = 1 << (channels - 1).bit_length()
     return element * (
         config.block_m * width + config.num_stages * config.block_n * (width + config.block_v) + 16 * config.block_m
@@ -132,7 +133,7 @@ def _inference_bytes(config: Inference, channels: int, element: int) -> int:
 
 
 def pick_inference(generation: str, kind: str, channels: int, positions: int, batch: int, num_sms: int) -> Inference:
-    """Block shapes for head size `channels`: the tuned ones, else by rule, within the card's shared memory."""
+    """Block shapes for head size `channels`: the tuned ones, else by rule, within the GPU's shared memory."""
     overridden: Inference | None = _overrides.get().get("inference")
     if overridden is not None:
         return overridden
@@ -169,9 +170,10 @@ def pick_inference(generation: str, kind: str, channels: int, positions: int, ba
 
 
 def num_splits(programs: int, positions: int, block: int, num_sms: int, most: int = MAX_SPLITS) -> tuple[int, int]:
-    """Into how many parts each program's walk over the positions is cut to fill the chip, and the length of a part.
+    """Number of splits of each program's loop over the positions, so that the programs fill the GPU, and their
+    length.
 
-    Parts are whole blocks and none is empty.
+    Every split is a whole number of blocks; none is empty.
     """
     blocks = -(-positions // block)
     splits = max(1, min(num_sms // programs, blocks, most))

@@ -4,32 +4,32 @@ Feature maps are NHWC views ([B, H, W, C], unit channel stride, any pixel stride
 
     out[S g + phase] = sum_t source[s g + origin_phase + t] weight_phase[t]
 
-with unit steps between the taps t of a phase: a convolution of stride s has S = 1, one phase and origin -padding; a
-transposed one of stride 2 has s = 1, S = 2 and two phases an axis. So the product is
+with unit steps between the taps t of a phase. A convolution of stride s has S = 1, one phase and origin -padding; a
+transposed one of stride 2 has s = 1, S = 2 and two phases per axis. So the matrix product is
 
     rows g = (sample, y, x) of a rectangle   x   columns = output channels,   depth = taps x input channels
 
-and phases are further programs of the same launch (no zero insertion, no col2im). Padding, by zeros or by
-reflection, is index arithmetic on the rows; taps that meet nothing but zeros in the whole map are left out (of 16 MiB
-of 16-bit weights that e8 and d8 have, 4 are read at 256x256). Weights are packed once, [phase, tap, Cin] x Cout.
+and the phases are further programs of the same launch (no zero insertion, no col2im). Zero and reflection padding are
+index arithmetic on the rows. Taps that read only padding in the whole map are left out: of the 16 MiB of 16-bit
+weights of e8 and d8, 4 are read at 256x256. Weights are packed once, [phase, tap, Cin] x Cout.
 
 **Steps that end a stage** have 3 output channels, which would leave most of a matrix unit idle and read every input
-pixel once for each tap. Their columns are (y, x, channel) of a small patch of outputs instead: 2x2 for d1 (all four
+pixel once for each tap. Instead their columns are (y, x, channel) of a small patch of outputs: 2x2 for d1 (all four
 phases over one 3x3 window), 4x4 for the 7x7 convolution (a 10x10 window, 2.7 times the multiplications, but an
 eighth of the reads). Their epilogue applies tanh, writes the raw picture and merges it into the picture.
 
-**Split depth.** Grids of 8x8 and smaller have few rows and many weights: the depth is cut so that the programs fill
-the chip, and partial sums go to a float32 workspace [splits, rows, columns]. They are added in a fixed order, so
-results are bitwise repeatable, and the epilogue follows: either by the program of a block that comes last, which a
-counter tells (`Tile.fused`), or by a second kernel, which spreads many splits over more programs.
+**Split depth** (split-K). Maps of 8x8 and smaller have few rows and many weights. The depth is split so that the
+programs fill the GPU, and partial sums go to a float32 workspace [splits, rows, columns]. They are added in a fixed
+order, so results are bitwise repeatable, and the epilogue follows. Either the last program of a block adds them,
+found by a counter (`Tile.fused`), or a second kernel does, which spreads many splits over more programs.
 
-**Overlap** (programmatic dependent launch; Hopper and newer; off unless asked for). A launch may start while the one
-before it still runs: it brings its part of the weights into the L2 cache, then waits for the other to end before it
-touches any feature map. Measured on an H100 it costs 5 to 8 % with the tuned tiles, wherever the trigger stands.
+**Overlap** (programmatic dependent launch; Hopper and newer; off by default). A launch may start while the previous
+one still runs: it prefetches its weights into the L2 cache, then waits for the end of the previous launch before it
+reads or writes any feature map. On an H100 it costs 5 to 8 % with the tuned tiles, wherever the trigger stands.
 
 **Epilogue.** value = sum + bias [+ residual]; up to two stores, each with its activation.
-Bytes: every program reads (BLOCK_M + BLOCK_N) x depth elements, mostly from the L2 cache; from memory, inputs,
-weights and outputs once. Products accumulate in float32.
+Every program reads (BLOCK_M + BLOCK_N) x depth elements, mostly from the L2 cache. Inputs, weights and outputs pass
+through device memory once. Products accumulate in float32.
 """
 
 from __future__ import annotations
@@ -68,13 +68,13 @@ from .launch import (
 
 CAPABILITY = (8, 0)
 PICTURE_CHANNELS = 4
-"""Channels of the picture's buffer, and columns that one pixel takes in a step that ends a stage."""
+"""Channels of the picture buffer (RGB, mask); also columns per output pixel of a step that ends a stage."""
 RAW_CHANNELS = 3
-_PATCH = 4  # outputs a side that the columns of a merging convolution of stride 1 hold
+_PATCH = 4  # outputs per side of the patch, for a convolution of stride 1 that ends a stage
 
 
 class Conv(NamedTuple):
-    """What a step computes, apart from sizes. `transposed` needs stride 2; `merges` ends a stage."""
+    """A (transposed) convolution, apart from sizes. `transposed` needs stride 2; `merges`: it ends a stage."""
 
     in_channels: int
     out_channels: int
@@ -91,7 +91,7 @@ class Conv(NamedTuple):
 
     @property
     def axis(self) -> Axis:
-        """The same along both axes."""
+        """Taps and phases along one axis; both axes are alike."""
         if not self.merges:
             return self.geometry.axis()
         return self.geometry.axis(self.stride if self.transposed else _PATCH if self.stride == 1 else 1)
@@ -103,7 +103,7 @@ class Conv(NamedTuple):
 
     @property
     def flat(self) -> bool:
-        """Whether a block of the depth spans taps, as one has too few channels for a block of its own."""
+        """Whether a block of the depth spans several taps, because one tap has fewer than 16 channels."""
         return self.in_channels < 16
 
     def kernel_tap(self, offset: int, source: int) -> int | None:
@@ -111,7 +111,7 @@ class Conv(NamedTuple):
         return self.geometry.tap(offset, source)
 
     def pack(self, weight: Tensor) -> Tensor:
-        """[out, in, k, k] (or [in, out, k, k] transposed) -> [sum of taps of all phases x in, columns]."""
+        """Weights [out, in, k, k] (transposed: [in, out, k, k]) packed as [taps of all phases * in, columns]."""
         taps_first = weight.permute((2, 3, 0, 1) if self.transposed else (2, 3, 1, 0))
         axis = self.axis
         blocks = []
@@ -130,7 +130,7 @@ class Conv(NamedTuple):
     def work(
         self, batch: int, in_size: tuple[int, int], out_size: tuple[int, int], rect: tuple[int, int, int, int]
     ) -> Work:
-        """Size of the product for outputs `rect` = (top, bottom, left, right)."""
+        """Size of the matrix product for outputs `rect` = (top, bottom, left, right)."""
         axis = self.axis
         (top, bottom), (left, right) = self.rows_of(rect)
         taps = []
@@ -149,7 +149,7 @@ class Conv(NamedTuple):
 
 
 class Store(NamedTuple):
-    """Where a result goes, [B, H, W, C], and its activation (a key of ACTIVATIONS)."""
+    """A result: the view [B, H, W, C] that it is written to, and its activation (a key of ACTIVATIONS)."""
 
     view: Tensor
     activation: str
@@ -186,7 +186,7 @@ def can_run_conv(conv: Conv, source: Tensor) -> str | None:
 
 
 def can_overlap(device: torch.device) -> str | None:
-    """Why launches cannot overlap there (programmatic dependent launch), or None."""
+    """Why launches on `device` cannot overlap (programmatic dependent launch), or None where they can."""
     if device.type != "cuda" or is_interpreted():
         return "only GPUs overlap launches"
     if torch.cuda.get_device_capability(device) < (9, 0):
@@ -197,14 +197,14 @@ def can_overlap(device: torch.device) -> str | None:
 def paint_forward(
     image: Tensor, mask: Tensor, start: Tensor | None, picture: Tensor, merged: Tensor, overlap: bool = False
 ) -> None:
-    """What a run starts from: picture = (image * (1 - mask) + start * mask, mask) and merged = image.
+    """Set the buffers at the start of a run: picture = (image * (1 - mask) + start * mask, mask), merged = image.
 
     Args:
         image, mask: [B, 3, H, W], [B, 1, H, W] float32, contiguous.
         start: as `image`, or None for white.
         picture: [B, H, W, 4], contiguous.
         merged: as `image`.
-        overlap: let the next launch start meanwhile, where :func:`can_overlap` allows it.
+        overlap: let the next launch start before this one ends, where :func:`can_overlap` allows it.
     """
     batch, _, height, width = image.shape
     block = 256
@@ -244,14 +244,14 @@ def _layout(conv: Conv) -> Layout:
 
 
 def _taps(axis: Axis, in_size: int, out_size: int, reflect: bool) -> Taps:
-    """The taps that meet any input along one axis."""
+    """The taps that read any input, not only padding, along one axis."""
     phases = (0, axis.phases - 1)
     (first0, count0), (first1, count1) = (axis.used(phase, in_size, out_size, reflect) for phase in phases)
     return Taps(axis.origins[0] + first0, axis.origins[-1] + first1, first0, first1, count0, count1)
 
 
 def _place(conv: Conv, batch: int, size: tuple[int, int], rect: tuple[int, int, int, int] | None) -> Place:
-    """Of the outputs `rect`, None: all, of `batch` maps of `size`."""
+    """The place of the outputs `rect` (None: all) of `batch` maps of `size` (height, width)."""
     bounds = (0, size[0], 0, size[1]) if rect is None else rect
     (rows_top, rows_bottom), (rows_left, rows_right) = conv.rows_of(bounds)
     rows_h, rows_w = rows_bottom - rows_top, rows_right - rows_left
@@ -275,7 +275,7 @@ def _stored(store: Store | None) -> tuple[int, int]:
 
 
 class _Step(NamedTuple):
-    """What the launches of one step have in common. constants: of the kernels and of the launch."""
+    """Arguments that all launches of one step share. constants: of the kernels, and options of the launch."""
 
     conv: Conv
     source: Tensor
@@ -286,7 +286,7 @@ class _Step(NamedTuple):
 
 
 def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Tensor | None, tile: Tile) -> None:
-    """The product. It ends with the epilogue, except with splits (`partial`) that no counters add up."""
+    """The matrix product, then the epilogue; with `partial` but no `counters`, both are left to :func:`_reduce`."""
     conv, source, place = step.conv, step.source, step.place
     _, in_h, in_w, _ = source.shape
     axis = conv.axis
@@ -321,14 +321,14 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        # ptxas may spill registers of large accumulators to fit one more program on a multiprocessor
+        # Without a limit ptxas may spill registers of large accumulators for a higher occupancy.
         **({"maxnreg": 255} if fused and tile.block_m * tile.block_n >= 2048 * tile.num_warps else {}),
         **step.constants,
     )
 
 
 def _reduce(step: _Step, partial: Tensor | None) -> None:
-    """Add the splits' partial sums, then the epilogue."""
+    """Add the partial sums of the splits, then the epilogue."""
     columns = step.conv.columns
     block_m = min(4, triton.next_power_of_2(step.place.n_rows))
     block_n = min(128, triton.next_power_of_2(columns))
@@ -377,7 +377,7 @@ def conv_forward(
         size: (height, width) of the output.
         rect: (top, bottom, left, right) of the outputs to compute, None: all.
         residual: [B, H, W, Cout] view, added before the activations.
-        merge: what a step that ends a stage reads and writes beside its features.
+        merge: pictures and mask of a step that ends a stage, else None.
         overlap: start while the previous launch still runs, where :func:`can_overlap` allows it.
         partial: float32 workspace of at least ``tile.splits * work.all_rows * columns`` elements, where splits > 1.
         counters: int32 zeros, one for each block of the product (``programs(work, tile) / tile.splits``), where

@@ -1,7 +1,7 @@
-"""Which block shapes, and over how many splits of the depth, a convolution of the engine runs with.
+"""Block shapes and numbers of splits of the engine's convolutions.
 
-`conv_tables.py` holds what `bench/gpu_contact.py` measured on a GPU. Where it says nothing, the candidate with the
-least estimated time is taken (:func:`cost`).
+`conv_tables.py` holds what `bench/gpu_contact.py` measured on a GPU. For other products, the candidate with the least
+estimated time is taken (:func:`cost`).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ MAX_SPLITS = 64
 
 
 class Tile(NamedTuple):
-    """BLOCK_M rows by BLOCK_N columns a program, BLOCK_K of the depth a step, the depth cut in `splits`.
+    """BLOCK_M rows by BLOCK_N columns per program, BLOCK_K of the depth per step, the depth split in `splits`.
 
-    fused: the last program of a block adds its splits, not a kernel of their own.
+    fused: the last program of a block adds its splits; else a second kernel does.
     """
 
     block_m: int
@@ -34,12 +34,12 @@ class Tile(NamedTuple):
 
     @property
     def label(self) -> str:
-        """BLOCK_MxBLOCK_NxBLOCK_K/splits, and f where fused."""
+        """As text: BLOCK_MxBLOCK_NxBLOCK_K/splits, then "f" where fused."""
         return f"{self.block_m}x{self.block_n}x{self.block_k}/{self.splits}{'f' if self.fused else ''}"
 
 
 class Work(NamedTuple):
-    """One product: rows of a phase, columns, the taps of every phase, and input channels.
+    """Size of one matrix product: rows of a phase, columns, the taps of every phase, and input channels.
 
     flat: a block of the depth spans taps. merges: it ends a stage.
     """
@@ -64,20 +64,20 @@ class Work(NamedTuple):
 
 
 LAUNCH_SECONDS = 2.0e-6
-"""Start, drain and dependency of one kernel within a graph."""
+"""Seconds for the start, drain and dependency of one kernel within a graph."""
 # The constants below are fitted to 225 measured tiles of 24 products on an H100 (bench/results/h100_contact_*.jsonl):
 # the logarithms of estimate and measurement differ by 0.17 (standard deviation).
-# A program's way from its start to its first product, and what a step of 64 along the depth takes at least.
+# Seconds from the start of a program to its first product, and the least for a step of 64 along the depth.
 _FILL_SECONDS = 0.8e-6
 _STEP_SECONDS = 9.0e-8
 # Share of the tensor cores' rate that blocks of 128 by 128 reach, and how it falls with the block's area.
 _EFFICIENCY = 0.6
 _AREA_EXPONENT = 0.3
-# What a multiprocessor draws from the L2 cache, in even shares of its rate: for one program, and for several.
+# L2 bandwidth of a multiprocessor relative to an even share: with one program, and with several.
 _INGRESS_ALONE, _INGRESS_SHARED = 1.8, 1.5
-# The last program of a block reads the splits at this much of an even share.
+# L2 bandwidth of the last program of a block while it reads the splits, relative to an even share.
 _SPLIT_READ = 0.6
-# Index arithmetic of a block of the depth that spans taps.
+# Factor for the index arithmetic where a block of the depth spans taps.
 _FLAT = 2.4
 
 
@@ -92,11 +92,11 @@ def programs(work: Work, tile: Tile) -> int:
 
 
 class Cost(NamedTuple):
-    """Estimated seconds of a launch, by what could bound it.
+    """Estimated seconds of a launch for each possible bottleneck.
 
-    start: launch and fill. products, reads, issue: of the longest program alone. together: all programs of a
-    multiprocessor. memory: the weights from memory. splits: adding them. l2_bytes: what all programs read from the
-    L2 cache.
+    start: launch and pipeline fill. products, reads, issue: of the longest program alone. together: of all programs
+    of a multiprocessor. memory: reading the weights from device memory. splits: adding them. l2_bytes: bytes that all
+    programs read from the L2 cache.
     """
 
     start: float
@@ -110,20 +110,20 @@ class Cost(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """Of the whole launch."""
+        """Seconds of the whole launch."""
         body = max(self.products, self.reads, self.issue, self.together, self.memory)
         return self.start + body + self.splits
 
     @property
     def bound(self) -> str:
-        """The name of the largest part."""
+        """Name of the largest part."""
         parts = {name: getattr(self, name) for name in ("products", "reads", "issue", "together", "memory")}
         name = max(parts, key=lambda part: parts[part])
         return "start" if self.start > parts[name] else name
 
 
 def cost(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -> Cost:
-    """What a launch (two where a kernel of its own adds the splits) should take."""
+    """Estimated time of a product: one launch, or two where a second kernel adds the splits."""
     card = card_for(generation, num_sms)
     element = 4 if kind in ("tf32", "ieee") else 2
     rate = card.macs / card.num_sms * {"half": 1.0, "tf32": 0.5, "ieee": 0.06}[kind]
@@ -160,7 +160,7 @@ def estimate(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -
 
 
 def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator[Tile]:
-    """Shapes worth trying: those that fit and suit the product's size."""
+    """Candidate tiles: those that fit the shared memory and suit the size of the product."""
     element = 4 if kind in ("tf32", "ieee") else 2
     columns = max(16, triton.next_power_of_2(work.columns))
     rows = max(16, triton.next_power_of_2(work.rows))
@@ -176,14 +176,14 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
             (16, 64, 4), (16, 128, 4), (32, 64, 4), (64, 16, 4), (64, 32, 4), (64, 64, 4), (64, 128, 4),
             (128, 64, 4), (128, 128, 8), (128, 256, 8),
         )  # fmt: skip
-    if generation == "interpreted":  # whose time goes by the operation, not by the element
+    if generation == "interpreted":  # their time depends on the number of operations, not of elements
         shapes = ((min(1024, rows), 64, 4),)
     seen = set()
     for block_m, wanted_n, warps in shapes:
         block_n = min(wanted_n, columns)
         if block_m > max(rows, 16) or (block_m, block_n) in seen:
             continue
-        if work.flat and block_m < min(rows, 64):  # its index arithmetic would spill registers
+        if work.flat and block_m < min(rows, 64):  # the index arithmetic of this one would spill registers
             continue
         seen.add((block_m, block_n))
         block_k = min(depth, {"half": 64, "tf32": 32, "ieee": 16}[kind])
@@ -198,12 +198,12 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
         longest = max(work.steps(block_k))
         single = programs(work, tile)
         splits = 1
-        # the whole epilogue beside a large accumulator would spill registers
+        # the full epilogue beside a large accumulator would spill registers
         most = 64 * 64 if work.merges else 128 * 128
         crowded = block_m * block_n > most and generation != "interpreted"
         while splits <= min(MAX_SPLITS, longest // 2 or 1):
             if (splits == 1 and not crowded) or (splits > 1 and single * splits <= 4 * num_sms):
-                # measured: a kernel of its own for the sum pays only beside the epilogue that ends a stage
+                # measured: a second kernel for the sum is faster only with the epilogue that ends a stage
                 yield tile._replace(splits=splits, fused=splits > 1 and not work.merges)
             splits *= 2
 

@@ -11,7 +11,7 @@ from .launch import activate, dot, stable_tanh
 
 
 class Outputs(NamedTuple):
-    """What the epilogue reads and writes beside the sum: None where absent.
+    """Operands and results of the epilogue, None where absent.
 
     bias: float32. residual, first, second: [B, H, W, C], pixels `Epilogue.residual_stride` or `strides` apart.
     """
@@ -23,7 +23,7 @@ class Outputs(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """What a step that ends a stage reads (image, mask) and writes (raw, merged), see `conv.Merge`."""
+    """Inputs (image, mask) and results (raw, merged) of a step that ends a stage, see `conv.Merge`."""
 
     image: Any
     mask: Any
@@ -51,8 +51,8 @@ class Layout(NamedTuple):
     """Constants of a convolution.
 
     columns of the product, phases of both axes together, steps and patch as in `conv.Axis`, packed taps of the first
-    and second phase of an axis; flat: a block of the depth spans taps. No tuples within: Triton 3.6 loses constants
-    that lie two deep.
+    and second phase of an axis; flat: a block of the depth spans taps. Fields are no tuples, because Triton 3.6 loses
+    constants in nested tuples.
     """
 
     in_channels: int
@@ -69,7 +69,7 @@ class Layout(NamedTuple):
 
 
 class Taps(NamedTuple):
-    """The taps used along one axis, of its first and second phase: source of the first one, its index, how many."""
+    """The taps used along one axis, per phase (first, second): source of the first tap, its index, their number."""
 
     origin0: int
     origin1: int
@@ -82,7 +82,7 @@ class Taps(NamedTuple):
 class Epilogue(NamedTuple):
     """Constants of the epilogue: pixel strides, values of ACTIVATIONS, whether `Picture.merged` is planar.
 
-    wide: pointers span 2**31 elements of 32-bit arithmetic.
+    wide: offsets can reach 2**31 elements and need 64-bit arithmetic.
     """
 
     residual_stride: int
@@ -115,7 +115,7 @@ def _finish(
     LAYOUT: tl.constexpr,
     EPILOGUE: tl.constexpr,
 ):
-    """The epilogue. Nothing outside the rectangle is written."""
+    """The epilogue. It writes nothing outside the rectangle."""
     x = (rows % place.rows_w + place.rows_left) * LAYOUT.out_step
     y = (rows // place.rows_w % place.rows_h + place.rows_top) * LAYOUT.out_step
     sample = rows // (place.rows_w * place.rows_h)
@@ -166,7 +166,7 @@ def _finish(
 
 @triton.jit
 def _reflected(index, size):
-    """Index -i is i, index size - 1 + i is size - 1 - i."""
+    """Reflection padding: index -i becomes i, index size - 1 + i becomes size - 1 - i."""
     index = tl.where(index < 0, -index, index)
     return tl.where(index >= size, 2 * (size - 1) - index, index)
 
@@ -179,7 +179,7 @@ def _prefetch(pointers):
     )
 
 
-# Grid integers: specialised on "is 1" and "divisible by 16" they would give each rectangle of a hole its own kernels.
+# Integers that Triton must not specialise on "is 1" or "divisible by 16": each rectangle would compile a new kernel.
 _GRID_INTEGERS = [
     "in_h", "in_w", "out_h", "out_w", "top", "bottom", "left", "right",
     "rows_top", "rows_left", "rows_h", "rows_w", "n_rows", "m_blocks",
@@ -221,7 +221,7 @@ def _conv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """A program owns BLOCK_M rows of one phase and BLOCK_N columns, over one part of the depth."""
+    """A program computes BLOCK_M rows of one phase and BLOCK_N columns, over one split of the depth."""
     CIN: tl.constexpr = LAYOUT.in_channels
     N: tl.constexpr = LAYOUT.columns
     n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
@@ -248,7 +248,7 @@ def _conv_kernel(
     cols = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
     col_mask = (cols < N)[None, :]
     depths = tl.arange(0, BLOCK_K)
-    # rows past the end read what the last one reads
+    # rows past the end read the sources of the last row
     read = tl.minimum(rows, n_rows - 1)
     y0 = (read // rows_w % rows_h + rows_top) * LAYOUT.in_step + origin_y
     x0 = (read % rows_w + rows_left) * LAYOUT.in_step + origin_x
@@ -273,7 +273,8 @@ def _conv_kernel(
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
         if SPLITS > 1 and not LAYOUT.flat:
-            # a line of weights for each row of the depth and 128 bytes of columns, while the last step still runs
+            # Prefetch weights while the previous step still runs: one cache line per row of the depth and 128 bytes
+            # of columns.
             LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
             lines = tl.minimum(pid % n_blocks * BLOCK_N + tl.arange(0, (BLOCK_N + LINE - 1) // LINE) * LINE, N - 1)
             for step in tl.range(begin, steps, num_stages=1):
@@ -299,7 +300,7 @@ def _conv_kernel(
                 a_mask = tl.broadcast_to(depth_mask[None, :], (BLOCK_M, BLOCK_K))
             else:
                 a_mask = (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w) & depth_mask[None, :]
-            # the last block of a reflecting step may point past the map
+            # with reflection, the last block may point outside the map
             pixel = tl.where(a_mask, (sample[:, None] + y) * in_w + x, 0)
             a = tl.load(x_ptr + pixel * STRIDE_X + (depth % CIN)[None, :], mask=a_mask, other=0.0)
             w_rows = (first_tap + (first_y + tap_y) * taps_x + first_x + tap_x) * CIN + depth % CIN
@@ -337,7 +338,8 @@ def _conv_kernel(
         inside = (rows < n_rows)[:, None] & col_mask
         tl.store(partial_ptr + index[:, None] * N + cols[None, :], acc, mask=inside)
         if count_ptr is not None:
-            # every thread's part is stored before the block is counted, and counted before it is read
+            # Every thread stores its part before the counter is raised, and the counter is raised before parts are
+            # read.
             tl.debug_barrier()
             done = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
             if done == SPLITS - 1:
@@ -346,7 +348,7 @@ def _conv_kernel(
                 for split in tl.range(0, SPLITS, num_stages=1):
                     index = (split * LAYOUT.phases + phase).to(tl.int64) * n_rows + rows
                     parts = partial_ptr + index[:, None] * N + cols[None, :]
-                    # past the L1 cache, which does not see what other multiprocessors wrote
+                    # bypasses the L1 cache, which may be stale after writes of other multiprocessors
                     value += tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
                 _finish(value, rows, cols, phase, outputs, picture, place, LAYOUT, EPILOGUE)
                 tl.store(count_ptr + pid, 0)
@@ -378,7 +380,7 @@ def _conv_reduce_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
 ):
-    """A program adds the parts of BLOCK_M rows of one phase and BLOCK_N columns, in order, and finishes them."""
+    """A program adds the splits of BLOCK_M rows of one phase and BLOCK_N columns, in order, then the epilogue."""
     N: tl.constexpr = LAYOUT.columns
     n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
     place = Place(out_h, out_w, top, bottom, left, right, rows_top, rows_left, rows_h, rows_w, n_rows)

@@ -1,7 +1,7 @@
-"""Machine code of CUDA C++ kernels, loaded and launched by NVIDIA's driver interface: users need no compiler.
+"""Machine code of CUDA C++ kernels, loaded and launched through NVIDIA's driver API: users need no compiler.
 
-A cubin lies beside this file, written by ``make cubin`` where nvcc is. Launches go to PyTorch's current stream, into
-a graph that is being captured too.
+The cubins lie beside this file; ``make cubin`` writes them and needs nvcc. Launches go to PyTorch's current stream
+and can be captured into a graph.
 """
 
 from __future__ import annotations
@@ -41,11 +41,11 @@ def _library() -> ctypes.CDLL:
 
 
 def call(name: str, *arguments: Any) -> None:
-    """A function of the driver.
+    """Call a function of the driver.
 
     Raises:
         OSError: there is no driver.
-        RuntimeError: it reports an error.
+        RuntimeError: the driver reports an error.
     """
     code = getattr(_library(), name)(*arguments)
     if code:
@@ -55,7 +55,7 @@ def call(name: str, *arguments: Any) -> None:
 
 
 def _make_current(device: int) -> None:
-    """A thread that has launched nothing yet has no context: give it PyTorch's."""
+    """Set PyTorch's context in a thread that has launched nothing yet and so has none."""
     context = ctypes.c_void_p()
     call("cuCtxGetCurrent", ctypes.byref(context))
     if not context.value:
@@ -83,16 +83,16 @@ def _function(cubin: Path, name: str, device: int) -> ctypes.c_void_p:
 
 
 class Kernel:
-    """One kernel of a cubin, with how it is launched. Each GPU that it runs on loads it once.
+    """One kernel of a cubin and its launch parameters. It is loaded once on each GPU that it runs on.
 
     Args:
         cubin: machine code.
-        name: of the kernel, as the cubin has it.
-        threads: a block.
-        shared_bytes: dynamic shared memory a block.
-        cluster: blocks a cluster.
-        cooperative: all blocks are on the GPU at once, or the launch fails.
-        overlap: start while the kernel before ends; it must wait by ``griddepcontrol.wait``.
+        name: of the kernel in the cubin.
+        threads: per thread block.
+        shared_bytes: dynamic shared memory per thread block.
+        cluster: thread blocks per cluster.
+        cooperative: the launch fails unless all blocks fit on the GPU at once.
+        overlap: start before the previous kernel ends; the kernel must wait with ``griddepcontrol.wait``.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Kernel:
         )  # fmt: skip
 
     def load(self) -> ctypes.c_void_p:
-        """The function on the current GPU. Loading cannot be captured into a graph: call this before.
+        """The function on the current GPU. Loading cannot be captured into a graph: call this before a capture.
 
         Raises:
             RuntimeError: the driver refuses the machine code.
@@ -140,7 +140,7 @@ class Kernel:
         return _function(self.cubin, self.name, device)
 
     def active_clusters(self) -> int:
-        """How many clusters the current GPU holds at a time."""
+        """Number of clusters that fit on the current GPU at once."""
         count = ctypes.c_int()
         config = self._config(self.cluster, 0)
         config.count = 1  # the first attribute is the cluster's size
@@ -150,7 +150,7 @@ class Kernel:
     def launch(self, grid: int, addresses: Sequence[ctypes.c_void_p]) -> None:
         """Launch `grid` blocks on the current stream of the current GPU.
 
-        `addresses`: of each parameter, which is copied before it returns.
+        `addresses`: of the parameters; the driver copies them before this returns.
         """
         config = self._config(grid, torch.cuda.current_stream().cuda_stream)
         parameters = (ctypes.c_void_p * len(addresses))(*addresses)

@@ -1,21 +1,22 @@
-"""The deep layers of a U-Net in one launch: blocks that stay for all layers, reading weights without a pause.
+"""The deep layers of a U-Net in one launch: a persistent kernel that streams the weights of all layers.
 
-Layers of 8x8 outputs and smaller are 4x4 convolutions of stride 2 and transposed ones with 2 to 17 MB of weights
-and next to no arithmetic. Launched one by one they take 8 to 12 us each on an H100, where reading their weights takes
-3 to 6: each launch begins with cold reads and ends with a sum over the splits of the depth. `csrc/cuda/deep.cu` runs
-a group of consecutive layers in one launch: its blocks read ahead of the layer at hand, and meet between layers.
+Layers of 8x8 outputs and smaller are 4x4 convolutions of stride 2 and transposed ones, with 2 to 17 MB of weights
+and little arithmetic. Launched one by one they take 8 to 12 us each on an H100, although reading their weights takes
+3 to 6 us: each launch begins with cold reads and ends with a sum over the splits of the depth. `csrc/cuda/deep.cu`
+runs a group of consecutive layers in one launch: its thread blocks prefetch the weights of later layers, and
+synchronise between layers.
 
-This module describes the group to the kernel: :func:`split` says which block has what of a layer, :func:`pack` puts
-weights in the order in which blocks read them, :class:`DeepGroup` holds all that and launches. Compute capability 9.0
-(clusters, bulk copies), float16 and bfloat16.
+This module describes the group to the kernel: :func:`split` assigns parts of a layer to thread blocks, :func:`pack`
+puts weights in the order in which blocks read them, :class:`DeepGroup` holds both and launches. It needs compute
+capability 9.0 (clusters, bulk copies), and float16 or bfloat16.
 
-**Split.** A layer is, for each phase, a product of [channels, depth] and [depth, rows]; a unit of it is 16 output
-channels of a phase, and the depth goes in steps of 32 input channels of one tap. Every cluster of blocks gets as many
-units as the next or one more; who gets more changes from layer to layer, so that what a cluster reads of all layers
-evens out. Each block of a cluster takes `block_steps` of the depth, and copies the positions that those need to
-shared memory. Its eight warps take items, (unit, every ``warps_k``-th step of the block), eight at a time.
+**Split.** A layer is, for each phase, a product of [channels, depth] and [depth, rows]. A unit is 16 output channels
+of a phase; a step is 32 input channels of one tap. Clusters of thread blocks get equal numbers of units, some one
+more; which ones changes from layer to layer, so that all clusters read about the same over all layers. Each block of
+a cluster takes `block_steps` steps of the depth, and copies the positions that they need to shared memory. Its eight
+warps take items, (unit, every ``warps_k``-th step of the block), eight at a time.
 
-**Failure.** All blocks must be on the GPU at once (a cooperative launch sees to that). Every wait is bounded: one
+**Failure.** All blocks must fit on the GPU at once; a cooperative launch guarantees it. Every wait is bounded: one
 that takes more than `timeout` clocks ends the launch with NaN in the last layer's stores and a code in the state,
 which :meth:`DeepGroup.error` reads.
 """
@@ -50,15 +51,15 @@ PAD = 4
 BARRIER_BYTES = 512
 STATE_STRIDE = 32
 SHARED_LIMIT = 232448
-"""Bytes of shared memory of a block: CUDA C++ Programming Guide, compute capability 9.0."""
+"""Bytes of shared memory of a thread block: CUDA C++ Programming Guide, compute capability 9.0."""
 
 CLUSTERS = (8, 4, 2)
-"""Blocks of a cluster: what is tried; eight is the most that every GPU of the capability has."""
+"""Thread blocks per cluster to try; eight is the most that every GPU of this capability supports."""
 MIN_SLOTS = 11
-"""Of the ring: at 25 bytes a nanosecond and multiprocessor 3.6 us, more than blocks wait between layers."""
+"""Bytes of the ring buffer. At 25 bytes per ns it lasts 3.6 us, longer than the waits between layers."""
 MAX_ROWS = 64
 TIMEOUT = 20_000_000_000
-"""Clocks, about ten seconds: long enough for a GPU that several processes share."""
+"""Clocks until a wait gives up: about ten seconds, long enough for a GPU shared by several processes."""
 WAITS = {1: "for room for weights", 2: "for weights", 3: "for the cluster's sums", 4: "for the layer before"}
 
 
@@ -97,7 +98,7 @@ class _Program(ctypes.Structure):
 
 
 class Split(NamedTuple):
-    """How a layer is shared out; see the head of this module."""
+    """How a layer is split among clusters, blocks and warps; see the docstring of this module."""
 
     cluster: int
     clusters: int
@@ -112,17 +113,17 @@ class Split(NamedTuple):
 
     @property
     def most(self) -> int:
-        """Units of a cluster, at most."""
+        """Most units of any cluster."""
         return -(-self.units // self.clusters)
 
     @property
     def step_rounds(self) -> int:
-        """Steps that a warp does of a unit."""
+        """Steps that one warp computes of a unit."""
         return -(-self.block_steps // self.warps_k)
 
     @property
     def chunks(self) -> int:
-        """Parts of the ring that a layer takes, at most."""
+        """Most parts of the ring buffer that a layer uses."""
         return -(-self.most * self.warps_k // WARPS) * self.step_rounds
 
     def units_of(self, place: int) -> range:
@@ -132,7 +133,7 @@ class Split(NamedTuple):
         return range(begin, begin + base + (place < extra))
 
     def block_bytes(self, cluster: int) -> int:
-        """Weights that each block of a cluster reads."""
+        """Number of weights that each block of a cluster reads."""
         units = self.units_of((cluster + self.shift) % self.clusters)
         return len(units) * self.step_rounds * self.warps_k * PIECE_BYTES
 
@@ -165,7 +166,7 @@ class DeepLayer(NamedTuple):
 
     @property
     def origins(self) -> tuple[list[int], list[int]]:
-        """Of the first and last phase: the first position of row 0, along y and x."""
+        """For the first and last phase: the first position that row 0 reads, along y and x."""
         axis = self.conv.axis
         which = [(phase, self.taps(phase * (axis.phases + 1))) for phase in (0, axis.phases - 1)]
         along_y, along_x = ([axis.origins[phase] + taps[i][0] for phase, taps in which] for i in (0, 1))
@@ -173,7 +174,7 @@ class DeepLayer(NamedTuple):
 
     @property
     def stage(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """The block's copy of the positions: pixels of the border at its begin, and size with both borders; y, x."""
+        """The positions copied to shared memory, along y and x: border pixels at the begin, and size with borders."""
         borders, sizes = [], []
         counts = [count for _, count in self.taps(0)]
         for origins, in_size, rows, count in zip(self.origins, self.in_size, self.rows_size, counts):
@@ -208,7 +209,7 @@ def unsupported(layer: DeepLayer) -> str | None:
 
 
 def _layer_bytes(layer: DeepLayer, share: Split) -> tuple[int, int, int]:
-    """Shared memory of a block for a layer: positions, partial sums, sums of the cluster."""
+    """Bytes of shared memory that a block needs for a layer: positions, partial sums, sums of the cluster."""
     (_, count_y), (_, count_x) = layer.taps(0)
     taps = count_y * count_x
     blocks = range(0, share.steps, share.block_steps)
@@ -220,7 +221,7 @@ def _layer_bytes(layer: DeepLayer, share: Split) -> tuple[int, int, int]:
 
 
 def split(layer: DeepLayer, cluster: int, clusters: int) -> Split | None:
-    """The share of each of `clusters` clusters of `cluster` blocks; None: there is not memory enough."""
+    """The split of a layer among `clusters` clusters of `cluster` blocks; None where shared memory is too small."""
     conv = layer.conv
     (_, count_y), (_, count_x) = layer.taps(0)
     steps = count_y * count_x * conv.in_channels // STEP
@@ -229,7 +230,8 @@ def split(layer: DeepLayer, cluster: int, clusters: int) -> Split | None:
     for warps_k in (1, 2, 4, 8):
         one = Split(cluster, clusters, groups * conv.axis.phases**2, groups, steps, -(-steps // cluster), warps_k)
         if BARRIER_BYTES + MIN_SLOTS * SLOT_BYTES + sum(_layer_bytes(layer, one)) <= SHARED_LIMIT:
-            # the least padding of the depth, then time: a chunk takes about as long as 128 rows of partial sums
+            # Least padding of the depth first, then least time: a chunk takes about as long as 128 rows of partial
+            # sums.
             time = one.chunks + warps_k * one.most * layer.rows / 128
             found.append((one.step_rounds * warps_k, time, warps_k, one))
     return min(found)[3] if found else None
@@ -239,13 +241,13 @@ def pack(layer: DeepLayer, weight: Tensor, share: Split) -> Tensor:
     """Weights in the order in which blocks read them.
 
     Args:
-        layer: whose they are.
+        layer: the layer.
         weight: :meth:`.conv.Conv.pack` of it.
         share: :func:`split`.
 
     Returns:
-        [pieces, 2, lane, 8], contiguous, float16 or bfloat16 as `weight`: for every place of a cluster and block of
-        it, chunk by chunk, the pieces of a unit and step that its warps read.
+        [pieces, 2, lane, 8], contiguous, float16 or bfloat16 as `weight`: for every place of a cluster and every
+        block of it, chunk by chunk, the pieces of a unit and step that the warps of the block read.
     """
     conv, axis = layer.conv, layer.conv.axis
     by_phase = []
@@ -284,7 +286,7 @@ def _log(number: int) -> int:
 
 
 def describe(layer: DeepLayer, share: Split) -> _Layer:
-    """A layer as the kernel is told of it, but for addresses, strides and activations."""
+    """The kernel's description of a layer, without addresses, strides and activations."""
     axis = layer.conv.axis
     (_, count_y), (_, count_x) = layer.taps(0)
     (border_y, border_x), (height, width) = layer.stage
@@ -310,14 +312,14 @@ def describe(layer: DeepLayer, share: Split) -> _Layer:
 
 
 def _slots(layers: Sequence[DeepLayer], shares: Sequence[Split]) -> tuple[int, int]:
-    """Parts of the ring, and dynamic shared memory of a block."""
+    """Parts of the ring buffer, and bytes of dynamic shared memory of a block."""
     most = max(sum(_layer_bytes(layer, share)) for layer, share in zip(layers, shares))
     slots = min((SHARED_LIMIT - BARRIER_BYTES - most) // SLOT_BYTES, MAX_SLOTS)
     return slots, BARRIER_BYTES + slots * SLOT_BYTES + most
 
 
 def plan_splits(layers: Sequence[DeepLayer], cluster: int, clusters: int) -> list[Split] | str:
-    """Every layer's share, or why the kernel cannot run the group."""
+    """The split of every layer, or why the kernel cannot run the group."""
     if not 0 < len(layers) <= MAX_LAYERS:
         return f"{len(layers)} layers (1 to {MAX_LAYERS} are supported)"
     shares: list[Split] = []
@@ -340,11 +342,11 @@ def plan_splits(layers: Sequence[DeepLayer], cluster: int, clusters: int) -> lis
 
 
 def best_cluster(layers: Sequence[DeepLayer], held: Mapping[int, int]) -> tuple[int, int] | str:
-    """(blocks of a cluster, clusters) for which no block reads more than it must, or why none can run the group.
+    """(blocks per cluster, clusters) that minimise what a block reads, or why the kernel cannot run the group.
 
     Args:
         layers: of the group.
-        held: blocks of a cluster -> clusters that the GPU holds at a time.
+        held: blocks per cluster -> clusters that fit on the GPU at once.
     """
     found: list[tuple[int, int, int]] = []
     reason = "the GPU holds no cluster"
@@ -363,7 +365,7 @@ def best_cluster(layers: Sequence[DeepLayer], held: Mapping[int, int]) -> tuple[
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel cannot run on a GPU in `dtype`, or None. Loads it there."""
+    """Why the kernel cannot run on a GPU in `dtype`, or None. Loads the kernel on that GPU."""
     if device.type != "cuda" or torch.version.hip is not None or dtype not in (torch.float16, torch.bfloat16):
         return "needs an NVIDIA GPU, float16 or bfloat16"
     if torch.cuda.get_device_capability(device) != CAPABILITY:
@@ -379,7 +381,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def held_clusters(device: torch.device, dtype: torch.dtype) -> dict[int, int]:
-    """Blocks of a cluster -> clusters that a GPU holds at a time."""
+    """Blocks per cluster -> clusters that fit on a GPU at once."""
     with torch.cuda.device(device):
         return {cluster: _kernel(dtype, SHARED_LIMIT, cluster).active_clusters() for cluster in CLUSTERS}
 
@@ -402,9 +404,9 @@ class DeepGroup:
 
     Args:
         layers: in order.
-        shares: of each, :func:`plan_splits`.
-        weights: of each, :func:`pack`, float16 or bfloat16 on the GPU.
-        biases: of each, [Cout] float32.
+        shares: the split of each layer, see :func:`plan_splits`.
+        weights: of each layer, see :func:`pack`, float16 or bfloat16 on the GPU.
+        biases: of each layer, [Cout] float32.
         cooperative, evict_first, overlap, timeout: variants of the launch, for measurements.
     """
 
@@ -430,12 +432,12 @@ class DeepGroup:
         self._kernel = _kernel(self.dtype, self.bytes, self.cluster, cooperative, overlap)
 
     def new_state(self) -> Tensor:
-        """int32 zeros that the launches of one program share and leave as zeros."""
+        """int32 zeros that the launches of one program share; every launch resets them to zero."""
         return torch.zeros((2 + len(self.layers)) * STATE_STRIDE, dtype=torch.int32, device=self.weights[0].device)
 
     def new_times(self) -> Tensor:
-        """Where a launch may note clocks: [layers, blocks, 6]: begin, layer before ends, products, sums sent, sums
-        received, stored."""
+        """A buffer for the clocks of a launch, [layers, blocks, 6]: begin, end of the previous layer, products, sums
+        sent, sums received, results stored."""
         size = (len(self.layers), self.grid, 6)
         return torch.zeros(size, dtype=torch.int64, device=self.weights[0].device)
 
@@ -447,7 +449,7 @@ class DeepGroup:
         times: Tensor | None = None,
         only: int | None = None,
     ) -> _Program:
-        """What the kernel is given: every layer's [B, H, W, C] views, on memory that outlives the program.
+        """Arguments of the kernel for given feature maps [B, H, W, C], which must outlive the program.
 
         Args:
             sources, stores: of each layer.
@@ -491,7 +493,7 @@ class DeepGroup:
 
     @staticmethod
     def error(state: Tensor) -> str | None:
-        """What a launch waited for in vain, or None; waits for the device. Until the state is zeroed all fail."""
+        """The wait that timed out, or None. Waits for the device. Launches fail until the state is zeroed."""
         code = int(state[0])
         if code == 0:
             return None
@@ -500,7 +502,7 @@ class DeepGroup:
 
 
 def reference(layer: DeepLayer, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """What a layer computes before its activation, in float32.
+    """Reference result of a layer before its activation, in float32.
 
     Args:
         layer: the layer.

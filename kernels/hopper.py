@@ -1,10 +1,10 @@
 """The engine's convolutions on Hopper (compute capability 9.0) by the CUDA C++ kernel of `csrc/cuda/hopper_conv.cu`.
 
-It does what :func:`.conv.conv_forward` does for steps of stride 1 and for transposed ones, in float16 and bfloat16:
-the patch of the input that a tile of outputs needs comes into shared memory once and serves all taps. Its machine
-code, `hopper_conv.cubin`, lies beside this file and is loaded by the driver, so that nothing is compiled here;
-`make cubin` writes it anew. The tuner (`lgnet_fast.engine.cuda_tuning`) measures :func:`candidates` beside the Triton
-tiles; a product runs with one only where it was the fastest on the card at hand.
+It computes what :func:`.conv.conv_forward` computes, for steps of stride 1 and transposed ones, in float16 and
+bfloat16. The patch of the input that a tile of outputs needs is copied to shared memory once and used for all taps.
+The machine code, `hopper_conv.cubin`, lies beside this file and is loaded by the driver, so that users need no
+compiler; `make cubin` rebuilds it. The tuner (`lgnet_fast.engine.cuda_tuning`) measures :func:`candidates` beside the
+Triton tiles; a product uses this kernel only where it was the fastest on the GPU in use.
 
 The first use on a GPU compares it with PyTorch in float32 (:func:`reason_against`).
 """
@@ -32,11 +32,11 @@ logger = logging.getLogger("lgnet_fast")
 CAPABILITY = (9, 0)
 CUBIN = Path(__file__).with_name("hopper_conv.cubin")
 CHANNELS = 64
-"""Output channels of a block, and input channels of a step."""
+"""Output channels of a thread block, and input channels of a step."""
 TILE_W = 8
 TILE_HEIGHTS = (4, 8, 16, 32)
 SHARED_LIMIT = 232448
-"""Bytes of shared memory of a block: CUDA C++ Programming Guide, compute capability 9.0."""
+"""Bytes of shared memory of a thread block: CUDA C++ Programming Guide, compute capability 9.0."""
 _THREADS = 256
 _LINE = 2 * CHANNELS  # bytes of a pixel's channels, or of a depth's columns
 _WEIGHT_BYTES = CHANNELS * _LINE
@@ -47,7 +47,7 @@ _ROW_BYTES = 4 * (CHANNELS + 4)  # a pixel's results on their way to the stores
 
 
 class HopperTile(NamedTuple):
-    """Blocks of 8 x tile_h pixels by 64 channels; `cluster` blocks share the weights of a stage."""
+    """Thread blocks of 8 x tile_h pixels by 64 channels; `cluster` blocks share the weights of a stage."""
 
     tile_h: int
     cluster: int
@@ -94,7 +94,7 @@ _TYPES = {torch.float16: 6, torch.bfloat16: 9}
 
 
 class Launch(NamedTuple):
-    """What one launch is given, but for addresses."""
+    """Parameters of one launch, without addresses."""
 
     args: Args
     grid: int
@@ -105,7 +105,7 @@ class Launch(NamedTuple):
 
 
 def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
-    """Why the kernel cannot compute a step (with that tile), or None."""
+    """Why the kernel cannot compute a step (with this tile, if given), or None."""
     axis = conv.axis
     if axis.in_step != 1 or axis.patch != 1 or conv.merges:
         return "a step of stride 2, or one that ends a stage"
@@ -135,7 +135,7 @@ def describe_launch(
     """A launch for outputs `rect` = (top, bottom, left, right).
 
     Raises:
-        ValueError: the kernel cannot compute the step, or its tile takes more shared memory than there is.
+        ValueError: the kernel cannot compute the step, or its tile needs more shared memory than a block has.
     """
     if (reason := unsupported(conv, tile)) is not None:
         raise ValueError(f"conv: {reason}")
@@ -152,7 +152,7 @@ def describe_launch(
     m_tiles = batch * tiles_y * tiles_x
     cluster = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
     chunks = conv.in_channels // CHANNELS
-    # results pass through the patches' memory
+    # results use the memory of the patches
     patch_stages = max(min(tile.patch_stages, chunks), -(-TILE_W * tile.tile_h * _ROW_BYTES // patch_bytes))
     shared_bytes = tile.weight_stages * _WEIGHT_BYTES + patch_stages * patch_bytes + _ALIGNMENT
     if patch_stages > _MAX_PATCH_STAGES or shared_bytes + _STATIC_BYTES > SHARED_LIMIT:
@@ -235,7 +235,7 @@ def _prepare(
     rect: tuple[int, int, int, int] | None,
     residual: Tensor | None,
 ) -> tuple[Launch, list[Any], list[Any]]:
-    """The launch, the addresses of its parameters, and what must live until it is made."""
+    """The launch, the addresses of its parameters, and the objects that must live until it is made."""
     batch, in_h, in_w, _ = source.shape
     rect = (0, size[0], 0, size[1]) if rect is None else rect
     launch = describe_launch(conv, batch, (in_h, in_w), size, rect, tile)
@@ -286,7 +286,7 @@ def hopper_forward(
     residual: Tensor | None = None,
     overlap: bool = False,
 ) -> None:
-    """One step, as :func:`.conv.conv_forward` has it, on the current stream of the source's GPU.
+    """One step, with the arguments of :func:`.conv.conv_forward`, on the current stream of the source's GPU.
 
     Raises:
         ValueError: an argument is not what the kernel needs.
@@ -303,7 +303,7 @@ def hopper_forward(
 
 
 def active_clusters(launch: Launch, dtype: torch.dtype, tile: HopperTile) -> int:
-    """How many clusters of such a launch the current GPU holds at a time."""
+    """Number of clusters of this launch that fit on the current GPU at once."""
     return _kernel(launch, dtype, tile).active_clusters()
 
 
@@ -312,7 +312,7 @@ _lock = threading.Lock()
 
 
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernel is not used on a GPU in `dtype`, or None. The first call there runs it and compares."""
+    """Why the kernel is not used on a GPU in `dtype`, or None. The first call per GPU runs and checks the kernel."""
     if device.type != "cuda" or torch.version.hip is not None or dtype not in _TYPES:
         return "needs an NVIDIA GPU, float16 or bfloat16"
     if torch.cuda.get_device_capability(device) != CAPABILITY:
@@ -327,7 +327,7 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
                 _reasons[key] = _check(torch.device("cuda", index), dtype)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # whatever the driver may raise means: not this kernel
+            except Exception as error:  # any error of the driver rules the kernel out
                 _reasons[key] = f"{type(error).__name__}: {error}"
             if _reasons[key] is not None:
                 logger.warning("the convolution for Hopper is not used: %s", _reasons[key])
@@ -335,7 +335,7 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
-    """A reflecting 3x3 convolution with a residual and a transposed 4x4 one, each beside PyTorch in float32."""
+    """Compare a 3x3 convolution with reflection and residual, and a transposed 4x4 one, with PyTorch in float32."""
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator("cpu").manual_seed(9)
         for conv in (
@@ -357,7 +357,7 @@ def _error(
     device: torch.device,
     generator: torch.Generator,
 ) -> float:
-    """Of a step on noise: RMS of the difference to float32, relative to the result's."""
+    """RMS of the error against float32, relative to the RMS of the result, for a step on noise."""
 
     def noise(*size: int) -> Tensor:
         return torch.randn(size, generator=generator).to(device, dtype)
@@ -392,5 +392,5 @@ def candidates(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device)
 
 
 def usable(tile: HopperTile, conv: Conv, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a tile that was measured for a product fits another step with that product."""
+    """Whether a tile that was measured for a product can compute another step with that product."""
     return unsupported(conv, tile) is None and reason_against(device, dtype) is None

@@ -1,4 +1,4 @@
-"""What every launcher shares: the launch itself, the device guard, matrix products and activations."""
+"""Shared by all launchers: the launch itself, the device guard, matrix products and activations."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from triton.runtime.jit import JITFunction
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_GRID = 2**31 - 1
-# the default differs between versions of Triton
+# explicit, because the default differs between versions of Triton
 OPTIONS = {"enable_fp_fusion": True}
 ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
 
 
 class Launch(NamedTuple):
-    """One kernel launch as it was asked for."""
+    """One kernel launch: the arguments of :func:`launch`."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -48,13 +48,13 @@ def is_recording() -> bool:
     return _recorded.get() is not None
 
 
-# What Triton compiled, by what it specialises on: its own look-up takes longer.
+# Compiled kernels by specialisation. Looking them up here is faster than in Triton.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _COMPILED_KEPT = 4096
 
 
 def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
-    """`value` with `function` applied to what its tuples hold, nested ones too."""
+    """`value` with `function` applied to every element of its (nested) tuples."""
     if not isinstance(value, tuple):
         return function(value)
     parts = [map_leaves(part, function) for part in value]
@@ -62,7 +62,7 @@ def map_leaves(value: Any, function: Callable[[Any], Any]) -> Any:
 
 
 def specialisation(kernel: Any, args: tuple[Any, ...]) -> list[Any]:
-    """What decides which compiled form of `kernel` serves `args`."""
+    """The properties of `args` that select a compiled form of `kernel`."""
     key: list[Any] = []
     for parameter, value in zip(kernel.params, args):
         _add_specialisation(key, value, parameter.do_not_specialize)
@@ -77,7 +77,7 @@ def _add_specialisation(key: list[Any], value: Any, fixed: bool) -> None:
         wide = value >= 2**31
         key.append(wide if fixed else (value == 1, value % 16 == 0, wide))
     elif isinstance(value, tuple):
-        # Triton specialises on what a tuple holds, whatever is said of the parameter
+        # Triton specialises on elements of tuples even where the parameter is marked do_not_specialize
         for part in value:
             _add_specialisation(key, part, False)
     else:
@@ -106,13 +106,13 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
 
 
 def device_guard(tensor: Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes the tensor's GPU the current one, as Triton launches on the current device."""
+    """Makes the tensor's GPU the current one, because Triton launches on the current device."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else contextlib.nullcontext()
 
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a @ b in float32. "upcast" is for Triton's interpreter, which multiplies bfloat16's bit patterns."""
+    """acc + a @ b in float32. "upcast" is for Triton's interpreter, which multiplies bit patterns of bfloat16."""
     if PRECISION == "upcast":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
@@ -121,7 +121,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def stable_tanh(x):
-    """tanh in float32: a series near 0, where (1 - e) / (1 + e) would cancel."""
+    """tanh in float32; near 0 by a series, because (1 - e) / (1 + e) would cancel."""
     e = tl.exp(-2.0 * tl.abs(x))
     far = tl.where(x < 0, -1.0, 1.0) * (1.0 - e) / (1.0 + e)
     s = x * x
@@ -131,9 +131,9 @@ def stable_tanh(x):
 
 @triton.jit
 def activate(x, CODE: tl.constexpr):
-    """A value of ACTIVATIONS."""
+    """The activation whose value in ACTIVATIONS is CODE."""
     if CODE == 1:
-        # not maximum: NaN must stay NaN
+        # not tl.maximum, so that NaN stays NaN
         return tl.where(x < 0.0, 0.0, x)
     elif CODE == 2:
         return tl.where(x < 0.0, 0.2 * x, x)
@@ -142,7 +142,7 @@ def activate(x, CODE: tl.constexpr):
 
 
 def overlapping(overlap: bool) -> dict[str, bool]:
-    """The launch option that lets a kernel start before the one ahead of it ends (programmatic dependent launch)."""
+    """The launch option that lets a kernel start before the previous one ends (programmatic dependent launch)."""
     return {"launch_pdl": True} if overlap else {}
 
 
@@ -152,14 +152,14 @@ def is_interpreted() -> bool:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of the products: torch's own switch decides about tf32."""
+    """`input_precision` of the matrix products; PyTorch's switch decides about tf32."""
     if is_interpreted():
         return "upcast" if dtype == torch.bfloat16 else "ieee"
     if dtype != torch.float32:
         return "ieee"
     try:
         allowed = torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # raised where a program has set tf32 by the newer switch as well
+    except RuntimeError:  # raised where a program has also used the newer switch of tf32
         allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
     return "tf32" if allowed else "ieee"
 

@@ -1,4 +1,4 @@
-"""Arguments and tiles that several kernels share.
+"""Feature maps as kernel arguments, and tuples of tiles, for several kernels.
 
 A kernel takes a feature map as one argument, a `Map`. It holds C channels as a tuple of one or two tiles whose widths
 are powers of two (:func:`split_head`); loops carry such a tuple like a single tile.
@@ -16,7 +16,7 @@ from .launch import dot
 
 
 class Map(NamedTuple):
-    """A feature map [B, C, H, W] in any strides. stride_h is None where positions are stride_w apart throughout."""
+    """A feature map [B, C, H, W] with any strides. stride_h is None where all positions are stride_w apart."""
 
     ptr: Any
     stride_b: int | None
@@ -34,7 +34,7 @@ class Rows(NamedTuple):
 
 
 def is_flat(tensor: Tensor) -> bool:
-    """Whether the positions of [B, C, H, W] are evenly spaced, so that one stride walks through them."""
+    """Whether the positions of [B, C, H, W] are evenly spaced, so that one stride addresses them."""
     height, width = tensor.shape[2:]
     return height <= 1 or width == 1 or tensor.stride(2) == width * tensor.stride(3)
 
@@ -50,12 +50,12 @@ def as_map(tensor: Tensor) -> Map:
     return Map(tensor, stride_b, stride_c, None if is_flat(tensor) else stride_h, position_stride(tensor))
 
 
-# Kernels ask for its pointer: Triton 3.6 cannot compare with None a tuple that holds one.
+# Kernels test its pointer: Triton 3.6 cannot compare a tuple that contains None with None.
 ABSENT = Map(None, None, None, None, None)
 
 
 def as_optional_map(tensor: Tensor | None) -> Map:
-    """The same for a map that may be absent."""
+    """:func:`as_map` for a map that may be absent."""
     return ABSENT if tensor is None else as_map(tensor)
 
 
@@ -96,7 +96,7 @@ def head_columns(D0: tl.constexpr, D1: tl.constexpr):
 
 @triton.jit
 def zero_tiles(ROWS: tl.constexpr, D0: tl.constexpr, D1: tl.constexpr):
-    """Accumulators."""
+    """Accumulators, zeros [ROWS, D0] and [ROWS, D1] in float32."""
     if D1 > 0:
         return tl.zeros([ROWS, D0], dtype=tl.float32), tl.zeros([ROWS, D1], dtype=tl.float32)
     else:
@@ -117,13 +117,13 @@ def advance(pointers, step):
 
 @triton.jit
 def tile_masks(row_mask, cols, HEAD_DIM: tl.constexpr):
-    """What of each tile is there."""
+    """Masks of the rows and channels of each tile that exist."""
     return [row_mask[:, None] & (c < HEAD_DIM)[None, :] for c in cols]
 
 
 @triton.jit
 def load_tiles(pointers, masks):
-    """Zeros where nothing is there."""
+    """The tiles, with zeros where the mask is false."""
     if len(pointers) == 2:
         first = tl.load(pointers[0], mask=masks[0], other=0.0)
         return first, tl.load(pointers[1], mask=masks[1], other=0.0)

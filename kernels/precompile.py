@@ -1,9 +1,9 @@
 """Compiling launches in several processes at once, into Triton's own cache on disk.
 
-Compiling LGNet's fifty kernels one after another takes half a minute; several processes share it out. Each makes a
-CUDA context of its own, calls ``JITFunction.warmup`` with stand-ins for the tensors (dtype and alignment are all that
-decides), and the caller's process then finds every kernel on disk. The processes run this module, not the caller's
-program, which a pool of `multiprocessing` would import anew.
+Compiling LGNet's fifty kernels one after another takes half a minute, so several processes share the work. Each
+creates a CUDA context and calls ``JITFunction.warmup`` with stand-ins for the tensors, because only dtype and
+alignment matter. The caller's process then finds every kernel on disk. The processes run this module; a pool of
+`multiprocessing` would import the caller's program again.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from .launch import OPTIONS, Launch, map_leaves, specialisation
 WORKER_BYTES = 2 << 30
 """Host memory that one compiling process may need."""
 CONTEXT_BYTES = 600 << 20
-"""Memory of the GPU that its CUDA context takes."""
+"""GPU memory that the CUDA context of one compiling process takes."""
 
 
 @dataclass(frozen=True)
 class Pointer:
-    """Stands for a tensor: what Triton specialises a kernel on. No tuple: Triton takes one for several arguments."""
+    """Stands for a tensor: the properties that Triton specialises on. Not a tuple, which Triton would unpack."""
 
     dtype: torch.dtype
     aligned: bool
@@ -76,19 +76,19 @@ def _compile(work: Task) -> str | None:
     try:
         kernel = getattr(importlib.import_module(work.module), work.kernel)
         kernel.warmup(*work.args, grid=work.grid, **dict(work.meta), **OPTIONS)
-    except Exception as error:  # whatever it is, the caller's own launch will meet it again and report it
+    except Exception as error:  # the caller's launch meets the same error and reports it
         return f"{work.kernel}: {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
     return None
 
 
 def workers(tasks: int) -> int:
-    """Processes worth starting: by cores this process may use, free memory, and work."""
+    """Number of processes to start, by usable cores, free memory and number of tasks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     try:
         memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // WORKER_BYTES
     except (AttributeError, OSError, ValueError):
         memory = cores
-    # a worker takes seconds to start, a kernel about one to compile
+    # a worker takes seconds to start, a kernel about one second to compile
     return max(1, min(cores, memory, tasks // 4))
 
 
@@ -107,7 +107,7 @@ def compile_all(
     if torch.cuda.is_available():
         count = min(count, torch.cuda.mem_get_info(device)[0] // 2 // CONTEXT_BYTES)
     if count < 2 or not sys.executable:
-        return []  # the caller's own launches compile them
+        return []  # the launches of the caller compile them
     failures: list[str] = []
     done = 0
     lock = threading.Lock()
@@ -126,7 +126,7 @@ def compile_all(
             try:
                 pickle.dump((device, own), process.stdin)
                 process.stdin.close()
-            except BrokenPipeError:  # it died at once
+            except BrokenPipeError:  # the process ended at once
                 pass
             for line in process.stdout:
                 failure = json.loads(line)
