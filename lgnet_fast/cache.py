@@ -1,8 +1,8 @@
-"""Facts about this machine that later processes reuse: verdicts of checks, and kernel choices.
+"""A cache on disk of facts about this machine: verdicts of checks, and kernel choices.
 
-Each entry is a small JSON file, named by what it depends on (:class:`Key`), its section and its name. They lie in
-``$LGNET_FAST_CACHE``, or in ``lgnet_fast`` in the user's cache folder. An entry is written to a temporary file and
-renamed, so readers never see half of one and processes need no lock; the last writer wins. A file that cannot be
+Each entry is a small JSON file, named by its key (:class:`Key`), its section and its name. The folder is
+``$LGNET_FAST_CACHE``, or ``lgnet_fast`` in the user's cache folder. An entry is written to a temporary file and
+renamed, so readers never see a partial file and processes need no lock; the last writer wins. A file that cannot be
 read, or has another version of the schema, is ignored. An entry that cannot be written is kept for this process only,
 which is logged once at INFO.
 """
@@ -37,7 +37,7 @@ ENVIRONMENT = "LGNET_FAST_CACHE"
 SCHEMA = 1
 """Version of the files' layout: {"schema", "key", "section", "name", "value"}."""
 VERDICTS = "verdicts"
-"""Section of the checks: which path runs, and why no faster one."""
+"""Section of the checks: the path that runs, and why no faster one does."""
 CHOICES = "choices"
 """Section of tuning results."""
 
@@ -49,7 +49,7 @@ _complained: set[str] = set()
 
 @dataclass(frozen=True)
 class Key:
-    """What an entry depends on."""
+    """The properties of the machine and the software on which an entry depends."""
 
     card: str
     driver: str
@@ -87,7 +87,7 @@ def cpu_key(dtype: torch.dtype, isa: str, threads: int) -> Key:
 
 @cache
 def _processor() -> str:
-    """The processor's model, as precisely as the system tells it."""
+    """Model of the processor, as precisely as the system reports it."""
     with contextlib.suppress(OSError):
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
         told = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
@@ -99,7 +99,7 @@ def _processor() -> str:
 
 @cache
 def _extension() -> str:
-    """This package's version, and what its extension is: in a checkout it changes between versions."""
+    """This package's version and a hash of its extension, which in a checkout changes between versions."""
     from .version import __version__
 
     spec = find_spec("lgnet_fast._C")
@@ -113,7 +113,7 @@ def _machine(kind: str, index: int | None) -> tuple[str, str, str, str, str]:
     card, driver = f"{kind} {platform.machine()}", "none"
     if kind == "cuda":
         p = torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index)
-        # a MIG slice has its card's name, but fewer multiprocessors
+        # a MIG slice has the name of its GPU, but fewer multiprocessors
         card, driver = f"{p.name}, sm_{p.major}{p.minor}, {p.multi_processor_count} SMs", _driver()
     return card, driver, torch.__version__, _triton(), _package()
 
@@ -208,7 +208,7 @@ def put(key: Key, section: str, name: str, value: Any) -> bool:
 
 
 def can_keep() -> bool:
-    """Whether later processes would find what is put here."""
+    """Whether entries are kept for later processes."""
     where = folder()
     if where is None:
         return False
@@ -221,7 +221,7 @@ def can_keep() -> bool:
 
 
 def put_first(key: Key, section: str, name: str, value: Any) -> Any:
-    """Keep a value unless another process was first; the one that is kept, so that all processes agree."""
+    """Store a value unless another process was first. Returns the stored one, so that all processes agree."""
     where = folder()
     if where is not None:
         kept = _read(_path(where, key, section, name))

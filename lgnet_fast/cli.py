@@ -85,7 +85,7 @@ class Stored(str, Enum):
 
 
 def _given(text: str) -> str:
-    """A path or name. An empty one, such as an unset shell variable, is refused: it would mean the current folder."""
+    """A path or name. An empty one (an unset shell variable) is an error: it would mean the current folder."""
     if not text.strip():
         raise typer.BadParameter("got an empty text")
     return text
@@ -589,7 +589,7 @@ def serve(
 
 
 def _from_checkout(module: str) -> Any:
-    """A module of the repository that the installed package does not have."""
+    """Import a module of the repository that the installed package does not have."""
     root = Path(__file__).resolve().parents[1]
     if not (root / "bench" / "__init__.py").is_file():
         raise LGNetError(
@@ -602,11 +602,11 @@ def _from_checkout(module: str) -> Any:
 
 
 _SPELLINGS = {"source": "--input", "pictures": "--input", "out": "--output", "models": "--model"}
-"""Fields of options whose name on the command line is another than theirs with hyphens."""
+"""Fields of options whose name on the command line differs from the field's name with hyphens."""
 
 
 def _spelt(text: str, options: type) -> str:
-    """A library's error in the command line's words: its first words and those in backquotes that are fields."""
+    """A library's error with names of fields replaced by options: its first words, and words in backquotes."""
     names = {one.name: _SPELLINGS.get(one.name, "--" + one.name.replace("_", "-")) for one in fields(options)}
     text = re.sub(r"`(\w+)`", lambda found: names.get(found[1], found[0]), text)
     begin = re.match(r"(\w+(?:, \w+)*):", text)
@@ -620,8 +620,8 @@ def _spelt(text: str, options: type) -> str:
 def _one_line_errors(options: type | None = None) -> Iterator[None]:
     """Print errors that the user can correct as one line on stderr and exit with code 2, without a traceback.
 
-    OSError is among them: a full disk, missing rights, a name that is too long. `options`: the dataclass that the
-    command's options become; errors that name its fields are shown with the options' names.
+    OSError is one of them: a full disk, missing rights, a name that is too long. `options`: the dataclass of the
+    command's options; errors that name its fields are shown with the names of the options.
     """
     try:
         yield
@@ -635,7 +635,7 @@ def _one_line_errors(options: type | None = None) -> Iterator[None]:
 def _print(
     value: Any, as_json: bool, render: Callable[[Any], Any], plain: Callable[[Any], Any] = lambda value: value
 ) -> None:
-    """`value` as JSON, or as the rich table that `render` makes of it."""
+    """Print `value` as JSON, or as the rich table that `render` makes of it."""
     if as_json:
         typer.echo(json_module.dumps(plain(value), indent=2))
         return

@@ -57,7 +57,7 @@ class Counts:
     paper_rule: int
     """By the paper's rule as printed: convolutions, transposed convolutions, BatchNorm."""
     thop_rule: int
-    """By the paper's tool, thop 0.0.31: `paper_rule` and its biases, LeakyReLUs and adaptive average pools."""
+    """By the paper's tool, thop 0.0.31: `paper_rule` plus biases, LeakyReLUs and adaptive average pools."""
     macs: int
     """True multiply-accumulates."""
     attention_macs: int
@@ -192,7 +192,7 @@ class _Tally:
             self.thop_extra += extra
 
     def attention_block(self, block: AttentionBlock, features: Tensor) -> Tensor:
-        """The block as plain matrix products: a counter cannot see those inside a fused kernel."""
+        """The block as plain matrix products, because a counter cannot see those of a fused kernel."""
         start = self.flops.get_total_flops()
         value = query_key_value(features, block.variant)[2].flatten(2)
         weights = attention_weights(features, block.variant)
@@ -232,7 +232,7 @@ def _meta_copy(model: nn.Module) -> nn.Module:
 
 
 def _stages(model: nn.Module, image: Tensor, mask: Tensor) -> dict[str, tuple[nn.Module | None, Callable[[], Any]]]:
-    """Title -> (its module, or None where it runs a part of one; what runs it)."""
+    """Title -> (its module, or None for a part of a module; the function that runs it)."""
     if isinstance(model, LGNet):
         nets: dict[str, Callable[[Tensor], Tensor]] = {_TITLES[k]: net for k, net in model.networks().items()}
     elif isinstance(model, LocalGlobalRefinement):
@@ -276,7 +276,7 @@ def count(model: nn.Module | str, size: tuple[int, int] = (256, 256), batch_size
             (:class:`LocalGlobalRefinement`), one of their networks, or any module called as
             ``model(image, mask)``, which counts as one stage. It is neither run nor changed.
         size: H and W of the picture; multiples of 256 for a name, an LGNet or an X_LG.
-        batch_size: pictures a pass.
+        batch_size: pictures per pass.
 
     Returns:
         Counts for each stage and the total. Merging between stages costs nothing by either convention.
@@ -309,7 +309,7 @@ def count(model: nn.Module | str, size: tuple[int, int] = (256, 256), batch_size
         tally = _Tally()
         with torch.no_grad(), tally.flops, tally.elementwise:
             run()
-        if owner is not None:  # every parameter, also of modules that are used without being called
+        if owner is not None:  # all parameters, also of modules that are used without being called
             tally.parameters = {id(p): p.numel() for p in owner.parameters()}
         stages.append(tally.counts(title))
         thop_parameters |= tally.thop_parameters

@@ -1,4 +1,4 @@
-"""`lgnet-fast demo`: the bundled model fills the bundled pictures, with one contact sheet a picture."""
+"""`lgnet-fast demo`: the bundled model fills the bundled pictures, with one contact sheet per picture."""
 
 from __future__ import annotations
 

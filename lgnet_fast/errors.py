@@ -28,10 +28,10 @@ class OutOfMemoryError(LGNetError, MemoryError):
 
 
 class UsageError(LGNetError, ValueError):
-    """Options of a command that contradict each other or the files that are there.
+    """Options of a command that contradict each other or the existing files.
 
-    The text begins with the names of the options' fields, "size: expected ...", and names others in backquotes; the
-    command line shows them as it spells them.
+    The text begins with the names of the fields, "size: expected ...", and names others in backquotes; the command
+    line replaces them by the names of the options.
     """
 
 
@@ -52,4 +52,4 @@ class TrainingError(LGNetError, RuntimeError):
 
 
 class MissingExtraError(LGNetError, ImportError):
-    """A package that is needed and not installed; the text names the extra."""
+    """A required package that is not installed; the text names the extra."""

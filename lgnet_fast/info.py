@@ -1,4 +1,4 @@
-"""`lgnet-fast info`: what is installed, which devices are there, which backends can run and why not."""
+"""`lgnet-fast info`: installed versions, devices, and which backends can run, or why not."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def collect() -> dict[str, Any]:
 
 
 def _found(value: Any) -> str:
-    """A verdict in words: of an operator's first use, or of the engine."""
+    """A verdict as text: of an operator's first use, or of the engine."""
     if isinstance(value, dict) and "passed" in value:
         return "passed" if value["passed"] else f"eager PyTorch runs: {value.get('reason')}"
     verdict = Verdict.from_dict(value)
@@ -109,13 +109,13 @@ def _found(value: Any) -> str:
 
 
 def _chosen(value: Any) -> str:
-    """What was measured on this machine, in words: what runs a network on a CPU, or the kernels of its steps."""
+    """A measurement as text: the path of a network on a CPU, or the kernels of its steps."""
     found = Path.from_dict(value) or Measured.from_dict(value) or Found.from_dict(value)
     return "not readable" if found is None else str(found)
 
 
 def render(info: dict[str, Any]) -> Group:
-    """The same as tables for a terminal."""
+    """The report as tables for a terminal."""
     versions = _table(f"lgnet_fast {info['lgnet_fast']}", "package", "version")
     for name, number in {"python": info["python"], **info["packages"], "CUDA of PyTorch": info["cuda"]}.items():
         _add(versions, name, number or "none")
@@ -143,5 +143,5 @@ def _table(title: str, *heads: str) -> Table:
 
 
 def _add(table: Table, *cells: str) -> None:
-    # As Text: rich would read what stands in brackets, such as the extra of a package, as markup.
+    # As Text, because rich would read brackets, such as the extra of a package, as markup.
     table.add_row(*(Text(cell) for cell in cells))

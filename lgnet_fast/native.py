@@ -1,6 +1,6 @@
-"""The C++ extension ``lgnet_fast._C`` (sources in csrc/): loading it, and handing tensors over to it.
+"""The C++ extension ``lgnet_fast._C`` (sources in csrc/): loading it, and passing tensors to it.
 
-The extension knows nothing of PyTorch. A tensor reaches it as ten integers, see :func:`tensor_arg`.
+The extension does not depend on PyTorch. A tensor is passed as ten integers, see :func:`tensor_arg`.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ from torch import Tensor
 from . import forks
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
-"""Element types that the extension reads, and their numbers there (``DType`` in csrc/common.h)."""
+"""Element types of the extension and their numbers (``DType`` in csrc/common.h)."""
 
 ABSENT = (0, 0, 0, 0, 0, 0, 0, 0, 0, 0)
-"""What stands for an optional tensor that is not given."""
+"""The argument for an optional tensor that is not given."""
 
 _lock = forks.Lock()
 _module: ModuleType | None = None
@@ -39,7 +39,7 @@ def _load() -> ModuleType | None:
                 _reason = f"the C++ extension lgnet_fast._C is not installed: {why}"
             else:
                 if forks.forked():
-                    module.mark_forked()  # a loaded one notices forks by itself
+                    module.mark_forked()  # a module that was loaded before a fork detects it
                 _module = module
     return _module
 
@@ -50,10 +50,10 @@ def unavailable_reason() -> str | None:
 
 
 def library() -> ModuleType:
-    """The extension.
+    """The extension module.
 
     Raises:
-        RuntimeError: it is not there; with the reason.
+        RuntimeError: it is not installed; with the reason.
     """
     module = _load()
     if module is None:
@@ -67,7 +67,7 @@ def isa_name() -> str:
 
 
 def reason_against(name: str, tensor: object) -> str | None:
-    """Why the extension cannot read `tensor`, which is called `name`, in one sentence; None where it can."""
+    """Why the extension cannot read `tensor`, in one sentence that begins with `name`; None where it can."""
     if not isinstance(tensor, Tensor):
         return f"{name}: expected a torch.Tensor, got {type(tensor).__name__}"
     if not tensor.is_cpu:
@@ -82,12 +82,12 @@ def reason_against(name: str, tensor: object) -> str | None:
 
 
 def tensor_arg(tensor: Tensor, name: str = "tensor") -> tuple[int, ...]:
-    """A tensor as the extension takes it: address, number of the element type, four sizes, four strides in elements.
+    """A tensor as an argument of the extension: address, element type, four sizes, four strides in elements.
 
-    The extension checks sizes; it must be able to trust the address.
+    The extension checks sizes; it cannot check the address.
 
     Args:
-        tensor: of four dimensions, any strides. It must outlive the call.
+        tensor: four dimensions, any strides. It must outlive the call.
         name: of the argument, for errors.
 
     Raises:
@@ -104,5 +104,5 @@ def tensor_arg(tensor: Tensor, name: str = "tensor") -> tuple[int, ...]:
 
 
 def optional_arg(tensor: Tensor | None, name: str = "tensor") -> tuple[int, ...]:
-    """:func:`tensor_arg`, or what stands for an absent tensor."""
+    """:func:`tensor_arg`, or :data:`ABSENT` for None."""
     return ABSENT if tensor is None else tensor_arg(tensor, name)

@@ -1,3 +1,3 @@
-"""The version, where every room can read it."""
+"""The version; every module can import it from here."""
 
 __version__ = "0.1.0"

@@ -1,4 +1,4 @@
-"""Where a plan's buffers lie in one block of memory: buffers that never live at the same time share addresses."""
+"""Memory layout of a plan's buffers in one block (arena): buffers that are never alive together share addresses."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from .plan import PICTURE, Plan
 
 @dataclass(frozen=True)
 class Arena:
-    """Offsets of buffers, in elements, and how many elements there are in all."""
+    """Offset of each buffer, and size of the arena, in elements."""
 
     offsets: dict[str, int]
     size: int
 
 
 def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
-    """First and last step that touches each buffer. The picture lives throughout, raw pictures until the end."""
+    """First and last step that uses each buffer. The picture is alive throughout, raw pictures until the end."""
     last = len(plan.steps) - 1
     spans = {PICTURE: (0, last)}
     for number, step in enumerate(plan.steps):
@@ -33,7 +33,7 @@ def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
 def plan_arena(plan: Plan, alignment: int = 64) -> Arena:
     """Offsets of every buffer [batch, height, width, channels] of `plan`.
 
-    Greedy: the largest buffer first, each at the lowest offset where no buffer that lives at the same time is.
+    Greedy: the largest buffer first, each at the lowest offset that is free during its lifetime.
 
     Args:
         alignment: of offsets, in elements.

@@ -1,4 +1,4 @@
-"""From a model to its plan: its layers in order, BatchNorm folded into weights."""
+"""Building the plan of a model: its layers in order, BatchNorm folded into weights."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ _FOLDED_ROWS = 32
 def fold(conv: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     """Weight and bias of a (transposed) convolution followed by a BatchNorm in evaluation mode, in conv's dtype.
 
-    The folding itself is done in float64: it must not cost accuracy.
+    The folding is done in float64, so that it loses no accuracy.
     """
     assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
     dtype = conv.weight.dtype
@@ -36,7 +36,7 @@ def fold(conv: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
     if weight.is_meta:
         return weight, bias.to(dtype)
-    # A few rows at a time: what the system has to find in new memory takes longer than the arithmetic.
+    # A few rows at a time: page faults of large temporaries would take longer than the arithmetic.
     folded = torch.empty_like(weight)
     scale = scale.view((-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)).expand(
         *weight.shape[:2], 1, 1
@@ -63,12 +63,12 @@ class _Builder:
         self.buffer(PICTURE, 4, 1)
 
     def buffer(self, name: str, channels: int, reduction: int) -> View:
-        """A new buffer at 1/reduction of the picture's size, as a view of all its channels."""
+        """A new buffer of 1/reduction of the picture's height and width, as a view of all its channels."""
         self.buffers[name] = Buffer(name, channels, self.height // reduction, self.width // reduction)
         return View(name, 0, channels)
 
     def fold(self, name: str, conv: nn.Module, norm: nn.BatchNorm2d | None) -> _Folded:
-        """The weights of a step, which belong to an earlier one if that has the same module."""
+        """The weights of a step; an earlier step with the same module shares them."""
         if conv not in self.folded:
             self.folded[conv] = _Folded(name, *fold(conv, norm))
         return self.folded[conv]
@@ -88,7 +88,7 @@ class _Builder:
         residual: View | None = None,
         merges: bool = False,
     ) -> None:
-        """A step of a (transposed) convolution; `reflected`: padding by reflection, in place of the module's."""
+        """A step of a (transposed) convolution; `reflected`: reflection padding instead of the module's padding."""
         assert isinstance(module, (nn.Conv2d, nn.ConvTranspose2d))
         geometry = Geometry(
             module.kernel_size[0],
@@ -208,7 +208,7 @@ def build_plan(stages: Iterable[tuple[str, nn.Module, bool]], batch: int, height
 
 
 def plan_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Module, bool]]:
-    """The stages of a model as :func:`.plan.build_plan` takes them; of an X_LG, those after the first."""
+    """The stages of a model as :func:`build_plan` takes them; for an X_LG, those after the first."""
     if isinstance(model, LocalGlobalRefinement):
         return [("net_l", model.net_l, False), ("net_g", model.net_g, True)]
     modules = dict(model.named_children())

@@ -1,12 +1,10 @@
-"""A plan on an NVIDIA GPU: Triton kernels over one block of memory, the whole forward replayed as one CUDA graph.
+"""Running a plan on an NVIDIA GPU: Triton kernels over one arena, the whole forward replayed as one CUDA graph.
 
-Each step is one launch of `kernels/conv.py` (two where its depth is split, one more for every further rectangle of a
-restricted run) or the attention block. Where the tuner found that faster, a step runs by the compiled kernel of
-`kernels/hopper.py`, and the deep layers of a dense run share a launch (:mod:`.deep`). Feature maps are NHWC in the
-arena of :mod:`.arena`, in the dtype to compute in; pictures come and go as float32, so known pixels of the result are
-those of the input.
-
-A step runs through PyTorch's own convolution (cuDNN) where the tuner found that faster (kernels/conv_tables.py).
+Each step is one launch of `kernels/conv.py` (two with split depth, one more for every further rectangle of a
+restricted run) or the attention block. Where the tuner measured them as faster, a step uses the compiled kernel of
+`kernels/hopper.py` or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and the deep layers of a dense run share
+a launch (:mod:`.deep`). Feature maps are NHWC in the arena of :mod:`.arena`, in the dtype of the computation.
+Pictures are passed in and out as float32, so that known pixels of the result are exactly those of the input.
 """
 
 from __future__ import annotations
@@ -50,21 +48,22 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lgnet_fast")
 
 GRAPHS_KEPT = 32
-"""Graphs kept a shape, one a set of rectangles."""
+"""Graphs kept per shape, one for each set of rectangles."""
 
 Launch = Callable[[], None]
 
 
 @dataclass(frozen=True)
 class CudaOptions:
-    """How launches are made.
+    """How kernels are launched.
 
     Attributes:
-        graphs: replay by CUDA graph.
-        overlap: let a step's launch start, and fetch its weights, while the one before still runs (Hopper and newer).
-        clone_outputs: return copies. Else results are overwritten by the next call.
-        deep_rows: consecutive steps of at most so many outputs a phase share a launch where they can (Hopper, dense
-            runs); 0: none; None: as measured, else none.
+        graphs: replay a CUDA graph.
+        overlap: let the launch of a step start, and fetch its weights, before the previous one ends (Hopper and
+            newer).
+        clone_outputs: return copies; otherwise the next call overwrites the results.
+        deep_rows: consecutive steps of at most this many outputs per phase share a launch where they can (Hopper,
+            dense runs); 0: none; None: as measured, else none.
     """
 
     graphs: bool = True
@@ -74,9 +73,9 @@ class CudaOptions:
 
 
 class Memory:
-    """What one shape's runs read and write: every feature map, pictures in, pictures out.
+    """The buffers of one shape: feature maps, input pictures, output pictures.
 
-    Made outside inference mode, whatever mode the caller is in: an inference tensor could not be written to later.
+    They are created outside inference mode, because an inference tensor could not be written to later.
     """
 
     @torch.inference_mode(False)
@@ -91,35 +90,35 @@ class Memory:
             self.maps[name] = self.arena[begin : begin + count].view(shape)
         size = (plan.batch, 3, plan.height, plan.width)
         stages = sum(step.merges for step in plan.steps)
-        single: Any = {"dtype": torch.float32, "device": device}  # whatever the caller's defaults are
+        single: Any = {"dtype": torch.float32, "device": device}  # independent of the caller's defaults
         self.image = torch.zeros(size, **single)
         self.mask = torch.zeros(size[0], 1, *size[2:], **single)
         self.start = torch.zeros(size, **single)
         self.outputs = torch.empty(1 + stages, *size, **single)
-        """The merged picture, then every stage's raw one."""
+        """The merged picture, then the raw picture of every stage."""
         self._partial = torch.empty(0, **single)
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
     def take(self, image: Tensor, mask: Tensor, start: Tensor | None) -> None:
-        """Copy a call's arguments in."""
+        """Copy the arguments of a call into the buffers."""
         self.image.copy_(image)
         self.mask.copy_(mask)
         if start is not None:
             self.start.copy_(start)
 
     def view(self, view: View) -> Tensor:
-        """[B, H, W, C] of some channels."""
+        """A view of a buffer as a tensor [B, H, W, C]."""
         return self.maps[view.buffer][..., view.offset : view.offset + view.channels]
 
     @torch.inference_mode(False)
     def partial(self, elements: int) -> Tensor:
-        """A float32 workspace; earlier ones stay valid for those who hold them."""
+        """A float32 workspace; references to earlier, smaller ones stay valid."""
         if self._partial.numel() < elements:
             self._partial = self._partial.new_empty(elements)
         return self._partial
 
     def counters(self, blocks: int) -> Tensor:
-        """int32 zeros, which kernels leave as zeros; earlier ones stay valid too."""
+        """int32 zeros, which kernels reset to zeros; references to earlier ones stay valid."""
         if self._counters.numel() < blocks:
             self._counters = torch.zeros(blocks, dtype=torch.int32, device=self._counters.device)
         return self._counters
@@ -128,7 +127,7 @@ class Memory:
 class CudaExecutor(Executor):
     """Runs a plan on an NVIDIA GPU (or, where Triton runs interpreted, on CPU tensors without graphs).
 
-    Thread-safe: calls share their memory, so they take turns, in the order in which they come.
+    Thread-safe: calls share their buffers, so they run one after another, in the order of arrival.
 
     Args:
         plan: dense; only its shapes are used.
@@ -136,7 +135,7 @@ class CudaExecutor(Executor):
         options: how launches are made.
     """
 
-    granularity = 32  # so that few graphs serve many holes
+    granularity = 32  # coarse, so that few graphs serve many holes
 
     def __init__(self, plan: Plan, weights: CudaWeights, options: CudaOptions = CudaOptions()) -> None:
         if (reason := self.unavailable_reason(weights.device, weights.dtype)) is not None:
@@ -156,7 +155,8 @@ class CudaExecutor(Executor):
             if weights.packed is not None and not is_capturing(self.device):
                 torch.cuda.current_stream(self.device).wait_event(weights.packed)
             self._done = event_of(self.device)
-            # Memory goes back to the stream it was made on; the last run may still use it on another one.
+            # Freed memory returns to the stream that allocated it, but the last run may still use it on another
+            # stream.
             weakref.finalize(self, _let_finish, self._done, self.device).atexit = False
 
     @classmethod
@@ -174,7 +174,7 @@ class CudaExecutor(Executor):
         """The executor of a plan with weights.
 
         Args:
-            plan: dense, with weights; nothing of it is kept but its shapes.
+            plan: dense, with weights; only its shapes are kept.
             dtype: float32 (tf32 as ``torch.backends.cuda.matmul.allow_tf32`` says), float16 or bfloat16.
             device: where to run; None: where the weights are.
             choices, tuned, by_library: see :class:`.cuda_weights.CudaWeights`.
@@ -188,7 +188,7 @@ class CudaExecutor(Executor):
 
     @staticmethod
     def unavailable_reason(device: torch.device, dtype: torch.dtype = torch.float16) -> str | None:
-        """Why this executor cannot run there, in one sentence; None where it can."""
+        """Why this executor cannot run on `device` in `dtype`, in one sentence; None where it can."""
         from lgnet_fast import kernels
 
         if (reason := kernels.missing()) is not None:
@@ -215,13 +215,13 @@ class CudaExecutor(Executor):
         return type(self)(plan, self.weights, self.options)
 
     def without_graphs(self) -> Self:
-        """The same weights and sizes, every kernel launched by itself."""
+        """An executor with the same weights and sizes that launches every kernel without a graph."""
         return type(self)(self.plan, self.weights, replace(self.options, graphs=False))
 
     # -- choices -------------------------------------------------------------------------------------------------
 
     def tile(self, step: ConvStep, rect: Rect | None = None) -> Tile:
-        """Block shapes that a step's rectangle (None: all of it) runs with."""
+        """The tile for a rectangle (None: all) of a step."""
         from lgnet_fast.kernels.conv_configs import Tile, pick_tile
 
         target = target_of(self.device, self.dtype)
@@ -232,7 +232,7 @@ class CudaExecutor(Executor):
         return pick_tile(work, *target)
 
     def _hopper_tile(self, step: ConvStep, rect: Rect | None = None) -> HopperTile | None:
-        """The tile of `kernels/hopper.py` for a step's rectangle; None where it runs by `kernels/conv.py`."""
+        """The tile of `kernels/hopper.py` for a rectangle of a step; None where `kernels/conv.py` runs it."""
         from lgnet_fast.kernels.hopper import HopperTile, usable
 
         choice = self.weights.chosen.get(step.name)
@@ -271,12 +271,12 @@ class CudaExecutor(Executor):
     # -- programs ------------------------------------------------------------------------------------------------
 
     def _graph_pool(self) -> Any:
-        """Memory that graphs share; None: nothing is captured."""
+        """Memory pool that the graphs share; None: nothing is captured."""
         return torch.cuda.graph_pool_handle() if self.device.type == "cuda" and self.options.graphs else None
 
     @property
     def memory(self) -> Memory:
-        """Allocated when it is first needed."""
+        """The buffers, allocated at first use."""
         if self._own is None:
             self._own = Memory(self.plan, self.dtype, self.device)
         return self._own
@@ -297,12 +297,12 @@ class CudaExecutor(Executor):
         return self.weights.bytes
 
     def _drop(self, program: Program) -> None:
-        # a graph must not go while the device runs it
+        # a graph must not be destroyed while the device runs it
         if program.graph is not None and self._done is not None:
             self._done.synchronize()
 
     def holes_of(self, regions: Regions) -> tuple[Rect, ...]:
-        """The rectangles of holes that these are the regions of."""
+        """The rectangles of holes to which these regions belong."""
         return regions[self._last]
 
     def _program(self, memory: Memory, regions: Regions | None, painted: bool) -> Program:
@@ -342,7 +342,7 @@ class CudaExecutor(Executor):
         return launches
 
     def _deep_groups(self) -> dict[int, DeepGroup]:
-        """First step -> the steps from there on that run in one launch (see :mod:`.deep`)."""
+        """First step -> the group of steps that runs in one launch from there (see :mod:`.deep`)."""
         from lgnet_fast.kernels.launch import is_recording
 
         can_check = self.device.type == "cuda" and not is_capturing(self.device) and not is_recording()
@@ -357,15 +357,15 @@ class CudaExecutor(Executor):
 
     @property
     def shares_launches(self) -> bool:
-        """Whether some steps of a dense run are one launch."""
+        """Whether some steps of a dense run share a launch."""
         return bool(self._deep_groups())
 
     def launches(self, regions: Regions | None = None) -> list[Launch]:
-        """A run in some regions (None: a dense one), for those who time it or capture it themselves."""
+        """The launches of a run in `regions` (None: dense), for callers that time or capture them."""
         return self._launches(self.memory, regions, False)
 
     def launches_by_step(self, painted: bool) -> list[tuple[str, Launch]]:
-        """A dense run as (step's name, its launches), "paint" before the first step; for checks in between."""
+        """A dense run as (name of the step, its launches), with "paint" first; for checks between steps."""
         memory = self.memory
         paint = self._launches(memory, None, painted)[0]
         steps = [(s.name, functools.partial(self._run_step, memory, n)) for n, s in enumerate(self.plan.steps)]
@@ -375,13 +375,13 @@ class CudaExecutor(Executor):
         _run_all(self.step_launches(memory, number))
 
     def precompile(self) -> None:
-        """Compile the kernels of a dense run in several processes; what fails there fails again at its launch."""
+        """Compile the kernels of a dense run in several processes. A failure is reported by the launch itself."""
         if self.device.type != "cuda":
             return
         from lgnet_fast.kernels.launch import record
         from lgnet_fast.kernels.precompile import compile_all
 
-        own = self._launches(self.memory, None, False)  # before: some kernels are run once, to be checked
+        own = self._launches(self.memory, None, False)  # first, because some kernels are run once to check them
         with record() as launches:
             _run_all(own)
 
@@ -393,7 +393,7 @@ class CudaExecutor(Executor):
             logger.info("not compiled ahead: %s", failure)
 
     def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:
-        """One step's launches, in its rectangles (None: everywhere)."""
+        """The launches of one step, in its rectangles (None: everywhere)."""
         from lgnet_fast.kernels.conv import Merge
 
         step = self.plan.steps[number]
@@ -437,7 +437,7 @@ class CudaExecutor(Executor):
         )
 
     def _attend(self, memory: Memory, step: AttentionStep) -> None:
-        """The attention block; in a restricted run too it fills its whole map."""
+        """The launch of the attention block; it computes the whole map in a restricted run too."""
         from lgnet_fast.kernels.attention_inference import attention_block_inference
         from lgnet_fast.kernels.configs import override
 
@@ -482,7 +482,7 @@ class CudaExecutor(Executor):
 
     @contextlib.contextmanager
     def _turn(self) -> Iterator[None]:
-        """Exclusive use of this shape's buffers: the lock orders host threads, the event orders streams."""
+        """Exclusive use of the buffers: the lock orders host threads, the event orders streams."""
         with self._lock:
             if self._done is not None:
                 torch.cuda.current_stream(self.device).wait_event(self._done)
@@ -493,9 +493,9 @@ class CudaExecutor(Executor):
                     self._done.record(torch.cuda.current_stream(self.device))
 
     def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
-        """Does not wait for the device, but where a graph is captured.
+        """See :meth:`.executor.Executor.run`. Waits for the device only where it captures a graph.
 
-        Where the caller captures a graph of his own, the launches become part of it, on memory of its own.
+        While the caller captures a graph, the launches become part of that graph and use separate buffers.
         """
         with torch.inference_mode(False), torch.no_grad():
             if is_capturing(self.device):
@@ -509,17 +509,19 @@ class CudaExecutor(Executor):
         return outputs[0], list(outputs[1:])
 
     def _run_captured(self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Regions | None) -> Result:
-        """Launches for somebody else's graph, whose replays no lock or event of ours could order: they share nothing
-        with other calls but the weights."""
+        """Launches for a graph of the caller. Our lock and event cannot order its replays, so the launches share only
+        the weights with other calls."""
         memory = Memory(self.plan, self.dtype, self.device)
         memory.take(image, mask, start)
         _run_all(self._launches(memory, regions, start is not None))
         return memory.outputs[0], list(memory.outputs[1:])
 
     def step_times(self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5) -> list[float]:
-        """On a GPU with graphs: differences between graphs of the first k steps and of k + 1, so caches are as the
-        step before leaves them. Else what passes between the ends of two steps. Waits for the device."""
-        self.run(image, mask)  # every map holds numbers now
+        """Milliseconds of every step. Waits for the device.
+
+        On a GPU with graphs: the difference between graphs of the first k and k + 1 steps, so that caches are in the
+        state that the previous step leaves. Otherwise the time between the ends of two steps."""
+        self.run(image, mask)  # every map holds finite numbers now
         with torch.inference_mode(False), torch.no_grad(), self._turn():
             parts = [self._launches(self.memory, regions, False)[:1]]
             for number in range(len(self.plan.steps)):
@@ -531,14 +533,14 @@ class CudaExecutor(Executor):
         return [max(0.0, after - before) for before, after in itertools.pairwise(until)]
 
     def _until_by_graphs(self, parts: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
-        """Milliseconds until the end of each part, the least of `rounds`."""
+        """Milliseconds from the start to the end of each part, the least of `rounds`."""
         programs = []
         for count in range(1, len(parts) + 1):
             launches = [launch for part in parts[:count] for launch in part]
             programs.append(Program(functools.partial(_run_all, launches), self.device, self._pool))
             programs[-1]()
         best = [math.inf] * len(parts)
-        for _ in range(rounds):  # in turn, so that a change of clocks meets all of them
+        for _ in range(rounds):  # in turn, so that a change of the GPU's clocks affects all of them
             for number, program in enumerate(programs):
                 begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
                 begin.record()
@@ -550,7 +552,7 @@ class CudaExecutor(Executor):
         return list(itertools.accumulate(best, max))
 
     def _until(self, parts: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
-        """The same of launches one by one, waiting for the device after each part."""
+        """The same for launches without a graph, waiting for the device after each part."""
         best = [math.inf] * len(parts)
         for _ in range(rounds):
             for number, part in enumerate(parts):

@@ -47,24 +47,24 @@ class Timer:
         self.device = device
 
     def compile(self, launches: Sequence[Any]) -> list[str]:
-        """Compile recorded launches in parallel; one sentence for each that failed."""
+        """Compile recorded launches in parallel processes; return one sentence for each failure."""
         from lgnet_fast.kernels.precompile import compile_all
 
         return compile_all(launches, self.device.index or 0)
 
     def workers(self) -> int:
-        """Processes that compile at a time."""
+        """Number of processes that compile in parallel."""
         from lgnet_fast.kernels.precompile import workers
 
         return workers(1000)
 
     def time(self, launches: Sequence[Callable[[], None]]) -> float:
-        """Microseconds of a launch within a graph of these, the median of seven replays."""
+        """Microseconds per launch in a graph of all of them, the median of seven replays."""
         graph = capture(functools.partial(run_all, launches), self.device, torch.cuda.graph_pool_handle())
         return self.median_us(graph.replay) / len(launches)
 
     def median_us(self, call: Callable[[], None], repeats: int = 7) -> float:
-        """Microseconds of a call."""
+        """Microseconds of a call, the median of `repeats`."""
         for _ in range(3):
             call()
         times = []
@@ -78,7 +78,7 @@ class Timer:
         return sorted(times)[len(times) // 2]
 
     def wait(self) -> None:
-        """For what has been launched; raises what went wrong there."""
+        """Wait for the launches; raises their errors."""
         torch.cuda.synchronize(self.device)
 
 
@@ -90,14 +90,14 @@ def run_all(launches: Sequence[Callable[[], None]]) -> None:
 
 @dataclass
 class Found:
-    """What tuning measured of a plan.
+    """Measurements of a plan.
 
     Attributes:
-        tiles: product -> its fastest choice, microseconds, and the same without tuning; :func:`product_key`.
-        attention: (channels, positions, batch) -> the same of block shapes.
+        tiles: product (see :func:`product_key`) -> its result.
+        attention: (channels, positions, batch) of an attention block -> its result.
+        now_ms: milliseconds of a whole run with these choices; None where it was not measured.
+        before_ms: milliseconds of a run without tuning; None where it was not measured.
         deep_rows: name of a plan -> most rows of the layers that share a launch.
-        now_ms: milliseconds of a whole run with them; None where that was not reached.
-        before_ms: of a run without tuning.
     """
 
     tiles: dict[tuple[Any, ...], Result] = field(default_factory=dict)
@@ -107,7 +107,7 @@ class Found:
     deep_rows: dict[str, int] = field(default_factory=dict)
 
     def tuned(self) -> Tuned:
-        """For the executor."""
+        """The choices, for the executor."""
         from lgnet_fast.kernels.configs import Inference
 
         tiles = {key: choice_of(result.choice) for key, result in self.tiles.items()}
@@ -126,7 +126,7 @@ class Found:
 
     @classmethod
     def from_dict(cls, value: Any) -> Found | None:
-        """From :meth:`as_dict`; None where that is something else."""
+        """The inverse of :meth:`as_dict`; None where `value` has another form."""
         try:
             found = cls(
                 {_frozen(key): Result(*map(_frozen, result)) for key, *result in value["tiles"]},
@@ -150,7 +150,7 @@ class Found:
 
 @dataclass(frozen=True)
 class Result:
-    """The fastest choice of a product, microseconds, and the same without tuning."""
+    """The fastest choice of a product, its microseconds, and both for the choice without tuning."""
 
     choice: Any
     us: float
@@ -163,17 +163,17 @@ class Result:
 
 
 def _frozen(value: Any) -> Any:
-    """Lists, as JSON gives them, as tuples."""
+    """Lists, as JSON has them, converted to tuples."""
     return tuple(map(_frozen, value)) if isinstance(value, (list, tuple)) else value
 
 
 def product_key(work: Work, kind: str) -> tuple[Any, ...]:
-    """What a tile was measured for: (dtype kind, rows, columns, taps of every phase, input channels)."""
+    """Key of a measured tile: (dtype kind, rows, columns, taps of every phase, input channels)."""
     return (kind, *work[:4])
 
 
 def kept(device: torch.device, dtype: torch.dtype) -> Tuned:
-    """Everything that was measured on a card in a dtype, of all networks and sizes."""
+    """All measurements on a GPU in a dtype, for all networks and sizes."""
     key = cache.key_for(device, dtype)
     tiles: dict[tuple[Any, ...], Any] = {}
     attention: dict[tuple[int, int, int], Inference] = {}
@@ -189,7 +189,7 @@ def kept(device: torch.device, dtype: torch.dtype) -> Tuned:
 
 
 def plain(choice: Any) -> Any:
-    """A choice without its class, as the cache keeps it."""
+    """A choice as a plain tuple or string, as the cache keeps it."""
     from lgnet_fast.kernels.hopper import HopperTile
 
     if isinstance(choice, HopperTile):

@@ -25,13 +25,13 @@ from .cuda_weights import CudaWeights, target_of, work_of
 from .plan import AttentionStep, Plan
 
 _TRIED = 30
-"""Most tiles a product."""
+"""Most tiles per product."""
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
-"""Of the time: for compiling tiles, and for the attention blocks."""
+"""Shares of the time: for compiling tiles, and for the attention blocks."""
 _SECONDS_A_KERNEL = 1.3
-"""To compile, in one process."""
+"""Seconds to compile a kernel, in one process."""
 _DEEP_ROWS = (16, 64)
-"""What whole runs are tried with: see :class:`.cuda_executor.CudaOptions`."""
+"""Values of `deep_rows` that whole runs try, see :class:`.cuda_executor.CudaOptions`."""
 
 
 def tune(
@@ -43,15 +43,15 @@ def tune(
     timer: Timer | None = None,
     tried: int | None = None,
 ) -> Found:
-    """Measure a plan's products, then whole runs with and without what was found; it is kept where it is faster.
+    """Measure the products of a plan, then whole runs with and without the choices. Faster choices are kept.
 
     Args:
         plan: dense, with float32 weights on `device`.
-        dtype, device: what to compute in, and where.
-        seconds: after so many nothing new is begun.
-        progress: called with a line a product.
-        timer: None: that of a GPU.
-        tried: tiles a product; None: as many as can be compiled within the time.
+        dtype, device: of the computation.
+        seconds: no new measurement begins after this time.
+        progress: called with one line per product.
+        timer: compiles and times; None: on the GPU.
+        tried: tiles per product; None: as many as can be compiled within the time.
     """
     timer = timer or Timer(device)
     begin = time.perf_counter()
@@ -97,7 +97,7 @@ def tune(
 
 
 def _whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:
-    """Milliseconds of a dense run of each, the least of three, in turn."""
+    """Milliseconds of a dense run of each executor, the least of three rounds; the executors take turns."""
     runs = []
     for executor in executors:
         executor.memory.arena.zero_()
@@ -110,7 +110,7 @@ def _whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:
 
 
 def _best_deep_rows(plan: Plan, weights: CudaWeights, now_ms: float, timer: Timer) -> tuple[int, float]:
-    """Most rows of the layers that share a launch, 0 unless a whole run gains by it, and milliseconds of the run."""
+    """Most rows of the layers that share a launch (0 where a run is not faster), and milliseconds of a run."""
     executors = [CudaExecutor(plan, weights, CudaOptions(graphs=False, deep_rows=rows)) for rows in (0, *_DEEP_ROWS)]
     executors = [executors[0], *(executor for executor in executors[1:] if executor.shares_launches)]
     if len(executors) == 1:
@@ -125,9 +125,9 @@ def _best_deep_rows(plan: Plan, weights: CudaWeights, now_ms: float, timer: Time
 def gains(
     plan: Plan, dtype: torch.dtype, device: torch.device, found: Found
 ) -> list[tuple[str, str, float, str, float]]:
-    """Of every step: its name, what ran without tuning and its microseconds, what runs now and its own.
+    """For every step: its name, the choice without tuning and its microseconds, the choice now and its microseconds.
 
-    NaN stands for what was not measured.
+    NaN: not measured.
     """
     kind, _, _ = target_of(device, dtype)
     rows = []
@@ -146,7 +146,7 @@ def gains(
 
 
 def _title(choice: Any) -> str:
-    """A choice in few characters: "cudnn", a tile as the executor's `choices` has it, or block shapes."""
+    """A choice as short text: "cudnn", a tile as in the executor's `choices`, or block shapes."""
     if choice == "cudnn":
         return "cudnn"
     if choice[0] == "hopper":

@@ -1,6 +1,6 @@
 """Tuning the attention blocks of a plan on an NVIDIA GPU.
 
-Candidates are block shapes of the walk over the keys, of the projection and of the sum over splits, searched in turn.
+Candidates are block shapes of the loop over the keys, of the projection and of the sum over splits, searched in turn.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class _Block:
-    """An attention block at a size: how to run it, and its block shapes so far."""
+    """An attention block of one size: how to run it, and its best block shapes so far."""
 
     name: str
     key: tuple[int, int, int]
@@ -48,7 +48,7 @@ class _Block:
 
 
 def _walks(block: _Block, batch: int, element: int, generation: str, num_sms: int) -> Iterator[Inference]:
-    """Shapes of the walk over the keys."""
+    """Block shapes of the loop over the keys."""
     from lgnet_fast.kernels.cards import SHARED_LIMITS
     from lgnet_fast.kernels.configs import _inference_bytes
 
@@ -73,7 +73,7 @@ def _walks(block: _Block, batch: int, element: int, generation: str, num_sms: in
 
 
 def _projections(block: _Block, batch: int, *_: object) -> Iterator[Inference]:
-    """Shapes of the projection."""
+    """Block shapes of the projection."""
     for p, o, d in itertools.product((16, 32, 64, 128), (32, 64, 128), (32, 64, 128)):
         programs = batch * -(-block.positions // p) * -(-block.channels // o)
         if o <= block.channels and d <= block.channels and p * o <= 64 * 128 and programs >= 24:
@@ -81,7 +81,7 @@ def _projections(block: _Block, batch: int, *_: object) -> Iterator[Inference]:
 
 
 def _sums(block: _Block, *_: object) -> Iterator[Inference]:
-    """Shapes of the sum over splits."""
+    """Block shapes of the sum over splits."""
     for m in (2, 4, 8, 16, 32):
         yield block.config._replace(sum_m=m)
 
@@ -118,12 +118,12 @@ def tune_attention(
     expired: Callable[[], bool],
     tried: int | None = None,
 ) -> None:
-    """Measure block shapes of every attention step into `found`: the walk, the projection and the sum, in turn.
+    """Measure block shapes of every attention step into `found`: loop over the keys, projection and sum, in turn.
 
     Args:
         plan, dtype, device: of the steps.
         found, timer, log, keep, expired: see :func:`.cuda_tuning_convolutions.tune_convolutions`.
-        tried: shapes a block and part; None: all.
+        tried: shapes per block and part; None: all.
     """
     from lgnet_fast.kernels.configs import override
     from lgnet_fast.kernels.launch import record
@@ -174,7 +174,7 @@ def tune_attention(
 def _measure_block(
     block: _Block, part: str, shapes: Sequence[Inference], dtype: torch.dtype, timer: Timer, log: Log
 ) -> dict[Inference, float]:
-    """Microseconds of every shape that computes what the first one does."""
+    """Microseconds of every shape whose result agrees with that of the first."""
     from lgnet_fast.kernels.configs import override
 
     expected: Tensor | None = None
@@ -192,6 +192,6 @@ def _measure_block(
                 times[config] = timer.time([block.launch] * 8)
         except torch.OutOfMemoryError:
             raise
-        except Exception as raised:  # a shape that cannot run is no contestant
+        except Exception as raised:  # a shape that cannot run is left out
             log("attention", step=block.name, config=list(config), error=error_text(raised)[:200])
     return times

@@ -36,7 +36,7 @@ ROTATED_BYTES = 96 << 20
 
 
 def tiles(work: Work, kind: str, generation: str, num_sms: int) -> Iterator[Tile]:
-    """Tiles worth measuring, the most promising first."""
+    """Candidate tiles, those of least estimated time first."""
     import triton
 
     from lgnet_fast.kernels.cards import SHARED_LIMITS
@@ -75,7 +75,7 @@ def tiles(work: Work, kind: str, generation: str, num_sms: int) -> Iterator[Tile
                     ranked.append((estimate(work, tile, kind, generation, num_sms), tile))
     ranked.sort(key=lambda pair: pair[0])
     taken: Counter[tuple[int, ...]] = Counter()
-    for _, tile in ranked:  # variety: the estimate is off by a fifth
+    for _, tile in ranked:  # few per shape, for variety: the estimate is off by a fifth
         shape = (tile.block_m, tile.block_n, tile.block_k, tile.num_warps)
         taken[shape] += 1
         if taken[shape] <= 3:
@@ -83,7 +83,7 @@ def tiles(work: Work, kind: str, generation: str, num_sms: int) -> Iterator[Tile
 
 
 class Contest:
-    """One step of a plan with many tiles, on memory of its own."""
+    """Runs single steps of a plan with different tiles, on separate buffers."""
 
     def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
         self.executor = CudaExecutor.of(plan, dtype, device=device, graphs=False)
@@ -91,7 +91,7 @@ class Contest:
         self._plain = self.executor.weights
 
     def launch(self, number: int, choice: Choice, own: StepWeights) -> Callable[[], None]:
-        """A dense launch of one step with some weights, of which "cudnn" needs the plain ones."""
+        """A dense launch of one step with the weights `own`; "cudnn" needs the plain ones."""
         executor, name = self.executor, self.plan.steps[number].name
         steps = {**self._plain.steps, name: own if choice == "cudnn" else replace(own, plain=None)}
         executor.weights = replace(self._plain, chosen={name: choice}, steps=steps)
@@ -100,14 +100,14 @@ class Contest:
         return launch
 
     def weights(self, number: int) -> StepWeights:
-        """Of a step, packed and plain."""
+        """The weights of a step, packed and plain."""
         step = self.plan.steps[number]
         own = self._plain.steps[step.name]
         plain = step.weight.detach().to(self.executor.device, self.executor.dtype)
         return replace(own, plain=plain.contiguous(memory_format=torch.channels_last))
 
     def clear(self, number: int) -> None:
-        """NaN where the step writes, so that what is not written shows."""
+        """Fill the results of the step with NaN, so that unwritten values are detected."""
         step, memory = self.plan.steps[number], self.executor.memory
         if step.merges:
             memory.outputs.zero_()
@@ -116,16 +116,16 @@ class Contest:
             memory.view(step.stores[0].view).fill_(torch.nan)
 
     def _stage(self, number: int) -> int:
-        """Which of the raw pictures the last step of a stage writes, counted from 1."""
+        """Index of the raw picture that the last step of a stage writes, counted from 1."""
         return sum(step.merges for step in self.plan.steps[: number + 1])
 
     def outputs(self, number: int) -> Tensor:
-        """What the step wrote."""
+        """The results of the step."""
         step, memory = self.plan.steps[number], self.executor.memory
         return memory.outputs.clone() if step.merges else memory.view(step.stores[0].view).float().clone()
 
     def candidates(self, number: int, tried: int) -> list[Choice]:
-        """What a step is measured with, the default first; `tried`: Triton tiles at most."""
+        """Choices to measure for a step, the default first. tried: most Triton tiles."""
         from lgnet_fast.kernels import hopper
 
         step, executor = self.plan.steps[number], self.executor
@@ -136,13 +136,13 @@ class Contest:
         return list(dict.fromkeys((self.default(number), *some, *compiled, "cudnn")))
 
     def default(self, number: int) -> Tile | Literal["cudnn"]:
-        """What runs without tuning."""
+        """The choice without tuning."""
         step = self.plan.steps[number]
         assert isinstance(step, ConvStep)
         return "cudnn" if self._plain.steps[step.name].plain is not None else self.executor.tile(step)
 
     def fill(self) -> None:
-        """Noise in every map and picture; the hole is everywhere."""
+        """Fill every map and picture with noise, and the mask with ones."""
         memory = self.executor.memory
         memory.arena.normal_()
         memory.image.normal_()
@@ -150,7 +150,7 @@ class Contest:
 
 
 def groups_of(plan: Plan) -> dict[Any, list[int]]:
-    """(product, and what else is part of the kernel) -> numbers of the steps that are such, the dearest first."""
+    """(product, and other properties of the kernel) -> numbers of its steps, the most expensive first."""
     groups: dict[Any, list[int]] = {}
     for number, step in enumerate(plan.steps):
         if isinstance(step, ConvStep):
@@ -173,12 +173,12 @@ def tune_convolutions(
 
     Args:
         contest: of the plan.
-        found: gets the results.
+        found: the results are added to it.
         timer: compiles and times.
         log: called with a section's name and figures.
         keep: called after every product.
-        tried: tiles a product.
-        expired: whether the time is over.
+        tried: Triton tiles per product.
+        expired: returns whether the time is over.
     """
     from lgnet_fast.kernels.launch import record
 
@@ -192,7 +192,7 @@ def tune_convolutions(
         own = contest.weights(numbers[0])
         for choice in candidates[numbers[0]]:
             if choice != "cudnn":
-                # what raises here raises again where it is measured
+                # an error here is raised again, and reported, when the choice is measured
                 with contextlib.suppress(Exception), record() as launches:
                     contest.launch(numbers[0], choice, own)()
                 queue += launches
@@ -216,7 +216,7 @@ def tune_convolutions(
 
 
 def _measure(contest: Contest, number: int, choices: Sequence[Choice], timer: Timer, log: Log) -> dict[Any, float]:
-    """Microseconds of every choice that computes what the first one does."""
+    """Microseconds of every choice whose result agrees with that of the first."""
     name = contest.plan.steps[number].name
     own = contest.weights(number)
     size = own.packed.numel() * own.packed.element_size()
@@ -239,7 +239,7 @@ def _measure(contest: Contest, number: int, choices: Sequence[Choice], timer: Ti
             times[choice] = timer.time([contest.launch(number, choice, copies[i % count]) for i in range(LAUNCHES)])
         except torch.OutOfMemoryError:
             raise
-        except Exception as raised:  # a tile that cannot run is no contestant
+        except Exception as raised:  # a tile that cannot run is left out
             log("convs", step=name, tile=plain(choice), error=error_text(raised)[:200])
     return times
 
@@ -250,7 +250,7 @@ def _copied(own: StepWeights) -> StepWeights:
 
 
 def _best(measured: Sequence[tuple[int, Mapping[Any, float]]], default: Any) -> Result:
-    """The choice of least time, summed over the steps that share a product; the default unless that is beaten."""
+    """The choice of least time over the steps that share a product, or the default if the gain is too small."""
     common = set.intersection(*(set(times) for _, times in measured))
     if default not in common:
         measured, common = measured[:1], set(measured[0][1])
@@ -265,7 +265,7 @@ def _best(measured: Sequence[tuple[int, Mapping[Any, float]]], default: Any) -> 
 def _log_product(
     log: Log, step: str, count: int, key: tuple[Any, ...], times: Mapping[Any, float], default: Any
 ) -> None:
-    """The line that bench/write_tables.py makes its tables of."""
+    """Log the line from which bench/write_tables.py makes its tables."""
     ranked = sorted(times.items(), key=lambda item: item[1])
     log(
         "convs",

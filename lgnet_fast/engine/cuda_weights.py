@@ -1,4 +1,4 @@
-"""Weights packed for the GPU's kernels, which every executor of a network shares, and how each step runs on them."""
+"""Weights packed for the GPU kernels, shared by all executors of a network, and the choice of each step's kernel."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.hopper import HopperTile
 
     Choice: TypeAlias = Tile | HopperTile | Literal["cudnn"]
-    """What runs a convolution."""
+    """The kernel that runs a convolution: a tile of one of our kernels, or PyTorch's convolution."""
 
 
 def conv_of(step: ConvStep) -> Conv:
@@ -35,13 +35,13 @@ def conv_of(step: ConvStep) -> Conv:
 
 
 def work_of(plan: Plan, step: ConvStep, rect: Rect | None = None) -> Work:
-    """The product that a rectangle of a step (None: all of it) is."""
+    """The matrix product of a rectangle (None: all) of a step."""
     out = plan.target(step)
     return conv_of(step).work(plan.batch, plan.source(step).size, out.size, out.everywhere if rect is None else rect)
 
 
 def target_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str, int]:
-    """(kind of dtype, generation, multiprocessors), by which the kernels' tables choose."""
+    """(kind of dtype, generation, multiprocessors): the keys of the kernels' tables."""
     from lgnet_fast.kernels.configs import config_kind, device_generation
     from lgnet_fast.kernels.launch import dot_precision
 
@@ -50,7 +50,7 @@ def target_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str, int]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """What was measured on a card (:mod:`.cuda_tuning`), in place of the shipped tables.
+    """Choices measured on this GPU (:mod:`.cuda_tuning`), which replace the shipped tables.
 
     Attributes:
         tiles: (dtype kind, rows, columns, taps, input channels) of a product -> its tile, or "cudnn".
@@ -64,13 +64,13 @@ class Tuned:
     deep_rows: Mapping[str, int] = field(default_factory=dict)
 
     def tile(self, work: Work, kind: str) -> Choice | None:
-        """What a product runs with; None where nothing was measured."""
+        """The choice for a product; None where nothing was measured."""
         return self.tiles.get((kind, *work[:4]))
 
 
 @dataclass(frozen=True)
 class StepWeights:
-    """Of one step: packed for the kernels (or the combiner), the bias, and unpacked where PyTorch may run it."""
+    """Weights of one step: packed for the kernels (or the combiner), bias, and unpacked where PyTorch may run it."""
 
     packed: Tensor
     bias: Tensor
@@ -82,13 +82,13 @@ class CudaWeights:
     """A network's weights on a GPU.
 
     Attributes:
-        dtype, device: what they are in, and where.
-        chosen: step's name -> the tile that it runs with, or "cudnn"; others by `tuned`, then by table and estimate.
-        tuned: what was measured on this card.
-        by_library: names of steps that run by PyTorch's operators whatever was chosen.
+        dtype, device: of the weights.
+        chosen: step's name -> its tile, or "cudnn"; other steps by `tuned`, then by table and estimate.
+        tuned: choices measured on this GPU.
+        by_library: names of steps that always run by PyTorch's operators.
         steps: step's name -> its weights.
-        packed: when the device has packed them; None where that is known.
-        deep: weights in the order of `kernels/deep.py`, made when they are first needed.
+        packed: event after the packing on the device; None where it is known to be done.
+        deep: weights in the order of `kernels/deep.py`, packed at first use.
     """
 
     dtype: torch.dtype
@@ -111,7 +111,7 @@ class CudaWeights:
         tuned: Tuned | None = None,
         by_library: frozenset[str] = frozenset(),
     ) -> CudaWeights:
-        """The weights of a plan, which has them, for `device` (None: where they are)."""
+        """Pack the weights of a plan for `device` (None: the device of the plan's weights)."""
         device = plan.steps[0].weight.device if device is None else torch.device(device)
         chosen, tuned = dict(choices or {}), tuned or Tuned()
 
@@ -163,7 +163,7 @@ def _prefers_cudnn(
 
 
 def event_of(device: torch.device) -> torch.cuda.Event | None:
-    """What has been launched on the current stream so far."""
+    """An event after all launches so far on the current stream."""
     if device.type != "cuda":
         return None
     event = torch.cuda.Event()
@@ -179,7 +179,7 @@ def _unpacked(step: Step, weights: StepWeights) -> StepWeights:
 
 
 def unpack(step: ConvStep, packed: Tensor) -> Tensor:
-    """The weight of a (transposed) convolution, channels last, from what `kernels.conv.Conv.pack` made of it."""
+    """The weight of a (transposed) convolution, channels last: the inverse of `kernels.conv.Conv.pack`."""
     conv = conv_of(step)
     axis = conv.axis
     taps_first = packed.new_empty(conv.kernel, conv.kernel, conv.in_channels, conv.out_channels)

@@ -1,4 +1,4 @@
-"""Which steps of a plan run in one launch of `kernels/deep.py`, and that launch, proved before it is trusted."""
+"""Groups of steps of a plan that run in one launch of `kernels/deep.py`, checked before they are used."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _LIMITS = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
 
 
 class Weights(Protocol):
-    """Of one step: packed for the Triton kernels, and its float32 bias."""
+    """Weights of one step: packed for the Triton kernels, and the float32 bias."""
 
     @property
     def packed(self) -> Tensor: ...
@@ -34,19 +34,19 @@ class Weights(Protocol):
 
 
 def layer_of(plan: Plan, step: ConvStep) -> DeepLayer:
-    """A convolution of the plan as the kernel describes it."""
+    """A convolution of the plan as the description that the kernel takes."""
     from lgnet_fast.kernels.deep import DeepLayer
 
     return DeepLayer(conv_of(step), plan.batch, plan.source(step).size, plan.target(step).size)
 
 
 def steps_at(plan: Plan, first: int, count: int) -> list[ConvStep]:
-    """Convolutions that follow each other."""
+    """Consecutive convolutions of a plan."""
     return [step for step in plan.steps[first : first + count] if isinstance(step, ConvStep)]
 
 
 def runs(plan: Plan, rows: int) -> list[range]:
-    """Runs of two and more consecutive steps that the kernel supports, with at most `rows` outputs of a phase."""
+    """Groups of two or more consecutive steps that the kernel supports, with at most `rows` outputs per phase."""
     from lgnet_fast.kernels.deep import unsupported
 
     def fits(step: Step) -> bool:
@@ -76,12 +76,12 @@ def make_group(
     """Consecutive steps as one launch, or why the kernel cannot run them.
 
     Args:
-        plan: whose steps.
-        numbers: of the steps.
-        weights: by step's name.
-        packs: weights in the kernel's order by (step, split), kept for other plans with the same weights.
-        cluster: blocks of a cluster.
-        clusters: that the GPU holds at a time.
+        plan: the plan.
+        numbers: of the steps in the plan.
+        weights: step's name -> its weights.
+        packs: (step, split) -> weights in the kernel's order, kept for other plans with the same weights.
+        cluster: thread blocks per cluster.
+        clusters: that fit on the GPU at once.
         options: of :class:`lgnet_fast.kernels.deep.DeepGroup`.
     """
     from lgnet_fast.kernels import deep
@@ -105,7 +105,7 @@ def make_groups(
     packs: dict[tuple[str, Any], Tensor],
     rows: int,
 ) -> dict[int, DeepGroup]:
-    """First step -> the group that begins there. Runs each once, and leaves out what is wrong or cannot run."""
+    """First step -> the group that begins there. Each group runs once; those that fail or are wrong are left out."""
     from lgnet_fast.kernels import deep
 
     found = runs(plan, rows)
@@ -151,12 +151,12 @@ def group_launch(
 
 
 def _launch(group: DeepGroup, program: Any, state: Tensor) -> None:
-    del state  # kept alive by whoever holds the launch
+    del state  # kept alive by the owner of the launch
     group.launch(program)
 
 
 def noise_maps(plan: Plan, steps: Sequence[Step], dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
-    """Every map that some steps touch, full of noise, none in the memory of another."""
+    """Every map that the steps read or write, filled with noise; none shares memory with another."""
     generator = torch.Generator("cpu").manual_seed(7)
     names = dict.fromkeys(view.buffer for step in steps for view in (step.source, *(s.view for s in step.stores)))
     maps = {}
@@ -175,7 +175,7 @@ def view_of(maps: Mapping[str, Tensor], view: View) -> Tensor:
 def step_errors(
     plan: Plan, steps: Sequence[ConvStep], weights: Mapping[str, Weights], maps: Mapping[str, Tensor]
 ) -> list[tuple[ConvStep, Tensor, Tensor]]:
-    """(step, stored, expected) of every store: each step by PyTorch in float32, on the source that lies in `maps`."""
+    """(step, stored, expected) of every store. Expected: the step by PyTorch in float32, on its source in `maps`."""
     from lgnet_fast.kernels.deep import reference
 
     found = []
@@ -189,7 +189,7 @@ def step_errors(
 
 
 def wrong_step(plan: Plan, first: int, group: DeepGroup, weights: Mapping[str, Weights]) -> str | None:
-    """What is wrong with a group on noise, the first wrong step named, or None. Waits for the device."""
+    """The first wrong step of a group on noise and its error, or None. Waits for the device."""
     steps = steps_at(plan, first, len(group.layers))
     maps = noise_maps(plan, steps, group.dtype, group.weights[0].device)
     try:

@@ -1,4 +1,4 @@
-"""A plan as a table: what each step does, costs and takes, beside the least that this machine needs for it."""
+"""A plan as a table: each step, its cost and its time, beside the least time that this machine needs for it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from .executor import Executor
 from .plan import AttentionStep, ConvStep, Plan, Step
 
 _ELEMENT = 4
-"""Bytes of a feature or weight, for the traffic column; executors may store less."""
+"""Bytes per feature or weight in the traffic column; executors may store fewer."""
 
 
 def traffic(plan: Plan, step: Step) -> int:
-    """Bytes a step has to move at least: its source, its results and its weights, float32, once each."""
+    """Least bytes that a step must move: source, results and weights, float32, once each."""
     source, out = plan.source(step), plan.target(step)
     share = sum(r.area for r in step.regions) / (out.height * out.width)
     read = source.height * source.width * step.source.channels * (1 if isinstance(step, AttentionStep) else share)
@@ -29,25 +29,26 @@ def traffic(plan: Plan, step: Step) -> int:
 
 
 class Peaks(NamedTuple):
-    """What this CPU on PyTorch's threads, or a GPU, reaches: multiply-accumulates a second of float32 (of a GPU: in
-    the dtype that it computes in) and of pairs of bfloat16 (0 where it has no such products), and bytes of a copy a
-    second, read and written."""
+    """Peak rates of this CPU on PyTorch's threads, or of a GPU.
+
+    Multiply-accumulates per second in float32 (on a GPU: in the dtype of the computation) and of bfloat16 pairs (0
+    without such products), and bytes per second of a copy, read and written."""
 
     macs: float
     pair_macs: float
     bytes: float
 
     def floor(self, macs: float, traffic: float, pairs: bool) -> float:
-        """Seconds below which a step cannot go by its direct arithmetic and its least traffic; Winograd's transforms
-        multiply less, so a step may still beat this."""
+        """Least seconds of a step by its direct arithmetic and its least traffic. Winograd's transforms multiply
+        less, so a step may be faster."""
         return max(macs / (self.pair_macs if pairs else self.macs), traffic / self.bytes)
 
 
 def measure_peaks() -> Peaks:
-    """Products that stay in registers, and a copy of 128 MB, more than caches hold; the best of ten, a fraction of a
-    second in all. Needs the C++ extension.
+    """Measure the peaks of the CPU: products that stay in registers, and a copy of 128 MB, larger than the caches.
 
-    Not a large matrix product: that is as good as the library behind it, and can fall short of the machine by half.
+    The best of ten, a fraction of a second in all. Needs the C++ extension. A large matrix product would measure its
+    library, which can reach less than half of the machine's rate.
     """
     rounds, threads = 1_000_000, forks.kernel_threads()
 
@@ -69,7 +70,7 @@ def measure_peaks() -> Peaks:
 
 
 def measure_gpu_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
-    """The best of ten products of 4096 x 4096 matrices in `dtype`, and of ten copies of 256 MB, on a GPU."""
+    """Measure the peaks of a GPU: the best of ten products of 4096 x 4096 in `dtype`, and of ten copies of 256 MB."""
     with torch.cuda.device(device), torch.inference_mode():
         side = 4096
         a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))

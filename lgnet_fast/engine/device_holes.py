@@ -1,9 +1,8 @@
-"""Where the holes of a mask on a GPU are, found without making the host wait for the device's queue.
+"""The holes of a mask on a GPU, found without making the host wait for the device's queue.
 
-The mask is reduced to its cells of 32x32 pixels by one small reduction, and those are copied to the host behind it.
-Where nothing else is queued on the stream, the answer is there after some microseconds, and waited for. Where work is
-queued, waiting would leave the device idle afterwards: that run is told nothing, and a later one with the same mask
-finds the answer.
+One small reduction reduces the mask to cells of 32x32 pixels, which are copied to the host. Where nothing else is
+queued on the stream, the answer arrives after some microseconds, and the host waits for it. Where work is queued,
+waiting would leave the device idle afterwards: that run gets no answer, and a later run with the same mask finds it.
 """
 
 from __future__ import annotations
@@ -41,7 +40,7 @@ class DeviceHoles:
         self._searches: Recent[_Search] = Recent(_MASKS_KEPT)
 
     def find(self, mask: Tensor) -> tuple[Rect, ...] | None:
-        """Rectangles that contain every hole pixel of all samples; None where that is not known yet.
+        """Rectangles that contain every hole pixel of all samples; None where they are not known yet.
 
         Args:
             mask: [B, 1, H, W] on an NVIDIA GPU, H and W multiples of 32; not 0 = hole.
@@ -51,7 +50,7 @@ class DeviceHoles:
         stream = torch.cuda.current_stream(mask.device)
         idle = stream.query()
         if mask.is_inference() and not idle:
-            return None  # it counts no writes, so the answer would not serve a later run
+            return None  # its writes are not counted, so the answer cannot be used for a later run
         search = _begin(mask, stream) if mask.is_inference() else self._known(mask, stream)
         if idle:
             search.done.synchronize()
@@ -61,7 +60,7 @@ class DeviceHoles:
         key = (id(mask), mask._version)
         with self._lock:
             search = self._searches.get(key, lambda: _begin(mask, stream))
-            if search.mask() is not mask:  # another tensor had this identity
+            if search.mask() is not mask:  # the id belonged to another tensor
                 search = _begin(mask, stream)
                 self._searches.put(key, search)
         return search

@@ -1,4 +1,4 @@
-"""Device and dtype by name: an explicit choice that cannot run raises with the reason, only "auto" falls back."""
+"""Device and dtype by name. An explicit choice that cannot run raises with the reason; only "auto" falls back."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
         return torch.device("cuda", torch.cuda.current_device() if resolved.index is None else resolved.index)
     try:
         torch.zeros(1, device=resolved).add(1)
-    except Exception as cause:  # each device type fails with its own exception
+    except Exception as cause:  # every device type raises a different exception
         reason = str(cause).splitlines()[0]
         raise BackendError(f"device: {device} is not available: {reason}") from cause
     return resolved
 
 
 def same_device(a: torch.device, b: torch.device) -> bool:
-    """Whether two names mean one device: tensors on "mps" or "xpu" say that they are on "mps:0" or "xpu:0"."""
+    """Whether two devices are the same; "mps" and "xpu" equal "mps:0" and "xpu:0", which their tensors report."""
     return a.type == b.type and (a.index or 0) == (b.index or 0)
 
 

@@ -1,4 +1,4 @@
-"""`optimize`: a model in, a callable that gives the same pictures faster out."""
+"""`optimize`: turns a model into an engine, a callable with the same results that runs faster."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ from .verified import verified
 logger = logging.getLogger("lgnet_fast")
 
 SHAPES_KEPT = 8
-"""Shapes whose plans and buffers are kept; the least recently used goes first."""
+"""Number of shapes whose plans and buffers are kept; the least recently used is dropped first."""
 HOLES_KEPT = 128
-"""Restricted plans kept a shape."""
+"""Restricted plans kept per shape."""
 
-# A restricted run must save this share of the multiplications, else the dense one is taken.
+# A restricted run must save this share of the multiplications; otherwise the run is dense.
 _WORTHWHILE = 0.05
 
 
@@ -55,13 +55,13 @@ class _Shape:
         self.regions: Recent[Regions | None] = Recent(HOLES_KEPT)
 
     def restricted(self, holes: Sequence[Rect]) -> Plan:
-        """The plan within these holes, as coarse as the executor wants them."""
+        """The plan restricted to these holes, rounded to the granularity of the executor."""
         if self.executor.granularity > 1:
             holes = rounded(join(holes), self.executor.granularity, self.plan.height, self.plan.width)
         return self.plan.restricted(holes)
 
     def regions_for(self, holes: Sequence[Rect]) -> Regions | None:
-        """Every step's rectangles for these holes; None where the dense run is no dearer."""
+        """The rectangles of every step for these holes; None where a dense run costs no more."""
 
         def make() -> Regions | None:
             plan = self.restricted(holes)
@@ -73,8 +73,9 @@ class _Shape:
 
 
 def _fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """Changes when a weight is written to, replaced or moved. Tensors made under ``torch.inference_mode`` count no
-    writes: of those only replacing and moving shows."""
+    """A value that changes when a weight is written to, replaced or moved.
+
+    Tensors created under ``torch.inference_mode`` count no writes: only their replacement or move is detected."""
     return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model))
 
 
@@ -83,22 +84,21 @@ def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
 
 
 def _storages(model: nn.Module) -> tuple[int, ...]:
-    """What stays when PyTorch moves weights into shared memory, to send the model to another process."""
+    """The part that stays the same when PyTorch moves weights to shared memory for another process."""
     return tuple(t.untyped_storage()._cdata for t in _tensors(model))
 
 
 class Engine:
     """The optimised form of a model; made by :func:`optimize`.
 
-    Calling it is thread-safe. It holds its own packed weights, and no reference to the model: when the model's
-    weights change or move while it lives, the next call raises LGNetError. (Weights that were made under
-    ``torch.inference_mode`` count no writes, nor does this process those of others into shared memory: of such only a
-    replacement or a move is noticed.) Engines do not pickle. They work under any default dtype, default device and
-    inference mode.
+    Calling it is thread-safe. It holds packed copies of the weights and no strong reference to the model. If the
+    weights of the model change or move while the model exists, the next call raises LGNetError. (For weights created
+    under ``torch.inference_mode``, or written by another process through shared memory, only a replacement or a move
+    is detected.) Engines cannot be pickled. They work under any default dtype, default device and inference mode.
 
-    Where a hole sample of the model is NaN or infinite for NaN or infinity in its weights or input, so is that of the
-    engine, also in a run restricted to holes. (What overflows in the model alone, a feature that its BatchNorm would
-    scale down again, need not overflow here: that scale is part of the weights.)
+    Where NaN or infinity in the weights or the input makes a hole sample of the model NaN or infinite, the engine's
+    is too, also in a run restricted to holes. (An overflow that occurs only in the model, in a feature that its
+    BatchNorm would scale down, need not occur here, because that scale is folded into the weights.)
     """
 
     size_multiple = Cascade.size_multiple
@@ -118,7 +118,7 @@ class Engine:
         )
         self._stages = ("X", "L", "G_att") if isinstance(model, LocalGlobalRefinement) else tuple(model.networks())
         self._config = model.config if isinstance(model, LGNet) else None
-        # Read from a file, an engine has no model that could change.
+        # An engine read from a file has no model that could change.
         on_meta = any(p.is_meta for p in model.parameters())
         self._model = None if on_meta else weakref.ref(model)
         self._model_was_there = not on_meta
@@ -140,24 +140,24 @@ class Engine:
     def __call__(
         self, image: Tensor, mask: Tensor, return_stages: bool = False, holes: Sequence[Rect] | None = None
     ) -> Tensor | Stages:
-        """Fill the hole; the contract of :meth:`LGNet.forward`.
+        """Fill the hole, as :meth:`LGNet.forward` does.
 
         Args:
             image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256; any float dtype.
             mask: [B, 1, H, W], 1 = hole; dtype and device of `image`.
-            return_stages: every stage's picture. Raw ones are None where the run was restricted to holes.
-            holes: rectangles (top, bottom, left, right), ends excluded, that contain every hole pixel, of all samples
-                together, where the caller knows them; None: found in the mask, for each sample by itself on the CPU;
-                on a GPU for all together, in cells of 32x32 pixels, where that needs no wait for queued work
-                (:mod:`.device_holes`). That they contain every hole pixel is checked for a mask on the CPU, and the
-                caller's promise elsewhere: a hole pixel outside them may come back white.
+            return_stages: also return the pictures of all stages. Raw ones are None in a run restricted to holes.
+            holes: rectangles (top, bottom, left, right), ends excluded, that contain every hole pixel of all samples.
+                None: found in the mask; on the CPU for each sample, on a GPU for all samples together in cells of
+                32x32 pixels, where that needs no wait for queued work (:mod:`.device_holes`). For a mask on the CPU
+                it is checked that they contain every hole pixel. On other devices the caller is responsible: a hole
+                pixel outside them may be returned white.
 
         Returns:
             The merged result in the dtype of `image`, or :class:`Stages`.
 
         Raises:
             TypeError, ValueError: an argument that does not fit; the message names it.
-            LGNetError: the model's weights are no longer the engine's.
+            LGNetError: the weights of the model have changed since the engine was made.
         """
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)
@@ -183,7 +183,7 @@ class Engine:
             raw = [r.to(image.dtype) for r in raw]
             if start is not None:
                 raw.insert(0, start)
-            # Outside the hole, a restricted run's raw pictures hold anything at all.
+            # Outside the hole, the raw pictures of a restricted run are undefined.
             hole = mask != 0
             merged = tuple(torch.where(hole, image * (1 - mask) + r * mask, image) for r in raw)
             if restricted:
@@ -214,7 +214,7 @@ class Engine:
         return regions is not None, *shape.executor.run(image, mask, start, regions)
 
     def _notice_model(self) -> None:
-        """Refuse a model whose weights are no longer the engine's; when it has gone, let its memory go too."""
+        """Raise if the weights of the model have changed. Where the model no longer exists, release its memory."""
         model = None if self._model is None else self._model()
         if model is not None:
             now = _fingerprint(model)
@@ -248,7 +248,7 @@ class Engine:
             return _Shape(plan, self._first.executor.resized(plan))
 
     def warmup(self) -> None:
-        """Run once on a grey picture whose hole is everywhere, so that nothing is left for the first real call."""
+        """Run once on a grey picture that is all hole, so that the first real call needs no set-up."""
         image, mask = self._example()
         self(image, mask, holes=[self._first.plan.buffers[PICTURE].everywhere])
 
@@ -263,12 +263,12 @@ class Engine:
         return self._first.plan
 
     def describe(self, holes: Sequence[Rect] | None = None, rounds: int = 5) -> Table:
-        """The plan as a table for ``rich``: step, shapes, GFLOP, MB, kernel, ms measured here, GFLOP/s,
-        and what share of the measured time this machine's peaks would need (Winograd can exceed 100 %).
+        """The plan as a table for ``rich``: step, shapes, GFLOP, MB, kernel, measured ms, GFLOP/s, and the least time
+        at this machine's peak rates as a share of the measured time (Winograd can exceed 100 %).
 
         Args:
             holes: describe the run restricted to these rectangles; None: the dense run.
-            rounds: runs whose least times are shown.
+            rounds: number of timed runs; the least times are shown.
         """
         return describe(self._first.executor, self.plan if holes is None else self._first.restricted(holes), rounds)
 
@@ -293,27 +293,27 @@ def optimize(
     hole_aware: bool = True,
     tune: bool | float = False,
 ) -> Engine:
-    """A fast form of `model`, with the same contract as ``model(image, mask)``.
+    """A fast form of `model`, called in the same way: ``engine(image, mask)``.
 
-    On an NVIDIA GPU (sm_80 and later) its kernels are checked once against the model in float32, and the verdict is
-    kept in the user's cache folder; where one fails, a WARNING says so and the next best path runs
-    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the device's best layout. On a
-    CPU for which the C++ kernels are the portable ones, whichever of both is faster runs: measured once, six seconds
-    at most, and kept (:mod:`.cpu_path`).
+    On an NVIDIA GPU (sm_80 and later) the kernels are checked once against the model in float32, and the verdict is
+    kept in the user's cache folder. Where a check fails, a WARNING says so and the next best path runs
+    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the best memory format for the
+    device. On a CPU that has only the portable C++ kernels, the engine measures once whether they or the model are
+    faster (six seconds at most) and keeps the answer (:mod:`.cpu_path`).
 
     Args:
         model: any LGNet or X_LG; used in evaluation mode, left untouched.
-        size: (height, width) to prepare for, multiples of 256; other shapes are planned when they come.
+        size: (height, width) to prepare for, multiples of 256; other shapes are planned at their first call.
         batch_size: to prepare for.
-        device: "auto" (a GPU if there is one), or as torch names it.
-        dtype: to compute in: "auto" (float32 on a CPU, float16 on a GPU), a torch.dtype or its name.
-        hole_aware: compute each layer only where a hole pixel depends on it. Same pixels as the dense run.
-        tune: measure every step's kernels on this machine, for a minute or so many seconds, and keep what is fastest
-            in the user's cache folder, where later calls for this network and size find it. Where there is nothing,
-            a model of the time decides.
+        device: "auto" (a GPU if there is one), or a name that torch knows.
+        dtype: of the computation: "auto" (float32 on a CPU, float16 on a GPU), a torch.dtype or its name.
+        hole_aware: compute each layer only where a hole pixel depends on it. The result equals that of a dense run.
+        tune: measure the kernels of every step on this machine, for a minute (True) or for this many seconds, and
+            keep the fastest in the user's cache folder, where later calls for this network and size find them.
+            Without measurements a cost model chooses the kernels.
 
     Returns:
-        The engine; it keeps no reference to the model's weights.
+        The engine. It keeps no reference to the weights of the model.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
@@ -333,7 +333,7 @@ def optimize(
         raise ValueError(f"tune: expected a bool or a number of seconds, got {tune!r}")
     target = resolve_device(device)
     computed = resolve_dtype(dtype, target)
-    # What an engine keeps must serve calls outside inference mode too.
+    # The tensors of an engine must also work outside inference mode.
     with torch.inference_mode(False), torch.no_grad():
         plan = build_plan(plan_stages(model), batch_size, height, width)
         executor = _executor(model, plan, target, computed, SECONDS if tune is True else float(tune))
@@ -341,8 +341,8 @@ def optimize(
 
 
 def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a model would run in plain PyTorch on `device` in `dtype`, in one sentence; None where an executor of its
-    plan is faster."""
+    """Why a model would run in plain PyTorch on `device` in `dtype`, in one sentence; None where an executor is
+    faster."""
     if device.type == "cuda":
         return CudaExecutor.unavailable_reason(device, dtype)
     if device.type != "cpu":
@@ -355,8 +355,8 @@ def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None
 def _executor(
     model: LGNet | LocalGlobalRefinement, plan: Plan, device: torch.device, dtype: torch.dtype, tune_seconds: float
 ) -> Executor:
-    """The fastest executor for a device and dtype that passes its check there; the model in its best layout, with the
-    reason logged, where there is no other."""
+    """The fastest executor for a device and dtype that passes its check there. Where there is none, the model itself
+    in the best memory format, with the reason logged."""
     reason = fast_executor_reason(device, dtype)
     if reason is not None:
         logger.info("the model runs in plain PyTorch: %s", reason)
@@ -369,7 +369,7 @@ def _executor(
                 cuda_tuning.tune(plan, dtype, device, tune_seconds)
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # what is wrong with the kernels, `verified` finds out
+            except Exception as error:  # `verified` finds and reports faults of the kernels
                 logger.warning("kernels are not tuned: %s", error_text(error))
         return verified(model, plan, device, dtype)[0]
     if tune_seconds:
@@ -383,7 +383,7 @@ def _executor(
 
 
 def load_engine(directory: str | os.PathLike[str]) -> Engine:
-    """The engine that :meth:`Engine.save` wrote; nothing is folded, packed or measured again.
+    """Load an engine that :meth:`Engine.save` wrote; nothing is folded, packed or measured again.
 
     Raises:
         WeightsError: the files are missing or damaged.

@@ -1,4 +1,4 @@
-"""What can run a plan, and what each kind of it can do: the interface between the engine and its executors."""
+"""The interface between the engine and its executors, which run plans."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ Result: TypeAlias = tuple[Tensor, list[Tensor]]
 
 
 class Executor(ABC):
-    """Runs a plan of one batch and size. What an executor cannot do, it inherits from here: an honest "no".
+    """Runs a plan of one batch and size. The defaults here are those of an executor without optional abilities.
 
     Attributes:
         granularity: rectangles of holes are rounded outward to multiples of this many pixels before regions are made.
         per_sample: whether :meth:`run_each` computes each sample in regions of its own.
-        restricts: whether regions save anything at all.
+        restricts: whether regions save any work.
     """
 
     granularity = 1
@@ -34,33 +34,33 @@ class Executor(ABC):
     @property
     @abstractmethod
     def device(self) -> torch.device:
-        """Where pictures come from and results go."""
+        """Device of the pictures and of the results."""
 
     @property
     @abstractmethod
     def dtype(self) -> torch.dtype:
-        """What it computes in."""
+        """The dtype of the computation."""
 
     @abstractmethod
     def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
-        """The merged picture and the stages' raw ones.
+        """The merged picture and the raw picture of every stage.
 
         Args:
             image, mask: [B, 3, H, W] and [B, 1, H, W] of the plan's sizes.
-            start: painted into the hole at first, [B, 3, H, W]; None: white.
-            regions: each step's rectangles, of all samples alike; None: everywhere. Raw pictures hold anything
-                outside the last step's rectangles.
+            start: the initial picture in the hole, [B, 3, H, W]; None: white.
+            regions: the rectangles of each step, for all samples alike; None: everywhere. Raw pictures are undefined
+                outside the rectangles of the last step.
         """
 
     def run_each(
         self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Sequence[Regions | None]
     ) -> Result:
-        """Like :meth:`run`, with regions for each sample; here everything is computed."""
+        """Like :meth:`run`, with regions for each sample. The default computes everything."""
         return self.run(image, mask, start)
 
     @abstractmethod
     def resized(self, plan: Plan) -> Executor:
-        """An executor of the same weights for another batch or size."""
+        """An executor with the same weights for another batch or size."""
 
     @property
     def choices(self) -> Mapping[str, str]:
@@ -69,18 +69,18 @@ class Executor(ABC):
 
     @property
     def chosen_by(self) -> str:
-        """What the choices follow, in a few words."""
+        """How the kernels were chosen, in a few words."""
         return "rule"
 
     def step_times(
         self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5
     ) -> list[float] | None:
-        """Milliseconds of every step in place, the least of `rounds` runs; None where steps cannot be timed."""
+        """Milliseconds of every step within a run, the least of `rounds` runs; None where steps cannot be timed."""
         return None
 
     def release(self) -> None:  # noqa: B027
-        """Give memory that nobody uses any more back to the system, where there may be some."""
+        """Return unused memory to the system."""
 
     def state(self) -> Mapping[str, Any] | None:
-        """What a later process needs to go on without packing; None where that cannot be kept."""
+        """State from which another process can build the executor without packing; None where it cannot be saved."""
         return None

@@ -1,15 +1,15 @@
-"""What a convolution reads, and how it splits into sums with stride 1: the one place with this algebra.
+"""The algebra of convolutions: which sources they read, and how they split into sums with stride 1.
 
 Along one axis (both are alike) output ``o`` is the sum over the kernel's taps ``t`` of ``w[t] * source[x]``::
 
     convolution             x = stride * o - padding + t
     transposed convolution  x = (o + padding - t) / stride, where that is a whole number
 
-so the outputs ``[start, stop)`` read one run of sources (:meth:`Geometry.span`). For kernels, outputs are taken
-``out_step`` apart, the phases: output ``out_step * i + out`` reads from source ``in_step * i + start`` on, with
-``in_step = stride`` for a convolution (one phase) and ``out_step = stride`` for a transposed one (`stride` phases).
-Executors differ in what they do with that: the CPU's split a phase further by input phases (:meth:`Geometry.phases`),
-the GPU's take its sources one after another, or join the outputs of a patch (:meth:`Geometry.axis`).
+so the outputs ``[start, stop)`` read one range of sources (:meth:`Geometry.span`). Kernels group outputs by phases:
+output ``out_step * i + out`` reads the sources from ``in_step * i + start``, with ``in_step = stride`` for a
+convolution (one phase) and ``out_step = stride`` for a transposed one (`stride` phases). The CPU executor splits a
+phase further by input phases (:meth:`Geometry.phases`). The GPU executor takes the sources of a phase in order, or
+joins the outputs of a patch (:meth:`Geometry.axis`).
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Phase:
 class Axis(NamedTuple):
     """Along one axis, ``out[out_step * g + phase] = sum_t source[in_step * g + origins[phase] + t] w[phase][t]``.
 
-    `taps[phase]` is the number of taps t; `patch` outputs a row g of the product (their columns stand side by side,
-    there is one phase then).
+    `taps[phase]` is the number of taps t. With `patch` > 1, a row g of the product holds `patch` outputs side by
+    side, and there is one phase.
     """
 
     in_step: int
@@ -51,7 +51,7 @@ class Axis(NamedTuple):
         return len(self.origins)
 
     def used(self, phase: int, in_size: int, out_size: int, reflect: bool) -> tuple[int, int]:
-        """First tap and number of taps of a phase that meet any of `in_size` sources, for `out_size` outputs."""
+        """First tap and number of taps of a phase that read any of `in_size` sources, for `out_size` outputs."""
         if reflect:
             return 0, self.taps[phase]
         rows = range(-(-out_size // self.out_step))
@@ -67,7 +67,7 @@ class Axis(NamedTuple):
 class Geometry:
     """A square (transposed) convolution, apart from its channels and sizes.
 
-    reflect: `padding` is by reflection, else by zeros. output_padding: as torch.nn.ConvTranspose2d has it.
+    reflect: reflection padding, else zero padding. output_padding: that of torch.nn.ConvTranspose2d.
     """
 
     kernel: int
@@ -79,12 +79,12 @@ class Geometry:
 
     @property
     def in_step(self) -> int:
-        """Sources between two rows of a phase."""
+        """Step between the first sources of neighbouring rows of a phase."""
         return 1 if self.transposed else self.stride
 
     @property
     def out_step(self) -> int:
-        """Outputs between two rows of a phase: the number of phases."""
+        """Step between neighbouring outputs of a phase, which is the number of phases."""
         return self.stride if self.transposed else 1
 
     def tap(self, output: int, source: int) -> int | None:
@@ -96,21 +96,21 @@ class Geometry:
         return tap if 0 <= tap < self.kernel else None
 
     def span(self, start: int, stop: int) -> tuple[int, int]:
-        """Sources [low, high) that outputs [start, stop) read, padding included."""
+        """Sources [low, high) that outputs [start, stop) read, including padding."""
         if self.transposed:
             low = -(-(start + self.padding - self.kernel + 1) // self.stride)
             return low, (stop - 1 + self.padding) // self.stride + 1
         return start * self.stride - self.padding, (stop - 1) * self.stride - self.padding + self.kernel
 
     def _inside(self, start: int, stop: int, size: int) -> tuple[int, int]:
-        """The same of a map of `size` sources: what is read of it where the padding is made up."""
+        """Sources [low, high) of a map of `size` that outputs [start, stop) read, without padding."""
         low, high = self.span(start, stop)
         if self.reflect:  # index -i reads i, index size - 1 + i reads size - 1 - i
             return max(0, min(low, 2 * (size - 1) - (high - 1))), min(size, max(high, 1 - low))
         return max(0, low), min(size, high)
 
     def reads(self, outputs: Rect, size: tuple[int, int]) -> Rect:
-        """What a rectangle of outputs reads of a source of `size` (height, width)."""
+        """The rectangle that a rectangle of outputs reads of a source of `size` (height, width)."""
         rows = self._inside(outputs.top, outputs.bottom, size[0])
         return Rect(*rows, *self._inside(outputs.left, outputs.right, size[1]))
 
@@ -133,13 +133,13 @@ class Geometry:
         weights = self.kernel**2 * channels
         if not self.transposed:
             return outputs.area * weights
-        # every source meets every tap once
+        # every source is multiplied by every tap once
         height, width = self.out_size(size)
         share = size[0] * size[1] * (outputs.area / (height * width))
         return round(min(self.reads(outputs, size).area, share) * weights)
 
     def phases(self) -> tuple[Phase, ...]:
-        """Every output phase along an axis, split by the input phases that a stride makes: sums with stride 1."""
+        """Every output phase along an axis, split by input phases of the stride: sums with stride 1."""
         found = []
         for out in range(self.out_step):
             low, high = self.span(out, out + 1)
@@ -149,7 +149,7 @@ class Geometry:
         return tuple(found)
 
     def axis(self, patch: int = 1) -> Axis:
-        """The phases with all their sources in a row; of a patch of outputs, a multiple of `out_step`, one phase."""
+        """The phases with their sources in order. With `patch` > 1, a multiple of `out_step`, there is one phase."""
         single = [self.span(out, out + 1) for out in range(self.out_step)]
         spans = single if patch == 1 else [self.span(0, patch)]
         origins, taps = tuple(low for low, _ in spans), tuple(high - low for low, high in spans)

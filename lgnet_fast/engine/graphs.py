@@ -1,8 +1,8 @@
-"""CUDA graphs: a list of launches recorded once, and replayed by one call.
+"""CUDA graphs: a list of launches captured once and replayed by one call.
 
-Capturing happens under a lock of the whole process (two captures at once disturb each other), on a stream of its own,
-after a run on that stream, which compiles and loads every kernel. What cannot be captured is launched directly; the
-caller's stream and the allocator are left as they were.
+A capture holds a lock of the whole process, because concurrent captures disturb each other. It uses a separate
+stream, after a warm-up run on that stream, which compiles and loads every kernel. Launches that cannot be captured
+are made directly; the caller's stream and the allocator are restored.
 """
 
 from __future__ import annotations
@@ -20,23 +20,23 @@ logger = logging.getLogger("lgnet_fast")
 
 _CAPTURE_LOCK = threading.Lock()
 _RETRY_AFTER = (10, 100, 1000)
-"""Calls between a failed capture and the next try."""
+"""Numbers of calls between a failed capture and the next attempt."""
 
 
 class CaptureError(Exception):
-    """A list of launches ran, but could not be captured; `__cause__` is what torch or CUDA said."""
+    """The launches ran but could not be captured; `__cause__` is the error of torch or CUDA."""
 
 
 def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
-    """Record what `launches` launches on `device`. The caller's stream is current again afterwards, whatever failed.
+    """Capture the launches of `launches` on `device`. The caller's stream is restored, also on failure.
 
     Args:
         launches: called twice, first to warm up. It must neither wait for the device nor read from it.
         pool: memory for what it allocates, as ``torch.cuda.graph_pool_handle()`` gives.
 
     Raises:
-        CaptureError: it runs, but cannot be captured, here or just now.
-        Exception: whatever the first call of `launches` raises: it does not run at all.
+        CaptureError: `launches` runs, but could not be captured.
+        Exception: any error of the first call of `launches`.
     """
     with _CAPTURE_LOCK, torch.cuda.device(device):
         current = torch.cuda.current_stream(device)
@@ -58,14 +58,14 @@ def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> to
                 _end_allocations(pool)
                 raise CaptureError(error_text(error)) from error
         finally:
-            # torch.cuda.graph leaves its own stream current where the end of the capture raises
+            # where the end of the capture raises, torch.cuda.graph leaves its stream current
             torch.cuda.set_stream(current)
     return graph
 
 
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
-    """No garbage collection: an object that waits for the device as it goes would end the capture."""
+    """Disable garbage collection: a destructor that waits for the device would end the capture."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -76,22 +76,22 @@ def _uncollected() -> Iterator[None]:
 
 
 def _end_allocations(pool: Any) -> None:
-    """PyTorch's allocator serves a capture until its end, which a failed one may not have told it of."""
+    """End the capture mode of PyTorch's allocator, which a failed capture may leave on."""
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)
     if end is not None:
-        with contextlib.suppress(Exception):  # it had been told, or never began
+        with contextlib.suppress(Exception):  # the mode had ended, or had not begun
             end(torch.cuda.current_device(), pool)
 
 
 def error_text(error: BaseException) -> str:
-    """An exception in one line, after the one during whose handling it came (a failed capture hides the launch's)."""
+    """An exception in one line, preceded by its context: a failed capture hides the error of the launch."""
     first = error.__cause__ or error.__context__
     text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     return text if first is None else f"{error_text(first)}; then {text}"
 
 
 def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of `device` is being captured, by whomever."""
+    """Whether the current stream of `device` is being captured."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):
@@ -101,14 +101,15 @@ def is_capturing(device: torch.device) -> bool:
 class Program:
     """Launches on fixed memory: directly for the first `direct` calls, then by graph where that is possible.
 
-    A capture that fails is tried again after 10, 100 and 1000 more calls (another thread's synchronise can fail one),
-    then no more. Not thread-safe: the owner of the memory holds its lock and orders the streams that calls come on.
+    A failed capture is tried again after 10, 100 and 1000 more calls, because a synchronisation by another thread can
+    cause it, then no more. Not thread-safe: the owner of the memory must hold its lock and order the streams of
+    calls.
 
     Args:
-        launches: what :func:`capture` takes.
-        device: where; graphs need "cuda".
+        launches: see :func:`capture`.
+        device: of the launches; graphs need "cuda".
         pool: see :func:`capture`; None: never capture.
-        direct: calls without a graph, for work that may not come again.
+        direct: number of calls without a graph, for work that may not be repeated.
 
     A call raises what `launches` raises.
     """
@@ -117,7 +118,7 @@ class Program:
         self._launches, self._device, self._pool = launches, device, pool
         self.graph: torch.cuda.CUDAGraph | None = None
         self.reason: str | None = None if pool is not None else "graphs are switched off"
-        """Why there is no graph; None where there is one, or none was tried yet."""
+        """Why the capture failed; None where there is a graph, or no capture was tried yet."""
         self._waits = list(_RETRY_AFTER) if pool is not None else []
         self._wait = direct if pool is not None else -1
 

@@ -1,4 +1,4 @@
-"""Where a mask's holes are: groups of nearby hole pixels and their bounding boxes."""
+"""The holes of a mask: groups of nearby hole pixels and their bounding boxes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import Tensor
 from .regions import Rect, join
 
 CELL = 16
-"""Side of the cells that holes are grouped by: closer than one cell is one group, two cells apart never is."""
+"""Side in pixels of the cells that group hole pixels: neighbouring cells are one group, also across a corner."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ def group_holes(hole: np.ndarray) -> HoleGroups:
     """The 8-connected groups of the cells of a hole bool [H, W] that contain a hole pixel."""
     height, width = hole.shape
     columns = np.zeros((-(-height // CELL), width), dtype=bool)
-    # Band by band: numpy's reduceat along the first axis takes a hundred times as long.
+    # One band of cells at a time: numpy's reduceat along the first axis would take a hundred times as long.
     for band in np.unique(np.flatnonzero(hole.any(axis=1)) // CELL):
         hole[band * CELL : (band + 1) * CELL].any(axis=0, out=columns[band])
     cells = np.logical_or.reduceat(columns, np.arange(0, width, CELL), axis=1)
@@ -58,9 +58,9 @@ def group_holes(hole: np.ndarray) -> HoleGroups:
 
 
 def _ends(hole: np.ndarray, y: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """int [4, n]: top, bottom, left and right of the hole pixels in each cell (y, x), all of which have some.
+    """Top, bottom, left and right, int [4, n], of the hole pixels in each cell (y, x). Every cell must have some.
 
-    The picture's last row and column count as repeated in cells that stick out of it.
+    In cells that extend past the picture, its last row and column count as repeated.
     """
     inside = np.arange(CELL)
     rows = np.minimum(y[:, None] * CELL + inside, hole.shape[0] - 1)
@@ -86,7 +86,7 @@ def bounding_box(hole: np.ndarray) -> Rect:
 def disjoint_boxes(boxes: Iterable[Rect], shape: tuple[int, int]) -> list[Rect]:
     """Disjoint boxes, with sides on the grid of cells or on the border of a picture of `shape`, that cover `boxes`.
 
-    Boxes that share a cell end up in one, so whatever lies in two of `boxes` lies in one of the result.
+    Boxes that share a cell are joined, so no cell belongs to two boxes of the result.
     """
     found, before = list(boxes), -1
     while len(found) != before:
@@ -107,17 +107,17 @@ def disjoint_boxes(boxes: Iterable[Rect], shape: tuple[int, int]) -> list[Rect]:
 
 
 def hole_boxes(mask: Tensor) -> tuple[Rect, ...]:
-    """Bounding boxes of the holes of a mask [B, 1, H, W] on the CPU, of all samples together; none if it is empty."""
+    """Bounding boxes of the holes of a mask [B, 1, H, W] on the CPU, for all samples together; none without holes."""
     return join(group_holes((mask != 0).any(dim=0)[0].numpy()).boxes)
 
 
 def check_holes(holes: Sequence[Rect], mask: Tensor) -> tuple[Rect, ...]:
-    """`holes` as rectangles that lie inside the picture and, where `mask` [B, 1, H, W] is on the CPU, cover it.
+    """Check `holes`: rectangles inside the picture that, for a `mask` [B, 1, H, W] on the CPU, cover its hole.
 
-    The values of a mask on another device are not read: that would wait for the device.
+    The values of a mask on another device are not read, because that would wait for the device.
 
     Raises:
-        TypeError, ValueError: they do not; the message names ``holes``.
+        TypeError, ValueError: the rectangles do not; the message names ``holes``.
     """
     height, width = mask.shape[2:]
     if not isinstance(holes, Sequence):

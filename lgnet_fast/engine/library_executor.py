@@ -1,6 +1,6 @@
-"""A plan on a GPU whose steps, some or all, run by PyTorch's operators (cuDNN) over the same channels-last memory.
+"""Running a plan on a GPU with some or all steps by PyTorch's operators (cuDNN), on the same channels-last buffers.
 
-It takes over where a kernel does not compile, does not launch or is wrong. It always runs densely.
+It is used where a kernel does not compile, does not launch or is wrong. It always runs densely.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from .plan import PICTURE, AttentionStep, Plan
 from .regions import Rect
 
 PAINT = "paint"
-"""Name of what comes before a plan's first step: painting the hole, copying the picture."""
+"""Name of the work before the first step of a plan: painting the hole, copying the picture."""
 
 
 class LibraryExecutor(CudaExecutor):
-    """Runs a plan as :class:`.cuda_executor.CudaExecutor` does, without the kernels of the steps (and :data:`PAINT`)
-    that are ``by_library`` in its weights."""
+    """A :class:`.cuda_executor.CudaExecutor` that runs the steps named in ``by_library`` of its weights (and
+    :data:`PAINT`, if named) by PyTorch's operators."""
 
     restricts = False
 
@@ -38,22 +38,22 @@ class LibraryExecutor(CudaExecutor):
         steps: Iterable[str] | None = None,
         graphs: bool = True,
     ) -> LibraryExecutor:
-        """The executor of a plan with weights whose `steps` run by PyTorch; None: all of them."""
+        """An executor of a plan with weights that runs `steps` (None: all) by PyTorch."""
         names = _all_steps(plan) if steps is None else frozenset(steps)
         return cls.of(plan, dtype, device=device, by_library=names, graphs=graphs)
 
     @classmethod
     def taking_over(cls, executor: CudaExecutor) -> LibraryExecutor:
-        """All steps of another executor, with its weights unpacked, in its dtype; without a graph."""
+        """An executor that runs all steps of another one by PyTorch, in the same dtype, without a graph."""
         weights = executor.weights.all_by_library(executor.plan, _all_steps(executor.plan))
         return cls(executor.plan, weights, replace(executor.options, graphs=False, deep_rows=0))
 
     def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
-        """As there, everywhere."""
+        """See :meth:`.cuda_executor.CudaExecutor.launches`; always dense."""
         return super().run(image, mask, start)
 
     def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:
-        """One step's launches, everywhere."""
+        """The launches of one step, always dense."""
         return super().step_launches(memory, number)
 
     def _launches(self, memory: Memory, regions: Regions | None, painted: bool) -> list[Launch]:
@@ -78,7 +78,7 @@ def _all_steps(plan: Plan) -> frozenset[str]:
 
 
 def _paint(memory: Memory, painted: bool) -> None:
-    """What `kernels.conv.paint_forward` does."""
+    """The same as `kernels.conv.paint_forward`."""
     start = memory.start if painted else torch.ones_like(memory.image)
     merged = memory.image * (1 - memory.mask) + start * memory.mask
     picture = memory.maps[PICTURE]

@@ -1,4 +1,4 @@
-"""The model itself behind the executors' interface: where no executor of the plan is faster, or none is right."""
+"""The model itself as an executor, for devices where no executor of the plan is faster or correct."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from .plan import Plan
 
 
 class ModelExecutor(Executor):
-    """Runs a copy of a model in eager PyTorch, always densely, at any size; pictures come and go as float32.
+    """Runs a copy of a model in eager PyTorch, always densely, at any size; pictures are passed as float32.
 
     Args:
         model: of an X_LG, the stages after the first.
-        device: where to run.
-        dtype: to compute in.
-        backend: of the fused operators, see :meth:`.Cascade.set_backend`; None: the model's.
+        device: of the computation.
+        dtype: of the computation.
+        backend: of the fused operators, see :meth:`.Cascade.set_backend`; None: that of the model.
     """
 
     restricts = False
@@ -34,10 +34,10 @@ class ModelExecutor(Executor):
         dtype: torch.dtype,
         backend: str | None = None,
     ) -> None:
-        # the first stage of an X_LG is the engine's matter
+        # the engine runs the first stage of an X_LG
         memo: dict[int, Any] = {id(model.first_stage): None} if isinstance(model, LocalGlobalRefinement) else {}
         self._model = copy.deepcopy(model, memo).eval()
-        # cuDNN's and oneDNN's GPU convolutions want channels last; Metal's gain nothing by it
+        # convolutions of cuDNN and oneDNN on GPUs are faster in channels last, those of Metal are not
         self._layout = torch.channels_last if device.type in ("cuda", "xpu") else torch.contiguous_format
         self._model.to(device, dtype).to(memory_format=self._layout)  # type: ignore[call-overload]
         if backend is not None:
@@ -54,12 +54,12 @@ class ModelExecutor(Executor):
 
     @property
     def networks(self) -> list[Callable[[Tensor], Tensor]]:
-        """The stages' networks, [B, 4, H, W] to [B, 3, H, W] in :attr:`dtype`; of an X_LG, those after the first."""
+        """The networks of the stages, [B, 4, H, W] to [B, 3, H, W] in :attr:`dtype`; for an X_LG, after the first."""
         model = self._model
         return list(model.networks().values()) if isinstance(model, LGNet) else [model.net_l, model.net_g]
 
     def resized(self, plan: Plan) -> ModelExecutor:
-        """Itself: the model takes any size."""
+        """This executor: the model takes any size."""
         return self
 
     def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
@@ -71,6 +71,6 @@ class ModelExecutor(Executor):
                 picture = model._merge_concat(known, raw[-1], hole)
                 raw.append(net(picture.contiguous(memory_format=self._layout)))
             pictures = [r.float() for r in raw[1:]] if self._dtype != torch.float64 else raw[1:]
-            # in the precision of the input: known pixels are its own
+            # in the precision of the input, so that known pixels are exact
             exact = torch.promote_types(image.dtype, torch.float32)
             return merge(image.to(exact), pictures[-1].to(exact), mask.to(exact)), pictures

@@ -1,12 +1,12 @@
-"""A model as a straight list of steps over named buffers: what every executor runs.
+"""A plan: a model as a list of steps over named buffers, which executors run.
 
-BatchNorm is folded into weights; every pointwise operation sits in the epilogue of the step that produces its
-operand. Concatenations are channel slices of one buffer that two steps write. Because relu(leaky_relu(x)) = relu(x),
-an encoder step stores its result twice, as leaky_relu(x) for the next encoder step and as relu(x) in the slice that
-the decoder reads, and no step needs an activation on its input.
+BatchNorm is folded into weights. Every pointwise operation is in the epilogue of the step that produces its operand.
+A concatenation is one buffer; two steps write its channel slices. Because relu(leaky_relu(x)) = relu(x), an encoder
+step stores its result twice: leaky_relu(x) for the next encoder step, and relu(x) in the slice that the decoder
+reads. So no step needs an activation on its input.
 
-The picture lives in one buffer, [B, H, W, 4] = (merged picture, mask), from the first stage to the last: a stage's
-final step overwrites the pixels of the hole, ``image * (1 - mask) + tanh(result) * mask``, and nothing else moves.
+One buffer [B, H, W, 4] = (merged picture, mask) holds the picture from the first stage to the last. The last step of
+a stage writes ``image * (1 - mask) + tanh(result) * mask`` into it; nothing is copied between stages.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class View:
 
 @dataclass(frozen=True)
 class Store:
-    """One of a step's results: ``activation(value)`` written to `view`."""
+    """A result of a step: ``activation(value)`` written to `view`."""
 
     view: View
     activation: Activation = "none"
@@ -66,9 +66,10 @@ class Store:
 
 @dataclass(frozen=True, kw_only=True)
 class _Layer(ABC):
-    """One layer with everything pointwise around it: a value is computed from `source`, then every store.
+    """One layer with its pointwise operations: a value is computed from `source`, then written by every store.
 
-    weight, bias: as the layer's module has them, BatchNorm folded in. regions: rectangles of the output to compute.
+    weight, bias: in the layout of the layer's module, BatchNorm folded in. regions: rectangles of the output to
+    compute.
     """
 
     name: str
@@ -78,7 +79,7 @@ class _Layer(ABC):
     bias: Tensor = field(repr=False)
     regions: tuple[Rect, ...] = ()
     weights_of: str = ""
-    """The first step with these weights: another one where two stages share a network, else this one."""
+    """Name of the first step with these weights: an earlier one where stages share a network, else this one."""
 
     def __post_init__(self) -> None:
         if not self.weights_of:
@@ -95,7 +96,7 @@ class _Layer(ABC):
 
     @abstractmethod
     def reads(self, outputs: Rect, source: Buffer) -> Rect:
-        """What a rectangle of outputs reads of the source's buffer."""
+        """The rectangle of the source's buffer that a rectangle of outputs reads."""
 
     @abstractmethod
     def macs(self, outputs: Rect, source: Buffer) -> int:
@@ -106,7 +107,7 @@ class _Layer(ABC):
 class ConvStep(_Layer):
     """A (transposed) convolution: value = conv(source) + bias [+ residual].
 
-    merges: it ends a stage: its single store is the raw picture, which it also merges into the picture's buffer.
+    merges: it ends a stage. Its single store is the raw picture, which it also merges into the picture buffer.
     """
 
     geometry: Geometry
@@ -169,11 +170,11 @@ class Plan:
         return self.buffers[step.source.buffer]
 
     def target(self, step: Step) -> Buffer:
-        """The buffer that a step writes first."""
+        """The buffer of a step's first store."""
         return self.buffers[step.stores[0].view.buffer]
 
     def macs(self, step: Step) -> int:
-        """Multiply-accumulates of one step in the regions it computes; zero padding counts, as it is computed."""
+        """Multiply-accumulates of one step in its regions; zero padding counts, because it is computed."""
         return self.batch * sum(step.macs(region, self.source(step)) for region in step.regions)
 
     def total_macs(self) -> int:
@@ -207,7 +208,7 @@ class Plan:
         return Plan(batch, height, width, buffers, steps)
 
     def to(self, device: torch.device, dtype: torch.dtype | None = None) -> Plan:
-        """The same plan with its weights on `device`, in `dtype` (None: theirs)."""
+        """The same plan with its weights on `device`, in `dtype` (None: unchanged)."""
         moved = {
             s.name: (s.weight.to(device, dtype), s.bias.to(device, dtype))
             for s in self.steps
@@ -217,5 +218,5 @@ class Plan:
         return replace(self, steps=steps)
 
     def without_weights(self) -> Plan:
-        """The same plan whose weights keep their shapes but no memory."""
+        """The same plan with weights that have shapes but no memory."""
         return self.to(torch.device("meta"))

@@ -10,7 +10,7 @@ T = TypeVar("T")
 
 
 class Recent(Generic[T]):
-    """At most `limit` values by key; the least recently used goes first, through `drop`. Not thread-safe."""
+    """At most `limit` values by key; beyond it the least recently used is passed to `drop`. Not thread-safe."""
 
     def __init__(self, limit: int, drop: Callable[[T], None] = lambda value: None) -> None:
         self.limit, self._drop = limit, drop
@@ -23,11 +23,11 @@ class Recent(Generic[T]):
         return key in self._values
 
     def values(self) -> list[T]:
-        """The least recently used first."""
+        """The values, the least recently used first."""
         return list(self._values.values())
 
     def get(self, key: object, make: Callable[[], T]) -> T:
-        """The value of `key`, made where there is none."""
+        """The value of `key`, made by `make` where there is none."""
         if key in self._values:
             self._values.move_to_end(key)
             return self._values[key]
@@ -36,7 +36,7 @@ class Recent(Generic[T]):
         return value
 
     def put(self, key: object, value: T) -> None:
-        """`value` in place of what `key` had."""
+        """Replace the value of `key`."""
         self._values[key] = value
         self._values.move_to_end(key)
         if len(self._values) > self.limit:

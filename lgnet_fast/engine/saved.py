@@ -1,5 +1,4 @@
-"""An engine on disk: `engine.json` (what it is, what it was made for) and `weights.bin` (packed weights, as they lie
-in memory, mapped when read)."""
+"""An engine on disk: `engine.json` (its description) and `weights.bin` (packed weights, memory-mapped when read)."""
 
 from __future__ import annotations
 
@@ -71,7 +70,7 @@ def read_engine(directory: Path) -> tuple[LGNet, CpuExecutor, bool]:
         hole_aware = bool(description["hole_aware"])
     except WeightsError:
         raise
-    except Exception as error:  # JSON, LGNet and the plan have many kinds, and so has a wrong description
+    except Exception as error:  # a wrong description can raise many kinds of errors in JSON, LGNet and the plan
         raise WeightsError(f"{directory}: expected a saved engine ({_DESCRIPTION}, {_WEIGHTS}): {error}") from error
     if (reason := CpuExecutor.unavailable_reason()) is not None:
         raise LGNetError(f"{directory}: the engine cannot run here: {reason}")

@@ -1,6 +1,6 @@
-"""A plan in plain PyTorch: slow, and the check of the other executors.
+"""A plan in plain PyTorch: slow, the reference for the other executors.
 
-Buffers start as NaN and only a step's regions are computed, so a region that is too small shows at once.
+Buffers start as NaN and only the regions of a step are computed, so a region that is too small gives NaN.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TorchExecutor(Executor):
         return TorchExecutor(replace(plan, steps=steps))
 
     def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
-        """As there, with results in the dtype of the weights."""
+        """See :meth:`.executor.Executor.run`; results are in the dtype of the weights."""
         buffers = self.buffers_after(image, mask, start, regions)
         raw = [buffers[s.stores[0].view.buffer] for s in self.plan.steps if s.merges]
         return buffers[PICTURE][:, :3], raw
@@ -62,7 +62,7 @@ class TorchExecutor(Executor):
         start: Tensor | None = None,
         regions: Regions | None = None,
     ) -> dict[str, Tensor]:
-        """Every buffer after the last step, [B, C, H, W] each; NaN where nothing was computed."""
+        """Every buffer after the last step, [B, C, H, W] each; NaN where no value was computed."""
         plan = self.plan
         weight = plan.steps[0].weight
         image, mask = image.to(weight), mask.to(weight)

@@ -1,4 +1,4 @@
-"""`lgnet-fast tune`: every step's kernels measured on this machine, and what that gains."""
+"""`lgnet-fast tune`: measure the kernels of every step on this machine, and report the gain."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .verified import verified
 
 
 class Row(NamedTuple):
-    """One step: what it ran without a measurement, what it runs now, and microseconds of each (NaN: not measured)."""
+    """One step: its kernel without tuning, its kernel now, and the microseconds of both (NaN: not measured)."""
 
     step: str
     before: str
@@ -31,12 +31,12 @@ class Row(NamedTuple):
 
     @property
     def gain(self) -> float:
-        """How many times faster it is now; 1 where nothing was measured."""
+        """Ratio of the time before to the time now; 1 where nothing was measured."""
         return self.before_us / self.now_us if self.now_us > 0 else 1.0
 
 
 class Report(NamedTuple):
-    """What tuning found: every step, and milliseconds of a whole run before and now (None: not measured)."""
+    """Results of tuning: every step, and milliseconds of a whole run before and now (None: not measured)."""
 
     key: cache.Key
     rows: tuple[Row, ...]
@@ -70,9 +70,9 @@ def tune(
     Args:
         model: with weights anywhere.
         size, batch: of the pictures; height and width multiples of 256.
-        device, dtype: where, and in what, the engine computes.
-        seconds: after so many nothing new is begun.
-        progress: called with a line now and then.
+        device, dtype: of the engine.
+        seconds: no new measurement begins after this time.
+        progress: called with lines of progress.
 
     Raises:
         BackendError: there is no executor for the device and dtype, so there is nothing to tune.

@@ -1,8 +1,8 @@
-"""The engine of an NVIDIA GPU, proved on that GPU before it is trusted, with what takes over where it fails.
+"""The engine of an NVIDIA GPU, checked on that GPU before use, with fallbacks.
 
-A new kind of card, driver or compiler may refuse a kernel or compute it wrongly. So the engine runs once on a fixed
-picture and is compared with the plan in float32 by PyTorch's own operators (:func:`judge`). The first path that
-passes is taken, and remembered by :mod:`lgnet_fast.cache`:
+A new GPU, driver or compiler may reject a kernel or compute it wrongly. So the engine runs once on a fixed picture
+and is compared with the plan in float32 by PyTorch's operators (:func:`judge`). The first path that passes is used,
+and :mod:`lgnet_fast.cache` keeps the verdict:
 
 ==========  ========================================================================================
 "graph"     the kernels, replayed as one CUDA graph
@@ -11,8 +11,8 @@ passes is taken, and remembered by :mod:`lgnet_fast.cache`:
 "model"     the model itself, channels last, in eager PyTorch
 ==========  ========================================================================================
 
-Other shapes and holes than the checked one have launches of their own: :class:`Guarded` takes the next path when one
-of them raises.
+Other shapes and holes than those of the check need other launches: where one of them raises, :class:`Guarded` takes
+the next path.
 """
 
 from __future__ import annotations
@@ -49,16 +49,16 @@ LIMITS = {torch.float16: 2e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3}
 _STEP_LIMITS = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 2e-3}
 """Largest RMS error of one step's result on exact operands, relative to that result's RMS."""
 HOLES_KEPT = 256
-"""Buckets of holes that a shape remembers."""
+"""Sets of rounded holes that a shape remembers."""
 _LARGEST_CHECK = 16 * 256 * 256
-"""Pixels of a batch up to which the check has the plan's own sizes; else it has one picture of 256x256."""
+"""Most pixels of a batch for which the check uses the sizes of the plan; beyond, one picture of 256x256."""
 
 Runner = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class Check:
-    """One comparison: `error` and the `limit` it must not exceed, or `problem`, what was raised or found instead."""
+    """One comparison: `error` and the `limit` it must not exceed, or `problem`: the exception or finding instead."""
 
     name: str
     error: float | None = None
@@ -77,14 +77,14 @@ class Check:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Which path runs, why no better one does, and every check that led to it."""
+    """The path that runs, why no better one does, and the checks."""
 
     runs: str
     reason: str | None = None
     steps: tuple[str, ...] = ()
     """Steps that "library" runs by PyTorch's operators; none: all."""
     again: bool = False
-    """The next process checks anew: what failed may have been the moment's fault."""
+    """Whether the next process repeats the check, because the failure may have been transient."""
     checks: tuple[Check, ...] = field(default=(), compare=False)
     seconds: float = field(default=0.0, compare=False)
 
@@ -94,7 +94,7 @@ class Verdict:
 
     @classmethod
     def from_dict(cls, value: Any) -> Verdict | None:
-        """From :meth:`as_dict`; None where that is something else."""
+        """The inverse of :meth:`as_dict`; None where `value` has another form."""
         try:
             checks = tuple(Check(**check) for check in value["checks"])
             verdict = cls(
@@ -129,7 +129,7 @@ _TITLES = {
 
 @dataclass(frozen=True)
 class Example:
-    """A fixed input of a plan's sizes, and what it must become: hole pixels to within `limit`."""
+    """A fixed input of the sizes of a plan, and the expected picture; hole pixels may differ by `limit`."""
 
     image: Tensor
     mask: Tensor
@@ -139,7 +139,7 @@ class Example:
 
 
 def example_input(plan: Plan, device: torch.device, painted: bool) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Smooth colours with some detail, and one hole off the centre that no block of a kernel fits."""
+    """Smooth colours with some detail, and one hole off the centre that is no multiple of a kernel's tiles."""
     generator = torch.Generator("cpu").manual_seed(20)
     size = (plan.height, plan.width)
     made: dict[str, Any] = {"generator": generator, "device": "cpu", "dtype": torch.float32}
@@ -161,14 +161,14 @@ def hole_error(result: Tensor, exact: Tensor, mask: Tensor) -> float:
 def make_example(plan: Plan, device: torch.device, dtype: torch.dtype, painted: bool = False) -> Example:
     """The example of a plan with float32 weights on `device`.
 
-    The limit is that of the dtype, four times the error of eager PyTorch in the same dtype, and half the error of the
-    exact picture moved by a pixel, whichever is least; but what eager PyTorch makes of the model is always allowed
-    (half as much again), and so are a few roundings.
+    The limit is the least of three: that of the dtype, four times the error of eager PyTorch in the same dtype, and
+    half the error of the exact picture moved by a pixel. It is at least a few roundings, and at least 1.5 times the
+    error of eager PyTorch where that exceeds an eighth of the moved picture's error.
     """
     image, mask, start = example_input(plan, device, painted)
     with strict_float32():
         exact = TorchExecutor(plan).run(image, mask, start)[0].clone()
-    # float32 of eager PyTorch is exact by this measure; the rule for a whole float32 engine is ten times stricter
+    # eager float32 counts as exact here; the rule for a whole float32 engine is ten times stricter
     eager = LIMITS[torch.float32] / 40
     if dtype != torch.float32:
         eager = hole_error(TorchExecutor(plan.to(device, dtype)).run(image, mask, start)[0].float(), exact, mask)
@@ -184,7 +184,7 @@ def make_example(plan: Plan, device: torch.device, dtype: torch.dtype, painted: 
 
 
 def judge(name: str, run: Runner, example: Example) -> Check:
-    """Compare a path with the example: finite, known pixels those of the input, the hole to within the limit."""
+    """Compare a path with the example: finite, known pixels equal to the input, hole pixels within the limit."""
     try:
         result = run(example.image, example.mask, example.start)
         known = (example.mask == 0).expand_as(result)
@@ -195,7 +195,7 @@ def judge(name: str, run: Runner, example: Example) -> Check:
         error = hole_error(result, example.exact, example.mask)
     except torch.OutOfMemoryError:
         raise
-    except Exception as raised:  # whatever Triton, the driver or torch can raise means: not this path
+    except Exception as raised:  # any error of Triton, the driver or torch rules this path out
         return Check(name, problem=error_text(raised))
     problem = None
     if error > example.limit:
@@ -207,10 +207,10 @@ def judge(name: str, run: Runner, example: Example) -> Check:
 
 
 def check_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list[Check]:
-    """Every step by itself, on the exact operands, against the plan in float32.
+    """Check every step separately, on exact operands, against the plan in float32.
 
     Args:
-        executor: what runs.
+        executor: runs the steps.
         plan: of the same sizes, with float32 weights on the executor's device.
     """
     with strict_float32():
@@ -296,7 +296,7 @@ def _compare(name: str, pairs: list[tuple[Tensor, Tensor]], limit: float) -> Che
 
 
 def verdict_name(plan: Plan, choices: Mapping[str, str]) -> str:
-    """What a verdict is about, within its key: the network's shapes, the sizes, and the kernels that were chosen."""
+    """Name of a verdict within its key: shapes of the network, sizes, and the chosen kernels."""
 
     def shape(step: Step) -> tuple[object, ...]:
         own = (step.name, step.kind, tuple(step.weight.shape))
@@ -318,13 +318,13 @@ def verified(
     anew: bool = False,
     graphs: bool = True,
 ) -> tuple[Guarded | ModelExecutor, Verdict]:
-    """The best path that passes its check on this machine, by the cache or by a check now; at most one WARNING.
+    """The best path that passes its check on this machine, from the cache or by a check now; at most one WARNING.
 
     Args:
-        model: the plan's; its last resort.
+        model: of the plan; the last fallback.
         plan: dense, float32 weights on `device`.
-        anew: check even where the cache has a verdict.
-        graphs: try to capture.
+        anew: check even if the cache has a verdict.
+        graphs: try to capture a CUDA graph.
 
     Raises:
         torch.OutOfMemoryError: there is not enough memory for the check.
@@ -366,7 +366,7 @@ def _built(
     device: torch.device,
     dtype: torch.dtype,
 ) -> Guarded | ModelExecutor:
-    """What a verdict says."""
+    """The executor that a verdict names."""
     if verdict.runs == "model":
         return ModelExecutor(model, device, dtype, "eager")
     if verdict.runs == "library":
@@ -383,7 +383,7 @@ def _decide(
     device: torch.device,
     dtype: torch.dtype,
 ) -> tuple[Guarded | ModelExecutor, Verdict, bool]:
-    """(what runs, why, whether its reason has been logged already)"""
+    """(executor, reason, whether the reason has been logged)"""
     small = plan.batch * plan.height * plan.width <= _LARGEST_CHECK
     checked_plan = plan if small else _resized_with_weights(plan, 1, 256, 256)
     example = make_example(checked_plan, device, dtype, isinstance(model, LocalGlobalRefinement))
@@ -405,7 +405,7 @@ def _decide(
         if checks[-1].passed:
             reason = sized.graph_reason
             runs = "graph" if engine.uses_graphs and reason is None else "direct"
-            # a failed capture has logged its reason itself
+            # a failed capture has logged its reason
             return Guarded(engine), Verdict(runs, reason, (), reason is not None, tuple(checks)), True
         if engine.uses_graphs:
             direct = engine.without_graphs()
@@ -437,7 +437,7 @@ def _checked_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list
         return check_steps(executor, plan, example)
     except torch.OutOfMemoryError:
         raise
-    except Exception as raised:  # an error that spoils the device for good comes back at every call
+    except Exception as raised:  # an error that breaks the device permanently is raised again by every call
         return [Check("steps", problem=error_text(raised))]
 
 
@@ -446,11 +446,11 @@ def _resized_with_weights(plan: Plan, batch: int, height: int, width: int) -> Pl
 
 
 class Guarded(Executor):
-    """A checked executor, and what runs in its place when a launch of another shape or hole raises: first the dense
-    run, then launches without a graph, then all steps by PyTorch's operators. One WARNING each.
+    """A checked executor with fallbacks for launches of another shape or hole that raise: first the dense run, then
+    launches without a graph, then all steps by PyTorch's operators. One WARNING each.
 
-    Running out of memory is passed on: the caller can ask for less. A hole that comes for the first time is run
-    densely, for which every kernel is compiled; kernels for its rectangles are compiled when it comes again.
+    Out-of-memory errors are passed on, because the caller can reduce the size. A new hole is first run densely,
+    because those kernels are compiled already; kernels for its rectangles are compiled when the hole is used again.
     """
 
     granularity = CudaExecutor.granularity
@@ -484,7 +484,7 @@ class Guarded(Executor):
 
     def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
         if is_capturing(self.executor.device):
-            return self.executor.run(image, mask, start, regions)  # what fails there is the capture
+            return self.executor.run(image, mask, start, regions)  # only the capture failed
         if regions is not None and not self._came_before(regions):
             regions = None
         while True:
@@ -508,7 +508,7 @@ class Guarded(Executor):
         return known
 
     def _step_down(self, failed: CudaExecutor, restricted: bool) -> str | None:
-        """Take the next path: its name, "" where another thread has taken it already, None where there is none."""
+        """Take the next path; return its name, "" where another thread took it already, None where there is none."""
         if restricted and not self._dense_only:
             self._dense_only = True
             return "everything is computed, not the hole alone,"

@@ -1,4 +1,4 @@
-"""`lgnet-fast verify`: every check of what runs on this machine, made anew, with its error."""
+"""`lgnet-fast verify`: repeat every check of the kernels and the engine on this machine, with errors."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ SIZE = 256
 
 
 class Report(NamedTuple):
-    """What `verify` found: the checks in order, and which path of the network runs."""
+    """Results of `verify`: the checks in order, and the path that the network takes."""
 
     key: cache.Key
     checks: tuple[Check, ...]
     runs: str
     passed: bool
-    """Whether all went well: every operator by its kernel, the network by the fastest path."""
+    """Whether all checks passed: every operator by its kernel, the network by the fastest path."""
 
     def as_dict(self) -> dict[str, Any]:
         """For `--json`."""

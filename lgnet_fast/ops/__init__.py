@@ -30,10 +30,10 @@ from .registry import OPERATORS
 
 @dataclass(frozen=True)
 class Bound:
-    """An operator with its backend, by their names: PyTorch's own operator objects do not pickle.
+    """An operator with its backend, stored by name because PyTorch's operator objects cannot be pickled.
 
-    An exported program must run where this package is not, so that "auto" is plain PyTorch while a model is exported
-    (``torch.export``, ``torch.onnx.export``).
+    While a model is exported (``torch.export``, ``torch.onnx.export``), "auto" is plain PyTorch, because the exported
+    program must run without this package.
     """
 
     operator: str

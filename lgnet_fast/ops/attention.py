@@ -1,7 +1,7 @@
 """`lgnet::cosine_attention` and `lgnet::attention_block`.
 
-Saved for the backward: the softmax's row statistics [2, B, H*W] (maximum and sum, in the backend's own units: one
-number, their log-sum-exp, would lose the sum where scores are large), and the attended features.
+Saved for the backward: the row statistics of the softmax [2, B, H*W] and the attended features. The statistics are
+maximum and sum, in units of the backend; the log-sum-exp alone would lose the sum where scores are large.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def _map(features: Tensor, *others: Any) -> Tensor:
 
 
 def _attention_flops(shape: torch.Size) -> tuple[int, int]:
-    """Forward: scores, weighted sum. Backward: scores again, dP, dQ, dK, dV. Each N x N x C a sample."""
+    """Forward: scores, weighted sum. Backward: scores again, dP, dQ, dK, dV. Each takes N x N x C per sample."""
     batch, channels, height, width = shape
     product = 2 * batch * (height * width) ** 2 * channels
     return 2 * product, 5 * product

@@ -1,8 +1,8 @@
-"""Choosing what computes an operator: "auto", "eager", "triton" or "cpp".
+"""Choosing the backend of an operator: "auto", "eager", "triton" or "cpp".
 
 An explicit choice that cannot run raises BackendError with the reason. "auto" takes the fused backend of the tensors'
-device if it can run, and on a GPU if it was right when it was first used there (:mod:`.first_use`); else eager
-PyTorch. Each reason for falling back is logged once.
+device where it can run (on a GPU: where it also passed the check of its first use, :mod:`.first_use`), else eager
+PyTorch. Each reason for a fallback is logged once.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ logger = logging.getLogger("lgnet_fast")
 
 FUSED = ("triton", "cpp")
 CANDIDATES = {"cuda": "triton", "cpu": "cpp"}
-"""Device type -> the fused backend that "auto" tries."""
+"""Device type -> the fused backend that "auto" prefers."""
 
 # (operator, backend) -> number of runs since the process began, or since reset_calls().
 _calls: Counter[tuple[str, str]] = Counter()
@@ -35,12 +35,12 @@ _logged: set[tuple[str, str]] = set()
 
 
 def launchers(op: str, backend: str) -> ModuleType:
-    """Module with `op`'s launchers, as the declaration names it."""
+    """The module with the launchers of `op` that its declaration names."""
     return OPERATORS[op].launchers(backend)
 
 
 def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
-    """Why `backend` cannot run `op` on these tensors, or None if it can. Looks at metadata only."""
+    """Why `backend` cannot run `op` on these tensors, or None if it can. Reads metadata only."""
     device = tensors[0].device.type
     if any(t.device != tensors[0].device for t in tensors):
         return f"tensors are on several devices: {sorted({str(t.device) for t in tensors})}"
@@ -59,8 +59,8 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
     """The backend that will run: "eager", "triton" or "cpp".
 
     Raises:
-        ValueError: `backend` is not a name.
-        BackendError: `backend` was named and cannot run.
+        ValueError: `backend` is not the name of a backend.
+        BackendError: `backend` was asked for by name and cannot run.
     """
     if backend == "eager":
         return backend
@@ -86,7 +86,7 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
 def require_backend(model: nn.Module, backend: str, device: torch.device, dtype: torch.dtype) -> None:
     """Raise BackendError unless fused `backend` can run the operators of a network on `device` in `dtype`.
 
-    Each attention block of `model` is tried with its channels, merging as every cascade has it; nothing is computed.
+    Checks every attention block of `model` with its channels, and merging; computes nothing.
     """
 
     def empty(*shape: int) -> Tensor:
@@ -109,13 +109,13 @@ def run(
     fused: Callable[..., Tensor],
     eager: Callable[..., Tensor],
 ) -> Tensor:
-    """Compute an operator by the backend that was asked for.
+    """Compute an operator by the requested backend.
 
     Args:
-        op: the operator's name.
-        asked: the backend's, "auto" included.
+        op: name of the operator.
+        asked: name of the backend, or "auto".
         tensors: the operands.
-        variant: what tells uses of the operator apart, see :func:`.registry.label`.
+        variant: distinguishes uses of the operator, see :func:`.registry.label`.
         fused: called with the backend's name and operands.
         eager: called with operands.
 
@@ -143,7 +143,7 @@ def run(
 
 @contextmanager
 def _uncounted() -> Iterator[None]:
-    """What a check runs is nobody's call."""
+    """Do not count runs that a check makes."""
     before = _calls.copy()
     try:
         yield
@@ -153,7 +153,7 @@ def _uncounted() -> Iterator[None]:
 
 
 def record(op: str, backend: str) -> None:
-    """Count one run, so that a test (or a curious user) can ask which backend ran."""
+    """Count one run, so that tests and users can ask which backend ran."""
     _calls[op, backend] += 1
 
 

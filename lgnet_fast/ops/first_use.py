@@ -1,8 +1,8 @@
-"""The first automatic use of a Triton kernel on a machine: kernel and eager PyTorch side by side, once.
+"""The check at the first automatic use of a Triton kernel on a machine: kernel against eager PyTorch, once.
 
-A use is a (operator, device, dtype, variant, class of channels, with or without gradient). Its verdict is kept in
-the user's cache folder (:mod:`lgnet_fast.cache`), so that only the first process pays. Nothing is checked while
-tracing or capturing, where values cannot be read; such uses take the kernel unless it has failed before.
+A use is (operator, device, dtype, variant, class of channels, with or without gradient). Its verdict is kept in the
+user's cache folder (:mod:`lgnet_fast.cache`), so that only the first process checks. Nothing is checked during
+tracing or graph capture, where values cannot be read; there the kernel is used unless it has failed before.
 """
 
 from __future__ import annotations
@@ -21,38 +21,38 @@ from .registry import Operator
 logger = logging.getLogger("lgnet_fast")
 
 FACTOR = 4.0
-"""A kernel's error may be this many times that of eager PyTorch in the same dtype, plus a few roundings."""
+"""Largest ratio of a kernel's error to that of eager PyTorch in the same dtype; a few roundings are added."""
 _ROUNDINGS = 16
 _SCORES = 1 << 28
-"""Attention scores that a check computes at most, eager PyTorch may hold them all; larger inputs are cut."""
+"""Most attention scores that a check computes, because eager PyTorch holds them all; larger inputs are cropped."""
 _SIDE = 128
 
 _lock = forks.Lock()
-# use -> why the kernel is not used, None where it passed
+# use -> why the kernel is not used; None where it passed
 _verdicts: dict[Use, str | None] = {}
 
 
 class Use(NamedTuple):
-    """What one check speaks for."""
+    """The calls that one check covers."""
 
     op: str
     device: torch.device
     dtype: torch.dtype
     variant: str | None
     channels: int
-    """The next power of two, which kernels are compiled for; 0 where it does not matter."""
+    """The power of two for which kernels are compiled; 0 where channels do not matter."""
     gradient: bool
 
     @property
     def name(self) -> str:
-        """As the cache and `lgnet-fast info` have it."""
+        """Its name in the cache and in `lgnet-fast info`."""
         variant = f" {self.variant}" if self.variant else ""
         channels = f", up to {self.channels} channels" if self.channels else ""
         return f"{self.op}{variant}{channels}, {'with' if self.gradient else 'without'} gradient"
 
 
 def use_of(operator: Operator, tensors: tuple[Tensor, ...], variant: str | None, gradient: bool) -> Use:
-    """The use that a call belongs to."""
+    """The use to which a call belongs."""
     first = tensors[0]
     channels = max(16, 1 << (first.shape[1] - 1).bit_length()) if operator.by_channels else 0
     return Use(operator.name, first.device, first.dtype, variant, channels, gradient)
@@ -65,13 +65,13 @@ def reason_against(
     eager: Callable[..., Tensor],
     around: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> str | None:
-    """Why `fused` must not be used, or None. Checks it now, if that has not been done and can be done here.
+    """Why `fused` must not be used, or None. Checks it now, if it is unchecked and values can be read here.
 
     Args:
-        use: of these tensors.
-        tensors: the call's operands.
+        use: the use of this call.
+        tensors: the operands of the call.
         fused, eager: the operator by the kernel and by PyTorch, as functions of the operands.
-        around: entered during a check.
+        around: a context entered during a check.
     """
     if use in _verdicts:
         return _verdicts[use]
@@ -88,13 +88,13 @@ def reason_against(
                     with around():
                         reason = check(use, tensors, fused, eager).reason
                 except torch.OutOfMemoryError:
-                    return None  # not the kernel's fault; the next call may have the room
+                    return None  # not a fault of the kernel; the next call may have enough memory
             _settle(use, reason)
         return _verdicts[use]
 
 
 class Outcome(NamedTuple):
-    """Of one check: why the kernel must not be used, None if it passed; its error and what that may be, if it ran."""
+    """Result of a check: why the kernel must not be used (None: passed), and its error and limit, if it ran."""
 
     reason: str | None
     error: float | None
@@ -108,14 +108,14 @@ def check(
     eager: Callable[..., Tensor],
     keep: bool = True,
 ) -> Outcome:
-    """Compare `fused` with `eager`; the verdict goes to the cache if it is to be kept."""
+    """Compare `fused` with `eager`; a verdict that is to be kept is written to the cache."""
     if use.device.type == "cuda":
-        torch.cuda.synchronize(use.device)  # raises what went wrong before, which is not this kernel's
+        torch.cuda.synchronize(use.device)  # raises errors of earlier launches, which are not this kernel's
     try:
         error, limit = compare(tensors, fused, eager, use.gradient)
     except torch.OutOfMemoryError:
         raise
-    except Exception as raised:  # whatever Triton or the driver can raise
+    except Exception as raised:  # any error of Triton or the driver
         outcome = Outcome(one_line(raised), None, None)
     else:
         reason = None if error <= limit else f"its error is {error:.1e}, {limit:.1e} is allowed"
@@ -127,7 +127,7 @@ def check(
 
 
 def distrust(use: Use, error: Exception) -> bool:
-    """Whether an automatic call whose kernel raised `error` may go to eager PyTorch, as later ones then do."""
+    """Whether an automatic call falls back to eager PyTorch after `error` of its kernel; later calls then do too."""
     if isinstance(error, torch.OutOfMemoryError) or torch.compiler.is_compiling() or _is_capturing(use.device):
         return False
     with _lock:
@@ -150,7 +150,7 @@ def one_line(error: BaseException) -> str:
 def _can_check(tensors: tuple[Tensor, ...]) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
-    # fake, functional and other tensors without values, and modes that count or record what runs
+    # fake, functional and other tensors without values, and modes that count or record operators
     if any(type(t) not in (Tensor, torch.nn.Parameter) or t.is_meta or t.numel() == 0 for t in tensors):
         return False
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
@@ -170,9 +170,10 @@ def _is_capturing(device: torch.device) -> bool:
 def compare(
     tensors: tuple[Tensor, ...], fused: Callable[..., Tensor], eager: Callable[..., Tensor], gradient: bool
 ) -> tuple[float, float]:
-    """(error of `fused`, what it may be), of the result or gradient that comes nearest to its limit.
+    """(error of `fused`, its limit), for the result or gradient that comes nearest to its limit.
 
-    Both relative to the largest exact value: eager PyTorch in float32 for 16-bit operands, else in float64.
+    Both are relative to the largest exact value. Exact: eager PyTorch in float32 for 16-bit operands, else in
+    float64.
     """
     dtype = tensors[0].dtype
     wide = torch.float64 if dtype == torch.float32 else torch.float32
@@ -191,13 +192,13 @@ def compare(
         scale = true.abs().max().item() or 1.0
         error = (ours.to(wide) - true).abs().max().item() / scale
         limit = FACTOR * (theirs.to(wide) - true).abs().max().item() / scale + _ROUNDINGS * eps
-        if not error / limit < worst[0] / worst[1]:  # so that NaN counts
+        if not error / limit < worst[0] / worst[1]:  # so that NaN fails
             worst = error, limit
     return worst
 
 
 def _cut(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Operands of a size that is checked quickly: a part of the picture, a part of the batch."""
+    """Operands cropped to a size that is checked quickly: part of the picture, part of the batch."""
     first = tensors[0]
     height, width = (min(side, _SIDE) for side in first.shape[2:])
     batch = max(1, min(first.shape[0], _SCORES // (height * width) ** 2))
@@ -208,7 +209,7 @@ def _cut(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
 def _results(
     function: Callable[..., Tensor], tensors: tuple[Tensor, ...], dtype: torch.dtype, gradient: bool
 ) -> list[Tensor]:
-    """The result, and the gradients of all operands by a fixed cotangent."""
+    """The result, and the gradients of all operands for a fixed gradient of the result."""
     leaves = [t.to(dtype, copy=True).requires_grad_(gradient) for t in tensors]
     out = function(*leaves)
     if not gradient:
@@ -228,7 +229,7 @@ def strict_float32() -> Iterator[None]:
     name, switches = "allow_tf32", (backends.cuda.matmul, backends.cudnn)
     try:
         before: list[Any] = [getattr(switch, name) for switch in switches]
-    except RuntimeError:  # raised where a program has set TF32 by the newer switches as well
+    except RuntimeError:  # raised where a program has also used the newer switches of TF32
         name, strict, switches = "fp32_precision", "ieee", (backends.cuda.matmul, backends.cudnn.conv)
         before = [getattr(switch, name) for switch in switches]
     try:

@@ -1,7 +1,7 @@
-"""What PyTorch is told about an operator, all of it made from the declaration (:class:`.registry.Operator`).
+"""Registering operators with PyTorch from their declarations (:class:`.registry.Operator`).
 
 ``torch.ops.lgnet.<name>`` checks the operands and picks a backend. Eager PyTorch is differentiated by autograd. A
-fused backend runs in the inner operator ``_<name>``, which also returns what ``_<name>_backward`` needs.
+fused backend runs in the inner operator ``_<name>``, which also returns the tensors that ``_<name>_backward`` needs.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ _DEVICES = ("CPU", "CUDA")
 
 
 def tag_compiled_graphs() -> None:
-    """Make this package part of the key under which ``torch.compile`` keeps graphs on disk.
+    """Make this package part of the key under which ``torch.compile`` caches graphs on disk.
 
-    A kept graph calls the inner operators, with the arguments that they had when it was compiled. PyTorch's key has
-    only the name of the public operator, so that after an upgrade an old graph would be found and fail, or compute by
-    an old formula.
+    A cached graph calls the inner operators with the arguments that they had when it was compiled. PyTorch's key
+    contains only the name of the public operator, so after an upgrade an old graph would be found, and would fail or
+    use an old formula.
     """
     package = Path(__file__).parent.parent
     digest = hashlib.sha256(__version__.encode())
@@ -47,7 +47,7 @@ def tag_compiled_graphs() -> None:
 
 
 def define(schema: str) -> str:
-    """Define an operator; its qualified name."""
+    """Define an operator; returns its qualified name."""
     LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     return "lgnet::" + schema.split("(", 1)[0]
 
@@ -59,9 +59,9 @@ def implement(name: str, fn: Callable[..., Any]) -> None:
 
 
 def composite(name: str, fn: Callable[..., Any], cast: Callable[..., tuple[Any, ...]]) -> None:
-    """Register `fn` as made of other operators, and its autocast rule.
+    """Register `fn`, which calls other operators, and its autocast rule.
 
-    Under autocast, ``cast(device_type, *args)`` gives the arguments that `fn` is then called with.
+    Under autocast, `fn` is called with the arguments that ``cast(device_type, *args)`` returns.
     """
     short = name.split("::")[1]
     LIBRARY.impl(short, fn, "CompositeImplicitAutograd")
@@ -80,17 +80,16 @@ def differentiable(
     backward: Callable[..., tuple[Any, ...]],
     setup_context: Callable[[Any, tuple[Any, ...], Any], None] | None = None,
 ) -> None:
-    """Register `backward(ctx, *grads)`, with what ``setup_context(ctx, inputs, output)`` kept for it.
+    """Register ``backward(ctx, *grads)`` and ``setup_context(ctx, inputs, output)``, which saves its tensors.
 
-    ``torch.library.register_autograd`` does the same, but for :mod:`torch.func`, whose transforms it refuses. They
-    call an operator's autograd kernel once a level, hence a function of a single level, which does not itself ask
-    which transforms there are.
+    ``torch.library.register_autograd`` does the same, but rejects the transforms of :mod:`torch.func`. These call the
+    autograd kernel of an operator once per level, so this registers an autograd function for a single level.
     """
     short = name.split("::")[1]
     operator = getattr(torch.ops.lgnet, short).default
 
     def forward(*args: Any) -> Any:
-        # Functions run their forward without gradients, but the levels below this one want theirs.
+        # The forward of an autograd function disables gradients, but the levels below this one need them.
         with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
@@ -127,15 +126,15 @@ def vectorized(name: str, maps: int, apart: bool = False) -> None:
     """Register the rule of :func:`torch.vmap`.
 
     Args:
-        maps: so many first arguments are [B, ...], as all results are: the mapped dimension joins theirs. Where
-            another argument has it too, there is one call for each of its slices.
-        apart: one call for each slice always: a result or argument is a sum over B, or has B elsewhere.
+        maps: number of first arguments that are [B, ...], as all results are: the mapped dimension is merged into B.
+            Where another argument is mapped too, there is one call for each of its slices.
+        apart: always make one call for each slice, because a result or argument is a sum over B, or has B elsewhere.
     """
     operator = getattr(torch.ops.lgnet, name.split("::")[1])
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any, **kwargs: Any) -> Any:
         size = info.batch_size
-        mapped = [isinstance(dim, int) for dim in in_dims]  # of a list argument it is a list
+        mapped = [isinstance(dim, int) for dim in in_dims]  # a list for a list argument
         if apart or any(mapped[maps:]):
             slices = [
                 operator(
@@ -154,7 +153,7 @@ def vectorized(name: str, maps: int, apart: bool = False) -> None:
         results = operator(*(a.flatten(0, 1) for a in front), *args[maps:], **kwargs)
 
         def split(result: Tensor) -> Tensor:
-            # An empty vector stands for a result that nobody asked for.
+            # An empty vector stands for a result that was not asked for.
             absent = result.dim() == 1 and result.numel() == 0
             return result.expand(size, 0) if absent else result.unflatten(0, (size, batch))
 
@@ -172,7 +171,7 @@ _formulas: list[tuple[tuple[Any, ...], Callable[..., int]]] = []
 class _RegisterFlopsOnImport(importlib.abc.MetaPathFinder):
     """Registers our formulas as soon as ``torch.utils.flop_counter`` is imported.
 
-    Importing it here would load Triton for everyone: 70 MB of memory and a tenth of the start.
+    Importing it here would always load Triton: 70 MB of memory and a tenth of the start-up time.
     """
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
@@ -278,7 +277,7 @@ class _Inner:
         self.kept = len(kept)
 
     def define(self) -> None:
-        """Register both: kernels, fakes, gradients, the rule of vmap, FLOPs."""
+        """Register both: kernels, fakes, gradients, vmap rule, FLOPs."""
         declaration, count = self.declaration, len(self.operands)
         forward, backward = define(self.schema), define(self.backward_schema)
         self.operator = getattr(torch.ops.lgnet, f"_{declaration.name}")
@@ -321,7 +320,7 @@ class _Inner:
         return self.declaration.saves.values()
 
     def _split_backward(self, args: tuple[Any, ...]) -> tuple[tuple[Any, ...], ...]:
-        """Arguments of ``_<name>_backward`` after the gradient: operands, what was saved, options."""
+        """Arguments of ``_<name>_backward`` after the gradient: operands, saved tensors, options."""
         first, second = len(self.operands), len(self.operands) + self.kept
         return args[:first], args[first:second], args[second : second + len(self.options)]
 

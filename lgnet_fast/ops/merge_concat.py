@@ -1,4 +1,4 @@
-"""`lgnet::merge` and `lgnet::merge_concat`, with the preceding tanh fused where asked."""
+"""`lgnet::merge` and `lgnet::merge_concat`, optionally fused with the preceding tanh."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def _check(image: Tensor, output: Tensor, mask: Tensor, tanh: bool) -> None:
 
 
 def _flops(shape: torch.Size) -> tuple[int, int]:
-    return 0, 0  # like torch's own counter, which counts no pointwise work
+    return 0, 0  # torch's counter does not count pointwise work either
 
 
 def _operator(name: str, planes: int) -> Operator:
-    """The declaration of one whose result has `planes` channels."""
+    """The declaration of a merge whose result has `planes` channels."""
     plain: Callable[..., Tensor] = getattr(reference, name)
 
     def eager(image: Tensor, output: Tensor, mask: Tensor, tanh: bool = False) -> Tensor:

@@ -1,9 +1,9 @@
 """The declaration of an operator, and the table of all that are declared.
 
-A declaration says what an operator is: schema, checks, eager form, kernels, what its backward needs, FLOPs. From it
-:func:`.library.register` makes everything that PyTorch asks for: ``torch.ops.lgnet.<name>`` with its choice of a
-backend, the fake (shapes without values), autograd, the autocast rule, the rule of ``torch.vmap`` and the FLOP
-formula. docs/contributing.md lists the files of a new operator.
+A declaration has the schema, checks, eager form, kernels, saved tensors and FLOPs of an operator. From it
+:func:`.library.register` makes ``torch.ops.lgnet.<name>`` with its choice of a backend, the fake (shapes without
+values), autograd, the autocast rule, the rule of ``torch.vmap`` and the FLOP formula. docs/contributing.md lists the
+files of a new operator.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from torch import Tensor
 
 
 def like(tensor: Tensor, channels: int | None = None) -> Tensor:
-    """A new dense tensor of this shape (a map [B, `channels`, H, W]): what launchers allocate for a result.
+    """A new tensor like `tensor` [B, C, H, W] with `channels` channels (None: C), for the result of a launcher.
 
-    channels_last where `tensor` is that and not also contiguous, else contiguous.
+    channels_last where `tensor` is channels_last and not also contiguous, else contiguous.
     """
     shape = list(tensor.shape)
     if channels is not None:
@@ -30,7 +30,7 @@ def like(tensor: Tensor, channels: int | None = None) -> Tensor:
 
 
 def memory_format(tensor: Tensor) -> torch.memory_format:
-    """The format of results that take after `tensor`."""
+    """The memory format of results of an operation on `tensor`."""
     last = tensor.dim() == 4 and not tensor.is_contiguous()
     if last and tensor.is_contiguous(memory_format=torch.channels_last):
         return torch.channels_last
@@ -38,13 +38,13 @@ def memory_format(tensor: Tensor) -> torch.memory_format:
 
 
 def lower(device: str, *operands: Tensor) -> tuple[Tensor, ...]:
-    """Autocast's rule for matrix products: its dtype; float64 stays, as it does there."""
+    """Autocast's rule for matrix products: cast to its dtype, except float64."""
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in operands)
 
 
 def widest(device: str, *operands: Tensor) -> tuple[Tensor, ...]:
-    """Autocast's rule for concatenation: everything in the widest dtype."""
+    """Autocast's rule for concatenation: cast all operands to the widest dtype."""
     dtype = operands[0].dtype
     for tensor in operands[1:]:
         dtype = torch.promote_types(dtype, tensor.dtype)
@@ -55,7 +55,7 @@ def widest(device: str, *operands: Tensor) -> tuple[Tensor, ...]:
 class Operator:
     """One operator, whose kernels return one tensor.
 
-    "Operands" are its tensors, "options" the other arguments of the schema; functions get them in that order.
+    "Operands" are its tensors, "options" the other arguments of the schema; functions take them in that order.
     """
 
     name: str
@@ -63,36 +63,36 @@ class Operator:
     schema: str
     """Operands, then options with defaults, as in ``Tensor image, Tensor mask, bool tanh=False``."""
     checks: Callable[..., None]
-    """``(*operands, *options)``: raises TypeError or ValueError naming the argument. The only check of shapes."""
+    """``(*operands, *options)``: raises TypeError or ValueError naming the argument. Shapes are checked only here."""
     eager: Callable[..., Tensor]
     """``(*operands, *options)``: the operator in plain PyTorch."""
     backends: Mapping[str, str]
     """Backend -> module with the launchers."""
     can_run: str
-    """Name of the launchers' function ``(*operands)`` that says why they cannot take them: device, dtype, limits."""
+    """Name of the launchers' function ``(*operands)`` that returns why they cannot run (device, dtype, limits)."""
     forward: Callable[..., Any]
-    """``(launchers, *operands, *options, save)`` -> result and what `saves` names (None where not `save`)."""
+    """``(launchers, *operands, *options, save)`` -> the result and the tensors of `saves` (None where not `save`)."""
     backward: Callable[..., Any]
     """``(launchers, grad, operands, saved, options, needs)`` -> gradients of the operands, None where not needed.
 
-    `saved` is the result, if `saves_result`, then what `saves` names.
+    `saved` is the result, if `saves_result`, then the tensors of `saves`.
     """
     flops: Callable[[torch.Size], tuple[int, int]]
-    """Shape of the first operand -> FLOPs of forward and backward, two a multiply-accumulate."""
+    """Shape of the first operand -> FLOPs of forward and backward, two per multiply-accumulate."""
     result: Callable[..., Tensor]
     """``(*operands, *options)`` -> a new tensor like the result; for the fake."""
     saves: Mapping[str, Callable[..., Tensor]] = field(default_factory=dict)
-    """What the forward saves for the backward besides operands: name -> ``(*operands, *options)`` -> one like it."""
+    """What the forward saves besides operands: name -> ``(*operands, *options)`` -> a new tensor like it."""
     saves_result: bool = False
     """Whether the backward also takes the result."""
     autocast: Callable[..., tuple[Tensor, ...]] = lower
     """``(device type, *operands)`` -> the operands under autocast."""
     batched: int = 1
-    """So many first operands are [B, ...], as the result is; 0: the result is not (vmap then makes single calls)."""
+    """Number of first operands that are [B, ...], like the result. 0: the result is not; vmap makes single calls."""
     by_channels: bool = False
-    """Whether the kernels are compiled anew for other channels, so that their first use is checked anew."""
+    """Whether kernels are compiled for each number of channels, so that the first use of each is checked."""
     example: tuple[tuple[int, ...], ...] = ()
-    """Shapes of operands that `lgnet-fast info` asks the backends about."""
+    """Shapes of operands for which `lgnet-fast info` asks the backends."""
 
     def launchers(self, backend: str) -> ModuleType:
         """The module with the launchers of `backend`."""

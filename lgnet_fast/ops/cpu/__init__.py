@@ -1,9 +1,9 @@
-"""Launchers of the C++ kernels, for tensors on the CPU: one file an operator, named as in `kernels/`.
+"""Launchers of the C++ kernels, for tensors on the CPU: one file per operator, named as in `kernels/`.
 
-They allocate, pass addresses, sizes and strides, and call. Registration, autograd and the choice of a backend are in
-:mod:`lgnet_fast.ops`, which also checks the operands' shapes. A direct call is safe: the extension checks every size
-before it touches memory. Inputs may have any strides and are never modified; results are contiguous, or channels_last
-where the first operand is. Formulas stand at the top of csrc/attention.cpp and csrc/merge_concat.cpp.
+They allocate results and call the extension with addresses, sizes and strides. Registration, autograd, the choice of
+a backend and the checks of shapes are in :mod:`lgnet_fast.ops`. A direct call is safe: the extension checks every
+size before it accesses memory. Inputs may have any strides and are never modified; results are contiguous, or
+channels_last where the first operand is. csrc/attention.cpp and csrc/merge_concat.cpp state the formulas.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from ... import native
 
 
 def reason_against(**tensors: Tensor | None) -> str | None:
-    """Why the extension cannot take these operands (device, layout, dtype), or None. Absent ones are None."""
+    """Why the extension cannot take these operands (device, layout, dtype), or None. Absent operands are None."""
     reason = native.unavailable_reason()
     if reason is not None:
         return reason

@@ -53,8 +53,8 @@ def _forward(
 def attention_forward(features: Tensor, variant: str, *, out: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Attended features [B, C, H, W] in the features' dtype, and stats, the softmax's row statistics.
 
-    Stats are [2, B, H*W], float32 (float64 for float64). With the scores S in units of log 2: m, which is their
-    maximum or at most 8 less (0 in the paper's variant), and the sum of exp2(S - m).
+    Stats are [2, B, H*W], float32 (float64 for float64). With scores S in units of log 2 they are m, between the
+    maximum less 8 and the maximum of S (0 in "paper"), and the sum of exp2(S - m).
     """
     attended = like(features) if out is None else out
     return attended, _forward(features, None, None, variant, None, attended)
@@ -63,7 +63,7 @@ def attention_forward(features: Tensor, variant: str, *, out: Tensor | None = No
 def attention_backward(
     grad_attended: Tensor, features: Tensor, attended: Tensor, stats: Tensor, variant: str
 ) -> Tensor:
-    """Gradient of the features, from that of ``attended`` and what ``attention_forward`` returned."""
+    """Gradient of the features, from that of ``attended`` and the results of ``attention_forward``."""
     grad = like(features)
     library().attention_backward(
         tensor_arg(grad_attended, "grad_attended"),
@@ -106,9 +106,9 @@ def attention_block_backward(
     batch, channels, height, width = features.shape
     rows = attended
     if rows is None:
-        # Unused where only the bias's gradient is wanted.
+        # Unused where only the gradient of the bias is needed.
         rows, stats = attention_forward(features, variant) if needs[0] or needs[1] else (features, stats)
-    # The gradients of the 1x1 convolution are plain matrix products: torch's are as good as they get.
+    # The gradients of the 1x1 convolution are plain matrix products, which torch computes fast.
     grad = grad_out.reshape(batch, channels, height * width)
     flat_weight = weight.detach().reshape(channels, 2 * channels)
     weight_a, weight_f = flat_weight.split(channels, dim=1)
