@@ -49,7 +49,7 @@ class LibraryExecutor(CudaExecutor):
         return cls(executor.plan, weights, replace(executor.options, graphs=False, deep_rows=0))
 
     def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
-        """See :meth:`.cuda_executor.CudaExecutor.launches`; always dense."""
+        """See :meth:`.executor.Executor.run`; always dense."""
         return super().run(image, mask, start)
 
     def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:

@@ -1,1 +1,1 @@
-"""What commands do over folders, shards and processes: filling pictures, the journal, the report."""
+"""The work of commands on folders, shards and processes: filling pictures, the journal, the report."""

@@ -1,4 +1,4 @@
-"""Running items one after the other: each filled and written, or an entry that says why not."""
+"""Running items one after the other. Each gives an entry: filled and written, or the reason why not."""
 
 from __future__ import annotations
 
@@ -49,10 +49,10 @@ def run_items(
     journal: Journal | None = None,
     tell: Callable[[Entry], None] = lambda entry: None,
 ) -> list[Entry]:
-    """Fills and writes every item and goes on after one that fails; `call` goes to the Inpainter's call.
+    """Fill and write every item; continue after a failure. `call`: arguments of the Inpainter's call.
 
     `tell` is called with each finished entry. With a `journal`, items that an earlier launch finished are skipped.
-    Raises BackendError, WeightsError and JobError: they would fail every item.
+    Raises BackendError, WeightsError and JobError, because every item would fail.
     """
 
     def run(item: Item, entry: Entry, key: str) -> None:
@@ -74,7 +74,7 @@ def run_items(
 
 
 def _guarded(item: Item, key: str, run: Callable[[Item, Entry, str], None]) -> Entry:
-    """The entry of an item that is run now, with what went wrong."""
+    """Run an item; returns its entry, with the error if there was one."""
     entry = Entry(str(item.picture), None if item.mask is None else str(item.mask), str(item.output), "ok")
     start = time.perf_counter()
     if item.left_out:

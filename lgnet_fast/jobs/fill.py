@@ -30,15 +30,15 @@ from .report import ReportFile
 
 
 def fill(options: FillOptions, world: World | None = None) -> int:
-    """The run command: its exit code, 0 when all is done, 1 when some failed or were left out, 130 after Ctrl-C, 143
-    after SIGTERM.
+    """The run command. Returns its exit code: 0 all done, 1 some failed or were left out, 130 after Ctrl-C, 143 after
+    SIGTERM.
 
     The report is rewritten during the run, so that a killed run leaves one too, with `complete` false.
 
     With `resume`, and always under `accelerate launch`, journals in the hidden folder ``.lgnet_fast`` of the output
-    folder say what is done: the same command run again does only the rest, and its report covers all. Of several
-    processes the first one waits for the others' parts, merges the report and returns the code of the whole;
-    the others return 0 once their failures are in the report, because launchers end all processes after another code.
+    folder record finished items: the same command run again does only the rest, and its report covers all. Of several
+    processes the first one waits for the others, merges the report and returns the exit code of the whole job; the
+    others return 0 once their failures are in the report, because launchers end all processes after another code.
 
     Raises UsageError, WeightsError, BackendError, JobError before or instead of running.
     """
@@ -58,7 +58,7 @@ def fill(options: FillOptions, world: World | None = None) -> int:
 
 
 class _Run:
-    """The part of a run that is this process's: items, entries, journal, report, and what the user sees."""
+    """This process's part of a run: items, entries, journal, report, and the output on the terminal."""
 
     def __init__(self, options: FillOptions, world: World) -> None:
         self.started = time.perf_counter()
@@ -77,7 +77,7 @@ class _Run:
         self.came: list[int] = []
         self.interrupted = self.finished = False
         self.processes: dict[str, Any] | None = None
-        # File names are printed as they are: rich would read [brackets] in them as markup, and wrap long ones.
+        # File names are printed without markup: rich would interpret [brackets] in them, and wrap long ones.
         self.console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
 
     def _open_report(self) -> ReportFile | None:
@@ -92,11 +92,11 @@ class _Run:
 
     @property
     def interrupted_code(self) -> int:
-        """As shells have it: 130 after Ctrl-C, 143 after SIGTERM."""
+        """The exit code after a signal, as in shells: 130 after Ctrl-C, 143 after SIGTERM."""
         return 128 + (self.came[0] if self.came else signal.SIGINT)
 
     def work(self) -> None:
-        """Fills this process's items, until a signal comes."""
+        """Fill the items of this process until a signal arrives."""
         options, world = self.options, self.world
         if world.rank == 0:
             files = [item.output for item in self.items if item.problem is None and not is_stream(item.output)]
@@ -144,7 +144,7 @@ class _Run:
             self.console.print(f"{what}: {shown_text(entry.input)}: {shown_text(entry.error)}")
 
     def merge(self) -> bool:
-        """Puts the entries of all processes together; false in a process that leaves this to the first."""
+        """Merge the entries of all processes; False in a process that leaves this to the first one."""
         if self.journal is None:
             return True
         self.journal.finish()
@@ -157,7 +157,7 @@ class _Run:
         return True
 
     def finish(self) -> bool:
-        """Writes the last report. Whether it could be written."""
+        """Write the last report; returns whether it could be written."""
         self.processes = None if self.journal is None else {"count": self.world.size, "died": self.dead}
         self.finished = True
         return self._write_report(len(self.items) if self.interrupted else None)
@@ -174,7 +174,7 @@ class _Run:
         return True
 
     def close(self) -> None:
-        """Frees journal and report; of a run that an error ended, the report is brought up to date."""
+        """Close journal and report; after an error, the report is updated first."""
         if self.journal is not None:
             self.journal.close()
         if self.report is not None:
@@ -207,8 +207,8 @@ def report_of(
     processes: dict[str, Any] | None = None,
     planned: int | None = None,
 ) -> dict[str, Any]:
-    """The report as JSON has it: `items`, `totals`, `settings`, `versions`; for a job with a journal `processes` too,
-    and what was done earlier. `complete`: whether these are all of the `planned` items (None: they are)."""
+    """The report as JSON: `items`, `totals`, `settings`, `versions`; for a job with a journal also `processes` and
+    the items of earlier launches. `complete`: whether these are all of the `planned` items (None: they are)."""
     counts = Counter(entry.status for entry in entries)
     items = [asdict(entry) for entry in entries]
     if processes is None:
@@ -238,9 +238,9 @@ def report_of(
 
 @contextlib.contextmanager
 def _signals_told(came: list[int]) -> Iterator[None]:
-    """Inside this context Ctrl-C and SIGTERM raise KeyboardInterrupt and are appended to `came`.
+    """In this context, Ctrl-C and SIGTERM raise KeyboardInterrupt and are appended to `came`.
 
-    `came` is needed because Python drops an exception that is raised in a destructor.
+    `came` is needed because Python drops exceptions that are raised in a destructor.
     """
 
     def handle(number: int, frame: Any) -> None:

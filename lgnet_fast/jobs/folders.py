@@ -1,4 +1,4 @@
-"""What folders hold: pictures, masks, and which mask belongs to which picture by their names."""
+"""The contents of folders: pictures, masks, and the pairing of masks and pictures by name."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS
 
 @dataclass(frozen=True)
 class Found:
-    """What a folder holds: `pictures` to run, sorted, and what is `left_out`, as (path, reason)."""
+    """Contents of a folder: `pictures` to run, sorted, and `left_out` paths with reasons."""
 
     pictures: list[Path]
     left_out: list[tuple[Path, str]] = field(default_factory=list)
@@ -38,7 +38,7 @@ def scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSION
         for name in sorted(folders):
             path = Path(parent) / name
             real = path.resolve()
-            # Folders of this tree are listed under their own names; the target of a link is listed once.
+            # Folders of this tree are listed under their real names; the target of a link is listed once.
             inside = root == real or root in real.parents or real in root.parents
             if name.startswith(".") or real in excluded or (path.is_symlink() and (inside or real in seen)):
                 continue
@@ -70,13 +70,13 @@ def beside(picture: Path) -> list[Path]:
 
 
 def of_mask(stem: str, suffix: str) -> str | None:
-    """The stem of the picture that a mask of this stem belongs to, None where it is no mask's."""
+    """The stem of the picture to which a mask of this stem belongs; None where the stem is not that of a mask."""
     found = re.fullmatch(rf"(.+){re.escape(suffix)}\d*", stem, re.DOTALL)
     return None if found is None else found[1]
 
 
 def masks_by_suffix(relative: Path, folder: Path, masks: list[Path], suffix: str) -> tuple[list[Path], str | None]:
-    """The masks of the picture at `relative`, or what is wrong with them; see `plan_items`."""
+    """The masks of the picture at `relative`, or the problem with them; see `plan_items`."""
     place = relative.with_suffix("")
     named = [mask for mask in masks if of_mask(mask.stem, suffix) == place.name]
     own = [mask for mask in named if mask.parent == folder / place.parent] or named

@@ -1,4 +1,4 @@
-"""The items of a run: which picture gets which mask, and where its result goes."""
+"""The items of a run: picture, mask and result file of each."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .options import FillOptions
 from .outputs import distinct, format_for, refuse_unwritable, result_files
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-"""Characters that play tricks on terminals and scripts."""
+"""Characters that are unsafe in terminals and scripts."""
 
 
 @dataclass(frozen=True)
@@ -39,19 +39,19 @@ class Item:
     left_out: bool = False
 
     def key(self) -> str:
-        """A name for this item and the exact files it is made from; replaced files give another key."""
+        """A key of this item and its input files; replaced files give another key."""
         sources = [source for source in (self.picture, self.mask) if source is not None]
         return fingerprint(str(self.picture), str(self.mask), str(self.output), [_stamp(one) for one in sources])
 
 
 def plan_items(options: FillOptions, world: World | None = None) -> list[Item]:
-    """What this process is to run, in the order of the names.
+    """The items of this process, in the order of their names.
 
     `source` and `mask` are files or folders; folders are searched with their sub-folders. A picture takes the mask of
-    the same relative path without extension; if there is none, the only mask of that stem anywhere; none, or several
-    candidates, are that item's problem. `out` names a file (one picture) or a folder: relative paths are kept, and
-    where two pictures would get the same name, their own extensions are kept in it. For one picture, a name with an
-    extension is a file's, unless it is a folder that is there or a slash ends it.
+    the same relative path without extension; without one, the only mask of that stem anywhere; without any, or with
+    several candidates, the item has a `problem`. `out` names a file (one picture) or a folder: relative paths are
+    kept, and where two pictures would get the same name, it keeps their original extensions. For one picture, a name
+    with an extension is a file, unless it is an existing folder or ends with a slash.
 
     With `mask_suffix`, e.g. "_mask", picture ``a`` takes ``a_mask`` or ``a_mask001`` (LaMa's layout), where `mask` is
     None beside it; of several such masks each gives a result, named by the mask.
@@ -61,13 +61,13 @@ def plan_items(options: FillOptions, world: World | None = None) -> list[Item]:
 
     A pipe, and "-" for the standard input or output, takes the place of one picture, mask or result.
 
-    What a folder holds and cannot be run, such as sub-folders without the right to read them and pictures in formats
-    that are not read here, comes as an item that is `left_out`.
+    Contents of a folder that cannot be run, such as unreadable sub-folders and pictures in unsupported formats,
+    become items that are `left_out`.
 
     In a `world` of n processes each gets every n-th picture, or every n-th shard where there are at least n.
 
-    Raises UsageError: nothing there to run, an output that would replace a picture or mask of this run or that cannot
-    be written, or a picture that is its own mask.
+    Raises UsageError: nothing to run, an output that would replace a picture or mask of this run or that cannot be
+    written, or a picture that is its own mask.
     """
     try:
         return _plan(options, world or World())
@@ -96,7 +96,7 @@ def _plan(options: FillOptions, world: World) -> list[Item]:
 
 
 def _refuse_one_result(options: FillOptions) -> None:
-    """Raises UsageError where `out` takes one picture; for the results of a folder."""
+    """Raise UsageError where `out` is a file or stream for one picture; for the results of a folder."""
     out = options.result
     if out == STANDARD_STREAM or is_stream(out):
         raise UsageError("out: one stream takes one picture; expected a folder for the results of a folder")
@@ -142,7 +142,7 @@ def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
 
 @dataclass(frozen=True)
 class _Task:
-    """A picture, the name that its result has in a folder, and its mask or what is wrong with that."""
+    """A picture, the name of its result in a folder, and its mask or the problem with it."""
 
     picture: Path
     name: Path
@@ -195,7 +195,7 @@ def _opened_mask(mask: Path) -> Path | Encoded:
 
 
 def _read_stream(name: str, path: Path) -> Encoded:
-    """A pipe's bytes. Raises UsageError: a terminal or another device."""
+    """The bytes of a pipe. Raises UsageError: a terminal or another device."""
     if path == STANDARD_STREAM:
         if sys.stdin.isatty():
             raise UsageError(f"{name}: expected a picture on the standard input, got a terminal")
@@ -206,7 +206,7 @@ def _read_stream(name: str, path: Path) -> Encoded:
 
 
 def _shards_in(source: Path, out: Path) -> list[Path]:
-    """The tar shards that `source` is, or holds where it holds no pictures."""
+    """The tar shard `source`, or the shards of a folder without pictures."""
     if not source.is_dir():
         return [source] if source.suffix.lower() == ".tar" else []
     excluded = [out.resolve()] if out.is_dir() and out.resolve() != source.resolve() else []
@@ -227,7 +227,7 @@ def _plan_shards(shards: list[Path], options: FillOptions, world: World) -> list
         raise UsageError(f"mask: no pictures in {str(mask)!r} ({', '.join(EXTENSIONS)})")
     relative = [shard.relative_to(base) for shard in shards]
     folders = dict(zip(shards, distinct([name.with_suffix("") for name in relative], relative)))
-    # Whole shards are read in order and their headers by one process; few shards are shared by all.
+    # With many shards, each is read by one process; few shards are divided among all processes.
     whole = len(shards) >= world.size
     items: list[Item] = []
     for shard in world.part(shards) if whole else shards:
@@ -276,7 +276,7 @@ def _shard_item(
     suffix, pillow_format = format_for(picture, format)
     unsafe = key.is_absolute() or ".." in key.parts or CONTROL.search(picture.name)
     if unsafe or any(CONTROL.search(one.name) for one in sample.masks):
-        # Tar files are untrusted: their names must not lead out of the output folder, nor hold control characters.
+        # Tar files are untrusted: names must not lead out of the output folder or contain control characters.
         problem = f"picture: expected a name inside the shard, without control characters, got {picture.name!r}"
         return Item(picture, own, folder, pillow_format, problem)
     return Item(picture, own, folder / f"{sample.key}{suffix}", pillow_format, problem)
@@ -289,7 +289,7 @@ def _file_of(source: Path | Member | Encoded) -> Path | None:
 
 
 def _stamp(source: Path | Member | Encoded) -> Any:
-    """Identifies a source's content among files of the same name."""
+    """Text that identifies the content of a source among files of the same name."""
     if isinstance(source, Encoded):
         return hashlib.sha256(source.data).hexdigest()
     return stamp(source.shard if isinstance(source, Member) else source)
@@ -321,7 +321,7 @@ def _refuse_own_mask(items: list[Item], mask_suffix: str | None) -> None:
             continue
         try:
             same = os.path.samefile(item.picture, item.mask)
-        except OSError:  # removed meanwhile: the run of the item reports it
+        except OSError:  # removed in the meantime: running the item reports it
             continue
         if same:
             advice = (

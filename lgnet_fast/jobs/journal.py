@@ -1,7 +1,7 @@
 """Work split among processes without collectives: every process keeps a journal of its part on the shared disk.
 
 So no process waits for one that died. The journals of a job lie in a hidden folder beside the results. The same
-command run again, with any number of processes, reads in them what is done.
+command run again, with any number of processes, reads the finished items from them.
 """
 
 from __future__ import annotations
@@ -56,10 +56,11 @@ class World:
 
     @classmethod
     def from_environment(cls) -> World:
-        """The process's place by RANK, WORLD_SIZE and LOCAL_RANK (or mpirun's names for them); alone without them.
+        """The process's place from RANK, WORLD_SIZE and LOCAL_RANK (or mpirun's names); without them, a single
+        process.
 
-        With more than one process, they agree on `launch` through the launcher's rendezvous (MASTER_ADDR and
-        MASTER_PORT): the only time that one waits for another, at most 5 minutes.
+        Several processes agree on `launch` through the launcher's rendezvous (MASTER_ADDR and MASTER_PORT). Only
+        there does a process wait for another, at most 5 minutes.
 
         Raises BackendError: the variables contradict each other, or no rendezvous.
         """
@@ -76,11 +77,11 @@ class World:
         return cls(rank, size, world.local_rank, launched=True, launch=_agree(world))
 
     def part(self, items: Sequence[T]) -> list[T]:
-        """This process's share of `items`: every `size`-th one, from the one at `rank` on."""
+        """This process's share of `items`: every `size`-th one, starting at `rank`."""
         return list(items[self.rank :: self.size])
 
     def device(self, device: str) -> str:
-        """`device`, but of several processes each gets its own GPU for "auto" and "cuda", where there are GPUs."""
+        """`device`; for "auto" and "cuda" with several processes, a separate GPU for each, where there are GPUs."""
         if self.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
             return f"cuda:{self.local_rank % torch.cuda.device_count()}"
         return device
@@ -124,7 +125,7 @@ _stores: list[Any] = []
 
 
 def fingerprint(*values: Any) -> str:
-    """A short name of values that JSON can hold."""
+    """A short hash of values that JSON can hold."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()[:16]
 
 
@@ -138,7 +139,7 @@ def stamp(path: Path) -> list[int] | None:
 
 
 def model_stamp(model: str | os.PathLike[str] | None) -> Any:
-    """What tells the weights of a model folder or hub id from others."""
+    """A text that identifies the weights of a model folder or hub id."""
     from ..weights import bundled_path
 
     folder = bundled_path() if model is None else Path(model)
@@ -158,9 +159,9 @@ class Journal:
     """This process's part of a job, as lines of JSON in ``folder/<launch>-<rank>.jsonl``.
 
     Opening reads the parts of earlier launches. Every line is written by one call, so that a killed process leaves at
-    most one torn line, which is not read.
+    most one truncated line, which is ignored.
 
-    Raises JobError: an earlier launch of the job is still at work on this host, or the folder cannot be written.
+    Raises JobError: an earlier launch of the job still runs on this host, or the folder cannot be written.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
@@ -179,8 +180,7 @@ class Journal:
         self._heart.start()
 
     def earlier(self, key: str, output: Path | None = None) -> dict[str, Any] | None:
-        """The record of an item that an earlier launch finished; None where its `output` was changed or removed
-        since."""
+        """The record of an item that an earlier launch finished; None where its `output` changed or is gone."""
         done = self._earlier.get(key)
         if done is None or (output is not None and stamp(output) != done.written):
             return None
@@ -269,7 +269,7 @@ class Journal:
         part = self._part(rank)
         last, since = stamp(part), time.monotonic()
         while True:
-            # Checked before the lines are read, so that nothing is missed that a process wrote before it died.
+            # Checked before the lines are read, so that lines written just before a process died are not missed.
             locked = _locked(part)
             lines = _lines(part)
             records = [line["done"] for line in lines if "done" in line]
@@ -281,7 +281,7 @@ class Journal:
                 last, since = now, time.monotonic()
             silent = time.monotonic() - since > (patience if last is not None else 5 * patience)
             if silent or (same_host and locked is False):
-                # Written but not journalled: the next launch finds it by its file.
+                # Written but not recorded: the next launch finds the file.
                 return records, False
             time.sleep(_POLL)
 

@@ -1,4 +1,4 @@
-"""The options of `lgnet-fast run`, checked where they are made."""
+"""The options of `lgnet-fast run`; they check themselves."""
 
 from __future__ import annotations
 
@@ -18,26 +18,27 @@ _PER_PICTURE = ("strategy", "mask_threshold", "invert_mask", "mask_channel", "al
 
 @dataclass(frozen=True)
 class FillOptions:
-    """What to fill, and how.
+    """Input, output and settings of `lgnet-fast run`.
 
     Args:
         source: a picture, a folder with its sub-folders, a tar shard or a folder of them, a pipe; "-": the standard
             input.
-        mask: a mask (white = fill) or a folder of masks paired by name; None: tar shards hold their own, or
-            `mask_suffix` tells them.
-        out: the result's file, or the folder of the results; "-": standard output. A slash at the end names a folder.
-        mask_suffix: masks are named as their pictures with this at the end.
+        mask: a mask (white = fill) or a folder of masks paired by name; None: the masks are in the tar shards, or are
+            found by `mask_suffix`.
+        out: the file of the result, or the folder of the results; "-": standard output. A slash at the end marks a
+            folder.
+        mask_suffix: the name of a mask is that of its picture with this suffix.
         format: of the results, a key of FORMATS; None: each picture's.
         quality: 1 to 100, for JPEG, WebP, AVIF and HEIC.
-        skip_existing: leave results that are there.
-        resume: keep a journal and pass over what an earlier launch finished; always so under a launcher.
+        skip_existing: skip pictures with an existing result.
+        resume: keep a journal and skip what an earlier launch finished; always on under a launcher.
         report: a file for the JSON report.
         model: a model folder or hub id; None: the bundled model.
         device, dtype, backend: as for :class:`lgnet_fast.Inpainter`.
         strategy, mask_threshold, invert_mask, mask_channel, allow_any_mask, dilate, feather: as for its call.
 
     Raises:
-        UsageError: values that cannot be used, or files that are not there.
+        UsageError: invalid values, or missing files.
     """
 
     source: Path
@@ -87,12 +88,12 @@ class FillOptions:
 
     @property
     def call(self) -> Mapping[str, Any]:
-        """What goes to the Inpainter's call."""
+        """Arguments of the Inpainter's call."""
         return {name: getattr(self, name) for name in _PER_PICTURE}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What tells this job from others, as the report has it."""
+        """The settings that identify this job, for the report."""
         return {
             "model": self.model or "bundled",
             "dtype": self.dtype,
@@ -114,6 +115,6 @@ class FillOptions:
         out = self.result
         if out == STANDARD_STREAM or is_stream(out):
             raise UsageError("resume: expected a file or a folder as `out`, got a stream")
-        # A single result may be a file; the journal then lies beside it.
+        # A single result may be a file; its journal lies beside it.
         names_file = out.suffix.lower() in EXTENSIONS and not out.is_dir() and not self.names_folder
         return out.parent if names_file else out

@@ -1,4 +1,4 @@
-"""Where results go: their names and formats, and what must not be replaced."""
+"""Names and formats of results, and the checks that nothing is overwritten by mistake."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ from ..pipeline.writing import STANDARD_STREAM, is_stream
 def result_files(
     pictures: Sequence[tuple[Path | Encoded, Path]], from_folder: bool, out: Path, format: str | None, is_folder: bool
 ) -> list[tuple[Path, str]]:
-    """(file, Pillow format) of every picture, given with the name that its result has in a folder.
+    """(file, Pillow format) of the result of every picture, given with the name of its result in a folder.
 
-    `from_folder`: the pictures are a folder's. `is_folder`: `out` was named as a folder, with a slash.
+    `from_folder`: the pictures are from a folder. `is_folder`: `out` was named as a folder, with a slash.
     """
     if out == STANDARD_STREAM or is_stream(out):
         if len(pictures) > 1:
@@ -54,7 +54,7 @@ def result_files(
 
 
 def distinct(names: Sequence[Path], longer: Sequence[Path]) -> list[Path]:
-    """`names`, but where several meet the `longer` ones, numbered where those meet others too."""
+    """`names`; equal ones are replaced by the `longer` ones, numbered where these are not unique either."""
 
     def fold(name: Path) -> str:
         # Some file systems ignore case.
@@ -87,7 +87,7 @@ def format_for(picture: Path | Member | Encoded, format: str | None) -> tuple[st
 
 
 def refuse_unwritable(out: Path) -> None:
-    """Raises UsageError where no result could be written, before anything is done."""
+    """Raise UsageError before the run if no result could be written."""
     if out == STANDARD_STREAM:
         return
     if (is_stream(out) or out.is_file()) and not os.access(out, os.W_OK):
@@ -102,6 +102,6 @@ def refuse_unwritable(out: Path) -> None:
         raise UsageError(f"out: {str(out)!r} cannot be written: {str(place)!r} is no folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"out: {str(out)!r} cannot be written: no right to write in {str(place)!r}")
-    # Only a system call tells whether a name is too long for the file system.
+    # Only a system call shows whether a name is too long for the file system.
     with contextlib.suppress(FileNotFoundError):
         os.lstat(out)

@@ -1,4 +1,4 @@
-"""The report of a run: a JSON file that is rewritten during the run; a reader always finds a whole one."""
+"""The report of a run: a JSON file that is rewritten during the run; readers always find a complete one."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..pipeline.writing import (
 )
 
 _INTERVAL = 2.0
-# Largest share of the run's time that writing may take.
+# Largest share of the run's time for writing reports.
 _SHARE = 0.05
 
 
@@ -65,12 +65,12 @@ class ReportFile:
 
     @property
     def due(self) -> bool:
-        """Whether it is time for another version: at most every 2 seconds, and for 5 % of the time."""
+        """Whether to write again: at most every 2 seconds, and for at most 5 % of the time."""
         replaceable = self._stream is None and self.path != STANDARD_STREAM
         return replaceable and time.monotonic() >= self._next
 
     def write(self, report: dict[str, Any]) -> None:
-        """Replaces the file by this version. Raises OSError."""
+        """Replace the file by this version. Raises OSError."""
         start = time.monotonic()
         data = json_bytes(report)
         if self._stream is None:

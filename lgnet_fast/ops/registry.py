@@ -120,7 +120,7 @@ def checked_float(argument: str, tensor: Tensor) -> None:
 
 
 def label(options: Mapping[str, Any]) -> str | None:
-    """What tells uses of an operator apart in verdicts: text options by value, switches that are on by name."""
+    """Label that distinguishes uses of an operator: values of text options, names of switches that are on."""
     words = [
         str(value) if isinstance(value, str) else f"of {name}"
         for name, value in options.items()

@@ -1,6 +1,6 @@
-"""`lgnet-fast serve`: a page to paint holes on and see them filled, and the HTTP calls of other tools.
+"""`lgnet-fast serve`: a page to paint holes on and see them filled, and HTTP APIs that other tools call.
 
-:class:`Session` works without the extra `[serve]`; the application and the command need it.
+The application and the command need the extra `[serve]`; :class:`Session` does not.
 """
 
 from __future__ import annotations

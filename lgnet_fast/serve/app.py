@@ -1,4 +1,4 @@
-"""The application: routes, the guard before them, one form for errors."""
+"""The application: routes, the guard middleware, and the form of errors."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ logger = logging.getLogger("lgnet_fast")
 
 
 def create_app(state: State) -> FastAPI:
-    """The ASGI application over one server's state. Its lifespan warms the models up and ends the threads."""
+    """The ASGI application for the state of one server. Its lifespan warms the models up and ends the threads."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -71,7 +71,7 @@ def create_app(state: State) -> FastAPI:
 
 
 def answer(request: Request, error: Exception, status: int, text: str, headers: Any = None) -> JSONResponse:
-    """An error in the form that the path's clients read: OpenAI's under /v1, else IOPaint's."""
+    """An error in the form that clients of the path expect: OpenAI's under /v1, else IOPaint's."""
     name = type(error).__name__
     if request.url.path.startswith("/v1/"):
         kind = "server_error" if status >= 500 else "invalid_request_error"

@@ -1,4 +1,4 @@
-"""Request bodies: their fields as existing clients send them (unknown ones are ignored), and their pictures."""
+"""Request bodies: the fields that existing clients send (unknown ones are ignored), and the pictures."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ B = TypeVar("B", bound=BaseModel)
 
 
 class FillFields(BaseModel):
-    """What the page and the API can ask of a fill; see `Inpainter`."""
+    """Options of a fill in the page and the API; see `Inpainter`."""
 
     model_config = ConfigDict(extra="ignore")
 
@@ -46,13 +46,13 @@ class FillFields(BaseModel):
         return value and checked_format(value)
 
     def fill_options(self) -> dict[str, Any]:
-        """As `Session.fill` takes them."""
+        """The arguments of `Session.fill`."""
         names = ("dilate", "feather", "invert_mask", "mask_threshold", "mask_channel", "allow_any_mask")
         return {"strategy": self.strategy or "auto", **{name: getattr(self, name) for name in names}}
 
 
 class InpaintFields(FillFields):
-    """IOPaint's fields that mean something here; lama-cleaner's are the same in camelCase."""
+    """The fields of IOPaint that have an effect here; lama-cleaner's are the same in camelCase."""
 
     hd_strategy: str | None = Field(None, description="Original, Crop or Resize")
     sd_seed: int = Field(42, description="echoed in X-Seed; the model has no randomness")
@@ -164,7 +164,7 @@ def _check_pixels(file: Encoded, error: type[LGNetError], name: str, max_pixels:
 
 
 def checked_format(name: str) -> str:
-    """The short name of a format that is written here. Raises OptionError."""
+    """The short name of a format that can be written. Raises OptionError."""
     if name.lower() not in FORMATS:
         raise OptionError(f"format: expected one of {', '.join(FORMATS)}, got {name[:40]!r}")
     return name.lower()

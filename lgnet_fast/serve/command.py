@@ -22,10 +22,10 @@ def run(
     open_page: bool = False,
     **inpainter: Any,
 ) -> None:
-    """Serves until SIGINT or SIGTERM; then /v2/health/ready says 503, running work is finished, and it returns.
+    """Serve until SIGINT or SIGTERM; then answer 503 on /v2/health/ready, finish running work, and return.
 
-    `models`: as in `State`; `inpainter`: device, dtype, backend. Raises LGNetError: the extra is missing, the
-    address is taken, and what the models raise.
+    `models`: see `State`; `inpainter`: device, dtype, backend. Raises LGNetError: the extra is missing, the address
+    is in use, or a model cannot be loaded.
     """
     try:
         from .process import Server
@@ -57,7 +57,7 @@ def run(
 
 
 def parse_models(texts: Sequence[str]) -> dict[str, str | None]:
-    """{name: folder or hub id} of "NAME=FOLDER" or "FOLDER"; none: the bundled model. Raises ValueError."""
+    """{name: folder or hub id} from "NAME=FOLDER" or "FOLDER"; without any, the bundled model. Raises ValueError."""
     from pathlib import PurePath
 
     models: dict[str, str | None] = {}
@@ -72,7 +72,7 @@ def parse_models(texts: Sequence[str]) -> dict[str, str | None]:
 
 
 def _address(options: ServeOptions, port: int) -> str:
-    """The page's address on this machine, with the token."""
+    """The URL of the page on this machine, with the token."""
     host = options.host if options.loopback else "127.0.0.1"
     key = f"?token={options.token}" if options.token else ""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/{key}"

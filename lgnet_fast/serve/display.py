@@ -1,4 +1,4 @@
-"""Samples as a browser shows them: 8 bits, sRGB, as PNG or JPEG."""
+"""Samples converted for a browser: 8 bits, sRGB, as PNG or JPEG."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Display:
 
     @classmethod
     def of(cls, session: Session, rebuilt: Any) -> Display:
-        """For a session and the picture that it came from, as `result` gives it."""
+        """The display of a session; `rebuilt`: its picture, as `Session.result` returns it."""
         picture = session.picture
         alpha: np.ndarray | None = None
         if isinstance(rebuilt, DeepImage):
@@ -40,7 +40,7 @@ class Display:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it keeps."""
+        """Bytes of memory that it keeps."""
         return 0 if self.alpha is None else self.alpha.nbytes
 
     def picture(self, samples: np.ndarray, box: Rect, size: tuple[int, int] | None = None) -> Image.Image:
@@ -52,7 +52,7 @@ class Display:
         return shown
 
     def patch(self, patch: Patch) -> tuple[bytes, list[Rect]]:
-        """A fill's parts below one another as one lossless PNG, transparent where nothing changed; their boxes."""
+        """The parts of a fill, stacked in one lossless PNG, transparent where nothing changed; and their boxes."""
         boxes = [part.box for part in patch.parts]
         size = max(box.right - box.left for box in boxes), sum(box.bottom - box.top for box in boxes)
         sheet = Image.new("RGBA", size)
@@ -84,19 +84,19 @@ def _transform(profile: bytes | None, mode: str) -> Any:
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):  # damaged, or of another colour space: shown as it is
+    except (ImageCms.PyCMSError, OSError):  # damaged, or of another colour space: shown without conversion
         return None
 
 
 def png(picture: Image.Image) -> bytes:
-    """A PNG that is written quickly rather than small."""
+    """A PNG encoded for speed, not for size."""
     file = io.BytesIO()
     picture.save(file, "PNG", compress_level=1)
     return file.getvalue()
 
 
 def photo(picture: Image.Image, quality: int = 92) -> tuple[bytes, str]:
-    """A file to look at and its media type: JPEG, or PNG where there is alpha."""
+    """A file for display and its media type: JPEG, or PNG for pictures with alpha."""
     if picture.mode == "RGBA":
         return png(picture), "image/png"
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""What a request can fail by, with the status that it is answered by."""
+"""Errors of requests, with their HTTP status."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from ..errors import LGNetError, OutOfMemoryError
 
 
 class OptionError(LGNetError, ValueError):
-    """An option that a session does not take; the text names it."""
+    """An option that a session does not accept; the text names it."""
 
 
 class RequestError(LGNetError):
-    """A request that is refused: `status`, and the seconds after which it may come again."""
+    """A rejected request: `status`, and the seconds after which the client may retry."""
 
     status = 400
 
@@ -21,7 +21,7 @@ class RequestError(LGNetError):
 
 
 class TooLargeError(RequestError):
-    """More bytes or pixels than the server takes."""
+    """More bytes or pixels than the server accepts."""
 
     status = 413
 
@@ -45,19 +45,19 @@ class DrainingError(RequestError):
 
 
 class TimeLimitError(RequestError):
-    """It took too long."""
+    """The request took longer than the time limit."""
 
     status = 503
 
 
 class CancelledError(RequestError):
-    """Nobody waits for the answer; the status is what nginx logs."""
+    """The client has left; the status is the one that nginx logs."""
 
     status = 499
 
 
 def status_of(error: Exception) -> int | None:
-    """The status for an error that a request can be told about; None for a fault of the server."""
+    """The HTTP status of an error of the client; None for a fault of the server."""
     if isinstance(error, RequestError):
         return error.status
     if isinstance(error, OutOfMemoryError):

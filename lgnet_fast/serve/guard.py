@@ -1,4 +1,4 @@
-"""What every request passes first: who asks, from which page, and how much it sends."""
+"""Checks of every request before its route: host, origin, token, and size of the body."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
-# img-comparison-slider brings its styles in a constructed style sheet, Konva sets its own by script.
+# img-comparison-slider uses a constructed style sheet, Konva sets its styles by script.
 _POLICY = (
     "default-src 'self'; img-src 'self' blob: data:; style-src 'self'; script-src 'self'; connect-src 'self'; "
     "object-src 'none'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
@@ -32,12 +32,12 @@ _HEADERS = [
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
 _OPEN_PATHS = {"/", "/docs", "/openapi.json", "/favicon.ico"}
-_BODIES = 8  # bodies of the largest size that are held at the same time
+_BODIES = 8  # most bodies of the largest size that are held at the same time
 
 
 class Guard:
-    """ASGI middleware. Refuses foreign hosts and origins and wrong tokens; counts the bytes of bodies as they come;
-    adds headers that keep other pages out."""
+    """ASGI middleware. Rejects foreign hosts, foreign origins and wrong tokens; limits the size of bodies while they
+    arrive; adds headers that keep other pages out."""
 
     def __init__(self, app: Any, options: ServeOptions, metrics: Metrics) -> None:
         self._app, self._options, self._metrics = app, options, metrics
@@ -65,7 +65,7 @@ class Guard:
 
         async def counted() -> Message:
             nonlocal held, complete
-            # What follows a complete body is the client leaving, whenever that is.
+            # After a complete body, the next message is the disconnect of the client.
             limit = None if complete else self._options.body_timeout
             try:
                 message = await asyncio.wait_for(receive(), limit)
@@ -124,7 +124,7 @@ class Guard:
         return None
 
     def _known(self, host: str) -> bool:
-        """Whether a Host header names this server. An address always does: only names can be pointed elsewhere."""
+        """Whether a Host header names this server. IP addresses always pass: DNS rebinding needs a name."""
         try:
             name = urlsplit(f"//{host}").hostname or ""
         except ValueError:
@@ -140,7 +140,7 @@ class Guard:
     def _has_token(self, authorization: str) -> bool:
         assert self._options.token is not None
         kind, _, given = authorization.partition(" ")
-        if kind.lower() == "basic":  # as A1111's clients have it: any user, the token as password
+        if kind.lower() == "basic":  # form of A1111's clients: any user, the token as password
             try:
                 given = base64.b64decode(given, validate=True).decode().partition(":")[2]
             except ValueError:

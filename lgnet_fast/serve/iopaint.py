@@ -77,7 +77,7 @@ async def inpaint_form(request: Request, state: ServerState) -> Response:
 
 @router.get("/api/v1/server-config", tags=["IOPaint"])
 async def server_config(state: ServerState) -> dict[str, Any]:
-    """What this server can do, in IOPaint's keys."""
+    """What this server can do, under IOPaint's keys."""
     return {
         "plugins": [],
         "modelInfos": [_model_info(name) for name in state.models],

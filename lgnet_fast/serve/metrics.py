@@ -1,4 +1,4 @@
-"""What `/metrics` tells, in Prometheus' text format."""
+"""Metrics of `/metrics`, in Prometheus' text format."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60)
 
 
 class Metrics:
-    """One server's counters, in a registry of their own."""
+    """The counters of one server, in a separate registry."""
 
     def __init__(self) -> None:
         self.registry = CollectorRegistry()
@@ -31,7 +31,7 @@ class Metrics:
         )
 
     def watch(self, depth: Callable[[], int], usage: Callable[[], tuple[int, int]]) -> None:
-        """Gauges that are read when they are asked for."""
+        """Gauges whose values are read on request."""
         Gauge("lgnet_queue_depth", "Requests that wait or run", registry=self.registry).set_function(depth)
         Gauge("lgnet_pictures", "Open pictures", registry=self.registry).set_function(lambda: usage()[0])
         Gauge("lgnet_pictures_bytes", "Bytes of open pictures", registry=self.registry).set_function(
@@ -39,15 +39,15 @@ class Metrics:
         )
 
     def phases(self, seconds: dict[str, float]) -> None:
-        """One request's phases."""
+        """Count the phases of one request."""
         for name, value in seconds.items():
             self.seconds.labels(name).observe(value)
 
     def run(self, windows: int, seconds: float) -> None:
-        """One run of the network."""
+        """Count one run of the network."""
         self.batches.observe(windows)
         self.network.observe(seconds)
 
     def text(self) -> bytes:
-        """The page."""
+        """The text of the page."""
         return generate_latest(self.registry)

@@ -1,4 +1,4 @@
-"""What `lgnet-fast serve` can be told."""
+"""The options of `lgnet-fast serve`."""
 
 from __future__ import annotations
 
@@ -14,19 +14,19 @@ _ORIGIN = re.compile(r"https?://[^/?#\s]+")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Where the server listens, whom it answers, and its limits. Checks itself; errors name the field.
+    """Address, access and limits of the server. Checks itself; errors name the field.
 
-    `host`, `port`: address to listen on; port 0 takes a free one. `token`: what clients have to send, None = nothing;
-    on an address other than loopback :func:`lgnet_fast.serve.command.run` makes one up. `cors`: origins of other
-    pages that may call the API, "https://host[:port]" each. `allowed_hosts`: names that the server is reached by,
-    beside the address itself. `max_bytes`: of a request's body. `max_pixels`: of a picture, read from its header
-    before it is decoded. `max_sessions`, `session_bytes`, `session_idle`: how many pictures the page's users may have
-    open, bytes of memory for all of them, and seconds after which an unused one goes. `queue`: requests that may wait
-    or run; more are answered 429. `threads`: requests that are prepared at the same time. `batch`: network passes of
-    one size that may run together. `timeout`: seconds for one request, from the last byte of its body to the answer.
-    `body_timeout`: seconds between two parts of a body. `grace`: seconds after the signal to end for which new
-    requests are still answered (503, and /v2/health/ready too), at least a load balancer's interval; `shutdown`:
-    seconds that running work has to end in, counted from the same signal.
+    `host`, `port`: address to listen on; port 0: any free one. `token`: secret that clients must send, None: none; on
+    an address other than loopback :func:`lgnet_fast.serve.command.run` generates one. `cors`: origins of other pages
+    that may call the API, "https://host[:port]" each. `allowed_hosts`: names of the server, besides its address.
+    `max_bytes`: of a request's body. `max_pixels`: of a picture, read from its header before it is decoded.
+    `max_sessions`, `session_bytes`, `session_idle`: number of open pictures of the page, bytes of memory for all of
+    them, and seconds after which an unused one is closed. `queue`: requests that may wait or run; more are answered
+    429. `threads`: requests that are prepared at the same time. `batch`: network passes of one size that may run
+    together. `timeout`: seconds for one request, from the last byte of its body to the answer. `body_timeout`:
+    seconds between two parts of a body. `grace`: seconds after the signal to end during which new requests are still
+    answered (503, also /v2/health/ready); at least the interval of a load balancer's checks. `shutdown`: seconds
+    after the same signal in which running work must end.
     """
 
     host: str = "127.0.0.1"

@@ -1,4 +1,4 @@
-"""Routes of the page: its files, what it offers, its bundled photographs; and the server's counters."""
+"""Routes of the page: its files, its choices, its bundled photographs; and the metrics of the server."""
 
 from __future__ import annotations
 
@@ -47,13 +47,13 @@ router = APIRouter()
 
 
 def _static_files() -> dict[str, tuple[bytes, str]]:
-    """The page's files, by a fixed table: no path of a request is ever joined to a folder."""
+    """The files of the page, from a fixed table: a path of a request is never joined to a folder."""
     folder = resource_files(__package__) / "static"
     return {name: (folder.joinpath(name).read_bytes(), _TYPES[name[name.rindex(".") :]]) for name in _STATIC}
 
 
 def static_routes() -> APIRouter:
-    """The page's files, read once."""
+    """The files of the page, read once."""
     router = APIRouter()
     static = _static_files()
 

@@ -1,4 +1,4 @@
-"""Routes of an open picture: opened and closed, looked at, filled, saved."""
+"""Routes of an open picture: open, close, view, fill, save."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ async def open_picture(
 
 @router.delete("/api/v1/pictures/{id}", tags=["page"], status_code=204, responses=_ERRORS)
 async def close_picture(state: ServerState, id: str) -> Response:
-    """Closes a picture: its memory is free again."""
+    """Closes a picture and frees its memory."""
     state.store.get(id)
     state.store.close(id)
     return Response(status_code=204)
@@ -145,8 +145,8 @@ async def fill(
 ) -> Response:
     """Fills a hole: the body is a mask of its bounding box, levels from 128 on are hole.
 
-    The answer is a lossless PNG of what changed, transparent elsewhere. `X-Boxes` lists boxes "x,y,width,height"
-    of the picture, separated by semicolons, which lie below one another in it.
+    The answer is a lossless PNG of the changed pixels, transparent elsewhere. `X-Boxes` lists the boxes
+    "x,y,width,height" of the picture, separated by semicolons, that are stacked in it.
     """
     own = state.store.get(id)
     pipe = state.model(model)
@@ -247,14 +247,14 @@ async def result(
     quality: Annotated[int | None, Query(ge=1, le=100)] = None,
     position: Position = None,
 ) -> Response:
-    """The picture with its fills as a file with its metadata; known pixels are the input's, bit by bit."""
+    """The picture with its fills as a file with its metadata; known pixels are bitwise equal to the input."""
     own = state.store.get(id)
     name = format and checked_format(format)
 
     def work(job: Job) -> tuple[bytes, str]:
         key = (own.session.position if position is None else position, name, quality)
         if key not in own.encoded:
-            own.encoded.clear()  # one is kept: who saves twice saves the same
+            own.encoded.clear()  # the last file is kept, because saving twice gives the same file
             own.encoded[key] = state.encode(job, own.session, name, quality, position)
         return own.encoded[key]
 

@@ -1,4 +1,4 @@
-"""uvicorn's server, which ends in two steps: new requests are told 503, then the socket closes."""
+"""uvicorn's server with an end in two steps: new requests are answered 503, then the socket is closed."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from .state import State
 
 
 class Server(uvicorn.Server):
-    """Tells clients 503 and lets running work end, before uvicorn closes its socket.
+    """Answers 503 and lets running work end before uvicorn closes its socket.
 
-    `listening`: awaited once requests are answered.
+    `listening`: awaited once the server answers requests.
     """
 
     def __init__(self, state: State, listening: Callable[[], Awaitable[None]]) -> None:
@@ -44,9 +44,9 @@ class Server(uvicorn.Server):
         if self._ending is None:
             self._ending = time.monotonic()
             self._state.drain()
-        elif not self.should_exit:  # a second signal does not wait for the grace to end
+        elif not self.should_exit:  # a second signal ends the grace period
             self.should_exit = True
-        else:  # and a third one, Ctrl-C, not for running work
+        else:  # a third one, Ctrl-C, also ends the wait for running work
             super().handle_exit(sig, frame)
 
     async def on_tick(self, counter: int) -> bool:

@@ -1,4 +1,4 @@
-"""What the groups of routes share: the server's state, forms, what the schema says of bodies and answers."""
+"""Shared by the groups of routes: the server's state, forms, and schemas of bodies and answers."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ IMAGE_RESPONSES: dict[int | str, dict[str, Any]] = {
 
 
 async def server_state(request: Request) -> State:
-    """The state of the server that a request came to; `create_app` keeps it in its application."""
+    """The state of the server of a request; `create_app` keeps it in its application."""
     state: State = request.app.state.server
     return state
 
@@ -66,5 +66,5 @@ async def form_fields(request: Request, state: State, files: tuple[str, ...]) ->
 
 
 async def request_gone() -> bool:
-    """For work that is finished in any case."""
+    """The `gone` of work that is finished even if the client leaves."""
     return False

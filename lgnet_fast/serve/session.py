@@ -1,4 +1,4 @@
-"""`Session`: one picture that is filled hole by hole, with undo, without being decoded or copied again."""
+"""`Session`: one picture that is decoded once and filled hole by hole, with undo."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _MOSTLY_HOLE = 0.95
 
 
 class FillArguments(TypedDict, total=False):
-    """How a hole is found and filled, as `Inpainter` takes it; `allow_any_mask`: more than 95 % may be hole."""
+    """Options of a fill, see `Inpainter`; `allow_any_mask`: more than 95 % may be hole."""
 
     strategy: str
     dilate: int
@@ -57,8 +57,8 @@ _DEFAULTS: FillArguments = {
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a picture after a fill: `samples` [h, w, C] of the picture's depth, `touched` bool [h, w]: where the
-    fill may have changed them; the rest is the picture's own."""
+    """A box of a picture after a fill: `samples` [h, w, C] of the picture's depth, and `touched` bool [h, w]: pixels
+    that the fill may have changed."""
 
     box: Rect
     samples: np.ndarray
@@ -67,11 +67,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Patch:
-    """What one fill changed, and how it was made.
+    """The changes of one fill, and how it was made.
 
-    `parts`: disjoint boxes, one at least. `box`: around all of them. `strategy`, `passes`: as in `Inpainted`.
-    `seconds`: from the call to the patch. `hole`: bool, the mask inside its bounding box, which begins at `at` (top,
-    left); `options`: what the fill was called with.
+    `parts`: one or more disjoint boxes. `box`: the box around all of them. `strategy`, `passes`: as in `Inpainted`.
+    `seconds`: duration of the call. `hole`: bool, the mask inside its bounding box, which begins at `at` (top, left);
+    `options`: of the call.
     """
 
     parts: tuple[Part, ...]
@@ -95,7 +95,7 @@ class Patch:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it takes."""
+        """Bytes of memory that it takes."""
         return self.hole.nbytes + sum(part.samples.nbytes + part.touched.nbytes for part in self.parts)
 
 
@@ -115,14 +115,14 @@ class _Region(Picture):
 class Session:
     """One picture, filled hole by hole: what the page works with. Thread-safe.
 
-    The picture is decoded once; a fill reads and returns only what its hole depends on, and equals
-    ``inpainter(picture, mask)`` on the picture as it is then. Memory: the picture's samples, and of every fill its
-    boxes.
+    The picture is decoded once. A fill reads and returns only the boxes that its hole depends on, and equals
+    ``inpainter(picture, mask)`` on the picture at that time. Memory: the samples of the picture, and the boxes of
+    every fill.
 
     Args:
-        picture: a PIL picture, a path, an `Encoded` file or an array, as `Inpainter` takes them. Files are turned
-            upright by their EXIF orientation.
-        inpainter: what fills; None loads the bundled model.
+        picture: a PIL picture, a path, an `Encoded` file or an array, as for `Inpainter`. Files are turned upright by
+            their EXIF orientation.
+        inpainter: fills the holes; None loads the bundled model.
 
     Raises:
         InvalidImageError: the picture cannot be read.
@@ -143,22 +143,22 @@ class Session:
 
     @property
     def picture(self) -> Picture:
-        """The picture as it came."""
+        """The original picture."""
         return self._picture
 
     @property
     def position(self) -> int:
-        """How many fills the picture has now; `undo` lowers it, `redo` raises it."""
+        """Number of fills that the picture has now; `undo` lowers it, `redo` raises it."""
         return self._position
 
     @property
     def fills(self) -> int:
-        """How many fills there are, undone ones included."""
+        """Number of fills, including undone ones."""
         return len(self._patches)
 
     @property
     def nbytes(self) -> int:
-        """Bytes that the session keeps, about."""
+        """Bytes of memory that the session keeps, approximately."""
         source = len(self._source.data) if isinstance(self._source, Encoded) else 0
         return source + self._picture.samples.nbytes + sum(patch.nbytes for patch in list(self._patches))
 
@@ -172,19 +172,19 @@ class Session:
         confirm: Callable[[], None] | None = None,
         **options: Unpack[FillArguments],
     ) -> Patch:
-        """Fills a hole of the picture as it is now and keeps the fill. What was undone is forgotten.
+        """Fill a hole of the current picture and keep the fill. Undone fills are dropped.
 
         Args:
-            mask: of the whole picture, as `Inpainter` takes it; with `at` of a box of the picture.
+            mask: of the whole picture, as for `Inpainter`; with `at`, of a box of the picture.
             at: (top, left) of that box, which must lie inside the picture.
-            position: how many fills the caller sees; later ones are undone first.
-            inpainter: fills this once instead of the session's own.
-            confirm: called when the fill is made; what it raises leaves the session as it was.
+            position: number of fills that the caller sees; later ones are undone first.
+            inpainter: used for this fill instead of the session's.
+            confirm: called when the fill is computed; if it raises, the session does not change.
             options: see :class:`FillArguments`.
 
         Raises:
             InvalidMaskError: unreadable, empty, outside the picture, more than 95 % without `allow_any_mask`.
-            OptionError: strategy, position. TypeError: no such option. And what an `Inpainter` raises.
+            OptionError: strategy, position. TypeError: no such option. Also errors of the `Inpainter`.
         """
         if unknown := options.keys() - _DEFAULTS.keys():
             raise TypeError(f"options: expected {', '.join(_DEFAULTS)}, got {', '.join(sorted(unknown))}")
@@ -202,7 +202,7 @@ class Session:
             )
         kept: dict[str, Any] = {"strategy": strategy, "dilate": dilate, "feather": feather}
         pipe = self._inpainter if inpainter is None else inpainter
-        soft_edge(np.zeros((1, 1), dtype=bool), dilate, feather)  # which checks the two
+        soft_edge(np.zeros((1, 1), dtype=bool), dilate, feather)  # the call checks both
         with self._lock:
             position = self._position if position is None else self._checked(position)
             region, offset, inside = self._region(pipe, hole, corner, kept, position)
@@ -217,13 +217,13 @@ class Session:
         return patch
 
     def undo(self) -> bool:
-        """Takes the last fill back; False where there is none."""
+        """Undo the last fill; False where there is none."""
         with self._lock:
             self._position, before = max(0, self._position - 1), self._position
             return self._position != before
 
     def redo(self) -> bool:
-        """Brings the fill back that was undone last; False where there is none."""
+        """Restore the fill that was undone last; False where there is none."""
         with self._lock:
             self._position, before = min(len(self._patches), self._position + 1), self._position
             return self._position != before
@@ -234,9 +234,9 @@ class Session:
             self._position = self._checked(position)
 
     def result(self, position: int | None = None) -> Any:
-        """The picture with its fills, of the kind it came in (a path gives a PIL picture, or a DeepImage).
+        """The picture with its fills, of the same kind as the original (a path gives a PIL picture, or a DeepImage).
 
-        `position`: with the first so many fills; None: as it is now.
+        `position`: number of fills to include; None: the current ones.
         """
         with self._lock:
             patches = self._patches[: self._position if position is None else self._checked(position)]
@@ -254,8 +254,8 @@ class Session:
     ) -> tuple[bytes, str]:
         """The result as a file with its metadata, and the Pillow format that it has.
 
-        `format`: a Pillow format name; None takes the picture's own, and PNG where it has none or that cannot be
-        written. `quality`: as in `lgnet_fast.pipeline.files.save_picture`. `position`: as in `result`.
+        `format`: a Pillow format name; None: the picture's format, or PNG where it has none or it cannot be written.
+        `quality`: as in `lgnet_fast.pipeline.files.save_picture`. `position`: as in `result`.
 
         Raises InvalidImageError: the format cannot hold the picture.
         """
@@ -272,13 +272,13 @@ class Session:
             return encode(result, "PNG"), "PNG"
 
     def region(self, box: Rect, position: int | None = None) -> np.ndarray:
-        """A copy of the samples [h, w, C] in a box, with the first `position` fills (None: as it is now)."""
+        """A copy of the samples [h, w, C] in a box, with the first `position` fills (None: the current ones)."""
         with self._lock:
             return self._read(box, self._position if position is None else self._checked(position))
 
     def stages(self, context: int = 32, position: int | None = None) -> tuple[Rect, list[np.ndarray]]:
-        """The last fill's surroundings, `context` pixels on each side: with the hole white, and after each stage of
-        the network: (box, samples [h, w, C] each). Runs the network again. `position`: as in `result`.
+        """The surroundings of the last fill, `context` pixels on each side: with the hole white, and after each stage
+        of the network, as (box, samples [h, w, C] of each). Runs the network again. `position`: as in `result`.
 
         Raises OptionError: no fill.
         """
@@ -342,7 +342,7 @@ class Session:
     def _region(
         self, pipe: Inpainter, hole: np.ndarray, at: tuple[int, int], options: dict[str, Any], position: int
     ) -> tuple[_Region, tuple[int, int], np.ndarray]:
-        """What a fill reads: a region of the picture, its (top, left), and the hole in it."""
+        """The input of a fill: a region of the picture, its (top, left), and the hole in it."""
         box = Rect(at[0], at[0] + hole.shape[0], at[1], at[1] + hole.shape[1])
         whole = Rect(0, self.size[0], 0, self.size[1])
         around = whole
@@ -351,24 +351,24 @@ class Session:
         inside = _laid(hole, box, around)
         if around != whole and options["strategy"] == "auto":
             soft = soft_edge(inside, options["dilate"], options["feather"]) > 0
-            if choose(soft, pipe.multiple, pipe.window)[0] == "tile":  # tiles lie where the whole picture puts them
+            if choose(soft, pipe.multiple, pipe.window)[0] == "tile":  # the whole picture fixes the places of tiles
                 around, inside = whole, _laid(hole, box, whole)
         samples = self._picture.samples if around == whole and not position else self._read(around, position)
         region = _Region(samples, self._picture.white, lambda done, touched: done)
         return region, (around.top, around.left), inside
 
     def _surroundings(self, box: Rect, hole: np.ndarray, reach: int, pipe: Inpainter) -> Rect:
-        """A box of the picture in which the strategy crop finds the windows that it finds in the whole picture.
+        """A box of the picture in which the strategy crop finds the same windows as in the whole picture.
 
-        A window around a hole is less than `wanted` and one more multiple of the network wide, at native scale, and
-        as much more at a reduced one as that reduces.
+        At native scale, a window around a hole is less than `wanted` plus one multiple of the network wide; at a
+        reduced scale, that much divided by the scale.
         """
         grown = box.grown(min(reach, sum(self.size)), self.size)
         area = grown.area if reach else np.count_nonzero(hole)
         wanted = max(grown.bottom - grown.top, grown.right - grown.left) + 2 * max(CONTEXT, math.isqrt(area) // 2)
         margin = max(pipe.window, wanted + math.ceil(pipe.multiple * max(1, wanted / pipe.window)))
         around = grown.grown(margin, self.size)
-        # Holes are grouped by cells of the whole picture.
+        # Holes are grouped on the grid of cells of the whole picture.
         return around._replace(top=around.top // CELL * CELL, left=around.left // CELL * CELL)
 
     def _read(self, box: Rect, position: int) -> np.ndarray:
@@ -380,20 +380,20 @@ class Session:
 
     @contextlib.contextmanager
     def _opened(self) -> Iterator[Image.Image | None]:
-        """The picture's file, not decoded, whose JPEG tables the result takes over."""
+        """The file of the picture, not decoded; the result uses its JPEG tables."""
         try:
             data = self._source.data if isinstance(self._source, Encoded) else None
             if isinstance(self._source, Path):
                 data = self._source.read_bytes()
             opened = None if data is None else open_image(data)
-        except Exception:  # what Pillow has no reader for, as a BigTIFF, has no such tables
+        except Exception:  # files that Pillow cannot read, such as BigTIFF, have no such tables
             opened = None
         with opened or contextlib.nullcontext():
             yield opened
 
 
 def _lay(samples: np.ndarray, box: Rect, part: Part) -> None:
-    """Lays what a part changed over the samples [h, w, C] of a box."""
+    """Copy the changes of a part into the samples [h, w, C] of a box."""
     top, bottom = max(box.top, part.box.top), min(box.bottom, part.box.bottom)
     left, right = max(box.left, part.box.left), min(box.right, part.box.right)
     if top < bottom and left < right:
@@ -404,7 +404,7 @@ def _lay(samples: np.ndarray, box: Rect, part: Part) -> None:
 
 
 def _laid(hole: np.ndarray, box: Rect, around: Rect) -> np.ndarray:
-    """The hole of a box, in a larger one."""
+    """The hole of a box as a mask of a larger box."""
     inside = np.zeros((around.bottom - around.top, around.right - around.left), dtype=bool)
     inside[box.moved(-around.top, -around.left).slices] = hole
     return inside

@@ -1,4 +1,4 @@
-"""What the routes share: models, the queue, open pictures, counters."""
+"""The state that the routes share: models, the queue, open pictures, counters."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ MEDIA_TYPES = {
 class State:
     """One server. `models`: {name: folder or hub id, None = the bundled one}; the first is the default.
 
-    Raises what `Inpainter.from_pretrained` raises.
+    Raises the errors of `Inpainter.from_pretrained`.
     """
 
     def __init__(self, options: ServeOptions, models: Mapping[str, str | None], **inpainter: Any) -> None:
@@ -63,18 +63,18 @@ class State:
         return self.models[name or self.default]
 
     def warm_up(self) -> float:
-        """Runs every model once and says that it is ready; the seconds that took."""
+        """Run every model once and report readiness; returns the seconds it took."""
         seconds = sum(model.warmup() for model in self.models.values())
         self.ready = True
         return seconds
 
     def drain(self) -> None:
-        """No new work; what runs goes on."""
+        """Accept no new work; running work continues."""
         self.ready = False
         self.queue.drain()
 
     def close(self) -> None:
-        """Ends the threads."""
+        """End the threads."""
         self.drain()
         self.queue.close()
         self.worker.close()
@@ -104,7 +104,7 @@ class State:
 
 @contextmanager
 def _named(before: str, after: str) -> Any:
-    """Errors that name a field as the client knows it."""
+    """Errors that name a field with the client's name for it."""
     try:
         yield
     except LGNetError as error:

@@ -1,4 +1,4 @@
-"""The pictures that the page's users have open: bounded in number, bytes and idle time."""
+"""The open pictures of the page: limited in number, bytes and idle time."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .session import Session
 
 @dataclass
 class Open:
-    """One open picture. `turn`: held by the request that changes it, so that others wait without a thread."""
+    """One open picture. `turn`: lock held by the request that changes it, so that others wait without a thread."""
 
     id: str
     session: Session
@@ -28,13 +28,13 @@ class Open:
 
     @property
     def nbytes(self) -> int:
-        """Bytes that it keeps, about."""
+        """Bytes of memory that it keeps, approximately."""
         kept = sum(len(data) for data, _ in list(self.encoded.values()))
         return self.session.nbytes + self.display.nbytes + kept
 
 
 class Store:
-    """Open pictures by their id. The least recently used goes where there is no room; thread-safe."""
+    """Open pictures by id. The least recently used is closed when a limit is reached. Thread-safe."""
 
     def __init__(self, count: int, nbytes: int, idle: float) -> None:
         self._count, self._nbytes, self._idle = count, nbytes, idle
@@ -42,7 +42,7 @@ class Store:
         self._lock = threading.Lock()
 
     def add(self, session: Session, display: Display, format: str) -> Open:
-        """Opens a picture under a new id that cannot be guessed."""
+        """Add a picture under a new, unguessable id."""
         own = Open(secrets.token_urlsafe(18), session, display, format)
         with self._lock:
             self._open[own.id] = own
@@ -50,7 +50,7 @@ class Store:
         return own
 
     def get(self, id: str) -> Open:
-        """Raises UnknownPictureError: never opened, closed, or gone for want of room."""
+        """The picture of an id. Raises UnknownPictureError: never opened, closed, or dropped at a limit."""
         with self._lock:
             self._make_room(None)
             if id not in self._open:
@@ -61,17 +61,17 @@ class Store:
             return own
 
     def close(self, id: str) -> bool:
-        """False where it was not open."""
+        """Close a picture; False where it was not open."""
         with self._lock:
             return self._open.pop(id, None) is not None
 
     def usage(self) -> tuple[int, int]:
-        """How many pictures are open, and their bytes."""
+        """Number of open pictures, and their bytes."""
         with self._lock:
             return len(self._open), sum(own.nbytes for own in self._open.values())
 
     def _make_room(self, latest: Open | None) -> None:
-        """Closes what was idle for too long, then the least recently used, but not the latest."""
+        """Close pictures that were idle for too long, then the least recently used ones, but never the latest."""
         oldest = time.monotonic() - self._idle
         for own in [own for own in self._open.values() if own.used < oldest]:
             del self._open[own.id]

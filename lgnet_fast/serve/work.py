@@ -1,4 +1,4 @@
-"""The bounded queue of requests, and the one worker of a device that runs their network passes together."""
+"""The bounded queue of requests, and the worker of a device that batches their network passes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class _Pass:
-    """One request's run of the network: windows of one size."""
+    """One network run of a request: windows of one size."""
 
     key: tuple[Any, ...]
     run: Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
@@ -33,10 +33,10 @@ class _Pass:
 
 
 class DeviceWorker:
-    """A thread that runs the passes of one device one after the other; those of one size that wait together run as
-    one batch of two, four, ... up to `batch` windows, so that few batch sizes are planned for.
+    """A thread that runs the passes of one device one after the other. Waiting passes of one size run as one batch of
+    2, 4, ... up to `batch` windows: powers of two, so that few batch sizes need a plan.
 
-    `seen` is told the number of windows of each run and its seconds.
+    `seen` is called with the number of windows of each run and its seconds.
     """
 
     def __init__(self, batch: int, seen: Callable[[int, float], None] = lambda windows, seconds: None) -> None:
@@ -55,7 +55,7 @@ class DeviceWorker:
         images: np.ndarray,
         holes: np.ndarray,
     ) -> list[np.ndarray]:
-        """`run(images, holes)`, perhaps together with other callers' of the same key and window size."""
+        """``run(images, holes)``, possibly in one batch with other calls of the same key and window size."""
         one = _Pass((*key, images.shape[1:]), run, images, holes)
         with self._changed:
             if self._closed:
@@ -65,7 +65,7 @@ class DeviceWorker:
         return one.done.result()
 
     def close(self) -> None:
-        """Ends the thread after what waits."""
+        """End the thread after the waiting passes."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -99,7 +99,7 @@ class DeviceWorker:
                 if len(passes) == 1:
                     passes[0].done.set_exception(error)
                     continue
-                for one in passes:  # what fails together, for want of memory say, may run alone
+                for one in passes:  # passes that fail in a batch, for example for lack of memory, may run alone
                     try:
                         one.done.set_result(one.run(one.images, one.holes))
                     except Exception as own:
@@ -119,7 +119,7 @@ class SharedInpainter(Inpainter):
 
     @classmethod
     def over(cls, worker: DeviceWorker, model: str | None, **options: Any) -> SharedInpainter:
-        """For a model folder or hub id (None: the bundled one); options as `Inpainter.from_pretrained` takes them."""
+        """For a model folder or hub id (None: the bundled one); options of `Inpainter.from_pretrained`."""
         made = cls.from_pretrained(model, **options)
         assert isinstance(made, SharedInpainter)
         made.worker = worker
@@ -136,7 +136,7 @@ class SharedInpainter(Inpainter):
 
     @property
     def backend(self) -> str:
-        """What runs the network, in words."""
+        """The backend of the network, as text."""
         from ..engine import Engine
 
         way = "engine" if isinstance(self._model, Engine) else type(self._model).__name__
@@ -144,7 +144,7 @@ class SharedInpainter(Inpainter):
 
 
 class Job:
-    """One request's work: whether its client is still there, and how long its phases took."""
+    """The work of one request: whether its client has left, and the duration of its phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -152,16 +152,16 @@ class Job:
         self._mark = time.perf_counter()
 
     def leave(self, why: Exception) -> None:
-        """Nobody waits for it any more."""
+        """Cancel the work: its next :meth:`check` raises `why`."""
         self._left = why
 
     def check(self) -> None:
-        """Raises what :meth:`leave` was given."""
+        """Raise the error given to :meth:`leave`."""
         if self._left is not None:
             raise self._left
 
     def phase(self, name: str) -> None:
-        """The time since the last phase ended was this one's."""
+        """End a phase: the time since the end of the previous one belongs to it."""
         now = time.perf_counter()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._mark
         self._mark = now
@@ -169,14 +169,14 @@ class Job:
 
     @property
     def server_timing(self) -> str:
-        """The phases as the header Server-Timing has them, in milliseconds."""
+        """The phases as a Server-Timing header, in milliseconds."""
         return ", ".join(f"{name};dur={1000 * seconds:.1f}" for name, seconds in self.seconds.items())
 
 
 class WorkQueue:
-    """Runs requests' work in threads, off the event loop; at most `limit` of them wait or run.
+    """Runs the work of requests in threads, not in the event loop; at most `limit` of them wait or run.
 
-    `seen` is told the seconds of each phase.
+    `seen` is called with the seconds of each phase.
     """
 
     def __init__(
@@ -194,18 +194,18 @@ class WorkQueue:
 
     @property
     def depth(self) -> int:
-        """Requests that wait or run."""
+        """Number of requests that wait or run."""
         return len(self._jobs)
 
     def retry_after(self) -> int:
-        """Seconds after which a place should be free."""
+        """Estimated seconds until a place is free."""
         return max(1, math.ceil(self._usual * self.depth / self._threads))
 
     async def run(self, work: Callable[[Job], T], gone: Callable[[], Awaitable[bool]] | None = None) -> tuple[T, Job]:
-        """`work(job)` in a thread. `gone` is asked whether the client has left.
+        """Run ``work(job)`` in a thread. `gone` returns whether the client has left.
 
-        Raises BusyError (no place), DrainingError, TimeLimitError, CancelledError (the client has left), and what
-        `work` raises.
+        Raises BusyError (no place), DrainingError, TimeLimitError, CancelledError (the client has left), and errors
+        of `work`.
         """
         if self.draining:
             raise DrainingError("the server is shutting down", retry_after=5)
@@ -249,13 +249,13 @@ class WorkQueue:
         return result, job
 
     def drain(self) -> None:
-        """Refuses new work and what has not begun; what runs goes on."""
+        """Reject new and waiting work; running work continues."""
         self.draining = True
         for future in list(self._jobs.values()):
             future.cancel()
 
     def close(self) -> None:
-        """Ends the threads, after what runs."""
+        """End the threads after the running work."""
         self.drain()
         for job in list(self._jobs):
             job.leave(DrainingError("the server is shutting down"))
@@ -269,5 +269,5 @@ class WorkQueue:
 
 
 def _soon(loop: asyncio.AbstractEventLoop, call: Callable[..., Any], *arguments: Any) -> None:
-    with suppress(RuntimeError):  # the loop has ended
+    with suppress(RuntimeError):  # the event loop has ended
         loop.call_soon_threadsafe(call, *arguments)
