@@ -1,1 +1,1 @@
-"""Holes and measures that training and evaluation share, and tar shards of pictures."""
+"""Holes, metrics and tar shards of pictures, for training and evaluation."""

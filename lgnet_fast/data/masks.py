@@ -32,12 +32,12 @@ HOLE_CLASSES: tuple[tuple[float, float], ...] = (
 
 KINDS = ("strokes", "boxes", "mixed")
 VARIED = "varied"
-"""The kind of :func:`varied_mask`, which knows no hole classes."""
+"""The kind of :func:`varied_mask`, which has no hole classes."""
 POLARITIES = ("white", "black")
 
 Seed = int | Sequence[int]
 
-# Directions of a brush as integers: a cosine's last bit may differ between math libraries, a rounded one does not.
+# Directions of a brush as integers: the last bit of a cosine may differ between math libraries, a rounded one not.
 _TURN = 256
 _SCALE = 1 << 12
 _DIRECTIONS = np.array(
@@ -96,9 +96,9 @@ def generate_mask(height: int, width: int, *, hole_class: int | None, kind: str,
 
     Args:
         height, width: of the mask, in pixels.
-        hole_class: index in :data:`HOLE_CLASSES`, whose bounds the hole ratio keeps; None: anywhere in (0.01, 0.6].
+        hole_class: index in :data:`HOLE_CLASSES`; the hole ratio is within its bounds; None: anywhere in (0.01, 0.6].
         kind: "strokes" (random walks of a thick round brush), "boxes" (rectangles) or "mixed" (strokes, boxes or
-            both, drawn by lot).
+            both, chosen at random).
         seed: a non-negative integer or several, e.g. (seed, epoch, index).
 
     Returns:
@@ -329,7 +329,7 @@ def _draw_blob(hole: np.ndarray, rng: np.random.Generator, pixels: int) -> None:
 
 
 def varied_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
-    """Draw a hole of any kind: thin and thick strokes, boxes, blobs and shapes like objects, by lot.
+    """Draw a hole of a random kind: thin or thick strokes, boxes, blobs or shapes like objects.
 
     Args:
         height, width: of the mask, in pixels, each at least 16.

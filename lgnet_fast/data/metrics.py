@@ -86,7 +86,7 @@ class Metrics:
         except WeightsError as cause:
             self.missing[name] = one_line(cause)
             return None
-        except Exception as cause:  # unpickling and downloads raise many types
+        except Exception as cause:  # unpickling and downloads raise many types of errors
             self.missing[name] = f"{type(cause).__name__}: {_line(cause)}"
             return None
         return network.to(self.device).eval() if isinstance(network, nn.Module) else network
@@ -154,7 +154,7 @@ class _Given(nn.Module):
 
 
 def one_line(cause: WeightsError) -> str:
-    """The error's text in one line of at most 240 characters; lists of names can be long."""
+    """The text of an error in one line of at most 240 characters, because lists of names can be long."""
     return textwrap.shorten(str(cause), 240, placeholder=" ...")
 
 
@@ -206,7 +206,7 @@ def _inception(source: str | Path | nn.Module | None) -> nn.Module:
 
 @contextmanager
 def _stalled_downloads_end(seconds: float = 30.0) -> Iterator[None]:
-    """urllib has no timeout by default."""
+    """Set a timeout for urllib, which has none by default."""
     before = socket.getdefaulttimeout()
     socket.setdefaulttimeout(seconds)
     try:

@@ -1,4 +1,4 @@
-"""Tar shards as webdataset writes them: ``<key>.<extension>`` is a picture, ``<key>.mask.<extension>`` its mask."""
+"""Tar shards in webdataset's layout: ``<key>.<extension>`` is a picture, ``<key>.mask.<extension>`` its mask."""
 
 from __future__ import annotations
 
@@ -39,13 +39,13 @@ class Member:
             return Encoded(str(self), file.read(self.size))
 
     def open(self, error: type[LGNetError] = InvalidImageError, name: str = "picture") -> Image.Image:
-        """The picture, not yet decoded. Raises `error`: not a picture, or a torn shard."""
+        """The picture, not yet decoded. Raises `error`: not a picture, or a truncated shard."""
         return self.read().open(error, name)
 
 
 @dataclass(frozen=True)
 class Sample:
-    """What a shard holds under one key: its only picture and its only mask, or none of them, or too many."""
+    """The files of a shard with one key: its pictures and masks, normally one of each."""
 
     key: str
     pictures: tuple[Member, ...]
@@ -54,7 +54,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """The samples with pictures of a shard, in its order, and its pictures in formats that are not read here."""
+    """The samples of a shard that have pictures, in order, and its pictures in unsupported formats."""
 
     samples: list[Sample]
     others: list[Member]
@@ -66,10 +66,10 @@ def samples_in(shard: Path) -> list[Sample]:
 
 
 def read_shard(shard: Path) -> Shard:
-    """What a shard holds.
+    """The contents of a shard.
 
-    As webdataset has it, a key is a file's path up to the first dot of its name. Files of other kinds (captions,
-    labels) and hidden ones are passed over; only the headers are read.
+    As in webdataset, a key is a file's path up to the first dot of its name. Files of other kinds (captions, labels)
+    and hidden ones are skipped; only the headers are read.
 
     Raises InvalidImageError: not a plain tar file (compressed ones cannot be read at random), or a damaged one.
     """

@@ -1,4 +1,4 @@
-"""Rows to compare with: methods that are not trained, two of OpenCV and one of scikit-image."""
+"""Baselines: methods without training, two of OpenCV and one of scikit-image."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ import numpy as np
 from ..errors import MissingExtraError
 
 RADIUS = 3.0
-"""Pixels around a hole pixel that both methods look at; the value in OpenCV's own example."""
+"""Radius in pixels of the neighbourhood in both OpenCV methods; the value of OpenCV's example."""
 
 
 def telea(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
     """A. Telea, "An image inpainting technique based on the fast marching method", 2004.
 
     Args:
-        picture: uint8 [H, W, 3]; what lies under the hole does not matter.
+        picture: uint8 [H, W, 3]; pixels in the hole are ignored.
         hole: bool [H, W], True = to be filled.
 
     Returns:
-        uint8 [H, W, 3]; known pixels keep their bits.
+        uint8 [H, W, 3]; known pixels are unchanged.
 
     Raises:
         MissingExtraError: OpenCV is not installed.
@@ -61,7 +61,7 @@ BASELINES: dict[str, tuple[str, Callable[[np.ndarray, np.ndarray], np.ndarray]]]
     "ns": ("Navier-Stokes", navier_stokes),
     "biharmonic": ("biharmonic", biharmonic),
 }
-"""Name for `evaluate` and `--baselines`: the row's title, and the method."""
+"""Name in `evaluate` and `--baselines` -> title of the row, and the method."""
 
 
 def _opencv() -> ModuleType:

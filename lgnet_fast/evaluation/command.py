@@ -30,12 +30,12 @@ def named_models(texts: list[str]) -> dict[str, str | None] | list[str | None]:
 
 
 def run(options: EvaluationOptions) -> int:
-    """The eval command: its exit code, 0 when every picture was evaluated, 1 when some could not be.
+    """The eval command. Returns its exit code: 0 if every picture was evaluated, 1 if some could not be.
 
-    Raises what `evaluate` raises.
+    Raises the errors of `evaluate`.
     """
     world = World.from_environment()
-    # File names are printed as they are: rich would read [brackets] in them as markup, and wrap long ones.
+    # File names are printed without markup: rich would interpret [brackets] in them, and wrap long ones.
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     shown = console.is_terminal and world.rank == 0

@@ -1,6 +1,6 @@
-"""Fréchet distance of VGG-16 features: for sets of pictures, where the Inception network of FID is not at hand.
+"""Fréchet distance of VGG-16 features of two sets of pictures, for use without the Inception network of FID.
 
-Its figures are not FID's and cannot be compared with them.
+Its values cannot be compared with those of FID.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     """Squared Fréchet distance of the normal distributions with the means and covariances of two sets of vectors.
 
     ``|mean_a - mean_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2))``. With fewer vectors than dimensions it is biased
-    upwards: only sets of one size can be compared.
+    upwards, so only sets of equal size can be compared.
 
     Args:
         a, b: [N, D] and [M, D], N and M at least 2.
@@ -60,11 +60,11 @@ class VGGFrechet:
         return levels[self.level].float().mean(dim=(2, 3)).cpu()
 
     def update(self, pictures: Tensor, real: bool) -> None:
-        """Take in pictures [B, 3, H, W] in [-1, 1], true ones or filled ones."""
+        """Add pictures [B, 3, H, W] in [-1, 1], true or filled ones."""
         self._rows[real].append(self.features(pictures))
 
     def compute(self) -> float:
-        """The distance of what was taken in. Raises ValueError: fewer than two of either."""
+        """The distance of the pictures added so far. Raises ValueError: fewer than two of either kind."""
         counts = {real: sum(map(len, rows)) for real, rows in self._rows.items()}
         if min(counts.values()) < 2:
             raise ValueError(

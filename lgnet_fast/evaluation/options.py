@@ -1,4 +1,4 @@
-"""The options of an evaluation, checked where they are made."""
+"""The options of an evaluation; they check themselves."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ from .baselines import BASELINES
 from .suite import SUITE_METRICS
 
 SMALLEST = 16
-"""Smallest side that is evaluated: SSIM's window needs 11."""
+"""Smallest side of a picture in pixels: SSIM's window needs 11."""
 
 Model = str | os.PathLike[str] | Inpainter | None
 
 
 @dataclass(frozen=True)
 class EvaluationOptions:
-    """What is evaluated on what, and how.
+    """Methods, pictures, masks and metrics of an evaluation.
 
     Args:
         pictures: a folder (with its sub-folders), or one picture.
-        masks: a folder of masks (Liu et al.'s 12,000, or any), white = hole; each class's masks are dealt to the
-            pictures in an order drawn from (seed, class). With `suite`: ``<picture>_<kind>.png``. None: masks drawn
-            from (seed, index, class or kind).
+        masks: a folder of masks (Liu et al.'s 12,000, or any), white = hole; the masks of each class are assigned to
+            the pictures in an order drawn from (seed, class). With `suite`: ``<picture>_<kind>.png``. None: masks
+            drawn from (seed, index, class or kind).
         models: model folders or hub ids, None = the bundled one; or a mapping from titles to them. Where `out` is
             None, also ready Inpainters.
         classes: indices in HOLE_CLASSES or names such as "10-20%"; with `suite`, names in SUITE_KINDS; None: all
             (that the folder of masks has).
         size: the shorter edge is scaled to it, then the centre is cropped to size x size; 0: pictures as they are.
-        seed: of the masks and of their dealing.
+        seed: of the masks and of their assignment to pictures.
         mask_kind: "strokes", "boxes" or "mixed", for masks that are drawn.
         suite: thin and thick strokes, a box and a blob (:func:`lgnet_fast.data.masks.suite_mask`), and the measures
             of :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
@@ -43,20 +43,20 @@ class EvaluationOptions:
         metrics: names in METRICS or, with `suite`, SUITE_METRICS; None: all. LPIPS and FID are left out, with the
             reason, where their networks are missing.
         paper_compat: convert the networks' merged pictures to 8 bits as the released test script does, by
-            truncation: 63 of 256 levels come back one lower, known pixels included. Default: round.
-        pair_by_name: the mask of each picture is the one of its name, as `lgnet-fast run` pairs them.
+            truncation, which lowers 63 of 256 levels by one, also of known pixels. Default: round.
+        pair_by_name: pair masks and pictures by name, as `lgnet-fast run` does.
         invert_mask: black is hole.
         lpips, fid: files of the networks' weights, or networks; see :class:`lgnet_fast.data.metrics.Metrics` and
             :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
         out: folder for evaluation.json, evaluation.md and evaluation.png (original, masked, and every method's
-            result). An interrupted evaluation with the same options goes on where it was. None: nothing is written.
+            result). An interrupted evaluation with the same options is continued. None: nothing is written.
         sheet_rows: rows of evaluation.png; None: 6, with `suite` 12. They show the first pictures, each with a mask
-            of another class; with `suite`, of every kind as many, evenly from the first method's best to its worst by
-            LPIPS (SSIM without that, l1 without either).
+            of another class; with `suite`, an equal number of every kind, evenly from the first method's best to its
+            worst by LPIPS (else SSIM, else l1).
         device, dtype, backend: as for Inpainter.
 
     Raises:
-        UsageError: values that cannot be used, or that contradict each other.
+        UsageError: invalid values, or values that contradict each other.
     """
 
     pictures: str | Path

@@ -1,4 +1,4 @@
-"""What is evaluated on what: pictures scaled and cropped, each with one mask of every hole-ratio class."""
+"""The protocol of an evaluation: pictures scaled and cropped, each with one mask of every hole-ratio class."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def left_out_in(folder: Path, excluded: Sequence[Path] = ()) -> list[dict[str, s
 def fit_picture(path: Path, size: int) -> np.ndarray:
     """The picture as uint8 [size, size, 3]: shorter edge scaled to `size` (bicubic), centre crop. 0: as it is.
 
-    Raises InvalidImageError: unreadable, or of a kind that the pipeline does not take.
+    Raises InvalidImageError: unreadable, or of a kind that the pipeline does not support.
     """
     read = picture_of(path)
     levels = np.rint(read.samples.astype(np.float64) * (255 / read.white)).astype(np.uint8)
@@ -89,7 +89,7 @@ def fit_picture(path: Path, size: int) -> np.ndarray:
 
 
 def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
-    """A mask of a picture's own size, bool [H, W], as :func:`fit_picture` scales and crops the picture."""
+    """A mask bool [H, W] of a picture's size, scaled and cropped as :func:`fit_picture` does the picture."""
     if size == 0:
         return mask
     height, width = _scaled(mask.shape[0], mask.shape[1], size)
@@ -97,7 +97,7 @@ def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
 
 
 def mask_of(file: Path, polarity: str, picture: Path, size: int) -> np.ndarray:
-    """The mask in `file`, scaled and cropped as :func:`fit_picture` does the picture that it belongs to.
+    """The mask in `file`, scaled and cropped as :func:`fit_picture` does its picture.
 
     Raises InvalidMaskError: not of the picture's size, or without a hole.
     """
@@ -141,9 +141,9 @@ class GeneratedMasks:
 
 
 class FolderMasks:
-    """A folder's masks by their measured class, dealt to the pictures in an order drawn from (seed, class).
+    """The masks of a folder by measured class, assigned to the pictures in an order drawn from (seed, class).
 
-    Raises UsageError: a class that was asked for and has no mask, or no mask of any class.
+    Raises UsageError: a requested class without masks, or no mask of any class.
     """
 
     def __init__(self, folder: MaskFolder, classes: tuple[int, ...] | None, seed: int) -> None:
@@ -171,7 +171,7 @@ class FolderMasks:
         return int(dealt[index % len(dealt)])
 
     def mask(self, index: int, hole_class: int, height: int, width: int) -> np.ndarray:
-        """The dealt mask, scaled."""
+        """The assigned mask, scaled."""
         return self.folder.mask(self._index(index, hole_class), height, width)
 
     def identity(self, index: int, hole_class: int) -> object:
@@ -181,7 +181,7 @@ class FolderMasks:
 
 
 class NamedMasks:
-    """The mask of each picture is the one of its name, as `lgnet-fast run` pairs them.
+    """Pairs masks and pictures by name, as `lgnet-fast run` does.
 
     Raises UsageError: no masks, or a picture without one, or with several.
     """
@@ -201,7 +201,7 @@ class NamedMasks:
         self.polarity = "black" if invert else "white"
 
     def paired(self, index: int, picture: Path, size: int) -> tuple[np.ndarray, int]:
-        """The mask of picture number `index`, scaled and cropped as that is, and its class.
+        """The mask of picture number `index`, scaled and cropped like the picture, and its class.
 
         Raises InvalidMaskError: not of the picture's size, or without a hole.
         """

@@ -27,11 +27,12 @@ _MARGIN, _CAPTION, _CELL = 6, 22, 192
 
 @dataclass(frozen=True)
 class Score:
-    """One method on one hole-ratio class: means over `pictures` pictures (FID: of their sets).
+    """Scores of one method on one hole-ratio class: means over `pictures` pictures (FID: of their sets).
 
     `hole_class`: a class of hole ratios, or a kind of the suite. `l1` in percent, `psnr` in dB. None: not measured,
-    or (PSNR) not finite. Of the suite alone: `sharp`, the median of the fill's gradient energy in the hole relative
-    to the truth's; `sharp_all`, that of the sums; `hole_l1`, `hole_psnr`, of the hole instead of the whole picture.
+    or (PSNR) not finite. Only with the suite: `sharp`, the median of the fill's gradient energy in the hole relative
+    to the truth; `sharp_all`, the ratio of the sums; `hole_l1`, `hole_psnr`, of the hole instead of the whole
+    picture.
     """
 
     method: str
@@ -50,11 +51,11 @@ class Score:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What `lgnet_fast.evaluation.evaluate` found.
+    """Results of `lgnet_fast.evaluation.evaluate`.
 
-    `scores`: by class, then by method. `metrics`: those asked for. `missing`: those that could not be measured, and
-    why. `failures`: pictures that could not be evaluated ("picture", "error"). `died`: ranks of processes that ended
-    before their part. `settings`, `versions`: how it was made. `legend`: what the table's words mean.
+    `scores`: by class, then by method. `metrics`: the requested ones. `missing`: those that could not be measured,
+    with reasons. `failures`: pictures that could not be evaluated ("picture", "error"). `died`: ranks of processes
+    that ended before they were done. `settings`, `versions`: of the evaluation. `legend`: the meaning of the columns.
     """
 
     scores: list[Score]
@@ -74,7 +75,7 @@ class Evaluation:
         raise KeyError((method, hole_class))
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything, as JSON can hold it."""
+        """The evaluation as JSON values."""
         return asdict(self)
 
     def markdown(self) -> str:
@@ -90,7 +91,7 @@ class Evaluation:
         return "\n".join(lines) + "\n" + (notes + "\n" if notes else "")
 
     def table(self) -> Table:
-        """The same as a rich table."""
+        """The evaluation as a rich table."""
         table = Table(title="inpainting by hole", caption=self.legend or None, caption_justify="left")
         for head in ("holes", "method"):
             table.add_column(head, no_wrap=True)
@@ -99,14 +100,14 @@ class Evaluation:
         for label, rows in self._classes():
             for position, (row, cells) in enumerate(rows):
                 shown = [f"[bold]{text}[/bold]" if best else text for text, best in cells]
-                # Names of model folders may hold what rich reads as markup.
+                # Names of model folders may contain rich's markup.
                 method = row.method.replace("[", r"\[")
                 table.add_row(label if position == 0 else "", method, str(row.pictures), *shown)
             table.add_section()
         return table
 
     def notes(self) -> list[str]:
-        """Notes that a reader of the table needs."""
+        """Notes below the table."""
         notes = [f"{TITLES[name]}: n/a ({reason})" for name, reason in self.missing.items()]
         if self.failures:
             notes.append(f"{len(self.failures)} pictures could not be evaluated and are left out")
@@ -116,7 +117,7 @@ class Evaluation:
         return notes
 
     def write(self, out: Path) -> None:
-        """Writes ``evaluation.json`` and ``evaluation.md`` to the folder `out`, atomically."""
+        """Write ``evaluation.json`` and ``evaluation.md`` to the folder `out`, atomically."""
         write_atomically(out / "evaluation.json", json_bytes(self.as_dict()))
         write_atomically(out / "evaluation.md", self.markdown().encode("utf-8", "backslashreplace"))
 
@@ -141,7 +142,7 @@ class Evaluation:
 
 
 def finite(value: float | None) -> float | None:
-    """`value`, None for infinity and NaN, which JSON has not."""
+    """`value`; None for infinity and NaN, which JSON cannot hold."""
     return value if value is not None and math.isfinite(value) else None
 
 
@@ -161,7 +162,7 @@ def strip(panels: Sequence[np.ndarray]) -> bytes:
 
 
 def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, bytes]]) -> Image.Image:
-    """Rows made by :func:`strip`, each under its caption, the columns named at the top."""
+    """A contact sheet of rows made by :func:`strip`, each below its caption, with names of columns at the top."""
     font = ImageFont.load_default(14)
     width = (_CELL + _MARGIN) * len(columns) + _MARGIN
     sheet = Image.new("RGB", (width, _CAPTION + len(rows) * (_CELL + _CAPTION) + _MARGIN), "white")
@@ -178,7 +179,7 @@ def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, bytes]]) -> 
 
 
 def loss(name: str, value: float) -> float:
-    """The value, or its negative where larger is better: smaller is better."""
+    """A key that is smaller for better values: the value, or its negative where larger is better."""
     if name == "sharp":
         return abs(value - 1)
     return -value if name in _HIGHER_IS_BETTER else value

@@ -1,4 +1,4 @@
-"""`evaluate`: models and baselines on one set of pictures and masks, split among processes, resumed after a kill."""
+"""`evaluate`: scores models and baselines on pictures and masks; uses several processes, and can be resumed."""
 
 from __future__ import annotations
 
@@ -46,16 +46,16 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
     with `suite`, per kind of hole.
 
     Args:
-        options: what to evaluate on what.
-        world: this process's place among several, which share the pictures; default: read from the environment.
-        tell: called with (finished pictures of this process, all of them, a picture's first error or None).
+        options: of the evaluation.
+        world: rank of this process among several, which share the pictures; default: read from the environment.
+        tell: called with (finished pictures of this process, all its pictures, the first error of a picture or None).
 
     Returns:
         The merged evaluation. Of several processes (`out` must be given, on a disk that they share) the first one
         waits for the others and returns it; the others return None.
 
     Raises:
-        UsageError: options that do not fit the files that are there. WeightsError, BackendError, JobError,
+        UsageError: options that do not fit the existing files. WeightsError, BackendError, JobError,
         MissingExtraError.
     """
     world = world or World.from_environment()
@@ -91,7 +91,7 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The pictures, those that are not read, and the masks."""
+    """The pictures, those in unsupported formats, and the masks."""
 
     pictures: list[Path]
     not_read: list[dict[str, str]]
@@ -133,7 +133,7 @@ def _label(options: EvaluationOptions, hole_class: int) -> str:
 
 
 def _settings(options: EvaluationOptions, holes: Holes) -> dict[str, Any]:
-    """What the evaluation says of how it was made."""
+    """The settings, for the report."""
     drawn = options.masks is None and not options.suite
     return {
         "pictures": str(options.source),
@@ -158,7 +158,7 @@ Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 def _methods(options: EvaluationOptions, world: World) -> tuple[dict[str, Method], Metrics | SuiteMetrics]:
-    """Networks and baselines by title, and what measures them."""
+    """Networks and baselines by title, and the metrics."""
     device = world.device(options.device)
     pipes = {title: _inpainter(model, options, device) for title, model in options.named.items()}
     where = next(iter(pipes.values())).device if pipes else "cpu"
@@ -196,7 +196,7 @@ def _evaluation(job: _Job, records: list[dict[str, Any]], died: list[int], setti
 
 
 class _Job:
-    """Pictures one after the other, each with one mask a class, through all methods."""
+    """Evaluate pictures one after the other with all methods, each with one mask per class."""
 
     def __init__(
         self,
@@ -215,7 +215,7 @@ class _Job:
         self._features: dict[str, np.ndarray] = {}
 
     def run(self, index: int, hole_class: int) -> dict[str, Any]:
-        """The record of one picture with one mask, from an earlier launch where that has it; see `_measure`."""
+        """The record of one picture with one mask, if possible from an earlier launch; see `_measure`."""
         path = self.pictures[index]
         key = fingerprint(str(path), stamp(path), index, hole_class, self.holes.identity(index, hole_class))
         record = None if self.journal is None else self.journal.earlier(key)
@@ -241,7 +241,7 @@ class _Job:
         return np.load(file) if file.is_file() else None
 
     def write_sheet(self, out: Path, records: list[dict[str, Any]]) -> None:
-        """Writes ``evaluation.png``, atomically."""
+        """Write ``evaluation.png``, atomically."""
         good = [
             record
             for record in sorted(records, key=lambda record: (record["index"], record["class"]))
@@ -261,7 +261,7 @@ class _Job:
             write_atomically(out / "evaluation.png", encoded.getvalue())
 
     def _measure(self, record: dict[str, Any]) -> None:
-        """Adds to the record: "hole_ratio", the mask's own "class", "scores" by method, and "measured"."""
+        """Add to the record: "hole_ratio", the measured "class" of the mask, "scores" by method, and "measured"."""
         index, asked = record["index"], record["class"]
         truth = self._picture(index)
         if isinstance(self.holes, NamedMasks):
@@ -282,7 +282,7 @@ class _Job:
         if isinstance(self.holes, SuiteMasks):
             shown = self.sheet_rows > 0  # the best and worst are known only at the end
         else:
-            # One row a picture, of another class each.
+            # One row per picture, each of another class.
             position = list(self.holes.classes).index(asked)
             shown = index < self.sheet_rows and position == index % len(self.holes.classes)
         if self.journal is not None and shown:
@@ -320,7 +320,7 @@ class _Job:
 def _best_to_worst(
     records: list[dict[str, Any]], title: str, classes: Sequence[int], rows: int
 ) -> list[tuple[str, dict[str, Any]]]:
-    """Of every kind `rows` divided by the kinds, at least 1: from best to worst of `title`, with the ranks."""
+    """Rows of the contact sheet: an equal number of every kind, from best to worst of `title`, with the ranks."""
     chosen = []
     for one in classes:
         kind = [record for record in records if record["class"] == one]
@@ -337,8 +337,8 @@ def _best_to_worst(
     return chosen
 
 
-# The level that every 8-bit level comes back as from the released test script, which scales to [-1, 1] and back in
-# float32 and then truncates.
+# For every 8-bit level, the level after the released test script, which scales to [-1, 1] and back in float32 and
+# then truncates.
 _TRUNCATED = (
     ((torch.arange(256, dtype=torch.float32, device="cpu") / 255 - 0.5) / 0.5 + 1)
     .div(2)
@@ -382,7 +382,7 @@ def _identity(options: EvaluationOptions, settings: dict[str, Any]) -> str:
 
 
 def _merged(records: list[dict[str, Any]], job: _Job, died: list[int], settings: dict[str, Any]) -> Evaluation:
-    # Sums are taken in one fixed order, so that any number of processes gives the same numbers.
+    # Sums have a fixed order, so that the results do not depend on the number of processes.
     records = sorted(records, key=lambda record: (record["index"], record["class"]))
     good = [record for record in records if record.get("error") is None]
     metrics, missing = job.options.metric_names, dict(job.measure.missing)
@@ -412,7 +412,7 @@ def _merged(records: list[dict[str, Any]], job: _Job, died: list[int], settings:
 
 
 def _groups(good: list[dict[str, Any]], label: Callable[[int], str]) -> dict[str, list[dict[str, Any]]]:
-    """Records by the name of their class; "other" last but one, and all of them where there are several classes."""
+    """Records by class; "other" is the last class, followed by all records if there are several classes."""
     groups = {label(one): [r for r in good if r["class"] == one] for one in sorted({r["class"] for r in good})}
     if "other" in groups:
         groups["other"] = groups.pop("other")
@@ -422,7 +422,7 @@ def _groups(good: list[dict[str, Any]], label: Callable[[int], str]) -> dict[str
 
 
 def _means(group: list[dict[str, Any]], job: _Job, measured: list[str]) -> dict[str, dict[str, float | None]]:
-    """Each method's mean of the metrics that were measured, over a group of records."""
+    """Means of the measured metrics of each method over a group of records."""
     names = [name for name in measured if name != "fid"]
     means: dict[str, dict[str, float | None]] = {}
     for title in job.options.titles:
@@ -442,5 +442,5 @@ def _means(group: list[dict[str, Any]], job: _Job, measured: list[str]) -> dict[
 def _remove_if_empty(folder: Path) -> None:
     try:
         folder.rmdir()
-    except OSError:  # the journal of another job lies there
+    except OSError:  # the folder holds the journal of another job
         return

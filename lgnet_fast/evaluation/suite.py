@@ -1,6 +1,6 @@
-"""The suite: four kinds of holes over any pictures, and the measures that tell a sharp fill from a blur.
+"""The suite: four kinds of holes for any pictures, and metrics that distinguish sharp fills from blurred ones.
 
-All measures are of 8-bit pictures whose known pixels are the true ones; see :class:`SuiteMetrics` for the formulas.
+All metrics are of 8-bit pictures with true known pixels; see :class:`SuiteMetrics` for the formulas.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class SuiteMasks:
 
     @property
     def legend(self) -> str:
-        """What the kinds are; empty for a folder's masks."""
+        """Descriptions of the kinds; empty for masks of a folder."""
         if self.files:
             return ""
         return (
@@ -102,7 +102,7 @@ class SuiteMasks:
         return mask
 
     def identity(self, index: int, hole_class: int) -> object:
-        """What it is drawn from, or the mask's file."""
+        """The seed values of the mask, or its file."""
         if not self.files:
             return ["suite", self.seed, index, hole_class]
         file = self.files[index, hole_class]
@@ -110,7 +110,7 @@ class SuiteMasks:
 
 
 class SuiteMetrics:
-    """Measures of filled pictures against the true one.
+    """Metrics of filled pictures against the true one.
 
     ======  ==========================================================================================================
     l1      100 * mean|a - b| / 255, percent
@@ -165,7 +165,7 @@ class SuiteMetrics:
 
     @property
     def legend(self) -> str:
-        """What the columns mean."""
+        """Descriptions of the columns."""
         network = f" LPIPS: {_NETWORKS[self._lpips.features.network]}." if isinstance(self._lpips, LPIPS) else ""
         return f"Sharpness: gradient energy in the hole, 1 = as sharp as the truth, median.{network}"
 
@@ -174,7 +174,7 @@ class SuiteMetrics:
     ) -> dict[str, dict[str, float]]:
         """Each available metric of each filled picture, uint8 [H, W, 3], by its title; see :func:`summary`.
 
-        Besides: ``hole_l1`` and ``hole_psnr`` of the hole alone; ``energy`` and ``true_energy`` in it.
+        Also ``hole_l1`` and ``hole_psnr`` of the hole alone; ``energy`` and ``true_energy`` in it.
 
         Args:
             filled: sides of at least 16; of 63 for LPIPS on AlexNet.
@@ -210,7 +210,7 @@ class SuiteMetrics:
         stacked = (stacked / 127.5 - 1).to(self.device)
         if not isinstance(network, LPIPS):
             return [float(network(stacked[i : i + 1], stacked[:1])) for i in range(1, len(stacked))]
-        levels = network.directions(stacked)  # the truth's once
+        levels = network.directions(stacked)  # of the truth, computed once
         return network.distance([x[1:] for x in levels], [x[:1] for x in levels]).tolist()
 
 
@@ -223,8 +223,8 @@ def gradient_energy(picture: np.ndarray, hole: np.ndarray) -> float:
 
 
 def summary(scores: Sequence[Mapping[str, float]], names: Collection[str]) -> dict[str, float]:
-    """Over pictures: means of the metrics `names`, but the median of "sharp"; besides, means of "hole_l1" and
-    "hole_psnr", and "sharp_all", the ratio of the summed energies."""
+    """Summary over pictures: means of the metrics `names`, the median of "sharp", means of "hole_l1" and "hole_psnr",
+    and "sharp_all", the ratio of the summed energies."""
 
     def column(name: str) -> list[float]:
         return [one[name] for one in scores]

@@ -1,4 +1,4 @@
-"""Pictures in, pictures out: any size, any mask, whole folders."""
+"""The pipeline from pictures and masks of any size and kind to filled pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The layouts and scales of arrays and tensors that pictures and masks come in."""
+"""Layouts and scales of the arrays and tensors of pictures and masks."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ def channels_last(
 ) -> tuple[np.ndarray, str]:
     """An array [H, W], [H, W, C] or [C, H, W], C = 1 to 4, as a view [H, W, C], and "HW", "HWC" or "CHW".
 
-    Where a shape of three allows both orders, the one that gives `size` (height, width) is taken; where that does not
-    decide, a tensor is [C, H, W], an array [H, W, C]. Raises `error` for other shapes.
+    Where a 3-dimensional shape fits both orders, the one that gives `size` (height, width) is taken; if both do, a
+    tensor is [C, H, W] and an array [H, W, C]. Raises `error` for other shapes.
     """
     if array.ndim == 2:
         return array[..., None], "HW"
@@ -33,7 +33,7 @@ def channels_last(
 
 
 def pixels_of(picture: Image.Image) -> np.ndarray:
-    """The same as `np.asarray`, converted strip by strip: at once it would take three times the picture's bytes."""
+    """`np.asarray`, converted strip by strip, because at once it would take three times the picture's bytes."""
     rows = max(1, 2**20 // max(1, picture.width))
     strips = (
         picture.crop((0, top, picture.width, min(top + rows, picture.height)))

@@ -25,7 +25,7 @@ Chunk = tuple[bytes, bytes]
 
 @dataclass(frozen=True)
 class Kept:
-    """Chunks of a source to be written again: `chunks` (type, content), `layout`: its bit depth and colour type."""
+    """Chunks of a source to copy: `chunks` (type, content), `layout`: bit depth and colour type of the source."""
 
     layout: tuple[int, int]
     chunks: tuple[Chunk, ...]
@@ -46,15 +46,15 @@ def read_chunks(data: bytes) -> list[Chunk]:
 
 
 def kept_chunks(data: bytes, xmp: bytes | None = None, turned: bool = False) -> Kept | None:
-    """What a result takes over from a PNG file; None for other files.
+    """The chunks that a result copies from a PNG file; None for other files.
 
-    That is its text and XMP, colour space, significant bits, background, resolution, and chunks of unknown types that
-    their authors mark as safe to copy into a changed picture (PNG specification, section 5.4).
+    Text and XMP, colour space, significant bits, background, resolution, and chunks of unknown types that are marked
+    as safe to copy into a changed picture (PNG specification, section 5.4).
 
     Args:
         data: the file.
-        xmp: put in the place of the file's own: of a turned picture, without its orientation.
-        turned: by a quarter; the resolution's directions are swapped.
+        xmp: replaces the XMP of the file: that of a turned picture, without its orientation.
+        turned: whether by a quarter; then the directions of the resolution are swapped.
     """
     layout, kept = None, []
     for kind, content in read_chunks(data):
@@ -73,7 +73,7 @@ def kept_chunks(data: bytes, xmp: bytes | None = None, turned: bool = False) -> 
 
 
 def put_chunks(encoded: bytes, added: Iterable[Chunk]) -> bytes:
-    """A PNG file with chunks added before its image data, in place of its own of the same types."""
+    """A PNG file with chunks added before its image data; they replace those of the same types."""
     added = list(added)
     own = {kind for kind, _ in added} - _TEXT
     first = [one for one in added if one[0] in _COLOUR or one[0] == b"sBIT"]
@@ -94,7 +94,7 @@ def put_chunks(encoded: bytes, added: Iterable[Chunk]) -> bytes:
 
 
 def fitting(kept: Kept, encoded: bytes) -> list[Chunk]:
-    """The kept chunks that go with a result's bit depth and colour type, and do not repeat its own text."""
+    """The kept chunks that fit a result's bit depth and colour type, and do not repeat its text."""
     present = read_chunks(encoded)
     header = dict(present)[b"IHDR"]
     same = header[9] == kept.layout[1] and (header[8] == kept.layout[0] or header[9] == 3)
@@ -128,7 +128,7 @@ def _chunk(kind: bytes, content: bytes) -> bytes:
 
 
 def warn_lost(info: Mapping[Any, Any], format: str) -> None:
-    """A UserWarning names the chunks of a picture that was a PNG, where `format` (Pillow's name) cannot hold them."""
+    """Warn (UserWarning) of chunks of a former PNG that `format` (Pillow's name) cannot hold."""
     kept = info.get("png_chunks")
     if kept is not None and format != "PNG" and (lost := names(kept)):
         warnings.warn(f"format: {format} does not hold the picture's PNG chunks {', '.join(lost)}", stacklevel=4)

@@ -1,8 +1,8 @@
-"""Pictures of 16 bits a sample with several samples a pixel, for which Pillow has no mode: PNG and TIFF files.
+"""PNG and TIFF files with 16 bits per sample and several samples per pixel, for which Pillow has no mode.
 
-imagecodecs (libpng) reads and writes the PNG files, tifffile the TIFF files, whose compressions imagecodecs brings:
-both give the samples as they are stored, whatever the byte order, tiling or predictor. OpenCV reorders channels and
-takes fewer kinds of TIFF, pypng undoes PNG's filters in Python (a minute for a large photograph).
+imagecodecs (libpng) reads and writes PNG files; tifffile reads and writes TIFF files, with compressions by
+imagecodecs. Both return the stored samples for every byte order, tiling and predictor. OpenCV would reorder channels
+and supports fewer kinds of TIFF; pypng decodes PNG's filters in Python, which takes a minute for a large photograph.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from .writing import write_file
 
 EXTRA = "pip install 'lgnet-fast[deep]'"
 
-_COLOUR_TYPES = {2: 3, 4: 2, 6: 4}  # PNG's colour type -> samples a pixel
+_COLOUR_TYPES = {2: 3, 4: 2, 6: 4}  # PNG's colour type -> samples per pixel
 _MODES = {2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}
 _RGB, _GREY = 2, 1  # TIFF's photometric interpretation
-_UNASSOCIATED = (0, 2)  # extra samples that leave the colours as they are: unspecified, and unassociated alpha
+_UNASSOCIATED = (0, 2)  # extra samples that do not change the colours: unspecified, and unassociated alpha
 _COMPRESSIONS = {1: None, 5: "lzw", 8: "adobe_deflate", 32946: "adobe_deflate", 50000: "zstd"}
 
 _TIFF_TEXT = (
@@ -46,12 +46,12 @@ _DIRECTORIES = {int(ExifTags.IFD.Exif): "ExifTag", int(ExifTags.IFD.GPSInfo): "G
 
 
 class NotInstalledError(InvalidImageError):
-    """A 16-bit colour picture where the packages that read it are missing."""
+    """A 16-bit colour picture for which the required packages are not installed."""
 
 
 @dataclass
 class DeepImage:
-    """A picture with 16 bits a sample and several samples a pixel; Pillow cannot hold one.
+    """A picture with 16 bits per sample and several samples per pixel, which Pillow cannot hold.
 
     `samples`: uint16 [H, W, C], C = 2 (grey and alpha), 3 (RGB) or 4 (RGBA); also ``numpy.asarray(picture)``.
     `format`: "PNG" or "TIFF". `info`: metadata under Pillow's names ("exif", "icc_profile", "xmp", "dpi").
@@ -63,7 +63,7 @@ class DeepImage:
 
     @property
     def size(self) -> tuple[int, int]:
-        """(width, height) in pixels, as Pillow has it."""
+        """(width, height) in pixels, as in Pillow."""
         return self.samples.shape[1], self.samples.shape[0]
 
     @property
@@ -75,7 +75,7 @@ class DeepImage:
         return np.array(self.samples, dtype=dtype) if copy else np.asarray(self.samples, dtype=dtype)
 
     def save(self, path: Any) -> None:
-        """Writes a PNG or TIFF file with the metadata, atomically. Raises InvalidImageError: another extension."""
+        """Write a PNG or TIFF file with the metadata, atomically. Raises InvalidImageError: another extension."""
         path = Path(path)
         format = EXTENSIONS.get(path.suffix.lower())
         if format is None:
@@ -98,7 +98,7 @@ def deep_format(data: bytes) -> str | None:
 
 
 def cut_depth(format: str | None, data: bytes) -> int | None:
-    """Bits a sample of a colour file that Pillow would cut to 8 and that is not read here; None: nothing is cut."""
+    """Bits per sample of a colour file that Pillow would cut to 8 and that is not supported; None: nothing is cut."""
     depth = 8
     if format == "PPM":
         fields = [line.split(b"#")[0] for line in data[:4096].split(b"\n")]
@@ -120,7 +120,7 @@ def cut_depth(format: str | None, data: bytes) -> int | None:
 
 
 def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
-    """The picture of a file that `deep_format` named, upright, and the EXIF orientation (1 to 8) it was turned by.
+    """The upright picture of a file that `deep_format` recognised, and its former EXIF orientation (1 to 8).
 
     Raises InvalidImageError: a layout that cannot be kept, or the packages are missing; the decoders' own errors for
     damaged files.
@@ -136,7 +136,7 @@ def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
 
 
 def check_deep_format(mode: str, format: str) -> None:
-    """Raises InvalidImageError: a format (Pillow's name) without 16-bit colour."""
+    """Raise InvalidImageError for a format (Pillow's name) without 16-bit colour."""
     if format not in ("PNG", "TIFF"):
         raise InvalidImageError(
             f"format: {format} does not hold 16 bits a sample in colour, got a picture of mode {mode}; "
@@ -163,7 +163,7 @@ def _packages() -> tuple[ModuleType, ModuleType]:
 
 
 def _check_size(width: int, height: int) -> None:
-    """Pillow's limit against decompression bombs, for files that Pillow does not decode."""
+    """Check Pillow's limit against decompression bombs, for files that Pillow does not decode."""
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and width * height > 2 * limit:
         raise Image.DecompressionBombError(f"{width * height} pixels exceed the limit of {2 * limit}")
@@ -173,7 +173,7 @@ def _check_size(width: int, height: int) -> None:
 
 
 def _read_png(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
-    """Samples [H, W, C] as stored, EXIF orientation, metadata."""
+    """Stored samples [H, W, C], EXIF orientation, metadata."""
     imagecodecs, _ = _packages()
     width, height = struct.unpack_from(">II", data, 16)
     _check_size(width, height)
@@ -234,7 +234,7 @@ def _directory(data: bytes, place: int | None = None) -> ImageFileDirectory_v2:
 
 
 def _tiff_exif(data: bytes, directory: ImageFileDirectory_v2) -> bytes:
-    """What `kept_exif` gives, also of a BigTIFF, whose header Pillow's own reader of EXIF does not know."""
+    """The result of `kept_exif`, also for a BigTIFF, which Pillow's EXIF reader does not support."""
     kept = Image.Exif()
     for tag in TIFF_DESCRIPTIVE:
         if tag in directory:
@@ -323,7 +323,7 @@ def _encode_tiff(picture: DeepImage) -> bytes:
         extratags=tags,
     )
     for tag, content in directories.items():
-        # tifffile writes no directories of its user's: each is appended, and its place put into the tag.
+        # tifffile cannot write directories of the caller: each is appended, and its offset put into the tag.
         own = ImageFileDirectory_v2(b"II*\0\0\0\0\0")
         for key, value in content.items():
             own[key] = value
@@ -335,7 +335,7 @@ def _encode_tiff(picture: DeepImage) -> bytes:
 
 
 def _set_tag(file: io.BytesIO, tag: int, value: int) -> None:
-    """Replaces the value of a 4-byte tag in the first directory of a little-endian TIFF or BigTIFF."""
+    """Replace the value of a 4-byte tag in the first directory of a little-endian TIFF or BigTIFF."""
     data = file.getbuffer()
     big = data[2] == 43
     count, entry, header = ("<Q", "<HHQI4x", 8) if big else ("<H", "<HHII", 2)
@@ -347,7 +347,7 @@ def _set_tag(file: io.BytesIO, tag: int, value: int) -> None:
 
 
 def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:
-    """[H, W, C] as the EXIF orientation says that it is to be seen."""
+    """Samples [H, W, C] turned upright by the EXIF orientation."""
     if orientation in (5, 6, 7, 8):
         samples = samples.transpose(1, 0, 2)
     if orientation in (2, 3, 6, 7):

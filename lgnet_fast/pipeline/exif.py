@@ -1,10 +1,10 @@
-"""The part of a picture's EXIF that its result keeps."""
+"""The part of the EXIF of a picture that its result keeps."""
 
 from __future__ import annotations
 
 from PIL import ExifTags, Image
 
-# A TIFF's tags describe its storage too; only those about the picture itself may go into another file.
+# The tags of a TIFF also describe its storage; only those about the picture may be copied to another file.
 TIFF_DESCRIPTIVE = {
     ExifTags.Base.ImageDescription,
     ExifTags.Base.Make,
@@ -19,7 +19,7 @@ TIFF_DESCRIPTIVE = {
 
 
 def kept_exif(exif: Image.Exif, format: str | None) -> bytes:
-    """A picture's EXIF written anew without orientation and thumbnail; of a TIFF, the tags about the picture."""
+    """The EXIF of a picture without orientation and thumbnail; for a TIFF, the tags about the picture."""
     kept = Image.Exif()
     directories = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
     for tag, value in exif.items():

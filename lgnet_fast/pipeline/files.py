@@ -1,4 +1,4 @@
-"""Picture files: reading them upright with one clear error, and writing them atomically with their metadata."""
+"""Picture files: reading them upright, with one kind of error, and writing them atomically with metadata."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from .writing import write_file
 
 _HEIF_EXTRA = "pip install 'lgnet-fast[heif]'"
 
-# Modes that hold every sample of another; the pipeline's mode I never exceeds 16 bits, and Pillow has no direct way
-# from I;16B to I;16.
+# Mode -> modes that hold all its samples. Mode I of the pipeline never exceeds 16 bits, and Pillow cannot convert
+# I;16B to I;16 directly.
 _WIDER = {"1": "L", "L": "RGB", "LA": "RGBA", "I;16B": "I", "I": "I;16"}
 
 _TIFF_LOSSLESS = {
@@ -42,7 +42,7 @@ _loading = threading.Lock()
 
 @dataclass(frozen=True)
 class Encoded:
-    """The bytes of a picture file that can be read only once or is a part of another; `name` for messages."""
+    """The bytes of a picture file that can be read only once or is part of another file; `name` is for messages."""
 
     name: str
     data: bytes
@@ -66,7 +66,7 @@ class Encoded:
 def open_image(data: bytes) -> Image.Image:
     """Pillow's picture of a file's bytes, not yet decoded. HEIC files need pillow-heif.
 
-    Raises InvalidImageError: that is missing; Pillow's own errors.
+    Raises InvalidImageError: pillow-heif is missing. Also errors of Pillow.
     """
     if _is_heif(data) and (reason := reason_against_reading("HEIF")) is not None:
         raise InvalidImageError(reason)
@@ -77,13 +77,13 @@ def open_image(data: bytes) -> Image.Image:
 
 
 def _is_heif(data: bytes) -> bool:
-    # "mif1" leads AVIF files too; they name themselves among the compatible brands.
+    # AVIF files may begin with "mif1" too; then "avif" is among their compatible brands.
     brands = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"mif1", b"msf1")
     return data[4:8] == b"ftyp" and data[8:12] in brands and b"avif" not in data[:64]
 
 
 def reason_against_reading(format: str) -> str | None:
-    """Why pictures of a Pillow format cannot be read here, None where they can."""
+    """Why pictures of a Pillow format cannot be read, None where they can."""
     if format == "HEIF":
         try:
             import pillow_heif
@@ -98,7 +98,7 @@ def reason_against_reading(format: str) -> str | None:
 
 
 def reason_against_writing(format: str) -> str | None:
-    """Why pictures of a Pillow format cannot be written here, None where they can."""
+    """Why pictures of a Pillow format cannot be written, None where they can."""
     if format not in MODES:
         return f"{format} is not written here"
     reason = reason_against_reading(format)
@@ -119,7 +119,7 @@ def open_upright(
     Pillow's decompression-bomb limit (`PIL.Image.MAX_IMAGE_PIXELS`, left as it is).
     """
     try:
-        # From bytes, not a path: Pillow maps uncompressed TIFFs that it opens by path into memory, and mixes up
+        # From bytes, not a path: Pillow maps uncompressed TIFFs that it opens by path into memory, and confuses
         # height and width of those that their orientation turns by a quarter (seen in 13.0).
         return _upright_of(path.read_bytes(), f"{name} {str(path)!r}", error)
     except LGNetError:
@@ -129,9 +129,9 @@ def open_upright(
 
 
 def read_picture(source: Path | Encoded) -> tuple[Image.Image | DeepImage, int]:
-    """Like `open_upright`, with every bit of the file's samples: 16-bit colour comes as a DeepImage.
+    """Like `open_upright`, with every bit of the file's samples: 16-bit colour is returned as a DeepImage.
 
-    Raises InvalidImageError: also where a file has more than 8 bits a sample in colour and is no PNG or TIFF.
+    Raises InvalidImageError, also for a colour file with more than 8 bits per sample that is no PNG or TIFF.
     """
     name = f"picture {str(source)!r}"
     try:
@@ -151,7 +151,7 @@ def read_picture(source: Path | Encoded) -> tuple[Image.Image | DeepImage, int]:
 
 
 def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = False) -> tuple[Image.Image, int]:
-    """`whole`: refuse files whose samples Pillow would cut."""
+    """See `open_upright`. `whole`: reject files whose samples Pillow would cut to 8 bits."""
     with open_image(data) as picture:
         depth = deep.cut_depth(picture.format, data) if whole else None
         if depth is not None:
@@ -174,9 +174,9 @@ def upright(
 
     The copy has no orientation tag; its other metadata is in `.info`, and `.format` is kept.
 
-    `.info["exif"]` is written anew without the thumbnail: it would still show what the fill removes. A picture of
-    several frames gives the current one (the first of a file just opened) and a UserWarning. Raises `error` when it
-    cannot be decoded.
+    `.info["exif"]` has no thumbnail, because that would still show what the fill removes. Of a picture with several
+    frames, the current one is used (the first of a file just opened), with a UserWarning. Raises `error` if the
+    picture cannot be decoded.
     """
     frames = getattr(picture, "n_frames", 1)
     if frames > 1:
@@ -206,12 +206,12 @@ def save_picture(
     format: str | None = None,
     quality: int | None = None,
 ) -> None:
-    """Writes `picture` to `path` atomically, with the EXIF, ICC profile, XMP and DPI of its `.info`.
+    """Write `picture` to `path` atomically, with the EXIF, ICC profile, XMP and DPI of its `.info`.
 
-    Of a PNG that was read by `read_picture` or `open_upright`, a PNG also keeps text and colour chunks; for another
-    format a UserWarning names those which it cannot hold.
+    From a PNG that was read by `read_picture` or `open_upright`, a PNG also keeps text and colour chunks; for another
+    format a UserWarning names the chunks that it cannot hold.
 
-    `format`: a Pillow format name; None takes the one of the extension. `quality`: 1 to 100, for JPEG, WebP, AVIF and
+    `format`: a Pillow format name; None: that of the extension. `quality`: 1 to 100, for JPEG, WebP, AVIF and
     HEIC; None gives lossless WebP, and for JPEG the quantisation tables and chroma sampling of `like`, the picture as
     it was opened, if that was a JPEG, otherwise quality 95 without subsampling. Raises InvalidImageError when the
     format cannot hold the picture's mode or alpha; OSError from the file system.
@@ -266,7 +266,7 @@ def encode(
 
 
 def format_of(source: Path | Encoded) -> str | None:
-    """The Pillow format of a file's contents by its header, None where it is not a picture."""
+    """The Pillow format of a file by its header, None where it is not a picture."""
     try:
         if isinstance(source, Encoded):
             picture = open_image(source.data)
@@ -277,25 +277,25 @@ def format_of(source: Path | Encoded) -> str | None:
             picture = Image.open(source)
         with picture:
             return "JPEG" if picture.format == "MPO" else picture.format
-    except Exception:  # the run of the item reports the reason
+    except Exception:  # running the item reports the reason
         return None
 
 
 def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int | None) -> dict[str, Any]:
     if quality is not None:
-        # Below 90 halved chroma is what an encoder is expected to do.
+        # Below quality 90, encoders usually halve the resolution of chroma.
         return {"quality": quality, "subsampling": 0 if quality >= 90 else 2}
     if isinstance(like, JpegImagePlugin.JpegImageFile) and like.mode == picture.mode:
-        # The source's own tables reproduce blocks that did not change almost exactly.
+        # With the tables of the source, unchanged blocks are reproduced almost exactly.
         sampling = JpegImagePlugin.get_sampling(like)
         return {"qtables": like.quantization, "subsampling": sampling if sampling >= 0 else 0}
     return {"quality": 95, "subsampling": 0}
 
 
 def held_modes(mode: str, transparent: bool, format: str) -> list[str]:
-    """The modes to convert to one after the other, so that the format holds a picture and keeps every sample.
+    """The modes to convert a picture to, one after the other, so that the format can hold it without loss.
 
-    `transparent`: whether a palette has alpha. Raises InvalidImageError: no such mode.
+    `transparent`: whether a palette has alpha. Raises InvalidImageError: there is no such mode.
     """
     own, steps = mode, []
     while mode not in MODES[format]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import re
 
-# Extensions that a folder run picks up, and the Pillow format that each one names. The first extension of a format
-# is the one a file gets when its own does not name the format.
+# Extensions of pictures in folders, and the Pillow format of each. The first extension of a format is used for a file
+# whose extension belongs to another format.
 EXTENSIONS = {
     ".png": "PNG",
     ".apng": "PNG",
@@ -49,7 +49,7 @@ _OTHERS = (
     ".qoi .raf .ras .rw2 .rwl .sgi .sr2 .srf .srw .svg .svgz .wbmp .wdp .wmf .x3f .xbm .xcf .xpm"
 )
 OTHER_EXTENSIONS = frozenset(_OTHERS.split())
-"""Pictures, raw photographs and drawings in formats that are not read here: a folder run names them."""
+"""Pictures, raw photographs and drawings in unsupported formats, which a folder run reports."""
 
 MODES = {
     "PNG": {"1", "L", "LA", "P", "RGB", "RGBA", "I;16"},
@@ -67,4 +67,4 @@ MODES = {
 """Pillow format -> modes that it holds."""
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
-"""Start of an address, such as http://, which is refused in place of a path."""
+"""Start of a URL, such as http://, which is rejected as a path."""

@@ -1,4 +1,4 @@
-"""`Inpainter`: a network and everything between it and pictures of any size, kind and depth."""
+"""`Inpainter`: fills pictures of any size, kind and depth with a network."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ _MOSTLY_HOLE = 0.95
 class Inpainted:
     """One filled picture and how it was made.
 
-    `picture`: of the caller's kind. `size`: (height, width). `hole_ratio`: share of hole pixels in the mask, before
-    dilation. `strategy`: the one that ran, None when the mask was empty. `passes`: network runs.
+    `picture`: of the kind of the input. `size`: (height, width). `hole_ratio`: share of hole pixels in the mask,
+    before dilation. `strategy`: the one that ran, None for an empty mask. `passes`: number of network runs.
     """
 
     picture: Any
@@ -50,10 +50,10 @@ class Inpainted:
 
 @dataclass(frozen=True)
 class Stages:
-    """One picture at every stage of the network, each of the caller's kind.
+    """One picture after every stage of the network, each of the kind of the input.
 
-    `masked`: the hole painted white, as the network sees it. `merged`: the merged picture after every stage, in
-    order (three for LGNet, fewer for ablations).
+    `masked`: the picture with a white hole, the input of the network. `merged`: the merged picture after every stage,
+    in order (three for LGNet, fewer for ablations).
     """
 
     masked: Any
@@ -71,7 +71,7 @@ class Stages:
 
     @property
     def result(self) -> Any:
-        """After the last stage: what the pipeline returns."""
+        """After the last stage: the result."""
         return self.merged[-1]
 
 
@@ -81,8 +81,8 @@ _Fills = list[tuple[Rect, np.ndarray]]
 
 @dataclass(frozen=True)
 class _Job:
-    """One picture and mask. `alpha` is the hole itself, bool, where its edge is hard; else float32. `region` bool
-    [H, W]: where the network has to deliver, the feathered rim included; `groups`: its groups."""
+    """One picture and mask. `alpha`: bool, equal to the hole, for a hard edge; else float32. `region` bool [H, W]:
+    the pixels that the network must fill, including the feathered rim; `groups`: its groups."""
 
     picture: Picture
     hole: np.ndarray
@@ -92,7 +92,7 @@ class _Job:
 
 
 class Inpainter:
-    """Fills the holes of pictures of any size and kind. Thread-safe; pickles and copies where its model does.
+    """Fills the holes of pictures of any size and kind. Thread-safe; can be pickled and copied if its model can.
 
     Args:
         model: called as ``model(image, mask)`` with image [B, 3, H, W] in [-1, 1], mask [B, 1, H, W], 1 = hole, H and
@@ -100,11 +100,11 @@ class Inpainter:
             another device, of another dtype, in training mode or with an explicit backend is copied, not changed.
         device: "auto" (CUDA if there is a GPU) or a torch device.
         dtype: "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name.
-        backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is fast (on a CPU in float32 or
-            bfloat16, on an NVIDIA GPU from sm_80 on); others go to ``model.set_backend``.
+        backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is faster (on a CPU in float32 or
+            bfloat16, on an NVIDIA GPU from sm_80 on); others are passed to ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
             largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
-        memory_limit: bytes that a run may take; None asks the system before every run.
+        memory_limit: bytes that a run may take; None: the free memory of the system, asked before every run.
 
     Raises:
         BackendError: a device, dtype or backend that was asked for and cannot run.
@@ -137,7 +137,7 @@ class Inpainter:
         self._exact_lock = forks.Lock()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All attributes except those that :meth:`__setstate__` makes again: engines do not pickle or copy."""
+        """All attributes except those that :meth:`__setstate__` makes again: engines cannot be pickled or copied."""
         made = ("_model", "_exact", "_exact_lock")
         return {name: value for name, value in self.__dict__.items() if name not in made}
 
@@ -160,7 +160,7 @@ class Inpainter:
     ) -> Inpainter:
         """An Inpainter for a model directory or a Hugging Face Hub id; None is the model bundled with the package.
 
-        Raises WeightsError when the weights are missing or malformed, and what the constructor raises.
+        Raises WeightsError if the weights are missing or malformed, and the errors of the constructor.
         """
         resolve_dtype(dtype, resolve_device(device))  # checked before hundreds of megabytes are read
         if model is None:
@@ -180,7 +180,7 @@ class Inpainter:
         feather: int = 0,
         mask_channel: str = "auto",
     ) -> Any:
-        """The picture with its hole filled, of the same kind; known pixels keep their bits.
+        """The picture with its hole filled, of the same kind; known pixels are bitwise unchanged.
 
         Args:
             picture: a PIL picture, a path, an array [H, W] or [H, W, C] (uint8, uint16, or floats in [0, 1]), a
@@ -194,15 +194,14 @@ class Inpainter:
             invert_mask: dark is hole.
             dilate: pixels by which the hole grows on every side (a disk).
             feather: width in pixels of a soft ramp around the grown hole, where fill and picture are blended.
-            mask_channel: what tells the hole: "luma", "alpha" (opaque is hole), "inverse_alpha" (transparent is
-                hole), "colour" (saturated is hole), or "auto", which raises InvalidMaskError where the mask may mean
-                two things; see `lgnet_fast.pipeline.masks.read_hole` and docs/masks.md.
+            mask_channel: the channel that marks the hole: "luma", "alpha" (opaque is hole), "inverse_alpha"
+                (transparent is hole), "colour" (saturated is hole), or "auto", which raises InvalidMaskError for an
+                ambiguous mask; see `lgnet_fast.pipeline.masks.read_hole` and docs/masks.md.
 
         Returns:
-            The same kind; a path gives a PIL picture, 16-bit colour a DeepImage.
-            Known pixels, those outside the dilated hole and its feather,
-            are identical to the input's. An empty mask returns the picture unchanged with a UserWarning, which
-            also tells when more than 95 % is hole.
+            A picture of the same kind; for a path a PIL picture, or a DeepImage for 16-bit colour. Known pixels,
+            those outside the dilated hole and its feather, are identical to the input. For an empty mask the picture
+            is returned unchanged, with a UserWarning; there is one too if more than 95 % is hole.
 
         Raises:
             InvalidImageError, InvalidMaskError, OutOfMemoryError (before anything is allocated, where the estimate
@@ -229,7 +228,7 @@ class Inpainter:
         return self.inpaint(picture, mask, **options).picture
 
     def inpaint(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
-        """Like a call, for one PIL picture, path or array, and says how the picture was made.
+        """Like a call, for one PIL picture, path or array; also returns how the picture was made.
 
         With `allow_any_mask=False` a mask that selects nothing or more than 95 % raises InvalidMaskError.
         """
@@ -251,7 +250,7 @@ class Inpainter:
             return Stages(masked, tuple(read.with_fill(fills, job.alpha) for fills in each))
 
     def warmup(self, height: int = 256, width: int = 256) -> float:
-        """Runs the network once on an empty picture of that size, padded; returns the seconds it took."""
+        """Run the network once on an empty picture of this size, padded; returns the seconds it took."""
         start = time.perf_counter()
         size = strategies.padded(height, self.multiple), strategies.padded(width, self.multiple)
         self._run(
@@ -260,7 +259,7 @@ class Inpainter:
         return time.perf_counter() - start
 
     def estimate_memory(self, height: int, width: int, strategy: str = "full") -> int:
-        """Bytes that a picture of that size takes at most, beyond the weights, with this network and dtype."""
+        """Most bytes that a picture of this size takes, besides the weights, with this network and dtype."""
         return memory.estimate_memory(
             height,
             width,
@@ -319,7 +318,7 @@ class Inpainter:
             (fills,), ran, passes = self._fill(job, strategy, stages=False)
             laid = [(box, fill, job.alpha[box.slices].copy()) for box, fill in fills]
             region = job.region
-            del job, fills  # these have the picture's size, and are not needed while three copies of it exist
+            del job, fills  # these have the size of the picture, and are not needed while three copies of it exist
             return Inpainted(picture.rebuild(picture.painted(laid), region), picture.size, ratio, ran, passes)
 
     def _fill(self, job: _Job, strategy: str, stages: bool) -> tuple[list[_Fills], str, int]:
@@ -329,7 +328,7 @@ class Inpainter:
             self._check_memory(job.picture.size, windows, strategy)
             return self._run_windows(job, windows, stages), strategy, len(windows)
         name, windows = strategies.choose(job.region, self.multiple, self.window, job.groups)
-        # In the order of less and less memory.
+        # In the order of decreasing memory.
         ladder = [(name, self.window), ("crop", self.window), ("crop", self.multiple), ("resize", self.multiple)]
         attempts = list(dict.fromkeys(ladder))
         for position, (name, largest) in enumerate(attempts):
@@ -384,7 +383,7 @@ class Inpainter:
     def _run_batch(
         self, picture: Picture, region: np.ndarray, windows: list[Window], stages: bool
     ) -> list[list[np.ndarray]]:
-        """The fills of each window, all of one network size: one or one a stage, at the window's own size."""
+        """The fills of each window, all of one network size: one, or one per stage, at the size of the window."""
         images, holes = zip(*(self._network_input(picture, region, window) for window in windows), strict=True)
         outputs = self._run_checked(np.stack(images), np.stack(holes), stages)
         fills = []
@@ -397,7 +396,7 @@ class Inpainter:
         return fills
 
     def _network_input(self, picture: Picture, region: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
-        """A window's image float32 [h, w, 3] and hole bool [h, w], reduced and padded."""
+        """Image float32 [h, w, 3] and hole bool [h, w] of a window, reduced and padded."""
         content, hole = picture.network_range(window.rows, window.columns), region[window.rows, window.columns]
         if window.reduced == window.size:
             # Pixels under the mask must not reach the network: NaN times zero is NaN.
@@ -411,7 +410,7 @@ class Inpainter:
     # -- the network -------------------------------------------------------------------------------------------
 
     def _run_checked(self, images: np.ndarray, holes: np.ndarray, stages: bool) -> list[np.ndarray]:
-        """The network on padded windows; half precision that overflows gets one more try in float32."""
+        """Run the network on padded windows; if half precision overflows, again in float32."""
         outputs = self._run(self._model, self.dtype, images, holes, stages)
         if _finite(outputs):
             return outputs
@@ -437,16 +436,17 @@ class Inpainter:
     def _exact_model(self) -> Callable[..., Any]:
         with self._exact_lock:
             if self._exact is None:
-                # on a GPU, compiling an engine's kernels for this one case takes longer than it saves
+                # on a GPU, compiling the kernels of an engine for this one case takes longer than it saves
                 self._exact = self._placed(torch.float32, may_optimize=self.device.type == "cpu")
             return self._exact
 
-    @torch.inference_mode(False)  # what is kept must also work outside inference mode
+    @torch.inference_mode(False)  # kept tensors must also work outside inference mode
     def _placed(self, dtype: torch.dtype, may_optimize: bool = True) -> Callable[..., Any]:
         """The source model ready to run on this device in `dtype`.
 
-        With backend "auto" an LGNet becomes an engine where that has a fast executor. Else the model itself, in
-        evaluation mode: the very one where it is that already, otherwise a copy.
+        With backend "auto" an LGNet becomes an engine where there is a fast executor. Otherwise the model in
+        evaluation
+        mode: itself if it is ready, else a copy.
         """
         if may_optimize and self._backend == "auto" and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
             reason = fast_executor_reason(self.device, dtype)

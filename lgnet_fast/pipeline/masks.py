@@ -1,4 +1,4 @@
-"""Masks of every accepted kind, as a boolean hole, and the alpha with which a fill is laid over the picture."""
+"""Converting masks of every accepted kind to a boolean hole, and the alpha for blending fill and picture."""
 
 from __future__ import annotations
 
@@ -24,22 +24,22 @@ ACCEPTED = (
 )
 
 CHANNELS = ("auto", "luma", "alpha", "inverse_alpha", "colour")
-"""What `read_hole` may go by; docs/masks.md says what "auto" does for each kind of mask."""
+"""Choices of `channel` in `read_hole`; docs/masks.md says what "auto" does for each kind of mask."""
 
 # A black mask in a lossy file decodes to levels 0 and 1: there the rule "uint8 whose maximum is 1 means bool"
 # would turn coding noise into holes.
 _LOSSY_FORMATS = {"JPEG", "MPO", "WEBP", "AVIF", "JPEG2000"}
 
-# Of 255. A pixel is saturated where its largest and its smallest channel are at least this far apart: every colour of
-# the VOC and Cityscapes palettes but their greys is.
+# Of 255. A pixel is saturated if its largest and smallest channels differ by at least this much. All colours of the
+# VOC and Cityscapes palettes are, except their greys.
 _SATURATED = 32
-# Near black: what lossy coding makes of black beside a coloured stroke.
+# Near black: the levels that lossy coding gives to black beside a coloured stroke.
 _BLACK = 48
-# Pixels of one colour differ by no more than this in any channel; a photograph's do.
+# Pixels of one colour differ by no more than this in any channel; pixels of a photograph differ by more.
 _ONE_COLOUR = 64
-# Where a copy of the picture has been through a JPEG, a pixel is the picture's own if no channel differs by more.
+# In a JPEG copy of the picture, a pixel counts as unchanged if no channel differs by more.
 _COPIED = 24
-# Rows that are worked on at a time where a whole picture of wide numbers would take too much memory.
+# Rows processed at a time where wide numbers of a whole picture would take too much memory.
 _STRIP = 256
 _CHOICES = (
     "say which by mask_channel (--mask-channel): luma (bright is hole), alpha (opaque is hole: strokes on a layer), "
@@ -66,13 +66,13 @@ def read_hole(
     luma           luma times alpha above `threshold` (0 <= threshold < 1, of full scale) is hole;
     alpha          alpha above `threshold` is hole: by default 128 and more of 255;
     inverse_alpha  the rest is hole: by default alpha below 128;
-    colour         pixels whose channels differ by 32 of 255 or more are hole, but for those of alpha below 128 and,
-                   where at least half of the mask is a copy of `picture`, for those that are the picture's own;
-    auto           the hole, where only one reading makes sense; see `_certain_hole`.
+    colour         pixels whose channels differ by 32 of 255 or more are hole, except pixels with alpha below 128 and,
+                   where at least half of the mask is a copy of `picture`, pixels equal to the picture;
+    auto           the only reading that makes sense, if there is just one; see `_certain_hole`.
 
     `invert` swaps hole and known. `note` is appended to the message about a wrong size.
     Raises InvalidMaskError: unreadable, wrong type, wrong size, NaN, out of range, a channel that the mask does not
-    have, or auto where the mask may mean two things.
+    have, or auto for an ambiguous mask.
     """
     if not 0 <= threshold < 1:
         raise InvalidMaskError(f"mask_threshold: expected 0 <= value < 1, got {threshold!r}")
@@ -91,7 +91,7 @@ def read_hole(
 def masks_for(mask: Any, count: int) -> list[Any]:
     """One mask for each of `count` pictures: from a list of `count`, a tensor [count, C, H, W], or one for all.
 
-    Raises InvalidMaskError when a list or a tensor has another length (a tensor's may also be 1).
+    Raises InvalidMaskError if a list or a tensor has another length (for a tensor, 1 is allowed).
     """
     if isinstance(mask, (list, tuple)):
         if len(mask) != count:
@@ -108,8 +108,8 @@ def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray
     """Alpha float32 [H, W] in [0, 1] of the fill over the picture.
 
     1 within `dilate` pixels of the hole (Euclidean: the structuring element is a disk), then a linear ramp over the
-    next `feather` pixels, outside the dilated hole, and 0 beyond. Both may exceed the picture. The cost does not
-    depend on them but by the area that they reach.
+    next `feather` pixels, outside the dilated hole, and 0 beyond. Both may exceed the picture. The cost depends only
+    on the area that they cover.
     """
     for name, pixels in (("dilate", dilate), ("feather", feather)):
         if isinstance(pixels, bool) or not isinstance(pixels, (int, np.integer)) or pixels < 0:
@@ -123,7 +123,7 @@ def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray
     reach = min(dilate + feather, far)
     grown = [box.grown(reach, hole.shape) for box in group_holes(hole).boxes]
     for box in disjoint_boxes(grown, hole.shape):
-        # Indices of the nearest hole pixel; distances are made of them strip by strip, which takes less memory.
+        # Indices of the nearest hole pixel; distances are computed from them strip by strip, which takes less memory.
         nearest = ndimage.distance_transform_edt(~hole[box.slices], return_distances=False, return_indices=True)
         columns = np.arange(nearest.shape[2])
         part = alpha[box.slices]
@@ -138,8 +138,8 @@ def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray
 
 @dataclass(frozen=True)
 class _Planes:
-    """A mask's channels: `levels` [H, W], bool or in units of 1 / `white`, where it is grey; else `colour` uint8
-    [H, W, 3]. `alpha` uint8 [H, W] where it has transparency; `levels` are uint8 then."""
+    """The channels of a mask. Grey: `levels` [H, W], bool or in units of 1 / `white`; else `colour` uint8 [H, W, 3].
+    With transparency: `alpha` uint8 [H, W]; `levels` are then uint8."""
 
     levels: np.ndarray | None
     white: float
@@ -163,7 +163,7 @@ def _hole_by(channel: str, planes: _Planes, threshold: float, picture: Picture |
         if planes.colour is None:
             raise InvalidMaskError(f"mask_channel: 'colour' needs a mask in colour, got {planes.kind}")
         hole = _chroma(planes.colour) >= _SATURATED
-        # Where the mask is a copy of the picture, painted over: at least half of it, to the bit or through a JPEG.
+        # Where the mask is a painted copy of the picture: at least half of it is equal, or equal up to JPEG errors.
         if picture is not None:
             for apart in (0, _COPIED):
                 own = _copied(planes.colour, picture, apart)
@@ -178,11 +178,11 @@ def _hole_by(channel: str, planes: _Planes, threshold: float, picture: Picture |
 
 
 def _certain_hole(planes: _Planes, threshold: float, picture: Picture | None) -> np.ndarray:
-    """The hole where a mask can mean one thing only; else InvalidMaskError, which names the choices.
+    """The hole of an unambiguous mask; otherwise InvalidMaskError, which names the choices.
 
-    Opaque and grey: by luma. Partly transparent: by alpha where what is opaque is one colour, white or saturated, and
-    at most half of the mask (strokes on a layer). Opaque and in colour: by colour where at most half is of one colour
-    on black, or on an exact copy of the picture.
+    Opaque and grey: by luma. Partly transparent: by alpha, if the opaque pixels have one colour, white or saturated,
+    and are at most half of the mask (strokes on a layer). Opaque and in colour: by colour, if at most half has one
+    colour, on black or on an exact copy of the picture.
     """
     if planes.alpha is not None and planes.alpha.min() < 128:
         opaque = planes.alpha >= 128
@@ -232,12 +232,12 @@ def _by_luma(planes: _Planes, threshold: float) -> np.ndarray:
 
 
 def _above(levels: np.ndarray, white: float, threshold: float) -> np.ndarray:
-    """Where a level, as a share of `white`, exceeds a threshold."""
+    """Bool [H, W]: where a level, as a share of `white`, exceeds a threshold."""
     above: np.ndarray
     if levels.dtype != np.uint8:
         above = levels / np.float32(white) > threshold
         return above
-    # Compared as bytes with the least level that exceeds it.
+    # Compare bytes with the least level that exceeds the threshold.
     exceeding = np.flatnonzero(np.arange(256, dtype=np.float32) / np.float32(white) > threshold)
     above = levels >= exceeding[0] if len(exceeding) else np.zeros(levels.shape, dtype=bool)
     return above
@@ -250,7 +250,7 @@ def _largest(colour: np.ndarray) -> np.ndarray:
 
 
 def _chroma(colour: np.ndarray) -> np.ndarray:
-    """Largest less smallest channel of a uint8 [..., 3]."""
+    """Largest minus smallest channel of a uint8 [..., 3]."""
     smallest = np.minimum(np.minimum(colour[..., 0], colour[..., 1]), colour[..., 2])
     chroma: np.ndarray = _largest(colour) - smallest
     return chroma
@@ -262,7 +262,7 @@ def _one_colour(pixels: np.ndarray, apart: int = _ONE_COLOUR) -> bool:
 
 
 def _one_shade(pixels: np.ndarray, brightest: np.ndarray) -> bool:
-    """Whether pixels uint8 [N, 3] are one colour and darker ones of it towards black, as soft edges are.
+    """Whether pixels uint8 [N, 3] have one colour, or darker shades of it, as at soft edges.
     `brightest` uint8 [N]: their largest channels."""
     shade = pixels[brightest.argmax()].astype(np.float32) / brightest.max()
     return all(
@@ -272,7 +272,7 @@ def _one_shade(pixels: np.ndarray, brightest: np.ndarray) -> bool:
 
 
 def _copied(colour: np.ndarray, picture: Picture, apart: int) -> np.ndarray:
-    """bool [H, W]: where a mask's colour uint8 [H, W, 3] is the picture's, within `apart` in each channel."""
+    """Bool [H, W]: where a mask's colour uint8 [H, W, 3] equals the picture, within `apart` in each channel."""
     same = np.ones(colour.shape[:2], dtype=bool)
     for top in range(0, colour.shape[0], _STRIP):
         strip = slice(top, top + _STRIP)
@@ -325,7 +325,7 @@ def _scaled(mask: np.ndarray) -> tuple[np.ndarray, float]:
         raise InvalidMaskError(f"mask: expected levels in 0..65535 for {mask.dtype}, got {low} to {high}")
     if high == 1:
         return mask.astype(bool), 1.0
-    # The wide types hold whatever integers they were made from: 8-bit levels are told from 16-bit ones by their
+    # Wide integer types may hold 8-bit or 16-bit levels, which are distinguished by their
     # maximum.
     deep = mask.dtype.itemsize == 2 and mask.dtype.kind == "u"
     return (mask, 65535.0) if deep or high > 255 else (mask.astype(np.uint8), 255.0)

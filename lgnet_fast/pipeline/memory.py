@@ -1,4 +1,4 @@
-"""Estimate of the memory that a run takes, made before anything is allocated."""
+"""Estimating the memory of a run before anything is allocated."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from ..errors import OutOfMemoryError
 from .strategies import padded
 
-# Buffers of the picture itself, bytes a pixel: samples and their copies, hole, alpha, fill, blending sums.
+# Buffers at picture size, bytes per pixel: samples and their copies, hole, alpha, fill, blending sums.
 _PICTURE_BYTES = 64
 # Live tensors of n channels at full resolution at NetL's widest point, where its last deconvolution's output and
 # that output normalised meet the half-resolution input with twice the channels (n/2). NetC and NetG peak lower.
@@ -22,9 +22,9 @@ _LIVE_COPIES = 2.5
 # Image, mask, their padded and 32-bit copies, concatenations, every stage's output and merged picture, and layout
 # copies of those: channels at full resolution, whatever n is.
 _LIVE_PICTURE_CHANNELS = 72
-# What live tensors take varies little (n = 64 at 512 pixels: 1040 bytes a pixel; n = 16: 320), but freed blocks of
-# changing sizes leave holes in the C library's heap: 900 to 1675 bytes a pixel from run to run, where this estimates
-# 1835. tests/test_pipeline_memory.py measures the live part, with blocks returned as they are freed.
+# Live tensors vary little (n = 64 at 512 pixels: 1040 bytes per pixel; n = 16: 320), but freed blocks of changing
+# sizes fragment the C library's heap: 900 to 1675 bytes per pixel from run to run, where this estimates 1835.
+# tests/test_pipeline_memory.py measures the live part, with blocks returned to the system when freed.
 _MARGIN = 1.9
 
 
@@ -38,11 +38,11 @@ def estimate_memory(
     size_multiple: int = 256,
     window: int = 512,
 ) -> int:
-    """Bytes that one picture of `height` x `width` pixels takes at most, beyond the weights.
+    """Most bytes that one picture of `height` x `width` pixels takes, besides the weights.
 
     `strategy`: "full" pads the whole picture; "crop", "tile" and "resize" never run more than `window`^2 network
-    pixels at once, whatever the hole. `base_channels` is the network's n (64 in the paper). Attention scores count
-    nothing: they are never materialised.
+    pixels at once, for any hole. `base_channels` is the network's n (64 in the paper). Attention scores take no
+    memory, because they are never stored.
     """
     pixels = padded(height, size_multiple) * padded(width, size_multiple)
     if strategy != "full":
@@ -51,7 +51,7 @@ def estimate_memory(
 
 
 def picture_bytes(height: int, width: int) -> int:
-    """Bytes of the buffers at the picture's own resolution."""
+    """Bytes of the buffers at the resolution of the picture."""
     return height * width * _PICTURE_BYTES
 
 
@@ -62,7 +62,7 @@ def network_bytes(pixels: int, base_channels: int, dtype: torch.dtype) -> int:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on `device`, None where the system does not tell."""
+    """Bytes that can still be allocated on `device`, None where the system does not report them."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -72,7 +72,7 @@ def available_memory(device: torch.device) -> int | None:
 
 @contextmanager
 def out_of_memory_errors(what: str) -> Iterator[None]:
-    """Turns an allocation that fails, in torch or in numpy, into OutOfMemoryError."""
+    """Turns failed allocations of torch and numpy into OutOfMemoryError."""
     try:
         yield
     except OutOfMemoryError:

@@ -1,4 +1,4 @@
-"""Pictures of every accepted kind as samples in their own depth, and back: known pixels pass through untouched."""
+"""Converting pictures of every accepted kind to samples of the same depth, and back; known pixels do not change."""
 
 from __future__ import annotations
 
@@ -29,12 +29,12 @@ PIL_MODES = "1, L, LA, P, RGB, RGBA, I, I;16, I;16B, CMYK, YCbCr, HSV"
 
 @dataclass(frozen=True)
 class Picture:
-    """One picture as the pipeline works on it.
+    """One picture in the form that the pipeline processes.
 
-    `samples` [H, W, C], C = 1 (grey) or 3 (RGB), in the picture's own depth, 0 = black, `white` = white.
-    `rebuild(samples, touched)` gives the caller's kind back; `touched` bool [H, W] marks the pixels that may have
-    changed: every other pixel, and all alpha, comes from the original. `note` explains a turned picture's size.
-    `check_format(format)` raises InvalidImageError where a file of that format could not hold the result.
+    `samples` [H, W, C], C = 1 (grey) or 3 (RGB), in the depth of the picture, 0 = black, `white` = white.
+    `rebuild(samples, touched)` makes a picture of the caller's kind; `touched` bool [H, W] marks pixels that may have
+    changed: all others, and all alpha, come from the original. `note` explains the size of a turned picture.
+    `check_format(format)` raises InvalidImageError if a file of that format could not hold the result.
     """
 
     samples: np.ndarray
@@ -57,18 +57,19 @@ class Picture:
         return np.broadcast_to(region, (*region.shape[:2], 3))
 
     def with_fill(self, fills: list[tuple[Rect, np.ndarray]], alpha: np.ndarray) -> Any:
-        """The caller's kind with fills, float32 [h, w, 3] in [-1, 1], laid over disjoint boxes by `alpha`.
+        """A picture of the caller's kind, with fills float32 [h, w, 3] in [-1, 1] blended into disjoint boxes by
+        `alpha`.
 
         `alpha`: bool, or float in [0, 1]; [H, W], 0 outside the boxes. See `painted`.
         """
         return self.rebuild(self.painted([(box, fill, alpha[box.slices]) for box, fill in fills]), alpha > 0)
 
     def painted(self, fills: list[tuple[Rect, np.ndarray, np.ndarray]]) -> np.ndarray:
-        """A copy of the samples with fills laid over disjoint boxes: (box, fill float32 [h, w, 3] in [-1, 1], alpha
-        [h, w], bool or float in [0, 1]).
+        """A copy of the samples with fills blended into disjoint boxes: (box, fill float32 [h, w, 3] in [-1, 1],
+        alpha [h, w], bool or float in [0, 1]).
 
-        Pixels of alpha 0 keep their bits. Grey pictures take the mean of the three channels. Integer depths are
-        rounded to nearest and clamped.
+        Pixels of alpha 0 do not change. Grey pictures take the mean of the three channels. Integer depths are rounded
+        to nearest and clamped.
         """
         samples: np.ndarray = self.samples.copy()
         for box, fill, alpha in fills:
@@ -78,7 +79,7 @@ class Picture:
                 painted = painted.mean(axis=1, keepdims=True)
             painted = np.clip((painted + 1) * (self.white / 2), 0, self.white)
             weight = alpha[touched].astype(np.float64)[:, None]
-            # Where alpha is 1 the old sample is not used at all, since it may be NaN or infinite.
+            # Where alpha is 1 the old sample is not read, because it may be NaN or infinite.
             blended = np.where(weight == 1, painted, old[touched] * (1 - weight) + painted * weight)
             old[touched] = blended if samples.dtype.kind == "f" else np.rint(blended)
         return samples
@@ -88,9 +89,9 @@ def picture_of(picture: Any) -> Picture:
     """One PIL picture, path (str or Path), file's bytes, DeepImage, or array [H, W], [H, W, C] or [C, H, W], C = 1 to
     4 (a second or fourth channel is alpha, which is kept), of uint8, uint16 or floats in [0, 1].
 
-    A file of 16 bits a sample in colour gives a DeepImage back, any other a PIL picture.
+    The result is a DeepImage for a file with 16 bits per sample in colour, a PIL picture for other files.
 
-    Raises InvalidImageError for anything else, for an empty picture, and for modes that cannot be kept.
+    Raises InvalidImageError for anything else, for an empty picture, and for unsupported modes.
     """
     if isinstance(picture, (str, os.PathLike)):
         picture = Path(picture)
@@ -103,7 +104,7 @@ def picture_of(picture: Any) -> Picture:
     if isinstance(picture, DeepImage):
         return _of_deep_colour(picture, "")
     if isinstance(picture, Image.Image):
-        # Of a file that is not decoded yet, what its samples are decoded from.
+        # For a file that is not decoded yet, the bytes of the file.
         stored = str(getattr(picture, "tile", None) or "")
         if ";16" in stored and len(picture.getbands()) > 1:
             warnings.warn("picture: Pillow cuts 16-bit colour to 8 bits; give the file's path", stacklevel=4)
@@ -116,7 +117,7 @@ def picture_of(picture: Any) -> Picture:
 
 def pictures_of_tensor(batch: torch.Tensor) -> tuple[list[Picture], Callable[[list[torch.Tensor]], torch.Tensor]]:
     """The pictures of a tensor [B, C, H, W], [C, H, W], [H, W, C] or [H, W], C = 1 to 4, of uint8 or floats in
-    [0, 1], and what makes one tensor of that shape, dtype and device of what they rebuild to.
+    [0, 1], and a function that joins their results in one tensor of that shape, dtype and device.
 
     Raises InvalidImageError: shape, dtype, NaN, infinity or levels outside [0, 1].
     """
@@ -138,7 +139,7 @@ def pictures_of_tensor(batch: torch.Tensor) -> tuple[list[Picture], Callable[[li
         return replace(picture, rebuild=rebuild)
 
     if batch.ndim == 4:
-        # Each is [C, H, W] whatever its width.
+        # Each is [C, H, W], for every width.
         return [one(levels) for levels in known], lambda done: torch.stack(done) if done else batch.clone()
     return [one(known)], lambda done: done[0]
 
@@ -197,7 +198,7 @@ def _of_mode(picture: Image.Image, note: str) -> Picture:
 
 @dataclass(frozen=True)
 class _Origin:
-    """What `_like` takes from a picture, without its pixels: they would be kept beside the samples."""
+    """The part of a picture that `_like` needs, without its pixels, which would be kept beside the samples."""
 
     info: dict[Any, Any]
     format: str | None
@@ -219,7 +220,7 @@ def _with_alpha(picture: Image.Image, note: str) -> Picture:
 
 
 def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
-    """16 bits a sample: RGB with or without alpha, or grey with alpha."""
+    """16 bits per sample: RGB with or without alpha, or grey with alpha."""
     array = picture.samples
     colours = 3 if array.shape[2] > 2 else 1
     keep_key = _colour_key(array, picture.info.get("transparency"))
@@ -233,7 +234,7 @@ def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
 
 
 def _with_colour_key(picture: Image.Image, note: str) -> Picture:
-    """L and RGB, where PNG may declare one colour transparent."""
+    """L and RGB; a PNG may declare one colour as transparent."""
     array = pixels_of(picture).reshape(picture.height, picture.width, -1)
     origin, key = _Origin(dict(picture.info), picture.format), picture.info.get("transparency")
     keep_key = _colour_key(array, None if isinstance(key, bytes) else key)
@@ -246,9 +247,9 @@ def _with_colour_key(picture: Image.Image, note: str) -> Picture:
 
 
 def _colour_key(array: np.ndarray, key: Any) -> Callable[[np.ndarray], None]:
-    """What keeps the alpha that a transparent colour `key` gives to the pixels of `array` [H, W, C], in place.
+    """A function that keeps the alpha that a transparent colour `key` gives to `array` [H, W, C], in place.
 
-    Filled samples of the key's colour are moved off it by one level, and transparent pixels stay as they are.
+    It changes filled samples of that colour by one level, and leaves transparent pixels unchanged.
     """
     if key is None:
         return lambda samples: None
@@ -288,7 +289,7 @@ def _of_deep(picture: Image.Image, note: str) -> Picture:
 
 
 def _of_other_space(picture: Image.Image, note: str) -> Picture:
-    """CMYK, YCbCr, HSV: the network sees RGB, known pixels keep their own numbers, filled ones are converted back."""
+    """CMYK, YCbCr, HSV: the network gets RGB, known pixels keep their values, filled ones are converted back."""
     array = np.asarray(picture)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
@@ -300,7 +301,7 @@ def _of_other_space(picture: Image.Image, note: str) -> Picture:
 
 
 def _of_palette(picture: Image.Image, note: str) -> Picture:
-    """P: known pixels keep their index, filled ones take the nearest palette colour of the same alpha."""
+    """P: known pixels keep their index, filled ones get the nearest palette colour of the same alpha."""
     index = np.asarray(picture)
     entries = picture.resize((256, 1))
     entries.paste(Image.frombytes("P", (256, 1), bytes(range(256))))

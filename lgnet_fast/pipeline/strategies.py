@@ -1,4 +1,4 @@
-"""Which regions of a picture go through the network, at which scale, and how their fills are joined."""
+"""Windows: the regions of a picture that the network fills, their scale, and the blending of their fills."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ..engine.regions import Rect
 
 STRATEGIES = ("auto", "full", "crop", "resize", "tile")
 
-# Known pixels wanted on every side of a hole group, at least; half the square root of its area if that is more.
+# Least number of known pixels on every side of a hole group; half the square root of its area if that is more.
 CONTEXT = 64
-# Known pixels shared by neighbouring tiles, over which they are blended.
+# Pixels by which neighbouring tiles overlap, and over which they are blended.
 TILE_OVERLAP = 128
-# A hole that contains a square of this side is too thick for tiles: some tiles would hold almost no known pixels.
+# A hole that contains a square of this side is too thick for tiles: some tiles would have almost no known pixels.
 THICK = 128
 
 
 @dataclass(frozen=True)
 class Window:
-    """A region of the picture that goes through the network once.
+    """A region of the picture that is one input of the network.
 
-    `rows`, `columns`: the region; `reduced`: (height, width) at which the network sees it, before padding, never
-    larger than the region. `weight` float32 [h, w]: blending weight of each pixel, None = 1 everywhere.
+    `rows`, `columns`: the region; `reduced`: (height, width) to which it is scaled for the network, before padding,
+    never larger than the region. `weight` float32 [h, w]: blending weight of each pixel, None = 1 everywhere.
     """
 
     rows: slice
@@ -47,10 +47,10 @@ def choose(
     """The strategy that "auto" starts with and its windows, for a hole bool [H, W], a network multiple and a largest
     window side. `groups`: those of the hole, where they are known.
 
-    full  when the padded picture is no larger than `largest` on both sides, unless crops at native scale take fewer
-          network pixels: the network was trained on 256x256, more picture around a hole does not fill it better;
-    crop  when every hole group fits a window at native scale, or when the hole is thick (contains a 128x128 square):
-          then the large groups are filled at reduced scale;
+    full  if the padded picture is no larger than `largest` on both sides, unless crops at native scale take fewer
+          network pixels (the network was trained on 256x256, so more context does not improve a fill);
+    crop  if every hole group fits a window at native scale, or if the hole is thick (contains a 128x128 square): then
+          large groups are filled at reduced scale;
     tile  otherwise: thin holes, such as scratches and text, all over a large picture.
     """
     groups = groups or group_holes(hole)
@@ -85,14 +85,14 @@ def windows_for(
 
 
 def network_size(window: Window, multiple: int) -> tuple[int, int]:
-    """(height, width) of a window as the network gets it, padded."""
+    """(height, width) of a window as input of the network, padded."""
     return padded(window.reduced[0], multiple), padded(window.reduced[1], multiple)
 
 
 def batches(windows: list[Window], multiple: int, largest: int) -> list[list[Window]]:
     """The windows in groups of one network size, each of no more network pixels than `largest`^2, or of one window.
 
-    A batch of small windows takes little longer than one window, since a pass mostly reads weights.
+    A batch of small windows takes little longer than one window, because a pass mostly reads weights.
     """
     groups: dict[tuple[int, int], list[list[Window]]] = {}
     for window in windows:
@@ -105,14 +105,14 @@ def batches(windows: list[Window], multiple: int, largest: int) -> list[list[Win
 
 
 def padded(length: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not below `length`."""
+    """`length` rounded up to a multiple of `multiple`."""
     return -(-length // multiple) * multiple
 
 
 def reflection(length: int, target: int) -> np.ndarray:
-    """Indices [target] that extend 0..length-1 by reflection without repeating the edge, again and again.
+    """Indices [target] that extend 0..length-1 by repeated reflection padding (the edge is not repeated).
 
-    5 to 12: 0 1 2 3 4 3 2 1 0 1 2 3. A length of 1 replicates.
+    From 5 to 12: 0 1 2 3 4 3 2 1 0 1 2 3. A length of 1 is replicated.
     """
     if length == 1:
         return np.zeros(target, dtype=np.intp)
@@ -123,8 +123,8 @@ def reflection(length: int, target: int) -> np.ndarray:
 def reduce_region(region: np.ndarray, hole: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
     """A region float32 [h, w, 3] and its hole bool [h, w] area-averaged to `size` (height, width).
 
-    Averages are of known pixels only, so the content under the mask has no influence; a reduced pixel is hole where
-    most of its area is.
+    Averages use known pixels only, so the content under the mask has no influence; a reduced pixel is hole if most of
+    its area is hole.
     """
     known = (~hole).astype(np.float32)
     share = _resample(known, size, Image.Resampling.BOX)
@@ -145,7 +145,7 @@ def enlarge_fill(fill: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def needed(window: Window, hole: np.ndarray) -> Rect:
-    """The box, in pixels of the picture, around the hole in a window, which has some."""
+    """The box, in pixels of the picture, around the hole of a window. The window must contain hole pixels."""
     box = bounding_box(hole[window.rows, window.columns])
     top, left = window.rows.start, window.columns.start
     return Rect(top + box.top, top + box.bottom, left + box.left, left + box.right)
@@ -153,7 +153,7 @@ def needed(window: Window, hole: np.ndarray) -> Rect:
 
 def patches(boxes: list[Rect], shape: tuple[int, int]) -> tuple[list[Rect], np.ndarray]:
     """Disjoint boxes of a picture of `shape`, so that each of `boxes` lies in one, and which one covers each cell of
-    16x16 pixels (int [h, w]; -1 = none). What fills a few small holes then needs no buffer of the picture's size."""
+    16x16 pixels (int [h, w]; -1 = none). So filling a few small holes needs no buffer of the picture's size."""
     apart = disjoint_boxes(boxes, shape)
     owner = np.full((padded(shape[0], CELL) // CELL, padded(shape[1], CELL) // CELL), -1, dtype=np.int32)
     for number, box in enumerate(apart):
@@ -164,8 +164,8 @@ def patches(boxes: list[Rect], shape: tuple[int, int]) -> tuple[list[Rect], np.n
 def crop_windows(hole: np.ndarray, multiple: int, largest: int, groups: HoleGroups | None = None) -> list[Window]:
     """One window for each group of holes, with context, of at most `largest`^2 network pixels.
 
-    Windows that overlap are merged when one pass over both costs no more than two and loses no scale. The rest may
-    overlap: each sees the other's hole as hole and fills its own group only, so their order does not matter.
+    Overlapping windows are merged if one pass over both costs no more than two and does not reduce the scale. Others
+    may still overlap: in each, both holes are masked but only one group is filled, so their order does not matter.
     """
     groups = groups or group_holes(hole)
     frames = [_Frame.around(box.slices, {k}, hole, multiple, largest) for k, box in enumerate(groups.boxes, 1)]
@@ -229,7 +229,7 @@ class _Frame:
 
 
 def _place(extent: slice, network: int, scale: float, length: int) -> tuple[slice, int]:
-    """Where a window of `network` pixels at `scale` lies along an axis of `length`, and its reduced length."""
+    """Place of a window of `network` pixels at `scale` along an axis of `length`, and its reduced length."""
     span = round(network / scale)
     if span >= length:
         return slice(0, length), length if scale == 1 else max(1, min(network, round(length * scale)))
@@ -263,7 +263,7 @@ def _union(a: slice, b: slice) -> slice:
 
 
 def _ownership(frame: _Frame, labels: np.ndarray) -> np.ndarray:
-    """float32 [h, w]: 1 where a frame's region belongs to its own groups."""
+    """float32 [h, w]: 1 where the region of a frame belongs to its groups."""
     cells = (
         slice(frame.rows.start // CELL, -(-frame.rows.stop // CELL)),
         slice(frame.columns.start // CELL, -(-frame.columns.stop // CELL)),
@@ -302,8 +302,8 @@ def _is_thick(hole: np.ndarray) -> bool:
     """Whether a hole bool [h, w], the box around one group, contains a square of side THICK."""
     if min(hole.shape) < THICK or np.count_nonzero(hole) < THICK**2:
         return False
-    # Minimum over each square, as the minimum along rows of the minimum along columns: cost and memory do not depend
-    # on the side, and take one byte a pixel.
+    # Minimum over each square, as the minimum along rows of the minimum along columns: the cost does not depend on
+    # the side, and the memory is one byte per pixel.
     least = hole.view(np.uint8)
     for axis in (0, 1):
         least = ndimage.minimum_filter1d(least, THICK, axis=axis, mode="constant", cval=0)

@@ -1,4 +1,4 @@
-"""Writing files so that readers see the old one or the new one; pipes and devices are written to as they are."""
+"""Writing files atomically: readers see the old file or the new one. Pipes and devices are written to directly."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 STANDARD_STREAM = Path("-")
-"""Standard input where an input is named, standard output where an output is."""
+"""The name of standard input, for an input, and of standard output, for an output."""
 
 
 def json_bytes(value: Any) -> bytes:
@@ -42,7 +42,7 @@ def is_stream(path: Path) -> bool:
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """`write_atomically`; a pipe or a device, or the standard output as "-", is written to instead."""
+    """`write_atomically`; but a pipe, a device or the standard output ("-") is written to directly."""
     if path == STANDARD_STREAM:
         sys.stdout.flush()
         write_stream(getattr(sys.stdout.buffer, "raw", sys.stdout.buffer), data)
@@ -54,7 +54,7 @@ def write_file(path: Path, data: bytes) -> None:
 
 
 def write_stream(stream: BinaryIO | io.RawIOBase, data: bytes) -> None:
-    """Writes all of `data`, without a buffer, which would fail once more when the stream is closed."""
+    """Write all of `data` without a buffer, because a buffer would raise again when the stream is closed."""
     rest = memoryview(data)
     while rest:
         written = stream.write(rest)
@@ -64,9 +64,9 @@ def write_stream(stream: BinaryIO | io.RawIOBase, data: bytes) -> None:
 
 
 def write_atomically(path: Path, data: bytes) -> None:
-    """Writes `data` beside `path`, flushes it to the disk, then renames: readers see the old file or the new one.
+    """Write `data` beside `path`, flush it to the disk, then rename: readers see the old file or the new one.
 
-    Where `path` is a link, what it points to is replaced, and the link stays.
+    Where `path` is a link, its target is replaced, and the link stays.
     """
     path = Path(os.path.realpath(path)) if path.is_symlink() else path
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,13 +83,13 @@ def write_atomically(path: Path, data: bytes) -> None:
 
 
 def temporary_prefix(path: Path) -> str:
-    """How the names of the temporary files of `path` begin; after it come 32 hexadecimal digits and ".tmp"."""
-    # Names are limited in bytes, and this one is longer than the file's own.
+    """Prefix of the names of temporary files of `path`; 32 hexadecimal digits and ".tmp" follow."""
+    # Names are limited in bytes, and this one is longer than that of the file.
     return f".{os.fsdecode(os.fsencode(path.name)[:100])}."
 
 
 def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
-    """A new file beside `path`, locked while it is written, which tells it from the leftover of a killed process."""
+    """A new file beside `path`, locked while it is written; leftovers of killed processes are not locked."""
     while True:
         temporary = path.parent / f"{temporary_prefix(path)}{uuid.uuid4().hex}.tmp"
         file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
@@ -107,16 +107,16 @@ _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
 
 
 def remove_leftovers(folders: Iterable[Path], age: float = 0.0, of: Path | None = None) -> None:
-    """Deletes what killed processes left of `write_atomically` in these folders; files being written now stay.
+    """Delete temporary files of `write_atomically` that killed processes left in these folders.
 
-    `age`: seconds since the last write that a leftover must have; for folders that other hosts write to, whose locks
-    may not be seen here. `of`: only those of this file.
+    `age`: least seconds since the last write; needed in folders that other hosts write to, because their locks may
+    not be visible. `of`: only temporary files of this file.
     """
     begin = "" if of is None else temporary_prefix(of)
     for folder in dict.fromkeys(folders):
         try:
             names = [entry.name for entry in os.scandir(folder)]
-        except OSError:  # not there yet
+        except OSError:  # the folder does not exist yet
             continue
         found = [name for name in names if name.startswith(begin) and _TEMPORARY.fullmatch(name)]
         for temporary in (folder / name for name in found):

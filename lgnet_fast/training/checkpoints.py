@@ -1,4 +1,4 @@
-"""Checkpoints: one file each, written under a temporary name and renamed, so that none is ever incomplete."""
+"""Checkpoints: one file each, written under a temporary name and renamed, so that no checkpoint is incomplete."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ _UNFINISHED = ".unfinished"
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
-    """Write `state` (tensors, numbers, strings, lists, dicts) as `path`: wholly or not at all.
+    """Write `state` (tensors, numbers, strings, lists, dicts) to `path` atomically.
 
     Raises:
-        TrainingError: the disk is full or not writable; the old file stays.
+        TrainingError: the disk is full or not writable; an old file is kept.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + _UNFINISHED)
@@ -57,7 +57,7 @@ def _sync_folder(folder: Path) -> None:
 
 
 def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint, on the CPU; nothing but tensors and plain values is unpickled.
+    """Read a checkpoint to the CPU; only tensors and plain values are unpickled.
 
     Raises:
         TrainingError: it cannot be read.
@@ -70,13 +70,13 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
 
 
 class CheckpointFolder:
-    """The checkpoints ``step_*.pt`` of a run, of which the newest `keep` stay, and ``best.pt``."""
+    """The checkpoints of a run: the newest `keep` files ``step_*.pt``, and ``best.pt``."""
 
     def __init__(self, folder: str | Path, keep: int) -> None:
         self.folder, self.keep = Path(folder), keep
 
     def steps(self) -> list[int]:
-        """Steps of the checkpoints that are there, in order."""
+        """Steps of the existing checkpoints, in order."""
         if not self.folder.is_dir():
             return []
         found = (_STEP.fullmatch(path.name) for path in self.folder.iterdir())
@@ -105,10 +105,10 @@ class CheckpointFolder:
         return self.path(steps[-1]) if steps else None
 
     def load_latest(self) -> dict[str, Any] | None:
-        """The newest checkpoint that can be read, with a warning for each that cannot; None: there is none.
+        """The newest checkpoint that can be read, with a warning for each that cannot; None: there are none.
 
         Raises:
-            TrainingError: there are some, and none can be read.
+            TrainingError: there are checkpoints, but none can be read.
         """
         failure: TrainingError | None = None
         for step in reversed(self.steps()):
@@ -123,7 +123,7 @@ class CheckpointFolder:
 
 
 def random_states() -> dict[str, Any]:
-    """The state of every random generator, in types that :func:`load_checkpoint` takes."""
+    """The state of every random generator, in types that :func:`load_checkpoint` can read."""
     version, words, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002 (data sets of others may use it)
     return {

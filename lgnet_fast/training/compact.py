@@ -1,11 +1,12 @@
-"""A run in small files: to carry it between machines, and to take the model from it.
+"""A training run in small files, to move it between machines and to export its model.
 
     python -m lgnet_fast.training.compact pack runs/demo_gpu OUT          # compact.json, compact-00.safetensors, ...
     python -m lgnet_fast.training.compact unpack OUT runs/demo_gpu --model lgnet-small
 
-`pack` keeps the newest checkpoint's moving average (the network where there is none) and its discriminator, matrices
-and kernels in float16, but not the optimisers' moments: `lgnet-fast train --resume` after `unpack` warms the learning
-rate up again. With ``--optimiser`` the moments come along in bfloat16, which makes three times as much.
+`pack` keeps the moving average of the newest checkpoint (the network where there is none) and the discriminator, with
+matrices and kernels in float16, but not the moments of the optimisers: `lgnet-fast train --resume` after `unpack`
+warms the learning rate up again. With ``--optimiser`` it keeps the moments in bfloat16, which makes the files three
+times as large.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
 
     Args:
         run: the run's folder.
-        folder: made where needed.
+        folder: created if needed.
         optimiser: keep the moments of Adam.
         part_bytes: largest file, unless one tensor alone is larger.
 
@@ -83,15 +84,16 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
 
 
 def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> None:
-    """Make the checkpoint of a run's folder, or a model's folder, from what :func:`pack` wrote.
+    """Make the folder of a run, or of a model, from the files of :func:`pack`.
 
     Args:
-        folder: with the packed files.
-        run: gets the checkpoint and the log; None: no run is made.
-        model: gets ``model.safetensors`` in float16 and ``config.json``, for ``LGNet.from_pretrained``.
+        folder: of the packed files.
+        run: folder for the checkpoint and the log; None: not made.
+        model: folder for ``model.safetensors`` in float16 and ``config.json``, for ``LGNet.from_pretrained``; None:
+            not made.
 
     Raises:
-        TrainingError: `folder` does not hold what :func:`pack` writes.
+        TrainingError: `folder` does not hold the files of :func:`pack`.
     """
     try:
         about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
@@ -129,7 +131,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
 
 
 def _half(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Vectors, such as running statistics, stay as they are: their range may be beyond float16's."""
+    """Matrices and kernels in float16. Vectors, such as running statistics, may exceed its range and are kept."""
     return {
         f"{prefix}.{name}": tensor.half() if tensor.is_floating_point() and tensor.dim() > 1 else tensor
         for name, tensor in state.items()

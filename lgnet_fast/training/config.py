@@ -36,15 +36,15 @@ class ModelConfig:
     freeze_batchnorm: bool = False
     """Normalise by the running statistics and do not update them."""
     freeze_batchnorm_from: float | None = None
-    """Freeze them from this share of the run on, in [0, 1). Late in the schedule, statistics of single batches would
-    still shift all colours at every step. Weights and biases of the normalisation are trained on."""
+    """Share of the run, in [0, 1), after which they are frozen, because statistics of single batches shift all
+    colours at every step, also late in the schedule. Weights and biases of the normalisation are still trained."""
     batchnorm_momentum: float = 0.1
     """Weight of each batch in the running statistics."""
 
 
 @dataclass(frozen=True)
 class DiscriminatorConfig:
-    """The adversary. ``loss.adversarial: 0`` leaves it out altogether."""
+    """The discriminator. ``loss.adversarial: 0`` leaves it out."""
 
     variant: Literal["released", "paper"] = "released"
     """Padding, as in the released network or in the paper."""
@@ -53,11 +53,11 @@ class DiscriminatorConfig:
     stage: Literal["first", "last"] = "first"
     """The stage whose merged picture it judges; "first" in the paper."""
     start: float = 0.0
-    """Share of the run, in [0, 1), after which it takes part."""
+    """Share of the run, in [0, 1), after which it is used."""
     init_from: str | None = None
     """The authors' ``<epoch>_net_D.pth`` to go on from."""
     by_hole: bool = False
-    """Weight each score by the share of its patch that is hole. In the paper all count equally, although most patches
+    """Weight each score by the hole ratio of its patch. In the paper all scores count equally, although most patches
     of a merged picture are true pixels."""
 
 
@@ -70,7 +70,7 @@ class DataConfig:
     exclude: tuple[str, ...] = ()
     """Stems of pictures to leave out, e.g. those of the validation."""
     validation: str | None = None
-    """Held-out pictures, a place as in `pictures`; None: no validation."""
+    """Held-out pictures, in the forms of `pictures`; None: no validation."""
     protocol: str = "photos"
     """How a picture becomes a square; see :data:`.data.PROTOCOLS`."""
     categories: tuple[str, ...] | None = None
@@ -87,12 +87,12 @@ class DataConfig:
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
     in_memory: bool = False
-    """Decode every picture once, at a few scales, and keep them on the device with a bank of masks: for a GPU that
-    outruns the decoders. 1,700 pictures of 288x400 take 1 GB."""
+    """Decode every picture once, at a few scales, and keep them on the device with a bank of masks, for a GPU that is
+    faster than the decoders. 1,700 pictures of 288x400 take 1 GB."""
     mask_bank: int = 4096
     """Number of masks in that bank; each is used in its eight symmetries."""
     colour: float = 0.0
-    """With `in_memory`: gains, contrast, brightness and saturation move by up to this share."""
+    """With `in_memory`: gains, contrast, brightness and saturation are changed at random by up to this share."""
 
 
 @dataclass(frozen=True)
@@ -105,12 +105,12 @@ class LossConfig(LossWeights):
     features_sha256: str | None = None
     """SHA-256 of that file, or the start of it."""
     features_normalised: bool = False
-    """Give VGG-16 pictures normalised as ImageNet's were; the released network feeds it those in [-1, 1]."""
+    """Normalise the input of VGG-16 by ImageNet's statistics; the released network uses pictures in [-1, 1]."""
     lpips_weights: str | None = None
     """File of AlexNet or VGG-16 with LPIPS's heads, for the term and for the validation."""
     feature_stages: Literal["later", "last"] = "later"
-    """Whose pictures the style, perceptual and LPIPS terms look at: those of every stage after the first, as in the
-    paper, or of the last alone."""
+    """Stages of the style, perceptual and LPIPS terms: every stage after the first, as in the paper, or the last
+    alone."""
     feature_pictures: Literal["both", "merged"] = "both"
     """Raw and merged pictures, as in the paper, or merged ones alone."""
     feature_crop: int | None = None
@@ -146,14 +146,14 @@ class OptimConfig:
     max_minutes: float | None = None
     """Longest duration of the run. The schedule follows the larger of the shares of time and of steps."""
     leg_minutes: float | None = None
-    """This process stops after so much time, with a checkpoint and an exported model, and ``--resume`` goes on."""
+    """Time after which this process stops, with a checkpoint and an exported model; ``--resume`` continues."""
     schedule: Literal["paper", "linear", "cosine", "constant"] = "paper"
     """"paper": constant for half of the epochs, then falling linearly (docs/model.md)."""
     warmup_steps: int = 0
     clip: float | None = None
     """Largest gradient norm of either network."""
     ema: float | None = None
-    """Decay of an exponential moving average of the generator; it is then what is validated and exported."""
+    """Decay of an exponential moving average of the generator, which is then validated and exported."""
     precision: Literal["no", "bf16", "fp16"] = "no"
     """Autocast; "fp16" needs a GPU."""
     dtype: Literal["float32", "float64"] = "float32"
@@ -185,11 +185,11 @@ class RunConfig:
     """Use only the first N pictures."""
     checkpoint_every: int = 1000
     checkpoint_minutes: float | None = None
-    """Minutes after which a checkpoint is written too."""
+    """Minutes after which a checkpoint is written, besides those by steps."""
     keep: int = 3
     """Checkpoints kept, besides the best."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """A loss that is not finite: "stop" saves the batch and ends the run, "skip" leaves the batch out and counts."""
+    """At a loss that is not finite: "stop" saves the batch and ends the run, "skip" skips and counts the batch."""
     finite_every: int = 1
     """With "stop": steps between checks of the loss. Each check waits for the GPU."""
     tensorboard: bool = True
@@ -299,7 +299,7 @@ def _check(name: str, value: object, condition: bool, expected: str) -> None:
 
 
 def config_of(mapping: Mapping[str, Any]) -> TrainConfig:
-    """A configuration from nested mappings; what is left out has its default.
+    """A configuration from nested mappings; missing values get their defaults.
 
     Raises:
         ConfigError: an unknown name, or a value of the wrong kind; it says which, and what was expected.
@@ -312,7 +312,7 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
 
     Args:
         path: the file.
-        overrides: ``"section.name=value"``, the value in YAML, put over the file's.
+        overrides: ``"section.name=value"``, the value in YAML; these replace values of the file.
 
     Raises:
         ConfigError: the file cannot be read, or see :func:`config_of`.

@@ -1,8 +1,8 @@
 """Pictures and holes for training, from folders, tar shards and Hugging Face datasets, independent of the number of
 readers.
 
-What a sample looks like depends on (seed, epoch, index) alone: not on the number of workers or processes, and not on
-where a resumed training went on.
+A sample depends on (seed, epoch, index) alone, not on the number of workers or processes, nor on the step at which
+training was resumed.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ PROTOCOLS: dict[str, float | None] = {
     "text_removal": 1.0,
 }
 """Name -> None: the whole picture is scaled to size x size; a number m: the shorter edge is scaled to `size` (in
-training at random to between 1 and m times that, where the picture has as much), then a square is cropped, at random
-in training and from the centre in validation."""
+training to a random length between that and m times that, at most its own), then a square is cropped, at random in
+training and from the centre in validation."""
 
 MASKS = ("generated", "paired")
-"""Values of `data.masks` that are no folder: drawn strokes and boxes, or the masks that a tar shard holds."""
+"""Values of `data.masks` other than a folder: drawn strokes and boxes, or the masks of a tar shard."""
 
 # Streams of random numbers that must not coincide; each is the first word of a seed of fixed length.
 _ORDER, _CROP, _MASK, _VALIDATION = 1, 2, 3, 4
@@ -47,13 +47,13 @@ _ORDER, _CROP, _MASK, _VALIDATION = 1, 2, 3, 4
 # Number of neighbours tried in place of an unreadable picture.
 _MOST_BROKEN = 1000
 
-# Of at most _FEW pictures each worker keeps the decoded ones, up to _CACHE_BYTES.
+# With at most _FEW pictures, each worker keeps decoded ones, up to _CACHE_BYTES.
 _FEW, _CACHE_BYTES = 500, 200_000_000
 
 
 class Source(Protocol):
-    """Pictures by number. `name(i)` tells picture i from others; `picture(i)` is it, not necessarily decoded;
-    `mask(i)` is the mask file that came with it, if one did."""
+    """Pictures by number. `name(i)`: unique name of picture i; `picture(i)`: the picture, possibly not decoded yet;
+    `mask(i)`: its mask file, or None."""
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
@@ -68,7 +68,7 @@ class FolderSource:
     """The picture files (of every format that Pillow knows) of a folder and its sub-folders, by their paths.
 
     Args:
-        folder: where they are.
+        folder: of the pictures.
         categories: keep only files in folders of these names, at any depth; None: all.
 
     Raises:
@@ -99,7 +99,7 @@ class FolderSource:
 
 
 class TarSource:
-    """The pictures of uncompressed tar shards as webdataset writes them, read at random by their offsets.
+    """The pictures of uncompressed tar shards in webdataset's layout, read by their offsets.
 
     ``<key>.mask.<extension>`` is the mask of picture ``<key>.<extension>``.
     """
@@ -148,7 +148,7 @@ class HuggingFaceSource:
         if column not in found.column_names:
             raise DataError(f"data.column: expected one of {', '.join(found.column_names)}, got {column!r}")
         self.title, self.column = name, column
-        # Undecoded, so that a broken picture raises where it can be skipped.
+        # Not decoded, so that a damaged picture raises where it can be skipped.
         self.rows = found.cast_column(column, datasets.Image(decode=False))
 
     def __len__(self) -> int:
@@ -167,7 +167,7 @@ class HuggingFaceSource:
 
 
 class JoinedSource:
-    """Several sources one after the other, or a choice of one's pictures."""
+    """Several sources one after the other, or a selection of the pictures of one."""
 
     def __init__(self, sources: Sequence[Source], chosen: Sequence[tuple[int, int]] | None = None) -> None:
         self.sources = sources
@@ -206,7 +206,7 @@ def open_source(places: Sequence[str], categories: Sequence[str] | None = None) 
         categories: see :class:`FolderSource`.
 
     Raises:
-        DataError: nothing there. MissingExtraError: a Hugging Face dataset without the package for it.
+        DataError: no pictures. MissingExtraError: a Hugging Face dataset, but its package is not installed.
     """
     sources: list[Source] = []
     for place in places:
@@ -228,7 +228,7 @@ def open_source(places: Sequence[str], categories: Sequence[str] | None = None) 
 
 class Sample(NamedTuple):
     """`image` float32 [3, S, S] in [-1, 1]; `mask` float32 [1, S, S], 1 = hole; `name` of the picture; `broken`:
-    (name, reason) of each picture that could not be read and was passed over for this one."""
+    (name, reason) of each unreadable picture that this one replaces."""
 
     image: Tensor
     mask: Tensor
@@ -247,11 +247,11 @@ def collate(samples: Sequence[Sample]) -> dict[str, Any]:
 
 
 class InpaintingDataset(Dataset[Sample]):
-    """Pictures with holes, asked for by position: position p is picture ``p % len`` of epoch ``p // len``'s order.
+    """Pictures with holes by position: position p is picture ``p % len`` in the order of epoch ``p // len``.
 
     Args:
         data: of the configuration.
-        seed: with epoch and index decides order, crop, mirroring and mask.
+        seed: determines order, crop, mirroring and mask, together with epoch and index.
 
     Raises:
         DataError: no pictures, no masks. ConfigError: an unknown protocol, a category list that cannot be read.
@@ -277,10 +277,10 @@ class InpaintingDataset(Dataset[Sample]):
         return len(self.source)
 
     def order(self, epoch: int) -> np.ndarray:
-        """The epoch's pictures in the order in which they come."""
+        """The pictures of an epoch in its order."""
         if epoch not in self._orders:
             rng = np.random.default_rng(np.random.SeedSequence((_ORDER, self.seed, epoch)))
-            self._orders = {epoch: rng.permutation(len(self))}  # only the latest: orders may be long
+            self._orders = {epoch: rng.permutation(len(self))}  # only the latest is kept, because orders may be long
         return self._orders[epoch]
 
     def __getitem__(self, position: int) -> Sample:
@@ -326,7 +326,7 @@ class InpaintingDataset(Dataset[Sample]):
             return self._cache[index]
         picture = self.source.picture(index)
         if not self.masks.paired:
-            # A JPEG is decoded at a fraction of its size where that is still twice what is needed.
+            # A JPEG is decoded at a fraction of its size if that is still twice the needed size.
             wanted = round(2 * self.data.size * (self.largest or 1))
             picture.draft(None, (wanted, wanted))
         levels = decode(picture)
@@ -388,7 +388,7 @@ def validation_pictures(folder: str, size: int, protocol: str, limit: int | None
 def decode(picture: Image.Image) -> np.ndarray:
     """A picture, upright and without alpha, as uint8 [H, W, 3]. Raises InvalidImageError: it cannot be decoded."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # about frames and metadata: they would come once an epoch and worker
+        warnings.simplefilter("ignore")  # about frames and metadata, in every epoch and worker
         read = picture_of(picture)
     levels = read.samples
     if levels.dtype != np.uint8:
@@ -399,7 +399,7 @@ def decode(picture: Image.Image) -> np.ndarray:
 def crop_box(
     height: int, width: int, size: int, largest: float | None, rng: np.random.Generator | None
 ) -> tuple[float, float, float, float]:
-    """What is cut out of a picture (left, top, right, bottom, in its own pixels) to be scaled to size x size.
+    """The crop of a picture (left, top, right, bottom, in pixels of the picture) that is scaled to size x size.
 
     Args:
         height, width: of the picture.
@@ -436,7 +436,7 @@ def _network_range(levels: np.ndarray) -> Tensor:
 
 
 class _Masks:
-    """Holes as configured: generated, drawn at random from a folder, or the mask that came with the picture."""
+    """Holes of the configured kind: generated, drawn at random from a folder, or the mask of the picture."""
 
     def __init__(self, data: DataConfig) -> None:
         self.kind, self.classes, self.polarity = data.mask_kind, data.hole_classes, data.mask_polarity
@@ -444,7 +444,7 @@ class _Masks:
         self.folder = None if data.masks in MASKS else MaskFolder(data.masks, polarity=data.mask_polarity)
 
     def own(self, source: Source, index: int, size: tuple[int, ...]) -> np.ndarray:
-        """The mask that came with picture `index`, bool [H, W] of its size."""
+        """The mask of picture `index`, bool [H, W] of its size."""
         picture = source.mask(index)
         if picture is None:
             raise DataError(f"data.masks: {source.name(index)} has no <key>.mask.<extension> beside it")
@@ -468,7 +468,7 @@ class _Masks:
 
 
 def _categories(given: Sequence[str] | None) -> list[str] | None:
-    """Names of folders; one that ends in .txt is a file of them, one a line, such as Places365's /a/abbey."""
+    """Names of folders; a name that ends in .txt is a file of names, one per line, such as Places365's /a/abbey."""
     if given is None:
         return None
     names: list[str] = []
@@ -488,14 +488,14 @@ def _categories(given: Sequence[str] | None) -> list[str] | None:
 
 
 class PositionSampler(Sampler[list[int]]):
-    """Batches of positions for one of several processes, without end.
+    """Endless batches of positions for one of several processes.
 
-    Together the processes read what one process with the larger batch would, in the same order.
+    Together the processes read the same samples as one process with the larger batch, in the same order.
 
     Args:
-        start: batches that every process has had.
-        batch_size: of a process.
-        rank, processes: which of how many.
+        start: number of batches that every process has read before.
+        batch_size: of one process.
+        rank, processes: index of this process, and number of processes.
     """
 
     def __init__(self, start: int, batch_size: int, rank: int = 0, processes: int = 1) -> None:
@@ -511,7 +511,7 @@ class PositionSampler(Sampler[list[int]]):
 def make_loader(dataset: InpaintingDataset, sampler: PositionSampler, pin: bool) -> DataLoader[Sample]:
     """Batches of :func:`collate` in the sampler's order, read ahead by ``data.workers`` processes.
 
-    pin: page-locked memory, from which a GPU copies faster.
+    pin: use page-locked memory, from which copies to a GPU are faster.
     """
     workers = dataset.data.workers
     return DataLoader(

@@ -1,7 +1,7 @@
-"""What `configs/demo.yaml` and `configs/demo_gpu.yaml` train on, small enough to be carried about (`make demo-data`).
+"""The small training data of `configs/demo.yaml` and `configs/demo_gpu.yaml` (`make demo-data`).
 
 ``train-000.tar``, ...    pictures as WebP, the shorter side at most `edge`, the longer one cut to 1.5 times that
-``held_out.tar``          evenly spaced pictures that are in none of these
+``held_out.tar``          evenly spaced pictures that are not in the other files
 ``vgg16_pool3.npz``       VGG-16's convolutions up to pool3, float16, layout: `reference/features.py`
 ``alexnet_lpips.npz``     AlexNet's and LPIPS's heads, the same
 """
@@ -82,7 +82,7 @@ def write_pictures(source: Path, folder: Path, *, edge: int, quality: int, held_
             return [(f"{i:06d}.webp", content) for i, content in zip(chosen, contents, strict=True)]
 
     training = [i for i in range(len(files)) if i not in held]
-    # A shard holds neighbours of everywhere, not one source's pictures.
+    # Shuffled, so that a shard does not hold pictures of one source only.
     np.random.default_rng(0).shuffle(training)
     shards = write_shards(encoded(training, quality), folder, "train", largest)
     if held:

@@ -1,6 +1,6 @@
 """Pictures and holes that are decoded once and stay in memory, on the GPU where there is one.
 
-A GPU that takes hundreds of pictures a second outruns the JPEG decoders of a whole processor. What a batch looks like
+A GPU that trains on hundreds of pictures per second is faster than the JPEG decoders of a whole processor. A batch
 depends on (seed, position of its first sample) alone.
 """
 
@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import DataError
 from .data import InpaintingDataset, PositionSampler, decode
 
-# Shorter sides beside data.size, as multiples of it, at which a picture is kept where it has as much.
+# Further shorter sides at which a picture is kept if it is large enough, as multiples of data.size.
 SCALES = (1.0, 1.125, 1.25, 1.5, 2.0)
 
 _BATCH, _BANK = 5, 6  # streams of random numbers, see data.py
@@ -34,11 +34,11 @@ class MemoryBatches:
     """Every picture of a dataset at several scales, and a bank of masks.
 
     Args:
-        dataset: whose pictures, order and masks are taken.
-        workers: processes that draw the masks, threads that decode; None: as many as there are cores.
+        dataset: source of pictures, order and masks.
+        workers: number of processes that draw masks and of threads that decode; None: number of cores.
 
     Raises:
-        DataError: paired masks; pictures of which none can be read.
+        DataError: paired masks, or no picture that can be read.
     """
 
     def __init__(self, dataset: InpaintingDataset, workers: int | None = None) -> None:
@@ -68,7 +68,7 @@ class MemoryBatches:
         self.pixels = torch.from_numpy(np.concatenate(kept))  # uint8 [all pixels, 3]
 
     def _levels(self, index: int) -> list[np.ndarray] | str:
-        """A picture at its scales, uint8 [H, W, 3] each; or why it cannot be read."""
+        """A picture at its scales, uint8 [H, W, 3] each; or the reason why it cannot be read."""
         size, largest = self.data.size, self.dataset.largest
         try:
             picture = decode(self.dataset.source.picture(index))
@@ -96,7 +96,7 @@ class MemoryBatches:
         several = workers > 1 and count >= _FEW_MASKS and "fork" in multiprocessing.get_all_start_methods()
         pool: Any = nullcontext()
         with warnings.catch_warnings():
-            # Python 3.12 warns of every fork beside threads; these children run numpy's integer code only.
+            # Python 3.12 warns of forks in processes with threads; these children only run numpy's integer code.
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
             if several:
                 pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
@@ -116,8 +116,8 @@ class MemoryBatches:
     def batch(self, first: int, count: int) -> dict[str, Any]:
         """The samples from position `first` on, as of :func:`.data.collate`, on the device that holds the pictures.
 
-        Each is a crop of its picture at one of its scales, mirrored by lot, with its colours moved (`data.colour`),
-        under a mask of the bank in one of its eight symmetries.
+        Each is a crop of its picture at one of its scales, mirrored at random, with its colours changed at random
+        (`data.colour`), and a mask of the bank in one of its eight symmetries.
         """
         rng = np.random.default_rng(np.random.SeedSequence((_BATCH, self.seed, first)))
         size = self.data.size
@@ -150,7 +150,7 @@ class MemoryBatches:
         return {"image": image, "mask": hole[:, None].float(), "name": [""] * count, "broken": []}
 
     def batches(self, sampler: PositionSampler) -> Iterator[dict[str, Any]]:
-        """Batches in the sampler's order, without end; the first one tells of pictures that cannot be read."""
+        """Endless batches in the sampler's order; the first one lists pictures that cannot be read."""
         broken = self.broken
         for positions in sampler:
             yield {**self.batch(positions[0], len(positions)), "broken": broken}
@@ -158,8 +158,8 @@ class MemoryBatches:
 
 
 def _move_colours(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
-    """Gain of each channel, contrast, brightness and saturation of [B, 3, H, W] in [-1, 1], each moved by up to
-    `strength`."""
+    """Pictures [B, 3, H, W] in [-1, 1] with gain of each channel, contrast, brightness and saturation changed at
+    random by up to `strength`."""
     moved = rng.uniform(-strength, strength, size=(len(image), 6)).astype(np.float32)
     factors = torch.from_numpy(moved).to(image.device, non_blocking=True)[:, :, None, None]
     gain, saturation, brightness = 1 + factors[:, :3] / 2, 1 + factors[:, 3:4], factors[:, 4:5] / 2

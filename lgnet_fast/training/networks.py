@@ -1,4 +1,4 @@
-"""The networks of a training run, as its configuration asks for them."""
+"""The networks of a training run, made by its configuration."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def make_network(config: ModelConfig) -> Cascade:
     """The generator, in float32.
 
     Raises:
-        ConfigError: an unknown name, arguments that do not fit, or a factory that gives no cascade. WeightsError:
+        ConfigError: an unknown name, invalid arguments, or a factory that returns no cascade. WeightsError:
         `init_from` cannot be loaded.
     """
     network: Cascade
@@ -76,7 +76,7 @@ def make_discriminator(config: DiscriminatorConfig) -> Discriminator:
 
 
 def keep_spectral_norm_wide(discriminator: nn.Module) -> None:
-    """Exclude the power iteration and the norm from autocast: in 16 bit a norm has at most three digits."""
+    """Exclude the power iteration and the norm from autocast, because in 16 bit a norm has at most three digits."""
     for module in discriminator.modules():
         for key, hook in module._forward_pre_hooks.items():
             if isinstance(hook, SpectralNorm):
@@ -96,7 +96,7 @@ def make_features(config: LossConfig) -> FeaturesFn | None:
     """The feature network of the style and perceptual terms; None where the configuration has none.
 
     Raises:
-        WeightsError: its file cannot be loaded. ConfigError: the function to make it cannot be imported.
+        WeightsError: its file cannot be loaded. ConfigError: its function cannot be imported.
     """
     if config.features is None or not (config.style or config.perceptual):
         return None
@@ -129,8 +129,9 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, network: nn.Module, step: int) -> None:
-        """Take in the network's tensors after optimiser step `step` (from 0)."""
-        # Otherwise the average would consist mostly of the random weights at the start.
+        """Update the average with the network's tensors after optimiser step `step` (from 0)."""
+        # A smaller decay at the start, because the average would otherwise consist mostly of the random initial
+        # weights.
         decay = min(self.decay, (1 + step) / (10 + step))
         own, theirs = [], []
         for name, value in network.state_dict().items():

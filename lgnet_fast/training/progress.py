@@ -20,12 +20,12 @@ LOG = "log.jsonl"
 
 
 class Report:
-    """The first process's report.
+    """The report of the first process.
 
     Args:
         folder: of the run.
-        step, total: where it begins, and its length. Lines of a later step are an interrupted run's, and are dropped.
-        progress: 0 to 1, the share of the run that is done, by steps or by time.
+        step, total: first step, and length of the run. Lines of later steps, of an interrupted run, are dropped.
+        progress: 0 to 1, the finished share of the run, by steps or by time.
         tensorboard: write TensorBoard's files too.
     """
 
@@ -64,7 +64,7 @@ class Report:
             self._bar.start()
 
     def say(self, text: str) -> None:
-        """One line, above the bar where there is one."""
+        """Print one line, above the bar if there is one."""
         if self._bar is None:
             print(text, file=sys.stderr, flush=True)
         else:
@@ -78,7 +78,7 @@ class Report:
         self._log.flush()
 
     def train(self, step: int, epoch: int, values: Mapping[str, float], progress: float, pictures: int) -> None:
-        """Mean terms since the last call, `progress` (0 to 1) through the run, and pictures a step."""
+        """Report mean terms since the last call. progress: 0 to 1; also the pictures per step."""
         self._write("train", step, values)
         text = ", ".join(f"{name} {values[name]:.4f}" for name in ("G", "D") if name in values)
         passed = time.monotonic() - self._began
@@ -93,13 +93,13 @@ class Report:
         self.say(f"step {step}/{self._total}: {text}, {timedelta(seconds=round(left))} left")
 
     def validation(self, step: int, scores: Mapping[str, float], best: bool) -> None:
-        """The scores of the held-out pictures."""
+        """Report the scores of the held-out pictures."""
         self._write("validation", step, scores)
         text = ", ".join(f"{name} {value:.3f}" for name, value in scores.items())
         self.say(f"step {step}: validation {text}{' (best)' if best else ''}")
 
     def pictures(self, step: int, grid: Tensor) -> None:
-        """A picture grid [3, H, W] in [0, 1]."""
+        """Write a picture grid [3, H, W] in [0, 1]."""
         if self._writer is not None:
             self._writer.add_image("train/pictures", grid, step)
 

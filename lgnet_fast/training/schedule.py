@@ -1,4 +1,4 @@
-"""The learning rate through a run."""
+"""The schedule of the learning rate."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from .config import OptimConfig
 
 
 def learning_rate_factor(optim: OptimConfig, step: int, total: int, progress: float, steps_an_epoch: int) -> float:
-    """What the learning rate is multiplied with.
+    """Factor of the learning rate.
 
     Args:
-        optim: names the schedule.
-        step, total: optimiser steps done, and of the whole run.
-        progress: 0 to 1 through the run; step / total, or more where time will end it.
-        steps_an_epoch: "paper" falls epoch by epoch: with E of them, constant over the first half,
-            then 1 - (epoch + 1 - E/2) / (E - E/2 + 1), counted from 0.
+        optim: has the name of the schedule.
+        step, total: finished optimiser steps, and steps of the whole run.
+        progress: 0 to 1; step / total, or more if the time limit will end the run first.
+        steps_an_epoch: steps per epoch. "paper" falls at every epoch: with E epochs, constant over the first half,
+            then 1 - (epoch + 1 - E/2) / (E - E/2 + 1), with epochs counted from 0.
     """
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps

@@ -1,4 +1,4 @@
-"""Networks and accelerate's machinery as a training run needs them: device, dtype, memory layout, random numbers."""
+"""Setting up networks and accelerate for a training run: device, dtype, memory format, random numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from .networks import keep_spectral_norm_wide
 def place_networks(
     config: TrainConfig, network: Cascade, discriminator: Discriminator
 ) -> tuple[Cascade, Discriminator]:
-    """Memory layout, and what of BatchNorm is trained."""
+    """Set the memory format, and which parts of BatchNorm are trained."""
     on_gpu = next(network.parameters()).is_cuda
     if config.optim.channels_last:
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -39,17 +39,17 @@ def place_networks(
 def place_features(
     loss: LossConfig, features: FeaturesFn | None, device: torch.device, dtype: torch.dtype
 ) -> FeaturesFn | None:
-    """The feature network where training runs; not trained."""
+    """The feature network, frozen, on the device of the training."""
     if isinstance(features, nn.Module):
         features = features.to(device, dtype).requires_grad_(False)
         if isinstance(features, VGG16Features) and (device.type == "cuda" or dtype == torch.float32):
-            # On a CPU 10 % faster; in float64 many times slower.
+            # On a CPU this is 10 % faster, but in float64 many times slower.
             features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return _narrow(features) if loss.feature_dtype == "bf16" else features
 
 
 def place_lpips(lpips: LPIPS | None, device: torch.device, dtype: torch.dtype) -> LPIPS | None:
-    """LPIPS's network where training runs."""
+    """LPIPS's network on the device of the training."""
     if lpips is None:
         return None
     lpips = lpips.to(device, dtype)
@@ -59,7 +59,7 @@ def place_lpips(lpips: LPIPS | None, device: torch.device, dtype: torch.dtype) -
 
 
 def _narrow(features: FeaturesFn | None) -> FeaturesFn | None:
-    """The network in bfloat16, fed with pictures in bfloat16."""
+    """The network in bfloat16, with inputs converted to bfloat16."""
     if not isinstance(features, nn.Module):
         return features
     network = features.to(torch.bfloat16)
@@ -67,7 +67,7 @@ def _narrow(features: FeaturesFn | None) -> FeaturesFn | None:
 
 
 def seed_everything(seed: int) -> None:
-    """Seed Python, numpy and torch: other packages may draw from any of them."""
+    """Seed Python, numpy and torch, because other packages may draw from any of them."""
     random.seed(seed)
     np.random.seed(seed % 2**32)  # noqa: NPY002
     torch.manual_seed(seed)
@@ -87,8 +87,8 @@ def make_accelerator(precision: str, device: str) -> Any:
         accelerator = Accelerator(
             mixed_precision=precision,
             cpu=device == "cpu",
-            # Between the discriminator's two passes and their backward pass no buffer may be overwritten; every
-            # process computes the same power iteration by itself.
+            # No buffer may be overwritten between the discriminator's two passes and their backward pass; every
+            # process computes the same power iteration.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except (ValueError, RuntimeError) as error:  # such as bf16 on hardware without it

@@ -1,4 +1,4 @@
-"""Ending a long run by SIGINT or SIGTERM, in order."""
+"""Ending a long run cleanly on SIGINT or SIGTERM."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def until_signal(ask: Callable[[int], None]) -> Iterator[None]:
-    """Inside, the first SIGINT or SIGTERM only calls `ask` with its number; the second acts as ever."""
+    """In this context, the first SIGINT or SIGTERM only calls `ask` with its number; a second one acts as usual."""
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread only
         return

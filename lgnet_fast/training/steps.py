@@ -19,13 +19,13 @@ Terms = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Objective:
-    """What a step minimises.
+    """The objective of a step.
 
     Args:
         weights, features, lpips, options, lean: see :func:`lgnet_fast.reference.losses.generator_loss`.
         judged_stage: the stage whose merged picture the discriminator judges: 0, the first, in the paper.
-        by_hole: scores count by the share of their cell that is hole, in the generators' loss and in the
-            discriminator's; in the paper all count.
+        by_hole: weight scores by the hole ratio of their cell, in the losses of generators and discriminator; in the
+            paper all scores count equally.
     """
 
     weights: LossWeights
@@ -39,9 +39,9 @@ class Objective:
 
 @dataclass(frozen=True)
 class Trained:
-    """The networks of a step, as they are and as accelerate wraps them for distribution.
+    """The networks of a step, plain and wrapped by accelerate for distribution.
 
-    `forward`: (image, mask, return_stages=True) -> Stages; the wrapped network, compiled where that is asked for.
+    `forward`: (image, mask, return_stages=True) -> Stages; the wrapped network, compiled if configured.
     """
 
     network: nn.Module
@@ -54,19 +54,19 @@ class Trained:
 class Step:
     """One step of both optimisers on one or more batches, whose gradients are averaged.
 
-    The discriminator runs three times for each batch. The order matters, because each run advances its power
-    iteration: on the detached merged picture, on the truth, and, after its optimiser step, on the merged picture for
-    the generators' loss. With several batches its step comes with the last one; for earlier batches the generators'
-    loss uses the discriminator before its step.
+    The discriminator runs three times for each batch: on the detached merged picture, on the truth, and, after its
+    optimiser step, on the merged picture for the generators' loss. The order matters, because each run advances its
+    power iteration. With several batches its step follows the last one; for earlier batches the generators' loss uses
+    the discriminator before its step.
 
     Args:
-        nets: what is trained.
+        nets: the networks.
         optimisers: of the generators, of the discriminator.
-        objective: what is minimised.
-        accelerator: accelerate's: precision, scaling of gradients, and their exchange between processes.
+        objective: the losses.
+        accelerator: of accelerate; it does mixed precision, gradient scaling and exchange between processes.
         clip: largest norm of the gradients of the generators, and of the discriminator's; None: no limit.
-        on_nonfinite: called with "D" or "G", the terms so far and the number of the batch before gradients are taken;
-            true gives the step up.
+        on_nonfinite: called with "D" or "G", the terms so far and the number of the batch before gradients are
+            computed; if it returns true, the step is skipped.
     """
 
     def __init__(
@@ -90,12 +90,12 @@ class Step:
 
         Args:
             batches: at least one.
-            adversarial: false leaves the discriminator out; the term ``G_adv`` is then 0.
-            features: false leaves the terms of feature networks out.
+            adversarial: False skips the discriminator; the term ``G_adv`` is then 0.
+            features: False skips the terms of feature networks.
 
         Returns:
-            The terms, averaged over the batches, by the names of ``discriminator_loss`` and ``generator_loss``; None
-            for a step given up.
+            The terms, averaged over the batches, with the names of ``discriminator_loss`` and ``generator_loss``;
+            None for a skipped step.
         """
         share = 1 / len(batches)
         sums: Terms = {}
@@ -116,7 +116,7 @@ class Step:
     def _train_on(
         self, batch: tuple[Tensor, Tensor], number: int, share: float, last: bool, adversarial: bool, features: bool
     ) -> Terms | None:
-        """The gradients of one batch, and with the last one the discriminator's step; the terms."""
+        """Compute the gradients of one batch and, after the last, the discriminator's step; returns the terms."""
         image, mask = batch
         with self.accelerator.autocast():
             stages = self.nets.forward(image, mask, return_stages=True)
@@ -169,7 +169,7 @@ class Step:
 
     @contextlib.contextmanager
     def _no_sync(self) -> Iterator[None]:
-        """Gradients stay in the processes; for all batches but the last."""
+        """Do not exchange gradients between processes, for all batches but the last."""
         nets, accelerator = self.nets, self.accelerator
         with accelerator.no_sync(nets.wrapped), accelerator.no_sync(nets.wrapped_discriminator):
             yield
@@ -181,7 +181,7 @@ class Step:
 
 @contextlib.contextmanager
 def _frozen(module: nn.Module) -> Iterator[None]:
-    """Calls inside this context leave no gradient in the module's parameters, also in a later backward pass."""
+    """Calls in this context give no gradient to the module's parameters, also in a later backward pass."""
     module.requires_grad_(False)
     try:
         yield

@@ -46,11 +46,11 @@ _PICTURES_SHOWN = 4
 
 
 class Trainer:
-    """Trains a cascade; :meth:`fit` runs to the end, or from where an earlier run of the same folder stopped.
+    """Trains a cascade; :meth:`fit` runs to the end, starting from an earlier run of the same folder if asked to.
 
     Args:
         config: of the run.
-        model, discriminator: instead of the configured ones, e.g. an X_LG; on the CPU.
+        model, discriminator: replace the configured ones, e.g. an X_LG; on the CPU.
         features: any module or function picture -> list of features, instead of the configured network.
 
     Raises:
@@ -160,13 +160,13 @@ class Trainer:
 
     @property
     def pictures_a_step(self) -> int:
-        """Pictures that all processes take for one optimiser step."""
+        """Pictures of all processes per optimiser step."""
         processes: int = self.accelerator.num_processes
         return self.config.optim.batch_size * self.config.optim.accumulate * processes
 
     @property
     def steps_an_epoch(self) -> int:
-        """Optimiser steps until every picture was seen once."""
+        """Optimiser steps per epoch."""
         return max(1, math.ceil(len(self.dataset or ()) / self.pictures_a_step))
 
     @property
@@ -177,7 +177,7 @@ class Trainer:
 
     @property
     def progress(self) -> float:
-        """How much of the run is over, 0 to 1: of its steps, or of its time if that is more."""
+        """The finished share of the run, 0 to 1: of its steps or of its time, whichever is larger."""
         shares = [self.step / self.total_steps]
         if self.config.optim.max_minutes is not None:
             shares.append(self.minutes / self.config.optim.max_minutes)
@@ -185,7 +185,7 @@ class Trainer:
 
     @property
     def adversarial(self) -> bool:
-        """Whether the discriminator takes part at this point of the run."""
+        """Whether the discriminator is used at this point of the run."""
         if not self.weights.adversarial:
             return False
         start = self.config.discriminator.start
@@ -206,7 +206,7 @@ class Trainer:
     # -- one step ------------------------------------------------------------------------------------------------
 
     def training_mode(self) -> None:
-        """Everything in training mode, but for BatchNorms that are frozen."""
+        """Set training mode, except for frozen BatchNorms."""
         self.nets.wrapped.train()
         self.nets.wrapped_discriminator.train()
         if self._frozen:
@@ -249,11 +249,11 @@ class Trainer:
         return image, mask
 
     def _refuse_nonfinite(self, total: str, terms: Mapping[str, Tensor], number: int) -> bool:
-        """Whether the total is not finite in any process; saves the batch and stops where the run is set to."""
+        """Whether the total is not finite in any process; with "stop", saves the batch and raises."""
         skipping = self.config.run.on_nan == "skip"
         if not skipping and (total == "D" or self.step % self.config.run.finite_every):
-            # What D's loss spoils, the generators' loss of the same step shows, and nothing is kept of that step:
-            # waiting once for the device will do.
+            # A bad loss of D also makes the generators' loss of the same step bad, and nothing of that step is kept,
+            # so one wait for the device is enough.
             return False
         found = (~torch.isfinite(terms[total])).to(torch.float32)
         if float(self.accelerator.reduce(found, "sum")) == 0:
@@ -273,7 +273,7 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """The whole state that determines the rest of the run. All processes must call it together."""
+        """The state that determines the rest of the run. All processes must call it together."""
         from accelerate.utils import gather_object
 
         scaler = self.accelerator.scaler
@@ -294,10 +294,10 @@ class Trainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on from :meth:`state`.
+        """Continue from `state`, the result of :meth:`state`.
 
         Raises:
-            TrainingError: it is of another network, another batch size or another number of processes.
+            TrainingError: the state is of another network, batch size or number of processes.
         """
         if state["processes"] != self.accelerator.num_processes:
             raise TrainingError(
@@ -320,11 +320,11 @@ class Trainer:
             self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
-        if state["random"]:  # a compact checkpoint has none
+        if state["random"]:  # a compact checkpoint has no moments
             restore_random_states(state["random"][self.accelerator.process_index])
         self.step, self.minutes = state["step"], state["minutes"]
         if self.step and not any(own["state"] for own in state["optimisers"]):
-            self._warm_from = self.step  # a compact checkpoint's moments may begin anew
+            self._warm_from = self.step  # the moments of a compact checkpoint may be reset
         self.skipped, self.best, self.broken = state["skipped"], state["best"], list(state["broken"])
 
     # -- the run -------------------------------------------------------------------------------------------------
@@ -333,11 +333,10 @@ class Trainer:
         """Train to the end. SIGINT and SIGTERM end it after the current step, with a checkpoint.
 
         Args:
-            resume: go on from the newest checkpoint of the run's folder; a folder without one is started anew.
+            resume: continue from the newest checkpoint of the run's folder; without one, start from the beginning.
 
         Returns:
-            The folder of the exported model (of the moving average, where there is one); None where a signal ended
-            the run before.
+            The folder of the exported model (the moving average, if there is one); None if a signal ended the run.
 
         Raises:
             DataError: no pictures were configured.
@@ -422,7 +421,7 @@ class Trainer:
         self._signal = number
 
     def _agree(self, minutes: float) -> None:
-        """All processes must stop at the same step: by the clock of the first one, or when any got a signal."""
+        """Whether to stop, equal in all processes: by the clock of the first one, or if any got a signal."""
         if self.accelerator.num_processes == 1:
             self.minutes = minutes
             return
@@ -463,7 +462,7 @@ class Trainer:
             self._report.train(self.step, epoch, values, self.progress, self.pictures_a_step)
 
     def _share_statistics(self) -> None:
-        """Each process has seen other pictures: keep the mean of their running statistics."""
+        """Average the running statistics of the processes, each of which has seen other pictures."""
         if self.accelerator.num_processes == 1:
             return
         own = dict(self.network.named_buffers())
@@ -495,7 +494,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The network in evaluation mode, with the moving average's weights where there is one."""
+        """The network in evaluation mode, with the weights of the moving average if there is one."""
         own = None
         if self.average is not None:
             own = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
@@ -546,7 +545,9 @@ class Trainer:
 
     @torch.no_grad()
     def _shown(self, batch: dict[str, Any]) -> Tensor:
-        """Rows of (picture, with its hole white, every stage) side by side, [3, rows * S, columns * S] in [0, 1]."""
+        """Picture, picture with white hole, and every stage side by side, one row per sample: [3, rows * S, columns *
+        S] in [0, 1].
+        """
         parameter = next(self.network.parameters())
         image, mask = (batch[key][:_PICTURES_SHOWN].to(parameter) for key in ("image", "mask"))
         with self.averaged():
@@ -582,7 +583,7 @@ def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
     try:
         return next(batches)
     except LGNetError as error:
-        # A worker's error contains its traceback as text; the last line has the message, after the type's name.
+        # An error of a worker contains its traceback as text; its last line has the type and the message.
         lines = str(error).strip().splitlines()
         if len(lines) > 1:
             raise type(error)(lines[-1].partition(": ")[2]) from None
@@ -595,7 +596,7 @@ def _eight_bit(picture: Tensor) -> Any:
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path | None:
-    """Run a configuration, see :meth:`Trainer.fit`; ends the process group that accelerate began."""
+    """Run a configuration, see :meth:`Trainer.fit`; then end the process group that accelerate started."""
     trainer = Trainer(config)
     try:
         return trainer.fit(resume)

@@ -1,4 +1,4 @@
-"""Scores of held-out pictures under the evaluation suite's kinds of holes, in batches on the training's device."""
+"""Scores of held-out pictures with the evaluation suite's kinds of holes, in batches on the device of training."""
 
 from __future__ import annotations
 
@@ -46,8 +46,8 @@ class KindValidation:
     ) -> dict[str, float]:
         """Means over pictures and kinds, then kind by kind: "psnr", "psnr_thin", ...
 
-        Of 8-bit merged pictures: ``l1`` in %, ``psnr`` in dB, ``lpips``, and ``sharpness``, the median over pictures
-        of the gradients' energy inside the hole, grey values, as a multiple of the true picture's; 1 is as sharp.
+        Of 8-bit merged pictures: ``l1`` in %, ``psnr`` in dB, ``lpips``, and ``sharpness``: the gradient energy of
+        grey values in the hole, divided by that of the true picture, as median over pictures; 1 is as sharp.
         """
         result: dict[str, float] = {}
         for kind, masks in self.masks.items():
@@ -64,7 +64,7 @@ class KindValidation:
 
 
 def _rounded(picture: Tensor) -> Tensor:
-    """Levels 0 to 255."""
+    """8-bit levels, 0 to 255."""
     return ((picture + 1) * 127.5).round().clamp(0, 255)
 
 
