@@ -1,17 +1,17 @@
-"""Compiles what every card would launch, on this machine, and fails on what a card could not run or would run slowly.
+"""Compiles the kernels of every GPU without having it, and fails on kernels that could not run or would be slow.
 
     python bench/aot_report.py [--card H100] [--model lgnet] [--dtype float16] [--batch 1] [--processes 2]
                                [--triton 3.6.0] [--all]
 
 The launches of the engine (dense, restricted) and of the operators are recorded for each card of kernels/cards.py and
-compiled by each Triton: the lowest that is supported and the newest. Both are
-installed in folders of their own under .cache/aot; what was compiled stays there, so that a run that was cut off goes
-on. One line for each kernel with a violation (--all: for every kernel):
+compiled by two versions of Triton: the lowest supported one and the newest. Both are installed in folders under
+.cache/aot. Compiled kernels stay there, so that an interrupted run can be continued. One line is printed for each
+kernel with a violation (--all: for every kernel):
 
-* more shared or tensor memory than the card has,
+* more shared or tensor memory than the GPU has,
 * matrix products that wait for each other (as many waits as products),
 * in 16 bit: spills, local memory, loops that load or store values one by one,
-* whatever the compiler says.
+* errors of the compiler.
 
 Exit code 1 where there is any. float32 may spill: its products run without tensor cores.
 """
@@ -34,7 +34,7 @@ TRITONS = (".".join(map(str, (*LOWEST_TRITON, 0))), "newest")
 
 
 def environment(version: str) -> dict[str, str]:
-    """Variables for a Python that finds this version of Triton ahead of its own; installs it once."""
+    """Environment variables with which Python finds this version of Triton first; installs it once."""
     folder = CACHE / f"triton-{version}"
     if not (folder / "triton").is_dir():
         wanted = ["--upgrade", "triton"] if version == "newest" else [f"triton=={version}"]

@@ -1,4 +1,4 @@
-"""The attention block as a user could compute it instead: the contestants of bench_attention.py.
+"""Other ways to compute the attention block: the contestants of bench_attention.py.
 
 Every form takes (features [B, C, H, W], weight [C, 2C, 1, 1], bias [C]) and returns [B, C, H, W]; released variant.
 """
@@ -18,7 +18,7 @@ Form = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def score_map(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """As the released network computes it: the box sum runs over the N x N score map."""
+    """The released network's form: the box sum runs over the N x N score map."""
     batch, _, height, width = features.shape
     n = height * width
     _, key, _ = query_key_value(features, "released")
@@ -30,7 +30,7 @@ def score_map(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 
 def matmul(features: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """Box sum on the features, then plain matrix products with a materialised score matrix."""
+    """Box sum on the features, then plain matrix products with a stored score matrix."""
     query, key, _ = query_key_value(features, "released")
     k = key.flatten(2)
     weights = torch.bmm(query.flatten(2).transpose(1, 2), k).softmax(dim=-1)

@@ -1,4 +1,4 @@
-"""The attention block: ours against every other way to compute it, forward and forward + backward."""
+"""The attention block: ours against other ways to compute it, forward and forward + backward."""
 
 from __future__ import annotations
 
@@ -54,11 +54,11 @@ def contestants(args: Arguments) -> dict[str, Callable[..., Tensor]]:
     assert ours_error < tolerance, f"ours is wrong: {ours_error}"
     running: dict[str, Callable[..., Tensor]] = {"ours": ours}
     for name, form in forms().items():
-        if SMOKE and name in ("flex", "compiled"):  # compiling takes longer than all the rest
+        if SMOKE and name in ("flex", "compiled"):  # compiling takes longer than everything else
             continue
         try:
             error = relative_error(form, args, exact)
-        except Exception as reason:  # a form that cannot run here is left out, whatever it raises
+        except Exception as reason:  # a form that raises any error here is left out
             print(f"{name}: cannot run: {str(reason).splitlines()[0][:100]}")
             continue
         assert error < tolerance, f"{name} is wrong: {error}"

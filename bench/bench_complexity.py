@@ -1,4 +1,4 @@
-"""Table IV's parameters and FLOPs: what the paper prints, by the tool that printed it, and what is really done."""
+"""Table IV's parameters and FLOPs: the paper's figures, those of its tools, and the true counts."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def table() -> dict[str, Row]:
     return {row.name: row for row in rows}
 
 
-# Name: M parameters and G FLOPs as the paper prints them, G by thop 0.0.31's rule, true GFLOP.
+# Name: M parameters and G FLOPs of the paper, G by the rule of thop 0.0.31, true GFLOP.
 FIGURES = {
     "PEN": (10.23, 48.07, 4.8066, 51.3172),
     "GConv": (4.05, 55.57, 25.2500, 55.4686),
@@ -49,7 +49,7 @@ def test_row(name: str, table: dict[str, Row], record_property: Any) -> None:
     record_property("row", row.as_dict())
     assert row.published == (parameters, flops)
     assert row.total.parameters == EXACT_PARAMETERS[name]
-    # The paper rounds, but for LGNet_share, whose 60.587 it cuts off.
+    # The paper rounds, except for LGNet_share, where it truncates 60.587.
     assert abs(row.parameters / 1e6 - parameters) < (0.01 if name == "LGNet_share" else 0.005)
     assert row.total.thop_rule / 1e9 == pytest.approx(thop, abs=6e-5)
     assert row.total.flops / 1e9 == pytest.approx(true, abs=6e-5)
@@ -87,7 +87,7 @@ def test_what_the_footnotes_say(table: dict[str, Row]) -> None:
 
 
 def test_true_flops_of_leaner_forms(table: dict[str, Row]) -> None:
-    """What the footnotes say that RFR and MEDFE would cost with cheaper mask sums."""
+    """The cost of RFR and MEDFE with cheaper mask sums, as the footnotes state it."""
     wide = 64 * 128**2 * 7 * 7  # one output of 64 channels, one input channel
     full = wide * (3 + 13 * 64) + 32 * 256**2 * 67 * 9
     one_output = wide * (3 + 13 * 64) // 64 + 256**2 * 67 * 9

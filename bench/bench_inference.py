@@ -1,4 +1,4 @@
-"""The whole network: the engine, dense and restricted to holes, against the fastest ways to run it otherwise."""
+"""The whole network: the engine, dense and restricted to holes, against the fastest other ways to run it."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_inference(name: str, dtype: torch.dtype, compete: Any, benchmark: Any) 
         exact = model(image, mask)
     tolerance = 1e-3 if dtype == torch.float32 else 0.5
     wrong = {}
-    # torch.compile takes minutes, and was never the fastest: it is compared once a dtype.
+    # torch.compile takes minutes and was never the fastest, so it is compared once per dtype.
     for peer_name, peer in peers(model, image, mask, dtype, compile=name == "lgnet").items():
         error = (peer(image, mask).float() - exact).abs().max().item()
         # Timed but not a rival: torch.compile with freezing is wrong by 0.26 (torch 2.13).
@@ -93,7 +93,7 @@ def test_inference(name: str, dtype: torch.dtype, compete: Any, benchmark: Any) 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
 @pytest.mark.parametrize("batch", [1, 16])
 def test_inference_gpu(batch: int, compete: Any, benchmark: Any) -> None:
-    """fp16, one captured graph, against torch.compile in the layout it likes best."""
+    """fp16, one captured graph, against torch.compile in its fastest memory format."""
     model = model_of("lgnet").cuda()
     image, mask = (x.cuda().expand(batch, -1, -1, -1).contiguous() for x in inputs(128))
     with torch.no_grad():

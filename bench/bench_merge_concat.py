@@ -33,8 +33,8 @@ def test_merge_concat(size: tuple[int, int], dtype: torch.dtype, device: str, co
 
     compiled = merge_concat if SMOKE else torch.compile(merge_concat)
     target = torch.empty((batch, 4, side, side), device=device, dtype=dtype)
-    # A copy of as many bytes into memory that is already there, as `ours_into` has it: the ratio of their times is
-    # the share of the copy bandwidth. The others allocate their result, as operators do.
+    # A copy of as many bytes into allocated memory, like `ours_into`: the ratio of their times is the share of the
+    # copy bandwidth. The others allocate their result, as operators do.
     source = torch.rand(batch * side * side * PLANES // 2, device=device).to(dtype)
     copied = torch.empty_like(source)
     for result in (ours(), ours_into(), compiled(image, output, mask)):

@@ -34,8 +34,8 @@ WITHOUT_EAGER = [(1024, "tile"), (2048, "tile")]
 
 
 def picture(side: int) -> tuple[np.ndarray, np.ndarray]:
-    """A smooth colourful picture uint8 [side, side, 3] and its hole bool [side, side]: two scratches and a box, as
-    large in pixels at every size from 512 on, since that is how blemishes are."""
+    """A smooth colourful picture uint8 [side, side, 3] and its hole bool [side, side]: two scratches and a box, which
+    have the same size in pixels from 512 on, like real blemishes."""
     y, x = np.mgrid[:side, :side] / side
     waves = [np.sin(2 * np.pi * (a * x + b * y)) for a, b in ((3, 1), (1, 4), (5, 2))]
     noise = np.random.default_rng(0).normal(0, 8, (side, side, 3))
@@ -60,7 +60,7 @@ def made() -> Iterator[dict[str, dict[str, Inpainter]]]:
 
 @pytest.fixture
 def pipes(made: dict[str, dict[str, Inpainter]], device: str) -> dict[str, Inpainter]:
-    """Contestants in float32; on a GPU `Inpainter` has no engine to be dense or not."""
+    """Contestants in float32; on a GPU `Inpainter` has no engine, so there is no dense form."""
     if device not in made:
         model = model_of(NETWORK)
         options: dict[str, Any] = {"device": device, "dtype": "float32"}
@@ -84,10 +84,10 @@ def test_pipeline(
     results = {name: call() for name, call in running.items()}
     for name, result in results.items():
         assert result.shape == levels.shape
-        assert np.array_equal(result[~hole], levels[~hole]), name  # known pixels keep their bits
+        assert np.array_equal(result[~hole], levels[~hole]), name  # known pixels are unchanged
         assert not np.array_equal(result[hole], levels[hole]), name
         difference = np.abs(result[hole].astype(int) - results["ours"][hole])
-        # Hole-aware, dense and eager are one picture but for float32's rounding at the boundary of two levels.
+        # Hole-aware, dense and eager give one picture, except for float32's rounding at the boundary of two levels.
         assert difference.max() <= 1, name
         assert (difference == 0).mean() > 0.99, name
     summary = compete(running, "ours", rounds=8 if side < 1024 else 4, warmup=1, long_rounds=2)

@@ -1,4 +1,4 @@
-"""How the cost grows: with the picture's area, with the batch, with the hole; and each step's place on the roofline.
+"""How the cost grows with the picture's area, the batch and the hole; and the roofline of each step.
 
 Slopes are fitted by least squares in log-log: cost = constant * size ** slope.
 """
@@ -38,7 +38,7 @@ def model() -> Any:
 
 
 def slope(sizes: Any, costs: Any) -> dict[str, float | None]:
-    """Of log(cost) over log(size), and its standard error (None for two points, which any line fits)."""
+    """Slope of log(cost) over log(size), and its standard error (None for two points)."""
     x, y = np.log(np.asarray(sizes, float)), np.log(np.asarray(costs, float))
     gradient, offset = np.polyfit(x, y, 1)
     residual = float(((y - gradient * x - offset) ** 2).sum())
@@ -62,7 +62,7 @@ def eager(model: Any, image: Tensor, mask: Tensor) -> Tensor:
 def grow(
     contest: dict[str, list[tuple[int, Tensor, Tensor]]], runners: dict[str, Any], compete: Any, rounds: int
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Time every runner on its (size, image, mask); the summary, and each runner's slope in size."""
+    """Time every runner on its (size, image, mask); returns the summary, and the slope of each runner in size."""
     running: dict[str, Any] = {}
     results: dict[int, Any] = {}
     for name, cases in contest.items():
@@ -80,7 +80,7 @@ def grow(
 
 
 def test_resolution(model: Any, compete: Any, benchmark: Any) -> None:
-    """The slope in the side's length: 2 is proportional to the area; attention's products have 4."""
+    """The slope in the length of the side: 2 is proportional to the area; attention's products have 4."""
     engine = optimize(model, device="cpu", dtype="float32", hole_aware=False)
     cases = {side: picture(1, side) for side in SIDES}
     contest = {
@@ -95,7 +95,7 @@ def test_resolution(model: Any, compete: Any, benchmark: Any) -> None:
 
 
 def test_batch(model: Any, compete: Any, benchmark: Any) -> None:
-    """The slope in the batch: 1 is proportional; below, a larger batch is cheaper for each picture."""
+    """The slope in the batch: 1 is proportional; below 1, a larger batch is cheaper per picture."""
     engine = optimize(model, device="cpu", dtype="float32", hole_aware=False)
     cases = {batch: picture(batch, 256) for batch in BATCHES}
     contest = {
@@ -121,7 +121,7 @@ def square_holes(ratio: float, side: int, count: int) -> Tensor:
 
 
 def test_hole_ratio(model: Any, compete: Any, benchmark: Any) -> None:
-    """Hole-aware against dense, by the hole's share of the picture: one square (the best case), and 2 x 2 of them."""
+    """Hole-aware against dense runs by hole ratio: one square (the best case), and 2 x 2 squares."""
     dense = optimize(model, device="cpu", dtype="float32", hole_aware=False)
     aware = optimize(model, device="cpu", dtype="float32")
     image = picture(1, 256)[0]
@@ -144,7 +144,7 @@ def test_hole_ratio(model: Any, compete: Any, benchmark: Any) -> None:
 
 
 def test_roofline(model: Any, compete: Any, benchmark: Any) -> None:
-    """Every step of the plan: operations, bytes, milliseconds; beside them the machine's own roofs."""
+    """Operations, bytes and milliseconds of every step of the plan, with the measured peaks of the machine."""
     plan = build_plan(plan_stages(model), 1, 256, 256)
     executor = CpuExecutor.of(plan, torch.float32)
     image, mask = picture(1, 256)
@@ -160,6 +160,6 @@ def test_roofline(model: Any, compete: Any, benchmark: Any) -> None:
     ]
     benchmark.extra_info.update(peaks=peaks, columns=["step", "GFLOP", "MB", "ms"], steps=steps)
     assert sum(step[1] for step in steps) == pytest.approx(2e-9 * plan.total_macs(), rel=1e-2)
-    # No step beats the roof but by Winograd, which multiplies at most four times less.
+    # Only Winograd steps can exceed the roof, because they multiply at most four times less.
     assert all(gflop / ms < 4 * peaks["gflops"] / 1e3 for _, gflop, _, ms in steps if ms > 0.1)
     print(summary, peaks)

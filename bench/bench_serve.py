@@ -1,9 +1,9 @@
-"""`lgnet-fast serve` as its users have it: from the release of the pointer to the drawn fill, many clients, memory.
+"""`lgnet-fast serve`: time from the release of the pointer to the drawn fill, many clients, memory.
 
-python -m pytest bench/bench_serve.py --bench-full -s      minutes, on a machine that does nothing else
+python -m pytest bench/bench_serve.py --bench-full -s      minutes, on an otherwise idle machine
 
-Every figure goes as a line of JSON to bench/results/MACHINE_serve.jsonl, or to the folder of --bench-results. The
-browser is Chromium by Playwright (`make test-page` installs both); without them its bench is skipped.
+Every figure is written as a line of JSON to bench/results/MACHINE_serve.jsonl, or to the folder of --bench-results.
+The browser is Chromium by Playwright (`make test-page` installs both); without them its bench is skipped.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ PICTURES, SESSIONS = 300, 50
 
 
 def metric(text: str, name: str) -> float:
-    """A figure of /metrics."""
+    """The value of a metric in /metrics."""
     found = re.search(rf"^{name} (\S+)", text, re.MULTILINE)
     assert found is not None, name
     return float(found[1])
@@ -54,7 +54,7 @@ def percentiles(values: list[float]) -> dict[str, float]:
 
 @pytest.fixture
 def report(request: pytest.FixtureRequest) -> Callable[..., None]:
-    """``report(name, **figures)``: prints them and keeps them."""
+    """``report(name, **figures)``: prints and stores figures."""
     folder = request.config.getoption("--bench-results") or RESULTS
 
     def write(name: str, **figures: Any) -> None:
@@ -70,7 +70,7 @@ def report(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def lgnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with LGNet at the paper's width, n = 64, untrained: it takes as long as a trained one."""
+    """A folder with LGNet at the paper's width, n = 64, untrained, which is as fast as a trained one."""
     folder = tmp_path_factory.mktemp("models") / "lgnet"
     create_model("lgnet").save_pretrained(folder)
     return folder
@@ -114,7 +114,7 @@ def test_from_release_to_drawn(server: Server, report: Callable[..., None], tmp_
             page.click("#panel-close")
             where = "() => { const l = Konva.stages[0].getLayers()[0]; return [l.x(), l.y(), l.scaleX()]; }"
             x, y, scale = page.evaluate(where)
-            page.keyboard.press("r")  # a rectangle is 100x100 to the pixel
+            page.keyboard.press("r")  # a rectangle is exactly 100x100 pixels
             count = "() => performance.getEntriesByName('lgnet-fill').length"
             for number in range(STROKES + 2):
                 left, top = 300 + 600 * (number % 6), 300 + 700 * (number // 6)
@@ -126,7 +126,7 @@ def test_from_release_to_drawn(server: Server, report: Callable[..., None], tmp_
                     page.wait_for_timeout(20)
             taken = page.evaluate("() => performance.getEntriesByName('lgnet-fill').map((one) => one.duration)")
             last = page.evaluate("() => document.querySelector('#phases').innerText")
-            figures = percentiles(taken[2:])  # the first plan what is asked for first
+            figures = percentiles(taken[2:])  # the first plans what is needed first
             report(f"release to drawn, {model}", milliseconds=figures, strokes=STROKES, last=last.split("\n"))
             p95[model] = figures["p95"]
         browser.close()
@@ -135,7 +135,7 @@ def test_from_release_to_drawn(server: Server, report: Callable[..., None], tmp_
 
 
 def test_many_clients(server: Server, report: Callable[..., None]) -> None:
-    """Every answer equals the same call made alone, none is lost, and /v2/health/live answers meanwhile."""
+    """Every answer equals that of the same call made alone, none is lost, and /v2/health/live keeps answering."""
     pipe = Inpainter.from_pretrained(None)
     cases = []
     for number, (height, width) in enumerate(SIZES):

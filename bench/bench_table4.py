@@ -1,7 +1,7 @@
 """Table IV's times in one run: the paper's eight networks, PEN_LG and MEDFE_LG, and our engine for five of them.
 
-256x256, batch 1, float32, random weights (they do not change the work). The compared networks run as their authors
-run them, in eager PyTorch; "LGNet", "LGNet_share", "LGNet_light" are the eager reference, "ours_..." are
+256x256, batch 1, float32, random weights (which do not change the time). The compared networks run like their
+authors' code, in eager PyTorch; "LGNet", "LGNet_share", "LGNet_light" are the eager reference, "ours_..." are
 ``lgnet_fast.optimize``. Of PEN_LG and MEDFE_LG our engine runs what comes after the first stage.
 """
 
@@ -52,7 +52,7 @@ def test_table4(compete: Any, device: str, benchmark: Any) -> None:
             if name in OWN or name in REFINED:
                 ours = optimize(network, device=device, dtype=torch.float32, hole_aware=False)
                 error = ours(image, mask) - result
-                if device == "cuda":  # where eager convolutions run in tf32 unless told otherwise
+                if device == "cuda":  # where eager convolutions use tf32 by default
                     assert rms(error) < 5e-3, name
                 else:
                     assert error.abs().max() < 2e-3, name

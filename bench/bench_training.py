@@ -37,7 +37,7 @@ def compare(
     ops.reset_calls()
     first = {form: step.run() for form, step in steps.items()}
     assert ops.calls()["attention_block", "triton" if device == "cuda" else "cpp"] == 3
-    # Same weights, same batch: the first losses agree but for rounding.
+    # Same weights, same batch: the first losses agree up to rounding.
     tolerance = 2e-3 if dtype == "fp32" else 0.1
     for form in forms:
         assert first[form]["G"].item() == pytest.approx(first["released"]["G"].item(), rel=tolerance), form
@@ -68,7 +68,7 @@ def test_training_step_compiled(compete: Any, benchmark: Any) -> None:
 
 @pytest.mark.full
 def test_training_step_batch_4(compete: Any, benchmark: Any) -> None:
-    """The paper's batch; and by the peaks' growth from 2 to 4 the largest that the memory of this machine holds."""
+    """The paper's batch, and the largest that fits this machine's memory, estimated from the peaks of 2 and 4."""
     compare(compete, benchmark, "cpu", "fp32", 4, EAGER, EAGER)
     memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     largest = {}

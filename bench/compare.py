@@ -1,12 +1,12 @@
-"""`make bench BASE=REF`: this tree's speed-ups beside those of another commit, on this machine, now.
+"""`make bench BASE=REF`: compares this tree's speed-ups with those of another commit, on this machine.
 
     python -m bench.compare REF [--modules attention merge_concat] [--rounds 3]
 
-REF is checked out into a temporary worktree with an extension of its own. In every round each tree runs its own
-benches, this tree first in every second round. What is compared is how many times longer the rivals take than our
-contestants, as against a stored run (:mod:`bench.regression`): the rivals are the same code in both trees, so their
-ratio to ours does not depend on what else the machine does. The exit code is 1 where the median over the rounds fell
-by more than allowed. Benches, contestants and rivals that only one tree has are left out.
+REF is checked out into a temporary worktree, with its extension built. In every round each tree runs its benches; in
+every second round this tree is first. Compared is how many times longer the rivals take than our contestants, as with
+a stored run (:mod:`bench.regression`): the rivals are the same code in both trees, so their ratio to ours does not
+depend on the load of the machine. The exit code is 1 if the median over the rounds fell by more than allowed.
+Benches, contestants and rivals that only one tree has are left out.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ from bench.timing import ROOT
 from lgnet_fast.errors import LGNetError
 
 MODULES = ("attention", "inference", "merge_concat")
-"""Compared where none is named: operators and the whole network."""
+"""The default modules: operators and the whole network."""
 
 Run = dict[str, dict[str, Bench]]
-"""Results file's name -> bench -> figures."""
+"""Name of a results file -> bench -> figures."""
 
 _WHERE = "import lgnet_fast, lgnet_fast.kernels as k; print(lgnet_fast.__file__); print(k.__file__)"
 
@@ -44,7 +44,7 @@ def _git(*arguments: str) -> str:
 
 
 def _environment(tree: Path) -> dict[str, str]:
-    # Before the finder of an editable install, which would offer this tree's package.
+    # Before the finder of an editable install, which would find this tree's package.
     return {**os.environ, "PYTHONPATH": str(tree)}
 
 
@@ -77,7 +77,7 @@ def checked_out(ref: str) -> Iterator[Path]:
 
 
 def _build(tree: Path, commit: str) -> None:
-    """The tree's extension; this tree's binary where both have the same sources."""
+    """Build the tree's extension, or copy this tree's binary if both have the same sources."""
     built = list((ROOT / "lgnet_fast").glob("_C*.so"))
     if built and not _git("diff", "--name-only", commit, "--", "csrc", "setup.py"):
         for file in built:
@@ -90,13 +90,13 @@ def _build(tree: Path, commit: str) -> None:
 
 
 def run_benches(tree: Path, modules: Sequence[str], results: Path) -> Run:
-    """Run a tree's benches; its figures, by results file.
+    """Run the benches of a tree; returns its figures by results file.
 
     Raises:
         LGNetError: a bench failed.
     """
     files = [f"bench/bench_{module}.py" for module in modules if (tree / f"bench/bench_{module}.py").is_file()]
-    stored = results / "stored"  # empty, so that nothing is compared with bench/results or written there
+    stored = results / "stored"  # an empty folder, so that nothing is compared with bench/results or written there
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     command += ["--bench-results", str(stored), "--bench-run", str(results / "run")]
     done = subprocess.run(command, cwd=tree, env=_environment(tree), capture_output=True, text=True)
@@ -125,7 +125,7 @@ def over_rounds(rounds: Sequence[tuple[Run, Run]]) -> list[Change]:
 
 
 def compare_with(ref: str, modules: Sequence[str] = MODULES, rounds: int = 3) -> list[Change]:
-    """This tree beside `ref`; what became of each contestant of ours. Prints a line a run."""
+    """Compare this tree with `ref`; returns the change of each of our contestants. Prints a line per run."""
     taken: list[tuple[Run, Run]] = []
     with checked_out(ref) as base, tempfile.TemporaryDirectory() as folder:
         for number in range(rounds):

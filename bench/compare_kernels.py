@@ -4,21 +4,21 @@
                                     [--case PATTERN] [--kernel PATTERN] [--triton here] [--processes 2]
 
 Commit REF is compared with commit NEW, or with this tree as it is. Commits are checked out as git worktrees in a
-temporary folder. Each tree records what `make aot` would compile: a part of it, as the options say (defaults as
-above). Launch by launch, in order, both kernels are compiled, and one line is printed for each distinct pair: PTX
+temporary folder. Each tree records the launches that `make aot` would compile, selected by the options (defaults as
+above). For each launch, in order, both kernels are compiled, and one line is printed for each distinct pair: PTX
 instructions, shared memory, registers, stack. A pair is worse where the new kernel has
 
 * more PTX instructions, more shared memory or more stack (spills),
 * over 2 registers more than the multiprocessor allotted before (it allots them by eights),
-* fewer programs on a multiprocessor,
+* fewer programs on a multiprocessor (occupancy),
 * or does not compile.
 
-Programs are not compared where the instructions are the same, as the order of the parameters alone moves ptxas by a
-few registers; neither registers nor programs are where the new kernel spills less.
+Occupancy is not compared where the instructions are the same, because the order of the parameters alone changes the
+registers of ptxas by a few; neither registers nor occupancy are compared where the new kernel spills less.
 
-Exit code 1 where one is worse or where the trees do not launch the same number of kernels. `--triton 3.6.0` compiles
-with that version, installed once under .cache/aot; "here", the default, is the one that is installed; both may be
-given. What was compiled stays in .cache/aot too.
+Exit code 1 if a pair is worse or the trees do not launch the same number of kernels. `--triton 3.6.0` compiles with
+that version, installed once under .cache/aot; "here", the default, is the installed version; several may be given.
+Compiled kernels stay in .cache/aot too.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 REGISTERS_MORE = 2
-# of a multiprocessor: 32-bit registers, bytes of shared memory that a program takes beside its own, threads
+# of a multiprocessor: 32-bit registers, bytes of shared memory reserved per program, threads
 REGISTER_FILE = 65536
 SHARED_RESERVED = 1024
 THREADS = {(8, 6): 1536, (8, 9): 1536, (12, 0): 1536}
@@ -67,7 +67,7 @@ class Kernel(NamedTuple):
 
 
 class Tree(NamedTuple):
-    """What one tree launches: for each case the indices of its kernels, in order, and the kernels."""
+    """The launches of one tree: for each case the indices of its kernels, in order, and the kernels."""
 
     cases: dict[str, list[int]]
     kernels: list[Kernel]
@@ -87,12 +87,12 @@ def opcodes(ptx: str) -> dict[str, int]:
 
 
 def allotted(registers: int) -> int:
-    """Registers that a multiprocessor sets aside for a thread that uses so many."""
+    """Registers that a multiprocessor allots to a thread that uses this many."""
     return -(-registers // 8) * 8
 
 
 def programs_resident(capability: tuple[int, int], shared_limit: int, shared: int, registers: int, warps: int) -> int:
-    """How many programs of a kernel fit on a multiprocessor."""
+    """Occupancy: the number of programs of a kernel that fit on a multiprocessor."""
     by_registers = REGISTER_FILE // (allotted(registers) * 32 * warps)
     by_shared = (shared_limit + SHARED_RESERVED) // (shared + SHARED_RESERVED)
     return min(by_registers, by_shared, THREADS.get(capability, 2048) // (32 * warps), 32)
@@ -122,7 +122,7 @@ def compile_one(job: Any) -> Kernel:
 
 
 def measure(arguments: argparse.Namespace) -> Tree:
-    """Record and compile what the `lgnet_fast` that this process imports launches."""
+    """Record and compile the launches of the `lgnet_fast` that this process imports."""
     from lgnet_fast.kernels import aot
     from lgnet_fast.kernels.cards import CARDS
 
@@ -146,7 +146,7 @@ def measure(arguments: argparse.Namespace) -> Tree:
 
 
 def tree_of(folder: Path | None, options: Sequence[str], variables: dict[str, str]) -> Tree:
-    """Measure `folder`, or what is installed, in a process of its own."""
+    """Measure `folder`, or the installed package, in a separate process."""
     if folder is not None:
         path = os.pathsep.join(filter(None, (str(folder), variables.get("PYTHONPATH"))))
         variables = {**variables, "PYTHONPATH": path}
@@ -170,7 +170,7 @@ def worktree(ref: str | None) -> Iterator[Path | None]:
         folder = Path(parent) / "tree"
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", str(folder), ref], check=True)
-        # as installed: kernels/ is the package lgnet_fast.kernels
+        # the installed layout: kernels/ is the package lgnet_fast.kernels
         (folder / "lgnet_fast" / "kernels").symlink_to(folder / "kernels", target_is_directory=True)
         try:
             yield folder
@@ -269,7 +269,7 @@ def main(arguments: Sequence[str]) -> int:
         passed += [f"--{name}={value}" for value in getattr(parsed, name)]
     if parsed.processes is not None:
         passed.append(f"--processes={parsed.processes}")
-    # not at the top: a measuring process must not find this tree's packages
+    # imported here, because a measuring process must not find this tree's packages
     from bench.aot_report import CACHE, environment
 
     broken = 0

@@ -2,7 +2,7 @@
 
 Every row is counted by the same code (:mod:`lgnet_fast.counting`) on the meta device. The paper's own figures come
 from three different tools, so three of them need a footnote: see :data:`FOOTNOTES`. By true FLOPs, the only count
-that means the same in every row, the order is another than the paper's.
+with the same meaning in every row, the order differs from the paper's.
 
     lgnet-fast flops --peers
 """
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 # 8 bit (4 operations a value), and a picture of which patch each position takes: its argmax (1024 x 1024 scores), and
 # 3,850,240 products and as many sums to colour it. The last figure is read off a profile of the original.
 _GCONV_GRAPH = 4 * 3 * 256**2 + 1024 * 1023 + 2 * 3_850_240
-# What reproduces the paper's figure: a count of Counts, a factor, what the original's graph has besides.
+# How the paper's figure is reproduced: a count of Counts, a factor, and operations of the original's graph besides.
 _TOOLS = {"PEN": ("thop_rule", 10, 0), "GConv": ("profiler_rule", 1, _GCONV_GRAPH)}
 # thop misses parameters of sub-classed layers; the paper prints its figure for this one and the plain sum elsewhere.
 _THOP_PARAMETERS = ("RFR",)
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def parameters(self) -> int:
-        """Counted as the paper did."""
+        """Counted by the paper's rule."""
         return self.total.thop_parameters if self.name in _THOP_PARAMETERS else self.total.parameters
 
     @property
@@ -70,7 +70,7 @@ class Row:
 
     @property
     def differences(self) -> tuple[float, float] | None:
-        """Of parameters and of FLOPs from the paper's, in percent."""
+        """Deviations of parameters and of FLOPs from the paper's, in percent."""
         if self.published is None:
             return None
         ours = (self.parameters / 1e6, self.flops / 1e9)
@@ -111,7 +111,7 @@ def _row(name: str, published: tuple[float, float] | None) -> Row:
 
 
 def by_true_flops(table: list[Row]) -> list[Row]:
-    """Cheapest first."""
+    """Names of the networks, the cheapest first."""
     return sorted(table, key=lambda row: row.total.flops)
 
 
@@ -144,7 +144,7 @@ def render(table: list[Row]) -> RenderableType:
         differences = [f"{value:+.2f}" for value in row.differences] if row.differences else ["-", "-"]
         mark = f" [{notes.index(row.name) + 1}]" if row.name in notes else ""
         view.add_row(
-            # The mark is escaped: brackets are markup to rich.
+            # The mark is escaped, because rich reads brackets as markup.
             row.name + mark.replace("[", r"\["),
             f"{row.parameters / 1e6:.2f}",
             published[0],

@@ -1,8 +1,8 @@
 """Shared by all benches: the device, the contest, results by machine class, and the verdict at the end.
 
-pytest bench/                 compares with bench/results, stores what is new there; fails when something got slower
-pytest bench/ --bench-store   the new state becomes what later runs are compared with
-pytest bench/ --bench-full    also what takes several minutes by itself
+pytest bench/                 compares with bench/results, stores new results there; fails if something got slower
+pytest bench/ --bench-store   stores all results, with which later runs are then compared
+pytest bench/ --bench-full    also benches that take several minutes each
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["lgnet_fast"] = environment()
-    machine_info.pop("node", None)  # left out: a host's name says nothing about its speed
+    machine_info.pop("node", None)  # left out, because the name of a host says nothing about its speed
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -70,8 +70,8 @@ def marked_device(request: pytest.FixtureRequest) -> str:
 
 @pytest.fixture
 def compete(benchmark: Any, device: str) -> Callable[..., dict[str, Any]]:
-    """``compete(contestants, ours)``: time all of them interleaved, record ratios, and `ours` once more in its own
-    right by pytest-benchmark, so that its ``--benchmark-*`` options work. Contestants have run once before."""
+    """``compete(contestants, ours)``: time all of them interleaved and record ratios; then time `ours` separately by
+    pytest-benchmark, so that its ``--benchmark-*`` options work. Contestants must have run once before."""
 
     def run(
         contestants: Mapping[str, Callable[[], Any]],
@@ -102,7 +102,7 @@ def compete(benchmark: Any, device: str) -> Callable[..., dict[str, Any]]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Any:
-    """Keep the figures of a bench that passed."""
+    """Store the figures of a bench that passed."""
     report = yield
     benchmark = getattr(item, "funcargs", {}).get("benchmark")
     if report.when == "call" and report.passed and benchmark is not None and not benchmark.disabled:

@@ -1,12 +1,13 @@
-"""What every step of LGNet should take on a GPU that need not be here, beside the least it could take.
+"""Estimated and least time of every step of LGNet on a GPU, which this machine need not have.
 
     python bench/cost_model.py [--card H100] [--dtype float16] [--batch 1] [--size 256 256]
                                [--hole TOP BOTTOM LEFT RIGHT] [--measured FILE]
 
-Columns: launches; megabytes that all programs read from the L2 cache; microseconds of the start (launch and fill),
-of the longest program's products, reads and issue, of what all programs of a multiprocessor take together, of the
-weights from memory, of adding the splits; the estimate; its bound; the floor (the larger of the multiplications at
-the card's rate and of weights, inputs and outputs, once each, at the memory's); what was measured, where it was.
+Columns: launches; megabytes that all programs read from the L2 cache; microseconds of the start (launch and pipeline
+fill), of the longest program's products, reads and issue, of all programs of a multiprocessor together, of reading
+the weights from memory, of adding the splits; the estimate; its bottleneck; the least time (the larger of the
+multiplications at the GPU's rate and of weights, inputs and outputs, once each, at the memory's rate); the
+measurement, if there is one.
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
@@ -30,7 +31,7 @@ ROW = (
 
 
 def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str]:
-    """The costs of the projection, the walk over the keys and the sum of an attention step, and the walk's blocks."""
+    """The costs of the projection, the loop over the keys and the sum of an attention step, and the loop's blocks."""
     from lgnet_fast.kernels.configs import num_splits, pick_inference
     from lgnet_fast.kernels.conv_configs import Tile, Work, cost
 
@@ -63,7 +64,7 @@ def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[An
 
 
 def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str, int]:
-    """The costs of a convolution's launches, the last one's tile, and the programs of all."""
+    """The costs of a convolution's launches, the tile of the last one, and the number of programs."""
     from lgnet_fast.kernels.conv_configs import cost, pick_tile, programs
 
     from lgnet_fast.engine.cuda_weights import work_of
@@ -79,13 +80,13 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
 
 
 def measured_steps(path: Path) -> dict[str, float]:
-    """Step -> microseconds in place, of the last run in a file of bench/gpu_contact.py."""
+    """Step -> microseconds within a run, from the last run in a file of bench/gpu_contact.py."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     return {line["step"]: line["us"] for line in lines if line["section"] == "steps"}
 
 
 def floor_seconds(step: Any, plan: Any, card: Any, rate: float, element: int) -> float:
-    """The least a step could take: its multiplications, or its bytes from memory once each."""
+    """Least time of a step: its multiplications, or its bytes from memory once each."""
     source, out = plan.source(step), plan.target(step)
     outputs = sum(region.area for region in step.regions)
     reads = source.height * source.width * source.channels * outputs / (out.height * out.width)

@@ -1,10 +1,10 @@
-"""The deep layers in one launch (`kernels/deep.py`) on a Hopper GPU: right, and how much faster?
+"""Checks and times the deep layers in one launch (`kernels/deep.py`) on a Hopper GPU.
 
     python -m bench.deep_contact RESULTS [--model lgnet] [--dtype float16] [--seconds 85] [--sections load,layers,...]
 
-Sections run in a few processes, so that one that fails does not spoil the next, the most telling first; figures go to
-RESULTS/deep_<model>_<dtype>.jsonl as they come, one JSON object a line. The graph's Triton kernels are compiled
-meanwhile.
+Sections run in separate processes, so that a failure does not affect the next; the most informative are first.
+Figures are written to RESULTS/deep_<model>_<dtype>.jsonl at once, one JSON object per line. The Triton kernels of the
+graph are compiled at the same time.
 
 ======  =============================================================================================================
 load    machine code, how many clusters the GPU holds, which are chosen, whether a cooperative launch is taken
@@ -14,7 +14,7 @@ graph   the dense graph with and without, in turn, with variants of the launch; 
 clocks  where a launch's time goes: median clocks of every layer from its begin, over blocks
 ======  =============================================================================================================
 
-A launch that hangs ends by itself after a fifth of a second here and says who waited for what.
+A launch that hangs ends after a fifth of a second and reports which wait timed out.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class Bench:
         return self.executor.launches()
 
     def choose_launch(self, log: Log) -> None:
-        """Launch without the promise of a cooperative one where the driver refuses it."""
+        """Launch without the cooperative attribute where the driver rejects it."""
         from lgnet_fast.engine import deep
 
         first, group = next((f, g) for f, g in self.groups(16).items() if not isinstance(g, str))
@@ -259,7 +259,7 @@ def graph(bench: Bench, log: Log) -> None:
             rms_to_one_by_one=difference.square().mean().sqrt().item(),
         )
     times: dict[str, list[float]] = {label: [] for label in captured}
-    for _ in range(5):  # in turn, so that a change of clocks meets all of them
+    for _ in range(5):  # in turn, so that a change of the GPU's clocks affects all of them
         for label, (one, _) in captured.items():
             times[label].append(median_us(one.replay, 20, inner=4))
     base = min(times["one by one"])
@@ -313,13 +313,13 @@ def clocks(bench: Bench, log: Log) -> None:
 
 
 def compile_kernels(bench: Bench, log: Log) -> None:
-    """Triton's, for the graph, into its cache."""
+    """Compile the Triton kernels of the graph into Triton's cache."""
     bench.executor.precompile()
     log("compile_kernels")
 
 
 def main() -> int:
-    """Measure what the arguments name."""
+    """Measure the sections of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--sections", default=",".join(SECTIONS))

@@ -35,11 +35,11 @@ SAMPLES = {
     "retina.jpg": "Mikael Häggström, CC0 1.0",
     "rocket.jpg": "SpaceX, public domain",
 }
-"""The photographs that scikit-image's package holds and declares CC0 or public domain; by whom, and which."""
+"""The photographs in scikit-image's package that it declares as CC0 or public domain: authors, and names."""
 
 
 def kodak(source: Path, folder: Path) -> None:
-    """Copies the Kodak set to `folder` in the order of its numbers: the drawn masks go by the files' order.
+    """Copy the Kodak set to `folder` in the order of its numbers, because drawn masks depend on the order of files.
 
     Raises LGNetError: not 24 pictures numbered from 1 to 24.
     """

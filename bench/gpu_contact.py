@@ -1,10 +1,10 @@
-"""The first minutes on a GPU: does every step compute what it should, and where does the time go?
+"""Checks every step on a GPU, and measures where the time goes: for the first minutes on a new one.
 
     python bench/gpu_contact.py RESULTS [--model lgnet] [--dtype float16] [--batch 1] [--minutes 5]
                                 [--sections compile,buffers,...]
 
-Each figure is written to RESULTS/contact_<model>_<dtype>_b<batch>.jsonl as it comes, one JSON object a line, so that
-a run that is cut off leaves what it measured.
+Each figure is written to RESULTS/contact_<model>_<dtype>_b<batch>.jsonl at once, one JSON object per line, so that an
+interrupted run keeps its measurements.
 
 =========  ==========================================================================================================
 compile    every kernel of the dense plan, in parallel processes
@@ -13,7 +13,7 @@ buffers    a run without graphs; every step's output beside the plan in plain Py
 graph      the whole forward: launched one by one, as a graph, with and without overlapping launches
 steps      each step in place: graphs of the first k steps, and differences, so weights come from memory
 holes      graphs restricted to square holes of 16, 64 and 128 pixels
-attention  block shapes of `attention_inference`: the walk over the keys, the projection, the sum over splits
+attention  block shapes of `attention_inference`: the loop over the keys, the projection, the sum over splits
 convs      tiles of every distinct convolution, timed in graphs that rotate copies of the weights (cold, as in place)
 peers      the engine beside the model in eager PyTorch (channels last, with and without a graph) and torch.compile
 =========  ==========================================================================================================
@@ -35,7 +35,7 @@ from torch import Tensor
 
 
 class Log:
-    """Lines of JSON, flushed as they come."""
+    """Lines of JSON, flushed at once."""
 
     def __init__(self, path: Path) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -50,7 +50,7 @@ class Log:
 
 
 def median_us(call: Callable[[], None], repeats: int = 20, inner: int = 1) -> float:
-    """Median of `repeats` event timings of `inner` calls, in microseconds a call."""
+    """Microseconds per call: the median of `repeats` event timings of `inner` calls."""
     for _ in range(3):
         call()
     times = []
@@ -80,7 +80,7 @@ def run_all(launches: Sequence[Callable[[], None]]) -> None:
 
 
 def model_and_plan(name: str, batch: int) -> tuple[Any, Any]:
-    """A network with random weights that keep features alive through all layers, on the GPU, and its dense plan."""
+    """A network on the GPU with random weights that keep features nonzero through all layers, and its dense plan."""
     from lgnet_fast import create_model
     from lgnet_fast.engine.build import build_plan, plan_stages
 
@@ -107,7 +107,7 @@ def picture(batch: int) -> tuple[Tensor, Tensor]:
 
 
 def recorded(executor: Any) -> list[Any]:
-    """The launches of a dense run, not made."""
+    """The recorded launches of a dense run."""
     from lgnet_fast.kernels.launch import record
 
     with record() as launches:
@@ -116,7 +116,7 @@ def recorded(executor: Any) -> list[Any]:
 
 
 def check_buffers(executor: Any, plan: Any, log: Log) -> None:
-    """Every step's output on the executor's own inputs, beside the same step in float32."""
+    """Compare the output of every step, on the executor's inputs, with the same step in float32."""
     from lgnet_fast.engine.torch_executor import TorchExecutor
 
     image, mask = picture(plan.batch)
@@ -135,7 +135,7 @@ def check_buffers(executor: Any, plan: Any, log: Log) -> None:
         worst=error.abs().max().item(),
         deviation=expected[hole].std().item(),
     )
-    # Every step by itself, so that an error stays where it arises.
+    # Every step separately, so that errors do not propagate.
     for number, step in enumerate(plan.steps):
         if step.merges:
             continue
@@ -143,7 +143,7 @@ def check_buffers(executor: Any, plan: Any, log: Log) -> None:
 
 
 def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
-    """One step on noise, beside float32 PyTorch on the same noise."""
+    """Compare one step on noise with PyTorch in float32."""
     import torch.nn.functional as F
 
     from lgnet_fast.engine.plan import AttentionStep
@@ -172,7 +172,7 @@ def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
 
 
 def time_graph(plan: Any, dtype: torch.dtype, tuned: Any, log: Log, label: str) -> None:
-    """The whole forward in several ways."""
+    """Time the whole forward in several forms."""
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
     image, mask = picture(plan.batch)
@@ -209,7 +209,7 @@ def time_graph(plan: Any, dtype: torch.dtype, tuned: Any, log: Log, label: str) 
 
 
 def time_steps(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
-    """Graphs of the first k steps; a step's time is the difference."""
+    """Time graphs of the first k steps; the time of a step is the difference."""
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
     executor = CudaExecutor.of(plan, dtype, tuned=tuned, graphs=False)
@@ -219,7 +219,7 @@ def time_steps(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
     names = ["paint", *(step.name for step in plan.steps)]
     graphs = [graph_of(functools.partial(run_all, launches[: k + 1])) for k in range(len(launches))]
     best = [float("inf")] * len(graphs)
-    for _ in range(3):  # in turn, so that a change of clocks meets all of them
+    for _ in range(3):  # in turn, so that a change of the GPU's clocks affects all of them
         for k, graph in enumerate(graphs):
             best[k] = min(best[k], median_us(graph.replay, 10, inner=4))
     before = 0.0
@@ -230,7 +230,7 @@ def time_steps(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
 
 
 def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
-    """Restricted graphs, beside the dense one and their share of its multiplications."""
+    """Time restricted graphs, with the dense one and their share of its multiplications."""
     from lgnet_fast.kernels.launch import record
     from lgnet_fast.kernels.precompile import compile_all
 
@@ -263,7 +263,7 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
 
 
 def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
-    """The engine's graph in turn with other forms of the same network; what compiles longest comes last."""
+    """Time the engine's graph in turn with other forms of the same network; the slowest to compile is last."""
     import copy
 
     from lgnet_fast.engine.cuda_executor import CudaExecutor
@@ -294,7 +294,7 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
                 torch.cuda.synchronize()
                 first = time.perf_counter() - begin
                 rounds = [(median_us(ours.replay, 10, inner=4), median_us(form, 10, inner=4)) for _ in range(3)]
-            except Exception as error:  # a form that cannot run here is no contestant
+            except Exception as error:  # a form that cannot run here is left out
                 log("peers", form=name, error=f"{type(error).__name__}: {error}"[:200])
                 continue
             ratios = sorted(b / a for a, b in rounds)
@@ -310,7 +310,7 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
 
 
 def main() -> int:
-    """Measure what the arguments name."""
+    """Measure the sections of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--sections", default="compile,buffers,graph,steps,holes,peers,attention,convs")

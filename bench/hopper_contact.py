@@ -1,9 +1,9 @@
-"""The convolution for Hopper on a GPU: is it right, and where not? (The tuner times it.)
+"""Checks the convolution for Hopper on a GPU, and locates errors. (The tuner times it.)
 
     python bench/hopper_contact.py RESULTS [--sections known,steps]
 
-Each figure is written to RESULTS/hopper_contact.jsonl as it comes, one JSON object a line. Every part runs in a
-process of its own, so that a kernel that crashes or hangs costs that part only.
+Each figure is written to RESULTS/hopper_contact.jsonl at once, one JSON object per line. Every part runs in a
+separate process, so that a kernel that crashes or hangs affects that part only.
 
 ========  ===========================================================================================================
 known     one-hot weights over inputs that hold their own pixel's or channel's number: which input did an output
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from gpu_contact import Log, model_and_plan
 
 LIMITS = {"known": 45, "steps": 90}
-"""Seconds of each part."""
+"""Time limit of each part, in seconds."""
 KNOWN = ((False, 1, 16), (True, 1, 16), (False, 4, 8), (True, 2, 4), (False, 2, 32))
 """Known answers: whether borders reflect, blocks of a cluster, rows of a tile."""
 RANDOM = tuple(itertools.product((False, True), (4, 16), (1, 2, 4, 8)))
@@ -246,7 +246,7 @@ PARTS = {"known": known, "steps": check_steps}
 
 
 def main() -> int:
-    """Measure what the arguments name."""
+    """Run the sections of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
     parser.add_argument("--sections", default=",".join(PARTS))

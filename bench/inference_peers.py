@@ -87,11 +87,11 @@ def eager(model: LGNet) -> Peer:
 
 
 def peers(model: LGNet, image: Tensor, mask: Tensor, dtype: torch.dtype, compile: bool = True) -> dict[str, Peer]:
-    """Every peer that computes in `dtype`, torch.compile among them or not; `model` must have backend "eager"."""
+    """Every peer that computes in `dtype`, with or without torch.compile; `model` must have backend "eager"."""
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
         file = onnx_file(model, image, mask, Path(name))
-        if SMOKE:  # compiling takes longer than all the rest
+        if SMOKE:  # compiling takes longer than everything else
             return {"onnxruntime": onnxruntime(file, threads), "eager": eager(model)}
         # A model compiles once: the frozen form gets a copy.
         both = {}

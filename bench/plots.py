@@ -1,4 +1,4 @@
-"""The report's pictures: results in, SVG out. Deterministic, so that unchanged results give unchanged files."""
+"""The report's pictures: SVG files from results. Deterministic: unchanged results give unchanged files."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
 
     matplotlib.rcParams.update(
         {
-            "svg.fonttype": "none",  # text stays text: small files
+            "svg.fonttype": "none",  # text is kept as text, for small files
             "svg.hashsalt": "lgnet_fast",
             "font.family": "sans-serif",
             "font.size": 9,
@@ -62,7 +62,7 @@ def _colour(name: str, wrong: Mapping[str, Any]) -> str:
 
 
 def latency(benches: Mapping[str, Any]) -> bytes:
-    """Bars of the least times of every whole-network bench, beside the peers."""
+    """Bars of the least times of every whole-network bench and the peers."""
     figure, axes = _figure((len(benches) + 1) // 2, min(2, len(benches)), 9, 2.4 * ((len(benches) + 1) // 2))
     for spare in axes[len(benches) :]:
         spare.remove()
@@ -156,8 +156,9 @@ def hole_ratio(bench: Mapping[str, Any]) -> bytes:
 def training_curve(log: Sequence[Mapping[str, Any]]) -> bytes:
     """Of the lines of a run's log.jsonl: the l1 in the hole of every stage, and the held-out pictures' scores.
 
-    Beside PSNR is LPIPS, where the log has it, else l1; where it has the sharpness of kinds of holes, a third plot. A
-    dotted line stands at the first step with an adversary, a dashed one where a line of kind "leg" ends a leg.
+    Next to PSNR it shows LPIPS if the log has it, else l1, and a third plot if the log has the sharpness of kinds of
+    holes. A dotted line marks the first step with the discriminator, a dashed one the end of a leg (lines of kind
+    "leg").
     """
     steps = [line for line in log if line["kind"] == "train"]
     checks = [line for line in log if line["kind"] == "validation"]

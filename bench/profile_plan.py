@@ -3,9 +3,9 @@
     python bench/profile_plan.py [--dtype float32] [--size 256 256] [--batch 1] [--threads 2] [--rounds 20]
                                  [--kernel direct|winograd2|winograd4] [--hole TOP BOTTOM LEFT RIGHT] [--channels 64]
 
-Times are the least of the rounds. GFLOP/s counts the step's own multiplications, so a Winograd step can exceed what
-the CPU can do; "share" is the step's part of the whole. `--kernel` forces one kernel wherever it can run: comparing
-the tables is how the constants of the cost model in lgnet_fast/engine/cpu_choice.py were found.
+Times are the least of the rounds. GFLOP/s counts the direct multiplications of a step, so a Winograd step can exceed
+the peak of the CPU; "share" is the part of a step in the whole. `--kernel` forces one kernel wherever it can run:
+comparing the tables is how the constants of the cost model in lgnet_fast/engine/cpu_choice.py were found.
 """
 
 from __future__ import annotations

@@ -72,7 +72,7 @@ def _microarchitecture(vendor: str, family: int, model: int) -> str:
 
 
 def cpu_name() -> str:
-    """The cores' microarchitecture, or the machine type where the system does not report it."""
+    """Microarchitecture of the cores, or the machine type where the system does not report it."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         first = cpuinfo.read_text().split("\n\n")[0]
@@ -83,7 +83,7 @@ def cpu_name() -> str:
 
 
 def machine_class(device: str) -> str:
-    """Machines whose ratios compare: the GPU's name, or the CPU's cores and how many of them are used."""
+    """Name of a class of comparable machines: the GPU, or the cores of the CPU and how many are used."""
     if device == "cuda":
         return slug(torch.cuda.get_device_name())
     return f"cpu-{cpu_name()}-{torch.get_num_threads()}-cores"
@@ -137,7 +137,7 @@ def _minor(version: str) -> str:
 
 @dataclass(frozen=True)
 class Change:
-    """Change of one of our contestants in one bench."""
+    """The change of one of our contestants in one bench."""
 
     bench: str
     contestant: str
@@ -148,7 +148,7 @@ class Change:
     allowed: float
     """By how much `ratio` may be below 1."""
     moved: bool = False
-    """Whether the machine was in another state, or changed its state meanwhile."""
+    """Whether the machine was in another state, or changed its state during the run."""
 
     @property
     def failed(self) -> bool:
@@ -236,7 +236,7 @@ def compare_or_store(
             before, reason = None, f"the stored run does not compare: {differs}"
         if before and not store:
             changes += compare(before["benches"], own)
-            # A bench whose contestants were renamed has nothing to be compared with, like a new one.
+            # A bench with renamed contestants cannot be compared, like a new one.
             compared = {change.bench for change in changes}
             fresh = {name: bench for name, bench in own.items() if name not in compared}
             fresh = {name: bench for name, bench in fresh.items() if rivals(bench) or name not in before["benches"]}

@@ -39,7 +39,7 @@ class Section:
     header: Sequence[str] = ()
     rows: Sequence[Sequence[str]] = ()
     picture: str = ""
-    """Name of the picture's file, without its ending."""
+    """Name of the picture file, without extension."""
 
 
 def load(folders: Iterable[Path]) -> dict[str, Machine]:
@@ -107,7 +107,7 @@ def history(name: str) -> list[tuple[str, str, dict[str, float]]]:
             others = rivals(figures)
             if others:
                 points.setdefault((figures["date"], figures["commit"]), {})[bench] = min(others.values())
-    # One point a commit: its benches have seconds or hours between them; the last measurement counts.
+    # One point per commit: of several measurements the last one counts.
     merged: dict[str, tuple[str, dict[str, float]]] = {}
     for (date, commit), values in sorted(points.items()):
         clean = commit.removesuffix("-dirty")
@@ -119,7 +119,7 @@ def history(name: str) -> list[tuple[str, str, dict[str, float]]]:
 
 
 def table4(machines: Mapping[str, Machine]) -> Section | None:
-    """Parameters, FLOPs and times beside the paper's."""
+    """Parameters, FLOPs and times, with the paper's."""
     shown = {cpu: preferred(machines, cpu) for cpu in (True, False)}
     times: dict[bool, dict[str, float]] = {}
     for cpu, name in shown.items():
@@ -158,7 +158,7 @@ def table4(machines: Mapping[str, Machine]) -> Section | None:
 
 
 def contests(machine: Machine, module: str, title: str, text: str, picture: str = "") -> Section | None:
-    """Every bench of a module: ours in ms, and how many times longer the others take."""
+    """Every bench of a module: our time in ms, and how many times longer the others take."""
     content = machine.get(module)
     if content is None:
         return None
@@ -176,7 +176,7 @@ def contests(machine: Machine, module: str, title: str, text: str, picture: str 
 
 
 def sections(machines: Mapping[str, Machine]) -> list[Section]:
-    """Everything there are results for."""
+    """The sections for which there are results."""
     found = [table4(machines)]
     for name, machine in machines.items():
         info = next(iter(machine.values()))["environment"]
@@ -272,7 +272,7 @@ img{max-width:100%}h2{margin-top:1.8em}.scroll{overflow-x:auto}"""
 
 
 def as_html(found: Sequence[Section], images: Mapping[str, bytes]) -> str:
-    """One page that needs nothing else."""
+    """The report as one self-contained page."""
     parts = [
         "<!doctype html><html lang=en><meta charset=utf-8><title>lgnet_fast benchmarks</title>",
         f"<style>{_STYLE}</style><h1>lgnet_fast benchmarks</h1>",
@@ -294,7 +294,7 @@ def as_html(found: Sequence[Section], images: Mapping[str, bytes]) -> str:
 
 
 def as_markdown(found: Sequence[Section], images: Mapping[str, bytes]) -> str:
-    """The same, with the pictures beside it as NAME.svg."""
+    """The report in Markdown, with pictures in files NAME.svg."""
     parts = ["# lgnet_fast benchmarks"]
     for section in found:
         parts.append(f"{'#' if section.title.startswith('Machine class') else '##'} {section.title}")

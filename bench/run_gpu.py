@@ -1,4 +1,4 @@
-"""`make gpu RESULTS=dir MINUTES=8`: what this machine's NVIDIA GPU computes, and how fast, the most telling first.
+"""`make gpu RESULTS=dir MINUTES=8`: checks and benchmarks on this machine's NVIDIA GPU, the most informative first.
 
 =========  =================================================================================================
 build      in place, without the C++ extension, which no GPU needs
@@ -8,9 +8,9 @@ tuning     tiles of convolutions and attention, then the engine beside eager PyT
 benches    the benches' GPU cases, ours before the rivals
 =========  =================================================================================================
 
-Each part has a share of MINUTES; what does not fit is cut off, and the rest still runs. Figures are in RESULTS
-(bench/results by default) as they come, so that a run that is killed leaves what it measured.
-Uses the Python it is run with, and no network. Without an NVIDIA GPU it says so and exits 0.
+Each part has a share of MINUTES; a part that takes longer is stopped, and the others still run. Figures are written
+to RESULTS (bench/results by default) at once, so that a killed run keeps its measurements. Uses the current Python
+and no network. Without an NVIDIA GPU it prints so and exits 0.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SMOKE = bool(os.environ.get("LGNET_BENCH_SMOKE"))
 """Run every bench small and once, to test that it runs; the figures mean nothing."""
 
 LONG_CALL_S = 1.0
-"""Calls of at least so many seconds get one warm-up and at most `long_rounds` rounds."""
+"""Calls of at least this many seconds get one warm-up and at most `long_rounds` rounds."""
 MIN_RUN_S = 5e-3
 """Shortest duration of one timed run of calls, so that the cost of clock and call is negligible."""
 TARGET_STANDARD_ERROR = 0.025
@@ -35,7 +35,7 @@ TARGET_STANDARD_ERROR = 0.025
 MIN_CONTEST_S = 1.0
 """Shortest duration of a contest: short calls get more rounds, so that a single disturbance does not decide."""
 MAX_CONTEST_S = 30.0
-"""No rounds are added to a contest after so many seconds, so that the whole suite ends within 15 minutes."""
+"""No rounds are added to a contest after this many seconds, so that the whole suite ends within 15 minutes."""
 
 clock = time.perf_counter
 """Clock in seconds. Tests replace it by the process's CPU time, to be independent of the machine's load."""

@@ -56,7 +56,7 @@ def render(tables: Tables) -> str:
 
 
 def candidates(op: str) -> Iterator[tuple[int, int, int, int]]:
-    """Shapes worth trying, cheap ones first."""
+    """Candidate shapes, cheap ones first."""
     if op == "rows":
         yield from itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2))
     elif op == "merge":
@@ -66,7 +66,7 @@ def candidates(op: str) -> Iterator[tuple[int, int, int, int]]:
 
 
 def close(actual: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a candidate computes the right thing (its accuracy is the tests' business)."""
+    """Whether a candidate's result is right (tests check its accuracy)."""
     tolerance = 1e-3 if dtype == torch.float32 else 4e-2
     scale = exact.abs().max().item()
     return bool(((actual.double() - exact).abs().max() <= tolerance * max(scale, 1e-3)).item())
@@ -140,7 +140,7 @@ def measure(op: str, dtype: torch.dtype, channels: int, side: int, batch: int) -
 
 
 def main() -> int:
-    """Tune what the arguments name."""
+    """Tune the operations of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("half", "tf32", "ieee"), action="append")
     parser.add_argument("--op", choices=tuple(KERNELS), action="append")

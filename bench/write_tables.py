@@ -1,4 +1,4 @@
-"""Rewrites kernels/conv_tables.py from what `bench/gpu_contact.py` measured on a GPU.
+"""Rewrites kernels/conv_tables.py from measurements of `bench/gpu_contact.py` on a GPU.
 
     python bench/write_tables.py RESULTS...      (contact_*.jsonl files, or folders of them)
 
