@@ -14,11 +14,11 @@ from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill
 
-collect_ignore = ["recipes"]  # parts of changed trees, see test_recipes.py
+collect_ignore = ["recipes"]  # parts of changed copies of the tree, see test_recipes.py
 
 
 def pretend_to_have(isa: str) -> None:
-    """Let the extension find no instruction set beyond `isa`, as on a lesser processor (see run_machines.py)."""
+    """Hide instruction sets faster than `isa`, as on an older processor (see run_machines.py)."""
     library = native.library()
     names, set_isa = library.isa_available(), library.set_isa
     if isa not in names:
@@ -41,19 +41,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Verdicts and choices of the tests stay among themselves."""
+    """A separate cache folder for verdicts and choices of the tests."""
     monkeypatch.setenv("LGNET_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(autouse=True)
 def by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Portable kernels too are tested as the engine's, not measured against PyTorch; test_cpu_path.py does that."""
+    """Always use the C++ kernels, also portable ones, without timing them against PyTorch (see test_cpu_path.py)."""
     monkeypatch.setattr(cpu_path, "measured", lambda *args: (0.0, 1.0))
 
 
 @pytest.fixture
 def fake(monkeypatch: pytest.MonkeyPatch) -> BlurFill:
-    """Every Inpainter that is loaded holds this network instead."""
+    """Every Inpainter that is loaded gets this network."""
     model = BlurFill()
 
     def load(cls, model_path=None, device="auto", dtype="auto", backend="auto", **options):
@@ -66,7 +66,7 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> BlurFill:
 @pytest.fixture
 def strict_float32() -> Iterator[None]:
     """Float32 products on a GPU in full precision, not in TF32."""
-    # Not by monkeypatch: deleting the attribute again, which is how it restores, fails on these objects.
+    # Not by monkeypatch, which restores by deleting the attribute; that fails on these objects.
     switches = (torch.backends.cuda.matmul, torch.backends.cudnn)
     before = [switch.allow_tf32 for switch in switches]
     for switch in switches:

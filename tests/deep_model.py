@@ -1,4 +1,4 @@
-"""What `csrc/cuda/deep.cu` does, in NumPy: the same tables, addresses and index arithmetic, warp by warp."""
+"""A NumPy emulation of `csrc/cuda/deep.cu`: the same tables, addresses and index arithmetic, warp by warp."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _activate(x: np.ndarray, code: int) -> np.ndarray:
 
 
 class Machine:
-    """Runs a program. `shared_bytes`: of a block; nothing may pass them."""
+    """Runs a program. `shared_bytes`: shared memory of a block, which no access may exceed."""
 
     def __init__(self, program: object, grid: int, shared_bytes: int, barrier_bytes: int) -> None:
         self.program, self.grid = program, grid
@@ -49,13 +49,13 @@ class Machine:
         """Block -> bytes of weights."""
 
     def run(self) -> None:
-        """Every layer, all blocks of one after all of the one before."""
+        """Run every layer: all blocks of one layer before the next."""
         assert self.grid == self.cluster * self.program.clusters
         for number in range(self.program.layers):
             self.layer(self.program.layer[number])
 
     def place(self, layer, cluster: int) -> tuple[int, int]:
-        """First unit of a cluster, and how many."""
+        """First unit of a cluster, and number of units."""
         turn = cluster + layer.shift
         if turn >= self.program.clusters:
             turn -= self.program.clusters
@@ -88,7 +88,7 @@ class Machine:
             for rank in range(self.cluster):
                 last = rows - 1 - rank
                 finished = 0 if last < 0 else (last >> self.program.log_cluster) + 1
-                assert sent[rank] == (finished * UNIT * 4) << self.program.log_cluster  # what its barrier expects
+                assert sent[rank] == (finished * UNIT * 4) << self.program.log_cluster  # bytes its barrier expects
                 self.finish(layer, rank, begin, received[rank].sum(0)[: finished * 4])
 
     def positions(self, layer, first: int, steps: int) -> np.ndarray:

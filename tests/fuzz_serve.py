@@ -1,6 +1,6 @@
-"""`make fuzz-serve`: two minutes of requests made up from /openapi.json against a server with the bundled model.
+"""`make fuzz-serve`: two minutes of requests generated from /openapi.json, for a server with the bundled model.
 
-Fails on any answer of 500 or more that is not a refusal by 503, and where the next good request does not work.
+Fails on any answer of 500 or more except 503, and if the next valid request does not work.
 SECONDS=120 and further arguments go to `schemathesis run`.
 """
 

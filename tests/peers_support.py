@@ -1,4 +1,4 @@
-"""What the tests of the compared networks share: deterministic weights and input, expected names and outputs.
+"""Shared by the tests of the compared networks: deterministic weights and input, expected names and outputs.
 
 ``tests/data/peers/<network>_keys.json`` has the state dict's names and shapes, ``<network>_golden.json`` outputs of
 the original code for these weights and this input: shape, mean, std, min, max and some pixels each.
@@ -21,7 +21,7 @@ from bench.peers.adapter import adapt
 PEERS = Path(__file__).parent / "data" / "peers"
 SIZE = 256
 TOLERANCE = 1e-3
-"""Of an output's standard deviation."""
+"""Tolerance, as a share of an output's standard deviation."""
 
 _GAIN = {"PEN": 2.0, "GCONV": 2.0, "MEDFE": 2.0, "RFR": 1.4, "MADF": 1.0}
 
@@ -83,7 +83,7 @@ def example() -> tuple[Tensor, Tensor]:
 
 
 def hooked(name: str, network: nn.Module, image: Tensor, hole: Tensor) -> tuple[Any, Tensor]:
-    """What `network` itself returns when its adapter runs it on one picture, and what the adapter makes of it."""
+    """The output of `network` when its adapter runs it on one picture, and the result of the adapter."""
     caught: list[Any] = []
     hook = network.register_forward_hook(lambda module, inputs, outputs: caught.append(outputs))
     with torch.inference_mode():

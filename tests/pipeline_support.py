@@ -19,7 +19,7 @@ from lgnet_fast.jobs.options import FillOptions
 
 
 class BlurFill(nn.Module):
-    """Fills the hole with the mean of the known pixels around it: depends on all known content, on nothing else.
+    """Fills the hole with the mean of the known pixels around it, so the result depends on known content only.
 
     `seen` lists the batch and network size of every call.
     """

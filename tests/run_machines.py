@@ -1,13 +1,12 @@
-"""`make test-machines`: the numerical tests as other machines would run them.
+"""`make test-machines`: the numerical tests on emulated other machines.
 
-PyTorch's kernels depend on the instruction sets of the processor and on the number of threads, and so do ours: each
-row of the table is one such machine, emulated by environment variables, with the files that can tell it from others.
-Rows are no product of all settings: each setting appears where it can show an error. Prints a line a row; the exit
-code is 1 where a row failed. Instruction sets that this processor has not are skipped.
+PyTorch's kernels and ours depend on the instruction sets of the processor and on the number of threads. Each row of
+the table is one machine, emulated by environment variables, with the test files that depend on its settings. Rows are
+not a product of all settings: each setting appears where it can show an error. Prints a line per row; the exit code
+is 1 if a row failed. Instruction sets that this processor lacks are skipped.
 `python tests/run_machines.py NAME ...` runs the rows whose names contain one of NAME.
 
-Tests that show the same on every processor (processes, memory, files) are marked `once` and run in the first row
-only.
+Tests that do not depend on the processor (processes, memory, files) are marked `once` and run in the first row only.
 """
 
 from __future__ import annotations

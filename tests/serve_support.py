@@ -26,7 +26,7 @@ from lgnet_fast.serve.state import State
 
 
 def photo(height: int = 96, width: int = 120, seed: int = 0) -> np.ndarray:
-    """uint8 [H, W, 3]: smooth colours with noise, so that no two pixels of a row are alike by chance."""
+    """uint8 [H, W, 3]: smooth colours with noise, so that pixels of a row are not equal by chance."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(30, 226, (max(2, height // 16), max(2, width // 16), 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)).astype(int)

@@ -1,4 +1,4 @@
-"""What several test files share: the conformance recipe, and the accuracy rule."""
+"""Shared by several test files: the conformance recipe, and the accuracy rule."""
 
 from __future__ import annotations
 
@@ -42,8 +42,8 @@ def case(name: str, batch: int, height: int, width: int, dtype: torch.dtype = to
     return image, torch.from_numpy(recipe.mask(name, batch, height, width)).to(dtype)
 
 
-# Roundings of the output's scale that the rule allows beyond twice eager's error. float32: eager sums in another
-# order, sometimes luckily. float64 is the reference itself, so that what its own sums lose counts too.
+# Roundings of the output's scale that the rule allows beyond twice eager's error. float32: the sums of eager have
+# another order, whose error may be small by chance. float64: the reference has errors of the same size.
 ROUNDINGS = {torch.float64: 4096, torch.float32: 4, torch.float16: 1, torch.bfloat16: 1}
 
 
@@ -58,14 +58,14 @@ def assert_accurate(
 ) -> None:
     """The project's accuracy rule: worst error at most twice eager's in the same dtype, plus roundings of the scale.
 
-    Nothing in it is a number of one machine: errors are relative to the largest exact value, in eps of the dtype.
-    Where the exact value overflows the dtype nothing is compared; where only eager does, more roundings are allowed.
+    It has no machine-dependent numbers: errors are relative to the largest exact value, in eps of the dtype. Where
+    the exact value overflows the dtype nothing is compared; where only eager does, more roundings are allowed.
 
     Args:
         name: of the tensor, for the message.
-        actual, exact: what is tested, and its value in float64 (or by an equivalent form, for `roundings`).
-        eager: what plain PyTorch gives in the dtype of `actual` on this machine. None: only roundings are allowed.
-        terms: size of the terms whose roundings count, where they cancel to something much smaller.
+        actual, exact: the tested value, and the value in float64 (or by an equivalent form, for `roundings`).
+        eager: the result of plain PyTorch in the dtype of `actual` on this machine. None: only roundings are allowed.
+        terms: size of the terms of a sum, whose roundings count if they cancel to a much smaller value.
         roundings: instead of `ROUNDINGS`, for outputs of many layers or without `eager`.
     """
     assert actual.shape == exact.shape, f"{name}: {tuple(actual.shape)}, exact {tuple(exact.shape)}"

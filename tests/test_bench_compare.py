@@ -74,7 +74,7 @@ def test_no_such_commit():
 def test_two_trees():
     pytest.importorskip("pytest_benchmark")
     done = compare("HEAD", "--modules", "merge_concat", "--rounds", "1")
-    # Figures of a smoke run mean nothing, so that either verdict will do.
+    # The figures of a smoke run are meaningless, so both verdicts are allowed.
     assert done.returncode in (0, 1), done.stdout + done.stderr
     assert "test_merge_concat" in done.stdout
     assert " compared with HEAD, " in done.stdout

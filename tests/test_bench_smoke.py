@@ -51,7 +51,7 @@ def test_results(results):
                 assert 0 < least <= bench["median_ms"][contestant], (name, contestant)
             assert min(bench["times_slower_than_ours"].values()) > 0, name
     scaling = files["scaling"]["benches"]
-    # In the side: between convolutions, which grow with the area, and attention, which grows with its square.
+    # Slope in the side: between convolutions, which grow with the area, and attention, which grows with its square.
     assert 2 < scaling["test_resolution"]["slopes"]["multiply_accumulates"]["slope"] < 4
     roof = scaling["test_roofline"]
     assert roof["peaks"]["gflops"] > 1
@@ -69,7 +69,7 @@ def test_results(results):
 
 
 def test_report_of_them(results, tmp_path, monkeypatch):
-    """The command renders what was measured; see test_report.py for what is in it."""
+    """The command makes a report of the measurements; test_report.py checks its content."""
     monkeypatch.setattr(report, "RESULTS", results)
     monkeypatch.setattr(report.complexity, "rows", lambda: [])
     done = CliRunner().invoke(cli.app, ["bench", "--report", str(tmp_path), "--report-only"])

@@ -67,7 +67,7 @@ def reason_after_build(tree, **env):
     assert (lib / "lgnet_fast" / "kernels" / "__init__.py").is_file()
     assert (lib / "lgnet_fast" / "py.typed").is_file()
     assert not list((lib / "lgnet_fast").glob("_C.*"))
-    # The finder of an editable install would offer the checkout's own extension.
+    # The finder of an editable install would find the extension of the checkout.
     code = (
         "import sys; sys.meta_path = [f for f in sys.meta_path if 'editable' not in repr(f).lower()]; "
         "from lgnet_fast import native; print(native.__file__); print(native.unavailable_reason())"

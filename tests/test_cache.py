@@ -1,4 +1,4 @@
-"""The cache folder: what damages, races and missing rights do to it."""
+"""The cache folder: damaged files, races and missing rights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def where(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a new process would begin."""
+    """Forget values in memory, as in a new process."""
     monkeypatch.setattr(cache, "_known", {})
     monkeypatch.setattr(cache, "_complained", set())
 

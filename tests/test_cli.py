@@ -143,7 +143,7 @@ def test_demo_fills_every_sample(tmp_path):
         before, after = (torch.tensor(list(p.tobytes())).view(-1, 3) for p in (picture, filled))
         hole = torch.tensor(list(mask.tobytes())) > 127
         assert torch.equal(before[~hole], after[~hole])
-        # Filled, and closer to what was there than white paint is.
+        # Filled, and closer to the original than white paint.
         error, white = (after - before)[hole].abs().double().mean(), (255 - before)[hole].abs().double().mean()
         assert 0 < error < white / 2
         assert Image.open(tmp_path / f"{name}_sheet.png").width == 5 * 328 + 8
@@ -154,7 +154,7 @@ def test_demo_writes_to_demo_output_where_no_folder_is_named(tmp_path, monkeypat
     result = invoke("demo")
     assert result.exit_code == 0, result.output
     assert {f.name for f in (tmp_path / "demo_output").iterdir()} >= {f"{name}.png" for name in sample_paths()}
-    # The README shows what is printed, without the times.
+    # The README shows the output, without the times.
     readme = (Path(__file__).resolve().parent.parent / "README.md").read_text()
     shown = readme.split("```\nready after", 1)[1].split("```", 1)[0].replace("\\", "/")
     pattern = re.escape("ready after" + shown.rstrip()).replace(re.escape("..."), r"[\d.]+")

@@ -1,4 +1,4 @@
-"""`lgnet-fast run`: outputs, masks, pipes and reports that could surprise; what is left out is named."""
+"""`lgnet-fast run`: unusual outputs, masks, pipes and reports; everything left out is reported."""
 
 from __future__ import annotations
 
@@ -458,7 +458,7 @@ def test_names_that_are_not_utf8(case):
 
 
 def test_the_report_grows_with_the_run(case, monkeypatch):
-    """What a killed run leaves: after each picture, where that is due."""
+    """The report that a killed run leaves: after each picture, if one is due."""
     seen = []
     real = entries.save_picture
 
@@ -480,7 +480,7 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
 
 @pytest.fixture
 def heeded_signals():
-    """SIGINT as a program in a terminal has it: in a background job of a shell it is ignored, and stays so."""
+    """Handle SIGINT as in a terminal: in background jobs of a shell it is ignored."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)

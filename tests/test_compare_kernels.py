@@ -1,4 +1,4 @@
-"""The comparison of two trees' kernels: what it counts, what it calls worse, and what it prints."""
+"""The comparison of two trees' kernels: counts, verdicts, and output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of parameters and FLOPs beside the paper's: what it is made of, and how it is shown.
+"""The table of parameters and FLOPs next to the paper's: its content and its form.
 
 The figures themselves are asserted in bench/bench_complexity.py.
 """

@@ -74,7 +74,7 @@ def test_attention_output_weights_and_gradient():
 
 
 def test_box_sum_on_features_equals_box_sum_on_the_score_map():
-    """The algebra on which every kernel rests, checked against the formulation that materialises the map."""
+    """The algebra that all kernels use, checked against the formulation that stores the score map."""
     torch.manual_seed(0)
     f = torch.randn(2, 12, 9, 13, dtype=torch.float64)
     n = 9 * 13

@@ -1,4 +1,4 @@
-"""The public calls in other people's programs: inference mode, default dtype and device, function transforms, copies,
+"""The public calls in different contexts: inference mode, default dtype and device, function transforms, copies,
 pickles, forks, spawned and distributed processes, exporters."""
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def default_device(device: str) -> Iterator[None]:
         torch.set_default_device(None)
 
 
-# "meta" stands in for any other device: what is allocated there has no memory, and a kernel that is given it fails.
+# "meta" stands for any other device: tensors there have no memory, and kernels fail on them.
 CONTEXTS: dict[str, Callable[[], contextlib.AbstractContextManager[object]]] = {
     "inference_mode": torch.inference_mode,
     "float64": lambda: default_dtype(torch.float64),
@@ -75,7 +75,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Without attention, most of the time of networks as narrow as these."""
+    """A network without attention, which takes most of the time of narrow networks."""
     return saved(tmp_path_factory.mktemp("quick"), "C+L")
 
 
@@ -115,7 +115,7 @@ CALLS: dict[str, tuple[Callable[[Path], object], Callable[..., Tensor]]] = {
 
 @pytest.fixture(scope="module")
 def outside(quick: Path, inputs: tuple[Tensor, Tensor]) -> Callable[[str], tuple[object, Tensor]]:
-    """What a call is made with, made in no context, and its result there."""
+    """The arguments of a call and its result, made outside the tested context."""
 
     @functools.cache
     def made(call: str) -> tuple[object, Tensor]:
@@ -331,7 +331,7 @@ def test_a_backend_is_refused_for_a_network_without_a_choice():
 
 
 def in_process(code: str, *arguments: object, seconds: float = 100) -> str:
-    """What a program prints; a hang fails instead of lasting."""
+    """The output of a program; a hang fails by a timeout."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, arguments)], capture_output=True, text=True, timeout=seconds
     )

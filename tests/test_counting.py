@@ -113,12 +113,12 @@ def test_paper_variant_costs_the_same():
     with torch.device("meta"):
         model = create_model("lgnet", variant="paper")
     paper, released = count(model).total, count("lgnet").total
-    # Their arithmetic on single elements differs a little: the box sum.
+    # Their pointwise arithmetic differs a little, by the box sum.
     assert dataclasses.replace(paper, elementwise=released.elementwise) == released
 
 
 class First(nn.Module):
-    """A first stage that touches every rule; its sub-classed convolution counts nothing by the paper's rule."""
+    """A first stage that uses every rule; its sub-classed convolution counts nothing by the paper's rule."""
 
     class Partial(nn.Conv2d):
         pass
@@ -165,7 +165,7 @@ def test_every_rule_on_a_foreign_first_stage_and_x_lg():
 
 
 class Elementwise(nn.Module):
-    """One of everything that the TensorFlow profiler counts, and some of what it does not."""
+    """One of each operation that the TensorFlow profiler counts, and some that it does not."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -220,7 +220,7 @@ def test_the_model_is_left_as_it_is():
 def test_quick_and_without_weights():
     count("lgnet")  # the first call also imports
     start = time.process_time()
-    report = count("lgnet", size=(2048, 2048), batch_size=64)  # 100 TB of scores, were they computed
+    report = count("lgnet", size=(2048, 2048), batch_size=64)  # scores of 100 TB, if they were computed
     assert time.process_time() - start < 2
     assert report.total.attention_macs == 64 * 64**2 * count("lgnet").total.attention_macs
 

@@ -133,7 +133,7 @@ def test_the_size_of_the_network(variant):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_many_channels(isa, threads_restored, variant, dtype, channels):
-    """Few positions: the combiner goes by output channels. In a larger batch by panels, with the same bits."""
+    """With few positions the combiner is split by output channels, in a larger batch by panels, with equal bits."""
     features, weight, bias, _ = make((2, channels, 7, 15), dtype)
     truth = block(*(t.double() for t in (features, weight, bias)), variant)
     eager = block(features, weight, bias, variant)
@@ -279,7 +279,7 @@ SIZES = {torch.float32: (1e4, 3e7), torch.bfloat16: (30.0, 1e3, 1e4), torch.floa
 @pytest.mark.parametrize(("dtype", "size"), [(d, size) for d, sizes in SIZES.items() for size in sizes], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_of_large_features(isa, threads_restored, variant, dtype, size):
-    """Probabilities are recomputed from the rows' maxima and sums: log-sum-exps would have lost the digits."""
+    """Probabilities are recomputed from maxima and sums of rows, because log-sum-exps would lose digits."""
     features, weight, bias, grad = make((2, 40, 11, 14), dtype, seed=3)
     inputs = (features * size, weight, bias)
     truth = with_grads(lambda *a: block(*a, variant), [t.double() for t in inputs], grad.double())
@@ -297,7 +297,7 @@ def test_a_bias_larger_than_the_products(isa):
     inputs = (features, weight, bias * 1e4)
     out = cpu.attention_block_forward(*inputs, "released")[0]
     eager, exact = block(*inputs, "released"), block(*(t.double() for t in inputs), "released")
-    # Less the bias, so that the scale is that of the products.
+    # Without the bias, so that the scale is that of the products.
     assert_accurate("products", *(t - inputs[2].to(t.dtype)[:, None, None] for t in (out, exact, eager)))
 
 
@@ -419,7 +419,7 @@ def test_merge_strides_and_slices(layout, dtype):
 @pytest.mark.once
 @pytest.mark.parametrize("offset", [0, 1, 5])
 def test_merge_past_the_caches(offset):
-    # Above 16 MB the output is written by non-temporal stores, which want aligned planes.
+    # Above 16 MB the output is written by non-temporal stores, which need aligned planes.
     image, output, mask = merge_inputs((1, 1056, 1024), torch.float32)
     storage = torch.full((4 * 1056 * 1024 + 64,), float("nan"))
     out = storage[offset : offset + 4 * 1056 * 1024].view(1, 4, 1056, 1024)

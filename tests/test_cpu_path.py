@@ -1,4 +1,4 @@
-"""Portable kernels or plain PyTorch: whichever is faster runs, and every process takes the same."""
+"""Portable kernels or plain PyTorch: the faster one runs, and all processes choose the same."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def machine(tmp_path, monkeypatch):
 
 @pytest.fixture
 def portable():
-    """As where the extension has no other kernels; PyTorch keeps its own."""
+    """The extension has portable kernels only; PyTorch is unchanged."""
     native.library().set_isa("portable")
     yield
     native.library().set_isa("auto")

@@ -1,4 +1,4 @@
-"""Measured choices of the CPU's kernels: by a fake clock, exactly; by the real one, loosely."""
+"""Measured choices of the CPU's kernels: exact tests with a fake clock, loose tests with the real one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def true_ms(plan: Plan, choices: Mapping[str, str]) -> list[float]:
 
 
 def fake(plan: Plan, pictures: Callable[[Mapping[str, Choice]], Tensor] | None = None) -> cpu_tuning.Measure:
-    """A machine on which the model's own rates hold, at whatever the model thinks they are."""
+    """A machine on which the rates of the cost model hold exactly."""
 
     def measure(executor: CpuExecutor) -> Timing:
         with pytest.MonkeyPatch.context() as patch:
@@ -231,7 +231,7 @@ def test_a_tuned_engine(tmp_path, caplog):
     tuned = optimize(model, device="cpu", tune=5)
     assert tuned._first.executor.chosen_by == "measurement"
     assert "chosen by measurement" in str(tuned.describe(rounds=1).title)
-    # Other tiles of Winograd's round otherwise, and so lively a network makes much of it.
+    # Other Winograd tiles round differently, and this network amplifies the difference.
     assert_accurate("tuned", tuned(image, mask), before(image, mask), roundings=2**15)
     found = next(
         cpu_tuning.Measured.from_dict(e.value) for e in cache.entries(cache.CHOICES) if e.name.startswith("engine")

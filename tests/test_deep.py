@@ -1,4 +1,4 @@
-"""The deep layers in one launch: what the kernel is told, emulated in NumPy, and its machine code. No GPU."""
+"""The deep layers in one launch: arguments of the kernel, emulated in NumPy, and its machine code. No GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pictures of 16 bits a sample in colour, and everything else that a file holds besides its samples."""
+"""Colour pictures with 16 bits per sample, and all other content of picture files."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def _write(path: Path, samples: np.ndarray, **options) -> Path:
 
 
 def _stored(path: Path) -> np.ndarray:
-    """Samples as another reader than the product's finds them."""
+    """Samples read by another reader than the product's."""
     return pytest.importorskip("cv2").imread(str(path), -1)
 
 

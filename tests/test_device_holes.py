@@ -95,7 +95,7 @@ def test_a_written_or_other_mask_is_searched_anew(stream: Stream) -> None:
     mask[..., 200, 200] = 1
     assert holes.find(mask) == (*FOUND, Rect(192, 224, 192, 224))
     for _ in range(3 * device_holes._MASKS_KEPT):
-        assert holes.find(torch.zeros(1, 1, 256, 256)) == ()  # at addresses of masks that have gone
+        assert holes.find(torch.zeros(1, 1, 256, 256)) == ()  # at addresses of deleted masks
     assert len(holes._searches) <= device_holes._MASKS_KEPT
 
 

@@ -24,7 +24,7 @@ def test_scores_of_the_released_network(net):
         scores = net(image)
     assert scores.dtype == torch.float64
     expected = torch.from_numpy(np.load(CONFORMANCE / "discriminator.npz")["y"])
-    # Five layers, scores of 1e6: two processors' differ in the last 15 bits.
+    # Five layers, scores of 1e6: results of two processors differ in the last 15 bits.
     assert_accurate("scores", scores, expected, roundings=2**20)
 
 

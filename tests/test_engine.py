@@ -283,7 +283,7 @@ def test_changed_weights_are_refused_and_a_gone_model_is_fine(model):
     gone = weakref.ref(model)
     del model
     gc.collect()
-    # The fixture still holds the model; what counts is that the engine does not.
+    # The fixture still holds the model; the engine must not.
     assert gone() is None or all(r is not last for r in gc.get_referrers(gone()))
     assert (last(image, mask) - expected).abs().max() > 1e-4
 
@@ -419,7 +419,7 @@ def test_every_edit_of_an_engines_description_is_noticed(model, tmp_path):
                     complete_set(tmp_path, ("engine.json", "weights.bin"), manifest_needed=True)
                 except WeightsError:
                     continue
-                # What is left of a manifest may differ in names that nothing is read by.
+                # A remaining manifest may differ in names that are not read.
                 assert name == "manifest.json"
                 now, then = (json.loads(text)["files"] for text in (damaged, whole))
                 assert now == then
@@ -444,7 +444,7 @@ def test_every_edit_of_an_engines_description_is_noticed(model, tmp_path):
     ],
 )
 def test_a_description_that_makes_no_sense_raises_what_is_documented(model, tmp_path, edit, monkeypatch):
-    """As a program could write it, with a right hash."""
+    """A file that a program could write, with the right hash."""
     write = json.dumps
 
     def edited(description, **options):
@@ -468,7 +468,7 @@ def test_description_names_every_step_and_its_cost(model):
     restricted = fast.describe(holes=[Rect(96, 160, 96, 160)], rounds=1)
     dense_gflop, sparse_gflop = (float(list(t.columns[4].cells)[-1]) for t in (table, restricted))
     assert 0 < sparse_gflop < 0.6 * dense_gflop
-    # A step cannot move its bytes faster than a copy does; Winograd beats the arithmetic's floor at most fourfold.
+    # A step cannot move its bytes faster than a copy; Winograd saves at most a factor of four of the arithmetic.
     shares = [float(cell.rstrip("%")) for cell in table.columns[-1].cells if cell]
     assert len(shares) == table.row_count
     assert 0 < shares[-1] < 400
@@ -476,7 +476,7 @@ def test_description_names_every_step_and_its_cost(model):
 
 @needs_extension
 def test_arithmetic_roof():
-    """The work that is timed for the roof is what it says it is."""
+    """The work timed for the roof has the stated number of operations."""
     library = importlib.import_module("lgnet_fast._C")
     lanes = library.packing(False)[0]
     once, thrice = (library.multiply_adds(False, rounds, 1) for rounds in (1, 3))

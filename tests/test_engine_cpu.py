@@ -214,7 +214,7 @@ def test_each_sample_has_regions_of_its_own():
         got, _ = executor.run_each(image, mask, None, given)
         assert_close(got, expected.double(), rms=42, roundings=2**11)
         assert torch.equal(got[1], image[1].float())
-    # The others' regions change nothing: neither do their tiles meet, nor does one sample wait in another's buffers.
+    # Regions of other samples change nothing: tiles are not shared, nor are buffers of samples.
     alone, _ = CpuExecutor.of(plan_of(5)).run(image[:1], mask[:1], None, regions[0])
     assert_close(executor.run_each(image, mask, None, regions)[0][:1], alone.double(), rms=8, roundings=2**7)
 
@@ -248,7 +248,7 @@ def test_same_bits_every_time_and_in_eight_threads_at_once(threads):
 
 
 def test_holes_whose_cones_overlap_give_the_same_bits_every_time(threads):
-    # Computed twice with other tiles, by whichever thread comes last, a pixel would have either's rounding.
+    # If a pixel were computed twice, with other tiles, its rounding would depend on which thread is last.
     plan = plan_of(16)
     holes = [Rect(0, 50, 0, 62), Rect(70, 150, 20, 180), Rect(170, 200, 100, 256)]
     image, _ = (t.float() for t in picture(1, 256, 256))
@@ -376,7 +376,7 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
         "net_g.d1": (1, 2, 2, 2),
     }
     assert torch.isfinite(CpuExecutor.of(plan, dtype, chosen).run(image, mask, None, regions)[0]).all()
-    # A third of them for each kernel and instruction set, so that together every pair of kernel and step comes.
+    # A third of them for each kernel and instruction set; together they cover every pair of kernel and step.
     turn = ISAS.index(isa) + KERNELS.index(kernel)
     for number, (name, index) in enumerate(broken.items()):
         if (number + turn) % 3:

@@ -124,7 +124,7 @@ def test_tiles_exist_for_every_kind_of_step() -> None:
 
 @pytest.fixture(scope="module")
 def model() -> LGNet:
-    """Narrow, with weights of a size that keeps the features alive through all layers."""
+    """A narrow network with weights that keep features nonzero through all layers."""
     torch.manual_seed(0)
     model = LGNet(coarse_channels=16, local_channels=16, global_channels=16).eval().double()
     with torch.no_grad():
@@ -322,7 +322,7 @@ class TestOnGpu:
         expected = CudaExecutor.of(planned(model), device=torch.device("cuda")).run(image, mask)[0]
         for use_graphs in (False, True):
             executor = CudaExecutor.of(planned(model), device=torch.device("cuda"), overlap=True, graphs=use_graphs)
-            for _ in range(50):  # a missing wait shows now and then
+            for _ in range(50):  # a missing wait fails only sometimes
                 assert torch.equal(executor.run(image, mask)[0], expected)
 
     def test_steps_by_cudnn(self, model: LGNet) -> None:

@@ -1,4 +1,4 @@
-"""What the engine asks of an executor, and what an executor may leave out: with one that only takes notes."""
+"""The calls of the engine to an executor, recorded by a minimal executor, and its defaults."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CPU = torch.device("cpu")
 
 
 class Notes(Executor):
-    """Returns the picture, and remembers how it was asked."""
+    """Returns the picture, and records its calls."""
 
     def __init__(self, plan: Plan) -> None:
         self.plan = plan

@@ -103,7 +103,7 @@ def test_lpips_is_the_plain_formula(files, network, side, count):
 
 @pytest.mark.parametrize("network", ["alexnet", "vgg16"])
 def test_lpips_of_the_published_weights(network):
-    """Ten pairs beside figures of another implementation; where LGNET_FAST_LPIPS_WEIGHTS names the files' folder."""
+    """Ten pairs against figures of another implementation; LGNET_FAST_LPIPS_WEIGHTS names the folder of weights."""
     folder = os.environ.get("LGNET_FAST_LPIPS_WEIGHTS")
     if folder is None:
         pytest.skip("LGNET_FAST_LPIPS_WEIGHTS: a folder of lpips_alexnet_f16.npz and lpips_vgg16_f16.npz")

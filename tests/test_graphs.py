@@ -1,4 +1,4 @@
-"""What captures leave behind, on an emulation of torch.cuda: streams, the allocator, retries."""
+"""The state after captures, on an emulation of torch.cuda: streams, the allocator, retries."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ POOL = (0, 1)
 
 
 class FakeCuda:
-    """Streams, and a graph that replays what was launched while it was captured."""
+    """Streams, and a graph that replays the launches of its capture."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.current = self.user = FakeStream("the user's")

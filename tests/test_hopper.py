@@ -1,8 +1,8 @@
 """The convolution for Hopper without a GPU: a model of its index maps, its machine code, its launcher's errors.
 
-The model takes what the launcher gives the kernel and moves numbers as the hardware is documented to do: boxes of the
-tensor memory accelerator, the swizzle, mending of reflected borders, wgmma's matrix descriptors, the accumulator's
-layout, and the stores. Integers, so that sums are exact in any order.
+The model takes the arguments that the launcher gives to the kernel and emulates the documented hardware: boxes of the
+tensor memory accelerator, the swizzle, filling of reflected borders, wgmma's matrix descriptors, the accumulator's
+layout, and the stores. It uses integers, so that sums are exact in any order.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def swizzled(address):
 
 
 def load_box(memory, address, lines):
-    """What the TMA writes: lines [n, 64] of two bytes an element, one after another."""
+    """Write like the TMA: lines [n, 64] of two bytes per element, one after another."""
     at = swizzled(address + 128 * np.arange(len(lines))[:, None] + 2 * np.arange(64)[None, :])
     memory[at // 2] = lines
 
@@ -259,7 +259,7 @@ def test_netl_fills_the_chip():
 
 
 def test_arguments_match_the_kernel():
-    """Names and order of `Args`, and the limits both sides state."""
+    """Names and order of `Args`, and the limits, agree in C++ and Python."""
     text = SOURCE.read_text()
     body = re.search(r"struct Args \{(.*?)\};", text, re.S).group(1)
     body = re.sub(r"//[^\n]*", "", body)

@@ -1,4 +1,4 @@
-"""The kernels compiled for GPUs that are not here: a part of what `make aot` compiles, and what its report sees."""
+"""The kernels compiled for GPUs that this machine lacks: a part of `make aot`, and its report."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def training_jobs() -> list[aot.Job]:
 
 
 def split_jobs() -> list[aot.Job]:
-    """What adds partial results: the more multiprocessors a card has, the more of them, in little shared memory."""
+    """The kernels that add partial results: more multiprocessors mean more splits, in limited shared memory."""
     names = ("RTX 4090", "L40S", "RTX 5090", "RTX PRO 6000")
     works = [(CARDS[name], dtype) for name in names for dtype in ("float16", "tf32")]
     cases = [aot.attention_case(card, dtype, 1, 128, 64, "released") for card, dtype in works]
@@ -91,7 +91,7 @@ def test_kernels_compile_within_each_card(make: Any, wanted: set[str]) -> None:
 
 
 class DriverOfAnH100:
-    """What Triton asks its driver for when it binds a launch's arguments and compiles; nothing is launched."""
+    """The driver interface that Triton uses to bind arguments and compile; nothing is launched."""
 
     def get_current_target(self) -> GPUTarget:
         return GPUTarget("cuda", 90, 32)
@@ -104,7 +104,7 @@ class DriverOfAnH100:
 
 
 def test_launches_bind_as_triton_binds_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    """One launch of every kernel through Triton's own call, which treats nested tuples otherwise than `aot` does."""
+    """One launch of every kernel through Triton's call, which handles nested tuples differently from `aot`."""
     card = CARDS["H100"]
     cases = [aot.engine_case(card, "lgnet_demo", "float16", 1, restricted) for restricted in (False, True)]
     cases += [aot.inference_case(card, "float16", 1, 128, 64, variant) for variant in ("released", "paper")]
@@ -218,7 +218,7 @@ def test_kernels_have_few_parameters() -> None:
 
 
 def test_what_tuples_hold_is_in_the_signature() -> None:
-    """A map in NHWC: unit channel stride is a constant, the rows' stride is not there."""
+    """A map in NHWC: the unit channel stride is a constant, the stride of rows is None."""
     case = aot.attention_case(CARDS["H100"], "float16", 2, 128, 64, "released", True)
     (job,) = {job.kernel: job for job in aot.jobs([case]) if job.kernel == "_attn_prep_kernel"}.values()
     pointer, *strides = job.signature["features"]

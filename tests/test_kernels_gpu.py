@@ -290,7 +290,7 @@ def test_merge(dtype: torch.dtype, tanh: bool, shape: tuple[int, int, int]) -> N
 
 
 def test_stream_and_device() -> None:
-    """Launches go to the current stream, on the tensors' device whichever is current."""
+    """Launches go to the current stream of the tensors' device, whichever device is current."""
     device = torch.device("cuda", torch.cuda.device_count() - 1)
     features, weight, bias, _ = (x.to(device) for x in block_inputs((1, 128, 32, 32), torch.float16))
     with torch.cuda.device(0):

@@ -1,4 +1,4 @@
-"""Runs tests/interpreted in processes of their own: TRITON_INTERPRET must be set before triton is imported."""
+"""Runs tests/interpreted in separate processes, because TRITON_INTERPRET must be set before triton is imported."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def start(files: list[Path]) -> subprocess.Popen[str]:
 
 
 def test_kernels_in_the_interpreter() -> None:
-    """On two cores at a time, for the interpreter uses one."""
+    """In two processes, because the interpreter uses one core."""
     files = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"), key=lambda file: -file.stat().st_size)
     count = min(2, os.cpu_count() or 1)
     runs = [start(files[first::count]) for first in range(count)]

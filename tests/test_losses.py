@@ -43,7 +43,7 @@ def features(picture: torch.Tensor) -> list[torch.Tensor]:
 
 
 def stages_of(count: int, side: int = 16, batch: int = 2, dtype: torch.dtype = torch.float64):
-    """(stages, image, mask) with random pictures; the raw ones are leaves that want a gradient."""
+    """(stages, image, mask) with random pictures; the raw ones are leaves that require a gradient."""
     generator = torch.Generator().manual_seed(count)
 
     def picture() -> torch.Tensor:

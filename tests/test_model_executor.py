@@ -1,4 +1,4 @@
-"""The model behind the executors' interface: what `optimize` takes where no executor of the plan is faster."""
+"""The model as an executor: used by `optimize` where no executor of the plan is faster."""
 
 from __future__ import annotations
 
@@ -85,7 +85,7 @@ def test_other_sizes_and_float64() -> None:
     [("cuda", torch.channels_last), ("xpu", torch.channels_last), ("mps", torch.contiguous_format)],
 )
 def test_a_gpus_layout(device: str, layout: torch.memory_format, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Weights and every stage's input, as the device's convolutions want them."""
+    """Memory formats of weights and of every stage's input, which depend on the device."""
     moved: list[torch.device] = []
 
     def to(self: nn.Module, *args: object, **options: object) -> nn.Module:

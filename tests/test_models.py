@@ -258,7 +258,7 @@ def test_compiled_model_has_no_graph_break():
 
 @pytest.mark.once
 def test_import_is_quick_and_light():
-    """Under two seconds, and nothing that only some users need."""
+    """Importing takes under two seconds, and loads nothing that only some users need."""
     program = (
         "import sys, time; t = time.perf_counter(); import lgnet_fast; print(time.perf_counter() - t);"
         "heavy = ('PIL', 'huggingface_hub', 'typer', 'lgnet_fast._C', 'onnx', 'triton');"

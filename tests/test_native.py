@@ -1,4 +1,4 @@
-"""The kernels without Python: `tests/native/run.py`, and what it reads out of a disassembly."""
+"""The kernels without Python: `tests/native/run.py`, and its counts of a disassembly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The one way to call all compared networks, and what is published about them."""
+"""The adapter for all compared networks, and their published figures."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def test_published_facts(name):
     with torch.device("meta"):
         network = peer.constructor()
     assert sum(p.numel() for p in network.parameters()) == peer.parameters
-    # The paper's tool passes over RFR's partial convolutions and its one scalar.
+    # The paper's tool does not count RFR's partial convolutions and its one scalar.
     missed = 630_817 if name == "RFR" else 0
     assert round((peer.parameters - missed) / 1e6, 2) == peer.published[0]
 
@@ -30,7 +30,7 @@ def test_the_papers_claim_about_speed():
 
 
 class Recorder(nn.Module):
-    """Stands for a network: keeps what it is given, returns one colour."""
+    """Stands for a network: records its inputs, returns one colour."""
 
     def __init__(self, colour: float) -> None:
         super().__init__()

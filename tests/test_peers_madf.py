@@ -26,7 +26,7 @@ def test_names_and_parameters(network):
 
 
 def test_outputs_of_the_original(network):
-    """Through the adapter, which is thereby known to normalise and to mask as its authors do."""
+    """Through the adapter, which must normalise and mask like the authors' code."""
     picture, hole = example()
     image = 2 * picture - 1
     pictures, result = hooked("MADF", network, image, hole)

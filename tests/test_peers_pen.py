@@ -28,7 +28,7 @@ def test_names_and_parameters(network):
 
 
 def test_outputs_of_the_original(network):
-    """Through the adapter, which is thereby known to feed the network as its authors do."""
+    """Through the adapter, which must prepare inputs like the authors' code."""
     picture, hole = example()
     image = 2 * picture - 1
     (pyramid, output), result = hooked("PEN", network, image, hole)

@@ -273,8 +273,8 @@ def test_the_picture_is_searched_for_holes_once(pipe, monkeypatch):
 
 
 def test_few_small_holes_of_a_large_picture_take_little_memory(pipe):
-    """Beyond the samples, and the copy that is given back: less than their bytes again, once a pixel for the hole,
-    twice where its edge is soft, and four for that edge while it is made."""
+    """Peak memory besides the samples and the returned copy: less than the bytes of the samples, plus one byte per
+    pixel for the hole, two with a soft edge, and four while that edge is made."""
     import tracemalloc
 
     picture = np.zeros((2160, 3840, 3), np.uint8)

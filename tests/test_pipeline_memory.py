@@ -1,4 +1,4 @@
-"""The estimate before a run against what a run really takes, and what happens when it does not fit."""
+"""The estimate before a run against the measured memory, and errors where it does not fit."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ print(status("VmHWM") - before, pipe.estimate_memory(side, side, "full"))
 """
 
 
-# What glibc's heap may take over the live tensors: holes between freed blocks, which vary from run to run.
+# Fragmentation of glibc's heap on top of live tensors, which varies from run to run.
 HEAP = 1.6
 
 
@@ -56,7 +56,8 @@ def test_estimate_bounds_what_a_run_takes(width, side, backend, slack):
     done = subprocess.run(
         [sys.executable, "-c", MEASURE, str(width), str(side), backend],
         cwd=root,
-        # A fixed threshold makes every tensor a mapping of its own, returned when freed: the peak is what was live.
+        # With a fixed threshold every tensor is a separate mapping, returned when freed, so the peak is that of live
+        # tensors.
         env={**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"},
         capture_output=True,
         text=True,

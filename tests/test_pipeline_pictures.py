@@ -58,7 +58,7 @@ def test_mode_alpha_and_known_pixels_are_kept(pipe, mode):
     assert result.mode == mode
     assert result.size == picture.size
     np.testing.assert_array_equal(after[~HOLE], before[~HOLE])
-    np.testing.assert_array_equal(np.asarray(picture), before)  # the caller's picture is left alone
+    np.testing.assert_array_equal(np.asarray(picture), before)  # the picture of the caller is unchanged
     if mode in ("LA", "RGBA"):
         np.testing.assert_array_equal(after[..., -1], before[..., -1])
     assert (after[HOLE] != before[HOLE]).any()

@@ -1,4 +1,4 @@
-"""Windows, tiles, padding and blending: where the network looks, and that every hole pixel is filled."""
+"""Windows, tiles, padding and blending: inputs of the network, and every hole pixel is filled."""
 
 from __future__ import annotations
 

@@ -156,7 +156,7 @@ def test_restricted_plan_gives_the_dense_pixels(model, seed):
     executor = TorchExecutor(plan)
     with torch.no_grad():
         dense, _ = executor.run(image, mask)
-        # Everything that was not computed is NaN, so too small a region cannot go unnoticed.
+        # Values that were not computed are NaN, so a region that is too small fails the test.
         sparse, raw = executor.run(image, mask, regions=[s.regions for s in restricted.steps])
     assert_accurate("sparse", sparse, dense)
     assert torch.isnan(raw[0]).any()
@@ -244,7 +244,7 @@ def test_reads_is_also_exactly_what_a_transposed_convolution_reads(kernel, pad, 
     ids=str,
 )
 def test_phases_and_axes_are_the_convolution(geometry):
-    """Summed over phases as the CPU's kernels take them, and over the axes of the GPU's, along one axis."""
+    """Sums over the phases of the CPU's kernels, and over those of the GPU's, along one axis."""
     size, rng = 9, np.random.default_rng(0)
     source, taps = torch.from_numpy(rng.normal(size=size)), torch.from_numpy(rng.normal(size=geometry.kernel))
     operator = nn.functional.conv_transpose1d if geometry.transposed else nn.functional.conv1d

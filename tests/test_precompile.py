@@ -1,6 +1,6 @@
-"""Launches compiled in other processes: which are distinct, what travels, and what a failure says.
+"""Launches compiled in other processes: which are distinct, what is sent, and errors.
 
-Without a GPU every compiling process refuses at once, which the caller must survive.
+Without a GPU every compiling process fails at once, which the caller must handle.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The recipes of docs/contributing.md: their files exist, and following them on a copy of the tree works.
 
-tests/recipes/NAME is a change as its recipe asks for it: new files in their places, and `edits.json`.
+tests/recipes/NAME is a change that follows a recipe: new files in their places, and `edits.json`.
 """
 
 from __future__ import annotations

@@ -239,7 +239,7 @@ def test_rounds_are_added(monkeypatch, enough, patience, expected):
 
 def test_a_real_op_slowed_is_caught(monkeypatch):
     """The attention block in C++ against eager; then its kernel runs twice a call."""
-    monkeypatch.setattr("bench.timing.clock", time.process_time)  # whatever else this machine does
+    monkeypatch.setattr("bench.timing.clock", time.process_time)  # independent of the load of the machine
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     features, weight, bias = torch.randn(1, 64, 32, 32), torch.randn(64, 128, 1, 1) / 8, torch.zeros(64)
@@ -294,7 +294,7 @@ def test_command(tmp_path, monkeypatch):
     results = tmp_path / "results"
     monkeypatch.setattr(timing, "clock", time.process_time)
     monkeypatch.setattr("bench.conftest.SMOKE", False)
-    kept = []  # the tests that follow in this process are to have the C library as it comes
+    kept = []  # later tests in this process must have the C library's defaults
     monkeypatch.setattr("bench.conftest.keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr("bench.conftest.copy_rate", lambda: 40.0)
 
@@ -356,7 +356,7 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc can be told to keep freed memory")
 def test_freed_memory_is_kept():
-    """64 MiB time and again: new pages every time, or at first only."""
+    """Allocate 64 MiB repeatedly: new pages every time, or only at first."""
     new = {
         how: int(subprocess.run([sys.executable, "-c", FAULTS, how], capture_output=True, text=True, cwd=ROOT).stdout)
         for how in ("as it comes", "keep")

@@ -1,4 +1,4 @@
-"""The report: what it says for given results, in HTML and Markdown, and the README's pictures."""
+"""The report for given results, in HTML and Markdown, and the README's pictures."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make gpu`'s order and shares, and its log: what was measured is on disk though the run is killed."""
+"""Order and time shares of `make gpu`, and its log: measurements are on disk even if the run is killed."""
 
 from __future__ import annotations
 

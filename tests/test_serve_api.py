@@ -45,13 +45,13 @@ def client(server) -> Iterator[httpx.Client]:
 
 @pytest.fixture(scope="module")
 def expected() -> np.ndarray:
-    """What the pipeline makes of PICTURE and HOLE."""
+    """The pipeline's result for PICTURE and HOLE."""
     return np.asarray(Inpainter.from_pretrained(None)(PICTURE, HOLE))
 
 
 # -- clients of other tools -----------------------------------------------------------------------------------------
 
-# As IOPaint's page sends it, two names misspelt.
+# The body that IOPaint's page sends, with two misspelt names.
 IOPAINT_PAGE = {
     "ldm_steps": 30, "ldm_sampler": "ddim", "zits_wireframe": True, "cv2_flag": "INPAINT_NS", "cv2_radius": 5,
     "hd_strategy": "Crop", "hd_strategy_crop_triger_size": 640, "hd_strategy_crop_margin": 128,

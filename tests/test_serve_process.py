@@ -75,7 +75,7 @@ def test_eight_clients_get_what_each_would_get_alone(server):
     assert server.end() == 0
 
 
-@pytest.mark.parametrize("server", [("--grace", "600")], indirect=True)  # however slow this machine is
+@pytest.mark.parametrize("server", [("--grace", "600")], indirect=True)  # also on a slow machine
 def test_sigterm_answers_or_refuses_every_request(server):
     body, picture, mask = _requests()[0]
     expected = np.asarray(Inpainter.from_pretrained(None)(picture, mask))
@@ -114,7 +114,7 @@ def test_sigterm_answers_or_refuses_every_request(server):
     while statuses[503] < 6:
         assert time.monotonic() < deadline, statuses
         time.sleep(0.02)
-    server.process.send_signal(signal.SIGTERM)  # a second one does not wait for the grace to end
+    server.process.send_signal(signal.SIGTERM)  # a second signal ends the grace period
     assert server.process.wait(60) == 0
     ended.set()
     for thread in threads:

@@ -1,4 +1,4 @@
-"""Checkpoints: all of the state, whole or not at all; killed runs go on bit by bit where they were."""
+"""Checkpoints: complete state, atomic files; killed runs continue with bitwise equal results."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ from lgnet_fast.training.checkpoints import (
 )
 from tests.training_support import assert_same, tiny_config, tiny_settings, write_pictures
 
-# Forked, not started anew: importing PyTorch thirty times would take longer than all the training. One thread, and
-# nothing has been differentiated before the fork, so that no thread is lost by it.
+# Forked, because importing PyTorch thirty times would take longer than all the training. One thread, and no backward
+# pass before the fork, so that no thread is lost.
 KILLER = """
 import json, os, random, signal, sys, time
 import torch
@@ -140,7 +140,7 @@ def test_twenty_steps_equal_ten_and_ten(pictures, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         half.fit()
     assert half.checkpoints.steps() == [10]
-    random.random(), np.random.default_rng(), torch.rand(3)  # somebody else draws in between
+    random.random(), np.random.default_rng(), torch.rand(3)  # other code draws random numbers in between
     rest = trainer("halves")
     rest.fit(resume=True)
     assert_same(final(tmp_path / "halves", 20), final(tmp_path / "whole", 20))
@@ -278,7 +278,7 @@ def test_what_cannot_be_resumed(pictures, tmp_path):
     state = load_checkpoint(CheckpointFolder(run / "checkpoints", 3).path(1))
     with pytest.raises(TrainingError, match="written by 2 processes, now there are 1"):
         Trainer(tiny_config(pictures, run)).restore(state | {"processes": 2})
-    # An average that a run begins later begins at the weights.
+    # An average that is started later starts from the weights.
     late = Trainer(tiny_config(pictures, run, optim={"ema": 0.9}))
     late.restore(state)
     assert_same(dict(late.average.state), dict(late.network.state_dict()))

@@ -1,4 +1,4 @@
-"""Training data: every source and protocol, the same samples whoever reads them, broken files passed over."""
+"""Training data: every source and protocol, samples independent of the reader, damaged files skipped."""
 
 from __future__ import annotations
 

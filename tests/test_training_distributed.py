@@ -21,7 +21,7 @@ ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 
 
 def settings(pictures, held_out, run, batch_size, **run_options):
-    """Float64 with frozen BatchNorm: what else is summed over a batch does not mind how it is split."""
+    """Float64 with frozen BatchNorm, so that sums over a batch do not depend on its split."""
     changed = tiny_settings(pictures, run)
     changed["model"] = {"factory": "tests.training_support:lively_model", "freeze_batchnorm": True}
     changed["data"]["validation"] = str(held_out)
@@ -66,7 +66,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         for name in two.keys() - {"kind", "step"}:
             worst = max(worst, abs(two[name] / single[name] - 1))
     assert worst < 1e-5
-    # The networks answer to what they see, and learn: otherwise nothing would have been compared.
+    # The networks depend on their input, and learn; otherwise the comparison would be empty.
     assert max(line["tv3"] for line in b) > 1e-3
     assert all(x["hole3"] != y["hole3"] for x, y in zip(b, b[3:]))
     for two, single in zip(log(tmp_path / "two", "validation"), log(tmp_path / "one", "validation"), strict=True):
@@ -76,6 +76,6 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     states = [load_checkpoint(CheckpointFolder(tmp_path / n / "checkpoints", 3).path(STEPS)) for n in ("two", "one")]
     for part in ("network", "discriminator"):
         for name, value in states[0][part].items():
-            # Adam divides by the root of the square: where a gradient is next to nothing, its rounding shows.
+            # Adam divides by the root of the squared gradient, so the rounding of tiny gradients matters.
             assert torch.allclose(value, states[1][part][name], rtol=1e-5, atol=1e-6), name
     assert [len(state["random"]) for state in states] == [2, 1]

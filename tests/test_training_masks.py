@@ -1,4 +1,4 @@
-"""Generated holes keep their class and their seed's promise; folders of masks in the field's layouts."""
+"""Generated holes are within their class and follow their seed; folders of masks in common layouts."""
 
 from __future__ import annotations
 

@@ -179,7 +179,7 @@ def test_accumulated_halves_equal_the_whole_batch(pictures, tmp_path):
     image, mask = batch(2, dtype=torch.float64)["image"], batch(2, dtype=torch.float64)["mask"]
     for trainer in (whole, halves):
         trainer.training_mode()
-    # The discriminator's power iteration goes once a pass: from its fixed point on, passes are alike.
+    # The discriminator does one power iteration per pass; from its fixed point on, passes are equal.
     for trainer in (whole, halves):
         with torch.no_grad():
             for _ in range(300):
@@ -190,7 +190,7 @@ def test_accumulated_halves_equal_the_whole_batch(pictures, tmp_path):
     second = halves.train_step(parts)
     assert first.keys() == second.keys()
     for name in first:
-        # In the first half the generators meet the discriminator before its step.
+        # In the first half, the generators' loss uses the discriminator before its step.
         tolerance = 1e-2 if name in ("G", "G_adv") else 1e-9
         assert second[name].item() == pytest.approx(first[name].item(), rel=tolerance), name
     for (name, a), b in zip(whole.discriminator.named_parameters(), halves.discriminator.parameters(), strict=True):
@@ -509,7 +509,7 @@ def test_schedules_by_progress(schedule, expected):
 
 
 def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path, monkeypatch):
-    clock = itertools.count()  # a second passes with every look at it
+    clock = itertools.count()  # every reading of the clock adds a second
     monkeypatch.setattr("lgnet_fast.training.trainer.time", SimpleNamespace(monotonic=lambda: float(next(clock))))
     config = tiny_config(
         pictures, tmp_path / "run", optim={"steps": 100_000, "max_minutes": 0.2, "schedule": "linear"}
@@ -593,7 +593,7 @@ def test_whatever_stands_in_a_configuration_is_a_configuration_error(tmp_path, t
 
 
 def test_a_picture_that_is_met_often_counts_once(pictures, tmp_path, capsys):
-    """Whatever the reason says each time."""
+    """For every text of the reason."""
     trainer = Trainer(tiny_config(pictures, tmp_path / "run"))
     for number in range(3):
         trainer._note_broken([{"broken": [("a.png", f"reason {number}"), ("b: c.png", f"at 0x{number}")]}])

@@ -1,4 +1,4 @@
-"""Loading and saving weights: the authors' files, safetensors, and what must be refused."""
+"""Loading and saving weights: the authors' files, safetensors, and files that must be rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`make wheel`: the wheel and the sdist, installed into an environment of their own, fill a picture."""
+"""`make wheel`: the wheel and the sdist, installed into a separate environment, fill a picture."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def dist(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def clean_environment(folder: Path) -> Path:
-    """An environment that sees this one's packages, except lgnet_fast; returns its Python.
+    """An environment with this one's packages, except lgnet_fast; returns its Python.
 
     Python searches the folders that a .pth file names, but does not read .pth files inside them, such as that of an
     editable install.

@@ -1,4 +1,4 @@
-"""What the training tests share: small pictures, and a configuration of a network as small as they come."""
+"""Shared by the training tests: small pictures, and the configuration of a very small network."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def tiny_config(pictures: Path, directory: Path, **changes: dict[str, Any]) -> T
 
 
 def lively_model() -> LGNet:
-    """A tiny network whose activations keep their size without BatchNorm's help."""
+    """A tiny network with activations of constant size, without BatchNorm."""
     model = create_model("lgnet_demo", **TINY, backend="eager")
     for module in model.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.ConvTranspose2d)):

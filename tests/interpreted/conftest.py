@@ -1,4 +1,4 @@
-"""Nothing here is collected unless Triton runs interpreted, which must be decided before it is imported."""
+"""Collects these tests only with TRITON_INTERPRET=1, which must be set before triton is imported."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if os.environ.get("TRITON_INTERPRET") != "1":
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
-    """torch.empty gives NaN, so that what a kernel leaves unwritten shows."""
+    """torch.empty gives NaN, so that unwritten values are detected."""
     torch.use_deterministic_algorithms(True)
     yield
     torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""What the kernel tests compare with: inputs, and the results of eager PyTorch."""
+"""Inputs of the kernel tests, and the results of eager PyTorch for comparison."""
 
 from __future__ import annotations
 

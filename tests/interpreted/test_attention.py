@@ -35,12 +35,12 @@ def check_attention(features: Tensor, variant: str, grad: Tensor | None = None) 
     exact = attention_results(features, variant, grad, torch.float64)
     eager = attention_results(features, variant, grad, features.dtype)
     assert_accurate("attended", attended, exact[0], eager[0])
-    # large scores give one winner a row, whose <grad, value> cancels against <grad, attended>
+    # with large scores one key wins per row, and its <grad, value> cancels against <grad, attended>
     cancelling = grad.abs().max().item() if features.numel() and features.abs().max() > 1e3 else 0.0
     assert_accurate("dF", df, exact[1], eager[1], terms=cancelling)
     q, k, _ = (x.flatten(2) for x in query_key_value(features.double(), variant))
     scores = q.transpose(1, 2) @ k
-    # by the rounding of q and k, which the scores are a sum of
+    # by the rounding of q and k, from which the scores are summed
     eps = torch.finfo(features.dtype).eps
     terms = max(1.0, scores.abs().max().item())
     lse = stats[0].double() + stats[1].double().log()
@@ -303,7 +303,7 @@ def test_num_splits() -> None:
 @pytest.mark.parametrize("variant", VARIANTS)
 @pytest.mark.parametrize("shape", [(2, 24, 5, 7), (1, 96, 8, 8), (1, 320, 4, 5)], ids=str)
 def test_inference(shape: tuple[int, ...], variant: str, dtype: torch.dtype, num_sms: int) -> None:
-    """Columns and keys cut, an activation at the end, into a slice of a wider map of any layout."""
+    """With splits of columns and keys, an activation, and a slice of a wider map of any layout as output."""
     channels = shape[1]
     features = normal(*shape, dtype=dtype)
     weight = (normal(channels, 2 * channels, 1, 1, seed=1) / channels**0.5).to(dtype)

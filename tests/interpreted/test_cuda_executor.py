@@ -129,7 +129,7 @@ def test_regions() -> None:
     restricted = plan.restricted([Rect(3, 12, 5, 14)])
     executor.memory.arena.fill_(torch.nan)
     result, raw = executor.run(image, mask, None, [s.regions for s in restricted.steps])
-    # block shapes, so the order of sums, differ between the two
+    # block shapes, and so the order of sums, differ between the two
     assert_accurate("result", result, dense, roundings=2**8)
     hole = (mask != 0).expand_as(image)
     for a, b in zip(raw, dense_raw):

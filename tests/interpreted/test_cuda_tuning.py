@@ -1,4 +1,4 @@
-"""Tuning for a GPU, with the kernels in Triton's interpreter and a clock that says what it is told."""
+"""Tuning for a GPU, with the kernels in Triton's interpreter and a fake clock."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def plan() -> Plan:
 
 @pytest.fixture(scope="module")
 def short(plan: Plan) -> Plan:
-    """Two convolutions and the attention block of it: a tuning's results need no picture."""
+    """Two convolutions and the attention block of the plan, because tuning needs no picture."""
     steps = tuple(s for s in plan.steps if s.name in ("u.block", "u.attention", "u.d1"))
     used = {PICTURE, *(v.buffer for s in steps for v in (s.source, *(store.view for store in s.stores)))}
     return replace(plan, steps=steps, buffers={name: b for name, b in plan.buffers.items() if name in used})
 
 
 class FakeTimer(Timer):
-    """Nothing is compiled; a launch takes what `cost` says of its tile (cuDNN: None), a whole run `runs` in turn."""
+    """Compiles nothing; a launch takes `cost` of its tile (cuDNN: None), whole runs take the values of `runs`."""
 
     def __init__(
         self, cost: Callable[[Tile | None], float], runs: Sequence[float] = (3.0, 2.0), hopper_us: float = 1e3
@@ -179,7 +179,7 @@ def test_an_interrupted_tuning_keeps_what_it_found(short: Plan, monkeypatch: pyt
 
 
 def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where it is the fastest it is kept, and runs in the next process; not for steps that it cannot compute."""
+    """If it is the fastest, it is kept and runs in the next process, except for steps that it cannot compute."""
     tile = HopperTile(4, 2)
     ran: list[HopperTile] = []
     block = next(step for step in short.steps if step.name == "u.block")
@@ -243,7 +243,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("shared")
 @pytest.mark.parametrize(("with_us", "rows"), [(1.9, 64), (1.97, 0)])
 def test_deep_layers_share_a_launch_where_the_whole_gains(short: Plan, with_us: float, rows: int) -> None:
-    """By two percent at least; that plan only."""
+    """If the gain is at least two percent, and only for this plan."""
 
     class DeepTimer(FakeTimer):
         def time(self, launches: Sequence[Callable[[], None]]) -> float:

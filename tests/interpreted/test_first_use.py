@@ -22,7 +22,7 @@ from tests.interpreted.rules import normal
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Triton is what "auto" takes, nothing is known yet."""
+    """ "auto" takes Triton, and there are no verdicts yet."""
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
     monkeypatch.setattr(cache, "_known", {})
     monkeypatch.setattr(dispatch, "CANDIDATES", {"cpu": "triton"})
@@ -133,7 +133,7 @@ def test_a_wrong_forward_ends_in_eager(
     assert ops.calls() == {("attention_block", "eager"): 2}
     (warning,) = warnings(caplog)
     assert warning.startswith("attention_block released, up to 16 channels, without gradient runs in eager PyTorch")
-    # a later process knows, and says so
+    # a later process finds the verdict, and reports it
     monkeypatch.setattr(first_use, "_verdicts", {})
     monkeypatch.setattr(cache, "_known", {})
     checks = count_checks(monkeypatch)

@@ -1,5 +1,5 @@
-"""Faults injected into the engine's kernels, launches and captures: each must end in the right picture, one warning
-and a verdict; and without a fault the kernels and the graph must really run."""
+"""Faults injected into the engine's kernels, launches and captures. Each must give the right picture, one warning and
+a verdict; without faults the kernels and the graph must run."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class FakeGraph:
 
 
 class Model:
-    """In the model's place, for a plan that belongs to none: the plan in plain PyTorch."""
+    """The plan in plain PyTorch, in place of a model, for a plan without one."""
 
     plan: Plan
     made = 0
@@ -147,7 +147,7 @@ def test_kernels_and_graph_run_where_the_check_passes(
     assert_right(plan, executor, dtype)
     assert FakeGraph.replays == before + 1
     assert attentions == [1]
-    # a graph holds the launchers as they were, so what was counted here is what is looked up at each call
+    # a graph keeps the original launchers, so this counts launches that are looked up at each call
     assert convolutions[0] in (0, len(plan.steps) - 1)
     assert type(executor.executor) is CudaExecutor
     assert set(executor.choices.values()) & {"cudnn", "torch"} == set()
@@ -234,7 +234,7 @@ def test_convolutions_that_fail_are_run_by_pytorch(
     assert verdict.reason in warning
     ran = attentions[0]
     assert_right(plan, executor)
-    assert attentions[0] == ran + 1  # what does not fail still runs by its kernel
+    assert attentions[0] == ran + 1  # steps that do not fail still use their kernels
     (entry,) = cache.entries(cache.VERDICTS)
     assert verified.Verdict.from_dict(entry.value) == verdict
 
@@ -326,7 +326,7 @@ def test_capture_that_fails(plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog:
     assert "not permitted" in (verdict.reason or "")
     assert len(warnings(caplog)) == 1
     assert_right(plan, executor)
-    # it is the moment's fault until shown otherwise
+    # it counts as transient until it is repeated
     monkeypatch.setattr(graphs, "capture", good)
     monkeypatch.setattr(cache, "_known", {})
     assert decide(plan)[1].runs == "graph"
@@ -381,7 +381,7 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
     (warning,) = warnings(caplog)
     assert "not the hole alone" in warning
     assert "OutOfResources" in warning
-    # now nothing launches: first the graph goes, then the kernels
+    # now no launch works: first the graph is dropped, then the kernels
     caplog.clear()
     monkeypatch.setattr(conv_kernels, "conv_forward", FAULTS["out of resources"](original))
     monkeypatch.setattr(FakeGraph, "replay", FAULTS["runtime"](None))

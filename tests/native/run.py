@@ -4,9 +4,8 @@
     python tests/native/run.py --arm    for 64-bit Arm: cross-compiled, run under an emulator; the instructions of the
                                         register blocks' inner loops are counted too (`make test-arm`)
 
-Objects stay in build/native-* and are compiled again only where a source or header is newer. MAX_JOBS bounds the
-jobs.
-Emulated runs show that results are right; they say nothing about speed.
+Objects stay in build/native-* and are compiled again only if a source or header is newer. MAX_JOBS limits the number
+of jobs. Emulated runs check results, not speed.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 BINDINGS = ("module", "program_bindings")
-# GCC 12 warns thousands of times about undefined values in its AVX-512 header, which it means to be undefined.
+# GCC 12 warns thousands of times about intentionally undefined values in its AVX-512 header.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
 # Program of Debian and Ubuntu -> its package.
 ARM_TOOLS = {
@@ -30,7 +29,7 @@ ARM_TOOLS = {
     "aarch64-linux-gnu-objdump": "binutils-aarch64-linux-gnu",
     "qemu-aarch64": "qemu-user",
 }
-# The functions whose inner loops are counted, and the least part of products in them.
+# Functions with counted inner loops, and the least share of products in them.
 BLOCKS = ("conv_block<6>", "score_block", "value_block")
 LEAST_PRODUCTS = 0.85
 LEAST_REGISTERS = 31  # of 32
@@ -98,7 +97,7 @@ def check_blocks(disassembly: str, classes: tuple[str, ...]) -> list[str]:
 
 
 def missing_tools() -> str | None:
-    """What must be installed for --arm, in one sentence; None where all is there."""
+    """What must be installed for --arm, in one sentence; None where nothing is missing."""
     packages = [package for tool, package in ARM_TOOLS.items() if shutil.which(tool) is None]
     return f"test-arm needs: apt-get install {' '.join(packages)}" if packages else None
 
@@ -133,7 +132,7 @@ def host_compiler() -> list[str]:
 
 
 def run_all(command: list[str]) -> bool:
-    """Runs the program for every instruction set that it lists; whether all checks passed."""
+    """Runs the program for every instruction set that it lists; returns whether all checks passed."""
     names = subprocess.run([*command, "list"], capture_output=True, text=True, check=True).stdout.split()
     return all([subprocess.run([*command, name], check=False).returncode == 0 for name in names])
 
