@@ -1,8 +1,8 @@
 // Types that every file of csrc shares: strided views of tensors, their element types, aligned scratch, errors.
 //
-// This header and common.cpp are compiled for the baseline instruction set only. Code for wider instruction sets
-// lives in isa_*.cpp, in a namespace of its own, so that the linker can never pick an AVX-512 copy of an inline
-// function for a CPU without it.
+// This header and common.cpp are compiled for the baseline instruction set only. Code for wider instruction sets is
+// in isa_*.cpp, each in a separate namespace, so that the linker cannot pick an AVX-512 copy of an inline function
+// for a CPU without it.
 #pragma once
 
 #include <array>
@@ -25,9 +25,9 @@ struct View {
   int64_t stride[4] = {0, 0, 0, 0};
 
   explicit operator bool() const { return data != nullptr; }
-  // Positions of one channel lie one after another in memory.
+  // Positions of one channel are adjacent in memory.
   bool dense_plane() const { return (stride[3] == 1 || size[3] == 1) && (stride[2] == size[3] || size[2] == 1); }
-  // Channels [first, first + count), as far as there are any.
+  // Channels [first, first + count), up to the last channel.
   View channels(int64_t first, int64_t count) const;
   // Row (b, c, y) of a float32 view; its elements are stride[3] apart.
   float* row(int64_t b, int64_t c, int64_t y) const;
@@ -36,7 +36,7 @@ struct View {
 int64_t element_size(DType dtype);
 const char* dtype_name(DType dtype);
 
-// Unpacks and checks one argument; `optional` lets a null address through as an empty View.
+// Unpacks and checks one argument; with `optional`, a null address gives an empty View.
 View make_view(const char* function, const char* name, const TensorArg& arg, bool optional = false);
 // Raises std::invalid_argument "<function>: <name>: expected <expected>, got <got>".
 [[noreturn]] void fail(const char* function, const char* name, const std::string& expected, const std::string& got);
@@ -51,7 +51,7 @@ void load_rows(const View& view, int64_t b, int64_t p0, int64_t count, T* rows, 
 template <class T>
 void store_rows(const View& view, int64_t b, int64_t p0, int64_t count, const T* rows, int64_t ld);
 
-// Uninitialised memory aligned to cache lines. Large pages of it cost nothing until they are touched.
+// Uninitialised memory aligned to cache lines. Its pages take no memory until they are used.
 template <class T>
 class Buffer {
  public:

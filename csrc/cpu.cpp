@@ -29,7 +29,7 @@ bool saves_registers(uint64_t state) {
   uint32_t low = 0, high = 0;
   __asm__("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
 #if defined(__APPLE__)
-  state &= kAvxState;  // macOS saves AVX-512's registers from a thread's first use of them on, and says so only then
+  state &= kAvxState;  // macOS saves AVX-512 registers only after a thread's first use, and reports it only then
 #endif
   return (((static_cast<uint64_t>(high) << 32) | low) & state) == state;
 }

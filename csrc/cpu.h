@@ -1,4 +1,5 @@
-// Features of the processor, by its own instructions: compilers' run-time libraries differ, and clang-cl links none.
+// Features of the processor, read by its instructions, because compilers' run-time libraries differ and clang-cl
+// links none.
 #pragma once
 
 #include <cstdint>
@@ -25,7 +26,7 @@ bool cpu_has(CpuBit first, Bits... others) {
   return cpu_has(first) && cpu_has(others...);
 }
 
-// Bits of XCR0: register files that the operating system saves when it changes threads.
+// Bits of XCR0: register files that the operating system saves at a thread switch.
 constexpr uint64_t kAvxState = 0x6, kAvx512State = 0xe6;
 bool saves_registers(uint64_t state);
 

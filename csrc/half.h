@@ -24,7 +24,7 @@ static inline bf16 to_bf16(float value) {
   uint32_t bits;
   std::memcpy(&bits, &value, 4);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  // Rounding could carry a NaN's payload into the sign: a NaN becomes the quiet NaN.
+  // Rounding could carry the payload of a NaN into the sign, so a NaN becomes the quiet NaN.
   return bf16{static_cast<uint16_t>((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded)};
 }
 

@@ -1,4 +1,4 @@
-// See isa.h. The CPU is asked once.
+// See isa.h. The CPU's features are read once.
 #include "isa.h"
 
 #include <atomic>

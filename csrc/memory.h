@@ -1,4 +1,4 @@
-// Large blocks of memory: pages from the system, and what is given back to it.
+// Large blocks of memory: pages from the system, and returning memory to it.
 #pragma once
 
 #include <cstdint>
@@ -6,8 +6,8 @@
 
 namespace lgnet {
 
-// Uninitialised memory on large pages. On Linux it comes from the system and returns there: the first run of a
-// program enlarges its scratch from step to step, and an allocator would keep every block that was outgrown.
+// Uninitialised memory on large pages. On Linux it is taken from the system and returned to it, because the first run
+// of a program enlarges its scratch from step to step, and an allocator would keep all the smaller blocks.
 class Pages {
  public:
   Pages() = default;
@@ -29,10 +29,10 @@ class Pages {
   char* data_ = nullptr;
 };
 
-// Asks for large pages, where the system has them: weights are read from end to end in every run.
+// Asks for large pages, where the system has them, because every run reads all weights.
 void advise_large_pages(uint64_t address, uint64_t bytes);
 
-// Gives freed memory that the allocator keeps for later back to the system: hundreds of MB once a model is gone.
+// Returns freed memory that the allocator keeps to the system: hundreds of MB after a model is deleted.
 void release_free_memory();
 
 }  // namespace lgnet

@@ -1,16 +1,17 @@
-// merge-and-concat, the step between LGNet's stages, and merge, its last step.
+// merge_concat, between the stages of LGNet, and merge, after the last one.
 //
 //   out[b, 0:3] = image * (1 - mask) + o * mask        o = output, or tanh(output) with the stage's last tanh fused
 //   out[b, 3]   = mask                                 (concat only)
 //
 // image, output [B, 3, H, W], mask [B, 1, H, W], out [B, 4 or 3, H, W], any strides, one element type; arithmetic in
-// float32 (float64 for float64). Bound by memory: 7 planes read, 4 written, 11 * B * H * W * itemsize bytes.
+// float32 (float64 for float64). Bound by memory bandwidth: 7 planes read, 4 written, 11 * B * H * W * itemsize
+// bytes.
 //
-// Where the output is larger than the caches, plain stores would first read each line they overwrite (15 planes
-// instead of 11), so it is written past the caches by non-temporal stores. All seven planes of a run advance
-// together, a page or so at a time, which keeps the number of hardware streams at 11.
+// An output larger than the caches is written by non-temporal stores, because plain stores would first read each line
+// that they overwrite (15 planes instead of 11). All planes of a run advance together, about a page at a time, so
+// that there are 11 hardware streams.
 //
-// Backward, for gradient g of out (only the wanted ones are computed and written):
+// Backward, for gradient g of out (only the requested gradients are computed and written):
 //   d image = g (1 - mask)     d output = g mask (1 - o^2 if tanh)     d mask = sum_c g_c (o_c - image_c) + g_3
 #include "merge_concat.h"
 
@@ -37,10 +38,10 @@ template <class Run>
 void for_runs(const View& image, bool flat, int64_t threads, Run run) {
   const int64_t rows = flat ? 1 : image.size[2], length = flat ? image.size[2] * image.size[3] : image.size[3];
   const int64_t pieces = ceil_div(length, kPositionsPerRun);
-  // Short rows go together into one task, or handing them out would cost more than their work.
+  // Short rows are joined to one task, because scheduling them would cost more than their work.
   const int64_t bundle = std::max<int64_t>(1, kPositionsPerRun / std::max<int64_t>(1, length));
   const int64_t bundles = ceil_div(rows, bundle);
-  // Waking a thread costs more than this little work.
+  // Waking a thread costs more than so little work.
   if (image.size[0] * rows * length <= kPositionsPerRun) threads = 1;
   parallel_for(threads, image.size[0] * bundles * pieces, [&](int64_t task, int64_t) {
     const int64_t b = task / (bundles * pieces), y0 = task / pieces % bundles * bundle;

@@ -1,12 +1,12 @@
-// What merge_concat.cpp (checks, scheduling) and merge_concat_kernels.h (arithmetic, once per instruction set) share.
+// Shared by merge_concat.cpp (checks, scheduling) and merge_concat_kernels.h (arithmetic, once per instruction set).
 #pragma once
 
 #include "common.h"
 
 namespace lgnet {
 
-// One run of `count` positions of one batch item; the pointers are those of the run's first element, the strides in
-// elements. Null gradients are not wanted.
+// One run of `count` positions of one batch item. Pointers are to the first element of the run, strides are in
+// elements. Gradients with a null pointer are not computed.
 struct MergeRun {
   const char *image, *output, *mask, *grad;
   char *out, *grad_image, *grad_output, *grad_mask;

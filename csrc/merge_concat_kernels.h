@@ -4,7 +4,7 @@
 namespace lgnet {
 namespace LGNET_ISA {
 
-// S is the tensors' element type, V::T the type computed in.
+// S is the element type of the tensors, V::T the type of the arithmetic.
 template <class V, class S>
 struct Merge {
   using T = typename V::T;
@@ -23,7 +23,7 @@ struct Merge {
     for (int64_t t = 0; t < count; ++t) p[t * step] = lane[t];
   }
 
-  // How elements are reached: adjacent whole vectors, or one by one (strides, and the ends of runs).
+  // Access to elements: whole vectors of adjacent ones, or one by one (for strides, and at the ends of runs).
   struct Adjacent {
     static LGNET_INLINE Reg load(const S* p, int64_t, int64_t) { return V::load(p); }
     static LGNET_INLINE void store(S* p, int64_t, int64_t, Reg value) { V::store(p, value); }
@@ -57,7 +57,7 @@ struct Merge {
   static void forward_run(const MergeRun& r) {
     int64_t x = 0;
     if (r.image_x == 1 && r.output_x == 1 && r.mask_x == 1 && r.out_x == 1) {
-      // Non-temporal stores want whole aligned vectors; the planes must then be aligned alike.
+      // Non-temporal stores need whole aligned vectors, so the planes must have equal alignment.
       constexpr int64_t kBytes = W * static_cast<int64_t>(sizeof(S));
       const int64_t misaligned = static_cast<int64_t>(reinterpret_cast<uintptr_t>(r.out) % kBytes);
       const bool stream =
@@ -97,7 +97,7 @@ struct Merge {
       if (r.tanh) output = tanh<V>(output);
       if (r.grad_output) {
         Reg g = V::mul(grad, mask);
-        // 1 - y^2 as (1 - y)(1 + y): no cancellation of the square's rounding where tanh saturates.
+        // 1 - y^2 as (1 - y)(1 + y), because the rounding of y^2 would remain where tanh saturates.
         if (r.tanh) g = V::mul(g, V::mul(V::sub(V::set1(1), output), V::add(V::set1(1), output)));
         Access::store(to(r.grad_output) + c * r.grad_output_c + x * r.grad_output_x, r.grad_output_x, count, g);
       }

@@ -26,7 +26,7 @@ std::atomic<bool> g_forked{false};
 
 #ifdef LGNET_HAVE_DL
 #if defined(__linux__)
-// Where torch was loaded without RTLD_GLOBAL its OpenMP runtime is not in the default scope: find it by name.
+// If torch was loaded without RTLD_GLOBAL, its OpenMP runtime is not in the default scope and must be found by name.
 int find_loaded_openmp(dl_phdr_info* info, size_t, void* result) {
   const char* name = info->dlpi_name;
   if (!name || !(std::strstr(name, "libgomp") || std::strstr(name, "libomp") || std::strstr(name, "libiomp")))
@@ -57,7 +57,7 @@ GompParallel gomp_parallel() {
   return function;
 }
 
-// Tasks [next, end) of the worker that has taken it; on a cache line of its own.
+// The remaining tasks [next, end) of a worker, on a separate cache line.
 struct alignas(64) Share {
   std::atomic<bool> taken{false};
   std::atomic<int64_t> next{0};
@@ -69,9 +69,9 @@ struct Region {
   std::vector<Share> shares;
 };
 
-// A thread takes the share that it had last, if it is free, and so becomes that worker. Shares are the same part of
-// the tasks in every region: a core finds rows and scratch of the step before in its own caches, and in the near ones
-// where cores do not share all. Only then it helps the others.
+// A thread first takes the share that it had last, if that is free, and so becomes the same worker. Shares are the
+// same part of the tasks in every region, so that a core finds rows and scratch of the previous step in its caches,
+// or in near ones. After its share it takes tasks of the others.
 void run_worker(void* data) {
   thread_local size_t seat = 0;
   Region& region = *static_cast<Region*>(data);
@@ -121,7 +121,7 @@ void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64
     region.shares[static_cast<size_t>(i)].end = tasks * (i + 1) / threads;
   }
   const GompParallel parallel = gomp_parallel();
-  // After fork() libgomp believes in worker threads that exist in the parent only and would wait for them forever.
+  // After fork(), libgomp would wait forever for worker threads that exist in the parent only.
   if (parallel && !g_forked.load(std::memory_order_relaxed)) {
     return parallel(run_worker, &region, static_cast<unsigned>(threads), 0);
   }
@@ -129,7 +129,7 @@ void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64
   try {
     for (int64_t i = 1; i < threads; ++i) pool.emplace_back(run_worker, &region);
   } catch (const std::system_error&) {
-    // No more threads to be had: those that started, and this one, do all the tasks.
+    // No more threads can be started: the started ones and this one do all the tasks.
   }
   run_worker(&region);
   for (std::thread& thread : pool) thread.join();

@@ -1,10 +1,9 @@
 // Parallel loops on the OpenMP runtime that PyTorch has already loaded.
 //
-// A second OpenMP runtime in the process would bring a second pool of spinning threads that fights the first, so
-// this library links none and names none. GOMP_parallel, the one entry point that a parallel region needs, is
-// looked up at run time among the libraries already loaded: torch's bundled libgomp has it, and so have LLVM's and
-// Intel's runtimes. Where there is none (macOS, Windows, no torch), and in a child after fork(), plain threads do
-// the same work.
+// A second OpenMP runtime in the process would have a second pool of spinning threads that competes with the first,
+// so this library links to none. GOMP_parallel, the only entry point that a parallel region needs, is looked up at
+// run time in the loaded libraries: torch's bundled libgomp has it, and so have LLVM's and Intel's runtimes. Where
+// there is none (macOS, Windows, no torch), and in a child after fork(), plain threads do the same work.
 #pragma once
 
 #include <cstdint>
@@ -14,10 +13,10 @@
 
 namespace lgnet {
 
-// Calls body(task, worker) for every task in [0, tasks), worker in [0, threads). Each worker
-// has an equal part of the tasks, the same in every call, and then helps the others, one task at a time, so that
-// uneven tasks and busy cores balance; a worker runs its tasks one after another and may use worker-indexed scratch.
-// The body must not throw. With one thread or one task nothing is started.
+// Calls body(task, worker) for every task in [0, tasks), worker in [0, threads). Each worker has an equal part of the
+// tasks, the same in every call. After it, the worker takes tasks of the others, one at a time, which balances uneven
+// tasks and busy cores. A worker runs its tasks one after another and may use scratch indexed by worker. The body
+// must not throw. With one thread or one task no thread is started.
 void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64_t task, int64_t worker)>& body);
 
 // Where the threads come from: "openmp (<path of the runtime>)" or "threads".
@@ -25,9 +24,9 @@ std::string parallel_backend();
 
 // Tells this library that the process is a fork of one that may have used OpenMP (libgomp's pool did not survive).
 void mark_forked();
-// Has mark_forked called in every later child of this process, and fork() wait for shared_mutex().
+// Makes every later child of this process call mark_forked, and fork() wait for shared_mutex().
 void watch_forks();
-// For short sections only. No child starts while another thread holds it, so it is never locked for good there.
+// For short sections only. fork() waits until it is free, so that it is never locked in a child.
 std::mutex& shared_mutex();
 
 }  // namespace lgnet

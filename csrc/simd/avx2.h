@@ -37,7 +37,7 @@ struct F32 {
     Reg p = set1(kExp2[5]);
     for (int i = 4; i >= 0; --i) p = fma(p, f, set1(kExp2[i]));
     p = fma(p, f, set1(1.0f));
-    // 2^n by its exponent field; arguments are at most 8 plus rounding, and those too small are masked away.
+    // 2^n by its exponent field. Arguments are at most 8 plus rounding; results of too small ones are masked to 0.
     const __m256i exponent = _mm256_slli_epi32(_mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127)), 23);
     const Reg keep = _mm256_cmp_ps(t, set1(kExp2Lowest), _CMP_NLT_UQ);
     return _mm256_and_ps(keep, _mm256_mul_ps(p, _mm256_castsi256_ps(exponent)));

@@ -38,7 +38,7 @@ struct F32 {
     const __mmask16 keep = _mm512_cmp_ps_mask(t, set1(kExp2Lowest), _CMP_NLT_UQ);  // true for NaN
     return _mm512_maskz_scalef_ps(keep, p, n);
   }
-  // max, then min, with x second: both return the second operand where one is NaN, so that NaN comes through.
+  // max, then min, with x second: both return the second operand if one is NaN, so that NaN is kept.
   static LGNET_INLINE Reg clamp(Reg x, T bound) { return _mm512_min_ps(set1(bound), _mm512_max_ps(set1(-bound), x)); }
   static LGNET_INLINE Reg abs(Reg a) { return _mm512_abs_ps(a); }
   static LGNET_INLINE Reg load(const bf16* p) {

@@ -1,7 +1,7 @@
-// Compilers' spellings: pragmas, inlining, and the processors that kernels exist for.
+// Macros for differences of compilers: pragmas, inlining, and the processors that have kernels.
 #pragma once
 
-// The vector kernels need GNU builtins and target attributes, which GCC, Clang and clang-cl have and MSVC has not.
+// The vector kernels need GNU builtins and target attributes, which GCC, Clang and clang-cl have, but not MSVC.
 #if defined(__GNUC__) || defined(__clang__)
 #define LGNET_GNU 1
 #else

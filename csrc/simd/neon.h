@@ -34,7 +34,7 @@ struct F32 {
     Reg p = set1(kExp2[5]);
     for (int i = 4; i >= 0; --i) p = fma(p, f, set1(kExp2[i]));
     p = fma(p, f, set1(1.0f));
-    // 2^n by its exponent field; arguments are at most 8 plus rounding, and those too small are masked away.
+    // 2^n by its exponent field. Arguments are at most 8 plus rounding; results of too small ones are masked to 0.
     const int32x4_t exponent = vshlq_n_s32(vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127)), 23);
     const uint32x4_t drop = vcltq_f32(t, set1(kExp2Lowest));  // false for NaN
     return vreinterpretq_f32_u32(

@@ -6,7 +6,7 @@
 namespace lgnet {
 namespace LGNET_ISA {
 
-// Products of bf16 pairs, sums in float32: twice the multiplications an instruction.
+// Products of bf16 pairs, sums in float32: twice the multiplications per instruction.
 struct Bf16 : F32 {
   using Unit = uint32_t;
   static constexpr int PAIR = 2;

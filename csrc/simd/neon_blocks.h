@@ -1,6 +1,7 @@
-// Register blocks for Advanced SIMD, in assembly: from intrinsics, compilers spill accumulators or spend a quarter of
-// the instructions on moves and addresses. Products take their broadcast operand from a lane of a register, so that
-// one load brings it for four rows or four steps. The accumulators are v8 to v31 and v0 to v7 hold operands: all 32.
+// Register blocks for Advanced SIMD, in assembly, because with intrinsics compilers spill accumulators or spend a
+// quarter of the instructions on moves and addresses. Products take their broadcast operand from a lane of a
+// register, so that one load serves four rows or four steps. The accumulators are v8 to v31 and v0 to v7 hold
+// operands: all 32.
 //
 // PRODUCT(acc, b, a, lane) is the text of one product of four lanes: LGNET_FMLA of floats, LGNET_BFDOT of bf16 pairs.
 // A unit (float or pair) has 4 bytes in both. The macros are bodies of the functions of neon.h and neon_bf16.h and

@@ -1,4 +1,4 @@
-// Plain C++ for every processor: short arrays that compilers turn into whatever vectors the target has.
+// Plain C++ for every processor: short arrays, which compilers turn into vectors of the target.
 #pragma once
 
 #include "vector.h"
@@ -70,7 +70,7 @@ struct Plain {
     std::memcpy(&power, &bits, 4);
     return (p * f + 1.0f) * power;
   }
-  // Not by map: Clang gives a lambda's code the baseline's target, into which it inlines none of a wider one.
+  // Not by map: Clang compiles a lambda for the baseline target, and does not inline code of a wider target into it.
   static LGNET_INLINE Reg exp2(Reg t) {
     Reg r;
     for (int i = 0; i < W; ++i) r.lane[i] = exp2_lane(t.lane[i]);

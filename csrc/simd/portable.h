@@ -1,4 +1,4 @@
-// What runs where nothing better does: SSE2 on x86 and NEON on Arm, as far as the compiler finds them.
+// The fallback for every processor: SSE2 on x86 and NEON on Arm, as far as the compiler uses them.
 #pragma once
 
 #include "plain.h"

@@ -1,7 +1,7 @@
-// What every instruction set's header in this folder shares: the interface of a vector class, and functions of it.
+// Shared by the headers of all instruction sets: the interface of a vector class, and functions of it.
 //
 // A unit (isa_*.cpp) includes one of these headers inside its target pragma, with LGNET_ISA naming the namespace. The
-// header defines the classes of which the kernels are templates:
+// header defines the vector classes, which are template arguments of the kernels:
 //   F32    vectors of float
 //   F64    vectors of double
 //   Bf16   float vectors whose products are of bf16 pairs, where the instruction set has such a product
@@ -16,7 +16,7 @@
 //   Unit, PAIR       what one lane of a product's operand holds: one T, or a pair of bf16
 //   max(a, b)        b, or NaN, where either is NaN
 //   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi
-//   stream, fence    stores past the caches, and what completes them
+//   stream, fence    non-temporal stores, and the fence that completes them
 #pragma once
 
 #include <cmath>
@@ -32,7 +32,7 @@ namespace LGNET_ISA {
 // exp2 on [-1/2, 1/2] as 1 + f * p(f): relative error 2e-9, far below half an ulp, so that rounding decides.
 constexpr float kExp2[6] = {6.93147203e-01f, 2.40226479e-01f, 5.55033247e-02f,
                             9.61843736e-03f, 1.33988744e-03f, 1.53533618e-04f};
-// Below this exp2 gives 0 rather than a subnormal number: 1e-38 cannot be seen next to the row's maximum, and
+// Below this exp2 gives 0 rather than a subnormal number: 1e-38 is negligible next to the maximum of the row, and
 // multiplying by subnormal numbers costs over a hundred cycles on some CPUs.
 constexpr float kExp2Lowest = -126.0f;
 
@@ -58,7 +58,7 @@ LGNET_INLINE typename V::Reg tanh(typename V::Reg x) {
     for (int i = 5; i >= 0; --i) p = V::fma(p, square, V::set1(kTanhP[i]));
     for (int i = 2; i >= 0; --i) q = V::fma(q, square, V::set1(kTanhQ[i]));
     const Reg ratio = V::div(V::mul(bounded, p), q);
-    // Tiny arguments are their own tanh (and NaN compares false, coming through as x).
+    // tanh(x) = x for tiny arguments; NaN compares false, so it is kept too.
     return V::select_greater(V::abs(x), V::set1(kTanhLinear), ratio, x);
   }
 }

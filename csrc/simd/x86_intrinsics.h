@@ -3,7 +3,7 @@
 
 #include <immintrin.h>
 
-// clang-cl's immintrin.h leaves out what the target of the command line lacks. Each header needs those before it.
+// clang-cl's immintrin.h omits what the target of the command line lacks. Each header needs the ones before it.
 // clang-format off
 #if defined(__clang__) && defined(_MSC_VER)
 #include <smmintrin.h>

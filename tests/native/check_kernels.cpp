@@ -1,8 +1,8 @@
 // Every kernel of one instruction set against the portable kernels and against double precision, without Python: for
 // cross-compiled builds under an emulator, and for any other. Linked with csrc/*.cpp except the bindings.
 //
-//   check_kernels [NAME]      NAME: an instruction set (default: the best that this processor has); "list" prints
-//   them
+//   check_kernels [NAME]      NAME: an instruction set (default: the last that this processor runs)
+//   check_kernels list        prints the names
 //
 // The rule is that of tests/support.py: an error of at most twice the portable kernel's in the same element type,
 // plus a few roundings of the output's scale. Exits with 1 where a check failed.
@@ -232,8 +232,8 @@ void check_merge() {
   }
 }
 
-// Conversions from and to the 16-bit formats: halves of two numbers, added, are one float32 rounding and one to 16
-// bits whatever the instructions. All bits equal, infinities and subnormal numbers included.
+// Conversions from and to the 16-bit formats: adding the halves of two numbers takes one float32 rounding and one to
+// 16 bits with all instructions. All bits must be equal, also of infinities and subnormal numbers.
 void check_halves() {
   for (DType dtype : {DType::bfloat16, DType::float16}) {
     const int64_t count = 65536;
