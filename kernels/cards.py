@@ -2,7 +2,7 @@
 
 Shared memory: CUDA C++ Programming Guide, technical specifications per compute capability (99, 163, 227 KiB a block).
 Rates: those of the H100 are measured. The others are NVIDIA's figures (data sheets and architecture papers; dense, 16
-bit with float32 sums) less a fifth, which is what an H100 falls short of its own. L2 rates of the others are
+bit with float32 sums) less a fifth, the measured shortfall of an H100. L2 rates of the others are
 estimated from the number and clock of the multiprocessors.
 """
 
@@ -30,7 +30,7 @@ def generation_of(major: int, minor: int) -> str:
 class Card(NamedTuple):
     """A GPU.
 
-    macs: multiply-accumulates a second on the tensor cores (16 bit, dense). l2 and memory: bytes a second.
+    macs: multiply-accumulates per second on the tensor cores (16 bit, dense). l2 and memory: bytes per second.
     """
 
     name: str

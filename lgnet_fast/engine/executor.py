@@ -23,7 +23,7 @@ class Executor(ABC):
 
     Attributes:
         granularity: rectangles of holes are rounded outward to multiples of this many pixels before regions are made.
-        per_sample: whether :meth:`run_each` computes each sample in regions of its own.
+        per_sample: whether :meth:`run_each` computes each sample in separate regions.
         restricts: whether regions save any work.
     """
 

@@ -261,7 +261,7 @@ def steps_checked(executor: Guarded | ModelExecutor, verdict: Verdict, plan: Pla
     """:func:`check_steps` of what :func:`verified` returned; none where PyTorch's operators run in its steps' place.
 
     Args:
-        executor, verdict: what it returned.
+        executor, verdict: the results of :func:`verified`.
         plan: see :func:`check_steps`.
         painted: whether a first stage's picture is painted into the hole.
     """

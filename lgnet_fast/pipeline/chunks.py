@@ -16,7 +16,7 @@ _COLOUR = {b"gAMA", b"cHRM", b"sRGB", b"cICP", b"iCCP", b"mDCV", b"cLLI"}
 # Their meaning depends on the samples' layout.
 _LAYOUT = {b"sBIT", b"bKGD"}
 _TEXT = {b"tEXt", b"zTXt", b"iTXt"}
-# Old text forms of EXIF are left out: the result's EXIF is written anew, without thumbnail and orientation.
+# Old text forms of EXIF are left out, because the result's EXIF is written without thumbnail and orientation.
 _EXIF_TEXT = (b"Raw profile type exif\0", b"Raw profile type APP1\0")
 _WRITTEN_ANEW = {b"eXIf"}
 

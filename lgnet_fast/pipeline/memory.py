@@ -20,7 +20,7 @@ _PICTURE_BYTES = 64
 # that output normalised meet the half-resolution input with twice the channels (n/2). NetC and NetG peak lower.
 _LIVE_COPIES = 2.5
 # Image, mask, their padded and 32-bit copies, concatenations, every stage's output and merged picture, and layout
-# copies of those: channels at full resolution, whatever n is.
+# copies of those: channels at full resolution, for every n.
 _LIVE_PICTURE_CHANNELS = 72
 # Live tensors vary little (n = 64 at 512 pixels: 1040 bytes per pixel; n = 16: 320), but freed blocks of changing
 # sizes fragment the C library's heap: 900 to 1675 bytes per pixel from run to run, where this estimates 1835.

@@ -1,4 +1,4 @@
-"""The networks in plain PyTorch: the oracle that everything faster is checked against."""
+"""The networks in plain PyTorch: the reference for all faster code."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cosine-similarity softmax attention in plain PyTorch: the oracle of every fused kernel.
+"""Cosine-similarity softmax attention in plain PyTorch: the reference for all fused kernels.
 
 Two formulations exist (paper, eq. (10), and the authors' released network); on features ``F`` of shape
 [C, N] with N = H*W positions:
@@ -56,9 +56,9 @@ def query_key_value(features: Tensor, variant: str) -> tuple[Tensor, Tensor, Ten
 
 
 def _rows(x: Tensor) -> Tensor:
-    """[B, C, H, W] -> [B, 1, H*W, C], the layout that scaled_dot_product_attention wants.
+    """[B, C, H, W] -> [B, 1, H*W, C], the layout of scaled_dot_product_attention.
 
-    Contiguous, because on a CPU PyTorch handles strided views with the kernel that stores all N x N scores.
+    Contiguous, because for strided views PyTorch's CPU kernel stores all N x N scores.
     """
     return x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous()
 
@@ -79,7 +79,7 @@ def cosine_attention(features: Tensor, variant: str = "released") -> Tensor:
 
 
 def attention_weights(features: Tensor, variant: str = "released") -> Tensor:
-    """The softmax weights, [B, N, N], row = query. For inspection only: N x N numbers a sample."""
+    """The softmax weights, [B, N, N], row = query. For inspection only: N x N numbers per sample."""
     q, k, _ = query_key_value(features, variant)
     return torch.softmax(_rows(q).squeeze(1) @ _rows(k).squeeze(1).transpose(1, 2), dim=-1)
 

@@ -1,4 +1,4 @@
-"""Where networks get fused operators from, without importing them: the reference stays plain PyTorch.
+"""Registry of the fused operators for networks, which do not import them: the reference stays plain PyTorch.
 
 :mod:`lgnet_fast.ops` registers its functions here when it is imported, as ``import lgnet_fast`` does.
 """
@@ -19,7 +19,7 @@ _fused: list[Callable[[str], Functions]] = []
 
 
 def provide(functions: Callable[[str], Functions]) -> None:
-    """Have `functions(backend)` make the operators of every backend but "eager"."""
+    """Register `functions(backend)`, which makes the operators of every backend except "eager"."""
     _fused[:] = [functions]
 
 

@@ -42,11 +42,11 @@ class Cascade(nn.Module):
         self.backend = "eager"
 
     def set_backend(self, backend: str) -> Cascade:
-        """Choose what computes attention and merging.
+        """Choose the backend of attention and merging.
 
         Args:
             backend: "auto" (the fastest that can run for each input), "eager" (plain PyTorch), "triton" or "cpp".
-                An explicit choice that cannot run raises BackendError, here or at the first input it cannot take.
+                An explicit choice that cannot run raises BackendError, here or at the first unsupported input.
 
         Returns:
             self.
@@ -86,7 +86,7 @@ def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
     if torch.jit.is_tracing():
-        return  # sizes are symbols there; comparing them would fix them in the trace
+        return  # sizes are symbolic while tracing; comparing them would make them constants
     if image.dim() != 4 or image.shape[1] != 3:
         raise ValueError(f"image: expected [B, 3, H, W], got {list(image.shape)}")
     expected = [image.shape[0], 1, *image.shape[2:]]

@@ -279,7 +279,7 @@ class LPIPS(nn.Module):
         return [_direction(level) for level in self.features(picture)]
 
     def distance(self, a: Sequence[Tensor], b: Sequence[Tensor]) -> Tensor:
-        """The distance [B] of what :meth:`directions` gave: for many pictures beside one truth."""
+        """The distance [B] of results of :meth:`directions`, for comparing many pictures with one truth."""
         with torch.autocast(a[0].device.type, enabled=False):
             levels = [
                 ((x - y).square() * getattr(self, f"head{i}")).sum(dim=1).mean(dim=(1, 2))
@@ -363,18 +363,18 @@ _registered: dict[str, Callable[[], FeaturesFn]] = {}
 
 
 def register_features(name: str, make: Callable[[], FeaturesFn]) -> None:
-    """Let ``loss.features: NAME`` of a training run mean what ``make()`` returns.
+    """Register ``make`` for ``loss.features: NAME`` of training runs.
 
     Args:
-        name: any name that is not the path of a file. A name that is registered again means the new function.
-        make: called once a run; returns a module or function, picture [B, 3, H, W] in [-1, 1] -> features level by
+        name: any name that is not the path of a file. Registering a name again replaces its function.
+        make: called once per run; returns a module or function, picture [B, 3, H, W] in [-1, 1] -> features level by
             level, each [B, C, H', W'].
     """
     _registered[name] = make
 
 
 def registered_features(name: str) -> FeaturesFn | None:
-    """What was registered under `name`, or the function of "package.module:function", called; None: neither."""
+    """The result of the function registered as `name`, or of "package.module:function"; None: there is neither."""
     if name in _registered:
         return _registered[name]()
     module, colon, function = name.partition(":")

@@ -153,7 +153,7 @@ def _put(file: Path, target: Path) -> None:
 
 @contextlib.contextmanager
 def staged(directory: Path) -> Iterator[Path]:
-    """A folder to write into, whose files then replace those of `directory`, all or none.
+    """A context with a folder to write into; its files then replace those of `directory`, all or none.
 
     An existing model card stays; it is not part of the set.
 
@@ -212,7 +212,7 @@ def _named_staging(directory: Path) -> str | None:
 
 
 def impostor(path: Path) -> str | None:
-    """What a file is that often lies under the name of a checkpoint without being one; None: neither of them."""
+    """Description of a file that is often saved in place of a checkpoint (web page, LFS pointer); None: neither."""
     try:
         with open(path, "rb") as file:
             start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()

@@ -115,7 +115,7 @@ class LGNet(
         }
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Stage name of Table VI -> what runs it on cat(picture, mask), in order."""
+        """Stage name of Table VI -> the function that runs it on cat(picture, mask), in order."""
         nets: dict[str, Callable[[Tensor], Tensor]] = {}
         for stage in self.stages.split("+"):
             if stage == "C" and self.share_coarse:

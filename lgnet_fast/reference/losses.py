@@ -49,14 +49,14 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class FeatureOptions:
-    """What the style, perceptual and LPIPS terms look at; the defaults are the paper's, the others cost less."""
+    """Inputs of the style, perceptual and LPIPS terms; the defaults are the paper's, the others cost less."""
 
     stages: Literal["later", "last"] = "later"
     """Every stage after the first, or the last alone."""
     pictures: Literal["both", "merged"] = "both"
     """Raw and merged pictures, or merged ones alone (LPIPS always)."""
     crop: int | None = None
-    """Side of the square that these terms see, around a randomly drawn hole pixel; None: the whole picture."""
+    """Side of the square for these terms, around a random hole pixel; None: the whole picture."""
     factor: float = 1.0
     """Factor of these terms in the total: k where they are computed in every k-th step only."""
 
@@ -189,9 +189,9 @@ def adversarial_loss(scores: Tensor, real: bool, weight: Tensor | None = None) -
 
 
 def hole_share(mask: Tensor, scores: Tensor) -> Tensor:
-    """Share of each cell of a score map [B, 1, h, w] that is hole, in [0, 1].
+    """Hole ratio of each cell of a score map, [B, 1, h, w] in [0, 1].
 
-    The network makes the hole only; the other cells of a merged picture are true pixels.
+    The network fills the hole only; the other cells of a merged picture are true pixels.
     """
     return F.adaptive_avg_pool2d(_wide(mask), (scores.shape[2], scores.shape[3]))
 
@@ -283,11 +283,11 @@ def generator_loss(
         features: picture -> features level by level, :class:`.vgg.VGG16Features`. Called for stages after the first;
             None: there are no style and perceptual terms.
         weights: of the terms; None: the paper's.
-        lean: differentiate the style, perceptual and LPIPS terms of each stage at once, which frees the feature
-            network's maps before the next stage needs its own: less memory, the same arithmetic. Only ``G`` may then
+        lean: differentiate the style, perceptual and LPIPS terms of each stage at once, which frees the maps of the
+            feature network before the next stage: less memory, the same arithmetic. Only ``G`` may then
             be differentiated, once. In float16 these gradients are not loss-scaled: use it with float32 or bfloat16.
         lpips: the network of the LPIPS term; None: there is none.
-        options: what these terms look at; None: the paper's.
+        options: inputs of these terms; None: the paper's.
         score_weight: see :func:`adversarial_loss`.
 
     Returns:

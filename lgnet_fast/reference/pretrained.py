@@ -1,4 +1,4 @@
-"""Reading and writing model.safetensors: strict, and with errors that list what does not fit."""
+"""Reading and writing model.safetensors, strictly; errors list all mismatches."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from lgnet_fast import Inpainter
 picture = Inpainter.from_pretrained("{{ repo_id | default("this directory", true) }}")(picture, mask)
 ```
 """
-"""What :meth:`LGNet.save_pretrained` writes beside the weights."""
+"""Template of the model card that :meth:`LGNet.save_pretrained` writes besides the weights."""
 
 
 def find_weights(source: str | os.PathLike[str]) -> None:

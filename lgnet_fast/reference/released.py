@@ -87,7 +87,7 @@ def _translate(state: Mapping[str, Tensor]) -> dict[str, dict[str, str]]:
 def unreadable(path: Path, error: Exception) -> str:
     """Why ``torch.load(path, weights_only=True)`` raised `error`: the rest of a sentence that starts with the path.
 
-    PyTorch's message is not used: it advises to switch the protection off and may contain terminal codes.
+    PyTorch's message is not used, because it advises to disable the protection and may contain terminal codes.
     """
     if (what := impostor(path)) is not None:
         return f"is {what}"
@@ -104,7 +104,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
 
     Raises:
         WeightsError: the file is not there, cannot be read, or holds anything but a state dict. Pickles that
-            would run code are refused (``torch.load(weights_only=True)``).
+            would run code are rejected (``torch.load(weights_only=True)``).
     """
     path = Path(path)
     if not os.path.isfile(path):

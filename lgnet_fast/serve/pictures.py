@@ -54,7 +54,7 @@ async def open_picture(
     state: ServerState,
     sample: Annotated[str | None, Query(description="a bundled photograph instead")] = None,
 ) -> dict[str, Any]:
-    """Opens a picture: the body is the file's own bytes, whatever its media type."""
+    """Opens a picture: the body is the bytes of the file, with any media type."""
     body = await request.body()
     path = None if sample is None else sample_path(sample)
 
