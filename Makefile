@@ -124,7 +124,12 @@ docs: $(VENV)/.extras
 wheel: $(VENV)/.wheel
 	$(BIN)/python tools/build_wheel.py dist
 
-bench: $(VENV)/.extras
+# More contestants. ncnn would bring a second OpenCV.
+$(VENV)/.peers: $(VENV)/.extras
+	$(PIP) --no-deps "mnn>=3.0" "ncnn>=1.0.20250503" "pnnx>=20250530"
+	@touch $@
+
+bench: $(VENV)/.peers
 	$(BIN)/python -m $(if $(BASE),bench.compare "$(BASE)" $(if $(MODULES),--modules $(MODULES)) $(if $(ROUNDS),--rounds $(ROUNDS)),pytest bench)
 
 plots: $(VENV)/.extras
