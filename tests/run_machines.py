@@ -4,7 +4,8 @@ PyTorch's kernels depend on the instruction sets of the processor and on the num
 row of the table is one such machine, emulated by environment variables, with the files that can tell it from others.
 Rows are no product of all settings: each setting appears where it can show an error. Prints a line a row; the exit
 code is 1 where a row failed. Instruction sets that this processor has not are skipped.
-Rows of one thread have one test process a core. `python tests/run_machines.py NAME ...` runs the rows whose names contain one of NAME.
+Rows of one thread have one test process a core. `python tests/run_machines.py NAME ...` runs the rows whose names
+contain one of NAME.
 
 Tests that show the same on every processor (processes, memory, files) are marked `once` and run in the first row
 only.
