@@ -13,7 +13,7 @@ help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
 	@echo "make demo-data  DATA=PICTURES WEIGHTS=FOLDER: what the bundled model is trained on, as tar shards in demo_data/"
 	@echo "make serve  the page, on this machine alone: http://127.0.0.1:8080 (first set-up included)"
-	@echo "make test   run the tests (first set-up included)"
+	@echo "make test   run the tests, in two processes (first set-up included; JOBS=1: in one)"
 	@echo "make test-page  the page in a real browser (Chromium; as root on Debian it is installed)"
 	@echo "make fuzz-serve two minutes of made-up requests against the API"
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
@@ -77,8 +77,12 @@ demo-data: $(VENV)/.extras
 serve: $(VENV)/.extras
 	$(BIN)/lgnet-fast serve
 
+# So many test processes share the cores (tests/conftest.py); the tests of a file stay together. JOBS=0: this one.
+JOBS ?= 2
+PYTEST := $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
+
 test: $(VENV)/.extras
-	$(BIN)/python -m pytest -m "not gpu and not slow and not page"
+	$(PYTEST) -m "not gpu and not slow and not page"
 
 $(VENV)/.page: $(VENV)/.extras
 	$(PIP) "playwright>=1.45"
@@ -105,7 +109,7 @@ test-arm:
 	$(PYTHON) tests/native/run.py --arm
 
 test-all: $(VENV)/.extras $(VENV)/.wheel
-	$(BIN)/python -m pytest -m "not gpu and not page"
+	$(PYTEST) -m "not gpu and not page"
 	$(MAKE) test-page
 	$(MAKE) test-machines
 	$(MAKE) aot AOT="--card H100 --card 'RTX 4090' --model lgnet --dtype float16 --batch 1"
@@ -121,7 +125,12 @@ docs: $(VENV)/.extras
 wheel: $(VENV)/.wheel
 	$(BIN)/python tools/build_wheel.py dist
 
-bench: $(VENV)/.extras
+# More contestants. ncnn would bring a second OpenCV.
+$(VENV)/.peers: $(VENV)/.extras
+	$(PIP) --no-deps "mnn>=3.0" "ncnn>=1.0.20250503" "pnnx>=20250530"
+	@touch $@
+
+bench: $(VENV)/.peers
 	$(BIN)/python -m $(if $(BASE),bench.compare "$(BASE)" $(if $(MODULES),--modules $(MODULES)) $(if $(ROUNDS),--rounds $(ROUNDS)),pytest bench)
 
 plots: $(VENV)/.extras

@@ -15,6 +15,8 @@ from types import TracebackType
 
 import torch
 
+from . import cpus
+
 logger = logging.getLogger("lgnet_fast")
 
 
@@ -49,9 +51,11 @@ def prepare() -> None:
 
 
 def kernel_threads() -> int:
-    """Threads for the C++ kernels: PyTorch's number, before :func:`prepare` lowered it."""
+    """Threads for the C++ kernels: PyTorch's number before :func:`prepare` lowered it, at most the container's."""
     own = torch.get_num_threads()
-    return _kernel_threads if _forked and _kernel_threads is not None and own == 1 else own
+    if _forked and _kernel_threads is not None and own == 1:
+        own = _kernel_threads
+    return min(own, cpus.granted() or own)
 
 
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from . import cache
+from . import cache, forks
 from .engine.cpu_path import Path
 from .engine.cpu_tuning import Measured
 from .engine.cuda_measure import Found
@@ -53,6 +53,7 @@ def _devices() -> list[dict[str, Any]]:
             "name": platform.processor() or platform.machine(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
+            "kernel_threads": forks.kernel_threads(),
             "capability": torch.backends.cpu.get_cpu_capability(),
         }
     ]

@@ -17,6 +17,17 @@ from .pipeline_support import BlurFill
 collect_ignore = ["recipes"]  # parts of changed copies of the tree, see test_recipes.py
 
 
+def share_the_cores(processes: int) -> None:
+    """This test process and its children take their part of the threads, as several test processes run."""
+    threads = max(1, torch.get_num_threads() // processes)
+    os.environ.setdefault("OMP_NUM_THREADS", str(threads))
+    torch.set_num_threads(threads)
+
+
+if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    share_the_cores(processes)
+
+
 def pretend_to_have(isa: str) -> None:
     """Hide instruction sets faster than `isa`, as on an older processor (see run_machines.py)."""
     library = native.library()

@@ -4,7 +4,8 @@ PyTorch's kernels and ours depend on the instruction sets of the processor and o
 the table is one machine, emulated by environment variables, with the test files that depend on its settings. Rows are
 not a product of all settings: each setting appears where it can show an error. Prints a line per row; the exit code
 is 1 if a row failed. Instruction sets that this processor lacks are skipped.
-`python tests/run_machines.py NAME ...` runs the rows whose names contain one of NAME.
+Rows of one thread have one test process per core. `python tests/run_machines.py NAME ...` runs the rows whose names
+contain one of NAME.
 
 Tests that do not depend on the processor (processes, memory, files) are marked `once` and run in the first row only.
 """
@@ -33,17 +34,19 @@ AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE
 SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
 ISA = "LGNET_FAST_TEST_ISA"  # read by conftest.py
 
+ONE = {"OMP_NUM_THREADS": "1"}
+
 # name: (environment, files)
 ROWS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "as is": ({}, REFERENCE + KERNELS),
-    "1 thread": ({"OMP_NUM_THREADS": "1"}, REFERENCE + KERNELS),
+    "1 thread": (ONE, REFERENCE + KERNELS),
     "4 threads": ({"OMP_NUM_THREADS": "4"}, KERNELS),
-    "PyTorch AVX2, 1 thread": (AVX2 | {"OMP_NUM_THREADS": "1"}, REFERENCE + KERNELS),
+    "PyTorch AVX2, 1 thread": (AVX2 | ONE, REFERENCE + KERNELS),
     "PyTorch AVX2, 2 threads": (AVX2 | {"OMP_NUM_THREADS": "2"}, REFERENCE + KERNELS),
-    "PyTorch SSE4": (SSE, REFERENCE + KERNELS),
-    "kernels portable": ({ISA: "portable"}, KERNELS),
-    "kernels AVX2": ({ISA: "avx2"}, KERNELS),
-    "kernels AVX-512": ({ISA: "avx512"}, KERNELS),
+    "PyTorch SSE4": (SSE | ONE, REFERENCE + KERNELS),
+    "kernels portable": ({ISA: "portable"} | ONE, KERNELS),
+    "kernels AVX2": ({ISA: "avx2"} | ONE, KERNELS),
+    "kernels AVX-512": ({ISA: "avx512"} | ONE, KERNELS),
 }
 FIRST = next(iter(ROWS))
 MARKS = "not gpu and not slow and not page"
@@ -51,10 +54,19 @@ MARKS = "not gpu and not slow and not page"
 SECONDS_PER_ROW = 900
 
 
+def _processes(environment: dict[str, str]) -> int:
+    """Test processes that have the cores to themselves with this row's threads; at most 4, for their memory."""
+    threads = environment.get("OMP_NUM_THREADS")
+    return 1 if threads is None else max(1, min(4, (os.cpu_count() or 1) // int(threads)))
+
+
 def run(environment: dict[str, str], files: tuple[str, ...], marks: str) -> tuple[str, str]:
     """Outcome ("pass" or "FAIL") and pytest's last line or the end of its output."""
     command = [sys.executable, "-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", "-m", marks]
     command += [f"tests/test_{name}.py" for name in files]
+    processes = _processes(environment)
+    if processes > 1:
+        command += ["-n", str(processes), "--dist", "loadfile"]
     try:
         done = subprocess.run(
             command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, timeout=SECONDS_PER_ROW

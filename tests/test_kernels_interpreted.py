@@ -15,27 +15,21 @@ pytest.importorskip("triton")
 ROOT = Path(__file__).resolve().parent.parent
 
 
-def start(files: list[Path]) -> subprocess.Popen[str]:
-    """Pytest over some files, on one thread."""
-    options = ["-q", "-x", "--no-header", "-p", "no:cacheprovider"]
-    return subprocess.Popen(
-        [sys.executable, "-m", "pytest", *options, *map(str, files)],
+FILES = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"))
+
+
+@pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
+def test_kernels_in_the_interpreter(file: Path) -> None:
+    """On one thread, because the interpreter uses one core."""
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-x", "--no-header", "-p", "no:cacheprovider", file],
         cwd=ROOT,
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
+        capture_output=True,
         text=True,
     )
-
-
-def test_kernels_in_the_interpreter() -> None:
-    """In two processes, because the interpreter uses one core."""
-    files = sorted((ROOT / "tests" / "interpreted").glob("test_*.py"), key=lambda file: -file.stat().st_size)
-    count = min(2, os.cpu_count() or 1)
-    runs = [start(files[first::count]) for first in range(count)]
-    for run, output in [(run, run.communicate()[0]) for run in runs]:
-        assert run.returncode == 0, output[-8000:]
-        passed = re.search(r"(\d+) passed", output)
-        assert passed is not None, output[-2000:]
-        assert int(passed[1]) > 0
-        assert "skipped" not in output
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    passed = re.search(r"(\d+) passed", done.stdout)
+    assert passed is not None, done.stdout[-2000:]
+    assert int(passed[1]) > 0
+    assert "skipped" not in done.stdout

@@ -25,6 +25,7 @@ from typing import Any
 PACKAGE = "lgnet_fast"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
+    ("cpus",),
     ("version", "errors", "lazy", "forks", "samples", "weights"),
     ("cache", "native"),
     ("reference",),

@@ -52,8 +52,7 @@ class Server(uvicorn.Server):
     async def on_tick(self, counter: int) -> bool:
         if self._ending is not None:
             spent, options = time.monotonic() - self._ending, self._state.options
-            if spent > max(options.grace, options.shutdown) or (
-                spent > options.grace and self._state.queue.depth == 0
-            ):
+            idle = self._state.queue.depth == 0
+            if spent > options.grace and (idle or spent > options.shutdown):
                 self.should_exit = True
         return await super().on_tick(counter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 
@@ -298,10 +299,20 @@ def test_num_splits() -> None:
     assert num_splits(512, 4096, 64, 132)[0] == 1
 
 
-@pytest.mark.parametrize("num_sms", [1, 24], ids=["whole", "split"])
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("shape", [(2, 24, 5, 7), (1, 96, 8, 8), (1, 320, 4, 5)], ids=str)
+# Every combination at few channels; wide maps, which take seconds, where each setting has its turn.
+WIDE = [(VARIANTS[i % 2], dtype, num_sms) for i, dtype in enumerate(DTYPES) for num_sms in (1, 24)]
+
+
+@pytest.mark.parametrize(
+    ("shape", "variant", "dtype", "num_sms"),
+    [
+        *(((2, 24, 5, 7), *rest) for rest in itertools.product(VARIANTS, DTYPES, (1, 24))),
+        *(((1, 96, 8, 8), *rest) for rest in WIDE),
+        ((1, 320, 4, 5), "released", torch.float16, 24),
+        ((1, 320, 4, 5), "paper", torch.float32, 1),
+    ],
+    ids=str,
+)
 def test_inference(shape: tuple[int, ...], variant: str, dtype: torch.dtype, num_sms: int) -> None:
     """With splits of columns and keys, an activation, and a slice of a wider map of any layout as output."""
     channels = shape[1]

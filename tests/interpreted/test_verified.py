@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -22,15 +21,13 @@ from lgnet_fast.engine import describe as describing
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_weights import CudaWeights, conv_of, unpack
 from lgnet_fast.engine.describe import Peaks
-from lgnet_fast.engine.geometry import Geometry
 from lgnet_fast.engine.graphs import CaptureError
 from lgnet_fast.engine.library_executor import LibraryExecutor
-from lgnet_fast.engine.plan import PICTURE, AttentionStep, ConvStep, Plan, Store, View
+from lgnet_fast.engine.plan import AttentionStep, Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.engine.verified import Guarded, check_steps, judge, make_example
-from tests.interpreted.rules import normal
-from tests.interpreted.test_cuda_executor import cast, small_plan
+from tests.interpreted.plans import cast, small_plan, tiny_plan
 
 CPU = torch.device("cpu")
 HALF = torch.float16
@@ -75,24 +72,6 @@ def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(launches))
     monkeypatch.setattr(verified, "ModelExecutor", Model)
     FakeGraph.replays = Model.made = 0
-
-
-def tiny_plan(side: int = 16) -> Plan:
-    """One stage with every kind of step, in float32: the interpreter is slow."""
-    whole = cast(small_plan(side=side), torch.float32)
-    steps = {s.name: s for s in whole.steps if s.name.startswith("u.")}
-    weight = normal(20, 20, 3, 3, seed=3) / 13
-    inner = View("u.inner", 0, 20)
-    residual = ConvStep(
-        name="u.block", source=View("u.e2", 0, 20), stores=(Store(inner, "relu"),), weight=weight,
-        bias=normal(20, seed=4), geometry=Geometry(3, 1, 1, reflect=True), residual=View("u.e2", 0, 20),
-    )  # fmt: skip
-    buffers = {n: b for n, b in whole.buffers.items() if n == PICTURE or n.startswith("u.")}
-    buffers["u.inner"] = replace(buffers["u.e2"], name="u.inner")
-    steps["u.d2"] = replace(steps["u.d2"], source=inner)
-    order = [steps["u.e1"], steps["u.e2"], residual, steps["u.d2"], steps["u.attention"], steps["u.d1"]]
-    order = [replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in order]
-    return Plan(1, side, side, buffers, tuple(order))
 
 
 @pytest.fixture
@@ -343,7 +322,7 @@ def test_a_spoilt_cache_means_a_check(plan: Plan, tmp_path: Any, monkeypatch: py
 
 
 def test_every_step_is_checked_by_itself() -> None:
-    plan = cast(small_plan(), torch.float32)  # of two stages
+    plan = cast(small_plan(side=16), torch.float32)  # of two stages
     executor = CudaExecutor.of(plan, HALF)
     checks = check_steps(executor, plan, make_example(plan, CPU, HALF))
     assert [c.name for c in checks] == ["paint", *(s.name for s in plan.steps)]
@@ -357,7 +336,7 @@ def test_every_step_is_checked_by_itself() -> None:
 def test_other_holes_and_sizes_fall_back_when_they_fail(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plan = Model.plan = tiny_plan(64)
+    plan = Model.plan = tiny_plan(48)
     executor = Guarded(CudaExecutor.of(plan, torch.float32))
     original = conv_kernels.conv_forward
 
@@ -391,7 +370,7 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
         "from now on the engine, without a CUDA graph runs at this size",
         "from now on the engine's steps by PyTorch's operators run at this size",
     ]
-    other = executor.resized(plan.resized(2, 32, 64))
+    other = executor.resized(plan.resized(2, 16, 32))
     picture = executor_inputs(other.executor.plan)
     assert other.run(*picture)[0].isfinite().all()
 

@@ -1,0 +1,88 @@
+"""Plans that are small enough for the interpreter, with every kind of step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from lgnet_fast.engine.build import build_plan
+from lgnet_fast.engine.geometry import Geometry
+from lgnet_fast.engine.plan import PICTURE, AttentionStep, Buffer, ConvStep, Plan, Step, Store, View
+from lgnet_fast.reference.networks import LocalNet
+from tests.interpreted.rules import normal
+
+
+def small_plan(batch: int = 1, side: int = 32) -> Plan:
+    """NetL, and a U-Net of two levels with attention: every kind of step the engine knows, in float64."""
+    torch.manual_seed(0)
+    local = LocalNet(4).double().eval()
+    with torch.no_grad():
+        for parameter in local.parameters():
+            parameter.normal_(0, 0.2)
+    first = build_plan([("l", local, False)], batch, side, side)
+
+    def tensors(name: str, inputs: int, out: int, kernel: int, transposed: bool = False) -> dict[str, Tensor]:
+        pair = (inputs, out) if transposed else (out, inputs)
+        seed = sum(name.encode())
+        weight = normal(*pair, kernel, kernel, dtype=torch.float64, seed=seed) / (inputs * kernel) ** 0.5
+        return {"weight": weight, "bias": normal(out, dtype=torch.float64, seed=seed + 1)}
+
+    def conv(name: str, source: View, stores: tuple[Store, ...], out: int, transposed: bool = False, merges=False):
+        own = tensors(name, source.channels, out, 4, transposed)
+        geometry = Geometry(4, 2, 1, transposed)
+        return ConvStep(name=name, source=source, stores=stores, geometry=geometry, merges=merges, **own)
+
+    half, quarter = side // 2, side // 4
+    added = {
+        "u.e1": Buffer("u.e1", 6, half, half),
+        "u.cat1": Buffer("u.cat1", 14, half, half),
+        "u.e2": Buffer("u.e2", 20, quarter, quarter),
+        "u.d2": Buffer("u.d2", 8, half, half),
+        "u.raw": Buffer("u.raw", 3, side, side),
+    }
+    e1, e2, d2 = View("u.e1", 0, 6), View("u.e2", 0, 20), View("u.d2", 0, 8)
+    skip, up, joined = View("u.cat1", 0, 6), View("u.cat1", 6, 8), View("u.cat1", 0, 14)
+    two = (Store(e1, "leaky_relu"), Store(skip, "relu"))
+    attention = AttentionStep(
+        name="u.attention",
+        source=d2,
+        stores=(Store(up, "relu"),),
+        variant="released",
+        **tensors("u.attention", 16, 8, 1),
+    )
+    steps: tuple[Step, ...] = (
+        conv("u.e1", View(PICTURE, 0, 4), two, 6),
+        conv("u.e2", e1, (Store(e2, "relu"),), 20),
+        conv("u.d2", e2, (Store(d2),), 8, True),
+        attention,
+        conv("u.d1", joined, (Store(View("u.raw", 0, 3), "tanh"),), 3, True, True),
+    )
+    buffers = {**first.buffers, **added}
+    steps = tuple(replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in steps)
+    return Plan(batch, side, side, buffers, (*first.steps, *steps))
+
+
+def cast(plan: Plan, dtype: torch.dtype) -> Plan:
+    return replace(
+        plan, steps=tuple(replace(s, weight=s.weight.to(dtype), bias=s.bias.to(dtype)) for s in plan.steps)
+    )
+
+
+def tiny_plan(side: int = 16) -> Plan:
+    """One stage with every kind of step, in float32: the interpreter is slow."""
+    whole = cast(small_plan(side=side), torch.float32)
+    steps = {s.name: s for s in whole.steps if s.name.startswith("u.")}
+    weight = normal(20, 20, 3, 3, seed=3) / 13
+    inner = View("u.inner", 0, 20)
+    residual = ConvStep(
+        name="u.block", source=View("u.e2", 0, 20), stores=(Store(inner, "relu"),), weight=weight,
+        bias=normal(20, seed=4), geometry=Geometry(3, 1, 1, reflect=True), residual=View("u.e2", 0, 20),
+    )  # fmt: skip
+    buffers = {n: b for n, b in whole.buffers.items() if n == PICTURE or n.startswith("u.")}
+    buffers["u.inner"] = replace(buffers["u.e2"], name="u.inner")
+    steps["u.d2"] = replace(steps["u.d2"], source=inner)
+    order = [steps["u.e1"], steps["u.e2"], residual, steps["u.d2"], steps["u.attention"], steps["u.d1"]]
+    order = [replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in order]
+    return Plan(1, side, side, buffers, tuple(order))

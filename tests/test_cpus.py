@@ -1,0 +1,52 @@
+"""The container's limit on processors, and the threads of the kernels under it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from lgnet_fast import cpus, forks
+
+
+def write(folder: Path, files: dict[str, str]) -> Path:
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/", {"cpu.max": "150000 100000"}, 2),
+        ("0::/", {"cpu.max": "20000 100000"}, 1),
+        ("0::/", {"cpu.max": "max 100000"}, None),
+        ("0::/a/b", {"cpu.max": "max 100000", "a/cpu.max": "300000 100000", "a/b/cpu.max": "800000 100000"}, 3),
+        ("0::/outside/the/namespace", {"cpu.max": "400000 100000"}, 4),
+        ("3:cpu,cpuacct:/x\n0::/", {"cpu/x/cpu.cfs_quota_us": "250000", "cpu/x/cpu.cfs_period_us": "100000"}, 3),
+        ("3:cpu:/", {"cpu/cpu.cfs_quota_us": "-1", "cpu/cpu.cfs_period_us": "100000"}, None),
+        ("4:memory:/\n5:cpuset:/", {"cpu/cpu.cfs_quota_us": "100000"}, None),
+        ("0::/", {"cpu.max": "damaged"}, None),
+        ("0::/", {}, None),
+    ],
+)
+def test_quota(tmp_path, own, files, expected):
+    write(tmp_path, {"own": own, **{f"control/{name}": text for name, text in files.items()}})
+    assert cpus.quota(tmp_path / "control", tmp_path / "own") == expected
+
+
+def test_without_control_groups(tmp_path):
+    assert cpus.quota(tmp_path, tmp_path / "none") is None
+
+
+def test_kernels_take_no_more_threads_than_granted(monkeypatch):
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(4)
+        for granted, expected in ((None, 4), (2, 2), (8, 4)):
+            monkeypatch.setattr(cpus, "granted", lambda granted=granted: granted)
+            assert forks.kernel_threads() == expected
+    finally:
+        torch.set_num_threads(before)
