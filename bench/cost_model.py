@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -96,8 +97,8 @@ def floor_seconds(step: Any, plan: Any, card: Any, rate: float, element: int) ->
     return float(max(plan.macs(step) / rate, element * moved / card.memory))
 
 
-def main() -> int:
-    """Print the table."""
+def main(arguments: Sequence[str]) -> int:
+    """Print the table; return the exit code."""
     from lgnet_fast.kernels.attention import VARIANTS
     from lgnet_fast.kernels.cards import CARDS
     from lgnet_fast.kernels.conv_configs import LAUNCH_SECONDS
@@ -116,7 +117,7 @@ def main() -> int:
     parser.add_argument("--hole", type=int, nargs=4, metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"))
     parser.add_argument("--variant", choices=VARIANTS, default="released")
     parser.add_argument("--measured", type=Path)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     card, kind = CARDS[args.card], KINDS[args.dtype]
     element = 4 if kind in ("ieee", "tf32") else 2
     rate = card.macs * {"half": 1.0, "tf32": 0.5, "ieee": 0.06}[kind]
@@ -182,4 +183,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(sys.argv[1:]))

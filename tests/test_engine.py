@@ -500,9 +500,9 @@ gc.collect()
 def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 rng = random.Random(0)
-image = torch.zeros(3, 3, 768, 768)
-for call in range(300):
-    batch, height, width = rng.randint(1, 2), 256 * rng.randint(1, 3), 256 * rng.randint(1, 3)
+image = torch.zeros(2, 3, 512, 512)
+for call in range(150):
+    batch, height, width = rng.randint(1, 2), 256 * rng.randint(1, 2), 256 * rng.randint(1, 2)
     mask = torch.zeros(batch, 1, height, width)
     top, left = rng.randrange(height - 40), rng.randrange(width - 40)
     mask[:, :, top : top + rng.randint(1, 40), left : left + rng.randint(1, 40)] = 1
