@@ -4,6 +4,9 @@
 // stages (input transform, products, output transform), so that V and M stay in its cache, and reads the weights once
 // a chunk. Where there are few (deep layers, where weights are most of the traffic), the three stages are three
 // parallel loops: products are split by points and by columns, and every weight is read once.
+//
+// Of a map of few channels, direct convolution copies no patches: pixels of a kernel row lie side by side, so that a
+// product reads them from a padded copy of the map, one piece for each kernel row.
 #include "conv.h"
 
 #include <algorithm>
@@ -27,6 +30,7 @@ constexpr int64_t kSplitColumns = 64;
 constexpr int64_t kSplitRows = 448;
 constexpr int64_t kSplitTiles = 16;
 constexpr int64_t kMaximumGroups = 4;  // of a job: taps of two lengths along each axis
+constexpr int64_t kFewChannels = 16;   // of a map that direct convolution reads in place
 
 // A group of a job with its sizes: V is [points][tiles][row], in units; M is [points][tiles][c_row].
 struct Part {
@@ -88,6 +92,13 @@ std::vector<int64_t> live_ranges(const ConvStep& step, const Group& group, const
   return ranges;
 }
 
+// A copy of the source with its padding, [sample][height][width][pixel] in units; (top, left): where its first pixel
+// is.
+struct Padded {
+  int32_t* map;
+  int64_t top, left, height, width, pixel;
+};
+
 // One convolution of one run.
 class Convolution {
  public:
@@ -104,6 +115,11 @@ class Convolution {
   void set_output();
   Sizes sizes(int64_t job, int64_t tiles) const;
   void multiply(const Part& part, const Factors& factors, const Range& range) const;
+
+  bool reads_in_place() const;
+  void run_in_place() const;
+  Padded pad(int32_t* map, bool fill) const;
+  void run_line(const Padded& padded, int64_t job, const Tile& first, int64_t tiles, float* products) const;
 
   void run_in_chunks(int64_t chunks) const;
   void run_chunk(int64_t job, int64_t first, int64_t count, int32_t* v, int64_t v_size, int64_t m_size) const;
@@ -190,6 +206,7 @@ void Convolution::multiply(const Part& part, const Factors& factors, const Range
   Product product;
   product.a = factors.v + range.point * factors.v_stride + range.r0 * part.row();
   product.a_row = part.row();
+  product.piece = product.jump = 0;
   product.b = part.weight + range.point * columns_ * part.depth * kernels_.unit_bytes;
   product.weight_columns = columns_;
   product.first_column = range.n0;
@@ -216,6 +233,7 @@ void Convolution::execute() const {
     largest_m = std::max(largest_m, job_m);
   }
   tile_elements = largest_v + largest_m;
+  if (reads_in_place()) return run_in_place();
   const bool given = step_.chunk > 0;
   const int64_t fitting = kChunkBytes / (4 * tile_elements);
   const int64_t wanted = std::clamp<int64_t>(given ? step_.chunk : fitting, kernels_.rows, kMaximumChunk);
@@ -225,6 +243,103 @@ void Convolution::execute() const {
     run_in_chunks(chunks);
   } else {
     run_in_stages();
+  }
+}
+
+// --- few channels: no patches --------------------------------------------------------------------------------------
+
+// Direct, few channels, and every kernel row one piece of adjacent taps. A few tiles are not worth a copy of the map.
+bool Convolution::reads_in_place() const {
+  const MapSpec& source = step_.source;
+  if (step_.tile > 1 || step_.chunk != 0 || source.channels > kFewChannels || source.pixel != source.channels ||
+      source.channels % kernels_.pair != 0 || 2 * space_.total() * step_.in_step < source.height * source.width) {
+    return false;
+  }
+  for (const Part& part : parts_) {
+    const std::vector<Start>& starts = part.group->starts;
+    const int64_t taps = static_cast<int64_t>(starts.size()), across = starts.back().x - starts.front().x + 1;
+    if (taps % across != 0) return false;
+    for (int64_t t = 0; t < taps; ++t) {
+      if (starts[t].y != starts[0].y + t / across || starts[t].x != starts[0].x + t % across) return false;
+    }
+  }
+  return true;
+}
+
+// The padded copy's size; its pixels too where `fill` says so: each row is a patch of as many taps as it has columns.
+Padded Convolution::pad(int32_t* map, bool fill) const {
+  const MapSpec& source = step_.source;
+  Padded padded{map, 0, 0, 0, 0, source.channels / kernels_.pair};
+  int64_t bottom = 0, right = 0;
+  for (const Part& part : parts_) {
+    const Start &first = part.group->starts.front(), &last = part.group->starts.back();
+    padded.top = std::min(padded.top, first.y);
+    padded.left = std::min(padded.left, first.x);
+    bottom = std::max(bottom, (ceil_div(step_.out_height, step_.out_step) - 1) * step_.in_step + last.y + 1);
+    right = std::max(right, (ceil_div(step_.out_width, step_.out_step) - 1) * step_.in_step + last.x + 1);
+  }
+  padded.height = bottom - padded.top;
+  padded.width = right - padded.left;
+  if (!fill) return padded;
+  Group row;
+  for (int64_t x = 0; x < padded.width; ++x) row.starts.push_back({padded.top, padded.left + x});
+  Input input = input_;
+  input.in_step = 1;
+  const Rect everywhere{0, source.height, 0, source.width};
+  const Region whole{everywhere, everywhere};
+  const int64_t units = padded.width * padded.pixel;
+  parallel_for(run_.threads, run_.batch * padded.height, [&](int64_t task, int64_t) {
+    const Tile tile{task / padded.height, task % padded.height, 0, &whole};
+    kernels_.transform(input, row, 1, &tile, 1, map + task * units, 0, units);
+  });
+  return padded;
+}
+
+void Convolution::run_in_place() const {
+  const Padded size = pad(nullptr, false);
+  const int64_t map = round_up(run_.batch * size.height * size.width * size.pixel, 1024);
+  const int64_t each = round_up(kMaximumChunk * c_row_, 1024) + 64;
+  int32_t* scratch = reinterpret_cast<int32_t*>(run_.scratch(4 * (map + each * run_.threads)));
+  const Padded padded = pad(scratch, true);
+  const TileSpace& space = space_;
+  parallel_for(run_.threads, jobs() * space.lines(), [&](int64_t task, int64_t worker) {
+    int64_t tiles = 0;
+    const Tile first = space.line(task / jobs(), tiles);
+    run_line(padded, task % jobs(), first, tiles, reinterpret_cast<float*>(scratch + map + worker * each));
+  });
+}
+
+// Outputs of a line of a job from `first` on.
+void Convolution::run_line(const Padded& padded, int64_t job, const Tile& first, int64_t tiles,
+                           float* products) const {
+  const Part& part = parts_[first_part_[job]];
+  const Start &start = part.group->starts.front(), &last = part.group->starts.back();
+  Product product{};
+  product.piece = (last.x - start.x + 1) * padded.pixel;
+  product.jump = padded.width * padded.pixel;
+  product.a_row = step_.in_step * padded.pixel;
+  product.b = part.weight;
+  product.weight_columns = product.columns = columns_;
+  product.c = products;
+  product.c_row = c_row_;
+  product.depth = part.depth;
+  product.live = part.live.data();
+  product.live_count = static_cast<int64_t>(part.live.size()) / 2;
+  const int64_t y = first.batch * padded.height + first.y * step_.in_step + start.y - padded.top;
+  const int64_t chunks = ceil_div(tiles, kMaximumChunk);
+  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
+    const int64_t begin = tiles * chunk / chunks, count = tiles * (chunk + 1) / chunks - begin;
+    Tile some[kMaximumChunk];
+    for (int64_t t = 0; t < count; ++t) {
+      some[t] = first;
+      some[t].x += begin + t;
+    }
+    const int64_t x = some[0].x * step_.in_step + start.x - padded.left;
+    product.a = padded.map + (y * padded.width + x) * padded.pixel;
+    product.rows = count;
+    kernels_.product(product);
+    const float* of_group[] = {products};
+    kernels_.finish(output_, step_.jobs[job], 1, some, count, of_group, &part.points, c_row_, products);
   }
 }
 

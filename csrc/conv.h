@@ -51,6 +51,8 @@ struct Input {
 struct Product {
   const void* a;
   int64_t a_row;  // units between rows
+  // 0: a row lies in one piece. Else in pieces of this many units, `jump` units from one to the next.
+  int64_t piece, jump;
   const void* b;  // packed weights, see ConvKernels
   int64_t weight_columns, first_column;
   float* c;

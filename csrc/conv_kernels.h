@@ -113,44 +113,80 @@ struct Conv {
     }
   }
 
-  // `ahead` is what will be read next from the weights: it is fetched into the second-level cache meanwhile.
+  // What will be read next from the weights: each of `turns` blocks fetches its share into the second-level cache.
+  // One block that fetched everything would fill the queue of outstanding reads and wait for it.
+  struct Ahead {
+    const Unit* weights;
+    int64_t turn, turns;
+  };
+
+  // Rows of the first factor from some depth on: they go on for `left` units, then in pieces as Product has them.
+  struct Rows {
+    const Unit* a;
+    int64_t row, left, piece, jump;
+
+    Rows from(int64_t r) const { return {a + r * row, row, left, piece, jump}; }
+  };
+
   template <int R, int M>
-  static void block(const Unit* a, int64_t a_row, const Unit* b, const Unit* ahead, int64_t depth, float* c,
-                    int64_t c_row, bool accumulate) {
+  static void block(const Rows& from, const Unit* b, Ahead ahead, int64_t depth, float* c, int64_t c_row,
+                    bool accumulate) {
     if constexpr (V::BLOCK_ROWS > 0 && M == NV && R >= V::BLOCK_ROWS) {
-      return V::template conv_block<R>(a, a_row, b, depth, c, c_row, accumulate);
+      return block_of_pieces<R>(from, b, depth, c, c_row, accumulate);
     }
-    constexpr int STEP = 4, LINE = 16;
+    constexpr int STEP = 4, LINE = 16, THREES = (R + 2) / 3;
     Reg acc[R][M];
     LGNET_UNROLL
     for (int r = 0; r < R; ++r) {
       LGNET_UNROLL
       for (int m = 0; m < M; ++m) acc[r][m] = accumulate ? V::load(c + r * c_row + m * W) : V::set1(0);
     }
-    const Unit* rows[(R + 2) / 3];
+    const Unit* rows[THREES];
     LGNET_UNROLL
-    for (int i = 0; i < (R + 2) / 3; ++i) rows[i] = a + 3 * i * a_row;
-    int64_t k = 0;
-    for (; k + STEP <= depth; k += STEP) {
+    for (int i = 0; i < THREES; ++i) rows[i] = from.a + 3 * i * from.row;
+    for (int64_t left = from.left; depth > 0; left = from.piece) {
+      const int64_t units = left < depth ? left : depth;
+      int64_t k = 0;
+      for (; k + STEP <= units; k += STEP) {
+        if (--ahead.turn < 0) {
+          ahead.turn += ahead.turns;
+          LGNET_UNROLL
+          for (int i = 0; i < STEP * M * W; i += LINE) prefetch(ahead.weights + i);
+        }
+        LGNET_UNROLL
+        for (int u = 0; u < STEP; ++u) multiply<R, M>(acc, rows, from.row, b, u);
+        LGNET_UNROLL
+        for (int i = 0; i < THREES; ++i) rows[i] += STEP;
+        b += STEP * M * W;
+        ahead.weights += STEP * M * W;
+      }
+      for (; k < units; ++k) {
+        multiply<R, M>(acc, rows, from.row, b, 0);
+        LGNET_UNROLL
+        for (int i = 0; i < THREES; ++i) rows[i] += 1;
+        b += M * W;
+      }
       LGNET_UNROLL
-      for (int i = 0; i < STEP * M * W; i += LINE) prefetch(ahead + i);
-      LGNET_UNROLL
-      for (int u = 0; u < STEP; ++u) multiply<R, M>(acc, rows, a_row, b, u);
-      LGNET_UNROLL
-      for (int i = 0; i < (R + 2) / 3; ++i) rows[i] += STEP;
-      b += STEP * M * W;
-      ahead += STEP * M * W;
-    }
-    for (; k < depth; ++k) {
-      multiply<R, M>(acc, rows, a_row, b, 0);
-      LGNET_UNROLL
-      for (int i = 0; i < (R + 2) / 3; ++i) rows[i] += 1;
-      b += M * W;
+      for (int i = 0; i < THREES; ++i) rows[i] += from.jump - from.piece;
+      depth -= units;
     }
     LGNET_UNROLL
     for (int r = 0; r < R; ++r) {
       LGNET_UNROLL
       for (int m = 0; m < M; ++m) V::store(c + r * c_row + m * W, acc[r][m]);
+    }
+  }
+  // The same by the class's own block, which knows no pieces.
+  template <int R>
+  static void block_of_pieces(Rows from, const Unit* b, int64_t depth, float* c, int64_t c_row, bool accumulate) {
+    while (depth > 0) {
+      const int64_t units = from.left < depth ? from.left : depth;
+      V::template conv_block<R>(from.a, from.row, b, units, c, c_row, accumulate);
+      from.a += from.left + from.jump - from.piece;
+      from.left = from.piece;
+      b += units * NR;
+      depth -= units;
+      accumulate = true;
     }
   }
   static LGNET_INLINE void prefetch(const Unit* p) {
@@ -163,16 +199,15 @@ struct Conv {
 
   // Blocks of at most ROWS rows, as equal as possible.
   template <int M>
-  static void rows_of_blocks(const Product& p, const Unit* b, const Unit* ahead, int64_t k0, int64_t depth, float* c,
-                             bool accumulate) {
+  static void rows_of_blocks(const Product& p, const Rows& rows, const Unit* b, const Unit* ahead, int64_t depth,
+                             float* c, bool accumulate) {
     const int64_t blocks = ceil_div(p.rows, ROWS);
-    const Unit* a = static_cast<const Unit*>(p.a) + k0;
     int64_t r0 = 0;
     for (int64_t i = 0; i < blocks; ++i) {
       const int64_t r1 = p.rows * (i + 1) / blocks;
       with_count<ROWS>(r1 - r0, [&](auto r) {
-        block<decltype(r)::value, M>(a + r0 * p.a_row, p.a_row, b, i == 0 ? ahead : b, depth, c + r0 * p.c_row,
-                                     p.c_row, accumulate);
+        block<decltype(r)::value, M>(rows.from(r0), b, {ahead, i, blocks}, depth, c + r0 * p.c_row, p.c_row,
+                                     accumulate);
       });
       r0 = r1;
     }
@@ -191,6 +226,7 @@ struct Conv {
   // Weights lie as they are read: [depth / DEPTH][panels][DEPTH][panel's columns], the last slice as deep as is left.
   static void product(const Product& p) {
     const Unit* weights = static_cast<const Unit*>(p.b);
+    const int64_t piece = p.piece > 0 ? p.piece : p.depth;
     bool accumulate = p.accumulate;
     for (int64_t range = 0; range < p.live_count; ++range) {
       const int64_t end = p.live[2 * range + 1];
@@ -198,6 +234,8 @@ struct Conv {
         const int64_t slice = k0 / DEPTH * DEPTH;
         const int64_t slice_depth = p.depth - slice < DEPTH ? p.depth - slice : DEPTH;
         const int64_t k1 = slice + slice_depth < end ? slice + slice_depth : end;
+        const Rows rows{static_cast<const Unit*>(p.a) + k0 / piece * p.jump + k0 % piece, p.a_row, piece - k0 % piece,
+                        piece, p.jump};
         for (int64_t n = 0; n < p.columns; n += NR) {
           const Unit* b = weights + slice * p.weight_columns + (p.first_column + n) * slice_depth;
           // The next panel, at the end of the slice that of the next slice.
@@ -206,7 +244,8 @@ struct Conv {
                                   : weights + (slice + slice_depth) * p.weight_columns + p.first_column * DEPTH;
           const int64_t vectors = p.columns - n < NR ? ceil_div(p.columns - n, W) : NV;
           with_count<NV>(vectors, [&](auto m) {
-            rows_of_blocks<decltype(m)::value>(p, b + (k0 - slice) * m * W, ahead, k0, k1 - k0, p.c + n, accumulate);
+            rows_of_blocks<decltype(m)::value>(p, rows, b + (k0 - slice) * m * W, ahead, k1 - k0, p.c + n,
+                                               accumulate);
           });
         }
         accumulate = true;

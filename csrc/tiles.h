@@ -31,11 +31,14 @@ class TileSpace {
   int64_t total() const { return total_; }
   // Writes tiles [first, first + count).
   void get(int64_t first, int64_t count, Tile* tiles) const;
+  // Rows of tiles, of all regions and samples, and one of them: its first tile, and in `tiles` how many there are.
+  int64_t lines() const;
+  Tile line(int64_t number, int64_t& tiles) const;
 
  private:
   struct Area {
     const Region* region;
-    int64_t sample, top, left, rows, columns, first;  // sample and tile: the first of the area
+    int64_t sample, samples, top, left, rows, columns, first;  // sample and tile: the first of the area
   };
   int64_t m_, total_ = 0;
   std::vector<Area> areas_;
