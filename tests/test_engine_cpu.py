@@ -460,6 +460,36 @@ def test_attention_computes_the_queries_of_the_rectangles_alone(isa, threads, va
             assert torch.equal(some[wanted], dense[wanted])
 
 
+@pytest.mark.parametrize("kernel", ["winograd2", "winograd4"])
+def test_few_outputs_read_only_those_weights_that_direct_convolution_needs(isa, threads, kernel):
+    """Transposed 4x4 convolutions have phases of 2x2 taps: 4 of Winograd's 9 or 25 points give the taps."""
+    plan = plan_of(8)
+    image, mask = picture(1, 256, 256)
+    mask = torch.zeros_like(mask)
+    mask[..., 120:136, 120:136] = 1
+    hole = (mask > 0).expand_as(image)
+    small = plan.restricted([Rect(120, 136, 120, 136)])
+    chosen = choices(plan, kernel)
+    weights = CpuWeights.pack(plan, torch.float32, chosen)
+    executor = CpuExecutor(plan, weights)
+    regions = [step.regions for step in small.steps]
+    result = executor.run(image, mask, None, regions)[0]
+    direct = CpuExecutor.of(plan, torch.float32, choices(plan, "direct"))
+    assert_close(result[hole], direct.run(image, mask)[0][hole].double())
+    m = cpu_kernels.TILES[kernel]
+    step = next(step for step in plan.steps if step.name == "net_c.d4")
+    packing = cpu_weights.Packing.of(False)
+    groups = [group for job in cpu_kernels.jobs_of(step.geometry, m) for group in job.groups]
+    for offset, group in zip(weights.placed[step.name].weights, groups, strict=True):
+        point = len(group.starts) * step.source.channels * packing.columns(step.out_channels)
+        side = m + 1
+        packed = weights.data[offset : offset + 4 * side * side * point].view(torch.float32).view(side, side, point)
+        packed[1:-1] = torch.nan
+        packed[:, 1:-1] = torch.nan
+    assert torch.equal(executor.run(image, mask, None, regions)[0], result)
+    assert not executor.run(image, mask)[0][hole].isfinite().all()  # a dense run reads them all
+
+
 @pytest.mark.parametrize(
     ("out", "read", "sample", "got"),
     [
