@@ -4,6 +4,7 @@
 // stages (input transform, products, output transform), so that V and M stay in its cache, and reads the weights once
 // a chunk. Where there are few (deep layers, where weights are most of the traffic), the three stages are three
 // parallel loops: products are split by points and by columns, and every weight is read once.
+// Where a hole leaves very few, conv_subset.cpp takes over.
 #include "conv.h"
 
 #include <algorithm>
