@@ -65,11 +65,22 @@ constexpr int64_t kGroupsPerCombinerTask = 16;
 // fewer threads are faster.
 constexpr double kProductsPerThread = 5e5;
 
-int64_t useful_threads(const View& features, int64_t threads) {
+// queries: of one sample.
+int64_t useful_threads(const View& features, int64_t queries, int64_t threads) {
   const double positions = static_cast<double>(features.size[2]) * static_cast<double>(features.size[3]);
-  const double products =
-      2.0 * static_cast<double>(features.size[0]) * static_cast<double>(features.size[1]) * positions * positions;
+  const double products = 2.0 * static_cast<double>(features.size[0]) * static_cast<double>(features.size[1]) *
+                          positions * static_cast<double>(queries);
   return std::clamp<int64_t>(static_cast<int64_t>(std::min(products / kProductsPerThread, 1e6)), 1, threads);
+}
+
+View dense_view(const float* data, std::array<int64_t, 4> size) {
+  View view;
+  view.data = reinterpret_cast<char*>(const_cast<float*>(data));
+  for (int i = 3; i >= 0; --i) {
+    view.size[i] = size[i];
+    view.stride[i] = i == 3 ? 1 : view.stride[i + 1] * size[i + 1];
+  }
+  return view;
 }
 
 template <class T>
@@ -116,8 +127,9 @@ void describe(const View& features, bool released, const AttentionKernels<T>& ke
   w.height = features.size[2];
   w.width = features.size[3];
   w.positions = w.height * w.width;
+  w.query_count = w.positions;
   w.panel = kernels.panel;
-  w.panels = ceil_div(w.positions, w.panel);
+  w.panels = ceil_div(w.query_count, w.panel);
   w.key_groups = ceil_div(w.positions, kKeysPerGroup);
   w.released = released;
   w.pack_bytes = w.key_groups * w.channels_padded * kKeysPerGroup * kernels.element_bytes;
@@ -202,13 +214,14 @@ class Forward {
 
   // Has the attended features go through the combiner.
   void combine_with(const View& weight, const View& bias);
-  // Queries outside the panels of positions [first, last) are left out.
-  void run(int64_t first, int64_t last);
+  // Has it read and write these maps, in place of features and out; comes before combine_with.
+  void use(const PixelMaps& maps);
+  void run();
 
  private:
-  void split_keys(int64_t panels);
-  void attend(int64_t first_panel, int64_t panels_each);
-  void combine(int64_t first_panel, int64_t panels_each);
+  void split_keys();
+  void attend();
+  void combine();
 
   const View& features_;
   const AttentionKernels<T>& kernels_;
@@ -220,6 +233,18 @@ class Forward {
   Buffer<T> packed_weight_, packed_bias_, operands_;
   Buffer<T> part_rows_, part_max_, part_sum_;
 };
+
+template <class T>
+void Forward<T>::use(const PixelMaps& maps) {
+  w_.pixels = maps.from;
+  w_.pixel = maps.from_pixel;
+  w_.to_pixels = maps.to;
+  w_.to_pixel = maps.to_pixel;
+  w_.relu = maps.relu;
+  w_.queries = maps.queries.data();
+  w_.query_count = static_cast<int64_t>(maps.queries.size());
+  w_.panels = ceil_div(w_.query_count, w_.panel);
+}
 
 template <class T>
 void Forward<T>::combine_with(const View& weight, const View& bias) {
@@ -244,23 +269,26 @@ void Forward<T>::combine_with(const View& weight, const View& bias) {
 }
 
 template <class T>
-void Forward<T>::run(int64_t first, int64_t last) {
+void Forward<T>::run() {
   for (int64_t item = 0; item < features_.size[0]; item += turn_) {
     w_.first_item = item;
     w_.batch = std::min(turn_, features_.size[0] - item);
-    const Planes<T> planes(features_, item, w_.batch, kNative<T>, threads_);
-    w_.features = planes.get();
+    std::optional<Planes<T>> planes;
+    if (!w_.pixels) {
+      planes.emplace(features_, item, w_.batch, kNative<T>, threads_);
+      w_.features = planes->get();
+    }
     const Packed<T> packed(kernels_, share_, threads_, w_);
-    const int64_t first_panel = first / w_.panel, panels_each = ceil_div(last, w_.panel) - first_panel;
-    split_keys(w_.batch * panels_each);
-    attend(first_panel, panels_each);
-    if (w_.operands) combine(first_panel, panels_each);
+    split_keys();
+    attend();
+    if (w_.operands) combine();
   }
 }
 
 // Ranges of keys for tasks of their own, where the panels are too few for the threads.
 template <class T>
-void Forward<T>::split_keys(int64_t panels) {
+void Forward<T>::split_keys() {
+  const int64_t panels = w_.batch * w_.panels;
   w_.splits = 1;
   if (threads_ > 1 && panels < kTasksPerThread * threads_) {
     w_.splits = std::clamp<int64_t>(ceil_div(kTasksPerThread * threads_, panels), 1,
@@ -269,8 +297,7 @@ void Forward<T>::split_keys(int64_t panels) {
   w_.groups_per_split = ceil_div(w_.key_groups, w_.splits);
   w_.splits = ceil_div(w_.key_groups, w_.groups_per_split);
   if (w_.splits == 1) return;
-  // Indexed by panel: memory of panels left out is never touched.
-  const int64_t count = w_.batch * w_.panels * w_.splits;
+  const int64_t count = panels * w_.splits;
   part_rows_ = Buffer<T>(count * w_.channels_padded * w_.panel);
   part_max_ = Buffer<T>(count * w_.panel);
   part_sum_ = Buffer<T>(count * w_.panel);
@@ -280,24 +307,24 @@ void Forward<T>::split_keys(int64_t panels) {
 }
 
 template <class T>
-void Forward<T>::attend(int64_t first_panel, int64_t panels_each) {
-  const int64_t panels = w_.batch * panels_each, per_item = panels_each * w_.splits;
+void Forward<T>::attend() {
+  const int64_t panels = w_.batch * w_.panels, per_item = w_.panels * w_.splits;
   const int64_t each = round_up(kernels_.forward_scratch(w_), 64);
   const Buffer<T> scratch(each * std::min(threads_, panels * w_.splits));
   parallel_for(threads_, panels * w_.splits, [&](int64_t task, int64_t worker) {
-    kernels_.forward(w_, task / per_item, first_panel + task % per_item / w_.splits, task % w_.splits,
+    kernels_.forward(w_, task / per_item, task % per_item / w_.splits, task % w_.splits,
                      scratch.get() + worker * each);
   });
   if (w_.splits == 1) return;
   parallel_for(threads_, panels, [&](int64_t task, int64_t worker) {
-    kernels_.merge(w_, task / panels_each, first_panel + task % panels_each, scratch.get() + worker * each);
+    kernels_.merge(w_, task / w_.panels, task % w_.panels, scratch.get() + worker * each);
   });
 }
 
 // Goes by output channels: a task packs the weights of some and takes all panels past them.
 template <class T>
-void Forward<T>::combine(int64_t first_panel, int64_t panels_each) {
-  const int64_t c = w_.channels, groups = w_.channels_padded / 8, panels = w_.batch * panels_each;
+void Forward<T>::combine() {
+  const int64_t c = w_.channels, groups = w_.channels_padded / 8, panels = w_.batch * w_.panels;
   const int64_t tasks = std::min(groups, round_up(ceil_div(groups, kGroupsPerCombinerTask), threads_));
   const int64_t most = ceil_div(groups, tasks), room = round_up(most * 8 * (2 * c + w_.panel), 64);
   const Buffer<T> blocks(room * std::min(threads_, tasks));
@@ -308,8 +335,7 @@ void Forward<T>::combine(int64_t first_panel, int64_t panels_each) {
       combiner_->pack(i / count, begin + i % count, worker, block + i * 8 * c);
     }
     for (int64_t i = 0; i < panels; ++i) {
-      kernels_.combine(w_, i / panels_each, first_panel + i % panels_each, block, begin, count,
-                       block + 2 * count * 8 * c);
+      kernels_.combine(w_, i / w_.panels, i % w_.panels, block, begin, count, block + 2 * count * 8 * c);
     }
   });
 }
@@ -442,7 +468,7 @@ void run_forward(const View& features, const View& weight, const View& bias, boo
                  const View& attended, const View& stats, int64_t threads) {
   Forward<T> forward(features, released, features.dtype == DType::bfloat16, out, attended, stats, threads);
   if (weight) forward.combine_with(weight, bias);
-  forward.run(0, features.size[2] * features.size[3]);
+  forward.run();
 }
 
 template <class T>
@@ -496,14 +522,21 @@ void attention_forward(const TensorArg& features_arg, const TensorArg& weight_ar
     fail(function, "out", "a tensor with weight, none without", "the other");
   if (attended) expect_like(function, "attended", attended, features);
   const auto run = features.dtype == DType::float64 ? run_forward<double> : run_forward<float>;
-  run(features, weight, bias, released, out, attended, stats, useful_threads(features, threads));
+  run(features, weight, bias, released, out, attended, stats,
+      useful_threads(features, features.size[2] * features.size[3], threads));
 }
 
-void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool bf16,
-                         int64_t first, int64_t last, const View& out, int64_t threads) {
-  Forward<float> forward(features, released, bf16, out, View{}, View{}, useful_threads(features, threads));
-  forward.combine_with(weight, bias);
-  forward.run(first, last);
+void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, bool bf16,
+                      int64_t threads) {
+  const int64_t channels = maps.channels;
+  View features;  // its sizes alone
+  const int64_t size[4] = {maps.batch, channels, maps.height, maps.width};
+  std::copy_n(size, 4, features.size);
+  threads = useful_threads(features, static_cast<int64_t>(maps.queries.size()), threads);
+  Forward<float> forward(features, released, bf16, View{}, View{}, View{}, threads);
+  forward.use(maps);
+  forward.combine_with(dense_view(weight, {1, 1, channels, 2 * channels}), dense_view(bias, {1, 1, 1, channels}));
+  forward.run();
 }
 
 void attention_backward(const TensorArg& grad_arg, const TensorArg& features_arg, const TensorArg& attended_arg,
@@ -520,7 +553,8 @@ void attention_backward(const TensorArg& grad_arg, const TensorArg& features_arg
   expect_like(function, "attended", attended, features);
   expect_like(function, "grad_features", grad_features, features);
   const auto run = features.dtype == DType::float64 ? run_backward<double> : run_backward<float>;
-  run(grad, features, attended, stats, released, grad_features, useful_threads(features, threads));
+  run(grad, features, attended, stats, released, grad_features,
+      useful_threads(features, features.size[2] * features.size[3], threads));
 }
 
 }  // namespace lgnet

@@ -1,6 +1,8 @@
 // What attention.cpp (scheduling, memory) and attention_kernels.h (arithmetic, once per instruction set) share.
 #pragma once
 
+#include <vector>
+
 #include "common.h"
 
 namespace lgnet {
@@ -14,12 +16,21 @@ constexpr double kLn2 = 0.6931471805599453;
 // Everything one call works on. T is the accumulators' type: float (also for bf16 inputs) or double.
 template <class T>
 struct AttentionWork {
-  // Problem. channels_padded is a multiple of 8; positions = height * width; panels of `panel` queries.
+  // Problem. channels_padded is a multiple of 8; positions = height * width; panels of `panel` queries, query_count
+  // of an item in all: its positions in order, or those of a list.
   int64_t batch, channels, channels_padded, height, width, positions;
-  int64_t panel, panels, key_groups;
+  int64_t query_count, panel, panels, key_groups;
   bool released;
 
-  const T* features;   // [batch][channels][positions]
+  const T* features;  // [batch][channels][positions]
+  // Forward of a program's maps, in place of `features` and `out`: [item][position][pixel], read and written where
+  // the list says. Null: none.
+  const T* pixels;
+  T* to_pixels;
+  int64_t pixel, to_pixel;
+  const int32_t* queries;
+  bool relu;  // store max(0, result)
+
   T* inverse_norm;     // [batch][positions]
   char* keys;          // [batch][key_groups][channels_padded][8]
   char* values;        // the same layout; the same memory in the released variant
@@ -81,10 +92,21 @@ struct AttentionTable {
 // sums; weight [1, 1, C, 2C]; bias [1, 1, 1, C].
 void attention_forward(const TensorArg& features, const TensorArg& weight, const TensorArg& bias, bool released,
                        const TensorArg& out, const TensorArg& attended, const TensorArg& stats, int64_t threads);
-// The same for the queries of positions [first, last) and a few more, without checks and stats, for
-// attention_step.cpp: float32 views; bf16 multiplies bf16 pairs where the CPU can.
-void attention_positions(const View& features, const View& weight, const View& bias, bool released, bool bf16,
-                         int64_t first, int64_t last, const View& out, int64_t threads);
+// Maps of a program's step, [batch][height * width][pixel] each, of which the first `channels` are meant.
+struct PixelMaps {
+  int64_t batch, channels, height, width;
+  const float* from;
+  int64_t from_pixel;
+  float* to;
+  int64_t to_pixel;
+  bool relu;                     // store max(0, result)
+  std::vector<int32_t> queries;  // positions to compute, of every sample; all are keys
+};
+
+// The same without checks and stats, for attention_step.cpp. weight [C][2C], bias [C]; bf16: multiply bf16 pairs
+// where the CPU can.
+void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, bool bf16,
+                      int64_t threads);
 void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,
                         const TensorArg& stats, bool released, const TensorArg& grad_features, int64_t threads);
 

@@ -160,7 +160,32 @@ struct Attention {
     }
   }
 
+  // Key and value of channel c of a group's positions; row: the features, shifted.
+  static LGNET_INLINE void put_group(const Work& w, int64_t b, int64_t group, int64_t c, const T* row,
+                                     const T* inverse) {
+    Unit* kp = reinterpret_cast<Unit*>(w.keys + b * w.pack_bytes) + group * w.channels_padded * UNITS;
+    T key[GROUP];
+    for (int64_t t = 0; t < GROUP; ++t) key[t] = row[t] * inverse[t];
+    for (int64_t t = 0; t < GROUP; ++t) {
+      // Pairs run along the summed index: channels in the keys, keys in the values.
+      if constexpr (V::PAIR == 1) {
+        kp[c * GROUP + t] = key[t];
+      } else {
+        put(kp, (c / 2) * 2 * GROUP + 2 * t + c % 2, key[t]);
+      }
+    }
+    if (w.values == w.keys) return;
+    Unit* vp = reinterpret_cast<Unit*>(w.values + b * w.pack_bytes) + group * w.channels_padded * UNITS;
+    for (int64_t t = 0; t < GROUP; ++t) put(vp, c * GROUP + t, w.released ? key[t] : row[t]);
+  }
+
+  static LGNET_INLINE T inverse_norm(const Work& w, T squares) {
+    const T norm = std::sqrt(squares);
+    return T{1} / (w.released || !(norm < static_cast<T>(1e-12)) ? norm : static_cast<T>(1e-12));
+  }
+
   static void prepare(const Work& w, int64_t b, int64_t tile) {
+    if (w.pixels) return prepare_pixels(w, b, tile);
     constexpr int64_t TILE = kPositionsPerTile;
     const int64_t p0 = tile * TILE, count = w.positions - p0 < TILE ? w.positions - p0 : TILE;
     const T* f = w.features + b * w.channels * w.positions + p0;
@@ -178,46 +203,148 @@ struct Attention {
       for (int64_t t = 0; t < TILE; ++t) total[t] += part[t];
     }
     for (int64_t t = 0; t < count; ++t) {
-      const T norm = std::sqrt(total[t]);
-      inverse[t] = T{1} / (w.released || !(norm < static_cast<T>(1e-12)) ? norm : static_cast<T>(1e-12));
+      inverse[t] = inverse_norm(w, total[t]);
       w.inverse_norm[b * w.positions + p0 + t] = inverse[t];
     }
-    const bool separate_values = w.values != w.keys;
     for (int64_t c = 0; c < w.channels_padded; ++c) {
       T row[TILE] = {};
       if (c < w.channels) {
         for (int64_t t = 0; t < count; ++t) row[t] = f[c * w.positions + t] + shift;
       }
-      T key[TILE];
-      for (int64_t t = 0; t < TILE; ++t) key[t] = row[t] * inverse[t];
-      const T* value = w.released ? key : row;
-      for (int64_t t0 = 0; t0 < count; t0 += GROUP) {
-        const int64_t group = (p0 + t0) / GROUP;
-        Unit* kp = reinterpret_cast<Unit*>(w.keys + b * w.pack_bytes) + group * w.channels_padded * UNITS;
-        Unit* vp = reinterpret_cast<Unit*>(w.values + b * w.pack_bytes) + group * w.channels_padded * UNITS;
-        for (int64_t t = 0; t < GROUP; ++t) {
-          // Pairs run along the summed index: channels in the keys, keys in the values.
-          if constexpr (V::PAIR == 1) {
-            kp[c * GROUP + t] = key[t0 + t];
-          } else {
-            put(kp, (c / 2) * 2 * GROUP + 2 * t + c % 2, key[t0 + t]);
-          }
+      for (int64_t t0 = 0; t0 < count; t0 += GROUP) put_group(w, b, (p0 + t0) / GROUP, c, row + t0, inverse + t0);
+    }
+  }
+
+  // --- maps of pixels --------------------------------------------------------------------------------------------
+
+  static LGNET_INLINE const T* pixel_of(const Work& w, int64_t b, int64_t position) {
+    return w.pixels + ((w.first_item + b) * w.positions + position) * w.pixel;
+  }
+
+  // W elements plus `shift`, zeros from `count` on.
+  static LGNET_INLINE Reg load_some(const T* p, int64_t count, T shift) {
+    if (count >= W) return V::add(V::load(p), V::set1(shift));
+    T lane[W] = {};
+    for (int64_t i = 0; i < count; ++i) lane[i] = p[i] + shift;
+    return V::load(lane);
+  }
+
+  static T sum_of_squares(const T* pixel, int64_t channels, T shift) {
+    Reg total[4];
+    for (int u = 0; u < 4; ++u) total[u] = V::set1(0);
+    for (int64_t c0 = 0; c0 < channels; c0 += 4 * W) {
+      for (int u = 0; u < 4; ++u) {
+        const int64_t c = c0 + u * W;
+        if (c >= channels) break;
+        const Reg x = load_some(pixel + c, channels - c, shift);
+        total[u] = V::fma(x, x, total[u]);
+      }
+    }
+    T lane[W];
+    V::store(lane, V::add(V::add(total[0], total[1]), V::add(total[2], total[3])));
+    for (int n = W / 2; n > 0; n /= 2) {
+      for (int i = 0; i < n; ++i) lane[i] += lane[i + n];
+    }
+    return lane[0];
+  }
+
+  static void prepare_pixels(const Work& w, int64_t b, int64_t tile) {
+    const T shift = w.released ? static_cast<T>(1e-7) : T{0};
+    const int64_t end = (tile + 1) * kPositionsPerTile < w.positions ? (tile + 1) * kPositionsPerTile : w.positions;
+    for (int64_t p0 = tile * kPositionsPerTile; p0 < end; p0 += GROUP) {
+      const int64_t count = end - p0 < GROUP ? end - p0 : GROUP;
+      T inverse[GROUP] = {};
+      for (int64_t t = 0; t < count; ++t) {
+        inverse[t] = inverse_norm(w, sum_of_squares(pixel_of(w, b, p0 + t), w.channels, shift));
+        w.inverse_norm[b * w.positions + p0 + t] = inverse[t];
+      }
+      for (int64_t c0 = 0; c0 < w.channels_padded; c0 += W) {
+        T block[GROUP][W] = {};
+        for (int64_t t = 0; t < count; ++t) {
+          V::store(block[t], load_some(pixel_of(w, b, p0 + t) + c0, w.channels - c0, shift));
         }
-        if (separate_values) {
-          for (int64_t t = 0; t < GROUP; ++t) put(vp, c * GROUP + t, value[t0 + t]);
+        for (int64_t c = c0; c < c0 + W && c < w.channels_padded; ++c) {
+          T row[GROUP];
+          for (int64_t t = 0; t < GROUP; ++t) row[t] = block[t][c - c0];
+          put_group(w, b, p0 / GROUP, c, row, inverse);
         }
+      }
+    }
+  }
+
+  // rows[c][t] for the queries of a panel: value(t, c) gives W channels from c on. Lanes from `count` on are zero.
+  template <class Value>
+  static LGNET_INLINE void gather_rows(const Work& w, int64_t count, T* rows, Value value) {
+    for (int64_t c0 = 0; c0 < w.channels; c0 += W) {
+      T block[NR][W];
+      for (int64_t t = 0; t < NR; ++t) V::store(block[t], t < count ? value(t, c0) : V::set1(0));
+      for (int64_t c = c0; c < c0 + W && c < w.channels; ++c) {
+        for (int64_t t = 0; t < NR; ++t) rows[c * NR + t] = block[t][c - c0];
+      }
+    }
+  }
+
+  // Queries q0 .. q0 + count - 1 of the list, as load_queries has them.
+  static void gather_queries(const Work& w, int64_t b, int64_t q0, int64_t count, T scale, T* rows) {
+    if (!w.released) {
+      return gather_rows(w, count, rows, [&](int64_t t, int64_t c) {
+        const int64_t position = w.queries[q0 + t];
+        const Reg factor = V::set1(w.inverse_norm[b * w.positions + position] * scale);
+        return V::mul(load_some(pixel_of(w, b, position) + c, w.channels - c, T{0}), factor);
+      });
+    }
+    struct Box {  // the part of a query's 3x3 neighbourhood that the map has
+      const T* first;
+      int64_t rows, columns;
+    };
+    Box boxes[NR];
+    for (int64_t t = 0; t < count; ++t) {
+      const int64_t y = w.queries[q0 + t] / w.width, x = w.queries[q0 + t] % w.width;
+      const int64_t top = y > 0 ? y - 1 : 0, left = x > 0 ? x - 1 : 0;
+      boxes[t] = {pixel_of(w, b, top * w.width + left), (y + 2 < w.height ? y + 2 : w.height) - top,
+                  (x + 2 < w.width ? x + 2 : w.width) - left};
+    }
+    gather_rows(w, count, rows, [&](int64_t t, int64_t c) {
+      Reg total = V::set1(0);
+      for (int64_t x = 0; x < boxes[t].columns; ++x) {
+        const T* from = boxes[t].first + x * w.pixel + c;
+        Reg column = load_some(from, w.channels - c, T{0});
+        for (int64_t y = 1; y < boxes[t].rows; ++y) {
+          column = V::add(column, load_some(from + y * w.width * w.pixel, w.channels - c, T{0}));
+        }
+        total = V::add(total, column);
+      }
+      return V::mul(total, V::set1(scale));
+    });
+  }
+
+  // Stores channels [first, first + channels) of the queries from q0 on, rows [channel][NR].
+  static void scatter_rows(const Work& w, int64_t b, int64_t q0, int64_t count, int64_t first, int64_t channels,
+                           const T* rows) {
+    for (int64_t c0 = 0; c0 < channels; c0 += W) {
+      const int64_t some = channels - c0 < W ? channels - c0 : W;
+      T block[NR][W];
+      for (int64_t c = 0; c < some; ++c) {
+        for (int64_t t = 0; t < NR; ++t) block[t][c] = rows[(c0 + c) * NR + t];
+      }
+      for (int64_t t = 0; t < count; ++t) {
+        const int64_t position = (w.first_item + b) * w.positions + w.queries[q0 + t];
+        T* to = w.to_pixels + position * w.to_pixel + first + c0;
+        for (int64_t c = 0; c < some; ++c) to[c] = w.relu && block[t][c] < 0 ? T{0} : block[t][c];  // NaN stays
       }
     }
   }
 
   // --- queries ---------------------------------------------------------------------------------------------------
 
-  // rows[c][t] = scale * query of position p0 + t: the zero-padded 3x3 box sum of the features (released), or the
-  // normalised features (paper). Lanes from `count` on are zero.
+  // rows[c][t] = scale * query of position p0 + t (of the list, where there is one): the zero-padded 3x3 box sum of
+  // the features (released), or the normalised features (paper). Lanes from `count` on are zero.
   static void load_queries(const Work& w, int64_t b, int64_t p0, int64_t count, T scale, T* rows) {
     const int64_t n = w.positions, width = w.width;
     const T* f = w.features + b * w.channels * n;
-    if (!w.released) {
+    if (w.pixels) {
+      gather_queries(w, b, p0, count, scale, rows);
+    } else if (!w.released) {
       T factor[NR] = {};
       for (int64_t t = 0; t < count; ++t) factor[t] = w.inverse_norm[b * n + p0 + t] * scale;
       for (int64_t c = 0; c < w.channels; ++c) {
@@ -279,7 +406,7 @@ struct Attention {
 
   // One panel of queries against one range of keys.
   static void forward(const Work& w, int64_t b, int64_t panel, int64_t split, T* scratch) {
-    const int64_t p0 = panel * NR, count = w.positions - p0 < NR ? w.positions - p0 : NR;
+    const int64_t p0 = panel * NR, count = w.query_count - p0 < NR ? w.query_count - p0 : NR;
     with_vectors(count, [&](auto m) { forward_panel<decltype(m)::value>(w, b, panel, count, split, scratch); });
   }
 
@@ -427,13 +554,22 @@ struct Attention {
       }
     }
     if (w.attended) store_rows(w.attended, item, p0, count, rows, NR);
-    if (!w.out) return;
-    const T* f = w.features + b * w.channels * w.positions + p0;
-    T* feature_rows = rows + cp * NR;
-    for (int64_t c = 0; c < w.channels; ++c) {
-      for (int64_t t = 0; t < NR; ++t) feature_rows[c * NR + t] = t < count ? f[c * w.positions + t] : T{0};
-    }
+    if (!w.out && !w.to_pixels) return;
+    load_features(w, b, p0, count, rows + cp * NR);
     if (w.weight) combine_rows<M>(w, b, p0, count, rows, w.weight, 0, cp / GROUP, out_rows);
+  }
+
+  // rows[c][t]: the features of a panel's positions.
+  static void load_features(const Work& w, int64_t b, int64_t p0, int64_t count, T* rows) {
+    if (w.pixels) {
+      return gather_rows(w, count, rows, [&](int64_t t, int64_t c) {
+        return load_some(pixel_of(w, b, w.queries[p0 + t]) + c, w.channels - c, T{0});
+      });
+    }
+    const T* f = w.features + b * w.channels * w.positions + p0;
+    for (int64_t c = 0; c < w.channels; ++c) {
+      for (int64_t t = 0; t < NR; ++t) rows[c * NR + t] = t < count ? f[c * w.positions + t] : T{0};
+    }
   }
 
   static T* operands(const Work& w, int64_t b, int64_t panel) {
@@ -442,7 +578,7 @@ struct Attention {
 
   static void combine(const Work& w, int64_t b, int64_t panel, const T* weight, int64_t first, int64_t groups,
                       T* out_rows) {
-    const int64_t p0 = panel * NR, count = w.positions - p0 < NR ? w.positions - p0 : NR;
+    const int64_t p0 = panel * NR, count = w.query_count - p0 < NR ? w.query_count - p0 : NR;
     with_vectors(count, [&](auto m) {
       combine_rows<decltype(m)::value>(w, b, p0, count, operands(w, b, panel), weight, first, groups, out_rows);
     });
@@ -465,12 +601,16 @@ struct Attention {
         V::store(out_rows + c * NR + m * W, V::add(V::load(out_rows + c * NR + m * W), bias));
       }
     }
+    if (w.to_pixels) {
+      const int64_t left = w.channels - first * GROUP;
+      return scatter_rows(w, b, p0, count, first * GROUP, left < groups * GROUP ? left : groups * GROUP, out_rows);
+    }
     store_rows(w.out.channels(first * GROUP, groups * GROUP), w.first_item + b, p0, count, out_rows, NR);
   }
 
   // Joins the key ranges of one panel: rows weighted by exp2 of their maxima's differences.
   static void merge(const Work& w, int64_t b, int64_t panel, T* scratch) {
-    const int64_t p0 = panel * NR, count = w.positions - p0 < NR ? w.positions - p0 : NR;
+    const int64_t p0 = panel * NR, count = w.query_count - p0 < NR ? w.query_count - p0 : NR;
     with_vectors(count, [&](auto m) { merge_panel<decltype(m)::value>(w, b, panel, count, scratch); });
   }
 

@@ -4,6 +4,7 @@
 // stages (input transform, products, output transform), so that V and M stay in its cache, and reads the weights once
 // a chunk. Where there are few (deep layers, where weights are most of the traffic), the three stages are three
 // parallel loops: products are split by points and by columns, and every weight is read once.
+// Where a hole leaves very few, conv_subset.cpp takes over.
 //
 // Of a map of few channels, direct convolution copies no patches: pixels of a kernel row lie side by side, so that a
 // product reads them from a padded copy of the map, one piece for each kernel row.
@@ -11,15 +12,16 @@
 
 #include <algorithm>
 
+#include "conv_subset.h"
 #include "parallel.h"
-#include "step.h"
 
 namespace lgnet {
 namespace {
 
-// Size limit of one chunk's scratch (V and M). It may exceed the second-level cache a little: the products read it
-// one Winograd point at a time.
-constexpr int64_t kChunkBytes = int64_t{7} << 19;
+// Of the second-level cache, for a chunk's scratch (V and M) beside a part's weights. Where the weights alone exceed
+// it they come from farther off for every chunk: few large chunks cost less then, although V and M leave the cache
+// too, for the products take them one Winograd point at a time.
+constexpr int64_t kCacheBytes = int64_t{1} << 20;
 constexpr int64_t kMaximumChunk = 112;  // tiles: eight register blocks of AVX-512
 // At least this many tasks for each thread, so that none idles at the end; chunks shrink to reach it. A chunk of
 // fewer than kMinimumChunk tiles would read the weights too often: then the three stages run one after another
@@ -112,7 +114,6 @@ class Convolution {
 
   int64_t jobs() const { return static_cast<int64_t>(step_.jobs.size()); }
   void add_parts(const std::vector<Region>& regions);
-  void set_output();
   Sizes sizes(int64_t job, int64_t tiles) const;
   void multiply(const Part& part, const Factors& factors, const Range& range) const;
 
@@ -121,6 +122,7 @@ class Convolution {
   Padded pad(int32_t* map, bool fill) const;
   void run_line(const Padded& padded, int64_t job, const Tile& first, int64_t tiles, float* products) const;
 
+  int64_t fitting_chunk(int64_t tile_bytes) const;
   void run_in_chunks(int64_t chunks) const;
   void run_chunk(int64_t job, int64_t first, int64_t count, int32_t* v, int64_t v_size, int64_t m_size) const;
 
@@ -136,8 +138,8 @@ class Convolution {
   const ConvKernels& kernels_;
   const TileSpace space_;
   const int64_t columns_, c_row_, y_size_;
-  Input input_;
-  Output output_{};
+  const Input input_;
+  const Output output_;
   std::vector<Part> parts_;         // the groups of all jobs
   std::vector<size_t> first_part_;  // of each job, and the number of parts
 };
@@ -149,29 +151,10 @@ Convolution::Convolution(const ConvStep& step, const std::vector<Region>& region
       space_(regions, run.batch, step.out_step, step.tile),
       columns_(round_up(step.out_channels, kernels_.lanes)),
       c_row_(columns_ + 16),
-      y_size_(step.tile * step.tile * c_row_) {
-  const MapSpec& source = step.source;
-  input_.source = {run.arena(source.offset), source.height, source.width, source.pixel, source.channels};
-  input_.in_step = step.in_step;
-  input_.reflect = step.reflect;
-  input_.zeros = run.zeros;
-  set_output();
+      y_size_(step.tile * step.tile * c_row_),
+      input_(input_of(step, run)),
+      output_(output_of(step, run)) {
   add_parts(regions);
-}
-
-void Convolution::set_output() {
-  output_.bias = reinterpret_cast<const float*>(step_.bias);
-  output_.channels = step_.out_channels;
-  output_.height = step_.out_height;
-  output_.width = step_.out_width;
-  output_.out_step = step_.out_step;
-  if (step_.residual) {
-    output_.residual = run_.arena(step_.residual->offset);
-    output_.residual_pixel = step_.residual->pixel;
-  }
-  for (const TargetSpec& target : step_.targets) {
-    output_.targets[output_.target_count++] = {run_.arena(target.offset), target.pixel, target.activation};
-  }
 }
 
 void Convolution::add_parts(const std::vector<Region>& regions) {
@@ -221,6 +204,14 @@ void Convolution::multiply(const Part& part, const Factors& factors, const Range
   kernels_.product(product);
 }
 
+// Tiles of a chunk by the caches alone; tile_bytes: V and M of one tile.
+int64_t Convolution::fitting_chunk(int64_t tile_bytes) const {
+  int64_t weights = 0;
+  for (const Part& part : parts_) weights = std::max(weights, part.points * part.depth * columns_);
+  const int64_t room = kCacheBytes - weights * kernels_.unit_bytes;
+  return room < 0 ? kMaximumChunk : std::max(kMinimumChunk, room / tile_bytes);
+}
+
 void Convolution::execute() const {
   int64_t tile_elements = 0;  // V and M of one tile, of the largest part and job
   int64_t largest_v = 0, largest_m = 0;
@@ -235,11 +226,11 @@ void Convolution::execute() const {
   tile_elements = largest_v + largest_m;
   if (reads_in_place()) return run_in_place();
   const bool given = step_.chunk > 0;
-  const int64_t fitting = kChunkBytes / (4 * tile_elements);
+  const int64_t fitting = fitting_chunk(4 * tile_elements);
   const int64_t wanted = std::clamp<int64_t>(given ? step_.chunk : fitting, kernels_.rows, kMaximumChunk);
   const int64_t balanced = given || run_.threads == 1 ? 1 : ceil_div(kTasksPerThread * run_.threads, jobs());
   const int64_t chunks = std::max(ceil_div(space_.total(), wanted), balanced);
-  if (given || (step_.chunk == 0 && (run_.threads == 1 || space_.total() >= kMinimumChunk * chunks))) {
+  if (given || (step_.chunk == 0 && (run_.threads == 1 || space_.total() >= kMinimumChunk * balanced))) {
     run_in_chunks(chunks);
   } else {
     run_in_stages();
@@ -475,6 +466,7 @@ void Convolution::finish_all(const std::vector<Factors>& factors, float* y) cons
 }  // namespace
 
 void run_step(const ConvStep& step, const std::vector<Region>& regions, const Run& run) {
+  if (subset_pays(step, regions, run)) return run_subset(step, regions, run);
   Convolution(step, regions, run).execute();
 }
 

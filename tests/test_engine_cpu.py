@@ -19,6 +19,7 @@ from lgnet_fast.engine.cpu_weights import CpuWeights
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
+from lgnet_fast.reference.attention import attention_block
 from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case, released_state
 
@@ -392,6 +393,101 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
         result, _ = CpuExecutor.of(replace(plan, steps=tuple(steps)), dtype, chosen).run(image, mask, None, regions)
         assert not torch.isfinite(result[hole]).all(), (name, value)
         assert torch.equal(result[~hole], image.float()[~hole])
+
+
+class AttentionAlone:
+    """A program of an attention block on (picture, mask), [2, 4, 11, 13], whose result becomes the picture."""
+
+    size = (2, 4, 11, 13)
+
+    def __init__(self, variant: str) -> None:
+        library = native.library()
+        rng = torch.Generator().manual_seed(3)
+        batch, channels, height, width = self.size
+        self.variant = variant
+        self.image = torch.randn(batch, 3, height, width, generator=rng)
+        self.mask = torch.rand(batch, 1, height, width, generator=rng)
+        self.weight = torch.randn(channels, 2 * channels, 1, 1, generator=rng)
+        self.bias = torch.randn(channels, generator=rng)
+        elements = batch * height * width * channels
+        attention, copy = library.AttentionStep(), library.ConvStep()
+        attention.source = library.MapSpec(0, height, width, channels, channels)
+        attention.released = variant == "released"
+        attention.weight, attention.bias = self.weight.data_ptr(), self.bias.data_ptr()
+        attention.targets = [library.TargetSpec(elements, channels, 0)]
+        # A convolution with the identity: NaN stays in its pixel.
+        lanes = library.packing(False)[0]
+        self.identity = torch.eye(channels, -(-channels // lanes) * lanes)
+        self.zeros = torch.zeros(lanes + channels)
+        copy.source = library.MapSpec(elements, height, width, channels, channels)
+        copy.targets = [library.TargetSpec(0, channels, 0)]
+        copy.weight, copy.bias, copy.out_channels = self.identity.data_ptr(), self.zeros.data_ptr(), channels
+        copy.jobs = [library.Job(0, 0, [library.Group(1, 1, [(0, 0)], 0)])]
+        for step in (attention, copy):
+            step.out_height, step.out_width = height, width
+        self.program = library.Program(batch, height, width, 2 * elements, 0, [attention, copy])
+
+    def run(self, rects: list[tuple[Rect, int]]) -> Tensor:
+        """[2, 3, 11, 13] with NaN where nothing was computed; rects: with their samples, -1 for both."""
+        region, everywhere = native.library().Region, (0, self.size[2], 0, self.size[3])
+        lists = [[region(tuple(r), everywhere, sample) for r, sample in rects], [region(everywhere, everywhere, -1)]]
+        out = torch.empty_like(self.image)
+        arguments = [native.tensor_arg(t) for t in (self.image, self.mask)]
+        threads = torch.get_num_threads()
+        self.program.run(*arguments, (0,) * 10, native.tensor_arg(out), [], lists, threads, True)
+        return out
+
+    def exact(self, dtype: torch.dtype) -> Tensor:
+        features = torch.cat((self.image * (1 - self.mask) + self.mask, self.mask), 1).to(dtype)
+        return attention_block(features, self.weight.to(dtype), self.bias.to(dtype), self.variant)[:, :3]
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+def test_attention_computes_the_queries_of_the_rectangles_alone(isa, threads, variant):
+    block = AttentionAlone(variant)
+    dense = block.run([(Rect(0, 11, 0, 13), -1)])
+    assert_accurate("dense", dense, block.exact(torch.float64), block.exact(torch.float32))
+    rects = [Rect(0, 1, 4, 9), Rect(3, 7, 0, 2), Rect(6, 11, 10, 13)]  # at every border
+    for pairs in ([(r, -1) for r in rects], [(rects[0], 0), (rects[1], 1), (rects[2], 1)], [(rects[2], 1)]):
+        wanted = torch.zeros_like(dense, dtype=torch.bool)
+        for rect, sample in pairs:
+            wanted[(slice(None) if sample < 0 else sample, ..., *rect.slices)] = True
+        some = block.run(pairs)
+        assert torch.equal(some.isfinite(), wanted)
+        assert_accurate("some", some[wanted], block.exact(torch.float64)[wanted], block.exact(torch.float32)[wanted])
+        assert torch.equal(some[wanted], block.run(pairs)[wanted])
+        if threads == 1:  # else keys are split by the number of queries
+            assert torch.equal(some[wanted], dense[wanted])
+
+
+@pytest.mark.parametrize("kernel", ["winograd2", "winograd4"])
+def test_few_outputs_read_only_those_weights_that_direct_convolution_needs(isa, threads, kernel):
+    """Transposed 4x4 convolutions have phases of 2x2 taps: 4 of Winograd's 9 or 25 points give the taps."""
+    plan = plan_of(8)
+    image, mask = picture(1, 256, 256)
+    mask = torch.zeros_like(mask)
+    mask[..., 120:136, 120:136] = 1
+    hole = (mask > 0).expand_as(image)
+    small = plan.restricted([Rect(120, 136, 120, 136)])
+    chosen = choices(plan, kernel)
+    weights = CpuWeights.pack(plan, torch.float32, chosen)
+    executor = CpuExecutor(plan, weights)
+    regions = [step.regions for step in small.steps]
+    result = executor.run(image, mask, None, regions)[0]
+    direct = CpuExecutor.of(plan, torch.float32, choices(plan, "direct"))
+    assert_close(result[hole], direct.run(image, mask)[0][hole].double())
+    m = cpu_kernels.TILES[kernel]
+    step = next(step for step in plan.steps if step.name == "net_c.d4")
+    packing = cpu_weights.Packing.of(False)
+    groups = [group for job in cpu_kernels.jobs_of(step.geometry, m) for group in job.groups]
+    for offset, group in zip(weights.placed[step.name].weights, groups, strict=True):
+        point = len(group.starts) * step.source.channels * packing.columns(step.out_channels)
+        side = m + 1
+        packed = weights.data[offset : offset + 4 * side * side * point].view(torch.float32).view(side, side, point)
+        packed[1:-1] = torch.nan
+        packed[:, 1:-1] = torch.nan
+    assert torch.equal(executor.run(image, mask, None, regions)[0], result)
+    assert not executor.run(image, mask)[0][hole].isfinite().all()  # a dense run reads them all
 
 
 @pytest.mark.parametrize(
