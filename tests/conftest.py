@@ -24,8 +24,9 @@ def share_the_cores(processes: int) -> None:
     torch.set_num_threads(threads)
 
 
-if processes := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    share_the_cores(processes)
+# Both variables concern this run alone: tests start pytest too, whose pytest-benchmark then measures nothing.
+if os.environ.pop("PYTEST_XDIST_WORKER", None):
+    share_the_cores(int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT")))
 
 
 def pretend_to_have(isa: str) -> None:

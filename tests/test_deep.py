@@ -111,13 +111,13 @@ def test_best_cluster():
 @pytest.mark.parametrize(
     ("name", "net", "batch", "cluster", "clusters"),
     [
-        ("lgnet", "net_c", 1, 8, 15),
         ("lgnet_light", "net_g", 1, 8, 16),
         ("lgnet_demo", "net_g", 1, 8, 15),
         ("lgnet_demo", "net_c", 4, 8, 16),
         ("lgnet_demo", "net_c", 1, 4, 30),
         ("lgnet_light", "net_c", 1, 2, 66),
         ("lgnet_demo", "net_c", 2, 1, 7),
+        pytest.param("lgnet", "net_c", 1, 8, 15, marks=pytest.mark.slow(reason="the light network's plan is alike")),
         pytest.param("lgnet", "net_c", 1, 4, 30, marks=pytest.mark.slow(reason="the demo's plan has this cluster")),
     ],
 )

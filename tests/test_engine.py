@@ -64,7 +64,15 @@ def assert_same_pixels(fast: Tensor, exact: Tensor, mask: Tensor) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("shape", [("gen256", 2, 256, 256), ("gen512", 1, 512, 256)])
+@pytest.mark.parametrize(
+    "shape",
+    [
+        ("gen256", 2, 256, 256),
+        pytest.param(
+            ("gen512", 1, 512, 256), marks=pytest.mark.slow(reason="narrow networks are tested at other sizes")
+        ),
+    ],
+)
 def test_conformance_of_the_float32_engine(shape):
     """LGNet with the recipe's weights, against the float64 reference."""
     model = LGNet.from_released({net: released_state(net) for net in ("G1", "G2", "G3")}, backend="eager")
@@ -501,13 +509,13 @@ def resident():
     return int(open("/proc/self/statm").read().split()[1]) * 4096
 rng = random.Random(0)
 image = torch.zeros(2, 3, 512, 512)
-for call in range(150):
+for call in range(100):
     batch, height, width = rng.randint(1, 2), 256 * rng.randint(1, 2), 256 * rng.randint(1, 2)
     mask = torch.zeros(batch, 1, height, width)
     top, left = rng.randrange(height - 40), rng.randrange(width - 40)
     mask[:, :, top : top + rng.randint(1, 40), left : left + rng.randint(1, 40)] = 1
     fast(image[:batch, :, :height, :width], mask)
-    if call == 49:
+    if call == 39:
         before = resident()
 print(resident() - before)
 """

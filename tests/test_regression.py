@@ -297,7 +297,6 @@ def test_command(tmp_path, monkeypatch):
     kept = []  # later tests in this process must have the C library's defaults
     monkeypatch.setattr("bench.conftest.keep_freed_memory", lambda: kept.append(True))
     monkeypatch.setattr("bench.conftest.copy_rate", lambda: 40.0)
-    monkeypatch.delenv("PYTEST_XDIST_WORKER", raising=False)  # with which pytest-benchmark measures nothing
 
     def run(ours_ms: float, *options: str) -> tuple[int, str]:
         monkeypatch.setenv("OURS_MS", str(ours_ms))
