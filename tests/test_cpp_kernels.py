@@ -364,7 +364,9 @@ def test_merge_and_its_gradients(isa, shape, dtype, tanh, concat):
     eager = with_grads(lambda *a: merge(*a, tanh, concat), inputs, grad)
     got = (forward(*inputs, tanh=tanh), *backward(grad, *inputs, tanh=tanh))
     for name, g, e, t in zip(("out", "image", "output", "mask"), got, eager, truth, strict=True):
-        assert_accurate(name, g, t, e)
+        # The output's gradient has a factor 1 - tanh(output)^2, whose terms may cancel.
+        terms = grad.abs().max().item() if tanh and name == "output" and grad.numel() else 0.0
+        assert_accurate(name, g, t, e, terms=terms)
     assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
     for wanted in range(3):
         needs = tuple(i == wanted for i in range(3))
