@@ -122,7 +122,7 @@ def test_an_operator_with_its_cpp_kernels(tmp_path: Path) -> None:
     run_tests(place, "tests/test_masked_l1.py", "tests/test_ops.py")
 
 
-@pytest.mark.once
+@pytest.mark.slow(reason="half a minute of compiling; test_native.py holds the table against the units")
 @pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the example is an x86-64 instruction set")
 def test_an_instruction_set_by_its_recipe(tmp_path: Path) -> None:
     """Every kernel against the portable ones and double precision. Not optimised: seconds instead of minutes."""
