@@ -220,9 +220,11 @@ def test_the_model_is_left_as_it_is():
 def test_quick_and_without_weights():
     count("lgnet")  # the first call also imports
     start = time.process_time()
+    small = count("lgnet")
+    middle = time.process_time()
     report = count("lgnet", size=(2048, 2048), batch_size=64)  # scores of 100 TB, if they were computed
-    assert time.process_time() - start < 2
-    assert report.total.attention_macs == 64 * 64**2 * count("lgnet").total.attention_macs
+    assert time.process_time() - middle < 2 * (middle - start) + 1
+    assert report.total.attention_macs == 64 * 64**2 * small.total.attention_macs
 
 
 def test_json_and_table():

@@ -485,14 +485,19 @@ def test_eight_python_threads_at_once():
 @pytest.mark.once
 def test_the_gil_is_released():
     features, weight, bias, _ = make((2, 128, 64, 64))
-    running = threading.Thread(target=lambda: cpu.attention_block_forward(features, weight, bias, "released"))
-    start = time.perf_counter()
-    running.start()
-    longest, last = 0.0, start
-    while running.is_alive():
-        now = time.perf_counter()
-        longest, last = max(longest, now - last), now
-    assert longest < 0.6 * (time.perf_counter() - start)
+
+    def longest_wait() -> float:
+        """Of this thread while the kernel runs in another, as a share of the run."""
+        running = threading.Thread(target=lambda: cpu.attention_block_forward(features, weight, bias, "released"))
+        start = time.perf_counter()
+        running.start()
+        longest, last = 0.0, start
+        while running.is_alive():
+            now = time.perf_counter()
+            longest, last = max(longest, now - last), now
+        return longest / (time.perf_counter() - start)
+
+    assert min(longest_wait() for _ in range(5)) < 0.6  # a busy machine makes some of them wait
 
 
 @pytest.mark.once

@@ -258,20 +258,21 @@ def test_compiled_model_has_no_graph_break():
 
 @pytest.mark.once
 def test_import_is_quick_and_light():
-    """Importing takes under two seconds, and loads nothing that only some users need."""
+    """Importing adds at most a quarter to PyTorch's own import, and loads nothing that only some users need."""
     program = (
-        "import sys, time; t = time.process_time(); import lgnet_fast; print(time.process_time() - t);"
+        "import sys, time; clock = time.process_time;"
+        "a = clock(); import torch; b = clock(); import lgnet_fast; print((clock() - b) / (b - a));"
         "heavy = ('PIL', 'huggingface_hub', 'typer', 'lgnet_fast._C', 'onnx', 'triton');"
         "print([m for m in heavy if m in sys.modules])"
     )
-    best = 1e9
+    shares = []
     for _ in range(3):
-        seconds, loaded = subprocess.run(
+        share, loaded = subprocess.run(
             [sys.executable, "-c", program], check=True, capture_output=True, text=True
         ).stdout.splitlines()
         assert loaded == "[]"
-        best = min(best, float(seconds))
-    assert best < 2.0
+        shares.append(float(share))
+    assert min(shares) < 0.25
 
 
 @pytest.mark.once
