@@ -1,8 +1,8 @@
 """The complexity half of the paper's Table IV: parameters and FLOPs of LGNet and the five compared networks.
 
-Every row is counted by the same code (:mod:`lgnet_fast.counting`) on the meta device. The paper's own figures come
-from three different tools, so three of them need a footnote: see :data:`FOOTNOTES`. By true FLOPs, the only count
-with the same meaning in every row, the order differs from the paper's.
+Every row is counted by the same code (:mod:`lgnet_fast.counting`) on the meta device. The paper's figures come from
+three different tools, so some rows need a footnote: see :data:`FOOTNOTES`. Only true FLOPs have the same meaning in
+every row; by them the order differs from the paper's.
 
     lgnet-fast flops --peers
 """
@@ -22,13 +22,15 @@ from lgnet_fast.reference import create_model
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# The profiler counts every node of a graph, run or not. GConv's has some beside the network: pictures from and to
-# 8 bit (4 operations a value), and a picture of which patch each position takes: its argmax (1024 x 1024 scores), and
-# 3,850,240 products and as many sums to colour it. The last figure is read off a profile of the original.
+# The profiler counts every node of a graph, whether it runs or not. GConv's graph has nodes besides the network:
+# pictures are converted from and to 8 bit (4 operations per value), and a picture shows which patch each position
+# takes: an argmax over 1024 x 1024 scores, and 3,850,240 products and as many sums for the colours. The last figure
+# comes from a profile of the original.
 _GCONV_GRAPH = 4 * 3 * 256**2 + 1024 * 1023 + 2 * 3_850_240
 # How the paper's figure is reproduced: a count of Counts, a factor, and operations of the original's graph besides.
 _TOOLS = {"PEN": ("thop_rule", 10, 0), "GConv": ("profiler_rule", 1, _GCONV_GRAPH)}
-# thop misses parameters of sub-classed layers; the paper prints its figure for this one and the plain sum elsewhere.
+# thop misses parameters of sub-classed layers. For this network the paper prints thop's figure, elsewhere the plain
+# sum.
 _THOP_PARAMETERS = ("RFR",)
 
 FOOTNOTES = {

@@ -6,8 +6,8 @@ Each figure is written to RESULTS/hopper_contact.jsonl at once, one JSON object 
 separate process, so that a kernel that crashes or hangs affects that part only.
 
 ========  ===========================================================================================================
-known     one-hot weights over inputs that hold their own pixel's or channel's number: which input did an output
-          read? Zero and reflected borders, tiles, clusters; then dense weights on a small map
+known     one-hot weights over inputs that hold the number of their pixel or channel: an output shows which input
+          it read. Zero and reflected borders, tiles, clusters; then dense weights on a small map
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
 ========  ===========================================================================================================

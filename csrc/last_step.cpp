@@ -1,7 +1,8 @@
 // The last step of a stage: a convolution to 3 channels, tanh, and the merge into the picture.
 //
-// With so few output channels a kernel row's taps, side by side, fill a vector: a row of the source times the weights
-// of one kernel row gives [x][tap][channel], and the outputs are sums along x of what the taps contributed.
+// Three output channels would leave most of a vector unused, so the taps of a kernel row lie side by side in it: a
+// row of the source times the weights of one kernel row gives [x][tap][channel]. The outputs are sums of these
+// products along x.
 #include <algorithm>
 
 #include "parallel.h"
@@ -10,7 +11,7 @@
 namespace lgnet {
 namespace {
 
-// Source columns multiplied at a time, by all kernel rows, so that their sums stay in the first-level cache.
+// Source columns that are multiplied by all kernel rows at a time; their sums fit the first-level cache.
 constexpr int64_t kColumnsAtOnce = 112;
 
 // A row of outputs of one sample.
@@ -42,7 +43,7 @@ int64_t source_row(const LastStep& step, int64_t y, int64_t tap) {
   return row < step.source.height ? row : -1;
 }
 
-// products[x - read.left][columns] for the source columns that the line's region has.
+// Computes products[x - read.left][columns] for the source columns of the line's region.
 void multiply_line(const LastStep& step, const Run& run, const Line& line, int64_t columns, float* products) {
   const MapSpec& source = step.source;
   const int64_t live[2] = {0, source.channels};
@@ -70,7 +71,7 @@ void multiply_line(const LastStep& step, const Run& run, const Line& line, int64
   }
 }
 
-// What the kernel needs to sum, squash and merge one line.
+// Arguments of the kernel that sums one line, applies tanh and merges.
 LastRow describe_line(const LastStep& step, const Run& run, const Line& line, int64_t columns, float* products) {
   LastRow row{};
   row.products = products;

@@ -67,7 +67,7 @@ _overrides: ContextVar[dict[str, Any]] = ContextVar("lgnet_fast_config_overrides
 
 @contextlib.contextmanager
 def assume_generation(target: str, num_sms: int = 132) -> Iterator[None]:
-    """Choose block shapes as on a GPU of generation `target`, such as "sm_90": for `aot` and tests."""
+    """Choose the block shapes of a GPU of generation `target`, such as "sm_90": for `aot` and tests."""
     token = _assumed.set((target, num_sms))
     try:
         yield

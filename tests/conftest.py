@@ -18,13 +18,13 @@ collect_ignore = ["recipes"]  # parts of changed copies of the tree, see test_re
 
 
 def share_the_cores(processes: int) -> None:
-    """This test process and its children take their part of the threads, as several test processes run."""
+    """This test process and its children use their share of the threads, because several test processes run."""
     threads = max(1, torch.get_num_threads() // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     torch.set_num_threads(threads)
 
 
-# Both variables concern this run alone: tests start pytest too, whose pytest-benchmark then measures nothing.
+# Both variables are removed: in a pytest that a test starts, they would make pytest-benchmark measure nothing.
 if os.environ.pop("PYTEST_XDIST_WORKER", None):
     share_the_cores(int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT")))
 

@@ -51,7 +51,7 @@ class Rect(NamedTuple):
 
 
 def _without(rect: Rect, hole: Rect) -> list[Rect]:
-    """Disjoint rectangles that cover `rect` outside `hole`; whole rows stay together, as memory has them."""
+    """Disjoint rectangles that cover `rect` outside `hole`; above and below the hole they are whole rows."""
     top, bottom = max(rect.top, hole.top), min(rect.bottom, hole.bottom)
     left, right = max(rect.left, hole.left), min(rect.right, hole.right)
     if top >= bottom or left >= right:
@@ -79,10 +79,10 @@ def rounded(rects: Iterable[Rect], granularity: int, height: int, width: int) ->
 
 
 def join(rects: Iterable[Rect]) -> tuple[Rect, ...]:
-    """Disjoint rectangles that cover the same pixels, two at a time replaced by their union while that costs no more.
+    """Disjoint rectangles that cover the same pixels. Two are replaced by their union where that costs no more.
 
-    Disjoint, because each is computed with tiles of its own: a pixel in two of them would get the rounding of
-    whichever thread came last.
+    They are disjoint because each is computed with separate tiles: a pixel in two rectangles would get the rounding
+    of the thread that writes it last.
     """
     todo = sorted(set(rects))
     merged = True
