@@ -22,20 +22,15 @@ from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case
 from tests.test_plan import lively
 
-pytestmark = pytest.mark.skipif(
-    CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
-)
+pytestmark = [
+    pytest.mark.skipif(CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())),
+    pytest.mark.usefixtures("fresh_cache"),
+]
 
 SINGLE = torch.float32
 WRONG_RATES = [
     RATES._replace(**{name: getattr(RATES, name) * factor}) for name in RATES._fields for factor in (0.5, 2.0)
 ]
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(cache, "_known", {})
 
 
 @pytest.fixture(scope="module")

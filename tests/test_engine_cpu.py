@@ -21,21 +21,14 @@ from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.attention import attention_block
 from lgnet_fast.reference.lgnet import LGNet
-from tests.support import assert_accurate, case, released_state
+from tests.support import assert_accurate, case, instruction_sets, released_state
 
 pytestmark = pytest.mark.skipif(
     CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
 )
 
-ISAS = native.library().isa_available() if native.unavailable_reason() is None else []
+ISAS = instruction_sets()
 KERNELS = ("direct", "winograd2", "winograd4")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    native.library().set_isa(request.param)
-    yield request.param
-    native.library().set_isa("auto")
 
 
 @pytest.fixture(params=[1, 2])

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -64,10 +65,8 @@ class Model:
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own, and graphs on CPU tensors."""
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(cache, "_known", {})
+def machine(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and graphs on CPU tensors."""
     monkeypatch.setattr(CudaExecutor, "_graph_pool", lambda self: (0, 1) if self.options.graphs else None)
     monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(launches))
     monkeypatch.setattr(verified, "ModelExecutor", Model)
@@ -311,9 +310,9 @@ def test_capture_that_fails(plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog:
     assert decide(plan)[1].runs == "graph"
 
 
-def test_a_spoilt_cache_means_a_check(plan: Plan, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spoilt_cache_means_a_check(plan: Plan, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decide(plan)
-    for file in tmp_path.iterdir():
+    for file in fresh_cache.iterdir():
         file.write_text('{"schema": 1')
     monkeypatch.setattr(cache, "_known", {})
     examples = count(monkeypatch, verified, "make_example")
