@@ -34,15 +34,15 @@ _TOOLS = {"PEN": ("thop_rule", 10, 0), "GConv": ("profiler_rule", 1, _GCONV_GRAP
 _THOP_PARAMETERS = ("RFR",)
 
 FOOTNOTES = {
-    "PEN": "thop gives 4.807 G; the paper's figure is ten times that, for whatever reason.",
-    "GConv": "The paper's figure is the TensorFlow profiler's: 2 FLOPs a multiply-accumulate, attention included, 1 "
-    "for each element-wise operation (55.558 G); 0.010 G more are in the original's graph, not in the network (8-bit "
-    "conversion, a picture of the attention). It does not compare with the other rows, whose rule gives 25.25 G.",
-    "MEDFE": "True FLOPs as the original executes it, mask sums by convolutions of full width; "
+    "PEN": "thop gives 4.807 G. The paper's figure is ten times that; the reason is not known.",
+    "GConv": "The paper's figure is that of the TensorFlow profiler: 2 FLOPs for each multiply-accumulate, attention "
+    "included, and 1 for each element-wise operation (55.558 G). Another 0.010 G are in the original's graph, not in "
+    "the network (8-bit conversion, a picture of the attention). The other rows' rule gives 25.25 G here.",
+    "MEDFE": "True FLOPs of the original, which computes mask sums by convolutions of full width; "
     "141.94 GFLOP with one-channel mask sums and the Gaussian as a matrix product.",
-    "RFR": "Parameters by thop, which passes over partial convolutions: 31.22 M in truth. True FLOPs as the original "
-    "executes it, mask sums by convolutions of full width; 256.96 GFLOP with one output channel for them.",
-    "MADF": "No rule tried gives the paper's 51.77 G; thop 0.0.31's gives 46.12 G.",
+    "RFR": "Parameters by thop, which does not count partial convolutions; the true number is 31.22 M. True FLOPs of "
+    "the original, which computes mask sums by convolutions of full width; 256.96 GFLOP with one output channel.",
+    "MADF": "No rule that was tried gives the paper's 51.77 G; that of thop 0.0.31 gives 46.12 G.",
 }
 
 
