@@ -423,7 +423,7 @@ def test_broken_pictures_are_told_once_and_left_out(fake, pictures, tmp_path):
 
 
 def test_names_that_are_not_utf8_and_formats_that_are_not_read(fake, pictures, tmp_path):
-    """A failed picture's name stands in the report, a good one's in the contact sheet's caption."""
+    """The report has the name of a failed picture, the contact sheet's caption that of a good one."""
     good = (pictures / "0.png").read_bytes()
     for name, data in ((b"caf\xe9.png", b"x"), (b"\xe9t\xe9.png", good)):
         with open(os.fsencode(pictures) + b"/" + name, "wb") as file:

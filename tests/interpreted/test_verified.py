@@ -48,7 +48,7 @@ class FakeGraph:
 
 
 class Model:
-    """The plan in plain PyTorch, in place of a model, for a plan without one."""
+    """The plan in plain PyTorch, which replaces the model for a plan without one."""
 
     plan: Plan
     made = 0
@@ -375,7 +375,7 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
 
 
 def test_the_plan_is_described_with_the_cards_own_peaks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table asks the executor for its device; a floor is of the bytes that it stores."""
+    """The table uses the executor's device, and its floor the bytes that the executor stores."""
     executor = Guarded(CudaExecutor.of(plan, HALF))
     image = torch.zeros(1, 3, 16, 16)
     times = executor.step_times(image, image[:, :1], rounds=1)
