@@ -35,6 +35,8 @@ class CpuExecutor(Executor):
     """
 
     per_sample = True
+    # 50 us of one core: smaller products, edges of tiles, lines of the last steps with columns read twice.
+    region_macs = 5e6
 
     def __init__(self, plan: Plan, weights: CpuWeights) -> None:
         if (reason := self.unavailable_reason()) is not None:
