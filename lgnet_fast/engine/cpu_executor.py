@@ -20,10 +20,13 @@ from .cpu_kernels import NARROW, TILES, jobs_of
 from .cpu_weights import CpuWeights
 from .executor import Executor, Regions, Result
 from .plan import PICTURE, ConvStep, Plan, Step, View
+from .recent import Recent
 from .regions import Rect
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
 _NO_TENSOR = (0,) * 10
+_LISTS_KEPT = 16
+"""Regions of recent runs that are kept as the program takes them."""
 
 
 class CpuExecutor(Executor):
@@ -43,6 +46,8 @@ class CpuExecutor(Executor):
             raise RuntimeError(reason)
         self.weights = weights
         self.plan = plan.without_weights()
+        self._lock = forks.Lock()
+        self._lists: Recent[list[list[Any]]] = Recent(_LISTS_KEPT)
         arena = plan_arena(plan)
         self._program = native.library().Program(
             plan.batch,
@@ -199,7 +204,12 @@ class CpuExecutor(Executor):
         """Regions of all samples alike, as the program takes them."""
         if regions is None:
             return []
-        return [self._regions(step, rects) for step, rects in zip(self.plan.steps, regions, strict=True)]
+
+        def make() -> list[list[Any]]:
+            return [self._regions(step, rects) for step, rects in zip(self.plan.steps, regions, strict=True)]
+
+        with self._lock:
+            return self._lists.get(tuple(regions), make)
 
     def _run(
         self,

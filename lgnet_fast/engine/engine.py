@@ -43,7 +43,7 @@ SHAPES_KEPT = 8
 HOLES_KEPT = 128
 """Restricted plans kept per shape."""
 
-# A restricted run must save this share of a dense run's cost (Plan.cost); otherwise the run is dense.
+# A restricted run must save this share of a dense run's cost (Executor.cost); otherwise the run is dense.
 _WORTHWHILE = 0.05
 
 
@@ -52,7 +52,7 @@ class _Shape:
 
     def __init__(self, plan: Plan, executor: Executor) -> None:
         self.plan, self.executor = plan, executor
-        self.dense_cost = plan.cost(executor.region_macs)
+        self.dense_cost = executor.cost(plan)
         self.regions: Recent[Regions | None] = Recent(HOLES_KEPT)
 
     def restricted(self, holes: Sequence[Rect]) -> Plan:
@@ -64,7 +64,7 @@ class _Shape:
 
         def make() -> Regions | None:
             plan = self.restricted(holes)
-            if plan.cost(self.executor.region_macs) > (1 - _WORTHWHILE) * self.dense_cost:
+            if self.executor.cost(plan) > (1 - _WORTHWHILE) * self.dense_cost:
                 return None
             return [step.regions for step in plan.steps]
 

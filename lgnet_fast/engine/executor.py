@@ -23,7 +23,8 @@ class Executor(ABC):
 
     Attributes:
         granularity: rectangles of holes are rounded outward to multiples of this many pixels before regions are made.
-        region_macs: what a region costs beside its outputs, in multiply-accumulates.
+        region_macs: what a region costs beside its outputs, in multiply-accumulates: for each sample where
+            `per_sample`, else once for the batch.
         per_sample: whether :meth:`run_each` computes each sample in separate regions.
         restricts: whether regions save any work.
     """
@@ -38,7 +39,16 @@ class Executor(ABC):
         """A dense plan restricted to what pixels inside `holes` depend on, in regions that suit this executor."""
         if cls.granularity > 1:
             holes = rounded(holes, cls.granularity, plan.height, plan.width)
-        return plan.restricted(holes, cls.region_macs)
+        return plan.restricted(holes, cls._region_macs(plan))
+
+    @classmethod
+    def cost(cls, plan: Plan) -> float:
+        """What a plan takes here, in multiply-accumulates; only ratios of costs mean anything."""
+        return plan.cost(cls._region_macs(plan))
+
+    @classmethod
+    def _region_macs(cls, plan: Plan) -> float:
+        return cls.region_macs * (plan.batch if cls.per_sample else 1)
 
     @property
     @abstractmethod

@@ -216,9 +216,10 @@ class Plan:
             if step.merges:
                 regions = holes
             else:
+                wanted = set().union(*(needed[s.view.buffer] for s in step.stores))
                 everywhere = self.target(step).everywhere
-                overhead = region_macs * everywhere.area / (self.batch * step.macs(everywhere, source))
-                regions = join((r for s in step.stores for r in needed[s.view.buffer]), overhead)
+                macs = step.macs(everywhere, source) if len(wanted) > 1 else 1
+                regions = join(wanted, region_macs * everywhere.area / (self.batch * macs))
             steps.append(replace(step, regions=regions))
             for region in regions:
                 needed[step.source.buffer].add(step.reads(region, source))

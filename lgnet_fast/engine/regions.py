@@ -36,6 +36,11 @@ class Rect(NamedTuple):
             max(self.right, other.right),
         )
 
+    def meets(self, other: Rect) -> bool:
+        """Whether they share a pixel."""
+        rows = self.top < other.bottom and other.top < self.bottom
+        return rows and self.left < other.right and other.left < self.right
+
     def moved(self, down: int, across: int) -> Rect:
         """Moved by so many pixels."""
         return Rect(self.top + down, self.bottom + down, self.left + across, self.right + across)
@@ -94,10 +99,12 @@ def join(rects: Iterable[Rect], overhead: float = 0.0) -> tuple[Rect, ...]:
         top, bottom, left, right = rect
         cost, i = rect.area + overhead, 0
         while i < len(kept):
-            # plain numbers: this loop takes most of the time of a plan for many holes
+            # Without calls: this loop takes most of the time of a plan for many holes.
             other_top, other_bottom, other_left, other_right, other_cost = kept[i]
-            up, down = min(top, other_top), max(bottom, other_bottom)
-            west, east = min(left, other_left), max(right, other_right)
+            up = top if top < other_top else other_top
+            down = bottom if bottom > other_bottom else other_bottom
+            west = left if left < other_left else other_left
+            east = right if right > other_right else other_right
             union_cost = (down - up) * (east - west) + overhead
             if union_cost <= cost + other_cost:
                 kept[i] = kept[-1]
@@ -110,6 +117,7 @@ def join(rects: Iterable[Rect], overhead: float = 0.0) -> tuple[Rect, ...]:
     for rect in sorted((Rect(*sides) for *sides, _ in kept), key=lambda r: (-r.area, r)):
         pieces = [rect]
         for other in apart:
-            pieces = [left for piece in pieces for left in _without(piece, other)]
+            if rect.meets(other):
+                pieces = [left for piece in pieces for left in _without(piece, other)]
         apart += pieces
     return tuple(sorted(apart))
