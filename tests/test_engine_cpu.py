@@ -169,6 +169,7 @@ HOLES = {
     "last pixel": [Rect(255, 256, 255, 256)],
     "edges": [Rect(0, 1, 100, 103), Rect(120, 131, 0, 5), Rect(250, 256, 60, 200)],
     "several": [Rect(10, 20, 10, 30), Rect(200, 230, 190, 250), Rect(13, 90, 200, 207)],
+    "steps": [Rect(32 * i, 32 * i + 40, 24 * i, 24 * i + 30) for i in range(7)],
     "everywhere": [Rect(0, 256, 0, 256)],
 }
 
@@ -189,6 +190,16 @@ def test_regions_give_the_same_pixels(holes, kernel):
     assert_close(got, expected.double(), rms=42, roundings=2**11)
     outside = (mask == 0).expand_as(got)
     assert torch.equal(got[outside], image.float()[outside])
+
+
+def test_regions_are_prepared_once():
+    plan = plan_of(5)
+    executor = CpuExecutor.of(plan)
+    regions = [step.regions for step in plan.restricted(HOLES["several"]).steps]
+    assert executor._listed(regions) is executor._listed(list(regions))
+    for y in range(40):
+        executor._listed([step.regions for step in plan.restricted([Rect(y, y + 9, 0, 9)]).steps])
+    assert len(executor._lists) <= 16
 
 
 def test_regions_on_every_instruction_set(isa):
