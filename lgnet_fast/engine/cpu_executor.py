@@ -38,7 +38,8 @@ class CpuExecutor(Executor):
     """
 
     per_sample = True
-    # 50 us of one core: smaller products, edges of tiles, lines of the last steps with columns read twice.
+    # 50 us of one core: edges of tiles, and the last steps' lines that read some columns twice. Strokes, blobs and
+    # scattered holes take the least time with 5e6; 0 and 2e7 are 1 % slower, 4e7 is 8 %.
     region_macs = 5e6
 
     def __init__(self, plan: Plan, weights: CpuWeights) -> None:
