@@ -211,6 +211,21 @@ def test_regions_on_every_instruction_set(isa):
     assert_close(got, truth((5,), 1, 256, 256)[0])
 
 
+@pytest.mark.parametrize("threads", [1], indirect=True)  # attention splits its keys among threads
+def test_direct_kernels_give_the_same_bits_whether_regions_are_joined_or_not(isa, threads):
+    plan = plan_of(5)
+    image, _ = picture(1, 256, 256)
+    executor = CpuExecutor.of(plan, choices=choices(plan, "direct"))
+    for holes in (HOLES["several"], HOLES["steps"]):
+        mask = torch.zeros(1, 1, 256, 256, dtype=torch.float64)
+        for top, bottom, left, right in holes:
+            mask[:, :, top:bottom, left:right] = 1
+        dense, _ = executor.run(image, mask)
+        for region_macs in (0, plan.total_macs() / 2000, plan.total_macs()):
+            regions = [step.regions for step in plan.restricted(holes, region_macs).steps]
+            assert torch.equal(executor.run(image, mask, None, regions)[0], dense)
+
+
 def test_each_sample_has_regions_of_its_own():
     plan = plan_of(5).resized(3, 256, 256)
     image, _ = picture(3, 256, 256)
