@@ -150,7 +150,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from lgnet_fast.engine.build import build_plan, plan_stages
     from lgnet_fast.engine.cuda_executor import CudaExecutor
-    from lgnet_fast.engine.regions import Rect, rounded
+    from lgnet_fast.engine.regions import Rect
     from lgnet_fast.reference.lgnet import LGNet
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -170,7 +170,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = build_plan(plan_stages(model), args.batch, *args.size)
     stored = RESULTS / f"{args.card.lower()}_contact_lgnet_{args.dtype}_b{args.batch}.jsonl"
     if args.hole:
-        plan = plan.restricted(rounded([Rect(*args.hole)], CudaExecutor.granularity, *args.size))
+        plan = CudaExecutor.restricted(plan, [Rect(*args.hole)])
     elif args.measured is None and stored.exists() and tuple(args.size) == (256, 256):
         args.measured = stored
     measured = measured_steps(args.measured) if args.measured else {}
