@@ -8,8 +8,9 @@ compiled by two versions of Triton: the lowest supported one and the newest. Bot
 .cache/aot. What the compiled kernels show is kept there too (verdicts-VERSION.jsonl), under a hash of the kernel's
 code and specialisation, so that an interrupted run can be continued and a later one compiles only what has changed
 (--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the ledgers of several
-machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there are. One
-line is printed for each kernel with a violation (--all: for every kernel):
+machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there are. A
+kernel in bfloat16 is compiled only where its twin in float16 is near a limit, has wgmma or is not asked for (--every:
+always). One line is printed for each kernel with a violation (--all: for every kernel):
 
 * more shared or tensor memory than the GPU has,
 * matrix products that wait for each other (as many waits as products),
@@ -136,12 +137,9 @@ def compile_here(arguments: argparse.Namespace) -> int:
         print(count(jobs))
         return 0
     ledger = Ledger(CACHE / f"verdicts-{triton.__version__}.jsonl")
-    known = {} if arguments.anew else {id(job): ledger.get(job) for job in jobs}
-    left = [job for job in jobs if known.get(id(job)) is None]
-    print(f"{title}: {len(jobs) - len(left)} known, {len(left)} to compile", flush=True)
     row = "{:<12} {:<9} {:<22} {:<44} {:<60} {:>7} {:>5} {:>6} {:>5}  {}".format
     print(row("card", "dtype", "kernel", "first launch", "config", "shared", "regs", "stack", "wgmma", ""))
-    broken = 0
+    broken, compiled, seconds = 0, 0, 0.0
 
     def show(report: Report) -> None:
         nonlocal broken
@@ -152,16 +150,32 @@ def compile_here(arguments: argparse.Namespace) -> int:
             numbers = report.shared, report.registers, report.stack, report.code.wgmma
             print(row(job.card.name, job.dtype, job.kernel, job.label, job.config, *numbers, violations), flush=True)
 
-    for report in known.values():
-        if report is not None:
+    def report_all(part: Sequence[Job]) -> dict[str, Report]:
+        nonlocal compiled, seconds
+        found = [] if arguments.anew else [ledger.get(job) for job in part]
+        known = {aot.digest(report.job): report for report in found if report is not None}
+        left = [job for job in part if aot.digest(job) not in known]
+        print(f"{title}: {len(known)} known, {len(left)} to compile", flush=True)
+        for report in known.values():
             show(report)
-    started = time.monotonic()
-    for report in aot.compile_all(left, arguments.processes, keep=False):
-        ledger.add(report)
-        show(report)
-    now = time.monotonic()
-    pace = f", {(now - started) / len(left):.2f} s a compiled kernel" if left else ""
-    print(f"{title}: {len(jobs)} kernels, {broken} with violations, {now - begin:.0f} s{pace}")
+        started = time.monotonic()
+        for report in aot.compile_all(left, arguments.processes, keep=False):
+            ledger.add(report)
+            show(report)
+            known[aot.digest(report.job)] = report
+        compiled, seconds = compiled + len(left), seconds + time.monotonic() - started
+        return known
+
+    rest, pairs = (jobs, []) if arguments.every else aot.twins(jobs)
+    reports = report_all(rest)
+    near = [one for one, other in pairs if not aot.speaks_for_twin(reports[aot.digest(other)])]
+    if near:
+        report_all(near)
+    pace = f", {seconds / compiled:.2f} s a compiled kernel" if compiled else ""
+    print(
+        f"{title}: {len(jobs)} kernels, {len(pairs) - len(near)} of them by their twins in float16, {broken} with "
+        f"violations, {time.monotonic() - begin:.0f} s{pace}"
+    )
     return broken
 
 
@@ -178,6 +192,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--here", action="store_true", help="with the Triton that is installed")
     parser.add_argument("--shard", type=part, metavar="I/N", help="compile part I of N only")
     parser.add_argument("--count", action="store_true", help="compile nothing, count the kernels")
+    parser.add_argument("--every", action="store_true", help="compile bfloat16 where float16 speaks for it, too")
     parser.add_argument("--anew", action="store_true", help="compile what earlier runs have compiled, too")
     parser.add_argument("--all", action="store_true", help="print every kernel")
     parser.add_argument("--processes", type=int, help="default: one a core")

@@ -55,6 +55,8 @@ HOLE = Rect(96, 160, 96, 160)
 """The hole of the restricted runs, in pixels."""
 MODELS = ("lgnet", "lgnet_light", "lgnet_demo", "lgnet_small")
 TENSOR_MEMORY_COLUMNS = 512
+TWIN_REGISTERS = 255 - 31
+"""Most registers of a float16 kernel that speaks for its twin in bfloat16."""
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 # loads and stores of 16 bits or fewer, in PTX
 _NARROW = re.compile(r"\b(ld|st)\.global\S*\.[busf](8|16)\b")
@@ -367,14 +369,48 @@ def groups(work: Iterable[Job]) -> list[list[Job]]:
 
 
 def shard(work: Iterable[Job], number: int, count: int) -> list[Job]:
-    """Part `number` of `count` (from 1) of the jobs; a kernel's part does not depend on what other jobs there are."""
+    """Part `number` of `count` (from 1) of the jobs.
+
+    A kernel's part does not depend on what other jobs there are. Twins are in one part, and so are all cards.
+    """
     if not 1 <= number <= count:
         raise ValueError(f"shard: expected a number from 1 to {count}, got {number}")
     return [
         one
         for one in work
-        if int(hashlib.sha256(repr(_specialised(one)).encode()).hexdigest()[:12], 16) % count == number - 1
+        if int(hashlib.sha256(repr(_of_float16(one)).encode()).hexdigest()[:12], 16) % count == number - 1
     ]
+
+
+def _of_float16(one: Job) -> tuple[str, ...]:
+    """:func:`_specialised` with float16 in place of bfloat16; the factor of stored queries differs too."""
+    scale = list(one.signature).index("Q_SCALE") if "Q_SCALE" in one.signature else -1
+    constants = {path: value for path, value in one.constants.items() if path[0] != scale}
+    signature = str(one.signature).replace("*bf16", "*fp16")
+    return (one.module, one.kernel, signature, str(constants), str(one.attributes), str(one.options))
+
+
+def twins(work: Iterable[Job]) -> tuple[list[Job], list[tuple[Job, Job]]]:
+    """The jobs without those of bfloat16 that float16 has too, and pairs of such a job and that of float16."""
+    work = list(work)
+    single = {(one.card.capability, _of_float16(one)): one for one in work if one.dtype == "float16"}
+    rest, pairs = [], []
+    for one in work:
+        other = single.get((one.card.capability, _of_float16(one))) if one.dtype == "bfloat16" else None
+        if other is None:
+            rest.append(one)
+        else:
+            pairs.append((one, other))
+    return rest, pairs
+
+
+def speaks_for_twin(report: Report) -> bool:
+    """Whether the report of a float16 kernel is that of its twin in bfloat16, but for a few registers.
+
+    Of 496 pairs, all had the same shared memory, stack and counts of instructions, and registers differed by up to
+    16. So it is where many registers are free, and no matrix products could be serialised.
+    """
+    return not report.violations() and report.registers <= TWIN_REGISTERS and report.code.wgmma == 0
 
 
 def digest(one: Job) -> str:

@@ -211,6 +211,27 @@ def test_shards_are_parts_of_the_whole() -> None:
             aot.shard(jobs, number, count)
 
 
+def test_float16_speaks_for_bfloat16_far_from_the_limits() -> None:
+    cases = [
+        aot.attention_case(CARDS["A100"], dtype, 1, 64, 32, "released") for dtype in ("float16", "bfloat16", "tf32")
+    ]
+    jobs = aot.jobs(cases)
+    rest, pairs = aot.twins(jobs)
+    assert sorted(map(repr, jobs)) == sorted(map(repr, [*rest, *(one for one, _ in pairs)]))
+    assert {one.kernel for one, _ in pairs} == {one.kernel for one in rest if one.dtype == "float16"}
+    for one, other in pairs:
+        assert (one.dtype, other.dtype, one.config) == ("bfloat16", "float16", other.config)
+        assert aot.shard([one], 1, 2) == ([one] if aot.shard([other], 1, 2) else [])
+    assert aot.twins(aot.jobs(cases[1:]))[1] == []
+    first, second = next(pair for pair in pairs if pair[0].kernel == "_attn_bwd_delta_kernel")
+    single, half = aot.compile_job(second), aot.compile_job(first)
+    assert aot.speaks_for_twin(single)
+    assert (half.shared, half.stack, half.code) == (single.shared, single.stack, single.code)
+    assert not aot.speaks_for_twin(single._replace(registers=240))
+    assert not aot.speaks_for_twin(single._replace(stack=8))
+    assert not aot.speaks_for_twin(single._replace(code=aot.Code(0, 8, 1, 0)))
+
+
 def test_a_kernels_digest_is_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     (job, *_) = aot.jobs([aot.attention_case(CARDS["A100"], "float16", 1, 64, 32, "released")])
     kernel = getattr(attention_forward, job.kernel)
@@ -283,6 +304,16 @@ def test_the_report_compiles_what_is_not_known(
     assert printed.count("8 bytes of spills") == sum(job.kernel == "_merge_bwd_kernel" for job in compiled) > 0
     assert aot_report.main([*only, "--anew"]) == 1
     assert len(compiled) == 2 * first
+    # bfloat16 is compiled where float16 is no answer: the kernels with spills
+    capsys.readouterr()
+    assert aot_report.main([*only, "--dtype", "bfloat16"]) == 1
+    extra = compiled[2 * first :]
+    assert extra
+    assert {job.kernel for job in extra if job.dtype == "bfloat16"} == {"_merge_bwd_kernel"}
+    assert {job.dtype for job in extra} == {"bfloat16"}
+    assert "by their twins in float16" in capsys.readouterr().out
+    assert aot_report.main([*only, "--dtype", "bfloat16", "--every"]) == 1
+    assert {job.kernel for job in compiled[2 * first :]} == {job.kernel for job in compiled[:first]}
     with pytest.raises(SystemExit):
         aot_report.main([*only, "--shard", "3/2"])
     assert "expected I/N with I from 1 to N, got '3/2'" in capsys.readouterr().err
