@@ -14,7 +14,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -98,6 +98,12 @@ class Attention:
         with record() as recorded:
             self.run(shapes)
         return [one for one in recorded if kernels is None or one.kernel.__name__ in kernels]
+
+    def without_memory(self) -> Attention:
+        """The same block on tensors without values: its recorded launches hold no memory of the GPU."""
+        tensors = (self.features, self.weight, self.bias, self.grad)
+        features, weight, bias, grad = (tensor.to("meta") for tensor in tensors)
+        return replace(self, features=features, weight=weight, bias=bias, grad=grad)
 
     def launch(self, launches: Sequence[Any]) -> None:
         """Make recorded launches."""
@@ -217,20 +223,24 @@ def _compiled(
     tried: int,
 ) -> dict[str, list[Config]]:
     """Step -> the shapes to measure, the shipped one first; none where the block does not launch the kernels."""
-    _, generation, _ = target_of(device, blocks[0].features.dtype) if blocks else ("", "", 0)
+    from lgnet_fast.kernels.configs import assume_generation, device_generation
+
+    generation, num_sms = device_generation(device)
     shapes: dict[str, list[Config]] = {}
     queue: list[Any] = []
     for one, defaults in zip(blocks, shipped):
         one.shapes = {**defaults, **one.shapes}
         shapes[one.step] = []
-        if not one.launches(one.shapes, OPERATIONS[op][:1]):
-            continue
-        some = itertools.islice(candidates(op, defaults[op], one.block, generation), tried)
-        shapes[one.step] = [defaults[op], *some]
-        for shape in shapes[one.step]:
-            # an error here is raised again, and reported, when the shape is measured
-            with contextlib.suppress(Exception):
-                queue += one.launches({**one.shapes, op: shape}, OPERATIONS[op])
+        with assume_generation(generation, num_sms):
+            light = one.without_memory()
+            if not light.launches(one.shapes, OPERATIONS[op][:1]):
+                continue
+            some = itertools.islice(candidates(op, defaults[op], one.block, generation), tried)
+            shapes[one.step] = [defaults[op], *some]
+            for shape in shapes[one.step]:
+                # an error here is raised again, and reported, when the shape is measured
+                with contextlib.suppress(Exception):
+                    queue += light.launches({**one.shapes, op: shape}, OPERATIONS[op])
     begin = time.perf_counter()
     failures = timer.compile(queue)
     log("training", part=op, compiled=len(queue), seconds=time.perf_counter() - begin, failures=failures[:10])

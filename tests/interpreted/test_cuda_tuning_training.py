@@ -129,6 +129,9 @@ def test_faster_shapes_are_kept_and_launched(plan: Plan, monkeypatch: pytest.Mon
     assert rows.shape == rows.default  # all alike
     assert (found.before_us, found.now_us) == (9.0, 8.0)
     assert len(timer.compiled) > 12
+    tensors = [arg for one in timer.compiled for arg in one.args if isinstance(arg, torch.Tensor)]
+    assert tensors
+    assert all(tensor.is_meta for tensor in tensors)
     another_process(monkeypatch)
     now = launched(plan)
     for kernel, op in (("fwd", "forward"), ("bwd_dq", "backward_dq"), ("bwd_dkv", "backward_dkv")):
