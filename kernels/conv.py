@@ -322,15 +322,16 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({"maxnreg": 255} if fused and _may_spill(source, tile) else {}),
+        **({"maxnreg": 255} if _may_spill(source, tile) else {}),
         **step.constants,
     )
 
 
 def _may_spill(source: Tensor, tile: Tile) -> bool:
-    """Whether ptxas, without a limit, spills registers of the accumulator for a higher occupancy."""
+    """Whether ptxas, without a limit, may spill registers of the accumulator for a higher occupancy."""
     generation, _ = device_generation(source.device)
-    return tile.block_m * tile.block_n >= (1024 if generation == "sm_100" else 2048) * tile.num_warps
+    area = tile.block_m * tile.block_n // tile.num_warps
+    return tile.splits > 1 and (area >= 1024 if generation == "sm_100" else tile.fused and area >= 2048)
 
 
 def _reduce(step: _Step, partial: Tensor | None) -> None:
