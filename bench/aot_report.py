@@ -8,9 +8,9 @@ compiled by two versions of Triton: the lowest supported one and the newest. Bot
 .cache/aot. What the compiled kernels show is kept there too (verdicts-VERSION.jsonl), under a hash of the kernel's
 code and specialisation, so that an interrupted run can be continued and a later one compiles only what has changed
 (--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the ledgers of several
-machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there are. A
-kernel in bfloat16 is compiled only where its twin in float16 is near a limit, has wgmma or is not asked for (--every:
-always). One line is printed for each kernel with a violation (--all: for every kernel):
+machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there are. With
+--twins, a kernel in bfloat16 is compiled only where its twin in float16 is near a limit, has wgmma or is not asked for; a
+quick look. One line is printed for each kernel with a violation (--all: for every kernel):
 
 * more shared or tensor memory than the GPU has,
 * matrix products that wait for each other (as many waits as products),
@@ -166,7 +166,7 @@ def compile_here(arguments: argparse.Namespace) -> int:
         compiled, seconds = compiled + len(left), seconds + time.monotonic() - started
         return known
 
-    rest, pairs = (jobs, []) if arguments.every else aot.twins(jobs)
+    rest, pairs = aot.twins(jobs) if arguments.twins else (jobs, [])
     reports = report_all(rest)
     near = [one for one, other in pairs if not aot.speaks_for_twin(reports[aot.digest(other)])]
     if near:
@@ -192,7 +192,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--here", action="store_true", help="with the Triton that is installed")
     parser.add_argument("--shard", type=part, metavar="I/N", help="compile part I of N only")
     parser.add_argument("--count", action="store_true", help="compile nothing, count the kernels")
-    parser.add_argument("--every", action="store_true", help="compile bfloat16 where float16 speaks for it, too")
+    parser.add_argument("--twins", action="store_true", help="leave out bfloat16 where float16 speaks for it")
     parser.add_argument("--anew", action="store_true", help="compile what earlier runs have compiled, too")
     parser.add_argument("--all", action="store_true", help="print every kernel")
     parser.add_argument("--processes", type=int, help="default: one a core")
