@@ -8,9 +8,9 @@ compiled by two versions of Triton: the lowest supported one and the newest. Bot
 .cache/aot. What the compiled kernels show is kept there too (verdicts-VERSION.jsonl), under a hash of the kernel's
 code and specialisation, so that an interrupted run can be continued and a later one compiles only what has changed
 (--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the ledgers of several
-machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there are. With
---twins, a kernel in bfloat16 is compiled only where its twin in float16 is near a limit, has wgmma or is not asked for; a
-quick look. One line is printed for each kernel with a violation (--all: for every kernel):
+machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there are.
+--twins is a quick look: a kernel in bfloat16 is compiled only where its twin in float16 is near a limit, has wgmma or
+is not asked for. One line is printed for each kernel with a violation (--all: for every kernel):
 
 * more shared or tensor memory than the GPU has,
 * matrix products that wait for each other (as many waits as products),
