@@ -1,12 +1,16 @@
 """Compiles the kernels of every GPU without having it, and fails on kernels that could not run or would be slow.
 
     python bench/aot_report.py [--card H100] [--model lgnet] [--dtype float16] [--batch 1] [--processes 2]
-                               [--triton 3.6.0] [--all]
+                               [--triton 3.6.0] [--shard 1/8] [--count] [--all] [--anew]
 
 The launches of the engine (dense, restricted) and of the operators are recorded for each card of kernels/cards.py and
 compiled by two versions of Triton: the lowest supported one and the newest. Both are installed in folders under
-.cache/aot. Compiled kernels stay there, so that an interrupted run can be continued. One line is printed for each
-kernel with a violation (--all: for every kernel):
+.cache/aot. What the compiled kernels show is kept there too (verdicts-VERSION.jsonl), under a hash of the kernel's
+code and specialisation, so that an interrupted run can be continued and a later one compiles only what has changed
+(--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the ledgers of several
+machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there are.
+--twins is a quick look: a kernel in bfloat16 is compiled only where its twin in float16 is near a limit, has wgmma or
+is not asked for. One line is printed for each kernel with a violation (--all: for every kernel):
 
 * more shared or tensor memory than the GPU has,
 * matrix products that wait for each other (as many waits as products),
@@ -19,14 +23,20 @@ Exit code 1 where there is any. float32 may spill: its products run without tens
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import subprocess
 import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from lgnet_fast.kernels import LOWEST_TRITON
+
+if TYPE_CHECKING:
+    from lgnet_fast.kernels.aot import Job, Report
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "aot"
@@ -41,7 +51,63 @@ def environment(version: str) -> dict[str, str]:
         pip = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
         subprocess.run([*pip, "--target", str(folder), *wanted], check=True)
     path = os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))
-    return {**os.environ, "PYTHONPATH": path, "TRITON_CACHE_DIR": str(CACHE / "kernels"), "OMP_NUM_THREADS": "1"}
+    return {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"}
+
+
+class Ledger:
+    """Reports of compiled kernels in a file of JSON lines, by `aot.digest`. Failures are not kept."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._known: dict[str, dict[str, object]] = {}
+        if path.exists():
+            for line in path.read_text(encoding="utf-8").splitlines():
+                try:
+                    entry = json.loads(line)
+                    self._known[entry.pop("kernel")] = entry
+                except (ValueError, KeyError, AttributeError):  # the end of an interrupted run
+                    continue
+
+    def get(self, job: Job) -> Report | None:
+        """The report of a job that was compiled before."""
+        from lgnet_fast.kernels.aot import Code, Report, digest
+
+        entry = self._known.get(digest(job))
+        if entry is None:
+            return None
+        numbers = {name: value for name, value in entry.items() if name != "code"}
+        return Report(job, code=Code(*entry["code"]), **numbers)  # type: ignore[arg-type, misc]
+
+    def add(self, report: Report) -> None:
+        """Keep a report; it is on disk when this returns."""
+        from lgnet_fast.kernels.aot import digest
+
+        if report.error is None:
+            entry = {**report._asdict(), "code": list(report.code), "kernel": digest(report.job)}
+            del entry["job"], entry["error"]
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+
+
+def count(jobs: Sequence[Job]) -> str:
+    """How many kernels there are, by several properties of their first launches."""
+    lines = []
+    for title, names in (
+        ("card", [job.card.name for job in jobs]),
+        ("dtype", [job.dtype for job in jobs]),
+        ("kernel", [job.kernel for job in jobs]),
+    ):
+        lines.append(f"by {title}: " + ", ".join(f"{name} {n}" for name, n in Counter(names).most_common()))
+    return "\n".join(lines)
+
+
+def part(text: str) -> tuple[int, int]:
+    """The value of --shard: "I/N", I from 1 to N."""
+    number, _, parts = text.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise argparse.ArgumentTypeError(f"expected I/N with I from 1 to N, got {text!r}")
+    return int(number), int(parts)
 
 
 def compile_here(arguments: argparse.Namespace) -> int:
@@ -62,19 +128,54 @@ def compile_here(arguments: argparse.Namespace) -> int:
         )
     ]
     jobs = aot.jobs(cases)
-    print(f"triton {triton.__version__}: {len(cases)} cases, {len(jobs)} kernels", flush=True)
+    title = f"triton {triton.__version__}"
+    print(f"{title}: {len(cases)} cases, {len(jobs)} kernels in {len(aot.groups(jobs))} groups", flush=True)
+    if arguments.shard is not None:
+        jobs = aot.shard(jobs, *arguments.shard)
+        print(f"{title}: part {arguments.shard[0]} of {arguments.shard[1]}: {len(jobs)} kernels", flush=True)
+    if arguments.count:
+        print(count(jobs))
+        return 0
+    ledger = Ledger(CACHE / f"verdicts-{triton.__version__}.jsonl")
     row = "{:<12} {:<9} {:<22} {:<44} {:<60} {:>7} {:>5} {:>6} {:>5}  {}".format
     print(row("card", "dtype", "kernel", "first launch", "config", "shared", "regs", "stack", "wgmma", ""))
-    broken = 0
-    for report in aot.compile_all(jobs, arguments.processes):
+    broken, compiled, seconds = 0, 0, 0.0
+
+    def show(report: Report) -> None:
+        nonlocal broken
         violations = "; ".join(report.violations())
         broken += bool(violations)
         if violations or arguments.all:
             job = report.job
             numbers = report.shared, report.registers, report.stack, report.code.wgmma
             print(row(job.card.name, job.dtype, job.kernel, job.label, job.config, *numbers, violations), flush=True)
-    seconds = time.monotonic() - begin
-    print(f"triton {triton.__version__}: {len(jobs)} kernels, {broken} with violations, {seconds:.0f} s")
+
+    def report_all(part: Sequence[Job]) -> dict[str, Report]:
+        nonlocal compiled, seconds
+        found = [] if arguments.anew else [ledger.get(job) for job in part]
+        known = {aot.digest(report.job): report for report in found if report is not None}
+        left = [job for job in part if aot.digest(job) not in known]
+        print(f"{title}: {len(known)} known, {len(left)} to compile", flush=True)
+        for report in known.values():
+            show(report)
+        started = time.monotonic()
+        for report in aot.compile_all(left, arguments.processes, keep=False):
+            ledger.add(report)
+            show(report)
+            known[aot.digest(report.job)] = report
+        compiled, seconds = compiled + len(left), seconds + time.monotonic() - started
+        return known
+
+    rest, pairs = aot.twins(jobs) if arguments.twins else (jobs, [])
+    reports = report_all(rest)
+    near = [one for one, other in pairs if not aot.speaks_for_twin(reports[aot.digest(other)])]
+    if near:
+        report_all(near)
+    pace = f", {seconds / compiled:.2f} s a compiled kernel" if compiled else ""
+    print(
+        f"{title}: {len(jobs)} kernels, {len(pairs) - len(near)} of them by their twins in float16, {broken} with "
+        f"violations, {time.monotonic() - begin:.0f} s{pace}"
+    )
     return broken
 
 
@@ -89,6 +190,10 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--batch", action="append", type=int, help="default: 1 and 16")
     parser.add_argument("--triton", action="append", metavar="VERSION", help='default: the lowest and "newest"')
     parser.add_argument("--here", action="store_true", help="with the Triton that is installed")
+    parser.add_argument("--shard", type=part, metavar="I/N", help="compile part I of N only")
+    parser.add_argument("--count", action="store_true", help="compile nothing, count the kernels")
+    parser.add_argument("--twins", action="store_true", help="leave out bfloat16 where float16 speaks for it")
+    parser.add_argument("--anew", action="store_true", help="compile what earlier runs have compiled, too")
     parser.add_argument("--all", action="store_true", help="print every kernel")
     parser.add_argument("--processes", type=int, help="default: one a core")
     parsed = parser.parse_args(arguments)

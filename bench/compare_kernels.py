@@ -275,9 +275,8 @@ def main(arguments: Sequence[str]) -> int:
     broken = 0
     with worktree(parsed.ref) as before, worktree(parsed.new) as after:
         for version in parsed.triton or ["here"]:
-            variables = {**os.environ, "TRITON_CACHE_DIR": str(CACHE / "kernels"), "OMP_NUM_THREADS": "1"}
-            if version != "here":
-                variables = environment(version)
+            variables = {**os.environ, "OMP_NUM_THREADS": "1"} if version == "here" else environment(version)
+            variables["TRITON_CACHE_DIR"] = str(CACHE / "kernels")
             base, new = (tree_of(folder, passed, variables) for folder in (before, after))
             print(f"triton {version}: {parsed.ref} and {parsed.new or 'this tree'}", flush=True)
             broken += compare(base, new)

@@ -1,10 +1,10 @@
-"""Offline tuner of the attention kernels: measures block shapes on this GPU and rewrites kernels/tables.py.
+"""Rewrites the shipped block shapes of attention in training, kernels/tables.py, from measurements on this GPU.
 
-    python bench/tune_attention.py [--dtype half] [--op forward] [--channels 128] [--dry-run]
+    python bench/tune_attention.py [--dtype half] [--channels 128] [--seconds 120] [--dry-run]
 
-For every operation, dtype, head size and batch (1 and 16, at the network's shapes for a 256 x 256 picture) it tries
-all shapes that compile, checks each result against PyTorch, times the kernels concerned with triton.testing.do_bench,
-and keeps the fastest. Only this GPU generation's entries change. Without a GPU it says so and exits with 0.
+The search is that of `lgnet-fast tune --training` (lgnet_fast/engine/cuda_tuning_training.py), for every dtype, head
+size and batch (1 and 16, at the network's shapes for a 256 x 256 picture). Only this GPU generation's entries change.
+Without a GPU it says so and exits with 0.
 """
 
 from __future__ import annotations
@@ -12,9 +12,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -33,13 +31,6 @@ Rows = tuple[tuple[int, tuple[int, int, int, int]], ...]
 
 '''
 BATCHES = (16, 1)
-KERNELS = {
-    "forward": ("_attn_fwd_kernel", "_attn_merge_kernel"),
-    "merge": ("_attn_merge_kernel",),
-    "backward_dq": ("_attn_bwd_dq_kernel",),
-    "backward_dkv": ("_attn_bwd_dkv_kernel",),
-    "rows": ("_attn_prep_kernel", "_attn_bwd_delta_kernel", "_attn_bwd_finish_kernel"),
-}
 
 
 def render(tables: Tables) -> str:
@@ -55,96 +46,33 @@ def render(tables: Tables) -> str:
     return "\n".join(lines) + "\n"
 
 
-def candidates(op: str) -> Iterator[tuple[int, int, int, int]]:
-    """Candidate shapes, cheap ones first."""
-    if op == "rows":
-        yield from itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2))
-    elif op == "merge":
-        yield from itertools.product((16, 32, 64), (32, 64, 128), (4, 8), (1, 2, 3))
-    else:
-        yield from itertools.product((16, 32, 64, 128), (16, 32, 64, 128), (4, 8), (1, 2, 3, 4))
+def measure(kind: str, channels: int, side: int, seconds: float) -> dict[str, tuple[Row, ...]]:
+    """Operation -> its rows of the table for a head size, from the fastest correct shapes at both batches."""
+    from lgnet_fast.kernels.tuned import Block
 
+    from lgnet_fast.engine.cuda_tuning_training import Attention, progress_of, tune_training
 
-def close(actual: torch.Tensor, exact: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a candidate's result is right (tests check its accuracy)."""
-    tolerance = 1e-3 if dtype == torch.float32 else 4e-2
-    scale = exact.abs().max().item()
-    return bool(((actual.double() - exact).abs().max() <= tolerance * max(scale, 1e-3)).item())
-
-
-def measure(op: str, dtype: torch.dtype, channels: int, side: int, batch: int) -> tuple[int, int, int, int] | None:
-    """The fastest correct configuration, or None where none ran."""
-    import triton
-    from lgnet_fast.kernels import attention
-    from lgnet_fast.kernels.configs import Config, override
-    from lgnet_fast.kernels.launch import launch, record
-
-    from lgnet_fast.reference.attention import attention_block
-
-    generator = torch.Generator("cuda").manual_seed(0)
-
-    def random(*shape: int) -> torch.Tensor:
-        return torch.randn(*shape, device="cuda", generator=generator).to(dtype)
-
-    features = random(batch, channels, side, side)
-    weight, bias = random(channels, 2 * channels, 1, 1) / channels**0.5, random(channels)
-    grad = random(*features.shape)
-    leaf = features.double().requires_grad_()
-    exact = attention_block(leaf, weight.double(), bias.double(), "released")
-    (exact_grad,) = torch.autograd.grad(exact, leaf, grad.double())
-    exact = exact.detach()
-    backward = op.startswith("backward") or op == "rows"
-    best: tuple[float, tuple[int, int, int, int]] | None = None
-    for shape in candidates(op):
-        with override(op, Config(*shape)):
-            try:
-                out, attended, stats = attention.attention_block_forward(
-                    features, weight, bias, "released", save_attended=True
-                )
-                assert attended is not None
-                assert stats is not None
-                df, _, _ = attention.attention_block_backward(
-                    grad, features, attended, stats, weight, "released", needs=(True, False, False)
-                )
-                torch.cuda.synchronize()
-            except (triton.runtime.errors.OutOfResources, triton.CompilationError, RuntimeError):
-                continue
-            if not close(out, exact, dtype) or (backward and (df is None or not close(df, exact_grad, dtype))):
-                print(f"  wrong result, left out: {op} {shape}", file=sys.stderr)
-                continue
-            with record() as launches:
-                _, attended, stats = attention.attention_block_forward(
-                    features, weight, bias, "released", save_attended=True
-                )
-                if backward:
-                    assert attended is not None
-                    assert stats is not None
-                    attention.attention_block_backward(
-                        grad, features, attended, stats, weight, "released", needs=(True, False, False)
-                    )
-        concerned = [item for item in launches if item.kernel.__name__ in KERNELS[op]]
-        if not concerned:  # the merge kernel, where the work is not split
-            return None
-
-        def once(items: list[Any] = concerned) -> None:
-            for item in items:
-                launch(item.kernel, item.grid, *item.args, **item.meta)
-
-        time = triton.testing.do_bench(once, warmup=10, rep=50, return_mode="median")
-        if best is None or time < best[0]:
-            best = time, shape
-    if best is None:
-        return None
-    print(f"{op} {dtype} C={channels} {side}x{side} batch {batch}: {best[1]} {best[0] * 1e3:.1f} us", flush=True)
-    return best[1]
+    device = torch.device("cuda", torch.cuda.current_device())
+    dtype = torch.float16 if kind == "half" else torch.float32
+    blocks = [
+        Attention.of(f"C={channels} {side}x{side} batch {batch}", block, (side, side), dtype, device)
+        for batch in BATCHES
+        for block in [Block(kind, "released", channels, side * side, batch)]
+    ]
+    rows: dict[str, list[Row]] = {}
+    for found in tune_training(blocks, dtype, device, seconds, progress_of(lambda text: print(text, flush=True))):
+        for op, result in found.operations.items():
+            rows.setdefault(op, []).append((0 if found.block.batch == 1 else 4 * side * side, result.shape))
+    # the last row holds for all smaller batches
+    return {op: (*found[:-1], (0, found[-1][1])) for op, found in rows.items()}
 
 
 def main() -> int:
-    """Tune the operations of the arguments."""
+    """Tune the head sizes and dtypes of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtype", choices=("half", "tf32", "ieee"), action="append")
-    parser.add_argument("--op", choices=tuple(KERNELS), action="append")
     parser.add_argument("--channels", type=int, choices=(64, 96, 128, 192, 256, 384, 512), action="append")
+    parser.add_argument("--seconds", type=float, default=120, help="for each head size and dtype")
     parser.add_argument("--dry-run", action="store_true", help="print, do not rewrite kernels/tables.py")
     args = parser.parse_args()
     if not torch.cuda.is_available():
@@ -158,22 +86,15 @@ def main() -> int:
     tables: Tables = {name: dict(entries) for name, entries in TABLES.items()}
     # LGNet's map, where several networks have a head of that size
     sides = dict(head for model in reversed(aot.MODELS) for head in aot.heads(model) if head[0] in HEAD_CLASSES)
-    for op in args.op or KERNELS:
-        kinds = ["any"] if op == "rows" else args.dtype or ["half", "tf32", "ieee"]
-        for kind, channels in itertools.product(kinds, args.channels or sorted(sides)):
-            side = sides[channels]
-            allow_tf32 = torch.backends.cuda.matmul.allow_tf32
-            torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
-            dtype = torch.float32 if kind in ("tf32", "ieee") else torch.float16
-            rows: list[Row] = []
-            for batch in BATCHES:
-                shape = measure(op, dtype, channels, side, batch)
-                if shape is not None:
-                    rows.append((0 if batch == 1 else 4 * side * side, shape))
+    for kind, channels in itertools.product(args.dtype or ["half", "tf32", "ieee"], args.channels or sorted(sides)):
+        allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = kind == "tf32"
+        try:
+            measured = measure(kind, channels, sides[channels], args.seconds)
+        finally:
             torch.backends.cuda.matmul.allow_tf32 = allow_tf32
-            if rows:
-                rows[-1] = (0, rows[-1][1])
-                tables[generation][op, kind, channels] = tuple(rows)
+        for op, rows in measured.items():
+            tables[generation][op, "any" if op == "rows" else kind, channels] = rows
     text = render(tables)
     if args.dry_run:
         print(text)

@@ -14,6 +14,7 @@
 `maps`                   feature maps as kernel arguments, channels as tuples of tiles
 `configs`                block shapes of attention and merge per GPU generation; the table itself is in `tables`,
                          written by `bench/tune_attention.py`
+`tuned`                  block shapes that `lgnet-fast tune --training` measured on this GPU, from the user's cache
 `cards`                  facts about GPUs: shared memory, multiprocessors, rates
 `conv_configs`           tiles of the convolutions, chosen by a cost estimate. `conv_tables` overrides the estimate;
                          it is measured by `bench/gpu_contact.py` and written by `bench/write_tables.py`

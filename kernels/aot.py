@@ -2,25 +2,33 @@
 
 The executor and the operators run on tensors of the "meta" device, as if on one of `cards.CARDS` with its number of
 multiprocessors, and their launches are recorded. The compiled kernels have the constants and the argument
-specialisation of those launches. Launches of several GPUs that need the same kernel are compiled once. Each cubin is
-then checked for shared memory, registers and local memory. Its disassembly is checked for two faults that compilers
-do not report: matrix products that wait for each other, and loops that move 16-bit values one by one. Needs triton,
-no GPU. Used by `tests/test_kernels_aot.py` and `bench/aot_report.py`.
+specialisation of those launches. Launches of several GPUs that need the same kernel are compiled once; GPUs of
+compute capability 8.x also share the PTX, because Triton writes the same for them. Each cubin is then checked for
+shared memory, registers and local memory. Its disassembly is checked for two faults that compilers do not report:
+matrix products that wait for each other, and loops that move 16-bit values one by one. It is made only where the PTX
+or the stack shows that such a fault is possible, because nvdisasm takes half as long as the compilation. Needs
+triton, no GPU. Used by `tests/test_kernels_aot.py` and `bench/aot_report.py`.
 """
 
 from __future__ import annotations
 
+import ast
 import concurrent.futures
+import contextlib
 import functools
+import hashlib
 import importlib
+import inspect
 import multiprocessing
 import os
 import re
 import shutil
 import subprocess
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
@@ -28,6 +36,7 @@ import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.runtime.jit import JITFunction
 
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda_executor import CudaExecutor
@@ -46,7 +55,11 @@ HOLE = Rect(96, 160, 96, 160)
 """The hole of the restricted runs, in pixels."""
 MODELS = ("lgnet", "lgnet_light", "lgnet_demo", "lgnet_small")
 TENSOR_MEMORY_COLUMNS = 512
+TWIN_REGISTERS = 255 - 31
+"""Most registers of a float16 kernel that speaks for its twin in bfloat16."""
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
+# loads and stores of 16 bits or fewer, in PTX
+_NARROW = re.compile(r"\b(ld|st)\.global\S*\.[busf](8|16)\b")
 # instructions of the tensor cores: mma.sync, wgmma, tcgen05
 _PRODUCT = r"\b([HIQ]MMA|HGMMA|UTC\w*MMA)\b"
 _POINTER = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32"}
@@ -91,7 +104,7 @@ class Code(NamedTuple):
 
     local: accesses to local memory. wgmma: warp-group matrix products in main loops. waits: waits in main loops until
     no such product is running; serialised code has one for each product. narrow: loads and stores of 16 bits or fewer
-    in main loops.
+    in main loops. float32: local and narrow are not counted without wgmma, because they are no faults there.
     """
 
     local: int
@@ -245,7 +258,8 @@ def card_cases(
 ) -> list[Case]:
     """All cases of a GPU: the engine, dense and restricted, and the operators.
 
-    Attention in both variants, without gradients and in training (16 bit: also in NHWC), and the merges.
+    Attention in both variants, without gradients and in training (16 bit: also in NHWC), and the merges. Overlapped
+    launches (off by default) differ in the first and last instructions of the convolutions alone: LGNet's, batch 1.
     """
     cases = []
     for dtype in dtypes:
@@ -253,7 +267,7 @@ def card_cases(
         for batch in batches:
             for model in models:
                 cases += [engine_case(card, model, dtype, batch, restricted) for restricted in (False, True)]
-                if card.capability >= (9, 0):
+                if card.capability >= (9, 0) and (model, batch) == (MODELS[0], 1):
                     cases.append(engine_case(card, model, dtype, batch, False, overlap=True))
                 for channels, side in heads(model):
                     for variant in attention.VARIANTS:
@@ -323,13 +337,127 @@ def job(case: Case, launch: Launch) -> Job:
 
 def jobs(cases: Iterable[Case]) -> list[Job]:
     """One job for each kernel that the cases launch; GPUs of one compute capability share jobs."""
-    found: dict[tuple[Any, ...], Job] = {}
+    found: dict[tuple[str, ...], Job] = {}
+    recorded = set()
     for case in cases:
+        # all that a launch depends on: the H200 launches what the H100 does
+        same = (case.card.capability, case.card.num_sms, case.dtype, case.label)
+        if same in recorded:
+            continue
+        recorded.add(same)
         for launch in launches(case):
             one = job(case, launch)
-            parts = (one.signature, one.constants, one.attributes, one.options)
-            found.setdefault((one.card.capability, one.module, one.kernel, *map(str, parts)), one)
+            found.setdefault((str(one.card.capability), *_specialised(one)), one)
     return list(found.values())
+
+
+def _specialised(one: Job) -> tuple[str, ...]:
+    """All that the compiler sees of a job, except the GPU."""
+    parts = (one.signature, one.constants, one.attributes, one.options)
+    return (one.module, one.kernel, *map(str, parts))
+
+
+def groups(work: Iterable[Job]) -> list[list[Job]]:
+    """The jobs that are compiled together: the same kernel for several compute capabilities 8.x."""
+    found: dict[tuple[str, ...], list[Job]] = {}
+    for one in work:
+        major, minor = one.card.capability
+        family = "8.x" if major == 8 else f"{major}.{minor}"
+        found.setdefault((family, *_specialised(one)), []).append(one)
+    return list(found.values())
+
+
+def shard(work: Iterable[Job], number: int, count: int) -> list[Job]:
+    """Part `number` of `count` (from 1) of the jobs.
+
+    A kernel's part does not depend on what other jobs there are. Twins are in one part, and so are all cards.
+    """
+    if not 1 <= number <= count:
+        raise ValueError(f"shard: expected a number from 1 to {count}, got {number}")
+    return [
+        one
+        for one in work
+        if int(hashlib.sha256(repr(_of_float16(one)).encode()).hexdigest()[:12], 16) % count == number - 1
+    ]
+
+
+def _of_float16(one: Job) -> tuple[str, ...]:
+    """:func:`_specialised` with float16 in place of bfloat16; the factor of stored queries differs too."""
+    scale = list(one.signature).index("Q_SCALE") if "Q_SCALE" in one.signature else -1
+    constants = {path: value for path, value in one.constants.items() if path[0] != scale}
+    signature = str(one.signature).replace("*bf16", "*fp16")
+    return (one.module, one.kernel, signature, str(constants), str(one.attributes), str(one.options))
+
+
+def twins(work: Iterable[Job]) -> tuple[list[Job], list[tuple[Job, Job]]]:
+    """The jobs without those of bfloat16 that float16 has too, and pairs of such a job and that of float16."""
+    work = list(work)
+    single = {(one.card.capability, _of_float16(one)): one for one in work if one.dtype == "float16"}
+    rest, pairs = [], []
+    for one in work:
+        other = single.get((one.card.capability, _of_float16(one))) if one.dtype == "bfloat16" else None
+        if other is None:
+            rest.append(one)
+        else:
+            pairs.append((one, other))
+    return rest, pairs
+
+
+def speaks_for_twin(report: Report) -> bool:
+    """Whether the report of a float16 kernel is that of its twin in bfloat16, but for a few registers.
+
+    Of 573 pairs, on every compute capability, all but one had the same shared memory, stack and counts of
+    instructions; registers differed by up to 16. One kernel without products spilled 8 bytes in float16 alone, at 80
+    registers. So this is for a quick look.
+    """
+    return not report.violations() and report.registers <= TWIN_REGISTERS and report.code.wgmma == 0
+
+
+def digest(one: Job) -> str:
+    """Hash of all on which the report of a job depends, for one version of Triton.
+
+    The code of the kernel with the functions that it calls, the specialisation, the compute capability, and how the
+    machine code is read. Comments, docstrings and line numbers do not matter.
+    """
+    half = DTYPES[one.dtype] != torch.float32
+    parts = (_code_of(one.module, one.kernel), one.card.capability, half, *_specialised(one), _reading())
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:32]
+
+
+@functools.cache
+def _reading() -> str:
+    code = [ast.dump(_without_docstrings(inspect.getsource(f))) for f in (read_code, _faults_possible)]
+    return "".join([_PRODUCT, _NARROW.pattern, *code])
+
+
+def _without_docstrings(source: str) -> ast.Module:
+    tree = ast.parse(textwrap.dedent(source))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef) and ast.get_docstring(node, clean=False) is not None:
+            del node.body[0]
+    return tree
+
+
+@functools.cache
+def _code_of(module: str, name: str) -> str:
+    """The code of a kernel and, once each, of the functions, types and constants of its module that it names."""
+    found: dict[str, str] = {}
+
+    def add(function: Any) -> None:
+        tree = _without_docstrings(function.src)
+        found[function.__name__] = ast.dump(tree)
+        names = {node.id for node in ast.walk(tree) if isinstance(node, ast.Name)}
+        for used in sorted(names & function.__globals__.keys() - found.keys()):
+            value = function.__globals__[used]
+            if isinstance(value, JITFunction):
+                add(value)
+            elif hasattr(value, "_fields"):
+                found[used] = repr(value._fields)
+            elif not callable(value) and not isinstance(value, ModuleType):
+                found[used] = repr(value)
+
+    add(getattr(importlib.import_module(module), name))
+    return repr(sorted(found.items()))
 
 
 def _run_tool(name: str, *arguments: str) -> str:
@@ -376,28 +504,87 @@ def read_code(text: str) -> Code:
     )
 
 
+def _faults_possible(one: Job, ptx: str, stack: int) -> bool:
+    """Whether the machine code can have a fault that only its disassembly shows.
+
+    ptxas makes warp-group products and narrow accesses only of those in the PTX, and local memory lies on the stack.
+    """
+    half = DTYPES[one.dtype] != torch.float32
+    return "wgmma" in ptx or (half and (stack > 0 or _NARROW.search(ptx) is not None))
+
+
+def _inspected(one: Job, cubin: bytes, ptx: str, metadata: Any) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        registers, stack = _resources(file.name)
+        code = Code(0, 0, 0, 0)
+        if _faults_possible(one, ptx, stack):
+            code = read_code(_run_tool("nvdisasm", "-c", "--no-dataflow", file.name))
+    return Report(one, metadata.shared, registers, stack, getattr(metadata, "tmem_size", None) or 0, code)
+
+
+def _assembled(ptx: str, architecture: int) -> bytes:
+    """The machine code for another capability 8.x, with the options that Triton gives to ptxas."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, cubin = Path(folder, "kernel.ptx"), Path(folder, "kernel.cubin")
+        source.write_text(re.sub(r"\.target sm_\d+", f".target sm_{architecture}", ptx), encoding="utf-8")
+        _run_tool("ptxas", "-lineinfo", f"--gpu-name=sm_{architecture}", str(source), "-o", str(cubin))
+        return cubin.read_bytes()
+
+
+def _failed(one: Job, error: Exception) -> Report:
+    # a compiler's message can be pages long
+    return Report(one, error=f"{type(error).__name__}: {str(error).strip()[:300]}")
+
+
+@contextlib.contextmanager
+def _compiled_files(keep: bool) -> Iterator[None]:
+    """Triton's own cache, or a folder that is removed: a kernel's files take half a megabyte."""
+    if keep:
+        yield
+        return
+    with tempfile.TemporaryDirectory() as folder, triton.knobs.cache.scope():
+        triton.knobs.cache.dir = folder
+        yield
+
+
+def compile_group(group: Sequence[Job], keep: bool = True) -> list[Report]:
+    """Compile one of :func:`groups` and read its cubins. keep: leave the compiled files in Triton's cache."""
+    first = group[0]
+    kernel = getattr(importlib.import_module(first.module), first.kernel)
+    reports = []
+    try:
+        source = ASTSource(kernel, first.signature, first.constants, first.attributes)
+        target = GPUTarget("cuda", _architecture(first), 32)
+        with _compiled_files(keep):
+            compiled = triton.compile(source, target=target, options=first.options)
+            ptx, cubin = compiled.asm["ptx"], compiled.asm["cubin"]
+    except Exception as error:
+        return [_failed(one, error) for one in group]
+    for one in group:
+        try:
+            own = cubin if one is first else _assembled(ptx, _architecture(one))
+            reports.append(_inspected(one, own, ptx, compiled.metadata))
+        except Exception as error:
+            reports.append(_failed(one, error))
+    return reports
+
+
+def _architecture(one: Job) -> int:
+    major, minor = one.card.capability
+    return 10 * major + minor
+
+
 def compile_job(one: Job) -> Report:
     """Compile one kernel and read its cubin."""
-    major, minor = one.card.capability
-    kernel = getattr(importlib.import_module(one.module), one.kernel)
-    try:
-        source = ASTSource(kernel, one.signature, one.constants, one.attributes)
-        compiled = triton.compile(source, target=GPUTarget("cuda", 10 * major + minor, 32), options=one.options)
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(compiled.asm["cubin"])
-            file.flush()
-            registers, stack = _resources(file.name)
-            code = read_code(_run_tool("nvdisasm", "-c", file.name))
-    except Exception as error:
-        # a compiler's message can be pages long
-        return Report(one, error=f"{type(error).__name__}: {str(error).strip()[:300]}")
-    columns = getattr(compiled.metadata, "tmem_size", None) or 0
-    return Report(one, compiled.metadata.shared, registers, stack, columns, code)
+    return compile_group([one])[0]
 
 
-def compile_all(work: Sequence[Job], processes: int | None = None) -> Iterator[Report]:
-    """Compile in parallel processes; reports come in the order of `work`."""
+def compile_all(work: Sequence[Job], processes: int | None = None, keep: bool = True) -> Iterator[Report]:
+    """Compile in parallel processes; reports come in the order of :func:`groups`. keep: see :func:`compile_group`."""
     context = multiprocessing.get_context("spawn")
     count = processes or len(os.sched_getaffinity(0))
     with concurrent.futures.ProcessPoolExecutor(count, mp_context=context) as pool:
-        yield from pool.map(compile_job, work)
+        for reports in pool.map(functools.partial(compile_group, keep=keep), groups(work)):
+            yield from reports

@@ -57,7 +57,7 @@ from .attention_backward import (
 from .attention_forward import AttentionCall, Result, _attn_fwd_kernel, _attn_merge_kernel, _attn_prep_kernel, q_scale
 from .attention_inference import attention_block_inference
 from .cards import SHARED_LIMITS
-from .configs import Config, pick
+from .configs import Config
 from .launch import MAX_GRID, device_guard, device_reason, launch
 from .maps import ABSENT, Rows, as_map, as_optional_map, is_flat, position_stride
 
@@ -110,7 +110,7 @@ def can_run_attention(
 
 def _row_blocks(call: AttentionCall) -> dict[str, int]:
     """Block sizes of the kernels bound by memory bandwidth."""
-    config = pick("rows", call.generation, "any", call.channels, call.batch * call.positions)
+    config = call.pick("rows")
     return {
         "BLOCK_P": config.block_m,
         "BLOCK_C": call.block(config.block_n),

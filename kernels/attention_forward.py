@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import tuned
 from .configs import MAX_SPLITS, Config, config_kind, device_generation, num_splits, pick
 from .launch import dot, dot_precision
 from .maps import (
@@ -56,7 +58,8 @@ def q_scale(dtype: torch.dtype) -> float:
 class AttentionCall(NamedTuple):
     """Sizes and arithmetic of one call, from which the block shapes and constants of its launches follow.
 
-    precision: of the matrix products, see `dot_precision`. generation, num_sms: of the GPU.
+    precision: of the matrix products, see `dot_precision`. generation, num_sms: of the GPU. measured: operation ->
+    the block shapes measured on it.
     """
 
     batch: int
@@ -68,13 +71,17 @@ class AttentionCall(NamedTuple):
     precision: str
     generation: str
     num_sms: int
+    measured: Mapping[str, tuned.Shape]
 
     @classmethod
     def of(cls, features: Tensor, variant: str) -> AttentionCall:
         """The call on `features` [B, C, H, W]."""
         batch, channels, height, width = features.shape
         dtype, paper, precision = features.dtype, variant == "paper", dot_precision(features.dtype)
-        return cls(batch, channels, height, width, dtype, paper, precision, *device_generation(features.device))
+        block = tuned.Block(config_kind(dtype, precision), variant, channels, height * width, batch)
+        measured = tuned.shapes(features.device, dtype, block)
+        gpu = device_generation(features.device)
+        return cls(batch, channels, height, width, dtype, paper, precision, *gpu, measured)
 
     @property
     def positions(self) -> int:
@@ -92,7 +99,9 @@ class AttentionCall(NamedTuple):
 
     def pick(self, op: str) -> Config:
         """Block shapes of `op`."""
-        return pick(op, self.generation, self.kind, self.channels, self.batch * self.positions)
+        kind = "any" if op == "rows" else self.kind  # bound by memory bandwidth in every dtype
+        positions = self.batch * self.positions
+        return pick(op, self.generation, kind, self.channels, positions, self.measured.get(op))
 
     def splits(self, programs: int, block: int, most: int = MAX_SPLITS) -> tuple[int, int]:
         """Number of splits of the loop over the positions in blocks of `block`, and positions per split."""

@@ -1,6 +1,7 @@
 """Block shapes and numbers of splits of the attention and merge kernels, from tables: no tuning at run time.
 
-`tables.py` holds the shapes for each GPU generation; `bench/tune_attention.py` rewrites it on a GPU.
+`tables.py` holds the shapes for each GPU generation; `bench/tune_attention.py` rewrites it on a GPU. Where
+``lgnet-fast tune --training`` has measured a block, its results (`tuned.py`) hold instead.
 """
 
 from __future__ import annotations
@@ -111,14 +112,23 @@ def config_kind(dtype: torch.dtype, precision: str) -> str:
     return "tf32" if precision == "tf32" else "ieee"
 
 
-def pick(op: str, generation: str, kind: str, channels: int, positions: int) -> Config:
+def pick(
+    op: str,
+    generation: str,
+    kind: str,
+    channels: int,
+    positions: int,
+    measured: tuple[int, int, int, int] | None = None,
+) -> Config:
     """The configuration of `op` for a head size and a number of positions, of all samples together.
 
-    A head size without an entry takes that of the next larger one.
+    A head size without an entry takes that of the next larger one. measured: on this GPU, in place of the table's.
     """
     overridden: Config | None = _overrides.get().get(op)
     if overridden is not None:
         return overridden
+    if measured is not None:
+        return Config(*measured)
     table = TABLES[generation]
     rows = next(table[op, kind, size] for size in HEAD_CLASSES if channels <= size and (op, kind, size) in table)
     return Config(*next(shape for least, shape in rows if positions >= least))

@@ -43,6 +43,7 @@ from torch import Tensor
 
 from lgnet_fast.engine.geometry import Axis, Geometry
 
+from .configs import device_generation
 from .conv_configs import Tile, Work
 from .conv_kernels import (
     Epilogue,
@@ -321,10 +322,16 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        # Without a limit ptxas may spill registers of large accumulators for a higher occupancy.
-        **({"maxnreg": 255} if fused and tile.block_m * tile.block_n >= 2048 * tile.num_warps else {}),
+        **({"maxnreg": 255} if _may_spill(source, tile) else {}),
         **step.constants,
     )
+
+
+def _may_spill(source: Tensor, tile: Tile) -> bool:
+    """Whether ptxas, without a limit, may spill registers of the accumulator for a higher occupancy."""
+    generation, _ = device_generation(source.device)
+    area = tile.block_m * tile.block_n // tile.num_warps
+    return tile.splits > 1 and (area >= 1024 if generation == "sm_100" else tile.fused and area >= 2048)
 
 
 def _reduce(step: _Step, partial: Tensor | None) -> None:

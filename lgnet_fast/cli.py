@@ -417,6 +417,13 @@ def tune(
     batch: Annotated[int, typer.Option(min=1, help="Pictures a batch.")] = 1,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
+    training: Annotated[
+        bool,
+        typer.Option(
+            "--training",
+            help="Attention forward and backward as training launches them, in place of the steps; NVIDIA GPUs only.",
+        ),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
 ) -> None:
     """Measure every step's kernels on this machine, and keep the fastest for later runs of this network and size.
@@ -424,11 +431,13 @@ def tune(
     Each candidate is checked before it is timed. Prints what every step had, what it has now, and the gain. What is
     measured is kept at once (`lgnet-fast info` shows where), so that an interrupted run loses little.
 
+    With --training, give the size of the crops, the batch and the dtype (of autocast, if used) of the training.
+
     Exit code: 0 measured, 2 it could not start.
     """
     from .engine.devices import resolve_device, resolve_dtype
-    from .engine.tuning import render
-    from .engine.tuning import tune as run_tuning
+    from .engine.tuning import render, tune_training
+    from .engine.tuning import tune as tune_steps
     from .reference import LGNet, create_model
     from .weights import bundled_path
 
@@ -437,7 +446,7 @@ def tune(
         try:
             height, width = (int(part) for part in size.lower().split("x"))
             network = LGNet.from_pretrained(model or bundled_path()) if name is None else create_model(name).eval()
-            report = run_tuning(
+            report = (tune_training if training else tune_steps)(
                 network,
                 (height, width),
                 batch,

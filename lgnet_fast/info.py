@@ -13,6 +13,8 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from lgnet_fast.kernels.tuned import Training
+
 from . import cache, forks
 from .engine.cpu_path import Path
 from .engine.cpu_tuning import Measured
@@ -110,8 +112,8 @@ def _found(value: Any) -> str:
 
 
 def _chosen(value: Any) -> str:
-    """A measurement as text: the path of a network on a CPU, or the kernels of its steps."""
-    found = Path.from_dict(value) or Measured.from_dict(value) or Found.from_dict(value)
+    """A measurement as text: the path of a network on a CPU, the kernels of its steps, or attention in training."""
+    found = Path.from_dict(value) or Measured.from_dict(value) or Found.from_dict(value) or Training.from_dict(value)
     return "not readable" if found is None else str(found)
 
 

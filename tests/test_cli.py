@@ -217,6 +217,11 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
             ["--device", "cpu", "--dtype", "float16"],
             "there is nothing to tune: the C\\+\\+ executor computes in float32",
         ),
+        (
+            ["--device", "cpu", "--training"],
+            "there is nothing to tune for training: its kernels run on NVIDIA GPUs, not on cpu",
+        ),
+        (["--training", "--size", "100x256"], "size: expected positive multiples of 256, got 100x256"),
         (["--seconds", "0"], "--seconds"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 import subprocess
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -163,6 +164,159 @@ def test_what_the_machine_code_shows() -> None:
     assert aot.Report(job, code=aot.Code(0, 4, 2, 0)).violations() == []
     # float32 may spill, as its products run without tensor cores
     assert aot.Report(job._replace(dtype="float32"), stack=8, code=aot.Code(1, 0, 0, 0)).violations() == []
+
+
+def test_the_machine_code_is_read_where_it_can_have_a_fault() -> None:
+    (job, *_) = aot.jobs([aot.merge_case(CARDS["H100"], "float16", 1, True)])
+    single = job._replace(dtype="float32")
+    wide, narrow, product = "ld.global.v4.b32", "st.global.b16 [%rd1], %rs1;", "wgmma.mma_async.sync.aligned"
+    asked = [
+        aot._faults_possible(one, ptx, stack)
+        for one in (job, single)
+        for ptx in (wide, narrow, product)
+        for stack in (0, 8)
+    ]
+    assert asked == [False, True, True, True, True, True, False, False, False, False, True, True]
+    for one in aot.jobs([aot.attention_case(CARDS["A100"], "float16", 1, 64, 32, "released")])[:3]:
+        assert aot.compile_job(one).code == aot.Code(0, 0, 0, 0)
+
+
+def test_cards_of_capability_8_share_all_but_the_assembler() -> None:
+    """A group has the reports that its kernels have alone."""
+    cases = [aot.attention_case(CARDS[name], "bfloat16", 1, 64, 32, "released") for name in ("RTX 3090", "RTX 4080")]
+    cases.append(cases[0]._replace(card=CARDS["RTX 5080"]))
+    grouped = aot.groups(aot.jobs(cases))
+    pairs = [group for group in grouped if len(group) > 1]
+    assert pairs
+    assert {job.card.name for group in pairs for job in group} == {"RTX 3090", "RTX 4080"}
+    assert all(
+        [job.card.name for job in group] == ["RTX 5080"] for group in grouped if group[0].card.capability[0] == 12
+    )
+    products = next(group for group in pairs if group[0].kernel == "_attn_bwd_dq_kernel")
+    reports = aot.compile_group(products)
+    assert reports == [aot.compile_job(job) for job in products]
+    assert all(report.error is None and report.registers > 100 for report in reports)
+
+
+def test_shards_are_parts_of_the_whole() -> None:
+    cases = [aot.attention_case(CARDS[name], "float16", 1, 64, 32, "released") for name in ("A100", "L4")]
+    jobs = aot.jobs(cases)
+    parts = [aot.shard(jobs, number, 3) for number in (1, 2, 3)]
+    assert sorted(map(repr, jobs)) == sorted(repr(job) for part in parts for job in part)
+    assert max(map(len, parts)) < len(jobs)
+    # whatever else is compiled
+    assert aot.shard(aot.jobs(cases[:1]), 2, 3) == [job for job in parts[1] if job.card.name == "A100"]
+    for number, count in ((0, 3), (4, 3)):
+        with pytest.raises(ValueError, match=f"shard: expected a number from 1 to 3, got {number}"):
+            aot.shard(jobs, number, count)
+
+
+def test_float16_speaks_for_bfloat16_far_from_the_limits() -> None:
+    cases = [
+        aot.attention_case(CARDS["A100"], dtype, 1, 64, 32, "released") for dtype in ("float16", "bfloat16", "tf32")
+    ]
+    jobs = aot.jobs(cases)
+    rest, pairs = aot.twins(jobs)
+    assert sorted(map(repr, jobs)) == sorted(map(repr, [*rest, *(one for one, _ in pairs)]))
+    assert {one.kernel for one, _ in pairs} == {one.kernel for one in rest if one.dtype == "float16"}
+    for one, other in pairs:
+        assert (one.dtype, other.dtype, one.config) == ("bfloat16", "float16", other.config)
+        assert aot.shard([one], 1, 2) == ([one] if aot.shard([other], 1, 2) else [])
+    assert aot.twins(aot.jobs(cases[1:]))[1] == []
+    first, second = next(pair for pair in pairs if pair[0].kernel == "_attn_bwd_delta_kernel")
+    single, half = aot.compile_job(second), aot.compile_job(first)
+    assert aot.speaks_for_twin(single)
+    assert (half.shared, half.stack, half.code) == (single.shared, single.stack, single.code)
+    assert not aot.speaks_for_twin(single._replace(registers=240))
+    assert not aot.speaks_for_twin(single._replace(stack=8))
+    assert not aot.speaks_for_twin(single._replace(code=aot.Code(0, 8, 1, 0)))
+
+
+def test_a_kernels_digest_is_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    (job, *_) = aot.jobs([aot.attention_case(CARDS["A100"], "float16", 1, 64, 32, "released")])
+    kernel = getattr(attention_forward, job.kernel)
+    digest = aot.digest(job)
+
+    def changed(source: str, **more: Any) -> str:
+        aot._code_of.cache_clear()
+        monkeypatch.setattr(kernel, "_src", source)
+        return aot.digest(job._replace(**more))
+
+    source = kernel.src
+    docstring = source.split('"""')[1]
+    assert changed(source.replace(docstring, "Another docstring.").replace("\n", "  # a comment\n", 1)) == digest
+    assert (
+        changed(source.replace("+ 1e-7", "+ 2e-7").replace("1e-12", "2e-12") + "\n    tl.debug_barrier()") != digest
+    )
+    assert changed(source) == digest
+    assert changed(source, card=CARDS["L4"]) != digest
+    assert changed(source, options={**job.options, "num_warps": 8}) != digest
+    helper = attention_forward.load_tiles
+    monkeypatch.setattr(helper, "_src", helper.src + "\n    tl.debug_barrier()")
+    (forward,) = [one for one in aot.jobs([aot.attention_case(CARDS["A100"], "float16", 1, 64, 32, "released")])
+                  if one.kernel == "_attn_fwd_kernel"]  # fmt: skip
+    with_helper = aot.digest(forward)
+    aot._code_of.cache_clear()
+    monkeypatch.undo()
+    assert aot.digest(forward) != with_helper
+    aot._code_of.cache_clear()
+
+
+def test_verdicts_survive_an_interrupted_run(tmp_path: Path) -> None:
+    jobs = aot.jobs([aot.merge_case(CARDS["A100"], "float16", 1, True)])
+    path = tmp_path / "new" / "verdicts.jsonl"
+    ledger = aot_report.Ledger(path)
+    reports = [aot.Report(job, 1024, 30 + i, 8, 0, aot.Code(1, 2, 3, 4)) for i, job in enumerate(jobs[:3])]
+    for report in reports:
+        ledger.add(report)
+    ledger.add(aot.Report(jobs[3], error="RuntimeError: no memory"))
+    with path.open("a") as file:
+        file.write('{"kernel": "cut of')
+    later = aot_report.Ledger(path)
+    assert [later.get(job) for job in jobs[:4]] == [*reports, None]
+
+
+def test_the_report_compiles_what_is_not_known(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(aot_report, "CACHE", tmp_path)
+    compiled: list[aot.Job] = []
+
+    def compile_all(work: Any, processes: Any, keep: bool) -> Any:
+        assert not keep
+        for job in work:
+            compiled.append(job)
+            yield aot.Report(job, 1024, 32, 8 if job.kernel == "_merge_bwd_kernel" else 0)
+
+    monkeypatch.setattr(aot, "compile_all", compile_all)
+    only = ["--here", "--card", "A100", "--dtype", "float16", "--model", "lgnet_demo", "--batch", "1"]
+    assert aot_report.main([*only, "--count"]) == 0
+    assert "_attn_bwd_dq_kernel" in capsys.readouterr().out
+    assert not compiled
+    codes = [aot_report.main([*only, "--shard", f"{number}/2"]) for number in (1, 2)]
+    assert max(codes) == 1  # the kernels with spills
+    first = len(compiled)
+    capsys.readouterr()
+    assert aot_report.main(only) == 1
+    assert len(compiled) == first == len({repr(job) for job in compiled}) > 20
+    printed = capsys.readouterr().out
+    assert f"{first} known, 0 to compile" in printed
+    assert printed.count("8 bytes of spills") == sum(job.kernel == "_merge_bwd_kernel" for job in compiled) > 0
+    assert aot_report.main([*only, "--anew"]) == 1
+    assert len(compiled) == 2 * first
+    # bfloat16 is compiled where float16 is no answer: the kernels with spills
+    capsys.readouterr()
+    assert aot_report.main([*only, "--dtype", "bfloat16", "--twins"]) == 1
+    extra = compiled[2 * first :]
+    assert extra
+    assert {job.kernel for job in extra if job.dtype == "bfloat16"} == {"_merge_bwd_kernel"}
+    assert {job.dtype for job in extra} == {"bfloat16"}
+    assert "by their twins in float16" in capsys.readouterr().out
+    assert aot_report.main([*only, "--dtype", "bfloat16"]) == 1
+    assert {job.kernel for job in compiled[2 * first :]} == {job.kernel for job in compiled[:first]}
+    with pytest.raises(SystemExit):
+        aot_report.main([*only, "--shard", "3/2"])
+    assert "expected I/N with I from 1 to N, got '3/2'" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("codes", [(0, 0), (0, 1), (1, 0)])

@@ -1,4 +1,4 @@
-"""`lgnet-fast tune`: measure the kernels of every step on this machine, and report the gain."""
+"""`lgnet-fast tune`: measure the kernels of every step, or of training, on this machine, and report the gain."""
 
 from __future__ import annotations
 
@@ -14,9 +14,12 @@ from rich.table import Table
 from .. import cache
 from ..errors import BackendError
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
-from . import cpu_path, cpu_tuning, cuda_tuning
+from . import cpu_path, cpu_tuning, cuda_tuning, cuda_tuning_training
 from .build import build_plan, plan_stages
+from .cuda_executor import CudaExecutor
+from .cuda_measure import Timer
 from .engine import fast_executor_reason
+from .plan import Plan
 from .verified import verified
 
 
@@ -78,8 +81,7 @@ def tune(
         BackendError: there is no executor for the device and dtype, so there is nothing to tune.
         ValueError: a size that is no multiple of 256.
     """
-    if min(size) < 1 or size[0] % model.size_multiple or size[1] % model.size_multiple:
-        raise ValueError(f"size: expected positive multiples of {model.size_multiple}, got {size[0]}x{size[1]}")
+    _check_size(model, size)
     reason = fast_executor_reason(device, dtype)
     if reason is not None:
         raise BackendError(f"there is nothing to tune: {reason}")
@@ -97,6 +99,69 @@ def tune(
         verdict = verified(model, plan, device, dtype)[1]
         key = cache.key_for(device, dtype)
         return Report(key, rows, measured.before_ms, measured.now_ms, str(verdict))
+
+
+def tune_training(
+    model: LGNet | LocalGlobalRefinement,
+    size: tuple[int, int],
+    batch: int,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    progress: Callable[[str], None] = lambda text: None,
+) -> Report:
+    """Measure attention forward and backward at a model's sizes, and keep the fastest shapes for training.
+
+    Args:
+        model, size, batch: from which the sizes of the attention blocks follow; see :func:`tune`.
+        device, dtype: in which training computes attention; float16 and bfloat16 under autocast.
+        seconds, progress: see :func:`tune`.
+
+    Raises:
+        BackendError: the kernels cannot run on the device or in the dtype.
+        ValueError: a size that is no multiple of 256.
+    """
+    _check_size(model, size)
+    if device.type != "cuda":
+        raise BackendError(f"there is nothing to tune for training: its kernels run on NVIDIA GPUs, not on {device}")
+    reason = CudaExecutor.unavailable_reason(device, dtype)
+    if reason is not None:
+        raise BackendError(f"there is nothing to tune for training: {reason}")
+    return training_report(build_plan(plan_stages(model), batch, *size), device, dtype, seconds, progress)
+
+
+def training_report(
+    plan: Plan,
+    device: torch.device,
+    dtype: torch.dtype,
+    seconds: float,
+    progress: Callable[[str], None],
+    timer: Timer | None = None,
+    tried: int | None = None,
+) -> Report:
+    """Measure attention forward and backward of a plan; see :func:`.cuda_tuning_training.tune_training`."""
+    blocks = cuda_tuning_training.blocks_of(plan, dtype, device)
+    log = cuda_tuning_training.progress_of(progress)
+    found = cuda_tuning_training.tune_training(blocks, dtype, device, seconds, log, timer, tried)
+    rows = [
+        Row(f"{one.step} {op}", _shape(result.default), result.default_us, _shape(result.shape), result.us)
+        for one, measured in zip(blocks, found)
+        for op, result in measured.operations.items()
+    ]
+    whole = [(one.before_us, one.now_us) for one in found if one.before_us is not None and one.now_us is not None]
+    complete = bool(found) and len(whole) == len(found)
+    before_ms, now_ms = (1e-3 * sum(times) for times in zip(*whole)) if complete else (None, None)
+    return Report(cache.key_for(device, dtype), tuple(rows), before_ms, now_ms, "attention forward and backward")
+
+
+def _shape(shape: tuple[int, ...]) -> str:
+    m, n, warps, stages = shape
+    return f"{m}x{n} w{warps} s{stages}"
+
+
+def _check_size(model: LGNet | LocalGlobalRefinement, size: tuple[int, int]) -> None:
+    if min(size) < 1 or size[0] % model.size_multiple or size[1] % model.size_multiple:
+        raise ValueError(f"size: expected positive multiples of {model.size_multiple}, got {size[0]}x{size[1]}")
 
 
 def render(report: Report) -> Group:

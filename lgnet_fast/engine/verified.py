@@ -50,8 +50,15 @@ _STEP_LIMITS = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 2e-3}
 """Largest RMS error of one step's result on exact operands, relative to that result's RMS."""
 HOLES_KEPT = 256
 """Sets of rounded holes that a shape remembers."""
-_LARGEST_CHECK = 16 * 256 * 256
-"""Most pixels of a batch for which the check uses the sizes of the plan; beyond, one picture of 256x256."""
+MOST_MACS = 3 << 38
+"""Most multiply-accumulates of a run for which the check uses the sizes of the plan; beyond, one picture of 256x256.
+
+LGNet has 4.3e10 a picture of 256x256. Two runs of a check are in float32, at most nine are faster. A slow GPU (5e12
+float32 operations a second) needs 0.7 s for the two, so that a check takes less than two seconds. Compiling the
+kernels comes before, and is logged.
+"""
+MOST_PIXELS = 16 * 256 * 256
+"""Most pixels of a batch for which it does; the example is made on the CPU."""
 
 Runner = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -349,9 +356,14 @@ def verified(
                     verdict, key.card, key.dtype,
                 )  # fmt: skip
             return executor, verdict
+    checked = checked_plan(plan)
     begin = time.perf_counter()
-    executor, verdict, warned = _decide(engine, problem, model, plan, device, dtype)
-    verdict = replace(verdict, seconds=time.perf_counter() - begin)
+    if engine is not None:
+        _of_size(engine, plan, checked).precompile()
+    compiled = time.perf_counter()
+    executor, verdict, warned = _decide(engine, problem, model, plan, checked, dtype)
+    verdict = replace(verdict, seconds=time.perf_counter() - compiled)
+    logger.info("kernels compiled in %.1f s, checked in %.1f s", compiled - begin, verdict.seconds)
     cache.put(key, cache.VERDICTS, name, verdict.as_dict())
     if verdict.reason is not None and not warned:
         logger.warning("%s on %s in %s", verdict, key.card, key.dtype)
@@ -380,16 +392,15 @@ def _decide(
     problem: str | None,
     model: LGNet | LocalGlobalRefinement,
     plan: Plan,
-    device: torch.device,
+    checked: Plan,
     dtype: torch.dtype,
 ) -> tuple[Guarded | ModelExecutor, Verdict, bool]:
-    """(executor, reason, whether the reason has been logged)"""
-    small = plan.batch * plan.height * plan.width <= _LARGEST_CHECK
-    checked_plan = plan if small else _resized_with_weights(plan, 1, 256, 256)
-    example = make_example(checked_plan, device, dtype, isinstance(model, LocalGlobalRefinement))
+    """(executor, reason, whether the reason has been logged). checked: the plan with the sizes of the check."""
+    device = plan.steps[0].weight.device
+    example = make_example(checked, device, dtype, isinstance(model, LocalGlobalRefinement))
 
     def at_size(executor: CudaExecutor) -> CudaExecutor:
-        return executor if small else executor.resized(checked_plan.without_weights())
+        return _of_size(executor, plan, checked)
 
     def runner(executor: Any) -> Runner:
         return lambda image, mask, start: executor.run(image, mask, start)[0]
@@ -400,7 +411,6 @@ def _decide(
         checks.append(Check("engine", problem=problem))
     else:
         sized = at_size(engine)
-        sized.precompile()
         checks.append(judge("graph" if engine.uses_graphs else "direct", runner(sized), example))
         if checks[-1].passed:
             reason = sized.graph_reason
@@ -412,7 +422,7 @@ def _decide(
             checks.append(judge("direct", runner(at_size(direct)), example))
             if checks[-1].passed:
                 return Guarded(direct), Verdict("direct", str(checks[0]), (), False, tuple(checks)), False
-        by_step = _checked_steps(at_size(engine.without_graphs()), checked_plan, example)
+        by_step = _checked_steps(at_size(engine.without_graphs()), checked, example)
         checks += by_step
         steps = tuple(check.name for check in by_step if not check.passed)
     reason = "; ".join(str(check) for check in checks if not check.passed)
@@ -441,8 +451,15 @@ def _checked_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list
         return [Check("steps", problem=error_text(raised))]
 
 
-def _resized_with_weights(plan: Plan, batch: int, height: int, width: int) -> Plan:
-    return TorchExecutor(plan).resized(plan.resized(batch, height, width)).plan
+def checked_plan(plan: Plan) -> Plan:
+    """The plan with the sizes that the check uses: its own, or those of one picture (:data:`MOST_MACS`)."""
+    if plan.total_macs() <= MOST_MACS and plan.batch * plan.height * plan.width <= MOST_PIXELS:
+        return plan
+    return TorchExecutor(plan).resized(plan.resized(1, 256, 256)).plan
+
+
+def _of_size(executor: CudaExecutor, plan: Plan, checked: Plan) -> CudaExecutor:
+    return executor if checked is plan else executor.resized(checked.without_weights())
 
 
 class Guarded(Executor):

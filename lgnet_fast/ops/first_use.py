@@ -3,12 +3,16 @@
 A use is (operator, device, dtype, variant, class of channels, with or without gradient). Its verdict is kept in the
 user's cache folder (:mod:`lgnet_fast.cache`), so that only the first process checks. Nothing is checked during
 tracing or graph capture, where values cannot be read; there the kernel is used unless it has failed before.
+
+A check is a run of the kernel and two of eager PyTorch, on operands that are cropped to :data:`MOST_FLOPS`, so that
+it takes less than two seconds. Compiling the kernel takes longer; both times are logged.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
@@ -16,15 +20,23 @@ import torch
 from torch import Tensor
 
 from .. import cache, forks
-from .registry import Operator
+from .registry import OPERATORS, Operator
 
 logger = logging.getLogger("lgnet_fast")
 
 FACTOR = 4.0
 """Largest ratio of a kernel's error to that of eager PyTorch in the same dtype; a few roundings are added."""
 _ROUNDINGS = 16
-_SCORES = 1 << 28
-"""Most attention scores that a check computes, because eager PyTorch holds them all; larger inputs are cropped."""
+MOST_FLOPS = 1 << 36
+"""Most floating-point operations of one run of a check, forward and backward; larger operands are cropped.
+
+The slowest run is eager PyTorch's in float64: 0.2 s at 4e11 operations a second (an L4, a sixty-fourth of its rate in
+float32). Twice LGNet's largest block at 256x256 is not cropped.
+"""
+_SCORES = 1 << 26
+"""Most attention scores that a check computes, because eager PyTorch holds them all, several times."""
+_ELEMENTS = 1 << 24
+"""Most elements of the first operand."""
 _SIDE = 128
 
 _lock = forks.Lock()
@@ -112,7 +124,7 @@ def check(
     if use.device.type == "cuda":
         torch.cuda.synchronize(use.device)  # raises errors of earlier launches, which are not this kernel's
     try:
-        error, limit = compare(tensors, fused, eager, use.gradient)
+        error, limit = compare(use, _cut(use, tensors), fused, eager)
     except torch.OutOfMemoryError:
         raise
     except Exception as raised:  # any error of Triton or the driver
@@ -168,22 +180,25 @@ def _is_capturing(device: torch.device) -> bool:
 
 
 def compare(
-    tensors: tuple[Tensor, ...], fused: Callable[..., Tensor], eager: Callable[..., Tensor], gradient: bool
+    use: Use, tensors: tuple[Tensor, ...], fused: Callable[..., Tensor], eager: Callable[..., Tensor]
 ) -> tuple[float, float]:
     """(error of `fused`, its limit), for the result or gradient that comes nearest to its limit.
 
     Both are relative to the largest exact value. Exact: eager PyTorch in float32 for 16-bit operands, else in
     float64.
     """
-    dtype = tensors[0].dtype
+    dtype, gradient = tensors[0].dtype, use.gradient
     wide = torch.float64 if dtype == torch.float32 else torch.float32
     device = tensors[0].device.type
     with torch.inference_mode(False), torch.set_grad_enabled(gradient), torch.autocast(device, enabled=False):
-        own = _cut(tensors)
-        found = _results(fused, own, dtype, gradient)
-        plain = _results(eager, own, dtype, gradient)
+        begin = time.perf_counter()
+        found = _results(fused, tensors, dtype, gradient)
+        if use.device.type == "cuda":
+            torch.cuda.synchronize(use.device)
+        compiled = time.perf_counter()
+        plain = _results(eager, tensors, dtype, gradient)
         with strict_float32():
-            exact = _results(eager, own, wide, gradient)
+            exact = _results(eager, tensors, wide, gradient)
     eps = torch.finfo(dtype).eps
     if dtype == torch.float32 and tf32_allowed():
         eps = 2.0**-10
@@ -194,16 +209,29 @@ def compare(
         limit = FACTOR * (theirs.to(wide) - true).abs().max().item() / scale + _ROUNDINGS * eps
         if not error / limit < worst[0] / worst[1]:  # so that NaN fails
             worst = error, limit
+    now = time.perf_counter()
+    logger.info("%s: compiled and run in %.1f s, checked in %.1f s", use.name, compiled - begin, now - compiled)
     return worst
 
 
-def _cut(tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Operands cropped to a size that is checked quickly: part of the picture, part of the batch."""
+def _cut(use: Use, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """Operands cropped to :data:`MOST_FLOPS`: first samples are left out, then rows and columns of the picture."""
     first = tensors[0]
-    height, width = (min(side, _SIDE) for side in first.shape[2:])
-    batch = max(1, min(first.shape[0], _SCORES // (height * width) ** 2))
-    maps = [t.detach()[:batch, :, :height, :width] if t.shape[2:] == first.shape[2:] else t.detach() for t in tensors]
-    return tuple(maps)
+    flops = OPERATORS[use.op].flops
+    batch, (height, width) = first.shape[0], (min(side, _SIDE) for side in first.shape[2:])
+
+    def large() -> bool:
+        shape = torch.Size((batch, first.shape[1], height, width))
+        scores = batch * (height * width) ** 2 if use.channels else 0
+        return sum(flops(shape)[: 1 + use.gradient]) > MOST_FLOPS or scores > _SCORES or shape.numel() > _ELEMENTS
+
+    while batch > 1 and large():
+        batch = (batch + 1) // 2
+    while max(height, width) > 1 and large():
+        height, width = ((height + 1) // 2, width) if height >= width else (height, (width + 1) // 2)
+    return tuple(
+        t.detach()[:batch, :, :height, :width] if t.shape[2:] == first.shape[2:] else t.detach() for t in tensors
+    )
 
 
 def _results(

@@ -210,9 +210,67 @@ def test_nothing_is_checked_where_values_cannot_be_read(monkeypatch: pytest.Monk
     assert ops.calls()["attention_block", "triton"] == 3
 
 
+def use(channels: int, gradient: bool = True, op: str = "attention_block") -> first_use.Use:
+    return first_use.Use(op, torch.device("cpu"), torch.float32, None, channels, gradient)
+
+
 def test_large_operands_are_cut() -> None:
     big = torch.empty(64, 4, 256, 300, device="meta")
-    cut, weight = first_use._cut((big, torch.empty(4, 8, 1, 1, device="meta")))
-    assert cut.shape == (1, 4, 128, 128)
+    cut, weight = first_use._cut(use(16), (big, torch.empty(4, 8, 1, 1, device="meta")))
+    assert cut.shape == (1, 4, 64, 128)
     assert weight.shape == (4, 8, 1, 1)
-    assert first_use._cut((torch.empty(64, 4, 64, 64, device="meta"),))[0].shape == (16, 4, 64, 64)
+    assert first_use._cut(use(16), (torch.empty(64, 4, 64, 64, device="meta"),))[0].shape == (4, 4, 64, 64)
+    # LGNet's largest block
+    block = torch.empty(16, 128, 64, 64, device="meta")
+    assert first_use._cut(use(128), (block,))[0].shape == (2, 128, 64, 64)
+    assert first_use._cut(use(128, False), (block[:1],))[0].shape == (1, 128, 64, 64)
+    picture = torch.empty(16, 3, 512, 512, device="meta")
+    assert first_use._cut(use(0, op="merge"), (picture, picture))[1].shape == (16, 3, 128, 128)
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+@pytest.mark.parametrize(
+    "shape", [(1, 128, 64, 64), (64, 512, 128, 128), (1, 512, 512, 16), (1000, 16, 8, 8)], ids=str
+)
+def test_a_checks_work_is_bounded(shape: tuple[int, ...], gradient: bool) -> None:
+    """So that it takes less than two seconds on a slow GPU; only the largest operands are cropped."""
+    (cut,) = first_use._cut(use(shape[1], gradient), (torch.empty(shape, device="meta"),))
+    block = first_use.OPERATORS["attention_block"]
+    work = sum(block.flops(cut.shape)[: 1 + gradient])
+    assert work <= first_use.MOST_FLOPS
+    assert (
+        cut.shape == shape
+        or work > first_use.MOST_FLOPS / 8
+        or cut.shape[0] * (cut.shape[2] * cut.shape[3]) ** 2 > 2**23
+    )
+
+
+@pytest.mark.parametrize("gradient", [False, True])
+def test_a_check_runs_the_kernel_once(gradient: bool, monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    """And eager PyTorch twice, on operands of a bounded size; then the call itself."""
+    runs: list[tuple[str, tuple[int, ...]]] = []
+
+    def counted(module: Any, name: str, title: str) -> None:
+        original = getattr(module, name)
+
+        def spy(features: Tensor, *args: Any, **options: Any) -> Any:
+            runs.append((title, tuple(features.shape)))
+            return original(features, *args, **options)
+
+        monkeypatch.setattr(module, name, spy)
+
+    counted(kernels, "attention_block_forward", "kernel")
+    counted(kernels, "attention_block_backward", "kernel's backward")
+    counted(reference, "query_key_value", "eager")
+    monkeypatch.setattr(first_use, "MOST_FLOPS", 1 << 17)
+    tensors = tuple(t.requires_grad_(gradient) for t in operands(side=8))
+    with caplog.at_level(logging.INFO, "lgnet_fast"):
+        torch.ops.lgnet.attention_block(*tensors)
+    *checked, own = runs
+    assert own == ("kernel", (1, 16, 8, 8))
+    small = checked[0][1]
+    assert small[2] * small[3] < 64
+    assert sum(first_use.OPERATORS["attention_block"].flops(torch.Size(small))[: 1 + gradient]) <= 1 << 17
+    names = ["kernel", "eager", "eager"] + gradient * ["kernel's backward"]
+    assert sorted(checked) == sorted((name, small) for name in names)
+    assert any("compiled and run in" in record.message for record in caplog.records)

@@ -19,6 +19,7 @@ from triton.runtime.errors import OutOfResources
 from lgnet_fast import cache
 from lgnet_fast.engine import cuda_executor, graphs, verified
 from lgnet_fast.engine import describe as describing
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_weights import CudaWeights, conv_of, unpack
 from lgnet_fast.engine.describe import Peaks
@@ -28,6 +29,7 @@ from lgnet_fast.engine.plan import AttentionStep, Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.engine.verified import Guarded, check_steps, judge, make_example
+from lgnet_fast.reference.variants import create_model
 from tests.interpreted.plans import cast, small_plan, tiny_plan
 
 CPU = torch.device("cpu")
@@ -264,6 +266,44 @@ def test_nothing_works_but_the_model(
     assert isinstance(decide(plan)[0], Model)
     (again,) = warnings(caplog)
     assert "known from an earlier run" in again
+
+
+@pytest.mark.parametrize("fault", ["none", "everything"])
+def test_a_checks_work_is_bounded(plan: Plan, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few runs of few operations each, so that it takes less than two seconds: at most two in float32."""
+    runs: list[torch.dtype] = []
+    original = TorchExecutor.buffers_after
+
+    def counted(self: TorchExecutor, *args: Any, **options: Any) -> Any:
+        assert self.plan.total_macs() == plan.total_macs()
+        runs.append(self.dtype)
+        return original(self, *args, **options)
+
+    monkeypatch.setattr(TorchExecutor, "buffers_after", counted)
+    judged = count(monkeypatch, verified, "judge")
+    if fault == "everything":
+        monkeypatch.setattr(CudaExecutor, "_launches", FAULTS["runtime"](None))
+    _, verdict = decide(plan)
+    assert verdict.runs == ("model" if fault == "everything" else "graph")
+    assert runs.count(torch.float32) <= (2 if fault == "everything" else 1)
+    assert judged[0] <= (5 if fault == "everything" else 1)
+    assert len(runs) + judged[0] <= 11
+
+
+def test_a_large_plan_is_checked_on_one_picture() -> None:
+    for name in ("lgnet", "lgnet_demo"):
+        with torch.device("meta"):
+            stages = plan_stages(create_model(name).eval())
+        for batch, side, alone in (
+            (1, 256, False),
+            (16, 256, False),
+            (1, 768, False),
+            (20, 256, True),
+            (2, 1024, True),
+        ):
+            checked = verified.checked_plan(build_plan(stages, batch, side, side))
+            assert checked.total_macs() <= verified.MOST_MACS
+            assert (checked.batch, checked.height, checked.width) == ((1, 256, 256) if alone else (batch, side, side))
 
 
 def test_an_engine_that_cannot_be_made(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
