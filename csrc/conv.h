@@ -107,6 +107,7 @@ struct ConvKernels {
   int64_t depth;       // units in a slice; weights are packed [slices][panels][depth of the slice][panel's columns]
   int64_t unit_bytes;  // of a unit
   int64_t rows;        // of the largest register block
+  bool tiled;          // products by matrix tiles: rows in place cost no more than rows of patches
   void (*product)(const Product&);
   // V of `count` tiles: v[point * point_stride + tile * row + k], in units.
   void (*transform)(const Input&, const Group&, int64_t m, const Tile*, int64_t count, void* v, int64_t point_stride,

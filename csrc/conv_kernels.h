@@ -87,7 +87,9 @@ template <class V>
 struct Conv {
   using Unit = typename V::Unit;
   using Reg = typename V::Reg;
+  using Tiles = typename TilesOf<V>::type;
   static constexpr int W = V::W, PAIR = V::PAIR;
+  static constexpr bool kTiled = !std::is_void_v<Tiles>;
   // A register block is ROWS x NV accumulators. AVX-512: each k brings 16 loads for 28 products, where two load ports
   // could do 28.
   static constexpr int NV = V::CONV_NV, NR = NV * W, ROWS = V::CONV_ROWS;
@@ -228,6 +230,7 @@ struct Conv {
     const Unit* weights = static_cast<const Unit*>(p.b);
     const int64_t piece = p.piece > 0 ? p.piece : p.depth;
     bool accumulate = p.accumulate;
+    [[maybe_unused]] std::conditional_t<kTiled, Tiles, char> tiles{};
     for (int64_t range = 0; range < p.live_count; ++range) {
       const int64_t end = p.live[2 * range + 1];
       for (int64_t k0 = p.live[2 * range]; k0 < end;) {
@@ -243,10 +246,15 @@ struct Conv {
                                   ? b + NR * slice_depth
                                   : weights + (slice + slice_depth) * p.weight_columns + p.first_column * DEPTH;
           const int64_t vectors = p.columns - n < NR ? ceil_div(p.columns - n, W) : NV;
-          with_count<NV>(vectors, [&](auto m) {
-            rows_of_blocks<decltype(m)::value>(p, rows, b + (k0 - slice) * m * W, ahead, k1 - k0, p.c + n,
-                                               accumulate);
-          });
+          if constexpr (kTiled) {
+            tiles.multiply(rows, p.rows, vectors, b + (k0 - slice) * vectors * W, Ahead{ahead, 0, 1}, k1 - k0,
+                           p.c + n, p.c_row, accumulate);
+          } else {
+            with_count<NV>(vectors, [&](auto m) {
+              rows_of_blocks<decltype(m)::value>(p, rows, b + (k0 - slice) * m * W, ahead, k1 - k0, p.c + n,
+                                                 accumulate);
+            });
+          }
         }
         accumulate = true;
         k0 = k1;
@@ -558,6 +566,7 @@ struct Conv {
   }
 
   static int64_t multiply_add(int64_t rounds) {
+    if constexpr (kTiled) return Tiles::multiply_add(rounds);
     volatile Unit hidden = 0;  // from the compiler, which would else know the sums
     const Unit factor = hidden;
     const auto a = V::broadcast(&factor);
@@ -591,6 +600,7 @@ struct Conv {
     k.depth = DEPTH;
     k.unit_bytes = sizeof(Unit);
     k.rows = ROWS;
+    k.tiled = kTiled;
     k.product = product;
     k.transform = transform;
     k.finish = finish;

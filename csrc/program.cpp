@@ -69,14 +69,6 @@ View float_view(const char* name, const TensorArg& arg, std::array<int64_t, 4> s
 
 }  // namespace
 
-char* Run::scratch(int64_t bytes) const {
-  if (bytes > memory.scratch.bytes()) {
-    memory.scratch = Pages();  // freed before the new one is allocated, so that both never exist at once
-    memory.scratch = Pages(bytes);
-  }
-  return memory.scratch.as<char>();
-}
-
 struct Program::Arguments {
   View image, mask, start, out;
   std::vector<View> raw;

@@ -76,6 +76,10 @@ struct Run {
   char* scratch(int64_t bytes) const;
 };
 
+// What the kernels read and write in a convolution.
+Input input_of(const ConvStep& step, const Run& run);
+Output output_of(const ConvStep& step, const Run& run);
+
 void run_step(const ConvStep& step, const std::vector<Region>& regions, const Run& run);
 void run_step(const LastStep& step, const std::vector<Region>& regions, const Run& run);
 void run_step(const AttentionStep& step, const std::vector<Region>& regions, const Run& run);
