@@ -15,6 +15,11 @@ struct Attention {
   static constexpr int UNITS = static_cast<int>(kKeysPerGroup) / V::PAIR;  // of one channel in a group of keys
   static constexpr int64_t GROUP = kKeysPerGroup, CHUNK = kKeysPerChunk;
   static constexpr int64_t SCORE_ROWS = CHUNK;
+  // With matrix tiles keys and values lie as their rows: keys [position][channels_padded], values [32 positions]
+  // [channel][position]. A group's bytes are as many as in the layout of attention.h.
+  using Tiles = typename TilesOf<V>::type;
+  static constexpr bool kTiled = !std::is_void_v<Tiles>;
+  static constexpr int64_t TILE_KEYS = 32, TILE_UNITS = TILE_KEYS / 2;
 
   // --- register block -------------------------------------------------------------------------------------------
 
@@ -78,6 +83,10 @@ struct Attention {
   template <int M>
   static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
                             int64_t depth, T* scores, bool accumulate) {
+    if constexpr (kTiled) {
+      return Tiles().multiply({keys, depth, depth, depth, 0}, groups * GROUP, {queries, NR, M}, 0, depth, scores, NR,
+                              accumulate);
+    }
     constexpr int64_t kDepth = 128;
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
       const int64_t step = depth - k0 < kDepth ? depth - k0 : kDepth;
@@ -104,6 +113,12 @@ struct Attention {
   template <int M>
   static void value_product(const Unit* values, int64_t group_stride, int64_t groups, const Unit* weights,
                             int64_t channels_padded, T* rows, bool accumulate) {
+    if constexpr (kTiled) {
+      const int64_t depth = groups * GROUP / 2;
+      return Tiles().multiply({values, TILE_UNITS, TILE_UNITS, TILE_UNITS, channels_padded * TILE_UNITS},
+                              channels_padded, {weights, NR, M}, 0,
+                              (depth + TILE_UNITS - 1) / TILE_UNITS * TILE_UNITS, rows, NR, accumulate);
+    }
     for (int64_t c0 = 0; c0 < channels_padded; c0 += ROWS) {
       const Unit* a = values + c0 * UNITS;
       if constexpr (V::BLOCK_ROWS > 0 && M == V::NV) {
@@ -166,6 +181,17 @@ struct Attention {
     Unit* kp = reinterpret_cast<Unit*>(w.keys + b * w.pack_bytes) + group * w.channels_padded * UNITS;
     T key[GROUP];
     for (int64_t t = 0; t < GROUP; ++t) key[t] = row[t] * inverse[t];
+    if constexpr (kTiled) {
+      for (int64_t t = 0; t < GROUP; ++t) put(kp, t * w.channels_padded + c, key[t]);
+      if (w.values == w.keys) return;
+      constexpr int64_t GROUPS = TILE_KEYS / GROUP;
+      Unit* values =
+          reinterpret_cast<Unit*>(w.values + b * w.pack_bytes) + group / GROUPS * GROUPS * w.channels_padded * UNITS;
+      for (int64_t t = 0; t < GROUP; ++t) {
+        put(values, c * TILE_KEYS + group % GROUPS * GROUP + t, w.released ? key[t] : row[t]);
+      }
+      return;
+    }
     for (int64_t t = 0; t < GROUP; ++t) {
       // Pairs run along the summed index: channels in the keys, keys in the values.
       if constexpr (V::PAIR == 1) {
@@ -179,12 +205,21 @@ struct Attention {
     for (int64_t t = 0; t < GROUP; ++t) put(vp, c * GROUP + t, w.released ? key[t] : row[t]);
   }
 
+  // Values of positions beyond the last one are multiplied by weights of zero, so they must be finite.
+  static void fill_last_values(const Work& w, int64_t b) {
+    const int64_t bytes = TILE_KEYS * w.channels_padded * 2, last = (w.positions - 1) / TILE_KEYS * bytes;
+    if (w.values != w.keys) std::memset(w.values + b * w.pack_bytes + last, 0, static_cast<size_t>(bytes));
+  }
+
   static LGNET_INLINE T inverse_norm(const Work& w, T squares) {
     const T norm = std::sqrt(squares);
     return T{1} / (w.released || !(norm < static_cast<T>(1e-12)) ? norm : static_cast<T>(1e-12));
   }
 
   static void prepare(const Work& w, int64_t b, int64_t tile) {
+    if constexpr (kTiled) {
+      if ((tile + 1) * kPositionsPerTile >= w.positions) fill_last_values(w, b);
+    }
     if (w.pixels) return prepare_pixels(w, b, tile);
     constexpr int64_t TILE = kPositionsPerTile;
     const int64_t p0 = tile * TILE, count = w.positions - p0 < TILE ? w.positions - p0 : TILE;
@@ -447,7 +482,7 @@ struct Attention {
                        V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false);
       // The paper's scores are cosines: exp2 of them needs no maximum subtracted.
       if (w.released) raise_maximum<M>(scores, valid, first, cp, rows, top, sum, chunk_top);
-      exponentiate<M>(scores, valid, padded, top, sum);
+      exponentiate<M>(scores, valid, kTiled ? (padded + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS : padded, top, sum);
       value_product<M>(values + g0 * group_stride, group_stride, groups, reinterpret_cast<const Unit*>(scores), cp,
                        rows, !first);
     }
@@ -798,6 +833,7 @@ struct Attention {
     k.panel = NR;
     k.lanes = W;
     k.element_bytes = static_cast<int64_t>(sizeof(Unit)) / V::PAIR;
+    k.key_groups = kTiled ? TILE_KEYS / GROUP : 1;
     k.forward_scratch = forward_scratch;
     k.prepare = prepare;
     k.forward = forward;

@@ -87,6 +87,7 @@ template <class V>
 struct Conv {
   using Unit = typename V::Unit;
   using Reg = typename V::Reg;
+  using Rows = ProductRows<Unit>;
   using Tiles = typename TilesOf<V>::type;
   static constexpr int W = V::W, PAIR = V::PAIR;
   static constexpr bool kTiled = !std::is_void_v<Tiles>;
@@ -120,14 +121,6 @@ struct Conv {
   struct Ahead {
     const Unit* weights;
     int64_t turn, turns;
-  };
-
-  // Rows of the first factor from some depth on: they go on for `left` units, then in pieces as Product has them.
-  struct Rows {
-    const Unit* a;
-    int64_t row, left, piece, jump;
-
-    Rows from(int64_t r) const { return {a + r * row, row, left, piece, jump}; }
   };
 
   template <int R, int M>
@@ -247,8 +240,9 @@ struct Conv {
                                   : weights + (slice + slice_depth) * p.weight_columns + p.first_column * DEPTH;
           const int64_t vectors = p.columns - n < NR ? ceil_div(p.columns - n, W) : NV;
           if constexpr (kTiled) {
-            tiles.multiply(rows, p.rows, vectors, b + (k0 - slice) * vectors * W, Ahead{ahead, 0, 1}, k1 - k0,
-                           p.c + n, p.c_row, accumulate);
+            const Unit* columns = b + (k0 - slice) * vectors * W;
+            tiles.multiply(rows, p.rows, {columns, vectors * W, vectors}, ahead - columns, k1 - k0, p.c + n, p.c_row,
+                           accumulate);
           } else {
             with_count<NV>(vectors, [&](auto m) {
               rows_of_blocks<decltype(m)::value>(p, rows, b + (k0 - slice) * m * W, ahead, k1 - k0, p.c + n,

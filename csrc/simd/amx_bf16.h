@@ -14,24 +14,30 @@ class TileProduct {
  public:
   using Unit = Bf16::Unit;
 
+  // The second factor, [depth][row], of which 16 * vectors columns are meant.
+  struct Columns {
+    const Unit* b;
+    int64_t row, vectors;
+  };
+
   ~TileProduct() {
     if (rows_ > 0) _tile_release();
   }
 
-  // c[rows][vectors * 16] (+)= rows of `from` (Conv::Rows) times b [depth][vectors * 16]; ahead: Conv::Ahead.
-  template <class Rows, class Ahead>
-  void multiply(Rows from, int64_t rows, int64_t vectors, const Unit* b, Ahead ahead, int64_t depth, float* c,
+  // Rows of `from` times b; c[rows][b.vectors * 16] (+)= that. ahead: see Conv::product.
+  void multiply(ProductRows<Unit> from, int64_t rows, Columns b, int64_t ahead, int64_t depth, float* c,
                 int64_t c_row, bool accumulate) {
     const int64_t step = step_of(from, depth), tail = step < kFewUnits && from.left >= depth ? depth % kUnits : 0;
     const int64_t main = depth - tail;
     if (main > 0) {
       configure(rows < kRows ? rows : kRows, tail > 0 ? kUnits : step);
-      blocks(from, rows, vectors, b, ahead, main, c, c_row, accumulate);
+      blocks(from, rows, b, ahead, main, c, c_row, accumulate);
     }
     if (tail > 0) {
       from.a += main;
+      b.b += main * b.row;
       configure(rows < kRows ? rows : kRows, tail);
-      blocks(from, rows, vectors, b + main * vectors * kRows, ahead, tail, c, c_row, accumulate || main > 0);
+      blocks(from, rows, b, ahead, tail, c, c_row, accumulate || main > 0);
     }
   }
 
@@ -76,8 +82,7 @@ class TileProduct {
   }
 
   // Units of a tile's rows: the most that divide the depth and all pieces of it.
-  template <class Rows>
-  static int64_t step_of(const Rows& from, int64_t depth) {
+  static int64_t step_of(const ProductRows<Unit>& from, int64_t depth) {
     for (int64_t units = kUnits; units > 1; --units) {
       if (depth % units == 0 && (from.left >= depth || (from.left % units == 0 && from.piece % units == 0))) {
         return units;
@@ -86,19 +91,29 @@ class TileProduct {
     return 1;
   }
 
-  template <class Rows, class Ahead>
-  void blocks(const Rows& from, int64_t rows, int64_t vectors, const Unit* b, Ahead ahead, int64_t depth, float* c,
+  void blocks(const ProductRows<Unit>& from, int64_t rows, const Columns& b, int64_t ahead, int64_t depth, float* c,
               int64_t c_row, bool accumulate) {
-    ahead.turns = (rows + 2 * kRows - 1) / (2 * kRows);
-    for (int64_t r = 0; r < rows; r += 2 * kRows, ++ahead.turn) {
-      const bool two_rows = rows - r > kRows, two_columns = vectors > 1;
-      const Place place{r, rows, c, c_row, accumulate};
-      if (two_rows && two_columns) block<2, 2>(from, b, ahead, depth, place);
-      if (two_rows && !two_columns) block<2, 1>(from, b, ahead, depth, place);
-      if (!two_rows && two_columns) block<1, 2>(from, b, ahead, depth, place);
-      if (!two_rows && !two_columns) block<1, 1>(from, b, ahead, depth, place);
+    const int64_t turns = (rows + 2 * kRows - 1) / (2 * kRows);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t row = 2 * kRows * turn;
+      for (int64_t v = 0; v < b.vectors; v += 2) {
+        const Block block{from, {b.b + v * kRows, b.row, b.vectors - v}, ahead, turn, turns, depth};
+        const Place place{row, rows, c + v * kRows, c_row, accumulate};
+        const bool two_rows = rows - row > kRows, two_columns = b.vectors - v > 1;
+        if (two_rows && two_columns) multiply_block<2, 2>(block, place);
+        if (two_rows && !two_columns) multiply_block<2, 1>(block, place);
+        if (!two_rows && two_columns) multiply_block<1, 2>(block, place);
+        if (!two_rows && !two_columns) multiply_block<1, 1>(block, place);
+      }
     }
   }
+
+  // The factors of one block, which is number `turn` of `turns` that share the prefetching.
+  struct Block {
+    ProductRows<Unit> from;
+    Columns columns;
+    int64_t ahead, turn, turns, depth;
+  };
 
   // Where the sums of a block's tiles go: rows from `row` on, of `rows`.
   struct Place {
@@ -116,19 +131,22 @@ class TileProduct {
     float* sums(int tile) const { return c + first(tile) * c_row; }
   };
 
-  template <int R, int M, class Rows, class Ahead>
-  void block(const Rows& from, const Unit* b, Ahead ahead, int64_t depth, const Place& place) const {
-    const int64_t row_bytes = 4 * from.row, weight_bytes = 64 * M;
+  template <int R, int M>
+  void multiply_block(const Block& block, const Place& place) const {
+    const ProductRows<Unit>& from = block.from;
+    const int64_t row_bytes = 4 * from.row, weight_row = block.columns.row, weight_bytes = 4 * weight_row;
     const Unit* first = from.a + place.first(0) * from.row;
     const Unit* second = from.a + place.first(R - 1) * from.row;
+    const Unit* b = block.columns.b;
+    int64_t turn = block.turn, depth = block.depth;
     fence();
     begin<R, M>(place);
     for (int64_t left = from.left; depth > 0; left = from.piece) {
       const int64_t units = left < depth ? left : depth;
       for (int64_t k = 0; k < units; k += units_) {
-        if (--ahead.turn < 0) {
-          ahead.turn += ahead.turns;
-          for (int64_t line = 0; line < units_ * M; ++line) __builtin_prefetch(ahead.weights + 16 * line, 0, 2);
+        if (block.ahead != 0 && --turn < 0) {
+          turn += block.turns;
+          for (int64_t line = 0; line < units_ * M; ++line) __builtin_prefetch(b + block.ahead + 16 * line, 0, 2);
         }
         _tile_loadd(6, b, weight_bytes);
         _tile_loadd(4, first, row_bytes);
@@ -137,8 +155,7 @@ class TileProduct {
         products<R, M>();
         first += units_;
         second += units_;
-        b += units_ * M * 16;
-        ahead.weights += units_ * M * 16;
+        b += units_ * weight_row;
       }
       first += from.jump - from.piece;
       second += from.jump - from.piece;
