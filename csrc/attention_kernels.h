@@ -19,6 +19,9 @@ struct Attention {
   // [channel][position]. A group's bytes are as many as in the layout of attention.h.
   using Tiles = typename TilesOf<V>::type;
   static constexpr bool kTiled = !std::is_void_v<Tiles>;
+  // What a thread keeps from product to product: the tiles' shapes, or nothing.
+  struct Nothing {};
+  using Multiplier = std::conditional_t<kTiled, Tiles, Nothing>;
   static constexpr int64_t TILE_KEYS = 32, TILE_UNITS = TILE_KEYS / 2;
 
   // --- register block -------------------------------------------------------------------------------------------
@@ -82,10 +85,10 @@ struct Attention {
   // and so that chains of sums are short.
   template <int M>
   static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
-                            int64_t depth, T* scores, bool accumulate) {
+                            int64_t depth, T* scores, bool accumulate, [[maybe_unused]] Multiplier& multiplier) {
     if constexpr (kTiled) {
-      return Tiles().multiply({keys, depth, depth, depth, 0}, groups * GROUP, {queries, NR, M}, 0, depth, scores, NR,
-                              accumulate);
+      return multiplier.multiply({keys, depth, depth, depth, 0}, groups * GROUP, {queries, NR, M}, 0, depth, scores,
+                                 NR, accumulate);
     }
     constexpr int64_t kDepth = 128;
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
@@ -112,12 +115,13 @@ struct Attention {
   // keys are 256 adjacent bytes in the same packed layout that score_product reads.
   template <int M>
   static void value_product(const Unit* values, int64_t group_stride, int64_t groups, const Unit* weights,
-                            int64_t channels_padded, T* rows, bool accumulate) {
+                            int64_t channels_padded, T* rows, bool accumulate,
+                            [[maybe_unused]] Multiplier& multiplier) {
     if constexpr (kTiled) {
       const int64_t depth = groups * GROUP / 2;
-      return Tiles().multiply({values, TILE_UNITS, TILE_UNITS, TILE_UNITS, channels_padded * TILE_UNITS},
-                              channels_padded, {weights, NR, M}, 0,
-                              (depth + TILE_UNITS - 1) / TILE_UNITS * TILE_UNITS, rows, NR, accumulate);
+      return multiplier.multiply({values, TILE_UNITS, TILE_UNITS, TILE_UNITS, channels_padded * TILE_UNITS},
+                                 channels_padded, {weights, NR, M}, 0,
+                                 (depth + TILE_UNITS - 1) / TILE_UNITS * TILE_UNITS, rows, NR, accumulate);
     }
     for (int64_t c0 = 0; c0 < channels_padded; c0 += ROWS) {
       const Unit* a = values + c0 * UNITS;
@@ -471,6 +475,7 @@ struct Attention {
     const int64_t group_stride = cp * UNITS;
     const Unit* keys = reinterpret_cast<const Unit*>(w.keys + b * w.pack_bytes);
     const Unit* values = reinterpret_cast<const Unit*>(w.values + b * w.pack_bytes);
+    Multiplier multiplier;
     const int64_t g_begin = split * w.groups_per_split;
     const int64_t g_end = g_begin + w.groups_per_split < w.key_groups ? g_begin + w.groups_per_split : w.key_groups;
     for (int64_t g0 = g_begin; g0 < g_end; g0 += CHUNK / GROUP) {
@@ -479,12 +484,12 @@ struct Attention {
       const int64_t valid = w.positions - g0 * GROUP < padded ? w.positions - g0 * GROUP : padded;
       const bool first = g0 == g_begin;
       score_product<M>(keys + g0 * group_stride, group_stride, groups, queries,
-                       V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false);
+                       V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false, multiplier);
       // The paper's scores are cosines: exp2 of them needs no maximum subtracted.
       if (w.released) raise_maximum<M>(scores, valid, first, cp, rows, top, sum, chunk_top);
       exponentiate<M>(scores, valid, kTiled ? (padded + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS : padded, top, sum);
       value_product<M>(values + g0 * group_stride, group_stride, groups, reinterpret_cast<const Unit*>(scores), cp,
-                       rows, !first);
+                       rows, !first, multiplier);
     }
     if (w.splits == 1) return finish<M>(w, b, panel, count, rows, top, sum, spare);
 
@@ -626,9 +631,10 @@ struct Attention {
     // The same register block in plain T, also under bf16 keys: the combiner is a sixteenth of the work or less.
     using Full = Attention<F<T>>;
     const int64_t stride = w.channels * GROUP;
-    Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, false);
+    typename Full::Multiplier multiplier;
+    Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, false, multiplier);
     Full::template score_product<M>(weight + groups * stride, stride, groups, rows + w.channels_padded * NR,
-                                    w.channels, out_rows, true);
+                                    w.channels, out_rows, true, multiplier);
     // Last: where the bias is much larger than the products, sums that begin with it would lose their digits.
     for (int64_t c = 0; c < groups * GROUP; ++c) {
       const Reg bias = V::set1(w.bias[first * GROUP + c]);
@@ -747,13 +753,15 @@ struct Attention {
     const int64_t stride = cp * GROUP;
     const T* keys = reinterpret_cast<const T*>(w.keys + b * w.pack_bytes);
     const T* values = reinterpret_cast<const T*>(w.values + b * w.pack_bytes);
+    Multiplier multiplier;
+    typename Full::Multiplier full;
     for (int64_t g0 = g_begin; g0 < g_end; g0 += CHUNK / GROUP) {
       const int64_t groups = g_end - g0 < CHUNK / GROUP ? g_end - g0 : CHUNK / GROUP;
       const int64_t padded = groups * GROUP;
       const int64_t valid = n - g0 * GROUP < padded ? n - g0 * GROUP : padded;
       score_product<M>(score_keys + g0 * unit_stride, unit_stride, groups, query_units,
-                       V::PAIR == 1 ? w.channels : cp / V::PAIR, weights, false);
-      Full::template score_product<M>(values + g0 * stride, stride, groups, grads, w.channels, slopes, false);
+                       V::PAIR == 1 ? w.channels : cp / V::PAIR, weights, false, multiplier);
+      Full::template score_product<M>(values + g0 * stride, stride, groups, grads, w.channels, slopes, false, full);
       for (int m = 0; m < M; ++m) {
         const Reg shift = V::load(top + m * W), scale = V::load(inverse_sum + m * W), dot = V::load(row_dot + m * W);
         for (int64_t j = 0; j < padded; ++j) {
@@ -764,7 +772,7 @@ struct Attention {
           V::store(s, V::mul(probability, V::sub(V::load(s), dot)));
         }
       }
-      Full::template value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != g_begin);
+      Full::template value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != g_begin, full);
       const int64_t offset = g0 * GROUP * lanes;
       Full::outer_product(weights, grad_lanes, lanes, padded, count, grad_value + offset);
       Full::outer_product(slopes, query_lanes, lanes, padded, count, grad_key + offset);

@@ -96,7 +96,7 @@ struct Conv {
   static constexpr int NV = V::CONV_NV, NR = NV * W, ROWS = V::CONV_ROWS;
   // Depth between two visits of an accumulator's memory: a panel's slice of 24 KB shares the first-level cache with
   // the rows that go by (11 KB a block).
-  static constexpr int64_t DEPTH = 192;
+  static constexpr int64_t DEPTH = kTiled ? 384 : 192;
 
   // --- products --------------------------------------------------------------------------------------------------
 

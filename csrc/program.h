@@ -49,6 +49,9 @@ class Program {
 // for bf16 where it has none.
 std::array<int64_t, 4> packing(bool bf16);
 
+// Whether products of bf16 pairs are by matrix tiles.
+bool multiplies_by_tiles();
+
 // Multiply-accumulates of `rounds` passes over a full register block on each of `threads` threads, with no memory
 // read: timed, the arithmetic roof. Pairs of bf16 or float32; 0 for bf16 where the instruction set has none.
 int64_t multiply_adds(bool bf16, int64_t rounds, int64_t threads);
