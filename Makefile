@@ -1,6 +1,6 @@
 # Two targets do all set-up: `make demo` and `make test`. Both use .venv here.
 PYTHON ?= python3
-# Pinned so that a machine without a GPU gets the small build quickly; the package itself asks for >= 2.6.
+# Pinned so that a machine without a GPU gets the small build quickly; the package requires >= 2.6.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
@@ -25,10 +25,10 @@ help:
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make bench BASE=REF  this tree and another commit in turns (MODULES='attention inference', ROUNDS=3)"
 	@echo "make plots  redraw the README's pictures from bench/results/"
-	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model anew for docs/evaluation.md"
+	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model again for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run"
 	@echo "make compare-kernels BASE=REF  the kernels' machine code beside another commit's (AOT as above, or '--triton 3.6.0'); fails on what got worse"
-	@echo "make cubin  compile csrc/cuda/ anew (needs nvcc; the machine code, kernels/*.cubin, is shipped)"
+	@echo "make cubin  compile csrc/cuda/ again (needs nvcc; the machine code, kernels/*.cubin, is shipped)"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
 	@echo "make lint   ruff, mypy, clang-format, workflow files"

@@ -2,7 +2,8 @@
 
 The extension needs a C++17 compiler and pybind11, and nothing of PyTorch: it takes raw pointers, so that one binary
 serves every torch. It is optional. Whatever stops it (no compiler, no pybind11, a compile error) leaves one line in
-``lgnet_fast/_C_unavailable.txt`` beside the package, the install goes on, and ``lgnet-fast info`` prints that line.
+``lgnet_fast/_C_unavailable.txt`` beside the package, the installation continues, and ``lgnet-fast info`` prints that
+line.
 
 Where ninja is found, the objects are compiled in parallel and only when a source or header changed; otherwise
 setuptools compiles them one by one. ``LGNET_FAST_NO_EXTENSION=1`` skips the extension, ``MAX_JOBS`` bounds the jobs.

@@ -66,7 +66,7 @@ def test_threads(compete: Any, benchmark: Any) -> None:
 
 @pytest.fixture
 def children() -> Iterator[list[subprocess.Popen[str]]]:
-    """Processes of one thread, one a core; each runs the network once for each line that it gets."""
+    """One process of one thread per core; each runs the network once for every line on its input."""
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     made = [
         subprocess.Popen(
@@ -86,7 +86,7 @@ def children() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def test_processes(children: list[subprocess.Popen[str]], compete: Any, benchmark: Any) -> None:
-    """All at once beside one alone: how much longer each takes."""
+    """How much longer a process takes when all run at once than when it runs alone."""
 
     def run(some: list[subprocess.Popen[str]]) -> list[float]:
         for child in some:
@@ -94,7 +94,7 @@ def test_processes(children: list[subprocess.Popen[str]], compete: Any, benchmar
             print(file=child.stdin, flush=True)
         return [float(child.stdout.readline()) for child in some if child.stdout is not None]
 
-    assert len(set(run(children))) == 1  # loaded, and equal to the last bit
+    assert len(set(run(children))) == 1  # loads the networks; all processes compute the same bits
     summary = compete({"ours": lambda: run(children[:1]), "ours_together": lambda: run(children)}, "ours", rounds=8)
     together = summary["least_ms"]["ours_together"]
     benchmark.extra_info["of_one_alone"] = round(summary["least_ms"]["ours"] / together, 3)

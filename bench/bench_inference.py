@@ -15,7 +15,7 @@ from bench.conftest import marked_device
 from bench.inference_peers import peers
 from bench.timing import SMOKE
 from lgnet_fast import LGNet, create_model, optimize
-from lgnet_fast.engine.holes import hole_boxes
+from lgnet_fast.engine.cover import hole_boxes
 
 SIZE = 256
 HOLES = (16, 64, 128)  # sides of the square holes

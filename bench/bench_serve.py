@@ -70,7 +70,7 @@ def report(request: pytest.FixtureRequest) -> Callable[..., None]:
 
 @pytest.fixture(scope="module")
 def lgnet(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with LGNet at the paper's width, n = 64, untrained, which is as fast as a trained one."""
+    """A folder with an LGNet of the paper's width, n = 64. It is untrained; training does not change its speed."""
     folder = tmp_path_factory.mktemp("models") / "lgnet"
     create_model("lgnet").save_pretrained(folder)
     return folder
@@ -126,7 +126,7 @@ def test_from_release_to_drawn(server: Server, report: Callable[..., None], tmp_
                     page.wait_for_timeout(20)
             taken = page.evaluate("() => performance.getEntriesByName('lgnet-fill').map((one) => one.duration)")
             last = page.evaluate("() => document.querySelector('#phases').innerText")
-            figures = percentiles(taken[2:])  # the first plans what is needed first
+            figures = percentiles(taken[2:])  # without the first two, which include planning
             report(f"release to drawn, {model}", milliseconds=figures, strokes=STROKES, last=last.split("\n"))
             p95[model] = figures["p95"]
         browser.close()
@@ -207,5 +207,5 @@ def test_memory_stays(report: Callable[..., None]) -> None:
     opened = int(metric(text, "lgnet_pictures"))
     report("memory", pictures=PICTURES, open=opened, resident_mib=[round(value) for value in resident])
     assert opened == SESSIONS
-    assert resident[-1] < 1.05 * resident[3] + 32  # the first hundred fill the sessions and the heap
+    assert resident[-1] < 1.05 * resident[3] + 32  # the first hundred pictures fill the sessions and the heap
     assert server.end() == 0

@@ -1,8 +1,8 @@
 """Table IV's times in one run: the paper's eight networks, PEN_LG and MEDFE_LG, and our engine for five of them.
 
-256x256, batch 1, float32, random weights (which do not change the time). The compared networks run like their
-authors' code, in eager PyTorch; "LGNet", "LGNet_share", "LGNet_light" are the eager reference, "ours_..." are
-``lgnet_fast.optimize``. Of PEN_LG and MEDFE_LG our engine runs what comes after the first stage.
+256x256, batch 1, float32, random weights (which do not change the time). The compared networks run in eager PyTorch,
+like their authors' code. "LGNet", "LGNet_share", "LGNet_light" are the eager reference, "ours_..." are
+``lgnet_fast.optimize``. In PEN_LG and MEDFE_LG our engine runs the stages after the first.
 """
 
 from __future__ import annotations

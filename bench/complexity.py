@@ -1,8 +1,8 @@
 """The complexity half of the paper's Table IV: parameters and FLOPs of LGNet and the five compared networks.
 
-Every row is counted by the same code (:mod:`lgnet_fast.counting`) on the meta device. The paper's own figures come
-from three different tools, so three of them need a footnote: see :data:`FOOTNOTES`. By true FLOPs, the only count
-with the same meaning in every row, the order differs from the paper's.
+Every row is counted by the same code (:mod:`lgnet_fast.counting`) on the meta device. The paper's figures come from
+three different tools, so some rows need a footnote: see :data:`FOOTNOTES`. Only true FLOPs have the same meaning in
+every row; by them the order differs from the paper's.
 
     lgnet-fast flops --peers
 """
@@ -22,25 +22,27 @@ from lgnet_fast.reference import create_model
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-# The profiler counts every node of a graph, run or not. GConv's has some beside the network: pictures from and to
-# 8 bit (4 operations a value), and a picture of which patch each position takes: its argmax (1024 x 1024 scores), and
-# 3,850,240 products and as many sums to colour it. The last figure is read off a profile of the original.
+# The profiler counts every node of a graph, whether it runs or not. GConv's graph has nodes besides the network:
+# pictures are converted from and to 8 bit (4 operations per value), and a picture shows which patch each position
+# takes: an argmax over 1024 x 1024 scores, and 3,850,240 products and as many sums for the colours. The last figure
+# comes from a profile of the original.
 _GCONV_GRAPH = 4 * 3 * 256**2 + 1024 * 1023 + 2 * 3_850_240
 # How the paper's figure is reproduced: a count of Counts, a factor, and operations of the original's graph besides.
 _TOOLS = {"PEN": ("thop_rule", 10, 0), "GConv": ("profiler_rule", 1, _GCONV_GRAPH)}
-# thop misses parameters of sub-classed layers; the paper prints its figure for this one and the plain sum elsewhere.
+# thop misses parameters of sub-classed layers. For this network the paper prints thop's figure, elsewhere the plain
+# sum.
 _THOP_PARAMETERS = ("RFR",)
 
 FOOTNOTES = {
-    "PEN": "thop gives 4.807 G; the paper's figure is ten times that, for whatever reason.",
-    "GConv": "The paper's figure is the TensorFlow profiler's: 2 FLOPs a multiply-accumulate, attention included, 1 "
-    "for each element-wise operation (55.558 G); 0.010 G more are in the original's graph, not in the network (8-bit "
-    "conversion, a picture of the attention). It does not compare with the other rows, whose rule gives 25.25 G.",
-    "MEDFE": "True FLOPs as the original executes it, mask sums by convolutions of full width; "
+    "PEN": "thop gives 4.807 G. The paper's figure is ten times that; the reason is not known.",
+    "GConv": "The paper's figure is that of the TensorFlow profiler: 2 FLOPs for each multiply-accumulate, attention "
+    "included, and 1 for each element-wise operation (55.558 G). Another 0.010 G are in the original's graph, not in "
+    "the network (8-bit conversion, a picture of the attention). The other rows' rule gives 25.25 G here.",
+    "MEDFE": "True FLOPs of the original, which computes mask sums by convolutions of full width; "
     "141.94 GFLOP with one-channel mask sums and the Gaussian as a matrix product.",
-    "RFR": "Parameters by thop, which passes over partial convolutions: 31.22 M in truth. True FLOPs as the original "
-    "executes it, mask sums by convolutions of full width; 256.96 GFLOP with one output channel for them.",
-    "MADF": "No rule tried gives the paper's 51.77 G; thop 0.0.31's gives 46.12 G.",
+    "RFR": "Parameters by thop, which does not count partial convolutions; the true number is 31.22 M. True FLOPs of "
+    "the original, which computes mask sums by convolutions of full width; 256.96 GFLOP with one output channel.",
+    "MADF": "No rule that was tried gives the paper's 51.77 G; that of thop 0.0.31 gives 46.12 G.",
 }
 
 

@@ -97,6 +97,51 @@ def floor_seconds(step: Any, plan: Any, card: Any, rate: float, element: int) ->
     return float(max(plan.macs(step) / rate, element * moved / card.memory))
 
 
+def step_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str, int, int]:
+    """The costs of a step's launches, the tile of the last one, the numbers of programs (0: unknown) and kernels."""
+    from lgnet_fast.engine.plan import AttentionStep
+
+    if isinstance(step, AttentionStep):
+        costs, name = attention_costs(step, plan, kind, card) if step.regions else ([], "")
+        return costs, name, 0, len(costs)
+    costs, name, count = conv_costs(step, plan, kind, card)
+    return costs, name, count, len(costs) + sum(not name.endswith("f") and not name.endswith("/1") for _ in costs)
+
+
+def print_step(
+    step: Any,
+    plan: Any,
+    costs: Sequence[Any],
+    least: float,
+    measured: float | None,
+    tile: str,
+    programs: int,
+    kernels: int,
+) -> None:
+    """Print one row of the table. least: seconds; measured: microseconds."""
+    source, out = plan.source(step), plan.target(step)
+    parts = [
+        f"{1e6 * sum(getattr(c, part) for c in costs):.1f}"
+        for part in ("start", "products", "reads", "issue", "together", "memory", "splits")
+    ]
+    print(
+        ROW.format(
+            step.name,
+            f"{source.height}x{source.width}x{step.source.channels}",
+            f"{out.height}x{out.width}x{step.out_channels}",
+            kernels,
+            f"{sum(c.l2_bytes for c in costs) / 1e6:.0f}",
+            *parts,
+            f"{sum(c.seconds for c in costs) * 1e6:.1f}",
+            max(costs, key=lambda c: c.seconds).bound if costs else "",
+            f"{least * 1e6:.1f}",
+            "" if measured is None else f"{measured:.1f}",
+            tile,
+            programs or "",
+        )
+    )
+
+
 def main(arguments: Sequence[str]) -> int:
     """Print the table; return the exit code."""
     from lgnet_fast.kernels.attention import VARIANTS
@@ -105,8 +150,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from lgnet_fast.engine.build import build_plan, plan_stages
     from lgnet_fast.engine.cuda_executor import CudaExecutor
-    from lgnet_fast.engine.plan import AttentionStep
-    from lgnet_fast.engine.regions import Rect, rounded
+    from lgnet_fast.engine.regions import Rect
     from lgnet_fast.reference.lgnet import LGNet
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -126,7 +170,7 @@ def main(arguments: Sequence[str]) -> int:
     plan = build_plan(plan_stages(model), args.batch, *args.size)
     stored = RESULTS / f"{args.card.lower()}_contact_lgnet_{args.dtype}_b{args.batch}.jsonl"
     if args.hole:
-        plan = plan.restricted(rounded([Rect(*args.hole)], CudaExecutor.granularity, *args.size))
+        plan = CudaExecutor.restricted(plan, [Rect(*args.hole)])
     elif args.measured is None and stored.exists() and tuple(args.size) == (256, 256):
         args.measured = stored
     measured = measured_steps(args.measured) if args.measured else {}
@@ -139,39 +183,11 @@ def main(arguments: Sequence[str]) -> int:
     total = floor = found = 0.0
     launches = 1
     for step in plan.steps:
-        source, out = plan.source(step), plan.target(step)
-        costs: list[Any] = []
-        name, count, kernels = "", 0, 0
-        if isinstance(step, AttentionStep):
-            costs, name = attention_costs(step, plan, kind, card) if step.regions else ([], "")
-            kernels = len(costs)
-        else:
-            costs, name, count = conv_costs(step, plan, kind, card)
-            kernels = len(costs) + sum(not name.endswith("f") and not name.endswith("/1") for _ in costs)
-        seconds = sum(c.seconds for c in costs)
+        costs, tile, programs, kernels = step_costs(step, plan, kind, card)
         least = floor_seconds(step, plan, card, rate, element)
-        total, floor, launches = total + seconds, floor + least, launches + kernels
+        print_step(step, plan, costs, least, measured.get(step.name), tile, programs, kernels)
+        total, floor, launches = total + sum(c.seconds for c in costs), floor + least, launches + kernels
         found += measured.get(step.name, 0.0)
-        parts = [
-            f"{1e6 * sum(getattr(c, part) for c in costs):.1f}"
-            for part in ("start", "products", "reads", "issue", "together", "memory", "splits")
-        ]
-        print(
-            ROW.format(
-                step.name,
-                f"{source.height}x{source.width}x{step.source.channels}",
-                f"{out.height}x{out.width}x{step.out_channels}",
-                kernels,
-                f"{sum(c.l2_bytes for c in costs) / 1e6:.0f}",
-                *parts,
-                f"{seconds * 1e6:.1f}",
-                max(costs, key=lambda c: c.seconds).bound if costs else "",
-                f"{least * 1e6:.1f}",
-                f"{measured[step.name]:.1f}" if step.name in measured else "",
-                name,
-                count or "",
-            )
-        )
     total += LAUNCH_SECONDS
     found += measured.get("paint", 0.0)
     print(

@@ -7,11 +7,11 @@ Figures are written to RESULTS/deep_<model>_<dtype>.jsonl at once, one JSON obje
 graph are compiled at the same time.
 
 ======  =============================================================================================================
-load    machine code, how many clusters the GPU holds, which are chosen, whether a cooperative launch is taken
-layers  every layer by itself on noise beside float32: where it is wrong first, whether repeats are equal
-chain   the whole group on noise, every layer on what the one before stored; repeats; state left as zeros
-graph   the dense graph with and without, in turn, with variants of the launch; the pictures compared
-clocks  where a launch's time goes: median clocks of every layer from its begin, over blocks
+load    machine code, how many clusters fit on the GPU, which are chosen, whether a cooperative launch is accepted
+layers  every layer separately on noise, compared with float32: the first wrong element, whether repeats are equal
+chain   the whole group on noise, every layer on the result of the previous one; repeats; whether the state is zeroed
+graph   the dense graph with and without the kernel, in turn, with variants of the launch; the pictures compared
+clocks  the parts of a launch's time: clocks of every layer since its begin, the median over blocks
 ======  =============================================================================================================
 
 A launch that hangs ends after a fifth of a second and reports which wait timed out.

@@ -235,7 +235,7 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
     from lgnet_fast.kernels.precompile import compile_all
 
     from lgnet_fast.engine.cuda_executor import CudaExecutor
-    from lgnet_fast.engine.regions import Rect, rounded
+    from lgnet_fast.engine.regions import Rect
 
     executor = CudaExecutor.of(plan, dtype, graphs=False)
     image, mask = picture(plan.batch)
@@ -246,7 +246,7 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
         if side is not None:
             start = (plan.height - side) // 2 - 5  # off the grid that rectangles are rounded to
             hole = Rect(start, start + side, start, start + side)
-            restricted = plan.restricted(rounded([hole], executor.granularity, plan.height, plan.width))
+            restricted = executor.restricted(plan, [hole])
             regions, share = tuple(step.regions for step in restricted.steps), restricted.total_macs() / dense
         launches = executor.launches(regions)
         with record() as kernels:

@@ -6,8 +6,8 @@ Each figure is written to RESULTS/hopper_contact.jsonl at once, one JSON object 
 separate process, so that a kernel that crashes or hangs affects that part only.
 
 ========  ===========================================================================================================
-known     one-hot weights over inputs that hold their own pixel's or channel's number: which input did an output
-          read? Zero and reflected borders, tiles, clusters; then dense weights on a small map
+known     one-hot weights over inputs that hold the number of their pixel or channel: an output shows which input
+          it read. Zero and reflected borders, tiles, clusters; then dense weights on a small map
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
 ========  ===========================================================================================================
@@ -40,6 +40,28 @@ HEIGHT, WIDTH = 32, 24
 
 
 # -- known answers ------------------------------------------------------------------------------------------------
+
+
+def log_wrong(log: Log, out: torch.Tensor, exact: torch.Tensor, wrong: torch.Tensor, **case: Any) -> None:
+    """Log where results [1, H, W, C] are wrong, and some of the values."""
+    places = wrong.nonzero()[:, 1:]
+    first = [
+        {"y": y, "x": x, "channel": c, "expected": exact[0, y, x, c].item(), "got": out[0, y, x, c].item()}
+        for y, x, c in places[:: max(1, len(places) // 8)].tolist()[:8]
+    ]
+    log(
+        "known",
+        **case,
+        wrong=len(places),
+        of=wrong.numel(),
+        wrong_rows=wrong.any(3).any(2)[0].nonzero().flatten().tolist(),
+        wrong_columns=wrong.any(3).any(1)[0].nonzero().flatten().tolist(),
+        wrong_channels=wrong.any(2).any(1)[0].nonzero().flatten().tolist()[:64],
+        first=first,
+        # one tile row of pixels by channel 0, and one pixel's channels
+        row1_channel0=[int(v) for v in out[0, 1, :16, 0].float().nan_to_num(-1).tolist()],
+        pixel11_channels=[int(v) for v in out[0, 1, 1].float().nan_to_num(-1).tolist()],
+    )
 
 
 def known(log: Log) -> None:
@@ -77,33 +99,8 @@ def known(log: Log) -> None:
                 wrong_taps += 1
                 if wrong_taps > 4:
                     continue
-                places = wrong.nonzero()[:, 1:]
-                first = [
-                    {
-                        "y": y,
-                        "x": x_,
-                        "channel": c,
-                        "expected": exact[0, y, x_, c].item(),
-                        "got": out[0, y, x_, c].item(),
-                    }
-                    for y, x_, c in places[:: max(1, len(places) // 8)].tolist()[:8]
-                ]
-                log(
-                    "known",
-                    tile=list(tile),
-                    reflect=reflect,
-                    tap=[tap // 3, tap % 3],
-                    input=what,
-                    wrong=len(places),
-                    of=wrong.numel(),
-                    wrong_rows=wrong.any(3).any(2)[0].nonzero().flatten().tolist(),
-                    wrong_columns=wrong.any(3).any(1)[0].nonzero().flatten().tolist(),
-                    wrong_channels=wrong.any(2).any(1)[0].nonzero().flatten().tolist()[:64],
-                    first=first,
-                    # one tile row of pixels by channel 0, and one pixel's channels
-                    row1_channel0=[int(v) for v in out[0, 1, :16, 0].float().nan_to_num(-1).tolist()],
-                    pixel11_channels=[int(v) for v in out[0, 1, 1].float().nan_to_num(-1).tolist()],
-                )
+                case = {"tile": list(tile), "reflect": reflect, "tap": [tap // 3, tap % 3], "input": what}
+                log_wrong(log, out, exact, wrong, **case)
         log(
             "known",
             tile=list(tile),

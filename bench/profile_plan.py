@@ -52,7 +52,7 @@ def main() -> int:
     mask = torch.ones(args.batch, 1, *args.size)
     shown, regions = plan, None
     if args.hole:
-        shown = plan.restricted([Rect(*args.hole)])
+        shown = executor.restricted(plan, [Rect(*args.hole)])
         regions = [step.regions for step in shown.steps]
     rounds = torch.tensor([executor.step_times(image, mask, regions, 1) for _ in range(args.rounds)])
     best = rounds.min(dim=0).values

@@ -1,7 +1,7 @@
 """Results by machine class, and whether a run is slower than the stored one.
 
 One file for each machine class and bench module: ``bench/results/cpu-zen5-2-cores_inference.json``. In it, for each
-bench, the figures of :func:`bench.timing.summarize` and whatever else the bench reports.
+bench, the figures of :func:`bench.timing.summarize` and the bench's other figures.
 
 A machine's speed changes from run to run, so times are not compared, but speed-ups: how many times longer the rivals
 in the same run take than each contestant whose name begins with "ours". If our code gets slower, all these ratios

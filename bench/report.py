@@ -175,6 +175,71 @@ def contests(machine: Machine, module: str, title: str, text: str, picture: str 
     return Section(title, text, ["bench", "ours, median ms", "times ours", "spread"], rows, picture)
 
 
+def all_contests(name: str, machine: Machine) -> list[Section | None]:
+    """The contests of every module on machine class `name`."""
+    return [
+        contests(
+            machine,
+            "inference",
+            "The whole network",
+            "256x256, batch 1, one centred hole; interleaved, correctness asserted first. Below 1 is faster than "
+            "our dense run; ours_hole_64 computes only what a hole of 64x64 needs.",
+            f"{name}_latency",
+        ),
+        contests(machine, "attention", "The attention block", "Forward, and forward with backward."),
+        contests(machine, "merge_concat", "merge_concat", "ours_into: into memory that is already there."),
+        contests(machine, "training", "A training step", "One generator and one discriminator step."),
+        contests(
+            machine,
+            "pipeline",
+            "Whole pictures",
+            "8-bit in, 8-bit out, by Inpainter; ours_dense without hole-awareness.",
+        ),
+    ]
+
+
+def growth(name: str, machine: Machine) -> Section | None:
+    """How the cost grows with the size."""
+    slopes = []
+    for bench_name, bench in machine.get("scaling", {"benches": {}})["benches"].items():
+        for what, fit in bench.get("slopes", {}).items():
+            error = "" if fit["standard_error"] is None else f"{fit['standard_error']:.3f}"
+            slopes.append([bench_name.removeprefix("test_"), what, f"{fit['slope']:.3f}", error])
+    if not slopes:
+        return None
+    text = "cost = constant * size ** slope, least squares in log-log; size is the side's length or the batch."
+    return Section("Growth", text, ["bench", "of", "slope", "standard error"], slopes, f"{name}_scaling")
+
+
+def hole_speed_up(name: str, machine: Machine) -> Section | None:
+    """The speed-up of hole-aware runs, by the hole's share."""
+    hole = bench_of(machine, "scaling", "test_hole_ratio")
+    if not hole:
+        return None
+    text = "Speed-up of the hole-aware run over our dense run, 256x256, float32: one square hole, 2 x 2 of them."
+    rows = [
+        [key.removeprefix("ours_").split("_")[0], f"{hole['hole_ratios'][key]:.1%}", f"{faster:.2f}"]
+        for key, faster in hole["times_faster_than_dense"].items()
+    ]
+    header = ["hole", "of the picture", "times faster"]
+    return Section("Hole-aware speed-up", text, header, rows, f"{name}_hole_ratio")
+
+
+def roofline(name: str, machine: Machine) -> Section | None:
+    """The measured roofs, with a picture of every step under them."""
+    roof = bench_of(machine, "scaling", "test_roofline")
+    if not roof:
+        return None
+    peaks = roof["peaks"]
+    text = (
+        f"The roofs are measured: float32 multiply-adds in registers ({peaks['gflops']:.0f} GFLOP/s) and "
+        f"a 128 MB copy ({peaks['gigabytes_a_second']:.1f} GB/s). FLOPs are those of the direct convolution, so a "
+        "Winograd step, which multiplies up to four times less, can lie above the roof; bytes are source, "
+        "result and weights once each."
+    )
+    return Section("Roofline of the plan's steps", text, picture=f"{name}_roofline")
+
+
 def sections(machines: Mapping[str, Machine]) -> list[Section]:
     """The sections for which there are results."""
     found = [table4(machines)]
@@ -184,58 +249,8 @@ def sections(machines: Mapping[str, Machine]) -> list[Section]:
             f"{key} {info[key]}" for key in ("torch", "triton", "openvino", "onnxruntime", "cuda") if key in info
         )
         found.append(Section(f"Machine class {name}", f"{parts}; {info['threads']} CPU threads."))
-        found += [
-            contests(
-                machine,
-                "inference",
-                "The whole network",
-                "256x256, batch 1, one centred hole; interleaved, correctness asserted first. Below 1 is faster than "
-                "our dense run; ours_hole_64 computes only what a hole of 64x64 needs.",
-                f"{name}_latency",
-            ),
-            contests(machine, "attention", "The attention block", "Forward, and forward with backward."),
-            contests(machine, "merge_concat", "merge_concat", "ours_into: into memory that is already there."),
-            contests(machine, "training", "A training step", "One generator and one discriminator step."),
-            contests(
-                machine,
-                "pipeline",
-                "Whole pictures",
-                "8-bit in, 8-bit out, by Inpainter; ours_dense without hole-awareness.",
-            ),
-        ]
-        slopes = []
-        for name_, bench in machine.get("scaling", {"benches": {}})["benches"].items():
-            for what, fit in bench.get("slopes", {}).items():
-                error = "" if fit["standard_error"] is None else f"{fit['standard_error']:.3f}"
-                slopes.append([name_.removeprefix("test_"), what, f"{fit['slope']:.3f}", error])
-        if slopes:
-            text = (
-                "cost = constant * size ** slope, least squares in log-log; size is the side's length or the batch."
-            )
-            found.append(
-                Section("Growth", text, ["bench", "of", "slope", "standard error"], slopes, f"{name}_scaling")
-            )
-        hole = bench_of(machine, "scaling", "test_hole_ratio")
-        if hole:
-            text = (
-                "Speed-up of the hole-aware run over our dense run, 256x256, float32: one square hole, 2 x 2 of them."
-            )
-            rows = [
-                [key.removeprefix("ours_").split("_")[0], f"{hole['hole_ratios'][key]:.1%}", f"{faster:.2f}"]
-                for key, faster in hole["times_faster_than_dense"].items()
-            ]
-            header = ["hole", "of the picture", "times faster"]
-            found.append(Section("Hole-aware speed-up", text, header, rows, f"{name}_hole_ratio"))
-        roof = bench_of(machine, "scaling", "test_roofline")
-        if roof:
-            peaks = roof["peaks"]
-            text = (
-                f"The roofs are measured: float32 multiply-adds in registers ({peaks['gflops']:.0f} GFLOP/s) and "
-                f"a 128 MB copy ({peaks['gigabytes_a_second']:.1f} GB/s). FLOPs are the convolution's own, so a "
-                "Winograd step, which multiplies up to four times less, can lie above the roof; bytes are source, "
-                "result and weights once each."
-            )
-            found.append(Section("Roofline of the plan's steps", text, picture=f"{name}_roofline"))
+        found += all_contests(name, machine)
+        found += [growth(name, machine), hole_speed_up(name, machine), roofline(name, machine)]
         if len(history(name)) > 1:
             text = "How many times longer the fastest rival takes than ours, by the commit that was measured."
             found.append(Section("History", text, picture=f"{name}_history"))

@@ -47,8 +47,8 @@ def copy_rate() -> float:
     """Copy bandwidth of all threads beyond the caches: GB read and written a second, the best of three.
 
     The host of a virtual machine moves its cores: at times they share a cache and one memory controller, at times
-    each has its own. In the second state copies are twice as fast, but data passes between the cores more
-    slowly, so that ratios shift by 10 % and more without a change of the code. This figure distinguishes the two
+    each has a separate one. In the second state copies are twice as fast, but data passes between the cores more
+    slowly, and ratios shift by 10 % and more without a change of the code. This figure distinguishes the two
     states best.
     """
     source, target = _copied()
@@ -107,10 +107,10 @@ def interleave(
             again until the ratios are known to :data:`TARGET_STANDARD_ERROR`, but not beyond :data:`MAX_CONTEST_S`.
             1 is exactly one.
         warmup: calls before the rounds; one for calls of a second and more.
-        long_rounds: of the rounds, those in which calls of a second and more take part, spread evenly.
+        long_rounds: number of rounds, evenly spread, in which calls of a second and more take part.
 
     Returns:
-        A dict a round: contestant -> seconds a call.
+        For each round: contestant -> seconds per call.
     """
     if SMOKE:
         rounds, warmup, long_rounds = 2, 1, 1

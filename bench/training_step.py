@@ -32,7 +32,7 @@ SIZE = 256
 
 
 class Step(NamedTuple):
-    """Runs one step, which gives its loss terms; `network` is the generator."""
+    """Runs one step and returns its loss terms; `network`: the generator."""
 
     run: Callable[[], dict[str, Tensor]]
     network: nn.Module
@@ -44,7 +44,7 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", na
     Args:
         form: of :data:`FORMS`.
         dtype: float32, or bfloat16 for autocast.
-        batch: pictures a step.
+        batch: pictures per step.
         name: for ``create_model``.
     """
     if form not in FORMS:
@@ -76,7 +76,7 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", na
         discriminator_optimizer.step()
         with autocast():
             terms = generator_loss(stages, image, mask, discriminator(stages.merged[0]), vgg, lean=ours)
-        generator_optimizer.zero_grad(set_to_none=False)  # the same memory every step, so that peaks compare
+        generator_optimizer.zero_grad(set_to_none=False)  # the same memory in every step, for equal peaks
         terms["G"].backward()
         generator_optimizer.step()
         return {name: term.detach() for name, term in (terms | judged).items()}
@@ -98,10 +98,10 @@ class Memory(NamedTuple):
 
 
 def memory_of(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> Memory:
-    """Memory of a training step in one of :data:`FORMS`. On a CPU it is the whole process's: call it once in a
-    process (Linux)."""
+    """Memory of a training step in one of :data:`FORMS`. On a CPU it is measured for the whole process (Linux):
+    call it once per process."""
     step = make_step(form, dtype, batch, device, name)
-    step.run()  # gradients and optimiser state exist from now on
+    step.run()  # gradients and optimiser state exist from here on
     gc.collect()
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()

@@ -156,7 +156,7 @@ def main() -> int:
 
     generation, _ = device_generation(torch.device("cuda", torch.cuda.current_device()))
     tables: Tables = {name: dict(entries) for name, entries in TABLES.items()}
-    # LGNet's own map where several networks have a head of that size
+    # LGNet's map, where several networks have a head of that size
     sides = dict(head for model in reversed(aot.MODELS) for head in aot.heads(model) if head[0] in HEAD_CLASSES)
     for op in args.op or KERNELS:
         kinds = ["any"] if op == "rows" else args.dtype or ["half", "tf32", "ieee"]

@@ -3,7 +3,7 @@
     python bench/write_tables.py RESULTS...      (contact_*.jsonl files, or folders of them)
 
 Only the measured products of that GPU generation change. A product that several steps share (with and without a
-residual) gets the tile of least summed time. Without a file that names results nothing is written.
+residual) gets the tile of least summed time. Without results nothing is written.
 """
 
 from __future__ import annotations

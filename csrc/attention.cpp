@@ -4,41 +4,42 @@
 //
 //   released  K = (F + 1e-7) / |F + 1e-7|   Q = 3x3 zero-padded box sum of F   V = K
 //   paper     K = F / max(|F|, 1e-12)       Q = K                              V = F
-//   attended_i = sum_j softmax_j(Q_i . K_j) V_j            m_i: what is subtracted in the softmax, max_j Q_i . K_j or
+//   attended_i = sum_j softmax_j(Q_i . K_j) V_j            m_i: the constant subtracted, max_j Q_i . K_j or
 //                                                          a little less; l_i = sum_j exp(Q_i . K_j - m_i)
-//   out = Wa attended + Wf F + bias                        (1x1 convolution of the two, never concatenated)
+//   out = Wa attended + Wf F + bias                        (1x1 convolution of both, without concatenating them)
 //
-// Work and traffic. 4 N^2 C operations of products and 4 N C^2 of the combiner; for [1, 128, 64, 64] that is 8.9
-// GFLOP against 2 MB of features read, 2 MB written and 2 MB of packed keys: bound by multiplication, so everything
-// here serves the register block and the exponentials in between.
+// Work and traffic. The products take 4 N^2 C operations, the combiner 4 N C^2. For [1, 128, 64, 64] that is 8.9
+// GFLOP for 2 MB of features read, 2 MB written and 2 MB of packed keys, so the speed is bound by the multiplications
+// in the register block and by the exponentials between them.
 //
-// Layout. Everything stays channel-major, as the features are: scores are held transposed, [key][query], with
-// queries in the vector lanes. Then
-//   * the features are the query operand as they lie: no transposition of input or output,
-//   * the softmax's maxima, sums and rescalings are per lane: no horizontal reductions,
-//   * the weights are already the operand of the second product, at the place where the first one wrote them.
+// Layout. All matrices are channel-major, like the features. Scores are transposed, [key][query], with queries in the
+// vector lanes. This has three advantages:
+//   * the features are the query operand without a transposition of input or output,
+//   * the softmax's maxima, sums and rescalings are per lane, without horizontal reductions,
+//   * the weights are the operand of the second product in the place where the first one wrote them.
 // The other operand of both products is broadcast element by element, so keys are packed once per call into
-// [N/8][C][8]. Read along C, eight adjacent keys are one step of the score product; read along the 8, eight channels
-// of eight keys are 256 adjacent bytes of the value product. One packed copy serves both (released: K = V).
-// On bf16 hardware a broadcast brings a pair along the summed index, and keys and values differ in the pairing.
+// [N/8][C][8]. Read along C, eight adjacent keys are one step of the score product. Read along the 8, eight channels
+// of eight keys are 256 adjacent bytes of the value product. So one packed copy is enough for both (released: K = V).
+// On bf16 hardware a broadcast loads a pair along the summed index; there keys and values are paired differently.
 //
 // Blocking (AVX-512: panels of 48 queries, register blocks of 8 x 48, see attention_kernels.h). A task is one panel
-// of queries against a range of keys, taken 128 keys at a time: scores 24 KB and query panel 24 KB (C = 128) stay in
-// the first-level cache, the 64 KB of keys are read twice from the second level. Tasks are (batch, panel), handed out
-// dynamically; where they are too few for the threads, the keys are split as well and the parts merged by their
-// maxima and sums. Queries are built by the task that needs them, and the combiner runs on its finished panel while
-// that is still in cache. Where its weights would not stay in the second-level cache from panel to panel (C = 512:
-// 2 MB), the panels are finished first and the combiner then goes by output channels: a task packs the weights of
-// some and takes all panels past them, and no weight passes from core to core.
+// of queries against a range of keys, 128 keys at a time: scores 24 KB and query panel 24 KB (C = 128) stay in the
+// first-level cache, the 64 KB of keys are read twice from the second level. Tasks are (batch, panel), scheduled
+// dynamically. Where there are too few for the threads, the keys are split too, and the parts are merged by their
+// maxima and sums. Each task computes its queries, and applies the combiner to its panel while that is still in
+// cache. If the combiner's weights do not fit the second-level cache (C = 512: 2 MB), all panels are finished first,
+// and the combiner is computed by output channels: a task packs the weights of some channels and multiplies all
+// panels by them, so each core reads only its part of the weights.
 //
-// Backward. Scores are recomputed, bit for bit: operands and instructions are the forward's, bf16 pairs included.
-// The forward saves m and l apart, as log(l) + m would lose l's digits where m is large (log-sum-exp at scores of
-// 1e7: off by 1, probabilities by a factor of e). With G the gradient of attended, P = exp(S - m) / l, D_i = G_i .
-// attended_i:
+// Backward. The recomputed scores equal those of the forward bit for bit, because operands and instructions are the
+// same, also for bf16 pairs. The forward saves m and l separately: log(l) + m would lose the digits of l where m is
+// large (at scores of 1e7 it is off by 1, and probabilities by a factor of e). With G the gradient of attended,
+// P = exp(S - m) / l and D_i = G_i . attended_i:
 //   dV_j = sum_i P_ij G_i     dS = P * (G_i . V_j - D_i)     dQ_i = sum_j dS_ij K_j     dK_j = sum_i dS_ij Q_i
-// five products over the same blocks, then dF = box3x3(dQ) + d normalise(dK + dV) (released; the zero-padded box sum
-// is its own adjoint) or d normalise(dQ + dK) + dV (paper). Threads take rectangles of (query range, key range), each
-// with gradient buffers of its own: about 2 sqrt(threads) copies of N x C, no atomics, one order of summation.
+// These are five products over the same blocks. Then dF = box3x3(dQ) + d normalise(dK + dV) (released; the
+// zero-padded box sum is its own adjoint) or d normalise(dQ + dK) + dV (paper). Threads compute rectangles of (query
+// range, key range) with separate gradient buffers: about 2 sqrt(threads) copies of N x C, no atomics, a fixed order
+// of summation.
 #include "attention.h"
 
 #include <algorithm>
@@ -51,18 +52,19 @@
 namespace lgnet {
 namespace {
 
-// Packed keys of at most this size are kept at once; larger batches go in turns, so that memory does not grow with B.
+// Largest size of the packed keys and values at a time; larger batches are computed in parts, so memory does not grow
+// with B.
 constexpr int64_t kPackBudgetBytes = int64_t{64} << 20;
-// Tasks per thread that even out uneven panels and cores that other processes disturb.
+// Tasks per thread: enough to balance uneven panels and cores that other processes use too.
 constexpr int64_t kTasksPerThread = 3;
 constexpr int64_t kMinimumGroupsPerSplit = 8;
-// The combiner goes by output channels where its weights are larger than a second-level cache, and where the panels'
-// operands are few: with larger batches, reading those again for every task costs more than it saves.
+// The combiner is computed by output channels if its weights exceed kWeightsInCacheBytes and the panels' operands do
+// not exceed kOperandBudgetBytes. Every task reads the operands again, which is slower for larger batches.
 constexpr int64_t kWeightsInCacheBytes = int64_t{1} << 20;
 constexpr int64_t kOperandBudgetBytes = int64_t{4} << 20;
 constexpr int64_t kGroupsPerCombinerTask = 16;
-// Starting a thread's share costs some microseconds, more where cores are busy: below this many multiplications each,
-// fewer threads are faster.
+// Least number of multiplications per thread. Starting a thread's share takes some microseconds, more on busy cores,
+// so with less work fewer threads are faster.
 constexpr double kProductsPerThread = 5e5;
 
 // queries: of one sample.
@@ -170,7 +172,7 @@ class CombinerWeight {
     const int64_t column = (half == 0) == released_ ? 0 : c;
     const T* row[8];
     for (int64_t r = 0; r < 8; ++r) {
-      // Rows beyond the last channel are multiplied and thrown away: any numbers will do.
+      // Products of rows beyond the last channel are discarded, so these rows may hold any numbers.
       const int64_t from = std::min(to + r, c - 1);
       if (plain_) {
         row[r] = reinterpret_cast<const T*>(weight_.data) + from * weight_.stride[2] + column;
@@ -189,7 +191,7 @@ class CombinerWeight {
   const View& weight_;
   bool released_, plain_;
   int64_t channels_;
-  Buffer<T> rows_;  // eight for each worker, where they cannot be read in place
+  Buffer<T> rows_;  // eight per worker, where they cannot be read in place
 };
 
 // Batch items whose packed keys and values are kept at once.
@@ -213,9 +215,9 @@ class Forward {
     turn_ = items_at_once(features.size[0], w_.pack_bytes * (share_ ? 1 : 2));
   }
 
-  // Has the attended features go through the combiner.
+  // Applies the combiner to the attended features.
   void combine_with(const View& weight, const View& bias);
-  // Has it read and write these maps, in place of features and out; comes before combine_with.
+  // Reads and writes these maps instead of features and out. To be called before combine_with.
   void use(const PixelMaps& maps);
   void run();
 
@@ -286,7 +288,7 @@ void Forward<T>::run() {
   }
 }
 
-// Ranges of keys for tasks of their own, where the panels are too few for the threads.
+// Splits the keys into ranges for separate tasks where there are too few panels for the threads.
 template <class T>
 void Forward<T>::split_keys() {
   const int64_t panels = w_.batch * w_.panels;
@@ -322,7 +324,7 @@ void Forward<T>::attend() {
   });
 }
 
-// Goes by output channels: a task packs the weights of some and takes all panels past them.
+// By output channels: a task packs the weights of some channels and multiplies all panels by them.
 template <class T>
 void Forward<T>::combine() {
   const int64_t c = w_.channels, groups = w_.channels_padded / 8, panels = w_.batch * w_.panels;
@@ -398,7 +400,7 @@ void Backward<T>::run(const View& grad_attended, const View& attended, const Vie
     w_.batch = std::min(turn_, features_.size[0] - first);
     const Planes<T> grads(grad_attended, first, w_.batch, kNative<T>, threads_);
     w_.grad = grads.get();
-    // A copy of the attended features ends here, before other memory is taken.
+    // A copy of the attended features, if any, is freed before more memory is allocated.
     const Buffer<T> row_dot =
         row_dots(w_, w_.grad, Planes<T>(attended, first, w_.batch, kNative<T>, threads_).get(), threads_);
     w_.row_dot = row_dot.get();
@@ -414,7 +416,7 @@ void Backward<T>::run(const View& grad_attended, const View& attended, const Vie
   }
 }
 
-// The keys as the forward packed them.
+// Packs the keys for the scores as the forward does.
 template <class T>
 void Backward<T>::pack_scores(std::optional<Packed<T>>& packed_pairs) {
   w_.score_keys = w_.keys;
@@ -427,7 +429,8 @@ void Backward<T>::pack_scores(std::optional<Packed<T>>& packed_pairs) {
   w_.score_pack_bytes = pair_bytes_;
 }
 
-// As many rectangles as threads, near square: queries x keys copies cost (queries + keys) buffers.
+// As many rectangles as threads, nearly square: query_ranges x key_ranges tasks need query_ranges + key_ranges
+// buffers.
 template <class T>
 void Backward<T>::split_work() {
   const int64_t wanted = ceil_div(threads_, w_.batch);
@@ -478,7 +481,7 @@ void run_backward(const View& grad_attended, const View& features, const View& a
   Backward<T>(features, released, grad_features, threads).run(grad_attended, attended, stats);
 }
 
-// Common checks; false where there is nothing to do.
+// Checks common to forward and backward; false for an empty batch.
 bool check_features(const char* function, const View& features, const View& stats, int64_t threads) {
   if (features.dtype == DType::float16) fail(function, "features", "float32, bfloat16 or float64", "float16");
   if (threads < 1) fail(function, "threads", "at least 1", std::to_string(threads));
@@ -530,7 +533,7 @@ void attention_forward(const TensorArg& features_arg, const TensorArg& weight_ar
 void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, bool bf16,
                       int64_t threads) {
   const int64_t channels = maps.channels;
-  View features;  // its sizes alone
+  View features;  // only its sizes are used
   const int64_t size[4] = {maps.batch, channels, maps.height, maps.width};
   std::copy_n(size, 4, features.size);
   threads = useful_threads(features, static_cast<int64_t>(maps.queries.size()), threads);

@@ -1,4 +1,4 @@
-// What attention.cpp (scheduling, memory) and attention_kernels.h (arithmetic, once per instruction set) share.
+// Shared by attention.cpp (scheduling, memory) and attention_kernels.h (arithmetic, once per instruction set).
 #pragma once
 
 #include <vector>
@@ -8,23 +8,23 @@
 namespace lgnet {
 
 constexpr int64_t kKeysPerGroup = 8;       // keys interleaved in the packed layout [group][channel][key in group]
-constexpr int64_t kKeysPerChunk = 128;     // keys between two looks at the running maximum
-constexpr int64_t kPositionsPerTile = 64;  // positions a preparation task handles at once
+constexpr int64_t kKeysPerChunk = 128;     // keys between two updates of the running maximum
+constexpr int64_t kPositionsPerTile = 64;  // positions of one preparation task
 constexpr double kLog2E = 1.4426950408889634;
 constexpr double kLn2 = 0.6931471805599453;
 
-// Everything one call works on. T is the accumulators' type: float (also for bf16 inputs) or double.
+// Arguments and buffers of one call. T is the type of the accumulators: float (also for bf16 inputs) or double.
 template <class T>
 struct AttentionWork {
-  // Problem. channels_padded is a multiple of 8; positions = height * width; panels of `panel` queries, query_count
-  // of an item in all: its positions in order, or those of a list.
+  // Problem. channels_padded is a multiple of 8; positions = height * width. query_count: queries of an item, which
+  // are all positions in order, or those of a list; panels: number of panels of `panel` queries each.
   int64_t batch, channels, channels_padded, height, width, positions;
   int64_t query_count, panel, panels, key_groups;
   bool released;
 
   const T* features;  // [batch][channels][positions]
-  // Forward of a program's maps, in place of `features` and `out`: [item][position][pixel], read and written where
-  // the list says. Null: none.
+  // Maps of a program, which replace `features` and `out` in the forward: [item][position][pixel]. Only the queries
+  // of the list are computed. Null: none.
   const T* pixels;
   T* to_pixels;
   int64_t pixel, to_pixel;
@@ -45,21 +45,21 @@ struct AttentionWork {
   T* part_sum;
   T* operands;         // [batch][panels][2: attended, features][channels_padded][panel] kept for combine, or null
   View out, attended;  // either may be empty
-  T* row_max;          // [batch][positions]: what was subtracted from the scores (in units of log 2); or null
+  T* row_max;          // [batch][positions]: the maxima subtracted from the scores (in units of log 2); or null
   T* row_sum;          // [batch][positions]: the sum of exp2 of the differences
-  int64_t first_item;  // batch item of the views, and of row_max and row_sum, that item 0 here is
+  int64_t first_item;  // item 0 here is this batch item of the views, row_max and row_sum
 
   // Backward.
   int64_t query_ranges, key_ranges;
   const T* grad;           // of attended, [batch][channels][positions]
-  const char* score_keys;  // the keys as the forward packed them; w.keys where that was in T
+  const char* score_keys;  // the keys as packed by the forward; w.keys if they are in T
   int64_t score_pack_bytes;
   const T* saved_max;  // [batch][positions], the forward's row_max and row_sum
   const T* saved_sum;
   T* row_dot;              // D_i = sum_c grad * attended, [batch][positions]
   T* grad_query;           // [key_ranges][batch][channels][positions]
   T* grad_key;             // [query_ranges][batch][key_groups * 8][channels_lanes]; dK, with dV added if released
-  T* grad_value;           // the same layout, only in the paper's variant
+  T* grad_value;           // the same layout; only in the paper's variant
   int64_t channels_lanes;  // channels rounded up to the vector width
 };
 
@@ -74,7 +74,7 @@ struct AttentionKernels {
   void (*prepare)(const AttentionWork<T>&, int64_t b, int64_t tile);
   void (*forward)(const AttentionWork<T>&, int64_t b, int64_t panel, int64_t split, T* scratch);
   void (*merge)(const AttentionWork<T>&, int64_t b, int64_t panel, T* scratch);
-  // Output channels [8 * first, 8 * (first + groups)) of a panel whose operands were kept; weight [2][groups][C][8].
+  // Output channels [8 * first, 8 * (first + groups)) of a panel with kept operands; weight [2][groups][C][8].
   void (*combine)(const AttentionWork<T>&, int64_t b, int64_t panel, const T* weight, int64_t first, int64_t groups,
                   T* out_rows);
   void (*backward)(const AttentionWork<T>&, int64_t b, int64_t query_range, int64_t key_range, T* scratch);
@@ -85,15 +85,15 @@ struct AttentionKernels {
 struct AttentionTable {
   AttentionKernels<float> f32;
   AttentionKernels<double> f64;
-  // Scores and attended values by products of bf16 pairs. All null where the instruction set has no such product.
+  // Multiplies pairs of bf16 for scores and attended values. All null where the instruction set cannot.
   AttentionKernels<float> bf16;
 };
 
-// features [B, C, H, W]; stats [1, 2, B, H*W] dense, float32 or float64: the rows' maxima, in units of log 2, and
-// sums; weight [1, 1, C, 2C]; bias [1, 1, 1, C].
+// features [B, C, H, W]; weight [1, 1, C, 2C]; bias [1, 1, 1, C]; stats [1, 2, B, H*W] dense, float32 or float64: the
+// maxima of the rows, in units of log 2, and their sums.
 void attention_forward(const TensorArg& features, const TensorArg& weight, const TensorArg& bias, bool released,
                        const TensorArg& out, const TensorArg& attended, const TensorArg& stats, int64_t threads);
-// Maps of a program's step, [batch][height * width][pixel] each, of which the first `channels` are meant.
+// Maps of a program's step, [batch][height * width][pixel] each; of a pixel, the first `channels` elements are used.
 struct PixelMaps {
   int64_t batch, channels, height, width;
   const float* from;
@@ -101,11 +101,11 @@ struct PixelMaps {
   float* to;
   int64_t to_pixel;
   bool relu;                     // store max(0, result)
-  std::vector<int32_t> queries;  // positions to compute, of every sample; all are keys
+  std::vector<int32_t> queries;  // positions to compute, in every sample; all positions are keys
 };
 
-// The same without checks and stats, for attention_step.cpp. weight [C][2C], bias [C]; bf16: multiply bf16 pairs
-// where the CPU can.
+// attention_forward without checks and stats, for attention_step.cpp. weight [C][2C], bias [C]; bf16: multiply pairs
+// of bf16 where the CPU can.
 void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, bool bf16,
                       int64_t threads);
 void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,

@@ -26,9 +26,9 @@ struct Attention {
 
   // --- register block -------------------------------------------------------------------------------------------
 
-  // acc[r][m] += sum_k a[r * A_ROW + k * A_STEP] * b[k * ldb + m * W ...]: per k, M loads and R broadcasts feed
-  // R * M products. With 8 x 3 accumulators that is 11 loads for 24 products, under half of what two load ports do
-  // in the 12 cycles, so the products' latency and throughput are what is left.
+  // acc[r][m] += sum_k a[r * A_ROW + k * A_STEP] * b[k * ldb + m * W ...]: for each k, M loads and R broadcasts for
+  // R * M products. With 8 x 3 accumulators, the 24 products take 12 cycles and need 11 loads, less than half of what
+  // two load ports can do in that time, so the speed is bound by the products.
   template <int R, int M, int A_ROW, int A_STEP>
   static LGNET_INLINE void multiply(Reg (&acc)[R][M], const Unit* a, const Unit* b, int64_t ldb, int64_t depth) {
     for (int64_t k = 0; k < depth; ++k) {
@@ -55,8 +55,8 @@ struct Attention {
     }
   }
 
-  // c (+)= acc. A block's products are summed from zero and the sum is added here, instead of going on from c: as
-  // many loads, and the chains of sums, hence the rounding errors, do not grow with the number of blocks.
+  // c (+)= acc. A block's products are summed from zero and their sum is added to c here. That needs as many loads as
+  // starting from c, but the chains of sums, and so the rounding errors, do not grow with the number of blocks.
   template <int R, int M>
   static LGNET_INLINE void store_block(const Reg (&acc)[R][M], T* c, int64_t ldc, bool accumulate) {
     LGNET_UNROLL
@@ -69,7 +69,7 @@ struct Attention {
     }
   }
 
-  // The same for an instruction set with blocks written in assembly: `sum` writes ROWS * NR elements.
+  // store_block for instruction sets with blocks written in assembly: `sum` writes ROWS * NR elements.
   template <class Sum>
   static LGNET_INLINE void write_block(T* c, bool accumulate, Sum sum) {
     if (!accumulate) return sum(c);
@@ -80,9 +80,8 @@ struct Attention {
 
   // --- products of a panel ---------------------------------------------------------------------------------------
 
-  // scores[key][query] (+)= keys . queries for `groups` groups of 8 keys. Depth is the channels' units. Channels
-  // are taken kDepth at a time, so that the panel's slice stays in the first-level cache while the keys stream by,
-  // and so that chains of sums are short.
+  // scores[key][query] (+)= keys . queries for `groups` groups of 8 keys; depth: units of the channels. Channels are
+  // taken kDepth at a time, which keeps the panel's slice in the first-level cache and the chains of sums short.
   template <int M>
   static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
                             int64_t depth, T* scores, bool accumulate, [[maybe_unused]] Multiplier& multiplier) {
@@ -156,13 +155,13 @@ struct Attention {
     for (; c < lanes; c += W) outer_block<1>(left, right + c, lanes, keys, queries, out + c);
   }
 
-  // Calls f with a number of vectors that hold `count` positions, at most M, as a compile-time constant.
+  // Calls f with the number of vectors for `count` positions, at most M, as a compile-time constant.
   template <int M = V::NV, class F>
   static LGNET_INLINE void with_vectors(int64_t count, F f) {
     if constexpr (M == 1) {
       f(std::integral_constant<int, 1>());
     } else {
-      constexpr int LESS = M > 3 ? M / 2 : M - 1;  // few instances even of wide panels
+      constexpr int LESS = M > 3 ? M / 2 : M - 1;  // few instances also for wide panels
       if (count > LESS * W) return f(std::integral_constant<int, M>());
       with_vectors<LESS>(count, f);
     }
@@ -179,7 +178,7 @@ struct Attention {
     }
   }
 
-  // Key and value of channel c of a group's positions; row: the features, shifted.
+  // Packs key and value of channel c for a group of positions; row: the features, shifted.
   static LGNET_INLINE void put_group(const Work& w, int64_t b, int64_t group, int64_t c, const T* row,
                                      const T* inverse) {
     Unit* kp = reinterpret_cast<Unit*>(w.keys + b * w.pack_bytes) + group * w.channels_padded * UNITS;
@@ -230,7 +229,7 @@ struct Attention {
     const T* f = w.features + b * w.channels * w.positions + p0;
     const T shift = w.released ? static_cast<T>(1e-7) : T{0};
     T inverse[TILE] = {};
-    // Squares are summed 16 channels at a time: shorter chains of float32 sums, smaller rounding errors.
+    // Squares are summed 16 channels at a time, because shorter chains of float32 sums have smaller rounding errors.
     T total[TILE] = {};
     for (int64_t c0 = 0; c0 < w.channels; c0 += 16) {
       T part[TILE] = {};
@@ -260,7 +259,7 @@ struct Attention {
     return w.pixels + ((w.first_item + b) * w.positions + position) * w.pixel;
   }
 
-  // W elements plus `shift`, zeros from `count` on.
+  // Loads W elements plus `shift`; lanes from `count` on are zero.
   static LGNET_INLINE Reg load_some(const T* p, int64_t count, T shift) {
     if (count >= W) return V::add(V::load(p), V::set1(shift));
     T lane[W] = {};
@@ -323,7 +322,7 @@ struct Attention {
     }
   }
 
-  // Queries q0 .. q0 + count - 1 of the list, as load_queries has them.
+  // Queries q0 .. q0 + count - 1 of the list, in the form of load_queries.
   static void gather_queries(const Work& w, int64_t b, int64_t q0, int64_t count, T scale, T* rows) {
     if (!w.released) {
       return gather_rows(w, count, rows, [&](int64_t t, int64_t c) {
@@ -332,7 +331,7 @@ struct Attention {
         return V::mul(load_some(pixel_of(w, b, position) + c, w.channels - c, T{0}), factor);
       });
     }
-    struct Box {  // the part of a query's 3x3 neighbourhood that the map has
+    struct Box {  // the part of a query's 3x3 neighbourhood that lies in the map
       const T* first;
       int64_t rows, columns;
     };
@@ -400,7 +399,7 @@ struct Attention {
   // rows[c][t] = scale * sum of the 3x3 neighbourhood of position p0 + t in image c, zero outside the image.
   static void box_sum(const T* f, int64_t channels, int64_t n, int64_t width, int64_t p0, int64_t count, T scale,
                       T* rows) {
-    // In flat order the neighbours left and right of a row's ends belong to other rows: these factors drop them.
+    // In flat order the neighbours beyond the ends of a row belong to other rows; these factors are zero for them.
     T left[NR] = {}, right[NR] = {}, here[NR] = {};
     for (int64_t t = 0; t < count; ++t) {
       const int64_t x = (p0 + t) % width;
@@ -408,7 +407,7 @@ struct Attention {
       right[t] = x < width - 1 ? scale : T{0};
       here[t] = scale;
     }
-    // column[u]: vertical sum at position p0 - 1 + u, over those of its three rows that exist.
+    // column[u]: vertical sum at position p0 - 1 + u, over those of its three rows that lie in the image.
     const int64_t first = p0 - 1;
     int64_t begin[3], end[3];
     for (int k = 0; k < 3; ++k) {
@@ -443,7 +442,7 @@ struct Attention {
 
   static int64_t forward_scratch(const Work& w) { return 3 * w.channels_padded * NR + CHUNK * NR + 4 * NR; }
 
-  // One panel of queries against one range of keys.
+  // Attention of one panel of queries over one range of keys.
   static void forward(const Work& w, int64_t b, int64_t panel, int64_t split, T* scratch) {
     const int64_t p0 = panel * NR, count = w.query_count - p0 < NR ? w.query_count - p0 : NR;
     with_vectors(count, [&](auto m) { forward_panel<decltype(m)::value>(w, b, panel, count, split, scratch); });
@@ -461,7 +460,7 @@ struct Attention {
     T* sum = top + NR;                 // [NR]
     T* chunk_top = sum + NR;           // [NR]
 
-    // Scores in units of log 2: the softmax's exp is exp2, and the factor costs nothing here.
+    // Scores are in units of log 2, because exp2 is cheaper than exp; the factor is part of the queries' scale.
     load_queries(w, b, panel * NR, count, static_cast<T>(kLog2E), query_rows);
     const Unit* queries;
     if constexpr (V::PAIR == 1) {
@@ -485,7 +484,7 @@ struct Attention {
       const bool first = g0 == g_begin;
       score_product<M>(keys + g0 * group_stride, group_stride, groups, queries,
                        V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false, multiplier);
-      // The paper's scores are cosines: exp2 of them needs no maximum subtracted.
+      // The paper's scores are cosines, so exp2 cannot overflow and no maximum is subtracted.
       if (w.released) raise_maximum<M>(scores, valid, first, cp, rows, top, sum, chunk_top);
       exponentiate<M>(scores, valid, kTiled ? (padded + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS : padded, top, sum);
       value_product<M>(values + g0 * group_stride, group_stride, groups, reinterpret_cast<const Unit*>(scores), cp,
@@ -501,9 +500,9 @@ struct Attention {
     for (int64_t t = 0; t < NR; ++t) w.part_max[part * NR + t] = top[t], w.part_sum[part * NR + t] = sum[t];
   }
 
-  // Softmax is right for any constant subtracted, so the running maximum is only raised where a chunk exceeds it by
-  // more than 8 (weights then stay below 2^8, sums far below overflow). After a few chunks that hardly happens, and
-  // the rows are not rescaled.
+  // Softmax is the same for any subtracted constant, so the running maximum is raised only where a chunk exceeds it
+  // by more than 8. Weights then stay below 2^8, and sums far below overflow. After a few chunks this is rare, which
+  // saves rescaling the rows.
   template <int M>
   static LGNET_INLINE void raise_maximum(const T* scores, int64_t valid, bool first, int64_t channels_padded, T* rows,
                                          T* top, T* sum, T* chunk_top) {
@@ -571,13 +570,13 @@ struct Attention {
       V::store(column + j * NR, even);
       V::store(column + (j + 1) * NR, odd);
     } else {
-      // Pairs take half the rows: row j / 2 has been read before it is written.
+      // Pairs need half as many rows; row j / 2 has been read before it is written.
       V::store_pairs(reinterpret_cast<Unit*>(column) + j / 2 * NR, even, odd);
     }
   }
 
-  // Divides by the sums, writes these and the maxima for the backward, and what was asked for: the attended rows, or
-  // those through the combiner, for which the features join them; rows [2][cp][NR].
+  // Divides by the sums, writes sums and maxima for the backward, and writes the results: the attended rows, and the
+  // combiner's rows, whose second operand are the features; rows [2: attended, features][cp][NR].
   template <int M>
   static void finish(const Work& w, int64_t b, int64_t panel, int64_t count, T* rows, const T* top, const T* sum,
                      T* out_rows) {
@@ -628,14 +627,14 @@ struct Attention {
   template <int M>
   static void combine_rows(const Work& w, int64_t b, int64_t p0, int64_t count, const T* rows, const T* weight,
                            int64_t first, int64_t groups, T* out_rows) {
-    // The same register block in plain T, also under bf16 keys: the combiner is a sixteenth of the work or less.
+    // In plain T also where keys are bf16 pairs, because the combiner is a sixteenth of the work or less.
     using Full = Attention<F<T>>;
     const int64_t stride = w.channels * GROUP;
     typename Full::Multiplier multiplier;
     Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, false, multiplier);
     Full::template score_product<M>(weight + groups * stride, stride, groups, rows + w.channels_padded * NR,
                                     w.channels, out_rows, true, multiplier);
-    // Last: where the bias is much larger than the products, sums that begin with it would lose their digits.
+    // The bias is added last: sums that begin with a bias much larger than the products would lose digits.
     for (int64_t c = 0; c < groups * GROUP; ++c) {
       const Reg bias = V::set1(w.bias[first * GROUP + c]);
       for (int m = 0; m < M; ++m) {
@@ -649,7 +648,7 @@ struct Attention {
     store_rows(w.out.channels(first * GROUP, groups * GROUP), w.first_item + b, p0, count, out_rows, NR);
   }
 
-  // Joins the key ranges of one panel: rows weighted by exp2 of their maxima's differences.
+  // Merges the key ranges of one panel: sums of the rows, weighted by exp2 of the differences of their maxima.
   static void merge(const Work& w, int64_t b, int64_t panel, T* scratch) {
     const int64_t p0 = panel * NR, count = w.query_count - p0 < NR ? w.query_count - p0 : NR;
     with_vectors(count, [&](auto m) { merge_panel<decltype(m)::value>(w, b, panel, count, scratch); });
@@ -689,8 +688,8 @@ struct Attention {
     return task > finish ? task : finish;
   }
 
-  // One range of query panels against one range of keys: adds to this range's own grad_query and grad_key buffers,
-  // so that no two tasks write the same memory and the sums have one order.
+  // The gradients of one range of query panels and one range of keys. They are added to separate buffers per range,
+  // so no two tasks write the same memory, and the order of the sums is fixed.
   static void backward(const Work& w, int64_t b, int64_t query_range, int64_t key_range, T* scratch) {
     const int64_t n = w.positions, lanes = w.channels_lanes, rows_k = w.key_groups * GROUP;
     const int64_t panel_begin = query_range * w.panels / w.query_ranges;
@@ -724,7 +723,7 @@ struct Attention {
     T* slopes = weights + CHUNK * NR;      // [CHUNK][NR] dP, then dS
     T* query_lanes = slopes + CHUNK * NR;  // [NR][lanes]: the queries with channels innermost
     T* grad_lanes = query_lanes + NR * lanes;
-    T* top = grad_lanes + NR * lanes;  // [NR], what the forward subtracted from the scores
+    T* top = grad_lanes + NR * lanes;  // [NR], subtracted from the scores in the forward
     T* inverse_sum = top + NR;         // [NR]
     T* row_dot = inverse_sum + NR;     // [NR]
 
@@ -742,8 +741,8 @@ struct Attention {
       inverse_sum[t] = t < count ? T{1} / w.saved_sum[b * n + p0 + t] : T{0};
       row_dot[t] = t < count ? w.row_dot[b * n + p0 + t] : T{0};
     }
-    // The scores come from the same operands by the same instructions as in the forward, so that they are the same
-    // bits as those which the maxima and the sums were taken of: differences from these are as exact as the scores.
+    // Operands and instructions are the same as in the forward, so the scores have the same bits as those from which
+    // the forward took the maxima and sums. Differences from the maxima are then as exact as the scores.
     const Unit* query_units = reinterpret_cast<const Unit*>(queries);
     if constexpr (V::PAIR == 2) to_units(queries, cp, reinterpret_cast<Unit*>(queries));  // row c / 2 <= c: in place
     const int64_t unit_stride = cp * UNITS;
@@ -782,7 +781,7 @@ struct Attention {
     }
   }
 
-  // Adds the other key ranges' grad_query to the first.
+  // Adds the grad_query of the other key ranges to that of the first.
   static void backward_sum(const Work& w, int64_t b, int64_t tile) {
     const int64_t n = w.positions, p0 = tile * kPositionsPerTile;
     const int64_t p1 = p0 + kPositionsPerTile < n ? p0 + kPositionsPerTile : n;
@@ -795,7 +794,7 @@ struct Attention {
     }
   }
 
-  // From the gradients of queries, keys and values to that of the features, for one tile of positions.
+  // The gradient of the features from those of queries, keys and values, for one tile of positions.
   static void backward_finish(const Work& w, int64_t b, int64_t tile, T* scratch) {
     const int64_t n = w.positions, p0 = tile * kPositionsPerTile, lanes = w.channels_lanes;
     const int64_t count = n - p0 < kPositionsPerTile ? n - p0 : kPositionsPerTile;
@@ -814,7 +813,7 @@ struct Attention {
         total[c * kPositionsPerTile + t] = g;
         along += g * (f[c * n + p] + shift) * inverse;
       }
-      // Where the norm was clamped it is a constant, and only the division is left of the derivative.
+      // A clamped norm is a constant; the derivative is then the division alone.
       if (!w.released && inverse == T{1} / static_cast<T>(1e-12)) along = 0;
       for (int64_t c = 0; c < w.channels; ++c) {
         T& g = total[c * kPositionsPerTile + t];

@@ -1,7 +1,7 @@
 // The attention block as a step of a program, whose feature maps are [positions][channels].
 //
-// Keys and values come from all positions, queries from the regions alone: of all samples together, or of each by
-// itself where the regions tell them apart.
+// Keys and values come from all positions, queries from the regions only. Where regions belong to single samples,
+// each sample is computed separately.
 #include <vector>
 
 #include "attention.h"

@@ -1,7 +1,8 @@
 // The last step of a stage: a convolution to 3 channels, tanh, and the merge into the picture.
 //
-// With so few output channels a kernel row's taps, side by side, fill a vector: a row of the source times the weights
-// of one kernel row gives [x][tap][channel], and the outputs are sums along x of what the taps contributed.
+// Three output channels would leave most of a vector unused, so the taps of a kernel row lie side by side in it: a
+// row of the source times the weights of one kernel row gives [x][tap][channel]. The outputs are sums of these
+// products along x.
 #include <algorithm>
 
 #include "parallel.h"
@@ -10,7 +11,7 @@
 namespace lgnet {
 namespace {
 
-// Source columns multiplied at a time, by all kernel rows, so that their sums stay in the first-level cache.
+// Source columns that are multiplied by all kernel rows at a time; their sums fit the first-level cache.
 constexpr int64_t kColumnsAtOnce = 112;
 
 // A row of outputs of one sample.
@@ -88,24 +89,33 @@ Source pairs_of(const LastStep& step, const Run& run, const std::vector<Line>& l
 
 // Kernel rows that read source rows an even distance apart: one product.
 struct Taps {
-  int64_t tap, row;           // the first one, and the source row that it reads
+  int64_t tap, row, count;    // the first one, the source row that it reads, and how many there are
   int64_t jump;               // units in the source from a tap's row to that of the next kernel row
-  std::vector<int64_t> live;  // the kernel rows' ranges of the weights' depth
+  std::vector<int64_t> live;  // ranges of the weights' depth
 };
 
-// All kernel rows that some source row is read by, in few products.
+// All kernel rows that read inside the source for output row y, in few products.
 std::vector<Taps> taps_of(const LastStep& step, const Source& source, int64_t y) {
   std::vector<Taps> all;
   int64_t last_tap = 0, last_row = 0;
   for (int64_t tap = 0; tap < step.kernel; ++tap) {
-    const int64_t row = source_row(step, y, tap);
+    const int64_t row = source_row(step, y, tap), begin = tap * source.depth, end = begin + source.depth;
     if (row < 0) continue;
     const int64_t distance = (row - last_row) * step.source.width * source.pixel, taps = tap - last_tap;
-    const bool second = !all.empty() && all.back().live.size() == 2;
-    const bool even = !all.empty() && distance % taps == 0 && (second || distance / taps == all.back().jump);
-    if (!even) all.push_back({tap, row, 0, {}});
-    if (even && second) all.back().jump = distance / taps;
-    all.back().live.insert(all.back().live.end(), {tap * source.depth, (tap + 1) * source.depth});
+    const bool goes_on =
+        !all.empty() && distance % taps == 0 && (all.back().count == 1 || distance / taps == all.back().jump);
+    if (!goes_on) {
+      all.push_back({tap, row, 1, 0, {begin, end}});
+    } else {
+      Taps& now = all.back();
+      now.jump = distance / taps;
+      ++now.count;
+      if (now.live.back() == begin) {
+        now.live.back() = end;
+      } else {
+        now.live.insert(now.live.end(), {begin, end});
+      }
+    }
     last_tap = tap;
     last_row = row;
   }
@@ -141,7 +151,7 @@ void multiply_line(const LastStep& step, const Run& run, const Source& source, c
   }
 }
 
-// What the kernel needs to sum, squash and merge one line.
+// Arguments of the kernel that sums one line, applies tanh and merges.
 LastRow describe_line(const LastStep& step, const Run& run, const Line& line, int64_t columns, float* products) {
   LastRow row{};
   row.products = products;

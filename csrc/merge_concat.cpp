@@ -41,7 +41,7 @@ void for_runs(const View& image, bool flat, int64_t threads, Run run) {
   // Short rows are joined to one task, because scheduling them would cost more than their work.
   const int64_t bundle = std::max<int64_t>(1, kPositionsPerRun / std::max<int64_t>(1, length));
   const int64_t bundles = ceil_div(rows, bundle);
-  // Waking a thread costs more than so little work.
+  // Waking a thread would take longer than this little work.
   if (image.size[0] * rows * length <= kPositionsPerRun) threads = 1;
   parallel_for(threads, image.size[0] * bundles * pieces, [&](int64_t task, int64_t) {
     const int64_t b = task / (bundles * pieces), y0 = task / pieces % bundles * bundle;

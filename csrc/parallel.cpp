@@ -69,9 +69,9 @@ struct Region {
   std::vector<Share> shares;
 };
 
-// A thread first takes the share that it had last, if that is free, and so becomes the same worker. Shares are the
-// same part of the tasks in every region, so that a core finds rows and scratch of the previous step in its caches,
-// or in near ones. After its share it takes tasks of the others.
+// A thread first takes the share that it had last, if that is free, and so becomes the same worker. A share is the
+// same part of the tasks in every region, so rows and scratch of the previous step are still in the caches of the
+// core, or in near ones. After its share it takes tasks of the others.
 void run_worker(void* data) {
   thread_local size_t seat = 0;
   Region& region = *static_cast<Region*>(data);
@@ -129,7 +129,7 @@ void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64
   try {
     for (int64_t i = 1; i < threads; ++i) pool.emplace_back(run_worker, &region);
   } catch (const std::system_error&) {
-    // No more threads can be started: the started ones and this one do all the tasks.
+    // No more threads can be started; the started ones and this one do all tasks.
   }
   run_worker(&region);
   for (std::thread& thread : pool) thread.join();

@@ -22,11 +22,11 @@ void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64
 // Where the threads come from: "openmp (<path of the runtime>)" or "threads".
 std::string parallel_backend();
 
-// Tells this library that the process is a fork of one that may have used OpenMP (libgomp's pool did not survive).
+// To be called in a fork of a process that may have used OpenMP: libgomp's threads do not exist in the fork.
 void mark_forked();
 // Makes every later child of this process call mark_forked, and fork() wait for shared_mutex().
 void watch_forks();
-// For short sections only. fork() waits until it is free, so that it is never locked in a child.
+// For short sections only. fork() waits until it is free, so it is never locked in a child.
 std::mutex& shared_mutex();
 
 }  // namespace lgnet

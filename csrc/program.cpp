@@ -34,7 +34,7 @@ void check_rect(const char* function, const Rect& rect, int64_t height, int64_t 
            std::to_string(rect.left) + " to " + std::to_string(rect.right));
 }
 
-// What lies outside a map is not the arena's, so a region that reaches there would write into other memory.
+// A region outside its map would write into memory of other maps, or outside the arena.
 void check_regions(const char* function, const Step& step, const std::vector<Region>& regions, int64_t batch) {
   for (const Region& region : regions) {
     check_rect(function, region.out, step.out_height, step.out_width);
@@ -150,7 +150,7 @@ Program::Arguments Program::check_arguments(const TensorArg& image, const Tensor
   return arguments;
 }
 
-// Memory that an earlier run has left, or new.
+// Memory of an earlier run, or new memory.
 std::unique_ptr<Memory> Program::take_memory() {
   {
     const std::lock_guard<std::mutex> lock(shared_mutex());

@@ -1,4 +1,4 @@
-// A plan, run by one call: steps over feature maps in one arena, weights packed once and shared by every call.
+// A plan that one call runs: steps over feature maps in one arena; the packed weights are shared by all calls.
 #pragma once
 
 #include <memory>
@@ -10,20 +10,20 @@ namespace lgnet {
 
 class Program {
  public:
-  // The instruction set in use now serves the program for good: weights were packed for its vectors.
+  // The program keeps the instruction set in use now, because the weights are packed for its vectors.
   Program(int64_t batch, int64_t height, int64_t width, int64_t arena, int64_t picture, std::vector<AnyStep> steps);
   ~Program();
 
-  // image, start and out [B, 3, H, W], mask [B, 1, H, W], float32 with any strides. start (white where absent) is
-  // painted into the hole at first; raw: what the last step of every stage computed, one [B, 3, H, W] each, or none.
-  // regions: one list a step, or none for those of the specification; all of every sample, or each of one. poison:
-  // start from an arena full of NaN. Returns the milliseconds of every step. May run in several threads at once, each
-  // with memory of its own.
+  // image, start and out [B, 3, H, W], mask [B, 1, H, W], float32 with any strides. start: initially painted into the
+  // hole, white where absent. raw: receives the result of the last step of every stage, one [B, 3, H, W] each, or
+  // none. regions: one list per step, or none for those of the specification; each region is of one sample, or each
+  // is of all. poison: start from an arena full of NaN. Returns the milliseconds of every step. May run in several
+  // threads at once; each run has separate memory.
   std::vector<double> run(const TensorArg& image, const TensorArg& mask, const TensorArg& start, const TensorArg& out,
                           const std::vector<TensorArg>& raw, const std::vector<std::vector<Region>>& regions,
                           int64_t threads, bool poison);
 
-  // Arenas and scratch that calls have left for the next.
+  // Bytes of arenas and scratch that earlier calls left for later ones.
   int64_t workspace_bytes();
 
  private:
@@ -45,8 +45,8 @@ class Program {
   std::vector<std::unique_ptr<Memory>> idle_;  // under shared_mutex()
 };
 
-// What weights are packed for: lanes, panel, pair and depth of the instruction set in use (see ConvKernels). All zero
-// for bf16 where it has none.
+// The layout of packed weights: lanes, panel, pair and depth for the instruction set in use (see ConvKernels). All
+// zero for bf16 where it has no such kernels.
 std::array<int64_t, 4> packing(bool bf16);
 
 // Whether products of bf16 pairs are by matrix tiles.

@@ -1,4 +1,4 @@
-// The programs' part of the module (module.cpp).
+// Bindings of programs, for module.cpp.
 #pragma once
 
 #include <pybind11/pybind11.h>

@@ -11,7 +11,7 @@ struct Rect {
   int64_t top, bottom, left, right;
 };
 
-// What a step computes (out), and what of its source was computed for that (read); of one sample, or of all (-1).
+// out: what a step computes. read: the part of its source that was computed for it. sample: -1 for all samples.
 struct Region {
   Rect out, read;
   int64_t sample = -1;
@@ -26,19 +26,19 @@ struct Tile {
 // Numbers the tiles of all regions of a step: region by region, sample by sample, row by row.
 class TileSpace {
  public:
-  // step: distance of a phase's outputs; m: width of a tile.
+  // step: distance between the outputs of a phase; m: width of a tile.
   TileSpace(const std::vector<Region>& regions, int64_t batch, int64_t step, int64_t m);
   int64_t total() const { return total_; }
   // Writes tiles [first, first + count).
   void get(int64_t first, int64_t count, Tile* tiles) const;
-  // Rows of tiles, of all regions and samples, and one of them: its first tile, and in `tiles` how many there are.
+  // Number of rows of tiles in all regions and samples; and one row: its first tile, and in `tiles` their number.
   int64_t lines() const;
   Tile line(int64_t number, int64_t& tiles) const;
 
  private:
   struct Area {
     const Region* region;
-    int64_t sample, samples, top, left, rows, columns, first;  // sample and tile: the first of the area
+    int64_t sample, samples, top, left, rows, columns, first;  // sample, first: of the first tile
   };
   int64_t m_, total_ = 0;
   std::vector<Area> areas_;

@@ -1,6 +1,6 @@
 """Six training steps of a tiny LGNet on the bundled pictures (extra `train`); then fill a picture with the result.
 
-configs/demo.yaml is the run that goes on from the bundled weights; docs/training.md explains the settings.
+configs/demo.yaml continues from the bundled weights; docs/training.md explains the settings.
 """
 
 import tempfile

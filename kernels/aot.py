@@ -32,7 +32,7 @@ from triton.compiler import ASTSource
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.plan import Plan
-from lgnet_fast.engine.regions import Rect, rounded
+from lgnet_fast.engine.regions import Rect
 from lgnet_fast.reference.variants import create_model
 
 from . import attention, attention_inference, configs, merge_concat
@@ -149,8 +149,7 @@ class _Elsewhere(CudaExecutor):
         """Make all launches of one run, in order."""
         regions = None
         if holes is not None:
-            whole = rounded(holes, self.granularity, self.plan.height, self.plan.width)
-            regions = [step.regions for step in self.plan.restricted(whole).steps]
+            regions = [step.regions for step in self.restricted(self.plan, holes).steps]
         with torch.no_grad():
             for launch in self._launches(self.memory, regions, painted=holes is not None):
                 launch()

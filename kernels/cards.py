@@ -1,4 +1,4 @@
-"""Facts about the NVIDIA GPUs that the kernels are made for; they stand nowhere else.
+"""Facts about the NVIDIA GPUs that the kernels are made for; they are in no other file.
 
 Shared memory: CUDA C++ Programming Guide, technical specifications per compute capability (99, 163, 227 KiB a block).
 Rates: those of the H100 are measured. The others are NVIDIA's figures (data sheets and architecture papers; dense, 16

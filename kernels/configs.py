@@ -67,7 +67,7 @@ _overrides: ContextVar[dict[str, Any]] = ContextVar("lgnet_fast_config_overrides
 
 @contextlib.contextmanager
 def assume_generation(target: str, num_sms: int = 132) -> Iterator[None]:
-    """Choose block shapes as on a GPU of generation `target`, such as "sm_90": for `aot` and tests."""
+    """Choose the block shapes of a GPU of generation `target`, such as "sm_90": for `aot` and tests."""
     token = _assumed.set((target, num_sms))
     try:
         yield
@@ -77,7 +77,7 @@ def assume_generation(target: str, num_sms: int = 132) -> Iterator[None]:
 
 @contextlib.contextmanager
 def override(op: str, config: Config | Inference) -> Iterator[None]:
-    """Use `config` for every launch of `op`, whatever the table says: for the tuner and for tests.
+    """Use `config` instead of the table for every launch of `op`: for the tuner and for tests.
 
     op: a key of the table, or "inference".
     """

@@ -75,7 +75,7 @@ def _merge_bwd_kernel(
     CONCAT: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program owns BLOCK pixels of one sample."""
+    """A program computes the gradients of BLOCK pixels of one sample."""
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
     n = (tl.program_id(0) % num_blocks) * BLOCK + tl.arange(0, BLOCK)
     inside = n < n_positions

@@ -267,7 +267,7 @@ def evaluate(
 ) -> None:
     """Score models beside OpenCV's methods, by the paper's protocol: a table, JSON, Markdown, a contact sheet.
 
-    An interrupted evaluation goes on where it was; under `accelerate launch` the processes share the pictures.
+    The same command continues an interrupted evaluation; under `accelerate launch` the processes share the pictures.
 
     Exit code: 0 all done, 1 some pictures could not be evaluated, 2 the evaluation could not start.
     """

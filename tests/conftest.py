@@ -4,27 +4,29 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
-from lgnet_fast import native
+from lgnet_fast import cache, native
 from lgnet_fast.engine import cpu_path
 from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill
+from .support import instruction_sets
 
 collect_ignore = ["recipes"]  # parts of changed copies of the tree, see test_recipes.py
 
 
 def share_the_cores(processes: int) -> None:
-    """This test process and its children take their part of the threads, as several test processes run."""
+    """This test process and its children use their share of the threads, because several test processes run."""
     threads = max(1, torch.get_num_threads() // processes)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))
     torch.set_num_threads(threads)
 
 
-# Both variables concern this run alone: tests start pytest too, whose pytest-benchmark then measures nothing.
+# Both variables are removed: in a pytest that a test starts, they would make pytest-benchmark measure nothing.
 if os.environ.pop("PYTEST_XDIST_WORKER", None):
     share_the_cores(int(os.environ.pop("PYTEST_XDIST_WORKER_COUNT")))
 
@@ -40,8 +42,8 @@ def pretend_to_have(isa: str) -> None:
     set_isa(isa)
 
 
-if isa := os.environ.get("LGNET_FAST_TEST_ISA"):
-    pretend_to_have(isa)
+if older := os.environ.get("LGNET_FAST_TEST_ISA"):
+    pretend_to_have(older)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -54,7 +56,23 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """A separate cache folder for verdicts and choices of the tests."""
-    monkeypatch.setenv("LGNET_FAST_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture
+def fresh_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty cache folder for one test, and nothing in memory."""
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
+    monkeypatch.setattr(cache, "_known", {})
+    return tmp_path / "cache"
+
+
+@pytest.fixture(params=instruction_sets())
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """The C++ kernels run with each instruction set of this processor."""
+    native.library().set_isa(request.param)
+    yield request.param
+    native.library().set_isa("auto")
 
 
 @pytest.fixture(autouse=True)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -99,6 +101,26 @@ def box_mask(height: int, width: int, *boxes: tuple[int, int, int, int]) -> np.n
     for top, left, bottom, right in boxes:
         mask[top:bottom, left:right] = True
     return mask
+
+
+def smooth_noise(height: int, width: int, seed: int) -> np.ndarray:
+    """A random RGB array [height, width, 3] whose neighbouring pixels resemble each other; sides at least 8."""
+    small = Image.fromarray(noise(height // 8, width // 8, seed))
+    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
+
+
+def write_picture(path: Path, array: np.ndarray, **options: Any) -> Path:
+    """Save an array as a picture, in folders that are made; `options` of Pillow's `save`. Returns the path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(array).save(path, **options)
+    return path
+
+
+def png_bytes(array: np.ndarray) -> bytes:
+    """The bytes of an array as a PNG file."""
+    encoded = io.BytesIO()
+    Image.fromarray(array).save(encoded, "PNG")
+    return encoded.getvalue()
 
 
 def plan_items(

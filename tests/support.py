@@ -1,4 +1,4 @@
-"""Shared by several test files: the conformance recipe, and the accuracy rule."""
+"""Shared by several test files: the conformance recipe, the accuracy rule, instruction sets, folders of files."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from lgnet_fast import native
 from tests.data.conformance import recipe
 
 CONFORMANCE = Path(__file__).parent / "data" / "conformance"
@@ -88,3 +89,16 @@ def assert_accurate(
             allowed *= 8
     bound = factor * eager_error + allowed * info.eps * scale + info.tiny
     assert error <= bound, f"{name}: error {error:.3e} > {bound:.3e} (eager {eager_error:.3e}, scale {scale:.3e})"
+
+
+def instruction_sets() -> list[str]:
+    """Instruction sets of the C++ extension that this processor runs; none without the extension."""
+    return native.library().isa_available() if native.unavailable_reason() is None else []
+
+
+def write_files(folder: Path, files: dict[str, str]) -> Path:
+    """Write texts by their paths within a folder; returns the folder."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder

@@ -24,22 +24,10 @@ from lgnet_fast.jobs import entries, folders, options, outputs
 from lgnet_fast.pipeline import Inpainter, writing
 from lgnet_fast.pipeline.writing import remove_leftovers, write_atomically, write_file
 
-from .pipeline_support import BlurFill, box_mask, noise, plan_items
+from .pipeline_support import BlurFill, box_mask, noise, plan_items, png_bytes, write_picture
 
 HOLE = box_mask(40, 60, (10, 15, 30, 45))
 FILLED = Inpainter(BlurFill())(noise(40, 60), HOLE)
-
-
-def _write(path: Path, array: np.ndarray, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
-def _png(array: np.ndarray) -> bytes:
-    encoded = io.BytesIO()
-    Image.fromarray(array).save(encoded, "PNG")
-    return encoded.getvalue()
 
 
 def _run(*arguments, **options):
@@ -54,10 +42,10 @@ def _names(folder: Path) -> list[str]:
 def case(fake, tmp_path, monkeypatch) -> Path:
     """The current folder, with a picture a.png, a mask m.png and a folder in/ with a.png and b.jpg."""
     monkeypatch.chdir(tmp_path)
-    _write(tmp_path / "a.png", noise(40, 60))
-    _write(tmp_path / "m.png", HOLE.astype(np.uint8) * 255)
-    _write(tmp_path / "in" / "a.png", noise(40, 60))
-    _write(tmp_path / "in" / "b.jpg", noise(40, 60))
+    write_picture(tmp_path / "a.png", noise(40, 60))
+    write_picture(tmp_path / "m.png", HOLE.astype(np.uint8) * 255)
+    write_picture(tmp_path / "in" / "a.png", noise(40, 60))
+    write_picture(tmp_path / "in" / "b.jpg", noise(40, 60))
     return tmp_path
 
 
@@ -110,7 +98,7 @@ def test_a_format_that_cannot_be_written_here_is_refused(case, monkeypatch):
 @pytest.mark.parametrize("out", ["kept/o.png", "kept/new/deeper/", "kept/old.png", "link.png"])
 def test_folders_without_the_right_to_write_are_refused_before_work(case, fake, monkeypatch, out):
     """By a spy, since the tests may run as root, who may write everywhere."""
-    _write(case / "kept" / "old.png", noise(40, 60))
+    write_picture(case / "kept" / "old.png", noise(40, 60))
     (case / "link.png").symlink_to(case / "kept" / "old.png")
     access = os.access
     refuse = lambda path, mode: str(path) != str(case / "kept") and access(path, mode)  # noqa: E731
@@ -122,7 +110,7 @@ def test_folders_without_the_right_to_write_are_refused_before_work(case, fake, 
 
 
 def test_a_picture_that_the_format_cannot_hold_fails_before_the_network_runs(case, fake):
-    _write(case / "rgba.png", np.dstack([noise(40, 60), noise(40, 60)[..., 0]]))
+    write_picture(case / "rgba.png", np.dstack([noise(40, 60), noise(40, 60)[..., 0]]))
     result = _run("-i", "rgba.png", "-m", "m.png", "-o", "o.jpg")
     assert result.exit_code == 1
     assert "JPEG holds" in result.stderr
@@ -131,7 +119,7 @@ def test_a_picture_that_the_format_cannot_hold_fails_before_the_network_runs(cas
 
 def test_new_formats_pass_through_a_folder_run(case):
     for name in ("c.ppm", "d.tga", "e.jp2"):
-        _write(case / "in" / name, noise(40, 60))
+        write_picture(case / "in" / name, noise(40, 60))
     assert _run("-i", "in", "-m", "m.png", "-o", "out").exit_code == 0
     assert _names(case / "out") == ["a.png", "b.jpg", "c.ppm", "d.tga", "e.jp2"]
     for name in ("c.ppm", "d.tga", "e.jp2"):
@@ -142,7 +130,7 @@ def test_results_of_names_that_meet_are_all_kept(case):
     names = ["p.png", "P.PNG", "p.bmp", "p.png.png"]
     items = {}
     for name in names:
-        _write(case / "many" / name, noise(40, 60), format="BMP" if name.endswith("bmp") else "PNG")
+        write_picture(case / "many" / name, noise(40, 60), format="BMP" if name.endswith("bmp") else "PNG")
     for item in plan_items(case / "many", case / "m.png", case / "out", "png"):
         items[item.picture.name] = item.output.name
     assert len({name.casefold() for name in items.values()}) == len(names), items
@@ -173,8 +161,8 @@ def test_pictures_that_are_not_read_are_named_and_the_exit_code_tells(case, monk
 def test_folders_that_cannot_be_read_are_named(case, monkeypatch, side):
     """By a spy, since the tests may run as root, who can read everything."""
     for name in ("a", "b", "sub/c"):
-        _write(case / "masks" / f"{name}.png", HOLE.astype(np.uint8) * 255)
-    _write(case / "in" / "sub" / "c.png", noise(40, 60))
+        write_picture(case / "masks" / f"{name}.png", HOLE.astype(np.uint8) * 255)
+    write_picture(case / "in" / "sub" / "c.png", noise(40, 60))
     walk = os.scandir
 
     def refuse(path):
@@ -192,7 +180,7 @@ def test_folders_that_cannot_be_read_are_named(case, monkeypatch, side):
 
 
 def test_links_to_folders_are_followed_once(case):
-    _write(case / "elsewhere" / "c.png", noise(40, 60))
+    write_picture(case / "elsewhere" / "c.png", noise(40, 60))
     (case / "elsewhere" / "loop").symlink_to(case / "elsewhere")
     (case / "in" / "linked").symlink_to(case / "elsewhere")
     (case / "in" / "again").symlink_to(case / "in")
@@ -211,7 +199,7 @@ def _shard(path: Path, files: dict[str, bytes]) -> None:
 
 def test_one_bad_name_in_a_shard_does_not_end_the_run(case):
     bad = ["nul\0byte.png", "line\nfeed.png", "\x1b[31mred.png", "../out.png", "/root.png", "l" * 300 + ".png"]
-    _shard(case / "x.tar", {name: _png(noise(40, 60)) for name in [*bad, "good.png", "caption.txt", "o.psd"]})
+    _shard(case / "x.tar", {name: png_bytes(noise(40, 60)) for name in [*bad, "good.png", "caption.txt", "o.psd"]})
     result = _run("-i", "x.tar", "-m", "m.png", "-o", "out", "--report", "r.json", "--skip-existing")
     assert result.exit_code == 1
     assert f"1 filled, 0 skipped, {len(bad)} failed, 1 left out of {len(bad) + 2}" in result.stderr
@@ -225,7 +213,7 @@ def test_shards_of_names_that_meet_keep_all_results(case):
     folder = case / "shards"
     folder.mkdir()
     for name in ("s.tar", "s.TAR", "t.tar"):
-        _shard(folder / name, {"a.png": _png(noise(40, 60))})
+        _shard(folder / name, {"a.png": png_bytes(noise(40, 60))})
     assert _run("-i", folder, "-m", "m.png", "-o", "out").exit_code == 0
     results = _names(case / "out")
     assert len({name.casefold() for name in results}) == 3
@@ -254,12 +242,12 @@ def test_lamas_layout_by_mask_suffix(case, named):
     small = box_mask(40, 60, (0, 0, 5, 5))
     folder = case / "lama"
     for name in ("image1.png", "image2.png", "sub/image1.png"):
-        _write(folder / name, noise(40, 60))
+        write_picture(folder / name, noise(40, 60))
     for name, hole in (
         ("image1_mask001.png", HOLE), ("image2_mask000.png", HOLE), ("image2_mask001.png", small),
         ("sub/image1_mask.png", small),
     ):  # fmt: skip
-        _write(folder / name, hole.astype(np.uint8) * 255)
+        write_picture(folder / name, hole.astype(np.uint8) * 255)
     result = _run("-i", folder, *(["-m", folder] if named else []), "-o", "out", "--mask-suffix", "_mask")
     assert result.exit_code == 0, result.output
     expected = {"image1.png": HOLE, "image2_mask000.png": HOLE, "image2_mask001.png": small, "sub/image1.png": small}
@@ -271,20 +259,20 @@ def test_lamas_layout_by_mask_suffix(case, named):
 
 
 def test_results_of_an_earlier_run_are_no_masks(case):
-    _write(case / "in" / "out" / "a_mask.png", HOLE.astype(np.uint8) * 255)
+    write_picture(case / "in" / "out" / "a_mask.png", HOLE.astype(np.uint8) * 255)
     result = _run("-i", "in", "-o", "in/out", "--mask-suffix", "_mask")
     assert result.exit_code == 1
     assert "0 filled, 0 skipped, 2 failed of 2" in result.stderr
 
 
 def test_mask_suffix_with_a_folder_of_masks_one_picture_and_gaps(case):
-    _write(case / "masks" / "a-hole.png", HOLE.astype(np.uint8) * 255)
-    _write(case / "in" / "x-hole.png", noise(40, 60))  # a picture of such a name: the masks are elsewhere
+    write_picture(case / "masks" / "a-hole.png", HOLE.astype(np.uint8) * 255)
+    write_picture(case / "in" / "x-hole.png", noise(40, 60))  # a picture of such a name: the masks are elsewhere
     result = _run("-i", "in", "-m", "masks", "-o", "out", "--mask-suffix=-hole")
     assert result.exit_code == 1
     assert "1 filled, 0 skipped, 2 failed of 3" in result.stderr
     assert "no file named 'b-hole'" in result.stderr
-    _write(case / "a_mask.png", HOLE.astype(np.uint8) * 255)
+    write_picture(case / "a_mask.png", HOLE.astype(np.uint8) * 255)
     assert _run("-i", "a.png", "-o", "o.png", "--mask-suffix", "_mask").exit_code == 0
     np.testing.assert_array_equal(np.asarray(Image.open("o.png")), FILLED)
     for arguments in (["-m", "m.png"], ["--mask-suffix", ""]):
@@ -446,7 +434,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_work(case, fake, repo
 def test_names_that_are_not_utf8(case):
     name = os.fsencode("in/") + b"caf\xe9.png"
     with open(name, "wb") as file:
-        file.write(_png(noise(40, 60)))
+        file.write(png_bytes(noise(40, 60)))
     (case / "in" / "line\nfeed.png").write_bytes(b"broken")
     result = _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json")
     assert result.exit_code == 1
@@ -471,7 +459,7 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
     monkeypatch.setattr(entries, "save_picture", spy)
     monkeypatch.setattr("lgnet_fast.jobs.report._INTERVAL", 0.0)
     monkeypatch.setattr("lgnet_fast.jobs.report._SHARE", 1e9)
-    _write(case / "in" / "c.png", noise(40, 60))
+    write_picture(case / "in" / "c.png", noise(40, 60))
     assert _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json").exit_code == 0
     assert seen == [(False, 3, 1), (False, 3, 2)]
     data = json.loads(Path("r.json").read_text())
@@ -500,7 +488,7 @@ def test_an_interrupted_run_tells_what_was_done_and_keeps_the_report(
 ):
     """`lost`: the exception is dropped, as in a destructor; then the picture under way is still finished."""
     for name in "cdef":
-        _write(case / "in" / f"{name}.png", noise(40, 60))
+        write_picture(case / "in" / f"{name}.png", noise(40, 60))
     forward = BlurFill.forward
 
     def interrupted(self, *arguments, **options):
@@ -549,8 +537,8 @@ def test_other_commands_take_no_addresses_and_no_empty_names(case, command):
 @pytest.mark.parametrize("option", ["-i", "-m", "-o", "--model", "--report"])
 def test_names_that_are_too_long_are_one_line(tmp_path, monkeypatch, option):
     monkeypatch.chdir(tmp_path)
-    _write(tmp_path / "a.png", noise(40, 60))
-    _write(tmp_path / "m.png", HOLE.astype(np.uint8) * 255)
+    write_picture(tmp_path / "a.png", noise(40, 60))
+    write_picture(tmp_path / "m.png", HOLE.astype(np.uint8) * 255)
     arguments = {"-i": "a.png", "-m": "m.png", "-o": "o.png", option: "z" * 300 + "/y"}
     result = _run(*(text for pair in arguments.items() for text in pair))
     assert result.exit_code == 2, result.output

@@ -19,19 +19,13 @@ from lgnet_fast.errors import OutOfMemoryError, UsageError, WeightsError
 from lgnet_fast.jobs.entries import run_items
 from lgnet_fast.pipeline import Inpainter
 
-from .pipeline_support import BlurFill, box_mask, noise, plan_items
+from .pipeline_support import BlurFill, box_mask, noise, plan_items, write_picture
 
 HOLE = box_mask(40, 60, (10, 15, 30, 45))
 
 
-def _write(path: Path, array: np.ndarray, **options) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.fromarray(array).save(path, **options)
-    return path
-
-
 def _mask(path: Path, hole: np.ndarray = HOLE) -> Path:
-    return _write(path, hole.astype(np.uint8) * 255)
+    return write_picture(path, hole.astype(np.uint8) * 255)
 
 
 def _run(*arguments):
@@ -43,7 +37,7 @@ def _files(folder: Path) -> list[str]:
 
 
 def test_one_picture_to_a_file(fake, tmp_path):
-    picture, mask = _write(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
+    picture, mask = write_picture(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
     result = _run("-i", picture, "-m", mask, "-o", tmp_path / "new" / "out.png")
     assert result.exit_code == 0, result.output
     assert "1 filled, 0 skipped, 0 failed of 1" in result.stderr
@@ -53,7 +47,7 @@ def test_one_picture_to_a_file(fake, tmp_path):
 
 
 def test_options_reach_the_pipeline(fake, tmp_path):
-    picture, mask = _write(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png", ~HOLE)
+    picture, mask = write_picture(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png", ~HOLE)
     report = tmp_path / "report.json"
     result = _run(
         "-i", picture, "-m", mask, "-o", tmp_path / "o.png", "--strategy", "tile", "--invert-mask", "--dilate", 2,
@@ -68,9 +62,9 @@ def test_options_reach_the_pipeline(fake, tmp_path):
 
 
 def test_a_folder_with_one_mask_keeps_names_formats_and_subfolders(fake, tmp_path):
-    _write(tmp_path / "in" / "a.png", noise(40, 60))
-    _write(tmp_path / "in" / "b.JPG", noise(40, 60))
-    _write(tmp_path / "in" / "deep" / "er" / "c.webp", noise(40, 60))
+    write_picture(tmp_path / "in" / "a.png", noise(40, 60))
+    write_picture(tmp_path / "in" / "b.JPG", noise(40, 60))
+    write_picture(tmp_path / "in" / "deep" / "er" / "c.webp", noise(40, 60))
     (tmp_path / "in" / "notes.txt").write_text("not a picture")
     (tmp_path / "in" / ".hidden.png").write_bytes(b"")
     result = _run("-i", tmp_path / "in", "-m", _mask(tmp_path / "m.png"), "-o", tmp_path / "out")
@@ -81,7 +75,7 @@ def test_a_folder_with_one_mask_keeps_names_formats_and_subfolders(fake, tmp_pat
 
 
 def test_format_and_quality(fake, tmp_path):
-    picture, mask = _write(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
+    picture, mask = write_picture(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
     sizes = []
     for quality in (20, 95):
         out = tmp_path / str(quality)
@@ -96,14 +90,14 @@ def test_format_and_quality(fake, tmp_path):
 
 def test_a_file_named_wrongly_keeps_the_format_of_its_contents(fake, tmp_path):
     picture = tmp_path / "in" / "really_a_png.jpg"
-    _write(picture, noise(40, 60), format="PNG")
+    write_picture(picture, noise(40, 60), format="PNG")
     assert _run("-i", picture, "-m", _mask(tmp_path / "m.png"), "-o", tmp_path / "out/").exit_code == 0
     assert _files(tmp_path / "out") == ["really_a_png.png"]
 
 
 def test_masks_are_paired_by_stem_and_one_that_is_missing_fails_alone(fake, tmp_path):
     for name in ("a.png", "b.png", "sub/a.png", "sub/d.png"):
-        _write(tmp_path / "in" / name, noise(40, 60))
+        write_picture(tmp_path / "in" / name, noise(40, 60))
     small = box_mask(40, 60, (0, 0, 5, 5))
     _mask(tmp_path / "masks" / "a.png")
     _mask(tmp_path / "masks" / "sub" / "a.bmp", small)
@@ -126,7 +120,7 @@ def test_masks_are_paired_by_stem_and_one_that_is_missing_fails_alone(fake, tmp_
 
 def test_duplicate_stems(fake, tmp_path):
     for name in ("a.png", "a.bmp", "b.png"):
-        _write(tmp_path / "in" / name, noise(40, 60))
+        write_picture(tmp_path / "in" / name, noise(40, 60))
     for name in ("a.png", "a.bmp", "b.bmp", "b.tiff"):
         _mask(tmp_path / "masks" / name)
     items = {
@@ -141,12 +135,12 @@ def test_duplicate_stems(fake, tmp_path):
 
 
 def test_bad_files_do_not_stop_the_others(fake, tmp_path):
-    _write(tmp_path / "in" / "a.png", noise(40, 60))
+    write_picture(tmp_path / "in" / "a.png", noise(40, 60))
     (tmp_path / "in" / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\nbroken")
-    cut = _write(tmp_path / "in" / "cut.jpg", noise(40, 60))
+    cut = write_picture(tmp_path / "in" / "cut.jpg", noise(40, 60))
     cut.write_bytes(cut.read_bytes()[:900])
-    _write(tmp_path / "in" / "larger.png", noise(80, 60))
-    _write(tmp_path / "in" / "z.png", noise(40, 60))
+    write_picture(tmp_path / "in" / "larger.png", noise(80, 60))
+    write_picture(tmp_path / "in" / "z.png", noise(40, 60))
     result = _run("-i", tmp_path / "in", "-m", _mask(tmp_path / "m.png"), "-o", tmp_path / "out")
     assert result.exit_code == 1
     assert "2 filled, 0 skipped, 3 failed of 5" in result.stderr
@@ -157,7 +151,7 @@ def test_bad_files_do_not_stop_the_others(fake, tmp_path):
 
 def test_skip_existing_resumes(fake, tmp_path):
     for name in ("a.png", "b.png"):
-        _write(tmp_path / "in" / name, noise(40, 60))
+        write_picture(tmp_path / "in" / name, noise(40, 60))
     mask, out = _mask(tmp_path / "m.png"), tmp_path / "out"
     out.mkdir()
     (out / "a.png").write_bytes(b"kept as it is")
@@ -171,7 +165,7 @@ def test_skip_existing_resumes(fake, tmp_path):
 
 
 def test_report(fake, tmp_path):
-    picture, mask = _write(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
+    picture, mask = write_picture(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
     empty = _mask(tmp_path / "empty.png", HOLE & False)
     report = tmp_path / "reports" / "r.json"
     assert _run("-i", picture, "-m", mask, "-o", tmp_path / "o.png", "--report", report).exit_code == 0
@@ -197,7 +191,9 @@ def test_report(fake, tmp_path):
 def test_turned_photo_comes_out_upright_with_its_metadata(fake, tmp_path):
     exif = Image.Exif()
     exif[0x0112], exif[0x010F] = 6, "Camera"
-    picture = _write(tmp_path / "in" / "photo.jpg", noise(60, 40), exif=exif, icc_profile=b"profile", dpi=(72, 72))
+    picture = write_picture(
+        tmp_path / "in" / "photo.jpg", noise(60, 40), exif=exif, icc_profile=b"profile", dpi=(72, 72)
+    )
     sideways = _mask(tmp_path / "sideways.png", HOLE.T)
     result = _run("-i", picture, "-m", sideways, "-o", tmp_path / "out/")
     assert result.exit_code == 1
@@ -234,7 +230,7 @@ def test_turned_photo_comes_out_upright_with_its_metadata(fake, tmp_path):
 )
 def test_usage_errors_exit_with_2_and_write_nothing(fake, tmp_path, monkeypatch, arguments, words):
     monkeypatch.chdir(tmp_path)
-    _write(tmp_path / "a.png", noise(40, 60))
+    write_picture(tmp_path / "a.png", noise(40, 60))
     _mask(tmp_path / "m.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "text.txt").write_text("text")
@@ -247,7 +243,7 @@ def test_usage_errors_exit_with_2_and_write_nothing(fake, tmp_path, monkeypatch,
 
 
 def test_weights_that_are_not_there_are_one_line(tmp_path):
-    picture, mask = _write(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
+    picture, mask = write_picture(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
     result = _run("-i", picture, "-m", mask, "-o", tmp_path / "o.png", "--model", tmp_path / "no_model")
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
@@ -255,7 +251,7 @@ def test_weights_that_are_not_there_are_one_line(tmp_path):
 
 
 def test_errors_that_concern_every_item_stop_the_run_and_others_do_not(tmp_path):
-    picture, mask = _write(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
+    picture, mask = write_picture(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
     items = plan_items(picture, mask, tmp_path / "o.png")
 
     class Fails(BlurFill):
@@ -280,7 +276,7 @@ def test_errors_that_concern_every_item_stop_the_run_and_others_do_not(tmp_path)
 def test_a_mask_that_selects_nothing_or_nearly_all_fails_before_the_network(fake, tmp_path, share, words):
     hole = np.zeros((50, 60), bool)
     hole.reshape(-1)[: round(share * 3000)] = True
-    picture, out = _write(tmp_path / "a.png", noise(50, 60)), tmp_path / "o.png"
+    picture, out = write_picture(tmp_path / "a.png", noise(50, 60)), tmp_path / "o.png"
     arguments = ("-i", picture, "-m", _mask(tmp_path / "m.png", hole), "-o", out)
     result = _run(*arguments)
     assert result.exit_code == 1
@@ -296,8 +292,10 @@ def test_a_mask_that_selects_nothing_or_nearly_all_fails_before_the_network(fake
 
 
 def test_mask_channel(fake, tmp_path):
-    picture = _write(tmp_path / "a.png", noise(40, 60))
-    rubbed_out = _write(tmp_path / "m.png", np.dstack([noise(40, 60), np.where(HOLE, 0, 255).astype(np.uint8)]))
+    picture = write_picture(tmp_path / "a.png", noise(40, 60))
+    rubbed_out = write_picture(
+        tmp_path / "m.png", np.dstack([noise(40, 60), np.where(HOLE, 0, 255).astype(np.uint8)])
+    )
     result = _run("-i", picture, "-m", rubbed_out, "-o", tmp_path / "o.png")
     assert result.exit_code == 1
     assert "--mask-channel" in result.stderr

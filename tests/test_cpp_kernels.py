@@ -25,7 +25,6 @@ pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=
 VARIANTS = ("released", "paper")
 NAMES = ("out", "dF", "dweight", "dbias")
 LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "flipped batch", "expanded"]
-ISAS = native.library().isa_available() if native.unavailable_reason() is None else []
 
 
 def attention(features, variant):
@@ -72,13 +71,6 @@ def with_grads(function, inputs, grad):
     leaves = [t.detach().clone().requires_grad_() for t in inputs]
     out = function(*leaves)
     return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    native.library().set_isa(request.param)
-    yield request.param
-    native.library().set_isa("auto")
 
 
 @pytest.fixture

@@ -16,17 +16,12 @@ from lgnet_fast.engine.model_executor import ModelExecutor
 from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case
 
-pytestmark = pytest.mark.skipif(
-    CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
-)
+pytestmark = [
+    pytest.mark.skipif(CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())),
+    pytest.mark.usefixtures("fresh_cache"),
+]
 
 SINGLE = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
-    monkeypatch.setattr(cache, "_known", {})
 
 
 @pytest.fixture

@@ -22,20 +22,15 @@ from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case
 from tests.test_plan import lively
 
-pytestmark = pytest.mark.skipif(
-    CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
-)
+pytestmark = [
+    pytest.mark.skipif(CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())),
+    pytest.mark.usefixtures("fresh_cache"),
+]
 
 SINGLE = torch.float32
 WRONG_RATES = [
     RATES._replace(**{name: getattr(RATES, name) * factor}) for name in RATES._fields for factor in (0.5, 2.0)
 ]
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path, monkeypatch):
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(cache, "_known", {})
 
 
 @pytest.fixture(scope="module")
@@ -118,7 +113,7 @@ def test_what_differs_from_the_plain_kernel_is_left_out(plan, caplog):
 
 
 def test_results_are_kept_as_they_come(plan, monkeypatch):
-    """A tuning that ends after the first round of candidates leaves that, and a later process goes by it."""
+    """A tuning that ends after the first round of candidates keeps it, and a later process uses it."""
     ticks = itertools.count()
     with pytest.raises(KeyboardInterrupt):
         tune(plan, SINGLE, 60, measure=interrupted(fake(plan), 9), clock=lambda: next(ticks))
@@ -195,7 +190,7 @@ def test_a_kernel_that_a_step_cannot_have_is_not_used(plan):
 
 @pytest.mark.parametrize("chunk", [BY_STAGES, 14, 112])
 def test_chunks_change_no_bit(plan, chunk):
-    """A product sums the same terms in the same order, whatever tiles stand beside it."""
+    """A product sums the same terms in the same order, for every number of tiles in its chunk."""
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
     mask = torch.ones_like(image[:, :1])

@@ -2,19 +2,11 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 
 from lgnet_fast import cpus, forks
-
-
-def write(folder: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
+from tests.support import write_files
 
 
 @pytest.mark.parametrize(
@@ -33,7 +25,7 @@ def write(folder: Path, files: dict[str, str]) -> Path:
     ],
 )
 def test_quota(tmp_path, own, files, expected):
-    write(tmp_path, {"own": own, **{f"control/{name}": text for name, text in files.items()}})
+    write_files(tmp_path, {"own": own, **{f"control/{name}": text for name, text in files.items()}})
     assert cpus.quota(tmp_path / "control", tmp_path / "own") == expected
 
 

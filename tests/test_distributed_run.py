@@ -23,7 +23,7 @@ from lgnet_fast.jobs.journal import FOLDER, Journal, World, stamp
 from lgnet_fast.jobs.options import FillOptions
 from lgnet_fast.pipeline import Inpainter
 
-from .pipeline_support import BlurFill, box_mask, noise, plan_items
+from .pipeline_support import BlurFill, box_mask, noise, plan_items, png_bytes
 
 ROOT = Path(__file__).resolve().parent.parent
 HOLE = box_mask(40, 60, (10, 15, 30, 45))
@@ -62,12 +62,6 @@ def _visible(folder: Path) -> dict[str, tuple[int, bytes]]:
     }
 
 
-def _png(array: np.ndarray) -> bytes:
-    encoded = io.BytesIO()
-    Image.fromarray(array).save(encoded, format="PNG")
-    return encoded.getvalue()
-
-
 def _shard(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, mode) as tar:
@@ -81,8 +75,8 @@ def _shard(path: Path, files: dict[str, bytes], mode: str = "w") -> Path:
 def _samples(*numbers: int) -> dict[str, bytes]:
     files = {}
     for number in numbers:
-        files[f"{number:04d}.png"] = _png(noise(40, 60, number))
-        files[f"{number:04d}.mask.png"] = _png(HOLE.astype(np.uint8) * 255)
+        files[f"{number:04d}.png"] = png_bytes(noise(40, 60, number))
+        files[f"{number:04d}.mask.png"] = png_bytes(HOLE.astype(np.uint8) * 255)
         files[f"{number:04d}.txt"] = b"a caption"
     return files
 
@@ -320,9 +314,9 @@ def test_shards_are_split_whole_where_there_are_enough_else_by_pictures(tmp_path
 
 
 def test_bad_shards_and_samples_fail_alone(fake, tmp_path):
-    _shard(tmp_path / "in" / "0.tar", {"../../evil.png": _png(noise(40, 60)), **_samples(0)})
-    _shard(tmp_path / "in" / "1.tar", {"a.png": _png(noise(40, 60)), "b.png": b"", "b.mask.png": b""})
-    twice = {"c.png": _png(noise(40, 60)), "c.jpg": b"", "c.mask.png": b""}
+    _shard(tmp_path / "in" / "0.tar", {"../../evil.png": png_bytes(noise(40, 60)), **_samples(0)})
+    _shard(tmp_path / "in" / "1.tar", {"a.png": png_bytes(noise(40, 60)), "b.png": b"", "b.mask.png": b""})
+    twice = {"c.png": png_bytes(noise(40, 60)), "c.jpg": b"", "c.mask.png": b""}
     _shard(tmp_path / "in" / "2.tar", twice)
     (tmp_path / "in" / "3.tar").write_bytes(b"not a tar file" * 100)
     _shard(tmp_path / "in" / "4.tar", _samples(1), mode="w:gz")

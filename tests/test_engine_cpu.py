@@ -21,21 +21,14 @@ from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.attention import attention_block
 from lgnet_fast.reference.lgnet import LGNet
-from tests.support import assert_accurate, case, released_state
+from tests.support import assert_accurate, case, instruction_sets, released_state
 
 pytestmark = pytest.mark.skipif(
     CpuExecutor.unavailable_reason() is not None, reason=str(CpuExecutor.unavailable_reason())
 )
 
-ISAS = native.library().isa_available() if native.unavailable_reason() is None else []
+ISAS = instruction_sets()
 KERNELS = ("direct", "winograd2", "winograd4")
-
-
-@pytest.fixture(params=ISAS)
-def isa(request):
-    native.library().set_isa(request.param)
-    yield request.param
-    native.library().set_isa("auto")
 
 
 @pytest.fixture(params=[1, 2])
@@ -169,6 +162,7 @@ HOLES = {
     "last pixel": [Rect(255, 256, 255, 256)],
     "edges": [Rect(0, 1, 100, 103), Rect(120, 131, 0, 5), Rect(250, 256, 60, 200)],
     "several": [Rect(10, 20, 10, 30), Rect(200, 230, 190, 250), Rect(13, 90, 200, 207)],
+    "steps": [Rect(32 * i, 32 * i + 40, 24 * i, 24 * i + 30) for i in range(7)],
     "everywhere": [Rect(0, 256, 0, 256)],
 }
 
@@ -191,6 +185,16 @@ def test_regions_give_the_same_pixels(holes, kernel):
     assert torch.equal(got[outside], image.float()[outside])
 
 
+def test_regions_are_prepared_once():
+    plan = plan_of(5)
+    executor = CpuExecutor.of(plan)
+    regions = [step.regions for step in plan.restricted(HOLES["several"]).steps]
+    assert executor._listed(regions) is executor._listed(list(regions))
+    for y in range(40):
+        executor._listed([step.regions for step in plan.restricted([Rect(y, y + 9, 0, 9)]).steps])
+    assert len(executor._lists) <= 16
+
+
 def test_regions_on_every_instruction_set(isa):
     plan = plan_of(5)
     image, mask = picture(1, 256, 256)
@@ -198,6 +202,21 @@ def test_regions_on_every_instruction_set(isa):
     regions = [s.regions for s in plan.restricted([Rect(64, 192, 51, 128), Rect(0, 7, 247, 256)]).steps]
     got, _, _ = executor._run(image, mask, None, executor._listed(regions), poison=True)
     assert_close(got, truth((5,), 1, 256, 256)[0])
+
+
+@pytest.mark.parametrize("threads", [1], indirect=True)  # attention splits its keys among threads
+def test_direct_kernels_give_the_same_bits_whether_regions_are_joined_or_not(isa, threads):
+    plan = plan_of(5)
+    image, _ = picture(1, 256, 256)
+    executor = CpuExecutor.of(plan, choices=choices(plan, "direct"))
+    for holes in (HOLES["several"], HOLES["steps"]):
+        mask = torch.zeros(1, 1, 256, 256, dtype=torch.float64)
+        for top, bottom, left, right in holes:
+            mask[:, :, top:bottom, left:right] = 1
+        dense, _ = executor.run(image, mask)
+        for region_macs in (0, plan.total_macs() / 2000, plan.total_macs()):
+            regions = [step.regions for step in plan.restricted(holes, region_macs).steps]
+            assert torch.equal(executor.run(image, mask, None, regions)[0], dense)
 
 
 def test_each_sample_has_regions_of_its_own():

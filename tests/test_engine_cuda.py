@@ -333,7 +333,7 @@ class TestOnGpu:
             check(model, executor, 1)
 
     def test_the_whole_check_passes_on_this_card(self, model: LGNet) -> None:
-        """Kernels and graph run; every step by itself is right; the next process would know."""
+        """Kernels and graph run, every step alone is right, and the verdict is kept for later processes."""
         device = torch.device("cuda", torch.cuda.current_device())
         plan = planned(model).to(device, torch.float32)
         for dtype in DTYPES:

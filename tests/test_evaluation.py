@@ -27,7 +27,7 @@ from lgnet_fast.evaluation.report import Evaluation, Score
 from lgnet_fast.jobs.journal import World
 from lgnet_fast.pipeline import Inpainter
 
-from .pipeline_support import ConstantFill, box_mask, evaluate, noise
+from .pipeline_support import ConstantFill, box_mask, evaluate, noise, smooth_noise
 
 PLAIN = ("l1", "psnr", "ssim")
 
@@ -69,7 +69,7 @@ def _ssim(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def test_l1_psnr_and_ssim_are_those_of_their_definitions():
-    truth = fit_noise(48, 40, 0)
+    truth = smooth_noise(48, 40, 0)
     filled = truth.copy()
     filled[10:30, 5:25] = noise(20, 20, 1)
     scores = Metrics(PLAIN).scores(filled, truth)
@@ -82,12 +82,6 @@ def test_l1_psnr_and_ssim_are_those_of_their_definitions():
         "psnr": float("inf"),
         "ssim": pytest.approx(1, abs=1e-6),
     }
-
-
-def fit_noise(height: int, width: int, seed: int) -> np.ndarray:
-    """Noise with neighbours that resemble each other."""
-    small = Image.fromarray(noise(height // 8, width // 8, seed))
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
 
 
 def test_fid_of_known_gaussians():
@@ -155,7 +149,7 @@ def test_lpips_with_a_local_backbone_is_that_of_its_definition(tmp_path):
     lpips_module = pytest.importorskip("torchmetrics.functional.image.lpips")
     measure = Metrics(("lpips",), lpips=tmp_path / "alexnet.pth")
     assert measure.missing == {}
-    truth, filled = fit_noise(64, 64, 0), fit_noise(64, 64, 1)
+    truth, filled = smooth_noise(64, 64, 0), smooth_noise(64, 64, 1)
 
     linear = torch.load(
         Path(lpips_module.__file__).parent / "lpips_models" / "alex.pth", map_location="cpu", weights_only=True
@@ -429,7 +423,7 @@ def test_broken_pictures_are_told_once_and_left_out(fake, pictures, tmp_path):
 
 
 def test_names_that_are_not_utf8_and_formats_that_are_not_read(fake, pictures, tmp_path):
-    """A failed picture's name stands in the report, a good one's in the contact sheet's caption."""
+    """The report has the name of a failed picture, the contact sheet's caption that of a good one."""
     good = (pictures / "0.png").read_bytes()
     for name, data in ((b"caf\xe9.png", b"x"), (b"\xe9t\xe9.png", good)):
         with open(os.fsencode(pictures) + b"/" + name, "wb") as file:

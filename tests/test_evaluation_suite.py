@@ -24,7 +24,7 @@ from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.reference.features import LPIPS
 from lgnet_fast.training import validation
 
-from .pipeline_support import ConstantFill, box_mask, evaluate, noise
+from .pipeline_support import ConstantFill, box_mask, evaluate, smooth_noise
 
 PLAIN = ("l1", "psnr", "ssim", "sharp")
 
@@ -34,18 +34,13 @@ def _no_weights_of_the_user(monkeypatch):
     monkeypatch.delenv(LPIPS_VARIABLE, raising=False)
 
 
-def smooth(height: int, width: int, seed: int) -> np.ndarray:
-    small = Image.fromarray(noise(height // 8, width // 8, seed))
-    return np.asarray(small.resize((width, height), Image.Resampling.BICUBIC))
-
-
 @pytest.fixture
 def pictures(tmp_path) -> Path:
     """Three pictures, 64x64 after scaling."""
     folder = tmp_path / "pictures"
     folder.mkdir()
     for index, (height, width) in enumerate([(64, 64), (64, 96), (128, 128)]):
-        Image.fromarray(smooth(height, width, index)).save(folder / f"{index}.png")
+        Image.fromarray(smooth_noise(height, width, index)).save(folder / f"{index}.png")
     return folder
 
 
@@ -81,9 +76,9 @@ def plain_energy(picture: np.ndarray, hole: np.ndarray) -> float:
 
 
 def test_measures_are_those_of_their_formulas():
-    truth = smooth(24, 32, 0)
+    truth = smooth_noise(24, 32, 0)
     hole = suite_mask(24, 32, kind="blob", seed=1)
-    filled = np.where(hole[..., None], smooth(24, 32, 1), truth)
+    filled = np.where(hole[..., None], smooth_noise(24, 32, 1), truth)
     values = SuiteMetrics(PLAIN).scores({"a": filled, "same": truth}, truth, hole)
     difference = filled.astype(float) - truth
     inside = np.array([difference[y, x] for y, x in np.argwhere(hole)])
@@ -114,7 +109,7 @@ def test_energy_counts_only_steps_within_the_hole():
 
 
 def test_the_trainer_validates_by_the_same_energy():
-    picture, hole = smooth(24, 32, 3), suite_mask(24, 32, kind="thick", seed=2)
+    picture, hole = smooth_noise(24, 32, 3), suite_mask(24, 32, kind="thick", seed=2)
     batch = torch.from_numpy(picture.copy()).permute(2, 0, 1)[None].double()
     mask = torch.from_numpy(hole)[None, None].double()
     assert float(validation.gradient_energy(batch, mask)) == pytest.approx(gradient_energy(picture, hole), rel=1e-6)
@@ -123,7 +118,7 @@ def test_the_trainer_validates_by_the_same_energy():
 def test_lpips_takes_the_pictures_in_the_range_of_the_network():
     torch.manual_seed(0)
     network = LPIPS("alexnet")
-    truth, filled = smooth(64, 64, 0), [smooth(64, 64, 1), smooth(64, 64, 2)]
+    truth, filled = smooth_noise(64, 64, 0), [smooth_noise(64, 64, 1), smooth_noise(64, 64, 2)]
     hole = box_mask(64, 64, (10, 10, 30, 30))
     values = SuiteMetrics(("lpips",), lpips=network).scores(dict(enumerate(filled)), truth, hole)
     a, *others = (torch.from_numpy(p.copy()).permute(2, 0, 1)[None].float() * (2 / 255) - 1 for p in (truth, *filled))

@@ -58,6 +58,10 @@ class Apart(Notes):
         return result
 
 
+class Costly(Notes):
+    region_macs = 1e8
+
+
 def engine_of(kind: type[Notes], batch: int = 1) -> tuple[Engine, Notes, Any]:
     model = create_model("C+L", coarse_channels=4, local_channels=4).eval()
     plan = build_plan(plan_stages(model), batch, 256, 256).without_weights()
@@ -85,6 +89,19 @@ def test_what_saves_nothing_is_dense() -> None:
     hole = Rect(1, 255, 1, 255)
     engine, executor, _ = engine_of(Coarse)
     engine(*picture(hole))
+    assert executor.asked == [None]
+
+
+def test_holes_are_one_box_where_regions_are_expensive() -> None:
+    holes = Rect(16, 32, 16, 32), Rect(80, 96, 16, 32)
+    for kind, expected in ((Notes, holes), (Costly, (Rect(16, 96, 16, 32),))):
+        engine, executor, _ = engine_of(kind)
+        image, mask = picture(*holes)
+        engine(image[:1], mask.amax(dim=0, keepdim=True))
+        assert executor.asked == [expected]
+    engine, executor, _ = engine_of(Costly)
+    corners = [Rect(y, y + 16, x, x + 16) for y in (0, 240) for x in (0, 240)]
+    engine(*picture(Rect(0, 1, 0, 1)), holes=corners)  # neither four of every step nor nearly everything
     assert executor.asked == [None]
 
 

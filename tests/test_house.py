@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import write_files
 from tools import house
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -33,15 +34,8 @@ def test_a_task_touches_few_files(found: dict) -> None:
         assert count <= FILES_OF_A_TASK.get(task, 99), task
 
 
-def tree(folder: Path, files: dict[str, str]) -> Path:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
-
-
 def test_circles_and_upward_imports_are_seen(tmp_path: Path) -> None:
-    root = tree(
+    root = write_files(
         tmp_path,
         {
             "lgnet_fast/__init__.py": "",
@@ -61,7 +55,7 @@ def test_circles_and_upward_imports_are_seen(tmp_path: Path) -> None:
 
 def test_functions_are_counted_without_their_docstrings(tmp_path: Path) -> None:
     text = 'class A:\n    def f(self, a, *b, c, **d):\n        """One.\n\n        Two."""\n        return a\n'
-    root = tree(tmp_path, {"lgnet_fast/a.py": text, "kernels/k.py": "@triton.jit\ndef k(a, b): pass\n"})
+    root = write_files(tmp_path, {"lgnet_fast/a.py": text, "kernels/k.py": "@triton.jit\ndef k(a, b): pass\n"})
     found = {f.place.split()[1]: f for f in house.functions(root)}
     assert (found["f"].parameters, found["f"].lines, found["f"].kind) == (4, 2, "python")
     assert (found["k"].parameters, found["k"].kind) == (2, "triton")
@@ -69,6 +63,6 @@ def test_functions_are_counted_without_their_docstrings(tmp_path: Path) -> None:
 
 def test_recipes_are_read_from_fenced_lists(tmp_path: Path) -> None:
     page = "# C\n\n### Add an operator\n\n```files\nnew  a/X.py  what\nedit a/b.py\n```\n\n### Add a GPU\n\ntext\n"
-    root = tree(tmp_path, {"docs/contributing.md": page, "a/c.py": ""})
+    root = write_files(tmp_path, {"docs/contributing.md": page, "a/c.py": ""})
     assert house.recipes(root) == {"operator": ["new a/X.py", "edit a/b.py"]}
     assert house.missing_files(root) == ["operator: edit a/b.py"]

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from lgnet_fast import LocalGlobalRefinement, create_model
 from lgnet_fast.engine.build import build_plan, plan_stages
+from lgnet_fast.engine.cover import hole_boxes
 from lgnet_fast.engine.geometry import Geometry
-from lgnet_fast.engine.holes import group_holes, hole_boxes
+from lgnet_fast.engine.holes import group_holes
 from lgnet_fast.engine.plan import PICTURE, Plan
 from lgnet_fast.engine.regions import Rect, join, rounded
 from lgnet_fast.engine.torch_executor import TorchExecutor

@@ -15,7 +15,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from lgnet_fast.kernels import cards
+from typer.testing import CliRunner
 
+from lgnet_fast import LGNet
+from lgnet_fast.cli import app
+from lgnet_fast.reference import variants
 from tools import house
 
 from .native import run as native
@@ -85,8 +90,31 @@ def run_tests(place: Path, *files: str, **environment: str) -> None:
 
 
 def test_the_files_of_recipes_exist() -> None:
-    assert set(EXAMPLES) <= set(house.recipes(ROOT))
+    assert set(EXAMPLES) <= set(house.recipes(ROOT)) == set(house.TASKS)
     assert house.missing_files(ROOT) == []
+
+
+def test_a_network_variant_needs_one_row(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = {"coarse_channels": 8, "local_channels": 4, "global_channels": 8}
+    monkeypatch.setitem(variants._CONFIGS, "lgnet_tiny", row)
+    assert "lgnet_tiny" in variants.list_models()
+    printed = CliRunner().invoke(app, ["flops", "--model", "lgnet_tiny", "--json"])
+    assert printed.exit_code == 0, printed.output
+    expected = sum(p.numel() for p in LGNet(**row).parameters())
+    assert json.loads(printed.stdout)["total"]["parameters"] == expected
+
+
+def test_a_gpu_of_a_known_generation_needs_one_card(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("triton")
+    from lgnet_fast.kernels import aot
+
+    card = cards.Card("new", (8, 6), 28, 13e12, 0.7e12, 0.36e12)
+    monkeypatch.setitem(cards.CARDS, card.name, card)
+    assert cards.card_for("sm_89", 28) == card
+    case = aot.engine_case(card, "lgnet", "float16", 1, False)
+    grids = [launch.grid for launch in aot.launches(case)]
+    assert len(grids) > 46  # convolutions, and the launches of the attention blocks
+    assert grids != [launch.grid for launch in aot.launches(case._replace(card=cards.CARDS["RTX 4090"]))]
 
 
 @pytest.mark.parametrize("recipe", EXAMPLES)

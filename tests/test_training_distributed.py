@@ -66,7 +66,7 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
         for name in two.keys() - {"kind", "step"}:
             worst = max(worst, abs(two[name] / single[name] - 1))
     assert worst < 1e-5
-    # The networks depend on their input, and learn; otherwise the comparison would be empty.
+    # The networks depend on their input and change by training; otherwise the comparison would prove nothing.
     assert max(line["tv3"] for line in b) > 1e-3
     assert all(x["hole3"] != y["hole3"] for x, y in zip(b, b[3:]))
     for two, single in zip(log(tmp_path / "two", "validation"), log(tmp_path / "one", "validation"), strict=True):

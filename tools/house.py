@@ -54,7 +54,7 @@ TASKS = ("operator", "stage", "network variant", "instruction set", "GPU", "comm
 """The recipes of docs/contributing.md: "Add an operator", and so on."""
 
 COMMANDS = "cli.py"
-"""Where typer's declarations of commands are: one parameter an option is what typer wants, so they are apart."""
+"""The file with typer's declarations of commands. They are counted separately: typer needs a parameter per option."""
 
 
 @dataclass(frozen=True)

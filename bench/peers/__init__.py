@@ -1,7 +1,8 @@
 """The five networks that the paper compares LGNet with (Table IV), in plain PyTorch, for cost and speed.
 
-They are written anew from descriptions of the published networks, with the originals' layer names, so that the
-authors' checkpoints load (``from_checkpoint`` of each class). :func:`bench.peers.adapter.adapt` calls them all alike.
+They are written from descriptions of the published networks. Their layer names are those of the originals, so the
+authors' checkpoints load (``from_checkpoint`` of each class). :func:`bench.peers.adapter.adapt` gives all of them one
+calling convention.
 """
 
 from __future__ import annotations
@@ -20,13 +21,13 @@ from .rfr import RFR
 
 @dataclass(frozen=True)
 class Peer:
-    """A compared network and what is published about it."""
+    """A compared network and its published figures."""
 
     constructor: Callable[[], nn.Module]
     """Makes the network with random weights."""
     paper: str
     parameters: int
-    """Distinct numbers of the original."""
+    """Number of distinct parameters of the original."""
     published: tuple[float, float]
     """M parameters and G FLOPs at 256x256, batch 1, as Table IV prints them."""
     published_ms: tuple[float, float]
@@ -34,7 +35,7 @@ class Peer:
     size_multiple: int
     """Height and width must be multiples of this."""
     licence: str
-    """Of the original code and weights."""
+    """Licence of the original code and weights."""
 
 
 PEERS = {
@@ -46,7 +47,7 @@ PEERS = {
     "RFR": Peer(RFR, "Li et al., CVPR 2020", 31_224_065, (30.59, 206.11), (910.33, 28.95), 16, "MIT"),
     "MADF": Peer(MADF, "Zhu et al., TIP 2021", 85_141_214, (85.14, 51.77), (925.65, 15.59), 128, "GPL-3.0"),
 }
-"""In the paper's order."""
+"""The networks in the paper's order."""
 
 LGNET_MS = {"LGNet": (589.82, 13.59), "LGNet_share": (589.82, 13.59), "LGNet_light": (515.28, 12.66)}
 """As ``Peer.published_ms``, for the paper's own rows of Table IV."""

@@ -5,7 +5,7 @@
     result = run(image, mask)
 
 `image` is [B, 3, H, W] in [-1, 1], red first; `mask` [B, 1, H, W], 1 = hole; `result` as `image`, known pixels kept.
-What `image` has in the hole does not matter. Each adapter brings that to its network's own convention and back.
+The content of `image` in the hole does not matter. Each adapter converts to its network's convention and back.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ REFINED = {"PEN_LG": "PEN", "MEDFE_LG": "MEDFE"}
 
 
 class Adapter(nn.Module, ABC):
-    """Base: checks, then :meth:`fill`, then merging. Runs under any grad mode; timings want inference mode.
+    """Base class: checks, :meth:`fill`, then merging. Runs under any grad mode; time it in inference mode.
 
     Args:
         network: the network to call.
@@ -43,10 +43,10 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def fill(self, image: Tensor, mask: Tensor) -> Tensor:
-        """The network's raw picture, brought to [-1, 1] and red first."""
+        """The network's raw picture, converted to [-1, 1] and RGB order."""
 
     def forward(self, image: Tensor, mask: Tensor) -> Tensor:
-        """[B, 3, H, W] and [B, 1, H, W] -> [B, 3, H, W]; see the module's text.
+        """[B, 3, H, W] and [B, 1, H, W] -> [B, 3, H, W]; see the docstring of this module.
 
         Raises:
             TypeError, ValueError: not a floating tensor; a shape, device or dtype that does not fit.
@@ -57,14 +57,14 @@ class Adapter(nn.Module, ABC):
 
 
 class PENAdapter(Adapter):
-    """The hole white, the mask as fourth channel and by itself."""
+    """Input: the hole white; the mask as fourth channel and as a separate argument."""
 
     def fill(self, image: Tensor, mask: Tensor) -> Tensor:
         return self.network(merge_concat(image, torch.ones_like(image), mask), mask)[1]
 
 
 class GConvAdapter(Adapter):
-    """Blue first, the hole 0. One picture at a time, since its attention takes the first mask for all."""
+    """Input: BGR order, 0 in the hole. One picture at a time, because its attention uses the first mask for all."""
 
     def fill(self, image: Tensor, mask: Tensor) -> Tensor:
         known = image.flip(1) * (1 - mask)
@@ -72,14 +72,14 @@ class GConvAdapter(Adapter):
 
 
 class MEDFEAdapter(Adapter):
-    """As it comes; the network paints the hole itself. One picture at a time, as it is made for."""
+    """Input: unchanged; the network paints the hole itself. One picture at a time, because it takes only one."""
 
     def fill(self, image: Tensor, mask: Tensor) -> Tensor:
         return torch.cat([self.network(x, m) for x, m in zip(image.split(1), mask.split(1))])
 
 
 class RFRAdapter(Adapter):
-    """[0, 1], the hole 0, a mask of three channels with 1 = known; its linear picture is clamped."""
+    """Input: [0, 1], 0 in the hole; a mask of three channels with 1 = known. The linear output is clamped."""
 
     def fill(self, image: Tensor, mask: Tensor) -> Tensor:
         known = (1 - mask).expand_as(image)
@@ -87,7 +87,8 @@ class RFRAdapter(Adapter):
 
 
 class MADFAdapter(Adapter):
-    """Normalised as ImageNet, then the hole 0, a mask of three channels with 1 = known; its linear picture is
+    """Input: normalised as ImageNet, then 0 in the hole; a mask of three channels with 1 = known. The linear output
+    is
     clamped."""
 
     mean: Tensor
@@ -95,7 +96,7 @@ class MADFAdapter(Adapter):
 
     def __init__(self, network: nn.Module, size_multiple: int, merged: bool = True) -> None:
         super().__init__(network, size_multiple, merged)
-        # Of pictures in [-1, 1] instead of [0, 1].
+        # For pictures in [-1, 1] instead of [0, 1].
         self.register_buffer("mean", 2 * torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1) - 1, persistent=False)
         self.register_buffer("std", 2 * torch.tensor(IMAGENET_STD).view(1, 3, 1, 1), persistent=False)
 
@@ -119,7 +120,7 @@ def adapt(name: str, network: nn.Module | None = None, *, merged: bool = True) -
 
     Args:
         name: of :data:`bench.peers.PEERS` or :data:`REFINED`.
-        network: with weights of your choice; None: a new one. For the names of REFINED, their first stage.
+        network: the network to use; None: a new one. For the names of REFINED: the first stage.
         merged: keep the known pixels; False for the raw picture (not for the names of REFINED).
 
     Returns:

@@ -1,4 +1,4 @@
-"""Reading checkpoints of the compared networks: tensors only, strict, errors that list what does not fit."""
+"""Reading checkpoints of the compared networks: only tensors are loaded, and errors list all that does not fit."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from lgnet_fast.reference.pretrained import check_names_and_shapes
 
 
 def read_checkpoint(file: str | Path, key: str) -> dict[str, Tensor]:
-    """The state dict that `file` holds under `key`, or is itself.
+    """The state dict of `file`: the value of `key`, or the whole file.
 
     Raises:
         WeightsError: the file is not there, cannot be read, holds no state dict, or would run code when loaded.

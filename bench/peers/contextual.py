@@ -1,9 +1,9 @@
 """Steps of contextual attention (Yu et al., "Generative Image Inpainting with Contextual Attention", CVPR 2018) that
 PEN and GConv share.
 
-A feature map's patches are the kernels of a convolution with the map itself, which scores every position against
-every patch, and after a softmax the kernels of a transposed convolution, which pastes them. One picture at a time,
-since every picture has its own kernels. L = H*W positions, row by row.
+The patches of a feature map are the kernels of two operations. A convolution of the map with them scores every
+position against every patch. After a softmax, a transposed convolution with them pastes the patches. Pictures are
+computed one by one, because each has other kernels. L = H*W positions, row by row.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SOFTMAX_SCALE = 10
-"""Scores, which are cosines up to the norm of the position's own patch, are multiplied by this."""
+"""Factor of the scores, which are cosines times the norm of the position's patch."""
 _SMALLEST_NORM = 1e-4
 
 
@@ -24,26 +24,26 @@ def patches(x: Tensor, size: int, stride: int = 1) -> Tensor:
 
 
 def scores(x: Tensor, size: int) -> Tensor:
-    """[1, C, H, W] -> [1, L, H, W]: at every position, its patch's products with all L patches scaled to norm 1."""
+    """[1, C, H, W] -> [1, L, H, W]: products of every position's patch with all L patches, scaled to norm 1."""
     kernels = patches(x, size)
     norms = torch.linalg.vector_norm(kernels, dim=(1, 2, 3), keepdim=True)
     return F.conv2d(x, kernels / norms.clamp_min(_SMALLEST_NORM), padding=size // 2)
 
 
 def known_patches(mask: Tensor, size: int) -> Tensor:
-    """Mask [1, 1, H, W], 1 = hole -> [1, L, 1, 1]: 1 where the zero-padded patch is free of hole, else 0."""
+    """Mask [1, 1, H, W], 1 = hole -> [1, L, 1, 1]: 1 where the zero-padded patch has no hole pixel, else 0."""
     share = F.avg_pool2d(mask, size, stride=1, padding=size // 2)
     return (share == 0).to(mask.dtype).reshape(1, -1, 1, 1)
 
 
 def attention_weights(scores: Tensor, known: Tensor) -> Tensor:
-    """[1, L, H, W] and [1, L, 1, 1] -> softmax over the L patches of each position, 0 for those with hole.
+    """[1, L, H, W] and [1, L, 1, 1] -> softmax over the L patches of each position, 0 for patches with hole pixels.
 
-    A patch with hole stays in the denominator, with score 0, as in the originals.
+    Such a patch counts in the denominator with score 0, as in the originals.
     """
     return torch.softmax(SOFTMAX_SCALE * (scores * known), dim=1) * known
 
 
 def paste(weights: Tensor, source: Tensor) -> Tensor:
-    """Weights [1, L, H, W] of the 4x4 patches of `source` [1, C, 2H, 2W] -> their weighted overlap, as `source`."""
+    """Weights [1, L, H, W] of the 4x4 patches of `source` [1, C, 2H, 2W] -> their weighted sum, shape of `source`."""
     return F.conv_transpose2d(weights, patches(source, 4, stride=2), stride=2, padding=1) / 4

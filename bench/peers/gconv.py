@@ -1,12 +1,12 @@
 """GConv, or DeepFill v2 (Yu et al., "Free-Form Image Inpainting with Gated Convolution", ICCV 2019).
 
-A coarse network and a refining one with two branches, one of them with contextual attention; every convolution but
-the two last is gated.
+A coarse network, then a refining network with two branches, one of them with contextual attention. All convolutions
+but the last two are gated.
 
-Written anew from a description of the original TensorFlow graph, no line taken from it (CC BY-NC 4.0, which its
-weights stay under). It is timed as a baseline, so it computes as the original does: attention by convolutions with
-the picture's own patches, and the fusion of neighbouring scores by convolutions with an identity matrix. The layer
-names follow the original's, so that its checkpoints load.
+Written from a description of the original TensorFlow graph; no code is taken from the original, whose code and
+weights are CC BY-NC 4.0. It is timed as a baseline, so it computes as the original does: attention by convolutions
+with the picture's patches, and the fusion of neighbouring scores by convolutions with an identity matrix. The layer
+names follow the original's, so its checkpoints load.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from .shapes import check_shapes
 SIZE_MULTIPLE = 8
 _UP = "_upsample"
 _SCOPE = "inpaint_net/"
-"""Of the generator's variables in the original's checkpoints."""
+"""Prefix of the generator's variables in the original's checkpoints."""
 
 
 class Conv(nn.Module):
@@ -34,7 +34,7 @@ class Conv(nn.Module):
 
     Args:
         in_channels: of the input.
-        out_channels: after gating; the convolution itself makes twice as many.
+        out_channels: after gating; the convolution has twice as many.
         size, stride, dilation: of the kernel; stride 1 or 2.
         activation: of the first half.
         gated: False for a plain convolution without activation.
@@ -52,7 +52,7 @@ class Conv(nn.Module):
         gated: bool = True,
     ) -> None:
         super().__init__()
-        # With stride 2 "SAME" adds its one line of zeros at the bottom and the right.
+        # With stride 2, "SAME" adds one row of zeros at the bottom and one column at the right.
         self.pad = nn.ZeroPad2d((0, 1, 0, 1)) if stride == 2 else None
         padding = 0 if stride == 2 else dilation * (size - 1) // 2
         channels = 2 * out_channels if gated else out_channels
@@ -92,20 +92,22 @@ def subsample(x: Tensor, height: int, width: int) -> Tensor:
 
 
 def _fuse(x: Tensor, height: int, width: int) -> Tensor:
-    """Scores [1, L, H, W] summed with those of the next and the previous pair (patch, position), first row by row,
-    then column by column; ends of lines are not minded."""
+    """Scores [1, L, H, W] plus those of the next and previous pair (patch, position), by rows, then by columns.
+
+    The pair after the end of a line is the start of the next line.
+    """
     length = height * width
     eye = torch.eye(3, dtype=x.dtype, device=x.device)[None, None]
     for _ in range(2):
         x = F.conv2d(x.reshape(1, 1, length, length), eye, padding=1)
-        # The other order of both axes: the second time round, back to the first.
+        # Swap the order of both axes; the second pass restores it.
         x = x.reshape(height, width, height, width).permute(1, 0, 3, 2)
         height, width = width, height
     return x.reshape(1, length, height, width)
 
 
 def contextual_attention(x: Tensor, mask: Tensor) -> Tensor:
-    """Features rebuilt from their own patches outside the hole.
+    """Features rebuilt from their patches outside the hole.
 
     Args:
         x: [B, C, H, W], even H and W.
@@ -125,7 +127,7 @@ def contextual_attention(x: Tensor, mask: Tensor) -> Tensor:
 
 
 def _stem(prefix: str, in_channels: int, widths: tuple[int, int, int, int, int]) -> dict[str, nn.Module]:
-    """Six layers from the picture's size to a quarter of it; `widths` of the first five."""
+    """Six layers from the picture's size to a quarter of it; `widths`: channels of the first five."""
     a, b, c, d, e = widths
     return {
         f"{prefix}conv1": Conv(in_channels, a, 5),
@@ -191,7 +193,7 @@ class GConv(nn.Module):
                 reader = tf.train.load_checkpoint(folder)
                 variables = {name: reader.get_tensor(name) for name in reader.get_variable_to_shape_map()}
 
-                Those of the discriminator and the optimiser are passed over.
+                Variables of the discriminator and the optimiser are ignored.
 
         Raises:
             WeightsError: names or shapes do not fit; they are listed.
@@ -222,7 +224,7 @@ class GConv(nn.Module):
         Args:
             image: [B, 3, H, W] in [-1, 1] with 0 in the hole, H and W multiples of 8. The released weights take the
                 channels in the order blue, green, red.
-            mask: [B, 1, H, W], 1 = hole. The attention reads the first picture's only.
+            mask: [B, 1, H, W], 1 = hole. The attention uses that of the first picture for all.
 
         Returns:
             The coarse and the final raw picture, [B, 3, H, W] each in (-1, 1), channels as in `image`.
@@ -238,7 +240,7 @@ class GConv(nn.Module):
 
         x = first * mask + image * (1 - mask)
         left, right = self._run(plain, x), self._run(attended, x)
-        # Two steps to the attention's size, here and there: one step would pick other pixels.
+        # The mask is subsampled twice, here and in contextual_attention: one step would select other pixels.
         right = contextual_attention(right, subsample(mask[:1], *right.shape[2:]))
         x = torch.cat((left, self._run(after, right)), dim=1)
         return first, torch.tanh(self._run(merged, x))

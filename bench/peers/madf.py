@@ -1,13 +1,12 @@
 """MADF: mask-aware dynamic filtering (Zhu et al., "Image Inpainting by End-to-End Cascaded Refinement with Mask
 Awareness", IEEE TIP 30, 2021).
 
-An encoder whose filters are made from the mask, another one for every position; a decoder that recovers a picture,
-and two more that refine it, each normalised by the features of the one before.
+An encoder computes its filters from the mask, a different filter for every position. A decoder recovers a picture,
+and two more decoders refine it, each normalised by the features of the previous one.
 
-Written anew from a description of the network, no line taken from the original (GPL-3.0). It is timed as a baseline,
-so it computes as the original does: the filters of all positions are in memory at once (308 MB at the first level of
-a 256x256 picture) and are copied for a batched product. The original's layer names are kept, so that its checkpoints
-load.
+Written from a description of the network; no code is taken from the original (GPL-3.0). It is timed as a baseline, so
+it computes as the original does: the filters of all positions are in memory at once (308 MB at the first level of a
+256x256 picture) and are copied for a batched product. The original's layer names are kept, so its checkpoints load.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 _PREFIX = "module.model."
 _MASK_CHANNELS = 16
 _NORM_CHANNELS = 128
-# Of level 1 to 7; index 0 is the input.
+# Of levels 1 to 7; index 0 is the input.
 _KERNELS = (0, 7, 5, 3, 3, 3, 3, 3)
 _ENCODER = (6, 16, 32, 64, 128, 128, 128, 128)
 _SKIPS = (6, 64, 128, 256, 512, 512, 512, 512)
 _OUT = (3, 64, 128, 256, 512, 512, 512)
-"""Of the transposed convolution of level 1 to 7."""
+"""Of the transposed convolutions of levels 1 to 7."""
 
 
 def _deconv(level: int) -> nn.ConvTranspose2d:
@@ -43,7 +42,7 @@ def _deconv(level: int) -> nn.ConvTranspose2d:
 
 
 class FilterGenerator(nn.Module):
-    """The mask's features of one level, and from them a filter for every position."""
+    """The mask's features of one level, and a filter for every position computed from them."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -60,7 +59,7 @@ class FilterGenerator(nn.Module):
 
 
 class DynamicConv(nn.Module):
-    """Convolution of stride 2 with a filter of its own for every position, then ReLU."""
+    """Convolution of stride 2 with a separate filter for every position, then ReLU."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -81,7 +80,7 @@ class DynamicConv(nn.Module):
 
 
 class Combine(nn.Module):
-    """Convolution 3x3 of the skip connection and the decoder's features; ReLU but for the picture."""
+    """Convolution 3x3 of the skip connection and the decoder's features, then ReLU, except for the picture."""
 
     def __init__(self, level: int) -> None:
         super().__init__()
@@ -155,7 +154,7 @@ class MADF(nn.Module):
     @classmethod
     def from_checkpoint(cls, file: str | Path) -> MADF:
         """The network in eval mode with its authors' weights: a checkpoint with the key "model", whose names begin
-        with ``module.model.``; other names are passed over, and the norms that are never applied may be missing.
+        with ``module.model.``. Other names are ignored; the norms that are never applied may be missing.
 
         Raises:
             WeightsError: it cannot be read, or names or shapes do not fit; they are listed.

@@ -1,15 +1,15 @@
 """MEDFE: Mutual Encoder-Decoder with Feature Equalizations (Liu et al., "Rethinking Image Inpainting via a Mutual
 Encoder-Decoder with Feature Equalizations", ECCV 2020).
 
-An encoder makes six feature maps. The three shallow ones (texture) and the three deep ones (structure) are filled
-at 32x32 by chains of partial convolutions at three scales, fused and equalised over channels and positions, and
-added back to all six; a decoder makes the picture.
+An encoder computes six feature maps. The three shallow maps (texture) and the three deep ones (structure) are filled
+at 32x32 by chains of partial convolutions at three scales. The results are fused, equalised over channels and
+positions, and added to all six maps. A decoder computes the picture.
 
 It is timed as a baseline, so it computes as the original does: the window sums of a mask are convolutions with
 all-ones weights of full width (44 % of the arithmetic), and the Gaussian's products are all in memory at once
 (2.1 GB).
 
-The original's layer names are kept, so that its checkpoints load. Its three networks are `EN`, `MEDFE` and `DE`.
+The original's layer names are kept, so its checkpoints load. Its three networks are `EN`, `MEDFE` and `DE`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from .checkpoint import load_strictly, read_checkpoint
 
 SIZE = 256
 MASK_MODES = ("all_valid", "nearest")
-# What the hole is painted with: R, G, B of 8-bit levels, on [-1, 1].
+# Colour of the hole: R, G, B of 8-bit levels, converted to [-1, 1].
 HOLE_COLOUR = tuple(2 * level / 255 - 1 for level in (123, 104, 117))
 _GRID = 32  # the side at which features are filled
 _SIGMA = 1.5
@@ -122,7 +122,7 @@ class Encoder(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         features = []
-        # Each step's activation works in place on the map before it, which is thus handed on activated.
+        # The activation of each step changes the previous map in place, so the returned maps are activated.
         for i in range(1, 7):
             x = getattr(self, f"Encoder_{i}")(x)
             features.append(x)
@@ -131,7 +131,7 @@ class Encoder(nn.Module):
 
 
 class DecoderStep(nn.Module):
-    """ReLU -> Deconv 4x4 stride 2 with bias -> affine InstanceNorm, or tanh where it makes the picture."""
+    """ReLU -> Deconv 4x4 stride 2 with bias -> affine InstanceNorm, or tanh in the last layer."""
 
     def __init__(self, in_channels: int, out_channels: int, *, last: bool = False) -> None:
         super().__init__()
@@ -201,7 +201,7 @@ class FillingStep(nn.Module):
 
 
 class ChannelEqualization(nn.Module):
-    """Squeeze-and-excitation: channels weighted by what their means say."""
+    """Squeeze-and-excitation: channels weighted by a function of their means."""
 
     def __init__(self, channels: int, reduction: int = 16) -> None:
         super().__init__()
@@ -218,7 +218,7 @@ class ChannelEqualization(nn.Module):
 
 
 def gaussian_weights(side: int, sigma: float) -> Tensor:
-    """[side**2, side, side]: for every position of a square, a Gaussian around it, sum 1."""
+    """[side**2, side, side]: for every position of a square, a Gaussian around it with sum 1."""
     line = torch.arange(side, dtype=torch.float64)
     y, x = (axis.flatten() for axis in torch.meshgrid(line, line, indexing="ij"))
     squared = (y[:, None] - y) ** 2 + (x[:, None] - x) ** 2
@@ -227,7 +227,7 @@ def gaussian_weights(side: int, sigma: float) -> Tensor:
 
 
 class Equalization(nn.Module):
-    """Channel equalisation, then spatial: Gaussian means over the map beside attention over the 3x3 neighbours."""
+    """Channel equalisation, then spatial: Gaussian means over the map, and attention over the 3x3 neighbours."""
 
     gaussian: Tensor
 
@@ -248,8 +248,8 @@ class Equalization(nn.Module):
         weights = (neighbours * queries.view(channels, 1, positions)).mean(0).softmax(0)
         attended = (F.unfold(x, 3, padding=1).view(channels, 9, positions) * weights).sum(1).t()
 
-        # The original reads both (position, channel) arrays as (channel, y, x) without a transpose; its weights
-        # were trained so.
+        # The original reads both (position, channel) arrays as (channel, y, x) without a transpose, and its
+        # weights were trained that way.
         both = torch.cat([rows.reshape(x.shape) for rows in (means, attended)], dim=1)
         return self.down(both)
 
@@ -288,12 +288,12 @@ class Filling(nn.Module):
         else:
             for _ in range(3):
                 hole = F.conv2d(hole, self.mean_4x4, stride=2, padding=1)
-            # No mean of a mask exceeds 1, so nothing is ever hole here; the original decides so all the same.
+            # No mean of a mask exceeds 1, so all positions count as known, as in the original.
             hole = (hole > 1).to(hole.dtype)
         return (1 - hole).expand(-1, 256, -1, -1)
 
     def fill(self, features: Tensor, mask: Tensor) -> Tensor:
-        """[1, 256, 32, 32] filled at three scales, and these merged."""
+        """[1, 256, 32, 32] filled at three scales and merged."""
         scales = []
         for chain in (self.cov_3, self.cov_5, self.cov_7):
             x, known = features, mask
@@ -323,7 +323,7 @@ class Filling(nn.Module):
 
 
 class FeaturePictures(nn.Module):
-    """Small pictures of structure and texture. Only the training loss reads them; the original makes them always."""
+    """Small pictures of structure and texture, for the training loss only; the original always computes them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -334,7 +334,7 @@ class FeaturePictures(nn.Module):
 
 
 class Equalizer(nn.Module):
-    """What stands between encoder and decoder: :class:`Filling` and the pictures for the loss."""
+    """The network between encoder and decoder: :class:`Filling` and the pictures for the loss."""
 
     def __init__(self, mask_mode: str) -> None:
         super().__init__()
@@ -351,8 +351,8 @@ class MEDFE(nn.Module):
     """The generator, 130,316,070 parameters. A new one has PyTorch's random initialisation.
 
     Args:
-        mask_mode: which positions the partial convolutions take for known. "all_valid": all of them, as the
-            original does since it averages the mask; "nearest": by the mask sampled at 32x32, as it did before.
+        mask_mode: which positions count as known in the partial convolutions. "all_valid": all, as in the current
+            original, which averages the mask; "nearest": by the mask sampled at 32x32, as in its earlier version.
     """
 
     colour: Tensor
@@ -392,14 +392,14 @@ class MEDFE(nn.Module):
         """Fill the hole.
 
         Args:
-            image: [1, 3, 256, 256] in [-1, 1]; what is in the hole does not matter.
+            image: [1, 3, 256, 256] in [-1, 1]; the content of the hole does not matter.
             hole: [1, 1, 256, 256], 1 = hole; fractions count as known.
 
         Returns:
             The raw picture [1, 3, 256, 256] in (-1, 1).
 
         Raises:
-            ValueError: another shape; the original is made for one picture of 256x256.
+            ValueError: another shape; the original takes one picture of 256x256.
         """
         for name, tensor, channels in (("image", image, 3), ("hole", hole, 1)):
             if list(tensor.shape) != [1, channels, SIZE, SIZE]:

@@ -1,13 +1,13 @@
 """PEN: Pyramid-context Encoder Network (Zeng et al., "Learning Pyramid-Context Encoder Network for High-Quality Image
 Inpainting", CVPR 2019).
 
-A U-Net whose five skip connections are filled by attention, from deep to shallow: positions of the deeper map are
-compared with one another, and the shallower map is pasted together from its own patches by these weights.
+A U-Net whose five skip connections are filled by attention, from deep to shallow: weights come from comparing the
+positions of the deeper map, and the shallower map is the sum of its patches with these weights.
 
-Written anew from a description of the network, no line taken from the original (MIT licence). It is timed as a
-baseline, so it computes as the original does: attention one picture at a time, by convolutions with the picture's own
-patches, and the small pictures for the training loss at inference too. The original's layer names are kept, so that
-its checkpoints load.
+Written from a description of the network; no code is taken from the original (MIT licence). It is timed as a
+baseline, so it computes as the original does: attention for one picture at a time, by convolutions with the picture's
+patches, and the small pictures for the training loss also at inference. The original's layer names are kept, so its
+checkpoints load.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class AttentionTransfer(nn.Module):
     Args:
         channels: of the shallower map.
         size: side of the patches that are compared.
-        combine: join the result with itself through four dilated convolutions; the deepest has none.
+        combine: combine the result through four dilated convolutions; not at the deepest level.
     """
 
     def __init__(self, channels: int, size: int = 3, *, combine: bool = True) -> None:
@@ -72,7 +72,7 @@ class AttentionTransfer(nn.Module):
 
 
 class PEN(nn.Module):
-    """The generator, 10,231,538 parameters, initialised as the paper's: weights N(0, 0.02), biases 0."""
+    """The generator, 10,231,538 parameters, initialised as in the paper: weights N(0, 0.02), biases 0."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -82,7 +82,7 @@ class PEN(nn.Module):
             setattr(self, f"dw_conv0{i}", _conv(down[i - 1], down[i], activation, stride=2))
         widths = list(enumerate(_WIDTHS, 1))[::-1]
         for i, width in widths:
-            # The deepest map's few positions are compared by themselves, all others with their surroundings.
+            # The few positions of the deepest map are compared as single positions, all others as patches.
             attention = AttentionTransfer(width) if i < 5 else AttentionTransfer(width, 1, combine=False)
             setattr(self, f"at_conv0{i}", attention)
         for i, width in widths:

@@ -1,13 +1,13 @@
 """RFR: Recurrent Feature Reasoning (Li et al., "Recurrent Feature Reasoning for Image Inpainting", CVPR 2020).
 
-Two partial convolutions make features at half size; six times over, with the same weights, two more partial
-convolutions shrink the hole and a U-Net with attention fills what has become known; the seven feature maps are then
-averaged where known, and a short tail makes the picture.
+Two partial convolutions compute features at half size. In six iterations with the same weights, two more partial
+convolutions shrink the hole, and a U-Net with attention fills the positions that have become known. The seven feature
+maps are averaged over known positions, and a few more layers compute the picture.
 
 It is timed as a baseline, so it computes as the original does: the window sums of a mask are convolutions with an
 all-ones kernel of full width, half of a partial convolution's arithmetic.
 
-The original's layer names are kept, so that its checkpoints load.
+The original's layer names are kept, so its checkpoints load.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SIZE_MULTIPLE = 16
 class PartialConv2d(nn.Conv2d):
     """Convolution over the known positions, scaled by the share of them (Liu et al., ECCV 2018); mask per channel.
 
-    A sub-class of ``nn.Conv2d`` as in the original: the paper's counting tool passes over it for that reason.
+    A sub-class of ``nn.Conv2d`` as in the original; therefore the paper's counting tool does not count it.
     """
 
     ones: Tensor
@@ -50,7 +50,7 @@ class PartialConv2d(nn.Conv2d):
 
 
 class Memory(NamedTuple):
-    """What an iteration's attention leaves for the next."""
+    """The result of one iteration's attention that the next one uses."""
 
     weights: Tensor
     """[B, L, H, W]: for every position, softmax weights over the L = H*W keys."""
@@ -59,7 +59,7 @@ class Memory(NamedTuple):
 
 
 class KnowledgeConsistentAttention(nn.Module):
-    """Attention whose weights are averaged with the previous iteration's where that one knew the position."""
+    """Attention whose weights are averaged with the previous iteration's where the position was known then."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -70,7 +70,7 @@ class KnowledgeConsistentAttention(nn.Module):
         known = F.interpolate(mask, size=features.shape[2:], mode="nearest")
         keys = features.flatten(2).transpose(1, 2) + 1e-7  # [B, L, C]
         keys = (keys / torch.linalg.vector_norm(keys, dim=2, keepdim=True))[..., None, None]
-        # A picture's positions are the kernels of its own convolution.
+        # The positions of a picture are the kernels of a convolution with that picture.
         scores = torch.cat([F.conv2d(x[None], kernels) for x, kernels in zip(features, keys)])
         scores = 9 * F.avg_pool2d(scores, 3, stride=1, padding=1)
         weights = torch.softmax(scores, dim=1)
@@ -197,7 +197,7 @@ class RFR(nn.Module):
             mask: [B, 3, H, W], 1 = known, 0 = hole.
 
         Returns:
-            The raw picture [B, 3, H, W] on the scale of [0, 1]; it is linear, so values lie outside too.
+            The raw picture [B, 3, H, W] on the scale of [0, 1]; it is not clamped, so values can lie outside.
 
         Raises:
             ValueError: a shape that does not fit.
@@ -208,7 +208,7 @@ class RFR(nn.Module):
         x, known = self.Pconv2(F.relu(self.bn1(x)), known)
         x = F.relu(self.bn20(x))
         features, masks = [x], [known]
-        memory = None  # of this call alone
+        memory = None  # the memory lasts for one call
         for _ in range(ITERATIONS):
             x, known = self.Pconv21(x, known)
             x, known = self.Pconv22(x, known)

@@ -393,7 +393,7 @@ _LIU_COUNT, _LIU_PER_CLASS = 12_000, 2_000
 
 
 def pictures_below(folder: str | Path, expected: str) -> list[Path]:
-    """The files, of every format that Pillow knows, of a folder and its sub-folders, in no order.
+    """The picture files (of every format that Pillow reads) of a folder and its sub-folders, unordered.
 
     Raises DataError, which begins with `expected`: no such folder, or no picture in it.
     """

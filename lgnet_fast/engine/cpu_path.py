@@ -1,10 +1,10 @@
-"""The C++ executor or plain PyTorch on a CPU: never the slower one, and every process the same.
+"""The choice between the C++ executor and plain PyTorch on a CPU: the faster one, the same in every process.
 
-The executor's vectorised kernels are faster wherever they were measured. Its portable ones (processors other than
-x86-64, compilers without GCC's extensions) need not be: PyTorch's libraries may have vectorised kernels there. So
-both are timed once, stage by stage on one 256x256 picture, and the answer is kept in the user's cache folder. Where
-nothing can be kept, portable kernels give way to PyTorch without a measurement: two processes that measured for
-themselves might differ, and so would their pictures.
+The vectorised kernels of the executor were faster wherever they were measured. Its portable kernels (for other
+processors, and compilers without GCC's extensions) may be slower, because PyTorch's libraries may have vectorised
+kernels there. So both are timed once, stage by stage on one 256x256 picture, and the answer is kept in the user's
+cache folder. Where nothing can be kept, PyTorch replaces portable kernels without a measurement: processes that each
+measured might choose differently, and their pictures would differ.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from .plan import Plan
 PORTABLE = "portable"
 """Name of the instruction set whose kernels may be slower than PyTorch's."""
 SECONDS = 6.0
-"""Time that measuring may take."""
+"""Longest duration of the measurement."""
 _SIDE = 256
 
 
@@ -41,7 +41,7 @@ class Path(NamedTuple):
 
     @classmethod
     def from_dict(cls, value: Any) -> Path | None:
-        """As the cache has it; None where that is something else."""
+        """From the form in the cache; None where `value` has another form."""
         try:
             return cls(value["runs"], str(value["reason"])) if value["runs"] in ("engine", "eager") else None
         except (TypeError, KeyError):
@@ -52,7 +52,7 @@ class Path(NamedTuple):
 
 
 def entry_name(plan: Plan) -> str:
-    """What the answer is kept under, within its key."""
+    """Name of the answer within its key of the cache."""
     return f"path {cpu_tuning.network_digest(plan)}"
 
 
@@ -62,7 +62,7 @@ def choose_path(
     dtype: torch.dtype,
     compare: Callable[[LGNet | LocalGlobalRefinement, torch.dtype], tuple[float, float]] | None = None,
 ) -> Path:
-    """Which of the two runs.
+    """Choose the executor or PyTorch.
 
     Args:
         model: with weights on the CPU.
@@ -82,7 +82,7 @@ def choose_path(
 
 
 def keep_path(plan: Plan, dtype: torch.dtype, engine: float, eager: float) -> Path:
-    """The faster one by two measurements in seconds, kept unless another process has kept its own before."""
+    """The faster one of two measurements in seconds, unless another process has kept an answer before."""
     mine = _faster(engine, eager)
     kept = cache.put_first(cpu_tuning.key(dtype), cache.CHOICES, entry_name(plan), mine._asdict())
     return Path.from_dict(kept) or mine
@@ -99,9 +99,9 @@ def measured(
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
-    """Seconds of the C++ executor and of PyTorch for the same stages of a model, each the less of two runs.
+    """Seconds of the C++ executor and of PyTorch for the same stages of a model, each the faster of two runs.
 
-    Stages are timed one by one, the cheapest first, as long as the next one is expected to end within `seconds`.
+    Stages are timed one by one, the cheapest first, until the next one is expected to end after `seconds`.
     """
     begin = clock()
     device = torch.device("cpu")
@@ -129,7 +129,7 @@ def measured(
 
 
 def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
-    """The less of two calls."""
+    """Seconds of the faster of two calls."""
     times = []
     for _ in range(2):
         begin = clock()
@@ -145,7 +145,7 @@ def tune(
     seconds: float = cpu_tuning.SECONDS,
     progress: Callable[[str], None] = lambda text: None,
 ) -> tuple[cpu_tuning.Measured, Path]:
-    """Measure the kernels of every step, then the whole beside PyTorch, and keep both answers.
+    """Measure the kernels of every step, then the whole run and PyTorch's, and keep both answers.
 
     Args:
         model, plan, dtype: see :func:`choose_path`; the plan has float32 weights.

@@ -1,8 +1,8 @@
 """Measured choices on a CPU: every step's kernels timed in place, checked against the plain ones, and kept.
 
-"In place" means within runs of the whole plan, so that a step finds the caches as its predecessor leaves them. One
-run times a candidate of many steps at once. Results are kept in the user's cache folder after every run, for the
-processor, instruction set, threads, dtype and version, so an interrupted tuning keeps what it measured.
+"In place" means within runs of the whole plan: the caches are then in the state that the previous step leaves. One
+run times one candidate of many steps at once. Results are kept in the user's cache folder after every run, for the
+processor, instruction set, threads, dtype and version, so an interrupted tuning keeps its measurements.
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from .plan import ConvStep, Plan, Step
 logger = logging.getLogger("lgnet_fast")
 
 SECONDS = 60.0
-"""Time that tuning takes where nothing else is asked for."""
+"""Default duration of a tuning."""
 _BESIDE_BYTES = 384 << 20
-"""Packed weights of candidates that are in memory at a time."""
+"""Largest size of the packed weights of the candidates of one run."""
 _ROUNDS = 3
 _GAIN = 0.01
-"""Share of a step's time by which a chunk's size must beat the rule to be taken."""
+"""A measured chunk size is used if it is faster than the rule's by at least this share of the step's time."""
 _LIMITS = {torch.float32: 2e-3, torch.bfloat16: 5e-2}
-"""Largest RMS difference of pictures from those of the plain kernels, relative to these."""
+"""Largest RMS difference from the pictures of the plain kernels, relative to their RMS."""
 
 
 class Timing(NamedTuple):
@@ -51,15 +51,15 @@ Measure = Callable[[CpuExecutor], Timing]
 
 @dataclass
 class Measured:
-    """What tuning knows of one plan: step's name -> choice -> milliseconds, and what follows.
+    """Measurements of one plan, and the choices that follow from them.
 
     Attributes:
-        times: of steps that own weights: the mean over the steps that share them; with a chunk in the choice, of the
-            step itself.
-        wrong: (step, choice) that differ from the plain kernel.
+        times: step's name -> choice -> milliseconds. For a choice with a chunk: of that step. For other choices: of
+            the first of the steps that share weights, the mean over these steps.
+        wrong: (step, choice) whose result differs from that of the plain kernel.
         choices: for every step; None while kernels are still being measured.
-        total_ms: milliseconds of a run by `choices`; None while there was none.
-        model_ms: of a run by the model's choices.
+        total_ms: milliseconds of a run with `choices`; None where there was none yet.
+        model_ms: milliseconds of a run with the choices of the cost model.
     """
 
     times: dict[str, dict[str, float]] = field(default_factory=lambda: defaultdict(dict))
@@ -80,7 +80,7 @@ class Measured:
 
     @classmethod
     def from_dict(cls, value: Any) -> Measured | None:
-        """From :meth:`as_dict`; None where that is something else."""
+        """The inverse of :meth:`as_dict`; None where `value` has another form."""
         try:
             times = {str(n): {str(c): float(ms) for c, ms in own.items()} for n, own in value["times"].items()}
             found = cls(defaultdict(dict, times), [(str(name), str(choice)) for name, choice in value["wrong"]])
@@ -99,7 +99,7 @@ class Measured:
 
 
 def network_digest(plan: Plan) -> str:
-    """Twelve characters for a network's shapes, whatever the size of pictures."""
+    """Twelve characters that identify the shapes of a network; the size of pictures does not enter."""
     shapes = []
     for step in plan.steps:
         more: object = step.geometry if isinstance(step, ConvStep) else step.variant
@@ -108,17 +108,17 @@ def network_digest(plan: Plan) -> str:
 
 
 def entry_name(plan: Plan) -> str:
-    """What a plan's measurements are kept under, within their key."""
+    """Name of a plan's measurements within their key of the cache."""
     return f"engine {network_digest(plan)}, {len(plan.steps)} steps, {plan.batch}x{plan.height}x{plan.width}"
 
 
 def key(dtype: torch.dtype) -> cache.Key:
-    """The cache's key of this CPU as it is used here."""
+    """The cache's key for this CPU with the instruction set and number of threads in use."""
     return cache.cpu_key(dtype, isa_name(), forks.kernel_threads())
 
 
 def kept(plan: Plan, dtype: torch.dtype) -> dict[str, str] | None:
-    """The measured choices of a plan on this machine; None where there are none that fit."""
+    """The measured choices of a plan on this machine; None where none are kept or they do not fit the plan."""
     found = Measured.from_dict(cache.get(key(dtype), cache.CHOICES, entry_name(plan)))
     if found is None:
         return None
@@ -142,7 +142,7 @@ def _fit(plan: Plan, choices: Mapping[str, Any], dtype: torch.dtype) -> bool:
 
 
 def options(step: Step, pairs: bool) -> list[str]:
-    """Every kernel that may run a step, the plainest first; with pairs, in float32 too."""
+    """Every choice that can run a step, the plainest first; with pairs also those in float32."""
     found = [plain_choice(step, pairs)]
     for with_pairs in (True, False) if pairs else (False,):
         for kernel in kernels_for(step, with_pairs):
@@ -153,7 +153,7 @@ def options(step: Step, pairs: bool) -> list[str]:
 
 
 def measured_choices(plan: Plan, dtype: torch.dtype, found: Measured) -> dict[str, str]:
-    """How every step runs by what was measured; by the model where a step's kernels were not all measured."""
+    """A choice for every step: by its measured times if all its kernels were measured, else by the cost model."""
     pairs = has_pairs(dtype)
     costs: dict[str, Mapping[str, Cost]] = dict(modelled_costs(plan, dtype))
     for step in plan.steps:
@@ -194,10 +194,10 @@ def tune(
     Args:
         plan: dense, with float32 weights on the CPU.
         dtype: float32 or bfloat16.
-        seconds: after so many nothing new is begun.
-        progress: called with a line a round of measurements.
-        measure: one run of an executor; None: on a fixed picture whose hole is everywhere.
-        clock: seconds.
+        seconds: no new measurement begins after this time.
+        progress: called with one line per round of measurements.
+        measure: runs an executor once; None: on a fixed picture that is all hole.
+        clock: returns seconds.
     """
     contest = _Contest(plan, dtype, measure or _on_a_picture(plan), progress, clock() + seconds, clock)
     return contest.run()
@@ -255,7 +255,7 @@ class _Contest:
         return self.found
 
     def _trials(self) -> Iterator[dict[str, str]]:
-        """Step's name -> candidate: one of many steps at a time, as far as their weights find room."""
+        """Step's name -> candidate: at most one of every step, for as many steps as `_BESIDE_BYTES` allows."""
         left = {step.name: options(step, self.pairs)[1:] for step in self.owners}
         while any(left.values()):
             trial: dict[str, str] = {}
@@ -269,12 +269,12 @@ class _Contest:
             yield trial
 
     def _try(self, weights: CpuWeights, trial: Mapping[str, str]) -> None:
-        """Time a candidate of each step named; those that compute something else are left out."""
+        """Time one candidate of each step named; candidates with a wrong result are left out."""
         everyone = {user.name: choice for name, choice in trial.items() for user in self.users[name]}
         executor = CpuExecutor(self.plan, weights.with_choices(self.plan, everyone))
         if not self._right(self.measure(executor).pictures):
             if len(trial) > 1:
-                for name, choice in trial.items():  # whose fault is it?
+                for name, choice in trial.items():  # to find the wrong one
                     self._try(weights, {name: choice})
             else:
                 (wrong,) = trial.items()
@@ -292,7 +292,7 @@ class _Contest:
         return True
 
     def _least(self, executor: CpuExecutor) -> list[float]:
-        """Milliseconds of every step: the least of some runs."""
+        """Milliseconds of every step, the least of `_ROUNDS` runs."""
         runs = [self.measure(executor).steps for _ in range(_ROUNDS)]
         return [min(times) for times in zip(*runs, strict=True)]
 
@@ -304,7 +304,7 @@ class _Contest:
         self.progress(f"{len(trial)} kernels, a run of {sum(times):.1f} ms")
 
     def _chunks(self, executor: CpuExecutor) -> None:
-        """Sizes of chunks, for every convolution at once."""
+        """Time every chunk size, each for all convolutions at once."""
         if self.clock() > self.deadline:
             return
         convolutions = {n: c for n, c in executor.weights.choices.items() if c.kernel in TILES}
@@ -327,7 +327,7 @@ class _Contest:
             self._keep()
 
     def _final(self) -> None:
-        """Whole runs by measurement and by the model, in turn: what is not faster is not taken."""
+        """Time whole runs with the measured choices and with the model's, in turn; keep the faster ones."""
         assert self.found.choices is not None
         by_model = choose_kernels(self.plan, self.dtype)
         different = [by_model] if by_model == self.found.choices else [by_model, self.found.choices]
@@ -345,9 +345,9 @@ class _Contest:
 
 
 def gains(plan: Plan, dtype: torch.dtype, found: Measured) -> list[tuple[str, str, float, str, float]]:
-    """Of every step: its name, the model's choice and its milliseconds, the measured choice and its own.
+    """For every step: its name, the model's choice and its milliseconds, the measured choice and its milliseconds.
 
-    NaN stands for what was not measured.
+    NaN: not measured.
     """
     by_model, chosen = choose_kernels(plan, dtype), found.choices or choose_kernels(plan, dtype)
     rows = []

@@ -15,7 +15,7 @@ from .plan import ConvStep, Plan, Step
 
 _ALIGNMENT = 64  # bytes
 
-# Points of Winograd's F(m, r), infinity left out; csrc/conv_kernels.h has the transforms of the features.
+# Points of Winograd's F(m, r), without infinity; the transforms of the features are in csrc/conv_kernels.h.
 _POINTS: dict[tuple[int, int], tuple[float, ...]] = {
     (2, 2): (0.0, 1.0),
     (2, 3): (0.0, 1.0, -1.0),
@@ -42,7 +42,10 @@ def _weight_transform(m: int, r: int) -> Tensor:
 
 @dataclass(frozen=True)
 class Packing:
-    """Vector lanes, columns of a panel, elements in a unit, units in a slice of depth; see csrc/conv.h."""
+    """Layout of packed weights, see csrc/conv.h.
+
+    lanes: of a vector. panel: columns of a panel. pair: elements of a unit. slice: units of the depth in a slice.
+    """
 
     lanes: int
     panel: int
@@ -57,7 +60,7 @@ class Packing:
 
     @classmethod
     def of(cls, pairs: bool) -> Packing:
-        """Of the instruction set in use; all zero for pairs where it has none."""
+        """The layout for the instruction set in use; all zeros for pairs where it has none."""
         return cls(*library().packing(pairs))
 
     @property
@@ -69,14 +72,15 @@ class Packing:
         return torch.bfloat16 if self.pair == 2 else torch.float32
 
     def pack(self, into: Tensor, depth: int, channels: int, rows: Callable[[int, int, Tensor], object]) -> None:
-        """Fill `into`, flat: [points][slices][panels][units][panel's columns][pair].
+        """Fill `into` with the layout [points][slices][panels][units][panel's columns][pair].
 
-        A slice at a time, so that no second copy of the weights is ever in memory.
+        One slice is packed at a time, so memory never holds a second copy of the weights.
 
         Args:
             into: of the packed dtype, [points, rest].
             depth, channels: rows and columns of the weights; depth a multiple of the pair.
-            rows: (begin, end, zeros [points, end - begin, channels]) -> puts those rows of the weights there.
+            rows: called as (begin, end, zeros [points, end - begin, channels]); writes these rows of the weights
+                to the zeros.
         """
         points, columns, pair = into.shape[0], self.columns(channels), self.pair
         full = columns // self.panel * self.panel
@@ -105,18 +109,20 @@ _TRANSFORMED_ROWS = 32
 
 
 def _group_rows(weight: Tensor, group: Group, m: int, channels: int) -> Callable[[int, int, Tensor], None]:
-    """What :meth:`Packing.pack` asks for U of one group, [points, depth, out]; transforms are computed in float64.
+    """The `rows` of :meth:`Packing.pack` for one group: the transformed weights U [points, depth, out].
+
+    The transforms are computed in float64.
 
     Args:
         weight: [kernel rows, kernel columns, in, out].
-        channels: rows of each start, zeros after the weight's own.
+        channels: rows of the depth for each start; those beyond the weight's input channels are zeros.
     """
     own = weight.shape[2]
     transform = torch.kron(_weight_transform(m, group.ry), _weight_transform(m, group.rx))
 
     def rows(begin: int, end: int, u: Tensor) -> None:
         for i, (ty, tx) in enumerate(group.taps):
-            # Of start i, as far as its rows are asked for and are weights at all.
+            # The rows of start i that lie in [begin, end) and hold weights.
             last = min(end, i * channels + own)
             for row in range(max(begin, i * channels), last, _TRANSFORMED_ROWS):
                 stop = min(last, row + _TRANSFORMED_ROWS)
@@ -138,7 +144,7 @@ class Placed:
 
 def _allocate(size: int) -> Tensor:
     data = torch.empty(size, dtype=torch.uint8, device="cpu")
-    library().advise_large_pages(data.data_ptr(), size)  # before they are touched: pages in use stay small
+    library().advise_large_pages(data.data_ptr(), size)  # before the first write: pages in use would stay small
     return data.zero_()
 
 
@@ -161,7 +167,7 @@ def _parts(step: Step, choice: Choice) -> Iterator[tuple[int, int, Group | None]
 
 
 def _place(plan: Plan, choices: Mapping[str, Choice]) -> tuple[dict[str, Placed], int]:
-    """Where each step's weights lie, and how many bytes there are."""
+    """The place of each step's weights, and the number of bytes in all."""
     placed: dict[str, Placed] = {}
     size = 0
 
@@ -188,11 +194,11 @@ class CpuWeights:
 
     Attributes:
         dtype: float32, or bfloat16 for products of bf16 pairs.
-        choices: step's name -> how it runs.
-        chosen_by: what the choices follow: "model", "measurement" or "request".
-        placed: where each step's weights lie in `data`, or in a block of :attr:`apart`.
+        choices: step's name -> its kernel.
+        chosen_by: the source of the choices: "model", "measurement" or "request".
+        placed: step's name -> the place of its weights in `data`, or in its block of :attr:`apart`.
         data: uint8, aligned to 64 bytes.
-        apart: step's name -> its weights, where those are not in `data`.
+        apart: step's name -> a separate block with its weights, for steps whose weights are not in `data`.
     """
 
     dtype: torch.dtype
@@ -203,15 +209,15 @@ class CpuWeights:
     apart: Mapping[str, Tensor] = field(default_factory=dict)
 
     def address(self, step: Step) -> int:
-        """Where a step's placed weights begin."""
+        """Address of the block that holds a step's weights."""
         return self.apart.get(step.name, self.data).data_ptr()
 
     def with_choices(self, plan: Plan, choices: Mapping[str, str]) -> CpuWeights:
-        """The same weights with other choices; those of steps that want another packing are packed beside them.
+        """The same weights with other choices. Steps whose choice needs another packing get separate blocks.
 
         Args:
             plan: with weights.
-            choices: of some steps; a step and those that share its weights want one kernel.
+            choices: of some steps; steps that share weights need the same packing.
         """
         parsed = {**self.choices, **{name: Choice.parse(text) for name, text in choices.items()}}
         placed, apart = dict(self.placed), dict(self.apart)
@@ -229,7 +235,7 @@ class CpuWeights:
     def pack(
         cls, plan: Plan, dtype: torch.dtype, choices: Mapping[str, str], chosen_by: str = "request"
     ) -> CpuWeights:
-        """Packed weights of a plan, which has them on the CPU.
+        """Pack the weights of a plan, which are on the CPU.
 
         Raises:
             ValueError: a dtype or choice that does not fit.
@@ -245,7 +251,7 @@ class CpuWeights:
         return cls(dtype, parsed, chosen_by, placed, data)
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`from_state` needs beside the plan's shapes; the tensor is this object's own memory."""
+        """What :meth:`from_state` needs besides the plan's shapes; its tensor shares memory with this object."""
         return {
             "dtype": str(self.dtype).removeprefix("torch."),
             "choices": {name: str(choice) for name, choice in self.choices.items()},
@@ -256,7 +262,7 @@ class CpuWeights:
 
     @classmethod
     def from_state(cls, plan: Plan, state: Mapping[str, Any]) -> CpuWeights:
-        """The weights whose :meth:`state` was saved; `plan` needs none. Nothing is packed again.
+        """The weights whose :meth:`state` was saved; `plan` needs no weights. Nothing is packed again.
 
         Raises:
             ValueError: they were packed for another instruction set, or for another network.
@@ -280,7 +286,7 @@ class CpuWeights:
 
 
 def _pack(step: Step, choice: Choice, placed: Placed, data: Tensor) -> None:
-    """Fill one step's place."""
+    """Write one step's packed weights and bias to their place."""
     packing = Packing.of(choice.packs_pairs)
 
     def room(offset: int, count: int, dtype: torch.dtype) -> Tensor:

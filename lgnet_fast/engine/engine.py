@@ -19,6 +19,7 @@ from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
 from . import cpu_path, cpu_tuning, cuda_tuning
 from .build import build_plan, plan_stages
+from .cover import hole_boxes
 from .cpu_executor import CpuExecutor
 from .cpu_tuning import SECONDS
 from .cuda_executor import CudaExecutor
@@ -27,11 +28,11 @@ from .device_holes import DeviceHoles
 from .devices import resolve_device, resolve_dtype, same_device
 from .executor import Executor, Regions
 from .graphs import error_text
-from .holes import check_holes, hole_boxes
+from .holes import check_holes
 from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan
 from .recent import Recent
-from .regions import Rect, join, rounded
+from .regions import Rect
 from .saved import read_engine, write_engine
 from .verified import verified
 
@@ -42,7 +43,7 @@ SHAPES_KEPT = 8
 HOLES_KEPT = 128
 """Restricted plans kept per shape."""
 
-# A restricted run must save this share of the multiplications; otherwise the run is dense.
+# A restricted run must save this share of a dense run's cost (Executor.cost); otherwise the run is dense.
 _WORTHWHILE = 0.05
 
 
@@ -51,21 +52,19 @@ class _Shape:
 
     def __init__(self, plan: Plan, executor: Executor) -> None:
         self.plan, self.executor = plan, executor
-        self.dense_macs = plan.total_macs()
+        self.dense_cost = executor.cost(plan)
         self.regions: Recent[Regions | None] = Recent(HOLES_KEPT)
 
     def restricted(self, holes: Sequence[Rect]) -> Plan:
-        """The plan restricted to these holes, rounded to the granularity of the executor."""
-        if self.executor.granularity > 1:
-            holes = rounded(join(holes), self.executor.granularity, self.plan.height, self.plan.width)
-        return self.plan.restricted(holes)
+        """The plan restricted to these holes, in regions that suit the executor."""
+        return self.executor.restricted(self.plan, holes)
 
     def regions_for(self, holes: Sequence[Rect]) -> Regions | None:
         """The rectangles of every step for these holes; None where a dense run costs no more."""
 
         def make() -> Regions | None:
             plan = self.restricted(holes)
-            if plan.total_macs() > (1 - _WORTHWHILE) * self.dense_macs:
+            if self.executor.cost(plan) > (1 - _WORTHWHILE) * self.dense_cost:
                 return None
             return [step.regions for step in plan.steps]
 
@@ -166,8 +165,11 @@ class Engine:
         self._notice_model()
         each: list[tuple[Rect, ...]] = []
         if holes is None and self.hole_aware and mask.device.type == "cpu":
-            each = [hole_boxes(sample) for sample in mask.split(1)]
-            holes = join(hole for own in each for hole in own)
+            if self._first.executor.per_sample:
+                each = [hole_boxes(sample) for sample in mask.split(1)]
+                holes = tuple(hole for own in dict.fromkeys(each) for hole in own)
+            else:
+                holes = hole_boxes(mask)
         elif holes is not None:
             holes = check_holes(holes, mask)
         elif self.hole_aware and mask.is_cuda and self._first.executor.restricts and image.shape[0]:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from .plan import Plan
-from .regions import Rect
+from .regions import Rect, rounded
 
 Regions: TypeAlias = Sequence[tuple[Rect, ...]]
 """The rectangles that each step of a plan computes, in the order of the steps."""
@@ -23,13 +23,32 @@ class Executor(ABC):
 
     Attributes:
         granularity: rectangles of holes are rounded outward to multiples of this many pixels before regions are made.
+        region_macs: what a region costs beside its outputs, in multiply-accumulates: for each sample where
+            `per_sample`, else once for the batch.
         per_sample: whether :meth:`run_each` computes each sample in separate regions.
         restricts: whether regions save any work.
     """
 
     granularity = 1
+    region_macs = 0.0
     per_sample = False
     restricts = True
+
+    @classmethod
+    def restricted(cls, plan: Plan, holes: Iterable[Rect]) -> Plan:
+        """A dense plan restricted to what pixels inside `holes` depend on, in regions that suit this executor."""
+        if cls.granularity > 1:
+            holes = rounded(holes, cls.granularity, plan.height, plan.width)
+        return plan.restricted(holes, cls._region_macs(plan))
+
+    @classmethod
+    def cost(cls, plan: Plan) -> float:
+        """What a plan takes here, in multiply-accumulates; only ratios of costs mean anything."""
+        return plan.cost(cls._region_macs(plan))
+
+    @classmethod
+    def _region_macs(cls, plan: Plan) -> float:
+        return cls.region_macs * (plan.batch if cls.per_sample else 1)
 
     @property
     @abstractmethod

@@ -10,7 +10,7 @@ import numpy as np
 from scipy import ndimage
 from torch import Tensor
 
-from .regions import Rect, join
+from .regions import Rect
 
 CELL = 16
 """Side in pixels of the cells that group hole pixels: neighbouring cells are one group, also across a corner."""
@@ -28,29 +28,36 @@ class HoleGroups:
     boxes: tuple[Rect, ...]
 
 
-def group_holes(hole: np.ndarray) -> HoleGroups:
-    """The 8-connected groups of the cells of a hole bool [H, W] that contain a hole pixel."""
+def cell_ends(hole: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(cells, y, x, ends): which cells of a hole bool [H, W] have a hole pixel, bool [ceil(H/16), ceil(W/16)]; their
+    places in reading order, int [n] each; top, bottom, left and right of the hole pixels in each, int [4, n]."""
     height, width = hole.shape
     columns = np.zeros((-(-height // CELL), width), dtype=bool)
     # One band of cells at a time: numpy's reduceat along the first axis would take a hundred times as long.
     for band in np.unique(np.flatnonzero(hole.any(axis=1)) // CELL):
         hole[band * CELL : (band + 1) * CELL].any(axis=0, out=columns[band])
     cells = np.logical_or.reduceat(columns, np.arange(0, width, CELL), axis=1)
+    y, x = np.nonzero(cells)
+    found = [_ends(hole, y[part], x[part]) for part in np.array_split(np.arange(len(y)), len(y) // 4096 + 1)]
+    ends = np.concatenate(found, axis=1)
+    return cells, y, x, np.minimum(ends, np.array([height, height, width, width])[:, None])
+
+
+def group_holes(hole: np.ndarray) -> HoleGroups:
+    """The 8-connected groups of the cells of a hole bool [H, W] that contain a hole pixel."""
+    cells, _, _, (top, bottom, left, right) = cell_ends(hole)
     labels, count = ndimage.label(cells, structure=np.ones((3, 3)), output=np.int32)
     if not count:
         return HoleGroups(labels, ())
-    y, x = np.nonzero(cells)
-    ends = [_ends(hole, y[part], x[part]) for part in np.array_split(np.arange(len(y)), len(y) // 4096 + 1)]
-    top, bottom, left, right = np.concatenate(ends, axis=1)
     groups = labels[cells]
     order = np.argsort(groups, kind="stable")
     starts = np.searchsorted(groups[order], np.arange(1, count + 1))
     boxes = np.stack(
         [
             np.minimum.reduceat(top[order], starts),
-            np.minimum(np.maximum.reduceat(bottom[order], starts), height),
+            np.maximum.reduceat(bottom[order], starts),
             np.minimum.reduceat(left[order], starts),
-            np.minimum(np.maximum.reduceat(right[order], starts), width),
+            np.maximum.reduceat(right[order], starts),
         ],
         axis=1,
     )
@@ -104,11 +111,6 @@ def disjoint_boxes(boxes: Iterable[Rect], shape: tuple[int, int]) -> list[Rect]:
             for rows, columns in ndimage.find_objects(ndimage.label(cells)[0])
         ]
     return found
-
-
-def hole_boxes(mask: Tensor) -> tuple[Rect, ...]:
-    """Bounding boxes of the holes of a mask [B, 1, H, W] on the CPU, for all samples together; none without holes."""
-    return join(group_holes((mask != 0).any(dim=0)[0].numpy()).boxes)
 
 
 def check_holes(holes: Sequence[Rect], mask: Tensor) -> tuple[Rect, ...]:

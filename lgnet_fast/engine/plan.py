@@ -11,6 +11,7 @@ a stage writes ``image * (1 - mask) + tanh(result) * mask`` into it; nothing is 
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
@@ -20,6 +21,7 @@ from typing import Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from .cover import fewer
 from .geometry import Geometry
 from .regions import Rect, join
 
@@ -181,19 +183,46 @@ class Plan:
         """Multiply-accumulates of the whole plan."""
         return sum(self.macs(step) for step in self.steps)
 
-    def restricted(self, holes: Iterable[Rect]) -> Plan:
+    def cost(self, region_macs: float = 0.0) -> float:
+        """What the plan takes, in multiply-accumulates: its own, and `region_macs` for each region of a step."""
+        return self.total_macs() + region_macs * sum(len(step.regions) for step in self.steps)
+
+    def restricted(self, holes: Iterable[Rect], region_macs: float = 0.0) -> Plan:
         """The same plan computing only what pixels inside `holes` depend on.
 
-        Every hole pixel of the mask must lie in one of the rectangles.
+        Regions of a step are replaced by their bounding box where that costs no more, and are disjoint (see
+        :func:`.regions.join`). All holes are replaced by their bounding box where the plan then costs less, and more
+        than 16 by fewer rectangles (:mod:`.cover`).
+
+        Args:
+            holes: rectangles that contain every hole pixel of the mask.
+            region_macs: what a region costs beside its outputs, in multiply-accumulates of the whole batch.
         """
-        holes = join(holes)
+        rects = fewer(holes, (self.height, self.width))
+        # The last layers have few channels, where joining saves little, and what they join all others must compute:
+        # the plan as a whole decides about larger boxes.
+        plan = self._restricted(join(rects), region_macs)
+        if len(rects) > 1:
+            box = self._restricted((functools.reduce(Rect.union, rects),), region_macs)
+            if box.cost(region_macs) < plan.cost(region_macs):
+                return box
+        return plan
+
+    def _restricted(self, holes: tuple[Rect, ...], region_macs: float) -> Plan:
         needed: dict[str, set[Rect]] = defaultdict(set)
         steps = []
         for step in reversed(self.steps):
-            regions = holes if step.merges else join(r for s in step.stores for r in needed[s.view.buffer])
+            source = self.source(step)
+            if step.merges:
+                regions = holes
+            else:
+                wanted = set().union(*(needed[s.view.buffer] for s in step.stores))
+                everywhere = self.target(step).everywhere
+                macs = step.macs(everywhere, source) if len(wanted) > 1 else 1
+                regions = join(wanted, region_macs * everywhere.area / (self.batch * macs))
             steps.append(replace(step, regions=regions))
             for region in regions:
-                needed[step.source.buffer].add(step.reads(region, self.source(step)))
+                needed[step.source.buffer].add(step.reads(region, source))
                 if step.residual is not None:
                     needed[step.residual.buffer].add(region)
         return replace(self, steps=tuple(reversed(steps)), holes=holes)

@@ -36,6 +36,11 @@ class Rect(NamedTuple):
             max(self.right, other.right),
         )
 
+    def meets(self, other: Rect) -> bool:
+        """Whether they share a pixel."""
+        rows = self.top < other.bottom and other.top < self.bottom
+        return rows and self.left < other.right and other.left < self.right
+
     def moved(self, down: int, across: int) -> Rect:
         """Moved by so many pixels."""
         return Rect(self.top + down, self.bottom + down, self.left + across, self.right + across)
@@ -51,7 +56,7 @@ class Rect(NamedTuple):
 
 
 def _without(rect: Rect, hole: Rect) -> list[Rect]:
-    """Disjoint rectangles that cover `rect` outside `hole`; whole rows stay together, as memory has them."""
+    """Disjoint rectangles that cover `rect` outside `hole`; above and below the hole they are whole rows."""
     top, bottom = max(rect.top, hole.top), min(rect.bottom, hole.bottom)
     left, right = max(rect.left, hole.left), min(rect.right, hole.right)
     if top >= bottom or left >= right:
@@ -78,30 +83,41 @@ def rounded(rects: Iterable[Rect], granularity: int, height: int, width: int) ->
     )
 
 
-def join(rects: Iterable[Rect]) -> tuple[Rect, ...]:
-    """Disjoint rectangles that cover the same pixels, two at a time replaced by their union while that costs no more.
+def join(rects: Iterable[Rect], overhead: float = 0.0) -> tuple[Rect, ...]:
+    """Disjoint rectangles that cover the same pixels. A rectangle costs its area and `overhead` pixels: two are
+    replaced by their bounding box while that costs no more than both. What still overlaps is cut.
 
     Disjoint, because each is computed with tiles of its own: a pixel in two of them would get the rounding of
-    whichever thread came last.
+    whichever thread came last. The result depends on the set of rectangles only, not on their order; the time grows
+    with the square of their number.
     """
-    todo = sorted(set(rects))
-    merged = True
-    while merged:
-        merged = False
-        for i in range(len(todo)):
-            for j in range(i + 1, len(todo)):
-                union = todo[i].union(todo[j])
-                if union.area <= todo[i].area + todo[j].area:
-                    todo[i] = union
-                    del todo[j]
-                    merged = True
-                    break
-            if merged:
-                break
+    found = sorted(set(rects))
+    if len(found) < 2:
+        return tuple(found)
+    kept: list[tuple[int, int, int, int, float]] = []  # sides and cost of rectangles of which no two can be replaced
+    for rect in found:
+        top, bottom, left, right = rect
+        cost, i = rect.area + overhead, 0
+        while i < len(kept):
+            # Without calls: this loop takes most of the time of a plan for many holes.
+            other_top, other_bottom, other_left, other_right, other_cost = kept[i]
+            up = top if top < other_top else other_top
+            down = bottom if bottom > other_bottom else other_bottom
+            west = left if left < other_left else other_left
+            east = right if right > other_right else other_right
+            union_cost = (down - up) * (east - west) + overhead
+            if union_cost <= cost + other_cost:
+                kept[i] = kept[-1]
+                kept.pop()
+                top, bottom, left, right, cost, i = up, down, west, east, union_cost, 0
+            else:
+                i += 1
+        kept.append((top, bottom, left, right, cost))
     apart: list[Rect] = []
-    for rect in sorted(todo, key=lambda r: (-r.area, r)):
+    for rect in sorted((Rect(*sides) for *sides, _ in kept), key=lambda r: (-r.area, r)):
         pieces = [rect]
         for other in apart:
-            pieces = [left for piece in pieces for left in _without(piece, other)]
+            if rect.meets(other):
+                pieces = [left for piece in pieces for left in _without(piece, other)]
         apart += pieces
     return tuple(sorted(apart))

@@ -454,6 +454,7 @@ class Guarded(Executor):
     """
 
     granularity = CudaExecutor.granularity
+    region_macs = CudaExecutor.region_macs
 
     def __init__(self, executor: CudaExecutor) -> None:
         self.executor, self._dense_only = executor, False

@@ -26,7 +26,7 @@ from ..pipeline.writing import temporary_prefix
 
 try:
     import fcntl
-except ImportError:  # Windows has no such locks: only the heartbeat tells which processes are alive
+except ImportError:  # Windows has no such locks: live processes are found by their heartbeat alone
     fcntl = None  # type: ignore[assignment]
 
 FOLDER = ".lgnet_fast"

@@ -153,7 +153,7 @@ def vectorized(name: str, maps: int, apart: bool = False) -> None:
         results = operator(*(a.flatten(0, 1) for a in front), *args[maps:], **kwargs)
 
         def split(result: Tensor) -> Tensor:
-            # An empty vector stands for a result that was not asked for.
+            # An empty vector stands for a result that was not requested.
             absent = result.dim() == 1 and result.numel() == 0
             return result.expand(size, 0) if absent else result.unflatten(0, (size, batch))
 
@@ -207,7 +207,7 @@ def flop_formula(operator: Any, formula: Callable[..., int]) -> None:
 
 
 def register(declaration: Operator) -> None:
-    """Define ``torch.ops.lgnet.<name>`` and the inner operators that a declaration asks for."""
+    """Define ``torch.ops.lgnet.<name>`` and the inner operators that its declaration requires."""
     OPERATORS[declaration.name] = declaration
     public = define(f'{declaration.name}({declaration.schema}, *, str backend="auto") -> Tensor')
     inner = _Inner(declaration, _arguments(declaration.name))
@@ -305,7 +305,7 @@ class _Inner:
         result, *saved = self.declaration.forward(self.declaration.launchers(backend), *operands, *options, save)
         if not self.saves:
             return result
-        # A schema has no optional results: an empty vector stands for what is not saved.
+        # A schema has no optional results: an empty vector stands for a tensor that is not saved.
         return (result, *(s if save else operands[0].new_empty(0) for s in saved))
 
     def fake(self, *args: Any) -> Any:

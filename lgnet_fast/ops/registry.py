@@ -92,7 +92,7 @@ class Operator:
     by_channels: bool = False
     """Whether kernels are compiled for each number of channels, so that the first use of each is checked."""
     example: tuple[tuple[int, ...], ...] = ()
-    """Shapes of operands for which `lgnet-fast info` asks the backends."""
+    """Shapes of operands for which `lgnet-fast info` shows whether the backends can run."""
 
     def launchers(self, backend: str) -> ModuleType:
         """The module with the launchers of `backend`."""

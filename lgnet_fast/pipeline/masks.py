@@ -68,7 +68,7 @@ def read_hole(
     inverse_alpha  the rest is hole: by default alpha below 128;
     colour         pixels whose channels differ by 32 of 255 or more are hole, except pixels with alpha below 128 and,
                    where at least half of the mask is a copy of `picture`, pixels equal to the picture;
-    auto           the only reading that makes sense, if there is just one; see `_certain_hole`.
+    auto           the reading of an unambiguous mask, see `_certain_hole`; an ambiguous mask is an error.
 
     `invert` swaps hole and known. `note` is appended to the message about a wrong size.
     Raises InvalidMaskError: unreadable, wrong type, wrong size, NaN, out of range, a channel that the mask does not

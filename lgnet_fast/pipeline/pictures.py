@@ -198,7 +198,7 @@ def _of_mode(picture: Image.Image, note: str) -> Picture:
 
 @dataclass(frozen=True)
 class _Origin:
-    """The part of a picture that `_like` needs, without its pixels, which would be kept beside the samples."""
+    """The part of a picture that `_like` needs. The pixels are left out, because the samples hold them already."""
 
     info: dict[Any, Any]
     format: str | None

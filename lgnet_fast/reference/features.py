@@ -213,7 +213,7 @@ class ConvFeatures(nn.Module):
 
     @classmethod
     def from_file(cls, path: str | os.PathLike[str], sha256: str | None = None) -> ConvFeatures:
-        """Load a file of either layout (see the module's docstring). Its first convolution tells the network.
+        """Load a file of either layout (see the module's docstring). Its first convolution identifies the network.
 
         Raises:
             WeightsError: see :func:`read_weights`; or names and shapes do not fit.

@@ -66,5 +66,5 @@ async def form_fields(request: Request, state: State, files: tuple[str, ...]) ->
 
 
 async def request_gone() -> bool:
-    """The `gone` of work that is finished even if the client leaves."""
+    """The argument `gone` of work that is finished even if the client leaves."""
     return False

@@ -65,7 +65,7 @@ class Source(Protocol):
 
 
 class FolderSource:
-    """The picture files (of every format that Pillow knows) of a folder and its sub-folders, by their paths.
+    """The picture files (of every format that Pillow reads) of a folder and its sub-folders, by their paths.
 
     Args:
         folder: of the pictures.

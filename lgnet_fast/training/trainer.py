@@ -130,7 +130,7 @@ class Trainer:
         fused = True if self.accelerator.device.type == "cuda" else None
         trained = [p for p in self.network.parameters() if p.requires_grad]
         with warnings.catch_warnings():
-            # PyTorch before 2.13, and accelerate, do not know its successor.
+            # Its successor exists neither in PyTorch before 2.13 nor in accelerate.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             wrapped, wrapped_discriminator, *self.optimisers = self.accelerator.prepare(
                 self.network,

@@ -15,7 +15,7 @@ from tests.interpreted.rules import normal
 
 
 def small_plan(batch: int = 1, side: int = 32) -> Plan:
-    """NetL, and a U-Net of two levels with attention: every kind of step the engine knows, in float64."""
+    """NetL, and a U-Net of two levels with attention: every kind of step of the engine, in float64."""
     torch.manual_seed(0)
     local = LocalNet(4).double().eval()
     with torch.no_grad():

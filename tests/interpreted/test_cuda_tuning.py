@@ -25,14 +25,10 @@ from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
 from tests.interpreted.test_cuda_executor import cast, check, inputs
 from tests.interpreted.test_verified import tiny_plan
 
+pytestmark = pytest.mark.usefixtures("fresh_cache")
+
 CPU = torch.device("cpu")
 SINGLE = torch.float32
-
-
-@pytest.fixture(autouse=True)
-def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(cache, "_known", {})
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,10 +22,8 @@ from tests.interpreted.rules import normal
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def machine(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """ "auto" takes Triton, and there are no verdicts yet."""
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(cache, "_known", {})
     monkeypatch.setattr(dispatch, "CANDIDATES", {"cpu": "triton"})
     monkeypatch.setattr(first_use, "_verdicts", {})
     ops.reset_calls()

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -47,7 +48,7 @@ class FakeGraph:
 
 
 class Model:
-    """The plan in plain PyTorch, in place of a model, for a plan without one."""
+    """The plan in plain PyTorch, which replaces the model for a plan without one."""
 
     plan: Plan
     made = 0
@@ -64,10 +65,8 @@ class Model:
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A cache of its own, and graphs on CPU tensors."""
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
-    monkeypatch.setattr(cache, "_known", {})
+def machine(fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An empty cache, and graphs on CPU tensors."""
     monkeypatch.setattr(CudaExecutor, "_graph_pool", lambda self: (0, 1) if self.options.graphs else None)
     monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(launches))
     monkeypatch.setattr(verified, "ModelExecutor", Model)
@@ -311,9 +310,9 @@ def test_capture_that_fails(plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog:
     assert decide(plan)[1].runs == "graph"
 
 
-def test_a_spoilt_cache_means_a_check(plan: Plan, tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spoilt_cache_means_a_check(plan: Plan, fresh_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     decide(plan)
-    for file in tmp_path.iterdir():
+    for file in fresh_cache.iterdir():
         file.write_text('{"schema": 1')
     monkeypatch.setattr(cache, "_known", {})
     examples = count(monkeypatch, verified, "make_example")
@@ -376,7 +375,7 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
 
 
 def test_the_plan_is_described_with_the_cards_own_peaks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The table asks the executor for its device; a floor is of the bytes that it stores."""
+    """The table uses the executor's device, and its floor the bytes that the executor stores."""
     executor = Guarded(CudaExecutor.of(plan, HALF))
     image = torch.zeros(1, 3, 16, 16)
     times = executor.step_times(image, image[:, :1], rounds=1)

@@ -495,18 +495,16 @@ void check_last_step() {
     set_isa(i ? g_isa : "portable");
     const ConvKernels& kernels = current_kernels().conv.f32;
     const int64_t outputs = 3 * s.kx + 1, pixels = s.height * s.width;
-    std::vector<uint32_t> packed;
-    for (int64_t ty = 0; ty < s.ky; ++ty) {
-      Values row(static_cast<size_t>(s.channels * outputs), 0.0);
+    const int64_t depth = s.ky * s.channels;
+    Values rows(static_cast<size_t>(depth * outputs), 0.0);
+    for (int64_t k = 0; k < depth; ++k) {
       for (int64_t tx = 0; tx < s.kx; ++tx) {
-        for (int64_t c = 0; c < s.channels; ++c) {
-          for (int64_t n = 0; n < 3; ++n) {
-            row[c * outputs + 3 * tx + n] = layer.weight[((ty * s.kx + tx) * s.channels + c) * 3 + n];
-          }
-        }
+        const int64_t from = ((k / s.channels * s.kx + tx) * s.channels + k % s.channels) * 3;
+        for (int64_t n = 0; n < 3; ++n) rows[k * outputs + 3 * tx + n] = layer.weight[from + n];
       }
-      pack(kernels, row, s.channels, outputs, packed);
     }
+    std::vector<uint32_t> packed;
+    pack(kernels, rows, depth, outputs, packed);
     std::vector<float> biases(64, 0.0f);
     std::copy(layer.bias.begin(), layer.bias.end(), biases.begin());
     LastStep step;

@@ -427,7 +427,7 @@ def test_tools_masks_and_their_history(new_page):
     drag(page, [(400, 250)])
     page.keyboard.up("Shift")
     assert mask()[250, 50:400].all()
-    # A mask that may mean two things: the page asks.
+    # For an ambiguous mask the page offers the channels.
     rubbed = np.dstack([SAMPLE, np.where(rectangle, np.uint8(0), np.uint8(255))])
     page.keyboard.press("Delete")
     page.expected_errors.append("400")

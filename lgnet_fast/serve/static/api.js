@@ -1,11 +1,11 @@
-// Calls of the server. The token, where there is one, comes once by the address and stays in this tab.
+// Calls of the server. A token, if any, is read from the page's address once and kept in this tab.
 const given = new URLSearchParams(location.search).get("token");
 if (given) {
   sessionStorage.setItem("lgnet-token", given);
   history.replaceState(null, "", location.pathname);
 }
 
-/** An answer that is not 2xx; `status` 0: there was none. */
+/** An answer that is not 2xx; `status` 0: no answer. */
 export class ApiError extends Error {
   constructor(status, text) {
     super(text);
@@ -20,8 +20,8 @@ const pause = (ms, signal) =>
   });
 
 /**
- * One call. `waiting(seconds)` is told when the server is busy and the call is made again, five times at most.
- * Throws ApiError, or the signal's AbortError.
+ * One call. If the server is busy, calls `waiting(seconds)` and repeats the call, five times at most.
+ * Throws ApiError, or the AbortError of the signal.
  */
 export async function call(path, { method = "GET", body, type, signal, waiting, keepalive } = {}) {
   const headers = {};

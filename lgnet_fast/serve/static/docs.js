@@ -1,4 +1,4 @@
-// The API's calls, as /openapi.json describes them.
+// The calls of the API, from /openapi.json.
 const theme = matchMedia("(prefers-color-scheme: light)").matches ? "light" : "dark";
 document.documentElement.dataset.theme = theme;
 

@@ -1,11 +1,11 @@
-// One open picture: its mask, its fills, its history, and the queue of what is to be filled.
+// One open picture: its mask, its fills, its history, and the queue of operations to be filled.
 import { ApiError, bitmap, call, json, timings } from "./api.js";
 import { encode, reach } from "./mask.js";
 import { settings } from "./settings.js";
 import { t } from "./text.js";
 
 export class Editor {
-  /** `say(text, kind)` tells the user; `changed()` is called after every change of what can be done. */
+  /** `say(text, kind)` shows a message; `changed()` is called after every change of the possible actions. */
   constructor(view, { say, changed }) {
     this.view = view;
     this.say = say;
@@ -79,7 +79,7 @@ export class Editor {
     Object.assign(picture, told);
   }
 
-  /** A call for a picture; where the server no longer has it, it is sent again with all its fills. */
+  /** A call for a picture. If the server has dropped the picture, it is sent again with all its fills. */
   async callFor(picture, rest, options = {}) {
     const ask = () => call(`/api/v1/pictures/${picture.id}${rest}`, { ...options, waiting: this.waiting });
     try {
@@ -124,7 +124,7 @@ export class Editor {
     this.say(t("cleared"));
   }
 
-  /** How many operations wait to be filled. */
+  /** Number of operations that are not filled yet. */
   get painted() {
     const pending = this.picture?.pending || [];
     return pending.length - 1 - pending.findLastIndex((one) => one.all);
@@ -171,8 +171,8 @@ export class Editor {
   // -- fills --------------------------------------------------------------------------------------------------
 
   /**
-   * Fills what is painted; while a fill runs, it waits and goes with what is painted until then. `released`: when the
-   * pointer was, for the time that is shown.
+   * Fills the painted operations. While a fill runs, they wait, and are filled together with later ones.
+   * `released`: time at which the pointer was released, for the duration that is shown.
    */
   async fill(released = performance.now()) {
     const { picture } = this;
@@ -238,7 +238,7 @@ export class Editor {
     picture.done = picture.history.length;
   }
 
-  /** Sends a fill and takes what changed. */
+  /** Sends a fill and applies the changed pixels. */
   async send(picture, fill, signal) {
     const { x, y } = fill.box;
     const query = new URLSearchParams({ x, y, ...fill.options, position: picture.fills.indexOf(fill) });
@@ -262,7 +262,7 @@ export class Editor {
     fill.passes = Number(response.headers.get("X-Passes"));
   }
 
-  /** Ends the running fill; its strokes and those that wait are dropped. */
+  /** Ends the running fill; its strokes and the waiting ones are dropped. */
   cancel() {
     const { picture } = this;
     if (!picture?.running) return false;
@@ -286,5 +286,5 @@ export class Editor {
   }
 }
 
-/** After what changed is on the screen. */
+/** Resolves when the changes are on the screen. */
 const drawn = () => new Promise((resolve) => requestAnimationFrame(() => requestAnimationFrame(resolve)));

@@ -5,7 +5,7 @@ import { t } from "./text.js";
 const CLOSE = 2; // screen pixels below which a shape is a slip
 
 export class Input {
-  /** `actions`: what keys do outside the picture, by name. */
+  /** `actions`: functions for keys that act outside the picture, by name. */
   constructor(view, editor, actions) {
     Object.assign(this, { view, editor, actions });
     this.container = view.container;
@@ -24,7 +24,7 @@ export class Input {
     on("contextmenu", (event) => event.preventDefault());
     on("wheel", (event) => this.wheel(event), { passive: false });
     on("blur", () => this.keyboardEnd());
-    // On the document: the picture need not have the focus.
+    // On the document, because the picture may not have the focus.
     document.addEventListener("keydown", (event) => this.keyDown(event));
     document.addEventListener("keyup", (event) => this.keyUp(event));
     addEventListener("blur", () => this.release());
@@ -108,7 +108,7 @@ export class Input {
       this.resize(Math.pow(1.12, -(steps || event.deltaX / 100)));
       this.showCursor(x, y, "mouse");
     } else {
-      // A trackpad's pinch comes as Ctrl and small steps.
+      // A pinch on a trackpad gives wheel events with Ctrl and small steps.
       this.view.zoom(Math.pow(event.ctrlKey ? 2.2 : 1.2, -steps), x, y);
       this.showCursor(x, y, "mouse");
     }
@@ -263,7 +263,7 @@ export class Input {
     else if (["Control", "Meta"].includes(event.key)) this.collected();
   }
 
-  /** Ctrl is up: what was collected is filled. */
+  /** Ctrl was released: fill the collected operations. */
   collected() {
     if (this.collecting && settings.auto && this.editor.painted && !this.stroke) this.editor.fill();
     this.collecting = false;

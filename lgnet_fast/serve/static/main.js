@@ -1,4 +1,4 @@
-// The page's controls, and what ties picture, editor and input together.
+// The controls of the page, and the connections between picture, editor and input.
 import { call, json } from "./api.js";
 import { Editor } from "./editor.js";
 import { Input } from "./input.js";

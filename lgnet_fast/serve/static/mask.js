@@ -1,4 +1,4 @@
-// The mask as a list of operations in pixels of the picture: drawn on the screen and written to files by one function.
+// The mask as a list of operations in pixels of the picture. One function draws it on the screen and into files.
 //
 // {kind: "stroke", points: [x, y, ...], width, erase}   {kind: "lasso", points, erase}
 // {kind: "rectangle", x, y, width, height, erase}       {kind: "image", image}         {kind: "invert"}
@@ -64,10 +64,10 @@ export function reach(operations, size) {
   return width > 0 && height > 0 ? { x: left, y: top, width, height } : null;
 }
 
-// Far below any screen: a canvas that is too large is empty on some phones, without an error.
+// Side of a canvas in pixels. On some phones a canvas beyond a much larger limit is empty, without an error.
 const TILE = 512;
 
-/** The mask in a box as rows of bits, most significant first, 1 = hole: alpha from 128 on; null where none is. */
+/** The mask in a box as rows of bits, most significant first, 1 = hole (alpha at least 128); null if there is none. */
 function bits(operations, box, size) {
   const canvas = new OffscreenCanvas(Math.min(TILE, box.width), Math.min(TILE, box.height));
   const context = canvas.getContext("2d", { willReadFrequently: true });
@@ -114,7 +114,7 @@ function chunk(name, data) {
   return bytes;
 }
 
-/** The mask in a box as a PNG of one bit a pixel, white = hole; null where no pixel is. */
+/** The mask in a box as a PNG of one bit per pixel, white = hole; null if no pixel is hole. */
 export async function encode(operations, box, size) {
   const rows = bits(operations, box, size);
   if (!rows) return null;

@@ -1,4 +1,4 @@
-// What the page remembers between visits.
+// Settings that are kept between visits.
 const KEY = "lgnet-settings";
 const DEFAULTS = {
   tool: "brush",
@@ -31,7 +31,7 @@ export const settings = new Proxy(
       try {
         localStorage.setItem(KEY, JSON.stringify(target));
       } catch {
-        // a browser that stores nothing still paints
+        // where the browser stores nothing, the page works without kept settings
       }
       return true;
     },

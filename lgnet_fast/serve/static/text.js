@@ -1,4 +1,4 @@
-// Every text that the page shows, by key: a translation is another file like this one.
+// Every text of the page, by key. A translation is another file like this one.
 const TEXT = {
   title: "lgnet: paint over it, and it is gone",
   stage: "Picture. Arrow keys move the brush, hold Space to paint, Enter fills.",
@@ -141,7 +141,7 @@ export function t(key, values = {}) {
   return text.replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
 }
 
-/** Fills in the texts (data-t) and labels (data-l) of the page. */
+/** Sets the texts (data-t) and labels (data-l) of the page. */
 export function translate(root) {
   for (const element of root.querySelectorAll("[data-t]")) element.textContent = t(element.dataset.t);
   for (const element of root.querySelectorAll("[data-l]")) {

@@ -1,4 +1,4 @@
-// What is on the screen: preview, crop, patches and mask on canvases of the window's size, moved by zoom and pan.
+// The view: preview, crop, patches and mask on canvases of the window's size, with zoom and pan.
 import { bitmap } from "./api.js";
 import { draw } from "./mask.js";
 
@@ -140,7 +140,7 @@ export class View {
 
   place() {
     if (!this.picture) return;
-    // Some of the picture stays in the window.
+    // A part of the picture always stays in the window.
     const keep = 80;
     this.x = Math.min(this.stage.width() - keep, Math.max(keep - this.picture.width * this.scale, this.x));
     this.y = Math.min(this.stage.height() - keep, Math.max(keep - this.picture.height * this.scale, this.y));
@@ -169,7 +169,7 @@ export class View {
     return [(x - this.x) / this.scale, (y - this.y) / this.scale];
   }
 
-  /** Where the preview is too coarse, asks for what is in sight. */
+  /** Where the preview is too coarse, loads the visible part of the picture. */
   async sharpen() {
     const { picture } = this;
     if (!picture) return;
@@ -202,7 +202,7 @@ export class View {
       this.crop.zIndex(2);
       this.pictureLayer.batchDraw();
     } catch {
-      // the preview stays; the next fill says what is wrong with the server
+      // the preview stays; the next fill reports the error of the server
     }
   }
 }
