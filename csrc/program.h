@@ -52,8 +52,9 @@ std::array<int64_t, 4> packing(bool bf16);
 // Whether products of bf16 pairs are by matrix tiles.
 bool multiplies_by_tiles();
 
-// Multiply-accumulates of `rounds` passes over a full register block on each of `threads` threads, with no memory
-// read: timed, the arithmetic roof. Pairs of bf16 or float32; 0 for bf16 where the instruction set has none.
+// Runs `rounds` passes over a full register block on each of `threads` threads, without reading memory, and returns
+// the number of multiply-accumulates; timed, this is the arithmetic peak. Multiplies float32, or pairs of bf16; 0
+// where the instruction set has no such kernel.
 int64_t multiply_adds(bool bf16, int64_t rounds, int64_t threads);
 
 }  // namespace lgnet
