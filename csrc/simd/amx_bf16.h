@@ -1,6 +1,6 @@
 // AMX with bf16 (Sapphire Rapids and later): products of bf16 pairs by tiles, registers of 16 rows of 64 bytes. A
-// tile product adds [16][16 pairs] times [16 pairs][16] to [16][16], sixteen times what a vector of pairs does. The
-// tiles read rows and weights as the pairs' kernels lay them out. Everything but convolution's products is AVX-512.
+// tile product adds [16][16 pairs] times [16 pairs][16] to [16][16], as much as 256 products of vectors of pairs. The
+// tiles read rows and weights as those kernels lay them out. All but the products is AVX-512.
 #pragma once
 
 #include "avx512_bf16.h"

@@ -99,7 +99,9 @@ def modelled_costs(plan: Plan, dtype: torch.dtype) -> dict[str, dict[str, Cost]]
         kernels = kernels_for(step, pairs)
         if step.weights_of == step.name and isinstance(step, ConvStep) and len(kernels) > 1:
             size = plan.target(step).size
-            costs[step.name] = {choice_of(step, k, pairs): modelled(step, k, pairs, plan.batch, *size) for k in kernels}
+            costs[step.name] = {
+                choice_of(step, k, pairs): modelled(step, k, pairs, plan.batch, *size) for k in kernels
+            }
     return costs
 
 

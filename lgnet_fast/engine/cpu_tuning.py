@@ -20,7 +20,16 @@ from torch import Tensor
 
 from .. import cache, forks
 from ..native import isa_name
-from .cpu_choice import Cost, choice_of, choose_kernels, has_pairs, kernels_for, modelled_costs, plain_choice, weight_bytes
+from .cpu_choice import (
+    Cost,
+    choice_of,
+    choose_kernels,
+    has_pairs,
+    kernels_for,
+    modelled_costs,
+    plain_choice,
+    weight_bytes,
+)
 from .cpu_executor import CpuExecutor
 from .cpu_kernels import CHUNKS, TILES, Choice
 from .cpu_weights import CpuWeights

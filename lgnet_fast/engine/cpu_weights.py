@@ -154,8 +154,10 @@ def _parts(step: Step, choice: Choice) -> Iterator[tuple[int, int, Group | None]
     if not isinstance(step, ConvStep):
         yield 4 * step.weight.numel(), 0, None
     elif choice.kernel == NARROW:
-        kernel = step.geometry.kernel
-        elements = kernel * step.source.channels * packing.columns(3 * kernel + 1)
+        kernel, channels = step.geometry.kernel, step.source.channels
+        if channels % packing.pair:
+            raise ValueError(f"choices: expected {NARROW} for the {channels} channels of {step.name}, got {choice}")
+        elements = kernel * channels * packing.columns(3 * kernel + 1)
         yield elements * packing.element_bytes, 0, None
     else:
         m = TILES[choice.kernel]
