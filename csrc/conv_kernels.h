@@ -486,7 +486,12 @@ struct Conv {
       if (out.residual) x = V::add(x, load_some(out.residual + pixel * out.residual_pixel + c, some));
       for (int64_t i = 0; i < out.target_count; ++i) {
         const Target& target = out.targets[i];
-        store_some(target.data + pixel * target.pixel + c, activate(x, target.activation), some);
+        float* to = target.data + pixel * target.pixel + c;
+        if (target.stream) {
+          V::stream(to, activate(x, target.activation));
+        } else {
+          store_some(to, activate(x, target.activation), some);
+        }
       }
     }
   }
@@ -517,6 +522,7 @@ struct Conv {
         }
       }
     }
+    V::fence();
   }
 
   // Output column x sums, over its taps, the products of the source columns that they read.
@@ -595,6 +601,7 @@ struct Conv {
     k.unit_bytes = sizeof(Unit);
     k.rows = ROWS;
     k.tiled = kTiled;
+    k.stream_bytes = LGNET_STREAM_BYTES;
     k.product = product;
     k.transform = transform;
     k.finish = finish;

@@ -32,8 +32,12 @@ Output output_of(const ConvStep& step, const Run& run) {
     output.residual = run.arena(step.residual->offset);
     output.residual_pixel = step.residual->pixel;
   }
+  const ConvKernels& kernels = run.kernels.conv.f32;
+  const int64_t pixels = run.batch * step.out_height * step.out_width;
   for (const TargetSpec& target : step.targets) {
-    output.targets[output.target_count++] = {run.arena(target.offset), target.pixel, target.activation};
+    const bool aligned = (target.offset | target.pixel | step.out_channels) % kernels.lanes == 0;
+    const bool stream = aligned && 4 * pixels * step.out_channels > kernels.stream_bytes;
+    output.targets[output.target_count++] = {run.arena(target.offset), target.pixel, target.activation, stream};
   }
   return output;
 }

@@ -353,7 +353,7 @@ def test_bf16_is_close():
 
 @pytest.mark.skipif("amx_bf16" not in ISAS, reason="no matrix tiles on this CPU")
 def test_matrix_tiles_multiply_every_layer_and_round_less():
-    """Direct products of bf16 pairs throughout, whose error is below that of the transforms that vectors of pairs use."""
+    """Direct products of bf16 pairs throughout; their error is below that of the transforms which vectors use."""
     plan, expected = plan_of(16), truth((16,), 1, 256, 256)[0]
     errors = {}
     for isa, kernels in (
