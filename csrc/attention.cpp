@@ -134,7 +134,8 @@ void describe(const View& features, bool released, const AttentionKernels<T>& ke
   w.panels = ceil_div(w.query_count, w.panel);
   w.key_groups = ceil_div(w.positions, kKeysPerGroup);
   w.released = released;
-  w.pack_bytes = w.key_groups * w.channels_padded * kKeysPerGroup * kernels.element_bytes;
+  w.pack_bytes =
+      round_up(w.key_groups, kernels.key_groups) * w.channels_padded * kKeysPerGroup * kernels.element_bytes;
   w.channels_lanes = round_up(w.channels, kernels.lanes);
 }
 
@@ -296,7 +297,7 @@ void Forward<T>::split_keys() {
     w_.splits = std::clamp<int64_t>(ceil_div(kTasksPerThread * threads_, panels), 1,
                                     std::max<int64_t>(1, w_.key_groups / kMinimumGroupsPerSplit));
   }
-  w_.groups_per_split = ceil_div(w_.key_groups, w_.splits);
+  w_.groups_per_split = round_up(ceil_div(w_.key_groups, w_.splits), kernels_.key_groups);
   w_.splits = ceil_div(w_.key_groups, w_.groups_per_split);
   if (w_.splits == 1) return;
   const int64_t count = panels * w_.splits;

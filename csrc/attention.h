@@ -68,6 +68,7 @@ struct AttentionKernels {
   int64_t panel;                                        // queries in a panel
   int64_t lanes;                                        // of a vector
   int64_t element_bytes;                                // of packed keys and values
+  int64_t key_groups;                                   // that lie together: ranges of keys begin at multiples of it
   int64_t (*forward_scratch)(const AttentionWork<T>&);  // elements of T per worker
   int64_t (*backward_scratch)(const AttentionWork<T>&);
   void (*prepare)(const AttentionWork<T>&, int64_t b, int64_t tile);

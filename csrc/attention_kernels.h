@@ -15,6 +15,14 @@ struct Attention {
   static constexpr int UNITS = static_cast<int>(kKeysPerGroup) / V::PAIR;  // of one channel in a group of keys
   static constexpr int64_t GROUP = kKeysPerGroup, CHUNK = kKeysPerChunk;
   static constexpr int64_t SCORE_ROWS = CHUNK;
+  // With matrix tiles keys and values lie as their rows: keys [position][channels_padded], values [32 positions]
+  // [channel][position]. A group's bytes are as many as in the layout of attention.h.
+  using Tiles = typename TilesOf<V>::type;
+  static constexpr bool kTiled = !std::is_void_v<Tiles>;
+  // What a thread keeps from product to product: the tiles' shapes, or nothing.
+  struct Nothing {};
+  using Multiplier = std::conditional_t<kTiled, Tiles, Nothing>;
+  static constexpr int64_t TILE_KEYS = 32, TILE_UNITS = TILE_KEYS / 2;
 
   // --- register block -------------------------------------------------------------------------------------------
 
@@ -76,7 +84,11 @@ struct Attention {
   // taken kDepth at a time, which keeps the panel's slice in the first-level cache and the chains of sums short.
   template <int M>
   static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
-                            int64_t depth, T* scores, bool accumulate) {
+                            int64_t depth, T* scores, bool accumulate, [[maybe_unused]] Multiplier& multiplier) {
+    if constexpr (kTiled) {
+      return multiplier.multiply({keys, depth, depth, depth, 0}, groups * GROUP, {queries, NR, M}, 0, depth, scores,
+                                 NR, accumulate);
+    }
     constexpr int64_t kDepth = 128;
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
       const int64_t step = depth - k0 < kDepth ? depth - k0 : kDepth;
@@ -102,7 +114,14 @@ struct Attention {
   // keys are 256 adjacent bytes in the same packed layout that score_product reads.
   template <int M>
   static void value_product(const Unit* values, int64_t group_stride, int64_t groups, const Unit* weights,
-                            int64_t channels_padded, T* rows, bool accumulate) {
+                            int64_t channels_padded, T* rows, bool accumulate,
+                            [[maybe_unused]] Multiplier& multiplier) {
+    if constexpr (kTiled) {
+      const int64_t depth = groups * GROUP / 2;
+      return multiplier.multiply({values, TILE_UNITS, TILE_UNITS, TILE_UNITS, channels_padded * TILE_UNITS},
+                                 channels_padded, {weights, NR, M}, 0,
+                                 (depth + TILE_UNITS - 1) / TILE_UNITS * TILE_UNITS, rows, NR, accumulate);
+    }
     for (int64_t c0 = 0; c0 < channels_padded; c0 += ROWS) {
       const Unit* a = values + c0 * UNITS;
       if constexpr (V::BLOCK_ROWS > 0 && M == V::NV) {
@@ -165,6 +184,17 @@ struct Attention {
     Unit* kp = reinterpret_cast<Unit*>(w.keys + b * w.pack_bytes) + group * w.channels_padded * UNITS;
     T key[GROUP];
     for (int64_t t = 0; t < GROUP; ++t) key[t] = row[t] * inverse[t];
+    if constexpr (kTiled) {
+      for (int64_t t = 0; t < GROUP; ++t) put(kp, t * w.channels_padded + c, key[t]);
+      if (w.values == w.keys) return;
+      constexpr int64_t GROUPS = TILE_KEYS / GROUP;
+      Unit* values =
+          reinterpret_cast<Unit*>(w.values + b * w.pack_bytes) + group / GROUPS * GROUPS * w.channels_padded * UNITS;
+      for (int64_t t = 0; t < GROUP; ++t) {
+        put(values, c * TILE_KEYS + group % GROUPS * GROUP + t, w.released ? key[t] : row[t]);
+      }
+      return;
+    }
     for (int64_t t = 0; t < GROUP; ++t) {
       // Pairs run along the summed index: channels in the keys, keys in the values.
       if constexpr (V::PAIR == 1) {
@@ -178,12 +208,21 @@ struct Attention {
     for (int64_t t = 0; t < GROUP; ++t) put(vp, c * GROUP + t, w.released ? key[t] : row[t]);
   }
 
+  // Values of positions beyond the last one are multiplied by weights of zero, so they must be finite.
+  static void fill_last_values(const Work& w, int64_t b) {
+    const int64_t bytes = TILE_KEYS * w.channels_padded * 2, last = (w.positions - 1) / TILE_KEYS * bytes;
+    if (w.values != w.keys) std::memset(w.values + b * w.pack_bytes + last, 0, static_cast<size_t>(bytes));
+  }
+
   static LGNET_INLINE T inverse_norm(const Work& w, T squares) {
     const T norm = std::sqrt(squares);
     return T{1} / (w.released || !(norm < static_cast<T>(1e-12)) ? norm : static_cast<T>(1e-12));
   }
 
   static void prepare(const Work& w, int64_t b, int64_t tile) {
+    if constexpr (kTiled) {
+      if ((tile + 1) * kPositionsPerTile >= w.positions) fill_last_values(w, b);
+    }
     if (w.pixels) return prepare_pixels(w, b, tile);
     constexpr int64_t TILE = kPositionsPerTile;
     const int64_t p0 = tile * TILE, count = w.positions - p0 < TILE ? w.positions - p0 : TILE;
@@ -435,6 +474,7 @@ struct Attention {
     const int64_t group_stride = cp * UNITS;
     const Unit* keys = reinterpret_cast<const Unit*>(w.keys + b * w.pack_bytes);
     const Unit* values = reinterpret_cast<const Unit*>(w.values + b * w.pack_bytes);
+    Multiplier multiplier;
     const int64_t g_begin = split * w.groups_per_split;
     const int64_t g_end = g_begin + w.groups_per_split < w.key_groups ? g_begin + w.groups_per_split : w.key_groups;
     for (int64_t g0 = g_begin; g0 < g_end; g0 += CHUNK / GROUP) {
@@ -443,12 +483,12 @@ struct Attention {
       const int64_t valid = w.positions - g0 * GROUP < padded ? w.positions - g0 * GROUP : padded;
       const bool first = g0 == g_begin;
       score_product<M>(keys + g0 * group_stride, group_stride, groups, queries,
-                       V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false);
+                       V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false, multiplier);
       // The paper's scores are cosines, so exp2 cannot overflow and no maximum is subtracted.
       if (w.released) raise_maximum<M>(scores, valid, first, cp, rows, top, sum, chunk_top);
-      exponentiate<M>(scores, valid, padded, top, sum);
+      exponentiate<M>(scores, valid, kTiled ? (padded + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS : padded, top, sum);
       value_product<M>(values + g0 * group_stride, group_stride, groups, reinterpret_cast<const Unit*>(scores), cp,
-                       rows, !first);
+                       rows, !first, multiplier);
     }
     if (w.splits == 1) return finish<M>(w, b, panel, count, rows, top, sum, spare);
 
@@ -590,9 +630,10 @@ struct Attention {
     // In plain T also where keys are bf16 pairs, because the combiner is a sixteenth of the work or less.
     using Full = Attention<F<T>>;
     const int64_t stride = w.channels * GROUP;
-    Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, false);
+    typename Full::Multiplier multiplier;
+    Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, false, multiplier);
     Full::template score_product<M>(weight + groups * stride, stride, groups, rows + w.channels_padded * NR,
-                                    w.channels, out_rows, true);
+                                    w.channels, out_rows, true, multiplier);
     // The bias is added last: sums that begin with a bias much larger than the products would lose digits.
     for (int64_t c = 0; c < groups * GROUP; ++c) {
       const Reg bias = V::set1(w.bias[first * GROUP + c]);
@@ -711,13 +752,15 @@ struct Attention {
     const int64_t stride = cp * GROUP;
     const T* keys = reinterpret_cast<const T*>(w.keys + b * w.pack_bytes);
     const T* values = reinterpret_cast<const T*>(w.values + b * w.pack_bytes);
+    Multiplier multiplier;
+    typename Full::Multiplier full;
     for (int64_t g0 = g_begin; g0 < g_end; g0 += CHUNK / GROUP) {
       const int64_t groups = g_end - g0 < CHUNK / GROUP ? g_end - g0 : CHUNK / GROUP;
       const int64_t padded = groups * GROUP;
       const int64_t valid = n - g0 * GROUP < padded ? n - g0 * GROUP : padded;
       score_product<M>(score_keys + g0 * unit_stride, unit_stride, groups, query_units,
-                       V::PAIR == 1 ? w.channels : cp / V::PAIR, weights, false);
-      Full::template score_product<M>(values + g0 * stride, stride, groups, grads, w.channels, slopes, false);
+                       V::PAIR == 1 ? w.channels : cp / V::PAIR, weights, false, multiplier);
+      Full::template score_product<M>(values + g0 * stride, stride, groups, grads, w.channels, slopes, false, full);
       for (int m = 0; m < M; ++m) {
         const Reg shift = V::load(top + m * W), scale = V::load(inverse_sum + m * W), dot = V::load(row_dot + m * W);
         for (int64_t j = 0; j < padded; ++j) {
@@ -728,7 +771,7 @@ struct Attention {
           V::store(s, V::mul(probability, V::sub(V::load(s), dot)));
         }
       }
-      Full::template value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != g_begin);
+      Full::template value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != g_begin, full);
       const int64_t offset = g0 * GROUP * lanes;
       Full::outer_product(weights, grad_lanes, lanes, padded, count, grad_value + offset);
       Full::outer_product(slopes, query_lanes, lanes, padded, count, grad_key + offset);
@@ -797,6 +840,7 @@ struct Attention {
     k.panel = NR;
     k.lanes = W;
     k.element_bytes = static_cast<int64_t>(sizeof(Unit)) / V::PAIR;
+    k.key_groups = kTiled ? TILE_KEYS / GROUP : 1;
     k.forward_scratch = forward_scratch;
     k.prepare = prepare;
     k.forward = forward;

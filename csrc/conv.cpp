@@ -33,6 +33,7 @@ constexpr int64_t kSplitRows = 448;
 constexpr int64_t kSplitTiles = 16;
 constexpr int64_t kMaximumGroups = 4;  // of a job: taps of two lengths along each axis
 constexpr int64_t kFewChannels = 16;   // of a map that direct convolution reads in place
+constexpr int64_t kLongBand = 128;     // rows of a product that reads in place by matrix tiles
 
 // A group of a job with its sizes: V is [points][tiles][row], in units; M is [points][tiles][c_row].
 struct Part {
@@ -101,6 +102,19 @@ struct Padded {
   int64_t top, left, height, width, pixel;
 };
 
+// Lines of outputs below each other, `tiles` in each, that one product computes.
+struct Band {
+  Tile first;
+  int64_t tiles, lines;
+
+  // Of the product: positions of the padded map from the first output to the last.
+  int64_t rows(const Padded& padded) const { return (lines - 1) * padded.width + tiles; }
+  // Whether a line that begins with `tile` is the next one.
+  bool goes_on(const Tile& tile) const {
+    return tile.region == first.region && tile.batch == first.batch && tile.y == first.y + lines;
+  }
+};
+
 // One convolution of one run.
 class Convolution {
  public:
@@ -115,12 +129,17 @@ class Convolution {
   int64_t jobs() const { return static_cast<int64_t>(step_.jobs.size()); }
   void add_parts(const std::vector<Region>& regions);
   Sizes sizes(int64_t job, int64_t tiles) const;
+  Product product_of(const Part& part) const;
   void multiply(const Part& part, const Factors& factors, const Range& range) const;
 
   bool reads_in_place() const;
+  bool reads_weights_seldom() const;
+  Padded padding() const;
+  void fill(const Padded& padded) const;
+  std::vector<Band> bands(const Padded& padded) const;
   void run_in_place() const;
-  Padded pad(int32_t* map, bool fill) const;
-  void run_line(const Padded& padded, int64_t job, const Tile& first, int64_t tiles, float* products) const;
+  void run_band(const Padded& padded, int64_t job, const Band& band, float* products) const;
+  void finish_line(int64_t job, Tile tile, int64_t tiles, const float* products) const;
 
   int64_t fitting_chunk(int64_t tile_bytes) const;
   void run_in_chunks(int64_t chunks) const;
@@ -185,22 +204,27 @@ Convolution::Sizes Convolution::sizes(int64_t job, int64_t tiles) const {
   return sizes;
 }
 
-void Convolution::multiply(const Part& part, const Factors& factors, const Range& range) const {
-  Product product;
-  product.a = factors.v + range.point * factors.v_stride + range.r0 * part.row();
-  product.a_row = part.row();
-  product.piece = product.jump = 0;
-  product.b = part.weight + range.point * columns_ * part.depth * kernels_.unit_bytes;
-  product.weight_columns = columns_;
-  product.first_column = range.n0;
-  product.c = factors.products + range.point * factors.m_stride + range.r0 * c_row_ + range.n0;
+// All columns of a part's first point; what is left to say is where rows and sums lie.
+Product Convolution::product_of(const Part& part) const {
+  Product product{};
+  product.b = part.weight;
+  product.weight_columns = product.columns = columns_;
   product.c_row = c_row_;
-  product.rows = range.rows;
-  product.columns = range.n1 - range.n0;
   product.depth = part.depth;
-  product.accumulate = false;
   product.live = part.live.data();
   product.live_count = static_cast<int64_t>(part.live.size()) / 2;
+  return product;
+}
+
+void Convolution::multiply(const Part& part, const Factors& factors, const Range& range) const {
+  Product product = product_of(part);
+  product.a = factors.v + range.point * factors.v_stride + range.r0 * part.row();
+  product.a_row = part.row();
+  product.b = part.weight + range.point * columns_ * part.depth * kernels_.unit_bytes;
+  product.first_column = range.n0;
+  product.columns = range.n1 - range.n0;
+  product.c = factors.products + range.point * factors.m_stride + range.r0 * c_row_ + range.n0;
+  product.rows = range.rows;
   kernels_.product(product);
 }
 
@@ -239,11 +263,13 @@ void Convolution::execute() const {
 
 // --- few channels: no patches --------------------------------------------------------------------------------------
 
-// Direct, few channels, and every kernel row one piece of adjacent taps. A few tiles are not worth a copy of the map.
+// Direct, every kernel row one piece of adjacent taps, and channels few or products by matrix tiles, which take as
+// long to read a row from the map as from a patch. A few tiles are not worth a copy of the map.
 bool Convolution::reads_in_place() const {
   const MapSpec& source = step_.source;
-  if (step_.tile > 1 || step_.chunk != 0 || source.channels > kFewChannels || source.pixel != source.channels ||
-      source.channels % kernels_.pair != 0 || 2 * space_.total() * step_.in_step < source.height * source.width) {
+  const bool few = source.channels <= kFewChannels && source.pixel == source.channels;
+  if (step_.tile > 1 || step_.chunk != 0 || !(few || kernels_.tiled) || source.channels % kernels_.pair != 0 ||
+      2 * space_.total() * step_.in_step < source.height * source.width) {
     return false;
   }
   for (const Part& part : parts_) {
@@ -254,13 +280,22 @@ bool Convolution::reads_in_place() const {
       if (starts[t].y != starts[0].y + t / across || starts[t].x != starts[0].x + t % across) return false;
     }
   }
-  return true;
+  return few || reads_weights_seldom();
 }
 
-// The padded copy's size; its pixels too where `fill` says so: each row is a patch of as many taps as it has columns.
-Padded Convolution::pad(int32_t* map, bool fill) const {
+// Whether bands are long enough, or the weights small enough to stay in the cache from band to band.
+bool Convolution::reads_weights_seldom() const {
+  const Padded padded = padding();
+  for (const Band& band : bands(padded)) {
+    if (band.rows(padded) >= kLongBand) return true;
+  }
+  return parts_[0].depth * columns_ * kernels_.unit_bytes <= kCacheBytes / 2;
+}
+
+// The padded copy's size, without memory.
+Padded Convolution::padding() const {
   const MapSpec& source = step_.source;
-  Padded padded{map, 0, 0, 0, 0, source.channels / kernels_.pair};
+  Padded padded{nullptr, 0, 0, 0, 0, source.channels / kernels_.pair};
   int64_t bottom = 0, right = 0;
   for (const Part& part : parts_) {
     const Start &first = part.group->starts.front(), &last = part.group->starts.back();
@@ -271,66 +306,88 @@ Padded Convolution::pad(int32_t* map, bool fill) const {
   }
   padded.height = bottom - padded.top;
   padded.width = right - padded.left;
-  if (!fill) return padded;
+  return padded;
+}
+
+// Each row of the copy is a patch of as many taps as it has columns.
+void Convolution::fill(const Padded& padded) const {
   Group row;
   for (int64_t x = 0; x < padded.width; ++x) row.starts.push_back({padded.top, padded.left + x});
   Input input = input_;
   input.in_step = 1;
-  const Rect everywhere{0, source.height, 0, source.width};
+  const Rect everywhere{0, step_.source.height, 0, step_.source.width};
   const Region whole{everywhere, everywhere};
   const int64_t units = padded.width * padded.pixel;
   parallel_for(run_.threads, run_.batch * padded.height, [&](int64_t task, int64_t) {
     const Tile tile{task / padded.height, task % padded.height, 0, &whole};
-    kernels_.transform(input, row, 1, &tile, 1, map + task * units, 0, units);
+    kernels_.transform(input, row, 1, &tile, 1, padded.map + task * units, 0, units);
   });
-  return padded;
+}
+
+// Lines of outputs, some of them together where the rows of matrix tiles are an even distance apart: rows beyond the
+// end of a line, as many as the padding is wide, are multiplied too and not stored.
+std::vector<Band> Convolution::bands(const Padded& padded) const {
+  const int64_t total = space_.lines();
+  int64_t together = 1;
+  if (kernels_.tiled && step_.in_step == 1) {
+    const int64_t balanced = total * jobs() / (kTasksPerThread * run_.threads);
+    together = std::max<int64_t>(1, std::min(ceil_div(kLongBand, padded.width), balanced));
+  }
+  std::vector<Band> bands;
+  for (int64_t number = 0; number < total; ++number) {
+    int64_t tiles = 0;
+    const Tile first = space_.line(number, tiles);
+    if (!bands.empty() && bands.back().lines < together && bands.back().goes_on(first)) {
+      ++bands.back().lines;
+    } else {
+      bands.push_back({first, tiles, 1});
+    }
+  }
+  return bands;
 }
 
 void Convolution::run_in_place() const {
-  const Padded size = pad(nullptr, false);
-  const int64_t map = round_up(run_.batch * size.height * size.width * size.pixel, 1024);
-  const int64_t each = round_up(kMaximumChunk * c_row_, 1024) + 64;
-  int32_t* scratch = reinterpret_cast<int32_t*>(run_.scratch(4 * (map + each * run_.threads)));
-  const Padded padded = pad(scratch, true);
-  const TileSpace& space = space_;
-  parallel_for(run_.threads, jobs() * space.lines(), [&](int64_t task, int64_t worker) {
-    int64_t tiles = 0;
-    const Tile first = space.line(task / jobs(), tiles);
-    run_line(padded, task % jobs(), first, tiles, reinterpret_cast<float*>(scratch + map + worker * each));
+  Padded padded = padding();
+  const std::vector<Band> bands = this->bands(padded);
+  int64_t rows = 0;
+  for (const Band& band : bands) rows = std::max(rows, band.rows(padded));
+  const int64_t map = round_up(run_.batch * padded.height * padded.width * padded.pixel, 1024);
+  const int64_t each = round_up(rows * c_row_, 1024) + 64;
+  padded.map = reinterpret_cast<int32_t*>(run_.scratch(4 * (map + each * run_.threads)));
+  fill(padded);
+  float* products = reinterpret_cast<float*>(padded.map + map);
+  parallel_for(run_.threads, jobs() * static_cast<int64_t>(bands.size()), [&](int64_t task, int64_t worker) {
+    run_band(padded, task % jobs(), bands[static_cast<size_t>(task / jobs())], products + worker * each);
   });
 }
 
-// Outputs of a line of a job from `first` on.
-void Convolution::run_line(const Padded& padded, int64_t job, const Tile& first, int64_t tiles,
-                           float* products) const {
+// Outputs of a band of a job. products: [band's rows][c_row].
+void Convolution::run_band(const Padded& padded, int64_t job, const Band& band, float* products) const {
   const Part& part = parts_[first_part_[job]];
   const Start &start = part.group->starts.front(), &last = part.group->starts.back();
-  Product product{};
+  const int64_t y = band.first.batch * padded.height + band.first.y * step_.in_step + start.y - padded.top;
+  const int64_t x = band.first.x * step_.in_step + start.x - padded.left;
+  Product product = product_of(part);
+  product.a = padded.map + (y * padded.width + x) * padded.pixel;
+  product.a_row = step_.in_step * padded.pixel;
   product.piece = (last.x - start.x + 1) * padded.pixel;
   product.jump = padded.width * padded.pixel;
-  product.a_row = step_.in_step * padded.pixel;
-  product.b = part.weight;
-  product.weight_columns = product.columns = columns_;
   product.c = products;
-  product.c_row = c_row_;
-  product.depth = part.depth;
-  product.live = part.live.data();
-  product.live_count = static_cast<int64_t>(part.live.size()) / 2;
-  const int64_t y = first.batch * padded.height + first.y * step_.in_step + start.y - padded.top;
-  const int64_t chunks = ceil_div(tiles, kMaximumChunk);
-  for (int64_t chunk = 0; chunk < chunks; ++chunk) {
-    const int64_t begin = tiles * chunk / chunks, count = tiles * (chunk + 1) / chunks - begin;
+  product.rows = band.rows(padded);
+  kernels_.product(product);
+  Tile tile = band.first;
+  for (int64_t line = 0; line < band.lines; ++line, ++tile.y, products += padded.width * c_row_) {
+    finish_line(job, tile, band.tiles, products);
+  }
+}
+
+void Convolution::finish_line(int64_t job, Tile tile, int64_t tiles, const float* products) const {
+  for (int64_t done = 0; done < tiles; done += kMaximumChunk, products += kMaximumChunk * c_row_) {
+    const int64_t count = std::min(kMaximumChunk, tiles - done);
     Tile some[kMaximumChunk];
-    for (int64_t t = 0; t < count; ++t) {
-      some[t] = first;
-      some[t].x += begin + t;
-    }
-    const int64_t x = some[0].x * step_.in_step + start.x - padded.left;
-    product.a = padded.map + (y * padded.width + x) * padded.pixel;
-    product.rows = count;
-    kernels_.product(product);
-    const float* of_group[] = {products};
-    kernels_.finish(output_, step_.jobs[job], 1, some, count, of_group, &part.points, c_row_, products);
+    for (int64_t t = 0; t < count; ++t, ++tile.x) some[t] = tile;
+    const int64_t stride = 0;
+    kernels_.finish(output_, step_.jobs[job], 1, some, count, &products, &stride, c_row_, nullptr);
   }
 }
 

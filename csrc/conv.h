@@ -68,6 +68,7 @@ struct Target {
   float* data;
   int64_t pixel;
   Activation activation;
+  bool stream;  // write past the caches
 };
 
 struct Output {
@@ -101,12 +102,14 @@ inline int64_t reflected(int64_t i, int64_t size) {
 }
 
 struct ConvKernels {
-  int64_t lanes;       // of a vector: bias and weights are padded to it
-  int64_t panel;       // columns of a panel; the last panel is one vector wide where that is enough
-  int64_t pair;        // elements in a unit
-  int64_t depth;       // units in a slice; weights are packed [slices][panels][depth of the slice][panel's columns]
-  int64_t unit_bytes;  // of a unit
-  int64_t rows;        // of the largest register block
+  int64_t lanes;         // of a vector: bias and weights are padded to it
+  int64_t panel;         // columns of a panel; the last panel is one vector wide where that is enough
+  int64_t pair;          // elements in a unit
+  int64_t depth;         // units in a slice; weights are packed [slices][panels][depth of the slice][panel's columns]
+  int64_t unit_bytes;    // of a unit
+  int64_t rows;          // of the largest register block
+  int64_t stream_bytes;  // maps of more bytes are written past the caches
+  bool tiled;            // products by matrix tiles: rows in place cost no more than rows of patches
   void (*product)(const Product&);
   // V of `count` tiles: v[point * point_stride + tile * row + k], in units.
   void (*transform)(const Input&, const Group&, int64_t m, const Tile*, int64_t count, void* v, int64_t point_stride,

@@ -87,13 +87,16 @@ template <class V>
 struct Conv {
   using Unit = typename V::Unit;
   using Reg = typename V::Reg;
+  using Rows = ProductRows<Unit>;
+  using Tiles = typename TilesOf<V>::type;
   static constexpr int W = V::W, PAIR = V::PAIR;
+  static constexpr bool kTiled = !std::is_void_v<Tiles>;
   // A register block is ROWS x NV accumulators. AVX-512: each k brings 16 loads for 28 products, where two load ports
   // could do 28.
   static constexpr int NV = V::CONV_NV, NR = NV * W, ROWS = V::CONV_ROWS;
   // Depth between two visits of an accumulator's memory: a panel's slice of 24 KB shares the first-level cache with
   // the rows that go by (11 KB a block).
-  static constexpr int64_t DEPTH = 192;
+  static constexpr int64_t DEPTH = kTiled ? 384 : 192;
 
   // --- products --------------------------------------------------------------------------------------------------
 
@@ -118,14 +121,6 @@ struct Conv {
   struct Ahead {
     const Unit* weights;
     int64_t turn, turns;
-  };
-
-  // Rows of the first factor from some depth on: they go on for `left` units, then in pieces as Product has them.
-  struct Rows {
-    const Unit* a;
-    int64_t row, left, piece, jump;
-
-    Rows from(int64_t r) const { return {a + r * row, row, left, piece, jump}; }
   };
 
   template <int R, int M>
@@ -228,6 +223,7 @@ struct Conv {
     const Unit* weights = static_cast<const Unit*>(p.b);
     const int64_t piece = p.piece > 0 ? p.piece : p.depth;
     bool accumulate = p.accumulate;
+    [[maybe_unused]] std::conditional_t<kTiled, Tiles, char> tiles{};
     for (int64_t range = 0; range < p.live_count; ++range) {
       const int64_t end = p.live[2 * range + 1];
       for (int64_t k0 = p.live[2 * range]; k0 < end;) {
@@ -243,10 +239,16 @@ struct Conv {
                                   ? b + NR * slice_depth
                                   : weights + (slice + slice_depth) * p.weight_columns + p.first_column * DEPTH;
           const int64_t vectors = p.columns - n < NR ? ceil_div(p.columns - n, W) : NV;
-          with_count<NV>(vectors, [&](auto m) {
-            rows_of_blocks<decltype(m)::value>(p, rows, b + (k0 - slice) * m * W, ahead, k1 - k0, p.c + n,
-                                               accumulate);
-          });
+          if constexpr (kTiled) {
+            const Unit* columns = b + (k0 - slice) * vectors * W;
+            tiles.multiply(rows, p.rows, {columns, vectors * W, vectors}, ahead - columns, k1 - k0, p.c + n, p.c_row,
+                           accumulate);
+          } else {
+            with_count<NV>(vectors, [&](auto m) {
+              rows_of_blocks<decltype(m)::value>(p, rows, b + (k0 - slice) * m * W, ahead, k1 - k0, p.c + n,
+                                                 accumulate);
+            });
+          }
         }
         accumulate = true;
         k0 = k1;
@@ -484,7 +486,12 @@ struct Conv {
       if (out.residual) x = V::add(x, load_some(out.residual + pixel * out.residual_pixel + c, some));
       for (int64_t i = 0; i < out.target_count; ++i) {
         const Target& target = out.targets[i];
-        store_some(target.data + pixel * target.pixel + c, activate(x, target.activation), some);
+        float* to = target.data + pixel * target.pixel + c;
+        if (target.stream) {
+          V::stream(to, activate(x, target.activation));
+        } else {
+          store_some(to, activate(x, target.activation), some);
+        }
       }
     }
   }
@@ -515,6 +522,7 @@ struct Conv {
         }
       }
     }
+    V::fence();
   }
 
   // Output column x sums, over its taps, the products of the source columns that they read.
@@ -558,6 +566,7 @@ struct Conv {
   }
 
   static int64_t multiply_add(int64_t rounds) {
+    if constexpr (kTiled) return Tiles::multiply_add(rounds);
     volatile Unit hidden = 0;  // from the compiler, which would else know the sums
     const Unit factor = hidden;
     const auto a = V::broadcast(&factor);
@@ -591,6 +600,8 @@ struct Conv {
     k.depth = DEPTH;
     k.unit_bytes = sizeof(Unit);
     k.rows = ROWS;
+    k.tiled = kTiled;
+    k.stream_bytes = LGNET_STREAM_BYTES;
     k.product = product;
     k.transform = transform;
     k.finish = finish;

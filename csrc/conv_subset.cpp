@@ -193,33 +193,6 @@ bool has_taps(const ConvStep& step) {
 
 }  // namespace
 
-Input input_of(const ConvStep& step, const Run& run) {
-  const MapSpec& source = step.source;
-  Input input;
-  input.source = {run.arena(source.offset), source.height, source.width, source.pixel, source.channels};
-  input.in_step = step.in_step;
-  input.reflect = step.reflect;
-  input.zeros = run.zeros;
-  return input;
-}
-
-Output output_of(const ConvStep& step, const Run& run) {
-  Output output{};
-  output.bias = reinterpret_cast<const float*>(step.bias);
-  output.channels = step.out_channels;
-  output.height = step.out_height;
-  output.width = step.out_width;
-  output.out_step = step.out_step;
-  if (step.residual) {
-    output.residual = run.arena(step.residual->offset);
-    output.residual_pixel = step.residual->pixel;
-  }
-  for (const TargetSpec& target : step.targets) {
-    output.targets[output.target_count++] = {run.arena(target.offset), target.pixel, target.activation};
-  }
-  return output;
-}
-
 bool subset_pays(const ConvStep& step, const std::vector<Region>& regions, const Run& run) {
   if (!has_taps(step)) return false;
   const int64_t tiles = TileSpace(regions, run.batch, step.out_step, step.tile).total();

@@ -14,8 +14,4 @@ namespace lgnet {
 bool subset_pays(const ConvStep& step, const std::vector<Region>& regions, const Run& run);
 void run_subset(const ConvStep& step, const std::vector<Region>& regions, const Run& run);
 
-// What the kernels read and write in a step (conv.cpp too).
-Input input_of(const ConvStep& step, const Run& run);
-Output output_of(const ConvStep& step, const Run& run);
-
 }  // namespace lgnet

@@ -4,6 +4,10 @@
 #if LGNET_X86_64
 #include <cpuid.h>
 #endif
+#if LGNET_AMX
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #if LGNET_AARCH64 && defined(__linux__)
 #include <sys/auxv.h>
 #endif
@@ -32,6 +36,15 @@ bool saves_registers(uint64_t state) {
   state &= kAvxState;  // macOS saves AVX-512 registers only after a thread's first use, and reports it only then
 #endif
   return (((static_cast<uint64_t>(high) << 32) | low) & state) == state;
+}
+
+bool may_use_tiles() {
+#if LGNET_AMX
+  constexpr int kRequestPermission = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, which older headers lack
+  return syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
 }
 
 #endif

@@ -15,10 +15,11 @@ struct CpuBit {
   uint32_t leaf, subleaf;
   int reg, bit;
 };
-constexpr int kEax = 0, kEbx = 1, kEcx = 2;
+constexpr int kEax = 0, kEbx = 1, kEcx = 2, kEdx = 3;
 constexpr CpuBit kFma{1, 0, kEcx, 12}, kAvx2{7, 0, kEbx, 5}, kBmi2{7, 0, kEbx, 8};
 constexpr CpuBit kAvx512f{7, 0, kEbx, 16}, kAvx512dq{7, 0, kEbx, 17}, kAvx512bw{7, 0, kEbx, 30};
 constexpr CpuBit kAvx512vl{7, 0, kEbx, 31}, kAvx512Bf16{7, 1, kEax, 5};
+constexpr CpuBit kAmxBf16{7, 0, kEdx, 22}, kAmxTile{7, 0, kEdx, 24};
 
 bool cpu_has(CpuBit bit);
 template <class... Bits>
@@ -27,8 +28,11 @@ bool cpu_has(CpuBit first, Bits... others) {
 }
 
 // Bits of XCR0: register files that the operating system saves at a thread switch.
-constexpr uint64_t kAvxState = 0x6, kAvx512State = 0xe6;
+constexpr uint64_t kAvxState = 0x6, kAvx512State = 0xe6, kTileState = 0x60000;
 bool saves_registers(uint64_t state);
+// Asks Linux for the tile registers (AMX), which a process has only with its permission. False where it is refused:
+// an old kernel, a filter of system calls, or a thread whose signal stack is too small for the registers.
+bool may_use_tiles();
 
 #endif
 

@@ -43,29 +43,109 @@ int64_t source_row(const LastStep& step, int64_t y, int64_t tap) {
   return row < step.source.height ? row : -1;
 }
 
-// Computes products[x - read.left][columns] for the source columns of the line's region.
-void multiply_line(const LastStep& step, const Run& run, const Line& line, int64_t columns, float* products) {
-  const MapSpec& source = step.source;
-  const int64_t live[2] = {0, source.channels};
+// The source as the products read it: its map, or a copy in bf16 pairs.
+struct Source {
+  const char* data;  // [sample][height][width][pixel]
+  int64_t pixel;     // in units
+  int64_t unit_bytes;
+  int64_t depth;  // units of a pixel that are meant
+};
+
+int64_t copy_bytes(const LastStep& step, const Run& run) {
+  if (!step.bf16) return 0;
+  return round_up(run.batch * step.source.height * step.source.width * step.source.channels * 2, 64);
+}
+
+// Copies the rows that some line reads, from the first column of all regions to the last.
+Source pairs_of(const LastStep& step, const Run& run, const std::vector<Line>& lines, char* copy) {
+  const MapSpec& map = step.source;
+  std::vector<char> wanted(static_cast<size_t>(run.batch * map.height), 0);
+  int64_t left = map.width, right = 0;
+  for (const Line& line : lines) {
+    left = std::min(left, line.region->read.left);
+    right = std::max(right, line.region->read.right);
+    for (int64_t tap = 0; tap < step.kernel; ++tap) {
+      const int64_t row = source_row(step, line.y, tap);
+      if (row >= 0) wanted[static_cast<size_t>(line.sample * map.height + row)] = 1;
+    }
+  }
+  Input input{};
+  input.source = {run.arena(map.offset), map.height, map.width, map.pixel, map.channels};
+  input.in_step = 1;
+  input.zeros = run.zeros;
+  Group row;
+  for (int64_t x = left; x < right; ++x) row.starts.push_back({0, x});
+  const Rect everywhere{0, map.height, 0, map.width};
+  const Region whole{everywhere, everywhere};
+  const int64_t units = map.channels / 2;
+  parallel_for(run.threads, run.batch * map.height, [&](int64_t task, int64_t) {
+    if (!wanted[static_cast<size_t>(task)]) return;
+    const Tile tile{task / map.height, task % map.height, 0, &whole};
+    char* to = copy + (task * map.width + left) * units * 4;
+    run.kernels.conv.bf16.transform(input, row, 1, &tile, 1, to, 0, (right - left) * units);
+  });
+  return {copy, units, 4, units};
+}
+
+// Kernel rows that read source rows an even distance apart: one product.
+struct Taps {
+  int64_t tap, row, count;    // the first one, the source row that it reads, and how many there are
+  int64_t jump;               // units in the source from a tap's row to that of the next kernel row
+  std::vector<int64_t> live;  // ranges of the weights' depth
+};
+
+// All kernel rows that read inside the source for output row y, in few products.
+std::vector<Taps> taps_of(const LastStep& step, const Source& source, int64_t y) {
+  std::vector<Taps> all;
+  int64_t last_tap = 0, last_row = 0;
+  for (int64_t tap = 0; tap < step.kernel; ++tap) {
+    const int64_t row = source_row(step, y, tap), begin = tap * source.depth, end = begin + source.depth;
+    if (row < 0) continue;
+    const int64_t distance = (row - last_row) * step.source.width * source.pixel, taps = tap - last_tap;
+    const bool goes_on =
+        !all.empty() && distance % taps == 0 && (all.back().count == 1 || distance / taps == all.back().jump);
+    if (!goes_on) {
+      all.push_back({tap, row, 1, 0, {begin, end}});
+    } else {
+      Taps& now = all.back();
+      now.jump = distance / taps;
+      ++now.count;
+      if (now.live.back() == begin) {
+        now.live.back() = end;
+      } else {
+        now.live.insert(now.live.end(), {begin, end});
+      }
+    }
+    last_tap = tap;
+    last_row = row;
+  }
+  return all;
+}
+
+// products[x - read.left][columns] for the source columns that the line's region has.
+void multiply_line(const LastStep& step, const Run& run, const Source& source, const Line& line, int64_t columns,
+                   float* products) {
+  const ConvKernels& kernels = step.bf16 ? run.kernels.conv.bf16 : run.kernels.conv.f32;
+  const std::vector<Taps> all = taps_of(step, source, line.y);
   Product product{};
   product.a_row = source.pixel;
+  product.piece = source.depth;
+  product.b = reinterpret_cast<const char*>(step.weight);
   product.c_row = columns;
   product.columns = product.weight_columns = columns;
-  product.depth = source.channels;
-  product.live = live;
-  product.live_count = 1;
+  product.depth = step.kernel * source.depth;
   const Rect& read = line.region->read;
   for (int64_t x0 = read.left; x0 < read.right; x0 += kColumnsAtOnce) {
     product.c = products + (x0 - read.left) * columns;
     product.rows = std::min(kColumnsAtOnce, read.right - x0);
     product.accumulate = false;
-    for (int64_t tap = 0; tap < step.kernel; ++tap) {
-      const int64_t row = source_row(step, line.y, tap);
-      if (row < 0) continue;
-      const int64_t pixel = (line.sample * source.height + row) * source.width + x0;
-      product.a = run.arena(source.offset) + pixel * source.pixel;
-      product.b = reinterpret_cast<const float*>(step.weight) + tap * source.channels * columns;
-      run.kernels.conv.f32.product(product);
+    for (const Taps& taps : all) {
+      const int64_t pixel = (line.sample * step.source.height + taps.row) * step.source.width + x0;
+      product.jump = taps.jump;
+      product.a = source.data + (pixel * source.pixel - taps.tap * taps.jump) * source.unit_bytes;
+      product.live = taps.live.data();
+      product.live_count = static_cast<int64_t>(taps.live.size()) / 2;
+      kernels.product(product);
       product.accumulate = true;
     }
   }
@@ -107,14 +187,19 @@ void copy_raw(const LastRow& row, const View& raw, const Line& line) {
 }  // namespace
 
 void run_step(const LastStep& step, const std::vector<Region>& regions, const Run& run) {
+  const MapSpec& map = step.source;
   const ConvKernels& kernels = run.kernels.conv.f32;
   const int64_t columns = round_up(3 * step.kernel + 1, kernels.lanes);
-  const int64_t each = round_up(step.source.width * columns + 4 * step.out_width, 64);
-  float* scratch = reinterpret_cast<float*>(run.scratch(4 * each * run.threads));
+  const int64_t each = round_up(map.width * columns + 4 * step.out_width, 64), copied = copy_bytes(step, run);
+  char* copy = run.scratch(copied + 4 * each * run.threads);
+  float* scratch = reinterpret_cast<float*>(copy + copied);
   const std::vector<Line> lines = lines_of(regions, run.batch);
+  const Source source =
+      step.bf16 ? pairs_of(step, run, lines, copy)
+                : Source{reinterpret_cast<const char*>(run.arena(map.offset)), map.pixel, 4, map.channels};
   parallel_for(run.threads, static_cast<int64_t>(lines.size()), [&](int64_t task, int64_t worker) {
     float* products = scratch + worker * each;
-    multiply_line(step, run, lines[task], columns, products);
+    multiply_line(step, run, source, lines[task], columns, products);
     const LastRow row = describe_line(step, run, lines[task], columns, products);
     kernels.last_step(row);
     if (run.raw) copy_raw(row, run.raw, lines[task]);

@@ -17,6 +17,12 @@ const Step& base(const AnyStep& step) {
   return std::visit([](const auto& s) -> const Step& { return s; }, step);
 }
 
+bool has_pairs(const AnyStep& step) {
+  const ConvStep* conv = std::get_if<ConvStep>(&step);
+  const LastStep* last = std::get_if<LastStep>(&step);
+  return (conv && conv->bf16) || (last && last->bf16);
+}
+
 void check_rect(const char* function, const Rect& rect, int64_t height, int64_t width) {
   if (0 <= rect.top && rect.top < rect.bottom && rect.bottom <= height && 0 <= rect.left && rect.left < rect.right &&
       rect.right <= width) {
@@ -45,10 +51,15 @@ void check_step(const AnyStep& any, const Kernels& kernels, int64_t batch) {
   if (step.targets.empty() || step.targets.size() > 2) {
     fail("Program", "targets", "one or two", std::to_string(step.targets.size()));
   }
-  if (const ConvStep* conv = std::get_if<ConvStep>(&any)) {
-    if (conv->bf16 && !kernels.conv.bf16.product) {
-      fail("Program", "bf16", "an instruction set with bf16 products", isa_name());
+  if (has_pairs(any) && !kernels.conv.bf16.product) {
+    fail("Program", "bf16", "an instruction set with bf16 products", isa_name());
+  }
+  if (const LastStep* last = std::get_if<LastStep>(&any)) {
+    if (last->bf16 && step.source.channels % 2 != 0) {
+      fail("Program", "channels", "pairs of them", std::to_string(step.source.channels));
     }
+  }
+  if (const ConvStep* conv = std::get_if<ConvStep>(&any)) {
     for (const Job& job : conv->jobs) {
       if (job.groups.size() > kMaximumGroups) {
         fail("Program", "jobs", "at most 4 groups each", std::to_string(job.groups.size()));
@@ -68,14 +79,6 @@ View float_view(const char* name, const TensorArg& arg, std::array<int64_t, 4> s
 }
 
 }  // namespace
-
-char* Run::scratch(int64_t bytes) const {
-  if (bytes > memory.scratch.bytes()) {
-    memory.scratch = Pages();  // freed before the new one is allocated, so that both never exist at once
-    memory.scratch = Pages(bytes);
-  }
-  return memory.scratch.as<char>();
-}
 
 struct Program::Arguments {
   View image, mask, start, out;
@@ -212,6 +215,8 @@ std::array<int64_t, 4> packing(bool bf16) {
   const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;
   return {kernels.lanes, kernels.panel, kernels.pair, kernels.depth};
 }
+
+bool multiplies_by_tiles() { return current_kernels().conv.bf16.tiled; }
 
 int64_t multiply_adds(bool bf16, int64_t rounds, int64_t threads) {
   const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;

@@ -49,6 +49,9 @@ class Program {
 // zero for bf16 where it has no such kernels.
 std::array<int64_t, 4> packing(bool bf16);
 
+// Whether products of bf16 pairs are by matrix tiles.
+bool multiplies_by_tiles();
+
 // Runs `rounds` passes over a full register block on each of `threads` threads, without reading memory, and returns
 // the number of multiply-accumulates; timed, this is the arithmetic peak. Multiplies float32, or pairs of bf16; 0
 // where the instruction set has no such kernel.

@@ -60,6 +60,7 @@ void bind_steps(py::module_& m) {
       .def_readwrite("chunk", &ConvStep::chunk)
       .def_readwrite("jobs", &ConvStep::jobs);
   step_class<LastStep>(m, "LastStep")
+      .def_readwrite("bf16", &LastStep::bf16)
       .def_readwrite("reflect", &LastStep::reflect)
       .def_readwrite("transposed", &LastStep::transposed)
       .def_readwrite("kernel", &LastStep::kernel)
@@ -80,6 +81,7 @@ void bind_program(py::module_& m) {
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
       .def("workspace_bytes", &Program::workspace_bytes);
   m.def("packing", &packing, py::arg("bf16"), "(lanes, panel, pair, depth) of the instruction set in use");
+  m.def("multiplies_by_tiles", &multiplies_by_tiles, "Whether the instruction set in use has matrix tiles of bf16");
   m.def("multiply_adds", &multiply_adds, py::arg("bf16"), py::arg("rounds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Work of known size that no memory slows; returns its amount");
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));

@@ -42,9 +42,10 @@ struct ConvStep : Step {
   std::vector<Job> jobs;
 };
 
-// The last step of a stage, with 3 output channels, tanh and merge (last_step.cpp). Weights are
-// [kernel rows][channels][columns], columns = kernel columns x 3, padded.
+// The last step of a stage, with 3 output channels, tanh and merge (last_step.cpp). The weights' depth is
+// [kernel rows][channels], their columns are kernel columns x 3, padded.
 struct LastStep : Step {
+  bool bf16 = false;  // products of bf16 pairs
   bool reflect = false, transposed = false;
   int64_t kernel = 0, stride = 1, padding = 0;
 };
@@ -75,6 +76,10 @@ struct Run {
   float* arena(int64_t offset) const { return memory.arena.as<float>() + offset; }
   char* scratch(int64_t bytes) const;
 };
+
+// What the kernels read and write in a convolution.
+Input input_of(const ConvStep& step, const Run& run);
+Output output_of(const ConvStep& step, const Run& run);
 
 void run_step(const ConvStep& step, const std::vector<Region>& regions, const Run& run);
 void run_step(const LastStep& step, const std::vector<Region>& regions, const Run& run);

@@ -351,6 +351,38 @@ def test_bf16_is_close():
         assert_close(got.bfloat16(), want, rms=6.4, roundings=128)
 
 
+@pytest.mark.skipif("amx_bf16" not in ISAS, reason="no matrix tiles on this CPU")
+def test_matrix_tiles_multiply_every_layer_and_round_less():
+    """Direct products of bf16 pairs throughout; their error is below that of the transforms which vectors use."""
+    plan, expected = plan_of(16), truth((16,), 1, 256, 256)[0]
+    errors = {}
+    for isa, kernels in (
+        ("amx_bf16", {"direct/bf16", "narrow/bf16", "attention/bf16"}),
+        ("avx512_bf16", {"direct/bf16", "winograd2/bf16", "narrow", "attention/bf16"}),
+    ):
+        native.library().set_isa(isa)
+        try:
+            executor = CpuExecutor.of(plan, torch.bfloat16)
+            assert set(executor.choices.values()) == kernels
+            errors[isa] = (executor.run(*picture(1, 256, 256))[0].double() - expected.double()).square().mean()
+        finally:
+            native.library().set_isa("auto")
+    assert 0 < errors["amx_bf16"] < errors["avx512_bf16"]
+
+
+def test_an_odd_number_of_channels_has_no_pairs_in_a_last_step(isa):
+    if not native.library().packing(True)[0]:
+        pytest.skip("no products of bf16 pairs")
+    network = LGNet(coarse_channels=2, local_channels=5, global_channels=2, backend="eager")
+    plan = build_plan(plan_stages(network.eval()), 1, 256, 256)
+    executor = CpuExecutor.of(plan, torch.bfloat16)
+    assert executor.choices["net_l.out"] == "narrow"
+    tiles = native.library().multiplies_by_tiles()
+    assert executor.choices["net_g.d1"] == ("narrow/bf16" if tiles else "narrow")
+    with pytest.raises(ValueError, match="expected narrow for the 5 channels of net_l.out, got narrow/bf16"):
+        CpuExecutor.of(plan, torch.bfloat16, executor.choices | {"net_l.out": "narrow/bf16"})
+
+
 @pytest.mark.slow(reason="packs the full network a second time: test_engine.py runs it through the engine")
 def test_lgnet_with_the_recipe_s_weights():
     """The whole network: 99% of the hole's 8-bit samples equal, none off by more than one, RMS error at most 1e-4."""
@@ -385,7 +417,7 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     regions = [step.regions for step in plan.restricted([Rect(60, 100, 80, 130)]).steps]
     chosen = choices(plan, kernel)
     if dtype == torch.bfloat16:
-        chosen = {name: own if own == "narrow" else own + cpu_kernels.PAIRS for name, own in chosen.items()}
+        chosen = {name: own + cpu_kernels.PAIRS for name, own in chosen.items()}
     broken = {  # the index of a weight that reads more than padding
         "net_c.e2": (0, 0, 1, 2),
         "net_c.d4": (1, 0, 1, 1),

@@ -14,6 +14,13 @@
 #define LGNET_X86_64 0
 #endif
 
+// AMX: compilers that have it, and the only system whose call for permission to use it is known here.
+#if LGNET_X86_64 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
+#define LGNET_AMX 1
+#else
+#define LGNET_AMX 0
+#endif
+
 #if LGNET_GNU && defined(__aarch64__)
 #define LGNET_AARCH64 1
 #else

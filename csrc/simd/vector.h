@@ -17,11 +17,13 @@
 //   max(a, b)        b, or NaN, where either is NaN
 //   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi
 //   stream, fence    non-temporal stores, and the fence that completes them
+//   Tiles            optional: a class that multiplies by matrix tiles, in place of convolution's register blocks
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "../half.h"
 #include "macros.h"
@@ -45,6 +47,26 @@ constexpr float kTanhP[7] = {4.89352455891786e-03f, 6.37261928875436e-04f,  1.48
                              -2.76076847742355e-16f};
 constexpr float kTanhQ[4] = {4.89352518554385e-03f, 2.26843463243900e-03f, 1.18534705686654e-04f,
                              1.19825839466702e-06f};
+
+// Rows of a product's first factor from some depth on, `row` units apart. Each goes on for `left` units, then in
+// pieces of `piece` units, `jump` units from the begin of one to that of the next.
+template <class Unit>
+struct ProductRows {
+  const Unit* a;
+  int64_t row, left, piece, jump;
+
+  ProductRows from(int64_t r) const { return {a + r * row, row, left, piece, jump}; }
+};
+
+// V::Tiles, or void where there is none.
+template <class V, class = void>
+struct TilesOf {
+  using type = void;
+};
+template <class V>
+struct TilesOf<V, std::void_t<typename V::Tiles>> {
+  using type = typename V::Tiles;
+};
 
 template <class V>
 LGNET_INLINE typename V::Reg tanh(typename V::Reg x) {

@@ -48,9 +48,21 @@ def kernels_for(step: Step, pairs: bool) -> list[str]:
     """Kernels worth having for a step, the plainest first.
 
     F(4x4) is not taken with bf16 products: its transforms blow their rounding up (LGNet's error grows 1.6 times, with
-    F(2x2) 1.15 times).
+    F(2x2) 1.15 times). With matrix tiles multiplying is so fast that transforms cost more than they save: every step
+    of LGNet is faster direct.
     """
-    return [k for k in candidates(step) if not (pairs and k == "winograd4")]
+    kernels = candidates(step)
+    if pairs and library().multiplies_by_tiles():
+        return kernels[:1]
+    return [k for k in kernels if not (pairs and k == "winograd4")]
+
+
+def choice_of(step: Step, kernel: str, pairs: bool) -> str:
+    """How a kernel runs a step. A stage's last step has pairs only where matrix tiles multiply them: by vectors it
+    gains nothing, for its weights are few."""
+    if kernel == NARROW and not (library().multiplies_by_tiles() and step.source.channels % 2 == 0):
+        pairs = False
+    return str(Choice(kernel, pairs))
 
 
 def weight_bytes(step: ConvStep, kernel: str, pairs: bool) -> int:
@@ -87,14 +99,15 @@ def modelled_costs(plan: Plan, dtype: torch.dtype) -> dict[str, dict[str, Cost]]
         kernels = kernels_for(step, pairs)
         if step.weights_of == step.name and isinstance(step, ConvStep) and len(kernels) > 1:
             size = plan.target(step).size
-            costs[step.name] = {str(Choice(k, pairs)): modelled(step, k, pairs, plan.batch, *size) for k in kernels}
+            costs[step.name] = {
+                choice_of(step, k, pairs): modelled(step, k, pairs, plan.batch, *size) for k in kernels
+            }
     return costs
 
 
 def plain_choice(step: Step, pairs: bool) -> str:
     """The plainest way to run a step."""
-    kernel = kernels_for(step, pairs)[0]
-    return str(Choice(kernel, pairs and kernel != NARROW))
+    return choice_of(step, kernels_for(step, pairs)[0], pairs)
 
 
 def choose_kernels(

@@ -151,12 +151,12 @@ class CpuExecutor(Executor):
             spec.bf16, spec.released = choice.pairs, step.variant == "released"
             return spec
         geometry = step.geometry
-        spec.reflect = geometry.reflect
+        spec.reflect, spec.bf16 = geometry.reflect, choice.pairs
         if choice.kernel == NARROW:
             spec.kernel, spec.stride, spec.padding = geometry.kernel, geometry.stride, geometry.padding
             spec.transposed = geometry.transposed
             return spec
-        spec.bf16, spec.out_channels = choice.pairs, step.out_channels
+        spec.out_channels = step.out_channels
         if step.residual is not None:
             spec.residual = target(step.residual, "none")
         spec.tile, spec.chunk = TILES[choice.kernel], choice.chunk

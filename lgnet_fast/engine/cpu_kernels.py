@@ -72,7 +72,7 @@ class Choice(NamedTuple):
     @property
     def packs_pairs(self) -> bool:
         """Whether weights are packed as bf16 pairs; the attention block's are packed in each run."""
-        return self.pairs and self.kernel in TILES
+        return self.pairs and self.kernel != ATTENTION
 
 
 def candidates(step: Step) -> list[str]:

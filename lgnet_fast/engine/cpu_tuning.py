@@ -20,9 +20,18 @@ from torch import Tensor
 
 from .. import cache, forks
 from ..native import isa_name
-from .cpu_choice import Cost, choose_kernels, has_pairs, kernels_for, modelled_costs, plain_choice, weight_bytes
+from .cpu_choice import (
+    Cost,
+    choice_of,
+    choose_kernels,
+    has_pairs,
+    kernels_for,
+    modelled_costs,
+    plain_choice,
+    weight_bytes,
+)
 from .cpu_executor import CpuExecutor
-from .cpu_kernels import CHUNKS, NARROW, TILES, Choice
+from .cpu_kernels import CHUNKS, TILES, Choice
 from .cpu_weights import CpuWeights
 from .plan import ConvStep, Plan, Step
 
@@ -146,7 +155,7 @@ def options(step: Step, pairs: bool) -> list[str]:
     found = [plain_choice(step, pairs)]
     for with_pairs in (True, False) if pairs else (False,):
         for kernel in kernels_for(step, with_pairs):
-            choice = str(Choice(kernel, with_pairs and kernel != NARROW))
+            choice = choice_of(step, kernel, with_pairs)
             if choice not in found:
                 found.append(choice)
     return found

@@ -154,8 +154,11 @@ def _parts(step: Step, choice: Choice) -> Iterator[tuple[int, int, Group | None]
     if not isinstance(step, ConvStep):
         yield 4 * step.weight.numel(), 0, None
     elif choice.kernel == NARROW:
-        kernel = step.geometry.kernel
-        yield 4 * kernel * step.source.channels * packing.columns(3 * kernel + 1), 0, None
+        kernel, channels = step.geometry.kernel, step.source.channels
+        if channels % packing.pair:
+            raise ValueError(f"choices: expected {NARROW} for the {channels} channels of {step.name}, got {choice}")
+        elements = kernel * channels * packing.columns(3 * kernel + 1)
+        yield elements * packing.element_bytes, 0, None
     else:
         m = TILES[choice.kernel]
         depth, columns = packing.depth(step.source.channels), packing.columns(step.out_channels)
@@ -295,13 +298,12 @@ def _pack(step: Step, choice: Choice, placed: Placed, data: Tensor) -> None:
     if not isinstance(step, ConvStep):
         room(placed.weights[0], step.weight.numel(), torch.float32).copy_(step.weight.flatten())
     elif choice.kernel == NARROW:
-        # [kernel rows][in][column tap * 3 + out]
-        taps = _taps_first(step).permute(0, 2, 1, 3).flatten(2)
-        padded = taps.new_zeros(*taps.shape[:2], 3 * step.geometry.kernel + 1)
-        padded[:, :, :-1] = taps
-        points, depth, channels = padded.shape
-        count = points * depth * packing.columns(channels)
-        into = room(placed.weights[0], count, torch.float32).view(points, -1)
+        # [kernel rows, in][column tap * 3 + out]
+        taps = _taps_first(step).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
+        padded = taps.new_zeros(1, len(taps), 3 * step.geometry.kernel + 1)
+        padded[0, :, :-1] = taps
+        _, depth, channels = padded.shape
+        into = room(placed.weights[0], depth * packing.columns(channels), packing.dtype).view(1, -1)
         packing.pack(into, depth, channels, lambda begin, end, u: u.copy_(padded[:, begin:end]))
     else:
         weight = _taps_first(step)

@@ -1,0 +1,247 @@
+// AMX with bf16 (Sapphire Rapids and later): products of bf16 pairs by tiles, registers of 16 rows of 64 bytes. A
+// tile product adds [16][16 pairs] times [16 pairs][16] to [16][16], as much as 256 products of vectors of pairs. The
+// tiles read rows and weights as those kernels lay them out. All but the products is AVX-512.
+#pragma once
+
+#include "avx512_bf16.h"
+
+namespace lgnet {
+namespace LGNET_ISA {
+
+// A thread's tile registers while it multiplies. Setting their shape takes as long as a dozen tile products and
+// clears them, so one shape serves a whole product: rows that do not fill a tile are those before them once more.
+class TileProduct {
+ public:
+  using Unit = Bf16::Unit;
+
+  // The second factor, [depth][row], of which 16 * vectors columns are meant.
+  struct Columns {
+    const Unit* b;
+    int64_t row, vectors;
+  };
+
+  ~TileProduct() {
+    if (rows_ > 0) _tile_release();
+  }
+
+  // Rows of `from` times b; c[rows][b.vectors * 16] (+)= that. ahead: see Conv::product.
+  void multiply(ProductRows<Unit> from, int64_t rows, Columns b, int64_t ahead, int64_t depth, float* c,
+                int64_t c_row, bool accumulate) {
+    const int64_t step = step_of(from, depth), tail = step < kFewUnits && from.left >= depth ? depth % kUnits : 0;
+    const int64_t main = depth - tail;
+    if (main > 0) {
+      configure(rows < kRows ? rows : kRows, tail > 0 ? kUnits : step);
+      blocks(from, rows, b, ahead, main, c, c_row, accumulate);
+    }
+    if (tail > 0) {
+      from.a += main;
+      b.b += main * b.row;
+      configure(rows < kRows ? rows : kRows, tail);
+      blocks(from, rows, b, ahead, tail, c, c_row, accumulate || main > 0);
+    }
+  }
+
+  // See ConvKernels.
+  static int64_t multiply_add(int64_t rounds) {
+    TileProduct tiles;
+    tiles.configure(kRows, kUnits);
+    clear<2, 2>();
+    _tile_zero(4);
+    _tile_zero(5);
+    _tile_zero(6);
+    _tile_zero(7);
+    for (int64_t round = 0; round < rounds; ++round) products<2, 2>();
+    return rounds * 4 * kRows * kRows * kUnits * 2;
+  }
+
+ private:
+  static constexpr int64_t kRows = 16, kUnits = 16;
+  // Steps of fewer units than these waste more than a step of its own for what is left.
+  static constexpr int64_t kFewUnits = 8;
+
+  // Shapes of the tiles: sums 0 to 3, rows 4 and 5, weights 6 and 7.
+  struct alignas(64) Shapes {
+    uint8_t palette, start_row, reserved[14];
+    uint16_t row_bytes[16];
+    uint8_t rows[16];
+  };
+
+  void configure(int64_t rows, int64_t units) {
+    if (rows == rows_ && units == units_) return;
+    rows_ = rows;
+    units_ = units;
+    Shapes shapes{};
+    shapes.palette = 1;
+    for (int tile = 0; tile < 8; ++tile) {
+      const bool is_weights = tile >= 6, is_rows = tile == 4 || tile == 5;
+      shapes.rows[tile] = static_cast<uint8_t>(is_weights ? units : rows);
+      shapes.row_bytes[tile] = static_cast<uint16_t>(is_rows ? 4 * units : 64);
+    }
+    fence();
+    _tile_loadconfig(&shapes);
+  }
+
+  // Units of a tile's rows: the most that divide the depth and all pieces of it.
+  static int64_t step_of(const ProductRows<Unit>& from, int64_t depth) {
+    for (int64_t units = kUnits; units > 1; --units) {
+      if (depth % units == 0 && (from.left >= depth || (from.left % units == 0 && from.piece % units == 0))) {
+        return units;
+      }
+    }
+    return 1;
+  }
+
+  void blocks(const ProductRows<Unit>& from, int64_t rows, const Columns& b, int64_t ahead, int64_t depth, float* c,
+              int64_t c_row, bool accumulate) {
+    const int64_t turns = (rows + 2 * kRows - 1) / (2 * kRows);
+    for (int64_t turn = 0; turn < turns; ++turn) {
+      const int64_t row = 2 * kRows * turn;
+      for (int64_t v = 0; v < b.vectors; v += 2) {
+        const Block block{from, {b.b + v * kRows, b.row, b.vectors - v}, ahead, turn, turns, depth};
+        const Place place{row, rows, c + v * kRows, c_row, accumulate};
+        const bool two_rows = rows - row > kRows, two_columns = b.vectors - v > 1;
+        if (two_rows && two_columns) multiply_block<2, 2>(block, place);
+        if (two_rows && !two_columns) multiply_block<2, 1>(block, place);
+        if (!two_rows && two_columns) multiply_block<1, 2>(block, place);
+        if (!two_rows && !two_columns) multiply_block<1, 1>(block, place);
+      }
+    }
+  }
+
+  // The factors of one block, which is number `turn` of `turns` that share the prefetching.
+  struct Block {
+    ProductRows<Unit> from;
+    Columns columns;
+    int64_t ahead, turn, turns, depth;
+  };
+
+  // Where the sums of a block's tiles go: rows from `row` on, of `rows`.
+  struct Place {
+    int64_t row, rows;
+    float* c;
+    int64_t c_row;
+    bool accumulate;
+
+    // First row of a tile; of its rows the first `repeated` ones are the tile's before.
+    int64_t first(int tile) const {
+      const int64_t wanted = row + tile * kRows, last = rows - kRows;
+      return wanted < last || last < 0 ? wanted : last;
+    }
+    int64_t repeated(int tile) const { return row + tile * kRows - first(tile); }
+    float* sums(int tile) const { return c + first(tile) * c_row; }
+  };
+
+  template <int R, int M>
+  void multiply_block(const Block& block, const Place& place) const {
+    const ProductRows<Unit>& from = block.from;
+    const int64_t row_bytes = 4 * from.row, weight_row = block.columns.row, weight_bytes = 4 * weight_row;
+    const Unit* first = from.a + place.first(0) * from.row;
+    const Unit* second = from.a + place.first(R - 1) * from.row;
+    const Unit* b = block.columns.b;
+    int64_t turn = block.turn, depth = block.depth;
+    fence();
+    begin<R, M>(place);
+    for (int64_t left = from.left; depth > 0; left = from.piece) {
+      const int64_t units = left < depth ? left : depth;
+      for (int64_t k = 0; k < units; k += units_) {
+        if (block.ahead != 0 && --turn < 0) {
+          turn += block.turns;
+          for (int64_t line = 0; line < units_ * M; ++line) __builtin_prefetch(b + block.ahead + 16 * line, 0, 2);
+        }
+        _tile_loadd(6, b, weight_bytes);
+        _tile_loadd(4, first, row_bytes);
+        if constexpr (M > 1) _tile_loadd(7, b + 16, weight_bytes);
+        if constexpr (R > 1) _tile_loadd(5, second, row_bytes);
+        products<R, M>();
+        first += units_;
+        second += units_;
+        b += units_ * weight_row;
+      }
+      first += from.jump - from.piece;
+      second += from.jump - from.piece;
+      depth -= units;
+    }
+    end<R, M>(place);
+    fence();
+  }
+
+  template <int R, int M>
+  static LGNET_INLINE void clear() {
+    _tile_zero(0);
+    if constexpr (M > 1) _tile_zero(1);
+    if constexpr (R > 1) _tile_zero(2);
+    if constexpr (R > 1 && M > 1) _tile_zero(3);
+  }
+  template <int R, int M>
+  static LGNET_INLINE void products() {
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (M > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (R > 1) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (R > 1 && M > 1) _tile_dpbf16ps(3, 5, 7);
+  }
+
+  template <int R, int M>
+  static LGNET_INLINE void begin(const Place& place) {
+    const int64_t bytes = 4 * place.c_row;
+    clear<R, M>();
+    if (!place.accumulate) return;
+    if (place.repeated(0) == 0) {
+      _tile_loadd(0, place.sums(0), bytes);
+      if constexpr (M > 1) _tile_loadd(1, place.sums(0) + 16, bytes);
+    }
+    if constexpr (R > 1) {
+      if (place.repeated(1) == 0) {
+        _tile_loadd(2, place.sums(1), bytes);
+        if constexpr (M > 1) _tile_loadd(3, place.sums(1) + 16, bytes);
+      }
+    }
+  }
+  template <int R, int M>
+  static LGNET_INLINE void end(const Place& place) {
+    const int64_t bytes = 4 * place.c_row;
+    alignas(64) float sums[kRows * 2 * kRows];
+    if (place.repeated(0) == 0) {
+      _tile_stored(0, place.sums(0), bytes);
+      if constexpr (M > 1) _tile_stored(1, place.sums(0) + 16, bytes);
+    } else {
+      _tile_stored(0, sums, 128);
+      if constexpr (M > 1) _tile_stored(1, sums + 16, 128);
+      add<M>(place, 0, sums);
+    }
+    if constexpr (R > 1) {
+      if (place.repeated(1) == 0) {
+        _tile_stored(2, place.sums(1), bytes);
+        if constexpr (M > 1) _tile_stored(3, place.sums(1) + 16, bytes);
+      } else {
+        _tile_stored(2, sums, 128);
+        if constexpr (M > 1) _tile_stored(3, sums + 16, 128);
+        add<M>(place, 1, sums);
+      }
+    }
+  }
+  // Rows of sums that are not repeated.
+  template <int M>
+  static void add(const Place& place, int tile, const float* sums) {
+    fence();
+    for (int64_t r = place.repeated(tile); r < kRows; ++r) {
+      for (int m = 0; m < M; ++m) {
+        float* to = place.sums(tile) + r * place.c_row + 16 * m;
+        const __m512 sum = _mm512_load_ps(sums + 32 * r + 16 * m);
+        _mm512_storeu_ps(to, place.accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sum) : sum);
+      }
+    }
+  }
+
+  // Tile instructions are assembly to some compilers, which may move other reads and writes past them.
+  static LGNET_INLINE void fence() { __asm__ volatile("" ::: "memory"); }
+
+  int64_t rows_ = 0, units_ = 0;
+};
+
+struct TiledBf16 : Bf16 {
+  static constexpr int CONV_ROWS = 32;
+  using Tiles = TileProduct;
+};
+
+}  // namespace LGNET_ISA
+}  // namespace lgnet
