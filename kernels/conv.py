@@ -329,9 +329,10 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
 
 def _may_spill(source: Tensor, tile: Tile) -> bool:
     """Whether ptxas, without a limit, may spill registers of the accumulator for a higher occupancy."""
-    generation, _ = device_generation(source.device)
+    if tile.splits == 1:
+        return False
     area = tile.block_m * tile.block_n // tile.num_warps
-    return tile.splits > 1 and (area >= 1024 if generation == "sm_100" else tile.fused and area >= 2048)
+    return area >= 1024 if device_generation(source.device)[0] == "sm_100" else tile.fused and area >= 2048
 
 
 def _reduce(step: _Step, partial: Tensor | None) -> None:
