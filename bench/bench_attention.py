@@ -61,7 +61,9 @@ def contestants(args: Arguments) -> dict[str, Callable[..., Tensor]]:
         except Exception as reason:  # a form that raises any error here is left out
             print(f"{name}: cannot run: {str(reason).splitlines()[0][:100]}")
             continue
-        assert error < tolerance, f"{name} is wrong: {error}"
+        if not error < tolerance:  # torch.compile's bfloat16 product of matrices gives NaN on processors with AMX
+            print(f"{name}: left out, its relative error is {error:.2g}")
+            continue
         running[name] = form
     return running
 
