@@ -17,13 +17,14 @@ from lgnet_fast import cache
 from lgnet_fast.engine import cuda_executor, cuda_tuning_convolutions
 from lgnet_fast.engine.cpu_tuning import entry_name
 from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.cuda_measure import Found, Timer, kept, product_key
+from lgnet_fast.engine.cuda_measure import Found, kept, product_key
 from lgnet_fast.engine.cuda_tuning import gains, tune
 from lgnet_fast.engine.cuda_tuning_convolutions import LAUNCHES, tiles
 from lgnet_fast.engine.cuda_weights import Tuned, work_of
 from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
 from tests.interpreted.test_cuda_executor import cast, check, inputs
 from tests.interpreted.test_verified import tiny_plan
+from tests.interpreted.timers import IdleTimer
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
 
@@ -44,25 +45,14 @@ def short(plan: Plan) -> Plan:
     return replace(plan, steps=steps, buffers={name: b for name, b in plan.buffers.items() if name in used})
 
 
-class FakeTimer(Timer):
+class FakeTimer(IdleTimer):
     """Compiles nothing; a launch takes `cost` of its tile (cuDNN: None), whole runs take the values of `runs`."""
 
     def __init__(
         self, cost: Callable[[Tile | None], float], runs: Sequence[float] = (3.0, 2.0), hopper_us: float = 1e3
     ) -> None:
-        super().__init__(CPU)
+        super().__init__()
         self.cost, self.runs, self.hopper_us = cost, list(runs), hopper_us
-        self.compiled = 0
-
-    def compile(self, launches: Sequence[Any]) -> list[str]:
-        self.compiled += len(launches)
-        return []
-
-    def workers(self) -> int:
-        return 1
-
-    def wait(self) -> None:
-        pass
 
     def time(self, launches: Sequence[Callable[[], None]]) -> float:
         (launch, *others) = launches
@@ -91,7 +81,7 @@ def test_the_fastest_tile_runs_and_is_kept(plan: Plan, monkeypatch: pytest.Monke
     timer = FakeTimer(splits_are_slow)
     lines: list[str] = []
     found = run(plan, timer, progress=lines.append)
-    assert timer.compiled > len(plan.steps)
+    assert len(timer.compiled) > len(plan.steps)
     convolutions = [step for step in plan.steps if isinstance(step, ConvStep)]
     assert set(found.tiles) == {product_key(work_of(plan, s), "ieee") for s in convolutions}
     for result in found.tiles.values():

@@ -16,7 +16,7 @@ from lgnet_fast.kernels.launch import record
 
 from lgnet_fast import cache
 from lgnet_fast.engine import cuda_tuning_training
-from lgnet_fast.engine.cuda_measure import Timer, kept
+from lgnet_fast.engine.cuda_measure import kept
 from lgnet_fast.engine.cuda_tuning_training import (
     OPERATIONS,
     REPEATS,
@@ -30,6 +30,7 @@ from lgnet_fast.engine.tuning import render, training_report
 from lgnet_fast.ops import dispatch, first_use
 from lgnet_fast.reference.attention import attention_block
 from tests.interpreted.plans import tiny_plan
+from tests.interpreted.timers import IdleTimer
 from tests.support import assert_accurate
 
 CPU = torch.device("cpu")
@@ -38,8 +39,7 @@ Cost = Callable[[str, dict[str, Any]], float]
 
 
 @pytest.fixture(autouse=True)
-def machine(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path))
+def machine(fresh_cache: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     another_process(monkeypatch)
 
 
@@ -55,23 +55,12 @@ def plan() -> Plan:
     return replace(whole, steps=tuple(s for s in whole.steps if s.name == "u.attention"))
 
 
-class FakeTimer(Timer):
+class FakeTimer(IdleTimer):
     """Compiles nothing; launches take `cost` of their kernels' names and constants, whole runs that of `whole`."""
 
     def __init__(self, cost: Cost, whole: Sequence[float] = (9.0, 8.0)) -> None:
-        super().__init__(CPU)
+        super().__init__()
         self.cost, self.whole = cost, list(whole)
-        self.compiled: list[Any] = []
-
-    def compile(self, launches: Sequence[Any]) -> list[str]:
-        self.compiled += launches
-        return []
-
-    def workers(self) -> int:
-        return 1
-
-    def wait(self) -> None:
-        pass
 
     def time(self, launches: Sequence[Callable[[], None]]) -> float:
         if len(launches) == 1:
