@@ -15,6 +15,10 @@ namespace lgnet {
 
 enum class DType : int64_t { float32 = 0, bfloat16 = 1, float64 = 2, float16 = 3 };
 
+// What the products of a step multiply: float32; pairs of bf16; or float32 as the sum of two bf16, high + low, by
+// three products of pairs: high high + high low + low high.
+enum class Products : int64_t { float32 = 0, bf16 = 1, bf16x3 = 2 };
+
 // A 4-d tensor as Python passes it: address, element type, sizes and strides (in elements).
 using TensorArg = std::array<int64_t, 10>;
 

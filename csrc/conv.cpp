@@ -43,12 +43,14 @@ struct Part {
   std::vector<int64_t> live;  // ranges of depth, in units
 
   int64_t row() const { return round_up(depth, 16) + 16; }
+  int64_t weights(int64_t columns) const { return points * depth * columns; }
 };
 
 // V and M of one part. Units are 4 bytes whatever they hold, so V is counted in 4-byte elements like M.
 struct Factors {
   int32_t* v;
   int64_t v_stride;  // between points
+  int64_t v_low;     // from the high parts to the low ones
   float* products;
   int64_t m_stride;
 };
@@ -99,6 +101,7 @@ std::vector<int64_t> live_ranges(const ConvStep& step, const Group& group, const
 // is.
 struct Padded {
   int32_t* map;
+  int64_t low;  // from the high parts to the low ones
   int64_t top, left, height, width, pixel;
 };
 
@@ -166,7 +169,7 @@ class Convolution {
 Convolution::Convolution(const ConvStep& step, const std::vector<Region>& regions, const Run& run)
     : step_(step),
       run_(run),
-      kernels_(step.bf16 ? run.kernels.conv.bf16 : run.kernels.conv.f32),
+      kernels_(run.kernels.conv.of(step.products)),
       space_(regions, run.batch, step.out_step, step.tile),
       columns_(round_up(step.out_channels, kernels_.lanes)),
       c_row_(columns_ + 16),
@@ -198,7 +201,7 @@ Convolution::Sizes Convolution::sizes(int64_t job, int64_t tiles) const {
   Sizes sizes{0, 0};
   for (size_t p = first_part_[job]; p < first_part_[job + 1]; ++p) {
     const Part& part = parts_[p];
-    sizes.v = std::max(sizes.v, part.points * point_stride(part.points, tiles, part.row()));
+    sizes.v = std::max(sizes.v, kernels_.parts * part.points * point_stride(part.points, tiles, part.row()));
     sizes.m += part.points * point_stride(part.points, tiles, c_row_);
   }
   return sizes;
@@ -208,6 +211,7 @@ Convolution::Sizes Convolution::sizes(int64_t job, int64_t tiles) const {
 Product Convolution::product_of(const Part& part) const {
   Product product{};
   product.b = part.weight;
+  product.b_low = part.weights(columns_);
   product.weight_columns = product.columns = columns_;
   product.c_row = c_row_;
   product.depth = part.depth;
@@ -220,6 +224,7 @@ void Convolution::multiply(const Part& part, const Factors& factors, const Range
   Product product = product_of(part);
   product.a = factors.v + range.point * factors.v_stride + range.r0 * part.row();
   product.a_row = part.row();
+  product.a_low = factors.v_low;
   product.b = part.weight + range.point * columns_ * part.depth * kernels_.unit_bytes;
   product.first_column = range.n0;
   product.columns = range.n1 - range.n0;
@@ -231,7 +236,7 @@ void Convolution::multiply(const Part& part, const Factors& factors, const Range
 // Tiles of a chunk by the caches alone; tile_bytes: V and M of one tile.
 int64_t Convolution::fitting_chunk(int64_t tile_bytes) const {
   int64_t weights = 0;
-  for (const Part& part : parts_) weights = std::max(weights, part.points * part.depth * columns_);
+  for (const Part& part : parts_) weights = std::max(weights, kernels_.parts * part.weights(columns_));
   const int64_t room = kCacheBytes - weights * kernels_.unit_bytes;
   return room < 0 ? kMaximumChunk : std::max(kMinimumChunk, room / tile_bytes);
 }
@@ -242,7 +247,7 @@ void Convolution::execute() const {
   for (int64_t job = 0; job < jobs(); ++job) {
     int64_t job_m = 0;
     for (size_t p = first_part_[job]; p < first_part_[job + 1]; ++p) {
-      largest_v = std::max(largest_v, parts_[p].points * parts_[p].depth);
+      largest_v = std::max(largest_v, kernels_.parts * parts_[p].points * parts_[p].depth);
       job_m += parts_[p].points * c_row_;
     }
     largest_m = std::max(largest_m, job_m);
@@ -289,13 +294,13 @@ bool Convolution::reads_weights_seldom() const {
   for (const Band& band : bands(padded)) {
     if (band.rows(padded) >= kLongBand) return true;
   }
-  return parts_[0].depth * columns_ * kernels_.unit_bytes <= kCacheBytes / 2;
+  return kernels_.parts * parts_[0].weights(columns_) * kernels_.unit_bytes <= kCacheBytes / 2;
 }
 
 // The padded copy's size, without memory.
 Padded Convolution::padding() const {
   const MapSpec& source = step_.source;
-  Padded padded{nullptr, 0, 0, 0, 0, source.channels / kernels_.pair};
+  Padded padded{nullptr, 0, 0, 0, 0, 0, source.channels / kernels_.pair};
   int64_t bottom = 0, right = 0;
   for (const Part& part : parts_) {
     const Start &first = part.group->starts.front(), &last = part.group->starts.back();
@@ -320,7 +325,7 @@ void Convolution::fill(const Padded& padded) const {
   const int64_t units = padded.width * padded.pixel;
   parallel_for(run_.threads, run_.batch * padded.height, [&](int64_t task, int64_t) {
     const Tile tile{task / padded.height, task % padded.height, 0, &whole};
-    kernels_.transform(input, row, 1, &tile, 1, padded.map + task * units, 0, units);
+    kernels_.transform(input, row, 1, &tile, 1, padded.map + task * units, 0, units, padded.low);
   });
 }
 
@@ -353,9 +358,10 @@ void Convolution::run_in_place() const {
   for (const Band& band : bands) rows = std::max(rows, band.rows(padded));
   const int64_t map = round_up(run_.batch * padded.height * padded.width * padded.pixel, 1024);
   const int64_t each = round_up(rows * c_row_, 1024) + 64;
-  padded.map = reinterpret_cast<int32_t*>(run_.scratch(4 * (map + each * run_.threads)));
+  padded.map = reinterpret_cast<int32_t*>(run_.scratch(4 * (kernels_.parts * map + each * run_.threads)));
+  padded.low = map;
   fill(padded);
-  float* products = reinterpret_cast<float*>(padded.map + map);
+  float* products = reinterpret_cast<float*>(padded.map + kernels_.parts * map);
   parallel_for(run_.threads, jobs() * static_cast<int64_t>(bands.size()), [&](int64_t task, int64_t worker) {
     run_band(padded, task % jobs(), bands[static_cast<size_t>(task / jobs())], products + worker * each);
   });
@@ -370,6 +376,7 @@ void Convolution::run_band(const Padded& padded, int64_t job, const Band& band, 
   Product product = product_of(part);
   product.a = padded.map + (y * padded.width + x) * padded.pixel;
   product.a_row = step_.in_step * padded.pixel;
+  product.a_low = padded.low;
   product.piece = (last.x - start.x + 1) * padded.pixel;
   product.jump = padded.width * padded.pixel;
   product.c = products;
@@ -421,9 +428,9 @@ void Convolution::run_chunk(int64_t job, int64_t first, int64_t count, int32_t* 
   int64_t stride_of_group[kMaximumGroups];
   for (size_t p = first_part_[job]; p < first_part_[job + 1]; ++p) {
     const Part& part = parts_[p];
-    const Factors factors{v, point_stride(part.points, count, part.row()), products,
-                          point_stride(part.points, count, c_row_)};
-    kernels_.transform(input_, *part.group, step_.tile, tiles, count, v, factors.v_stride, part.row());
+    const int64_t v_stride = point_stride(part.points, count, part.row());
+    const Factors factors{v, v_stride, part.points * v_stride, products, point_stride(part.points, count, c_row_)};
+    kernels_.transform(input_, *part.group, step_.tile, tiles, count, v, v_stride, part.row(), factors.v_low);
     for (int64_t point = 0; point < part.points; ++point) multiply(part, factors, {point, 0, count, 0, columns_});
     of_group[p - first_part_[job]] = products;
     stride_of_group[p - first_part_[job]] = factors.m_stride;
@@ -446,7 +453,7 @@ void Convolution::run_in_stages() const {
 std::vector<Factors> Convolution::allocate_stages(float*& y) const {
   int64_t v_size = 0, m_size = 0;
   for (const Part& part : parts_) {
-    v_size += part.points * point_stride(part.points, space_.total(), part.row());
+    v_size += kernels_.parts * part.points * point_stride(part.points, space_.total(), part.row());
     m_size += part.points * point_stride(part.points, space_.total(), c_row_);
   }
   const int64_t y_size = round_up(y_size_, 16) * run_.threads;
@@ -455,9 +462,10 @@ std::vector<Factors> Convolution::allocate_stages(float*& y) const {
   y = products + m_size;
   std::vector<Factors> factors;
   for (const Part& part : parts_) {
-    factors.push_back({v, point_stride(part.points, space_.total(), part.row()), products,
-                       point_stride(part.points, space_.total(), c_row_)});
-    v += part.points * factors.back().v_stride;
+    const int64_t v_stride = point_stride(part.points, space_.total(), part.row());
+    factors.push_back(
+        {v, v_stride, part.points * v_stride, products, point_stride(part.points, space_.total(), c_row_)});
+    v += kernels_.parts * part.points * v_stride;
     products += part.points * factors.back().m_stride;
   }
   return factors;
@@ -476,7 +484,7 @@ void Convolution::transform_all(const std::vector<Factors>& factors) const {
     Tile tiles[kSplitTiles];
     const int64_t count = tiles_of_block(block, tiles);
     kernels_.transform(input_, *parts_[p].group, step_.tile, tiles, count, factors[p].v + block * kSplitTiles * row,
-                       factors[p].v_stride, row);
+                       factors[p].v_stride, row, factors[p].v_low);
   });
 }
 

@@ -50,7 +50,8 @@ struct Input {
 // [first_column, first_column + columns) of the weights; first_column is a multiple of the panel.
 struct Product {
   const void* a;
-  int64_t a_row;  // units between rows
+  int64_t a_row;         // units between rows
+  int64_t a_low, b_low;  // bf16x3: units from the high parts of a and b to the low ones
   // 0: a row lies in one piece. Else in pieces of this many units, `jump` units from one to the next.
   int64_t piece, jump;
   const void* b;  // packed weights, see ConvKernels
@@ -110,10 +111,11 @@ struct ConvKernels {
   int64_t rows;          // of the largest register block
   int64_t stream_bytes;  // maps of more bytes are written past the caches
   bool tiled;            // products by matrix tiles: rows in place cost no more than rows of patches
+  int64_t parts;         // of an element in V and in the weights: 2 where it is the sum of a high and a low one
   void (*product)(const Product&);
-  // V of `count` tiles: v[point * point_stride + tile * row + k], in units.
+  // V of `count` tiles: v[point * point_stride + tile * row + k], in units; low parts `low` units further on.
   void (*transform)(const Input&, const Group&, int64_t m, const Tile*, int64_t count, void* v, int64_t point_stride,
-                    int64_t row);
+                    int64_t row, int64_t low);
   // Sums the groups' output transforms, adds bias and residual and stores. products[g] is M of group g:
   // [point][tile][row]; scratch holds m * m rows.
   void (*finish)(const Output&, const Job&, int64_t m, const Tile*, int64_t count, const float* const* products,
@@ -126,7 +128,11 @@ struct ConvKernels {
 
 struct ConvTable {
   ConvKernels f32;
-  ConvKernels bf16;  // products of bf16 pairs; all null where the instruction set has none
+  ConvKernels bf16, bf16x3;  // all null where the instruction set has none
+
+  const ConvKernels& of(Products products) const {
+    return products == Products::bf16 ? bf16 : products == Products::bf16x3 ? bf16x3 : f32;
+  }
 };
 
 }  // namespace lgnet

@@ -241,8 +241,14 @@ struct Conv {
           const int64_t vectors = p.columns - n < NR ? ceil_div(p.columns - n, W) : NV;
           if constexpr (kTiled) {
             const Unit* columns = b + (k0 - slice) * vectors * W;
-            tiles.multiply(rows, p.rows, {columns, vectors * W, vectors}, ahead - columns, k1 - k0, p.c + n, p.c_row,
-                           accumulate);
+            const auto multiply = [&](const Rows& some, const Unit* factor, int64_t next, bool add) {
+              tiles.multiply(some, p.rows, {factor, vectors * W, vectors}, next, k1 - k0, p.c + n, p.c_row, add);
+            };
+            multiply(rows, columns, ahead - columns, accumulate);
+            if constexpr (V::PARTS == 2) {
+              multiply(rows, columns + p.b_low, ahead - columns, true);
+              multiply({rows.a + p.a_low, rows.row, rows.left, rows.piece, rows.jump}, columns, 0, true);
+            }
           } else {
             with_count<NV>(vectors, [&](auto m) {
               rows_of_blocks<decltype(m)::value>(p, rows, b + (k0 - slice) * m * W, ahead, k1 - k0, p.c + n,
@@ -261,19 +267,23 @@ struct Conv {
 
   // --- input -----------------------------------------------------------------------------------------------------
 
-  // Writes element k.. of a row of V.
-  static LGNET_INLINE void put(Unit* row, int64_t k, Reg value) {
+  // Writes element k.. of a row of V, its low part `low` units further on.
+  static LGNET_INLINE void put(Unit* row, int64_t k, Reg value, int64_t low) {
     if constexpr (PAIR == 1) {
       V::store(row + k, value);
     } else {
-      V::store_half(reinterpret_cast<bf16*>(row) + k, value);
+      bf16* to = reinterpret_cast<bf16*>(row) + k;
+      V::store_half(to, value);
+      if constexpr (V::PARTS == 2) V::store_half(to + PAIR * low, V::sub(value, V::load(to)));
     }
   }
-  static LGNET_INLINE void put_one(Unit* row, int64_t k, float value) {
+  static LGNET_INLINE void put_one(Unit* row, int64_t k, float value, int64_t low) {
     if constexpr (PAIR == 1) {
       row[k] = value;
     } else {
-      reinterpret_cast<bf16*>(row)[k] = to_bf16(value);
+      bf16* to = reinterpret_cast<bf16*>(row) + k;
+      *to = to_bf16(value);
+      if constexpr (V::PARTS == 2) to[PAIR * low] = to_bf16(value - to_float(*to));
     }
   }
   static LGNET_INLINE Reg load_some(const float* p, int64_t count) {
@@ -288,11 +298,11 @@ struct Conv {
     V::store(lane, value);
     for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
   }
-  static LGNET_INLINE void put_some(Unit* row, int64_t k, Reg value, int64_t count) {
-    if (count >= W) return put(row, k, value);
+  static LGNET_INLINE void put_some(Unit* row, int64_t k, Reg value, int64_t count, int64_t low) {
+    if (count >= W) return put(row, k, value, low);
     float lane[W];
     V::store(lane, value);
-    for (int64_t i = 0; i < count; ++i) put_one(row, k + i, lane[i]);
+    for (int64_t i = 0; i < count; ++i) put_one(row, k + i, lane[i], low);
   }
 
   // Index of a source row or column, or -1 for a zero: outside the map, or in a part that this run did not compute.
@@ -305,12 +315,12 @@ struct Conv {
     return in.source.data + tile.batch * in.source.height * in.source.width * in.source.pixel;
   }
 
-  static void copy(const float* from, Unit* row, int64_t k, int64_t count) {
+  static void copy(const float* from, Unit* row, int64_t k, int64_t count, int64_t low) {
     int64_t c = 0;
-    for (; c + W <= count; c += W) put(row, k + c, V::load(from + c));
+    for (; c + W <= count; c += W) put(row, k + c, V::load(from + c), low);
     if (c == count) return;
-    if (count >= W) return put(row, k + count - W, V::load(from + count - W));
-    for (; c < count; ++c) put_one(row, k + c, from[c]);
+    if (count >= W) return put(row, k + count - W, V::load(from + count - W), low);
+    for (; c < count; ++c) put_one(row, k + c, from[c], low);
   }
 
   // m = 1: the patches themselves. Taps that follow each other in a row are one run where the source's pixels do.
@@ -331,7 +341,8 @@ struct Conv {
     return runs;
   }
 
-  static void patches(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v, int64_t row) {
+  static void patches(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v, int64_t row,
+                      int64_t low) {
     const FeatureMap& s = in.source;
     const int64_t channels = round_up(s.channels, PAIR);
     const std::vector<Run> runs = runs_of(in, group);
@@ -344,15 +355,15 @@ struct Conv {
         const int64_t y = index(tile.y * in.in_step + run.y, s.height, in.reflect, read.top, read.bottom);
         const int64_t x = tile.x * in.in_step + run.x;
         if (y >= 0 && x >= 0 && x + run.taps <= s.width) {
-          copy(image + (y * s.width + x) * s.pixel, v, k, run.taps * s.channels);
+          copy(image + (y * s.width + x) * s.pixel, v, k, run.taps * s.channels, low);
         } else {
           for (int64_t i = 0; i < run.taps; ++i) {
             const int64_t column = index(x + i, s.width, in.reflect, read.left, read.right);
             copy(y < 0 || column < 0 ? in.zeros : image + (y * s.width + column) * s.pixel, v, k + i * channels,
-                 s.channels);
+                 s.channels, low);
           }
         }
-        if (channels != s.channels) put_one(v, k + s.channels, 0);
+        if (channels != s.channels) put_one(v, k + s.channels, 0, low);
         k += run.taps * channels;
       }
     }
@@ -360,7 +371,7 @@ struct Conv {
 
   template <int M, int RY, int RX>
   static void transform_tiles(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v,
-                              int64_t point_stride, int64_t row) {
+                              int64_t point_stride, int64_t row, int64_t low) {
     using Y = Axis<V, M, RY>;
     using X = Axis<V, M, RX>;
     const FeatureMap& s = in.source;
@@ -400,11 +411,11 @@ struct Conv {
             Reg p[X::POINTS];
             X::input(half[i], p);
             LGNET_UNROLL
-            for (int j = 0; j < X::POINTS; ++j) put_some(to + (i * X::POINTS + j) * point_stride, c, p[j], some);
+            for (int j = 0; j < X::POINTS; ++j) put_some(to + (i * X::POINTS + j) * point_stride, c, p[j], some, low);
           }
         }
         if (channels != s.channels) {
-          for (int p = 0; p < Y::POINTS * X::POINTS; ++p) put_one(to + p * point_stride, s.channels, 0);
+          for (int p = 0; p < Y::POINTS * X::POINTS; ++p) put_one(to + p * point_stride, s.channels, 0, low);
         }
         to += channels / PAIR;
       }
@@ -430,12 +441,12 @@ struct Conv {
   }
 
   static void transform(const Input& in, const Group& group, int64_t m, const Tile* tiles, int64_t count, void* v,
-                        int64_t point_stride, int64_t row) {
+                        int64_t point_stride, int64_t row, int64_t low) {
     Unit* to = static_cast<Unit*>(v);
-    if (m == 1) return patches(in, group, tiles, count, to, row);
+    if (m == 1) return patches(in, group, tiles, count, to, row, low);
     with_form(m, group.ry, group.rx, [&](auto mm, auto ry, auto rx) {
       transform_tiles<decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(in, group, tiles, count, to,
-                                                                                     point_stride, row);
+                                                                                     point_stride, row, low);
     });
   }
 
@@ -601,6 +612,7 @@ struct Conv {
     k.unit_bytes = sizeof(Unit);
     k.rows = ROWS;
     k.tiled = kTiled;
+    k.parts = V::PARTS;
     k.stream_bytes = LGNET_STREAM_BYTES;
     k.product = product;
     k.transform = transform;

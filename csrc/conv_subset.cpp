@@ -122,7 +122,7 @@ void Subset::transform_all() const {
     Tile tiles[kTilesAtOnce];
     space_.get(first, count, tiles);
     float* v = factor.v + first * factor.row();
-    kernels_.transform(input, factor.pixels, 1, tiles, count, v, 0, factor.row());
+    kernels_.transform(input, factor.pixels, 1, tiles, count, v, 0, factor.row(), 0);
     for (int64_t t = 0; t < count; ++t, v += factor.row()) {
       for (int64_t k = 0; k < factor.depth; ++k) v[k] *= factor.value;
     }
@@ -188,7 +188,7 @@ bool has_taps(const ConvStep& step) {
       if (group.ry > 2 || group.rx > 2) return false;
     }
   }
-  return step.tile > 1 && !step.bf16;
+  return step.tile > 1 && step.products == Products::float32;
 }
 
 }  // namespace

@@ -43,16 +43,18 @@ int64_t source_row(const LastStep& step, int64_t y, int64_t tap) {
   return row < step.source.height ? row : -1;
 }
 
-// The source as the products read it: its map, or a copy in bf16 pairs.
+// The source as the products read it: its map, or a copy in pairs of bf16, the low parts after the high ones.
 struct Source {
   const char* data;  // [sample][height][width][pixel]
   int64_t pixel;     // in units
   int64_t unit_bytes;
   int64_t depth;  // units of a pixel that are meant
+  int64_t low;    // units from the high parts to the low ones
 };
 
+// Of one part of the copy.
 int64_t copy_bytes(const LastStep& step, const Run& run) {
-  if (!step.bf16) return 0;
+  if (step.products == Products::float32) return 0;
   return round_up(run.batch * step.source.height * step.source.width * step.source.channels * 2, 64);
 }
 
@@ -77,14 +79,15 @@ Source pairs_of(const LastStep& step, const Run& run, const std::vector<Line>& l
   for (int64_t x = left; x < right; ++x) row.starts.push_back({0, x});
   const Rect everywhere{0, map.height, 0, map.width};
   const Region whole{everywhere, everywhere};
-  const int64_t units = map.channels / 2;
+  const int64_t units = map.channels / 2, low = copy_bytes(step, run) / 4;
+  const ConvKernels& kernels = run.kernels.conv.of(step.products);
   parallel_for(run.threads, run.batch * map.height, [&](int64_t task, int64_t) {
     if (!wanted[static_cast<size_t>(task)]) return;
     const Tile tile{task / map.height, task % map.height, 0, &whole};
     char* to = copy + (task * map.width + left) * units * 4;
-    run.kernels.conv.bf16.transform(input, row, 1, &tile, 1, to, 0, (right - left) * units);
+    kernels.transform(input, row, 1, &tile, 1, to, 0, (right - left) * units, low);
   });
-  return {copy, units, 4, units};
+  return {copy, units, 4, units, low};
 }
 
 // Kernel rows that read source rows an even distance apart: one product.
@@ -125,15 +128,17 @@ std::vector<Taps> taps_of(const LastStep& step, const Source& source, int64_t y)
 // products[x - read.left][columns] for the source columns that the line's region has.
 void multiply_line(const LastStep& step, const Run& run, const Source& source, const Line& line, int64_t columns,
                    float* products) {
-  const ConvKernels& kernels = step.bf16 ? run.kernels.conv.bf16 : run.kernels.conv.f32;
+  const ConvKernels& kernels = run.kernels.conv.of(step.products);
   const std::vector<Taps> all = taps_of(step, source, line.y);
   Product product{};
   product.a_row = source.pixel;
+  product.a_low = source.low;
   product.piece = source.depth;
   product.b = reinterpret_cast<const char*>(step.weight);
   product.c_row = columns;
   product.columns = product.weight_columns = columns;
   product.depth = step.kernel * source.depth;
+  product.b_low = product.depth * columns;
   const Rect& read = line.region->read;
   for (int64_t x0 = read.left; x0 < read.right; x0 += kColumnsAtOnce) {
     product.c = products + (x0 - read.left) * columns;
@@ -190,13 +195,15 @@ void run_step(const LastStep& step, const std::vector<Region>& regions, const Ru
   const MapSpec& map = step.source;
   const ConvKernels& kernels = run.kernels.conv.f32;
   const int64_t columns = round_up(3 * step.kernel + 1, kernels.lanes);
-  const int64_t each = round_up(map.width * columns + 4 * step.out_width, 64), copied = copy_bytes(step, run);
+  const int64_t each = round_up(map.width * columns + 4 * step.out_width, 64),
+                copied = run.kernels.conv.of(step.products).parts * copy_bytes(step, run);
   char* copy = run.scratch(copied + 4 * each * run.threads);
   float* scratch = reinterpret_cast<float*>(copy + copied);
   const std::vector<Line> lines = lines_of(regions, run.batch);
   const Source source =
-      step.bf16 ? pairs_of(step, run, lines, copy)
-                : Source{reinterpret_cast<const char*>(run.arena(map.offset)), map.pixel, 4, map.channels};
+      step.products == Products::float32
+          ? Source{reinterpret_cast<const char*>(run.arena(map.offset)), map.pixel, 4, map.channels, 0}
+          : pairs_of(step, run, lines, copy);
   parallel_for(run.threads, static_cast<int64_t>(lines.size()), [&](int64_t task, int64_t worker) {
     float* products = scratch + worker * each;
     multiply_line(step, run, source, lines[task], columns, products);

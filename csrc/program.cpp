@@ -17,11 +17,8 @@ const Step& base(const AnyStep& step) {
   return std::visit([](const auto& s) -> const Step& { return s; }, step);
 }
 
-bool has_pairs(const AnyStep& step) {
-  const ConvStep* conv = std::get_if<ConvStep>(&step);
-  const LastStep* last = std::get_if<LastStep>(&step);
-  return (conv && conv->bf16) || (last && last->bf16);
-}
+// The attention block takes other products where the instruction set has not those of the step.
+bool needs_products(const AnyStep& step) { return !std::holds_alternative<AttentionStep>(step); }
 
 void check_rect(const char* function, const Rect& rect, int64_t height, int64_t width) {
   if (0 <= rect.top && rect.top < rect.bottom && rect.bottom <= height && 0 <= rect.left && rect.left < rect.right &&
@@ -51,11 +48,11 @@ void check_step(const AnyStep& any, const Kernels& kernels, int64_t batch) {
   if (step.targets.empty() || step.targets.size() > 2) {
     fail("Program", "targets", "one or two", std::to_string(step.targets.size()));
   }
-  if (has_pairs(any) && !kernels.conv.bf16.product) {
-    fail("Program", "bf16", "an instruction set with bf16 products", isa_name());
+  if (needs_products(any) && !kernels.conv.of(step.products).product) {
+    fail("Program", "products", "an instruction set with such products of bf16", isa_name());
   }
-  if (const LastStep* last = std::get_if<LastStep>(&any)) {
-    if (last->bf16 && step.source.channels % 2 != 0) {
+  if (std::holds_alternative<LastStep>(any)) {
+    if (step.products != Products::float32 && step.source.channels % 2 != 0) {
       fail("Program", "channels", "pairs of them", std::to_string(step.source.channels));
     }
   }
@@ -217,6 +214,8 @@ std::array<int64_t, 4> packing(bool bf16) {
 }
 
 bool multiplies_by_tiles() { return current_kernels().conv.bf16.tiled; }
+
+bool has_bf16x3() { return current_kernels().conv.bf16x3.product != nullptr; }
 
 int64_t multiply_adds(bool bf16, int64_t rounds, int64_t threads) {
   const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;

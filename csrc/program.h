@@ -52,6 +52,10 @@ std::array<int64_t, 4> packing(bool bf16);
 // Whether products of bf16 pairs are by matrix tiles.
 bool multiplies_by_tiles();
 
+// Whether the instruction set in use has kernels of Products::bf16x3, which have the layout of bf16, once for the
+// high parts and once for the low ones.
+bool has_bf16x3();
+
 // Runs `rounds` passes over a full register block on each of `threads` threads, without reading memory, and returns
 // the number of multiply-accumulates; timed, this is the arithmetic peak. Multiplies float32, or pairs of bf16; 0
 // where the instruction set has no such kernel.

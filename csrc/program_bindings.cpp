@@ -19,6 +19,7 @@ py::class_<S> step_class(py::module_& m, const char* name) {
       .def_readwrite("source", &S::source)
       .def_readwrite("out_height", &S::out_height)
       .def_readwrite("out_width", &S::out_width)
+      .def_readwrite("products", &S::products)
       .def_readwrite("targets", &S::targets)
       .def_readwrite("weight", &S::weight)
       .def_readwrite("bias", &S::bias)
@@ -26,6 +27,10 @@ py::class_<S> step_class(py::module_& m, const char* name) {
 }
 
 void bind_parts(py::module_& m) {
+  py::enum_<Products>(m, "Products")
+      .value("float32", Products::float32)
+      .value("bf16", Products::bf16)
+      .value("bf16x3", Products::bf16x3);
   py::class_<MapSpec>(m, "MapSpec")
       .def(py::init([](int64_t offset, int64_t height, int64_t width, int64_t pixel, int64_t channels) {
         return MapSpec{offset, height, width, pixel, channels};
@@ -50,7 +55,6 @@ void bind_parts(py::module_& m) {
 
 void bind_steps(py::module_& m) {
   step_class<ConvStep>(m, "ConvStep")
-      .def_readwrite("bf16", &ConvStep::bf16)
       .def_readwrite("reflect", &ConvStep::reflect)
       .def_readwrite("out_channels", &ConvStep::out_channels)
       .def_readwrite("residual", &ConvStep::residual)
@@ -60,15 +64,12 @@ void bind_steps(py::module_& m) {
       .def_readwrite("chunk", &ConvStep::chunk)
       .def_readwrite("jobs", &ConvStep::jobs);
   step_class<LastStep>(m, "LastStep")
-      .def_readwrite("bf16", &LastStep::bf16)
       .def_readwrite("reflect", &LastStep::reflect)
       .def_readwrite("transposed", &LastStep::transposed)
       .def_readwrite("kernel", &LastStep::kernel)
       .def_readwrite("stride", &LastStep::stride)
       .def_readwrite("padding", &LastStep::padding);
-  step_class<AttentionStep>(m, "AttentionStep")
-      .def_readwrite("bf16", &AttentionStep::bf16)
-      .def_readwrite("released", &AttentionStep::released);
+  step_class<AttentionStep>(m, "AttentionStep").def_readwrite("released", &AttentionStep::released);
 }
 
 }  // namespace
@@ -82,6 +83,7 @@ void bind_program(py::module_& m) {
       .def("workspace_bytes", &Program::workspace_bytes);
   m.def("packing", &packing, py::arg("bf16"), "(lanes, panel, pair, depth) of the instruction set in use");
   m.def("multiplies_by_tiles", &multiplies_by_tiles, "Whether the instruction set in use has matrix tiles of bf16");
+  m.def("has_bf16x3", &has_bf16x3, "Whether the instruction set in use multiplies float32 by three products of bf16");
   m.def("multiply_adds", &multiply_adds, py::arg("bf16"), py::arg("rounds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Work of known size that no memory slows; returns its amount");
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));

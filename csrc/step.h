@@ -26,6 +26,7 @@ struct TargetSpec {
 struct Step {
   MapSpec source;
   int64_t out_height = 0, out_width = 0;
+  Products products = Products::float32;
   std::vector<TargetSpec> targets;
   uint64_t weight = 0, bias = 0;
   std::vector<Region> regions;  // unless a run brings regions of its own
@@ -33,7 +34,6 @@ struct Step {
 
 // A convolution (conv.cpp).
 struct ConvStep : Step {
-  bool bf16 = false;  // products of bf16 pairs
   bool reflect = false;
   int64_t out_channels = 0;
   std::optional<TargetSpec> residual;
@@ -45,14 +45,12 @@ struct ConvStep : Step {
 // The last step of a stage, with 3 output channels, tanh and merge (last_step.cpp). The weights' depth is
 // [kernel rows][channels], their columns are kernel columns x 3, padded.
 struct LastStep : Step {
-  bool bf16 = false;  // products of bf16 pairs
   bool reflect = false, transposed = false;
   int64_t kernel = 0, stride = 1, padding = 0;
 };
 
 // The attention block (attention_step.cpp).
 struct AttentionStep : Step {
-  bool bf16 = false;
   bool released = true;
 };
 

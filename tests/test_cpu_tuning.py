@@ -46,7 +46,7 @@ def true_ms(plan: Plan, choices: Mapping[str, str]) -> list[float]:
     for step in plan.steps:
         choice = Choice.parse(choices[step.name])
         if isinstance(step, ConvStep) and choice.kernel in TILES:
-            ms = 1e3 * modelled(step, choice.kernel, choice.pairs, plan.batch, *plan.target(step).size).seconds
+            ms = 1e3 * modelled(step, choice.kernel, choice.products, plan.batch, *plan.target(step).size).seconds
             better = {28: 0.8, BY_STAGES: 0.99} if step.name.startswith("net_l.block") else {}
             times.append(ms * (better.get(choice.chunk, 1.1) if choice.chunk else 1.0))
         else:
@@ -206,7 +206,7 @@ def test_weights_packed_beside_the_others(plan):
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(1, 3, 256, 256, generator=generator) * 2 - 1
     mask = torch.ones_like(image[:, :1])
-    plain = {step.name: cpu_choice.plain_choice(step, False) for step in plan.steps}
+    plain = {step.name: cpu_choice.plain_choice(step, "float32") for step in plan.steps}
     executor = CpuExecutor.of(plan, SINGLE, plain)
     changed = {"net_l.block0.first": "winograd4", "net_g.e3": "winograd2"}
     other = CpuExecutor(plan, executor.weights.with_choices(plan, changed))

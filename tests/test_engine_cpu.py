@@ -435,7 +435,7 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     regions = [step.regions for step in plan.restricted([Rect(60, 100, 80, 130)]).steps]
     chosen = choices(plan, kernel)
     if dtype == torch.bfloat16:
-        chosen = {name: own + cpu_kernels.PAIRS for name, own in chosen.items()}
+        chosen = {name: f"{own}/bf16" for name, own in chosen.items()}
     broken = {  # the index of a weight that reads more than padding
         "net_c.e2": (0, 0, 1, 2),
         "net_c.d4": (1, 0, 1, 1),

@@ -243,5 +243,9 @@ struct TiledBf16 : Bf16 {
   using Tiles = TileProduct;
 };
 
+struct TiledBf16x3 : TiledBf16 {
+  static constexpr int PARTS = 2;
+};
+
 }  // namespace LGNET_ISA
 }  // namespace lgnet

@@ -5,6 +5,7 @@
 //   F32    vectors of float
 //   F64    vectors of double
 //   Bf16   float vectors whose products are of bf16 pairs, where the instruction set has such a product
+//   Bf16x3 the same with float32 as two bf16, where three such products are faster than one in float32
 //
 // A vector class V has
 //   T, Reg, W        element, register and number of lanes
@@ -14,6 +15,7 @@
 //   BLOCK_ROWS       0, or the fewest rows of conv_block where the class writes its register blocks in assembly
 //                    (conv_block, score_block, value_block), for compilers that would spill in them
 //   Unit, PAIR       what one lane of a product's operand holds: one T, or a pair of bf16
+//   PARTS            2: an element of a product is the sum of two bf16 (Products::bf16x3); else 1
 //   max(a, b)        b, or NaN, where either is NaN
 //   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi
 //   stream, fence    non-temporal stores, and the fence that completes them

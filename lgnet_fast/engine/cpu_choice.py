@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..native import library
-from .cpu_kernels import NARROW, TILES, Choice, candidates, jobs_of
+from .cpu_kernels import ATTENTION, NARROW, TILES, Choice, Products, candidates, jobs_of
 from .plan import ConvStep, Plan, Step
 
 
@@ -26,6 +26,8 @@ class Rates(NamedTuple):
 
 
 RATES = Rates()
+# Multiply-accumulates beside those in float32: by vectors of pairs, and three products of matrix tiles for one.
+_SPEED: dict[Products, float] = {"float32": 1, "bf16": 2, "bf16x3": 3}
 # Packed weights may take this many times the bytes of the network's own in float32 (LGNet then stays within 1.3 times
 # its weights and 150 MB, everything included), or this many bytes more, which small networks may as well have.
 _WEIGHT_BUDGET = 1.44
@@ -39,12 +41,29 @@ class Cost(NamedTuple):
     weight_bytes: int
 
 
-def has_pairs(dtype: torch.dtype) -> bool:
-    """Whether products are of bf16 pairs: asked for, and in the instruction set in use."""
-    return dtype == torch.bfloat16 and library().packing(True)[0] > 0
+def wants_ieee() -> bool:
+    """Whether the program has set PyTorch to float32 products of full precision on the CPU.
+
+    By ``torch.backends.mkldnn.fp32_precision``, ``torch.backends.mkldnn.conv.fp32_precision`` or
+    ``torch.backends.fp32_precision``, which PyTorch has from 2.9 on; they are "none" unless a program sets them.
+    """
+    mkldnn = torch.backends.mkldnn
+    settings = (torch.backends, mkldnn, mkldnn.conv) if hasattr(mkldnn, "conv") else ()
+    return any(place.fp32_precision == "ieee" for place in settings)
 
 
-def kernels_for(step: Step, pairs: bool) -> list[str]:
+def products_for(dtype: torch.dtype) -> Products:
+    """What an engine of this dtype multiplies, by the instruction set in use.
+
+    bfloat16: pairs of bf16 where it has such products. float32: bf16x3 where the instruction set has matrix tiles,
+    unless the program :func:`wants_ieee`.
+    """
+    if dtype == torch.bfloat16:
+        return "bf16" if library().packing(True)[0] > 0 else "float32"
+    return "bf16x3" if library().has_bf16x3() and not wants_ieee() else "float32"
+
+
+def kernels_for(step: Step, products: Products) -> list[str]:
     """Kernels worth having for a step, the plainest first.
 
     F(4x4) is not taken with bf16 products: its transforms blow their rounding up (LGNet's error grows 1.6 times, with
@@ -52,40 +71,42 @@ def kernels_for(step: Step, pairs: bool) -> list[str]:
     of LGNet is faster direct.
     """
     kernels = candidates(step)
-    if pairs and library().multiplies_by_tiles():
+    if products != "float32" and library().multiplies_by_tiles():
         return kernels[:1]
-    return [k for k in kernels if not (pairs and k == "winograd4")]
+    return [k for k in kernels if not (products == "bf16" and k == "winograd4")]
 
 
-def choice_of(step: Step, kernel: str, pairs: bool) -> str:
-    """How a kernel runs a step. A stage's last step has pairs only where matrix tiles multiply them: by vectors it
-    gains nothing, for its weights are few."""
+def choice_of(step: Step, kernel: str, products: Products) -> str:
+    """How a kernel runs a step. A stage's last step has products of bf16 only where matrix tiles multiply them: by
+    vectors it gains nothing, for its weights are few."""
     if kernel == NARROW and not (library().multiplies_by_tiles() and step.source.channels % 2 == 0):
-        pairs = False
-    return str(Choice(kernel, pairs))
+        products = "float32"
+    if kernel == ATTENTION and products == "bf16x3":
+        products = "float32"
+    return str(Choice(kernel, products))
 
 
-def weight_bytes(step: ConvStep, kernel: str, pairs: bool) -> int:
+def weight_bytes(step: ConvStep, kernel: str, products: Products) -> int:
     """Bytes of a convolution's weights as packed for `kernel`, vectors' padding left out."""
     m = TILES[kernel]
     total = 0
     for job in jobs_of(step.geometry, m):
         for group in job.groups:
             total += group.points(m) * len(group.starts) * step.source.channels * step.out_channels
-    return total * (2 if pairs else 4)
+    return total * (2 if products == "bf16" else 4)
 
 
-def modelled(step: ConvStep, kernel: str, pairs: bool, batch: int, height: int, width: int) -> Cost:
+def modelled(step: ConvStep, kernel: str, products: Products, batch: int, height: int, width: int) -> Cost:
     """Estimated cost of a convolution with `kernel` for outputs [batch, height, width]."""
     m = TILES[kernel]
     out_step = step.geometry.out_step
     tiles = batch * -(-height // (out_step * m)) * -(-width // (out_step * m))
-    bytes_each = 2 if pairs else 4
-    seconds, packed = 0.0, weight_bytes(step, kernel, pairs)
+    bytes_each = 2 if products == "bf16" else 4
+    seconds, packed = 0.0, weight_bytes(step, kernel, products)
     for job in jobs_of(step.geometry, m):
         for group in job.groups:
             points, depth = group.points(m), len(group.starts) * step.source.channels
-            seconds += points * tiles * depth * step.out_channels / (RATES.macs * (2 if pairs else 1))
+            seconds += points * tiles * depth * step.out_channels / (RATES.macs * _SPEED[products])
             # V and M are written and read once each.
             seconds += 2 * points * tiles * (bytes_each * depth + 4 * step.out_channels) / RATES.scratch_bytes
     return Cost(seconds + packed / RATES.weight_bytes, packed)
@@ -93,21 +114,21 @@ def modelled(step: ConvStep, kernel: str, pairs: bool, batch: int, height: int, 
 
 def modelled_costs(plan: Plan, dtype: torch.dtype) -> dict[str, dict[str, Cost]]:
     """Step's name -> choice -> cost, of every step that has several and weights of its own."""
-    pairs = has_pairs(dtype)
+    products = products_for(dtype)
     costs: dict[str, dict[str, Cost]] = {}
     for step in plan.steps:
-        kernels = kernels_for(step, pairs)
+        kernels = kernels_for(step, products)
         if step.weights_of == step.name and isinstance(step, ConvStep) and len(kernels) > 1:
             size = plan.target(step).size
             costs[step.name] = {
-                choice_of(step, k, pairs): modelled(step, k, pairs, plan.batch, *size) for k in kernels
+                choice_of(step, k, products): modelled(step, k, products, plan.batch, *size) for k in kernels
             }
     return costs
 
 
-def plain_choice(step: Step, pairs: bool) -> str:
+def plain_choice(step: Step, products: Products) -> str:
     """The plainest way to run a step."""
-    return choice_of(step, kernels_for(step, pairs)[0], pairs)
+    return choice_of(step, kernels_for(step, products)[0], products)
 
 
 def choose_kernels(
@@ -122,10 +143,10 @@ def choose_kernels(
         costs: as :func:`modelled_costs` gives them, which is taken where there are none.
     """
     options = modelled_costs(plan, dtype) if costs is None else costs
-    pairs = has_pairs(dtype)
+    products = products_for(dtype)
     users = Counter(step.weights_of for step in plan.steps)
     owners = {step.name: step for step in plan.steps if step.weights_of == step.name}
-    chosen = {name: plain_choice(step, pairs) for name, step in owners.items()}
+    chosen = {name: plain_choice(step, products) for name, step in owners.items()}
     for name, by_choice in options.items():
         chosen[name] = min(by_choice, key=lambda c: by_choice[c].seconds)
     # Too many bytes: change the kernel that loses the least time a byte, until they fit.

@@ -143,15 +143,16 @@ class CpuExecutor(Executor):
             step.source.channels,
         )
         spec.out_height, spec.out_width = out.height, out.width
+        spec.products = library.Products.__members__[choice.products]
         # A stage's last step applies its tanh itself.
         spec.targets = [target(s.view, "none" if step.merges else s.activation) for s in step.stores]
         spec.weight, spec.bias = base + placed.weights[0], base + placed.bias
         spec.regions = self._regions(step, step.regions)
         if not isinstance(step, ConvStep):
-            spec.bf16, spec.released = choice.pairs, step.variant == "released"
+            spec.released = step.variant == "released"
             return spec
         geometry = step.geometry
-        spec.reflect, spec.bf16 = geometry.reflect, choice.pairs
+        spec.reflect = geometry.reflect
         if choice.kernel == NARROW:
             spec.kernel, spec.stride, spec.padding = geometry.kernel, geometry.stride, geometry.padding
             spec.transposed = geometry.transposed

@@ -11,14 +11,16 @@ narrow     a stage's last step (3 channels), with tanh and merge
 attention  the attention block
 ========== ============================================================================================
 
-"/bf16" after a name means products of bf16 pairs with float32 sums.
+"/bf16" after a name means products of bf16 pairs with float32 sums. "/bf16x3" means products of float32 numbers, each
+the sum of two bf16 (high + low), by three products of bf16: high high + high low + low high. The error of a product
+is at most 2^-16 of it. Other libraries call this bf16x3 or BF16_BF16_F32_X3.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 from .geometry import Geometry
 from .plan import PICTURE, AttentionStep, Step
@@ -26,8 +28,10 @@ from .plan import PICTURE, AttentionStep, Step
 TILES = {"direct": 1, "winograd2": 2, "winograd4": 4}
 """Outputs along a side of a tile, of the kernels that convolve."""
 NARROW, ATTENTION = "narrow", "attention"
-PAIRS = "/bf16"
-"""At the end of a kernel's name: with products of bf16 pairs."""
+Products = Literal["float32", "bf16", "bf16x3"]
+"""What a step multiplies, as csrc/common.h has it."""
+PARTS: dict[Products, int] = {"float32": 1, "bf16": 1, "bf16x3": 2}
+"""Numbers that stand for one weight."""
 
 
 BY_STAGES = -1
@@ -37,13 +41,13 @@ CHUNKS = (BY_STAGES, 14, 28, 56, 112)
 
 
 class Choice(NamedTuple):
-    """How a step runs: its kernel, whether products are of bf16 pairs, and tiles of a chunk (0: by a rule).
+    """How a step runs: its kernel, what it multiplies, and tiles of a chunk (0: by a rule).
 
-    As text: the kernel, "/bf16", and "@56" or "@stages" where it is not by the rule.
+    As text: the kernel, "/bf16" or "/bf16x3", and "@56" or "@stages" where it is not by the rule.
     """
 
     kernel: str
-    pairs: bool = False
+    products: Products = "float32"
     chunk: int = 0
 
     @classmethod
@@ -54,15 +58,16 @@ class Choice(NamedTuple):
             ValueError: it is none.
         """
         packed, _, chunk = text.partition("@")
-        kernel, _, pairs = packed.partition("/")
-        choice = cls(kernel, bool(pairs), BY_STAGES if chunk == "stages" else int(chunk or 0))
+        kernel, _, suffix = packed.partition("/")
+        products: dict[str, Products] = {name: name for name in get_args(Products)}
+        choice = cls(kernel, products.get(suffix, "float32"), BY_STAGES if chunk == "stages" else int(chunk or 0))
         if (kernel not in TILES and kernel not in (NARROW, ATTENTION)) or str(choice) != text:
             raise ValueError(f"choices: expected {', '.join(TILES)}, narrow or attention, got {text!r}")
         return choice
 
     def __str__(self) -> str:
         chunk = "" if not self.chunk else "@stages" if self.chunk == BY_STAGES else f"@{self.chunk}"
-        return self.kernel + (PAIRS if self.pairs else "") + chunk
+        return self.kernel + ("" if self.products == "float32" else f"/{self.products}") + chunk
 
     @property
     def packed(self) -> Choice:
@@ -70,9 +75,9 @@ class Choice(NamedTuple):
         return self._replace(chunk=0)
 
     @property
-    def packs_pairs(self) -> bool:
-        """Whether weights are packed as bf16 pairs; the attention block's are packed in each run."""
-        return self.pairs and self.kernel != ATTENTION
+    def packs(self) -> Products:
+        """What the weights are packed for; the attention block's are packed in each run."""
+        return "float32" if self.kernel == ATTENTION else self.products
 
 
 def candidates(step: Step) -> list[str]:

@@ -24,14 +24,14 @@ from .cpu_choice import (
     Cost,
     choice_of,
     choose_kernels,
-    has_pairs,
     kernels_for,
     modelled_costs,
     plain_choice,
+    products_for,
     weight_bytes,
 )
 from .cpu_executor import CpuExecutor
-from .cpu_kernels import CHUNKS, TILES, Choice
+from .cpu_kernels import CHUNKS, TILES, Choice, Products
 from .cpu_weights import CpuWeights
 from .plan import ConvStep, Plan, Step
 
@@ -138,24 +138,25 @@ def kept(plan: Plan, dtype: torch.dtype) -> dict[str, str] | None:
 def _fit(plan: Plan, choices: Mapping[str, Any], dtype: torch.dtype) -> bool:
     if list(choices) != [step.name for step in plan.steps]:
         return False
-    pairs = has_pairs(dtype)
+    products = products_for(dtype)
     for step in plan.steps:
         try:
             choice = Choice.parse(choices[step.name])
             owner = Choice.parse(choices[step.weights_of])
         except (ValueError, AttributeError):
             return False
-        if choice.packed != owner.packed or str(choice.packed) not in options(step, pairs):
+        if choice.packed != owner.packed or str(choice.packed) not in options(step, products):
             return False
     return True
 
 
-def options(step: Step, pairs: bool) -> list[str]:
-    """Every choice that can run a step, the plainest first; with pairs also those in float32."""
-    found = [plain_choice(step, pairs)]
-    for with_pairs in (True, False) if pairs else (False,):
-        for kernel in kernels_for(step, with_pairs):
-            choice = choice_of(step, kernel, with_pairs)
+def options(step: Step, products: Products) -> list[str]:
+    """Every choice that can run a step, the plainest first; with products of bf16 also those in float32."""
+    found = [plain_choice(step, products)]
+    kinds: tuple[Products, ...] = ("float32",) if products == "float32" else (products, "float32")
+    for kind in kinds:
+        for kernel in kernels_for(step, kind):
+            choice = choice_of(step, kernel, kind)
             if choice not in found:
                 found.append(choice)
     return found
@@ -163,12 +164,12 @@ def options(step: Step, pairs: bool) -> list[str]:
 
 def measured_choices(plan: Plan, dtype: torch.dtype, found: Measured) -> dict[str, str]:
     """A choice for every step: by its measured times if all its kernels were measured, else by the cost model."""
-    pairs = has_pairs(dtype)
+    products = products_for(dtype)
     costs: dict[str, Mapping[str, Cost]] = dict(modelled_costs(plan, dtype))
     for step in plan.steps:
-        wanted = [c for c in options(step, pairs) if (step.name, c) not in found.wrong]
+        wanted = [c for c in options(step, products) if (step.name, c) not in found.wrong]
         times = found.times.get(step.name, {})
-        if step.weights_of != step.name or len(options(step, pairs)) < 2 or any(c not in times for c in wanted):
+        if step.weights_of != step.name or len(options(step, products)) < 2 or any(c not in times for c in wanted):
             continue
         costs[step.name] = {c: Cost(1e-3 * times[c], _bytes(step, Choice.parse(c))) for c in wanted}
     chosen = choose_kernels(plan, dtype, costs)
@@ -187,7 +188,7 @@ def measured_choices(plan: Plan, dtype: torch.dtype, found: Measured) -> dict[st
 
 
 def _bytes(step: Step, choice: Choice) -> int:
-    return weight_bytes(step, choice.kernel, choice.pairs) if isinstance(step, ConvStep) else 0
+    return weight_bytes(step, choice.kernel, choice.products) if isinstance(step, ConvStep) else 0
 
 
 def tune(
@@ -235,7 +236,7 @@ class _Contest:
         deadline: float,
         clock: Callable[[], float],
     ) -> None:
-        self.plan, self.dtype, self.pairs = plan, dtype, has_pairs(dtype)
+        self.plan, self.dtype, self.products = plan, dtype, products_for(dtype)
         self.measure, self.progress, self.deadline, self.clock = measure, progress, deadline, clock
         self.found = Measured()
         self.users: dict[str, list[Step]] = defaultdict(list)
@@ -246,7 +247,7 @@ class _Contest:
         self.reference: Sequence[Tensor] = ()
 
     def run(self) -> Measured:
-        plain = {step.name: plain_choice(step, self.pairs) for step in self.plan.steps}
+        plain = {step.name: plain_choice(step, self.products) for step in self.plan.steps}
         base = CpuExecutor.of(self.plan, self.dtype, plain)
         self.reference = [picture.clone() for picture in self.measure(base).pictures]
         self._take(base, {step.name: plain[step.name] for step in self.owners})
@@ -265,7 +266,7 @@ class _Contest:
 
     def _trials(self) -> Iterator[dict[str, str]]:
         """Step's name -> candidate: at most one of every step, for as many steps as `_BESIDE_BYTES` allows."""
-        left = {step.name: options(step, self.pairs)[1:] for step in self.owners}
+        left = {step.name: options(step, self.products)[1:] for step in self.owners}
         while any(left.values()):
             trial: dict[str, str] = {}
             room = _BESIDE_BYTES

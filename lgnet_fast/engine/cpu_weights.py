@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..native import library
-from .cpu_kernels import NARROW, TILES, Choice, Group, jobs_of
+from .cpu_kernels import NARROW, PARTS, TILES, Choice, Group, Products, jobs_of
 from .plan import ConvStep, Plan, Step
 
 _ALIGNMENT = 64  # bytes
@@ -45,12 +45,14 @@ class Packing:
     """Layout of packed weights, see csrc/conv.h.
 
     lanes: of a vector. panel: columns of a panel. pair: elements of a unit. slice: units of the depth in a slice.
+    parts: 2 where a weight is the sum of two bf16; all low ones lie after all high ones.
     """
 
     lanes: int
     panel: int
     pair: int
     slice: int
+    parts: int
 
     def columns(self, channels: int) -> int:
         return -(-channels // self.lanes) * self.lanes
@@ -59,13 +61,14 @@ class Packing:
         return -(-channels // self.pair) * self.pair
 
     @classmethod
-    def of(cls, pairs: bool) -> Packing:
-        """The layout for the instruction set in use; all zeros for pairs where it has none."""
-        return cls(*library().packing(pairs))
+    def of(cls, products: Products) -> Packing:
+        """The layout for the instruction set in use; no lanes for products of bf16 where it has none."""
+        lanes, panel, pair, depth = library().packing(products != "float32")
+        return cls(lanes, panel, pair, depth, PARTS[products])
 
-    @property
-    def element_bytes(self) -> int:
-        return 4 // self.pair
+    def bytes(self, elements: int) -> int:
+        """Of `elements` packed weights."""
+        return elements * 4 // self.pair * self.parts
 
     @property
     def dtype(self) -> torch.dtype:
@@ -77,12 +80,12 @@ class Packing:
         One slice is packed at a time, so memory never holds a second copy of the weights.
 
         Args:
-            into: of the packed dtype, [points, rest].
+            into: of the packed dtype, [parts, points, rest].
             depth, channels: rows and columns of the weights; depth a multiple of the pair.
             rows: called as (begin, end, zeros [points, end - begin, channels]); writes these rows of the weights
                 to the zeros.
         """
-        points, columns, pair = into.shape[0], self.columns(channels), self.pair
+        points, columns, pair = into.shape[1], self.columns(channels), self.pair
         full = columns // self.panel * self.panel
         scratch = torch.empty(points * min(depth, self.slice * pair) * columns, dtype=torch.float32, device="cpu")
         written = 0
@@ -94,7 +97,10 @@ class Packing:
             panels = units[:, :, :full].unflatten(2, (-1, self.panel)).transpose(1, 2)
             for part in (panels, units[:, :, full:]):
                 count = part[0].numel()
-                into[:, written : written + count].view(part.shape).copy_(part)
+                for high_or_low in into:
+                    packed = high_or_low[:, written : written + count].view(part.shape).copy_(part)
+                    if self.parts > 1:
+                        part.sub_(packed)
                 written += count
 
 
@@ -150,7 +156,7 @@ def _allocate(size: int) -> Tensor:
 
 def _parts(step: Step, choice: Choice) -> Iterator[tuple[int, int, Group | None]]:
     """(bytes, tile, group) of each packed weight of a step."""
-    packing = Packing.of(choice.packs_pairs)
+    packing = Packing.of(choice.packs)
     if not isinstance(step, ConvStep):
         yield 4 * step.weight.numel(), 0, None
     elif choice.kernel == NARROW:
@@ -158,14 +164,14 @@ def _parts(step: Step, choice: Choice) -> Iterator[tuple[int, int, Group | None]
         if channels % packing.pair:
             raise ValueError(f"choices: expected {NARROW} for the {channels} channels of {step.name}, got {choice}")
         elements = kernel * channels * packing.columns(3 * kernel + 1)
-        yield elements * packing.element_bytes, 0, None
+        yield packing.bytes(elements), 0, None
     else:
         m = TILES[choice.kernel]
         depth, columns = packing.depth(step.source.channels), packing.columns(step.out_channels)
         for job in jobs_of(step.geometry, m):
             for group in job.groups:
                 elements = group.points(m) * len(group.starts) * depth * columns
-                yield elements * packing.element_bytes, m, group
+                yield packing.bytes(elements), m, group
 
 
 def _place(plan: Plan, choices: Mapping[str, Choice]) -> tuple[dict[str, Placed], int]:
@@ -289,10 +295,13 @@ class CpuWeights:
 
 def _pack(step: Step, choice: Choice, placed: Placed, data: Tensor) -> None:
     """Write one step's packed weights and bias to their place."""
-    packing = Packing.of(choice.packs_pairs)
+    packing = Packing.of(choice.packs)
 
     def room(offset: int, count: int, dtype: torch.dtype) -> Tensor:
         return data[offset : offset + count * dtype.itemsize].view(dtype)
+
+    def packed(offset: int, points: int, size: int) -> Tensor:
+        return data[offset : offset + size].view(packing.dtype).view(packing.parts, points, -1)
 
     room(placed.bias, step.bias.numel(), torch.float32).copy_(step.bias)
     if not isinstance(step, ConvStep):
@@ -303,13 +312,13 @@ def _pack(step: Step, choice: Choice, placed: Placed, data: Tensor) -> None:
         padded = taps.new_zeros(1, len(taps), 3 * step.geometry.kernel + 1)
         padded[0, :, :-1] = taps
         _, depth, channels = padded.shape
-        into = room(placed.weights[0], depth * packing.columns(channels), packing.dtype).view(1, -1)
+        into = packed(placed.weights[0], 1, packing.bytes(depth * packing.columns(channels)))
         packing.pack(into, depth, channels, lambda begin, end, u: u.copy_(padded[:, begin:end]))
     else:
         weight = _taps_first(step)
         for offset, (size, m, group) in zip(placed.weights, _parts(step, choice), strict=True):
             assert group is not None
             channels = packing.depth(step.source.channels)
-            into = room(offset, size // packing.element_bytes, packing.dtype).view(group.points(m), -1)
+            into = packed(offset, group.points(m), size)
             rows = _group_rows(weight, group, m, channels)
             packing.pack(into, len(group.starts) * channels, step.out_channels, rows)

@@ -11,7 +11,7 @@ from rich.table import Table
 
 from .. import forks
 from ..native import library
-from .cpu_kernels import PAIRS
+from .cpu_kernels import Choice, Products
 from .executor import Executor
 from .plan import AttentionStep, ConvStep, Plan, Step
 
@@ -38,10 +38,11 @@ class Peaks(NamedTuple):
     pair_macs: float
     bytes: float
 
-    def floor(self, macs: float, traffic: float, pairs: bool) -> float:
+    def floor(self, macs: float, traffic: float, products: Products) -> float:
         """Least seconds of a step by its direct arithmetic and its least traffic. Winograd's transforms multiply
         less, so a step may be faster."""
-        return max(macs / (self.pair_macs if pairs else self.macs), traffic / self.bytes)
+        rate = {"float32": self.macs, "bf16": self.pair_macs, "bf16x3": self.pair_macs / 3}[products]
+        return max(macs / rate, traffic / self.bytes)
 
 
 def measure_peaks() -> Peaks:
@@ -133,8 +134,8 @@ def describe(executor: Executor, plan: Plan, rounds: int) -> Table:
             choices.get(step.name, "torch"),
         ]
         if times is not None and peaks is not None:
-            pairs = PAIRS in choices.get(step.name, "")
-            floor = 1e3 * peaks.floor(plan.macs(step), stored * traffic(plan, step), pairs)
+            products: Products = "float32" if on_gpu or not choices else Choice.parse(choices[step.name]).products
+            floor = 1e3 * peaks.floor(plan.macs(step), stored * traffic(plan, step), products)
             floors += floor
             row.append(f"{times[number]:.3f}")
             row += [f"{1e3 * gflop / times[number]:.0f}", f"{floor / times[number]:.0%}"] if times[number] > 0 else []

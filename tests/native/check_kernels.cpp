@@ -430,7 +430,7 @@ Values Layer::by_kernels(bool bf16, int64_t threads) const {
   if (s.residual) step.residual = TargetSpec{residual_at, s.outputs, Activation::none};
   step.weight = reinterpret_cast<uintptr_t>(packed.data());
   step.bias = reinterpret_cast<uintptr_t>(biases.data());
-  step.bf16 = bf16;
+  step.products = bf16 ? Products::bf16 : Products::float32;
   step.reflect = s.reflect;
   step.in_step = s.step;
   step.tile = s.tile;
