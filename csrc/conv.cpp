@@ -33,7 +33,7 @@ constexpr int64_t kSplitRows = 448;
 constexpr int64_t kSplitTiles = 16;
 constexpr int64_t kMaximumGroups = 4;  // of a job: taps of two lengths along each axis
 constexpr int64_t kFewChannels = 16;   // of a map that direct convolution reads in place
-constexpr int64_t kLongBand = 128;     // rows of a product that reads in place by matrix tiles
+constexpr int64_t kLongBand = 256;     // rows of a product that reads in place by matrix tiles
 
 // A group of a job with its sizes: V is [points][tiles][row], in units; M is [points][tiles][c_row].
 struct Part {
