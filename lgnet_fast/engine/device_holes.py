@@ -2,7 +2,8 @@
 
 One small reduction reduces the mask to cells of 32x32 pixels, which are copied to the host. Where nothing else is
 queued on the stream, the answer arrives after some microseconds, and the host waits for it. Where work is queued,
-waiting would leave the device idle afterwards: that run gets no answer, and a later run with the same mask finds it.
+waiting would leave the device idle afterwards: the run then does without the holes, and a later run with the same
+mask uses the finished search.
 """
 
 from __future__ import annotations
