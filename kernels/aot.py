@@ -352,7 +352,7 @@ def jobs(cases: Iterable[Case]) -> list[Job]:
 
 
 def _specialised(one: Job) -> tuple[str, ...]:
-    """All that the compiler sees of a job, except the GPU."""
+    """Everything of a job that the compiled kernel depends on, except the GPU."""
     parts = (one.signature, one.constants, one.attributes, one.options)
     return (one.module, one.kernel, *map(str, parts))
 

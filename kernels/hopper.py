@@ -290,7 +290,7 @@ def hopper_forward(
 
     Raises:
         ValueError: an argument is not what the kernel needs.
-        RuntimeError: the driver refuses the kernel.
+        RuntimeError: the driver rejects the kernel.
     """
     if is_recording():  # nothing to compile
         return
