@@ -5,12 +5,13 @@
 
 The launches of the engine (dense, restricted) and of the operators are recorded for each card of kernels/cards.py and
 compiled by two versions of Triton: the lowest supported one and the newest. Both are installed in folders under
-.cache/aot. What the compiled kernels show is kept there too (verdicts-VERSION.jsonl), under a hash of the kernel's
-code and specialisation, so that an interrupted run can be continued and a later one compiles only what has changed
-(--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the ledgers of several
-machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there are.
---twins is a quick look: a kernel in bfloat16 is compiled only where its twin in float16 is near a limit, has wgmma or
-is not asked for. One line is printed for each kernel with a violation (--all: for every kernel):
+.cache/aot. The reports of the compiled kernels are kept there too (verdicts-VERSION.jsonl), under a hash of the
+kernel's code and specialisation, so that an interrupted run can be continued and a later one compiles only what has
+changed (--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the files of
+several machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there
+are. --twins is a quick look: a kernel in bfloat16 is left out if the same kernel in float16 (its twin) is selected
+too, is far from the limits and does not use wgmma. One line is printed for each kernel with a violation (--all: for
+every kernel):
 
 * more shared or tensor memory than the GPU has,
 * matrix products that wait for each other (as many waits as products),
@@ -110,73 +111,93 @@ def part(text: str) -> tuple[int, int]:
     return int(number), int(parts)
 
 
-def compile_here(arguments: argparse.Namespace) -> int:
-    """Compile with the Triton of this process, print, and return the number of violations."""
+_row = "{:<12} {:<9} {:<22} {:<44} {:<60} {:>7} {:>5} {:>6} {:>5}  {}".format
+
+
+class Session:
+    """Compiles the jobs of one run that are not in the ledger, prints the reports, and counts.
+
+    Attributes:
+        broken: kernels with violations.
+        compiled: kernels that were compiled.
+        seconds: duration of the compilation.
+    """
+
+    def __init__(self, title: str, ledger: Ledger, arguments: argparse.Namespace) -> None:
+        self.broken, self.compiled, self.seconds = 0, 0, 0.0
+        self._title, self._ledger, self._arguments = title, ledger, arguments
+
+    def _show(self, report: Report) -> None:
+        violations = "; ".join(report.violations())
+        self.broken += bool(violations)
+        if violations or self._arguments.all:
+            job = report.job
+            numbers = report.shared, report.registers, report.stack, report.code.wgmma
+            print(_row(job.card.name, job.dtype, job.kernel, job.label, job.config, *numbers, violations), flush=True)
+
+    def report_all(self, jobs: Sequence[Job]) -> dict[str, Report]:
+        """The reports of `jobs` by `aot.digest`, from the ledger or compiled now."""
+        import lgnet_fast.kernels.aot as aot
+
+        found = [] if self._arguments.anew else [self._ledger.get(job) for job in jobs]
+        known = {aot.digest(report.job): report for report in found if report is not None}
+        left = [job for job in jobs if aot.digest(job) not in known]
+        print(f"{self._title}: {len(known)} known, {len(left)} to compile", flush=True)
+        for report in known.values():
+            self._show(report)
+        started = time.monotonic()
+        for report in aot.compile_all(left, self._arguments.processes, keep=False):
+            self._ledger.add(report)
+            self._show(report)
+            known[aot.digest(report.job)] = report
+        self.compiled += len(left)
+        self.seconds += time.monotonic() - started
+        return known
+
+
+def selected_jobs(arguments: argparse.Namespace, title: str) -> list[Job]:
+    """The kernels of the cards, models, dtypes, batches and part that the arguments select. Prints their number."""
     import lgnet_fast.kernels.aot as aot
-    import triton
     from lgnet_fast.kernels.cards import CARDS
 
-    begin = time.monotonic()
+    dtypes, models = arguments.dtype or tuple(aot.DTYPES), arguments.model or aot.MODELS
     cases = [
         case
         for name in arguments.card or CARDS
-        for case in aot.card_cases(
-            CARDS[name],
-            arguments.dtype or tuple(aot.DTYPES),
-            arguments.model or aot.MODELS,
-            arguments.batch or (1, 16),
-        )
+        for case in aot.card_cases(CARDS[name], dtypes, models, arguments.batch or (1, 16))
     ]
     jobs = aot.jobs(cases)
-    title = f"triton {triton.__version__}"
     print(f"{title}: {len(cases)} cases, {len(jobs)} kernels in {len(aot.groups(jobs))} groups", flush=True)
     if arguments.shard is not None:
         jobs = aot.shard(jobs, *arguments.shard)
         print(f"{title}: part {arguments.shard[0]} of {arguments.shard[1]}: {len(jobs)} kernels", flush=True)
+    return jobs
+
+
+def compile_here(arguments: argparse.Namespace) -> int:
+    """Compile with the Triton of this process, print, and return the number of violations."""
+    import lgnet_fast.kernels.aot as aot
+    import triton
+
+    begin = time.monotonic()
+    title = f"triton {triton.__version__}"
+    jobs = selected_jobs(arguments, title)
     if arguments.count:
         print(count(jobs))
         return 0
-    ledger = Ledger(CACHE / f"verdicts-{triton.__version__}.jsonl")
-    row = "{:<12} {:<9} {:<22} {:<44} {:<60} {:>7} {:>5} {:>6} {:>5}  {}".format
-    print(row("card", "dtype", "kernel", "first launch", "config", "shared", "regs", "stack", "wgmma", ""))
-    broken, compiled, seconds = 0, 0, 0.0
-
-    def show(report: Report) -> None:
-        nonlocal broken
-        violations = "; ".join(report.violations())
-        broken += bool(violations)
-        if violations or arguments.all:
-            job = report.job
-            numbers = report.shared, report.registers, report.stack, report.code.wgmma
-            print(row(job.card.name, job.dtype, job.kernel, job.label, job.config, *numbers, violations), flush=True)
-
-    def report_all(part: Sequence[Job]) -> dict[str, Report]:
-        nonlocal compiled, seconds
-        found = [] if arguments.anew else [ledger.get(job) for job in part]
-        known = {aot.digest(report.job): report for report in found if report is not None}
-        left = [job for job in part if aot.digest(job) not in known]
-        print(f"{title}: {len(known)} known, {len(left)} to compile", flush=True)
-        for report in known.values():
-            show(report)
-        started = time.monotonic()
-        for report in aot.compile_all(left, arguments.processes, keep=False):
-            ledger.add(report)
-            show(report)
-            known[aot.digest(report.job)] = report
-        compiled, seconds = compiled + len(left), seconds + time.monotonic() - started
-        return known
-
+    print(_row("card", "dtype", "kernel", "first launch", "config", "shared", "regs", "stack", "wgmma", ""))
+    session = Session(title, Ledger(CACHE / f"verdicts-{triton.__version__}.jsonl"), arguments)
     rest, pairs = aot.twins(jobs) if arguments.twins else (jobs, [])
-    reports = report_all(rest)
-    near = [one for one, other in pairs if not aot.speaks_for_twin(reports[aot.digest(other)])]
+    reports = session.report_all(rest)
+    near = [one for one, other in pairs if not aot.holds_for_twin(reports[aot.digest(other)])]
     if near:
-        report_all(near)
-    pace = f", {seconds / compiled:.2f} s a compiled kernel" if compiled else ""
+        session.report_all(near)
+    pace = f", {session.seconds / session.compiled:.2f} s a compiled kernel" if session.compiled else ""
     print(
-        f"{title}: {len(jobs)} kernels, {len(pairs) - len(near)} of them by their twins in float16, {broken} with "
-        f"violations, {time.monotonic() - begin:.0f} s{pace}"
+        f"{title}: {len(jobs)} kernels, {len(pairs) - len(near)} of them by their twins in float16, {session.broken} "
+        f"with violations, {time.monotonic() - begin:.0f} s{pace}"
     )
-    return broken
+    return session.broken
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -192,7 +213,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--here", action="store_true", help="with the Triton that is installed")
     parser.add_argument("--shard", type=part, metavar="I/N", help="compile part I of N only")
     parser.add_argument("--count", action="store_true", help="compile nothing, count the kernels")
-    parser.add_argument("--twins", action="store_true", help="leave out bfloat16 where float16 speaks for it")
+    parser.add_argument("--twins", action="store_true", help="leave out bfloat16 where float16 gives the same")
     parser.add_argument("--anew", action="store_true", help="compile what earlier runs have compiled, too")
     parser.add_argument("--all", action="store_true", help="print every kernel")
     parser.add_argument("--processes", type=int, help="default: one a core")

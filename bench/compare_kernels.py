@@ -162,7 +162,7 @@ def tree_of(folder: Path | None, options: Sequence[str], variables: dict[str, st
 
 @contextlib.contextmanager
 def worktree(ref: str | None) -> Iterator[Path | None]:
-    """The tree of commit `ref` in a temporary folder; None for none."""
+    """The tree of commit `ref` in a temporary folder; None where `ref` is None."""
     if ref is None:
         yield None
         return

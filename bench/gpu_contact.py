@@ -66,7 +66,7 @@ def median_us(call: Callable[[], None], repeats: int = 20, inner: int = 1) -> fl
 
 
 def graph_of(launches: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """`launches` captured, after one run."""
+    """A CUDA graph of `launches`, which run once before the capture."""
     from lgnet_fast.engine.graphs import capture
 
     device = torch.device("cuda", torch.cuda.current_device())
@@ -74,7 +74,7 @@ def graph_of(launches: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 
 def run_all(launches: Sequence[Callable[[], None]]) -> None:
-    """One after another."""
+    """Make the launches, one after another."""
     for launch in launches:
         launch()
 
@@ -98,7 +98,7 @@ def model_and_plan(name: str, batch: int) -> tuple[Any, Any]:
 
 
 def picture(batch: int) -> tuple[Tensor, Tensor]:
-    """A smooth picture with noise, and a hole of a quarter."""
+    """A picture of noise, and a hole that covers a quarter of it."""
     generator = torch.Generator(device="cuda").manual_seed(1)
     image = torch.randn(batch, 3, 256, 256, generator=generator, device="cuda").mul_(0.5).clamp_(-1, 1)
     mask = torch.zeros(batch, 1, 256, 256, device="cuda")
@@ -309,27 +309,55 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
             )
 
 
-def main() -> int:
-    """Measure the sections of the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default="compile,buffers,graph,steps,holes,peers,attention,convs")
-    parser.add_argument("--dtype", default="float16")
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--model", default="lgnet")
-    parser.add_argument("--minutes", type=float, default=5)
-    parser.add_argument("--tried", type=int, default=30, help="tiles a convolution")
-    args = parser.parse_args()
-    if not torch.cuda.is_available():
-        print("no NVIDIA GPU here: nothing to measure")
-        return 0
-    import triton
+def compile_dense(plan: Any, dtype: torch.dtype, can_overlap: bool, log: Log) -> None:
+    """Compile the kernels of a dense run; where launches can overlap, also those of overlapping launches."""
     from lgnet_fast.kernels.precompile import compile_all
 
     from lgnet_fast.engine.cuda_executor import CudaExecutor
+
+    for overlap in (False, True) if can_overlap else (False,):
+        launches = recorded(CudaExecutor.of(plan, dtype, overlap=overlap, graphs=False))
+        begin = time.perf_counter()
+        failures = compile_all(launches, 0)
+        log("compile", launches=len(launches), seconds=time.perf_counter() - begin, failures=failures)
+
+
+def search_shapes(
+    sections: Sequence[str], plan: Any, dtype: torch.dtype, log: Log, tried: int, deadline: float
+) -> None:
+    """Measure block shapes of attention and tiles of convolutions, then time whole runs with the fastest ones.
+
+    Args:
+        sections: those to measure, of "attention" and "convs".
+        plan, dtype: of the measured steps.
+        log: called with the figures.
+        tried: tiles per convolution.
+        deadline: no new measurement begins after this time of ``time.perf_counter``.
+    """
     from lgnet_fast.engine.cuda_measure import Found, Timer
     from lgnet_fast.engine.cuda_tuning_attention import tune_attention
     from lgnet_fast.engine.cuda_tuning_convolutions import Contest, tune_convolutions
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    found, timer = Found(), Timer(device)
+
+    def over(seconds_before: float) -> bool:
+        return time.perf_counter() > deadline - seconds_before
+
+    if "attention" in sections:
+        tune_attention(plan, dtype, device, found, timer, log, lambda: None, functools.partial(over, 0.0))
+    if "convs" in sections:
+        contest = Contest(plan, dtype, device)
+        tune_convolutions(contest, found, timer, log, lambda: None, tried, functools.partial(over, 30.0))
+        time_graph(plan, dtype, found.tuned(), log, "tuned")
+        time_steps(plan, dtype, found.tuned(), log)
+
+
+def measure(args: argparse.Namespace) -> None:
+    """Measure the sections of the arguments on the current GPU."""
+    import triton
+
+    from lgnet_fast.engine.cuda_executor import CudaExecutor
     from lgnet_fast.engine.cuda_weights import Tuned
 
     deadline = time.perf_counter() + 60 * args.minutes
@@ -347,11 +375,7 @@ def main() -> int:
     model, plan = model_and_plan(args.model, args.batch)
     shipped = Tuned()
     if "compile" in sections:
-        for flag in (False, True) if properties.major >= 9 else (False,):
-            launches = recorded(CudaExecutor.of(plan, dtype, overlap=flag, graphs=False))
-            begin = time.perf_counter()
-            failures = compile_all(launches, 0)
-            log("compile", launches=len(launches), seconds=time.perf_counter() - begin, failures=failures)
+        compile_dense(plan, dtype, properties.major >= 9, log)
     if "buffers" in sections:
         check_buffers(CudaExecutor.of(plan, dtype, graphs=False), plan, log)
     if "graph" in sections:
@@ -360,21 +384,26 @@ def main() -> int:
         time_steps(plan, dtype, shipped, log)
     if "holes" in sections:
         time_holes(plan, dtype, log)
-    device = torch.device("cuda", torch.cuda.current_device())
-    found, timer = Found(), Timer(device)
-
-    def over(seconds_before: float) -> bool:
-        return time.perf_counter() > deadline - seconds_before
-
-    if "attention" in sections:
-        tune_attention(plan, dtype, device, found, timer, log, lambda: None, functools.partial(over, 0.0))
-    if "convs" in sections:
-        contest = Contest(plan, dtype, device)
-        tune_convolutions(contest, found, timer, log, lambda: None, args.tried, functools.partial(over, 30.0))
-        time_graph(plan, dtype, found.tuned(), log, "tuned")
-        time_steps(plan, dtype, found.tuned(), log)
+    search_shapes(sections, plan, dtype, log, args.tried, deadline)
     if "peers" in sections:
         peers(model, plan, dtype, log)
+
+
+def main() -> int:
+    """Measure the sections of the arguments, where there is a GPU."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path)
+    parser.add_argument("--sections", default="compile,buffers,graph,steps,holes,peers,attention,convs")
+    parser.add_argument("--dtype", default="float16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--model", default="lgnet")
+    parser.add_argument("--minutes", type=float, default=5)
+    parser.add_argument("--tried", type=int, default=30, help="tiles a convolution")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("no NVIDIA GPU here: nothing to measure")
+        return 0
+    measure(args)
     return 0
 
 

@@ -4,8 +4,8 @@
                                  [--kernel direct|winograd2|winograd4] [--hole TOP BOTTOM LEFT RIGHT] [--channels 64]
 
 Times are the least of the rounds. GFLOP/s counts the direct multiplications of a step, so a Winograd step can exceed
-the peak of the CPU; "share" is the part of a step in the whole. `--kernel` forces one kernel wherever it can run:
-comparing the tables is how the constants of the cost model in lgnet_fast/engine/cpu_choice.py were found.
+the peak of the CPU; "share" is the part of a step in the whole. `--kernel` forces one kernel wherever it can run.
+The constants of the cost model in lgnet_fast/engine/cpu_choice.py were found by comparing such tables.
 """
 
 from __future__ import annotations

@@ -144,7 +144,7 @@ class Change:
     now: float
     """Median over the rivals of (their time / ours)."""
     ratio: float
-    """Median over the rivals of (that now / that stored); below 1 is slower."""
+    """Median over the rivals of (ratio now / ratio stored); below 1 is slower."""
     allowed: float
     """By how much `ratio` may be below 1."""
     moved: bool = False

@@ -4,7 +4,7 @@
 
 The search is that of `lgnet-fast tune --training` (lgnet_fast/engine/cuda_tuning_training.py), for every dtype, head
 size and batch (1 and 16, at the network's shapes for a 256 x 256 picture). Only this GPU generation's entries change.
-Without a GPU it says so and exits with 0.
+Without a GPU it prints so and exits with 0.
 """
 
 from __future__ import annotations
@@ -12,9 +12,16 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
+from collections.abc import Iterable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from lgnet_fast.kernels.tuned import Training
+
+    from lgnet_fast.engine.cuda_tuning_training import Attention
 
 TABLES_FILE = Path(__file__).resolve().parent.parent / "kernels" / "tables.py"
 Row = tuple[int, tuple[int, int, int, int]]
@@ -46,25 +53,46 @@ def render(tables: Tables) -> str:
     return "\n".join(lines) + "\n"
 
 
-def measure(kind: str, channels: int, side: int, seconds: float) -> dict[str, tuple[Row, ...]]:
-    """Operation -> its rows of the table for a head size, from the fastest correct shapes at both batches."""
+def training_blocks(kind: str, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> list[Attention]:
+    """Attention blocks of a head size, [batch, channels, side, side], at both batches."""
     from lgnet_fast.kernels.tuned import Block
 
-    from lgnet_fast.engine.cuda_tuning_training import Attention, progress_of, tune_training
+    from lgnet_fast.engine.cuda_tuning_training import Attention
+
+    return [
+        Attention.of(
+            f"C={channels} {side}x{side} batch {batch}",
+            Block(kind, "released", channels, side * side, batch),
+            (side, side),
+            dtype,
+            device,
+        )
+        for batch in BATCHES
+    ]
+
+
+def rows_of(results: Iterable[Training], side: int) -> dict[str, tuple[Row, ...]]:
+    """Operation -> its rows of the table, in the order of the results, for maps of `side` x `side` positions.
+
+    The shapes of a batch of 16 hold from the positions of four samples on.
+    """
+    rows: dict[str, list[Row]] = {}
+    for found in results:
+        for op, result in found.operations.items():
+            rows.setdefault(op, []).append((0 if found.block.batch == 1 else 4 * side * side, result.shape))
+    # The last row holds for all smaller batches, also where it was not measured at batch 1.
+    return {op: (*found[:-1], (0, found[-1][1])) for op, found in rows.items()}
+
+
+def measure(kind: str, channels: int, side: int, seconds: float) -> dict[str, tuple[Row, ...]]:
+    """Operation -> its rows of the table for a head size, from the fastest correct shapes at both batches."""
+    from lgnet_fast.engine.cuda_tuning_training import progress_of, tune_training
 
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float16 if kind == "half" else torch.float32
-    blocks = [
-        Attention.of(f"C={channels} {side}x{side} batch {batch}", block, (side, side), dtype, device)
-        for batch in BATCHES
-        for block in [Block(kind, "released", channels, side * side, batch)]
-    ]
-    rows: dict[str, list[Row]] = {}
-    for found in tune_training(blocks, dtype, device, seconds, progress_of(lambda text: print(text, flush=True))):
-        for op, result in found.operations.items():
-            rows.setdefault(op, []).append((0 if found.block.batch == 1 else 4 * side * side, result.shape))
-    # the last row holds for all smaller batches
-    return {op: (*found[:-1], (0, found[-1][1])) for op, found in rows.items()}
+    blocks = training_blocks(kind, channels, side, dtype, device)
+    log = progress_of(lambda text: print(text, flush=True))
+    return rows_of(tune_training(blocks, dtype, device, seconds, log), side)
 
 
 def main() -> int:
@@ -84,7 +112,7 @@ def main() -> int:
 
     generation, _ = device_generation(torch.device("cuda", torch.cuda.current_device()))
     tables: Tables = {name: dict(entries) for name, entries in TABLES.items()}
-    # LGNet's map, where several networks have a head of that size
+    # of several networks with a head of that size, the side of LGNet's map holds
     sides = dict(head for model in reversed(aot.MODELS) for head in aot.heads(model) if head[0] in HEAD_CLASSES)
     for kind, channels in itertools.product(args.dtype or ["half", "tf32", "ieee"], args.channels or sorted(sides)):
         allow_tf32 = torch.backends.cuda.matmul.allow_tf32

@@ -65,7 +65,7 @@ def measured(files: Sequence[Path]) -> tuple[Tables, dict[tuple[Any, ...], Any]]
     tables: Tables = defaultdict(dict)
     for (generation, key), measurements in times.items():
         common = set.intersection(*(set(found) for found in measurements))
-        if not common:  # then the one that costs most decides
+        if not common:  # then the fastest tile of the most expensive step is taken
             measurements = [max(measurements, key=lambda found: min(found.values()))]
             common = set(measurements[0])
         tables[generation][key] = min(common, key=lambda tile: sum(found[tile] for found in measurements))

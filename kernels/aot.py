@@ -56,7 +56,7 @@ HOLE = Rect(96, 160, 96, 160)
 MODELS = ("lgnet", "lgnet_light", "lgnet_demo", "lgnet_small")
 TENSOR_MEMORY_COLUMNS = 512
 TWIN_REGISTERS = 255 - 31
-"""Most registers of a float16 kernel that speaks for its twin in bfloat16."""
+"""Most registers of a float16 kernel whose report also holds for its twin, the same kernel in bfloat16."""
 _OPTIONS = ("num_warps", "num_stages", "maxnreg", "launch_pdl")
 # loads and stores of 16 bits or fewer, in PTX
 _NARROW = re.compile(r"\b(ld|st)\.global\S*\.[busf](8|16)\b")
@@ -352,7 +352,7 @@ def jobs(cases: Iterable[Case]) -> list[Job]:
 
 
 def _specialised(one: Job) -> tuple[str, ...]:
-    """All that the compiler sees of a job, except the GPU."""
+    """Everything of a job that the compiled kernel depends on, except the GPU."""
     parts = (one.signature, one.constants, one.attributes, one.options)
     return (one.module, one.kernel, *map(str, parts))
 
@@ -390,7 +390,7 @@ def _of_float16(one: Job) -> tuple[str, ...]:
 
 
 def twins(work: Iterable[Job]) -> tuple[list[Job], list[tuple[Job, Job]]]:
-    """The jobs without those of bfloat16 that float16 has too, and pairs of such a job and that of float16."""
+    """The jobs without those in bfloat16 that have a twin in float16, and the pairs (job in bfloat16, its twin)."""
     work = list(work)
     single = {(one.card.capability, _of_float16(one)): one for one in work if one.dtype == "float16"}
     rest, pairs = [], []
@@ -403,21 +403,21 @@ def twins(work: Iterable[Job]) -> tuple[list[Job], list[tuple[Job, Job]]]:
     return rest, pairs
 
 
-def speaks_for_twin(report: Report) -> bool:
-    """Whether the report of a float16 kernel is that of its twin in bfloat16, but for a few registers.
+def holds_for_twin(report: Report) -> bool:
+    """Whether the report of a float16 kernel also holds for its twin in bfloat16, except for a few registers.
 
     Of 573 pairs, on every compute capability, all but one had the same shared memory, stack and counts of
     instructions; registers differed by up to 16. One kernel without products spilled 8 bytes in float16 alone, at 80
-    registers. So this is for a quick look.
+    registers. So this is for a quick look only.
     """
     return not report.violations() and report.registers <= TWIN_REGISTERS and report.code.wgmma == 0
 
 
 def digest(one: Job) -> str:
-    """Hash of all on which the report of a job depends, for one version of Triton.
+    """Hash of everything that determines the report of a job, for one version of Triton.
 
-    The code of the kernel with the functions that it calls, the specialisation, the compute capability, and how the
-    machine code is read. Comments, docstrings and line numbers do not matter.
+    It covers the code of the kernel with the functions that it calls, the specialisation, the compute capability, and
+    how the machine code is read. Comments, docstrings and line numbers do not matter.
     """
     half = DTYPES[one.dtype] != torch.float32
     parts = (_code_of(one.module, one.kernel), one.card.capability, half, *_specialised(one), _reading())

@@ -133,7 +133,7 @@ class Kernel:
         """The function on the current GPU. Loading cannot be captured into a graph: call this before a capture.
 
         Raises:
-            RuntimeError: the driver refuses the machine code.
+            RuntimeError: the driver rejects the machine code.
         """
         device = torch.cuda.current_device()
         _make_current(device)

@@ -56,10 +56,10 @@ SHARED_LIMIT = 232448
 CLUSTERS = (8, 4, 2)
 """Thread blocks per cluster to try; eight is the most that every GPU of this capability supports."""
 MIN_SLOTS = 11
-"""Bytes of the ring buffer. At 25 bytes per ns it lasts 3.6 us, longer than the waits between layers."""
+"""Fewest slots of the ring buffer. At 25 bytes per ns they last 3.6 us, longer than the waits between layers."""
 MAX_ROWS = 64
 TIMEOUT = 20_000_000_000
-"""Clocks until a wait gives up: about ten seconds, long enough for a GPU shared by several processes."""
+"""Clocks after which a wait times out: about ten seconds, long enough for a GPU shared by several processes."""
 WAITS = {1: "for room for weights", 2: "for weights", 3: "for the cluster's sums", 4: "for the layer before"}
 
 
@@ -123,7 +123,7 @@ class Split(NamedTuple):
 
     @property
     def chunks(self) -> int:
-        """Most parts of the ring buffer that a layer uses."""
+        """Chunks of weights, one slot of the ring buffer each, that a block reads for the layer, at most."""
         return -(-self.most * self.warps_k // WARPS) * self.step_rounds
 
     def units_of(self, place: int) -> range:

@@ -43,7 +43,7 @@ _WEIGHT_BYTES = CHANNELS * _LINE
 _MAX_WEIGHT_STAGES, _MAX_PATCH_STAGES = 12, 4
 _STATIC_BYTES = 1024  # barriers
 _ALIGNMENT = 1024  # bytes after which the swizzle repeats
-_ROW_BYTES = 4 * (CHANNELS + 4)  # a pixel's results on their way to the stores
+_ROW_BYTES = 4 * (CHANNELS + 4)  # bytes from one pixel's results to the next in shared memory
 
 
 class HopperTile(NamedTuple):
@@ -235,7 +235,7 @@ def _prepare(
     rect: tuple[int, int, int, int] | None,
     residual: Tensor | None,
 ) -> tuple[Launch, list[Any], list[Any]]:
-    """The launch, the addresses of its parameters, and the objects that must live until it is made."""
+    """The launch, the addresses of its parameters, and the objects that must be kept until it is made."""
     batch, in_h, in_w, _ = source.shape
     rect = (0, size[0], 0, size[1]) if rect is None else rect
     launch = describe_launch(conv, batch, (in_h, in_w), size, rect, tile)
@@ -290,7 +290,7 @@ def hopper_forward(
 
     Raises:
         ValueError: an argument is not what the kernel needs.
-        RuntimeError: the driver refuses the kernel.
+        RuntimeError: the driver rejects the kernel.
     """
     if is_recording():  # nothing to compile
         return

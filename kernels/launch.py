@@ -152,7 +152,7 @@ def is_interpreted() -> bool:
 
 
 def dot_precision(dtype: torch.dtype) -> str:
-    """`input_precision` of the matrix products; PyTorch's switch decides about tf32."""
+    """`input_precision` of the matrix products; tf32 where PyTorch's switch allows it."""
     if is_interpreted():
         return "upcast" if dtype == torch.bfloat16 else "ieee"
     if dtype != torch.float32:

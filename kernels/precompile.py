@@ -150,7 +150,7 @@ def compile_all(
 
 
 def main() -> None:
-    """A compiling process: (device, tasks) pickled on its input, a line of JSON a task on its output."""
+    """A compiling process: reads (device, tasks), pickled, from its input; writes one line of JSON for each task."""
     device, tasks = pickle.load(sys.stdin.buffer)
     torch.cuda.set_device(device)
     for work in tasks:

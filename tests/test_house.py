@@ -55,10 +55,12 @@ def test_circles_and_upward_imports_are_seen(tmp_path: Path) -> None:
 
 def test_functions_are_counted_without_their_docstrings(tmp_path: Path) -> None:
     text = 'class A:\n    def f(self, a, *b, c, **d):\n        """One.\n\n        Two."""\n        return a\n'
-    root = write_files(tmp_path, {"lgnet_fast/a.py": text, "kernels/k.py": "@triton.jit\ndef k(a, b): pass\n"})
+    kernel, script = "@triton.jit\ndef k(a, b): pass\n", "def main():\n    pass\n"
+    root = write_files(tmp_path, {"lgnet_fast/a.py": text, "kernels/k.py": kernel, "bench/b.py": script})
     found = {f.place.split()[1]: f for f in house.functions(root)}
     assert (found["f"].parameters, found["f"].lines, found["f"].kind) == (4, 2, "python")
     assert (found["k"].parameters, found["k"].kind) == (2, "triton")
+    assert (found["main"].place, found["main"].lines) == ("bench/b.py:1 main", 2)
 
 
 def test_recipes_are_read_from_fenced_lists(tmp_path: Path) -> None:

@@ -211,7 +211,7 @@ def test_shards_are_parts_of_the_whole() -> None:
             aot.shard(jobs, number, count)
 
 
-def test_float16_speaks_for_bfloat16_far_from_the_limits() -> None:
+def test_the_report_of_float16_holds_for_bfloat16_far_from_the_limits() -> None:
     cases = [
         aot.attention_case(CARDS["A100"], dtype, 1, 64, 32, "released") for dtype in ("float16", "bfloat16", "tf32")
     ]
@@ -225,11 +225,11 @@ def test_float16_speaks_for_bfloat16_far_from_the_limits() -> None:
     assert aot.twins(aot.jobs(cases[1:]))[1] == []
     first, second = next(pair for pair in pairs if pair[0].kernel == "_attn_bwd_delta_kernel")
     single, half = aot.compile_job(second), aot.compile_job(first)
-    assert aot.speaks_for_twin(single)
+    assert aot.holds_for_twin(single)
     assert (half.shared, half.stack, half.code) == (single.shared, single.stack, single.code)
-    assert not aot.speaks_for_twin(single._replace(registers=240))
-    assert not aot.speaks_for_twin(single._replace(stack=8))
-    assert not aot.speaks_for_twin(single._replace(code=aot.Code(0, 8, 1, 0)))
+    assert not aot.holds_for_twin(single._replace(registers=240))
+    assert not aot.holds_for_twin(single._replace(stack=8))
+    assert not aot.holds_for_twin(single._replace(code=aot.Code(0, 8, 1, 0)))
 
 
 def test_a_kernels_digest_is_of_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -304,7 +304,7 @@ def test_the_report_compiles_what_is_not_known(
     assert printed.count("8 bytes of spills") == sum(job.kernel == "_merge_bwd_kernel" for job in compiled) > 0
     assert aot_report.main([*only, "--anew"]) == 1
     assert len(compiled) == 2 * first
-    # bfloat16 is compiled where float16 is no answer: the kernels with spills
+    # bfloat16 is compiled where the report of float16 does not hold for it: the kernels with spills
     capsys.readouterr()
     assert aot_report.main([*only, "--dtype", "bfloat16", "--twins"]) == 1
     extra = compiled[2 * first :]

@@ -1,16 +1,20 @@
-"""Order and time shares of `make gpu`, and its log: measurements are on disk even if the run is killed."""
+"""Order and time shares of `make gpu`, its log, which is on disk even if the run is killed, and its tables."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from lgnet_fast.kernels.tuned import Block, Measured, Training
 
-from bench import run_gpu
+from bench import gpu_contact, run_gpu, tune_attention
 
 LOGGING = """
 import sys, time
@@ -54,3 +58,55 @@ def test_a_part_that_hangs_is_cut_off_and_one_that_fails_is_noticed(capfd: pytes
     text = capfd.readouterr().out
     assert "hangs: exit status cut off after 0 s" in text or "hangs: exit status cut off after 1 s" in text
     assert "fails: exit status 3" in text
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            "compile,buffers,graph,steps,holes,peers",
+            ["compile", "buffers", "graph shipped", "steps", "holes", "peers"],
+        ),
+        ("peers,convs", ["convs 7", "graph tuned", "steps", "peers"]),
+        ("attention", ["attention"]),
+    ],
+)
+def test_contact_measures_the_sections_in_a_fixed_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: str, expected: list[str]
+) -> None:
+    pytest.importorskip("triton")
+    done: list[str] = []
+    gpu = SimpleNamespace(name="A GPU", multi_processor_count=100, major=8)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(gpu_contact, "model_and_plan", lambda model, batch: (model, f"plan {batch}"))
+    monkeypatch.setattr("lgnet_fast.engine.cuda_executor.CudaExecutor.of", lambda *_, **__: None)
+    monkeypatch.setattr(gpu_contact, "compile_dense", lambda *_: done.append("compile"))
+    monkeypatch.setattr(gpu_contact, "check_buffers", lambda *_: done.append("buffers"))
+    monkeypatch.setattr(gpu_contact, "time_graph", lambda *args: done.append(f"graph {args[-1]}"))
+    monkeypatch.setattr(gpu_contact, "time_steps", lambda *_: done.append("steps"))
+    monkeypatch.setattr(gpu_contact, "time_holes", lambda *_: done.append("holes"))
+    monkeypatch.setattr(gpu_contact, "peers", lambda *_: done.append("peers"))
+    monkeypatch.setattr("lgnet_fast.engine.cuda_tuning_attention.tune_attention", lambda *_: done.append("attention"))
+    convolutions = "lgnet_fast.engine.cuda_tuning_convolutions"
+    monkeypatch.setattr(f"{convolutions}.Contest", lambda *_: None)
+    monkeypatch.setattr(f"{convolutions}.tune_convolutions", lambda *args: done.append(f"convs {args[-2]}"))
+    options = {"model": "lgnet", "dtype": "float16", "batch": 4, "minutes": 1.0, "tried": 7}
+    gpu_contact.measure(argparse.Namespace(results=tmp_path, sections=sections, **options))
+    assert done == expected
+    (line,) = (tmp_path / "contact_lgnet_float16_b4.jsonl").read_text().splitlines()
+    machine = json.loads(line)
+    assert (machine["section"], machine["device"], machine["multiprocessors"]) == ("machine", "A GPU", 100)
+
+
+def test_rows_of_attention_tables_hold_by_positions_and_the_last_for_all_smaller_batches() -> None:
+    def measured(batch: int, **shapes: tuple[int, int, int, int]) -> Training:
+        operations = {op: Measured(shape, 1.0, shape, 1.0) for op, shape in shapes.items()}
+        return Training(Block("half", "released", 64, 1024, batch), operations)
+
+    large, small = (128, 64, 8, 3), (64, 32, 4, 2)
+    results = [measured(16, forward=large, rows=large), measured(1, forward=small)]
+    assert tune_attention.rows_of(results, 32) == {
+        "forward": ((4096, large), (0, small)),
+        "rows": ((0, large),),
+    }

@@ -1,9 +1,10 @@
-"""How easy the code is to enter and to change, in numbers: ``python tools/house.py [--root TREE] [--json]``.
+"""How easy it is to change the code, in numbers: ``python tools/house.py [--root TREE] [--json]``.
 
 Counted in a checkout, nothing is imported:
 
 * files that a task touches, as its recipe in docs/contributing.md lists them;
-* the longest signature and the longest function, of Triton kernels and of everything else;
+* the longest signature and the longest function, of Triton kernels and of all other Python in the package, bench/ and
+  tools/;
 * circles of imports (also of imports for annotations only), and imports that go upwards;
 * lines of Python and C++.
 
@@ -44,14 +45,18 @@ FLOORS: tuple[tuple[str, ...], ...] = (
     ("cli",),
     ("__main__",),
 )
-"""Rooms of the package, from the ground up: a room imports from itself and from floors below.
+"""The layers of the package, called floors, the lowest first, and the rooms on each.
 
-A module with a floor of its own is a room by itself: plain algebra that the kernels need too ("engine.geometry"), and
-"kernels.aot", which compiles what the engine would launch.
+A room is a subpackage or a top-level module. It imports from itself and from rooms on lower floors. Some modules of a
+subpackage are rooms by themselves: the kernels also need "engine.regions" and "engine.geometry", and "kernels.aot"
+compiles the launches of the engine.
 """
 
 TASKS = ("operator", "stage", "network variant", "instruction set", "GPU", "command")
 """The recipes of docs/contributing.md: "Add an operator", and so on."""
+
+SCRIPTS = ("bench", "tools")
+"""Folders of scripts, whose functions are counted too."""
 
 COMMANDS = "cli.py"
 """The file with typer's declarations of commands. They are counted separately: typer needs a parameter per option."""
@@ -82,9 +87,10 @@ def modules(root: Path) -> dict[str, Path]:
 
 
 def functions(root: Path) -> list[Function]:
-    """Every function and method of the package, nested ones too."""
+    """Every function and method of the package and of bench/ and tools/, nested ones too."""
+    scripts = [file for folder in SCRIPTS for file in sorted((root / folder).rglob("*.py"))]
     found = []
-    for file in modules(root).values():
+    for file in (*modules(root).values(), *scripts):
         for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 found.append(_function(node, file, root))
@@ -111,7 +117,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path, root: Pa
 
 
 def cpp_functions(root: Path) -> list[Function]:
-    """Functions of csrc/ outside the micro-kernels (``*_kernels.h``), told by clang-format's layout."""
+    """Functions of csrc/ outside the micro-kernels (``*_kernels.h``), recognised by clang-format's layout."""
     found = []
     for file in sorted((root / "csrc").rglob("*.*")):
         if file.suffix not in (".cpp", ".h") or file.name.endswith("_kernels.h"):
@@ -175,7 +181,7 @@ def _targets(node: ast.AST, package: str, known: dict[str, Path]) -> Iterator[st
 
 
 def circles(found: list[Import]) -> list[list[str]]:
-    """Groups of modules that import one another, directly or round about."""
+    """Groups of modules that import one another, directly or through others."""
     edges: dict[str, set[str]] = {}
     for one in found:
         edges.setdefault(one.importer, set()).add(one.imported)
@@ -208,7 +214,7 @@ def room(module: str) -> str:
 
 
 def upward(found: list[Import]) -> list[str]:
-    """Imports from a room that is not below; a room that FLOORS does not name is one too."""
+    """Imports from a room that is not on a lower floor, and imports of or by a room that FLOORS does not name."""
     floor = {name: number for number, names in enumerate(FLOORS) for name in names}
     wrong = []
     for one in found:
@@ -244,7 +250,7 @@ def recipes(root: Path) -> dict[str, list[str]]:
 
 
 def missing_files(root: Path) -> list[str]:
-    """Files that recipes edit and that do not exist, and new ones whose folder does not."""
+    """Files that recipes edit and that do not exist, and new files whose folder does not exist."""
     wrong = []
     for task, files in recipes(root).items():
         for entry in files:

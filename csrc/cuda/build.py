@@ -2,7 +2,7 @@
 
     python csrc/cuda/build.py [--nvcc nvcc] [--output kernels] [NAME ...]
 
-The machine code carries the hash of its sources, so that tests notice when it is not theirs.
+Each cubin contains the hash of its sources, so that a test can detect one that was not built from them.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ def source_hash(name: str) -> str:
 
 
 def build(name: str, output: Path, nvcc: str = "nvcc") -> str:
-    """Compile one source; what nvcc and ptxas say about it (registers, spills).
+    """Compile one source; return the messages of nvcc and ptxas (registers, spills).
 
     Raises:
-        subprocess.CalledProcessError: it does not compile; `stderr` says why.
+        subprocess.CalledProcessError: it does not compile; `stderr` holds the errors.
     """
     target = ["-cubin", "-gencode=arch=compute_90a,code=sm_90a"]
     options = ["-O3", "-std=c++17", "-Xptxas", "-v", f"-DLGNET_SOURCE={source_hash(name)}"]
@@ -41,7 +41,7 @@ def build(name: str, output: Path, nvcc: str = "nvcc") -> str:
 
 
 def main() -> int:
-    """Compile and print what the compiler says."""
+    """Compile the sources and print the compiler's messages."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--nvcc", default="nvcc")

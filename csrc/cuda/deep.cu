@@ -1,23 +1,27 @@
 // The deep layers of a U-Net (4x4 convolutions of stride 2 and transposed ones on small maps) in one launch.
 //
-// Their time is that of reading their weights, 2 to 17 MB each, if reading never stops. So blocks stay for all
-// layers: one warp of each streams the block's part of every layer's weights through a ring in shared memory, as far
-// ahead as the ring is long, whatever layer the others are at.
+// The time of these layers is the time to read their weights, 2 to 17 MB a layer, if reading never stops. All layers
+// therefore run in one launch. One warp of each block copies the block's part of every layer's weights through a ring
+// buffer in shared memory. It runs ahead of the other warps by up to the length of the ring, also into the next
+// layer.
 //
-// A layer is a product weights [channels, depth] x positions [depth, rows], depth = input channels x taps, for each
-// phase (kernels/conv.py). A unit is 16 output channels of a phase. Clusters get `base` units each, `extra` of them
-// one more, others in each layer (`shift`). The blocks of a cluster split the depth in steps of 32 input channels of
-// one tap; a block's positions come into shared memory once, with a border of zeros. Its eight multiplying warps take
-// items, (unit, every warps_k-th step), eight at a time: what they read of one step each is a chunk of the ring. Sums
-// travel within the cluster (distributed shared memory) to the block that finishes them: float32, in a fixed order,
-// so that results are bitwise repeatable. Between layers all blocks meet at a counter in global memory.
+// A layer is a product weights [channels, depth] x positions [depth, rows] for each phase (kernels/conv.py), where
+// depth = input channels x taps. A unit is 16 output channels of a phase. Each cluster gets `base` units; `extra`
+// clusters get one more, and `shift` makes these other clusters in each layer. The blocks of a cluster split the
+// depth in steps of 32 input channels of one tap. A block copies its positions into shared memory once, with a border
+// of zeros. An item is (unit, every warps_k-th step). The eight multiplying warps compute eight items at a time; the
+// weights of these items for one step each are a chunk, which fills a slot of the ring. Each block sends its sums
+// through distributed shared memory to the block of the cluster that finishes them. That block adds them in float32
+// and in a fixed order, so that results are bitwise repeatable. Between layers all blocks wait for each other at a
+// counter in global memory.
 //
 // Weights are packed in the order of mma's fragments (kernels/deep.py, `pack`): for every unit and 16 depths, 32
 // lanes x 16 bytes. A lane's 16 bytes of a position are 8 consecutive channels t * 8 .. + 7 of a step, the operand of
 // two products; the packing permutes the depth of the weights to match.
 //
-// Every wait is bounded by `timeout` clocks: then `state[0]` says who waited for what, every block runs to its end
-// without waiting and fills the last layer's stores with NaN, and so does every later launch until `state` is zeroed.
+// Every wait ends after at most `timeout` clocks. After a timeout `state[0]` holds the kind of wait, the layer and
+// the block; every block runs to its end without waiting and fills the last layer's stores with NaN. Later launches
+// do the same until `state` is zeroed.
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
@@ -29,35 +33,35 @@ namespace lgnet {
 constexpr int kLayers = 12;
 constexpr int kMaxSlots = 24;
 constexpr int kSlotBytes = 8192;
-constexpr int kWarps = 8;  // that multiply; one more loads weights
+constexpr int kWarps = 8;  // warps that multiply; one more warp loads weights
 constexpr int kThreads = 32 * kWarps;
-constexpr int kUnit = 16;          // output channels
+constexpr int kUnit = 16;          // output channels of a unit
 constexpr int kStep = 32;          // depth of a step
-constexpr int kPixelBytes = 64;    // of a step's channels
-constexpr int kPieceBytes = 1024;  // weights of a unit and step
-constexpr int kPad = 4;            // floats after a row of partial sums, against bank conflicts
+constexpr int kPixelBytes = 64;    // bytes of a step's channels at one pixel
+constexpr int kPieceBytes = 1024;  // bytes of the weights of one unit and step
+constexpr int kPad = 4;            // unused floats after a row of partial sums, which avoid bank conflicts
 constexpr int kBarrierBytes = 512;
-constexpr int kStateStride = 32;  // integers between counters: a line of the L2 cache each
+constexpr int kStateStride = 32;  // integers from one counter to the next: each has its own line of the L2 cache
 
 // kernels/deep.py has the same fields in the same order.
 struct Layer {
-  const void* weights;  // of each cluster, in the order of `shift`: [block, chunk, piece, 2, lane, 8]
+  const void* weights;  // clusters in the order that `shift` gives; of each: [block, chunk, piece, 2, lane, 8]
   const float* bias;
   const void* source;
   void* store0;
   void* store1;
-  int32_t base, extra, shift, groups;  // units: of every cluster, clusters with one more, rotation; units of a phase
+  int32_t base, extra, shift, groups;  // units of every cluster, clusters with one more, rotation, units of a phase
   int32_t log_warps_k, step_rounds, steps, block_steps, log_taps, log_count_x;
   int32_t rows, log_rows, log_rows_h, log_rows_w;
   int32_t log_pixels, log_in_h, log_in_w, log_in_step, out_h, out_w, out_step;
-  int32_t stage_w, stage_h, stage_half, stage_pixels, stage_bytes, border_y, border_x;  // the positions' copy
-  int32_t sums, received;  // bytes from the end of the ring
+  int32_t stage_w, stage_h, stage_half, stage_pixels, stage_bytes, border_y, border_x;  // of the positions' copy
+  int32_t sums, received;  // offsets in bytes from the end of the ring
   int32_t stride_x, stride_0, stride_1, activation_0, activation_1;
-  int32_t origin_y[2], origin_x[2];  // of the copy
+  int32_t origin_y[2], origin_x[2];  // where phase 0 or 1 starts to read in the copy
 };
 
 struct Program {
-  int32_t* state;  // [2 + layers, kStateStride] zeros: error, blocks that are done, then a counter a layer
+  int32_t* state;  // [2 + layers, kStateStride], zeros at first: error, finished blocks, a counter for each layer
   int64_t* times;  // [layers, blocks, 6] clocks, or null
   int64_t timeout;
   int32_t layers, log_cluster, clusters, slots, evict_first;
@@ -86,7 +90,8 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// kCluster: what other blocks of the cluster wrote is seen afterwards.
+// Whether a barrier has completed the phase of `parity`. With kCluster, writes of other blocks of the cluster are
+// visible afterwards.
 template <bool kCluster>
 __device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -120,7 +125,7 @@ __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
-// Whether a wait has to end: somebody failed, or this thread has waited too long, which it then reports.
+// Whether a wait has to end: a block has reported an error, or this thread has waited too long and now reports it.
 __device__ __noinline__ bool expired(int32_t* error, int64_t until, int32_t code) {
   if (*reinterpret_cast<volatile int32_t*>(error) != 0) return true;
   if (clock64() <= until) return false;
@@ -128,7 +133,7 @@ __device__ __noinline__ bool expired(int32_t* error, int64_t until, int32_t code
   return true;
 }
 
-// Bounds every wait of a thread.
+// Waits of a thread that end after a bounded time. `dead`: a wait has timed out, so that later ones return at once.
 struct Guard {
   int32_t* error;
   int64_t until;
@@ -154,7 +159,7 @@ struct Guard {
 
 enum Wait { kEmpty = 1, kFull = 2, kSums = 3, kGrid = 4 };
 
-// What `state[0]` holds: kind of wait, layer, block.
+// The error code for `state[0]`: kind of wait, layer, block.
 __device__ __forceinline__ int32_t code_of(Wait kind, int layer) {
   return (kind << 24) | (layer << 16) | static_cast<int32_t>(blockIdx.x + 1);
 }
@@ -197,7 +202,7 @@ __device__ __forceinline__ float activate(float x, int code) {
   return x;
 }
 
-// A block's place, and its cluster's share of the layer at hand.
+// A block's position in the grid, and its cluster's share of the current layer.
 struct Place {
   int cluster, rank, log_cluster, warp, lane;
   int begin, units;                   // the cluster's units
@@ -214,7 +219,7 @@ struct Place {
   }
 };
 
-// The next slot of the ring, and whether its use is an odd one.
+// The next slot of the ring, and the parity of the number of times that it has been used.
 struct Ring {
   int slot, slots;
   uint32_t parity;
@@ -237,7 +242,8 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
-// Not by the L1 cache, which does not see other blocks' stores; volatile, as __ldcg is not: it stays after the wait.
+// Reads past the L1 cache, which is not updated by other blocks' stores. Unlike __ldcg it is volatile: the compiler
+// must not move it before the wait.
 __device__ __forceinline__ uint4 load_stored(const void* address) {
   uint4 value;
   asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -259,9 +265,9 @@ __device__ __forceinline__ void add_shared(float4& sum, uint32_t address) {
   sum.z += __uint_as_float(part.z), sum.w += __uint_as_float(part.w);
 }
 
-// The positions that the block's steps need: [input channels / 32, sample, y, x, 32], pixels of even x before the
-// others where rows are two pixels apart, so that neighbouring rows never meet in a bank. The border holds zeros
-// already.
+// Copies the positions that the block's steps need into shared memory: [input channels / 32, sample, y, x, 32]. With
+// stride 2 the pixels of even x come before those of odd x, so that neighbouring rows of the product are in different
+// banks. The border already holds zeros.
 __device__ __forceinline__ void load_positions(const Layer& layer, const Place& place) {
   constexpr int kAhead = 4;
   if (place.steps == 0) return;
@@ -293,12 +299,13 @@ __device__ __forceinline__ void load_positions(const Layer& layer, const Place& 
   }
 }
 
-// This warp's items, `kRows` x 8 rows; partial sums go to [warps_k, row, unit, 16].
+// Multiplies this warp's items, `kRows` x 8 rows, and writes partial sums to [warps_k, row, unit, 16] in shared
+// memory.
 template <typename T, int kRows>
 __device__ __forceinline__ void multiply(const Layer& layer, const Place& place, Guard& guard, Ring& ring,
                                          int number) {
-  constexpr int kAhead = kRows < 4 ? 2 : 1;  // steps
-  constexpr bool kBefore = kRows < 8;        // whether positions are read before weights are there
+  constexpr int kAhead = kRows < 4 ? 2 : 1;  // steps that are loaded together
+  constexpr bool kBefore = kRows < 8;        // whether positions are read before the wait for weights
   const int g = place.lane >> 2, t = place.lane & 3;
   const int warps_k = 1 << layer.log_warps_k, items = place.units << layer.log_warps_k;
   const int chunk0 = place.first >> layer.log_taps;
@@ -340,7 +347,8 @@ __device__ __forceinline__ void multiply(const Layer& layer, const Place& place,
 #pragma unroll
       for (int i = 0; i < kAhead; ++i) {
         if (round0 + i >= layer.step_rounds) break;
-        // warps that have no item wait too: none may be a whole turn of the ring ahead of another
+        // Warps without an item wait too: a warp a whole turn of the ring ahead would read a barrier's parity
+        // wrongly.
         guard.wait(place.full + 8 * ahead.slot, ahead.parity, code_of(kFull, number));
         __syncwarp();
         const uint32_t from = place.ring + ahead.slot * kSlotBytes + place.warp * kPieceBytes + place.lane * 16;
@@ -376,7 +384,7 @@ __device__ __forceinline__ void multiply(const Layer& layer, const Place& place,
     if (item >= items) continue;
     int own = (((part << layer.log_rows) + 2 * t) * pitch + unit * kUnit + g) * 4;
     int step = pitch * 4;
-    asm volatile("" : "+r"(own), "+r"(step));  // or 4 * kRows addresses are kept in registers
+    asm volatile("" : "+r"(own), "+r"(step));  // else the compiler keeps 4 * kRows addresses in registers
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -404,18 +412,19 @@ __device__ __forceinline__ void multiply_any(const Layer& layer, const Place& pl
   }
 }
 
-// Of the cluster's rows of 16 channels, (unit, row) in order, each block finishes every cluster-th: how many at most.
+// The largest number of rows that a block finishes. The rows of 16 channels are numbered by (unit, row); block `rank`
+// of a cluster of n blocks finishes rows rank, rank + n, rank + 2 n and so on.
 __device__ __forceinline__ int most_finished(const Layer& layer, const Place& place) {
   return ((place.units << layer.log_rows) + (1 << place.log_cluster) - 1) >> place.log_cluster;
 }
 
-// How many this block finishes.
+// The number of rows that this block finishes.
 __device__ __forceinline__ int finished(const Layer& layer, const Place& place) {
   const int last = (place.units << layer.log_rows) - 1 - place.rank;
   return last < 0 ? 0 : (last >> place.log_cluster) + 1;
 }
 
-// The block's sums, each to the block of the cluster that finishes it.
+// Sends each of the block's sums to the block of the cluster that finishes it.
 __device__ __forceinline__ void send(const Layer& layer, const Place& place, uint32_t received_barrier) {
   const int pitch = place.units * kUnit + kPad, total = place.units << (layer.log_rows + 2);
   const int most = most_finished(layer, place) * 4;
@@ -444,7 +453,7 @@ __device__ __forceinline__ void store(void* to, int64_t index, const float4& val
   *reinterpret_cast<uint2*>(static_cast<T*>(to) + index) = packed;
 }
 
-// Adds what the blocks of the cluster sent, in their order, and stores it.
+// Adds the sums that the cluster's blocks sent, in the order of the blocks, and stores the result.
 template <typename T>
 __device__ __forceinline__ void finish(const Layer& layer, const Place& place) {
   const int total = finished(layer, place) * 4, most = most_finished(layer, place) * 4;
@@ -468,7 +477,7 @@ __device__ __forceinline__ void finish(const Layer& layer, const Place& place) {
   }
 }
 
-// This block's weights of every layer, as far ahead as the ring allows. One thread.
+// Loads this block's weights of every layer, as far ahead as the ring has space. One thread runs it.
 __device__ __forceinline__ void stream(const Program& program, Place& place, Guard& guard) {
   uint64_t policy;
   asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
@@ -476,14 +485,14 @@ __device__ __forceinline__ void stream(const Program& program, Place& place, Gua
   for (int number = 0; number < program.layers; ++number) {
     const Layer& layer = program.layer[number];
     place.enter(layer, program.clusters);
-    const int64_t pieces = layer.step_rounds << layer.log_warps_k;  // of a unit and block
+    const int64_t pieces = layer.step_rounds << layer.log_warps_k;  // pieces of one unit in one block
     const int64_t before = (static_cast<int64_t>(place.begin) << place.log_cluster) + place.rank * place.units;
     const char* from = static_cast<const char*>(layer.weights) + before * pieces * kPieceBytes;
     const int items = place.units << layer.log_warps_k;
     for (int item0 = 0; item0 < items; item0 += kWarps) {
       const uint32_t bytes = min(items - item0, kWarps) * kPieceBytes;
       for (int round = 0; round < layer.step_rounds; ++round) {
-        // the first time around nobody has used the slot: that wait ends at once
+        // In the first turn of the ring no slot is in use, and this wait ends at once.
         guard.wait(place.empty + 8 * ring.slot, ring.parity ^ 1, code_of(kEmpty, number));
         if (guard.dead) return;
         const uint32_t to = place.ring + ring.slot * kSlotBytes, barrier = place.full + 8 * ring.slot;
@@ -525,7 +534,7 @@ __device__ __forceinline__ void run(const Program& program) {
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(place.rank));
   place.log_cluster = program.log_cluster;
   place.cluster = blockIdx.x >> program.log_cluster;
-  // the compiler is told that all lanes agree
+  // The shuffle tells the compiler that the value is the same in all lanes.
   place.warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0);
   place.lane = threadIdx.x % 32;
   place.full = shared;
@@ -543,12 +552,13 @@ __device__ __forceinline__ void run(const Program& program) {
     asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
   }
   __syncwarp();
-  cluster_meet();  // nobody sends to a barrier that is not there yet
+  cluster_meet();  // no block may send to a barrier before it is initialised
 
   if (place.warp == kWarps) {
     if (place.lane == 0) {
       stream(program, place, guard);
-      // after a failure nobody waits for what is on its way here: let it arrive before the memory is another block's
+      // After a failure no thread waits for the copies in flight. They must end before another block gets this
+      // memory.
       for (const int64_t until = clock64() + 100000; guard.dead && clock64() < until;) {
       }
     }
@@ -570,7 +580,7 @@ __device__ __forceinline__ void run(const Program& program) {
         }
       }
       if (threadIdx.x == 0) {
-        // sums that others have sent already count below zero until then
+        // Sums may arrive before this call: the barrier's count of bytes is then negative until it is made.
         if (works) barrier_expect(received_barrier, (finished(layer, place) * kUnit * 4) << place.log_cluster);
         if (number > 0) {
           guard.wait_count(program.state + (1 + number) * kStateStride, gridDim.x, code_of(kGrid, number));
@@ -603,14 +613,14 @@ __device__ __forceinline__ void run(const Program& program) {
       fill_with_nan<T>(layer, layer.store0, layer.stride_0);
       if (layer.store1 != nullptr) fill_with_nan<T>(layer, layer.store1, layer.stride_1);
     } else if (threadIdx.x == 0) {
-      // the last block to come here leaves zeros for the next launch
+      // The last block zeroes the counters for the next launch.
       if (atomicAdd(program.state + kStateStride, 1) == static_cast<int32_t>(gridDim.x) - 1) {
         for (int number = 0; number <= program.layers; ++number) program.state[(1 + number) * kStateStride] = 0;
       }
     }
   }
   __syncwarp();
-  cluster_meet();  // a block's shared memory lives until nobody sends to it
+  cluster_meet();  // a block must not end, and free its shared memory, while others send to it
 }
 
 }  // namespace lgnet

@@ -4,21 +4,21 @@
 //
 //     out[channel, pixel] = sum over taps and input channels of weight[channel, depth] * patch[pixel + tap, depth]
 //
-// The channels are the rows of the product (wgmma's M) and the pixels its columns (N = 8 TILE_H), so that a
-// 64 x 128 block reads 48 bytes of shared memory a clock where 128 are there to be had.
+// The channels are the rows of the product (wgmma's M) and the pixels its columns (N = 8 TILE_H). A 64 x 128 block
+// then reads 48 bytes of shared memory a clock; the hardware's limit is 128.
 //
-// Patch. For 64 input channels at a time the tensor memory accelerator (TMA) brings the tile with its halo into
-// shared memory once: one line of 128 bytes a pixel, `pitch` pixels a row, swizzled by 128 bytes. A tap is another
-// start address of the same patch: 8 pixels of a row are one group of wgmma's matrix descriptor, rows are `pitch`
-// lines apart. The swizzle exclusive-ors address bits 4 to 6 with bits 7 to 9, on the address itself, so that a start
-// which is no multiple of 1024 bytes finds what the TMA wrote.
+// Patch. For 64 input channels at a time the tensor memory accelerator (TMA) copies the tile with its halo into
+// shared memory once: one line of 128 bytes a pixel, `pitch` pixels a row, swizzled by 128 bytes. Every tap reads the
+// same patch from another start address: 8 pixels of a row are one group of wgmma's matrix descriptor, rows are
+// `pitch` lines apart. The swizzle exclusive-ors bits 4 to 6 of the shared memory address with its bits 7 to 9, in
+// the TMA and in wgmma alike. A start address therefore need not be a multiple of 1024 bytes.
 //
-// Weights come as kernels/conv.py packs them, [taps * channels in, channels out], a stage of 64 x 64 a time; the
-// blocks of a cluster share their channels, so each loads its part of a stage and multicasts it to all.
+// Weights are packed by kernels/conv.py as [taps * channels in, channels out] and loaded in stages of 64 x 64. The
+// blocks of a cluster use the same weights, so each loads its part of a stage and multicasts it to all of them.
 //
-// Warps 0 to 3 multiply and store. Warp 4 loads weights, warp 5 patches; warp 6 mends the patches of tiles at the
-// edge of a reflecting map: what lies outside is a copy of pixels within the same patch (zeros need no mending: the
-// TMA fills with zeros).
+// Warps 0 to 3 multiply and store. Warp 4 loads weights, warp 5 loads patches. Warp 6 applies reflection padding to
+// the patches of tiles at the edge of the map: it copies pixels within the patch. For zero padding it does nothing,
+// because the TMA fills with zeros.
 #include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -29,14 +29,14 @@
 
 namespace lgnet {
 
-constexpr int kChannels = 64;  // output channels a block, and input channels a step
+constexpr int kChannels = 64;  // output channels of a block, and input channels of a step
 constexpr int kLine = 128;     // bytes of a pixel's input channels, or of a depth's output channels
 constexpr int kWeightBytes = kChannels * kLine;
 constexpr int kMaxWeightStages = 12;
 constexpr int kMaxPatchStages = 4;
 constexpr int kConsumers = 128;
 constexpr int kThreads = 256;
-constexpr int kRowFloats = kChannels + 4;  // of the float32 results on their way to the stores; no bank conflicts
+constexpr int kRowFloats = kChannels + 4;  // between the results of two pixels; 4 floats avoid bank conflicts
 
 // Everything but the tensor maps. kernels/hopper.py has the same fields in the same order.
 struct Args {
@@ -49,7 +49,7 @@ struct Args {
   int32_t tiles_x, tiles_y, m_tiles, n_blocks, chunks, phases, out_step;
   int32_t origin_y[2], origin_x[2], first_y[2], first_x[2], count_y[2], count_x[2], taps[2];
   int32_t stride_r, stride_0, stride_1, activation_0, activation_1, reflect;
-  // the patch: pixels of a row, rows; bytes of a stage
+  // the patch: pixels of a row (pitch), rows, bytes of a stage
   int32_t pitch, box_rows, weight_stages, patch_stages, patch_bytes;
 };
 
@@ -69,7 +69,7 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// At the same barrier of block `rank` of the cluster.
+// Arrives at the same barrier in block `rank` of the cluster.
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
   asm volatile(
       "{\n"
@@ -81,7 +81,7 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t
       : "memory");
 }
 
-// A warp tells every block of the cluster that it has read a stage.
+// A warp signals to every block of the cluster that it has read a stage.
 __device__ __forceinline__ void release(uint32_t barrier, uint32_t blocks, int lane) {
   if (lane < blocks) {
     if (blocks > 1) {
@@ -92,8 +92,8 @@ __device__ __forceinline__ void release(uint32_t barrier, uint32_t blocks, int l
   }
 }
 
-// What waits for ever ends in an error instead: a launch is over after microseconds, this many tries take 0.1 s or
-// more.
+// The most tries of a wait, so that an endless wait ends in an error. A launch takes microseconds; this many tries
+// take 0.1 s or more.
 constexpr uint32_t kTries = 10000000;
 
 __device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
@@ -130,7 +130,7 @@ __device__ __forceinline__ void load_weights(uint32_t to, const CUtensorMap* map
       : "memory");
 }
 
-// To the same place of every block of the cluster, each one's barrier told.
+// Copies to the same address in every block of the cluster; the barrier of each block counts the bytes.
 __device__ __forceinline__ void multicast_weights(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
                                                   int row, uint16_t blocks) {
   asm volatile(
@@ -153,25 +153,28 @@ __device__ __forceinline__ uint32_t cluster_rank() {
   return n;
 }
 
-// Orders no memory: what other blocks must see before it (barriers made ready) has a fence of its own.
+// It orders no memory accesses. The initialisation of barriers, which other blocks must see, is ordered by a separate
+// fence before it.
 __device__ __forceinline__ void cluster_sync() {
   asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
-// wgmma's matrix descriptor without its start: swizzle of 128 bytes; `group_bytes` between groups of eight lines.
+// wgmma's matrix descriptor without its start address: swizzle of 128 bytes, groups of eight lines `group_bytes`
+// apart.
 __device__ __forceinline__ uint64_t descriptor(uint32_t group_bytes) {
   return (uint64_t(1) << 62) | (uint64_t(group_bytes >> 4) << 32) | (uint64_t(group_bytes >> 4) << 16);
 }
 
-// Shared memory ends below what the descriptor's 14 bits of 16 bytes hold.
+// The descriptor with its start address, which has 14 bits and counts units of 16 bytes. Addresses in shared memory
+// are smaller than that limit, so the sum does not overflow into other fields.
 __device__ __forceinline__ uint64_t at(uint64_t descriptor, uint32_t address) { return descriptor + (address >> 4); }
 
-// What an activation (a value of ACTIVATIONS in kernels/launch.py) makes of numbers below zero: slope * x, or 0.
+// An activation (a value of ACTIVATIONS in kernels/launch.py). It maps x below zero to slope * x, or to 0.
 struct Activation {
   float slope;
   bool zero;
   __device__ __forceinline__ explicit Activation(int code) : slope(code == 2 ? 0.2f : 1.0f), zero(code == 1) {}
-  // not fmaxf: NaN must stay NaN
+  // Not fmaxf, which does not return NaN for NaN.
   __device__ __forceinline__ float operator()(float x) const { return x < 0.0f ? (zero ? 0.0f : slope * x) : x; }
 };
 
@@ -209,7 +212,7 @@ __device__ __forceinline__ uint4 residual_of(const Args& args, int pixel, int co
                                          column);
 }
 
-// What a block works on.
+// The part of the output that a block computes.
 struct Place {
   int sample, y, x;  // row g of the tile's first pixel
   int phase_y, phase_x;
@@ -222,7 +225,7 @@ __device__ __forceinline__ Place place_of(const Args& args, int tile_h) {
   const int tile = block % args.m_tiles;
   block /= args.m_tiles;
   p.column = block % args.n_blocks * kChannels;
-  const int phase = args.phases - 1 - block / args.n_blocks;  // the phases with the most taps first
+  const int phase = args.phases - 1 - block / args.n_blocks;  // starts with the phases that have the most taps
   p.phase_y = phase >> 1;
   p.phase_x = phase & 1;
   p.x = args.rows_left + tile % args.tiles_x * 8;
@@ -241,7 +244,8 @@ __device__ __forceinline__ int reflected(int i, int size) {
   return i < 0 ? -i : (i >= size ? 2 * (size - 1) - i : i);
 }
 
-// What a warp mends: the row above the map, the one below, the column left of it, the one right of it.
+// Reflection padding, by one warp: writes the row above the map, the one below it, the column to its left and the one
+// to its right, where the patch contains them.
 __device__ __forceinline__ void mend(char* box, const Args& args, int y0, int x0, int lane) {
   const int below = args.in_h - y0, beyond = args.in_w - x0;
 #pragma unroll 1
@@ -266,7 +270,7 @@ __device__ __forceinline__ void mend(char* box, const Args& args, int y0, int x0
 #pragma unroll 1
     for (int i = lane; i < args.box_rows * 8; i += 32) {
       const int y = i >> 3;
-      if (y0 + y < 0 || y0 + y >= args.in_h) continue;  // the corners are mended with the rows
+      if (y0 + y < 0 || y0 + y >= args.in_h) continue;  // the corners are written with the rows
       copy_pixel(box, y * args.pitch + column, y * args.pitch + from, i & 7);
     }
   }
@@ -346,7 +350,7 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
           }
         }
       }
-      // no block leaves before every block of the cluster has told its barriers all it will
+      // A block must not end before every block of the cluster has signalled its barriers for the last time.
 #pragma unroll 1
       for (int i = 0; i < args.weight_stages; ++i) {
         barrier_wait(shared_address(&weights_empty[stage]), parity);
@@ -390,12 +394,12 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
       }
     }
   } else if (warp < 4) {
-    // eight threads a pixel, eight channels a thread
+    // Eight threads store a pixel, eight channels each.
     constexpr int kPixels = kConsumers / 8, kPasses = N / kPixels;
     const int part = threadIdx.x % 8 * 8, first_pixel = threadIdx.x / 8;
     const int column = place.column + part;
     int pixels[kPasses];  // -1: outside
-    // the residual is read before the products where registers can hold it
+    // The residual is read before the products if the registers suffice to hold it.
     constexpr bool kEarly = kPasses <= 8;
     uint4 residual[kEarly ? kPasses : 1];
     asm volatile("griddepcontrol.wait;" ::: "memory");
@@ -436,7 +440,7 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
             Product<N>::template add<BF16>(sum, from_weights + k * 16 * kLine / 16, from_patch + k * 32 / 16);
           }
           asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-          // the step before this one has been read
+          // At most the last product is unfinished: the weights of the step before it have been read.
           asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
           if (before >= 0) release(shared_address(&weights_empty[before]), blocks, lane);
           if (first && chunk > 0 && lane == 0) {
@@ -461,7 +465,7 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
 
-    // through shared memory, where the patches lay: [pixel, channel] in float32
+    // The sums go through shared memory, in place of the patches, as float32 [pixel, channel].
     float* const rows = reinterpret_cast<float*>(patches);
     asm volatile("bar.sync 1, 128;" ::: "memory");
 #pragma unroll

@@ -1,10 +1,10 @@
-"""A hole as few rectangles that cover it: its bounding box is cut, and cut again, where that leaves less to compute.
+"""Covering a hole with few rectangles: its bounding box is cut repeatedly, where that leaves less to compute.
 
-Cuts follow the grid of cells of 16x16 pixels, and each part shrinks to the bounding box of its hole pixels. First the
-part is cut that loses most area by it, until there are :data:`MOST_RECTS` parts or nothing is left to cut. Cuts that
-do not save :data:`PIXELS_PER_RECT` for each rectangle, alone or with those after them, are then undone: the frame
-around a picture becomes four rectangles, although its first cuts save nothing. The time does not depend on the number
-of holes.
+Cuts follow the grid of cells of 16x16 pixels, and each part shrinks to the bounding box of its hole pixels. The part
+that loses the most area is cut first, until there are :data:`MOST_RECTS` parts or no cut is useful. Then a cut is
+undone if it and the cuts of its halves together save no more than :data:`PIXELS_PER_RECT` pixels for each rectangle
+that they add. So a frame around a picture becomes four rectangles, although its first cuts save nothing. The time
+does not depend on the number of holes.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from .regions import Rect
 MOST_RECTS = 16
 """Rectangles of a cover, at most: the time to plan a run, and the cuts where their cones overlap, grow with them."""
 PIXELS_PER_RECT = 300
-"""What a rectangle costs beside its pixels. With 100, strokes and blobs would get a third more rectangles for 0.1 %
-fewer multiplications; with 1000 they would take 1 % more."""
+"""Fixed cost of a rectangle beside its area, in pixels. With 100, strokes and blobs would get a third more rectangles
+for 0.1 % fewer multiplications; with 1000 they would take 1 % more."""
 _NOTHING = 1 << 40
 
 
@@ -47,7 +47,7 @@ def cover(hole: np.ndarray) -> tuple[Rect, ...]:
         part = _Part(box, box.area + PIXELS_PER_RECT)
         parts.append(part)
         cells = np.s_[box.top // CELL : -(-box.bottom // CELL), box.left // CELL : -(-box.right // CELL)]
-        # no cuts leave less than the cells' own boxes
+        # whatever the cuts, at least the cells' own boxes are left
         if box.area - int(areas[cells].sum()) > PIXELS_PER_RECT:
             halves = _best_halves(ends[:, cells[0], cells[1]], areas[cells])
             left = halves[0].area + halves[1].area
@@ -60,7 +60,7 @@ def cover(hole: np.ndarray) -> tuple[Rect, ...]:
             break
         *_, part, halves = heapq.heappop(waiting)
         part.halves = add(halves[0]), add(halves[1])
-    for part in reversed(parts):  # halves before what they are halves of
+    for part in reversed(parts):  # both halves of a part come before it
         if part.halves is not None:
             cost = part.halves[0].cost + part.halves[1].cost
             if cost < part.cost:

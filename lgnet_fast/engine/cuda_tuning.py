@@ -3,7 +3,7 @@
 The convolutions are tuned first (:mod:`.cuda_tuning_convolutions`), then the attention blocks
 (:mod:`.cuda_tuning_attention`). Candidates are compiled in parallel processes, run once, compared with what runs
 without tuning, and timed. The results are kept (:mod:`.cuda_measure`); where nothing was better, the shipped tables
-hold. Last, whole runs decide whether the deep layers share a launch (:mod:`.deep`).
+hold. Last, whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 _SECONDS_A_KERNEL = 1.3
 """Seconds to compile a kernel, in one process."""
 _DEEP_ROWS = (16, 64)
-"""Values of `deep_rows` that whole runs try, see :class:`.cuda_executor.CudaOptions`."""
+"""Values of `deep_rows` that are timed in whole runs, see :class:`.cuda_executor.CudaOptions`."""
 
 
 def tune(

@@ -2,8 +2,8 @@
 
 Candidates are block shapes of every operation in turn, those nearest to the shipped ones first. Each is compiled, run
 once, compared with what the shipped shapes compute, and timed with the kernels on which it has an influence. Last,
-forward and backward together decide whether the block keeps its choices. Results are kept as they come
-(`kernels/tuned.py`), and every launch of the operators follows them.
+forward and backward are timed together: a block that its choices make slower gets the shipped shapes back. Each
+result is kept at once (`kernels/tuned.py`), and every launch of the operators uses it.
 """
 
 from __future__ import annotations

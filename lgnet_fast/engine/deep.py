@@ -139,7 +139,7 @@ def group_launch(
 ) -> tuple[Callable[[], None], Tensor]:
     """The launch of a group that begins at step `first`, on maps given by `view`, and its state.
 
-    The state lives as long as the launch; `times` and `only` are those of :meth:`.kernels.deep.DeepGroup.program`.
+    The launch keeps a reference to the state. `times`, `only`: see :meth:`.kernels.deep.DeepGroup.program`.
     """
     from lgnet_fast.kernels.conv import Store
 
@@ -151,7 +151,7 @@ def group_launch(
 
 
 def _launch(group: DeepGroup, program: Any, state: Tensor) -> None:
-    del state  # kept alive by the owner of the launch
+    del state  # an argument only so that the launch keeps a reference to it
     group.launch(program)
 
 

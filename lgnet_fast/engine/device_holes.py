@@ -1,8 +1,9 @@
 """The holes of a mask on a GPU, found without making the host wait for the device's queue.
 
 One small reduction reduces the mask to cells of 32x32 pixels, which are copied to the host. Where nothing else is
-queued on the stream, the answer arrives after some microseconds, and the host waits for it. Where work is queued,
-waiting would leave the device idle afterwards: that run gets no answer, and a later run with the same mask finds it.
+queued on the stream, the result arrives after some microseconds, and the host waits for it. Where work is queued,
+waiting would leave the device idle afterwards: the run then does without the holes, and a later run with the same
+mask uses the finished search.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class DeviceHoles:
         stream = torch.cuda.current_stream(mask.device)
         idle = stream.query()
         if mask.is_inference() and not idle:
-            return None  # its writes are not counted, so the answer cannot be used for a later run
+            return None  # its writes are not counted, so a later run could not use the result
         search = _begin(mask, stream) if mask.is_inference() else self._known(mask, stream)
         if idle:
             search.done.synchronize()

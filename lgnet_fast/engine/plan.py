@@ -184,7 +184,7 @@ class Plan:
         return sum(self.macs(step) for step in self.steps)
 
     def cost(self, region_macs: float = 0.0) -> float:
-        """What the plan takes, in multiply-accumulates: its own, and `region_macs` for each region of a step."""
+        """Multiply-accumulates of the steps, and `region_macs` for each region of a step."""
         return self.total_macs() + region_macs * sum(len(step.regions) for step in self.steps)
 
     def restricted(self, holes: Iterable[Rect], region_macs: float = 0.0) -> Plan:
@@ -199,8 +199,8 @@ class Plan:
             region_macs: what a region costs beside its outputs, in multiply-accumulates of the whole batch.
         """
         rects = fewer(holes, (self.height, self.width))
-        # The last layers have few channels, where joining saves little, and what they join all others must compute:
-        # the plan as a whole decides about larger boxes.
+        # `join` compares areas only. A larger box can be cheaper for the whole plan, or more expensive, because all
+        # earlier layers compute what it reads. So the cost of the whole plan decides about one box for all holes.
         plan = self._restricted(join(rects), region_macs)
         if len(rects) > 1:
             box = self._restricted((functools.reduce(Rect.union, rects),), region_macs)

@@ -49,16 +49,16 @@ LIMITS = {torch.float16: 2e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3}
 _STEP_LIMITS = {torch.float16: 1e-2, torch.bfloat16: 5e-2, torch.float32: 2e-3}
 """Largest RMS error of one step's result on exact operands, relative to that result's RMS."""
 HOLES_KEPT = 256
-"""Sets of rounded holes that a shape remembers."""
+"""Most sets of rounded holes that are kept for a shape."""
 MOST_MACS = 3 << 38
 """Most multiply-accumulates of a run for which the check uses the sizes of the plan; beyond, one picture of 256x256.
 
 LGNet has 4.3e10 a picture of 256x256. Two runs of a check are in float32, at most nine are faster. A slow GPU (5e12
-float32 operations a second) needs 0.7 s for the two, so that a check takes less than two seconds. Compiling the
-kernels comes before, and is logged.
+float32 operations a second) needs 0.7 s for the two, so that a check takes less than two seconds. The kernels
+are compiled before the check; this is logged.
 """
 MOST_PIXELS = 16 * 256 * 256
-"""Most pixels of a batch for which it does; the example is made on the CPU."""
+"""Most pixels of a batch for which the check uses the sizes of the plan; the example is made on the CPU."""
 
 Runner = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
