@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from lgnet_fast import native
-from lgnet_fast.engine import cpu_kernels, cpu_weights
+from lgnet_fast.engine import cpu_choice, cpu_kernels, cpu_weights
 from lgnet_fast.engine.arena import lifetimes, plan_arena
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu_executor import CpuExecutor
@@ -388,6 +388,78 @@ def test_matrix_tiles_multiply_every_layer_and_round_less():
     assert 0 < errors["amx_bf16"] < errors["avx512_bf16"]
 
 
+@pytest.fixture
+def bf16x3():
+    """The fastest instruction set here, which must have products of bf16x3."""
+    library = native.library()
+    library.set_isa(instruction_sets()[-1])
+    if not library.has_bf16x3():
+        library.set_isa("auto")
+        pytest.skip("no products of bf16x3")
+    yield
+    library.set_isa("auto")
+
+
+@pytest.mark.usefixtures("bf16x3")
+@pytest.mark.parametrize("threads", [1, 2], indirect=True)
+def test_float32_by_three_products_of_bf16(threads):
+    """Its error is at most ten times that of float32 products, and a hundredth of that of one product of bf16."""
+    plan = plan_of(5)
+    image, mask = picture(1, 256, 256)
+    expected, _ = truth((5,), 1, 256, 256)
+
+    def error(executor):
+        return (executor.run(image, mask)[0].double() - expected).square().mean().sqrt().item()
+
+    executor = CpuExecutor.of(plan)
+    assert set(executor.choices.values()) <= {"direct/bf16x3", "narrow/bf16x3", "narrow", "attention/bf16x3"}
+    assert executor.choices["net_l.block0.first"] == "direct/bf16x3"
+    plain = CpuExecutor.of(plan, choices=choices(plan, "direct"))
+    pairs = CpuExecutor.of(plan, torch.bfloat16)
+    assert 0 < error(executor) < 10 * error(plain)
+    assert error(executor) < error(pairs) / 100
+    assert torch.equal(executor.run(image, mask)[0], executor.run(image, mask)[0])
+
+
+@pytest.mark.usefixtures("bf16x3")
+def test_bf16x3_keeps_sixteen_bits_of_both_factors():
+    """Ones plus small parts of 2^-9 to 2^-15: one product of bf16 would lose them all."""
+    weights = cpu_weights.Packing.of("bf16x3")
+    depth, channels = 8, 3
+    exact = 1 + 2.0 ** -torch.arange(9, 16).repeat(4)[: depth * channels].view(1, depth, channels)
+    into = torch.empty(2, 1, depth * weights.columns(channels), dtype=torch.bfloat16)
+    weights.pack(into, depth, channels, lambda begin, end, u: u.copy_(exact[:, begin:end]))
+    high, low = into.float()
+    assert torch.equal((high + low).unique(), torch.cat((torch.zeros(1), exact.unique())))
+
+
+@pytest.mark.usefixtures("bf16x3")
+@pytest.mark.parametrize("place", ["", "mkldnn", "mkldnn.conv"])
+def test_full_precision_is_kept_where_the_program_asks_pytorch_for_it(place):
+    settings = torch.backends
+    if not hasattr(settings.mkldnn, "conv"):
+        pytest.skip("this PyTorch has no fp32_precision")
+    for name in filter(None, place.split(".")):
+        settings = getattr(settings, name)
+    plan = plan_of(5)
+    before = settings.fp32_precision
+    settings.fp32_precision = "ieee"
+    try:
+        chosen = cpu_choice.choose_kernels(plan, torch.float32)
+    finally:
+        settings.fp32_precision = before
+    assert not any("bf16" in choice for choice in chosen.values())
+    assert any("bf16x3" in choice for choice in cpu_choice.choose_kernels(plan, torch.float32).values())
+
+
+@pytest.mark.usefixtures("bf16x3")
+def test_bf16x3_has_tiles_of_one_output():
+    plan = plan_of(5)
+    chosen = CpuExecutor.of(plan).choices
+    with pytest.raises(ValueError, match="tile: expected 1 for bf16x3, got 2"):
+        CpuExecutor.of(plan, choices=chosen | {"net_l.block0.first": "winograd2/bf16x3"})
+
+
 def test_an_odd_number_of_channels_has_no_pairs_in_a_last_step(isa):
     if not native.library().packing(True)[0]:
         pytest.skip("no products of bf16 pairs")
@@ -547,7 +619,7 @@ def test_few_outputs_read_only_those_weights_that_direct_convolution_needs(isa, 
     assert_close(result[hole], direct.run(image, mask)[0][hole].double())
     m = cpu_kernels.TILES[kernel]
     step = next(step for step in plan.steps if step.name == "net_c.d4")
-    packing = cpu_weights.Packing.of(False)
+    packing = cpu_weights.Packing.of("float32")
     groups = [group for job in cpu_kernels.jobs_of(step.geometry, m) for group in job.groups]
     for offset, group in zip(weights.placed[step.name].weights, groups, strict=True):
         point = len(group.starts) * step.source.channels * packing.columns(step.out_channels)
