@@ -43,7 +43,7 @@ int64_t source_row(const LastStep& step, int64_t y, int64_t tap) {
   return row < step.source.height ? row : -1;
 }
 
-// The source as the products read it: its map, or a copy in bf16 pairs.
+// The source as the products read it: its map, or a copy of a float map in bf16 pairs.
 struct Source {
   const char* data;  // [sample][height][width][pixel]
   int64_t pixel;     // in units
@@ -51,8 +51,14 @@ struct Source {
   int64_t depth;  // units of a pixel that are meant
 };
 
+// Whether the products can read the map itself: pairs need pixels that begin at one.
+bool reads_map(const LastStep& step) {
+  const MapSpec& map = step.source;
+  return step.bf16 == map.bf16 && !(map.bf16 && (map.pixel % 2 != 0 || map.offset % 2 != 0));
+}
+
 int64_t copy_bytes(const LastStep& step, const Run& run) {
-  if (!step.bf16) return 0;
+  if (reads_map(step)) return 0;
   return round_up(run.batch * step.source.height * step.source.width * step.source.channels * 2, 64);
 }
 
@@ -70,7 +76,7 @@ Source pairs_of(const LastStep& step, const Run& run, const std::vector<Line>& l
     }
   }
   Input input{};
-  input.source = {run.arena(map.offset), map.height, map.width, map.pixel, map.channels};
+  input.source = {run.map(map), map.height, map.width, map.pixel, map.channels, map.bf16};
   input.in_step = 1;
   input.zeros = run.zeros;
   Group row;
@@ -194,9 +200,9 @@ void run_step(const LastStep& step, const std::vector<Region>& regions, const Ru
   char* copy = run.scratch(copied + 4 * each * run.threads);
   float* scratch = reinterpret_cast<float*>(copy + copied);
   const std::vector<Line> lines = lines_of(regions, run.batch);
-  const Source source =
-      step.bf16 ? pairs_of(step, run, lines, copy)
-                : Source{reinterpret_cast<const char*>(run.arena(map.offset)), map.pixel, 4, map.channels};
+  const int64_t pair = map.bf16 ? 2 : 1;
+  const Source source = reads_map(step) ? Source{run.map(map), map.pixel / pair, 4, map.channels / pair}
+                                        : pairs_of(step, run, lines, copy);
   parallel_for(run.threads, static_cast<int64_t>(lines.size()), [&](int64_t task, int64_t worker) {
     float* products = scratch + worker * each;
     multiply_line(step, run, source, lines[task], columns, products);

@@ -480,16 +480,16 @@ class AttentionAlone:
         self.bias = torch.randn(channels, generator=rng)
         elements = batch * height * width * channels
         attention, copy = library.AttentionStep(), library.ConvStep()
-        attention.source = library.MapSpec(0, height, width, channels, channels)
+        attention.source = library.MapSpec(0, height, width, channels, channels, False)
         attention.released = variant == "released"
         attention.weight, attention.bias = self.weight.data_ptr(), self.bias.data_ptr()
-        attention.targets = [library.TargetSpec(elements, channels, 0)]
+        attention.targets = [library.TargetSpec(elements, channels, 0, False)]
         # A convolution with the identity: NaN stays in its pixel.
         lanes = library.packing(False)[0]
         self.identity = torch.eye(channels, -(-channels // lanes) * lanes)
         self.zeros = torch.zeros(lanes + channels)
-        copy.source = library.MapSpec(elements, height, width, channels, channels)
-        copy.targets = [library.TargetSpec(0, channels, 0)]
+        copy.source = library.MapSpec(elements, height, width, channels, channels, False)
+        copy.targets = [library.TargetSpec(0, channels, 0, False)]
         copy.weight, copy.bias, copy.out_channels = self.identity.data_ptr(), self.zeros.data_ptr(), channels
         copy.jobs = [library.Job(0, 0, [library.Group(1, 1, [(0, 0)], 0)])]
         for step in (attention, copy):
