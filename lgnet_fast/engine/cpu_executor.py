@@ -1,8 +1,8 @@
 """A plan on the CPU, by one call into ``lgnet_fast._C`` (csrc/program.cpp).
 
 With ``dtype=torch.bfloat16`` a step multiplies pairs of bf16 and sums in float32, where the CPU has such instructions
-and where that is faster. A feature map is stored as bf16 where every step that reads it multiplies such pairs, else as
-float32. :mod:`.cpu_kernels` lists the kernels, :mod:`.cpu_choice` chooses one for each step.
+and where that is faster. A feature map is stored as bf16 where every step that reads it multiplies such pairs, else
+as float32. :mod:`.cpu_kernels` lists the kernels, :mod:`.cpu_choice` chooses one for each step.
 """
 
 from __future__ import annotations
