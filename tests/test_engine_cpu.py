@@ -455,12 +455,12 @@ def test_which_maps_are_stored_as_bf16(pairs):
 
 
 @pytest.mark.skipif("amx_bf16" not in ISAS, reason="no matrix tiles on this CPU")
-def test_maps_of_bf16_take_half_the_memory():
+def test_maps_of_bf16_take_less_memory():
     plan = plan_of(16)
     image, mask = picture(1, 256, 256)
     executors = [CpuExecutor.of(plan, dtype) for dtype in (torch.bfloat16, torch.float32)]
     sizes = [plan_arena(plan, halves=executor.bf16_buffers).size for executor in executors]
-    assert 0.5 <= sizes[0] / sizes[1] < 0.6  # the picture and the raw ones stay
+    assert 0.5 <= sizes[0] / sizes[1] < 0.65  # the picture and the raw ones stay, beside few channels
     for executor in executors:
         executor.run(image, mask)
     assert executors[0].workspace_bytes < executors[1].workspace_bytes
