@@ -466,8 +466,8 @@ def test_maps_of_bf16_take_less_memory():
     assert executors[0].workspace_bytes < executors[1].workspace_bytes
 
 
-@pytest.mark.parametrize("name", ["lgnet_light"])
-def test_maps_of_bf16_of_the_light_model(pairs, name, monkeypatch):
+@pytest.mark.parametrize("name", ["lgnet_light", "lgnet_small"])
+def test_maps_of_bf16_of_the_light_and_the_demo_model(pairs, name, monkeypatch):
     torch.manual_seed(0)
     plan = build_plan(plan_stages(create_model(name).eval()), 1, 256, 256)
     image, mask = picture(1, 256, 256)
