@@ -241,8 +241,10 @@ template <class T>
 void Forward<T>::use(const PixelMaps& maps) {
   w_.pixels = maps.from;
   w_.pixel = maps.from_pixel;
+  w_.pixels_bf16 = maps.from_bf16;
   w_.to_pixels = maps.to;
   w_.to_pixel = maps.to_pixel;
+  w_.to_bf16 = maps.to_bf16;
   w_.relu = maps.relu;
   w_.queries = maps.queries.data();
   w_.query_count = static_cast<int64_t>(maps.queries.size());

@@ -24,10 +24,11 @@ struct AttentionWork {
 
   const T* features;  // [batch][channels][positions]
   // Maps of a program, which replace `features` and `out` in the forward: [item][position][pixel]. Only the queries
-  // of the list are computed. Null: none.
-  const T* pixels;
-  T* to_pixels;
+  // of the list are computed. Null: none. Elements are T, or bf16.
+  const void* pixels;
+  void* to_pixels;
   int64_t pixel, to_pixel;
+  bool pixels_bf16, to_bf16;
   const int32_t* queries;
   bool relu;  // store max(0, result)
 
@@ -96,10 +97,12 @@ void attention_forward(const TensorArg& features, const TensorArg& weight, const
 // Maps of a program's step, [batch][height * width][pixel] each; of a pixel, the first `channels` elements are used.
 struct PixelMaps {
   int64_t batch, channels, height, width;
-  const float* from;
+  const void* from;
   int64_t from_pixel;
-  float* to;
+  bool from_bf16;  // its elements, else float
+  void* to;
   int64_t to_pixel;
+  bool to_bf16;
   bool relu;                     // store max(0, result)
   std::vector<int32_t> queries;  // positions to compute, in every sample; all positions are keys
 };

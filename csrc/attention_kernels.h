@@ -255,19 +255,29 @@ struct Attention {
 
   // --- maps of pixels --------------------------------------------------------------------------------------------
 
-  static LGNET_INLINE const T* pixel_of(const Work& w, int64_t b, int64_t position) {
-    return w.pixels + ((w.first_item + b) * w.positions + position) * w.pixel;
+  // Channels of a position, of T or of bf16.
+  struct Pixel {
+    const void* map;
+    int64_t at;
+    bool is_bf16;
+
+    LGNET_INLINE Pixel operator+(int64_t elements) const { return {map, at + elements, is_bf16}; }
+  };
+  static LGNET_INLINE Pixel pixel_of(const Work& w, int64_t b, int64_t position) {
+    return {w.pixels, ((w.first_item + b) * w.positions + position) * w.pixel, w.pixels_bf16};
   }
 
   // Loads W elements plus `shift`; lanes from `count` on are zero.
-  static LGNET_INLINE Reg load_some(const T* p, int64_t count, T shift) {
-    if (count >= W) return V::add(V::load(p), V::set1(shift));
+  static LGNET_INLINE Reg load_some(Pixel p, int64_t count, T shift) {
+    const T* full = static_cast<const T*>(p.map) + p.at;
+    const bf16* half = static_cast<const bf16*>(p.map) + p.at;
+    if (count >= W) return V::add(p.is_bf16 ? V::load(half) : V::load(full), V::set1(shift));
     T lane[W] = {};
-    for (int64_t i = 0; i < count; ++i) lane[i] = p[i] + shift;
+    for (int64_t i = 0; i < count; ++i) lane[i] = (p.is_bf16 ? static_cast<T>(to_float(half[i])) : full[i]) + shift;
     return V::load(lane);
   }
 
-  static T sum_of_squares(const T* pixel, int64_t channels, T shift) {
+  static T sum_of_squares(Pixel pixel, int64_t channels, T shift) {
     Reg total[4];
     for (int u = 0; u < 4; ++u) total[u] = V::set1(0);
     for (int64_t c0 = 0; c0 < channels; c0 += 4 * W) {
@@ -332,7 +342,7 @@ struct Attention {
       });
     }
     struct Box {  // the part of a query's 3x3 neighbourhood that lies in the map
-      const T* first;
+      Pixel first;
       int64_t rows, columns;
     };
     Box boxes[NR];
@@ -345,7 +355,7 @@ struct Attention {
     gather_rows(w, count, rows, [&](int64_t t, int64_t c) {
       Reg total = V::set1(0);
       for (int64_t x = 0; x < boxes[t].columns; ++x) {
-        const T* from = boxes[t].first + x * w.pixel + c;
+        const Pixel from = boxes[t].first + (x * w.pixel + c);
         Reg column = load_some(from, w.channels - c, T{0});
         for (int64_t y = 1; y < boxes[t].rows; ++y) {
           column = V::add(column, load_some(from + y * w.width * w.pixel, w.channels - c, T{0}));
@@ -367,8 +377,17 @@ struct Attention {
       }
       for (int64_t t = 0; t < count; ++t) {
         const int64_t position = (w.first_item + b) * w.positions + w.queries[q0 + t];
-        T* to = w.to_pixels + position * w.to_pixel + first + c0;
-        for (int64_t c = 0; c < some; ++c) to[c] = w.relu && block[t][c] < 0 ? T{0} : block[t][c];  // NaN stays
+        const int64_t at = position * w.to_pixel + first + c0;
+        if (w.relu) {
+          for (int64_t c = 0; c < some; ++c) block[t][c] = block[t][c] < 0 ? T{0} : block[t][c];  // NaN stays
+        }
+        if (w.to_bf16) {
+          bf16* to = static_cast<bf16*>(w.to_pixels) + at;
+          for (int64_t c = 0; c < some; ++c) to[c] = to_bf16(static_cast<float>(block[t][c]));
+        } else {
+          T* to = static_cast<T*>(w.to_pixels) + at;
+          for (int64_t c = 0; c < some; ++c) to[c] = block[t][c];
+        }
       }
     }
   }

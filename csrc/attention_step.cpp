@@ -38,10 +38,12 @@ void run_step(const AttentionStep& step, const std::vector<Region>& regions, con
                          source.channels,
                          source.height,
                          source.width,
-                         run.arena(source.offset) + b * positions * source.pixel,
+                         run.map(source) + b * positions * source.pixel * element_bytes(source.bf16),
                          source.pixel,
-                         run.arena(target.offset) + b * positions * target.pixel,
+                         source.bf16,
+                         run.map(target) + b * positions * target.pixel * element_bytes(target.bf16),
                          target.pixel,
+                         target.bf16,
                          target.activation == Activation::relu,
                          positions_of(regions, apart ? b : -1, source)};
     if (maps.queries.empty()) continue;

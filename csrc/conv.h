@@ -17,10 +17,14 @@ namespace lgnet {
 
 enum class Activation : int64_t { none = 0, relu = 1, leaky_relu = 2 };
 
+// Of an element of a feature map, which is bf16 or float.
+inline int64_t element_bytes(bool bf16) { return bf16 ? 2 : 4; }
+
 // A feature map [batch][height][width][pixel], of which `channels` from `data` on are meant.
 struct FeatureMap {
-  const float* data;
+  const void* data;
   int64_t height, width, pixel, channels;
+  bool bf16;  // its elements, else float
 };
 
 struct Start {
@@ -43,7 +47,7 @@ struct Input {
   FeatureMap source;
   int64_t in_step;
   bool reflect;
-  const float* zeros;  // at least source.channels zeros, read outside the source
+  const float* zeros;  // at least source.channels zeros, read outside the source, as bf16 too
 };
 
 // A product c[rows][columns] (+)= a[rows][depth] * b, depth in units (see simd/vector.h), of columns
@@ -66,17 +70,19 @@ struct Product {
 };
 
 struct Target {
-  float* data;
+  void* data;
   int64_t pixel;
   Activation activation;
+  bool bf16;    // its elements, else float
   bool stream;  // write past the caches
 };
 
 struct Output {
   const float* bias;  // padded to the vector width
   int64_t channels, height, width, out_step;
-  const float* residual;  // or null
+  const void* residual;  // or null
   int64_t residual_pixel;
+  bool residual_bf16;
   int64_t target_count;
   Target targets[2];
 };
@@ -115,7 +121,8 @@ struct ConvKernels {
   // output.
   int64_t parts;
   void (*product)(const Product&);
-  // V of `count` tiles: v[point * point_stride + tile * row + k], in units; low parts `low` units further on.
+  // V of `count` tiles: v[point * point_stride + tile * row + k], in units; low parts `low` units further on. A
+  // source of bf16 needs products of bf16 pairs.
   void (*transform)(const Input&, const Group&, int64_t m, const Tile*, int64_t count, void* v, int64_t point_stride,
                     int64_t row, int64_t low);
   // Sums the groups' output transforms, adds bias and residual and stores. products[g] is M of group g:

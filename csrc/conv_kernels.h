@@ -284,10 +284,13 @@ struct Conv {
       if constexpr (V::PARTS == 2) to[PAIR * low] = to_bf16(value - to_float(*to));
     }
   }
-  static LGNET_INLINE Reg load_some(const float* p, int64_t count) {
+  static LGNET_INLINE float to_float(float value) { return value; }
+  static LGNET_INLINE float to_float(bf16 value) { return lgnet::to_float(value); }
+  template <class S>
+  static LGNET_INLINE Reg load_some(const S* p, int64_t count) {
     if (count >= W) return V::load(p);
     float lane[W] = {};
-    for (int64_t i = 0; i < count; ++i) lane[i] = p[i];
+    for (int64_t i = 0; i < count; ++i) lane[i] = to_float(p[i]);
     return V::load(lane);
   }
   static LGNET_INLINE void store_some(float* p, Reg value, int64_t count) {
@@ -295,6 +298,28 @@ struct Conv {
     float lane[W];
     V::store(lane, value);
     for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
+  }
+  static LGNET_INLINE void store_some(bf16* p, Reg value, int64_t count) {
+    if (count >= W) return store_bf16(p, value);
+    float lane[W];
+    V::store(lane, value);
+    for (int64_t i = 0; i < count; ++i) p[i] = to_bf16(lane[i]);
+  }
+  // By the instruction set's conversion, where it has one.
+  static LGNET_INLINE void store_bf16(bf16* p, Reg value) {
+    if constexpr (PAIR == 1) {
+      V::store(p, value);
+    } else {
+      V::store_half(p, value);
+    }
+  }
+  static LGNET_INLINE void stream(float* p, Reg value) { V::stream(p, value); }
+  static LGNET_INLINE void stream(bf16* p, Reg value) {
+    if constexpr (PAIR == 1) {
+      V::stream(p, value);
+    } else {
+      V::stream_half(p, value);
+    }
   }
   static LGNET_INLINE void put_some(Unit* row, int64_t k, Reg value, int64_t count) {
     if (count >= W) return put(row, k, value, 0);
@@ -309,8 +334,13 @@ struct Conv {
     return i >= first && i < last ? i : -1;
   }
 
-  static LGNET_INLINE const float* batch_item(const Input& in, const Tile& tile) {
-    return in.source.data + tile.batch * in.source.height * in.source.width * in.source.pixel;
+  template <class S>
+  static LGNET_INLINE const S* batch_item(const Input& in, const Tile& tile) {
+    return static_cast<const S*>(in.source.data) + tile.batch * in.source.height * in.source.width * in.source.pixel;
+  }
+  template <class S>
+  static LGNET_INLINE const S* zeros(const Input& in) {
+    return reinterpret_cast<const S*>(in.zeros);
   }
 
   static void copy(const float* from, Unit* row, int64_t k, int64_t count, int64_t low) {
@@ -319,6 +349,9 @@ struct Conv {
     if (c == count) return;
     if (count >= W) return put(row, k + count - W, V::load(from + count - W), low);
     for (; c < count; ++c) put_one(row, k + c, from[c], low);
+  }
+  static LGNET_INLINE void copy(const bf16* from, Unit* row, int64_t k, int64_t count, int64_t) {
+    std::memcpy(reinterpret_cast<bf16*>(row) + k, from, static_cast<size_t>(count) * sizeof(bf16));
   }
 
   // m = 1: the patches themselves. Taps that follow each other in a row are one run where the source's pixels do.
@@ -339,6 +372,7 @@ struct Conv {
     return runs;
   }
 
+  template <class S>
   static void patches(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v, int64_t row,
                       int64_t low) {
     const FeatureMap& s = in.source;
@@ -347,19 +381,22 @@ struct Conv {
     for (int64_t t = 0; t < count; ++t, v += row) {
       const Tile& tile = tiles[t];
       const Rect& read = tile.region->read;
-      const float* image = batch_item(in, tile);
+      const S* image = batch_item<S>(in, tile);
       int64_t k = 0;
       for (const Run& run : runs) {
         const int64_t y = index(tile.y * in.in_step + run.y, s.height, in.reflect, read.top, read.bottom);
         const int64_t x = tile.x * in.in_step + run.x;
-        if (y >= 0 && x >= 0 && x + run.taps <= s.width) {
-          copy(image + (y * s.width + x) * s.pixel, v, k, run.taps * s.channels, low);
-        } else {
-          for (int64_t i = 0; i < run.taps; ++i) {
-            const int64_t column = index(x + i, s.width, in.reflect, read.left, read.right);
-            copy(y < 0 || column < 0 ? in.zeros : image + (y * s.width + column) * s.pixel, v, k + i * channels,
-                 s.channels, low);
+        for (int64_t i = 0; i < run.taps;) {
+          const int64_t inside = (run.taps < s.width - x ? run.taps : s.width - x) - i;
+          if (y >= 0 && x + i >= 0 && inside > 0) {
+            copy(image + (y * s.width + x + i) * s.pixel, v, k + i * channels, inside * s.channels, low);
+            i += inside;
+            continue;
           }
+          const int64_t column = index(x + i, s.width, in.reflect, read.left, read.right);
+          copy(y < 0 || column < 0 ? zeros<S>(in) : image + (y * s.width + column) * s.pixel, v, k + i * channels,
+               s.channels, low);
+          ++i;
         }
         if (channels != s.channels) put_one(v, k + s.channels, 0, low);
         k += run.taps * channels;
@@ -367,7 +404,7 @@ struct Conv {
     }
   }
 
-  template <int M, int RY, int RX>
+  template <class S, int M, int RY, int RX>
   static void transform_tiles(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v,
                               int64_t point_stride, int64_t row) {
     using Y = Axis<V, M, RY>;
@@ -377,10 +414,10 @@ struct Conv {
     for (int64_t t = 0; t < count; ++t, v += row) {
       const Tile& tile = tiles[t];
       const Rect& read = tile.region->read;
-      const float* image = batch_item(in, tile);
+      const S* image = batch_item<S>(in, tile);
       Unit* to = v;
       for (const Start& start : group.starts) {
-        const float* pixels[Y::POINTS][X::POINTS];
+        const S* pixels[Y::POINTS][X::POINTS];
         int64_t columns[X::POINTS];
         for (int j = 0; j < X::POINTS; ++j) {
           columns[j] =
@@ -389,7 +426,7 @@ struct Conv {
         for (int i = 0; i < Y::POINTS; ++i) {
           const int64_t y = index((tile.y + i) * in.in_step + start.y, s.height, in.reflect, read.top, read.bottom);
           for (int j = 0; j < X::POINTS; ++j) {
-            pixels[i][j] = y < 0 || columns[j] < 0 ? in.zeros : image + y * s.width * s.pixel + columns[j];
+            pixels[i][j] = y < 0 || columns[j] < 0 ? zeros<S>(in) : image + y * s.width * s.pixel + columns[j];
           }
         }
         for (int64_t c = 0; c < s.channels; c += W) {
@@ -440,12 +477,20 @@ struct Conv {
 
   static void transform(const Input& in, const Group& group, int64_t m, const Tile* tiles, int64_t count, void* v,
                         int64_t point_stride, int64_t row, int64_t low) {
+    if constexpr (PAIR == 2 && V::PARTS == 1) {
+      if (in.source.bf16) return transform_map<bf16>(in, group, m, tiles, count, v, point_stride, row, low);
+    }
+    transform_map<float>(in, group, m, tiles, count, v, point_stride, row, low);
+  }
+  template <class S>
+  static void transform_map(const Input& in, const Group& group, int64_t m, const Tile* tiles, int64_t count, void* v,
+                            int64_t point_stride, int64_t row, int64_t low) {
     Unit* to = static_cast<Unit*>(v);
-    if (V::PARTS > 1 || m == 1) return patches(in, group, tiles, count, to, row, low);
+    if (V::PARTS > 1 || m == 1) return patches<S>(in, group, tiles, count, to, row, low);
     if constexpr (V::PARTS == 1) {
       with_form(m, group.ry, group.rx, [&](auto mm, auto ry, auto rx) {
-        transform_tiles<decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(in, group, tiles, count, to,
-                                                                                       point_stride, row);
+        transform_tiles<S, decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(in, group, tiles, count, to,
+                                                                                          point_stride, row);
       });
     }
   }
@@ -494,16 +539,29 @@ struct Conv {
     for (int64_t c = 0; c < out.channels; c += W) {
       const int64_t some = out.channels - c;
       Reg x = V::add(V::load(value + c), V::load(out.bias + c));
-      if (out.residual) x = V::add(x, load_some(out.residual + pixel * out.residual_pixel + c, some));
+      if (out.residual) {
+        const int64_t at = pixel * out.residual_pixel + c;
+        x = V::add(x, out.residual_bf16 ? load_some(static_cast<const bf16*>(out.residual) + at, some)
+                                        : load_some(static_cast<const float*>(out.residual) + at, some));
+      }
       for (int64_t i = 0; i < out.target_count; ++i) {
         const Target& target = out.targets[i];
-        float* to = target.data + pixel * target.pixel + c;
-        if (target.stream) {
-          V::stream(to, activate(x, target.activation));
+        const int64_t at = pixel * target.pixel + c;
+        const Reg value = activate(x, target.activation);
+        if (target.bf16) {
+          store_to(target, static_cast<bf16*>(target.data) + at, value, some);
         } else {
-          store_some(to, activate(x, target.activation), some);
+          store_to(target, static_cast<float*>(target.data) + at, value, some);
         }
       }
+    }
+  }
+  template <class S>
+  static LGNET_INLINE void store_to(const Target& target, S* to, Reg value, int64_t count) {
+    if (target.stream) {
+      stream(to, value);
+    } else {
+      store_some(to, value, count);
     }
   }
 

@@ -52,9 +52,16 @@ struct Source {
   int64_t low;    // units from the high parts to the low ones
 };
 
+// Whether the products can read the map itself: pairs need pixels that begin at one.
+bool reads_map(const LastStep& step) {
+  const MapSpec& map = step.source;
+  if (!map.bf16) return step.products == Products::float32;
+  return map.pixel % 2 == 0 && map.offset % 2 == 0;
+}
+
 // Of one part of the copy.
 int64_t copy_bytes(const LastStep& step, const Run& run) {
-  if (step.products == Products::float32) return 0;
+  if (reads_map(step)) return 0;
   return round_up(run.batch * step.source.height * step.source.width * step.source.channels * 2, 64);
 }
 
@@ -72,7 +79,7 @@ Source pairs_of(const LastStep& step, const Run& run, const std::vector<Line>& l
     }
   }
   Input input{};
-  input.source = {run.arena(map.offset), map.height, map.width, map.pixel, map.channels};
+  input.source = {run.map(map), map.height, map.width, map.pixel, map.channels, map.bf16};
   input.in_step = 1;
   input.zeros = run.zeros;
   Group row;
@@ -200,10 +207,9 @@ void run_step(const LastStep& step, const std::vector<Region>& regions, const Ru
   char* copy = run.scratch(copied + 4 * each * run.threads);
   float* scratch = reinterpret_cast<float*>(copy + copied);
   const std::vector<Line> lines = lines_of(regions, run.batch);
-  const Source source =
-      step.products == Products::float32
-          ? Source{reinterpret_cast<const char*>(run.arena(map.offset)), map.pixel, 4, map.channels, 0}
-          : pairs_of(step, run, lines, copy);
+  const int64_t pair = map.bf16 ? 2 : 1;
+  const Source source = reads_map(step) ? Source{run.map(map), map.pixel / pair, 4, map.channels / pair, 0}
+                                        : pairs_of(step, run, lines, copy);
   parallel_for(run.threads, static_cast<int64_t>(lines.size()), [&](int64_t task, int64_t worker) {
     float* products = scratch + worker * each;
     multiply_line(step, run, source, lines[task], columns, products);

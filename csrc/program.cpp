@@ -4,14 +4,14 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
-#include <limits>
 
 #include "parallel.h"
 
 namespace lgnet {
 namespace {
 
-constexpr size_t kMaximumGroups = 4;  // of a job
+constexpr size_t kMaximumGroups = 4;      // of a job
+constexpr uint32_t kPoison = 0x7fc07fc0;  // NaN, as a float and as two bf16
 
 const Step& base(const AnyStep& step) {
   return std::visit([](const auto& s) -> const Step& { return s; }, step);
@@ -51,7 +51,11 @@ void check_step(const AnyStep& any, const Kernels& kernels, int64_t batch) {
   if (needs_products(any) && !kernels.conv.of(step.products).product) {
     fail("Program", "products", "an instruction set with such products of bf16", isa_name());
   }
+  if (step.source.bf16 && step.products != Products::bf16 && !std::holds_alternative<AttentionStep>(any)) {
+    fail("Program", "source", "float32 for products other than bf16", "bfloat16");
+  }
   if (std::holds_alternative<LastStep>(any)) {
+    if (step.targets[0].bf16) fail("Program", "targets", "float32 for a raw picture", "bfloat16");
     if (step.products != Products::float32 && step.source.channels % 2 != 0) {
       fail("Program", "channels", "pairs of them", std::to_string(step.source.channels));
     }
@@ -117,7 +121,7 @@ std::vector<double> Program::run(const TensorArg& image, const TensorArg& mask, 
   const Arguments arguments = check_arguments(image, mask, start, out, raw, regions, threads);
   std::unique_ptr<Memory> memory = take_memory();
   Run run{kernels_, *memory, batch_, threads, zeros_.data(), picture_, arguments.image, View{}};
-  if (poison) std::fill_n(run.arena(0), arena_, std::numeric_limits<float>::quiet_NaN());
+  if (poison) std::fill_n(memory->arena.as<uint32_t>(), arena_, kPoison);
   paint(arguments, run);
   std::vector<double> times = run_steps(arguments, regions, run);
   copy_out(arguments, run);

@@ -32,12 +32,13 @@ void bind_parts(py::module_& m) {
       .value("bf16", Products::bf16)
       .value("bf16x3", Products::bf16x3);
   py::class_<MapSpec>(m, "MapSpec")
-      .def(py::init([](int64_t offset, int64_t height, int64_t width, int64_t pixel, int64_t channels) {
-        return MapSpec{offset, height, width, pixel, channels};
+      .def(py::init([](int64_t offset, int64_t height, int64_t width, int64_t pixel, int64_t channels, bool bf16) {
+        return MapSpec{offset, height, width, pixel, channels, bf16};
       }));
-  py::class_<TargetSpec>(m, "TargetSpec").def(py::init([](int64_t offset, int64_t pixel, int64_t activation) {
-    return TargetSpec{offset, pixel, static_cast<Activation>(activation)};
-  }));
+  py::class_<TargetSpec>(m, "TargetSpec")
+      .def(py::init([](int64_t offset, int64_t pixel, int64_t activation, bool bf16) {
+        return TargetSpec{offset, pixel, static_cast<Activation>(activation), bf16};
+      }));
   py::class_<Region>(m, "Region")
       .def(py::init([](const std::array<int64_t, 4>& out, const std::array<int64_t, 4>& read, int64_t sample) {
         return Region{{out[0], out[1], out[2], out[3]}, {read[0], read[1], read[2], read[3]}, sample};

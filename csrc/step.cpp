@@ -14,7 +14,7 @@ char* Run::scratch(int64_t bytes) const {
 Input input_of(const ConvStep& step, const Run& run) {
   const MapSpec& source = step.source;
   Input input;
-  input.source = {run.arena(source.offset), source.height, source.width, source.pixel, source.channels};
+  input.source = {run.map(source), source.height, source.width, source.pixel, source.channels, source.bf16};
   input.in_step = step.in_step;
   input.reflect = step.reflect;
   input.zeros = run.zeros;
@@ -29,15 +29,17 @@ Output output_of(const ConvStep& step, const Run& run) {
   output.width = step.out_width;
   output.out_step = step.out_step;
   if (step.residual) {
-    output.residual = run.arena(step.residual->offset);
+    output.residual = run.map(*step.residual);
     output.residual_pixel = step.residual->pixel;
+    output.residual_bf16 = step.residual->bf16;
   }
   const ConvKernels& kernels = run.kernels.conv.f32;
   const int64_t pixels = run.batch * step.out_height * step.out_width;
   for (const TargetSpec& target : step.targets) {
     const bool aligned = (target.offset | target.pixel | step.out_channels) % kernels.lanes == 0;
+    // Counted as floats: a map of bf16 is streamed where that of floats is, which measured best.
     const bool stream = aligned && 4 * pixels * step.out_channels > kernels.stream_bytes;
-    output.targets[output.target_count++] = {run.arena(target.offset), target.pixel, target.activation, stream};
+    output.targets[output.target_count++] = {run.map(target), target.pixel, target.activation, target.bf16, stream};
   }
   return output;
 }

@@ -12,14 +12,17 @@
 
 namespace lgnet {
 
-// Channels of a feature map in the arena: `offset` floats from its start.
+// Channels of a feature map in the arena. bf16: its elements are bf16, else float. `offset`: as many of its elements
+// from the arena's start.
 struct MapSpec {
   int64_t offset = 0, height = 0, width = 0, pixel = 0, channels = 0;
+  bool bf16 = false;
 };
 
 struct TargetSpec {
   int64_t offset = 0, pixel = 0;
   Activation activation = Activation::none;
+  bool bf16 = false;
 };
 
 // What all steps have. Addresses are of memory that outlives the program (the Python executor owns it).
@@ -72,6 +75,11 @@ struct Run {
   View raw;            // [B, 3, H, W]: where the current stage's last step puts what it computed; may be empty
 
   float* arena(int64_t offset) const { return memory.arena.as<float>() + offset; }
+  // Where a map lies.
+  template <class Spec>
+  char* map(const Spec& spec) const {
+    return memory.arena.as<char>() + spec.offset * element_bytes(spec.bf16);
+  }
   char* scratch(int64_t bytes) const;
 };
 

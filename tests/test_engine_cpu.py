@@ -10,13 +10,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lgnet_fast import native
-from lgnet_fast.engine import cpu_choice, cpu_kernels, cpu_weights
+from lgnet_fast import create_model, native
+from lgnet_fast.engine import cpu_choice, cpu_executor, cpu_kernels, cpu_weights
 from lgnet_fast.engine.arena import lifetimes, plan_arena
 from lgnet_fast.engine.build import build_plan, plan_stages
+from lgnet_fast.engine.cpu_choice import choice_of
 from lgnet_fast.engine.cpu_executor import CpuExecutor
 from lgnet_fast.engine.cpu_weights import CpuWeights
-from lgnet_fast.engine.plan import Plan
+from lgnet_fast.engine.plan import PICTURE, Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.attention import attention_block
@@ -346,10 +347,13 @@ def test_wrong_arguments_are_refused():
         executor.run(image, mask[..., :128])
 
 
-def test_buffers_that_live_together_do_not_overlap():
-    plan = plan_of(16)
-    arena, spans = plan_arena(plan), lifetimes(plan)
-    sizes = {name: b.height * b.width * b.channels for name, b in plan.buffers.items()}
+@pytest.mark.parametrize("channels", [5, 16])
+@pytest.mark.parametrize("every", [0, 1, 2], ids=["floats", "halves", "both"])
+def test_buffers_that_live_together_do_not_overlap(every, channels):
+    plan = plan_of(channels)
+    halves = list(plan.buffers)[::every] if every else []
+    arena, spans = plan_arena(plan, halves=halves), lifetimes(plan)
+    sizes = {name: b.height * b.width * b.channels / (2 if name in halves else 1) for name, b in plan.buffers.items()}
     for a in spans:
         for b in spans:
             if a < b and spans[a][0] <= spans[b][1] and spans[b][0] <= spans[a][1]:
@@ -357,6 +361,132 @@ def test_buffers_that_live_together_do_not_overlap():
                     arena.offsets[a] + sizes[a] <= arena.offsets[b] or arena.offsets[b] + sizes[b] <= arena.offsets[a]
                 )
     assert arena.size < 0.5 * sum(sizes.values())
+
+
+# --- feature maps of bf16 -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pairs(isa: str) -> str:
+    """Every instruction set with products of bf16 pairs."""
+    if not native.library().packing(True)[0]:
+        pytest.skip("no products of bf16 pairs")
+    return isa
+
+
+def in_pairs(plan: Plan, kernel: str) -> dict[str, str]:
+    """`kernel` wherever it can run, with products of bf16 pairs wherever there are some."""
+    return {step.name: choice_of(step, choices(plan, kernel)[step.name], "bf16") for step in plan.steps}
+
+
+def with_maps_of_both_kinds(
+    plan: Plan, chosen: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> tuple[CpuExecutor, CpuExecutor]:
+    """The executor, and one with the same weights whose maps are all float32."""
+    stored = CpuExecutor.of(plan, torch.bfloat16, chosen)
+    with monkeypatch.context() as patch:
+        patch.setattr(cpu_executor, "buffers_of_pairs", lambda *_: frozenset())
+        full = CpuExecutor(plan, stored.weights)
+    assert stored.bf16_buffers
+    assert not full.bf16_buffers
+    return stored, full
+
+
+@pytest.mark.parametrize("mixed", [False, True], ids=["pairs", "every second step in float32"])
+@pytest.mark.parametrize("channels", [3, 16])
+def test_direct_products_round_maps_of_float32_as_they_are_stored_in_bf16(pairs, channels, mixed, monkeypatch):
+    """The same bits, dense and in regions: without residuals and attention nothing but rounded values is read."""
+    plan = plan_of(channels, "C")
+    chosen = in_pairs(plan, "direct")
+    if mixed:
+        chosen = {
+            name: text.removesuffix("/bf16") if i % 2 else text for i, (name, text) in enumerate(chosen.items())
+        }
+    stored, full = with_maps_of_both_kinds(plan, chosen, monkeypatch)
+    image, mask = picture(1, 256, 256)
+    assert torch.equal(stored._run(image, mask, None, [], poison=True)[0], full.run(image, mask)[0])
+    for holes in (HOLES["several"], HOLES["edges"], [Rect(3, 251, 6, 250)]):
+        regions = [step.regions for step in plan.restricted(holes).steps]
+        got = stored._run(image, mask, None, stored._listed(regions), poison=True)[0]
+        inside = torch.zeros_like(mask, dtype=torch.bool)
+        for top, bottom, left, right in holes:
+            inside[..., top:bottom, left:right] = True
+        inside = inside.expand_as(got)
+        assert torch.equal(got[inside], full.run(image, mask, None, regions)[0][inside])
+    two = plan.resized(2, 256, 256)
+    image, mask = picture(2, 256, 256, seed=4)
+    assert torch.equal(
+        stored.resized(two)._run(image, mask, None, [], poison=True)[0][1:], stored.run(image[1:], mask[1:])[0]
+    )
+
+
+@pytest.mark.parametrize("kernel", ["direct", "winograd2"])
+@pytest.mark.parametrize("channels", [5, 16])
+def test_maps_of_bf16_add_little_to_the_error(pairs, channels, kernel, threads, monkeypatch):
+    """Of whole networks, with residuals and attention."""
+    plan = plan_of(channels)
+    expected = truth((channels,), 2, 256, 256)[0]
+    errors = []
+    for executor in with_maps_of_both_kinds(plan, in_pairs(plan, kernel), monkeypatch):
+        two = executor.resized(plan.resized(2, 256, 256))
+        got = two._run(*picture(2, 256, 256), None, [], poison=True)[0]
+        assert_close(got.bfloat16(), expected, rms=2.6, roundings=64)
+        assert torch.equal(two.run(*picture(2, 256, 256))[0], got)
+        errors.append((got.double() - expected).square().mean().sqrt())
+    assert 0 < errors[0] <= 1.5 * errors[1]
+
+
+def test_which_maps_are_stored_as_bf16(pairs):
+    plan = plan_of(16)
+    in_float = {step.source.buffer for step in plan.steps} & {PICTURE}
+    raw = {step.stores[0].view.buffer for step in plan.steps if step.merges}
+    executor = CpuExecutor.of(plan, torch.bfloat16, in_pairs(plan, "direct"))
+    last = {s.source.buffer for s in plan.steps if not cpu_kernels.Choice.parse(executor.choices[s.name]).pairs}
+    assert len(last) == (0 if native.library().multiplies_by_tiles() else 3)  # of stages, by vectors
+    assert executor.bf16_buffers == plan.buffers.keys() - in_float - raw - last
+    # What a product of float32 reads, as source or residual, is float32.
+    one = next(step for step in plan.steps if step.residual is not None)
+    mixed = CpuExecutor.of(plan, torch.bfloat16, executor.choices | {one.name: "direct"})
+    assert executor.bf16_buffers - mixed.bf16_buffers == {one.source.buffer, one.residual.buffer}
+    assert not CpuExecutor.of(plan).bf16_buffers
+    image, mask = picture(1, 256, 256)
+    mixed.run(image, mask)
+    assert_close(mixed.run(image, mask)[0].bfloat16(), truth((16,), 1, 256, 256)[0], rms=2.6, roundings=64)
+
+
+@pytest.mark.skipif("amx_bf16" not in ISAS, reason="no matrix tiles on this CPU")
+def test_maps_of_bf16_take_less_memory():
+    plan = plan_of(16)
+    image, mask = picture(1, 256, 256)
+    executors = [CpuExecutor.of(plan, dtype) for dtype in (torch.bfloat16, torch.float32)]
+    sizes = [plan_arena(plan, halves=executor.bf16_buffers).size for executor in executors]
+    assert 0.5 <= sizes[0] / sizes[1] < 0.65  # the picture and the raw ones stay, beside few channels
+    for executor in executors:
+        executor.run(image, mask)
+    assert executors[0].workspace_bytes < executors[1].workspace_bytes
+
+
+@pytest.mark.parametrize("name", ["lgnet_light", "lgnet_small"])
+def test_maps_of_bf16_of_the_light_and_the_demo_model(pairs, name, monkeypatch):
+    torch.manual_seed(0)
+    plan = build_plan(plan_stages(create_model(name).eval()), 1, 256, 256)
+    image, mask = picture(1, 256, 256)
+    exact = CpuExecutor.of(plan).run(image, mask)[0]
+    chosen = CpuExecutor.of(plan, torch.bfloat16).choices
+    errors = [
+        (executor._run(image, mask, None, [], poison=True)[0] - exact).square().mean().sqrt()
+        for executor in with_maps_of_both_kinds(plan, chosen, monkeypatch)
+    ]
+    assert 0 < errors[0] <= 1.5 * errors[1]
+
+
+def test_a_map_of_bf16_needs_products_of_pairs():
+    library = native.library()
+    step = library.ConvStep()
+    step.source = library.MapSpec(0, 8, 8, 4, 4, True)
+    step.targets = [library.TargetSpec(1024, 4, 0, False)]
+    with pytest.raises(ValueError, match="source: expected float32 for products of float32, got bfloat16"):
+        library.Program(1, 8, 8, 2048, 0, [step])
 
 
 @pytest.mark.skipif("avx512_bf16" not in ISAS, reason="no bf16 products on this CPU")
@@ -552,16 +682,16 @@ class AttentionAlone:
         self.bias = torch.randn(channels, generator=rng)
         elements = batch * height * width * channels
         attention, copy = library.AttentionStep(), library.ConvStep()
-        attention.source = library.MapSpec(0, height, width, channels, channels)
+        attention.source = library.MapSpec(0, height, width, channels, channels, False)
         attention.released = variant == "released"
         attention.weight, attention.bias = self.weight.data_ptr(), self.bias.data_ptr()
-        attention.targets = [library.TargetSpec(elements, channels, 0)]
+        attention.targets = [library.TargetSpec(elements, channels, 0, False)]
         # A convolution with the identity: NaN stays in its pixel.
         lanes = library.packing(False)[0]
         self.identity = torch.eye(channels, -(-channels // lanes) * lanes)
         self.zeros = torch.zeros(lanes + channels)
-        copy.source = library.MapSpec(elements, height, width, channels, channels)
-        copy.targets = [library.TargetSpec(0, channels, 0)]
+        copy.source = library.MapSpec(elements, height, width, channels, channels, False)
+        copy.targets = [library.TargetSpec(0, channels, 0, False)]
         copy.weight, copy.bias, copy.out_channels = self.identity.data_ptr(), self.zeros.data_ptr(), channels
         copy.jobs = [library.Job(0, 0, [library.Group(1, 1, [(0, 0)], 0)])]
         for step in (attention, copy):

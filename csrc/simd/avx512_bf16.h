@@ -18,6 +18,9 @@ struct Bf16 : F32 {
   static LGNET_INLINE void store_half(bf16* p, Reg a) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
   }
+  static LGNET_INLINE void stream_half(bf16* p, Reg a) {
+    _mm256_stream_si256(reinterpret_cast<__m256i*>(p), reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(a)));
+  }
   // 16 pairs (even[i], odd[i]): one conversion puts both rows side by side, one permutation interleaves them.
   static LGNET_INLINE void store_pairs(Unit* p, Reg even, Reg odd) {
     const __m512i rows = reinterpret_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even));

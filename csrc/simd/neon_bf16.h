@@ -23,6 +23,7 @@ struct Bf16 : F32 {
     return result;
   }
   static LGNET_INLINE void store_half(bf16* p, Reg a) { vst1_u16(reinterpret_cast<uint16_t*>(p), halves(a)); }
+  static LGNET_INLINE void stream_half(bf16* p, Reg a) { store_half(p, a); }
   // 4 pairs (even[i], odd[i]).
   static LGNET_INLINE void store_pairs(Unit* p, Reg even, Reg odd) {
     const uint16x4x2_t pairs = vzip_u16(halves(even), halves(odd));

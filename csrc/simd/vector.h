@@ -19,6 +19,8 @@
 //   max(a, b)        b, or NaN, where either is NaN
 //   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi
 //   stream, fence    non-temporal stores, and the fence that completes them
+//   store_half,      with pairs: bf16 by the instruction set's conversion, and the same as a non-temporal store
+//   stream_half
 //   Tiles            optional: a class that multiplies by matrix tiles, in place of convolution's register blocks
 #pragma once
 

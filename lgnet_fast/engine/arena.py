@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 from .plan import PICTURE, Plan
@@ -9,7 +10,7 @@ from .plan import PICTURE, Plan
 
 @dataclass(frozen=True)
 class Arena:
-    """Offset of each buffer, and size of the arena, in elements."""
+    """Offset of each buffer, and size of the arena, in elements: in pairs of those of half the size."""
 
     offsets: dict[str, int]
     size: int
@@ -30,19 +31,20 @@ def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def plan_arena(plan: Plan, alignment: int = 64) -> Arena:
+def plan_arena(plan: Plan, alignment: int = 64, halves: Collection[str] = ()) -> Arena:
     """Offsets of every buffer [batch, height, width, channels] of `plan`.
 
     Greedy: the largest buffer first, each at the lowest offset that is free during its lifetime.
 
     Args:
         alignment: of offsets, in elements.
+        halves: names of buffers whose elements take half as many bytes as those of the others.
     """
     spans = lifetimes(plan)
-    sizes = {
-        name: -(-plan.batch * b.height * b.width * b.channels // alignment) * alignment
-        for name, b in plan.buffers.items()
-    }
+    sizes = {}
+    for name, b in plan.buffers.items():
+        elements = -(-plan.batch * b.height * b.width * b.channels // (2 if name in halves else 1))
+        sizes[name] = -(-elements // alignment) * alignment
     offsets: dict[str, int] = {}
     for name in sorted(spans, key=lambda n: (-sizes[n], n)):
         first, last = spans[name]

@@ -1,8 +1,8 @@
 """A plan on the CPU, by one call into ``lgnet_fast._C`` (csrc/program.cpp).
 
 With ``dtype=torch.bfloat16`` a step multiplies pairs of bf16 and sums in float32, where the CPU has such instructions
-and where that is faster; feature maps stay float32. :mod:`.cpu_kernels` lists the kernels, :mod:`.cpu_choice` chooses
-one for each step.
+and where that is faster. A feature map is stored as bf16 where every step that reads it multiplies such pairs, else
+as float32. :mod:`.cpu_kernels` lists the kernels, :mod:`.cpu_choice` chooses one for each step.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from .. import forks, native
 from ..native import tensor_arg, unavailable_reason
 from .arena import plan_arena
 from .cpu_choice import choose_kernels
-from .cpu_kernels import NARROW, TILES, jobs_of
+from .cpu_kernels import NARROW, TILES, Choice, jobs_of
 from .cpu_weights import CpuWeights
 from .executor import Executor, Regions, Result
 from .plan import PICTURE, ConvStep, Plan, Step, View
@@ -28,6 +28,22 @@ _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
 _NO_TENSOR = (0,) * 10
 _LISTS_KEPT = 16
 """Regions of recent runs that are kept as the program takes them."""
+
+
+def buffers_of_pairs(plan: Plan, choices: Mapping[str, Choice]) -> frozenset[str]:
+    """Names of the buffers that are stored as bf16: every step that reads them multiplies pairs of bf16.
+
+    A step reads its source and its residual. The picture and the stages' raw pictures stay float32.
+    """
+    kept = {PICTURE}
+    for step in plan.steps:
+        if step.merges:
+            kept.update(store.view.buffer for store in step.stores)
+        if choices[step.name].products != "bf16":
+            kept.add(step.source.buffer)
+            if step.residual is not None:
+                kept.add(step.residual.buffer)
+    return frozenset(plan.buffers.keys() - kept)
 
 
 class CpuExecutor(Executor):
@@ -50,7 +66,8 @@ class CpuExecutor(Executor):
         self.plan = plan.without_weights()
         self._lock = forks.Lock()
         self._lists: Recent[list[list[Any]]] = Recent(_LISTS_KEPT)
-        arena = plan_arena(plan)
+        self.bf16_buffers = buffers_of_pairs(plan, weights.choices)
+        arena = plan_arena(plan, halves=self.bf16_buffers)
         self._program = native.library().Program(
             plan.batch,
             plan.height,
@@ -126,21 +143,24 @@ class CpuExecutor(Executor):
         choice, placed = self.weights.choices[step.name], self.weights.placed[step.name]
         base = self.weights.address(step)
 
+        def place(view: View) -> tuple[int, bool]:
+            """Offset in elements of the buffer, and whether those are bf16."""
+            half = view.buffer in self.bf16_buffers
+            return (2 if half else 1) * offsets[view.buffer] + view.offset, half
+
         def target(view: View, activation: str) -> Any:
-            buffer = plan.buffers[view.buffer]
-            return library.TargetSpec(offsets[view.buffer] + view.offset, buffer.channels, _ACTIVATIONS[activation])
+            offset, half = place(view)
+            channels = plan.buffers[view.buffer].channels
+            return library.TargetSpec(offset, channels, _ACTIVATIONS[activation], half)
 
         source, out = plan.source(step), plan.target(step)
         if not isinstance(step, ConvStep):
             spec = library.AttentionStep()
         else:
             spec = library.LastStep() if choice.kernel == NARROW else library.ConvStep()
+        offset, half = place(step.source)
         spec.source = library.MapSpec(
-            offsets[source.name] + step.source.offset,
-            source.height,
-            source.width,
-            source.channels,
-            step.source.channels,
+            offset, source.height, source.width, source.channels, step.source.channels, half
         )
         spec.out_height, spec.out_width = out.height, out.width
         spec.products = library.Products.__members__[choice.products]

@@ -170,7 +170,62 @@ std::vector<Values> attend(const char* isa, std::array<int64_t, 4> size, DType d
   return {out.values(), attended.values(), grad_features.values()};
 }
 
+// A feature map of float or of bf16 in memory of its own.
+struct Map {
+  std::vector<float> full;
+  std::vector<bf16> half;
+
+  Map(bool is_bf16, size_t count) : full(is_bf16 ? 0 : count), half(is_bf16 ? count : 0) {}
+  Map(bool is_bf16, const Values& values) : Map(is_bf16, values.size()) {
+    for (size_t i = 0; i < full.size(); ++i) full[i] = static_cast<float>(values[i]);
+    for (size_t i = 0; i < half.size(); ++i) half[i] = to_bf16(static_cast<float>(values[i]));
+  }
+  void* data() { return half.empty() ? static_cast<void*>(full.data()) : half.data(); }
+  Values values() const {
+    Values values(full.begin(), full.end());
+    for (bf16 value : half) values.push_back(to_float(value));
+    return values;
+  }
+};
+
+Values rounded_to_bf16(Values values) {
+  for (double& value : values) value = to_float(to_bf16(static_cast<float>(value)));
+  return values;
+}
+
+void expect_equal(const std::string& name, const Values& actual, const Values& expected) {
+  size_t different = actual.size() == expected.size() ? 0 : std::max(actual.size(), expected.size());
+  for (size_t i = 0; i < std::min(actual.size(), expected.size()); ++i) different += !(actual[i] == expected[i]);
+  expect(name, different == 0, std::to_string(different) + " of " + std::to_string(expected.size()) + " differ");
+}
+
+// Maps of a program: those of bf16 hold what those of float do, rounded. 70 channels of 75, some of the positions.
+void check_attention_maps() {
+  constexpr int64_t kBatch = 2, kChannels = 70, kHeight = 9, kWidth = 7, kPixel = 75;
+  const Values features = rounded_to_bf16(random(kBatch * kHeight * kWidth * kPixel, 1));
+  const Values weight = random(2 * kChannels * kChannels, 2, 1 / std::sqrt(static_cast<double>(kChannels)));
+  const std::vector<float> weights(weight.begin(), weight.end()), bias(kChannels, 0.25f);
+  set_isa(g_isa);
+  const auto attend = [&](bool from_bf16, bool to_bf16, bool released, bool pairs) {
+    Map from(from_bf16, features), to(to_bf16, features.size());
+    PixelMaps maps{kBatch,    kChannels, kHeight, kWidth,  from.data(), kPixel,
+                   from_bf16, to.data(), kPixel,  to_bf16, true,        {}};
+    for (int32_t position = 3; position < 50; position += 2) maps.queries.push_back(position);
+    attention_pixels(maps, weights.data(), bias.data(), released, pairs, 1);
+    return to.values();
+  };
+  for (bool released : {true, false}) {
+    for (bool pairs : {true, false}) {
+      const std::string name = std::string("attention of maps") + (released ? " released" : " paper");
+      const Values full = attend(false, false, released, pairs);
+      expect_equal(name + " from bf16", attend(true, false, released, pairs), full);
+      expect_equal(name + " to bf16", attend(false, true, released, pairs), rounded_to_bf16(full));
+    }
+  }
+}
+
 void check_attention() {
+  check_attention_maps();
   const std::array<int64_t, 4> sizes[] = {{1, 1, 1, 1},   {2, 7, 9, 13},   {1, 40, 15, 17},
                                           {1, 64, 12, 8}, {1, 192, 1, 50}, {1, 387, 3, 9}};
   const char* parts[] = {"out", "attended", "gradient"};
@@ -379,11 +434,15 @@ struct Layer {
     return out;
   }
 
-  Values by_kernels(bool bf16, int64_t threads) const;
+  // maps: whether the source, the residual and the target are bf16.
+  struct Maps {
+    bool source, residual, target;
+  };
+  Values by_kernels(bool bf16, int64_t threads, Maps maps = {false, false, false}) const;
 };
 
 // One job: a group of all taps from one start (Winograd), or of one tap from each start (direct).
-Values Layer::by_kernels(bool bf16, int64_t threads) const {
+Values Layer::by_kernels(bool bf16, int64_t threads, Maps maps) const {
   const Shape& s = shape;
   const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;
   const int64_t padded = round_up(s.channels, kernels.pair);
@@ -420,14 +479,17 @@ Values Layer::by_kernels(bool bf16, int64_t threads) const {
 
   ConvStep step;
   const int64_t pixels = s.batch * s.height * s.width, out_pixels = s.batch * out_height() * out_width();
-  step.source = {0, s.height, s.width, s.channels, s.channels};
+  step.source = {0, s.height, s.width, s.channels, s.channels, maps.source};
   step.out_height = out_height();
   step.out_width = out_width();
   step.out_channels = s.outputs;
   const int64_t out_at = round_up(pixels * s.channels, 16),
                 residual_at = out_at + round_up(out_pixels * s.outputs, 16);
-  step.targets.push_back({out_at, s.outputs, Activation::leaky_relu});
-  if (s.residual) step.residual = TargetSpec{residual_at, s.outputs, Activation::none};
+  const auto offset = [](int64_t floats, bool is_bf16) { return is_bf16 ? 2 * floats : floats; };
+  step.targets.push_back({offset(out_at, maps.target), s.outputs, Activation::leaky_relu, maps.target});
+  if (s.residual) {
+    step.residual = TargetSpec{offset(residual_at, maps.residual), s.outputs, Activation::none, maps.residual};
+  }
   step.weight = reinterpret_cast<uintptr_t>(packed.data());
   step.bias = reinterpret_cast<uintptr_t>(biases.data());
   step.products = bf16 ? Products::bf16 : Products::float32;
@@ -442,10 +504,24 @@ Values Layer::by_kernels(bool bf16, int64_t threads) const {
   memory.arena = Pages(4 * (residual_at + round_up(out_pixels * s.outputs, 16)));
   const std::vector<float> zeros(static_cast<size_t>(s.channels), 0.0f);
   Run run{current_kernels(), memory, s.batch, threads, zeros.data(), 0, View{}, View{}};
-  std::copy(source.begin(), source.end(), run.arena(0));
-  std::copy(residual.begin(), residual.end(), run.arena(residual_at));
+  const auto put = [&](Map map, int64_t at, size_t count) {
+    std::memcpy(run.arena(at), map.data(), count * static_cast<size_t>(map.half.empty() ? 4 : 2));
+  };
+  put(Map(maps.source, source), 0, source.size());
+  if (s.residual) put(Map(maps.residual, residual), residual_at, residual.size());
   run_step(step, step.regions, run);
-  return Values(run.arena(out_at), run.arena(out_at) + out_pixels * s.outputs);
+  Map out(maps.target, static_cast<size_t>(out_pixels * s.outputs));
+  std::memcpy(out.data(), run.arena(out_at), static_cast<size_t>(out_pixels * s.outputs * (maps.target ? 2 : 4)));
+  return out.values();
+}
+
+// Maps of bf16 hold what maps of float do, rounded.
+void check_maps(const std::string& name, Layer layer, bool bf16) {
+  layer.source = rounded_to_bf16(layer.source);
+  layer.residual = rounded_to_bf16(layer.residual);
+  const Values full = layer.by_kernels(bf16, 1);
+  expect_equal(name + " from bf16", layer.by_kernels(bf16, 1, {bf16, true, false}), full);
+  expect_equal(name + " to bf16", layer.by_kernels(bf16, 1, {false, false, true}), rounded_to_bf16(full));
 }
 
 void check_convolution(const Shape& s) {
@@ -460,11 +536,13 @@ void check_convolution(const Shape& s) {
            s.tile == 1 ? 2 : 16);
   set_isa(g_isa);
   for (int64_t threads : {1, 3}) accurate(name, layer.by_kernels(false, threads), exact, portable, DType::float32);
+  check_maps(name, layer, false);
   if (current_kernels().conv.bf16.product && s.tile < 4) {
     const Values rounded = layer.direct<float>([](double x) { return to_float(to_bf16(static_cast<float>(x))); });
     for (int64_t threads : {1, 3}) {
       accurate(name + " bf16", layer.by_kernels(true, threads), exact, rounded, DType::float32, s.tile == 1 ? 2 : 8);
     }
+    check_maps(name + " bf16", layer, true);
   }
 }
 
@@ -484,59 +562,84 @@ void check_convolutions() {
     check_convolution({1, 9, 8, 64, 20, 3, 3, step, 1, false, false});
   }
   check_convolution({1, 8, 9, 210, 52, 3, 3, 1, 4, false, true});
+  const Shape large{1, 300, 440, 4, 16, 1, 3, 1, 1, false, false};  // 8.1 MiB of floats: written past the caches
+  if (current_kernels().conv.f32.stream_bytes < 4 * large.height * large.width * large.outputs) {
+    check_maps("large convolution", Layer(large), false);
+    if (current_kernels().conv.bf16.product) check_maps("large convolution bf16", Layer(large), true);
+  }
 }
 
 // The last step of a stage: 3 output channels, tanh, merge. Weights [kernel rows][channels][column tap * 3 + out].
-void check_last_step() {
-  Shape s{1, 18, 21, 24, 3, 7, 7, 1, 1, true, false};
-  const Layer layer(s);
-  const std::vector<float> zeros(static_cast<size_t>(s.channels), 0.0f);
-  Values results[2];
-  for (int i = 0; i < 2; ++i) {
-    set_isa(i ? g_isa : "portable");
-    const ConvKernels& kernels = current_kernels().conv.f32;
-    const int64_t outputs = 3 * s.kx + 1, pixels = s.height * s.width;
-    const int64_t depth = s.ky * s.channels;
-    Values rows(static_cast<size_t>(depth * outputs), 0.0);
-    for (int64_t k = 0; k < depth; ++k) {
-      for (int64_t tx = 0; tx < s.kx; ++tx) {
-        const int64_t from = ((k / s.channels * s.kx + tx) * s.channels + k % s.channels) * 3;
-        for (int64_t n = 0; n < 3; ++n) rows[k * outputs + 3 * tx + n] = layer.weight[from + n];
-      }
+// Returns the raw picture and the merged one. map_bf16: of the source; pixel: elements from one to the next.
+Values last_step(const Layer& layer, const char* isa, bool bf16, bool map_bf16, int64_t pixel) {
+  const Shape& s = layer.shape;
+  set_isa(isa);
+  const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;
+  const int64_t outputs = 3 * s.kx + 1, pixels = s.height * s.width;
+  const int64_t depth = s.ky * s.channels;
+  Values rows(static_cast<size_t>(depth * outputs), 0.0);
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t tx = 0; tx < s.kx; ++tx) {
+      const int64_t from = ((k / s.channels * s.kx + tx) * s.channels + k % s.channels) * 3;
+      for (int64_t n = 0; n < 3; ++n) rows[k * outputs + 3 * tx + n] = layer.weight[from + n];
     }
-    std::vector<uint32_t> packed;
-    pack(kernels, rows, depth, outputs, packed);
-    std::vector<float> biases(64, 0.0f);
-    std::copy(layer.bias.begin(), layer.bias.end(), biases.begin());
-    LastStep step;
-    step.source = {0, s.height, s.width, s.channels, s.channels};
-    step.out_height = s.height;
-    step.out_width = s.width;
-    const int64_t raw_at = round_up(pixels * s.channels, 16), picture_at = raw_at + round_up(3 * pixels, 16);
-    step.targets.push_back({raw_at, 3, Activation::none});
-    step.weight = reinterpret_cast<uintptr_t>(packed.data());
-    step.bias = reinterpret_cast<uintptr_t>(biases.data());
-    step.reflect = true;
-    step.kernel = s.kx;
-    step.padding = s.kx / 2;
-    step.regions.push_back({{0, s.height, 0, s.width}, {0, s.height, 0, s.width}, -1});
-    Memory memory;
-    memory.arena = Pages(4 * (picture_at + 4 * pixels));
-    Tensor image({1, 3, s.height, s.width}, DType::float32, random(static_cast<size_t>(3 * pixels), 9));
-    Run run{
-        current_kernels(), memory, 1, 2, zeros.data(), picture_at, make_view("check", "image", image.arg()), View{}};
-    std::copy(layer.source.begin(), layer.source.end(), run.arena(0));
-    for (int64_t p = 0; p < pixels; ++p) run.arena(picture_at)[4 * p + 3] = static_cast<float>(p % 3) / 2;
-    run_step(step, step.regions, run);
-    results[i] = Values(run.arena(raw_at), run.arena(raw_at) + 3 * pixels);
-    results[i].insert(results[i].end(), run.arena(picture_at), run.arena(picture_at) + 4 * pixels);
   }
+  std::vector<uint32_t> packed;
+  pack(kernels, rows, depth, outputs, packed);
+  std::vector<float> biases(64, 0.0f);
+  std::copy(layer.bias.begin(), layer.bias.end(), biases.begin());
+  const std::vector<float> zeros(static_cast<size_t>(s.channels), 0.0f);
+  LastStep step;
+  step.products = bf16 ? Products::bf16 : Products::float32;
+  step.source = {0, s.height, s.width, pixel, s.channels, map_bf16};
+  step.out_height = s.height;
+  step.out_width = s.width;
+  const int64_t raw_at = round_up(pixels * pixel, 16), picture_at = raw_at + round_up(3 * pixels, 16);
+  step.targets.push_back({raw_at, 3, Activation::none});
+  step.weight = reinterpret_cast<uintptr_t>(packed.data());
+  step.bias = reinterpret_cast<uintptr_t>(biases.data());
+  step.reflect = true;
+  step.kernel = s.kx;
+  step.padding = s.kx / 2;
+  step.regions.push_back({{0, s.height, 0, s.width}, {0, s.height, 0, s.width}, -1});
+  Memory memory;
+  memory.arena = Pages(4 * (picture_at + 4 * pixels));
+  Tensor image({1, 3, s.height, s.width}, DType::float32, random(static_cast<size_t>(3 * pixels), 9));
+  Run run{
+      current_kernels(), memory, 1, 2, zeros.data(), picture_at, make_view("check", "image", image.arg()), View{}};
+  Values source(static_cast<size_t>(pixels * pixel), std::numeric_limits<double>::quiet_NaN());
+  for (int64_t p = 0; p < pixels; ++p) {
+    std::copy_n(layer.source.begin() + p * s.channels, s.channels, source.begin() + p * pixel);
+  }
+  Map map(map_bf16, source);
+  std::memcpy(run.arena(0), map.data(), source.size() * (map_bf16 ? 2 : 4));
+  for (int64_t p = 0; p < pixels; ++p) run.arena(picture_at)[4 * p + 3] = static_cast<float>(p % 3) / 2;
+  run_step(step, step.regions, run);
+  Values result(run.arena(raw_at), run.arena(raw_at) + 3 * pixels);
+  result.insert(result.end(), run.arena(picture_at), run.arena(picture_at) + 4 * pixels);
+  return result;
+}
+
+void check_last_step() {
+  Layer layer({1, 18, 21, 24, 3, 7, 7, 1, 1, true, false});
+  const Values portable = last_step(layer, "portable", false, false, 24);
+  const Values actual = last_step(layer, g_isa.c_str(), false, false, 24);
   // direct() ends in leaky_relu, which can be undone; the picture is checked against the portable kernels alone.
   Values exact = layer.direct<double>([](double x) { return x; });
   for (double& value : exact) value = std::tanh(value > 0 ? value : value / 0.2);
   const auto raw = [&](const Values& v) { return Values(v.begin(), v.begin() + static_cast<int64_t>(exact.size())); };
-  accurate("last step, raw", raw(results[1]), exact, raw(results[0]), DType::float32);
-  accurate("last step, picture", results[1], results[0], results[0], DType::float32, 0);
+  accurate("last step, raw", raw(actual), exact, raw(portable), DType::float32);
+  accurate("last step, picture", actual, portable, portable, DType::float32, 0);
+  if (!current_kernels().conv.bf16.product) return;
+  layer.source = rounded_to_bf16(layer.source);
+  const Values full = last_step(layer, g_isa.c_str(), true, false, 24);
+  // Pixels of 25 elements do not all begin at a pair, so they are copied.
+  for (int64_t pixel : {24, 26, 25}) {
+    expect_equal("last step of bf16", last_step(layer, g_isa.c_str(), true, true, pixel), full);
+  }
+  Values rounded = layer.direct<float>([](double x) { return to_float(to_bf16(static_cast<float>(x))); });
+  for (double& value : rounded) value = std::tanh(value > 0 ? value : value / 0.2);
+  accurate("last step of bf16, raw", raw(full), rounded, rounded, DType::float32, 2, 8);
 }
 
 void check_choice() {
