@@ -91,15 +91,11 @@ struct Attention {
   static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
                             int64_t depth, T* scores, bool accumulate, [[maybe_unused]] Multiplier& multiplier,
                             int64_t row = NR) {
-    if constexpr (kSplit) {
-      // Keys [position][part][channels], queries [part][channels][row]; the least products first.
-      const int64_t part = depth * row;
-      return multiplier.multiply({keys, KEY_PARTS * depth, depth, depth, 0}, groups * GROUP, {queries, row, M}, 0,
-                                 depth, scores, row, accumulate,
-                                 {6, {2 * depth, 0, depth, depth, 0, 0}, {0, 2 * part, part, 0, part, 0}});
-    } else if constexpr (kTiled) {
-      return multiplier.multiply({keys, depth, depth, depth, 0}, groups * GROUP, {queries, row, M}, 0, depth, scores,
-                                 row, accumulate);
+    if constexpr (kTiled) {
+      // Keys [position][part][channels], queries [part][channels][row].
+      return multiplier.template multiply<KEY_PARTS>({keys, KEY_PARTS * depth, depth, depth, 0, depth},
+                                                     groups * GROUP, {queries, row, M, depth * row}, 0, depth, scores,
+                                                     row, accumulate);
     }
     constexpr int64_t kDepth = 128;
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
@@ -131,10 +127,10 @@ struct Attention {
     if constexpr (kTiled) {
       // Values [tile][part][channel][key], weights [two keys][part][query].
       const int64_t part = channels_padded * TILE_UNITS, depth = groups * GROUP / 2;
-      return multiplier.multiply({values, TILE_UNITS, TILE_UNITS, TILE_UNITS, VALUE_PARTS * part}, channels_padded,
-                                 {weights, VALUE_PARTS * NR, M}, 0,
-                                 (depth + TILE_UNITS - 1) / TILE_UNITS * TILE_UNITS, rows, NR, accumulate,
-                                 {kSplit ? 3 : 1, {kSplit ? part : 0, 0, 0}, {0, NR, 0}});
+      return multiplier.template multiply<VALUE_PARTS>(
+          {values, TILE_UNITS, TILE_UNITS, TILE_UNITS, VALUE_PARTS * part, part}, channels_padded,
+          {weights, VALUE_PARTS * NR, M, NR}, 0, (depth + TILE_UNITS - 1) / TILE_UNITS * TILE_UNITS, rows, NR,
+          accumulate);
     }
     for (int64_t c0 = 0; c0 < channels_padded; c0 += ROWS) {
       const Unit* a = values + c0 * UNITS;

@@ -111,7 +111,9 @@ struct ConvKernels {
   int64_t rows;          // of the largest register block
   int64_t stream_bytes;  // maps of more bytes are written past the caches
   bool tiled;            // products by matrix tiles: rows in place cost no more than rows of patches
-  int64_t parts;         // of an element in V and in the weights: 2 where it is the sum of a high and a low one
+  // Of an element in V and in the weights: 2 where it is the sum of a high and a low one. Then tiles are of one
+  // output.
+  int64_t parts;
   void (*product)(const Product&);
   // V of `count` tiles: v[point * point_stride + tile * row + k], in units; low parts `low` units further on.
   void (*transform)(const Input&, const Group&, int64_t m, const Tile*, int64_t count, void* v, int64_t point_stride,

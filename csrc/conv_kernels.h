@@ -230,8 +230,12 @@ struct Conv {
         const int64_t slice = k0 / DEPTH * DEPTH;
         const int64_t slice_depth = p.depth - slice < DEPTH ? p.depth - slice : DEPTH;
         const int64_t k1 = slice + slice_depth < end ? slice + slice_depth : end;
-        const Rows rows{static_cast<const Unit*>(p.a) + k0 / piece * p.jump + k0 % piece, p.a_row, piece - k0 % piece,
-                        piece, p.jump};
+        const Rows rows{static_cast<const Unit*>(p.a) + k0 / piece * p.jump + k0 % piece,
+                        p.a_row,
+                        piece - k0 % piece,
+                        piece,
+                        p.jump,
+                        p.a_low};
         for (int64_t n = 0; n < p.columns; n += NR) {
           const Unit* b = weights + slice * p.weight_columns + (p.first_column + n) * slice_depth;
           // The next panel, at the end of the slice that of the next slice.
@@ -241,14 +245,8 @@ struct Conv {
           const int64_t vectors = p.columns - n < NR ? ceil_div(p.columns - n, W) : NV;
           if constexpr (kTiled) {
             const Unit* columns = b + (k0 - slice) * vectors * W;
-            const auto multiply = [&](const Rows& some, const Unit* factor, int64_t next, bool add) {
-              tiles.multiply(some, p.rows, {factor, vectors * W, vectors}, next, k1 - k0, p.c + n, p.c_row, add);
-            };
-            multiply(rows, columns, ahead - columns, accumulate);
-            if constexpr (V::PARTS == 2) {
-              multiply(rows, columns + p.b_low, ahead - columns, true);
-              multiply({rows.a + p.a_low, rows.row, rows.left, rows.piece, rows.jump}, columns, 0, true);
-            }
+            tiles.multiply(rows, p.rows, {columns, vectors * W, vectors, p.b_low}, ahead - columns, k1 - k0, p.c + n,
+                           p.c_row, accumulate);
           } else {
             with_count<NV>(vectors, [&](auto m) {
               rows_of_blocks<decltype(m)::value>(p, rows, b + (k0 - slice) * m * W, ahead, k1 - k0, p.c + n,
@@ -298,11 +296,11 @@ struct Conv {
     V::store(lane, value);
     for (int64_t i = 0; i < count; ++i) p[i] = lane[i];
   }
-  static LGNET_INLINE void put_some(Unit* row, int64_t k, Reg value, int64_t count, int64_t low) {
-    if (count >= W) return put(row, k, value, low);
+  static LGNET_INLINE void put_some(Unit* row, int64_t k, Reg value, int64_t count) {
+    if (count >= W) return put(row, k, value, 0);
     float lane[W];
     V::store(lane, value);
-    for (int64_t i = 0; i < count; ++i) put_one(row, k + i, lane[i], low);
+    for (int64_t i = 0; i < count; ++i) put_one(row, k + i, lane[i], 0);
   }
 
   // Index of a source row or column, or -1 for a zero: outside the map, or in a part that this run did not compute.
@@ -371,7 +369,7 @@ struct Conv {
 
   template <int M, int RY, int RX>
   static void transform_tiles(const Input& in, const Group& group, const Tile* tiles, int64_t count, Unit* v,
-                              int64_t point_stride, int64_t row, int64_t low) {
+                              int64_t point_stride, int64_t row) {
     using Y = Axis<V, M, RY>;
     using X = Axis<V, M, RX>;
     const FeatureMap& s = in.source;
@@ -411,11 +409,11 @@ struct Conv {
             Reg p[X::POINTS];
             X::input(half[i], p);
             LGNET_UNROLL
-            for (int j = 0; j < X::POINTS; ++j) put_some(to + (i * X::POINTS + j) * point_stride, c, p[j], some, low);
+            for (int j = 0; j < X::POINTS; ++j) put_some(to + (i * X::POINTS + j) * point_stride, c, p[j], some);
           }
         }
         if (channels != s.channels) {
-          for (int p = 0; p < Y::POINTS * X::POINTS; ++p) put_one(to + p * point_stride, s.channels, 0, low);
+          for (int p = 0; p < Y::POINTS * X::POINTS; ++p) put_one(to + p * point_stride, s.channels, 0, 0);
         }
         to += channels / PAIR;
       }
@@ -443,11 +441,13 @@ struct Conv {
   static void transform(const Input& in, const Group& group, int64_t m, const Tile* tiles, int64_t count, void* v,
                         int64_t point_stride, int64_t row, int64_t low) {
     Unit* to = static_cast<Unit*>(v);
-    if (m == 1) return patches(in, group, tiles, count, to, row, low);
-    with_form(m, group.ry, group.rx, [&](auto mm, auto ry, auto rx) {
-      transform_tiles<decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(in, group, tiles, count, to,
-                                                                                     point_stride, row, low);
-    });
+    if (V::PARTS > 1 || m == 1) return patches(in, group, tiles, count, to, row, low);
+    if constexpr (V::PARTS == 1) {
+      with_form(m, group.ry, group.rx, [&](auto mm, auto ry, auto rx) {
+        transform_tiles<decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(in, group, tiles, count, to,
+                                                                                       point_stride, row);
+      });
+    }
   }
 
   // --- output ----------------------------------------------------------------------------------------------------

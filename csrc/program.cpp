@@ -57,6 +57,9 @@ void check_step(const AnyStep& any, const Kernels& kernels, int64_t batch) {
     }
   }
   if (const ConvStep* conv = std::get_if<ConvStep>(&any)) {
+    if (step.products == Products::bf16x3 && conv->tile > 1) {
+      fail("Program", "tile", "1 for bf16x3", std::to_string(conv->tile));
+    }
     for (const Job& job : conv->jobs) {
       if (job.groups.size() > kMaximumGroups) {
         fail("Program", "jobs", "at most 4 groups each", std::to_string(job.groups.size()));
@@ -208,8 +211,9 @@ void Program::copy_out(const Arguments& arguments, const Run& run) const {
   });
 }
 
-std::array<int64_t, 4> packing(bool bf16) {
-  const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;
+std::array<int64_t, 4> packing(bool bf16, int64_t parts) {
+  const Products products = parts > 1 ? Products::bf16x3 : bf16 ? Products::bf16 : Products::float32;
+  const ConvKernels& kernels = current_kernels().conv.of(products);
   return {kernels.lanes, kernels.panel, kernels.pair, kernels.depth};
 }
 

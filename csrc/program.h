@@ -46,8 +46,8 @@ class Program {
 };
 
 // The layout of packed weights: lanes, panel, pair and depth for the instruction set in use (see ConvKernels). All
-// zero for bf16 where it has no such kernels.
-std::array<int64_t, 4> packing(bool bf16);
+// zero where it has no such kernels. parts: 2 for bf16x3.
+std::array<int64_t, 4> packing(bool bf16, int64_t parts);
 
 // Whether products of bf16 pairs are by matrix tiles.
 bool multiplies_by_tiles();

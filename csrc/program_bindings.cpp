@@ -81,7 +81,8 @@ void bind_program(py::module_& m) {
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<AnyStep>>())
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
       .def("workspace_bytes", &Program::workspace_bytes);
-  m.def("packing", &packing, py::arg("bf16"), "(lanes, panel, pair, depth) of the instruction set in use");
+  m.def("packing", &packing, py::arg("bf16"), py::arg("parts") = 1,
+        "(lanes, panel, pair, depth) of the instruction set in use");
   m.def("multiplies_by_tiles", &multiplies_by_tiles, "Whether the instruction set in use has matrix tiles of bf16");
   m.def("has_bf16x3", &has_bf16x3, "Whether the instruction set in use multiplies float32 by three products of bf16");
   m.def("multiply_adds", &multiply_adds, py::arg("bf16"), py::arg("rounds"), py::arg("threads"),

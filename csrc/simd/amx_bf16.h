@@ -8,22 +8,18 @@
 namespace lgnet {
 namespace LGNET_ISA {
 
-// A thread's tile registers while it multiplies. Setting their shape takes as long as a dozen tile products and
-// clears them, so one shape serves a whole product: rows that do not fill a tile are those before them once more.
+// A thread's tile registers while it multiplies; PARTS as in vector.h. A tile product takes a clock for each row, and
+// setting the tiles' shape takes as long as a dozen tile products and clears them. So one shape serves a whole
+// product: rows are divided evenly, and what is missing in the last tile are rows before it once more.
+template <int PARTS>
 class TileProduct {
  public:
   using Unit = Bf16::Unit;
 
-  // The second factor, [depth][row], of which 16 * vectors columns are meant.
+  // The second factor, [depth][row], of which 16 * vectors columns are meant; its parts are `low` units apart.
   struct Columns {
     const Unit* b;
-    int64_t row, vectors;
-  };
-
-  // Products of parts: every sum is over `count` products, of the factors this many units further on.
-  struct Terms {
-    int count;
-    int64_t rows[6], columns[6];
+    int64_t row, vectors, low;
   };
 
   ~TileProduct() {
@@ -31,19 +27,20 @@ class TileProduct {
   }
 
   // Rows of `from` times b; c[rows][b.vectors * 16] (+)= that. ahead: see Conv::product.
+  template <int P = PARTS>
   void multiply(ProductRows<Unit> from, int64_t rows, Columns b, int64_t ahead, int64_t depth, float* c,
-                int64_t c_row, bool accumulate, const Terms& terms = {1, {0}, {0}}) {
+                int64_t c_row, bool accumulate) {
     const int64_t step = step_of(from, depth), tail = step < kFewUnits && from.left >= depth ? depth % kUnits : 0;
     const int64_t main = depth - tail;
     if (main > 0) {
-      configure(rows < kRows ? rows : kRows, tail > 0 ? kUnits : step);
-      blocks(from, rows, b, ahead, main, c, c_row, accumulate, terms);
+      configure(height_of(rows), tail > 0 ? kUnits : step);
+      blocks<P>(from, rows, b, ahead, main, c, c_row, accumulate);
     }
     if (tail > 0) {
       from.a += main;
       b.b += main * b.row;
-      configure(rows < kRows ? rows : kRows, tail);
-      blocks(from, rows, b, ahead, tail, c, c_row, accumulate || main > 0, terms);
+      configure(height_of(rows), tail);
+      blocks<P>(from, rows, b, ahead, tail, c, c_row, accumulate || main > 0);
     }
   }
 
@@ -61,7 +58,7 @@ class TileProduct {
   }
 
  private:
-  static constexpr int64_t kRows = 16, kUnits = 16;
+  static constexpr int64_t kRows = 16, kUnits = 16, kLanes = 16;
   // Steps of fewer units than these waste more than a step of its own for what is left.
   static constexpr int64_t kFewUnits = 8;
 
@@ -87,6 +84,12 @@ class TileProduct {
     _tile_loadconfig(&shapes);
   }
 
+  // Rows of a tile, for tiles in twos.
+  static int64_t height_of(int64_t rows) {
+    const int64_t tiles = rows > kRows ? 2 * ((rows + 2 * kRows - 1) / (2 * kRows)) : 1;
+    return (rows + tiles - 1) / tiles;
+  }
+
   // Units of a tile's rows: the most that divide the depth and all pieces of it.
   static int64_t step_of(const ProductRows<Unit>& from, int64_t depth) {
     for (int64_t units = kUnits; units > 1; --units) {
@@ -97,19 +100,20 @@ class TileProduct {
     return 1;
   }
 
+  template <int P>
   void blocks(const ProductRows<Unit>& from, int64_t rows, const Columns& b, int64_t ahead, int64_t depth, float* c,
-              int64_t c_row, bool accumulate, const Terms& terms) {
-    const int64_t turns = (rows + 2 * kRows - 1) / (2 * kRows);
+              int64_t c_row, bool accumulate) {
+    const int64_t turns = (rows + 2 * rows_ - 1) / (2 * rows_);
     for (int64_t turn = 0; turn < turns; ++turn) {
-      const int64_t row = 2 * kRows * turn;
+      const int64_t row = 2 * rows_ * turn;
       for (int64_t v = 0; v < b.vectors; v += 2) {
-        const Block block{from, {b.b + v * kRows, b.row, b.vectors - v}, ahead, turn, turns, depth, terms};
-        const Place place{row, rows, c + v * kRows, c_row, accumulate};
-        const bool two_rows = rows - row > kRows, two_columns = b.vectors - v > 1;
-        if (two_rows && two_columns) multiply_block<2, 2>(block, place);
-        if (two_rows && !two_columns) multiply_block<2, 1>(block, place);
-        if (!two_rows && two_columns) multiply_block<1, 2>(block, place);
-        if (!two_rows && !two_columns) multiply_block<1, 1>(block, place);
+        const Block block{from, {b.b + v * kLanes, b.row, b.vectors - v, b.low}, ahead, turn, turns, depth};
+        const Place place{row, rows, c + v * kLanes, c_row, rows_, accumulate};
+        const bool two_rows = rows - row > rows_, two_columns = b.vectors - v > 1;
+        if (two_rows && two_columns) multiply_block<P, 2, 2>(block, place);
+        if (two_rows && !two_columns) multiply_block<P, 2, 1>(block, place);
+        if (!two_rows && two_columns) multiply_block<P, 1, 2>(block, place);
+        if (!two_rows && !two_columns) multiply_block<P, 1, 1>(block, place);
       }
     }
     store_pending();
@@ -120,70 +124,84 @@ class TileProduct {
     ProductRows<Unit> from;
     Columns columns;
     int64_t ahead, turn, turns, depth;
-    const Terms& terms;
   };
 
   // Where the sums of a block's tiles go: rows from `row` on, of `rows`.
   struct Place {
     int64_t row, rows;
     float* c;
-    int64_t c_row;
+    int64_t c_row, height;
     bool accumulate;
 
     // First row of a tile; of its rows the first `repeated` ones are the tile's before.
     int64_t first(int tile) const {
-      const int64_t wanted = row + tile * kRows, last = rows - kRows;
-      return wanted < last || last < 0 ? wanted : last;
+      const int64_t wanted = row + tile * height, last = rows - height;
+      return wanted < last ? wanted : last;
     }
-    int64_t repeated(int tile) const { return row + tile * kRows - first(tile); }
+    int64_t repeated(int tile) const { return row + tile * height - first(tile); }
     float* sums(int tile) const { return c + first(tile) * c_row; }
   };
 
   // The sums of a block of 2x2 tiles stay in the tiles until the first products of the next block, which needs other
   // tiles while one is stored. Storing them at once would leave the multiplier idle, in short products for a third of
   // the time.
-  template <int R, int M>
+  template <int P, int R, int M>
   void multiply_block(const Block& block, const Place& place) {
     const bool whole = R == 2 && M == 2 && place.repeated(0) == 0 && place.repeated(1) == 0;
     const ProductRows<Unit>& from = block.from;
     const int64_t row_bytes = 4 * from.row, weight_row = block.columns.row, weight_bytes = 4 * weight_row;
-    int64_t turn = block.turn;
+    const Unit* first = from.a + place.first(0) * from.row;
+    const Unit* second = from.a + place.first(R - 1) * from.row;
+    const Unit* b = block.columns.b;
+    [[maybe_unused]] const int64_t low = block.columns.low;
+    int64_t turn = block.turn, depth = block.depth;
+    bool fresh = whole;
     if (!whole) {
       store_pending();
       begin<R, M>(place);
     }
-    bool fresh = whole;
     fence();
-    for (int term = 0; term < block.terms.count; ++term) {
-      const Unit* first = from.a + block.terms.rows[term] + place.first(0) * from.row;
-      const Unit* second = from.a + block.terms.rows[term] + place.first(R - 1) * from.row;
-      const Unit* b = block.columns.b + block.terms.columns[term];
-      int64_t depth = block.depth;
-      for (int64_t left = from.left; depth > 0; left = from.piece) {
-        const int64_t units = left < depth ? left : depth;
-        for (int64_t k = 0; k < units; k += units_) {
-          if (block.ahead != 0 && --turn < 0) {
-            turn += block.turns;
-            for (int64_t line = 0; line < units_ * M; ++line) __builtin_prefetch(b + block.ahead + 16 * line, 0, 2);
-          }
-          _tile_loadd(6, b, weight_bytes);
-          _tile_loadd(4, first, row_bytes);
-          if constexpr (M > 1) _tile_loadd(7, b + 16, weight_bytes);
-          if constexpr (R > 1) _tile_loadd(5, second, row_bytes);
-          if (!fresh) {
-            products<R, M>();
-          } else if constexpr (R == 2 && M == 2) {
-            first_products(place);
-            fresh = false;
-          }
-          first += units_;
-          second += units_;
-          b += units_ * weight_row;
+    for (int64_t left = from.left; depth > 0; left = from.piece) {
+      const int64_t units = left < depth ? left : depth;
+      for (int64_t k = 0; k < units; k += units_) {
+        if (block.ahead != 0 && --turn < 0) {
+          turn += block.turns;
+          prefetch<M>(b + block.ahead);
+          if constexpr (P > 1) prefetch<M>(b + low + block.ahead);
         }
-        first += from.jump - from.piece;
-        second += from.jump - from.piece;
-        depth -= units;
+        // The products of parts, each after one that it shares a factor with.
+        load_rows<R>(first, second, row_bytes);
+        load_weights<M>(b + (P - 1) * low, weight_bytes);
+        if (!fresh) {
+          products<R, M>();
+        } else if constexpr (R == 2 && M == 2) {
+          first_products(place);
+          fresh = false;
+        }
+        if constexpr (P > 2) {
+          load_weights<M>(b + low, weight_bytes);
+          products<R, M>();
+          load_rows<R>(first + from.low, second + from.low, row_bytes);
+          products<R, M>();
+          load_weights<M>(b, weight_bytes);
+          products<R, M>();
+          load_rows<R>(first + 2 * from.low, second + 2 * from.low, row_bytes);
+          products<R, M>();
+          load_rows<R>(first, second, row_bytes);
+          products<R, M>();
+        } else if constexpr (P > 1) {
+          load_weights<M>(b, weight_bytes);
+          products<R, M>();
+          load_rows<R>(first + from.low, second + from.low, row_bytes);
+          products<R, M>();
+        }
+        first += units_;
+        second += units_;
+        b += units_ * weight_row;
       }
+      first += from.jump - from.piece;
+      second += from.jump - from.piece;
+      depth -= units;
     }
     fence();
     if (whole) {
@@ -227,6 +245,21 @@ class TileProduct {
     fence();
   }
 
+  template <int M>
+  LGNET_INLINE void prefetch(const Unit* weights) const {
+    for (int64_t line = 0; line < units_ * M; ++line) __builtin_prefetch(weights + 16 * line, 0, 2);
+  }
+  template <int M>
+  static LGNET_INLINE void load_weights(const Unit* b, int64_t bytes) {
+    _tile_loadd(6, b, bytes);
+    if constexpr (M > 1) _tile_loadd(7, b + 16, bytes);
+  }
+  template <int R>
+  static LGNET_INLINE void load_rows(const Unit* first, const Unit* second, int64_t bytes) {
+    _tile_loadd(4, first, bytes);
+    if constexpr (R > 1) _tile_loadd(5, second, bytes);
+  }
+
   template <int R, int M>
   static LGNET_INLINE void clear() {
     _tile_zero(0);
@@ -261,7 +294,7 @@ class TileProduct {
   template <int R, int M>
   static LGNET_INLINE void end(const Place& place) {
     const int64_t bytes = 4 * place.c_row;
-    alignas(64) float sums[kRows * 2 * kRows];
+    alignas(64) float sums[kRows * 2 * kLanes];
     if (place.repeated(0) == 0) {
       _tile_stored(0, place.sums(0), bytes);
       if constexpr (M > 1) _tile_stored(1, place.sums(0) + 16, bytes);
@@ -285,7 +318,7 @@ class TileProduct {
   template <int M>
   static void add(const Place& place, int tile, const float* sums) {
     fence();
-    for (int64_t r = place.repeated(tile); r < kRows; ++r) {
+    for (int64_t r = place.repeated(tile); r < place.height; ++r) {
       for (int m = 0; m < M; ++m) {
         float* to = place.sums(tile) + r * place.c_row + 16 * m;
         const __m512 sum = _mm512_load_ps(sums + 32 * r + 16 * m);
@@ -310,7 +343,7 @@ class TileProduct {
 // The backward of attention adds products of float32 to a panel, so its panels are as wide as theirs.
 struct NarrowTiledBf16 : Bf16 {
   static constexpr int CONV_ROWS = 32;
-  using Tiles = TileProduct;
+  using Tiles = TileProduct<1>;
 };
 
 struct TiledBf16 : NarrowTiledBf16 {
@@ -321,6 +354,7 @@ struct TiledBf16 : NarrowTiledBf16 {
 // A float32 as bf16 parts, each the rest of those before it, rounded. Two leave 2^-17 of it, three 2^-25.
 struct TiledBf16x3 : TiledBf16 {
   static constexpr int PARTS = 2;
+  using Tiles = TileProduct<2>;
   // x minus x rounded to bf16.
   static LGNET_INLINE Reg rest(Reg x) {
     const __m512i rounded = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));

@@ -57,13 +57,14 @@ constexpr float kTanhQ[4] = {4.89352518554385e-03f, 2.26843463243900e-03f, 1.185
                              1.19825839466702e-06f};
 
 // Rows of a product's first factor from some depth on, `row` units apart. Each goes on for `left` units, then in
-// pieces of `piece` units, `jump` units from the begin of one to that of the next.
+// pieces of `piece` units, `jump` units from the begin of one to that of the next. Low parts of the elements, where
+// they have any, are `low` units further on.
 template <class Unit>
 struct ProductRows {
   const Unit* a;
-  int64_t row, left, piece, jump;
+  int64_t row, left, piece, jump, low;
 
-  ProductRows from(int64_t r) const { return {a + r * row, row, left, piece, jump}; }
+  ProductRows from(int64_t r) const { return {a + r * row, row, left, piece, jump, low}; }
 };
 
 // V::Tiles, or void where there is none.

@@ -63,8 +63,9 @@ class Packing:
     @classmethod
     def of(cls, products: Products) -> Packing:
         """The layout for the instruction set in use; no lanes for products of bf16 where it has none."""
-        lanes, panel, pair, depth = library().packing(products != "float32")
-        return cls(lanes, panel, pair, depth, PARTS[products])
+        parts = PARTS[products]
+        lanes, panel, pair, depth = library().packing(products != "float32", parts)
+        return cls(lanes, panel, pair, depth, parts)
 
     def bytes(self, elements: int) -> int:
         """Of `elements` packed weights."""
