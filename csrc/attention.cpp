@@ -63,6 +63,10 @@ constexpr int64_t kMinimumGroupsPerSplit = 8;
 constexpr int64_t kWeightsInCacheBytes = int64_t{1} << 20;
 constexpr int64_t kOperandBudgetBytes = int64_t{4} << 20;
 constexpr int64_t kGroupsPerCombinerTask = 16;
+// Keys and values of more bytes do not stay in the second-level cache beside the panels; panels then share a task,
+// and read kTurnBytes of them in turn.
+constexpr int64_t kKeysInCacheBytes = int64_t{1} << 20;
+constexpr int64_t kTurnBytes = int64_t{256} << 10;
 // Least number of multiplications per thread. Starting a thread's share takes some microseconds, more on busy cores,
 // so with less work fewer threads are faster.
 constexpr double kProductsPerThread = 5e5;
@@ -88,11 +92,13 @@ View dense_view(const float* data, std::array<int64_t, 4> size) {
 template <class T>
 constexpr DType kNative = sizeof(T) == 8 ? DType::float64 : DType::float32;
 
-const AttentionKernels<float>& pick(float, bool bf16) {
+const AttentionKernels<float>& pick(float, Products products) {
   const AttentionTable& table = current_kernels().attention;
-  return bf16 && table.bf16.forward ? table.bf16 : table.f32;
+  if (products == Products::bf16 && table.bf16.forward) return table.bf16;
+  if (products == Products::bf16x3 && table.bf16x3.forward) return table.bf16x3;
+  return table.f32;
 }
-const AttentionKernels<double>& pick(double, bool) { return current_kernels().attention.f64; }
+const AttentionKernels<double>& pick(double, Products) { return current_kernels().attention.f64; }
 
 // A contiguous [batch][channels][positions] copy of some items of a view, or the view's own memory.
 template <class T>
@@ -199,13 +205,18 @@ int64_t items_at_once(int64_t batch, int64_t item_bytes) {
   return std::clamp<int64_t>(kPackBudgetBytes / item_bytes, 1, batch);
 }
 
-// The forward of one call. bf16: multiply bf16 pairs where the CPU can.
+// The products of the public operators: bf16 features are multiplied as such, others in their own type.
+Products products_of(const View& features) {
+  return features.dtype == DType::bfloat16 ? Products::bf16 : Products::float32;
+}
+
+// The forward of one call, with these products where the CPU has them.
 template <class T>
 class Forward {
  public:
-  Forward(const View& features, bool released, bool bf16, const View& out, const View& attended, const View& stats,
-          int64_t threads)
-      : features_(features), kernels_(pick(T{}, bf16)), threads_(threads) {
+  Forward(const View& features, bool released, Products products, const View& out, const View& attended,
+          const View& stats, int64_t threads)
+      : features_(features), kernels_(pick(T{}, products)), threads_(threads) {
     describe(features, released, kernels_, w_);
     w_.out = out;
     w_.attended = attended;
@@ -290,7 +301,8 @@ void Forward<T>::run() {
   }
 }
 
-// Splits the keys into ranges for separate tasks where there are too few panels for the threads.
+// Lets several panels share a task where the keys and values do not stay in the second-level cache, and
+// splits the keys into ranges for separate tasks where there are too few panels for the threads.
 template <class T>
 void Forward<T>::split_keys() {
   const int64_t panels = w_.batch * w_.panels;
@@ -301,6 +313,12 @@ void Forward<T>::split_keys() {
   }
   w_.groups_per_split = round_up(ceil_div(w_.key_groups, w_.splits), kernels_.key_groups);
   w_.splits = ceil_div(w_.key_groups, w_.groups_per_split);
+  const int64_t bytes = w_.pack_bytes * (share_ ? 1 : 2);
+  w_.panels_per_task = bytes <= kKeysInCacheBytes || w_.splits > 1
+                           ? 1
+                           : std::clamp<int64_t>(panels / (kTasksPerThread * threads_), 1, kernels_.panels_per_task);
+  w_.groups_per_turn = std::max<int64_t>(kTurnBytes * w_.key_groups / bytes, 1);
+  w_.groups_per_turn = round_up(w_.groups_per_turn, kernels_.chunk_groups);
   if (w_.splits == 1) return;
   const int64_t count = panels * w_.splits;
   part_rows_ = Buffer<T>(count * w_.channels_padded * w_.panel);
@@ -313,10 +331,10 @@ void Forward<T>::split_keys() {
 
 template <class T>
 void Forward<T>::attend() {
-  const int64_t panels = w_.batch * w_.panels, per_item = w_.panels * w_.splits;
+  const int64_t panels = w_.batch * w_.panels, per_item = ceil_div(w_.panels, w_.panels_per_task) * w_.splits;
   const int64_t each = round_up(kernels_.forward_scratch(w_), 64);
   const Buffer<T> scratch(each * std::min(threads_, panels * w_.splits));
-  parallel_for(threads_, panels * w_.splits, [&](int64_t task, int64_t worker) {
+  parallel_for(threads_, w_.batch * per_item, [&](int64_t task, int64_t worker) {
     kernels_.forward(w_, task / per_item, task % per_item / w_.splits, task % w_.splits,
                      scratch.get() + worker * each);
   });
@@ -369,8 +387,8 @@ class Backward {
  public:
   Backward(const View& features, bool released, const View& grad_features, int64_t threads)
       : features_(features),
-        kernels_(pick(T{}, false)),
-        score_kernels_(pick(T{}, features.dtype == DType::bfloat16)),
+        kernels_(pick(T{}, Products::float32)),
+        score_kernels_(pick(T{}, products_of(features))),
         threads_(threads) {
     describe(features, released, kernels_, w_);
     w_.out = grad_features;
@@ -472,7 +490,7 @@ void Backward<T>::differentiate() {
 template <class T>
 void run_forward(const View& features, const View& weight, const View& bias, bool released, const View& out,
                  const View& attended, const View& stats, int64_t threads) {
-  Forward<T> forward(features, released, features.dtype == DType::bfloat16, out, attended, stats, threads);
+  Forward<T> forward(features, released, products_of(features), out, attended, stats, threads);
   if (weight) forward.combine_with(weight, bias);
   forward.run();
 }
@@ -532,14 +550,14 @@ void attention_forward(const TensorArg& features_arg, const TensorArg& weight_ar
       useful_threads(features, features.size[2] * features.size[3], threads));
 }
 
-void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, bool bf16,
+void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, Products products,
                       int64_t threads) {
   const int64_t channels = maps.channels;
   View features;  // only its sizes are used
   const int64_t size[4] = {maps.batch, channels, maps.height, maps.width};
   std::copy_n(size, 4, features.size);
   threads = useful_threads(features, static_cast<int64_t>(maps.queries.size()), threads);
-  Forward<float> forward(features, released, bf16, View{}, View{}, View{}, threads);
+  Forward<float> forward(features, released, products, View{}, View{}, View{}, threads);
   forward.use(maps);
   forward.combine_with(dense_view(weight, {1, 1, channels, 2 * channels}), dense_view(bias, {1, 1, 1, channels}));
   forward.run();

@@ -39,6 +39,8 @@ struct AttentionWork {
 
   // Forward.
   int64_t splits, groups_per_split;  // key range of one task, in groups of 8
+  int64_t panels_per_task;           // these share each groups_per_turn of the keys while it is in the cache
+  int64_t groups_per_turn;
   const T* weight;  // [2: attended, features][channels_padded / 8][channels][8]; null: none, or for combine
   const T* bias;    // [channels_padded]
   T* part_rows;     // [batch][panels][splits][channels_padded][panel], only where splits > 1
@@ -69,11 +71,13 @@ struct AttentionKernels {
   int64_t panel;                                        // queries in a panel
   int64_t lanes;                                        // of a vector
   int64_t element_bytes;                                // of packed keys and values
+  int64_t panels_per_task;                              // at most
+  int64_t chunk_groups;                                 // groups of keys between two updates of the maximum
   int64_t key_groups;                                   // that lie together: ranges of keys begin at multiples of it
   int64_t (*forward_scratch)(const AttentionWork<T>&);  // elements of T per worker
   int64_t (*backward_scratch)(const AttentionWork<T>&);
   void (*prepare)(const AttentionWork<T>&, int64_t b, int64_t tile);
-  void (*forward)(const AttentionWork<T>&, int64_t b, int64_t panel, int64_t split, T* scratch);
+  void (*forward)(const AttentionWork<T>&, int64_t b, int64_t task, int64_t split, T* scratch);  // panels_per_task
   void (*merge)(const AttentionWork<T>&, int64_t b, int64_t panel, T* scratch);
   // Output channels [8 * first, 8 * (first + groups)) of a panel with kept operands; weight [2][groups][C][8].
   void (*combine)(const AttentionWork<T>&, int64_t b, int64_t panel, const T* weight, int64_t first, int64_t groups,
@@ -86,8 +90,9 @@ struct AttentionKernels {
 struct AttentionTable {
   AttentionKernels<float> f32;
   AttentionKernels<double> f64;
-  // Multiplies pairs of bf16 for scores and attended values. All null where the instruction set cannot.
-  AttentionKernels<float> bf16;
+  // These multiply pairs of bf16, or float32 as sums of bf16 (only the forward), for scores and attended values. All
+  // null where the instruction set cannot.
+  AttentionKernels<float> bf16, bf16x3;
 };
 
 // features [B, C, H, W]; weight [1, 1, C, 2C]; bias [1, 1, 1, C]; stats [1, 2, B, H*W] dense, float32 or float64: the
@@ -107,9 +112,9 @@ struct PixelMaps {
   std::vector<int32_t> queries;  // positions to compute, in every sample; all positions are keys
 };
 
-// attention_forward without checks and stats, for attention_step.cpp. weight [C][2C], bias [C]; bf16: multiply pairs
-// of bf16 where the CPU can.
-void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, bool bf16,
+// attention_forward without checks and stats, for attention_step.cpp. weight [C][2C], bias [C]; float32 products
+// where the instruction set has not the wanted ones.
+void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, Products products,
                       int64_t threads);
 void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,
                         const TensorArg& stats, bool released, const TensorArg& grad_features, int64_t threads);

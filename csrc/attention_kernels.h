@@ -14,7 +14,6 @@ struct Attention {
   static constexpr int W = V::W, NR = V::W * V::NV, ROWS = V::ROWS;
   static constexpr int UNITS = static_cast<int>(kKeysPerGroup) / V::PAIR;  // of one channel in a group of keys
   static constexpr int64_t GROUP = kKeysPerGroup, CHUNK = kKeysPerChunk;
-  static constexpr int64_t SCORE_ROWS = CHUNK;
   // With matrix tiles keys and values lie as their rows: keys [position][channels_padded], values [32 positions]
   // [channel][position]. A group's bytes are as many as in the layout of attention.h.
   using Tiles = typename TilesOf<V>::type;
@@ -23,6 +22,11 @@ struct Attention {
   struct Nothing {};
   using Multiplier = std::conditional_t<kTiled, Tiles, Nothing>;
   static constexpr int64_t TILE_KEYS = 32, TILE_UNITS = TILE_KEYS / 2;
+  // Parts of a float32 that are multiplied (PARTS == 2). An error in a score becomes a relative one of its weight,
+  // and scores may be hundreds, so keys and queries have three parts and six products; values and weights two and
+  // three.
+  static constexpr bool kSplit = V::PARTS > 1;
+  static constexpr int64_t KEY_PARTS = kSplit ? 3 : 1, VALUE_PARTS = V::PARTS;
 
   // --- register block -------------------------------------------------------------------------------------------
 
@@ -82,29 +86,33 @@ struct Attention {
 
   // scores[key][query] (+)= keys . queries for `groups` groups of 8 keys; depth: units of the channels. Channels are
   // taken kDepth at a time, which keeps the panel's slice in the first-level cache and the chains of sums short.
+  // row: from one row of queries, and of scores, to the next.
   template <int M>
   static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
-                            int64_t depth, T* scores, bool accumulate, [[maybe_unused]] Multiplier& multiplier) {
+                            int64_t depth, T* scores, bool accumulate, [[maybe_unused]] Multiplier& multiplier,
+                            int64_t row = NR) {
     if constexpr (kTiled) {
-      return multiplier.multiply({keys, depth, depth, depth, 0}, groups * GROUP, {queries, NR, M}, 0, depth, scores,
-                                 NR, accumulate);
+      // Keys [position][part][channels], queries [part][channels][row].
+      return multiplier.template multiply<KEY_PARTS>({keys, KEY_PARTS * depth, depth, depth, 0, depth},
+                                                     groups * GROUP, {queries, row, M, depth * row}, 0, depth, scores,
+                                                     row, accumulate);
     }
     constexpr int64_t kDepth = 128;
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
       const int64_t step = depth - k0 < kDepth ? depth - k0 : kDepth;
       for (int64_t g = 0; g < groups; ++g) {
         for (int r0 = 0; r0 < GROUP; r0 += ROWS) {
-          if constexpr (V::BLOCK_ROWS > 0 && M == V::NV) {
+          if constexpr (V::BLOCK_ROWS > 0 && M == V::NV) {  // row is NR there
             const Unit* a = keys + g * group_stride + k0 * GROUP + r0;
-            write_block(scores + (g * GROUP + r0) * NR, accumulate || k0 > 0,
-                        [&](T* to) { V::score_block(a, queries + k0 * NR, step, to); });
+            write_block(scores + (g * GROUP + r0) * row, accumulate || k0 > 0,
+                        [&](T* to) { V::score_block(a, queries + k0 * row, step, to); });
             continue;
           }
           Reg acc[ROWS][M];
           clear<ROWS, M>(acc);
           multiply<ROWS, M, 1, static_cast<int>(GROUP)>(acc, keys + g * group_stride + k0 * GROUP + r0,
-                                                        queries + k0 * NR, NR, step);
-          store_block<ROWS, M>(acc, scores + (g * GROUP + r0) * NR, NR, accumulate || k0 > 0);
+                                                        queries + k0 * row, row, step);
+          store_block<ROWS, M>(acc, scores + (g * GROUP + r0) * row, row, accumulate || k0 > 0);
         }
       }
     }
@@ -117,10 +125,12 @@ struct Attention {
                             int64_t channels_padded, T* rows, bool accumulate,
                             [[maybe_unused]] Multiplier& multiplier) {
     if constexpr (kTiled) {
-      const int64_t depth = groups * GROUP / 2;
-      return multiplier.multiply({values, TILE_UNITS, TILE_UNITS, TILE_UNITS, channels_padded * TILE_UNITS},
-                                 channels_padded, {weights, NR, M}, 0,
-                                 (depth + TILE_UNITS - 1) / TILE_UNITS * TILE_UNITS, rows, NR, accumulate);
+      // Values [tile][part][channel][key], weights [two keys][part][query].
+      const int64_t part = channels_padded * TILE_UNITS, depth = groups * GROUP / 2;
+      return multiplier.template multiply<VALUE_PARTS>(
+          {values, TILE_UNITS, TILE_UNITS, TILE_UNITS, VALUE_PARTS * part, part}, channels_padded,
+          {weights, VALUE_PARTS * NR, M, NR}, 0, (depth + TILE_UNITS - 1) / TILE_UNITS * TILE_UNITS, rows, NR,
+          accumulate);
     }
     for (int64_t c0 = 0; c0 < channels_padded; c0 += ROWS) {
       const Unit* a = values + c0 * UNITS;
@@ -184,17 +194,6 @@ struct Attention {
     Unit* kp = reinterpret_cast<Unit*>(w.keys + b * w.pack_bytes) + group * w.channels_padded * UNITS;
     T key[GROUP];
     for (int64_t t = 0; t < GROUP; ++t) key[t] = row[t] * inverse[t];
-    if constexpr (kTiled) {
-      for (int64_t t = 0; t < GROUP; ++t) put(kp, t * w.channels_padded + c, key[t]);
-      if (w.values == w.keys) return;
-      constexpr int64_t GROUPS = TILE_KEYS / GROUP;
-      Unit* values =
-          reinterpret_cast<Unit*>(w.values + b * w.pack_bytes) + group / GROUPS * GROUPS * w.channels_padded * UNITS;
-      for (int64_t t = 0; t < GROUP; ++t) {
-        put(values, c * TILE_KEYS + group % GROUPS * GROUP + t, w.released ? key[t] : row[t]);
-      }
-      return;
-    }
     for (int64_t t = 0; t < GROUP; ++t) {
       // Pairs run along the summed index: channels in the keys, keys in the values.
       if constexpr (V::PAIR == 1) {
@@ -208,9 +207,44 @@ struct Attention {
     for (int64_t t = 0; t < GROUP; ++t) put(vp, c * GROUP + t, w.released ? key[t] : row[t]);
   }
 
+  // Tiles: packs keys and values of W positions, W channels from c on. x: a position's features, shifted.
+  static LGNET_INLINE void put_block(const Work& w, int64_t b, int64_t position, int64_t c, Reg (&x)[W],
+                                     const T* inverse) {
+    static_assert(TILE_KEYS % W == 0 && kPositionsPerTile % W == 0, "blocks would cross the borders of tiles");
+    const int64_t cp = w.channels_padded, some = cp - c < W ? cp - c : W;
+    bf16* keys = reinterpret_cast<bf16*>(w.keys + b * w.pack_bytes) + position * KEY_PARTS * cp + c;
+    for (int t = 0; t < W; ++t) {
+      Reg key = V::mul(x[t], V::set1(inverse[t]));
+      if (w.released) x[t] = key;
+      for (int64_t part = 0; part < KEY_PARTS; ++part) {
+        store_some(keys + (t * KEY_PARTS + part) * cp, some, key);
+        if constexpr (kSplit) key = V::rest(key);
+      }
+    }
+    if (w.values == w.keys) return;
+    transpose<V>(x);
+    bf16* values = reinterpret_cast<bf16*>(w.values + b * w.pack_bytes) +
+                   (position / TILE_KEYS * VALUE_PARTS * cp + c) * TILE_KEYS + position % TILE_KEYS;
+    for (int64_t i = 0; i < some; ++i) {
+      for (int64_t part = 0; part < VALUE_PARTS; ++part) {
+        V::store_half(values + (part * cp + i) * TILE_KEYS, x[i]);
+        if constexpr (kSplit) x[i] = V::rest(x[i]);
+      }
+    }
+  }
+
+  // The first `some` lanes as bf16.
+  static LGNET_INLINE void store_some(bf16* to, int64_t some, Reg x) {
+    if (some >= W) return V::store_half(to, x);
+    bf16 lane[W];
+    V::store_half(lane, x);
+    std::memcpy(to, lane, static_cast<size_t>(2 * some));
+  }
+
   // Values of positions beyond the last one are multiplied by weights of zero, so they must be finite.
   static void fill_last_values(const Work& w, int64_t b) {
-    const int64_t bytes = TILE_KEYS * w.channels_padded * 2, last = (w.positions - 1) / TILE_KEYS * bytes;
+    const int64_t bytes = TILE_KEYS * VALUE_PARTS * w.channels_padded * 2,
+                  last = (w.positions - 1) / TILE_KEYS * bytes;
     if (w.values != w.keys) std::memset(w.values + b * w.pack_bytes + last, 0, static_cast<size_t>(bytes));
   }
 
@@ -243,6 +277,20 @@ struct Attention {
     for (int64_t t = 0; t < count; ++t) {
       inverse[t] = inverse_norm(w, total[t]);
       w.inverse_norm[b * w.positions + p0 + t] = inverse[t];
+    }
+    if constexpr (kTiled) {
+      for (int64_t c0 = 0; c0 < w.channels_padded; c0 += W) {
+        for (int64_t t0 = 0; t0 < count; t0 += W) {
+          Reg block[W];
+          for (int64_t c = 0; c < W; ++c) {
+            const bool some = c0 + c < w.channels;
+            block[c] = some ? load_some(f + (c0 + c) * w.positions + t0, count - t0, shift) : V::set1(0);
+          }
+          transpose<V>(block);
+          put_block(w, b, p0 + t0, c0, block, inverse + t0);
+        }
+      }
+      return;
     }
     for (int64_t c = 0; c < w.channels_padded; ++c) {
       T row[TILE] = {};
@@ -297,16 +345,25 @@ struct Attention {
   }
 
   static void prepare_pixels(const Work& w, int64_t b, int64_t tile) {
+    constexpr int64_t STEP = kTiled ? W : GROUP;
     const T shift = w.released ? static_cast<T>(1e-7) : T{0};
     const int64_t end = (tile + 1) * kPositionsPerTile < w.positions ? (tile + 1) * kPositionsPerTile : w.positions;
-    for (int64_t p0 = tile * kPositionsPerTile; p0 < end; p0 += GROUP) {
-      const int64_t count = end - p0 < GROUP ? end - p0 : GROUP;
-      T inverse[GROUP] = {};
+    for (int64_t p0 = tile * kPositionsPerTile; p0 < end; p0 += STEP) {
+      const int64_t count = end - p0 < STEP ? end - p0 : STEP;
+      T inverse[STEP] = {};
       for (int64_t t = 0; t < count; ++t) {
         inverse[t] = inverse_norm(w, sum_of_squares(pixel_of(w, b, p0 + t), w.channels, shift));
         w.inverse_norm[b * w.positions + p0 + t] = inverse[t];
       }
       for (int64_t c0 = 0; c0 < w.channels_padded; c0 += W) {
+        if constexpr (kTiled) {
+          Reg block[W];
+          for (int64_t t = 0; t < W; ++t) {
+            block[t] = t < count ? load_some(pixel_of(w, b, p0 + t) + c0, w.channels - c0, shift) : V::set1(0);
+          }
+          put_block(w, b, p0, c0, block, inverse);
+          continue;
+        }
         T block[GROUP][W] = {};
         for (int64_t t = 0; t < count; ++t) {
           V::store(block[t], load_some(pixel_of(w, b, p0 + t) + c0, w.channels - c0, shift));
@@ -324,10 +381,12 @@ struct Attention {
   template <class Value>
   static LGNET_INLINE void gather_rows(const Work& w, int64_t count, T* rows, Value value) {
     for (int64_t c0 = 0; c0 < w.channels; c0 += W) {
-      T block[NR][W];
-      for (int64_t t = 0; t < NR; ++t) V::store(block[t], t < count ? value(t, c0) : V::set1(0));
-      for (int64_t c = c0; c < c0 + W && c < w.channels; ++c) {
-        for (int64_t t = 0; t < NR; ++t) rows[c * NR + t] = block[t][c - c0];
+      const int64_t some = w.channels - c0 < W ? w.channels - c0 : W;
+      for (int64_t t0 = 0; t0 < NR; t0 += W) {
+        Reg block[W];
+        for (int64_t t = 0; t < W; ++t) block[t] = t0 + t < count ? value(t0 + t, c0) : V::set1(0);
+        transpose<V>(block);
+        for (int64_t c = 0; c < some; ++c) V::store(rows + (c0 + c) * NR + t0, block[c]);
       }
     }
   }
@@ -366,27 +425,34 @@ struct Attention {
     });
   }
 
+  // The first `some` lanes.
+  template <class S>
+  static LGNET_INLINE void store_first(S* to, int64_t some, Reg x) {
+    if (some >= W) return V::store(to, x);
+    S lane[W];
+    V::store(lane, x);
+    std::memcpy(to, lane, static_cast<size_t>(some) * sizeof(S));
+  }
+
   // Stores channels [first, first + channels) of the queries from q0 on, rows [channel][NR].
   static void scatter_rows(const Work& w, int64_t b, int64_t q0, int64_t count, int64_t first, int64_t channels,
                            const T* rows) {
+    const Reg zero = V::set1(0);
     for (int64_t c0 = 0; c0 < channels; c0 += W) {
       const int64_t some = channels - c0 < W ? channels - c0 : W;
-      T block[NR][W];
-      for (int64_t c = 0; c < some; ++c) {
-        for (int64_t t = 0; t < NR; ++t) block[t][c] = rows[(c0 + c) * NR + t];
-      }
-      for (int64_t t = 0; t < count; ++t) {
-        const int64_t position = (w.first_item + b) * w.positions + w.queries[q0 + t];
-        const int64_t at = position * w.to_pixel + first + c0;
-        if (w.relu) {
-          for (int64_t c = 0; c < some; ++c) block[t][c] = block[t][c] < 0 ? T{0} : block[t][c];  // NaN stays
-        }
-        if (w.to_bf16) {
-          bf16* to = static_cast<bf16*>(w.to_pixels) + at;
-          for (int64_t c = 0; c < some; ++c) to[c] = to_bf16(static_cast<float>(block[t][c]));
-        } else {
-          T* to = static_cast<T*>(w.to_pixels) + at;
-          for (int64_t c = 0; c < some; ++c) to[c] = block[t][c];
+      for (int64_t t0 = 0; t0 < count; t0 += W) {
+        Reg block[W];
+        for (int64_t c = 0; c < W; ++c) block[c] = c < some ? V::load(rows + (c0 + c) * NR + t0) : zero;
+        transpose<V>(block);
+        for (int64_t t = 0; t < W && t0 + t < count; ++t) {
+          const int64_t position = (w.first_item + b) * w.positions + w.queries[q0 + t0 + t];
+          const int64_t at = position * w.to_pixel + first + c0;
+          const Reg x = w.relu ? V::select_greater(zero, block[t], zero, block[t]) : block[t];  // NaN stays
+          if (w.to_bf16) {
+            store_first(static_cast<bf16*>(w.to_pixels) + at, some, x);
+          } else {
+            store_first(static_cast<T*>(w.to_pixels) + at, some, x);
+          }
         }
       }
     }
@@ -447,11 +513,16 @@ struct Attention {
     }
   }
 
+  // Rows as pairs of channels, [part][channels / 2][NR]; in place where there is one part, as row c / 2 <= c.
   static LGNET_INLINE void to_units(const T* rows, int64_t channels_padded, Unit* units) {
     if constexpr (V::PAIR == 2) {
       for (int64_t c = 0; c < channels_padded; c += 2) {
         for (int64_t t = 0; t < NR; t += W) {
-          V::store_pairs(units + c / 2 * NR + t, V::load(rows + c * NR + t), V::load(rows + (c + 1) * NR + t));
+          Reg even = V::load(rows + c * NR + t), odd = V::load(rows + (c + 1) * NR + t);
+          for (int64_t part = 0; part < KEY_PARTS; ++part) {
+            V::store_pairs(units + (part * channels_padded + c) / 2 * NR + t, even, odd);
+            if constexpr (kSplit) even = V::rest(even), odd = V::rest(odd);
+          }
         }
       }
     }
@@ -459,64 +530,104 @@ struct Attention {
 
   // --- forward ---------------------------------------------------------------------------------------------------
 
-  static int64_t forward_scratch(const Work& w) { return 3 * w.channels_padded * NR + CHUNK * NR + 4 * NR; }
+  // What belongs to a panel while its keys are read in several turns, and what panels share.
+  struct Panel {
+    T* rows;     // [2: attended values, not yet divided by the sums; queries, later the features][cp][NR]
+    T* queries;  // as they are multiplied: in rows, or units of their own where there are parts
+    T* top;      // [NR] subtracted from the scores: the maximum, or a little less
+    T* sum;      // [NR]
+  };
+  struct Scratch {
+    T* scores;     // [CHUNK][NR] scores, then weights
+    T* chunk_top;  // [NR]
+    T* spare;      // [cp][NR] the combiner's result
+    Multiplier multiplier;
+  };
 
-  // Attention of one panel of queries over one range of keys.
-  static void forward(const Work& w, int64_t b, int64_t panel, int64_t split, T* scratch) {
-    const int64_t p0 = panel * NR, count = w.query_count - p0 < NR ? w.query_count - p0 : NR;
-    with_vectors(count, [&](auto m) { forward_panel<decltype(m)::value>(w, b, panel, count, split, scratch); });
+  static int64_t panel_scratch(const Work& w) {
+    return (2 * w.channels_padded + 2 + (kSplit ? KEY_PARTS * w.channels_padded / 2 : 0)) * NR;
+  }
+  static int64_t forward_scratch(const Work& w) {
+    return w.panels_per_task * panel_scratch(w) + (CHUNK + 1 + w.channels_padded) * NR;
+  }
+  static Panel panel_of(const Work& w, int64_t b, int64_t panel, T* scratch) {
+    const int64_t size = w.channels_padded * NR;
+    T* own = scratch + panel % w.panels_per_task * panel_scratch(w);
+    T* rows = w.operands && w.splits == 1 ? operands(w, b, panel) : own;
+    T* top = own + 2 * size;
+    return {rows, kSplit ? top + 2 * NR : rows + size, top, top + NR};
+  }
+  static Scratch shared_scratch(const Work& w, T* scratch) {
+    T* scores = scratch + w.panels_per_task * panel_scratch(w);
+    return {scores, scores + CHUNK * NR, scores + (CHUNK + 1) * NR, {}};
   }
 
-  template <int M>
-  static void forward_panel(const Work& w, int64_t b, int64_t panel, int64_t count, int64_t split, T* scratch) {
-    const int64_t cp = w.channels_padded;
-    // [cp][NR] attended values, not yet divided by the sums
-    T* rows = w.operands && w.splits == 1 ? operands(w, b, panel) : scratch;
-    T* query_rows = rows + cp * NR;    // [cp][NR] queries; later the features
-    T* spare = scratch + 2 * cp * NR;  // [cp][NR] queries as units; later the combiner's result
-    T* scores = spare + cp * NR;       // [CHUNK][NR] scores, then weights
-    T* top = scores + CHUNK * NR;      // [NR] subtracted from the scores: the maximum, or a little less
-    T* sum = top + NR;                 // [NR]
-    T* chunk_top = sum + NR;           // [NR]
-
-    // Scores are in units of log 2, because exp2 is cheaper than exp; the factor is part of the queries' scale.
-    load_queries(w, b, panel * NR, count, static_cast<T>(kLog2E), query_rows);
-    const Unit* queries;
-    if constexpr (V::PAIR == 1) {
-      queries = query_rows;
-    } else {
-      to_units(query_rows, cp, reinterpret_cast<Unit*>(spare));
-      queries = reinterpret_cast<const Unit*>(spare);
-    }
-    for (int64_t t = 0; t < NR; ++t) sum[t] = 0, top[t] = 0;
-
-    const int64_t group_stride = cp * UNITS;
-    const Unit* keys = reinterpret_cast<const Unit*>(w.keys + b * w.pack_bytes);
-    const Unit* values = reinterpret_cast<const Unit*>(w.values + b * w.pack_bytes);
-    Multiplier multiplier;
+  // Attention of a task's panels of queries over one range of keys. A part of the keys serves all panels before the
+  // next, so that it is read from the second-level cache by all but the first.
+  static void forward(const Work& w, int64_t b, int64_t task, int64_t split, T* scratch) {
+    const int64_t first = task * w.panels_per_task;
+    const int64_t end = first + w.panels_per_task < w.panels ? first + w.panels_per_task : w.panels;
     const int64_t g_begin = split * w.groups_per_split;
     const int64_t g_end = g_begin + w.groups_per_split < w.key_groups ? g_begin + w.groups_per_split : w.key_groups;
+    const int64_t turn = w.panels_per_task > 1 ? w.groups_per_turn : g_end - g_begin;
+    Scratch shared = shared_scratch(w, scratch);
+    for (int64_t g = g_begin; g < g_end; g += turn) {
+      for (int64_t panel = first; panel < end; ++panel) {
+        const int64_t p0 = panel * NR, count = w.query_count - p0 < NR ? w.query_count - p0 : NR;
+        const Panel own = panel_of(w, b, panel, scratch);
+        if (g == g_begin) begin_panel(w, b, p0, count, own);
+        with_vectors(count, [&](auto m) {
+          constexpr int M = decltype(m)::value;
+          attend_keys<M>(w, b, g, g + turn < g_end ? g + turn : g_end, g == g_begin, own, shared);
+          if (g + turn >= g_end) end_panel<M>(w, b, panel, count, split, own, shared.spare);
+        });
+      }
+    }
+  }
+
+  static void begin_panel(const Work& w, int64_t b, int64_t p0, int64_t count, const Panel& own) {
+    // Scores are in units of log 2, because exp2 is cheaper than exp; the factor is part of the queries' scale.
+    T* queries = own.rows + w.channels_padded * NR;
+    load_queries(w, b, p0, count, static_cast<T>(kLog2E), queries);
+    if constexpr (V::PAIR == 2) to_units(queries, w.channels_padded, reinterpret_cast<Unit*>(own.queries));
+    for (int64_t t = 0; t < NR; ++t) own.sum[t] = 0, own.top[t] = 0;
+  }
+
+  // begin: these are the first keys of the panel.
+  template <int M>
+  static void attend_keys(const Work& w, int64_t b, int64_t g_begin, int64_t g_end, bool begin, const Panel& own,
+                          Scratch& shared) {
+    const int64_t cp = w.channels_padded, group_stride = cp * UNITS;
+    const Unit* keys = reinterpret_cast<const Unit*>(w.keys + b * w.pack_bytes);
+    const Unit* values = reinterpret_cast<const Unit*>(w.values + b * w.pack_bytes);
+    const Unit* queries = reinterpret_cast<const Unit*>(own.queries);
+    T* scores = shared.scores;
     for (int64_t g0 = g_begin; g0 < g_end; g0 += CHUNK / GROUP) {
       const int64_t groups = g_end - g0 < CHUNK / GROUP ? g_end - g0 : CHUNK / GROUP;
       const int64_t padded = groups * GROUP;
       const int64_t valid = w.positions - g0 * GROUP < padded ? w.positions - g0 * GROUP : padded;
-      const bool first = g0 == g_begin;
-      score_product<M>(keys + g0 * group_stride, group_stride, groups, queries,
-                       V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false, multiplier);
+      const bool first = begin && g0 == g_begin;
+      score_product<M>(keys + g0 * KEY_PARTS * group_stride, group_stride, groups, queries,
+                       V::PAIR == 1 ? w.channels : cp / V::PAIR, scores, false, shared.multiplier);
       // The paper's scores are cosines, so exp2 cannot overflow and no maximum is subtracted.
-      if (w.released) raise_maximum<M>(scores, valid, first, cp, rows, top, sum, chunk_top);
-      exponentiate<M>(scores, valid, kTiled ? (padded + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS : padded, top, sum);
-      value_product<M>(values + g0 * group_stride, group_stride, groups, reinterpret_cast<const Unit*>(scores), cp,
-                       rows, !first, multiplier);
+      if (w.released) raise_maximum<M>(scores, valid, first, cp, own.rows, own.top, own.sum, shared.chunk_top);
+      exponentiate<M>(scores, valid, kTiled ? (padded + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS : padded, own.top,
+                      own.sum);
+      value_product<M>(values + g0 * VALUE_PARTS * group_stride, group_stride, groups,
+                       reinterpret_cast<const Unit*>(scores), cp, own.rows, !first, shared.multiplier);
     }
-    if (w.splits == 1) return finish<M>(w, b, panel, count, rows, top, sum, spare);
+  }
 
-    const int64_t part = (b * w.panels + panel) * w.splits + split;
+  template <int M>
+  static void end_panel(const Work& w, int64_t b, int64_t panel, int64_t count, int64_t split, const Panel& own,
+                        T* spare) {
+    if (w.splits == 1) return finish<M>(w, b, panel, count, own.rows, own.top, own.sum, spare);
+    const int64_t cp = w.channels_padded, part = (b * w.panels + panel) * w.splits + split;
     T* part_rows = w.part_rows + part * cp * NR;
     for (int64_t c = 0; c < cp; ++c) {
-      for (int m = 0; m < M; ++m) V::store(part_rows + c * NR + m * W, V::load(rows + c * NR + m * W));
+      for (int m = 0; m < M; ++m) V::store(part_rows + c * NR + m * W, V::load(own.rows + c * NR + m * W));
     }
-    for (int64_t t = 0; t < NR; ++t) w.part_max[part * NR + t] = top[t], w.part_sum[part * NR + t] = sum[t];
+    for (int64_t t = 0; t < NR; ++t) w.part_max[part * NR + t] = own.top[t], w.part_sum[part * NR + t] = own.sum[t];
   }
 
   // Softmax is the same for any subtracted constant, so the running maximum is raised only where a chunk exceeds it
@@ -567,14 +678,14 @@ struct Attention {
       T* column = scores + m * W;
       int64_t j = 0;
       for (; j + 2 <= valid; j += 2) {
-        const Reg even = V::exp2(V::sub(V::load(column + j * NR), shift));
-        const Reg odd = V::exp2(V::sub(V::load(column + (j + 1) * NR), shift));
+        const Reg even = weight_of(V::sub(V::load(column + j * NR), shift));
+        const Reg odd = weight_of(V::sub(V::load(column + (j + 1) * NR), shift));
         total[0] = V::add(total[0], even);
         total[1] = V::add(total[1], odd);
         store_weights(column, j, even, odd);
       }
       if (j < valid) {
-        const Reg last = V::exp2(V::sub(V::load(column + j * NR), shift));
+        const Reg last = weight_of(V::sub(V::load(column + j * NR), shift));
         total[0] = V::add(total[0], last);
         store_weights(column, j, last, V::set1(0));
         j += 2;
@@ -584,13 +695,23 @@ struct Attention {
     }
   }
 
+  static LGNET_INLINE Reg weight_of(Reg difference) {
+    if constexpr (V::PAIR == 2 && !kSplit && has_exp2_short<V>(0)) {
+      return V::exp2_short(difference);
+    } else {
+      return V::exp2(difference);
+    }
+  }
+
   static LGNET_INLINE void store_weights(T* column, int64_t j, Reg even, Reg odd) {
     if constexpr (V::PAIR == 1) {
       V::store(column + j * NR, even);
       V::store(column + (j + 1) * NR, odd);
     } else {
-      // Pairs need half as many rows; row j / 2 has been read before it is written.
-      V::store_pairs(reinterpret_cast<Unit*>(column) + j / 2 * NR, even, odd);
+      // Pairs need half as many rows, or, in two parts, as many; these have been read before they are written.
+      Unit* units = reinterpret_cast<Unit*>(column) + j / 2 * VALUE_PARTS * NR;
+      V::store_pairs(units, even, odd);
+      if constexpr (kSplit) V::store_pairs(units + NR, V::rest(even), V::rest(odd));
     }
   }
 
@@ -650,9 +771,16 @@ struct Attention {
     using Full = Attention<F<T>>;
     const int64_t stride = w.channels * GROUP;
     typename Full::Multiplier multiplier;
-    Full::template score_product<M>(weight, stride, groups, rows, w.channels, out_rows, false, multiplier);
-    Full::template score_product<M>(weight + groups * stride, stride, groups, rows + w.channels_padded * NR,
-                                    w.channels, out_rows, true, multiplier);
+    for (int64_t t = 0; t < M * W; t += Full::NR) {
+      Full::with_vectors(M * W - t, [&](auto m) {
+        constexpr int SOME = decltype(m)::value;
+        Full::template score_product<SOME>(weight, stride, groups, rows + t, w.channels, out_rows + t, false,
+                                           multiplier, NR);
+        Full::template score_product<SOME>(weight + groups * stride, stride, groups,
+                                           rows + w.channels_padded * NR + t, w.channels, out_rows + t, true,
+                                           multiplier, NR);
+      });
+    }
     // The bias is added last: sums that begin with a bias much larger than the products would lose digits.
     for (int64_t c = 0; c < groups * GROUP; ++c) {
       const Reg bias = V::set1(w.bias[first * GROUP + c]);
@@ -677,7 +805,7 @@ struct Attention {
   static void merge_panel(const Work& w, int64_t b, int64_t panel, int64_t count, T* scratch) {
     const int64_t cp = w.channels_padded, part = (b * w.panels + panel) * w.splits;
     T* rows = w.operands ? operands(w, b, panel) : scratch;
-    T* top = scratch + 3 * cp * NR + CHUNK * NR;
+    T* top = scratch + 2 * cp * NR;
     T* sum = top + NR;
     for (int m = 0; m < M; ++m) {
       Reg best = V::load(w.part_max + part * NR + m * W);
@@ -696,7 +824,7 @@ struct Attention {
       }
       V::store(sum + m * W, total);
     }
-    finish<M>(w, b, panel, count, rows, top, sum, scratch + 2 * cp * NR);
+    finish<M>(w, b, panel, count, rows, top, sum, shared_scratch(w, scratch).spare);
   }
 
   // --- backward --------------------------------------------------------------------------------------------------
@@ -858,15 +986,20 @@ struct Attention {
     AttentionKernels<T> k{};
     k.panel = NR;
     k.lanes = W;
-    k.element_bytes = static_cast<int64_t>(sizeof(Unit)) / V::PAIR;
+    k.element_bytes = static_cast<int64_t>(sizeof(Unit)) / V::PAIR * KEY_PARTS;
+    k.panels_per_task = kTiled ? 4 : 1;
+    k.chunk_groups = CHUNK / GROUP;
     k.key_groups = kTiled ? TILE_KEYS / GROUP : 1;
     k.forward_scratch = forward_scratch;
     k.prepare = prepare;
     k.forward = forward;
     k.merge = merge;
     k.combine = combine;
-    k.backward_scratch = backward_scratch;
-    k.backward = backward;
+    if constexpr (!kSplit) {
+      using Narrow = Attention<typename NarrowOf<V>::type>;
+      k.backward_scratch = Narrow::backward_scratch;
+      k.backward = Narrow::backward;
+    }
     if constexpr (V::PAIR == 1) {
       k.backward_sum = backward_sum;
       k.backward_finish = backward_finish;

@@ -48,7 +48,7 @@ void run_step(const AttentionStep& step, const std::vector<Region>& regions, con
                          positions_of(regions, apart ? b : -1, source)};
     if (maps.queries.empty()) continue;
     attention_pixels(maps, reinterpret_cast<const float*>(step.weight), reinterpret_cast<const float*>(step.bias),
-                     step.released, step.products == Products::bf16, run.threads);
+                     step.released, step.products, run.threads);
   }
 }
 

@@ -16,8 +16,7 @@ class TileProduct {
  public:
   using Unit = Bf16::Unit;
 
-  // The second factor, [depth][row], of which 16 * vectors columns are meant; its low parts are `low` units further
-  // on.
+  // The second factor, [depth][row], of which 16 * vectors columns are meant; its parts are `low` units apart.
   struct Columns {
     const Unit* b;
     int64_t row, vectors, low;
@@ -28,19 +27,20 @@ class TileProduct {
   }
 
   // Rows of `from` times b; c[rows][b.vectors * 16] (+)= that. ahead: see Conv::product.
+  template <int P = PARTS>
   void multiply(ProductRows<Unit> from, int64_t rows, Columns b, int64_t ahead, int64_t depth, float* c,
                 int64_t c_row, bool accumulate) {
     const int64_t step = step_of(from, depth), tail = step < kFewUnits && from.left >= depth ? depth % kUnits : 0;
     const int64_t main = depth - tail;
     if (main > 0) {
       configure(height_of(rows), tail > 0 ? kUnits : step);
-      blocks(from, rows, b, ahead, main, c, c_row, accumulate);
+      blocks<P>(from, rows, b, ahead, main, c, c_row, accumulate);
     }
     if (tail > 0) {
       from.a += main;
       b.b += main * b.row;
       configure(height_of(rows), tail);
-      blocks(from, rows, b, ahead, tail, c, c_row, accumulate || main > 0);
+      blocks<P>(from, rows, b, ahead, tail, c, c_row, accumulate || main > 0);
     }
   }
 
@@ -100,6 +100,7 @@ class TileProduct {
     return 1;
   }
 
+  template <int P>
   void blocks(const ProductRows<Unit>& from, int64_t rows, const Columns& b, int64_t ahead, int64_t depth, float* c,
               int64_t c_row, bool accumulate) {
     const int64_t turns = (rows + 2 * rows_ - 1) / (2 * rows_);
@@ -109,12 +110,13 @@ class TileProduct {
         const Block block{from, {b.b + v * kLanes, b.row, b.vectors - v, b.low}, ahead, turn, turns, depth};
         const Place place{row, rows, c + v * kLanes, c_row, rows_, accumulate};
         const bool two_rows = rows - row > rows_, two_columns = b.vectors - v > 1;
-        if (two_rows && two_columns) multiply_block<2, 2>(block, place);
-        if (two_rows && !two_columns) multiply_block<2, 1>(block, place);
-        if (!two_rows && two_columns) multiply_block<1, 2>(block, place);
-        if (!two_rows && !two_columns) multiply_block<1, 1>(block, place);
+        if (two_rows && two_columns) multiply_block<P, 2, 2>(block, place);
+        if (two_rows && !two_columns) multiply_block<P, 2, 1>(block, place);
+        if (!two_rows && two_columns) multiply_block<P, 1, 2>(block, place);
+        if (!two_rows && !two_columns) multiply_block<P, 1, 1>(block, place);
       }
     }
+    store_pending();
   }
 
   // The factors of one block, which is number `turn` of `turns` that share the prefetching.
@@ -140,8 +142,12 @@ class TileProduct {
     float* sums(int tile) const { return c + first(tile) * c_row; }
   };
 
-  template <int R, int M>
-  void multiply_block(const Block& block, const Place& place) const {
+  // The sums of a block of 2x2 tiles stay in the tiles until the first products of the next block, which needs other
+  // tiles while one is stored. Storing them at once would leave the multiplier idle, in short products for a third of
+  // the time.
+  template <int P, int R, int M>
+  void multiply_block(const Block& block, const Place& place) {
+    const bool whole = R == 2 && M == 2 && place.repeated(0) == 0 && place.repeated(1) == 0;
     const ProductRows<Unit>& from = block.from;
     const int64_t row_bytes = 4 * from.row, weight_row = block.columns.row, weight_bytes = 4 * weight_row;
     const Unit* first = from.a + place.first(0) * from.row;
@@ -149,24 +155,43 @@ class TileProduct {
     const Unit* b = block.columns.b;
     [[maybe_unused]] const int64_t low = block.columns.low;
     int64_t turn = block.turn, depth = block.depth;
+    bool fresh = whole;
+    if (!whole) {
+      store_pending();
+      begin<R, M>(place);
+    }
     fence();
-    begin<R, M>(place);
     for (int64_t left = from.left; depth > 0; left = from.piece) {
       const int64_t units = left < depth ? left : depth;
       for (int64_t k = 0; k < units; k += units_) {
         if (block.ahead != 0 && --turn < 0) {
           turn += block.turns;
           prefetch<M>(b + block.ahead);
-          if constexpr (PARTS > 1) prefetch<M>(b + low + block.ahead);
+          if constexpr (P > 1) prefetch<M>(b + low + block.ahead);
         }
+        // The products of parts, each after one that it shares a factor with.
         load_rows<R>(first, second, row_bytes);
-        if constexpr (PARTS > 1) {
+        load_weights<M>(b + (P - 1) * low, weight_bytes);
+        if (!fresh) {
+          products<R, M>();
+        } else if constexpr (R == 2 && M == 2) {
+          first_products(place);
+          fresh = false;
+        }
+        if constexpr (P > 2) {
           load_weights<M>(b + low, weight_bytes);
           products<R, M>();
-        }
-        load_weights<M>(b, weight_bytes);
-        products<R, M>();
-        if constexpr (PARTS > 1) {
+          load_rows<R>(first + from.low, second + from.low, row_bytes);
+          products<R, M>();
+          load_weights<M>(b, weight_bytes);
+          products<R, M>();
+          load_rows<R>(first + 2 * from.low, second + 2 * from.low, row_bytes);
+          products<R, M>();
+          load_rows<R>(first, second, row_bytes);
+          products<R, M>();
+        } else if constexpr (P > 1) {
+          load_weights<M>(b, weight_bytes);
+          products<R, M>();
           load_rows<R>(first + from.low, second + from.low, row_bytes);
           products<R, M>();
         }
@@ -178,7 +203,45 @@ class TileProduct {
       second += from.jump - from.piece;
       depth -= units;
     }
-    end<R, M>(place);
+    fence();
+    if (whole) {
+      pending_ = {{place.sums(0), place.sums(1)}, 4 * place.c_row};
+    } else {
+      end<R, M>(place);
+    }
+    fence();
+  }
+
+  // The products of a block's first step, each after the sums of the block before have left its tile.
+  LGNET_INLINE void first_products(const Place& place) const {
+    const int64_t bytes = 4 * place.c_row;
+    const bool stores = pending_.sums[0] != nullptr;
+    if (stores) _tile_stored(0, pending_.sums[0], pending_.bytes);
+    _tile_zero(0);
+    if (place.accumulate) _tile_loadd(0, place.sums(0), bytes);
+    _tile_dpbf16ps(0, 4, 6);
+    if (stores) _tile_stored(1, pending_.sums[0] + 16, pending_.bytes);
+    _tile_zero(1);
+    if (place.accumulate) _tile_loadd(1, place.sums(0) + 16, bytes);
+    _tile_dpbf16ps(1, 4, 7);
+    if (stores) _tile_stored(2, pending_.sums[1], pending_.bytes);
+    _tile_zero(2);
+    if (place.accumulate) _tile_loadd(2, place.sums(1), bytes);
+    _tile_dpbf16ps(2, 5, 6);
+    if (stores) _tile_stored(3, pending_.sums[1] + 16, pending_.bytes);
+    _tile_zero(3);
+    if (place.accumulate) _tile_loadd(3, place.sums(1) + 16, bytes);
+    _tile_dpbf16ps(3, 5, 7);
+  }
+
+  LGNET_INLINE void store_pending() {
+    if (pending_.sums[0] == nullptr) return;
+    fence();
+    _tile_stored(0, pending_.sums[0], pending_.bytes);
+    _tile_stored(1, pending_.sums[0] + 16, pending_.bytes);
+    _tile_stored(2, pending_.sums[1], pending_.bytes);
+    _tile_stored(3, pending_.sums[1] + 16, pending_.bytes);
+    pending_ = {};
     fence();
   }
 
@@ -267,17 +330,36 @@ class TileProduct {
   // Tile instructions are assembly to some compilers, which may move other reads and writes past them.
   static LGNET_INLINE void fence() { __asm__ volatile("" ::: "memory"); }
 
+  // Where the sums of the last block go: two rows of tiles; null: they are stored.
+  struct Pending {
+    float* sums[2];
+    int64_t bytes;
+  };
+
   int64_t rows_ = 0, units_ = 0;
+  Pending pending_{};
 };
 
-struct TiledBf16 : Bf16 {
+// The backward of attention adds products of float32 to a panel, so its panels are as wide as theirs.
+struct NarrowTiledBf16 : Bf16 {
   static constexpr int CONV_ROWS = 32;
   using Tiles = TileProduct<1>;
 };
 
+struct TiledBf16 : NarrowTiledBf16 {
+  static constexpr int NV = 4;
+  using Narrow = NarrowTiledBf16;
+};
+
+// A float32 as bf16 parts, each the rest of those before it, rounded. Two leave 2^-17 of it, three 2^-25.
 struct TiledBf16x3 : TiledBf16 {
   static constexpr int PARTS = 2;
   using Tiles = TileProduct<2>;
+  // x minus x rounded to bf16.
+  static LGNET_INLINE Reg rest(Reg x) {
+    const __m512i rounded = _mm512_cvtepu16_epi32(reinterpret_cast<__m256i>(_mm512_cvtneps_pbh(x)));
+    return _mm512_sub_ps(x, _mm512_castsi512_ps(_mm512_slli_epi32(rounded, 16)));
+  }
 };
 
 }  // namespace LGNET_ISA

@@ -38,6 +38,41 @@ struct F32 {
     const __mmask16 keep = _mm512_cmp_ps_mask(t, set1(kExp2Lowest), _CMP_NLT_UQ);  // true for NaN
     return _mm512_maskz_scalef_ps(keep, p, n);
   }
+  static LGNET_INLINE Reg exp2_short(Reg t) {
+    t = max(set1(kExp2Lowest), t);  // NaN is kept
+    const Reg f = _mm512_reduce_ps(t, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    Reg p = fma(set1(kExp2Short[2]), f, set1(kExp2Short[1]));
+    p = fma(p, f, set1(kExp2Short[0]));
+    p = fma(p, f, set1(1.0f));
+    return _mm512_scalef_ps(p, t);  // p * 2^floor(t)
+  }
+  static LGNET_INLINE void transpose(Reg (&rows)[16]) {
+    Reg half[16];
+    // Within 128 bits: pairs of rows, then four rows.
+    LGNET_UNROLL
+    for (int i = 0; i < 16; i += 4) {
+      const __m512d low01 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i], rows[i + 1]));
+      const __m512d high01 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i], rows[i + 1]));
+      const __m512d low23 = _mm512_castps_pd(_mm512_unpacklo_ps(rows[i + 2], rows[i + 3]));
+      const __m512d high23 = _mm512_castps_pd(_mm512_unpackhi_ps(rows[i + 2], rows[i + 3]));
+      half[i] = _mm512_castpd_ps(_mm512_unpacklo_pd(low01, low23));
+      half[i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(low01, low23));
+      half[i + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(high01, high23));
+      half[i + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(high01, high23));
+    }
+    // Of registers i, i + 4, i + 8 and i + 12, the 128-bit parts are a 4x4 matrix to transpose.
+    LGNET_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      const Reg even01 = _mm512_shuffle_f32x4(half[i], half[i + 4], 0x88);
+      const Reg odd01 = _mm512_shuffle_f32x4(half[i], half[i + 4], 0xdd);
+      const Reg even23 = _mm512_shuffle_f32x4(half[i + 8], half[i + 12], 0x88);
+      const Reg odd23 = _mm512_shuffle_f32x4(half[i + 8], half[i + 12], 0xdd);
+      rows[i] = _mm512_shuffle_f32x4(even01, even23, 0x88);
+      rows[i + 4] = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+      rows[i + 8] = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+      rows[i + 12] = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+    }
+  }
   // max, then min, with x second: both return the second operand if one is NaN, so that NaN is kept.
   static LGNET_INLINE Reg clamp(Reg x, T bound) { return _mm512_min_ps(set1(bound), _mm512_max_ps(set1(-bound), x)); }
   static LGNET_INLINE Reg abs(Reg a) { return _mm512_abs_ps(a); }

@@ -21,6 +21,10 @@
 //   stream, fence    non-temporal stores, and the fence that completes them
 //   store_half,      with pairs: bf16 by the instruction set's conversion, and the same as a non-temporal store
 //   stream_half
+//   exp2_short       optional: exp2 for weights that are rounded to bf16; below kExp2Lowest any number up to its exp2
+//   transpose        optional: of W registers, where the compiler needs more than loops for it
+//   Narrow           optional: a class of the same arithmetic whose attention panels are as wide as those of F32
+//   rest             PARTS == 2: what rounding to bf16 leaves
 //   Tiles            optional: a class that multiplies by matrix tiles, in place of convolution's register blocks
 #pragma once
 
@@ -38,6 +42,8 @@ namespace LGNET_ISA {
 // exp2 on [-1/2, 1/2] as 1 + f * p(f): relative error 2e-9, far below half an ulp, so that rounding decides.
 constexpr float kExp2[6] = {6.93147203e-01f, 2.40226479e-01f, 5.55033247e-02f,
                             9.61843736e-03f, 1.33988744e-03f, 1.53533618e-04f};
+// 2^f on [0, 1] as 1 + f * p(f): relative error 8.6e-5, a twentieth of the rounding to bf16.
+constexpr float kExp2Short[3] = {6.95116786e-01f, 2.27644991e-01f, 7.70670420e-02f};
 // Below this exp2 gives 0 rather than a subnormal number: 1e-38 is negligible next to the maximum of the row, and
 // multiplying by subnormal numbers costs over a hundred cycles on some CPUs.
 constexpr float kExp2Lowest = -126.0f;
@@ -72,6 +78,49 @@ template <class V>
 struct TilesOf<V, std::void_t<typename V::Tiles>> {
   using type = typename V::Tiles;
 };
+
+// V::Narrow, or V where there is none.
+template <class V, class = void>
+struct NarrowOf {
+  using type = V;
+};
+template <class V>
+struct NarrowOf<V, std::void_t<typename V::Narrow>> {
+  using type = typename V::Narrow;
+};
+
+// Whether V has a function of that name.
+template <class V>
+constexpr auto has_exp2_short(int) -> decltype(static_cast<void>(&V::exp2_short), true) {
+  return true;
+}
+template <class V>
+constexpr bool has_exp2_short(...) {
+  return false;
+}
+template <class V>
+constexpr auto has_transpose(int) -> decltype(static_cast<void>(&V::transpose), true) {
+  return true;
+}
+template <class V>
+constexpr bool has_transpose(...) {
+  return false;
+}
+
+// Lane i of register j becomes lane j of register i.
+template <class V>
+LGNET_INLINE void transpose(typename V::Reg (&rows)[V::W]) {
+  if constexpr (has_transpose<V>(0)) {
+    V::transpose(rows);
+  } else {
+    typename V::T block[V::W][V::W], column[V::W];
+    for (int i = 0; i < V::W; ++i) V::store(block[i], rows[i]);
+    for (int i = 0; i < V::W; ++i) {
+      for (int j = 0; j < V::W; ++j) column[j] = block[j][i];
+      rows[i] = V::load(column);
+    }
+  }
+}
 
 template <class V>
 LGNET_INLINE typename V::Reg tanh(typename V::Reg x) {

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ..native import library
-from .cpu_kernels import ATTENTION, NARROW, TILES, Choice, Products, candidates, jobs_of
+from .cpu_kernels import NARROW, TILES, Choice, Products, candidates, jobs_of
 from .plan import ConvStep, Plan, Step
 
 
@@ -80,8 +80,6 @@ def choice_of(step: Step, kernel: str, products: Products) -> str:
     """How a kernel runs a step. A stage's last step has products of bf16 only where matrix tiles multiply them: by
     vectors it gains nothing, for its weights are few."""
     if kernel == NARROW and not (library().multiplies_by_tiles() and step.source.channels % 2 == 0):
-        products = "float32"
-    if kernel == ATTENTION and products == "bf16x3":
         products = "float32"
     return str(Choice(kernel, products))
 

@@ -211,7 +211,7 @@ void check_attention_maps() {
     PixelMaps maps{kBatch,    kChannels, kHeight, kWidth,  from.data(), kPixel,
                    from_bf16, to.data(), kPixel,  to_bf16, true,        {}};
     for (int32_t position = 3; position < 50; position += 2) maps.queries.push_back(position);
-    attention_pixels(maps, weights.data(), bias.data(), released, pairs, 1);
+    attention_pixels(maps, weights.data(), bias.data(), released, pairs ? Products::bf16 : Products::float32, 1);
     return to.values();
   };
   for (bool released : {true, false}) {
