@@ -283,8 +283,8 @@ struct Attention {
         for (int64_t t0 = 0; t0 < count; t0 += W) {
           Reg block[W];
           for (int64_t c = 0; c < W; ++c) {
-            const bool some = c0 + c < w.channels;
-            block[c] = some ? load_some(f + (c0 + c) * w.positions + t0, count - t0, shift) : V::set1(0);
+            const Pixel row{f, (c0 + c) * w.positions + t0, false};
+            block[c] = c0 + c < w.channels ? load_some(row, count - t0, shift) : V::set1(0);
           }
           transpose<V>(block);
           put_block(w, b, p0 + t0, c0, block, inverse + t0);
@@ -303,7 +303,7 @@ struct Attention {
 
   // --- maps of pixels --------------------------------------------------------------------------------------------
 
-  // Channels of a position, of T or of bf16.
+  // Elements that lie side by side, of T or of bf16: the channels of a position of a map.
   struct Pixel {
     const void* map;
     int64_t at;
