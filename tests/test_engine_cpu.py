@@ -472,7 +472,12 @@ class AttentionAlone:
     """
 
     def __init__(
-        self, variant: str, products: str = "float32", channels: int = 4, size: tuple[int, int] = (11, 13), scale=1.0
+        self,
+        variant: str,
+        products: str = "float32",
+        channels: int = 4,
+        size: tuple[int, int] = (11, 13),
+        scale: float = 1.0,
     ) -> None:
         library = native.library()
         rng = torch.Generator().manual_seed(3)
