@@ -214,6 +214,7 @@ struct Attention {
     const int64_t cp = w.channels_padded, some = cp - c < W ? cp - c : W;
     bf16* keys = reinterpret_cast<bf16*>(w.keys + b * w.pack_bytes) + position * KEY_PARTS * cp + c;
     for (int t = 0; t < W; ++t) {
+      if (position + t >= w.key_groups * GROUP) break;  // keys alone are packed in whole groups
       Reg key = V::mul(x[t], V::set1(inverse[t]));
       if (w.released) x[t] = key;
       for (int64_t part = 0; part < KEY_PARTS; ++part) {

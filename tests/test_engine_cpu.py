@@ -699,6 +699,7 @@ class AttentionAlone:
         attention.weight, attention.bias = self.weight.data_ptr(), self.bias.data_ptr()
         end = begin + pixels * channels
         attention.targets = [library.TargetSpec(end, channels, 0, False)]
+        attention.out_height, attention.out_width = height, width
         # A convolution with the identity: NaN stays in its pixel.
         steps = [attention, self.conv((end, channels), torch.eye(channels, 4), (0, 4))]
         if self.expansion is not None:
