@@ -34,11 +34,13 @@ constexpr int64_t kSplitTiles = 16;
 constexpr int64_t kMaximumGroups = 4;  // of a job: taps of two lengths along each axis
 constexpr int64_t kFewChannels = 16;   // of a map that direct convolution reads in place
 constexpr int64_t kLongBand = 256;     // rows of a product that reads in place by matrix tiles
+constexpr int64_t kTileUnits = 16;     // of the depth, in a full matrix tile
 
 // A group of a job with its sizes: V is [points][tiles][row], in units; M is [points][tiles][c_row].
 struct Part {
   const Group* group;
   int64_t points, depth;
+  int64_t piece;  // of the depth: adjacent taps of a kernel row, the same for every row; 0: they are not
   const char* weight;
   std::vector<int64_t> live;  // ranges of depth, in units
 
@@ -74,13 +76,15 @@ bool tap_reads(const ConvStep& step, int64_t low, int64_t high, int64_t offset, 
   return inside <= last && inside < size;
 }
 
-// Taps that read nothing but padding, in all regions, have weights that need not be read.
+// Taps that read nothing but padding, in all regions, have weights that need not be read. Matrix tiles take `step`
+// units of the depth at a time, and the sum of a step is added as a whole: where a tap is no number of steps, all are
+// read, so that a result does not depend on what else is computed.
 std::vector<int64_t> live_ranges(const ConvStep& step, const Group& group, const std::vector<Region>& regions,
-                                 int64_t tap_units) {
+                                 int64_t tap_units, int64_t step_units) {
   std::vector<int64_t> ranges;
   for (size_t tap = 0; tap < group.starts.size(); ++tap) {
     const Start& start = group.starts[tap];
-    bool live = step.reflect || step.tile > 1;
+    bool live = step.reflect || step.tile > 1 || tap_units % step_units != 0;
     for (const Region& region : regions) {
       live = live || (tap_reads(step, region.out.top, region.out.bottom, start.y, step.source.height) &&
                       tap_reads(step, region.out.left, region.out.right, start.x, step.source.width));
@@ -95,6 +99,17 @@ std::vector<int64_t> live_ranges(const ConvStep& step, const Group& group, const
     }
   }
   return ranges;
+}
+
+// Taps of a kernel row where the group's taps are such rows, one below the other; else 0.
+int64_t taps_across(const Group& group) {
+  const std::vector<Start>& starts = group.starts;
+  const int64_t taps = static_cast<int64_t>(starts.size()), across = starts.back().x - starts.front().x + 1;
+  if (taps % across != 0) return 0;
+  for (int64_t t = 0; t < taps; ++t) {
+    if (starts[t].y != starts[0].y + t / across || starts[t].x != starts[0].x + t % across) return 0;
+  }
+  return across;
 }
 
 // A copy of the source with its padding, [sample][height][width][pixel] in units; (top, left): where its first pixel
@@ -189,7 +204,8 @@ void Convolution::add_parts(const std::vector<Region>& regions) {
       part.points = (step_.tile + group.ry - 1) * (step_.tile + group.rx - 1);
       part.depth = static_cast<int64_t>(group.starts.size()) * tap_units;
       part.weight = reinterpret_cast<const char*>(step_.weight) + group.weight;
-      part.live = live_ranges(step_, group, regions, tap_units);
+      part.piece = step_.tile == 1 ? tap_units * taps_across(group) : 0;
+      part.live = live_ranges(step_, group, regions, tap_units, kernels_.tiled ? kTileUnits : 1);
       parts_.push_back(std::move(part));
     }
   }
@@ -225,6 +241,7 @@ void Convolution::multiply(const Part& part, const Factors& factors, const Range
   product.a = factors.v + range.point * factors.v_stride + range.r0 * part.row();
   product.a_row = part.row();
   product.a_low = factors.v_low;
+  if (kernels_.tiled) product.piece = product.jump = part.piece;  // the steps of a product that reads in place
   product.b = part.weight + range.point * columns_ * part.depth * kernels_.unit_bytes;
   product.first_column = range.n0;
   product.columns = range.n1 - range.n0;
@@ -278,12 +295,7 @@ bool Convolution::reads_in_place() const {
     return false;
   }
   for (const Part& part : parts_) {
-    const std::vector<Start>& starts = part.group->starts;
-    const int64_t taps = static_cast<int64_t>(starts.size()), across = starts.back().x - starts.front().x + 1;
-    if (taps % across != 0) return false;
-    for (int64_t t = 0; t < taps; ++t) {
-      if (starts[t].y != starts[0].y + t / across || starts[t].x != starts[0].x + t % across) return false;
-    }
+    if (part.piece == 0) return false;
   }
   return few || reads_weights_seldom();
 }
@@ -370,14 +382,14 @@ void Convolution::run_in_place() const {
 // Outputs of a band of a job. products: [band's rows][c_row].
 void Convolution::run_band(const Padded& padded, int64_t job, const Band& band, float* products) const {
   const Part& part = parts_[first_part_[job]];
-  const Start &start = part.group->starts.front(), &last = part.group->starts.back();
+  const Start& start = part.group->starts.front();
   const int64_t y = band.first.batch * padded.height + band.first.y * step_.in_step + start.y - padded.top;
   const int64_t x = band.first.x * step_.in_step + start.x - padded.left;
   Product product = product_of(part);
   product.a = padded.map + (y * padded.width + x) * padded.pixel;
   product.a_row = step_.in_step * padded.pixel;
   product.a_low = padded.low;
-  product.piece = (last.x - start.x + 1) * padded.pixel;
+  product.piece = part.piece;
   product.jump = padded.width * padded.pixel;
   product.c = products;
   product.rows = band.rows(padded);

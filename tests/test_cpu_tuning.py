@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import itertools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 
 import pytest
 import torch
 from torch import Tensor
 
-from lgnet_fast import cache, create_model, load_engine, optimize
+from lgnet_fast import cache, create_model, load_engine, native, optimize
 from lgnet_fast.engine import cpu_choice, cpu_tuning
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu_choice import RATES, Rates, choose_kernels, modelled
@@ -19,7 +19,7 @@ from lgnet_fast.engine.cpu_kernels import BY_STAGES, TILES, Choice
 from lgnet_fast.engine.cpu_tuning import Timing, entry_name, kept, measured_choices, tune
 from lgnet_fast.engine.plan import ConvStep, Plan
 from lgnet_fast.reference.lgnet import LGNet
-from tests.support import assert_accurate, case
+from tests.support import assert_accurate, case, instruction_sets
 from tests.test_plan import lively
 
 pytestmark = [
@@ -31,6 +31,18 @@ SINGLE = torch.float32
 WRONG_RATES = [
     RATES._replace(**{name: getattr(RATES, name) * factor}) for name in RATES._fields for factor in (0.5, 2.0)
 ]
+
+
+@pytest.fixture(autouse=True)
+def products_of_float32() -> Iterator[None]:
+    """The fastest instruction set whose float32 products are such: its steps have the most kernels to choose from."""
+    library = native.library()
+    for isa in reversed(instruction_sets()):
+        library.set_isa(isa)
+        if not library.has_bf16x3():
+            break
+    yield
+    library.set_isa("auto")
 
 
 @pytest.fixture(scope="module")
@@ -215,8 +227,13 @@ def test_weights_packed_beside_the_others(plan):
     assert torch.equal(other.run(image, mask)[0], whole.run(image, mask)[0])
 
 
-def test_a_tuned_engine(tmp_path, caplog):
+@pytest.mark.parametrize("parts", [False, True], ids=["float32", "bf16x3"])
+def test_a_tuned_engine(tmp_path, caplog, parts):
     """Measured for real, on a small network: no slower than by the model, the same pictures, and kept."""
+    if parts:
+        native.library().set_isa(instruction_sets()[-1])
+        if not native.library().has_bf16x3():
+            pytest.skip("no products of bf16x3")
     torch.manual_seed(0)
     model = lively(create_model("lgnet", coarse_channels=8, local_channels=8, global_channels=8)).float()
     image, mask = case("gen256", 1, 256, 256, SINGLE)

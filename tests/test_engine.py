@@ -496,8 +496,8 @@ def test_arithmetic_roof():
     assert library.multiply_adds(True, 1, 1) == pairs
     peaks = measure_peaks()
     assert (peaks.pair_macs > 0) == (library.packing(True)[0] > 0)
-    assert peaks.floor(peaks.macs, 0, pairs=False) == pytest.approx(1)
-    assert peaks.floor(0, 2 * peaks.bytes, pairs=False) == pytest.approx(2)
+    assert peaks.floor(peaks.macs, 0, products="float32") == pytest.approx(1)
+    assert peaks.floor(0, 2 * peaks.bytes, products="float32") == pytest.approx(2)
 
 
 MEMORY = """

@@ -238,6 +238,27 @@ def test_direct_kernels_give_the_same_bits_whether_regions_are_joined_or_not(isa
             assert torch.equal(executor.run(image, mask, None, regions)[0], dense)
 
 
+@pytest.mark.parametrize("threads", [1], indirect=True)  # attention splits its keys among threads
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_else_is_computed_changes_no_bit(isa, dtype, threads):
+    """A sample alone and beside another one, whose hole is larger: tiles, chunks and bands are others."""
+    torch.manual_seed(0)
+    plan = build_plan(plan_stages(create_model("lgnet_small").eval()), 1, 256, 256)
+    executor = CpuExecutor.of(plan, dtype)
+    image, mask = picture(2, 256, 256)
+    regions = [
+        [step.regions for step in executor.restricted(plan, [hole]).steps]
+        for hole in (Rect(100, 130, 10, 60), Rect(40, 140, 60, 180))
+    ]
+    both, _ = executor.resized(plan.resized(2, 256, 256)).run_each(image, mask, None, regions)
+    for sample, own in enumerate(regions):
+        part = slice(sample, sample + 1)
+        inside = torch.zeros(1, 3, 256, 256, dtype=torch.bool)
+        inside[(..., *own[-1][0].slices)] = True
+        alone = executor.run(image[part], mask[part], None, own)[0]
+        assert torch.equal(both[part][inside], alone[inside])
+
+
 def test_each_sample_has_regions_of_its_own():
     plan = plan_of(5).resized(3, 256, 256)
     image, _ = picture(3, 256, 256)
@@ -441,7 +462,11 @@ def test_which_maps_are_stored_as_bf16(pairs):
     in_float = {step.source.buffer for step in plan.steps} & {PICTURE}
     raw = {step.stores[0].view.buffer for step in plan.steps if step.merges}
     executor = CpuExecutor.of(plan, torch.bfloat16, in_pairs(plan, "direct"))
-    last = {s.source.buffer for s in plan.steps if not cpu_kernels.Choice.parse(executor.choices[s.name]).pairs}
+    last = {
+        s.source.buffer
+        for s in plan.steps
+        if not cpu_kernels.Choice.parse(executor.choices[s.name]).products != "bf16"
+    }
     assert len(last) == (0 if native.library().multiplies_by_tiles() else 3)  # of stages, by vectors
     assert executor.bf16_buffers == plan.buffers.keys() - in_float - raw - last
     # What a product of float32 reads, as source or residual, is float32.
@@ -485,7 +510,7 @@ def test_a_map_of_bf16_needs_products_of_pairs():
     step = library.ConvStep()
     step.source = library.MapSpec(0, 8, 8, 4, 4, True)
     step.targets = [library.TargetSpec(1024, 4, 0, False)]
-    with pytest.raises(ValueError, match="source: expected float32 for products of float32, got bfloat16"):
+    with pytest.raises(ValueError, match="source: expected float32 for products other than bf16, got bfloat16"):
         library.Program(1, 8, 8, 2048, 0, [step])
 
 
@@ -533,7 +558,7 @@ def bf16x3():
 @pytest.mark.usefixtures("bf16x3")
 @pytest.mark.parametrize("threads", [1, 2], indirect=True)
 def test_float32_by_three_products_of_bf16(threads):
-    """Its error is at most ten times that of float32 products, and a hundredth of that of one product of bf16."""
+    """Its error lies between that of float32 products, which keep eight bits more, and a hundredth of that of bf16."""
     plan = plan_of(5)
     image, mask = picture(1, 256, 256)
     expected, _ = truth((5,), 1, 256, 256)
@@ -546,7 +571,7 @@ def test_float32_by_three_products_of_bf16(threads):
     assert executor.choices["net_l.block0.first"] == "direct/bf16x3"
     plain = CpuExecutor.of(plan, choices=choices(plan, "direct"))
     pairs = CpuExecutor.of(plan, torch.bfloat16)
-    assert 0 < error(executor) < 10 * error(plain)
+    assert 0 < error(executor) < 64 * error(plain)
     assert error(executor) < error(pairs) / 100
     assert torch.equal(executor.run(image, mask)[0], executor.run(image, mask)[0])
 

@@ -280,16 +280,10 @@ class TileProduct {
     const int64_t bytes = 4 * place.c_row;
     clear<R, M>();
     if (!place.accumulate) return;
-    if (place.repeated(0) == 0) {
-      _tile_loadd(0, place.sums(0), bytes);
-      if constexpr (M > 1) _tile_loadd(1, place.sums(0) + 16, bytes);
-    }
-    if constexpr (R > 1) {
-      if (place.repeated(1) == 0) {
-        _tile_loadd(2, place.sums(1), bytes);
-        if constexpr (M > 1) _tile_loadd(3, place.sums(1) + 16, bytes);
-      }
-    }
+    _tile_loadd(0, place.sums(0), bytes);
+    if constexpr (M > 1) _tile_loadd(1, place.sums(0) + 16, bytes);
+    if constexpr (R > 1) _tile_loadd(2, place.sums(1), bytes);
+    if constexpr (R > 1 && M > 1) _tile_loadd(3, place.sums(1) + 16, bytes);
   }
   template <int R, int M>
   static LGNET_INLINE void end(const Place& place) {
@@ -301,7 +295,7 @@ class TileProduct {
     } else {
       _tile_stored(0, sums, 128);
       if constexpr (M > 1) _tile_stored(1, sums + 16, 128);
-      add<M>(place, 0, sums);
+      store_new<M>(place, 0, sums);
     }
     if constexpr (R > 1) {
       if (place.repeated(1) == 0) {
@@ -310,19 +304,18 @@ class TileProduct {
       } else {
         _tile_stored(2, sums, 128);
         if constexpr (M > 1) _tile_stored(3, sums + 16, 128);
-        add<M>(place, 1, sums);
+        store_new<M>(place, 1, sums);
       }
     }
   }
-  // Rows of sums that are not repeated.
+  // Rows of sums that are not repeated: the others have a tile's products twice.
   template <int M>
-  static void add(const Place& place, int tile, const float* sums) {
+  static void store_new(const Place& place, int tile, const float* sums) {
     fence();
     for (int64_t r = place.repeated(tile); r < place.height; ++r) {
       for (int m = 0; m < M; ++m) {
         float* to = place.sums(tile) + r * place.c_row + 16 * m;
-        const __m512 sum = _mm512_load_ps(sums + 32 * r + 16 * m);
-        _mm512_storeu_ps(to, place.accumulate ? _mm512_add_ps(_mm512_loadu_ps(to), sum) : sum);
+        _mm512_storeu_ps(to, _mm512_load_ps(sums + 32 * r + 16 * m));
       }
     }
   }

@@ -86,6 +86,9 @@ def choice_of(step: Step, kernel: str, products: Products) -> str:
 
 def weight_bytes(step: ConvStep, kernel: str, products: Products) -> int:
     """Bytes of a convolution's weights as packed for `kernel`, vectors' padding left out."""
+    if kernel == NARROW:
+        total = 3 * step.geometry.kernel**2 * step.source.channels
+        return total * (2 if products == "bf16" else 4)
     m = TILES[kernel]
     total = 0
     for job in jobs_of(step.geometry, m):
