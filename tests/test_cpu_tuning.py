@@ -244,7 +244,7 @@ def test_a_tuned_engine(tmp_path, caplog, parts):
     assert tuned._first.executor.chosen_by == "measurement"
     assert "chosen by measurement" in str(tuned.describe(rounds=1).title)
     # Other Winograd tiles round differently, and this network amplifies the difference.
-    assert_accurate("tuned", tuned(image, mask), before(image, mask), roundings=2**15)
+    assert_accurate("tuned", tuned(image, mask), before(image, mask), roundings=2**19 if parts else 2**15)
     found = next(
         cpu_tuning.Measured.from_dict(e.value) for e in cache.entries(cache.CHOICES) if e.name.startswith("engine")
     )
