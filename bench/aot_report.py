@@ -1,14 +1,16 @@
 """Compiles the kernels of every GPU without having it, and fails on kernels that could not run or would be slow.
 
     python bench/aot_report.py [--card H100] [--model lgnet] [--dtype float16] [--batch 1] [--processes 2]
-                               [--triton 3.6.0] [--shard 1/8] [--count] [--all] [--anew]
+                               [--triton 3.6.0] [--shard 1/8] [--count] [--all] [--anew] [--store]
 
 The launches of the engine (dense, restricted) and of the operators are recorded for each card of kernels/cards.py and
 compiled by two versions of Triton: the lowest supported one and the newest. Both are installed in folders under
 .cache/aot. The reports of the compiled kernels are kept there too (verdicts-VERSION.jsonl), under a hash of the
 kernel's code and specialisation, so that an interrupted run can be continued and a later one compiles only what has
 changed (--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the files of
-several machines are joined by appending one to the other. --count compiles nothing and prints how many kernels there
+several machines are joined by appending one to the other. Verdicts of other runs come
+with the repository in bench/results/aot_triton-VERSION.jsonl.xz; --store writes all that are known for the selected
+kernels there. --count compiles nothing and prints how many kernels there
 are. --twins is a quick look: a kernel in bfloat16 is left out if the same kernel in float16 (its twin) is selected
 too, is far from the limits and does not use wgmma. One line is printed for each kernel with a violation (--all: for
 every kernel):
@@ -25,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -41,6 +44,7 @@ if TYPE_CHECKING:
 
 ROOT = Path(__file__).resolve().parent.parent
 CACHE = ROOT / ".cache" / "aot"
+STORED = ROOT / "bench" / "results"
 TRITONS = (".".join(map(str, (*LOWEST_TRITON, 0))), "newest")
 
 
@@ -56,18 +60,39 @@ def environment(version: str) -> dict[str, str]:
 
 
 class Ledger:
-    """Reports of compiled kernels in a file of JSON lines, by `aot.digest`. Failures are not kept."""
+    """Reports of compiled kernels in a file of JSON lines, by `aot.digest`. Failures are not kept.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    Args:
+        path: the file that new reports are added to.
+        stored: a compressed file of the same form, with more of them.
+    """
+
+    def __init__(self, path: Path, stored: Path | None = None) -> None:
+        self.path, self.stored = path, stored
         self._known: dict[str, dict[str, object]] = {}
+        if stored is not None and stored.exists():
+            self._read(lzma.decompress(stored.read_bytes()).decode())
         if path.exists():
-            for line in path.read_text(encoding="utf-8").splitlines():
-                try:
-                    entry = json.loads(line)
-                    self._known[entry.pop("kernel")] = entry
-                except (ValueError, KeyError, AttributeError):  # the end of an interrupted run
-                    continue
+            self._read(path.read_text(encoding="utf-8"))
+
+    def _read(self, lines: str) -> None:
+        for line in lines.splitlines():
+            try:
+                entry = json.loads(line)
+                self._known[entry.pop("kernel")] = entry
+            except (ValueError, KeyError, AttributeError):  # the end of an interrupted run
+                continue
+
+    def store(self, jobs: Sequence[Job]) -> int:
+        """Write what is known of `jobs` to the compressed file, in place of what is there; return their number."""
+        from lgnet_fast.kernels.aot import digest
+
+        if self.stored is None:
+            raise ValueError("stored: expected a file, got None")
+        wanted = sorted({digest(job) for job in jobs} & self._known.keys())
+        lines = [json.dumps({**self._known[kernel], "kernel": kernel}) + "\n" for kernel in wanted]
+        self.stored.write_bytes(lzma.compress("".join(lines).encode(), preset=9))
+        return len(wanted)
 
     def get(self, job: Job) -> Report | None:
         """The report of a job that was compiled before."""
@@ -182,11 +207,17 @@ def compile_here(arguments: argparse.Namespace) -> int:
     begin = time.monotonic()
     title = f"triton {triton.__version__}"
     jobs = selected_jobs(arguments, title)
+    ledger = Ledger(
+        CACHE / f"verdicts-{triton.__version__}.jsonl", STORED / f"aot_triton-{triton.__version__}.jsonl.xz"
+    )
     if arguments.count:
         print(count(jobs))
         return 0
+    if arguments.store:
+        print(f"{title}: {ledger.store(jobs)} of {len(jobs)} kernels stored")
+        return 0
     print(_row("card", "dtype", "kernel", "first launch", "config", "shared", "regs", "stack", "wgmma", ""))
-    session = Session(title, Ledger(CACHE / f"verdicts-{triton.__version__}.jsonl"), arguments)
+    session = Session(title, ledger, arguments)
     rest, pairs = aot.twins(jobs) if arguments.twins else (jobs, [])
     reports = session.report_all(rest)
     near = [one for one, other in pairs if not aot.holds_for_twin(reports[aot.digest(other)])]
@@ -216,6 +247,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--twins", action="store_true", help="leave out bfloat16 where float16 gives the same")
     parser.add_argument("--anew", action="store_true", help="compile what earlier runs have compiled, too")
     parser.add_argument("--all", action="store_true", help="print every kernel")
+    parser.add_argument("--store", action="store_true", help="compile nothing, store what is known in bench/results")
     parser.add_argument("--processes", type=int, help="default: one a core")
     parsed = parser.parse_args(arguments)
     if parsed.here:

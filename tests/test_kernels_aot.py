@@ -272,14 +272,18 @@ def test_verdicts_survive_an_interrupted_run(tmp_path: Path) -> None:
     ledger.add(aot.Report(jobs[3], error="RuntimeError: no memory"))
     with path.open("a") as file:
         file.write('{"kernel": "cut of')
-    later = aot_report.Ledger(path)
+    later = aot_report.Ledger(path, tmp_path / "stored.xz")
     assert [later.get(job) for job in jobs[:4]] == [*reports, None]
+    assert later.store(jobs[1:]) == 2
+    stored = aot_report.Ledger(tmp_path / "none", tmp_path / "stored.xz")
+    assert [stored.get(job) for job in jobs[:4]] == [None, *reports[1:], None]
 
 
 def test_the_report_compiles_what_is_not_known(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(aot_report, "CACHE", tmp_path)
+    monkeypatch.setattr(aot_report, "STORED", tmp_path)
     compiled: list[aot.Job] = []
 
     def compile_all(work: Any, processes: Any, keep: bool) -> Any:
