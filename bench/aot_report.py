@@ -8,12 +8,11 @@ compiled by two versions of Triton: the lowest supported one and the newest. Bot
 .cache/aot. The reports of the compiled kernels are kept there too (verdicts-VERSION.jsonl), under a hash of the
 kernel's code and specialisation, so that an interrupted run can be continued and a later one compiles only what has
 changed (--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the files of
-several machines are joined by appending one to the other. Verdicts of other runs come
-with the repository in bench/results/aot_triton-VERSION.jsonl.xz; --store writes all that are known for the selected
-kernels there. --count compiles nothing and prints how many kernels there
-are. --twins is a quick look: a kernel in bfloat16 is left out if the same kernel in float16 (its twin) is selected
-too, is far from the limits and does not use wgmma. One line is printed for each kernel with a violation (--all: for
-every kernel):
+several machines are joined by appending one to the other. Reports of other runs come with the repository
+(bench/results/aot_triton-VERSION.jsonl.xz); --store writes there what is known of the selected kernels. --count
+compiles nothing and prints how many kernels there are. --twins is a quick look: a kernel in bfloat16 is left out if
+the same kernel in float16 (its twin) is selected too, is far from the limits and does not use wgmma. One line is
+printed for each kernel with a violation (--all: for every kernel):
 
 * more shared or tensor memory than the GPU has,
 * matrix products that wait for each other (as many waits as products),

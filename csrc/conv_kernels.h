@@ -272,7 +272,7 @@ struct Conv {
     } else {
       bf16* to = reinterpret_cast<bf16*>(row) + k;
       V::store_half(to, value);
-      if constexpr (V::PARTS == 2) V::store_half(to + PAIR * low, V::sub(value, V::load(to)));
+      if constexpr (V::PARTS == 2) V::store_half(to + PAIR * low, V::rest(value));
     }
   }
   static LGNET_INLINE void put_one(Unit* row, int64_t k, float value, int64_t low) {
