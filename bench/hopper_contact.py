@@ -1,6 +1,6 @@
 """Checks the convolution for Hopper on a GPU, and locates errors. (The tuner times it.)
 
-    python bench/hopper_contact.py RESULTS [--sections known,steps]
+    python bench/hopper_contact.py RESULTS [--sections known,steps,clocks]
 
 Each figure is written to RESULTS/hopper_contact.jsonl at once, one JSON object per line. Every part runs in a
 separate process, so that a kernel that crashes or hangs affects that part only.
@@ -10,6 +10,7 @@ known     one-hot weights over inputs that hold the number of their pixel or cha
           it read. Zero and reflected borders, tiles, clusters; then dense weights on a small map
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
+clocks    where the blocks of NetL's block convolution spend their time, by one and two warpgroups and cluster sizes
 ========  ===========================================================================================================
 """
 
@@ -29,7 +30,7 @@ import torch
 import torch.nn.functional as F
 from gpu_contact import Log, model_and_plan
 
-LIMITS = {"known": 45, "steps": 90}
+LIMITS = {"known": 45, "steps": 90, "clocks": 45}
 """Time limit of each part, in seconds."""
 KNOWN = ((False, 1, 16), (True, 1, 16), (False, 4, 8), (True, 2, 4), (False, 2, 32))
 """Known answers: whether borders reflect, blocks of a cluster, rows of a tile."""
@@ -186,15 +187,15 @@ def check_steps(log: Log) -> None:
 
     _, plan = model_and_plan("lgnet", 1)
     for _, step, size in supported(plan):
-        for dtype, batch, rect, tile_h, cluster in (
-            (torch.float16, 1, None, 16, 4),
-            (torch.float16, 1, None, 4, 2),
-            (torch.float16, 2, None, 8, 8),
-            (torch.float16, 2, None, 32, 1),
-            (torch.bfloat16, 1, None, 16, 4),
-            (torch.float16, 1, (1, 5, 2, 9), 4, 1),
+        for dtype, batch, rect, tile in (
+            (torch.float16, 1, None, hopper.HopperTile(16, 4, 6, 2)),
+            (torch.float16, 1, None, hopper.HopperTile(16, 2, 6, 2, 2)),
+            (torch.float16, 1, None, hopper.HopperTile(4, 2, 6, 2)),
+            (torch.float16, 2, None, hopper.HopperTile(8, 8, 6, 2, 2)),
+            (torch.float16, 2, None, hopper.HopperTile(32, 1, 6, 2)),
+            (torch.bfloat16, 1, None, hopper.HopperTile(16, 4, 6, 2, 2)),
+            (torch.float16, 1, (1, 5, 2, 9), hopper.HopperTile(4, 1, 6, 2)),
         ):
-            tile = hopper.HopperTile(tile_h, cluster, 6, 2)
             operands = step_operands(step, batch, size, dtype)
             conv, value = operands["conv"], operands["value"]
             out_size = tuple(value.shape[1:3])
@@ -237,9 +238,39 @@ def check_steps(log: Log) -> None:
                 right="wrong" not in figures, **figures)  # fmt: skip
 
 
+# -- clocks -------------------------------------------------------------------------------------------------------
+
+
+def block_clocks(log: Log) -> None:
+    """Medians over the blocks of NetL's block convolution, of the last of some launches."""
+    from lgnet_fast.kernels import hopper
+    from lgnet_fast.kernels.conv import Store
+
+    _, plan = model_and_plan("lgnet", 1)
+    step, size = next((step, size) for _, step, size in supported(plan) if step.name.startswith("net_l.block"))
+    operands = step_operands(step, 1, size, torch.float16)
+    out = torch.empty_like(operands["x"])
+    for cluster, groups in itertools.product((1, 2, 4), (1, 2)):
+        tile = hopper.HopperTile(16, cluster, groups=groups)
+        rect = (0, size[0], 0, size[1])
+        grid = hopper.describe_launch(operands["conv"], 1, size, size, rect, tile).grid
+        clocks = torch.zeros(grid, len(hopper.CLOCKS), dtype=torch.int64, device="cuda")
+        for _ in range(20):
+            hopper.hopper_forward(
+                operands["conv"], operands["x"], operands["weight"], operands["bias"], (Store(out, "relu"),), tile,
+                size=size, residual=operands["residual"], clocks=clocks,
+            )  # fmt: skip
+        torch.cuda.synchronize()
+        found = dict(zip(hopper.CLOCKS, clocks.double().T))
+        since = {name: (value - found["start"]).median().item() for name, value in found.items()
+                 if not name.startswith("for_")}  # fmt: skip
+        waited = {name: value.median().item() for name, value in found.items() if name.startswith("for_")}
+        log("clocks", tile=list(tile), since_start=since, waited=waited)
+
+
 # -- parts --------------------------------------------------------------------------------------------------------
 
-PARTS = {"known": known, "steps": check_steps}
+PARTS = {"known": known, "steps": check_steps, "clocks": block_clocks}
 
 
 def main() -> int:

@@ -37,27 +37,30 @@ TILE_W = 8
 TILE_HEIGHTS = (4, 8, 16, 32)
 SHARED_LIMIT = 232448
 """Bytes of shared memory of a thread block: CUDA C++ Programming Guide, compute capability 9.0."""
-_THREADS = 256
+_GROUP_THREADS, _OTHER_THREADS = 128, 128
 _LINE = 2 * CHANNELS  # bytes of a pixel's channels, or of a depth's columns
 _WEIGHT_BYTES = CHANNELS * _LINE
 _MAX_WEIGHT_STAGES, _MAX_PATCH_STAGES = 12, 4
-_STATIC_BYTES = 1024  # barriers
+_BARRIER_BYTES = 8 * (2 * _MAX_WEIGHT_STAGES + 3 * _MAX_PATCH_STAGES)
 _ALIGNMENT = 1024  # bytes after which the swizzle repeats
 _ROW_BYTES = 4 * (CHANNELS + 4)  # bytes from one pixel's results to the next in shared memory
 
 
 class HopperTile(NamedTuple):
-    """Thread blocks of 8 x tile_h pixels by 64 channels; `cluster` blocks share the weights of a stage."""
+    """Thread blocks of 8 x tile_h pixels by 64 channels."""
 
     tile_h: int
     cluster: int
+    """Blocks that share the weights of a stage."""
     weight_stages: int = 8
     patch_stages: int = 4
+    groups: int = 1
+    """Warpgroups of a block, which multiply in turns."""
 
 
 CANDIDATES = tuple(
-    HopperTile(tile_h, cluster, patch_stages=2 if tile_h == 32 else 4)
-    for tile_h, cluster in itertools.product(TILE_HEIGHTS, (1, 2))
+    HopperTile(tile_h, cluster, patch_stages=2 if tile_h == 32 else 4, groups=groups)
+    for tile_h, cluster, groups in itertools.product(TILE_HEIGHTS, (1, 2), (1, 2))
 )
 """Tiles worth measuring: clusters of 4 and 8 were slower on an H100 wherever they were tried."""
 
@@ -66,7 +69,7 @@ class Args(ctypes.Structure):
     """`Args` of csrc/cuda/hopper_conv.cu."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("bias", "residual", "store0", "store1")),
+        *((name, ctypes.c_void_p) for name in ("bias", "residual", "store0", "store1", "clocks")),
         *(
             (name, ctypes.c_int32)
             for name in (
@@ -117,8 +120,10 @@ def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
         return None
     if tile.tile_h not in TILE_HEIGHTS:
         return f"tiles of {tile.tile_h} rows ({TILE_HEIGHTS} are supported)"
-    if not (2 <= tile.weight_stages <= _MAX_WEIGHT_STAGES and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES):
+    if not (2 * tile.groups <= tile.weight_stages <= _MAX_WEIGHT_STAGES and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES):
         return f"{tile.weight_stages} stages of weights and {tile.patch_stages} of patches"
+    if tile.groups not in (1, 2):
+        return f"{tile.groups} warpgroups (1 and 2 are supported)"
     if tile.cluster not in (1, 2, 4, 8):
         return f"clusters of {tile.cluster} blocks (1, 2, 4 and 8 are supported)"
     return None
@@ -152,10 +157,20 @@ def describe_launch(
     m_tiles = batch * tiles_y * tiles_x
     cluster = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
     chunks = conv.in_channels // CHANNELS
-    # results use the memory of the patches
-    patch_stages = max(min(tile.patch_stages, chunks), -(-TILE_W * tile.tile_h * _ROW_BYTES // patch_bytes))
-    shared_bytes = tile.weight_stages * _WEIGHT_BYTES + patch_stages * patch_bytes + _ALIGNMENT
-    if patch_stages > _MAX_PATCH_STAGES or shared_bytes + _STATIC_BYTES > SHARED_LIMIT:
+    fewest_taps = min(y for _, y in used[0]) * min(x for _, x in used[1])
+    if chunks * fewest_taps < tile.groups:
+        raise ValueError(f"tile: {tile} has more warpgroups than the product has steps")
+    # A group keeps a patch until its next step, which may belong to a later one; that patch needs a stage, too.
+    kept = 1 - (-tile.groups // fewest_taps)
+    results = tile.groups * TILE_W * tile.tile_h * _ROW_BYTES  # they replace weights and patches
+    patch_stages = max(
+        min(max(tile.patch_stages, kept), chunks),
+        -((tile.weight_stages * _WEIGHT_BYTES - results) // patch_bytes),
+    )
+    shared_bytes = (
+        tile.weight_stages * _WEIGHT_BYTES + patch_stages * patch_bytes + _ALIGNMENT + _BARRIER_BYTES
+    )
+    if patch_stages > _MAX_PATCH_STAGES or shared_bytes > SHARED_LIMIT:
         raise ValueError(f"tile: {tile} takes {shared_bytes} bytes of shared memory")
     pair = ctypes.c_int32 * 2
     args = Args(
@@ -175,15 +190,23 @@ def describe_launch(
     return Launch(args, m_tiles * args.n_blocks * args.phases, cluster, shared_bytes, (pitch, box_rows))
 
 
-def _kernel_name(dtype: torch.dtype, tile: HopperTile) -> str:
-    return f"lgnet_conv_{str(dtype).removeprefix('torch.')}_{tile.tile_h}"
+CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weights", "for_patches")
+"""What a block's first warp stores with `clocks`: `Clock` of hopper_conv.cu."""
+_TIMED_HEIGHT = 16
 
 
-def _kernel(launch: Launch, dtype: torch.dtype, tile: HopperTile, overlap: bool = False) -> Kernel:
+def _kernel_name(dtype: torch.dtype, tile: HopperTile, timed: bool = False) -> str:
+    name = f"lgnet_conv_{str(dtype).removeprefix('torch.')}_{tile.tile_h}_{tile.groups}"
+    return f"{name}_timed" if timed else name
+
+
+def _kernel(
+    launch: Launch, dtype: torch.dtype, tile: HopperTile, overlap: bool = False, timed: bool = False
+) -> Kernel:
     return Kernel(
         CUBIN,
-        _kernel_name(dtype, tile),
-        threads=_THREADS,
+        _kernel_name(dtype, tile, timed),
+        threads=tile.groups * _GROUP_THREADS + _OTHER_THREADS,
         shared_bytes=launch.shared_bytes,
         cluster=launch.cluster,
         overlap=overlap,
@@ -285,8 +308,12 @@ def hopper_forward(
     rect: tuple[int, int, int, int] | None = None,
     residual: Tensor | None = None,
     overlap: bool = False,
+    clocks: Tensor | None = None,
 ) -> None:
     """One step, with the arguments of :func:`.conv.conv_forward`, on the current stream of the source's GPU.
+
+    Args:
+        clocks: [thread blocks, 8] int64, which gets each block's :data:`CLOCKS`; float16 and tiles of 16 rows only.
 
     Raises:
         ValueError: an argument is not what the kernel needs.
@@ -298,8 +325,19 @@ def hopper_forward(
         launch, addresses, kept = _prepare(conv, source, weight, bias, stores, tile, size, rect, residual)
         if launch.grid == 0:
             return
-        _kernel(launch, source.dtype, tile, overlap).launch(launch.grid, addresses)
+        if clocks is not None:
+            _check_clocks(clocks, launch, source.dtype, tile)
+            launch.args.clocks = clocks.data_ptr()
+        _kernel(launch, source.dtype, tile, overlap, clocks is not None).launch(launch.grid, addresses)
         del kept
+
+
+def _check_clocks(clocks: Tensor, launch: Launch, dtype: torch.dtype, tile: HopperTile) -> None:
+    shape = (launch.grid, len(CLOCKS))
+    if clocks.dtype != torch.int64 or tuple(clocks.shape) != shape or not clocks.is_contiguous():
+        raise ValueError(f"clocks: expected {shape} int64, contiguous, got {tuple(clocks.shape)} {clocks.dtype}")
+    if dtype != torch.float16 or tile.tile_h != _TIMED_HEIGHT:
+        raise ValueError(f"clocks: expected float16 and tiles of {_TIMED_HEIGHT} rows, got {dtype} and {tile}")
 
 
 def active_clusters(launch: Launch, dtype: torch.dtype, tile: HopperTile) -> int:

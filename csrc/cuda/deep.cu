@@ -22,10 +22,7 @@
 // Every wait ends after at most `timeout` clocks. After a timeout `state[0]` holds the kind of wait, the layer and
 // the block; every block runs to its end without waiting and fills the last layer's stores with NaN. Later launches
 // do the same until `state` is zeroed.
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
-
+#include "ptx.cuh"
 #include "source.cuh"
 
 namespace lgnet {
@@ -68,65 +65,8 @@ struct Program {
   Layer layer[kLayers];
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
-
-__device__ __forceinline__ uint32_t remote(uint32_t address, uint32_t rank) {
-  uint32_t result;
-  asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(result) : "r"(address), "r"(rank));
-  return result;
-}
-
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count) : "memory");
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Whether a barrier has completed the phase of `parity`. With kCluster, writes of other blocks of the cluster are
-// visible afterwards.
-template <bool kCluster>
-__device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
-  uint32_t done;
-  if (kCluster) {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.acquire.cluster.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } else {
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  }
-  return done != 0;
-}
-
-__device__ __forceinline__ void multipliers_meet() { asm volatile("bar.sync 1, %0;" ::"n"(kThreads) : "memory"); }
-
-__device__ __forceinline__ void cluster_meet() {
-  asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-}
-
 // Whether a wait has to end: a block has reported an error, or this thread has waited too long and now reports it.
-__device__ __noinline__ bool expired(int32_t* error, int64_t until, int32_t code) {
+__device__ __forceinline__ bool expired(int32_t* error, int64_t until, int32_t code) {
   if (*reinterpret_cast<volatile int32_t*>(error) != 0) return true;
   if (clock64() <= until) return false;
   atomicCAS(error, 0, code);
@@ -150,9 +90,7 @@ struct Guard {
   __device__ __forceinline__ void wait_count(const int32_t* counter, int32_t count, int32_t code) {
     if (dead) return;
     for (int tries = 1;; ++tries) {
-      int32_t seen;
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(seen) : "l"(counter) : "memory");
-      if (seen >= count || (tries % 64 == 0 && (dead = expired(error, until, code)))) return;
+      if (load_acquire(counter) >= count || (tries % 64 == 0 && (dead = expired(error, until, code)))) return;
     }
   }
 };
@@ -169,12 +107,7 @@ struct Math;
 
 template <>
 struct Math<__half> {
-  static __device__ __forceinline__ void multiply(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  }
+  static constexpr bool kBf16 = false;
   static __device__ __forceinline__ uint32_t pair(float low, float high) {
     const __half2 value = __floats2half2_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&value);
@@ -183,12 +116,7 @@ struct Math<__half> {
 
 template <>
 struct Math<__nv_bfloat16> {
-  static __device__ __forceinline__ void multiply(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1) {
-    asm("mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
-        "{%0, %1, %2, %3};"
-        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
-        : "r"(a.x), "r"(a.y), "r"(a.z), "r"(a.w), "r"(b0), "r"(b1));
-  }
+  static constexpr bool kBf16 = true;
   static __device__ __forceinline__ uint32_t pair(float low, float high) {
     const __nv_bfloat162 value = __floats2bfloat162_rn(low, high);
     return *reinterpret_cast<const uint32_t*>(&value);
@@ -233,32 +161,6 @@ __device__ __forceinline__ int phase_of(const Layer& layer, int unit) {
   return (unit >= layer.groups) + (unit >= 2 * layer.groups) + (unit >= 3 * layer.groups);
 }
 
-__device__ __forceinline__ uint4 load_shared(uint32_t address) {
-  uint4 value;
-  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "r"(address)
-               : "memory");
-  return value;
-}
-
-// Reads past the L1 cache, which is not updated by other blocks' stores. Unlike __ldcg it is volatile: the compiler
-// must not move it before the wait.
-__device__ __forceinline__ uint4 load_stored(const void* address) {
-  uint4 value;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
-               : "l"(address)
-               : "memory");
-  return value;
-}
-
-__device__ __forceinline__ void store_shared(uint32_t address, const uint4& value) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
-               "r"(value.w)
-               : "memory");
-}
-
 __device__ __forceinline__ void add_shared(float4& sum, uint32_t address) {
   const uint4 part = load_shared(address);
   sum.x += __uint_as_float(part.x), sum.y += __uint_as_float(part.y);
@@ -299,92 +201,136 @@ __device__ __forceinline__ void load_positions(const Layer& layer, const Place& 
   }
 }
 
+// One warp's operands of a step: positions of `kRows` x 8 rows, and the weights of a unit. Registers do not suffice for
+// two steps of 64 positions, so these are read where they are used.
+template <int kRows>
+struct Operands {
+  static constexpr bool kHeld = kRows < 8;
+  uint4 positions[kHeld ? kRows : 1], weights[2];
+  int at;  // of the step's first position, from Item::base on
+};
+
+// What does not change within the products of an item.
+template <int kRows>
+struct Item {
+  uint32_t base[kRows];  // where each row's positions begin
+  int unit, part;        // part: the first step
+  int origin_y, origin_x;
+};
+
+// Waits for the weights of the next step of the ring.
+__device__ __forceinline__ void wait_for_weights(const Place& place, Guard& guard, const Ring& ring, int number) {
+  guard.wait(place.full + 8 * ring.slot, ring.parity, code_of(kFull, number));
+  __syncwarp();
+}
+
+// The slot can be filled again once every warp has read its weights.
+__device__ __forceinline__ void release(const Place& place, Ring& ring) {
+  __syncwarp();
+  if (place.lane == 0) barrier_arrive(place.empty + 8 * ring.slot);
+  ring.advance();
+}
+
+// Reads the operands of the item's step `round`. The positions come before the wait for the weights. Weights beyond the
+// block's last step are zeros (kernels/deep.py, `pack`); their positions are those of the last step.
+template <int kRows>
+__device__ __forceinline__ void read(Operands<kRows>& to, const Layer& layer, const Place& place,
+                                     const Item<kRows>& item, int round, Guard& guard, const Ring& ring, int number) {
+  const int step = min((round << layer.log_warps_k) + item.part, max(place.steps - 1, 0));
+  const int depth = place.first + step, tap = depth & ((1 << layer.log_taps) - 1);
+  const int y = item.origin_y + (tap >> layer.log_count_x);
+  const int x = item.origin_x + (tap & ((1 << layer.log_count_x) - 1));
+  const int column = (x & ((1 << layer.log_in_step) - 1)) * layer.stage_half + (x >> layer.log_in_step);
+  const int chunk = (depth >> layer.log_taps) - (place.first >> layer.log_taps);
+  to.at = (chunk * layer.stage_pixels + y * layer.stage_w + column) * kPixelBytes;
+  if constexpr (Operands<kRows>::kHeld) {
+#pragma unroll
+    for (int r = 0; r < kRows; ++r) to.positions[r] = load_shared(item.base[r] + to.at);
+  }
+  wait_for_weights(place, guard, ring, number);
+  const uint32_t from = place.ring + ring.slot * kSlotBytes + place.warp * kPieceBytes + place.lane * 16;
+  to.weights[0] = load_shared(from), to.weights[1] = load_shared(from + kPieceBytes / 2);
+}
+
+template <typename T, int kRows>
+__device__ __forceinline__ void add_products(float (&sums)[kRows][4], const Operands<kRows>& step,
+                                             const Item<kRows>& item) {
+  constexpr int kTogether = kRows < 4 ? kRows : 4;
+#pragma unroll
+  for (int r0 = 0; r0 < kRows; r0 += kTogether) {
+    uint4 x[kTogether];
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r) {
+      if constexpr (Operands<kRows>::kHeld) {
+        x[r] = step.positions[r0 + r];
+      } else {
+        x[r] = load_shared(item.base[r0 + r] + step.at);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r) {
+      warp_product<Math<T>::kBf16>(sums[r0 + r], step.weights[0], x[r].x, x[r].y);
+    }
+#pragma unroll
+    for (int r = 0; r < kTogether; ++r) {
+      warp_product<Math<T>::kBf16>(sums[r0 + r], step.weights[1], x[r].z, x[r].w);
+    }
+  }
+}
+
 // Multiplies this warp's items, `kRows` x 8 rows, and writes partial sums to [warps_k, row, unit, 16] in shared
-// memory.
+// memory. A step's operands are read before the products of the step before, which take as long as the reading.
 template <typename T, int kRows>
 __device__ __forceinline__ void multiply(const Layer& layer, const Place& place, Guard& guard, Ring& ring,
                                          int number) {
-  constexpr int kAhead = kRows < 4 ? 2 : 1;  // steps that are loaded together
-  constexpr bool kBefore = kRows < 8;        // whether positions are read before the wait for weights
   const int g = place.lane >> 2, t = place.lane & 3;
-  const int warps_k = 1 << layer.log_warps_k, items = place.units << layer.log_warps_k;
-  const int chunk0 = place.first >> layer.log_taps;
-  const int pitch = place.units * kUnit + kPad;
-
-  uint32_t base[kRows];
+  const int items = place.units << layer.log_warps_k, pitch = place.units * kUnit + kPad;
+  Item<kRows> item;
 #pragma unroll
   for (int r = 0; r < kRows; ++r) {
     const int row = (r * 8 + g) & (layer.rows - 1), line = row >> layer.log_rows_w, sample = line >> layer.log_rows_h;
     const int y = sample * layer.stage_h + ((line & ((1 << layer.log_rows_h) - 1)) << layer.log_in_step);
-    base[r] = place.stage + (y * layer.stage_w + (row & ((1 << layer.log_rows_w) - 1))) * kPixelBytes + t * 16;
+    item.base[r] = place.stage + (y * layer.stage_w + (row & ((1 << layer.log_rows_w) - 1))) * kPixelBytes + t * 16;
   }
 
   for (int item0 = 0; item0 < items; item0 += kWarps) {
-    const int item = item0 + place.warp, unit = item >> layer.log_warps_k, part = item & (warps_k - 1);
-    const int phase = phase_of(layer, place.begin + unit);
-    const int origin_y = layer.origin_y[phase >> 1], origin_x = layer.origin_x[phase & 1];
-    float sums[kRows][4] = {};
-    for (int round0 = 0; round0 < layer.step_rounds; round0 += kAhead) {
-      uint4 x[kAhead][kRows], weights[kAhead][2];
-      uint32_t at[kAhead];
-      bool works[kAhead];
-      Ring ahead = ring;
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        const int step = ((round0 + i) << layer.log_warps_k) + part, depth = place.first + step;
-        const int tap = depth & ((1 << layer.log_taps) - 1);
-        const int y = origin_y + (tap >> layer.log_count_x);
-        const int xx = origin_x + (tap & ((1 << layer.log_count_x) - 1));
-        const int column = (xx & ((1 << layer.log_in_step) - 1)) * layer.stage_half + (xx >> layer.log_in_step);
-        const int pixel = ((depth >> layer.log_taps) - chunk0) * layer.stage_pixels + y * layer.stage_w + column;
-        at[i] = pixel * kPixelBytes;
-        works[i] = item < items && round0 + i < layer.step_rounds && step < place.steps;
-        if (kBefore && works[i]) {
-#pragma unroll
-          for (int r = 0; r < kRows; ++r) x[i][r] = load_shared(base[r] + at[i]);
-        }
+    const int which = item0 + place.warp;
+    if (which >= items) {  // no item, but the other warps' weights
+      for (int round = 0; round < layer.step_rounds; ++round) {
+        // Without a wait this warp would be a turn of the ring ahead and read a barrier's parity wrongly.
+        wait_for_weights(place, guard, ring, number);
+        release(place, ring);
       }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (round0 + i >= layer.step_rounds) break;
-        // Warps without an item wait too: a warp a whole turn of the ring ahead would read a barrier's parity
-        // wrongly.
-        guard.wait(place.full + 8 * ahead.slot, ahead.parity, code_of(kFull, number));
-        __syncwarp();
-        const uint32_t from = place.ring + ahead.slot * kSlotBytes + place.warp * kPieceBytes + place.lane * 16;
-        if (works[i]) weights[i][0] = load_shared(from), weights[i][1] = load_shared(from + kPieceBytes / 2);
-        ahead.advance();
-      }
-#pragma unroll
-      for (int i = 0; i < kAhead; ++i) {
-        if (round0 + i >= layer.step_rounds) break;
-        if (works[i]) {
-          constexpr int kTogether = kRows < 4 ? kRows : 4;
-#pragma unroll
-          for (int r0 = 0; r0 < kRows; r0 += kTogether) {
-#pragma unroll
-            for (int r = r0; r < r0 + kTogether; ++r) {
-              if (!kBefore) x[i][r] = load_shared(base[r] + at[i]);
-            }
-#pragma unroll
-            for (int r = r0; r < r0 + kTogether; ++r) {
-              Math<T>::multiply(sums[r], weights[i][0], x[i][r].x, x[i][r].y);
-            }
-#pragma unroll
-            for (int r = r0; r < r0 + kTogether; ++r) {
-              Math<T>::multiply(sums[r], weights[i][1], x[i][r].z, x[i][r].w);
-            }
-          }
-        }
-        __syncwarp();
-        if (place.lane == 0) barrier_arrive(place.empty + 8 * ring.slot);
-        ring.advance();
-      }
+      continue;
     }
-    if (item >= items) continue;
-    int own = (((part << layer.log_rows) + 2 * t) * pitch + unit * kUnit + g) * 4;
+    item.unit = which >> layer.log_warps_k, item.part = which & ((1 << layer.log_warps_k) - 1);
+    const int phase = phase_of(layer, place.begin + item.unit);
+    item.origin_y = layer.origin_y[phase >> 1], item.origin_x = layer.origin_x[phase & 1];
+    float sums[kRows][4] = {};
+    Operands<kRows> even, odd;
+    read(even, layer, place, item, 0, guard, ring, number);
+    release(place, ring);
+    int round = 1;
+#pragma unroll 1
+    for (; round + 1 < layer.step_rounds; round += 2) {
+      read(odd, layer, place, item, round, guard, ring, number);
+      add_products<T>(sums, even, item);
+      release(place, ring);
+      read(even, layer, place, item, round + 1, guard, ring, number);
+      add_products<T>(sums, odd, item);
+      release(place, ring);
+    }
+    if (round < layer.step_rounds) {
+      read(odd, layer, place, item, round, guard, ring, number);
+      add_products<T>(sums, even, item);
+      release(place, ring);
+      add_products<T>(sums, odd, item);
+    } else {
+      add_products<T>(sums, even, item);
+    }
+    int own = (((item.part << layer.log_rows) + 2 * t) * pitch + item.unit * kUnit + g) * 4;
     int step = pitch * 4;
-    asm volatile("" : "+r"(own), "+r"(step));  // else the compiler keeps 4 * kRows addresses in registers
+    opaque(own), opaque(step);  // else the compiler keeps 4 * kRows addresses in registers
 #pragma unroll
     for (int r = 0; r < kRows; ++r) {
 #pragma unroll
@@ -392,7 +338,7 @@ __device__ __forceinline__ void multiply(const Layer& layer, const Place& place,
         const int row = r * 8 + 2 * t + (e & 1);
         if (row >= layer.rows) continue;
         const uint32_t at = place.stage + layer.sums + own + (r * 8 + (e & 1)) * step + (e >> 1) * 32;
-        asm volatile("st.shared.f32 [%0], %1;" ::"r"(at), "f"(sums[r][e]) : "memory");
+        store_shared(at, sums[r][e]);
       }
     }
   }
@@ -437,11 +383,7 @@ __device__ __forceinline__ void send(const Layer& layer, const Place& place, uin
     }
     const int owner = which & ((1 << place.log_cluster) - 1), mine = (which >> place.log_cluster) * 4 + quad;
     const uint32_t at = place.stage + layer.received + (place.rank * most + mine) * 16;
-    asm volatile(
-        "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
-            remote(at, owner)),
-        "f"(sum.x), "f"(sum.y), "f"(sum.z), "f"(sum.w), "r"(remote(received_barrier, owner))
-        : "memory");
+    send(remote(at, owner), sum, remote(received_barrier, owner));
   }
 }
 
@@ -479,8 +421,6 @@ __device__ __forceinline__ void finish(const Layer& layer, const Place& place) {
 
 // Loads this block's weights of every layer, as far ahead as the ring has space. One thread runs it.
 __device__ __forceinline__ void stream(const Program& program, Place& place, Guard& guard) {
-  uint64_t policy;
-  asm("createpolicy.fractional.L2::evict_first.b64 %0, 1.0;" : "=l"(policy));
   Ring ring = {0, program.slots, 0};
   for (int number = 0; number < program.layers; ++number) {
     const Layer& layer = program.layer[number];
@@ -498,16 +438,9 @@ __device__ __forceinline__ void stream(const Program& program, Place& place, Gua
         const uint32_t to = place.ring + ring.slot * kSlotBytes, barrier = place.full + 8 * ring.slot;
         barrier_expect(barrier, bytes);
         if (program.evict_first) {
-          asm volatile(
-              "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes.L2::cache_hint [%0], [%1], %2, "
-              "[%3], %4;" ::"r"(to),
-              "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
-              : "memory");
+          copy_bytes_once(to, from, bytes, barrier);
         } else {
-          asm volatile(
-              "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
-              "l"(from), "r"(bytes), "r"(barrier)
-              : "memory");
+          copy_bytes(to, from, bytes, barrier);
         }
         from += bytes;
         ring.advance();
@@ -527,11 +460,10 @@ __device__ void fill_with_nan(const Layer& layer, void* to, int stride) {
 
 template <typename T>
 __device__ __forceinline__ void run(const Program& program) {
-  extern __shared__ __align__(128) uint8_t memory[];
-  const uint32_t shared = shared_address(memory);
+  const uint32_t shared = shared_address(dynamic_shared());
   const uint32_t received_barrier = shared + 16 * kMaxSlots;
   Place place;
-  asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(place.rank));
+  place.rank = cluster_rank();
   place.log_cluster = program.log_cluster;
   place.cluster = blockIdx.x >> program.log_cluster;
   // The shuffle tells the compiler that the value is the same in all lanes.
@@ -549,21 +481,14 @@ __device__ __forceinline__ void run(const Program& program) {
       barrier_init(place.empty + 8 * slot, kWarps);
     }
     barrier_init(received_barrier, 1);
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_initialised();
   }
-  __syncwarp();
   cluster_meet();  // no block may send to a barrier before it is initialised
 
   if (place.warp == kWarps) {
-    if (place.lane == 0) {
-      stream(program, place, guard);
-      // After a failure no thread waits for the copies in flight. They must end before another block gets this
-      // memory.
-      for (const int64_t until = clock64() + 100000; guard.dead && clock64() < until;) {
-      }
-    }
+    if (place.lane == 0) stream(program, place, guard);
   } else {
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+    wait_for_previous_kernel();
     Ring ring = {0, program.slots, 0};
     uint32_t received = 0;  // parity
     for (int number = 0; number < program.layers; ++number) {
@@ -580,19 +505,22 @@ __device__ __forceinline__ void run(const Program& program) {
         }
       }
       if (threadIdx.x == 0) {
-        // Sums may arrive before this call: the barrier's count of bytes is then negative until it is made.
-        if (works) barrier_expect(received_barrier, (finished(layer, place) * kUnit * 4) << place.log_cluster);
+        // Sums may arrive before this call: the barrier's count of bytes is then negative until it is made. After a
+        // failure the phase before may be incomplete, which then must not be arrived at again.
+        if (works && !guard.dead) {
+          barrier_expect(received_barrier, (finished(layer, place) * kUnit * 4) << place.log_cluster);
+        }
         if (number > 0) {
           guard.wait_count(program.state + (1 + number) * kStateStride, gridDim.x, code_of(kGrid, number));
         }
       }
-      multipliers_meet();
+      meet<1, kThreads>();
       if (times != nullptr) times[1] = clock64();
       if (works) {
         load_positions(layer, place);
-        multipliers_meet();
+        meet<1, kThreads>();
         multiply_any<T>(layer, place, guard, ring, number);
-        multipliers_meet();
+        meet<1, kThreads>();
         if (times != nullptr) times[2] = clock64();
         send(layer, place, received_barrier);
         if (times != nullptr) times[3] = clock64();
@@ -601,10 +529,9 @@ __device__ __forceinline__ void run(const Program& program) {
         if (times != nullptr) times[4] = clock64();
         finish<T>(layer, place);
       }
-      multipliers_meet();  // the next layer uses the same shared memory
+      meet<1, kThreads>();  // the next layer uses the same shared memory
       if (threadIdx.x == 0 && number + 1 < program.layers) {
-        asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(program.state + (2 + number) * kStateStride)
-                     : "memory");
+        add_release(program.state + (2 + number) * kStateStride, 1);
       }
       if (times != nullptr) times[5] = clock64();
     }
@@ -612,6 +539,9 @@ __device__ __forceinline__ void run(const Program& program) {
       const Layer& layer = program.layer[program.layers - 1];
       fill_with_nan<T>(layer, layer.store0, layer.stride_0);
       if (layer.store1 != nullptr) fill_with_nan<T>(layer, layer.store1, layer.stride_1);
+      // No thread has waited for the copies and sums in flight. They must end before another block gets this memory.
+      for (const int64_t until = clock64() + 100000; clock64() < until;) {
+      }
     } else if (threadIdx.x == 0) {
       // The last block zeroes the counters for the next launch.
       if (atomicAdd(program.state + kStateStride, 1) == static_cast<int32_t>(gridDim.x) - 1) {
@@ -619,7 +549,6 @@ __device__ __forceinline__ void run(const Program& program) {
       }
     }
   }
-  __syncwarp();
   cluster_meet();  // a block must not end, and free its shared memory, while others send to it
 }
 

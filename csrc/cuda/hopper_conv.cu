@@ -16,14 +16,12 @@
 // Weights are packed by kernels/conv.py as [taps * channels in, channels out] and loaded in stages of 64 x 64. The
 // blocks of a cluster use the same weights, so each loads its part of a stage and multicasts it to all of them.
 //
-// Warps 0 to 3 multiply and store. Warp 4 loads weights, warp 5 loads patches. Warp 6 applies reflection padding to
-// the patches of tiles at the edge of the map: it copies pixels within the patch. For zero padding it does nothing,
-// because the TMA fills with zeros.
-#include <cuda.h>
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#include <stdint.h>
-
+// A step is one tap of 64 input channels. GROUPS warpgroups multiply: group i computes every GROUPS-th step from the
+// i-th on, for the whole tile, so that one multiplies while another waits. Their sums are added when they are stored.
+// Three more warps load weights, load patches, and apply reflection padding to the patches of tiles at the edge of
+// the map: the last copies pixels within the patch. For zero padding it does nothing, because the TMA fills with
+// zeros.
+#include "ptx.cuh"
 #include "source.cuh"
 #include "wgmma.cuh"
 
@@ -34,9 +32,11 @@ constexpr int kLine = 128;     // bytes of a pixel's input channels, or of a dep
 constexpr int kWeightBytes = kChannels * kLine;
 constexpr int kMaxWeightStages = 12;
 constexpr int kMaxPatchStages = 4;
-constexpr int kConsumers = 128;
-constexpr int kThreads = 256;
-constexpr int kRowFloats = kChannels + 4;  // between the results of two pixels; 4 floats avoid bank conflicts
+constexpr int kGroupThreads = 128;
+constexpr int kGroupWarps = 4;
+constexpr int kOtherThreads = 128;          // of the warps that load and mend; one of them has no work
+constexpr int kRowFloats = kChannels + 4;   // between the results of two pixels; 4 floats avoid bank conflicts
+constexpr int kClocks = 8;                  // numbers of a block in `Args::clocks`
 
 // Everything but the tensor maps. kernels/hopper.py has the same fields in the same order.
 struct Args {
@@ -44,6 +44,7 @@ struct Args {
   const void* residual;
   void* store0;
   void* store1;
+  int64_t* clocks;  // [blocks, kClocks], of the kernels with TIMED
   int32_t out_h, out_w, top, bottom, left, right;
   int32_t rows_top, rows_left, in_h, in_w;
   int32_t tiles_x, tiles_y, m_tiles, n_blocks, chunks, phases, out_step;
@@ -53,32 +54,14 @@ struct Args {
   int32_t pitch, box_rows, weight_stages, patch_stages, patch_bytes;
 };
 
-__device__ __forceinline__ uint32_t shared_address(const void* p) {
-  return static_cast<uint32_t>(__cvta_generic_to_shared(p));
-}
+// The most tries of a wait, so that an endless wait ends in an error. A launch takes microseconds; this many tries
+// take 0.1 s or more.
+constexpr uint32_t kTries = 10000000;
 
-__device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(barrier), "r"(count));
-}
-
-__device__ __forceinline__ void barrier_expect(uint32_t barrier, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(barrier), "r"(bytes) : "memory");
-}
-
-__device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
-  asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
-}
-
-// Arrives at the same barrier in block `rank` of the cluster.
-__device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-  asm volatile(
-      "{\n"
-      ".reg .b32 remote;\n"
-      "mapa.shared::cluster.u32 remote, %0, %1;\n"
-      "mbarrier.arrive.shared::cluster.b64 _, [remote];\n"
-      "}\n" ::"r"(barrier),
-      "r"(rank)
-      : "memory");
+__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
+  for (uint32_t tries = 0; !barrier_passed(barrier, parity);) {
+    if (++tries > kTries) __trap();
+  }
 }
 
 // A warp signals to every block of the cluster that it has read a stage.
@@ -90,73 +73,6 @@ __device__ __forceinline__ void release(uint32_t barrier, uint32_t blocks, int l
       barrier_arrive(barrier);
     }
   }
-}
-
-// The most tries of a wait, so that an endless wait ends in an error. A launch takes microseconds; this many tries
-// take 0.1 s or more.
-constexpr uint32_t kTries = 10000000;
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  uint32_t done, tries = 0;
-  do {
-    if (++tries > kTries) __trap();
-    asm volatile(
-        "{\n"
-        ".reg .pred p;\n"
-        "mbarrier.try_wait.parity.shared::cta.b64 p, [%1], %2;\n"
-        "selp.u32 %0, 1, 0, p;\n"
-        "}\n"
-        : "=r"(done)
-        : "r"(barrier), "r"(parity)
-        : "memory");
-  } while (!done);
-}
-
-__device__ __forceinline__ void load_patch(uint32_t to, const CUtensorMap* map, uint32_t barrier, int c, int x, int y,
-                                           int sample) {
-  asm volatile(
-      "cp.async.bulk.tensor.4d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6}], "
-      "[%2];" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(c), "r"(x), "r"(y), "r"(sample)
-      : "memory");
-}
-
-__device__ __forceinline__ void load_weights(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
-                                             int row) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4}], [%2];" ::"r"(
-          to),
-      "l"(map), "r"(barrier), "r"(column), "r"(row)
-      : "memory");
-}
-
-// Copies to the same address in every block of the cluster; the barrier of each block counts the bytes.
-__device__ __forceinline__ void multicast_weights(uint32_t to, const CUtensorMap* map, uint32_t barrier, int column,
-                                                  int row, uint16_t blocks) {
-  asm volatile(
-      "cp.async.bulk.tensor.2d.shared::cluster.global.mbarrier::complete_tx::bytes.multicast::cluster [%0], [%1, "
-      "{%3, "
-      "%4}], [%2], %5;" ::"r"(to),
-      "l"(map), "r"(barrier), "r"(column), "r"(row), "h"(blocks)
-      : "memory");
-}
-
-__device__ __forceinline__ uint32_t cluster_size() {
-  uint32_t n;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(n));
-  return n;
-}
-
-__device__ __forceinline__ uint32_t cluster_rank() {
-  uint32_t n;
-  asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));
-  return n;
-}
-
-// It orders no memory accesses. The initialisation of barriers, which other blocks must see, is ordered by a separate
-// fence before it.
-__device__ __forceinline__ void cluster_sync() {
-  asm volatile("barrier.cluster.arrive.relaxed;\nbarrier.cluster.wait;" ::: "memory");
 }
 
 // wgmma's matrix descriptor without its start address: swizzle of 128 bytes, groups of eight lines `group_bytes`
@@ -276,133 +192,231 @@ __device__ __forceinline__ void mend(char* box, const Args& args, int y0, int x0
   }
 }
 
-template <typename T, int TILE_H>
-__device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap& weights, const Args& args) {
-  constexpr int N = 8 * TILE_H;
-  constexpr bool BF16 = sizeof(typename Pair<T>::type) == 4 && !__is_same(T, __half);
-  extern __shared__ char unaligned[];
-  __shared__ uint64_t weights_full[kMaxWeightStages], weights_empty[kMaxWeightStages];
-  __shared__ uint64_t patch_full[kMaxPatchStages], patch_mended[kMaxPatchStages], patch_empty[kMaxPatchStages];
-  char* const memory = unaligned + ((1024 - (shared_address(unaligned) & 1023)) & 1023);
-  char* const patches = memory + args.weight_stages * kWeightBytes;
+// The shared memory of a block: weights and patches in stages, then a barrier of each kind for every stage.
+struct Memory {
+  uint32_t weights, patches, barriers;
+  char* bytes;  // the same as `weights`
 
-  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  const uint32_t blocks = cluster_size();
-  const Place place = place_of(args, TILE_H);
-  const int count_y = args.count_y[place.phase_y], count_x = args.count_x[place.phase_x];
-  const int y0 = place.y + args.origin_y[place.phase_y], x0 = place.x + args.origin_x[place.phase_x];
-  const bool mending =
-      args.reflect && (y0 < 0 || x0 < 0 || y0 + args.box_rows > args.in_h || x0 + args.pitch > args.in_w);
-
-  if (threadIdx.x == 128) {
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&weights) : "memory");
-    asm volatile("prefetch.tensormap [%0];" ::"l"(&source) : "memory");
+  __device__ __forceinline__ explicit Memory(const Args& args) {
+    char* const start = reinterpret_cast<char*>(dynamic_shared());
+    bytes = start + ((1024 - (shared_address(start) & 1023)) & 1023);  // the swizzle repeats after 1024 bytes
+    weights = shared_address(bytes);
+    patches = weights + args.weight_stages * kWeightBytes;
+    barriers = patches + args.patch_stages * args.patch_bytes;
   }
-  if (threadIdx.x == 0) {
+  __device__ __forceinline__ uint32_t weights_full(int stage) const { return barriers + 8 * stage; }
+  __device__ __forceinline__ uint32_t weights_empty(int stage) const { return weights_full(kMaxWeightStages + stage); }
+  __device__ __forceinline__ uint32_t patch_full(int stage) const {
+    return weights_full(2 * kMaxWeightStages + stage);
+  }
+  __device__ __forceinline__ uint32_t patch_mended(int stage) const { return patch_full(kMaxPatchStages + stage); }
+  __device__ __forceinline__ uint32_t patch_empty(int stage) const { return patch_full(2 * kMaxPatchStages + stage); }
+
+  template <int GROUPS>
+  __device__ __forceinline__ void initialise(const Args& args, uint32_t blocks) const {
 #pragma unroll 1
     for (int i = 0; i < args.weight_stages; ++i) {
-      barrier_init(shared_address(&weights_full[i]), 1);
-      barrier_init(shared_address(&weights_empty[i]), 4 * blocks);
+      barrier_init(weights_full(i), 1);
+      barrier_init(weights_empty(i), kGroupWarps * blocks);
     }
 #pragma unroll 1
     for (int i = 0; i < args.patch_stages; ++i) {
-      barrier_init(shared_address(&patch_full[i]), 1);
-      barrier_init(shared_address(&patch_mended[i]), 32);
-      barrier_init(shared_address(&patch_empty[i]), 4);
+      barrier_init(patch_full(i), 1);
+      barrier_init(patch_mended(i), 32);
+      barrier_init(patch_empty(i), kGroupWarps * GROUPS);
     }
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    barriers_initialised();
   }
-  if (blocks > 1) {
-    cluster_sync();
-  } else {
-    __syncthreads();
-  }
-  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+};
 
-  if (warp == 4) {
-    if (lane == 0) {
-      const int part = kChannels / blocks, rank = cluster_rank();
-      const int taps_x = args.taps[place.phase_x];
-      const int before = place.phase_y * args.taps[0] * (args.taps[0] + args.taps[1]) +
-                         place.phase_x * args.taps[place.phase_y] * args.taps[0];
-      const uint32_t to = shared_address(memory) + rank * part * kLine;
-      int stage = 0, parity = 1;
+// The next stage of a ring, and the parity of the number of times that the ring has been passed.
+struct Ring {
+  int stage, stages;
+  uint32_t parity;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+// What a block reads for its tile.
+struct Reading {
+  int y0, x0;            // the patch's first pixel in the map
+  int count_y, count_x;  // taps
+  bool mending;          // whether the patch has pixels of the padding that reflect
+
+  __device__ __forceinline__ Reading(const Args& args, const Place& place) {
+    y0 = place.y + args.origin_y[place.phase_y], x0 = place.x + args.origin_x[place.phase_x];
+    count_y = args.count_y[place.phase_y], count_x = args.count_x[place.phase_x];
+    mending =
+        args.reflect && (y0 < 0 || x0 < 0 || y0 + args.box_rows > args.in_h || x0 + args.pitch > args.in_w);
+  }
+};
+
+// One thread loads the weights of every step, as far ahead as the ring has space.
+__device__ __forceinline__ void load_weights(const Args& args, const Memory& memory, const Place& place,
+                                             const Reading& reading, const CUtensorMap& weights, uint32_t blocks) {
+  const int part = kChannels / blocks, rank = cluster_rank();
+  const int taps_x = args.taps[place.phase_x];
+  const int before = place.phase_y * args.taps[0] * (args.taps[0] + args.taps[1]) +
+                     place.phase_x * args.taps[place.phase_y] * args.taps[0];
+  const uint32_t to = memory.weights + rank * part * kLine;
+  Ring ring = {0, args.weight_stages, 1};
 #pragma unroll 1
-      for (int chunk = 0; chunk < args.chunks; ++chunk) {
+  for (int chunk = 0; chunk < args.chunks; ++chunk) {
 #pragma unroll 1
-        for (int y = 0; y < count_y; ++y) {
+    for (int y = 0; y < reading.count_y; ++y) {
 #pragma unroll 1
-          for (int x = 0; x < count_x; ++x) {
-            const int tap = before + (args.first_y[place.phase_y] + y) * taps_x + args.first_x[place.phase_x] + x;
-            const int row = (tap * args.chunks + chunk) * kChannels + rank * part;
-            const uint32_t full = shared_address(&weights_full[stage]);
-            barrier_wait(shared_address(&weights_empty[stage]), parity);
-            barrier_expect(full, kWeightBytes);
-            if (blocks > 1) {
-              multicast_weights(to + stage * kWeightBytes, &weights, full, place.column, row, (1 << blocks) - 1);
-            } else {
-              load_weights(to + stage * kWeightBytes, &weights, full, place.column, row);
-            }
-            if (++stage == args.weight_stages) {
-              stage = 0;
-              parity ^= 1;
-            }
-          }
+      for (int x = 0; x < reading.count_x; ++x) {
+        const int tap = before + (args.first_y[place.phase_y] + y) * taps_x + args.first_x[place.phase_x] + x;
+        const int row = (tap * args.chunks + chunk) * kChannels + rank * part;
+        const uint32_t full = memory.weights_full(ring.stage);
+        barrier_wait(memory.weights_empty(ring.stage), ring.parity);
+        barrier_expect(full, kWeightBytes);
+        if (blocks > 1) {
+          multicast_box(to + ring.stage * kWeightBytes, weights, full, place.column, row, (1 << blocks) - 1);
+        } else {
+          copy_box(to + ring.stage * kWeightBytes, weights, full, place.column, row);
         }
-      }
-      // A block must not end before every block of the cluster has signalled its barriers for the last time.
-#pragma unroll 1
-      for (int i = 0; i < args.weight_stages; ++i) {
-        barrier_wait(shared_address(&weights_empty[stage]), parity);
-        if (++stage == args.weight_stages) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
-    }
-  } else if (warp == 5) {
-    if (lane == 0) {
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      int stage = 0, parity = 1;
-#pragma unroll 1
-      for (int chunk = 0; chunk < args.chunks; ++chunk) {
-        const uint32_t full = shared_address(&patch_full[stage]);
-        const uint32_t to = shared_address(patches) + stage * args.patch_bytes;
-        barrier_wait(shared_address(&patch_empty[stage]), parity);
-        barrier_expect(full, args.box_rows * args.pitch * kLine);
-        load_patch(to, &source, full, chunk * kChannels, x0, y0, place.sample);
-        if (++stage == args.patch_stages) {
-          stage = 0;
-          parity ^= 1;
-        }
+        ring.advance();
       }
     }
-  } else if (warp == 6) {
-    if (mending) {
-      asm volatile("griddepcontrol.wait;" ::: "memory");
-      int stage = 0, parity = 0;
+  }
+  // A block must not end before every block of the cluster has signalled its barriers for the last time.
 #pragma unroll 1
-      for (int chunk = 0; chunk < args.chunks; ++chunk) {
-        barrier_wait(shared_address(&patch_full[stage]), parity);
-        mend(patches + stage * args.patch_bytes, args, y0, x0, lane);
-        asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-        barrier_arrive(shared_address(&patch_mended[stage]));
-        if (++stage == args.patch_stages) {
-          stage = 0;
-          parity ^= 1;
-        }
-      }
+  for (int i = 0; i < args.weight_stages; ++i) {
+    barrier_wait(memory.weights_empty(ring.stage), ring.parity);
+    ring.advance();
+  }
+}
+
+// One thread loads the patches.
+__device__ __forceinline__ void load_patches(const Args& args, const Memory& memory, const Place& place,
+                                             const Reading& reading, const CUtensorMap& source) {
+  Ring ring = {0, args.patch_stages, 1};
+#pragma unroll 1
+  for (int chunk = 0; chunk < args.chunks; ++chunk) {
+    const uint32_t full = memory.patch_full(ring.stage);
+    barrier_wait(memory.patch_empty(ring.stage), ring.parity);
+    barrier_expect(full, args.box_rows * args.pitch * kLine);
+    copy_box(memory.patches + ring.stage * args.patch_bytes, source, full, chunk * kChannels, reading.x0, reading.y0,
+             place.sample);
+    ring.advance();
+  }
+}
+
+// One warp applies reflection padding to every patch.
+__device__ __forceinline__ void mend_patches(const Args& args, const Memory& memory, const Reading& reading,
+                                             int lane) {
+  char* const patches = memory.bytes + (memory.patches - memory.weights);
+  Ring ring = {0, args.patch_stages, 0};
+#pragma unroll 1
+  for (int chunk = 0; chunk < args.chunks; ++chunk) {
+    barrier_wait(memory.patch_full(ring.stage), ring.parity);
+    mend(patches + ring.stage * args.patch_bytes, args, reading.y0, reading.x0, lane);
+    fence_async();
+    barrier_arrive(memory.patch_mended(ring.stage));
+    ring.advance();
+  }
+}
+
+// Clocks of the kernels with TIMED, in `Args::clocks`: when the block started, its barriers were ready, the kernel
+// before had ended, the first step's operands were there, the last product was done, the block ended; and the sums of
+// what the first warp waited for weights and for patches.
+enum Clock { kStart, kReady, kPrevious, kOperands, kProducts, kEnd, kForWeights, kForPatches };
+
+template <bool TIMED>
+struct Clocks {
+  int64_t value[TIMED ? kClocks : 1] = {};
+
+  __device__ __forceinline__ void set(Clock which) {
+    if constexpr (TIMED) value[which] = clock64();
+  }
+  // Waits for a barrier and adds the clocks that it takes.
+  __device__ __forceinline__ void wait(Clock which, uint32_t barrier, uint32_t parity) {
+    if constexpr (TIMED) value[which] -= clock64();
+    barrier_wait(barrier, parity);
+    if constexpr (TIMED) value[which] += clock64();
+  }
+  __device__ __forceinline__ void store(const Args& args) const {
+    if constexpr (TIMED) {
+      for (int i = 0; i < kClocks; ++i) args.clocks[int64_t(blockIdx.x) * kClocks + i] = value[i];
     }
-  } else if (warp < 4) {
-    // Eight threads store a pixel, eight channels each.
-    constexpr int kPixels = kConsumers / 8, kPasses = N / kPixels;
-    const int part = threadIdx.x % 8 * 8, first_pixel = threadIdx.x / 8;
-    const int column = place.column + part;
-    int pixels[kPasses];  // -1: outside
-    // The residual is read before the products if the registers suffice to hold it.
-    constexpr bool kEarly = kPasses <= 8;
-    uint4 residual[kEarly ? kPasses : 1];
-    asm volatile("griddepcontrol.wait;" ::: "memory");
+  }
+};
+
+// The products of one warpgroup.
+template <bool BF16, int N, int GROUPS, bool TIMED>
+__device__ __forceinline__ void multiply(const Args& args, const Memory& memory, const Reading& reading, int group,
+                                         int lane, uint32_t blocks, float (&sum)[N / 2], Clocks<TIMED>& clocks) {
+  const uint32_t row_bytes = args.pitch * kLine;
+  const uint64_t a = descriptor(1024), b = descriptor(row_bytes);
+  Ring weights = {0, args.weight_stages, 0}, patches = {0, args.patch_stages, 0};
+  uint32_t patch = 0;
+  int chunk = 0, y = 0, x = 0;  // the step
+  int waited = 0;               // patches before this chunk have arrived
+  int kept = 0, kept_at = 0;    // patches before this chunk have been released; the stage of this chunk
+  int before = -1;              // the stage of this group's last step
+  const auto next = [&] {
+    weights.advance();
+    if (++x == reading.count_x) x = 0, ++y;
+    if (y == reading.count_y) y = 0, ++chunk;
+  };
+  for (int i = 0; i < group; ++i) next();
+  // The loop is always entered and has no branch around the products: ptxas would otherwise wait for each product.
+  // Every group has a step (kernels/hopper.py).
+#pragma unroll 1
+  do {
+#pragma unroll 1
+    for (; waited <= chunk; ++waited) {  // every patch, also one of which this group has no step
+      clocks.wait(kForPatches,
+                  reading.mending ? memory.patch_mended(patches.stage) : memory.patch_full(patches.stage),
+                  patches.parity);
+      patch = memory.patches + patches.stage * args.patch_bytes;
+      patches.advance();
+    }
+    const uint64_t from_weights = at(a, memory.weights + weights.stage * kWeightBytes);
+    const uint64_t from_patch = at(b, patch + y * row_bytes + x * kLine);
+    clocks.wait(kForWeights, memory.weights_full(weights.stage), weights.parity);
+    if (before < 0) clocks.set(kOperands);
+    products_begin();
+#pragma unroll
+    for (int k = 0; k < kChannels / 16; ++k) {
+      Product<N>::template add<BF16>(sum, from_weights + k * 16 * kLine / 16, from_patch + k * 32 / 16);
+    }
+    products_commit();
+    // At most the last product is unfinished: the operands of the step before it have been read.
+    products_wait<1>();
+    if (before >= 0) release(memory.weights_empty(before), blocks, lane);
+#pragma unroll 1
+    for (; kept < chunk; ++kept) {
+      if (lane == 0) barrier_arrive(memory.patch_empty(kept_at));
+      if (++kept_at == args.patch_stages) kept_at = 0;
+    }
+    before = weights.stage;
+#pragma unroll
+    for (int i = 0; i < GROUPS; ++i) next();
+  } while (chunk < args.chunks);
+  products_wait<0>();
+  release(memory.weights_empty(before), blocks, lane);
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) opaque(sum[i]);
+  clocks.set(kProducts);
+}
+
+// Where a thread stores: eight threads store a pixel, eight channels each.
+template <typename T, int N, int GROUPS>
+struct Target {
+  static constexpr int kPixels = GROUPS * kGroupThreads / 8, kPasses = N / kPixels;
+  // The residual is read before the products if the registers suffice to hold it.
+  static constexpr bool kEarly = N <= 128;
+  int pixels[kPasses];  // -1: outside
+  uint4 residual[kEarly ? kPasses : 1];
+  int first_pixel, part, column;
+
+  __device__ __forceinline__ Target(const Args& args, const Place& place) {
+    part = threadIdx.x % 8 * 8, first_pixel = threadIdx.x / 8;
+    column = place.column + part;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int pixel = pass * kPixels + first_pixel;
@@ -412,68 +426,12 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
       pixels[pass] = inside ? (place.sample * args.out_h + y) * args.out_w + x : -1;
       if (kEarly) residual[pass] = residual_of<T>(args, pixels[pass], column);
     }
+  }
 
-    float sum[N / 2];
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-    const uint32_t row_bytes = args.pitch * kLine;
-    const uint64_t a = descriptor(1024), b = descriptor(row_bytes);
-    const uint32_t weight_base = shared_address(memory), patch_base = shared_address(patches);
-    int stage = 0, parity = 0, patch_stage = 0, patch_parity = 0;
-    int before = -1;
-#pragma unroll 1
-    for (int chunk = 0; chunk < args.chunks; ++chunk) {
-      barrier_wait(shared_address(mending ? &patch_mended[patch_stage] : &patch_full[patch_stage]), patch_parity);
-      const uint32_t patch = patch_base + patch_stage * args.patch_bytes;
-      bool first = true;
-#pragma unroll 1
-      for (int y = 0; y < count_y; ++y) {
-#pragma unroll 1
-        for (int x = 0; x < count_x; ++x) {
-          const uint32_t start = patch + y * row_bytes + x * kLine;
-          const uint64_t from_weights = at(a, weight_base + stage * kWeightBytes);
-          const uint64_t from_patch = at(b, start);
-          barrier_wait(shared_address(&weights_full[stage]), parity);
-          asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#pragma unroll
-          for (int k = 0; k < kChannels / 16; ++k) {
-            Product<N>::template add<BF16>(sum, from_weights + k * 16 * kLine / 16, from_patch + k * 32 / 16);
-          }
-          asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-          // At most the last product is unfinished: the weights of the step before it have been read.
-          asm volatile("wgmma.wait_group.sync.aligned 1;" ::: "memory");
-          if (before >= 0) release(shared_address(&weights_empty[before]), blocks, lane);
-          if (first && chunk > 0 && lane == 0) {
-            const int last = patch_stage == 0 ? args.patch_stages - 1 : patch_stage - 1;
-            barrier_arrive(shared_address(&patch_empty[last]));
-          }
-          first = false;
-          before = stage;
-          if (++stage == args.weight_stages) {
-            stage = 0;
-            parity ^= 1;
-          }
-        }
-      }
-      if (++patch_stage == args.patch_stages) {
-        patch_stage = 0;
-        patch_parity ^= 1;
-      }
-    }
-    asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory");
-    release(shared_address(&weights_empty[before]), blocks, lane);
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) asm volatile("" : "+f"(sum[i])::"memory");
-
-    // The sums go through shared memory, in place of the patches, as float32 [pixel, channel].
-    float* const rows = reinterpret_cast<float*>(patches);
-    asm volatile("bar.sync 1, 128;" ::: "memory");
-#pragma unroll
-    for (int i = 0; i < N / 2; ++i) {
-      const int pixel = i / 4 * 8 + lane % 4 * 2 + i % 2;
-      rows[pixel * kRowFloats + warp * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
-    }
-    asm volatile("bar.sync 1, 128;" ::: "memory");
+  // Adds the groups' sums of every pixel, which lie in shared memory as float32 [group, pixel, channel], the bias and
+  // the residual.
+  __device__ __forceinline__ void store(const Args& args, const float* rows) const {
+    using Two = typename Pair<T>::type;
     const float4 bias0 = *reinterpret_cast<const float4*>(args.bias + column);
     const float4 bias1 = *reinterpret_cast<const float4*>(args.bias + column + 4);
     const Activation activation0(args.activation_0), activation1(args.activation_1);
@@ -481,41 +439,119 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       if (pixels[pass] < 0) continue;
-      const float* from = rows + (pass * kPixels + first_pixel) * kRowFloats + part;
-      const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-      float value[8] = {low.x, low.y, low.z, low.w, high.x, high.y, high.z, high.w};
+      float value[8] = {};
+#pragma unroll
+      for (int group = 0; group < GROUPS; ++group) {
+        const float* from = rows + (group * N + pass * kPixels + first_pixel) * kRowFloats + part;
+        const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
+        value[0] += low.x, value[1] += low.y, value[2] += low.z, value[3] += low.w;
+        value[4] += high.x, value[5] += high.y, value[6] += high.z, value[7] += high.w;
+      }
       const uint4 added = kEarly ? residual[kEarly ? pass : 0] : residual_of<T>(args, pixels[pass], column);
-      const typename Pair<T>::type* more = reinterpret_cast<const typename Pair<T>::type*>(&added);
+      const Two* more = reinterpret_cast<const Two*>(&added);
 #pragma unroll
       for (int i = 0; i < 4; ++i) {
         const float2 r = Pair<T>::wide(more[i]);
         value[2 * i] = value[2 * i] + bias[2 * i] + r.x;
         value[2 * i + 1] = value[2 * i + 1] + bias[2 * i + 1] + r.y;
       }
-      *reinterpret_cast<uint4*>(static_cast<T*>(args.store0) + int64_t(pixels[pass]) * args.stride_0 + column) =
-          packed<T>(value, activation0);
+      T* const to0 = static_cast<T*>(args.store0) + int64_t(pixels[pass]) * args.stride_0 + column;
+      *reinterpret_cast<uint4*>(to0) = packed<T>(value, activation0);
       if (args.store1 != nullptr) {
-        *reinterpret_cast<uint4*>(static_cast<T*>(args.store1) + int64_t(pixels[pass]) * args.stride_1 + column) =
-            packed<T>(value, activation1);
+        T* const to1 = static_cast<T*>(args.store1) + int64_t(pixels[pass]) * args.stride_1 + column;
+        *reinterpret_cast<uint4*>(to1) = packed<T>(value, activation1);
       }
     }
+  }
+};
+
+// A warpgroup that multiplies and stores.
+template <typename T, int N, int GROUPS, bool TIMED>
+__device__ __forceinline__ void compute(const Args& args, const Memory& memory, const Place& place,
+                                        const Reading& reading, uint32_t blocks, Clocks<TIMED>& clocks) {
+  constexpr bool BF16 = !__is_same(T, __half);
+  // The shuffle tells the compiler that the value is the same in all lanes.
+  const int group = GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
+  const int warp = threadIdx.x / 32 % kGroupWarps, lane = threadIdx.x % 32;
+  wait_for_previous_kernel();
+  clocks.set(kPrevious);
+  const Target<T, N, GROUPS> target(args, place);
+  float sum[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
+  multiply<BF16, N, GROUPS, TIMED>(args, memory, reading, group, lane, blocks, sum, clocks);
+  // The sums replace the weights and patches, which all groups have read.
+  float* const rows = reinterpret_cast<float*>(memory.bytes);
+  meet<1, GROUPS * kGroupThreads>();
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) {
+    const int pixel = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    rows[(group * N + pixel) * kRowFloats + warp * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
+  }
+  meet<1, GROUPS * kGroupThreads>();
+  target.store(args, rows);
+}
+
+template <typename T, int TILE_H, int GROUPS, bool TIMED>
+__device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap& weights, const Args& args) {
+  constexpr int kFirstOther = GROUPS * kGroupWarps;  // warp
+  Clocks<TIMED> clocks;
+  clocks.set(kStart);
+  const Memory memory(args);
+  const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
+  const uint32_t blocks = cluster_size();
+  const Place place = place_of(args, TILE_H);
+  const Reading reading(args, place);
+  if (threadIdx.x == kFirstOther * 32) {
+    prefetch_map(weights);
+    prefetch_map(source);
+  }
+  if (threadIdx.x == 0) memory.initialise<GROUPS>(args, blocks);
+  if (blocks > 1) {
+    cluster_meet();
+  } else {
+    __syncthreads();
+  }
+  start_next_kernel();
+  clocks.set(kReady);
+
+  if (warp < kFirstOther) {
+    compute<T, 8 * TILE_H, GROUPS, TIMED>(args, memory, place, reading, blocks, clocks);
+    clocks.set(kEnd);
+    if (threadIdx.x == 0) clocks.store(args);
+  } else if (warp == kFirstOther) {
+    if (lane == 0) load_weights(args, memory, place, reading, weights, blocks);
+  } else if (warp == kFirstOther + 1) {
+    if (lane == 0) {
+      wait_for_previous_kernel();
+      load_patches(args, memory, place, reading, source);
+    }
+  } else if (warp == kFirstOther + 2 && reading.mending) {
+    wait_for_previous_kernel();
+    mend_patches(args, memory, reading, lane);
   }
 }
 
 }  // namespace lgnet
 
-#define LGNET_CONV(name, type, tile_h)                                                              \
-  extern "C" __global__ void __launch_bounds__(lgnet::kThreads, 1)                                  \
-      name(const __grid_constant__ CUtensorMap source, const __grid_constant__ CUtensorMap weights, \
-           const __grid_constant__ lgnet::Args args) {                                              \
-    lgnet::run<type, tile_h>(source, weights, args);                                                \
+#define LGNET_CONV(name, type, tile_h, groups, timed)                                                        \
+  extern "C" __global__ void __launch_bounds__(groups * lgnet::kGroupThreads + lgnet::kOtherThreads, 1)      \
+      name(const __grid_constant__ CUtensorMap source, const __grid_constant__ CUtensorMap weights,          \
+           const __grid_constant__ lgnet::Args args) {                                                       \
+    lgnet::run<type, tile_h, groups, timed>(source, weights, args);                                          \
   }
 
-LGNET_CONV(lgnet_conv_float16_4, __half, 4)
-LGNET_CONV(lgnet_conv_float16_8, __half, 8)
-LGNET_CONV(lgnet_conv_float16_16, __half, 16)
-LGNET_CONV(lgnet_conv_float16_32, __half, 32)
-LGNET_CONV(lgnet_conv_bfloat16_4, __nv_bfloat16, 4)
-LGNET_CONV(lgnet_conv_bfloat16_8, __nv_bfloat16, 8)
-LGNET_CONV(lgnet_conv_bfloat16_16, __nv_bfloat16, 16)
-LGNET_CONV(lgnet_conv_bfloat16_32, __nv_bfloat16, 32)
+#define LGNET_CONVS(dtype, type)                                 \
+  LGNET_CONV(lgnet_conv_##dtype##_4_1, type, 4, 1, false)        \
+  LGNET_CONV(lgnet_conv_##dtype##_8_1, type, 8, 1, false)        \
+  LGNET_CONV(lgnet_conv_##dtype##_16_1, type, 16, 1, false)      \
+  LGNET_CONV(lgnet_conv_##dtype##_32_1, type, 32, 1, false)      \
+  LGNET_CONV(lgnet_conv_##dtype##_4_2, type, 4, 2, false)        \
+  LGNET_CONV(lgnet_conv_##dtype##_8_2, type, 8, 2, false)        \
+  LGNET_CONV(lgnet_conv_##dtype##_16_2, type, 16, 2, false)      \
+  LGNET_CONV(lgnet_conv_##dtype##_32_2, type, 32, 2, false)
+
+LGNET_CONVS(float16, __half)
+LGNET_CONVS(bfloat16, __nv_bfloat16)
+LGNET_CONV(lgnet_conv_float16_16_1_timed, __half, 16, 1, true)
+LGNET_CONV(lgnet_conv_float16_16_2_timed, __half, 16, 2, true)

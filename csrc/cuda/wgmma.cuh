@@ -3,7 +3,9 @@
 // Source: PTX ISA, "Asynchronous Warpgroup Level Matrix Multiply-Accumulate Instructions".
 #pragma once
 
-#include <stdint.h>
+#include "ptx.cuh"
+
+#ifndef LGNET_EMULATED
 
 // A is read transposed (its rows are adjacent in memory: M-major), B as it is (its depth is adjacent: K-major).
 #define LGNET_WGMMA_TYPED(n, type, registers, a_index, b_index, ...)                                           \
@@ -20,6 +22,21 @@
   }
 
 namespace lgnet {
+
+// Registers and shared memory that were written before are ready for the products that follow.
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+
+// Ends a group of products.
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+
+// Waits until at most `kGroups` groups are unfinished.
+template <int kGroups>
+__device__ __forceinline__ void products_wait() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(kGroups) : "memory");
+}
+
+// The compiler reads a sum only after the wait before this.
+__device__ __forceinline__ void opaque(float& sum) { asm volatile("" : "+f"(sum)::"memory"); }
 
 // d[4 j + i] of a thread: row 16 warp + lane / 4 + 8 (i / 2), column 8 j + 2 (lane % 4) + i % 2.
 template <int N>
@@ -106,3 +123,4 @@ struct Product<256> {
 };
 
 }  // namespace lgnet
+#endif

@@ -1,0 +1,109 @@
+"""Runs the CUDA C++ kernels of csrc/cuda/ on the CPU, without a GPU and without CUDA: see emulated.h."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parents[1]
+_COMPILER = shutil.which(os.environ.get("CXX", "g++"))
+UNAVAILABLE = (
+    None if sys.platform == "linux" and _COMPILER is not None else "the emulator needs Linux and a C++ compiler"
+)
+
+
+class TensorMap(ctypes.Structure):
+    """`CUtensorMap` of emulated.h."""
+
+    _fields_ = [
+        ("data", ctypes.c_void_p),
+        ("rank", ctypes.c_int64),
+        ("size", ctypes.c_int64 * 4),
+        ("stride", ctypes.c_int64 * 4),
+        ("box", ctypes.c_int64 * 4),
+    ]
+
+
+def tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> tuple[Any, ctypes.c_void_p]:
+    """In place of `hopper._tensor_map`."""
+    rank = len(sizes)
+    four = ctypes.c_int64 * 4
+    ones = [1] * (4 - rank)
+    made = TensorMap(tensor.data_ptr(), rank, four(*sizes, *ones), four(2, *strides), four(*box, *ones))
+    return made, ctypes.c_void_p(ctypes.addressof(made))
+
+
+@functools.cache
+def _library(name: str) -> ctypes.CDLL:
+    """Compile NAME.cpp into .cache/emulator, unless it is there already."""
+    sources = [*HERE.glob("*.h"), HERE / f"{name}.cpp", *(ROOT / "csrc" / "cuda").glob("*.cu*")]
+    text = b"".join(path.read_bytes() for path in sorted(sources))
+    folder = ROOT / ".cache" / "emulator"
+    library = folder / f"{name}-{hashlib.sha256(text).hexdigest()[:16]}.so"
+    if not library.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder) as place:  # several processes may compile it
+            made = Path(place) / library.name
+            options = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", "-DLGNET_EMULATED", "-DLGNET_SOURCE=emulated"]
+            command = [str(_COMPILER), *options, f"-I{HERE}", str(HERE / f"{name}.cpp"), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True)
+            os.replace(made, library)
+    loaded = ctypes.CDLL(str(library))
+    loaded.lgnet_emulate.restype = ctypes.c_char_p
+    return loaded
+
+
+def launch(
+    source: str,
+    kernel: str,
+    grid: int,
+    addresses: Sequence[ctypes.c_void_p],
+    *,
+    threads: int,
+    shared_bytes: int,
+    cluster: int = 1,
+    cooperative: bool = False,
+    seed: int = 0,
+) -> None:
+    """Run a kernel of `source`.cu as `Kernel.launch` does on a GPU; `seed` chooses the order of events.
+
+    Raises:
+        RuntimeError: the kernel would hang, access memory that it does not own, or break a rule of the hardware.
+    """
+    assert 0 <= seed < 2**31
+    parameters = (ctypes.c_void_p * len(addresses))(*addresses)
+    error = _library(source).lgnet_emulate(
+        kernel.encode(), grid, cluster, threads, shared_bytes, cooperative, ctypes.c_uint64(seed), parameters
+    )
+    if error is not None:
+        raise RuntimeError(f"{kernel}: {error.decode()}")
+
+
+class EmulatedKernel:
+    """In place of `cuda_driver.Kernel`; `seed` is a class attribute that tests change."""
+
+    seed = 0
+    launched: list[str] = []
+
+    def __init__(self, cubin: Path, name: str, *, overlap: bool = False, **options: Any) -> None:
+        self.source, self.name, self.options = cubin.stem, name, options
+
+    def launch(self, grid: int, addresses: Sequence[ctypes.c_void_p]) -> None:
+        launch(self.source, self.name, grid, addresses, seed=self.seed, **self.options)
+        self.launched.append(self.name)
+
+
+__all__ = ["UNAVAILABLE", "EmulatedKernel", "TensorMap", "launch", "tensor_map"]

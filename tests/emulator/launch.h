@@ -1,0 +1,21 @@
+// The entry point of a kernel's library for the emulator; included after the kernel.
+#pragma once
+
+#include <functional>
+#include <map>
+#include <string>
+
+#define LGNET_EMULATED_KERNEL(name) {#name, [](void** addresses) { return emulator::bound(name, addresses); }}
+
+using Kernels = std::map<std::string, std::function<std::function<void()>(void**)>>;
+static const Kernels& kernels();
+
+// Null, or what went wrong (valid until the next call).
+extern "C" const char* lgnet_emulate(const char* name, int grid, int cluster, int threads, int shared_bytes,
+                                     int together, uint64_t seed, void** addresses) {
+  static std::string error;
+  const auto found = kernels().find(name);
+  if (found == kernels().end()) return "no such kernel";
+  error = emulator::launch(grid, cluster, threads, shared_bytes, together, seed, found->second(addresses));
+  return error.empty() ? nullptr : error.c_str();
+}
