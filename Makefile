@@ -44,7 +44,7 @@ $(VENV)/.torch: | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.h csrc/cuda/*.cu* tests/native/*.cpp \
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.h csrc/cuda/*.cu* tests/native/*.cpp tests/emulator/*.h tests/emulator/*.cpp \
 	tests/recipes/*/csrc/*.cpp tests/recipes/*/csrc/*.h tests/recipes/*/csrc/simd/*.h)
 SOURCES := $(wildcard csrc/* csrc/simd/*) setup.py pyproject.toml
 

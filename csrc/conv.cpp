@@ -34,7 +34,6 @@ constexpr int64_t kSplitTiles = 16;
 constexpr int64_t kMaximumGroups = 4;  // of a job: taps of two lengths along each axis
 constexpr int64_t kFewChannels = 16;   // of a map that direct convolution reads in place
 constexpr int64_t kLongBand = 256;     // rows of a product that reads in place by matrix tiles
-constexpr int64_t kTileUnits = 16;     // of the depth, in a full matrix tile
 
 // A group of a job with its sizes: V is [points][tiles][row], in units; M is [points][tiles][c_row].
 struct Part {
@@ -150,12 +149,13 @@ class Convolution {
   Product product_of(const Part& part) const;
   void multiply(const Part& part, const Factors& factors, const Range& range) const;
 
-  bool reads_in_place() const;
-  bool reads_weights_seldom() const;
+  bool has_few_channels() const;
+  bool can_read_in_place() const;
+  bool reads_weights_seldom(const Padded& padded, const std::vector<Band>& bands) const;
   Padded padding() const;
   void fill(const Padded& padded) const;
   std::vector<Band> bands(const Padded& padded) const;
-  void run_in_place() const;
+  void run_in_place(Padded padded, const std::vector<Band>& bands) const;
   void run_band(const Padded& padded, int64_t job, const Band& band, float* products) const;
   void finish_line(int64_t job, Tile tile, int64_t tiles, const float* products) const;
 
@@ -205,7 +205,7 @@ void Convolution::add_parts(const std::vector<Region>& regions) {
       part.depth = static_cast<int64_t>(group.starts.size()) * tap_units;
       part.weight = reinterpret_cast<const char*>(step_.weight) + group.weight;
       part.piece = step_.tile == 1 ? tap_units * taps_across(group) : 0;
-      part.live = live_ranges(step_, group, regions, tap_units, kernels_.tiled ? kTileUnits : 1);
+      part.live = live_ranges(step_, group, regions, tap_units, std::max<int64_t>(1, kernels_.tile_units));
       parts_.push_back(std::move(part));
     }
   }
@@ -241,7 +241,8 @@ void Convolution::multiply(const Part& part, const Factors& factors, const Range
   product.a = factors.v + range.point * factors.v_stride + range.r0 * part.row();
   product.a_row = part.row();
   product.a_low = factors.v_low;
-  if (kernels_.tiled) product.piece = product.jump = part.piece;  // the steps of a product that reads in place
+  if (kernels_.tile_units > 0)
+    product.piece = product.jump = part.piece;  // the steps of a product that reads in place
   product.b = part.weight + range.point * columns_ * part.depth * kernels_.unit_bytes;
   product.first_column = range.n0;
   product.columns = range.n1 - range.n0;
@@ -270,7 +271,11 @@ void Convolution::execute() const {
     largest_m = std::max(largest_m, job_m);
   }
   tile_elements = largest_v + largest_m;
-  if (reads_in_place()) return run_in_place();
+  if (can_read_in_place()) {
+    const Padded padded = padding();
+    const std::vector<Band> bands = this->bands(padded);
+    if (has_few_channels() || reads_weights_seldom(padded, bands)) return run_in_place(padded, bands);
+  }
   const bool given = step_.chunk > 0;
   const int64_t fitting = fitting_chunk(4 * tile_elements);
   const int64_t wanted = std::clamp<int64_t>(given ? step_.chunk : fitting, kernels_.rows, kMaximumChunk);
@@ -287,23 +292,25 @@ void Convolution::execute() const {
 
 // Direct, every kernel row one piece of adjacent taps, and channels few or products by matrix tiles, which take as
 // long to read a row from the map as from a patch. A few tiles are not worth a copy of the map.
-bool Convolution::reads_in_place() const {
+bool Convolution::can_read_in_place() const {
   const MapSpec& source = step_.source;
-  const bool few = source.channels <= kFewChannels && source.pixel == source.channels;
-  if (step_.tile > 1 || step_.chunk != 0 || !(few || kernels_.tiled) || source.channels % kernels_.pair != 0 ||
-      2 * space_.total() * step_.in_step < source.height * source.width) {
+  if (step_.tile > 1 || step_.chunk != 0 || !(has_few_channels() || kernels_.tile_units > 0) ||
+      source.channels % kernels_.pair != 0 || 2 * space_.total() * step_.in_step < source.height * source.width) {
     return false;
   }
   for (const Part& part : parts_) {
     if (part.piece == 0) return false;
   }
-  return few || reads_weights_seldom();
+  return true;
+}
+
+bool Convolution::has_few_channels() const {
+  return step_.source.channels <= kFewChannels && step_.source.pixel == step_.source.channels;
 }
 
 // Whether bands are long enough, or the weights small enough to stay in the cache from band to band.
-bool Convolution::reads_weights_seldom() const {
-  const Padded padded = padding();
-  for (const Band& band : bands(padded)) {
+bool Convolution::reads_weights_seldom(const Padded& padded, const std::vector<Band>& bands) const {
+  for (const Band& band : bands) {
     if (band.rows(padded) >= kLongBand) return true;
   }
   return kernels_.parts * parts_[0].weights(columns_) * kernels_.unit_bytes <= kCacheBytes / 2;
@@ -346,7 +353,7 @@ void Convolution::fill(const Padded& padded) const {
 std::vector<Band> Convolution::bands(const Padded& padded) const {
   const int64_t total = space_.lines();
   int64_t together = 1;
-  if (kernels_.tiled && step_.in_step == 1) {
+  if (kernels_.tile_units > 0 && step_.in_step == 1) {
     const int64_t balanced = total * jobs() / (kTasksPerThread * run_.threads);
     together = std::max<int64_t>(1, std::min(ceil_div(kLongBand, padded.width), balanced));
   }
@@ -363,9 +370,7 @@ std::vector<Band> Convolution::bands(const Padded& padded) const {
   return bands;
 }
 
-void Convolution::run_in_place() const {
-  Padded padded = padding();
-  const std::vector<Band> bands = this->bands(padded);
+void Convolution::run_in_place(Padded padded, const std::vector<Band>& bands) const {
   int64_t rows = 0;
   for (const Band& band : bands) rows = std::max(rows, band.rows(padded));
   const int64_t map = round_up(run_.batch * padded.height * padded.width * padded.pixel, 1024);

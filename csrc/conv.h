@@ -116,7 +116,8 @@ struct ConvKernels {
   int64_t unit_bytes;    // of a unit
   int64_t rows;          // of the largest register block
   int64_t stream_bytes;  // maps of more bytes are written past the caches
-  bool tiled;            // products by matrix tiles: rows in place cost no more than rows of patches
+  // Units of the depth in a full matrix tile, by which rows in place cost no more than rows of patches; 0: no tiles.
+  int64_t tile_units;
   // Of an element in V and in the weights: 2 where it is the sum of a high and a low one. Then tiles are of one
   // output.
   int64_t parts;

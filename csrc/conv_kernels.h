@@ -661,6 +661,14 @@ struct Conv {
     return rounds * V::ROWS * V::NV * W * PAIR;
   }
 
+  static constexpr int64_t tile_units() {
+    if constexpr (kTiled) {
+      return Tiles::kUnits;
+    } else {
+      return 0;
+    }
+  }
+
   static constexpr ConvKernels kernels() {
     ConvKernels k{};
     k.lanes = W;
@@ -669,7 +677,7 @@ struct Conv {
     k.depth = DEPTH;
     k.unit_bytes = sizeof(Unit);
     k.rows = ROWS;
-    k.tiled = kTiled;
+    k.tile_units = tile_units();
     k.parts = V::PARTS;
     k.stream_bytes = LGNET_STREAM_BYTES;
     k.product = product;

@@ -215,15 +215,12 @@ void Program::copy_out(const Arguments& arguments, const Run& run) const {
   });
 }
 
-std::array<int64_t, 4> packing(bool bf16, int64_t parts) {
-  const Products products = parts > 1 ? Products::bf16x3 : bf16 ? Products::bf16 : Products::float32;
+std::array<int64_t, 5> packing(Products products) {
   const ConvKernels& kernels = current_kernels().conv.of(products);
-  return {kernels.lanes, kernels.panel, kernels.pair, kernels.depth};
+  return {kernels.lanes, kernels.panel, kernels.pair, kernels.depth, kernels.parts};
 }
 
-bool multiplies_by_tiles() { return current_kernels().conv.bf16.tiled; }
-
-bool has_bf16x3() { return current_kernels().conv.bf16x3.product != nullptr; }
+bool multiplies_by_tiles() { return current_kernels().conv.bf16.tile_units > 0; }
 
 int64_t multiply_adds(bool bf16, int64_t rounds, int64_t threads) {
   const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;

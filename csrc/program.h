@@ -45,16 +45,12 @@ class Program {
   std::vector<std::unique_ptr<Memory>> idle_;  // under shared_mutex()
 };
 
-// The layout of packed weights: lanes, panel, pair and depth for the instruction set in use (see ConvKernels). All
-// zero where it has no such kernels. parts: 2 for bf16x3.
-std::array<int64_t, 4> packing(bool bf16, int64_t parts);
+// The layout of packed weights: lanes, panel, pair, depth and parts for the instruction set in use (see ConvKernels).
+// All zero where it has no such products.
+std::array<int64_t, 5> packing(Products products);
 
 // Whether products of bf16 pairs are by matrix tiles.
 bool multiplies_by_tiles();
-
-// Whether the instruction set in use has kernels of Products::bf16x3, which have the layout of bf16, once for the
-// high parts and once for the low ones.
-bool has_bf16x3();
 
 // Runs `rounds` passes over a full register block on each of `threads` threads, without reading memory, and returns
 // the number of multiply-accumulates; timed, this is the arithmetic peak. Multiplies float32, or pairs of bf16; 0

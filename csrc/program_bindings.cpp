@@ -82,10 +82,9 @@ void bind_program(py::module_& m) {
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<AnyStep>>())
       .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
       .def("workspace_bytes", &Program::workspace_bytes);
-  m.def("packing", &packing, py::arg("bf16"), py::arg("parts") = 1,
-        "(lanes, panel, pair, depth) of the instruction set in use");
+  m.def("packing", &packing, py::arg("products"),
+        "(lanes, panel, pair, depth, parts) of the instruction set in use; zeros where it has no such products");
   m.def("multiplies_by_tiles", &multiplies_by_tiles, "Whether the instruction set in use has matrix tiles of bf16");
-  m.def("has_bf16x3", &has_bf16x3, "Whether the instruction set in use multiplies float32 by three products of bf16");
   m.def("multiply_adds", &multiply_adds, py::arg("bf16"), py::arg("rounds"), py::arg("threads"),
         py::call_guard<py::gil_scoped_release>(), "Work of known size that no memory slows; returns its amount");
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));

@@ -163,10 +163,12 @@ def pick_inference(generation: str, kind: str, channels: int, positions: int, ba
         many = positions * batch // 64 >= num_sms
         block_v = min(width, 128 if channels <= 128 or many else 64)
         block_m = 128 if channels <= 128 else 64
-        # Ampere's and Ada's consumer cards would spill with 64.
-        large = 32 if generation == "sm_89" else 64
+        # With 64 the products would wait for each other on Hopper, and registers would spill on all but the A100.
+        large = 64 if generation == "sm_80" else 32
         project_p = large if positions * batch >= 16384 else 32 if positions * batch >= 1024 else 16
         warps = 8 if channels <= 128 or channels > 256 else 4
+        if generation == "sm_100" and channels <= 32:  # eight warps would spill
+            warps = 4
         config = Inference(block_m, 64, block_v, warps, 3, project_p, min(64, width), min(64, width), 16)
     limit = SHARED_LIMITS[generation]
     while _inference_bytes(config, channels, element) > 0.95 * limit:

@@ -199,8 +199,10 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
         single = programs(work, tile)
         splits = 1
         # the full epilogue beside a large accumulator would spill registers
-        most = 64 * 64 if work.merges else 128 * 128
+        most = 64 * 32 if work.merges else 128 * 128
         crowded = block_m * block_n > most and generation != "interpreted"
+        if crowded and generation == "sm_100" and not work.merges:  # there also beside the sum over the splits
+            continue
         while splits <= min(MAX_SPLITS, longest // 2 or 1):
             if (splits == 1 and not crowded) or (splits > 1 and single * splits <= 4 * num_sms):
                 # measured: a second kernel for the sum is faster only with the epilogue that ends a stage

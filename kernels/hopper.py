@@ -120,7 +120,9 @@ def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
         return None
     if tile.tile_h not in TILE_HEIGHTS:
         return f"tiles of {tile.tile_h} rows ({TILE_HEIGHTS} are supported)"
-    if not (2 * tile.groups <= tile.weight_stages <= _MAX_WEIGHT_STAGES and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES):
+    if not (
+        2 * tile.groups <= tile.weight_stages <= _MAX_WEIGHT_STAGES and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES
+    ):
         return f"{tile.weight_stages} stages of weights and {tile.patch_stages} of patches"
     if tile.groups not in (1, 2):
         return f"{tile.groups} warpgroups (1 and 2 are supported)"
@@ -167,9 +169,7 @@ def describe_launch(
         min(max(tile.patch_stages, kept), chunks),
         -((tile.weight_stages * _WEIGHT_BYTES - results) // patch_bytes),
     )
-    shared_bytes = (
-        tile.weight_stages * _WEIGHT_BYTES + patch_stages * patch_bytes + _ALIGNMENT + _BARRIER_BYTES
-    )
+    shared_bytes = tile.weight_stages * _WEIGHT_BYTES + patch_stages * patch_bytes + _ALIGNMENT + _BARRIER_BYTES
     if patch_stages > _MAX_PATCH_STAGES or shared_bytes > SHARED_LIMIT:
         raise ValueError(f"tile: {tile} takes {shared_bytes} bytes of shared memory")
     pair = ctypes.c_int32 * 2

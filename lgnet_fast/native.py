@@ -66,6 +66,29 @@ def isa_name() -> str:
     return str(library().isa_name())
 
 
+def packing(products: str) -> tuple[int, int, int, int, int]:
+    """The layout of packed weights for the instruction set in use.
+
+    Args:
+        products: "float32", "bf16" or "bf16x3".
+
+    Returns:
+        Lanes of a vector, columns of a panel, elements of a unit, units of a slice, parts of an element; all zero
+        where the instruction set has no such products.
+
+    Raises:
+        RuntimeError: the extension is not installed.
+    """
+    module = library()
+    lanes, panel, pair, depth, parts = module.packing(module.Products.__members__[products])
+    return lanes, panel, pair, depth, parts
+
+
+def multiplies(products: str) -> bool:
+    """Whether the instruction set in use has these products: "float32", "bf16" or "bf16x3"."""
+    return packing(products)[0] > 0
+
+
 def reason_against(name: str, tensor: object) -> str | None:
     """Why the extension cannot read `tensor`, in one sentence that begins with `name`; None where it can."""
     if not isinstance(tensor, Tensor):

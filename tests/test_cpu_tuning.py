@@ -39,7 +39,7 @@ def products_of_float32() -> Iterator[None]:
     library = native.library()
     for isa in reversed(instruction_sets()):
         library.set_isa(isa)
-        if not library.has_bf16x3():
+        if not native.multiplies("bf16x3"):
             break
     yield
     library.set_isa("auto")
@@ -232,7 +232,7 @@ def test_a_tuned_engine(tmp_path, caplog, parts):
     """Measured for real, on a small network: no slower than by the model, the same pictures, and kept."""
     if parts:
         native.library().set_isa(instruction_sets()[-1])
-        if not native.library().has_bf16x3():
+        if not native.multiplies("bf16x3"):
             pytest.skip("no products of bf16x3")
     torch.manual_seed(0)
     model = lively(create_model("lgnet", coarse_channels=8, local_channels=8, global_channels=8)).float()

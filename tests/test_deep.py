@@ -1,4 +1,4 @@
-"""The deep layers in one launch, without a GPU: the kernel itself on the CPU (tests/emulator/), and its machine code."""
+"""The deep layers in one launch, without a GPU: the kernel on the CPU (tests/emulator/), and its machine code."""
 
 from __future__ import annotations
 

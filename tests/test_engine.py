@@ -26,6 +26,7 @@ from lgnet_fast import (
     WeightsError,
     create_model,
     load_engine,
+    native,
     optimize,
 )
 from lgnet_fast.engine import saved
@@ -486,16 +487,16 @@ def test_description_names_every_step_and_its_cost(model):
 def test_arithmetic_roof():
     """The work timed for the roof has the stated number of operations."""
     library = importlib.import_module("lgnet_fast._C")
-    lanes = library.packing(False)[0]
+    lanes = native.packing("float32")[0]
     once, thrice = (library.multiply_adds(False, rounds, 1) for rounds in (1, 3))
     assert once > 0
     assert once % lanes == 0
     assert (thrice, library.multiply_adds(False, 1, 2)) == (3 * once, 2 * once)
     tiles = 4 * 16 * 16 * 32  # products of [16, 32] and [32, 16]
-    pairs = tiles if library.multiplies_by_tiles() else 2 * once if library.packing(True)[0] else 0
+    pairs = tiles if library.multiplies_by_tiles() else 2 * once if native.multiplies("bf16") else 0
     assert library.multiply_adds(True, 1, 1) == pairs
     peaks = measure_peaks()
-    assert (peaks.pair_macs > 0) == (library.packing(True)[0] > 0)
+    assert (peaks.pair_macs > 0) == (native.multiplies("bf16"))
     assert peaks.floor(peaks.macs, 0, products="float32") == pytest.approx(1)
     assert peaks.floor(0, 2 * peaks.bytes, products="float32") == pytest.approx(2)
 

@@ -207,7 +207,7 @@ def test_regions_on_every_instruction_set(isa):
 
 def test_regions_in_pairs_on_every_instruction_set(isa):
     """Small holes run from patches, a large one from padded maps; what was not computed is NaN."""
-    if not native.library().packing(True)[0]:
+    if not native.multiplies("bf16"):
         pytest.skip("no products of bf16 pairs")
     plan = plan_of(5)
     image, mask = picture(1, 256, 256)
@@ -392,7 +392,7 @@ def test_buffers_that_live_together_do_not_overlap(every, channels):
 @pytest.fixture
 def pairs(isa: str) -> str:
     """Every instruction set with products of bf16 pairs."""
-    if not native.library().packing(True)[0]:
+    if not native.multiplies("bf16"):
         pytest.skip("no products of bf16 pairs")
     return isa
 
@@ -547,7 +547,7 @@ def bf16x3():
     """The fastest instruction set here, which must have products of bf16x3."""
     library = native.library()
     library.set_isa(instruction_sets()[-1])
-    if not library.has_bf16x3():
+    if not native.multiplies("bf16x3"):
         library.set_isa("auto")
         pytest.skip("no products of bf16x3")
     yield
@@ -615,7 +615,7 @@ def test_bf16x3_has_tiles_of_one_output():
 
 
 def test_an_odd_number_of_channels_has_no_pairs_in_a_last_step(isa):
-    if not native.library().packing(True)[0]:
+    if not native.multiplies("bf16"):
         pytest.skip("no products of bf16 pairs")
     network = LGNet(coarse_channels=2, local_channels=5, global_channels=2, backend="eager")
     plan = build_plan(plan_stages(network.eval()), 1, 256, 256)
@@ -651,7 +651,7 @@ def test_lgnet_with_the_recipe_s_weights():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     """NaN or infinity in one weight of each kind of step, in a run restricted to the hole."""
-    if dtype == torch.bfloat16 and not native.library().packing(True)[0]:
+    if dtype == torch.bfloat16 and not native.multiplies("bf16"):
         pytest.skip("no products of bf16 pairs")
     plan = plan_of(2)
     image, mask = picture(1, 256, 256)
@@ -801,7 +801,6 @@ def test_attention_computes_the_queries_of_the_rectangles_alone(isa, threads, va
 def test_attention_by_products_of_bf16(isa, threads, variant, channels, size, scale):
     """bf16x3 keeps to the accuracy of float32, bf16 to that of plain bf16; both run where the instruction set has
     them, and else float32."""
-    library = native.library()
     whole = [(Rect(0, size[0], 0, size[1]), -1)]
     results = {}
     for products in ("float32", "bf16", "bf16x3"):
@@ -811,10 +810,10 @@ def test_attention_by_products_of_bf16(isa, threads, variant, channels, size, sc
     exact = block.exact(torch.float64)
     assert_accurate("float32", results["float32"], exact, block.exact(torch.float32))
     assert_accurate("bf16x3", results["bf16x3"], exact, results["float32"])
-    if library.packing(True)[0] > 0:
+    if native.multiplies("bf16"):
         assert_accurate("bf16", results["bf16"].bfloat16(), exact, block.exact(torch.bfloat16))
-    assert torch.equal(results["bf16"], results["float32"]) == (library.packing(True)[0] == 0)
-    assert torch.equal(results["bf16x3"], results["float32"]) == (not library.has_bf16x3())
+    assert torch.equal(results["bf16"], results["float32"]) == (not native.multiplies("bf16"))
+    assert torch.equal(results["bf16x3"], results["float32"]) == (not native.multiplies("bf16x3"))
     block = AttentionAlone(variant, "bf16x3", channels, size, scale)
     rect = Rect(size[0] - 3, size[0], 2, 6)
     inside = (1, ..., *rect.slices)

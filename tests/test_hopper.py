@@ -1,12 +1,13 @@
 """The convolution for Hopper without a GPU: the kernel itself on the CPU, its machine code, its launcher's errors.
 
-The emulator (tests/emulator/) runs `csrc/cuda/hopper_conv.cu` through its launcher. Inputs are small integers, so that
-sums are exact in any order.
+The emulator (tests/emulator/) runs `csrc/cuda/hopper_conv.cu` through its launcher. Inputs are small integers, so
+that sums are exact in any order.
 """
 
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 import re
 import shutil
@@ -223,9 +224,7 @@ def test_emulator_finds_a_wait_that_never_ends(kernel):
     source, weight, exact = operands(SMALL, 1, (8, 8))
     stores = (Store(torch.empty_like(exact, dtype=torch.float16), "none"),)
     tile = HopperTile(4, 1, 4, 2, 2)
-    launch, addresses, _ = hopper._prepare(
-        SMALL, source, weight, torch.zeros(64), stores, tile, (8, 8), None, None
-    )
+    launch, addresses, _ = hopper._prepare(SMALL, source, weight, torch.zeros(64), stores, tile, (8, 8), None, None)
     launch.args.weight_stages = 1
     with pytest.raises(RuntimeError, match="every thread waits for ever: .*a barrier in shared memory"):
         hopper._kernel(launch, torch.float16, tile).launch(launch.grid, addresses)
@@ -250,14 +249,9 @@ def test_emulator_finds_races(kernel, tmp_path, monkeypatch, right, wrong):
     source.write_text(text.replace(right, wrong))
     monkeypatch.setattr(emulator, "ROOT", tmp_path)
     monkeypatch.setattr(emulator, "HERE", tmp_path / "tests" / "emulator")
-    emulator._library.cache_clear()
-    try:
-        with pytest.raises(AssertionError):
-            for seed in range(4):
-                monkeypatch.setattr(emulator.EmulatedKernel, "seed", seed)
-                check(kernel, SMALL, 1, (16, 16), HopperTile(8, 1, 3, 2))
-    finally:
-        emulator._library.cache_clear()
+    monkeypatch.setattr(emulator, "_library", functools.cache(emulator._library.__wrapped__))
+    with pytest.raises(AssertionError):
+        check(kernel, SMALL, 1, (16, 16), HopperTile(8, 1, 3, 2), seeds=range(4))
 
 
 def test_every_block_of_a_cluster_has_the_same_weights():
@@ -350,8 +344,8 @@ def test_launcher_names_the_argument():
         launch(tile=HopperTile(16, 3))
     with pytest.raises(ValueError, match="^conv: 4 warpgroups"):
         launch(tile=HopperTile(16, 1, groups=4))
+    deepest = Conv(64, 64, 4, 2, 1, True, False, False)
     with pytest.raises(ValueError, match="^tile: .* has more warpgroups than the product has steps"):
-        deepest = Conv(64, 64, 4, 2, 1, True, False, False)
         hopper.describe_launch(deepest, 1, (1, 1), (2, 2), (0, 2, 0, 2), HopperTile(4, 1, groups=2))
 
 

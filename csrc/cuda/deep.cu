@@ -201,8 +201,8 @@ __device__ __forceinline__ void load_positions(const Layer& layer, const Place& 
   }
 }
 
-// One warp's operands of a step: positions of `kRows` x 8 rows, and the weights of a unit. Registers do not suffice for
-// two steps of 64 positions, so these are read where they are used.
+// One warp's operands of a step: positions of `kRows` x 8 rows, and the weights of a unit. Registers do not suffice
+// for two steps of 64 positions, so these are read where they are used.
 template <int kRows>
 struct Operands {
   static constexpr bool kHeld = kRows < 8;
@@ -231,8 +231,8 @@ __device__ __forceinline__ void release(const Place& place, Ring& ring) {
   ring.advance();
 }
 
-// Reads the operands of the item's step `round`. The positions come before the wait for the weights. Weights beyond the
-// block's last step are zeros (kernels/deep.py, `pack`); their positions are those of the last step.
+// Reads the operands of the item's step `round`. The positions come before the wait for the weights. Weights beyond
+// the block's last step are zeros (kernels/deep.py, `pack`); their positions are those of the last step.
 template <int kRows>
 __device__ __forceinline__ void read(Operands<kRows>& to, const Layer& layer, const Place& place,
                                      const Item<kRows>& item, int round, Guard& guard, const Ring& ring, int number) {

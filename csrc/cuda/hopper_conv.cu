@@ -34,9 +34,9 @@ constexpr int kMaxWeightStages = 12;
 constexpr int kMaxPatchStages = 4;
 constexpr int kGroupThreads = 128;
 constexpr int kGroupWarps = 4;
-constexpr int kOtherThreads = 128;          // of the warps that load and mend; one of them has no work
-constexpr int kRowFloats = kChannels + 4;   // between the results of two pixels; 4 floats avoid bank conflicts
-constexpr int kClocks = 8;                  // numbers of a block in `Args::clocks`
+constexpr int kOtherThreads = 128;         // of the warps that load and mend; one of them has no work
+constexpr int kRowFloats = kChannels + 4;  // between the results of two pixels; 4 floats avoid bank conflicts
+constexpr int kClocks = 8;                 // numbers of a block in `Args::clocks`
 
 // Everything but the tensor maps. kernels/hopper.py has the same fields in the same order.
 struct Args {
@@ -205,7 +205,9 @@ struct Memory {
     barriers = patches + args.patch_stages * args.patch_bytes;
   }
   __device__ __forceinline__ uint32_t weights_full(int stage) const { return barriers + 8 * stage; }
-  __device__ __forceinline__ uint32_t weights_empty(int stage) const { return weights_full(kMaxWeightStages + stage); }
+  __device__ __forceinline__ uint32_t weights_empty(int stage) const {
+    return weights_full(kMaxWeightStages + stage);
+  }
   __device__ __forceinline__ uint32_t patch_full(int stage) const {
     return weights_full(2 * kMaxWeightStages + stage);
   }
@@ -248,8 +250,7 @@ struct Reading {
   __device__ __forceinline__ Reading(const Args& args, const Place& place) {
     y0 = place.y + args.origin_y[place.phase_y], x0 = place.x + args.origin_x[place.phase_x];
     count_y = args.count_y[place.phase_y], count_x = args.count_x[place.phase_x];
-    mending =
-        args.reflect && (y0 < 0 || x0 < 0 || y0 + args.box_rows > args.in_h || x0 + args.pitch > args.in_w);
+    mending = args.reflect && (y0 < 0 || x0 < 0 || y0 + args.box_rows > args.in_h || x0 + args.pitch > args.in_w);
   }
 };
 
@@ -534,21 +535,21 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
 
 }  // namespace lgnet
 
-#define LGNET_CONV(name, type, tile_h, groups, timed)                                                        \
-  extern "C" __global__ void __launch_bounds__(groups * lgnet::kGroupThreads + lgnet::kOtherThreads, 1)      \
-      name(const __grid_constant__ CUtensorMap source, const __grid_constant__ CUtensorMap weights,          \
-           const __grid_constant__ lgnet::Args args) {                                                       \
-    lgnet::run<type, tile_h, groups, timed>(source, weights, args);                                          \
+#define LGNET_CONV(name, type, tile_h, groups, timed)                                                  \
+  extern "C" __global__ void __launch_bounds__(groups* lgnet::kGroupThreads + lgnet::kOtherThreads, 1) \
+      name(const __grid_constant__ CUtensorMap source, const __grid_constant__ CUtensorMap weights,    \
+           const __grid_constant__ lgnet::Args args) {                                                 \
+    lgnet::run<type, tile_h, groups, timed>(source, weights, args);                                    \
   }
 
-#define LGNET_CONVS(dtype, type)                                 \
-  LGNET_CONV(lgnet_conv_##dtype##_4_1, type, 4, 1, false)        \
-  LGNET_CONV(lgnet_conv_##dtype##_8_1, type, 8, 1, false)        \
-  LGNET_CONV(lgnet_conv_##dtype##_16_1, type, 16, 1, false)      \
-  LGNET_CONV(lgnet_conv_##dtype##_32_1, type, 32, 1, false)      \
-  LGNET_CONV(lgnet_conv_##dtype##_4_2, type, 4, 2, false)        \
-  LGNET_CONV(lgnet_conv_##dtype##_8_2, type, 8, 2, false)        \
-  LGNET_CONV(lgnet_conv_##dtype##_16_2, type, 16, 2, false)      \
+#define LGNET_CONVS(dtype, type)                            \
+  LGNET_CONV(lgnet_conv_##dtype##_4_1, type, 4, 1, false)   \
+  LGNET_CONV(lgnet_conv_##dtype##_8_1, type, 8, 1, false)   \
+  LGNET_CONV(lgnet_conv_##dtype##_16_1, type, 16, 1, false) \
+  LGNET_CONV(lgnet_conv_##dtype##_32_1, type, 32, 1, false) \
+  LGNET_CONV(lgnet_conv_##dtype##_4_2, type, 4, 2, false)   \
+  LGNET_CONV(lgnet_conv_##dtype##_8_2, type, 8, 2, false)   \
+  LGNET_CONV(lgnet_conv_##dtype##_16_2, type, 16, 2, false) \
   LGNET_CONV(lgnet_conv_##dtype##_32_2, type, 32, 2, false)
 
 LGNET_CONVS(float16, __half)

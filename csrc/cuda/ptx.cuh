@@ -1,7 +1,7 @@
 // PTX instructions that CUDA C++ has no function for, and which both kernels use.
 //
-// The kernels contain no assembly of their own: tests/emulator/ compiles them for the CPU, with its own version of what
-// is declared here and in wgmma.cuh. Addresses of shared memory are 32-bit numbers, as PTX takes them.
+// The kernels contain no assembly of their own: tests/emulator/ compiles them for the CPU, with its own version of
+// what is declared here and in wgmma.cuh. Addresses of shared memory are 32-bit numbers, as PTX takes them.
 #pragma once
 
 #ifdef LGNET_EMULATED
@@ -55,7 +55,8 @@ __device__ __forceinline__ void store_shared(uint32_t address, float value) {
 // Stores in the shared memory of a block of the cluster; `barrier`, in the same block, counts the 16 bytes.
 __device__ __forceinline__ void send(uint32_t address, const float4& value, uint32_t barrier) {
   asm volatile(
-      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(address),
+      "st.async.weak.shared::cluster.mbarrier::complete_tx::bytes.v4.f32 [%0], {%1, %2, %3, %4}, [%5];" ::"r"(
+          address),
       "f"(value.x), "f"(value.y), "f"(value.z), "f"(value.w), "r"(barrier)
       : "memory");
 }
@@ -88,8 +89,8 @@ __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t
   asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(barrier, rank)) : "memory");
 }
 
-// Whether a barrier has completed the phase of `parity`; it may wait for a while. With kCluster, writes of other blocks
-// of the cluster are visible afterwards.
+// Whether a barrier has completed the phase of `parity`; it may wait for a while. With kCluster, writes of other
+// blocks of the cluster are visible afterwards.
 template <bool kCluster = false>
 __device__ __forceinline__ bool barrier_passed(uint32_t barrier, uint32_t parity) {
   uint32_t done;
@@ -188,10 +189,9 @@ __device__ __forceinline__ void multicast_box(uint32_t to, const CUtensorMap& ma
 
 // Adjacent bytes of global memory; `barrier` counts them.
 __device__ __forceinline__ void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to), "l"(from),
-      "r"(bytes), "r"(barrier)
-      : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(to),
+               "l"(from), "r"(bytes), "r"(barrier)
+               : "memory");
 }
 
 // The same; the L2 cache drops these bytes before others.

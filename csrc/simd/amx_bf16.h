@@ -57,8 +57,10 @@ class TileProduct {
     return rounds * 4 * kRows * kRows * kUnits * 2;
   }
 
+  static constexpr int64_t kUnits = 16;  // of the depth, in a full tile
+
  private:
-  static constexpr int64_t kRows = 16, kUnits = 16, kLanes = 16;
+  static constexpr int64_t kRows = 16, kLanes = 16;
   // Steps of fewer units than these waste more than a step of its own for what is left.
   static constexpr int64_t kFewUnits = 8;
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..native import library
+from ..native import library, multiplies
 from .cpu_kernels import NARROW, TILES, Choice, Products, candidates, jobs_of
 from .plan import ConvStep, Plan, Step
 
@@ -59,8 +59,8 @@ def products_for(dtype: torch.dtype) -> Products:
     unless the program :func:`wants_ieee`.
     """
     if dtype == torch.bfloat16:
-        return "bf16" if library().packing(True)[0] > 0 else "float32"
-    return "bf16x3" if library().has_bf16x3() and not wants_ieee() else "float32"
+        return "bf16" if multiplies("bf16") else "float32"
+    return "bf16x3" if multiplies("bf16x3") and not wants_ieee() else "float32"
 
 
 def kernels_for(step: Step, products: Products) -> list[str]:

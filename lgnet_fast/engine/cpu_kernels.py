@@ -30,9 +30,6 @@ TILES = {"direct": 1, "winograd2": 2, "winograd4": 4}
 NARROW, ATTENTION = "narrow", "attention"
 Products = Literal["float32", "bf16", "bf16x3"]
 """What a step multiplies, as csrc/common.h has it."""
-PARTS: dict[Products, int] = {"float32": 1, "bf16": 1, "bf16x3": 2}
-"""Numbers that stand for one weight."""
-
 
 BY_STAGES = -1
 """In place of a chunk's size: all tiles are transformed, then multiplied, then transformed back."""

@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native import library
-from .cpu_kernels import NARROW, PARTS, TILES, Choice, Group, Products, jobs_of
+from ..native import library, packing
+from .cpu_kernels import NARROW, TILES, Choice, Group, Products, jobs_of
 from .plan import ConvStep, Plan, Step
 
 _ALIGNMENT = 64  # bytes
@@ -63,9 +63,7 @@ class Packing:
     @classmethod
     def of(cls, products: Products) -> Packing:
         """The layout for the instruction set in use; no lanes for products of bf16 where it has none."""
-        parts = PARTS[products]
-        lanes, panel, pair, depth = library().packing(products != "float32", parts)
-        return cls(lanes, panel, pair, depth, parts)
+        return cls(*packing(products))
 
     def bytes(self, elements: int) -> int:
         """Of `elements` packed weights."""

@@ -12,9 +12,8 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
-import torch
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -57,7 +56,16 @@ def _library(name: str) -> ctypes.CDLL:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as place:  # several processes may compile it
             made = Path(place) / library.name
-            options = ["-std=c++17", "-O2", "-fno-strict-aliasing", "-shared", "-fPIC", "-w", "-DLGNET_EMULATED", "-DLGNET_SOURCE=emulated"]
+            options = [
+                "-std=c++17",
+                "-O2",
+                "-fno-strict-aliasing",
+                "-shared",
+                "-fPIC",
+                "-w",
+                "-DLGNET_EMULATED",
+                "-DLGNET_SOURCE=emulated",
+            ]
             command = [str(_COMPILER), *options, f"-I{HERE}", str(HERE / f"{name}.cpp"), "-o", str(made)]
             subprocess.run(command, check=True, capture_output=True, text=True)
             os.replace(made, library)
@@ -96,7 +104,7 @@ class EmulatedKernel:
     """In place of `cuda_driver.Kernel`; `seed` is a class attribute that tests change."""
 
     seed = 0
-    launched: list[str] = []
+    launched: ClassVar[list[str]] = []
 
     def __init__(self, cubin: Path, name: str, *, overlap: bool = False, **options: Any) -> None:
         self.source, self.name, self.options = cubin.stem, name, options

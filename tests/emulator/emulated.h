@@ -1,10 +1,11 @@
-// Runs kernels of csrc/cuda/ on the CPU: what ptx.cuh and wgmma.cuh declare, and CUDA's built-ins that the kernels use.
+// Runs kernels of csrc/cuda/ on the CPU: what ptx.cuh and wgmma.cuh declare, and CUDA's built-ins that the kernels
+// use.
 //
 // Every CUDA thread is a fiber. A fiber runs until it waits; the scheduler takes the fibers in an order that changes
 // with every round, and ends with an error if all of them wait for nothing that can still happen. A copy ends some
 // rounds after its call, in any order. A wgmma product reads its operands as late as the hardware may, when its warp
-// waits for it, or, with an odd seed, as early, where it is called. So a stage that is released too early, or read too
-// early, gives a wrong result. Shared memory starts as NaN, and every access is checked against its size.
+// waits for it, or, with an odd seed, as early, where it is called. So a stage that is released too early, or read
+// too early, gives a wrong result. Shared memory starts as NaN, and every access is checked against its size.
 #pragma once
 
 #include <setjmp.h>
@@ -122,14 +123,15 @@ namespace emulator {
 // Both kinds of number as float, by their bits.
 inline const float* table(bool bf16) {
   static const std::vector<float> tables[2] = {[] {
-    std::vector<float> t(65536);
-    for (int i = 0; i < 65536; ++i) t[i] = float_of_half(i);
-    return t;
-  }(), [] {
-    std::vector<float> t(65536);
-    for (int i = 0; i < 65536; ++i) t[i] = float_of_bf16(i);
-    return t;
-  }()};
+                                                 std::vector<float> t(65536);
+                                                 for (int i = 0; i < 65536; ++i) t[i] = float_of_half(i);
+                                                 return t;
+                                               }(),
+                                               [] {
+                                                 std::vector<float> t(65536);
+                                                 for (int i = 0; i < 65536; ++i) t[i] = float_of_bf16(i);
+                                                 return t;
+                                               }()};
   return tables[bf16].data();
 }
 
@@ -222,8 +224,8 @@ inline void pause(const char* what) {
   if (machine->error.empty()) {
     machine->error = text;
     if (thread) {
-      machine->error += " (block " + std::to_string(thread->block->number) + ", thread " +
-                        std::to_string(thread->index) + ")";
+      machine->error +=
+          " (block " + std::to_string(thread->block->number) + ", thread " + std::to_string(thread->index) + ")";
     }
   }
   if (!thread) abort();
@@ -655,8 +657,7 @@ inline std::vector<float> rows_of(const emulator::Product& product, int warp) {
   }
   for (int m = 0; m < 16; ++m) {
     for (int k = 0; k < 16; ++k) {
-      const float left =
-          read(start(product.a) + k / 8 * stride(product.a) + k % 8 * 128 + 2 * (16 * warp + m));
+      const float left = read(start(product.a) + k / 8 * stride(product.a) + k % 8 * 128 + 2 * (16 * warp + m));
       for (int n = 0; n < columns; ++n) sum[m * columns + n] += left * right[k * columns + n];
     }
   }
