@@ -38,6 +38,7 @@ TILE_HEIGHTS = (4, 8, 16, 32)
 SHARED_LIMIT = 232448
 """Bytes of shared memory of a thread block: CUDA C++ Programming Guide, compute capability 9.0."""
 _GROUP_THREADS, _OTHER_THREADS = 128, 128
+_MOST_SPLIT_BLOCKS = 160  # an H100 has 132 multiprocessors; more blocks need no split of the depth
 _LINE = 2 * CHANNELS  # bytes of a pixel's channels, or of a depth's columns
 _WEIGHT_BYTES = CHANNELS * _LINE
 _MAX_WEIGHT_STAGES, _MAX_PATCH_STAGES = 12, 4
@@ -51,18 +52,26 @@ class HopperTile(NamedTuple):
 
     tile_h: int
     cluster: int
-    """Blocks that share the weights of a stage."""
+    """Blocks that share the weights of a stage, or with `split` the depth of a tile."""
     weight_stages: int = 8
     patch_stages: int = 4
     groups: int = 1
     """Warpgroups of a block, which multiply in turns."""
+    split: bool = False
+    """Whether the blocks of a cluster split the input channels of one tile."""
+
+    @property
+    def label(self) -> str:
+        """Pixels x channels / blocks of a cluster (+: they split the depth), warpgroups of a block."""
+        return f"hopper {TILE_W}x{self.tile_h}x{CHANNELS}/{self.cluster}{'+' if self.split else ''} x{self.groups}"
 
 
 CANDIDATES = tuple(
-    HopperTile(tile_h, cluster, patch_stages=2 if tile_h == 32 else 4, groups=groups)
-    for tile_h, cluster, groups in itertools.product(TILE_HEIGHTS, (1, 2), (1, 2))
+    HopperTile(tile_h, cluster, patch_stages=2 if tile_h == 32 else 4, groups=groups, split=split)
+    for split, clusters in ((False, (1, 2)), (True, (2, 4, 8)))
+    for tile_h, cluster, groups in itertools.product(TILE_HEIGHTS, clusters, (1, 2))
 )
-"""Tiles worth measuring: clusters of 4 and 8 were slower on an H100 wherever they were tried."""
+"""Tiles worth measuring: 4 and 8 blocks that share weights were slower on an H100 wherever they were tried."""
 
 
 class Args(ctypes.Structure):
@@ -75,7 +84,7 @@ class Args(ctypes.Structure):
             for name in (
                 "out_h", "out_w", "top", "bottom", "left", "right",
                 "rows_top", "rows_left", "in_h", "in_w",
-                "tiles_x", "tiles_y", "m_tiles", "n_blocks", "chunks", "phases", "out_step",
+                "tiles_x", "tiles_y", "m_tiles", "n_blocks", "chunks", "phases", "out_step", "split",
             )
         ),
         *(
@@ -126,6 +135,8 @@ def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
         return f"{tile.weight_stages} stages of weights and {tile.patch_stages} of patches"
     if tile.groups not in (1, 2):
         return f"{tile.groups} warpgroups (1 and 2 are supported)"
+    if tile.split and tile.cluster * CHANNELS > conv.in_channels:
+        return f"{conv.in_channels} channels among {tile.cluster} blocks (multiples of {CHANNELS} each are supported)"
     if tile.cluster not in (1, 2, 4, 8):
         return f"clusters of {tile.cluster} blocks (1, 2, 4 and 8 are supported)"
     return None
@@ -157,8 +168,10 @@ def describe_launch(
     tiles_y = -(-(rows_bottom - rows_top) // tile.tile_h)
     tiles_x = -(-(rows_right - rows_left) // TILE_W)
     m_tiles = batch * tiles_y * tiles_x
-    cluster = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
-    chunks = conv.in_channels // CHANNELS
+    sharing = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
+    cluster, parts = (tile.cluster, tile.cluster) if tile.split else (sharing, 1)
+    all_chunks = conv.in_channels // CHANNELS
+    chunks = all_chunks // parts  # the fewest of a block
     fewest_taps = min(y for _, y in used[0]) * min(x for _, x in used[1])
     if chunks * fewest_taps < tile.groups:
         raise ValueError(f"tile: {tile} has more warpgroups than the product has steps")
@@ -166,7 +179,7 @@ def describe_launch(
     kept = 1 - (-tile.groups // fewest_taps)
     results = tile.groups * TILE_W * tile.tile_h * _ROW_BYTES  # they replace weights and patches
     patch_stages = max(
-        min(max(tile.patch_stages, kept), chunks),
+        min(max(tile.patch_stages, kept), -(-all_chunks // parts)),
         -((tile.weight_stages * _WEIGHT_BYTES - results) // patch_bytes),
     )
     shared_bytes = tile.weight_stages * _WEIGHT_BYTES + patch_stages * patch_bytes + _ALIGNMENT + _BARRIER_BYTES
@@ -177,7 +190,7 @@ def describe_launch(
         out_h=out_size[0], out_w=out_size[1], top=rect[0], bottom=rect[1], left=rect[2], right=rect[3],
         rows_top=rows_top, rows_left=rows_left, in_h=in_size[0], in_w=in_size[1],
         tiles_x=tiles_x, tiles_y=tiles_y, m_tiles=m_tiles, n_blocks=conv.out_channels // CHANNELS,
-        chunks=chunks, phases=phases**2, out_step=axis.out_step,
+        chunks=all_chunks, phases=phases**2, out_step=axis.out_step, split=tile.split,
         origin_y=pair(*(axis.origins[phase] + used[0][i][0] for i, phase in enumerate((0, phases - 1)))),
         origin_x=pair(*(axis.origins[phase] + used[1][i][0] for i, phase in enumerate((0, phases - 1)))),
         first_y=pair(*(first for first, _ in used[0])), first_x=pair(*(first for first, _ in used[1])),
@@ -187,7 +200,7 @@ def describe_launch(
         pitch=pitch, box_rows=box_rows, weight_stages=tile.weight_stages, patch_stages=patch_stages,
         patch_bytes=patch_bytes,
     )  # fmt: skip
-    return Launch(args, m_tiles * args.n_blocks * args.phases, cluster, shared_bytes, (pitch, box_rows))
+    return Launch(args, m_tiles * args.n_blocks * args.phases * parts, cluster, shared_bytes, (pitch, box_rows))
 
 
 CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weights", "for_patches")
@@ -291,7 +304,7 @@ def _prepare(
         weight,
         [conv.out_channels, weight.shape[0]],
         [2 * conv.out_channels],
-        [CHANNELS, CHANNELS // launch.cluster],
+        [CHANNELS, CHANNELS if tile.split else CHANNELS // launch.cluster],
     )
     return launch, [patches[1], weights[1], ctypes.c_void_p(ctypes.addressof(args))], [patches, weights, args]
 
@@ -426,7 +439,17 @@ def candidates(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device)
     """Tiles worth measuring for a product; none where the kernel cannot compute it or may not be used on `device`."""
     if unsupported(conv) is not None or reason_against(device, dtype) is not None:
         return []
-    return [tile for tile in CANDIDATES if tile.tile_h == TILE_HEIGHTS[0] or tile.tile_h * TILE_W <= work.rows]
+    chunks = -(-conv.in_channels // CHANNELS)
+
+    def worth_measuring(tile: HopperTile) -> bool:
+        if tile.tile_h > TILE_HEIGHTS[0] and tile.tile_h * TILE_W > work.rows:
+            return False
+        if not tile.split:
+            return tile.groups <= chunks
+        blocks = -(-work.rows // (tile.tile_h * TILE_W)) * (conv.out_channels // CHANNELS) * len(work.taps)
+        return tile.groups <= chunks // tile.cluster and blocks * tile.cluster <= _MOST_SPLIT_BLOCKS
+
+    return list(filter(worth_measuring, CANDIDATES))
 
 
 def usable(tile: HopperTile, conv: Conv, dtype: torch.dtype, device: torch.device) -> bool:

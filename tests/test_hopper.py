@@ -149,6 +149,23 @@ def test_tiles(kernel, tile_h, groups):
 
 
 @emulated
+@pytest.mark.parametrize(
+    ("channels", "cluster", "groups"), [(128, 2, 1), (192, 2, 2), (512, 4, 2), (512, 8, 1), (576, 8, 2)]
+)
+def test_blocks_that_split_the_depth(kernel, channels, cluster, groups):
+    """Even and uneven parts, borders, rectangles, a batch; every block stores some of the pixels."""
+    tile = HopperTile(8, cluster, 4, 2, groups, split=True)
+    conv = Conv(channels, 64, 3, 1, 1, False, True, False)
+    check(kernel, conv, 2, (12, 11), tile)
+    check(kernel, conv, 1, (16, 16), tile, ((3, 13, 5, 16),))
+    check(kernel, Conv(channels, 64, 4, 2, 1, True, False, False), 1, (8, 8), tile)
+    size = (0, 12, 0, 11)
+    launch = hopper.describe_launch(conv, 2, (12, 11), (12, 11), size, tile)
+    assert launch.grid == cluster * hopper.describe_launch(conv, 2, (12, 11), (12, 11), size, HopperTile(8, 1)).grid
+    assert launch.cluster == cluster
+
+
+@emulated
 def test_few_stages_and_taps(kernel):
     """One tap a phase: a warpgroup keeps a patch while the other needs the next two."""
     corner = Conv(512, 64, 4, 2, 1, True, False, False)
@@ -169,14 +186,14 @@ def test_rectangles(kernel):
 
 
 @emulated
-@pytest.mark.parametrize("groups", [1, 2])
-def test_what_is_stored(kernel, groups):
+@pytest.mark.parametrize(("cluster", "groups"), [(1, 1), (1, 2), (2, 1), (2, 2)])
+def test_what_is_stored(kernel, cluster, groups):
     """Bias, residual, two stores with activations, views of wider maps, in bfloat16."""
     source, weight, exact = operands(SMALL, 2, (16, 8), torch.bfloat16)
     bias, residual = integers(64).float(), integers(*exact.shape, dtype=torch.bfloat16)
     wide = torch.full((*exact.shape[:3], 192), float("nan"), dtype=torch.bfloat16)
     stores = (Store(wide[..., 64:128], "relu"), Store(torch.empty_like(residual), "leaky_relu"))
-    tile = HopperTile(16, 1, 4, 2, groups)
+    tile = HopperTile(16, cluster, 4, 2, groups, split=cluster > 1)
     hopper.hopper_forward(SMALL, source, weight, bias, stores, tile, size=(16, 8), residual=residual)
     value = exact + bias + residual.float()
     assert torch.equal(stores[0].view, F.relu(value).bfloat16())
@@ -187,7 +204,8 @@ def test_what_is_stored(kernel, groups):
 
 
 @emulated
-def test_bits_do_not_depend_on_the_order_of_events(kernel):
+@pytest.mark.parametrize("split", [False, True])
+def test_bits_do_not_depend_on_the_order_of_events(kernel, split):
     """Noise instead of integers, so that another order of a sum shows."""
     generator = torch.Generator().manual_seed(1)
     source = torch.randn(1, 16, 16, 128, generator=generator).half()
@@ -195,7 +213,7 @@ def test_bits_do_not_depend_on_the_order_of_events(kernel):
     found = []
     for kernel.seed in range(6):
         out = torch.empty(1, 16, 16, 64, dtype=torch.float16)
-        tile = HopperTile(8, 2, 4, 2, 2)
+        tile = HopperTile(8, 2, 4, 2, 2, split)
         hopper.hopper_forward(SMALL, source, weight, torch.zeros(64), (Store(out, "none"),), tile, size=(16, 16))
         found.append(out)
     assert all(torch.equal(out, found[0]) for out in found)
@@ -342,6 +360,8 @@ def test_launcher_names_the_argument():
         hopper.describe_launch(BLOCK, 1, (64, 64), (64, 64), (0, 64, 0, 64), HopperTile(32, 4, 12, 4))
     with pytest.raises(ValueError, match="^conv: clusters of 3"):
         launch(tile=HopperTile(16, 3))
+    with pytest.raises(ValueError, match="^conv: 64 channels among 2 blocks"):
+        launch(tile=HopperTile(16, 2, split=True))
     with pytest.raises(ValueError, match="^conv: 4 warpgroups"):
         launch(tile=HopperTile(16, 1, groups=4))
     deepest = Conv(64, 64, 4, 2, 1, True, False, False)

@@ -14,7 +14,10 @@
 // the TMA and in wgmma alike. A start address therefore need not be a multiple of 1024 bytes.
 //
 // Weights are packed by kernels/conv.py as [taps * channels in, channels out] and loaded in stages of 64 x 64. The
-// blocks of a cluster use the same weights, so each loads its part of a stage and multicasts it to all of them.
+// blocks of a cluster either have the same weights and different tiles: then each loads its part of a stage and
+// multicasts it to all of them. Or they split the input channels of the same tile (`Args::split`): block i takes
+// every cluster-th 64 channels from the i-th on. Each then stores a part of the pixels, for which it reads the sums
+// of all blocks through distributed shared memory, in the order of the blocks.
 //
 // A step is one tap of 64 input channels. GROUPS warpgroups multiply: group i computes every GROUPS-th step from the
 // i-th on, for the whole tile, so that one multiplies while another waits. Their sums are added when they are stored.
@@ -47,7 +50,7 @@ struct Args {
   int64_t* clocks;  // [blocks, kClocks], of the kernels with TIMED
   int32_t out_h, out_w, top, bottom, left, right;
   int32_t rows_top, rows_left, in_h, in_w;
-  int32_t tiles_x, tiles_y, m_tiles, n_blocks, chunks, phases, out_step;
+  int32_t tiles_x, tiles_y, m_tiles, n_blocks, chunks, phases, out_step, split;
   int32_t origin_y[2], origin_x[2], first_y[2], first_x[2], count_y[2], count_x[2], taps[2];
   int32_t stride_r, stride_0, stride_1, activation_0, activation_1, reflect;
   // the patch: pixels of a row (pitch), rows, bytes of a stage
@@ -128,6 +131,18 @@ __device__ __forceinline__ uint4 residual_of(const Args& args, int pixel, int co
                                          column);
 }
 
+// What the blocks of a cluster share, and this block's part of it.
+struct Cluster {
+  uint32_t sharing;  // blocks that have the same weights
+  int parts, part;   // of the input channels
+
+  __device__ __forceinline__ explicit Cluster(const Args& args) {
+    sharing = args.split ? 1 : cluster_size();
+    parts = args.split ? cluster_size() : 1;
+    part = args.split ? cluster_rank() : 0;
+  }
+};
+
 // The part of the output that a block computes.
 struct Place {
   int sample, y, x;  // row g of the tile's first pixel
@@ -135,9 +150,9 @@ struct Place {
   int column;  // first output channel
 };
 
-__device__ __forceinline__ Place place_of(const Args& args, int tile_h) {
+__device__ __forceinline__ Place place_of(const Args& args, const Cluster& cluster, int tile_h) {
   Place p;
-  int block = blockIdx.x;
+  int block = blockIdx.x / cluster.parts;
   const int tile = block % args.m_tiles;
   block /= args.m_tiles;
   p.column = block % args.n_blocks * kChannels;
@@ -256,15 +271,17 @@ struct Reading {
 
 // One thread loads the weights of every step, as far ahead as the ring has space.
 __device__ __forceinline__ void load_weights(const Args& args, const Memory& memory, const Place& place,
-                                             const Reading& reading, const CUtensorMap& weights, uint32_t blocks) {
-  const int part = kChannels / blocks, rank = cluster_rank();
+                                             const Reading& reading, const CUtensorMap& weights,
+                                             const Cluster& cluster) {
+  const uint32_t blocks = cluster.sharing;
+  const int part = kChannels / blocks, rank = blocks > 1 ? cluster_rank() : 0;
   const int taps_x = args.taps[place.phase_x];
   const int before = place.phase_y * args.taps[0] * (args.taps[0] + args.taps[1]) +
                      place.phase_x * args.taps[place.phase_y] * args.taps[0];
   const uint32_t to = memory.weights + rank * part * kLine;
   Ring ring = {0, args.weight_stages, 1};
 #pragma unroll 1
-  for (int chunk = 0; chunk < args.chunks; ++chunk) {
+  for (int chunk = cluster.part; chunk < args.chunks; chunk += cluster.parts) {
 #pragma unroll 1
     for (int y = 0; y < reading.count_y; ++y) {
 #pragma unroll 1
@@ -293,10 +310,11 @@ __device__ __forceinline__ void load_weights(const Args& args, const Memory& mem
 
 // One thread loads the patches.
 __device__ __forceinline__ void load_patches(const Args& args, const Memory& memory, const Place& place,
-                                             const Reading& reading, const CUtensorMap& source) {
+                                             const Reading& reading, const CUtensorMap& source,
+                                             const Cluster& cluster) {
   Ring ring = {0, args.patch_stages, 1};
 #pragma unroll 1
-  for (int chunk = 0; chunk < args.chunks; ++chunk) {
+  for (int chunk = cluster.part; chunk < args.chunks; chunk += cluster.parts) {
     const uint32_t full = memory.patch_full(ring.stage);
     barrier_wait(memory.patch_empty(ring.stage), ring.parity);
     barrier_expect(full, args.box_rows * args.pitch * kLine);
@@ -308,11 +326,11 @@ __device__ __forceinline__ void load_patches(const Args& args, const Memory& mem
 
 // One warp applies reflection padding to every patch.
 __device__ __forceinline__ void mend_patches(const Args& args, const Memory& memory, const Reading& reading,
-                                             int lane) {
+                                             const Cluster& cluster, int lane) {
   char* const patches = memory.bytes + (memory.patches - memory.weights);
   Ring ring = {0, args.patch_stages, 0};
 #pragma unroll 1
-  for (int chunk = 0; chunk < args.chunks; ++chunk) {
+  for (int chunk = cluster.part; chunk < args.chunks; chunk += cluster.parts) {
     barrier_wait(memory.patch_full(ring.stage), ring.parity);
     mend(patches + ring.stage * args.patch_bytes, args, reading.y0, reading.x0, lane);
     fence_async();
@@ -349,11 +367,13 @@ struct Clocks {
 // The products of one warpgroup.
 template <bool BF16, int N, int GROUPS, bool TIMED>
 __device__ __forceinline__ void multiply(const Args& args, const Memory& memory, const Reading& reading, int group,
-                                         int lane, uint32_t blocks, float (&sum)[N / 2], Clocks<TIMED>& clocks) {
+                                         int lane, const Cluster& cluster, float (&sum)[N / 2],
+                                         Clocks<TIMED>& clocks) {
   const uint32_t row_bytes = args.pitch * kLine;
   const uint64_t a = descriptor(1024), b = descriptor(row_bytes);
   Ring weights = {0, args.weight_stages, 0}, patches = {0, args.patch_stages, 0};
   uint32_t patch = 0;
+  const int chunks = (args.chunks - cluster.part + cluster.parts - 1) / cluster.parts;
   int chunk = 0, y = 0, x = 0;  // the step
   int waited = 0;               // patches before this chunk have arrived
   int kept = 0, kept_at = 0;    // patches before this chunk have been released; the stage of this chunk
@@ -388,7 +408,7 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
     products_commit();
     // At most the last product is unfinished: the operands of the step before it have been read.
     products_wait<1>();
-    if (before >= 0) release(memory.weights_empty(before), blocks, lane);
+    if (before >= 0) release(memory.weights_empty(before), cluster.sharing, lane);
 #pragma unroll 1
     for (; kept < chunk; ++kept) {
       if (lane == 0) barrier_arrive(memory.patch_empty(kept_at));
@@ -397,9 +417,9 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
     before = weights.stage;
 #pragma unroll
     for (int i = 0; i < GROUPS; ++i) next();
-  } while (chunk < args.chunks);
+  } while (chunk < chunks);
   products_wait<0>();
-  release(memory.weights_empty(before), blocks, lane);
+  release(memory.weights_empty(before), cluster.sharing, lane);
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) opaque(sum[i]);
   clocks.set(kProducts);
@@ -415,23 +435,28 @@ struct Target {
   uint4 residual[kEarly ? kPasses : 1];
   int first_pixel, part, column;
 
-  __device__ __forceinline__ Target(const Args& args, const Place& place) {
+  // Of the cluster's blocks that split the depth, block i stores every parts-th pixel from the i-th on.
+  __device__ __forceinline__ Target(const Args& args, const Place& place, const Cluster& cluster) {
     part = threadIdx.x % 8 * 8, first_pixel = threadIdx.x / 8;
     column = place.column + part;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
-      const int pixel = pass * kPixels + first_pixel;
+      const int pixel = pixel_of(pass, cluster);
       const int y = (place.y + pixel / 8) * args.out_step + place.phase_y;
       const int x = (place.x + pixel % 8) * args.out_step + place.phase_x;
-      const bool inside = y >= args.top && y < args.bottom && x >= args.left && x < args.right;
+      const bool inside = pixel < N && y >= args.top && y < args.bottom && x >= args.left && x < args.right;
       pixels[pass] = inside ? (place.sample * args.out_h + y) * args.out_w + x : -1;
       if (kEarly) residual[pass] = residual_of<T>(args, pixels[pass], column);
     }
   }
 
-  // Adds the groups' sums of every pixel, which lie in shared memory as float32 [group, pixel, channel], the bias and
-  // the residual.
-  __device__ __forceinline__ void store(const Args& args, const float* rows) const {
+  __device__ __forceinline__ int pixel_of(int pass, const Cluster& cluster) const {
+    return (pass * kPixels + first_pixel) * cluster.parts + cluster.part;
+  }
+
+  // Adds the blocks' and groups' sums of every pixel, which lie at `rows` in shared memory as float32 [group, pixel,
+  // channel], the bias and the residual.
+  __device__ __forceinline__ void store(const Args& args, uint32_t rows, const Cluster& cluster) const {
     using Two = typename Pair<T>::type;
     const float4 bias0 = *reinterpret_cast<const float4*>(args.bias + column);
     const float4 bias1 = *reinterpret_cast<const float4*>(args.bias + column + 4);
@@ -441,12 +466,16 @@ struct Target {
     for (int pass = 0; pass < kPasses; ++pass) {
       if (pixels[pass] < 0) continue;
       float value[8] = {};
+#pragma unroll 1
+      for (int block = 0; block < cluster.parts; ++block) {
+        const uint32_t sums = cluster.parts > 1 ? remote(rows, block) : rows;
 #pragma unroll
-      for (int group = 0; group < GROUPS; ++group) {
-        const float* from = rows + (group * N + pass * kPixels + first_pixel) * kRowFloats + part;
-        const float4 low = *reinterpret_cast<const float4*>(from), high = *reinterpret_cast<const float4*>(from + 4);
-        value[0] += low.x, value[1] += low.y, value[2] += low.z, value[3] += low.w;
-        value[4] += high.x, value[5] += high.y, value[6] += high.z, value[7] += high.w;
+        for (int group = 0; group < GROUPS; ++group) {
+          const uint32_t from = sums + ((group * N + pixel_of(pass, cluster)) * kRowFloats + part) * 4;
+          const float4 low = load_remote(from), high = load_remote(from + 16);
+          value[0] += low.x, value[1] += low.y, value[2] += low.z, value[3] += low.w;
+          value[4] += high.x, value[5] += high.y, value[6] += high.z, value[7] += high.w;
+        }
       }
       const uint4 added = kEarly ? residual[kEarly ? pass : 0] : residual_of<T>(args, pixels[pass], column);
       const Two* more = reinterpret_cast<const Two*>(&added);
@@ -469,18 +498,18 @@ struct Target {
 // A warpgroup that multiplies and stores.
 template <typename T, int N, int GROUPS, bool TIMED>
 __device__ __forceinline__ void compute(const Args& args, const Memory& memory, const Place& place,
-                                        const Reading& reading, uint32_t blocks, Clocks<TIMED>& clocks) {
+                                        const Reading& reading, const Cluster& cluster, Clocks<TIMED>& clocks) {
   constexpr bool BF16 = !__is_same(T, __half);
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int group = GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
   const int warp = threadIdx.x / 32 % kGroupWarps, lane = threadIdx.x % 32;
   wait_for_previous_kernel();
   clocks.set(kPrevious);
-  const Target<T, N, GROUPS> target(args, place);
+  const Target<T, N, GROUPS> target(args, place, cluster);
   float sum[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-  multiply<BF16, N, GROUPS, TIMED>(args, memory, reading, group, lane, blocks, sum, clocks);
+  multiply<BF16, N, GROUPS, TIMED>(args, memory, reading, group, lane, cluster, sum, clocks);
   // The sums replace the weights and patches, which all groups have read.
   float* const rows = reinterpret_cast<float*>(memory.bytes);
   meet<1, GROUPS * kGroupThreads>();
@@ -489,8 +518,13 @@ __device__ __forceinline__ void compute(const Args& args, const Memory& memory, 
     const int pixel = i / 4 * 8 + lane % 4 * 2 + i % 2;
     rows[(group * N + pixel) * kRowFloats + warp * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
   }
-  meet<1, GROUPS * kGroupThreads>();
-  target.store(args, rows);
+  if (cluster.parts > 1) {
+    cluster_meet();
+  } else {
+    meet<1, GROUPS * kGroupThreads>();
+  }
+  target.store(args, memory.weights, cluster);
+  if (cluster.parts > 1) cluster_meet();  // a block must not end while others read its sums
 }
 
 template <typename T, int TILE_H, int GROUPS, bool TIMED>
@@ -500,15 +534,15 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
   clocks.set(kStart);
   const Memory memory(args);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
-  const uint32_t blocks = cluster_size();
-  const Place place = place_of(args, TILE_H);
+  const Cluster cluster(args);
+  const Place place = place_of(args, cluster, TILE_H);
   const Reading reading(args, place);
   if (threadIdx.x == kFirstOther * 32) {
     prefetch_map(weights);
     prefetch_map(source);
   }
-  if (threadIdx.x == 0) memory.initialise<GROUPS>(args, blocks);
-  if (blocks > 1) {
+  if (threadIdx.x == 0) memory.initialise<GROUPS>(args, cluster.sharing);
+  if (cluster.sharing > 1) {
     cluster_meet();
   } else {
     __syncthreads();
@@ -517,19 +551,25 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
   clocks.set(kReady);
 
   if (warp < kFirstOther) {
-    compute<T, 8 * TILE_H, GROUPS, TIMED>(args, memory, place, reading, blocks, clocks);
+    compute<T, 8 * TILE_H, GROUPS, TIMED>(args, memory, place, reading, cluster, clocks);
     clocks.set(kEnd);
     if (threadIdx.x == 0) clocks.store(args);
-  } else if (warp == kFirstOther) {
-    if (lane == 0) load_weights(args, memory, place, reading, weights, blocks);
+    return;
+  }
+  if (warp == kFirstOther) {
+    if (lane == 0) load_weights(args, memory, place, reading, weights, cluster);
   } else if (warp == kFirstOther + 1) {
     if (lane == 0) {
       wait_for_previous_kernel();
-      load_patches(args, memory, place, reading, source);
+      load_patches(args, memory, place, reading, source, cluster);
     }
   } else if (warp == kFirstOther + 2 && reading.mending) {
     wait_for_previous_kernel();
-    mend_patches(args, memory, reading, lane);
+    mend_patches(args, memory, reading, cluster, lane);
+  }
+  if (cluster.parts > 1) {  // as the warps that store
+    cluster_meet();
+    cluster_meet();
   }
 }
 

@@ -61,6 +61,16 @@ __device__ __forceinline__ void send(uint32_t address, const float4& value, uint
       : "memory");
 }
 
+// Reads shared memory of a block of the cluster.
+__device__ __forceinline__ float4 load_remote(uint32_t address) {
+  float4 value;
+  asm volatile("ld.shared::cluster.v4.f32 {%0, %1, %2, %3}, [%4];"
+               : "=f"(value.x), "=f"(value.y), "=f"(value.z), "=f"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 // Orders this thread's stores to shared memory before later reads by asynchronous units (copies, wgmma).
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -250,7 +250,7 @@ class CudaExecutor(Executor):
     @property
     def choices(self) -> dict[str, str]:
         """Step's name -> what runs it in a dense run: "cudnn", "attention", "deep" (in one launch with others),
-        "hopper PIXELSxCHANNELS/cluster", or BLOCK_MxBLOCK_NxBLOCK_K/splits."""
+        "hopper PIXELSxCHANNELS/cluster xWARPGROUPS", or BLOCK_MxBLOCK_NxBLOCK_K/splits."""
         choices = {step.name: self._choice(step) for step in self.plan.steps}
         for first, group in self._deep_groups().items():
             choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
@@ -268,7 +268,7 @@ class CudaExecutor(Executor):
         if self.weights.steps[step.name].plain is not None:
             return "cudnn"
         if (hopper_tile := self._hopper_tile(step)) is not None:
-            return f"hopper 8x{hopper_tile.tile_h}x64/{hopper_tile.cluster}"
+            return hopper_tile.label
         return self.tile(step).label
 
     # -- programs ------------------------------------------------------------------------------------------------

@@ -150,7 +150,9 @@ def _title(choice: Any) -> str:
     if choice == "cudnn":
         return "cudnn"
     if choice[0] == "hopper":
-        return f"hopper 8x{choice[1]}x64/{choice[2]}"
+        from lgnet_fast.kernels.hopper import HopperTile
+
+        return HopperTile(*choice[1:]).label
     if len(choice) == 7:
         m, n, k, splits, warps, stages, fused = choice
         return f"{m}x{n}x{k}/{splits}{'f' if fused else ''} w{warps} s{stages}"

@@ -531,6 +531,9 @@ inline void send(uint32_t address, const float4& value, uint32_t barrier) {
     emulator::barrier_at(barrier).bring(16);
   });
 }
+inline float4 load_remote(uint32_t address) {
+  return *reinterpret_cast<const float4*>(emulator::shared(address, 16, 16));
+}
 inline void fence_async() {}
 
 inline void barrier_init(uint32_t barrier, uint32_t count) {

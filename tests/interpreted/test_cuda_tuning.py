@@ -185,14 +185,14 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
     found = run(short, timer)
     chosen = {step.name: found.tiles[product_key(work_of(short, step), "ieee")] for step in short.steps
               if isinstance(step, ConvStep)}  # fmt: skip
-    assert chosen["u.block"].choice == ("hopper", 4, 2, 8, 4)
+    assert chosen["u.block"].choice == ("hopper", 4, 2, 8, 4, 1, False)
     assert chosen["u.block"].us == 1.0
     assert chosen["u.d1"].choice[0] != "hopper"
     monkeypatch.setattr(cache, "_known", {})  # another process
     tuned = kept(CPU, SINGLE)
     executor = CudaExecutor.of(short, SINGLE, tuned=tuned)
-    assert executor.choices["u.block"] == "hopper 8x4x64/2"
-    assert next(row[3] for row in gains(short, SINGLE, CPU, found)) == "hopper 8x4x64/2"
+    assert executor.choices["u.block"] == "hopper 8x4x64/2 x1"
+    assert next(row[3] for row in gains(short, SINGLE, CPU, found)) == "hopper 8x4x64/2 x1"
     ran.clear()
     executor.memory.arena.zero_()
     for launch in executor.launches():
