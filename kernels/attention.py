@@ -468,8 +468,7 @@ def _backward_finish(
         dk.splits,
         HEAD_DIM=call.channels,
         PAPER=call.paper,
-        # Without a limit ptxas may spill registers for a higher occupancy; for sm_90 it does not.
-        **({} if call.generation == "sm_90" else {"maxnreg": 255}),
+        maxnreg=255,  # without a limit ptxas may spill registers for a higher occupancy
         **blocks,
     )
 
