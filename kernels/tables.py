@@ -68,7 +68,7 @@ TABLES: dict[str, dict[tuple[str, str, int], Rows]] = {
         ("backward_dkv", "half", 128): ((0, (64, 64, 4, 2)),),
         ("backward_dkv", "half", 192): ((0, (32, 32, 8, 2)),),
         ("backward_dkv", "half", 256): ((0, (64, 64, 8, 2)),),
-        ("backward_dkv", "half", 384): ((0, (32, 64, 8, 2)),),
+        ("backward_dkv", "half", 384): ((0, (32, 32, 8, 2)),),
         ("backward_dkv", "half", 512): ((0, (32, 32, 8, 2)),),
         ("backward_dkv", "ieee", 128): ((0, (32, 32, 8, 1)),),
         ("backward_dkv", "ieee", 256): ((0, (16, 16, 8, 1)),),
