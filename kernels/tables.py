@@ -110,7 +110,7 @@ TABLES: dict[str, dict[tuple[str, str, int], Rows]] = {
     },
     "sm_89": {
         ("backward_dkv", "half", 64): ((0, (64, 64, 4, 2)),),
-        ("backward_dkv", "half", 96): ((0, (64, 64, 8, 2)),),
+        ("backward_dkv", "half", 96): ((0, (32, 128, 8, 2)),),
         ("backward_dkv", "half", 128): ((0, (64, 64, 4, 2)),),
         ("backward_dkv", "half", 384): ((0, (32, 32, 8, 2)),),
         ("backward_dkv", "half", 512): ((0, (16, 32, 8, 2)),),
