@@ -44,8 +44,8 @@ $(VENV)/.torch: | $(BIN)/python
 	$(PIP) "$(TORCH)"
 	@touch $@
 
-CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.h csrc/cuda/*.cu* tests/native/*.cpp tests/emulator/*.h tests/emulator/*.cpp \
-	tests/recipes/*/csrc/*.cpp tests/recipes/*/csrc/*.h tests/recipes/*/csrc/simd/*.h)
+CPP := $(wildcard csrc/*.cpp csrc/*.h csrc/simd/*.h csrc/cuda/*.cu* tests/native/*.cpp \
+	tests/emulator/*.h tests/emulator/*.cpp tests/recipes/*/csrc/*.cpp tests/recipes/*/csrc/*.h tests/recipes/*/csrc/simd/*.h)
 SOURCES := $(wildcard csrc/* csrc/simd/*) setup.py pyproject.toml
 
 $(VENV)/.package: $(VENV)/.torch $(SOURCES)

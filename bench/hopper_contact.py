@@ -10,7 +10,7 @@ known     one-hot weights over inputs that hold the number of their pixel or cha
           it read. Zero and reflected borders, tiles, clusters; then dense weights on a small map
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
-clocks    where the blocks of NetL's block convolution spend their time, by one and two warpgroups and cluster sizes
+clocks    where the blocks of NetL's block convolution spend their time, by warpgroups, clusters, split depth
 ========  ===========================================================================================================
 """
 
@@ -190,6 +190,8 @@ def check_steps(log: Log) -> None:
         for dtype, batch, rect, tile in (
             (torch.float16, 1, None, hopper.HopperTile(16, 4, 6, 2)),
             (torch.float16, 1, None, hopper.HopperTile(16, 2, 6, 2, 2)),
+            (torch.float16, 1, None, hopper.HopperTile(16, 2, 6, 2, 1, True)),
+            (torch.bfloat16, 2, None, hopper.HopperTile(8, 4, 6, 2, 2, True)),
             (torch.float16, 1, None, hopper.HopperTile(4, 2, 6, 2)),
             (torch.float16, 2, None, hopper.HopperTile(8, 8, 6, 2, 2)),
             (torch.float16, 2, None, hopper.HopperTile(32, 1, 6, 2)),
@@ -250,8 +252,8 @@ def block_clocks(log: Log) -> None:
     step, size = next((step, size) for _, step, size in supported(plan) if step.name.startswith("net_l.block"))
     operands = step_operands(step, 1, size, torch.float16)
     out = torch.empty_like(operands["x"])
-    for cluster, groups in itertools.product((1, 2, 4), (1, 2)):
-        tile = hopper.HopperTile(16, cluster, groups=groups)
+    for (cluster, split), groups in itertools.product(((1, False), (2, False), (4, False), (2, True)), (1, 2)):
+        tile = hopper.HopperTile(16, cluster, groups=groups, split=split)
         rect = (0, size[0], 0, size[1])
         grid = hopper.describe_launch(operands["conv"], 1, size, size, rect, tile).grid
         clocks = torch.zeros(grid, len(hopper.CLOCKS), dtype=torch.int64, device="cuda")

@@ -332,8 +332,9 @@ def _may_spill(source: Tensor, tile: Tile) -> bool:
     if tile.splits == 1:
         return False
     area = tile.block_m * tile.block_n // tile.num_warps
-    many = tile.splits >= 8 or device_generation(source.device)[0] == "sm_100"
-    return area >= 1024 if many else tile.fused and area >= 2048
+    if tile.splits >= 8 or device_generation(source.device)[0] == "sm_100":
+        return area >= 1024
+    return tile.fused and area >= 2048
 
 
 def _reduce(step: _Step, partial: Tensor | None) -> None:

@@ -155,6 +155,9 @@ def test_kernel_on_the_cpu(name, net, batch, cluster, clusters):
     before = {key: value.clone() for key, value in maps.items()}
     view = functools.partial(engine_deep.view_of, maps)
     run_group(plan, steps, group, maps)
+    for number in range(clusters):
+        read = sum(share.block_bytes(number) for share in group.shares)
+        assert {emulator.copied("deep", number * cluster + rank) for rank in range(cluster)} == {read}
     written = {key: torch.zeros_like(value, dtype=torch.bool) for key, value in maps.items()}
     for step in steps:
         own, plain = weights[step.name]

@@ -496,7 +496,7 @@ def test_arithmetic_roof():
     pairs = tiles if library.multiplies_by_tiles() else 2 * once if native.multiplies("bf16") else 0
     assert library.multiply_adds(True, 1, 1) == pairs
     peaks = measure_peaks()
-    assert (peaks.pair_macs > 0) == (native.multiplies("bf16"))
+    assert (peaks.pair_macs > 0) == native.multiplies("bf16")
     assert peaks.floor(peaks.macs, 0, products="float32") == pytest.approx(1)
     assert peaks.floor(0, 2 * peaks.bytes, products="float32") == pytest.approx(2)
 

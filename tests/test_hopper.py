@@ -237,6 +237,16 @@ def test_clocks(kernel, groups):
 
 
 @emulated
+def test_the_check_at_first_use_passes(kernel, monkeypatch):
+    """Every candidate can compute what it is checked by; on a GPU a refusal would rule the kernel out."""
+    error = hopper._error
+    monkeypatch.setattr(hopper, "_error", lambda conv, tile, shape, *rest: error(conv, tile, (2, 16, 8), *rest))
+    assert hopper._check(torch.device("cpu"), torch.float16) is None
+    assert set(kernel.launched) == {f"lgnet_conv_float16_{h}_{g}" for h in hopper.TILE_HEIGHTS for g in (1, 2)}
+    assert len(kernel.launched) == 2 * len(hopper.CANDIDATES)
+
+
+@emulated
 def test_emulator_finds_a_wait_that_never_ends(kernel):
     """Arguments that the launcher does not make: a ring too small for two warpgroups."""
     source, weight, exact = operands(SMALL, 1, (8, 8))

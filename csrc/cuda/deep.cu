@@ -22,7 +22,9 @@
 // Every wait ends after at most `timeout` clocks. After a timeout `state[0]` holds the kind of wait, the layer and
 // the block; every block runs to its end without waiting and fills the last layer's stores with NaN. Later launches
 // do the same until `state` is zeroed.
+#include "elements.cuh"
 #include "ptx.cuh"
+#include "ring.cuh"
 #include "source.cuh"
 
 namespace lgnet {
@@ -102,27 +104,6 @@ __device__ __forceinline__ int32_t code_of(Wait kind, int layer) {
   return (kind << 24) | (layer << 16) | static_cast<int32_t>(blockIdx.x + 1);
 }
 
-template <typename T>
-struct Math;
-
-template <>
-struct Math<__half> {
-  static constexpr bool kBf16 = false;
-  static __device__ __forceinline__ uint32_t pair(float low, float high) {
-    const __half2 value = __floats2half2_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&value);
-  }
-};
-
-template <>
-struct Math<__nv_bfloat16> {
-  static constexpr bool kBf16 = true;
-  static __device__ __forceinline__ uint32_t pair(float low, float high) {
-    const __nv_bfloat162 value = __floats2bfloat162_rn(low, high);
-    return *reinterpret_cast<const uint32_t*>(&value);
-  }
-};
-
 // Codes of kernels/launch.py, ACTIVATIONS. NaN stays NaN.
 __device__ __forceinline__ float activate(float x, int code) {
   if (code == 1) return x < 0.f ? 0.f : x;
@@ -144,16 +125,6 @@ struct Place {
     begin = turn * layer.base + min(turn, layer.extra);
     first = rank * layer.block_steps;
     steps = max(min(layer.block_steps, layer.steps - first), 0);
-  }
-};
-
-// The next slot of the ring, and the parity of the number of times that it has been used.
-struct Ring {
-  int slot, slots;
-  uint32_t parity;
-
-  __device__ __forceinline__ void advance() {
-    if (++slot == slots) slot = 0, parity ^= 1;
   }
 };
 
@@ -220,14 +191,14 @@ struct Item {
 
 // Waits for the weights of the next step of the ring.
 __device__ __forceinline__ void wait_for_weights(const Place& place, Guard& guard, const Ring& ring, int number) {
-  guard.wait(place.full + 8 * ring.slot, ring.parity, code_of(kFull, number));
+  guard.wait(place.full + 8 * ring.stage, ring.parity, code_of(kFull, number));
   __syncwarp();
 }
 
 // The slot can be filled again once every warp has read its weights.
 __device__ __forceinline__ void release(const Place& place, Ring& ring) {
   __syncwarp();
-  if (place.lane == 0) barrier_arrive(place.empty + 8 * ring.slot);
+  if (place.lane == 0) barrier_arrive(place.empty + 8 * ring.stage);
   ring.advance();
 }
 
@@ -248,7 +219,7 @@ __device__ __forceinline__ void read(Operands<kRows>& to, const Layer& layer, co
     for (int r = 0; r < kRows; ++r) to.positions[r] = load_shared(item.base[r] + to.at);
   }
   wait_for_weights(place, guard, ring, number);
-  const uint32_t from = place.ring + ring.slot * kSlotBytes + place.warp * kPieceBytes + place.lane * 16;
+  const uint32_t from = place.ring + ring.stage * kSlotBytes + place.warp * kPieceBytes + place.lane * 16;
   to.weights[0] = load_shared(from), to.weights[1] = load_shared(from + kPieceBytes / 2);
 }
 
@@ -269,11 +240,11 @@ __device__ __forceinline__ void add_products(float (&sums)[kRows][4], const Oper
     }
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
-      warp_product<Math<T>::kBf16>(sums[r0 + r], step.weights[0], x[r].x, x[r].y);
+      warp_product<Pair<T>::kBf16>(sums[r0 + r], step.weights[0], x[r].x, x[r].y);
     }
 #pragma unroll
     for (int r = 0; r < kTogether; ++r) {
-      warp_product<Math<T>::kBf16>(sums[r0 + r], step.weights[1], x[r].z, x[r].w);
+      warp_product<Pair<T>::kBf16>(sums[r0 + r], step.weights[1], x[r].z, x[r].w);
     }
   }
 }
@@ -389,9 +360,11 @@ __device__ __forceinline__ void send(const Layer& layer, const Place& place, uin
 
 template <typename T>
 __device__ __forceinline__ void store(void* to, int64_t index, const float4& value, int activation) {
+  using Two = typename Pair<T>::type;
   uint2 packed;
-  packed.x = Math<T>::pair(activate(value.x, activation), activate(value.y, activation));
-  packed.y = Math<T>::pair(activate(value.z, activation), activate(value.w, activation));
+  Two* const pairs = reinterpret_cast<Two*>(&packed);
+  pairs[0] = Pair<T>::narrow(activate(value.x, activation), activate(value.y, activation));
+  pairs[1] = Pair<T>::narrow(activate(value.z, activation), activate(value.w, activation));
   *reinterpret_cast<uint2*>(static_cast<T*>(to) + index) = packed;
 }
 
@@ -433,9 +406,9 @@ __device__ __forceinline__ void stream(const Program& program, Place& place, Gua
       const uint32_t bytes = min(items - item0, kWarps) * kPieceBytes;
       for (int round = 0; round < layer.step_rounds; ++round) {
         // In the first turn of the ring no slot is in use, and this wait ends at once.
-        guard.wait(place.empty + 8 * ring.slot, ring.parity ^ 1, code_of(kEmpty, number));
+        guard.wait(place.empty + 8 * ring.stage, ring.parity ^ 1, code_of(kEmpty, number));
         if (guard.dead) return;
-        const uint32_t to = place.ring + ring.slot * kSlotBytes, barrier = place.full + 8 * ring.slot;
+        const uint32_t to = place.ring + ring.stage * kSlotBytes, barrier = place.full + 8 * ring.stage;
         barrier_expect(barrier, bytes);
         if (program.evict_first) {
           copy_bytes_once(to, from, bytes, barrier);

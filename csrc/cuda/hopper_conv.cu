@@ -24,7 +24,9 @@
 // Three more warps load weights, load patches, and apply reflection padding to the patches of tiles at the edge of
 // the map: the last copies pixels within the patch. For zero padding it does nothing, because the TMA fills with
 // zeros.
+#include "elements.cuh"
 #include "ptx.cuh"
+#include "ring.cuh"
 #include "source.cuh"
 #include "wgmma.cuh"
 
@@ -95,21 +97,6 @@ struct Activation {
   __device__ __forceinline__ explicit Activation(int code) : slope(code == 2 ? 0.2f : 1.0f), zero(code == 1) {}
   // Not fmaxf, which does not return NaN for NaN.
   __device__ __forceinline__ float operator()(float x) const { return x < 0.0f ? (zero ? 0.0f : slope * x) : x; }
-};
-
-template <typename T>
-struct Pair;
-template <>
-struct Pair<__half> {
-  using type = __half2;
-  static __device__ __forceinline__ float2 wide(__half2 v) { return __half22float2(v); }
-  static __device__ __forceinline__ __half2 narrow(float a, float b) { return __floats2half2_rn(a, b); }
-};
-template <>
-struct Pair<__nv_bfloat16> {
-  using type = __nv_bfloat162;
-  static __device__ __forceinline__ float2 wide(__nv_bfloat162 v) { return __bfloat1622float2(v); }
-  static __device__ __forceinline__ __nv_bfloat162 narrow(float a, float b) { return __floats2bfloat162_rn(a, b); }
 };
 
 template <typename T>
@@ -246,16 +233,6 @@ struct Memory {
   }
 };
 
-// The next stage of a ring, and the parity of the number of times that the ring has been passed.
-struct Ring {
-  int stage, stages;
-  uint32_t parity;
-
-  __device__ __forceinline__ void advance() {
-    if (++stage == stages) stage = 0, parity ^= 1;
-  }
-};
-
 // What a block reads for its tile.
 struct Reading {
   int y0, x0;            // the patch's first pixel in the map
@@ -375,8 +352,8 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
   uint32_t patch = 0;
   const int chunks = (args.chunks - cluster.part + cluster.parts - 1) / cluster.parts;
   int chunk = 0, y = 0, x = 0;  // the step
-  int waited = 0;               // patches before this chunk have arrived
-  int kept = 0, kept_at = 0;    // patches before this chunk have been released; the stage of this chunk
+  int waited = 0, kept = 0;     // patches before these chunks have arrived, and have been released
+  Ring held = patches;          // where the patch of chunk `kept` is
   int before = -1;              // the stage of this group's last step
   const auto next = [&] {
     weights.advance();
@@ -411,8 +388,8 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
     if (before >= 0) release(memory.weights_empty(before), cluster.sharing, lane);
 #pragma unroll 1
     for (; kept < chunk; ++kept) {
-      if (lane == 0) barrier_arrive(memory.patch_empty(kept_at));
-      if (++kept_at == args.patch_stages) kept_at = 0;
+      if (lane == 0) barrier_arrive(memory.patch_empty(held.stage));
+      held.advance();
     }
     before = weights.stage;
 #pragma unroll
@@ -433,12 +410,12 @@ struct Target {
   static constexpr bool kEarly = N <= 128;
   int pixels[kPasses];  // -1: outside
   uint4 residual[kEarly ? kPasses : 1];
-  int first_pixel, part, column;
+  int first_pixel, channel, column;  // channel: of the block's
 
   // Of the cluster's blocks that split the depth, block i stores every parts-th pixel from the i-th on.
   __device__ __forceinline__ Target(const Args& args, const Place& place, const Cluster& cluster) {
-    part = threadIdx.x % 8 * 8, first_pixel = threadIdx.x / 8;
-    column = place.column + part;
+    channel = threadIdx.x % 8 * 8, first_pixel = threadIdx.x / 8;
+    column = place.column + channel;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int pixel = pixel_of(pass, cluster);
@@ -454,9 +431,21 @@ struct Target {
     return (pass * kPixels + first_pixel) * cluster.parts + cluster.part;
   }
 
-  // Adds the blocks' and groups' sums of every pixel, which lie at `rows` in shared memory as float32 [group, pixel,
-  // channel], the bias and the residual.
-  __device__ __forceinline__ void store(const Args& args, uint32_t rows, const Cluster& cluster) const {
+  // Adds eight sums of `pixel` by every group of a block; `read` reads four of them at a byte of its `rows`.
+  template <typename Read>
+  __device__ __forceinline__ void add(float (&value)[8], int pixel, const Read& read) const {
+#pragma unroll
+    for (int group = 0; group < GROUPS; ++group) {
+      const int at = ((group * N + pixel) * kRowFloats + channel) * 4;
+      const float4 low = read(at), high = read(at + 16);
+      value[0] += low.x, value[1] += low.y, value[2] += low.z, value[3] += low.w;
+      value[4] += high.x, value[5] += high.y, value[6] += high.z, value[7] += high.w;
+    }
+  }
+
+  // Stores the sums of all groups and blocks, with bias and residual. rows: the block's sums in shared memory,
+  // float32 [group, pixel, channel].
+  __device__ __forceinline__ void store(const Args& args, const char* rows, const Cluster& cluster) const {
     using Two = typename Pair<T>::type;
     const float4 bias0 = *reinterpret_cast<const float4*>(args.bias + column);
     const float4 bias1 = *reinterpret_cast<const float4*>(args.bias + column + 4);
@@ -466,15 +455,14 @@ struct Target {
     for (int pass = 0; pass < kPasses; ++pass) {
       if (pixels[pass] < 0) continue;
       float value[8] = {};
+      const int pixel = pixel_of(pass, cluster);
+      if (cluster.parts == 1) {
+        add(value, pixel, [&](int at) { return *reinterpret_cast<const float4*>(rows + at); });
+      } else {
 #pragma unroll 1
-      for (int block = 0; block < cluster.parts; ++block) {
-        const uint32_t sums = cluster.parts > 1 ? remote(rows, block) : rows;
-#pragma unroll
-        for (int group = 0; group < GROUPS; ++group) {
-          const uint32_t from = sums + ((group * N + pixel_of(pass, cluster)) * kRowFloats + part) * 4;
-          const float4 low = load_remote(from), high = load_remote(from + 16);
-          value[0] += low.x, value[1] += low.y, value[2] += low.z, value[3] += low.w;
-          value[4] += high.x, value[5] += high.y, value[6] += high.z, value[7] += high.w;
+        for (int block = 0; block < cluster.parts; ++block) {
+          const uint32_t sums = remote(shared_address(rows), block);
+          add(value, pixel, [&](int at) { return load_remote(sums + at); });
         }
       }
       const uint4 added = kEarly ? residual[kEarly ? pass : 0] : residual_of<T>(args, pixels[pass], column);
@@ -499,7 +487,6 @@ struct Target {
 template <typename T, int N, int GROUPS, bool TIMED>
 __device__ __forceinline__ void compute(const Args& args, const Memory& memory, const Place& place,
                                         const Reading& reading, const Cluster& cluster, Clocks<TIMED>& clocks) {
-  constexpr bool BF16 = !__is_same(T, __half);
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int group = GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
   const int warp = threadIdx.x / 32 % kGroupWarps, lane = threadIdx.x % 32;
@@ -509,7 +496,7 @@ __device__ __forceinline__ void compute(const Args& args, const Memory& memory, 
   float sum[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-  multiply<BF16, N, GROUPS, TIMED>(args, memory, reading, group, lane, cluster, sum, clocks);
+  multiply<Pair<T>::kBf16, N, GROUPS, TIMED>(args, memory, reading, group, lane, cluster, sum, clocks);
   // The sums replace the weights and patches, which all groups have read.
   float* const rows = reinterpret_cast<float*>(memory.bytes);
   meet<1, GROUPS * kGroupThreads>();
@@ -523,7 +510,7 @@ __device__ __forceinline__ void compute(const Args& args, const Memory& memory, 
   } else {
     meet<1, GROUPS * kGroupThreads>();
   }
-  target.store(args, memory.weights, cluster);
+  target.store(args, memory.bytes, cluster);
   if (cluster.parts > 1) cluster_meet();  // a block must not end while others read its sums
 }
 

@@ -64,7 +64,13 @@ def _library(name: str) -> ctypes.CDLL:
             os.replace(made, library)
     loaded = ctypes.CDLL(str(library))
     loaded.lgnet_emulate.restype = ctypes.c_char_p
+    loaded.lgnet_copied.restype = ctypes.c_int64
     return loaded
+
+
+def copied(source: str, block: int) -> int:
+    """Bytes that a block of the last launch copied from global memory, other than boxes of tensor maps."""
+    return int(_library(source).lgnet_copied(block))
 
 
 def launch(
@@ -107,4 +113,4 @@ class EmulatedKernel:
         self.launched.append(self.name)
 
 
-__all__ = ["UNAVAILABLE", "EmulatedKernel", "TensorMap", "launch", "tensor_map"]
+__all__ = ["UNAVAILABLE", "EmulatedKernel", "TensorMap", "copied", "launch", "tensor_map"]

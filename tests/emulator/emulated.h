@@ -24,6 +24,7 @@
 #include <memory>
 #include <numeric>
 #include <string>
+#include <tuple>
 #include <vector>
 
 #define __device__
@@ -209,6 +210,7 @@ struct Machine {
 };
 
 inline Machine* machine;
+inline std::vector<int64_t> copied;  // bytes that `copy_bytes` copied in each block of the last launch
 
 [[noreturn]] inline void leave() { _longjmp(machine->scheduler, 1); }
 
@@ -432,6 +434,7 @@ inline std::string launch(int grid, int cluster, int threads, int shared_bytes, 
   m.stack_bytes = 32768;
   const int number = together ? grid : cluster;
   const size_t bytes = m.stack_bytes * number * threads;
+  copied.assign(grid, 0);
   if (grid % cluster) return "the grid is not a multiple of the cluster";
   m.stacks = static_cast<uint8_t*>(
       mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
@@ -593,6 +596,7 @@ inline void copy_box(uint32_t to, const CUtensorMap& map, uint32_t barrier, int 
 }
 inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   emulator::check(bytes % 16 == 0 && reinterpret_cast<uintptr_t>(from) % 16 == 0, "a copy that is not aligned");
+  emulator::copied[emulator::machine->current->block->number] += bytes;
   later([=] {
     memcpy(emulator::shared(to, bytes, 16), from, bytes);
     emulator::barrier_at(barrier).bring(bytes);

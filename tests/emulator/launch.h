@@ -10,6 +10,9 @@
 using Kernels = std::map<std::string, std::function<std::function<void()>(void**)>>;
 static const Kernels& kernels();
 
+// Bytes that a block of the last launch copied from global memory, other than boxes of tensor maps.
+extern "C" int64_t lgnet_copied(int block) { return emulator::copied[block]; }
+
 // Null, or what went wrong (valid until the next call).
 extern "C" const char* lgnet_emulate(const char* name, int grid, int cluster, int threads, int shared_bytes,
                                      int together, uint64_t seed, void** addresses) {

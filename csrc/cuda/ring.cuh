@@ -1,0 +1,18 @@
+// Stages of shared memory that are filled and read in turn.
+#pragma once
+
+#include "ptx.cuh"
+
+namespace lgnet {
+
+// The next stage, and the parity of the number of times that all stages have been passed.
+struct Ring {
+  int stage, stages;
+  uint32_t parity;
+
+  __device__ __forceinline__ void advance() {
+    if (++stage == stages) stage = 0, parity ^= 1;
+  }
+};
+
+}  // namespace lgnet
