@@ -241,7 +241,7 @@ void Convolution::multiply(const Part& part, const Factors& factors, const Range
   product.a = factors.v + range.point * factors.v_stride + range.r0 * part.row();
   product.a_row = part.row();
   product.a_low = factors.v_low;
-  // With matrix tiles by the steps of a product that reads in place, which give the same sums.
+  // Matrix tiles take the depth in the steps of a product that reads in place, so that both give the same sums.
   if (kernels_.tile_units > 0) product.piece = product.jump = part.piece;
   product.b = part.weight + range.point * columns_ * part.depth * kernels_.unit_bytes;
   product.first_column = range.n0;

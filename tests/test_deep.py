@@ -193,7 +193,7 @@ def test_bits_do_not_depend_on_the_order_of_events(dtype):
 
 @emulated
 def test_a_launch_after_a_failure_ends_with_nan():
-    """Of a program whose state has an error: no block waits for another, and the error stays."""
+    """If the state has an error, no block waits for another, the results are NaN, and the error stays."""
     plan, steps, group, _, maps = make_group("lgnet_demo", "net_c", 1, 8, 5)
     code = 4 << 24 | 3 << 16 | 18
     state = run_group(plan, steps, group, maps, error=code)
