@@ -22,7 +22,7 @@
 // of eight keys are 256 adjacent bytes of the value product. So one packed copy is enough for both (released: K = V).
 // On bf16 hardware a broadcast loads a pair along the summed index; there keys and values are paired differently.
 //
-// Blocking (AVX-512: panels of 48 queries, register blocks of 8 x 48, see attention_kernels.h). A task is one panel
+// Blocking (AVX-512: panels of 48 queries, register blocks of 8 x 48, see attention_products.h). A task is one panel
 // of queries against a range of keys, 128 keys at a time: scores 24 KB and query panel 24 KB (C = 128) stay in the
 // first-level cache, the 64 KB of keys are read twice from the second level. Tasks are (batch, panel), scheduled
 // dynamically. Where there are too few for the threads, the keys are split too, and the parts are merged by their

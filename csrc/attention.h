@@ -1,4 +1,4 @@
-// Shared by attention.cpp (scheduling, memory) and attention_kernels.h (arithmetic, once per instruction set).
+// Shared by attention.cpp (scheduling, memory) and attention_*.h (arithmetic, once per instruction set).
 #pragma once
 
 #include <vector>

@@ -167,7 +167,10 @@ def pick_inference(generation: str, kind: str, channels: int, positions: int, ba
         large = 64 if generation == "sm_80" else 32
         project_p = large if positions * batch >= 16384 else 32 if positions * batch >= 1024 else 16
         warps = 8 if channels <= 128 or channels > 256 else 4
-        if generation == "sm_100" and channels <= 32:  # eight warps would spill
+        # Where these hold, registers would spill otherwise.
+        if generation == "sm_100" and channels <= 32:
+            warps, project_p = 4, 16
+        if generation in ("sm_89", "sm_100") and 256 < channels <= 384:
             warps = 4
         config = Inference(block_m, 64, block_v, warps, 3, project_p, min(64, width), min(64, width), 16)
     limit = SHARED_LIMITS[generation]
