@@ -121,6 +121,19 @@ def test_the_size_of_the_network(variant):
         assert_accurate(name, got, t, e)
 
 
+def test_weights_that_vanish_cost_no_time(isa):
+    """At scale 10 many weights are near 2^-126; products with subnormal numbers took nine times as long."""
+    times = {}
+    for scale in (1, 10, 1, 10, 1, 10):
+        features, weight, _, grad = make((1, 64, 24, 24))
+        features *= scale
+        start = time.process_time()
+        _, attended, stats = cpu.attention_block_forward(features, weight, None, "released", save_attended=True)
+        cpu.attention_block_backward(grad, features, attended, stats, weight, "released")
+        times.setdefault(scale, []).append(time.process_time() - start)
+    assert min(times[10]) < 2.5 * min(times[1])
+
+
 @pytest.mark.parametrize("channels", [387, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -44,9 +44,9 @@ constexpr float kExp2[6] = {6.93147203e-01f, 2.40226479e-01f, 5.55033247e-02f,
                             9.61843736e-03f, 1.33988744e-03f, 1.53533618e-04f};
 // 2^f on [0, 1] as 1 + f * p(f): relative error 8.6e-5, a twentieth of the rounding to bf16.
 constexpr float kExp2Short[3] = {6.95116786e-01f, 2.27644991e-01f, 7.70670420e-02f};
-// Below this exp2 gives 0 rather than a subnormal number: 1e-38 is negligible next to the maximum of the row, and
-// multiplying by subnormal numbers costs over a hundred cycles on some CPUs.
-constexpr float kExp2Lowest = -126.0f;
+// Below this exp2 gives 0. Such a weight is 2^-40 of the rounding of its row's sum, which is at least 1, and its
+// products with values and gradients may be subnormal numbers, with which an operation takes over a hundred cycles.
+constexpr float kExp2Lowest = -64.0f;
 
 // tanh(x) = x * p(x^2) / q(x^2) on [-7.99881, 7.99881], where it reaches 1 in float32 (the rational approximation
 // of Eigen's generic_fast_tanh_float).
