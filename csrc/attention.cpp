@@ -36,7 +36,8 @@
 // large (at scores of 1e7 it is off by 1, and probabilities by a factor of e). With G the gradient of attended,
 // P = exp(S - m) / l and D_i = G_i . attended_i:
 //   dV_j = sum_i P_ij G_i     dS = P * (G_i . V_j - D_i)     dQ_i = sum_j dS_ij K_j     dK_j = sum_i dS_ij Q_i
-// These are five products over the same blocks. Then dF = box3x3(dQ) + d normalise(dK + dV) (released; the
+// These are five products over the same blocks, of bf16 features by matrix tiles all in bf16, else all but the scores
+// in T. Then dF = box3x3(dQ) + d normalise(dK + dV) (released; the
 // zero-padded box sum is its own adjoint) or d normalise(dQ + dK) + dV (paper). Threads compute rectangles of (query
 // range, key range) with separate gradient buffers: about 2 sqrt(threads) copies of N x C, no atomics, a fixed order
 // of summation.
@@ -381,7 +382,8 @@ Buffer<T> row_dots(const AttentionWork<T>& w, const T* grad, const T* attended, 
   return dots;
 }
 
-// The backward of one call: scores as in the forward (bf16 pairs for bf16 features), everything else in T.
+// The backward of one call: scores as in the forward (bf16 pairs for bf16 features), everything else in T, or by
+// matrix tiles all products in bf16.
 template <class T>
 class Backward {
  public:
@@ -389,13 +391,15 @@ class Backward {
       : features_(features),
         kernels_(pick(T{}, Products::float32)),
         score_kernels_(pick(T{}, products_of(features))),
+        packing_(score_kernels_.tiled_backward ? score_kernels_ : kernels_),
+        share_(released && packing_.element_bytes == static_cast<int64_t>(sizeof(T))),
         threads_(threads) {
-    describe(features, released, kernels_, w_);
+    describe(features, released, packing_, w_);
     w_.out = grad_features;
-    if (score_kernels_.element_bytes != kernels_.element_bytes) {
-      pair_bytes_ = w_.pack_bytes / kernels_.element_bytes * score_kernels_.element_bytes;
+    if (score_kernels_.element_bytes != packing_.element_bytes) {
+      pair_bytes_ = w_.pack_bytes / packing_.element_bytes * score_kernels_.element_bytes;
     }
-    turn_ = items_at_once(features.size[0], w_.pack_bytes * (released ? 1 : 2) + pair_bytes_);
+    turn_ = items_at_once(features.size[0], w_.pack_bytes * (share_ ? 1 : 2) + pair_bytes_);
   }
 
   void run(const View& grad_attended, const View& attended, const View& stats);
@@ -406,7 +410,8 @@ class Backward {
   void differentiate();
 
   const View& features_;
-  const AttentionKernels<T>&kernels_, &score_kernels_;
+  const AttentionKernels<T>&kernels_, &score_kernels_, &packing_;  // packing_: of keys and values
+  const bool share_;                                               // keys and values are the same memory
   const int64_t threads_;
   AttentionWork<T> w_{};
   int64_t pair_bytes_ = 0;  // of one batch item's keys as bf16 pairs, where the scores need them
@@ -428,7 +433,7 @@ void Backward<T>::run(const View& grad_attended, const View& attended, const Vie
     w_.features = planes.get();
     w_.saved_max = reinterpret_cast<const T*>(stats.data) + first * w_.positions;
     w_.saved_sum = w_.saved_max + features_.size[0] * w_.positions;
-    const Packed<T> packed(kernels_, w_.released, threads_, w_);
+    const Packed<T> packed(packing_, share_, threads_, w_);
     std::optional<Packed<T>> packed_pairs;
     pack_scores(packed_pairs);
     split_work();

@@ -68,12 +68,13 @@ struct AttentionWork {
 
 template <class T>
 struct AttentionKernels {
-  int64_t panel;                                        // queries in a panel
-  int64_t lanes;                                        // of a vector
-  int64_t element_bytes;                                // of packed keys and values
-  int64_t panels_per_task;                              // at most
-  int64_t chunk_groups;                                 // groups of keys between two updates of the maximum
-  int64_t key_groups;                                   // that lie together: ranges of keys begin at multiples of it
+  int64_t panel;            // queries in a panel
+  int64_t lanes;            // of a vector
+  int64_t element_bytes;    // of packed keys and values
+  int64_t panels_per_task;  // at most
+  int64_t chunk_groups;     // groups of keys between two updates of the maximum
+  int64_t key_groups;       // that lie together: ranges of keys begin at multiples of it
+  bool tiled_backward;      // the backward multiplies keys and values as `prepare` packs them; else see score_keys
   int64_t (*forward_scratch)(const AttentionWork<T>&);  // elements of T per worker
   int64_t (*backward_scratch)(const AttentionWork<T>&);
   void (*prepare)(const AttentionWork<T>&, int64_t b, int64_t tile);

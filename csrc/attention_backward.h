@@ -2,7 +2,7 @@
 // Included by isa_*.cpp inside its target pragma.
 #pragma once
 
-#include "attention_maps.h"
+#include "attention_tiled_backward.h"
 
 namespace lgnet {
 namespace LGNET_ISA {
@@ -16,10 +16,12 @@ struct AttentionBackward {
   using Reg = typename V::Reg;
   using Work = AttentionWork<T>;
   using Multiplier = typename Products::Multiplier;
+  using Part = BackwardPart<T>;
   static constexpr int W = Products::W, NR = Products::NR, UNITS = Products::UNITS;
   static constexpr int64_t GROUP = Products::GROUP, CHUNK = Products::CHUNK;
 
   static int64_t backward_scratch(const Work& w) {
+    if constexpr (Products::kTiled) return AttentionTiledBackward<V>::scratch_size(w);
     const int64_t task = 3 * w.channels_padded * NR + 2 * CHUNK * NR + 2 * NR * w.channels_lanes + 3 * NR;
     const int64_t finish = w.channels * (kPositionsPerTile + NR);
     return task > finish ? task : finish;
@@ -31,28 +33,36 @@ struct AttentionBackward {
     const int64_t n = w.positions, lanes = w.channels_lanes, rows_k = w.key_groups * GROUP;
     const int64_t panel_begin = query_range * w.panels / w.query_ranges;
     const int64_t panel_end = (query_range + 1) * w.panels / w.query_ranges;
-    const int64_t g_begin = key_range * w.key_groups / w.key_ranges;
-    const int64_t g_end = (key_range + 1) * w.key_groups / w.key_ranges;
     T* grad_key = w.grad_key + (query_range * w.batch + b) * rows_k * lanes;
     T* grad_value = w.released ? grad_key : w.grad_value + (query_range * w.batch + b) * rows_k * lanes;
     T* grad_query = w.grad_query + (key_range * w.batch + b) * w.channels * n;
-    for (int64_t j = g_begin * GROUP * lanes; j < g_end * GROUP * lanes; ++j) grad_key[j] = 0;
+    const Part part{first_group(w, key_range), first_group(w, key_range + 1), grad_query, grad_key, grad_value};
+    for (int64_t j = part.g_begin * GROUP * lanes; j < part.g_end * GROUP * lanes; ++j) grad_key[j] = 0;
     if (!w.released) {
-      for (int64_t j = g_begin * GROUP * lanes; j < g_end * GROUP * lanes; ++j) grad_value[j] = 0;
+      for (int64_t j = part.g_begin * GROUP * lanes; j < part.g_end * GROUP * lanes; ++j) grad_value[j] = 0;
     }
     for (int64_t panel = panel_begin; panel < panel_end; ++panel) {
-      const int64_t count = n - panel * NR < NR ? n - panel * NR : NR;
+      const int64_t p0 = panel * NR, count = n - p0 < NR ? n - p0 : NR;
       Products::with_vectors(count, [&](auto m) {
-        backward_panel<decltype(m)::value>(w, b, panel, count, g_begin, g_end, grad_query, grad_key, grad_value,
-                                           scratch);
+        if constexpr (Products::kTiled) {
+          AttentionTiledBackward<V>::template panel<decltype(m)::value>(w, b, p0, count, part, scratch);
+        } else {
+          backward_panel<decltype(m)::value>(w, b, p0, count, part, scratch);
+        }
       });
     }
   }
 
+  // First group of a range of keys; of tiles, keys are divided in whole tiles.
+  static int64_t first_group(const Work& w, int64_t key_range) {
+    constexpr int64_t WHOLE = Products::kTiled ? Products::TILE_KEYS / GROUP : 1;
+    const int64_t first = key_range * ((w.key_groups + WHOLE - 1) / WHOLE) / w.key_ranges * WHOLE;
+    return first < w.key_groups ? first : w.key_groups;
+  }
+
   template <int M>
-  static void backward_panel(const Work& w, int64_t b, int64_t panel, int64_t count, int64_t g_begin, int64_t g_end,
-                             T* grad_query, T* grad_key, T* grad_value, T* scratch) {
-    const int64_t cp = w.channels_padded, n = w.positions, p0 = panel * NR, lanes = w.channels_lanes;
+  static void backward_panel(const Work& w, int64_t b, int64_t p0, int64_t count, const Part& part, T* scratch) {
+    const int64_t cp = w.channels_padded, n = w.positions, lanes = w.channels_lanes;
     T* queries = scratch;                  // [cp][NR], in units of log 2
     T* grads = queries + cp * NR;          // [cp][NR]
     T* rows = grads + cp * NR;             // [cp][NR] gradient of the queries
@@ -92,8 +102,8 @@ struct AttentionBackward {
     const T* values = reinterpret_cast<const T*>(w.values + b * w.pack_bytes);
     Multiplier multiplier;
     typename Full::Multiplier full;
-    for (int64_t g0 = g_begin; g0 < g_end; g0 += CHUNK / GROUP) {
-      const int64_t groups = g_end - g0 < CHUNK / GROUP ? g_end - g0 : CHUNK / GROUP;
+    for (int64_t g0 = part.g_begin; g0 < part.g_end; g0 += CHUNK / GROUP) {
+      const int64_t groups = part.g_end - g0 < CHUNK / GROUP ? part.g_end - g0 : CHUNK / GROUP;
       const int64_t padded = groups * GROUP;
       const int64_t valid = n - g0 * GROUP < padded ? n - g0 * GROUP : padded;
       Products::template score_product<M>(score_keys + g0 * unit_stride, unit_stride, groups, query_units,
@@ -109,13 +119,14 @@ struct AttentionBackward {
           V::store(s, V::mul(probability, V::sub(V::load(s), dot)));
         }
       }
-      Full::template value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != g_begin, full);
+      Full::template value_product<M>(keys + g0 * stride, stride, groups, slopes, cp, rows, g0 != part.g_begin, full);
       const int64_t offset = g0 * GROUP * lanes;
-      Full::outer_product(weights, grad_lanes, lanes, padded, count, grad_value + offset);
-      Full::outer_product(slopes, query_lanes, lanes, padded, count, grad_key + offset);
+      Full::outer_product(weights, grad_lanes, lanes, padded, count, part.grad_value + offset);
+      Full::outer_product(slopes, query_lanes, lanes, padded, count, part.grad_key + offset);
     }
     for (int64_t c = 0; c < w.channels; ++c) {
-      for (int64_t t = 0; t < count; ++t) grad_query[c * n + p0 + t] = g_begin < g_end ? rows[c * NR + t] : T{0};
+      for (int64_t t = 0; t < count; ++t)
+        part.grad_query[c * n + p0 + t] = part.g_begin < part.g_end ? rows[c * NR + t] : T{0};
     }
   }
 

@@ -170,28 +170,20 @@ struct AttentionForward {
       T* column = scores + m * W;
       int64_t j = 0;
       for (; j + 2 <= valid; j += 2) {
-        const Reg even = weight_of(V::sub(V::load(column + j * NR), shift));
-        const Reg odd = weight_of(V::sub(V::load(column + (j + 1) * NR), shift));
+        const Reg even = Products::weight_of(V::sub(V::load(column + j * NR), shift));
+        const Reg odd = Products::weight_of(V::sub(V::load(column + (j + 1) * NR), shift));
         total[0] = V::add(total[0], even);
         total[1] = V::add(total[1], odd);
         store_weights(column, j, even, odd);
       }
       if (j < valid) {
-        const Reg last = weight_of(V::sub(V::load(column + j * NR), shift));
+        const Reg last = Products::weight_of(V::sub(V::load(column + j * NR), shift));
         total[0] = V::add(total[0], last);
         store_weights(column, j, last, V::set1(0));
         j += 2;
       }
       for (; j < padded; j += 2) store_weights(column, j, V::set1(0), V::set1(0));
       V::store(sum + m * W, V::add(V::load(sum + m * W), V::add(total[0], total[1])));
-    }
-  }
-
-  static LGNET_INLINE Reg weight_of(Reg difference) {
-    if constexpr (V::PAIR == 2 && !kSplit && has_exp2_short<V>(0)) {
-      return V::exp2_short(difference);
-    } else {
-      return V::exp2(difference);
     }
   }
 

@@ -34,9 +34,9 @@ struct Attention {
     k.merge = Forward::merge;
     k.combine = Forward::combine;
     if constexpr (!kSplit) {
-      using Narrow = AttentionBackward<typename NarrowOf<V>::type>;
-      k.backward_scratch = Narrow::backward_scratch;
-      k.backward = Narrow::backward;
+      k.tiled_backward = kTiled;
+      k.backward_scratch = AttentionBackward<V>::backward_scratch;
+      k.backward = AttentionBackward<V>::backward;
     }
     if constexpr (V::PAIR == 1) {
       k.backward_sum = AttentionBackward<V>::backward_sum;

@@ -171,6 +171,15 @@ struct AttentionProducts {
     for (; c < lanes; c += W) outer_block<1>(left, right + c, lanes, keys, queries, out + c);
   }
 
+  // exp2 of a score less its row's maximum.
+  static LGNET_INLINE Reg weight_of(Reg difference) {
+    if constexpr (V::PAIR == 2 && !kSplit && has_exp2_short<V>(0)) {
+      return V::exp2_short(difference);
+    } else {
+      return V::exp2(difference);
+    }
+  }
+
   // Calls f with the number of vectors for `count` positions, at most M, as a compile-time constant.
   template <int M = V::NV, class F>
   static LGNET_INLINE void with_vectors(int64_t count, F f) {

@@ -335,15 +335,9 @@ class TileProduct {
   Pending pending_{};
 };
 
-// The backward of attention adds products of float32 to a panel, so its panels are as wide as theirs.
-struct NarrowTiledBf16 : Bf16 {
-  static constexpr int CONV_ROWS = 32;
+struct TiledBf16 : Bf16 {
+  static constexpr int CONV_ROWS = 32, NV = 4;
   using Tiles = TileProduct<1>;
-};
-
-struct TiledBf16 : NarrowTiledBf16 {
-  static constexpr int NV = 4;
-  using Narrow = NarrowTiledBf16;
 };
 
 // A float32 as bf16 parts, each the rest of those before it, rounded. Two leave 2^-17 of it, three 2^-25.

@@ -23,7 +23,6 @@
 //   stream_half
 //   exp2_short       optional: exp2 for weights that are rounded to bf16; below kExp2Lowest any number up to its exp2
 //   transpose        optional: of W registers, where the compiler needs more than loops for it
-//   Narrow           optional: a class of the same arithmetic whose attention panels are as wide as those of F32
 //   rest             PARTS == 2: what rounding to bf16 leaves
 //   Tiles            optional: a class that multiplies by matrix tiles, in place of convolution's register blocks
 #pragma once
@@ -77,16 +76,6 @@ struct TilesOf {
 template <class V>
 struct TilesOf<V, std::void_t<typename V::Tiles>> {
   using type = typename V::Tiles;
-};
-
-// V::Narrow, or V where there is none.
-template <class V, class = void>
-struct NarrowOf {
-  using type = V;
-};
-template <class V>
-struct NarrowOf<V, std::void_t<typename V::Narrow>> {
-  using type = typename V::Narrow;
 };
 
 // Whether V has a function of that name.
