@@ -332,7 +332,7 @@ def _may_spill(source: Tensor, tile: Tile) -> bool:
     generation = device_generation(source.device)[0]
     area = tile.block_m * tile.block_n // tile.num_warps
     if tile.splits == 1:
-        return generation == "sm_100" and area >= 2048
+        return generation == "sm_100" and area >= 512
     if tile.splits >= 16 and generation == "sm_89":
         return True
     if tile.splits >= 8 or generation == "sm_100":
