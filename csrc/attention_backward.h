@@ -75,18 +75,12 @@ struct AttentionBackward {
     T* row_dot = inverse_sum + NR;     // [NR]
 
     Maps::load_queries(w, b, p0, count, static_cast<T>(kLog2E), queries);
-    const T* grad = w.grad + b * w.channels * n + p0;
-    for (int64_t c = 0; c < cp; ++c) {
-      for (int64_t t = 0; t < NR; ++t) grads[c * NR + t] = c < w.channels && t < count ? grad[c * n + t] : T{0};
-    }
+    Maps::load_gradients(w, b, p0, count, grads, top, inverse_sum, row_dot);
     for (int64_t t = 0; t < NR; ++t) {
       for (int64_t c = 0; c < lanes; ++c) {
         query_lanes[t * lanes + c] = c < w.channels ? queries[c * NR + t] * static_cast<T>(kLn2) : T{0};
         grad_lanes[t * lanes + c] = c < w.channels ? grads[c * NR + t] : T{0};
       }
-      top[t] = t < count ? w.saved_max[b * n + p0 + t] : T{0};
-      inverse_sum[t] = t < count ? T{1} / w.saved_sum[b * n + p0 + t] : T{0};
-      row_dot[t] = t < count ? w.row_dot[b * n + p0 + t] : T{0};
     }
     // Operands and instructions are the same as in the forward, so the scores have the same bits as those from which
     // the forward took the maxima and sums. Differences from the maxima are then as exact as the scores.

@@ -190,6 +190,22 @@ struct AttentionMaps {
     }
   }
 
+  // For the backward of a panel: grads[c][t], and of every query the constant that the forward subtracted, the
+  // inverse of its sum, and D.
+  static void load_gradients(const Work& w, int64_t b, int64_t p0, int64_t count, T* grads, T* top, T* inverse_sum,
+                             T* row_dot) {
+    const int64_t n = w.positions, first = b * n + p0;
+    const T* grad = w.grad + b * w.channels * n + p0;
+    for (int64_t c = 0; c < w.channels_padded; ++c) {
+      for (int64_t t = 0; t < NR; ++t) grads[c * NR + t] = c < w.channels && t < count ? grad[c * n + t] : T{0};
+    }
+    for (int64_t t = 0; t < NR; ++t) {
+      top[t] = t < count ? w.saved_max[first + t] : T{0};
+      inverse_sum[t] = t < count ? T{1} / w.saved_sum[first + t] : T{0};
+      row_dot[t] = t < count ? w.row_dot[first + t] : T{0};
+    }
+  }
+
   // rows[c][t]: the features of a panel's positions.
   static void load_features(const Work& w, int64_t b, int64_t p0, int64_t count, T* rows) {
     if (w.pixels) {

@@ -85,7 +85,7 @@ struct AttentionTiledBackward {
   }
 
   static Panel begin(const Work& w, int64_t b, int64_t p0, int64_t count, T* scratch) {
-    const int64_t cp = w.channels_padded, n = w.positions, size = cp * NR;
+    const int64_t cp = w.channels_padded, size = cp * NR;
     T* weights = scratch + 3 * size;
     T* right = weights + 2 * CHUNK * NR;
     T* top = right + NR * w.channels_lanes;
@@ -93,15 +93,7 @@ struct AttentionTiledBackward {
         scratch, scratch + size, scratch + 2 * size, weights, weights + CHUNK * NR, reinterpret_cast<Unit*>(right),
         top,     top + NR,       top + 2 * NR};
     Maps::load_queries(w, b, p0, count, static_cast<T>(kLog2E), own.queries);
-    const T* grad = w.grad + b * w.channels * n + p0;
-    for (int64_t c = 0; c < cp; ++c) {
-      for (int64_t t = 0; t < NR; ++t) own.grads[c * NR + t] = c < w.channels && t < count ? grad[c * n + t] : T{0};
-    }
-    for (int64_t t = 0; t < NR; ++t) {
-      own.top[t] = t < count ? w.saved_max[b * n + p0 + t] : T{0};
-      own.inverse_sum[t] = t < count ? T{1} / w.saved_sum[b * n + p0 + t] : T{0};
-      own.row_dot[t] = t < count ? w.row_dot[b * n + p0 + t] : T{0};
-    }
+    Maps::load_gradients(w, b, p0, count, own.grads, own.top, own.inverse_sum, own.row_dot);
     pair_queries(own.grads, cp, w.channels_lanes, T{1}, own.right);
     pair_queries(own.queries, cp, w.channels_lanes, static_cast<T>(kLn2), own.right + NR / 2 * w.channels_lanes);
     Maps::to_units(own.queries, cp, reinterpret_cast<Unit*>(own.queries));  // in place
