@@ -329,10 +329,12 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
 
 def _may_spill(source: Tensor, tile: Tile) -> bool:
     """Whether ptxas, without a limit, may spill registers of the accumulator for a higher occupancy."""
-    generation = device_generation(source.device)[0]
     area = tile.block_m * tile.block_n // tile.num_warps
+    if tile.splits == 1 and area < 512:
+        return False
+    generation = device_generation(source.device)[0]
     if tile.splits == 1:
-        return generation == "sm_100" and area >= 512
+        return generation == "sm_100"
     if tile.splits >= 16 and generation == "sm_89":
         return True
     if tile.splits >= 8 or generation == "sm_100":

@@ -15,6 +15,7 @@ import torch
 pytest.importorskip("triton")
 
 from lgnet_fast.kernels import precompile
+from lgnet_fast.kernels.configs import assume_generation
 from lgnet_fast.kernels.conv import Conv, Store, conv_forward
 from lgnet_fast.kernels.conv_configs import Tile
 from lgnet_fast.kernels.launch import Launch, map_leaves, record, specialisation
@@ -25,7 +26,7 @@ CONV = Conv(32, 64, 3, 1, 1, False, False, False)
 def launches(rect: tuple[int, int, int, int], dtype: torch.dtype = torch.float16) -> list[Launch]:
     source = torch.empty(1, 16, 16, 32, dtype=dtype)
     out = torch.empty(1, 16, 16, 64, dtype=dtype)
-    with record() as recorded:
+    with assume_generation("sm_90"), record() as recorded:
         conv_forward(
             CONV, source, torch.empty(288, 64, dtype=dtype), torch.empty(64), (Store(out, "relu"),),
             Tile(64, 64, 32, 1, 4, 3), size=(16, 16), rect=rect,
