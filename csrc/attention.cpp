@@ -36,11 +36,10 @@
 // large (at scores of 1e7 it is off by 1, and probabilities by a factor of e). With G the gradient of attended,
 // P = exp(S - m) / l and D_i = G_i . attended_i:
 //   dV_j = sum_i P_ij G_i     dS = P * (G_i . V_j - D_i)     dQ_i = sum_j dS_ij K_j     dK_j = sum_i dS_ij Q_i
-// These are five products over the same blocks, of bf16 features by matrix tiles all in bf16, else all but the scores
-// in T. Then dF = box3x3(dQ) + d normalise(dK + dV) (released; the
-// zero-padded box sum is its own adjoint) or d normalise(dQ + dK) + dV (paper). Threads compute rectangles of (query
-// range, key range) with separate gradient buffers: about 2 sqrt(threads) copies of N x C, no atomics, a fixed order
-// of summation.
+// These are five products over the same blocks: of bf16 features by matrix tiles all in bf16, else all but the scores
+// in T. Then dF = box3x3(dQ) + d normalise(dK + dV) (released; the zero-padded box sum is its own adjoint) or
+// d normalise(dQ + dK) + dV (paper). Threads compute rectangles of (query range, key range) with separate gradient
+// buffers: about 2 sqrt(threads) copies of N x C, no atomics, a fixed order of summation.
 #include "attention.h"
 
 #include <algorithm>
@@ -146,6 +145,12 @@ void describe(const View& features, bool released, const AttentionKernels<T>& ke
   w.channels_lanes = round_up(w.channels, kernels.lanes);
 }
 
+// Whether keys and values are the same memory: bf16 keys and values are packed differently.
+template <class T>
+bool shares_values(bool released, const AttentionKernels<T>& kernels) {
+  return released && kernels.element_bytes == static_cast<int64_t>(sizeof(T));
+}
+
 // Norms, packed keys and values of `batch` items.
 template <class T>
 struct Packed {
@@ -223,7 +228,7 @@ class Forward {
     w_.attended = attended;
     w_.row_max = reinterpret_cast<T*>(stats.data);
     w_.row_sum = stats ? w_.row_max + features.size[0] * w_.positions : nullptr;
-    share_ = released && kernels_.element_bytes == static_cast<int64_t>(sizeof(T));
+    share_ = shares_values(released, kernels_);
     turn_ = items_at_once(features.size[0], w_.pack_bytes * (share_ ? 1 : 2));
   }
 
@@ -392,7 +397,7 @@ class Backward {
         kernels_(pick(T{}, Products::float32)),
         score_kernels_(pick(T{}, products_of(features))),
         packing_(score_kernels_.tiled_backward ? score_kernels_ : kernels_),
-        share_(released && packing_.element_bytes == static_cast<int64_t>(sizeof(T))),
+        share_(shares_values(released, packing_)),
         threads_(threads) {
     describe(features, released, packing_, w_);
     w_.out = grad_features;

@@ -53,9 +53,9 @@ struct AttentionBackward {
     }
   }
 
-  // First group of a range of keys; of tiles, keys are divided in whole tiles.
+  // First group of a range of keys.
   static int64_t first_group(const Work& w, int64_t key_range) {
-    constexpr int64_t WHOLE = Products::kTiled ? Products::TILE_KEYS / GROUP : 1;
+    constexpr int64_t WHOLE = Products::KEY_GROUPS;
     const int64_t first = key_range * ((w.key_groups + WHOLE - 1) / WHOLE) / w.key_ranges * WHOLE;
     return first < w.key_groups ? first : w.key_groups;
   }

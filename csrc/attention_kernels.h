@@ -16,8 +16,7 @@ struct Attention {
   using T = typename V::T;
   using Unit = typename V::Unit;
   static constexpr int W = Products::W, NR = Products::NR;
-  static constexpr int64_t GROUP = Products::GROUP, CHUNK = Products::CHUNK, TILE_KEYS = Products::TILE_KEYS,
-                           KEY_PARTS = Products::KEY_PARTS;
+  static constexpr int64_t GROUP = Products::GROUP, CHUNK = Products::CHUNK, KEY_PARTS = Products::KEY_PARTS;
   static constexpr bool kTiled = Products::kTiled, kSplit = Products::kSplit;
 
   static constexpr AttentionKernels<T> kernels() {
@@ -27,7 +26,7 @@ struct Attention {
     k.element_bytes = static_cast<int64_t>(sizeof(Unit)) / V::PAIR * KEY_PARTS;
     k.panels_per_task = kTiled ? 4 : 1;
     k.chunk_groups = CHUNK / GROUP;
-    k.key_groups = kTiled ? TILE_KEYS / GROUP : 1;
+    k.key_groups = Products::KEY_GROUPS;
     k.forward_scratch = Forward::forward_scratch;
     k.prepare = AttentionKeys<V>::prepare;
     k.forward = Forward::forward;

@@ -12,7 +12,6 @@ struct AttentionProducts {
   using T = typename V::T;
   using Unit = typename V::Unit;
   using Reg = typename V::Reg;
-  using Work = AttentionWork<T>;
   static constexpr int W = V::W, NR = V::W * V::NV, ROWS = V::ROWS;
   static constexpr int UNITS = static_cast<int>(kKeysPerGroup) / V::PAIR;  // of one channel in a group of keys
   static constexpr int64_t GROUP = kKeysPerGroup, CHUNK = kKeysPerChunk;
@@ -24,6 +23,7 @@ struct AttentionProducts {
   struct Nothing {};
   using Multiplier = std::conditional_t<kTiled, Tiles, Nothing>;
   static constexpr int64_t TILE_KEYS = 32, TILE_UNITS = TILE_KEYS / 2;
+  static constexpr int64_t KEY_GROUPS = kTiled ? TILE_KEYS / GROUP : 1;  // that lie together
   // Parts of a float32 that are multiplied (PARTS == 2). An error in a score becomes a relative one of its weight,
   // and scores may be hundreds, so keys and queries have three parts and six products; values and weights two and
   // three.

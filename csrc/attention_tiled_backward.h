@@ -121,10 +121,11 @@ struct AttentionTiledBackward {
   static LGNET_INLINE void differentiate(const Work& w, int64_t b, int64_t first, int64_t padded, const Panel& own) {
     const int64_t valid = w.positions - first < padded ? w.positions - first : padded;
     const T* inverse_norm = w.inverse_norm + b * w.positions + first;
+    const auto factor = [&](int64_t j) { return w.released || j >= valid ? T{0} : inverse_norm[j]; };
     for (int64_t j = 0; j < (padded + TILE_KEYS - 1) / TILE_KEYS * TILE_KEYS; j += 2) {
       Reg even[M], odd[M];
-      row<M>(j, j < valid, w.released ? T{0} : inverse_norm[j < valid ? j : 0], own, even);
-      row<M>(j + 1, j + 1 < valid, w.released ? T{0} : inverse_norm[j + 1 < valid ? j + 1 : 0], own, odd);
+      row<M>(j, j < valid, factor(j), own, even);
+      row<M>(j + 1, j + 1 < valid, factor(j + 1), own, odd);
       LGNET_UNROLL
       for (int m = 0; m < M; ++m) {
         V::store_pairs(reinterpret_cast<Unit*>(own.slopes) + j / 2 * NR + m * W, even[m], odd[m]);

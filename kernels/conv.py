@@ -329,17 +329,16 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
 
 def _may_spill(source: Tensor, tile: Tile) -> bool:
     """Whether ptxas, without a limit, may spill registers of the accumulator for a higher occupancy."""
-    area = tile.block_m * tile.block_n // tile.num_warps
-    if tile.splits == 1 and area < 512:
-        return False
     generation = device_generation(source.device)[0]
-    if tile.splits == 1:
-        return generation == "sm_100"
-    if tile.splits >= 16 and generation == "sm_89":
-        return True
-    if tile.splits >= 8 or generation == "sm_100":
-        return area >= 1024
-    return tile.fused and area >= 2048
+    if generation == "sm_100":
+        least = 512 if tile.splits == 1 else 1024
+    elif tile.splits >= 8:
+        least = 0 if generation == "sm_89" and tile.splits >= 16 else 1024
+    elif tile.splits > 1 and tile.fused:
+        least = 2048
+    else:
+        return False
+    return tile.block_m * tile.block_n // tile.num_warps >= least
 
 
 def _reduce(step: _Step, partial: Tensor | None) -> None:
