@@ -20,6 +20,7 @@ from lgnet_fast.reference.losses import (
     hole_share,
     masked_l1,
     perceptual_distance,
+    rim_discount,
     style_distance,
     total_variation,
     window,
@@ -397,3 +398,45 @@ def test_scores_weighted_by_the_hole():
     assert adversarial_loss(scores, True, torch.zeros_like(weight)).item() == 0.0
     with pytest.raises(ValueError, match=r"weight: expected \[1, 1, 2, 2\] as scores"):
         adversarial_loss(scores, True, mask)
+
+
+# -- discount by distance ---------------------------------------------------------------------------------------
+
+
+def test_rim_discount_by_hand():
+    mask = torch.zeros(2, 1, 7, 8, dtype=torch.float64)
+    mask[0, 0, 1:6, 1:8] = 1  # beside the right edge of the picture, which is no rim
+    discount = rim_discount(mask, 0.5)
+    ring = [1, 1, 1, 1, 1, 1, 1]
+    expected = [
+        [1] * 8,
+        [1, *ring],
+        [1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5],
+        [1, 1, 0.5, 0.25, 0.25, 0.25, 0.25, 0.25],
+        [1, 1, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5],
+        [1, *ring],
+        [1] * 8,
+    ]
+    assert discount[0, 0].tolist() == expected
+    assert torch.equal(discount[1], torch.ones_like(discount[1]))
+    assert torch.equal(rim_discount(mask, 1.0), torch.ones_like(mask))
+    deep = rim_discount(torch.ones(1, 1, 8, 8, dtype=torch.float64), 0.9)
+    assert deep.flatten().tolist() == pytest.approx([0.9**32] * 64)
+    with pytest.raises(ValueError, match=r"factor: expected a number in \(0, 1\], got 0"):
+        rim_discount(mask, 0)
+
+
+def test_the_hole_term_of_the_last_stage_is_discounted():
+    stages, image, _ = stages_of(3)
+    mask = torch.zeros(2, 1, 16, 16, dtype=torch.float64)
+    mask[:, :, 4:12, 4:12] = 1
+    plain = generator_loss(stages, image, mask, torch.ones(1), None)
+    terms = generator_loss(stages, image, mask, torch.ones(1), None, LossWeights(hole_discount=0.8))
+    assert all(torch.equal(terms[name], plain[name]) for name in terms if name not in ("hole3", "G"))
+    error = (stages.raw[2] - image).abs().mean(dim=1, keepdim=True)
+    expected = (error * rim_discount(mask, 0.8) * mask).sum() / mask.sum()
+    assert terms["hole3"].item() == pytest.approx(expected.item(), rel=1e-12)
+    assert (plain["G"] - terms["G"]).item() == pytest.approx(6 * (plain["hole3"] - terms["hole3"]).item(), rel=1e-9)
+    (gradient,) = torch.autograd.grad(terms["hole3"], stages.raw[2])
+    rim, middle = gradient[0, 0, 4, 4].abs(), gradient[0, 0, 7, 7].abs()
+    assert (middle / rim).item() == pytest.approx(0.8**3, rel=1e-9)

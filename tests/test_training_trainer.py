@@ -353,6 +353,45 @@ def test_batchnorm_is_frozen_from_a_share_of_the_run_on(pictures, tmp_path):
     assert norm.weight.grad.any()
 
 
+def test_the_last_network_alone_is_trained(pictures, tmp_path):
+    trainer = Trainer(tiny_config(pictures, tmp_path, model={"train_stages": "last"}))
+    trainer.training_mode()
+    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
+    trainer.train_step([batch()])
+    changed = {k.split(".")[0] for k, v in trainer.network.state_dict().items() if not torch.equal(v, before[k])}
+    assert changed == {"net_g"}
+    assert all(p.grad is None for p in trainer.network.net_c.parameters())
+    assert all(p.grad is not None for p in trainer.network.net_g.parameters())
+    assert trainer.network.net_g.decoder["d2"].norm.training
+
+
+def test_a_network_shared_by_stages_cannot_be_trained_as_the_last_alone(pictures, tmp_path):
+    model = {"name": "lgnet_share", "train_stages": "last"}
+    with pytest.raises(ConfigError, match="model.train_stages: 'last' needs a last network"):
+        Trainer(tiny_config(pictures, tmp_path, model=model))
+
+
+def test_the_discriminator_judges_a_crop(pictures, tmp_path):
+    trainer = Trainer(tiny_config(pictures, tmp_path, discriminator={"crop": 64, "stage": "last", "by_hole": True}))
+    seen = []
+    trainer.discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    trainer.training_mode()
+    sample = batch()
+    terms = trainer.train_step([sample])
+    assert [list(picture.shape) for picture in seen] == [[2, 3, 64, 64]] * 3
+    fake, real, again = seen
+    assert torch.equal(fake, again)
+    places = sample["image"].unfold(2, 64, 1).unfold(3, 64, 1)
+    found = (places == real[:, :, None, None]).all(dim=(1, 4, 5)).nonzero().tolist()
+    assert [i for i, _, _ in found] == [0, 1]
+    for i, row, column in found:
+        known = (sample["mask"][i, :, row : row + 64, column : column + 64] == 0).expand(3, 64, 64)
+        assert not known.all()
+        assert torch.equal(fake[i][known], real[i][known])
+        assert not torch.equal(fake[i], real[i])
+    assert all(torch.isfinite(term) for term in terms.values())
+
+
 def test_a_leg_ends_with_a_checkpoint_and_the_next_goes_on(pictures, tmp_path, monkeypatch):
     config = tiny_config(pictures, tmp_path / "run", optim={"steps": 5, "leg_minutes": 60})
     trainer = Trainer(config)
@@ -544,6 +583,9 @@ def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path, monkeypatch):
         ("data: {mask_kind: dots}", "data.mask_kind: expected one of"),
         ("loss: {hole: -1}", "loss.hole: expected 0 or more, got -1"),
         ("loss: {feature_crop: 300}", "loss.feature_crop: expected 64 to 256, got 300"),
+        ("loss: {hole_discount: 0}", "loss.hole_discount: expected a factor in"),
+        ("discriminator: {crop: 32}", "discriminator.crop: expected 64 to 256, got 32"),
+        ("model: {train_stages: first}", "model.train_stages: expected one of all, last, got 'first'"),
         ("loss: {feature_every: 0}", "loss.feature_every: expected 1 or more, got 0"),
         ("loss: {feature_stages: first}", "loss.feature_stages: expected one of later, last, got 'first'"),
         ("loss: {lpips: 1}", "loss.lpips_weights: expected a file, for loss.lpips, got None"),

@@ -58,6 +58,11 @@ class Cascade(nn.Module):
         self.backend = backend
         return self
 
+    @property
+    def last_network(self) -> nn.Module:
+        """The network of the last stage."""
+        raise NotImplementedError
+
     def _check(self, image: Tensor, mask: Tensor) -> None:
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)

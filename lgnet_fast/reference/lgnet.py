@@ -124,6 +124,10 @@ class LGNet(
                 nets[stage] = getattr(self, STAGE_MODULES[stage])
         return nets
 
+    @property
+    def last_network(self) -> nn.Module:
+        return self.get_submodule(STAGE_MODULES[self.stages.rsplit("+", 1)[-1]])
+
     def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False) -> Tensor | Stages:
         """Fill the hole.
 
@@ -311,6 +315,10 @@ class LocalGlobalRefinement(Cascade):
             init_weights(self)
         self.first_stage = first_stage  # after the initialisation: it keeps its own weights
         self.set_backend(backend)
+
+    @property
+    def last_network(self) -> nn.Module:
+        return self.net_g
 
     def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False) -> Tensor | Stages:
         """Same contract as :meth:`LGNet.forward`."""

@@ -4,7 +4,8 @@
 term              formula                                       weight  on
 ================  ============================================  ======  =======================
 valid             :func:`masked_l1` with 1 - mask               1       every stage, raw
-hole              :func:`masked_l1` with mask                   6       every stage, raw
+hole              :func:`masked_l1` with mask, in the last      6       every stage, raw
+                  stage times :func:`rim_discount` where set
 adversarial       mean((D(merged) - 1)^2), least squares        0.1     first stage, merged
 total variation   :func:`total_variation` of merged * mask      0.1     later stages
 perceptual        :func:`perceptual_distance` to the image      0.05    later stages, raw and merged
@@ -32,6 +33,10 @@ from .cascade import Stages
 from .features import LPIPS, FeaturesFn
 
 
+_DEEPEST = 32
+"""Where :func:`rim_discount` ends."""
+
+
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the terms in the generators' total; the defaults are the paper's (valid has weight 1)."""
@@ -45,6 +50,9 @@ class LossWeights:
     """Not in the paper. For training without a feature network, where no other term rewards sharpness."""
     lpips: float = 0.0
     """Not the paper's."""
+    hole_discount: float = 1.0
+    """Factor of the last stage's hole term for each pixel of distance from the rim, see :func:`rim_discount`; 1, as in
+    the paper: no discount. Deep in a hole many fills are plausible, and l1 favours their median, which is blurred."""
 
 
 @dataclass(frozen=True)
@@ -93,6 +101,27 @@ def masked_l1(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     output, target, weight = _wide(output), _wide(target), _wide(weight)
     error = ((output - target) * weight).abs().sum(dim=(1, 2, 3))
     return (error / (output.shape[1] * weight.sum(dim=(1, 2, 3)) + 1e-12)).mean()
+
+
+def rim_discount(mask: Tensor, factor: float) -> Tensor:
+    """``factor ** d``, d = number of hole pixels between a pixel and the nearest known one: the spatially discounted
+    reconstruction loss of Yu et al. 2018 ("Generative Image Inpainting with Contextual Attention"), there with 0.99.
+
+    Args:
+        mask: [B, 1, H, W], 1 = hole.
+        factor: in (0, 1].
+
+    Returns:
+        [B, 1, H, W]: 1 on known pixels and beside them, factor in the next ring of hole pixels, and so on. A diagonal
+        step counts as one; from 32 on, d stays 32. What lies beyond the picture counts as hole.
+    """
+    if not 0 < factor <= 1:
+        raise ValueError(f"factor: expected a number in (0, 1], got {factor!r}")
+    discount, known = torch.ones_like(mask), 1 - mask
+    for _ in range(_DEEPEST if factor < 1 else 0):
+        known = F.max_pool2d(known, 3, stride=1, padding=1)
+        discount = torch.where(known > 0, discount, discount * factor)
+    return discount
 
 
 def edge_l1(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
@@ -304,7 +333,12 @@ def generator_loss(
     for i, (raw, merged) in enumerate(zip(stages.raw, stages.merged, strict=True), start=1):
         _same_shape(f"stages.raw[{i - 1}]", raw, "image", image)
         terms[f"valid{i}"] = masked_l1(raw, image, 1 - mask)
-        terms[f"hole{i}"] = masked_l1(raw, image, mask)
+        if i == count and weights.hole_discount < 1:
+            # The factor is on both pictures, not on the weight, which masked_l1 would normalise by.
+            discount = rim_discount(mask, weights.hole_discount)
+            terms[f"hole{i}"] = masked_l1(discount * raw, discount * image, mask)
+        else:
+            terms[f"hole{i}"] = masked_l1(raw, image, mask)
         if weights.edge:
             terms[f"edge{i}"] = edge_l1(raw, image, mask)
         if i == 1:

@@ -31,6 +31,8 @@ class ModelConfig:
     the paper's random weights."""
     factory: str | None = None
     """"package.module:function", which returns the model: for an X_LG (LocalGlobalRefinement)."""
+    train_stages: Literal["all", "last"] = "all"
+    """"last": train the last network only; the others run as in inference. For fine-tuning, at half the cost."""
     backend: str = "auto"
     """Backend of attention and merging: "auto" (fused where possible), "eager", "cpp" or "triton"."""
     freeze_batchnorm: bool = False
@@ -59,6 +61,8 @@ class DiscriminatorConfig:
     by_hole: bool = False
     """Weight each score by the hole ratio of its patch. In the paper all scores count equally, although most patches
     of a merged picture are true pixels."""
+    crop: int | None = None
+    """Side of a square around a random hole pixel, which it judges instead of the whole picture."""
 
 
 @dataclass(frozen=True)
@@ -235,6 +239,10 @@ class TrainConfig:
         run, data = self.run, self.data
         crop = self.loss.feature_crop
         _check("loss.feature_crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
+        crop = self.discriminator.crop
+        _check("discriminator.crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
+        discount = self.loss.hole_discount
+        _check("loss.hole_discount", discount, 0 < discount <= 1, "a factor in (0, 1]")
         _check("loss.feature_every", self.loss.feature_every, self.loss.feature_every >= 1, "1 or more")
         freeze = self.model.freeze_batchnorm_from
         _check("model.freeze_batchnorm_from", freeze, freeze is None or 0 <= freeze < 1, "a share in [0, 1)")

@@ -27,6 +27,11 @@ def place_networks(
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.optim.channels_last and on_gpu:
         discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    if config.model.train_stages == "last":
+        if getattr(network, "share_coarse", False):
+            raise ConfigError("model.train_stages: 'last' needs a last network whose weights no other stage shares")
+        network.requires_grad_(False)
+        network.last_network.requires_grad_(True)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = config.model.batchnorm_momentum

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..reference.cascade import Stages
 from ..reference.features import LPIPS, FeaturesFn
-from ..reference.losses import FeatureOptions, LossWeights, discriminator_loss, generator_loss, hole_share
+from ..reference.losses import FeatureOptions, LossWeights, discriminator_loss, generator_loss, hole_share, window
 
 Terms = dict[str, Tensor]
 
@@ -26,6 +26,7 @@ class Objective:
         judged_stage: the stage whose merged picture the discriminator judges: 0, the first, in the paper.
         by_hole: weight scores by the hole ratio of their cell, in the losses of generators and discriminator; in the
             paper all scores count equally.
+        judged_crop: side of the square around a random hole pixel that it judges; None: the whole picture.
     """
 
     weights: LossWeights
@@ -35,6 +36,7 @@ class Objective:
     lean: bool = True
     judged_stage: int = 0
     by_hole: bool = False
+    judged_crop: int | None = None
 
 
 @dataclass(frozen=True)
@@ -120,14 +122,16 @@ class Step:
         image, mask = batch
         with self.accelerator.autocast():
             stages = self.nets.forward(image, mask, return_stages=True)
-        merged = stages.merged[self.objective.judged_stage]
+        merged, truth, holes = stages.merged[self.objective.judged_stage], image, mask
+        if adversarial and self.objective.judged_crop is not None:
+            merged, truth, holes = window([merged, image, mask], mask, self.objective.judged_crop)
         terms: Terms = {}
         share_of_hole: Tensor | None = None
         if adversarial:
             with self.accelerator.autocast():
                 judge = self.nets.wrapped_discriminator
-                fake, real = judge(merged.detach()), judge(image)
-                share_of_hole = hole_share(mask, fake) if self.objective.by_hole else None
+                fake, real = judge(merged.detach()), judge(truth)
+                share_of_hole = hole_share(holes, fake) if self.objective.by_hole else None
                 terms |= discriminator_loss(fake, real, share_of_hole)
             if self.on_nonfinite("D", terms, number):
                 return None

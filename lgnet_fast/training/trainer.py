@@ -149,6 +149,7 @@ class Trainer:
             lean=config.loss.lean and optim.precision != "fp16",
             judged_stage=0 if config.discriminator.stage == "first" else -1,
             by_hole=config.discriminator.by_hole,
+            judged_crop=config.discriminator.crop,
         )
         self.nets = Trained(self.network, self.discriminator, wrapped, wrapped_discriminator, forward)
         self._optimise = Step(
@@ -209,6 +210,9 @@ class Trainer:
         """Set training mode, except for frozen BatchNorms."""
         self.nets.wrapped.train()
         self.nets.wrapped_discriminator.train()
+        if self.config.model.train_stages == "last":
+            self.network.eval()
+            self.network.last_network.train()
         if self._frozen:
             for module in self.network.modules():
                 if isinstance(module, nn.BatchNorm2d):
