@@ -1,4 +1,5 @@
-"""Measures the bundled model for docs/evaluation.md: rewrites its tables and the contact sheet beside it.
+"""Measures the bundled model for docs/evaluation.md: rewrites its tables, the contact sheet beside it and the README's
+before and after.
 
 python -m bench.evaluation_page --kodak DIR --lpips FILE       # or: make evaluation KODAK=DIR LPIPS=FILE
 """
@@ -20,7 +21,9 @@ from bench.timing import ROOT
 from lgnet_fast import weights
 from lgnet_fast.errors import LGNetError
 from lgnet_fast.evaluation import Evaluation, EvaluationOptions, evaluate
+from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.pipeline.formats import EXTENSIONS
+from lgnet_fast.samples import sample_paths
 
 SAMPLES = {
     "astronaut.png": "NASA, public domain",
@@ -68,6 +71,24 @@ def samples(folder: Path) -> None:
         shutil.copy(file, folder / name)
 
 
+def before_and_after(pipe: Inpainter, file: Path, height: int = 230, gap: int = 6) -> None:
+    """Write the demo's pictures, their holes in white, and below each its fill, all scaled to `height`."""
+    columns = []
+    for picture_path, mask_path in sample_paths().values():
+        fill = pipe(picture_path, mask_path)
+        holes = Image.open(picture_path).convert("RGB")
+        holes.paste("white", mask=Image.open(mask_path).convert("L"))
+        size = round(height * fill.width / fill.height), height
+        columns.append([picture.resize(size, Image.Resampling.LANCZOS) for picture in (holes, fill)])
+    width = sum(above.width + gap for above, _ in columns) - gap
+    drawn, x = Image.new("RGB", (width, 2 * height + gap), "white"), 0
+    for above, below in columns:
+        drawn.paste(above, (x, 0))
+        drawn.paste(below, (x, height + gap))
+        x += above.width + gap
+    drawn.save(file, quality=88, optimize=True)
+
+
 def filled_in(page: str, name: str, text: str) -> str:
     """`page` with `text` between ``<!-- name -->`` and ``<!-- end -->``. Raises LGNetError: no such place."""
     place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- end -->)", re.DOTALL)
@@ -106,6 +127,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     page = filled_in(page, "weights", f"Weights measured: `{weights.BUNDLED}`, SHA-256 `{digest[:16]}…`.\n")
     options.page.write_text(page)
+    before_and_after(Inpainter.from_pretrained(None, device="cpu"), options.page.with_name("demo.jpg"))
     return 0
 
 

@@ -35,6 +35,12 @@ def test_the_page_is_rewritten_in_its_places_only(fake, tmp_path, monkeypatch):
     assert re.search(r"SHA-256 `[0-9a-f]{16}…`", new["weights"])
     with Image.open(tmp_path / "evaluation_samples.jpg") as sheet:
         assert sheet.size == (6 * 198 + 6, 22 + 4 * 214 + 6)  # a single picture is best and worst of each kind
+    # Three samples of 512x512, 451x300 and 600x400: a row with white holes, and their fills.
+    with Image.open(tmp_path / "demo.jpg") as drawn:
+        assert drawn.size == (230 + 346 + 345 + 12, 2 * 230 + 6)
+        white = np.asarray(drawn).min(axis=2) > 250
+    assert white[:230, 588:].mean() > 0.02  # the spoon of the third one
+    assert white[236:, 588:].mean() < 0.001
 
 
 def test_kodak_is_taken_in_the_order_of_its_numbers(tmp_path):
