@@ -1,5 +1,5 @@
-"""Measures the bundled model for docs/evaluation.md: rewrites its tables, the contact sheet beside it and the README's
-before and after.
+"""Measures the bundled model for docs/evaluation.md: rewrites its tables, the contact sheet beside it, and the
+README's picture.
 
 python -m bench.evaluation_page --kodak DIR --lpips FILE       # or: make evaluation KODAK=DIR LPIPS=FILE
 """

@@ -33,10 +33,6 @@ from .cascade import Stages
 from .features import LPIPS, FeaturesFn
 
 
-_DEEPEST = 32
-"""Where :func:`rim_discount` ends."""
-
-
 @dataclass(frozen=True)
 class LossWeights:
     """Weights of the terms in the generators' total; the defaults are the paper's (valid has weight 1)."""
@@ -51,8 +47,8 @@ class LossWeights:
     lpips: float = 0.0
     """Not the paper's."""
     hole_discount: float = 1.0
-    """Factor of the last stage's hole term for each pixel of distance from the rim, see :func:`rim_discount`; 1, as in
-    the paper: no discount. Deep in a hole many fills are plausible, and l1 favours their median, which is blurred."""
+    """Factor of the last stage's hole term for each pixel of distance from the rim, see :func:`rim_discount`; 1, as
+    in the paper: none. Deep in a hole many fills are plausible, and l1 favours their median, which is blurred."""
 
 
 @dataclass(frozen=True)
@@ -101,6 +97,10 @@ def masked_l1(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
     output, target, weight = _wide(output), _wide(target), _wide(weight)
     error = ((output - target) * weight).abs().sum(dim=(1, 2, 3))
     return (error / (output.shape[1] * weight.sum(dim=(1, 2, 3)) + 1e-12)).mean()
+
+
+_DEEPEST = 32
+"""Where :func:`rim_discount` ends."""
 
 
 def rim_discount(mask: Tensor, factor: float) -> Tensor:
