@@ -44,10 +44,16 @@ def _requests() -> list[tuple[dict[str, str], np.ndarray, np.ndarray]]:
     return cases
 
 
+def _same(filled: np.ndarray, alone: np.ndarray) -> bool:
+    """Equal but for a level in few values: sums of a batch are in another order, which may move one over an edge."""
+    apart = np.abs(filled.astype(int) - alone)
+    return bool(apart.max() <= 1 and apart.mean() <= 1e-4)
+
+
 def test_eight_clients_get_what_each_would_get_alone(server):
     cases = _requests()
     pipe = Inpainter.from_pretrained(None)
-    alone = [np.asarray(pipe(picture, mask)).astype(int) for _, picture, mask in cases]
+    alone = [np.asarray(pipe(picture, mask)) for _, picture, mask in cases]
     wrong: list[str] = []
     done = Counter()
 
@@ -57,9 +63,7 @@ def test_eight_clients_get_what_each_would_get_alone(server):
                 which = (number * 5 + turn * 7) % len(cases)
                 answer = calls.post("/api/v1/inpaint", json=cases[which][0])
                 done[answer.status_code] += 1
-                # Sums of a batch are in another order, so a value on the edge between two levels may take the other one.
-                apart = np.abs(pixels_of(answer.content) - alone[which])
-                if answer.status_code != 200 or apart.max() > 1 or apart.mean() > 1e-4:
+                if answer.status_code != 200 or not _same(pixels_of(answer.content), alone[which]):
                     wrong.append(f"client {number}, turn {turn}: {answer.status_code}")
 
     threads = [threading.Thread(target=client, args=(number,)) for number in range(8)]
