@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -59,9 +60,9 @@ class Cascade(nn.Module):
         return self
 
     @property
+    @abstractmethod
     def last_network(self) -> nn.Module:
         """The network of the last stage."""
-        raise NotImplementedError
 
     def _check(self, image: Tensor, mask: Tensor) -> None:
         forks.prepare()

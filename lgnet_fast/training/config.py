@@ -237,10 +237,9 @@ class TrainConfig:
 
     def _check_loss(self) -> None:
         run, data = self.run, self.data
-        crop = self.loss.feature_crop
-        _check("loss.feature_crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
-        crop = self.discriminator.crop
-        _check("discriminator.crop", crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
+        crops = {"loss.feature_crop": self.loss.feature_crop, "discriminator.crop": self.discriminator.crop}
+        for name, crop in crops.items():
+            _check(name, crop, crop is None or 64 <= crop <= data.size, f"64 to {data.size}")
         discount = self.loss.hole_discount
         _check("loss.hole_discount", discount, 0 < discount <= 1, "a factor in (0, 1]")
         _check("loss.feature_every", self.loss.feature_every, self.loss.feature_every >= 1, "1 or more")
