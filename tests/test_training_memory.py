@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lgnet_fast.data.masks import varied_mask
+from lgnet_fast.data.masks import fine_mask, varied_mask
 from lgnet_fast.training import DataError
 from lgnet_fast.training.config import DataConfig
 from lgnet_fast.training.data import InpaintingDataset, PositionSampler
@@ -117,3 +117,15 @@ def test_varied_masks_have_many_sizes_and_repeat():
     assert 0 < min(ratios) < 0.08
     assert 0.2 < max(ratios) < 0.6
     assert np.array_equal(masks[7], varied_mask(128, 160, seed=(1, 7)))
+
+
+def test_half_of_the_fine_masks_are_thin_strokes_close_together():
+    masks = torch.from_numpy(np.stack([fine_mask(128, 160, seed=(1, i)) for i in range(60)])[:, None]).float()
+    # Nothing of a thin stroke of this size, at most 5 pixels wide, is left after eroding by 5 on either side unless
+    # strokes lie side by side.
+    left = 1 - torch.nn.functional.max_pool2d(1 - masks, 11, stride=1, padding=5)
+    thin = left.mean(dim=(1, 2, 3)) < 0.01
+    assert 18 <= int(thin.sum()) <= 48
+    ratios = masks[thin].mean(dim=(1, 2, 3))
+    assert float(ratios.max()) > 0.3
+    assert np.array_equal(masks[7, 0].bool().numpy(), fine_mask(128, 160, seed=(1, 7)))

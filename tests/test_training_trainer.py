@@ -353,22 +353,31 @@ def test_batchnorm_is_frozen_from_a_share_of_the_run_on(pictures, tmp_path):
     assert norm.weight.grad.any()
 
 
-def test_the_last_network_alone_is_trained(pictures, tmp_path):
-    trainer = Trainer(tiny_config(pictures, tmp_path, model={"train_stages": "last"}))
+@pytest.mark.parametrize(("stages", "trained"), [([3], {"net_g"}), ([1, 2], {"net_c", "net_l"}), ([2], {"net_l"})])
+def test_some_stages_are_trained_and_later_ones_do_not_run(pictures, tmp_path, stages, trained):
+    trainer = Trainer(tiny_config(pictures, tmp_path, model={"train_stages": stages}))
     trainer.training_mode()
-    before = {k: v.clone() for k, v in trainer.network.state_dict().items()}
-    trainer.train_step([batch()])
-    changed = {k.split(".")[0] for k, v in trainer.network.state_dict().items() if not torch.equal(v, before[k])}
-    assert changed == {"net_g"}
-    assert all(p.grad is None for p in trainer.network.net_c.parameters())
-    assert all(p.grad is not None for p in trainer.network.net_g.parameters())
-    assert trainer.network.net_g.decoder["d2"].norm.training
+    network = trainer.network
+    ran = []
+    for name in ("net_c", "net_l", "net_g"):
+        network.get_submodule(name).register_forward_hook(lambda *_, name=name: ran.append(name))
+    before = {k: v.clone() for k, v in network.state_dict().items()}
+    terms = trainer.train_step([batch()])
+    assert {k.split(".")[0] for k, v in network.state_dict().items() if not torch.equal(v, before[k])} == trained
+    assert ran == ["net_c", "net_l", "net_g"][: max(stages)]
+    assert [name for name in terms if name.startswith("hole")] == ["hole1", "hole2", "hole3"][: max(stages)]
+    for name in ("net_c", "net_l", "net_g"):
+        module = network.get_submodule(name)
+        assert {p.grad is not None for p in module.parameters()} == {name in trained}
+    norms = {"net_c": network.net_c.decoder["d2"].norm, "net_l": network.net_l.up1.norm}
+    assert all(norm.training == (name in trained) for name, norm in norms.items())
 
 
-def test_a_network_shared_by_stages_cannot_be_trained_as_the_last_alone(pictures, tmp_path):
-    model = {"name": "lgnet_share", "train_stages": "last"}
-    with pytest.raises(ConfigError, match="model.train_stages: 'last' needs a last network"):
-        Trainer(tiny_config(pictures, tmp_path, model=model))
+def test_stages_that_cannot_be_trained_alone(pictures, tmp_path):
+    with pytest.raises(ConfigError, match="model.train_stages: expected all stages that one network runs, .* got .3."):
+        Trainer(tiny_config(pictures, tmp_path, model={"name": "lgnet_share", "train_stages": [3]}))
+    with pytest.raises(ConfigError, match="model.train_stages: expected numbers from 1 to 3, .* got .0, 4."):
+        Trainer(tiny_config(pictures, tmp_path, model={"train_stages": [0, 4]}))
 
 
 def test_the_discriminator_judges_a_crop(pictures, tmp_path):
@@ -585,7 +594,7 @@ def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path, monkeypatch):
         ("loss: {feature_crop: 300}", "loss.feature_crop: expected 64 to 256, got 300"),
         ("loss: {hole_discount: 0}", "loss.hole_discount: expected a factor in"),
         ("discriminator: {crop: 32}", "discriminator.crop: expected 64 to 256, got 32"),
-        ("model: {train_stages: first}", "model.train_stages: expected one of all, last, got 'first'"),
+        ("model: {train_stages: [last]}", "model.train_stages.0.: expected int, got 'last'"),
         ("loss: {feature_every: 0}", "loss.feature_every: expected 1 or more, got 0"),
         ("loss: {feature_stages: first}", "loss.feature_stages: expected one of later, last, got 'first'"),
         ("loss: {lpips: 1}", "loss.lpips_weights: expected a file, for loss.lpips, got None"),

@@ -59,10 +59,9 @@ class Cascade(nn.Module):
         self.backend = backend
         return self
 
-    @property
     @abstractmethod
-    def last_network(self) -> nn.Module:
-        """The network of the last stage."""
+    def stage_modules(self) -> list[nn.Module]:
+        """The network of every stage, in order; one network may run several stages (LGNet_share)."""
 
     def _check(self, image: Tensor, mask: Tensor) -> None:
         forks.prepare()

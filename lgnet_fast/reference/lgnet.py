@@ -124,24 +124,27 @@ class LGNet(
                 nets[stage] = getattr(self, STAGE_MODULES[stage])
         return nets
 
-    @property
-    def last_network(self) -> nn.Module:
-        return self.get_submodule(STAGE_MODULES[self.stages.rsplit("+", 1)[-1]])
+    def stage_modules(self) -> list[nn.Module]:
+        names = ["G_att" if s == "C" and self.share_coarse else s for s in self.stages.split("+")]
+        return [self.get_submodule(STAGE_MODULES[name]) for name in names]
 
-    def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False) -> Tensor | Stages:
+    def forward(
+        self, image: Tensor, mask: Tensor, return_stages: bool = False, until: int | None = None
+    ) -> Tensor | Stages:
         """Fill the hole.
 
         Args:
             image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256.
             mask: [B, 1, H, W], 1 = hole, 0 = known; same dtype and device as `image`.
             return_stages: return every stage's picture.
+            until: number of stages to run, from 1; None: all.
 
         Returns:
-            The merged result [B, 3, H, W] in [-1, 1], or :class:`Stages`.
+            The merged result of the last stage that runs, [B, 3, H, W] in [-1, 1], or :class:`Stages`.
         """
         self._check(image, mask)
-        names = self.stages.split("+")
-        nets = list(self.networks().values())
+        names = self.stages.split("+")[:until]
+        nets = list(self.networks().values())[:until]
         # The hole is painted white: merge with an output of ones.
         first = nets[0](self._merge_concat(image, torch.ones_like(image), mask))
         raw, merged = self._continue(image, mask, first, nets[1:])
@@ -316,14 +319,17 @@ class LocalGlobalRefinement(Cascade):
         self.first_stage = first_stage  # after the initialisation: it keeps its own weights
         self.set_backend(backend)
 
-    @property
-    def last_network(self) -> nn.Module:
-        return self.net_g
+    def stage_modules(self) -> list[nn.Module]:
+        return [self.first_stage, self.net_l, self.net_g]
 
-    def forward(self, image: Tensor, mask: Tensor, return_stages: bool = False) -> Tensor | Stages:
+    def forward(
+        self, image: Tensor, mask: Tensor, return_stages: bool = False, until: int | None = None
+    ) -> Tensor | Stages:
         """Same contract as :meth:`LGNet.forward`."""
         self._check(image, mask)
-        raw, merged = self._continue(image, mask, self.first_stage(image, mask), (self.net_l, self.net_g))
+        nets = (self.net_l, self.net_g) if until is None else (self.net_l, self.net_g)[: until - 1]
+        raw, merged = self._continue(image, mask, self.first_stage(image, mask), nets)
         if not return_stages:
             return merged[-1]
-        return Stages(raw[0], raw[1], raw[2], tuple(raw), tuple(merged))
+        coarse, local, refined = (*raw, None, None)[:3]
+        return Stages(coarse, local, refined, tuple(raw), tuple(merged))

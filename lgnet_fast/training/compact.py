@@ -29,7 +29,7 @@ from .checkpoints import CheckpointFolder
 from .progress import LOG
 
 _ABOUT = "compact.json"
-_MOMENTS = ("exp_avg", "exp_avg_sq")
+_MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of Adam, of Adam, of Muon
 _PLAIN = ("step", "position", "processes", "minutes", "skipped", "best")
 
 
@@ -39,7 +39,7 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
     Args:
         run: the run's folder.
         folder: created if needed.
-        optimiser: keep the moments of Adam.
+        optimiser: keep the moments of Adam and Muon.
         part_bytes: largest file, unless one tensor alone is larger.
 
     Returns:
@@ -56,11 +56,12 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
     if optimiser:
         for number, one in enumerate(state["optimisers"]):
             for index, moments in one["state"].items():
-                tensors |= {f"optimiser{number}.{index}.{m}": moments[m].bfloat16() for m in _MOMENTS}
+                tensors |= {f"optimiser{number}.{index}.{m}": moments[m].bfloat16() for m in _MOMENTS if m in moments}
     about = {name: state[name] for name in _PLAIN}
     about["param_groups"] = [one["param_groups"] for one in state["optimisers"]]
     about["adam_steps"] = [
-        next((float(moments["step"]) for moments in one["state"].values()), 0.0) for one in state["optimisers"]
+        next((float(moments["step"]) for moments in one["state"].values() if "step" in moments), 0.0)
+        for one in state["optimisers"]
     ]
     parts: list[dict[str, Tensor]] = [{}]
     room = part_bytes
@@ -115,7 +116,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
         for name, tensor in upcast(_below(f"optimiser{number}.", tensors)).items():
             index, moment = name.split(".")
             own.setdefault(int(index), {"step": torch.tensor(about["adam_steps"][number])})[moment] = tensor
-        optimisers.append({"state": own, "param_groups": [{**g, "betas": tuple(g["betas"])} for g in groups]})
+        optimisers.append({"state": own, "param_groups": [_with_tuples(g) for g in groups]})
     state = {name: about[name] for name in _PLAIN} | {
         "network": upcast(network),
         "discriminator": upcast(_below("discriminator.", tensors)),
@@ -128,6 +129,15 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
     CheckpointFolder(run / "checkpoints", keep=1).save(about["step"], state)
     if (folder / LOG).is_file():
         shutil.copyfile(folder / LOG, run / LOG)
+
+
+def _with_tuples(group: dict[str, Any]) -> dict[str, Any]:
+    """A parameter group from JSON, which has lists where PyTorch has tuples, except for "params"."""
+    return {k: _as_tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}
+
+
+def _as_tuple(values: list[Any]) -> tuple[Any, ...]:
+    return tuple(_as_tuple(v) if isinstance(v, list) else v for v in values)
 
 
 def _half(prefix: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ..data.masks import HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
+from ..data.masks import FINE, HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
 from ..errors import ConfigError, MissingExtraError
 from ..reference.losses import FeatureOptions, LossWeights
 
@@ -31,8 +31,9 @@ class ModelConfig:
     the paper's random weights."""
     factory: str | None = None
     """"package.module:function", which returns the model: for an X_LG (LocalGlobalRefinement)."""
-    train_stages: Literal["all", "last"] = "all"
-    """"last": train the last network only; the others run as in inference. For fine-tuning, at half the cost."""
+    train_stages: tuple[int, ...] = ()
+    """Numbers of the stages whose networks are trained, from 1; none: all. Stages before them run as in inference,
+    those after them not at all. For fine-tuning: [3] costs two thirds of training LGNet's three stages, [2] half."""
     backend: str = "auto"
     """Backend of attention and merging: "auto" (fused where possible), "eager", "cpp" or "triton"."""
     freeze_batchnorm: bool = False
@@ -83,7 +84,8 @@ class DataConfig:
     masks: str = "generated"
     """"generated", a folder of mask pictures (Liu et al.'s, QD-IMD, ...), or "paired": those in the tar shards."""
     mask_kind: str = "strokes"
-    """"strokes", "boxes", "mixed", or "varied": thin and thick strokes, boxes, blobs and shapes like objects."""
+    """"strokes", "boxes", "mixed", "varied" (thin and thick strokes, boxes, blobs and shapes like objects), or "fine"
+    (half of them thin strokes, close together; half varied)."""
     mask_polarity: str = "white"
     hole_classes: tuple[int, ...] = tuple(range(len(HOLE_CLASSES)))
     """Classes of generated masks, drawn evenly; indices in :data:`.masks.HOLE_CLASSES`."""
@@ -140,6 +142,8 @@ class OptimConfig:
     """Pictures in a batch of one process, before accumulation."""
     accumulate: int = 1
     """Batches whose gradients are averaged for one step."""
+    optimizer: Literal["adam", "muon"] = "adam"
+    """Of the generators: Adam, as in the paper, or Muon (:mod:`.optimisers`), which needs a third of the steps."""
     learning_rate: float = 2e-4
     discriminator_learning_rate: float | None = None
     """None: `learning_rate`."""
@@ -221,7 +225,7 @@ class TrainConfig:
     def _check_data(self) -> None:
         data, run = self.data, self.run
         _check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
-        kinds = (*KINDS, VARIED)
+        kinds = (*KINDS, VARIED, FINE)
         _check("data.mask_kind", data.mask_kind, data.mask_kind in kinds, f"one of {kinds}")
         _check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
         for name, classes in (

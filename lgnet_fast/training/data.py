@@ -19,7 +19,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ..data.masks import VARIED, MaskFolder, generate_mask, hole_levels, pictures_below, resize_mask, varied_mask
+from ..data.masks import (
+    FINE,
+    VARIED,
+    MaskFolder,
+    fine_mask,
+    generate_mask,
+    hole_levels,
+    pictures_below,
+    resize_mask,
+    varied_mask,
+)
 from ..data.shards import Member, samples_in
 from ..errors import ConfigError, DataError, InvalidMaskError, LGNetError, MissingExtraError
 from ..pipeline.files import open_image
@@ -456,8 +466,9 @@ class _Masks:
     def draw(self, size: int, seed: Sequence[int]) -> np.ndarray:
         """A random mask, bool [size, size]."""
         rng = np.random.default_rng(np.random.SeedSequence(seed))
-        if self.folder is None and self.kind == VARIED:
-            return varied_mask(size, size, seed=(*seed, 1))
+        free = {VARIED: varied_mask, FINE: fine_mask}.get(self.kind)
+        if self.folder is None and free is not None:
+            return free(size, size, seed=(*seed, 1))
         if self.folder is None:
             return generate_mask(
                 size, size, hole_class=int(rng.choice(self.classes)), kind=self.kind, seed=(*seed, 1)

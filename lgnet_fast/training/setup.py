@@ -27,11 +27,9 @@ def place_networks(
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.optim.channels_last and on_gpu:
         discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    if config.model.train_stages == "last":
-        if getattr(network, "share_coarse", False):
-            raise ConfigError("model.train_stages: 'last' needs a last network whose weights no other stage shares")
-        network.requires_grad_(False)
-        network.last_network.requires_grad_(True)
+    trained, others = trained_modules(config, network)
+    for module in others:
+        module.requires_grad_(False)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.momentum = config.model.batchnorm_momentum
@@ -39,6 +37,28 @@ def place_networks(
                 module.requires_grad_(False)
     keep_spectral_norm_wide(discriminator)
     return network, discriminator
+
+
+def trained_modules(config: TrainConfig, network: Cascade) -> tuple[list[nn.Module], list[nn.Module]]:
+    """The networks of the stages that ``model.train_stages`` names, and those of the other stages.
+
+    Raises:
+        ConfigError: no such stage, or one network runs stages of both kinds.
+    """
+    modules, numbers = network.stage_modules(), config.model.train_stages
+    if not numbers:
+        return modules, []
+    if not all(1 <= number <= len(modules) for number in numbers):
+        raise ConfigError(
+            f"model.train_stages: expected numbers from 1 to {len(modules)}, the model's stages, got {list(numbers)}"
+        )
+    trained = [module for number, module in enumerate(modules, start=1) if number in numbers]
+    others = [module for number, module in enumerate(modules, start=1) if number not in numbers]
+    if any(module is other for module in trained for other in others):
+        raise ConfigError(
+            f"model.train_stages: expected all stages that one network runs, or none of them, got {list(numbers)}"
+        )
+    return trained, others
 
 
 def place_features(

@@ -11,6 +11,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,9 +36,10 @@ from .networks import (
     make_lpips,
     make_network,
 )
+from .optimisers import generator_optimiser
 from .progress import Report
 from .schedule import learning_rate_factor
-from .setup import make_accelerator, place_features, place_lpips, place_networks, seed_everything
+from .setup import make_accelerator, place_features, place_lpips, place_networks, seed_everything, trained_modules
 from .signals import until_signal
 from .steps import Objective, Step, Trained
 from .validation import KindValidation
@@ -128,19 +130,20 @@ class Trainer:
         discriminator_rate = rate if optim.discriminator_learning_rate is None else optim.discriminator_learning_rate
         self._rates = (rate, discriminator_rate)
         fused = True if self.accelerator.device.type == "cuda" else None
-        trained = [p for p in self.network.parameters() if p.requires_grad]
         with warnings.catch_warnings():
             # Its successor exists neither in PyTorch before 2.13 nor in accelerate.
             warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
             wrapped, wrapped_discriminator, *self.optimisers = self.accelerator.prepare(
                 self.network,
                 self.discriminator,
-                torch.optim.Adam(trained, lr=rate, betas=optim.betas, fused=fused),
+                generator_optimiser(self.network, optim, fused),
                 torch.optim.Adam(
                     self.discriminator.parameters(), lr=discriminator_rate, betas=optim.betas, fused=fused
                 ),
             )
         forward = torch.compile(wrapped) if optim.compile else wrapped
+        if config.model.train_stages:
+            forward = partial(forward, until=max(config.model.train_stages))
         objective = Objective(
             self.weights,
             self.features,
@@ -210,9 +213,8 @@ class Trainer:
         """Set training mode, except for frozen BatchNorms."""
         self.nets.wrapped.train()
         self.nets.wrapped_discriminator.train()
-        if self.config.model.train_stages == "last":
-            self.network.eval()
-            self.network.last_network.train()
+        for module in trained_modules(self.config, self.network)[1]:
+            module.eval()
         if self._frozen:
             for module in self.network.modules():
                 if isinstance(module, nn.BatchNorm2d):
@@ -301,7 +303,7 @@ class Trainer:
         """Continue from `state`, the result of :meth:`state`.
 
         Raises:
-            TrainingError: the state is of another network, batch size or number of processes.
+            TrainingError: the state is of another network, optimizer, batch size or number of processes.
         """
         if state["processes"] != self.accelerator.num_processes:
             raise TrainingError(
@@ -317,7 +319,7 @@ class Trainer:
                 optimiser.load_state_dict(own)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
-            raise TrainingError(f"resume: the checkpoint is of another network ({reason})") from error
+            raise TrainingError(f"resume: the checkpoint is of another network or optimizer ({reason})") from error
         if self.average is not None:
             # A run without a moving average starts it here.
             average = state["network"] if state["average"] is None else state["average"]
