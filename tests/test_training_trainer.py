@@ -374,7 +374,7 @@ def test_some_stages_are_trained_and_later_ones_do_not_run(pictures, tmp_path, s
 
 
 def test_stages_that_cannot_be_trained_alone(pictures, tmp_path):
-    with pytest.raises(ConfigError, match="model.train_stages: expected all stages that one network runs, .* got .3."):
+    with pytest.raises(ConfigError, match="model.train_stages: expected all stages that one network"):
         Trainer(tiny_config(pictures, tmp_path, model={"name": "lgnet_share", "train_stages": [3]}))
     with pytest.raises(ConfigError, match="model.train_stages: expected numbers from 1 to 3, .* got .0, 4."):
         Trainer(tiny_config(pictures, tmp_path, model={"train_stages": [0, 4]}))

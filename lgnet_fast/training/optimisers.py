@@ -17,10 +17,10 @@ _SMALLEST = 16
 def generator_optimiser(network: nn.Module, optim: OptimConfig, fused: bool | None) -> torch.optim.Optimizer:
     """The optimiser of the parameters of `network` that require gradients.
 
-    ``optim.optimizer: muon`` orthogonalises the momentum of every convolution between feature maps (Jordan 2024, "Muon:
-    an optimizer for hidden layers in neural networks") and scales it so that an update is as large as Adam's at the
-    same learning rate (Liu et al. 2025, "Muon is scalable for LLM training", Section 2.2). The other parameters, those
-    that read or write a picture among them, are optimised by Adam.
+    ``optim.optimizer: muon`` orthogonalises the momentum of every convolution between feature maps (Jordan 2024,
+    "Muon: an optimizer for hidden layers in neural networks") and scales it so that its updates are about as large as
+    Adam's at the same learning rate (Liu et al. 2025, "Muon is scalable for LLM training", Section 2.2). The other
+    parameters, those that read or write a picture among them, are optimised by Adam.
 
     Args:
         network: its frozen parameters are left out.
@@ -45,9 +45,7 @@ def generator_optimiser(network: nn.Module, optim: OptimConfig, fused: bool | No
         {"params": hidden, "use_muon": True, "use_adjusted_lr": True},
         {"params": others, "use_muon": False, "betas": optim.betas, "eps": 1e-8},
     ]
-    made: torch.optim.Optimizer = Muon(
-        [{**group, "lr": optim.learning_rate} for group in groups if group["params"]]
-    )
+    made: torch.optim.Optimizer = Muon([{**group, "lr": optim.learning_rate} for group in groups if group["params"]])
     return made
 
 

@@ -27,8 +27,7 @@ def place_networks(
         network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     if config.optim.channels_last and on_gpu:
         discriminator.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    trained, others = trained_modules(config, network)
-    for module in others:
+    for module in untrained_modules(config, network):
         module.requires_grad_(False)
     for module in network.modules():
         if isinstance(module, nn.BatchNorm2d):
@@ -39,15 +38,15 @@ def place_networks(
     return network, discriminator
 
 
-def trained_modules(config: TrainConfig, network: Cascade) -> tuple[list[nn.Module], list[nn.Module]]:
-    """The networks of the stages that ``model.train_stages`` names, and those of the other stages.
+def untrained_modules(config: TrainConfig, network: Cascade) -> list[nn.Module]:
+    """The networks of the stages that ``model.train_stages`` leaves out.
 
     Raises:
         ConfigError: no such stage, or one network runs stages of both kinds.
     """
     modules, numbers = network.stage_modules(), config.model.train_stages
     if not numbers:
-        return modules, []
+        return []
     if not all(1 <= number <= len(modules) for number in numbers):
         raise ConfigError(
             f"model.train_stages: expected numbers from 1 to {len(modules)}, the model's stages, got {list(numbers)}"
@@ -58,7 +57,7 @@ def trained_modules(config: TrainConfig, network: Cascade) -> tuple[list[nn.Modu
         raise ConfigError(
             f"model.train_stages: expected all stages that one network runs, or none of them, got {list(numbers)}"
         )
-    return trained, others
+    return others
 
 
 def place_features(

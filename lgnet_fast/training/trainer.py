@@ -39,7 +39,7 @@ from .networks import (
 from .optimisers import generator_optimiser
 from .progress import Report
 from .schedule import learning_rate_factor
-from .setup import make_accelerator, place_features, place_lpips, place_networks, seed_everything, trained_modules
+from .setup import make_accelerator, place_features, place_lpips, place_networks, seed_everything, untrained_modules
 from .signals import until_signal
 from .steps import Objective, Step, Trained
 from .validation import KindValidation
@@ -213,7 +213,7 @@ class Trainer:
         """Set training mode, except for frozen BatchNorms."""
         self.nets.wrapped.train()
         self.nets.wrapped_discriminator.train()
-        for module in trained_modules(self.config, self.network)[1]:
+        for module in untrained_modules(self.config, self.network):
             module.eval()
         if self._frozen:
             for module in self.network.modules():
