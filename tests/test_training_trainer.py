@@ -669,7 +669,7 @@ def test_configuration_from_yaml_json_and_the_command_line(tmp_path):
         load_config(tmp_path / "none.yaml")
 
 
-@pytest.mark.parametrize("name", ["demo", "demo_gpu", "lgnet_places2"])
+@pytest.mark.parametrize("name", ["demo", "demo_local", "demo_gpu", "lgnet_places2"])
 def test_shipped_configurations_are_valid(name):
     from pathlib import Path
 
