@@ -187,6 +187,7 @@ def training_curve(log: Sequence[Mapping[str, Any]]) -> bytes:
     starts = [line["step"] for line in steps if "D" in line][:1]
     legs = [line["step"] for line in log if line["kind"] == "leg"][:-1]
     for plot in axes:
+        plot.locator_params(axis="x", nbins=5)
         for step, style in [*((step, ":") for step in starts), *((step, "--") for step in legs)]:
             plot.axvline(step, color="#4f5d6b", linewidth=0.8, linestyle=style)
     return _svg(figure)
