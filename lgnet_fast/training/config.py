@@ -143,7 +143,7 @@ class OptimConfig:
     accumulate: int = 1
     """Batches whose gradients are averaged for one step."""
     optimizer: Literal["adam", "muon"] = "adam"
-    """Of the generators: Adam, as in the paper, or Muon (:mod:`.optimisers`), which learns more in a step."""
+    """Of the generators: Adam, as in the paper, or Muon (:mod:`.optimisers`)."""
     learning_rate: float = 2e-4
     discriminator_learning_rate: float | None = None
     """None: `learning_rate`."""
