@@ -139,6 +139,35 @@ def test_x_lg_is_lgnet_when_the_first_stage_is_net_c():
         LocalGlobalRefinement(lambda image, mask: image)
 
 
+@pytest.mark.parametrize("kind", ["lgnet", "x_lg"])
+def test_the_first_stages_alone(kind):
+    """The pictures of the stages that run are those of the whole cascade."""
+    torch.manual_seed(0)
+    lgnet = LGNet(coarse_channels=4, local_channels=4, global_channels=4, backend="eager")
+    x_lg = LocalGlobalRefinement(_Mean(), local_channels=4, global_channels=4, backend="eager")
+    model = {"lgnet": lgnet, "x_lg": x_lg}[kind].eval()
+    image, mask = torch.rand(1, 3, 256, 256) * 2 - 1, torch.zeros(1, 1, 256, 256)
+    mask[:, :, 60:120, 80:200] = 1
+    with torch.no_grad():
+        whole = model(image, mask, return_stages=True)
+        for until in (1, 2, 3):
+            part = model(image, mask, return_stages=True, until=until)
+            assert len(part.raw) == len(part.merged) == until
+            assert all(torch.equal(a, b) for a, b in zip(part.merged, whole.merged))
+            assert torch.equal(model(image, mask, until=until), whole.merged[until - 1])
+            assert [part.coarse, part.local, part.refined].count(None) == 3 - until
+    for wrong in (0, 4):
+        with pytest.raises(ValueError, match=f"until: expected 1 to 3, the model's stages, got {wrong}"):
+            model(image, mask, until=wrong)
+
+
+class _Mean(nn.Module):
+    """A first stage that fills with the mean colour."""
+
+    def forward(self, image, mask):
+        return image.mean(dim=(2, 3), keepdim=True).expand_as(image)
+
+
 def test_what_lies_under_the_mask_does_not_matter():
     model = narrow()
     image, mask = case("gen256", 1, 256, 256, torch.float32)

@@ -63,7 +63,9 @@ class Cascade(nn.Module):
     def stage_modules(self) -> list[nn.Module]:
         """The network of every stage, in order; one network may run several stages (LGNet_share)."""
 
-    def _check(self, image: Tensor, mask: Tensor) -> None:
+    def _check(self, image: Tensor, mask: Tensor, until: int | None) -> None:
+        if until is not None and not 1 <= until <= len(self.stage_modules()):
+            raise ValueError(f"until: expected 1 to {len(self.stage_modules())}, the model's stages, got {until}")
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)
 

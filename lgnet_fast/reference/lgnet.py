@@ -117,11 +117,8 @@ class LGNet(
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
         """Stage name of Table VI -> the function that runs it on cat(picture, mask), in order."""
         nets: dict[str, Callable[[Tensor], Tensor]] = {}
-        for stage in self.stages.split("+"):
-            if stage == "C" and self.share_coarse:
-                nets[stage] = partial(self.get_submodule(STAGE_MODULES["G_att"]), use_attention=False)
-            else:
-                nets[stage] = getattr(self, STAGE_MODULES[stage])
+        for stage, module in zip(self.stages.split("+"), self.stage_modules(), strict=True):
+            nets[stage] = partial(module, use_attention=False) if stage == "C" and self.share_coarse else module
         return nets
 
     def stage_modules(self) -> list[nn.Module]:
@@ -142,7 +139,7 @@ class LGNet(
         Returns:
             The merged result of the last stage that runs, [B, 3, H, W] in [-1, 1], or :class:`Stages`.
         """
-        self._check(image, mask)
+        self._check(image, mask, until)
         names = self.stages.split("+")[:until]
         nets = list(self.networks().values())[:until]
         # The hole is painted white: merge with an output of ones.
@@ -326,9 +323,8 @@ class LocalGlobalRefinement(Cascade):
         self, image: Tensor, mask: Tensor, return_stages: bool = False, until: int | None = None
     ) -> Tensor | Stages:
         """Same contract as :meth:`LGNet.forward`."""
-        self._check(image, mask)
-        nets = (self.net_l, self.net_g) if until is None else (self.net_l, self.net_g)[: until - 1]
-        raw, merged = self._continue(image, mask, self.first_stage(image, mask), nets)
+        self._check(image, mask, until)
+        raw, merged = self._continue(image, mask, self.first_stage(image, mask), self.stage_modules()[1:until])
         if not return_stages:
             return merged[-1]
         coarse, local, refined = (*raw, None, None)[:3]

@@ -1,4 +1,4 @@
-"""The optimisers of generators and discriminator."""
+"""The optimiser of the generators: Adam or Muon."""
 
 from __future__ import annotations
 
