@@ -77,6 +77,15 @@ def test_a_given_start_is_painted_into_the_hole():
     assert_close(CpuExecutor.of(plan).run(image, mask, start)[0], expected)
 
 
+@pytest.mark.parametrize("kind", [CpuExecutor.of, TorchExecutor])
+def test_without_stages_the_result_is_the_same(kind):
+    executor = kind(plan_of(5, "C+L"))
+    result, raw = executor.run(*picture(1, 256, 256))
+    alone, none = executor.run(*picture(1, 256, 256), stages=False)
+    assert torch.equal(alone, result)
+    assert (len(raw), none) == (2, [])
+
+
 def test_same_bits_every_time_and_in_eight_threads_at_once(threads):
     plan = plan_of(16)
     executor = CpuExecutor.of(plan)

@@ -24,6 +24,7 @@ class Notes(Executor):
     def __init__(self, plan: Plan) -> None:
         self.plan = plan
         self.asked: list[Any] = []
+        self.stages: list[bool] = []
         self.released = 0
 
     @property
@@ -34,9 +35,17 @@ class Notes(Executor):
     def dtype(self) -> torch.dtype:
         return torch.float32
 
-    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Regions | None = None,
+        stages: bool = True,
+    ) -> Result:
         self.asked.append(None if regions is None else regions[-1])
-        return image.clone(), [image.clone() for step in self.plan.steps if step.merges]
+        self.stages.append(stages)
+        return image.clone(), [image.clone() for step in self.plan.steps if step.merges and stages]
 
     def resized(self, plan: Plan) -> Notes:
         return Notes(plan)
@@ -52,8 +61,10 @@ class Coarse(Notes):
 class Apart(Notes):
     per_sample = True
 
-    def run_each(self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Any) -> Result:
-        result = self.run(image, mask)
+    def run_each(
+        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Any, stages: bool = True
+    ) -> Result:
+        result = self.run(image, mask, stages=stages)
         self.asked[-1] = [None if own is None else own[-1] for own in regions]
         return result
 
@@ -115,6 +126,17 @@ def test_samples_apart_or_together() -> None:
     assert executor.asked == [[(holes[0],), (holes[1],)]]
     engine(*picture(holes[0], holes[0]))  # alike: no need to tell them apart
     assert executor.asked[-1] == (holes[0],)
+
+
+def test_raw_pictures_are_asked_for_with_the_stages_alone() -> None:
+    """Their memory would be taken and freed in every call."""
+    holes = Rect(0, 16, 0, 16), Rect(200, 216, 96, 112)
+    for kind in (Notes, Apart):
+        engine, executor, _ = engine_of(kind, 2)
+        for stages in (False, True):
+            engine(*picture(*holes), return_stages=stages)
+            engine(*picture(*holes), return_stages=stages, holes=[Rect(0, 256, 0, 256)])
+        assert executor.stages == [False, False, True, True]
 
 
 def test_what_an_executor_leaves_out(tmp_path: Any) -> None:

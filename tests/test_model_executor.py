@@ -36,6 +36,9 @@ def test_stages_are_those_of_the_model(name: str) -> None:
     torch.testing.assert_close(result, expected.merged[-1], rtol=0, atol=1e-6)
     for ours, theirs in zip(raw, expected.raw, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-6)
+    alone, none = ModelExecutor(model, CPU, torch.float32).run(image, mask, stages=False)
+    assert torch.equal(alone, result)
+    assert none == []
 
 
 def test_x_lg_keeps_its_first_stage_to_itself() -> None:

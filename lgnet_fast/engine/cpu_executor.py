@@ -200,18 +200,30 @@ class CpuExecutor(Executor):
 
     # -- running -------------------------------------------------------------------------------------------------
 
-    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
-        result, raw, _ = self._run(image, mask, start, self._listed(regions))
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Regions | None = None,
+        stages: bool = True,
+    ) -> Result:
+        result, raw, _ = self._run(image, mask, start, self._listed(regions), stages)
         return result, raw
 
     def run_each(
-        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Sequence[Regions | None]
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None,
+        regions: Sequence[Regions | None],
+        stages: bool = True,
     ) -> Result:
         lists: list[list[Any]] = [[] for _ in self.plan.steps]
         for sample, own in enumerate(regions):
             for number, step in enumerate(self.plan.steps):
                 lists[number] += self._regions(step, step.regions if own is None else own[number], sample)
-        result, raw, _ = self._run(image, mask, start, lists)
+        result, raw, _ = self._run(image, mask, start, lists, stages)
         return result, raw
 
     def timed(self, image: Tensor, mask: Tensor) -> tuple[Tensor, list[Tensor], list[float]]:
@@ -240,6 +252,7 @@ class CpuExecutor(Executor):
         mask: Tensor,
         start: Tensor | None,
         regions: Sequence[Sequence[Any]],
+        stages: bool = True,
         poison: bool = False,
     ) -> tuple[Tensor, list[Tensor], list[float]]:
         """The run, and every step's milliseconds. `poison`: buffers start full of NaN, so that what is read without
@@ -248,7 +261,7 @@ class CpuExecutor(Executor):
         image, mask = image.detach().float(), mask.detach().float()
         start = None if start is None else start.detach().float()
         out = torch.empty(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device="cpu")
-        raw = [torch.empty_like(out) for step in plan.steps if step.merges]
+        raw = [torch.empty_like(out) for step in plan.steps if step.merges and stages]
         times = self._program.run(
             tensor_arg(image),
             tensor_arg(mask),

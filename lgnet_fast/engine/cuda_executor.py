@@ -495,29 +495,40 @@ class CudaExecutor(Executor):
                 if self._done is not None:
                     self._done.record(torch.cuda.current_stream(self.device))
 
-    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Regions | None = None,
+        stages: bool = True,
+    ) -> Result:
         """See :meth:`.executor.Executor.run`. Waits for the device only where it captures a graph.
 
         While the caller captures a graph, the launches become part of that graph and use separate buffers.
         """
         with torch.inference_mode(False), torch.no_grad():
             if is_capturing(self.device):
-                return self._run_captured(image, mask, start, regions)
+                return self._run_captured(image, mask, start, regions, stages)
             with self._turn():
                 memory = self.memory
                 program = self._program(memory, regions, start is not None)
                 memory.take(image, mask, start)
                 program()
-                outputs = memory.outputs.clone() if self.options.clone_outputs else memory.outputs
+                outputs = memory.outputs if stages else memory.outputs[:1]
+                if self.options.clone_outputs:
+                    outputs = outputs.clone()
         return outputs[0], list(outputs[1:])
 
-    def _run_captured(self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Regions | None) -> Result:
+    def _run_captured(
+        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Regions | None, stages: bool
+    ) -> Result:
         """Launches for a graph of the caller. Our lock and event cannot order its replays, so the launches share only
         the weights with other calls."""
         memory = Memory(self.plan, self.dtype, self.device)
         memory.take(image, mask, start)
         _run_all(self._launches(memory, regions, start is not None))
-        return memory.outputs[0], list(memory.outputs[1:])
+        return memory.outputs[0], list(memory.outputs[1:]) if stages else []
 
     def step_times(self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5) -> list[float]:
         """Milliseconds of every step. Waits for the device.

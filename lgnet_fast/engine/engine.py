@@ -179,7 +179,7 @@ class Engine:
         with torch.no_grad():
             shape = self._shape(image.shape[0], image.shape[2], image.shape[3])
             start = None if self._first_stage is None else self._first_stage(image, mask)
-            restricted, result, raw = self._run(shape, image, mask, start, holes, each)
+            restricted, result, raw = self._run(shape, image, mask, start, holes, each, return_stages)
             if not return_stages:
                 return result.to(image.dtype)
             raw = [r.to(image.dtype) for r in raw]
@@ -201,19 +201,20 @@ class Engine:
         start: Tensor | None,
         holes: Sequence[Rect] | None,
         each: list[tuple[Rect, ...]],
+        stages: bool,
     ) -> tuple[bool, Tensor, list[Tensor]]:
         """(whether the run was restricted to holes, merged picture, raw pictures)"""
         if shape.executor.per_sample and len(set(each)) > 1:
             with self._lock:
                 own = [shape.regions_for(boxes) for boxes in each]
             if any(regions is not None for regions in own):
-                return True, *shape.executor.run_each(image, mask, start, own)
-            return False, *shape.executor.run(image, mask, start, None)
+                return True, *shape.executor.run_each(image, mask, start, own, stages)
+            return False, *shape.executor.run(image, mask, start, None, stages)
         regions = None
         if holes is not None:
             with self._lock:
                 regions = shape.regions_for(holes)
-        return regions is not None, *shape.executor.run(image, mask, start, regions)
+        return regions is not None, *shape.executor.run(image, mask, start, regions, stages)
 
     def _notice_model(self) -> None:
         """Raise if the weights of the model have changed. Where the model no longer exists, release its memory."""

@@ -15,7 +15,7 @@ from .regions import Rect, rounded
 Regions: TypeAlias = Sequence[tuple[Rect, ...]]
 """The rectangles that each step of a plan computes, in the order of the steps."""
 Result: TypeAlias = tuple[Tensor, list[Tensor]]
-"""The merged picture and every stage's raw picture, [B, 3, H, W] float32 each."""
+"""The merged picture and the raw picture of every stage or of none, [B, 3, H, W] float32 each."""
 
 
 class Executor(ABC):
@@ -61,7 +61,14 @@ class Executor(ABC):
         """The dtype of the computation."""
 
     @abstractmethod
-    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Regions | None = None,
+        stages: bool = True,
+    ) -> Result:
         """The merged picture and the raw picture of every stage.
 
         Args:
@@ -69,13 +76,19 @@ class Executor(ABC):
             start: the initial picture in the hole, [B, 3, H, W]; None: white.
             regions: the rectangles of each step, for all samples alike; None: everywhere. Raw pictures are undefined
                 outside the rectangles of the last step.
+            stages: return the raw pictures; else the list of them is empty, and no memory is taken for them.
         """
 
     def run_each(
-        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Sequence[Regions | None]
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None,
+        regions: Sequence[Regions | None],
+        stages: bool = True,
     ) -> Result:
         """Like :meth:`run`, with regions for each sample. The default computes everything."""
-        return self.run(image, mask, start)
+        return self.run(image, mask, start, stages=stages)
 
     @abstractmethod
     def resized(self, plan: Plan) -> Executor:

@@ -48,9 +48,16 @@ class LibraryExecutor(CudaExecutor):
         weights = executor.weights.all_by_library(executor.plan, _all_steps(executor.plan))
         return cls(executor.plan, weights, replace(executor.options, graphs=False, deep_rows=0))
 
-    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Regions | None = None,
+        stages: bool = True,
+    ) -> Result:
         """See :meth:`.executor.Executor.run`; always dense."""
-        return super().run(image, mask, start)
+        return super().run(image, mask, start, stages=stages)
 
     def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:
         """The launches of one step, always dense."""

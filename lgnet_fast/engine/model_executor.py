@@ -62,7 +62,14 @@ class ModelExecutor(Executor):
         """This executor: the model takes any size."""
         return self
 
-    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Regions | None = None,
+        stages: bool = True,
+    ) -> Result:
         model = self._model
         with torch.no_grad():
             known, hole = image.to(self._dtype), mask.to(self._dtype)
@@ -73,4 +80,4 @@ class ModelExecutor(Executor):
             pictures = [r.float() for r in raw[1:]] if self._dtype != torch.float64 else raw[1:]
             # in the precision of the input, so that known pixels are exact
             exact = torch.promote_types(image.dtype, torch.float32)
-            return merge(image.to(exact), pictures[-1].to(exact), mask.to(exact)), pictures
+            return merge(image.to(exact), pictures[-1].to(exact), mask.to(exact)), pictures if stages else []

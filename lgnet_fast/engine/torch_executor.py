@@ -49,10 +49,17 @@ class TorchExecutor(Executor):
         )
         return TorchExecutor(replace(plan, steps=steps))
 
-    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Regions | None = None,
+        stages: bool = True,
+    ) -> Result:
         """See :meth:`.executor.Executor.run`; results are in the dtype of the weights."""
         buffers = self.buffers_after(image, mask, start, regions)
-        raw = [buffers[s.stores[0].view.buffer] for s in self.plan.steps if s.merges]
+        raw = [buffers[s.stores[0].view.buffer] for s in self.plan.steps if s.merges and stages]
         return buffers[PICTURE][:, :3], raw
 
     def buffers_after(

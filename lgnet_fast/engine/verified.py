@@ -500,15 +500,22 @@ class Guarded(Executor):
     def resized(self, plan: Plan) -> Guarded:
         return Guarded(self.executor.resized(plan))
 
-    def run(self, image: Tensor, mask: Tensor, start: Tensor | None = None, regions: Regions | None = None) -> Result:
+    def run(
+        self,
+        image: Tensor,
+        mask: Tensor,
+        start: Tensor | None = None,
+        regions: Regions | None = None,
+        stages: bool = True,
+    ) -> Result:
         if is_capturing(self.executor.device):
-            return self.executor.run(image, mask, start, regions)  # only the capture failed
+            return self.executor.run(image, mask, start, regions, stages)  # only the capture failed
         if regions is not None and not self._came_before(regions):
             regions = None
         while True:
             executor, where = self.executor, None if self._dense_only else regions
             try:
-                return executor.run(image, mask, start, where)
+                return executor.run(image, mask, start, where, stages)
             except torch.OutOfMemoryError:
                 raise
             except Exception as error:

@@ -135,6 +135,17 @@ def test_outputs_without_clones_are_the_executors_own() -> None:
     assert first.data_ptr() == second.data_ptr()
 
 
+def test_without_stages_only_the_result_is_copied() -> None:
+    plan = tiny_plan()
+    image, mask = inputs(plan)
+    executor = CudaExecutor.of(plan, torch.float32)
+    expected, _ = executor.run(image, mask)
+    result, raw = executor.run(image, mask, stages=False)
+    assert raw == []
+    assert torch.equal(result, expected)
+    assert result.untyped_storage().nbytes() == result.nbytes
+
+
 def test_refuses_float64() -> None:
     with pytest.raises(RuntimeError, match="float64"):
         CudaExecutor.of(small_plan(), torch.float64)
