@@ -102,7 +102,8 @@ class Server:
                 self.address = found[0].rstrip("/")
                 break
         assert self.address, self.lines
-        threading.Thread(target=self._drain, daemon=True).start()
+        self.reader = threading.Thread(target=self._drain, daemon=True)
+        self.reader.start()
         deadline = time.monotonic() + 120
         while httpx.get(f"{self.address}/v2/health/ready").status_code != 200:
             assert time.monotonic() < deadline

@@ -156,7 +156,7 @@ def test_the_first_stages_alone(kind):
             assert all(torch.equal(a, b) for a, b in zip(part.merged, whole.merged))
             assert torch.equal(model(image, mask, until=until), whole.merged[until - 1])
             assert [part.coarse, part.local, part.refined].count(None) == 3 - until
-    for wrong in (0, 4):
+    for wrong in (0, 4, 2.0, True):
         with pytest.raises(ValueError, match=f"until: expected 1 to 3, the model's stages, got {wrong}"):
             model(image, mask, until=wrong)
 

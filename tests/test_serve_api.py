@@ -173,6 +173,65 @@ def test_openais_client(server, expected):
         calls.images.edit(image=("photo.png", rubbed_out()), prompt="x", size="512x512")
 
 
+def test_openais_compression_begins_at_0(client):
+    sizes = []
+    for given in ("0", "90"):
+        fields = {"output_format": "jpeg", "output_compression": given}
+        answer = client.post("/v1/images/edits", files={"image": GOOD, "mask": rubbed_out()}, data=fields)
+        assert answer.status_code == 200, answer.text
+        told = answer.json()
+        assert told["output_format"] == "jpeg"
+        sizes.append(len(told["data"][0]["b64_json"]))
+    assert sizes[0] * 4 < sizes[1]
+
+
+def inks() -> bytes:
+    """A profile of CMYK by which every colour without black is the grey of Lab 50, 0, 0."""
+    grey, black = bytes([128, 128, 128]), bytes([0, 128, 128])
+    table = b"mft1" + bytes(4) + bytes([4, 3, 2, 0])
+    table += struct.pack(">9i", *(65536 * (number % 4 == 0) for number in range(9)))
+    table += bytes(range(256)) * 4 + (grey + black) * 8 + bytes(range(256)) * 3
+    head = struct.pack(">I4sI4s4s4s", 128 + 16 + len(table), b"none", 0x02400000, b"prtr", b"CMYK", b"Lab ")
+    head += bytes(12) + b"acsp" + bytes(28) + struct.pack(">3I", 0xF6D6, 0x10000, 0xD32D)
+    return head.ljust(128, b"\0") + struct.pack(">I4sII", 1, b"A2B0", 144, len(table)) + table
+
+
+@pytest.mark.parametrize("profile", [None, inks()], ids=["no profile", "profile"])
+def test_cmyk_is_answered_as_rgb_where_a_client_takes_png(client, profile):
+    file = io.BytesIO()
+    own = Image.fromarray(PICTURE).convert("CMYK")
+    own.save(file, "JPEG", quality=95, icc_profile=profile)
+    jpeg = file.getvalue()
+    known = pixels_of(jpeg)[0, 0]
+    plain = np.asarray(Image.open(io.BytesIO(jpeg)).convert("RGB"))
+    body = {"init_images": [base64_of(jpeg)], "mask": base64_of(MASK), "mask_blur": 0}
+    answer = client.post("/sdapi/v1/img2img", json=body)
+    assert answer.status_code == 200, answer.text
+    edit = client.post("/v1/images/edits", files={"image": jpeg, "mask": rubbed_out()})
+    assert edit.status_code == 200, edit.text
+    told = open_picture(client, jpeg)
+    at = f"/api/v1/pictures/{told['id']}"
+    assert client.post(f"{at}/fill?x=0&y=0", content=MASK).status_code == 200
+    copy = client.get(f"{at}/result?format=png")
+    assert copy.headers["content-type"] == "image/png"
+    for data in (
+        base64.b64decode(answer.json()["images"][0]),
+        base64.b64decode(edit.json()["data"][0]["b64_json"]),
+        copy.content,
+    ):
+        with Image.open(io.BytesIO(data)) as shown:
+            assert (shown.mode, "icc_profile" in shown.info) == ("RGB", False)
+            if profile is None:
+                np.testing.assert_array_equal(np.asarray(shown)[~HOLE], plain[~HOLE])
+            else:
+                assert np.abs(np.asarray(shown).astype(int) - 119).max() <= 2
+    saved = client.get(f"{at}/result")
+    assert saved.headers["content-type"] == "image/jpeg"
+    with Image.open(io.BytesIO(saved.content)) as kept:
+        assert (kept.mode, kept.info.get("icc_profile")) == ("CMYK", profile)
+        np.testing.assert_allclose(np.asarray(kept)[0, 0].astype(int), known, atol=4)
+
+
 def test_webuiapis_client(server):
     webuiapi = pytest.importorskip("webuiapi")
     calls = webuiapi.WebUIApi(host="127.0.0.1", port=urlsplit(server).port)
@@ -190,6 +249,15 @@ def test_webuiapis_client(server):
     )
     expected = Inpainter.from_pretrained(None)(PICTURE, HOLE, feather=2)
     np.testing.assert_array_equal(np.asarray(inverted.image), expected)
+
+
+def test_head_is_get_without_a_body(client):
+    for path in ("/", "/v2/health/live", "/v2/health/ready", "/docs", "/static/main.js", "/api/v1/page"):
+        head, got = client.head(path), client.get(path)
+        assert (head.status_code, head.content) == (200, b""), path
+        assert head.headers["content-length"] == str(len(got.content))
+        assert head.headers.get("content-type") == got.headers.get("content-type")
+    assert client.head("/inpaint").status_code == 405
 
 
 def test_probes_and_metrics(client):
@@ -240,6 +308,27 @@ def test_fill_undo_and_result(client, expected):
     assert client.delete(at).status_code == 204
     assert client.get(f"{at}/view").status_code == 404
     assert client.post(f"{at}/fill?x=0&y=0", content=mask.getvalue()).status_code == 404
+
+
+def test_the_format_that_is_told_is_the_one_that_is_saved(client):
+    for name, long in (("gif", "GIF"), ("bmp", "BMP"), ("jp2", "JPEG2000")):
+        told = open_picture(client, file_of(PICTURE[..., 0], long))
+        assert told["format"] == name
+        saved = client.get(f"/api/v1/pictures/{told['id']}/result")
+        assert saved.headers["content-type"] == f"image/{name}"
+    heif = pytest.importorskip("pillow_heif")
+    heif.register_heif_opener()
+    told = open_picture(client, file_of(PICTURE, "HEIF"))
+    assert told["format"] == "heif"
+    assert client.get(f"/api/v1/pictures/{told['id']}/result").headers["content-type"] == "image/heif"
+
+
+def test_an_unknown_format_is_told_the_same_on_both_ways(client):
+    told = open_picture(client, GOOD)
+    saved = client.get(f"/api/v1/pictures/{told['id']}/result?format=exe")
+    filled = client.post(**inpaint(format="exe"))
+    assert (saved.status_code, filled.status_code) == (400, 400)
+    assert saved.json()["detail"] == filled.json()["detail"]
 
 
 def test_far_parts_come_below_one_another(client):
@@ -382,12 +471,24 @@ def test_own_origin_and_preflight(client, server):
     assert own.status_code == 201
     ask = {"Access-Control-Request-Method": "POST"}
     assert client.options("/inpaint", headers={"Origin": "https://ok.example", **ask}).status_code == 204
+    told = client.get("/api/v1/page", headers={"Origin": "https://ok.example"})
+    exposed = told.headers["access-control-expose-headers"].split(", ")
+    assert {"X-Boxes", "X-Position", "X-Strategy", "X-Seed", "Retry-After", "Server-Timing"} <= set(exposed)
+    assert "access-control-expose-headers" not in own.headers
     assert client.options("/inpaint", headers={"Origin": "https://evil.example", **ask}).status_code == 405
 
 
 def test_tokens():
     with live_server(ServeOptions(token="s3cret")) as address, httpx.Client(base_url=address) as client:
-        for path in ("/", "/static/main.js", "/v2/health/live", "/docs"):
+        open_paths = (
+            "/",
+            "/static/main.js",
+            "/docs",
+            "/v2/health/live",
+            "/v2/models/lgnet",
+            "/v2/models/lgnet/ready",
+        )
+        for path in open_paths:
             assert client.get(path).status_code == 200
         for headers in (
             {},
@@ -399,6 +500,14 @@ def test_tokens():
                 assert client.get(path, headers=headers).status_code == 401
         assert client.get("/api/v1/page", headers={"Authorization": "Bearer s3cret"}).status_code == 200
         assert client.get("/api/v1/page", auth=("any", "s3cret")).status_code == 200
+        refused = client.post("/v1/images/edits")
+        assert refused.status_code == 401
+        assert refused.json()["error"] == {
+            "message": "token: expected the header Authorization: Bearer TOKEN",
+            "type": "invalid_request_error",
+            "param": "token",
+            "code": "RequestError",
+        }
 
 
 # -- bad requests ---------------------------------------------------------------------------------------------------
@@ -446,7 +555,9 @@ BAD = {
     "another size": (inpaint(mask=base64_of(file_of(hole(97, 120)))), 400, "expected the picture's size 120x96"),
     "an empty mask": (inpaint(mask=base64_of(file_of(HOLE & False))), 400, "no hole pixel"),
     "a full mask": (inpaint(mask=base64_of(file_of(HOLE | True))), 400, "100.0% of the picture is hole"),
-    "a bomb": (inpaint(image=base64_of(bomb(20_000, 20_000))), 400, "image"),
+    "a bomb": (inpaint(image=base64_of(bomb(20_000, 20_000))), 413, "image: expected at most 4000000 pixels (--max-"),
+    "a bomb to open": (
+        {"url": "/api/v1/pictures", "content": bomb(20_000, 20_000)}, 413, "picture: expected at most 4000000"),
     "a large picture": (inpaint(image=base64_of(bomb(2001, 2000))), 413, "image: expected at most 4000000 pixels"),
     "a large mask": (inpaint(mask=base64_of(bomb(2001, 2000))), 413, "mask: expected at most 4000000 pixels"),
     "a promise not kept": (inpaint(image=base64_of(bomb(1900, 1900))), 400, "image"),
@@ -458,7 +569,7 @@ BAD = {
     "a threshold": (inpaint(mask_threshold=1.0), 422, "mask_threshold: "),
     "a channel": (inpaint(mask_channel="red"), 400, "mask_channel: expected one of"),
     "a channel that is not there": (inpaint(mask_channel="alpha"), 400, "needs a mask with transparency"),
-    "a format": (inpaint(format="exe"), 422, "format: expected one of"),
+    "a format": (inpaint(format="exe"), 400, "format: expected one of"),
     "a quality": (inpaint(quality=0), 422, "quality: "),
     "a format that holds no alpha": (
         {"url": "/api/v1/inpaint", "json": {"image": base64_of(file_of(np.dstack([PICTURE, PICTURE[..., 0]]))),
@@ -482,6 +593,9 @@ BAD = {
         {"url": "/v1/images/edits", "files": [("image[]", GOOD), ("image[]", GOOD)]}, 400, "expected one file"),
     "an edit as URL": (
         form("/v1/images/edits", {"response_format": "url"}, image=rubbed_out()), 400, "response_format: "),
+    "an edit with a wrong compression": (
+        form("/v1/images/edits", {"output_format": "webp", "output_compression": "101"}, image=rubbed_out()), 422,
+        "output_compression: expected a whole number from 0 to 100, got '101'"),
     "an edit by a torn mask": (form("/v1/images/edits", image=GOOD, mask=rubbed_out()[:-900]), 400, "mask"),
     "no initial image": (
         {"url": "/sdapi/v1/img2img", "json": {"init_images": [], "mask": base64_of(MASK)}}, 422, "init_images: "),
@@ -554,3 +668,21 @@ def test_a_full_queue_is_told_as_429():
         assert 429 in statuses
         assert int(answer.headers["retry-after"]) >= 1
         assert "queue: all 1 places are taken" in answer.json()["detail"]
+
+
+def test_over_the_time_limit_is_504_without_a_time_to_come_again_and_idle_pictures_are_closed():
+    options = ServeOptions(timeout=0.1, session_idle=0.4)
+    with live_server(options) as address, httpx.Client(base_url=address, timeout=60) as client:
+        large, mask = file_of(photo(700, 900)), file_of(hole(700, 900, (100, 600, 100, 800)))
+        body = {"image": base64_of(large), "mask": base64_of(mask), "strategy": "full"}
+        answer = client.post("/api/v1/inpaint", json=body)
+        assert answer.status_code == 504
+        assert "retry-after" not in answer.headers
+        assert answer.json()["detail"] == "timeout: the request took more than 0.1 seconds (--timeout)"
+
+        deadline = time.monotonic() + 60
+        while client.post("/api/v1/pictures", content=GOOD).status_code != 201:  # the large one still runs
+            assert time.monotonic() < deadline
+        while "lgnet_pictures 0.0" not in client.get("/metrics").text:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)

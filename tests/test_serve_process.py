@@ -129,6 +129,40 @@ def test_sigterm_answers_or_refuses_every_request(server):
     assert "lgnet-fast has ended" in "".join(server.lines)
 
 
+@pytest.mark.parametrize("server", [("--shutdown", "0.3", "--grace", "0.1", "--device", "cpu")], indirect=True)
+def test_work_over_the_limit_of_the_shutdown_is_answered_and_the_process_ends(server):
+    size = 1024
+    body = {
+        "image": base64_of(file_of(photo(size, size))),
+        "mask": base64_of(file_of(hole(size, size, (60, 960, 60, 960)))),
+        "strategy": "full",
+    }
+    answers: list[httpx.Response] = []
+
+    def ask() -> None:
+        answers.append(httpx.post(f"{server.address}/api/v1/inpaint", json=body, timeout=120))
+
+    asking = threading.Thread(target=ask)
+    asking.start()
+    deadline = time.monotonic() + 60
+    while "lgnet_queue_depth 1.0" not in httpx.get(f"{server.address}/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    start = time.monotonic()
+    assert server.end() == 0
+    spent = time.monotonic() - start
+    asking.join(60)
+    (answer,) = answers
+    assert answer.status_code == 503
+    assert answer.headers["retry-after"] == "5"
+    assert answer.json()["detail"] == "the server is shutting down"
+    assert spent < 10
+    server.reader.join(60)
+    text = "".join(server.lines)
+    assert "work of more than 0.3 s (--shutdown) was given up" in text
+    assert "Traceback" not in text
+
+
 def test_a_public_address_gets_a_token_and_a_taken_one_an_error():
     server = Server("--host", "0.0.0.0")
     try:

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgnet_fast import InvalidMaskError
+from lgnet_fast import InvalidImageError, InvalidMaskError
+from lgnet_fast.engine.regions import Rect
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.pipeline.files import Encoded
 from lgnet_fast.serve import Session
@@ -206,6 +207,22 @@ def test_a_format_that_cannot_be_written_becomes_png(pipe):
     assert Session(ppm, pipe).encoded()[1] == "PNG"
 
 
+@pytest.mark.parametrize(("mode", "format"), [("CMYK", "PNG"), ("CMYK", "WEBP"), ("YCbCr", "PNG"), ("HSV", "JPEG")])
+def test_colours_of_another_space_become_rgb_where_that_is_asked_for(pipe, mode, format):
+    picture = Image.fromarray(photo()).convert(mode)
+    session = Session(picture, pipe)
+    session.fill(hole())
+    with pytest.raises(InvalidImageError, match=f"format: {format} holds .*, got a picture of mode {mode}"):
+        session.encoded(format)
+    data, written = session.encoded(format, convert=True)
+    assert written == format
+    with Image.open(io.BytesIO(data)) as again:
+        assert again.mode == "RGB"
+        if format != "JPEG":
+            np.testing.assert_array_equal(np.asarray(again), np.asarray(session.result().convert("RGB")))
+    assert session.result().mode == mode
+
+
 def test_stages_are_the_pipelines(pipe):
     picture, mask = photo(), hole()
     session = Session(picture, pipe)
@@ -218,6 +235,64 @@ def test_stages_are_the_pipelines(pipe):
     for one, whole in zip(shown, expected):
         np.testing.assert_array_equal(one, whole[box.slices])
     np.testing.assert_array_equal(shown[-1], session.result()[box.slices])
+
+
+def test_stages_are_those_of_the_model_that_filled(pipe):
+    grey = BlurFill()
+    grey.gain.data.zero_()
+    session = Session(photo(), pipe)
+    session.fill(hole(), inpainter=Inpainter(grey, device="cpu"))
+    box, shown = session.stages(context=8)
+    np.testing.assert_array_equal(shown[-1], session.result()[box.slices])
+    assert shown[-1][8:28, 8:38].tolist() == [[[128, 128, 128]] * 30] * 20
+
+
+class SlowFill(BlurFill):
+    """Waits for `go` in the network."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def forward(self, image, mask, return_stages=False):
+        self.begun.set()
+        assert self.go.wait(60)
+        return super().forward(image, mask, return_stages)
+
+
+def test_a_picture_is_read_while_it_is_filled(pipe):
+    slow = SlowFill()
+    session = Session(photo(), pipe)
+    session.fill(hole())
+    before = session.result()
+    filling = threading.Thread(
+        target=session.fill,
+        args=(hole(box=(60, 80, 10, 30)),),
+        kwargs={"inpainter": Inpainter(slow, device="cpu")},
+    )
+    filling.start()
+    assert slow.begun.wait(60)
+    read: list[np.ndarray] = []
+
+    def look() -> None:
+        read.append(session.region(Rect(0, 96, 0, 120)))
+        read.append(session.result())
+        read.append(session.stages(context=200)[1][-1])
+
+    looking = threading.Thread(target=look, daemon=True)
+    looking.start()
+    looking.join(20)
+    stuck = looking.is_alive()
+    undoing = threading.Thread(target=session.undo)  # changes of the history wait for one another
+    undoing.start()
+    slow.go.set()
+    filling.join(60)
+    undoing.join(60)
+    assert not stuck
+    assert len(read) == 3
+    for one in read:
+        np.testing.assert_array_equal(one, before)
+    assert (session.position, session.fills) == (1, 2)
 
 
 def test_threads_fill_one_session_without_losing_a_fill(pipe):

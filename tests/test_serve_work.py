@@ -9,19 +9,29 @@ import time
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lgnet_fast import LGNetError
 from lgnet_fast.pipeline import Inpainter
-from lgnet_fast.serve.command import parse_models, run
+from lgnet_fast.serve.bodies import picture_file
+from lgnet_fast.serve.command import _address, parse_models, run
 from lgnet_fast.serve.display import Display
-from lgnet_fast.serve.errors import BusyError, CancelledError, DrainingError, TimeLimitError, UnknownPictureError
+from lgnet_fast.serve.errors import (
+    BusyError,
+    CancelledError,
+    DrainingError,
+    TimeLimitError,
+    TooLargeError,
+    UnknownPictureError,
+)
 from lgnet_fast.serve.options import ServeOptions
 from lgnet_fast.serve.session import Session
+from lgnet_fast.serve.state import State
 from lgnet_fast.serve.store import Store
 from lgnet_fast.serve.work import DeviceWorker, SharedInpainter, WorkQueue
 
 from .pipeline_support import BlurFill
-from .serve_support import hole, photo
+from .serve_support import file_of, hole, photo
 
 pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
 
@@ -186,6 +196,176 @@ def test_draining_answers_what_runs_and_refuses_the_rest():
         queue.close()
 
     asyncio.run(main())
+
+
+def test_waiting_for_a_turn_takes_a_place_but_no_thread():
+    async def main() -> None:
+        queue, turn = WorkQueue(threads=2, limit=3, timeout=60), asyncio.Lock()
+        go, order = threading.Event(), []
+        first = asyncio.create_task(queue.run(lambda job: (go.wait(60), order.append(1)), turn=turn))
+        await asyncio.sleep(0.05)
+        second = asyncio.create_task(queue.run(lambda job: order.append(2), turn=turn))
+        await asyncio.sleep(0.05)
+        assert (await queue.run(lambda job: 7))[0] == 7
+        await asyncio.sleep(0)
+        assert queue.depth == 2
+        third = asyncio.create_task(queue.run(lambda job: order.append(3), turn=turn))
+        await asyncio.sleep(0.05)
+        with pytest.raises(BusyError, match="queue: all 3 places are taken"):
+            await queue.run(lambda job: order.append(4), turn=turn)
+        assert order == []
+        go.set()
+        await asyncio.gather(first, second, third)
+        assert order == [1, 2, 3]
+        assert await asyncio.to_thread(queue.close)
+
+    asyncio.run(main())
+
+
+def test_the_time_limit_counts_while_a_turn_is_waited_for():
+    async def main() -> None:
+        queue, turn = WorkQueue(threads=1, limit=2, timeout=0.2), asyncio.Lock()
+        await turn.acquire()
+        with pytest.raises(TimeLimitError) as caught:
+            await queue.run(lambda job: 1, turn=turn)
+        assert (caught.value.status, caught.value.retry_after) == (504, None)
+        assert queue.depth == 0
+        turn.release()
+        assert (await queue.run(lambda job: 1, turn=turn))[0] == 1
+
+        go = threading.Event()
+        with pytest.raises(TimeLimitError):
+            await queue.run(lambda job: go.wait(60), turn=turn)
+        assert turn.locked()  # the work still runs
+        go.set()
+        deadline = time.monotonic() + 30
+        while turn.locked():
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+        assert queue.depth == 0
+        queue.close()
+
+    asyncio.run(main())
+
+
+def test_what_waits_for_a_turn_or_runs_is_told_that_the_server_ends():
+    async def main() -> None:
+        queue, turn = WorkQueue(threads=1, limit=4, timeout=60), asyncio.Lock()
+        go = threading.Event()
+        running = asyncio.create_task(queue.run(lambda job: go.wait(60), turn=turn))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(queue.run(lambda job: 1, turn=turn))
+        await asyncio.sleep(0.05)
+        queue.drain()
+        with pytest.raises(DrainingError):
+            await waiting
+        assert not running.done()
+        queue.give_up()
+        with pytest.raises(DrainingError) as caught:
+            await asyncio.wait_for(running, 30)
+        assert (caught.value.status, caught.value.retry_after) == (503, 5)
+        assert queue.close(0.01) is False
+        go.set()
+        assert await asyncio.to_thread(queue.close) is True
+
+    asyncio.run(main())
+
+
+def test_passes_that_nobody_waits_for_do_not_run():
+    async def main() -> None:
+        queue, worker = WorkQueue(threads=2, limit=4, timeout=60), DeviceWorker(4)
+        begun, go, ran = threading.Event(), threading.Event(), []
+
+        def block(images: np.ndarray, holes: np.ndarray) -> list[np.ndarray]:
+            begun.set()
+            assert go.wait(60)
+            return [images]
+
+        def note(images: np.ndarray, holes: np.ndarray) -> list[np.ndarray]:
+            ran.append(len(images))
+            return [images]
+
+        def ask(run: object, key: str) -> object:
+            return lambda job: worker.run((key,), run, np.zeros((1, 1)), np.zeros((1, 1)))
+
+        first = asyncio.create_task(queue.run(ask(block, "a")))
+        assert await asyncio.to_thread(begun.wait, 30)
+
+        async def gone() -> bool:
+            return bool(worker._waiting)
+
+        with pytest.raises(CancelledError):
+            await queue.run(ask(note, "b"), gone)
+        go.set()
+        await first
+        assert (await queue.run(ask(note, "c")))[0] == [np.zeros((1, 1))]
+        assert ran == [1]
+        queue.close()
+        worker.close()
+
+    asyncio.run(main())
+
+
+def test_a_worker_that_is_closed_refuses_the_passes_that_wait():
+    worker = DeviceWorker(1)
+    begun, go, told = threading.Event(), threading.Event(), []
+
+    def block(images: np.ndarray, holes: np.ndarray) -> list[np.ndarray]:
+        begun.set()
+        assert go.wait(60)
+        return [images]
+
+    def ask() -> None:
+        try:
+            told.append(worker.run(("k",), block, np.zeros((1, 1)), np.zeros((1, 1)))[0].tolist())
+        except DrainingError as error:
+            told.append(str(error))
+
+    first, second = threading.Thread(target=ask), threading.Thread(target=ask)
+    first.start()
+    assert begun.wait(30)
+    second.start()
+    deadline = time.monotonic() + 30
+    while not worker._waiting:
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+    assert worker.close(0.01) is False
+    second.join(30)
+    assert told == ["the server is shutting down"]
+    go.set()
+    assert worker.close() is True
+    first.join(30)
+    assert told[1:] == [[[0.0]]]
+
+
+def test_the_servers_limit_of_pixels_takes_the_place_of_pillows(monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 1000)
+    data = file_of(photo())  # 11520 pixels
+    with pytest.raises(TooLargeError, match=r"image: expected at most 400 pixels \(--max-pixels\)") as caught:
+        picture_file(data, "image", 400)
+    assert caught.value.status == 413
+    monkeypatch.setattr(SharedInpainter, "over", lambda worker, model: shared(BlurFill()))
+    state = State(ServeOptions(max_pixels=11520), {"blur": None})
+    assert Session(picture_file(data, "image", 11520), state.model(None)).size == (96, 120)
+    assert Image.MAX_IMAGE_PIXELS == 11520
+    assert state.close() is True
+
+
+@pytest.mark.parametrize(
+    ("host", "address"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8080/?token=t"),
+        ("localhost", "http://localhost:8080/?token=t"),
+        ("::1", "http://[::1]:8080/?token=t"),
+        ("192.0.2.7", "http://192.0.2.7:8080/?token=t"),
+        ("2001:db8::7", "http://[2001:db8::7]:8080/?token=t"),
+        ("box.example", "http://box.example:8080/?token=t"),
+        ("0.0.0.0", "http://127.0.0.1:8080/?token=t"),
+        ("::", "http://[::1]:8080/?token=t"),
+    ],
+)
+def test_the_printed_address_is_one_that_answers(host, address):
+    assert _address(ServeOptions(host=host, token="t"), 8080) == address
 
 
 def _opened(store: Store, pixels: int = 10):

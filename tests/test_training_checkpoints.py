@@ -275,6 +275,12 @@ def test_what_cannot_be_resumed(pictures, tmp_path):
         Trainer(other).fit(resume=True)
     with pytest.raises(TrainingError, match=r"resume: optim.accumulate is not"):
         Trainer(tiny_config(pictures, run, optim={"accumulate": 2})).fit(resume=True)
+    with pytest.raises(TrainingError, match=r"resume: optim.batch_size was 1 in the checkpoint, now it is 2"):
+        Trainer(tiny_config(pictures, run, optim={"batch_size": 2})).fit(resume=True)
+    with pytest.raises(
+        TrainingError, match=r"resume: model.train_stages was \[\] in the checkpoint, now"
+    ):
+        Trainer(tiny_config(pictures, run, model={"train_stages": [1, 2, 3]})).fit(resume=True)
     state = load_checkpoint(CheckpointFolder(run / "checkpoints", 3).path(1))
     with pytest.raises(TrainingError, match="written by 2 processes, now there are 1"):
         Trainer(tiny_config(pictures, run)).restore(state | {"processes": 2})
@@ -282,3 +288,28 @@ def test_what_cannot_be_resumed(pictures, tmp_path):
     late = Trainer(tiny_config(pictures, run, optim={"ema": 0.9}))
     late.restore(state)
     assert_same(dict(late.average.state), dict(late.network.state_dict()))
+
+
+def test_what_may_change_between_two_legs(pictures, tmp_path):
+    run = tmp_path / "run"
+    first = Trainer(tiny_config(pictures, run, data={"validation": str(pictures)}, optim={"steps": 1}))
+    first.fit()
+    assert first.best > 0
+    state = load_checkpoint(CheckpointFolder(run / "checkpoints", 3).path(1))
+    same = Trainer(tiny_config(pictures, run))
+    same.restore(state)
+    assert same.best == first.best
+    other = Trainer(tiny_config(pictures, run, optim={"betas": [0.9, 0.99]}, run={"metric": "ssim"}))
+    other.restore(state)
+    assert other.best is None  # a PSNR says nothing about SSIM
+    assert [group["betas"] for one in other.optimisers for group in one.param_groups] == [(0.9, 0.99)] * 2
+
+
+def test_a_signal_between_two_steps_counts_at_the_next_agreement(pictures, tmp_path):
+    """Processes that stop by their own signal leave the others waiting, so only the agreed one counts."""
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run"))
+    trainer._ask_to_stop(signal.SIGINT)
+    assert trainer._signal == 0
+    trainer._agree(1.0)
+    assert trainer._signal == signal.SIGINT
+    assert trainer.minutes == 1.0

@@ -76,6 +76,17 @@ def test_without_moments_the_learning_rate_warms_up_again(run, tmp_path):
         rates.append(trainer._set_learning_rates())
         trainer.step += 1
     assert rates == [0.5, 1.0, 1.0]
+    # A leg that ends in the middle of it does not end it.
+    again = Trainer(config)
+    trainer.step = 3
+    again.restore(trainer.state())
+    assert again._set_learning_rates() == 1.0
+    again._warm_from = 2
+    again.step = 2
+    assert again._set_learning_rates() == 0.5
+    # Adam's bias correction begins anew, as its moments do.
+    state = load_checkpoint(tmp_path / "again" / "checkpoints" / "step_000000002.pt")
+    assert all("step" not in group for one in state["optimisers"] for group in one["param_groups"])
 
 
 def test_nothing_to_pack_or_unpack(tmp_path):
@@ -83,3 +94,45 @@ def test_nothing_to_pack_or_unpack(tmp_path):
         pack(tmp_path, tmp_path / "packed")
     with pytest.raises(TrainingError, match="compact: .* cannot be read"):
         unpack(tmp_path, tmp_path / "run")
+    with pytest.raises(TrainingError, match="run, model: expected one of them at least"):
+        unpack(tmp_path)
+
+
+def test_a_run_that_goes_on_is_not_replaced(run, tmp_path):
+    folder, _, _ = run
+    pack(folder, tmp_path / "packed")
+    before = sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file())
+    with pytest.raises(TrainingError, match="run: expected a folder without checkpoints, got .*, which holds a run"):
+        unpack(tmp_path / "packed", folder)
+    assert sorted(path.read_bytes() for path in folder.rglob("*") if path.is_file()) == before
+
+
+def test_parts_are_those_of_the_last_pack(run, tmp_path):
+    folder, _, _ = run
+    many = pack(folder, tmp_path / "packed", optimiser=True, part_bytes=20_000)
+    few = pack(folder, tmp_path / "packed")
+    assert len(few) < len(many)
+    assert {path.name for path in few} == {path.name for path in (tmp_path / "packed").iterdir()}
+    unpack(tmp_path / "packed", tmp_path / "again")
+    state = load_checkpoint(tmp_path / "again" / "checkpoints" / "step_000000002.pt")
+    assert all(one["state"] == {} for one in state["optimisers"])  # no moments of the pack before
+    next(path for path in few if path.suffix == ".safetensors").unlink()
+    with pytest.raises(TrainingError, match="compact: .* cannot be read"):
+        unpack(tmp_path / "packed", tmp_path / "third")
+    assert not (tmp_path / "third").exists()
+
+
+def test_a_command_s_error_is_one_line(run, tmp_path, capsys):
+    folder, _, _ = run
+    pack(folder, tmp_path / "packed")
+    (tmp_path / "packed" / "model_config.json").unlink()
+    for command, error in (
+        (["pack", str(tmp_path), str(tmp_path / "x")], "error: run: expected a run's folder"),
+        (["unpack", str(tmp_path / "packed"), "--model", str(tmp_path / "m")], "model_config.json is missing"),
+    ):
+        with pytest.raises(SystemExit) as stopped:
+            main(command)
+        assert stopped.value.code == 2
+        text = capsys.readouterr().err
+        assert error in text
+        assert text.count("\n") == 1

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import io
 import itertools
+import multiprocessing
+import os
+import signal
 import tarfile
+import time
 
 import numpy as np
 import pytest
@@ -17,11 +21,13 @@ from lgnet_fast.training.config import DataConfig
 from lgnet_fast.training.data import (
     InpaintingDataset,
     PositionSampler,
+    _start_worker,
     crop_box,
     make_loader,
     open_source,
     validation_pairs,
 )
+from lgnet_fast.training.memory import MemoryBatches
 from tests.training_support import write_pictures
 
 
@@ -222,6 +228,46 @@ def test_masks_of_a_folder(tmp_path):
     assert inverted[0].mask.mean().item() == 0.875
 
 
+def test_a_mask_that_cannot_be_read_is_replaced_and_named(tmp_path):
+    (tmp_path / "m").mkdir()
+    mask = np.zeros((512, 512), dtype=np.uint8)
+    mask[:128, :256] = 255
+    Image.fromarray(mask).save(tmp_path / "m" / "0.png")
+    (tmp_path / "m" / "1.png").write_bytes((tmp_path / "m" / "0.png").read_bytes()[:60])
+    write_pictures(tmp_path / "p")
+    data = dataset(tmp_path / "p", masks=str(tmp_path / "m"))
+    samples = [data[i] for i in range(20)]
+    assert {sample.mask.mean().item() for sample in samples} == {0.125}
+    named = {name for sample in samples for name, _ in sample.broken}
+    assert named == {str(tmp_path / "m" / "1.png")}
+    (tmp_path / "m" / "0.png").write_bytes(b"")
+    with pytest.raises(DataError, match="data.masks: none of 2 masks in a row can be read; the first: "):
+        dataset(tmp_path / "p", masks=str(tmp_path / "m"))[0]
+    with pytest.raises(DataError, match="data.masks: "):
+        MemoryBatches(dataset(tmp_path / "p", masks=str(tmp_path / "m"), in_memory=True, mask_bank=4))
+
+
+def test_workers_leave_the_signals_of_their_group_to_the_trainer():
+    """timeout, Ctrl-C and a job's end reach every process of the group; the step that runs still needs them."""
+    context = multiprocessing.get_context("fork" if hasattr(os, "fork") else "spawn")
+    ready = context.Event()
+    worker = context.Process(target=_wait_as_a_worker, args=(ready,))
+    worker.start()
+    assert ready.wait(60)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        os.kill(worker.pid, number)
+    worker.join(0.5)
+    assert worker.is_alive()
+    worker.kill()
+    worker.join()
+
+
+def _wait_as_a_worker(ready):
+    _start_worker(0)
+    ready.set()
+    time.sleep(600)
+
+
 # -- places -----------------------------------------------------------------------------------------------------
 
 
@@ -235,6 +281,8 @@ def test_categories_and_exclusion(tmp_path):
     assert len(dataset(tmp_path / "p", categories=(str(tmp_path / "list.txt"),))) == 4
     data = dataset(tmp_path / "p", categories=("beach",), exclude=("0",))
     assert [data[i].name[-11:] for i in range(2)] == ["beach/1.png"] * 2
+    with pytest.raises(DataError, match=r"data.categories: expected folders of pictures .* got '.*a.tar'"):
+        dataset(tmp_path / "a.tar", categories=("abbey",))
     with pytest.raises(DataError, match=r"data.categories: no pictures in .* for castle"):
         dataset(tmp_path / "p", categories=("abbey", "castle"))
     with pytest.raises(DataError, match="data.exclude: no picture of the name 7"):

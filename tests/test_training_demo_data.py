@@ -59,10 +59,14 @@ def test_the_command(tmp_path, capsys):
     assert capsys.readouterr().out.count(" MB") == 4
 
 
-def test_what_cannot_be_made(tmp_path):
+def test_what_cannot_be_made(tmp_path, capsys):
     write_pictures(tmp_path / "p", 2)
-    with pytest.raises(DataError, match="more than the 2 held out"):
+    with pytest.raises(SystemExit):
         main([str(tmp_path / "p"), "-o", str(tmp_path / "out"), "--held-out", "2"])
+    assert "error: pictures: expected more than the 2 held out" in capsys.readouterr().err
+    (tmp_path / "p" / "1.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"pictures: '.*1\.png' cannot be read"):
+        encode(tmp_path / "p" / "1.png", 64, 70)
     np.savez(tmp_path / "vgg.npz", **weights("vgg16", 3))
     with pytest.raises(WeightsError, match="expected VGG-16's convolutions .* missing w3"):
         write_weights(tmp_path / "vgg.npz", None, tmp_path)

@@ -304,6 +304,18 @@ def test_clipping_bounds_both_gradients(pictures, tmp_path):
         assert 0 < norm <= 0.01 * 1.001
 
 
+def test_clipping_unscales_the_gradients_of_one_optimiser_alone(pictures, tmp_path, monkeypatch):
+    """The loss scale of fp16 must stay in the generators' gradients while batches are still to be added."""
+    trainer = Trainer(tiny_config(pictures, tmp_path, optim={"clip": 1.0, "accumulate": 2}))
+    unscaled = []
+    monkeypatch.setattr(trainer.accelerator, "unscale_gradients", unscaled.append)
+    trainer.training_mode()
+    trainer.train_step([batch(), batch(seed=1)])
+    generators, discriminator = trainer.optimisers
+    assert [one is discriminator for one in unscaled] == [True, False]
+    assert unscaled[1] is generators
+
+
 def test_moving_average(pictures, tmp_path):
     trainer = Trainer(tiny_config(pictures, tmp_path, optim={"ema": 0.15, "learning_rate": 0.01}))
     trainer.training_mode()
@@ -355,7 +367,8 @@ def test_batchnorm_is_frozen_from_a_share_of_the_run_on(pictures, tmp_path):
 
 @pytest.mark.parametrize(("stages", "trained"), [([3], {"net_g"}), ([1, 2], {"net_c", "net_l"}), ([2], {"net_l"})])
 def test_some_stages_are_trained_and_later_ones_do_not_run(pictures, tmp_path, stages, trained):
-    trainer = Trainer(tiny_config(pictures, tmp_path, model={"train_stages": stages}))
+    judged = {"stage": "first" if 1 in stages else "last"}
+    trainer = Trainer(tiny_config(pictures, tmp_path, model={"train_stages": stages}, discriminator=judged))
     trainer.training_mode()
     network = trainer.network
     ran = []
@@ -378,6 +391,8 @@ def test_stages_that_cannot_be_trained_alone(pictures, tmp_path):
         Trainer(tiny_config(pictures, tmp_path, model={"name": "lgnet_share", "train_stages": [3]}))
     with pytest.raises(ConfigError, match="model.train_stages: expected numbers from 1 to 3, .* got .0, 4."):
         Trainer(tiny_config(pictures, tmp_path, model={"train_stages": [0, 4]}))
+    with pytest.raises(ConfigError, match="discriminator.stage: expected last .* got first, which is not trained"):
+        Trainer(tiny_config(pictures, tmp_path, model={"train_stages": [3]}))
 
 
 def test_the_discriminator_judges_a_crop(pictures, tmp_path):
@@ -401,7 +416,7 @@ def test_the_discriminator_judges_a_crop(pictures, tmp_path):
     assert all(torch.isfinite(term) for term in terms.values())
 
 
-def test_a_leg_ends_with_a_checkpoint_and_the_next_goes_on(pictures, tmp_path, monkeypatch):
+def test_a_leg_ends_with_a_checkpoint_and_the_next_goes_on(pictures, tmp_path, monkeypatch, capsys):
     config = tiny_config(pictures, tmp_path / "run", optim={"steps": 5, "leg_minutes": 60})
     trainer = Trainer(config)
     step = trainer.train_step
@@ -412,11 +427,13 @@ def test_a_leg_ends_with_a_checkpoint_and_the_next_goes_on(pictures, tmp_path, m
 
     monkeypatch.setattr(trainer, "train_step", slow)
     assert trainer.fit() == tmp_path / "run" / "model"
+    assert "this leg ended after step 2; --resume goes on" in capsys.readouterr().err
     assert trainer.step == 2
     assert trainer.checkpoints.steps() == [2]
     again = Trainer(config)
     again.fit(resume=True)
     assert again.step == 5
+    assert "this leg ended" not in capsys.readouterr().err
 
 
 def test_feature_terms_in_every_second_step_and_in_bfloat16(pictures, tmp_path):
@@ -530,6 +547,40 @@ def test_not_finite_is_skipped_and_counted(pictures, tmp_path):
     assert all(torch.isfinite(term) for term in trainer.train_step([batch(seed=2)]).values())
 
 
+def test_weights_that_are_not_finite_are_not_kept(pictures, tmp_path, monkeypatch):
+    """A gradient may be NaN where the loss is finite."""
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", run={"checkpoint_every": 1, "keep": 1}))
+    step = trainer.train_step
+
+    def poisoned_in_the_second(batches):
+        terms = step(batches)
+        if trainer.step == 1:
+            with torch.no_grad():
+                next(trainer.network.parameters()).view(-1)[0] = math.nan
+        return terms
+
+    monkeypatch.setattr(trainer, "train_step", poisoned_in_the_second)
+    with pytest.raises(TrainingError, match="after step 2 the weights are not finite"):
+        trainer.fit()
+    assert trainer.checkpoints.steps() == [1]
+    assert not (tmp_path / "run" / "model").exists()
+    assert all(torch.isfinite(t).all() for t in trainer.checkpoints.load_latest()["network"].values())
+
+
+def test_scores_by_kind_in_float64(pictures, tmp_path):
+    np.savez(tmp_path / "alexnet.npz", **weights("alexnet"))
+    config = tiny_config(
+        pictures,
+        tmp_path / "run",
+        data={"validation": str(pictures)},
+        loss={"lpips_weights": str(tmp_path / "alexnet.npz")},
+        optim={"steps": 1, "dtype": "float64"},
+        run={"validation_kinds": ["box"], "validation_pictures": 1},
+    )
+    Trainer(config).fit()
+    assert {"psnr_box", "lpips_box"} <= lines(tmp_path / "run")[-1].keys()
+
+
 # -- schedules --------------------------------------------------------------------------------------------------
 
 
@@ -604,6 +655,10 @@ def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path, monkeypatch):
         ("model: {freeze_batchnorm_from: 1}", "model.freeze_batchnorm_from: expected a share in"),
         ("data: {colour: 1}", "data.colour: expected a share in"),
         ("discriminator: {start: 1}", "discriminator.start: expected a share in"),
+        ("run: {validation_pictures: 0}", "run.validation_pictures: expected 1 or more, got 0"),
+        ("run: {threads: 100000}", "run.threads: expected 1 to 1024, got 100000"),
+        ("run: {seed: 18446744073709551616}", "run.seed: expected 0 to 2.*, got 18446744073709551616"),
+        ('run: {directory: "a\\0b"}', "run.directory: expected a folder's name"),
         ("run: {on_nan: ignore}", "run.on_nan: expected one of stop, skip, got 'ignore'"),
         ("run: [1", "config: expected a readable YAML or JSON file"),
         ("- 1", "config: expected a mapping in .* got list"),
@@ -694,6 +749,10 @@ def test_networks_by_configuration(pictures, tmp_path):
         ({"factory": "nowhere:x"}, "model.factory: expected package.module:function, got 'nowhere:x'"),
         ({"factory": "math:isqrt2"}, "model.factory: expected package.module:function"),
         ({"factory": "tests.training_support:dict"}, "model.factory"),
+        ({"factory": ":x"}, "model.factory: expected package.module:function, got ':x'"),
+        ({"factory": "os:sep"}, "model.factory: expected package.module:function, got 'os:sep' .it is of type str"),
+        ({"factory": "math:isqrt"}, "model.factory: expected a function without arguments, got math:isqrt"),
+        ({"backend": "nope"}, "model.backend: expected one of .*'nope'"),
     ):
         settings["model"] = model
         with pytest.raises(ConfigError, match=text):

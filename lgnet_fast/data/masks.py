@@ -334,7 +334,7 @@ def varied_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
     """Draw a hole of a random kind: thin or thick strokes, boxes, blobs or shapes like objects.
 
     Args:
-        height, width: of the mask, in pixels, each at least 16.
+        height, width: of the mask, in pixels, each at least 24.
         seed: a non-negative integer or several.
 
     Returns:
@@ -363,10 +363,10 @@ def varied_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
 
 def fine_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
     """Draw a hole for training on details: half are one to three :func:`suite_mask` of thin strokes together, over 10
-    to 45 % of the picture, so that a picture teaches more of them; half are :func:`varied_mask`.
+    to 48 % of the picture, so that a picture teaches more of them; half are :func:`varied_mask`.
 
     Args:
-        height, width: of the mask, in pixels, each at least 16.
+        height, width: of the mask, in pixels, each at least 24.
         seed: a non-negative integer or several.
 
     Returns:

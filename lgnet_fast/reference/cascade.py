@@ -64,8 +64,8 @@ class Cascade(nn.Module):
         """The network of every stage, in order; one network may run several stages (LGNet_share)."""
 
     def _check(self, image: Tensor, mask: Tensor, until: int | None) -> None:
-        if until is not None and not 1 <= until <= len(self.stage_modules()):
-            raise ValueError(f"until: expected 1 to {len(self.stage_modules())}, the model's stages, got {until}")
+        if until is not None and (type(until) is not int or not 1 <= until <= len(self.stage_modules())):
+            raise ValueError(f"until: expected 1 to {len(self.stage_modules())}, the model's stages, got {until!r}")
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)
 

@@ -13,9 +13,17 @@ if TYPE_CHECKING:
     from .app import create_app
     from .options import ServeOptions
     from .session import Patch, Session
+    from .state import State
 
 __getattr__, __dir__ = attach(
-    __name__, {"Patch": "session", "ServeOptions": "options", "Session": "session", "create_app": "app"}
+    __name__,
+    {
+        "Patch": "session",
+        "ServeOptions": "options",
+        "Session": "session",
+        "State": "state",
+        "create_app": "app",
+    },
 )
 
-__all__ = ["Patch", "ServeOptions", "Session", "create_app"]
+__all__ = ["Patch", "ServeOptions", "Session", "State", "create_app"]

@@ -17,7 +17,7 @@ from starlette.requests import ClientDisconnect
 from ..errors import LGNetError
 from ..version import __version__
 from . import a1111, iopaint, kserve, openai, page, pictures
-from .errors import status_of
+from .errors import error_body, status_of
 from .guard import Guard
 from .state import State
 
@@ -31,7 +31,9 @@ def create_app(state: State) -> FastAPI:
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
         warm = asyncio.create_task(asyncio.to_thread(state.warm_up))
         warm.add_done_callback(_log_failure)
+        closing = asyncio.create_task(_close_idle(state))
         yield
+        closing.cancel()
         await asyncio.to_thread(state.close)
 
     app = FastAPI(
@@ -71,15 +73,15 @@ def create_app(state: State) -> FastAPI:
 
 
 def answer(request: Request, error: Exception, status: int, text: str, headers: Any = None) -> JSONResponse:
-    """An error in the form that clients of the path expect: OpenAI's under /v1, else IOPaint's."""
-    name = type(error).__name__
-    if request.url.path.startswith("/v1/"):
-        kind = "server_error" if status >= 500 else "invalid_request_error"
-        field = text.partition(":")[0] if ":" in text else None
-        body: dict[str, Any] = {"error": {"message": text, "type": kind, "param": field, "code": name}}
-    else:
-        body = {"error": name, "detail": text, "body": "", "errors": ""}
-    return JSONResponse(body, status, headers)
+    """An error in the form that clients of the path expect."""
+    return JSONResponse(error_body(request.url.path, error, status, text), status, headers)
+
+
+async def _close_idle(state: State) -> None:
+    """Close idle pictures also while nobody asks for another one."""
+    while True:
+        await asyncio.sleep(min(60.0, state.options.session_idle / 2))
+        state.store.close_idle()
 
 
 def _log_failure(task: asyncio.Task[float]) -> None:

@@ -10,7 +10,7 @@ import re
 from typing import Any, TypeVar
 
 from PIL import Image
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidImageError, InvalidMaskError, LGNetError
 from ..pipeline.files import Encoded
@@ -39,11 +39,6 @@ class FillFields(BaseModel):
     allow_any_mask: bool = Field(False, description="let a mask of more than 95 % pass")
     format: str | None = Field(None, description=f"{', '.join(FORMATS)}; default: the picture's")
     quality: int | None = Field(None, ge=1, le=100, description="for JPEG, WebP and AVIF")
-
-    @field_validator("format")
-    @classmethod
-    def _known_format(cls, value: str | None) -> str | None:
-        return value and checked_format(value)
 
     def fill_options(self) -> dict[str, Any]:
         """The arguments of `Session.fill`."""
@@ -155,7 +150,14 @@ def mask_picture(data: bytes, max_pixels: int) -> Image.Image:
 def _check_pixels(file: Encoded, error: type[LGNetError], name: str, max_pixels: int) -> Image.Image:
     if not file.data:
         raise error(f"{name}: expected a picture file, got nothing")
-    opened = file.open(error, name)
+    try:
+        opened = file.open(error, name)
+    except error as refused:
+        if isinstance(refused.__cause__, Image.DecompressionBombError):  # Pillow's own limit; it tells no size
+            raise TooLargeError(
+                f"{name}: expected at most {max_pixels} pixels (--max-pixels), got more than twice as many"
+            ) from None
+        raise
     if math.prod(opened.size) > max_pixels:
         raise TooLargeError(
             f"{name}: expected at most {max_pixels} pixels (--max-pixels), got {opened.width}x{opened.height}"

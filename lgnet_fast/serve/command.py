@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import ipaddress
 import logging
+import os
 import secrets
 import socket
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +27,9 @@ def run(
     **inpainter: Any,
 ) -> None:
     """Serve until SIGINT or SIGTERM; then answer 503 on /v2/health/ready, finish running work, and return.
+
+    Where a run of the network takes longer than `options.shutdown`, the process ends (exit code 0), because such a
+    run cannot be stopped.
 
     `models`: see `State`; `inpainter`: device, dtype, backend. Raises LGNetError: the extra is missing, the address
     is in use, or a model cannot be loaded.
@@ -53,6 +60,11 @@ def run(
             await asyncio.to_thread(webbrowser.open, address)
 
     Server(state, announce).run(sockets=[listening])
+    if not state.closed:
+        say(f"lgnet-fast has ended, work of more than {options.shutdown:g} s (--shutdown) was given up")
+        logging.shutdown()
+        sys.stdout.flush()
+        os._exit(0)
     say("lgnet-fast has ended")
 
 
@@ -73,7 +85,10 @@ def parse_models(texts: Sequence[str]) -> dict[str, str | None]:
 
 def _address(options: ServeOptions, port: int) -> str:
     """The URL of the page on this machine, with the token."""
-    host = options.host if options.loopback else "127.0.0.1"
+    host = options.host
+    with suppress(ValueError):  # a name
+        if (own := ipaddress.ip_address(host)).is_unspecified:  # all addresses of this machine
+            host = "127.0.0.1" if own.version == 4 else "::1"
     key = f"?token={options.token}" if options.token else ""
     return f"http://{f'[{host}]' if ':' in host else host}:{port}/{key}"
 

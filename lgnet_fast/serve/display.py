@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from ..engine.regions import Rect
 from ..pipeline.deep import DeepImage
+from .colours import to_srgb
 from .session import Patch, Session
 
 
@@ -36,7 +37,7 @@ class Display:
         channels = picture.samples.shape[2]
         own = isinstance(rebuilt, DeepImage) or rebuilt.mode in ("L", "LA", "RGB", "RGBA", "I;16", "I")
         profile = rebuilt.info.get("icc_profile") if own else None
-        return cls(picture.white, alpha, _transform(profile, "RGB" if channels == 3 else "L"))
+        return cls(picture.white, alpha, to_srgb(profile, "RGB" if channels == 3 else "L"))
 
     @property
     def nbytes(self) -> int:
@@ -76,16 +77,6 @@ class Display:
         if self.to_srgb is not None:
             return ImageCms.applyTransform(shown, self.to_srgb) or shown
         return shown.convert("RGB")
-
-
-def _transform(profile: bytes | None, mode: str) -> Any:
-    if not profile:
-        return None
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, "RGB")
-    except (ImageCms.PyCMSError, OSError):  # damaged, or of another colour space: shown without conversion
-        return None
 
 
 def png(picture: Image.Image) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from ..errors import LGNetError, OutOfMemoryError
 
 
@@ -45,9 +47,9 @@ class DrainingError(RequestError):
 
 
 class TimeLimitError(RequestError):
-    """The request took longer than the time limit."""
+    """The request took longer than the time limit. Not 503: the same request would take as long again."""
 
-    status = 503
+    status = 504
 
 
 class CancelledError(RequestError):
@@ -63,3 +65,13 @@ def status_of(error: Exception) -> int | None:
     if isinstance(error, OutOfMemoryError):
         return 413
     return 400 if isinstance(error, LGNetError) and isinstance(error, ValueError) else None
+
+
+def error_body(path: str, error: Exception, status: int, text: str) -> dict[str, Any]:
+    """The JSON of an error in the form that clients of the path expect: OpenAI's under /v1, else IOPaint's."""
+    name = type(error).__name__
+    if path.startswith("/v1/"):
+        kind = "server_error" if status >= 500 else "invalid_request_error"
+        field = text.partition(":")[0] if ":" in text else None
+        return {"error": {"message": text, "type": kind, "param": field, "code": name}}
+    return {"error": name, "detail": text, "body": "", "errors": ""}

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
-from .errors import BusyError, RequestError, TooLargeError
+from .errors import BusyError, RequestError, TooLargeError, error_body
 from .metrics import Metrics
 from .options import ServeOptions
 
@@ -31,7 +31,12 @@ _HEADERS = [
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"cross-origin-opener-policy", b"same-origin"),
 ]
-_OPEN_PATHS = {"/", "/docs", "/openapi.json", "/favicon.ico"}
+_OPEN_PATHS = {"/", "/docs", "/openapi.json", "/favicon.ico", "/v2/models/lgnet", "/v2/models/lgnet/ready"}
+# Headers of answers that scripts of other origins may read.
+_EXPOSED = (
+    b"Content-Disposition, Retry-After, Server-Timing, X-Backend, X-Boxes, X-Ignored, X-Passes, X-Position, X-Seed, "
+    b"X-Strategy"
+)
 _BODIES = 8  # most bodies of the largest size that are held at the same time
 
 
@@ -48,10 +53,11 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        if scope["method"] == "HEAD":  # as GET; the server sends no body
+            scope = {**scope, "method": "GET"}
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         origin = headers.get("origin", "").lower()
-        shared = [(b"access-control-allow-origin", origin.encode()), (b"vary", b"Origin")]
-        extra = _HEADERS + (shared if origin in self._options.cors else [])
+        extra = _HEADERS + (_shared_with(origin) if origin in self._options.cors else [])
         status = 500
 
         async def answer(message: Message) -> None:
@@ -85,7 +91,7 @@ class Guard:
         try:
             refused = self._refusal(scope, headers, origin)
             if refused is not None:
-                await _refuse(refused, answer)
+                await _refuse(scope["path"], refused, answer)
             elif scope["method"] == "OPTIONS" and origin in self._options.cors:
                 allowed = [
                     (b"access-control-allow-methods", b"GET, POST, DELETE"),
@@ -153,8 +159,16 @@ class Guard:
         return f"body: expected at most {self._options.max_bytes} bytes (--max-bytes)"
 
 
-async def _refuse(error: RequestError, send: Send) -> None:
-    body = json.dumps({"error": type(error).__name__, "detail": str(error), "body": "", "errors": ""}).encode()
+def _shared_with(origin: str) -> list[tuple[bytes, bytes]]:
+    return [
+        (b"access-control-allow-origin", origin.encode()),
+        (b"access-control-expose-headers", _EXPOSED),
+        (b"vary", b"Origin"),
+    ]
+
+
+async def _refuse(path: str, error: RequestError, send: Send) -> None:
+    body = json.dumps(error_body(path, error, error.status, str(error))).encode()
     headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
     if error.status == 401:
         headers.append((b"www-authenticate", b"Bearer"))

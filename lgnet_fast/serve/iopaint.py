@@ -19,6 +19,7 @@ from .bodies import (
     InpaintRequest,
     ModelRequest,
     checked,
+    checked_format,
     from_base64,
     mask_picture,
     read_json,
@@ -151,8 +152,9 @@ async def adjust_mask(request: Request, state: ServerState) -> Response:
 async def _answer_inpaint(request: Request, state: State, parse: Callable[[], _Asked], wants_json: bool) -> Response:
     def work(job: Job) -> tuple[bytes, str, dict[str, Any], InpaintFields]:
         image, mask, fields = parse()
+        format = fields.format and checked_format(fields.format)
         session, patch = state.fill_once(job, image, mask, fields)
-        data, media_type = state.encode(job, session, fields.format, fields.quality)
+        data, media_type = state.encode(job, session, format, fields.quality)
         told: dict[str, Any] = {"strategy": patch.strategy, "passes": patch.passes}
         if wants_json and fields.stages:
             box, stages = session.stages()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 import time
+from typing import Any
 
 from fastapi import APIRouter, Request, Response
 
@@ -55,7 +57,7 @@ async def edit(request: Request, state: ServerState) -> Response:
     format = str(found.get("output_format", "png"))
     if format not in ("png", "jpeg", "webp"):
         raise RequestError("output_format: expected png, jpeg or webp")
-    quality = None if format == "png" or "output_compression" not in found else found["output_compression"]
+    quality = None if format == "png" else _quality(found.get("output_compression"))
 
     def work(job: Job) -> tuple[bytes, tuple[int, int]]:
         fields = checked({"mask_channel": "inverse_alpha", "mask_threshold": 0.0, "quality": quality}, FillFields)
@@ -87,3 +89,14 @@ async def edit(request: Request, state: ServerState) -> Response:
     if found.get("prompt"):
         headers["X-Ignored"] = "prompt"
     return Response(json.dumps(answer), media_type="application/json", headers=headers)
+
+
+def _quality(compression: Any) -> int | None:
+    """The quality of OpenAI's `output_compression`. Raises RequestError 422."""
+    if compression in (None, ""):
+        return None
+    if not isinstance(compression, str) or not re.fullmatch("[0-9]{1,3}", compression) or int(compression) > 100:
+        raise RequestError(
+            f"output_compression: expected a whole number from 0 to 100, got {str(compression)[:40]!r}", status=422
+        )
+    return max(1, int(compression))  # encoders begin at 1

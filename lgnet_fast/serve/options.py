@@ -26,7 +26,7 @@ class ServeOptions:
     together. `timeout`: seconds for one request, from the last byte of its body to the answer. `body_timeout`:
     seconds between two parts of a body. `grace`: seconds after the signal to end during which new requests are still
     answered (503, also /v2/health/ready); at least the interval of a load balancer's checks. `shutdown`: seconds
-    after the same signal in which running work must end.
+    after the same signal in which running work must end; what has not ended by then is answered 503.
     """
 
     host: str = "127.0.0.1"

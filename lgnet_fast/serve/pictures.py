@@ -28,6 +28,8 @@ PREVIEW = 2048
 Position = Annotated[
     int | None, Query(ge=0, description="with the first so many fills; default: all that are not undone")
 ]
+# Pillow's format -> the page's name of it; GIF and HEIF are kept where a picture has them, but not offered.
+_SHORT = {long: name for name, long in FORMATS.items()} | {"GIF": "gif", "HEIF": "heif"}
 _ERRORS = {status: told for status, told in IMAGE_RESPONSES.items() if status != 200}
 _ERRORS[404] = {"description": "the server does not have this picture, or no longer"}
 
@@ -67,7 +69,7 @@ async def open_picture(
             raise TooLargeError(f"picture: expected at most {state.options.max_pixels} pixels (--max-pixels)")
         display = Display.of(session, rebuilt)
         job.phase("decode")
-        short = {long: name for name, long in FORMATS.items()}.get(rebuilt.format or "PNG", "png")
+        short = _SHORT.get(rebuilt.format or "PNG", "png")
         return state.store.add(session, display, short)
 
     own, _ = await state.queue.run(work, request.is_disconnected)
@@ -178,8 +180,7 @@ async def fill(
         }
         return data, told
 
-    async with own.turn:
-        (data, told), job = await state.queue.run(work, request.is_disconnected)
+    (data, told), job = await state.queue.run(work, request.is_disconnected, own.turn)
     return Response(data, media_type="image/png", headers={**told, "Server-Timing": job.server_timing})
 
 
@@ -231,8 +232,7 @@ async def stages(request: Request, state: ServerState, id: str, position: Positi
             ],
         }
 
-    async with own.turn:
-        found, _ = await state.queue.run(work, request.is_disconnected)
+    found, _ = await state.queue.run(work, request.is_disconnected, own.turn)
     return found
 
 
@@ -258,8 +258,7 @@ async def result(
             own.encoded[key] = state.encode(job, own.session, name, quality, position)
         return own.encoded[key]
 
-    async with own.turn:
-        (data, media_type), job = await state.queue.run(work, request.is_disconnected)
+    (data, media_type), job = await state.queue.run(work, request.is_disconnected, own.turn)
     return Response(
         data,
         media_type=media_type,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from collections.abc import Awaitable, Callable
@@ -14,7 +15,7 @@ from .state import State
 
 
 class Server(uvicorn.Server):
-    """Answers 503 and lets running work end before uvicorn closes its socket.
+    """Answers 503 and lets running work end before uvicorn closes its socket. Work over the limit is answered 503.
 
     `listening`: awaited once the server answers requests.
     """
@@ -26,7 +27,6 @@ class Server(uvicorn.Server):
             log_level="warning",
             access_log=False,
             timeout_keep_alive=10,
-            timeout_graceful_shutdown=max(1, round(options.shutdown)),
             h11_max_incomplete_event_size=64 * 1024,
             limit_concurrency=max(1000, 4 * options.queue),
             server_header=False,
@@ -35,24 +35,30 @@ class Server(uvicorn.Server):
         self._state = state
         self._listening = listening
         self._ending: float | None = None
+        self._grace = options.grace
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         await self._listening()
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        if self._ending is None:
+        if self.should_exit:
+            super().handle_exit(sig, frame)
+        elif self._ending is None:
             self._ending = time.monotonic()
             self._state.drain()
-        elif not self.should_exit:  # a second signal ends the grace period
-            self.should_exit = True
-        else:  # a third one, Ctrl-C, also ends the wait for running work
-            super().handle_exit(sig, frame)
+        elif self._grace:  # a second signal ends the grace period
+            self._grace = 0.0
+        else:  # a third one ends the wait for running work
+            self._state.give_up()
 
     async def on_tick(self, counter: int) -> bool:
         if self._ending is not None:
-            spent, options = time.monotonic() - self._ending, self._state.options
-            idle = self._state.queue.depth == 0
-            if spent > options.grace and (idle or spent > options.shutdown):
+            over = self._state.remaining == 0
+            if over:
+                self._state.give_up()
+            if time.monotonic() - self._ending > self._grace and (over or self._state.queue.depth == 0):
+                # Answers, and bodies that still arrive, have the rest of the time.
+                self.config.timeout_graceful_shutdown = max(1, math.ceil(self._state.remaining))
                 self.should_exit = True
         return await super().on_tick(counter)

@@ -19,7 +19,8 @@ IMAGE_RESPONSES: dict[int | str, dict[str, Any]] = {
     413: {"description": "too many bytes or pixels"},
     422: {"description": "a field of the wrong type"},
     429: {"description": "the queue is full; Retry-After says when to come again"},
-    503: {"description": "shutting down, or over the time limit"},
+    503: {"description": "the server is shutting down; Retry-After says when to come again"},
+    504: {"description": "over the time limit"},
 }
 
 

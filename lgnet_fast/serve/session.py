@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
 
@@ -20,10 +20,12 @@ from ..engine.regions import Rect
 from ..errors import InvalidImageError, InvalidMaskError
 from ..pipeline.deep import DeepImage
 from ..pipeline.files import Encoded, encode, open_image
+from ..pipeline.formats import MODES
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.masks import read_hole, soft_edge
 from ..pipeline.pictures import Picture, picture_of
 from ..pipeline.strategies import CONTEXT, STRATEGIES, choose
+from .colours import as_held
 from .errors import OptionError
 
 if TYPE_CHECKING:
@@ -71,7 +73,7 @@ class Patch:
 
     `parts`: one or more disjoint boxes. `box`: the box around all of them. `strategy`, `passes`: as in `Inpainted`.
     `seconds`: duration of the call. `hole`: bool, the mask inside its bounding box, which begins at `at` (top, left);
-    `options`: of the call.
+    `options`, `inpainter`: of the call.
     """
 
     parts: tuple[Part, ...]
@@ -81,6 +83,7 @@ class Patch:
     hole: np.ndarray
     at: tuple[int, int]
     options: dict[str, Any]
+    inpainter: Inpainter = field(repr=False)
 
     @property
     def box(self) -> Rect:
@@ -134,7 +137,8 @@ class Session:
         self._picture = picture_of(self._source)
         self._patches: list[Patch] = []
         self._position = 0
-        self._lock = forks.Lock()
+        self._lock = forks.Lock()  # held only to read or replace the fields, never while the network runs
+        self._turn = forks.Lock()  # held by calls that change the history, from start to end
 
     @property
     def size(self) -> tuple[int, int]:
@@ -203,34 +207,35 @@ class Session:
         kept: dict[str, Any] = {"strategy": strategy, "dilate": dilate, "feather": feather}
         pipe = self._inpainter if inpainter is None else inpainter
         soft_edge(np.zeros((1, 1), dtype=bool), dilate, feather)  # the call checks both
-        with self._lock:
-            position = self._position if position is None else self._checked(position)
-            region, offset, inside = self._region(pipe, hole, corner, kept, position)
+        with self._turn:
+            before = self._fills(position)
+            region, offset, inside = self._region(pipe, hole, corner, kept, before)
             made = pipe.inpaint(region, inside, **kept)
             parts = tuple(_trimmed(box, samples, touched, offset) for box, samples, touched in made.picture)
-            patch = Patch(parts, str(made.strategy), made.passes, time.perf_counter() - start, hole, corner, kept)
+            seconds = time.perf_counter() - start
+            patch = Patch(parts, str(made.strategy), made.passes, seconds, hole, corner, kept, pipe)
             if confirm is not None:
                 confirm()
-            del self._patches[position:]
-            self._patches.append(patch)
-            self._position = len(self._patches)
+            with self._lock:
+                self._patches = [*before, patch]
+                self._position = len(self._patches)
         return patch
 
     def undo(self) -> bool:
         """Undo the last fill; False where there is none."""
-        with self._lock:
+        with self._turn, self._lock:
             self._position, before = max(0, self._position - 1), self._position
             return self._position != before
 
     def redo(self) -> bool:
         """Restore the fill that was undone last; False where there is none."""
-        with self._lock:
+        with self._turn, self._lock:
             self._position, before = min(len(self._patches), self._position + 1), self._position
             return self._position != before
 
     def go_to(self, position: int) -> None:
         """Undoes or redoes until the picture has `position` fills. Raises OptionError: not that many."""
-        with self._lock:
+        with self._turn, self._lock:
             self._position = self._checked(position)
 
     def result(self, position: int | None = None) -> Any:
@@ -238,8 +243,7 @@ class Session:
 
         `position`: number of fills to include; None: the current ones.
         """
-        with self._lock:
-            patches = self._patches[: self._position if position is None else self._checked(position)]
+        patches = self._fills(position)
         samples = self._picture.samples.copy()
         touched = np.zeros(self.size, dtype=bool)
         whole = Rect(0, self.size[0], 0, self.size[1])
@@ -250,12 +254,18 @@ class Session:
         return self._picture.rebuild(samples, touched)
 
     def encoded(
-        self, format: str | None = None, quality: int | None = None, position: int | None = None
+        self,
+        format: str | None = None,
+        quality: int | None = None,
+        position: int | None = None,
+        *,
+        convert: bool = False,
     ) -> tuple[bytes, str]:
         """The result as a file with its metadata, and the Pillow format that it has.
 
         `format`: a Pillow format name; None: the picture's format, or PNG where it has none or it cannot be written.
-        `quality`: as in `lgnet_fast.pipeline.files.save_picture`. `position`: as in `result`.
+        `quality`: as in `lgnet_fast.pipeline.files.save_picture`. `position`: as in `result`. `convert`: a CMYK,
+        YCbCr or HSV picture becomes RGB for a format that does not hold it, CMYK by its profile.
 
         Raises InvalidImageError: the format cannot hold the picture.
         """
@@ -263,6 +273,8 @@ class Session:
         if not isinstance(result, (Image.Image, DeepImage)):
             result = Image.fromarray(result)
         wanted = format or result.format or "PNG"
+        if convert and wanted in MODES:
+            result = as_held(result, wanted)
         try:
             with self._opened() as like:
                 return encode(result, wanted, like, quality), wanted
@@ -273,8 +285,7 @@ class Session:
 
     def region(self, box: Rect, position: int | None = None) -> np.ndarray:
         """A copy of the samples [h, w, C] in a box, with the first `position` fills (None: the current ones)."""
-        with self._lock:
-            return self._read(box, self._position if position is None else self._checked(position))
+        return self._read(box, self._fills(position))
 
     def stages(self, context: int = 32, position: int | None = None) -> tuple[Rect, list[np.ndarray]]:
         """The surroundings of the last fill, `context` pixels on each side: with the hole white, and after each stage
@@ -282,15 +293,14 @@ class Session:
 
         Raises OptionError: no fill.
         """
-        with self._lock:
-            if not (self._position if position is None else self._checked(position)):
-                raise OptionError("stages: expected a session with a fill, got one without")
-            position = (self._position if position is None else position) - 1
-            patch = self._patches[position]
-            region, offset, inside = self._region(self._inpainter, patch.hole, patch.at, patch.options, position)
-            found = self._inpainter.stages(region, inside, **patch.options)
-            box = patch.box.grown(context, self.size)
-            before = self._read(box, position)
+        fills = self._fills(position)
+        if not fills:
+            raise OptionError("stages: expected a session with a fill, got one without")
+        *earlier, patch = fills
+        region, offset, inside = self._region(patch.inpainter, patch.hole, patch.at, patch.options, earlier)
+        found = patch.inpainter.stages(region, inside, **patch.options)
+        box = patch.box.grown(context, self.size)
+        before = self._read(box, earlier)
         shown = []
         for changed in (found.masked, *found.merged):
             samples = before.copy()
@@ -300,6 +310,11 @@ class Session:
         return box, shown
 
     # -- parts -------------------------------------------------------------------------------------------------
+
+    def _fills(self, position: int | None) -> list[Patch]:
+        """The first `position` fills, None: the current ones."""
+        with self._lock:
+            return self._patches[: self._position if position is None else self._checked(position)]
 
     def _checked(self, position: int) -> int:
         if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self._patches):
@@ -340,9 +355,9 @@ class Session:
         return np.ascontiguousarray(hole[inner.slices]), (top + inner.top, left + inner.left)
 
     def _region(
-        self, pipe: Inpainter, hole: np.ndarray, at: tuple[int, int], options: dict[str, Any], position: int
+        self, pipe: Inpainter, hole: np.ndarray, at: tuple[int, int], options: dict[str, Any], fills: list[Patch]
     ) -> tuple[_Region, tuple[int, int], np.ndarray]:
-        """The input of a fill: a region of the picture, its (top, left), and the hole in it."""
+        """The input of a fill after `fills`: a region of the picture, its (top, left), and the hole in it."""
         box = Rect(at[0], at[0] + hole.shape[0], at[1], at[1] + hole.shape[1])
         whole = Rect(0, self.size[0], 0, self.size[1])
         around = whole
@@ -353,7 +368,7 @@ class Session:
             soft = soft_edge(inside, options["dilate"], options["feather"]) > 0
             if choose(soft, pipe.multiple, pipe.window)[0] == "tile":  # the whole picture fixes the places of tiles
                 around, inside = whole, _laid(hole, box, whole)
-        samples = self._picture.samples if around == whole and not position else self._read(around, position)
+        samples = self._picture.samples if around == whole and not fills else self._read(around, fills)
         region = _Region(samples, self._picture.white, lambda done, touched: done)
         return region, (around.top, around.left), inside
 
@@ -371,9 +386,9 @@ class Session:
         # Holes are grouped on the grid of cells of the whole picture.
         return around._replace(top=around.top // CELL * CELL, left=around.left // CELL * CELL)
 
-    def _read(self, box: Rect, position: int) -> np.ndarray:
+    def _read(self, box: Rect, fills: list[Patch]) -> np.ndarray:
         samples: np.ndarray = self._picture.samples[box.slices].copy()
-        for patch in self._patches[:position]:
+        for patch in fills:
             for part in patch.parts:
                 _lay(samples, box, part)
         return samples

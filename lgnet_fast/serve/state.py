@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections.abc import Mapping
 from contextlib import contextmanager
 from typing import Any
+
+from PIL import Image
 
 from ..errors import LGNetError, WeightsError
 from ..pipeline.formats import FORMATS
@@ -34,6 +38,8 @@ MEDIA_TYPES = {
 class State:
     """One server. `models`: {name: folder or hub id, None = the bundled one}; the first is the default.
 
+    Raises Pillow's limit of pixels (`PIL.Image.MAX_IMAGE_PIXELS`) to `options.max_pixels`, if it is lower.
+
     Raises the errors of `Inpainter.from_pretrained`.
     """
 
@@ -41,12 +47,15 @@ class State:
         if not models:
             raise WeightsError("model: expected at least one, got none")
         self.options = options
+        if Image.MAX_IMAGE_PIXELS is not None:  # Pillow rejects more than twice its own limit
+            Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, options.max_pixels)
         self.metrics = Metrics()
         self.worker = DeviceWorker(options.batch, self.metrics.run)
         self.models = {name: SharedInpainter.over(self.worker, model, **inpainter) for name, model in models.items()}
         self.queue = WorkQueue(options.threads, options.queue, options.timeout, self.metrics.phases)
         self.store = Store(options.max_sessions, options.session_bytes, options.session_idle)
-        self.ready = False
+        self.ready = self.closed = False
+        self._end: float | None = None
         self.metrics.watch(lambda: self.queue.depth, self.store.usage)
         for name, model in self.models.items():
             self.metrics.model.labels(name, model.backend).set(1)
@@ -65,19 +74,35 @@ class State:
     def warm_up(self) -> float:
         """Run every model once and report readiness; returns the seconds it took."""
         seconds = sum(model.warmup() for model in self.models.values())
-        self.ready = True
+        self.ready = self._end is None
         return seconds
 
     def drain(self) -> None:
-        """Accept no new work; running work continues."""
+        """Accept no new work; running work continues for at most `options.shutdown` seconds, see `remaining`."""
         self.ready = False
+        if self._end is None:
+            self._end = time.monotonic() + self.options.shutdown
         self.queue.drain()
 
-    def close(self) -> None:
-        """End the threads."""
+    @property
+    def remaining(self) -> float:
+        """Seconds that running work still has after `drain`; infinite before it."""
+        return math.inf if self._end is None else max(0.0, self._end - time.monotonic())
+
+    def give_up(self) -> None:
+        """Answer running work 503 now; its threads end at their next check."""
+        self._end = time.monotonic()
+        self.ready = False
+        self.queue.give_up()
+
+    def close(self) -> bool:
+        """Give up running work and end the threads, in the seconds that remain. Returns whether all have ended: a run
+        of the network cannot be stopped."""
         self.drain()
-        self.queue.close()
-        self.worker.close()
+        self.queue.give_up()
+        idle = self.worker.close(self.remaining)  # first, because requests wait for it
+        self.closed = self.queue.close(self.remaining) and idle
+        return self.closed
 
     def fill_once(
         self, job: Job, image: bytes, mask: bytes, fields: FillFields, **more: Any
@@ -96,8 +121,9 @@ class State:
     def encode(
         self, job: Job, session: Session, format: str | None, quality: int | None, position: int | None = None
     ) -> tuple[bytes, str]:
-        """The result as a file and its media type. `format`: a short name, None = the picture's own."""
-        data, own = session.encoded(format and FORMATS[format], quality, position)
+        """The result as a file and its media type. `format`: a short name, None = the picture's own. CMYK becomes RGB
+        for a format that does not hold it, because clients choose PNG and WebP for every picture."""
+        data, own = session.encoded(format and FORMATS[format], quality, position, convert=True)
         job.phase("encode")
         return data, MEDIA_TYPES[own]
 

@@ -16,7 +16,7 @@ from .session import Session
 
 @dataclass
 class Open:
-    """One open picture. `turn`: lock held by the request that changes it, so that others wait without a thread."""
+    """One open picture. `turn`: lock of a request that changes it or takes long; others wait without a thread."""
 
     id: str
     session: Session
@@ -64,6 +64,11 @@ class Store:
         """Close a picture; False where it was not open."""
         with self._lock:
             return self._open.pop(id, None) is not None
+
+    def close_idle(self) -> None:
+        """Close the pictures that were idle for too long."""
+        with self._lock:
+            self._make_room(None)
 
     def usage(self) -> tuple[int, int]:
         """Number of open pictures, and their bytes."""

@@ -8,7 +8,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -16,19 +16,23 @@ from typing import Any, TypeVar
 import numpy as np
 
 from ..pipeline.inpainter import Inpainter
-from .errors import BusyError, CancelledError, DrainingError, TimeLimitError
+from .errors import BusyError, CancelledError, DrainingError, RequestError, TimeLimitError
 
 T = TypeVar("T")
+
+_ENDING, _COME_AGAIN = "the server is shutting down", 5
+_own = threading.local()  # `job`: what a thread of the queue works on
 
 
 @dataclass(frozen=True)
 class _Pass:
-    """One network run of a request: windows of one size."""
+    """One network run of a request: windows of one size. `job`: the work that asked for it, if the queue runs it."""
 
     key: tuple[Any, ...]
     run: Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
     images: np.ndarray
     holes: np.ndarray
+    job: Job | None
     done: Future[list[np.ndarray]] = field(default_factory=Future)
 
 
@@ -55,28 +59,43 @@ class DeviceWorker:
         images: np.ndarray,
         holes: np.ndarray,
     ) -> list[np.ndarray]:
-        """``run(images, holes)``, possibly in one batch with other calls of the same key and window size."""
-        one = _Pass((*key, images.shape[1:]), run, images, holes)
+        """``run(images, holes)``, possibly in one batch with other calls of the same key and window size.
+
+        Raises DrainingError after `close`, the reason of a job that was left, and errors of `run`.
+        """
+        job: Job | None = getattr(_own, "job", None)
+        if job is not None:
+            job.check()
+        one = _Pass((*key, images.shape[1:]), run, images, holes, job)
         with self._changed:
             if self._closed:
-                raise DrainingError("the server is shutting down")
+                raise DrainingError(_ENDING, retry_after=_COME_AGAIN)
             self._waiting.append(one)
             self._changed.notify()
         return one.done.result()
 
-    def close(self) -> None:
-        """End the thread after the waiting passes."""
+    def close(self, limit: float | None = None) -> bool:
+        """Refuse the waiting passes and end the thread after the one that runs. Returns whether it has ended.
+
+        `limit`: seconds to wait for it, None: until it has ended.
+        """
         with self._changed:
             self._closed = True
+            refused, self._waiting = list(self._waiting), deque()
             self._changed.notify()
-        self._thread.join()
+        for one in refused:
+            one.done.set_exception(DrainingError(_ENDING, retry_after=_COME_AGAIN))
+        self._thread.join(limit)
+        return not self._thread.is_alive()
 
     def _next(self) -> list[_Pass]:
         with self._changed:
+            self._drop_left()
             while not self._waiting:
                 if self._closed:
                     return []
                 self._changed.wait()
+                self._drop_left()
             first = self._waiting.popleft()
             alike = [one for one in self._waiting if one.key == first.key and len(one.images) == 1]
             count = 1
@@ -87,6 +106,13 @@ class DeviceWorker:
             for one in chosen[1:]:
                 self._waiting.remove(one)
             return chosen
+
+    def _drop_left(self) -> None:
+        """Refuse the waiting passes of jobs whose answer nobody waits for."""
+        for one in list(self._waiting):
+            if one.job is not None and one.job.left is not None:
+                self._waiting.remove(one)
+                one.done.set_exception(one.job.left)
 
     def _work(self) -> None:
         while passes := self._next():
@@ -144,21 +170,21 @@ class SharedInpainter(Inpainter):
 
 
 class Job:
-    """The work of one request: whether its client has left, and the duration of its phases."""
+    """The work of one request: why it was left (None: it was not), and the duration of its phases."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
-        self._left: Exception | None = None
+        self.left: Exception | None = None
         self._mark = time.perf_counter()
 
     def leave(self, why: Exception) -> None:
         """Cancel the work: its next :meth:`check` raises `why`."""
-        self._left = why
+        self.left = why
 
     def check(self) -> None:
         """Raise the error given to :meth:`leave`."""
-        if self._left is not None:
-            raise self._left
+        if self.left is not None:
+            raise self.left
 
     def phase(self, name: str) -> None:
         """End a phase: the time since the end of the previous one belongs to it."""
@@ -188,7 +214,7 @@ class WorkQueue:
     ) -> None:
         self._threads, self._limit, self._timeout, self._seen = threads, limit, timeout, seen
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="lgnet-request")
-        self._jobs: dict[Job, Future[Any]] = {}
+        self._jobs: dict[Job, Future[Any] | None] = {}  # None: it waits for its turn
         self._usual = 0.2
         self.draining = False
 
@@ -201,47 +227,35 @@ class WorkQueue:
         """Estimated seconds until a place is free."""
         return max(1, math.ceil(self._usual * self.depth / self._threads))
 
-    async def run(self, work: Callable[[Job], T], gone: Callable[[], Awaitable[bool]] | None = None) -> tuple[T, Job]:
+    async def run(
+        self,
+        work: Callable[[Job], T],
+        gone: Callable[[], Awaitable[bool]] | None = None,
+        turn: asyncio.Lock | None = None,
+    ) -> tuple[T, Job]:
         """Run ``work(job)`` in a thread. `gone` returns whether the client has left.
+
+        `turn`: held until the work has ended, also if nobody waits for it any more. Waiting for it takes a place and
+        time as all waiting does, but no thread.
 
         Raises BusyError (no place), DrainingError, TimeLimitError, CancelledError (the client has left), and errors
         of `work`.
         """
         if self.draining:
-            raise DrainingError("the server is shutting down", retry_after=5)
+            raise DrainingError(_ENDING, retry_after=_COME_AGAIN)
         if self.depth >= self._limit:
             raise BusyError(f"queue: all {self._limit} places are taken", retry_after=self.retry_after())
-        job = Job()
-
-        def begin() -> T:
-            job.phase("queue")
-            return work(job)
-
-        future: Future[T] = self._pool.submit(begin)
-        self._jobs[job] = future
-        loop = asyncio.get_running_loop()
-        future.add_done_callback(lambda done: _soon(loop, self._jobs.pop, job, None))
-        waiting = asyncio.wrap_future(future)
-        start = time.monotonic()
+        job, start = Job(), time.monotonic()
+        self._jobs[job] = None
+        if turn is not None:
+            await self._take(turn, job, start, gone)
+        waiting = self._started(work, job, turn)
         try:
-            while True:
-                await asyncio.wait({waiting}, timeout=0.1)
-                if waiting.done():
-                    break
-                if time.monotonic() - start > self._timeout:
-                    raise self._left(
-                        job, future, TimeLimitError(f"timeout: the request took more than {self._timeout:g} seconds")
-                    )
-                if gone is not None and await gone():
-                    raise self._left(job, future, CancelledError("the client has left"))
-        except asyncio.CancelledError:
-            self._left(job, future, CancelledError("the server ended the request"))
-            raise
+            await self._watch(waiting, job, start, gone)
         finally:
-            if not waiting.done():
-                waiting.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if future.cancelled():
-            raise DrainingError("the server is shutting down", retry_after=5)
+            waiting.cancel()  # no effect on work that is done; work that runs ends at its next check
+        if waiting.cancelled():
+            raise DrainingError(_ENDING, retry_after=_COME_AGAIN)
         result = waiting.result()
         spent = time.monotonic() - start
         self._usual += 0.1 * (spent - self._usual)
@@ -251,21 +265,84 @@ class WorkQueue:
     def drain(self) -> None:
         """Reject new and waiting work; running work continues."""
         self.draining = True
-        for future in list(self._jobs.values()):
-            future.cancel()
+        for job, future in list(self._jobs.items()):
+            if future is None:
+                job.leave(DrainingError(_ENDING, retry_after=_COME_AGAIN))
+            else:
+                future.cancel()
 
-    def close(self) -> None:
-        """End the threads after the running work."""
+    def give_up(self) -> None:
+        """Answer running work with a DrainingError, too. Its threads end at their next check."""
         self.drain()
         for job in list(self._jobs):
-            job.leave(DrainingError("the server is shutting down"))
-        self._pool.shutdown(wait=True, cancel_futures=True)
+            job.leave(DrainingError(_ENDING, retry_after=_COME_AGAIN))
 
-    @staticmethod
-    def _left(job: Job, future: Future[Any], why: Exception) -> Exception:
-        job.leave(why)
-        future.cancel()
-        return why
+    def close(self, limit: float | None = None) -> bool:
+        """Give up running work and end the threads. Returns whether all work has ended.
+
+        `limit`: seconds to wait for it, None: until it has ended.
+        """
+        self.give_up()
+        running = [future for future in list(self._jobs.values()) if future is not None]
+        self._pool.shutdown(wait=False, cancel_futures=True)
+        return not wait(running, limit).not_done
+
+    # -- parts -------------------------------------------------------------------------------------------------
+
+    async def _take(
+        self, turn: asyncio.Lock, job: Job, start: float, gone: Callable[[], Awaitable[bool]] | None
+    ) -> None:
+        taking = asyncio.ensure_future(turn.acquire())
+        try:
+            await self._watch(taking, job, start, gone)
+            job.check()
+        except BaseException:
+            del self._jobs[job]
+            if not taking.cancel():  # it was taken in the meantime
+                turn.release()
+            raise
+
+    def _started(self, work: Callable[[Job], T], job: Job, turn: asyncio.Lock | None) -> asyncio.Future[T]:
+        def begin() -> T:
+            _own.job = job
+            try:
+                job.phase("queue")
+                return work(job)
+            finally:
+                _own.job = None
+
+        def end() -> None:
+            self._jobs.pop(job, None)
+            if turn is not None:
+                turn.release()
+
+        future: Future[T] = self._pool.submit(begin)
+        self._jobs[job] = future
+        loop = asyncio.get_running_loop()
+        future.add_done_callback(lambda done: _soon(loop, end))
+        return asyncio.wrap_future(future)
+
+    async def _watch(
+        self, waiting: asyncio.Future[Any], job: Job, start: float, gone: Callable[[], Awaitable[bool]] | None
+    ) -> None:
+        """Wait until it is done. Else the job is left, for the reason that is raised."""
+        try:
+            while True:
+                left = start + self._timeout - time.monotonic()
+                await asyncio.wait({waiting}, timeout=min(0.1, max(0.0, left)))
+                if waiting.done():
+                    return
+                job.check()
+                if left <= 0:
+                    raise TimeLimitError(f"timeout: the request took more than {self._timeout:g} seconds (--timeout)")
+                if gone is not None and await gone():
+                    raise CancelledError("the client has left")
+        except RequestError as why:
+            job.leave(why)
+            raise
+        except asyncio.CancelledError:
+            job.leave(CancelledError("the server ended the request"))
+            raise
 
 
 def _soon(loop: asyncio.AbstractEventLoop, call: Callable[..., Any], *arguments: Any) -> None:

@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from ..errors import TrainingError
+from ..errors import LGNetError, TrainingError
 from ..pipeline.writing import write_atomically
 from ..reference.pretrained import CONFIG_FILE, upcast, write_safetensors
 from .checkpoints import CheckpointFolder
@@ -72,11 +73,14 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
         parts[-1][name] = tensor.contiguous()
         room -= tensor.nbytes
     folder.mkdir(parents=True, exist_ok=True)
-    written = [folder / _ABOUT]
+    written = [folder / f"compact-{number:02d}.safetensors" for number in range(len(parts))]
+    for file in set(folder.glob("compact-*.safetensors")).difference(written):
+        file.unlink()  # of an earlier, longer run of this command
+    for part, file in zip(parts, written, strict=True):
+        save_file(part, file)
+    about["parts"] = [file.name for file in written]
+    written.insert(0, folder / _ABOUT)
     write_atomically(written[0], (json.dumps(about) + "\n").encode())
-    for number, part in enumerate(parts):
-        written.append(folder / f"compact-{number:02d}.safetensors")
-        save_file(part, written[-1])
     for file in (run / LOG, run / "model" / CONFIG_FILE):
         if file.is_file():
             written.append(folder / (file.name if file.name == LOG else f"model_{CONFIG_FILE}"))
@@ -94,21 +98,32 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
             not made.
 
     Raises:
-        TrainingError: `folder` does not hold the files of :func:`pack`.
+        TrainingError: `folder` does not hold the files of :func:`pack`; `run` holds checkpoints already; neither
+            `run` nor `model` is given.
     """
+    if run is None and model is None:
+        raise TrainingError("run, model: expected one of them at least, got none")
+    checkpoints = None if run is None else CheckpointFolder(run / "checkpoints", keep=1)
+    if checkpoints is not None and checkpoints.latest() is not None:
+        raise TrainingError(
+            f"run: expected a folder without checkpoints, got {str(run)!r}, which holds a run already"
+        )
     try:
         about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
         tensors: dict[str, Tensor] = {}
-        for part in sorted(folder.glob("compact-*.safetensors")):
-            tensors |= load_file(part)
-    except (OSError, ValueError) as error:
+        for part in about["parts"]:
+            tensors |= load_file(folder / part)
+        config = folder / f"model_{CONFIG_FILE}"
+        if model is not None and not config.is_file():
+            raise ValueError(f"{config.name} is missing: the run had exported no model when it was packed")
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise TrainingError(f"compact: {str(folder)!r} cannot be read ({error})") from error
     network = _below("network.", tensors)
     if model is not None:
         model.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(folder / f"model_{CONFIG_FILE}", model / CONFIG_FILE)
+        shutil.copyfile(config, model / CONFIG_FILE)
         write_safetensors(network, model, torch.float16)
-    if run is None:
+    if run is None or checkpoints is None:
         return
     optimisers = []
     for number, groups in enumerate(about["param_groups"]):
@@ -116,6 +131,8 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
         for name, tensor in upcast(_below(f"optimiser{number}.", tensors)).items():
             index, moment = name.split(".")
             own.setdefault(int(index), {"step": torch.tensor(about["adam_steps"][number])})[moment] = tensor
+        for group in groups if not own else ():
+            group.pop("step", None)  # Muon's Adam corrects the bias of its moments by it, and they begin anew
         optimisers.append({"state": own, "param_groups": [_with_tuples(g) for g in groups]})
     state = {name: about[name] for name in _PLAIN} | {
         "network": upcast(network),
@@ -126,7 +143,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
         "random": [],
         "broken": [],
     }
-    CheckpointFolder(run / "checkpoints", keep=1).save(about["step"], state)
+    checkpoints.save(about["step"], state)
     if (folder / LOG).is_file():
         shutil.copyfile(folder / LOG, run / LOG)
 
@@ -164,11 +181,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     unpacking.add_argument("run", type=Path, nargs="?")
     unpacking.add_argument("--model", type=Path, help="folder for the model, float16")
     given = parser.parse_args(arguments)
-    if given.command == "pack":
-        for file in pack(given.run, given.folder, given.optimiser):
-            print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
-    else:
-        unpack(given.folder, given.run, given.model)
+    try:
+        if given.command == "pack":
+            for file in pack(given.run, given.folder, given.optimiser):
+                print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
+        else:
+            unpack(given.folder, given.run, given.model)
+    except (LGNetError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
 
 
 if __name__ == "__main__":

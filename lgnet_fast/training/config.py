@@ -17,6 +17,8 @@ from ..reference.losses import FeatureOptions, LossWeights
 
 T = TypeVar("T")
 
+_MOST_THREADS = 1024
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -37,7 +39,7 @@ class ModelConfig:
     backend: str = "auto"
     """Backend of attention and merging: "auto" (fused where possible), "eager", "cpp" or "triton"."""
     freeze_batchnorm: bool = False
-    """Normalise by the running statistics and do not update them."""
+    """Normalise by the running statistics; neither they nor the normalisation's weights and biases are trained."""
     freeze_batchnorm_from: float | None = None
     """Share of the run, in [0, 1), after which they are frozen, because statistics of single batches shift all
     colours at every step, also late in the schedule. Weights and biases of the normalisation are still trained."""
@@ -124,7 +126,7 @@ class LossConfig(LossWeights):
     feature_every: int = 1
     """Compute these terms in every k-th step only, with k times the weight."""
     feature_dtype: Literal["same", "bf16"] = "same"
-    """Dtype of the feature networks outside autocast."""
+    """Dtype of the network of the style and perceptual terms outside autocast."""
     lean: bool = True
     """The same gradients with less memory, see ``generator_loss``; not used in float16."""
 
@@ -290,11 +292,19 @@ class TrainConfig:
 
     def _check_run(self) -> None:
         run = self.run
-        _check("run.seed", run.seed, run.seed >= 0, "0 or more")
+        _check("run.directory", run.directory, bool(run.directory) and "\0" not in run.directory, "a folder's name")
+        _check("run.seed", run.seed, 0 <= run.seed < 2**63, "0 to 2**63 - 1")
+        pictures = run.validation_pictures
+        _check("run.validation_pictures", pictures, pictures is None or pictures >= 1, "1 or more")
+        _check(
+            "run.threads",
+            run.threads,
+            run.threads is None or 1 <= run.threads <= _MOST_THREADS,
+            f"1 to {_MOST_THREADS}",
+        )
         _check("run.picture_every", run.picture_every, run.picture_every >= 0, "0 or more")
-        for name in ("threads", "checkpoint_minutes"):
-            value = getattr(run, name)
-            _check(f"run.{name}", value, value is None or value > 0, "a positive number")
+        minutes = run.checkpoint_minutes
+        _check("run.checkpoint_minutes", minutes, minutes is None or minutes > 0, "a positive number")
         for name in ("log_every", "validate_every", "checkpoint_every", "keep", "finite_every"):
             _check(f"run.{name}", getattr(run, name), getattr(run, name) >= 1, "1 or more")
 

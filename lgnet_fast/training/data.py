@@ -216,11 +216,14 @@ def open_source(places: Sequence[str], categories: Sequence[str] | None = None) 
         categories: see :class:`FolderSource`.
 
     Raises:
-        DataError: no pictures. MissingExtraError: a Hugging Face dataset, but its package is not installed.
+        DataError: no pictures; categories of a place without folders. MissingExtraError: a Hugging Face dataset, but
+            its package is not installed.
     """
     sources: list[Source] = []
     for place in places:
         path = Path(place)
+        if categories is not None and (place.startswith("hf:") or path.suffix.lower() == ".tar"):
+            raise DataError(f"data.categories: expected folders of pictures to choose from, got {place!r}")
         if place.startswith("hf:"):
             name, split, column = [*place[3:].split(":"), *("train", "image")[place.count(":") - 1 :]][:3]
             sources.append(HuggingFaceSource(name, split, column))
@@ -301,7 +304,7 @@ class InpaintingDataset(Dataset[Sample]):
         for _ in range(min(len(self), _MOST_BROKEN)):
             name = self.source.name(tried)
             try:
-                image, mask = self._sample(epoch, index, tried)
+                image, mask = self._sample(epoch, index, tried, broken)
                 return Sample(_network_range(image), torch.from_numpy(mask).float(), name, broken)
             except (DataError, ConfigError):
                 raise
@@ -313,8 +316,10 @@ class InpaintingDataset(Dataset[Sample]):
             f"data: none of {len(broken)} pictures in a row can be read; the first: {': '.join(broken[0])}"
         )
 
-    def _sample(self, epoch: int, index: int, tried: int) -> tuple[np.ndarray, np.ndarray]:
-        """uint8 [3, S, S] and bool [1, S, S]."""
+    def _sample(
+        self, epoch: int, index: int, tried: int, broken: list[tuple[str, str]]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """uint8 [3, S, S] and bool [1, S, S]; `broken` as in :meth:`_Masks.draw`."""
         rng = np.random.default_rng(np.random.SeedSequence((_CROP, self.seed, epoch, index)))
         size = self.data.size
         picture = self._decoded(tried)
@@ -325,7 +330,7 @@ class InpaintingDataset(Dataset[Sample]):
             mask = self.masks.own(self.source, tried, picture.shape[:2])
             mask = scale(mask.astype(np.uint8) * 255, box, size, Image.Resampling.BOX) > 127
         else:
-            mask = self.masks.draw(size, (_MASK, self.seed, epoch, index))
+            mask = self.masks.draw(size, (_MASK, self.seed, epoch, index), broken)
         if flip:
             image, mask = image[:, ::-1], mask[:, ::-1]
         return np.ascontiguousarray(image.transpose(2, 0, 1)), np.ascontiguousarray(mask[None])
@@ -463,8 +468,19 @@ class _Masks:
             raise InvalidMaskError(f"mask: expected the picture's size {size}, got {mask.shape}")
         return mask
 
-    def draw(self, size: int, seed: Sequence[int]) -> np.ndarray:
-        """A random mask, bool [size, size]."""
+    @staticmethod
+    def _read(folder: MaskFolder, first: int, broken: list[tuple[str, str]]) -> np.ndarray:
+        """Mask `first` of the folder, or the next one that can be read: the picture is not at fault."""
+        for number in range(first, first + min(len(folder), _MOST_BROKEN)):
+            file = number % len(folder)
+            try:
+                return folder[file]
+            except InvalidMaskError as error:
+                broken.append((str(folder.files[file]), " ".join(str(error).split())))
+        raise DataError(f"data.masks: none of {len(broken)} masks in a row can be read; the first: {broken[0][1]}")
+
+    def draw(self, size: int, seed: Sequence[int], broken: list[tuple[str, str]]) -> np.ndarray:
+        """A random mask, bool [size, size]; `broken` receives (name, reason) of each file that cannot be read."""
         rng = np.random.default_rng(np.random.SeedSequence(seed))
         free = {VARIED: varied_mask, FINE: fine_mask}.get(self.kind)
         if self.folder is None and free is not None:
@@ -474,7 +490,8 @@ class _Masks:
                 size, size, hole_class=int(rng.choice(self.classes)), kind=self.kind, seed=(*seed, 1)
             )
         # The eight symmetries: simple operations that keep the hole ratio.
-        mask = np.rot90(self.folder[int(rng.integers(len(self.folder)))], int(rng.integers(4)))
+        number, turns = int(rng.integers(len(self.folder))), int(rng.integers(4))
+        mask = np.rot90(self._read(self.folder, number, broken), turns)
         return resize_mask(mask[:, ::-1] if rng.integers(2) else mask, size, size)
 
 
@@ -540,5 +557,7 @@ def make_loader(dataset: InpaintingDataset, sampler: PositionSampler, pin: bool)
 
 
 def _start_worker(worker: int) -> None:
-    # Workers ignore Ctrl-C, which reaches the whole process group: the trainer ends them.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # Both may reach the whole process group (Ctrl-C, timeout, a job's end). The trainer finishes its step, for which
+    # it needs the workers, and then ends them.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)

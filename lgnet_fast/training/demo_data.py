@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..data.masks import pictures_below
-from ..errors import DataError, WeightsError
+from ..errors import DataError, LGNetError, WeightsError
 from ..reference.features import LPIPS, read_weights
 from .data import decode
 
@@ -32,8 +32,15 @@ _HELD_OUT_QUALITY = 90
 
 
 def encode(file: Path, edge: int, quality: int) -> bytes:
-    """A picture as WebP: the shorter side at most `edge`, the middle of the longer one."""
-    picture = Image.fromarray(decode(Image.open(io.BytesIO(file.read_bytes()))))
+    """A picture as WebP: the shorter side at most `edge`, the middle of the longer one.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        picture = Image.fromarray(decode(Image.open(io.BytesIO(file.read_bytes()))))
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on bad data
+        raise DataError(f"pictures: {str(file)!r} cannot be read ({error})") from error
     longest = _LONGEST * min(picture.size)
     kept = [min(side, longest) for side in picture.size]
     left, top = ((side - keep) / 2 for side, keep in zip(picture.size, kept))
@@ -136,16 +143,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=32, help="pictures kept for validation")
     parser.add_argument("--shard-mb", type=float, default=24.5, help="largest shard, in millions of bytes")
     given = parser.parse_args(arguments)
-    given.output.mkdir(parents=True, exist_ok=True)
-    written = write_weights(given.vgg, given.lpips, given.output)
-    written += write_pictures(
-        given.pictures,
-        given.output,
-        edge=given.edge,
-        quality=given.quality,
-        held_out=given.held_out,
-        largest=round(given.shard_mb * 1e6),
-    )
+    try:
+        given.output.mkdir(parents=True, exist_ok=True)
+        written = write_weights(given.vgg, given.lpips, given.output)
+        written += write_pictures(
+            given.pictures,
+            given.output,
+            edge=given.edge,
+            quality=given.quality,
+            held_out=given.held_out,
+            largest=round(given.shard_mb * 1e6),
+        )
+    except (LGNetError, OSError) as error:
+        parser.exit(2, f"error: {error}\n")
     for file in written:
         print(f"{file}: {file.stat().st_size / 1e6:.1f} MB")
 

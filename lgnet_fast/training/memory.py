@@ -106,7 +106,11 @@ class MemoryBatches:
         return torch.from_numpy(np.unpackbits(np.stack(packed), axis=1).reshape(count, size, size))
 
     def _packed_mask(self, number: int) -> np.ndarray:
-        return np.packbits(self.dataset.masks.draw(self.data.size, (_BANK, self.seed, number)))
+        broken: list[tuple[str, str]] = []
+        mask = self.dataset.masks.draw(self.data.size, (_BANK, self.seed, number), broken)
+        if broken:
+            raise DataError(f"data.masks: {broken[0][1]}")
+        return np.packbits(mask)
 
     def to(self, device: torch.device) -> MemoryBatches:
         """Move pictures and masks. Returns self."""

@@ -30,7 +30,12 @@ def make_network(config: ModelConfig) -> Cascade:
     """
     network: Cascade
     if config.factory is not None:
-        made = _imported(config.factory)()
+        try:
+            made = _imported(config.factory)()
+        except (TypeError, ValueError) as error:
+            raise ConfigError(
+                f"model.factory: expected a function without arguments, got {config.factory} ({error})"
+            ) from error
         if not isinstance(made, Cascade):
             raise ConfigError(f"model.factory: expected an LGNet or LocalGlobalRefinement, got {type(made).__name__}")
         network = made
@@ -47,8 +52,10 @@ def make_network(config: ModelConfig) -> Cascade:
             network = create_model(config.name, **config.overrides)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"model: {error}") from error
-    network.float().set_backend(config.backend)
-    return network
+    try:
+        return network.float().set_backend(config.backend)
+    except ValueError as error:
+        raise ConfigError(f"model.{error}") from error
 
 
 def _imported(where: str) -> Callable[[], Any]:
@@ -57,8 +64,10 @@ def _imported(where: str) -> Callable[[], Any]:
         if not colon:
             raise ImportError("no colon in it")
         found: Callable[[], Any] = getattr(import_module(module), name)
+        if not callable(found):
+            raise TypeError(f"it is of type {type(found).__name__}")
         return found
-    except (ImportError, AttributeError) as error:
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
         raise ConfigError(f"model.factory: expected package.module:function, got {where!r} ({error})") from error
 
 

@@ -42,7 +42,8 @@ def untrained_modules(config: TrainConfig, network: Cascade) -> list[nn.Module]:
     """The networks of the stages that ``model.train_stages`` leaves out.
 
     Raises:
-        ConfigError: no such stage, or one network runs stages of both kinds.
+        ConfigError: no such stage, one network runs stages of both kinds, or the discriminator judges a stage that is
+            not trained.
     """
     modules, numbers = network.stage_modules(), config.model.train_stages
     if not numbers:
@@ -56,6 +57,11 @@ def untrained_modules(config: TrainConfig, network: Cascade) -> list[nn.Module]:
     if any(module is other for module in trained for other in others):
         raise ConfigError(
             f"model.train_stages: expected all stages that one network runs, or none of them, got {list(numbers)}"
+        )
+    if config.loss.adversarial and config.discriminator.stage == "first" and 1 not in numbers:
+        raise ConfigError(
+            f"discriminator.stage: expected last (or loss.adversarial: 0) with model.train_stages {list(numbers)}, "
+            "got first, which is not trained"
         )
     return others
 

@@ -111,7 +111,7 @@ class Step:
                 return None
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + share * term.detach()
-        self._clip(self.parameters)
+        self._clip(self.generator_optimizer, self.parameters)
         self.generator_optimizer.step()
         return sums
 
@@ -137,7 +137,7 @@ class Step:
                 return None
             self.accelerator.backward(terms["D"] * share)
             if last:
-                self._clip(list(self.nets.discriminator.parameters()))
+                self._clip(self.discriminator_optimizer, list(self.nets.discriminator.parameters()))
                 self.discriminator_optimizer.step()
         with self.accelerator.autocast(), _frozen(self.nets.discriminator):
             # Scores of 1, the generators' target, give no loss and no gradient.
@@ -178,9 +178,12 @@ class Step:
         with accelerator.no_sync(nets.wrapped), accelerator.no_sync(nets.wrapped_discriminator):
             yield
 
-    def _clip(self, parameters: list[nn.Parameter]) -> None:
+    def _clip(self, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
+        """Clip one optimiser's gradients. Accelerate's own clipping would also take the loss scale of fp16 out of the
+        other's, to which later batches add gradients that have it."""
         if self.clip is not None:
-            self.accelerator.clip_grad_norm_(parameters, self.clip)
+            self.accelerator.unscale_gradients(optimiser)
+            nn.utils.clip_grad_norm_(parameters, self.clip)
 
 
 @contextlib.contextmanager

@@ -103,6 +103,7 @@ class Trainer:
         self.broken: list[str] = []
         self.best: float | None = None
         self.minutes = 0.0
+        self._asked = 0
         self._signal = 0
         self._warm_from = 0
         self._frozen = config.model.freeze_batchnorm
@@ -297,13 +298,25 @@ class Trainer:
             "skipped": self.skipped,
             "broken": list(self.broken),
             "best": self.best,
+            "warm_from": self._warm_from,
+            "settings": self._settings(),
+        }
+
+    def _settings(self) -> dict[str, Any]:
+        """Settings that a resumed run must share, or that `best` depends on."""
+        config = self.config
+        return {
+            "optim.batch_size": config.optim.batch_size,
+            "model.train_stages": list(config.model.train_stages),
+            "run.metric": config.run.metric,
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, the result of :meth:`state`.
 
         Raises:
-            TrainingError: the state is of another network, optimizer, batch size or number of processes.
+            TrainingError: the state is of another network, optimizer, batch size, number of processes, or of other
+                `train_stages`.
         """
         if state["processes"] != self.accelerator.num_processes:
             raise TrainingError(
@@ -312,6 +325,10 @@ class Trainer:
             )
         if state["position"] != state["step"] * self.config.optim.accumulate:
             raise TrainingError("resume: optim.accumulate is not what the checkpoint was written with")
+        now, then = self._settings(), state.get("settings", {})  # a compact checkpoint may go on with others
+        for name in ("optim.batch_size", "model.train_stages"):
+            if then.get(name, now[name]) != now[name]:
+                raise TrainingError(f"resume: {name} was {then[name]} in the checkpoint, now it is {now[name]}")
         try:
             self.network.load_state_dict(state["network"])
             self.discriminator.load_state_dict(state["discriminator"])
@@ -320,6 +337,10 @@ class Trainer:
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise TrainingError(f"resume: the checkpoint is of another network or optimizer ({reason})") from error
+        for optimiser in self.optimisers:
+            for group in optimiser.param_groups:
+                if "betas" in group:
+                    group["betas"] = self.config.optim.betas
         if self.average is not None:
             # A run without a moving average starts it here.
             average = state["network"] if state["average"] is None else state["average"]
@@ -329,9 +350,12 @@ class Trainer:
         if state["random"]:  # a compact checkpoint has no moments
             restore_random_states(state["random"][self.accelerator.process_index])
         self.step, self.minutes = state["step"], state["minutes"]
+        self._warm_from = state.get("warm_from", 0)
         if self.step and not any(own["state"] for own in state["optimisers"]):
             self._warm_from = self.step  # the moments of a compact checkpoint may be reset
-        self.skipped, self.best, self.broken = state["skipped"], state["best"], list(state["broken"])
+        self.skipped, self.broken = state["skipped"], list(state["broken"])
+        # The best score by one metric says nothing about another.
+        self.best = state["best"] if then.get("run.metric", now["run.metric"]) == now["run.metric"] else None
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -364,7 +388,7 @@ class Trainer:
                 self.checkpoints.clean()
             except OSError as error:
                 raise TrainingError(f"run.directory: {self.folder} cannot be written ({error})") from error
-        self._signal = 0
+        self._asked = self._signal = 0
         with until_signal(self._ask_to_stop), contextlib.ExitStack() as closing:
             sampler = PositionSampler(
                 self.step * self.config.optim.accumulate,
@@ -385,6 +409,8 @@ class Trainer:
                 if self._report is not None:
                     self._report.say(f"stopped by {signal.Signals(self._signal).name} after step {self.step}")
                 return None
+            if self.progress < 1 and self._report is not None:
+                self._report.say(f"this leg ended after step {self.step}; --resume goes on")
         return self.export(self.folder / "model")
 
     def _loop(self, batches: Iterator[dict[str, Any]]) -> None:
@@ -424,18 +450,22 @@ class Trainer:
             self._save()
 
     def _ask_to_stop(self, number: int) -> None:
-        self._signal = number
+        self._asked = number
 
     def _agree(self, minutes: float) -> None:
-        """Whether to stop, equal in all processes: by the clock of the first one, or if any got a signal."""
+        """Whether to stop, equal in all processes: by the clock of the first one, or if any got a signal.
+
+        A signal has no effect before: a process that stopped alone would leave the others waiting.
+        """
         if self.accelerator.num_processes == 1:
-            self.minutes = minutes
+            self.minutes, self._signal = minutes, self._asked
             return
-        own = [minutes if self.accelerator.is_main_process else 0.0, float(self._signal)]
+        asked = self._asked
+        own = [minutes if self.accelerator.is_main_process else 0.0, float(asked)]
         agreed = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
         self.minutes = agreed[0]
-        if agreed[1] and not self._signal:
-            self._signal = int(signal.SIGTERM)
+        if agreed[1]:
+            self._signal = asked or int(signal.SIGTERM)
 
     def _leg_over(self) -> bool:
         minutes = self.config.optim.leg_minutes
@@ -479,7 +509,9 @@ class Trainer:
 
     def _save(self, best: bool = False) -> None:
         self._share_statistics()
-        if self.config.run.finite_every > 1 and not _finite(self.network):
+        networks = (self.network.state_dict(), self.discriminator.state_dict(), self.average and self.average.state)
+        if not all(_finite(tensors) for tensors in networks if tensors):
+            # The loss may be finite where a gradient is not.
             raise TrainingError(
                 f"after step {self.step} the weights are not finite; the checkpoint before is as it was"
             )
@@ -520,7 +552,7 @@ class Trainer:
         self._share_statistics()
         if self.by_kind is not None:
             with self.averaged(), self.accelerator.autocast():
-                return self.by_kind.scores(self.network, self.lpips, self.accelerator.device)
+                return self.by_kind.scores(self.network, self.lpips, next(self.network.parameters()))
         from ..data.metrics import Metrics
 
         names = ("l1", "psnr", "ssim")
@@ -580,8 +612,8 @@ class Trainer:
         return folder
 
 
-def _finite(network: nn.Module) -> bool:
-    norms = torch._foreach_norm([p.detach() for p in network.parameters()])
+def _finite(tensors: Mapping[str, Tensor]) -> bool:
+    norms = torch._foreach_norm([tensor for tensor in tensors.values() if tensor.is_floating_point()])
     return bool(torch.isfinite(torch.stack(norms)).all())
 
 

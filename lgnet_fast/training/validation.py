@@ -42,9 +42,11 @@ class KindValidation:
 
     @torch.no_grad()
     def scores(
-        self, network: Callable[[Tensor, Tensor], Tensor], lpips: LPIPS | None, device: torch.device
+        self, network: Callable[[Tensor, Tensor], Tensor], lpips: LPIPS | None, like: Tensor
     ) -> dict[str, float]:
         """Means over pictures and kinds, then kind by kind: "psnr", "psnr_thin", ...
+
+        The network gets pictures of the dtype and on the device of `like`.
 
         Of 8-bit merged pictures: ``l1`` in %, ``psnr`` in dB, ``lpips``, and ``sharpness``: the gradient energy of
         grey values in the hole, divided by that of the true picture, as median over pictures; 1 is as sharp.
@@ -53,8 +55,8 @@ class KindValidation:
         for kind, masks in self.masks.items():
             rows: list[dict[str, Tensor]] = []
             for image, mask in zip(self.images.split(_BATCH), masks.split(_BATCH), strict=True):
-                image, mask = image.to(device), mask.to(device)
-                filled = network(image, mask).float()
+                image, mask = image.to(like), mask.to(like)
+                filled = network(image, mask).to(like)
                 rows.append(_scores(_rounded(filled), _rounded(image), mask, lpips))
             for name in rows[0]:
                 values = torch.cat([row[name] for row in rows])

@@ -3,125 +3,36 @@
 from __future__ import annotations
 
 import io
-import json
 import re
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image, ImageOps
 
-from lgnet_fast.samples import sample_paths
-from lgnet_fast.serve.options import ServeOptions
-
-from ..serve_support import file_of, live_server, photo, pixels_of
+from ..serve_support import file_of, photo, pixels_of
+from .support import (
+    CANVASES,
+    NOISE,
+    PHONE,
+    REACH,
+    SAMPLE,
+    STROKE,
+    assert_only_near_the_stroke,
+    changed,
+    download,
+    drag,
+    filled,
+    open_file,
+    open_sample,
+    opened,
+    parts_shown,
+    place,
+    waiting,
+)
 
 pytestmark = pytest.mark.page
-
-PHONE = {"viewport": {"width": 390, "height": 844}, "device_scale_factor": 2, "has_touch": True, "is_mobile": True}
-SAMPLE = np.asarray(Image.open(sample_paths()["chelsea"][0]))
-
-# What private browsers do to pixels that are read back from a canvas.
-NOISE = """
-for (const kind of [CanvasRenderingContext2D, OffscreenCanvasRenderingContext2D]) {
-  const read = kind.prototype.getImageData;
-  kind.prototype.getImageData = function (...box) {
-    const image = read.apply(this, box);
-    for (let i = 0; i < image.data.length; i++) image.data[i] ^= (i * 7919) % 3 ? 1 : 0;
-    return image;
-  };
-}
-const refuse = () => { throw Error("picture read"); };
-for (const name of ["toBlob", "toDataURL"]) HTMLCanvasElement.prototype[name] = refuse;
-OffscreenCanvas.prototype.convertToBlob = refuse;
-"""
-
-# The largest canvas that was ever there, in pixels.
-CANVASES = """
-window.largest = 0;
-const note = (canvas) => (window.largest = Math.max(window.largest, canvas.width * canvas.height));
-for (const kind of [HTMLCanvasElement, OffscreenCanvas]) {
-  const get = kind.prototype.getContext;
-  kind.prototype.getContext = function (...how) { note(this); return get.apply(this, how); };
-}
-window.noteAll = () => { document.querySelectorAll("canvas").forEach(note); return window.largest; };
-"""
-
-
-def open_sample(page: Any, name: str = "chelsea") -> None:
-    page.click(f"[aria-label='Open the sample {name}']")
-    opened(page)
-
-
-def opened(page: Any) -> None:
-    page.wait_for_selector("body.editing")
-    page.wait_for_selector("#status:not([data-kind=busy])")
-
-
-def open_file(page: Any, data: bytes, name: str = "photo.png", kind: str = "image/png") -> None:
-    page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
-    opened(page)
-
-
-def place(page: Any) -> tuple[float, float, float]:
-    """(x, y, scale) of the picture in the window, as the first layer of the stage has them."""
-    return tuple(
-        page.evaluate("() => { const l = Konva.stages[0].getLayers()[0]; return [l.x(), l.y(), l.scaleX()]; }")
-    )
-
-
-def drag(page: Any, points: list[tuple[float, float]], button: str = "left", release: bool = True) -> None:
-    """A stroke through points of the picture."""
-    x, y, scale = place(page)
-    for number, (across, down) in enumerate(points):
-        page.mouse.move(x + across * scale, y + down * scale, steps=1 if number == 0 else 4)
-        if number == 0:
-            page.mouse.down(button=button)
-    if release:
-        page.mouse.up(button=button)
-
-
-def filled(page: Any, count: int = 1) -> None:
-    """Waits for so many fills that have been drawn."""
-    deadline = time.monotonic() + 60
-    while page.evaluate("() => performance.getEntriesByName('lgnet-fill').length") < count:
-        assert time.monotonic() < deadline, page.text_content("#status")
-        page.wait_for_timeout(30)
-
-
-def parts_shown(page: Any) -> int:
-    return page.evaluate("() => Konva.stages[0].getLayers()[0].find('Group')[0].getChildren().length")
-
-
-def waiting(page: Any) -> int:
-    """Operations of the mask that are shown as painted."""
-    return page.evaluate("() => document.querySelector('#fill').disabled ? 0 : 1")
-
-
-def download(page: Any, how: str = "#save") -> tuple[str, bytes]:
-    with page.expect_download() as caught:
-        page.click(how)
-    return caught.value.suggested_filename, Path(caught.value.path()).read_bytes()
-
-
-def changed(result: np.ndarray, original: np.ndarray) -> tuple[int, int, int, int]:
-    """The box (left, top, right, bottom) of the pixels that differ."""
-    differs = (result != original).reshape(*result.shape[:2], -1).any(axis=2)
-    rows, columns = np.flatnonzero(differs.any(axis=1)), np.flatnonzero(differs.any(axis=0))
-    return int(columns[0]), int(rows[0]), int(columns[-1]) + 1, int(rows[-1]) + 1
-
-
-STROKE = [(150, 100), (170, 110), (200, 110)]
-REACH = 60  # pixels from the stroke that may change: half the brush, dilate, feather
-
-
-def assert_only_near_the_stroke(result: np.ndarray, original: np.ndarray) -> None:
-    assert result.shape == original.shape
-    left, top, right, bottom = changed(result, original)
-    assert 150 - REACH < left < 150 < 200 < right < 200 + REACH
-    assert 100 - REACH < top < 100 < 110 < bottom < 110 + REACH
 
 
 def test_paint_fill_undo_redo_compare_download(new_page):
@@ -251,51 +162,6 @@ def test_a_finger_paints_and_two_zoom(new_page, shots):
     page.wait_for_selector("#panel", state="visible")
     page.screenshot(path=shots / "phone_settings.png")
     assert page.evaluate("() => window.noteAll()") <= 390 * 844 * 2 * 2
-
-
-def test_the_keyboard_alone(new_page):
-    page = new_page()
-    for _ in range(30):
-        page.keyboard.press("Tab")
-        if page.evaluate("() => document.activeElement.getAttribute('aria-label')") == "Open the sample chelsea":
-            break
-    page.keyboard.press("Enter")
-    opened(page)
-    for _ in range(40):
-        page.keyboard.press("Tab")
-        if page.evaluate("() => document.activeElement.id") == "stage":
-            break
-    assert page.evaluate("() => document.activeElement.id") == "stage"
-    for _ in range(3):
-        page.keyboard.press("ArrowUp")
-    assert page.is_visible("#cursor")
-    assert page.text_content("#spoken").startswith("Brush at ")
-    page.keyboard.down(" ")
-    for _ in range(6):
-        page.keyboard.press("ArrowRight")
-    page.keyboard.up(" ")
-    filled(page)
-    with page.expect_download() as caught:
-        page.keyboard.press("Control+s")
-    result = pixels_of(Path(caught.value.path()).read_bytes())
-    left, top, right, bottom = changed(result, SAMPLE)
-    assert right - left > 1.3 * (bottom - top)
-    page.keyboard.press("Control+z")
-    page.click("#settings")
-    for name, value in {"x": 20, "y": 30, "width": 40, "height": 25}.items():
-        page.fill(f"#rectangle-{name}", str(value))
-    page.keyboard.press("Enter")
-    filled(page, 2)
-    with page.expect_download() as caught:
-        page.keyboard.press("Control+s")
-    left, top, right, bottom = changed(pixels_of(Path(caught.value.path()).read_bytes()), SAMPLE)
-    assert (left, top) >= (20 - 7, 30 - 7)
-    assert (right, bottom) <= (60 + 7, 55 + 7)
-    page.keyboard.press("?")
-    assert page.is_hidden("#help-dialog")  # a field has the focus
-    page.click("#panel-close")
-    page.keyboard.press("?")
-    assert page.is_visible("#help-dialog")
 
 
 def test_strokes_during_a_fill_wait_and_go_together(new_page):
@@ -535,130 +401,3 @@ def test_settings_are_kept(new_page):
         drag(page, STROKE)
     assert "strategy=crop&dilate=9" in caught.value.url
     filled(page)
-
-
-def test_several_pictures(new_page):
-    page = new_page()
-    files = [{"name": f"{n}.png", "mimeType": "image/png", "buffer": file_of(photo(90 + n, 120))} for n in range(3)]
-    page.set_input_files("#file", files)
-    opened(page)
-    assert page.text_content("#number") == "1 of 3"
-    page.keyboard.press("PageDown")
-    page.wait_for_selector("#name:text('1.png')")
-    opened(page)
-    assert page.text_content("#about") == "120 × 91 · PNG"
-    drag(page, [(50, 50), (60, 50)])
-    filled(page)
-    page.click("#next")
-    page.wait_for_selector("#name:text('2.png')")
-    assert page.is_disabled("#next")
-    opened(page)
-    assert parts_shown(page) == 0
-    page.keyboard.press("PageUp")
-    page.wait_for_selector("#name:text('1.png')")
-    assert parts_shown(page) == 1
-    page.expected_errors.append("400")
-    page.set_input_files("#file", [{"name": "bad.png", "mimeType": "image/png", "buffer": b"no picture"}])
-    page.wait_for_selector("#status[data-kind=error]")
-    assert "expected a readable picture" in page.text_content("#status")
-    assert page.is_visible("#start")
-
-
-def test_what_the_server_forgot_is_sent_again(new_page, server):
-    page = new_page()
-    page.expected_errors.append("404")
-    with page.expect_response(lambda response: response.url.endswith("/pictures?sample=chelsea")) as caught:
-        open_sample(page)
-    identity = caught.value.json()["id"]
-    drag(page, [(60, 60), (90, 60)])
-    filled(page)
-    first = pixels_of(download(page)[1])
-    assert page.request.delete(f"{server}/api/v1/pictures/{identity}").status == 204
-    np.testing.assert_array_equal(pixels_of(download(page)[1]), first)
-    drag(page, [(300, 200), (330, 200)])
-    filled(page, 2)
-    both = pixels_of(download(page)[1])
-    np.testing.assert_array_equal(both[:120], first[:120])
-
-
-def test_a_busy_server_is_asked_again(new_page):
-    page = new_page()
-    page.expected_errors.append("429")
-    open_sample(page)
-    turned_away = []
-
-    def busy(route: Any) -> None:
-        if turned_away:
-            route.fallback()
-        else:
-            turned_away.append(1)
-            body = json.dumps({"detail": "queue: all 32 places are taken"})
-            route.fulfill(status=429, headers={"Retry-After": "1"}, body=body)
-
-    page.route("**/fill?*", busy)
-    drag(page, STROKE)
-    page.wait_for_selector("#status:text('The server is busy')")
-    filled(page)
-
-
-def test_tokens_come_by_the_address_and_leave_it(new_page):
-    with live_server(ServeOptions(token="abc.123")) as address:
-        page = new_page("/?token=abc.123", address=address)
-        assert page.url == f"{address}/"
-        open_sample(page)
-        drag(page, STROKE)
-        filled(page)
-        page.reload()
-        page.wait_for_selector("html.ready", state="attached")
-
-
-AXE = (Path(__file__).parent / "axe.min.js").read_text()
-
-
-def problems(page: Any) -> list[str]:
-    page.wait_for_timeout(350)  # what fades in has its colours
-    page.evaluate(f"() => {{ {AXE} }}")
-    found = page.evaluate("async () => (await axe.run()).violations")
-    return [f"{one['id']}: {node['html'][:140]} {node['failureSummary']}" for one in found for node in one["nodes"]]
-
-
-@pytest.mark.parametrize("scheme", ["dark", "light"])
-@pytest.mark.parametrize("device", ["desktop", "phone"])
-def test_axe_finds_nothing(new_page, scheme, device, shots):
-    page = new_page(color_scheme=scheme, reduced_motion="reduce", **(PHONE if device == "phone" else {}))
-    assert problems(page) == []
-    page.screenshot(path=shots / f"{device}_{scheme}_start.png")
-    open_sample(page)
-    assert problems(page) == []
-    drag(page, STROKE)
-    filled(page)
-    page.click("#settings")
-    page.wait_for_selector("#panel", state="visible")
-    assert problems(page) == []
-    page.screenshot(path=shots / f"{device}_{scheme}.png")
-    page.click("#panel-close")
-    page.click("#compare")
-    page.wait_for_selector("#slider[open] img-comparison-slider.rendered")
-    assert problems(page) == []
-    page.keyboard.press("Escape")
-    if device == "desktop":
-        page.click("#help")
-        assert problems(page) == []
-        page.keyboard.press("Escape")
-        page.goto(page.url + "docs")
-        page.wait_for_selector(".docs details")
-        assert problems(page) == []
-
-
-def test_nothing_is_wider_than_a_phone(new_page):
-    page = new_page(**PHONE)
-    for step in ("start", "editing", "settings"):
-        if step == "editing":
-            open_sample(page)
-        elif step == "settings":
-            page.click("#settings")
-        wide = page.evaluate(
-            "() => [...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > "
-            "innerWidth + 1 && getComputedStyle(e).display !== 'none').map((e) => e.id || e.className || e.tagName)"
-        )
-        assert wide == []

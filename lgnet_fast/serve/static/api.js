@@ -20,7 +20,7 @@ const pause = (ms, signal) =>
   });
 
 /**
- * One call. If the server is busy, calls `waiting(seconds)` and repeats the call, five times at most.
+ * One call. If the server says when to come again, calls `waiting(seconds)` and repeats the call, five times at most.
  * Throws ApiError, or the AbortError of the signal.
  */
 export async function call(path, { method = "GET", body, type, signal, waiting, keepalive } = {}) {
@@ -37,8 +37,9 @@ export async function call(path, { method = "GET", body, type, signal, waiting, 
       throw new ApiError(0, "");
     }
     if (response.ok) return response;
-    if ((response.status === 429 || response.status === 503) && tries < 5) {
-      const seconds = Math.min(10, Number(response.headers.get("Retry-After")) || 1);
+    const again = response.headers.get("Retry-After"); // without it, the same call would fail again
+    if ((response.status === 429 || response.status === 503) && again !== null && tries < 5) {
+      const seconds = Math.min(10, Number(again) || 1);
       waiting?.(seconds);
       await pause(seconds * 1000, signal);
       continue;

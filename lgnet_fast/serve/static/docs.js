@@ -21,7 +21,7 @@ const fieldsOf = (schema) =>
 
 function table(parent, title, rows) {
   if (!rows.length) return;
-  make("h4", title, parent);
+  make("h3", title, parent);
   const body = make("table", "", parent);
   for (const { name, required, type, told } of rows) {
     const row = make("tr", "", body);
@@ -55,7 +55,7 @@ for (const [path, methods] of Object.entries(schema.paths)) {
     );
     for (const [type, { schema: body }] of Object.entries(call.requestBody?.content || {})) {
       table(one, `Body: ${type}`, fieldsOf(body));
-      if (!body.properties) make("h4", `Body: ${type}`, one);
+      if (!body.properties) make("h3", `Body: ${type}`, one);
     }
     table(
       one,

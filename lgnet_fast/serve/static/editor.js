@@ -1,8 +1,25 @@
 // One open picture: its mask, its fills, its history, and the queue of operations to be filled.
-import { ApiError, bitmap, call, json, timings } from "./api.js";
+import { bitmap, call, json, timings } from "./api.js";
 import { encode, reach } from "./mask.js";
 import { settings } from "./settings.js";
 import { t } from "./text.js";
+
+/** What a user is told of an error. */
+export function reasonOf(error) {
+  if (error.status === 0) return t("unreachable");
+  if (error.status === 401) return t("locked");
+  return /allow_any_mask/.test(error.message) ? t("mostlyHole") : error.message;
+}
+
+/** Number of operations of a picture that are not filled yet. */
+function paintedIn({ pending }) {
+  return pending.length - 1 - pending.findLastIndex((one) => one.all);
+}
+
+/** The last fill that a picture shows: it stands for all of them, because a fill is made on one state only. */
+export const shownFill = (picture) => picture.fills[picture.position - 1];
+
+const asEntries = (operations) => operations.map((operation) => ({ kind: "operation", operation }));
 
 export class Editor {
   /** `say(text, kind)` shows a message; `changed()` is called after every change of the possible actions. */
@@ -28,8 +45,8 @@ export class Editor {
   }
 
   close() {
-    this.cancel();
     for (const picture of this.pictures) {
+      this.cancel(picture);
       if (picture.id) call(`/api/v1/pictures/${picture.id}`, { method: "DELETE", keepalive: true }).catch(() => {});
     }
     this.pictures = [];
@@ -40,27 +57,14 @@ export class Editor {
 
   async goTo(number) {
     if (!this.pictures[number]) return;
-    this.cancel();
     this.number = number;
     const picture = this.pictures[number];
     this.say(t("opening"), "busy");
     this.changed();
     try {
-      if (!picture.open) {
-        await this.upload(picture);
-        picture.preview = await bitmap(`/api/v1/pictures/${picture.id}/view`, { waiting: this.waiting });
-        Object.assign(picture, { open: true, fills: [], position: 0, history: [], done: 0, pending: [], running: null });
-      }
+      if (!picture.open) await (picture.opening ??= this.prepare(picture).finally(() => (picture.opening = null)));
     } catch (error) {
-      if (this.pictures[number] !== picture) return;
-      if (!picture.open) {
-        this.pictures.splice(number, 1);
-        this.number = Math.min(number, this.pictures.length - 1);
-        if (this.picture) this.view.show(this.picture);
-        else this.view.hide();
-      }
-      this.changed();
-      this.fail(error);
+      await this.leave(picture, error);
       return;
     }
     if (this.pictures[this.number] !== picture) return;
@@ -69,6 +73,28 @@ export class Editor {
     this.changed();
     performance.mark("lgnet-opened");
     this.say(t("opened", picture));
+  }
+
+  async prepare(picture) {
+    await this.upload(picture);
+    picture.preview = await bitmap(`/api/v1/pictures/${picture.id}/view`, { waiting: this.waiting });
+    Object.assign(picture, { open: true, fills: [], position: 0, history: [], done: 0, pending: [], running: null });
+  }
+
+  /** Shows another picture than one that could not be opened, or closes all where there is none. */
+  async leave(picture, error) {
+    const at = this.pictures.indexOf(picture);
+    if (at < 0) return;
+    const current = at === this.number;
+    // A file that the server cannot read leaves the list; one that came at a bad time stays.
+    const later = [0, 401, 429].includes(error.status) || error.status >= 500;
+    if (!later) this.pictures.splice(at, 1);
+    if (!later && at < this.number) this.number--;
+    const next = later ? this.pictures.findIndex((one) => one.open) : Math.min(at, this.pictures.length - 1);
+    if (current && next < 0) this.close();
+    else if (current) await this.goTo(next);
+    this.changed();
+    this.say(`${picture.name}: ${reasonOf(error)}`, "error");
   }
 
   async upload(picture) {
@@ -82,15 +108,30 @@ export class Editor {
   /** A call for a picture. If the server has dropped the picture, it is sent again with all its fills. */
   async callFor(picture, rest, options = {}) {
     const ask = () => call(`/api/v1/pictures/${picture.id}${rest}`, { ...options, waiting: this.waiting });
+    await picture.reopening;
+    const { id } = picture;
     try {
       return await ask();
     } catch (error) {
       if (error.status !== 404) throw error;
-      await this.upload(picture);
-      for (const fill of picture.fills) await this.send(picture, fill);
-      this.say(t("reopened"));
+      // Several calls may find it gone: it is sent once, and all of them wait for that.
+      if (picture.id === id) picture.reopening ??= this.reopen(picture).finally(() => (picture.reopening = null));
+      await picture.reopening;
       return ask();
     }
+  }
+
+  async reopen(picture) {
+    await this.upload(picture);
+    for (const fill of picture.fills) await this.send(picture, fill);
+    this.say(t("reopened"));
+  }
+
+  /** The pictures with fills that no saved file has, or with strokes that are not filled. */
+  get unsaved() {
+    return this.pictures.filter(
+      (one) => one.open && (one.running || paintedIn(one) > 0 || (one.position > 0 && shownFill(one) !== one.saved)),
+    );
   }
 
   // -- mask and history ---------------------------------------------------------------------------------------
@@ -104,6 +145,10 @@ export class Editor {
   add(operation) {
     const { picture } = this;
     if (!picture) return;
+    if (operation.erase && !this.painted) {
+      this.showMask();
+      return;
+    }
     picture.pending = [...picture.pending, operation];
     this.remember({ kind: "operation", operation });
     this.showMask();
@@ -126,8 +171,7 @@ export class Editor {
 
   /** Number of operations that are not filled yet. */
   get painted() {
-    const pending = this.picture?.pending || [];
-    return pending.length - 1 - pending.findLastIndex((one) => one.all);
+    return this.picture ? paintedIn(this.picture) : 0;
   }
 
   get canUndo() {
@@ -172,22 +216,22 @@ export class Editor {
 
   /**
    * Fills the painted operations. While a fill runs, they wait, and are filled together with later ones.
-   * `released`: time at which the pointer was released, for the duration that is shown.
+   * `released`: time at which the pointer was released, for the duration that is shown. A fill goes on while another
+   * picture is shown.
    */
-  async fill(released = performance.now()) {
-    const { picture } = this;
+  async fill(released = performance.now(), picture = this.picture) {
     if (!picture) return;
     if (picture.running) {
       picture.again = true;
       this.say(t("fillingMore", { count: picture.pending.length }), "busy");
       return;
     }
-    if (!this.painted) {
+    if (!paintedIn(picture)) {
       this.say(t("nothing"));
       return;
     }
-    const operations = picture.pending;
-    const running = { operations, abort: new AbortController() };
+    const { pending: operations, history, done } = picture;
+    const running = { operations, history, done, abort: new AbortController() };
     picture.running = running;
     picture.pending = [];
     picture.history = picture.history.slice(0, picture.done).filter((one) => one.kind !== "operation");
@@ -209,32 +253,41 @@ export class Editor {
       if (running.abort.signal.aborted) return;
       picture.fills = [...picture.fills.slice(0, picture.position), fill];
       picture.position = picture.fills.length;
-      this.rememberFill(fill);
+      running.made = true;
+      this.rememberFill(picture, fill);
       if (this.picture === picture) this.view.history();
       await drawn();
       fill.milliseconds = performance.now() - released;
       performance.measure("lgnet-fill", { start: released, end: performance.now() });
       picture.last = fill;
-      this.say(t("filled", { ms: Math.round(fill.milliseconds) }), "done");
+      if (this.picture === picture) this.say(t("filled", { ms: Math.round(fill.milliseconds) }), "done");
     } catch (error) {
       if (error.name !== "AbortError") this.fail(error);
     } finally {
-      if (picture.running === running) picture.running = null;
+      if (picture.running === running) {
+        picture.running = null;
+        const again = picture.again && running.made && picture.pending.length > 0;
+        picture.again = false;
+        if (!running.made) this.restore(picture, running);
+        if (again) this.fill(undefined, picture);
+      }
       if (this.picture === picture) this.showMask();
       this.changed();
-      const again = picture.again && picture.pending.length > 0;
-      picture.again = false;
-      if (again && this.picture === picture) this.fill();
     }
   }
 
+  /** Puts the strokes of a fill that failed back, before those that were painted while it ran. */
+  restore(picture, { operations, history, done }) {
+    const waiting = picture.pending;
+    picture.pending = [...operations, ...waiting];
+    picture.history = waiting.length ? [...history.slice(0, done), ...asEntries(waiting)] : history;
+    picture.done = done + waiting.length;
+  }
+
   /** Puts a fill into the history before the strokes that were painted while it ran. */
-  rememberFill(fill) {
-    const { picture } = this;
-    if (!picture) return;
+  rememberFill(picture, fill) {
     const before = picture.history.slice(0, picture.done).filter((one) => one.kind !== "operation");
-    const waiting = picture.pending.map((operation) => ({ kind: "operation", operation }));
-    picture.history = [...before, { kind: "fill", fill }, ...waiting];
+    picture.history = [...before, { kind: "fill", fill }, ...asEntries(picture.pending)];
     picture.done = picture.history.length;
   }
 
@@ -249,13 +302,14 @@ export class Editor {
       ? await call(`/api/v1/pictures/${picture.id}${path}`, { ...options, waiting: this.waiting })
       : await this.callFor(picture, path, options);
     const boxes = response.headers.get("X-Boxes").split(";").map((text) => text.split(",").map(Number));
-    const blob = await response.blob();
+    const sheet = await createImageBitmap(await response.blob());
     let top = 0;
     fill.parts = [];
     for (const [left, upper, width, height] of boxes) {
-      fill.parts.push({ x: left, y: upper, image: await createImageBitmap(blob, 0, top, width, height) });
+      fill.parts.push({ x: left, y: upper, image: await createImageBitmap(sheet, 0, top, width, height) });
       top += height;
     }
+    sheet.close();
     fill.phases = timings(response);
     fill.backend = response.headers.get("X-Backend");
     fill.strategy = response.headers.get("X-Strategy");
@@ -263,8 +317,7 @@ export class Editor {
   }
 
   /** Ends the running fill; its strokes and the waiting ones are dropped. */
-  cancel() {
-    const { picture } = this;
+  cancel(picture = this.picture) {
     if (!picture?.running) return false;
     picture.running.abort.abort();
     picture.running = null;
@@ -281,8 +334,7 @@ export class Editor {
   waiting = (seconds) => this.say(t("again", { seconds }), "busy");
 
   fail(error) {
-    const text = error instanceof ApiError && error.status === 0 ? t("unreachable") : error.message;
-    this.say(text, "error");
+    this.say(reasonOf(error), "error");
   }
 }
 

@@ -214,6 +214,9 @@ export class Input {
     }
     if (dialog || (field && !(event.ctrlKey || event.metaKey))) return;
     const { key } = event;
+    // Alt with these is the browser's: back, address, tabs. Other characters may need Alt to be typed.
+    if (event.altKey && !this.stroke && (key.length > 1 || /[a-z\d]/i.test(key))) return;
+    if (key.startsWith("Page") && event.target.type === "range") return;
     const onStage = event.target === this.container;
     const onButton = Boolean(event.target.closest?.("button, a, label, summary, input, img-comparison-slider"));
     if (event.ctrlKey || event.metaKey) {
@@ -276,6 +279,7 @@ export class Input {
   }
 
   keyboardMove(key, fine) {
+    if (!this.editor.picture) return;
     const { width, height } = this.container.getBoundingClientRect();
     const step = fine ? 2 : 12;
     this.keyboard ||= [width / 2, height / 2];
@@ -283,6 +287,7 @@ export class Input {
     x += { ArrowLeft: -step, ArrowRight: step }[key] || 0;
     y += { ArrowUp: -step, ArrowDown: step }[key] || 0;
     this.keyboard = [Math.min(width, Math.max(0, x)), Math.min(height, Math.max(0, y))];
+    this.view.follow(x - this.keyboard[0], y - this.keyboard[1]);
     this.showCursor(...this.keyboard, "keyboard");
     if (this.stroke) this.extend(...this.keyboard);
     const [left, top] = this.view.toPicture(...this.keyboard).map(Math.round);

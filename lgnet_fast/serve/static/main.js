@@ -1,14 +1,18 @@
 // The controls of the page, and the connections between picture, editor and input.
 import { call, json } from "./api.js";
-import { Editor } from "./editor.js";
+import { Editor, reasonOf, shownFill } from "./editor.js";
 import { Input } from "./input.js";
 import { encode } from "./mask.js";
-import { SIZES, settings } from "./settings.js";
+import { SIZES, TOOLS, settings } from "./settings.js";
 import { KEYS, t, translate } from "./text.js";
 import { View } from "./view.js";
 
 const $ = (selector) => document.querySelector(selector);
-const TOOLS = ["brush", "eraser", "rectangle", "lasso"];
+// The extensions of `lgnet_fast.pipeline.formats`; a browser does not know the type of some of them.
+const READ = (
+  ".png .apng .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .avif .heic .heif .hif .jp2 .j2k .jpx .jpf " +
+  ".ppm .pgm .pbm .pnm .tga"
+).split(" ");
 
 translate(document);
 document.title = t("title");
@@ -26,7 +30,9 @@ function say(text, kind = "") {
 }
 
 const server = await json("/api/v1/page").catch((error) => {
-  say(error.status ? error.message : t("unreachable"), "error");
+  say(reasonOf(error), "error");
+  clearTimeout(fading);
+  for (const button of document.querySelectorAll("button")) button.disabled = true;
   throw error;
 });
 
@@ -37,11 +43,39 @@ view.colour = settings.colour;
 
 // -- opening --------------------------------------------------------------------------------------------------
 
-const isPicture = (file) => /^image\//.test(file.type) || /\.(avif|bmp|gif|hei[cf]|jp2|jpe?g|png|p[pgb]m|tga|tiff?|webp)$/i.test(file.name);
+const isPicture = ({ name, type }) => /^image\//.test(type) || READ.some((one) => name.toLowerCase().endsWith(one));
+for (const id of ["#file", "#mask-file"]) $(id).accept = ["image/*", ...READ].join();
 
-function openFiles(files) {
-  const sources = [...files].filter(isPicture).map((file) => ({ name: file.name, file }));
-  if (sources.length) editor.open(sources);
+/** The first of many names. */
+function few(names) {
+  const shown = names.slice(0, 3).join(", ");
+  return names.length > 3 ? t("andMore", { names: shown, count: names.length - 3 }) : shown;
+}
+
+/** Asks before unsaved work is dropped; whether it may be. */
+async function mayDiscard() {
+  const dialog = $("#discard");
+  const names = editor.unsaved.map(({ name }) => name);
+  if (!names.length) return true;
+  if (dialog.open) return false;
+  $("#discard-text").textContent = t("discardText", { names: few(names) });
+  dialog.returnValue = "";
+  return new Promise((resolve) => {
+    dialog.onclose = () => resolve(dialog.returnValue === "discard");
+    dialog.showModal();
+  });
+}
+
+async function openFiles(given) {
+  const files = [...given];
+  const sources = files.filter(isPicture).map((file) => ({ name: file.name, file }));
+  const others = files.filter((file) => !isPicture(file)).map(({ name }) => name);
+  if (sources.length) {
+    if (!(await mayDiscard())) return;
+    await editor.open(sources);
+    if ($("#status").dataset.kind === "error") return;
+  }
+  if (others.length) say(t("skipped", { names: few(others) }), sources.length ? "" : "error");
 }
 
 for (const input of [$("#file"), $("#folder")]) {
@@ -97,6 +131,7 @@ for (const name of server.samples) {
 
 function update() {
   const { picture } = editor;
+  if (!picture?.position) peek(false);
   document.body.classList.toggle("editing", Boolean(picture));
   document.body.classList.toggle("filling", Boolean(picture?.running));
   $("#start").hidden = Boolean(picture) || editor.number >= 0;
@@ -104,7 +139,9 @@ function update() {
   $("#redo").disabled = !editor.canRedo;
   $("#fill").disabled = !editor.painted;
   $("#fill").classList.toggle("calls", editor.painted > 0 && !picture.running);
-  $("#count").textContent = editor.painted > 1 ? editor.painted : "";
+  const many = editor.painted > 1;
+  $("#count").textContent = many ? editor.painted : "";
+  $("#fill").setAttribute("aria-label", many ? t("fillMany", { count: editor.painted }) : t("fillLabel"));
   for (const id of ["#compare", "#peek", "#stages"]) $(id).disabled = !picture?.position;
   for (const id of ["#mask-export", "#mask-clear"]) $(id).disabled = !editor.painted;
   const count = editor.pictures.length;
@@ -249,10 +286,9 @@ function download(blob, name) {
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
 }
 
-async function result(format) {
-  const { position } = editor.picture;
-  const query = new URLSearchParams({ position, ...(format && { format }) });
-  const response = await editor.callFor(editor.picture, `/result?${query}`);
+async function result(picture, format) {
+  const query = new URLSearchParams({ position: picture.position, ...(format && { format }) });
+  const response = await editor.callFor(picture, `/result?${query}`);
   return response.blob();
 }
 
@@ -260,14 +296,15 @@ async function save() {
   const { picture } = editor;
   if (!picture) return;
   say(t("saving"), "busy");
+  const shown = shownFill(picture); // a fill may end while the file is made
   try {
-    const blob = await result(settings.format);
+    const blob = await result(picture, settings.format);
     const kind = { "image/jpeg": "jpg", "image/tiff": "tif", "image/x-portable-pixmap": "ppm", "image/x-tga": "tga" }[blob.type] || blob.type.split("/")[1];
     const own = picture.name.includes(".") ? picture.name.split(".").pop() : "";
     const same = !settings.format && (EXTENSIONS[picture.format] || picture.format) === kind;
     const name = `${stem(picture.name)}_filled.${same && own ? own : kind}`;
     download(blob, name);
-    picture.saved = picture.position;
+    picture.saved = shown;
     say(t("saved", { name }), "done");
   } catch (error) {
     editor.fail(error);
@@ -275,9 +312,14 @@ async function save() {
 }
 
 async function copy() {
-  if (!editor.picture) return;
+  const { picture } = editor;
+  if (!picture) return;
+  if (!navigator.clipboard) {
+    say(t("noClipboard"), "error");
+    return;
+  }
   try {
-    await navigator.clipboard.write([new ClipboardItem({ "image/png": result("png") })]);
+    await navigator.clipboard.write([new ClipboardItem({ "image/png": result(picture, "png") })]);
     say(t("copied"), "done");
   } catch (error) {
     editor.fail(error);
@@ -287,7 +329,7 @@ async function copy() {
 // -- comparing ------------------------------------------------------------------------------------------------
 
 function peek(on) {
-  if (!editor.picture?.position) return;
+  if (on && !editor.picture?.position) return;
   view.peek(on);
   $("#peek").classList.toggle("held", on);
   $("#badge").hidden = !on;
@@ -381,6 +423,8 @@ async function stages() {
 function options(select, values, chosen) {
   select.replaceChildren(...values.map(([value, text]) => new Option(text, value, false, value === chosen)));
 }
+if (!server.strategies.includes(settings.strategy)) settings.strategy = "auto";
+if (!server.formats.includes(settings.format)) settings.format = "";
 options($("#strategy"), server.strategies.map((name) => [name, t(`strategy_${name}`)]), settings.strategy);
 options($("#format"), [["", t("saveOwn")], ...server.formats.map((name) => [name, name.toUpperCase()])], settings.format);
 if (!server.models.some(({ name }) => name === settings.model)) settings.model = "";
@@ -460,14 +504,14 @@ const actions = {
   open: () => $("#file").click(),
   peekOn: () => peek(true),
   peekOff: () => peek(false),
-  escape: () => input.drop() || editor.cancel() || (settings.panel && innerWidth <= 720 && togglePanel()),
+  escape: () => closeMenu() || input.drop() || editor.cancel() || (settings.panel && innerWidth <= 720 && togglePanel()),
   help: () => $("#help-dialog").showModal(),
   theme: () => {
     settings.theme = document.documentElement.dataset.theme === "dark" ? "light" : "dark";
     showTheme();
   },
   tell: (text) => ($("#spoken").textContent = text),
-  home: () => editor.close(),
+  home: async () => (await mayDiscard()) && editor.close(),
   "mask-import": () => $("#mask-file").click(),
   "mask-export": exportMask,
   settings: togglePanel,
@@ -479,10 +523,20 @@ const actions = {
 };
 const input = new Input(view, editor, actions);
 
+/** Closes the mask's menu; the focus goes from it to `next`. */
+function closeMenu(next = $("#mask-menu summary")) {
+  const menu = $("#mask-menu");
+  if (!menu.open) return false;
+  menu.open = false;
+  next.focus({ preventScroll: true });
+  return true;
+}
+
 for (const button of document.querySelectorAll("[data-do]")) {
-  button.addEventListener("click", () => {
+  button.addEventListener("click", (event) => {
     actions[button.dataset.do]();
-    button.closest("details")?.removeAttribute("open");
+    // After a click of the pointer, Enter and Space are for the picture.
+    if (button.closest("#mask-menu")) closeMenu(event.detail ? $("#stage") : undefined);
   });
 }
 for (const button of document.querySelectorAll("[data-close]")) {
@@ -501,7 +555,7 @@ document.addEventListener("keydown", (event) => {
   }
 });
 addEventListener("beforeunload", (event) => {
-  if (editor.pictures.some((picture) => picture.position > (picture.saved || 0))) event.preventDefault();
+  if (editor.unsaved.length) event.preventDefault();
 });
 
 update();

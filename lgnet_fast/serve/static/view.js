@@ -45,7 +45,7 @@ export class View {
     this.shade = new Konva.Rect({ width: picture.width, height: picture.height, fill: "#808080" });
     this.preview = this.image(picture.preview, 0, 0, picture.width, picture.height);
     this.crop = null;
-    this.patches = new Konva.Group();
+    this.patches = new Konva.Group({ visible: !this.original });
     this.shade.visible(picture.alpha);
     this.pictureLayer.add(this.shade, this.preview, this.patches);
     this.history();
@@ -77,6 +77,7 @@ export class View {
 
   /** Shows the original while `on`. */
   peek(on) {
+    this.original = on;
     this.patches?.visible(!on);
     this.pictureLayer.batchDraw();
   }
@@ -136,6 +137,15 @@ export class View {
     this.x += x;
     this.y += y;
     this.place();
+  }
+
+  /** Moves the window over the picture by (x, y), as long as there is more of the picture on that side. */
+  follow(x, y) {
+    const { picture, scale, stage } = this;
+    const step = (by, before, after) => (by > 0 ? Math.min(by, Math.max(0, after)) : Math.max(by, Math.min(0, -before)));
+    const across = step(x, -this.x, this.x + picture.width * scale - stage.width());
+    const down = step(y, -this.y, this.y + picture.height * scale - stage.height());
+    if (across || down) this.pan(-across, -down);
   }
 
   place() {

@@ -1,0 +1,220 @@
+"""The page without a mouse, on small windows, and what axe says of it."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ..serve_support import file_of, photo, pixels_of
+from .support import (
+    COLLECTS,
+    PHONE,
+    SAMPLE,
+    STROKE,
+    changed,
+    drag,
+    filled,
+    open_sample,
+    opened,
+    place,
+)
+
+pytestmark = pytest.mark.page
+
+FILE = file_of(photo(90, 120))
+
+
+def test_the_keyboard_alone(new_page):
+    page = new_page()
+    for _ in range(30):
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.getAttribute('aria-label')") == "Open the sample chelsea":
+            break
+    page.keyboard.press("Enter")
+    opened(page)
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        if page.evaluate("() => document.activeElement.id") == "stage":
+            break
+    assert page.evaluate("() => document.activeElement.id") == "stage"
+    for _ in range(3):
+        page.keyboard.press("ArrowUp")
+    assert page.is_visible("#cursor")
+    assert page.text_content("#spoken").startswith("Brush at ")
+    page.keyboard.down(" ")
+    for _ in range(6):
+        page.keyboard.press("ArrowRight")
+    page.keyboard.up(" ")
+    filled(page)
+    with page.expect_download() as caught:
+        page.keyboard.press("Control+s")
+    result = pixels_of(Path(caught.value.path()).read_bytes())
+    left, top, right, bottom = changed(result, SAMPLE)
+    assert right - left > 1.3 * (bottom - top)
+    page.keyboard.press("Control+z")
+    page.click("#settings")
+    for name, value in {"x": 20, "y": 30, "width": 40, "height": 25}.items():
+        page.fill(f"#rectangle-{name}", str(value))
+    page.keyboard.press("Enter")
+    filled(page, 2)
+    with page.expect_download() as caught:
+        page.keyboard.press("Control+s")
+    left, top, right, bottom = changed(pixels_of(Path(caught.value.path()).read_bytes()), SAMPLE)
+    assert (left, top) >= (20 - 7, 30 - 7)
+    assert (right, bottom) <= (60 + 7, 55 + 7)
+    page.keyboard.press("?")
+    assert page.is_hidden("#help-dialog")  # a field has the focus
+    page.click("#panel-close")
+    page.keyboard.press("?")
+    assert page.is_visible("#help-dialog")
+
+
+AXE = (Path(__file__).parent / "axe.min.js").read_text()
+
+
+def problems(page: Any) -> list[str]:
+    page.wait_for_timeout(350)  # what fades in has its colours
+    page.evaluate(f"() => {{ {AXE} }}")
+    found = page.evaluate("async () => (await axe.run()).violations")
+    return [f"{one['id']}: {node['html'][:140]} {node['failureSummary']}" for one in found for node in one["nodes"]]
+
+
+@pytest.mark.parametrize("scheme", ["dark", "light"])
+@pytest.mark.parametrize("device", ["desktop", "phone"])
+def test_axe_finds_nothing(new_page, scheme, device, shots):
+    page = new_page(color_scheme=scheme, reduced_motion="reduce", **(PHONE if device == "phone" else {}))
+    assert problems(page) == []
+    page.screenshot(path=shots / f"{device}_{scheme}_start.png")
+    open_sample(page)
+    assert problems(page) == []
+    drag(page, STROKE)
+    filled(page)
+    page.click("#settings")
+    page.wait_for_selector("#panel", state="visible")
+    assert problems(page) == []
+    page.screenshot(path=shots / f"{device}_{scheme}.png")
+    page.click("#panel-close")
+    page.click("#compare")
+    page.wait_for_selector("#slider[open] img-comparison-slider.rendered")
+    assert problems(page) == []
+    page.keyboard.press("Escape")
+    if device == "desktop":
+        page.click("#help")
+        assert problems(page) == []
+        page.keyboard.press("Escape")
+        page.goto(page.url + "docs")
+        page.wait_for_selector(".docs details")
+        page.evaluate("() => document.querySelectorAll('details').forEach((one) => (one.open = true))")
+        assert problems(page) == []
+
+
+def test_nothing_is_wider_than_a_phone(new_page):
+    page = new_page(**PHONE)
+    for step in ("start", "editing", "settings"):
+        if step == "editing":
+            open_sample(page)
+        elif step == "settings":
+            page.click("#settings")
+        wide = page.evaluate(
+            "() => [...document.querySelectorAll('body *')].filter((e) => e.getBoundingClientRect().right > "
+            "innerWidth + 1 && getComputedStyle(e).display !== 'none').map((e) => e.id || e.className || e.tagName)"
+        )
+        assert wide == []
+
+
+def test_the_number_of_strokes_is_in_the_name_of_fill(new_page):
+    page = new_page(init=COLLECTS, reduced_motion="reduce")
+    open_sample(page)
+    drag(page, STROKE)
+    assert page.get_attribute("#fill", "aria-label") == "Fill what is painted (Enter)"
+    drag(page, [(300, 200)])
+    assert page.get_attribute("#fill", "aria-label") == "Fill 2 strokes (Enter)"
+    assert problems(page) == []
+    page.click("#home")
+    page.wait_for_selector("#discard[open]")
+    assert problems(page) == []
+
+
+def focused(page: Any) -> str:
+    return page.evaluate("() => document.activeElement.getAttribute('aria-label') || document.activeElement.tagName")
+
+
+def test_the_menu_of_the_mask_by_keys(new_page):
+    page = new_page(init=COLLECTS)
+    open_sample(page)
+    page.focus("#mask-menu summary")
+    page.keyboard.press("Enter")
+    page.wait_for_selector(".menu", state="visible")
+    page.keyboard.press("Tab")
+    page.keyboard.press("Escape")
+    assert page.is_hidden(".menu")
+    assert focused(page) == "Mask"
+    page.keyboard.press("Enter")
+    page.focus("[data-do=invert]")
+    page.keyboard.press("Enter")
+    assert page.is_hidden(".menu")
+    assert focused(page) == "Mask"
+    assert page.is_enabled("#fill")
+    assert page.get_attribute("#mask-menu summary", "role") is None  # a button would not say whether it is open
+
+
+def test_keys_that_are_not_the_pages(new_page):
+    page = new_page()
+    page.set_input_files("#file", [{"name": f"{n}.png", "mimeType": "image/png", "buffer": FILE} for n in range(2)])
+    opened(page)
+    page.evaluate("() => addEventListener('keydown', (event) => (window.taken = event.defaultPrevented))")
+    page.keyboard.press("e")
+    assert page.evaluate("() => window.taken")
+    for key in ("Alt+d", "Alt+ArrowLeft"):
+        page.focus("#stage")
+        page.keyboard.press(key)
+        assert not page.evaluate("() => window.taken"), key
+    assert page.get_attribute("button[data-tool=eraser]", "aria-checked") == "true"
+    page.focus("#size")
+    size = int(page.input_value("#size"))
+    page.keyboard.press("PageDown")
+    assert int(page.input_value("#size")) < size
+    assert page.text_content("#number") == "1 of 2"
+
+
+def test_the_brush_of_the_keyboard_takes_the_window_with_it(new_page):
+    page = new_page()
+    open_sample(page)
+    page.focus("#stage")
+    fitted = place(page)
+    for _ in range(3):
+        page.keyboard.press("+")
+    page.keyboard.press("1")
+    for _ in range(6):
+        page.keyboard.press("+")
+    x, _, scale = place(page)
+    assert x < 0
+    assert scale > fitted[2]
+    for _ in range(400):
+        page.keyboard.press("ArrowLeft")
+        if page.text_content("#spoken").startswith("Brush at 0,"):
+            break
+    assert page.text_content("#spoken").startswith("Brush at 0,")
+    assert place(page)[0] == pytest.approx(0, abs=1)
+    page.keyboard.press("ArrowLeft")
+    assert place(page)[0] == pytest.approx(0, abs=1)
+
+
+@pytest.mark.parametrize("width", [320, 400, 721, 740, 800, 900, 901, 1024])
+def test_the_buttons_above_the_picture_fit(new_page, width):
+    page = new_page(viewport={"width": width, "height": 600})
+    page.set_input_files(
+        "#file", [{"name": f"a rather long name {n}.png", "mimeType": "image/png", "buffer": FILE} for n in range(3)]
+    )
+    opened(page)
+    boxes = [one.bounding_box() for one in page.locator("header button:visible").all()]
+    assert len(boxes) >= 9
+    for box in boxes:
+        assert box["x"] >= 0
+        assert box["x"] + box["width"] <= width
+    for one, other in itertools.combinations(boxes, 2):
+        beside = one["x"] + one["width"] <= other["x"] + 0.5 or other["x"] + other["width"] <= one["x"] + 0.5
+        assert beside or one["y"] + one["height"] <= other["y"] or other["y"] + other["height"] <= one["y"]

@@ -1,0 +1,288 @@
+"""Files in the page: opened, refused, sent again, saved, and not lost."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+
+from lgnet_fast.pipeline.formats import EXTENSIONS
+from lgnet_fast.serve.options import ServeOptions
+
+from ..serve_support import file_of, live_server, photo, pixels_of
+from .support import (
+    COLLECTS,
+    STROKE,
+    download,
+    drag,
+    failed,
+    filled,
+    open_sample,
+    opened,
+    parts_shown,
+)
+
+pytestmark = pytest.mark.page
+
+
+def test_several_pictures(new_page):
+    page = new_page()
+    files = [{"name": f"{n}.png", "mimeType": "image/png", "buffer": file_of(photo(90 + n, 120))} for n in range(3)]
+    page.set_input_files("#file", files)
+    opened(page)
+    assert page.text_content("#number") == "1 of 3"
+    page.keyboard.press("PageDown")
+    page.wait_for_selector("#name:text('1.png')")
+    opened(page)
+    assert page.text_content("#about") == "120 × 91 · PNG"
+    drag(page, [(50, 50), (60, 50)])
+    filled(page)
+    page.click("#next")
+    page.wait_for_selector("#name:text('2.png')")
+    assert page.is_disabled("#next")
+    opened(page)
+    assert parts_shown(page) == 0
+    page.keyboard.press("PageUp")
+    page.wait_for_selector("#name:text('1.png')")
+    assert parts_shown(page) == 1
+    page.expected_errors.append("400")
+    page.set_input_files("#file", [{"name": "bad.png", "mimeType": "image/png", "buffer": b"no picture"}])
+    page.click("#discard [value=discard]")
+    assert "expected a readable picture" in failed(page)
+    assert page.is_visible("#start")
+
+
+def test_what_the_server_forgot_is_sent_again(new_page, server):
+    page = new_page()
+    page.expected_errors.append("404")
+    with page.expect_response(lambda response: response.url.endswith("/pictures?sample=chelsea")) as caught:
+        open_sample(page)
+    identity = caught.value.json()["id"]
+    drag(page, [(60, 60), (90, 60)])
+    filled(page)
+    first = pixels_of(download(page)[1])
+    assert page.request.delete(f"{server}/api/v1/pictures/{identity}").status == 204
+    np.testing.assert_array_equal(pixels_of(download(page)[1]), first)
+    drag(page, [(300, 200), (330, 200)])
+    filled(page, 2)
+    both = pixels_of(download(page)[1])
+    np.testing.assert_array_equal(both[:120], first[:120])
+
+
+def test_a_busy_server_is_asked_again(new_page):
+    page = new_page()
+    page.expected_errors.append("429")
+    open_sample(page)
+    turned_away = []
+
+    def busy(route: Any) -> None:
+        if turned_away:
+            route.fallback()
+        else:
+            turned_away.append(1)
+            body = json.dumps({"detail": "queue: all 32 places are taken"})
+            route.fulfill(status=429, headers={"Retry-After": "1"}, body=body)
+
+    page.route("**/fill?*", busy)
+    drag(page, STROKE)
+    page.wait_for_selector("#status:text('The server is busy')")
+    filled(page)
+
+
+def test_tokens_come_by_the_address_and_leave_it(new_page):
+    with live_server(ServeOptions(token="abc.123")) as address:
+        page = new_page("/?token=abc.123", address=address)
+        assert page.url == f"{address}/"
+        open_sample(page)
+        drag(page, STROKE)
+        filled(page)
+        page.reload()
+        page.wait_for_selector("html.ready", state="attached")
+
+
+def test_a_wrong_token_is_told_for_as_long_as_the_page_is_open(new_page):
+    with live_server(ServeOptions(token="abc.123")) as address:
+        page = new_page("/?token=abc.123", address=address)
+        page.expected_errors += ["401", "token: expected"]
+        page.clock.install()
+        page.goto(f"{address}/?token=wrong")
+        assert failed(page).startswith("This server needs its token.")
+        page.clock.fast_forward(60_000)
+        assert page.get_attribute("#status", "class") == "shown"
+        assert page.locator("button:enabled").count() == 0
+
+
+def test_a_forgotten_picture_is_sent_once(new_page, server):
+    page = new_page()
+    page.expected_errors.append("404")
+    with page.expect_response(lambda response: response.url.endswith("/pictures?sample=chelsea")) as caught:
+        open_sample(page)
+    drag(page, STROKE)
+    filled(page)
+    assert page.request.delete(f"{server}/api/v1/pictures/{caught.value.json()['id']}").status == 204
+    sent = []
+    page.on("request", lambda request: sent.append(request.url) if request.method == "POST" else None)
+    page.keyboard.press("v")  # asks for two views at the same time
+    page.wait_for_selector("#slider[open] img-comparison-slider.rendered")
+    assert [url.rpartition("/")[2].partition("?")[0] for url in sent] == ["pictures", "fill"]
+
+
+def named(*files: tuple[str, bytes]) -> list[dict[str, Any]]:
+    return [{"name": name, "mimeType": "image/png", "buffer": data} for name, data in files]
+
+
+def test_a_file_that_is_no_picture_is_passed_over(new_page):
+    page = new_page(init=COLLECTS)
+    page.expected_errors.append("400")
+    good = file_of(photo(90, 120))
+    page.set_input_files("#file", named(("a.png", b"broken"), ("b.png", b"broken"), ("c.png", good)))
+    assert "expected a readable picture" in failed(page)
+    page.wait_for_selector("#status:text('a.png: ')")
+    assert page.is_visible("#dock")
+    assert page.text_content("#name") == "c.png"
+    assert page.text_content("#about") == "120 × 90 · PNG"
+    assert page.is_hidden("#strip")
+
+    page.set_input_files("#file", named(("a.png", good), ("b.png", b"broken")))
+    page.wait_for_selector("#name:text('a.png')")
+    opened(page)
+    drag(page, [(50, 50), (60, 50)])
+    page.keyboard.press("PageDown")
+    assert failed(page).startswith("b.png: ")
+    assert page.text_content("#name") == "a.png"
+    assert page.evaluate("() => Konva.stages[0].getLayers()[2].visible()")
+    assert page.is_enabled("#fill")
+
+
+def test_a_picture_that_comes_at_a_bad_time_stays_in_the_list(new_page):
+    page = new_page()
+    page.expected_errors.append("500")
+    good = file_of(photo(90, 120))
+    page.set_input_files("#file", named(("a.png", good), ("b.png", good)))
+    opened(page)
+    page.route("**/api/v1/pictures", lambda route: route.fulfill(status=500, body=json.dumps({"detail": "broke"})))
+    page.keyboard.press("PageDown")
+    assert failed(page) == "b.png: broke"
+    assert page.text_content("#number") == "1 of 2"
+    page.unroute("**/api/v1/pictures")
+    page.keyboard.press("PageDown")
+    page.wait_for_selector("#about:text('120 × 90')")
+    page.wait_for_selector("#number:text('2 of 2')")
+    opened(page)
+
+
+def asks_before_leaving(page: Any) -> bool:
+    return page.evaluate("() => !dispatchEvent(new Event('beforeunload', { cancelable: true }))")
+
+
+def test_unsaved_work_is_not_dropped_without_a_question(new_page):
+    page = new_page(init=COLLECTS)
+    open_sample(page)
+    page.click("#home")  # nothing was done
+    page.wait_for_selector("#start", state="visible")
+    open_sample(page)
+    drag(page, STROKE)
+    page.click("#home")
+    page.wait_for_selector("#discard[open]")
+    assert page.text_content("#discard-text") == "Fills and strokes would be lost: chelsea.png"
+    assert page.evaluate("() => document.activeElement.value") == "keep"
+    page.keyboard.press("Escape")
+    page.wait_for_selector("#discard", state="hidden")
+    page.click("#fill")
+    filled(page)
+    other = named(("other.png", file_of(photo(90, 120))))
+    page.set_input_files("#file", other)
+    page.click("#discard [value=keep]")
+    assert page.text_content("#name") == "chelsea.png"
+    assert parts_shown(page) == 1
+    page.set_input_files("#file", other)
+    page.click("#discard [value=discard]")
+    page.wait_for_selector("#name:text('other.png')")
+
+
+def test_leaving_asks_while_a_file_lacks_what_is_shown(new_page):
+    page = new_page(init=COLLECTS)
+    open_sample(page)
+    assert not asks_before_leaving(page)
+    drag(page, STROKE)
+    assert asks_before_leaving(page)
+    page.keyboard.press("Enter")
+    filled(page)
+    download(page)
+    page.wait_for_selector("#status:text('Saved as')")
+    assert not asks_before_leaving(page)
+    # Another fill in the place of the saved one.
+    page.keyboard.press("Control+z")
+    drag(page, STROKE)
+    page.keyboard.press("Enter")
+    filled(page, 2)
+    assert asks_before_leaving(page)
+    # A fill that ends while the file is made is not in it.
+    held: list[Any] = []
+    page.route("**/result?*", lambda route: held.append(route))
+    page.keyboard.press("Control+s")
+    drag(page, [(300, 200), (330, 200)])
+    page.keyboard.press("Enter")
+    filled(page, 3)
+    with page.expect_download():
+        held[0].fallback()
+    page.wait_for_selector("#status:text('Saved as')")
+    assert asks_before_leaving(page)
+
+
+def test_a_fill_goes_on_while_another_picture_is_shown(new_page):
+    page = new_page()
+    page.set_input_files("#file", named(("a.png", file_of(photo(90, 120))), ("b.png", file_of(photo(80, 110)))))
+    opened(page)
+    held: list[Any] = []
+    page.route("**/fill?*", lambda route: held.append(route))
+    drag(page, [(50, 50), (60, 50)])
+    page.wait_for_selector("body.filling")
+    page.keyboard.press("PageDown")
+    page.wait_for_selector("#about:text('110 × 80')")
+    opened(page)
+    assert page.is_disabled("#undo")
+    held[0].fallback()
+    filled(page)
+    assert parts_shown(page) == 0
+    page.keyboard.press("PageUp")
+    page.wait_for_selector("#about:text('120 × 90')")
+    assert parts_shown(page) == 1
+    assert page.is_enabled("#undo")
+
+
+def test_all_that_the_server_reads_is_opened_and_the_rest_is_named(new_page):
+    page = new_page()
+    assert page.get_attribute("#file", "accept") == ",".join(["image/*", *EXTENSIONS])
+    unknown = "application/octet-stream"
+    others = [{"name": f"{n}.pdf", "mimeType": "application/pdf", "buffer": b"%PDF"} for n in range(5)]
+    page.set_input_files("#file", others)
+    assert failed(page) == "Skipped, no pictures: 0.pdf, 1.pdf, 2.pdf and 2 more"
+    assert page.is_visible("#start")
+    data = file_of(photo(90, 120), "JPEG2000", no_jp2=True)
+    page.set_input_files("#file", [{"name": "photo.J2K", "mimeType": unknown, "buffer": data}, others[0]])
+    page.wait_for_selector("#status:text('Skipped, no pictures: 0.pdf')")
+    assert page.text_content("#name") == "photo.J2K"
+    assert page.text_content("#about").startswith("120 × 90")
+
+
+def test_copying_says_where_it_is_allowed(new_page):
+    page = new_page(init="Object.defineProperty(navigator, 'clipboard', { value: undefined });")
+    open_sample(page)
+    page.keyboard.press("Control+c")
+    assert failed(page) == "Browsers copy on https or localhost only. Save the picture instead."
+
+
+def test_stored_settings_that_are_unknown_are_not_used(new_page):
+    stored = {"strategy": "old", "tool": "wand", "format": "pcx", "size": 9000, "colour": "red", "feather": 7}
+    page = new_page(init=f"try {{ localStorage.setItem('lgnet-settings', '{json.dumps(stored)}'); }} catch {{}}")
+    open_sample(page)
+    assert page.get_attribute("button[data-tool=brush]", "aria-checked") == "true"
+    assert page.input_value("#colour") == "#ff5c7a"
+    assert page.input_value("#format") == ""
+    with page.expect_request("**/fill?*") as caught:
+        drag(page, STROKE)
+    assert "strategy=auto&dilate=4&feather=7" in caught.value.url
+    filled(page)
