@@ -58,34 +58,21 @@ def test_without_moments_the_learning_rate_warms_up_again(run, tmp_path):
     folder, pictures, optimizer = run
     main(["pack", str(folder), str(tmp_path / "packed")])
     main(["unpack", str(tmp_path / "packed"), str(tmp_path / "again")])
-    config = tiny_config(
-        pictures,
-        tmp_path / "again",
-        optim={
-            "steps": 100,
-            "schedule": "constant",
-            "warmup_steps": 2,
-            "learning_rate": 1,
-            "optimizer": optimizer,
-        },
-    )
-    trainer = Trainer(config)
-    trainer.restore(load_checkpoint(tmp_path / "again" / "checkpoints" / "step_000000002.pt"))
+    optim = {"schedule": "constant", "warmup_steps": 4, "learning_rate": 1e-3, "optimizer": optimizer}
+    trainer = Trainer(tiny_config(pictures, tmp_path / "again", optim={**optim, "steps": 100}))
+    checkpoints = tmp_path / "again" / "checkpoints"
+    trainer.restore(load_checkpoint(checkpoints / "step_000000002.pt"))
     rates = []
-    for _ in range(3):
+    for _ in range(5):
         rates.append(trainer._set_learning_rates())
         trainer.step += 1
-    assert rates == [0.5, 1.0, 1.0]
-    # A leg that ends in the middle of it does not end it.
-    again = Trainer(config)
-    trainer.step = 3
-    again.restore(trainer.state())
-    assert again._set_learning_rates() == 1.0
-    again._warm_from = 2
-    again.step = 2
-    assert again._set_learning_rates() == 0.5
+    assert rates == pytest.approx([0.1875e-3, 0.5e-3, 0.75e-3, 1e-3, 1e-3])  # in step 2 the first warm-up counts, too
+    # The end of a leg in the middle of it is not its end.
+    Trainer(tiny_config(pictures, tmp_path / "again", optim={**optim, "steps": 3})).fit(resume=True)
+    trainer.restore(load_checkpoint(checkpoints / "step_000000003.pt"))
+    assert trainer._set_learning_rates() == pytest.approx(0.5e-3)
     # Adam's bias correction begins anew, as its moments do.
-    state = load_checkpoint(tmp_path / "again" / "checkpoints" / "step_000000002.pt")
+    state = load_checkpoint(checkpoints / "step_000000002.pt")
     assert all("step" not in group for one in state["optimisers"] for group in one["param_groups"])
 
 
