@@ -200,7 +200,7 @@ class CombinerWeight {
   }
 
  private:
-  const View& weight_;
+  View weight_;
   bool released_, plain_;
   int64_t channels_;
   Buffer<T> rows_;  // eight per worker, where they cannot be read in place

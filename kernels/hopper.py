@@ -412,7 +412,7 @@ def _error(
     """RMS of the error against float32, relative to the RMS of the result, for a step on noise."""
 
     def noise(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device, dtype)
+        return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
 
     batch, height, width = shape
     step = conv.axis.out_step

@@ -105,6 +105,14 @@ def _folder(given: str | Path) -> Path:
     return _path(text)
 
 
+def _sides(size: str) -> tuple[int, int]:
+    """Height and width of --size."""
+    found = re.fullmatch(r"(\d+)x(\d+)", size.strip().lower())
+    if found is None:
+        raise typer.BadParameter(f"expected HxW, such as 256x256, got {size!r}", param_hint="--size")
+    return int(found[1]), int(found[2])
+
+
 @app.callback()
 def commands() -> None:
     """LGNet image inpainting, made fast."""
@@ -441,14 +449,14 @@ def tune(
     from .reference import LGNet, create_model
     from .weights import bundled_path
 
+    sides = _sides(size)
     with _one_line_errors():
         target = resolve_device(device)
         try:
-            height, width = (int(part) for part in size.lower().split("x"))
             network = LGNet.from_pretrained(model or bundled_path()) if name is None else create_model(name).eval()
             report = (tune_training if training else tune_steps)(
                 network,
-                (height, width),
+                sides,
                 batch,
                 target,
                 resolve_dtype(dtype, target),
@@ -483,9 +491,9 @@ def flops(
             complexity = _from_checkout("bench.complexity")
         _print(complexity.rows(), json, complexity.render, complexity.as_dict)
         return
+    sides = _sides(size)
     try:
-        height, width = (int(part) for part in size.lower().split("x"))
-        report = count(model, (height, width), batch)
+        report = count(model, sides, batch)
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     _print(report, json, render, lambda r: r.as_dict())

@@ -212,7 +212,8 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
     ("options", "message"),
     [
         (["--size", "100x256"], "size: expected positive multiples of 256, got 100x256"),
-        (["--size", "big"], "invalid literal"),
+        (["--size", "big"], "--size: expected HxW, such as 256x256, got 'big'"),
+        (["--size", "256"], "--size: expected HxW, such as 256x256, got '256'"),
         (
             ["--device", "cpu", "--dtype", "float16"],
             "there is nothing to tune: the C\\+\\+ executor computes in float32",
@@ -229,6 +230,12 @@ def test_tune_refuses_what_it_cannot_do(options, message):
     result = invoke("tune", *options)
     assert result.exit_code == 2
     assert re.search(message, " ".join(result.output.replace("│", " ").split()))
+
+
+def test_flops_names_the_form_of_the_size():
+    result = invoke("flops", "--size", "axb")
+    assert result.exit_code == 2
+    assert "expected HxW, such as 256x256, got 'axb'" in " ".join(result.output.replace("│", " ").split())
 
 
 def test_info_shows_kept_verdicts(tmp_path, monkeypatch):

@@ -126,6 +126,17 @@ def test_new_formats_pass_through_a_folder_run(case):
         np.testing.assert_array_equal(np.asarray(Image.open(case / "out" / name)), FILLED)
 
 
+def test_a_photograph_becomes_a_tiff_with_its_exif(case):
+    exif = Image.Exif()
+    exif.get_ifd(0x8769)[0x9003] = "2020:01:01 00:00:00"
+    Image.fromarray(noise(40, 60)).save(case / "photo.jpg", exif=exif)
+    result = _run("-i", "photo.jpg", "-m", "m.png", "-o", "o.tif")
+    assert result.exit_code == 0, result.stderr
+    with Image.open(case / "o.tif") as saved:
+        assert (saved.format, saved.size) == ("TIFF", (60, 40))
+        assert saved.getexif().get_ifd(0x8769) == {0x9003: "2020:01:01 00:00:00"}
+
+
 def test_results_of_names_that_meet_are_all_kept(case):
     names = ["p.png", "P.PNG", "p.bmp", "p.png.png"]
     items = {}

@@ -224,6 +224,8 @@ def test_turned_photo_comes_out_upright_with_its_metadata(fake, tmp_path):
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--strategy", "huge"], "huge"),
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--dilate", "-1"], "--dilate"),
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--quality", "0"], "--quality"),
+        (["-i", "a.png", "-m", "m.png", "-o", "o.tif", "--quality", "50"], "--quality: expected results in JPEG"),
+        (["-i", "a.png", "-m", "m.png", "-o", "o/", "--quality", "50", "--format", "png"], "HEIC, got PNG"),
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--mask-threshold", "1"], "--mask-threshold"),
         (["-i", "a.png", "-o", "o.png"], "--mask"),
     ],
@@ -248,6 +250,14 @@ def test_weights_that_are_not_there_are_one_line(tmp_path):
     assert result.exit_code == 2
     assert result.stderr.startswith("error: ")
     assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["models/typo", "./typo", "../typo"])
+def test_a_model_folder_that_is_not_there_is_said_at_once(tmp_path, monkeypatch, name):
+    (tmp_path / "models").mkdir()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(WeightsError, match=f"expected a model directory or a hub id, got '{name}', which does not"):
+        Inpainter.from_pretrained(name, device="cpu")
 
 
 def test_errors_that_concern_every_item_stop_the_run_and_others_do_not(tmp_path):

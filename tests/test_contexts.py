@@ -233,6 +233,33 @@ def test_a_second_derivative_by_transforms_is_refused_too():
         torch.autograd.grad(first(leaf).sum(), leaf)
 
 
+@pytest.mark.parametrize("name", ["cosine_attention", "merge"])
+def test_forward_mode_is_refused_and_never_zero(name):
+    operator, given = operator_and_arguments(name)
+    arguments = tuple(given)
+    tangents = tuple(map(torch.ones_like, arguments))
+
+    def run(*given):
+        return operator(*given, backend="cpp")
+
+    def loss(*given):
+        return run(*given).square().sum()
+
+    refused = pytest.raises(RuntimeError, match="cannot be differentiated in forward mode")
+    with refused:
+        torch.func.jvp(run, arguments, tangents)
+    with refused:
+        torch.func.jacfwd(loss)(*arguments)
+    with refused, torch.autograd.forward_ad.dual_level():
+        run(torch.autograd.forward_ad.make_dual(arguments[0], tangents[0]), *arguments[1:])
+    with refused:
+        torch.func.jvp(torch.func.grad(loss), arguments, tangents)
+    with refused:
+        torch.func.grad(lambda *given: torch.func.jvp(loss, given, tangents)[1])(*arguments)
+    with torch.autograd.forward_ad.dual_level():  # open, but nothing in it is a dual number
+        assert torch.equal(run(*arguments), operator(*arguments, backend="cpp"))
+
+
 @pytest.mark.parametrize("backend", ["auto", "eager", "cpp", "triton"])
 @pytest.mark.parametrize("how", ["pickle", "torch.save", "deepcopy"])
 def test_models_copy_and_pickle(backend, how):

@@ -279,6 +279,16 @@ def test_extreme_features(isa, variant, kind):
         assert_accurate("dF", got, truth_grad, eager_grad)
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_stats_may_have_any_strides(isa, variant):
+    features, _, _, grad = make((1, 24, 40, 40), torch.float32)
+    attended, stats = cpu.attention_forward(features, variant)
+    expected = cpu.attention_backward(grad, features, attended, stats, variant)
+    apart = torch.empty(*stats.shape, 2)[..., 0].copy_(stats)
+    assert not apart.is_contiguous()
+    assert torch.equal(cpu.attention_backward(grad, features, attended, apart, variant), expected)
+
+
 SIZES = {torch.float32: (1e4, 3e7), torch.bfloat16: (30.0, 1e3, 1e4), torch.float64: (1e4,)}
 
 
@@ -339,7 +349,7 @@ def test_bound_on_memory():
         script = textwrap.dedent(code).format(variant=variant)
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
         used = float(done.stdout)
-        assert 30 < used < 256, f"{variant}: {used:.0f} MB"
+        assert 4 < used < 256, f"{variant}: {used:.0f} MB"
 
 
 MERGE_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

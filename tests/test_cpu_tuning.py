@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import cache, create_model, load_engine, native, optimize
-from lgnet_fast.engine import cpu_choice, cpu_tuning
+from lgnet_fast.engine import cpu_choice, cpu_path, cpu_tuning
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu_choice import RATES, Rates, choose_kernels, modelled
 from lgnet_fast.engine.cpu_executor import CpuExecutor
@@ -228,7 +228,7 @@ def test_weights_packed_beside_the_others(plan):
 
 
 @pytest.mark.parametrize("parts", [False, True], ids=["float32", "bf16x3"])
-def test_a_tuned_engine(tmp_path, caplog, parts):
+def test_a_tuned_engine(tmp_path, caplog, monkeypatch, parts):
     """Measured for real, on a small network: no slower than by the model, the same pictures, and kept."""
     if parts:
         native.library().set_isa(instruction_sets()[-1])
@@ -240,11 +240,13 @@ def test_a_tuned_engine(tmp_path, caplog, parts):
     before = optimize(model, device="cpu")
     assert before._first.executor.chosen_by == "model"
     assert "chosen by model" in str(before.describe(rounds=1).title)
+    # Whether PyTorch is faster on this machine is another test's matter.
+    monkeypatch.setattr(cpu_path, "_faster", lambda engine, eager: cpu_path.Path("engine", ""))
     tuned = optimize(model, device="cpu", tune=5)
     assert tuned._first.executor.chosen_by == "measurement"
     assert "chosen by measurement" in str(tuned.describe(rounds=1).title)
     # Other Winograd tiles round differently, and this network amplifies the difference.
-    assert_accurate("tuned", tuned(image, mask), before(image, mask), roundings=2**19 if parts else 2**15)
+    assert_accurate("tuned", tuned(image, mask), before(image, mask), roundings=2**19 if parts else 2**17)
     found = next(
         cpu_tuning.Measured.from_dict(e.value) for e in cache.entries(cache.CHOICES) if e.name.startswith("engine")
     )

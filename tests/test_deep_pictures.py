@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -336,6 +337,57 @@ def test_xmp_is_kept_and_its_orientation_is_not(tmp_path, extension):
         assert saved.size == (6, 8)
     assert b"a rose" in found
     assert b'Orientation="6"' not in found
+
+
+TURNED = [
+    b'<x:xmpmeta xmlns:x="adobe:ns:meta/" tiff:Orientation="6">a rose</x:xmpmeta>',
+    b"<x:xmpmeta><tiff:Orientation>6</tiff:Orientation>a rose</x:xmpmeta>",
+]
+
+
+@pytest.mark.parametrize("xmp", TURNED, ids=["attribute", "element"])
+@pytest.mark.parametrize("in_exif", [None, 1, 6])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_no_result_is_turned_again_by_its_xmp(pipe, tmp_path, extension, bits, in_exif, xmp):
+    samples = _samples(3) if bits == 16 else (_samples(3) >> 8).astype(np.uint8)
+    if extension == "png":
+        exif = Image.Exif()
+        exif[ExifTags.Base.Orientation] = in_exif or 1
+        added = [chunks.xmp_chunk(xmp)]
+        if in_exif is not None:
+            added.append((b"eXIf", exif.tobytes().removeprefix(b"Exif\0\0")))
+        source = _write(tmp_path / "in.png", samples)
+        source.write_bytes(chunks.put_chunks(source.read_bytes(), added))
+    else:
+        tags = [(700, 1, len(xmp), xmp, True), *([] if in_exif is None else [(274, 3, 1, in_exif, True)])]
+        source = _write(tmp_path / "in.tif", samples, extratags=tags)
+    turned = in_exif != 1  # the tag of EXIF counts, where there is one
+    expected = samples.transpose(1, 0, 2)[:, ::-1] if turned else samples
+    hole = np.ones(expected.shape[:2], bool)
+    hole[2:] = False
+    result = pipe(source, hole)
+    np.testing.assert_array_equal(np.asarray(result)[~hole], expected[~hole])
+    save_picture(result, tmp_path / f"out.{extension}")
+    again, orientation = read_picture(tmp_path / f"out.{extension}")
+    assert orientation == 1
+    assert b"a rose" in again.info["xmp"]
+    assert b"Orientation" not in again.info["xmp"]
+    np.testing.assert_array_equal(np.asarray(again), np.asarray(result))
+    with Image.open(tmp_path / f"out.{extension}") as saved:
+        assert saved.getexif().get(ExifTags.Base.Orientation, 1) == 1
+
+
+def test_the_orientation_in_a_compressed_xmp_chunk_goes_too(tmp_path):
+    source = _write(tmp_path / "in.png", _samples(3))
+    packed = chunks.XMP_KEYWORD + b"\0\1\0\0\0" + zlib.compress(TURNED[0])
+    source.write_bytes(chunks.put_chunks(source.read_bytes(), [(b"iTXt", packed)]))
+    picture, orientation = read_picture(source)
+    assert (orientation, picture.size) == (6, (HEIGHT, WIDTH))
+    picture.save(tmp_path / "out.png")
+    again, orientation = read_picture(tmp_path / "out.png")
+    assert (orientation, again.size) == (1, (HEIGHT, WIDTH))
+    assert again.info["xmp"] == b'<x:xmpmeta xmlns:x="adobe:ns:meta/" >a rose</x:xmpmeta>'
 
 
 # -- more formats -------------------------------------------------------------------------------------------------

@@ -161,6 +161,70 @@ def test_x_lg(model):
         fast.save("anywhere")
 
 
+class Noisy(nn.Module):
+    """A first stage with everything that a mode, a dtype and a device matter for."""
+
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.drop = nn.Conv2d(4, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Dropout(0.5)
+
+    def forward(self, image, mask):
+        return self.drop(self.norm(self.conv(torch.cat((image, mask), dim=1)))).tanh()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
+def test_the_first_stage_of_an_x_lg_is_used_in_evaluation_mode_and_left_alone(dtype):
+    torch.manual_seed(0)
+    x_lg = lively(LocalGlobalRefinement(Noisy(), local_channels=4, global_channels=4, backend="eager")).float()
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    with torch.no_grad():
+        exact = copy.deepcopy(x_lg).eval().double()(image.double(), mask.double())
+        first = copy.deepcopy(x_lg.first_stage).eval()(image, mask)
+    x_lg.train()
+    before = {name: value.clone() for name, value in x_lg.state_dict().items()}
+    fast = optimize(x_lg, device="cpu", dtype=dtype)
+    for given in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        stages = fast(image.to(given), mask.to(given), return_stages=True)
+        assert {picture.dtype for picture in (*stages.raw, *stages.merged)} == {given}
+    if dtype != "bfloat16":
+        assert_same_pixels(fast(image, mask), exact, mask)
+    shown = fast(image, mask, return_stages=True, holes=[(0, 256, 0, 256)]).raw[0]
+    assert_accurate("first", shown, first.double(), roundings=64)
+    assert all(torch.equal(value, x_lg.state_dict()[name]) for name, value in before.items())
+    assert x_lg.first_stage.training
+
+
+@needs_extension
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_in_16_bit_are_folded_in_32(model, dtype):
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    stored = model.to(dtype)
+    fast = optimize(stored, device="cpu", dtype="float32", hole_aware=False)(image, mask)
+    wide = optimize(copy.deepcopy(stored).float(), device="cpu", dtype="float32", hole_aware=False)(image, mask)
+    assert torch.equal(fast, wide)
+
+
+def test_known_pixels_of_float64_are_exact(model):
+    image, mask = case("gen256", 1, 256, 256)
+    fast = optimize(model, dtype="float32")
+    for result in (fast(image, mask), fast(image, mask, holes=[(0, 256, 0, 256)])):
+        assert result.dtype == torch.float64
+        assert torch.equal(torch.where(mask != 0, image, result), image)
+        assert not torch.equal(result, image)
+
+
+def test_a_result_has_no_gradient_and_views_of_any_kind_are_read(model):
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    fast = optimize(model, dtype="float32")
+    expected = fast(image, mask)
+    assert not fast(image.clone().requires_grad_(), mask).requires_grad
+    assert not fast(image.clone().requires_grad_(), torch.zeros_like(mask)).requires_grad
+    negative = torch.complex(torch.zeros_like(image), -image).conj().imag
+    assert negative.is_neg()
+    assert torch.equal(negative, image)
+    assert torch.equal(fast(negative, mask), expected)
+
+
 def test_stages_of_a_restricted_run_are_merged_and_not_raw(model):
     image, mask = case("gen256", 1, 256, 256, torch.float32)
     mask = torch.zeros_like(mask)
@@ -383,6 +447,35 @@ def test_save_and_load(model, tmp_path):
     assert torch.equal(loaded(wide, wide_mask), fast(wide, wide_mask))
 
 
+FORKED = """
+import os, sys, torch
+import lgnet_fast
+torch.set_num_threads(2)
+widths = {"coarse_channels": 4, "local_channels": 4, "global_channels": 4}
+engine = lgnet_fast.optimize(lgnet_fast.create_model("lgnet", **widths), device="cpu", dtype="float32")
+engine.save(sys.argv[1])
+image, mask = torch.zeros(1, 3, 256, 256), torch.ones(1, 1, 256, 256)
+expected = engine(image, mask)
+child = os.fork()
+if child == 0:
+    code = 1
+    try:
+        code = 0 if torch.equal(lgnet_fast.load_engine(sys.argv[1])(image, mask), expected) else 2
+    finally:
+        os._exit(code)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.once
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+def test_a_saved_engine_loads_in_a_forked_child(tmp_path):
+    """There PyTorch has one thread, the kernels have the parent's two."""
+    done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "e")], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+
 @pytest.mark.once
 @needs_extension
 def test_capped_widths_saved_and_loaded(tmp_path):
@@ -559,7 +652,8 @@ def test_a_running_engine_holds_little_more_than_its_weights():
     assert done.returncode == 0, done.stderr
     weights, resident = map(int, done.stdout.split())
     assert weights == 4 * 115_002_185
-    assert weights < resident <= 1.3 * weights + 150e6
+    # Packed weights are a little larger; the rest is buffers, and libraries' code that the first call loads.
+    assert weights < resident <= 1.3 * weights + 300e6
 
 
 @pytest.mark.once

@@ -117,6 +117,8 @@ def test_lpips_and_fid_networks_may_be_given():
 
 
 def test_missing_backbones_are_one_line_each_and_the_other_metrics_stay(tmp_path, pictures):
+    for name in ("a.pth", "b.pth"):
+        (tmp_path / name).write_bytes(b"torn")
     result = evaluate(
         pictures, classes="1", size=64, baselines=["telea"], models=[], seed=3, lpips=tmp_path / "a.pth",
         fid=tmp_path / "b.pth",
@@ -480,7 +482,15 @@ def test_the_command_writes_a_table_json_markdown_and_a_sheet(fake, pictures, tm
         (["-i", "pictures", "-m", "one"], "hole ratios of 1-60%, got none"),
         (["-i", "pictures", "--classes", "10-30"], "--classes: expected names of 1-10%, 10-20%"),
         (["-i", "pictures", "--baselines", "patchmatch"], "--baselines: expected names of telea, ns"),
+        (["-i", "pictures", "--baselines", "ns,telea,ns"], "--baselines: expected each name once, got ns, telea, ns"),
         (["-i", "pictures", "--metrics", "l1,mse"], "--metrics"),
+        (["-i", "pictures", "--lpips", "nowhere.pth"], "--lpips: expected a file of weights, got 'nowhere.pth'"),
+        (["-i", "pictures", "--fid", "empty"], "--fid: expected a file of weights, got 'empty'"),
+        (["-i", "pictures", "--invert-mask"], "--invert-mask: expected --masks"),
+        (
+            ["-i", "pictures", "-m", "one", "--mask-kind", "boxes"],
+            "--mask-kind: expected none with --masks, got 'boxes'",
+        ),
         (["-i", "pictures", "--size", "8"], "--size"),
         (["-i", "pictures", "--model", "empty"], "empty"),
         (["-i", "pictures", "--model", "torn"], "torn"),

@@ -265,6 +265,7 @@ def test_the_sharpness_nearest_to_the_truth_is_best():
         (["--classes", "10-20"], "--classes: with --suite expected names of thin, thick, box, blob, got '10-20'"),
         (["--metrics", "l1,fid"], "--metrics: expected names of l1, psnr, ssim, lpips, sharp, got fid"),
         (["-m", "masks", "--pair-by-name"], "--suite: expected no --pair-by-name"),
+        (["--mask-kind", "boxes"], "--mask-kind: expected none with --suite, got 'boxes'"),
         (["-m", "empty"], "--masks: no pictures in 'empty'"),
         (["-m", "masks"], "--masks: mask: no file named '0_thick'"),
     ],

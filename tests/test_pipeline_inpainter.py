@@ -12,6 +12,7 @@ from PIL import Image
 
 from lgnet_fast.errors import BackendError, InvalidImageError, InvalidMaskError, LGNetError
 from lgnet_fast.pipeline import Inpainter
+from lgnet_fast.reference import LGNet
 
 from .pipeline_support import BlurFill, ConstantFill, IdentityFill, box_mask, noise
 
@@ -378,6 +379,21 @@ def test_wrong_arguments_are_named(pipe):
         Inpainter("lgnet")
     with pytest.raises(ValueError, match="window: .*256"):
         Inpainter(BlurFill(), window=128)
+    with pytest.raises(TypeError, match=r"window: expected a whole number of pixels, got 512\.5"):
+        Inpainter(BlurFill(), window=512.5)
+    with pytest.raises(TypeError, match="memory_limit: expected a number of bytes or None, got '1G'"):
+        Inpainter(BlurFill(), memory_limit="1G")
+
+
+def test_half_precision_on_a_cpu_warns_once():
+    model = LGNet("C", coarse_channels=4)
+    with pytest.warns(UserWarning, match="dtype: float16 on a CPU") as caught:
+        Inpainter(model, device="cpu", dtype="float16")
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        Inpainter(model, device="cpu", dtype="bfloat16")
 
 
 # -- the rest -----------------------------------------------------------------------------------------------------

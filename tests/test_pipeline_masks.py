@@ -330,6 +330,15 @@ def test_masks_for_a_batch():
             masks_for(wrong, 2)
 
 
+@pytest.mark.parametrize("make", [torch.zeros, np.zeros])
+def test_a_mask_for_each_picture_or_one_of_three_channels_is_an_error(make):
+    shown = r"mask: expected .* \[3, 1, H, W\], or \[1, 3, H, W\] .*, got \[3, 100, 120\]"
+    with pytest.raises(InvalidMaskError, match=shown):
+        masks_for(make((3, 100, 120)), 3)
+    assert len(masks_for(make((3, 100, 120)), 2)) == 2  # no mask for each
+    assert len(masks_for(make((1, 100, 120)), 1)) == 1
+
+
 @pytest.mark.parametrize(("dilate", "feather"), [(0, 0), (1, 0), (5, 0), (0, 4), (3, 6), (40, 30)])
 def test_soft_edge_is_the_euclidean_distance(dilate, feather):
     hole = np.random.default_rng(1).random((37, 53)) > 0.995

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -11,7 +13,7 @@ from PIL import ExifTags, Image, ImageOps
 
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.errors import InvalidImageError, InvalidMaskError
-from lgnet_fast.pipeline import Inpainter, writing
+from lgnet_fast.pipeline import Inpainter, chunks, writing
 from lgnet_fast.pipeline.files import open_upright, save_picture
 from lgnet_fast.pipeline.pictures import picture_of
 
@@ -410,3 +412,162 @@ def test_open_upright_reports_the_turn(tmp_path):
     Image.new("RGB", (30, 20)).save(file, exif=_with_exif(8))
     picture, orientation = open_upright(file)
     assert (picture.size, orientation, picture.format) == ((20, 30), 8, "JPEG")
+
+
+# -- TIFF files ---------------------------------------------------------------------------------------------------
+
+XMP = b"<x:xmpmeta>a rose</x:xmpmeta>"
+
+
+@pytest.mark.parametrize("compression", ["raw", "tiff_lzw", "tiff_adobe_deflate"])
+@pytest.mark.parametrize("mode", ["RGB", "L", "I;16B"])
+def test_a_tiff_holds_exif_and_xmp_with_every_compression(pipe, tmp_path, mode, compression):
+    exif = _with_exif(1)
+    exif[ExifTags.Base.ImageWidth], exif[ExifTags.Base.Compression] = 4000, 6  # as some cameras write
+    exif[ExifTags.Base.Rating] = 4
+    picture = _of_mode(mode)
+    picture.info.update(exif=exif.tobytes(), xmp=XMP, compression=compression)
+    result = pipe(picture, HOLE)
+    save_picture(result, tmp_path / "out.tif")
+    with Image.open(tmp_path / "out.tif") as saved:
+        found = saved.getexif()
+        assert saved.info["compression"] == compression
+        assert (found[ExifTags.Base.Make], found[ExifTags.Base.Rating]) == ("Camera", 4)
+        assert found[700] == XMP
+        assert found.get_ifd(ExifTags.IFD.Exif) == {
+            ExifTags.Base.ExposureTime: 0.5,
+            ExifTags.Base.ISOSpeedRatings: 400,
+        }
+        assert found.get_ifd(ExifTags.IFD.GPSInfo)[ExifTags.GPS.GPSLatitude] == (50, 30, 0)
+        np.testing.assert_array_equal(np.asarray(saved).astype(int), np.asarray(result).astype(int))
+
+
+def test_a_camera_jpeg_becomes_a_tiff_with_its_exif(pipe, tmp_path):
+    Image.fromarray(noise(HEIGHT, WIDTH)).save(tmp_path / "photo.jpg", exif=_with_exif(1), xmp=XMP)
+    for source in ("photo.jpg", "one.tif"):  # from the JPEG, and from the TIFF again
+        save_picture(pipe(tmp_path / source, HOLE), tmp_path / "one.tif")
+        with Image.open(tmp_path / "one.tif") as saved:
+            assert saved.getexif()[ExifTags.Base.Make] == "Camera"
+            assert saved.getexif()[700] == XMP
+            assert saved.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ISOSpeedRatings] == 400
+
+
+@pytest.mark.parametrize("cause", [RuntimeError, OSError, ValueError])
+def test_what_an_encoder_refuses_is_one_clear_error(tmp_path, monkeypatch, cause):
+    picture = Image.new("RGB", (4, 4))
+
+    def refuse(*_, **__):
+        raise cause("Error setting from dictionary")
+
+    monkeypatch.setattr(picture, "save", refuse)
+    with pytest.raises(InvalidImageError, match="format: TIFF could not be written .*Error setting from dictionary"):
+        save_picture(picture, tmp_path / "out.tif")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("extension", ["tif", "jpg", "png"])
+def test_a_tiff_without_resolution_gets_none(pipe, tmp_path, extension):
+    Image.fromarray(noise(HEIGHT, WIDTH)).save(tmp_path / "in.tif")
+    save_picture(pipe(tmp_path / "in.tif", HOLE), tmp_path / f"out.{extension}")
+    with Image.open(tmp_path / f"out.{extension}") as saved:
+        assert ExifTags.Base.XResolution not in getattr(saved, "tag_v2", {})
+        if extension != "tif":
+            assert "dpi" not in saved.info
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [(1, "expected alpha beside the colours, got colours multiplied by it"), (0, "got 1 of unspecified meaning")],
+)
+def test_a_tiff_whose_samples_would_change_or_go_is_refused(pipe, tmp_path, extra, words):
+    samples = np.dstack([noise(HEIGHT, WIDTH), noise(HEIGHT, WIDTH)[..., 0]])
+    Image.fromarray(samples).save(tmp_path / "in.tif", tiffinfo={})
+    data = bytearray((tmp_path / "in.tif").read_bytes())
+    at = data.index((338).to_bytes(2, "little") + (3).to_bytes(2, "little") + (1).to_bytes(4, "little"))
+    data[at + 8] = extra
+    (tmp_path / "in.tif").write_bytes(data)
+    with pytest.raises(InvalidImageError, match=rf"in\.tif.*{words}"):
+        pipe(tmp_path / "in.tif", HOLE)
+
+
+def test_deep_grey_with_white_as_zero_is_inverted(pipe, tmp_path):
+    stored = noise(HEIGHT, WIDTH, dtype=np.uint16)[..., 0]
+    Image.fromarray(stored).save(tmp_path / "in.tif", tiffinfo={262: 0})
+    result = pipe(tmp_path / "in.tif", HOLE)
+    assert (result.mode, result.format) == ("I;16", "TIFF")
+    np.testing.assert_array_equal(np.asarray(result)[~HOLE], 65535 - stored[~HOLE])
+    assert set(np.asarray(result)[HOLE].tolist()) == {39321}
+    save_picture(result, tmp_path / "out.tif")
+    with Image.open(tmp_path / "out.tif") as saved:
+        assert saved.tag_v2[262] == 1
+        np.testing.assert_array_equal(np.asarray(saved), np.asarray(result))
+
+
+# -- transparent level of a grey PNG ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("bits", "key", "widened"), [(2, 1, 85), (2, 2, 170), (4, 9, 153), (4, 3, 51)])
+@pytest.mark.parametrize("opened", [False, True])
+def test_the_transparent_level_of_two_and_four_bits_is_kept(pipe, tmp_path, bits, key, widened, opened):
+    levels = np.tile(np.arange(WIDTH, dtype=np.uint8) % 2**bits, (HEIGHT, 1))
+    source = tmp_path / "in.png"
+    _store_grey(source, levels, bits, key)
+    result = pipe(Image.open(source) if opened else source, HOLE)
+    assert (result.mode, result.info["transparency"]) == ("L", widened)
+    save_picture(result, tmp_path / "out.png")
+    with Image.open(tmp_path / "out.png") as saved:
+        alpha = np.asarray(saved.convert("LA"))[..., 1]
+        np.testing.assert_array_equal(np.asarray(saved)[~HOLE], levels[~HOLE] * (255 // (2**bits - 1)))
+    np.testing.assert_array_equal(alpha == 0, levels == key)
+
+
+def _store_grey(path, levels: np.ndarray, bits: int, key: int) -> None:
+    """A grey PNG of 2 or 4 bits with a transparent level, which Pillow does not write."""
+    groups = levels.reshape(len(levels), -1, 8 // bits)
+    packed = sum(groups[..., place] << (8 - bits * (place + 1)) for place in range(8 // bits)).astype(np.uint8)
+    rows = b"".join(b"\0" + row.tobytes() for row in packed)
+    header = struct.pack(">IIBBBBB", levels.shape[1], len(levels), bits, 0, 0, 0, 0)
+    parts = [chunks.SIGNATURE]
+    for kind, content in (
+        (b"IHDR", header), (b"tRNS", struct.pack(">H", key)), (b"IDAT", zlib.compress(rows)), (b"IEND", b""),
+    ):  # fmt: skip
+        checksum = struct.pack(">I", zlib.crc32(kind + content))
+        parts += [struct.pack(">I", len(content)), kind, content, checksum]
+    path.write_bytes(b"".join(parts))
+
+
+def test_the_transparent_level_of_sixteen_bits_is_kept(pipe, tmp_path):
+    levels = noise(HEIGHT, WIDTH, dtype=np.uint16)[..., 0].copy()
+    levels[5:15, 5:20] = 513
+    for key in (513, 39321):  # the second is what the fill comes to
+        Image.fromarray(levels).save(tmp_path / "in.png", transparency=key)
+        result = pipe(tmp_path / "in.png", HOLE)
+        save_picture(result, tmp_path / "out.png")
+        with Image.open(tmp_path / "out.png") as saved:
+            assert (saved.mode, saved.info["transparency"]) == ("I;16", key)
+            np.testing.assert_array_equal(np.asarray(saved) == key, levels == key)
+            np.testing.assert_array_equal(np.asarray(saved)[~HOLE], levels[~HOLE])
+            np.testing.assert_array_equal(np.asarray(saved)[HOLE & (levels != 513)], 39321 if key == 513 else 39320)
+
+
+# -- arrays and JPEG 2000 -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:the matrix subclass")
+def test_a_numpy_matrix_is_taken_as_an_array(pipe):
+    levels = noise(HEIGHT, WIDTH)[..., 0]
+    result = pipe(np.matrix(levels), HOLE)
+    assert (type(result), result.dtype, result.shape) == (np.ndarray, np.uint8, (HEIGHT, WIDTH))
+    np.testing.assert_array_equal(result[~HOLE], levels[~HOLE])
+    assert set(result[HOLE].tolist()) == {153}
+
+
+def test_sixteen_bit_grey_jpeg_2000_is_kept(pipe, tmp_path):
+    levels = noise(HEIGHT, WIDTH, dtype=np.uint16)[..., 0]
+    Image.fromarray(levels).save(tmp_path / "in.jp2")
+    result = pipe(tmp_path / "in.jp2", HOLE)
+    save_picture(result, tmp_path / "out.jp2")
+    with Image.open(tmp_path / "out.jp2") as saved:
+        assert (saved.mode, saved.format) == ("I;16", "JPEG2000")
+        np.testing.assert_array_equal(np.asarray(saved)[~HOLE], levels[~HOLE])
+        assert set(np.asarray(saved)[HOLE].tolist()) == {39321}

@@ -277,9 +277,7 @@ def test_what_cannot_be_resumed(pictures, tmp_path):
         Trainer(tiny_config(pictures, run, optim={"accumulate": 2})).fit(resume=True)
     with pytest.raises(TrainingError, match=r"resume: optim.batch_size was 1 in the checkpoint, now it is 2"):
         Trainer(tiny_config(pictures, run, optim={"batch_size": 2})).fit(resume=True)
-    with pytest.raises(
-        TrainingError, match=r"resume: model.train_stages was \[\] in the checkpoint, now"
-    ):
+    with pytest.raises(TrainingError, match=r"resume: model.train_stages was \[\] in the checkpoint, now"):
         Trainer(tiny_config(pictures, run, model={"train_stages": [1, 2, 3]})).fit(resume=True)
     state = load_checkpoint(CheckpointFolder(run / "checkpoints", 3).path(1))
     with pytest.raises(TrainingError, match="written by 2 processes, now there are 1"):

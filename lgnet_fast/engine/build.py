@@ -24,20 +24,21 @@ def fold(conv: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     The folding is done in float64, so that it loses no accuracy.
     """
     assert isinstance(conv, (nn.Conv2d, nn.ConvTranspose2d))
-    dtype = conv.weight.dtype
+    # Weights in 16 bit are folded, and rounded once, by the executor.
+    dtype = torch.promote_types(conv.weight.dtype, torch.float32)
     weight = conv.weight.detach()
     bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
     if norm is None:
-        return weight.clone(), bias.clone()
+        return weight.to(dtype, copy=True), bias.to(dtype, copy=True)
     bias = bias.double()
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
     bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
     if weight.is_meta:
-        return weight, bias.to(dtype)
+        return weight.to(dtype), bias.to(dtype)
     # A few rows at a time: page faults of large temporaries would take longer than the arithmetic.
-    folded = torch.empty_like(weight)
+    folded = torch.empty_like(weight, dtype=dtype)
     scale = scale.view((-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)).expand(
         *weight.shape[:2], 1, 1
     )

@@ -46,6 +46,11 @@ def buffers_of_pairs(plan: Plan, choices: Mapping[str, Choice]) -> frozenset[str
     return frozenset(plan.buffers.keys() - kept)
 
 
+def _plain(picture: Tensor) -> Tensor:
+    """Its samples as float32 in memory, with any strides."""
+    return picture.detach().float().resolve_neg()
+
+
 class CpuExecutor(Executor):
     """Runs a plan on the CPU. Thread-safe: calls share the weights and use separate buffers.
 
@@ -258,8 +263,8 @@ class CpuExecutor(Executor):
         """The run, and every step's milliseconds. `poison`: buffers start full of NaN, so that what is read without
         having been computed shows."""
         plan = self.plan
-        image, mask = image.detach().float(), mask.detach().float()
-        start = None if start is None else start.detach().float()
+        image, mask = _plain(image), _plain(mask)
+        start = None if start is None else _plain(start)
         out = torch.empty(plan.batch, 3, plan.height, plan.width, dtype=torch.float32, device="cpu")
         raw = [torch.empty_like(out) for step in plan.steps if step.merges and stages]
         times = self._program.run(

@@ -163,7 +163,7 @@ def noise_maps(plan: Plan, steps: Sequence[Step], dtype: torch.dtype, device: to
     for name in names:
         b = plan.buffers[name]
         shape = (plan.batch, b.height, b.width, b.channels)
-        maps[name] = torch.randn(shape, generator=generator).to(device, dtype)
+        maps[name] = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
     return maps
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import logging
 import os
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -90,10 +91,12 @@ def _storages(model: nn.Module) -> tuple[int, ...]:
 class Engine:
     """The optimised form of a model; made by :func:`optimize`.
 
-    Calling it is thread-safe. It holds packed copies of the weights and no strong reference to the model. If the
-    weights of the model change or move while the model exists, the next call raises LGNetError. (For weights created
-    under ``torch.inference_mode``, or written by another process through shared memory, only a replacement or a move
-    is detected.) Engines cannot be pickled. They work under any default dtype, default device and inference mode.
+    Calling it is thread-safe. It holds packed copies of the weights (of an X_LG's first stage a plain one) and no
+    strong reference to the model. If the weights of the model change or move while the model exists, the next call
+    raises LGNetError. (Writes that PyTorch does not count are not noticed, only a replacement or a move of the
+    tensor: by optimisers with ``fused=True``, through ``.data`` and NumPy, by another process through shared memory,
+    and to weights created under ``torch.inference_mode``.) Engines cannot be pickled. They work under any default
+    dtype, default device and inference mode.
 
     Where NaN or infinity in the weights or the input makes a hole sample of the model NaN or infinite, the engine's
     is too, also in a run restricted to holes. (An overflow that occurs only in the model, in a feature that its
@@ -112,9 +115,11 @@ class Engine:
     ) -> None:
         self.hole_aware = hole_aware
         self.device = device
-        self._first_stage: Callable[[Tensor, Tensor], Tensor] | None = (
-            model.first_stage if isinstance(model, LocalGlobalRefinement) else None
-        )
+        self._first_stage: nn.Module | None = None
+        if isinstance(model, LocalGlobalRefinement):
+            self._first_dtype = torch.promote_types(executor.dtype, torch.float32)
+            with torch.inference_mode(False):
+                self._first_stage = copy.deepcopy(model.first_stage).eval().to(device, self._first_dtype)
         self._stages = ("X", "L", "G_att") if isinstance(model, LocalGlobalRefinement) else tuple(model.networks())
         self._config = model.config if isinstance(model, LGNet) else None
         # An engine read from a file has no model that could change.
@@ -149,7 +154,8 @@ class Engine:
                 None: found in the mask; on the CPU for each sample, on a GPU for all samples together in cells of
                 32x32 pixels, where that needs no wait for queued work (:mod:`.device_holes`). For a mask on the CPU
                 it is checked that they contain every hole pixel. On other devices the caller is responsible: a hole
-                pixel outside them may be returned white.
+                pixel outside them may be returned white. A mask on a GPU that changes must be written by PyTorch, or
+                its holes be given: writes through ``.data``, DLPack or a graph's replay are not noticed.
 
         Returns:
             The merged result in the dtype of `image`, or :class:`Stages`.
@@ -178,13 +184,17 @@ class Engine:
             return self._unchanged(image, return_stages)
         with torch.no_grad():
             shape = self._shape(image.shape[0], image.shape[2], image.shape[3])
-            start = None if self._first_stage is None else self._first_stage(image, mask)
+            start = None
+            if self._first_stage is not None:
+                start = self._first_stage(image.to(self._first_dtype), mask.to(self._first_dtype))
             restricted, result, raw = self._run(shape, image, mask, start, holes, each, return_stages)
             if not return_stages:
+                if image.dtype == torch.float64 and result.dtype != image.dtype:
+                    return torch.where(mask != 0, result.to(image.dtype), image)  # known pixels are exact
                 return result.to(image.dtype)
             raw = [r.to(image.dtype) for r in raw]
             if start is not None:
-                raw.insert(0, start)
+                raw.insert(0, start.to(image.dtype))
             # Outside the hole, the raw pictures of a restricted run are undefined.
             hole = mask != 0
             merged = tuple(torch.where(hole, image * (1 - mask) + r * mask, image) for r in raw)
@@ -237,8 +247,8 @@ class Engine:
 
     def _unchanged(self, image: Tensor, return_stages: bool) -> Tensor | Stages:
         if not return_stages:
-            return image.clone()
-        return Stages(None, None, None, (), tuple(image.clone() for _ in self._stages))
+            return image.detach().clone()
+        return Stages(None, None, None, (), tuple(image.detach().clone() for _ in self._stages))
 
     def _shape(self, batch: int, height: int, width: int) -> _Shape:
         with self._lock:

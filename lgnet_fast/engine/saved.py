@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from .. import forks
 from ..errors import LGNetError, WeightsError
 from ..reference.folders import complete_set, staged
 from ..reference.lgnet import LGNet
@@ -25,7 +26,7 @@ def _circumstances(isa: str) -> dict[str, Any]:
 
     return {
         "instruction set": isa,
-        "threads": torch.get_num_threads(),
+        "threads": forks.kernel_threads(),
         "lgnet_fast": __version__,
         "torch": torch.__version__,
     }

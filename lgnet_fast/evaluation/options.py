@@ -41,7 +41,7 @@ class EvaluationOptions:
             of :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
         baselines: names in BASELINES; None: "telea", "ns" and, with `suite`, "biharmonic".
         metrics: names in METRICS or, with `suite`, SUITE_METRICS; None: all. LPIPS and FID are left out, with the
-            reason, where their networks are missing.
+            reason, where no file is given and their networks are missing.
         paper_compat: convert the networks' merged pictures to 8 bits as the released test script does, by
             truncation, which lowers 63 of 256 levels by one, also of known pixels. Default: round.
         pair_by_name: pair masks and pictures by name, as `lgnet-fast run` does.
@@ -88,6 +88,8 @@ class EvaluationOptions:
         unknown = [name for name in self.baseline_names if name not in BASELINES]
         if unknown:
             raise UsageError(f"baselines: expected names of {', '.join(BASELINES)}, got {', '.join(unknown)}")
+        if len(set(self.baseline_names)) < len(self.baseline_names):
+            raise UsageError(f"baselines: expected each name once, got {', '.join(self.baseline_names)}")
         names = SUITE_METRICS if self.suite else METRICS
         bad = [name for name in self.metric_names if name not in names]
         if bad or not self.metric_names:
@@ -99,6 +101,21 @@ class EvaluationOptions:
             raise UsageError(f"models: expected methods with titles of their own, got {', '.join(titles) or 'none'}")
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"out: expected a folder, got the file {str(self.folder)!r}")
+        self._check_files()
+        self._check_masks()
+
+    def _check_files(self) -> None:
+        for name, file in (("lpips", self.lpips), ("fid", self.fid)):
+            if isinstance(file, (str, os.PathLike)) and not Path(file).is_file():
+                raise UsageError(f"{name}: expected a file of weights, got {os.fspath(file)!r}, which is none")
+
+    def _check_masks(self) -> None:
+        """Options that would have no effect are mistakes."""
+        if self.invert_mask and self.masks is None:
+            raise UsageError("invert_mask: expected `masks`; masks that are drawn are not inverted")
+        if self.mask_kind != "strokes" and (self.suite or self.masks is not None):
+            other = "suite" if self.suite else "masks"
+            raise UsageError(f"mask_kind: expected none with `{other}`, got {self.mask_kind!r}")
 
     @property
     def source(self) -> Path:

@@ -13,6 +13,7 @@ from ..pipeline.files import reason_against_writing
 from ..pipeline.formats import ADDRESS, EXTENSIONS, FORMATS
 from ..pipeline.writing import STANDARD_STREAM, is_stream
 
+_WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "HEIF")
 _PER_PICTURE = ("strategy", "mask_threshold", "invert_mask", "mask_channel", "allow_any_mask", "dilate", "feather")
 
 
@@ -73,8 +74,19 @@ class FillOptions:
             )
         if not 0 <= self.mask_threshold < 1:
             raise UsageError(f"mask_threshold: expected 0 <= value < 1, got {self.mask_threshold}")
+        self._check_quality()
         if ADDRESS.match(str(self.out)):
             raise UsageError(f"out: expected a file or a folder, got the address {str(self.out)!r}")
+
+    def _check_quality(self) -> None:
+        """A format without quality is an error where all results have it; folders may mix formats."""
+        if self.quality is None:
+            return
+        folder = self.names_folder or self.result.is_dir() or self.source.is_dir()
+        one = None if folder else EXTENSIONS.get(self.result.suffix.lower())
+        format = one if self.format is None else FORMATS[self.format]
+        if format is not None and format not in _WITH_QUALITY:
+            raise UsageError(f"quality: expected results in JPEG, WebP, AVIF or HEIC, got {format}")
 
     @property
     def result(self) -> Path:

@@ -19,6 +19,7 @@ import torch
 import torch.compiler.config as compiler_config
 from torch import Tensor
 from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
 from .. import forks
@@ -89,8 +90,9 @@ def differentiable(
     operator = getattr(torch.ops.lgnet, short).default
 
     def forward(*args: Any) -> Any:
-        # The forward of an autograd function disables gradients, but the levels below this one need them.
-        with torch.enable_grad(), torch._C._AutoDispatchBelowAutograd():
+        # The forward of an autograd function disables gradients of both modes, but the levels below this one need
+        # them.
+        with torch.enable_grad(), forward_ad._set_fwd_grad_enabled(True), torch._C._AutoDispatchBelowAutograd():
             return operator(*args)
 
     members = {
@@ -101,6 +103,7 @@ def differentiable(
     function = type(f"LGNet_{short}", (_SingleLevelFunction,), members)
 
     def autograd(*args: Any) -> Any:
+        _refuse_tangents(name, args)
         if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
             with enable_single_level_autograd_function():
                 return function.apply(*args)  # type: ignore[attr-defined]
@@ -108,6 +111,17 @@ def differentiable(
             return operator(*args)
 
     LIBRARY.impl(short, autograd, "Autograd")
+
+
+def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
+    """Make forward-mode differentiation (jvp, jacfwd, hessian) an error instead of a silent zero."""
+    if forward_ad._current_level < 0:
+        return
+    if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
+        raise RuntimeError(
+            f"{name} cannot be differentiated in forward mode (jvp, jacfwd, hessian); reverse mode works (grad, vjp, "
+            "jacrev), with backend='eager' also twice"
+        )
 
 
 def no_double_backward(name: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import struct
 import warnings
 import zlib
@@ -19,6 +20,9 @@ _TEXT = {b"tEXt", b"zTXt", b"iTXt"}
 # Old text forms of EXIF are left out, because the result's EXIF is written without thumbnail and orientation.
 _EXIF_TEXT = (b"Raw profile type exif\0", b"Raw profile type APP1\0")
 _WRITTEN_ANEW = {b"eXIf"}
+
+# XMP states it as an attribute or as an element.
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation="([1-8])"|<tiff:Orientation>([1-8])</tiff:Orientation>')
 
 Chunk = tuple[bytes, bytes]
 
@@ -53,7 +57,7 @@ def kept_chunks(data: bytes, xmp: bytes | None = None, turned: bool = False) -> 
 
     Args:
         data: the file.
-        xmp: replaces the XMP of the file: that of a turned picture, without its orientation.
+        xmp: replaces the XMP of the file; the caller took the orientation out.
         turned: whether by a quarter; then the directions of the resolution are swapped.
     """
     layout, kept = None, []
@@ -105,6 +109,17 @@ def names(kept: Kept) -> list[str]:
     """Types of the text and colour chunks, for a message about a format that has no place for them."""
     shown = _COLOUR - {b"iCCP", b"sRGB"}
     return sorted({kind.decode() for kind, _ in kept.chunks if kind in shown or kind in _TEXT})
+
+
+def xmp_orientation(xmp: bytes) -> int:
+    """The orientation (1 to 8) that an XMP packet states; 1 where it states none."""
+    stated = _XMP_ORIENTATION.search(xmp)
+    return int(stated[1] or stated[2]) if stated else 1
+
+
+def upright_xmp(xmp: bytes) -> bytes:
+    """An XMP packet without its orientation, which would turn an upright picture again."""
+    return _XMP_ORIENTATION.sub(b"", xmp)
 
 
 def xmp_chunk(xmp: bytes) -> Chunk:

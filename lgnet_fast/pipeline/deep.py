@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import struct
 import warnings
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
@@ -129,7 +130,7 @@ def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
     orientation = orientation if orientation in range(1, 9) else 1
     samples = np.ascontiguousarray(_turned(samples, orientation))
     if format == "PNG":
-        info["png_chunks"] = chunks.kept_chunks(data, turned=orientation > 4)
+        info["png_chunks"] = chunks.kept_chunks(data, info["xmp"], orientation > 4)
     if orientation > 4 and info["dpi"] is not None:
         info["dpi"] = info["dpi"][::-1]
     return DeepImage(samples, format, {key: value for key, value in info.items() if value}), orientation
@@ -188,7 +189,9 @@ def _read_png(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
             # Without it Pillow would decode the whole picture in search of EXIF behind the image data.
             header.info["exif"] = own.get(b"eXIf", b"")
         exif = header.getexif()
-    info["xmp"] = next((_xmp_of(content) for kind, content in chunks.read_chunks(data) if kind == b"iTXt"), None)
+        packets = [_xmp_of(content) for kind, content in chunks.read_chunks(data) if kind == b"iTXt"]
+        xmp = next((one for one in packets if one), header.info.get("xmp"))  # Pillow's: of a compressed chunk
+    info["xmp"] = chunks.upright_xmp(xmp) if isinstance(xmp, bytes) else None
     if count == 3 and len(own.get(b"tRNS", b"")) == 6:
         info["transparency"] = struct.unpack(">3H", own[b"tRNS"])
     info["exif"] = kept_exif(exif, "PNG")
@@ -275,14 +278,15 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     unit = directory.get(ExifTags.Base.ResolutionUnit, 2)  # 1: none, 2: inch, 3: centimetre
     inch = 2.54 if unit == 3 else 1.0
     across, down = (directory.get(tag) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
+    xmp = _as_bytes(directory.get(700)) or b""
     info = {
         "exif": _tiff_exif(data, directory),
         "icc_profile": _as_bytes(directory.get(ExifTags.Base.InterColorProfile)),
-        "xmp": _as_bytes(directory.get(700)),
+        "xmp": chunks.upright_xmp(xmp),
         "dpi": None if across is None or down is None or unit == 1 else (float(across) * inch, float(down) * inch),
         "tiff": {"compression": compression, "extra": extra_kind},
     }
-    return samples, directory.get(ExifTags.Base.Orientation, 1), info
+    return samples, directory.get(ExifTags.Base.Orientation, chunks.xmp_orientation(xmp)), info
 
 
 def _as_bytes(value: Any) -> bytes | None:
@@ -300,8 +304,7 @@ def _encode_tiff(picture: DeepImage) -> bytes:
     tags: list[tuple[Any, ...]] = [(int(tag), 2, 0, str(exif[tag]), True) for tag in _TIFF_TEXT if tag in exif]
     if info.get("xmp"):
         tags.append((700, 1, len(info["xmp"]), info["xmp"], True))
-    directories = {tag: exif.get_ifd(tag) for tag in _DIRECTORIES}
-    directories = {tag: content for tag, content in directories.items() if content}
+    directories = tiff_directories(exif)
     tags += [(_DIRECTORIES[tag], 4, 1, 0, True) for tag in directories]
     file = io.BytesIO()
     tifffile.imwrite(
@@ -322,9 +325,25 @@ def _encode_tiff(picture: DeepImage) -> bytes:
         metadata=None,
         extratags=tags,
     )
+    return with_directories(file.getvalue(), directories)
+
+
+def tiff_directories(exif: Image.Exif) -> dict[int, dict[int, Any]]:
+    """The Exif and GPS directories of a picture, those that it has, by their tags."""
+    directories = {tag: dict(exif.get_ifd(tag)) for tag in _DIRECTORIES}
+    for content in directories.values():
+        content.pop(ExifTags.IFD.Interop, None)  # an offset in the old file
+    return {tag: content for tag, content in directories.items() if content}
+
+
+def with_directories(data: bytes, directories: Mapping[int, Mapping[int, Any]]) -> bytes:
+    """A TIFF file with directories appended. Its first directory has their tags already, as 4-byte numbers.
+
+    Neither tifffile nor Pillow's writer of compressed files takes the content of a directory.
+    """
+    file = io.BytesIO(data)
     for tag, content in directories.items():
-        # tifffile cannot write directories of the caller: each is appended, and its offset put into the tag.
-        own = ImageFileDirectory_v2(b"II*\0\0\0\0\0")
+        own = ImageFileDirectory_v2(data[:2] + (b"*\0\0\0\0\0" if data[:2] == b"II" else b"\0*\0\0\0\0"))
         for key, value in content.items():
             own[key] = value
         place = file.seek(0, io.SEEK_END)
@@ -335,15 +354,17 @@ def _encode_tiff(picture: DeepImage) -> bytes:
 
 
 def _set_tag(file: io.BytesIO, tag: int, value: int) -> None:
-    """Replace the value of a 4-byte tag in the first directory of a little-endian TIFF or BigTIFF."""
+    """Replace the value of a 4-byte tag in the first directory of a TIFF or BigTIFF."""
     data = file.getbuffer()
-    big = data[2] == 43
-    count, entry, header = ("<Q", "<HHQI4x", 8) if big else ("<H", "<HHII", 2)
-    (at,) = struct.unpack_from("<Q" if big else "<I", data, 8 if big else 4)
-    (entries,) = struct.unpack_from(count, data, at)
-    for place in range(at + header, at + header + entries * struct.calcsize(entry), struct.calcsize(entry)):
-        if struct.unpack_from(entry, data, place)[0] == tag:
-            struct.pack_into(entry, data, place, tag, 4, 1, value)
+    order = "<" if data[0] == ord("I") else ">"
+    big = 43 in data[2:4]
+    count, entry, header = ("Q", "HHQI4x", 8) if big else ("H", "HHII", 2)
+    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
+    (entries,) = struct.unpack_from(order + count, data, at)
+    size = struct.calcsize(order + entry)
+    for place in range(at + header, at + header + entries * size, size):
+        if struct.unpack_from(order + entry, data, place)[0] == tag:
+            struct.pack_into(order + entry, data, place, tag, 4, 1, value)
 
 
 def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:

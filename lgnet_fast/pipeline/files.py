@@ -9,12 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, UnidentifiedImageError, features
+import numpy as np
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffTags, UnidentifiedImageError, features
 
 from ..errors import InvalidImageError, LGNetError
 from . import chunks, deep
 from .deep import DeepImage
-from .exif import kept_exif
+from .exif import TIFF_DESCRIPTIVE, kept_exif
 from .formats import EXTENSIONS, MODES
 from .writing import write_file
 
@@ -35,6 +36,8 @@ _TIFF_LOSSLESS = {
     "lzma",
     "zstd",
 }
+
+_XMP_TAG, _EXTRA_SAMPLES = 700, 338
 
 # Pillow decodes lazily into the object itself, so two threads that share one must not both load it.
 _loading = threading.Lock()
@@ -160,11 +163,35 @@ def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = F
                 "make it a 16-bit PNG or TIFF"
             )
         turned, orientation = upright(picture, error, name)
-    xmp = turned.info.get("xmp") if orientation != 1 else None
+        if picture.format == "TIFF":
+            tags: Any = getattr(picture, "tag_v2", {})
+            if whole:
+                _check_extra_samples(tags.get(_EXTRA_SAMPLES, ()), error, name)
+            if turned.mode == "I;16" and tags.get(ExifTags.Base.PhotometricInterpretation, 0) == 0:
+                turned = _black_is_zero(turned)  # Pillow inverts only 8 bits
+    xmp = turned.info.get("xmp")
     kept = chunks.kept_chunks(data, xmp if isinstance(xmp, bytes) else None, orientation > 4)
     if kept is not None:
         turned.info["png_chunks"] = kept
     return turned, orientation
+
+
+def _check_extra_samples(extra: tuple[int, ...], error: type[LGNetError], name: str) -> None:
+    """Reject a TIFF whose samples Pillow changes or drops, by the kinds of its samples beside the colours."""
+    if 1 in extra:
+        raise error(f"{name}: expected alpha beside the colours, got colours multiplied by it")
+    if 0 in extra:
+        raise error(
+            f"{name}: expected no samples beside colours and alpha, got {extra.count(0)} of unspecified meaning; "
+            "drop them, or declare one as alpha"
+        )
+
+
+def _black_is_zero(picture: Image.Image) -> Image.Image:
+    """16-bit grey that is stored with white as 0, inverted."""
+    inverted = Image.fromarray(65535 - np.asarray(picture))
+    inverted.info, inverted.format = picture.info, picture.format
+    return inverted
 
 
 def upright(
@@ -172,7 +199,7 @@ def upright(
 ) -> tuple[Image.Image, int]:
     """A decoded copy, turned upright, and the EXIF orientation (1 to 8) that it was turned by.
 
-    The copy has no orientation tag; its other metadata is in `.info`, and `.format` is kept.
+    The copy has no orientation in EXIF and XMP; its other metadata is in `.info`, and `.format` is kept.
 
     `.info["exif"]` has no thumbnail, because that would still show what the fill removes. Of a picture with several
     frames, the current one is used (the first of a file just opened), with a UserWarning. Raises `error` if the
@@ -183,6 +210,7 @@ def upright(
         warnings.warn(f"{name}: only one of its {frames} frames is used", UserWarning, stacklevel=2)
     try:
         with _loading:
+            key_step = _key_step(picture)  # first, because reading the EXIF of a PNG may decode it
             orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
             picture.load()
             turned = ImageOps.exif_transpose(picture)
@@ -191,11 +219,27 @@ def upright(
         raise error(
             f"{name}: expected a readable picture, got one that does not decode ({_reason(cause)})"
         ) from cause
+    key, xmp = turned.info.get("transparency"), turned.info.get("xmp")
+    if key_step > 1 and isinstance(key, int):
+        turned.info["transparency"] = key % (255 // key_step + 1) * key_step
+    if isinstance(xmp, bytes):
+        turned.info["xmp"] = chunks.upright_xmp(xmp)
+    if picture.format == "TIFF" and ExifTags.Base.XResolution not in getattr(picture, "tag_v2", ()):
+        turned.info.pop("dpi", None)  # Pillow's default of 1
     turned.info.pop("exif", None)
     if exif:
         turned.info["exif"] = exif
     turned.format = "JPEG" if picture.format == "MPO" else picture.format
     return turned, orientation
+
+
+def _key_step(picture: Image.Image) -> int:
+    """The factor by which Pillow widens grey of 2 or 4 bits to 8; it does not widen the transparent level with it.
+
+    1 for other pictures, and for those that are decoded already.
+    """
+    raw_modes = {str(tile[3]) for tile in getattr(picture, "tile", ())} if picture.format == "PNG" else set()
+    return 85 if raw_modes == {"L;2"} else 17 if raw_modes == {"L;4"} else 1
 
 
 def save_picture(
@@ -233,6 +277,7 @@ def encode(
         raise InvalidImageError(f"format: {reason}")
     for mode in held_modes(picture.mode, "transparency" in picture.info, format):
         picture = picture.convert(mode)
+    directories: dict[int, dict[int, Any]] = {}
     options: dict[str, Any] = {
         key: picture.info[key]
         for key in ("exif", "icc_profile", "dpi", "xmp", "transparency")
@@ -249,20 +294,38 @@ def encode(
     elif format == "TIFF":
         compression = picture.info.get("compression")
         options["compression"] = compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate"
-        if options.get("xmp"):
-            options["tiffinfo"] = {700: options.pop("xmp")}
+        options["tiffinfo"], directories = _tiff_tags(options.pop("exif", b""), options.pop("xmp", None))
     encoded = io.BytesIO()
     try:
         picture.save(encoded, format=format, **options)
-    except ValueError as cause:
+    except (ValueError, RuntimeError, OSError) as cause:  # the encoders' errors; nothing is written to a disk yet
         raise InvalidImageError(f"format: {format} could not be written ({_reason(cause)})") from cause
     data = encoded.getvalue()
+    if format == "TIFF":
+        return deep.with_directories(data, directories)
     if format != "PNG":
         return data
     if (kept := picture.info.get("png_chunks")) is not None:
         return chunks.put_chunks(data, chunks.fitting(kept, data))
     xmp = picture.info.get("xmp")
     return chunks.put_chunks(data, [chunks.xmp_chunk(xmp)] if isinstance(xmp, bytes) else [])
+
+
+def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[int, Any]]]:
+    """The tags of a TIFF's first directory for EXIF and XMP, and the directories to append."""
+    read = Image.Exif()
+    read.load(exif)
+    directories = deep.tiff_directories(read)
+    # Most tags below XMP's describe storage, here that of the file that the EXIF came from.
+    tags = {
+        tag: value
+        for tag, value in read.items()
+        if (tag in TIFF_DESCRIPTIVE or tag > _XMP_TAG) and tag not in TiffTags.TAGS_V2_GROUPS
+    }
+    tags.update(dict.fromkeys(directories, 0))
+    if xmp:
+        tags[_XMP_TAG] = xmp
+    return tags, directories
 
 
 def format_of(source: Path | Encoded) -> str | None:

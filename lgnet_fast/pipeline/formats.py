@@ -60,7 +60,7 @@ MODES = {
     "GIF": {"1", "L", "P"},
     "AVIF": {"RGB", "RGBA"},
     "HEIF": {"RGB", "RGBA"},
-    "JPEG2000": {"L", "LA", "RGB", "RGBA"},
+    "JPEG2000": {"L", "LA", "RGB", "RGBA", "I;16"},
     "PPM": {"1", "L", "RGB", "I;16"},
     "TGA": {"L", "LA", "P", "RGB", "RGBA"},
 }

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
+import operator
 import os
 import time
 import warnings
@@ -31,6 +33,7 @@ from .strategies import Window
 logger = logging.getLogger("lgnet_fast")
 
 _MOSTLY_HOLE = 0.95
+_NETWORKS = (LGNet, LocalGlobalRefinement)
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,8 @@ class Inpainter:
             bfloat16, on an NVIDIA GPU from sm_80 on); others are passed to ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
             largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
-        memory_limit: bytes that a run may take; None: the free memory of the system, asked before every run.
+        memory_limit: bytes that a run may take; None: the free memory of the system, asked before every run. With
+            too little, "auto" takes smaller windows; it warns where a hole is then filled at a lower scale.
 
     Raises:
         BackendError: a device, dtype or backend that was asked for and cannot run.
@@ -126,12 +130,20 @@ class Inpainter:
         self.dtype = resolve_dtype(dtype, self.device)
         self.multiple = int(getattr(model, "size_multiple", 256))
         self.base_channels = max(getattr(model, "channels", None) or (64,))
-        if window < self.multiple:
-            raise ValueError(f"window: expected at least the network's multiple {self.multiple}, got {window}")
-        self.window = window // self.multiple * self.multiple
+        self.window = _window(window, self.multiple)
+        if memory_limit is not None and (
+            isinstance(memory_limit, bool) or not isinstance(memory_limit, (int, float, np.number))
+        ):
+            raise TypeError(f"memory_limit: expected a number of bytes or None, got {memory_limit!r}")
         self.memory_limit = memory_limit
         self._source = model
         self._backend = backend
+        if self.device.type == "cpu" and self.dtype == torch.float16 and isinstance(model, _NETWORKS):
+            warnings.warn(
+                "dtype: float16 on a CPU is hundreds of times slower than float32; take float32 or bfloat16",
+                UserWarning,
+                stacklevel=2,
+            )
         self._model = self._placed(self.dtype)
         self._exact: Callable[..., Any] | None = None
         self._exact_lock = forks.Lock()
@@ -237,7 +249,7 @@ class Inpainter:
     def stages(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Stages:
         """The picture after every stage, for contact sheets; arguments as for a call, for one PIL picture, path or
         array. With an empty mask every stage is the picture."""
-        _check_strategy(strategy)
+        strategies.check(strategy)
         read = picture_of(picture)
         with memory.out_of_memory_errors("picture"):
             job = self._job(read, mask, **mask_options)
@@ -259,7 +271,10 @@ class Inpainter:
         return time.perf_counter() - start
 
     def estimate_memory(self, height: int, width: int, strategy: str = "full") -> int:
-        """Most bytes that a picture of this size takes, besides the weights, with this network and dtype."""
+        """Most bytes that a picture of this size takes, besides the weights, with this network and dtype.
+
+        Raises ValueError for an unknown strategy.
+        """
         return memory.estimate_memory(
             height,
             width,
@@ -308,7 +323,7 @@ class Inpainter:
         return _Job(picture, hole, alpha, region, group_holes(region))
 
     def _inpaint(self, picture: Picture, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
-        _check_strategy(strategy)
+        strategies.check(strategy)
         with memory.out_of_memory_errors("picture"):
             job = self._job(picture, mask, **mask_options)
             ratio = np.count_nonzero(job.hole) / job.hole.size
@@ -325,44 +340,75 @@ class Inpainter:
         """Fills of the result, or of every stage, with the strategy that ran and its passes."""
         if strategy != "auto":
             windows = strategies.windows_for(strategy, job.region, self.multiple, self.window, job.groups)
-            self._check_memory(job.picture.size, windows, strategy)
-            return self._run_windows(job, windows, stages), strategy, len(windows)
+            batches = self._batches(job.picture.size, windows, strategy)
+            return self._run_windows(job, windows, batches, stages), strategy, len(windows)
         name, windows = strategies.choose(job.region, self.multiple, self.window, job.groups)
-        # In the order of decreasing memory.
-        ladder = [(name, self.window), ("crop", self.window), ("crop", self.multiple), ("resize", self.multiple)]
-        attempts = list(dict.fromkeys(ladder))
-        for position, (name, largest) in enumerate(attempts):
-            if position > 0:
+        wanted = strategies.least_scale(windows)
+        # In the order of decreasing memory. Tiles become smaller, because crops of thin holes reduce the scale.
+        crops = [] if name == "tile" else [("crop", self.window)]
+        small = [(one, self.multiple) for one in ("auto", "crop", "resize")]
+        attempts = [(name, self.window), *crops, *small]
+        tried = set()
+        for position, (asked, largest) in enumerate(attempts):
+            if asked == "auto":
+                name, windows = strategies.choose(job.region, self.multiple, largest, job.groups)
+            elif position > 0:
+                name = asked
                 windows = strategies.windows_for(name, job.region, self.multiple, largest, job.groups)
+            if (name, largest) in tried:
+                continue
+            tried.add((name, largest))
             try:
-                self._check_memory(job.picture.size, windows, name)
+                batches = self._batches(job.picture.size, windows, name, largest)
                 with memory.out_of_memory_errors(f"strategy {name}"):
-                    return self._run_windows(job, windows, stages), name, len(windows)
+                    fills = self._run_windows(job, windows, batches, stages)
             except OutOfMemoryError:
                 if position == len(attempts) - 1:
                     raise
+                continue
+            scale = strategies.least_scale(windows)
+            if scale < wanted:
+                warnings.warn(
+                    f"memory: too little for strategy {attempts[0][0]}; filled by {name}, at {scale:.0%} of the "
+                    f"picture's scale in place of {wanted:.0%}, which is blurrier",
+                    UserWarning,
+                    stacklevel=4,
+                )
+            return fills, name, len(windows)
         raise AssertionError("unreachable: the last attempt returns or raises")
 
-    def _check_memory(self, size: tuple[int, int], windows: list[Window], strategy: str) -> None:
+    def _batches(
+        self, size: tuple[int, int], windows: list[Window], strategy: str, largest: int | None = None
+    ) -> list[list[Window]]:
+        """The windows in batches of at most `largest`^2 (None: `window`^2) network pixels, or one by one where only
+        that fits the memory. Raises OutOfMemoryError where not even that does."""
+        together = strategies.batches(windows, self.multiple, largest or self.window)
         available = memory.available_memory(self.device) if self.memory_limit is None else self.memory_limit
-        if available is None:
-            return
-        sizes = (strategies.network_size(window, self.multiple) for window in windows)
-        largest = max(height * width for height, width in sizes)
-        needed = memory.picture_bytes(*size) + memory.network_bytes(largest, self.base_channels, self.dtype)
+        alone = [[window] for window in windows]
+        if available is None or self._needed(size, together) <= available:
+            return together
+        needed = self._needed(size, alone)
         if needed > available:
             better = "a smaller window" if strategy != "full" else "strategy 'crop', 'tile', 'resize' or 'auto'"
             raise OutOfMemoryError(
                 f"strategy {strategy}: a picture of {size[1]}x{size[0]} needs about {memory.human(needed)}, "
                 f"{memory.human(available)} are available on {self.device}; try {better}, or a smaller picture"
             )
+        return alone
 
-    def _run_windows(self, job: _Job, windows: list[Window], stages: bool) -> list[_Fills]:
+    def _needed(self, size: tuple[int, int], batches: list[list[Window]]) -> int:
+        """Bytes for a picture of `size` whose windows run in `batches`."""
+        pixels = max(len(batch) * math.prod(strategies.network_size(batch[0], self.multiple)) for batch in batches)
+        return memory.picture_bytes(*size) + memory.network_bytes(pixels, self.base_channels, self.dtype)
+
+    def _run_windows(
+        self, job: _Job, windows: list[Window], batches: list[list[Window]], stages: bool
+    ) -> list[_Fills]:
         """The fills of the result, or of every stage: weighted means where windows overlap."""
         boxes, owner = strategies.patches([strategies.needed(w, job.region) for w in windows], job.picture.size)
         sums: list[list[np.ndarray]] = [[] for _ in boxes]
         totals = [np.zeros(job.region[box.slices].shape, dtype=np.float32) for box in boxes]
-        for batch in strategies.batches(windows, self.multiple, self.window):
+        for batch in batches:
             for window, fills in zip(batch, self._run_batch(job.picture, job.region, batch, stages), strict=True):
                 needed = strategies.needed(window, job.region)
                 number = int(owner[needed.top // CELL, needed.left // CELL])
@@ -448,7 +494,7 @@ class Inpainter:
         evaluation
         mode: itself if it is ready, else a copy.
         """
-        if may_optimize and self._backend == "auto" and isinstance(self._source, (LGNet, LocalGlobalRefinement)):
+        if may_optimize and self._backend == "auto" and isinstance(self._source, _NETWORKS):
             reason = fast_executor_reason(self.device, dtype)
             if reason is None:
                 size = (self.multiple, self.multiple)
@@ -474,9 +520,15 @@ class Inpainter:
         return model
 
 
-def _check_strategy(strategy: str) -> None:
-    if strategy not in strategies.STRATEGIES:
-        raise ValueError(f"strategy: expected one of {', '.join(strategies.STRATEGIES)}, got {strategy!r}")
+def _window(window: int, multiple: int) -> int:
+    """`window` rounded down to a multiple of `multiple`."""
+    try:
+        pixels = operator.index(window)
+    except TypeError:
+        raise TypeError(f"window: expected a whole number of pixels, got {window!r}") from None
+    if pixels < multiple:
+        raise ValueError(f"window: expected at least the network's multiple {multiple}, got {window}")
+    return pixels // multiple * multiple
 
 
 def _finite(outputs: list[np.ndarray]) -> bool:

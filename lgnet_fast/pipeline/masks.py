@@ -91,7 +91,8 @@ def read_hole(
 def masks_for(mask: Any, count: int) -> list[Any]:
     """One mask for each of `count` pictures: from a list of `count`, a tensor [count, C, H, W], or one for all.
 
-    Raises InvalidMaskError if a list or a tensor has another length (for a tensor, 1 is allowed).
+    Raises InvalidMaskError if a list or a tensor has another length (for a tensor, 1 is allowed), and for an array or
+    a tensor [count, H, W], which can be a mask for each picture or the channels of one.
     """
     if isinstance(mask, (list, tuple)):
         if len(mask) != count:
@@ -101,6 +102,11 @@ def masks_for(mask: Any, count: int) -> list[Any]:
         if mask.shape[0] != count:
             raise InvalidMaskError(f"mask: expected [{count} or 1, C, H, W], got {list(mask.shape)}")
         return list(mask.split(1))
+    if isinstance(mask, (torch.Tensor, np.ndarray)) and mask.ndim == 3 and mask.shape[0] == count > 1:
+        raise InvalidMaskError(
+            f"mask: expected a list of {count} masks or a tensor [{count}, 1, H, W], or [1, {count}, H, W] for one "
+            f"mask of {count} channels, got {list(mask.shape)}, which can mean both"
+        )
     return [mask] * count
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import OutOfMemoryError
-from .strategies import padded
+from .strategies import check, padded
 
 # Buffers at picture size, bytes per pixel: samples and their copies, hole, alpha, fill, blending sums.
 _PICTURE_BYTES = 64
@@ -26,6 +26,8 @@ _LIVE_PICTURE_CHANNELS = 72
 # sizes fragment the C library's heap: 900 to 1675 bytes per pixel from run to run, where this estimates 1835.
 # tests/test_pipeline_memory.py measures the live part, with blocks returned to the system when freed.
 _MARGIN = 1.9
+
+_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def estimate_memory(
@@ -42,8 +44,9 @@ def estimate_memory(
 
     `strategy`: "full" pads the whole picture; "crop", "tile" and "resize" never run more than `window`^2 network
     pixels at once, for any hole. `base_channels` is the network's n (64 in the paper). Attention scores take no
-    memory, because they are never stored.
+    memory, because they are never stored. Raises ValueError for an unknown strategy.
     """
+    check(strategy)
     pixels = padded(height, size_multiple) * padded(width, size_multiple)
     if strategy != "full":
         pixels = min(pixels, max(window, size_multiple) ** 2)
@@ -125,13 +128,26 @@ def _windows_room() -> int | None:
 
 
 def _container_room() -> int | None:
-    """Memory left under the control group's limit: in a container the machine's free memory is not the limit."""
-    for limit, used in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        ("/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"),
+    """Memory left under the control group's limit: in a container the machine's free memory is not the limit.
+
+    Pages of files that were not used lately count as free, because the system drops them before it refuses memory.
+    """
+    for folder, limit, used, droppable in (
+        (_CGROUPS, "memory.max", "memory.current", "inactive_file"),
+        (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
     ):
         try:
-            return max(0, int(Path(limit).read_text()) - int(Path(used).read_text()))
+            room = int((folder / limit).read_text()) - int((folder / used).read_text())
         except (OSError, ValueError):  # no such file, or "max"
             continue
+        return max(0, room + _entry(folder / "memory.stat", droppable))
     return None
+
+
+def _entry(file: Path, name: str) -> int:
+    """The number after `name` in a file of lines "name number"; 0 where there is none."""
+    try:
+        lines = [line.split() for line in file.read_text().splitlines()]
+    except OSError:
+        return 0
+    return next((int(words[1]) for words in lines if len(words) == 2 and words[0] == name), 0)

@@ -145,6 +145,7 @@ def pictures_of_tensor(batch: torch.Tensor) -> tuple[list[Picture], Callable[[li
 
 
 def _of_array(array: np.ndarray, tensor: bool) -> Picture:
+    array = np.asarray(array)  # numpy.matrix and other subclasses do not take a third axis
     pixels, order = channels_last(array, InvalidImageError, "picture", tensor=tensor)
     if array.size == 0:
         raise InvalidImageError(f"picture: expected at least one pixel, got {list(array.shape)}")
@@ -281,11 +282,14 @@ def _of_deep(picture: Image.Image, note: str) -> Picture:
         )
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
+        keep_key(samples)
         data = samples[..., 0].astype(stored).tobytes()
         return _like(Image.frombytes(picture.mode, picture.size, data), picture)
 
-    native = array.astype(np.int32 if picture.mode == "I" else np.uint16)
-    return Picture(native[..., None], 65535.0, rebuild, note)
+    native = array.astype(np.int32 if picture.mode == "I" else np.uint16)[..., None]
+    key = picture.info.get("transparency")
+    keep_key = _colour_key(native, None if isinstance(key, bytes) else key)
+    return Picture(native, 65535.0, rebuild, note)
 
 
 def _of_other_space(picture: Image.Image, note: str) -> Picture:

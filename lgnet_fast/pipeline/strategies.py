@@ -41,6 +41,19 @@ class Window:
         return self.rows.stop - self.rows.start, self.columns.stop - self.columns.start
 
 
+def check(strategy: str) -> None:
+    """Raise ValueError unless `strategy` is one of `STRATEGIES`."""
+    if strategy not in STRATEGIES:
+        raise ValueError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
+
+
+def least_scale(windows: list[Window]) -> float:
+    """The smallest scale of the windows along an axis: 1 where all are at the scale of the picture."""
+    return min(
+        small / length for window in windows for small, length in zip(window.reduced, window.size, strict=True)
+    )
+
+
 def choose(
     hole: np.ndarray, multiple: int, largest: int, groups: HoleGroups | None = None
 ) -> tuple[str, list[Window]]:

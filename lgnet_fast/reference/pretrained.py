@@ -57,6 +57,11 @@ def find_weights(source: str | os.PathLike[str]) -> None:
         raise WeightsError(f"weights: expected a model directory or a hub id, got the file {path}")
     elif path.is_absolute() or str(source).count("/") != 1:
         raise WeightsError(f"weights: expected a model directory or a hub id 'owner/name', got {str(source)!r}")
+    elif str(source).startswith(".") or path.parent.is_dir():
+        # The hub would be asked for many seconds, and its error says nothing about folders.
+        raise WeightsError(
+            f"weights: expected a model directory or a hub id, got {str(source)!r}, which does not exist"
+        )
 
 
 def torchvision_file(name: str, missing: str, advice: str, *, progress: bool = False) -> Path:

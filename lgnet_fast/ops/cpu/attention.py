@@ -65,11 +65,12 @@ def attention_backward(
 ) -> Tensor:
     """Gradient of the features, from that of ``attended`` and the results of ``attention_forward``."""
     grad = like(features)
+    stats = stats.contiguous()[None]  # bound to a name, because the call has the address alone
     library().attention_backward(
         tensor_arg(grad_attended, "grad_attended"),
         tensor_arg(features, "features"),
         tensor_arg(attended, "attended"),
-        tensor_arg(stats.contiguous()[None], "stats"),
+        tensor_arg(stats, "stats"),
         check_variant(variant) == "released",
         tensor_arg(grad, "grad_features"),
         forks.kernel_threads(),
