@@ -89,7 +89,7 @@ def collect() -> dict[str, Any]:
         "lgnet_fast": __version__,
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {p: _version(p) for p in _PACKAGES} | {"torch": torch.__version__},  # with its build, such as +cpu
+        "packages": {p: _version(p) for p in _PACKAGES} | {"torch": torch.__version__},  # with its build
         "cuda": torch.version.cuda,
         "devices": devices,
         "backends": {d["device"]: _backends(d["device"]) for d in devices},
