@@ -6,7 +6,7 @@ import copy
 import logging
 import os
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -88,6 +88,18 @@ def _storages(model: nn.Module) -> tuple[int, ...]:
     return tuple(t.untyped_storage()._cdata for t in _tensors(model))
 
 
+def _copied(first_stage: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
+    """The first stage of an X_LG in evaluation mode, on a device and in a dtype of its own."""
+    with torch.inference_mode(False):
+        stage = copy.deepcopy(first_stage).eval().to(device, dtype)
+
+    def run(image: Tensor, mask: Tensor) -> Tensor:
+        out: Tensor = stage(image.to(dtype), mask.to(dtype))
+        return out
+
+    return run
+
+
 class Engine:
     """The optimised form of a model; made by :func:`optimize`.
 
@@ -115,11 +127,11 @@ class Engine:
     ) -> None:
         self.hole_aware = hole_aware
         self.device = device
-        self._first_stage: nn.Module | None = None
-        if isinstance(model, LocalGlobalRefinement):
-            self._first_dtype = torch.promote_types(executor.dtype, torch.float32)
-            with torch.inference_mode(False):
-                self._first_stage = copy.deepcopy(model.first_stage).eval().to(device, self._first_dtype)
+        self._first_stage = (
+            _copied(model.first_stage, device, torch.promote_types(executor.dtype, torch.float32))
+            if isinstance(model, LocalGlobalRefinement)
+            else None
+        )
         self._stages = ("X", "L", "G_att") if isinstance(model, LocalGlobalRefinement) else tuple(model.networks())
         self._config = model.config if isinstance(model, LGNet) else None
         # An engine read from a file has no model that could change.
@@ -184,9 +196,7 @@ class Engine:
             return self._unchanged(image, return_stages)
         with torch.no_grad():
             shape = self._shape(image.shape[0], image.shape[2], image.shape[3])
-            start = None
-            if self._first_stage is not None:
-                start = self._first_stage(image.to(self._first_dtype), mask.to(self._first_dtype))
+            start = None if self._first_stage is None else self._first_stage(image, mask)
             restricted, result, raw = self._run(shape, image, mask, start, holes, each, return_stages)
             if not return_stages:
                 if image.dtype == torch.float64 and result.dtype != image.dtype:

@@ -278,7 +278,7 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     unit = directory.get(ExifTags.Base.ResolutionUnit, 2)  # 1: none, 2: inch, 3: centimetre
     inch = 2.54 if unit == 3 else 1.0
     across, down = (directory.get(tag) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
-    xmp = _as_bytes(directory.get(700)) or b""
+    xmp = _as_bytes(directory.get(ExifTags.Base.XMLPacket)) or b""
     info = {
         "exif": _tiff_exif(data, directory),
         "icc_profile": _as_bytes(directory.get(ExifTags.Base.InterColorProfile)),
@@ -303,7 +303,7 @@ def _encode_tiff(picture: DeepImage) -> bytes:
     compression = stored.get("compression", "adobe_deflate")
     tags: list[tuple[Any, ...]] = [(int(tag), 2, 0, str(exif[tag]), True) for tag in _TIFF_TEXT if tag in exif]
     if info.get("xmp"):
-        tags.append((700, 1, len(info["xmp"]), info["xmp"], True))
+        tags.append((int(ExifTags.Base.XMLPacket), 1, len(info["xmp"]), info["xmp"], True))
     directories = tiff_directories(exif)
     tags += [(_DIRECTORIES[tag], 4, 1, 0, True) for tag in directories]
     file = io.BytesIO()

@@ -37,7 +37,7 @@ _TIFF_LOSSLESS = {
     "zstd",
 }
 
-_XMP_TAG, _EXTRA_SAMPLES = 700, 338
+_EXTRA_SAMPLES = 338
 
 # Pillow decodes lazily into the object itself, so two threads that share one must not both load it.
 _loading = threading.Lock()
@@ -320,11 +320,11 @@ def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[in
     tags = {
         tag: value
         for tag, value in read.items()
-        if (tag in TIFF_DESCRIPTIVE or tag > _XMP_TAG) and tag not in TiffTags.TAGS_V2_GROUPS
+        if (tag in TIFF_DESCRIPTIVE or tag > ExifTags.Base.XMLPacket) and tag not in TiffTags.TAGS_V2_GROUPS
     }
     tags.update(dict.fromkeys(directories, 0))
     if xmp:
-        tags[_XMP_TAG] = xmp
+        tags[ExifTags.Base.XMLPacket] = xmp
     return tags, directories
 
 

@@ -73,6 +73,7 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
         parts[-1][name] = tensor.contiguous()
         room -= tensor.nbytes
     folder.mkdir(parents=True, exist_ok=True)
+    (folder / _ABOUT).unlink(missing_ok=True)  # so that a pack that is cut off is not read with parts of two runs
     written = [folder / f"compact-{number:02d}.safetensors" for number in range(len(parts))]
     for file in set(folder.glob("compact-*.safetensors")).difference(written):
         file.unlink()  # of an earlier, longer run of this command
@@ -103,8 +104,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
     """
     if run is None and model is None:
         raise TrainingError("run, model: expected one of them at least, got none")
-    checkpoints = None if run is None else CheckpointFolder(run / "checkpoints", keep=1)
-    if checkpoints is not None and checkpoints.latest() is not None:
+    if run is not None and CheckpointFolder(run / "checkpoints", keep=1).latest() is not None:
         raise TrainingError(
             f"run: expected a folder without checkpoints, got {str(run)!r}, which holds a run already"
         )
@@ -123,7 +123,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
         model.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(config, model / CONFIG_FILE)
         write_safetensors(network, model, torch.float16)
-    if run is None or checkpoints is None:
+    if run is None:
         return
     optimisers = []
     for number, groups in enumerate(about["param_groups"]):
@@ -143,7 +143,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
         "random": [],
         "broken": [],
     }
-    checkpoints.save(about["step"], state)
+    CheckpointFolder(run / "checkpoints", keep=1).save(about["step"], state)
     if (folder / LOG).is_file():
         shutil.copyfile(folder / LOG, run / LOG)
 
