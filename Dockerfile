@@ -3,7 +3,7 @@ FROM python:3.12-slim AS build
 RUN apt-get update && apt-get install -y --no-install-recommends g++ && rm -rf /var/lib/apt/lists/*
 RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
-RUN pip install --no-cache-dir "setuptools>=68" wheel "pybind11>=2.12" "ninja>=1.10"
+RUN pip install --no-cache-dir "setuptools>=77" wheel "pybind11>=2.12" "ninja>=1.10"
 ARG TORCH=torch==2.13.0
 RUN pip install --no-cache-dir "$TORCH"
 COPY . /src

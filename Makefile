@@ -1,13 +1,13 @@
 # Two targets do all set-up: `make demo` and `make test`. Both use .venv here.
 PYTHON ?= python3
-# Pinned so that a machine without a GPU gets the small build quickly; the package requires >= 2.6.
+# Pinned so that a machine without a GPU gets the small build quickly; the package requires >= 2.7.
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-arm test-all examples docs wheel bench \
-	plots evaluation aot compare-kernels cubin gpu lint format clean
+.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-lowest test-arm test-all examples docs wheel \
+	bench plots evaluation aot compare-kernels cubin gpu lint format clean
 
 help:
 	@echo "make demo   fill holes in the bundled photos (first set-up included)"
@@ -17,6 +17,7 @@ help:
 	@echo "make test-page  the page in a real browser (Chromium; as root on Debian it is installed)"
 	@echo "make fuzz-serve two minutes of made-up requests against the API"
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
+	@echo "make test-lowest  the tests with the lowest version of each dependency (a second PyTorch, of gigabytes on Linux)"
 	@echo "make test-arm  the C++ kernels cross-compiled for 64-bit Arm, under an emulator (speed is not measured)"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make examples  run the scripts of examples/ (a minute)"
@@ -40,7 +41,7 @@ $(BIN)/python:
 
 # Build tools and PyTorch first: the package is then built without isolation, against nothing else.
 $(VENV)/.torch: | $(BIN)/python
-	$(PIP) --upgrade pip "setuptools>=68" wheel pybind11 ninja
+	$(PIP) --upgrade pip "setuptools>=77" wheel pybind11 ninja
 	$(PIP) "$(TORCH)"
 	@touch $@
 
@@ -54,7 +55,7 @@ $(VENV)/.package: $(VENV)/.torch $(SOURCES)
 
 # In one step, for each editable install compiles the extension.
 $(VENV)/.extras: $(VENV)/.torch $(SOURCES)
-	$(PIP) --no-build-isolation -e ".[test,bench,docs]"
+	$(PIP) --no-build-isolation -e ".[test,triton,bench,docs]"
 	@touch $(VENV)/.package $@
 
 $(VENV)/.lint: $(VENV)/.extras
@@ -104,6 +105,9 @@ fuzz-serve: $(VENV)/.fuzz
 
 test-machines: $(VENV)/.extras
 	$(BIN)/python tests/run_machines.py
+
+test-lowest: $(BIN)/python
+	$(BIN)/python tests/run_lowest.py .venv-lowest -q -n $(JOBS) --dist loadfile
 
 # Needs a cross-compiler and an emulator; says which packages are missing.
 test-arm:
@@ -165,4 +169,4 @@ format: $(VENV)/.lint
 	$(BIN)/clang-format -i $(CPP)
 
 clean:
-	rm -rf $(VENV) build dist site demo_output examples_output *.egg-info lgnet_fast/_C*.so
+	rm -rf $(VENV) .venv-lowest build dist site demo_output examples_output *.egg-info lgnet_fast/_C*.so

@@ -17,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from .errors import JobError, LGNetError, MissingExtraError, UsageError, WeightsError
+from .version import __version__
 
 app = typer.Typer(
     name="lgnet-fast",
@@ -113,8 +114,18 @@ def _sides(size: str) -> tuple[int, int]:
     return int(found[1]), int(found[2])
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"lgnet-fast {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def commands() -> None:
+def commands(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """LGNet image inpainting, made fast."""
 
 

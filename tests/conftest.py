@@ -53,10 +53,13 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
                 raise pytest.UsageError(f"{item.nodeid}: slow needs a reason")
 
 
-@pytest.fixture(autouse=True)
-def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A separate cache folder for verdicts and choices of the tests."""
-    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path_factory.getbasetemp() / "cache"))
+# For the whole run, so that fixtures of a module and what follows a monkeypatch.undo() are covered too.
+@pytest.fixture(scope="session", autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """A separate cache folder for verdicts and choices of the tests; the user's is neither read nor written."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(cache.ENVIRONMENT, str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
 @pytest.fixture
@@ -84,10 +87,12 @@ def isa(request: pytest.FixtureRequest) -> Iterator[str]:
     native.library().set_isa("auto")
 
 
-@pytest.fixture(autouse=True)
-def by_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(scope="session", autouse=True)
+def by_the_engine() -> Iterator[None]:
     """Always use the C++ kernels, also portable ones, without timing them against PyTorch (see test_cpu_path.py)."""
-    monkeypatch.setattr(cpu_path, "measured", lambda *args: (0.0, 1.0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cpu_path, "measured", lambda *args: (0.0, 1.0))
+        yield
 
 
 @pytest.fixture

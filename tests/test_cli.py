@@ -26,6 +26,7 @@ from lgnet_fast.pipeline import formats, strategies
 from lgnet_fast.pipeline import masks as pipeline_masks
 from lgnet_fast.reference.attention import VARIANTS
 from lgnet_fast.samples import sample_paths
+from lgnet_fast.version import __version__
 
 
 def invoke(*arguments: object) -> Result:
@@ -61,6 +62,11 @@ def test_convert_errors_are_one_line(released, tmp_path):
     assert result.stderr.startswith("error: weights: missing in ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_version():
+    result = invoke("--version")
+    assert (result.exit_code, result.stdout) == (0, f"lgnet-fast {__version__}\n")
 
 
 def test_info_says_what_runs_and_why_not():

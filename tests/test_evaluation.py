@@ -208,7 +208,7 @@ def test_extras_that_are_not_installed_are_named(monkeypatch, pictures):
         biharmonic(noise(20, 20), hole)
     result = _evaluate("-i", pictures, "-o", pictures.parent / "out", "--metrics", "l1", "--size", 64)
     assert result.exit_code == 2
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.strip().count("\n") == 0
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
     with pytest.raises(MissingExtraError, match=r"torchmetrics.*lgnet_fast\[eval\]"):
         Metrics()
@@ -510,8 +510,8 @@ def test_errors_are_one_line_with_exit_code_2(pictures, tmp_path, monkeypatch, a
     assert result.exit_code == 2, result.output
     assert words in result.stderr
     assert "Traceback" not in result.output
-    assert result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.lstrip().startswith("error: ")  # rich before 14.3 begins with an empty line
+    assert result.stderr.strip().count("\n") == 0
     assert not list(tmp_path.glob("out/evaluation.*"))
 
 

@@ -277,9 +277,9 @@ def test_errors_are_one_line_with_exit_code_2(pictures, tmp_path, monkeypatch, a
     Image.fromarray(box_mask(64, 64, (10, 10, 20, 20))).save(tmp_path / "masks" / "0_thin.png")
     result = _suite("-i", pictures, "-o", "out", *arguments)
     assert result.exit_code == 2, result.output
-    assert result.stderr.startswith("error: ")
+    assert result.stderr.lstrip().startswith("error: ")  # rich before 14.3 begins with an empty line
     assert words in result.stderr
-    assert result.stderr.count("\n") == 1
+    assert result.stderr.strip().count("\n") == 0
 
 
 def test_masks_of_another_size_or_without_known_pixels_are_told(pictures, tmp_path):

@@ -292,6 +292,7 @@ def test_spin(compete):
 
 def test_command(tmp_path, monkeypatch):
     """`pytest bench/`: stores, then passes, then fails for the slower op; --benchmark-* options go on working."""
+    pytest.importorskip("pytest_benchmark")
     (tmp_path / "bench_synthetic.py").write_text(SYNTHETIC)
     results = tmp_path / "results"
     monkeypatch.setattr(timing, "clock", time.process_time)

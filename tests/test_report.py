@@ -16,6 +16,8 @@ from bench import report
 from bench.regression import write_results
 from lgnet_fast import cli
 
+pytest.importorskip("matplotlib")
+
 CPU = "cpu-test-2-cores"
 GPU = "some-gpu"
 INFO = {"torch": "2.13.0", "threads": 2, "openvino": "2026.4", "date": "2026-01-01T00:00:00+00:00"}

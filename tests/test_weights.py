@@ -180,6 +180,15 @@ def test_save_and_load_pretrained(model, tmp_path):
     assert (tmp_path / "m" / "model.safetensors").stat().st_mode & 0o777 == 0o644
 
 
+def test_options_of_huggingface_hub_before_1_0(model, tmp_path):
+    """Its ``from_pretrained`` hands over two options that later versions do not have."""
+    model.save_pretrained(tmp_path)
+    options = {"revision": None, "cache_dir": None, "force_download": False, "local_files_only": False, "token": None}
+    old = {"proxies": None, "resume_download": None}
+    loaded = LGNet._from_pretrained(model_id=str(tmp_path), **options, **old, **model.config)
+    assert same(model, loaded)
+
+
 @pytest.mark.parametrize("name", ["lgnet_share", "C", "C+G+G_att", "C+L+G"])
 def test_every_kind_of_model_survives_saving(name, tmp_path):
     narrow = {"coarse_channels": 4, "local_channels": 4, "global_channels": 4}

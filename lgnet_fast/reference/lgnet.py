@@ -123,7 +123,7 @@ class LGNet(
 
     def stage_modules(self) -> list[nn.Module]:
         names = ["G_att" if s == "C" and self.share_coarse else s for s in self.stages.split("+")]
-        return [self.get_submodule(STAGE_MODULES[name]) for name in names]
+        return [getattr(self, STAGE_MODULES[name]) for name in names]
 
     def forward(
         self, image: Tensor, mask: Tensor, return_stages: bool = False, until: int | None = None
@@ -275,11 +275,17 @@ class LGNet(
 
     @classmethod
     def _from_pretrained(cls, *, model_id: str, map_location: str | torch.device = "cpu", **kwargs: Any) -> LGNet:
-        hub = {
-            key: kwargs.pop(key)
-            for key in ("revision", "cache_dir", "force_download", "local_files_only", "token")
-            if key in kwargs
-        }
+        # The last two come from huggingface_hub before 1.0.
+        options = (
+            "revision",
+            "cache_dir",
+            "force_download",
+            "local_files_only",
+            "token",
+            "proxies",
+            "resume_download",
+        )
+        hub = {key: kwargs.pop(key) for key in options if key in kwargs}
         kwargs.pop("strict", None)  # always strict
         with torch.device("meta"):
             model = cls(**kwargs)
