@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import io
 import struct
+import warnings
 import zlib
 
 import numpy as np
 import pytest
 import torch
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image, ImageCms, ImageOps, IptcImagePlugin
 
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.errors import InvalidImageError, InvalidMaskError
-from lgnet_fast.pipeline import Inpainter, chunks, writing
+from lgnet_fast.pipeline import Inpainter, chunks, pictures, writing
 from lgnet_fast.pipeline.files import open_upright, save_picture
-from lgnet_fast.pipeline.pictures import picture_of
+from lgnet_fast.pipeline.formats import EXTENSIONS
+from lgnet_fast.pipeline.pictures import Picture, picture_of
 
 from .pipeline_support import ConstantFill, box_mask, noise
 
@@ -571,3 +573,156 @@ def test_sixteen_bit_grey_jpeg_2000_is_kept(pipe, tmp_path):
         assert (saved.mode, saved.format) == ("I;16", "JPEG2000")
         np.testing.assert_array_equal(np.asarray(saved)[~HOLE], levels[~HOLE])
         assert set(np.asarray(saved)[HOLE].tolist()) == {39321}
+
+
+def _profile() -> bytes:
+    """Not that of sRGB, which a reader may take for granted."""
+    return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "RGB", "RGBA", "I;16"])
+def test_jpeg_2000_keeps_the_colour_profile(pipe, tmp_path, mode):
+    picture, out = _of_mode(mode), tmp_path / "a.jp2"
+    picture.info["icc_profile"] = _profile()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_picture(picture, out)
+    data = out.read_bytes()
+    # One box for the colours: length, type, the method "restricted ICC profile", precedence, approximation.
+    assert data.count(b"colr") == 1
+    assert struct.pack(">I4sBBB", 11 + len(_profile()), b"colr", 2, 0, 0) + _profile() in data
+    again = pipe(out, HOLE)
+    assert again.info["icc_profile"] == _profile()
+    np.testing.assert_array_equal(np.asarray(again)[~HOLE], np.asarray(picture)[~HOLE])
+
+
+@pytest.mark.parametrize(
+    ("extension", "lost"),
+    [
+        ("bmp", "colour profile, EXIF, XMP, IPTC"),
+        ("tga", "colour profile, EXIF, XMP, IPTC"),
+        ("ppm", "colour profile, EXIF, XMP, IPTC"),
+        ("jp2", "EXIF, XMP, IPTC"),
+        ("png", "IPTC"),
+        ("webp", "IPTC"),
+        ("jpg", None),
+        ("tif", None),
+    ],
+)
+def test_metadata_that_a_format_does_not_hold_is_named_once(tmp_path, extension, lost):
+    exif = Image.Exif()
+    exif[ExifTags.Base.Make] = "Maker"
+    picture = _of_mode("RGB")
+    picture.info = {"icc_profile": _profile(), "exif": exif.tobytes(), "xmp": b"<x/>", "iptc": IPTC}
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        save_picture(picture, tmp_path / f"a.{extension}")
+    format = EXTENSIONS[f".{extension}"]
+    expected = [] if lost is None else [f"format: {format} does not hold the picture's {lost}"]
+    assert [str(one.message) for one in told] == expected
+    picture.info = {}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        save_picture(picture, tmp_path / f"b.{extension}")
+
+
+IPTC = b"\x1c\x02\x78\x00\x07caption"
+PHOTOSHOP = b"Photoshop 3.0\0" + b"".join(
+    struct.pack(">4sHHI", b"8BIM", kind, 0, len(content)) + content + b"\0" * (len(content) % 2)
+    for kind, content in ((0x040C, b"a thumbnail of what was removed"), (0x0404, IPTC))
+)
+
+
+def test_iptc_passes_between_jpeg_and_tiff_without_the_thumbnail_beside_it(pipe, tmp_path):
+    source = tmp_path / "in.jpg"
+    segment = b"\xff\xed" + struct.pack(">H", 2 + len(PHOTOSHOP)) + PHOTOSHOP
+    _of_mode("RGB").save(source, quality=95, extra=segment)
+    with Image.open(source) as before:
+        assert before.info["photoshop"][0x040C].startswith(b"a thumbnail")
+    for extension in ("tif", "jpg"):
+        result = pipe(source, HOLE)
+        source = tmp_path / f"out.{extension}"
+        save_picture(result, source)
+        assert b"thumbnail" not in source.read_bytes()
+        with Image.open(source) as after:
+            assert IptcImagePlugin.getiptcinfo(after) == {(2, 120): b"caption"}
+
+
+def test_iptc_too_long_for_a_jpeg_is_named(tmp_path):
+    picture = _of_mode("RGB")
+    picture.info["iptc"] = b"\x1c" * 65507  # with its header and padding one byte more than a segment
+    with pytest.warns(UserWarning, match="JPEG does not hold the picture's IPTC"):
+        save_picture(picture, tmp_path / "a.jpg")
+    picture.info["iptc"] = b"\x1c" * 65506
+    save_picture(picture, tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as read:
+        assert read.info["photoshop"] == {0x0404: b"\x1c" * 65506}
+
+
+@pytest.mark.filterwarnings("ignore:Metadata Warning, tag 33723")  # Pillow's, because of the numbers
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("order", "<>")
+def test_iptc_that_photoshop_declares_as_numbers_is_kept(pipe, tmp_path, dtype, order):
+    pytest.importorskip("imagecodecs")
+    stored = IPTC + b"\0" * (-len(IPTC) % 4)
+    words = struct.unpack(f"{order}{len(stored) // 4}I", stored)
+    source, out = tmp_path / "in.tif", tmp_path / "out.tif"
+    pytest.importorskip("tifffile").imwrite(
+        source, noise(HEIGHT, WIDTH, dtype=dtype), byteorder=order, photometric="rgb",
+        extratags=[(33723, 4, len(words), words, True)],
+    )  # fmt: skip
+    result = pipe(source, HOLE)
+    assert result.info["iptc"] == stored
+    save_picture(result, out)
+    assert stored in out.read_bytes()
+    assert pipe(out, HOLE).info["iptc"] == stored
+
+
+@pytest.mark.parametrize(
+    ("header", "white"), [(b"P5 60 40 100\n", 100), (b"P5\n# a comment\n60 40\n1023\n", 1023), (b"P6 60 40 31\n", 31)]
+)
+def test_levels_that_pillow_would_rescale_are_refused(pipe, tmp_path, header, white):
+    source = tmp_path / "a.pnm"
+    samples = 3 if header.startswith(b"P6") else 1
+    source.write_bytes(header + bytes(HEIGHT * WIDTH * samples * (2 if white > 255 else 1)))
+    with pytest.raises(
+        InvalidImageError, match=rf"a\.pnm.* whose largest level is 255 or 65535, got {white}: .* PNG"
+    ):
+        pipe(source, HOLE)
+
+
+@pytest.mark.parametrize("white", [255, 65535])
+def test_full_levels_of_pgm_are_kept(pipe, tmp_path, white):
+    dtype = np.uint8 if white == 255 else np.uint16
+    levels = noise(HEIGHT, WIDTH, dtype=dtype)[..., 0]
+    source, out = tmp_path / "a.pgm", tmp_path / "b.pgm"
+    source.write_bytes(
+        f"P5 {WIDTH} {HEIGHT} {white}\n".encode() + levels.astype(levels.dtype.newbyteorder(">")).tobytes()
+    )
+    save_picture(pipe(source, HOLE), out)
+    stored = out.read_bytes()
+    assert stored.split()[:4] == [b"P5", b"60", b"40", str(white).encode()]
+    again = np.frombuffer(stored[-levels.nbytes :], levels.dtype.newbyteorder(">")).reshape(HEIGHT, WIDTH)
+    np.testing.assert_array_equal(again[~HOLE], levels[~HOLE])
+
+
+def test_strips_are_painted_as_one(monkeypatch):
+    rng = np.random.default_rng(0)
+    for samples, white in ((noise(50, 61), 255.0), (rng.random((50, 61, 1), np.float32), 1.0)):
+        picture = Picture(samples, white, lambda samples, touched: samples)
+        fill = rng.uniform(-1, 1, (30, 40, 3)).astype(np.float32)
+        alpha = rng.choice(np.array([0, 0.3, 1], np.float32), (30, 40))
+        painted = picture.painted([(Rect(7, 37, 11, 51), fill, alpha)])
+        with monkeypatch.context() as patch:
+            patch.setattr(pictures, "_STRIP_PIXELS", 130)
+            np.testing.assert_array_equal(picture.painted([(Rect(7, 37, 11, 51), fill, alpha)]), painted)
+        known = np.ones((50, 61), bool)
+        known[7:37, 11:51] = alpha == 0
+        np.testing.assert_array_equal(painted[known], samples[known])
+
+
+def test_a_palette_is_matched_by_parts(pipe, monkeypatch):
+    picture = _of_mode("P")
+    whole = np.asarray(pipe(picture, HOLE))
+    monkeypatch.setattr(pictures, "_MATCHED_PIXELS", 7)
+    np.testing.assert_array_equal(np.asarray(pipe(picture, HOLE)), whole)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.pipeline import strategies
 from lgnet_fast.pipeline.strategies import (
+    Window,
     _is_thick,
     choose,
     crop_windows,
@@ -21,10 +23,14 @@ from lgnet_fast.pipeline.strategies import (
 from .pipeline_support import box_mask
 
 
+def _box(window):
+    return Rect(window.rows.start, window.rows.stop, window.columns.start, window.columns.stop)
+
+
 def _filled(windows, shape):
     total = np.zeros(shape, np.float32)
     for window in windows:
-        weight = 1 if window.weight is None else window.weight
+        weight = 1 if window.weight is None else window.weight(_box(window))
         total[window.rows, window.columns] += weight
     return total
 
@@ -64,7 +70,8 @@ def test_a_small_hole_gets_one_native_window_with_context():
     (window,) = crop_windows(hole, 256, 512)
     assert window.size == window.reduced == (256, 256)
     assert (window.rows.start, window.columns.start) == ((480 + 560 - 256) // 2, (700 + 790 - 256) // 2)
-    assert (window.weight[480 - window.rows.start : 560 - window.rows.start, 700 - window.columns.start] == 1).all()
+    assert window.weight(Rect(480, 560, 700, 790)).shape == (80, 90)
+    assert (window.weight(Rect(480, 560, 700, 790)) == 1).all()
 
 
 def test_a_window_at_the_border_is_moved_inside():
@@ -123,7 +130,7 @@ def test_tiles_without_holes_are_left_out_and_weights_are_smooth():
     assert total.min() > 0
     for window in everything:
         assert window.size == (512, 512)
-        share = window.weight / total[window.rows, window.columns]
+        share = window.weight(_box(window)) / total[window.rows, window.columns]
         # At an inner edge a tile's share starts near nothing, and it changes by little from pixel to pixel.
         assert np.abs(np.diff(share, axis=0)).max() < 0.02
         assert np.abs(np.diff(share, axis=1)).max() < 0.02
@@ -187,16 +194,41 @@ def test_reduced_scale_averages_known_pixels_only():
     poisoned = region.copy()
     poisoned[hole] = -1
     for content in (region, poisoned):
-        reduced, small_hole = strategies.reduce_region(content, hole, (2, 2))
+        reduced, small_hole = strategies.reduce_region(content.__getitem__, hole, (2, 2))
         assert small_hole.tolist() == [[False, False], [False, True]]
         np.testing.assert_allclose(reduced[0], 0.5, atol=1e-6)
         assert (reduced[1] == 0).all()
 
 
-def test_enlarged_fills_stay_in_range():
-    step = np.ones((4, 4, 3), np.float32)
-    step[:, 2:] = -1
-    large = strategies.enlarge_fill(step, (40, 41))
-    assert large.shape == (40, 41, 3)
+def _at_once(plane, size, filter):
+    return np.asarray(Image.fromarray(plane).resize((size[1], size[0]), filter))
+
+
+def test_strips_reduce_as_one_call_of_pillow(monkeypatch):
+    rng = np.random.default_rng(0)
+    region, hole = rng.random((67, 131, 3)).astype(np.float32), rng.random((67, 131)) > 0.9
+    monkeypatch.setattr(strategies, "_STRIP_PIXELS", 1000)
+    reduced, small_hole = strategies.reduce_region(region.__getitem__, hole, (20, 33))
+    known = (~hole).astype(np.float32)
+    share = _at_once(known, (20, 33), Image.Resampling.BOX)
+    for channel in range(3):
+        expected = _at_once(region[..., channel] * known, (20, 33), Image.Resampling.BOX) / np.maximum(share, 1e-6)
+        np.testing.assert_array_equal(reduced[..., channel], np.where(small_hole, 0, expected))
+
+
+def test_strips_enlarge_as_one_call_of_pillow_within_range(monkeypatch):
+    fill = np.ones((4, 4, 3), np.float32)
+    fill[:, 2:] = -1
+    fill[1, 1] = 0.25
+    window = Window(slice(10, 50), slice(20, 61), (4, 4))
+    monkeypatch.setattr(strategies, "_STRIP_PIXELS", 200)
+    box, parts, large = Rect(15, 45, 22, 60), [], np.full((30, 38, 3), np.nan, np.float32)
+    for part, strip in strategies.enlarged(fill, window, box):
+        parts.append(part)
+        large[part.moved(-15, -22).slices] = strip
+    assert len(parts) == 8
+    for channel in range(3):
+        expected = _at_once(np.ascontiguousarray(fill[..., channel]), (40, 41), Image.Resampling.LANCZOS)
+        np.testing.assert_array_equal(large[..., channel], np.clip(expected, -1, 1)[5:35, 2:40])
     assert large.min() == -1
     assert large.max() == 1

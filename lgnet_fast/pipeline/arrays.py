@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ..errors import LGNetError
@@ -30,6 +31,19 @@ def channels_last(
         fitting = [order for order in orders if size == (array.shape[:2] if order == "HWC" else array.shape[1:])]
         orders = fitting if len(fitting) == 1 else ["CHW" if tensor else "HWC"]
     return (array if orders[0] == "HWC" else array.transpose(1, 2, 0)), orders[0]
+
+
+def host_values(tensor: torch.Tensor, error: type[LGNetError], name: str) -> torch.Tensor:
+    """The tensor on the CPU without its gradient, as plain values of a dtype that NumPy has: others become float32.
+
+    Raises `error` for a tensor that has no such values: sparse, quantized, or on the meta device.
+    """
+    if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta:
+        kind = "one without values, on meta" if tensor.is_meta else f"layout {tensor.layout}, dtype {tensor.dtype}"
+        raise error(f"{name}: expected a dense tensor of plain values, got {kind}")
+    values = tensor.detach().cpu().resolve_conj().resolve_neg()
+    known = (torch.float16, torch.float32, torch.float64)
+    return values.float() if values.is_floating_point() and values.dtype not in known else values
 
 
 def pixels_of(picture: Image.Image) -> np.ndarray:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import re
 import struct
-import warnings
 import zlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_KEYWORD = b"XML:com.adobe.xmp"
@@ -106,9 +104,10 @@ def fitting(kept: Kept, encoded: bytes) -> list[Chunk]:
 
 
 def names(kept: Kept) -> list[str]:
-    """Types of the text and colour chunks, for a message about a format that has no place for them."""
+    """Types of the text and colour chunks except XMP, for a message about a format that has no place for them."""
     shown = _COLOUR - {b"iCCP", b"sRGB"}
-    return sorted({kind.decode() for kind, _ in kept.chunks if kind in shown or kind in _TEXT})
+    own = (kind for kind, content in kept.chunks if not content.startswith(XMP_KEYWORD + b"\0"))
+    return sorted({kind.decode() for kind in own if kind in shown or kind in _TEXT})
 
 
 def xmp_orientation(xmp: bytes) -> int:
@@ -140,10 +139,3 @@ def resolution_chunk(dpi: tuple[float, float]) -> Chunk:
 
 def _chunk(kind: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
-
-
-def warn_lost(info: Mapping[Any, Any], format: str) -> None:
-    """Warn (UserWarning) of chunks of a former PNG that `format` (Pillow's name) cannot hold."""
-    kept = info.get("png_chunks")
-    if kept is not None and format != "PNG" and (lost := names(kept)):
-        warnings.warn(f"format: {format} does not hold the picture's PNG chunks {', '.join(lost)}", stacklevel=4)

@@ -18,10 +18,10 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+from PIL.TiffImagePlugin import IPTC_NAA_CHUNK, ImageFileDirectory_v2
 
 from ..errors import InvalidImageError
-from . import chunks
+from . import chunks, metadata
 from .exif import TIFF_DESCRIPTIVE, kept_exif
 from .formats import EXTENSIONS
 from .writing import write_file
@@ -102,10 +102,7 @@ def cut_depth(format: str | None, data: bytes) -> int | None:
     """Bits per sample of a colour file that Pillow would cut to 8 and that is not supported; None: nothing is cut."""
     depth = 8
     if format == "PPM":
-        fields = [line.split(b"#")[0] for line in data[:4096].split(b"\n")]
-        header = b" ".join(fields).split()[:4]
-        colour = header[:1] in ([b"P3"], [b"P6"]) and len(header) == 4 and header[3].isdigit()
-        depth = int(header[3]).bit_length() if colour else 8
+        depth = (ppm_maxval(data) or 255).bit_length() if data[:2] in (b"P3", b"P6") else 8
     elif format == "JPEG2000":
         at = data.find(b"\xff\x4f\xff\x51")
         if at >= 0 and len(data) > at + 42 and int.from_bytes(data[at + 40 : at + 42], "big") > 1:
@@ -118,6 +115,14 @@ def cut_depth(format: str | None, data: bytes) -> int | None:
         if at >= 0 and len(data) > at + 21:
             depth = max(depth, 8 + (data[at + 21] & 7))
     return depth if depth > 8 else None
+
+
+def ppm_maxval(data: bytes) -> int | None:
+    """The level of white that a PPM or PGM file states; None for other files."""
+    fields = [line.split(b"#")[0] for line in data[:4096].split(b"\n")]
+    header = b" ".join(fields).split()[:4]
+    stated = header[:1] in ([b"P2"], [b"P3"], [b"P5"], [b"P6"]) and len(header) == 4 and header[3].isdigit()
+    return int(header[3]) if stated else None
 
 
 def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
@@ -148,7 +153,7 @@ def check_deep_format(mode: str, format: str) -> None:
 def encode_deep(picture: DeepImage, format: str) -> bytes:
     """The file of a deep picture, with its metadata. Raises InvalidImageError: a format without 16-bit colour."""
     check_deep_format(picture.mode, format)
-    chunks.warn_lost(picture.info, format)
+    metadata.warn_lost(picture.info, format)
     return _encode_png(picture) if format == "PNG" else _encode_tiff(picture)
 
 
@@ -283,6 +288,7 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
         "exif": _tiff_exif(data, directory),
         "icc_profile": _as_bytes(directory.get(ExifTags.Base.InterColorProfile)),
         "xmp": chunks.upright_xmp(xmp),
+        "iptc": metadata.iptc_of({}, directory),
         "dpi": None if across is None or down is None or unit == 1 else (float(across) * inch, float(down) * inch),
         "tiff": {"compression": compression, "extra": extra_kind},
     }
@@ -304,6 +310,8 @@ def _encode_tiff(picture: DeepImage) -> bytes:
     tags: list[tuple[Any, ...]] = [(int(tag), 2, 0, str(exif[tag]), True) for tag in _TIFF_TEXT if tag in exif]
     if info.get("xmp"):
         tags.append((int(ExifTags.Base.XMLPacket), 1, len(info["xmp"]), info["xmp"], True))
+    if info.get("iptc"):
+        tags.append((IPTC_NAA_CHUNK, 7, len(info["iptc"]), info["iptc"], True))
     directories = tiff_directories(exif)
     tags += [(_DIRECTORIES[tag], 4, 1, 0, True) for tag in directories]
     file = io.BytesIO()

@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin, TiffTags, UnidentifiedImageError, features
+from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
 
 from ..errors import InvalidImageError, LGNetError
-from . import chunks, deep
+from . import chunks, deep, metadata
 from .deep import DeepImage
 from .exif import TIFF_DESCRIPTIVE, kept_exif
 from .formats import EXTENSIONS, MODES
@@ -162,7 +163,15 @@ def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = F
                 f"{name}: expected at most 8 bits a sample in colour, got {depth} in a {picture.format} file; "
                 "make it a 16-bit PNG or TIFF"
             )
+        maxval = deep.ppm_maxval(data) if whole and picture.format == "PPM" else None
+        if maxval not in (None, 255, 65535):
+            raise error(
+                f"{name}: expected a PPM or PGM file whose largest level is 255 or 65535, got {maxval}: its levels "
+                "would be rescaled; make it a PNG"
+            )
         turned, orientation = upright(picture, error, name)
+        if picture.format == "JPEG2000" and (profile := metadata.jp2_profile(data)) is not None:
+            turned.info["icc_profile"] = profile
         if picture.format == "TIFF":
             tags: Any = getattr(picture, "tag_v2", {})
             if whole:
@@ -216,9 +225,10 @@ def upright(
             turned = ImageOps.exif_transpose(picture)
             exif = kept_exif(picture.getexif(), picture.format)
     except Exception as cause:  # as in open_upright: any decoder error
-        raise error(
-            f"{name}: expected a readable picture, got one that does not decode ({_reason(cause)})"
-        ) from cause
+        # Pillow asserts that there is a file, which the end of `with Image.open(...)` has closed.
+        closed = isinstance(cause, AssertionError) and getattr(picture, "fp", None) is None
+        reason = "its file was closed before it was read" if closed else _reason(cause)
+        raise error(f"{name}: expected a readable picture, got one that does not decode ({reason})") from cause
     key, xmp = turned.info.get("transparency"), turned.info.get("xmp")
     if key_step > 1 and isinstance(key, int):
         turned.info["transparency"] = key % (255 // key_step + 1) * key_step
@@ -226,6 +236,10 @@ def upright(
         turned.info["xmp"] = chunks.upright_xmp(xmp)
     if picture.format == "TIFF" and ExifTags.Base.XResolution not in getattr(picture, "tag_v2", ()):
         turned.info.pop("dpi", None)  # Pillow's default of 1
+    iptc = metadata.iptc_of(picture.info, getattr(picture, "tag_v2", None))
+    turned.info.pop("photoshop", None)  # its other resources hold a thumbnail
+    if iptc:
+        turned.info["iptc"] = iptc
     turned.info.pop("exif", None)
     if exif:
         turned.info["exif"] = exif
@@ -272,12 +286,13 @@ def encode(
     """The file that `save_picture` writes. `format`: a key of MODES."""
     if isinstance(picture, DeepImage):
         return deep.encode_deep(picture, format)
-    chunks.warn_lost(picture.info, format)
+    metadata.warn_lost(picture.info, format)
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
     for mode in held_modes(picture.mode, "transparency" in picture.info, format):
         picture = picture.convert(mode)
     directories: dict[int, dict[int, Any]] = {}
+    iptc, profile = picture.info.get("iptc"), picture.info.get("icc_profile")
     options: dict[str, Any] = {
         key: picture.info[key]
         for key in ("exif", "icc_profile", "dpi", "xmp", "transparency")
@@ -285,6 +300,7 @@ def encode(
     }
     if format == "JPEG":
         options.update(_jpeg_options(like, picture, quality))
+        options["extra"] = metadata.iptc_segment(iptc) if iptc else b""
     elif format == "WEBP":
         options.update({"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True})
     elif format == "AVIF":
@@ -295,6 +311,8 @@ def encode(
         compression = picture.info.get("compression")
         options["compression"] = compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate"
         options["tiffinfo"], directories = _tiff_tags(options.pop("exif", b""), options.pop("xmp", None))
+        if iptc:
+            options["tiffinfo"][IPTC_NAA_CHUNK] = iptc
     encoded = io.BytesIO()
     try:
         picture.save(encoded, format=format, **options)
@@ -303,6 +321,8 @@ def encode(
     data = encoded.getvalue()
     if format == "TIFF":
         return deep.with_directories(data, directories)
+    if format == "JPEG2000" and profile:
+        return metadata.with_jp2_profile(data, profile)
     if format != "PNG":
         return data
     if (kept := picture.info.get("png_chunks")) is not None:

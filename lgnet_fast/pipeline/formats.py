@@ -66,5 +66,17 @@ MODES = {
 }
 """Pillow format -> modes that it holds."""
 
+_ALL = {"icc_profile", "exif", "xmp"}
+METADATA = {
+    "PNG": _ALL,
+    "JPEG": _ALL | {"iptc"},
+    "WEBP": _ALL,
+    "TIFF": _ALL | {"iptc"},
+    "AVIF": _ALL,
+    "HEIF": _ALL,
+    "JPEG2000": {"icc_profile"},
+}
+"""Pillow format -> keys of Pillow's `info` that its files keep; formats that are missing keep none."""
+
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Start of a URL, such as http://, which is rejected as a path."""

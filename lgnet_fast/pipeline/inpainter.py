@@ -9,7 +9,7 @@ import operator
 import os
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import forks
-from ..engine import fast_executor_reason, optimize
+from ..engine import Engine, fast_executor_reason, optimize
 from ..engine.devices import resolve_device, resolve_dtype
 from ..engine.holes import CELL, HoleGroups, disjoint_boxes, group_holes
 from ..engine.regions import Rect
@@ -33,6 +33,7 @@ from .strategies import Window
 logger = logging.getLogger("lgnet_fast")
 
 _MOSTLY_HOLE = 0.95
+_MOST_STAGES = 3
 _NETWORKS = (LGNet, LocalGlobalRefinement)
 
 
@@ -94,6 +95,18 @@ class _Job:
     groups: HoleGroups
 
 
+@dataclass(frozen=True)
+class _Plan:
+    """Windows that fill a picture, in batches of one network size each. `patches` and `owner`, for the boxes of the
+    fills, are those of `strategies.patches`."""
+
+    strategy: str
+    windows: list[Window]
+    batches: list[list[Window]]
+    patches: list[Rect]
+    owner: np.ndarray
+
+
 class Inpainter:
     """Fills the holes of pictures of any size and kind. Thread-safe; can be pickled and copied if its model can.
 
@@ -107,8 +120,9 @@ class Inpainter:
             bfloat16, on an NVIDIA GPU from sm_80 on); others are passed to ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
             largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
-        memory_limit: bytes that a run may take; None: the free memory of the system, asked before every run. With
-            too little, "auto" takes smaller windows; it warns where a hole is then filled at a lower scale.
+        memory_limit: bytes that a run may take beside the picture and the mask; None: the free memory of the system,
+            asked before every run. With too little, "auto" takes smaller windows; it warns where a hole is then
+            filled at a lower scale.
 
     Raises:
         BackendError: a device, dtype or backend that was asked for and cannot run.
@@ -254,7 +268,8 @@ class Inpainter:
         with memory.out_of_memory_errors("picture"):
             job = self._job(read, mask, **mask_options)
             boxes = disjoint_boxes(job.groups.boxes, read.size)
-            white = [(box, np.ones((*job.hole[box.slices].shape, 3), np.float32)) for box in boxes]
+            one = np.ones(1, np.float32)
+            white = [(box, np.broadcast_to(one, (*job.hole[box.slices].shape, 3))) for box in boxes]
             masked = read.with_fill(white, job.hole)
             if not job.groups.boxes:
                 return Stages(masked, (masked, masked, masked))
@@ -283,6 +298,7 @@ class Inpainter:
             dtype=self.dtype,
             size_multiple=self.multiple,
             window=self.window,
+            engine=self._engine_on_cpu(),
         )
 
     # -- one picture -------------------------------------------------------------------------------------------
@@ -338,117 +354,132 @@ class Inpainter:
 
     def _fill(self, job: _Job, strategy: str, stages: bool) -> tuple[list[_Fills], str, int]:
         """Fills of the result, or of every stage, with the strategy that ran and its passes."""
-        if strategy != "auto":
-            windows = strategies.windows_for(strategy, job.region, self.multiple, self.window, job.groups)
-            batches = self._batches(job.picture.size, windows, strategy)
-            return self._run_windows(job, windows, batches, stages), strategy, len(windows)
-        name, windows = strategies.choose(job.region, self.multiple, self.window, job.groups)
-        wanted = strategies.least_scale(windows)
-        # In the order of decreasing memory. Tiles become smaller, because crops of thin holes reduce the scale.
-        crops = [] if name == "tile" else [("crop", self.window)]
-        small = [(one, self.multiple) for one in ("auto", "crop", "resize")]
-        attempts = [(name, self.window), *crops, *small]
-        tried = set()
-        for position, (asked, largest) in enumerate(attempts):
+        plans = self._plans(job, strategy)
+        plan = first = next(plans)
+        while True:
+            try:
+                self._check_memory(job, plan, stages)
+                with memory.out_of_memory_errors(f"strategy {plan.strategy}"):
+                    fills = self._run_plan(job, plan, stages)
+                break
+            except OutOfMemoryError:
+                smaller = next(plans, None)
+                if smaller is None:
+                    raise
+                plan = smaller
+        scale, wanted = strategies.least_scale(plan.windows), strategies.least_scale(first.windows)
+        if scale < wanted:
+            warnings.warn(
+                f"memory: too little for strategy {first.strategy}; filled by {plan.strategy}, at {scale:.0%} of the "
+                f"picture's scale in place of {wanted:.0%}, which is blurrier",
+                UserWarning,
+                stacklevel=4,
+            )
+        return fills, plan.strategy, len(plan.windows)
+
+    def _plans(self, job: _Job, strategy: str) -> Iterator[_Plan]:
+        """The plans to try, in the order of decreasing memory; each is made when it is asked for."""
+        ladder = [("auto", self.window), ("crop", self.window)]
+        ladder += [(name, self.multiple) for name in ("auto", "crop", "resize")]
+        made: set[tuple[str, int]] = set()
+        for asked, largest in ladder if strategy == "auto" else [(strategy, self.window)]:
             if asked == "auto":
                 name, windows = strategies.choose(job.region, self.multiple, largest, job.groups)
-            elif position > 0:
+            elif asked == "crop" and made == {("tile", self.window)} and largest > self.multiple:
+                continue  # tiles become smaller first, because crops of thin holes reduce the scale
+            else:
                 name = asked
                 windows = strategies.windows_for(name, job.region, self.multiple, largest, job.groups)
-            if (name, largest) in tried:
+            if (name, largest) in made:
                 continue
-            tried.add((name, largest))
-            try:
-                batches = self._batches(job.picture.size, windows, name, largest)
-                with memory.out_of_memory_errors(f"strategy {name}"):
-                    fills = self._run_windows(job, windows, batches, stages)
-            except OutOfMemoryError:
-                if position == len(attempts) - 1:
-                    raise
-                continue
-            scale = strategies.least_scale(windows)
-            if scale < wanted:
-                warnings.warn(
-                    f"memory: too little for strategy {attempts[0][0]}; filled by {name}, at {scale:.0%} of the "
-                    f"picture's scale in place of {wanted:.0%}, which is blurrier",
-                    UserWarning,
-                    stacklevel=4,
+            made.add((name, largest))
+            patches, owner = strategies.patches([strategies.needed(w, job.region) for w in windows], job.picture.size)
+            batches = strategies.batches(windows, self.multiple, largest)
+            yield _Plan(name, windows, batches, patches, owner)
+            if len(batches) < len(windows):
+                yield _Plan(name, windows, [[window] for window in windows], patches, owner)
+
+    def _check_memory(self, job: _Job, plan: _Plan, stages: bool) -> None:
+        """Raise OutOfMemoryError where a plan needs more than there is, beside the picture and the mask."""
+        results = _MOST_STAGES if stages else 1
+        fills = memory.fill_bytes(sum(box.area for box in plan.patches), results)
+        made = results * job.picture.result_bytes
+        passes = {(len(batch), *strategies.network_size(batch[0], self.multiple)) for batch in plan.batches}
+        network = memory.network_bytes(
+            [math.prod(one) for one in passes], self.base_channels, self.dtype, self._engine_on_cpu()
+        )
+        if self.memory_limit is not None or self.device.type != "cuda":
+            demands = [(fills + network + made, self.device)]
+        else:
+            demands = [(fills + made, torch.device("cpu")), (network, self.device)]
+        for needed, device in demands:
+            available = memory.available_memory(device) if self.memory_limit is None else self.memory_limit
+            if available is not None and needed > available:
+                better = (
+                    "a smaller window" if plan.strategy != "full" else "strategy 'crop', 'tile', 'resize' or 'auto'"
                 )
-            return fills, name, len(windows)
-        raise AssertionError("unreachable: the last attempt returns or raises")
+                height, width = job.picture.size
+                raise OutOfMemoryError(
+                    f"strategy {plan.strategy}: a picture of {width}x{height} needs about {memory.human(needed)}, "
+                    f"{memory.human(available)} are available on {device}; try {better}, or a smaller picture"
+                )
 
-    def _batches(
-        self, size: tuple[int, int], windows: list[Window], strategy: str, largest: int | None = None
-    ) -> list[list[Window]]:
-        """The windows in batches of at most `largest`^2 (None: `window`^2) network pixels, or one by one where only
-        that fits the memory. Raises OutOfMemoryError where not even that does."""
-        together = strategies.batches(windows, self.multiple, largest or self.window)
-        available = memory.available_memory(self.device) if self.memory_limit is None else self.memory_limit
-        alone = [[window] for window in windows]
-        if available is None or self._needed(size, together) <= available:
-            return together
-        needed = self._needed(size, alone)
-        if needed > available:
-            better = "a smaller window" if strategy != "full" else "strategy 'crop', 'tile', 'resize' or 'auto'"
-            raise OutOfMemoryError(
-                f"strategy {strategy}: a picture of {size[1]}x{size[0]} needs about {memory.human(needed)}, "
-                f"{memory.human(available)} are available on {self.device}; try {better}, or a smaller picture"
-            )
-        return alone
+    def _engine_on_cpu(self) -> bool:
+        return self.device.type == "cpu" and isinstance(self._model, Engine)
 
-    def _needed(self, size: tuple[int, int], batches: list[list[Window]]) -> int:
-        """Bytes for a picture of `size` whose windows run in `batches`."""
-        pixels = max(len(batch) * math.prod(strategies.network_size(batch[0], self.multiple)) for batch in batches)
-        return memory.picture_bytes(*size) + memory.network_bytes(pixels, self.base_channels, self.dtype)
-
-    def _run_windows(
-        self, job: _Job, windows: list[Window], batches: list[list[Window]], stages: bool
-    ) -> list[_Fills]:
+    def _run_plan(self, job: _Job, plan: _Plan, stages: bool) -> list[_Fills]:
         """The fills of the result, or of every stage: weighted means where windows overlap."""
-        boxes, owner = strategies.patches([strategies.needed(w, job.region) for w in windows], job.picture.size)
-        sums: list[list[np.ndarray]] = [[] for _ in boxes]
-        totals = [np.zeros(job.region[box.slices].shape, dtype=np.float32) for box in boxes]
-        for batch in batches:
+        sums: list[list[np.ndarray]] = [[] for _ in plan.patches]
+        totals = [np.zeros(job.region[box.slices].shape, dtype=np.float32) for box in plan.patches]
+        for batch in plan.batches:
             for window, fills in zip(batch, self._run_batch(job.picture, job.region, batch, stages), strict=True):
                 needed = strategies.needed(window, job.region)
-                number = int(owner[needed.top // CELL, needed.left // CELL])
-                there = needed.moved(-boxes[number].top, -boxes[number].left).slices
-                here = needed.moved(-window.rows.start, -window.columns.start).slices
-                weight = np.float32(1) if window.weight is None else window.weight[here]
+                number = int(plan.owner[needed.top // CELL, needed.left // CELL])
+                total, patch = totals[number], plan.patches[number]
                 if not sums[number]:
-                    sums[number] = [np.zeros((*totals[number].shape, 3), dtype=np.float32) for _ in fills]
-                for accumulated, fill in zip(sums[number], fills, strict=True):
-                    accumulated[there] += fill[here] * weight[..., None]
-                totals[number][there] += weight
+                    sums[number] = [np.zeros((*total.shape, 3), dtype=np.float32) for _ in fills]
+                parts = zip(*(strategies.enlarged(fill, window, needed) for fill in fills), strict=True)
+                for part in parts:
+                    box = part[0][0]
+                    there = box.moved(-patch.top, -patch.left).slices
+                    weight = np.float32(1) if window.weight is None else window.weight(box)
+                    total[there] += weight
+                    for accumulated, (_, fill) in zip(sums[number], part, strict=True):
+                        accumulated[there] += fill * weight[..., None]
         for own, total in zip(sums, totals, strict=True):
-            divisor = np.where(total > 0, total, 1)[..., None]
+            total[total == 0] = 1
             for accumulated in own:
-                np.divide(accumulated, divisor, out=accumulated)
-        return [list(zip(boxes, fills, strict=True)) for fills in zip(*sums, strict=True)]
+                accumulated /= total[..., None]
+        return [list(zip(plan.patches, fills, strict=True)) for fills in zip(*sums, strict=True)]
 
     def _run_batch(
         self, picture: Picture, region: np.ndarray, windows: list[Window], stages: bool
     ) -> list[list[np.ndarray]]:
-        """The fills of each window, all of one network size: one, or one per stage, at the size of the window."""
-        images, holes = zip(*(self._network_input(picture, region, window) for window in windows), strict=True)
-        outputs = self._run_checked(np.stack(images), np.stack(holes), stages)
-        fills = []
+        """The fills of each window, all of one network size: one, or one per stage, at the scale of the network."""
+        size = strategies.network_size(windows[0], self.multiple)
+        images, holes = np.empty((len(windows), *size, 3), np.float32), np.empty((len(windows), *size), bool)
         for sample, window in enumerate(windows):
-            height, width = window.reduced
-            own = [output[sample, :height, :width] for output in outputs]
-            if window.reduced != window.size:
-                own = [strategies.enlarge_fill(fill, window.size) for fill in own]
-            fills.append(own)
-        return fills
+            images[sample], holes[sample] = self._network_input(picture, region, window)
+        outputs = self._run_checked(images, holes, stages)
+        return [
+            [output[sample, : window.reduced[0], : window.reduced[1]] for output in outputs]
+            for sample, window in enumerate(windows)
+        ]
 
     def _network_input(self, picture: Picture, region: np.ndarray, window: Window) -> tuple[np.ndarray, np.ndarray]:
         """Image float32 [h, w, 3] and hole bool [h, w] of a window, reduced and padded."""
-        content, hole = picture.network_range(window.rows, window.columns), region[window.rows, window.columns]
+        hole = region[window.rows, window.columns]
         if window.reduced == window.size:
             # Pixels under the mask must not reach the network: NaN times zero is NaN.
+            content = picture.network_range(window.rows, window.columns)
             image, small_hole = np.where(hole[..., None], np.float32(0), content), hole
         else:
-            image, small_hole = strategies.reduce_region(content, hole, window.reduced)
+            top = window.rows.start
+            image, small_hole = strategies.reduce_region(
+                lambda rows: picture.network_range(slice(top + rows.start, top + rows.stop), window.columns),
+                hole,
+                window.reduced,
+            )
         target = strategies.network_size(window, self.multiple)
         rows, columns = (strategies.reflection(*pair) for pair in zip(window.reduced, target, strict=True))
         return image[rows][:, columns], small_hole[rows][:, columns]

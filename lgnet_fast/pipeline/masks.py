@@ -14,7 +14,7 @@ from scipy import ndimage
 
 from ..engine.holes import disjoint_boxes, group_holes
 from ..errors import InvalidMaskError
-from .arrays import channels_last, pixels_of, unit_levels
+from .arrays import channels_last, host_values, pixels_of, unit_levels
 from .files import open_upright, upright
 from .pictures import Picture
 
@@ -74,7 +74,7 @@ def read_hole(
     Raises InvalidMaskError: unreadable, wrong type, wrong size, NaN, out of range, a channel that the mask does not
     have, or auto for an ambiguous mask.
     """
-    if not 0 <= threshold < 1:
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)) or not 0 <= threshold < 1:
         raise InvalidMaskError(f"mask_threshold: expected 0 <= value < 1, got {threshold!r}")
     if channel not in CHANNELS:
         raise InvalidMaskError(f"mask_channel: expected one of {', '.join(CHANNELS)}, got {channel!r}")
@@ -101,7 +101,7 @@ def masks_for(mask: Any, count: int) -> list[Any]:
     if isinstance(mask, torch.Tensor) and mask.ndim == 4 and mask.shape[0] != 1:
         if mask.shape[0] != count:
             raise InvalidMaskError(f"mask: expected [{count} or 1, C, H, W], got {list(mask.shape)}")
-        return list(mask.split(1))
+        return [mask[i : i + 1] for i in range(count)]
     if isinstance(mask, (torch.Tensor, np.ndarray)) and mask.ndim == 3 and mask.shape[0] == count > 1:
         raise InvalidMaskError(
             f"mask: expected a list of {count} masks or a tensor [{count}, 1, H, W], or [1, {count}, H, W] for one "
@@ -297,8 +297,8 @@ def _planes(mask: Any, size: tuple[int, int]) -> _Planes:
         if mask.ndim == 4 and mask.shape[0] != 1:
             raise InvalidMaskError(f"mask: expected one tensor mask [1, C, H, W] a picture, got {list(mask.shape)}")
         one = mask[0] if mask.ndim == 4 else mask
-        one = one.detach().cpu()
-        return _of_array((one.float() if one.dtype == torch.bfloat16 else one).numpy(), size, str(mask.dtype), True)
+        values = host_values(one, InvalidMaskError, "mask").numpy()
+        return _of_array(values, size, str(mask.dtype), True)
     if isinstance(mask, np.ndarray):
         return _of_array(mask, size, str(mask.dtype), False)
     raise InvalidMaskError(f"mask: expected {ACCEPTED}, got {type(mask).__name__}")

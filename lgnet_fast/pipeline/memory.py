@@ -5,17 +5,20 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
+from ..engine.engine import SHAPES_KEPT
 from ..errors import OutOfMemoryError
 from .strategies import check, padded
 
-# Buffers at picture size, bytes per pixel: samples and their copies, hole, alpha, fill, blending sums.
-_PICTURE_BYTES = 64
+# Bytes per pixel of a file in 8-bit colour: the decoded picture and mask, the copy that is painted, the result.
+_FILE_BYTES = 20
+# Strips of a picture that are scaled or painted at a time.
+_STRIP_BYTES = 12 * 2**20
 # Live tensors of n channels at full resolution at NetL's widest point, where its last deconvolution's output and
 # that output normalised meet the half-resolution input with twice the channels (n/2). NetC and NetG peak lower.
 _LIVE_COPIES = 2.5
@@ -26,6 +29,12 @@ _LIVE_PICTURE_CHANNELS = 72
 # sizes fragment the C library's heap: 900 to 1675 bytes per pixel from run to run, where this estimates 1835.
 # tests/test_pipeline_memory.py measures the live part, with blocks returned to the system when freed.
 _MARGIN = 1.9
+
+# An engine on the CPU: bytes per pixel of its buffers, which share addresses, and of the tensors that go in and out;
+# bytes of each thread's scratch. For n = 32 and 512 pixels the two come to 406 per pixel, where 300 were measured.
+_ENGINE_CHANNEL_BYTES = 8
+_ENGINE_BYTES = 150
+_ENGINE_THREAD_BYTES = 2**16
 
 _CGROUPS = Path("/sys/fs/cgroup")
 
@@ -39,29 +48,43 @@ def estimate_memory(
     dtype: torch.dtype = torch.float32,
     size_multiple: int = 256,
     window: int = 512,
+    engine: bool = False,
 ) -> int:
-    """Most bytes that one picture of `height` x `width` pixels takes, besides the weights.
+    """Most bytes that one picture of `height` x `width` pixels takes, besides the weights, whatever its hole.
 
     `strategy`: "full" pads the whole picture; "crop", "tile" and "resize" never run more than `window`^2 network
-    pixels at once, for any hole. `base_channels` is the network's n (64 in the paper). Attention scores take no
-    memory, because they are never stored. Raises ValueError for an unknown strategy.
+    pixels at once. `base_channels` is the network's n (64 in the paper). `engine`: whether it runs as an engine on
+    the CPU, which takes less. Attention scores take no memory, because they are never stored. Small holes take much
+    less: before a run, `Inpainter` counts with the holes that there are. Raises ValueError for an unknown strategy.
     """
     check(strategy)
     pixels = padded(height, size_multiple) * padded(width, size_multiple)
     if strategy != "full":
         pixels = min(pixels, max(window, size_multiple) ** 2)
-    return picture_bytes(height, width) + network_bytes(pixels, base_channels, dtype)
+    passes = [pixels, pixels // 2] if strategy == "tile" else [pixels]
+    if strategy in ("auto", "crop"):  # any number of windows of any shape
+        cells = range(1, pixels // size_multiple**2 + 1)
+        passes = [a * b * c * size_multiple**2 for a in cells for b in cells for c in cells if a * b * c in cells]
+    network = network_bytes(passes, base_channels, dtype, engine)
+    return height * width * _FILE_BYTES + fill_bytes(height * width) + network
 
 
-def picture_bytes(height: int, width: int) -> int:
-    """Bytes of the buffers at the resolution of the picture."""
-    return height * width * _PICTURE_BYTES
+def fill_bytes(pixels: int, results: int = 1) -> int:
+    """Bytes of the fills of boxes of so many pixels: float32 sums of colours, for each result, and of weights."""
+    return pixels * (12 * results + 4) + _STRIP_BYTES
 
 
-def network_bytes(pixels: int, base_channels: int, dtype: torch.dtype) -> int:
-    """Bytes of the activations of one pass over `pixels` padded pixels."""
+def network_bytes(passes: Sequence[int], base_channels: int, dtype: torch.dtype, engine: bool = False) -> int:
+    """Bytes of the activations of passes over so many padded pixels each, which have different shapes.
+
+    An engine on the CPU keeps the buffers of the shapes that it ran last; others return them.
+    """
+    if engine:
+        kept = sorted(passes)[-SHAPES_KEPT:]
+        own = sum(kept) * (_ENGINE_CHANNEL_BYTES * base_channels + _ENGINE_BYTES)
+        return own + len(kept) * torch.get_num_threads() * base_channels * _ENGINE_THREAD_BYTES
     channels = _LIVE_COPIES * base_channels + _LIVE_PICTURE_CHANNELS
-    return int(pixels * channels * _MARGIN * dtype.itemsize)
+    return int(max(passes) * channels * _MARGIN * dtype.itemsize)
 
 
 def available_memory(device: torch.device) -> int | None:

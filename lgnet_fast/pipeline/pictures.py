@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import warnings
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from PIL import Image
 
 from ..engine.regions import Rect
 from ..errors import InvalidImageError
-from .arrays import channels_last, pixels_of, unit_levels
+from .arrays import channels_last, host_values, pixels_of, unit_levels
 from .deep import DeepImage, check_deep_format
 from .files import Encoded, held_modes, read_picture, upright
 
@@ -25,6 +26,10 @@ ACCEPTED = (
     "[H, W], [C, H, W] or [B, C, H, W] of uint8 or floats in [0, 1], C = 1, 3 or 4, or a list of those"
 )
 PIL_MODES = "1, L, LA, P, RGB, RGBA, I, I;16, I;16B, CMYK, YCbCr, HSV"
+
+# Pixels that are blended at a time, and that are compared with all colours of a palette at a time.
+_STRIP_PIXELS = 2**16
+_MATCHED_PIXELS = 2**11
 
 
 @dataclass(frozen=True)
@@ -35,6 +40,7 @@ class Picture:
     `rebuild(samples, touched)` makes a picture of the caller's kind; `touched` bool [H, W] marks pixels that may have
     changed: all others, and all alpha, come from the original. `note` explains the size of a turned picture.
     `check_format(format)` raises InvalidImageError if a file of that format could not hold the result.
+    `rebuild_bytes`: most bytes per pixel that `rebuild` takes, with its result.
     """
 
     samples: np.ndarray
@@ -42,18 +48,25 @@ class Picture:
     rebuild: Callable[[np.ndarray, np.ndarray], Any]
     note: str = ""
     check_format: Callable[[str], Any] = lambda format: None
+    rebuild_bytes: int = 0
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.samples.shape[0], self.samples.shape[1]
 
+    @property
+    def result_bytes(self) -> int:
+        """Bytes that `with_fill` takes at most."""
+        return self.samples.nbytes + self.size[0] * self.size[1] * self.rebuild_bytes
+
     def network_range(self, rows: slice, columns: slice) -> np.ndarray:
         """A region as float32 [h, w, 3] in [-1, 1]: level / (white / 2) - 1."""
         region = self.samples[rows, columns].astype(np.float32)
-        region = region / np.float32(self.white / 2) - 1
+        region /= np.float32(self.white / 2)
+        region -= 1
         if self.samples.dtype.kind == "f":  # rounding may move a level out of its range
-            region = np.clip(region, -1, 1)
+            np.clip(region, -1, 1, out=region)
         return np.broadcast_to(region, (*region.shape[:2], 3))
 
     def with_fill(self, fills: list[tuple[Rect, np.ndarray]], alpha: np.ndarray) -> Any:
@@ -73,16 +86,23 @@ class Picture:
         """
         samples: np.ndarray = self.samples.copy()
         for box, fill, alpha in fills:
-            touched, old = alpha > 0, samples[box.slices]
-            painted = fill[touched].astype(np.float64)
-            if samples.shape[2] == 1:
-                painted = painted.mean(axis=1, keepdims=True)
-            painted = np.clip((painted + 1) * (self.white / 2), 0, self.white)
-            weight = alpha[touched].astype(np.float64)[:, None]
-            # Where alpha is 1 the old sample is not read, because it may be NaN or infinite.
-            blended = np.where(weight == 1, painted, old[touched] * (1 - weight) + painted * weight)
-            old[touched] = blended if samples.dtype.kind == "f" else np.rint(blended)
+            step = max(1, _STRIP_PIXELS // fill.shape[1])
+            for top in range(0, len(fill), step):
+                rows = slice(top, top + step)
+                self._paint(samples[box.slices][rows], fill[rows], alpha[rows])
         return samples
+
+    def _paint(self, old: np.ndarray, fill: np.ndarray, alpha: np.ndarray) -> None:
+        """Blend a fill into samples, in place; in float64, which takes 100 bytes a pixel."""
+        touched = alpha > 0
+        painted = fill[touched].astype(np.float64)
+        if old.shape[2] == 1:
+            painted = painted.mean(axis=1, keepdims=True)
+        painted = np.clip((painted + 1) * (self.white / 2), 0, self.white)
+        weight = alpha[touched].astype(np.float64)[:, None]
+        # Where alpha is 1 the old sample is not read, because it may be NaN or infinite.
+        blended = np.where(weight == 1, painted, old[touched] * (1 - weight) + painted * weight)
+        old[touched] = blended if old.dtype.kind == "f" else np.rint(blended)
 
 
 def picture_of(picture: Any) -> Picture:
@@ -112,6 +132,11 @@ def picture_of(picture: Any) -> Picture:
         return _of_pil(turned, _note(orientation))
     if isinstance(picture, np.ndarray):
         return _of_array(picture, tensor=False)
+    if isinstance(picture, (list, tuple, torch.Tensor)):
+        raise InvalidImageError(
+            f"picture: expected one PIL picture, path, array or DeepImage, got {type(picture).__name__}, which only "
+            "a call of the Inpainter takes"
+        )
     raise InvalidImageError(f"picture: expected {ACCEPTED}, got {type(picture).__name__}")
 
 
@@ -125,7 +150,7 @@ def pictures_of_tensor(batch: torch.Tensor) -> tuple[list[Picture], Callable[[li
         raise InvalidImageError(f"picture: expected a tensor of uint8 or of floats in [0, 1], got {batch.dtype}")
     if batch.ndim == 4 and (not 1 <= batch.shape[1] <= 4 or 0 in batch.shape[2:]):
         raise InvalidImageError(f"picture: expected a tensor [B, C, H, W] with C = 1 to 4, got {list(batch.shape)}")
-    known = batch.detach().cpu()
+    known = host_values(batch, InvalidImageError, "picture")
     if known.is_floating_point() and known.dtype != torch.float64:
         known = known.float()
 
@@ -136,7 +161,9 @@ def pictures_of_tensor(batch: torch.Tensor) -> tuple[list[Picture], Callable[[li
             whole = np.ascontiguousarray(picture.rebuild(samples, touched))
             return torch.from_numpy(whole).to(batch.device, batch.dtype)
 
-        return replace(picture, rebuild=rebuild)
+        # A contiguous copy, one in the tensor's dtype, and the tensor of all results.
+        size = picture.rebuild_bytes + 3 * levels.element_size() * levels.shape.numel() // math.prod(picture.size)
+        return replace(picture, rebuild=rebuild, rebuild_bytes=size)
 
     if batch.ndim == 4:
         # Each is [C, H, W], for every width.
@@ -152,7 +179,7 @@ def _of_array(array: np.ndarray, tensor: bool) -> Picture:
     if array.dtype.kind == "f":
         unit_levels(array, InvalidImageError, "picture")
         white = 1.0
-    elif array.dtype in (np.uint8, np.uint16):
+    elif array.dtype.kind == "u" and array.dtype.itemsize <= 2:  # of either byte order
         white = float(np.iinfo(array.dtype).max)
     else:
         raise InvalidImageError(f"picture: expected uint8, uint16 or floats in [0, 1], got {array.dtype}")
@@ -164,7 +191,9 @@ def _of_array(array: np.ndarray, tensor: bool) -> Picture:
             return np.ascontiguousarray(whole.transpose(2, 0, 1))
         return whole if order == "HWC" else whole[..., 0]
 
-    return Picture(pixels[..., :-1] if with_alpha else pixels, white, rebuild)
+    copies = int(with_alpha) + int(order == "CHW")
+    size = copies * pixels.shape[2] * pixels.itemsize
+    return Picture(pixels[..., :-1] if with_alpha else pixels, white, rebuild, rebuild_bytes=size)
 
 
 def _note(orientation: int) -> str:
@@ -217,7 +246,7 @@ def _with_alpha(picture: Image.Image, note: str) -> Picture:
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
         return _like(Image.fromarray(np.concatenate([samples, array[..., -1:]], axis=2)), origin)
 
-    return Picture(array[..., :-1], 255.0, rebuild, note)
+    return Picture(array[..., :-1], 255.0, rebuild, note, rebuild_bytes=6)
 
 
 def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
@@ -231,7 +260,8 @@ def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
         merged = np.concatenate([samples, array[..., colours:]], axis=2)
         return DeepImage(merged, picture.format, dict(picture.info))
 
-    return Picture(array[..., :colours], 65535.0, rebuild, note, partial(check_deep_format, picture.mode))
+    size, check = 2 * array.shape[2], partial(check_deep_format, picture.mode)
+    return Picture(array[..., :colours], 65535.0, rebuild, note, check, rebuild_bytes=size)
 
 
 def _with_colour_key(picture: Image.Image, note: str) -> Picture:
@@ -244,7 +274,7 @@ def _with_colour_key(picture: Image.Image, note: str) -> Picture:
         keep_key(samples)
         return _like(Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else samples), origin)
 
-    return Picture(array, 255.0, rebuild, note)
+    return Picture(array, 255.0, rebuild, note, rebuild_bytes=4)
 
 
 def _colour_key(array: np.ndarray, key: Any) -> Callable[[np.ndarray], None]:
@@ -270,7 +300,7 @@ def _of_bilevel(picture: Image.Image, note: str) -> Picture:
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
         return _like(Image.fromarray(samples[..., 0]).convert("1", dither=Image.Dither.NONE), picture)
 
-    return Picture(grey, 255.0, rebuild, note)
+    return Picture(grey, 255.0, rebuild, note, rebuild_bytes=3)
 
 
 def _of_deep(picture: Image.Image, note: str) -> Picture:
@@ -289,7 +319,7 @@ def _of_deep(picture: Image.Image, note: str) -> Picture:
     native = array.astype(np.int32 if picture.mode == "I" else np.uint16)[..., None]
     key = picture.info.get("transparency")
     keep_key = _colour_key(native, None if isinstance(key, bytes) else key)
-    return Picture(native, 65535.0, rebuild, note)
+    return Picture(native, 65535.0, rebuild, note, rebuild_bytes=2 * array.itemsize + 2)
 
 
 def _of_other_space(picture: Image.Image, note: str) -> Picture:
@@ -301,7 +331,7 @@ def _of_other_space(picture: Image.Image, note: str) -> Picture:
         merged = np.where(touched[..., None], np.asarray(converted), array)
         return _like(Image.frombytes(picture.mode, picture.size, merged.tobytes()), picture)
 
-    return Picture(np.array(picture.convert("RGB")), 255.0, rebuild, note)
+    return Picture(np.array(picture.convert("RGB")), 255.0, rebuild, note, rebuild_bytes=18)
 
 
 def _of_palette(picture: Image.Image, note: str) -> Picture:
@@ -315,17 +345,17 @@ def _of_palette(picture: Image.Image, note: str) -> Picture:
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
         changed = index.copy()
-        wanted, own_alpha = samples[touched].astype(np.int32), alphas[index[touched]]
-        nearest = np.empty(len(wanted), dtype=np.uint8)
-        for alpha in np.unique(own_alpha):
-            choices = np.flatnonzero(alphas == alpha)
-            where = np.flatnonzero(own_alpha == alpha)
-            for part in np.array_split(where, len(where) // 65536 + 1):
-                apart = ((wanted[part, None] - colours[None, choices]) ** 2).sum(axis=2)
-                nearest[part] = choices[apart.argmin(axis=1)]
-        changed[touched] = nearest
+        flat, marked, wanted = changed.reshape(-1), touched.reshape(-1), samples.reshape(-1, 3)
+        for start in range(0, flat.size, _MATCHED_PIXELS):
+            part = slice(start, start + _MATCHED_PIXELS)
+            here = start + np.flatnonzero(marked[part])
+            own_alpha = alphas[flat[here]]
+            for alpha in np.unique(own_alpha):
+                choices, places = np.flatnonzero(alphas == alpha), here[own_alpha == alpha]
+                apart = ((wanted[places, None].astype(np.int32) - colours[None, choices]) ** 2).sum(axis=2)
+                flat[places] = choices[apart.argmin(axis=1)]
         result = picture.copy()
         result.paste(Image.frombytes("P", picture.size, changed.tobytes()))
         return _like(result, picture)
 
-    return Picture(table[index][..., :3], 255.0, rebuild, note)
+    return Picture(table[index][..., :3], 255.0, rebuild, note, rebuild_bytes=5)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 from PIL import Image
@@ -20,6 +22,8 @@ CONTEXT = 64
 TILE_OVERLAP = 128
 # A hole that contains a square of this side is too thick for tiles: some tiles would have almost no known pixels.
 THICK = 128
+# Pixels that are scaled at a time, because at once a large window would take several float32 copies of itself.
+_STRIP_PIXELS = 2**18
 
 
 @dataclass(frozen=True)
@@ -27,13 +31,14 @@ class Window:
     """A region of the picture that is one input of the network.
 
     `rows`, `columns`: the region; `reduced`: (height, width) to which it is scaled for the network, before padding,
-    never larger than the region. `weight` float32 [h, w]: blending weight of each pixel, None = 1 everywhere.
+    never larger than the region. `weight(box)`: blending weights float32 [h, w] of a box of the picture within the
+    region, made when they are needed; None = 1 everywhere.
     """
 
     rows: slice
     columns: slice
     reduced: tuple[int, int]
-    weight: np.ndarray | None = None
+    weight: Callable[[Rect], np.ndarray] | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -133,28 +138,48 @@ def reflection(length: int, target: int) -> np.ndarray:
     return np.minimum(phase, 2 * length - 2 - phase)
 
 
-def reduce_region(region: np.ndarray, hole: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """A region float32 [h, w, 3] and its hole bool [h, w] area-averaged to `size` (height, width).
+def reduce_region(
+    rows_of: Callable[[slice], np.ndarray], hole: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """A region and its hole bool [h, w] area-averaged to `size` (height, width).
 
-    Averages use known pixels only, so the content under the mask has no influence; a reduced pixel is hole if most of
-    its area is hole.
+    `rows_of(rows)`: rows of the region, float32 [rows, w, 3]. Averages use known pixels only, so the content under
+    the mask has no influence; a reduced pixel is hole if most of its area is hole.
     """
-    known = (~hole).astype(np.float32)
-    share = _resample(known, size, Image.Resampling.BOX)
-    reduced = np.zeros((*size, 3), dtype=np.float32)
-    for channel in range(3):
-        reduced[..., channel] = _resample(region[..., channel] * known, size, Image.Resampling.BOX)
+    height, width = hole.shape
+    # The two passes of Pillow's resampling, which are independent of each other; the first runs strip by strip.
+    narrow = np.empty((4, height, size[1]), dtype=np.float32)
+    for rows in _strips(height, width):
+        known, content = (~hole[rows]).astype(np.float32), rows_of(rows)
+        across = (len(known), size[1])
+        for channel in range(3):
+            narrow[channel, rows] = _resample(content[..., channel] * known, across, Image.Resampling.BOX)
+        narrow[3, rows] = _resample(known, across, Image.Resampling.BOX)
+    *colours, share = (_resample(plane, size, Image.Resampling.BOX) for plane in narrow)
+    reduced = np.stack(colours, axis=2)
     reduced /= np.maximum(share, 1e-6)[..., None]
     small_hole = share < 0.5
     reduced[small_hole] = 0
     return reduced, small_hole
 
 
-def enlarge_fill(fill: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A fill float32 [h, w, 3] scaled up to `size` (height, width) by Lanczos, clamped to [-1, 1]."""
-    channels = [_resample(fill[..., channel], size, Image.Resampling.LANCZOS) for channel in range(3)]
-    clamped: np.ndarray = np.clip(np.stack(channels, axis=2), -1, 1)
-    return clamped
+def enlarged(fill: np.ndarray, window: Window, box: Rect) -> Iterator[tuple[Rect, np.ndarray]]:
+    """The part in `box` of a fill float32 [h, w, 3] of a window, scaled up to the window's size by Lanczos and
+    clamped to [-1, 1]: disjoint boxes, and float32 [h, w, 3] for each."""
+    rows, columns = box.moved(-window.rows.start, -window.columns.start).slices
+    if window.reduced == window.size:
+        yield box, fill[rows, columns]
+        return
+    # The two passes of Pillow's resampling, which are independent of each other; the second runs strip by strip.
+    height, width = window.size
+    wide = [_resample(fill[..., channel], (len(fill), width), Image.Resampling.LANCZOS) for channel in range(3)]
+    for part in _strips(box.right - box.left, height):
+        strip = np.empty((box.bottom - box.top, part.stop - part.start, 3), dtype=np.float32)
+        for channel, plane in enumerate(wide):
+            own = plane[:, columns][:, part]
+            strip[..., channel] = _resample(own, (height, own.shape[1]), Image.Resampling.LANCZOS)[rows]
+        np.clip(strip, -1, 1, out=strip)
+        yield Rect(box.top, box.bottom, box.left + part.start, box.left + part.stop), strip
 
 
 def needed(window: Window, hole: np.ndarray) -> Rect:
@@ -184,7 +209,10 @@ def crop_windows(hole: np.ndarray, multiple: int, largest: int, groups: HoleGrou
     frames = [_Frame.around(box.slices, {k}, hole, multiple, largest) for k, box in enumerate(groups.boxes, 1)]
     frames = _merge(frames, hole, multiple, largest)
     frames.sort(key=lambda frame: (frame.rows.start, frame.columns.start, frame.rows.stop, frame.columns.stop))
-    return [Window(frame.rows, frame.columns, frame.reduced, _ownership(frame, groups.labels)) for frame in frames]
+    return [
+        Window(frame.rows, frame.columns, frame.reduced, partial(_ownership, groups.labels, frame.groups))
+        for frame in frames
+    ]
 
 
 def tile_windows(hole: np.ndarray, tile: int, overlap: int) -> list[Window]:
@@ -193,7 +221,7 @@ def tile_windows(hole: np.ndarray, tile: int, overlap: int) -> list[Window]:
     for top, bottom, row_weight in _spans(hole.shape[0], tile, overlap):
         for left, right, column_weight in _spans(hole.shape[1], tile, overlap):
             if hole[top:bottom, left:right].any():
-                weight = row_weight[:, None] * column_weight[None, :]
+                weight = partial(_ramps, row_weight, column_weight, (top, left))
                 windows.append(Window(slice(top, bottom), slice(left, right), (bottom - top, right - left), weight))
     return windows
 
@@ -275,16 +303,20 @@ def _union(a: slice, b: slice) -> slice:
     return slice(min(a.start, b.start), max(a.stop, b.stop))
 
 
-def _ownership(frame: _Frame, labels: np.ndarray) -> np.ndarray:
-    """float32 [h, w]: 1 where the region of a frame belongs to its groups."""
-    cells = (
-        slice(frame.rows.start // CELL, -(-frame.rows.stop // CELL)),
-        slice(frame.columns.start // CELL, -(-frame.columns.stop // CELL)),
-    )
-    own = np.isin(labels[cells], list(frame.groups)).astype(np.float32)
+def _ownership(labels: np.ndarray, groups: frozenset[int], box: Rect) -> np.ndarray:
+    """float32 [h, w]: 1 where a box of the picture belongs to the groups. `labels`: those of `HoleGroups`."""
+    cells = slice(box.top // CELL, -(-box.bottom // CELL)), slice(box.left // CELL, -(-box.right // CELL))
+    own = np.isin(labels[cells], list(groups)).astype(np.float32)
     own = own.repeat(CELL, axis=0).repeat(CELL, axis=1)
-    top, left = frame.rows.start - cells[0].start * CELL, frame.columns.start - cells[1].start * CELL
-    return own[top : top + frame.rows.stop - frame.rows.start, left : left + frame.columns.stop - frame.columns.start]
+    top, left = box.top - cells[0].start * CELL, box.left - cells[1].start * CELL
+    return own[top : top + box.bottom - box.top, left : left + box.right - box.left]
+
+
+def _ramps(row_weight: np.ndarray, column_weight: np.ndarray, corner: tuple[int, int], box: Rect) -> np.ndarray:
+    """float32 [h, w]: the weights of a tile, whose first pixel is `corner`, in a box of the picture."""
+    rows, columns = box.moved(-corner[0], -corner[1]).slices
+    weight: np.ndarray = row_weight[rows, None] * column_weight[None, columns]
+    return weight
 
 
 def _spans(length: int, tile: int, overlap: int) -> list[tuple[int, int, np.ndarray]]:
@@ -321,6 +353,12 @@ def _is_thick(hole: np.ndarray) -> bool:
     for axis in (0, 1):
         least = ndimage.minimum_filter1d(least, THICK, axis=axis, mode="constant", cval=0)
     return bool(least.any())
+
+
+def _strips(length: int, across: int) -> Iterator[slice]:
+    """Consecutive parts of an axis, each of about `_STRIP_PIXELS` pixels where the other axis has length `across`."""
+    step = max(1, _STRIP_PIXELS // across)
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def _resample(channel: np.ndarray, size: tuple[int, int], filter: Image.Resampling) -> np.ndarray:

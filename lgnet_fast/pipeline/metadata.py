@@ -1,0 +1,95 @@
+"""Metadata that Pillow does not write: IPTC in JPEG and TIFF, colour profiles in JPEG 2000; and what is lost."""
+
+from __future__ import annotations
+
+import struct
+import warnings
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from PIL.TiffImagePlugin import IPTC_NAA_CHUNK, ImageFileDirectory_v2
+
+from . import chunks
+from .formats import METADATA
+
+_NAMES = {"icc_profile": "colour profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC"}
+_PHOTOSHOP, _IPTC_RESOURCE = b"Photoshop 3.0\0", 0x0404
+_SEGMENT_BYTES = 65533
+
+
+def warn_lost(info: Mapping[Any, Any], format: str) -> None:
+    """One UserWarning that names the metadata of a picture which `format` (Pillow's name) cannot hold."""
+    held = METADATA.get(format, set())
+    lost = [name for key, name in _NAMES.items() if info.get(key) and key not in held]
+    if format == "JPEG" and len(info.get("iptc") or b"") > iptc_room():
+        lost.append(_NAMES["iptc"])
+    kept = info.get("png_chunks")
+    if kept is not None and format != "PNG" and (names := chunks.names(kept)):
+        lost.append(f"PNG chunks {', '.join(names)}")
+    if lost:
+        warnings.warn(f"format: {format} does not hold the picture's {', '.join(lost)}", stacklevel=4)
+
+
+def iptc_of(info: Mapping[Any, Any], directory: ImageFileDirectory_v2 | None) -> bytes | None:
+    """The IPTC records of a picture, from Pillow's `info` of a JPEG file or a TIFF's first directory."""
+    if directory is None:
+        return (info.get("photoshop") or {}).get(_IPTC_RESOURCE)
+    # The stored bytes, as in Pillow's getiptcinfo: Photoshop declares them as 32-bit numbers.
+    return directory._tagdata.get(IPTC_NAA_CHUNK)
+
+
+def iptc_room() -> int:
+    """The most bytes of IPTC that one segment of a JPEG file holds."""
+    return (_SEGMENT_BYTES - len(_iptc_resource(b""))) // 2 * 2  # an odd length is padded
+
+
+def iptc_segment(iptc: bytes) -> bytes:
+    """A JPEG segment (APP13) with IPTC records; nothing where they do not fit."""
+    if len(iptc) > iptc_room():
+        return b""
+    content = _iptc_resource(iptc)
+    return b"\xff\xed" + struct.pack(">H", 2 + len(content)) + content
+
+
+def _iptc_resource(iptc: bytes) -> bytes:
+    header = struct.pack(">4sHHI", b"8BIM", _IPTC_RESOURCE, 0, len(iptc))
+    return _PHOTOSHOP + header + iptc + b"\0" * (len(iptc) % 2)
+
+
+def jp2_profile(data: bytes) -> bytes | None:
+    """The ICC profile of a JPEG 2000 file."""
+    for place, end in _boxes(data, b"jp2h"):
+        for inner, stop in _boxes(data[place:end], b"colr"):
+            box = data[place + inner : place + stop]
+            if box[:1] in (b"\2", b"\3"):
+                return box[3:]
+    return None
+
+
+def with_jp2_profile(data: bytes, profile: bytes) -> bytes:
+    """A JPEG 2000 file whose colour specification is an ICC profile.
+
+    Pillow writes an enumerated colour space, which readers would prefer to a profile that comes after it.
+    """
+    ((place, end),) = _boxes(data, b"jp2h")
+    header = data[place:end]
+    ((inner, stop),) = _boxes(header, b"colr")
+    # The method "restricted ICC profile", precedence and approximation; JP2 has no other for a profile.
+    header = header[: inner - 8] + _box(b"colr", b"\2\0\0" + profile) + header[stop:]
+    return data[: place - 8] + _box(b"jp2h", header) + data[end:]
+
+
+def _boxes(data: bytes, kind: bytes) -> Iterator[tuple[int, int]]:
+    """(begin, end) of the content of each box of a kind, in the sequence of boxes that `data` starts with."""
+    at = 0
+    while at + 8 <= len(data):
+        length, own = struct.unpack_from(">I4s", data, at)
+        if length < 8 or at + length > len(data):  # the last box, without a length, or one of more than 4 GiB
+            return
+        if own == kind:
+            yield at + 8, at + length
+        at += length
+
+
+def _box(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I4s", 8 + len(content), kind) + content
