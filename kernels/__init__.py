@@ -37,6 +37,8 @@ def missing() -> str | None:
     try:
         import triton
     except ImportError as error:
+        if isinstance(error, ModuleNotFoundError) and error.name == "triton":
+            return "Triton is not installed (pip install 'lgnet-fast[triton]')"
         return f"triton cannot be imported: {error}"
     version = tuple(int(part) for part in triton.__version__.split(".")[:2])
     if version < LOWEST_TRITON:

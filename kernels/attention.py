@@ -296,13 +296,13 @@ def attention_block_forward(
         save_attended: also return what the backward needs; otherwise `attention_inference` computes the result.
 
     Returns:
-        out [B, C, H, W], attended [B, C, H, W] or None, stats [2, B, H*W] float32 as from
+        out [B, C, H, W], attended alike or None, stats [2, B, H*W] float32 as from
         :func:`attention_forward` or None.
     """
     if not save_attended:
         return attention_block_inference(features, weight, bias, variant, out=out), None, None
     out = torch.empty_like(features) if out is None else out
-    attended = torch.empty_like(features)
+    attended = torch.empty_like(out)
     channels = features.shape[1]
     weight_rows = weight.reshape(channels, 2 * channels).contiguous()
     result = Result(as_map(attended), as_map(features), weight_rows, bias.contiguous(), as_map(out))

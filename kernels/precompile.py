@@ -22,6 +22,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from lgnet_fast import cpus
+
 from .launch import OPTIONS, Launch, map_leaves, specialisation
 
 WORKER_BYTES = 2 << 30
@@ -82,8 +84,9 @@ def _compile(work: Task) -> str | None:
 
 
 def workers(tasks: int) -> int:
-    """Number of processes to start, by usable cores, free memory and number of tasks."""
+    """Number of processes to start, by usable cores (of a container: granted), free memory and number of tasks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    cores = min(cores, cpus.granted() or cores)
     try:
         memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // WORKER_BYTES
     except (AttributeError, OSError, ValueError):

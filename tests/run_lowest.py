@@ -57,7 +57,8 @@ def main() -> int:
     python = environment(folder)
     tree = copy_of_the_tree(folder / "tree")
     own = os.environ | {"PATH": os.pathsep.join((str(python.parent), os.environ.get("PATH", "")))}
-    subprocess.run([python, "setup.py", "--quiet", "build_ext", "--inplace"], cwd=tree, env=own, check=True)
+    install = ["install", "--quiet", "--no-build-isolation", "--no-deps", "--editable", tree]
+    subprocess.run([python, "-m", "pip", *install], env=own, check=True)
     return subprocess.run([python, "-m", "pytest", "-m", MARKS, *options], cwd=tree, env=own).returncode
 
 

@@ -349,6 +349,15 @@ def test_streams_that_cannot_work_are_refused(case, arguments, words):
     assert words in result.stderr
 
 
+def test_closed_streams_are_refused(case, monkeypatch):
+    monkeypatch.setattr(sys, "stdout", None)
+    with pytest.raises(UsageError, match="out: expected a pipe or a file as standard output, got a closed one"):
+        plan_items(case / "a.png", case / "m.png", "-")
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(UsageError, match="source: expected a picture on the standard input, got a closed one"):
+        plan_items(Path("-"), case / "m.png", "o.png")
+
+
 # -- writing -----------------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import gc
 import io
 import os
 import pickle
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import BackendError, Inpainter, LGNet, LGNetError, LocalGlobalRefinement, load_engine, ops, optimize
+from lgnet_fast.data.metrics import Metrics, fid_score
 from lgnet_fast.engine.cpu_executor import CpuExecutor
 
 needs_extension = pytest.mark.skipif(
@@ -354,6 +356,76 @@ def test_a_backend_is_refused_for_a_network_without_a_choice():
         Inpainter(torch.nn.Conv2d(4, 3, 1), device="cpu", backend="cpp")
 
 
+# -- compilers and transforms ---------------------------------------------------------------------------------------
+
+
+def test_compiled_code_calls_an_engine_as_one_operator(quick, inputs):
+    engine = optimize(LGNet.from_pretrained(quick), device="cpu")
+    image, mask = inputs
+
+    def around(image: Tensor, mask: Tensor) -> Tensor:
+        return engine(image / 2, mask).relu()
+
+    found = torch._dynamo.explain(around)(image, mask)
+    assert (found.graph_count, found.graph_break_count) == (1, 0)
+    compiled = torch.compile(around, backend="aot_eager", fullgraph=True)
+    for other in (mask, mask.flip(2), torch.zeros_like(mask)):
+        assert torch.equal(compiled(image, other), around(image, other))
+    wide = torch.cat([image, image], dim=3), torch.cat([mask, mask], dim=3)
+    assert torch.equal(compiled(*wide), around(*wide))
+    assert not compiled(image.clone().requires_grad_(), mask).requires_grad
+    with pytest.raises(ValueError, match=r"mask: expected \[1, 1, 256, 256\] to fit image"):
+        compiled(image, mask[..., :128])
+    given = torch.compile(lambda *pair: engine(*pair, holes=[(60, 110, 140, 200)]), backend="eager", fullgraph=True)
+    assert torch.equal(given(image, mask), engine(image, mask))
+    with pytest.raises(ValueError, match="holes: "):
+        given(image, mask.flip(2))
+    torch.library.opcheck(torch.ops.lgnet.engine, (image, mask, None, engine._number))
+
+
+def test_a_graph_whose_engine_is_gone_says_so(quick, inputs):
+    number = optimize(LGNet.from_pretrained(quick), device="cpu")._number
+    gc.collect()
+    with pytest.raises(LGNetError, match="engine: it was deleted"):
+        torch.ops.lgnet.engine(*inputs, None, number)
+
+
+def test_an_engine_is_neither_exported_nor_transformed(quick, inputs):
+    engine = optimize(LGNet.from_pretrained(quick), device="cpu")
+
+    class Program(torch.nn.Module):
+        def forward(self, image: Tensor, mask: Tensor) -> Tensor:
+            return engine(image, mask)
+
+    for export in (functools.partial(torch.export.export, strict=False), torch.jit.trace):
+        with pytest.raises(LGNetError, match="cannot be exported"):
+            export(Program(), inputs)
+    image, mask = inputs
+    with pytest.raises(LGNetError, match="cannot be transformed"):
+        torch.vmap(lambda one: engine(one[None], mask)[0])(image)
+    with pytest.raises(LGNetError, match="cannot be transformed"):
+        torch.func.grad(lambda image: engine(image, mask).sum())(image)
+
+
+# -- scores ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context", CONTEXTS)
+def test_scores(context):
+    pytest.importorskip("torchmetrics")
+    truth, hole = picture()
+    filled = np.where(hole[..., None], 255 - truth, truth)
+    features = np.random.default_rng(1).normal(size=(6, 4)).astype(np.float32)
+
+    def scores() -> list[float]:
+        own = Metrics(("l1", "psnr", "ssim")).scores(filled, truth)
+        return [*own.values(), fid_score(features, features[::-1] + 1)]
+
+    expected = scores()
+    with CONTEXTS[context]():
+        assert scores() == expected
+
+
 # -- other processes -----------------------------------------------------------------------------------------------
 
 
@@ -414,6 +486,27 @@ print("parent", torch.get_num_threads())
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
 def test_a_forked_child_works(folder):
     assert in_process(FORKED, folder).split() == ["child", "1", "parent", "2"]
+
+
+LOADED = """
+import sys
+from lgnet_fast import Inpainter, load_engine
+load_engine(sys.argv[1])
+print(*({"torch._dynamo", "rich.table"} & sys.modules.keys()))
+"""
+
+
+@needs_extension
+def test_loading_an_engine_loads_no_compiler_and_no_tables(quick):
+    """PyTorch's compiler takes a second or more, ten times as long as the rest of `load_engine`."""
+    assert in_process(LOADED, quick / "engine").split() == []
+
+
+@pytest.mark.parametrize("missing", ["fastapi", "prometheus_client", "python_multipart"])
+def test_the_server_names_its_extra(missing):
+    code = "import sys; sys.modules[sys.argv[1]] = None\nfrom lgnet_fast import Session\n"
+    code += "try: from lgnet_fast.serve import State, create_app\nexcept ImportError as error: print(error)"
+    assert in_process(code, missing) == f"serve: {missing} is missing: pip install 'lgnet-fast[serve]'\n"
 
 
 SPAWNED = """

@@ -398,6 +398,8 @@ def test_bad_input_of_a_call(model):
         fast(image[..., :100], mask[..., :100])
     with pytest.raises(ValueError, match="expected device cpu as the engine, got meta"):
         fast(image.to("meta"), mask.to("meta"))
+    with pytest.raises(TypeError, match=r"image: expected a dense tensor, got layout torch\.sparse_coo"):
+        fast(image.to_sparse(), mask)
     with pytest.raises(TypeError, match="model: expected an LGNet"):
         optimize(nn.Identity())
     with pytest.raises(LGNetError, match="cannot be pickled"):

@@ -5,12 +5,16 @@ from __future__ import annotations
 import contextlib
 import gc
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import ClassVar
 
 import pytest
 import torch
 
 from lgnet_fast.engine import graphs
+from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda_measure import Timer
 from lgnet_fast.engine.graphs import CaptureError, Program, capture
 
 DEVICE = torch.device("cuda", 0)
@@ -26,17 +30,23 @@ class FakeCuda:
         self.fail_begin: Exception | None = None
         self.fail_end: Exception | None = None
         self.ended_pools: list[object] = []
+        self.random_captured = False
+        """Whether PyTorch's random generator believes that a graph is being captured."""
+        self.streams: list[FakeStream] = []
+        self.device = 0
         cuda = torch.cuda
+        monkeypatch.setattr(graphs, "_streams", {})
         for name, value in {
-            "Stream": lambda device=None: FakeStream("a side"),
+            "Stream": self.new_stream,
+            "Event": lambda enable_timing: FakeEvent(self),
             "current_stream": lambda device=None: self.current,
             "set_stream": self.set_stream,
             "stream": lambda stream: self.on(stream),
             "synchronize": lambda *args: None,
             "empty_cache": lambda: None,
             "CUDAGraph": lambda: FakeGraph(self),
-            "device": lambda device: contextlib.nullcontext(),
-            "current_device": lambda: 0,
+            "device": self.on_device,
+            "current_device": lambda: self.device,
             "is_current_stream_capturing": lambda: self.capturing is not None,
         }.items():
             monkeypatch.setattr(cuda, name, value)
@@ -44,6 +54,16 @@ class FakeCuda:
         monkeypatch.setattr(
             torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.ended_pools.append(pool), raising=False
         )
+
+    def new_stream(self, index: int) -> FakeStream:
+        self.streams.append(FakeStream("a side", index))
+        return self.streams[-1]
+
+    @contextlib.contextmanager
+    def on_device(self, device: torch.device) -> Iterator[None]:
+        before, self.device = self.device, device.index
+        yield
+        self.device = before
 
     def set_stream(self, stream: FakeStream) -> None:
         self.current = stream
@@ -56,11 +76,30 @@ class FakeCuda:
 
 
 class FakeStream:
-    def __init__(self, name: str) -> None:
-        self.name = name
+    def __init__(self, name: str, device: int = 0) -> None:
+        self.name, self.device = name, device
+        self.waited_for: list[FakeStream] = []
 
     def wait_stream(self, other: FakeStream) -> None:
+        self.waited_for.append(other)
+
+
+class FakeEvent:
+    """Notes the GPU that is current when it is recorded."""
+
+    recorded_on: ClassVar[list[int]] = []
+
+    def __init__(self, cuda: FakeCuda) -> None:
+        self.cuda = cuda
+
+    def record(self) -> None:
+        FakeEvent.recorded_on.append(self.cuda.device)
+
+    def synchronize(self) -> None:
         pass
+
+    def elapsed_time(self, other: FakeEvent) -> float:
+        return 0.002
 
 
 class FakeGraph:
@@ -71,11 +110,13 @@ class FakeGraph:
         if self.cuda.fail_begin is not None:
             raise self.cuda.fail_begin
         self.cuda.capturing = self
+        self.cuda.random_captured = True
 
     def capture_end(self) -> None:
         self.cuda.capturing = None
         if self.cuda.fail_end is not None:
             raise self.cuda.fail_end
+        self.cuda.random_captured = False
 
     def replay(self) -> None:
         for kernel in self.kernels:
@@ -204,6 +245,48 @@ def test_errors_of_triton_during_the_capture_are_failed_captures(cuda: FakeCuda)
     program()
     assert "OutOfResources" in (program.reason or "")
     assert work.ran == 2  # the warm-up, and the launches in the graph's place
+
+
+def test_graphs_of_a_gpu_are_captured_on_one_stream(cuda: FakeCuda) -> None:
+    """Memory of a pool belongs to the stream that allocated it, so other streams' graphs could not share it."""
+    for device in (DEVICE, DEVICE, torch.device("cuda", 1)):
+        capture(Work(cuda), device, POOL)
+    assert [stream.device for stream in cuda.streams] == [0, 1]
+
+
+def test_random_numbers_work_after_a_failed_capture(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    failures = [RuntimeError("capture invalidated")]
+    end = FakeGraph.capture_end
+
+    def once(graph: FakeGraph) -> None:
+        cuda.fail_end = failures.pop() if failures else None
+        end(graph)
+
+    monkeypatch.setattr(FakeGraph, "capture_end", once)
+    with pytest.raises(CaptureError):
+        capture(Work(cuda), DEVICE, POOL)
+    assert not cuda.random_captured
+    assert (cuda.current, cuda.capturing) == (cuda.user, None)
+
+
+def test_a_launch_that_raises_is_ordered_before_what_the_caller_launches_next(cuda: FakeCuda) -> None:
+    def launches() -> None:
+        raise OutOfResources("shared memory")
+
+    with pytest.raises(OutOfResources):
+        capture(launches, DEVICE, POOL)
+    assert cuda.user.waited_for == cuda.streams
+
+
+def test_times_are_taken_on_the_measured_gpu(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the program's current one is another."""
+    monkeypatch.setattr(FakeEvent, "recorded_on", [])
+    second = torch.device("cuda", 1)
+    assert Timer(second).time([Work(cuda)]) == pytest.approx(2.0)
+    executor = SimpleNamespace(device=second, _pool=POOL)
+    assert CudaExecutor._until_by_graphs(executor, [[Work(cuda)]], 1) == pytest.approx([0.0005])  # type: ignore[arg-type]
+    assert set(FakeEvent.recorded_on) == {1}
+    assert cuda.device == 0
 
 
 def test_capturing_is_noticed(cuda: FakeCuda) -> None:

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from lgnet_fast import LGNet, LocalGlobalRefinement, create_model, optimize
+from lgnet_fast.engine import cuda_tuning
+from lgnet_fast.engine import engine as engine_module
 from lgnet_fast.engine.engine import fast_executor_reason
 from lgnet_fast.engine.model_executor import ModelExecutor
 from tests.support import case
@@ -39,6 +41,30 @@ def test_stages_are_those_of_the_model(name: str) -> None:
     alone, none = ModelExecutor(model, CPU, torch.float32).run(image, mask, stages=False)
     assert torch.equal(alone, result)
     assert none == []
+
+
+def test_the_callers_autocast_does_not_replace_the_engines_dtype() -> None:
+    model = narrow("C+G_att")
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    engine = optimize(model, device="cpu", dtype="float16")
+    with torch.autocast("cpu", torch.bfloat16):
+        same = optimize(model, device="cpu", dtype="float16")
+        results = [engine(image, mask), same(image, mask)]
+    assert all(torch.equal(result, engine(image, mask)) for result in results)
+
+
+def test_too_little_memory_for_tuning_is_no_obstacle(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*args: object) -> None:
+        raise torch.OutOfMemoryError("90 GiB")
+
+    monkeypatch.setattr(cuda_tuning, "tune", full)
+    monkeypatch.setattr(engine_module, "fast_executor_reason", lambda *args: None)
+    monkeypatch.setattr(engine_module, "verified", lambda model, *args: (ModelExecutor(model, *args[1:]), None))
+    optimize(narrow("C+G_att"), device="meta", dtype="float16", tune=1)
+    (warning,) = caplog.messages
+    assert warning == "kernels are not tuned: OutOfMemoryError: 90 GiB"
 
 
 def test_x_lg_keeps_its_first_stage_to_itself() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgnet_fast import BackendError, create_model, native, ops
-from lgnet_fast.ops import dispatch, library
+from lgnet_fast.ops import dispatch, first_use, library
 from lgnet_fast.ops.cpu import attention as cpu_attention
 from lgnet_fast.reference import attention as reference
 from lgnet_fast.reference import merge as reference_merge
@@ -106,6 +107,38 @@ def test_auto_falls_back_and_logs_the_reason_once(monkeypatch, caplog):
 def test_explicit_backend(backend, error, message):
     with pytest.raises(error, match=message):
         torch.ops.lgnet.attention_block(*block_inputs(), backend=backend)
+
+
+def test_a_missing_or_old_triton_is_named(monkeypatch):
+    pytest.importorskip("triton")
+    with monkeypatch.context() as patch:
+        patch.setattr("triton.__version__", "3.3.1")
+        with pytest.raises(BackendError, match="triton 3.3.1 is installed, 3.6 or newer is needed"):
+            torch.ops.lgnet.attention_block(*block_inputs(), backend="triton")
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "triton", None)
+        with pytest.raises(BackendError, match="Triton is not installed \\(pip install 'lgnet-fast\\[triton\\]'\\)"):
+            torch.ops.lgnet.attention_block(*block_inputs(), backend="triton")
+
+
+def test_threads_take_turns_with_the_switches_of_tf32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    entered, leave = threading.Event(), threading.Event()
+
+    def work() -> None:
+        with first_use.strict_float32():
+            entered.set()
+            leave.wait(60)
+
+    other = threading.Thread(target=work)
+    with first_use.strict_float32():
+        other.start()
+        assert not entered.wait(0.2)
+    assert entered.wait(60)
+    assert not torch.backends.cuda.matmul.allow_tf32
+    leave.set()
+    other.join()
+    assert torch.backends.cuda.matmul.allow_tf32
 
 
 def test_cpp_refuses_what_is_not_on_the_cpu():

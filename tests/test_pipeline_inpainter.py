@@ -375,6 +375,12 @@ def test_wrong_arguments_are_named(pipe):
         pipe(picture, hole, strategy="huge")
     with pytest.raises(InvalidImageError, match="picture: .*dict"):
         pipe({}, hole)
+    for several in ([picture], torch.zeros(3, 20, 20)):
+        with pytest.raises(InvalidImageError, match="picture: expected one .*, which only a call of the Inpainter"):
+            pipe.inpaint(several, hole)
+    for threshold in ("0.5", None, True, np.full(2, 0.5)):
+        with pytest.raises(InvalidMaskError, match="mask_threshold: expected 0 <= value < 1, got "):
+            pipe(picture, hole, mask_threshold=threshold)
     with pytest.raises(TypeError, match="model"):
         Inpainter("lgnet")
     with pytest.raises(ValueError, match="window: .*256"):
@@ -383,6 +389,42 @@ def test_wrong_arguments_are_named(pipe):
         Inpainter(BlurFill(), window=512.5)
     with pytest.raises(TypeError, match="memory_limit: expected a number of bytes or None, got '1G'"):
         Inpainter(BlurFill(), memory_limit="1G")
+
+
+def test_arrays_of_the_other_byte_order(pipe):
+    picture, hole = noise(20, 20).astype(np.uint16) * 257, _holes(20, 20)
+    for own in (picture, (picture / 65535).astype(np.float32)):
+        swapped = own.astype(own.dtype.newbyteorder())
+        result = pipe(swapped, hole)
+        assert result.dtype == swapped.dtype
+        assert np.array_equal(result, pipe(own, hole))
+    levels = (hole * np.uint16(65535)).astype(">u2")
+    assert np.array_equal(pipe(picture, levels), pipe(picture, hole))
+
+
+def test_tensors_that_numpy_does_not_take(pipe):
+    picture, hole = torch.rand(3, 20, 20), torch.from_numpy(_holes(20, 20))
+    expected = pipe(picture, hole)
+    assert torch.equal(pipe(torch._neg_view(-picture), hole), expected)
+    assert torch.equal(pipe(picture, hole.to(torch.float8_e4m3fn)), expected)
+    for bad, words in ((picture.to("meta"), "without values, on meta"), (picture.to_sparse(), "layout torch.sparse")):
+        with pytest.raises(InvalidImageError, match=f"picture: expected a dense tensor .*{words}"):
+            pipe(bad, hole)
+        with pytest.raises(InvalidMaskError, match=f"mask: expected a dense tensor .*{words}"):
+            pipe(picture, bad)
+
+
+def test_a_batch_of_no_pictures_takes_as_many_masks(pipe):
+    none = torch.zeros(0, 3, 20, 20)
+    assert pipe(none, torch.zeros(0, 1, 20, 20)).shape == none.shape
+
+
+def test_a_picture_whose_file_was_closed_is_named(pipe, tmp_path):
+    Image.fromarray(noise(20, 20)).save(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        pass
+    with pytest.raises(InvalidImageError, match="picture: .*its file was closed before it was read"):
+        pipe(opened, _holes(20, 20))
 
 
 def test_half_precision_on_a_cpu_warns_once():

@@ -57,6 +57,15 @@ def test_tasks_travel_without_their_tensors() -> None:
     assert precompile.Pointer(torch.float16, False).data_ptr() % 16 != 0
 
 
+def test_a_containers_share_of_the_processors_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    monkeypatch.setattr(precompile.os, "sysconf", lambda name: 1 << 20, raising=False)
+    monkeypatch.setattr(precompile.cpus, "granted", lambda: None)
+    assert precompile.workers(1000) == 64
+    monkeypatch.setattr(precompile.cpus, "granted", lambda: 2)
+    assert precompile.workers(1000) == 2
+
+
 def test_what_tuples_hold_decides_too() -> None:
     """As Triton does it: tensors by dtype and alignment, integers by being 1 or a multiple of 16, None by itself."""
 

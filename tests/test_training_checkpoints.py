@@ -23,6 +23,7 @@ from lgnet_fast.training.checkpoints import (
     restore_random_states,
     save_checkpoint,
 )
+from lgnet_fast.training.signals import until_signal
 from tests.training_support import assert_same, tiny_config, tiny_settings, write_pictures
 
 # Forked, because importing PyTorch thirty times would take longer than all the training. One thread, and no backward
@@ -164,6 +165,29 @@ def test_sigterm_ends_with_a_checkpoint(pictures, tmp_path):
     assert trainer.checkpoints.steps() == [2]
     assert not (tmp_path / "run" / "model").exists()
     assert signal.getsignal(signal.SIGTERM) == before
+
+
+@pytest.mark.parametrize("handler", [signal.SIG_IGN, None])
+def test_signals_that_are_ignored_or_not_pythons_are_left(handler, monkeypatch):
+    """None: a program that embeds Python had set the handler, which Python cannot set again."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: handler)
+    changed = []
+    monkeypatch.setattr(signal, "signal", lambda *given: changed.append(given))
+    with until_signal(changed.append):
+        pass
+    assert changed == []
+
+
+@pytest.mark.parametrize("mode", ["no_grad", "inference_mode", "default device"])
+def test_training_does_not_depend_on_the_callers_modes(pictures, tmp_path, mode):
+    def run(folder: str) -> dict[str, torch.Tensor]:
+        trainer = Trainer(tiny_config(pictures, tmp_path / folder, optim={"steps": 1}))
+        trainer.fit()
+        return dict(trainer.network.state_dict())
+
+    expected = run("plain")
+    with {"no_grad": torch.no_grad, "inference_mode": torch.inference_mode}.get(mode, lambda: torch.device("meta"))():
+        assert_same(run("inside"), expected)
 
 
 # -- files ------------------------------------------------------------------------------------------------------

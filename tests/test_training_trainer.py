@@ -799,6 +799,13 @@ def test_no_pictures_configured(tmp_path):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.parametrize("stream", [None, SimpleNamespace(isatty=lambda: False, write=open)])
+def test_a_standard_error_that_is_gone_does_not_end_a_run(pictures, tmp_path, monkeypatch, stream):
+    """None: closed, as for a service. The other raises FileNotFoundError for every text."""
+    monkeypatch.setattr("sys.stderr", stream)
+    assert Trainer(tiny_config(pictures, tmp_path / "run", optim={"steps": 1})).fit() == tmp_path / "run" / "model"
+
+
 def test_time_left_of_a_resumed_run(tmp_path, monkeypatch, capsys):
     """Half done by time when resumed; a tenth in one minute leaves four."""
     now = [1000.0]

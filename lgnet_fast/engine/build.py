@@ -28,15 +28,15 @@ def fold(conv: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(conv.weight.dtype, torch.float32)
     weight = conv.weight.detach()
     bias = weight.new_zeros(conv.out_channels) if conv.bias is None else conv.bias.detach()
-    if norm is None:
+    # Without values there is nothing to fold, and arithmetic on the meta device loads PyTorch's compiler, which takes
+    # longer than all the rest of `load_engine`.
+    if norm is None or weight.is_meta:
         return weight.to(dtype, copy=True), bias.to(dtype, copy=True)
     bias = bias.double()
     assert norm.running_mean is not None
     assert norm.running_var is not None
     scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
     bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
-    if weight.is_meta:
-        return weight.to(dtype), bias.to(dtype)
     # A few rows at a time: page faults of large temporaries would take longer than the arithmetic.
     folded = torch.empty_like(weight, dtype=dtype)
     scale = scale.view((-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)).expand(

@@ -554,15 +554,16 @@ class CudaExecutor(Executor):
             programs.append(Program(functools.partial(_run_all, launches), self.device, self._pool))
             programs[-1]()
         best = [math.inf] * len(parts)
-        for _ in range(rounds):  # in turn, so that a change of the GPU's clocks affects all of them
-            for number, program in enumerate(programs):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                for _ in range(4):
-                    program()
-                end.record()
-                end.synchronize()
-                best[number] = min(best[number], begin.elapsed_time(end) / 4)
+        with torch.cuda.device(self.device):  # an event is recorded on the current GPU
+            for _ in range(rounds):  # in turn, so that a change of the GPU's clocks affects all of them
+                for number, program in enumerate(programs):
+                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                    begin.record()
+                    for _ in range(4):
+                        program()
+                    end.record()
+                    end.synchronize()
+                    best[number] = min(best[number], begin.elapsed_time(end) / 4)
         return list(itertools.accumulate(best, max))
 
     def _until(self, parts: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
@@ -573,7 +574,7 @@ class CudaExecutor(Executor):
                 begin = time.perf_counter()
                 _run_all(part)
                 if self.device.type == "cuda":
-                    torch.cuda.synchronize(self.device)
+                    torch.cuda.current_stream(self.device).synchronize()
                 best[number] = min(best[number], 1e3 * (time.perf_counter() - begin))
         return list(itertools.accumulate(best))
 

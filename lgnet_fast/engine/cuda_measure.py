@@ -68,18 +68,19 @@ class Timer:
         for _ in range(3):
             call()
         times = []
-        for _ in range(repeats):
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            begin.record()
-            call()
-            end.record()
-            end.synchronize()
-            times.append(1e3 * begin.elapsed_time(end))
+        with torch.cuda.device(self.device):  # an event is recorded on the current GPU
+            for _ in range(repeats):
+                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                begin.record()
+                call()
+                end.record()
+                end.synchronize()
+                times.append(1e3 * begin.elapsed_time(end))
         return sorted(times)[len(times) // 2]
 
     def wait(self) -> None:
-        """Wait for the launches; raises their errors."""
-        torch.cuda.synchronize(self.device)
+        """Wait for the launches; raises their errors. Waiting for all streams would end another thread's capture."""
+        torch.cuda.current_stream(self.device).synchronize()
 
 
 def run_all(launches: Sequence[Callable[[], None]]) -> None:

@@ -237,8 +237,6 @@ def _measure(contest: Contest, number: int, choices: Sequence[Choice], timer: Ti
                 log("convs", step=name, tile=plain(choice), wrong=wrong)
                 continue
             times[choice] = timer.time([contest.launch(number, choice, copies[i % count]) for i in range(LAUNCHES)])
-        except torch.OutOfMemoryError:
-            raise
         except Exception as raised:  # a tile that cannot run is left out
             log("convs", step=name, tile=plain(choice), error=error_text(raised)[:200])
     return times

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import torch
 
 from ..errors import BackendError
@@ -40,6 +42,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def same_device(a: torch.device, b: torch.device) -> bool:
     """Whether two devices are the same; "mps" and "xpu" equal "mps:0" and "xpu:0", which their tensors report."""
     return a.type == b.type and (a.index or 0) == (b.index or 0)
+
+
+def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:
+    """Disables the caller's autocast, which would replace an engine's dtype, also in the graphs that it keeps."""
+    kind = device.type
+    if torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind):
+        return torch.autocast(kind, enabled=False)
+    return contextlib.nullcontext()
 
 
 def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

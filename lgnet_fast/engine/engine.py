@@ -8,9 +8,9 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
-from rich.table import Table
 from torch import Tensor, nn
 
 from .. import forks
@@ -18,7 +18,7 @@ from ..errors import LGNetError
 from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
-from . import cpu_path, cpu_tuning, cuda_tuning
+from . import compiled, cpu_path, cpu_tuning, cuda_tuning
 from .build import build_plan, plan_stages
 from .cover import hole_boxes
 from .cpu_executor import CpuExecutor
@@ -26,7 +26,7 @@ from .cpu_tuning import SECONDS
 from .cuda_executor import CudaExecutor
 from .describe import describe
 from .device_holes import DeviceHoles
-from .devices import resolve_device, resolve_dtype, same_device
+from .devices import resolve_device, resolve_dtype, same_device, without_autocast
 from .executor import Executor, Regions
 from .graphs import error_text
 from .holes import check_holes
@@ -36,6 +36,9 @@ from .recent import Recent
 from .regions import Rect
 from .saved import read_engine, write_engine
 from .verified import verified
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -107,8 +110,9 @@ class Engine:
     strong reference to the model. If the weights of the model change or move while the model exists, the next call
     raises LGNetError. (Writes that PyTorch does not count are not noticed, only a replacement or a move of the
     tensor: by optimisers with ``fused=True``, through ``.data`` and NumPy, by another process through shared memory,
-    and to weights created under ``torch.inference_mode``.) Engines cannot be pickled. They work under any default
-    dtype, default device and inference mode.
+    and to weights created under ``torch.inference_mode``.) Engines cannot be pickled, exported or transformed by
+    ``torch.func``. They work under any default dtype, default device and inference mode; in code that
+    ``torch.compile`` compiles, a call is one operator.
 
     Where NaN or infinity in the weights or the input makes a hole sample of the model NaN or infinite, the engine's
     is too, also in a run restricted to holes. (An overflow that occurs only in the model, in a feature that its
@@ -140,6 +144,7 @@ class Engine:
         self._model_was_there = not on_meta
         self._fingerprint = () if on_meta else _fingerprint(model)
         self._storages = () if on_meta else _storages(model)
+        self._number = compiled.number_of(self)
         self._lock = forks.Lock()
         self._device_holes = DeviceHoles()
         self._shapes: Recent[_Shape] = Recent(SHAPES_KEPT)
@@ -174,8 +179,11 @@ class Engine:
 
         Raises:
             TypeError, ValueError: an argument that does not fit; the message names it.
-            LGNetError: the weights of the model have changed since the engine was made.
+            LGNetError: the weights of the model have changed since the engine was made; an export or a transform.
         """
+        if torch.compiler.is_compiling() and not return_stages:
+            return compiled.call(self._number, image, mask, holes)
+        compiled.refuse_transforms()
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)
         if not same_device(image.device, self.device):
@@ -194,7 +202,7 @@ class Engine:
             holes = self._device_holes.find(mask)
         if image.shape[0] == 0 or (holes is not None and not holes):
             return self._unchanged(image, return_stages)
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.device):
             shape = self._shape(image.shape[0], image.shape[2], image.shape[3])
             start = None if self._first_stage is None else self._first_stage(image, mask)
             restricted, result, raw = self._run(shape, image, mask, start, holes, each, return_stages)
@@ -357,7 +365,7 @@ def optimize(
     target = resolve_device(device)
     computed = resolve_dtype(dtype, target)
     # The tensors of an engine must also work outside inference mode.
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), without_autocast(target):
         plan = build_plan(plan_stages(model), batch_size, height, width)
         executor = _executor(model, plan, target, computed, SECONDS if tune is True else float(tune))
     return Engine(model, plan.without_weights(), executor, target, hole_aware)
@@ -390,8 +398,6 @@ def _executor(
         if tune_seconds:
             try:
                 cuda_tuning.tune(plan, dtype, device, tune_seconds)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:  # `verified` finds and reports faults of the kernels
                 logger.warning("kernels are not tuned: %s", error_text(error))
         return verified(model, plan, device, dtype)[0]

@@ -2,7 +2,7 @@
 
 A capture holds a lock of the whole process, because concurrent captures disturb each other. It uses a separate
 stream, after a warm-up run on that stream, which compiles and loads every kernel. Launches that cannot be captured
-are made directly; the caller's stream and the allocator are restored.
+are made directly; the caller's stream, the allocator and the random generator are restored.
 """
 
 from __future__ import annotations
@@ -19,6 +19,9 @@ import torch
 logger = logging.getLogger("lgnet_fast")
 
 _CAPTURE_LOCK = threading.Lock()
+# GPU's number -> the stream of all captures there. PyTorch's allocator gives memory of a pool to the stream that used
+# it before, so graphs captured on streams of their own would share none of it.
+_streams: dict[int, torch.cuda.Stream] = {}
 _RETRY_AFTER = (10, 100, 1000)
 """Numbers of calls between a failed capture and the next attempt."""
 
@@ -40,12 +43,14 @@ def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> to
     """
     with _CAPTURE_LOCK, torch.cuda.device(device):
         current = torch.cuda.current_stream(device)
-        stream = torch.cuda.Stream(device)
+        stream = _capture_stream()
         try:
             stream.wait_stream(current)
-            with torch.cuda.stream(stream):
-                launches()
-            current.wait_stream(stream)
+            try:
+                with torch.cuda.stream(stream):
+                    launches()
+            finally:  # launches before one that raises may still use the memory
+                current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
             try:
                 # thread_local: other threads may allocate meanwhile
@@ -56,11 +61,20 @@ def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> to
                     launches()
             except Exception as error:
                 _end_allocations(pool)
+                _end_random_capture(stream)
                 raise CaptureError(error_text(error)) from error
         finally:
             # where the end of the capture raises, torch.cuda.graph leaves its stream current
             torch.cuda.set_stream(current)
     return graph
+
+
+def _capture_stream() -> torch.cuda.Stream:
+    """The stream of all captures on the current GPU."""
+    index = torch.cuda.current_device()
+    if index not in _streams:
+        _streams[index] = torch.cuda.Stream(index)
+    return _streams[index]
 
 
 @contextlib.contextmanager
@@ -81,6 +95,19 @@ def _end_allocations(pool: Any) -> None:
     if end is not None:
         with contextlib.suppress(Exception):  # the mode had ended, or had not begun
             end(torch.cuda.current_device(), pool)
+
+
+def _end_random_capture(stream: torch.cuda.Stream) -> None:
+    """End the capture mode of PyTorch's random generator by a capture that succeeds.
+
+    Versions of PyTorch that turn the mode on with every capture leave it on where the capture fails, and then the
+    program's next random number on this GPU raises "Offset increment outside graph capture encountered unexpectedly".
+    """
+    with (
+        contextlib.suppress(Exception),
+        torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),
+    ):
+        torch.zeros(1, device="cuda", dtype=torch.float32)  # a graph without a node gives a warning
 
 
 def error_text(error: BaseException) -> str:

@@ -21,7 +21,7 @@ import contextlib
 import hashlib
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -30,7 +30,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cache, forks
-from ..ops.first_use import strict_float32, tf32_allowed
+from ..ops.first_use import KNOWN, pass_on_out_of_memory, strict_float32, tf32_allowed
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import cuda_measure
 from .cuda_executor import CudaExecutor
@@ -200,9 +200,8 @@ def judge(name: str, run: Runner, example: Example) -> Check:
         if not torch.equal(result[known], example.image[known]):
             return Check(name, problem="it changes known pixels")
         error = hole_error(result, example.exact, example.mask)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as raised:  # any error of Triton, the driver or torch rules this path out
+        pass_on_out_of_memory(raised)
         return Check(name, problem=error_text(raised))
     problem = None
     if error > example.limit:
@@ -284,9 +283,8 @@ def _check_step(
     try:
         launches()
         return _compare(name, expected, limit)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as raised:
+        pass_on_out_of_memory(raised)
         return Check(name, problem=error_text(raised))
 
 
@@ -341,9 +339,8 @@ def verified(
     try:
         engine = CudaExecutor.of(plan, dtype, device=device, tuned=cuda_measure.kept(device, dtype), graphs=graphs)
         name = verdict_name(plan, engine.choices)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as raised:
+        pass_on_out_of_memory(raised)
         engine, name, problem = None, verdict_name(plan, {}), error_text(raised)
     verdict = None if anew else Verdict.from_dict(cache.get(key, cache.VERDICTS, name))
     executor: Guarded | ModelExecutor
@@ -351,10 +348,7 @@ def verified(
         with contextlib.suppress(Exception):
             executor = _built(verdict, engine, model, plan, device, dtype)
             if verdict.reason is not None:
-                logger.warning(
-                    "%s on %s in %s; known from an earlier run, `lgnet-fast verify` tries anew",
-                    verdict, key.card, key.dtype,
-                )  # fmt: skip
+                logger.warning("%s on %s in %s; %s", verdict, key.card, key.dtype, KNOWN)
             return executor, verdict
     checked = checked_plan(plan)
     begin = time.perf_counter()
@@ -407,6 +401,7 @@ def _decide(
 
     checks: list[Check] = []
     steps: tuple[str, ...] = ()
+    nothing_runs = False  # no kernel: then the set-up is at fault, such as a missing C compiler, and may be mended
     if engine is None:
         checks.append(Check("engine", problem=problem))
     else:
@@ -425,29 +420,40 @@ def _decide(
         by_step = _checked_steps(at_size(engine.without_graphs()), checked, example)
         checks += by_step
         steps = tuple(check.name for check in by_step if not check.passed)
-    reason = "; ".join(str(check) for check in checks if not check.passed)
+        nothing_runs = len(steps) == len(by_step)
+    reason = _problems(checks)
     for attempt in [steps, ()] if 0 < len(steps) <= len(plan.steps) else [()]:
         try:
             library = LibraryExecutor.of_steps(plan, dtype, device=device, steps=attempt or None)
             checks.append(judge("library", runner(at_size(library)), example))
-        except torch.OutOfMemoryError:
-            raise
         except Exception as raised:
+            pass_on_out_of_memory(raised)
             checks.append(Check("library", problem=error_text(raised)))
         if checks[-1].passed:
-            return Guarded(library), Verdict("library", reason, attempt, False, tuple(checks)), False
+            return Guarded(library), Verdict("library", reason, attempt, nothing_runs, tuple(checks)), False
         reason += f"; {checks[-1]}"
     last = ModelExecutor(model, device, dtype, "eager")
     checks.append(judge("model", runner(last), example))
     return last, Verdict("model", reason, (), not checks[-1].passed, tuple(checks)), False
 
 
+def _problems(checks: Sequence[Check]) -> str:
+    """The checks that failed and why; those that failed alike together, at most three of them by name."""
+    names: dict[str, list[str]] = {}
+    for check in checks:
+        if check.problem is not None:
+            names.setdefault(check.problem, []).append(check.name)
+    return "; ".join(
+        f"{', '.join(alike[:3])}{f' and {len(alike) - 3} more' if len(alike) > 3 else ''}: {problem}"
+        for problem, alike in names.items()
+    )
+
+
 def _checked_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list[Check]:
     try:
         return check_steps(executor, plan, example)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as raised:  # an error that breaks the device permanently is raised again by every call
+        pass_on_out_of_memory(raised)
         return [Check("steps", problem=error_text(raised))]
 
 
@@ -516,9 +522,8 @@ class Guarded(Executor):
             executor, where = self.executor, None if self._dense_only else regions
             try:
                 return executor.run(image, mask, start, where, stages)
-            except torch.OutOfMemoryError:
-                raise
             except Exception as error:
+                pass_on_out_of_memory(error)
                 title = self._step_down(executor, where is not None)
                 if title is None:
                     raise

@@ -197,8 +197,9 @@ def _opened_mask(mask: Path) -> Path | Encoded:
 def _read_stream(name: str, path: Path) -> Encoded:
     """The bytes of a pipe. Raises UsageError: a terminal or another device."""
     if path == STANDARD_STREAM:
-        if sys.stdin.isatty():
-            raise UsageError(f"{name}: expected a picture on the standard input, got a terminal")
+        if sys.stdin is None or sys.stdin.isatty():
+            what = "a closed one" if sys.stdin is None else "a terminal"
+            raise UsageError(f"{name}: expected a picture on the standard input, got {what}")
         return Encoded("stdin", sys.stdin.buffer.read())
     if path.is_char_device() or path.is_block_device():
         raise UsageError(f"{name}: expected a file, a folder or a pipe, got the device {str(path)!r}")

@@ -26,8 +26,9 @@ def result_files(
     if out == STANDARD_STREAM or is_stream(out):
         if len(pictures) > 1:
             raise UsageError("out: one stream takes one picture; this one has several masks")
-        if out == STANDARD_STREAM and sys.stdout.isatty():
-            raise UsageError("out: expected a pipe or a file as standard output, got a terminal")
+        if out == STANDARD_STREAM and (sys.stdout is None or sys.stdout.isatty()):
+            what = "a closed one" if sys.stdout is None else "a terminal"
+            raise UsageError(f"out: expected a pipe or a file as standard output, got {what}")
         return [(out, format_for(pictures[0][0], format)[1])]
     if out.exists() and not out.is_dir() and (out.suffix.lower() not in EXTENSIONS or from_folder):
         raise UsageError(f"out: expected a folder or a picture's name, got the file {str(out)!r}")

@@ -62,7 +62,7 @@ def _block_flops(shape: torch.Size) -> tuple[int, int]:
 
 
 def _attention_forward(kernels: ModuleType, features: Tensor, variant: str, save: bool) -> Any:
-    return kernels.attention_forward(features, variant)
+    return kernels.attention_forward(features, variant, out=like(features))
 
 
 def _attention_backward(
@@ -79,7 +79,8 @@ def _attention_backward(
 def _block_forward(
     kernels: ModuleType, features: Tensor, weight: Tensor, bias: Tensor, variant: str, save: bool
 ) -> Any:
-    return kernels.attention_block_forward(features, weight, bias, variant, save_attended=save)
+    out = like(features)  # in the layout of the fake, which torch.compile relies on
+    return kernels.attention_block_forward(features, weight, bias, variant, out=out, save_attended=save)
 
 
 def _block_backward(

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from importlib.util import find_spec
+from importlib import import_module
 from types import ModuleType
 
 import torch
@@ -48,8 +48,8 @@ def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | 
         return f"tensors have several dtypes: {sorted({str(t.dtype) for t in tensors})}"
     if backend == "cpp" and device != "cpu":
         return f"the C++ kernels run on the CPU, the tensors are on {device}"
-    if backend == "triton" and find_spec("triton") is None:
-        return "Triton is not installed (pip install 'lgnet-fast[triton]')"
+    if backend == "triton" and (reason := import_module("lgnet_fast.kernels").missing()) is not None:
+        return str(reason)
     declaration = OPERATORS[op]
     can_run: Callable[..., str | None] = getattr(declaration.launchers(backend), declaration.can_run)
     return can_run(*tensors)

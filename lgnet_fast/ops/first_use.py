@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import re
 import time
 from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
@@ -27,6 +28,7 @@ logger = logging.getLogger("lgnet_fast")
 FACTOR = 4.0
 """Largest ratio of a kernel's error to that of eager PyTorch in the same dtype; a few roundings are added."""
 _ROUNDINGS = 16
+KNOWN = "known from an earlier run, `lgnet-fast verify` tries anew"
 MOST_FLOPS = 1 << 36
 """Most floating-point operations of one run of a check, forward and backward; larger operands are cropped.
 
@@ -39,7 +41,7 @@ _ELEMENTS = 1 << 24
 """Most elements of the first operand."""
 _SIDE = 128
 
-_lock = forks.Lock()
+_lock, _switches_lock = forks.Lock(), forks.Lock()
 # use -> why the kernel is not used; None where it passed
 _verdicts: dict[Use, str | None] = {}
 
@@ -94,7 +96,7 @@ def reason_against(
             key = cache.key_for(use.device, use.dtype)
             kept = cache.get(key, cache.VERDICTS, use.name)
             if isinstance(kept, dict) and {"passed", "reason"} <= kept.keys():
-                reason = None if kept["passed"] else f"{kept['reason']}; known from an earlier run"
+                reason = None if kept["passed"] else f"{kept['reason']}; {KNOWN}"
             else:
                 try:
                     with around():
@@ -121,13 +123,11 @@ def check(
     keep: bool = True,
 ) -> Outcome:
     """Compare `fused` with `eager`; a verdict that is to be kept is written to the cache."""
-    if use.device.type == "cuda":
-        torch.cuda.synchronize(use.device)  # raises errors of earlier launches, which are not this kernel's
+    _wait(use.device)  # raises errors of earlier launches, which are not this kernel's
     try:
         error, limit = compare(use, _cut(use, tensors), fused, eager)
-    except torch.OutOfMemoryError:
-        raise
     except Exception as raised:  # any error of Triton or the driver
+        pass_on_out_of_memory(raised)
         outcome = Outcome(one_line(raised), None, None)
     else:
         reason = None if error <= limit else f"its error is {error:.1e}, {limit:.1e} is allowed"
@@ -140,7 +140,8 @@ def check(
 
 def distrust(use: Use, error: Exception) -> bool:
     """Whether an automatic call falls back to eager PyTorch after `error` of its kernel; later calls then do too."""
-    if isinstance(error, torch.OutOfMemoryError) or torch.compiler.is_compiling() or _is_capturing(use.device):
+    pass_on_out_of_memory(error)
+    if torch.compiler.is_compiling() or _is_capturing(use.device):
         return False
     with _lock:
         if _verdicts.get(use) is None:
@@ -152,6 +153,18 @@ def _settle(use: Use, reason: str | None) -> None:
     _verdicts[use] = reason
     if reason is not None:
         logger.warning("%s runs in eager PyTorch on %s in %s: triton: %s", use.name, use.device, use.dtype, reason)
+
+
+def pass_on_out_of_memory(error: Exception) -> None:
+    """Raise torch.OutOfMemoryError where `error` is one or says that the driver or a library could not allocate.
+
+    That is no fault of a kernel: on a full GPU, loading a kernel already fails, with "Triton Error [CUDA]: out of
+    memory".
+    """
+    if isinstance(error, torch.OutOfMemoryError):
+        raise error
+    if re.search("out of memory|ALLOC(ATION)?_FAILED", str(error)):
+        raise torch.OutOfMemoryError(one_line(error)) from error
 
 
 def one_line(error: BaseException) -> str:
@@ -170,6 +183,12 @@ def _can_check(tensors: tuple[Tensor, ...]) -> bool:
     if tensors[0].is_cuda:
         return not _is_capturing(tensors[0].device) and torch.cuda.get_sync_debug_mode() == 0
     return True
+
+
+def _wait(device: torch.device) -> None:
+    """Wait for the current stream. Waiting for all streams would end another thread's capture."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).synchronize()
 
 
 def _is_capturing(device: torch.device) -> bool:
@@ -193,8 +212,7 @@ def compare(
     with torch.inference_mode(False), torch.set_grad_enabled(gradient), torch.autocast(device, enabled=False):
         begin = time.perf_counter()
         found = _results(fused, tensors, dtype, gradient)
-        if use.device.type == "cuda":
-            torch.cuda.synchronize(use.device)
+        _wait(use.device)
         compiled = time.perf_counter()
         plain = _results(eager, tensors, dtype, gradient)
         with strict_float32():
@@ -251,22 +269,26 @@ def _results(
 
 @contextlib.contextmanager
 def strict_float32() -> Iterator[None]:
-    """Float32 products and convolutions on a GPU in full precision, not in TF32."""
+    """Float32 products and convolutions on a GPU in full precision, not in TF32.
+
+    The switches are the process's, so threads take turns: else one would restore what another had set.
+    """
     backends: Any = torch.backends
     strict: bool | str = False
     name, switches = "allow_tf32", (backends.cuda.matmul, backends.cudnn)
-    try:
-        before: list[Any] = [getattr(switch, name) for switch in switches]
-    except RuntimeError:  # raised where a program has also used the newer switches of TF32
-        name, strict, switches = "fp32_precision", "ieee", (backends.cuda.matmul, backends.cudnn.conv)
-        before = [getattr(switch, name) for switch in switches]
-    try:
-        for switch in switches:
-            setattr(switch, name, strict)
-        yield
-    finally:
-        for switch, value in zip(switches, before):
-            setattr(switch, name, value)
+    with _switches_lock:
+        try:
+            before: list[Any] = [getattr(switch, name) for switch in switches]
+        except RuntimeError:  # raised where a program has also used the newer switches of TF32
+            name, strict, switches = "fp32_precision", "ieee", (backends.cuda.matmul, backends.cudnn.conv)
+            before = [getattr(switch, name) for switch in switches]
+        try:
+            for switch in switches:
+                setattr(switch, name, strict)
+            yield
+        finally:
+            for switch, value in zip(switches, before):
+                setattr(switch, name, value)
 
 
 def tf32_allowed() -> bool:

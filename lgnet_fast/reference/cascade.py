@@ -92,6 +92,8 @@ def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(tensor).__name__}")
         if not tensor.is_floating_point():
             raise TypeError(f"{name}: expected a floating dtype, got {tensor.dtype}")
+        if tensor.layout is not torch.strided:
+            raise TypeError(f"{name}: expected a dense tensor, got layout {tensor.layout}")
     if torch.jit.is_tracing():
         return  # sizes are symbolic while tracing; comparing them would make them constants
     if image.dim() != 4 or image.shape[1] != 3:

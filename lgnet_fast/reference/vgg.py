@@ -130,7 +130,8 @@ class VGG16Features(nn.Sequential):
             WeightsError: no such file, not downloadable, damaged, unsafe, or of another network.
         """
         if path is None:
-            file = torchvision_file(WEIGHTS_FILE, "weights: VGG-16 is", f". {_ADVICE}", progress=sys.stderr.isatty())
+            shown = sys.stderr is not None and sys.stderr.isatty()
+            file = torchvision_file(WEIGHTS_FILE, "weights: VGG-16 is", f". {_ADVICE}", progress=shown)
         else:
             file = Path(path)
         if not file.is_file():

@@ -5,8 +5,9 @@ The application and the command need the extra `[serve]`; :class:`Session` does 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from ..errors import MissingExtraError
 from ..lazy import attach
 
 if TYPE_CHECKING:
@@ -15,7 +16,7 @@ if TYPE_CHECKING:
     from .session import Patch, Session
     from .state import State
 
-__getattr__, __dir__ = attach(
+_loaded, __dir__ = attach(
     __name__,
     {
         "Patch": "session",
@@ -25,5 +26,15 @@ __getattr__, __dir__ = attach(
         "create_app": "app",
     },
 )
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        return _loaded(name)
+    except ModuleNotFoundError as cause:
+        if cause.name is None or cause.name.startswith("lgnet_fast"):
+            raise
+        raise MissingExtraError(f"serve: {cause.name} is missing: pip install 'lgnet-fast[serve]'") from cause
+
 
 __all__ = ["Patch", "ServeOptions", "Session", "State", "create_app"]

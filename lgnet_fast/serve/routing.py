@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
+import python_multipart  # noqa: F401 (Starlette, which reads forms by it, misses it at the first form only)
 from fastapi import Depends, Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile

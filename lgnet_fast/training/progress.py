@@ -3,6 +3,7 @@ terminal)."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import sys
 import time
@@ -45,7 +46,7 @@ class Report:
         self._log = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
         self._total, self._began, self._first, self._done = total, time.monotonic(), step, progress
         self._bar: Any = None
-        if sys.stderr.isatty():
+        if sys.stderr is not None and sys.stderr.isatty():  # None: closed, as for a service
             from rich.console import Console
             from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
@@ -66,7 +67,9 @@ class Report:
     def say(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
         if self._bar is None:
-            print(text, file=sys.stderr, flush=True)
+            # A terminal that is gone, a closed pipe or a full disk does not end a run of hours.
+            with contextlib.suppress(OSError):
+                print(text, file=sys.stderr, flush=True)
         else:
             self._bar.console.print(text, highlight=False)
 

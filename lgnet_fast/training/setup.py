@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,6 +18,14 @@ from ..reference.features import LPIPS, FeaturesFn
 from ..reference.vgg import VGG16Features
 from .config import LossConfig, TrainConfig
 from .networks import keep_spectral_norm_wide
+
+
+@contextlib.contextmanager
+def usual_modes() -> Iterator[None]:
+    """Gradients, no inference mode, and tensors on the CPU unless a device is named, whatever the caller has set."""
+    own = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    with torch.inference_mode(False), torch.enable_grad(), own:
+        yield
 
 
 def place_networks(

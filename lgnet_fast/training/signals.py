@@ -13,18 +13,22 @@ STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 @contextlib.contextmanager
 def until_signal(ask: Callable[[int], None]) -> Iterator[None]:
-    """In this context, the first SIGINT or SIGTERM only calls `ask` with its number; a second one acts as usual."""
+    """In this context, the first SIGINT or SIGTERM only calls `ask` with its number; a second one acts as usual.
+
+    Signals that are ignored, as in background jobs of a shell, or handled by a program that embeds Python, are left.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python handles signals in the main thread only
         return
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {number: handler for number, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
 
     def handle(number: int, frame: Any) -> None:
         ask(number)
         for each, handler in before.items():
             signal.signal(each, handler)
 
-    for number in STOP_SIGNALS:
+    for number in before:
         signal.signal(number, handle)
     try:
         yield

@@ -39,7 +39,15 @@ from .networks import (
 from .optimisers import generator_optimiser
 from .progress import Report
 from .schedule import learning_rate_factor
-from .setup import make_accelerator, place_features, place_lpips, place_networks, seed_everything, untrained_modules
+from .setup import (
+    make_accelerator,
+    place_features,
+    place_lpips,
+    place_networks,
+    seed_everything,
+    untrained_modules,
+    usual_modes,
+)
 from .signals import until_signal
 from .steps import Objective, Step, Trained
 from .validation import KindValidation
@@ -49,6 +57,9 @@ _PICTURES_SHOWN = 4
 
 class Trainer:
     """Trains a cascade; :meth:`fit` runs to the end, starting from an earlier run of the same folder if asked to.
+
+    Sets the seeds of Python, NumPy and PyTorch, PyTorch's number of threads if the configuration has one, and on an
+    NVIDIA GPU ``torch.backends.cudnn.benchmark``. Gradient and inference mode of the caller do not matter.
 
     Args:
         config: of the run.
@@ -60,6 +71,7 @@ class Trainer:
         MissingExtraError: accelerate is not installed.
     """
 
+    @usual_modes()
     def __init__(
         self,
         config: TrainConfig,
@@ -359,6 +371,7 @@ class Trainer:
 
     # -- the run -------------------------------------------------------------------------------------------------
 
+    @usual_modes()
     def fit(self, resume: bool = False) -> Path | None:
         """Train to the end. SIGINT and SIGTERM end it after the current step, with a checkpoint.
 

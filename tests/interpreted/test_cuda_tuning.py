@@ -124,7 +124,8 @@ def test_what_is_slower_in_the_whole_is_dropped(short: Plan) -> None:
     assert kept(CPU, SINGLE) == Tuned()
 
 
-def test_a_wrong_tile_is_no_contestant(short: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [RuntimeError("CUDA error: invalid argument"), torch.OutOfMemoryError()], ids=type)
+def test_a_wrong_tile_is_no_contestant(short: Plan, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     """One that computes zeros, and one that raises, though they are the fastest."""
     step = next(s for s in short.steps if s.name == "u.block")
     assert isinstance(step, ConvStep)
@@ -135,7 +136,7 @@ def test_a_wrong_tile_is_no_contestant(short: Plan, monkeypatch: pytest.MonkeyPa
 
     def faulty(conv: Any, source: Any, weight: Any, bias: Any, stores: Any, tile: Tile, **options: Any) -> None:
         if tile == raising:
-            raise RuntimeError("CUDA error: invalid argument")
+            raise error
         original(conv, source, weight, bias, stores, tile, **options)
         if tile == zeros:
             for written in [store.view for store in stores] or [options["merge"].raw]:

@@ -12,6 +12,7 @@ import torch
 from lgnet_fast.kernels import attention as kernels
 from lgnet_fast.kernels import merge_concat as merge_kernels
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.errors import OutOfResources
 
@@ -192,6 +193,26 @@ def test_a_launch_that_fails_after_its_check(
         torch.ops.lgnet.cosine_attention(tensors[0])
 
 
+def test_a_full_gpu_is_no_fault_of_the_kernel(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Loading a kernel fails then, with an error of Triton's own; PyTorch's type of it is what callers handle."""
+
+    def full(result: Any) -> Any:
+        raise RuntimeError("Triton Error [CUDA]: out of memory")
+
+    tensors = operands()
+    with monkeypatch.context() as patch:
+        inject(patch, "attention_block_forward", full)
+        with pytest.raises(torch.OutOfMemoryError, match="Triton Error"):
+            torch.ops.lgnet.attention_block(*tensors)
+    assert kept() == {}
+    ops.reset_calls()
+    torch.ops.lgnet.attention_block(*tensors)
+    assert ops.calls() == {("attention_block", "triton"): 1}
+    assert not warnings(caplog)
+
+
 def test_nothing_is_checked_where_values_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = count_checks(monkeypatch)
     block = torch.ops.lgnet.attention_block
@@ -208,6 +229,20 @@ def test_nothing_is_checked_where_values_cannot_be_read(monkeypatch: pytest.Monk
         block(*operands())
     assert checks == [1]
     assert ops.calls()["attention_block", "triton"] == 3
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2), (1, 0, 2, 3), (0, 2, 3, 1)])
+@pytest.mark.parametrize("save", [False, True])
+def test_results_have_the_layout_that_torch_compile_expects(order: tuple[int, ...], save: bool) -> None:
+    """Also for features in a layout that is neither contiguous nor channels_last."""
+    features, weight, bias = operands()
+    features = normal(*(features.shape[i] for i in order)).permute(*map(order.index, range(4)))
+    for op, arguments in (("_attention_block", (features, weight, bias)), ("_cosine_attention", (features,))):
+        operator = getattr(torch.ops.lgnet, op)
+        results = operator(*arguments, "released", save, "triton")
+        with FakeTensorMode() as mode:
+            expected = operator(*map(mode.from_tensor, arguments), "released", save, "triton")
+        assert [r.stride() for r in results] == [e.stride() for e in expected]
 
 
 def use(channels: int, gradient: bool = True, op: str = "attention_block") -> first_use.Use:

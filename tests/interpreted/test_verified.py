@@ -306,6 +306,27 @@ def test_a_large_plan_is_checked_on_one_picture() -> None:
             assert (checked.batch, checked.height, checked.width) == ((1, 256, 256) if alone else (batch, side, side))
 
 
+def test_a_set_up_that_can_be_mended(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Where no kernel runs, one short sentence says why, and the next process checks again."""
+    text = "Failed to find C compiler. Please specify via CC environment variable."
+    with monkeypatch.context() as patch:
+        for module, names in (
+            (conv_kernels, ("conv_forward", "paint_forward")),
+            (attention_kernels, ("attention_block_inference",)),
+        ):
+            for name in names:
+                patch.setattr(module, name, raises(lambda: RuntimeError(text))(None))
+        executor, verdict = decide(plan)
+    assert (verdict.runs, verdict.steps, verdict.again) == ("library", (), True)
+    assert verdict.reason == f"graph, direct, paint and {len(plan.steps)} more: RuntimeError: {text}"
+    assert len(warnings(caplog)) == 1
+    assert_right(plan, executor)
+    monkeypatch.setattr(cache, "_known", {})
+    assert decide(plan)[1].runs == "graph"
+
+
 def test_an_engine_that_cannot_be_made(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(CudaWeights, "pack", FAULTS["runtime"](None))
     executor, verdict = decide(plan)
@@ -437,12 +458,18 @@ def executor_inputs(plan: Plan) -> tuple[Tensor, Tensor]:
     return image, mask
 
 
-def test_out_of_memory_is_the_callers_matter(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("90 GiB"), RuntimeError("Triton Error [CUDA]: out of memory")], ids=type
+)
+def test_out_of_memory_is_the_callers_matter(plan: Plan, error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
     executor = Guarded(CudaExecutor.of(plan, HALF))
-    monkeypatch.setattr(conv_kernels, "conv_forward", raises(lambda: torch.OutOfMemoryError("90 GiB"))(None))
+    monkeypatch.setattr(conv_kernels, "conv_forward", raises(lambda: error)(None))
     with pytest.raises(torch.OutOfMemoryError):
         executor.run(*executor_inputs(plan))
     assert type(executor.executor) is CudaExecutor
+    with pytest.raises(torch.OutOfMemoryError):
+        decide(plan)
+    assert list(cache.entries(cache.VERDICTS)) == []
 
 
 def test_weights_unpacked_are_those_that_were_packed(plan: Plan) -> None:

@@ -1,0 +1,64 @@
+"""Engines under ``torch.compile``: a call is one operator of the graph, which PyTorch does not trace into."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import LGNetError
+from ..ops.library import LIBRARY, define
+from .regions import Rect
+
+_engines: weakref.WeakValueDictionary[int, Callable[..., Any]] = weakref.WeakValueDictionary()
+_numbers = itertools.count()
+
+_NOT_EXPORTED = "an engine cannot be exported: its kernels and buffers are this process's; export the model"
+
+
+def number_of(engine: Callable[..., Any]) -> int:
+    """A new number by which graphs of this process name an engine."""
+    number = next(_numbers)
+    _engines[number] = engine
+    return number
+
+
+def call(number: int, image: Tensor, mask: Tensor, holes: Sequence[Rect] | None) -> Tensor:
+    """The engine's result, by the operator. For code that is being compiled; arguments are checked when it runs."""
+    if torch.compiler.is_exporting():
+        raise LGNetError(_NOT_EXPORTED)
+    edges = None if holes is None else [edge for hole in holes for edge in hole]
+    result: Tensor = torch.ops.lgnet.engine(image.detach(), mask.detach(), edges, number)
+    return result
+
+
+def refuse_transforms() -> None:
+    """Raise LGNetError where PyTorch records or transforms the call, because it does not see inside an engine."""
+    if torch.jit.is_tracing():
+        raise LGNetError(_NOT_EXPORTED)
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        raise LGNetError("an engine cannot be transformed by torch.func (grad, vmap, ...); transform the model")
+
+
+def _run(image: Tensor, mask: Tensor, edges: list[int] | None, number: int) -> Tensor:
+    engine = _engines.get(number)
+    if engine is None:
+        raise LGNetError("engine: it was deleted, or belongs to another process; compile again with a new one")
+    holes = None if edges is None else [tuple(edges[i : i + 4]) for i in range(0, len(edges), 4)]
+    # A new tensor object, because compiled code reuses tensors without counting its writes to them, and the engine
+    # remembers the holes of a mask that it has seen.
+    result: Tensor = engine(image, mask.detach(), holes=holes)
+    return result.contiguous()
+
+
+def _fake(image: Tensor, mask: Tensor, edges: list[int] | None, number: int) -> Tensor:
+    return image.new_empty(image.shape)
+
+
+_NAME = define("engine(Tensor image, Tensor mask, int[]? holes, int number) -> Tensor")
+LIBRARY.impl("engine", _run, "CompositeExplicitAutograd")
+torch.library.register_fake(_NAME, _fake, lib=LIBRARY)
