@@ -14,7 +14,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from lgnet_fast import LGNet, cache, cli, create_model
+from lgnet_fast import LGNet, cache, cli, create_model, kernels
 from lgnet_fast.cli import app
 from lgnet_fast.data import masks as data_masks
 from lgnet_fast.engine.verified import Verdict
@@ -73,7 +73,7 @@ def test_info_says_what_runs_and_why_not():
     report = json.loads(invoke("info", "--json").stdout)
     assert report["packages"]["torch"] == torch.__version__
     cpu = report["backends"]["cpu"]
-    assert "need an NVIDIA GPU" in cpu["triton"]["attention_block"]
+    assert cpu["triton"]["attention_block"] == (kernels.missing() or "device cpu (Triton kernels need an NVIDIA GPU)")
     assert cpu["cpp"]["merge_concat"] is None
     assert {"imagecodecs", "tifffile", "pillow-heif"} <= set(report["packages"])
     text = invoke("info").stdout

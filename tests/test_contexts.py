@@ -359,6 +359,7 @@ def test_a_backend_is_refused_for_a_network_without_a_choice():
 # -- compilers and transforms ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.skipif(torch.__version__.startswith("2.7."), reason="PyTorch 2.7 breaks the graph before the call")
 def test_compiled_code_calls_an_engine_as_one_operator(quick, inputs):
     engine = optimize(LGNet.from_pretrained(quick), device="cpu")
     image, mask = inputs

@@ -312,6 +312,7 @@ class TestOnGpu:
             for _ in range(2):
                 assert torch.equal(executor.run(image, mask)[0], expected)
         assert sum("no CUDA graph" in record.message for record in caplog.records) == 1
+        torch.rand(1, device="cuda")  # raises where the random generator is left in capture mode
 
     def test_overlapping_launches(self, model: LGNet) -> None:
         if torch.cuda.get_device_capability() < (9, 0):

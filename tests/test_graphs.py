@@ -42,6 +42,7 @@ class FakeCuda:
             "current_stream": lambda device=None: self.current,
             "set_stream": self.set_stream,
             "stream": lambda stream: self.on(stream),
+            "graph_pool_handle": lambda: POOL,
             "synchronize": lambda *args: None,
             "empty_cache": lambda: None,
             "CUDAGraph": lambda: FakeGraph(self),

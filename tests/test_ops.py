@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -122,7 +123,7 @@ def test_a_missing_or_old_triton_is_named(monkeypatch):
 
 
 def test_threads_take_turns_with_the_switches_of_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", True)
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
     entered, leave = threading.Event(), threading.Event()
 
     def work() -> None:

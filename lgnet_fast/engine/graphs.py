@@ -60,9 +60,10 @@ def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> to
                 ):
                     launches()
             except Exception as error:
+                reason = error_text(error)
                 _end_allocations(pool)
                 _end_random_capture(stream)
-                raise CaptureError(error_text(error)) from error
+                raise CaptureError(reason) from error
         finally:
             # where the end of the capture raises, torch.cuda.graph leaves its stream current
             torch.cuda.set_stream(current)
@@ -100,8 +101,8 @@ def _end_allocations(pool: Any) -> None:
 def _end_random_capture(stream: torch.cuda.Stream) -> None:
     """End the capture mode of PyTorch's random generator by a capture that succeeds.
 
-    Versions of PyTorch that turn the mode on with every capture leave it on where the capture fails, and then the
-    program's next random number on this GPU raises "Offset increment outside graph capture encountered unexpectedly".
+    Some versions of PyTorch leave it on where a capture fails. The program's next random number on this GPU raises
+    "Offset increment outside graph capture encountered unexpectedly".
     """
     with (
         contextlib.suppress(Exception),
