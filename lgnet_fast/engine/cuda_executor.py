@@ -30,7 +30,7 @@ from .cpu_tuning import entry_name
 from .cuda_weights import CudaWeights, StepWeights, Tuned, conv_of, event_of, target_of, work_of
 from .deep import group_launch, make_groups
 from .executor import Executor, Regions, Result
-from .graphs import Program, is_capturing
+from .graphs import Program, elapsed_ms, is_capturing
 from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step, View
 from .recent import Recent
 from .regions import Rect
@@ -554,16 +554,11 @@ class CudaExecutor(Executor):
             programs.append(Program(functools.partial(_run_all, launches), self.device, self._pool))
             programs[-1]()
         best = [math.inf] * len(parts)
-        with torch.cuda.device(self.device):  # an event is recorded on the current GPU
-            for _ in range(rounds):  # in turn, so that a change of the GPU's clocks affects all of them
-                for number, program in enumerate(programs):
-                    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                    begin.record()
-                    for _ in range(4):
-                        program()
-                    end.record()
-                    end.synchronize()
-                    best[number] = min(best[number], begin.elapsed_time(end) / 4)
+        for _ in range(rounds):  # in turn, so that a change of the GPU's clocks affects all of them
+            for number, program in enumerate(programs):
+                best[number] = min(
+                    best[number], elapsed_ms(functools.partial(_run_all, [program] * 4), self.device) / 4
+                )
         return list(itertools.accumulate(best, max))
 
     def _until(self, parts: Sequence[Sequence[Launch]], rounds: int) -> list[float]:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import cache
 from .cuda_weights import Tuned
-from .graphs import capture
+from .graphs import capture, elapsed_ms
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Inference
@@ -67,15 +67,7 @@ class Timer:
         """Microseconds of a call, the median of `repeats`."""
         for _ in range(3):
             call()
-        times = []
-        with torch.cuda.device(self.device):  # an event is recorded on the current GPU
-            for _ in range(repeats):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                call()
-                end.record()
-                end.synchronize()
-                times.append(1e3 * begin.elapsed_time(end))
+        times = [1e3 * elapsed_ms(call, self.device) for _ in range(repeats)]
         return sorted(times)[len(times) // 2]
 
     def wait(self) -> None:

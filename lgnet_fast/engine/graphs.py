@@ -111,6 +111,17 @@ def _end_random_capture(stream: torch.cuda.Stream) -> None:
         torch.zeros(1, device="cuda", dtype=torch.float32)  # a graph without a node gives a warning
 
 
+def elapsed_ms(call: Callable[[], None], device: torch.device) -> float:
+    """Milliseconds of a call's work on the current stream of an NVIDIA GPU, after which it waits."""
+    with torch.cuda.device(device):  # an event is recorded on the current GPU
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        return begin.elapsed_time(end)
+
+
 def error_text(error: BaseException) -> str:
     """An exception in one line, preceded by its context: a failed capture hides the error of the launch."""
     first = error.__cause__ or error.__context__
