@@ -202,6 +202,33 @@ def test_unsaved_work_is_not_dropped_without_a_question(new_page):
     page.wait_for_selector("#name:text('other.png')")
 
 
+def test_a_file_that_comes_before_the_close_event_of_the_question(new_page):
+    page = new_page(init=COLLECTS)
+    open_sample(page)
+    drag(page, STROKE)
+    # The answer and the next file in one task: the event of the answer comes after both.
+    page.evaluate(
+        """async (bytes) => {
+          const give = (name) => {
+            const files = new DataTransfer();
+            files.items.add(new File([new Uint8Array(bytes)], name, { type: "image/png" }));
+            const input = document.querySelector("#file");
+            input.files = files.files;
+            input.dispatchEvent(new Event("change"));
+          };
+          const frame = () => new Promise(requestAnimationFrame);
+          const dialog = document.querySelector("#discard");
+          give("first.png");
+          while (!dialog.open) await frame();
+          dialog.querySelector("[value=keep]").click();
+          give("second.png");
+        }""",
+        list(file_of(photo(90, 120))),
+    )
+    page.click("#discard [value=discard]")
+    page.wait_for_selector("#name:text('second.png')")
+
+
 def test_leaving_asks_while_a_file_lacks_what_is_shown(new_page):
     page = new_page(init=COLLECTS)
     open_sample(page)

@@ -53,17 +53,21 @@ function few(names) {
 }
 
 /** Asks before unsaved work is dropped; whether it may be. */
+let asked = Promise.resolve();
 async function mayDiscard() {
   const dialog = $("#discard");
+  if (dialog.open) return false;
+  await asked; // a browser may send a dialog's close event after the next file has come
   const names = editor.unsaved.map(({ name }) => name);
   if (!names.length) return true;
   if (dialog.open) return false;
   $("#discard-text").textContent = t("discardText", { names: few(names) });
   dialog.returnValue = "";
-  return new Promise((resolve) => {
+  asked = new Promise((resolve) => {
     dialog.onclose = () => resolve(dialog.returnValue === "discard");
     dialog.showModal();
   });
+  return asked;
 }
 
 async function openFiles(given) {
