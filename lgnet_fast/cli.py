@@ -653,6 +653,8 @@ def _one_line_errors(options: type | None = None) -> Iterator[None]:
     """
     try:
         yield
+    except BrokenPipeError:
+        raise  # the reader of standard output has ended: click ends the command without a word
     except (LGNetError, OSError) as error:
         about_options = isinstance(error, UsageError | JobError | MissingExtraError | WeightsError)
         text = _spelt(str(error), options) if options is not None and about_options else str(error)
@@ -674,4 +676,9 @@ def _print(
 
 def main() -> None:
     """The console script."""
-    app()
+    try:
+        app()
+    except OSError as error:  # standard output is full
+        typer.echo(f"error: standard output: {error}", err=True)
+        sys.stdout = None  # Python would try to write what is buffered once more, and print a traceback
+        sys.exit(2)

@@ -6,6 +6,8 @@ import dataclasses
 import inspect
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -67,6 +69,31 @@ def test_convert_errors_are_one_line(released, tmp_path):
 def test_version():
     result = invoke("--version")
     assert (result.exit_code, result.stdout) == (0, f"lgnet-fast {__version__}\n")
+
+
+COMMAND = [sys.executable, "-m", "lgnet_fast"]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["flops"], ["flops", "--json"]])
+def test_a_full_standard_output_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: standard output: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe has another error there")
+@pytest.mark.parametrize("arguments", [["flops"], ["demo", "-o"]])
+def test_a_reader_that_has_ended_ends_the_command_quietly(tmp_path, arguments):
+    if arguments[-1] == "-o":
+        arguments = [*arguments, str(tmp_path)]
+    with subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
 
 
 def test_info_says_what_runs_and_why_not():
