@@ -27,6 +27,7 @@ _TYPES = {
 _STATIC = (
     "app.css",
     "api.js",
+    "comparing.js",
     "docs.html",
     "docs.js",
     "editor.js",
@@ -35,6 +36,9 @@ _STATIC = (
     "input.js",
     "main.js",
     "mask.js",
+    "opening.js",
+    "page.js",
+    "saving.js",
     "settings.js",
     "text.js",
     "view.js",

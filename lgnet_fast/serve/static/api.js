@@ -1,8 +1,13 @@
-// Calls of the server. A token, if any, is read from the page's address once and kept in this tab.
-const given = new URLSearchParams(location.search).get("token");
-if (given) {
-  sessionStorage.setItem("lgnet-token", given);
-  history.replaceState(null, "", location.pathname);
+// Calls of the server, by paths relative to the page. A token, if any, is read from the page's address once and kept
+// in this tab.
+const KEY = "lgnet-token";
+let token = new URLSearchParams(location.search).get("token");
+if (token) history.replaceState(null, "", location.pathname);
+try {
+  if (token) sessionStorage.setItem(KEY, token);
+  else token = sessionStorage.getItem(KEY);
+} catch {
+  // where the browser stores nothing, the token is lost when the page is loaded again
 }
 
 /** An answer that is not 2xx; `status` 0: no answer. */
@@ -25,7 +30,6 @@ const pause = (ms, signal) =>
  */
 export async function call(path, { method = "GET", body, type, signal, waiting, keepalive } = {}) {
   const headers = {};
-  const token = sessionStorage.getItem("lgnet-token");
   if (token) headers.Authorization = `Bearer ${token}`;
   if (type) headers["Content-Type"] = type;
   for (let tries = 0; ; tries++) {
@@ -51,7 +55,8 @@ export async function call(path, { method = "GET", body, type, signal, waiting, 
 
 export const json = async (path, options) => (await call(path, options)).json();
 
-export const bitmap = async (path, options) => createImageBitmap(await (await call(path, options)).blob());
+/** The picture of an answer. */
+export const bitmapOf = async (response) => createImageBitmap(await response.blob());
 
 /** {phase: milliseconds} of an answer's Server-Timing. */
 export function timings(response) {

@@ -31,7 +31,7 @@ function table(parent, title, rows) {
   }
 }
 
-const schema = await (await fetch("/openapi.json")).json();
+const schema = await (await fetch("openapi.json")).json();
 const calls = document.querySelector("#calls");
 let group = "";
 for (const [path, methods] of Object.entries(schema.paths)) {

@@ -1,8 +1,10 @@
 // One open picture: its mask, its fills, its history, and the queue of operations to be filled.
-import { bitmap, call, json, timings } from "./api.js";
+import { bitmapOf, call, json, timings } from "./api.js";
 import { encode, reach } from "./mask.js";
 import { settings } from "./settings.js";
-import { t } from "./text.js";
+import { shorten, t } from "./text.js";
+
+const PREVIEWS = 8; // that are kept; those of other pictures are loaded again when they are shown
 
 /** What a user is told of an error. */
 export function reasonOf(error) {
@@ -22,13 +24,15 @@ export const shownFill = (picture) => picture.fills[picture.position - 1];
 const asEntries = (operations) => operations.map((operation) => ({ kind: "operation", operation }));
 
 export class Editor {
-  /** `say(text, kind)` shows a message; `changed()` is called after every change of the possible actions. */
-  constructor(view, { say, changed }) {
+  /** `say(text, kind)` shows a message. To be set: `changed()`, called after every change of the possible actions. */
+  constructor(view, say) {
     this.view = view;
     this.say = say;
-    this.changed = changed;
+    this.changed = () => {};
     this.pictures = [];
+    this.recent = []; // pictures with a preview, the latest first
     this.number = -1;
+    this.stroke = null; // that is being painted
   }
 
   get picture() {
@@ -37,48 +41,76 @@ export class Editor {
 
   // -- pictures -----------------------------------------------------------------------------------------------
 
-  /** Opens sources: {name, file} or {name, sample}; shows the first. */
+  /** Opens sources: {name, file} or {name, sample}; shows the first. Whether one is shown, and no file was refused. */
   async open(sources) {
     this.close();
-    this.pictures = sources;
-    await this.goTo(0);
+    this.pictures = sources.map((source) => ({ ...source, closing: new AbortController() }));
+    return this.goTo(0);
   }
 
   close() {
     for (const picture of this.pictures) {
       this.cancel(picture);
-      if (picture.id) call(`/api/v1/pictures/${picture.id}`, { method: "DELETE", keepalive: true }).catch(() => {});
+      picture.closing.abort();
     }
+    this.free();
     this.pictures = [];
     this.number = -1;
+    this.stroke = null;
     this.view.hide();
+    for (const picture of this.recent.splice(0)) picture.preview.close();
     this.changed();
   }
 
+  /** Lets the server close the pictures. */
+  free() {
+    for (const { id } of this.pictures) {
+      if (id) call(`api/v1/pictures/${id}`, { method: "DELETE", keepalive: true }).catch(() => {});
+    }
+  }
+
+  /** Whether it is shown, and no file was refused. */
   async goTo(number) {
-    if (!this.pictures[number]) return;
-    this.number = number;
     const picture = this.pictures[number];
+    if (!picture) return false;
+    this.number = number;
+    this.stroke = null; // it was painted on another picture
+    if (!picture.open) this.view.hide(); // what is seen is what is worked on
     this.say(t("opening"), "busy");
     this.changed();
     try {
-      if (!picture.open) await (picture.opening ??= this.prepare(picture).finally(() => (picture.opening = null)));
+      if (!picture.preview) await (picture.opening ??= this.prepare(picture).finally(() => (picture.opening = null)));
     } catch (error) {
       await this.leave(picture, error);
-      return;
+      return false;
     }
-    if (this.pictures[this.number] !== picture) return;
+    if (this.pictures[this.number] !== picture) return false;
     this.view.show(picture);
+    this.keep(picture);
     this.showMask();
     this.changed();
     performance.mark("lgnet-opened");
-    this.say(t("opened", picture));
+    this.say(t("opened", { ...picture, name: shorten(picture.name) }));
+    return true;
   }
 
   async prepare(picture) {
-    await this.upload(picture);
-    picture.preview = await bitmap(`/api/v1/pictures/${picture.id}/view`, { waiting: this.waiting });
-    Object.assign(picture, { open: true, fills: [], position: 0, history: [], done: 0, pending: [], running: null });
+    if (!picture.id) {
+      await this.upload(picture);
+      Object.assign(picture, { fills: [], position: 0, history: [], done: 0, pending: [], running: null });
+    }
+    const { signal } = picture.closing;
+    picture.preview = await bitmapOf(await this.callFor(picture, "/view", { signal }));
+    picture.open = true;
+  }
+
+  /** Keeps the previews of the latest pictures. */
+  keep(picture) {
+    this.recent = [picture, ...this.recent.filter((one) => one !== picture)];
+    for (const old of this.recent.splice(PREVIEWS)) {
+      old.preview.close();
+      old.preview = null;
+    }
   }
 
   /** Shows another picture than one that could not be opened, or closes all where there is none. */
@@ -90,24 +122,25 @@ export class Editor {
     const later = [0, 401, 429].includes(error.status) || error.status >= 500;
     if (!later) this.pictures.splice(at, 1);
     if (!later && at < this.number) this.number--;
-    const next = later ? this.pictures.findIndex((one) => one.open) : Math.min(at, this.pictures.length - 1);
+    const next = later ? this.pictures.findIndex((one) => one.preview) : Math.min(at, this.pictures.length - 1);
     if (current && next < 0) this.close();
     else if (current) await this.goTo(next);
     this.changed();
-    this.say(`${picture.name}: ${reasonOf(error)}`, "error");
+    this.say(`${shorten(picture.name)}: ${reasonOf(error)}`, "error");
   }
 
   async upload(picture) {
     const body = picture.file;
-    const path = picture.sample ? `/api/v1/pictures?sample=${picture.sample}` : "/api/v1/pictures";
+    const path = picture.sample ? `api/v1/pictures?sample=${picture.sample}` : "api/v1/pictures";
     const type = "application/octet-stream";
-    const told = await json(path, { method: "POST", body, type, waiting: this.waiting });
+    const { signal } = picture.closing;
+    const told = await json(path, { method: "POST", body, type, signal, waiting: this.waiting });
     Object.assign(picture, told);
   }
 
   /** A call for a picture. If the server has dropped the picture, it is sent again with all its fills. */
   async callFor(picture, rest, options = {}) {
-    const ask = () => call(`/api/v1/pictures/${picture.id}${rest}`, { ...options, waiting: this.waiting });
+    const ask = () => call(`api/v1/pictures/${picture.id}${rest}`, { ...options, waiting: this.waiting });
     await picture.reopening;
     const { id } = picture;
     try {
@@ -125,6 +158,7 @@ export class Editor {
     await this.upload(picture);
     for (const fill of picture.fills) await this.send(picture, fill);
     this.say(t("reopened"));
+    if (this.picture === picture) this.view.sharpen();
   }
 
   /** The pictures with fills that no saved file has, or with strokes that are not filled. */
@@ -137,28 +171,29 @@ export class Editor {
   // -- mask and history ---------------------------------------------------------------------------------------
 
   showMask() {
-    const { picture } = this;
-    this.view.mask({ running: picture?.running?.operations || [], pending: picture?.pending || [], current: [] });
+    this.view.mask({ running: this.picture?.running?.operations || [] });
+    this.showStroke();
   }
 
-  /** Adds an operation to the mask. */
-  add(operation) {
-    const { picture } = this;
+  /** Shows the stroke that is being painted. One that erases acts on the operations before it. */
+  showStroke() {
+    const { picture, stroke } = this;
+    const pending = picture?.pending || [];
+    if (!stroke) this.view.mask({ pending, current: [] });
+    else if (stroke.erase) this.view.mask({ pending: [...pending, stroke], current: [] });
+    else this.view.mask({ current: [stroke], ...(this.view.masks.pending !== pending && { pending }) });
+  }
+
+  /** Adds an operation to the mask of a picture. */
+  add(operation, picture = this.picture) {
     if (!picture) return;
-    if (operation.erase && !this.painted) {
-      this.showMask();
-      return;
+    if (!operation.erase || paintedIn(picture)) {
+      picture.pending = [...picture.pending, operation];
+      picture.history = [...picture.history.slice(0, picture.done), { kind: "operation", operation }];
+      picture.done = picture.history.length;
     }
-    picture.pending = [...picture.pending, operation];
-    this.remember({ kind: "operation", operation });
     this.showMask();
     this.changed();
-  }
-
-  remember(entry) {
-    const { picture } = this;
-    picture.history = [...picture.history.slice(0, picture.done), entry];
-    picture.done = picture.history.length;
   }
 
   clear() {
@@ -182,10 +217,11 @@ export class Editor {
     return Boolean(this.picture && !this.picture.running && this.picture.done < this.picture.history.length);
   }
 
+  /** While a fill runs: the last stroke that waits, or else the fill. */
   undo() {
     const { picture } = this;
     if (!this.canUndo) return;
-    if (picture.running) {
+    if (picture.running && !picture.pending.length) {
       this.cancel();
       return;
     }
@@ -239,41 +275,53 @@ export class Editor {
     this.showMask();
     this.changed();
     this.say(t("filling"), "busy");
+    const fill = await this.make(picture, operations, running.abort.signal);
+    if (picture.running !== running) return; // it was cancelled
+    picture.running = null;
+    const again = fill && picture.again && picture.pending.length > 0;
+    picture.again = false;
+    if (fill) this.take(picture, fill);
+    else this.restore(picture, running);
+    if (this.picture === picture) this.showMask();
+    this.changed();
+    if (again) this.fill(undefined, picture);
+    if (!fill) return;
+    await drawn();
+    fill.milliseconds = performance.now() - released;
+    performance.measure("lgnet-fill", { start: released, end: performance.now() });
+    picture.last = fill;
+    if (this.picture !== picture) return;
+    if (!picture.running) this.say(t("filled", { ms: Math.round(fill.milliseconds) }), "done");
+    this.changed();
+  }
+
+  /** The fill of some operations; null where it was cancelled, and where it failed, which is told. */
+  async make(picture, operations, signal) {
+    const { strategy, dilate, feather, model } = settings;
+    const options = { strategy, dilate, feather, ...(model && { model }) };
     try {
       const box = reach(operations, picture);
       const blob = box && (await encode(operations, box, picture));
-      if (!blob) {
-        this.say(t("nothing"));
-        return;
+      if (blob) {
+        const fill = { blob, box, options, position: picture.position };
+        await this.send(picture, fill, signal);
+        return fill;
       }
-      const { strategy, dilate, feather, model } = settings;
-      const fill = { blob, box, options: { strategy, dilate, feather, ...(model && { model }) } };
-      fill.position = picture.position;
-      await this.send(picture, fill, running.abort.signal);
-      if (running.abort.signal.aborted) return;
-      picture.fills = [...picture.fills.slice(0, picture.position), fill];
-      picture.position = picture.fills.length;
-      running.made = true;
-      this.rememberFill(picture, fill);
-      if (this.picture === picture) this.view.history();
-      await drawn();
-      fill.milliseconds = performance.now() - released;
-      performance.measure("lgnet-fill", { start: released, end: performance.now() });
-      picture.last = fill;
-      if (this.picture === picture) this.say(t("filled", { ms: Math.round(fill.milliseconds) }), "done");
+      if (this.picture === picture && !signal.aborted) this.say(t("nothing"));
     } catch (error) {
-      if (error.name !== "AbortError") this.fail(error);
-    } finally {
-      if (picture.running === running) {
-        picture.running = null;
-        const again = picture.again && running.made && picture.pending.length > 0;
-        picture.again = false;
-        if (!running.made) this.restore(picture, running);
-        if (again) this.fill(undefined, picture);
-      }
-      if (this.picture === picture) this.showMask();
-      this.changed();
+      this.fail(error, picture);
     }
+    return null;
+  }
+
+  /** Makes a fill the last one of a picture; in the history it is before the strokes that were painted meanwhile. */
+  take(picture, fill) {
+    picture.fills = [...picture.fills.slice(0, picture.position), fill];
+    picture.position = picture.fills.length;
+    const before = picture.history.slice(0, picture.done).filter((one) => one.kind !== "operation");
+    picture.history = [...before, { kind: "fill", fill }, ...asEntries(picture.pending)];
+    picture.done = picture.history.length;
+    if (this.picture === picture) this.view.history();
   }
 
   /** Puts the strokes of a fill that failed back, before those that were painted while it ran. */
@@ -284,13 +332,6 @@ export class Editor {
     picture.done = done + waiting.length;
   }
 
-  /** Puts a fill into the history before the strokes that were painted while it ran. */
-  rememberFill(picture, fill) {
-    const before = picture.history.slice(0, picture.done).filter((one) => one.kind !== "operation");
-    picture.history = [...before, { kind: "fill", fill }, ...asEntries(picture.pending)];
-    picture.done = picture.history.length;
-  }
-
   /** Sends a fill and applies the changed pixels. */
   async send(picture, fill, signal) {
     const { x, y } = fill.box;
@@ -299,10 +340,10 @@ export class Editor {
     const path = `/fill?${query}`;
     const options = { method: "POST", body: fill.blob, type: "image/png", signal };
     const response = picture.fills.includes(fill)
-      ? await call(`/api/v1/pictures/${picture.id}${path}`, { ...options, waiting: this.waiting })
+      ? await call(`api/v1/pictures/${picture.id}${path}`, { ...options, waiting: this.waiting })
       : await this.callFor(picture, path, options);
     const boxes = response.headers.get("X-Boxes").split(";").map((text) => text.split(",").map(Number));
-    const sheet = await createImageBitmap(await response.blob());
+    const sheet = await bitmapOf(response);
     let top = 0;
     fill.parts = [];
     for (const [left, upper, width, height] of boxes) {
@@ -333,8 +374,10 @@ export class Editor {
 
   waiting = (seconds) => this.say(t("again", { seconds }), "busy");
 
-  fail(error) {
-    this.say(reasonOf(error), "error");
+  /** Tells an error of something that was done for a picture, unless it was cancelled. */
+  fail(error, picture) {
+    if (error.name === "AbortError" || !this.pictures.includes(picture)) return;
+    this.say(picture === this.picture ? reasonOf(error) : `${shorten(picture.name)}: ${reasonOf(error)}`, "error");
   }
 }
 

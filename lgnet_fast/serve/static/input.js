@@ -2,6 +2,7 @@
 import { SIZES, settings } from "./settings.js";
 import { t } from "./text.js";
 
+const LEAST = 2; // pixels of the picture: a thinner brush may cover no pixel by half, and would paint nothing
 const CLOSE = 2; // screen pixels below which a shape is a slip
 
 export class Input {
@@ -12,14 +13,13 @@ export class Input {
     this.cursor = document.querySelector("#cursor");
     this.pointers = new Map();
     this.held = new Set();
-    this.stroke = null;
     this.penSeen = false;
     this.last = null;
     const on = (name, call, options) => this.container.addEventListener(name, call, options);
     on("pointerdown", (event) => this.down(event));
     on("pointermove", (event) => this.move(event));
     on("pointerup", (event) => this.up(event));
-    on("pointercancel", (event) => this.up(event, true));
+    for (const name of ["pointercancel", "lostpointercapture"]) on(name, (event) => this.up(event, true));
     on("pointerleave", () => this.pointers.size || (this.cursor.hidden = true));
     on("contextmenu", (event) => event.preventDefault());
     on("wheel", (event) => this.wheel(event), { passive: false });
@@ -28,6 +28,19 @@ export class Input {
     document.addEventListener("keydown", (event) => this.keyDown(event));
     document.addEventListener("keyup", (event) => this.keyUp(event));
     addEventListener("blur", () => this.release());
+  }
+
+  get stroke() {
+    return this.editor.stroke;
+  }
+
+  set stroke(stroke) {
+    this.editor.stroke = stroke;
+  }
+
+  /** Of the brush, in pixels of the picture. */
+  get width() {
+    return this.editor.picture ? Math.max(LEAST, settings.size / this.view.scale) : settings.size;
   }
 
   // -- pointers -----------------------------------------------------------------------------------------------
@@ -124,14 +137,13 @@ export class Input {
     if (tool === "rectangle") this.stroke = { kind: "rectangle", from: point, x: point[0], y: point[1], width: 0, height: 0 };
     else if (tool === "lasso") this.stroke = { kind: "lasso", points: [...point] };
     else {
-      this.stroke = { kind: "stroke", points: [...point], width: settings.size / this.view.scale };
+      this.stroke = { kind: "stroke", points: [...point], width: this.width };
       const joins = event.shiftKey && this.last?.picture === picture;
       if (joins) this.stroke.points.unshift(...this.last.point);
     }
     this.stroke.erase = erases;
     this.stroke.pointer = event.pointerId;
-    this.stroke.screen = [x, y];
-    this.show();
+    this.editor.showStroke();
   }
 
   extend(x, y) {
@@ -148,25 +160,18 @@ export class Input {
       const apart = Math.hypot(point[0] - points.at(-2), point[1] - points.at(-1));
       if (apart * this.view.scale >= 0.75) points.push(...point);
     }
-    this.show();
-  }
-
-  show() {
-    if (!this.stroke) this.view.mask({ current: [] });
-    else if (this.stroke.erase) this.view.mask({ pending: [...this.editor.picture.pending, this.stroke] });
-    else this.view.mask({ current: [this.stroke] });
+    this.editor.showStroke();
   }
 
   finish(collect = false, released = performance.now()) {
     const { stroke } = this;
     this.stroke = null;
-    this.view.mask({ current: [] });
     if (!stroke || !this.editor.picture) return;
     const empty =
       (stroke.kind === "rectangle" && Math.min(stroke.width, stroke.height) * this.view.scale < CLOSE) ||
       (stroke.kind === "lasso" && stroke.points.length < 6);
     if (empty) {
-      this.editor.showMask();
+      this.editor.showStroke();
       return;
     }
     if (stroke.kind === "stroke") {
@@ -182,7 +187,7 @@ export class Input {
   drop() {
     if (!this.stroke) return false;
     this.stroke = null;
-    this.editor.showMask();
+    this.editor.showStroke();
     return true;
   }
 
@@ -197,8 +202,9 @@ export class Input {
     const paints = ["brush", "eraser"].includes(settings.tool) && this.editor.picture && !this.held.has(" ");
     this.cursor.hidden = !paints || kind === "touch";
     if (this.cursor.hidden) return;
-    this.cursor.style.width = this.cursor.style.height = `${settings.size}px`;
-    this.cursor.style.transform = `translate(${x - settings.size / 2}px, ${y - settings.size / 2}px)`;
+    const across = this.width * this.view.scale;
+    this.cursor.style.width = this.cursor.style.height = `${across}px`;
+    this.cursor.style.transform = `translate(${x - across / 2}px, ${y - across / 2}px)`;
     this.cursor.classList.toggle("erases", settings.tool === "eraser");
     this.place = [x, y];
   }

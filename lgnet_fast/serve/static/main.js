@@ -1,144 +1,27 @@
 // The controls of the page, and the connections between picture, editor and input.
-import { call, json } from "./api.js";
-import { Editor, reasonOf, shownFill } from "./editor.js";
+import { compare, peek, stages } from "./comparing.js";
 import { Input } from "./input.js";
-import { encode } from "./mask.js";
+import { mayDiscard } from "./opening.js";
+import { $, editor, row, server, view } from "./page.js";
+import { copy, exportMask, save } from "./saving.js";
 import { SIZES, TOOLS, settings } from "./settings.js";
-import { KEYS, t, translate } from "./text.js";
-import { View } from "./view.js";
+import { KEYS, t } from "./text.js";
 
-const $ = (selector) => document.querySelector(selector);
-// The extensions of `lgnet_fast.pipeline.formats`; a browser does not know the type of some of them.
-const READ = (
-  ".png .apng .jpg .jpeg .jpe .jfif .webp .tif .tiff .bmp .gif .avif .heic .heif .hif .jp2 .j2k .jpx .jpf " +
-  ".ppm .pgm .pbm .pnm .tga"
-).split(" ");
-
-translate(document);
-document.title = t("title");
-
-// -- messages -------------------------------------------------------------------------------------------------
-
-let fading;
-function say(text, kind = "") {
-  const status = $("#status");
-  status.textContent = text;
-  status.dataset.kind = kind;
-  status.classList.add("shown");
-  clearTimeout(fading);
-  if (kind !== "busy") fading = setTimeout(() => status.classList.remove("shown"), kind === "error" ? 9000 : 3500);
-}
-
-const server = await json("/api/v1/page").catch((error) => {
-  say(reasonOf(error), "error");
-  clearTimeout(fading);
-  for (const button of document.querySelectorAll("button")) button.disabled = true;
-  throw error;
-});
-
-const view = new View($("#stage"), server.preview);
-const editor = new Editor(view, { say, changed: update });
+editor.changed = update;
 view.moved = showZoom;
-view.colour = settings.colour;
-
-// -- opening --------------------------------------------------------------------------------------------------
-
-const isPicture = ({ name, type }) => /^image\//.test(type) || READ.some((one) => name.toLowerCase().endsWith(one));
-for (const id of ["#file", "#mask-file"]) $(id).accept = ["image/*", ...READ].join();
-
-/** The first of many names. */
-function few(names) {
-  const shown = names.slice(0, 3).join(", ");
-  return names.length > 3 ? t("andMore", { names: shown, count: names.length - 3 }) : shown;
-}
-
-/** Asks before unsaved work is dropped; whether it may be. */
-let asked = Promise.resolve();
-async function mayDiscard() {
-  const dialog = $("#discard");
-  if (dialog.open) return false;
-  await asked; // a browser may send a dialog's close event after the next file has come
-  const names = editor.unsaved.map(({ name }) => name);
-  if (!names.length) return true;
-  if (dialog.open) return false;
-  $("#discard-text").textContent = t("discardText", { names: few(names) });
-  dialog.returnValue = "";
-  asked = new Promise((resolve) => {
-    dialog.onclose = () => resolve(dialog.returnValue === "discard");
-    dialog.showModal();
-  });
-  return asked;
-}
-
-async function openFiles(given) {
-  const files = [...given];
-  const sources = files.filter(isPicture).map((file) => ({ name: file.name, file }));
-  const others = files.filter((file) => !isPicture(file)).map(({ name }) => name);
-  if (sources.length) {
-    if (!(await mayDiscard())) return;
-    await editor.open(sources);
-    if ($("#status").dataset.kind === "error") return;
-  }
-  if (others.length) say(t("skipped", { names: few(others) }), sources.length ? "" : "error");
-}
-
-for (const input of [$("#file"), $("#folder")]) {
-  input.addEventListener("change", () => {
-    openFiles([...input.files].sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true })));
-    input.value = "";
-  });
-}
-for (const button of document.querySelectorAll("[data-open]")) {
-  button.addEventListener("click", () => $(button.dataset.open).click());
-}
-
-let entered = 0;
-addEventListener("dragenter", (event) => {
-  if (!event.dataTransfer?.types.includes("Files")) return;
-  entered++;
-  document.body.classList.add("dropping");
-});
-addEventListener("dragleave", () => {
-  entered = Math.max(0, entered - 1);
-  if (!entered) document.body.classList.remove("dropping");
-});
-addEventListener("dragover", (event) => event.preventDefault());
-addEventListener("drop", (event) => {
-  event.preventDefault();
-  entered = 0;
-  document.body.classList.remove("dropping");
-  const { files } = event.dataTransfer;
-  if (files.length === 1 && editor.picture && /mask/i.test(files[0].name)) importMask(files[0]);
-  else openFiles(files);
-});
-addEventListener("paste", (event) => {
-  if (event.target.closest?.("input, textarea")) return;
-  openFiles(event.clipboardData.files);
-});
-
-for (const name of server.samples) {
-  const button = document.createElement("button");
-  button.className = "sample";
-  button.setAttribute("aria-label", t("sample", { name }));
-  const image = document.createElement("img");
-  image.alt = "";
-  button.append(image);
-  button.addEventListener("click", () => editor.open([{ name: `${name}.png`, sample: name }]));
-  $("#samples").append(button);
-  call(`/api/v1/samples/${name}`)
-    .then((response) => response.blob())
-    .then((blob) => (image.src = URL.createObjectURL(blob)))
-    .catch(() => button.remove());
-}
 
 // -- what can be done now -------------------------------------------------------------------------------------
 
 function update() {
   const { picture } = editor;
   if (!picture?.position) peek(false);
-  document.body.classList.toggle("editing", Boolean(picture));
+  const chosen = editor.pictures[editor.number]; // is opened where it is not the picture yet
+  document.body.classList.toggle("editing", Boolean(chosen));
+  document.body.classList.toggle("opening", Boolean(chosen && !picture));
   document.body.classList.toggle("filling", Boolean(picture?.running));
-  $("#start").hidden = Boolean(picture) || editor.number >= 0;
+  if (chosen && $("#start").contains(document.activeElement)) focusStage();
+  $("#start").hidden = Boolean(chosen);
+  for (const id of ["#save", "#mask-import", "#invert"]) $(id).disabled = !picture;
   $("#undo").disabled = !editor.canUndo;
   $("#redo").disabled = !editor.canRedo;
   $("#fill").disabled = !editor.painted;
@@ -155,16 +38,20 @@ function update() {
     $("#previous").disabled = editor.number <= 0;
     $("#next").disabled = editor.number >= count - 1;
   }
-  if (picture) {
-    $("#name").textContent = picture.name;
-    $("#about").textContent = `${picture.width} × ${picture.height} · ${picture.format.toUpperCase()}${picture.depth > 8 ? " · 16 bit" : ""}`;
-  }
+  $("#name").textContent = $("#name").title = chosen?.name ?? "";
+  $("#about").textContent = picture
+    ? `${picture.width} × ${picture.height} · ${picture.format.toUpperCase()}${picture.depth > 8 ? " · 16 bit" : ""}`
+    : "";
   showLast(picture?.last);
   for (const button of document.querySelectorAll("button[data-tool]")) {
     button.setAttribute("aria-checked", String(button.dataset.tool === settings.tool));
     button.tabIndex = button.dataset.tool === settings.tool ? 0 : -1;
   }
   $("#stage").dataset.tool = settings.tool;
+}
+
+function focusStage() {
+  $("#stage").focus({ preventScroll: true });
 }
 
 function showZoom() {
@@ -174,7 +61,7 @@ function showZoom() {
 
 function sized() {
   $("#size").value = String(Math.round(1000 * (Math.log(settings.size / SIZES.least) / Math.log(SIZES.most / SIZES.least))));
-  const pixels = Math.max(1, Math.round(settings.size / (editor.picture ? view.scale : 1)));
+  const pixels = Math.round(input.width);
   $("#size-value").textContent = t("sizeValue", { px: pixels });
   $("#size").setAttribute("aria-valuetext", t("sizeValue", { px: pixels }));
   const cursor = $("#cursor");
@@ -191,19 +78,13 @@ function showLast(fill) {
   const most = Math.max(...phases.map(([, ms]) => ms), 1);
   $("#phases").replaceChildren(
     ...phases.map(([name, ms]) => {
-      const row = document.createElement("div");
-      const label = document.createElement("dt");
-      label.textContent = t(`phase_${name}`);
-      const value = document.createElement("dd");
       const bar = document.createElement("meter");
       bar.max = most;
       bar.value = ms;
       bar.setAttribute("aria-label", t(`phase_${name}`));
       const text = document.createElement("span");
       text.textContent = `${ms < 10 ? ms.toFixed(1) : Math.round(ms)} ms`;
-      value.append(bar, text);
-      row.append(label, value);
-      return row;
+      return row(t(`phase_${name}`), bar, text);
     }),
   );
   $("#ran").textContent = `${fill.backend} · ${t(`strategy_${fill.strategy}`)} · ${fill.passes}×`;
@@ -233,39 +114,6 @@ $("#size").addEventListener("input", (event) => {
   sized();
 });
 
-// -- mask -----------------------------------------------------------------------------------------------------
-
-async function importMask(file, channel = "auto") {
-  const { picture } = editor;
-  if (!picture) return;
-  try {
-    const options = { method: "POST", body: file, type: "application/octet-stream" };
-    const response = await editor.callFor(picture, `/mask?channel=${channel}`, options);
-    editor.add({ kind: "image", image: await createImageBitmap(await response.blob()) });
-    say(t("maskRead"));
-  } catch (error) {
-    if (channel !== "auto" || !/mask_channel/.test(error.message)) {
-      editor.fail(error);
-      return;
-    }
-    const dialog = $("#channels");
-    dialog.returnValue = "";
-    dialog.onclose = () => dialog.returnValue && importMask(file, dialog.returnValue);
-    dialog.showModal();
-  }
-}
-$("#mask-file").addEventListener("change", (event) => {
-  if (event.target.files[0]) importMask(event.target.files[0]);
-  event.target.value = "";
-});
-
-async function exportMask() {
-  const { picture } = editor;
-  const blob = await encode(picture.pending, { x: 0, y: 0, width: picture.width, height: picture.height }, picture);
-  if (blob) download(blob, `${stem(picture.name)}_mask.png`);
-  else say(t("nothing"));
-}
-
 function addRectangle(event) {
   event.preventDefault();
   const { picture } = editor;
@@ -276,151 +124,6 @@ function addRectangle(event) {
   if (settings.auto) editor.fill();
 }
 $("#numbers").addEventListener("submit", addRectangle);
-
-// -- saving ---------------------------------------------------------------------------------------------------
-
-const EXTENSIONS = { jpeg: "jpg", tiff: "tif" };
-const stem = (name) => name.replace(/\.[^.]*$/, "");
-
-function download(blob, name) {
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(blob);
-  link.download = name;
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
-}
-
-async function result(picture, format) {
-  const query = new URLSearchParams({ position: picture.position, ...(format && { format }) });
-  const response = await editor.callFor(picture, `/result?${query}`);
-  return response.blob();
-}
-
-async function save() {
-  const { picture } = editor;
-  if (!picture) return;
-  say(t("saving"), "busy");
-  const shown = shownFill(picture); // a fill may end while the file is made
-  try {
-    const blob = await result(picture, settings.format);
-    const kind = { "image/jpeg": "jpg", "image/tiff": "tif", "image/x-portable-pixmap": "ppm", "image/x-tga": "tga" }[blob.type] || blob.type.split("/")[1];
-    const own = picture.name.includes(".") ? picture.name.split(".").pop() : "";
-    const same = !settings.format && (EXTENSIONS[picture.format] || picture.format) === kind;
-    const name = `${stem(picture.name)}_filled.${same && own ? own : kind}`;
-    download(blob, name);
-    picture.saved = shown;
-    say(t("saved", { name }), "done");
-  } catch (error) {
-    editor.fail(error);
-  }
-}
-
-async function copy() {
-  const { picture } = editor;
-  if (!picture) return;
-  if (!navigator.clipboard) {
-    say(t("noClipboard"), "error");
-    return;
-  }
-  try {
-    await navigator.clipboard.write([new ClipboardItem({ "image/png": result(picture, "png") })]);
-    say(t("copied"), "done");
-  } catch (error) {
-    editor.fail(error);
-  }
-}
-
-// -- comparing ------------------------------------------------------------------------------------------------
-
-function peek(on) {
-  if (on && !editor.picture?.position) return;
-  view.peek(on);
-  $("#peek").classList.toggle("held", on);
-  $("#badge").hidden = !on;
-}
-const peekButton = $("#peek");
-peekButton.addEventListener("pointerdown", () => peek(true));
-for (const name of ["pointerup", "pointercancel", "pointerleave", "blur"]) peekButton.addEventListener(name, () => peek(false));
-peekButton.addEventListener("keydown", (event) => [" ", "Enter"].includes(event.key) && peek(true));
-peekButton.addEventListener("keyup", () => peek(false));
-
-async function compare() {
-  const { picture } = editor;
-  const dialog = $("#slider");
-  if (dialog.open) {
-    dialog.close();
-    return;
-  }
-  if (!picture?.position) return;
-  try {
-    const urls = await Promise.all(
-      [0, picture.position].map(async (position) => {
-        const response = await editor.callFor(picture, `/view?position=${position}`);
-        return URL.createObjectURL(await response.blob());
-      }),
-    );
-    const slider = document.createElement("img-comparison-slider");
-    slider.setAttribute("aria-label", t("sliderLabel"));
-    slider.setAttribute("role", "slider");
-    slider.setAttribute("aria-valuemin", "0");
-    slider.setAttribute("aria-valuemax", "100");
-    slider.setAttribute("aria-valuenow", "50");
-    slider.addEventListener("slide", (event) => slider.setAttribute("aria-valuenow", String(Math.round(event.target.value))));
-    slider.setAttribute("keyboard", "enabled");
-    ["before", "after"].forEach((name, i) => {
-      const image = document.createElement("img");
-      image.slot = ["first", "second"][i];
-      image.src = urls[i];
-      image.alt = t(name);
-      image.width = picture.width;
-      image.height = picture.height;
-      slider.append(image);
-    });
-    $("#slider-place").replaceChildren(slider);
-    const room = [innerWidth - (innerWidth > 720 ? 96 : 24), innerHeight - 140];
-    const scale = Math.min(room[0] / picture.width, room[1] / picture.height);
-    slider.style.width = `${Math.round(picture.width * scale)}px`;
-    slider.style.height = `${Math.round(picture.height * scale)}px`;
-    dialog.onclose = () => urls.forEach((url) => URL.revokeObjectURL(url));
-    dialog.showModal();
-    slider.focus();
-  } catch (error) {
-    editor.fail(error);
-  }
-}
-
-async function stages() {
-  const dialog = $("#stage-dialog");
-  if (dialog.open) {
-    dialog.close();
-    return;
-  }
-  const { picture } = editor;
-  if (!picture?.position) {
-    say(t("stagesNone"));
-    return;
-  }
-  say(t("filling"), "busy");
-  try {
-    const told = await (await editor.callFor(picture, `/stages?position=${picture.position}`)).json();
-    $("#stage-figures").replaceChildren(
-      ...told.stages.map(({ name, image }) => {
-        const figure = document.createElement("figure");
-        const shown = document.createElement("img");
-        shown.src = image;
-        shown.alt = "";
-        const caption = document.createElement("figcaption");
-        caption.textContent = t(`stage_${name}`);
-        figure.append(shown, caption);
-        return figure;
-      }),
-    );
-    $("#status").classList.remove("shown");
-    dialog.showModal();
-  } catch (error) {
-    editor.fail(error);
-  }
-}
 
 // -- settings -------------------------------------------------------------------------------------------------
 
@@ -473,16 +176,7 @@ function showTheme() {
 prefersLight.addEventListener("change", showTheme);
 showTheme();
 
-$("#keys").replaceChildren(
-  ...KEYS.map(([keys, told]) => {
-    const row = document.createElement("div");
-    const [term, meaning] = [document.createElement("dt"), document.createElement("dd")];
-    term.textContent = keys;
-    meaning.textContent = told;
-    row.append(term, meaning);
-    return row;
-  }),
-);
+$("#keys").replaceChildren(...KEYS.map(([keys, told]) => row(keys, told)));
 
 // -- actions --------------------------------------------------------------------------------------------------
 
@@ -547,7 +241,16 @@ for (const button of document.querySelectorAll("[data-close]")) {
   button.addEventListener("click", () => button.closest("dialog").close());
 }
 for (const dialog of document.querySelectorAll("dialog")) {
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close());
+  // A click beside a dialog closes it; not the end of a drag that began in it.
+  let began = null;
+  dialog.addEventListener("pointerdown", (event) => (began = event.target));
+  dialog.addEventListener("click", (event) => event.target === dialog && began === dialog && dialog.close());
+}
+for (const bar of document.querySelectorAll("header, #tools, #dock")) {
+  // After a click of the pointer, Enter and Space are for the picture.
+  bar.addEventListener("click", (event) => {
+    if (event.pointerType && event.target.closest("button, input") === document.activeElement) focusStage();
+  });
 }
 document.addEventListener("click", (event) => {
   const menu = $("#mask-menu");
@@ -561,6 +264,7 @@ document.addEventListener("keydown", (event) => {
 addEventListener("beforeunload", (event) => {
   if (editor.unsaved.length) event.preventDefault();
 });
+addEventListener("pagehide", (event) => event.persisted || editor.free());
 
 update();
 sized();

@@ -87,6 +87,7 @@ const TEXT = {
   stage_coarse: "Coarse",
   stage_local: "Local",
   stage_result: "Global: the result",
+  stagesMaking: "Running the network again …",
   stagesNone: "Fill a hole first: its stages are shown here.",
   opening: "Opening …",
   opened: "{name}, {width} × {height}. Paint over what should go.",
@@ -99,12 +100,14 @@ const TEXT = {
   nothing: "Paint something first.",
   saving: "Saving …",
   saved: "Saved as {name}",
+  copying: "Copying …",
   copied: "Copied as PNG.",
   noClipboard: "Browsers copy on https or localhost only. Save the picture instead.",
   discardTitle: "Discard what is not saved?",
   discardText: "Fills and strokes would be lost: {names}",
   discard: "Discard",
   keep: "Keep",
+  maskReading: "Reading the mask …",
   maskRead: "Mask read: press Fill.",
   maskAmbiguous: "What tells the hole in this mask?",
   channel_luma: "White is hole",
@@ -149,6 +152,13 @@ export function t(key, values = {}) {
   const text = TEXT[key];
   if (text === undefined) throw new Error(`text: no ${key}`);
   return text.replace(/\{(\w+)\}/g, (_, name) => String(values[name]));
+}
+
+/** A file's name for a message: not too long, and without an effect on the direction of the text around it. */
+export function shorten(name) {
+  const all = [...name];
+  const shown = all.length > 60 ? `${all.slice(0, 40).join("")}…${all.slice(-18).join("")}` : name;
+  return /^[ -~…]*$/.test(shown) ? shown : `\u2068${shown}\u2069`;
 }
 
 /** Sets the texts (data-t) and labels (data-l) of the page. */

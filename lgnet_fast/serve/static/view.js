@@ -1,5 +1,5 @@
 // The view: preview, crop, patches and mask on canvases of the window's size, with zoom and pan.
-import { bitmap } from "./api.js";
+import { bitmapOf, call } from "./api.js";
 import { draw } from "./mask.js";
 
 const MOST = 32; // screen pixels for one of the picture
@@ -44,7 +44,6 @@ export class View {
     this.picture = picture;
     this.shade = new Konva.Rect({ width: picture.width, height: picture.height, fill: "#808080" });
     this.preview = this.image(picture.preview, 0, 0, picture.width, picture.height);
-    this.crop = null;
     this.patches = new Konva.Group({ visible: !this.original });
     this.shade.visible(picture.alpha);
     this.pictureLayer.add(this.shade, this.preview, this.patches);
@@ -53,9 +52,9 @@ export class View {
   }
 
   hide() {
-    this.asking?.abort();
+    this.sharp(null);
     this.pictureLayer.destroyChildren();
-    this.picture = this.crop = null;
+    this.picture = null;
     this.mask({ running: [], pending: [], current: [] });
     this.pictureLayer.batchDraw();
   }
@@ -102,9 +101,10 @@ export class View {
 
   // -- zoom and pan -------------------------------------------------------------------------------------------
 
+  /** What the bars cover, as the style sheet has it. */
   get margin() {
-    const wide = this.stage.width() > 720;
-    return { top: wide ? 76 : 64, bottom: wide ? 92 : 150, side: wide ? 84 : 12 };
+    const style = getComputedStyle(this.container);
+    return Object.fromEntries(["top", "bottom", "side"].map((name) => [name, parseFloat(style.getPropertyValue(`--${name}`))]));
   }
 
   get fitting() {
@@ -186,9 +186,7 @@ export class View {
     const dense = this.scale * devicePixelRatio;
     const coarse = picture.preview.width / picture.width;
     if (coarse >= 1 || dense < 1.15 * coarse) {
-      this.crop?.destroy();
-      this.crop = null;
-      this.pictureLayer.batchDraw();
+      this.sharp(null);
       return;
     }
     const [left, top] = this.toPicture(0, 0);
@@ -204,15 +202,22 @@ export class View {
     const longest = Math.min(this.longest, Math.ceil(Math.max(width, height) * Math.min(1, dense)));
     const query = new URLSearchParams({ x, y, width, height, longest });
     try {
-      const image = await bitmap(`/api/v1/pictures/${picture.id}/view?${query}`, { signal: asking.signal });
-      if (asking.signal.aborted || this.picture !== picture) return;
-      this.crop?.destroy();
-      this.crop = this.image(image, x, y, width, height);
-      this.pictureLayer.add(this.crop);
-      this.crop.zIndex(2);
-      this.pictureLayer.batchDraw();
+      const path = `api/v1/pictures/${picture.id}/view?${query}`;
+      const image = await bitmapOf(await call(path, { signal: asking.signal }));
+      if (!asking.signal.aborted) this.sharp(this.image(image, x, y, width, height));
     } catch {
       // the preview stays; the next fill reports the error of the server
     }
+  }
+
+  /** Replaces the crop, null: by none. */
+  sharp(crop) {
+    this.asking?.abort();
+    this.crop?.image().close();
+    this.crop?.destroy();
+    this.crop = crop;
+    if (crop) this.pictureLayer.add(crop);
+    crop?.zIndex(2);
+    this.pictureLayer.batchDraw();
   }
 }

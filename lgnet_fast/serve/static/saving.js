@@ -1,0 +1,72 @@
+// What leaves the page: the picture as a file or a copy, and its mask.
+import { shownFill } from "./editor.js";
+import { encode } from "./mask.js";
+import { editor, say } from "./page.js";
+import { settings } from "./settings.js";
+import { shorten, t } from "./text.js";
+
+// The server's format, or the media type, -> the extension of its files, where they differ.
+const EXTENSIONS = { jpeg: "jpg", tiff: "tif", "x-portable-pixmap": "ppm", "x-tga": "tga" };
+const extensionOf = (format) => EXTENSIONS[format] || format;
+const stem = (name) => name.replace(/\.[^.]*$/, "");
+
+function download(blob, name) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(blob);
+  link.download = name;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+}
+
+async function result(picture, format) {
+  const query = new URLSearchParams({ position: picture.position, ...(format && { format }) });
+  const response = await editor.callFor(picture, `/result?${query}`);
+  return response.blob();
+}
+
+export async function save() {
+  const { picture } = editor;
+  if (!picture) return;
+  const { format } = settings;
+  const shown = shownFill(picture); // a fill may end while the file is made
+  if (picture.saving && picture.saving.shown === shown && picture.saving.format === format) return; // pressed twice
+  const saving = (picture.saving = { shown, format });
+  say(t("saving"), "busy");
+  try {
+    const blob = await result(picture, format);
+    const kind = extensionOf(blob.type.split("/")[1]);
+    const own = picture.name.includes(".") ? picture.name.split(".").pop() : "";
+    const same = !format && extensionOf(picture.format) === kind;
+    const name = `${stem(picture.name)}_filled.${same && own ? own : kind}`;
+    download(blob, name);
+    picture.saved = shown;
+    say(t("saved", { name: shorten(name) }), "done");
+  } catch (error) {
+    editor.fail(error, picture);
+  } finally {
+    if (picture.saving === saving) picture.saving = null;
+  }
+}
+
+export async function copy() {
+  const { picture } = editor;
+  if (!picture) return;
+  if (!navigator.clipboard) {
+    say(t("noClipboard"), "error");
+    return;
+  }
+  say(t("copying"), "busy");
+  try {
+    await navigator.clipboard.write([new ClipboardItem({ "image/png": result(picture, "png") })]);
+    say(t("copied"), "done");
+  } catch (error) {
+    editor.fail(error, picture);
+  }
+}
+
+export async function exportMask() {
+  const { picture } = editor;
+  const blob = picture && (await encode(picture.pending, { x: 0, y: 0, width: picture.width, height: picture.height }, picture));
+  if (blob) download(blob, `${stem(picture.name)}_mask.png`);
+  else say(t("nothing"));
+}
