@@ -15,6 +15,7 @@ MSVC alone compiles the portable kernels.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -70,7 +71,8 @@ def msvc_arguments(compiler: Any) -> list[str]:
 def one_line(error: BaseException) -> str:
     """The most telling line of a build error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    telling = [line for line in lines if "error" in line.lower() or "not found" in line.lower()]
+    # Not the command: some systems compile with -Werror=format-security.
+    telling = [line for line in lines if re.search(r"(?<!-w)error|not found", line.lower())]
     return ((telling or lines or [type(error).__name__])[0])[:300]
 
 

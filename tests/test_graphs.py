@@ -56,7 +56,9 @@ class FakeCuda:
             torch._C, "_cuda_endAllocateToPool", lambda device, pool: self.ended_pools.append(pool), raising=False
         )
 
-    def new_stream(self, index: int) -> FakeStream:
+    def new_stream(self, index: int | None = None) -> FakeStream:
+        if index is None:  # PyTorch 2.7 makes one that it never uses
+            return FakeStream("unused", self.device)
         self.streams.append(FakeStream("a side", index))
         return self.streams[-1]
 

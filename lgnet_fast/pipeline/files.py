@@ -225,8 +225,8 @@ def upright(
             turned = ImageOps.exif_transpose(picture)
             exif = kept_exif(picture.getexif(), picture.format)
     except Exception as cause:  # as in open_upright: any decoder error
-        # Pillow asserts that there is a file, which the end of `with Image.open(...)` has closed.
-        closed = isinstance(cause, AssertionError) and getattr(picture, "fp", None) is None
+        # Pillow asserts that there is a file (older ones just use it); the end of `with Image.open(...)` closed it.
+        closed = isinstance(cause, AssertionError | AttributeError) and getattr(picture, "fp", None) is None
         reason = "its file was closed before it was read" if closed else _reason(cause)
         raise error(f"{name}: expected a readable picture, got one that does not decode ({reason})") from cause
     key, xmp = turned.info.get("transparency"), turned.info.get("xmp")

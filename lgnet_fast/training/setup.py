@@ -23,7 +23,8 @@ from .networks import keep_spectral_norm_wide
 @contextlib.contextmanager
 def usual_modes() -> Iterator[None]:
     """Gradients, no inference mode, and tensors on the CPU unless a device is named, whatever the caller has set."""
-    own = contextlib.nullcontext() if torch.get_default_device().type == "cpu" else torch.device("cpu")
+    # Not torch.get_default_device(): in PyTorch 2.7 it fails after torch.set_default_device(None).
+    own = contextlib.nullcontext() if torch.empty(0).device.type == "cpu" else torch.device("cpu")
     with torch.inference_mode(False), torch.enable_grad(), own:
         yield
 
