@@ -63,10 +63,21 @@ def data_url(data: bytes, media_type: str = "image/png") -> str:
 
 
 @contextmanager
-def live_server(options: ServeOptions | None = None, models: dict[str, str | None] | None = None) -> Iterator[str]:
-    """The address of a server that listens on a free port of this machine, ready to fill."""
+def live_server(
+    options: ServeOptions | None = None, models: dict[str, str | None] | None = None, prefix: str = ""
+) -> Iterator[str]:
+    """The address of a server that listens on a free port of this machine, ready to fill. `prefix`: of all paths, as
+    a proxy adds it."""
     state = State(options or ServeOptions(), models or {"bundled": None})
-    config = uvicorn.Config(create_app(state), port=0, log_level="warning", access_log=False)
+    app = create_app(state)
+
+    async def proxied(scope: Any, receive: Any, send: Any) -> None:
+        if scope["type"] == "http":
+            known = scope["path"].startswith(f"{prefix}/")
+            scope = {**scope, "path": scope["path"][len(prefix) :] if known else "/unknown"}
+        await app(scope, receive, send)
+
+    config = uvicorn.Config(proxied, port=0, log_level="warning", access_log=False)
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -54,6 +54,11 @@ def opened(page: Any) -> None:
     page.wait_for_selector("#status:not([data-kind=busy])")
 
 
+def named(*files: tuple[str, bytes]) -> list[dict[str, Any]]:
+    """PNG files for `set_input_files`."""
+    return [{"name": name, "mimeType": "image/png", "buffer": data} for name, data in files]
+
+
 def open_file(page: Any, data: bytes, name: str = "photo.png", kind: str = "image/png") -> None:
     page.set_input_files("#file", {"name": name, "mimeType": kind, "buffer": data})
     opened(page)

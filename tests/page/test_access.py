@@ -218,3 +218,106 @@ def test_the_buttons_above_the_picture_fit(new_page, width):
     for one, other in itertools.combinations(boxes, 2):
         beside = one["x"] + one["width"] <= other["x"] + 0.5 or other["x"] + other["width"] <= one["x"] + 0.5
         assert beside or one["y"] + one["height"] <= other["y"] or other["y"] + other["height"] <= one["y"]
+
+
+LONG = "a_name_without_any_space_" * 8 + ".png"
+
+
+@pytest.mark.parametrize("device", ["desktop", "phone"])
+def test_names_of_files_fit_and_turn_nothing_around(new_page, device):
+    page = new_page(init=COLLECTS, **(PHONE if device == "phone" else {}))
+    page.expected_errors.append("400")
+    inside = """() => {
+      const status = document.querySelector("#status");
+      return status.scrollWidth <= status.clientWidth && status.getBoundingClientRect().right <= innerWidth;
+    }"""
+    for name in (LONG, "many words " * 20 + ".png"):
+        page.set_input_files("#file", [{"name": name, "mimeType": "image/png", "buffer": FILE}])
+        page.wait_for_function("(name) => document.querySelector('#name').textContent === name", arg=name)
+        opened(page)
+        assert page.evaluate(inside)
+        assert page.get_attribute("#name", "title") == name
+    page.set_input_files("#file", [{"name": LONG, "mimeType": "image/png", "buffer": b"broken"}])
+    page.wait_for_selector("#status[data-kind=error]")
+    assert page.evaluate(inside)
+    # A right-to-left name, and one with a character that turns the text after it around, stay among themselves.
+    for name in ("\u05e6\u05d9\u05dc\u05d5\u05dd.png", "a\u202egnp.exe.png"):
+        page.set_input_files("#file", [{"name": name, "mimeType": "image/png", "buffer": FILE}])
+        page.wait_for_function("(name) => document.querySelector('#name').textContent === name", arg=name)
+        opened(page)
+        assert page.text_content("#status").startswith(f"\u2068{name}\u2069, 120 × 90. ")
+    drag(page, [(50, 50)])
+    page.click("#home")
+    page.wait_for_selector("#discard[open]")
+    box = page.locator("#discard").bounding_box()
+    assert box["x"] >= 0
+    assert box["y"] >= 0
+
+
+def covered(page: Any, selector: str) -> bool:
+    """Whether something else is where the middle of an element is."""
+    return page.evaluate(
+        """(selector) => {
+          const element = document.querySelector(selector);
+          const { x, y, width, height } = element.getBoundingClientRect();
+          return !element.contains(document.elementFromPoint(x + width / 2, y + height / 2));
+        }""",
+        selector,
+    )
+
+
+SMALL = {"phone": (390, 844), "narrow": (320, 568), "lying": (844, 390), "low": (667, 375), "doubled": (720, 450)}
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_nothing_is_covered_in_small_windows(new_page, name):
+    width, height = SMALL[name]
+    page = new_page(**PHONE | {"viewport": {"width": width, "height": height}})
+    page.set_input_files("#file", [{"name": f"{n}.png", "mimeType": "image/png", "buffer": FILE} for n in range(2)])
+    opened(page)
+    x, y, scale = place(page)
+    drag(page, [(60, 45), (70, 45)])
+    filled(page)
+    page.click("#mask-menu summary")
+    assert [one for one in ("#mask-import", "#mask-export", "#invert", "#mask-clear") if covered(page, one)] == []
+    page.keyboard.press("Escape")
+    bars = ["#undo", "#next", "#save", "#fill", "#size", "button[data-tool=lasso]", "#mask-menu summary"]
+    assert [one for one in bars if covered(page, one)] == []
+    # The bars leave the picture free.
+    for bar in ("header .pill:visible", "#tools", "#dock"):
+        for box in [one.bounding_box() for one in page.locator(bar).all()]:
+            beside = box["x"] >= x + 120 * scale or box["x"] + box["width"] <= x
+            assert beside or box["y"] >= y + 90 * scale - 1 or box["y"] + box["height"] <= y + 1, bar
+    page.click("#compare")
+    page.wait_for_selector("#slider[open] img-comparison-slider.rendered")
+    dialog, slider = page.locator("#slider").bounding_box(), page.locator("img-comparison-slider").bounding_box()
+    assert dialog["x"] < slider["x"]
+    assert slider["x"] + slider["width"] < dialog["x"] + dialog["width"]
+    assert slider["y"] + slider["height"] < dialog["y"] + dialog["height"] <= height
+
+
+def test_what_a_background_tells_is_told_in_forced_colours(new_page):
+    page = new_page(forced_colors="active")
+    open_sample(page)
+    style = "([selector, name]) => getComputedStyle(document.querySelector(selector))[name]"
+    assert page.evaluate(style, ["[role=radio][aria-checked=true]", "outlineStyle"]) == "solid"
+    assert page.evaluate(style, ["#save", "borderStyle"]) == "solid"
+    page.click("#settings")
+    on = page.evaluate(style, ["#auto", "backgroundColor"])
+    page.uncheck("#auto")
+    page.wait_for_function(f"() => getComputedStyle(document.querySelector('#auto')).backgroundColor !== '{on}'")
+
+
+def test_the_focus_goes_to_the_picture_that_was_opened(new_page):
+    page = new_page()
+    page.focus("[aria-label='Open the sample chelsea']")
+    page.keyboard.press("Enter")
+    opened(page)
+    assert page.evaluate("() => document.activeElement.id") == "stage"
+    page.keyboard.press("ArrowUp")
+    page.wait_for_selector("#spoken:text('Brush at')", state="attached")
+    outline = "() => getComputedStyle(document.querySelector('#stage')).outlineStyle"
+    assert page.evaluate(outline) != "none"
+    drag(page, STROKE)
+    assert page.evaluate(outline) == "none"  # the pointer needs none
+    filled(page)

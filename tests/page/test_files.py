@@ -15,10 +15,12 @@ from ..serve_support import file_of, live_server, photo, pixels_of
 from .support import (
     COLLECTS,
     STROKE,
+    changed,
     download,
     drag,
     failed,
     filled,
+    named,
     open_sample,
     opened,
     parts_shown,
@@ -127,10 +129,6 @@ def test_a_forgotten_picture_is_sent_once(new_page, server):
     page.keyboard.press("v")  # asks for two views at the same time
     page.wait_for_selector("#slider[open] img-comparison-slider.rendered")
     assert [url.rpartition("/")[2].partition("?")[0] for url in sent] == ["pictures", "fill"]
-
-
-def named(*files: tuple[str, bytes]) -> list[dict[str, Any]]:
-    return [{"name": name, "mimeType": "image/png", "buffer": data} for name, data in files]
 
 
 def test_a_file_that_is_no_picture_is_passed_over(new_page):
@@ -313,3 +311,95 @@ def test_stored_settings_that_are_unknown_are_not_used(new_page):
         drag(page, STROKE)
     assert "strategy=auto&dilate=4&feather=7" in caught.value.url
     filled(page)
+
+
+def test_a_browser_that_stores_nothing(new_page):
+    blocked = """
+      for (const name of ["localStorage", "sessionStorage"]) {
+        Object.defineProperty(window, name, { get() { throw Error(name); } });
+      }
+    """
+    with live_server(ServeOptions(token="abc.123")) as address:
+        page = new_page("/?token=abc.123", init=blocked, address=address)
+        open_sample(page)
+        drag(page, STROKE)
+        filled(page)
+
+
+def test_the_page_below_another_path(new_page):
+    with live_server(prefix="/tools/lgnet") as address:
+        page = new_page("/tools/lgnet/", address=address)
+        open_sample(page)
+        drag(page, STROKE)
+        filled(page)
+        assert download(page)[0] == "chelsea_filled.png"
+        page.goto(f"{address}/tools/lgnet/docs")
+        page.wait_for_selector(".docs details")
+
+
+def test_leaving_the_page_closes_its_pictures(new_page):
+    with live_server() as address:
+        page = new_page(address=address)
+
+        def pictures() -> str:
+            text = page.request.get(f"{address}/metrics").text()
+            return next(line for line in text.splitlines() if line.startswith("lgnet_pictures "))
+
+        open_sample(page)
+        assert pictures() == "lgnet_pictures 1.0"
+        page.goto("about:blank")
+        for _ in range(500):
+            if pictures() == "lgnet_pictures 0.0":
+                break
+            page.wait_for_timeout(20)
+        assert pictures() == "lgnet_pictures 0.0"
+
+
+def test_the_thinnest_brush_paints(new_page):
+    page = new_page()
+    page.set_input_files("#file", named(("tiny.png", file_of(photo(16, 16)))))
+    opened(page)
+    drag(page, [(8, 8)])  # where four pixels meet
+    filled(page)
+    left, top, right, bottom = changed(pixels_of(download(page)[1]), photo(16, 16))
+    assert left < 8 < right
+    assert top < 8 < bottom
+
+
+def test_the_server_ends_and_returns(new_page):
+    """What was painted is kept while nobody answers, and the picture is sent to the next server."""
+    page = new_page()
+    page.expected_errors += ["ERR_", "404"]
+    open_sample(page)
+    drag(page, STROKE)
+    filled(page)
+    before = pixels_of(download(page)[1])
+    page.route("**/api/v1/**", lambda route: route.abort("connectionrefused"))
+    drag(page, [(300, 200), (330, 200)])
+    assert failed(page) == "The server does not answer. Is lgnet-fast serve still running?"
+    page.wait_for_selector("#fill:enabled")
+    page.keyboard.press("Control+s")
+    page.wait_for_selector("#status[data-kind=error]")
+    page.unroute("**/api/v1/**")
+    known: list[str] = []
+
+    def other(route: Any) -> None:  # the next server knows no pictures but those that it is sent
+        identity = route.request.url.split("/pictures/")[1].split("/")[0]
+        if identity in known:
+            route.fallback()
+        else:
+            route.fulfill(status=404, body=json.dumps({"detail": "picture: the server does not have it"}))
+
+    def opens(route: Any) -> None:
+        answer = route.fetch()
+        known.append(answer.json()["id"])
+        route.fulfill(response=answer)
+
+    page.route("**/api/v1/pictures/**", other)
+    page.route("**/api/v1/pictures?sample=*", opens)
+    page.keyboard.press("Enter")
+    filled(page, 2)
+    assert len(known) == 1
+    after = pixels_of(download(page)[1])
+    np.testing.assert_array_equal(after[:120], before[:120])
+    assert (after[150:] != before[150:]).any()

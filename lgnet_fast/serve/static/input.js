@@ -28,6 +28,7 @@ export class Input {
     document.addEventListener("keydown", (event) => this.keyDown(event));
     document.addEventListener("keyup", (event) => this.keyUp(event));
     addEventListener("blur", () => this.release());
+    addEventListener("pointerdown", () => document.body.classList.remove("keys"), { capture: true });
   }
 
   get stroke() {
@@ -212,6 +213,7 @@ export class Input {
   // -- keys ---------------------------------------------------------------------------------------------------
 
   keyDown(event) {
+    if (/^(Tab|Arrow)/.test(event.key)) document.body.classList.add("keys");
     const field = event.target.closest?.("input:not([type=range]):not([type=checkbox]), select, textarea, [role=menu]");
     const dialog = document.querySelector("dialog[open]");
     if (event.key === "Escape") {
