@@ -72,11 +72,12 @@ def test_the_keyboard_alone(new_page):
     assert page.is_visible("#help-dialog")
 
 
+FRAME = "() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))"
 AXE = (Path(__file__).parent / "axe.min.js").read_text()
 
 
 def problems(page: Any) -> list[str]:
-    page.wait_for_timeout(350)  # what fades in has its colours
+    page.evaluate(FRAME)  # these tests have no transitions, so all has its colours
     page.evaluate(f"() => {{ {AXE} }}")
     found = page.evaluate("async () => (await axe.run()).violations")
     return [f"{one['id']}: {node['html'][:140]} {node['failureSummary']}" for one in found for node in one["nodes"]]
@@ -101,10 +102,12 @@ def test_axe_finds_nothing(new_page, scheme, device, shots):
     page.wait_for_selector("#slider[open] img-comparison-slider.rendered")
     assert problems(page) == []
     page.keyboard.press("Escape")
+    page.wait_for_selector("#slider", state="hidden")
     if device == "desktop":
         page.click("#help")
         assert problems(page) == []
         page.keyboard.press("Escape")
+        page.wait_for_selector("#help-dialog", state="hidden")
         page.goto(page.url + "docs")
         page.wait_for_selector(".docs details")
         page.evaluate("() => document.querySelectorAll('details').forEach((one) => (one.open = true))")
@@ -294,6 +297,21 @@ def test_nothing_is_covered_in_small_windows(new_page, name):
     assert dialog["x"] < slider["x"]
     assert slider["x"] + slider["width"] < dialog["x"] + dialog["width"]
     assert slider["y"] + slider["height"] < dialog["y"] + dialog["height"] <= height
+
+
+def test_nothing_moves_where_less_motion_is_asked_for(new_page):
+    page = new_page(init=COLLECTS, reduced_motion="reduce")
+    open_sample(page)
+    held: list[Any] = []
+    page.route("**/fill?*", lambda route: held.append(route))
+    drag(page, STROKE)
+    moving = "() => document.getAnimations().map((one) => one.animationName || one.transitionProperty)"
+    assert page.evaluate(moving) == []
+    page.keyboard.press("Enter")
+    page.wait_for_selector("body.filling")
+    assert page.evaluate(moving) == []
+    drag(page, [(300, 200)])
+    assert page.evaluate(moving) == []
 
 
 def test_what_a_background_tells_is_told_in_forced_colours(new_page):

@@ -88,9 +88,14 @@ def test_a_busy_server_is_asked_again(new_page):
             route.fulfill(status=429, headers={"Retry-After": "1"}, body=body)
 
     page.route("**/fill?*", busy)
+    page.evaluate("""() => {
+      window.said = [];
+      const status = document.querySelector("#status");
+      new MutationObserver(() => window.said.push(status.textContent)).observe(status, { childList: true });
+    }""")
     drag(page, STROKE)
-    page.wait_for_selector("#status:text('The server is busy')")
     filled(page)
+    assert "The server is busy, trying again in 1 s …" in page.evaluate("() => window.said")
 
 
 def test_tokens_come_by_the_address_and_leave_it(new_page):
