@@ -6,6 +6,8 @@ import base64
 import http.client
 import io
 import json
+import re
+import socket
 import struct
 import threading
 import time
@@ -110,6 +112,17 @@ def test_multipart(client, expected, path):
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-seed"] == "11"
     np.testing.assert_array_equal(pixels_of(answer.content), expected)
+
+
+@pytest.mark.parametrize("path", ["/api/v1/inpaint", "/inpaint"])
+def test_media_types_in_upper_case(client, path):
+    request = client.build_request("POST", path, files={"image": file_of(PICTURE), "mask": file_of(HOLE)})
+    kind, boundary = request.headers["content-type"].split("boundary=")
+    request.headers["content-type"] = f"{kind.upper()}boundary={boundary}"
+    request.headers["accept"] = "Application/JSON"
+    answer = client.send(request)
+    assert answer.status_code == 200, answer.text
+    assert answer.headers["content-type"] == ("image/png" if path == "/inpaint" else "application/json")
 
 
 def test_answers_keep_the_inputs_format_or_take_the_one_asked_for(client):
@@ -417,6 +430,13 @@ def test_samples_and_what_the_page_offers(client):
     assert client.get("/api/v1/samples/none").status_code == 404
 
 
+def test_the_page_loads_its_modules_at_once(client):
+    """None is found only after another one has come."""
+    folder = Path(__file__).parents[1] / "lgnet_fast" / "serve" / "static"
+    told = set(re.findall(r'href="(static/[a-z]+\.js)"', client.get("/").text))
+    assert told == {f"static/{path.name}" for path in folder.glob("*.js")} - {"static/main.js", "static/docs.js"}
+
+
 def test_static_files_name_no_other_host(client):
     page = client.get("/")
     assert page.headers["content-type"] == "text/html; charset=utf-8"
@@ -464,6 +484,16 @@ def test_origins_and_hosts(client, headers, status):
     assert answer.status_code == status
     allowed = answer.headers.get("access-control-allow-origin")
     assert allowed == ("https://ok.example" if headers.get("Origin") == "https://ok.example" else None)
+
+
+@pytest.mark.parametrize(("host", "status"), [(b"", 200), (b"Host: evil.example\r\n", 421), (b"Host: \r\n", 421)])
+def test_http_1_0_needs_no_host(server, host, status):
+    """Such clients may send none; where there is one, it is checked."""
+    address = urlsplit(server)
+    with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
+        connection.sendall(b"GET /v2/health/ready HTTP/1.0\r\n" + host + b"\r\n")
+        answer = b"".join(iter(lambda: connection.recv(4096), b""))  # the server closes the connection
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
 
 
 def test_own_origin_and_preflight(client, server):
@@ -578,6 +608,9 @@ BAD = {
         {"url": "/api/v1/pictures", "content": b"\0" * (4 * 2**20 + 1)}, 413, "body: expected at most"),
     "bytes that were not announced": (
         {"url": "/api/v1/pictures", "content": (b"\0" * 2**20 for _ in range(6))}, 413, "body: expected at most"),
+    "a compressed body": (
+        {"url": "/api/v1/pictures", "content": zlib.compress(GOOD), "headers": {"content-encoding": "deflate"}}, 415,
+        "body: expected no Content-Encoding, got 'deflate'"),
     "no form": ({"url": "/inpaint", "json": {}}, 415, "multipart/form-data"),
     "a form without a mask": (form(image=GOOD), 422, "mask: expected a picture file"),
     "a form of texts": ({"url": "/inpaint", "data": {"image": "x"}, "files": {"mask": MASK}}, 422, "image: "),

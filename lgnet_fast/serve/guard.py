@@ -108,7 +108,8 @@ class Guard:
 
     def _refusal(self, scope: Message, headers: dict[str, str], origin: str) -> RequestError | None:
         host = headers.get("host", "")
-        if not self._known(host):
+        # Clients of HTTP/1.0 may send none, browsers always do.
+        if "host" in headers and not self._known(host):
             return RequestError(
                 f"host: {_short(host)} is not this server's name; --allowed-host NAME adds one", status=421
             )
@@ -124,6 +125,9 @@ class Guard:
         locked = self._options.token is not None and not is_open and not preflight
         if locked and not self._has_token(headers.get("authorization", "")):
             return RequestError("token: expected the header Authorization: Bearer TOKEN", status=401)
+        coding = headers.get("content-encoding", "identity").strip().lower()
+        if coding not in ("", "identity"):
+            return RequestError(f"body: expected no Content-Encoding, got {_short(coding)}", status=415)
         length = headers.get("content-length", "")
         if length.isdigit() and int(length[:20]) > self._options.max_bytes:
             return TooLargeError(self._too_many())

@@ -26,7 +26,7 @@ from .bodies import (
 )
 from .display import Display, png
 from .errors import RequestError
-from .routing import IMAGE_RESPONSES, ServerState, body_of, form_fields, form_schema
+from .routing import IMAGE_RESPONSES, ServerState, body_of, form_fields, form_schema, has_type
 from .state import State
 from .work import Job
 
@@ -50,8 +50,8 @@ router = APIRouter()
 async def inpaint(request: Request, state: ServerState) -> Response:
     """Fills the hole of a picture; the answer is the picture's bytes, in its own format unless `format` is
     given. With `Accept: application/json` it is JSON with a data URL, timings and backend."""
-    wants_json = "application/json" in request.headers.get("accept", "")
-    if request.headers.get("content-type", "").startswith("multipart/"):
+    wants_json = "application/json" in request.headers.get("accept", "").lower()
+    if has_type(request, "multipart/"):
         found = await form_fields(request, state, ("image", "mask"))
         return await _answer_inpaint(request, state, lambda: _of_form(found), wants_json)
     body = await request.body()

@@ -51,9 +51,14 @@ def form_schema(kind: type[BaseModel], required: list[str], *files: str) -> dict
     return schema
 
 
+def has_type(request: Request, prefix: str) -> bool:
+    """Whether the body's media type begins with `prefix`; media types are the same in upper and lower case."""
+    return request.headers.get("content-type", "").lower().startswith(prefix)
+
+
 async def form_fields(request: Request, state: State, files: tuple[str, ...]) -> dict[str, Any]:
     """A multipart form: files as bytes, in `files`; other fields as texts. Raises RequestError."""
-    if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+    if not has_type(request, "multipart/form-data"):
         raise RequestError("body: expected multipart/form-data", status=415)
     found: dict[str, Any] = {}
     async with request.form(max_files=4, max_fields=64, max_part_size=state.options.max_bytes) as form:
