@@ -339,3 +339,20 @@ def test_the_focus_goes_to_the_picture_that_was_opened(new_page):
     drag(page, STROKE)
     assert page.evaluate(outline) == "none"  # the pointer needs none
     filled(page)
+
+
+def test_the_picture_is_beside_the_settings_as_long_as_there_is_room(new_page):
+    page = new_page()
+    open_sample(page)
+
+    def middle() -> float:
+        x, _, scale = place(page)
+        return x + 451 * scale / 2
+
+    assert middle() == pytest.approx(640, abs=1)
+    page.click("#settings")
+    assert middle() < 600
+    page.set_viewport_size({"width": 900, "height": 700})
+    page.wait_for_function("() => Konva.stages[0].width() === 900")
+    page.evaluate(FRAME)
+    assert middle() == pytest.approx(450, abs=1)

@@ -11,7 +11,7 @@ import pytest
 from lgnet_fast.pipeline.formats import EXTENSIONS
 from lgnet_fast.serve.options import ServeOptions
 
-from ..serve_support import file_of, live_server, photo, pixels_of
+from ..serve_support import file_of, hole, live_server, photo, pixels_of
 from .support import (
     COLLECTS,
     STROKE,
@@ -408,3 +408,61 @@ def test_the_server_ends_and_returns(new_page):
     after = pixels_of(download(page)[1])
     np.testing.assert_array_equal(after[:120], before[:120])
     assert (after[150:] != before[150:]).any()
+
+
+GIVE = """([kind, names, bytes]) => {
+  const data = new DataTransfer();
+  for (const name of names) {
+    data.items.add(new File([new Uint8Array(bytes)], name, { type: name.endsWith(".png") ? "image/png" : "" }));
+  }
+  const options = { bubbles: true, cancelable: true };
+  document.querySelector("#stage").dispatchEvent(
+    kind === "paste"
+      ? new ClipboardEvent("paste", { clipboardData: data, ...options })
+      : new DragEvent(kind, { dataTransfer: data, ...options }),
+  );
+}"""
+
+
+def test_pictures_and_masks_are_pasted_and_dropped(new_page):
+    page = new_page(init=COLLECTS)
+    data = list(file_of(photo(90, 120)))
+    page.evaluate(GIVE, ["paste", ["image.png"], data])
+    page.wait_for_selector("#name:text('image.png')")
+    opened(page)
+    page.evaluate(GIVE, ["dragenter", ["a.png"], data])
+    page.wait_for_selector("#drop", state="visible")
+    page.evaluate(GIVE, ["dragleave", ["a.png"], data])
+    page.wait_for_selector("#drop", state="hidden")
+    page.evaluate(GIVE, ["drop", ["b.png", "a.png", "notes.txt", ".hidden"], data])
+    page.wait_for_selector("#status:text('Skipped, no pictures: notes.txt')")
+    assert page.text_content("#name") == "b.png"
+    assert page.text_content("#number") == "1 of 2"
+    page.evaluate(GIVE, ["drop", ["my_mask.png"], list(file_of(hole(90, 120)))])
+    page.wait_for_selector("#fill:enabled")
+    assert page.text_content("#name") == "b.png"
+    page.focus("#settings")
+    page.keyboard.press("Enter")
+    page.focus("#rectangle-x")
+    page.evaluate(GIVE.replace("#stage", "#rectangle-x"), ["paste", ["c.png"], data])
+    assert page.text_content("#name") == "b.png"  # a field takes what is pasted into it
+
+
+def test_a_folder_is_dropped(new_page, tmp_path):
+    """With the folders in it, in the order of the names."""
+    (tmp_path / "photos" / "inner").mkdir(parents=True)
+    for name in ("10.png", "9.png", ".hidden", "inner/1.png"):
+        (tmp_path / "photos" / name).write_bytes(file_of(photo(90, 120)))
+    page = new_page()
+    session = page.context.new_cdp_session(page)
+    dragged = {"items": [], "files": [str(tmp_path / "photos")], "dragOperationsMask": 1}
+    for kind in ("dragEnter", "dragOver", "drop"):
+        session.send("Input.dispatchDragEvent", {"type": kind, "x": 600, "y": 400, "data": dragged})
+    page.wait_for_selector("#number:text('1 of 3')")
+    opened(page)
+    names = [page.text_content("#name")]
+    for _ in range(2):
+        page.keyboard.press("PageDown")
+        opened(page)
+        names.append(page.text_content("#name"))
+    assert names == ["1.png", "9.png", "10.png"]

@@ -35,8 +35,9 @@ export class Editor {
     this.stroke = null; // that is being painted
   }
 
+  /** What is shown; null while it is opened. */
   get picture() {
-    return this.pictures[this.number]?.open ? this.pictures[this.number] : null;
+    return this.pictures[this.number]?.preview ? this.pictures[this.number] : null;
   }
 
   // -- pictures -----------------------------------------------------------------------------------------------
@@ -75,7 +76,7 @@ export class Editor {
     if (!picture) return false;
     this.number = number;
     this.stroke = null; // it was painted on another picture
-    if (!picture.open) this.view.hide(); // what is seen is what is worked on
+    if (!picture.preview) this.view.hide(); // what is seen is what is worked on
     this.say(t("opening"), "busy");
     this.changed();
     try {
@@ -95,13 +96,12 @@ export class Editor {
   }
 
   async prepare(picture) {
-    if (!picture.id) {
+    if (!picture.open) {
       await this.upload(picture);
-      Object.assign(picture, { fills: [], position: 0, history: [], done: 0, pending: [], running: null });
+      Object.assign(picture, { open: true, fills: [], position: 0, history: [], done: 0, pending: [], running: null });
     }
     const { signal } = picture.closing;
     picture.preview = await bitmapOf(await this.callFor(picture, "/view", { signal }));
-    picture.open = true;
   }
 
   /** Keeps the previews of the latest pictures. */

@@ -92,7 +92,6 @@ export class Input {
       const was = Math.hypot(before.x - other.x, before.y - other.y);
       this.view.pan((x - before.x) / 2, (y - before.y) / 2);
       if (was > 0 && apart > 0) this.view.zoom(apart / was, (x + other.x) / 2, (y + other.y) / 2);
-      this.pinched = true;
     } else if (this.panning === event.pointerId) {
       this.view.pan(x - before.x, y - before.y);
     } else if (this.stroke?.pointer === event.pointerId) {

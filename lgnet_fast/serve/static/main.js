@@ -168,6 +168,7 @@ function togglePanel() {
 }
 if (innerWidth <= 720) settings.panel = false;
 showPanel();
+addEventListener("resize", showPanel); // the picture is beside it, or below it
 
 const prefersLight = matchMedia("(prefers-color-scheme: light)");
 function showTheme() {

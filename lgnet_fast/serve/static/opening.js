@@ -29,10 +29,9 @@ export async function mayDiscard() {
   return (await ask($("#discard"))) === "discard";
 }
 
-async function openFiles(given) {
-  const files = [...given];
+async function openFiles(files) {
   const sources = files.filter(isPicture).map((file) => ({ name: file.name, file }));
-  const others = files.filter((file) => !isPicture(file)).map(({ name }) => name);
+  const others = files.map(({ name }) => name).filter((name, at) => !isPicture(files[at]) && !name.startsWith("."));
   if (sources.length) {
     if (!(await mayDiscard())) return;
     for (const id of ["#slider", "#stage-dialog"]) $(id).close(); // they show a picture that goes
@@ -41,14 +40,29 @@ async function openFiles(given) {
   if (others.length) say(t("skipped", { names: few(others) }), sources.length ? "" : "error");
 }
 
+const sorted = (files) => files.sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true }));
+
 for (const input of [$("#file"), $("#folder")]) {
   input.addEventListener("change", () => {
-    openFiles([...input.files].sort((a, b) => a.name.localeCompare(b.name, undefined, { numeric: true })));
+    openFiles(sorted([...input.files]));
     input.value = "";
   });
 }
 for (const button of document.querySelectorAll("[data-open]")) {
   button.addEventListener("click", () => $(button.dataset.open).click());
+}
+
+/** The files of what was dropped, with those in folders. */
+async function filesOf(entries) {
+  const promised = (call) => new Promise((resolve, reject) => call(resolve, reject));
+  const files = entries.map(async (entry) => {
+    if (entry.isFile) return promised((...ends) => entry.file(...ends));
+    const reader = entry.createReader();
+    const inside = [];
+    for (let more; more?.length !== 0; inside.push(...more)) more = await promised((...ends) => reader.readEntries(...ends));
+    return filesOf(inside);
+  });
+  return (await Promise.all(files)).flat();
 }
 
 let entered = 0;
@@ -66,13 +80,15 @@ addEventListener("drop", (event) => {
   event.preventDefault();
   entered = 0;
   document.body.classList.remove("dropping");
-  const { files } = event.dataTransfer;
-  if (files.length === 1 && editor.picture && /mask/i.test(files[0].name)) importMask(files[0]);
+  const files = [...event.dataTransfer.files];
+  const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
+  if (entries.some((entry) => entry.isDirectory)) filesOf(entries).then((all) => openFiles(sorted(all)));
+  else if (files.length === 1 && editor.picture && /mask/i.test(files[0].name)) importMask(files[0]);
   else openFiles(files);
 });
 addEventListener("paste", (event) => {
   if (event.target.closest?.("input, textarea")) return;
-  openFiles(event.clipboardData.files);
+  openFiles([...event.clipboardData.files]);
 });
 
 for (const name of server.samples) {
