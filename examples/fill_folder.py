@@ -24,6 +24,8 @@ else:
 report = results / "report.json"
 command = [sys.executable, "-m", "lgnet_fast", "run", "-i", pictures, "-m", masks, "-o", f"{results}/"]
 done = subprocess.run([*map(str, command), "--skip-existing", "--report", str(report)], check=False)
+if done.returncode == 2:  # wrong usage, said on standard error; there is no report
+    sys.exit(2)
 
 for entry in json.loads(report.read_text())["items"]:
     print(f"{entry['input']}: {entry['status']}, strategy {entry['strategy']} -> {entry['output']}")

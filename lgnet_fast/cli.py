@@ -93,6 +93,10 @@ def _given(text: str) -> str:
 
 
 def _path(text: str) -> Path:
+    from .pipeline.formats import ADDRESS
+
+    if ADDRESS.match(text) and not os.path.exists(text):
+        raise typer.BadParameter(f"expected a file or a folder, got the address {text}; download it first")
     return Path(_given(text))
 
 
@@ -112,6 +116,14 @@ def _sides(size: str) -> tuple[int, int]:
     if found is None:
         raise typer.BadParameter(f"expected HxW, such as 256x256, got {size!r}", param_hint="--size")
     return int(found[1]), int(found[2])
+
+
+def _wrong_value(error: ValueError, **options: str) -> typer.BadParameter:
+    """The usage error for a library's error about an argument; `options`: the arguments' names -> the options."""
+    argument, _, expected = str(error).partition(": ")
+    if argument in options:
+        return typer.BadParameter(expected, param_hint=options[argument])
+    return typer.BadParameter(str(error))
 
 
 def _print_version(asked: bool) -> None:
@@ -394,13 +406,15 @@ def info(
     try:
         model = create_model(plan)
     except ValueError as error:
-        raise typer.BadParameter(str(error), param_hint="--plan") from None
+        raise _wrong_value(error, name="--plan") from None
     Console(width=140).print(optimize(model, device="cpu").describe())
 
 
 @app.command()
 def verify(
-    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the bundled one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(parser=_given, help="A model folder or hub id; default: the bundled one.")
+    ] = None,
     device: Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")] = "auto",
     dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
     json: Annotated[bool, typer.Option("--json", help="Machine-readable.")] = False,
@@ -428,7 +442,9 @@ def verify(
 @app.command()
 def tune(
     seconds: Annotated[float, typer.Option(min=1, help="Nothing new is begun after so many.")] = 60,
-    model: Annotated[str | None, typer.Option(help="A model folder or hub id; default: the bundled one.")] = None,
+    model: Annotated[
+        str | None, typer.Option(parser=_given, help="A model folder or hub id; default: the bundled one.")
+    ] = None,
     name: Annotated[
         str | None, typer.Option(help="A network as create_model takes it, with random weights, in place of --model.")
     ] = None,
@@ -475,7 +491,7 @@ def tune(
                 lambda text: typer.echo(text, err=True),
             )
         except ValueError as error:
-            raise typer.BadParameter(str(error)) from None
+            raise _wrong_value(error, name="--name", size="--size") from None
     _print(report, json, render, lambda r: r.as_dict())
 
 
@@ -506,7 +522,7 @@ def flops(
     try:
         report = count(model, sides, batch)
     except ValueError as error:
-        raise typer.BadParameter(str(error)) from None
+        raise _wrong_value(error, name="--model", size="--size") from None
     _print(report, json, render, lambda r: r.as_dict())
 
 

@@ -244,7 +244,7 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--size", "100x256"], "size: expected positive multiples of 256, got 100x256"),
+        (["--size", "100x256"], "--size: expected positive multiples of 256, got 100x256"),
         (["--size", "big"], "--size: expected HxW, such as 256x256, got 'big'"),
         (["--size", "256"], "--size: expected HxW, such as 256x256, got '256'"),
         (
@@ -255,7 +255,7 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
             ["--device", "cpu", "--training"],
             "there is nothing to tune for training: its kernels run on NVIDIA GPUs, not on cpu",
         ),
-        (["--training", "--size", "100x256"], "size: expected positive multiples of 256, got 100x256"),
+        (["--training", "--size", "100x256"], "--size: expected positive multiples of 256, got 100x256"),
         (["--seconds", "0"], "--seconds"),
     ],
 )
@@ -269,6 +269,25 @@ def test_flops_names_the_form_of_the_size():
     result = invoke("flops", "--size", "axb")
     assert result.exit_code == 2
     assert "expected HxW, such as 256x256, got 'axb'" in " ".join(result.output.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["flops", "--model", "lama"], "for --model: expected one of ['lgnet', "),
+        (["flops", "--size", "100x256"], "for --size: expected positive multiples of 256, got (100, 256)"),
+        (["tune", "--name", "lama"], "for --name: expected one of ['lgnet', "),
+        (["info", "--plan", "lama"], "for --plan: expected one of ['lgnet', "),
+        (["verify", "--model", ""], "got an empty text"),
+        (["tune", "--model", " "], "got an empty text"),
+        (["run", "-i", "https://a.b/c.png", "-m", "m.png", "-o", "o.png"], "got the address https://a.b/c.png; down"),
+        (["run", "-i", "c.png", "-m", "https://a.b/m.png", "-o", "o.png"], "got the address https://a.b/m.png; down"),
+    ],
+)
+def test_wrong_values_are_said_of_the_option(command, message):
+    result = invoke(*command)
+    assert result.exit_code == 2
+    assert message in " ".join(result.output.replace("│", " ").split())
 
 
 def test_info_shows_kept_verdicts(tmp_path, monkeypatch):

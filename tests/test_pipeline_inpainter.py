@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
@@ -14,7 +15,7 @@ from lgnet_fast.errors import BackendError, InvalidImageError, InvalidMaskError,
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.reference import LGNet
 
-from .pipeline_support import BlurFill, ConstantFill, IdentityFill, box_mask, noise
+from .pipeline_support import BlurFill, ConstantFill, IdentityFill, box_mask, noise, write_picture
 
 STRATEGIES = ("auto", "full", "crop", "resize", "tile")
 
@@ -496,3 +497,83 @@ def test_warmup_runs_the_network_once():
     model = BlurFill()
     assert Inpainter(model).warmup(300, 200) > 0
     assert model.seen == [(1, 512, 256)]
+
+
+# -- what callers pass ----------------------------------------------------------------------------------------------
+
+
+def test_bytes_and_open_files_give_what_their_paths_give(pipe, tmp_path):
+    picture = write_picture(tmp_path / "a.png", noise(20, 24))
+    mask = write_picture(tmp_path / "m.png", np.uint8(255) * box_mask(20, 24, (5, 5, 12, 16)))
+    expected = np.asarray(pipe(picture, mask))
+    for given in (bytes, bytearray, memoryview, io.BytesIO):
+        result = pipe(given(picture.read_bytes()), given(mask.read_bytes()))
+        np.testing.assert_array_equal(np.asarray(result), expected)
+    with open(picture, "rb") as file, open(mask, "rb") as hole:
+        results = pipe([file, picture], hole)  # the mask of both is read once
+    for result in results:
+        np.testing.assert_array_equal(np.asarray(result), expected)
+
+
+def test_files_that_cannot_be_read_are_one_clear_error(pipe, tmp_path):
+    hole = box_mask(20, 24, (5, 5, 12, 16))
+    (tmp_path / "a.txt").write_text("text")
+    closed = io.BytesIO()
+    closed.close()
+    with open(tmp_path / "a.txt") as text:
+        for given, message in (
+            ("", "picture: expected a picture file, got an empty path"),
+            ("https://example.com/a.png", "got the address https://example.com/a.png; download it first"),
+            (b"a.png", "picture: expected a readable picture file, got '5 bytes'"),
+            (text, "opened for reading bytes .mode 'rb'., got '.*a.txt' opened as text"),
+            (closed, "picture: expected a readable file, got 'BytesIO'"),
+        ):
+            with pytest.raises(InvalidImageError, match=message):
+                pipe(given, hole)
+    with pytest.raises(InvalidMaskError, match="mask: expected a picture file, got the address"):
+        pipe(noise(20, 24), "https://example.com/a.png")
+
+
+def test_batches_in_another_layout_are_told_what_to_do(pipe):
+    hole = box_mask(20, 24, (5, 5, 12, 16))
+    with pytest.raises(InvalidImageError, match=r"got \[2, 20, 24, 3\]; a batch of arrays is a list: list"):
+        pipe(np.stack([noise(20, 24)] * 2), hole)
+    with pytest.raises(InvalidImageError, match=r"got \[2, 20, 24, 3\]; permute\(0, 3, 1, 2\)"):
+        pipe(torch.from_numpy(np.stack([noise(20, 24)] * 2)), hole)
+
+
+def test_wrong_options_name_themselves(pipe):
+    picture, hole = noise(20, 24), box_mask(20, 24, (5, 5, 12, 16))
+    for call in (pipe.inpaint, pipe.stages):
+        with pytest.raises(TypeError, match="dilation: expected one of the options mask_threshold, .*, dilate"):
+            call(picture, hole, dilation=3)
+    with pytest.raises(InvalidMaskError, match="invert_mask: expected True or False, got 'no'"):
+        pipe(picture, hole, invert_mask="no")
+    for call in (pipe.warmup, pipe.estimate_memory):
+        with pytest.raises(ValueError, match="width: expected at least 1 pixel, got 0"):
+            call(256, 0)
+        with pytest.raises(TypeError, match="height: expected a whole number of pixels, got 'a'"):
+            call("a", 256)
+    for limit in (-1, float("nan")):
+        with pytest.raises(ValueError, match=f"memory_limit: expected at least 0 bytes, got {limit}"):
+            Inpainter(BlurFill(), memory_limit=limit)
+    for model, got in ((b"a", "b'a'"), (3, "3"), (BlurFill(), "the network BlurFill, which Inpainter")):
+        with pytest.raises(TypeError, match=f"model: expected a model folder, a hub id or None, got {got}"):
+            Inpainter.from_pretrained(model)
+    with pytest.raises(TypeError, match="weights: expected a model directory or a hub id, got None"):
+        LGNet.from_pretrained(None)
+
+
+def test_warnings_point_at_the_callers_line(pipe):
+    picture, hole = noise(20, 24), np.zeros((20, 24), bool)
+    tensor = torch.from_numpy(picture).permute(2, 0, 1)
+    for call in (
+        lambda: pipe(picture, hole),
+        lambda: pipe([picture], hole),
+        lambda: pipe(tensor, hole),
+        lambda: pipe.inpaint(picture, hole),
+        lambda: pipe.stages(picture, hole),
+    ):
+        with pytest.warns(UserWarning, match="no hole pixel") as seen:
+            call()
+        assert [warning.filename for warning in seen] == [__file__]

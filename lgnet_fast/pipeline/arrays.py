@@ -23,9 +23,10 @@ def channels_last(
     if array.ndim == 3:
         orders = [order for order, axis in (("HWC", 2), ("CHW", 0)) if 1 <= array.shape[axis] <= 4]
     if not orders:
+        batch = "" if tensor or array.ndim != 4 else f"; a batch of arrays is a list: list({name})"
         raise error(
             f"{name}: expected {'a tensor' if tensor else 'an array'} [H, W], [H, W, C] or [C, H, W] with "
-            f"C = 1 to 4, got {list(array.shape)}"
+            f"C = 1 to 4, got {list(array.shape)}{batch}"
         )
     if len(orders) == 2:
         fitting = [order for order in orders if size == (array.shape[:2] if order == "HWC" else array.shape[1:])]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import io
 import struct
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +23,7 @@ from ..errors import InvalidImageError
 from . import chunks, metadata
 from .exif import TIFF_DESCRIPTIVE, kept_exif
 from .formats import EXTENSIONS
+from .notices import warn
 from .writing import write_file
 
 EXTRA = "pip install 'lgnet-fast[deep]'"
@@ -260,7 +260,7 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     _, tifffile = _packages()
     with tifffile.TiffFile(io.BytesIO(data)) as file:
         if len(file.pages) > 1:
-            warnings.warn(f"only one of its {len(file.pages)} frames is used", UserWarning, stacklevel=4)
+            warn(f"only one of its {len(file.pages)} frames is used")
         page = file.pages[0]
         _check_size(page.imagewidth, page.imagelength)
         colours = {_RGB: 3, _GREY: 1}.get(page.photometric)

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
+import os
 import threading
-import warnings
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -17,7 +17,8 @@ from ..errors import InvalidImageError, LGNetError
 from . import chunks, deep, metadata
 from .deep import DeepImage
 from .exif import TIFF_DESCRIPTIVE, kept_exif
-from .formats import EXTENSIONS, MODES
+from .formats import ADDRESS, EXTENSIONS, MODES
+from .notices import warn
 from .writing import write_file
 
 _HEIF_EXTRA = "pip install 'lgnet-fast[heif]'"
@@ -65,6 +66,34 @@ class Encoded:
             return open_image(self.data)
         except Exception as cause:  # decoders raise OSError, SyntaxError, struct.error and more on bad data
             raise error(f"{name}: expected a readable picture, got {self.name!r} ({_reason(cause)})") from cause
+
+
+def file_of(source: Any, error: type[LGNetError], name: str) -> Any:
+    """A path as `Path`; the bytes of a file, or a file opened for reading bytes (read to its end), as `Encoded`.
+
+    Anything else is returned as it is. Raises `error`: an empty path, an address such as https://..., a file opened
+    as text, or one that cannot be read.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        text = os.fspath(source)
+        if not text:
+            raise error(f"{name}: expected a picture file, got an empty path")
+        if isinstance(text, str) and ADDRESS.match(text) and not os.path.exists(text):
+            raise error(f"{name}: expected a picture file, got the address {text}; download it first")
+        return Path(os.fsdecode(text))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        data = bytes(source)
+        return Encoded(f"{len(data)} bytes", data)
+    if callable(getattr(source, "read", None)):
+        title = str(getattr(source, "name", type(source).__name__))
+        try:
+            read = source.read()
+        except (OSError, ValueError) as cause:  # ValueError: it is closed
+            raise error(f"{name}: expected a readable file, got {title!r} ({_reason(cause)})") from cause
+        if not isinstance(read, bytes):
+            raise error(f"{name}: expected a file opened for reading bytes (mode 'rb'), got {title!r} opened as text")
+        return Encoded(title, read)
+    return source
 
 
 def open_image(data: bytes) -> Image.Image:
@@ -115,7 +144,7 @@ def reason_against_writing(format: str) -> str | None:
 
 
 def open_upright(
-    path: Path, error: type[LGNetError] = InvalidImageError, name: str = "picture"
+    path: Path | Encoded, error: type[LGNetError] = InvalidImageError, name: str = "picture"
 ) -> tuple[Image.Image, int]:
     """The file's first frame, decoded and turned upright by its EXIF orientation; see `upright`.
 
@@ -125,7 +154,8 @@ def open_upright(
     try:
         # From bytes, not a path: Pillow maps uncompressed TIFFs that it opens by path into memory, and confuses
         # height and width of those that their orientation turns by a quarter (seen in 13.0).
-        return _upright_of(path.read_bytes(), f"{name} {str(path)!r}", error)
+        data = path.data if isinstance(path, Encoded) else path.read_bytes()
+        return _upright_of(data, f"{name} {str(path)!r}", error)
     except LGNetError:
         raise
     except Exception as cause:  # decoders raise OSError, SyntaxError, struct.error, zlib.error and more on bad data
@@ -216,7 +246,7 @@ def upright(
     """
     frames = getattr(picture, "n_frames", 1)
     if frames > 1:
-        warnings.warn(f"{name}: only one of its {frames} frames is used", UserWarning, stacklevel=2)
+        warn(f"{name}: only one of its {frames} frames is used")
     try:
         with _loading:
             key_step = _key_step(picture)  # first, because reading the EXIF of a PNG may decode it
@@ -389,7 +419,7 @@ def held_modes(mode: str, transparent: bool, format: str) -> list[str]:
         else:
             raise InvalidImageError(
                 f"format: {format} holds {', '.join(sorted(MODES[format]))}, got a picture of mode {own}; "
-                "PNG and TIFF keep alpha and depth"
+                "PNG and TIFF keep colour, alpha and depth"
             )
         steps.append(mode)
     return steps

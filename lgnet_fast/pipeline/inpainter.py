@@ -8,8 +8,7 @@ import math
 import operator
 import os
 import time
-import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,6 +26,7 @@ from ..ops.dispatch import require_backend
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import memory, strategies
 from .masks import masks_for, read_hole, soft_edge
+from .notices import warn
 from .pictures import Picture, picture_of, pictures_of_tensor
 from .strategies import Window
 
@@ -34,6 +34,7 @@ logger = logging.getLogger("lgnet_fast")
 
 _MOSTLY_HOLE = 0.95
 _MOST_STAGES = 3
+_MASK_OPTIONS = ("mask_threshold", "invert_mask", "mask_channel", "dilate", "feather", "allow_any_mask")
 _NETWORKS = (LGNet, LocalGlobalRefinement)
 
 
@@ -149,15 +150,13 @@ class Inpainter:
             isinstance(memory_limit, bool) or not isinstance(memory_limit, (int, float, np.number))
         ):
             raise TypeError(f"memory_limit: expected a number of bytes or None, got {memory_limit!r}")
+        if memory_limit is not None and not memory_limit >= 0:
+            raise ValueError(f"memory_limit: expected at least 0 bytes, got {memory_limit}")
         self.memory_limit = memory_limit
         self._source = model
         self._backend = backend
         if self.device.type == "cpu" and self.dtype == torch.float16 and isinstance(model, _NETWORKS):
-            warnings.warn(
-                "dtype: float16 on a CPU is hundreds of times slower than float32; take float32 or bfloat16",
-                UserWarning,
-                stacklevel=2,
-            )
+            warn("dtype: float16 on a CPU is hundreds of times slower than float32; take float32 or bfloat16")
         self._model = self._placed(self.dtype)
         self._exact: Callable[..., Any] | None = None
         self._exact_lock = forks.Lock()
@@ -193,6 +192,13 @@ class Inpainter:
             from ..weights import bundled_path
 
             model = bundled_path()
+        if isinstance(model, nn.Module):
+            raise TypeError(
+                f"model: expected a model folder, a hub id or None, got the network {type(model).__name__}, which "
+                "Inpainter(model) takes"
+            )
+        if not isinstance(model, (str, os.PathLike)):
+            raise TypeError(f"model: expected a model folder, a hub id or None, got {model!r}")
         return cls(LGNet.from_pretrained(os.fspath(model)), device, dtype, backend, **options)
 
     def __call__(
@@ -209,12 +215,13 @@ class Inpainter:
         """The picture with its hole filled, of the same kind; known pixels are bitwise unchanged.
 
         Args:
-            picture: a PIL picture, a path, an array [H, W] or [H, W, C] (uint8, uint16, or floats in [0, 1]), a
-                tensor [H, W], [C, H, W] or [B, C, H, W] (uint8, or floats in [0, 1]), C = 1, 3 or 4 (alpha is kept),
-                or a list of those. PIL pictures and files are turned upright by their EXIF orientation.
-            mask: a PIL picture, a path, an array [H, W] or [H, W, C] (bool, uint8 0..255, integers whose maximum is
-                1, or floats in [0, 1]) or a tensor [H, W], [C, H, W] or [B, C, H, W]; one for all pictures or a list
-                of one each. Larger is hole.
+            picture: a PIL picture, a path, the bytes of a file, a file opened for reading bytes, an array [H, W] or
+                [H, W, C] (uint8, uint16, or floats in [0, 1]), a tensor [H, W], [C, H, W] or [B, C, H, W] (uint8, or
+                floats in [0, 1]), C = 1, 3 or 4 (alpha is kept), or a list of those. PIL pictures and files are
+                turned upright by their EXIF orientation.
+            mask: a PIL picture, a file as for the picture, an array [H, W] or [H, W, C] (bool, uint8 0..255, integers
+                whose maximum is 1, or floats in [0, 1]) or a tensor [H, W], [C, H, W] or [B, C, H, W]; one for all
+                pictures or a list of one each. Larger is hole.
             strategy: "auto", "full", "crop", "resize" or "tile"; see `lgnet_fast.pipeline.strategies.choose`.
             mask_threshold: levels above this share of full scale are hole; 0 <= value < 1.
             invert_mask: dark is hole.
@@ -225,7 +232,7 @@ class Inpainter:
                 ambiguous mask; see `lgnet_fast.pipeline.masks.read_hole` and docs/masks.md.
 
         Returns:
-            A picture of the same kind; for a path a PIL picture, or a DeepImage for 16-bit colour. Known pixels,
+            A picture of the same kind; for a file a PIL picture, or a DeepImage for 16-bit colour. Known pixels,
             those outside the dilated hole and its feather, are identical to the input. For an empty mask the picture
             is returned unchanged, with a UserWarning; there is one too if more than 95 % is hole.
 
@@ -254,16 +261,18 @@ class Inpainter:
         return self.inpaint(picture, mask, **options).picture
 
     def inpaint(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
-        """Like a call, for one PIL picture, path or array; also returns how the picture was made.
+        """Like a call, for one PIL picture, file or array; also returns how the picture was made.
 
-        With `allow_any_mask=False` a mask that selects nothing or more than 95 % raises InvalidMaskError.
+        `mask_options`: mask_threshold, invert_mask, dilate, feather and mask_channel, as for a call, and
+        `allow_any_mask` (True), without which a mask that selects nothing or more than 95 % raises InvalidMaskError.
         """
         return self._inpaint(picture_of(picture), mask, strategy, **mask_options)
 
     def stages(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Stages:
-        """The picture after every stage, for contact sheets; arguments as for a call, for one PIL picture, path or
-        array. With an empty mask every stage is the picture."""
+        """The picture after every stage, for contact sheets; arguments as for `inpaint`. With an empty mask every
+        stage is the picture."""
         strategies.check(strategy)
+        _check_options(mask_options)
         read = picture_of(picture)
         with memory.out_of_memory_errors("picture"):
             job = self._job(read, mask, **mask_options)
@@ -277,7 +286,11 @@ class Inpainter:
             return Stages(masked, tuple(read.with_fill(fills, job.alpha) for fills in each))
 
     def warmup(self, height: int = 256, width: int = 256) -> float:
-        """Run the network once on an empty picture of this size, padded; returns the seconds it took."""
+        """Run the network once on an empty picture of this size in pixels, padded; returns the seconds it took.
+
+        Raises ValueError for a side below 1.
+        """
+        _check_sides(height, width)
         start = time.perf_counter()
         size = strategies.padded(height, self.multiple), strategies.padded(width, self.multiple)
         self._run(
@@ -288,8 +301,9 @@ class Inpainter:
     def estimate_memory(self, height: int, width: int, strategy: str = "full") -> int:
         """Most bytes that a picture of this size takes, besides the weights, with this network and dtype.
 
-        Raises ValueError for an unknown strategy.
+        Raises ValueError for an unknown strategy and for a side below 1.
         """
+        _check_sides(height, width)
         return memory.estimate_memory(
             height,
             width,
@@ -335,11 +349,12 @@ class Inpainter:
             if not allow_any_mask:
                 problem = problem.removesuffix("; the picture is returned unchanged")
                 raise InvalidMaskError(f"{problem} (allow_any_mask, --allow-any-mask, lets it pass)")
-            warnings.warn(problem, UserWarning, stacklevel=4)
+            warn(problem)
         return _Job(picture, hole, alpha, region, group_holes(region))
 
     def _inpaint(self, picture: Picture, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
         strategies.check(strategy)
+        _check_options(mask_options)
         with memory.out_of_memory_errors("picture"):
             job = self._job(picture, mask, **mask_options)
             ratio = np.count_nonzero(job.hole) / job.hole.size
@@ -369,11 +384,9 @@ class Inpainter:
                 plan = smaller
         scale, wanted = strategies.least_scale(plan.windows), strategies.least_scale(first.windows)
         if scale < wanted:
-            warnings.warn(
+            warn(
                 f"memory: too little for strategy {first.strategy}; filled by {plan.strategy}, at {scale:.0%} of the "
-                f"picture's scale in place of {wanted:.0%}, which is blurrier",
-                UserWarning,
-                stacklevel=4,
+                f"picture's scale in place of {wanted:.0%}, which is blurrier"
             )
         return fills, plan.strategy, len(plan.windows)
 
@@ -522,8 +535,7 @@ class Inpainter:
         """The source model ready to run on this device in `dtype`.
 
         With backend "auto" an LGNet becomes an engine where there is a fast executor. Otherwise the model in
-        evaluation
-        mode: itself if it is ready, else a copy.
+        evaluation mode: itself if it is ready, else a copy.
         """
         if may_optimize and self._backend == "auto" and isinstance(self._source, _NETWORKS):
             reason = fast_executor_reason(self.device, dtype)
@@ -549,6 +561,21 @@ class Inpainter:
             if self._backend != "eager" and isinstance(model, nn.Module):
                 require_backend(model, self._backend, self.device, dtype)
         return model
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    """Raise TypeError for names that are no option of a mask."""
+    unknown = [name for name in options if name not in _MASK_OPTIONS]
+    if unknown:
+        raise TypeError(f"{unknown[0]}: expected one of the options {', '.join(_MASK_OPTIONS)}")
+
+
+def _check_sides(height: int, width: int) -> None:
+    for name, pixels in (("height", height), ("width", width)):
+        if isinstance(pixels, bool) or not isinstance(pixels, (int, np.integer)):
+            raise TypeError(f"{name}: expected a whole number of pixels, got {pixels!r}")
+        if pixels < 1:
+            raise ValueError(f"{name}: expected at least 1 pixel, got {pixels}")
 
 
 def _window(window: int, multiple: int) -> int:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +14,12 @@ from scipy import ndimage
 from ..engine.holes import disjoint_boxes, group_holes
 from ..errors import InvalidMaskError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
-from .files import open_upright, upright
+from .files import Encoded, file_of, open_upright, upright
 from .pictures import Picture
 
 ACCEPTED = (
-    "a PIL picture, a path, an array [H, W] or [H, W, C], or a tensor [H, W], [C, H, W] or [1, C, H, W], C = 1 to 4 "
-    "(bool, integers, or floats in [0, 1]; larger is hole)"
+    "a PIL picture, a path, a file's bytes, a file opened for reading bytes, an array [H, W] or [H, W, C], or a "
+    "tensor [H, W], [C, H, W] or [1, C, H, W], C = 1 to 4 (bool, integers, or floats in [0, 1]; larger is hole)"
 )
 
 CHANNELS = ("auto", "luma", "alpha", "inverse_alpha", "colour")
@@ -78,6 +77,8 @@ def read_hole(
         raise InvalidMaskError(f"mask_threshold: expected 0 <= value < 1, got {threshold!r}")
     if channel not in CHANNELS:
         raise InvalidMaskError(f"mask_channel: expected one of {', '.join(CHANNELS)}, got {channel!r}")
+    if not isinstance(invert, (bool, np.bool_)):
+        raise InvalidMaskError(f"invert_mask: expected True or False, got {invert!r}")
     planes = _planes(mask, (height, width))
     if planes.size != (height, width):
         raise InvalidMaskError(
@@ -107,7 +108,8 @@ def masks_for(mask: Any, count: int) -> list[Any]:
             f"mask: expected a list of {count} masks or a tensor [{count}, 1, H, W], or [1, {count}, H, W] for one "
             f"mask of {count} channels, got {list(mask.shape)}, which can mean both"
         )
-    return [mask] * count
+    read = file_of(mask, InvalidMaskError, "mask")  # a file object can be read only once
+    return [read if isinstance(read, Encoded) else mask] * count
 
 
 def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray:
@@ -289,8 +291,9 @@ def _copied(colour: np.ndarray, picture: Picture, apart: int) -> np.ndarray:
 
 def _planes(mask: Any, size: tuple[int, int]) -> _Planes:
     """The channels of one mask of any accepted kind, for a picture of `size` (height, width)."""
-    if isinstance(mask, (str, os.PathLike)):
-        return _of_pil(open_upright(Path(mask), InvalidMaskError, "mask")[0])
+    mask = file_of(mask, InvalidMaskError, "mask")
+    if isinstance(mask, (Path, Encoded)):
+        return _of_pil(open_upright(mask, InvalidMaskError, "mask")[0])
     if isinstance(mask, Image.Image):
         return _of_pil(upright(mask, InvalidMaskError, "mask")[0])
     if isinstance(mask, torch.Tensor):

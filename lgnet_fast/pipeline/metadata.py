@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import struct
-import warnings
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -11,6 +10,7 @@ from PIL.TiffImagePlugin import IPTC_NAA_CHUNK, ImageFileDirectory_v2
 
 from . import chunks
 from .formats import METADATA
+from .notices import warn
 
 _NAMES = {"icc_profile": "colour profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC"}
 _PHOTOSHOP, _IPTC_RESOURCE = b"Photoshop 3.0\0", 0x0404
@@ -27,7 +27,7 @@ def warn_lost(info: Mapping[Any, Any], format: str) -> None:
     if kept is not None and format != "PNG" and (names := chunks.names(kept)):
         lost.append(f"PNG chunks {', '.join(names)}")
     if lost:
-        warnings.warn(f"format: {format} does not hold the picture's {', '.join(lost)}", stacklevel=4)
+        warn(f"format: {format} does not hold the picture's {', '.join(lost)}")
 
 
 def iptc_of(info: Mapping[Any, Any], directory: ImageFileDirectory_v2 | None) -> bytes | None:

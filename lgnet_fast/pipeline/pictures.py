@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
@@ -19,11 +17,13 @@ from ..engine.regions import Rect
 from ..errors import InvalidImageError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
 from .deep import DeepImage, check_deep_format
-from .files import Encoded, held_modes, read_picture, upright
+from .files import Encoded, file_of, held_modes, read_picture, upright
+from .notices import warn
 
 ACCEPTED = (
-    "a PIL picture, a path, a DeepImage, an array [H, W] or [H, W, C] of uint8, uint16 or floats in [0, 1], a tensor "
-    "[H, W], [C, H, W] or [B, C, H, W] of uint8 or floats in [0, 1], C = 1, 3 or 4, or a list of those"
+    "a PIL picture, a path, a file's bytes, a file opened for reading bytes, a DeepImage, an array [H, W] or "
+    "[H, W, C] of uint8, uint16 or floats in [0, 1], a tensor [H, W], [C, H, W] or [B, C, H, W] of uint8 or floats "
+    "in [0, 1], C = 1, 3 or 4, or a list of those"
 )
 PIL_MODES = "1, L, LA, P, RGB, RGBA, I, I;16, I;16B, CMYK, YCbCr, HSV"
 
@@ -106,15 +106,14 @@ class Picture:
 
 
 def picture_of(picture: Any) -> Picture:
-    """One PIL picture, path (str or Path), file's bytes, DeepImage, or array [H, W], [H, W, C] or [C, H, W], C = 1 to
-    4 (a second or fourth channel is alpha, which is kept), of uint8, uint16 or floats in [0, 1].
+    """One PIL picture, path, file's bytes, file opened for reading bytes, DeepImage, or array [H, W], [H, W, C] or
+    [C, H, W], C = 1 to 4 (a second or fourth channel is alpha, which is kept), of uint8, uint16 or floats in [0, 1].
 
     The result is a DeepImage for a file with 16 bits per sample in colour, a PIL picture for other files.
 
     Raises InvalidImageError for anything else, for an empty picture, and for unsupported modes.
     """
-    if isinstance(picture, (str, os.PathLike)):
-        picture = Path(picture)
+    picture = file_of(picture, InvalidImageError, "picture")
     if isinstance(picture, (Path, Encoded)):
         read, orientation = read_picture(picture)
         note = _note(orientation)
@@ -127,7 +126,7 @@ def picture_of(picture: Any) -> Picture:
         # For a file that is not decoded yet, the bytes of the file.
         stored = str(getattr(picture, "tile", None) or "")
         if ";16" in stored and len(picture.getbands()) > 1:
-            warnings.warn("picture: Pillow cuts 16-bit colour to 8 bits; give the file's path", stacklevel=4)
+            warn("picture: Pillow cuts 16-bit colour to 8 bits; give the file's path")
         turned, orientation = upright(picture)
         return _of_pil(turned, _note(orientation))
     if isinstance(picture, np.ndarray):
@@ -149,7 +148,10 @@ def pictures_of_tensor(batch: torch.Tensor) -> tuple[list[Picture], Callable[[li
     if not batch.is_floating_point() and batch.dtype != torch.uint8:
         raise InvalidImageError(f"picture: expected a tensor of uint8 or of floats in [0, 1], got {batch.dtype}")
     if batch.ndim == 4 and (not 1 <= batch.shape[1] <= 4 or 0 in batch.shape[2:]):
-        raise InvalidImageError(f"picture: expected a tensor [B, C, H, W] with C = 1 to 4, got {list(batch.shape)}")
+        turned = "; permute(0, 3, 1, 2) turns [B, H, W, C]" if 1 <= batch.shape[3] <= 4 else ""
+        raise InvalidImageError(
+            f"picture: expected a tensor [B, C, H, W] with C = 1 to 4, got {list(batch.shape)}{turned}"
+        )
     known = host_values(batch, InvalidImageError, "picture")
     if known.is_floating_point() and known.dtype != torch.float64:
         known = known.float()

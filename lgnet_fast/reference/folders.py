@@ -63,6 +63,8 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
         WeightsError: a file is missing, or differs from the manifest's hash.
     """
     if not (directory / MANIFEST).is_file():
+        if manifest_needed and not directory.is_dir():
+            raise WeightsError(f"{directory}: expected a folder with {', '.join(names)}, got none of that name")
         if manifest_needed:
             raise WeightsError(f"{directory}: expected a {MANIFEST} beside {', '.join(names)}; save it again")
         return directory

@@ -39,7 +39,12 @@ picture = Inpainter.from_pretrained("{{ repo_id | default("this directory", true
 
 
 def find_weights(source: str | os.PathLike[str]) -> None:
-    """Raise WeightsError early where `source` is neither a model directory nor a possible hub id."""
+    """Raise WeightsError early where `source` is neither a model directory nor a possible hub id.
+
+    Raises TypeError where it is no path at all.
+    """
+    if not isinstance(source, (str, os.PathLike)):
+        raise TypeError(f"weights: expected a model directory or a hub id, got {source!r:.80}")
     path = Path(source)
     if not str(source):
         raise WeightsError("weights: expected a model directory or a hub id, got an empty name")
