@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import warnings
+import zipfile
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -509,8 +510,12 @@ def test_bytes_and_open_files_give_what_their_paths_give(pipe, tmp_path):
     for given in (bytes, bytearray, memoryview, io.BytesIO):
         result = pipe(given(picture.read_bytes()), given(mask.read_bytes()))
         np.testing.assert_array_equal(np.asarray(result), expected)
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.write(picture, "a.png")
+    packed = zipfile.Path(tmp_path / "a.zip", "a.png")
     with open(picture, "rb") as file, open(mask, "rb") as hole:
-        results = pipe([file, picture], hole)  # the mask of both is read once
+        results = pipe([file, picture, packed], hole)  # the mask of all is read once
+    assert len(results) == 3
     for result in results:
         np.testing.assert_array_equal(np.asarray(result), expected)
 
@@ -518,6 +523,7 @@ def test_bytes_and_open_files_give_what_their_paths_give(pipe, tmp_path):
 def test_files_that_cannot_be_read_are_one_clear_error(pipe, tmp_path):
     hole = box_mask(20, 24, (5, 5, 12, 16))
     (tmp_path / "a.txt").write_text("text")
+    archive = zipfile.ZipFile(tmp_path / "a.zip", "w")
     closed = io.BytesIO()
     closed.close()
     with open(tmp_path / "a.txt") as text:
@@ -527,6 +533,7 @@ def test_files_that_cannot_be_read_are_one_clear_error(pipe, tmp_path):
             (b"a.png", "picture: expected a readable picture file, got '5 bytes'"),
             (text, "opened for reading bytes .mode 'rb'., got '.*a.txt' opened as text"),
             (closed, "picture: expected a readable file, got 'BytesIO'"),
+            (zipfile.Path(archive, "b.png"), "picture: expected a readable file, got '.*b.png'"),
         ):
             with pytest.raises(InvalidImageError, match=message):
                 pipe(given, hole)

@@ -69,7 +69,8 @@ class Encoded:
 
 
 def file_of(source: Any, error: type[LGNetError], name: str) -> Any:
-    """A path as `Path`; the bytes of a file, or a file opened for reading bytes (read to its end), as `Encoded`.
+    """A path as `Path`; the bytes of a file, a file opened for reading bytes (read to its end), or a file with
+    `read_bytes`, such as `zipfile.Path`, as `Encoded`.
 
     Anything else is returned as it is. Raises `error`: an empty path, an address such as https://..., a file opened
     as text, or one that cannot be read.
@@ -93,6 +94,11 @@ def file_of(source: Any, error: type[LGNetError], name: str) -> Any:
         if not isinstance(read, bytes):
             raise error(f"{name}: expected a file opened for reading bytes (mode 'rb'), got {title!r} opened as text")
         return Encoded(title, read)
+    if callable(getattr(source, "read_bytes", None)):
+        try:
+            return Encoded(str(source), source.read_bytes())
+        except (OSError, KeyError, ValueError) as cause:  # KeyError: not in the archive
+            raise error(f"{name}: expected a readable file, got {str(source)!r} ({_reason(cause)})") from cause
     return source
 
 
