@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import typer
+from PIL import Image
 
 from lgnet_fast import cli
+from lgnet_fast.samples import sample_paths
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -63,6 +66,19 @@ def test_readme_is_short_and_its_links_hold():
     assert links
     for link in links:
         assert (ROOT / link).exists(), link
+
+
+def test_python_of_the_pages_runs_as_it_stands(tmp_path):
+    photo, mask = sample_paths()["chelsea"]
+    Image.open(photo).convert("RGB").save(tmp_path / "photo.jpg")
+    Image.open(mask).save(tmp_path / "mask.png")
+    pages = [ROOT / "README.md", *(DOCS / f"{name}.md" for name in ("index", "engine", "operators"))]
+    snippets = [code for page in pages for code in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL)]
+    assert len(snippets) == 4
+    (tmp_path / "all.py").write_text("\n".join(f"exec({code!r}, {{}})" for code in snippets))
+    done = subprocess.run([sys.executable, "-W", "error", "all.py"], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert Image.open(tmp_path / "filled.png").size == Image.open(photo).size
 
 
 def test_files_that_the_code_cites_exist():

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lgnet_fast.errors import BackendError, InvalidImageError, InvalidMaskError, LGNetError
-from lgnet_fast.pipeline import Inpainter
+from lgnet_fast.pipeline import DeepImage, Inpainter
 from lgnet_fast.reference import LGNet
 
 from .pipeline_support import BlurFill, ConstantFill, IdentityFill, box_mask, noise, write_picture
@@ -584,3 +584,46 @@ def test_warnings_point_at_the_callers_line(pipe):
         with pytest.warns(UserWarning, match="no hole pixel") as seen:
             call()
         assert [warning.filename for warning in seen] == [__file__]
+
+
+def test_a_model_that_returns_something_else_is_one_clear_error():
+    picture, hole = noise(20, 24), box_mask(20, 24, (5, 5, 12, 16))
+    for model, got in (
+        (lambda image, mask: image[:, :1], r"\[1, 1, 256, 256\]"),
+        (lambda image, mask: None, "NoneType"),
+        (lambda image, mask: image.numpy(), "ndarray"),
+    ):
+        with pytest.raises(TypeError, match=rf"model: expected it to return a tensor \[1, 3, 256, 256\], got {got}"):
+            Inpainter(model)(picture, hole)
+
+
+def test_representations_are_short(pipe):
+    assert repr(pipe) == f"Inpainter(BlurFill, device={str(pipe.device)!r}, dtype={str(pipe.dtype)[6:]!r})"
+    deep = DeepImage(np.zeros((20, 24, 4), np.uint16), "TIFF")
+    assert repr(deep) == "DeepImage(RGBA;16, 24x20, TIFF)"
+
+
+@pytest.mark.parametrize(
+    ("samples", "format", "message"),
+    [
+        (
+            np.zeros((8, 8, 3), np.uint8),
+            "PNG",
+            r"samples: expected an array uint16 \[H, W, C\], C = 2 to 4, got uint8",
+        ),
+        (np.zeros((8, 8), np.uint16), "PNG", r"samples: expected .* got uint16 \[8, 8\]"),
+        ("a.png", "PNG", "samples: expected .* got str"),
+        (np.zeros((8, 8, 3), np.uint16), "JPEG", "format: expected PNG or TIFF, got 'JPEG'"),
+    ],
+)
+def test_deep_images_of_other_samples_are_refused(samples, format, message):
+    with pytest.raises(InvalidImageError, match=message):
+        DeepImage(samples, format)
+
+
+def test_models_are_stored_in_floating_dtypes_only(tmp_path):
+    model = LGNet("C", coarse_channels=4)
+    for dtype in ("float16", torch.int8):
+        with pytest.raises(TypeError, match="dtype: expected a floating torch.dtype or None, got"):
+            model.save_pretrained(tmp_path, dtype=dtype)
+    assert list(tmp_path.iterdir()) == []

@@ -146,6 +146,12 @@ def test_missing_and_broken_files(model, tmp_path):
         LGNet.from_released(tmp_path)
 
 
+def test_the_authors_files_are_sent_to_what_reads_them(model, tmp_path):
+    save_released(model, tmp_path)
+    with pytest.raises(WeightsError, match="LGNet.from_released and `lgnet-fast convert`"):
+        LGNet.from_pretrained(tmp_path)
+
+
 class Exploit:
     def __init__(self, path: str) -> None:
         self.path = path

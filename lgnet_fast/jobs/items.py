@@ -107,7 +107,9 @@ def _refuse_one_result(options: FillOptions) -> None:
 def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
     source, mask, out = options.source, options.mask, options.result
     if mask is None and options.mask_suffix is None:
-        raise UsageError("mask: expected a mask or a folder of them, got none; only tar shards can hold their own")
+        raise UsageError(
+            "mask: expected a mask or a folder of them, or `mask_suffix`, got none; only tar shards hold their own"
+        )
     if options.mask_suffix is not None and mask is not None and not mask.is_dir():
         raise UsageError(f"mask_suffix: expected a folder as `mask`, or none, got the file {str(mask)!r}")
     base = source if source.is_dir() else source.parent

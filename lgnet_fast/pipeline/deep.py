@@ -50,17 +50,34 @@ class NotInstalledError(InvalidImageError):
     """A 16-bit colour picture for which the required packages are not installed."""
 
 
-@dataclass
+@dataclass(repr=False)
 class DeepImage:
     """A picture with 16 bits per sample and several samples per pixel, which Pillow cannot hold.
 
     `samples`: uint16 [H, W, C], C = 2 (grey and alpha), 3 (RGB) or 4 (RGBA); also ``numpy.asarray(picture)``.
     `format`: "PNG" or "TIFF". `info`: metadata under Pillow's names ("exif", "icc_profile", "xmp", "dpi").
+
+    Raises InvalidImageError: other samples, or another format.
     """
 
     samples: np.ndarray
     format: str
     info: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        kind = type(self.samples).__name__
+        if isinstance(self.samples, np.ndarray):
+            kind = f"{self.samples.dtype} {list(self.samples.shape)}"
+            of_16_bits = self.samples.dtype.kind == "u" and self.samples.dtype.itemsize == 2  # of either byte order
+            if of_16_bits and self.samples.ndim == 3 and self.samples.shape[2] in _MODES:
+                kind = ""
+        if kind:
+            raise InvalidImageError(f"samples: expected an array uint16 [H, W, C], C = 2 to 4, got {kind}")
+        if self.format not in ("PNG", "TIFF"):
+            raise InvalidImageError(f"format: expected PNG or TIFF, got {self.format!r}")
+
+    def __repr__(self) -> str:
+        return f"DeepImage({self.mode}, {self.size[0]}x{self.size[1]}, {self.format})"
 
     @property
     def size(self) -> tuple[int, int]:

@@ -127,6 +127,7 @@ class Inpainter:
 
     Raises:
         BackendError: a device, dtype or backend that was asked for and cannot run.
+        TypeError, ValueError: an argument of another type, or out of its range.
     """
 
     def __init__(
@@ -160,6 +161,10 @@ class Inpainter:
         self._model = self._placed(self.dtype)
         self._exact: Callable[..., Any] | None = None
         self._exact_lock = forks.Lock()
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"Inpainter({type(self._source).__name__}, device={str(self.device)!r}, dtype={dtype!r})"
 
     def __getstate__(self) -> dict[str, Any]:
         """All attributes except those that :meth:`__setstate__` makes again: engines cannot be pickled or copied."""
@@ -343,7 +348,7 @@ class Inpainter:
             region = alpha > 0
         share = np.count_nonzero(region) / region.size
         if share == 0 or share > _MOSTLY_HOLE:
-            problem = f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)?"
+            problem = f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask, --invert-mask)?"
             if share == 0:
                 problem = "mask: no hole pixel; the picture is returned unchanged"
             if not allow_any_mask:
@@ -521,6 +526,10 @@ class Inpainter:
             image = torch.from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2))).to(self.device, dtype)
             hole = torch.from_numpy(np.ascontiguousarray(holes)[:, None]).to(self.device, dtype)
             outputs = list(model(image, hole, return_stages=True).merged) if stages else [model(image, hole)]
+            for output in outputs:
+                if not isinstance(output, Tensor) or output.shape != image.shape:
+                    got = list(output.shape) if isinstance(output, Tensor) else type(output).__name__
+                    raise TypeError(f"model: expected it to return a tensor {list(image.shape)}, got {got}")
             return [output.float().permute(0, 2, 3, 1).cpu().numpy() for output in outputs]
 
     def _exact_model(self) -> Callable[..., Any]:

@@ -229,6 +229,8 @@ class LGNet(
         Raises:
             LGNetError: the directory cannot be written.
         """
+        if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+            raise TypeError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
         directory = Path(save_directory)
         self._save_dtype = dtype
         try:

@@ -57,7 +57,10 @@ def find_weights(source: str | os.PathLike[str]) -> None:
     if path.is_dir():
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
         if missing:
-            raise WeightsError(f"weights: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {path}, missing {missing}")
+            wanted = f"weights: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {path}, missing {missing}"
+            if any(path.glob("*_net_G1.pth")):
+                wanted += "; the authors' files there are read by LGNet.from_released and `lgnet-fast convert`"
+            raise WeightsError(wanted)
     elif path.exists():
         raise WeightsError(f"weights: expected a model directory or a hub id, got the file {path}")
     elif path.is_absolute() or str(source).count("/") != 1:
