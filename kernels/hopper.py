@@ -372,7 +372,9 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     with _lock:
         key = index, dtype
         if key not in _reasons:
-            if torch.cuda.is_current_stream_capturing() or is_recording():
+            with torch.cuda.device(index):
+                capturing = torch.cuda.is_current_stream_capturing()
+            if capturing or is_recording():
                 return "not checked yet, and nothing can be run now"
             try:
                 _reasons[key] = _check(torch.device("cuda", index), dtype)

@@ -8,6 +8,7 @@ alignment matter. The caller's process then finds every kernel on disk. The proc
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -17,6 +18,7 @@ import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -84,15 +86,21 @@ def _compile(work: Task) -> str | None:
 
 
 def workers(tasks: int) -> int:
-    """Number of processes to start, by usable cores (of a container: granted), free memory and number of tasks."""
+    """Number of processes to start, by usable cores and free memory (of a container: granted), and by tasks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(cores, cpus.granted() or cores)
-    try:
-        memory = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // WORKER_BYTES
-    except (AttributeError, OSError, ValueError):
-        memory = cores
+    rooms = [cpus.memory_left()]
+    with contextlib.suppress(AttributeError, OSError, ValueError):
+        rooms.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    memory = min((room // WORKER_BYTES for room in rooms if room is not None), default=cores)
     # a worker takes seconds to start, a kernel about one second to compile
     return max(1, min(cores, memory, tasks // 4))
+
+
+def can_start() -> bool:
+    """Whether ``sys.executable`` is Python. A frozen program, or one that embeds Python, would start itself again."""
+    name = Path(sys.executable or "").stem.lower()
+    return not getattr(sys, "frozen", False) and name.startswith(("python", "pypy"))
 
 
 def compile_all(
@@ -109,7 +117,7 @@ def compile_all(
     count = workers(len(tasks))
     if torch.cuda.is_available():
         count = min(count, torch.cuda.mem_get_info(device)[0] // 2 // CONTEXT_BYTES)
-    if count < 2 or not sys.executable:
+    if count < 2 or not can_start():
         return []  # the launches of the caller compile them
     failures: list[str] = []
     done = 0

@@ -42,3 +42,19 @@ def test_kernels_take_no_more_threads_than_granted(monkeypatch):
             assert forks.kernel_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("own", "files", "expected"),
+    [
+        ("0::/a/b", {"a/memory.max": "1000", "a/memory.current": "700", "a/memory.stat": "inactive_file 50"}, 350),
+        ("0::/a", {"memory.max": "max", "a/memory.max": "1000", "a/memory.current": "1200"}, 0),
+        ("5:memory:/x", {"memory/x/memory.limit_in_bytes": "90", "memory/x/memory.usage_in_bytes": "50"}, 40),
+        ("5:cpu:/x", {"memory/x/memory.limit_in_bytes": "90", "memory/x/memory.usage_in_bytes": "50"}, None),
+        ("0::/", {"memory.max": "1000", "memory.current": "100", "memory.stat": "inactive_file damaged"}, 900),
+        ("0::/", {}, None),
+    ],
+)
+def test_memory_left(tmp_path, own, files, expected):
+    write_files(tmp_path, {"own": own, **{f"control/{name}": text for name, text in files.items()}})
+    assert cpus.memory_left(tmp_path / "control", tmp_path / "own") == expected

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import threading
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -373,3 +374,11 @@ class TestOnGpu:
             executor = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
             first = executor.run(image, mask)[0]
         assert torch.equal(executor.run(image, mask)[0], first)
+
+
+def test_outgrown_workspaces_are_kept(model: LGNet) -> None:
+    """A kernel on another stream may still use them."""
+    memory = cuda_executor.Memory(planned(model), torch.float32, torch.device("cpu"))
+    earlier = [weakref.ref(memory.partial(10)), weakref.ref(memory.counters(10))]
+    assert memory.partial(20).numel() == memory.counters(20).numel() == 20
+    assert all(tensor() is not None for tensor in earlier)

@@ -6,6 +6,7 @@ that sums are exact in any order.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -20,7 +21,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from lgnet_fast.kernels import hopper
+from lgnet_fast.kernels import cuda_driver, hopper
 from lgnet_fast.kernels.conv import Conv, Store
 from lgnet_fast.kernels.hopper import HopperTile
 
@@ -385,6 +386,33 @@ def test_not_used_without_such_a_gpu():
     work = BLOCK.work(1, (64, 64), (64, 64), (0, 64, 0, 64))
     assert hopper.candidates(BLOCK, work, torch.float16, cpu) == []
     assert not hopper.usable(TILE, BLOCK, torch.float16, cpu)
+
+
+def test_the_stream_of_the_kernels_gpu_is_asked(monkeypatch):
+    """GPU 1's stream is captured while GPU 0 is the current one."""
+    current = [0]
+
+    @contextlib.contextmanager
+    def chosen(index):
+        current.append(index)
+        yield
+        current.pop()
+
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hopper.CAPABILITY)
+    monkeypatch.setattr(torch.cuda, "device", chosen)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
+    monkeypatch.setattr(hopper, "_check", lambda device, dtype: None)
+    monkeypatch.setattr(hopper, "_reasons", {})
+    assert "not checked yet" in hopper.reason_against(torch.device("cuda", 1), torch.float16)
+    assert hopper.reason_against(torch.device("cuda", 0), torch.float16) is None
+
+
+@pytest.mark.parametrize(("system", "name"), [("win32", "nvcuda.dll"), ("linux", "libcuda.so.1")])
+def test_name_of_the_driver(monkeypatch, system, name):
+    monkeypatch.setattr(cuda_driver.sys, "platform", system)
+    monkeypatch.setattr(cuda_driver.ctypes, "CDLL", lambda name: name)
+    assert cuda_driver._library.__wrapped__() == name
 
 
 def test_candidates_can_be_launched(monkeypatch):

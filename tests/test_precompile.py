@@ -61,9 +61,43 @@ def test_a_containers_share_of_the_processors_counts(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda pid: range(64), raising=False)
     monkeypatch.setattr(precompile.os, "sysconf", lambda name: 1 << 20, raising=False)
     monkeypatch.setattr(precompile.cpus, "granted", lambda: None)
+    monkeypatch.setattr(precompile.cpus, "memory_left", lambda: None)
     assert precompile.workers(1000) == 64
     monkeypatch.setattr(precompile.cpus, "granted", lambda: 2)
     assert precompile.workers(1000) == 2
+
+
+def test_a_containers_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda pid: range(64), raising=False)
+    monkeypatch.setattr(precompile.os, "sysconf", lambda name: 1 << 20, raising=False)
+    monkeypatch.setattr(precompile.cpus, "granted", lambda: None)
+    monkeypatch.setattr(precompile.cpus, "memory_left", lambda: 3 * precompile.WORKER_BYTES)
+    assert precompile.workers(1000) == 3
+
+
+@pytest.mark.parametrize(
+    ("executable", "frozen", "expected"),
+    [
+        ("/usr/bin/python3.11", False, True),
+        ("/env/Scripts/pythonw.exe", False, True),
+        ("/opt/app/python", True, False),
+        ("/opt/editor", False, False),
+        ("", False, False),
+        (None, False, False),
+    ],
+)
+def test_only_python_is_started(
+    monkeypatch: pytest.MonkeyPatch, executable: str | None, frozen: bool, expected: bool
+) -> None:
+    """A frozen program would start itself again, and that one itself."""
+    monkeypatch.setattr(precompile, "workers", lambda tasks: 2)
+    monkeypatch.setattr(precompile.sys, "executable", executable)
+    monkeypatch.setattr(precompile.sys, "frozen", frozen, raising=False)
+    assert precompile.can_start() == expected
+    if not expected:
+        monkeypatch.setattr(precompile.torch.cuda, "is_available", lambda: False)
+        monkeypatch.setattr(precompile.subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
+        assert precompile.compile_all(launches((0, 16, 0, 16)), 0) == []
 
 
 def test_what_tuples_hold_decides_too() -> None:

@@ -75,7 +75,8 @@ class CudaOptions:
 class Memory:
     """The buffers of one shape: feature maps, input pictures, output pictures.
 
-    They are created outside inference mode, because an inference tensor could not be written to later.
+    They are created outside inference mode, because an inference tensor could not be written to later. Outgrown
+    workspaces are kept, because another stream may still use them.
     """
 
     @torch.inference_mode(False)
@@ -97,6 +98,7 @@ class Memory:
         self.outputs = torch.empty(1 + stages, *size, **single)
         """The merged picture, then the raw picture of every stage."""
         self._partial = torch.empty(0, **single)
+        self._outgrown: list[Tensor] = []
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
 
     def take(self, image: Tensor, mask: Tensor, start: Tensor | None) -> None:
@@ -114,12 +116,14 @@ class Memory:
     def partial(self, elements: int) -> Tensor:
         """A float32 workspace; references to earlier, smaller ones stay valid."""
         if self._partial.numel() < elements:
+            self._outgrown.append(self._partial)
             self._partial = self._partial.new_empty(elements)
         return self._partial
 
     def counters(self, blocks: int) -> Tensor:
         """int32 zeros, which kernels reset to zeros; references to earlier ones stay valid."""
         if self._counters.numel() < blocks:
+            self._outgrown.append(self._counters)
             self._counters = torch.zeros(blocks, dtype=torch.int32, device=self._counters.device)
         return self._counters
 
