@@ -44,8 +44,16 @@ struct Plain {
   static LGNET_INLINE Reg div(Reg a, Reg b) {
     return map([&](int i) { return a.lane[i] / b.lane[i]; });
   }
+  // GCC fuses a * b + c in some loops and not in others, so equal sums would differ in bits between block shapes.
+  static LGNET_INLINE T fma_lane(T a, T b, T c) {
+#if defined(__FMA__) || defined(__aarch64__)
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+  }
   static LGNET_INLINE Reg fma(Reg a, Reg b, Reg c) {
-    return map([&](int i) { return a.lane[i] * b.lane[i] + c.lane[i]; });
+    return map([&](int i) { return fma_lane(a.lane[i], b.lane[i], c.lane[i]); });
   }
   static LGNET_INLINE Reg max(Reg a, Reg b) {
     return map([&](int i) { return a.lane[i] > b.lane[i] ? a.lane[i] : b.lane[i]; });
