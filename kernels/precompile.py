@@ -8,7 +8,6 @@ alignment matter. The caller's process then finds every kernel on disk. The proc
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import json
 import os
@@ -24,7 +23,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lgnet_fast import cpus
+from lgnet_fast import limits
 
 from .launch import OPTIONS, Launch, map_leaves, specialisation
 
@@ -88,11 +87,9 @@ def _compile(work: Task) -> str | None:
 def workers(tasks: int) -> int:
     """Number of processes to start, by usable cores and free memory (of a container: granted), and by tasks."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    cores = min(cores, cpus.granted() or cores)
-    rooms = [cpus.memory_left()]
-    with contextlib.suppress(AttributeError, OSError, ValueError):
-        rooms.append(os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-    memory = min((room // WORKER_BYTES for room in rooms if room is not None), default=cores)
+    cores = min(cores, limits.granted() or cores)
+    room = limits.memory()
+    memory = cores if room is None else room // WORKER_BYTES
     # a worker takes seconds to start, a kernel about one second to compile
     return max(1, min(cores, memory, tasks // 4))
 

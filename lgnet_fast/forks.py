@@ -15,7 +15,7 @@ from types import TracebackType
 
 import torch
 
-from . import cpus
+from . import limits
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -55,7 +55,7 @@ def kernel_threads() -> int:
     own = torch.get_num_threads()
     if _forked and _kernel_threads is not None and own == 1:
         own = _kernel_threads
-    return min(own, cpus.granted() or own)
+    return min(own, limits.granted() or own)
 
 
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()

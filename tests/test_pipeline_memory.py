@@ -214,30 +214,6 @@ def test_an_allocation_that_fails_is_reported_and_auto_tries_again(failure):
     assert model.seen == [(1, 256, 256)]
 
 
-@pytest.mark.parametrize(
-    ("files", "room"),
-    [
-        ({"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 7\ninactive_file 300\n"}, 400),
-        ({"memory.max": "1000", "memory.current": "900"}, 100),
-        ({"memory.max": "max", "memory.current": "900"}, None),
-        (
-            {
-                "memory/memory.limit_in_bytes": "1000",
-                "memory/memory.usage_in_bytes": "900",
-                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 250\n",
-            },
-            350,
-        ),
-    ],
-)
-def test_pages_of_files_do_not_count_as_used_in_a_container(tmp_path, monkeypatch, files, room):
-    (tmp_path / "memory").mkdir()
-    for name, text in files.items():
-        (tmp_path / name).write_text(text)
-    monkeypatch.setattr(memory, "_CGROUPS", tmp_path)
-    assert memory._container_room() == room
-
-
 def test_the_estimate_of_an_unknown_strategy_is_an_error():
     with pytest.raises(ValueError, match="strategy: expected one of auto, .*, got 'foo'"):
         estimate_memory(100, 100, "foo")

@@ -59,19 +59,17 @@ def test_tasks_travel_without_their_tensors() -> None:
 
 def test_a_containers_share_of_the_processors_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda pid: range(64), raising=False)
-    monkeypatch.setattr(precompile.os, "sysconf", lambda name: 1 << 20, raising=False)
-    monkeypatch.setattr(precompile.cpus, "granted", lambda: None)
-    monkeypatch.setattr(precompile.cpus, "memory_left", lambda: None)
+    monkeypatch.setattr(precompile.limits, "granted", lambda: None)
+    monkeypatch.setattr(precompile.limits, "memory", lambda: None)
     assert precompile.workers(1000) == 64
-    monkeypatch.setattr(precompile.cpus, "granted", lambda: 2)
+    monkeypatch.setattr(precompile.limits, "granted", lambda: 2)
     assert precompile.workers(1000) == 2
 
 
 def test_a_containers_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda pid: range(64), raising=False)
-    monkeypatch.setattr(precompile.os, "sysconf", lambda name: 1 << 20, raising=False)
-    monkeypatch.setattr(precompile.cpus, "granted", lambda: None)
-    monkeypatch.setattr(precompile.cpus, "memory_left", lambda: 3 * precompile.WORKER_BYTES)
+    monkeypatch.setattr(precompile.limits, "granted", lambda: None)
+    monkeypatch.setattr(precompile.limits, "memory", lambda: 3 * precompile.WORKER_BYTES)
     assert precompile.workers(1000) == 3
 
 

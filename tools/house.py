@@ -26,7 +26,7 @@ from typing import Any
 PACKAGE = "lgnet_fast"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
-    ("cpus",),
+    ("limits",),
     ("version", "errors", "lazy", "forks", "samples", "weights"),
     ("cache", "native"),
     ("reference",),

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
+from .. import limits
 from ..engine.engine import SHAPES_KEPT
 from ..errors import OutOfMemoryError
 from .strategies import check, padded
@@ -35,8 +32,6 @@ _MARGIN = 1.9
 _ENGINE_CHANNEL_BYTES = 8
 _ENGINE_BYTES = 150
 _ENGINE_THREAD_BYTES = 2**16
-
-_CGROUPS = Path("/sys/fs/cgroup")
 
 
 def estimate_memory(
@@ -92,8 +87,7 @@ def available_memory(device: torch.device) -> int | None:
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    known = [room for room in (_system_room(), _container_room()) if room is not None]
-    return min(known) if known else None
+    return limits.memory()
 
 
 @contextmanager
@@ -120,57 +114,3 @@ def human(size: int) -> str:
             return f"{value:.3g} {unit}"
         value /= 1024
     return f"{value:.3g} TiB"
-
-
-def _system_room() -> int | None:
-    try:
-        for line in Path("/proc/meminfo").read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                return int(line.split()[1]) * 1024
-    except OSError:
-        pass
-    if sys.platform == "win32":
-        return _windows_room()
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (ValueError, OSError):
-        return None
-
-
-def _windows_room() -> int | None:
-    class Status(ctypes.Structure):
-        _fields_ = (
-            ("length", ctypes.c_ulong),
-            ("load", ctypes.c_ulong),
-            *((name, ctypes.c_ulonglong) for name in ("total", "available", "c", "d", "e", "f", "g")),
-        )
-
-    status = Status(length=ctypes.sizeof(Status))
-    found = ctypes.windll.kernel32.GlobalMemoryStatusEx(ctypes.byref(status))  # type: ignore[attr-defined]
-    return int(status.available) if found else None
-
-
-def _container_room() -> int | None:
-    """Memory left under the control group's limit: in a container the machine's free memory is not the limit.
-
-    Pages of files that were not used lately count as free, because the system drops them before it refuses memory.
-    """
-    for folder, limit, used, droppable in (
-        (_CGROUPS, "memory.max", "memory.current", "inactive_file"),
-        (_CGROUPS / "memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-    ):
-        try:
-            room = int((folder / limit).read_text()) - int((folder / used).read_text())
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-        return max(0, room + _entry(folder / "memory.stat", droppable))
-    return None
-
-
-def _entry(file: Path, name: str) -> int:
-    """The number after `name` in a file of lines "name number"; 0 where there is none."""
-    try:
-        lines = [line.split() for line in file.read_text().splitlines()]
-    except OSError:
-        return 0
-    return next((int(words[1]) for words in lines if len(words) == 2 and words[0] == name), 0)

@@ -1,11 +1,11 @@
-"""The container's limit on processors, and the threads of the kernels under it."""
+"""A container's limits on processors and memory, and the threads of the kernels under them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
 
-from lgnet_fast import cpus, forks
+from lgnet_fast import forks, limits
 from tests.support import write_files
 
 
@@ -24,13 +24,13 @@ from tests.support import write_files
         ("0::/", {}, None),
     ],
 )
-def test_quota(tmp_path, own, files, expected):
+def test_processors(tmp_path, own, files, expected):
     write_files(tmp_path, {"own": own, **{f"control/{name}": text for name, text in files.items()}})
-    assert cpus.quota(tmp_path / "control", tmp_path / "own") == expected
+    assert limits.processors(tmp_path / "control", tmp_path / "own") == expected
 
 
 def test_without_control_groups(tmp_path):
-    assert cpus.quota(tmp_path, tmp_path / "none") is None
+    assert limits.processors(tmp_path, tmp_path / "none") is None
 
 
 def test_kernels_take_no_more_threads_than_granted(monkeypatch):
@@ -38,7 +38,7 @@ def test_kernels_take_no_more_threads_than_granted(monkeypatch):
     try:
         torch.set_num_threads(4)
         for granted, expected in ((None, 4), (2, 2), (8, 4)):
-            monkeypatch.setattr(cpus, "granted", lambda granted=granted: granted)
+            monkeypatch.setattr(limits, "granted", lambda granted=granted: granted)
             assert forks.kernel_threads() == expected
     finally:
         torch.set_num_threads(before)
@@ -49,12 +49,40 @@ def test_kernels_take_no_more_threads_than_granted(monkeypatch):
     [
         ("0::/a/b", {"a/memory.max": "1000", "a/memory.current": "700", "a/memory.stat": "inactive_file 50"}, 350),
         ("0::/a", {"memory.max": "max", "a/memory.max": "1000", "a/memory.current": "1200"}, 0),
+        (
+            "0::/a",
+            {"memory.max": "500", "memory.current": "100", "a/memory.max": "950", "a/memory.current": "9"},
+            400,
+        ),
         ("5:memory:/x", {"memory/x/memory.limit_in_bytes": "90", "memory/x/memory.usage_in_bytes": "50"}, 40),
-        ("5:cpu:/x", {"memory/x/memory.limit_in_bytes": "90", "memory/x/memory.usage_in_bytes": "50"}, None),
+        (
+            "5:memory:/",
+            {
+                "memory/memory.limit_in_bytes": "1000",
+                "memory/memory.usage_in_bytes": "900",
+                "memory/memory.stat": "inactive_file 1\ntotal_inactive_file 250\n",
+            },
+            350,
+        ),
+        ("5:cpu:/x", {"memory/x/memory.limit_in_bytes": "90", "memory/x/memory.usage_in_bytes": "50"}, 5000),
+        ("0::/", {"memory.max": "1000", "memory.current": "900", "memory.stat": "anon 7\ninactive_file 300\n"}, 400),
         ("0::/", {"memory.max": "1000", "memory.current": "100", "memory.stat": "inactive_file damaged"}, 900),
-        ("0::/", {}, None),
+        ("0::/", {"memory.max": "9000", "memory.current": "100"}, 5000),
+        ("0::/", {"memory.max": "max", "memory.current": "900"}, 5000),
+        ("0::/", {}, 5000),
     ],
 )
-def test_memory_left(tmp_path, own, files, expected):
+def test_memory(tmp_path, monkeypatch, own, files, expected):
     write_files(tmp_path, {"own": own, **{f"control/{name}": text for name, text in files.items()}})
-    assert cpus.memory_left(tmp_path / "control", tmp_path / "own") == expected
+    monkeypatch.setattr(limits, "_system_room", lambda: 5000)
+    assert limits.memory(tmp_path / "control", tmp_path / "own") == expected
+
+
+def test_memory_of_this_machine():
+    room = limits.memory()
+    assert room is None or 2**20 < room < 2**50
+
+
+def test_memory_is_not_known_everywhere(tmp_path, monkeypatch):
+    monkeypatch.setattr(limits, "_system_room", lambda: None)
+    assert limits.memory(tmp_path, tmp_path / "none") is None
