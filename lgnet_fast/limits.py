@@ -40,7 +40,7 @@ def memory(control: Path = _CONTROL, own: Path = _OWN) -> int | None:
 
 
 def _groups(controller: str, control: Path, own: Path) -> Iterator[Path]:
-    """Folders of this process's groups that may limit `controller`, and of all groups above: their limits hold too."""
+    """Folders of this process's groups that may limit `controller`, with all groups above: their limits hold too."""
     try:
         lines = own.read_text().splitlines()
     except OSError:
