@@ -380,6 +380,8 @@ def test_the_model_is_left_alone(model):
     ("arguments", "error", "message"),
     [
         ({"size": (255, 256)}, ValueError, r"size: expected positive multiples of 256, got \(255, 256\)"),
+        ({"size": 256}, TypeError, r"size: expected two integers \(height, width\), got 256"),
+        ({"size": (256.0, 256)}, TypeError, r"size: expected two integers \(height, width\), got \(256.0, 256\)"),
         ({"batch_size": 0}, ValueError, "batch_size: expected a positive integer, got 0"),
         ({"hole_aware": "yes"}, TypeError, "hole_aware: expected a bool, got str"),
         ({"device": "cuda:99"}, LGNetError, "device: cuda:99 is not available"),
@@ -389,6 +391,12 @@ def test_the_model_is_left_alone(model):
 def test_bad_arguments_of_optimize(model, arguments, error, message):
     with pytest.raises(error, match=message):
         optimize(model, **arguments)
+
+
+def test_a_numbered_cpu_is_the_cpu(model):
+    fast = optimize(model, device="cpu:1")
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    torch.testing.assert_close(fast(image, mask), optimize(model, device="cpu")(image, mask), rtol=0, atol=0)
 
 
 def test_bad_input_of_a_call(model):

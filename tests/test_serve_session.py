@@ -178,11 +178,12 @@ def test_kinds_of_pictures_come_back_as_they_are(pipe, mode):
     np.testing.assert_array_equal(np.asarray(result)[~hole()], np.asarray(picture)[~hole()])
 
 
-def test_a_file_comes_back_as_a_file_with_its_metadata(pipe):
+@pytest.mark.parametrize("given", [lambda data: Encoded("photo", data), bytes, io.BytesIO])
+def test_a_file_comes_back_as_a_file_with_its_metadata(pipe, given):
     exif = Image.Exif()
     exif[271] = "maker"
     data = file_of(photo(), "JPEG", quality=90, exif=exif, icc_profile=b"profile of no use")
-    session = Session(Encoded("photo", data), pipe)
+    session = Session(given(data), pipe)
     session.fill(hole())
     encoded, format = session.encoded()
     assert format == "JPEG"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 import os
 import weakref
 from collections.abc import Callable, Sequence
@@ -353,9 +354,12 @@ def optimize(
     forks.prepare()
     if not isinstance(model, (LGNet, LocalGlobalRefinement)):
         raise TypeError(f"model: expected an LGNet or a LocalGlobalRefinement, got {type(model).__name__}")
-    height, width = size
+    try:
+        height, width = map(operator.index, size)
+    except (TypeError, ValueError):
+        raise TypeError(f"size: expected two integers (height, width), got {size!r}") from None
     if min(height, width) < 1 or height % 2**LEVELS or width % 2**LEVELS:
-        raise ValueError(f"size: expected positive multiples of {2**LEVELS}, got {tuple(size)}")
+        raise ValueError(f"size: expected positive multiples of {2**LEVELS}, got {(height, width)}")
     if not isinstance(batch_size, int) or batch_size < 1:
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
     if not isinstance(hole_aware, bool):

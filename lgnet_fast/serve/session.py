@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +18,7 @@ from ..engine.holes import CELL, bounding_box
 from ..engine.regions import Rect
 from ..errors import InvalidImageError, InvalidMaskError
 from ..pipeline.deep import DeepImage
-from ..pipeline.files import Encoded, encode, open_image
+from ..pipeline.files import Encoded, encode, file_of, open_image
 from ..pipeline.formats import MODES
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.masks import read_hole, soft_edge
@@ -123,8 +122,7 @@ class Session:
     every fill.
 
     Args:
-        picture: a PIL picture, a path, an `Encoded` file or an array, as for `Inpainter`. Files are turned upright by
-            their EXIF orientation.
+        picture: as for `Inpainter`, or an `Encoded`; a file is turned upright by its EXIF orientation.
         inpainter: fills the holes; None loads the bundled model.
 
     Raises:
@@ -133,7 +131,7 @@ class Session:
 
     def __init__(self, picture: Any, inpainter: Inpainter | None = None) -> None:
         self._inpainter = Inpainter.from_pretrained(None) if inpainter is None else inpainter
-        self._source = Path(picture) if isinstance(picture, (str, os.PathLike)) else picture
+        self._source = file_of(picture, InvalidImageError, "picture")
         self._picture = picture_of(self._source)
         self._patches: list[Patch] = []
         self._position = 0
