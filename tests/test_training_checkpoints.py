@@ -220,6 +220,17 @@ def test_damaged_newest_falls_back_with_a_warning(tmp_path):
     assert CheckpointFolder(tmp_path / "none", 3).load_latest() is None
 
 
+def test_what_is_written_after_a_damaged_newest_stays(tmp_path):
+    folder = CheckpointFolder(tmp_path, keep=1)
+    folder.save(4, {"step": 4})
+    folder.path(4).write_bytes(b"damaged")
+    folder.save(2, {"step": 2})
+    folder.save(3, {"step": 3})
+    assert folder.steps() == [3, 4]
+    with pytest.warns(UserWarning, match="step_000000004.pt cannot be read"):
+        assert folder.load_latest() == {"step": 3}
+
+
 def test_full_disk_leaves_the_old_checkpoint(pictures, tmp_path, monkeypatch):
     config = tiny_config(pictures, tmp_path / "run", run={"checkpoint_every": 1})
     trainer = Trainer(config)
@@ -303,6 +314,8 @@ def test_what_cannot_be_resumed(pictures, tmp_path):
         Trainer(tiny_config(pictures, run, optim={"batch_size": 2})).fit(resume=True)
     with pytest.raises(TrainingError, match=r"resume: model.train_stages was \[\] in the checkpoint, now"):
         Trainer(tiny_config(pictures, run, model={"train_stages": [1, 2, 3]})).fit(resume=True)
+    with pytest.raises(TrainingError, match=r"resume: model.freeze_batchnorm was False in the checkpoint, now it is"):
+        Trainer(tiny_config(pictures, run, model={"freeze_batchnorm": True})).fit(resume=True)
     state = load_checkpoint(CheckpointFolder(run / "checkpoints", 3).path(1))
     with pytest.raises(TrainingError, match="written by 2 processes, now there are 1"):
         Trainer(tiny_config(pictures, run)).restore(state | {"processes": 2})
@@ -324,6 +337,16 @@ def test_what_may_change_between_two_legs(pictures, tmp_path):
     other = Trainer(tiny_config(pictures, run, optim={"betas": [0.9, 0.99]}, run={"metric": "ssim"}))
     other.restore(state)
     assert other.best is None  # a PSNR says nothing about SSIM
+    for data, changes, best in (
+        ({"validation": str(pictures)}, {}, first.best),
+        ({"validation": str(pictures)}, {"validation_pictures": 2}, None),
+        ({"validation": str(pictures)}, {"validation_classes": [0]}, None),
+        ({"validation": str(pictures / "0.png")}, {}, None),
+    ):
+        trainer = Trainer(tiny_config(pictures, run, run=changes))
+        trainer.config = tiny_config(pictures, run, data=data, run=changes)
+        trainer.restore(state)
+        assert trainer.best == best, (data, changes)
     assert [group["betas"] for one in other.optimisers for group in one.param_groups] == [(0.9, 0.99)] * 2
 
 

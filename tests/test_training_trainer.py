@@ -20,8 +20,8 @@ from lgnet_fast.reference.discriminator import Discriminator
 from lgnet_fast.reference.features import register_features
 from lgnet_fast.reference.networks import UNet
 from lgnet_fast.reference.vgg import VGG16Features
-from lgnet_fast.training import ConfigError, DataError, Trainer, TrainingError, load_config
-from lgnet_fast.training.config import LossConfig, OptimConfig, config_of
+from lgnet_fast.training import ConfigError, DataError, TrainConfig, Trainer, TrainingError, load_config
+from lgnet_fast.training.config import DataConfig, LossConfig, OptimConfig, config_of
 from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator, make_features, make_lpips
 from lgnet_fast.training.progress import Report
 from lgnet_fast.training.schedule import learning_rate_factor
@@ -631,7 +631,7 @@ def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path, monkeypatch):
     [
         ("optim: {lerning_rate: 1}", "optim.lerning_rate: no such setting; there are batch_size"),
         ("optimiser: {}", "optimiser: no such setting; there are model, "),
-        ("optim: 3", "optim.: expected a mapping, got 3"),
+        ("optim: 3", "^optim: expected a mapping, got 3"),
         ("optim: {batch_size: four}", "optim.batch_size: expected int, got 'four'"),
         ("optim: {batch_size: true}", "optim.batch_size: expected int, got True"),
         ("optim: {batch_size: 0}", "optim.batch_size: expected 1 or more, got 0"),
@@ -661,6 +661,16 @@ def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path, monkeypatch):
         ("run: {seed: 18446744073709551616}", "run.seed: expected 0 to 2.*, got 18446744073709551616"),
         ('run: {directory: "a\\0b"}', "run.directory: expected a folder's name"),
         ("run: {on_nan: ignore}", "run.on_nan: expected one of stop, skip, got 'ignore'"),
+        ("optim: {learning_rate: .inf}", "optim.learning_rate: expected a positive number, got inf"),
+        ("optim: {discriminator_learning_rate: .inf}", "optim.discriminator_learning_rate: expected a positive"),
+        ("loss: {style: .inf}", "loss.style: expected 0 or more, got inf"),
+        ("loss: {style: 1" + "0" * 400 + "}", "loss.style: expected float, got 1000"),
+        ("optim: {precision: bf16, dtype: float64}", "optim.precision: expected no with optim.dtype: float64"),
+        ("data: {masks: there, hole_classes: [1]}", "data.hole_classes: expected none with data.masks: there"),
+        ("data: {mask_kind: fine, hole_classes: [1]}", "data.hole_classes: expected none with data.mask_kind: fine"),
+        ("data: {mask_polarity: black}", "data.mask_polarity: expected none with data.masks: generated"),
+        ("optim: {steps: 3}\nrun: {}\noptim: {clip: 1}", "config: .*optim is there twice, the second time in line 3"),
+        ("optim:\n  steps: 3\n  steps: 4", "config: .*steps is there twice, the second time in line 3"),
         ("run: [1", "config: expected a readable YAML or JSON file"),
         ("- 1", "config: expected a mapping in .* got list"),
     ],
@@ -670,6 +680,22 @@ def test_bad_configurations_are_named(tmp_path, text, error):
     file.write_text(text)
     with pytest.raises(ConfigError, match=error):
         load_config(file)
+
+
+def test_what_python_code_gives_is_checked_as_well(pictures, tmp_path):
+    for make, error in (
+        (lambda: TrainConfig(optim={"steps": 3}), "optim: expected a OptimConfig, got .'steps': 3}"),
+        (lambda: TrainConfig(optim=OptimConfig(batch_size=2.5)), "optim.batch_size: expected int, got 2.5"),
+        (lambda: TrainConfig(optim=OptimConfig(clip="high")), "optim.clip: expected float, got 'high'"),
+        (lambda: TrainConfig(optim=OptimConfig(precision="half")), "optim.precision: expected one of no, bf16, fp16"),
+        (lambda: Trainer(tiny_settings(pictures, tmp_path)), "^config: expected a TrainConfig, .* got dict"),
+        (lambda: Trainer(tiny_config(pictures, tmp_path), model="bundled"), "^model: expected an LGNet .* got str"),
+        (lambda: Trainer(tiny_config(pictures, tmp_path), features="vgg"), "^features: expected a module .* got str"),
+    ):
+        with pytest.raises(ConfigError, match=error):
+            make()
+    config = TrainConfig(data=DataConfig(pictures=str(pictures)), optim=OptimConfig(learning_rate="2e-3"))
+    assert (config.data.pictures, config.optim.learning_rate) == ((str(pictures),), 2e-3)
 
 
 @pytest.mark.parametrize(
@@ -719,6 +745,9 @@ def test_configuration_from_yaml_json_and_the_command_line(tmp_path):
     saved = tmp_path / "c.json"
     saved.write_text(json.dumps(config.as_dict()))
     assert load_config(saved) == config
+    file.write_text("optim:\n#  steps: 3\nrun:\n")  # sections with nothing but comments
+    assert load_config(file) == config_of({})
+    assert load_config(file, ["optim.steps=7"]).optim.steps == 7
     with pytest.raises(ConfigError, match=r"set: expected section.name=value, got 'optim.steps'"):
         load_config(file, ["optim.steps"])
     with pytest.raises(ConfigError, match="config: expected a readable YAML or JSON file, got '.*none.yaml'"):
@@ -747,7 +776,12 @@ def test_networks_by_configuration(pictures, tmp_path):
     for model, text in (
         ({"name": "lgnett"}, "model: name: expected one of"),
         ({"overrides": {"width": 3}}, "model: .*width"),
-        ({"factory": "nowhere:x"}, "model.factory: expected package.module:function, got 'nowhere:x'"),
+        ({"factory": "nowhere:x"}, "^model.factory: expected package.module:function, got 'nowhere:x'"),
+        (
+            {"factory": "nowhere:x", "init_from": "bundled"},
+            "model.factory: it makes the whole model; leave init_from",
+        ),
+        ({"factory": "nowhere:x", "overrides": TINY}, "model.factory: it makes the whole model; leave init_from"),
         ({"factory": "math:isqrt2"}, "model.factory: expected package.module:function"),
         ({"factory": "tests.training_support:dict"}, "model.factory"),
         ({"factory": ":x"}, "model.factory: expected package.module:function, got ':x'"),

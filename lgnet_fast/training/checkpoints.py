@@ -89,7 +89,8 @@ class CheckpointFolder:
         """Write the checkpoint of a step, then drop the oldest ones."""
         path = self.path(step)
         save_checkpoint(path, state)
-        for old in self.steps()[: -self.keep]:
+        # Later ones are of a run that was resumed from an earlier checkpoint because they are damaged.
+        for old in [one for one in self.steps() if one <= step][: -self.keep]:
             self.path(old).unlink(missing_ok=True)
         self.clean()
         return path

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from collections.abc import Mapping
@@ -219,6 +220,12 @@ class TrainConfig:
     run: RunConfig = field(default_factory=RunConfig)
 
     def __post_init__(self) -> None:
+        for name, kind in typing.get_type_hints(TrainConfig).items():
+            section = getattr(self, name)
+            if not isinstance(section, kind):
+                raise ConfigError(f"{name}: expected a {kind.__name__}, got {section!r}")
+            # Sections that Python code made have not been checked for the kinds of their values.
+            object.__setattr__(self, name, _build(type(section), vars(section), f"{name}."))
         self._check_data()
         self._check_loss()
         self._check_optim()
@@ -240,6 +247,21 @@ class TrainConfig:
         for name in ("prefetch", "mask_bank"):
             _check(f"data.{name}", getattr(data, name), getattr(data, name) >= 1, "1 or more")
         _check("data.colour", data.colour, 0 <= data.colour < 1, "a share in [0, 1)")
+        self._check_holes()
+
+    def _check_holes(self) -> None:
+        """Settings that would have no effect are mistakes."""
+        data = self.data
+        if data.masks != "generated":
+            unused, where = "hole_classes", f"data.masks: {data.masks}"
+        elif data.mask_polarity != DataConfig.mask_polarity:
+            unused, where = "mask_polarity", "data.masks: generated"
+        elif data.mask_kind not in KINDS:
+            unused, where = "hole_classes", f"data.mask_kind: {data.mask_kind}"
+        else:
+            return
+        value, default = getattr(data, unused), getattr(DataConfig, unused)
+        _check(f"data.{unused}", value, value == default, f"none with {where}, where it has no effect")
 
     def _check_loss(self) -> None:
         run, data = self.run, self.data
@@ -272,15 +294,16 @@ class TrainConfig:
         _check("discriminator.start", start, 0 <= start < 1, "a share in [0, 1)")
         for weight in dataclasses.fields(LossWeights):
             value = getattr(self.loss, weight.name)
-            _check(f"loss.{weight.name}", value, value >= 0, "0 or more")
+            _check(f"loss.{weight.name}", value, 0 <= value < math.inf, "0 or more")
 
     def _check_optim(self) -> None:
         optim = self.optim
         for name in ("batch_size", "accumulate"):
             _check(f"optim.{name}", getattr(optim, name), getattr(optim, name) >= 1, "1 or more")
-        _check("optim.learning_rate", optim.learning_rate, optim.learning_rate > 0, "a positive number")
+        _check("optim.learning_rate", optim.learning_rate, 0 < optim.learning_rate < math.inf, "a positive number")
         its_rate = optim.discriminator_learning_rate
-        _check("optim.discriminator_learning_rate", its_rate, its_rate is None or its_rate > 0, "a positive number")
+        inside = its_rate is None or 0 < its_rate < math.inf
+        _check("optim.discriminator_learning_rate", its_rate, inside, "a positive number")
         inside = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
         _check("optim.betas", optim.betas, inside, "two numbers in [0, 1)")
         _check("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more")
@@ -288,6 +311,8 @@ class TrainConfig:
             value = getattr(optim, name)
             _check(f"optim.{name}", value, value is None or value > 0, "a positive number")
         _check("optim.epochs", optim.epochs, optim.epochs is not None or optim.steps is not None, "epochs or steps")
+        plain = optim.dtype == "float32" or optim.precision == "no"
+        _check("optim.precision", optim.precision, plain, "no with optim.dtype: float64, which autocast leaves")
         _check("optim.ema", optim.ema, optim.ema is None or 0 < optim.ema < 1, "a number between 0 and 1")
 
     def _check_run(self) -> None:
@@ -343,7 +368,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
     except ImportError as error:
         raise MissingExtraError('configurations need PyYAML: pip install "lgnet_fast[train]"') from error
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))  # JSON is YAML too
+        node = yaml.compose(text := Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)  # JSON is YAML too
+        _refuse_doubles(node)
+        values = yaml.safe_load(text)
     except Exception as error:  # a value that does not fit its YAML tag raises many types
         raise ConfigError(
             f"config: expected a readable YAML or JSON file, got {str(path)!r} ({' '.join(str(error).split())})"
@@ -356,7 +383,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
         parts = name.strip().split(".")
         if not equals or len(parts) != 2:
             raise ConfigError(f"set: expected section.name=value, got {item!r}")
-        section = values.setdefault(parts[0], {})
+        if values.get(parts[0]) is None:
+            values[parts[0]] = {}
+        section = values[parts[0]]
         if not isinstance(section, dict):
             raise ConfigError(f"config: expected a mapping under {parts[0]}, got {section!r}")
         try:
@@ -366,9 +395,19 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
     return config_of(values)
 
 
+def _refuse_doubles(node: Any) -> None:
+    """Raise ValueError for a name that a YAML mapping, or a mapping in it, has twice: YAML would take the last."""
+    seen: set[str] = set()
+    for name, below in node.value if node is not None and node.id == "mapping" else ():
+        if name.id == "scalar" and name.value in seen:
+            raise ValueError(f"{name.value} is there twice, the second time in line {name.start_mark.line + 1}")
+        seen |= {name.value} if name.id == "scalar" else set()
+        _refuse_doubles(below)
+
+
 def _build(cls: type[T], mapping: Any, where: str) -> T:
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where}: expected a mapping, got {mapping!r}")
+        raise ConfigError(f"{where.rstrip('.')}: expected a mapping, got {mapping!r}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in mapping:
@@ -379,7 +418,8 @@ def _build(cls: type[T], mapping: Any, where: str) -> T:
 
 def _value(hint: Any, value: Any, where: str) -> Any:
     if dataclasses.is_dataclass(hint):
-        return _build(hint, value, where + ".")  # type: ignore[arg-type]
+        # A section without settings, or with all of them in comments, is None in YAML.
+        return _build(hint, {} if value is None else value, where + ".")  # type: ignore[arg-type]
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         if value is None and type(None) in arguments:
@@ -405,7 +445,7 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
         try:
             return float(value)  # YAML 1.1 takes 2e-4 for a text
-        except ValueError:
+        except (ValueError, OverflowError):
             pass
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")

@@ -30,8 +30,11 @@ def make_network(config: ModelConfig) -> Cascade:
     """
     network: Cascade
     if config.factory is not None:
+        if config.init_from is not None or config.overrides:
+            raise ConfigError("model.factory: it makes the whole model; leave init_from and overrides out")
+        factory = _imported(config.factory)
         try:
-            made = _imported(config.factory)()
+            made = factory()
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"model.factory: expected a function without arguments, got {config.factory} ({error})"

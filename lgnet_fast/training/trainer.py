@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import DataError, LGNetError, TrainingError
+from ..errors import ConfigError, DataError, LGNetError, TrainingError
 from ..pipeline.writing import write_atomically
 from ..reference import LGNet
 from ..reference.cascade import Cascade
@@ -80,6 +80,12 @@ class Trainer:
         features: FeaturesFn | None = None,
     ) -> None:
         self._born = time.monotonic()
+        if not isinstance(config, TrainConfig):
+            raise ConfigError(f"config: expected a TrainConfig, as load_config returns, got {type(config).__name__}")
+        if not isinstance(model, (Cascade, type(None))):
+            raise ConfigError(f"model: expected an LGNet or LocalGlobalRefinement, got {type(model).__name__}")
+        if not (features is None or callable(features)):
+            raise ConfigError(f"features: expected a module or a function, got {type(features).__name__}")
         self.config = config
         run, optim = config.run, config.optim
         if run.threads is not None:
@@ -320,7 +326,18 @@ class Trainer:
         return {
             "optim.batch_size": config.optim.batch_size,
             "model.train_stages": list(config.model.train_stages),
+            "model.freeze_batchnorm": config.model.freeze_batchnorm,
             "run.metric": config.run.metric,
+            "validation": None
+            if config.data.validation is None
+            else [
+                config.data.validation,
+                config.data.protocol,
+                config.data.size,
+                config.run.seed,
+                list(config.run.validation_kinds or config.run.validation_classes),
+                config.run.validation_pictures,
+            ],
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -338,7 +355,7 @@ class Trainer:
         if state["position"] != state["step"] * self.config.optim.accumulate:
             raise TrainingError("resume: optim.accumulate is not what the checkpoint was written with")
         now, then = self._settings(), state.get("settings", {})  # a compact checkpoint may go on with others
-        for name in ("optim.batch_size", "model.train_stages"):
+        for name in ("optim.batch_size", "model.train_stages", "model.freeze_batchnorm"):
             if then.get(name, now[name]) != now[name]:
                 raise TrainingError(f"resume: {name} was {then[name]} in the checkpoint, now it is {now[name]}")
         try:
@@ -366,8 +383,9 @@ class Trainer:
         if self.step and not any(own["state"] for own in state["optimisers"]):
             self._warm_from = self.step  # the moments of a compact checkpoint may be reset
         self.skipped, self.broken = state["skipped"], list(state["broken"])
-        # The best score by one metric says nothing about another.
-        self.best = state["best"] if then.get("run.metric", now["run.metric"]) == now["run.metric"] else None
+        # The best score by one metric, or on some pictures, says nothing about another.
+        pairs = [(then.get(name, now[name]), now[name]) for name in ("run.metric", "validation")]
+        self.best = state["best"] if all(a == b or a is None or b is None for a, b in pairs) else None
 
     # -- the run -------------------------------------------------------------------------------------------------
 
