@@ -519,6 +519,9 @@ def test_titles_of_models(pictures):
     assert named_models([]) == [None]
     assert named_models(["runs/1", "runs/2"]) == ["runs/1", "runs/2"]
     assert named_models(["old=bundled", "new=runs/2=b"]) == {"old": None, "new": "runs/2=b"}
+    assert named_models(["bundled", "runs/1"]) == [None, "runs/1"]
+    with pytest.raises(UsageError, match=r"a title of its own for each, as TITLE=DIR, got a=runs/1, =runs/2"):
+        named_models(["a=runs/1", "=runs/2"])
     pipe = Inpainter(ConstantFill(0, 0, 0))
     with pytest.raises(UsageError, match="titles of their own"):
         evaluate(pictures, models={"Telea": pipe})

@@ -23,8 +23,8 @@ def named_models(texts: list[str]) -> dict[str, str | None] | list[str | None]:
         return [None]
     pairs = [text.split("=", 1) for text in texts if "=" in text and not Path(text).exists()]
     if not pairs:
-        return list(texts)
-    if len(pairs) < len(texts) or len({title for title, _ in pairs}) < len(pairs):
+        return [None if text == "bundled" and not Path(text).exists() else text for text in texts]
+    if len(pairs) < len(texts) or len({title for title, _ in pairs if title}) < len(pairs):
         raise UsageError(f"models: expected a title of its own for each, as TITLE=DIR, got {', '.join(texts)}")
     return {title: model if model != "bundled" else None for title, model in pairs}
 
