@@ -338,6 +338,10 @@ def test_masks_paired_by_name_are_grouped_by_their_class(pictures, tmp_path):
         evaluate(pictures, masks=masks, pair_by_name=True)
     with pytest.raises(UsageError, match="^pair_by_name"):
         evaluate(pictures, pair_by_name=True)
+    for folder in (pictures, masks):
+        with pytest.raises(UsageError, match=r"^out: expected another folder .* evaluation.png, got '.*'"):
+            evaluate(pictures, masks=masks, out=folder)
+        assert not list(folder.glob("evaluation*"))
 
 
 def test_one_process_and_three_give_the_same_numbers(fake, pictures, tmp_path, monkeypatch):

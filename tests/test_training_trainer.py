@@ -71,6 +71,16 @@ class Features(nn.Module):
 # -- the whole run ----------------------------------------------------------------------------------------------
 
 
+def test_steps_after_the_last_whole_interval_are_logged(pictures, tmp_path):
+    every, each = tmp_path / "every", tmp_path / "each"
+    for run, interval in ((every, 2), (each, 1)):
+        Trainer(tiny_config(pictures, run, optim={"steps": 3}, run={"log_every": interval})).fit()
+    means, steps = ([line for line in lines(run) if line["kind"] == "train"] for run in (every, each))
+    assert [line["step"] for line in means] == [2, 3]
+    assert means[0]["G"] == pytest.approx((steps[0]["G"] + steps[1]["G"]) / 2, rel=1e-5)
+    assert means[1]["G"] == steps[2]["G"]
+
+
 def test_a_run_leaves_a_model_checkpoints_logs_and_its_configuration(pictures, tmp_path):
     held_out = write_pictures(tmp_path / "held_out", 2)
     (pictures / "1.png").write_bytes(b"broken")

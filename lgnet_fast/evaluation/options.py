@@ -101,6 +101,12 @@ class EvaluationOptions:
             raise UsageError(f"models: expected methods with titles of their own, got {', '.join(titles) or 'none'}")
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"out: expected a folder, got the file {str(self.folder)!r}")
+        read = [path.resolve() for path in (self.source, self.mask_folder) if path is not None]
+        if self.folder is not None and self.folder.resolve() in read:
+            raise UsageError(
+                f"out: expected another folder than that of the pictures or masks, where the next evaluation would read "
+                f"evaluation.png, got {str(self.folder)!r}"
+            )
         self._check_files()
         self._check_masks()
 

@@ -463,7 +463,7 @@ class Trainer:
                 sums[name] = sums.get(name, 0) + term
                 counts[name] = counts.get(name, 0) + 1
             if self.step % run.log_every == 0 and sums:
-                self._log({name: total / counts[name] for name, total in sums.items()}, rate)
+                self._log(sums, counts, rate)
                 sums, counts = {}, {}
             if self._report is not None and run.picture_every and self.step % run.picture_every == 0:
                 self._report.pictures(self.step, self._shown(several[-1]))
@@ -475,6 +475,8 @@ class Trainer:
             if self.step % run.checkpoint_every == 0 or late:
                 self._save()
                 saved, saved_at = self.step, time.monotonic()
+        if sums:
+            self._log(sums, counts, rate)
         if self._validated and validated != self.step and not self._signal:
             self._validate()
         if saved != self.step:
@@ -521,10 +523,12 @@ class Trainer:
                 else:
                     print(text, file=sys.stderr)
 
-    def _log(self, terms: Mapping[str, Tensor], rate: float) -> None:
-        means = self.accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
+    def _log(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], rate: float) -> None:
+        """The means of the steps since the last line; `counts`: how many of them had each term."""
+        terms = torch.stack([total / counts[name] for name, total in sums.items()])
+        means = self.accelerator.reduce(terms, "mean").tolist()
         if self._report is not None:
-            values = {**dict(zip(terms, means)), "learning_rate": rate}
+            values = {**dict(zip(sums, means)), "learning_rate": rate}
             epoch = (self.step - 1) // self.steps_an_epoch
             self._report.train(self.step, epoch, values, self.progress, self.pictures_a_step)
 
