@@ -520,7 +520,10 @@ def test_damaged_engines_are_refused(model, tmp_path):
     (tmp_path / "weights.bin").write_bytes(data)
     with pytest.raises(WeightsError, match=r"weights.bin: damaged or of another save"):
         load_engine(tmp_path)
+    (tmp_path / "manifest.json").unlink()
     with pytest.raises(WeightsError, match=r"expected a manifest.json beside engine.json, weights.bin"):
+        load_engine(tmp_path)
+    with pytest.raises(WeightsError, match=r"nowhere: expected a folder with engine.json, weights.bin, got none"):
         load_engine(tmp_path / "nowhere")
 
 

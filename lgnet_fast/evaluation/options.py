@@ -104,8 +104,8 @@ class EvaluationOptions:
         read = [path.resolve() for path in (self.source, self.mask_folder) if path is not None]
         if self.folder is not None and self.folder.resolve() in read:
             raise UsageError(
-                f"out: expected another folder than that of the pictures or masks, where the next evaluation would read "
-                f"evaluation.png, got {str(self.folder)!r}"
+                "out: expected another folder than that of the pictures or masks, where the next evaluation would "
+                f"read evaluation.png, got {str(self.folder)!r}"
             )
         self._check_files()
         self._check_masks()
