@@ -519,6 +519,12 @@ def test_errors_are_one_line_with_exit_code_2(pictures, tmp_path, monkeypatch, a
     assert not list(tmp_path.glob("out/evaluation.*"))
 
 
+@pytest.mark.parametrize("name", ["models", "baselines", "metrics"])
+def test_a_text_in_place_of_a_list(pictures, name):
+    with pytest.raises(UsageError, match=f"^{name}: expected a list, got the single 'l1'"):
+        evaluate(pictures, **{name: "l1"})
+
+
 def test_titles_of_models(pictures):
     assert named_models([]) == [None]
     assert named_models(["runs/1", "runs/2"]) == ["runs/1", "runs/2"]

@@ -81,6 +81,9 @@ class EvaluationOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        for name in ("models", "baselines", "metrics"):
+            if isinstance(getattr(self, name), (str, os.PathLike)):
+                raise UsageError(f"{name}: expected a list, got the single {str(getattr(self, name))!r}")
         if self.size != 0 and self.size < SMALLEST:
             raise UsageError(f"size: expected 0 or at least {SMALLEST} pixels, got {self.size}")
         if self.suite and self.pair_by_name:
