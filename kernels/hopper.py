@@ -22,6 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lgnet_fast.ops.first_use import is_capturing
+
 from .conv import Conv, Store
 from .conv_configs import Work
 from .cuda_driver import Kernel, call
@@ -372,9 +374,7 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     with _lock:
         key = index, dtype
         if key not in _reasons:
-            with torch.cuda.device(index):
-                capturing = torch.cuda.is_current_stream_capturing()
-            if capturing or is_recording():
+            if is_capturing(torch.device("cuda", index)) or is_recording():
                 return "not checked yet, and nothing can be run now"
             try:
                 _reasons[key] = _check(torch.device("cuda", index), dtype)

@@ -16,6 +16,7 @@ from lgnet_fast.engine import graphs
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_measure import Timer
 from lgnet_fast.engine.graphs import CaptureError, Program, capture
+from lgnet_fast.ops.first_use import is_capturing
 
 DEVICE = torch.device("cuda", 0)
 POOL = (0, 1)
@@ -293,7 +294,7 @@ def test_times_are_taken_on_the_measured_gpu(cuda: FakeCuda, monkeypatch: pytest
 
 
 def test_capturing_is_noticed(cuda: FakeCuda) -> None:
-    assert not graphs.is_capturing(DEVICE)
+    assert not is_capturing(DEVICE)
     cuda.capturing = FakeGraph(cuda)
-    assert graphs.is_capturing(DEVICE)
-    assert not graphs.is_capturing(torch.device("cpu"))
+    assert is_capturing(DEVICE)
+    assert not is_capturing(torch.device("cpu"))

@@ -393,8 +393,8 @@ def test_the_stream_of_the_kernels_gpu_is_asked(monkeypatch):
     current = [0]
 
     @contextlib.contextmanager
-    def chosen(index):
-        current.append(index)
+    def chosen(device):
+        current.append(device.index)
         yield
         current.pop()
 

@@ -25,12 +25,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import forks
+from ..ops.first_use import is_capturing
 from .arena import plan_arena
 from .cpu_tuning import entry_name
 from .cuda_weights import CudaWeights, StepWeights, Tuned, conv_of, event_of, target_of, work_of
 from .deep import group_launch, make_groups
 from .executor import Executor, Regions, Result
-from .graphs import Program, elapsed_ms, is_capturing
+from .graphs import Program, elapsed_ms
 from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step, View
 from .recent import Recent
 from .regions import Rect

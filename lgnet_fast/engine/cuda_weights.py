@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from .graphs import is_capturing
+from ..ops.first_use import is_capturing
 from .plan import AttentionStep, ConvStep, Plan, Step
 from .regions import Rect
 

@@ -129,14 +129,6 @@ def error_text(error: BaseException) -> str:
     return text if first is None else f"{error_text(first)}; then {text}"
 
 
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of `device` is being captured."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
-
-
 class Program:
     """Launches on fixed memory: directly for the first `direct` calls, then by graph where that is possible.
 

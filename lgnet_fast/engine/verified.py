@@ -30,12 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import cache, forks
-from ..ops.first_use import KNOWN, pass_on_out_of_memory, strict_float32, tf32_allowed
+from ..ops.first_use import KNOWN, is_capturing, pass_on_out_of_memory, strict_float32, tf32_allowed
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import cuda_measure
 from .cuda_executor import CudaExecutor
 from .executor import Executor, Regions, Result
-from .graphs import error_text, is_capturing
+from .graphs import error_text
 from .library_executor import PAINT, LibraryExecutor
 from .model_executor import ModelExecutor
 from .plan import PICTURE, ConvStep, Plan, Step

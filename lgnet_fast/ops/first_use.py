@@ -141,7 +141,7 @@ def check(
 def distrust(use: Use, error: Exception) -> bool:
     """Whether an automatic call falls back to eager PyTorch after `error` of its kernel; later calls then do too."""
     pass_on_out_of_memory(error)
-    if torch.compiler.is_compiling() or _is_capturing(use.device):
+    if torch.compiler.is_compiling() or is_capturing(use.device):
         return False
     with _lock:
         if _verdicts.get(use) is None:
@@ -181,7 +181,7 @@ def _can_check(tensors: tuple[Tensor, ...]) -> bool:
     if torch._C._len_torch_dispatch_stack() > 0 or torch._C._functorch.peek_interpreter_stack() is not None:
         return False
     if tensors[0].is_cuda:
-        return not _is_capturing(tensors[0].device) and torch.cuda.get_sync_debug_mode() == 0
+        return not is_capturing(tensors[0].device) and torch.cuda.get_sync_debug_mode() == 0
     return True
 
 
@@ -191,7 +191,8 @@ def _wait(device: torch.device) -> None:
         torch.cuda.current_stream(device).synchronize()
 
 
-def _is_capturing(device: torch.device) -> bool:
+def is_capturing(device: torch.device) -> bool:
+    """Whether the current stream of `device` is being captured in a CUDA graph."""
     if device.type != "cuda":
         return False
     with torch.cuda.device(device):

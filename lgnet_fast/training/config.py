@@ -368,9 +368,9 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
     except ImportError as error:
         raise MissingExtraError('configurations need PyYAML: pip install "lgnet_fast[train]"') from error
     try:
-        node = yaml.compose(text := Path(path).read_text(encoding="utf-8"), yaml.SafeLoader)  # JSON is YAML too
-        _refuse_doubles(node)
-        values = yaml.safe_load(text)
+        text = Path(path).read_text(encoding="utf-8")
+        _refuse_doubles(yaml.compose(text, yaml.SafeLoader))
+        values = yaml.safe_load(text)  # JSON is YAML too
     except Exception as error:  # a value that does not fit its YAML tag raises many types
         raise ConfigError(
             f"config: expected a readable YAML or JSON file, got {str(path)!r} ({' '.join(str(error).split())})"
@@ -397,11 +397,14 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
 
 def _refuse_doubles(node: Any) -> None:
     """Raise ValueError for a name that a YAML mapping, or a mapping in it, has twice: YAML would take the last."""
+    if node is None or node.id != "mapping":
+        return
     seen: set[str] = set()
-    for name, below in node.value if node is not None and node.id == "mapping" else ():
-        if name.id == "scalar" and name.value in seen:
-            raise ValueError(f"{name.value} is there twice, the second time in line {name.start_mark.line + 1}")
-        seen |= {name.value} if name.id == "scalar" else set()
+    for name, below in node.value:
+        if name.id == "scalar":
+            if name.value in seen:
+                raise ValueError(f"{name.value} is there twice, the second time in line {name.start_mark.line + 1}")
+            seen.add(name.value)
         _refuse_doubles(below)
 
 
