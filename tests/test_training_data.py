@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import itertools
 import multiprocessing
@@ -97,6 +98,50 @@ def test_processes_together_read_what_one_reads(tmp_path):
         for a, b in zip(*parts, strict=True)
     ]
     assert_same_batches(whole, joined)
+
+
+def write_noise(folder):
+    """Pictures whose shorter edge is the network's size, so that no resampling changes their pixels."""
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):
+        Image.fromarray(rng.integers(0, 256, (256, 300 + 10 * i, 3)).astype(np.uint8)).save(folder / f"{i}.png")
+    return folder
+
+
+def digest_of(pairs):
+    """Of (image in [-1, 1], mask) pairs, in 8-bit levels."""
+    digest = hashlib.sha256()
+    for image, mask in pairs:
+        digest.update(image.mul(127.5).add(127.5).round().byte().numpy().tobytes())
+        digest.update(mask.bool().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, "f3fa643d66d951e9"),
+        ({"mask_kind": "fine"}, "ab5df239e32679bb"),
+        ({"mask_kind": "mixed", "hole_classes": (1, 3)}, "48e2e50513dfa0e7"),
+        ({"masks": "FOLDER"}, "5f684ab63c7917b3"),
+    ],
+)
+def test_the_random_numbers_of_a_seed_stay_the_same(tmp_path, options, expected):
+    """Order, crop, mirroring and mask of three epochs: a change makes a run that is resumed another one."""
+    (tmp_path / "m").mkdir()
+    for i in range(3):
+        mask = np.zeros((256, 256), dtype=np.uint8)
+        mask[: 40 * (i + 1), :90] = 255
+        Image.fromarray(mask).save(tmp_path / "m" / f"{i}.png")
+    options = {name: str(tmp_path / "m") if value == "FOLDER" else value for name, value in options.items()}
+    data = dataset(write_noise(tmp_path / "p"), seed=7, protocol="paris_streetview", **options)
+    assert digest_of((data[i].image, data[i].mask) for i in range(9)) == expected
+
+
+def test_the_masks_of_the_validation_stay_the_same(tmp_path):
+    pairs = validation_pairs(str(write_noise(tmp_path / "p")), 256, (0, 4), 7)
+    assert digest_of(pairs) == "e2904a2bf823b4e3"  # a change makes earlier scores incomparable
 
 
 def test_random_state_of_the_caller_is_left_alone(tmp_path):

@@ -167,6 +167,17 @@ def test_wrong_arguments_of_suite_masks(changes, text):
         masks.suite_mask(**{"height": 32, "width": 32, "kind": "box", "seed": 0, **changes})
 
 
+@pytest.mark.parametrize(
+    ("draw", "expected"), [(masks.varied_mask, "773db4e577a0dd6a"), (masks.fine_mask, "9bfae1e9ca1a694a")]
+)
+def test_masks_of_training_are_the_same_on_every_platform(draw, expected):
+    """A change makes a run that is resumed another one."""
+    digest = hashlib.sha256()
+    for seed in range(40):  # every kind is among them
+        digest.update(np.packbits(draw(96, 128, seed=(5, seed))).tobytes())
+    assert digest.hexdigest()[:16] == expected
+
+
 # -- folders ----------------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,26 @@ def test_the_seed_and_the_position_decide(tmp_path):
     batches = kept.batches(PositionSampler(3, 2))
     assert torch.equal(next(batches)["image"], first["image"])
     assert torch.equal(next(batches)["image"], kept.batch(8, 2)["image"])
+
+
+@pytest.mark.parametrize(("colour", "expected"), [(0.0, "61a9e58fcde46ee5"), (0.1, "b98bd130e8a7ab10")])
+def test_the_random_numbers_of_a_seed_stay_the_same(tmp_path, colour, expected):
+    """Order, crop, mirroring and mask, and without a change of colours the pixels: a run can be resumed."""
+    (tmp_path / "p").mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(3):  # kept at one scale, without resampling
+        levels = rng.integers(0, 256, (256, 300 + 10 * i, 3)).astype(np.uint8)
+        Image.fromarray(levels).save(tmp_path / "p" / f"{i}.png")
+    kept = memory(tmp_path / "p", seed=7, mask_bank=8, colour=colour)
+    digest, means = hashlib.sha256(), []
+    for batch in (kept.batch(4 * k, 4) for k in range(3)):
+        if not colour:
+            digest.update(batch["image"].mul(127.5).add(127.5).round().byte().numpy().tobytes())
+        digest.update(batch["mask"].bool().numpy().tobytes())
+        means += batch["image"].mean(dim=(1, 2, 3)).tolist()
+    assert digest.hexdigest()[:16] == expected
+    if colour:
+        assert means[:4] == pytest.approx([-0.0224, 0.0432, -0.0350, -0.0196], abs=1e-4)
 
 
 def test_masks_of_several_processes_are_those_of_one(tmp_path):
