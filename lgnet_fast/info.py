@@ -19,7 +19,7 @@ from . import cache, forks
 from .engine.cpu_path import Path
 from .engine.cpu_tuning import Measured
 from .engine.cuda_measure import Found
-from .engine.verified import Verdict
+from .engine.verdicts import Verdict
 from .ops.dispatch import FUSED, reason_against
 from .ops.registry import OPERATORS
 from .version import __version__

@@ -19,7 +19,7 @@ from typer.testing import CliRunner, Result
 from lgnet_fast import LGNet, cache, cli, create_model, kernels
 from lgnet_fast.cli import app
 from lgnet_fast.data import masks as data_masks
-from lgnet_fast.engine.verified import Verdict
+from lgnet_fast.engine.verdicts import Verdict
 from lgnet_fast.evaluation import EvaluationOptions
 from lgnet_fast.info import render
 from lgnet_fast.jobs.options import FillOptions

@@ -18,12 +18,14 @@ from ..ops.dispatch import CANDIDATES, reason_against
 from ..ops.registry import OPERATORS
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from .build import build_plan, plan_stages
+from .checks import judge, make_example
 from .cpu_executor import CpuExecutor
 from .cpu_path import choose_path
 from .cpu_tuning import kept
 from .engine import fast_executor_reason
 from .plan import AttentionStep, Plan
-from .verified import Check, judge, make_example, steps_checked, verified
+from .verdicts import Check
+from .verified import steps_checked, verified
 
 SIZE = 256
 

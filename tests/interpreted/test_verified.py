@@ -17,18 +17,20 @@ from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
 from lgnet_fast import cache
-from lgnet_fast.engine import cuda_executor, graphs, verified
+from lgnet_fast.engine import checks, cuda_executor, graphs, verified
 from lgnet_fast.engine import describe as describing
 from lgnet_fast.engine.build import build_plan, plan_stages
+from lgnet_fast.engine.checks import check_steps, judge, make_example
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_weights import CudaWeights, conv_of, unpack
 from lgnet_fast.engine.describe import Peaks
 from lgnet_fast.engine.graphs import CaptureError
+from lgnet_fast.engine.guarded import Guarded
 from lgnet_fast.engine.library_executor import LibraryExecutor
 from lgnet_fast.engine.plan import AttentionStep, Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.engine.verified import Guarded, check_steps, judge, make_example
+from lgnet_fast.engine.verdicts import Verdict
 from lgnet_fast.reference.variants import create_model
 from tests.interpreted.plans import cast, small_plan, tiny_plan
 
@@ -81,7 +83,7 @@ def plan() -> Plan:
     return Model.plan
 
 
-def decide(plan: Plan, dtype: torch.dtype = HALF, **options: Any) -> tuple[Any, verified.Verdict]:
+def decide(plan: Plan, dtype: torch.dtype = HALF, **options: Any) -> tuple[Any, Verdict]:
     return verified.verified(None, plan, CPU, dtype, **options)  # type: ignore[arg-type]
 
 
@@ -107,7 +109,7 @@ def count(monkeypatch: pytest.MonkeyPatch, module: Any, name: str) -> list[int]:
     return calls
 
 
-def gives(result: Tensor) -> verified.Runner:
+def gives(result: Tensor) -> checks.Runner:
     return lambda *args: result
 
 
@@ -150,7 +152,7 @@ def test_a_moved_picture_fails(plan: Plan) -> None:
     """Also one that agrees with the known pixels."""
     for dtype in (torch.float32, torch.float16, torch.bfloat16):
         example = make_example(plan, CPU, dtype)
-        assert example.limit <= verified.LIMITS[dtype]
+        assert example.limit <= checks.LIMITS[dtype]
         for axis in (2, 3):
             moved = example.exact.roll(1, dims=axis)
             assert judge("moved", gives(moved), example).problem == "it changes known pixels"
@@ -216,7 +218,7 @@ def test_convolutions_that_fail_are_run_by_pytorch(
     assert_right(plan, executor)
     assert attentions[0] == ran + 1  # steps that do not fail still use their kernels
     (entry,) = cache.entries(cache.VERDICTS)
-    assert verified.Verdict.from_dict(entry.value) == verdict
+    assert Verdict.from_dict(entry.value) == verdict
 
 
 def test_one_wrong_step_is_named_and_replaced(
@@ -301,8 +303,8 @@ def test_a_large_plan_is_checked_on_one_picture() -> None:
             (20, 256, True),
             (2, 1024, True),
         ):
-            checked = verified.checked_plan(build_plan(stages, batch, side, side))
-            assert checked.total_macs() <= verified.MOST_MACS
+            checked = checks.checked_plan(build_plan(stages, batch, side, side))
+            assert checked.total_macs() <= checks.MOST_MACS
             assert (checked.batch, checked.height, checked.width) == ((1, 256, 256) if alone else (batch, side, side))
 
 
@@ -454,7 +456,7 @@ def test_the_plan_is_described_with_the_cards_own_peaks(plan: Plan, monkeypatch:
 
 
 def executor_inputs(plan: Plan) -> tuple[Tensor, Tensor]:
-    image, mask, _ = verified.example_input(plan, CPU, False)
+    image, mask, _ = checks.example_input(plan, CPU, False)
     return image, mask
 
 
