@@ -13,8 +13,9 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 from lgnet_fast.errors import InvalidImageError
-from lgnet_fast.pipeline import DeepImage, Inpainter, chunks, deep, files
-from lgnet_fast.pipeline.files import open_upright, read_picture, save_picture
+from lgnet_fast.pipeline import DeepImage, Inpainter, chunks, deep, formats
+from lgnet_fast.pipeline.encoding import save_picture
+from lgnet_fast.pipeline.reading import open_upright, read_picture
 
 from .pipeline_support import ConstantFill, box_mask
 
@@ -413,7 +414,7 @@ def test_lossless_formats_keep_every_sample(pipe, tmp_path, name, mode):
 
 @pytest.mark.parametrize("extension", ["avif", "heic"])
 def test_avif_and_heic(pipe, tmp_path, extension):
-    reason = files.reason_against_writing(files.EXTENSIONS[f".{extension}"])
+    reason = formats.reason_against_writing(formats.EXTENSIONS[f".{extension}"])
     if reason is not None:
         pytest.skip(reason)
     smooth = np.linspace(0, 255, HEIGHT * WIDTH * 3).reshape(HEIGHT, WIDTH, 3).astype(np.uint8)

@@ -15,9 +15,10 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, IptcImagePlugin
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.errors import InvalidImageError, InvalidMaskError
 from lgnet_fast.pipeline import Inpainter, chunks, pictures, writing
-from lgnet_fast.pipeline.files import open_upright, save_picture
+from lgnet_fast.pipeline.encoding import save_picture
 from lgnet_fast.pipeline.formats import EXTENSIONS
 from lgnet_fast.pipeline.pictures import Picture, picture_of
+from lgnet_fast.pipeline.reading import open_upright
 
 from .pipeline_support import ConstantFill, box_mask, noise
 

@@ -12,7 +12,7 @@ from PIL import Image
 from lgnet_fast import InvalidImageError, InvalidMaskError
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.pipeline import Inpainter
-from lgnet_fast.pipeline.files import Encoded
+from lgnet_fast.pipeline.sources import Encoded
 from lgnet_fast.serve import Session
 
 from .pipeline_support import BlurFill

@@ -18,7 +18,7 @@ import numpy as np
 from PIL import Image
 
 from ..errors import DataError, InvalidMaskError
-from ..pipeline.files import open_upright
+from ..pipeline.reading import open_upright
 
 HOLE_CLASSES: tuple[tuple[float, float], ...] = (
     (0.01, 0.1),

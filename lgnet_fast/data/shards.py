@@ -9,8 +9,8 @@ from pathlib import Path, PurePosixPath
 from PIL import Image
 
 from ..errors import InvalidImageError, LGNetError
-from ..pipeline.files import Encoded
 from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS
+from ..pipeline.sources import Encoded
 
 MASK_MARK = "mask"
 

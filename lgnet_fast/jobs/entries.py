@@ -13,9 +13,10 @@ from PIL import Image
 
 from ..data.shards import Member
 from ..errors import BackendError, InvalidImageError, InvalidMaskError, JobError, LGNetError, WeightsError
-from ..pipeline.files import Encoded, save_picture
+from ..pipeline.encoding import save_picture
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.pictures import picture_of
+from ..pipeline.sources import Encoded
 from .items import Item
 from .journal import Journal
 

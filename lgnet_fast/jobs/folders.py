@@ -8,8 +8,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..pipeline.files import reason_against_reading
-from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS
+from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS, reason_against_reading
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from typing import Any
 
 from ..data.shards import Member, Sample, Shard, read_shard
 from ..errors import InvalidImageError, UsageError
-from ..pipeline.files import Encoded
 from ..pipeline.formats import ADDRESS, EXTENSIONS
+from ..pipeline.sources import Encoded
 from ..pipeline.writing import STANDARD_STREAM, is_stream
 from .folders import Found, beside, masks_by_suffix, of_mask, pair_mask, scan, unread
 from .journal import World, fingerprint, stamp

@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
-from ..pipeline.files import reason_against_writing
-from ..pipeline.formats import ADDRESS, EXTENSIONS, FORMATS
+from ..pipeline.formats import ADDRESS, EXTENSIONS, FORMATS, reason_against_writing
 from ..pipeline.writing import STANDARD_STREAM, is_stream
 
 _WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "HEIF")

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from ..data.shards import Member
 from ..errors import UsageError
-from ..pipeline.files import Encoded, format_of, reason_against_writing
-from ..pipeline.formats import EXTENSIONS, FORMATS
+from ..pipeline.formats import EXTENSIONS, FORMATS, reason_against_writing
+from ..pipeline.sources import Encoded, format_of
 from ..pipeline.writing import STANDARD_STREAM, is_stream
 
 

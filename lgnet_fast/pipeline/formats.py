@@ -1,8 +1,13 @@
-"""Formats of picture files: their extensions, their names on the command line, the modes that they hold."""
+"""Formats of picture files: their extensions, their names on the command line, the modes that they hold, and which of
+them can be read and written here."""
 
 from __future__ import annotations
 
 import re
+
+from PIL import features
+
+_HEIF_EXTRA = "pip install 'lgnet-fast[heif]'"
 
 # Extensions of pictures in folders, and the Pillow format of each. The first extension of a format is used for a file
 # whose extension belongs to another format.
@@ -80,3 +85,31 @@ METADATA = {
 
 ADDRESS = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+:/")
 """Start of a URL, such as http://, which is rejected as a path."""
+
+
+def reason_against_reading(format: str) -> str | None:
+    """Why pictures of a Pillow format cannot be read, None where they can."""
+    if format == "HEIF":
+        try:
+            import pillow_heif
+        except ImportError:
+            return f"HEIC pictures need the package pillow-heif: {_HEIF_EXTRA}"
+        pillow_heif.register_heif_opener()
+    elif format in ("AVIF", "JPEG2000"):
+        known = {"AVIF": "avif", "JPEG2000": "jpg_2000"}[format]
+        if not (known in features.modules or known in features.codecs) or not features.check(known):
+            return f"{format} pictures need a Pillow that was built with {format}"
+    return None
+
+
+def reason_against_writing(format: str) -> str | None:
+    """Why pictures of a Pillow format cannot be written, None where they can."""
+    if format not in MODES:
+        return f"{format} is not written here"
+    reason = reason_against_reading(format)
+    if reason is None and format == "HEIF":
+        import pillow_heif
+
+        if not pillow_heif.libheif_info()["HEIF"]:
+            return "HEIC pictures need a pillow-heif with an encoder"
+    return reason

@@ -14,8 +14,9 @@ from scipy import ndimage
 from ..engine.holes import disjoint_boxes, group_holes
 from ..errors import InvalidMaskError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
-from .files import Encoded, file_of, open_upright, upright
 from .pictures import Picture
+from .reading import open_upright, upright
+from .sources import Encoded, file_of
 
 ACCEPTED = (
     "a PIL picture, a path, a file's bytes, a file opened for reading bytes, an array [H, W] or [H, W, C], or a "

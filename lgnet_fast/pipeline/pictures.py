@@ -17,8 +17,10 @@ from ..engine.regions import Rect
 from ..errors import InvalidImageError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
 from .deep import DeepImage, check_deep_format
-from .files import Encoded, file_of, held_modes, read_picture, upright
+from .encoding import held_modes
 from .notices import warn
+from .reading import read_picture, upright
+from .sources import Encoded, file_of
 
 ACCEPTED = (
     "a PIL picture, a path, a file's bytes, a file opened for reading bytes, a DeepImage, an array [H, W] or "

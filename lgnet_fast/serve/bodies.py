@@ -13,8 +13,8 @@ from PIL import Image
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from ..errors import InvalidImageError, InvalidMaskError, LGNetError
-from ..pipeline.files import Encoded
 from ..pipeline.formats import FORMATS
+from ..pipeline.sources import Encoded
 from .errors import OptionError, RequestError, TooLargeError
 
 _DATA_URL = re.compile(r"data:[^,]{0,200},")

@@ -11,7 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from ..errors import InvalidMaskError
-from ..pipeline.files import upright
+from ..pipeline.reading import upright
 from .bodies import FillFields, checked, mask_picture
 from .errors import RequestError
 from .routing import FILE, IMAGE_RESPONSES, ServerState, body_of, form_fields

@@ -18,11 +18,12 @@ from ..engine.holes import CELL, bounding_box
 from ..engine.regions import Rect
 from ..errors import InvalidImageError, InvalidMaskError
 from ..pipeline.deep import DeepImage
-from ..pipeline.files import Encoded, encode, file_of, open_image
+from ..pipeline.encoding import encode
 from ..pipeline.formats import MODES
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.masks import read_hole, soft_edge
 from ..pipeline.pictures import Picture, picture_of
+from ..pipeline.sources import Encoded, file_of, open_image
 from ..pipeline.strategies import CONTEXT, STRATEGIES, choose
 from .colours import as_held
 from .errors import OptionError
@@ -262,7 +263,7 @@ class Session:
         """The result as a file with its metadata, and the Pillow format that it has.
 
         `format`: a Pillow format name; None: the picture's format, or PNG where it has none or it cannot be written.
-        `quality`: as in `lgnet_fast.pipeline.files.save_picture`. `position`: as in `result`. `convert`: a CMYK,
+        `quality`: as in `lgnet_fast.pipeline.encoding.save_picture`. `position`: as in `result`. `convert`: a CMYK,
         YCbCr or HSV picture becomes RGB for a format that does not hold it, CMYK by its profile.
 
         Raises InvalidImageError: the format cannot hold the picture.

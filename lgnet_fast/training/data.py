@@ -32,8 +32,8 @@ from ..data.masks import (
 )
 from ..data.shards import Member, samples_in
 from ..errors import ConfigError, DataError, InvalidMaskError, LGNetError, MissingExtraError
-from ..pipeline.files import open_image
 from ..pipeline.pictures import picture_of
+from ..pipeline.sources import open_image
 from .config import DataConfig
 
 PROTOCOLS: dict[str, float | None] = {

@@ -1,0 +1,157 @@
+"""Picture files as results: the mode that a format holds, its options, and the metadata of the input."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image, JpegImagePlugin, TiffTags
+from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
+
+from ..errors import InvalidImageError
+from . import chunks, deep, metadata
+from .deep import DeepImage
+from .exif import TIFF_DESCRIPTIVE
+from .formats import EXTENSIONS, MODES, reason_against_writing
+from .sources import reason_of
+from .writing import write_file
+
+# Mode -> modes that hold all its samples. Mode I of the pipeline never exceeds 16 bits, and Pillow cannot convert
+# I;16B to I;16 directly.
+_WIDER = {"1": "L", "L": "RGB", "LA": "RGBA", "I;16B": "I", "I": "I;16"}
+
+_TIFF_LOSSLESS = {
+    "raw",
+    "tiff_lzw",
+    "tiff_adobe_deflate",
+    "tiff_deflate",
+    "packbits",
+    "group3",
+    "group4",
+    "lzma",
+    "zstd",
+}
+
+
+def save_picture(
+    picture: Image.Image | DeepImage,
+    path: Path,
+    *,
+    like: Image.Image | None = None,
+    format: str | None = None,
+    quality: int | None = None,
+) -> None:
+    """Write `picture` to `path` atomically, with the EXIF, ICC profile, XMP and DPI of its `.info`.
+
+    From a PNG that was read by `read_picture` or `open_upright`, a PNG also keeps text and colour chunks; for another
+    format a UserWarning names the chunks that it cannot hold.
+
+    `format`: a Pillow format name; None: that of the extension. `quality`: 1 to 100, for JPEG, WebP, AVIF and
+    HEIC; None gives lossless WebP, and for JPEG the quantisation tables and chroma sampling of `like`, the picture as
+    it was opened, if that was a JPEG, otherwise quality 95 without subsampling. Raises InvalidImageError when the
+    format cannot hold the picture's mode or alpha; OSError from the file system.
+    """
+    format = format or EXTENSIONS.get(path.suffix.lower())
+    if format not in MODES:
+        raise InvalidImageError(f"format: expected one of {', '.join(MODES)}, got {format or path.suffix!r}")
+    write_file(path, encode(picture, format, like, quality))
+
+
+def encode(
+    picture: Image.Image | DeepImage, format: str, like: Image.Image | None = None, quality: int | None = None
+) -> bytes:
+    """The file that `save_picture` writes. `format`: a key of MODES."""
+    if isinstance(picture, DeepImage):
+        return deep.encode_deep(picture, format)
+    metadata.warn_lost(picture.info, format)
+    if (reason := reason_against_writing(format)) is not None:
+        raise InvalidImageError(f"format: {reason}")
+    for mode in held_modes(picture.mode, "transparency" in picture.info, format):
+        picture = picture.convert(mode)
+    directories: dict[int, dict[int, Any]] = {}
+    iptc, profile = picture.info.get("iptc"), picture.info.get("icc_profile")
+    options: dict[str, Any] = {
+        key: picture.info[key]
+        for key in ("exif", "icc_profile", "dpi", "xmp", "transparency")
+        if picture.info.get(key) is not None
+    }
+    if format == "JPEG":
+        options.update(_jpeg_options(like, picture, quality))
+        options["extra"] = metadata.iptc_segment(iptc) if iptc else b""
+    elif format == "WEBP":
+        options.update({"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True})
+    elif format == "AVIF":
+        options.update({"quality": quality or 95, "subsampling": "4:4:4"})
+    elif format == "HEIF":
+        options.update({"quality": quality or 95, "chroma": 444})
+    elif format == "TIFF":
+        compression = picture.info.get("compression")
+        options["compression"] = compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate"
+        options["tiffinfo"], directories = _tiff_tags(options.pop("exif", b""), options.pop("xmp", None))
+        if iptc:
+            options["tiffinfo"][IPTC_NAA_CHUNK] = iptc
+    encoded = io.BytesIO()
+    try:
+        picture.save(encoded, format=format, **options)
+    except (ValueError, RuntimeError, OSError) as cause:  # the encoders' errors; nothing is written to a disk yet
+        raise InvalidImageError(f"format: {format} could not be written ({reason_of(cause)})") from cause
+    data = encoded.getvalue()
+    if format == "TIFF":
+        return deep.with_directories(data, directories)
+    if format == "JPEG2000" and profile:
+        return metadata.with_jp2_profile(data, profile)
+    if format != "PNG":
+        return data
+    if (kept := picture.info.get("png_chunks")) is not None:
+        return chunks.put_chunks(data, chunks.fitting(kept, data))
+    xmp = picture.info.get("xmp")
+    return chunks.put_chunks(data, [chunks.xmp_chunk(xmp)] if isinstance(xmp, bytes) else [])
+
+
+def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[int, Any]]]:
+    """The tags of a TIFF's first directory for EXIF and XMP, and the directories to append."""
+    read = Image.Exif()
+    read.load(exif)
+    directories = deep.tiff_directories(read)
+    # Most tags below XMP's describe storage, here that of the file that the EXIF came from.
+    tags = {
+        tag: value
+        for tag, value in read.items()
+        if (tag in TIFF_DESCRIPTIVE or tag > ExifTags.Base.XMLPacket) and tag not in TiffTags.TAGS_V2_GROUPS
+    }
+    tags.update(dict.fromkeys(directories, 0))
+    if xmp:
+        tags[ExifTags.Base.XMLPacket] = xmp
+    return tags, directories
+
+
+def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int | None) -> dict[str, Any]:
+    if quality is not None:
+        # Below quality 90, encoders usually halve the resolution of chroma.
+        return {"quality": quality, "subsampling": 0 if quality >= 90 else 2}
+    if isinstance(like, JpegImagePlugin.JpegImageFile) and like.mode == picture.mode:
+        # With the tables of the source, unchanged blocks are reproduced almost exactly.
+        sampling = JpegImagePlugin.get_sampling(like)
+        return {"qtables": like.quantization, "subsampling": sampling if sampling >= 0 else 0}
+    return {"quality": 95, "subsampling": 0}
+
+
+def held_modes(mode: str, transparent: bool, format: str) -> list[str]:
+    """The modes to convert a picture to, one after the other, so that the format can hold it without loss.
+
+    `transparent`: whether a palette has alpha. Raises InvalidImageError: there is no such mode.
+    """
+    own, steps = mode, []
+    while mode not in MODES[format]:
+        if mode == "P":
+            mode = "RGBA" if transparent else "RGB"
+        elif mode in _WIDER:
+            mode = _WIDER[mode]
+        else:
+            raise InvalidImageError(
+                f"format: {format} holds {', '.join(sorted(MODES[format]))}, got a picture of mode {own}; "
+                "PNG and TIFF keep colour, alpha and depth"
+            )
+        steps.append(mode)
+    return steps
