@@ -636,6 +636,31 @@ print(resident() - before)
 """
 
 
+TIGHT = """
+import logging, resource, sys
+import torch
+import lgnet_fast
+from lgnet_fast.engine import engine as engines
+
+logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stdout)
+torch.set_num_threads(1)
+torch.manual_seed(0)
+fast = lgnet_fast.optimize(lgnet_fast.create_model("lgnet_demo").eval(), hole_aware=False)
+shapes = [(1, 512, 512), (2, 512, 256), (2, 256, 512)]
+one = engines._Shape(fast.plan, fast._first.executor.resized(fast.plan.resized(*shapes[0]))).executor.buffer_bytes
+image, mask = torch.zeros(1, 3, 256, 256), torch.ones(1, 1, 256, 256)
+fast(image, mask)  # starts what starts at the first run
+engines.available_memory = lambda device: None  # as where the system does not say
+taken = int(open("/proc/self/statm").read().split()[0]) * resource.getpagesize()
+limit = taken + 5 * one // 2
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for shape in shapes:
+    image = torch.zeros(shape[0], 3, *shape[1:])
+    assert torch.isfinite(fast(image, torch.ones_like(image[:, :1]))).all()
+    print("kept", len(fast._shapes))
+"""
+
+
 RUNNING = """
 import gc
 import torch
@@ -667,6 +692,21 @@ def test_a_running_engine_holds_little_more_than_its_weights():
     assert weights == 4 * 115_002_185
     # Packed weights are a little larger; the rest is buffers, and libraries' code that the first call loads.
     assert weights < resident <= 1.3 * weights + 300e6
+
+
+@pytest.mark.once
+@needs_extension
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="limits the memory of a process")
+def test_shapes_that_do_not_fit_together_run_one_after_another():
+    """Each of them takes two fifths of the memory that is left."""
+    done = subprocess.run([sys.executable, "-c", TIGHT], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    kept = [line for line in done.stdout.splitlines() if line.startswith("kept")]
+    assert kept[0] == "kept 2"
+    assert len(kept) == 3
+    assert (
+        "other shapes are freed: MemoryError" in done.stdout or "other shapes are freed: RuntimeError" in done.stdout
+    )
 
 
 @pytest.mark.once

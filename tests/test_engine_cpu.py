@@ -229,3 +229,36 @@ def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
         result, _ = CpuExecutor.of(replace(plan, steps=tuple(steps)), dtype, chosen).run(image, mask, None, regions)
         assert not torch.isfinite(result[hole]).all(), (name, value)
         assert torch.equal(result[~hole], image.float()[~hole])
+
+
+def test_dropped_buffers_are_allocated_anew(threads):
+    executor = CpuExecutor.of(plan_of(5))
+    inputs = picture(1, 256, 256)
+    least = executor.buffer_bytes
+    assert executor.workspace_bytes == 0
+    expected = executor.run(*inputs)[0]
+    assert executor.buffer_bytes == executor.workspace_bytes >= least > 0
+    executor.drop_buffers()
+    assert (executor.workspace_bytes, executor.buffer_bytes) == (0, least)
+    assert torch.equal(executor.run(*inputs)[0], expected)
+
+
+def test_buffers_may_be_dropped_while_threads_run():
+    executor = CpuExecutor.of(plan_of(5))
+    inputs = picture(1, 256, 256)
+    expected = executor.run(*inputs)[0]
+    results: list[Tensor] = []
+
+    def work():
+        for _ in range(4):
+            results.append(executor.run(*inputs)[0])
+
+    workers = [threading.Thread(target=work) for _ in range(2)]
+    for worker in workers:
+        worker.start()
+    while any(worker.is_alive() for worker in workers):
+        executor.drop_buffers()
+    for worker in workers:
+        worker.join()
+    assert len(results) == 8
+    assert all(torch.equal(result, expected) for result in results)

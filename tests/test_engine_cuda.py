@@ -22,6 +22,7 @@ from lgnet_fast.engine import cuda_executor, graphs
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.checks import check_steps, make_example
 from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda_memory import Memory
 from lgnet_fast.engine.engine import optimize
 from lgnet_fast.engine.graphs import Program, capture
 from lgnet_fast.engine.guarded import Guarded
@@ -303,13 +304,13 @@ class TestOnGpu:
     ) -> None:
         image, mask = inputs()
         expected = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda")).run(image, mask)[0]
-        attend = CudaExecutor._attend
+        attend = cuda_executor._attend
 
-        def synchronising(self: CudaExecutor, *args: object) -> None:
-            attend(self, *args)  # type: ignore[arg-type]
+        def synchronising(*args: Any) -> None:
+            attend(*args)
             torch.cuda.current_stream().synchronize()
 
-        monkeypatch.setattr(CudaExecutor, "_attend", synchronising)
+        monkeypatch.setattr(cuda_executor, "_attend", synchronising)
         executor = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
         with caplog.at_level(logging.INFO, logger="lgnet_fast"):
             for _ in range(2):
@@ -380,7 +381,7 @@ class TestOnGpu:
 
 def test_outgrown_workspaces_are_kept(model: LGNet) -> None:
     """A kernel on another stream may still use them."""
-    memory = cuda_executor.Memory(planned(model), torch.float32, torch.device("cpu"))
+    memory = Memory(planned(model), torch.float32, torch.device("cpu"))
     earlier = [weakref.ref(memory.partial(10)), weakref.ref(memory.counters(10))]
     assert memory.partial(20).numel() == memory.counters(20).numel() == 20
     assert all(tensor() is not None for tensor in earlier)

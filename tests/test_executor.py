@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import logging
+import weakref
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
 
 from lgnet_fast import LGNetError, create_model
+from lgnet_fast.engine import engine as engines
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.engine import Engine
 from lgnet_fast.engine.executor import Executor, Regions, Result
@@ -71,6 +75,41 @@ class Apart(Notes):
 
 class Costly(Notes):
     region_macs = 1e8
+
+
+class Buffered(Notes):
+    """Keeps a buffer of the size of its pictures between runs, on a device that has `capacity` such bytes in all."""
+
+    capacity = 0
+    held: ClassVar[weakref.WeakSet[Tensor]] = weakref.WeakSet()
+    failure: Callable[[], Exception] = torch.OutOfMemoryError
+
+    def __init__(self, plan: Plan) -> None:
+        super().__init__(plan)
+        self.buffer: Tensor | None = None
+
+    def run(self, image: Tensor, *args: Any, **options: Any) -> Result:
+        if self.buffer is None:
+            wanted = image.clone()
+            Buffered.held.add(wanted)  # also where it does not fit, until this frame is gone
+            if Buffered.used() > Buffered.capacity:
+                raise Buffered.failure()
+            self.buffer = wanted
+        return super().run(image, *args, **options)
+
+    @staticmethod
+    def used() -> int:
+        return sum(buffer.nbytes for buffer in Buffered.held)
+
+    @property
+    def buffer_bytes(self) -> int:
+        return 3 * 4 * self.plan.batch * self.plan.height * self.plan.width
+
+    def drop_buffers(self) -> None:
+        self.buffer = None
+
+    def resized(self, plan: Plan) -> Buffered:
+        return Buffered(plan)
 
 
 def engine_of(kind: type[Notes], batch: int = 1) -> tuple[Engine, Notes, Any]:
@@ -160,3 +199,118 @@ def test_a_gone_model_s_memory_is_given_back_once() -> None:
     engine(*picture(Rect(0, 9, 0, 9)))
     engine(*picture(Rect(0, 9, 0, 9)))
     assert executor.released == 1
+
+
+# -- memory of several shapes ----------------------------------------------------------------------------------------
+
+CELL = 3 * 4 * 256 * 256
+"""Bytes that :class:`Buffered` keeps for one picture of 256x256."""
+HOLE = Rect(0, 256, 0, 256)
+
+
+def run(engine: Engine, batch: int) -> None:
+    image, mask = picture(*[HOLE] * batch)
+    assert torch.equal(engine(image, mask), image)
+
+
+def kept(engine: Engine) -> list[int]:
+    """Batches of the shapes that are kept, the least recently used first."""
+    return [shape.plan.batch for shape in engine._shapes.values()]
+
+
+def small_device(monkeypatch: pytest.MonkeyPatch, cells: float, told: bool = True) -> None:
+    """A device of so many pictures' buffers; `told`: whether the system says how many are left."""
+    monkeypatch.setattr(Buffered, "capacity", int(cells * CELL))
+    monkeypatch.setattr(
+        engines, "available_memory", lambda device: Buffered.capacity - Buffered.used() if told else None
+    )
+
+
+def test_buffers_of_shapes_are_bounded_by_what_the_device_has_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_device(monkeypatch, 20)  # shapes may keep the half of it
+    engine, _, model = engine_of(Buffered)
+    for batch in (1, 2, 3, 4):
+        run(engine, batch)
+    assert kept(engine) == [1, 2, 3, 4]
+    run(engine, 2)
+    run(engine, 5)  # 1, then 3 are the least recently used ones; 4 + 2 + 5 are still too many
+    assert kept(engine) == [2, 5]
+    assert Buffered.used() == 7 * CELL
+    run(engine, 9)  # alone, and within the half
+    assert kept(engine) == [9]
+    run(engine, 11)  # more than the half, which is still possible
+    assert kept(engine) == [11]
+    assert Buffered.used() == 11 * CELL
+    del engine, model
+
+
+def test_many_shapes_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_device(monkeypatch, 200)
+    engine, _, model = engine_of(Buffered)
+    for batch in range(1, 11):
+        run(engine, batch)
+    assert kept(engine) == list(range(3, 11))
+    assert (
+        Buffered.used() == sum(range(3, 11)) * CELL
+    )  # also the first shape's, which the engine refers to, are freed
+    run(engine, 1)
+    assert kept(engine)[-1] == 1
+    del engine, model
+
+
+@pytest.mark.parametrize(
+    "failure",
+    [
+        torch.OutOfMemoryError,
+        MemoryError,
+        lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you"),
+    ],
+)
+def test_a_run_that_finds_no_memory_is_repeated_without_the_other_shapes(
+    failure: Callable[[], Exception], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    small_device(monkeypatch, 6, told=False)
+    monkeypatch.setattr(Buffered, "failure", failure)
+    engine, first, model = engine_of(Buffered)
+    for batch in (1, 2, 3):
+        run(engine, batch)
+    with caplog.at_level(logging.INFO, logger="lgnet_fast"):
+        run(engine, 4)
+    assert sum("the buffers of 3 other shapes are freed" in message for message in caplog.messages) == 1
+    assert kept(engine) == [4]
+    assert first.released == 1
+    caplog.clear()
+    with caplog.at_level(logging.INFO, logger="lgnet_fast"), pytest.raises(type(failure())):
+        run(engine, 7)  # too large in any case
+    run(engine, 6)
+    del engine, model
+
+
+def test_a_lone_shape_without_memory_is_run_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_device(monkeypatch, 0)
+    tries: list[int] = []
+    run_once = Buffered.run
+
+    def counted(self: Buffered, *args: Any, **options: Any) -> Result:
+        tries.append(1)
+        return run_once(self, *args, **options)
+
+    monkeypatch.setattr(Buffered, "run", counted)
+    engine, _, model = engine_of(Buffered)
+    with pytest.raises(torch.OutOfMemoryError):
+        run(engine, 1)
+    assert tries == [1]
+    del model
+
+
+def test_other_errors_free_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    small_device(monkeypatch, 6, told=False)
+    engine, _, model = engine_of(Buffered)
+    run(engine, 1)
+    with monkeypatch.context() as patch:
+        patch.setattr(Buffered, "capacity", 0)
+        patch.setattr(Buffered, "failure", lambda: RuntimeError("invalid argument"))
+        with pytest.raises(RuntimeError, match="invalid argument"):
+            run(engine, 2)
+    assert kept(engine) == [1, 2]
+    del model

@@ -72,14 +72,19 @@ class CpuExecutor(Executor):
         self._lock = forks.Lock()
         self._lists: Recent[list[list[Any]]] = Recent(_LISTS_KEPT)
         self.bf16_buffers = buffers_of_pairs(plan, weights.choices)
-        arena = plan_arena(plan, halves=self.bf16_buffers)
-        self._program = native.library().Program(
+        self._arena = plan_arena(plan, halves=self.bf16_buffers)
+        self._program = self._new_program()
+
+    def _new_program(self) -> Any:
+        """The plan as the extension runs it; it keeps the workspaces of its runs."""
+        plan, offsets = self.plan, self._arena.offsets
+        return native.library().Program(
             plan.batch,
             plan.height,
             plan.width,
-            arena.size,
-            arena.offsets[PICTURE],
-            [self._specify(step, arena.offsets) for step in plan.steps],
+            self._arena.size,
+            offsets[PICTURE],
+            [self._specify(step, offsets) for step in plan.steps],
         )
 
     @classmethod
@@ -133,6 +138,14 @@ class CpuExecutor(Executor):
     def workspace_bytes(self) -> int:
         """Bytes of buffers and scratch that finished calls left for later ones, for as many calls as ran at once."""
         return int(self._program.workspace_bytes())
+
+    @property
+    def buffer_bytes(self) -> int:
+        return max(self.workspace_bytes, 4 * self._arena.size)
+
+    def drop_buffers(self) -> None:
+        """See :meth:`.executor.Executor.drop_buffers`; those of runs in other threads are freed as these end."""
+        self._program = self._new_program()
 
     def release(self) -> None:
         native.library().release_free_memory()

@@ -26,13 +26,13 @@ from torch import Tensor
 
 from .. import forks
 from ..ops.first_use import is_capturing
-from .arena import plan_arena
 from .cpu_tuning import entry_name
+from .cuda_memory import Memory, least_bytes
 from .cuda_weights import CudaWeights, StepWeights, Tuned, conv_of, event_of, target_of, work_of
 from .deep import group_launch, make_groups
 from .executor import Executor, Regions, Result
 from .graphs import Program, elapsed_ms
-from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step, View
+from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step
 from .recent import Recent
 from .regions import Rect
 from .torch_executor import convolution
@@ -40,6 +40,8 @@ from .torch_executor import convolution
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from lgnet_fast.kernels.configs import Inference
+    from lgnet_fast.kernels.conv import Merge
     from lgnet_fast.kernels.conv_configs import Tile
     from lgnet_fast.kernels.deep import DeepGroup
     from lgnet_fast.kernels.hopper import HopperTile
@@ -73,62 +75,6 @@ class CudaOptions:
     deep_rows: int | None = None
 
 
-class Memory:
-    """The buffers of one shape: feature maps, input pictures, output pictures.
-
-    They are created outside inference mode, because an inference tensor could not be written to later. Outgrown
-    workspaces are kept, because another stream may still use them.
-    """
-
-    @torch.inference_mode(False)
-    def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
-        arena = plan_arena(plan)
-        self.arena = torch.empty(arena.size, dtype=dtype, device=device)
-        self.maps: dict[str, Tensor] = {}
-        for name, b in plan.buffers.items():
-            shape = (plan.batch, b.height, b.width, b.channels)
-            begin = arena.offsets[name]
-            count = plan.batch * b.height * b.width * b.channels
-            self.maps[name] = self.arena[begin : begin + count].view(shape)
-        size = (plan.batch, 3, plan.height, plan.width)
-        stages = sum(step.merges for step in plan.steps)
-        single: Any = {"dtype": torch.float32, "device": device}  # independent of the caller's defaults
-        self.image = torch.zeros(size, **single)
-        self.mask = torch.zeros(size[0], 1, *size[2:], **single)
-        self.start = torch.zeros(size, **single)
-        self.outputs = torch.empty(1 + stages, *size, **single)
-        """The merged picture, then the raw picture of every stage."""
-        self._partial = torch.empty(0, **single)
-        self._outgrown: list[Tensor] = []
-        self._counters = torch.zeros(0, dtype=torch.int32, device=device)
-
-    def take(self, image: Tensor, mask: Tensor, start: Tensor | None) -> None:
-        """Copy the arguments of a call into the buffers."""
-        self.image.copy_(image)
-        self.mask.copy_(mask)
-        if start is not None:
-            self.start.copy_(start)
-
-    def view(self, view: View) -> Tensor:
-        """A view of a buffer as a tensor [B, H, W, C]."""
-        return self.maps[view.buffer][..., view.offset : view.offset + view.channels]
-
-    @torch.inference_mode(False)
-    def partial(self, elements: int) -> Tensor:
-        """A float32 workspace; references to earlier, smaller ones stay valid."""
-        if self._partial.numel() < elements:
-            self._outgrown.append(self._partial)
-            self._partial = self._partial.new_empty(elements)
-        return self._partial
-
-    def counters(self, blocks: int) -> Tensor:
-        """int32 zeros, which kernels reset to zeros; references to earlier ones stay valid."""
-        if self._counters.numel() < blocks:
-            self._outgrown.append(self._counters)
-            self._counters = torch.zeros(blocks, dtype=torch.int32, device=self._counters.device)
-        return self._counters
-
-
 class CudaExecutor(Executor):
     """Runs a plan on an NVIDIA GPU (or, where Triton runs interpreted, on CPU tensors without graphs).
 
@@ -155,14 +101,15 @@ class CudaExecutor(Executor):
         self._lock = forks.Lock()
         self._own: Memory | None = None
         self._groups: dict[int, DeepGroup] | None = None
-        self._programs: Recent[Program] = Recent(GRAPHS_KEPT, self._drop)
         self._last = max((number for number, step in enumerate(plan.steps) if step.merges), default=-1)
         self._pool = self._graph_pool()
-        self._done: torch.cuda.Event | None = None
-        if self.device.type == "cuda":
-            if weights.packed is not None and not is_capturing(self.device):
-                torch.cuda.current_stream(self.device).wait_event(weights.packed)
-            self._done = event_of(self.device)
+        if weights.packed is not None and not is_capturing(self.device):
+            torch.cuda.current_stream(self.device).wait_event(weights.packed)
+        self._done = event_of(self.device)
+        # Nothing here refers to the executor itself: its memory is to be freed with the last reference, not by a
+        # later garbage collection.
+        self._programs: Recent[Program] = Recent(GRAPHS_KEPT, functools.partial(_before_drop, self._done))
+        if self._done is not None:
             # Freed memory returns to the stream that allocated it, but the last run may still use it on another
             # stream.
             weakref.finalize(self, _let_finish, self._done, self.device).atexit = False
@@ -304,10 +251,23 @@ class CudaExecutor(Executor):
         """Bytes of the packed weights."""
         return self.weights.bytes
 
-    def _drop(self, program: Program) -> None:
-        # a graph must not be destroyed while the device runs it
-        if program.graph is not None and self._done is not None:
-            self._done.synchronize()
+    @property
+    def buffer_bytes(self) -> int:
+        """See :attr:`.executor.Executor.buffer_bytes`; without the graphs' own memory, which is not known."""
+        memory = self._own
+        return least_bytes(self.plan, self.dtype) if memory is None else memory.bytes
+
+    def drop_buffers(self) -> None:
+        """See :meth:`.executor.Executor.drop_buffers`; graphs are dropped too. Waits for the device."""
+        with self._lock:
+            if self._own is None or is_capturing(self.device):
+                return
+            if self._done is not None:
+                self._done.synchronize()  # a run on any stream may still use them
+            self._programs.clear()
+            self._own = None
+            # PyTorch takes no graph into a pool whose graphs are all gone
+            self._pool = None if self._pool is None else self._graph_pool()
 
     def holes_of(self, regions: Regions) -> tuple[Rect, ...]:
         """The rectangles of holes to which these regions belong."""
@@ -412,9 +372,9 @@ class CudaExecutor(Executor):
             merged = memory.outputs[0] if last else memory.maps[PICTURE]
             merge = Merge(memory.image, memory.mask, memory.outputs[stage], merged, last)
         if isinstance(step, AttentionStep):
-            return [] if rects == () else [functools.partial(self._attend, memory, step)]
+            return [] if rects == () else [self._attention(memory, step)]
         if rects is None and self.weights.steps[step.name].plain is not None:
-            return [functools.partial(self._convolve, memory, step, self.weights.steps[step.name], merge)]
+            return [functools.partial(_convolve, memory, step, self.weights.steps[step.name], merge)]
         return [self._conv_launch(memory, step, rect, merge) for rect in (step.regions if rects is None else rects)]
 
     def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Any) -> Launch:
@@ -444,47 +404,14 @@ class CudaExecutor(Executor):
             counters=memory.counters(programs(work, tile) // tile.splits) if tile.fused else None,
         )
 
-    def _attend(self, memory: Memory, step: AttentionStep) -> None:
+    def _attention(self, memory: Memory, step: AttentionStep) -> Launch:
         """The launch of the attention block; it computes the whole map in a restricted run too."""
-        from lgnet_fast.kernels.attention_inference import attention_block_inference
-        from lgnet_fast.kernels.configs import override
-
         weights = self.weights.steps[step.name]
         features = memory.view(step.source).permute(0, 3, 1, 2)
         shape = (step.out_channels, features.shape[2] * features.shape[3], self.plan.batch)
+        stores = [(memory.view(store.view).permute(0, 3, 1, 2), store.activation) for store in step.stores]
         tuned = self.weights.tuned.attention.get(shape)
-        for store in step.stores:
-            out = memory.view(store.view).permute(0, 3, 1, 2)
-            with contextlib.nullcontext() if tuned is None else override("inference", tuned):
-                attention_block_inference(
-                    features,
-                    weights.packed,
-                    weights.bias,
-                    step.variant,
-                    out=out,
-                    activation=store.activation,
-                    overlap=self.options.overlap,
-                )
-
-    def _convolve(self, memory: Memory, step: ConvStep, weights: StepWeights, merge: Any) -> None:
-        """A dense step by PyTorch's own convolution."""
-        assert weights.plain is not None
-        x = memory.view(step.source).permute(0, 3, 1, 2)
-        bias = weights.bias.to(self.dtype)
-        value = convolution(step.geometry, x, weights.plain, bias)
-        if step.residual is not None:
-            value = value + memory.view(step.residual).permute(0, 3, 1, 2)
-        if merge is None:
-            for store in step.stores:
-                out = memory.view(store.view).permute(0, 3, 1, 2)
-                activate_(out.copy_(value), store.activation)
-            return
-        torch.tanh(value.float(), out=merge.raw)
-        merged = merge.image * (1 - merge.mask) + merge.raw * merge.mask
-        if merge.last:
-            merge.merged.copy_(merged)
-        else:
-            merge.merged[..., :3].copy_(merged.permute(0, 2, 3, 1))
+        return functools.partial(_attend, features, weights, step.variant, stores, tuned, self.options.overlap)
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -579,6 +506,11 @@ class CudaExecutor(Executor):
         return list(itertools.accumulate(best))
 
 
+def _before_drop(done: torch.cuda.Event | None, program: Program) -> None:
+    if program.graph is not None and done is not None:
+        done.synchronize()  # a graph must not be destroyed while the device runs it
+
+
 def _let_finish(done: torch.cuda.Event | None, device: torch.device) -> None:
     if done is not None and not is_capturing(device):
         done.synchronize()
@@ -587,6 +519,45 @@ def _let_finish(done: torch.cuda.Event | None, device: torch.device) -> None:
 def _run_all(launches: Sequence[Launch]) -> None:
     for launch in launches:
         launch()
+
+
+def _attend(
+    features: Tensor,
+    weights: StepWeights,
+    variant: str,
+    stores: Sequence[tuple[Tensor, str]],
+    tuned: Inference | None,
+    overlap: bool,
+) -> None:
+    """The attention block into every store (tensor, activation)."""
+    from lgnet_fast.kernels.attention_inference import attention_block_inference
+    from lgnet_fast.kernels.configs import override
+
+    for out, activation in stores:
+        with contextlib.nullcontext() if tuned is None else override("inference", tuned):
+            attention_block_inference(
+                features, weights.packed, weights.bias, variant, out=out, activation=activation, overlap=overlap
+            )
+
+
+def _convolve(memory: Memory, step: ConvStep, weights: StepWeights, merge: Merge | None) -> None:
+    """A dense step by PyTorch's own convolution."""
+    assert weights.plain is not None
+    x = memory.view(step.source).permute(0, 3, 1, 2)
+    value = convolution(step.geometry, x, weights.plain, weights.bias.to(x.dtype))
+    if step.residual is not None:
+        value = value + memory.view(step.residual).permute(0, 3, 1, 2)
+    if merge is None:
+        for store in step.stores:
+            out = memory.view(store.view).permute(0, 3, 1, 2)
+            activate_(out.copy_(value), store.activation)
+        return
+    torch.tanh(value.float(), out=merge.raw)
+    merged = merge.image * (1 - merge.mask) + merge.raw * merge.mask
+    if merge.last:
+        merge.merged.copy_(merged)
+    else:
+        merge.merged[..., :3].copy_(merged.permute(0, 2, 3, 1))
 
 
 def activate_(x: Tensor, activation: str) -> None:

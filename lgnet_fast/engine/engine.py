@@ -9,13 +9,14 @@ import os
 import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from .. import forks
 from ..errors import LGNetError
+from ..ops.first_use import is_capturing
 from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
@@ -29,12 +30,13 @@ from .describe import describe
 from .device_holes import DeviceHoles
 from .devices import resolve_device, resolve_dtype, same_device, without_autocast
 from .executor import Executor, Regions
-from .graphs import error_text
+from .graphs import error_text, free_cached
 from .holes import check_holes
 from .model_executor import ModelExecutor
 from .plan import PICTURE, Plan
 from .recent import Recent
 from .regions import Rect
+from .room import available_memory, is_out_of_memory
 from .saved import read_engine, write_engine
 from .verified import verified
 
@@ -45,8 +47,12 @@ logger = logging.getLogger("lgnet_fast")
 
 SHAPES_KEPT = 8
 """Number of shapes whose plans and buffers are kept; the least recently used is dropped first."""
+KEPT_SHARE = 0.5
+"""Largest share of memory that the buffers of all shapes keep, of what the device would have left without them."""
 HOLES_KEPT = 128
 """Restricted plans kept per shape."""
+
+T = TypeVar("T")
 
 # A restricted run must save this share of a dense run's cost (Executor.cost); otherwise the run is dense.
 _WORTHWHILE = 0.05
@@ -74,6 +80,11 @@ class _Shape:
             return [step.regions for step in plan.steps]
 
         return self.regions.get(tuple(holes), make)
+
+
+def _drop_buffers(shape: _Shape) -> None:
+    """Also of a shape that something refers to: the engine to its first one, a launch to its executor."""
+    shape.executor.drop_buffers()
 
 
 def _fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
@@ -148,7 +159,7 @@ class Engine:
         self._number = compiled.number_of(self)
         self._lock = forks.Lock()
         self._device_holes = DeviceHoles()
-        self._shapes: Recent[_Shape] = Recent(SHAPES_KEPT)
+        self._shapes: Recent[_Shape] = Recent(SHAPES_KEPT, _drop_buffers)
         self._first = _Shape(plan, executor)
         self._shapes.put(self._key(plan), self._first)
 
@@ -205,8 +216,12 @@ class Engine:
             return self._unchanged(image, return_stages)
         with torch.no_grad(), without_autocast(self.device):
             shape = self._shape(image.shape[0], image.shape[2], image.shape[3])
-            start = None if self._first_stage is None else self._first_stage(image, mask)
-            restricted, result, raw = self._run(shape, image, mask, start, holes, each, return_stages)
+
+            def run() -> tuple[Tensor | None, bool, Tensor, list[Tensor]]:
+                start = None if self._first_stage is None else self._first_stage(image, mask)
+                return start, *self._run(shape, image, mask, start, holes, each, return_stages)
+
+            start, restricted, result, raw = self._with_room(shape, run)
             if not return_stages:
                 if image.dtype == torch.float64 and result.dtype != image.dtype:
                     return torch.where(mask != 0, result.to(image.dtype), image)  # known pixels are exact
@@ -277,7 +292,41 @@ class Engine:
 
     def _planned(self, plan: Plan) -> _Shape:
         with torch.inference_mode(False):
-            return _Shape(plan, self._first.executor.resized(plan))
+            shape = _Shape(plan, self._first.executor.resized(plan))
+        self._make_room(shape.executor.buffer_bytes)
+        return shape
+
+    def _make_room(self, needed: int) -> None:
+        """Drop the least recently used shapes whose buffers, with `needed` bytes more, exceed :data:`KEPT_SHARE`."""
+        room = None if needed == 0 or is_capturing(self.device) else available_memory(self.device)
+        if room is None:
+            return
+        kept = sum(shape.executor.buffer_bytes for shape in self._shapes.values())
+        most = KEPT_SHARE * (room + kept)
+        for shape in self._shapes.values():
+            if kept + needed <= most:
+                break
+            kept -= shape.executor.buffer_bytes
+            self._shapes.drop_oldest()
+
+    def _with_room(self, shape: _Shape, run: Callable[[], T]) -> T:
+        """What `run` returns; where memory does not suffice, it is repeated without the buffers of other shapes."""
+        try:
+            return run()
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error) or is_capturing(self.device):
+                raise
+            with self._lock:
+                others = [s for s in self._shapes.values() if s is not shape and s.executor.buffer_bytes]
+            if not others:
+                raise
+            logger.info("the buffers of %d other shapes are freed: %s", len(others), error_text(error))
+        # Here, because an exception that is being handled keeps the tensors of the frames that it has left.
+        with self._lock:
+            self._shapes.clear(keep=shape)
+        free_cached(self.device)
+        self._first.executor.release()
+        return run()
 
     def warmup(self) -> None:
         """Run once on a grey picture that is all hole, so that the first real call needs no set-up."""

@@ -110,6 +110,14 @@ class Executor(ABC):
         """Milliseconds of every step within a run, the least of `rounds` runs; None where steps cannot be timed."""
         return None
 
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that runs leave allocated for later ones; before the first run, what it will leave at least."""
+        return 0
+
+    def drop_buffers(self) -> None:  # noqa: B027
+        """Free the buffers that runs have left; the next run allocates them anew. Other threads may be running."""
+
     def release(self) -> None:  # noqa: B027
         """Return unused memory to the system."""
 

@@ -78,6 +78,16 @@ def _capture_stream() -> torch.cuda.Stream:
     return _streams[index]
 
 
+def free_cached(device: torch.device) -> None:
+    """Return memory that PyTorch's allocator caches to the driver, which loads kernels and graphs into it.
+
+    Not during a capture, for which the allocator would raise an internal error.
+    """
+    if device.type == "cuda":
+        with _CAPTURE_LOCK, contextlib.suppress(RuntimeError), torch.cuda.device(device):
+            torch.cuda.empty_cache()
+
+
 @contextlib.contextmanager
 def _uncollected() -> Iterator[None]:
     """Disable garbage collection: a destructor that waits for the device would end the capture."""

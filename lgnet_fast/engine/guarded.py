@@ -56,6 +56,13 @@ class Guarded(Executor):
     def chosen_by(self) -> str:
         return self.executor.chosen_by
 
+    @property
+    def buffer_bytes(self) -> int:
+        return self.executor.buffer_bytes
+
+    def drop_buffers(self) -> None:
+        self.executor.drop_buffers()
+
     def step_times(self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5) -> list[float]:
         return self.executor.step_times(image, mask, regions, rounds)
 

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from ..reference.attention import attention_block
-from .cuda_executor import CudaExecutor, Launch, Memory, activate_
+from .cuda_executor import CudaExecutor, Launch, activate_
+from .cuda_memory import Memory
+from .cuda_weights import StepWeights
 from .executor import Regions, Result
 from .plan import PICTURE, AttentionStep, Plan
 from .regions import Rect
@@ -69,19 +71,22 @@ class LibraryExecutor(CudaExecutor):
             launches[0] = functools.partial(_paint, memory, painted)
         return launches
 
-    def _attend(self, memory: Memory, step: AttentionStep) -> None:
+    def _attention(self, memory: Memory, step: AttentionStep) -> Launch:
         if step.name not in self.weights.by_library:
-            super()._attend(memory, step)
-            return
-        weights = self.weights.steps[step.name]
-        features = memory.view(step.source).permute(0, 3, 1, 2)
-        value = attention_block(features, weights.packed, weights.bias, step.variant)
-        for store in step.stores:
-            activate_(memory.view(store.view).permute(0, 3, 1, 2).copy_(value), store.activation)
+            return super()._attention(memory, step)
+        return functools.partial(_attend, memory, step, self.weights.steps[step.name])
 
 
 def _all_steps(plan: Plan) -> frozenset[str]:
     return frozenset({PAINT, *(step.name for step in plan.steps)})
+
+
+def _attend(memory: Memory, step: AttentionStep, weights: StepWeights) -> None:
+    """The attention block by the reference."""
+    features = memory.view(step.source).permute(0, 3, 1, 2)
+    value = attention_block(features, weights.packed, weights.bias, step.variant)
+    for store in step.stores:
+        activate_(memory.view(store.view).permute(0, 3, 1, 2).copy_(value), store.activation)
 
 
 def _paint(memory: Memory, painted: bool) -> None:

@@ -22,6 +22,15 @@ class Recent(Generic[T]):
     def __contains__(self, key: object) -> bool:
         return key in self._values
 
+    def drop_oldest(self) -> None:
+        """Drop the least recently used value."""
+        self._drop(self._values.popitem(last=False)[1])
+
+    def clear(self, keep: T | None = None) -> None:
+        """Drop every value except `keep`, the least recently used first."""
+        for key in [key for key, value in self._values.items() if value is not keep]:
+            self._drop(self._values.pop(key))
+
     def values(self) -> list[T]:
         """The values, the least recently used first."""
         return list(self._values.values())
@@ -40,4 +49,4 @@ class Recent(Generic[T]):
         self._values[key] = value
         self._values.move_to_end(key)
         if len(self._values) > self.limit:
-            self._drop(self._values.popitem(last=False)[1])
+            self.drop_oldest()

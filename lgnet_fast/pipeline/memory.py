@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 import torch
 
-from .. import limits
 from ..engine.engine import SHAPES_KEPT
+from ..engine.room import available_memory as available_memory
+from ..engine.room import is_out_of_memory
 from ..errors import OutOfMemoryError
 from .strategies import check, padded
 
@@ -82,14 +83,6 @@ def network_bytes(passes: Sequence[int], base_channels: int, dtype: torch.dtype,
     return int(max(passes) * channels * _MARGIN * dtype.itemsize)
 
 
-def available_memory(device: torch.device) -> int | None:
-    """Bytes that can still be allocated on `device`, None where the system does not report them."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return limits.memory()
-
-
 @contextmanager
 def out_of_memory_errors(what: str) -> Iterator[None]:
     """Turns failed allocations of torch and numpy into OutOfMemoryError."""
@@ -97,13 +90,10 @@ def out_of_memory_errors(what: str) -> Iterator[None]:
         yield
     except OutOfMemoryError:
         raise
-    except (torch.OutOfMemoryError, MemoryError) as cause:
-        raise OutOfMemoryError(f"{what}: {str(cause).splitlines()[0] if str(cause) else 'out of memory'}") from cause
-    except RuntimeError as cause:
-        # The CPU allocator has no exception type of its own.
-        if "allocate memory" not in str(cause) and "not enough memory" not in str(cause):
+    except (MemoryError, RuntimeError) as cause:  # torch's are RuntimeErrors
+        if not is_out_of_memory(cause):
             raise
-        raise OutOfMemoryError(f"{what}: {str(cause).splitlines()[0]}") from cause
+        raise OutOfMemoryError(f"{what}: {str(cause).splitlines()[0] if str(cause) else 'out of memory'}") from cause
 
 
 def human(size: int) -> str:

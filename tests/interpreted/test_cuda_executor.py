@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import threading
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 from torch import Tensor
 
 from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.library_executor import LibraryExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
@@ -149,3 +152,63 @@ def test_without_stages_only_the_result_is_copied() -> None:
 def test_refuses_float64() -> None:
     with pytest.raises(RuntimeError, match="float64"):
         CudaExecutor.of(small_plan(), torch.float64)
+
+
+def test_dropped_buffers_are_allocated_anew() -> None:
+    plan = tiny_plan()
+    image, mask = inputs(plan)
+    executor = CudaExecutor.of(plan, torch.float32)
+    least = executor.buffer_bytes
+    expected = executor.run(image, mask)[0]
+    memory = executor.memory
+    tensors = (memory.arena, memory.image, memory.mask, memory.start, memory.outputs)
+    assert least == sum(tensor.nbytes for tensor in tensors)
+    assert executor.buffer_bytes == memory.bytes >= least
+    gone = weakref.ref(memory.arena)
+    del memory, tensors
+    executor.drop_buffers()
+    assert gone() is None
+    assert executor.buffer_bytes == least
+    assert torch.equal(executor.run(image, mask)[0], expected)
+    executor.drop_buffers()
+    executor.drop_buffers()
+
+
+@pytest.mark.parametrize("kind", ["kernels", "cudnn", "library"])
+def test_memory_is_freed_with_the_last_reference(kind: str) -> None:
+    """A garbage collection may come much later, when the GPU is full."""
+    plan = tiny_plan()
+    convolutions = [step.name for step in plan.steps if step.kind != "attention"]
+    choices = {name: "cudnn" for name in convolutions} if kind == "cudnn" else {}
+    executor = (
+        LibraryExecutor.of_steps(plan, torch.float32)
+        if kind == "library"
+        else CudaExecutor.of(plan, torch.float32, choices=choices)
+    )
+    gone = weakref.ref(executor)
+    gc.collect()
+    gc.disable()
+    try:
+        executor.run(*inputs(plan))
+        arena = weakref.ref(executor.memory.arena)
+        del executor
+        assert gone() is None
+        assert arena() is None
+    finally:
+        gc.enable()
+
+
+def test_a_workspace_that_cannot_grow_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    memory = CudaExecutor.of(tiny_plan(), torch.float32).memory
+    before = memory.partial(100), memory.counters(10), memory.bytes
+
+    def full(*args: object, **options: object) -> Tensor:
+        raise torch.OutOfMemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Tensor, "new_empty", full)
+        patch.setattr(torch, "zeros", full)
+        for grow in (memory.partial, memory.counters):
+            with pytest.raises(torch.OutOfMemoryError):
+                grow(1000)
+    assert (memory.partial(100), memory.counters(10), memory.bytes) == before

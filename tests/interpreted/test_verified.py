@@ -22,6 +22,7 @@ from lgnet_fast.engine import describe as describing
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.checks import check_steps, judge, make_example
 from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda_memory import Memory
 from lgnet_fast.engine.cuda_weights import CudaWeights, conv_of, unpack
 from lgnet_fast.engine.describe import Peaks
 from lgnet_fast.engine.graphs import CaptureError
@@ -339,13 +340,13 @@ def test_an_engine_that_cannot_be_made(plan: Plan, monkeypatch: pytest.MonkeyPat
 def test_graph_that_replays_wrongly(
     plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    take = cuda_executor.Memory.take
+    take = Memory.take
 
-    def forgetful(memory: cuda_executor.Memory, *args: Any) -> None:
+    def forgetful(memory: Memory, *args: Any) -> None:
         take(memory, *args)
         memory.outputs.zero_()
 
-    monkeypatch.setattr(cuda_executor.Memory, "take", forgetful)
+    monkeypatch.setattr(Memory, "take", forgetful)
     monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(lambda: None))
     executor, verdict = decide(plan)
     assert verdict.runs == "direct"
