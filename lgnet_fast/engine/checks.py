@@ -41,7 +41,12 @@ def checked_plan(plan: Plan) -> Plan:
     """The plan with the sizes that the check uses: its own, or those of one picture (:data:`MOST_MACS`)."""
     if plan.total_macs() <= MOST_MACS and plan.batch * plan.height * plan.width <= MOST_PIXELS:
         return plan
-    return TorchExecutor(plan).resized(plan.resized(1, 256, 256)).plan
+    return one_picture(plan)
+
+
+def one_picture(plan: Plan) -> Plan:
+    """The plan of one picture of at most 256x256."""
+    return TorchExecutor(plan).resized(plan.resized(1, min(plan.height, 256), min(plan.width, 256))).plan
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from .. import cache
 from ..ops.first_use import KNOWN, pass_on_out_of_memory
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import cuda_measure
-from .checks import Example, Runner, check_steps, checked_plan, judge, make_example
+from .checks import Example, Runner, check_steps, checked_plan, judge, make_example, one_picture
 from .cuda_executor import CudaExecutor
-from .graphs import error_text
+from .graphs import error_text, free_cached
 from .guarded import Guarded
 from .library_executor import LibraryExecutor
 from .model_executor import ModelExecutor
@@ -46,6 +46,10 @@ def verified(
 ) -> tuple[Guarded | ModelExecutor, Verdict]:
     """The best path that passes its check on this machine, from the cache or by a check now; at most one WARNING.
 
+    A check holds every feature map of its pictures in float32, several times what a run takes. Where that does not
+    fit into memory, one picture is checked. That verdict is kept for the size of one picture, so that a later process
+    with more memory checks the batch.
+
     Args:
         model: of the plan; the last fallback.
         plan: dense, float32 weights on `device`.
@@ -53,7 +57,7 @@ def verified(
         graphs: try to capture a CUDA graph.
 
     Raises:
-        torch.OutOfMemoryError: there is not enough memory for the check.
+        torch.OutOfMemoryError: there is not enough memory for the check of one picture.
     """
     key = cache.key_for(device, dtype)
     problem: str | None = None
@@ -63,26 +67,41 @@ def verified(
     except Exception as raised:
         pass_on_out_of_memory(raised)
         engine, name, problem = None, verdict_name(plan, {}), error_text(raised)
-    verdict = None if anew else Verdict.from_dict(cache.get(key, cache.VERDICTS, name))
-    executor: Guarded | ModelExecutor
-    if verdict is not None and not verdict.again:
-        with contextlib.suppress(Exception):
-            executor = _built(verdict, engine, model, plan, device, dtype)
-            if verdict.reason is not None:
-                logger.warning("%s on %s in %s; %s", verdict, key.card, key.dtype, KNOWN)
-            return executor, verdict
-    checked = checked_plan(plan)
-    begin = time.perf_counter()
+
+    def settled(checked: Plan, name: str) -> tuple[Guarded | ModelExecutor, Verdict]:
+        """The path by the verdict of this name, else by a check with the sizes of `checked`."""
+        verdict = None if anew else Verdict.from_dict(cache.get(key, cache.VERDICTS, name))
+        executor: Guarded | ModelExecutor
+        if verdict is not None and not verdict.again:
+            with contextlib.suppress(Exception):
+                executor = _built(verdict, engine, model, plan, device, dtype)
+                if verdict.reason is not None:
+                    logger.warning("%s on %s in %s; %s", verdict, key.card, key.dtype, KNOWN)
+                return executor, verdict
+        begin = time.perf_counter()
+        if engine is not None:
+            _of_size(engine, plan, checked).precompile()
+        compiled = time.perf_counter()
+        executor, verdict, warned = _decide(engine, problem, model, plan, checked, dtype)
+        verdict = replace(verdict, seconds=time.perf_counter() - compiled)
+        logger.info("kernels compiled in %.1f s, checked in %.1f s", compiled - begin, verdict.seconds)
+        cache.put(key, cache.VERDICTS, name, verdict.as_dict())
+        if verdict.reason is not None and not warned:
+            logger.warning("%s on %s in %s", verdict, key.card, key.dtype)
+        return executor, verdict
+
+    checked, one = checked_plan(plan), one_picture(plan)
+    try:
+        return settled(checked, name)
+    except torch.OutOfMemoryError as error:
+        if checked.batch * checked.height * checked.width <= one.height * one.width:
+            raise
+        logger.info("one picture is checked, because there is not enough memory for all: %s", error_text(error))
+    # Here, because an exception that is being handled keeps the tensors of the frames that it has left.
     if engine is not None:
-        _of_size(engine, plan, checked).precompile()
-    compiled = time.perf_counter()
-    executor, verdict, warned = _decide(engine, problem, model, plan, checked, dtype)
-    verdict = replace(verdict, seconds=time.perf_counter() - compiled)
-    logger.info("kernels compiled in %.1f s, checked in %.1f s", compiled - begin, verdict.seconds)
-    cache.put(key, cache.VERDICTS, name, verdict.as_dict())
-    if verdict.reason is not None and not warned:
-        logger.warning("%s on %s in %s", verdict, key.card, key.dtype)
-    return executor, verdict
+        engine.drop_buffers()
+        free_cached(device)
+    return settled(one, verdict_name(one, {} if engine is None else _of_size(engine, plan, one).choices))
 
 
 def _built(

@@ -3,8 +3,10 @@ a verdict; without faults the kernels and the graph must run."""
 
 from __future__ import annotations
 
+import gc
 import logging
-from collections.abc import Callable
+import weakref
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from lgnet_fast.engine import describe as describing
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.checks import check_steps, judge, make_example
 from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.cuda_memory import Memory
+from lgnet_fast.engine.cuda_memory import Memory, least_bytes
 from lgnet_fast.engine.cuda_weights import CudaWeights, conv_of, unpack
 from lgnet_fast.engine.describe import Peaks
 from lgnet_fast.engine.graphs import CaptureError
@@ -473,6 +475,87 @@ def test_out_of_memory_is_the_callers_matter(plan: Plan, error: Exception, monke
     with pytest.raises(torch.OutOfMemoryError):
         decide(plan)
     assert list(cache.entries(cache.VERDICTS)) == []
+
+
+class Allocator:
+    """Memory for feature maps: those of the checks and of the executors, in bytes."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.limit, self.live, self.peak = float("inf"), 0, 0
+        maps, init = TorchExecutor.buffers_after, Memory.__init__
+
+        def of_check(executor: TorchExecutor, *args: Any, **options: Any) -> dict[str, Tensor]:
+            found = maps(executor, *args, **options)
+            self.take(found.values())
+            return found
+
+        def of_executor(memory: Memory, *args: Any) -> None:
+            init(memory, *args)
+            self.take([memory.arena])
+
+        monkeypatch.setattr(TorchExecutor, "buffers_after", of_check)
+        monkeypatch.setattr(Memory, "__init__", of_executor)
+        # as on a GPU, where the kernels are compiled for the executor's memory
+        monkeypatch.setattr(CudaExecutor, "precompile", lambda executor: executor.memory)
+
+    def take(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            self.live += tensor.nbytes
+            weakref.finalize(tensor, self.give, tensor.nbytes)
+        if self.live > self.limit:
+            raise torch.OutOfMemoryError(f"{self.live} bytes of {self.limit}")
+        self.peak = max(self.peak, self.live)
+
+    def give(self, count: int) -> None:
+        self.live -= count
+
+
+def kept_sizes() -> list[str]:
+    return sorted(entry.name.split(", ")[-1] for entry in cache.entries(cache.VERDICTS))
+
+
+def test_a_batch_whose_check_finds_no_memory_is_checked_by_one_picture(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Though the check of the batch has left an exception, and the executor has allocated its buffers."""
+    batch = TorchExecutor(plan).resized(plan.resized(4, 16, 16)).plan
+    memory = Allocator(monkeypatch)
+    decide(plan, anew=True)
+    peak, buffers = memory.peak, least_bytes(batch, HALF)
+    cache.drop(cache.key_for(CPU, HALF), cache.VERDICTS)
+    gc.collect()
+    memory.limit = max(peak, buffers) + peak // 4
+    assert memory.live == 0
+    tried = count(monkeypatch, verified, "make_example")
+    with caplog.at_level(logging.INFO, "lgnet_fast"):
+        executor, verdict = decide(batch)
+    assert sum("one picture is checked" in message for message in caplog.messages) == 1
+    assert not warnings(caplog)
+    assert verdict.runs == "graph"
+    assert tried == [2]
+    assert kept_sizes() == ["1x16x16"]
+    assert memory.live == 0  # the first run allocates
+    image, mask = executor_inputs(batch)
+    result = executor.run(image, mask)[0]
+    assert executor.executor.uses_graphs
+
+    # a later process finds the verdict for one picture, and keeps none for the batch
+    del executor
+    monkeypatch.setattr(cache, "_known", {})
+    assert decide(batch)[1] == verdict
+    assert tried == [3]
+    assert kept_sizes() == ["1x16x16"]
+    # one with more memory checks the batch
+    memory.limit = float("inf")
+    monkeypatch.setattr(cache, "_known", {})
+    assert decide(batch)[1].runs == "graph"
+    assert tried == [4]
+    assert kept_sizes() == ["1x16x16", "4x16x16"]
+    torch.testing.assert_close(result, TorchExecutor(batch).run(image, mask)[0], rtol=0, atol=2e-2)
+
+    memory.limit = peak // 8
+    with pytest.raises(torch.OutOfMemoryError):
+        decide(batch, anew=True)
 
 
 def test_weights_unpacked_are_those_that_were_packed(plan: Plan) -> None:
