@@ -135,6 +135,7 @@ def run(
         try:
             return fused(backend, *tensors)
         except Exception as error:
+            first_use.pass_on_out_of_memory(error)
             if not first_use.distrust(use, error):
                 raise
     record(op, "eager")

@@ -40,6 +40,8 @@ _SCORES = 1 << 26
 _ELEMENTS = 1 << 24
 """Most elements of the first operand."""
 _SIDE = 128
+_LESS = 1 / 16
+"""Share of these limits for a check that is repeated where the first one found no memory."""
 
 _lock, _switches_lock = forks.Lock(), forks.Lock()
 # use -> why the kernel is not used; None where it passed
@@ -122,25 +124,41 @@ def check(
     eager: Callable[..., Tensor],
     keep: bool = True,
 ) -> Outcome:
-    """Compare `fused` with `eager`; a verdict that is to be kept is written to the cache."""
+    """Compare `fused` with `eager`; a verdict that is to be kept is written to the cache.
+
+    Raises:
+        torch.OutOfMemoryError: there is not enough memory, for smaller operands neither.
+    """
     _wait(use.device)  # raises errors of earlier launches, which are not this kernel's
+    cut, less = _cut(use, tensors), _cut(use, tensors, _LESS)
+    outcome = None
     try:
-        error, limit = compare(use, _cut(use, tensors), fused, eager)
-    except Exception as raised:  # any error of Triton or the driver
-        pass_on_out_of_memory(raised)
-        outcome = Outcome(one_line(raised), None, None)
-    else:
-        reason = None if error <= limit else f"its error is {error:.1e}, {limit:.1e} is allowed"
-        outcome = Outcome(reason, error, limit)
+        outcome = _outcome(use, cut, fused, eager)
+    except torch.OutOfMemoryError:
+        if cut[0].shape == less[0].shape:
+            raise
+    if outcome is None:  # here, because an exception that is being handled keeps the tensors of its frames
+        outcome = _outcome(use, less, fused, eager)
     if keep:
         value = {"passed": outcome.reason is None, **outcome._asdict()}
         cache.put(cache.key_for(use.device, use.dtype), cache.VERDICTS, use.name, value)
     return outcome
 
 
+def _outcome(
+    use: Use, tensors: tuple[Tensor, ...], fused: Callable[..., Tensor], eager: Callable[..., Tensor]
+) -> Outcome:
+    try:
+        error, limit = compare(use, tensors, fused, eager)
+    except Exception as raised:  # any error of Triton or the driver
+        pass_on_out_of_memory(raised)
+        return Outcome(one_line(raised), None, None)
+    reason = None if error <= limit else f"its error is {error:.1e}, {limit:.1e} is allowed"
+    return Outcome(reason, error, limit)
+
+
 def distrust(use: Use, error: Exception) -> bool:
     """Whether an automatic call falls back to eager PyTorch after `error` of its kernel; later calls then do too."""
-    pass_on_out_of_memory(error)
     if torch.compiler.is_compiling() or is_capturing(use.device):
         return False
     with _lock:
@@ -161,10 +179,15 @@ def pass_on_out_of_memory(error: Exception) -> None:
     That is no fault of a kernel: on a full GPU, loading a kernel already fails, with "Triton Error [CUDA]: out of
     memory".
     """
-    if isinstance(error, torch.OutOfMemoryError):
-        raise error
-    if re.search("out of memory|ALLOC(ATION)?_FAILED", str(error)):
-        raise torch.OutOfMemoryError(one_line(error)) from error
+    try:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise error
+        if re.search("out of memory|ALLOC(ATION)?_FAILED", str(error)):
+            raise torch.OutOfMemoryError(one_line(error)) from error
+    finally:
+        # The exception's traceback refers to this frame. A reference back would keep the tensors of all its frames
+        # until a garbage collection.
+        del error
 
 
 def one_line(error: BaseException) -> str:
@@ -233,8 +256,9 @@ def compare(
     return worst
 
 
-def _cut(use: Use, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Operands cropped to :data:`MOST_FLOPS`: first samples are left out, then rows and columns of the picture."""
+def _cut(use: Use, tensors: tuple[Tensor, ...], share: float = 1) -> tuple[Tensor, ...]:
+    """Operands cropped to this share of :data:`MOST_FLOPS` and of the other limits: first samples are left out, then
+    rows and columns of the picture."""
     first = tensors[0]
     flops = OPERATORS[use.op].flops
     batch, (height, width) = first.shape[0], (min(side, _SIDE) for side in first.shape[2:])
@@ -242,7 +266,8 @@ def _cut(use: Use, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
     def large() -> bool:
         shape = torch.Size((batch, first.shape[1], height, width))
         scores = batch * (height * width) ** 2 if use.channels else 0
-        return sum(flops(shape)[: 1 + use.gradient]) > MOST_FLOPS or scores > _SCORES or shape.numel() > _ELEMENTS
+        work = sum(flops(shape)[: 1 + use.gradient])
+        return work > share * MOST_FLOPS or scores > share * _SCORES or shape.numel() > share * _ELEMENTS
 
     while batch > 1 and large():
         batch = (batch + 1) // 2

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import logging
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -211,6 +214,76 @@ def test_a_full_gpu_is_no_fault_of_the_kernel(
     torch.ops.lgnet.attention_block(*tensors)
     assert ops.calls() == {("attention_block", "triton"): 1}
     assert not warnings(caplog)
+
+
+@pytest.mark.parametrize(
+    "error", [torch.OutOfMemoryError("90 GiB"), RuntimeError("Triton Error [CUDA]: out of memory")], ids=type
+)
+def test_a_kernel_without_memory_leaves_none_allocated(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caller may try again with a smaller batch, before any garbage collection."""
+    torch.ops.lgnet.attention_block(*operands())
+    seen: list[weakref.ref[Tensor]] = []
+
+    def full(result: Any) -> Any:
+        taken = torch.empty(1000)
+        seen.append(weakref.ref(taken))
+        raise type(error)(str(error))
+
+    inject(monkeypatch, "attention_block_forward", full)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            torch.ops.lgnet.attention_block(*operands())
+        assert seen[0]() is None
+    finally:
+        gc.enable()
+
+
+def test_a_check_that_finds_no_memory_takes_smaller_operands(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Else training on a small GPU would try the same check in every step. The verdict is that of the use, which has
+    no size."""
+    monkeypatch.setattr(first_use, "_SCORES", 2 * 8**4)
+    sizes: list[tuple[int, ...]] = []
+    seen: list[weakref.ref[Tensor]] = []
+    left: list[bool] = []
+    compare = first_use.compare
+    largest = 2 * 16 * 8 * 8
+
+    def limited(use: first_use.Use, tensors: tuple[Tensor, ...], *args: Any) -> tuple[float, float]:
+        sizes.append(tuple(tensors[0].shape))
+        left.append(any(one() is not None for one in seen))
+        copy = tensors[0].clone()
+        seen.append(weakref.ref(copy))
+        if copy.numel() >= largest:
+            raise torch.OutOfMemoryError("90 GiB")
+        return compare(use, tensors, *args)
+
+    monkeypatch.setattr(first_use, "compare", limited)
+    tensors = (normal(2, 16, 8, 8), *operands()[1:])
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(2):
+            torch.ops.lgnet.attention_block(*tensors)
+    finally:
+        gc.enable()
+    assert sizes == [(2, 16, 8, 8), (1, 16, 4, 4)]
+    assert left == [False, False]  # what the first attempt had allocated was free
+    assert ops.calls() == {("attention_block", "triton"): 2}
+    assert [value["passed"] for value in kept().values()] == [True]
+    assert not warnings(caplog)
+    # smaller operands do not fit either: the kernel is used, and the next call tries again
+    monkeypatch.setattr(first_use, "_verdicts", {})
+    cache.drop(cache.key_for(torch.device("cpu"), torch.float32), cache.VERDICTS)
+    largest = 0
+    sizes.clear()
+    for _ in range(2):
+        torch.ops.lgnet.attention_block(*tensors)
+    assert sizes == [(2, 16, 8, 8), (1, 16, 4, 4)] * 2
+    assert kept() == {}
 
 
 def test_nothing_is_checked_where_values_cannot_be_read(monkeypatch: pytest.MonkeyPatch) -> None:

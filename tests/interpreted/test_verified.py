@@ -3,6 +3,7 @@ a verdict; without faults the kernels and the graph must run."""
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import logging
 import weakref
@@ -556,6 +557,36 @@ def test_a_batch_whose_check_finds_no_memory_is_checked_by_one_picture(
     memory.limit = peak // 8
     with pytest.raises(torch.OutOfMemoryError):
         decide(batch, anew=True)
+
+
+def test_a_run_without_memory_leaves_none_allocated(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the check, which is then repeated: a garbage collection may come later."""
+    batch = TorchExecutor(plan).resized(plan.resized(2, 16, 16)).plan
+    executor = Guarded(CudaExecutor.of(plan, HALF, graphs=False))
+    original = conv_kernels.conv_forward
+    seen: list[weakref.ref[Tensor]] = []
+    alive: list[bool] = []
+
+    def limited(conv: Any, source: Tensor, *args: Any, **options: Any) -> None:
+        alive.append(any(one() is not None for one in seen))
+        taken = torch.empty(1000)
+        if len(source) > 1 or not alive[:-1]:
+            seen.append(weakref.ref(taken))
+            raise RuntimeError("Triton Error [CUDA]: out of memory")
+        original(conv, source, *args, **options)
+
+    monkeypatch.setattr(conv_kernels, "conv_forward", limited)
+    gc.collect()
+    gc.disable()
+    try:
+        with contextlib.suppress(torch.OutOfMemoryError):
+            executor.run(*executor_inputs(plan))
+        assert seen[0]() is None
+        assert decide(batch)[1].runs == "graph"
+        assert len(seen) == 2
+        assert not any(alive)
+    finally:
+        gc.enable()
 
 
 def test_weights_unpacked_are_those_that_were_packed(plan: Plan) -> None:
