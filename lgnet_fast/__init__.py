@@ -8,9 +8,10 @@ Importing registers the operators ``torch.ops.lgnet.*``; everything else loads a
 
 from __future__ import annotations
 
+import os
+import sys
 from typing import TYPE_CHECKING
 
-from . import ops
 from .errors import (
     BackendError,
     InvalidImageError,
@@ -27,6 +28,20 @@ if TYPE_CHECKING:
     from .pipeline import Inpainter
     from .reference import LGNet, LocalGlobalRefinement, create_model, list_models
     from .serve import Session
+
+
+def _starts_the_command_line() -> bool:
+    """Whether Python imports this package to run ``lgnet-fast`` or ``python -m lgnet_fast``."""
+    program = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if program == "-m":  # until Python has found the module
+        return ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:])
+    return os.path.splitext(os.path.basename(program))[0] == "lgnet-fast" and program in sys.orig_argv
+
+
+# The command line registers the operators when a command runs (cli/application.py): --help does not wait for PyTorch,
+# and Ctrl-C while PyTorch loads ends it without a traceback.
+if not _starts_the_command_line():
+    from . import ops
 
 __getattr__, __dir__ = attach(
     __name__,

@@ -6,22 +6,28 @@ import dataclasses
 import inspect
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+import typer
 from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from lgnet_fast import LGNet, cache, cli, create_model, kernels
+from lgnet_fast import LGNet, cache, create_model, kernels
 from lgnet_fast.cli import app
+from lgnet_fast.cli.commands import convert as convert_command
+from lgnet_fast.cli.commands import eval as eval_command
+from lgnet_fast.cli.commands import run as run_command
+from lgnet_fast.cli.commands.serve import models_of as served
+from lgnet_fast.cli.errors import options_of, spelt
 from lgnet_fast.data import masks as data_masks
 from lgnet_fast.engine.verdicts import Verdict
+from lgnet_fast.errors import UsageError
 from lgnet_fast.evaluation import EvaluationOptions
 from lgnet_fast.info import render
+from lgnet_fast.jobs import fill as fill_module
 from lgnet_fast.jobs.options import FillOptions
 from lgnet_fast.ops.cpu import attention as cpu_attention
 from lgnet_fast.pipeline import formats, strategies
@@ -69,31 +75,6 @@ def test_convert_errors_are_one_line(released, tmp_path):
 def test_version():
     result = invoke("--version")
     assert (result.exit_code, result.stdout) == (0, f"lgnet-fast {__version__}\n")
-
-
-COMMAND = [sys.executable, "-m", "lgnet_fast"]
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-@pytest.mark.parametrize("arguments", [["--version"], ["flops"], ["flops", "--json"]])
-def test_a_full_standard_output_is_one_line(arguments):
-    with open("/dev/full", "w") as full:
-        ended = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert ended.returncode == 2
-    assert ended.stderr == "error: standard output: [Errno 28] No space left on device\n"
-
-
-@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe has another error there")
-@pytest.mark.parametrize("arguments", [["flops"], ["demo", "-o"]])
-def test_a_reader_that_has_ended_ends_the_command_quietly(tmp_path, arguments):
-    if arguments[-1] == "-o":
-        arguments = [*arguments, str(tmp_path)]
-    with subprocess.Popen(
-        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    ) as process:
-        process.stdout.close()
-        assert process.stderr.read() == ""
-    assert process.returncode == 1
 
 
 def test_info_says_what_runs_and_why_not():
@@ -257,6 +238,7 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
         ),
         (["--training", "--size", "100x256"], "--size: expected positive multiples of 256, got 100x256"),
         (["--seconds", "0"], "--seconds"),
+        (["--name", "lgnet_demo", "--model", "x"], "--name: takes the place of --model; leave one of the two out"),
     ],
 )
 def test_tune_refuses_what_it_cannot_do(options, message):
@@ -308,20 +290,21 @@ def test_info_shows_kept_verdicts(tmp_path, monkeypatch):
     assert "OutOfResources" in invoke("info").stdout
 
 
-@pytest.mark.parametrize(("command", "options"), [(cli.run, FillOptions), (cli.evaluate, EvaluationOptions)])
-def test_every_option_is_a_field(command, options):
-    renamed = {"model": "models"} if options is EvaluationOptions else {}
-    parameters = [renamed.get(name, name) for name in inspect.signature(command).parameters]
+@pytest.mark.parametrize(
+    ("function", "options"), [(run_command.run, FillOptions), (eval_command.evaluate, EvaluationOptions)]
+)
+def test_every_option_is_a_field(function, options):
+    parameters = inspect.signature(function).parameters
     assert sorted(parameters) == sorted(field.name for field in dataclasses.fields(options))
 
 
 def test_choices_are_those_of_the_libraries():
     for enum, names in (
-        (cli.Strategy, strategies.STRATEGIES),
-        (cli.MaskChannel, pipeline_masks.CHANNELS),
-        (cli.Format, formats.FORMATS),
-        (cli.Variant, VARIANTS),
-        (cli.MaskKind, data_masks.KINDS),
+        (run_command.Strategy, strategies.STRATEGIES),
+        (run_command.MaskChannel, pipeline_masks.CHANNELS),
+        (run_command.Format, formats.FORMATS),
+        (convert_command.Variant, VARIANTS),
+        (eval_command.MaskKind, data_masks.KINDS),
     ):
         assert [one.value for one in enum] == list(names), enum
 
@@ -336,4 +319,47 @@ def test_choices_are_those_of_the_libraries():
     ],
 )
 def test_fields_are_shown_as_options(text, shown):
-    assert cli._spelt(text, FillOptions) == shown
+    assert spelt(text, options_of(typer.main.get_command(app).commands["run"])) == shown
+
+
+def test_bundled_is_the_bundled_model_in_every_command(tmp_path, monkeypatch):
+    """Unless a folder has that name."""
+    monkeypatch.chdir(tmp_path)
+    seen = []
+
+    def stop(options, *_):
+        seen.append(options.model)
+        raise UsageError("seen")
+
+    monkeypatch.setattr(fill_module, "fill", stop)
+    asked = ["run", "-i", "a.png", "-m", "m.png", "-o", "o.png"]
+    for model in ([], ["--model", "bundled"], ["--model", "runs/a"]):
+        assert invoke(*asked, *model).stderr == "error: seen\n"
+    (tmp_path / "bundled").mkdir()
+    invoke(*asked, "--model", "bundled")
+    assert seen == [None, None, "runs/a", "bundled"]
+    for command in ("verify", "tune"):
+        expected = "error: weights: expected config.json and model.safetensors in bundled, missing "
+        assert invoke(command, "--model", "bundled", "--device", "cpu").stderr.startswith(expected)
+
+
+def test_named_models_on_the_command_line(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert served([]) == served(["bundled"]) == {"bundled": None}
+    assert served(["bundled", "big=runs/model", "runs/other/", "own=bundled"]) == {
+        "bundled": None,
+        "big": "runs/model",
+        "other": "runs/other/",
+        "own": None,
+    }
+    with pytest.raises(UsageError, match="^models: expected NAME=FOLDER with names that differ, got 'b/x'"):
+        served(["a/x", "b/x"])
+    for models_of in (served, eval_command.models_of):
+        for wrong in ("=runs/1", "new="):
+            with pytest.raises(UsageError, match=f"^models: expected NAME=MODEL, got '{wrong}'"):
+                models_of([wrong])
+    (tmp_path / "lr=0.1" / "model").mkdir(parents=True)
+    assert served(["lr=0.1/model", "rate=lr=0.1/model"]) == {"model": "lr=0.1/model", "rate": "lr=0.1/model"}
+    assert eval_command.models_of(["lr=0.1/model"]) == ["lr=0.1/model"]
+    result = invoke("serve", "--model", "a/x", "--model", "b/x")
+    assert result.stderr == "error: --model: expected NAME=FOLDER with names that differ, got 'b/x'\n"

@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 from bench import complexity
 from lgnet_fast import cli
+from lgnet_fast.cli import checkout
 from lgnet_fast.counting import count, difference_percent
 
 NAMES = ["PEN", "GConv", "MEDFE", "RFR", "MADF", "LGNet", "LGNet_share", "LGNet_light", "PEN_LG", "MEDFE_LG"]
@@ -90,7 +91,7 @@ def test_command(table, monkeypatch):
 
 
 def test_command_outside_a_checkout(monkeypatch, tmp_path):
-    monkeypatch.setattr(cli, "__file__", str(tmp_path / "lgnet_fast" / "cli.py"))
+    monkeypatch.setattr(checkout, "ROOT", tmp_path)
     result = CliRunner().invoke(cli.app, ["flops", "--peers"])
     assert result.exit_code == 2
     assert result.stderr.startswith("error: bench.complexity is in the repository, not in the installed package")

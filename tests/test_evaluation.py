@@ -16,12 +16,12 @@ from torch import nn
 from typer.testing import CliRunner
 
 from lgnet_fast import cli
+from lgnet_fast.cli.commands.eval import models_of
 from lgnet_fast.data import metrics as metrics_module
 from lgnet_fast.data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_ratio
 from lgnet_fast.data.metrics import Metrics, fid_score
 from lgnet_fast.errors import MissingExtraError, UsageError, WeightsError
 from lgnet_fast.evaluation import biharmonic, navier_stokes, parse_classes, telea
-from lgnet_fast.evaluation.command import named_models
 from lgnet_fast.evaluation.protocol import FolderMasks, fit_mask, fit_picture
 from lgnet_fast.evaluation.report import Evaluation, Score
 from lgnet_fast.jobs.journal import World
@@ -526,12 +526,13 @@ def test_a_text_in_place_of_a_list(pictures, name):
 
 
 def test_titles_of_models(pictures):
-    assert named_models([]) == [None]
-    assert named_models(["runs/1", "runs/2"]) == ["runs/1", "runs/2"]
-    assert named_models(["old=bundled", "new=runs/2=b"]) == {"old": None, "new": "runs/2=b"}
-    assert named_models(["bundled", "runs/1"]) == [None, "runs/1"]
-    with pytest.raises(UsageError, match=r"a title of its own for each, as TITLE=DIR, got a=runs/1, =runs/2"):
-        named_models(["a=runs/1", "=runs/2"])
+    assert models_of([]) == [None]
+    assert models_of(["runs/1", "runs/2"]) == ["runs/1", "runs/2"]
+    assert models_of(["old=bundled", "new=runs/2=b"]) == {"old": None, "new": "runs/2=b"}
+    assert models_of(["bundled", "runs/1"]) == [None, "runs/1"]
+    for wrong in (["a=runs/1", "runs/2"], ["a=runs/1", "a=runs/2"]):
+        with pytest.raises(UsageError, match=r"a title of its own for each, as TITLE=DIR, got a=runs/1, .*runs/2"):
+            models_of(wrong)
     pipe = Inpainter(ConstantFill(0, 0, 0))
     with pytest.raises(UsageError, match="titles of their own"):
         evaluate(pictures, models={"Telea": pipe})

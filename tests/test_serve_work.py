@@ -14,7 +14,7 @@ from PIL import Image
 from lgnet_fast import LGNetError
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.serve.bodies import picture_file
-from lgnet_fast.serve.command import _address, parse_models, run
+from lgnet_fast.serve.command import _address, run
 from lgnet_fast.serve.display import Display
 from lgnet_fast.serve.errors import (
     BusyError,
@@ -424,17 +424,6 @@ def test_options():
     assert ServeOptions(cors=["HTTPS://Example.org"]).cors == ("https://example.org",)
     for host, loopback in (("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)):
         assert ServeOptions(host=host).loopback is loopback
-
-
-def test_models_on_the_command_line():
-    assert parse_models([]) == {"bundled": None}
-    assert parse_models(["bundled", "big=runs/model", "runs/other/"]) == {
-        "bundled": None,
-        "big": "runs/model",
-        "other": "runs/other/",
-    }
-    with pytest.raises(ValueError, match="names that differ"):
-        parse_models(["a/x", "b/x"])
 
 
 def test_without_the_extra_the_command_says_what_to_install(monkeypatch):

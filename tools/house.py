@@ -58,8 +58,8 @@ TASKS = ("operator", "stage", "network variant", "instruction set", "GPU", "comm
 SCRIPTS = ("bench", "tools")
 """Folders of scripts, whose functions are counted too."""
 
-COMMANDS = "cli.py"
-"""The file with typer's declarations of commands. They are counted separately: typer needs a parameter per option."""
+COMMANDS = "commands"
+"""The folder with Typer's declarations of commands. They are counted separately: Typer needs a parameter an option."""
 
 
 @dataclass(frozen=True)
@@ -111,7 +111,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path, root: Pa
     kind = "python"
     if any(re.match(r"(triton\.)?jit\b", d) for d in decorators):
         kind = "triton"
-    elif file.name == COMMANDS and any(".command" in d for d in decorators):
+    elif file.parent.name == COMMANDS and any(re.match(r"command\b", d) for d in decorators):
         kind = "command"
     return Function(f"{file.relative_to(root)}:{node.lineno} {node.name}", len(names) + extra, lines, kind)
 

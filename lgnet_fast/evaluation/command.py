@@ -2,37 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
 
-from ..errors import UsageError
 from ..jobs.fill import shown_text
 from ..jobs.journal import World
 from .options import EvaluationOptions
 from .scoring import evaluate
 
 
-def named_models(texts: list[str]) -> dict[str, str | None] | list[str | None]:
-    """The values of ``--model``, each "DIR" or "TITLE=DIR"; none: the bundled model.
-
-    Raises UsageError: titles for some only, or a title twice.
-    """
-    if not texts:
-        return [None]
-    pairs = [text.split("=", 1) for text in texts if "=" in text and not Path(text).exists()]
-    if not pairs:
-        return [None if text == "bundled" and not Path(text).exists() else text for text in texts]
-    if len(pairs) < len(texts) or len({title for title, _ in pairs if title}) < len(pairs):
-        raise UsageError(f"models: expected a title of its own for each, as TITLE=DIR, got {', '.join(texts)}")
-    return {title: model if model != "bundled" else None for title, model in pairs}
-
-
-def run(options: EvaluationOptions) -> int:
+def run(options: EvaluationOptions, draw: Callable[[Table], Any]) -> int:
     """The eval command. Returns its exit code: 0 if every picture was evaluated, 1 if some could not be.
 
-    Raises the errors of `evaluate`.
+    `draw` prints the table on standard output. Raises the errors of `evaluate`.
     """
     world = World.from_environment()
     # File names are printed without markup: rich would interpret [brackets] in them, and wrap long ones.
@@ -52,7 +38,7 @@ def run(options: EvaluationOptions) -> int:
     if result is None:
         return 0
     if result.scores:
-        Console(width=None if console.is_terminal else 120).print(result.table())
+        draw(result.table())
     for note in result.notes():
         console.print(f"warning: {note}")
     if options.folder is not None:

@@ -10,7 +10,7 @@ import secrets
 import socket
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -66,21 +66,6 @@ def run(
         sys.stdout.flush()
         os._exit(0)
     say("lgnet-fast has ended")
-
-
-def parse_models(texts: Sequence[str]) -> dict[str, str | None]:
-    """{name: folder or hub id} from "NAME=FOLDER" or "FOLDER"; without any, the bundled model. Raises ValueError."""
-    from pathlib import PurePath
-
-    models: dict[str, str | None] = {}
-    for text in texts:
-        name, equals, folder = text.partition("=")
-        if not equals:
-            name, folder = ("bundled", "") if text == "bundled" else (PurePath(text).name, text)
-        if not name or name in models:
-            raise ValueError(f"model: expected NAME=FOLDER with names that differ, got {text!r}")
-        models[name] = None if folder in ("", "bundled") else folder
-    return models or {"bundled": None}
 
 
 def _address(options: ServeOptions, port: int) -> str:

@@ -10,7 +10,7 @@ from lgnet_fast import cli
 
 
 def run(*arguments: object):
-    return CliRunner().invoke(cli.app, ["holes", *map(str, arguments)])
+    return CliRunner().invoke(cli.app, ["holes", "-m", *map(str, arguments)])
 
 
 def test_each_mask_has_a_line(tmp_path):

@@ -1,0 +1,50 @@
+"""What commands print on standard output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import typer
+
+from ..errors import LGNetError
+
+
+class OutputError(LGNetError):
+    """Standard output cannot be written: a full disk."""
+
+
+def say(text: object) -> None:
+    """Print one text. Raises OutputError."""
+    with _written():
+        typer.echo(text)
+
+
+def show(
+    value: Any, as_json: bool, render: Callable[[Any], Any], plain: Callable[[Any], Any] = lambda value: value
+) -> None:
+    """Print `value` as JSON, or as the rich table that `render` makes of it. Raises OutputError."""
+    if as_json:
+        say(json.dumps(plain(value), indent=2))
+    else:
+        draw(render(value))
+
+
+def draw(table: Any, width: int | None = None) -> None:
+    """Print one of rich's tables; `width` in columns, None: of the terminal. Raises OutputError."""
+    from rich.console import Console
+
+    with _written():
+        Console(width=width).print(table)
+
+
+@contextmanager
+def _written() -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as cause:
+        raise OutputError(f"standard output: {cause}") from cause

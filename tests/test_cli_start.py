@@ -1,0 +1,131 @@
+"""How `lgnet-fast` starts and ends: without PyTorch for --help, quietly after Ctrl-C, and with errors told apart."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from lgnet_fast import cli
+from lgnet_fast.cli import interrupts
+from lgnet_fast.cli.commands import ORDER
+from lgnet_fast.errors import LGNetError
+
+pytestmark = pytest.mark.once
+
+COMMAND = [sys.executable, "-m", "lgnet_fast"]
+
+
+def environment(folder: Path, torch: str) -> dict[str, str]:
+    """An environment in which this text is the package torch."""
+    (folder / "torch").mkdir()
+    (folder / "torch" / "__init__.py").write_text(torch)
+    return {**os.environ, "PYTHONPATH": str(folder)}
+
+
+def test_help_does_not_wait_for_pytorch(tmp_path):
+    """Also by a script of the console script's name."""
+    refusing = environment(tmp_path, "raise RuntimeError('torch is imported')")
+    script = tmp_path / "lgnet-fast"
+    script.write_text(
+        "import sys\n"
+        "from lgnet_fast.cli import app\n"
+        f"for command in {['', *ORDER]}:\n"
+        "    app([*command.split(), '--help'], standalone_mode=False)\n"
+        "assert 'torch' not in sys.modules\n"
+    )
+    for command in ([*COMMAND, "--help"], [*COMMAND, "run", "--help"], [sys.executable, str(script)]):
+        ended = subprocess.run(command, env=refusing, capture_output=True, text=True, check=False)
+        assert (ended.returncode, ended.stderr) == (0, ""), command
+        assert "Usage: lgnet-fast" in ended.stdout.replace("python -m lgnet_fast", "lgnet-fast")
+
+
+def test_every_other_program_gets_the_operators(tmp_path):
+    script = tmp_path / "main.py"
+    script.write_text("import lgnet_fast, torch\ntorch.ops.lgnet.merge\nprint('fine')")
+    (tmp_path / "module.py").write_text(script.read_text())
+    for arguments in (["main.py"], ["-m", "module", "-m", "lgnet_fast"], ["-c", script.read_text(), "lgnet-fast"]):
+        ended = subprocess.run(
+            [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
+        )
+        assert ended.stdout == "fine\n", ended.stderr
+
+
+ARGUMENTS = {
+    "run": ["-i", "a.png", "-m", "m.png", "-o", "o.png"],
+    "eval": ["-i", "a.png", "-o", "out"],
+    "train": ["config.yaml"],
+    "convert": ["a", "b"],
+}
+PRESSED = "import os, signal, time\nos.kill(os.getpid(), signal.SIGINT)\ntime.sleep(9)\n"
+SWALLOWED = f"""
+try:
+{textwrap.indent(PRESSED, "    ")}
+except KeyboardInterrupt:
+    raise ImportError("cannot load module more than once per process") from None
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no signals there")
+@pytest.mark.parametrize(
+    ("command", "torch"), [*((one, PRESSED) for one in ORDER), ("flops", SWALLOWED), ("run", SWALLOWED)]
+)
+def test_ctrl_c_while_pytorch_loads_ends_every_command_quietly(tmp_path, command, torch):
+    """`SWALLOWED`: what modules in C make of it."""
+    ended = subprocess.run(
+        [*COMMAND, command, *ARGUMENTS.get(command, [])],
+        env=environment(tmp_path, torch),
+        capture_output=True,
+        text=True,
+        check=False,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # ignored in a shell's background
+    )
+    assert (ended.returncode, ended.stdout, ended.stderr) == (130, "", "")
+
+
+def test_an_error_after_ctrl_c_is_the_interruption(monkeypatch):
+    def fail():
+        raise LGNetError("scikit-image cannot be imported")
+
+    monkeypatch.setattr("lgnet_fast.info.collect", fail)
+    assert CliRunner().invoke(cli.app, ["info"]).exit_code == 2
+    monkeypatch.setattr(interrupts, "_came", [signal.SIGINT])
+    result = CliRunner().invoke(cli.app, ["info"])
+    assert (result.exit_code, result.output) == (130, "")
+
+
+def test_errors_of_the_system_are_one_line(monkeypatch):
+    def fail():
+        raise PermissionError(13, "Permission denied", "cache")
+
+    monkeypatch.setattr("lgnet_fast.info.collect", fail)
+    result = CliRunner().invoke(cli.app, ["info"])
+    assert (result.exit_code, result.stderr) == (2, "error: [Errno 13] Permission denied: 'cache'\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], ["flops"], ["flops", "--json"]])
+def test_a_full_standard_output_is_one_line(arguments):
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run([*COMMAND, *arguments], stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert ended.returncode == 2
+    assert ended.stderr == "error: standard output: [Errno 28] No space left on device\n"
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe has another error there")
+@pytest.mark.parametrize("arguments", [["flops"], ["demo", "-o"]])
+def test_a_reader_that_has_ended_ends_the_command_quietly(tmp_path, arguments):
+    if arguments[-1] == "-o":
+        arguments = [*arguments, str(tmp_path)]
+    with subprocess.Popen(
+        [*COMMAND, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    ) as process:
+        process.stdout.close()
+        assert process.stderr.read() == ""
+    assert process.returncode == 1
