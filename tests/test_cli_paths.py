@@ -19,8 +19,9 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from lgnet_fast import cli
+from lgnet_fast.data import folders
 from lgnet_fast.errors import UsageError
-from lgnet_fast.jobs import entries, folders, options, outputs
+from lgnet_fast.jobs import entries, options, outputs
 from lgnet_fast.pipeline import Inpainter, writing
 from lgnet_fast.pipeline.writing import remove_leftovers, write_atomically, write_file
 

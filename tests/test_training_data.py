@@ -16,19 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from lgnet_fast import InvalidImageError
 from lgnet_fast.training import ConfigError, DataError, hole_class
 from lgnet_fast.training.config import DataConfig
-from lgnet_fast.training.data import (
-    InpaintingDataset,
-    PositionSampler,
-    _start_worker,
-    crop_box,
-    make_loader,
-    open_source,
-    validation_pairs,
-)
+from lgnet_fast.training.crops import crop_box
+from lgnet_fast.training.held_out import validation_pairs
+from lgnet_fast.training.loader import PositionSampler, _start_worker, make_loader
 from lgnet_fast.training.memory import MemoryBatches
+from lgnet_fast.training.samples import InpaintingDataset
+from lgnet_fast.training.sources import open_source
 from tests.training_support import write_pictures
 
 
@@ -164,7 +159,7 @@ def test_broken_pictures_are_replaced_and_named(tmp_path):
         assert "expected a readable picture" in reason
     for file in folder.iterdir():
         file.write_bytes(b"nothing")
-    with pytest.raises(DataError, match="none of 4 pictures in a row can be read; the first: .*png"):
+    with pytest.raises(DataError, match="data.pictures: none of 4 in a row can be read; the first: .*png"):
         dataset(folder)[0]  # the other one remembers what it has decoded
 
 
@@ -286,7 +281,9 @@ def test_a_mask_that_cannot_be_read_is_replaced_and_named(tmp_path):
     named = {name for sample in samples for name, _ in sample.broken}
     assert named == {str(tmp_path / "m" / "1.png")}
     (tmp_path / "m" / "0.png").write_bytes(b"")
-    with pytest.raises(DataError, match="data.masks: none of 2 masks in a row can be read; the first: "):
+    with pytest.raises(
+        DataError, match="data.masks: none of 2 masks in a row can be used; the first: mask '.*[01].png': expected a"
+    ):
         dataset(tmp_path / "p", masks=str(tmp_path / "m"))[0]
     with pytest.raises(DataError, match="data.masks: "):
         MemoryBatches(dataset(tmp_path / "p", masks=str(tmp_path / "m"), in_memory=True, mask_bank=4))
@@ -326,16 +323,67 @@ def test_categories_and_exclusion(tmp_path):
     assert len(dataset(tmp_path / "p", categories=(str(tmp_path / "list.txt"),))) == 4
     data = dataset(tmp_path / "p", categories=("beach",), exclude=("0",))
     assert [data[i].name[-11:] for i in range(2)] == ["beach/1.png"] * 2
-    with pytest.raises(DataError, match=r"data.categories: expected folders of pictures .* got '.*a.tar'"):
-        dataset(tmp_path / "a.tar", categories=("abbey",))
     with pytest.raises(DataError, match=r"data.categories: no pictures in .* for castle"):
         dataset(tmp_path / "p", categories=("abbey", "castle"))
     with pytest.raises(DataError, match="data.exclude: no picture of the name 7"):
         dataset(tmp_path / "p", exclude=("7",))
-    with pytest.raises(DataError, match="after exclusion"):
+    with pytest.raises(DataError, match="data.exclude: expected names of some of the 6 pictures, got all of them"):
         dataset(tmp_path / "p", exclude=("0", "1"))
     with pytest.raises(ConfigError, match=r"data.categories: expected a text file of names, got '.*missing.txt'"):
         dataset(tmp_path / "p", categories=(str(tmp_path / "missing.txt"),))
+
+
+def test_categories_are_looked_for_in_all_places_together(tmp_path):
+    for name in ("abbey", "beach"):
+        write_pictures(tmp_path / name[0] / name, 2)
+    places = (tmp_path / "a", tmp_path / "b")
+    assert len(dataset(*places, categories=("abbey", "beach"))) == 4
+    assert len(dataset(*places, categories=("beach",))) == 2
+    with pytest.raises(DataError, match=r"data.categories: no pictures in .*a, .*b for castle"):
+        dataset(*places, categories=("abbey", "castle"))
+    (tmp_path / "c").mkdir()
+    with tarfile.open(tmp_path / "c" / "0.tar", "w") as tar:
+        add(tar, "0.png", np.zeros((9, 9), dtype=np.uint8))
+    for place in (tmp_path / "c" / "0.tar", tmp_path / "c"):  # a shard, and a folder of shards
+        with pytest.raises(DataError, match=r"data.categories: expected folders of pictures to choose from, got '"):
+            dataset(place, categories=("abbey",))
+
+
+@pytest.mark.parametrize("content", ["", "\n\n", "\udcff"])
+def test_lists_of_categories_without_names(tmp_path, content):
+    write_pictures(tmp_path / "p", 1)
+    (tmp_path / "list.txt").write_text(content, "utf-8", "surrogateescape")
+    text = r"expected a text file of names, got '.*list.txt' \(.*utf-8" if content > "z" else "got none in"
+    with pytest.raises(ConfigError, match=f"data.categories: .*{text}"):
+        dataset(tmp_path / "p", categories=(str(tmp_path / "list.txt"),))
+
+
+def test_hidden_pictures_are_left_out_and_links_followed(tmp_path):
+    """As `lgnet-fast run` does; in trees with folders that link to one above them, too."""
+    write_pictures(tmp_path / "p", 2)
+    write_pictures(tmp_path / "p" / ".thumbnails", 1)
+    (tmp_path / "p" / ".2.png").write_bytes((tmp_path / "p" / "1.png").read_bytes())
+    write_pictures(tmp_path / "elsewhere", 1)
+    (tmp_path / "p" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "p" / "again").symlink_to(tmp_path / "p")
+    expected = [tmp_path / "p" / name for name in ("0.png", "1.png", "more/0.png")]
+    source = open_source([str(tmp_path / "p")], "data.pictures")
+    assert [source.name(i) for i in range(len(source))] == [str(path) for path in expected]
+    masks = dataset(tmp_path / "p", masks=str(tmp_path / "p")).masks.folder
+    assert sorted(masks.files) == expected
+
+
+def test_files_that_are_left_out_are_told_of(tmp_path):
+    write_pictures(tmp_path / "p", 1)
+    for name in ("a.psd", "b.psd", "notes.txt"):
+        (tmp_path / "p" / name).write_bytes(b"")
+    with pytest.warns(
+        UserWarning, match=r"^2 files of '.*p' are left out, the first: .*a.psd: .* \.psd are not read"
+    ):
+        assert len(dataset(tmp_path / "p")) == 1
+    (tmp_path / "p" / "0.png").unlink()
+    with pytest.raises(DataError, match=r"data.pictures: .*, which has none \(.*a.psd: pictures of the format"):
+        dataset(tmp_path / "p")
 
 
 def add(tar, name, array):
@@ -368,15 +416,83 @@ def test_tar_shards_with_their_own_masks(tmp_path):
     with pytest.raises(DataError, match=r"a.png has no <key>.mask"):
         dataset(tmp_path / "1.tar", masks="paired")[0]
     (tmp_path / "1.tar").write_bytes(b"nothing")
-    with pytest.raises(InvalidImageError, match="1.tar"):
+    with pytest.raises(DataError, match=r"data.pictures: expected an uncompressed tar file, got '.*1.tar'"):
         dataset(tmp_path / "1.tar")
+
+
+def test_a_folder_of_pictures_and_shards_is_an_error(tmp_path):
+    """Neither is silently left out, nor are the pictures of an archive and its extracted files used twice."""
+    write_pictures(tmp_path / "p" / "extracted", 2)
+    with tarfile.open(tmp_path / "p" / "a.TAR", "w") as tar:
+        add(tar, "0.png", np.zeros((9, 9), dtype=np.uint8))
+    text = r"data.pictures: .* with both: 2 pictures \('.*0.png', ...\) and 1 shards \('.*a.TAR', ...\); name"
+    with pytest.raises(DataError, match=text):
+        dataset(tmp_path / "p")
+    assert len(dataset(tmp_path / "p" / "a.TAR", tmp_path / "p" / "extracted")) == 3
+    (tmp_path / "shards" / "below").mkdir(parents=True)
+    (tmp_path / "p" / "a.TAR").replace(tmp_path / "shards" / "below" / "b.tar")
+    assert len(dataset(tmp_path / "shards")) == 1
+
+
+@pytest.mark.parametrize(
+    ("prepare", "text"),
+    [
+        (lambda place: None, "data.validation: expected folders .*, got '.*held', which is not a folder"),
+        (lambda place: place.mkdir(), "data.validation: expected folders .*, got '.*held', which has none"),
+        (
+            lambda place: write_pictures(place, 1),
+            "data.validation: none of 1 pictures in '.*held' can be read; the first: .*0.png",
+        ),
+    ],
+)
+def test_errors_of_the_validation_name_its_setting(tmp_path, prepare, text):
+    prepare(tmp_path / "held")
+    for file in (tmp_path / "held").glob("*.png"):
+        file.write_bytes(b"no picture")
+    with pytest.raises(DataError, match=f"^{text}"):
+        validation_pairs(str(tmp_path / "held"), 256, (0,), 0)
+
+
+def test_a_broken_picture_of_the_validation_is_told_of(tmp_path):
+    write_pictures(tmp_path / "p", 2)
+    (tmp_path / "p" / "0.png").write_bytes(b"no picture")
+    with pytest.warns(UserWarning, match="data.validation: left out .*0.png: no picture"):
+        assert len(validation_pairs(str(tmp_path / "p"), 256, (0,), 0)) == 1
+
+
+def test_colours_are_changed_by_seed_epoch_and_picture(tmp_path):
+    (tmp_path / "p").mkdir()
+    for i in range(2):
+        Image.new("RGB", (256, 256), (128, 128, 128)).save(tmp_path / "p" / f"{i}.png")
+    plain, data = dataset(tmp_path / "p"), dataset(tmp_path / "p", colour=0.2)
+    images = torch.stack([data[i].image for i in range(16)])
+    assert images.std(dim=(2, 3)).max() < 1e-5
+    assert 0.02 < images.abs().max() <= 0.2
+    assert len(images.mean(dim=(1, 2, 3)).unique()) == 16
+    assert torch.equal(dataset(tmp_path / "p", colour=0.2)[5].image, data[5].image)
+    assert not torch.equal(dataset(tmp_path / "p", colour=0.2, seed=1)[5].image, data[5].image)
+    assert torch.equal(plain[5].mask, data[5].mask)  # all else is as without
+
+
+def test_masks_without_a_hole_are_replaced_and_named(tmp_path):
+    (tmp_path / "m").mkdir()
+    mask = np.zeros((256, 256), dtype=np.uint8)
+    Image.fromarray(mask).save(tmp_path / "m" / "0.png")
+    mask[:64, :128] = 1  # levels 0 and 1 are bool, as in masks of `lgnet-fast run`
+    Image.fromarray(mask).save(tmp_path / "m" / "1.png")
+    data = dataset(write_pictures(tmp_path / "p"), masks=str(tmp_path / "m"))
+    samples = [data[i] for i in range(12)]
+    assert {sample.mask.mean().item() for sample in samples} == {0.125}
+    assert {one for sample in samples for one in sample.broken} == {
+        (str(tmp_path / "m" / "0.png"), f"mask '{tmp_path / 'm' / '0.png'}': no hole pixel at 256x256")
+    }
 
 
 def test_hugging_face_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
     folder = write_pictures(tmp_path / "p", 3, (256, 256))
     files = [str(folder / f"{i}.png") for i in range(3)]
-    rows = datasets.Dataset.from_dict({"photo": files}).cast_column("photo", datasets.Image())
+    rows = datasets.Dataset.from_dict({"photo": files, "number": [0, 1, 2]}).cast_column("photo", datasets.Image())
     datasets.DatasetDict({"train": rows}).save_to_disk(str(tmp_path / "hf"))
     data = dataset(f"hf:{tmp_path / 'hf'}:train:photo", protocol="places2")
     assert len(data) == 3
@@ -385,20 +501,26 @@ def test_hugging_face_dataset(tmp_path):
     expected = np.asarray(Image.open(files[index])).transpose(2, 0, 1)
     shown = ((sample.image + 1) * 127.5).round().byte().numpy()
     assert np.array_equal(shown, expected) or np.array_equal(shown[..., ::-1], expected)
-    with pytest.raises(DataError, match="data.split: expected one of train, got 'test'"):
-        open_source([f"hf:{tmp_path / 'hf'}:test"])
-    with pytest.raises(DataError, match="data.column: expected one of photo, got 'image'"):
-        open_source([f"hf:{tmp_path / 'hf'}"])
+    for rest, text in (
+        (":test", "data.validation: expected 'hf:.*:test' to name a split of train"),
+        ("", "data.validation: expected 'hf:.*' to name a column of photo, number"),
+        (":train:number", "data.validation: the pictures of 'hf:.*' could not be loaded"),
+        (":train:photo:more", r"data.validation: expected hf:NAME\[:SPLIT\[:COLUMN\]\], got 'hf:.*more'"),
+        ("::photo", r"data.validation: expected hf:NAME\[:SPLIT\[:COLUMN\]\], got 'hf:.*'"),
+        ("/missing", "data.validation: the pictures of 'hf:.*missing' could not be loaded"),
+    ):
+        with pytest.raises(DataError, match=text):
+            open_source([f"hf:{tmp_path / 'hf'}{rest}"], "data.validation")
 
 
 @pytest.mark.parametrize(
     ("options", "error", "text"),
     [
-        ({}, DataError, "data.pictures: expected folders"),
-        ({"pictures": ("nowhere",)}, DataError, "data: expected a folder of pictures, got 'nowhere'"),
+        ({}, DataError, "data.pictures: expected folders .*, got none"),
+        ({"pictures": ("nowhere",)}, DataError, "data.pictures: expected folders .*, got 'nowhere', which is not a"),
         ({"pictures": ("EMPTY",)}, DataError, "which has none"),
-        ({"pictures": ("SOME",), "masks": "nowhere"}, DataError, "masks: expected a folder of mask pictures"),
-        ({"pictures": ("SOME",), "masks": "EMPTY"}, DataError, "masks: expected a folder of mask pictures"),
+        ({"pictures": ("SOME",), "masks": "nowhere"}, DataError, "^data.masks: expected a folder of mask pictures"),
+        ({"pictures": ("SOME",), "masks": "EMPTY"}, DataError, "^data.masks: expected a folder of mask pictures"),
         ({"pictures": ("SOME",), "protocol": "squares"}, ConfigError, "data.protocol: expected one of photos"),
     ],
 )

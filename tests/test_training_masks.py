@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
 
 import numpy as np
 import pytest
 from PIL import Image
 
 from lgnet_fast import InvalidMaskError
-from lgnet_fast.data import masks
+from lgnet_fast.data import brushes, mask_files, masks
 from lgnet_fast.training import HOLE_CLASSES, DataError, MaskFolder, generate_mask, hole_class, hole_ratio
 
 
@@ -64,7 +65,7 @@ def test_strokes_are_thick_and_rounded():
     """Every hole pixel of a stroke belongs to a disc of at least the thinnest brush."""
     mask = generate_mask(256, 256, hole_class=3, kind="strokes", seed=11)
     thinnest = max(1, round(0.075 * 256) // 4)
-    disc = masks._disc(thinnest - 1)
+    disc = brushes._disc(thinnest - 1)
     padded = np.pad(mask, thinnest, mode="edge")
     eroded = np.ones_like(padded)
     opened = np.zeros_like(padded)
@@ -178,6 +179,15 @@ def test_masks_of_training_are_the_same_on_every_platform(draw, expected):
     assert digest.hexdigest()[:16] == expected
 
 
+@pytest.mark.parametrize("draw", [masks.varied_mask, masks.fine_mask])
+def test_masks_of_training_have_a_least_size(draw):
+    assert draw(24, 30, seed=0).shape == (24, 30)
+    for seed in range(20):
+        draw(24, 24, seed=seed)
+        with pytest.raises(ValueError, match="height, width: expected at least 24 each, got 100x23"):
+            draw(100, 23, seed=seed)
+
+
 # -- folders ----------------------------------------------------------------------------------------------------
 
 
@@ -211,8 +221,8 @@ def test_resizing_is_nearest_neighbour(tmp_path):
 
 
 def test_liu_layout(tmp_path, monkeypatch):
-    monkeypatch.setattr(masks, "_LIU_COUNT", 12)
-    monkeypatch.setattr(masks, "_LIU_PER_CLASS", 2)
+    monkeypatch.setattr(mask_files, "_LIU_COUNT", 12)
+    monkeypatch.setattr(mask_files, "_LIU_PER_CLASS", 2)
     folder = write_masks(tmp_path / "m", [0.05] * 12)
     inner = np.zeros((20, 20), dtype=np.uint8)
     inner[5:9, 5:10] = 255
@@ -247,3 +257,35 @@ def test_missing_empty_and_broken(tmp_path):
     (tmp_path / "0.png").write_bytes(b"no picture")
     with pytest.raises(InvalidMaskError, match="0.png"):
         MaskFolder(tmp_path)[0]
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "RGB", "RGBA", "LA", "1", "I;16", "I", "0/1"])
+def test_masks_of_every_mode(tmp_path, mode):
+    """White in every mode; in layers white strokes on transparent white; levels 0 and 1 are bool."""
+    hole = np.zeros((20, 30), dtype=bool)
+    hole[3:9, 5:17] = True
+    levels = np.where(hole, 255, 0).astype(np.uint8)
+    if mode in ("RGBA", "LA"):
+        white = Image.new(mode[:-1], (30, 20), "white")
+        white.putalpha(Image.fromarray(levels))
+        picture = white
+    elif mode == "0/1":
+        picture = Image.fromarray(hole.astype(np.uint8))
+    elif mode == "I;16":
+        picture = Image.fromarray(levels.astype(np.uint16) * 257)
+    elif mode == "I":
+        picture = Image.fromarray(levels.astype(np.int32) * 257)
+    else:
+        picture = Image.fromarray(levels).convert(mode)
+    picture.save(tmp_path / ("0.tif" if mode == "I" else "0.png"))
+    for polarity, expected in (("white", hole), ("black", ~hole)):
+        assert np.array_equal(MaskFolder(tmp_path, polarity=polarity)[0], expected)
+
+
+def test_masks_of_pictures_are_turned_upright():
+    hole = np.zeros((20, 30), dtype=np.uint8)
+    hole[3:9, 5:17] = 255
+    stored, exif = io.BytesIO(), Image.Exif()
+    exif[0x0112] = 6  # stored turned by a quarter
+    Image.fromarray(np.rot90(hole)).save(stored, "PNG", exif=exif)
+    assert np.array_equal(masks.hole_levels(Image.open(stored)), hole > 0)

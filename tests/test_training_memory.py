@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import hashlib
+import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from lgnet_fast import limits
 from lgnet_fast.data.masks import fine_mask, varied_mask
 from lgnet_fast.training import DataError
 from lgnet_fast.training.config import DataConfig
-from lgnet_fast.training.data import InpaintingDataset, PositionSampler
+from lgnet_fast.training.loader import PositionSampler
 from lgnet_fast.training.memory import MemoryBatches
+from lgnet_fast.training.samples import InpaintingDataset
 from tests.training_support import write_pictures
 
 
@@ -119,11 +122,57 @@ def test_broken_pictures_are_told_of_once(tmp_path):
     batches = kept.batches(PositionSampler(0, 2))
     told = next(batches)["broken"]
     assert len(told) == 1
-    assert "0.png" in told[0]
+    name, reason = told[0]  # as in the batches of the loader, which the trainer reads
+    assert name == str(tmp_path / "p" / "0.png")
+    assert reason == "no picture that Pillow can read"
     assert next(batches)["broken"] == []
     (tmp_path / "p" / "1.png").write_bytes(b"broken")
-    with pytest.raises(DataError, match="none of 2 pictures can be read"):
+    with pytest.raises(DataError, match="data.pictures: none of 2 can be read; the last: .*png: no picture"):
         memory(tmp_path / "p")
+
+
+def test_broken_masks_are_told_of_once(tmp_path):
+    (tmp_path / "m").mkdir()
+    mask = np.zeros((256, 256), dtype=np.uint8)
+    mask[:128, :64] = 255
+    Image.fromarray(mask).save(tmp_path / "m" / "0.png")
+    (tmp_path / "m" / "1.png").write_bytes(b"broken")
+    write_pictures(tmp_path / "p", 1, (256, 256))
+    kept = memory(tmp_path / "p", masks=str(tmp_path / "m"), mask_kind="strokes", mask_bank=16)
+    assert kept.masks.float().mean(dim=(1, 2)).tolist() == [0.125] * 16
+    ((name, reason),) = kept.broken
+    assert name == str(tmp_path / "m" / "1.png")
+    assert "no picture that Pillow can read" in reason
+
+
+def test_batches_name_their_pictures(tmp_path):
+    write_pictures(tmp_path / "p", 3, (256, 256))
+    (tmp_path / "p" / "1.png").write_bytes(b"broken")
+    kept = memory(tmp_path / "p")
+    expected = {str(tmp_path / "p" / f"{i}.png"): np.asarray(Image.open(tmp_path / "p" / f"{i}.png")) for i in (0, 2)}
+    batch = kept.batch(0, 12)
+    assert set(batch["name"]) == set(expected)
+    for name, image in zip(batch["name"], batch["image"], strict=True):
+        levels = ((image + 1) * 127.5).round().byte().permute(1, 2, 0).numpy()
+        assert any(np.array_equal(levels[:, ::step], expected[name]) for step in (1, -1))
+
+
+def test_pictures_that_exceed_the_free_memory(tmp_path, monkeypatch):
+    write_pictures(tmp_path / "p", 4, (256, 256))
+    monkeypatch.setattr(limits, "memory", lambda: 4 * 256 * 256 * 3)
+    text = r"data.in_memory: .* into the 0.000786 GB of free memory, got 0.000786 GB by the first 4 of 4; without"
+    with pytest.raises(DataError, match=text):
+        memory(tmp_path / "p")
+    monkeypatch.setattr(limits, "memory", lambda: 5 * 256 * 256 * 3)
+    assert memory(tmp_path / "p").pixels.shape == (4 * 256 * 256, 3)
+
+
+def test_threads_that_decode_leave_the_filters_of_warnings_alone(tmp_path):
+    write_pictures(tmp_path / "p", 24, (256, 256))
+    before = list(warnings.filters)
+    for _ in range(4):
+        memory(tmp_path / "p", workers=8)
+        assert list(warnings.filters) == before
 
 
 def test_paired_masks_are_refused(tmp_path):

@@ -8,9 +8,10 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from ..data import folders
 from ..data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_class, read_mask, resize_mask
 from ..errors import DataError, InvalidMaskError, UsageError
-from ..jobs import folders
+from ..jobs.folders import pair_mask
 from ..jobs.journal import stamp
 from ..pipeline.formats import EXTENSIONS
 from ..pipeline.pictures import picture_of
@@ -194,7 +195,7 @@ class NamedMasks:
             raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
         self.files: list[Path] = []
         for picture in pictures:
-            mask, problem = folders.pair_mask(picture.relative_to(base), folder, found)
+            mask, problem = pair_mask(picture.relative_to(base), folder, found)
             if mask is None:
                 raise UsageError(f"masks: {problem} (for the picture {str(picture)!r})")
             self.files.append(mask)

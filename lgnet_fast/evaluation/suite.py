@@ -14,10 +14,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..data import folders
 from ..data.masks import SUITE_KINDS, suite_mask
 from ..data.metrics import LPIPS_VARIABLE, Distance, one_line
 from ..errors import InvalidMaskError, MissingExtraError, UsageError, WeightsError
-from ..jobs import folders
+from ..jobs.folders import pair_mask
 from ..jobs.journal import stamp
 from ..pipeline.formats import EXTENSIONS
 from ..reference.features import LPIPS
@@ -72,7 +73,7 @@ class SuiteMasks:
             for one in self.classes:
                 relative = picture.relative_to(base).with_suffix("")
                 name = relative.with_name(f"{relative.name}_{SUITE_KINDS[one]}")
-                mask, problem = folders.pair_mask(name, folder, found, suffix=False)
+                mask, problem = pair_mask(name, folder, found, suffix=False)
                 if mask is None:
                     raise UsageError(f"masks: {problem} (for the picture {str(picture)!r})")
                 self.files[index, one] = mask

@@ -10,12 +10,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from ..data.folders import Found, scan, unread
 from ..data.shards import Member, Sample, Shard, read_shard
 from ..errors import InvalidImageError, UsageError
 from ..pipeline.formats import ADDRESS, EXTENSIONS
 from ..pipeline.sources import Encoded
 from ..pipeline.writing import STANDARD_STREAM, is_stream
-from .folders import Found, beside, masks_by_suffix, of_mask, pair_mask, scan, unread
+from .folders import beside, masks_by_suffix, of_mask, pair_mask
 from .journal import World, fingerprint, stamp
 from .options import FillOptions
 from .outputs import distinct, format_for, refuse_unwritable, result_files

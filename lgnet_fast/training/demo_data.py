@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import io
+import math
 import os
+import re
 import tarfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -21,12 +23,15 @@ import numpy as np
 from PIL import Image
 from torch import Tensor
 
-from ..data.masks import pictures_below
+from ..data.folders import all_below
 from ..errors import DataError, LGNetError, WeightsError
+from ..pipeline.sources import open_image
+from ..pipeline.writing import write_atomically
 from ..reference.features import LPIPS, read_weights
-from .data import decode
+from .crops import decode, quiet
 
 _LONGEST = 1.5
+_LONGEST_EDGE = 10_922  # WebP's longest side, 16,383, divided by 1.5
 _VGG_CONVOLUTIONS = 7
 _HELD_OUT_QUALITY = 90
 
@@ -38,7 +43,7 @@ def encode(file: Path, edge: int, quality: int) -> bytes:
         DataError: it cannot be read.
     """
     try:
-        picture = Image.fromarray(decode(Image.open(io.BytesIO(file.read_bytes()))))
+        picture = Image.fromarray(decode(open_image(file.read_bytes())))
     except Exception as error:  # decoders raise OSError, SyntaxError, struct.error and more on bad data
         raise DataError(f"pictures: {str(file)!r} cannot be read ({error})") from error
     longest = _LONGEST * min(picture.size)
@@ -52,50 +57,64 @@ def encode(file: Path, edge: int, quality: int) -> bytes:
     return stream.getvalue()
 
 
-def write_shards(files: Sequence[tuple[str, bytes]], folder: Path, stem: str, largest: int) -> list[Path]:
-    """Tar files ``<stem>-000.tar``, ... of at most `largest` bytes each."""
-    shards: list[Path] = []
-    size, archive = 0, None
+def shards_of(files: Sequence[tuple[str, bytes]], largest: float = math.inf) -> Iterator[bytes]:
+    """Tar files of (name, content), of at most `largest` bytes each; a file that exceeds that has one of its own."""
+    chosen: list[tuple[str, bytes]] = []
+    size = 0
     for name, content in files:
         room = 512 + -(-len(content) // 512) * 512
-        if archive is None or size + room > largest - 2 * 10240:  # tar pads its end to 10 KiB
-            if archive is not None:
-                archive.close()
-            shards.append(folder / f"{stem}-{len(shards):03d}.tar")
-            archive, size = tarfile.open(shards[-1], "w"), 0  # noqa: SIM115 (closed below)
-        member = tarfile.TarInfo(name)
-        member.size = len(content)
-        archive.addfile(member, io.BytesIO(content))
+        if chosen and size + room > largest - 2 * tarfile.RECORDSIZE:  # tar fills its last record
+            yield _shard(chosen)
+            chosen, size = [], 0
+        chosen.append((name, content))
         size += room
-    if archive is not None:
-        archive.close()
-    return shards
+    if chosen:
+        yield _shard(chosen)
+
+
+def _shard(files: Sequence[tuple[str, bytes]]) -> bytes:
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w") as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return stream.getvalue()
 
 
 def write_pictures(source: Path, folder: Path, *, edge: int, quality: int, held_out: int, largest: int) -> list[Path]:
     """Shards of a folder's pictures, see the module's text.
 
+    They replace those of an earlier call, whose other shards are removed.
+
     Raises:
-        DataError: no pictures, or not more than are held out.
+        DataError: no pictures, not more than are held out, or one that cannot be read; then nothing is written.
     """
-    files = sorted(pictures_below(source, "pictures: expected a folder of pictures"))
+    files = all_below(source, "pictures: expected a folder of pictures")
     if len(files) <= held_out:
         raise DataError(f"pictures: expected more than the {held_out} held out in {str(source)!r}, got {len(files)}")
-    held = {round((i + 0.5) * len(files) / held_out) for i in range(held_out)} if held_out else set()
+    held = sorted(round((i + 0.5) * len(files) / held_out) for i in range(held_out))
 
-    def encoded(chosen: list[int], quality: int) -> list[tuple[str, bytes]]:
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
+    def encoded(chosen: Sequence[int], quality: int) -> list[tuple[str, bytes]]:
+        with quiet(), ThreadPoolExecutor(os.cpu_count()) as pool:
             contents = pool.map(lambda i: encode(files[i], edge, quality), chosen)
             return [(f"{i:06d}.webp", content) for i, content in zip(chosen, contents, strict=True)]
 
-    training = [i for i in range(len(files)) if i not in held]
+    training = sorted(set(range(len(files))).difference(held))
     # Shuffled, so that a shard does not hold pictures of one source only.
     np.random.default_rng(0).shuffle(training)
-    shards = write_shards(encoded(training, quality), folder, "train", largest)
-    if held:
-        (one,) = write_shards(encoded(sorted(held), _HELD_OUT_QUALITY), folder, "held_out", 1 << 40)
-        shards.append(one.replace(folder / "held_out.tar"))
-    return shards
+    shown, kept = encoded(training, quality), encoded(held, _HELD_OUT_QUALITY)
+    earlier = [file for file in folder.glob("train-*.tar") if re.fullmatch(r"train-\d{3,}", file.stem)]
+    written = []
+    for number, shard in enumerate(shards_of(shown, largest)):
+        written.append(folder / f"train-{number:03d}.tar")
+        write_atomically(written[-1], shard)
+    for shard in shards_of(kept):
+        written.append(folder / "held_out.tar")
+        write_atomically(written[-1], shard)
+    for file in {*earlier, folder / "held_out.tar"}.difference(written):
+        file.unlink(missing_ok=True)
+    return written
 
 
 def write_weights(vgg: Path | None, lpips: Path | None, folder: Path) -> list[Path]:
@@ -128,7 +147,9 @@ def write_weights(vgg: Path | None, lpips: Path | None, folder: Path) -> list[Pa
 
 def _write(file: Path, tensors: Mapping[str, Tensor]) -> Path:
     arrays: dict[str, Any] = {name: tensor.numpy() for name, tensor in tensors.items()}
-    np.savez(file, **arrays)
+    stream = io.BytesIO()
+    np.savez(stream, **arrays)
+    write_atomically(file, stream.getvalue())
     return file
 
 
@@ -143,6 +164,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--held-out", type=int, default=32, help="pictures kept for validation")
     parser.add_argument("--shard-mb", type=float, default=24.5, help="largest shard, in millions of bytes")
     given = parser.parse_args(arguments)
+    for name, value, low, high in (
+        ("edge", given.edge, 1, _LONGEST_EDGE),
+        ("quality", given.quality, 0, 100),
+        ("held-out", given.held_out, 0, math.inf),
+        ("shard-mb", given.shard_mb, 0, math.inf),
+    ):
+        if not low <= value <= high:
+            parser.error(
+                f"--{name}: expected {low} or more{'' if high == math.inf else f', at most {high}'}, got {value}"
+            )
     try:
         given.output.mkdir(parents=True, exist_ok=True)
         written = write_weights(given.vgg, given.lpips, given.output)

@@ -19,15 +19,19 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .. import limits
 from ..errors import DataError
-from .data import InpaintingDataset, PositionSampler, decode
+from .crops import decode, quiet
+from .holes import Broken
+from .loader import PositionSampler
+from .samples import BANK, BATCH, InpaintingDataset, move_colours, reason_of
 
 # Further shorter sides at which a picture is kept if it is large enough, as multiples of data.size.
 SCALES = (1.0, 1.125, 1.25, 1.5, 2.0)
 
-_BATCH, _BANK = 5, 6  # streams of random numbers, see data.py
 _COLUMNS = 7
 _FEW_MASKS = 64  # for fewer masks a process pool costs more than it saves
+_SHARE = 0.9  # of the free memory that the pictures may take
 
 
 class MemoryBatches:
@@ -38,34 +42,56 @@ class MemoryBatches:
         workers: number of processes that draw masks and of threads that decode; None: number of cores.
 
     Raises:
-        DataError: paired masks, or no picture that can be read.
+        DataError: paired masks, no picture or no mask that can be read, or pictures that exceed the free memory.
     """
 
     def __init__(self, dataset: InpaintingDataset, workers: int | None = None) -> None:
         self.dataset, self.data, self.seed = dataset, dataset.data, dataset.seed
         if dataset.masks.paired:
             raise DataError("data.in_memory: masks that come with the pictures cannot be kept; set data.masks")
-        workers = workers or os.cpu_count() or 1
+        workers = workers or _cores()
+        self.broken: Broken = []
         # Done first, because the worker processes must be forked before the GPU is used.
         self.masks = self._draw_masks(workers)
-        self.broken: list[str] = []
+        self.names: list[str] = []
+        self.places: list[list[tuple[int, int, int]]] = []
+        """Of each picture that can be read, at each of its scales: offset in `pixels`, height, width."""
+        self.pixels = self._read_pictures(workers)
+
+    def _read_pictures(self, workers: int) -> Tensor:
+        """uint8 [all pixels, 3]"""
+        source, free = self.dataset.source, limits.memory()
         kept: list[np.ndarray] = []
-        places: list[list[tuple[int, int, int]]] = []  # of each picture at each of its scales: offset, height, width
         offset = 0
-        with ThreadPoolExecutor(workers) as pool:
-            for index, levels in enumerate(pool.map(self._levels, range(len(dataset)))):
+        with quiet(), ThreadPoolExecutor(workers) as pool:
+            for index, levels in enumerate(pool.map(self._levels, range(len(source)))):
                 if isinstance(levels, str):
-                    self.broken.append(f"{dataset.source.name(index)}: {levels}")
+                    self.broken.append((source.name(index), levels))
                     continue
-                places.append([])
+                self.names.append(source.name(index))
+                self.places.append([])
                 for level in levels:
-                    places[-1].append((offset, *level.shape[:2]))
+                    self.places[-1].append((offset, *level.shape[:2]))
                     kept.append(level.reshape(-1, 3))
                     offset += len(kept[-1])
+                if free is not None and 3 * offset > _SHARE * free:
+                    pool.shutdown(wait=False, cancel_futures=True)
+                    raise DataError(
+                        f"data.in_memory: expected pictures that fit into the {free / 1e9:.3g} GB of free memory, "
+                        f"got {3 * offset / 1e9:.3g} GB by the first {index + 1} of {len(source)}; without it they "
+                        "are read from the disk"
+                    )
         if not kept:
-            raise DataError(f"data: none of {len(dataset)} pictures can be read; the first: {self.broken[0]}")
-        self.places = places
-        self.pixels = torch.from_numpy(np.concatenate(kept))  # uint8 [all pixels, 3]
+            name, reason = self.broken[-1]
+            raise DataError(f"data.pictures: none of {len(source)} can be read; the last: {name}: {reason}")
+        pixels = np.empty((offset, 3), dtype=np.uint8)
+        kept.reverse()
+        start = 0
+        while kept:  # each is freed once it is copied: two whole copies may not fit
+            part = kept.pop()
+            pixels[start : start + len(part)] = part
+            start += len(part)
+        return torch.from_numpy(pixels)
 
     def _levels(self, index: int) -> list[np.ndarray] | str:
         """A picture at its scales, uint8 [H, W, 3] each; or the reason why it cannot be read."""
@@ -73,7 +99,7 @@ class MemoryBatches:
         try:
             picture = decode(self.dataset.source.picture(index))
         except Exception as error:  # as in InpaintingDataset
-            return " ".join(str(error).split()) or type(error).__name__
+            return reason_of(error)
         if largest is None:
             return [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))]
         height, width = picture.shape[:2]
@@ -102,15 +128,15 @@ class MemoryBatches:
                 pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
             with pool as executor:
                 run = executor.map if isinstance(executor, Executor) else lambda f, n, chunksize: map(f, n)
-                packed = list(run(self._packed_mask, range(count), chunksize=max(1, count // (4 * workers))))
-        return torch.from_numpy(np.unpackbits(np.stack(packed), axis=1).reshape(count, size, size))
+                drawn = list(run(self._packed_mask, range(count), chunksize=max(1, count // (4 * workers))))
+        # A file that cannot be read stands for many masks of the bank.
+        self.broken += dict.fromkeys(one for _, broken in drawn for one in broken)
+        packed = np.stack([mask for mask, _ in drawn])
+        return torch.from_numpy(np.unpackbits(packed, axis=1).reshape(count, size, size))
 
-    def _packed_mask(self, number: int) -> np.ndarray:
-        broken: list[tuple[str, str]] = []
-        mask = self.dataset.masks.draw(self.data.size, (_BANK, self.seed, number), broken)
-        if broken:
-            raise DataError(f"data.masks: {broken[0][1]}")
-        return np.packbits(mask)
+    def _packed_mask(self, number: int) -> tuple[np.ndarray, Broken]:
+        broken: Broken = []
+        return np.packbits(self.dataset.masks.draw(self.data.size, (BANK, self.seed, number), broken)), broken
 
     def to(self, device: torch.device) -> MemoryBatches:
         """Move pictures and masks. Returns self."""
@@ -118,17 +144,20 @@ class MemoryBatches:
         return self
 
     def batch(self, first: int, count: int) -> dict[str, Any]:
-        """The samples from position `first` on, as of :func:`.data.collate`, on the device that holds the pictures.
+        """The samples from position `first` on, as of :func:`.loader.collate`, on the device that holds the pictures.
 
         Each is a crop of its picture at one of its scales, mirrored at random, with its colours changed at random
         (`data.colour`), and a mask of the bank in one of its eight symmetries.
         """
-        rng = np.random.default_rng(np.random.SeedSequence((_BATCH, self.seed, first)))
+        rng = np.random.default_rng(np.random.SeedSequence((BATCH, self.seed, first)))
         size = self.data.size
         choice = np.empty((count, _COLUMNS), dtype=np.int64)
+        names = []
         for i in range(count):
             epoch, place = divmod(first + i, len(self.dataset))
-            levels = self.places[int(self.dataset.order(epoch)[place]) % len(self.places)]
+            number = int(self.dataset.order(epoch)[place]) % len(self.places)
+            names.append(self.names[number])
+            levels = self.places[number]
             offset, down, across = levels[int(rng.integers(len(levels)))]
             top, left = int(rng.integers(down - size + 1)), int(rng.integers(across - size + 1))
             flips = rng.integers(2, size=4)
@@ -143,7 +172,7 @@ class MemoryBatches:
         image = self.pixels[origin + rows * width + columns_of]  # [B, S, S, 3]
         image = image.permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
         if self.data.colour:
-            image = _move_colours(image, rng, self.data.colour)
+            image = move_colours(image, rng, self.data.colour)
         rows_of = torch.where(upside == 1, size - 1 - rows, rows)
         columns_of = torch.where(sideways == 1, size - 1 - columns, columns)
         rows_of, columns_of = (
@@ -151,7 +180,7 @@ class MemoryBatches:
             torch.where(turned == 1, rows_of, columns_of),
         )
         hole = self.masks.view(-1)[(mask * size + rows_of) * size + columns_of]
-        return {"image": image, "mask": hole[:, None].float(), "name": [""] * count, "broken": []}
+        return {"image": image, "mask": hole[:, None].float(), "name": names, "broken": []}
 
     def batches(self, sampler: PositionSampler) -> Iterator[dict[str, Any]]:
         """Endless batches in the sampler's order; the first one lists pictures that cannot be read."""
@@ -161,15 +190,7 @@ class MemoryBatches:
             broken = []
 
 
-def _move_colours(image: Tensor, rng: np.random.Generator, strength: float) -> Tensor:
-    """Pictures [B, 3, H, W] in [-1, 1] with gain of each channel, contrast, brightness and saturation changed at
-    random by up to `strength`."""
-    moved = rng.uniform(-strength, strength, size=(len(image), 6)).astype(np.float32)
-    factors = torch.from_numpy(moved).to(image.device, non_blocking=True)[:, :, None, None]
-    gain, saturation, brightness = 1 + factors[:, :3] / 2, 1 + factors[:, 3:4], factors[:, 4:5] / 2
-    contrast = 1 + factors[:, 5:6]
-    image = image * gain
-    grey = image.mean(dim=1, keepdim=True)
-    image = grey + (image - grey) * saturation
-    mean = grey.mean(dim=(2, 3), keepdim=True)
-    return (mean + (image - mean) * contrast + brightness).clamp_(-1, 1)
+def _cores() -> int:
+    """Processors that this process may use."""
+    cores = os.cpu_count() or 1
+    return min(cores, limits.granted() or cores)

@@ -6,9 +6,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..data.folders import pictures_in
 from ..data.masks import POLARITIES, hole_class, hole_ratio, read_mask
 from ..errors import UsageError
-from .folders import pictures_in
 
 
 @dataclass(frozen=True)
