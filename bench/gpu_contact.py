@@ -10,7 +10,7 @@ interrupted run keeps its measurements.
 compile    every kernel of the dense plan, in parallel processes
 buffers    a run without graphs; every step's output beside the plan in plain PyTorch, float32: the first wrong step
            is named
-graph      the whole forward: launched one by one, as a graph, with and without overlapping launches
+graph      the whole forward: launched one by one, as a graph, without and with overlapping launches
 steps      each step in place: graphs of the first k steps, and differences, so weights come from memory
 holes      graphs restricted to square holes of 16, 64 and 128 pixels
 attention  block shapes of `attention_inference`: the loop over the keys, the projection, the sum over splits
@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -65,12 +65,12 @@ def median_us(call: Callable[[], None], repeats: int = 20, inner: int = 1) -> fl
     return sorted(times)[len(times) // 2]
 
 
-def graph_of(launches: Callable[[], None]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of `launches`, which run once before the capture."""
+def graph_of(launches: Callable[[], None], spread: bool = False) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `launches`, which run once before the capture; `spread`: see `capture`."""
     from lgnet_fast.engine.graphs import capture
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return capture(launches, device, torch.cuda.graph_pool_handle())
+    return capture(launches, device, torch.cuda.graph_pool_handle(), spread)
 
 
 def run_all(launches: Sequence[Callable[[], None]]) -> None:
@@ -174,10 +174,11 @@ def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
 def time_graph(plan: Any, dtype: torch.dtype, tuned: Any, log: Log, label: str) -> None:
     """Time the whole forward in several forms."""
     from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.cuda_weights import Overlap
 
     image, mask = picture(plan.batch)
     expected = None
-    for overlap in (False, True):
+    for overlap in get_args(Overlap):
         try:
             executor = CudaExecutor.of(plan, dtype, tuned=tuned, overlap=overlap, graphs=False)
         except RuntimeError as error:
@@ -186,7 +187,7 @@ def time_graph(plan: Any, dtype: torch.dtype, tuned: Any, log: Log, label: str) 
         launches = functools.partial(run_all, executor.launches())
         executor.run(image, mask)
         direct = median_us(launches, 10)
-        graph = graph_of(launches)
+        graph = graph_of(launches, overlap == "spread")
         replayed = median_us(graph.replay, 50, inner=4)
         result = executor.memory.outputs[0].clone()
         same = 0
@@ -315,7 +316,7 @@ def compile_dense(plan: Any, dtype: torch.dtype, can_overlap: bool, log: Log) ->
 
     from lgnet_fast.engine.cuda_executor import CudaExecutor
 
-    for overlap in (False, True) if can_overlap else (False,):
+    for overlap in ("none", "plain") if can_overlap else ("none",):
         launches = recorded(CudaExecutor.of(plan, dtype, overlap=overlap, graphs=False))
         begin = time.perf_counter()
         failures = compile_all(launches, 0)

@@ -183,7 +183,8 @@ def heads(model: str) -> list[tuple[int, int]]:
 
 def executor(model: str, dtype: str, batch: int, overlap: bool = False) -> _Elsewhere:
     """An executor on meta tensors; call it within `configs.assume_generation`."""
-    return _Elsewhere.of(_plan(model, batch), DTYPES[dtype], device=torch.device("meta"), overlap=overlap)
+    plan, how = _plan(model, batch), "plain" if overlap else "none"
+    return _Elsewhere.of(plan, DTYPES[dtype], device=torch.device("meta"), overlap=how)
 
 
 def engine_case(card: Card, model: str, dtype: str, batch: int, restricted: bool, overlap: bool = False) -> Case:

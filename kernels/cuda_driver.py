@@ -17,6 +17,7 @@ import torch
 
 _CLUSTER, _COOPERATIVE, _PROGRAMMATIC = 4, 2, 6  # CUlaunchAttributeID
 _STATIC_SHARED, _MAX_DYNAMIC_SHARED = 1, 8  # CUfunction_attribute
+_KERNEL_NODE = 0  # CUgraphNodeType
 
 
 class _Config(ctypes.Structure):
@@ -34,6 +35,16 @@ class _Attribute(ctypes.Structure):
     """CUlaunchAttribute: `value` is a union of 64 bytes."""
 
     _fields_ = [("id", ctypes.c_int), ("padding", ctypes.c_int), ("value", ctypes.c_uint * 16)]
+
+
+class _KernelNode(ctypes.Structure):
+    """CUDA_KERNEL_NODE_PARAMS, version 2."""
+
+    _fields_ = [
+        ("function", ctypes.c_void_p),
+        *((name, ctypes.c_uint) for name in ("gridX", "gridY", "gridZ", "blockX", "blockY", "blockZ", "sharedBytes")),
+        *((name, ctypes.c_void_p) for name in ("parameters", "extra", "kernel", "context")),
+    ]
 
 
 @functools.cache
@@ -75,12 +86,18 @@ def _module(cubin: Path, device: int) -> ctypes.c_void_p:
 def _function(cubin: Path, name: str, device: int) -> ctypes.c_void_p:
     function = ctypes.c_void_p()
     call("cuModuleGetFunction", ctypes.byref(function), _module(cubin, device), name.encode())
+    _allow_all_shared(function, device)
+    return function
+
+
+def _allow_all_shared(function: ctypes.c_void_p, device: int) -> int:
+    """Let launches of a function have as much shared memory as the GPU allows; return its static part in bytes."""
     static = ctypes.c_int()
     call("cuFuncGetAttribute", ctypes.byref(static), ctypes.c_int(_STATIC_SHARED), function)
     properties: Any = torch.cuda.get_device_properties(device)
     limit = properties.shared_memory_per_block_optin - static.value
     call("cuFuncSetAttribute", function, ctypes.c_int(_MAX_DYNAMIC_SHARED), ctypes.c_int(limit))
-    return function
+    return static.value
 
 
 class Kernel:
@@ -156,3 +173,52 @@ class Kernel:
         config = self._config(grid, torch.cuda.current_stream().cuda_stream)
         parameters = (ctypes.c_void_p * len(addresses))(*addresses)
         call("cuLaunchKernelEx", ctypes.byref(config), self.load(), parameters, None)
+
+
+def spread_blocks(graph: int, device: int) -> int:
+    """Give kernels of a graph so much shared memory that a multiprocessor holds one of their blocks at a time.
+
+    Where launches overlap, a kernel's blocks are placed while those of the kernel before still run, by free shared
+    memory: two may get the same multiprocessor and take twice as long, while others stay idle. Changed are kernels
+    without clusters that have no more blocks than the GPU has multiprocessors.
+
+    Args:
+        graph: address of a CUgraph, not instantiated yet.
+        device: number of the GPU.
+
+    Returns:
+        The number of kernels that were changed.
+
+    Raises:
+        RuntimeError: the driver reports an error.
+    """
+    properties: Any = torch.cuda.get_device_properties(device)
+    least = properties.shared_memory_per_multiprocessor // 2  # each block also has 1 kB of its own, so two do not fit
+    count = ctypes.c_size_t()
+    call("cuGraphGetNodes", ctypes.c_void_p(graph), None, ctypes.byref(count))
+    nodes = (ctypes.c_void_p * count.value)()
+    call("cuGraphGetNodes", ctypes.c_void_p(graph), nodes, ctypes.byref(count))
+    changed = 0
+    for address in nodes:
+        node, kind = ctypes.c_void_p(address), ctypes.c_int()
+        call("cuGraphNodeGetType", node, ctypes.byref(kind))
+        if kind.value == _KERNEL_NODE:
+            changed += _spread_kernel(node, device, properties.multi_processor_count, least)
+    return changed
+
+
+def _spread_kernel(node: ctypes.c_void_p, device: int, multiprocessors: int, shared_bytes: int) -> bool:
+    """Raise the shared memory of one kernel's blocks to `shared_bytes`; False where it is not to be changed."""
+    kernel, cluster = _KernelNode(), _Attribute()
+    call("cuGraphKernelNodeGetParams_v2", node, ctypes.byref(kernel))
+    if not kernel.function or kernel.gridX * kernel.gridY * kernel.gridZ > multiprocessors:
+        return False
+    call("cuGraphKernelNodeGetAttribute", node, ctypes.c_int(_CLUSTER), ctypes.byref(cluster.value))
+    if max(cluster.value[:3]) > 1:
+        return False
+    dynamic = shared_bytes - _allow_all_shared(ctypes.c_void_p(kernel.function), device)
+    if kernel.sharedBytes >= dynamic:
+        return False
+    kernel.sharedBytes = dynamic
+    call("cuGraphKernelNodeSetParams_v2", node, ctypes.byref(kernel))
+    return True

@@ -12,6 +12,10 @@ from typing import ClassVar
 import pytest
 import torch
 
+pytest.importorskip("triton")
+
+from lgnet_fast.kernels import cuda_driver
+
 from lgnet_fast.engine import graphs
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_measure import Timer
@@ -46,7 +50,7 @@ class FakeCuda:
             "graph_pool_handle": lambda: POOL,
             "synchronize": lambda *args: None,
             "empty_cache": lambda: None,
-            "CUDAGraph": lambda: FakeGraph(self),
+            "CUDAGraph": lambda **options: FakeGraph(self, **options),
             "device": self.on_device,
             "current_device": lambda: self.device,
             "is_current_stream_capturing": lambda: self.capturing is not None,
@@ -107,8 +111,11 @@ class FakeEvent:
 
 
 class FakeGraph:
-    def __init__(self, cuda: FakeCuda) -> None:
+    """`raw_cuda_graph` and `instantiate` work as PyTorch's do."""
+
+    def __init__(self, cuda: FakeCuda, keep_graph: bool = False) -> None:
         self.cuda, self.kernels = cuda, list[Callable[[], None]]()
+        self.kept, self.captured, self.ready = keep_graph, False, False
 
     def capture_begin(self, *args: object, **options: object) -> None:
         if self.cuda.fail_begin is not None:
@@ -121,8 +128,18 @@ class FakeGraph:
         if self.cuda.fail_end is not None:
             raise self.cuda.fail_end
         self.cuda.random_captured = False
+        self.captured, self.ready = True, not self.kept
+
+    def raw_cuda_graph(self) -> int:
+        assert self.kept
+        assert self.captured
+        return id(self)
+
+    def instantiate(self) -> None:
+        self.ready = True
 
     def replay(self) -> None:
+        assert self.ready
         for kernel in self.kernels:
             kernel()
 
@@ -251,6 +268,36 @@ def test_errors_of_triton_during_the_capture_are_failed_captures(cuda: FakeCuda)
     assert work.ran == 2  # the warm-up, and the launches in the graph's place
 
 
+def test_blocks_are_spread_before_the_graph_is_instantiated(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    spread: list[tuple[int, int, bool]] = []
+
+    def spread_blocks(graph: int, device: int) -> int:
+        spread.append((graph, device, program.graph is None))
+        return 1
+
+    monkeypatch.setattr(cuda_driver, "spread_blocks", spread_blocks)
+    work = Work(cuda)
+    program = Program(work, DEVICE, POOL, spread=True)
+    for _ in range(3):
+        program()
+    assert (work.launched, work.ran, program.reason) == (2, 4, None)
+    assert spread == [(id(program.graph), 0, True)]
+
+
+def test_a_graph_whose_blocks_cannot_be_spread_is_a_failed_capture(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spread_blocks(graph: int, device: int) -> int:
+        raise RuntimeError("cuGraphKernelNodeSetParams_v2: invalid argument (1)")
+
+    monkeypatch.setattr(cuda_driver, "spread_blocks", spread_blocks)
+    work = Work(cuda)
+    program = Program(work, DEVICE, POOL, spread=True)
+    program()
+    assert "invalid argument" in (program.reason or "")
+    assert (program.graph, work.ran, cuda.current) == (None, 2, cuda.user)
+
+
 def test_graphs_of_a_gpu_are_captured_on_one_stream(cuda: FakeCuda) -> None:
     """Memory of a pool belongs to the stream that allocated it, so other streams' graphs could not share it."""
     for device in (DEVICE, DEVICE, torch.device("cuda", 1)):
@@ -287,7 +334,7 @@ def test_times_are_taken_on_the_measured_gpu(cuda: FakeCuda, monkeypatch: pytest
     monkeypatch.setattr(FakeEvent, "recorded_on", [])
     second = torch.device("cuda", 1)
     assert Timer(second).time([Work(cuda)]) == pytest.approx(2.0)
-    executor = SimpleNamespace(device=second, _pool=POOL)
+    executor = SimpleNamespace(device=second, _pool=POOL, overlap="none")
     assert CudaExecutor._until_by_graphs(executor, [[Work(cuda)]], 1) == pytest.approx([0.0005])  # type: ignore[arg-type]
     assert set(FakeEvent.recorded_on) == {1}
     assert cuda.device == 0

@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.deep import DeepGroup
     from lgnet_fast.kernels.hopper import HopperTile
 
-    from .cuda_weights import Choice
+    from .cuda_weights import Choice, Overlap
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -62,15 +62,14 @@ class CudaOptions:
 
     Attributes:
         graphs: replay a CUDA graph.
-        overlap: let the launch of a step start, and fetch its weights, before the previous one ends (Hopper and
-            newer).
+        overlap: how launches overlap (Hopper and newer); None: as measured, else not at all.
         clone_outputs: return copies; otherwise the next call overwrites the results.
         deep_rows: consecutive steps of at most this many outputs per phase share a launch where they can (Hopper,
             dense runs); 0: none; None: as measured, else none.
     """
 
     graphs: bool = True
-    overlap: bool = False
+    overlap: Overlap | None = None
     clone_outputs: bool = True
     deep_rows: int | None = None
 
@@ -95,7 +94,7 @@ class CudaExecutor(Executor):
         if (reason := self.unavailable_reason(weights.device, weights.dtype)) is not None:
             raise RuntimeError(reason)
         self.weights, self.options = weights, options
-        if options.overlap and (reason := self._overlap_reason()) is not None:
+        if options.overlap not in (None, "none") and (reason := self._overlap_reason()) is not None:
             raise RuntimeError(f"overlap: {reason}")
         self.plan = plan.without_weights()
         self._lock = forks.Lock()
@@ -202,16 +201,27 @@ class CudaExecutor(Executor):
     @property
     def choices(self) -> dict[str, str]:
         """Step's name -> what runs it in a dense run: "cudnn", "attention", "deep" (in one launch with others),
-        "hopper PIXELSxCHANNELS/cluster xWARPGROUPS", or BLOCK_MxBLOCK_NxBLOCK_K/splits."""
+        "hopper PIXELSxCHANNELS/cluster xWARPGROUPS", or BLOCK_MxBLOCK_NxBLOCK_K/splits. "launches": how they overlap,
+        if they do."""
         choices = {step.name: self._choice(step) for step in self.plan.steps}
         for first, group in self._deep_groups().items():
             choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
+        if self.overlap != "none":
+            choices["launches"] = f"overlap, {self.overlap}"
         return choices
+
+    @functools.cached_property
+    def overlap(self) -> Overlap:
+        """How the launches overlap."""
+        if self.options.overlap is not None:
+            return self.options.overlap
+        measured = self.weights.tuned.overlap
+        return measured.get(entry_name(self.plan), "none") if measured else "none"
 
     @property
     def chosen_by(self) -> str:
         tuned = self.weights.tuned
-        measured = tuned.tiles or tuned.attention or tuned.deep_rows
+        measured = tuned.tiles or tuned.attention or tuned.deep_rows or tuned.overlap
         return "measurement, else table and estimate" if measured else "table and estimate"
 
     def _choice(self, step: Step) -> str:
@@ -279,7 +289,8 @@ class CudaExecutor(Executor):
 
         def make() -> Program:
             launches = functools.partial(_run_all, self._launches(memory, regions, painted))
-            return Program(launches, self.device, self._pool, direct=0 if regions is None else 1)
+            direct = 0 if regions is None else 1
+            return Program(launches, self.device, self._pool, direct, spread=self.overlap == "spread")
 
         return self._programs.get(key, make)
 
@@ -295,7 +306,7 @@ class CudaExecutor(Executor):
                 start,
                 memory.maps[PICTURE],
                 memory.outputs[0],
-                self.options.overlap,
+                self.overlap != "none",
             )
         ]
         groups = {} if regions is not None else self._deep_groups()
@@ -388,7 +399,7 @@ class CudaExecutor(Executor):
             "size": self.plan.target(step).size,
             "rect": rect,
             "residual": None if step.residual is None else memory.view(step.residual),
-            "overlap": self.options.overlap,
+            "overlap": self.overlap != "none",
         }
         if (hopper_tile := self._hopper_tile(step, rect)) is not None:
             return functools.partial(hopper.hopper_forward, *operands, hopper_tile, **where)
@@ -411,7 +422,7 @@ class CudaExecutor(Executor):
         shape = (step.out_channels, features.shape[2] * features.shape[3], self.plan.batch)
         stores = [(memory.view(store.view).permute(0, 3, 1, 2), store.activation) for store in step.stores]
         tuned = self.weights.tuned.attention.get(shape)
-        return functools.partial(_attend, features, weights, step.variant, stores, tuned, self.options.overlap)
+        return functools.partial(_attend, features, weights, step.variant, stores, tuned, self.overlap != "none")
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -483,7 +494,8 @@ class CudaExecutor(Executor):
         programs = []
         for count in range(1, len(parts) + 1):
             launches = [launch for part in parts[:count] for launch in part]
-            programs.append(Program(functools.partial(_run_all, launches), self.device, self._pool))
+            spread = self.overlap == "spread"
+            programs.append(Program(functools.partial(_run_all, launches), self.device, self._pool, spread=spread))
             programs[-1]()
         best = [math.inf] * len(parts)
         for _ in range(rounds):  # in turn, so that a change of the GPU's clocks affects all of them

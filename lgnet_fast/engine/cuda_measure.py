@@ -8,13 +8,13 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
 
 from .. import cache
-from .cuda_weights import Tuned
+from .cuda_weights import Overlap, Tuned
 from .graphs import capture, elapsed_ms
 
 if TYPE_CHECKING:
@@ -58,9 +58,9 @@ class Timer:
 
         return workers(1000)
 
-    def time(self, launches: Sequence[Callable[[], None]]) -> float:
-        """Microseconds per launch in a graph of all of them, the median of seven replays."""
-        graph = capture(functools.partial(run_all, launches), self.device, torch.cuda.graph_pool_handle())
+    def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
+        """Microseconds per launch in a graph of all of them, the median of seven replays; `spread`: see `capture`."""
+        graph = capture(functools.partial(run_all, launches), self.device, torch.cuda.graph_pool_handle(), spread)
         return self.median_us(graph.replay) / len(launches)
 
     def median_us(self, call: Callable[[], None], repeats: int = 7) -> float:
@@ -91,6 +91,7 @@ class Found:
         now_ms: milliseconds of a whole run with these choices; None where it was not measured.
         before_ms: milliseconds of a run without tuning; None where it was not measured.
         deep_rows: name of a plan -> most rows of the layers that share a launch.
+        overlap: name of a plan -> how its launches overlap.
     """
 
     tiles: dict[tuple[Any, ...], Result] = field(default_factory=dict)
@@ -98,6 +99,7 @@ class Found:
     now_ms: float | None = None
     before_ms: float | None = None
     deep_rows: dict[str, int] = field(default_factory=dict)
+    overlap: dict[str, Overlap] = field(default_factory=dict)
 
     def tuned(self) -> Tuned:
         """The choices, for the executor."""
@@ -105,7 +107,7 @@ class Found:
 
         tiles = {key: choice_of(result.choice) for key, result in self.tiles.items()}
         attention = {key: Inference(*result.choice) for key, result in self.attention.items()}
-        return Tuned(tiles, attention, dict(self.deep_rows))
+        return Tuned(tiles, attention, dict(self.deep_rows), dict(self.overlap))
 
     def as_dict(self) -> dict[str, Any]:
         """As the cache keeps it."""
@@ -115,6 +117,7 @@ class Found:
             "now_ms": self.now_ms,
             "before_ms": self.before_ms,
             "deep_rows": self.deep_rows,
+            "overlap": self.overlap,
         }
 
     @classmethod
@@ -127,6 +130,7 @@ class Found:
                 value["now_ms"],
                 value["before_ms"],
                 {str(name): int(rows) for name, rows in value.get("deep_rows", {}).items()},
+                {name: how for name, how in value.get("overlap", {}).items() if how in get_args(Overlap)},
             )
             found.tuned()
         except (AttributeError, TypeError, KeyError, ValueError):
@@ -138,7 +142,8 @@ class Found:
         if self.now_ms is None or self.before_ms is None:
             return f"{count}, not to the end"
         deep = ", deep layers in one launch" if self.deep_rows else ""
-        return f"{count}{deep}: {self.now_ms:.3f} ms a run, without {self.before_ms:.3f} ms"
+        overlap = ", overlapping launches" if self.overlap else ""
+        return f"{count}{deep}{overlap}: {self.now_ms:.3f} ms a run, without {self.before_ms:.3f} ms"
 
 
 @dataclass(frozen=True)
@@ -171,6 +176,7 @@ def kept(device: torch.device, dtype: torch.dtype) -> Tuned:
     tiles: dict[tuple[Any, ...], Any] = {}
     attention: dict[tuple[int, int, int], Inference] = {}
     deep_rows: dict[str, int] = {}
+    overlap: dict[str, Overlap] = {}
     for entry in cache.entries(cache.CHOICES):
         found = Found.from_dict(entry.value) if entry.key == key else None
         if found is not None:
@@ -178,7 +184,8 @@ def kept(device: torch.device, dtype: torch.dtype) -> Tuned:
             tiles.update(tuned.tiles)
             attention.update(tuned.attention)
             deep_rows.update(tuned.deep_rows)
-    return Tuned(tiles, attention, deep_rows)
+            overlap.update(tuned.overlap)
+    return Tuned(tiles, attention, deep_rows, overlap)
 
 
 def plain(choice: Any) -> Any:

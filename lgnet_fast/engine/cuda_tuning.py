@@ -3,7 +3,8 @@
 The convolutions are tuned first (:mod:`.cuda_tuning_convolutions`), then the attention blocks
 (:mod:`.cuda_tuning_attention`). Candidates are compiled in parallel processes, run once, compared with what runs
 without tuning, and timed. The results are kept (:mod:`.cuda_measure`); where nothing was better, the shipped tables
-hold. Last, whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep`).
+hold. Last, whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep`), then whether
+launches should overlap.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -21,7 +22,7 @@ from .cuda_executor import CudaExecutor, CudaOptions
 from .cuda_measure import GAIN, Found, Timer, product_key, run_all
 from .cuda_tuning_attention import tune_attention
 from .cuda_tuning_convolutions import Contest, groups_of, tune_convolutions
-from .cuda_weights import CudaWeights, target_of, work_of
+from .cuda_weights import CudaWeights, Overlap, target_of, work_of
 from .plan import AttentionStep, Plan
 
 _TRIED = 30
@@ -30,6 +31,8 @@ _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
 _SECONDS_A_KERNEL = 1.3
 """Seconds to compile a kernel, in one process."""
+_EQUAL_RUNS = 20
+"""Runs with overlapping launches that must give the bits of one without."""
 _DEEP_ROWS = (16, 64)
 """Values of `deep_rows` that are timed in whole runs, see :class:`.cuda_executor.CudaOptions`."""
 
@@ -89,10 +92,15 @@ def tune(
         if found.now_ms > found.before_ms:
             progress(f"a run takes {found.now_ms:.3f} ms with, {found.before_ms:.3f} ms without: nothing is changed")
             found.tiles, found.attention, found.now_ms = {}, {}, found.before_ms
-        rows, found.now_ms = _best_deep_rows(plan, tuned_weights if found.tiles else weights, found.now_ms, timer)
+        best = tuned_weights if found.tiles else weights
+        rows, found.now_ms = _best_deep_rows(plan, best, found.now_ms, timer)
         if rows:
             found.deep_rows = {name: rows}
         keep()
+        how, found.now_ms = _best_overlap(plan, best, rows, found.now_ms, timer)
+        if how != "none":
+            found.overlap = {name: how}
+            keep()
     return found
 
 
@@ -104,8 +112,8 @@ def _whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:
         runs.append(functools.partial(run_all, executor.launches()))
     best = [float("inf")] * len(runs)
     for _ in range(3):
-        for number, run in enumerate(runs):
-            best[number] = min(best[number], 1e-3 * timer.time([run]))
+        for number, (executor, run) in enumerate(zip(executors, runs)):
+            best[number] = min(best[number], 1e-3 * timer.time([run], executor.overlap == "spread"))
     return best
 
 
@@ -120,6 +128,52 @@ def _best_deep_rows(plan: Plan, weights: CudaWeights, now_ms: float, timer: Time
     if times[best] > (1 - GAIN) * without:
         return 0, now_ms
     return executors[1 + best].options.deep_rows or 0, times[best]
+
+
+def _best_overlap(
+    plan: Plan, weights: CudaWeights, deep_rows: int, now_ms: float, timer: Timer
+) -> tuple[Overlap, float]:
+    """How launches should overlap ("none" where a run is not faster), and milliseconds of a run."""
+    from lgnet_fast.kernels.conv import can_overlap
+    from lgnet_fast.kernels.launch import record
+
+    if can_overlap(weights.device) is not None:
+        return "none", now_ms
+    executors = [
+        CudaExecutor(plan, weights, CudaOptions(graphs=False, deep_rows=deep_rows, overlap=how))
+        for how in get_args(Overlap)
+    ]
+    runs = executors[1].launches()
+    with record() as launches:
+        run_all(runs)
+    timer.compile(launches)
+    if not _equal_pictures(executors[0], executors[1]):
+        return "none", now_ms
+    without, *times = _whole_runs(executors, timer)
+    best = min(range(len(times)), key=times.__getitem__)
+    if times[best] > (1 - GAIN) * without:
+        return "none", now_ms
+    return executors[1 + best].overlap, times[best]
+
+
+def _equal_pictures(one: CudaExecutor, other: CudaExecutor) -> bool:
+    """Whether two executors give the same bits, several times: a missing wait shows only sometimes.
+
+    The maps are zeroed before each run, because the run before has left the right values in them.
+    """
+    plan, device = one.plan, one.device
+    generator = torch.Generator(device).manual_seed(0)
+    size = (plan.batch, 3, plan.height, plan.width)
+    image = torch.rand(size, generator=generator, device=device, dtype=torch.float32) * 2 - 1
+    mask = (image[:, :1] > 0.5).to(torch.float32)
+    one.memory.arena.zero_()
+    expected, stages = one.run(image, mask)
+    for _ in range(_EQUAL_RUNS):
+        other.memory.arena.zero_()
+        result, own_stages = other.run(image, mask)
+        if not all(map(torch.equal, (result, *own_stages), (expected, *stages))):
+            return False
+    return True
 
 
 def gains(

@@ -23,6 +23,10 @@ if TYPE_CHECKING:
     Choice: TypeAlias = Tile | HopperTile | Literal["cudnn"]
     """The kernel that runs a convolution: a tile of one of our kernels, or PyTorch's convolution."""
 
+Overlap: TypeAlias = Literal["none", "plain", "spread"]
+"""Whether a launch starts, and fetches its weights, before the previous one ends (programmatic dependent launch).
+"spread": and each multiprocessor holds one block of a kernel at a time (``kernels.cuda_driver.spread_blocks``)."""
+
 
 def conv_of(step: ConvStep) -> Conv:
     """A convolution of the plan as the kernels describe it."""
@@ -57,11 +61,13 @@ class Tuned:
         attention: (channels, positions, batch) -> block shapes.
         deep_rows: name of a plan (:func:`.cpu_tuning.entry_name`) -> most rows of the layers that share a launch
             (:mod:`.deep`).
+        overlap: name of a plan -> how its launches overlap.
     """
 
     tiles: Mapping[tuple[Any, ...], Choice] = field(default_factory=dict)
     attention: Mapping[tuple[int, int, int], Inference] = field(default_factory=dict)
     deep_rows: Mapping[str, int] = field(default_factory=dict)
+    overlap: Mapping[str, Overlap] = field(default_factory=dict)
 
     def tile(self, work: Work, kind: str) -> Choice | None:
         """The choice for a product; None where nothing was measured."""

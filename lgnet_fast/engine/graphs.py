@@ -30,12 +30,16 @@ class CaptureError(Exception):
     """The launches ran but could not be captured; `__cause__` is the error of torch or CUDA."""
 
 
-def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> torch.cuda.CUDAGraph:
+def capture(
+    launches: Callable[[], None], device: torch.device, pool: Any, spread: bool = False
+) -> torch.cuda.CUDAGraph:
     """Capture the launches of `launches` on `device`. The caller's stream is restored, also on failure.
 
     Args:
         launches: called twice, first to warm up. It must neither wait for the device nor read from it.
         pool: memory for what it allocates, as ``torch.cuda.graph_pool_handle()`` gives.
+        spread: a multiprocessor holds one block of a kernel at a time where all fit so, see
+            ``kernels.cuda_driver.spread_blocks``.
 
     Raises:
         CaptureError: `launches` runs, but could not be captured.
@@ -51,7 +55,7 @@ def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> to
                     launches()
             finally:  # launches before one that raises may still use the memory
                 current.wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
+            graph = torch.cuda.CUDAGraph(keep_graph=True) if spread else torch.cuda.CUDAGraph()
             try:
                 # thread_local: other threads may allocate meanwhile
                 with (
@@ -59,6 +63,8 @@ def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> to
                     torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
                 ):
                     launches()
+                if spread:
+                    _spread(graph)
             except Exception as error:
                 reason = error_text(error)
                 _end_allocations(pool)
@@ -68,6 +74,14 @@ def capture(launches: Callable[[], None], device: torch.device, pool: Any) -> to
             # where the end of the capture raises, torch.cuda.graph leaves its stream current
             torch.cuda.set_stream(current)
     return graph
+
+
+def _spread(graph: torch.cuda.CUDAGraph) -> None:
+    """Change a captured graph for `capture(..., spread=True)`, and instantiate it."""
+    from lgnet_fast.kernels.cuda_driver import spread_blocks
+
+    spread_blocks(graph.raw_cuda_graph(), torch.cuda.current_device())
+    graph.instantiate()
 
 
 def _capture_stream() -> torch.cuda.Stream:
@@ -151,12 +165,20 @@ class Program:
         device: of the launches; graphs need "cuda".
         pool: see :func:`capture`; None: never capture.
         direct: number of calls without a graph, for work that may not be repeated.
+        spread: see :func:`capture`.
 
     A call raises what `launches` raises.
     """
 
-    def __init__(self, launches: Callable[[], None], device: torch.device, pool: Any = None, direct: int = 0) -> None:
-        self._launches, self._device, self._pool = launches, device, pool
+    def __init__(
+        self,
+        launches: Callable[[], None],
+        device: torch.device,
+        pool: Any = None,
+        direct: int = 0,
+        spread: bool = False,
+    ) -> None:
+        self._launches, self._device, self._pool, self._spread = launches, device, pool, spread
         self.graph: torch.cuda.CUDAGraph | None = None
         self.reason: str | None = None if pool is not None else "graphs are switched off"
         """Why the capture failed; None where there is a graph, or no capture was tried yet."""
@@ -174,7 +196,7 @@ class Program:
 
     def _capture(self) -> None:
         try:
-            self.graph = capture(self._launches, self._device, self._pool)
+            self.graph = capture(self._launches, self._device, self._pool, self._spread)
         except CaptureError as error:
             first = self.reason is None
             self.reason = str(error)

@@ -48,7 +48,7 @@ class LibraryExecutor(CudaExecutor):
     def taking_over(cls, executor: CudaExecutor) -> LibraryExecutor:
         """An executor that runs all steps of another one by PyTorch, in the same dtype, without a graph."""
         weights = executor.weights.all_by_library(executor.plan, _all_steps(executor.plan))
-        return cls(executor.plan, weights, replace(executor.options, graphs=False, deep_rows=0))
+        return cls(executor.plan, weights, replace(executor.options, graphs=False, deep_rows=0, overlap="none"))
 
     def run(
         self,

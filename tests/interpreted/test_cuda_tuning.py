@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 import torch
-from lgnet_fast.kernels import conv as conv_kernels
-from lgnet_fast.kernels import hopper
+import triton.language as tl
+from lgnet_fast.kernels import conv, conv_kernels, hopper
 from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
 from lgnet_fast.kernels.hopper import HopperTile
+from torch import Tensor
 
 from lgnet_fast import cache
-from lgnet_fast.engine import cuda_executor, cuda_tuning_convolutions
+from lgnet_fast.engine import cuda_executor, cuda_tuning, cuda_tuning_convolutions
 from lgnet_fast.engine.cpu_tuning import entry_name
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_measure import Found, kept, product_key
@@ -54,7 +55,7 @@ class FakeTimer(IdleTimer):
         super().__init__()
         self.cost, self.runs, self.hopper_us = cost, list(runs), hopper_us
 
-    def time(self, launches: Sequence[Callable[[], None]]) -> float:
+    def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
         (launch, *others) = launches
         arguments: Any = getattr(launch, "args", ())
         if len(launches) == LAUNCHES:
@@ -132,7 +133,7 @@ def test_a_wrong_tile_is_no_contestant(short: Plan, error: Exception, monkeypatc
     default = CudaExecutor.of(short, SINGLE).tile(step)
     zeros, raising = default._replace(num_warps=2), default._replace(num_warps=8)
     monkeypatch.setattr(cuda_tuning_convolutions, "tiles", lambda *args: iter([zeros, raising]))
-    original = conv_kernels.conv_forward
+    original = conv.conv_forward
 
     def faulty(conv: Any, source: Any, weight: Any, bias: Any, stores: Any, tile: Tile, **options: Any) -> None:
         if tile == raising:
@@ -142,7 +143,7 @@ def test_a_wrong_tile_is_no_contestant(short: Plan, error: Exception, monkeypatc
             for written in [store.view for store in stores] or [options["merge"].raw]:
                 written.zero_()
 
-    monkeypatch.setattr(conv_kernels, "conv_forward", faulty)
+    monkeypatch.setattr(conv, "conv_forward", faulty)
     found = run(short, FakeTimer(lambda tile: 1.0 if tile in (zeros, raising) else 10.0))
     assert tuple(zeros) not in {result.choice for result in found.tiles.values()}
     assert tuple(raising) not in {result.choice for result in found.tiles.values()}
@@ -176,7 +177,7 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
     def forward(*arguments: Any, **where: Any) -> None:
         *operands, given = arguments
         ran.append(given)
-        conv_kernels.conv_forward(*operands, default, **where)
+        conv.conv_forward(*operands, default, **where)
 
     monkeypatch.setattr(hopper, "unsupported", lambda conv, tile=None: "transposed" if conv.transposed else None)
     monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: None)
@@ -233,11 +234,11 @@ def test_deep_layers_share_a_launch_where_the_whole_gains(short: Plan, with_us: 
     """If the gain is at least two percent, and only for this plan."""
 
     class DeepTimer(FakeTimer):
-        def time(self, launches: Sequence[Callable[[], None]]) -> float:
+        def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
             (launch, *_) = launches
             if len(launches) == 1 and len(getattr(launch, "args", [[]])[0]) == len(short.steps):
                 return 1e3 * with_us
-            return super().time(launches)
+            return super().time(launches, spread)
 
     found = run(short, DeepTimer(splits_are_slow, (3.0, 2.0)))
     assert found.deep_rows == ({entry_name(short): rows} if rows else {})
@@ -254,6 +255,62 @@ def test_deep_layers_share_a_launch_where_the_whole_gains(short: Plan, with_us: 
     assert "deep" not in larger.choices.values()
 
 
+@pytest.fixture
+def overlapping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Launches may overlap; the interpreter makes them one after another, and has no kernel to wait for."""
+    monkeypatch.setattr(conv, "can_overlap", lambda device: None)
+    monkeypatch.setattr(cuda_tuning, "_EQUAL_RUNS", 2)
+    monkeypatch.setattr(conv_kernels, "_prefetch", lambda pointers: None)
+    for name in ("gdc_wait", "gdc_launch_dependents"):
+        monkeypatch.setattr(tl.extra.cuda, name, lambda _semantic=None: None)
+
+
+@pytest.mark.usefixtures("overlapping")
+@pytest.mark.parametrize(
+    ("plain_ms", "spread_ms", "how"), [(1.9, 1.8, "spread"), (1.9, 1.95, "plain"), (1.97, 2.1, "none")]
+)
+def test_launches_overlap_where_the_whole_gains(short: Plan, plain_ms: float, spread_ms: float, how: str) -> None:
+    """If the gain is at least two percent, and only for this plan."""
+
+    class OverlapTimer(FakeTimer):
+        def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
+            (launch, *others) = launches
+            run: Any = launch
+            if others or not run.args[0][0].args[-1]:  # whether the first launch of the run overlaps
+                assert not spread
+                return super().time(launches)
+            return 1e3 * (spread_ms if spread else plain_ms)
+
+    found = run(short, OverlapTimer(splits_are_slow))
+    assert found.overlap == ({} if how == "none" else {entry_name(short): how})
+    assert found.now_ms == pytest.approx({"plain": plain_ms, "spread": spread_ms, "none": 2.0}[how])
+    tuned = kept(CPU, SINGLE)
+    assert tuned.overlap == found.overlap
+    executor = CudaExecutor.of(short, SINGLE, tuned=tuned)
+    assert executor.overlap == how
+    assert executor.choices.get("launches") == (None if how == "none" else f"overlap, {how}")  # of the verdict's name
+    assert [launch.keywords["overlap"] for launch in executor.launches()[1:] if launch.keywords] == [
+        how != "none"
+    ] * 2
+    assert CudaExecutor.of(short, SINGLE, tuned=tuned, overlap="none").overlap == "none"
+    assert executor.resized(short.resized(2, short.height, short.width)).overlap == "none"
+
+
+@pytest.mark.usefixtures("overlapping")
+def test_overlapping_launches_that_change_a_picture_are_no_contestant(
+    short: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paint = conv.paint_forward
+
+    def early(image: Tensor, mask: Tensor, start: Any, picture: Tensor, merged: Tensor, overlap: bool) -> None:
+        paint(image, mask, start, picture, merged, overlap)
+        if overlap:
+            merged[0, 0, 0, 0] += 1
+
+    monkeypatch.setattr(conv, "paint_forward", early)
+    assert run(short, FakeTimer(splits_are_slow)).overlap == {}
+
+
 @pytest.mark.parametrize("value", [None, {}, {"tiles": [1]}, {"tiles": [], "attention": [[[1], 2]]}], ids=str)
 def test_a_spoilt_entry_is_as_if_not_there(value: Any) -> None:
     cache.put(cache.key_for(CPU, SINGLE), cache.CHOICES, "engine x", value)
@@ -265,7 +322,7 @@ def test_attention_shapes(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     timer = FakeTimer(splits_are_slow)
     calls: list[int] = []
 
-    def time(launches: Sequence[Callable[[], None]]) -> float:
+    def time(launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
         if len(launches) == 8:
             calls.append(1)
             return 5.0 / len(calls)  # ever faster: the last is taken
