@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 
 import numpy as np
 import pytest
 from PIL import Image
+from scipy import ndimage
 
 from lgnet_fast import InvalidMaskError
 from lgnet_fast.data import brushes, mask_files, masks
+from lgnet_fast.pipeline.masks import read_hole
 from lgnet_fast.training import HOLE_CLASSES, DataError, MaskFolder, generate_mask, hole_class, hole_ratio
 
 
@@ -289,3 +292,31 @@ def test_masks_of_pictures_are_turned_upright():
     exif[0x0112] = 6  # stored turned by a quarter
     Image.fromarray(np.rot90(hole)).save(stored, "PNG", exif=exif)
     assert np.array_equal(masks.hole_levels(Image.open(stored)), hole > 0)
+
+
+# -- docs/masks.md ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("format", ["JPEG", "WEBP"])
+def test_brushes_on_black_in_lossy_files(format):
+    """With full chroma and high quality the hole is exact; halved chroma widens it; `auto` refuses most colours."""
+    hole = masks.suite_mask(256, 256, kind="thick", seed=3)
+    near = ndimage.distance_transform_edt(~hole) <= 2
+    accepted, widest = [], 0.0
+    for colour in ("red", "lime", "blue", "magenta", "yellow"):
+        brush = Image.composite(
+            Image.new("RGB", (256, 256), colour), Image.new("RGB", (256, 256)), Image.fromarray(hole)
+        )
+        halved, full = io.BytesIO(), io.BytesIO()
+        brush.save(full, format, **({"quality": 95, "subsampling": 0} if format == "JPEG" else {"lossless": True}))
+        assert np.array_equal(read_hole(full.getvalue(), 256, 256), hole)
+        brush.save(halved, format, quality=90)
+        wider = read_hole(halved.getvalue(), 256, 256, channel="colour")
+        assert wider[hole].all()
+        assert not wider[~near].any()
+        widest = max(widest, wider.sum() / hole.sum())
+        with contextlib.suppress(InvalidMaskError):
+            assert np.array_equal(read_hole(halved.getvalue(), 256, 256), wider)
+            accepted.append(colour)
+    assert accepted == ["blue"]
+    assert widest > 1.05
