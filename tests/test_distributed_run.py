@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -232,6 +233,49 @@ def test_two_runs_of_one_job_at_once_are_refused(tmp_path):
     first.close()
     beside.close()
     Journal(tmp_path, World(launch="b")).close()
+
+
+def test_two_runs_of_one_job_that_start_together_are_refused_too(tmp_path, monkeypatch):
+    """Both read the folder before either had a journal in it that the other could find."""
+    pytest.importorskip("fcntl")
+    read = Journal._read_earlier
+
+    def slowly(self):
+        found = read(self)
+        time.sleep(0.3)
+        return found
+
+    monkeypatch.setattr(Journal, "_read_earlier", slowly)
+
+    def start(launch: str) -> Journal | JobError:
+        try:
+            return Journal(tmp_path, World(launch=launch))
+        except JobError as refused:
+            return refused
+
+    with ThreadPoolExecutor(2) as pool:
+        started = sorted(pool.map(start, "ab"), key=lambda one: isinstance(one, JobError))
+    assert isinstance(started[0], Journal)
+    assert "another run of this job is at work" in str(started[1])
+    started[0].close()
+    assert [path.suffix for path in tmp_path.iterdir()] == [".jsonl"]
+
+
+def test_a_journal_that_takes_a_line_in_parts_has_all_of_it(tmp_path):
+    class Narrow(io.FileIO):
+        def write(self, data):
+            return super().write(bytes(data)[:7])
+
+    journal = Journal(tmp_path, World(launch="a"))
+    (part,) = tmp_path.iterdir()
+    with Narrow(part, "ab") as narrow:
+        whole, journal._file = journal._file, narrow
+        for number in range(3):
+            journal.done(f"item {number}", {"n": number})
+        journal._file = whole
+    journal.close()
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    assert [line["done"]["n"] for line in lines[1:]] == [0, 1, 2]
 
 
 def test_a_dead_process_is_noticed_at_once_on_this_host_and_by_its_silence_elsewhere(tmp_path):

@@ -263,10 +263,10 @@ def test_the_mask_channel_reaches_the_mask(pipe):
 
 
 def test_the_picture_is_searched_for_holes_once(pipe, monkeypatch):
-    from lgnet_fast.pipeline import inpainter, masks, strategies
+    from lgnet_fast.pipeline import filling, masks, strategies
 
     searched = []
-    for module in (inpainter, masks, strategies):
+    for module in (filling, masks, strategies):
         original = module.group_holes
         monkeypatch.setattr(
             module, "group_holes", lambda hole, original=original: searched.append(hole.shape) or original(hole)
@@ -365,7 +365,7 @@ def test_the_backend_is_passed_on_to_a_copy():
             self.backend = backend
 
     model = Chooses()
-    assert Inpainter(model, backend="cpp")._model.backend == "cpp"
+    assert Inpainter(model, backend="cpp")._network.model.backend == "cpp"
     assert model.backend == "auto"
     with pytest.raises(BackendError, match="'fast'"):
         Inpainter(model, backend="fast")

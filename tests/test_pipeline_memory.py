@@ -16,6 +16,7 @@ import torch
 from lgnet_fast.engine.holes import bounding_box, disjoint_boxes
 from lgnet_fast.errors import OutOfMemoryError
 from lgnet_fast.pipeline import Inpainter, memory
+from lgnet_fast.pipeline.filling import Filler
 from lgnet_fast.pipeline.memory import available_memory, estimate_memory, out_of_memory_errors
 
 from .pipeline_support import BlurFill, box_mask, noise
@@ -237,18 +238,19 @@ class RunsOutAnew(BlurFill):
         return super().forward(image, mask, return_stages)
 
 
-def test_the_buffers_of_a_plan_that_failed_are_gone_when_the_next_one_runs():
+def test_the_buffers_of_a_plan_that_failed_are_gone_when_the_next_one_runs(monkeypatch):
     """An exception that is kept would keep them, by its traceback."""
     kept: list[weakref.ref[np.ndarray]] = []
+    run_batch = Filler._run_batch
 
-    class Watched(Inpainter):
-        def _run_batch(self, picture, region, windows, stages):
-            assert all(one() is None for one in kept)
-            content = np.zeros(10)
-            kept.append(weakref.ref(content))
-            return super()._run_batch(picture, region, windows, stages)
+    def watched(self, picture, region, windows, stages):
+        assert all(one() is None for one in kept)
+        content = np.zeros(10)
+        kept.append(weakref.ref(content))
+        return run_batch(self, picture, region, windows, stages)
 
+    monkeypatch.setattr(Filler, "_run_batch", watched)
     picture, hole = noise(500, 500), box_mask(500, 500, (50, 50, 400, 400))
     with pytest.warns(UserWarning, match="memory: too little for strategy full"):
-        Watched(RunsOutAnew())(picture, hole)
+        Inpainter(RunsOutAnew())(picture, hole)
     assert len(kept) > 1

@@ -559,7 +559,7 @@ def test_the_transparent_level_of_sixteen_bits_is_kept(pipe, tmp_path):
 @pytest.mark.filterwarnings("ignore:the matrix subclass")
 def test_a_numpy_matrix_is_taken_as_an_array(pipe):
     levels = noise(HEIGHT, WIDTH)[..., 0]
-    result = pipe(np.matrix(levels), HOLE)
+    result = pipe(np.matrix(levels), np.matrix(HOLE))
     assert (type(result), result.dtype, result.shape) == (np.ndarray, np.uint8, (HEIGHT, WIDTH))
     np.testing.assert_array_equal(result[~HOLE], levels[~HOLE])
     assert set(result[HOLE].tolist()) == {153}

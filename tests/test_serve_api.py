@@ -490,11 +490,38 @@ def test_origins_and_hosts(client, headers, status):
 @pytest.mark.parametrize(("host", "status"), [(b"", 200), (b"Host: evil.example\r\n", 421), (b"Host: \r\n", 421)])
 def test_http_1_0_needs_no_host(server, host, status):
     """Such clients may send none; where there is one, it is checked."""
+    answer = answer_of(server, b"GET /v2/health/ready HTTP/1.0\r\n" + host + b"\r\n")
+    assert answer.startswith(b"HTTP/1.1 %d " % status)
+
+
+def answer_of(server: str, request: bytes) -> bytes:
+    """The answer to the bytes of a request, after which the server closes the connection."""
     address = urlsplit(server)
     with socket.create_connection((address.hostname, address.port), timeout=20) as connection:
-        connection.sendall(b"GET /v2/health/ready HTTP/1.0\r\n" + host + b"\r\n")
-        answer = b"".join(iter(lambda: connection.recv(4096), b""))  # the server closes the connection
+        connection.sendall(request)
+        return b"".join(iter(lambda: connection.recv(4096), b""))
+
+
+@pytest.mark.parametrize(
+    ("target", "host", "status"),
+    [
+        ("http://127.0.0.1/v2/health/ready", "127.0.0.1", 200),
+        ("HTTPS://LOCALHOST:80/v2/health/ready?x=1", "localhost", 200),
+        ("http://127.0.0.1/v2/health/re%61dy", "127.0.0.1", 200),
+        ("http://127.0.0.1", "127.0.0.1", 200),
+        ("http://127.0.0.1?x=1", "127.0.0.1", 200),
+        ("http://127.0.0.1/nothing", "127.0.0.1", 404),
+        ("http://127.0.0.1/v2/health/ready", "evil.example", 200),
+        ("http://evil.example/v2/health/ready", "127.0.0.1", 421),
+        ("http:///v2/health/ready", "127.0.0.1", 421),
+    ],
+)
+def test_targets_may_be_whole_addresses(server, target, host, status):
+    """RFC 9112, section 3.2.2: the host of the address counts, the header is ignored."""
+    request = f"GET {target} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n"
+    answer = answer_of(server, request.encode())
     assert answer.startswith(b"HTTP/1.1 %d " % status)
+    assert (b"<!doctype html>" in answer) == (status == 200 and "health" not in target)
 
 
 def test_own_origin_and_preflight(client, server):
@@ -659,6 +686,32 @@ def test_bad_requests_are_told_what_is_wrong(server, name):
                 told = told["error"]["message"] if request["url"].startswith("/v1/") else told["detail"]
                 assert text in told
         assert client.get("/v2/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize("piece", [1, 7, 2**20])
+@pytest.mark.parametrize(
+    ("preamble", "epilogue"),
+    [
+        (b"", b""),
+        (b"\r\n", b"\r\n"),
+        (b"This is a message of several parts.\r\n", b"\r\nThe end.\r\n"),
+        (b"--y\r\n\r\n--not this one\r\n", b"\r\n--x\r\nno part\r\n"),
+    ],
+)
+def test_text_around_the_parts_of_a_form_is_ignored(client, preamble, epilogue, piece):
+    """RFC 2046, section 5.1.1."""
+    parts = b"".join(
+        b"--x\r\nContent-Disposition: form-data; name=%s; filename=a\r\n\r\n%s\r\n" % (name, data)
+        for name, data in ((b"image", GOOD[:40]), (b"mask", MASK))
+    )
+    body = preamble + parts + b"--x--" + epilogue
+    answer = client.post(
+        "/inpaint",
+        content=(body[at : at + piece] for at in range(0, len(body), piece)),
+        headers={"content-type": "multipart/form-data; boundary=x"},
+    )
+    assert answer.status_code == 400
+    assert answer.json()["detail"].startswith("image: expected a readable picture")  # it was found, and is torn
 
 
 def test_after_all_that_a_good_request_works(client, expected):

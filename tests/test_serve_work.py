@@ -38,7 +38,7 @@ pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
 
 def shared(model: BlurFill, batch: int = 4, **options: object) -> SharedInpainter:
     made = SharedInpainter(model, device="cpu", **options)
-    made.worker = DeviceWorker(batch)
+    made.share(DeviceWorker(batch))
     return made
 
 

@@ -13,7 +13,8 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import timedelta
 from pathlib import Path
@@ -22,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 
 from ..errors import BackendError, JobError
-from ..pipeline.writing import temporary_prefix
+from ..pipeline.writing import temporary_prefix, write_stream
 
 try:
     import fcntl
@@ -168,12 +169,13 @@ class Journal:
         self.folder, self.world = folder, world
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            self._earlier = self._read_earlier()
-            self._file = open(self._part(world.rank), "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
+            with _held(folder):  # else a launch that starts at the same time would not see this one's lock
+                self._earlier = self._read_earlier()
+                self._file = open(self._part(world.rank), "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
+                if fcntl is not None:
+                    fcntl.flock(self._file, fcntl.LOCK_EX)
         except OSError as cause:
             raise JobError(f"out: no journal can be kept in {str(folder)!r} ({cause})") from cause
-        if fcntl is not None:
-            fcntl.flock(self._file, fcntl.LOCK_EX)
         self._write({"host": socket.gethostname(), "pid": os.getpid(), "rank": world.rank, "size": world.size})
         self._stop = threading.Event()
         self._heart = threading.Thread(target=self._beat, daemon=True)
@@ -231,7 +233,7 @@ class Journal:
 
     def _write(self, line: dict[str, Any]) -> None:
         try:
-            self._file.write((json.dumps(line) + "\n").encode())
+            write_stream(self._file, (json.dumps(line) + "\n").encode())
         except OSError as cause:
             raise JobError(f"out: the journal {self._file.name!r} cannot be written ({cause})") from cause
 
@@ -284,6 +286,20 @@ class Journal:
                 # Written but not recorded: the next launch finds the file.
                 return records, False
             time.sleep(_POLL)
+
+
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """One process of this host at a time; on file systems without locks of folders, any number."""
+    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
+    try:
+        if descriptor is not None:
+            with suppress(OSError):
+                fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
 
 
 def _escaped(name: str) -> str:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..pipeline.arguments import MASK_OPTIONS
 from ..pipeline.formats import ADDRESS, EXTENSIONS, FORMATS, reason_against_writing
 from ..pipeline.writing import STANDARD_STREAM, is_stream
 
 _WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "HEIF")
-_PER_PICTURE = ("strategy", "mask_threshold", "invert_mask", "mask_channel", "allow_any_mask", "dilate", "feather")
+_PER_PICTURE = ("strategy", *MASK_OPTIONS)
 
 
 @dataclass(frozen=True)

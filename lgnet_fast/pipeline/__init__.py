@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .deep import DeepImage
-from .inpainter import Inpainted, Inpainter, Stages
+from .inpainter import Inpainter
+from .results import Inpainted, Stages
 
 __all__ = ["DeepImage", "Inpainted", "Inpainter", "Stages"]

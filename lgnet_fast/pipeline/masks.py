@@ -304,7 +304,7 @@ def _planes(mask: Any, size: tuple[int, int]) -> _Planes:
         values = host_values(one, InvalidMaskError, "mask").numpy()
         return _of_array(values, size, str(mask.dtype), True)
     if isinstance(mask, np.ndarray):
-        return _of_array(mask, size, str(mask.dtype), False)
+        return _of_array(np.asarray(mask), size, str(mask.dtype), False)  # numpy.matrix does not take a third axis
     raise InvalidMaskError(f"mask: expected {ACCEPTED}, got {type(mask).__name__}")
 
 

@@ -7,9 +7,10 @@ import base64
 import hmac
 import ipaddress
 import json
+import re
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import unquote, urlsplit
 
 from .errors import BusyError, RequestError, TooLargeError, error_body
 from .metrics import Metrics
@@ -37,6 +38,7 @@ _EXPOSED = (
     b"Content-Disposition, Retry-After, Server-Timing, X-Backend, X-Boxes, X-Ignored, X-Passes, X-Position, X-Seed, "
     b"X-Strategy"
 )
+_ABSOLUTE = re.compile(rb"https?://([^/]*)(.*)", re.IGNORECASE | re.DOTALL)
 _BODIES = 8  # most bodies of the largest size that are held at the same time
 
 
@@ -53,6 +55,7 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        scope = _in_origin_form(scope)
         if scope["method"] == "HEAD":  # as GET; the server sends no body
             scope = {**scope, "method": "GET"}
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
@@ -161,6 +164,16 @@ class Guard:
 
     def _too_many(self) -> str:
         return f"body: expected at most {self._options.max_bytes} bytes (--max-bytes)"
+
+
+def _in_origin_form(scope: Message) -> Message:
+    """A request to a whole address (RFC 9112, section 3.2.2) as one to its path; its host replaces the header's."""
+    absolute = _ABSOLUTE.fullmatch(scope.get("raw_path") or b"")
+    if absolute is None:
+        return scope
+    host, path = absolute[1], absolute[2] or b"/"
+    headers = [(b"host", host), *((name, value) for name, value in scope["headers"] if name != b"host")]
+    return {**scope, "raw_path": path, "path": unquote(path.decode("ascii")), "headers": headers}
 
 
 def _shared_with(origin: str) -> list[tuple[bytes, bytes]]:

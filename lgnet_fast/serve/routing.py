@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import email.message
 from typing import Annotated, Any
 
 import python_multipart  # noqa: F401 (Starlette, which reads forms by it, misses it at the first form only)
@@ -10,6 +11,7 @@ from pydantic import BaseModel
 from starlette.datastructures import UploadFile
 
 from .errors import RequestError
+from .guard import Message, Receive
 from .state import State
 
 FILE = {"type": "string", "format": "binary"}
@@ -61,6 +63,10 @@ async def form_fields(request: Request, state: State, files: tuple[str, ...]) ->
     if not has_type(request, "multipart/form-data"):
         raise RequestError("body: expected multipart/form-data", status=415)
     found: dict[str, Any] = {}
+    header = email.message.Message()
+    header["content-type"] = request.headers["content-type"]
+    if boundary := header.get_boundary():
+        request = Request(request.scope, _without_preamble(request.receive, boundary.encode("latin-1")))
     async with request.form(max_files=4, max_fields=64, max_part_size=state.options.max_bytes) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
@@ -70,6 +76,29 @@ async def form_fields(request: Request, state: State, files: tuple[str, ...]) ->
             else:
                 found.setdefault(name, value)
     return found
+
+
+def _without_preamble(receive: Receive, boundary: bytes) -> Receive:
+    """`receive` of a multipart body without the text before the first boundary (RFC 2046, section 5.1.1), which the
+    parser does not skip."""
+    delimiter = b"\r\n--" + boundary
+    held, found = b"\r\n", False
+
+    async def cut() -> Message:
+        nonlocal held, found
+        message = await receive()
+        if found or message["type"] != "http.request":
+            return message
+        held += message.get("body", b"")
+        at = held.find(delimiter)
+        found = at >= 0
+        if found or not message.get("more_body", False):
+            body, held = held[max(at, 0) + 2 :], b""
+        else:
+            body, held = b"", held[1 - len(delimiter) :]
+        return {**message, "body": body}
+
+    return cut
 
 
 async def request_gone() -> bool:

@@ -17,8 +17,10 @@ from .. import forks
 from ..engine.holes import CELL, bounding_box
 from ..engine.regions import Rect
 from ..errors import InvalidImageError, InvalidMaskError
+from ..pipeline.arguments import MaskOptions
 from ..pipeline.deep import DeepImage
 from ..pipeline.encoding import encode
+from ..pipeline.filling import MOSTLY_HOLE
 from ..pipeline.formats import MODES
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.masks import read_hole, soft_edge
@@ -30,8 +32,6 @@ from .errors import OptionError
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-_MOSTLY_HOLE = 0.95
 
 
 class FillArguments(TypedDict, total=False):
@@ -46,15 +46,7 @@ class FillArguments(TypedDict, total=False):
     allow_any_mask: bool
 
 
-_DEFAULTS: FillArguments = {
-    "strategy": "auto",
-    "dilate": 0,
-    "feather": 0,
-    "mask_threshold": 0.5,
-    "invert_mask": False,
-    "mask_channel": "auto",
-    "allow_any_mask": False,
-}
+_MASK_DEFAULTS = MaskOptions(allow_any_mask=False)
 
 
 @dataclass(frozen=True)
@@ -189,23 +181,25 @@ class Session:
             InvalidMaskError: unreadable, empty, outside the picture, more than 95 % without `allow_any_mask`.
             OptionError: strategy, position. TypeError: no such option. Also errors of the `Inpainter`.
         """
-        if unknown := options.keys() - _DEFAULTS.keys():
-            raise TypeError(f"options: expected {', '.join(_DEFAULTS)}, got {', '.join(sorted(unknown))}")
-        how: FillArguments = {**_DEFAULTS, **options}
-        strategy, dilate, feather = how["strategy"], how["dilate"], how["feather"]
+        known = FillArguments.__annotations__
+        if unknown := options.keys() - known.keys():
+            raise TypeError(f"options: expected {', '.join(known)}, got {', '.join(sorted(unknown))}")
+        given: dict[str, Any] = {**options}
+        strategy = given.pop("strategy", "auto")
+        how = replace(_MASK_DEFAULTS, **given)
         if strategy not in STRATEGIES:
             raise OptionError(f"strategy: expected one of {', '.join(STRATEGIES)}, got {strategy!r}")
         start = time.perf_counter()
-        hole, corner = self._hole(mask, at, how["mask_threshold"], how["invert_mask"], how["mask_channel"])
+        hole, corner = self._hole(mask, at, how)
         share = np.count_nonzero(hole) / math.prod(self.size)
-        if share > _MOSTLY_HOLE and not how["allow_any_mask"]:
+        if share > MOSTLY_HOLE and not how.allow_any_mask:
             raise InvalidMaskError(
                 f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)? "
                 "(allow_any_mask lets it pass)"
             )
-        kept: dict[str, Any] = {"strategy": strategy, "dilate": dilate, "feather": feather}
+        kept: dict[str, Any] = {"strategy": strategy, "dilate": how.dilate, "feather": how.feather}
         pipe = self._inpainter if inpainter is None else inpainter
-        soft_edge(np.zeros((1, 1), dtype=bool), dilate, feather)  # the call checks both
+        soft_edge(np.zeros((1, 1), dtype=bool), how.dilate, how.feather)  # the call checks both
         with self._turn:
             before = self._fills(position)
             region, offset, inside = self._region(pipe, hole, corner, kept, before)
@@ -321,7 +315,7 @@ class Session:
         return position
 
     def _hole(
-        self, mask: Any, at: tuple[int, int] | None, threshold: float, invert: bool, channel: str
+        self, mask: Any, at: tuple[int, int] | None, options: MaskOptions
     ) -> tuple[np.ndarray, tuple[int, int]]:
         """The hole bool inside its bounding box, and (top, left) of that."""
         height, width = self.size
@@ -342,9 +336,9 @@ class Session:
             mask,
             height,
             width,
-            threshold=threshold,
-            invert=invert,
-            channel=channel,
+            threshold=options.mask_threshold,
+            invert=options.invert_mask,
+            channel=options.mask_channel,
             picture=picture,
             note=self._picture.note,
         )

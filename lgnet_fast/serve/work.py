@@ -148,24 +148,21 @@ class SharedInpainter(Inpainter):
         """For a model folder or hub id (None: the bundled one); options of `Inpainter.from_pretrained`."""
         made = cls.from_pretrained(model, **options)
         assert isinstance(made, SharedInpainter)
-        made.worker = worker
+        made.share(worker)
         return made
 
-    def _run(self, model: Any, dtype: Any, images: np.ndarray, holes: np.ndarray, stages: bool) -> list[np.ndarray]:
-        run = super()._run
-        return self.worker.run(
-            (id(model), dtype, stages),
-            lambda images, holes: run(model, dtype, images, holes, stages),
-            images,
-            holes,
-        )
+    def share(self, worker: DeviceWorker) -> None:
+        """Let the worker run the network's passes from now on."""
+        self.worker = worker
+        self._network.schedule = worker.run
 
     @property
     def backend(self) -> str:
         """The backend of the network, as text."""
         from ..engine import Engine
 
-        way = "engine" if isinstance(self._model, Engine) else type(self._model).__name__
+        model = self._network.model
+        way = "engine" if isinstance(model, Engine) else type(model).__name__
         return f"{way} on {self.device}, {str(self.dtype).removeprefix('torch.')}"
 
 
