@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import random
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -23,8 +25,8 @@ from lgnet_fast.training.checkpoints import (
     restore_random_states,
     save_checkpoint,
 )
-from lgnet_fast.training.signals import until_signal
-from tests.training_support import assert_same, tiny_config, tiny_settings, write_pictures
+from lgnet_fast.training.signals import Stop, until_signal
+from tests.training_support import assert_same, lines, tiny_config, tiny_settings, write_pictures
 
 # Forked, because importing PyTorch thirty times would take longer than all the training. One thread, and no backward
 # pass before the fork, so that no thread is lost.
@@ -199,7 +201,7 @@ def test_newest_stay_and_half_written_ones_go(tmp_path):
         folder.save(step, {"step": step})
     assert folder.steps() == [20, 100]
     (tmp_path / "step_000000200.pt.unfinished").write_bytes(b"half")
-    assert folder.latest() == tmp_path / "step_000000100.pt"
+    assert folder.files()[0] == tmp_path / "step_000000100.pt"
     folder.clean()
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step_000000020.pt", "step_000000100.pt"]
 
@@ -229,6 +231,29 @@ def test_what_is_written_after_a_damaged_newest_stays(tmp_path):
     assert folder.steps() == [3, 4]
     with pytest.warns(UserWarning, match="step_000000004.pt cannot be read"):
         assert folder.load_latest() == {"step": 3}
+
+
+def test_the_best_alone_is_gone_on_from_with_a_note(pictures, tmp_path):
+    run = tmp_path / "run"
+    validation = {"data": {"validation": str(pictures)}, "run": {"validate_every": 2, "validation_pictures": 1}}
+    first = Trainer(tiny_config(pictures, run, optim={"steps": 3}, **validation))
+    first.validate = lambda: {"psnr": 20.0 - first.step}  # the best one is the first, of step 2
+    first.fit()
+    (run / "checkpoints" / "step_000000003.pt").unlink()
+    with pytest.raises(TrainingError, match="holds a run already; resume it"):
+        Trainer(tiny_config(pictures, run)).fit()
+    rest = Trainer(tiny_config(pictures, run, optim={"steps": 4}, **validation))
+    with pytest.warns(UserWarning, match=r"holds no step_\*.pt that can be read; best.pt is taken, of step 2"):
+        rest.fit(resume=True)
+    assert [line["step"] for line in lines(run) if line["kind"] == "train"] == [1, 2, 3, 4]
+    assert rest.step == 4
+    # One that can be read is preferred, however good the other was.
+    rest.checkpoints.path(4).write_bytes(b"damaged")
+    with pytest.warns(UserWarning, match="step_000000004.pt cannot be read|best.pt is taken"):
+        assert rest.checkpoints.load_latest()["step"] == 2
+    rest.checkpoints.save(3, {"step": 3})
+    with pytest.warns(UserWarning, match="step_000000004.pt cannot be read"):
+        assert rest.checkpoints.load_latest() == {"step": 3}
 
 
 def test_full_disk_leaves_the_old_checkpoint(pictures, tmp_path, monkeypatch):
@@ -282,6 +307,9 @@ def test_checkpoints_hold_no_code(tmp_path):
         def __reduce__(self):
             return os.mkdir, (str(tmp_path / "made"),)
 
+    torch.save(torch.zeros(3), tmp_path / "a.pt")
+    with pytest.raises(TrainingError, match="a.pt cannot be read .*: expected a dict in it, got Tensor"):
+        load_checkpoint(tmp_path / "a.pt")
     torch.save({"step": Evil()}, tmp_path / "step_000000001.pt")
     with pytest.raises(TrainingError, match="cannot be read"):
         load_checkpoint(tmp_path / "step_000000001.pt")
@@ -319,6 +347,12 @@ def test_what_cannot_be_resumed(pictures, tmp_path):
     state = load_checkpoint(CheckpointFolder(run / "checkpoints", 3).path(1))
     with pytest.raises(TrainingError, match="written by 2 processes, now there are 1"):
         Trainer(tiny_config(pictures, run)).restore(state | {"processes": 2})
+    with pytest.raises(
+        TrainingError, match="^resume: expected a checkpoint of a run, got one without optimisers, step"
+    ):
+        Trainer(tiny_config(pictures, run)).restore(
+            {k: v for k, v in state.items() if k not in ("optimisers", "step")}
+        )
     # An average that is started later starts from the weights.
     late = Trainer(tiny_config(pictures, run, optim={"ema": 0.9}))
     late.restore(state)
@@ -341,20 +375,59 @@ def test_what_may_change_between_two_legs(pictures, tmp_path):
         ({"validation": str(pictures)}, {}, first.best),
         ({"validation": str(pictures)}, {"validation_pictures": 2}, None),
         ({"validation": str(pictures)}, {"validation_classes": [0]}, None),
-        ({"validation": str(pictures / "0.png")}, {}, None),
+        ({"validation": str(write_pictures(tmp_path / "others", 1))}, {}, None),
     ):
-        trainer = Trainer(tiny_config(pictures, run, run=changes))
-        trainer.config = tiny_config(pictures, run, data=data, run=changes)
+        trainer = Trainer(tiny_config(pictures, run, data=data, run=changes))
         trainer.restore(state)
         assert trainer.best == best, (data, changes)
     assert [group["betas"] for one in other.optimisers for group in one.param_groups] == [(0.9, 0.99)] * 2
 
 
-def test_a_signal_between_two_steps_counts_at_the_next_agreement(pictures, tmp_path):
+# Entries of checkpoints before version 2.6; the oldest ones lack the last two.
+OLD = ("network", "discriminator", "average", "optimisers", "scaler", "random", "step", "position", "processes")
+OLD += ("minutes", "skipped", "broken", "best", "warm_from", "settings")
+
+
+@pytest.mark.parametrize("entries", [OLD, OLD[:-2]])
+def test_old_checkpoints_are_resumed(pictures, tmp_path, entries):
+    """With the settings as they were written before the validation described itself."""
+
+    def trainer(name, steps):
+        optim = {"steps": steps, "schedule": "constant"}
+        data = {"validation": str(pictures)}
+        return Trainer(tiny_config(pictures, tmp_path / name, data=data, optim=optim, run={"validation_pictures": 1}))
+
+    first = trainer("run", 2)
+    first.fit()
+    state = first.state()
+    assert set(state) == set(OLD)
+    state["settings"] = {
+        "optim.batch_size": 1,
+        "model.train_stages": [],
+        "model.freeze_batchnorm": False,
+        "run.metric": "psnr",
+        "validation": [str(pictures), "photos", 256, 0, [1, 2], 1],
+    }
+    old = {name: state[name] for name in entries}
+    save_checkpoint(tmp_path / "old" / "checkpoints" / "step_000000002.pt", old)
+    rest, whole = trainer("old", 3), trainer("whole", 3)
+    rest.restore(old)
+    assert (rest.step, rest.best) == (2, first.best)
+    rest.restore({**old, "best": math.inf})  # old versions took the PSNR of equal pictures for infinite
+    assert rest.best is None
+    rest.fit(resume=True)
+    whole.fit()
+    assert_same(dict(rest.network.state_dict()), dict(whole.network.state_dict()))
+
+
+def test_a_signal_between_two_steps_counts_at_the_next_agreement():
     """Processes that stop by their own signal leave the others waiting, so only the agreed one counts."""
-    trainer = Trainer(tiny_config(pictures, tmp_path / "run"))
-    trainer._ask_to_stop(signal.SIGINT)
-    assert trainer._signal == 0
-    trainer._agree(1.0)
-    assert trainer._signal == signal.SIGINT
-    assert trainer.minutes == 1.0
+    stop = Stop(SimpleNamespace(num_processes=1))
+    stop.ask(signal.SIGINT)
+    assert stop.agreed == 0
+    assert stop.agree(1.0) == 1.0
+    assert stop.agreed == signal.SIGINT
+    others = {"num_processes": 2, "is_main_process": False, "device": "cpu"}
+    stop = Stop(SimpleNamespace(reduce=lambda own, how: own + torch.tensor([3.0, signal.SIGTERM]), **others))
+    assert stop.agree(1.0) == 3.0
+    assert stop.agreed == signal.SIGTERM

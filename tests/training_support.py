@@ -2,18 +2,30 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from PIL import Image
+from torch import Tensor, nn
 
 from lgnet_fast import LGNet, create_model
 from lgnet_fast.training import TrainConfig
 from lgnet_fast.training.config import config_of
 
 TINY = {"coarse_channels": 2, "local_channels": 2, "global_channels": 2}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_threads() -> Iterator[None]:
+    """For a module that imports it: trainers set PyTorch's number of threads."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 def write_pictures(folder: Path, count: int = 5, size: tuple[int, int] = (80, 64)) -> Path:
@@ -52,6 +64,33 @@ def tiny_config(pictures: Path, directory: Path, **changes: dict[str, Any]) -> T
     for section, values in changes.items():
         settings[section].update(values)
     return config_of(settings)
+
+
+def batch(count: int = 2, seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    """A batch of smooth 256x256 pictures with a box as hole, as collate makes it."""
+    generator = torch.Generator().manual_seed(seed)
+    coarse = torch.rand(count, 3, 8, 8, generator=generator, dtype=dtype) * 2 - 1
+    image = nn.functional.interpolate(coarse, 256, mode="bilinear")
+    mask = torch.zeros(count, 1, 256, 256, dtype=dtype)
+    mask[:, :, 60:180, 90:200] = 1
+    return {"image": image, "mask": mask, "name": [f"{seed}-{i}" for i in range(count)], "broken": []}
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """The log of a run."""
+    return [json.loads(line) for line in (run / "log.jsonl").read_text().splitlines()]
+
+
+class Features(nn.Module):
+    """A feature network with two levels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 3, stride=4)
+
+    def forward(self, picture: Tensor) -> list[Tensor]:
+        first = torch.relu(self.conv(picture))
+        return [first, nn.functional.max_pool2d(first, 2)]
 
 
 def lively_model() -> LGNet:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import random
 import re
@@ -26,9 +27,9 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     Raises:
         TrainingError: the disk is full or not writable; an old file is kept.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(path.name + _UNFINISHED)
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         with open(unfinished, "wb") as file:
             torch.save(state, file)
             file.flush()
@@ -36,7 +37,8 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         os.replace(unfinished, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
-        unfinished.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            unfinished.unlink(missing_ok=True)
         raise TrainingError(
             f"checkpoint: {path} cannot be written ({error}); earlier checkpoints are as they were"
         ) from error
@@ -63,7 +65,9 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
         TrainingError: it cannot be read.
     """
     try:
-        state: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        if not isinstance(state, dict):
+            raise TypeError(f"expected a dict in it, got {type(state).__name__}")
         return state
     except Exception as error:  # pickle, zip and torch errors of many kinds
         raise TrainingError(f"checkpoint: {path} cannot be read (it {unreadable(path, error)})") from error
@@ -100,24 +104,35 @@ class CheckpointFolder:
         for left in self.folder.glob(f"*{_UNFINISHED}"):
             left.unlink(missing_ok=True)
 
-    def latest(self) -> Path | None:
-        """The newest checkpoint."""
-        steps = self.steps()
-        return self.path(steps[-1]) if steps else None
+    def files(self) -> list[Path]:
+        """The checkpoints from which a run is resumed, in the order in which they are tried: the newest first, the
+        best one, which is at most as new as they are, last."""
+        best = self.folder / BEST
+        return [*(self.path(step) for step in reversed(self.steps())), *([best] if best.is_file() else [])]
 
     def load_latest(self) -> dict[str, Any] | None:
         """The newest checkpoint that can be read, with a warning for each that cannot; None: there are none.
+
+        Without the files ``step_*.pt`` it is ``best.pt``, with a warning.
 
         Raises:
             TrainingError: there are checkpoints, but none can be read.
         """
         failure: TrainingError | None = None
-        for step in reversed(self.steps()):
+        for path in self.files():
             try:
-                return load_checkpoint(self.path(step))
+                state = load_checkpoint(path)
             except TrainingError as error:
                 warnings.warn(f"{error}; trying the one before", stacklevel=2)
                 failure = error
+                continue
+            if path.name == BEST:
+                warnings.warn(
+                    f"checkpoint: {path.parent} holds no step_*.pt that can be read; {BEST} is taken, of step "
+                    f"{state.get('step')}",
+                    stacklevel=2,
+                )
+            return state
         if failure is not None:
             raise failure
         return None

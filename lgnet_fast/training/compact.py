@@ -104,7 +104,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
     """
     if run is None and model is None:
         raise TrainingError("run, model: expected one of them at least, got none")
-    if run is not None and CheckpointFolder(run / "checkpoints", keep=1).latest() is not None:
+    if run is not None and CheckpointFolder(run / "checkpoints", keep=1).files():
         raise TrainingError(
             f"run: expected a folder without checkpoints, got {str(run)!r}, which holds a run already"
         )

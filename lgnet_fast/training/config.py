@@ -5,18 +5,16 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 from ..data.masks import FINE, HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
 from ..errors import ConfigError, MissingExtraError
 from ..reference.losses import FeatureOptions, LossWeights
-
-T = TypeVar("T")
+from .typed import build
 
 _MOST_THREADS = 1024
 
@@ -61,7 +59,7 @@ class DiscriminatorConfig:
     start: float = 0.0
     """Share of the run, in [0, 1), after which it is used."""
     init_from: str | None = None
-    """The authors' ``<epoch>_net_D.pth`` to go on from."""
+    """The authors' ``<epoch>_net_D.pth`` to go on from, which has the paper's `channels`."""
     by_hole: bool = False
     """Weight each score by the hole ratio of its patch. In the paper all scores count equally, although most patches
     of a merged picture are true pixels."""
@@ -79,8 +77,8 @@ class DataConfig:
     """Stems of pictures to leave out, e.g. those of the validation."""
     validation: str | None = None
     """Held-out pictures, in the forms of `pictures`; None: no validation."""
-    protocol: str = "photos"
-    """How a picture becomes a square; see :data:`.data.PROTOCOLS`."""
+    protocol: Literal["photos", "celeba_hq", "places2", "paris_streetview", "logo_removal", "text_removal"] = "photos"
+    """How a picture becomes a square; see :data:`.crops.PROTOCOLS`."""
     categories: tuple[str, ...] | None = None
     """Only pictures in folders of these names (Places2's 20 categories, for instance), or of those in a .txt file."""
     size: int = 256
@@ -225,7 +223,7 @@ class TrainConfig:
             if not isinstance(section, kind):
                 raise ConfigError(f"{name}: expected a {kind.__name__}, got {section!r}")
             # Sections that Python code made have not been checked for the kinds of their values.
-            object.__setattr__(self, name, _build(type(section), vars(section), f"{name}."))
+            object.__setattr__(self, name, build(type(section), vars(section), f"{name}."))
         self._check_data()
         self._check_loss()
         self._check_optim()
@@ -247,6 +245,9 @@ class TrainConfig:
         for name in ("prefetch", "mask_bank"):
             _check(f"data.{name}", getattr(data, name), getattr(data, name) >= 1, "1 or more")
         _check("data.colour", data.colour, 0 <= data.colour < 1, "a share in [0, 1)")
+        places = (*data.pictures, *(() if data.validation is None else (data.validation,)))
+        name = "data.validation" if data.validation == "" else "data.pictures"
+        _check(name, "", "" not in places, "a folder, a tar shard or a dataset")
         self._check_holes()
 
     def _check_holes(self) -> None:
@@ -289,7 +290,11 @@ class TrainConfig:
             name for name, asked in (("loss.lpips", self.loss.lpips), ("run.metric", run.metric == "lpips")) if asked
         ]
         _check("loss.lpips_weights", given, given is not None or not needs, f"a file, for {' and '.join(needs)}")
-        _check("discriminator.channels", self.discriminator.channels, self.discriminator.channels >= 1, "1 or more")
+        channels, file = self.discriminator.channels, self.discriminator.init_from
+        _check("discriminator.channels", channels, channels >= 1, "1 or more")
+        own = DiscriminatorConfig.channels
+        fits = file is None or channels == own
+        _check("discriminator.channels", channels, fits, f"{own}, the width of discriminator.init_from")
         start = self.discriminator.start
         _check("discriminator.start", start, 0 <= start < 1, "a share in [0, 1)")
         for weight in dataclasses.fields(LossWeights):
@@ -350,7 +355,7 @@ def config_of(mapping: Mapping[str, Any]) -> TrainConfig:
     Raises:
         ConfigError: an unknown name, or a value of the wrong kind; it says which, and what was expected.
     """
-    return _build(TrainConfig, mapping, "")
+    return build(TrainConfig, mapping, "")
 
 
 def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> TrainConfig:
@@ -364,13 +369,11 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
         ConfigError: the file cannot be read, or see :func:`config_of`.
     """
     try:
-        import yaml
+        import yaml  # noqa: F401
     except ImportError as error:
         raise MissingExtraError('configurations need PyYAML: pip install "lgnet_fast[train]"') from error
     try:
-        text = Path(path).read_text(encoding="utf-8")
-        _refuse_doubles(yaml.compose(text, yaml.SafeLoader))
-        values = yaml.safe_load(text)  # JSON is YAML too
+        values = _parsed(Path(path).read_text(encoding="utf-8"))
     except Exception as error:  # a value that does not fit its YAML tag raises many types
         raise ConfigError(
             f"config: expected a readable YAML or JSON file, got {str(path)!r} ({' '.join(str(error).split())})"
@@ -389,10 +392,23 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
         if not isinstance(section, dict):
             raise ConfigError(f"config: expected a mapping under {parts[0]}, got {section!r}")
         try:
-            section[parts[1]] = yaml.safe_load(text)
+            section[parts[1]] = _parsed(text)
         except Exception as error:
             raise ConfigError(f"set: expected a YAML value, got {item!r} ({' '.join(str(error).split())})") from error
     return config_of(values)
+
+
+def _parsed(text: str) -> Any:
+    """The value of a YAML text; JSON is YAML too. Raises ValueError: a mapping has a name twice."""
+    import yaml
+
+    loader = yaml.SafeLoader(text)
+    try:
+        node = loader.get_single_node()
+        _refuse_doubles(node)
+        return None if node is None else loader.construct_document(node)
+    finally:
+        loader.dispose()
 
 
 def _refuse_doubles(node: Any) -> None:
@@ -406,50 +422,3 @@ def _refuse_doubles(node: Any) -> None:
                 raise ValueError(f"{name.value} is there twice, the second time in line {name.start_mark.line + 1}")
             seen.add(name.value)
         _refuse_doubles(below)
-
-
-def _build(cls: type[T], mapping: Any, where: str) -> T:
-    if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where.rstrip('.')}: expected a mapping, got {mapping!r}")
-    hints = typing.get_type_hints(cls)
-    names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
-    for name in mapping:
-        if name not in names:
-            raise ConfigError(f"{where}{name}: no such setting; there are {', '.join(names)}")
-    return cls(**{name: _value(hints[name], value, where + name) for name, value in mapping.items()})
-
-
-def _value(hint: Any, value: Any, where: str) -> Any:
-    if dataclasses.is_dataclass(hint):
-        # A section without settings, or with all of them in comments, is None in YAML.
-        return _build(hint, {} if value is None else value, where + ".")  # type: ignore[arg-type]
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in arguments:
-            return None
-        return _value(next(a for a in arguments if a is not type(None)), value, where)
-    if origin is Literal:
-        if isinstance(value, bool):
-            value = "yes" if value else "no"  # YAML 1.1 takes no for a boolean
-        if value not in arguments:
-            raise ConfigError(f"{where}: expected one of {', '.join(map(str, arguments))}, got {value!r}")
-        return value
-    if origin is tuple:
-        values = [value] if isinstance(value, (str, int, float)) else value
-        if not isinstance(values, (list, tuple)):
-            raise ConfigError(f"{where}: expected a list, got {value!r}")
-        return tuple(_value(arguments[0], v, f"{where}[{i}]") for i, v in enumerate(values))
-    kind = dict if origin is dict else hint
-    if kind is dict and isinstance(value, dict):
-        try:
-            json.dumps(value)
-        except (TypeError, ValueError) as error:
-            raise ConfigError(f"{where}: expected texts, numbers, lists and mappings, got {value!r}") from error
-    if kind is float and isinstance(value, (int, str)) and not isinstance(value, bool):
-        try:
-            return float(value)  # YAML 1.1 takes 2e-4 for a text
-        except (ValueError, OverflowError):
-            pass
-    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
-        raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value

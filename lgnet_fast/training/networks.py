@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -153,3 +154,22 @@ class MovingAverage:
             else:
                 self.state[name].copy_(value)
         torch._foreach_lerp_(own, theirs, 1 - decay)
+
+
+@contextlib.contextmanager
+def as_exported(network: nn.Module, average: MovingAverage | None) -> Iterator[None]:
+    """In this context, `network` computes what its exported copy will: with the weights of the moving average, if
+    there is one, in evaluation mode, without autocast. The modes of its modules are not restored."""
+    own = None
+    if average is not None:
+        own = {name: value.detach().clone() for name, value in network.state_dict().items()}
+        network.load_state_dict(average.state)
+    cast = vars(network).pop("forward", None)  # accelerate's, with autocast, in place of the class's
+    network.eval()
+    try:
+        yield
+    finally:
+        if cast is not None:
+            network.forward = cast
+        if own is not None:
+            network.load_state_dict(own)

@@ -1,4 +1,4 @@
-"""The optimiser of the generators: Adam or Muon."""
+"""The optimisers: Adam or Muon of the generators, Adam of the discriminator."""
 
 from __future__ import annotations
 
@@ -47,6 +47,19 @@ def generator_optimiser(network: nn.Module, optim: OptimConfig, fused: bool | No
     ]
     made: torch.optim.Optimizer = Muon([{**group, "lr": optim.learning_rate} for group in groups if group["params"]])
     return made
+
+
+def discriminator_optimiser(
+    discriminator: nn.Module, optim: OptimConfig, fused: bool | None
+) -> torch.optim.Optimizer:
+    """Adam with the discriminator's learning rate; see :func:`generator_optimiser`."""
+    return torch.optim.Adam(discriminator.parameters(), lr=learning_rates(optim)[1], betas=optim.betas, fused=fused)
+
+
+def learning_rates(optim: OptimConfig) -> tuple[float, float]:
+    """Of the generators, of the discriminator, before the schedule's factor."""
+    own = optim.discriminator_learning_rate
+    return optim.learning_rate, optim.learning_rate if own is None else own
 
 
 def _is_hidden(parameter: nn.Parameter) -> bool:

@@ -5,29 +5,66 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
+import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
 from ..errors import MissingExtraError
-from ..pipeline.writing import write_atomically
+from ..pipeline.writing import write_atomically, write_stream
 
 LOG = "log.jsonl"
 
 
+def say(text: str) -> None:
+    """Print one line to standard error, if there is one. A terminal that is gone, a closed pipe or a full disk does
+    not end a run of hours."""
+    if sys.stderr is not None:  # None: closed, as for a service; print would take standard output
+        with contextlib.suppress(OSError):
+            print(text, file=sys.stderr, flush=True)
+
+
+class Means:
+    """The means of the terms of several steps, each over the steps that have it."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, int] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._sums)
+
+    def add(self, terms: Mapping[str, Tensor]) -> None:
+        for name, term in terms.items():
+            self._sums[name] = self._sums.get(name, 0) + term
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self) -> dict[str, Tensor]:
+        """The means since the last call."""
+        means = {name: total / self._counts[name] for name, total in self._sums.items()}
+        self._sums, self._counts = {}, {}
+        return means
+
+
 class Report:
-    """The report of the first process.
+    """The report of the first process. A line or a picture that cannot be written, on a full disk for instance, is
+    left out with one message: it does not end the run.
 
     Args:
         folder: of the run.
         step, total: first step, and length of the run. Lines of later steps, of an interrupted run, are dropped.
         progress: 0 to 1, the finished share of the run, by steps or by time.
         tensorboard: write TensorBoard's files too.
+
+    Raises:
+        OSError: the log cannot be opened.
     """
 
     def __init__(self, folder: Path, step: int, total: int, progress: float, tensorboard: bool = True) -> None:
@@ -43,7 +80,9 @@ class Report:
         log = folder / LOG
         if log.exists():
             write_atomically(log, b"".join(_lines_until(log, step)))
-        self._log = open(log, "a", encoding="utf-8")  # noqa: SIM115 (closed by close())
+        # Unbuffered, so that a line that could not be written is not tried again when the file is closed.
+        self._log = open(log, "ab", buffering=0)  # noqa: SIM115 (closed by close())
+        self._lost = 0
         self._total, self._began, self._first, self._done = total, time.monotonic(), step, progress
         self._bar: Any = None
         if sys.stderr is not None and sys.stderr.isatty():  # None: closed, as for a service
@@ -67,18 +106,36 @@ class Report:
     def say(self, text: str) -> None:
         """Print one line, above the bar if there is one."""
         if self._bar is None:
-            # A terminal that is gone, a closed pipe or a full disk does not end a run of hours.
-            with contextlib.suppress(OSError):
-                print(text, file=sys.stderr, flush=True)
+            say(text)
         else:
-            self._bar.console.print(text, highlight=False)
+            with contextlib.suppress(OSError):
+                self._bar.console.print(text, highlight=False)
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
-        if self._writer is not None:
-            for name, value in values.items():
-                self._writer.add_scalar(f"{kind}/{name}", value, step)
-        self._log.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
-        self._log.flush()
+        """One line of the log, and TensorBoard's curves. JSON has no infinity and no NaN: null."""
+        plain = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        line = json.dumps({"kind": kind, "step": step, **plain}, allow_nan=False) + "\n"
+        end = self._log.seek(0, os.SEEK_END)
+        try:
+            write_stream(self._log, line.encode())
+        except OSError as error:
+            with contextlib.suppress(OSError):
+                self._log.truncate(end)  # no half line
+            self._lost += 1
+            if self._lost == 1:
+                self.say(f"{LOG}: a line could not be written ({error}); the training goes on")
+        for name, value in values.items():
+            self._board(partial(_add_scalar, f"{kind}/{name}", value, step))
+
+    def _board(self, write: Callable[[Any], None]) -> None:
+        """Do `write` with TensorBoard's writer, if there is one; after an error there is none any more."""
+        if self._writer is None:
+            return
+        try:
+            write(self._writer)
+        except Exception as error:  # of the thread that writes the files
+            self._writer = None
+            self.say(f"tensorboard: its files cannot be written ({error}); the training goes on without them")
 
     def train(self, step: int, epoch: int, values: Mapping[str, float], progress: float, pictures: int) -> None:
         """Report mean terms since the last call. progress: 0 to 1; also the pictures per step."""
@@ -103,21 +160,26 @@ class Report:
 
     def pictures(self, step: int, grid: Tensor) -> None:
         """Write a picture grid [3, H, W] in [0, 1]."""
-        if self._writer is not None:
-            self._writer.add_image("train/pictures", grid, step)
+        self._board(lambda writer: writer.add_image("train/pictures", grid, step))
 
     def close(self, skipped: int, broken: int) -> None:
-        """Close the bar and print how many pictures were left out."""
+        """Close the files and the bar, and print how much was left out."""
         if self._bar is not None:
-            self._bar.stop()
+            with contextlib.suppress(OSError):
+                self._bar.stop()
             self._bar = None
-        if self._writer is not None:
-            self._writer.close()
+        self._board(lambda writer: writer.close())
         self._log.close()
+        if self._lost:
+            self.say(f"{self._lost} lines of {LOG} could not be written")
         if skipped:
             self.say(f"{skipped} steps were skipped: their loss was not finite")
         if broken:
             self.say(f"{broken} pictures could not be read and were skipped")
+
+
+def _add_scalar(name: str, value: float, step: int, writer: Any) -> None:
+    writer.add_scalar(name, value, step)
 
 
 def _lines_until(log: Path, step: int) -> list[bytes]:

@@ -7,7 +7,9 @@ import math
 from .config import OptimConfig
 
 
-def learning_rate_factor(optim: OptimConfig, step: int, total: int, progress: float, steps_an_epoch: int) -> float:
+def learning_rate_factor(
+    optim: OptimConfig, step: int, total: int, progress: float, steps_an_epoch: int, warm_from: int = 0
+) -> float:
     """Factor of the learning rate.
 
     Args:
@@ -16,7 +18,15 @@ def learning_rate_factor(optim: OptimConfig, step: int, total: int, progress: fl
         progress: 0 to 1; step / total, or more if the time limit will end the run first.
         steps_an_epoch: steps per epoch. "paper" falls at every epoch: with E epochs, constant over the first half,
             then 1 - (epoch + 1 - E/2) / (E - E/2 + 1), with epochs counted from 0.
+        warm_from: a later step from which it is warmed up again, in addition; 0: none.
     """
+    factor = 1.0
+    if warm_from and step - warm_from < optim.warmup_steps:
+        factor = (step - warm_from + 1) / optim.warmup_steps
+    return factor * _scheduled(optim, step, total, progress, steps_an_epoch)
+
+
+def _scheduled(optim: OptimConfig, step: int, total: int, progress: float, steps_an_epoch: int) -> float:
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
     if optim.schedule == "constant":

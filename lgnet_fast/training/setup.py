@@ -1,10 +1,14 @@
-"""Setting up networks and accelerate for a training run: device, dtype, memory format, random numbers."""
+"""Setting up networks, losses, optimisers and accelerate for a training run: device, dtype, memory format, random
+numbers."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import random
+import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -15,9 +19,12 @@ from ..errors import ConfigError, MissingExtraError
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
 from ..reference.features import LPIPS, FeaturesFn
+from ..reference.losses import LossWeights
 from ..reference.vgg import VGG16Features
 from .config import LossConfig, TrainConfig
 from .networks import keep_spectral_norm_wide
+from .optimisers import discriminator_optimiser, generator_optimiser
+from .steps import Objective, Trained
 
 
 @contextlib.contextmanager
@@ -137,3 +144,41 @@ def make_accelerator(precision: str, device: str) -> Any:
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("optim.precision: 'fp16' cannot be used here (it needs a GPU; bf16 does not)")
     return accelerator
+
+
+def make_objective(config: TrainConfig, features: FeaturesFn | None, lpips: LPIPS | None) -> Objective:
+    """The objective of the configured losses; without feature network, without its terms."""
+    weights: LossWeights = config.loss
+    if features is None:
+        weights = dataclasses.replace(config.loss, style=0.0, perceptual=0.0)
+    return Objective(
+        weights,
+        features,
+        lpips if config.loss.lpips else None,
+        config.loss.options(),
+        lean=config.loss.lean and config.optim.precision != "fp16",
+        judged_stage=0 if config.discriminator.stage == "first" else -1,
+        by_hole=config.discriminator.by_hole,
+        judged_crop=config.discriminator.crop,
+    )
+
+
+def prepare(
+    config: TrainConfig, accelerator: Any, network: Cascade, discriminator: Discriminator
+) -> tuple[Trained, list[torch.optim.Optimizer]]:
+    """The networks wrapped for distribution, and the optimisers of the generators and of the discriminator."""
+    optim = config.optim
+    fused = True if accelerator.device.type == "cuda" else None
+    with warnings.catch_warnings():
+        # Its successor exists neither in PyTorch before 2.13 nor in accelerate.
+        warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
+        wrapped, wrapped_discriminator, *optimisers = accelerator.prepare(
+            network,
+            discriminator,
+            generator_optimiser(network, optim, fused),
+            discriminator_optimiser(discriminator, optim, fused),
+        )
+    forward = torch.compile(wrapped) if optim.compile else wrapped
+    if config.model.train_stages:
+        forward = partial(forward, until=max(config.model.train_stages))
+    return Trained(network, discriminator, wrapped, wrapped_discriminator, forward), optimisers

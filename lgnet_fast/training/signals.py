@@ -1,4 +1,4 @@
-"""Ending a long run cleanly on SIGINT or SIGTERM."""
+"""Ending a long run cleanly: on SIGINT or SIGTERM, or after a time, in all processes alike."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
+
+import torch
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -35,3 +37,32 @@ def until_signal(ask: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Stop:
+    """Whether a signal asks the run to stop. It counts from the next :meth:`agree` on, in all processes alike: one
+    that stopped alone would leave the others waiting.
+
+    `asked`: the signal that this process got; `agreed`: the one that counts; 0: none.
+    """
+
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator = accelerator
+        self.asked = self.agreed = 0
+
+    def ask(self, number: int) -> None:
+        """Ask to stop, for :func:`until_signal`."""
+        self.asked = number
+
+    def agree(self, minutes: float) -> float:
+        """Agree whether to stop, and on the clock: returns the minutes of the first process. All processes must call
+        it together."""
+        if self.accelerator.num_processes == 1:
+            self.agreed = self.asked
+            return minutes
+        asked = self.asked  # a signal may come now
+        own = [minutes if self.accelerator.is_main_process else 0.0, float(asked)]
+        first, signals = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
+        if signals:
+            self.agreed = asked or int(signal.SIGTERM)
+        return float(first)

@@ -138,7 +138,7 @@ class Step:
             self.accelerator.backward(terms["D"] * share)
             if last:
                 self._clip(self.discriminator_optimizer, list(self.nets.discriminator.parameters()))
-                self.discriminator_optimizer.step()
+                self._step_discriminator(earlier=number > 0)
         with self.accelerator.autocast(), _frozen(self.nets.discriminator):
             # Scores of 1, the generators' target, give no loss and no gradient.
             scores = self.nets.discriminator(merged) if adversarial else merged.new_ones(1)
@@ -177,6 +177,15 @@ class Step:
         nets, accelerator = self.nets, self.accelerator
         with accelerator.no_sync(nets.wrapped), accelerator.no_sync(nets.wrapped_discriminator):
             yield
+
+    def _step_discriminator(self, earlier: bool) -> None:
+        """The discriminator's optimiser step. In fp16 it may change the loss scale: gradients of the generators that
+        `earlier` batches have left are brought to the new one, which the last batch's will have."""
+        scaler = self.accelerator.scaler if earlier else None
+        before = 1.0 if scaler is None else scaler.get_scale()
+        self.discriminator_optimizer.step()
+        if scaler is not None and (factor := scaler.get_scale() / before) != 1:
+            torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
 
     def _clip(self, optimiser: torch.optim.Optimizer, parameters: list[nn.Parameter]) -> None:
         """Clip one optimiser's gradients. Accelerate's own clipping would also take the loss scale of fp16 out of the

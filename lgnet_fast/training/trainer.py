@@ -1,56 +1,38 @@
-"""The trainer: the paper's two optimiser steps on accelerate, checkpoints, validation, time limits and resuming."""
+"""The trainer: a run from its first picture to its model, with logs, validation, checkpoints and limits of time."""
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import json
 import math
 import signal
-import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import ConfigError, DataError, LGNetError, TrainingError
 from ..pipeline.writing import write_atomically
-from ..reference import LGNet
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
 from ..reference.features import FeaturesFn
-from ..reference.losses import LossWeights
-from .checkpoints import BEST, CheckpointFolder, random_states, restore_random_states, save_checkpoint
+from .checkpoints import BEST, CheckpointFolder, save_checkpoint
 from .config import TrainConfig
-from .data import InpaintingDataset, PositionSampler, make_loader, validation_pairs
+from .learner import Learner
+from .loader import PositionSampler, make_loader
 from .memory import MemoryBatches
-from .networks import (
-    MovingAverage,
-    make_discriminator,
-    make_features,
-    make_lpips,
-    make_network,
-)
-from .optimisers import generator_optimiser
-from .progress import Report
+from .optimisers import learning_rates
+from .processes import any_process
+from .progress import Means, Report, say
+from .resuming import best_score, refuse_other_runs, settings_of, warm_from
+from .samples import InpaintingDataset
 from .schedule import learning_rate_factor
-from .setup import (
-    make_accelerator,
-    place_features,
-    place_lpips,
-    place_networks,
-    seed_everything,
-    untrained_modules,
-    usual_modes,
-)
-from .signals import until_signal
-from .steps import Objective, Step, Trained
-from .validation import KindValidation
+from .setup import usual_modes
+from .signals import Stop, until_signal
+from .validation import make_validation
 
 _PICTURES_SHOWN = 4
 
@@ -87,33 +69,18 @@ class Trainer:
         if not (features is None or callable(features)):
             raise ConfigError(f"features: expected a module or a function, got {type(features).__name__}")
         self.config = config
-        run, optim = config.run, config.optim
+        data, run = config.data, config.run
         if run.threads is not None:
             torch.set_num_threads(run.threads)
-        self._read_data()
-        seed_everything(run.seed)
-        network = make_network(config.model) if model is None else model
-        if discriminator is None:
-            discriminator = make_discriminator(config.discriminator)
-        feature_network = make_features(config.loss) if features is None else features
-        self.weights: LossWeights = config.loss
-        if feature_network is None:
-            self.weights = dataclasses.replace(config.loss, style=0.0, perceptual=0.0)
-        lpips = make_lpips(config.loss)
-
-        self.accelerator = make_accelerator(optim.precision, run.device)
-        device, dtype = self.accelerator.device, getattr(torch, optim.dtype)
-        if device.type == "cuda":
-            torch.backends.cudnn.benchmark = True  # every step has the same shapes
+        self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
+        self.memory = MemoryBatches(self.dataset) if data.in_memory and self.dataset is not None else None
+        self.validation = make_validation(config)
+        self.learner = Learner(config, model, discriminator, features)
+        self.accelerator = self.learner.accelerator
+        self.network, self.discriminator = self.learner.network, self.learner.discriminator
+        self.average, self.optimisers = self.learner.average, self.learner.optimisers
         if self.memory is not None:
-            self.memory.to(device)
-        self.network, self.discriminator = place_networks(
-            config, network.to(device, dtype), discriminator.to(device, dtype)
-        )
-        self.features = place_features(config.loss, feature_network, device, dtype)
-        self.lpips = place_lpips(lpips, device, dtype)
-        self.average = None if optim.ema is None else MovingAverage(self.network, optim.ema)
-        self._prepare()
+            self.memory.to(self.accelerator.device)
         self.folder = Path(run.directory)
         self.checkpoints = CheckpointFolder(self.folder / "checkpoints", run.keep)
         self.step = 0
@@ -121,63 +88,10 @@ class Trainer:
         self.broken: list[str] = []
         self.best: float | None = None
         self.minutes = 0.0
-        self._asked = 0
-        self._signal = 0
         self._warm_from = 0
-        self._frozen = config.model.freeze_batchnorm
+        self._saved, self._saved_at = 0, 0.0
+        self._stop = Stop(self.accelerator)
         self._report: Report | None = None
-
-    def _read_data(self) -> None:
-        data, run = self.config.data, self.config.run
-        self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
-        self.memory = MemoryBatches(self.dataset) if data.in_memory and self.dataset is not None else None
-        self.validation: list[tuple[Tensor, Tensor]] = []
-        self.by_kind: KindValidation | None = None
-        if data.validation is not None and run.validation_kinds:
-            self.by_kind = KindValidation(
-                data.validation, data.size, run.validation_kinds, run.seed, data.protocol, run.validation_pictures
-            )
-        elif data.validation is not None:
-            self.validation = validation_pairs(
-                data.validation, data.size, run.validation_classes, run.seed, data.protocol, run.validation_pictures
-            )
-
-    def _prepare(self) -> None:
-        """Optimisers, wrapping for distribution, and the step."""
-        config, optim = self.config, self.config.optim
-        rate = optim.learning_rate
-        discriminator_rate = rate if optim.discriminator_learning_rate is None else optim.discriminator_learning_rate
-        self._rates = (rate, discriminator_rate)
-        fused = True if self.accelerator.device.type == "cuda" else None
-        with warnings.catch_warnings():
-            # Its successor exists neither in PyTorch before 2.13 nor in accelerate.
-            warnings.filterwarnings("ignore", message="`broadcast_buffers` is deprecated", category=FutureWarning)
-            wrapped, wrapped_discriminator, *self.optimisers = self.accelerator.prepare(
-                self.network,
-                self.discriminator,
-                generator_optimiser(self.network, optim, fused),
-                torch.optim.Adam(
-                    self.discriminator.parameters(), lr=discriminator_rate, betas=optim.betas, fused=fused
-                ),
-            )
-        forward = torch.compile(wrapped) if optim.compile else wrapped
-        if config.model.train_stages:
-            forward = partial(forward, until=max(config.model.train_stages))
-        objective = Objective(
-            self.weights,
-            self.features,
-            self.lpips if config.loss.lpips else None,
-            config.loss.options(),
-            lean=config.loss.lean and optim.precision != "fp16",
-            judged_stage=0 if config.discriminator.stage == "first" else -1,
-            by_hole=config.discriminator.by_hole,
-            judged_crop=config.discriminator.crop,
-        )
-        self.nets = Trained(self.network, self.discriminator, wrapped, wrapped_discriminator, forward)
-        self._optimise = Step(
-            self.nets, self.optimisers, objective, self.accelerator, optim.clip, self._refuse_nonfinite
-        )
-        self._batches: list[dict[str, Any]] = []
 
     # -- length and schedule -------------------------------------------------------------------------------------
 
@@ -209,7 +123,7 @@ class Trainer:
     @property
     def adversarial(self) -> bool:
         """Whether the discriminator is used at this point of the run."""
-        if not self.weights.adversarial:
+        if not self.config.loss.adversarial:
             return False
         start = self.config.discriminator.start
         return start == 0 or self.progress >= start
@@ -218,97 +132,40 @@ class Trainer:
         optim = self.config.optim
         factor = 1.0
         if self.dataset is not None:
-            factor = learning_rate_factor(optim, self.step, self.total_steps, self.progress, self.steps_an_epoch)
-            if self._warm_from and self.step - self._warm_from < optim.warmup_steps:
-                factor *= (self.step - self._warm_from + 1) / optim.warmup_steps
-        for optimiser, rate in zip(self.optimisers, self._rates):
+            factor = learning_rate_factor(
+                optim, self.step, self.total_steps, self.progress, self.steps_an_epoch, self._warm_from
+            )
+        rates = learning_rates(optim)
+        for optimiser, rate in zip(self.optimisers, rates, strict=True):
             for group in optimiser.param_groups:
                 group["lr"] = factor * rate
-        return factor * self._rates[0]
+        return factor * rates[0]
 
     # -- one step ------------------------------------------------------------------------------------------------
 
     def training_mode(self) -> None:
         """Set training mode, except for frozen BatchNorms."""
-        self.nets.wrapped.train()
-        self.nets.wrapped_discriminator.train()
-        for module in untrained_modules(self.config, self.network):
-            module.eval()
-        if self._frozen:
-            for module in self.network.modules():
-                if isinstance(module, nn.BatchNorm2d):
-                    module.eval()
+        self.learner.training_mode()
 
     def train_step(self, batches: list[dict[str, Any]]) -> dict[str, Tensor] | None:
-        """One step of both optimisers on batches of :func:`.data.collate`; the terms, None where it was skipped.
+        """One step of both optimisers on batches of :func:`.loader.collate`; the terms, None where it was skipped.
 
         Raises:
             TrainingError: a loss is not finite, and ``run.on_nan`` is "stop".
         """
         freeze = self.config.model.freeze_batchnorm_from
-        if not self._frozen and freeze is not None and self.progress >= freeze:
-            self._frozen = True
-            self.training_mode()
-        skipping = self.config.run.on_nan == "skip"
-        kept = [buffer.clone() for buffer in self.network.buffers()] if skipping else []
-        self._batches = batches
-        terms = self._optimise(
-            [self._on_device(batch) for batch in batches],
-            adversarial=self.adversarial,
-            features=self.step % self.config.loss.feature_every == 0,
-        )
-        if terms is None:
-            # Non-finite values have also entered the running statistics.
-            for buffer, before in zip(self.network.buffers(), kept):
-                buffer.copy_(before)
-            self.skipped += 1
-        elif self.average is not None:
-            self.average.update(self.network, self.step)
+        if freeze is not None and self.progress >= freeze:
+            self.learner.freeze_batchnorm()
+        terms = self.learner.train_step(batches, self.step, self.adversarial)
+        self.skipped += terms is None
         return terms
-
-    def _on_device(self, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        device, dtype = self.accelerator.device, getattr(torch, self.config.optim.dtype)
-        image, mask = (batch[key].to(device, dtype, non_blocking=True) for key in ("image", "mask"))
-        if self.config.optim.channels_last:
-            image = image.contiguous(memory_format=torch.channels_last)
-        return image, mask
-
-    def _refuse_nonfinite(self, total: str, terms: Mapping[str, Tensor], number: int) -> bool:
-        """Whether the total is not finite in any process; with "stop", saves the batch and raises."""
-        skipping = self.config.run.on_nan == "skip"
-        if not skipping and (total == "D" or self.step % self.config.run.finite_every):
-            # A bad loss of D also makes the generators' loss of the same step bad, and nothing of that step is kept,
-            # so one wait for the device is enough.
-            return False
-        found = (~torch.isfinite(terms[total])).to(torch.float32)
-        if float(self.accelerator.reduce(found, "sum")) == 0:
-            return False
-        if skipping:
-            return True
-        message = f"the loss of step {self.step + 1} is not finite"
-        batch = self._batches[number]
-        bad = sorted(name for name, term in terms.items() if not bool(torch.isfinite(term)))
-        if bad:
-            path = self.folder / f"not_finite_step_{self.step + 1}_process_{self.accelerator.process_index}.pt"
-            values = {name: term.item() for name, term in terms.items()}
-            save_checkpoint(path, {**{k: batch[k] for k in ("image", "mask", "name")}, "terms": values})
-            message += f" ({', '.join(bad)}); its batch is in {path}"
-        raise TrainingError(message + "; set run.on_nan=skip to leave such batches out")
 
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
         """The state that determines the rest of the run. All processes must call it together."""
-        from accelerate.utils import gather_object
-
-        scaler = self.accelerator.scaler
         return {
-            "network": self.network.state_dict(),
-            "discriminator": self.discriminator.state_dict(),  # with its power iteration
-            "average": None if self.average is None else self.average.state,
-            "optimisers": [optimiser.state_dict() for optimiser in self.optimisers],
-            "scaler": None if scaler is None else scaler.state_dict(),
-            "random": gather_object([random_states()]),
+            **self.learner.state(),
             "step": self.step,
             "position": self.step * self.config.optim.accumulate,
             "processes": self.accelerator.num_processes,
@@ -317,75 +174,23 @@ class Trainer:
             "broken": list(self.broken),
             "best": self.best,
             "warm_from": self._warm_from,
-            "settings": self._settings(),
-        }
-
-    def _settings(self) -> dict[str, Any]:
-        """Settings that a resumed run must share, or that `best` depends on."""
-        config = self.config
-        return {
-            "optim.batch_size": config.optim.batch_size,
-            "model.train_stages": list(config.model.train_stages),
-            "model.freeze_batchnorm": config.model.freeze_batchnorm,
-            "run.metric": config.run.metric,
-            "validation": None
-            if config.data.validation is None
-            else [
-                config.data.validation,
-                config.data.protocol,
-                config.data.size,
-                config.run.seed,
-                list(config.run.validation_kinds or config.run.validation_classes),
-                config.run.validation_pictures,
-            ],
+            "settings": settings_of(self.config, self.validation),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Continue from `state`, the result of :meth:`state`.
 
         Raises:
-            TrainingError: the state is of another network, optimizer, batch size, number of processes, or of other
-                `train_stages`.
+            TrainingError: the state is of another network or optimizer, or of another number of processes, batch
+                size, accumulation, ``model.train_stages`` or ``model.freeze_batchnorm``.
         """
-        if state["processes"] != self.accelerator.num_processes:
-            raise TrainingError(
-                f"resume: the checkpoint was written by {state['processes']} processes, now there are "
-                f"{self.accelerator.num_processes}"
-            )
-        if state["position"] != state["step"] * self.config.optim.accumulate:
-            raise TrainingError("resume: optim.accumulate is not what the checkpoint was written with")
-        now, then = self._settings(), state.get("settings", {})  # a compact checkpoint may go on with others
-        for name in ("optim.batch_size", "model.train_stages", "model.freeze_batchnorm"):
-            if then.get(name, now[name]) != now[name]:
-                raise TrainingError(f"resume: {name} was {then[name]} in the checkpoint, now it is {now[name]}")
-        try:
-            self.network.load_state_dict(state["network"])
-            self.discriminator.load_state_dict(state["discriminator"])
-            for optimiser, own in zip(self.optimisers, state["optimisers"], strict=True):
-                optimiser.load_state_dict(own)
-        except (RuntimeError, ValueError) as error:
-            reason = " ".join(str(error).split())[:300]
-            raise TrainingError(f"resume: the checkpoint is of another network or optimizer ({reason})") from error
-        for optimiser in self.optimisers:
-            for group in optimiser.param_groups:
-                if "betas" in group:
-                    group["betas"] = self.config.optim.betas
-        if self.average is not None:
-            # A run without a moving average starts it here.
-            average = state["network"] if state["average"] is None else state["average"]
-            self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
-        if self.accelerator.scaler is not None and state["scaler"] is not None:
-            self.accelerator.scaler.load_state_dict(state["scaler"])
-        if state["random"]:  # a compact checkpoint has no moments
-            restore_random_states(state["random"][self.accelerator.process_index])
+        settings = settings_of(self.config, self.validation)
+        refuse_other_runs(state, settings, self.config.optim.accumulate, self.accelerator.num_processes)
+        self.learner.restore(state)
         self.step, self.minutes = state["step"], state["minutes"]
-        self._warm_from = state.get("warm_from", 0)
-        if self.step and not any(own["state"] for own in state["optimisers"]):
-            self._warm_from = self.step  # the moments of a compact checkpoint may be reset
         self.skipped, self.broken = state["skipped"], list(state["broken"])
-        # The best score by one metric, or on some pictures, says nothing about another.
-        pairs = [(then.get(name, now[name]), now[name]) for name in ("run.metric", "validation")]
-        self.best = state["best"] if all(a == b or a is None or b is None for a, b in pairs) else None
+        self._warm_from = warm_from(state)
+        self.best = best_score(state, settings)
 
     # -- the run -------------------------------------------------------------------------------------------------
 
@@ -393,160 +198,172 @@ class Trainer:
     def fit(self, resume: bool = False) -> Path | None:
         """Train to the end. SIGINT and SIGTERM end it after the current step, with a checkpoint.
 
+        An error between two steps, such as unreadable pictures, ends it with a checkpoint of the last step; an error
+        of several processes' own, only where they can agree on one. A log that cannot be written does not end it.
+
         Args:
-            resume: continue from the newest checkpoint of the run's folder; without one, start from the beginning.
+            resume: continue from the newest checkpoint of the run's folder (``best.pt`` if there is no other);
+                without one, start from the beginning. A finished run whose model is there is left as it is.
 
         Returns:
             The folder of the exported model (the moving average, if there is one); None if a signal ended the run.
 
         Raises:
-            DataError: no pictures were configured.
+            DataError: no pictures were configured, or none can be read.
             TrainingError: the folder holds a run and `resume` is false; a loss is not finite; a checkpoint cannot
                 be written or read.
         """
         if self.dataset is None:
             raise DataError("data.pictures: expected folders, tar shards or datasets, got none")
-        if self.checkpoints.latest() is not None and not resume:
+        if self.checkpoints.files() and not resume:
             raise TrainingError(f"run.directory: {self.folder} holds a run already; resume it, or choose another")
+        model = self.folder / "model"
         state = self.checkpoints.load_latest()
         if state is not None:
             self.restore(state)
             del state
-        if self.accelerator.is_main_process:
-            try:
-                text = json.dumps(self.config.as_dict(), indent=2) + "\n"
-                write_atomically(self.folder / "config.json", text.encode())
-                self.checkpoints.clean()
-            except OSError as error:
-                raise TrainingError(f"run.directory: {self.folder} cannot be written ({error})") from error
-        self._asked = self._signal = 0
-        with until_signal(self._ask_to_stop), contextlib.ExitStack() as closing:
-            sampler = PositionSampler(
-                self.step * self.config.optim.accumulate,
-                self.config.optim.batch_size,
-                self.accelerator.process_index,
-                self.accelerator.num_processes,
-            )
-            if self.memory is not None:
-                batches = self.memory.batches(sampler)
-            else:
-                batches = iter(make_loader(self.dataset, sampler, pin=self.accelerator.device.type == "cuda"))
+            if self.progress >= 1 and self.learner.is_exported(model):
+                if self.accelerator.is_main_process:
+                    say(f"the run is finished, after step {self.step}; its model is in {model}")
+                return model
+        self._stop = Stop(self.accelerator)
+        with until_signal(self._stop.ask), contextlib.ExitStack() as closing:
             if self.accelerator.is_main_process:
-                run = self.config.run
-                self._report = Report(self.folder, self.step, self.total_steps, self.progress, run.tensorboard)
-                closing.callback(self._close)
+                self._open_report()
+                closing.callback(self._close_report)
+            batches = self._batches()
+            closing.callback(_end_workers, batches)
             self._loop(batches)
-            if self._signal:
+            if self._stop.agreed:
                 if self._report is not None:
-                    self._report.say(f"stopped by {signal.Signals(self._signal).name} after step {self.step}")
+                    self._report.say(f"stopped by {signal.Signals(self._stop.agreed).name} after step {self.step}")
                 return None
             if self.progress < 1 and self._report is not None:
                 self._report.say(f"this leg ended after step {self.step}; --resume goes on")
-        return self.export(self.folder / "model")
+        return self.export(model)
+
+    def _batches(self) -> Iterator[dict[str, Any]]:
+        sampler = PositionSampler(
+            self.step * self.config.optim.accumulate,
+            self.config.optim.batch_size,
+            self.accelerator.process_index,
+            self.accelerator.num_processes,
+        )
+        if self.memory is not None:
+            return self.memory.batches(sampler)
+        assert self.dataset is not None
+        return iter(make_loader(self.dataset, sampler, pin=self.accelerator.device.type == "cuda"))
+
+    def _open_report(self) -> None:
+        text = json.dumps(self.config.as_dict(), indent=2) + "\n"
+        try:
+            write_atomically(self.folder / "config.json", text.encode())
+            self.checkpoints.clean()
+            self._report = Report(
+                self.folder, self.step, self.total_steps, self.progress, self.config.run.tensorboard
+            )
+        except OSError as error:
+            raise TrainingError(f"run.directory: {self.folder} cannot be written ({error})") from error
+
+    def _close_report(self) -> None:
+        if self._report is not None:
+            self._report.close(self.skipped, len(self.broken))
+            self._report = None
 
     def _loop(self, batches: Iterator[dict[str, Any]]) -> None:
-        run, accumulate = self.config.run, self.config.optim.accumulate
+        run = self.config.run
         self.training_mode()
         began = time.monotonic() - 60 * self.minutes
-        saved, saved_at = self.step, time.monotonic()
+        self._saved, self._saved_at = self.step, time.monotonic()
         validated = -1
-        sums: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
-        while self.progress < 1 and not self._signal and not self._leg_over():
+        means = Means()
+        while self.progress < 1 and not self._stop.agreed and not self._leg_over():
             rate = self._set_learning_rates()
-            several = [_next(batches) for _ in range(accumulate)]
-            self._note_broken(several)
+            several = self._read(batches)
             terms = self.train_step(several)
             self.step += 1
-            self._agree((time.monotonic() - began) / 60)
-            for name, term in (terms or {}).items():
-                sums[name] = sums.get(name, 0) + term
-                counts[name] = counts.get(name, 0) + 1
-            if self.step % run.log_every == 0 and sums:
-                self._log(sums, counts, rate)
-                sums, counts = {}, {}
-            if self._report is not None and run.picture_every and self.step % run.picture_every == 0:
-                self._report.pictures(self.step, self._shown(several[-1]))
-            if self._validated and self.step % run.validate_every == 0:
+            with self._checkpoint_before_an_error():
+                self.minutes = self._stop.agree((time.monotonic() - began) / 60)
+                means.add(terms or {})
+                if self.step % run.log_every == 0 and means:
+                    self._log(means, rate)
+                if self._report is not None and run.picture_every and self.step % run.picture_every == 0:
+                    self._report.pictures(self.step, self._shown(several[-1]))
+                if self.validation is not None and self.step % run.validate_every == 0:
+                    self._validate()
+                    validated = self.step
+                if self.step % run.checkpoint_every == 0 or self._late():
+                    self._save()
+        with self._checkpoint_before_an_error():
+            if means:
+                self._log(means, rate)
+            if self.validation is not None and validated != self.step and not self._stop.agreed:
                 self._validate()
-                validated = self.step
-            minutes = run.checkpoint_minutes
-            late = minutes is not None and self._any(time.monotonic() - saved_at > 60 * minutes)
-            if self.step % run.checkpoint_every == 0 or late:
+            if self._saved != self.step:
                 self._save()
-                saved, saved_at = self.step, time.monotonic()
-        if sums:
-            self._log(sums, counts, rate)
-        if self._validated and validated != self.step and not self._signal:
-            self._validate()
-        if saved != self.step:
-            self._save()
 
-    def _ask_to_stop(self, number: int) -> None:
-        self._asked = number
+    def _read(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The batches of a step. Where a process cannot read its own, all save a checkpoint, then raise."""
+        try:
+            several = [_next(batches) for _ in range(self.config.optim.accumulate)]
+        except Exception:
+            any_process(self.accelerator, True)
+            self._save_what_is_new()
+            raise
+        if any_process(self.accelerator, False):
+            self._save_what_is_new()
+            raise DataError("data: another process could not read its pictures; its message says why")
+        self._note_broken(several)
+        return several
 
-    def _agree(self, minutes: float) -> None:
-        """Whether to stop, equal in all processes: by the clock of the first one, or if any got a signal.
+    @contextlib.contextmanager
+    def _checkpoint_before_an_error(self) -> Iterator[None]:
+        """Save a checkpoint before an error that is raised between two steps, where the state is that of whole steps.
 
-        A signal has no effect before: a process that stopped alone would leave the others waiting.
+        Several processes would wait for each other in vain, because the error may be of one of them.
         """
-        if self.accelerator.num_processes == 1:
-            self.minutes, self._signal = minutes, self._asked
+        try:
+            yield
+        except Exception:
+            if self.accelerator.num_processes == 1:
+                self._save_what_is_new()
+            raise
+
+    def _save_what_is_new(self) -> None:
+        """Save the steps since the last checkpoint, if that is possible, before an error ends the run."""
+        if self._saved == self.step:
             return
-        asked = self._asked
-        own = [minutes if self.accelerator.is_main_process else 0.0, float(asked)]
-        agreed = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
-        self.minutes = agreed[0]
-        if agreed[1]:
-            self._signal = asked or int(signal.SIGTERM)
+        with contextlib.suppress(TrainingError):  # the error that ends the run is the one to report
+            self._save()
+            if self._report is not None:
+                self._report.say(f"the checkpoint of step {self.step} was saved before an error; --resume goes on")
 
     def _leg_over(self) -> bool:
         minutes = self.config.optim.leg_minutes
-        return minutes is not None and self._any(time.monotonic() - self._born > 60 * minutes)
+        return minutes is not None and any_process(self.accelerator, time.monotonic() - self._born > 60 * minutes)
 
-    @property
-    def _validated(self) -> bool:
-        return bool(self.validation) or self.by_kind is not None
-
-    def _any(self, here: bool) -> bool:
-        if self.accelerator.num_processes == 1:
-            return here
-        return float(self.accelerator.reduce(torch.tensor(float(here), device=self.accelerator.device), "sum")) > 0
+    def _late(self) -> bool:
+        minutes = self.config.run.checkpoint_minutes
+        return minutes is not None and any_process(self.accelerator, time.monotonic() - self._saved_at > 60 * minutes)
 
     def _note_broken(self, batches: list[dict[str, Any]]) -> None:
         for name, reason in (one for batch in batches for one in batch["broken"]):
             if not any(message.startswith(f"{name}: ") for message in self.broken):
                 self.broken.append(f"{name}: {reason}")
-                text = f"skipped ({len(self.broken)}): {self.broken[-1]}"
-                if self._report is not None:
-                    self._report.say(text)
-                else:
-                    print(text, file=sys.stderr)
+                tell = say if self._report is None else self._report.say
+                tell(f"skipped ({len(self.broken)}): {self.broken[-1]}")
 
-    def _log(self, sums: Mapping[str, Tensor], counts: Mapping[str, int], rate: float) -> None:
-        """The means of the steps since the last line; `counts`: how many of them had each term."""
-        terms = torch.stack([total / counts[name] for name, total in sums.items()])
-        means = self.accelerator.reduce(terms, "mean").tolist()
+    def _log(self, means: Means, rate: float) -> None:
+        terms = means.take()
+        values = self.accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
         if self._report is not None:
-            values = {**dict(zip(sums, means)), "learning_rate": rate}
             epoch = (self.step - 1) // self.steps_an_epoch
-            self._report.train(self.step, epoch, values, self.progress, self.pictures_a_step)
-
-    def _share_statistics(self) -> None:
-        """Average the running statistics of the processes, each of which has seen other pictures."""
-        if self.accelerator.num_processes == 1:
-            return
-        own = dict(self.network.named_buffers())
-        for buffers in (own, {} if self.average is None else {name: self.average.state[name] for name in own}):
-            for buffer in buffers.values():
-                if buffer.is_floating_point():
-                    buffer.copy_(self.accelerator.reduce(buffer, "mean"))
+            named = {**dict(zip(terms, values, strict=True)), "learning_rate": rate}
+            self._report.train(self.step, epoch, named, self.progress, self.pictures_a_step)
 
     def _save(self, best: bool = False) -> None:
-        self._share_statistics()
-        networks = (self.network.state_dict(), self.discriminator.state_dict(), self.average and self.average.state)
-        if not all(_finite(tensors) for tensors in networks if tensors):
-            # The loss may be finite where a gradient is not.
+        self.learner.share_statistics()
+        if not self.learner.is_finite():
             raise TrainingError(
                 f"after step {self.step} the weights are not finite; the checkpoint before is as it was"
             )
@@ -557,58 +374,32 @@ class Trainer:
             else:
                 self.checkpoints.save(self.step, state)
         self.accelerator.wait_for_everyone()
-
-    def _close(self) -> None:
-        if self._report is not None:
-            self._report.close(self.skipped, len(self.broken))
-            self._report = None
+        if not best:
+            self._saved, self._saved_at = self.step, time.monotonic()
 
     # -- looking at it -------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
     def averaged(self) -> Iterator[None]:
-        """The network in evaluation mode, with the weights of the moving average if there is one."""
-        own = None
-        if self.average is not None:
-            own = {name: value.detach().clone() for name, value in self.network.state_dict().items()}
-            self.network.load_state_dict(self.average.state)
-        self.network.eval()
-        try:
+        """The network as it is exported: in evaluation mode, without autocast, with the weights of the moving average
+        if there is one."""
+        with self.learner.averaged():
             yield
-        finally:
-            if own is not None:
-                self.network.load_state_dict(own)
-            self.training_mode()
 
-    @torch.no_grad()
     def validate(self) -> dict[str, float]:
-        """Mean l1 (%), PSNR (dB) and SSIM of the 8-bit merged pictures over the validation pairs; by kinds of holes,
-        see :class:`.validation.KindValidation`."""
-        self._share_statistics()
-        if self.by_kind is not None:
-            with self.averaged(), self.accelerator.autocast():
-                return self.by_kind.scores(self.network, self.lpips, next(self.network.parameters()))
-        from ..data.metrics import Metrics
-
-        names = ("l1", "psnr", "ssim")
-        metrics = Metrics(names)
-        parameter = next(self.network.parameters())
-        sums = torch.zeros(len(names), dtype=torch.float64)
-        mine = self.validation[self.accelerator.process_index :: self.accelerator.num_processes]
+        """Scores of the held-out pictures, see :class:`.validation.ClassValidation` and
+        :class:`.validation.KindValidation`; {} without ``data.validation``."""
+        if self.validation is None:
+            return {}
+        self.learner.share_statistics()
         with self.averaged():
-            for image, mask in mine:
-                filled = self.network(image.to(parameter), mask.to(parameter))
-                scores = metrics.scores(_eight_bit(filled), _eight_bit(image))
-                sums += torch.tensor([scores[name] for name in names], dtype=torch.float64)
-        if self.accelerator.num_processes > 1:
-            sums = self.accelerator.reduce(sums.to(self.accelerator.device), "sum")
-        return dict(zip(names, (sums / len(self.validation)).tolist()))
+            return self.validation.scores(self.network, self.learner.lpips, self.accelerator)
 
     def _validate(self) -> None:
         scores = self.validate()
         metric = self.config.run.metric
         sign = -1 if metric in ("l1", "lpips") else 1
-        best = self.best is None or sign * scores[metric] > sign * self.best
+        best = math.isfinite(scores[metric]) and (self.best is None or sign * scores[metric] > sign * self.best)
         if self._report is not None:
             self._report.validation(self.step, scores, best)
         if best:
@@ -634,22 +425,8 @@ class Trainer:
         Raises:
             TrainingError: it cannot be written.
         """
-        if self.accelerator.is_main_process:
-            with self.averaged():
-                if isinstance(self.network, LGNet):
-                    try:
-                        self.network.save_pretrained(folder)
-                    except Exception as error:  # OSError, and safetensors' own on a full disk
-                        raise TrainingError(f"model: {folder} cannot be written ({error})") from error
-                else:
-                    save_checkpoint(folder / "network.pt", dict(self.network.state_dict()))
-        self.accelerator.wait_for_everyone()
+        self.learner.export(folder)
         return folder
-
-
-def _finite(tensors: Mapping[str, Tensor]) -> bool:
-    norms = torch._foreach_norm([tensor for tensor in tensors.values() if tensor.is_floating_point()])
-    return bool(torch.isfinite(torch.stack(norms)).all())
 
 
 def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
@@ -663,9 +440,12 @@ def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
         raise
 
 
-def _eight_bit(picture: Tensor) -> Any:
-    """[1, 3, H, W] in [-1, 1] -> uint8 [H, W, 3], rounded."""
-    return ((picture[0].float() + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).cpu().numpy()
+def _end_workers(batches: Iterator[dict[str, Any]]) -> None:
+    """End a loader's workers. They ignore SIGTERM, and the traceback of an error keeps the loader: at its exit,
+    Python would wait for them for ever."""
+    end = getattr(batches, "_shutdown_workers", None)
+    if end is not None:
+        end()
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path | None:

@@ -1,26 +1,107 @@
-"""Scores of held-out pictures with the evaluation suite's kinds of holes, in batches on the device of training."""
+"""Scores of held-out pictures: by hole classes, with SSIM, or by the evaluation suite's kinds of holes, in batches.
+
+Either way the network runs as the exported one does, without autocast, so that scores do not depend on the precision
+of the training and can be compared with those of ``lgnet-fast eval``. Several processes share the pictures, and all
+get the same scores.
+"""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
+import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..data.masks import suite_mask
 from ..reference.features import LPIPS
-from .data import validation_pictures
+from .config import TrainConfig
+from .held_out import validation_pairs, validation_pictures
+from .processes import own_share, sum_of_processes
+from .samples import KINDS
 
-_MASKS = 7  # a stream of random numbers, see data.py
 _BATCH = 16
 _GREY = (0.299, 0.587, 0.114)
+_LEAST_ERROR = 1e-3
+_HIGHEST_PSNR = 10 * math.log10(255**2 / _LEAST_ERROR)
+"""PSNR is at most 78 dB, as in ``lgnet-fast eval --suite``: the infinite PSNR of one picture would be the mean of
+all, and the best for good."""
+
+
+class Validation(Protocol):
+    """Held-out pictures with holes.
+
+    `identity`: what the scores depend on besides the network and the metric, in plain values.
+    """
+
+    identity: list[Any]
+
+    def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
+        """Scores by name. All processes must call it together."""
+        ...
+
+
+def make_validation(config: TrainConfig) -> ClassValidation | KindValidation | None:
+    """The validation of a configuration; None: it has none.
+
+    Raises:
+        DataError: no such place, or no picture in it that can be read.
+    """
+    data, run = config.data, config.run
+    if data.validation is None:
+        return None
+    if run.validation_kinds:
+        return KindValidation(
+            data.validation, data.size, run.validation_kinds, run.seed, data.protocol, run.validation_pictures
+        )
+    return ClassValidation(
+        data.validation, data.size, run.validation_classes, run.seed, data.protocol, run.validation_pictures
+    )
+
+
+class ClassValidation:
+    """Held-out pictures, each under one stroke mask of every hole class.
+
+    Args:
+        place, size, protocol, pictures: see :func:`.held_out.validation_pictures`; `pictures` is its limit.
+        classes: of :data:`.masks.HOLE_CLASSES`.
+        seed: of the masks.
+
+    Raises:
+        DataError: no such place, or no picture in it that can be read.
+    """
+
+    def __init__(
+        self, place: str, size: int, classes: Sequence[int], seed: int, protocol: str, pictures: int | None
+    ) -> None:
+        self.pairs = validation_pairs(place, size, classes, seed, protocol, pictures)
+        self.identity = [place, protocol, size, seed, list(classes), pictures]
+
+    @torch.no_grad()
+    def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
+        """Means over pictures and classes, of 8-bit merged pictures: ``l1`` in %, ``psnr`` in dB, ``ssim``."""
+        from ..data.metrics import Metrics
+
+        names = ("l1", "psnr", "ssim")
+        metrics = Metrics(names)
+        like = next(network.parameters())
+        table = torch.zeros(len(self.pairs), len(names), dtype=torch.float64)
+        for number in own_share(accelerator, len(self.pairs)):
+            image, mask = self.pairs[number]
+            filled = network(image.to(like), mask.to(like))
+            found = metrics.scores(_eight_bit(filled), _eight_bit(image))
+            found["psnr"] = min(found["psnr"], _HIGHEST_PSNR)
+            table[number] = torch.tensor([found[name] for name in names], dtype=torch.float64)
+        return dict(zip(names, sum_of_processes(accelerator, table).mean(dim=0).tolist(), strict=True))
 
 
 class KindValidation:
     """Held-out pictures, each under one hole of every kind.
 
     Args:
-        place, size, protocol, pictures: see :func:`.data.validation_pictures`; `pictures` is its limit.
+        place, size, protocol, pictures: see :func:`.held_out.validation_pictures`; `pictures` is its limit.
         kinds: of :data:`.masks.SUITE_KINDS`.
         seed: of the masks.
 
@@ -31,38 +112,51 @@ class KindValidation:
     def __init__(
         self, place: str, size: int, kinds: Sequence[str], seed: int, protocol: str, pictures: int | None
     ) -> None:
+        self.identity = [place, protocol, size, seed, list(kinds), pictures]
         found = validation_pictures(place, size, protocol, pictures)
         self.images = torch.cat([image for _, image in found])
         self.masks = {
             kind: torch.stack(
-                [torch.from_numpy(suite_mask(size, size, kind=kind, seed=(_MASKS, seed, i)))[None] for i, _ in found]
+                [torch.from_numpy(suite_mask(size, size, kind=kind, seed=(KINDS, seed, i)))[None] for i, _ in found]
             ).float()
             for kind in kinds
         }
 
     @torch.no_grad()
-    def scores(
-        self, network: Callable[[Tensor, Tensor], Tensor], lpips: LPIPS | None, like: Tensor
-    ) -> dict[str, float]:
+    def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
         """Means over pictures and kinds, then kind by kind: "psnr", "psnr_thin", ...
-
-        The network gets pictures of the dtype and on the device of `like`.
 
         Of 8-bit merged pictures: ``l1`` in %, ``psnr`` in dB, ``lpips``, and ``sharpness``: the gradient energy of
         grey values in the hole, divided by that of the true picture, as median over pictures; 1 is as sharp.
         """
-        result: dict[str, float] = {}
-        for kind, masks in self.masks.items():
-            rows: list[dict[str, Tensor]] = []
-            for image, mask in zip(self.images.split(_BATCH), masks.split(_BATCH), strict=True):
-                image, mask = image.to(like), mask.to(like)
-                filled = network(image, mask).to(like)
-                rows.append(_scores(_rounded(filled), _rounded(image), mask, lpips))
-            for name in rows[0]:
-                values = torch.cat([row[name] for row in rows])
-                result[f"{name}_{kind}"] = float(values.median() if name == "sharpness" else values.mean())
-        names = dict.fromkeys(name.rpartition("_")[0] for name in result)
-        return {n: sum(result[f"{n}_{k}"] for k in self.masks) / len(self.masks) for n in names} | result
+        names = ["l1", "psnr", "sharpness", *(() if lpips is None else ("lpips",))]
+        like = next(network.parameters())
+        count = len(self.images)
+        table = torch.zeros(len(self.masks), count, len(names), dtype=torch.float64)
+        masks = list(self.masks.values())
+        batches = [(row, first) for row in range(len(masks)) for first in range(0, count, _BATCH)]
+        for number in own_share(accelerator, len(batches)):
+            row, first = batches[number]
+            some = slice(first, first + _BATCH)
+            image, mask = self.images[some].to(like), masks[row][some].to(like)
+            found = _scores(_rounded(network(image, mask).to(like)), _rounded(image), mask, lpips)
+            table[row, some] = torch.stack([found[name] for name in names], dim=1).double().cpu()
+        rows = sum_of_processes(accelerator, table).numpy()
+        result = _summary(names, rows.reshape(-1, len(names)))
+        for kind, own in zip(self.masks, rows, strict=True):
+            result |= {f"{name}_{kind}": value for name, value in _summary(names, own).items()}
+        return result
+
+
+def _summary(names: Sequence[str], rows: np.ndarray) -> dict[str, float]:
+    """Of [pictures, names]: the mean, of sharpness the median (of an even number: the mean of the middle two)."""
+    columns = zip(names, rows.T, strict=True)
+    return {name: float((np.median if name == "sharpness" else np.mean)(column)) for name, column in columns}
+
+
+def _eight_bit(picture: Tensor) -> np.ndarray:
+    """[1, 3, H, W] in [-1, 1] -> uint8 [H, W, 3], rounded."""
+    return _rounded(picture[0].float()).byte().permute(1, 2, 0).cpu().numpy()
 
 
 def _rounded(picture: Tensor) -> Tensor:
@@ -70,12 +164,15 @@ def _rounded(picture: Tensor) -> Tensor:
     return ((picture + 1) * 127.5).round().clamp(0, 255)
 
 
-def _scores(filled: Tensor, truth: Tensor, mask: Tensor, lpips: LPIPS | None) -> dict[str, Tensor]:
+def _scores(
+    filled: Tensor, truth: Tensor, mask: Tensor, lpips: Callable[[Tensor, Tensor], Tensor] | None
+) -> dict[str, Tensor]:
     """Of each picture, [B]."""
-    error = (filled - truth) / 255
+    error = filled - truth
+    squared = error.square().mean(dim=(1, 2, 3)).clamp(min=_LEAST_ERROR)
     values = {
-        "l1": 100 * error.abs().mean(dim=(1, 2, 3)),
-        "psnr": -10 * error.square().mean(dim=(1, 2, 3)).clamp(min=1e-8).log10(),
+        "l1": 100 / 255 * error.abs().mean(dim=(1, 2, 3)),
+        "psnr": 10 * (255**2 / squared).log10(),
         "sharpness": gradient_energy(filled, mask) / gradient_energy(truth, mask).clamp(min=1e-9),
     }
     if lpips is not None:
