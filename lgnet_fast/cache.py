@@ -175,36 +175,57 @@ def get(key: Key, section: str, name: str) -> Any | None:
     with _lock:
         if known in _known:
             return _known[known]
-    entry = None if where is None else _read(_path(where, key, section, name))
-    if entry is None or (entry.key, entry.section, entry.name) != (key, section, name):
+    kept = _kept(key, section, name)
+    if kept is None:
         return None
     with _lock:
-        return _known.setdefault(known, entry.value)
+        return _known.setdefault(known, kept.value)
 
 
 def put(key: Key, section: str, name: str, value: Any) -> bool:
     """Store a JSON value, replacing an earlier one. Returns False where it could not be written to the folder."""
+    return _store(key, section, name, value, True)
+
+
+def _store(key: Key, section: str, name: str, value: Any, replace: bool) -> bool:
+    """:func:`put`; without `replace` a file that exists stays, which returns False."""
     where = folder()
     with _lock:
         _known[where, key, section, name] = value
     if where is None:
         return False
     content = {"schema": SCHEMA, "key": asdict(key), "section": section, "name": name, "value": value}
-    text = json.dumps(content, indent=1)
-    temporary = None
     try:
-        where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=where, prefix=".writing-", delete=False, encoding="utf-8") as file:
-            temporary = file.name
-            file.write(text)
-        os.replace(temporary, _path(where, key, section, name))
+        return _write(_path(where, key, section, name), json.dumps(content, indent=1), replace)
     except OSError as error:
-        if temporary is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
         _say_once(f"what was found out about this machine is not kept: {error}")
         return False
-    return True
+
+
+def _write(path: Path, text: str, replace: bool) -> bool:
+    """Write a file as a whole, in place of an existing one only if `replace`. Returns whether it was written."""
+    temporary = None
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", dir=path.parent, prefix=".writing-", delete=False, encoding="utf-8"
+        ) as file:
+            temporary = file.name
+            file.write(text)
+        if not replace:
+            try:
+                os.link(temporary, path)  # which one process alone can do
+                return True
+            except FileExistsError:
+                return False
+            except OSError:  # a file system without hard links
+                pass
+        os.replace(temporary, path)
+        return True
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(OSError):  # it has been renamed
+                os.unlink(temporary)
 
 
 def can_keep() -> bool:
@@ -222,15 +243,23 @@ def can_keep() -> bool:
 
 def put_first(key: Key, section: str, name: str, value: Any) -> Any:
     """Store a value unless another process was first. Returns the stored one, so that all processes agree."""
+    kept = _kept(key, section, name)
+    if kept is None and not _store(key, section, name, value, replace=False):
+        kept = _kept(key, section, name)  # of a process that was faster
+        if kept is None:  # a file that cannot be read
+            put(key, section, name, value)
+    if kept is None:
+        return value
+    with _lock:
+        _known[folder(), key, section, name] = kept.value
+    return kept.value
+
+
+def _kept(key: Key, section: str, name: str) -> Entry | None:
+    """The entry in the folder."""
     where = folder()
-    if where is not None:
-        kept = _read(_path(where, key, section, name))
-        if kept is not None and (kept.key, kept.section, kept.name) == (key, section, name):
-            with _lock:
-                _known[where, key, section, name] = kept.value
-            return kept.value
-    put(key, section, name, value)
-    return value
+    kept = None if where is None else _read(_path(where, key, section, name))
+    return kept if kept is not None and (kept.key, kept.section, kept.name) == (key, section, name) else None
 
 
 def drop(key: Key, section: str) -> None:

@@ -51,11 +51,12 @@ def prepare() -> None:
 
 
 def kernel_threads() -> int:
-    """Threads for the C++ kernels: PyTorch's number before :func:`prepare` lowered it, at most the container's."""
+    """Threads for the C++ kernels: PyTorch's number before :func:`prepare` lowered it, at most the container's, and
+    no more than the processors that this thread has left."""
     own = torch.get_num_threads()
     if _forked and _kernel_threads is not None and own == 1:
         own = _kernel_threads
-    return min(own, limits.granted() or own)
+    return min(own, limits.granted() or own, limits.narrowed() or own)
 
 
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()

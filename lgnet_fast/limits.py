@@ -28,6 +28,30 @@ def processors(control: Path = _CONTROL, own: Path = _OWN) -> int | None:
 granted = cache(processors)
 """The quota as this process found it first."""
 
+_BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
+"""Environment variables by which an OpenMP runtime binds each of its threads to a processor, this one too."""
+
+
+def _allowed() -> int | None:
+    """Processors on which this thread may run; None where the system does not say."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+
+
+_allowed_first = _allowed()
+
+
+def narrowed() -> int | None:
+    """Processors on which this thread may run, if it is fewer than when this module was imported; else None.
+
+    PyTorch's number of threads stays as it was then, also where a container's manager or the program has taken
+    processors away since, and OpenMP threads that share a processor wait for each other at every barrier. None where
+    an OpenMP runtime binds its threads, because this thread's processor says nothing of the others' then.
+    """
+    now = _allowed()
+    if now is None or _allowed_first is None or now >= _allowed_first:
+        return None
+    return None if any(os.environ.get(name, "false").lower() != "false" for name in _BINDING) else now
+
 
 def memory(control: Path = _CONTROL, own: Path = _OWN) -> int | None:
     """Bytes of the host's memory that this process may still take; None where the system does not report them.

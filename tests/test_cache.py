@@ -168,3 +168,53 @@ def test_key_of_this_machine() -> None:
     assert key.torch == torch.__version__
     assert key.card.startswith("cpu")
     assert key.digest != cache.key_for(torch.device("cpu"), torch.float16).digest
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_of_processes_that_store_at_once_all_return_one_value(
+    where: Path, links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Another process stores its value after this one has looked for it."""
+    if not links:
+
+        def refuse(*paths: str) -> None:
+            raise PermissionError("no hard links here")
+
+        monkeypatch.setattr(os, "link", refuse)
+    assert cache.put_first(KEY, cache.CHOICES, "a", 1) == 1
+    monkeypatch.setattr(cache, "_known", {})
+    assert cache.put_first(KEY, cache.CHOICES, "a", 2) == cache.get(KEY, cache.CHOICES, "a") == 1
+
+    read = cache._read
+
+    def late(path: Path) -> cache.Entry | None:
+        monkeypatch.setattr(cache, "_read", read)
+        cache.put(KEY, cache.CHOICES, "b", "theirs")
+        return None
+
+    monkeypatch.setattr(cache, "_read", late)
+    stored = cache.put_first(KEY, cache.CHOICES, "b", "mine")
+    assert stored == cache.get(KEY, cache.CHOICES, "b") == ("theirs" if links else "mine")
+    monkeypatch.setattr(cache, "_known", {})
+    assert cache.get(KEY, cache.CHOICES, "b") == stored
+    assert not list(where.glob(".writing-*"))
+
+
+def test_a_first_value_replaces_a_damaged_file(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache.put(KEY, cache.CHOICES, "a", 1)
+    (file,) = where.iterdir()
+    file.write_text("{")
+    monkeypatch.setattr(cache, "_known", {})
+    assert cache.put_first(KEY, cache.CHOICES, "a", 2) == 2
+    monkeypatch.setattr(cache, "_known", {})
+    assert cache.get(KEY, cache.CHOICES, "a") == 2
+
+
+def test_an_interrupted_process_leaves_no_half_file(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*paths: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cache.put(KEY, cache.CHOICES, "a", 1)
+    assert not list(where.iterdir())

@@ -19,6 +19,9 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.testing._internal.two_tensor import TwoTensor
 
 from lgnet_fast import BackendError, Inpainter, LGNet, LGNetError, LocalGlobalRefinement, load_engine, ops, optimize
 from lgnet_fast.data.metrics import Metrics, fid_score
@@ -406,6 +409,27 @@ def test_an_engine_is_neither_exported_nor_transformed(quick, inputs):
         torch.vmap(lambda one: engine(one[None], mask)[0])(image)
     with pytest.raises(LGNetError, match="cannot be transformed"):
         torch.func.grad(lambda image: engine(image, mask).sum())(image)
+
+
+def test_an_engine_is_not_run_on_tensors_without_memory_of_their_own(quick, inputs):
+    """A recorded graph would return memory that nothing has written."""
+    engine = optimize(LGNet.from_pretrained(quick), device="cpu")
+    image, mask = inputs
+    with pytest.raises(LGNetError, match="cannot be exported"):
+        make_fx(engine)(image, mask)
+    with FakeTensorMode() as mode:
+        fakes = mode.from_tensor(image), mode.from_tensor(mask)
+    with mode, pytest.raises(LGNetError, match="expected plain tensors, got a FakeTensorMode"):
+        engine(*fakes)
+    with pytest.raises(LGNetError, match="expected plain tensors, got FakeTensor"):
+        engine(*fakes)
+    with pytest.raises(LGNetError, match="expected plain tensors, got TwoTensor"):
+        engine(image, TwoTensor(mask, mask))
+
+    class Named(Tensor):
+        """Without values of its own."""
+
+    assert torch.equal(engine(image.as_subclass(Named), mask), engine(image, mask))
 
 
 # -- scores ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import threading
+
 import pytest
 import torch
 
@@ -42,6 +45,53 @@ def test_kernels_take_no_more_threads_than_granted(monkeypatch):
             assert forks.kernel_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize(
+    ("first", "now", "environment", "expected"),
+    [
+        (4, 4, {}, 4),
+        (4, 1, {}, 1),
+        (4, 3, {}, 3),
+        (4, 1, {"OMP_PROC_BIND": "false"}, 1),
+        (4, 1, {"OMP_PROC_BIND": "close"}, 4),  # this thread is bound, others have processors of their own
+        (4, 1, {"KMP_AFFINITY": "granularity=fine,compact,1,0"}, 4),
+        (1, 1, {}, 4),  # bound before the import
+        (None, None, {}, 4),
+    ],
+)
+def test_kernels_take_no_more_threads_than_processors_that_are_left(first, now, environment, expected, monkeypatch):
+    """Else threads that share a processor wait for each other: ten times the time of one thread."""
+    before = torch.get_num_threads()
+    for name in limits._BINDING:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(limits, "granted", lambda: None)
+    monkeypatch.setattr(limits, "_allowed_first", first)
+    monkeypatch.setattr(limits, "_allowed", lambda: now)
+    try:
+        torch.set_num_threads(4)
+        assert forks.kernel_threads() == expected
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no choice of processors here")
+def test_a_thread_that_is_confined_to_one_processor(monkeypatch):
+    for name in limits._BINDING:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(limits, "_allowed_first", 2)
+    found = []
+
+    def work():
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})  # of this thread
+        found.append(limits.narrowed())
+
+    worker = threading.Thread(target=work)
+    worker.start()
+    worker.join()
+    assert found == [1]
 
 
 @pytest.mark.parametrize(

@@ -406,6 +406,21 @@ print(counter.get_total_flops())
         (lambda a: torch.ops.lgnet.attention_block(*a, "other"), ValueError, "variant: expected one of"),
         (lambda a: torch.ops.lgnet.cosine_attention(a[0].int()), TypeError, "features: expected a floating dtype"),
         (lambda a: torch.ops.lgnet.cosine_attention(a[0][..., :0]), ValueError, "C, H and W of at least 1"),
+        (
+            lambda a: torch.ops.lgnet.cosine_attention(a[0].to_sparse()),
+            TypeError,
+            "features: expected a dense tensor",
+        ),
+        (
+            lambda a: torch.ops.lgnet.attention_block(a[0], a[1].to("meta"), a[2]),
+            ValueError,
+            "weight: expected device cpu as features, got meta",
+        ),
+        (
+            lambda a: torch.ops.lgnet.attention_block(a[0].to("meta"), a[1], a[2], backend="eager"),
+            ValueError,
+            "weight: expected device meta as features, got cpu",
+        ),
         (lambda a: torch.ops.lgnet.merge(a[0], a[0], a[0]), ValueError, r"image: expected \[B, 3, H, W\]"),
     ],
 )

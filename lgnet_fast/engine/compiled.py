@@ -36,10 +36,21 @@ def call(number: int, image: Tensor, mask: Tensor, holes: Sequence[Rect] | None)
     return result
 
 
-def refuse_transforms() -> None:
-    """Raise LGNetError where PyTorch records or transforms the call, because it does not see inside an engine."""
-    if torch.jit.is_tracing():
+def refuse_transforms(*tensors: object) -> None:
+    """Raise LGNetError where PyTorch records or transforms the call, because it does not see inside an engine.
+
+    Args:
+        tensors: arguments of the call; those without values of their own (fake, distributed, functional tensors) are
+            an error too.
+    """
+    if torch.jit.is_tracing() or torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is not None:
         raise LGNetError(_NOT_EXPORTED)
+    faking = torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.FAKE) is not None
+    for tensor in tensors:
+        wraps = isinstance(tensor, Tensor) and type(tensor).__torch_dispatch__ is not Tensor.__torch_dispatch__
+        if faking or wraps:
+            kind = "a FakeTensorMode" if faking else type(tensor).__name__
+            raise LGNetError(f"an engine reads the memory of its arguments: expected plain tensors, got {kind}")
     if torch._C._functorch.peek_interpreter_stack() is not None:
         raise LGNetError("an engine cannot be transformed by torch.func (grad, vmap, ...); transform the model")
 

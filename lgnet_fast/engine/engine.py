@@ -195,7 +195,7 @@ class Engine:
         """
         if torch.compiler.is_compiling() and not return_stages:
             return compiled.call(self._number, image, mask, holes)
-        compiled.refuse_transforms()
+        compiled.refuse_transforms(image, mask)
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)
         if not same_device(image.device, self.device):

@@ -1,8 +1,8 @@
 """The check at the first automatic use of a Triton kernel on a machine: kernel against eager PyTorch, once.
 
-A use is (operator, device, dtype, variant, class of channels, with or without gradient). Its verdict is kept in the
-user's cache folder (:mod:`lgnet_fast.cache`), so that only the first process checks. Nothing is checked during
-tracing or graph capture, where values cannot be read; there the kernel is used unless it has failed before.
+A use is (operator, device, dtype, variant, class of channels, with or without gradient, TF32 or not). Its verdict is
+kept in the user's cache folder (:mod:`lgnet_fast.cache`), so that only the first process checks. Nothing is checked
+during tracing or graph capture, where values cannot be read; there the kernel is used unless it has failed before.
 
 A check is a run of the kernel and two of eager PyTorch, on operands that are cropped to :data:`MOST_FLOPS`, so that
 it takes less than two seconds. Compiling the kernel takes longer; both times are logged.
@@ -58,20 +58,24 @@ class Use(NamedTuple):
     channels: int
     """The power of two for which kernels are compiled; 0 where channels do not matter."""
     gradient: bool
+    tf32: bool = False
+    """Whether the program lets products of float32 be computed in TF32: the kernels are others then."""
 
     @property
     def name(self) -> str:
         """Its name in the cache and in `lgnet-fast info`."""
         variant = f" {self.variant}" if self.variant else ""
         channels = f", up to {self.channels} channels" if self.channels else ""
-        return f"{self.op}{variant}{channels}, {'with' if self.gradient else 'without'} gradient"
+        precision = ", TF32" if self.tf32 else ""
+        return f"{self.op}{variant}{channels}, {'with' if self.gradient else 'without'} gradient{precision}"
 
 
 def use_of(operator: Operator, tensors: tuple[Tensor, ...], variant: str | None, gradient: bool) -> Use:
     """The use to which a call belongs."""
     first = tensors[0]
     channels = max(16, 1 << (first.shape[1] - 1).bit_length()) if operator.by_channels else 0
-    return Use(operator.name, first.device, first.dtype, variant, channels, gradient)
+    tf32 = first.dtype == torch.float32 and tf32_allowed()
+    return Use(operator.name, first.device, first.dtype, variant, channels, gradient, tf32)
 
 
 def reason_against(

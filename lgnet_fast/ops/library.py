@@ -25,7 +25,7 @@ from torch.autograd.function import _SingleLevelFunction
 from .. import forks
 from ..version import __version__
 from .dispatch import record, run
-from .registry import OPERATORS, Operator, label, like, memory_format
+from .registry import OPERATORS, Operator, checked_device, label, like, memory_format
 
 LIBRARY = torch.library.Library("lgnet", "DEF")
 
@@ -247,6 +247,7 @@ def _public(declaration: Operator, inner: _Inner) -> Callable[..., Tensor]:
     count = len(inner.operands)
     defaults = tuple(a.default_value for a in inner.options)
     names = tuple(a.name for a in inner.options)
+    tensors = tuple(a.name for a in inner.operands)
     name, saves = declaration.name, bool(declaration.saves)
 
     def call(*args: Any, backend: str = "auto") -> Tensor:
@@ -254,6 +255,7 @@ def _public(declaration: Operator, inner: _Inner) -> Callable[..., Tensor]:
         operands, options = args[:count], args[count:]
         options += defaults[len(options) :]
         declaration.checks(*operands, *options)
+        checked_device(tensors, operands)
 
         def fused(backend: str, *operands: Tensor) -> Tensor:
             if not saves:

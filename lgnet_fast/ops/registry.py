@@ -8,7 +8,7 @@ files of a new operator.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from types import ModuleType
@@ -114,9 +114,23 @@ def check(condition: bool, argument: str, expected: str, got: object) -> None:
 
 
 def checked_float(argument: str, tensor: Tensor) -> None:
-    """Raise TypeError unless `tensor` has a real floating dtype."""
+    """Raise TypeError unless `tensor` is dense, with a real floating dtype."""
     if not tensor.dtype.is_floating_point:
         raise TypeError(f"{argument}: expected a floating dtype, got {tensor.dtype}")
+    if tensor.layout is not torch.strided:
+        raise TypeError(f"{argument}: expected a dense tensor, got layout {tensor.layout}")
+
+
+def checked_device(arguments: Sequence[str], tensors: Sequence[Tensor]) -> None:
+    """Raise ValueError unless all operands are on the device of the first.
+
+    PyTorch does not always: its convolution of a tensor on the CPU with a weight on "meta" returns memory that
+    nothing has written.
+    """
+    device = tensors[0].device
+    for argument, tensor in zip(arguments, tensors, strict=True):
+        if tensor.device != device:
+            raise ValueError(f"{argument}: expected device {device} as {arguments[0]}, got {tensor.device}")
 
 
 def label(options: Mapping[str, Any]) -> str | None:

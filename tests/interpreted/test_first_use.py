@@ -100,6 +100,22 @@ def test_every_kind_of_use_has_a_check_of_its_own(monkeypatch: pytest.MonkeyPatc
     assert {backend for _, backend in ops.calls()} == {"triton"}
 
 
+def test_kernels_by_tf32_have_a_check_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A program may allow TF32 after the first use; the kernels are compiled anew then."""
+    checks = count_checks(monkeypatch)
+    torch.ops.lgnet.attention_block(*operands())
+    with monkeypatch.context() as patch:
+        patch.setattr(first_use, "tf32_allowed", lambda: True)
+        for _ in range(2):
+            torch.ops.lgnet.attention_block(*operands())
+        assert checks == [2]
+        torch.ops.lgnet.attention_block(*operands(dtype=torch.float16))
+    torch.ops.lgnet.attention_block(*operands(dtype=torch.float16))
+    torch.ops.lgnet.attention_block(*operands())
+    assert checks == [3]
+    assert sum("TF32" in name for name in kept()) == 1
+
+
 def zeros(result: Any) -> Any:
     return tuple(None if r is None else torch.zeros_like(r) for r in result)
 
