@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import sys
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -20,6 +19,7 @@ from .folders import beside, masks_by_suffix, of_mask, pair_mask
 from .journal import World, fingerprint, stamp
 from .options import FillOptions
 from .outputs import distinct, format_for, refuse_unwritable, result_files
+from .streams import opened_mask, read_stream
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 """Characters that are unsafe in terminals and scripts."""
@@ -85,7 +85,7 @@ def _plan(options: FillOptions, world: World) -> list[Item]:
     if source == STANDARD_STREAM and mask == STANDARD_STREAM:
         raise UsageError("mask: the standard input is the picture already")
     if source == STANDARD_STREAM or is_stream(source):
-        return _plan_stream(_read_stream("source", source), options, world)
+        return _plan_stream(read_stream("source", source), options, world)
     shards = _shards_in(source, out)
     if shards or source.is_dir():
         _refuse_one_result(options)
@@ -115,7 +115,7 @@ def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
         raise UsageError(f"mask_suffix: expected a folder as `mask`, or none, got the file {str(mask)!r}")
     base = source if source.is_dir() else source.parent
     mask_folder = base if mask is None else mask if mask.is_dir() else None
-    one_mask = _opened_mask(mask) if mask is not None and mask_folder is None else None
+    one_mask = opened_mask(mask) if mask is not None and mask_folder is None else None
     found, found_masks = _search(options, base, mask_folder)
     pictures, masks = found.pictures, found_masks.pictures
     if not pictures and not found.left_out:
@@ -185,28 +185,12 @@ def _plan_stream(picture: Encoded, options: FillOptions, world: World) -> list[I
     if mask is None or mask.is_dir():
         got = "none" if mask is None else f"the folder {str(mask)!r}"
         raise UsageError(f"mask: expected a mask for the picture of a pipe, got {got}")
-    own = _opened_mask(mask)
+    own = opened_mask(mask)
     named = [(picture, Path(Path(picture.name).name))]
     ((file, pillow_format),) = result_files(named, False, out, options.format, options.names_folder)
     items = [Item(picture, own, file, pillow_format)]
     _refuse_to_overwrite(items, [own] if isinstance(own, Path) else [])
     return world.part(items)
-
-
-def _opened_mask(mask: Path) -> Path | Encoded:
-    return _read_stream("mask", mask) if mask == STANDARD_STREAM or is_stream(mask) else mask
-
-
-def _read_stream(name: str, path: Path) -> Encoded:
-    """The bytes of a pipe. Raises UsageError: a terminal or another device."""
-    if path == STANDARD_STREAM:
-        if sys.stdin is None or sys.stdin.isatty():
-            what = "a closed one" if sys.stdin is None else "a terminal"
-            raise UsageError(f"{name}: expected a picture on the standard input, got {what}")
-        return Encoded("stdin", sys.stdin.buffer.read())
-    if path.is_char_device() or path.is_block_device():
-        raise UsageError(f"{name}: expected a file, a folder or a pipe, got the device {str(path)!r}")
-    return Encoded(str(path), path.read_bytes())
 
 
 def _shards_in(source: Path, out: Path) -> list[Path]:
@@ -226,7 +210,7 @@ def _plan_shards(shards: list[Path], options: FillOptions, world: World) -> list
     base = source if source.is_dir() else source.parent
     found = scan(mask, []) if mask is not None and mask.is_dir() else Found([])
     masks = found.pictures
-    one_mask = _opened_mask(mask) if mask is not None and not mask.is_dir() else None
+    one_mask = opened_mask(mask) if mask is not None and not mask.is_dir() else None
     if mask is not None and mask.is_dir() and not masks:
         raise UsageError(f"mask: no pictures in {str(mask)!r} ({', '.join(EXTENSIONS)})")
     relative = [shard.relative_to(base) for shard in shards]

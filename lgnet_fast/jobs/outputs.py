@@ -14,6 +14,7 @@ from ..errors import UsageError
 from ..pipeline.formats import EXTENSIONS, FORMATS, reason_against_writing
 from ..pipeline.sources import Encoded, format_of
 from ..pipeline.writing import STANDARD_STREAM, is_stream
+from .streams import check_standard
 
 
 def result_files(
@@ -26,9 +27,8 @@ def result_files(
     if out == STANDARD_STREAM or is_stream(out):
         if len(pictures) > 1:
             raise UsageError("out: one stream takes one picture; this one has several masks")
-        if out == STANDARD_STREAM and (sys.stdout is None or sys.stdout.isatty()):
-            what = "a closed one" if sys.stdout is None else "a terminal"
-            raise UsageError(f"out: expected a pipe or a file as standard output, got {what}")
+        if out == STANDARD_STREAM:
+            check_standard("out", sys.stdout, "a pipe or a file as standard output")
         return [(out, format_for(pictures[0][0], format)[1])]
     if out.exists() and not out.is_dir() and (out.suffix.lower() not in EXTENSIONS or from_folder):
         raise UsageError(f"out: expected a folder or a picture's name, got the file {str(out)!r}")
