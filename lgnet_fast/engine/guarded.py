@@ -102,18 +102,19 @@ class Guarded(Executor):
 
     def _step_down(self, failed: CudaExecutor, restricted: bool) -> str | None:
         """Take the next path; return its name, "" where another thread took it already, None where there is none."""
-        if restricted and not self._dense_only:
-            self._dense_only = True
-            return "everything is computed, not the hole alone,"
-        if failed is not self.executor:
-            return ""
-        if isinstance(failed, LibraryExecutor):
-            if not failed.uses_graphs:
-                return None
-            self.executor = failed.without_graphs()
-        elif failed.uses_graphs:
-            self.executor = failed.without_graphs()
-            return TITLES["direct"] + " runs"
-        else:
-            self.executor = LibraryExecutor.taking_over(failed)
-        return TITLES["library"] + " run"
+        with self._lock:
+            if restricted:
+                known, self._dense_only = self._dense_only, True
+                return "" if known else "everything is computed, not the hole alone,"
+            if failed is not self.executor:
+                return ""
+            if isinstance(failed, LibraryExecutor):
+                if not failed.uses_graphs:
+                    return None
+                self.executor = failed.without_graphs()
+            elif failed.uses_graphs:
+                self.executor = failed.without_graphs()
+                return TITLES["direct"] + " runs"
+            else:
+                self.executor = LibraryExecutor.taking_over(failed)
+            return TITLES["library"] + " run"

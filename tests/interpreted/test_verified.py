@@ -441,6 +441,29 @@ def test_other_holes_and_sizes_fall_back_when_they_fail(
     assert other.run(*picture)[0].isfinite().all()
 
 
+def test_threads_whose_restricted_runs_fail_together_keep_the_graph(
+    plan: Plan, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A dense run in the same executor is the next path of both."""
+    executor = Guarded(CudaExecutor.of(plan, torch.float32))
+    image, mask = executor_inputs(plan)
+    expected = executor.run(image, mask)[0]
+    regions = [s.regions for s in plan.restricted([Rect(3, 9, 5, 10)]).steps]
+    executor.run(image, mask, None, regions)
+    original = CudaExecutor._launches
+
+    def only_dense(self: CudaExecutor, memory: Memory, regions: Any, painted: bool) -> Any:
+        if regions is not None:
+            executor._dense_only = True  # another thread has failed just before
+            raise OutOfResources(122880, 101376, "shared memory")
+        return original(self, memory, regions, painted)
+
+    monkeypatch.setattr(CudaExecutor, "_launches", only_dense)
+    assert torch.equal(executor.run(image, mask, None, regions)[0], expected)
+    assert executor.executor.uses_graphs
+    assert not warnings(caplog)
+
+
 def test_the_plan_is_described_with_the_cards_own_peaks(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
     """The table uses the executor's device, and its floor the bytes that the executor stores."""
     executor = Guarded(CudaExecutor.of(plan, HALF))
