@@ -10,6 +10,7 @@ import os
 import signal
 import tarfile
 import time
+import typing
 
 import numpy as np
 import pytest
@@ -18,7 +19,7 @@ from PIL import Image
 
 from lgnet_fast.training import ConfigError, DataError, hole_class
 from lgnet_fast.training.config import DataConfig
-from lgnet_fast.training.crops import crop_box
+from lgnet_fast.training.crops import PROTOCOLS, crop_box
 from lgnet_fast.training.held_out import validation_pairs
 from lgnet_fast.training.loader import PositionSampler, _start_worker, make_loader
 from lgnet_fast.training.memory import MemoryBatches
@@ -377,9 +378,7 @@ def test_files_that_are_left_out_are_told_of(tmp_path):
     write_pictures(tmp_path / "p", 1)
     for name in ("a.psd", "b.psd", "notes.txt"):
         (tmp_path / "p" / name).write_bytes(b"")
-    with pytest.warns(
-        UserWarning, match=r"^2 files of '.*p' are left out, the first: .*a.psd: .* \.psd are not read"
-    ):
+    with pytest.warns(UserWarning, match=r"^2 left out of '.*p', the first: .*a.psd: .* \.psd are not read"):
         assert len(dataset(tmp_path / "p")) == 1
     (tmp_path / "p" / "0.png").unlink()
     with pytest.raises(DataError, match=r"data.pictures: .*, which has none \(.*a.psd: pictures of the format"):
@@ -488,6 +487,88 @@ def test_masks_without_a_hole_are_replaced_and_named(tmp_path):
     }
 
 
+def test_truncated_and_damaged_shards_are_errors(tmp_path):
+    """Cut anywhere before its end: at a file, in a header, in a picture."""
+    with tarfile.open(tmp_path / "whole.tar", "w") as tar:
+        for i in range(3):
+            add(tar, f"{i}.png", np.full((64, 64), i, dtype=np.uint8))
+        end = tar.offset
+    whole = (tmp_path / "whole.tar").read_bytes()
+    assert len(dataset(tmp_path / "whole.tar")) == 3
+    size = end // 3
+    for length in range(100, end + 512, 100):
+        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        with pytest.raises(DataError, match=r"data.pictures: expected an uncompressed tar file, got '.*cut.tar' \("):
+            dataset(tmp_path / "cut.tar")
+    for length in (size, 2 * size, end):
+        (tmp_path / "cut.tar").write_bytes(whole[:length])
+        with pytest.raises(DataError, match=rf"\(truncated at byte {length}\)"):
+            dataset(tmp_path / "cut.tar")
+    (tmp_path / "cut.tar").write_bytes(whole[: 2 * size] + b"x" * 512 + whole[2 * size + 512 :])
+    with pytest.raises(DataError, match=rf"\(damaged at byte {2 * size}\)"):
+        dataset(tmp_path / "cut.tar")
+    (tmp_path / "cut.tar").write_bytes(whole[: end + 512])  # one block of zeros marks the end
+    assert len(dataset(tmp_path / "cut.tar")) == 3
+
+
+def test_names_in_shards(tmp_path):
+    names = [
+        "./a.png",
+        "b/../c.png",
+        "/d.png",
+        "../e.png",
+        "line\nfeed.png",
+        "bad\udcff.png",
+        "F.PNG",
+        60 * "long" + ".png",
+    ]
+    hidden = [".a.png", ".git/b.png", "x/.y/c.png", "__MACOSX/._d.png", ".png"]
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in [*names, *hidden, "note.txt", "noext"]:
+            add(tar, name, np.zeros((9, 9), dtype=np.uint8))
+    source = open_source([str(tmp_path / "a.tar")], "data.pictures")
+    assert [source.name(i) for i in range(len(source))] == [f"{tmp_path / 'a.tar'}/{name}" for name in names]
+    assert {source.picture(i).size for i in range(len(source))} == {(9, 9)}
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_pipes_in_a_folder_are_left_out(tmp_path):
+    """Reading one waits for a writer."""
+    write_pictures(tmp_path / "p", 1)
+    os.mkfifo(tmp_path / "p" / "1.png")
+    with pytest.warns(UserWarning, match=r"^1 left out of '.*p', the first: .*1.png: a pipe or a device"):
+        assert len(dataset(tmp_path / "p")) == 1
+
+
+def test_odd_pictures(tmp_path):
+    """Tiny, long, with 16 or 32 bits, with several frames: each a sample; those that cannot be read are named."""
+    rng = np.random.default_rng(0)
+    Image.new("RGB", (1, 1)).save(tmp_path / "1x1.png")
+    Image.new("RGB", (1, 5000)).save(tmp_path / "1x5000.png")
+    Image.new("L", (20_000, 3)).save(tmp_path / "20000x3.png")
+    Image.fromarray(rng.integers(0, 65536, (90, 80)).astype(np.int32)).save(tmp_path / "levels.tif")
+    Image.new("P", (80, 70)).save(tmp_path / "frames.gif", save_all=True, append_images=[Image.new("P", (80, 70), 1)])
+    broken = {"float.tif": "got F", "cut.jpg": "truncated", "empty.jpg": "no picture", "gone.png": "No such file"}
+    Image.fromarray(rng.random((90, 80)).astype(np.float32)).save(tmp_path / "float.tif")
+    Image.effect_noise((600, 400), 50).save(tmp_path / "cut.jpg")
+    (tmp_path / "cut.jpg").write_bytes((tmp_path / "cut.jpg").read_bytes()[:9000])
+    (tmp_path / "empty.jpg").write_bytes(b"")
+    (tmp_path / "gone.png").symlink_to(tmp_path / "nowhere.png")
+    (tmp_path / "folder.png").mkdir()
+    for protocol in ("photos", "celeba_hq"):
+        data = dataset(tmp_path, protocol=protocol)
+        assert len(data) == 9
+        samples = [data[i] for i in range(9)]
+        assert all(sample.image.shape == (3, 256, 256) and sample.image.abs().max() <= 1 for sample in samples)
+        found = {os.path.basename(name): reason for sample in samples for name, reason in sample.broken}
+        assert found.keys() == broken.keys()
+        assert all(text in found[name] for name, text in broken.items())
+
+
+def test_protocols_of_the_configuration():
+    assert typing.get_args(typing.get_type_hints(DataConfig)["protocol"]) == tuple(PROTOCOLS)
+
+
 def test_hugging_face_dataset(tmp_path):
     datasets = pytest.importorskip("datasets")
     folder = write_pictures(tmp_path / "p", 3, (256, 256))
@@ -521,7 +602,6 @@ def test_hugging_face_dataset(tmp_path):
         ({"pictures": ("EMPTY",)}, DataError, "which has none"),
         ({"pictures": ("SOME",), "masks": "nowhere"}, DataError, "^data.masks: expected a folder of mask pictures"),
         ({"pictures": ("SOME",), "masks": "EMPTY"}, DataError, "^data.masks: expected a folder of mask pictures"),
-        ({"pictures": ("SOME",), "protocol": "squares"}, ConfigError, "data.protocol: expected one of photos"),
     ],
 )
 def test_nothing_to_train_on(tmp_path, options, error, text):

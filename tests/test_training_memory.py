@@ -65,6 +65,18 @@ def test_larger_pictures_come_at_several_scales(tmp_path):
     assert [(h, w) for _, h, w in memory(tmp_path / "p", protocol="places2").places[0]] == [(256, 256)]
 
 
+def test_of_long_pictures_the_middle_is_kept(tmp_path):
+    """Its shorter side is enlarged to the network's: 20,000 x 3 pixels would take 1.3 GB."""
+    (tmp_path / "p").mkdir()
+    levels = np.zeros((2, 100), dtype=np.uint8)
+    levels[:, 34:66] = 200
+    Image.fromarray(levels).save(tmp_path / "p" / "0.png")
+    Image.fromarray(levels.T.copy()).save(tmp_path / "p" / "1.png")
+    kept = memory(tmp_path / "p")
+    assert [[(h, w) for _, h, w in levels] for levels in kept.places] == [[(256, 4096)], [(4096, 256)]]
+    assert kept.pixels.unique().tolist() == [200]
+
+
 def test_the_seed_and_the_position_decide(tmp_path):
     write_pictures(tmp_path / "p", 3, (300, 290))
     kept, again = memory(tmp_path / "p", colour=0.1), memory(tmp_path / "p", colour=0.1)

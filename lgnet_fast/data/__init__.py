@@ -1,1 +1,1 @@
-"""Holes, metrics and tar shards of pictures, for training and evaluation."""
+"""Contents of folders and tar shards; holes and metrics for training and evaluation."""

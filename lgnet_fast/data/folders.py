@@ -13,6 +13,7 @@ from pathlib import Path
 from ..errors import DataError
 from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS, reason_against_reading
 from ..pipeline.notices import warn
+from ..pipeline.writing import is_stream
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ def scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSION
                 continue
             path = Path(parent) / name
             reason = reason_against_reading(EXTENSIONS[suffix]) if suffix in EXTENSIONS else None
+            if reason is None and suffix in suffixes and is_stream(path):
+                reason = "a pipe or a device, which may never end"
             if suffix in suffixes and reason is None:
                 found.pictures.append(path)
             elif suffix in OTHER_EXTENSIONS or reason is not None:
@@ -80,5 +83,5 @@ def all_below(folder: str | Path, expected: str, suffixes: Iterable[str] = EXTEN
         reason = f" ({left_out[0]})" if left_out else ""
         raise DataError(f"{expected}, got {str(folder)!r}, which has none{reason}")
     if left_out:
-        warn(f"{len(left_out)} files of {str(folder)!r} are left out, the first: {left_out[0]}")
+        warn(f"{len(left_out)} left out of {str(folder)!r}, the first: {left_out[0]}")
     return sorted(found.pictures)

@@ -69,9 +69,10 @@ def read_shard(shard: Path) -> Shard:
     """The contents of a shard.
 
     As in webdataset, a key is a file's path up to the first dot of its name. Files of other kinds (captions, labels)
-    and hidden ones are skipped; only the headers are read.
+    and hidden ones, also in hidden folders, are skipped; only the headers are read.
 
-    Raises InvalidImageError: not a plain tar file (compressed ones cannot be read at random), or a damaged one.
+    Raises InvalidImageError: not a plain tar file (compressed ones cannot be read at random), or a damaged or
+    truncated one.
     """
     found: dict[str, tuple[list[Member], list[Member]]] = {}
     others = []
@@ -79,7 +80,8 @@ def read_shard(shard: Path) -> Shard:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
                 path = PurePosixPath(info.name)
-                if not info.isreg() or info.sparse is not None or path.name.startswith("."):
+                hidden = any(part.startswith(".") and part != ".." for part in path.parts)
+                if not info.isreg() or info.sparse is not None or hidden:
                     continue
                 stem, *extensions = path.name.split(".")
                 extension = f".{extensions[-1].lower()}" if extensions else ""
@@ -93,8 +95,19 @@ def read_shard(shard: Path) -> Shard:
                     pictures.append(member)
                 elif extensions[:-1] == [MASK_MARK]:
                     masks.append(member)
+            _check_end(shard, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as cause:
         raise InvalidImageError(f"shard: expected an uncompressed tar file, got {str(shard)!r} ({cause})") from cause
     return Shard(
         [Sample(k, tuple(pictures), tuple(masks)) for k, (pictures, masks) in found.items() if pictures], others
     )
+
+
+def _check_end(shard: Path, offset: int) -> None:
+    """Raise tarfile.ReadError where no block of zeros follows the last file, at `offset`: tarfile takes a damaged or
+    truncated header for the end."""
+    with open(shard, "rb") as file:
+        file.seek(offset)
+        block = file.read(tarfile.BLOCKSIZE)
+    if block != bytes(tarfile.BLOCKSIZE):
+        raise tarfile.ReadError(f"{'damaged' if len(block) == tarfile.BLOCKSIZE else 'truncated'} at byte {offset}")

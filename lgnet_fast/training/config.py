@@ -72,7 +72,8 @@ class DataConfig:
     """Pictures and masks."""
 
     pictures: tuple[str, ...] = ()
-    """Folders (searched with their sub-folders), ``*.tar`` shards, or ``hf:NAME[:SPLIT[:COLUMN]]``."""
+    """Folders of pictures or of ``*.tar`` shards (with their sub-folders, also through links, without hidden ones),
+    shards, or ``hf:NAME[:SPLIT[:COLUMN]]``."""
     exclude: tuple[str, ...] = ()
     """Stems of pictures to leave out, e.g. those of the validation."""
     validation: str | None = None
@@ -99,7 +100,7 @@ class DataConfig:
     mask_bank: int = 4096
     """Number of masks in that bank; each is used in its eight symmetries."""
     colour: float = 0.0
-    """With `in_memory`: gains, contrast, brightness and saturation are changed at random by up to this share."""
+    """Gains, contrast, brightness and saturation are changed at random by up to this share."""
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ from .samples import BANK, BATCH, InpaintingDataset, move_colours, reason_of
 # Further shorter sides at which a picture is kept if it is large enough, as multiples of data.size.
 SCALES = (1.0, 1.125, 1.25, 1.5, 2.0)
 
+_LONGEST = 16  # times the shorter side: what is kept of a longer picture, its middle
 _COLUMNS = 7
 _FEW_MASKS = 64  # for fewer masks a process pool costs more than it saves
 _SHARE = 0.9  # of the free memory that the pictures may take
@@ -104,6 +105,10 @@ class MemoryBatches:
             return [np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.LANCZOS))]
         height, width = picture.shape[:2]
         shorter = min(height, width)
+        # A strip of a few rows would be enlarged to gigabytes.
+        down, across = (max(0, side - _LONGEST * shorter) // 2 for side in (height, width))
+        picture = picture[down : height - down, across : width - across]
+        height, width = picture.shape[:2]
         levels = []
         for scale in SCALES:
             edge = round(size * scale)

@@ -45,12 +45,10 @@ class InpaintingDataset(Dataset[Sample]):
         seed: determines order, crop, mirroring, colours and mask, together with epoch and index.
 
     Raises:
-        DataError: no pictures, no masks. ConfigError: an unknown protocol, a category list that cannot be read.
+        DataError: no pictures, no masks. ConfigError: a category list that cannot be read.
     """
 
     def __init__(self, data: DataConfig, seed: int) -> None:
-        if data.protocol not in PROTOCOLS:
-            raise ConfigError(f"data.protocol: expected one of {', '.join(PROTOCOLS)}, got {data.protocol!r}")
         if not data.pictures:
             raise DataError(f"data.pictures: {PLACES}, got none")
         self.data, self.seed, self.largest = data, seed, PROTOCOLS[data.protocol]

@@ -54,7 +54,8 @@ class FileSource:
 class TarSource:
     """The pictures of uncompressed tar shards in webdataset's layout, read by their offsets.
 
-    ``<key>.mask.<extension>`` is the mask of picture ``<key>.<extension>``.
+    ``<key>.mask.<extension>`` is the mask of picture ``<key>.<extension>``. Of several pictures or masks of one key,
+    the first counts.
 
     Args:
         shards: the files.
@@ -203,7 +204,7 @@ def open_source(places: Sequence[str], setting: str, categories: Sequence[str] |
     sources: list[Source] = []
     seen: set[str] = set()
     for place in places:
-        source = HuggingFaceSource(place, setting) if place.startswith(_HUB) else _files_at(Path(place), setting)
+        source = HuggingFaceSource(place, setting) if place.startswith(_HUB) else _files_at(place, setting)
         if wanted is not None:
             if not isinstance(source, FileSource):
                 raise DataError(f"data.categories: expected folders of pictures to choose from, got {place!r}")
@@ -216,18 +217,19 @@ def open_source(places: Sequence[str], setting: str, categories: Sequence[str] |
     return JoinedSource(sources)
 
 
-def _files_at(path: Path, setting: str) -> FileSource | TarSource:
+def _files_at(place: str, setting: str) -> FileSource | TarSource:
     """The pictures of a folder, of its tar shards, or of a tar shard."""
+    path = Path(place)
     if path.suffix.lower() == _SHARD and not path.is_dir():
         return TarSource([path], setting)
-    files = all_below(path, f"{setting}: {PLACES}", (*EXTENSIONS, _SHARD))
+    files = all_below(place, f"{setting}: {PLACES}", (*EXTENSIONS, _SHARD))
     shards = [file for file in files if file.suffix.lower() == _SHARD]
     if not shards:
         return FileSource(files)
     if len(shards) < len(files):
         picture = next(file for file in files if file.suffix.lower() != _SHARD)
         raise DataError(
-            f"{setting}: expected a folder of pictures or of tar shards, got {str(path)!r} with both: "
+            f"{setting}: expected a folder of pictures or of tar shards, got {place!r} with both: "
             f"{len(files) - len(shards)} pictures ({str(picture)!r}, ...) and {len(shards)} shards "
             f"({str(shards[0])!r}, ...); name the shards, or a folder without them"
         )
