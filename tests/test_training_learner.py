@@ -311,3 +311,26 @@ def test_not_finite_is_skipped_and_counted(pictures, tmp_path):
     assert all(torch.equal(v, after[k]) for k, v in before.items())  # with the running statistics
     assert all(torch.equal(v, trainer.average.state[k]) for k, v in average.items())
     assert all(torch.isfinite(term) for term in trainer.train_step([batch(seed=2)]).values())
+
+
+def test_a_new_loss_scale_is_that_of_all_the_generators_gradients(pictures, tmp_path):
+    """In fp16 the discriminator's step may change the scale, while gradients of the generators have the old one."""
+    from accelerate.optimizer import AcceleratedOptimizer
+
+    batches = [batch(1), batch(1, seed=1)]
+    gradients = []
+    for scaler in (None, torch.amp.GradScaler("cpu", init_scale=1024.0, growth_interval=1)):
+        trainer = Trainer(tiny_config(pictures, tmp_path, optim={"accumulate": 2}))
+        trainer.training_mode()
+        if scaler is not None:
+            step = trainer.learner._optimise
+            step.accelerator.scaler = scaler
+            step.generator_optimizer, step.discriminator_optimizer = (
+                AcceleratedOptimizer(one.optimizer, scaler=scaler) for one in trainer.optimisers
+            )
+        trainer.train_step(batches)
+        gradients.append([p.grad.clone() for p in trainer.network.parameters()])
+        trainer.accelerator.scaler = None
+    assert scaler.get_scale() == 4096  # after two steps
+    for plain, scaled in zip(*gradients, strict=True):
+        assert torch.allclose(plain, scaled, rtol=1e-4, atol=1e-6 * plain.abs().max().item())

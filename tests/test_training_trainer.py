@@ -21,6 +21,7 @@ from lgnet_fast.reference.networks import UNet
 from lgnet_fast.training import DataError, Trainer, TrainingError, load_config
 from lgnet_fast.training.config import config_of
 from lgnet_fast.training.export import write_model
+from lgnet_fast.training.processes import all_equal
 from lgnet_fast.training.samples import InpaintingDataset
 from tests.training_support import (
     TINY,
@@ -321,6 +322,40 @@ def test_a_finished_run_is_left_as_it_is(pictures, tmp_path, capsys, ema):
     write_model(create_model("lgnet_demo", **TINY), run / "model")
     Trainer(config).fit(resume=True)
     assert (run / "model" / "model.safetensors").read_bytes() == before[run / "model" / "model.safetensors"][1]
+
+
+def test_the_last_checkpoint_has_the_best_score(pictures, tmp_path):
+    """Also where the run is validated after its last checkpoint; a longer run would take a worse one for better."""
+    data, run = {"validation": str(pictures)}, {"validation_pictures": 1, "validate_every": 2, "checkpoint_every": 3}
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", data=data, run=run, optim={"steps": 3}))
+    trainer.validate = lambda: {"psnr": 20.0 + trainer.step}
+    trainer.fit()
+    assert trainer.best == 23.0
+    assert trainer.checkpoints.load_latest()["best"] == 23.0
+
+
+def test_a_best_checkpoint_that_cannot_be_written_is_not_the_best(pictures, tmp_path, monkeypatch):
+    data, run = {"validation": str(pictures)}, {"validation_pictures": 1, "validate_every": 2}
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", data=data, run=run))
+    trainer.validate = lambda: {"psnr": 20.0}
+
+    def full(path, state):
+        raise TrainingError(f"checkpoint: {path} cannot be written")
+
+    monkeypatch.setattr("lgnet_fast.training.trainer.save_checkpoint", full)
+    with pytest.raises(TrainingError, match="best.pt cannot be written"):
+        trainer.fit()
+    assert trainer.checkpoints.load_latest()["best"] is None
+
+
+def test_processes_that_see_other_checkpoints_do_not_start(pictures, tmp_path, monkeypatch):
+    config = tiny_config(pictures, tmp_path / "run", optim={"steps": 1})
+    Trainer(config).fit()
+    monkeypatch.setattr("lgnet_fast.training.trainer.all_equal", lambda accelerator, step: step == 0)
+    with pytest.raises(TrainingError, match="^resume: the checkpoint that this process found is of step 1, others"):
+        Trainer(config).fit(resume=True)
+    monkeypatch.setattr("accelerate.utils.gather_object", lambda own: [*own, 2])
+    assert [all_equal(SimpleNamespace(num_processes=n), 1) for n in (1, 2)] == [True, False]
 
 
 def test_a_score_that_is_no_number_is_never_the_best(pictures, tmp_path):

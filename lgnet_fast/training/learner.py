@@ -39,6 +39,8 @@ from .setup import (
 )
 from .steps import Step
 
+_PICTURES_SHOWN = 4
+
 
 class Learner:
     """The networks of a run with their optimisers and losses. It knows neither pictures nor the length of the run.
@@ -194,6 +196,18 @@ class Learner:
                 yield
         finally:
             self.training_mode()
+
+    @torch.no_grad()
+    def shown(self, batch: Mapping[str, Any]) -> Tensor:
+        """Picture, picture with white hole, and every stage side by side, one row per sample: [3, rows * S, columns *
+        S] in [0, 1].
+        """
+        parameter = next(self.network.parameters())
+        image, mask = (batch[key][:_PICTURES_SHOWN].to(parameter) for key in ("image", "mask"))
+        with self.averaged():
+            stages = self.network(image, mask, return_stages=True)
+        columns = torch.cat((image, image * (1 - mask) + mask, *stages.merged), dim=3)
+        return torch.cat(list(columns.float().cpu()), dim=1).add(1).div(2).clamp(0, 1)
 
     def export(self, folder: Path) -> None:
         """Write the model, in the first process; the others wait. Raises TrainingError: it cannot be written."""

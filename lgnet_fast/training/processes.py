@@ -16,6 +16,15 @@ def any_process(accelerator: Any, here: bool) -> bool:
     return float(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum")) > 0
 
 
+def all_equal(accelerator: Any, number: int) -> bool:
+    """Whether `number` is the same in all processes, which must call it together."""
+    if accelerator.num_processes == 1:
+        return True
+    from accelerate.utils import gather_object
+
+    return len(set(gather_object([number]))) == 1
+
+
 def sum_of_processes(accelerator: Any, tensor: Tensor) -> Tensor:
     """The sum of the processes' tensors on the CPU, the same in all of them."""
     if accelerator.num_processes == 1:

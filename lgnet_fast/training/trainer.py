@@ -14,18 +14,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, DataError, LGNetError, TrainingError
+from ..errors import ConfigError, DataError, TrainingError
 from ..pipeline.writing import write_atomically
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
 from ..reference.features import FeaturesFn
+from .batches import Batches
 from .checkpoints import BEST, CheckpointFolder, save_checkpoint
 from .config import TrainConfig
 from .learner import Learner
-from .loader import PositionSampler, make_loader
 from .memory import MemoryBatches
 from .optimisers import learning_rates
-from .processes import any_process
+from .processes import all_equal, any_process
 from .progress import Means, Report, say
 from .resuming import best_score, refuse_other_runs, settings_of, warm_from
 from .samples import InpaintingDataset
@@ -33,8 +33,6 @@ from .schedule import learning_rate_factor
 from .setup import usual_modes
 from .signals import Stop, until_signal
 from .validation import make_validation
-
-_PICTURES_SHOWN = 4
 
 
 class Trainer:
@@ -222,17 +220,23 @@ class Trainer:
         if state is not None:
             self.restore(state)
             del state
-            if self.progress >= 1 and self.learner.is_exported(model):
-                if self.accelerator.is_main_process:
-                    say(f"the run is finished, after step {self.step}; its model is in {model}")
-                return model
+        if not all_equal(self.accelerator, self.step):
+            raise TrainingError(
+                f"resume: the checkpoint that this process found is of step {self.step}, others found one of another "
+                "step; run.directory must be a folder that all processes share"
+            )
+        if resume and self.progress >= 1 and self.learner.is_exported(model):
+            if self.accelerator.is_main_process:
+                say(f"the run is finished, after step {self.step}; its model is in {model}")
+            return model
         self._stop = Stop(self.accelerator)
         with until_signal(self._stop.ask), contextlib.ExitStack() as closing:
             if self.accelerator.is_main_process:
                 self._open_report()
                 closing.callback(self._close_report)
-            batches = self._batches()
-            closing.callback(_end_workers, batches)
+            position, batch_size = self.step * self.config.optim.accumulate, self.config.optim.batch_size
+            batches = Batches(self.memory or self.dataset, position, batch_size, self.accelerator)
+            closing.callback(batches.close)
             self._loop(batches)
             if self._stop.agreed:
                 if self._report is not None:
@@ -241,18 +245,6 @@ class Trainer:
             if self.progress < 1 and self._report is not None:
                 self._report.say(f"this leg ended after step {self.step}; --resume goes on")
         return self.export(model)
-
-    def _batches(self) -> Iterator[dict[str, Any]]:
-        sampler = PositionSampler(
-            self.step * self.config.optim.accumulate,
-            self.config.optim.batch_size,
-            self.accelerator.process_index,
-            self.accelerator.num_processes,
-        )
-        if self.memory is not None:
-            return self.memory.batches(sampler)
-        assert self.dataset is not None
-        return iter(make_loader(self.dataset, sampler, pin=self.accelerator.device.type == "cuda"))
 
     def _open_report(self) -> None:
         text = json.dumps(self.config.as_dict(), indent=2) + "\n"
@@ -270,7 +262,7 @@ class Trainer:
             self._report.close(self.skipped, len(self.broken))
             self._report = None
 
-    def _loop(self, batches: Iterator[dict[str, Any]]) -> None:
+    def _loop(self, batches: Batches) -> None:
         run = self.config.run
         self.training_mode()
         began = time.monotonic() - 60 * self.minutes
@@ -288,7 +280,7 @@ class Trainer:
                 if self.step % run.log_every == 0 and means:
                     self._log(means, rate)
                 if self._report is not None and run.picture_every and self.step % run.picture_every == 0:
-                    self._report.pictures(self.step, self._shown(several[-1]))
+                    self._report.pictures(self.step, self.learner.shown(several[-1]))
                 if self.validation is not None and self.step % run.validate_every == 0:
                     self._validate()
                     validated = self.step
@@ -302,10 +294,10 @@ class Trainer:
             if self._saved != self.step:
                 self._save()
 
-    def _read(self, batches: Iterator[dict[str, Any]]) -> list[dict[str, Any]]:
+    def _read(self, batches: Batches) -> list[dict[str, Any]]:
         """The batches of a step. Where a process cannot read its own, all save a checkpoint, then raise."""
         try:
-            several = [_next(batches) for _ in range(self.config.optim.accumulate)]
+            several = batches.take(self.config.optim.accumulate)
         except Exception:
             any_process(self.accelerator, True)
             self._save_what_is_new()
@@ -379,12 +371,10 @@ class Trainer:
 
     # -- looking at it -------------------------------------------------------------------------------------------
 
-    @contextlib.contextmanager
-    def averaged(self) -> Iterator[None]:
-        """The network as it is exported: in evaluation mode, without autocast, with the weights of the moving average
-        if there is one."""
-        with self.learner.averaged():
-            yield
+    def averaged(self) -> contextlib.AbstractContextManager[None]:
+        """In this context, the network is as it is exported: in evaluation mode, without autocast, with the weights
+        of the moving average if there is one."""
+        return self.learner.averaged()
 
     def validate(self) -> dict[str, float]:
         """Scores of the held-out pictures, see :class:`.validation.ClassValidation` and
@@ -403,21 +393,14 @@ class Trainer:
         if self._report is not None:
             self._report.validation(self.step, scores, best)
         if best:
-            self.best = scores[metric]
-            self._save(best=True)
+            before, self.best = self.best, scores[metric]
+            try:
+                self._save(best=True)
+            except Exception:
+                self.best = before  # best.pt is as it was
+                raise
+            self._saved = -1  # a checkpoint of this step has the score before
             self.export(self.folder / "best_model")
-
-    @torch.no_grad()
-    def _shown(self, batch: dict[str, Any]) -> Tensor:
-        """Picture, picture with white hole, and every stage side by side, one row per sample: [3, rows * S, columns *
-        S] in [0, 1].
-        """
-        parameter = next(self.network.parameters())
-        image, mask = (batch[key][:_PICTURES_SHOWN].to(parameter) for key in ("image", "mask"))
-        with self.averaged():
-            stages = self.network(image, mask, return_stages=True)
-        columns = torch.cat((image, image * (1 - mask) + mask, *stages.merged), dim=3)
-        return torch.cat(list(columns.float().cpu()), dim=1).add(1).div(2).clamp(0, 1)
 
     def export(self, folder: Path) -> Path:
         """Write the network to `folder` for ``LGNet.from_pretrained`` (an X_LG: its state dict, ``network.pt``).
@@ -427,25 +410,6 @@ class Trainer:
         """
         self.learner.export(folder)
         return folder
-
-
-def _next(batches: Iterator[dict[str, Any]]) -> dict[str, Any]:
-    try:
-        return next(batches)
-    except LGNetError as error:
-        # An error of a worker contains its traceback as text; its last line has the type and the message.
-        lines = str(error).strip().splitlines()
-        if len(lines) > 1:
-            raise type(error)(lines[-1].partition(": ")[2]) from None
-        raise
-
-
-def _end_workers(batches: Iterator[dict[str, Any]]) -> None:
-    """End a loader's workers. They ignore SIGTERM, and the traceback of an error keeps the loader: at its exit,
-    Python would wait for them for ever."""
-    end = getattr(batches, "_shutdown_workers", None)
-    if end is not None:
-        end()
 
 
 def train(config: TrainConfig, resume: bool = False) -> Path | None:
