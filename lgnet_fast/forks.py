@@ -50,13 +50,18 @@ def prepare() -> None:
         )
 
 
-def kernel_threads() -> int:
-    """Threads for the C++ kernels: PyTorch's number before :func:`prepare` lowered it, at most the container's, and
-    no more than the processors that this thread has left."""
+def program_threads() -> int:
+    """Threads of this program: PyTorch's number before :func:`prepare` lowered it, at most the container's quota."""
     own = torch.get_num_threads()
     if _forked and _kernel_threads is not None and own == 1:
         own = _kernel_threads
-    return min(own, limits.granted() or own, limits.narrowed() or own)
+    return min(own, limits.granted() or own)
+
+
+def kernel_threads() -> int:
+    """Threads for the C++ kernels: the program's, at most the processors that the calling thread has left."""
+    own = program_threads()
+    return min(own, limits.narrowed() or own)
 
 
 _locks: weakref.WeakSet[Lock] = weakref.WeakSet()

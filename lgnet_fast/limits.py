@@ -66,11 +66,12 @@ def memory(control: Path = _CONTROL, own: Path = _OWN) -> int | None:
 def _groups(controller: str, control: Path, own: Path) -> Iterator[Path]:
     """Folders of this process's groups that may limit `controller`, with all groups above: their limits hold too."""
     try:
-        lines = own.read_text().splitlines()
+        lines = own.read_text(encoding="utf-8", errors="surrogateescape").splitlines()
     except OSError:
         return
     for line in lines:
-        _, controllers, path = line.split(":", 2)
+        _, _, rest = line.partition(":")
+        controllers, _, path = rest.partition(":")
         if controllers and controller not in controllers.split(","):
             continue
         root = control / controller if controllers else control
@@ -87,7 +88,7 @@ def _quota(group: Path) -> float | None:
         try:
             spent = (group / "cpu.cfs_quota_us").read_text().strip()
             period = (group / "cpu.cfs_period_us").read_text().strip()
-        except OSError:
+        except (OSError, ValueError):
             return None
     try:
         microseconds, each = int(spent), int(period)

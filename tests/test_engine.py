@@ -26,6 +26,7 @@ from lgnet_fast import (
     LocalGlobalRefinement,
     WeightsError,
     create_model,
+    limits,
     load_engine,
     native,
     optimize,
@@ -498,6 +499,17 @@ def test_capped_widths_saved_and_loaded(tmp_path):
     assert_same_pixels(fast(image, mask), exact, mask)
     fast.save(tmp_path / "engine")
     assert torch.equal(load_engine(tmp_path / "engine")(image, mask), fast(image, mask))
+
+
+@needs_extension
+def test_a_saved_engine_loads_where_processors_were_taken_away(model, tmp_path, monkeypatch):
+    """Its kernels were chosen for the program's threads; a worker that is confined later has the same engine."""
+    fast = optimize(model)
+    fast.save(tmp_path)
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    expected = fast(image, mask)
+    monkeypatch.setattr(limits, "narrowed", lambda: 1)
+    assert_accurate("confined", load_engine(tmp_path)(image, mask), expected, roundings=2**8)
 
 
 @needs_extension

@@ -32,6 +32,16 @@ def test_processors(tmp_path, own, files, expected):
     assert limits.processors(tmp_path / "control", tmp_path / "own") == expected
 
 
+def test_groups_with_any_name(tmp_path):
+    """A line that does not fit is no reason to fail: every call of a kernel asks for the quota."""
+    write_files(tmp_path, {"control/cpu.max": "300000 100000", "own": ""})
+    (tmp_path / "own").write_bytes(b"damaged\n7:\n0::/gr\xfc\xdfe\n")
+    assert limits.processors(tmp_path / "control", tmp_path / "own") == 3
+    assert limits.memory(tmp_path / "control", tmp_path / "own") is not None
+    (tmp_path / "control" / "cpu.max").write_bytes(b"\xff")
+    assert limits.processors(tmp_path / "control", tmp_path / "own") is None
+
+
 def test_without_control_groups(tmp_path):
     assert limits.processors(tmp_path, tmp_path / "none") is None
 

@@ -26,7 +26,7 @@ def _circumstances(isa: str) -> dict[str, Any]:
 
     return {
         "instruction set": isa,
-        "threads": forks.kernel_threads(),
+        "threads": forks.program_threads(),
         "lgnet_fast": __version__,
         "torch": torch.__version__,
     }
