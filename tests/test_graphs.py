@@ -320,6 +320,21 @@ def test_random_numbers_work_after_a_failed_capture(cuda: FakeCuda, monkeypatch:
     assert (cuda.current, cuda.capturing) == (cuda.user, None)
 
 
+@pytest.mark.parametrize("where", ["fail_begin", "fail_end"])
+def test_an_interrupted_capture_leaves_no_capture_mode(cuda: FakeCuda, where: str) -> None:
+    """A notebook goes on after it."""
+    setattr(cuda, where, KeyboardInterrupt())
+    program = Program(Work(cuda), DEVICE, POOL)
+    with pytest.raises(KeyboardInterrupt):
+        program()
+    assert cuda.current is cuda.user
+    assert cuda.ended_pools == [POOL]
+    assert gc.isenabled()
+    setattr(cuda, where, None)
+    program()
+    assert program.graph is not None
+
+
 def test_a_launch_that_raises_is_ordered_before_what_the_caller_launches_next(cuda: FakeCuda) -> None:
     def launches() -> None:
         raise OutOfResources("shared memory")

@@ -65,10 +65,12 @@ def capture(
                     launches()
                 if spread:
                     _spread(graph)
-            except Exception as error:
+            except BaseException as error:  # an interrupt too: the program, such as a notebook, may go on after it
                 reason = error_text(error)
                 _end_allocations(pool)
                 _end_random_capture(stream)
+                if not isinstance(error, Exception):
+                    raise
                 raise CaptureError(reason) from error
         finally:
             # where the end of the capture raises, torch.cuda.graph leaves its stream current
