@@ -412,8 +412,9 @@ def test_tar_shards_with_their_own_masks(tmp_path):
         assert sample.mask.sum().item() in (60 * 40, 20 * 40)
     with tarfile.open(tmp_path / "1.tar", "w") as tar:
         add(tar, "a.png", picture)
-    with pytest.raises(DataError, match=r"a.png has no <key>.mask"):
-        dataset(tmp_path / "1.tar", masks="paired")[0]
+    text = r"data.masks: expected <key>.mask.* got none for 1 of 3 pictures, the first .*1.tar/a.png"
+    with pytest.raises(DataError, match=text):  # at once, not when a run comes to it
+        dataset(tmp_path, masks="paired")
     (tmp_path / "1.tar").write_bytes(b"nothing")
     with pytest.raises(DataError, match=r"data.pictures: expected an uncompressed tar file, got '.*1.tar'"):
         dataset(tmp_path / "1.tar")
@@ -529,6 +530,19 @@ def test_names_in_shards(tmp_path):
     source = open_source([str(tmp_path / "a.tar")], "data.pictures")
     assert [source.name(i) for i in range(len(source))] == [f"{tmp_path / 'a.tar'}/{name}" for name in names]
     assert {source.picture(i).size for i in range(len(source))} == {(9, 9)}
+
+
+def test_files_that_a_tar_stores_once_under_several_names(tmp_path):
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        add(tar, "a.png", np.full((9, 9), 7, dtype=np.uint8))
+        link = tarfile.TarInfo("b.png")
+        link.type, link.linkname = tarfile.LNKTYPE, "a.png"
+        tar.addfile(link)
+        link.name, link.linkname = "c.png", "missing.png"
+        tar.addfile(link)
+    source = open_source([str(tmp_path / "a.tar")], "data.pictures")
+    assert [source.name(i)[-5:] for i in range(len(source))] == ["a.png", "b.png"]
+    assert np.asarray(source.picture(1)).tolist() == np.asarray(source.picture(0)).tolist()
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import tarfile
 import warnings
 
 import numpy as np
@@ -189,8 +190,11 @@ def test_threads_that_decode_leave_the_filters_of_warnings_alone(tmp_path):
 
 def test_paired_masks_are_refused(tmp_path):
     write_pictures(tmp_path / "p", 1)
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        for name in ("0.png", "0.mask.png"):
+            tar.add(tmp_path / "p" / "0.png", name)
     with pytest.raises(DataError, match="data.in_memory: masks that come with the pictures"):
-        memory(tmp_path / "p", masks="paired")
+        memory(tmp_path / "a.tar", masks="paired")
 
 
 def test_varied_masks_have_many_sizes_and_repeat():

@@ -75,17 +75,23 @@ def read_shard(shard: Path) -> Shard:
     truncated one.
     """
     found: dict[str, tuple[list[Member], list[Member]]] = {}
+    stored: dict[str, tarfile.TarInfo] = {}
     others = []
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
                 path = PurePosixPath(info.name)
                 hidden = any(part.startswith(".") and part != ".." for part in path.parts)
-                if not info.isreg() or info.sparse is not None or hidden:
+                # tar stores a file with several names once, and the other names as hard links to it.
+                data = stored.get(info.linkname) if info.islnk() else info
+                if data is None or not data.isreg() or data.sparse is not None:
+                    continue
+                stored[info.name] = data
+                if hidden:
                     continue
                 stem, *extensions = path.name.split(".")
                 extension = f".{extensions[-1].lower()}" if extensions else ""
-                member = Member(shard, info.name, info.offset_data, info.size)
+                member = Member(shard, info.name, data.offset_data, data.size)
                 if extension in OTHER_EXTENSIONS:
                     others.append(member)
                 if extension not in EXTENSIONS:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from ..data.masks import FINE, VARIED, MaskFolder, fine_mask, generate_mask, hole_levels, resize_mask, varied_mask
+from ..data.shards import Member
 from ..errors import DataError, InvalidMaskError
 from .config import DataConfig
 from .sources import Source
@@ -22,30 +23,33 @@ Broken = list[tuple[str, str]]
 
 
 class HoleSource:
-    """Holes of the configured kind.
+    """Holes of the configured kind, for the pictures of a source.
 
     Raises:
-        DataError: no folder of masks.
+        DataError: no folder of masks, or a picture without a mask where they come with the pictures.
     """
 
-    def __init__(self, data: DataConfig) -> None:
+    def __init__(self, data: DataConfig, source: Source) -> None:
         self.kind, self.classes, self.polarity = data.mask_kind, data.hole_classes, data.mask_polarity
         self.paired = data.masks == "paired"
         try:
             self.folder = None if data.masks in MASKS else MaskFolder(data.masks, polarity=data.mask_polarity)
         except DataError as error:
             raise DataError(f"data.{error}") from error
+        without = [i for i in range(len(source)) if source.mask(i) is None] if self.paired else []
+        if without:
+            raise DataError(
+                "data.masks: expected <key>.mask.<extension> beside each <key>.<extension> in tar shards, got none "
+                f"for {len(without)} of {len(source)} pictures, the first {source.name(without[0])}"
+            )
 
-    def own(self, source: Source, index: int, size: tuple[int, ...]) -> np.ndarray:
-        """The mask of picture `index`, bool [H, W] of its size.
+    def read(self, file: Member, size: tuple[int, ...]) -> np.ndarray:
+        """The mask in a file, bool [H, W] of its picture's `size`.
 
         Raises:
-            DataError: it has none. InvalidMaskError: it cannot be read, or is of another size.
+            InvalidMaskError: it cannot be read, or is of another size.
         """
-        picture = source.mask(index)
-        if picture is None:
-            raise DataError(f"data.masks: {source.name(index)} has no <key>.mask.<extension> beside it")
-        mask = hole_levels(picture, self.polarity)
+        mask = hole_levels(file.open(InvalidMaskError, "mask"), self.polarity)
         if mask.shape != size:
             raise InvalidMaskError(f"mask: expected the picture's size {size}, got {mask.shape}")
         return mask

@@ -53,7 +53,7 @@ class InpaintingDataset(Dataset[Sample]):
             raise DataError(f"data.pictures: {PLACES}, got none")
         self.data, self.seed, self.largest = data, seed, PROTOCOLS[data.protocol]
         self.source = open_source(data.pictures, "data.pictures", data.categories).without(data.exclude)
-        self.masks = HoleSource(data)
+        self.masks = HoleSource(data, self.source)
         self._orders: dict[int, np.ndarray] = {}
         self._cache: dict[int, np.ndarray] = {}
         self._room = _CACHE_BYTES if len(self.source) <= _FEW else 0
@@ -95,8 +95,9 @@ class InpaintingDataset(Dataset[Sample]):
         box = crop_box(picture.shape[0], picture.shape[1], size, self.largest, rng)
         flip = bool(rng.integers(2))
         image = scale(picture, box, size, Image.Resampling.BICUBIC)
-        if self.masks.paired:
-            mask = self.masks.own(self.source, tried, picture.shape[:2])
+        own = self.source.mask(tried) if self.masks.paired else None
+        if own is not None:
+            mask = self.masks.read(own, picture.shape[:2])
             mask = scale(mask.astype(np.uint8) * 255, box, size, Image.Resampling.BOX) > 127
         else:
             mask = self.masks.draw(size, (MASK, self.seed, epoch, index), broken)

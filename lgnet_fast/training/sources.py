@@ -10,7 +10,7 @@ from PIL import Image
 
 from ..data.folders import all_below
 from ..data.shards import Member, samples_in
-from ..errors import ConfigError, DataError, InvalidImageError, InvalidMaskError, LGNetError, MissingExtraError
+from ..errors import ConfigError, DataError, InvalidImageError, LGNetError, MissingExtraError
 from ..pipeline.formats import EXTENSIONS
 from ..pipeline.sources import open_image
 
@@ -23,12 +23,12 @@ _SHARD = ".tar"
 
 class Source(Protocol):
     """Pictures by number. `name(i)`: unique name of picture i; `picture(i)`: the picture, possibly not decoded yet;
-    `mask(i)`: its mask file, or None."""
+    `mask(i)`: the file of the mask that comes with it, or None."""
 
     def __len__(self) -> int: ...
     def name(self, index: int) -> str: ...
     def picture(self, index: int) -> Image.Image: ...
-    def mask(self, index: int) -> Image.Image | None: ...
+    def mask(self, index: int) -> Member | None: ...
 
 
 class FileSource:
@@ -47,7 +47,7 @@ class FileSource:
         # Opened from memory: a file that Pillow opens by path stays open until the picture is decoded.
         return open_image(self.files[index].read_bytes())
 
-    def mask(self, index: int) -> Image.Image | None:
+    def mask(self, index: int) -> Member | None:
         return None
 
 
@@ -84,9 +84,8 @@ class TarSource:
     def picture(self, index: int) -> Image.Image:
         return self.pictures[index].open()
 
-    def mask(self, index: int) -> Image.Image | None:
-        member = self.masks[index]
-        return None if member is None else member.open(InvalidMaskError, "mask")
+    def mask(self, index: int) -> Member | None:
+        return self.masks[index]
 
 
 class HuggingFaceSource:
@@ -145,7 +144,7 @@ class HuggingFaceSource:
         data = stored["bytes"] if stored["bytes"] is not None else Path(stored["path"]).read_bytes()
         return open_image(data)
 
-    def mask(self, index: int) -> Image.Image | None:
+    def mask(self, index: int) -> Member | None:
         return None
 
 
@@ -168,13 +167,15 @@ class JoinedSource:
         source, i = self.places[index]
         return self.sources[source].picture(i)
 
-    def mask(self, index: int) -> Image.Image | None:
+    def mask(self, index: int) -> Member | None:
         source, i = self.places[index]
         return self.sources[source].mask(i)
 
     def without(self, stems: Iterable[str]) -> JoinedSource:
         """All but the pictures of these file stems. Raises DataError: a stem that no picture has, or all pictures."""
         left_out = set(stems)
+        if not left_out:
+            return self
         found = [Path(self.name(i)).stem for i in range(len(self))]
         if missing := left_out.difference(found):
             raise DataError(f"data.exclude: no picture of the name {', '.join(sorted(missing))}")
