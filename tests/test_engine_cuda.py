@@ -304,13 +304,13 @@ class TestOnGpu:
     ) -> None:
         image, mask = inputs()
         expected = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda")).run(image, mask)[0]
-        attend = cuda_executor._attend
+        attend = cuda_executor.attend
 
         def synchronising(*args: Any) -> None:
             attend(*args)
             torch.cuda.current_stream().synchronize()
 
-        monkeypatch.setattr(cuda_executor, "_attend", synchronising)
+        monkeypatch.setattr(cuda_executor, "attend", synchronising)
         executor = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
         with caplog.at_level(logging.INFO, logger="lgnet_fast"):
             for _ in range(2):

@@ -13,35 +13,30 @@ import contextlib
 import functools
 import itertools
 import logging
-import math
-import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .. import forks
 from ..ops.first_use import is_capturing
 from .cpu_tuning import entry_name
+from .cuda_launches import Launch, attend, convolve, ends, ends_by_graphs, run_all
 from .cuda_memory import Memory, least_bytes
-from .cuda_weights import CudaWeights, StepWeights, Tuned, conv_of, event_of, target_of, work_of
+from .cuda_weights import CudaWeights, Tuned, conv_of, event_of, target_of, work_of
 from .deep import group_launch, make_groups
 from .executor import Executor, Regions, Result
-from .graphs import Program, elapsed_ms
+from .graphs import Program
 from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step
 from .recent import Recent
 from .regions import Rect
-from .torch_executor import convolution
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
-    from lgnet_fast.kernels.configs import Inference
-    from lgnet_fast.kernels.conv import Merge
     from lgnet_fast.kernels.conv_configs import Tile
     from lgnet_fast.kernels.deep import DeepGroup
     from lgnet_fast.kernels.hopper import HopperTile
@@ -52,8 +47,6 @@ logger = logging.getLogger("lgnet_fast")
 
 GRAPHS_KEPT = 32
 """Graphs kept per shape, one for each set of rectangles."""
-
-Launch = Callable[[], None]
 
 
 @dataclass(frozen=True)
@@ -288,7 +281,7 @@ class CudaExecutor(Executor):
         key = (kind, painted, None if regions is None else self.holes_of(regions))
 
         def make() -> Program:
-            launches = functools.partial(_run_all, self._launches(memory, regions, painted))
+            launches = functools.partial(run_all, self._launches(memory, regions, painted))
             direct = 0 if regions is None else 1
             return Program(launches, self.device, self._pool, direct, spread=self.overlap == "spread")
 
@@ -351,7 +344,7 @@ class CudaExecutor(Executor):
         return [("paint", paint), *steps]
 
     def _run_step(self, memory: Memory, number: int) -> None:
-        _run_all(self.step_launches(memory, number))
+        run_all(self.step_launches(memory, number))
 
     def precompile(self) -> None:
         """Compile the kernels of a dense run in several processes. A failure is reported by the launch itself."""
@@ -362,7 +355,7 @@ class CudaExecutor(Executor):
 
         own = self._launches(self.memory, None, False)  # first, because some kernels are run once to check them
         with record() as launches:
-            _run_all(own)
+            run_all(own)
 
         def tell(done: int, total: int) -> None:
             if done in (1, total) or done % 10 == 0:
@@ -385,7 +378,7 @@ class CudaExecutor(Executor):
         if isinstance(step, AttentionStep):
             return [] if rects == () else [self._attention(memory, step)]
         if rects is None and self.weights.steps[step.name].plain is not None:
-            return [functools.partial(_convolve, memory, step, self.weights.steps[step.name], merge)]
+            return [functools.partial(convolve, memory, step, self.weights.steps[step.name], merge)]
         return [self._conv_launch(memory, step, rect, merge) for rect in (step.regions if rects is None else rects)]
 
     def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Any) -> Launch:
@@ -422,7 +415,7 @@ class CudaExecutor(Executor):
         shape = (step.out_channels, features.shape[2] * features.shape[3], self.plan.batch)
         stores = [(memory.view(store.view).permute(0, 3, 1, 2), store.activation) for store in step.stores]
         tuned = self.weights.tuned.attention.get(shape)
-        return functools.partial(_attend, features, weights, step.variant, stores, tuned, self.overlap != "none")
+        return functools.partial(attend, features, weights, step.variant, stores, tuned, self.overlap != "none")
 
     # -- running -------------------------------------------------------------------------------------------------
 
@@ -470,7 +463,7 @@ class CudaExecutor(Executor):
         the weights with other calls."""
         memory = Memory(self.plan, self.dtype, self.device)
         memory.take(image, mask, start)
-        _run_all(self._launches(memory, regions, start is not None))
+        run_all(self._launches(memory, regions, start is not None))
         return memory.outputs[0], list(memory.outputs[1:]) if stages else []
 
     def step_times(self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5) -> list[float]:
@@ -484,38 +477,10 @@ class CudaExecutor(Executor):
             for number in range(len(self.plan.steps)):
                 parts.append(self.step_launches(self.memory, number, None if regions is None else regions[number]))
             if self.uses_graphs and self.device.type == "cuda":
-                until = self._until_by_graphs(parts, rounds)
+                until = ends_by_graphs(parts, self.device, self._pool, self.overlap == "spread", rounds)
             else:
-                until = self._until(parts, rounds)
+                until = ends(parts, self.device, rounds)
         return [max(0.0, after - before) for before, after in itertools.pairwise(until)]
-
-    def _until_by_graphs(self, parts: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
-        """Milliseconds from the start to the end of each part, the least of `rounds`."""
-        programs = []
-        for count in range(1, len(parts) + 1):
-            launches = [launch for part in parts[:count] for launch in part]
-            spread = self.overlap == "spread"
-            programs.append(Program(functools.partial(_run_all, launches), self.device, self._pool, spread=spread))
-            programs[-1]()
-        best = [math.inf] * len(parts)
-        for _ in range(rounds):  # in turn, so that a change of the GPU's clocks affects all of them
-            for number, program in enumerate(programs):
-                best[number] = min(
-                    best[number], elapsed_ms(functools.partial(_run_all, [program] * 4), self.device) / 4
-                )
-        return list(itertools.accumulate(best, max))
-
-    def _until(self, parts: Sequence[Sequence[Launch]], rounds: int) -> list[float]:
-        """The same for launches without a graph, waiting for the device after each part."""
-        best = [math.inf] * len(parts)
-        for _ in range(rounds):
-            for number, part in enumerate(parts):
-                begin = time.perf_counter()
-                _run_all(part)
-                if self.device.type == "cuda":
-                    torch.cuda.current_stream(self.device).synchronize()
-                best[number] = min(best[number], 1e3 * (time.perf_counter() - begin))
-        return list(itertools.accumulate(best))
 
 
 def _before_drop(done: torch.cuda.Event | None, program: Program) -> None:
@@ -526,55 +491,3 @@ def _before_drop(done: torch.cuda.Event | None, program: Program) -> None:
 def _let_finish(done: torch.cuda.Event | None, device: torch.device) -> None:
     if done is not None and not is_capturing(device):
         done.synchronize()
-
-
-def _run_all(launches: Sequence[Launch]) -> None:
-    for launch in launches:
-        launch()
-
-
-def _attend(
-    features: Tensor,
-    weights: StepWeights,
-    variant: str,
-    stores: Sequence[tuple[Tensor, str]],
-    tuned: Inference | None,
-    overlap: bool,
-) -> None:
-    """The attention block into every store (tensor, activation)."""
-    from lgnet_fast.kernels.attention_inference import attention_block_inference
-    from lgnet_fast.kernels.configs import override
-
-    for out, activation in stores:
-        with contextlib.nullcontext() if tuned is None else override("inference", tuned):
-            attention_block_inference(
-                features, weights.packed, weights.bias, variant, out=out, activation=activation, overlap=overlap
-            )
-
-
-def _convolve(memory: Memory, step: ConvStep, weights: StepWeights, merge: Merge | None) -> None:
-    """A dense step by PyTorch's own convolution."""
-    assert weights.plain is not None
-    x = memory.view(step.source).permute(0, 3, 1, 2)
-    value = convolution(step.geometry, x, weights.plain, weights.bias.to(x.dtype))
-    if step.residual is not None:
-        value = value + memory.view(step.residual).permute(0, 3, 1, 2)
-    if merge is None:
-        for store in step.stores:
-            out = memory.view(store.view).permute(0, 3, 1, 2)
-            activate_(out.copy_(value), store.activation)
-        return
-    torch.tanh(value.float(), out=merge.raw)
-    merged = merge.image * (1 - merge.mask) + merge.raw * merge.mask
-    if merge.last:
-        merge.merged.copy_(merged)
-    else:
-        merge.merged[..., :3].copy_(merged.permute(0, 2, 3, 1))
-
-
-def activate_(x: Tensor, activation: str) -> None:
-    """Apply a store's activation in place."""
-    if activation == "relu":
-        x.relu_()
-    elif activation == "leaky_relu":
-        F.leaky_relu_(x, 0.2)

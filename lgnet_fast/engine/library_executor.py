@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..reference.attention import attention_block
-from .cuda_executor import CudaExecutor, Launch, activate_
+from .cuda_executor import CudaExecutor
+from .cuda_launches import Launch, activate_
 from .cuda_memory import Memory
 from .cuda_weights import StepWeights
 from .executor import Regions, Result
