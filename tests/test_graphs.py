@@ -6,7 +6,6 @@ import contextlib
 import gc
 import logging
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
@@ -17,7 +16,7 @@ pytest.importorskip("triton")
 from lgnet_fast.kernels import cuda_driver
 
 from lgnet_fast.engine import graphs
-from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda_launches import ends_by_graphs
 from lgnet_fast.engine.cuda_measure import Timer
 from lgnet_fast.engine.graphs import CaptureError, Program, capture
 from lgnet_fast.ops.first_use import is_capturing
@@ -349,8 +348,7 @@ def test_times_are_taken_on_the_measured_gpu(cuda: FakeCuda, monkeypatch: pytest
     monkeypatch.setattr(FakeEvent, "recorded_on", [])
     second = torch.device("cuda", 1)
     assert Timer(second).time([Work(cuda)]) == pytest.approx(2.0)
-    executor = SimpleNamespace(device=second, _pool=POOL, overlap="none")
-    assert CudaExecutor._until_by_graphs(executor, [[Work(cuda)]], 1) == pytest.approx([0.0005])  # type: ignore[arg-type]
+    assert ends_by_graphs([[Work(cuda)]], second, POOL, False, 1) == pytest.approx([0.0005])
     assert set(FakeEvent.recorded_on) == {1}
     assert cuda.device == 0
 
