@@ -314,7 +314,8 @@ def test_choices_are_those_of_the_libraries():
     [
         ("mask_suffix: expected more, or `mask`", "--mask-suffix: expected more, or --mask"),
         ("source, mask, out: too long", "--input, --mask, --output: too long"),
-        ("weights: `nothing` fits", "weights: `nothing` fits"),
+        ("weights: `nothing` fits", "--model: `nothing` fits"),
+        ("folder: `nothing` fits", "folder: `nothing` fits"),
         ("failed", "failed"),
     ],
 )
@@ -339,7 +340,7 @@ def test_bundled_is_the_bundled_model_in_every_command(tmp_path, monkeypatch):
     invoke(*asked, "--model", "bundled")
     assert seen == [None, None, "runs/a", "bundled"]
     for command in ("verify", "tune"):
-        expected = "error: weights: expected config.json and model.safetensors in bundled, missing "
+        expected = "error: --model: expected config.json and model.safetensors in bundled, missing "
         assert invoke(command, "--model", "bundled", "--device", "cpu").stderr.startswith(expected)
 
 
@@ -363,3 +364,19 @@ def test_named_models_on_the_command_line(tmp_path, monkeypatch):
     assert eval_command.models_of(["lr=0.1/model"]) == ["lr=0.1/model"]
     result = invoke("serve", "--model", "a/x", "--model", "b/x")
     assert result.stderr == "error: --model: expected NAME=FOLDER with names that differ, got 'b/x'\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["demo", "-o"], "error: --output: expected a folder, got the file 'taken'\n"),
+        (["bench", "--report-only", "--report"], "error: --report: expected a folder, got the file 'taken'\n"),
+        (["convert", "nowhere"], "error: out: expected a folder, got the file 'taken'\n"),
+    ],
+)
+def test_a_file_in_place_of_the_folder_to_write(tmp_path, monkeypatch, arguments, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken").write_text("kept")
+    result = invoke(*arguments, "taken")
+    assert (result.exit_code, result.stdout, result.stderr) == (2, "", words)
+    assert (tmp_path / "taken").read_text() == "kept"

@@ -220,7 +220,7 @@ def test_turned_photo_comes_out_upright_with_its_metadata(fake, tmp_path):
         (["-i", "a.png", "-m", "empty", "-o", "out/"], "no pictures in 'empty'"),
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", "a.png"], "--report"),
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", "empty"], "got the folder"),
-        (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--device", "cuda:99"], "error: device: cuda:99"),
+        (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--device", "cuda:99"], "error: --device: cuda:99"),
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--strategy", "huge"], "huge"),
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--dilate", "-1"], "--dilate"),
         (["-i", "a.png", "-m", "m.png", "-o", "o.png", "--quality", "0"], "--quality"),

@@ -118,6 +118,28 @@ def test_a_full_standard_output_is_one_line(arguments):
     assert ended.stderr == "error: standard output: [Errno 28] No space left on device\n"
 
 
+@pytest.mark.parametrize(
+    ("variables", "printed"),
+    [
+        ({"PYTHONIOENCODING": "ascii"}, b"PSNR \\u2193 \\udce9\n"),
+        ({"PYTHONIOENCODING": "utf-8"}, b"PSNR \xe2\x86\x93 \\udce9\n"),
+        ({"LC_ALL": "C", "PYTHONCOERCECLOCALE": "0"}, b"PSNR \\u2193 \\udce9\n"),
+    ],
+)
+def test_signs_that_the_terminal_lacks_are_escaped(variables, printed):
+    program = """
+import sys
+import lgnet_fast.counting
+from lgnet_fast.cli import main
+lgnet_fast.counting.render = lambda report: "PSNR \\u2193 \\udce9"
+sys.argv = ["lgnet-fast", "flops"]
+main()
+"""
+    environment = {**os.environ, "PYTHONUTF8": "0", **variables}
+    ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
+    assert (ended.returncode, ended.stdout, ended.stderr) == (0, printed, b"")
+
+
 @pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe has another error there")
 @pytest.mark.parametrize("arguments", [["flops"], ["demo", "-o"]])
 def test_a_reader_that_has_ended_ends_the_command_quietly(tmp_path, arguments):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 from urllib.error import URLError
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from rich.console import Console
 from torch import nn
 from typer.testing import CliRunner
 
@@ -21,13 +23,15 @@ from lgnet_fast.data import metrics as metrics_module
 from lgnet_fast.data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_ratio
 from lgnet_fast.data.metrics import Metrics, fid_score
 from lgnet_fast.errors import MissingExtraError, UsageError, WeightsError
-from lgnet_fast.evaluation import biharmonic, navier_stokes, parse_classes, telea
+from lgnet_fast.evaluation import EvaluationOptions, biharmonic, navier_stokes, parse_classes, telea
+from lgnet_fast.evaluation.frechet import frechet_distance
 from lgnet_fast.evaluation.protocol import FolderMasks, fit_mask, fit_picture
 from lgnet_fast.evaluation.report import Evaluation, Score
+from lgnet_fast.evaluation.scoring import _identity, _plan, _settings
 from lgnet_fast.jobs.journal import World
 from lgnet_fast.pipeline import Inpainter
 
-from .pipeline_support import ConstantFill, box_mask, evaluate, noise, smooth_noise
+from .pipeline_support import BlurFill, ConstantFill, box_mask, evaluate, noise, smooth_noise
 
 PLAIN = ("l1", "psnr", "ssim")
 
@@ -94,6 +98,16 @@ def test_fid_of_known_gaussians():
     assert fid_score(line, 3 * line) == pytest.approx(
         (2 * line.mean()) ** 2 + (2 * spread) ** 2, rel=1e-5
     )  # one dimension: (m1 - m2)^2 + (s1 - s2)^2
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_frechet_distance_of_broken_features_is_not_a_number(bad):
+    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    broken = rows.clone()
+    broken[3, 1] = bad
+    assert np.isnan(frechet_distance(rows, broken))
+    assert np.isnan(frechet_distance(broken, rows))
+    assert frechet_distance(rows, rows) == pytest.approx(0, abs=1e-6)
 
 
 def test_lpips_and_fid_networks_may_be_given():
@@ -488,6 +502,11 @@ def test_the_command_writes_a_table_json_markdown_and_a_sheet(fake, pictures, tm
         (["-i", "pictures", "--baselines", "patchmatch"], "--baselines: expected names of telea, ns"),
         (["-i", "pictures", "--baselines", "ns,telea,ns"], "--baselines: expected each name once, got ns, telea, ns"),
         (["-i", "pictures", "--metrics", "l1,mse"], "--metrics"),
+        (["-i", "pictures", "--metrics", "l1, psnr,l1"], "--metrics: expected each name once, got l1, psnr, l1"),
+        (["-i", "pictures", "--metrics", "l1", "--fid", "a.pth"], "--fid: expected fid among the --metrics, got l1"),
+        (["-i", "pictures", "--suite", "--fid", "a.pth"], "--fid: expected fid among the --metrics, got l1, psnr, "),
+        (["-i", "pictures", "--model", "bundled", "--model", "bundled"], "--model: expected each method once, or"),
+        (["-i", "pictures", "--model", "a/x", "--model", "a/x"], "titles of their own, got a/x, a/x, Telea, Navier"),
         (["-i", "pictures", "--lpips", "nowhere.pth"], "--lpips: expected a file of weights, got 'nowhere.pth'"),
         (["-i", "pictures", "--fid", "empty"], "--fid: expected a file of weights, got 'empty'"),
         (["-i", "pictures", "--invert-mask"], "--invert-mask: expected --masks"),
@@ -510,13 +529,14 @@ def test_errors_are_one_line_with_exit_code_2(pictures, tmp_path, monkeypatch, a
     (tmp_path / "torn" / "config.json").write_text("{")
     (tmp_path / "torn" / "model.safetensors").write_bytes(b"\0" * 20)
     Image.fromarray(np.full((64, 64), 255, np.uint8)).save(tmp_path / "one" / "0.png")
+    (tmp_path / "a.pth").write_bytes(b"torn")
     result = _evaluate("-o", "out", *arguments)
     assert result.exit_code == 2, result.output
     assert words in result.stderr
     assert "Traceback" not in result.output
     assert result.stderr.lstrip().startswith("error: ")  # rich before 14.3 begins with an empty line
     assert result.stderr.strip().count("\n") == 0
-    assert not list(tmp_path.glob("out/evaluation.*"))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["models", "baselines", "metrics"])
@@ -546,3 +566,106 @@ def test_the_best_of_each_class_is_bold_and_missing_values_are_not_compared():
     lines = Evaluation(scores, metrics=("l1", "psnr", "ssim", "fid")).markdown().splitlines()
     assert lines[2] == "| 10-20% | a | 3 | **1.00** | 30.00 | **0.9000** | n/a |"
     assert lines[3] == "| 10-20% | b | 3 | 2.00 | **31.00** | **0.9000** | **5.00** |"
+
+
+def test_pictures_without_any_difference_are_the_best_and_valid_json(tmp_path):
+    """A flat picture that is filled exactly: its PSNR is infinite, which JSON cannot hold."""
+    Image.new("RGB", (64, 64), (191, 191, 191)).save(tmp_path / "flat.png")  # (0.5 + 1) * 127.5
+    pipes = {"exact": Inpainter(ConstantFill(0.5, 0.5, 0.5)), "dark": Inpainter(ConstantFill(0, 0, 0))}
+    options = {"models": pipes, "size": 64, "classes": "1,2", "baselines": []}
+    result = evaluate(tmp_path, metrics=("l1", "psnr", "ssim"), **options)
+    (tmp_path / "out").mkdir()
+    result.write(tmp_path / "out")
+
+    def refuse(text):
+        raise AssertionError(text)
+
+    written = json.loads((tmp_path / "out" / "evaluation.json").read_text(), parse_constant=refuse)
+    by_title = {score["method"]: score for score in written["scores"] if score["hole_class"] == "all"}
+    assert (by_title["exact"]["l1"], by_title["exact"]["psnr"]) == (0, None)
+    assert 10 < by_title["dark"]["psnr"] < 30
+    lines = (tmp_path / "out" / "evaluation.md").read_text().splitlines()
+    shown = {line.split("|")[2].strip(): line.split("|")[5].strip() for line in lines if line.startswith("| all")}
+    assert shown == {"exact": "**∞**", "dark": f"{by_title['dark']['psnr']:.2f}"}
+    missing = Evaluation([Score("a", "all", 1, l1=0.0)], metrics=("l1", "psnr"), missing={"psnr": "no time"})
+    assert missing.markdown().splitlines()[2] == "| all | a | 1 | 0.00 | n/a |"
+
+
+def test_figures_stay_whole_in_a_narrow_terminal():
+    table = Evaluation([Score("a method", "10-20%", 1234, l1=12.25, psnr=29.75)], metrics=("l1", "psnr")).table()
+    console = Console(width=34)
+    with console.capture() as captured:
+        console.print(table)
+    rows = [line.split("│") for line in captured.get().splitlines() if line.startswith("│")]
+    columns = ["".join(cells).replace(" ", "") for cells in list(zip(*rows))[3:6]]
+    assert columns == ["1234", "12.25", "29.75"]
+
+
+def test_a_picture_with_the_name_of_the_sheet_is_not_replaced(fake, tmp_path):
+    Image.fromarray(noise(64, 64)).save(tmp_path / "evaluation.png")
+    before = (tmp_path / "evaluation.png").read_bytes()
+    for rows in (0, 2):
+        result = _evaluate("-i", tmp_path / "evaluation.png", "-o", tmp_path, "--sheet-rows", rows)
+        assert result.exit_code == 2
+        assert result.stderr.startswith("error: --output: expected another folder than that of the picture")
+    assert (tmp_path / "evaluation.png").read_bytes() == before
+
+
+def test_titles_are_cells_of_the_markdown_table():
+    (line,) = Evaluation([Score("a|b\nc", "all", 3, l1=1.0)], metrics=("l1",)).markdown().splitlines()[2:3]
+    assert line == r"| all | a\|b c | 3 | 1.00 |"
+
+
+def test_a_sheet_of_an_earlier_evaluation_never_stays(fake, pictures, tmp_path):
+    arguments = ["-i", pictures, "-o", tmp_path / "out", "--classes", "1", "--size", 64, "--metrics", "l1"]
+    first = _evaluate(*arguments, "--baselines", "none")
+    assert "evaluation.md, evaluation.png" in first.stderr
+    assert (tmp_path / "out" / "evaluation.png").is_file()
+    again = _evaluate(*arguments, "--baselines", " ns , telea", "--sheet-rows", 0)
+    assert again.exit_code == 0, again.output
+    assert "evaluation.png" not in again.stderr
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "evaluation.md"]
+
+
+def test_another_device_or_network_is_another_evaluation(fake, pictures, tmp_path, monkeypatch):
+    """What an interrupted one has measured is not mixed with results of another dtype, or of another LPIPS."""
+    options = EvaluationOptions(pictures, out=tmp_path / "out")
+    one = _identity(options, _settings(options, _plan(options).holes))
+    for changed in ({"device": "cuda"}, {"dtype": "float64"}, {"backend": "eager"}, {"seed": 1}, {"sheet_rows": 1}):
+        other = replace(options, **changed)
+        assert _identity(other, _settings(other, _plan(other).holes)) != one, changed
+    (tmp_path / "vgg.npz").write_bytes(b"x")
+    monkeypatch.setenv("LGNET_FAST_LPIPS", str(tmp_path / "vgg.npz"))
+    assert _identity(options, _settings(options, _plan(options).holes)) != one
+
+
+def test_ctrl_c_says_that_the_same_command_goes_on(fake, pictures, tmp_path, monkeypatch):
+    forward = BlurFill.forward
+
+    def pressed(self, *arguments, **options):
+        if len(self.seen) == 2:
+            raise KeyboardInterrupt
+        return forward(self, *arguments, **options)
+
+    arguments = ["-i", pictures, "-o", tmp_path / "out", "--classes", "1", "--size", 64, "--metrics", "l1"]
+    with monkeypatch.context() as patch:
+        patch.setattr(BlurFill, "forward", pressed)
+        stopped = _evaluate(*arguments)
+    assert (stopped.exit_code, stopped.stdout) == (130, "")
+    assert stopped.stderr.strip() == "interrupted: the same command goes on from here"
+    assert not list((tmp_path / "out").glob("evaluation.*"))
+    assert _evaluate(*arguments).exit_code == 0
+    assert len(fake.seen) == 5
+
+
+def test_a_table_in_a_file_has_room_for_its_columns(fake, pictures, tmp_path, monkeypatch):
+    arguments = ["--suite", "--size", 64, "--classes", "box", "--sheet-rows", 0]
+    widest = {}
+    for columns in (None, "50"):
+        monkeypatch.delenv("COLUMNS", raising=False)
+        if columns is not None:
+            monkeypatch.setenv("COLUMNS", columns)
+        result = _evaluate("-i", pictures, "-o", tmp_path / "out", *arguments)
+        widest[columns] = max(map(len, result.stdout.splitlines()))
+    assert 80 < widest[None] <= 120
+    assert widest["50"] <= 50

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import sys
+from io import TextIOWrapper
 from typing import TYPE_CHECKING
 
 from ..lazy import attach
@@ -19,6 +21,7 @@ __all__ = ["app", "main"]
 def main() -> None:
     """The console script: runs the command of `sys.argv` and ends the process with its exit code."""
     interrupts.listen()
+    _print_any_text()
     try:
         from .commands import app
 
@@ -35,6 +38,13 @@ def main() -> None:
         sys.exit(2)
     finally:
         _drop_unwritable_output()
+
+
+def _print_any_text() -> None:
+    """Signs that the terminal lacks, and names that are not UTF-8, are printed escaped, not an error."""
+    out = sys.stdout
+    if isinstance(out, TextIOWrapper) and (out.errors == "strict" or codecs.lookup(out.encoding).name != "utf-8"):
+        out.reconfigure(errors="backslashreplace")
 
 
 def _drop_unwritable_output() -> None:

@@ -36,8 +36,12 @@ def one_line_errors(command: Any) -> Iterator[None]:
 
 
 def options_of(command: Any) -> dict[str, str]:
-    """{parameter: its option}, such as {"source": "--input"}, of click's object of a command; without arguments."""
-    return {one.name: max(one.opts, key=len) for one in command.params if one.param_type_name == "option"}
+    """{parameter: its option}, such as {"source": "--input"}, of click's object of a command; without arguments.
+
+    Errors about "weights" are about the option --model, where there is one.
+    """
+    options = {one.name: max(one.opts, key=len) for one in command.params if one.param_type_name == "option"}
+    return options | ({"weights": "--model"} if "--model" in options.values() else {})
 
 
 def spelt(text: str, options: dict[str, str]) -> str:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from ..errors import UsageError
 from .models import model_of
 
 
@@ -38,6 +39,12 @@ def folder(text: str | Path) -> Path:
     return path(text)
 
 
+def refuse_file(name: str, out: Path | None) -> None:
+    """Raise UsageError where the folder to write, of the parameter `name`, is a file."""
+    if out is not None and out.exists() and not out.is_dir():
+        raise UsageError(f"{name}: expected a folder, got the file {str(out)!r}")
+
+
 def height_and_width(size: str) -> tuple[int, int]:
     """Height and width of --size."""
     found = re.fullmatch(r"(\d+)x(\d+)", size.strip().lower())
@@ -52,7 +59,7 @@ def _model(text: str) -> str | None:
 
 Model = Annotated[str | None, typer.Option(parser=_model, help="A model folder or hub id; default: the bundled one.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda, cuda:1, ...")]
-Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")]
+Dtype = Annotated[str, typer.Option(help="auto, float32, float16, bfloat16, float64.")]
 Backend = Annotated[str, typer.Option(help="auto, eager, triton, cpp.")]
 Size = Annotated[str, typer.Option(help="HxW, multiples of 256.")]
 Batch = Annotated[int, typer.Option(min=1, help="Pictures a batch.")]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -32,12 +33,18 @@ def show(
         draw(render(value))
 
 
-def draw(table: Any, width: int | None = None) -> None:
-    """Print one of rich's tables; `width` in columns, None: of the terminal. Raises OutputError."""
+def draw(table: Any, width: int | None = None, piped: int | None = None) -> None:
+    """Print one of rich's tables. Raises OutputError.
+
+    `width` in columns; None: of the terminal or COLUMNS, else, in a file or a pipe, `piped`; None: 80.
+    """
     from rich.console import Console
 
+    console = Console(width=width)
+    if piped is not None and not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = piped
     with _written():
-        Console(width=width).print(table)
+        console.print(table)
 
 
 @contextmanager

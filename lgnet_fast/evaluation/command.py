@@ -11,7 +11,7 @@ from rich.table import Table
 
 from ..jobs.fill import shown_text
 from ..jobs.journal import World
-from .options import EvaluationOptions
+from .options import SHEET, EvaluationOptions
 from .scoring import evaluate
 
 
@@ -34,7 +34,12 @@ def run(options: EvaluationOptions, draw: Callable[[Table], Any]) -> int:
                 console.print(f"failed: {shown_text(error)}")
             progress.update(task, completed=done, total=total)
 
-        result = evaluate(options, world, tell)
+        try:
+            result = evaluate(options, world, tell)
+        except KeyboardInterrupt:
+            if options.folder is not None and world.rank == 0:
+                console.print("interrupted: the same command goes on from here")
+            raise
     if result is None:
         return 0
     if result.scores:
@@ -42,6 +47,6 @@ def run(options: EvaluationOptions, draw: Callable[[Table], Any]) -> int:
     for note in result.notes():
         console.print(f"warning: {note}")
     if options.folder is not None:
-        sheet = ", evaluation.png" if options.rows else ""
-        console.print(f"written: {options.folder / 'evaluation.json'}, evaluation.md{sheet}")
+        sheet = f", {SHEET}" if (options.folder / SHEET).is_file() else ""
+        console.print(f"written: {shown_text(str(options.folder / 'evaluation.json'))}, evaluation.md{sheet}")
     return 1 if result.failures or result.died or not result.scores else 0

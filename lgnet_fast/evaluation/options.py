@@ -15,6 +15,9 @@ from ..pipeline import Inpainter
 from .baselines import BASELINES
 from .suite import SUITE_METRICS
 
+SHEET = "evaluation.png"
+"""Name of the contact sheet in `out`."""
+
 SMALLEST = 16
 """Smallest side of a picture in pixels: SSIM's window needs 11."""
 
@@ -97,11 +100,16 @@ class EvaluationOptions:
         bad = [name for name in self.metric_names if name not in names]
         if bad or not self.metric_names:
             raise UsageError(f"metrics: expected names of {', '.join(names)}, got {', '.join(bad) or 'none'}")
+        if len(set(self.metric_names)) < len(self.metric_names):
+            raise UsageError(f"metrics: expected each name once, got {', '.join(self.metric_names)}")
         if self.seed < 0:
             raise UsageError(f"seed: expected 0 or more, got {self.seed}")
         titles = self.titles
         if not titles or len(set(titles)) != len(titles):
-            raise UsageError(f"models: expected methods with titles of their own, got {', '.join(titles) or 'none'}")
+            raise UsageError(
+                "models: expected each method once, or models with titles of their own, got "
+                + (", ".join(titles) or "none")
+            )
         if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"out: expected a folder, got the file {str(self.folder)!r}")
         read = [path.resolve() for path in (self.source, self.mask_folder) if path is not None]
@@ -110,6 +118,11 @@ class EvaluationOptions:
                 "out: expected another folder than that of the pictures or masks, where the next evaluation would "
                 f"read evaluation.png, got {str(self.folder)!r}"
             )
+        if self.folder is not None and self.source.resolve() == (self.folder / SHEET).resolve():
+            raise UsageError(
+                f"out: expected another folder than that of the picture, which {SHEET} would replace, got "
+                f"{str(self.folder)!r}"
+            )
         self._check_files()
         self._check_masks()
 
@@ -117,6 +130,8 @@ class EvaluationOptions:
         for name, file in (("lpips", self.lpips), ("fid", self.fid)):
             if isinstance(file, (str, os.PathLike)) and not Path(file).is_file():
                 raise UsageError(f"{name}: expected a file of weights, got {os.fspath(file)!r}, which is none")
+            if file is not None and name not in self.metric_names:
+                raise UsageError(f"{name}: expected {name} among the `metrics`, got {', '.join(self.metric_names)}")
 
     def _check_masks(self) -> None:
         """Options that would have no effect are mistakes."""
@@ -170,15 +185,20 @@ class EvaluationOptions:
     @property
     def named(self) -> dict[str, Model]:
         """Models by title: their folders' names, or what was given where two have the same."""
+        return dict(self._with_titles)
+
+    @property
+    def _with_titles(self) -> list[tuple[str, Model]]:
         if isinstance(self.models, Mapping):
-            return dict(self.models)
-        short = ["bundled" if model is None else Path(model).name for model in self.models]
-        return {
-            name if short.count(name) == 1 or model is None else os.fspath(model): model
+            return list(self.models.items())
+        short = ["bundled" if model is None else Path(model).name or str(model) for model in self.models]
+        return [
+            (name if short.count(name) == 1 or model is None else os.fspath(model), model)
             for name, model in zip(short, self.models)
-        }
+        ]
 
     @property
     def titles(self) -> list[str]:
         """Titles of all methods, networks first."""
-        return [*self.named, *(BASELINES[name][0] for name in self.baseline_names if name in BASELINES)]
+        models = [title for title, _ in self._with_titles]
+        return models + [BASELINES[name][0] for name in self.baseline_names if name in BASELINES]

@@ -30,9 +30,9 @@ class Score:
     """Scores of one method on one hole-ratio class: means over `pictures` pictures (FID: of their sets).
 
     `hole_class`: a class of hole ratios, or a kind of the suite. `l1` in percent, `psnr` in dB. None: not measured,
-    or (PSNR) not finite. Only with the suite: `sharp`, the median of the fill's gradient energy in the hole relative
-    to the truth; `sharp_all`, the ratio of the sums; `hole_l1`, `hole_psnr`, of the hole instead of the whole
-    picture.
+    or (PSNR) infinite, where a picture has no difference. Only with the suite: `sharp`, the median of the fill's
+    gradient energy in the hole relative to the truth; `sharp_all`, the ratio of the sums; `hole_l1`, `hole_psnr`, of
+    the hole instead of the whole picture.
     """
 
     method: str
@@ -85,7 +85,8 @@ class Evaluation:
         for label, rows in self._classes():
             for row, cells in rows:
                 shown = [f"**{text}**" if best else text for text, best in cells]
-                lines.append("| " + " | ".join([label, row.method, str(row.pictures), *shown]) + " |")
+                method = " ".join(row.method.replace("|", r"\|").split())
+                lines.append("| " + " | ".join([label, method, str(row.pictures), *shown]) + " |")
         legend = [self.legend] if self.legend else []
         notes = "".join(f"\n- {note}" for note in legend + self.notes())
         return "\n".join(lines) + "\n" + (notes + "\n" if notes else "")
@@ -96,7 +97,7 @@ class Evaluation:
         for head in ("holes", "method"):
             table.add_column(head, no_wrap=True)
         for head in ("pictures", *(f"{TITLES[name]} {_arrow(name)}" for name in self.metrics)):
-            table.add_column(head, justify="right")
+            table.add_column(head, justify="right", overflow="fold")  # figures stay whole in a narrow terminal
         for label, rows in self._classes():
             for position, (row, cells) in enumerate(rows):
                 shown = [f"[bold]{text}[/bold]" if best else text for text, best in cells]
@@ -129,16 +130,21 @@ class Evaluation:
             for row in rows:
                 cells = []
                 for name in self.metrics:
-                    value = getattr(row, name)
-                    others = [getattr(one, name) for one in rows if getattr(one, name) is not None]
+                    value = self._value(row, name)
+                    others = [other for one in rows if (other := self._value(one, name)) is not None]
                     best = (
                         len(rows) > 1
                         and value is not None
                         and loss(name, value) == min(loss(name, one) for one in others)
                     )
-                    cells.append(("n/a" if value is None else f"{value:.{DIGITS[name]}f}", best))
+                    cells.append(("n/a" if value is None else _shown(name, value), best))
                 shown.append((row, cells))
             yield label, shown
+
+    def _value(self, score: Score, name: str) -> float | None:
+        """A metric of a score, an infinite PSNR too, which is None in the score."""
+        value: float | None = getattr(score, name)
+        return math.inf if name == "psnr" and value is None and name not in self.missing else value
 
 
 def finite(value: float | None) -> float | None:
@@ -183,6 +189,10 @@ def loss(name: str, value: float) -> float:
     if name == "sharp":
         return abs(value - 1)
     return -value if name in _HIGHER_IS_BETTER else value
+
+
+def _shown(name: str, value: float) -> str:
+    return "∞" if math.isinf(value) else f"{value:.{DIGITS[name]}f}"
 
 
 def _arrow(name: str) -> str:

@@ -15,14 +15,14 @@ import numpy as np
 import torch
 
 from ..data.masks import SUITE_KINDS
-from ..data.metrics import Metrics, fid_score
+from ..data.metrics import LPIPS_VARIABLE, Metrics, fid_score
 from ..errors import BackendError, JobError, LGNetError, MissingExtraError, UsageError, WeightsError
 from ..jobs.journal import FOLDER, Journal, World, fingerprint, model_stamp, stamp
 from ..pipeline import Inpainter
 from ..pipeline.writing import write_atomically
 from ..version import __version__
 from .baselines import BASELINES
-from .options import SMALLEST, EvaluationOptions, Model
+from .options import SHEET, SMALLEST, EvaluationOptions, Model
 from .protocol import (
     FolderMasks,
     GeneratedMasks,
@@ -63,11 +63,11 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
     if options.folder is None and world.size > 1:
         raise UsageError("out: several processes need a folder that they share")
     settings = _settings(options, plan.holes)
-    journal = None
-    if options.folder is not None:
-        journal = Journal(options.folder / FOLDER / f"eval-{_identity(options, settings)}", world)
+    identity = None if options.folder is None else _identity(options, settings)
+    methods = _methods(options, world)  # before anything is written
+    journal = None if options.folder is None else Journal(options.folder / FOLDER / f"eval-{identity}", world)
     try:
-        job = _Job(plan, options, _methods(options, world), journal)
+        job = _Job(plan, options, methods, journal)
         records = _run(job, world, tell or (lambda done, total, error: None))
         died: list[int] = []
         if journal is not None:
@@ -149,6 +149,7 @@ def _settings(options: EvaluationOptions, holes: Holes) -> dict[str, Any]:
         "baselines": list(options.baseline_names),
         "paper_compat": options.paper_compat,
         "metrics": list(options.metric_names),
+        "device": options.device,
         "dtype": options.dtype,
         "backend": options.backend,
     }
@@ -241,7 +242,7 @@ class _Job:
         return np.load(file) if file.is_file() else None
 
     def write_sheet(self, out: Path, records: list[dict[str, Any]]) -> None:
-        """Write ``evaluation.png``, atomically."""
+        """Write ``evaluation.png``, atomically; one of an earlier evaluation never stays."""
         good = [
             record
             for record in sorted(records, key=lambda record: (record["index"], record["class"]))
@@ -258,7 +259,9 @@ class _Job:
         if rows:
             encoded = io.BytesIO()
             contact_sheet(["original", "masked", *self.methods], rows).save(encoded, format="PNG")
-            write_atomically(out / "evaluation.png", encoded.getvalue())
+            write_atomically(out / SHEET, encoded.getvalue())
+        else:
+            (out / SHEET).unlink(missing_ok=True)
 
     def _measure(self, record: dict[str, Any]) -> None:
         """Add to the record: "hole_ratio", the measured "class" of the mask, "scores" by method, and "measured"."""
@@ -376,7 +379,8 @@ def _identity(options: EvaluationOptions, settings: dict[str, Any]) -> str:
         if value is not None and not isinstance(value, (str, os.PathLike)):
             raise UsageError(f"{name}: expected a path where `out` is given, got {type(value).__name__}")
     weights = {title: model_stamp(model) for title, model in named.items() if not isinstance(model, Inpainter)}
-    files = (options.lpips, options.fid)
+    lpips = os.environ.get(LPIPS_VARIABLE) or None if options.lpips is None else options.lpips
+    files = (lpips, options.fid)
     backbones = [None if file is None else [str(file), stamp(Path(str(file)))] for file in files]
     return fingerprint(settings, weights, backbones, options.rows, __version__)
 

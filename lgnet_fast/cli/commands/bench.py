@@ -9,6 +9,7 @@ import typer
 
 from ..application import command
 from ..checkout import from_checkout
+from ..options import refuse_file
 from ..output import say
 
 
@@ -28,6 +29,7 @@ def bench(
     """
     if report_only and (report is None or store):
         raise typer.BadParameter("needs --report, and excludes --store", param_hint="--report-only")
+    refuse_file("report", report)
     suite = from_checkout("bench.report")
     own = None if report is None else report / "results"
     code = 0 if report_only else suite.run_suite(own, store)

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from ..application import command
-from ..options import folder, path
+from ..options import folder, path, refuse_file
 from ..output import say
 
 
@@ -43,6 +43,7 @@ def convert(
 
     from ...reference import LGNet
 
+    refuse_file("out", out)
     model = LGNet.from_released(source, epoch=epoch, variant=variant.value)
     model.save_pretrained(out, dtype=None if dtype is None else getattr(torch, dtype.value))
     parameters = sum(p.numel() for p in model.parameters())

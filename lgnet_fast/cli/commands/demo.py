@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from ..application import command
-from ..options import folder
+from ..options import folder, refuse_file
 from ..output import say
 
 
@@ -22,6 +22,7 @@ def demo(
     from ...demo import run_demo
     from ...pipeline import Inpainter
 
+    refuse_file("out", out)
     pipe = Inpainter.from_pretrained(None)
     say(f"ready after {pipe.warmup():.2f} s of warm-up")
     for item in run_demo(out, pipe):

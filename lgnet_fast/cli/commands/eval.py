@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -113,8 +114,8 @@ def evaluate(
         seed=seed,
         mask_kind=mask_kind.value,
         suite=suite,
-        baselines=None if baselines is None else [] if baselines in ("", "none") else baselines.split(","),
-        metrics=None if metrics is None else metrics.split(","),
+        baselines=None if baselines is None else [] if baselines in ("", "none") else names_in(baselines),
+        metrics=None if metrics is None else names_in(metrics),
         paper_compat=paper_compat,
         pair_by_name=pair_by_name,
         invert_mask=invert_mask,
@@ -126,7 +127,12 @@ def evaluate(
         dtype=dtype,
         backend=backend,
     )
-    raise typer.Exit(run(options, draw))
+    raise typer.Exit(run(options, partial(draw, piped=120)))
+
+
+def names_in(text: str) -> list[str]:
+    """Names between commas."""
+    return [name.strip() for name in text.split(",")]
 
 
 def models_of(texts: list[str]) -> dict[str, str | None] | list[str | None]:

@@ -8,7 +8,7 @@ import typer
 
 from ..application import command
 from ..errors import wrong_values
-from ..options import Batch, Device, Dtype, Json, Model, Size, height_and_width
+from ..options import Batch, Device, Json, Model, Size, height_and_width
 from ..output import show
 
 
@@ -22,7 +22,7 @@ def tune(
     size: Size = "256x256",
     batch: Batch = 1,
     device: Device = "auto",
-    dtype: Dtype = "auto",
+    dtype: Annotated[str, typer.Option(help="auto, float32, float16, bfloat16.")] = "auto",
     training: Annotated[
         bool,
         typer.Option(
