@@ -358,3 +358,19 @@ def test_capturing_is_noticed(cuda: FakeCuda) -> None:
     cuda.capturing = FakeGraph(cuda)
     assert is_capturing(DEVICE)
     assert not is_capturing(torch.device("cpu"))
+
+
+def test_cached_memory_is_returned_between_captures(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
+    emptied: list[tuple[bool, int | None]] = []
+
+    def empty_cache() -> None:
+        emptied.append((graphs._CAPTURE_LOCK.locked(), cuda.device))
+        if len(emptied) > 1:
+            raise RuntimeError("captures_underway.empty() INTERNAL ASSERT FAILED")  # of another library's capture
+
+    monkeypatch.setattr(torch.cuda, "empty_cache", empty_cache)
+    for _ in range(2):
+        graphs.free_cached(torch.device("cuda", 1))
+    graphs.free_cached(torch.device("cpu"))
+    assert emptied == [(True, 1), (True, 1)]
+    assert (cuda.device, graphs._CAPTURE_LOCK.locked()) == (0, False)
