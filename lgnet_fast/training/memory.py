@@ -127,7 +127,8 @@ class MemoryBatches:
         several = workers > 1 and count >= _FEW_MASKS and "fork" in multiprocessing.get_all_start_methods()
         pool: Any = nullcontext()
         with warnings.catch_warnings():
-            # Python 3.12 warns of forks in processes with threads; these children only run numpy's integer code.
+            # Python 3.12 warns of forks in processes with threads; these children run numpy's integer code, or decode
+            # masks.
             warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
             if several:
                 pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
