@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-lowest test-arm test-all examples docs wheel \
+.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-lowest test-arm test-sanitized test-all examples docs wheel \
 	bench plots evaluation aot compare-kernels cubin gpu lint format clean
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
 	@echo "make test-lowest  the tests with the lowest version of each dependency (a second PyTorch, of gigabytes on Linux)"
 	@echo "make test-arm  the C++ kernels cross-compiled for 64-bit Arm, under an emulator (speed is not measured)"
+	@echo "make test-sanitized  the C++ kernels with the compiler's checks of memory, undefined behaviour and threads (minutes)"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make examples  run the scripts of examples/ (a minute)"
 	@echo "make docs   build the documentation into site/, strictly; it needs no network to be read"
@@ -112,6 +113,10 @@ test-lowest: $(BIN)/python
 # Needs a cross-compiler and an emulator; says which packages are missing.
 test-arm:
 	$(PYTHON) tests/native/run.py --arm
+
+# Needs a compiler with its sanitizers, GCC or Clang.
+test-sanitized:
+	$(PYTHON) tests/native/run.py --sanitized
 
 test-all: $(VENV)/.extras $(VENV)/.wheel
 	$(PYTEST) -m "not gpu and not page"

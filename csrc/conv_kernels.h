@@ -547,11 +547,11 @@ struct Conv {
       for (int64_t i = 0; i < out.target_count; ++i) {
         const Target& target = out.targets[i];
         const int64_t at = pixel * target.pixel + c;
-        const Reg value = activate(x, target.activation);
+        const Reg result = activate(x, target.activation);
         if (target.bf16) {
-          store_to(target, static_cast<bf16*>(target.data) + at, value, some);
+          store_to(target, static_cast<bf16*>(target.data) + at, result, some);
         } else {
-          store_to(target, static_cast<float*>(target.data) + at, value, some);
+          store_to(target, static_cast<float*>(target.data) + at, result, some);
         }
       }
     }

@@ -16,7 +16,7 @@ struct CpuBit {
   int reg, bit;
 };
 constexpr int kEax = 0, kEbx = 1, kEcx = 2, kEdx = 3;
-constexpr CpuBit kFma{1, 0, kEcx, 12}, kAvx2{7, 0, kEbx, 5}, kBmi2{7, 0, kEbx, 8};
+constexpr CpuBit kFma{1, 0, kEcx, 12}, kF16c{1, 0, kEcx, 29}, kAvx2{7, 0, kEbx, 5}, kBmi2{7, 0, kEbx, 8};
 constexpr CpuBit kAvx512f{7, 0, kEbx, 16}, kAvx512dq{7, 0, kEbx, 17}, kAvx512bw{7, 0, kEbx, 30};
 constexpr CpuBit kAvx512vl{7, 0, kEbx, 31}, kAvx512Bf16{7, 1, kEax, 5};
 constexpr CpuBit kAmxBf16{7, 0, kEdx, 22}, kAmxTile{7, 0, kEdx, 24};

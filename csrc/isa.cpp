@@ -13,16 +13,17 @@ struct Entry {
   const Kernels* kernels;
 };
 
+// Never destroyed: threads that the process does not wait for look at it until the end.
 const std::vector<Entry>& entries() {
-  static const std::vector<Entry> list = [] {
-    std::vector<Entry> found;
+  static const auto* const list = [] {
+    auto* found = new std::vector<Entry>;
 #define LGNET_ROW(name, runs_here) \
-  if (runs_here) found.push_back({#name, &name::kernels()});
+  if (runs_here) found->push_back({#name, &name::kernels()});
 #include "isa.inc"
 #undef LGNET_ROW
     return found;
   }();
-  return list;
+  return *list;
 }
 
 std::atomic<const Entry*>& chosen() {

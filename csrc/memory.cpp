@@ -31,6 +31,7 @@ char* allocate(int64_t bytes) {
 
 void Pages::Free::operator()(char* p) const {
 #if defined(__linux__)
+  allow(p, p + bytes);
   munmap(p, static_cast<size_t>(bytes));
 #else
   delete[] p;
@@ -40,6 +41,7 @@ void Pages::Free::operator()(char* p) const {
 Pages::Pages(int64_t bytes) : bytes_(bytes), storage_(allocate(bytes + kLargePage), Free{bytes + kLargePage}) {
   const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(storage_.get()));
   data_ = storage_.get() + (round_up(address, kLargePage) - address);
+  forbid(data_ + bytes, storage_.get() + bytes + kLargePage);
   advise_large_pages(reinterpret_cast<uintptr_t>(data_), static_cast<uint64_t>(bytes));
 }
 

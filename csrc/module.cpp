@@ -4,6 +4,7 @@
 #include <pybind11/stl.h>
 
 #include "attention.h"
+#include "gil.h"
 #include "isa.h"
 #include "merge_concat.h"
 #include "parallel.h"
@@ -14,7 +15,7 @@ namespace py = pybind11;
 PYBIND11_MODULE(_C, m) {
   lgnet::watch_forks();
   m.doc() = "Fused CPU kernels of lgnet_fast; called through lgnet_fast.ops.cpu and lgnet_fast.engine";
-  using NoGil = py::call_guard<py::gil_scoped_release>;
+  using NoGil = py::call_guard<lgnet::ReleasedGil>;
   m.def("attention_forward", &lgnet::attention_forward, NoGil());
   m.def("attention_backward", &lgnet::attention_backward, NoGil());
   m.def("merge_forward", &lgnet::merge_forward, NoGil());

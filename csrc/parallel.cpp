@@ -2,7 +2,7 @@
 #include "parallel.h"
 
 #include <atomic>
-#include <system_error>
+#include <exception>
 #include <thread>
 #include <vector>
 
@@ -67,6 +67,8 @@ struct alignas(64) Share {
 struct Region {
   const std::function<void(int64_t, int64_t)>* body;
   std::vector<Share> shares;
+  std::atomic<bool> failed{false};
+  std::exception_ptr error;  // of the first task that threw
 };
 
 // A thread first takes the share that it had last, if that is free, and so becomes the same worker. A share is the
@@ -79,14 +81,31 @@ void run_worker(void* data) {
   size_t worker = seat % workers;
   while (region.shares[worker].taken.exchange(true, std::memory_order_relaxed)) worker = (worker + 1) % workers;
   seat = worker;
-  for (size_t i = 0; i < workers; ++i) {
-    Share& share = region.shares[(worker + i) % workers];
-    for (;;) {
-      const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
-      if (task >= share.end) break;
-      (*region.body)(task, static_cast<int64_t>(worker));
+  // An exception that left a thread's first function, or passed the runtime's own, would end the process.
+  try {
+    for (size_t i = 0; i < workers; ++i) {
+      Share& share = region.shares[(worker + i) % workers];
+      for (;;) {
+        const int64_t task = share.next.fetch_add(1, std::memory_order_relaxed);
+        if (task >= share.end) break;
+        (*region.body)(task, static_cast<int64_t>(worker));
+      }
     }
+  } catch (...) {
+    if (!region.failed.exchange(true)) region.error = std::current_exception();
   }
+}
+
+void run_on_threads(int64_t threads, Region& region) {
+  std::vector<std::thread> pool;
+  try {
+    pool.reserve(static_cast<size_t>(threads - 1));  // else a thread could be lost where the vector cannot grow
+    for (int64_t i = 1; i < threads; ++i) pool.emplace_back(run_worker, &region);
+  } catch (const std::exception&) {
+    // No more threads, or no memory for one; the started ones and this one do all tasks.
+  }
+  run_worker(&region);
+  for (std::thread& thread : pool) thread.join();
 }
 
 }  // namespace
@@ -115,7 +134,7 @@ void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64
     for (int64_t task = 0; task < tasks; ++task) body(task, 0);
     return;
   }
-  Region region{&body, std::vector<Share>(static_cast<size_t>(threads))};
+  Region region{&body, std::vector<Share>(static_cast<size_t>(threads)), {}, {}};
   for (int64_t i = 0; i < threads; ++i) {
     region.shares[static_cast<size_t>(i)].next.store(tasks * i / threads, std::memory_order_relaxed);
     region.shares[static_cast<size_t>(i)].end = tasks * (i + 1) / threads;
@@ -123,16 +142,11 @@ void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64
   const GompParallel parallel = gomp_parallel();
   // After fork(), libgomp would wait forever for worker threads that exist in the parent only.
   if (parallel && !g_forked.load(std::memory_order_relaxed)) {
-    return parallel(run_worker, &region, static_cast<unsigned>(threads), 0);
+    parallel(run_worker, &region, static_cast<unsigned>(threads), 0);
+  } else {
+    run_on_threads(threads, region);
   }
-  std::vector<std::thread> pool;
-  try {
-    for (int64_t i = 1; i < threads; ++i) pool.emplace_back(run_worker, &region);
-  } catch (const std::system_error&) {
-    // No more threads can be started; the started ones and this one do all tasks.
-  }
-  run_worker(&region);
-  for (std::thread& thread : pool) thread.join();
+  if (region.error) std::rethrow_exception(region.error);
 }
 
 std::string parallel_backend() {

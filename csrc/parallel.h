@@ -15,8 +15,8 @@ namespace lgnet {
 
 // Calls body(task, worker) for every task in [0, tasks), worker in [0, threads). Each worker has an equal part of the
 // tasks, the same in every call. After it, the worker takes tasks of the others, one at a time, which balances uneven
-// tasks and busy cores. A worker runs its tasks one after another and may use scratch indexed by worker. The body
-// must not throw. With one thread or one task no thread is started.
+// tasks and busy cores. A worker runs its tasks one after another and may use scratch indexed by worker. The first
+// exception of the body is thrown here, when no task runs any more. With one thread or one task no thread is started.
 void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64_t task, int64_t worker)>& body);
 
 // Where the threads come from: "openmp (<path of the runtime>)" or "threads".

@@ -3,6 +3,7 @@
 
 #include <pybind11/stl.h>
 
+#include "gil.h"
 #include "memory.h"
 #include "program.h"
 
@@ -80,15 +81,15 @@ void bind_program(py::module_& m) {
   bind_steps(m);
   py::class_<Program>(m, "Program")
       .def(py::init<int64_t, int64_t, int64_t, int64_t, int64_t, std::vector<AnyStep>>())
-      .def("run", &Program::run, py::call_guard<py::gil_scoped_release>())
+      .def("run", &Program::run, py::call_guard<ReleasedGil>())
       .def("workspace_bytes", &Program::workspace_bytes);
   m.def("packing", &packing, py::arg("products"),
         "(lanes, panel, pair, depth, parts) of the instruction set in use; zeros where it has no such products");
   m.def("multiplies_by_tiles", &multiplies_by_tiles, "Whether the instruction set in use has matrix tiles of bf16");
   m.def("multiply_adds", &multiply_adds, py::arg("bf16"), py::arg("rounds"), py::arg("threads"),
-        py::call_guard<py::gil_scoped_release>(), "Work of known size that no memory slows; returns its amount");
+        py::call_guard<ReleasedGil>(), "Work of known size that no memory slows; returns its amount");
   m.def("advise_large_pages", &advise_large_pages, py::arg("address"), py::arg("bytes"));
-  m.def("release_free_memory", &release_free_memory, py::call_guard<py::gil_scoped_release>());
+  m.def("release_free_memory", &release_free_memory, py::call_guard<ReleasedGil>());
 }
 
 }  // namespace lgnet

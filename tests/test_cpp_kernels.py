@@ -447,6 +447,28 @@ def test_merge_past_the_caches(offset):
     assert storage[offset + out.numel() :].isnan().all()
 
 
+@pytest.mark.once
+def test_elements_further_apart_than_int32_counts(isa):
+    try:
+        storage = torch.empty(2**32, dtype=torch.float16)  # few of its pages are ever touched
+    except RuntimeError:
+        pytest.skip("no 8 GB of address space")
+
+    def apart(tensor, batch, channel):
+        shape, strides = tensor.shape, (batch, channel, tensor.shape[3], 1)
+        return storage.view(tensor.dtype).as_strided(shape, strides).copy_(tensor)
+
+    image, output, mask = merge_inputs((1, 8, 40), torch.float16)
+    expected = cpu_merge.merge_concat_forward(image, output, mask)
+    assert torch.equal(cpu_merge.merge_concat_forward(apart(image, 0, 2**30 + 8), output, mask), expected)
+    out = apart(torch.zeros_like(expected), 0, 2**30)
+    assert torch.equal(cpu_merge.merge_concat_forward(image, output, mask, out=out), expected)
+    features = make((3, 4, 6, 9))[0]
+    far = apart(features, 2**30 - 1000, 54)
+    for got, want in zip(cpu.attention_forward(far, "released"), cpu.attention_forward(features, "released")):
+        assert torch.equal(got, want)
+
+
 def test_errors_name_argument_expected_and_got():
     features, weight, bias, _ = make((1, 8, 4, 4))
     with pytest.raises(ValueError, match=r"weight: expected shape \[1, 1, 8, 16\], got \[1, 1, 8, 8\]"):
@@ -539,6 +561,24 @@ def test_after_fork(loaded):
         assert cpu.attention_forward(features, "released")[0].isfinite().all()
     """
     subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], timeout=60, check=True)
+
+
+@pytest.mark.once
+def test_a_daemon_thread_in_a_kernel_does_not_abort_the_end_of_the_process():
+    code = """
+        import threading, torch
+        from lgnet_fast.ops.cpu import attention as cpu
+        features, started = torch.randn(1, 64, 32, 32), threading.Event()
+        def work():
+            while True:
+                cpu.attention_forward(features, "released")
+                started.set()
+        threading.Thread(target=work, daemon=True).start()
+        started.wait()
+        print("done")
+    """
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
 @pytest.mark.once

@@ -1,24 +1,30 @@
 // Every kernel of one instruction set against the portable kernels and against double precision, without Python: for
 // cross-compiled builds under an emulator, and for any other. Linked with csrc/*.cpp except the bindings.
 //
-//   check_kernels [NAME]      NAME: an instruction set (default: the last that this processor runs)
-//   check_kernels list        prints the names
+//   check_kernels [NAME [RANDOM]]  NAME: an instruction set (default: the last that this processor runs); RANDOM:
+//                                  how many convolutions of made-up shapes (default: 60)
+//   check_kernels list             prints the names
 //
 // The rule is that of tests/support.py: an error of at most twice the portable kernel's in the same element type,
 // plus a few roundings of the output's scale. Exits with 1 where a check failed.
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdio>
 #include <cstring>
 #include <limits>
+#include <optional>
 #include <random>
+#include <stdexcept>
 #include <string>
+#include <thread>
 #include <vector>
 
 #include "../../csrc/attention.h"
 #include "../../csrc/half.h"
 #include "../../csrc/isa.h"
 #include "../../csrc/merge_concat.h"
+#include "../../csrc/parallel.h"
 #include "../../csrc/program.h"
 
 using namespace lgnet;
@@ -29,6 +35,7 @@ using Values = std::vector<double>;
 
 std::string g_isa;
 int g_checks = 0, g_failed = 0;
+int g_random = 60;  // convolutions of made-up shapes
 
 double epsilon(DType dtype) {
   switch (dtype) {
@@ -434,15 +441,38 @@ struct Layer {
     return out;
   }
 
+  // The source with NaN wherever no region reads.
+  Values read_by(const std::vector<Region>& regions) const {
+    const Shape& s = shape;
+    Values some(source.size(), std::numeric_limits<double>::quiet_NaN());
+    for (const Region& region : regions) {
+      for (int64_t b = 0; b < s.batch; ++b) {
+        if (region.sample >= 0 && region.sample != b) continue;
+        for (int64_t y = region.read.top; y < region.read.bottom; ++y) {
+          const int64_t first = ((b * s.height + y) * s.width + region.read.left) * s.channels;
+          std::copy_n(source.begin() + first, (region.read.right - region.read.left) * s.channels,
+                      some.begin() + first);
+        }
+      }
+    }
+    return some;
+  }
+
   // maps: whether the source, the residual and the target are bf16.
   struct Maps {
     bool source, residual, target;
   };
-  Values by_kernels(bool bf16, int64_t threads, Maps maps = {false, false, false}) const;
+  Values by_kernels(bool bf16, int64_t threads, Maps maps = {false, false, false},
+                    const std::vector<Region>& regions = {}, int64_t chunk = 0) const;
 };
 
-// One job: a group of all taps from one start (Winograd), or of one tap from each start (direct).
-Values Layer::by_kernels(bool bf16, int64_t threads, Maps maps) const {
+// What no region computes.
+constexpr float kUntouched = 12345.0f;
+
+// One job: a group of all taps from one start (Winograd), or of one tap from each start (direct). With regions, what
+// none of them reads is NaN in the source, and what none of them computes is kUntouched in the result.
+Values Layer::by_kernels(bool bf16, int64_t threads, Maps maps, const std::vector<Region>& regions,
+                         int64_t chunk) const {
   const Shape& s = shape;
   const ConvKernels& kernels = bf16 ? current_kernels().conv.bf16 : current_kernels().conv.f32;
   const int64_t padded = round_up(s.channels, kernels.pair);
@@ -496,9 +526,10 @@ Values Layer::by_kernels(bool bf16, int64_t threads, Maps maps) const {
   step.reflect = s.reflect;
   step.in_step = s.step;
   step.tile = s.tile;
+  step.chunk = chunk;
   step.jobs.push_back({0, 0, {group}});
-  const Rect everywhere{0, out_height(), 0, out_width()};
-  step.regions.push_back({everywhere, {0, s.height, 0, s.width}, -1});
+  step.regions = regions;
+  if (regions.empty()) step.regions.push_back({{0, out_height(), 0, out_width()}, {0, s.height, 0, s.width}, -1});
 
   Memory memory;
   memory.arena = Pages(4 * (residual_at + round_up(out_pixels * s.outputs, 16)));
@@ -507,7 +538,9 @@ Values Layer::by_kernels(bool bf16, int64_t threads, Maps maps) const {
   const auto put = [&](Map map, int64_t at, size_t count) {
     std::memcpy(run.arena(at), map.data(), count * static_cast<size_t>(map.half.empty() ? 4 : 2));
   };
-  put(Map(maps.source, source), 0, source.size());
+  put(Map(maps.source, regions.empty() ? source : read_by(regions)), 0, source.size());
+  put(Map(maps.target, Values(static_cast<size_t>(out_pixels * s.outputs), kUntouched)), out_at,
+      static_cast<size_t>(out_pixels * s.outputs));
   if (s.residual) put(Map(maps.residual, residual), residual_at, residual.size());
   run_step(step, step.regions, run);
   Map out(maps.target, static_cast<size_t>(out_pixels * s.outputs));
@@ -566,6 +599,99 @@ void check_convolutions() {
   if (current_kernels().conv.f32.stream_bytes < 4 * large.height * large.width * large.outputs) {
     check_maps("large convolution", Layer(large), false);
     if (current_kernels().conv.bf16.product) check_maps("large convolution bf16", Layer(large), true);
+  }
+}
+
+// Rows or columns [low, high) that outputs [first, last) read.
+void reads(const Shape& s, int64_t kernel, int64_t size, int64_t first, int64_t last, int64_t& low, int64_t& high) {
+  low = size, high = 0;
+  for (int64_t out = first; out < last; ++out) {
+    for (int64_t tap = 0; tap < kernel; ++tap) {
+      int64_t i = out * s.step + tap - kernel / 2;
+      if (s.reflect) i = reflected(i, size);
+      if (i < 0 || i >= size) continue;
+      low = std::min(low, i);
+      high = std::max(high, i + 1);
+    }
+  }
+}
+
+// Convolutions of made-up shapes, whole or of some regions, in any number of threads and chunks.
+void check_random_convolutions() {
+  std::mt19937 engine(11);
+  const auto below = [&](int64_t n) { return static_cast<int64_t>(engine() % static_cast<uint64_t>(n)); };
+  for (int number = 0; number < g_random; ++number) {
+    Shape s{1 + below(3), 1 + below(30), 1 + below(30), 1 + below(40), 1 + below(40), 1, 1, 1, 1,
+            false,        below(2) == 1};
+    s.tile = int64_t{1} << below(3);
+    const int64_t taps = s.tile == 1 ? 7 : 3;
+    s.ky = 1 + below(taps), s.kx = 1 + below(taps);
+    if (s.tile == 1) s.step = 1 + below(2);
+    s.reflect = below(3) == 0 && s.ky / 2 < s.height && s.kx / 2 < s.width;
+    // Outputs whose taps all lie in the padding would need a region that reads nothing.
+    if (s.tile > 1 && s.ky * s.kx == 1) s.kx = 2;
+    while (s.batch * s.height * s.width * s.ky * s.kx * s.channels * s.outputs > 2000000) {
+      s.height = (s.height + 1) / 2, s.channels = (s.channels + 1) / 2;
+    }
+    s.reflect = s.reflect && s.ky / 2 < s.height;
+    const Layer layer(s);
+    const int64_t height = layer.out_height(), width = layer.out_width();
+    std::vector<Region> regions;
+    const bool each = below(2) == 1;
+    for (int64_t count = below(4); count > 0; --count) {
+      Region region{};
+      region.sample = each ? below(s.batch) : -1;
+      Rect& out = region.out;
+      out.top = below(height), out.bottom = out.top + 1 + below(height - out.top);
+      out.left = below(width), out.right = out.left + 1 + below(width - out.left);
+      reads(s, s.ky, s.height, out.top, out.bottom, region.read.top, region.read.bottom);
+      reads(s, s.kx, s.width, out.left, out.right, region.read.left, region.read.right);
+      // No output is computed twice: the engine's regions are joined, or cut.
+      const bool apart = std::all_of(regions.begin(), regions.end(), [&](const Region& r) {
+        return r.sample != region.sample || r.out.bottom <= out.top || out.bottom <= r.out.top ||
+               r.out.right <= out.left || out.right <= r.out.left;
+      });
+      if (apart) regions.push_back(region);
+    }
+    const int64_t threads = 1 + below(4), chunk = below(3) - 1 + (below(4) == 0 ? below(40) : 0);
+    const auto computed = [&](size_t i) {
+      const int64_t pixel = static_cast<int64_t>(i) / s.outputs, x = pixel % width, y = pixel / width % height;
+      return regions.empty() || std::any_of(regions.begin(), regions.end(), [&](const Region& r) {
+               return (r.sample < 0 || r.sample == pixel / width / height) && y >= r.out.top && y < r.out.bottom &&
+                      x >= r.out.left && x < r.out.right;
+             });
+    };
+    const auto compare = [&](const std::string& name, Values actual, Values exact, Values plain, double slack) {
+      double scale = 1;
+      size_t touched = 0;
+      for (size_t i = 0; i < exact.size(); ++i) {
+        scale = std::max(scale, std::fabs(exact[i]));
+        if (computed(i)) continue;
+        touched += actual[i] != kUntouched;
+        actual[i] = exact[i] = plain[i] = 0;
+      }
+      expect(name + " outside", touched == 0, std::to_string(touched) + " changed");
+      accurate(name, actual, exact, plain, DType::float32, 4, slack * scale);
+    };
+    const std::string name =
+        "random convolution " + std::to_string(number) + ": " +
+        shape_string({s.batch, s.height, s.width, s.channels}) + " to " + std::to_string(s.outputs) + " taps " +
+        std::to_string(s.ky) + "x" + std::to_string(s.kx) + " step " + std::to_string(s.step) + " tile " +
+        std::to_string(s.tile) + (s.reflect ? " reflect" : "") + " regions " + std::to_string(regions.size()) +
+        " threads " + std::to_string(threads) + " chunk " + std::to_string(chunk);
+    const auto same = [](double x) { return x; };
+    const auto half = [](double x) { return to_float(to_bf16(static_cast<float>(x))); };
+    set_isa(g_isa);
+    compare(name, layer.by_kernels(false, threads, {false, false, false}, regions, chunk), layer.direct<double>(same),
+            layer.direct<float>(same),
+            s.tile == 1   ? 1
+            : s.tile == 2 ? 4
+                          : 16);
+    if (current_kernels().conv.bf16.product && s.tile < 4) {
+      // Winograd's transforms of weights and of pixels are rounded too.
+      compare(name + " bf16", layer.by_kernels(true, threads, {false, false, false}, regions, chunk),
+              layer.direct<double>(half), layer.direct<float>(half), s.tile == 1 ? 1 : 0x1p16);
+    }
   }
 }
 
@@ -642,6 +768,114 @@ void check_last_step() {
   accurate("last step of bf16, raw", raw(full), rounded, rounded, DType::float32, 2, 8);
 }
 
+// --- threads -------------------------------------------------------------------------------------------------------
+
+void check_errors_of_tasks() {
+  for (int64_t threads : {1, 2, 4}) {
+    std::atomic<int64_t> done{0};
+    std::string got = "nothing";
+    try {
+      parallel_for(threads, 40, [&](int64_t task, int64_t) {
+        if (task % 10 == 7) throw std::runtime_error("a task");
+        ++done;
+      });
+    } catch (const std::runtime_error& error) {
+      got = error.what();
+    }
+    expect("the error of a task on " + std::to_string(threads) + " threads", got == "a task" && done < 40, got);
+    done = 0;
+    parallel_for(threads, 40, [&](int64_t, int64_t) { ++done; });
+    expect("tasks after an error", done == 40, std::to_string(done));
+  }
+}
+
+void check_nested_tasks() {
+  std::vector<int> counts(64, 0);
+  parallel_for(4, 8, [&](int64_t outer, int64_t) {
+    parallel_for(3, 8, [&](int64_t inner, int64_t) { ++counts[static_cast<size_t>(8 * outer + inner)]; });
+  });
+  expect("tasks inside of tasks", std::count(counts.begin(), counts.end(), 1) == 64, "not each once");
+}
+
+// 3x3 to 5 channels, then the last step: the merged picture.
+class SmallProgram {
+ public:
+  SmallProgram() : map_(random(9 * 5 * 4, 6)), last_(random(3 * 5 * 3 * 3, 7)) {
+    const ConvKernels& kernels = current_kernels().conv.f32;
+    ConvStep conv;
+    conv.source = {0, kHeight, kWidth, 4, 4};
+    conv.out_channels = 5;
+    Group group;
+    for (int64_t tap = 0; tap < 9; ++tap) group.starts.push_back({tap / 3 - 1, tap % 3 - 1});
+    conv.jobs.push_back({0, 0, {group}});
+    pack(kernels, map_, 36, 5, conv_weights_);
+    conv.weight = reinterpret_cast<uintptr_t>(conv_weights_.data());
+    conv.targets.push_back({kMap, 5, Activation::leaky_relu});
+    LastStep last;
+    last.source = {kMap, kHeight, kWidth, 5, 5};
+    last.kernel = 3;
+    last.padding = 1;
+    last.reflect = true;
+    Values rows(15 * 10, 0.0);
+    for (size_t k = 0; k < 15; ++k)
+      std::copy_n(last_.begin() + static_cast<int64_t>(9 * k), 9, rows.begin() + static_cast<int64_t>(10 * k));
+    pack(kernels, rows, 15, 10, last_weights_);
+    last.weight = reinterpret_cast<uintptr_t>(last_weights_.data());
+    last.targets.push_back({kRaw, 3, Activation::none});
+    for (Step* step : {static_cast<Step*>(&conv), static_cast<Step*>(&last)}) {
+      step->out_height = kHeight;
+      step->out_width = kWidth;
+      step->bias = reinterpret_cast<uintptr_t>(bias_.data());
+      step->regions.push_back({{0, kHeight, 0, kWidth}, {0, kHeight, 0, kWidth}, -1});
+    }
+    program_.emplace(kBatch, kHeight, kWidth, kEnd, 0, std::vector<AnyStep>{conv, last});
+  }
+  Values run(int64_t threads, unsigned seed) {
+    Tensor image({kBatch, 3, kHeight, kWidth}, DType::float32, random(6 * kHeight * kWidth, seed)), out = image;
+    Tensor mask({kBatch, 1, kHeight, kWidth}, DType::float32, Values(2 * kHeight * kWidth, 0.5));
+    program_->run(image.arg(), mask.arg(), kNone, out.arg(), {}, {}, threads, true);
+    return out.values();
+  }
+
+ private:
+  static constexpr int64_t kBatch = 2, kHeight = 13, kWidth = 17, kPixels = kBatch * kHeight * kWidth;
+  static constexpr int64_t kMap = 4 * kPixels, kRaw = kMap + 5 * kPixels, kEnd = kRaw + 3 * kPixels;
+  Values map_, last_;
+  std::vector<uint32_t> conv_weights_, last_weights_;
+  std::vector<float> bias_ = std::vector<float>(64, 0.1f);
+  std::optional<Program> program_;
+};
+
+// Calls from several threads at once, each on several threads, give the bits that they give alone.
+void check_calls_at_once() {
+  set_isa(g_isa);
+  SmallProgram program;
+  const std::array<int64_t, 4> size{1, 24, 9, 11};
+  std::vector<std::vector<Values>> expected, actual(4);
+  const auto call = [&](int64_t number) {
+    std::vector<Values> results =
+        attend(g_isa.c_str(), size, DType::float32, DType::float32, number % 2 == 0, 1 + number % 3);
+    results.push_back(merge(g_isa.c_str(), DType::float16, DType::float16, true, true)[0]);
+    results.push_back(program.run(1 + number, static_cast<unsigned>(number)));
+    return results;
+  };
+  for (int64_t number = 0; number < 4; ++number) expected.push_back(call(number));
+  for (int round = 0; round < 4; ++round) {
+    std::vector<std::thread> threads;
+    for (int64_t number = 0; number < 4; ++number) {
+      threads.emplace_back([&, number] { actual[static_cast<size_t>(number)] = call(number); });
+    }
+    for (std::thread& thread : threads) thread.join();
+    expect("calls at once", actual == expected, "other bits");
+  }
+}
+
+void check_threads() {
+  check_errors_of_tasks();
+  check_nested_tasks();
+  check_calls_at_once();
+}
+
 void check_choice() {
   const std::vector<std::string> names = isa_available();
   expect("portable comes first", names.front() == "portable", names.front());
@@ -663,6 +897,7 @@ void check_choice() {
 int main(int argc, char** argv) {
   const std::vector<std::string> names = isa_available();
   g_isa = argc > 1 ? argv[1] : names.back();
+  if (argc > 2) g_random = std::stoi(argv[2]);
   if (g_isa == "list") {
     for (const std::string& name : names) std::printf("%s\n", name.c_str());
     return 0;
@@ -671,10 +906,14 @@ int main(int argc, char** argv) {
     std::fprintf(stderr, "check_kernels: this processor does not run %s\n", g_isa.c_str());
     return 2;
   }
-  const std::pair<const char*, void (*)()> subjects[] = {
-      {"choice", check_choice},       {"conversions", check_halves},
-      {"merge", check_merge},         {"convolution", check_convolutions},
-      {"last step", check_last_step}, {"attention", check_attention}};
+  const std::pair<const char*, void (*)()> subjects[] = {{"choice", check_choice},
+                                                         {"conversions", check_halves},
+                                                         {"merge", check_merge},
+                                                         {"convolution", check_convolutions},
+                                                         {"random convolution", check_random_convolutions},
+                                                         {"last step", check_last_step},
+                                                         {"attention", check_attention},
+                                                         {"threads", check_threads}};
   for (const auto& [name, check] : subjects) {
     const int before = g_checks;
     check();

@@ -3,6 +3,9 @@
     python tests/native/run.py          for this machine, by c++ (or $CXX)
     python tests/native/run.py --arm    for 64-bit Arm: cross-compiled, run under an emulator; the instructions of the
                                         register blocks' inner loops are counted too (`make test-arm`)
+    python tests/native/run.py --sanitized
+                                        for this machine with AddressSanitizer and UndefinedBehaviorSanitizer, then
+                                        with ThreadSanitizer (`make test-sanitized`): minutes
 
 Objects stay in build/native-* and are compiled again only if a source or header is newer. MAX_JOBS limits the number
 of jobs. Emulated runs check results, not speed.
@@ -23,6 +26,12 @@ ROOT = Path(__file__).resolve().parent.parent.parent
 BINDINGS = ("module", "program_bindings")
 # GCC 12 warns thousands of times about intentionally undefined values in its AVX-512 header.
 FLAGS = ("-std=c++17", "-O3", "-fno-math-errno", "-Wall", "-Wextra", "-Wno-maybe-uninitialized")
+# Folder below build/ -> flags. Without Python threads are the kernels' own, which ThreadSanitizer knows; libgomp's it
+# does not.
+SANITIZERS = {
+    "native-address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
+    "native-thread": ("-fsanitize=thread",),
+}
 # Program of Debian and Ubuntu -> its package.
 ARM_TOOLS = {
     "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
@@ -123,6 +132,7 @@ def build(compiler: list[str], folder: Path, root: Path = ROOT, flags: tuple[str
         objects = [str(target) for target in pool.map(compile_one, sources)]
     program = folder / "check_kernels"
     link = ["-pthread", "-ldl"] if compiler == host_compiler() else ["-pthread", "-static"]
+    link += [flag for flag in flags if flag.startswith("-fsanitize=")]
     subprocess.run([*compiler, *objects, *link, "-o", str(program)], check=True)
     return program
 
@@ -137,12 +147,19 @@ def run_all(command: list[str]) -> bool:
     return all([subprocess.run([*command, name], check=False).returncode == 0 for name in names])
 
 
+def run_sanitized(folder: str, flags: tuple[str, ...]) -> bool:
+    print(f"{folder}: {' '.join(flags)}", flush=True)
+    return run_all([str(build(host_compiler(), ROOT / "build" / folder, flags=(*FLAGS, "-O1", "-g", *flags)))])
+
+
 def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--arm"]):
+    if arguments not in ([], ["--arm"], ["--sanitized"]):
         print(__doc__, file=sys.stderr)
         return 2
     if not arguments:
         return 0 if run_all([str(build(host_compiler(), ROOT / "build" / "native-host"))]) else 1
+    if arguments == ["--sanitized"]:
+        return 0 if all([run_sanitized(*sanitizer) for sanitizer in SANITIZERS.items()]) else 1
     if (missing := missing_tools()) is not None:
         print(missing, file=sys.stderr)
         return 2
