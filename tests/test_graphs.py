@@ -69,8 +69,10 @@ class FakeCuda:
     @contextlib.contextmanager
     def on_device(self, device: torch.device) -> Iterator[None]:
         before, self.device = self.device, device.index
-        yield
-        self.device = before
+        try:
+            yield
+        finally:
+            self.device = before
 
     def set_stream(self, stream: FakeStream) -> None:
         self.current = stream
