@@ -11,6 +11,7 @@ import signal
 import tarfile
 import time
 import typing
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -348,6 +349,23 @@ def test_categories_are_looked_for_in_all_places_together(tmp_path):
     for place in (tmp_path / "c" / "0.tar", tmp_path / "c"):  # a shard, and a folder of shards
         with pytest.raises(DataError, match=r"data.categories: expected folders of pictures to choose from, got '"):
             dataset(place, categories=("abbey",))
+
+
+def test_categories_of_places365(tmp_path):
+    """Several of its categories end in the same folder's name; its list has the number of each class."""
+    for name in ("a/abbey", "c/cabin/outdoor", "c/church/outdoor", "c/church/indoor", "h/highway 61"):
+        write_pictures(tmp_path / "p" / name, 1)
+    (tmp_path / "list.txt").write_text("/a/abbey 1\n/c/church/outdoor 91\n\nhighway 61\n")
+
+    def chosen(place, *categories):
+        source = open_source([str(place)], "data.pictures", categories)
+        return [str(Path(source.name(i)).parent.relative_to(tmp_path / "p")) for i in range(len(source))]
+
+    assert chosen(tmp_path / "p", str(tmp_path / "list.txt")) == ["a/abbey", "c/church/outdoor", "h/highway 61"]
+    assert chosen(tmp_path / "p" / "c", "church/outdoor", "/c/cabin/") == ["c/cabin/outdoor", "c/church/outdoor"]
+    assert chosen(tmp_path / "p", "outdoor") == ["c/cabin/outdoor", "c/church/outdoor"]
+    with pytest.raises(DataError, match="data.categories: no pictures in .*p for abbey/outdoor, door"):
+        chosen(tmp_path / "p", "abbey/outdoor", "door", "outdoor")
 
 
 @pytest.mark.parametrize("content", ["", "\n\n", "\udcff"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -194,7 +195,8 @@ def open_source(places: Sequence[str], setting: str, categories: Sequence[str] |
     Args:
         places: one after the other.
         setting: that names them, for messages.
-        categories: names of folders, at any depth, whose pictures are kept; as :func:`read_categories` takes them.
+        categories: names of folders, at any depth, whose pictures are kept, with those of the folders in them; as
+            :func:`read_categories` takes them.
 
     Raises:
         DataError: no such place, no pictures in it, pictures beside tar shards; a category without pictures, or of a
@@ -209,9 +211,12 @@ def open_source(places: Sequence[str], setting: str, categories: Sequence[str] |
         if wanted is not None:
             if not isinstance(source, FileSource):
                 raise DataError(f"data.categories: expected folders of pictures to choose from, got {place!r}")
-            names = [wanted.intersection(file.relative_to(place).parts[:-1]) for file in source.files]
-            source = FileSource([file for file, its in zip(source.files, names) if its])
-            seen.update(*names)
+            names = {
+                folder: {name for name in wanted if f"/{name}/" in f"/{folder.relative_to(place).as_posix()}/"}
+                for folder in {file.parent for file in source.files}
+            }
+            source = FileSource([file for file in source.files if names[file.parent]])
+            seen.update(*names.values())
         sources.append(source)
     if wanted is not None and (missing := wanted - seen):
         raise DataError(f"data.categories: no pictures in {', '.join(places)} for {', '.join(sorted(missing))}")
@@ -238,7 +243,10 @@ def _files_at(place: str, setting: str) -> FileSource | TarSource:
 
 
 def read_categories(given: Sequence[str]) -> set[str]:
-    """Names of folders; a name that ends in .txt is a file of names, one per line, such as Places365's /a/abbey.
+    """Names of folders, or of a folder in another, such as "cabin/outdoor".
+
+    A name that ends in .txt is a file of names, one per line, as Places365's: "/a/abbey", or "/c/cabin/outdoor 66".
+    The letter, by which Places365 sorts its folders, and the number do not count.
 
     Raises:
         ConfigError: such a file cannot be read, or there are no names.
@@ -252,7 +260,8 @@ def read_categories(given: Sequence[str]) -> set[str]:
             lines = Path(name).read_text(encoding="utf-8").splitlines()
         except (OSError, ValueError) as error:  # ValueError: not UTF-8
             raise ConfigError(f"data.categories: expected a text file of names, got {name!r} ({error})") from error
-        names.update(line.strip().rstrip("/").rsplit("/", 1)[-1] for line in lines if line.strip())
+        names.update(re.sub(r"^(/.*?)\s+\d+$", r"\1", line.strip()) for line in lines)
+    names = {re.sub(r"^\w/(?=.)", "", name.strip("/")) for name in names if name.strip("/")}
     if not names:
         raise ConfigError(f"data.categories: expected names of folders, got none in {list(given)}")
     return names
