@@ -13,7 +13,8 @@ import torch
 
 from lgnet_fast.training import Trainer
 from lgnet_fast.training.checkpoints import CheckpointFolder, load_checkpoint
-from tests.training_support import tiny_config, tiny_settings, write_pictures
+from lgnet_fast.training.config import config_of
+from tests.training_support import tiny_settings, write_pictures
 
 STEPS = 10
 ROOT = Path(__file__).parent.parent
@@ -51,10 +52,8 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
     file.write_text(json.dumps(settings(pictures, held_out, tmp_path / "two", 1)))
     done = subprocess.run(launch(file), capture_output=True, text=True, timeout=280, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
-    one = settings(pictures, held_out, tmp_path / "one", 2)
-    changed = {section: values for section, values in one.items() if section != "run"}
     threads = torch.get_num_threads()
-    Trainer(tiny_config(pictures, tmp_path / "one", run=one["run"], **changed)).fit()
+    Trainer(config_of(settings(pictures, held_out, tmp_path / "one", 2))).fit()
     torch.set_num_threads(threads)
 
     a, b = log(tmp_path / "two", "train"), log(tmp_path / "one", "train")
