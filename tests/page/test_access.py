@@ -17,6 +17,7 @@ from .support import (
     changed,
     drag,
     filled,
+    named,
     open_sample,
     opened,
     place,
@@ -269,7 +270,16 @@ def covered(page: Any, selector: str) -> bool:
     )
 
 
-SMALL = {"phone": (390, 844), "narrow": (320, 568), "lying": (844, 390), "low": (667, 375), "doubled": (720, 450)}
+SMALL = {
+    "phone": (390, 844),
+    "narrow": (320, 568),
+    "lying": (844, 390),
+    "low": (667, 375),
+    "doubled": (720, 450),
+    "zoomed": (360, 225),
+    "zoomed square": (320, 256),
+    "zoomed wide": (480, 270),
+}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -297,6 +307,28 @@ def test_nothing_is_covered_in_small_windows(new_page, name):
     assert dialog["x"] < slider["x"]
     assert slider["x"] + slider["width"] < dialog["x"] + dialog["width"]
     assert slider["y"] + slider["height"] < dialog["y"] + dialog["height"] <= height
+
+
+@pytest.mark.parametrize("name", [name for name in SMALL if name.startswith("zoomed")])
+@pytest.mark.parametrize("count", [1, 2])
+def test_half_of_the_height_is_the_pictures_at_400_percent(new_page, name, count):
+    """Screens of 1440x900, 1280x1024 and 1920x1080 at 400 % (WCAG 2.2, criterion 1.4.10)."""
+    width, height = SMALL[name]
+    page = new_page(viewport={"width": width, "height": height}, device_scale_factor=4)
+    data = file_of(photo(400, 400))
+    page.set_input_files("#file", named(*((f"{n}.png", data) for n in range(count))))
+    opened(page)
+    x, y, scale = place(page)
+    assert 400 * scale >= height / 2
+    assert x >= 0
+    assert y >= 0
+    assert x + 400 * scale <= width
+    assert y + 400 * scale <= height
+    for one in page.locator("button:visible, summary:visible").all():  # criterion 2.5.8: at least 24x24
+        box = one.bounding_box()
+        assert min(box["width"], box["height"]) >= 24
+        assert 0 <= box["x"] <= box["x"] + box["width"] <= width
+        assert 0 <= box["y"] <= box["y"] + box["height"] <= height
 
 
 def test_nothing_moves_where_less_motion_is_asked_for(new_page):
