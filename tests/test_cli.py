@@ -260,6 +260,7 @@ def test_flops_names_the_form_of_the_size():
         (["flops", "--size", "100x256"], "for --size: expected positive multiples of 256, got (100, 256)"),
         (["tune", "--name", "lama"], "for --name: expected one of ['lgnet', "),
         (["info", "--plan", "lama"], "for --plan: expected one of ['lgnet', "),
+        (["info", "--plan", "lgnet_demo", "--json"], "--json: is without effect on --plan, a table; leave it out"),
         (["verify", "--model", ""], "got an empty text"),
         (["tune", "--model", " "], "got an empty text"),
         (["run", "-i", "https://a.b/c.png", "-m", "m.png", "-o", "o.png"], "got the address https://a.b/c.png; down"),

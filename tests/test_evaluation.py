@@ -417,6 +417,31 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(fake, pictures, tmp_path
     assert len(fake.seen) == 10  # another seed is another evaluation
 
 
+@pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"torn")])
+def test_features_that_are_gone_are_measured_again(fake, pictures, tmp_path, monkeypatch, damage):
+    class Moments(nn.Module):
+        def forward(self, picture):
+            return picture.float().std(dim=(2, 3))
+
+    class Interrupted(Exception):
+        pass
+
+    def stop(done, total, error):
+        if done == 3:
+            raise Interrupted
+
+    monkeypatch.setattr(metrics_module, "_inception", lambda source: Moments())
+    options = {"classes": "1", "size": 64, "metrics": ["fid"], "out": tmp_path / "out", "baselines": ["ns"]}
+    with pytest.raises(Interrupted):
+        evaluate(pictures, tell=stop, **options)
+    damage(next((tmp_path / "out").rglob("*.npy")))
+    before = len(fake.seen)
+    result = evaluate(pictures, **options)
+    assert len(fake.seen) - before == 3  # two that were not done, and the one without features
+    assert result.scores == evaluate(pictures, **{**options, "out": None}).scores
+    assert result.score("Navier-Stokes", "10-20%").fid > 0
+
+
 def test_broken_pictures_are_told_once_and_left_out(fake, pictures, tmp_path):
     (pictures / "2.png").write_bytes(b"not a picture")
     Image.fromarray(noise(8, 8)).save(pictures / "small.png")

@@ -64,10 +64,11 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
         raise UsageError("out: several processes need a folder that they share")
     settings = _settings(options, plan.holes)
     identity = None if options.folder is None else _identity(options, settings)
-    methods = _methods(options, world)  # before anything is written
+    # A single process writes nothing before its models are loaded; several show one another first that they run.
+    methods = _methods(options, world) if world.size == 1 else None
     journal = None if options.folder is None else Journal(options.folder / FOLDER / f"eval-{identity}", world)
     try:
-        job = _Job(plan, options, methods, journal)
+        job = _Job(plan, options, methods or _methods(options, world), journal)
         records = _run(job, world, tell or (lambda done, total, error: None))
         died: list[int] = []
         if journal is not None:
@@ -220,7 +221,7 @@ class _Job:
         path = self.pictures[index]
         key = fingerprint(str(path), stamp(path), index, hole_class, self.holes.identity(index, hole_class))
         record = None if self.journal is None else self.journal.earlier(key)
-        if record is None or not set(self.measure.available) <= set(record["measured"]):
+        if record is None or not self._is_complete(record):
             record = {"key": key, "index": index, "picture": str(path), "class": hole_class, "measured": []}
             try:
                 self._measure(record)
@@ -238,8 +239,17 @@ class _Job:
         """FID's features of a record, float32 [1 + methods, D], the true picture first; None without them."""
         if self.journal is None:
             return self._features.get(record["key"])
-        file = self._features_file(record["key"])
-        return np.load(file) if file.is_file() else None
+        try:
+            features: np.ndarray = np.load(self._features_file(record["key"]))
+        except (OSError, ValueError, EOFError):  # deleted or damaged
+            return None
+        return features
+
+    def _is_complete(self, record: dict[str, Any]) -> bool:
+        """Whether a record of an earlier launch has every metric that is available here."""
+        available = set(self.measure.available)
+        without_features = "fid" in available and self.features(record) is None
+        return available <= set(record.get("measured", ())) and not without_features
 
     def write_sheet(self, out: Path, records: list[dict[str, Any]]) -> None:
         """Write ``evaluation.png``, atomically; one of an earlier evaluation never stays."""

@@ -23,6 +23,8 @@ def info(
     if plan is None:
         show(collect(), json, render)
         return
+    if json:
+        raise typer.BadParameter("is without effect on --plan, a table; leave it out", param_hint="--json")
     from ...engine import optimize
     from ...reference import create_model
 
