@@ -85,6 +85,7 @@ class Buffer {
   explicit Buffer(int64_t count)
       : storage_(new char[static_cast<size_t>(count) * sizeof(T) + 64]),
         data_(reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(storage_.get()) + 63) & ~uintptr_t{63})) {
+    forbid(storage_.get(), reinterpret_cast<char*>(data_));
     forbid(reinterpret_cast<char*>(data_ + count), storage_.get() + static_cast<size_t>(count) * sizeof(T) + 64);
   }
   T* get() const { return data_; }

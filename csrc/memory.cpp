@@ -41,6 +41,7 @@ void Pages::Free::operator()(char* p) const {
 Pages::Pages(int64_t bytes) : bytes_(bytes), storage_(allocate(bytes + kLargePage), Free{bytes + kLargePage}) {
   const auto address = static_cast<int64_t>(reinterpret_cast<uintptr_t>(storage_.get()));
   data_ = storage_.get() + (round_up(address, kLargePage) - address);
+  forbid(storage_.get(), data_);
   forbid(data_ + bytes, storage_.get() + bytes + kLargePage);
   advise_large_pages(reinterpret_cast<uintptr_t>(data_), static_cast<uint64_t>(bytes));
 }
