@@ -103,6 +103,30 @@ def box_mask(height: int, width: int, *boxes: tuple[int, int, int, int]) -> np.n
     return mask
 
 
+def some_holes(height: int, width: int) -> np.ndarray:
+    """bool [height, width]: a rectangle and scattered pixels."""
+    hole = np.random.default_rng(height * width).random((height, width)) > 0.9995
+    hole[height // 4 : height // 4 + max(1, height // 6), width // 3 : width // 3 + max(1, width // 5)] = True
+    return hole
+
+
+def noise_of_mode(mode: str, height: int = 40, width: int = 60) -> Image.Image:
+    """A random picture of one of Pillow's modes that the pipeline keeps."""
+    rgb, deep = noise(height, width), noise(height, width, dtype=np.uint16)[..., 0]
+    if mode == "I;16":
+        return Image.fromarray(deep)
+    if mode == "I;16B":
+        return Image.frombytes(mode, (width, height), deep.astype(">u2").tobytes())
+    if mode == "I":
+        return Image.fromarray(deep.astype(np.int32))
+    if mode in ("LA", "RGBA"):
+        alpha = np.random.default_rng(5).integers(0, 256, (height, width, 1)).astype(np.uint8)
+        return Image.fromarray(np.concatenate([rgb[..., : len(mode) - 1], alpha], axis=2))
+    if mode == "P":
+        return Image.fromarray(rgb).quantize(64)
+    return Image.fromarray(rgb).convert(mode)
+
+
 def smooth_noise(height: int, width: int, seed: int) -> np.ndarray:
     """A random RGB array [height, width, 3] whose neighbouring pixels resemble each other; sides at least 8."""
     small = Image.fromarray(noise(height // 8, width // 8, seed))
