@@ -59,7 +59,7 @@ SCRIPTS = ("bench", "tools")
 """Folders of scripts, whose functions are counted too."""
 
 COMMANDS = "commands"
-"""The folder with Typer's declarations of commands. They are counted separately: Typer needs a parameter an option."""
+"""The folder of the commands' declarations, which are counted separately: Typer needs a parameter for each option."""
 
 
 @dataclass(frozen=True)
