@@ -36,6 +36,7 @@ _STATIC = (
     "input.js",
     "main.js",
     "mask.js",
+    "offered.js",
     "opening.js",
     "page.js",
     "saving.js",
