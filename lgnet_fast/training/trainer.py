@@ -325,7 +325,7 @@ class Trainer:
         """Save the steps since the last checkpoint, if that is possible, before an error ends the run."""
         if self._saved == self.step:
             return
-        with contextlib.suppress(TrainingError):  # the error that ends the run is the one to report
+        with contextlib.suppress(Exception):  # the error that ends the run is the one to report
             self._save()
             if self._report is not None:
                 self._report.say(f"the checkpoint of step {self.step} was saved before an error; --resume goes on")
