@@ -36,7 +36,6 @@ _STATIC = (
     "input.js",
     "main.js",
     "mask.js",
-    "offered.js",
     "opening.js",
     "page.js",
     "saving.js",

@@ -109,21 +109,6 @@ def test_tokens_come_by_the_address_and_leave_it(new_page):
         page.wait_for_selector("html.ready", state="attached")
 
 
-def test_what_the_server_offers_is_asked_for_while_modules_load(new_page):
-    page = new_page()
-    held = []
-    page.route("**/static/view.js", lambda route: held.append(route))
-    with page.expect_request("**/api/v1/page", timeout=15_000):
-        page.reload(wait_until="commit")
-    page.wait_for_timeout(200)
-    assert page.evaluate("() => !document.documentElement.classList.contains('ready')")
-    for route in held:
-        route.continue_()
-    page.wait_for_selector("html.ready", state="attached")
-    asked = "() => performance.getEntriesByType('resource').filter((one) => one.name.endsWith('/api/v1/page')).length"
-    assert page.evaluate(asked) == 1
-
-
 def test_a_wrong_token_is_told_for_as_long_as_the_page_is_open(new_page):
     with live_server(ServeOptions(token="abc.123")) as address:
         page = new_page("/?token=abc.123", address=address)

@@ -1,6 +1,6 @@
 // What all parts of the page share: what the server offers, the view, the editor, messages and questions.
+import { json } from "./api.js";
 import { Editor, reasonOf } from "./editor.js";
-import { offered } from "./offered.js";
 import { settings } from "./settings.js";
 import { t, translate } from "./text.js";
 import { View } from "./view.js";
@@ -24,7 +24,7 @@ export function quiet() {
   if ($("#status").dataset.kind === "busy") $("#status").classList.remove("shown");
 }
 
-export const server = await offered.catch((error) => {
+export const server = await json("api/v1/page").catch((error) => {
   say(reasonOf(error), "error");
   clearTimeout(fading);
   for (const button of document.querySelectorAll("button")) button.disabled = true;
