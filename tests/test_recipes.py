@@ -150,14 +150,29 @@ def test_an_operator_with_its_cpp_kernels(tmp_path: Path) -> None:
     run_tests(place, "tests/test_masked_l1.py", "tests/test_ops.py")
 
 
-@pytest.mark.slow(reason="half a minute of compiling; test_native.py holds the table against the units")
-@pytest.mark.skipif(platform.machine() not in ("x86_64", "AMD64"), reason="the example is an x86-64 instruction set")
-def test_an_instruction_set_by_its_recipe(tmp_path: Path) -> None:
-    """Every kernel against the portable ones and double precision. Not optimised: seconds instead of minutes."""
+@pytest.fixture
+def instruction_set(tmp_path: Path) -> Path:
+    """A copy of the tree with the example's instruction set."""
+    if platform.machine() not in ("x86_64", "AMD64"):
+        pytest.skip("the example is an x86-64 instruction set")
     if shutil.which(native.host_compiler()[0]) is None:
         pytest.skip(f"{native.host_compiler()[0]} is not installed")
     tree = copy_of_the_tree(tmp_path)
     follow("instruction set", tree)
+    return tree
+
+
+def test_an_instruction_set_has_what_the_kernels_ask_for(instruction_set: Path) -> None:
+    """The compiler reads its unit, without making code: a second."""
+    command = [*native.host_compiler(), "-std=c++17", "-fsyntax-only", "csrc/isa_sse41.cpp"]
+    found = subprocess.run(command, cwd=instruction_set, capture_output=True, text=True, check=False)
+    assert found.returncode == 0, found.stderr
+
+
+@pytest.mark.slow(reason="half a minute of compiling; the test above reads the unit, test_native.py the table")
+def test_an_instruction_set_by_its_recipe(instruction_set: Path, tmp_path: Path) -> None:
+    """Every kernel against the portable ones and double precision. Not optimised: seconds instead of minutes."""
+    tree = instruction_set
     program = native.build(native.host_compiler(), tmp_path / "native", tree, ("-std=c++17", "-O0"))
     listed = subprocess.run([program, "list"], capture_output=True, text=True, check=True).stdout.split()
     assert listed[:2] == ["portable", "sse41"]
