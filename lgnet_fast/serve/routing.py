@@ -66,7 +66,8 @@ async def form_fields(request: Request, state: State, files: tuple[str, ...]) ->
     header = email.message.Message()
     header["content-type"] = request.headers["content-type"]
     if boundary := header.get_boundary():
-        request = Request(request.scope, _without_preamble(request.receive, boundary.encode("latin-1")))
+        receive = _without_preamble(request.receive, boundary.encode("latin-1"))
+        request = Request({**request.scope, "headers": _lower_media_type(request.scope["headers"])}, receive)
     async with request.form(max_files=4, max_fields=64, max_part_size=state.options.max_bytes) as form:
         for name, value in form.multi_items():
             if isinstance(value, UploadFile):
@@ -76,6 +77,15 @@ async def form_fields(request: Request, state: State, files: tuple[str, ...]) ->
             else:
                 found.setdefault(name, value)
     return found
+
+
+def _lower_media_type(headers: list[tuple[bytes, bytes]]) -> list[tuple[bytes, bytes]]:
+    """ASGI's headers with the media type of the body in lower case, which python-multipart before 0.0.33 expects."""
+    lowered = []
+    for name, value in headers:
+        kind, semicolon, options = value.partition(b";")
+        lowered.append((name, kind.lower() + semicolon + options if name == b"content-type" else value))
+    return lowered
 
 
 def _without_preamble(receive: Receive, boundary: bytes) -> Receive:
