@@ -23,6 +23,11 @@ from ..reference.released import load_state_dict_file
 
 METRICS = ("l1", "psnr", "ssim", "lpips", "fid")
 
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in the grey values that sharpness is measured on."""
+LEAST_SQUARED_ERROR = 1e-3
+"""Of levels 0 to 255, so that PSNR is at most 78 dB: the infinite PSNR of one picture would be the mean of all."""
+
 LPIPS_VARIABLE = "LGNET_FAST_LPIPS"
 """Environment variable with the path of the LPIPS weights, where none is given."""
 

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data import folders
 from ..data.masks import SUITE_KINDS, suite_mask
-from ..data.metrics import LPIPS_VARIABLE, Distance, one_line
+from ..data.metrics import LEAST_SQUARED_ERROR, LPIPS_VARIABLE, LUMA, Distance, one_line
 from ..errors import InvalidMaskError, MissingExtraError, UsageError, WeightsError
 from ..jobs.folders import pair_mask
 from ..jobs.journal import stamp
@@ -27,7 +27,6 @@ from .protocol import mask_of
 SUITE_METRICS = ("l1", "psnr", "ssim", "lpips", "sharp")
 
 _NETWORKS = {"alexnet": "AlexNet", "vgg16": "VGG-16"}
-_LUMA = (0.299, 0.587, 0.114)
 
 
 def parse_kinds(kinds: str | Sequence[int | str] | None) -> tuple[str, ...]:
@@ -217,7 +216,7 @@ class SuiteMetrics:
 
 def gradient_energy(picture: np.ndarray, hole: np.ndarray) -> float:
     """Sum of squared luma differences of neighbours that both lie in the hole; uint8 [H, W, 3], bool [H, W]."""
-    luma = picture.astype(np.float64) @ _LUMA
+    luma = picture.astype(np.float64) @ LUMA
     across = np.diff(luma, axis=1)[hole[:, 1:] & hole[:, :-1]]
     down = np.diff(luma, axis=0)[hole[1:] & hole[:-1]]
     return float((across**2).sum() + (down**2).sum())
@@ -238,4 +237,4 @@ def summary(scores: Sequence[Mapping[str, float]], names: Collection[str]) -> di
 
 
 def _psnr(difference: np.ndarray) -> float:
-    return float(10 * np.log10(255**2 / max(float((difference**2).mean()), 1e-3)))
+    return float(10 * np.log10(255**2 / max(float((difference**2).mean()), LEAST_SQUARED_ERROR)))

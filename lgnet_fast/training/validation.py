@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.masks import suite_mask
+from ..data.metrics import LEAST_SQUARED_ERROR, LUMA, Metrics
 from ..reference.features import LPIPS
 from .config import TrainConfig
 from .held_out import validation_pairs, validation_pictures
@@ -23,11 +24,8 @@ from .processes import own_share, sum_of_processes
 from .samples import KINDS
 
 _BATCH = 16
-_GREY = (0.299, 0.587, 0.114)
-_LEAST_ERROR = 1e-3
-_HIGHEST_PSNR = 10 * math.log10(255**2 / _LEAST_ERROR)
-"""PSNR is at most 78 dB, as in ``lgnet-fast eval --suite``: the infinite PSNR of one picture would be the mean of
-all, and the best for good."""
+_HIGHEST_PSNR = 10 * math.log10(255**2 / LEAST_SQUARED_ERROR)
+"""As in ``lgnet-fast eval --suite``. An infinite one would also stay the best for good."""
 
 
 class Validation(Protocol):
@@ -82,8 +80,6 @@ class ClassValidation:
     @torch.no_grad()
     def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
         """Means over pictures and classes, of 8-bit merged pictures: ``l1`` in %, ``psnr`` in dB, ``ssim``."""
-        from ..data.metrics import Metrics
-
         names = ("l1", "psnr", "ssim")
         metrics = Metrics(names)
         like = next(network.parameters())
@@ -169,7 +165,7 @@ def _scores(
 ) -> dict[str, Tensor]:
     """Of each picture, [B]."""
     error = filled - truth
-    squared = error.square().mean(dim=(1, 2, 3)).clamp(min=_LEAST_ERROR)
+    squared = error.square().mean(dim=(1, 2, 3)).clamp(min=LEAST_SQUARED_ERROR)
     values = {
         "l1": 100 / 255 * error.abs().mean(dim=(1, 2, 3)),
         "psnr": 10 * (255**2 / squared).log10(),
@@ -182,7 +178,7 @@ def _scores(
 
 def gradient_energy(picture: Tensor, mask: Tensor) -> Tensor:
     """Sum of squared differences of neighbouring grey values that both lie in the hole, [B]; levels 0 to 255."""
-    grey = (picture * picture.new_tensor(_GREY).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
+    grey = (picture * picture.new_tensor(LUMA).view(1, 3, 1, 1)).sum(dim=1, keepdim=True)
     across = grey.diff(dim=3).square() * mask[..., 1:] * mask[..., :-1]
     down = grey.diff(dim=2).square() * mask[:, :, 1:] * mask[:, :, :-1]
     return across.sum(dim=(1, 2, 3)) + down.sum(dim=(1, 2, 3))
