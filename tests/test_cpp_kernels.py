@@ -565,13 +565,20 @@ def test_after_fork(loaded):
 
 @pytest.mark.once
 def test_a_daemon_thread_in_a_kernel_does_not_abort_the_end_of_the_process():
+    # The thread runs the kernel alone: PyTorch's own operators abort the process where they end a daemon thread.
     code = """
         import threading, torch
-        from lgnet_fast.ops.cpu import attention as cpu
-        features, started = torch.randn(1, 64, 32, 32), threading.Event()
+        from lgnet_fast import forks
+        from lgnet_fast.native import library, optional_arg, tensor_arg
+        started = threading.Event()
         def work():
+            features = torch.randn(1, 64, 32, 32)
+            attended, stats = torch.empty_like(features), torch.empty(1, 2, 1, 1024)
+            absent = optional_arg(None)
+            operands = [tensor_arg(features), absent, absent, True, absent, tensor_arg(attended), tensor_arg(stats)]
+            function, threads = library().attention_forward, forks.kernel_threads()
             while True:
-                cpu.attention_forward(features, "released")
+                function(*operands, threads)
                 started.set()
         threading.Thread(target=work, daemon=True).start()
         started.wait()
