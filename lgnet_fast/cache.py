@@ -81,19 +81,24 @@ def key_for(device: torch.device, dtype: torch.dtype) -> Key:
 
 def cpu_key(dtype: torch.dtype, isa: str, threads: int) -> Key:
     """The key of this CPU with an instruction set and a number of threads, and the dtype that is computed in."""
-    card = f"{_processor()}, {isa}, {threads} thread{'s' if threads > 1 else ''}"
+    card = f"{processor()}, {isa}, {threads} thread{'s' if threads > 1 else ''}"
     return Key(card, "none", torch.__version__, "none", _extension(), str(dtype).removeprefix("torch."))
 
 
 @cache
-def _processor() -> str:
-    """Model of the processor, as precisely as the system reports it."""
+def processor(cpuinfo: Path = Path("/proc/cpuinfo")) -> str:
+    """Model of the processor, as precisely as the system reports it.
+
+    Family and model number are part of it, because virtual machines on different processors give one name.
+    """
     with contextlib.suppress(OSError):
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-        told = dict(line.replace("\t", "").split(":", 1) for line in reversed(lines) if ":" in line)
+        first = cpuinfo.read_text(encoding="utf-8", errors="replace").split("\n\n")[0]
+        pairs = (line.partition(":") for line in first.splitlines())
+        told = {name.strip(): " ".join(value.split()) for name, _, value in pairs}
         model = told.get("model name") or "/".join(told[n] for n in ("CPU implementer", "CPU part") if n in told)
-        if model.strip():
-            return " ".join(model.split())
+        numbers = ", ".join(f"{name} {told[name]}" for name in ("cpu family", "model") if told.get(name))
+        if model:
+            return f"{model} ({numbers})" if numbers else model
     return platform.processor() or platform.machine()
 
 

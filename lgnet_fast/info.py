@@ -52,7 +52,7 @@ def _devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
             "device": "cpu",
-            "name": platform.processor() or platform.machine(),
+            "name": cache.processor(),
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "kernel_threads": forks.kernel_threads(),

@@ -170,6 +170,29 @@ def test_key_of_this_machine() -> None:
     assert key.digest != cache.key_for(torch.device("cpu"), torch.float16).digest
 
 
+ZEN = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD  EPYC\n\n"
+ARM = "processor\t: 0\nBogoMIPS\t: 243.75\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n\n"
+
+
+@pytest.mark.parametrize(
+    ("content", "name"),
+    [
+        (ZEN.format(25, 17) + ZEN.format(26, 2), "AMD EPYC (cpu family 25, model 17)"),
+        (ZEN.format(26, 2), "AMD EPYC (cpu family 26, model 2)"),
+        (ARM + ARM, "0x41/0xd40"),
+    ],
+)
+def test_the_processor_is_named_as_precisely_as_the_system_does(tmp_path: Path, content: str, name: str) -> None:
+    (tmp_path / "cpuinfo").write_text(content)
+    assert cache.processor(tmp_path / "cpuinfo") == name
+
+
+def test_a_processor_that_the_system_does_not_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cache.platform, "processor", lambda: "AMD64 Family 25 Model 33")
+    (tmp_path / "empty").write_text("")
+    assert {cache.processor(tmp_path / name) for name in ("empty", "missing")} == {"AMD64 Family 25 Model 33"}
+
+
 @pytest.mark.parametrize("links", [True, False])
 def test_of_processes_that_store_at_once_all_return_one_value(
     where: Path, links: bool, monkeypatch: pytest.MonkeyPatch
