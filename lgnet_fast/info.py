@@ -15,7 +15,7 @@ from rich.text import Text
 
 from lgnet_fast.kernels.tuned import Training
 
-from . import cache, forks
+from . import cache, forks, native
 from .engine.cpu_path import Path
 from .engine.cpu_tuning import Measured
 from .engine.cuda_measure import Found
@@ -56,6 +56,7 @@ def _devices() -> list[dict[str, Any]]:
             "cores": os.cpu_count(),
             "threads": torch.get_num_threads(),
             "kernel_threads": forks.kernel_threads(),
+            "kernels": "none" if native.unavailable_reason() else native.isa_name(),
             "capability": torch.backends.cpu.get_cpu_capability(),
         }
     ]

@@ -15,7 +15,7 @@ from PIL import Image
 from rich.console import Console
 from typer.testing import CliRunner, Result
 
-from lgnet_fast import LGNet, cache, create_model, kernels
+from lgnet_fast import LGNet, cache, create_model, kernels, native
 from lgnet_fast.cli import app
 from lgnet_fast.cli.commands import convert as convert_command
 from lgnet_fast.cli.commands import eval as eval_command
@@ -83,6 +83,8 @@ def test_info_says_what_runs_and_why_not():
     cpu = report["backends"]["cpu"]
     assert cpu["triton"]["attention_block"] == (kernels.missing() or "device cpu (Triton kernels need an NVIDIA GPU)")
     assert cpu["cpp"]["merge_concat"] is None
+    processor = report["devices"][0]
+    assert (processor["name"], processor["kernels"]) == (cache.processor(), native.isa_name())
     assert {"imagecodecs", "tifffile", "pillow-heif"} <= set(report["packages"])
     text = invoke("info").stdout
     assert "no: " in text
@@ -125,6 +127,7 @@ def test_info_names_the_missing_extension(monkeypatch):
     monkeypatch.setattr("lgnet_fast.native.unavailable_reason", lambda: "the compiler went on holiday")
     report = json.loads(invoke("info", "--json").stdout)
     assert report["backends"]["cpu"]["cpp"]["attention_block"] == "the compiler went on holiday"
+    assert report["devices"][0]["kernels"] == "none"
 
 
 def test_info_prints_the_plan():
