@@ -116,10 +116,14 @@ class Server:
         self.reader = threading.Thread(target=self._drain, daemon=True)
         self.reader.start()
         deadline = time.monotonic() + 120
-        while httpx.get(f"{self.address}/v2/health/ready").status_code != 200:
+        while self.get("/v2/health/ready").status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)
         self.seconds = time.monotonic() - start
+
+    def get(self, path: str, **options: Any) -> httpx.Response:
+        """The answer to a GET request. httpx alone would wait 5 seconds, less than a busy machine may take."""
+        return httpx.get(f"{self.address}{path}", timeout=60, **options)
 
     def _drain(self) -> None:
         self.lines.extend(self.process.stdout or ())

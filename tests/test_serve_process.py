@@ -73,7 +73,7 @@ def test_eight_clients_get_what_each_would_get_alone(server):
         thread.join()
     assert wrong == []
     assert done == {200: 32}
-    text = httpx.get(f"{server.address}/metrics").text
+    text = server.get("/metrics").text
     runs = float(re.search(r"lgnet_batch_windows_count (\S+)", text)[1])
     windows = float(re.search(r"lgnet_batch_windows_sum (\S+)", text)[1])
     assert windows >= 32
@@ -87,10 +87,10 @@ def test_sigterm_answers_or_refuses_every_request(server):
     expected = np.asarray(Inpainter.from_pretrained(None)(picture, mask))
     statuses: Counter[object] = Counter()
     wrong: list[object] = []
-    ended = threading.Event()
+    ending, ended = threading.Event(), threading.Event()
 
     def client() -> None:
-        with httpx.Client(base_url=server.address, timeout=60) as calls:
+        with httpx.Client(base_url=server.address, timeout=300) as calls:
             while not ended.is_set():
                 try:
                     answer = calls.post("/api/v1/inpaint", json=body)
@@ -100,6 +100,9 @@ def test_sigterm_answers_or_refuses_every_request(server):
                 except httpx.RemoteProtocolError as error:
                     # A kept connection may be closed between two requests; none is lost within one.
                     statuses["lost" if "without sending" not in str(error) else "closed"] += 1
+                    return
+                except (httpx.ReadError, httpx.WriteError):  # it was closed while the next request was being sent
+                    statuses["closed" if ending.is_set() else "lost"] += 1
                     return
                 statuses[answer.status_code] += 1
                 if answer.status_code == 200:
@@ -113,13 +116,14 @@ def test_sigterm_answers_or_refuses_every_request(server):
     threads = [threading.Thread(target=client) for _ in range(6)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while statuses[200] < 3:
         assert time.monotonic() < deadline, statuses
         time.sleep(0.02)
     server.process.send_signal(signal.SIGTERM)
-    assert httpx.get(f"{server.address}/v2/health/live").status_code == 200
-    assert httpx.get(f"{server.address}/v2/health/ready").status_code == 503
+    ending.set()
+    assert server.get("/v2/health/live").status_code == 200
+    assert server.get("/v2/health/ready").status_code == 503
     while statuses[503] < 6:
         assert time.monotonic() < deadline, statuses
         time.sleep(0.02)
@@ -135,21 +139,21 @@ def test_sigterm_answers_or_refuses_every_request(server):
 
 @pytest.mark.parametrize("server", [("--shutdown", "0.3", "--grace", "0.1", "--device", "cpu")], indirect=True)
 def test_work_over_the_limit_of_the_shutdown_is_answered_and_the_process_ends(server):
-    size = 1024
+    size = 1536  # half a minute of work on two cores
     body = {
         "image": base64_of(file_of(photo(size, size))),
-        "mask": base64_of(file_of(hole(size, size, (60, 960, 60, 960)))),
+        "mask": base64_of(file_of(hole(size, size, (60, 1476, 60, 1476)))),
         "strategy": "full",
     }
     answers: list[httpx.Response] = []
 
     def ask() -> None:
-        answers.append(httpx.post(f"{server.address}/api/v1/inpaint", json=body, timeout=120))
+        answers.append(httpx.post(f"{server.address}/api/v1/inpaint", json=body, timeout=300))
 
     asking = threading.Thread(target=ask)
     asking.start()
-    deadline = time.monotonic() + 60
-    while "lgnet_queue_depth 1.0" not in httpx.get(f"{server.address}/metrics").text:
+    deadline = time.monotonic() + 300
+    while "lgnet_queue_depth 1.0" not in server.get("/metrics").text:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     start = time.monotonic()
@@ -160,7 +164,7 @@ def test_work_over_the_limit_of_the_shutdown_is_answered_and_the_process_ends(se
     assert answer.status_code == 503
     assert answer.headers["retry-after"] == "5"
     assert answer.json()["detail"] == "the server is shutting down"
-    assert spent < 10
+    assert spent < 30
     server.reader.join(60)
     text = "".join(server.lines)
     assert "work of more than 0.3 s (--shutdown) was given up" in text
@@ -174,9 +178,9 @@ def test_a_public_address_gets_a_token_and_a_taken_one_an_error():
         token = re.search(r"\?token=(\S+)", text)[1]
         assert len(token) >= 32
         port = re.search(r":(\d+)/", text)[1]
-        address = f"http://127.0.0.1:{port}/api/v1/page"
-        assert httpx.get(address).status_code == 401
-        assert httpx.get(address, headers={"Authorization": f"Bearer {token}"}).status_code == 200
+        assert server.address == f"http://127.0.0.1:{port}"
+        assert server.get("/api/v1/page").status_code == 401
+        assert server.get("/api/v1/page", headers={"Authorization": f"Bearer {token}"}).status_code == 200
         command = [sys.executable, "-m", "lgnet_fast", "serve", "--host", "0.0.0.0", "--port", port]
         second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
         assert second.returncode == 2

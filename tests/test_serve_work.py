@@ -36,6 +36,21 @@ from .serve_support import file_of, hole, photo
 pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
 
 
+class Held:
+    """Work for a queue that runs until it is let go; `begun` and `go` are threading.Event."""
+
+    def __init__(self) -> None:
+        self.begun, self.go = threading.Event(), threading.Event()
+
+    def __call__(self, job: object) -> bool:
+        self.begun.set()
+        return self.go.wait(60)
+
+    async def runs(self) -> None:
+        """Return when a thread has begun it: `drain` refuses what no thread has taken yet."""
+        assert await asyncio.to_thread(self.begun.wait, 60)
+
+
 def shared(model: BlurFill, batch: int = 4, **options: object) -> SharedInpainter:
     made = SharedInpainter(model, device="cpu", **options)
     made.share(DeviceWorker(batch))
@@ -49,12 +64,12 @@ def test_passes_of_one_size_that_wait_run_as_one_batch():
 
     def block(images: np.ndarray, holes: np.ndarray) -> list[np.ndarray]:
         begun.set()
-        assert go.wait(30)
+        assert go.wait(60)
         return [images]
 
     blocker = threading.Thread(target=pipe.worker.run, args=(("other",), block, np.zeros((1, 1)), np.zeros((1, 1))))
     blocker.start()
-    assert begun.wait(30)
+    assert begun.wait(60)
     pictures = [photo(200, 220, seed) for seed in range(5)]
     results: dict[int, np.ndarray] = {}
 
@@ -64,13 +79,13 @@ def test_passes_of_one_size_that_wait_run_as_one_batch():
     threads = [threading.Thread(target=fill, args=(number,)) for number in range(5)]
     for thread in threads:
         thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(pipe.worker._waiting) < 5:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     go.set()
     for thread in (blocker, *threads):
-        thread.join(30)
+        thread.join(60)
     assert [batch for batch, _, _ in model.seen] == [4, 1]
     alone = Inpainter(BlurFill(), device="cpu")
     for number, picture in enumerate(pictures):
@@ -87,7 +102,7 @@ def test_what_fails_together_runs_alone():
 
     def run(images: np.ndarray, holes: np.ndarray) -> list[np.ndarray]:
         begun.set()
-        assert go.wait(30)
+        assert go.wait(60)
         if len(images) > 1 or images[0, 0] == 2:
             raise MemoryError("too much")
         return [images * 10]
@@ -100,16 +115,16 @@ def test_what_fails_together_runs_alone():
 
     threads = [threading.Thread(target=ask, args=(number,)) for number in range(3)]
     threads[0].start()
-    assert begun.wait(30)
+    assert begun.wait(60)
     for thread in threads[1:]:
         thread.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while len(worker._waiting) < 2:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     go.set()
     for thread in threads:
-        thread.join(30)
+        thread.join(60)
     assert outcomes == {0: 0, 1: 10, 2: "too much"}
     worker.close()
 
@@ -118,7 +133,7 @@ def test_a_full_queue_refuses_and_says_when_to_come_again():
     async def main() -> None:
         queue = WorkQueue(threads=1, limit=2, timeout=30)
         go = threading.Event()
-        tasks = [asyncio.create_task(queue.run(lambda job: go.wait(30))) for _ in range(2)]
+        tasks = [asyncio.create_task(queue.run(lambda job: go.wait(60))) for _ in range(2)]
         await asyncio.sleep(0.05)
         assert queue.depth == 2
         with pytest.raises(BusyError, match="queue: all 2 places are taken") as caught:
@@ -140,7 +155,7 @@ def test_work_over_its_time_is_refused_and_told_to_stop():
         stopped = threading.Event()
 
         def work(job: object) -> None:
-            deadline = time.monotonic() + 30
+            deadline = time.monotonic() + 60
             while time.monotonic() < deadline:
                 try:
                     job.check()
@@ -161,7 +176,7 @@ def test_work_whose_client_left_before_it_began_does_not_run():
     async def main() -> None:
         queue = WorkQueue(threads=1, limit=4, timeout=30)
         go, ran = threading.Event(), []
-        first = asyncio.create_task(queue.run(lambda job: go.wait(30)))
+        first = asyncio.create_task(queue.run(lambda job: go.wait(60)))
         await asyncio.sleep(0.05)
 
         async def gone() -> bool:
@@ -180,18 +195,18 @@ def test_work_whose_client_left_before_it_began_does_not_run():
 def test_draining_answers_what_runs_and_refuses_the_rest():
     async def main() -> None:
         queue = WorkQueue(threads=1, limit=4, timeout=30)
-        go = threading.Event()
-        running = asyncio.create_task(queue.run(lambda job: go.wait(30)))
-        await asyncio.sleep(0.05)
+        work = Held()
+        running = asyncio.create_task(queue.run(work))
+        await work.runs()
         waiting = asyncio.create_task(queue.run(lambda job: 1))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         queue.drain()
         with pytest.raises(DrainingError):
             await waiting
         with pytest.raises(DrainingError) as caught:
             await queue.run(lambda job: 1)
         assert caught.value.retry_after
-        go.set()
+        work.go.set()
         assert (await running)[0] is True
         queue.close()
 
@@ -231,14 +246,17 @@ def test_the_time_limit_counts_while_a_turn_is_waited_for():
         assert (caught.value.status, caught.value.retry_after) == (504, None)
         assert queue.depth == 0
         turn.release()
+        queue._timeout, work = 60, Held()
         assert (await queue.run(lambda job: 1, turn=turn))[0] == 1
 
-        go = threading.Event()
+        running = asyncio.create_task(queue.run(work, turn=turn))
+        await work.runs()
+        queue._timeout = 0.2
         with pytest.raises(TimeLimitError):
-            await queue.run(lambda job: go.wait(60), turn=turn)
+            await running
         assert turn.locked()  # the work still runs
-        go.set()
-        deadline = time.monotonic() + 30
+        work.go.set()
+        deadline = time.monotonic() + 60
         while turn.locked():
             assert time.monotonic() < deadline
             await asyncio.sleep(0.01)
@@ -250,12 +268,11 @@ def test_the_time_limit_counts_while_a_turn_is_waited_for():
 
 def test_what_waits_for_a_turn_or_runs_is_told_that_the_server_ends():
     async def main() -> None:
-        queue, turn = WorkQueue(threads=1, limit=4, timeout=60), asyncio.Lock()
-        go = threading.Event()
-        running = asyncio.create_task(queue.run(lambda job: go.wait(60), turn=turn))
-        await asyncio.sleep(0.05)
+        queue, turn, work = WorkQueue(threads=1, limit=4, timeout=60), asyncio.Lock(), Held()
+        running = asyncio.create_task(queue.run(work, turn=turn))
+        await work.runs()
         waiting = asyncio.create_task(queue.run(lambda job: 1, turn=turn))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0)
         queue.drain()
         with pytest.raises(DrainingError):
             await waiting
@@ -265,7 +282,7 @@ def test_what_waits_for_a_turn_or_runs_is_told_that_the_server_ends():
             await asyncio.wait_for(running, 30)
         assert (caught.value.status, caught.value.retry_after) == (503, 5)
         assert queue.close(0.01) is False
-        go.set()
+        work.go.set()
         assert await asyncio.to_thread(queue.close) is True
 
     asyncio.run(main())
@@ -323,18 +340,18 @@ def test_a_worker_that_is_closed_refuses_the_passes_that_wait():
 
     first, second = threading.Thread(target=ask), threading.Thread(target=ask)
     first.start()
-    assert begun.wait(30)
+    assert begun.wait(60)
     second.start()
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 60
     while not worker._waiting:
         assert time.monotonic() < deadline
         time.sleep(0.005)
     assert worker.close(0.01) is False
-    second.join(30)
+    second.join(60)
     assert told == ["the server is shutting down"]
     go.set()
     assert worker.close() is True
-    first.join(30)
+    first.join(60)
     assert told[1:] == [[[0.0]]]
 
 
