@@ -20,6 +20,7 @@ import numpy as np
 import uvicorn
 from PIL import Image
 
+from lgnet_fast import Inpainter
 from lgnet_fast.serve.app import create_app
 from lgnet_fast.serve.options import ServeOptions
 from lgnet_fast.serve.state import State
@@ -60,6 +61,35 @@ def base64_of(data: bytes) -> str:
 
 def data_url(data: bytes, media_type: str = "image/png") -> str:
     return f"data:{media_type};base64,{base64_of(data)}"
+
+
+PICTURE, HOLE = photo(), hole()
+GOOD, MASK = file_of(PICTURE), file_of(HOLE)
+
+LIMITS = ServeOptions(max_bytes=4 * 2**20, max_pixels=4_000_000, cors=("https://ok.example",))
+"""Small ones, so that tests exceed them quickly."""
+
+
+def result_of_the_pipeline() -> np.ndarray:
+    """What the bundled model makes of PICTURE and HOLE without a server."""
+    return np.asarray(Inpainter.from_pretrained(None)(PICTURE, HOLE))
+
+
+def inpaint(**changes: object) -> dict:
+    """A request to fill HOLE in PICTURE, as arguments of a client's `post`."""
+    return {"url": "/api/v1/inpaint", "json": {"image": base64_of(GOOD), "mask": base64_of(MASK), **changes}}
+
+
+def rubbed_out() -> bytes:
+    """PICTURE, transparent in HOLE."""
+    return file_of(np.dstack([PICTURE, np.where(HOLE, np.uint8(0), np.uint8(255))]))
+
+
+def open_picture(client: httpx.Client, data: bytes) -> dict:
+    """Open a picture as the page does; returns what it is told."""
+    answer = client.post("/api/v1/pictures", content=data)
+    assert answer.status_code == 201, answer.text
+    return answer.json()
 
 
 @contextmanager
