@@ -1,231 +1,32 @@
-"""`lgnet-fast eval` and `lgnet_fast.evaluation`: metrics, masks, baselines, tables, errors, resumption."""
+"""`lgnet_fast.evaluation`: baselines, masks and their classes, scores, processes, resumption, bad pictures."""
 
 from __future__ import annotations
 
 import json
 import os
-import sys
-from dataclasses import replace
 from pathlib import Path
-from urllib.error import URLError
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
-from rich.console import Console
 from torch import nn
-from typer.testing import CliRunner
 
-from lgnet_fast import cli
-from lgnet_fast.cli.commands.eval import models_of
 from lgnet_fast.data import metrics as metrics_module
 from lgnet_fast.data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_ratio
-from lgnet_fast.data.metrics import Metrics, fid_score
-from lgnet_fast.errors import MissingExtraError, UsageError, WeightsError
-from lgnet_fast.evaluation import EvaluationOptions, biharmonic, navier_stokes, parse_classes, telea
-from lgnet_fast.evaluation.frechet import frechet_distance
+from lgnet_fast.data.metrics import fid_score
+from lgnet_fast.errors import UsageError
+from lgnet_fast.evaluation import biharmonic, navier_stokes, parse_classes, telea
 from lgnet_fast.evaluation.protocol import FolderMasks, fit_mask, fit_picture
-from lgnet_fast.evaluation.report import Evaluation, Score
-from lgnet_fast.evaluation.scoring import _identity, _plan, _settings
 from lgnet_fast.jobs.journal import World
 from lgnet_fast.pipeline import Inpainter
 
-from .pipeline_support import BlurFill, ConstantFill, box_mask, evaluate, noise, smooth_noise
-
-PLAIN = ("l1", "psnr", "ssim")
+from .evaluation_support import invoke_eval, write_waves
+from .pipeline_support import ConstantFill, box_mask, evaluate, noise
 
 
 @pytest.fixture
 def pictures(tmp_path) -> Path:
-    """Five smooth pictures of several sizes, in a folder."""
-    folder = tmp_path / "pictures"
-    folder.mkdir()
-    for index, (height, width) in enumerate([(64, 64), (80, 64), (64, 100), (70, 70), (96, 128)]):
-        rows, columns = np.mgrid[0:height, 0:width] / 20
-        waves = [np.sin(rows + index), np.cos(columns * (index + 1) / 2), np.sin(rows + columns)]
-        Image.fromarray((127 + 100 * np.stack(waves, axis=2)).astype(np.uint8)).save(folder / f"{index}.png")
-    return folder
-
-
-def _evaluate(*arguments):
-    return CliRunner().invoke(cli.app, ["eval", *map(str, arguments)])
-
-
-# -- metrics -------------------------------------------------------------------------------------------------------
-
-
-def _ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Wang et al. 2004, eq. 13, where the 11x11 Gaussian window (sigma 1.5) lies inside the picture; mean of RGB."""
-    offsets = np.arange(11) - 5
-    line = np.exp(-(offsets**2) / (2 * 1.5**2))
-    window = np.outer(line, line) / line.sum() ** 2
-
-    def mean(values: np.ndarray) -> np.ndarray:
-        windows = np.lib.stride_tricks.sliding_window_view(values, (11, 11), axis=(0, 1))
-        return np.einsum("hwcij,ij->hwc", windows, window)
-
-    a, b = a.astype(np.float64), b.astype(np.float64)
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    ma, mb = mean(a), mean(b)
-    va, vb, vab = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
-    return float((((2 * ma * mb + c1) * (2 * vab + c2)) / ((ma**2 + mb**2 + c1) * (va + vb + c2))).mean())
-
-
-def test_l1_psnr_and_ssim_are_those_of_their_definitions():
-    truth = smooth_noise(48, 40, 0)
-    filled = truth.copy()
-    filled[10:30, 5:25] = noise(20, 20, 1)
-    scores = Metrics(PLAIN).scores(filled, truth)
-    difference = filled.astype(np.float64) - truth
-    assert scores["l1"] == pytest.approx(100 * np.abs(difference).mean() / 255, rel=1e-12)
-    assert scores["psnr"] == pytest.approx(10 * np.log10(255**2 / (difference**2).mean()), rel=1e-6)
-    assert scores["ssim"] == pytest.approx(_ssim(filled, truth), abs=5e-6)
-    assert Metrics(PLAIN).scores(truth, truth) == {
-        "l1": 0.0,
-        "psnr": float("inf"),
-        "ssim": pytest.approx(1, abs=1e-6),
-    }
-
-
-def test_fid_of_known_gaussians():
-    rng = np.random.default_rng(0)
-    real = rng.normal(size=(40, 3)).astype(np.float32)
-    assert fid_score(real, real) == pytest.approx(0, abs=1e-6)
-    assert fid_score(real, real + np.float32([1, 0, 2])) == pytest.approx(5, abs=1e-4)  # equal covariances: |shift|^2
-    line = real[:, :1]
-    spread = float(line.std(ddof=1))
-    assert fid_score(line, 3 * line) == pytest.approx(
-        (2 * line.mean()) ** 2 + (2 * spread) ** 2, rel=1e-5
-    )  # one dimension: (m1 - m2)^2 + (s1 - s2)^2
-
-
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_frechet_distance_of_broken_features_is_not_a_number(bad):
-    rows = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
-    broken = rows.clone()
-    broken[3, 1] = bad
-    assert np.isnan(frechet_distance(rows, broken))
-    assert np.isnan(frechet_distance(broken, rows))
-    assert frechet_distance(rows, rows) == pytest.approx(0, abs=1e-6)
-
-
-def test_lpips_and_fid_networks_may_be_given():
-    seen = []
-
-    def distance(a, b):
-        seen.append((a.shape, a.dtype, float(a.min()), float(a.max())))
-        return (a - b).abs().mean()
-
-    class Mean(nn.Module):
-        def forward(self, picture):
-            assert picture.dtype == torch.uint8
-            return picture.float().mean(dim=(2, 3))
-
-    white, black = np.full((16, 20, 3), 255, np.uint8), np.zeros((16, 20, 3), np.uint8)
-    measure = Metrics(("lpips", "fid"), lpips=distance, fid=Mean())
-    assert measure.available == ("lpips", "fid")
-    assert measure.scores(white, black) == {"lpips": 2.0}
-    assert seen == [((1, 3, 16, 20), torch.float32, 1.0, 1.0)]
-    np.testing.assert_array_equal(measure.features(white), [255, 255, 255])
-
-
-def test_missing_backbones_are_one_line_each_and_the_other_metrics_stay(tmp_path, pictures):
-    for name in ("a.pth", "b.pth"):
-        (tmp_path / name).write_bytes(b"torn")
-    result = evaluate(
-        pictures, classes="1", size=64, baselines=["telea"], models=[], seed=3, lpips=tmp_path / "a.pth",
-        fid=tmp_path / "b.pth",
-    )  # fmt: skip
-    assert set(result.missing) == {"lpips", "fid"}
-    assert all(reason and "\n" not in reason for reason in result.missing.values())
-    assert "b.pth" in result.missing["fid"]
-    score = result.score("Telea", "10-20%")
-    assert (score.lpips, score.fid) == (None, None)
-    assert score.psnr > 15
-    assert "LPIPS: n/a (" in result.markdown()
-    assert result.markdown().count("n/a |") == 2
-
-
-def _alexnet_features() -> nn.Sequential:
-    """torchvision's ``alexnet().features``, random."""
-    torch.manual_seed(0)
-    layers: list[nn.Module] = [nn.Conv2d(3, 64, 11, 4, 2), nn.ReLU(True), nn.MaxPool2d(3, 2)]
-    layers += [nn.Conv2d(64, 192, 5, padding=2), nn.ReLU(True), nn.MaxPool2d(3, 2)]
-    for inputs, outputs in ((192, 384), (384, 256), (256, 256)):
-        layers += [nn.Conv2d(inputs, outputs, 3, padding=1), nn.ReLU(True)]
-    return nn.Sequential(*layers, nn.MaxPool2d(3, 2))
-
-
-def test_lpips_with_a_local_backbone_is_that_of_its_definition(tmp_path):
-    """Zhang et al. 2018, eq. (1): squared differences of unit features, weighted by v0.1's linear layers."""
-    backbone = _alexnet_features()
-    state = {f"features.{name}": value for name, value in backbone.state_dict().items()}
-    torch.save({**state, "classifier.1.weight": torch.zeros(2, 2)}, tmp_path / "alexnet.pth")
-    lpips_module = pytest.importorskip("torchmetrics.functional.image.lpips")
-    measure = Metrics(("lpips",), lpips=tmp_path / "alexnet.pth")
-    assert measure.missing == {}
-    truth, filled = smooth_noise(64, 64, 0), smooth_noise(64, 64, 1)
-
-    linear = torch.load(
-        Path(lpips_module.__file__).parent / "lpips_models" / "alex.pth", map_location="cpu", weights_only=True
-    )
-    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
-    expected, taps = 0.0, (1, 4, 7, 9, 11)
-    with torch.inference_mode():
-        maps = []
-        for picture in (filled, truth):
-            x = ((torch.from_numpy(picture.copy()) / 127.5 - 1 - shift) / scale).permute(2, 0, 1)[None]
-            maps.append([])
-            for index, layer in enumerate(backbone):
-                x = layer(x)
-                if index in taps:
-                    maps[-1].append(x / x.norm(dim=1, keepdim=True))
-        for level, (a, b) in enumerate(zip(*maps)):
-            expected += float((linear[f"lin{level}.model.1.weight"] * (a - b) ** 2).sum(1).mean())
-    assert measure.scores(filled, truth)["lpips"] == pytest.approx(expected, rel=1e-4)
-
-    torch.save({**state, "features.0.weight": torch.zeros(64, 3, 3, 3)}, tmp_path / "other.pth")
-    other = Metrics(("lpips",), lpips=tmp_path / "other.pth")
-    assert "names and shapes do not fit. wrong shape (7)" in other.missing["lpips"]
-    assert len(other.missing["lpips"]) <= 240
-    assert "does not exist" in Metrics(("lpips",), lpips=tmp_path / "none.pth").missing["lpips"]
-
-
-def test_a_backbone_that_cannot_be_downloaded_names_its_file_and_address(monkeypatch, tmp_path):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    torch.hub.set_dir(str(tmp_path / "hub"))
-
-    def refuse(url, file, **options):
-        raise URLError("no network")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", refuse)
-    with pytest.raises(WeightsError, match=r"alexnet-owt-7be5be79.pth.*no network.*`lpips`.*https://"):
-        metrics_module._alexnet_file()
-    (tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth").write_bytes(b"")
-    assert metrics_module._alexnet_file() == tmp_path / "hub" / "checkpoints" / "alexnet-owt-7be5be79.pth"
-
-
-@pytest.fixture(autouse=True)
-def _hub_directory():
-    yield
-    torch.hub._hub_dir = None
-
-
-def test_extras_that_are_not_installed_are_named(monkeypatch, pictures):
-    hole = box_mask(20, 20, (5, 5, 10, 10))
-    monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(MissingExtraError, match=r"lgnet_fast\[eval\]"):
-        telea(noise(20, 20), hole)
-    monkeypatch.setitem(sys.modules, "skimage.restoration", None)
-    with pytest.raises(MissingExtraError, match=r"scikit-image.*lgnet_fast\[eval\]"):
-        biharmonic(noise(20, 20), hole)
-    result = _evaluate("-i", pictures, "-o", pictures.parent / "out", "--metrics", "l1", "--size", 64)
-    assert result.exit_code == 2
-    assert result.stderr.strip().count("\n") == 0
-    monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    with pytest.raises(MissingExtraError, match=r"torchmetrics.*lgnet_fast\[eval\]"):
-        Metrics()
+    return write_waves(tmp_path / "pictures")
 
 
 # -- baselines, pictures and masks ---------------------------------------------------------------------------------
@@ -445,7 +246,7 @@ def test_features_that_are_gone_are_measured_again(fake, pictures, tmp_path, mon
 def test_broken_pictures_are_told_once_and_left_out(fake, pictures, tmp_path):
     (pictures / "2.png").write_bytes(b"not a picture")
     Image.fromarray(noise(8, 8)).save(pictures / "small.png")
-    result = _evaluate(
+    result = invoke_eval(
         "-i",
         pictures,
         "-o",
@@ -475,7 +276,7 @@ def test_names_that_are_not_utf8_and_formats_that_are_not_read(fake, pictures, t
             file.write(data)
     (pictures / "art.psd").write_bytes(b"x")
     arguments = ["--classes", "1", "--size", 0, "--metrics", "l1", "--baselines", "none", "--sheet-rows", 20]
-    result = _evaluate("-i", pictures, "-o", tmp_path / "out", *arguments)
+    result = invoke_eval("-i", pictures, "-o", tmp_path / "out", *arguments)
     assert result.exit_code == 1, result.output
     assert "2 pictures could not be evaluated" in result.stderr
     assert {path.name for path in (tmp_path / "out").glob("evaluation.*")} == {
@@ -483,214 +284,3 @@ def test_names_that_are_not_utf8_and_formats_that_are_not_read(fake, pictures, t
     }  # fmt: skip
     failures = json.loads((tmp_path / "out" / "evaluation.json").read_bytes().decode())["failures"]
     assert {os.fsencode(one["picture"]).rpartition(b"/")[2] for one in failures} == {b"caf\xe9.png", b"art.psd"}
-
-
-# -- the command and its reports -----------------------------------------------------------------------------------
-
-
-def test_the_command_writes_a_table_json_markdown_and_a_sheet(fake, pictures, tmp_path):
-    out = tmp_path / "out"
-    result = _evaluate(
-        "-i", pictures, "-o", out, "--classes", "10-20", "--size", 64, "--metrics", "l1,psnr,ssim", "--sheet-rows", 2,
-        "--device", "cpu",
-    )  # fmt: skip
-    assert result.exit_code == 0, result.output
-    written = json.loads((out / "evaluation.json").read_text())
-    scores = {score["method"]: score for score in written["scores"]}
-    assert list(scores) == ["bundled", "Telea", "Navier-Stokes"]
-    assert written["settings"]["classes"] == ["10-20%"]
-    for title, score in scores.items():
-        row = f"| {title} | 5 |"
-        (line,) = [line for line in (out / "evaluation.md").read_text().splitlines() if row in line]
-        cells = [cell.strip(" *") for cell in line.split("|")[4:7]]
-        assert cells == [f"{score['l1']:.2f}", f"{score['psnr']:.2f}", f"{score['ssim']:.4f}"]
-        assert all(cell in result.stdout for cell in cells)
-    with Image.open(out / "evaluation.png") as sheet:
-        # 5 columns of 192 with margins of 6; 2 rows of 192 under captions of 22, and the head.
-        assert sheet.size == (5 * 198 + 6, 22 + 2 * 214 + 6)
-        original = np.asarray(sheet.crop((6, 44, 198, 236)), dtype=int)
-    shown = Image.fromarray(fit_picture(pictures / "0.png", 64)).resize((192, 192), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(original, np.asarray(shown))
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["-i", "none"], "--input: 'none' does not exist"),
-        (["-i", "empty"], "no pictures in 'empty'"),
-        (["-i", "pictures", "-m", "empty"], "--masks"),
-        (["-i", "pictures", "-m", "nowhere"], "--masks"),
-        (["-i", "pictures", "-m", "pictures", "--pair-by-name", "--classes", "1"], "--pair-by-name"),
-        (["-i", "pictures", "-m", "one", "--pair-by-name"], "no file named '1'"),
-        (["-i", "pictures", "-m", "one"], "hole ratios of 1-60%, got none"),
-        (["-i", "pictures", "--classes", "10-30"], "--classes: expected names of 1-10%, 10-20%"),
-        (["-i", "pictures", "--baselines", "patchmatch"], "--baselines: expected names of telea, ns"),
-        (["-i", "pictures", "--baselines", "ns,telea,ns"], "--baselines: expected each name once, got ns, telea, ns"),
-        (["-i", "pictures", "--metrics", "l1,mse"], "--metrics"),
-        (["-i", "pictures", "--metrics", "l1, psnr,l1"], "--metrics: expected each name once, got l1, psnr, l1"),
-        (["-i", "pictures", "--metrics", "l1", "--fid", "a.pth"], "--fid: expected fid among the --metrics, got l1"),
-        (["-i", "pictures", "--suite", "--fid", "a.pth"], "--fid: expected fid among the --metrics, got l1, psnr, "),
-        (["-i", "pictures", "--model", "bundled", "--model", "bundled"], "--model: expected each method once, or"),
-        (["-i", "pictures", "--model", "a/x", "--model", "a/x"], "titles of their own, got a/x, a/x, Telea, Navier"),
-        (["-i", "pictures", "--lpips", "nowhere.pth"], "--lpips: expected a file of weights, got 'nowhere.pth'"),
-        (["-i", "pictures", "--fid", "empty"], "--fid: expected a file of weights, got 'empty'"),
-        (["-i", "pictures", "--invert-mask"], "--invert-mask: expected --masks"),
-        (
-            ["-i", "pictures", "-m", "one", "--mask-kind", "boxes"],
-            "--mask-kind: expected none with --masks, got 'boxes'",
-        ),
-        (["-i", "pictures", "--size", "8"], "--size"),
-        (["-i", "pictures", "--model", "empty"], "empty"),
-        (["-i", "pictures", "--model", "torn"], "torn"),
-        (["-i", "pictures", "--model", "a=empty", "--model", "torn"], "TITLE=DIR"),
-        (["-i", "pictures", "--device", "cuda:99"], "cuda:99"),
-        (["-i", "pictures", "-o", "pictures/0.png"], "--output"),
-    ],
-)
-def test_errors_are_one_line_with_exit_code_2(pictures, tmp_path, monkeypatch, arguments, words):
-    monkeypatch.chdir(tmp_path)
-    for name in ("empty", "torn", "one"):
-        (tmp_path / name).mkdir()
-    (tmp_path / "torn" / "config.json").write_text("{")
-    (tmp_path / "torn" / "model.safetensors").write_bytes(b"\0" * 20)
-    Image.fromarray(np.full((64, 64), 255, np.uint8)).save(tmp_path / "one" / "0.png")
-    (tmp_path / "a.pth").write_bytes(b"torn")
-    result = _evaluate("-o", "out", *arguments)
-    assert result.exit_code == 2, result.output
-    assert words in result.stderr
-    assert "Traceback" not in result.output
-    assert result.stderr.lstrip().startswith("error: ")  # rich before 14.3 begins with an empty line
-    assert result.stderr.strip().count("\n") == 0
-    assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("name", ["models", "baselines", "metrics"])
-def test_a_text_in_place_of_a_list(pictures, name):
-    with pytest.raises(UsageError, match=f"^{name}: expected a list, got the single 'l1'"):
-        evaluate(pictures, **{name: "l1"})
-
-
-def test_titles_of_models(pictures):
-    assert models_of([]) == [None]
-    assert models_of(["runs/1", "runs/2"]) == ["runs/1", "runs/2"]
-    assert models_of(["old=bundled", "new=runs/2=b"]) == {"old": None, "new": "runs/2=b"}
-    assert models_of(["bundled", "runs/1"]) == [None, "runs/1"]
-    for wrong in (["a=runs/1", "runs/2"], ["a=runs/1", "a=runs/2"]):
-        with pytest.raises(UsageError, match=r"a title of its own for each, as TITLE=DIR, got a=runs/1, .*runs/2"):
-            models_of(wrong)
-    pipe = Inpainter(ConstantFill(0, 0, 0))
-    with pytest.raises(UsageError, match="titles of their own"):
-        evaluate(pictures, models={"Telea": pipe})
-
-
-def test_the_best_of_each_class_is_bold_and_missing_values_are_not_compared():
-    scores = [
-        Score("a", "10-20%", 3, l1=1.0, psnr=30.0, ssim=0.9, fid=None),
-        Score("b", "10-20%", 3, l1=2.0, psnr=31.0, ssim=0.9, fid=5.0),
-    ]
-    lines = Evaluation(scores, metrics=("l1", "psnr", "ssim", "fid")).markdown().splitlines()
-    assert lines[2] == "| 10-20% | a | 3 | **1.00** | 30.00 | **0.9000** | n/a |"
-    assert lines[3] == "| 10-20% | b | 3 | 2.00 | **31.00** | **0.9000** | **5.00** |"
-
-
-def test_pictures_without_any_difference_are_the_best_and_valid_json(tmp_path):
-    """A flat picture that is filled exactly: its PSNR is infinite, which JSON cannot hold."""
-    Image.new("RGB", (64, 64), (191, 191, 191)).save(tmp_path / "flat.png")  # (0.5 + 1) * 127.5
-    pipes = {"exact": Inpainter(ConstantFill(0.5, 0.5, 0.5)), "dark": Inpainter(ConstantFill(0, 0, 0))}
-    options = {"models": pipes, "size": 64, "classes": "1,2", "baselines": []}
-    result = evaluate(tmp_path, metrics=("l1", "psnr", "ssim"), **options)
-    (tmp_path / "out").mkdir()
-    result.write(tmp_path / "out")
-
-    def refuse(text):
-        raise AssertionError(text)
-
-    written = json.loads((tmp_path / "out" / "evaluation.json").read_text(), parse_constant=refuse)
-    by_title = {score["method"]: score for score in written["scores"] if score["hole_class"] == "all"}
-    assert (by_title["exact"]["l1"], by_title["exact"]["psnr"]) == (0, None)
-    assert 10 < by_title["dark"]["psnr"] < 30
-    lines = (tmp_path / "out" / "evaluation.md").read_text().splitlines()
-    shown = {line.split("|")[2].strip(): line.split("|")[5].strip() for line in lines if line.startswith("| all")}
-    assert shown == {"exact": "**∞**", "dark": f"{by_title['dark']['psnr']:.2f}"}
-    missing = Evaluation([Score("a", "all", 1, l1=0.0)], metrics=("l1", "psnr"), missing={"psnr": "no time"})
-    assert missing.markdown().splitlines()[2] == "| all | a | 1 | 0.00 | n/a |"
-
-
-def test_figures_stay_whole_in_a_narrow_terminal():
-    table = Evaluation([Score("a method", "10-20%", 1234, l1=12.25, psnr=29.75)], metrics=("l1", "psnr")).table()
-    console = Console(width=34)
-    with console.capture() as captured:
-        console.print(table)
-    rows = [line.split("│") for line in captured.get().splitlines() if line.startswith("│")]
-    columns = ["".join(cells).replace(" ", "") for cells in list(zip(*rows))[3:6]]
-    assert columns == ["1234", "12.25", "29.75"]
-
-
-def test_a_picture_with_the_name_of_the_sheet_is_not_replaced(fake, tmp_path):
-    Image.fromarray(noise(64, 64)).save(tmp_path / "evaluation.png")
-    before = (tmp_path / "evaluation.png").read_bytes()
-    for rows in (0, 2):
-        result = _evaluate("-i", tmp_path / "evaluation.png", "-o", tmp_path, "--sheet-rows", rows)
-        assert result.exit_code == 2
-        assert result.stderr.startswith("error: --output: expected another folder than that of the picture")
-    assert (tmp_path / "evaluation.png").read_bytes() == before
-
-
-def test_titles_are_cells_of_the_markdown_table():
-    (line,) = Evaluation([Score("a|b\nc", "all", 3, l1=1.0)], metrics=("l1",)).markdown().splitlines()[2:3]
-    assert line == r"| all | a\|b c | 3 | 1.00 |"
-
-
-def test_a_sheet_of_an_earlier_evaluation_never_stays(fake, pictures, tmp_path):
-    arguments = ["-i", pictures, "-o", tmp_path / "out", "--classes", "1", "--size", 64, "--metrics", "l1"]
-    first = _evaluate(*arguments, "--baselines", "none")
-    assert "evaluation.md, evaluation.png" in first.stderr
-    assert (tmp_path / "out" / "evaluation.png").is_file()
-    again = _evaluate(*arguments, "--baselines", " ns , telea", "--sheet-rows", 0)
-    assert again.exit_code == 0, again.output
-    assert "evaluation.png" not in again.stderr
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["evaluation.json", "evaluation.md"]
-
-
-def test_another_device_or_network_is_another_evaluation(fake, pictures, tmp_path, monkeypatch):
-    """What an interrupted one has measured is not mixed with results of another dtype, or of another LPIPS."""
-    options = EvaluationOptions(pictures, out=tmp_path / "out")
-    one = _identity(options, _settings(options, _plan(options).holes))
-    for changed in ({"device": "cuda"}, {"dtype": "float64"}, {"backend": "eager"}, {"seed": 1}, {"sheet_rows": 1}):
-        other = replace(options, **changed)
-        assert _identity(other, _settings(other, _plan(other).holes)) != one, changed
-    (tmp_path / "vgg.npz").write_bytes(b"x")
-    monkeypatch.setenv("LGNET_FAST_LPIPS", str(tmp_path / "vgg.npz"))
-    assert _identity(options, _settings(options, _plan(options).holes)) != one
-
-
-def test_ctrl_c_says_that_the_same_command_goes_on(fake, pictures, tmp_path, monkeypatch):
-    forward = BlurFill.forward
-
-    def pressed(self, *arguments, **options):
-        if len(self.seen) == 2:
-            raise KeyboardInterrupt
-        return forward(self, *arguments, **options)
-
-    arguments = ["-i", pictures, "-o", tmp_path / "out", "--classes", "1", "--size", 64, "--metrics", "l1"]
-    with monkeypatch.context() as patch:
-        patch.setattr(BlurFill, "forward", pressed)
-        stopped = _evaluate(*arguments)
-    assert (stopped.exit_code, stopped.stdout) == (130, "")
-    assert stopped.stderr.strip() == "interrupted: the same command goes on from here"
-    assert not list((tmp_path / "out").glob("evaluation.*"))
-    assert _evaluate(*arguments).exit_code == 0
-    assert len(fake.seen) == 5
-
-
-def test_a_table_in_a_file_has_room_for_its_columns(fake, pictures, tmp_path, monkeypatch):
-    arguments = ["--suite", "--size", 64, "--classes", "box", "--sheet-rows", 0]
-    widest = {}
-    for columns in (None, "50"):
-        monkeypatch.delenv("COLUMNS", raising=False)
-        if columns is not None:
-            monkeypatch.setenv("COLUMNS", columns)
-        result = _evaluate("-i", pictures, "-o", tmp_path / "out", *arguments)
-        widest[columns] = max(map(len, result.stdout.splitlines()))
-    assert 80 < widest[None] <= 120
-    assert widest["50"] <= 50

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from lgnet_fast import LGNet, create_model
 from lgnet_fast.training import TrainConfig
-from lgnet_fast.training.config import config_of
+from lgnet_fast.training.config import DataConfig, config_of
+from lgnet_fast.training.samples import InpaintingDataset
 
 TINY = {"coarse_channels": 2, "local_channels": 2, "global_channels": 2}
 
@@ -37,6 +38,11 @@ def write_pictures(folder: Path, count: int = 5, size: tuple[int, int] = (80, 64
         planes = [np.sin(rng.uniform(2, 9) * x + rng.uniform(2, 9) * y + rng.uniform(0, 6)) for _ in range(3)]
         Image.fromarray(np.uint8(127.5 + 120 * np.stack(planes, axis=2))).save(folder / f"{i}.png")
     return folder
+
+
+def dataset(*places: object, seed: int = 0, **options: Any) -> InpaintingDataset:
+    """Samples of these places, read by the caller itself; `options`: fields of DataConfig."""
+    return InpaintingDataset(DataConfig(**{"pictures": tuple(map(str, places)), "workers": 0, **options}), seed)
 
 
 def tiny_settings(pictures: Path, run: Path) -> dict[str, Any]:
