@@ -31,7 +31,13 @@ REFERENCE = (
     *(f"peers_{n}" for n in ("gconv", "madf", "medfe", "pen", "rfr")),
 )
 OPERATORS = ("ops", "cpp_kernels")
-KERNELS = (*OPERATORS, "engine_cpu", *(f"engine_cpu_{n}" for n in ("attention", "bf16", "regions")), "engine")
+KERNELS = (
+    *OPERATORS,
+    "engine_cpu",
+    *(f"engine_cpu_{n}" for n in ("attention", "bf16", "regions")),
+    "engine",
+    *(f"engine_{n}" for n in ("costs", "saved")),
+)
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
 ISA = "LGNET_FAST_TEST_ISA"  # read by conftest.py

@@ -1,0 +1,171 @@
+"""Saved engines: they load elsewhere, and what is damaged or of another machine is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from lgnet_fast import Engine, LGNet, LGNetError, WeightsError, create_model, limits, load_engine, optimize
+from lgnet_fast.engine import saved
+from lgnet_fast.reference.folders import complete_set
+from tests.engine_support import assert_same_pixels, narrow_model, needs_extension
+from tests.support import assert_accurate, case
+from tests.test_plan import NARROW, lively
+
+
+@pytest.fixture
+def model() -> LGNet:
+    return narrow_model()
+
+
+@needs_extension
+def test_save_and_load(model, tmp_path):
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    fast = optimize(model)
+    fast.save(tmp_path / "engine")
+    loaded = load_engine(tmp_path / "engine")
+    assert isinstance(loaded, Engine)
+    assert torch.equal(loaded(image, mask), fast(image, mask))
+    wide, wide_mask = case("gen512", 2, 256, 512, torch.float32)
+    assert torch.equal(loaded(wide, wide_mask), fast(wide, wide_mask))
+
+
+FORKED = """
+import os, sys, torch
+import lgnet_fast
+torch.set_num_threads(2)
+widths = {"coarse_channels": 4, "local_channels": 4, "global_channels": 4}
+engine = lgnet_fast.optimize(lgnet_fast.create_model("lgnet", **widths), device="cpu", dtype="float32")
+engine.save(sys.argv[1])
+image, mask = torch.zeros(1, 3, 256, 256), torch.ones(1, 1, 256, 256)
+expected = engine(image, mask)
+child = os.fork()
+if child == 0:
+    code = 1
+    try:
+        code = 0 if torch.equal(lgnet_fast.load_engine(sys.argv[1])(image, mask), expected) else 2
+    finally:
+        os._exit(code)
+print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+"""
+
+
+@pytest.mark.once
+@needs_extension
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+def test_a_saved_engine_loads_in_a_forked_child(tmp_path):
+    """There PyTorch has one thread, the kernels have the parent's two."""
+    done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "e")], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+
+@pytest.mark.once
+@needs_extension
+def test_capped_widths_saved_and_loaded(tmp_path):
+    torch.manual_seed(0)
+    model = lively(create_model("lgnet_small", **NARROW, max_channels=12, backend="eager")).float()
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    with torch.no_grad():
+        exact = model.double()(image.double(), mask.double())
+    fast = optimize(model.float())
+    assert_same_pixels(fast(image, mask), exact, mask)
+    fast.save(tmp_path / "engine")
+    assert torch.equal(load_engine(tmp_path / "engine")(image, mask), fast(image, mask))
+
+
+@needs_extension
+def test_a_saved_engine_loads_where_processors_were_taken_away(model, tmp_path, monkeypatch):
+    """Its kernels were chosen for the program's threads; a worker that is confined later has the same engine."""
+    fast = optimize(model)
+    fast.save(tmp_path)
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    expected = fast(image, mask)
+    monkeypatch.setattr(limits, "narrowed", lambda: 1)
+    assert_accurate("confined", load_engine(tmp_path)(image, mask), expected, roundings=2**8)
+
+
+@needs_extension
+@pytest.mark.parametrize("circumstance", ["instruction set", "threads", "lgnet_fast", "torch"])
+def test_an_engine_made_elsewhere_is_refused(model, tmp_path, circumstance, monkeypatch):
+    here = saved._circumstances
+    with monkeypatch.context() as patch:
+        patch.setattr(saved, "_circumstances", lambda isa: here(isa) | {circumstance: "other"})
+        optimize(model).save(tmp_path)
+    with pytest.raises(LGNetError, match=f"{circumstance}: other there, .* here"):
+        load_engine(tmp_path)
+
+
+@pytest.mark.once
+@needs_extension
+def test_damaged_engines_are_refused(model, tmp_path):
+    optimize(model).save(tmp_path)
+    data = bytearray((tmp_path / "weights.bin").read_bytes())
+    data[len(data) // 2] ^= 1
+    (tmp_path / "weights.bin").write_bytes(data)
+    with pytest.raises(WeightsError, match=r"weights.bin: damaged or of another save"):
+        load_engine(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(WeightsError, match=r"expected a manifest.json beside engine.json, weights.bin"):
+        load_engine(tmp_path)
+    with pytest.raises(WeightsError, match=r"nowhere: expected a folder with engine.json, weights.bin, got none"):
+        load_engine(tmp_path / "nowhere")
+
+
+@needs_extension
+def test_every_edit_of_an_engines_description_is_noticed(model, tmp_path):
+    optimize(model).save(tmp_path)
+    for name in ("engine.json", "manifest.json"):
+        whole = (tmp_path / name).read_bytes()
+        for position in range(0, len(whole), 97 if name == "engine.json" else 1):
+            for bit in (0, 3) if name == "engine.json" else (0,):
+                damaged = bytearray(whole)
+                damaged[position] ^= 1 << bit
+                (tmp_path / name).write_bytes(damaged)
+                try:
+                    complete_set(tmp_path, ("engine.json", "weights.bin"), manifest_needed=True)
+                except WeightsError:
+                    continue
+                # A remaining manifest may differ in names that are not read.
+                assert name == "manifest.json"
+                now, then = (json.loads(text)["files"] for text in (damaged, whole))
+                assert now == then
+        (tmp_path / name).write_bytes(whole)
+    load_engine(tmp_path)
+
+
+@needs_extension
+@pytest.mark.parametrize(
+    "edit",
+    [
+        lambda d: d.update(size=[1, 257, 256]),
+        lambda d: d.update(size="big"),
+        lambda d: d["config"].update(coarse_channels=10**9),
+        lambda d: d["config"].update(stages=["C"]),
+        lambda d: d["state"].pop("dtype"),
+        lambda d: d["state"]["choices"].popitem(),
+        lambda d: d["state"]["choices"].update({"net_l.down1": "dirict"}),
+        lambda d: d["state"]["choices"].update({"net_l.down1": None}),
+        lambda d: d.update(state=None),
+        lambda d: d.update(bytes=-1),
+    ],
+)
+def test_a_description_that_makes_no_sense_raises_what_is_documented(model, tmp_path, edit, monkeypatch):
+    """A file that a program could write, with the right hash."""
+    write = json.dumps
+
+    def edited(description, **options):
+        if "made for" in description:
+            description = json.loads(write(description))
+            edit(description)
+        return write(description, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dumps", edited)
+        optimize(model).save(tmp_path)
+    with pytest.raises(LGNetError):
+        load_engine(tmp_path)
