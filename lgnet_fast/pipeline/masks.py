@@ -14,6 +14,7 @@ from scipy import ndimage
 from ..engine.holes import disjoint_boxes, group_holes
 from ..errors import InvalidMaskError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
+from .brushes import black, brush_hole, chroma, largest
 from .pictures import Picture
 from .reading import open_upright, upright
 from .sources import Encoded, file_of
@@ -39,6 +40,10 @@ _BLACK = 48
 _ONE_COLOUR = 64
 # In a JPEG copy of the picture, a pixel counts as unchanged if no channel differs by more.
 _COPIED = 24
+# In a lossless mask, a pixel differs by no more than this from the colours between the brush and a plain background.
+_ROUNDING = 2
+# A mask that equals the picture beyond this distance from its strokes is an exact copy of it.
+_SOFT = 3
 # Rows processed at a time where wide numbers of a whole picture would take too much memory.
 _STRIP = 256
 _CHOICES = (
@@ -66,8 +71,9 @@ def read_hole(
     luma           luma times alpha above `threshold` (0 <= threshold < 1, of full scale) is hole;
     alpha          alpha above `threshold` is hole: by default 128 and more of 255;
     inverse_alpha  the rest is hole: by default alpha below 128;
-    colour         pixels whose channels differ by 32 of 255 or more are hole, except pixels with alpha below 128 and,
-                   where at least half of the mask is a copy of `picture`, pixels equal to the picture;
+    colour         the strokes of one brush, as `auto` has them. Where there is no such brush, pixels whose channels
+                   differ by 32 of 255 or more are hole, except pixels with alpha below 128 and, where at least half
+                   of the mask is a copy of `picture`, pixels equal to the picture;
     auto           the reading of an unambiguous mask, see `_certain_hole`; an ambiguous mask is an error.
 
     `invert` swaps hole and known. `note` is appended to the message about a wrong size.
@@ -171,7 +177,11 @@ def _hole_by(channel: str, planes: _Planes, threshold: float, picture: Picture |
     if channel == "colour":
         if planes.colour is None:
             raise InvalidMaskError(f"mask_channel: 'colour' needs a mask in colour, got {planes.kind}")
-        hole = _chroma(planes.colour) >= _SATURATED
+        if planes.alpha is None or planes.alpha.min() >= 128:
+            strokes = _strokes(planes.colour, picture)
+            if strokes is not None:
+                return strokes
+        hole = chroma(planes.colour) >= _SATURATED
         # Where the mask is a painted copy of the picture: at least half of it is equal, or equal up to JPEG errors.
         if picture is not None:
             for apart in (0, _COPIED):
@@ -191,16 +201,16 @@ def _certain_hole(planes: _Planes, threshold: float, picture: Picture | None) ->
 
     Opaque and grey: by luma. Partly transparent: by alpha, if the opaque pixels have one colour, white or saturated,
     and are at most half of the mask (strokes on a layer). Opaque and in colour: by colour, if at most half has one
-    colour, on black or on an exact copy of the picture.
+    colour, on black or on a copy of the picture.
     """
     if planes.alpha is not None and planes.alpha.min() < 128:
         opaque = planes.alpha >= 128
         plane = planes.colour if planes.levels is None else planes.levels
         assert plane is not None
         if 0 < np.count_nonzero(opaque) <= opaque.size / 2:
-            strokes = plane[opaque].reshape(np.count_nonzero(opaque), -1)
-            mean = strokes.mean(axis=0)
-            if _one_colour(strokes) and (mean.min() >= 255 - _BLACK or np.ptp(mean) >= _ONE_COLOUR):
+            pixels = plane[opaque].reshape(np.count_nonzero(opaque), -1)
+            mean = pixels.mean(axis=0)
+            if _one_colour(pixels) and (mean.min() >= 255 - _BLACK or np.ptp(mean) >= _ONE_COLOUR):
                 return _above(planes.alpha, 255, threshold)
         raise InvalidMaskError(
             f"mask: it is partly transparent ({planes.kind}), which can mean strokes on a layer or a picture with "
@@ -208,23 +218,41 @@ def _certain_hole(planes: _Planes, threshold: float, picture: Picture | None) ->
         )
     if planes.colour is None:
         return _by_luma(planes, threshold)
-    saturated = _chroma(planes.colour) >= _SATURATED
-    count = np.count_nonzero(saturated)
-    if count == 0:
+    if (chroma(planes.colour) < _SATURATED).all():
         return _by_luma(planes, threshold)
-    if count <= saturated.size / 2:
-        brightest = _largest(planes.colour)
-        if brightest[~saturated].max() <= _BLACK and _one_shade(planes.colour[saturated], brightest[saturated]):
-            return saturated
-    if picture is not None:
-        own = _copied(planes.colour, picture, 0)
-        brush = planes.colour[~own]
-        one_colour = len(brush) > 0 and _one_colour(brush, 0) and np.ptp(brush[0]) >= _ONE_COLOUR
-        if own.mean() >= 0.5 and one_colour and not (planes.colour[own] == brush[0]).all(axis=1).any():
-            return ~own
+    strokes = _strokes(planes.colour, picture)
+    if strokes is not None:
+        return strokes
     raise InvalidMaskError(
         f"mask: it is in colour ({planes.kind}), which can mean a coloured brush, labels or a photograph; {_CHOICES}"
     )
+
+
+def _strokes(colour: np.ndarray, picture: Picture | None) -> np.ndarray | None:
+    """The strokes of one brush on black or on a copy of the picture, bool [H, W]; None where a mask uint8 [H, W, 3]
+    is another one."""
+    on_black = _strokes_on_black(colour)
+    if on_black is not None or picture is None:
+        return on_black
+    differs = ~_copied(colour, picture, 0)
+    brush = colour[differs]
+    if 0 < len(brush) <= differs.size / 2 and _one_colour(brush, 0):  # a hard brush on an exact copy
+        saturated = np.ptp(brush[0]) >= _ONE_COLOUR
+        return differs if saturated and not (colour[~differs] == brush[0]).all(axis=1).any() else None
+    hole = brush_hole(colour, lambda rows: _bytes_of(picture, rows))
+    if hole is None or (differs & ~ndimage.binary_dilation(hole, iterations=_SOFT)).any():
+        return hole
+    return differs  # a soft brush on an exact copy
+
+
+def _strokes_on_black(colour: np.ndarray) -> np.ndarray | None:
+    saturated = chroma(colour) >= _SATURATED
+    if not 0 < np.count_nonzero(saturated) <= saturated.size / 2:
+        return None
+    brightest = largest(colour)
+    brush, darkest = (colour.reshape(-1, 3)[at] for at in (brightest.argmax(), brightest.argmin()))
+    lossless = brightest[~saturated].max() <= _BLACK and _blends(colour.reshape(-1, 3), darkest, brush)
+    return saturated if lossless else brush_hole(colour, black)
 
 
 def _by_luma(planes: _Planes, threshold: float) -> np.ndarray:
@@ -252,32 +280,26 @@ def _above(levels: np.ndarray, white: float, threshold: float) -> np.ndarray:
     return above
 
 
-def _largest(colour: np.ndarray) -> np.ndarray:
-    """Largest channel of a uint8 [..., 3]."""
-    largest: np.ndarray = np.maximum(np.maximum(colour[..., 0], colour[..., 1]), colour[..., 2])
-    return largest
-
-
-def _chroma(colour: np.ndarray) -> np.ndarray:
-    """Largest minus smallest channel of a uint8 [..., 3]."""
-    smallest = np.minimum(np.minimum(colour[..., 0], colour[..., 1]), colour[..., 2])
-    chroma: np.ndarray = _largest(colour) - smallest
-    return chroma
-
-
 def _one_colour(pixels: np.ndarray, apart: int = _ONE_COLOUR) -> bool:
     """Whether pixels uint8 [N, C] differ by no more than `apart` in each channel."""
     return bool(all(int(channel.max()) - int(channel.min()) <= apart for channel in pixels.T))
 
 
-def _one_shade(pixels: np.ndarray, brightest: np.ndarray) -> bool:
-    """Whether pixels uint8 [N, 3] have one colour, or darker shades of it, as at soft edges.
-    `brightest` uint8 [N]: their largest channels."""
-    shade = pixels[brightest.argmax()].astype(np.float32) / brightest.max()
-    return all(
-        bool((np.abs(pixels[part] - shade * brightest[part, None]) <= _BLACK).all())
-        for part in (slice(start, start + 2**20) for start in range(0, len(pixels), 2**20))
-    )
+def _blends(pixels: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
+    """Whether all pixels uint8 [N, 3] are blends of two different colours [3], up to rounding."""
+    low = low.astype(np.float32)
+    way = high - low
+    widest = np.abs(way).argmax()
+    for start in range(0, len(pixels), 2**20):
+        change = pixels[start : start + 2**20] - low
+        if (np.abs(change - change[:, widest, None] * (way / way[widest])) > _ROUNDING).any():
+            return False
+    return True
+
+
+def _bytes_of(picture: Picture, rows: slice) -> np.ndarray:
+    """Rows of a picture in levels of 255, int16."""
+    return np.rint(picture.samples[rows] * (255 / picture.white)).astype(np.int16)
 
 
 def _copied(colour: np.ndarray, picture: Picture, apart: int) -> np.ndarray:
@@ -285,8 +307,7 @@ def _copied(colour: np.ndarray, picture: Picture, apart: int) -> np.ndarray:
     same = np.ones(colour.shape[:2], dtype=bool)
     for top in range(0, colour.shape[0], _STRIP):
         strip = slice(top, top + _STRIP)
-        own = np.rint(picture.samples[strip] * (255 / picture.white)).astype(np.int16)
-        same[strip] = (np.abs(colour[strip].astype(np.int16) - own) <= apart).all(axis=2)
+        same[strip] = largest(np.abs(colour[strip] - _bytes_of(picture, strip))) <= apart
     return same
 
 
