@@ -23,8 +23,8 @@ from lgnet_fast.engine.cuda_tuning import gains, tune
 from lgnet_fast.engine.cuda_tuning_convolutions import LAUNCHES, tiles
 from lgnet_fast.engine.cuda_weights import Tuned, work_of
 from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
+from tests.interpreted.plans import tiny_plan
 from tests.interpreted.test_cuda_executor import cast, check, inputs
-from tests.interpreted.test_verified import tiny_plan
 from tests.interpreted.timers import IdleTimer
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
