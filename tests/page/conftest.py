@@ -60,7 +60,7 @@ def new_page(browser: Any, server: str, request: pytest.FixtureRequest) -> Itera
         context = browser.new_context(
             **{"viewport": {"width": 1280, "height": 800}, "color_scheme": "dark"} | options
         )
-        context.set_default_timeout(30_000)
+        context.set_default_timeout(120_000)
         contexts.append(context)
 
         def check(route: Any) -> None:

@@ -84,10 +84,26 @@ def drag(page: Any, points: list[tuple[float, float]], button: str = "left", rel
 
 def filled(page: Any, count: int = 1) -> None:
     """Waits for so many fills that have been drawn."""
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 120
     while page.evaluate("() => performance.getEntriesByName('lgnet-fill').length") < count:
         assert time.monotonic() < deadline, page.text_content("#status")
         page.wait_for_timeout(30)
+
+
+def hold(page: Any, pattern: str) -> list[Any]:
+    """The requests of an address, which wait until the test answers them."""
+    held: list[Any] = []
+    page.route(pattern, lambda route: held.append(route))
+    return held
+
+
+def arrived(page: Any, held: list[Any], count: int = 1) -> None:
+    """Waits for so many of them: the page shows that it is busy before a request comes."""
+    for _ in range(6000):
+        if len(held) >= count:
+            return
+        page.wait_for_timeout(20)
+    raise AssertionError(f"{len(held)} requests came, not {count}")
 
 
 def parts_shown(page: Any) -> int:

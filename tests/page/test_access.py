@@ -17,6 +17,7 @@ from .support import (
     changed,
     drag,
     filled,
+    hold,
     named,
     open_sample,
     opened,
@@ -334,8 +335,7 @@ def test_half_of_the_height_is_the_pictures_at_400_percent(new_page, name, count
 def test_nothing_moves_where_less_motion_is_asked_for(new_page):
     page = new_page(init=COLLECTS, reduced_motion="reduce")
     open_sample(page)
-    held: list[Any] = []
-    page.route("**/fill?*", lambda route: held.append(route))
+    hold(page, "**/fill?*")
     drag(page, STROKE)
     moving = "() => document.getAnimations().map((one) => one.animationName || one.transitionProperty)"
     assert page.evaluate(moving) == []

@@ -15,11 +15,13 @@ from ..serve_support import file_of, hole, live_server, photo, pixels_of
 from .support import (
     COLLECTS,
     STROKE,
+    arrived,
     changed,
     download,
     drag,
     failed,
     filled,
+    hold,
     named,
     open_sample,
     opened,
@@ -250,9 +252,9 @@ def test_leaving_asks_while_a_file_lacks_what_is_shown(new_page):
     filled(page, 2)
     assert asks_before_leaving(page)
     # A fill that ends while the file is made is not in it.
-    held: list[Any] = []
-    page.route("**/result?*", lambda route: held.append(route))
+    held = hold(page, "**/result?*")
     page.keyboard.press("Control+s")
+    arrived(page, held)
     drag(page, [(300, 200), (330, 200)])
     page.keyboard.press("Enter")
     filled(page, 3)
@@ -266,9 +268,9 @@ def test_a_fill_goes_on_while_another_picture_is_shown(new_page):
     page = new_page()
     page.set_input_files("#file", named(("a.png", file_of(photo(90, 120))), ("b.png", file_of(photo(80, 110)))))
     opened(page)
-    held: list[Any] = []
-    page.route("**/fill?*", lambda route: held.append(route))
+    held = hold(page, "**/fill?*")
     drag(page, [(50, 50), (60, 50)])
+    arrived(page, held)
     page.wait_for_selector("body.filling")
     page.keyboard.press("PageDown")
     page.wait_for_selector("#about:text('110 × 80')")
@@ -353,7 +355,7 @@ def test_leaving_the_page_closes_its_pictures(new_page):
         open_sample(page)
         assert pictures() == "lgnet_pictures 1.0"
         page.goto("about:blank")
-        for _ in range(500):
+        for _ in range(3000):
             if pictures() == "lgnet_pictures 0.0":
                 break
             page.wait_for_timeout(20)

@@ -13,11 +13,13 @@ from .support import (
     COLLECTS,
     SAMPLE,
     STROKE,
+    arrived,
     changed,
     download,
     drag,
     failed,
     filled,
+    hold,
     open_file,
     open_sample,
     parts_shown,
@@ -81,9 +83,9 @@ def test_strokes_that_waited_for_a_fill_that_failed_are_kept(new_page):
     page = new_page()
     page.expected_errors.append("500")
     open_sample(page)
-    held = []
-    page.route("**/fill?*", lambda route: held.append(route))
+    held = hold(page, "**/fill?*")
     drag(page, LEFT)
+    arrived(page, held)
     page.wait_for_selector("body.filling")
     drag(page, RIGHT)
     held[0].fulfill(status=500, body=json.dumps({"detail": "it broke"}))

@@ -13,11 +13,13 @@ from .support import (
     COLLECTS,
     SAMPLE,
     STROKE,
+    arrived,
     changed,
     download,
     drag,
     failed,
     filled,
+    hold,
     named,
     open_sample,
     opened,
@@ -39,21 +41,6 @@ def show(page: Any, key: str, about: str) -> None:
     page.keyboard.press(key)
     page.wait_for_selector(f"#about:text('{about}')")
     opened(page)
-
-
-def hold(page: Any, pattern: str) -> list[Any]:
-    """The requests of an address, which wait until the test answers them."""
-    held: list[Any] = []
-    page.route(pattern, lambda route: held.append(route))
-    return held
-
-
-def arrived(page: Any, held: list[Any], count: int = 1) -> None:
-    for _ in range(1000):
-        if len(held) >= count:
-            return
-        page.wait_for_timeout(20)
-    raise AssertionError(f"{len(held)} requests came, not {count}")
 
 
 @pytest.mark.parametrize("tool", ["d", "e", "r", "l"])

@@ -18,11 +18,13 @@ from .support import (
     REACH,
     SAMPLE,
     STROKE,
+    arrived,
     assert_only_near_the_stroke,
     changed,
     download,
     drag,
     filled,
+    hold,
     open_file,
     open_sample,
     opened,
@@ -178,6 +180,7 @@ def test_strokes_during_a_fill_wait_and_go_together(new_page):
 
     page.route("**/fill?*", hold)
     drag(page, [(60, 60), (90, 60)])
+    arrived(page, release)
     page.wait_for_selector("body.filling")
     drag(page, [(60, 200), (90, 200)])
     drag(page, [(300, 200), (330, 200)])
@@ -201,9 +204,9 @@ def test_escape_cancels_a_fill(new_page):
     page = new_page()
     page.expected_errors.append("ERR_")
     open_sample(page)
-    held = []
-    page.route("**/fill?*", lambda route: held.append(route))
+    held = hold(page, "**/fill?*")
     drag(page, STROKE)
+    arrived(page, held)
     page.wait_for_selector("body.filling")
     page.keyboard.press("Escape")
     page.wait_for_selector("body:not(.filling)")
