@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cache
 
 import numpy as np
@@ -23,16 +24,16 @@ def model() -> LGNet:
 
 @pytest.fixture(scope="module")
 def run(model):
-    """Stages of a case in a dtype; each is computed once."""
+    """Stages of a case in a dtype; each is computed once. The model stays in float64, in any order of the tests."""
 
     @cache
     def stages(name: str, dtype: torch.dtype) -> Stages:
         image, mask = case(name, *CASES[name][1], dtype=dtype)
+        own = model if dtype == torch.float64 else copy.deepcopy(model).to(dtype)
         with torch.no_grad():
-            return model.to(dtype)(image, mask, return_stages=True)
+            return own(image, mask, return_stages=True)
 
-    yield stages
-    model.double()
+    return stages
 
 
 def check(pictures: dict[str, torch.Tensor], vectors: np.lib.npyio.NpzFile) -> None:
