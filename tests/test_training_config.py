@@ -60,8 +60,14 @@ def pictures(tmp_path):
         ("loss: {style: .inf}", "loss.style: expected 0 or more, got inf"),
         ("loss: {style: 1" + "0" * 400 + "}", "loss.style: expected float, got 1000"),
         ("optim: {precision: bf16, dtype: float64}", "optim.precision: expected no with optim.dtype: float64"),
-        ("data: {masks: there, hole_classes: [1]}", "data.hole_classes: expected none with data.masks: there"),
-        ("data: {mask_kind: fine, hole_classes: [1]}", "data.hole_classes: expected none with data.mask_kind: fine"),
+        (
+            "data: {masks: there, hole_classes: [1]}",
+            r"data.hole_classes: expected the default \(.0, 1, 2, 3, 4, 5.\) with data.masks: there, where",
+        ),
+        (
+            "data: {mask_kind: fine, hole_classes: [1]}",
+            "data.hole_classes: expected the default .* with data.mask_kind: fine",
+        ),
         ("data: {protocol: squares}", "^data.protocol: expected one of photos, celeba_hq, .*, got 'squares'"),
         ("data: {validation: ''}", "^data.validation: expected a folder, a tar shard or a dataset, got ''"),
         ("data: {pictures: [a, '']}", "^data.pictures: expected a folder, a tar shard or a dataset, got ''"),
@@ -69,7 +75,29 @@ def pictures(tmp_path):
             "discriminator: {init_from: 200_net_D.pth, channels: 32}",
             "^discriminator.channels: expected 64, the width of discriminator.init_from, got 32",
         ),
-        ("data: {mask_polarity: black}", "data.mask_polarity: expected none with data.masks: generated"),
+        (
+            "data: {mask_polarity: black}",
+            r"data.mask_polarity: expected the default \(white\) with data.masks: generated",
+        ),
+        (
+            "data: {masks: there, mask_kind: fine}",
+            r"data.mask_kind: expected the default \(strokes\) with data.masks: there",
+        ),
+        ("data: {mask_bank: 8}", r"data.mask_bank: expected the default \(4096\) with data.in_memory: false, where"),
+        ("loss: {features_sha256: ab}", "loss.features_sha256: .* with loss.features: torchvision, .* got 'ab'"),
+        ("run: {on_nan: skip, finite_every: 2}", "run.finite_every: .* with run.on_nan: skip, .* got 2"),
+        (
+            "run: {validation_kinds: [box], validation_classes: [0]}",
+            "run.validation_classes: .* with run.validation_kinds",
+        ),
+        (
+            "model: {freeze_batchnorm: yes, batchnorm_momentum: 0.2}",
+            "model.batchnorm_momentum: .*freeze_batchnorm: true",
+        ),
+        (
+            "model: {freeze_batchnorm: yes, freeze_batchnorm_from: 0}",
+            "freeze_batchnorm_from: .*freeze_batchnorm: true",
+        ),
         ("optim: {steps: 3}\nrun: {}\noptim: {clip: 1}", "config: .*optim is there twice, the second time in line 3"),
         ("optim:\n  steps: 3\n  steps: 4", "config: .*steps is there twice, the second time in line 3"),
         ("run: [1", "config: expected a readable YAML or JSON file"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -12,6 +13,7 @@ from lgnet_fast.training import ConfigError, Trainer, TrainingError
 from tests.training_support import (
     TINY,
     Features,
+    assert_same,
     batch,
     own_threads,  # noqa: F401
     tiny_config,
@@ -297,6 +299,39 @@ def test_not_finite_stops_and_saves_the_batch(pictures, tmp_path):
     assert saved["name"] == ["1-0", "1-1"]
     assert torch.equal(saved["image"].nan_to_num(9), poisoned()["image"].nan_to_num(9))
     assert math.isnan(saved["terms"]["G"])
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_not_finite_stops_with_a_checkpoint_of_the_step_before(pictures, tmp_path, capsys, accumulate):
+    """Though the discriminator has made its step, with gradients that are not finite."""
+    config = tiny_config(pictures, tmp_path / "run", optim={"accumulate": accumulate, "steps": 3})
+    trainer = Trainer(config)
+    step, expected = trainer.train_step, {}
+
+    def poisoned_third(batches):
+        if trainer.step == 2:
+            expected.update(copy.deepcopy(trainer.state()))
+            batches[-1]["image"][0, 0, 0, 0] = math.nan
+        return step(batches)
+
+    trainer.train_step = poisoned_third
+    with pytest.raises(TrainingError, match="the loss of step 3 is not finite .*; set run.on_nan=skip"):
+        trainer.fit()
+    assert "the checkpoint of step 2 was saved before an error; --resume goes on" in capsys.readouterr().err
+    saved = trainer.checkpoints.load_latest()
+    for name in expected.keys() - {"minutes"}:
+        assert_same(saved[name], expected[name], name)
+    assert Trainer(config).fit(resume=True) == tmp_path / "run" / "model"  # the batch is all right now
+
+
+def test_a_batch_that_cannot_be_saved_is_not_the_error(pictures, tmp_path, monkeypatch):
+    def full(path, state):
+        raise TrainingError("disk full")
+
+    monkeypatch.setattr("lgnet_fast.training.nonfinite.save_checkpoint", full)
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run"))
+    with pytest.raises(TrainingError, match="the loss of step 1 is not finite .* could not be saved: disk full"):
+        trainer.train_step([poisoned()])
 
 
 def test_not_finite_is_skipped_and_counted(pictures, tmp_path):

@@ -258,15 +258,6 @@ def test_pictures_that_end_in_the_middle_of_a_run_leave_a_checkpoint(pictures, t
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
 
 
-def test_unreadable_pictures_of_another_process_leave_a_checkpoint(pictures, tmp_path, monkeypatch):
-    trainer = Trainer(tiny_config(pictures, tmp_path / "run"))
-    reads = iter([False, False, True])
-    monkeypatch.setattr("lgnet_fast.training.trainer.any_process", lambda accelerator, here: here or next(reads))
-    with pytest.raises(DataError, match="data: another process could not read its pictures; its message says why"):
-        trainer.fit()
-    assert trainer.checkpoints.steps() == [2]
-
-
 def test_an_error_between_two_steps_leaves_a_checkpoint(pictures, tmp_path, capsys):
     trainer = Trainer(tiny_config(pictures, tmp_path / "run", data={"validation": str(pictures)}))
     trainer.config = tiny_config(pictures, tmp_path / "run", run={"validate_every": 2})

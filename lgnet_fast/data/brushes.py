@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import lru_cache
 
 import numpy as np
 
@@ -81,7 +81,7 @@ def walk(hole: np.ndarray, rng: np.random.Generator, radius: int, longest: int) 
         _stamp(hole, x, y, radius)
 
 
-@cache
+@lru_cache(maxsize=32)  # the radii of a picture of 256x256 are fewer; a disc of radius 600 takes 1.4 MB
 def _disc(radius: int) -> np.ndarray:
     line = np.arange(-radius, radius + 1) ** 2
     return line[:, None] + line[None, :] <= radius * radius

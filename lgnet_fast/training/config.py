@@ -92,13 +92,14 @@ class DataConfig:
     hole_classes: tuple[int, ...] = tuple(range(len(HOLE_CLASSES)))
     """Classes of generated masks, drawn evenly; indices in :data:`.masks.HOLE_CLASSES`."""
     workers: int = 2
+    """Processes that read pictures and draw masks during the training; 0: none. Not used with `in_memory`."""
     prefetch: int = 2
     """Batches that each worker prepares ahead."""
     in_memory: bool = False
     """Decode every picture once, at a few scales, and keep them on the device with a bank of masks, for a GPU that is
     faster than the decoders. 1,700 pictures of 288x400 take 1 GB."""
     mask_bank: int = 4096
-    """Number of masks in that bank; each is used in its eight symmetries."""
+    """Number of masks in the bank of `in_memory`; each is used in its eight symmetries."""
     colour: float = 0.0
     """Gains, contrast, brightness and saturation are changed at random by up to this share."""
 
@@ -111,7 +112,7 @@ class LossConfig(LossWeights):
     """"torchvision" (VGG-16 from torch's hub cache, else downloaded), a weights file (:mod:`..reference.features`
     describes its layouts), a name of ``register_features``, "package.module:function", or None: no such terms."""
     features_sha256: str | None = None
-    """SHA-256 of that file, or the start of it."""
+    """SHA-256 of that weights file, or the start of it."""
     features_normalised: bool = False
     """Normalise the input of VGG-16 by ImageNet's statistics; the released network uses pictures in [-1, 1]."""
     lpips_weights: str | None = None
@@ -126,7 +127,7 @@ class LossConfig(LossWeights):
     feature_every: int = 1
     """Compute these terms in every k-th step only, with k times the weight."""
     feature_dtype: Literal["same", "bf16"] = "same"
-    """Dtype of the network of the style and perceptual terms outside autocast."""
+    """Dtype of the network of the style and perceptual terms outside autocast; "bf16" needs a module."""
     lean: bool = True
     """The same gradients with less memory, see ``generator_loss``; not used in float16."""
 
@@ -183,7 +184,7 @@ class RunConfig:
     device: Literal["auto", "cpu"] = "auto"
     log_every: int = 50
     picture_every: int = 500
-    """Steps between picture grids; 0: none."""
+    """Steps between picture grids, which are for TensorBoard; 0: none."""
     validate_every: int = 1000
     metric: Literal["psnr", "ssim", "l1", "lpips"] = "psnr"
     """The metric that selects the best checkpoint."""
@@ -199,7 +200,8 @@ class RunConfig:
     keep: int = 3
     """Checkpoints kept, besides the best."""
     on_nan: Literal["stop", "skip"] = "stop"
-    """At a loss that is not finite: "stop" saves the batch and ends the run, "skip" skips and counts the batch."""
+    """At a loss that is not finite: "stop" saves the batch and a checkpoint of the step before, and ends the run;
+    "skip" skips and counts the batch."""
     finite_every: int = 1
     """With "stop": steps between checks of the loss. Each check waits for the GPU."""
     tensorboard: bool = True
@@ -229,6 +231,7 @@ class TrainConfig:
         self._check_loss()
         self._check_optim()
         self._check_run()
+        self._check_without_effect()
 
     def _check_data(self) -> None:
         data, run = self.data, self.run
@@ -249,21 +252,29 @@ class TrainConfig:
         places = (*data.pictures, *(() if data.validation is None else (data.validation,)))
         name = "data.validation" if data.validation == "" else "data.pictures"
         _check(name, "", "" not in places, "a folder, a tar shard or a dataset")
-        self._check_holes()
 
-    def _check_holes(self) -> None:
-        """Settings that would have no effect are mistakes."""
-        data = self.data
-        if data.masks != "generated":
-            unused, where = "hole_classes", f"data.masks: {data.masks}"
-        elif data.mask_polarity != DataConfig.mask_polarity:
-            unused, where = "mask_polarity", "data.masks: generated"
-        elif data.mask_kind not in KINDS:
-            unused, where = "hole_classes", f"data.mask_kind: {data.mask_kind}"
-        else:
-            return
-        value, default = getattr(data, unused), getattr(DataConfig, unused)
-        _check(f"data.{unused}", value, value == default, f"none with {where}, where it has no effect")
+    def _check_without_effect(self) -> None:
+        """Settings that another one leaves without effect are mistakes, unless it leaves out a whole part of the
+        training: the adversary, the feature terms, the validation."""
+        model, data, loss, run = self.model, self.data, self.loss, self.run
+        drawn, of_a_class = data.masks == "generated", data.mask_kind in KINDS
+        others = (
+            ("model.freeze_batchnorm_from", model.freeze_batchnorm, "model.freeze_batchnorm: true"),
+            ("model.batchnorm_momentum", model.freeze_batchnorm, "model.freeze_batchnorm: true"),
+            ("data.mask_kind", not drawn, f"data.masks: {data.masks}"),
+            ("data.hole_classes", not drawn, f"data.masks: {data.masks}"),
+            ("data.hole_classes", not of_a_class, f"data.mask_kind: {data.mask_kind}"),
+            ("data.mask_polarity", drawn, "data.masks: generated"),
+            ("data.mask_bank", not data.in_memory, "data.in_memory: false"),
+            ("loss.features_sha256", loss.features == "torchvision", "loss.features: torchvision"),
+            ("run.validation_classes", bool(run.validation_kinds), "run.validation_kinds"),
+            ("run.finite_every", run.on_nan == "skip", "run.on_nan: skip"),
+        )
+        for name, without_effect, reason in others:
+            section, _, setting = name.partition(".")
+            value, default = (getattr(one, setting) for one in (getattr(self, section), type(getattr(self, section))))
+            expected = f"the default ({list(default) if isinstance(default, tuple) else default}) with {reason}"
+            _check(name, value, value == default or not without_effect, f"{expected}, where it has no effect")
 
     def _check_loss(self) -> None:
         run, data = self.run, self.data

@@ -92,7 +92,9 @@ def write_pictures(source: Path, folder: Path, *, edge: int, quality: int, held_
     """
     files = all_below(source, "pictures: expected a folder of pictures")
     if len(files) <= held_out:
-        raise DataError(f"pictures: expected more than the {held_out} held out in {str(source)!r}, got {len(files)}")
+        raise DataError(
+            f"pictures: expected more than the {held_out} held out (--held-out) in {str(source)!r}, got {len(files)}"
+        )
     held = sorted(round((i + 0.5) * len(files) / held_out) for i in range(held_out))
 
     def encoded(chosen: Sequence[int], quality: int) -> list[tuple[str, bytes]]:

@@ -26,7 +26,7 @@ from .networks import (
     make_network,
 )
 from .nonfinite import FiniteLosses
-from .processes import any_process, average_buffers
+from .processes import any_process, average_buffers, failing_together
 from .setup import (
     make_accelerator,
     make_objective,
@@ -81,7 +81,9 @@ class Learner:
         self.average = None if optim.ema is None else MovingAverage(self.network, optim.ema)
         self.nets, self.optimisers = prepare(config, self.accelerator, self.network, self.discriminator)
         objective = make_objective(config, self.features, self.lpips)
-        self._losses = FiniteLosses(config.run, self.accelerator)
+        self._losses = FiniteLosses(
+            config.run, self.accelerator, self.network, self.discriminator, self.optimisers[1]
+        )
         self._optimise = Step(self.nets, self.optimisers, objective, self.accelerator, optim.clip, self._losses)
         self._frozen = config.model.freeze_batchnorm
 
@@ -109,7 +111,7 @@ class Learner:
     ) -> dict[str, Tensor] | None:
         """Step number `step` (from 0) of both optimisers, with or without the discriminator; see
         :meth:`.trainer.Trainer.train_step`."""
-        self._losses.begin(step, batches, self.network)
+        self._losses.begin(step, batches)
         terms = self._optimise(
             [self._on_device(batch) for batch in batches],
             adversarial=adversarial,
@@ -211,10 +213,10 @@ class Learner:
 
     def export(self, folder: Path) -> None:
         """Write the model, in the first process; the others wait. Raises TrainingError: it cannot be written."""
-        if self.accelerator.is_main_process:
-            with self.averaged():
-                write_model(self.network, folder)
-        self.accelerator.wait_for_everyone()
+        with failing_together(self.accelerator):
+            if self.accelerator.is_main_process:
+                with self.averaged():
+                    write_model(self.network, folder)
 
     def is_exported(self, folder: Path) -> bool:
         """Whether `folder` holds the model as :meth:`export` would write it; the same in all processes."""

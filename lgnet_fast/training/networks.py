@@ -120,6 +120,11 @@ def make_features(config: LossConfig) -> FeaturesFn | None:
     except ValueError as error:
         raise ConfigError(f"loss.{error}") from error
     if registered is not None:
+        if config.features_sha256 is not None or config.features_normalised:
+            raise ConfigError(
+                "loss.features_sha256, loss.features_normalised: expected neither with a function as loss.features, "
+                "where they have no effect"
+            )
         return registered
     return VGG16Features.from_file(config.features, config.features_sha256, config.features_normalised)
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ..errors import TrainingError
 
 
 def any_process(accelerator: Any, here: bool) -> bool:
@@ -14,6 +17,42 @@ def any_process(accelerator: Any, here: bool) -> bool:
     if accelerator.num_processes == 1:
         return here
     return float(accelerator.reduce(torch.tensor(float(here), device=accelerator.device), "sum")) > 0
+
+
+_TOGETHER = "_raised_in_all_processes"
+
+
+@contextlib.contextmanager
+def failing_together(accelerator: Any) -> Iterator[None]:
+    """An error of this context in one process is an error in all of them: none waits for one that has failed.
+
+    All processes must enter it together and exchange nothing in it. Where a process fails, its error goes on, and the
+    others raise TrainingError with its text.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    failure: Exception | None = None
+    try:
+        yield
+    except Exception as error:
+        failure = error
+    if not any_process(accelerator, failure is not None):
+        return
+    from accelerate.utils import gather_object
+
+    own = None if failure is None else " ".join(str(failure).split()) or type(failure).__name__
+    texts = gather_object([own])
+    if failure is None:
+        number = next(i for i, text in enumerate(texts) if text is not None)
+        failure = TrainingError(f"process {number}: {texts[number]}")
+    setattr(failure, _TOGETHER, True)
+    raise failure
+
+
+def failed_together(accelerator: Any, error: Exception) -> bool:
+    """Whether all processes have raised `error` or its like, so that they can go on to exchange something."""
+    return accelerator.num_processes == 1 or getattr(error, _TOGETHER, False)
 
 
 def all_equal(accelerator: Any, number: int) -> bool:

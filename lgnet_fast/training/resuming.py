@@ -8,7 +8,6 @@ from typing import Any
 
 from ..errors import TrainingError
 from .config import TrainConfig
-from .validation import Validation
 
 _SHARED = ("optim.batch_size", "model.train_stages", "model.freeze_batchnorm")
 """Settings that may not change: the first determines which pictures have been read, the others which parameters the
@@ -20,14 +19,17 @@ _SCORED = ("run.metric", "validation")
 _NEEDED = ("network", "discriminator", "average", "optimisers", "scaler", "random", "step", "position", "processes")
 
 
-def settings_of(config: TrainConfig, validation: Validation | None) -> dict[str, Any]:
+def settings_of(config: TrainConfig) -> dict[str, Any]:
     """Settings that a resumed run must share, or that the best score depends on."""
+    data, run = config.data, config.run
+    holes = run.validation_kinds or run.validation_classes
+    scored = [data.validation, data.protocol, data.size, run.seed, list(holes), run.validation_pictures]
     return {
         "optim.batch_size": config.optim.batch_size,
         "model.train_stages": list(config.model.train_stages),
         "model.freeze_batchnorm": config.model.freeze_batchnorm,
-        "run.metric": config.run.metric,
-        "validation": None if validation is None else validation.identity,
+        "run.metric": run.metric,
+        "validation": None if data.validation is None else scored,
     }
 
 

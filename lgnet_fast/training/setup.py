@@ -87,13 +87,24 @@ def untrained_modules(config: TrainConfig, network: Cascade) -> list[nn.Module]:
 def place_features(
     loss: LossConfig, features: FeaturesFn | None, device: torch.device, dtype: torch.dtype
 ) -> FeaturesFn | None:
-    """The feature network, frozen, on the device of the training."""
+    """The feature network, frozen, on the device of the training.
+
+    Raises:
+        ConfigError: ``loss.feature_dtype: bf16``, but it is no module.
+    """
     if isinstance(features, nn.Module):
         features = features.to(device, dtype).requires_grad_(False)
         if isinstance(features, VGG16Features) and (device.type == "cuda" or dtype == torch.float32):
             # On a CPU this is 10 % faster, but in float64 many times slower.
             features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return _narrow(features) if loss.feature_dtype == "bf16" else features
+    if features is None or loss.feature_dtype == "same":
+        return features
+    if not isinstance(features, nn.Module):
+        raise ConfigError(
+            f"loss.feature_dtype: expected same with features that are no module, got {loss.feature_dtype!r}"
+        )
+    network = features.to(torch.bfloat16)
+    return lambda picture: network(picture.to(torch.bfloat16))
 
 
 def place_lpips(lpips: LPIPS | None, device: torch.device, dtype: torch.dtype) -> LPIPS | None:
@@ -104,14 +115,6 @@ def place_lpips(lpips: LPIPS | None, device: torch.device, dtype: torch.dtype) -
     if device.type == "cuda":
         lpips.features.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     return lpips
-
-
-def _narrow(features: FeaturesFn | None) -> FeaturesFn | None:
-    """The network in bfloat16, with inputs converted to bfloat16."""
-    if not isinstance(features, nn.Module):
-        return features
-    network = features.to(torch.bfloat16)
-    return lambda picture: network(picture.to(torch.bfloat16))
 
 
 def seed_everything(seed: int) -> None:

@@ -24,8 +24,9 @@ from .checkpoints import BEST, CheckpointFolder, save_checkpoint
 from .config import TrainConfig
 from .learner import Learner
 from .memory import MemoryBatches
+from .nonfinite import NotFiniteError
 from .optimisers import learning_rates
-from .processes import all_equal, any_process
+from .processes import all_equal, any_process, failed_together, failing_together
 from .progress import Means, Report, say
 from .resuming import best_score, refuse_other_runs, settings_of, warm_from
 from .samples import InpaintingDataset
@@ -172,7 +173,7 @@ class Trainer:
             "broken": list(self.broken),
             "best": self.best,
             "warm_from": self._warm_from,
-            "settings": settings_of(self.config, self.validation),
+            "settings": settings_of(self.config),
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
@@ -182,7 +183,7 @@ class Trainer:
             TrainingError: the state is of another network or optimizer, or of another number of processes, batch
                 size, accumulation, ``model.train_stages`` or ``model.freeze_batchnorm``.
         """
-        settings = settings_of(self.config, self.validation)
+        settings = settings_of(self.config)
         refuse_other_runs(state, settings, self.config.optim.accumulate, self.accelerator.num_processes)
         self.learner.restore(state)
         self.step, self.minutes = state["step"], state["minutes"]
@@ -196,8 +197,9 @@ class Trainer:
     def fit(self, resume: bool = False) -> Path | None:
         """Train to the end. SIGINT and SIGTERM end it after the current step, with a checkpoint.
 
-        An error between two steps, such as unreadable pictures, ends it with a checkpoint of the last step; an error
-        of several processes' own, only where they can agree on one. A log that cannot be written does not end it.
+        An error between two steps, such as unreadable pictures, and a loss that is not finite end it with a
+        checkpoint of the last step. A log that cannot be written does not end it. An error of one of several
+        processes between two steps is raised in all of them, in the others as a TrainingError with its text.
 
         Args:
             resume: continue from the newest checkpoint of the run's folder (``best.pt`` if there is no other);
@@ -216,10 +218,11 @@ class Trainer:
         if self.checkpoints.files() and not resume:
             raise TrainingError(f"run.directory: {self.folder} holds a run already; resume it, or choose another")
         model = self.folder / "model"
-        state = self.checkpoints.load_latest()
-        if state is not None:
-            self.restore(state)
-            del state
+        with failing_together(self.accelerator):
+            state = self.checkpoints.load_latest()
+            if state is not None:
+                self.restore(state)
+                del state
         if not all_equal(self.accelerator, self.step):
             raise TrainingError(
                 f"resume: the checkpoint that this process found is of step {self.step}, others found one of another "
@@ -231,9 +234,10 @@ class Trainer:
             return model
         self._stop = Stop(self.accelerator)
         with until_signal(self._stop.ask), contextlib.ExitStack() as closing:
-            if self.accelerator.is_main_process:
-                self._open_report()
-                closing.callback(self._close_report)
+            with failing_together(self.accelerator):
+                if self.accelerator.is_main_process:
+                    self._open_report()
+                    closing.callback(self._close_report)
             position, batch_size = self.step * self.config.optim.accumulate, self.config.optim.batch_size
             batches = Batches(self.memory or self.dataset, position, batch_size, self.accelerator)
             closing.callback(batches.close)
@@ -272,15 +276,21 @@ class Trainer:
         while self.progress < 1 and not self._stop.agreed and not self._leg_over():
             rate = self._set_learning_rates()
             several = self._read(batches)
-            terms = self.train_step(several)
+            try:
+                terms = self.train_step(several)
+            except NotFiniteError:
+                self._save_what_is_new()
+                raise
             self.step += 1
             with self._checkpoint_before_an_error():
                 self.minutes = self._stop.agree((time.monotonic() - began) / 60)
                 means.add(terms or {})
                 if self.step % run.log_every == 0 and means:
                     self._log(means, rate)
-                if self._report is not None and run.picture_every and self.step % run.picture_every == 0:
-                    self._report.pictures(self.step, self.learner.shown(several[-1]))
+                if run.tensorboard and run.picture_every and self.step % run.picture_every == 0:
+                    with failing_together(self.accelerator):
+                        if self._report is not None:
+                            self._report.pictures(self.step, self.learner.shown(several[-1]))
                 if self.validation is not None and self.step % run.validate_every == 0:
                     self._validate()
                     validated = self.step
@@ -295,16 +305,9 @@ class Trainer:
                 self._save()
 
     def _read(self, batches: Batches) -> list[dict[str, Any]]:
-        """The batches of a step. Where a process cannot read its own, all save a checkpoint, then raise."""
-        try:
+        """The batches of a step."""
+        with self._checkpoint_before_an_error(), failing_together(self.accelerator):
             several = batches.take(self.config.optim.accumulate)
-        except Exception:
-            any_process(self.accelerator, True)
-            self._save_what_is_new()
-            raise
-        if any_process(self.accelerator, False):
-            self._save_what_is_new()
-            raise DataError("data: another process could not read its pictures; its message says why")
         self._note_broken(several)
         return several
 
@@ -312,12 +315,12 @@ class Trainer:
     def _checkpoint_before_an_error(self) -> Iterator[None]:
         """Save a checkpoint before an error that is raised between two steps, where the state is that of whole steps.
 
-        Several processes would wait for each other in vain, because the error may be of one of them.
+        Of several processes' errors, before those that all of them raise: for another one they would wait in vain.
         """
         try:
             yield
-        except Exception:
-            if self.accelerator.num_processes == 1:
+        except Exception as error:
+            if failed_together(self.accelerator, error):
                 self._save_what_is_new()
             raise
 
@@ -348,10 +351,11 @@ class Trainer:
     def _log(self, means: Means, rate: float) -> None:
         terms = means.take()
         values = self.accelerator.reduce(torch.stack(list(terms.values())), "mean").tolist()
-        if self._report is not None:
-            epoch = (self.step - 1) // self.steps_an_epoch
-            named = {**dict(zip(terms, values, strict=True)), "learning_rate": rate}
-            self._report.train(self.step, epoch, named, self.progress, self.pictures_a_step)
+        with failing_together(self.accelerator):
+            if self._report is not None:
+                epoch = (self.step - 1) // self.steps_an_epoch
+                named = {**dict(zip(terms, values, strict=True)), "learning_rate": rate}
+                self._report.train(self.step, epoch, named, self.progress, self.pictures_a_step)
 
     def _save(self, best: bool = False) -> None:
         self.learner.share_statistics()
@@ -360,12 +364,12 @@ class Trainer:
                 f"after step {self.step} the weights are not finite; the checkpoint before is as it was"
             )
         state = self.state()
-        if self.accelerator.is_main_process:
-            if best:
-                save_checkpoint(self.checkpoints.folder / BEST, state)
-            else:
-                self.checkpoints.save(self.step, state)
-        self.accelerator.wait_for_everyone()
+        with failing_together(self.accelerator):
+            if self.accelerator.is_main_process:
+                if best:
+                    save_checkpoint(self.checkpoints.folder / BEST, state)
+                else:
+                    self.checkpoints.save(self.step, state)
         if not best:
             self._saved, self._saved_at = self.step, time.monotonic()
 
@@ -390,8 +394,9 @@ class Trainer:
         metric = self.config.run.metric
         sign = -1 if metric in ("l1", "lpips") else 1
         best = math.isfinite(scores[metric]) and (self.best is None or sign * scores[metric] > sign * self.best)
-        if self._report is not None:
-            self._report.validation(self.step, scores, best)
+        with failing_together(self.accelerator):
+            if self._report is not None:
+                self._report.validation(self.step, scores, best)
         if best:
             before, self.best = self.best, scores[metric]
             try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -20,25 +20,12 @@ from ..data.metrics import LEAST_SQUARED_ERROR, LUMA, Metrics
 from ..reference.features import LPIPS
 from .config import TrainConfig
 from .held_out import validation_pairs, validation_pictures
-from .processes import own_share, sum_of_processes
+from .processes import failing_together, own_share, sum_of_processes
 from .samples import KINDS
 
 _BATCH = 16
 _HIGHEST_PSNR = 10 * math.log10(255**2 / LEAST_SQUARED_ERROR)
 """As in ``lgnet-fast eval --suite``. An infinite one would also stay the best for good."""
-
-
-class Validation(Protocol):
-    """Held-out pictures with holes.
-
-    `identity`: what the scores depend on besides the network and the metric, in plain values.
-    """
-
-    identity: list[Any]
-
-    def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
-        """Scores by name. All processes must call it together."""
-        ...
 
 
 def make_validation(config: TrainConfig) -> ClassValidation | KindValidation | None:
@@ -47,35 +34,23 @@ def make_validation(config: TrainConfig) -> ClassValidation | KindValidation | N
     Raises:
         DataError: no such place, or no picture in it that can be read.
     """
-    data, run = config.data, config.run
-    if data.validation is None:
+    if config.data.validation is None:
         return None
-    if run.validation_kinds:
-        return KindValidation(
-            data.validation, data.size, run.validation_kinds, run.seed, data.protocol, run.validation_pictures
-        )
-    return ClassValidation(
-        data.validation, data.size, run.validation_classes, run.seed, data.protocol, run.validation_pictures
-    )
+    return KindValidation(config) if config.run.validation_kinds else ClassValidation(config)
 
 
 class ClassValidation:
-    """Held-out pictures, each under one stroke mask of every hole class.
-
-    Args:
-        place, size, protocol, pictures: see :func:`.held_out.validation_pictures`; `pictures` is its limit.
-        classes: of :data:`.masks.HOLE_CLASSES`.
-        seed: of the masks.
+    """Held-out pictures, each under one stroke mask of every hole class of ``run.validation_classes``.
 
     Raises:
         DataError: no such place, or no picture in it that can be read.
     """
 
-    def __init__(
-        self, place: str, size: int, classes: Sequence[int], seed: int, protocol: str, pictures: int | None
-    ) -> None:
-        self.pairs = validation_pairs(place, size, classes, seed, protocol, pictures)
-        self.identity = [place, protocol, size, seed, list(classes), pictures]
+    def __init__(self, config: TrainConfig) -> None:
+        data, run = config.data, config.run
+        self.pairs = validation_pairs(
+            data.validation or "", data.size, run.validation_classes, run.seed, data.protocol, run.validation_pictures
+        )
 
     @torch.no_grad()
     def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
@@ -84,38 +59,36 @@ class ClassValidation:
         metrics = Metrics(names)
         like = next(network.parameters())
         table = torch.zeros(len(self.pairs), len(names), dtype=torch.float64)
-        for number in own_share(accelerator, len(self.pairs)):
-            image, mask = self.pairs[number]
-            filled = network(image.to(like), mask.to(like))
-            found = metrics.scores(_eight_bit(filled), _eight_bit(image))
-            found["psnr"] = min(found["psnr"], _HIGHEST_PSNR)
-            table[number] = torch.tensor([found[name] for name in names], dtype=torch.float64)
+        with failing_together(accelerator):
+            for number in own_share(accelerator, len(self.pairs)):
+                image, mask = self.pairs[number]
+                filled = network(image.to(like), mask.to(like))
+                found = metrics.scores(_eight_bit(filled), _eight_bit(image))
+                found["psnr"] = min(found["psnr"], _HIGHEST_PSNR)
+                table[number] = torch.tensor([found[name] for name in names], dtype=torch.float64)
         return dict(zip(names, sum_of_processes(accelerator, table).mean(dim=0).tolist(), strict=True))
 
 
 class KindValidation:
-    """Held-out pictures, each under one hole of every kind.
-
-    Args:
-        place, size, protocol, pictures: see :func:`.held_out.validation_pictures`; `pictures` is its limit.
-        kinds: of :data:`.masks.SUITE_KINDS`.
-        seed: of the masks.
+    """Held-out pictures, each under one hole of every kind of ``run.validation_kinds``.
 
     Raises:
         DataError: no such place, or no picture in it that can be read.
     """
 
-    def __init__(
-        self, place: str, size: int, kinds: Sequence[str], seed: int, protocol: str, pictures: int | None
-    ) -> None:
-        self.identity = [place, protocol, size, seed, list(kinds), pictures]
-        found = validation_pictures(place, size, protocol, pictures)
+    def __init__(self, config: TrainConfig) -> None:
+        data, run = config.data, config.run
+        size = data.size
+        found = validation_pictures(data.validation or "", size, data.protocol, run.validation_pictures)
         self.images = torch.cat([image for _, image in found])
         self.masks = {
             kind: torch.stack(
-                [torch.from_numpy(suite_mask(size, size, kind=kind, seed=(KINDS, seed, i)))[None] for i, _ in found]
+                [
+                    torch.from_numpy(suite_mask(size, size, kind=kind, seed=(KINDS, run.seed, i)))[None]
+                    for i, _ in found
+                ]
             ).float()
-            for kind in kinds
+            for kind in run.validation_kinds
         }
 
     @torch.no_grad()
@@ -131,12 +104,13 @@ class KindValidation:
         table = torch.zeros(len(self.masks), count, len(names), dtype=torch.float64)
         masks = list(self.masks.values())
         batches = [(row, first) for row in range(len(masks)) for first in range(0, count, _BATCH)]
-        for number in own_share(accelerator, len(batches)):
-            row, first = batches[number]
-            some = slice(first, first + _BATCH)
-            image, mask = self.images[some].to(like), masks[row][some].to(like)
-            found = _scores(_rounded(network(image, mask).to(like)), _rounded(image), mask, lpips)
-            table[row, some] = torch.stack([found[name] for name in names], dim=1).double().cpu()
+        with failing_together(accelerator):
+            for number in own_share(accelerator, len(batches)):
+                row, first = batches[number]
+                some = slice(first, first + _BATCH)
+                image, mask = self.images[some].to(like), masks[row][some].to(like)
+                found = _scores(_rounded(network(image, mask).to(like)), _rounded(image), mask, lpips)
+                table[row, some] = torch.stack([found[name] for name in names], dim=1).double().cpu()
         rows = sum_of_processes(accelerator, table).numpy()
         result = _summary(names, rows.reshape(-1, len(names)))
         for kind, own in zip(self.masks, rows, strict=True):
