@@ -126,6 +126,18 @@ def picture(*holes: Rect) -> tuple[Tensor, Tensor]:
     return torch.zeros(len(holes), 3, 256, 256), mask
 
 
+def test_a_changed_eps_is_refused_as_changed_weights_are() -> None:
+    engine, _, model = engine_of(Notes)
+    image, mask = picture(Rect(10, 20, 30, 40))
+    engine(image, mask)
+    norm = next(module for module in model.modules() if isinstance(module, torch.nn.BatchNorm2d))
+    before, norm.eps = norm.eps, 2 * norm.eps
+    with pytest.raises(LGNetError, match=r"eps of a BatchNorm of the model changed after optimize\(\)"):
+        engine(image, mask)
+    norm.eps = before
+    engine(image, mask)
+
+
 def test_rectangles_are_as_coarse_as_the_executor_wants_them() -> None:
     hole = Rect(33, 60, 100, 101)
     for kind, expected in ((Notes, hole), (Coarse, Rect(32, 64, 96, 128))):

@@ -98,6 +98,11 @@ def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
     return (*model.parameters(), *model.buffers())
 
 
+def _epsilons(model: nn.Module) -> list[tuple[weakref.ref[nn.Module], float]]:
+    """Each normalisation and what it adds to the variance, which is folded into the weights."""
+    return [(weakref.ref(m), m.__dict__["eps"]) for m in model.modules() if "eps" in m.__dict__]
+
+
 def _storages(model: nn.Module) -> tuple[int, ...]:
     """The part that stays the same when PyTorch moves weights to shared memory for another process."""
     return tuple(t.untyped_storage()._cdata for t in _tensors(model))
@@ -119,12 +124,12 @@ class Engine:
     """The optimised form of a model; made by :func:`optimize`.
 
     Calling it is thread-safe. It holds packed copies of the weights (of an X_LG's first stage a plain one) and no
-    strong reference to the model. If the weights of the model change or move while the model exists, the next call
-    raises LGNetError. (Writes that PyTorch does not count are not noticed, only a replacement or a move of the
-    tensor: by optimisers with ``fused=True``, through ``.data`` and NumPy, by another process through shared memory,
-    and to weights created under ``torch.inference_mode``.) Engines cannot be pickled, exported or transformed by
-    ``torch.func``. They work under any default dtype, default device and inference mode; in code that
-    ``torch.compile`` compiles, a call is one operator.
+    strong reference to the model. If the weights of the model or the eps of a BatchNorm change, or weights move,
+    while the model exists, the next call raises LGNetError. (Writes that PyTorch does not count are not noticed, only
+    a replacement or a move of the tensor: by optimisers with ``fused=True``, through ``.data`` and NumPy, by another
+    process through shared memory, and to weights created under ``torch.inference_mode``.) Engines cannot be pickled,
+    exported or transformed by ``torch.func``. They work under any default dtype, default device and inference mode;
+    in code that ``torch.compile`` compiles, a call is one operator.
 
     Where NaN or infinity in the weights or the input makes a hole sample of the model NaN or infinite, the engine's
     is too, also in a run restricted to holes. (An overflow that occurs only in the model, in a feature that its
@@ -156,6 +161,7 @@ class Engine:
         self._model_was_there = not on_meta
         self._fingerprint = () if on_meta else _fingerprint(model)
         self._storages = () if on_meta else _storages(model)
+        self._epsilons = [] if on_meta else _epsilons(model)
         self._number = compiled.number_of(self)
         self._lock = forks.Lock()
         self._device_holes = DeviceHoles()
@@ -191,7 +197,8 @@ class Engine:
 
         Raises:
             TypeError, ValueError: an argument that does not fit; the message names it.
-            LGNetError: the weights of the model have changed since the engine was made; an export or a transform.
+            LGNetError: the weights or an eps of the model have changed since the engine was made; an export or a
+                transform.
         """
         if torch.compiler.is_compiling() and not return_stages:
             return compiled.call(self._number, image, mask, holes)
@@ -261,10 +268,13 @@ class Engine:
         return regions is not None, *shape.executor.run(image, mask, start, regions, stages)
 
     def _notice_model(self) -> None:
-        """Raise if the weights of the model have changed. Where the model no longer exists, release its memory."""
+        """Raise if the weights of the model or an eps have changed. Where the model no longer exists, release its
+        memory."""
         model = None if self._model is None else self._model()
         if model is not None:
             now = _fingerprint(model)
+            if any((norm := ref()) is not None and norm.eps != eps for ref, eps in self._epsilons):
+                raise LGNetError("the eps of a BatchNorm of the model changed after optimize(); optimize it again")
             if now != self._fingerprint:
                 same = _storages(model) == self._storages and all(
                     version == then_version and (address == then_address or tensor.is_shared())
