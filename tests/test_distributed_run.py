@@ -222,6 +222,34 @@ def test_a_result_that_was_written_but_not_journalled_is_not_made_again(tmp_path
     second.close()
 
 
+@pytest.mark.parametrize(
+    "line",
+    [
+        {"done": {}},
+        {"key": "b", "done": {}},
+        {"key": "b", "done": "yes", "written": None},
+        {"key": ["b"], "done": {}, "written": None},
+        {"key": "b", "done": {}, "written": 3},
+        {"writing": {}},
+        {"key": "b", "writing": {}, "output": "b.png"},
+        {"key": "b", "writing": {}, "output": None, "before": None},
+        ["b"],
+        7,
+    ],
+)
+def test_lines_of_a_journal_that_are_no_whole_record_are_ignored(tmp_path, line):
+    first = Journal(tmp_path, World(launch="a"))
+    first.done("a", {"n": 1})
+    first._write(line)
+    first.done("c", {"n": 3})
+    first.finish()
+    assert first.collect() == ([{"n": 1}, {"n": 3}], [])
+    first.close()
+    again = Journal(tmp_path, World(launch="b"))
+    assert [again.earlier(key) for key in "abc"] == [{"n": 1}, None, {"n": 3}]
+    again.close()
+
+
 def test_two_runs_of_one_job_at_once_are_refused(tmp_path):
     pytest.importorskip("fcntl")
     first = Journal(tmp_path, World(0, 2, launch="a"))

@@ -12,6 +12,7 @@ import os
 import socket
 import threading
 import time
+import types
 import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -160,7 +161,7 @@ class Journal:
     """This process's part of a job, as lines of JSON in ``folder/<launch>-<rank>.jsonl``.
 
     Opening reads the parts of earlier launches. Every line is written by one call, so that a killed process leaves at
-    most one truncated line, which is ignored.
+    most one truncated line. Lines that are no whole record are ignored: their items are done again.
 
     Raises JobError: an earlier launch of the job still runs on this host, or the folder cannot be written.
     """
@@ -317,9 +318,22 @@ def _lines(part: Path) -> list[dict[str, Any]]:
             line = json.loads(raw)
         except ValueError:  # truncated by a kill
             continue
-        if isinstance(line, dict):
+        if isinstance(line, dict) and _is_whole(line):
             lines.append(line)
     return lines
+
+
+# The field that tells what a line records -> the fields that it has, and their types.
+_FIELDS: dict[str, dict[str, type | types.UnionType]] = {
+    "writing": {"key": str, "writing": dict, "output": str, "before": list | None},
+    "done": {"key": str, "done": dict, "written": list | None},
+}
+
+
+def _is_whole(line: dict[str, Any]) -> bool:
+    """Whether a line has every field of what it records, of the right type."""
+    fields = next((fields for kind, fields in _FIELDS.items() if kind in line), {})
+    return all(name in line and isinstance(line[name], kind) for name, kind in fields.items())
 
 
 def _locked(part: Path) -> bool | None:
