@@ -123,7 +123,7 @@ def test_a_missing_or_old_triton_is_named(monkeypatch):
 
 
 def test_threads_take_turns_with_the_switches_of_tf32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True))
+    monkeypatch.setattr(torch.backends.cuda, "matmul", SimpleNamespace(allow_tf32=True, fp32_precision="none"))
     entered, leave = threading.Event(), threading.Event()
 
     def work() -> None:
@@ -140,6 +140,40 @@ def test_threads_take_turns_with_the_switches_of_tf32(monkeypatch):
     leave.set()
     other.join()
     assert torch.backends.cuda.matmul.allow_tf32
+
+
+@pytest.mark.once
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs PyTorch 2.9, for fp32_precision")
+@pytest.mark.parametrize(
+    "before",
+    [
+        "pass",
+        "backends.cudnn.allow_tf32 = False",
+        "backends.cuda.matmul.fp32_precision = 'tf32'",
+        "torch.set_float32_matmul_precision('high')",
+    ],
+)
+def test_the_switches_of_tf32_are_set_back_exactly(before):
+    """In a process of its own: a switch that was set once cannot be made unset again by the older names."""
+    code = f"""
+import torch
+from torch import backends
+from lgnet_fast.ops.first_use import strict_float32
+
+def state():
+    places = (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn)
+    return [place.fp32_precision for place in places]
+
+{before}
+expected = state()
+with strict_float32():
+    assert backends.cuda.matmul.fp32_precision == "ieee"
+    assert backends.cudnn.conv.fp32_precision != "tf32"
+assert state() == expected, (state(), expected)
+backends.fp32_precision = "tf32"
+assert backends.cuda.matmul.fp32_precision == "tf32"
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_cpp_refuses_what_is_not_on_the_cpu():

@@ -306,12 +306,13 @@ def strict_float32() -> Iterator[None]:
     backends: Any = torch.backends
     strict: bool | str = False
     name, switches = "allow_tf32", (backends.cuda.matmul, backends.cudnn)
+    newer = (backends.cuda.matmul, backends.cudnn.conv) if hasattr(backends.cudnn, "conv") else ()  # from 2.9 on
     with _switches_lock:
+        precisions = [place.fp32_precision for place in newer]
         try:
             before: list[Any] = [getattr(switch, name) for switch in switches]
         except RuntimeError:  # raised where a program has also used the newer switches of TF32
-            name, strict, switches = "fp32_precision", "ieee", (backends.cuda.matmul, backends.cudnn.conv)
-            before = [getattr(switch, name) for switch in switches]
+            name, strict, switches, before = "fp32_precision", "ieee", newer, precisions
         try:
             for switch in switches:
                 setattr(switch, name, strict)
@@ -319,6 +320,9 @@ def strict_float32() -> Iterator[None]:
         finally:
             for switch, value in zip(switches, before):
                 setattr(switch, name, value)
+            # allow_tf32 leaves "ieee" where "none" was, which follows torch.backends.fp32_precision.
+            for place, precision in zip(newer, precisions):
+                place.fp32_precision = precision
 
 
 def tf32_allowed() -> bool:

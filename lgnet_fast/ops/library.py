@@ -18,7 +18,7 @@ from typing import Any
 import torch
 import torch.compiler.config as compiler_config
 from torch import Tensor
-from torch._functorch.autograd_function import enable_single_level_autograd_function
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.autograd.function import _SingleLevelFunction
 
