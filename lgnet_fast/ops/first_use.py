@@ -305,8 +305,11 @@ def strict_float32() -> Iterator[None]:
     """
     backends: Any = torch.backends
     strict: bool | str = False
-    name, switches = "allow_tf32", (backends.cuda.matmul, backends.cudnn)
-    newer = (backends.cuda.matmul, backends.cudnn.conv) if hasattr(backends.cudnn, "conv") else ()  # from 2.9 on
+    name = "allow_tf32"
+    switches: tuple[Any, ...] = (backends.cuda.matmul, backends.cudnn)
+    newer: tuple[Any, ...] = ()
+    if hasattr(backends.cudnn, "conv"):  # from PyTorch 2.9 on
+        newer = (backends.cuda.matmul, backends.cudnn.conv)
     with _switches_lock:
         precisions = [place.fp32_precision for place in newer]
         try:
