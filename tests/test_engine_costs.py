@@ -31,7 +31,7 @@ def test_description_names_every_step_and_its_cost(model):
     # A step cannot move its bytes faster than a copy; Winograd saves at most a factor of four of the arithmetic.
     shares = [float(cell.rstrip("%")) for cell in table.columns[-1].cells if cell]
     assert len(shares) == table.row_count
-    assert 0 < shares[-1] < 400
+    assert 0 <= shares[-1] < 400  # whole percents: a narrow network leaves many cores idle
 
 
 @needs_extension

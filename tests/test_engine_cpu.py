@@ -72,6 +72,7 @@ def test_capped_widths(kernel):
 def test_a_given_start_is_painted_into_the_hole():
     plan = plan_of(5, "C+L")
     image, mask = picture(1, 256, 256)
+    torch.manual_seed(0)
     start = torch.rand_like(image)
     expected, _ = TorchExecutor(plan).run(image, mask, start)
     assert_close(CpuExecutor.of(plan).run(image, mask, start)[0], expected)
