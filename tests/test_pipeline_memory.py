@@ -129,6 +129,39 @@ def test_estimate_grows_with_the_padded_picture_and_not_beyond_the_window():
     assert engine["resize"] + 6 * one < engine["crop"] < engine["resize"] + 7 * one
 
 
+def test_kept_buffers_are_counted_only_as_far_as_the_engine_keeps_them():
+    """It keeps at most half of the free memory, and needs what the largest pass takes."""
+    sizes = [n * 256**2 for n in range(1, 11)]
+
+    def bytes_of(passes, room=None):
+        return memory.network_bytes(passes, 16, torch.float32, engine=True, room=room)
+
+    largest, all_kept = bytes_of(sizes[-1:]), bytes_of(sizes)
+    assert all_kept == sum(bytes_of([one]) for one in sizes[-8:]) > 5 * largest
+    assert bytes_of(sizes, room=2 * all_kept) == all_kept
+    assert bytes_of(sizes, room=all_kept) == all_kept // 2
+    assert bytes_of(sizes, room=largest) == largest
+    assert memory.network_bytes(sizes, 16, torch.float32, room=1) == memory.network_bytes(sizes, 16, torch.float32)
+
+
+def test_windows_of_many_shapes_need_the_memory_of_the_largest(monkeypatch):
+    """Where the free memory bounds what an engine keeps."""
+    picture, hole = noise(1200, 1900), box_mask(1200, 1900, (100, 100, 120, 120), (100, 500, 120, 800))
+    hole |= box_mask(1200, 1900, (700, 100, 1000, 120), (600, 500, 950, 850))
+    model = BlurFill()
+    pipe = Inpainter(model)
+    monkeypatch.setattr(type(pipe._network), "engine_on_cpu", True)
+    largest = memory.network_bytes([512 * 512], 4, torch.float32, engine=True)
+    beside = memory.fill_bytes(hole.size // 4)
+    monkeypatch.setattr(memory, "available_memory", lambda device: int(1.1 * largest) + beside)
+    assert pipe.inpaint(picture, hole, strategy="crop").strategy == "crop"
+    shapes = {batch * height * width for batch, height, width in model.seen}
+    assert memory.network_bytes(list(shapes), 4, torch.float32, engine=True) > 1.1 * largest + beside
+    monkeypatch.setattr(memory, "available_memory", lambda device: int(0.9 * largest))
+    with pytest.raises(OutOfMemoryError):
+        pipe(picture, hole, strategy="crop")
+
+
 @pytest.mark.parametrize("strategy", ["full", "crop", "tile", "resize"])
 def test_a_run_that_does_not_fit_stops_before_the_network(strategy):
     model = BlurFill()

@@ -144,8 +144,9 @@ class Filler:
         fills = memory.fill_bytes(sum(box.area for box in plan.patches), results)
         made = results * job.picture.result_bytes
         passes = {(len(batch), *strategies.network_size(batch[0], own.multiple)) for batch in plan.batches}
+        room = memory.available_memory(own.device) if self.memory_limit is None else None
         network = memory.network_bytes(
-            [math.prod(one) for one in passes], own.base_channels, own.dtype, own.engine_on_cpu
+            [math.prod(one) for one in passes], own.base_channels, own.dtype, own.engine_on_cpu, room
         )
         if self.memory_limit is not None or own.device.type != "cuda":
             demands = [(fills + network + made, own.device)]

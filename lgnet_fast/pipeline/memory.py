@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import torch
 
-from ..engine.engine import SHAPES_KEPT
+from ..engine.engine import KEPT_SHARE, SHAPES_KEPT
 from ..engine.room import available_memory as available_memory
 from ..engine.room import is_out_of_memory
 from ..errors import OutOfMemoryError
@@ -70,15 +70,19 @@ def fill_bytes(pixels: int, results: int = 1) -> int:
     return pixels * (12 * results + 4) + _STRIP_BYTES
 
 
-def network_bytes(passes: Sequence[int], base_channels: int, dtype: torch.dtype, engine: bool = False) -> int:
+def network_bytes(
+    passes: Sequence[int], base_channels: int, dtype: torch.dtype, engine: bool = False, room: int | None = None
+) -> int:
     """Bytes of the activations of passes over so many padded pixels each, which have different shapes.
 
-    An engine on the CPU keeps the buffers of the shapes that it ran last; others return them.
+    An engine on the CPU keeps the buffers of the shapes that it ran last, others return them. `room`: the free memory
+    by which the engine bounds what it keeps besides the pass that runs; None: only the number of shapes bounds it.
     """
     if engine:
-        kept = sorted(passes)[-SHAPES_KEPT:]
-        own = sum(kept) * (_ENGINE_CHANNEL_BYTES * base_channels + _ENGINE_BYTES)
-        return own + len(kept) * torch.get_num_threads() * base_channels * _ENGINE_THREAD_BYTES
+        scratch = torch.get_num_threads() * base_channels * _ENGINE_THREAD_BYTES
+        each = [one * (_ENGINE_CHANNEL_BYTES * base_channels + _ENGINE_BYTES) + scratch for one in sorted(passes)]
+        kept = sum(each[-SHAPES_KEPT:])
+        return kept if room is None else max(each[-1], min(kept, int(KEPT_SHARE * room)))
     channels = _LIVE_COPIES * base_channels + _LIVE_PICTURE_CHANNELS
     return int(max(passes) * channels * _MARGIN * dtype.itemsize)
 
