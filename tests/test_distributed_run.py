@@ -202,6 +202,21 @@ def test_failed_items_are_reported_by_the_first_process_and_tried_again(fake, fo
     assert (totals["ok"], totals["earlier"]) == (7, 6)
 
 
+def test_a_record_without_the_fields_of_an_entry_is_done_again(fake, folder):
+    assert _run(folder, resume=True) == 0
+    (part,) = (folder / "out" / FOLDER).glob("*/*.jsonl")
+    lines = [json.loads(line) for line in part.read_text().splitlines()]
+    done = [line for line in lines if "done" in line]
+    del done[0]["done"]["status"]
+    done[1]["done"]["colour"] = "red"
+    part.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    fake.seen.clear()
+    assert _run(folder, resume=True) == 0
+    assert len(fake.seen) == 2
+    totals = _report(folder)["totals"]
+    assert (totals["ok"], totals["earlier"]) == (7, 5)
+
+
 def test_a_result_that_was_written_but_not_journalled_is_not_made_again(tmp_path):
     out = tmp_path / "x[1].png"
     out.write_bytes(b"old")

@@ -66,12 +66,22 @@ def run_items(
     for item in items:
         key = "" if journal is None else item.key()
         record = None if journal is None else journal.earlier(key, item.output)
-        entry = _guarded(item, key, run) if record is None else Entry(**{**record, "earlier": True})
+        entry = _earlier(record) or _guarded(item, key, run)
         if journal is not None:
             journal.done(key, asdict(entry), item.output)
         entries.append(entry)
         tell(entry)
     return entries
+
+
+def _earlier(record: dict[str, Any] | None) -> Entry | None:
+    """The entry of an item that an earlier launch did; None where a record has not the fields of an entry."""
+    if record is None:
+        return None
+    try:
+        return Entry(**{**record, "earlier": True})
+    except TypeError:
+        return None
 
 
 def _guarded(item: Item, key: str, run: Callable[[Item, Entry, str], None]) -> Entry:
