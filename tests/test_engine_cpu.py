@@ -263,3 +263,17 @@ def test_buffers_may_be_dropped_while_threads_run():
         worker.join()
     assert len(results) == 8
     assert all(torch.equal(result, expected) for result in results)
+
+
+def test_more_threads_than_work_or_processors_change_nothing_but_rounding(monkeypatch):
+    """For a hole of a few pixels most threads have no task."""
+    executor = CpuExecutor.of(plan_of(5))
+    image, mask = (t.float() for t in picture(1, 256, 256))
+    holes = executor.restricted(executor.plan, [Rect(100, 109, 31, 47)])
+    for regions in (None, [step.regions for step in holes.steps]):
+        monkeypatch.setattr("lgnet_fast.forks.kernel_threads", lambda: 1)
+        expected = executor.run(image, mask, regions=regions)[0]
+        for count in (3, 7, 64, 128):
+            monkeypatch.setattr("lgnet_fast.forks.kernel_threads", lambda count=count: count)
+            got = executor.run(image, mask, regions=regions)[0]
+            assert (got - expected).abs().max() <= 1e-5 * expected.abs().max(), count
