@@ -111,7 +111,7 @@ def live_server(
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     while not (server.started and state.ready):
         assert thread.is_alive()
         assert time.monotonic() < deadline, "the server did not get ready"
@@ -145,7 +145,7 @@ class Server:
         assert self.address, self.lines
         self.reader = threading.Thread(target=self._drain, daemon=True)
         self.reader.start()
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 600
         while self.get("/v2/health/ready").status_code != 200:
             assert time.monotonic() < deadline
             time.sleep(0.05)

@@ -46,7 +46,7 @@ def run(arguments, cwd, **env):
         env={**os.environ, **env},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         check=True,
     )
 

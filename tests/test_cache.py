@@ -157,7 +157,7 @@ def test_processes_share_the_folder(where: Path) -> None:
         subprocess.Popen([sys.executable, "-c", WRITER, str(i)], stderr=subprocess.PIPE, text=True) for i in range(2)
     ]
     for process in processes:
-        _, errors = process.communicate(timeout=120)
+        _, errors = process.communicate(timeout=600)
         assert process.returncode == 0, errors
     assert len(list(cache.entries(VERDICTS))) == 101
 

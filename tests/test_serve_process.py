@@ -182,7 +182,7 @@ def test_a_public_address_gets_a_token_and_a_taken_one_an_error():
         assert server.get("/api/v1/page").status_code == 401
         assert server.get("/api/v1/page", headers={"Authorization": f"Bearer {token}"}).status_code == 200
         command = [sys.executable, "-m", "lgnet_fast", "serve", "--host", "0.0.0.0", "--port", port]
-        second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
+        second = subprocess.run(command, capture_output=True, text=True, check=False, timeout=600)
         assert second.returncode == 2
         assert f"cannot listen on 0.0.0.0:{port}" in second.stderr
         assert server.end() == 0

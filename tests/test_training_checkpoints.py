@@ -97,7 +97,7 @@ def run_killer(pictures: Path, tmp_path: Path, steps: int, every: int, kills: in
         capture_output=True,
         text=True,
         env={**os.environ, "OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"},
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -297,7 +297,7 @@ assert torch.load(path, weights_only=True)["x"].shape == (100,)
 assert [f.name for f in path.parent.iterdir()] == [path.name]
 """
     path = tmp_path / "a.pt"
-    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=100)
+    done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(f"checkpoint: {path} cannot be written (")
 
