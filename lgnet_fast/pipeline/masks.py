@@ -216,9 +216,7 @@ def _certain_hole(planes: _Planes, threshold: float, picture: Picture | None) ->
             f"mask: it is partly transparent ({planes.kind}), which can mean strokes on a layer or a picture with "
             f"the hole rubbed out; {_CHOICES}"
         )
-    if planes.colour is None:
-        return _by_luma(planes, threshold)
-    if (chroma(planes.colour) < _SATURATED).all():
+    if planes.colour is None or (chroma(planes.colour) < _SATURATED).all():
         return _by_luma(planes, threshold)
     strokes = _strokes(planes.colour, picture)
     if strokes is not None:
