@@ -120,6 +120,10 @@ def test_what_python_code_gives_is_checked_as_well(pictures, tmp_path):
         (lambda: Trainer(tiny_settings(pictures, tmp_path)), "^config: expected a TrainConfig, .* got dict"),
         (lambda: Trainer(tiny_config(pictures, tmp_path), model="bundled"), "^model: expected an LGNet .* got str"),
         (lambda: Trainer(tiny_config(pictures, tmp_path), features="vgg"), "^features: expected a module .* got str"),
+        (
+            lambda: Trainer(tiny_config(pictures, tmp_path, loss={"feature_dtype": "bf16"}), features=lambda x: [x]),
+            "^loss.feature_dtype: expected same with features that are no module, got 'bf16'",
+        ),
     ):
         with pytest.raises(ConfigError, match=error):
             make()

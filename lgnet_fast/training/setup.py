@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import os
 import random
 import warnings
 from collections.abc import Iterator
@@ -125,6 +126,12 @@ def seed_everything(seed: int) -> None:
 
 
 def make_accelerator(precision: str, device: str) -> Any:
+    """Accelerate, on ``run.device``.
+
+    Raises:
+        MissingExtraError: it is not installed.
+        ConfigError: it cannot use the precision here, or sees fewer processes than its launcher has started.
+    """
     try:
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
@@ -134,16 +141,23 @@ def make_accelerator(precision: str, device: str) -> Any:
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         # An earlier trainer of this process may have had another precision, which accelerate refuses to change.
         AcceleratorState._reset_state()
+    launched = int(os.environ.get("WORLD_SIZE", "1"))
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
-            cpu=device == "cpu",
+            # Without a GPU, accelerate forms a group of a launcher's processes only if it is told to use the CPU.
+            cpu=device == "cpu" or (launched > 1 and not torch.cuda.is_available()),
             # No buffer may be overwritten between the discriminator's two passes and their backward pass; every
             # process computes the same power iteration.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
         )
     except (ValueError, RuntimeError) as error:  # such as bf16 on hardware without it
         raise ConfigError(f"optim.precision: {precision!r} cannot be used here ({error})") from error
+    if launched > accelerator.num_processes:
+        raise ConfigError(
+            f"run.device: the launcher started {launched} processes, of which accelerate sees "
+            f"{accelerator.num_processes} on {accelerator.device}; each would train by itself, into the same folder"
+        )
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("optim.precision: 'fp16' cannot be used here (it needs a GPU; bf16 does not)")
     return accelerator
