@@ -181,10 +181,11 @@ class BuildPython(build_py):
         return [f for f in super().find_data_files(package, src_dir) if Path(f).name != REASON_FILE]
 
 
-packages = sorted({"lgnet_fast", *find_packages(include=["lgnet_fast", "lgnet_fast.*"]), "lgnet_fast.kernels"})
+packages = {"lgnet_fast", *find_packages(include=["lgnet_fast", "lgnet_fast.*"])}
+packages |= {"lgnet_fast.kernels", *(f"lgnet_fast.kernels.{name}" for name in find_packages("kernels"))}
 
 setup(
-    packages=packages,
+    packages=sorted(packages),
     package_dir={"lgnet_fast.kernels": "kernels"},
     package_data={
         "lgnet_fast": ["py.typed", "weights/**", "samples/**", "serve/static/**"],

@@ -21,6 +21,7 @@ from lgnet_fast.kernels import (
     conv_kernels,
     merge_concat,
 )
+from lgnet_fast.kernels.aot import machine_code, verdicts
 from lgnet_fast.kernels.cards import CARDS
 from lgnet_fast.kernels.launch import OPTIONS, is_interpreted, record
 from lgnet_fast.kernels.precompile import distinct
@@ -171,7 +172,7 @@ def test_the_machine_code_is_read_where_it_can_have_a_fault() -> None:
     single = job._replace(dtype="float32")
     wide, narrow, product = "ld.global.v4.b32", "st.global.b16 [%rd1], %rs1;", "wgmma.mma_async.sync.aligned"
     asked = [
-        aot._faults_possible(one, ptx, stack)
+        machine_code._faults_possible(one, ptx, stack)
         for one in (job, single)
         for ptx in (wide, narrow, product)
         for stack in (0, 8)
@@ -240,7 +241,7 @@ def test_a_kernels_digest_is_of_its_code(monkeypatch: pytest.MonkeyPatch) -> Non
     digest = aot.digest(job)
 
     def changed(source: str, **more: Any) -> str:
-        aot._code_of.cache_clear()
+        verdicts._code_of.cache_clear()
         monkeypatch.setattr(kernel, "_src", source)
         return aot.digest(job._replace(**more))
 
@@ -258,10 +259,10 @@ def test_a_kernels_digest_is_of_its_code(monkeypatch: pytest.MonkeyPatch) -> Non
     (forward,) = [one for one in aot.jobs([aot.attention_case(CARDS["A100"], "float16", 1, 64, 32, "released")])
                   if one.kernel == "_attn_fwd_kernel"]  # fmt: skip
     with_helper = aot.digest(forward)
-    aot._code_of.cache_clear()
+    verdicts._code_of.cache_clear()
     monkeypatch.undo()
     assert aot.digest(forward) != with_helper
-    aot._code_of.cache_clear()
+    verdicts._code_of.cache_clear()
 
 
 def test_verdicts_survive_an_interrupted_run(tmp_path: Path) -> None:
