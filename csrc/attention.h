@@ -1,4 +1,5 @@
-// Shared by attention.cpp (scheduling, memory) and attention_*.h (arithmetic, once per instruction set).
+// What the attention's scheduling (attention_*.cpp) and its arithmetic (attention_*.h, once per instruction set)
+// share.
 #pragma once
 
 #include <vector>
@@ -114,9 +115,9 @@ struct PixelMaps {
 };
 
 // attention_forward without checks and stats, for attention_step.cpp. weight [C][2C], bias [C]; float32 products
-// where the instruction set has not the wanted ones.
-void attention_pixels(const PixelMaps& maps, const float* weight, const float* bias, bool released, Products products,
-                      int64_t threads);
+// where the table has not the wanted ones.
+void attention_pixels(const AttentionTable& table, const PixelMaps& maps, const float* weight, const float* bias,
+                      bool released, Products products, int64_t threads);
 void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,
                         const TensorArg& stats, bool released, const TensorArg& grad_features, int64_t threads);
 

@@ -1,5 +1,5 @@
-// The table of the attention's functions for a vector class; see attention.cpp for formulas and blocking.
-// Included by isa_*.cpp inside its target pragma.
+// The table of the attention's functions for a vector class; attention.cpp has the formulas, attention_forward.cpp
+// the blocking. Included by isa_*.cpp inside its target pragma.
 #pragma once
 
 #include "attention_backward.h"

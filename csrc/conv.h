@@ -1,4 +1,5 @@
-// What conv.cpp (scheduling) and conv_kernels.h (arithmetic, once per instruction set) share.
+// What the scheduling of convolutions (conv_schedule.h) shares with their arithmetic (conv_kernels.h, once per
+// instruction set).
 //
 // Every convolution of a plan is brought to one form. Along each axis a transposed convolution with stride s is s
 // convolutions of the same input, one for each output phase (output y = s * i + phase); a strided convolution is a

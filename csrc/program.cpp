@@ -10,7 +10,6 @@
 namespace lgnet {
 namespace {
 
-constexpr size_t kMaximumGroups = 4;      // of a job
 constexpr uint32_t kPoison = 0x7fc07fc0;  // NaN, as a float and as two bf16
 
 const Step& base(const AnyStep& step) {

@@ -25,6 +25,8 @@ struct TargetSpec {
   bool bf16 = false;
 };
 
+constexpr size_t kMaximumGroups = 4;  // of a job: taps of two lengths along each axis
+
 // What all steps have. Addresses are of memory that outlives the program (the Python executor owns it).
 struct Step {
   MapSpec source;

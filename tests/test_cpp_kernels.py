@@ -14,7 +14,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from lgnet_fast import native
+from lgnet_fast import create_model, native
+from lgnet_fast.engine.build import build_plan, plan_stages
+from lgnet_fast.engine.cpu_executor import CpuExecutor
 from lgnet_fast.ops.cpu import attention as cpu
 from lgnet_fast.ops.cpu import merge_concat as cpu_merge
 from lgnet_fast.reference import attention as reference
@@ -480,6 +482,10 @@ def test_errors_name_argument_expected_and_got():
         cpu.attention_forward(features, "other")
     with pytest.raises(ValueError, match=r"attended: expected shape \[1, 8, 4, 4\], got \[1, 8, 4, 5\]"):
         cpu.attention_forward(features, "paper", out=torch.empty(1, 8, 4, 5))
+    with pytest.raises(ValueError, match=r"out: expected memory other than that of features, got the same address"):
+        cpu.attention_block_forward(features, weight, bias, "paper", out=features)
+    with pytest.raises(ValueError, match=r"attended: expected memory other than that of features"):
+        cpu.attention_forward(features, "released", out=features)
     with pytest.raises(ValueError, match=r"features: expected a tensor on the CPU, got one on meta"):
         cpu.attention_forward(features.to("meta"), "paper")
     with pytest.raises(ValueError, match="float16"):
@@ -502,6 +508,22 @@ def test_errors_name_argument_expected_and_got():
     args = [native.tensor_arg(t) for t in (image, output, mask[:, :, :3])]
     with pytest.raises(ValueError, match=r"merge_forward: mask: expected shape \[1, 1, 4, 4\], got \[1, 1, 3, 4\]"):
         library.merge_forward(*args, False, False, native.tensor_arg(image), 1)
+
+
+def test_a_program_keeps_the_instruction_set_that_it_was_made_for():
+    torch.manual_seed(0)
+    model = create_model("lgnet", coarse_channels=4, local_channels=5, global_channels=6).eval()
+    image, mask = torch.rand(1, 3, 256, 256), torch.zeros(1, 1, 256, 256)
+    mask[..., 64:192, 64:192] = 1
+    executor = CpuExecutor.of(build_plan(plan_stages(model), 1, 256, 256))
+    before, _ = executor.run(image, mask)
+    library = native.library()
+    try:
+        for name in library.isa_available():
+            library.set_isa(name)
+            assert torch.equal(executor.run(image, mask)[0], before), name
+    finally:
+        library.set_isa("auto")
 
 
 @pytest.mark.once

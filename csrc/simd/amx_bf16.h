@@ -26,7 +26,7 @@ class TileProduct {
     if (rows_ > 0) _tile_release();
   }
 
-  // Rows of `from` times b; c[rows][b.vectors * 16] (+)= that. ahead: see Conv::product.
+  // Rows of `from` times b; c[rows][b.vectors * 16] (+)= that. ahead: see ConvProducts::product.
   template <int P = PARTS>
   void multiply(ProductRows<Unit> from, int64_t rows, Columns b, int64_t ahead, int64_t depth, float* c,
                 int64_t c_row, bool accumulate) {

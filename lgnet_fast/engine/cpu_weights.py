@@ -15,7 +15,7 @@ from .plan import ConvStep, Plan, Step
 
 _ALIGNMENT = 64  # bytes
 
-# Points of Winograd's F(m, r), without infinity; the transforms of the features are in csrc/conv_kernels.h.
+# Points of Winograd's F(m, r), without infinity; the transforms of the features are in csrc/conv_winograd.h.
 _POINTS: dict[tuple[int, int], tuple[float, ...]] = {
     (2, 2): (0.0, 1.0),
     (2, 3): (0.0, 1.0, -1.0),

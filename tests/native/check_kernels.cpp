@@ -218,7 +218,8 @@ void check_attention_maps() {
     PixelMaps maps{kBatch,    kChannels, kHeight, kWidth,  from.data(), kPixel,
                    from_bf16, to.data(), kPixel,  to_bf16, true,        {}};
     for (int32_t position = 3; position < 50; position += 2) maps.queries.push_back(position);
-    attention_pixels(maps, weights.data(), bias.data(), released, pairs ? Products::bf16 : Products::float32, 1);
+    attention_pixels(current_kernels().attention, maps, weights.data(), bias.data(), released,
+                     pairs ? Products::bf16 : Products::float32, 1);
     return to.values();
   };
   for (bool released : {true, false}) {
@@ -343,7 +344,7 @@ struct Shape {
   bool reflect, residual;
 };
 
-// G [m + r - 1][r] of Winograd's F(m, r) (see conv_kernels.h).
+// G [m + r - 1][r] of Winograd's F(m, r) (see conv_winograd.h).
 std::vector<Values> weight_transform(int64_t m, int64_t r) {
   if (r == 1) return std::vector<Values>(static_cast<size_t>(m), Values{1});
   Values points{0, 1, -1};

@@ -1,4 +1,4 @@
-"""Attention and its 1x1 combiner on the CPU; the arithmetic is in csrc/attention.cpp.
+"""Attention and its 1x1 combiner on the CPU; the formulas are in csrc/attention.cpp.
 
 Shapes: features [B, C, H, W]; weight [C, 2C, 1, 1] with input columns (attended, F) for ``variant="released"`` and
 (F, attended) for ``"paper"``; bias [C]; stats [2, B, H*W], see :func:`attention_forward`.
