@@ -71,7 +71,7 @@ def test_an_error_of_one_process_ends_all_with_a_checkpoint(tmp_path):
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     command += [str(tmp_path / "script.py"), str(tmp_path / "cases.json")]
     environment = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=environment)
     assert done.returncode == 0, done.stderr
     told = {tuple(line.split("|", 2)[:2]): line.split("|", 2)[2] for line in done.stdout.splitlines() if "|" in line}
     for title, (_, process, _, error) in CASES.items():
