@@ -327,7 +327,9 @@ def test_a_dead_process_is_noticed_at_once_on_this_host_and_by_its_silence_elsew
     killed.done("1", {"n": 1})
     killed.close()
     elsewhere = tmp_path / "a-00002.jsonl"
-    elsewhere.write_text('{"host": "another", "pid": 1, "rank": 2, "size": 3}\n{"key": "2", "done": {"n": 2}}\n{"k')
+    elsewhere.write_text(
+        '{"host": "another", "pid": 1, "rank": 2, "size": 3}\n{"key": "2", "done": {"n": 2}, "written": null}\n{"k'
+    )
     now = [0.0]
     clock = SimpleNamespace(monotonic=lambda: now[0], sleep=lambda seconds: now.append(now.pop() + seconds))
     monkeypatch.setattr(journal, "time", clock)

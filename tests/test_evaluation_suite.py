@@ -138,7 +138,7 @@ def test_lpips_weights_come_from_the_option_or_the_variable(tmp_path, monkeypatc
     np.savez(tmp_path / "alexnet.npz", **{name: value.numpy() for name, value in tensors.items()})
     without = SuiteMetrics()
     assert without.available == PLAIN
-    assert without.missing == {"lpips": "no weights; give their file as `lpips` or by LGNET_FAST_LPIPS"}
+    assert without.missing == {"lpips": "no weights; give their file as lpips (--lpips) or by LGNET_FAST_LPIPS"}
     assert "lpips" in SuiteMetrics(lpips=tmp_path / "alexnet.npz").available
     monkeypatch.setenv(LPIPS_VARIABLE, str(tmp_path / "alexnet.npz"))
     assert "lpips" in SuiteMetrics().available
@@ -224,7 +224,7 @@ def test_the_command_writes_table_json_markdown_and_sheet(fake, pictures, tmp_pa
             f"{score['l1']:.2f}", f"{score['psnr']:.2f}", f"{score['ssim']:.4f}", "n/a", f"{score['sharp']:.3f}"
         ]  # fmt: skip
         assert f"{score['sharp']:.3f}" in result.stdout
-    assert markdown.count("LPIPS: n/a (no weights; give their file as `lpips`") == 1
+    assert markdown.count("LPIPS: n/a (no weights; give their file as lpips (--lpips)") == 1
     assert "box, 64x64; blob, one shape of 15 %. Sharpness: gradient energy" in markdown
     with Image.open(tmp_path / "out" / "evaluation.png") as sheet:
         assert sheet.size == (7 * 198 + 6, 22 + 12 * 214 + 6)  # original, masked, five methods; three rows a kind

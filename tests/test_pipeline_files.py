@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import struct
 import warnings
 
@@ -338,6 +339,7 @@ def test_sixteen_bit_grey_jpeg_2000_is_kept(pipe, tmp_path):
         assert set(np.asarray(saved)[HOLE].tolist()) == {39321}
 
 
+@functools.cache  # a profile holds the second in which it was made
 def _profile() -> bytes:
     """Not that of sRGB, which a reader may take for granted."""
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import io
 
@@ -299,10 +298,9 @@ def test_masks_of_pictures_are_turned_upright():
 
 @pytest.mark.parametrize("format", ["JPEG", "WEBP"])
 def test_brushes_on_black_in_lossy_files(format):
-    """With full chroma and high quality the hole is exact; halved chroma widens it; `auto` refuses most colours."""
+    """With full chroma and high quality the hole is exact; halved chroma makes it at most 2 pixels wider."""
     hole = masks.suite_mask(256, 256, kind="thick", seed=3)
     near = ndimage.distance_transform_edt(~hole) <= 2
-    accepted, widest = [], 0.0
     for colour in ("red", "lime", "blue", "magenta", "yellow"):
         brush = Image.composite(
             Image.new("RGB", (256, 256), colour), Image.new("RGB", (256, 256)), Image.fromarray(hole)
@@ -311,12 +309,7 @@ def test_brushes_on_black_in_lossy_files(format):
         brush.save(full, format, **({"quality": 95, "subsampling": 0} if format == "JPEG" else {"lossless": True}))
         assert np.array_equal(read_hole(full.getvalue(), 256, 256), hole)
         brush.save(halved, format, quality=90)
-        wider = read_hole(halved.getvalue(), 256, 256, channel="colour")
+        wider = read_hole(halved.getvalue(), 256, 256)
         assert wider[hole].all()
         assert not wider[~near].any()
-        widest = max(widest, wider.sum() / hole.sum())
-        with contextlib.suppress(InvalidMaskError):
-            assert np.array_equal(read_hole(halved.getvalue(), 256, 256), wider)
-            accepted.append(colour)
-    assert accepted == ["blue"]
-    assert widest > 1.05
+        assert np.array_equal(read_hole(halved.getvalue(), 256, 256, channel="colour"), wider)

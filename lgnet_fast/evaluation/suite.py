@@ -154,7 +154,7 @@ class SuiteMetrics:
         if "lpips" in wanted:
             source = lpips if lpips is not None else os.environ.get(LPIPS_VARIABLE) or None
             if source is None:
-                self.missing["lpips"] = f"no weights; give their file as `lpips` or by {LPIPS_VARIABLE}"
+                self.missing["lpips"] = f"no weights; give their file as lpips (--lpips) or by {LPIPS_VARIABLE}"
             else:
                 try:
                     network = LPIPS.from_file(source) if isinstance(source, (str, Path)) else source
