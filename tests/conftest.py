@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,6 +16,9 @@ from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill
 from .support import instruction_sets
+
+if TYPE_CHECKING:
+    import httpx
 
 collect_ignore = ["recipes"]  # parts of changed copies of the tree, see test_recipes.py
 
@@ -105,6 +109,24 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> BlurFill:
 
     monkeypatch.setattr(Inpainter, "from_pretrained", classmethod(load))
     return model
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[str]:
+    """The address of a live server with the bundled model; one for the tests of a file."""
+    from .serve_support import LIMITS, live_server
+
+    with live_server(LIMITS) as address:
+        yield address
+
+
+@pytest.fixture(scope="module")
+def client(server: str) -> Iterator[httpx.Client]:
+    """A client of `server`."""
+    import httpx
+
+    with httpx.Client(base_url=server, timeout=120) as client:
+        yield client
 
 
 @pytest.fixture

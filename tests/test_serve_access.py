@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
@@ -11,21 +10,9 @@ import pytest
 
 from lgnet_fast.serve.options import ServeOptions
 
-from .serve_support import LIMITS, PICTURE, file_of, live_server
+from .serve_support import PICTURE, file_of, live_server
 
 pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with live_server(LIMITS) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server, timeout=120) as client:
-        yield client
 
 
 @pytest.mark.parametrize(

@@ -5,10 +5,8 @@ from __future__ import annotations
 import io
 import re
 import zlib
-from collections.abc import Iterator
 from pathlib import Path
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, ImageOps
@@ -18,12 +16,10 @@ from lgnet_fast.samples import sample_paths
 from .serve_support import (
     GOOD,
     HOLE,
-    LIMITS,
     PICTURE,
     file_of,
     hole,
     inpaint,
-    live_server,
     open_picture,
     photo,
     pixels_of,
@@ -32,18 +28,6 @@ from .serve_support import (
 )
 
 pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with live_server(LIMITS) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server, timeout=120) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,6 @@ import struct
 import threading
 import time
 import zlib
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
@@ -20,7 +19,6 @@ from lgnet_fast.serve.options import ServeOptions
 from .serve_support import (
     GOOD,
     HOLE,
-    LIMITS,
     MASK,
     PICTURE,
     base64_of,
@@ -35,18 +33,6 @@ from .serve_support import (
 )
 
 pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with live_server(LIMITS) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server, timeout=120) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")

@@ -5,10 +5,8 @@ from __future__ import annotations
 import base64
 import io
 import struct
-from collections.abc import Iterator
 from urllib.parse import urlsplit
 
-import httpx
 import numpy as np
 import pytest
 from PIL import Image
@@ -18,13 +16,11 @@ from lgnet_fast import Inpainter
 from .serve_support import (
     GOOD,
     HOLE,
-    LIMITS,
     MASK,
     PICTURE,
     base64_of,
     data_url,
     file_of,
-    live_server,
     open_picture,
     photo,
     pixels_of,
@@ -33,18 +29,6 @@ from .serve_support import (
 )
 
 pytestmark = pytest.mark.once  # what runs the network is tested elsewhere
-
-
-@pytest.fixture(scope="module")
-def server() -> Iterator[str]:
-    with live_server(LIMITS) as address:
-        yield address
-
-
-@pytest.fixture(scope="module")
-def client(server) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server, timeout=120) as client:
-        yield client
 
 
 @pytest.fixture(scope="module")
