@@ -145,15 +145,16 @@ class Filler:
         made = results * job.picture.result_bytes
         passes = {(len(batch), *strategies.network_size(batch[0], own.multiple)) for batch in plan.batches}
         room = memory.available_memory(own.device) if self.memory_limit is None else None
+        limit = room if self.memory_limit is None else self.memory_limit
         network = memory.network_bytes(
             [math.prod(one) for one in passes], own.base_channels, own.dtype, own.engine_on_cpu, room
         )
         if self.memory_limit is not None or own.device.type != "cuda":
-            demands = [(fills + network + made, own.device)]
+            demands = [(fills + network + made, own.device, limit)]
         else:
-            demands = [(fills + made, torch.device("cpu")), (network, own.device)]
-        for needed, device in demands:
-            available = memory.available_memory(device) if self.memory_limit is None else self.memory_limit
+            host = torch.device("cpu")
+            demands = [(fills + made, host, memory.available_memory(host)), (network, own.device, limit)]
+        for needed, device, available in demands:
             if available is not None and needed > available:
                 better = (
                     "a smaller window" if plan.strategy != "full" else "strategy 'crop', 'tile', 'resize' or 'auto'"
