@@ -79,5 +79,8 @@ struct Convolution {
 bool run_in_place(const Convolution& conv);
 void run_in_chunks(const Convolution& conv, int64_t chunks);
 void run_in_stages(const Convolution& conv);
+// Columns of a task in run_in_stages: as many as leave no more than a tenth of the threads idle, in a product of each
+// of `products` blocks of rows with all columns. Fewer columns read the rows more often.
+int64_t columns_of_task(int64_t products, int64_t columns, int64_t panel, int64_t threads);
 
 }  // namespace lgnet

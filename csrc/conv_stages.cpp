@@ -11,8 +11,9 @@
 namespace lgnet {
 namespace {
 
-constexpr int64_t kSplitColumns = 64, kSplitRows = 448;  // of a task's product
-constexpr int64_t kSplitTiles = 16;                      // of a task's transform
+constexpr int64_t kSplitColumns = 64, kSplitRows = 448;  // of a task's product, at most
+constexpr double kBusy = 0.9;                            // of the threads, while the products are computed
+constexpr int64_t kSplitTiles = 16;                      // of a task's transform, at most
 
 // V and M of every part, all tiles; y: a worker's rows of the output transform, for each worker.
 std::vector<Factors> allocate_stages(const Convolution& conv, float*& y) {
@@ -36,21 +37,39 @@ std::vector<Factors> allocate_stages(const Convolution& conv, float*& y) {
   return factors;
 }
 
-// The tiles of one task of a transform.
-int64_t tiles_of_block(const Convolution& conv, int64_t block, Tile* tiles) {
-  const int64_t first = block * kSplitTiles, count = std::min(kSplitTiles, conv.space.total() - first);
-  conv.space.get(first, count, tiles);
-  return count;
-}
+// The tiles of all parts or jobs, in blocks for the tasks of a transform.
+class Blocks {
+ public:
+  Blocks(const Convolution& conv, int64_t copies)
+      : conv_(conv),
+        size_(std::clamp<int64_t>(copies * conv.space.total() / (kConvTasksPerThread * conv.run.threads), 1,
+                                  kSplitTiles)),
+        each_(ceil_div(conv.space.total(), size_)),
+        tasks_(copies * each_) {}
+
+  int64_t tasks() const { return tasks_; }
+  // Of a task: the number of its part or job, its first tile, and their count; the tiles are written to `tiles`.
+  int64_t copy(int64_t task) const { return task / each_; }
+  int64_t first(int64_t task) const { return task % each_ * size_; }
+  int64_t get(int64_t task, Tile* tiles) const {
+    const int64_t count = std::min(size_, conv_.space.total() - first(task));
+    conv_.space.get(first(task), count, tiles);
+    return count;
+  }
+
+ private:
+  const Convolution& conv_;
+  int64_t size_, each_, tasks_;
+};
 
 void transform_all(const Convolution& conv, const std::vector<Factors>& factors) {
-  const int64_t blocks = ceil_div(conv.space.total(), kSplitTiles);
-  parallel_for(conv.run.threads, static_cast<int64_t>(conv.parts.size()) * blocks, [&](int64_t task, int64_t) {
-    const int64_t p = task / blocks, block = task % blocks, row = conv.parts[p].row();
+  const Blocks blocks(conv, static_cast<int64_t>(conv.parts.size()));
+  parallel_for(conv.run.threads, blocks.tasks(), [&](int64_t task, int64_t) {
+    const int64_t p = blocks.copy(task), row = conv.parts[p].row();
     Tile tiles[kSplitTiles];
-    const int64_t count = tiles_of_block(conv, block, tiles);
+    const int64_t count = blocks.get(task, tiles);
     conv.kernels.transform(conv.input, *conv.parts[p].group, conv.step.tile, tiles, count,
-                           factors[p].v + block * kSplitTiles * row, factors[p].v_stride, row, factors[p].v_low);
+                           factors[p].v + blocks.first(task) * row, factors[p].v_stride, row, factors[p].v_low);
   });
 }
 
@@ -61,11 +80,15 @@ void multiply_all(const Convolution& conv, const std::vector<Factors>& factors) 
   };
   std::vector<Piece> pieces;
   const int64_t tiles = conv.space.total();
+  int64_t points = 0;
+  for (const Part& part : conv.parts) points += part.points;
+  const int64_t width =
+      columns_of_task(points * ceil_div(tiles, kSplitRows), conv.columns, conv.kernels.panel, conv.run.threads);
   for (size_t p = 0; p < conv.parts.size(); ++p) {
     for (int64_t point = 0; point < conv.parts[p].points; ++point) {
-      for (int64_t n0 = 0; n0 < conv.columns; n0 += kSplitColumns) {
+      for (int64_t n0 = 0; n0 < conv.columns; n0 += width) {
         for (int64_t r0 = 0; r0 < tiles; r0 += kSplitRows) {
-          const int64_t rows = std::min(kSplitRows, tiles - r0), n1 = std::min(n0 + kSplitColumns, conv.columns);
+          const int64_t rows = std::min(kSplitRows, tiles - r0), n1 = std::min(n0 + width, conv.columns);
           pieces.push_back({p, {point, r0, rows, n0, n1}});
         }
       }
@@ -78,15 +101,16 @@ void multiply_all(const Convolution& conv, const std::vector<Factors>& factors) 
 }
 
 void finish_all(const Convolution& conv, const std::vector<Factors>& factors, float* y) {
-  const int64_t blocks = ceil_div(conv.space.total(), kSplitTiles), y_each = round_up(conv.y_size, 16);
-  parallel_for(conv.run.threads, conv.jobs() * blocks, [&](int64_t task, int64_t worker) {
-    const int64_t job = task / blocks, block = task % blocks;
+  const Blocks blocks(conv, conv.jobs());
+  const int64_t y_each = round_up(conv.y_size, 16);
+  parallel_for(conv.run.threads, blocks.tasks(), [&](int64_t task, int64_t worker) {
+    const int64_t job = blocks.copy(task);
     Tile tiles[kSplitTiles];
-    const int64_t count = tiles_of_block(conv, block, tiles);
+    const int64_t count = blocks.get(task, tiles);
     const float* of_group[kMaximumGroups];
     int64_t stride_of_group[kMaximumGroups];
     for (size_t p = conv.first_part[job]; p < conv.first_part[job + 1]; ++p) {
-      of_group[p - conv.first_part[job]] = factors[p].products + block * kSplitTiles * conv.c_row;
+      of_group[p - conv.first_part[job]] = factors[p].products + blocks.first(task) * conv.c_row;
       stride_of_group[p - conv.first_part[job]] = factors[p].m_stride;
     }
     conv.kernels.finish(conv.output, conv.step.jobs[job], conv.step.tile, tiles, count, of_group, stride_of_group,
@@ -95,6 +119,20 @@ void finish_all(const Convolution& conv, const std::vector<Factors>& factors, fl
 }
 
 }  // namespace
+
+int64_t columns_of_task(int64_t products, int64_t columns, int64_t panel, int64_t threads) {
+  int64_t best = kSplitColumns;
+  double most = 0;
+  for (int64_t width = kSplitColumns; width >= panel && most < kBusy; width /= 2) {
+    const int64_t tasks = products * ceil_div(columns, width);
+    const double busy = static_cast<double>(tasks) / static_cast<double>(threads * ceil_div(tasks, threads));
+    if (busy > most) {
+      most = busy;
+      best = width;
+    }
+  }
+  return best;
+}
 
 void run_in_stages(const Convolution& conv) {
   float* y = nullptr;

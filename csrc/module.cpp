@@ -26,5 +26,5 @@ PYBIND11_MODULE(_C, m) {
   m.def("set_isa", &lgnet::set_isa, py::arg("name"), "Choose an instruction set by name, or \"auto\"");
   m.def("parallel_backend", &lgnet::parallel_backend, "Where the threads come from");
   lgnet::bind_program(m);
-  m.def("mark_forked", &lgnet::mark_forked, "Use plain threads from now on: OpenMP's did not survive fork()");
+  m.def("mark_forked", &lgnet::mark_forked, "Use a pool of threads from now on: OpenMP's did not survive fork()");
 }

@@ -3,8 +3,9 @@
 
 #include <atomic>
 #include <exception>
-#include <thread>
 #include <vector>
+
+#include "thread_pool.h"
 
 #if defined(__unix__) || defined(__APPLE__)
 #include <dlfcn.h>
@@ -96,21 +97,12 @@ void run_worker(void* data) {
   }
 }
 
-void run_on_threads(int64_t threads, Region& region) {
-  std::vector<std::thread> pool;
-  try {
-    pool.reserve(static_cast<size_t>(threads - 1));  // else a thread could be lost where the vector cannot grow
-    for (int64_t i = 1; i < threads; ++i) pool.emplace_back(run_worker, &region);
-  } catch (const std::exception&) {
-    // No more threads, or no memory for one; the started ones and this one do all tasks.
-  }
-  run_worker(&region);
-  for (std::thread& thread : pool) thread.join();
-}
-
 }  // namespace
 
-void mark_forked() { g_forked.store(true, std::memory_order_relaxed); }
+void mark_forked() {
+  g_forked.store(true, std::memory_order_relaxed);
+  forget_pool();
+}
 
 std::mutex& shared_mutex() {
   static std::mutex mutex;
@@ -144,7 +136,7 @@ void parallel_for(int64_t threads, int64_t tasks, const std::function<void(int64
   if (parallel && !g_forked.load(std::memory_order_relaxed)) {
     parallel(run_worker, &region, static_cast<unsigned>(threads), 0);
   } else {
-    run_on_threads(threads, region);
+    run_on_pool(run_worker, &region, threads);
   }
   if (region.error) std::rethrow_exception(region.error);
 }

@@ -3,7 +3,7 @@
 // A second OpenMP runtime in the process would have a second pool of spinning threads that competes with the first,
 // so this library links to none. GOMP_parallel, the only entry point that a parallel region needs, is looked up at
 // run time in the loaded libraries: torch's bundled libgomp has it, and so have LLVM's and Intel's runtimes. Where
-// there is none (macOS, Windows, no torch), and in a child after fork(), plain threads do the same work.
+// there is none (macOS, Windows, no torch), and in a child after fork(), threads of a pool do (thread_pool.h).
 #pragma once
 
 #include <cstdint>

@@ -1,7 +1,7 @@
 """Support for ``fork()``: PyTorch's threads exist in the parent only, and a child that waits for them hangs.
 
 In a forked child this package runs PyTorch on one thread, as PyTorch's DataLoader workers do. The C++ kernels keep
-their number of threads: they start new ones in the child.
+their number of threads: they start a pool of new ones in the child.
 """
 
 from __future__ import annotations

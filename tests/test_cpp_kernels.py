@@ -1,13 +1,11 @@
-"""The C++ kernels against plain PyTorch in float64: values, gradients, layouts, threads, forks, memory."""
+"""The C++ kernels against plain PyTorch in float64: values, gradients, layouts, memory."""
 
 from __future__ import annotations
 
 import math
-import os
 import subprocess
 import sys
 import textwrap
-import threading
 import time
 
 import pytest
@@ -524,106 +522,3 @@ def test_a_program_keeps_the_instruction_set_that_it_was_made_for():
             assert torch.equal(executor.run(image, mask)[0], before), name
     finally:
         library.set_isa("auto")
-
-
-@pytest.mark.once
-def test_eight_python_threads_at_once():
-    cases = [make((1, 32, 16, 11 + i), seed=i)[:3] for i in range(8)]
-    expected = [cpu.attention_block_forward(*case, "released")[0] for case in cases]
-    wrong: list[int] = []
-
-    def work(i):
-        for _ in range(20):
-            if not torch.equal(cpu.attention_block_forward(*cases[i], "released")[0], expected[i]):
-                wrong.append(i)
-
-    threads = [threading.Thread(target=work, args=(i,)) for i in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not wrong
-
-
-@pytest.mark.once
-def test_the_gil_is_released():
-    features, weight, bias, _ = make((2, 128, 64, 64))
-
-    def longest_wait() -> float:
-        """Of this thread while the kernel runs in another, as a share of the run."""
-        running = threading.Thread(target=lambda: cpu.attention_block_forward(features, weight, bias, "released"))
-        start = time.perf_counter()
-        running.start()
-        longest, last = 0.0, start
-        while running.is_alive():
-            now = time.perf_counter()
-            longest, last = max(longest, now - last), now
-        return longest / (time.perf_counter() - start)
-
-    assert any(longest_wait() < 0.6 for _ in range(30))  # a busy machine makes some of them wait
-
-
-@pytest.mark.once
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
-@pytest.mark.parametrize("loaded", [True, False], ids=["loaded before", "loaded in the child"])
-def test_after_fork(loaded):
-    code = f"""
-        import os, signal, torch
-        from lgnet_fast import native
-        from lgnet_fast.ops.cpu import attention as cpu
-        torch.set_num_threads(4)
-        features = torch.randn(1, 16, 32, 32)
-        torch.mm(torch.randn(500, 500), torch.randn(500, 500)); torch.randn(10**6).exp_()  # starts OpenMP's pool
-        if {loaded}:
-            expected = cpu.attention_forward(features, "released")[0]
-        child = os.fork()
-        if child == 0:
-            signal.alarm(120)
-            out = cpu.attention_forward(features, "released")[0]
-            assert native.library().parallel_backend() == "threads"
-            os._exit(0 if not {loaded} or torch.equal(out, expected) else 1)
-        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-        assert cpu.attention_forward(features, "released")[0].isfinite().all()
-    """
-    subprocess.run([sys.executable, "-W", "ignore", "-c", textwrap.dedent(code)], timeout=300, check=True)
-
-
-@pytest.mark.once
-def test_a_daemon_thread_in_a_kernel_does_not_abort_the_end_of_the_process():
-    # The thread runs the kernel alone: PyTorch's own operators abort the process where they end a daemon thread.
-    code = """
-        import threading, torch
-        from lgnet_fast import forks
-        from lgnet_fast.native import library, optional_arg, tensor_arg
-        started = threading.Event()
-        def work():
-            features = torch.randn(1, 64, 32, 32)
-            attended, stats = torch.empty_like(features), torch.empty(1, 2, 1, 1024)
-            absent = optional_arg(None)
-            operands = [tensor_arg(features), absent, absent, True, absent, tensor_arg(attended), tensor_arg(stats)]
-            function, threads = library().attention_forward, forks.kernel_threads()
-            while True:
-                function(*operands, threads)
-                started.set()
-        threading.Thread(target=work, daemon=True).start()
-        started.wait()
-        print("done")
-    """
-    done = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=300, capture_output=True, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "done\n", "")
-
-
-@pytest.mark.once
-@pytest.mark.skipif(sys.platform != "linux", reason="torch bundles libgomp on Linux")
-def test_one_openmp_runtime():
-    code = """
-        import torch, threadpoolctl
-        from lgnet_fast import native
-        from lgnet_fast.ops.cpu import attention as cpu
-        cpu.attention_forward(torch.randn(1, 16, 32, 32), "released")
-        runtimes = [lib["filepath"] for lib in threadpoolctl.threadpool_info() if lib["user_api"] == "openmp"]
-        assert len(runtimes) == 1, runtimes
-        assert native.library().parallel_backend() == f"openmp ({runtimes[0]})", native.library().parallel_backend()
-    """
-    pytest.importorskip("threadpoolctl")
-    subprocess.run([sys.executable, "-c", textwrap.dedent(code)], timeout=300, check=True)

@@ -21,6 +21,7 @@
 #include <vector>
 
 #include "../../csrc/attention.h"
+#include "../../csrc/conv_schedule.h"
 #include "../../csrc/half.h"
 #include "../../csrc/isa.h"
 #include "../../csrc/merge_concat.h"
@@ -769,6 +770,20 @@ void check_last_step() {
   accurate("last step of bf16, raw", raw(full), rounded, rounded, DType::float32, 2, 8);
 }
 
+// Deep layers have one product of 512 columns; NetL's blocks 36 of 256; and one of several blocks of rows.
+void check_columns_of_tasks() {
+  struct Case {
+    int64_t products, columns, panel, threads, expected;
+  };
+  for (const Case& c : {Case{1, 512, 32, 1, 64}, Case{1, 512, 32, 8, 64}, Case{1, 512, 32, 16, 32},
+                        Case{1, 512, 32, 64, 32}, Case{1, 512, 16, 32, 16}, Case{1, 512, 64, 64, 64},
+                        Case{36, 256, 32, 16, 64}, Case{36, 256, 32, 64, 32}, Case{1, 16, 16, 4, 64}}) {
+    const int64_t got = columns_of_task(c.products, c.columns, c.panel, c.threads);
+    expect("columns of a task", got == c.expected,
+           std::to_string(got) + " for " + std::to_string(c.products) + " x " + std::to_string(c.columns));
+  }
+}
+
 // --- threads -------------------------------------------------------------------------------------------------------
 
 void check_errors_of_tasks() {
@@ -796,6 +811,18 @@ void check_nested_tasks() {
     parallel_for(3, 8, [&](int64_t inner, int64_t) { ++counts[static_cast<size_t>(8 * outer + inner)]; });
   });
   expect("tasks inside of tasks", std::count(counts.begin(), counts.end(), 1) == 64, "not each once");
+}
+
+void check_callers_at_once() {
+  std::vector<std::atomic<int64_t>> sums(4);
+  std::vector<std::thread> callers;
+  for (auto& sum : sums) {
+    callers.emplace_back([&sum] {
+      for (int repeat = 0; repeat < 200; ++repeat) parallel_for(3, 10, [&](int64_t task, int64_t) { sum += task; });
+    });
+  }
+  for (std::thread& caller : callers) caller.join();
+  for (const auto& sum : sums) expect("tasks of callers at once", sum == 200 * 45, std::to_string(sum));
 }
 
 // 3x3 to 5 channels, then the last step: the merged picture.
@@ -873,7 +900,9 @@ void check_calls_at_once() {
 
 void check_threads() {
   check_errors_of_tasks();
+  check_columns_of_tasks();
   check_nested_tasks();
+  check_callers_at_once();
   check_calls_at_once();
 }
 
