@@ -29,6 +29,7 @@ from lgnet_fast.evaluation import EvaluationOptions
 from lgnet_fast.info import render
 from lgnet_fast.jobs import fill as fill_module
 from lgnet_fast.jobs.options import FillOptions
+from lgnet_fast.ops import first_use
 from lgnet_fast.ops.cpu import attention as cpu_attention
 from lgnet_fast.pipeline import formats, strategies
 from lgnet_fast.pipeline import masks as pipeline_masks
@@ -184,7 +185,8 @@ def test_verify_prints_every_check_with_its_error():
     report = json.loads(result.stdout)
     names = [check["name"] for check in report["checks"]]
     assert "merge_concat, with gradient" in names
-    assert "attention_block released, up to 128 channels, without gradient" in names
+    assert "attention_block released, up to 128 channels, without gradient, 32x32x128" in names
+    assert len(set(names)) == len(names)
     assert names[-1] == "engine"
     assert all(0 <= check["error"] <= check["limit"] and check["passed"] for check in report["checks"])
     assert report["runs"].startswith(("the C++ executor (", "plain PyTorch ("))
@@ -202,6 +204,24 @@ def test_verify_fails_where_a_kernel_is_wrong(monkeypatch):
     result = invoke("verify", "--device", "cpu")
     assert result.exit_code == 1
     assert "is allowed" in " ".join(result.stdout.split())
+
+
+def test_verify_keeps_the_verdict_of_a_kernel_that_fails_at_one_of_two_sizes(monkeypatch):
+    kept = {}
+
+    def check(use, tensors, fused, eager, keep):
+        outcome = first_use.Outcome("OutOfResources" if tensors[0].shape[2:] == (16, 16) else None, None, None)
+        if keep:
+            kept[use.name] = outcome.reason
+        return outcome
+
+    monkeypatch.setattr(first_use, "check", check)
+    monkeypatch.setattr("lgnet_fast.engine.verify.CANDIDATES", {"cpu": "triton"})
+    monkeypatch.setattr("lgnet_fast.engine.verify.reason_against", lambda *arguments: None)
+    invoke("verify", "--device", "cpu")
+    block = "attention_block released, up to {} channels, with gradient"
+    assert kept[block.format(128)] == "OutOfResources"  # at 16x16; 32x32 comes later
+    assert kept[block.format(64)] is None
 
 
 def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
