@@ -131,14 +131,16 @@ def _triton() -> str:
 
 
 def _package() -> str:
-    """This package's version and a hash of its kernels' sources, which in a checkout change between versions."""
+    """This package's version and a hash of its kernels, which in a checkout change between versions: the sources of
+    Triton's and the machine code of the others."""
     from .version import __version__
 
     spec = find_spec("lgnet_fast.kernels")
     digest = hashlib.sha256()
     for directory in (spec.submodule_search_locations if spec else None) or ():
-        for path in sorted(Path(directory).glob("*.py")):
-            digest.update(path.read_bytes())
+        for path in sorted(Path(directory).iterdir()):
+            if path.suffix in (".py", ".cubin"):
+                digest.update(path.read_bytes())
     return f"{__version__}, kernels {digest.hexdigest()[:12]}"
 
 

@@ -50,6 +50,10 @@ if older := os.environ.get("LGNET_FAST_TEST_ISA"):
     pretend_to_have(older)
 
 
+if os.environ.get("LGNET_FAST_TEST_POOL"):
+    native.library().mark_forked()  # the kernels run on a pool of threads, as where PyTorch's OpenMP cannot be used
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         for mark in item.iter_markers("slow"):

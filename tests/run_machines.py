@@ -30,7 +30,7 @@ REFERENCE = (
     "models",
     *(f"peers_{n}" for n in ("gconv", "madf", "medfe", "pen", "rfr")),
 )
-OPERATORS = ("ops", "cpp_kernels")
+OPERATORS = ("ops", "cpp_kernels", "cpp_threads")
 KERNELS = (
     *OPERATORS,
     "engine_cpu",
@@ -40,7 +40,7 @@ KERNELS = (
 )
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
-ISA = "LGNET_FAST_TEST_ISA"  # read by conftest.py
+ISA, POOL = "LGNET_FAST_TEST_ISA", "LGNET_FAST_TEST_POOL"  # read by conftest.py
 
 ONE = {"OMP_NUM_THREADS": "1"}
 
@@ -49,6 +49,7 @@ ROWS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "as is": ({}, REFERENCE + KERNELS),
     "1 thread": (ONE, REFERENCE + KERNELS),
     "4 threads": ({"OMP_NUM_THREADS": "4"}, KERNELS),
+    "4 threads, no OpenMP": ({"OMP_NUM_THREADS": "4", POOL: "1"}, KERNELS),
     "PyTorch AVX2, 1 thread": (AVX2 | ONE, REFERENCE + KERNELS),
     # Whole engines under several threads and under AVX2 are in the rows above.
     "PyTorch AVX2, 2 threads": (AVX2 | {"OMP_NUM_THREADS": "2"}, REFERENCE + OPERATORS),

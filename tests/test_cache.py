@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import sys
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,18 @@ def test_key_of_this_machine() -> None:
     assert key.torch == torch.__version__
     assert key.card.startswith("cpu")
     assert key.digest != cache.key_for(torch.device("cpu"), torch.float16).digest
+
+
+def test_key_changes_with_the_kernels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    spec = ModuleSpec("lgnet_fast.kernels", None, is_package=True)
+    spec.submodule_search_locations = [str(tmp_path)]
+    monkeypatch.setattr(cache, "find_spec", lambda name: spec)
+    known = {cache._package()}
+    for name, counts in (("conv.py", True), ("deep.cubin", True), ("notes.txt", False)):
+        for content in (b"1", b"2"):
+            (tmp_path / name).write_bytes(content)
+            assert (cache._package() not in known) == counts
+            known.add(cache._package())
 
 
 ZEN = "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: {}\nmodel\t\t: {}\nmodel name\t: AMD  EPYC\n\n"

@@ -237,6 +237,8 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
     assert names[-1] == "net_l.out"
     assert 0 < report["now_ms"] <= report["before_ms"]
     assert all(step["now_us"] is None or step["now_us"] > 0 for step in report["steps"])
+    known = [step["now_us"] for step in report["steps"] if step["now_us"] is not None]
+    assert 0.1 < sum(known) / (1e3 * report["now_ms"]) < 10  # microseconds and milliseconds of the same run
     kept = {c["what"].split()[0]: c["found"] for c in json.loads(invoke("info", "--json").stdout)["choices"]}
     assert set(kept) == {"engine", "path"}
     assert kept["engine"].startswith("measured: ")

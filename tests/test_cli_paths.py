@@ -35,6 +35,15 @@ def _run(*arguments, **options):
     return CliRunner().invoke(cli.app, ["run", *map(str, arguments)], **options)
 
 
+def test_results_of_equal_names_are_numbered_from_two():
+    # The third picture's longer name is what the first one has already.
+    names = [Path(name) for name in ("a.png", "A.png", "a.png", "b.png")]
+    longer = [Path(name) for name in ("a.jpg.png", "A.bmp.png", "a.jpg.png", "b.bmp.png")]
+    assert [str(name) for name in outputs.distinct(names, longer)] == [
+        "a.jpg.png", "A.bmp.png", "a.jpg-2.png", "b.png",
+    ]  # fmt: skip
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
@@ -348,6 +357,14 @@ def test_streams_that_cannot_work_are_refused(case, arguments, words):
     result = _run(*arguments, input=b"")
     assert result.exit_code == 2, result.output
     assert words in result.stderr
+
+
+def test_a_piped_picture_does_not_replace_its_mask(case):
+    mask = (case / "m.png").read_bytes()
+    result = _run("-i", "-", "-m", "m.png", "-o", "m.png", input=(case / "a.png").read_bytes())
+    assert result.exit_code == 2, result.output
+    assert "m.png" in result.stderr
+    assert (case / "m.png").read_bytes() == mask
 
 
 def test_closed_streams_are_refused(case, monkeypatch):

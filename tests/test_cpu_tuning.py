@@ -124,6 +124,23 @@ def test_what_differs_from_the_plain_kernel_is_left_out(plan, caplog):
     assert "winograd4" in kernels.values()
 
 
+def test_steps_that_share_weights_count_by_their_mean():
+    torch.manual_seed(0)
+    model = create_model("lgnet_share", local_channels=8, global_channels=8).eval()
+    plan = build_plan(plan_stages(model), 1, 256, 256)
+    shared = {step.weights_of for step in plan.steps if step.weights_of != step.name}
+    assert shared
+
+    def measure(executor: CpuExecutor) -> Timing:
+        return Timing([1.0 if step.weights_of == step.name else 3.0 for step in plan.steps], [torch.ones(1, 3, 4, 4)])
+
+    found = tune(plan, SINGLE, measure=measure)
+    for step in plan.steps:
+        if step.weights_of == step.name:
+            kernels = [ms for choice, ms in found.times[step.name].items() if "@" not in choice and " " not in choice]
+            assert kernels == pytest.approx([2.0 if step.name in shared else 1.0] * len(kernels)), step.name
+
+
 def test_results_are_kept_as_they_come(plan, monkeypatch):
     """A tuning that ends after the first round of candidates keeps it, and a later process uses it."""
     ticks = itertools.count()

@@ -14,6 +14,7 @@ from PIL import ExifTags, Image, PngImagePlugin
 
 from lgnet_fast.errors import InvalidImageError
 from lgnet_fast.pipeline import DeepImage, Inpainter, chunks, deep, formats
+from lgnet_fast.pipeline.deep import cut_depth
 from lgnet_fast.pipeline.encoding import save_picture
 from lgnet_fast.pipeline.reading import open_upright, read_picture
 
@@ -183,6 +184,12 @@ def test_formats_that_would_be_cut_to_eight_bits_are_refused(pipe, tmp_path, nam
     with pytest.raises(InvalidImageError, match=words + r".*16-bit PNG or TIFF") as caught:
         pipe(tmp_path / name, np.ones((4, 4), bool))
     assert name in str(caught.value)
+
+
+@pytest.mark.parametrize(("flags", "depth"), [(0x00, None), (0x40, 10), (0x60, 12), (0x20, None)])
+def test_bits_of_an_avif_by_the_flags_of_its_configuration(flags, depth):
+    # marker and version, profile and level, then seq_tier, high_bitdepth, twelve_bit (AV1 in ISOBMFF, 2.3.3)
+    assert cut_depth("AVIF", b"....av1C" + bytes([0x81, 0x04, flags, 0])) == depth
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ from lgnet_fast.cli.commands.eval import models_of
 from lgnet_fast.errors import UsageError
 from lgnet_fast.evaluation import EvaluationOptions
 from lgnet_fast.evaluation.protocol import fit_picture
-from lgnet_fast.evaluation.report import Evaluation, Score
+from lgnet_fast.evaluation.report import Evaluation, Score, strip
 from lgnet_fast.evaluation.scoring import _identity, _plan, _settings
 from lgnet_fast.pipeline import Inpainter
 
@@ -51,6 +52,15 @@ def test_the_command_writes_a_table_json_markdown_and_a_sheet(fake, pictures, tm
         original = np.asarray(sheet.crop((6, 44, 198, 236)), dtype=int)
     shown = Image.fromarray(fit_picture(pictures / "0.png", 64)).resize((192, 192), Image.Resampling.LANCZOS)
     np.testing.assert_array_equal(original, np.asarray(shown))
+
+
+def test_a_strip_keeps_the_proportions_of_its_pictures():
+    strips = [strip([np.zeros((*size, 3), np.uint8)] * 2) for size in ((40, 80), (80, 40))]
+    for encoded, height, width in zip(strips, (96, 192), (192, 96), strict=True):
+        with Image.open(io.BytesIO(encoded)) as sheet:
+            assert sheet.size == (2 * 192 + 6, 192)
+            dark = np.asarray(sheet.crop((0, 0, 192, 192)))[..., 0] < 128
+        assert (dark.any(axis=1).sum(), dark.any(axis=0).sum()) == (height, width)
 
 
 @pytest.mark.parametrize(

@@ -422,8 +422,9 @@ def test_rim_discount_by_hand():
     assert torch.equal(rim_discount(mask, 1.0), torch.ones_like(mask))
     deep = rim_discount(torch.ones(1, 1, 8, 8, dtype=torch.float64), 0.9)
     assert deep.flatten().tolist() == pytest.approx([0.9**32] * 64)
-    with pytest.raises(ValueError, match=r"factor: expected a number in \(0, 1\], got 0"):
-        rim_discount(mask, 0)
+    for factor in (0, 1.5):
+        with pytest.raises(ValueError, match=rf"factor: expected a number in \(0, 1\], got {factor}"):
+            rim_discount(mask, factor)
 
 
 def test_the_hole_term_of_the_last_stage_is_discounted():

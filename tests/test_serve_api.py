@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import io
 import re
 import zlib
@@ -55,6 +56,10 @@ def test_fill_undo_and_result(client, expected):
     stages = client.get(f"{at}/stages").json()
     assert [stage["name"] for stage in stages["stages"]] == ["masked", "coarse", "local", "result"]
     assert stages["box"] == [0, 0, 118, 96]
+    for stage in stages["stages"]:
+        kind, encoded = stage["image"].split(",")
+        assert kind == "data:image/png;base64"
+        assert pixels_of(base64.b64decode(encoded)).shape[:2] == (96, 118)
     np.testing.assert_array_equal(pixels_of(client.get(f"{at}/result?position=0").content), PICTURE)
     for path in ("result?position=2", "view?position=2", "stages?position=0", "stages?position=2"):
         assert client.get(f"{at}/{path}").status_code == 400

@@ -34,7 +34,8 @@ def test_packed_and_unpacked(run, tmp_path):
     for name, tensor in before["average"].items():
         assert torch.allclose(after["network"][name].float(), tensor.float(), rtol=1e-3, atol=1e-6), name
     for name, tensor in before["discriminator"].items():
-        assert torch.allclose(after["discriminator"][name], tensor, rtol=1e-3, atol=1e-6), name
+        rounded = tensor.dim() > 1  # vectors are kept in float32
+        assert torch.allclose(after["discriminator"][name], tensor, rtol=1e-3 * rounded, atol=1e-6 * rounded), name
     for old, new in zip(before["optimisers"], after["optimisers"]):
         assert old["state"].keys() == new["state"].keys()
         for index, moments in old["state"].items():

@@ -103,6 +103,16 @@ def test_classes_are_closed_above():
     assert found == [None, None, 0, 0, 1, 1, 4, 5, None]
 
 
+def test_a_hole_reaches_the_border_at_any_side():
+    inner = np.zeros((5, 7), bool)
+    inner[1:-1, 1:-1] = True
+    assert not masks.reaches_border(inner)
+    for row, column in ((0, 3), (4, 3), (2, 0), (2, 6)):
+        one = np.zeros((5, 7), bool)
+        one[row, column] = True
+        assert masks.reaches_border(one)
+
+
 # -- the suite's kinds ------------------------------------------------------------------------------------------
 
 
