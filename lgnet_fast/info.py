@@ -48,6 +48,12 @@ def _version(package: str) -> str | None:
         return None
 
 
+def _openmp() -> str:
+    """File name of the OpenMP runtime on whose threads the C++ kernels run; "none": on a pool of their own."""
+    found = "" if native.unavailable_reason() else native.library().parallel_backend()
+    return os.path.basename(found[len("openmp (") : -1]) if found.startswith("openmp (") else "none"
+
+
 def _devices() -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = [
         {
@@ -57,6 +63,7 @@ def _devices() -> list[dict[str, Any]]:
             "threads": torch.get_num_threads(),
             "kernel_threads": forks.kernel_threads(),
             "kernels": "none" if native.unavailable_reason() else native.isa_name(),
+            "openmp": _openmp(),
             "capability": torch.backends.cpu.get_cpu_capability(),
         }
     ]

@@ -49,7 +49,7 @@ ROWS: dict[str, tuple[dict[str, str], tuple[str, ...]]] = {
     "as is": ({}, REFERENCE + KERNELS),
     "1 thread": (ONE, REFERENCE + KERNELS),
     "4 threads": ({"OMP_NUM_THREADS": "4"}, KERNELS),
-    "4 threads, no OpenMP": ({"OMP_NUM_THREADS": "4", POOL: "1"}, KERNELS),
+    "4 threads, no OpenMP": ({"OMP_NUM_THREADS": "4", POOL: "1"}, (*OPERATORS, "engine_cpu", "engine_cpu_regions")),
     "PyTorch AVX2, 1 thread": (AVX2 | ONE, REFERENCE + KERNELS),
     # Whole engines under several threads and under AVX2 are in the rows above.
     "PyTorch AVX2, 2 threads": (AVX2 | {"OMP_NUM_THREADS": "2"}, REFERENCE + OPERATORS),

@@ -7,6 +7,7 @@ import inspect
 import json
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -26,7 +27,7 @@ from lgnet_fast.data import masks as data_masks
 from lgnet_fast.engine.verdicts import Verdict
 from lgnet_fast.errors import UsageError
 from lgnet_fast.evaluation import EvaluationOptions
-from lgnet_fast.info import render
+from lgnet_fast.info import _openmp, render
 from lgnet_fast.jobs import fill as fill_module
 from lgnet_fast.jobs.options import FillOptions
 from lgnet_fast.ops import first_use
@@ -86,6 +87,8 @@ def test_info_says_what_runs_and_why_not():
     assert cpu["cpp"]["merge_concat"] is None
     processor = report["devices"][0]
     assert (processor["name"], processor["kernels"]) == (cache.processor(), native.isa_name())
+    backend = native.library().parallel_backend()
+    assert processor["openmp"] == ("none" if backend == "threads" else Path(backend.removesuffix(")")).name)
     assert {"imagecodecs", "tifffile", "pillow-heif"} <= set(report["packages"])
     text = invoke("info").stdout
     assert "no: " in text
@@ -128,7 +131,14 @@ def test_info_names_the_missing_extension(monkeypatch):
     monkeypatch.setattr("lgnet_fast.native.unavailable_reason", lambda: "the compiler went on holiday")
     report = json.loads(invoke("info", "--json").stdout)
     assert report["backends"]["cpu"]["cpp"]["attention_block"] == "the compiler went on holiday"
-    assert report["devices"][0]["kernels"] == "none"
+    assert report["devices"][0]["kernels"] == report["devices"][0]["openmp"] == "none"
+
+
+def test_info_names_the_threads_of_the_kernels(monkeypatch):
+    for backend, shown in (("openmp (/a/lib/libgomp (1).so.1)", "libgomp (1).so.1"), ("threads", "none")):
+        library = SimpleNamespace(parallel_backend=lambda backend=backend: backend)
+        monkeypatch.setattr("lgnet_fast.native.library", lambda library=library: library)
+        assert _openmp() == shown
 
 
 def test_info_prints_the_plan():
