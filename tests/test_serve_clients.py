@@ -126,6 +126,8 @@ def test_json_answers(client, expected):
     assert set(answer["timings"]) == {"queue", "decode", "fill", "encode"}
     assert answer["backend"]
     assert len(answer["stages"]) == 4
+    asked = {"headers": {"Accept": "application/json"}, "json": {**body, "stages": 0}}
+    assert "stages" not in client.post("/api/v1/inpaint", **asked).json()
 
 
 def test_iopaints_other_calls(client):
