@@ -128,7 +128,7 @@ def test_one_openmp_runtime():
 
 POOL = """
     import os, signal, threading, torch
-    from lgnet_fast import native
+    from lgnet_fast import forks, native
     from lgnet_fast.ops.cpu import attention as cpu
 
     torch.set_num_threads(4)
@@ -156,7 +156,7 @@ def test_threads_of_the_pool_stay_and_leave_signals_alone():
         before = tasks()
         assert run(0)
         own = tasks() - before
-        assert len(own) == 3, own
+        assert len(own) == forks.kernel_threads() - 1, own  # 3, or fewer in a container with fewer processors
         assert all(run(0) for _ in range(50)) and tasks() == before | own
         for task in own:
             with open(f"/proc/self/task/{task}/status") as status:
