@@ -37,20 +37,21 @@ std::vector<Factors> allocate_stages(const Convolution& conv, float*& y) {
   return factors;
 }
 
-// The tiles of all parts or jobs, in blocks for the tasks of a transform.
+// All tiles, for each of `items` parts or jobs, in blocks: the tasks of a transform.
 class Blocks {
  public:
-  Blocks(const Convolution& conv, int64_t copies)
+  Blocks(const Convolution& conv, int64_t items)
       : conv_(conv),
-        size_(std::clamp<int64_t>(copies * conv.space.total() / (kConvTasksPerThread * conv.run.threads), 1,
+        size_(std::clamp<int64_t>(items * conv.space.total() / (kConvTasksPerThread * conv.run.threads), 1,
                                   kSplitTiles)),
         each_(ceil_div(conv.space.total(), size_)),
-        tasks_(copies * each_) {}
+        tasks_(items * each_) {}
 
   int64_t tasks() const { return tasks_; }
-  // Of a task: the number of its part or job, its first tile, and their count; the tiles are written to `tiles`.
-  int64_t copy(int64_t task) const { return task / each_; }
+  // A task's part or job, and its first tile.
+  int64_t item(int64_t task) const { return task / each_; }
   int64_t first(int64_t task) const { return task % each_ * size_; }
+  // Writes a task's tiles; returns their number.
   int64_t get(int64_t task, Tile* tiles) const {
     const int64_t count = std::min(size_, conv_.space.total() - first(task));
     conv_.space.get(first(task), count, tiles);
@@ -65,7 +66,7 @@ class Blocks {
 void transform_all(const Convolution& conv, const std::vector<Factors>& factors) {
   const Blocks blocks(conv, static_cast<int64_t>(conv.parts.size()));
   parallel_for(conv.run.threads, blocks.tasks(), [&](int64_t task, int64_t) {
-    const int64_t p = blocks.copy(task), row = conv.parts[p].row();
+    const int64_t p = blocks.item(task), row = conv.parts[p].row();
     Tile tiles[kSplitTiles];
     const int64_t count = blocks.get(task, tiles);
     conv.kernels.transform(conv.input, *conv.parts[p].group, conv.step.tile, tiles, count,
@@ -104,7 +105,7 @@ void finish_all(const Convolution& conv, const std::vector<Factors>& factors, fl
   const Blocks blocks(conv, conv.jobs());
   const int64_t y_each = round_up(conv.y_size, 16);
   parallel_for(conv.run.threads, blocks.tasks(), [&](int64_t task, int64_t worker) {
-    const int64_t job = blocks.copy(task);
+    const int64_t job = blocks.item(task);
     Tile tiles[kSplitTiles];
     const int64_t count = blocks.get(task, tiles);
     const float* of_group[kMaximumGroups];

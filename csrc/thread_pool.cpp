@@ -16,9 +16,9 @@
 namespace lgnet {
 namespace {
 
-// A thread looks so often, some hundred microseconds, whether the other side is ready before it sleeps: within a run
-// the next loop follows sooner, and waking a thread takes 60 us. It yields each time, because there may be fewer
-// processors than threads, and those of PyTorch's own runtime spin.
+// A thread that waits looks so often before it sleeps, which takes some hundred microseconds. Within a run its next
+// work comes sooner, and waking a thread takes 60 us. It yields after each look, because PyTorch's own threads may
+// spin on the processors too.
 constexpr int kLooks = 1000;
 
 #if defined(__unix__) || defined(__APPLE__)

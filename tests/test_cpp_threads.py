@@ -14,6 +14,7 @@ import torch
 
 from lgnet_fast import native
 from lgnet_fast.ops.cpu import attention as cpu
+from tests.test_cpp_kernels import make
 
 pytestmark = [
     pytest.mark.once,
@@ -21,15 +22,8 @@ pytestmark = [
 ]
 
 
-def make(height, channels, seed):
-    """Features [1, C, H, 16], weight and bias of an attention block."""
-    generator = torch.Generator().manual_seed(seed)
-    shapes = ((1, channels, height, 16), (channels, 2 * channels, 1, 1), (channels,))
-    return [torch.randn(shape, generator=generator) for shape in shapes]
-
-
 def test_eight_python_threads_at_once():
-    cases = [make(11 + seed, 32, seed) for seed in range(8)]
+    cases = [make((1, 32, 16, 11 + i), seed=i)[:3] for i in range(8)]
     expected = [cpu.attention_block_forward(*case, "released")[0] for case in cases]
     wrong: list[int] = []
 
@@ -47,7 +41,7 @@ def test_eight_python_threads_at_once():
 
 
 def test_the_gil_is_released():
-    features, weight, bias = make(512, 128, 0)
+    features, weight, bias, _ = make((2, 128, 64, 64))
 
     def longest_wait() -> float:
         """Of this thread while the kernel runs in another, as a share of the run."""

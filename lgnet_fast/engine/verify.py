@@ -101,23 +101,21 @@ def _operators(plan: Plan, device: torch.device, dtype: torch.dtype) -> Iterator
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator, device="cpu").to(device, dtype)
 
-    # operator, its tensors and other arguments, variant, what distinguishes cases of one use
-    cases: list[tuple[str, tuple[Tensor, ...], tuple[object, ...], str | None, str]] = []
+    cases: list[tuple[str, tuple[Tensor, ...], tuple[object, ...], str | None]] = []
     size = (plan.height, plan.width)
     image, output, mask = normal(1, 3, *size).tanh(), normal(1, 3, *size).tanh(), (normal(1, 1, *size) > 0).to(dtype)
     for op in ("merge", "merge_concat"):
-        cases.append((op, (image, output, mask), (), None, ""))
+        cases.append((op, (image, output, mask), (), None))
     for step in plan.steps:
         if isinstance(step, AttentionStep):
             source, channels = plan.buffers[step.source.buffer], step.out_channels
             weight = normal(channels, 2 * channels, 1, 1) / channels**0.5
             features = normal(1, channels, source.height, source.width)
-            shape = f", {source.height}x{source.width}x{channels}"
-            cases.append(
-                ("attention_block", (features, weight, normal(channels)), (step.variant,), step.variant, shape)
-            )
+            cases.append(("attention_block", (features, weight, normal(channels)), (step.variant,), step.variant))
     failed: set[first_use.Use] = set()  # a case that passes later does not replace their verdict
-    for op, tensors, more, variant, shape in cases:
+    for op, tensors, more, variant in cases:
+        _, channels, height, width = tensors[0].shape
+        shape = f", {height}x{width}x{channels}" if variant else ""
         function = getattr(torch.ops.lgnet, op)
         backend = CANDIDATES.get(device.type, "triton")
         reason = reason_against(op, backend, tensors)
