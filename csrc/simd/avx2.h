@@ -69,7 +69,10 @@ struct F32 {
   }
   static LGNET_INLINE Reg load_units(const Unit* p) { return _mm256_loadu_ps(p); }
   static LGNET_INLINE Reg broadcast(const Unit* p) { return _mm256_broadcast_ss(p); }
-  static LGNET_INLINE Reg dot(Reg acc, Reg a, Reg b) { return _mm256_fmadd_ps(a, b, acc); }
+  static LGNET_INLINE Reg dot(Reg acc, Reg a, Reg b) {
+    __asm__("vfmadd231ps %2, %1, %0" : "+x"(acc) : "x"(a), "x"(b));
+    return acc;
+  }
   static LGNET_INLINE void fence() { _mm_sfence(); }
 };
 

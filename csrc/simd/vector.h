@@ -17,7 +17,9 @@
 //   Unit, PAIR       what one lane of a product's operand holds: one T, or a pair of bf16
 //   PARTS            2: an element of a product is the sum of two bf16 (Products::bf16x3); else 1
 //   max(a, b)        b, or NaN, where either is NaN
-//   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi
+//   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi. For float32 on x86 it is an instruction in
+//                    assembly that adds to its accumulator: with the intrinsic, GCC also takes the forms that
+//                    overwrite a factor, moves accumulators and spills some in the register blocks
 //   stream, fence    non-temporal stores, and the fence that completes them
 //   store_half,      with pairs: bf16 by the instruction set's conversion, and the same as a non-temporal store
 //   stream_half
