@@ -11,20 +11,31 @@ import pytest
 
 from .native import run
 
-DISASSEMBLY = """
+ARM = """
 0000000000000000 <lgnet::neon::F32::conv_block<6>(float const*)>:
-   0:	ad401027 	ldp	q7, q4, [x1]
-   4:	4f8010e8 	fmla	v8.4s, v7.4s, v0.s[0]
-   8:	4f801089 	fmla	v9.4s, v4.4s, v0.s[0]
-   c:	3d8003e8 	str	q8, [sp]
-  10:	f1000442 	subs	x2, x2, #0x1
-  14:	54ffff61 	b.ne	0 <lgnet::neon::F32::conv_block<6>(float const*)>  // b.any
-  18:	b4000042 	cbz	x2, 0 <lgnet::neon::F32::conv_block<6>(float const*)>
-  1c:	d65f03c0 	ret
+   0:	ldp	q7, q4, [x1]
+   4:	fmla	v8.4s, v7.4s, v0.s[0]
+   8:	fmla	v9.4s, v4.4s, v0.s[0]
+   c:	str	q8, [sp]
+  10:	subs	x2, x2, #0x1
+  14:	b.ne	0 <lgnet::neon::F32::conv_block<6>(float const*)>  // b.any
+  18:	cbz	x2, 0 <lgnet::neon::F32::conv_block<6>(float const*)>
+  1c:	ret
 
 0000000000000020 <other()>:
-  20:	4f8010e8 	fmla	v8.4s, v7.4s, v0.s[0]
-  24:	d65f03c0 	ret
+  20:	fmla	v8.4s, v7.4s, v0.s[0]
+  24:	ret
+"""
+X86 = """
+0000000000000000 <void lgnet::avx2::ConvProducts<lgnet::avx2::F32>::rows_of_blocks<2>(lgnet::Product const&)>:
+   0:	vmovups (%rsi),%ymm0
+   4:	vbroadcastss -0x10(%rcx,%r12,1),%ymm2
+   8:	vfmadd231ps %ymm0,%ymm2,%ymm3
+   c:	vfmadd213ps 0x88(%rsp),%ymm1,%ymm4
+  10:	mov    0x40(%rsp),%rdi
+  14:	vmovaps %ymm3,0x68(%rsp)
+  18:	jne    0 <void lgnet::avx2::ConvProducts<lgnet::avx2::F32>::rows_of_blocks<2>(lgnet::Product const&)>
+  1c:	ret
 """
 
 
@@ -54,19 +65,30 @@ def test_a_set_is_chosen_only_where_the_processor_has_all_that_its_unit_is_compi
 
 
 def test_inner_loops_are_counted():
-    (loop,) = run.inner_loops(DISASSEMBLY)
+    (loop,) = run.inner_loops(ARM, run.ARM)
     assert loop.function == "lgnet::neon::F32::conv_block<6>(float const*)"
     assert (loop.instructions, loop.products, loop.registers, loop.stack) == (6, 2, 5, 1)
     assert loop.part == pytest.approx(1 / 3)
+    (loop,) = run.inner_loops(X86, run.X86)  # reading a pointer from the stack is no spill
+    assert (loop.instructions, loop.products, loop.registers, loop.stack) == (7, 2, 5, 2)
 
 
-def test_a_block_that_falls_short_is_named():
-    with pytest.raises(SystemExit, match=r"score_block: not found"):
-        run.check_blocks(DISASSEMBLY, ("F32",))
-    body = DISASSEMBLY.split(">:\n", 1)[1].split("\n\n")[0]
-    text = "".join(f"0000000000000000 <lgnet::neon::F32::{block}(float const*)>:\n{body}\n\n" for block in run.BLOCKS)
-    with pytest.raises(SystemExit, match=r"FAIL .*block<6>: 2 products of 6 instructions \(33.3%\).* 1 spills"):
-        run.check_blocks(text, ("F32",))
+@pytest.mark.parametrize(
+    ("target", "text", "message"),
+    [
+        (run.ARM, ARM, r"FAIL .*block<6>: 2 products of 6 instructions \(33.3%\).* 1 spills"),
+        (run.X86, X86, r"FAIL .*blocks<2>: 2 products of 7 instructions \(28.6%\).* 2 spills"),
+    ],
+    ids=["arm", "x86"],
+)
+def test_a_block_that_falls_short_is_named(target, text, message):
+    first, *others = target.blocks
+    with pytest.raises(SystemExit, match=f"F32::{re.escape(others[0])}: not found"):
+        run.check_blocks(text, target, ("F32",))
+    one = text.split("\n\n")[0]
+    all_blocks = "\n\n".join(one.replace(first, block) for block in target.blocks)
+    with pytest.raises(SystemExit, match=message):
+        run.check_blocks(all_blocks, target, ("F32",))
 
 
 def test_missing_tools_are_named(monkeypatch):

@@ -1,6 +1,7 @@
 """Builds check_kernels.cpp with the kernels, without Python or PyTorch, and runs it for every instruction set.
 
-    python tests/native/run.py          for this machine, by c++ (or $CXX)
+    python tests/native/run.py          for this machine, by c++ (or $CXX); on x86-64 Linux the instructions of the
+                                        register blocks' inner loops are counted too
     python tests/native/run.py --arm    for 64-bit Arm: cross-compiled, run under an emulator; the instructions of the
                                         register blocks' inner loops are counted too (`make test-arm`)
     python tests/native/run.py --sanitized
@@ -14,6 +15,7 @@ of jobs. Emulated runs check results, not speed.
 from __future__ import annotations
 
 import os
+import platform
 import re
 import shutil
 import subprocess
@@ -38,10 +40,56 @@ ARM_TOOLS = {
     "aarch64-linux-gnu-objdump": "binutils-aarch64-linux-gnu",
     "qemu-aarch64": "qemu-user",
 }
-# Functions with counted inner loops, and the least share of products in them.
-BLOCKS = ("conv_block<6>", "score_block", "value_block")
-LEAST_PRODUCTS = 0.85
-LEAST_REGISTERS = 31  # of 32
+
+
+@dataclass(frozen=True)
+class Target:
+    """Which functions have counted inner loops, how to read their disassembly, and what it must show.
+
+    Attributes:
+        blocks: names of the functions, which are members of a vector class or of a template of one.
+        branch, product: names of instructions, as patterns. `by_element`: of the operands of a product.
+        vector: a vector register among the operands; its group is the number.
+        stack: an operand in the stack.
+        least_part: of the instructions of a loop that are products.
+        least_registers: vector registers that a loop names.
+    """
+
+    blocks: tuple[str, ...]
+    branch: str
+    product: str
+    by_element: str
+    vector: str
+    stack: str
+    least_part: float
+    least_registers: int
+
+
+ARM = Target(
+    blocks=("conv_block<6>", "score_block", "value_block"),
+    branch=r"b(\..+)?|cbn?z|tbn?z",
+    product="fmla|bfdot",
+    by_element=r"\[",
+    vector=r"\b[vqs](\d+)\b",
+    stack=r"\[sp",
+    least_part=0.85,
+    least_registers=31,  # of 32
+)
+# Beside the products are the loads: of 12 products 8, of 28 products 16, and those that prefetch. Numbers and
+# pointers in the stack are no spills of a block.
+X86 = Target(
+    blocks=("rows_of_blocks<2>", "attend_keys<3>"),
+    branch="j.+",
+    product="vfmadd.+ps|vdpbf16ps",
+    by_element="",
+    vector=r"%[yz]mm(\d+)",
+    stack=r"mm.*\(%rsp|\(%rsp.*mm",
+    least_part=0.5,
+    least_registers=15,  # of 16 or 32
+)
+# Unit -> its vector classes.
+ARM_UNITS = {"isa_neon": ("F32",), "isa_neon_bf16": ("F32", "Bf16")}
+X86_UNITS = {"isa_avx2": ("F32",), "isa_avx512": ("F32",), "isa_avx512_bf16": ("Bf16",)}
 
 
 @dataclass(frozen=True)
@@ -50,51 +98,52 @@ class Loop:
 
     function: str
     instructions: int
-    products: int  # multiply-adds, or dot products, by element
+    products: int  # multiply-adds, or dot products
     registers: int  # vector registers that it names
-    stack: int  # instructions that reach the stack: spills
+    stack: int  # vector instructions that reach the stack: spills
 
     @property
     def part(self) -> float:
         return self.products / self.instructions
 
 
-def inner_loops(disassembly: str) -> list[Loop]:
-    """The innermost loops of ``objdump -d -C`` for 64-bit Arm that multiply by element."""
+def inner_loops(disassembly: str, target: Target) -> list[Loop]:
+    """The innermost loops with products of ``objdump -d -C --no-show-raw-insn``."""
     loops = []
     for function, body in re.findall(r"^[0-9a-f]+ <(.*)>:\n((?:.+\n)*)", disassembly + "\n", re.MULTILINE):
-        lines = re.findall(r"^\s*([0-9a-f]+):\s+[0-9a-f]{8}\s+(\S+)[ \t]*(.*)$", body, re.MULTILINE)
+        lines = re.findall(r"^\s*([0-9a-f]+):\s+(\S+)[ \t]*(.*)$", body, re.MULTILINE)
         at = {address: i for i, (address, _, _) in enumerate(lines)}
         spans = []
         for i, (_, name, operands) in enumerate(lines):
-            target = re.search(r"\b([0-9a-f]+) <", operands)
-            if re.fullmatch(r"b(\..+)?|cbn?z|tbn?z", name) and target and at.get(target[1], i) < i:
-                spans.append((at[target[1]], i))
+            goal = re.search(r"\b([0-9a-f]+) <", operands)
+            if re.fullmatch(target.branch, name) and goal and at.get(goal[1], i) < i:
+                spans.append((at[goal[1]], i))
         for begin, end in spans:
             if any(begin <= b and e <= end for b, e in spans if (b, e) != (begin, end)):
                 continue
-            inside = lines[begin : end + 1]
-            products = sum(name in ("fmla", "bfdot") and "[" in operands for _, name, operands in inside)
+            inside = [(name, operands) for _, name, operands in lines[begin : end + 1]]
+            products = sum(
+                bool(re.fullmatch(target.product, name) and re.search(target.by_element, operands))
+                for name, operands in inside
+            )
             if products:
-                text = " ".join(operands for _, _, operands in inside)
-                stack = sum("[sp" in operands for _, _, operands in inside)
-                loops.append(
-                    Loop(function, len(inside), products, len(set(re.findall(r"\b[vqs](\d+)\b", text))), stack)
-                )
+                named = re.findall(target.vector, " ".join(operands for _, operands in inside))
+                stack = sum(bool(re.search(target.stack, operands)) for _, operands in inside)
+                loops.append(Loop(function, len(inside), products, len(set(named)), stack))
     return loops
 
 
-def check_blocks(disassembly: str, classes: tuple[str, ...]) -> list[str]:
+def check_blocks(disassembly: str, target: Target, classes: tuple[str, ...]) -> list[str]:
     """A line for each register block of each vector class; raises SystemExit where one falls short."""
     lines, short = [], False
-    loops = inner_loops(disassembly)
+    loops = inner_loops(disassembly, target)
     for kind in classes:
-        for block in BLOCKS:
-            found = [loop for loop in loops if f"::{kind}::{block}(" in loop.function]
+        for block in target.blocks:
+            found = [loop for loop in loops if re.search(rf"::{kind}>?::{re.escape(block)}\(", loop.function)]
             if not found:
                 raise SystemExit(f"{kind}::{block}: not found in the disassembly")
-            loop = max(found, key=lambda loop: loop.products)
-            good = loop.part >= LEAST_PRODUCTS and loop.registers >= LEAST_REGISTERS and loop.stack == 0
+            loop = max(found, key=lambda loop: (loop.products, loop.part))
+            good = loop.part >= target.least_part and loop.registers >= target.least_registers and loop.stack == 0
             short = short or not good
             lines.append(
                 f"{'ok  ' if good else 'FAIL'}  {kind}::{block}: {loop.products} products of {loop.instructions} "
@@ -152,12 +201,33 @@ def run_sanitized(folder: str, flags: tuple[str, ...]) -> bool:
     return run_all([str(build(host_compiler(), ROOT / "build" / folder, flags=(*FLAGS, "-O1", "-g", *flags)))])
 
 
+def count_blocks(objdump: str, folder: Path, target: Target, units: dict[str, tuple[str, ...]]) -> None:
+    """Prints the counts of the register blocks of each unit's vector classes; raises SystemExit for one too slow."""
+    for unit, classes in units.items():
+        dump = [objdump, "-d", "-C", "--no-show-raw-insn", str(folder / f"{unit}.o")]
+        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
+        print(f"{unit}:")
+        print("\n".join(check_blocks(text, target, classes)), flush=True)
+
+
+def counts_here() -> bool:
+    """Whether blocks are counted on this machine: other compilers than GCC give functions other bounds."""
+    if platform.machine() not in ("x86_64", "AMD64") or shutil.which("objdump") is None:
+        return False
+    version = subprocess.run([*host_compiler(), "--version"], capture_output=True, text=True, check=False).stdout
+    return "Free Software Foundation" in version
+
+
 def main(arguments: list[str]) -> int:
     if arguments not in ([], ["--arm"], ["--sanitized"]):
         print(__doc__, file=sys.stderr)
         return 2
     if not arguments:
-        return 0 if run_all([str(build(host_compiler(), ROOT / "build" / "native-host"))]) else 1
+        folder = ROOT / "build" / "native-host"
+        program = build(host_compiler(), folder)
+        if counts_here():
+            count_blocks("objdump", folder, X86, X86_UNITS)
+        return 0 if run_all([str(program)]) else 1
     if arguments == ["--sanitized"]:
         return 0 if all([run_sanitized(*sanitizer) for sanitizer in SANITIZERS.items()]) else 1
     if (missing := missing_tools()) is not None:
@@ -165,11 +235,7 @@ def main(arguments: list[str]) -> int:
         return 2
     folder = ROOT / "build" / "native-arm"
     program = build(["aarch64-linux-gnu-g++"], folder)
-    for unit, classes in (("isa_neon", ("F32",)), ("isa_neon_bf16", ("F32", "Bf16"))):
-        dump = ["aarch64-linux-gnu-objdump", "-d", "-C", str(folder / f"{unit}.o")]
-        text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
-        print(f"{unit}:")
-        print("\n".join(check_blocks(text, classes)), flush=True)
+    count_blocks("aarch64-linux-gnu-objdump", folder, ARM, ARM_UNITS)
     return 0 if run_all(["qemu-aarch64", "-cpu", "max", str(program)]) else 1
 
 
