@@ -81,7 +81,7 @@ struct Target {
 struct Output {
   const float* bias;  // padded to the vector width
   int64_t channels, height, width, out_step;
-  const void* residual;  // or null
+  const void* residual;  // or null; where there are two targets, not the memory of the first
   int64_t residual_pixel;
   bool residual_bf16;
   int64_t target_count;

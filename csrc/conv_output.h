@@ -48,42 +48,62 @@ struct ConvOutput {
     }
   }
 
-  static LGNET_INLINE Reg activate(Reg x, Activation activation) {
+  template <Activation activation>
+  static LGNET_INLINE Reg activate(Reg x) {
     // x second: max returns its second operand where one is NaN, so that NaN comes through as in PyTorch.
-    if (activation == Activation::relu) return V::max(V::set1(0), x);
-    if (activation == Activation::leaky_relu) return V::max(V::mul(x, V::set1(0.2f)), x);
+    if constexpr (activation == Activation::relu) return V::max(V::set1(0), x);
+    if constexpr (activation == Activation::leaky_relu) return V::max(V::mul(x, V::set1(0.2f)), x);
     return x;
   }
 
-  // Bias, residual, activations and stores of one pixel.
+  // Bias, residual, activations and stores of one pixel. What differs from layer to layer is chosen once a pixel.
   static LGNET_INLINE void store_pixel(const Output& out, const float* value, int64_t pixel) {
-    for (int64_t c = 0; c < out.channels; c += W) {
-      const int64_t some = out.channels - c;
-      Reg x = V::add(V::load(value + c), V::load(out.bias + c));
-      if (out.residual) {
-        const int64_t at = pixel * out.residual_pixel + c;
-        x = V::add(x, out.residual_bf16 ? Elements::load_some(static_cast<const bf16*>(out.residual) + at, some)
-                                        : Elements::load_some(static_cast<const float*>(out.residual) + at, some));
-      }
-      for (int64_t i = 0; i < out.target_count; ++i) {
-        const Target& target = out.targets[i];
-        const int64_t at = pixel * target.pixel + c;
-        const Reg result = activate(x, target.activation);
-        if (target.bf16) {
-          store_to(target, static_cast<bf16*>(target.data) + at, result, some);
-        } else {
-          store_to(target, static_cast<float*>(target.data) + at, result, some);
-        }
+    const int64_t at = pixel * out.residual_pixel;
+    for (int64_t i = 0; i < out.target_count; ++i) {
+      if (!out.residual) {
+        store_target(out, out.targets[i], value, static_cast<const float*>(nullptr), pixel);
+      } else if (out.residual_bf16) {
+        store_target(out, out.targets[i], value, static_cast<const bf16*>(out.residual) + at, pixel);
+      } else {
+        store_target(out, out.targets[i], value, static_cast<const float*>(out.residual) + at, pixel);
       }
     }
   }
-  template <class S>
-  static LGNET_INLINE void store_to(const Target& target, S* to, Reg value, int64_t count) {
-    if (target.stream) {
-      Elements::stream(to, value);
+  // residual: of the pixel, or null.
+  template <class R>
+  static LGNET_INLINE void store_target(const Output& out, const Target& target, const float* value,
+                                        const R* residual, int64_t pixel) {
+    const auto with_activation = [&](auto* to) {
+      switch (target.activation) {
+        case Activation::relu:
+          return store_channels<Activation::relu>(out, target, value, residual, to);
+        case Activation::leaky_relu:
+          return store_channels<Activation::leaky_relu>(out, target, value, residual, to);
+        default:
+          return store_channels<Activation::none>(out, target, value, residual, to);
+      }
+    };
+    if (target.bf16) {
+      with_activation(static_cast<bf16*>(target.data) + pixel * target.pixel);
     } else {
-      Elements::store_some(to, value, count);
+      with_activation(static_cast<float*>(target.data) + pixel * target.pixel);
     }
+  }
+  template <Activation activation, class R, class S>
+  static LGNET_INLINE void store_channels(const Output& out, const Target& target, const float* value,
+                                          const R* residual, S* to) {
+    const auto result = [&](int64_t c, int64_t some) {
+      Reg x = V::add(V::load(value + c), V::load(out.bias + c));
+      if (residual) x = V::add(x, Elements::load_some(residual + c, some));
+      return activate<activation>(x);
+    };
+    int64_t c = 0;
+    if (target.stream) {
+      for (; c < out.channels; c += W) Elements::stream(to + c, result(c, W));
+      return;
+    }
+    for (; c + W <= out.channels; c += W) Elements::store_some(to + c, result(c, W), W);
+    if (c < out.channels) Elements::store_some(to + c, result(c, out.channels - c), out.channels - c);
   }
 
   static void finish(const Output& out, const Job& job, int64_t m, const Tile* tiles, int64_t count,
