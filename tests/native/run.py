@@ -100,7 +100,7 @@ class Loop:
     instructions: int
     products: int  # multiply-adds, or dot products
     registers: int  # vector registers that it names
-    stack: int  # vector instructions that reach the stack: spills
+    stack: int  # instructions that reach the stack, on x86 those with vector registers: spills
 
     @property
     def part(self) -> float:
@@ -202,7 +202,8 @@ def run_sanitized(folder: str, flags: tuple[str, ...]) -> bool:
 
 
 def count_blocks(objdump: str, folder: Path, target: Target, units: dict[str, tuple[str, ...]]) -> None:
-    """Prints the counts of the register blocks of each unit's vector classes; raises SystemExit for one too slow."""
+    """Prints the counts of the register blocks of each unit's vector classes; raises SystemExit where one falls
+    short."""
     for unit, classes in units.items():
         dump = [objdump, "-d", "-C", "--no-show-raw-insn", str(folder / f"{unit}.o")]
         text = subprocess.run(dump, capture_output=True, text=True, check=True).stdout
