@@ -41,12 +41,12 @@ def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[An
     config = pick_inference(card.generation, kind, channels, positions, plan.batch, card.num_sms)
     target = (kind, card.generation, card.num_sms)
     project = Tile(config.project_p, config.project_o, config.project_d, 1, 4, 2)
-    projection = cost(Work(plan.batch * positions, channels, (1,), channels, False, False), project, *target)
+    projection = cost(Work(plan.batch * positions, channels, (1,), channels, 0, (1,), False), project, *target)
     programs = plan.batch * -(-positions // config.block_m) * -(-channels // config.block_v)
     splits, _ = num_splits(programs, positions, config.block_n, card.num_sms, config.max_splits)
     # each program: block_m positions by block_v values over all keys, and their scores over all channels
     walk = Tile(config.block_m, config.block_v, config.block_n, splits, config.num_warps, config.num_stages)
-    values = cost(Work(plan.batch * positions, channels, (1,), positions, False, False), walk, *target)
+    values = cost(Work(plan.batch * positions, channels, (1,), positions, 0, (1,), False), walk, *target)
     scores = channels / config.block_v
     walk_cost = values._replace(
         products=values.products * (1 + scores),

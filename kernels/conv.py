@@ -55,6 +55,7 @@ from .conv_kernels import (
     _conv_kernel,
     _conv_reduce_kernel,
     _paint_kernel,
+    divisor,
 )
 from .launch import (
     ACTIVATIONS,
@@ -103,9 +104,10 @@ class Conv(NamedTuple):
         return self.axis.patch**2 * PICTURE_CHANNELS if self.merges else self.out_channels
 
     @property
-    def flat(self) -> bool:
-        """Whether a block of the depth spans several taps, because one tap has fewer than 16 channels."""
-        return self.in_channels < 16
+    def tap_row(self) -> int:
+        """Depth of a row of taps with all its channels, padded to a power of two, where a tap has fewer than 16
+        channels: a block of the depth then holds whole rows. 0: a block holds channels of one tap."""
+        return triton.next_power_of_2(max(self.axis.taps) * self.in_channels) if self.in_channels < 16 else 0
 
     def kernel_tap(self, offset: int, source: int) -> int | None:
         """The kernel's tap by which output `offset` of row 0 reads `source`, if any."""
@@ -134,13 +136,16 @@ class Conv(NamedTuple):
         """Size of the matrix product for outputs `rect` = (top, bottom, left, right)."""
         axis = self.axis
         (top, bottom), (left, right) = self.rows_of(rect)
-        taps = []
+        taps, tap_rows = [], []
         for phase_y, phase_x in itertools.product(range(axis.phases), repeat=2):
             _, count_y = axis.used(phase_y, in_size[0], out_size[0], self.reflect)
             _, count_x = axis.used(phase_x, in_size[1], out_size[1], self.reflect)
             taps.append(count_y * count_x)
+            tap_rows.append(count_y)
         rows = batch * (bottom - top) * (right - left)
-        return Work(rows, self.columns, tuple(taps), self.in_channels, self.flat, self.merges)
+        return Work(
+            rows, self.columns, tuple(taps), self.in_channels, self.tap_row, tuple(tap_rows), self.merges
+        )
 
     def rows_of(self, rect: tuple[int, int, int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows g of the product along each axis that cover outputs (top, bottom, left, right)."""
@@ -240,7 +245,7 @@ def _layout(conv: Conv) -> Layout:
         axis.taps[0],
         axis.taps[-1],
         conv.reflect,
-        conv.flat,
+        conv.tap_row,
     )
 
 
@@ -256,7 +261,10 @@ def _place(conv: Conv, batch: int, size: tuple[int, int], rect: tuple[int, int, 
     bounds = (0, size[0], 0, size[1]) if rect is None else rect
     (rows_top, rows_bottom), (rows_left, rows_right) = conv.rows_of(bounds)
     rows_h, rows_w = rows_bottom - rows_top, rows_right - rows_left
-    return Place(*size, *bounds, rows_top, rows_left, rows_h, rows_w, batch * rows_h * rows_w)
+    n_rows = batch * rows_h * rows_w
+    return Place(
+        *size, *bounds, rows_top, rows_left, rows_h, rows_w, n_rows, *divisor(max(1, rows_h)), *divisor(max(1, rows_w))
+    )
 
 
 def _epilogue(
@@ -291,17 +299,17 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
     conv, source, place = step.conv, step.source, step.place
     _, in_h, in_w, _ = source.shape
     axis = conv.axis
-    m_blocks = triton.cdiv(place.n_rows, tile.block_m)
-    blocks = m_blocks * triton.cdiv(conv.columns, tile.block_n) * axis.phases**2
+    phases = axis.phases**2
+    blocks = triton.cdiv(place.n_rows, tile.block_m) * triton.cdiv(conv.columns, tile.block_n)
     fused = tile.fused and tile.splits > 1
-    if fused and (counters is None or counters.numel() < blocks):
-        raise ValueError(f"counters: expected {blocks} or more int32 zeros for {tile}")
+    if fused and (counters is None or counters.numel() < blocks * phases):
+        raise ValueError(f"counters: expected {blocks * phases} or more int32 zeros for {tile}")
     bounds = (place.top, place.bottom, place.left, place.right)
     work = conv.work(source.shape[0], (in_h, in_w), (place.out_h, place.out_w), bounds)
     lengths = work.steps(tile.block_k)
     launch(
         _conv_kernel,
-        (blocks, tile.splits),
+        (blocks, tile.splits, phases),
         source,
         weight,
         partial,
@@ -311,7 +319,6 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
         in_h,
         in_w,
         *place,
-        m_blocks,
         TAPS_Y=_taps(axis, in_h, place.out_h, conv.reflect),
         TAPS_X=_taps(axis, in_w, place.out_w, conv.reflect),
         STRIDE_X=source.stride(2),
@@ -346,15 +353,14 @@ def _reduce(step: _Step, partial: Tensor | None) -> None:
     columns = step.conv.columns
     block_m = min(4, triton.next_power_of_2(step.place.n_rows))
     block_n = min(128, triton.next_power_of_2(columns))
-    m_blocks = triton.cdiv(step.place.n_rows, block_m)
+    blocks = triton.cdiv(step.place.n_rows, block_m) * triton.cdiv(columns, block_n)
     launch(
         _conv_reduce_kernel,
-        (m_blocks * triton.cdiv(columns, block_n) * step.conv.axis.phases**2,),
+        (blocks, 1, step.conv.axis.phases**2),
         partial,
         step.outputs,
         step.picture,
         *step.place,
-        m_blocks,
         BLOCK_M=block_m,
         BLOCK_N=block_n,
         num_warps=2,

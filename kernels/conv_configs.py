@@ -41,14 +41,15 @@ class Tile(NamedTuple):
 class Work(NamedTuple):
     """Size of one matrix product: rows of a phase, columns, the taps of every phase, and input channels.
 
-    flat: a block of the depth spans taps. merges: it ends a stage.
+    tap_row: `conv.Conv.tap_row`. tap_rows: rows of taps of every phase. merges: it ends a stage.
     """
 
     rows: int
     columns: int
     taps: tuple[int, ...]
     in_channels: int
-    flat: bool
+    tap_row: int
+    tap_rows: tuple[int, ...]
     merges: bool
 
     @property
@@ -58,8 +59,8 @@ class Work(NamedTuple):
 
     def steps(self, block_k: int) -> tuple[int, ...]:
         """Steps along the depth, of each phase."""
-        if self.flat:
-            return tuple(-(-taps * self.in_channels // block_k) for taps in self.taps)
+        if self.tap_row:
+            return tuple(-(-count * self.tap_row // block_k) for count in self.tap_rows)
         return tuple(taps * -(-self.in_channels // block_k) for taps in self.taps)
 
 
@@ -135,7 +136,7 @@ def cost(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -> Co
     longest = -(-max(steps) // tile.splits)
     mean = sum(max(1, -(-s // tile.splits)) for s in steps) / len(steps)
     count = programs(work, tile)
-    slowed = _FLAT if work.flat else 1.0
+    slowed = _FLAT if work.tap_row else 1.0
     weights = work.columns * sum(work.taps) * work.in_channels * element
     splits = 0.0
     if tile.fused:  # the last program reads every part of its block alone
@@ -164,7 +165,7 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
     element = 4 if kind in ("tf32", "ieee") else 2
     columns = max(16, triton.next_power_of_2(work.columns))
     rows = max(16, triton.next_power_of_2(work.rows))
-    depth = max(16, triton.next_power_of_2(max(work.taps) * work.in_channels if work.flat else work.in_channels))
+    depth = max(16, triton.next_power_of_2(max(work.tap_rows) * work.tap_row or work.in_channels))
     # [BLOCK_M, BLOCK_N, warps]
     shapes: tuple[tuple[int, int, int], ...]
     if kind == "ieee":
@@ -183,11 +184,13 @@ def candidates(work: Work, kind: str, generation: str, num_sms: int) -> Iterator
         block_n = min(wanted_n, columns)
         if block_m > max(rows, 16) or (block_m, block_n) in seen:
             continue
-        if work.flat and block_m < min(rows, 64):  # the index arithmetic of this one would spill registers
+        if work.tap_row and block_m < min(rows, 64):  # the index arithmetic of this one would spill registers
             continue
         seen.add((block_m, block_n))
         block_k = min(depth, {"half": 64, "tf32": 32, "ieee": 16}[kind])
-        if work.in_channels % block_k and not work.flat and work.in_channels % (block_k // 2) == 0:
+        if work.tap_row:
+            block_k = max(block_k, work.tap_row)
+        elif work.in_channels % block_k and work.in_channels % (block_k // 2) == 0:
             block_k = max(16, block_k // 2)
         for num_stages in (4, 3, 2):
             tile = Tile(block_m, block_n, block_k, 1, warps, 1 if kind == "ieee" else num_stages)

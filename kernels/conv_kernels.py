@@ -32,7 +32,10 @@ class Picture(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Sizes of the output, the rectangle of it to compute, and the product's rows that cover it."""
+    """Sizes of the output, the rectangle of it to compute, and the product's rows that cover it.
+
+    magic_h, shift_h, magic_w, shift_w: `divisor` of rows_h and rows_w.
+    """
 
     out_h: Any
     out_w: Any
@@ -45,14 +48,30 @@ class Place(NamedTuple):
     rows_h: Any
     rows_w: Any
     n_rows: Any
+    magic_h: Any
+    shift_h: Any
+    magic_w: Any
+    shift_w: Any
+
+
+def divisor(size: int) -> tuple[int, int]:
+    """Magic number and shift by which :func:`_divided` divides by `size`, which is 1 to 2**31 - 1.
+
+    With l = ceil(log2(size)) and m = ceil(2**(31 + l) / size), n // size = n m >> (31 + l) for all n below 2**31
+    (Granlund and Montgomery, "Division by invariant integers using multiplication", 1994). m has 32 bits; it is
+    given as a signed number, so that it is a 32-bit argument.
+    """
+    shift = (size - 1).bit_length()
+    magic = -(-(1 << (31 + shift)) // size)
+    return magic - (1 << 32), shift
 
 
 class Layout(NamedTuple):
     """Constants of a convolution.
 
     columns of the product, phases of both axes together, steps and patch as in `conv.Axis`, packed taps of the first
-    and second phase of an axis; flat: a block of the depth spans taps. Fields are no tuples, because Triton 3.6 loses
-    constants in nested tuples.
+    and second phase of an axis; tap_row: `conv.Conv.tap_row`. Fields are no tuples, because Triton 3.6 loses constants
+    in nested tuples.
     """
 
     in_channels: int
@@ -65,7 +84,7 @@ class Layout(NamedTuple):
     taps0: int
     taps1: int
     reflect: bool
-    flat: bool
+    tap_row: int
 
 
 class Taps(NamedTuple):
@@ -104,6 +123,26 @@ def _of_phase(which, FIRST: tl.constexpr, SECOND: tl.constexpr):
 
 
 @triton.jit
+def _divided(n, magic, shift):
+    """n // size, where 0 <= n < 2**31 and (magic, shift) = divisor(size): three instructions, a division takes 15."""
+    return (tl.umulhi(n.to(tl.uint32) * 2, magic.to(tl.uint32)) >> shift.to(tl.uint32)).to(tl.int32)
+
+
+@triton.jit
+def _positions(rows, place):
+    """Sample, y and x of rows of the product; y and x are counted within the rectangle of rows."""
+    line = _divided(rows, place.magic_w, place.shift_w)
+    sample = _divided(line, place.magic_h, place.shift_h)
+    return sample, line - sample * place.rows_h, rows - line * place.rows_w
+
+
+@triton.jit
+def _within(index, low, high):
+    """low <= index < high, in one comparison."""
+    return (index - low).to(tl.uint32) < (high - low).to(tl.uint32)
+
+
+@triton.jit
 def _finish(
     value,  # [BLOCK_M, BLOCK_N] float32
     rows,
@@ -116,9 +155,9 @@ def _finish(
     EPILOGUE: tl.constexpr,
 ):
     """The epilogue. It writes nothing outside the rectangle."""
-    x = (rows % place.rows_w + place.rows_left) * LAYOUT.out_step
-    y = (rows // place.rows_w % place.rows_h + place.rows_top) * LAYOUT.out_step
-    sample = rows // (place.rows_w * place.rows_h)
+    sample, y, x = _positions(rows, place)
+    y = (y + place.rows_top) * LAYOUT.out_step
+    x = (x + place.rows_left) * LAYOUT.out_step
     if LAYOUT.phases > 1:
         x += phase % 2
         y += phase // 2
@@ -129,8 +168,8 @@ def _finish(
         y2 = y[:, None] + (shift // LAYOUT.patch)[None, :]
         x2 = x[:, None] + (shift % LAYOUT.patch)[None, :]
         c2 = tl.broadcast_to(channel[None, :], value.shape)
-        inside = (rows < place.n_rows)[:, None] & (y2 >= place.top) & (y2 < place.bottom)
-        inside = inside & (x2 >= place.left) & (x2 < place.right)
+        inside = (rows < place.n_rows)[:, None]
+        inside = inside & _within(y2, place.top, place.bottom) & _within(x2, place.left, place.right)
         inside = inside & ((cols < LAYOUT.columns) & (channel < LAYOUT.out_channels))[None, :]
         pixel = (sample[:, None] * place.out_h + y2) * place.out_w + x2
         plane = ((sample[:, None] * LAYOUT.out_channels + c2) * place.out_h + y2) * place.out_w + x2
@@ -148,7 +187,9 @@ def _finish(
         else:
             tl.store(picture.merged + pixel * 4 + c2, merged.to(picture.merged.dtype.element_ty), mask=inside)
     else:
-        inside = (rows < place.n_rows) & (y >= place.top) & (y < place.bottom) & (x >= place.left) & (x < place.right)
+        inside = rows < place.n_rows
+        if LAYOUT.out_step > 1:  # the rows may cover more than the rectangle
+            inside = inside & _within(y, place.top, place.bottom) & _within(x, place.left, place.right)
         mask = inside[:, None] & (cols < LAYOUT.columns)[None, :]
         pixel = (sample * place.out_h + y) * place.out_w + x
         if EPILOGUE.wide:
@@ -167,8 +208,8 @@ def _finish(
 @triton.jit
 def _reflected(index, size):
     """Reflection padding: index -i becomes i, index size - 1 + i becomes size - 1 - i."""
-    index = tl.where(index < 0, -index, index)
-    return tl.where(index >= size, 2 * (size - 1) - index, index)
+    index = tl.maximum(index, -index)
+    return tl.minimum(index, 2 * (size - 1) - index)
 
 
 @triton.jit
@@ -182,7 +223,7 @@ def _prefetch(pointers):
 # Integers that Triton must not specialise on "is 1" or "divisible by 16": each rectangle would compile a new kernel.
 _GRID_INTEGERS = [
     "in_h", "in_w", "out_h", "out_w", "top", "bottom", "left", "right",
-    "rows_top", "rows_left", "rows_h", "rows_w", "n_rows", "m_blocks",
+    "rows_top", "rows_left", "rows_h", "rows_w", "n_rows", "magic_h", "shift_h", "magic_w", "shift_w",
 ]  # fmt: skip
 
 
@@ -207,7 +248,10 @@ def _conv_kernel(
     rows_h,
     rows_w,
     n_rows,
-    m_blocks,
+    magic_h,
+    shift_h,
+    magic_w,
+    shift_w,
     LAYOUT: tl.constexpr,
     TAPS_Y: tl.constexpr,
     TAPS_X: tl.constexpr,
@@ -225,11 +269,15 @@ def _conv_kernel(
     CIN: tl.constexpr = LAYOUT.in_channels
     N: tl.constexpr = LAYOUT.columns
     n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    place = Place(out_h, out_w, top, bottom, left, right, rows_top, rows_left, rows_h, rows_w, n_rows)
+    place = Place(
+        out_h, out_w, top, bottom, left, right, rows_top, rows_left, rows_h, rows_w, n_rows,
+        magic_h, shift_h, magic_w, shift_w,
+    )  # fmt: skip
     pid = tl.program_id(0)
-    block_m = pid // n_blocks % m_blocks
-    # the phases with the most taps first
-    phase = LAYOUT.phases - 1 - pid // (n_blocks * m_blocks)
+    block_m = pid // n_blocks
+    phase = 0
+    if LAYOUT.phases > 1:
+        phase = LAYOUT.phases - 1 - tl.program_id(2)  # those with the most taps first
     phase_y = phase // 2
     phase_x = phase % 2
 
@@ -250,15 +298,32 @@ def _conv_kernel(
     depths = tl.arange(0, BLOCK_K)
     # rows past the end read the sources of the last row
     read = tl.minimum(rows, n_rows - 1)
-    y0 = (read // rows_w % rows_h + rows_top) * LAYOUT.in_step + origin_y
-    x0 = (read % rows_w + rows_left) * LAYOUT.in_step + origin_x
-    sample = (read // (rows_w * rows_h)) * in_h
+    sample, y0, x0 = _positions(read, place)
+    y0 = (y0 + rows_top) * LAYOUT.in_step + origin_y
+    x0 = (x0 + rows_left) * LAYOUT.in_step + origin_x
+    sample = sample * in_h
     if EPILOGUE.wide:
         sample = sample.to(tl.int64)
+    w_cols = depths[:, None] * N + cols[None, :]
 
-    if LAYOUT.flat:
-        steps = (count_y * count_x * CIN + BLOCK_K - 1) // BLOCK_K
+    if LAYOUT.tap_row > 0:
+        # A step takes whole rows of taps. The place in a row is the same in all steps, and with it all of the
+        # arithmetic on x.
+        tl.static_assert(BLOCK_K % LAYOUT.tap_row == 0)
+        TAP_ROWS: tl.constexpr = BLOCK_K // LAYOUT.tap_row
+        steps = (count_y + TAP_ROWS - 1) // TAP_ROWS
+        tap_rows = depths // LAYOUT.tap_row
+        in_row = depths % LAYOUT.tap_row
+        x = x0[:, None] + (in_row // CIN)[None, :]
+        tap_mask = tl.broadcast_to((in_row < count_x * CIN)[None, :], (BLOCK_M, BLOCK_K))
+        if LAYOUT.reflect:
+            x = _reflected(x, in_w)
+        else:
+            tap_mask = tap_mask & _within(x, 0, in_w)
+        x_offsets = x * STRIDE_X + (in_row % CIN)[None, :]
+        w_row = (first_tap + first_y * taps_x + first_x) * CIN
     else:
+        x_offsets = (((sample + y0) * in_w + x0) * STRIDE_X)[:, None] + depths[None, :]
         CHUNKS: tl.constexpr = (CIN + BLOCK_K - 1) // BLOCK_K
         steps = count_y * count_x * CHUNKS
     begin = 0
@@ -272,7 +337,7 @@ def _conv_kernel(
 
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-        if SPLITS > 1 and not LAYOUT.flat:
+        if SPLITS > 1 and LAYOUT.tap_row == 0:
             # Prefetch weights while the previous step still runs: one cache line per row of the depth and 128 bytes
             # of columns.
             LINE: tl.constexpr = 1024 // w_ptr.dtype.element_ty.primitive_bitwidth
@@ -286,25 +351,26 @@ def _conv_kernel(
 
     acc = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
     for step in tl.range(begin, steps):
-        if LAYOUT.flat:
-            depth = step * BLOCK_K + depths
-            depth_mask = depth < count_y * count_x * CIN
-            tap = depth // CIN
-            tap_y = tap // count_x
-            tap_x = tap % count_x
-            y = y0[:, None] + tap_y[None, :]
-            x = x0[:, None] + tap_x[None, :]
+        if LAYOUT.tap_row > 0:
+            a_mask = tap_mask
+            w_mask = (in_row < count_x * CIN)[:, None] & col_mask
+            if TAP_ROWS == 1:
+                tap_y = step
+                y = (y0 + tap_y)[:, None]
+                w_ptrs = w_ptr + (w_row + tap_y * taps_x * CIN) * N + w_cols
+            else:
+                tap_y = step * TAP_ROWS + tap_rows
+                y = y0[:, None] + tap_y[None, :]
+                w_rows = w_row + tap_y * (taps_x * CIN) + in_row
+                w_ptrs = w_ptr + w_rows[:, None] * N + cols[None, :]
+                a_mask = a_mask & (tap_y < count_y)[None, :]
+                w_mask = w_mask & (tap_y < count_y)[:, None]
             if LAYOUT.reflect:
                 y = _reflected(y, in_h)
-                x = _reflected(x, in_w)
-                a_mask = tl.broadcast_to(depth_mask[None, :], (BLOCK_M, BLOCK_K))
             else:
-                a_mask = (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w) & depth_mask[None, :]
-            # with reflection, the last block may point outside the map
-            pixel = tl.where(a_mask, (sample[:, None] + y) * in_w + x, 0)
-            a = tl.load(x_ptr + pixel * STRIDE_X + (depth % CIN)[None, :], mask=a_mask, other=0.0)
-            w_rows = (first_tap + (first_y + tap_y) * taps_x + first_x + tap_x) * CIN + depth % CIN
-            w_mask = depth_mask[:, None] & col_mask
+                a_mask = a_mask & _within(y, 0, in_h)
+            a_ptrs = x_ptr + (sample[:, None] + y) * in_w * STRIDE_X + x_offsets
+            a = tl.load(a_ptrs, mask=a_mask, other=0.0)
         else:
             tap = step // CHUNKS
             start = step % CHUNKS * BLOCK_K
@@ -314,44 +380,45 @@ def _conv_kernel(
             x = x0 + tap_x
             depth_mask = start + depths < CIN
             if LAYOUT.reflect:
-                y = _reflected(y, in_h)
-                x = _reflected(x, in_w)
+                pixel = (sample + _reflected(y, in_h)) * in_w + _reflected(x, in_w)
                 row_mask = tl.full([BLOCK_M], True, tl.int1)
+                a_ptrs = x_ptr + start + ((pixel * STRIDE_X)[:, None] + depths[None, :])
             else:
-                row_mask = (y >= 0) & (y < in_h) & (x >= 0) & (x < in_w)
-            pixel = (sample + y) * in_w + x
-            a_ptrs = x_ptr + (pixel * STRIDE_X)[:, None] + (start + depths)[None, :]
+                row_mask = _within(y, 0, in_h) & _within(x, 0, in_w)
+                a_ptrs = x_ptr + ((tap_y * in_w + tap_x) * STRIDE_X + start) + x_offsets
             if CIN % BLOCK_K == 0:
                 a = tl.load(a_ptrs) if LAYOUT.reflect else tl.load(a_ptrs, mask=row_mask[:, None], other=0.0)
                 w_mask = col_mask
             else:
                 a = tl.load(a_ptrs, mask=row_mask[:, None] & depth_mask[None, :], other=0.0)
                 w_mask = depth_mask[:, None] & col_mask
-            w_rows = (first_tap + (first_y + tap_y) * taps_x + first_x + tap_x) * CIN + start + depths
-        w_ptrs = w_ptr + w_rows[:, None] * N + cols[None, :]
+            kernel_tap = first_tap + (first_y + tap_y) * taps_x + first_x + tap_x
+            w_ptrs = w_ptr + (kernel_tap * CIN + start) * N + w_cols
         EVEN: tl.constexpr = CIN % BLOCK_K == 0 and N % BLOCK_N == 0
         w = tl.load(w_ptrs) if EVEN else tl.load(w_ptrs, mask=w_mask, other=0.0)
         acc = dot(a, w, acc, PRECISION)
 
     if SPLITS > 1:
-        index = (tl.program_id(1) * LAYOUT.phases + phase).to(tl.int64) * n_rows + rows
         inside = (rows < n_rows)[:, None] & col_mask
-        tl.store(partial_ptr + index[:, None] * N + cols[None, :], acc, mask=inside)
+        part_size = tl.full([], LAYOUT.phases * N, tl.int64) * n_rows
+        own = partial_ptr + tl.full([], phase * N, tl.int64) * n_rows
+        offsets = rows.to(tl.int64)[:, None] * N + cols[None, :]
+        tl.store(own + tl.program_id(1) * part_size + offsets, acc, mask=inside)
         if count_ptr is not None:
+            counter = count_ptr + tl.program_id(2) * tl.num_programs(0) + pid
             # Every thread stores its part before the counter is raised, and the counter is raised before parts are
             # read.
             tl.debug_barrier()
-            done = tl.atomic_add(count_ptr + pid, 1, sem="acq_rel")
+            done = tl.atomic_add(counter, 1, sem="acq_rel")
             if done == SPLITS - 1:
                 tl.debug_barrier()
                 value = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
                 for split in tl.range(0, SPLITS, num_stages=1):
-                    index = (split * LAYOUT.phases + phase).to(tl.int64) * n_rows + rows
-                    parts = partial_ptr + index[:, None] * N + cols[None, :]
                     # bypasses the L1 cache, which may be stale after writes of other multiprocessors
+                    parts = own + split * part_size + offsets
                     value += tl.load(parts, mask=inside, other=0.0, cache_modifier=".cg")
                 _finish(value, rows, cols, phase, outputs, picture, place, LAYOUT, EPILOGUE)
-                tl.store(count_ptr + pid, 0)
+                tl.store(counter, 0)
     else:
         _finish(acc, rows, cols, phase, outputs, picture, place, LAYOUT, EPILOGUE)
 
@@ -372,7 +439,10 @@ def _conv_reduce_kernel(
     rows_h,
     rows_w,
     n_rows,
-    m_blocks,
+    magic_h,
+    shift_h,
+    magic_w,
+    shift_w,
     LAYOUT: tl.constexpr,
     EPILOGUE: tl.constexpr,
     SPLITS: tl.constexpr,
@@ -383,11 +453,14 @@ def _conv_reduce_kernel(
     """A program adds the splits of BLOCK_M rows of one phase and BLOCK_N columns, in order, then the epilogue."""
     N: tl.constexpr = LAYOUT.columns
     n_blocks: tl.constexpr = (N + BLOCK_N - 1) // BLOCK_N
-    place = Place(out_h, out_w, top, bottom, left, right, rows_top, rows_left, rows_h, rows_w, n_rows)
+    place = Place(
+        out_h, out_w, top, bottom, left, right, rows_top, rows_left, rows_h, rows_w, n_rows,
+        magic_h, shift_h, magic_w, shift_w,
+    )  # fmt: skip
     pid = tl.program_id(0)
-    rows = pid // n_blocks % m_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
+    rows = pid // n_blocks * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = pid % n_blocks * BLOCK_N + tl.arange(0, BLOCK_N)
-    phase = pid // (n_blocks * m_blocks)
+    phase = tl.program_id(2)
     mask = (rows < n_rows)[:, None] & (cols < N)[None, :]
     if OVERLAP:
         tl.extra.cuda.gdc_wait()

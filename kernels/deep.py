@@ -193,7 +193,7 @@ def _is_power(number: int) -> bool:
 def unsupported(layer: DeepLayer) -> str | None:
     """Why the kernel cannot compute a layer, or None."""
     conv = layer.conv
-    if conv.merges or conv.reflect or conv.flat or conv.axis.patch != 1 or conv.axis.phases > 2:
+    if conv.merges or conv.reflect or conv.tap_row or conv.axis.patch != 1 or conv.axis.phases > 2:
         return "a step that ends a stage, reflects, or has few channels"
     if conv.in_channels % STEP or conv.out_channels % 16:
         return f"{conv.in_channels} to {conv.out_channels} channels (multiples of {STEP} and 16 are supported)"

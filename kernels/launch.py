@@ -132,11 +132,11 @@ def stable_tanh(x):
 @triton.jit
 def activate(x, CODE: tl.constexpr):
     """The activation whose value in ACTIVATIONS is CODE."""
+    # NaN stays NaN, as in PyTorch
     if CODE == 1:
-        # not tl.maximum, so that NaN stays NaN
-        return tl.where(x < 0.0, 0.0, x)
+        return tl.maximum(x, 0.0, propagate_nan=tl.PropagateNan.ALL)
     elif CODE == 2:
-        return tl.where(x < 0.0, 0.2 * x, x)
+        return tl.maximum(x, 0.2 * x, propagate_nan=tl.PropagateNan.ALL)
     else:
         return x
 

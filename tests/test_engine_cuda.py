@@ -118,7 +118,8 @@ def test_tiles_exist_for_every_kind_of_step() -> None:
                 for rows in (1, 7, 4096, 10**6):
                     for channels in (4, 5, 48, 100, 512):
                         for merges in (False, True):
-                            work = Work(rows, columns, (16,), channels, channels < 16, merges)
+                            tap_row = 1 << (4 * channels - 1).bit_length() if channels < 16 else 0
+                            work = Work(rows, columns, (16,), channels, tap_row, (4,), merges)
                             tile = pick_tile(work, kind, generation, 132)
                             assert tile.splits == 1 or tile.splits <= max(work.steps(tile.block_k))
 

@@ -57,9 +57,9 @@ def tiles(work: Work, kind: str, generation: str, num_sms: int) -> Iterator[Tile
         if block_n > columns or block_m > rows or (kind == "ieee" and block_m * block_n > 64 * 64):
             continue
         for block_k in (32, 64, 128) if kind == "half" else (16, 32):
-            if work.flat and block_k == 128:
+            if work.tap_row and (block_k == 128 or block_k < work.tap_row):
                 continue
-            if not work.flat and (work.in_channels % block_k or block_k > work.in_channels):
+            if not work.tap_row and (work.in_channels % block_k or block_k > work.in_channels):
                 continue
             steps = work.steps(block_k)
             blocks = -(-work.rows // block_m) * -(-work.columns // block_n) * len(work.taps)

@@ -341,7 +341,7 @@ def test_attention_shapes(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_tiles_fit_the_cards_memory() -> None:
     from lgnet_fast.kernels.cards import CARDS
 
-    work = Work(4096, 256, (9,), 256, False, False)
+    work = Work(4096, 256, (9,), 256, 0, (3,), False)
     for card in CARDS.values():
         for kind, element in (("half", 2), ("tf32", 4), ("ieee", 4)):
             found = list(tiles(work, kind, card.generation, card.num_sms))
