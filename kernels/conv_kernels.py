@@ -208,7 +208,7 @@ def _finish(
 @triton.jit
 def _reflected(index, size):
     """Reflection padding: index -i becomes i, index size - 1 + i becomes size - 1 - i."""
-    index = tl.maximum(index, -index)
+    index = tl.abs(index)
     return tl.minimum(index, 2 * (size - 1) - index)
 
 
@@ -369,8 +369,10 @@ def _conv_kernel(
                 y = _reflected(y, in_h)
             else:
                 a_mask = a_mask & _within(y, 0, in_h)
-            a_ptrs = x_ptr + (sample[:, None] + y) * in_w * STRIDE_X + x_offsets
-            a = tl.load(a_ptrs, mask=a_mask, other=0.0)
+            offsets = (sample[:, None] + y) * in_w * STRIDE_X + x_offsets
+            if CIN == 4 and STRIDE_X % 4 == 0:  # a pixel is read at once, which Triton does not find by itself
+                offsets = tl.max_contiguous(tl.multiple_of(offsets, (1, 4)), (1, 4))
+            a = tl.load(x_ptr + offsets, mask=a_mask, other=0.0)
         else:
             tap = step // CHUNKS
             start = step % CHUNKS * BLOCK_K
