@@ -33,7 +33,7 @@ ROW = (
 
 def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str]:
     """The costs of the projection, the loop over the keys and the sum of an attention step, and the loop's blocks."""
-    from lgnet_fast.kernels.configs import num_splits, pick_inference
+    from lgnet_fast.kernels.configs import inference_splits, pick_inference
     from lgnet_fast.kernels.conv_configs import Tile, Work, cost
 
     source = plan.source(step)
@@ -42,11 +42,13 @@ def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[An
     target = (kind, card.generation, card.num_sms)
     project = Tile(config.project_p, config.project_o, config.project_d, 1, 4, 2)
     projection = cost(Work(plan.batch * positions, channels, (1,), channels, 0, (1,), False), project, *target)
-    programs = plan.batch * -(-positions // config.block_m) * -(-channels // config.block_v)
-    splits, _ = num_splits(programs, positions, config.block_n, card.num_sms, config.max_splits)
+    band = max(r.bottom for r in step.regions) - min(r.top for r in step.regions)
+    queries = band * source.width
+    size = channels, queries, positions, plan.batch
+    _, splits, _ = inference_splits(config, *size, card.num_sms)
     # each program: block_m positions by block_v values over all keys, and their scores over all channels
     walk = Tile(config.block_m, config.block_v, config.block_n, splits, config.num_warps, config.num_stages)
-    values = cost(Work(plan.batch * positions, channels, (1,), positions, 0, (1,), False), walk, *target)
+    values = cost(Work(plan.batch * queries, channels, (1,), positions, 0, (1,), False), walk, *target)
     scores = channels / config.block_v
     walk_cost = values._replace(
         products=values.products * (1 + scores),
@@ -59,7 +61,7 @@ def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[An
     )  # fmt: skip
     total = projection._replace(
         products=0.0, reads=0.0, issue=0.0, together=0.0, memory=0.0,
-        splits=4 * plan.batch * positions * channels * splits / card.l2, l2_bytes=0.0,
+        splits=4 * plan.batch * queries * channels * splits / card.l2, l2_bytes=0.0,
     )  # fmt: skip
     return [projection, walk_cost, total], f"{config.block_m}x{config.block_n}x{config.block_v}/{splits}"
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import tuned
-from .configs import MAX_SPLITS, Config, config_kind, device_generation, num_splits, pick
+from .configs import Config, config_kind, device_generation, num_splits, pick
 from .launch import dot, dot_precision
 from .maps import (
     ABSENT,
@@ -103,9 +103,9 @@ class AttentionCall(NamedTuple):
         positions = self.batch * self.positions
         return pick(op, self.generation, kind, self.channels, positions, self.measured.get(op))
 
-    def splits(self, programs: int, block: int, most: int = MAX_SPLITS) -> tuple[int, int]:
+    def splits(self, programs: int, block: int) -> tuple[int, int]:
         """Number of splits of the loop over the positions in blocks of `block`, and positions per split."""
-        return num_splits(programs, self.positions, block, self.num_sms, most)
+        return num_splits(programs, self.positions, block, self.num_sms)
 
     def block(self, most: int) -> int:
         """Block size along the channels: a power of two, 16 to `most`."""

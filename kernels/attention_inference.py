@@ -10,6 +10,9 @@ BLOCK_M queries and BLOCK_V columns of v' and ends with out = activation(sum + r
 partial results, which `_attn_sum_kernel` weights and adds. That kernel has no matrix product, unlike
 `attention._attn_merge_kernel`, which reads every partial result once for each block of output channels.
 
+A restricted run needs some rows of the map only: the queries are theirs, the keys are all positions. The fewer blocks
+of queries there are, the more splits the keys get.
+
 On an H100 the three blocks of LGNet at 256x256 are bound by latency, not by their 9.8 GFLOP: 16x16x512 has only four
 blocks of queries. There the columns of v' are split over programs, each of which recomputes the scores, which is
 cheap at 256 keys. At 64x64x128 the keys are split.
@@ -26,7 +29,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .attention_forward import KEY_SHIFT, LOG2E, NORM_CLAMP, AttentionCall, exp_above, weight_halves
-from .configs import Inference, pick_inference
+from .configs import Inference, inference_splits, pick_inference
 from .launch import ACTIVATIONS, activate, device_guard, dot, launch, overlapping
 from .maps import (
     advance,
@@ -57,8 +60,8 @@ class Projected(NamedTuple):
 class Partial(NamedTuple):
     """Results of the splits of the keys, float32.
 
-    rows: [splits, B, N, C], divided by `sum`. max: [splits, B, N], in units of the stored scores.
-    sum: [splits, B, N], of exp(score - max).
+    rows: [splits, B, queries, C], divided by `sum`. max: [splits, B, queries], in units of the stored scores.
+    sum: [splits, B, queries], of exp(score - max).
     """
 
     rows: Any
@@ -155,13 +158,15 @@ def _store_activated(value, out, batch, positions, width, cols, mask, ACTIVATION
     tl.store(o_rows[:, None] + cols.to(tl.int64)[None, :] * out.stride_c, y, mask=mask)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _attn_weigh_kernel(
     projected,  # Projected
     out,  # Map, written where the keys are not split
     partial,  # Partial, or None
     n_batch,
     n_positions,
+    first_query,
+    n_queries,
     width,
     num_blocks,
     keys_per_split,
@@ -178,7 +183,10 @@ def _attn_weigh_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """A program computes BLOCK_M queries and BLOCK_V columns over the keys of one split."""
+    """A program computes BLOCK_M queries and BLOCK_V columns over the keys of one split.
+
+    The queries are the positions [first_query, first_query + n_queries).
+    """
     if OVERLAP:
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
@@ -193,12 +201,13 @@ def _attn_weigh_kernel(
     tl.assume(begin < end)  # without it ptxas serialises the matrix products (Triton 3.6)
 
     rows = tl.arange(0, BLOCK_M)
-    row_mask = start_m + rows < n_positions
+    row_mask = start_m + rows < n_queries
+    start_q = first_query + start_m
     keys = tl.arange(0, BLOCK_N)
     cols = head_columns(D0, D1)
     v_cols = start_v + tl.arange(0, BLOCK_V)
     first = batch * n_positions
-    q_ptrs = tile_pointers(projected.q, first + start_m + rows, HEAD_DIM, cols)
+    q_ptrs = tile_pointers(projected.q, first + start_q + rows, HEAD_DIM, cols)
     q = load_tiles(q_ptrs, tile_masks(row_mask, cols, HEAD_DIM))
     k_ptrs = tile_pointers(projected.k, first + begin + keys, HEAD_DIM, cols)
     v_ptrs = projected.v + (first + begin + keys)[:, None] * HEAD_DIM + v_cols[None, :]
@@ -229,13 +238,13 @@ def _attn_weigh_kernel(
         k_ptrs = advance(k_ptrs, BLOCK_N * HEAD_DIM)
         v_ptrs += BLOCK_N * HEAD_DIM
 
-    positions = start_m + rows
+    positions = start_q + rows
     mask = row_mask[:, None] & (v_cols < HEAD_DIM)[None, :]
     acc = acc * (1.0 / total)[:, None]
     if partial is not None:
         row_max = tl.zeros([BLOCK_M], dtype=tl.float32) if PAPER else running_max
-        row_index = (split.to(tl.int64) * n_batch + batch) * n_positions + positions
-        own = positions < tl.where(start_v == 0, n_positions, 0)
+        row_index = (split.to(tl.int64) * n_batch + batch) * n_queries + start_m + rows
+        own = start_m + rows < tl.where(start_v == 0, n_queries, 0)
         tl.store(partial.max + row_index, row_max, mask=own)
         tl.store(partial.sum + row_index, total, mask=own)
         tl.store(partial.rows + row_index[:, None] * HEAD_DIM + v_cols[None, :], acc, mask=mask)
@@ -244,13 +253,15 @@ def _attn_weigh_kernel(
         _store_activated(acc + r, out, batch, positions, width, v_cols, mask, ACTIVATION)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_blocks"])
 def _attn_sum_kernel(
     partial,  # Partial
     r_ptr,  # [B, N, C] float32
     out,  # Map
     n_batch,
     n_positions,
+    first_query,
+    n_queries,
     width,
     num_blocks,
     HEAD_DIM: tl.constexpr,
@@ -266,12 +277,12 @@ def _attn_sum_kernel(
         tl.extra.cuda.gdc_wait()
         tl.extra.cuda.gdc_launch_dependents()
     batch = (tl.program_id(0) // num_blocks).to(tl.int64)
-    positions = (tl.program_id(0) % num_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
-    row_mask = positions < n_positions
+    queries = (tl.program_id(0) % num_blocks) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row_mask = queries < n_queries
     cols = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = row_mask[:, None] & (cols < HEAD_DIM)[None, :]
-    row_index = batch * n_positions + positions
-    split_rows = tl.full([], 1, tl.int64) * n_batch * n_positions
+    row_index = batch * n_queries + queries
+    split_rows = tl.full([], 1, tl.int64) * n_batch * n_queries
 
     best = tl.full([BLOCK_M], float("-inf"), dtype=tl.float32)
     for s in tl.static_range(SPLITS):
@@ -287,7 +298,8 @@ def _attn_sum_kernel(
         part = tl.load(partial.rows + index[:, None] * HEAD_DIM + cols[None, :], mask=mask, other=0.0)
         merged += part * weight[:, None]
         total += weight
-    r = tl.load(r_ptr + row_index[:, None] * HEAD_DIM + cols[None, :], mask=mask, other=0.0)
+    positions = first_query + queries
+    r = tl.load(r_ptr + (batch * n_positions + positions)[:, None] * HEAD_DIM + cols[None, :], mask=mask, other=0.0)
     value = merged * (1.0 / total)[:, None] + r
     _store_activated(value, out, batch, positions, width, cols, mask, ACTIVATION)
 
@@ -301,6 +313,7 @@ def attention_block_inference(
     out: Tensor | None = None,
     activation: str = "none",
     overlap: bool = False,
+    band: tuple[int, int] | None = None,
 ) -> Tensor:
     """Attention and its 1x1 combiner; nothing is kept for a backward.
 
@@ -312,14 +325,22 @@ def attention_block_inference(
         out: where to put the result, [B, C, H, W] of the same dtype, any strides.
         activation: a key of ACTIVATIONS.
         overlap: start each kernel while the launch before it still runs (compute capability 9.0, see `conv`).
+        band: rows [top, bottom) of the map to compute, 0 <= top < bottom <= H; the rest of the result is left as it
+            is. None: all rows.
 
     Returns:
         [B, C, H, W]: `out` where given, else with the strides of ``torch.empty_like(features)``.
+
+    Raises:
+        ValueError: `band` is no band of rows of the map.
     """
     result = torch.empty_like(features) if out is None else out
     call = AttentionCall.of(features, variant)
     if call.batch == 0:
         return result
+    top, bottom = (0, call.height) if band is None else band
+    if not 0 <= top < bottom <= call.height:
+        raise ValueError(f"band: expected 0 <= top < bottom <= {call.height}, got {band}")
     config = pick_inference(call.generation, call.kind, call.channels, call.positions, call.batch, call.num_sms)
     size = (call.batch, call.positions, call.channels)
     rows = features.new_empty((2 if call.paper else 3, *size))
@@ -328,7 +349,8 @@ def attention_block_inference(
     shared: dict[str, Any] = {"OVERLAP": overlap, **overlapping(overlap)}
     with device_guard(features):
         _project(call, features, weight, bias, projected, config, shared)
-        _weigh(call, projected, result, config, shared | {"ACTIVATION": ACTIVATIONS[activation]})
+        queries = top * call.width, (bottom - top) * call.width
+        _weigh(call, projected, result, queries, config, shared | {"ACTIVATION": ACTIVATIONS[activation]})
     return result
 
 
@@ -366,14 +388,23 @@ def _project(
     )
 
 
-def _weigh(call: AttentionCall, projected: Projected, out: Tensor, config: Inference, shared: dict[str, Any]) -> None:
-    """out = activation(softmax-weighted sum of projected.v + projected.r); with splits over the keys two launches."""
-    num_blocks = triton.cdiv(call.positions, config.block_m)
-    programs = num_blocks * call.batch * triton.cdiv(call.channels, config.block_v)
-    splits, keys_per_split = call.splits(programs, config.block_n, config.max_splits)
+def _weigh(
+    call: AttentionCall,
+    projected: Projected,
+    out: Tensor,
+    queries: tuple[int, int],
+    config: Inference,
+    shared: dict[str, Any],
+) -> None:
+    """out = activation(softmax-weighted sum of projected.v + projected.r); with splits over the keys two launches.
+
+    queries: the first position that is computed, and the number of positions.
+    """
+    size = call.channels, queries[1], call.positions, call.batch
+    programs, splits, keys_per_split = inference_splits(config, *size, call.num_sms)
     partial = None
     if splits > 1:
-        stats = projected.r.new_empty((2, splits, call.batch, call.positions))
+        stats = projected.r.new_empty((2, splits, call.batch, queries[1]))
         partial = Partial(projected.r.new_empty((*stats.shape[1:], call.channels)), stats[0], stats[1])
     launch(
         _attn_weigh_kernel,
@@ -383,8 +414,9 @@ def _weigh(call: AttentionCall, projected: Projected, out: Tensor, config: Infer
         partial,
         call.batch,
         call.positions,
+        *queries,
         call.width,
-        num_blocks,
+        triton.cdiv(queries[1], config.block_m),
         keys_per_split,
         Q_SCALE=call.q_scale,
         PAPER=call.paper,
@@ -399,7 +431,7 @@ def _weigh(call: AttentionCall, projected: Projected, out: Tensor, config: Infer
         **shared,
     )
     if partial is not None:
-        _sum_splits(call, partial, splits, projected.r, out, config, shared)
+        _sum_splits(call, partial, splits, projected.r, out, queries, config, shared)
 
 
 def _sum_splits(
@@ -408,11 +440,12 @@ def _sum_splits(
     splits: int,
     r: Tensor,
     out: Tensor,
+    queries: tuple[int, int],
     config: Inference,
     shared: dict[str, Any],
 ) -> None:
     """out = activation(weighted sum of the splits' partial results + r)."""
-    num_blocks = triton.cdiv(call.positions, config.sum_m)
+    num_blocks = triton.cdiv(queries[1], config.sum_m)
     block_v = min(128, triton.next_power_of_2(call.channels))
     launch(
         _attn_sum_kernel,
@@ -422,6 +455,7 @@ def _sum_splits(
         as_map(out),
         call.batch,
         call.positions,
+        *queries,
         call.width,
         num_blocks,
         HEAD_DIM=call.channels,

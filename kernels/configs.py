@@ -21,6 +21,8 @@ from .tables import TABLES
 
 HEAD_CLASSES = (64, 96, 128, 192, 256, 384, 512)
 MAX_SPLITS = 8
+MAX_BAND_SPLITS = 16
+"""Most splits of the keys where attention for inference computes a band of rows only."""
 
 
 class Config(NamedTuple):
@@ -196,3 +198,14 @@ def num_splits(programs: int, positions: int, block: int, num_sms: int, most: in
     splits = max(1, min(num_sms // programs, blocks, most))
     blocks_per_split = -(-blocks // splits)
     return -(-blocks // blocks_per_split), blocks_per_split * block
+
+
+def inference_splits(
+    config: Inference, channels: int, queries: int, positions: int, batch: int, num_sms: int
+) -> tuple[int, int, int]:
+    """Programs of a split of `attention_inference` for `queries` of the positions, number and length of splits."""
+    programs = -(-queries // config.block_m) * batch * -(-channels // config.block_v)
+    most = config.max_splits
+    if queries < positions:  # a power of two, because each number of splits compiles a kernel
+        most = min(MAX_BAND_SPLITS, 1 << (max(1, num_sms // programs).bit_length() - 1))
+    return programs, *num_splits(programs, positions, config.block_n, num_sms, most)

@@ -143,9 +143,7 @@ class Conv(NamedTuple):
             taps.append(count_y * count_x)
             tap_rows.append(count_y)
         rows = batch * (bottom - top) * (right - left)
-        return Work(
-            rows, self.columns, tuple(taps), self.in_channels, self.tap_row, tuple(tap_rows), self.merges
-        )
+        return Work(rows, self.columns, tuple(taps), self.in_channels, self.tap_row, tuple(tap_rows), self.merges)
 
     def rows_of(self, rect: tuple[int, int, int, int]) -> tuple[tuple[int, int], tuple[int, int]]:
         """Rows g of the product along each axis that cover outputs (top, bottom, left, right)."""
@@ -263,7 +261,15 @@ def _place(conv: Conv, batch: int, size: tuple[int, int], rect: tuple[int, int, 
     rows_h, rows_w = rows_bottom - rows_top, rows_right - rows_left
     n_rows = batch * rows_h * rows_w
     return Place(
-        *size, *bounds, rows_top, rows_left, rows_h, rows_w, n_rows, *divisor(max(1, rows_h)), *divisor(max(1, rows_w))
+        *size,
+        *bounds,
+        rows_top,
+        rows_left,
+        rows_h,
+        rows_w,
+        n_rows,
+        *divisor(max(1, rows_h)),
+        *divisor(max(1, rows_w)),
     )
 
 

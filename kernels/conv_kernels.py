@@ -70,8 +70,8 @@ class Layout(NamedTuple):
     """Constants of a convolution.
 
     columns of the product, phases of both axes together, steps and patch as in `conv.Axis`, packed taps of the first
-    and second phase of an axis; tap_row: `conv.Conv.tap_row`. Fields are no tuples, because Triton 3.6 loses constants
-    in nested tuples.
+    and second phase of an axis; tap_row: `conv.Conv.tap_row`. Fields are no tuples, because Triton 3.6 loses
+    constants in nested tuples.
     """
 
     in_channels: int

@@ -309,7 +309,9 @@ def test_the_report_compiles_what_is_not_known(
     assert len(compiled) == first == len({repr(job) for job in compiled}) > 20
     printed = capsys.readouterr().out
     assert f"{first} known, 0 to compile" in printed
-    assert printed.count("8 bytes of stack (spills)") == sum(job.kernel == "_merge_bwd_kernel" for job in compiled) > 0
+    assert (
+        printed.count("8 bytes of stack (spills)") == sum(job.kernel == "_merge_bwd_kernel" for job in compiled) > 0
+    )
     assert aot_report.main([*only, "--anew"]) == 1
     assert len(compiled) == 2 * first
     # bfloat16 is compiled where the report of float16 does not hold for it: the kernels with spills

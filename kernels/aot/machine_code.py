@@ -1,9 +1,9 @@
 """Reading compiled kernels: resources, counts of instructions, and what is wrong with them.
 
-Shared memory, registers and the size of the stack are read of every cubin. Its disassembly is checked for three faults
-that compilers do not report: matrix products that wait for each other, accesses of local memory (spills), and loops
-that move 16-bit values one by one. It is made only where the PTX or the stack shows that such a fault is possible,
-because nvdisasm takes half as long as the compilation.
+Shared memory, registers and the size of the stack are read of every cubin. Its disassembly is checked for three
+faults that compilers do not report: matrix products that wait for each other, accesses of local memory (spills), and
+loops that move 16-bit values one by one. It is made only where the PTX or the stack shows that such a fault is
+possible, because nvdisasm takes half as long as the compilation.
 """
 
 from __future__ import annotations

@@ -376,7 +376,7 @@ class CudaExecutor(Executor):
             merged = memory.outputs[0] if last else memory.maps[PICTURE]
             merge = Merge(memory.image, memory.mask, memory.outputs[stage], merged, last)
         if isinstance(step, AttentionStep):
-            return [] if rects == () else [self._attention(memory, step)]
+            return [] if rects == () else [self._attention(memory, step, rects)]
         if rects is None and self.weights.steps[step.name].plain is not None:
             return [functools.partial(convolve, memory, step, self.weights.steps[step.name], merge)]
         return [self._conv_launch(memory, step, rect, merge) for rect in (step.regions if rects is None else rects)]
@@ -408,14 +408,15 @@ class CudaExecutor(Executor):
             counters=memory.counters(programs(work, tile) // tile.splits) if tile.fused else None,
         )
 
-    def _attention(self, memory: Memory, step: AttentionStep) -> Launch:
-        """The launch of the attention block; it computes the whole map in a restricted run too."""
+    def _attention(self, memory: Memory, step: AttentionStep, rects: tuple[Rect, ...] | None) -> Launch:
+        """The launch of the attention block, for all rows of the map that meet the rectangles (None: all rows)."""
         weights = self.weights.steps[step.name]
         features = memory.view(step.source).permute(0, 3, 1, 2)
         shape = (step.out_channels, features.shape[2] * features.shape[3], self.plan.batch)
         stores = [(memory.view(store.view).permute(0, 3, 1, 2), store.activation) for store in step.stores]
         tuned = self.weights.tuned.attention.get(shape)
-        return functools.partial(attend, features, weights, step.variant, stores, tuned, self.overlap != "none")
+        band = (min(r.top for r in rects), max(r.bottom for r in rects)) if rects else None
+        return functools.partial(attend, features, weights, step.variant, stores, tuned, self.overlap != "none", band)
 
     # -- running -------------------------------------------------------------------------------------------------
 

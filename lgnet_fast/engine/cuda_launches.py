@@ -40,16 +40,18 @@ def attend(
     stores: Sequence[tuple[Tensor, str]],
     tuned: Inference | None,
     overlap: bool,
+    band: tuple[int, int] | None,
 ) -> None:
-    """The attention block into every store (tensor, activation)."""
+    """The attention block into every store (tensor, activation); band: its rows, None: all."""
     from lgnet_fast.kernels.attention_inference import attention_block_inference
     from lgnet_fast.kernels.configs import override
 
     for out, activation in stores:
         with contextlib.nullcontext() if tuned is None else override("inference", tuned):
             attention_block_inference(
-                features, weights.packed, weights.bias, variant, out=out, activation=activation, overlap=overlap
-            )
+                features, weights.packed, weights.bias, variant,
+                out=out, activation=activation, overlap=overlap, band=band,
+            )  # fmt: skip
 
 
 def convolve(memory: Memory, step: ConvStep, weights: StepWeights, merge: Merge | None) -> None:

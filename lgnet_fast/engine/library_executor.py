@@ -72,9 +72,9 @@ class LibraryExecutor(CudaExecutor):
             launches[0] = functools.partial(_paint, memory, painted)
         return launches
 
-    def _attention(self, memory: Memory, step: AttentionStep) -> Launch:
+    def _attention(self, memory: Memory, step: AttentionStep, rects: tuple[Rect, ...] | None) -> Launch:
         if step.name not in self.weights.by_library:
-            return super()._attention(memory, step)
+            return super()._attention(memory, step, rects)
         return functools.partial(_attend, memory, step, self.weights.steps[step.name])
 
 

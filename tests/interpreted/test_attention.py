@@ -5,9 +5,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from lgnet_fast.kernels import attention_inference
 from lgnet_fast.kernels.attention import (
     attention_backward,
     attention_block_backward,
@@ -329,3 +331,42 @@ def test_inference(shape: tuple[int, ...], variant: str, dtype: torch.dtype, num
     assert_accurate("out", out, exact, eager)
     assert wide[..., :8].isnan().all()
     assert wide[..., -8:].isnan().all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("band", [(0, 2), (3, 4), (5, 9), (0, 9)], ids=str)
+def test_inference_of_some_rows(monkeypatch: pytest.MonkeyPatch, variant: str, band: tuple[int, int]) -> None:
+    """The rows are those of the whole map, other rows are left as they are, and the keys have more splits."""
+    features = normal(2, 24, 9, 7)
+    weight, bias = normal(24, 48, 1, 1, seed=1) / 5, normal(24, seed=2)
+    out = torch.full_like(features, math.nan)
+    config = Inference(16, 16, 32, 4, 1, 16, 32, 32, 8, 1)
+    grids = {}
+    plain = attention_inference.launch
+
+    def launch(kernel: Any, grid: tuple[int, ...], *args: Any, **meta: Any) -> None:
+        grids[kernel.fn.__name__] = grid
+        plain(kernel, grid, *args, **meta)
+
+    monkeypatch.setattr(attention_inference, "launch", launch)
+    with assume_generation("interpreted", 32), override("inference", config):
+        attention_block_inference(features, weight, bias, variant, out=out, band=band)
+    blocks = -(-7 * (band[1] - band[0]) // 16)
+    assert grids["_attn_weigh_kernel"] == (2 * blocks, 1 if band == (0, 9) else 4)
+    exact, eager = (
+        attention_block(*(t.to(kind) for t in (features, weight, bias)), variant)
+        for kind in (torch.float64, torch.float32)
+    )
+    inside = torch.zeros(9, dtype=torch.bool)
+    inside[band[0] : band[1]] = True
+    assert_accurate("rows", out[:, :, inside], exact[:, :, inside], eager[:, :, inside])
+    assert out[:, :, ~inside].isnan().all()
+
+
+@pytest.mark.parametrize("band", [(-1, 2), (2, 2), (3, 2), (0, 10)], ids=str)
+def test_a_band_outside_the_map_is_refused(band: tuple[int, int]) -> None:
+    features = normal(1, 16, 9, 7)
+    out = torch.full_like(features, math.nan)
+    with pytest.raises(ValueError, match=r"band: expected 0 <= top < bottom <= 9, got"):
+        attention_block_inference(features, normal(16, 32, 1, 1), normal(16), "released", out=out, band=band)
+    assert out.isnan().all()

@@ -6,11 +6,13 @@ import gc
 import threading
 import weakref
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from lgnet_fast.engine import cuda_executor, cuda_launches
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.library_executor import LibraryExecutor
 from lgnet_fast.engine.plan import Plan
@@ -64,8 +66,15 @@ def test_known_pixels_are_those_of_the_input() -> None:
     assert torch.equal(result[known], image[known])
 
 
-def test_regions() -> None:
+def test_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     """A restricted run gives the dense run's pixels though its memory starts as NaN."""
+    bands = []
+
+    def attend(*args: Any) -> None:
+        bands.append(args[-1])
+        cuda_launches.attend(*args)
+
+    monkeypatch.setattr(cuda_executor, "attend", attend)
     plan = small_plan(side=48)
     image, mask = inputs(plan)
     executor = CudaExecutor.of(plan, torch.float32)
@@ -78,6 +87,11 @@ def test_regions() -> None:
     hole = (mask != 0).expand_as(image)
     for a, b in zip(raw, dense_raw):
         assert_accurate("raw", a[hole], b[hole], roundings=2**8)
+    # of the attention, the rows that meet its region
+    (attention,) = (step for step in restricted.steps if step.kind == "attention")
+    (region,) = attention.regions
+    assert bands == [None, (region.top, region.bottom)]
+    assert plan.target(attention).height > 2 * (region.bottom - region.top)
 
 
 def test_resized_shares_the_weights() -> None:
