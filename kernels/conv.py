@@ -27,6 +27,11 @@ found by a counter (`Tile.fused`), or a second kernel does, which spreads many s
 one still runs: it prefetches its weights into the L2 cache, then waits for the end of the previous launch before it
 reads or writes any feature map. On an H100 it is 5 to 8 % slower with the tuned tiles, for any place of the trigger.
 
+**Index arithmetic.** A program has few warps and is often alone on its multiprocessor, so instructions before its
+first product and after its last one are time. Rows are divided by multiplication (`conv_kernels.divisor`). Where a
+tap has few channels, a step takes whole rows of taps, each padded to a power of two (`Conv.tap_row`): what depends on
+the place in a row is computed once.
+
 **Epilogue.** value = sum + bias [+ residual]; up to two stores, each with its activation.
 Every program reads (BLOCK_M + BLOCK_N) x depth elements, mostly from the L2 cache. Inputs, weights and outputs pass
 through device memory once. Products accumulate in float32.
@@ -335,14 +340,18 @@ def _multiply(step: _Step, weight: Tensor, partial: Tensor | None, counters: Ten
         BLOCK_K=tile.block_k,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        **({"maxnreg": 255} if _may_spill(source, tile) else {}),
+        **({"maxnreg": 255} if _may_spill(step, tile) else {}),
         **step.constants,
     )
 
 
-def _may_spill(source: Tensor, tile: Tile) -> bool:
+def _may_spill(step: _Step, tile: Tile) -> bool:
     """Whether ptxas, without a limit, may spill registers of the accumulator for a higher occupancy."""
-    generation = device_generation(source.device)[0]
+    generation = device_generation(step.source.device)[0]
+    if generation == "sm_89" and tile.splits == 1:
+        if step.conv.in_channels % tile.block_k:  # every load has a mask
+            return tile.block_m * tile.block_n // tile.num_warps >= 2048
+        return step.outputs.residual is not None and tile.block_m * tile.block_n // tile.num_warps <= 512
     if generation == "sm_100":
         least = 512 if tile.splits == 1 else 1024
     elif tile.splits >= 8:

@@ -7,8 +7,12 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
+import triton.language as tl
+from lgnet_fast.kernels import conv_kernels
 from lgnet_fast.kernels.conv import Conv, Merge, Store, can_run_conv, conv_forward, paint_forward
 from lgnet_fast.kernels.conv_configs import Tile
+from lgnet_fast.kernels.conv_kernels import divisor
 from torch import Tensor
 
 from tests.interpreted.rules import DTYPES, normal
@@ -260,3 +264,27 @@ def test_paint(painted: bool) -> None:
 )
 def test_refusals(reason: str, conv: Conv, source: Tensor) -> None:
     assert reason in (can_run_conv(conv, source) or "")
+
+
+@triton.jit
+def _quotients(numbers, magics, shifts, out, BLOCK: tl.constexpr):
+    at = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    quotient = conv_kernels._divided(tl.load(numbers + at), tl.load(magics + at), tl.load(shifts + at))
+    tl.store(out + at, quotient)
+
+
+def test_division_by_a_magic_number() -> None:
+    """At the largest number, and on both sides of multiples, by small, even, odd and the largest divisors."""
+    largest = 2**31 - 1
+    sizes = [*range(1, 130), 255, 256, 257, 641, 1920, 3840, 65535, 65537, 10**9, 2**30, largest - 1, largest]
+    pairs = []
+    for size in sizes:
+        multiples = {size * times for times in (0, 1, 2, 3, 1000, largest // size // 2, largest // size)}
+        near = {multiple + change for multiple in multiples for change in (-1, 0, 1)} | {largest}
+        pairs += [(number, size) for number in sorted(near) if 0 <= number <= largest]
+    block = 256
+    pairs += [(0, 1)] * (-len(pairs) % block)
+    columns = torch.tensor([(number, *divisor(size)) for number, size in pairs], dtype=torch.int32).T.contiguous()
+    out = torch.full_like(columns[0], -1)
+    _quotients[(len(pairs) // block,)](*columns, out, BLOCK=block)
+    assert out.tolist() == [number // size for number, size in pairs]
