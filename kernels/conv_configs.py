@@ -78,7 +78,7 @@ _AREA_EXPONENT = 0.3
 _INGRESS_ALONE, _INGRESS_SHARED = 1.8, 1.5
 # L2 bandwidth of the last program of a block while it reads the splits, relative to an even share.
 _SPLIT_READ = 0.6
-# Factor for the index arithmetic where a block of the depth spans taps.
+# Factor for the index arithmetic where a step takes rows of taps; measured when that arithmetic was longer.
 _FLAT = 2.4
 
 
