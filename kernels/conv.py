@@ -220,14 +220,13 @@ def paint_forward(
     with device_guard(image):
         launch(
             _paint_kernel,
-            (triton.cdiv(batch * height * width, block),),
+            (triton.cdiv(height * width, block), batch),
             image,
             mask,
             start,
             picture,
             merged,
             height * width,
-            batch * height * width,
             OVERLAP=overlap,
             BLOCK=block,
             num_warps=2,

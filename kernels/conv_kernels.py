@@ -482,17 +482,18 @@ def _paint_kernel(
     picture_ptr,  # [B, H, W, 4]
     merged_ptr,  # [B, 3, H, W] float32
     positions,
-    n_pixels,
     OVERLAP: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """A program paints BLOCK pixels."""
+    """A program paints BLOCK pixels of one sample."""
     if OVERLAP:
         tl.extra.cuda.gdc_launch_dependents()
-    pixels = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    inside = pixels < n_pixels
+    own = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    inside = own < positions
+    first = tl.program_id(1).to(tl.int64) * positions
+    pixels = first + own
     m = tl.load(mask_ptr + pixels, mask=inside, other=0.0)
-    plane = pixels // positions * (3 * positions) + pixels % positions
+    plane = 3 * first + own
     for c in tl.static_range(3):
         image = tl.load(image_ptr + plane + c * positions, mask=inside, other=0.0)
         tl.store(merged_ptr + plane + c * positions, image, mask=inside)
