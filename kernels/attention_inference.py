@@ -406,6 +406,8 @@ def _weigh(
     if splits > 1:
         stats = projected.r.new_empty((2, splits, call.batch, queries[1]))
         partial = Partial(projected.r.new_empty((*stats.shape[1:], call.channels)), stats[0], stats[1])
+    # without a limit ptxas may spill registers for a higher occupancy, which shared memory does not allow
+    limit = {"maxnreg": 255} if call.generation == "sm_89" and 256 < call.channels <= 384 else {}
     launch(
         _attn_weigh_kernel,
         (programs, splits),
@@ -427,6 +429,7 @@ def _weigh(
         BLOCK_V=config.block_v,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **limit,
         **call.head(),
         **shared,
     )
