@@ -1,7 +1,7 @@
 """Estimated and least time of every step of LGNet on a GPU, which this machine need not have.
 
     python bench/cost_model.py [--card H100] [--dtype float16] [--batch 1] [--size 256 256]
-                               [--hole TOP BOTTOM LEFT RIGHT] [--measured FILE]
+                               [--hole TOP BOTTOM LEFT RIGHT] [--compiled] [--measured FILE]
 
 Columns: launches; megabytes that all programs read from the L2 cache; microseconds of the start (launch and pipeline
 fill), of the longest program's products, reads and issue, of all programs of a multiprocessor together, of reading
@@ -10,6 +10,8 @@ multiplications at the GPU's rate and of weights, inputs and outputs, once each,
 measurement, if there is one.
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
+--compiled: with the compiled kernels of kernels/picture_conv.py, which the tuner may choose, where their estimate is
+less; no measurement confirms it yet.
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
 """
 
@@ -25,6 +27,9 @@ from typing import Any
 import torch
 
 KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}
+WARP_RATE = 0.6
+"""Share of Hopper's matrix rate that products of single warps reach (Luo et al., "Benchmarking and Dissecting the
+Nvidia Hopper GPU Architecture via Microbenchmarking", 2024: 0.63 of wgmma's)."""
 RESULTS = Path(__file__).resolve().parent / "results"
 ROW = (
     "{:<20} {:>11} {:>11} {:>3} {:>6} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:<9} {:>6} {:>8} {:<16} {:>8}"
@@ -82,6 +87,34 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
     return costs, name, count
 
 
+def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | None:
+    """The least cost of a step by `kernels/picture_conv.py`, the tile, the number of blocks; None: it cannot run it."""
+    from lgnet_fast.kernels import conv_configs, picture_conv
+
+    from lgnet_fast.engine.cuda_weights import conv_of
+
+    conv, source, out = conv_of(step), plan.source(step), plan.target(step)
+    if len(step.regions) != 1 or picture_conv.unsupported(conv) is not None:
+        return None
+    (region,) = step.regions
+    rate = WARP_RATE * card.macs / card.num_sms
+    stored = 2 * plan.batch * region.area * sum(s.view.channels for s in step.stores)
+    share = conv_configs._INGRESS_ALONE * card.l2 / card.num_sms
+    found = []
+    for tile in picture_conv.tiles(conv):
+        launch = picture_conv.describe_launch(conv, plan.batch, source.size, out.size, tuple(region), tile)
+        if launch.shared_bytes > card.shared_limit:
+            continue
+        waves = -(-launch.grid // card.num_sms)
+        start = conv_configs.LAUNCH_SECONDS + conv_configs._FILL_SECONDS
+        products, reads = waves * launch.macs / rate, waves * launch.read_bytes / share
+        bytes_read = float(launch.grid * launch.read_bytes)
+        memory = stored / card.memory
+        cost = conv_configs.Cost(start, products, reads, 0.0, max(products, reads), memory, 0.0, bytes_read)
+        found.append((cost, tile.label, launch.grid))
+    return min(found, key=lambda one: one[0].seconds)
+
+
 def measured_steps(path: Path) -> dict[str, float]:
     """Step -> microseconds within a run, from the last run in a file of bench/gpu_contact.py."""
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -99,7 +132,7 @@ def floor_seconds(step: Any, plan: Any, card: Any, rate: float, element: int) ->
     return float(max(plan.macs(step) / rate, element * moved / card.memory))
 
 
-def step_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str, int, int]:
+def step_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tuple[list[Any], str, int, int]:
     """The costs of a step's launches, the tile of the last one, the numbers of programs (0: unknown) and kernels."""
     from lgnet_fast.engine.plan import AttentionStep
 
@@ -107,6 +140,9 @@ def step_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
         costs, name = attention_costs(step, plan, kind, card) if step.regions else ([], "")
         return costs, name, 0, len(costs)
     costs, name, count = conv_costs(step, plan, kind, card)
+    other = compiled_cost(step, plan, card) if compiled and kind == "half" else None
+    if other is not None and other[0].seconds < sum(cost.seconds for cost in costs):
+        return [other[0]], *other[1:], 1
     return costs, name, count, len(costs) + sum(not name.endswith("f") and not name.endswith("/1") for _ in costs)
 
 
@@ -162,6 +198,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--size", type=int, nargs=2, default=(256, 256))
     parser.add_argument("--hole", type=int, nargs=4, metavar=("TOP", "BOTTOM", "LEFT", "RIGHT"))
     parser.add_argument("--variant", choices=VARIANTS, default="released")
+    parser.add_argument("--compiled", action="store_true")
     parser.add_argument("--measured", type=Path)
     args = parser.parse_args(arguments)
     card, kind = CARDS[args.card], KINDS[args.dtype]
@@ -185,7 +222,7 @@ def main(arguments: Sequence[str]) -> int:
     total = floor = found = 0.0
     launches = 1
     for step in plan.steps:
-        costs, tile, programs, kernels = step_costs(step, plan, kind, card)
+        costs, tile, programs, kernels = step_costs(step, plan, kind, card, args.compiled)
         least = floor_seconds(step, plan, card, rate, element)
         print_step(step, plan, costs, least, measured.get(step.name), tile, programs, kernels)
         total, floor, launches = total + sum(c.seconds for c in costs), floor + least, launches + kernels

@@ -16,6 +16,8 @@ from pathlib import Path
 from typing import Any
 
 TABLES_FILE = Path(__file__).resolve().parent.parent / "kernels" / "conv_tables.py"
+COMPILED = ("hopper", "picture")
+"""Kernels that only the tuner on the GPU in use may choose."""
 Tables = dict[str, dict[tuple[Any, ...], Any]]
 CONV_MARK = "TUNED: dict[str, dict[Key, Choice]] = {"
 INFERENCE_MARK = "INFERENCE: dict[tuple[str, str, int, int, int], tuple[int, ...]] = {"
@@ -59,7 +61,7 @@ def measured(files: Sequence[Path]) -> tuple[Tables, dict[tuple[Any, ...], Any]]
                 generation, kind, rows, columns, taps, channels = figures["key"]
                 found = {_choice(figures["best"]): figures["best_us"]}
                 found |= {_choice(other[1:]): other[0] for other in figures["others"]}
-                found = {choice: us for choice, us in found.items() if choice[0] != "hopper"}  # tuned only
+                found = {c: us for c, us in found.items() if c[0] not in COMPILED}
                 weighted = {tile: us * figures["times"] for tile, us in found.items()}
                 times[generation, (kind, rows, columns, tuple(taps), channels)].append(weighted)
     tables: Tables = defaultdict(dict)

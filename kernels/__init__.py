@@ -9,8 +9,10 @@
 `conv`                   every convolution of the engine's plan, with its epilogue: packing and launchers
 `conv_kernels`           the kernels of `conv`; split-K for the deep layers
 `hopper`                 convolutions by a compiled CUDA C++ kernel for Hopper GPUs
+`picture_conv`           the first and last layers, which read or write the picture, by compiled CUDA C++ kernels
+`compiled`               `hopper` and `picture_conv` as choices of the engine; `compiled_checks`: what they share
 `deep`                   a U-Net's deep layers in one launch, by a compiled CUDA C++ kernel for Hopper GPUs
-`cuda_driver`            loading and launching the machine code of `hopper` and `deep`
+`cuda_driver`            loading and launching the machine code of the CUDA C++ kernels
 `maps`                   feature maps as kernel arguments, channels as tuples of tiles
 `configs`                block shapes of attention and merge per GPU generation; the table itself is in `tables`,
                          written by `bench/tune_attention.py`

@@ -131,7 +131,8 @@ class Kernel:
             shared_bytes,
             cluster,
         )
-        chosen: list[tuple[int, tuple[int, ...]]] = [(_CLUSTER, (cluster, 1, 1))]
+        # Only Hopper and newer take this attribute.
+        chosen: list[tuple[int, tuple[int, ...]]] = [(_CLUSTER, (cluster, 1, 1))] if cluster > 1 else []
         if cooperative:
             chosen.append((_COOPERATIVE, (1,)))
         if overlap:
@@ -158,7 +159,7 @@ class Kernel:
         return _function(self.cubin, self.name, device)
 
     def active_clusters(self) -> int:
-        """Number of clusters that fit on the current GPU at once."""
+        """Number of clusters (of two blocks or more) that fit on the current GPU at once."""
         count = ctypes.c_int()
         config = self._config(self.cluster, 0)
         config.count = 1  # the first attribute is the cluster's size

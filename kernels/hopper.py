@@ -13,23 +13,17 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-import logging
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from lgnet_fast.ops.first_use import is_capturing
-
+from .compiled_checks import DTYPES, FirstUse, check_bias, check_view, exact_convolution
 from .conv import Conv, Store
 from .conv_configs import Work
 from .cuda_driver import Kernel, call
 from .launch import ACTIVATIONS, device_guard, is_recording
-
-logger = logging.getLogger("lgnet_fast")
 
 CAPABILITY = (9, 0)
 CUBIN = Path(__file__).with_name("hopper_conv.cubin")
@@ -251,17 +245,6 @@ def _tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[
     return memory, ctypes.c_void_p(address)
 
 
-def _check_view(name: str, view: Tensor, dtype: torch.dtype, channels: int) -> None:
-    if view.dtype != dtype or view.shape[3] != channels or view.stride(3) != 1:
-        raise ValueError(
-            f"{name}: expected {channels} adjacent channels of {dtype}, got {tuple(view.shape)} {view.dtype}"
-        )
-    if view.data_ptr() % 16 or any(stride % 8 for stride in view.stride()[:3]):
-        raise ValueError(f"{name}: expected pixels at multiples of 16 bytes, got strides {view.stride()}")
-    if view.stride(1) != view.shape[2] * view.stride(2) or view.stride(0) != view.shape[1] * view.stride(1):
-        raise ValueError(f"{name}: expected evenly spaced pixels, got strides {view.stride()} of {tuple(view.shape)}")
-
-
 def _prepare(
     conv: Conv,
     source: Tensor,
@@ -278,17 +261,16 @@ def _prepare(
     rect = (0, size[0], 0, size[1]) if rect is None else rect
     launch = describe_launch(conv, batch, (in_h, in_w), size, rect, tile)
     dtype = source.dtype
-    if dtype not in _TYPES:
+    if dtype not in DTYPES:
         raise ValueError(f"source: expected float16 or bfloat16, got {dtype}")
-    _check_view("source", source, dtype, conv.in_channels)
+    check_view("source", source, dtype, conv.in_channels)
     for store in stores:
-        _check_view("stores", store.view, dtype, conv.out_channels)
+        check_view("stores", store.view, dtype, conv.out_channels)
     if residual is not None:
-        _check_view("residual", residual, dtype, conv.out_channels)
+        check_view("residual", residual, dtype, conv.out_channels)
     if weight.dtype != dtype or weight.shape[1] != conv.out_channels or not weight.is_contiguous():
         raise ValueError(f"weight: expected Conv.pack in {dtype}, got {tuple(weight.shape)} {weight.dtype}")
-    if bias.dtype != torch.float32 or bias.shape != (conv.out_channels,) or bias.data_ptr() % 16:
-        raise ValueError(f"bias: expected {conv.out_channels} aligned float32, got {tuple(bias.shape)} {bias.dtype}")
+    check_bias(bias, conv.out_channels)
     args = launch.args
     args.bias, args.residual = bias.data_ptr(), None if residual is None else residual.data_ptr()
     args.stride_r = 0 if residual is None else residual.stride(2)
@@ -355,36 +337,9 @@ def _check_clocks(clocks: Tensor, launch: Launch, dtype: torch.dtype, tile: Hopp
         raise ValueError(f"clocks: expected float16 and tiles of {_TIMED_HEIGHT} rows, got {dtype} and {tile}")
 
 
-def active_clusters(launch: Launch, dtype: torch.dtype, tile: HopperTile) -> int:
-    """Number of clusters of this launch that fit on the current GPU at once."""
-    return _kernel(launch, dtype, tile).active_clusters()
-
-
-_reasons: dict[tuple[int, torch.dtype], str | None] = {}
-_lock = threading.Lock()
-
-
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel is not used on a GPU in `dtype`, or None. The first call per GPU runs and checks the kernel."""
-    if device.type != "cuda" or torch.version.hip is not None or dtype not in _TYPES:
-        return "needs an NVIDIA GPU, float16 or bfloat16"
-    if torch.cuda.get_device_capability(device) != CAPABILITY:
-        return "needs compute capability 9.0"
-    index = torch.cuda.current_device() if device.index is None else device.index
-    with _lock:
-        key = index, dtype
-        if key not in _reasons:
-            if is_capturing(torch.device("cuda", index)) or is_recording():
-                return "not checked yet, and nothing can be run now"
-            try:
-                _reasons[key] = _check(torch.device("cuda", index), dtype)
-            except torch.OutOfMemoryError:
-                raise
-            except Exception as error:  # any error of the driver rules the kernel out
-                _reasons[key] = f"{type(error).__name__}: {error}"
-            if _reasons[key] is not None:
-                logger.warning("the convolution for Hopper is not used: %s", _reasons[key])
-        return _reasons[key]
+    return _first_use.reason_against(device, dtype)
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -427,15 +382,16 @@ def _error(
     stores = (Store(out, "relu"),)
     size = (step * height, step * width)
     hopper_forward(conv, x, conv.pack(weight).contiguous(), bias, stores, tile, size=size, residual=residual)
-    planes = x.permute(0, 3, 1, 2).double()
-    if conv.transposed:
-        exact = F.conv_transpose2d(planes, weight.double(), bias.double(), conv.stride, conv.padding)
-    else:
-        if conv.reflect:
-            planes = F.pad(planes, [conv.padding] * 4, mode="reflect")
-        exact = F.conv2d(planes, weight.double(), bias.double(), padding=0 if conv.reflect else conv.padding)
-    exact = (exact.permute(0, 2, 3, 1) + residual.double()).relu()
+    exact = (exact_convolution(conv, x, weight, bias) + residual.double()).relu()
     return float((out.double() - exact).norm() / exact.norm())
+
+
+_first_use = FirstUse(
+    "the convolution for Hopper",
+    lambda capability: capability == CAPABILITY,
+    "compute capability 9.0",
+    lambda device, dtype: _check(device, dtype),
+)
 
 
 def candidates(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device) -> list[HopperTile]:

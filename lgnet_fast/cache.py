@@ -139,7 +139,7 @@ def _package() -> str:
     digest = hashlib.sha256()
     for directory in (spec.submodule_search_locations if spec else None) or ():
         for path in sorted(Path(directory).iterdir()):
-            if path.suffix in (".py", ".cubin"):
+            if path.suffix in (".py", ".cubin", ".fatbin"):
                 digest.update(path.read_bytes())
     return f"{__version__}, kernels {digest.hexdigest()[:12]}"
 

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cubins import build
+from tests.compiled_kernels import build
 
 
 @pytest.mark.parametrize("name", build.NAMES)
 def test_machine_code_is_that_of_the_sources(name):
-    assert build.source_hash(name).encode() in (build.CUBINS / f"{name}.cubin").read_bytes(), "run `make cubin`"
+    assert build.source_hash(name).encode() in build.machine_code(name).read_bytes(), "run `make cubin`"
 
 
-def test_every_cubin_has_a_source():
-    assert {path.stem for path in build.CUBINS.glob("*.cubin")} == set(build.NAMES)
+def test_all_machine_code_has_a_source():
+    found = {path for suffix in ("cubin", "fatbin") for path in build.KERNELS.glob(f"*.{suffix}")}
+    assert found == {build.machine_code(name) for name in build.NAMES}

@@ -24,7 +24,7 @@ from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.plan import Plan
 from tests import emulator
-from tests.cubins import build
+from tests.compiled_kernels import build
 from tests.support import assert_accurate
 
 emulated = pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
@@ -317,7 +317,7 @@ def test_a_dense_run_with_shared_launches(dtype):
 @pytest.mark.slow(reason="compiles the kernels, which the shipped machine code already shows")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="needs nvcc")
 def test_source_compiles(tmp_path):
-    said = build.build("deep", tmp_path / "deep.cubin")
+    said = build.build("deep", tmp_path)
     spills = re.findall(r"(\d+) bytes spill stores", said)
     assert spills
     assert all(int(bytes_spilt) <= 64 for bytes_spilt in spills)  # of a layer, not of a product: test_machine_code

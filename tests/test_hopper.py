@@ -26,7 +26,7 @@ from lgnet_fast.kernels.conv import Conv, Store
 from lgnet_fast.kernels.hopper import HopperTile
 
 from tests import emulator
-from tests.cubins import build
+from tests.compiled_kernels import build, disassembler, integers
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_conv.cu"
 BLOCK = Conv(256, 256, 3, 1, 1, False, True, False)
@@ -47,10 +47,6 @@ def kernel(monkeypatch):
     monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
     monkeypatch.setattr(emulator.EmulatedKernel, "seed", 0)
     return emulator.EmulatedKernel
-
-
-def integers(*shape, dtype=torch.float16):
-    return torch.randint(-2, 3, shape, generator=torch.Generator().manual_seed(sum(shape))).to(dtype)
 
 
 def operands(conv, batch, size, dtype=torch.float16):
@@ -403,7 +399,7 @@ def test_the_stream_of_the_kernels_gpu_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "device", chosen)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
     monkeypatch.setattr(hopper, "_check", lambda device, dtype: None)
-    monkeypatch.setattr(hopper, "_reasons", {})
+    monkeypatch.setattr(hopper._first_use, "_reasons", {})
     assert "not checked yet" in hopper.reason_against(torch.device("cuda", 1), torch.float16)
     assert hopper.reason_against(torch.device("cuda", 0), torch.float16) is None
 
@@ -446,14 +442,6 @@ def test_every_candidate_is_right_on_a_gpu(dtype):
 # -- the machine code ---------------------------------------------------------------------------------------------
 
 
-def disassembler() -> str | None:
-    """nvdisasm of the CUDA toolkit, or the one that Triton's wheel carries."""
-    import triton
-
-    carried = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
-    return shutil.which("nvdisasm") or (str(carried) if carried.is_file() else None)
-
-
 @pytest.mark.skipif(disassembler() is None, reason="no nvdisasm here")
 def test_machine_code():
     """Matrix products on the tensor cores in flight, loads by the copy engine, nothing in local memory."""
@@ -486,7 +474,7 @@ def test_machine_code():
 @pytest.mark.slow(reason="compiles the kernels, which the shipped machine code already shows")
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc here")
 def test_source_compiles(tmp_path):
-    said = build.build("hopper_conv", tmp_path / "conv.cubin")
+    said = build.build("hopper_conv", tmp_path)
     spills = re.findall(r"(\d+) bytes spill stores", said)
     assert len(spills) == len(hopper.TILE_HEIGHTS) * len(hopper._TYPES) * 2 + 2
     assert set(spills) == {"0"}

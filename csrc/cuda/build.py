@@ -1,8 +1,9 @@
-"""Compile every csrc/cuda/*.cu to kernels/*.cubin, which the package ships; needs nvcc 12.8 or newer.
+"""Compile every csrc/cuda/*.cu to machine code in kernels/, which the package ships; needs nvcc 12.8 or newer.
 
     python csrc/cuda/build.py [--nvcc nvcc] [--output kernels] [NAME ...]
 
-Each cubin contains the hash of its sources, so that a test can detect one that was not built from them.
+Sources for Hopper become a .cubin, those for several generations of GPUs a .fatbin. Each contains the hash of its
+sources, so that a test can detect one that was not built from them.
 """
 
 from __future__ import annotations
@@ -15,8 +16,21 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-CUBINS = HERE.parents[1] / "kernels"
+KERNELS = HERE.parents[1] / "kernels"
 NAMES = tuple(sorted(path.stem for path in HERE.glob("*.cu")))
+HOPPER = ("-cubin", "-gencode=arch=compute_90a,code=sm_90a")
+# 8.x, 9.0, 10.x and 12.x, and PTX that the driver compiles for what comes later.
+EVERY = (
+    "-fatbin",
+    *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100, 120)),
+    "-gencode=arch=compute_90,code=compute_90",
+)
+TARGETS = {"deep": HOPPER, "hopper_conv": HOPPER, "picture_conv": EVERY}
+
+
+def machine_code(name: str, folder: Path = KERNELS) -> Path:
+    """Where the machine code of a source lies."""
+    return folder / f"{name}.{TARGETS[name][0].lstrip('-')}"
 
 
 def source_hash(name: str) -> str:
@@ -28,15 +42,14 @@ def source_hash(name: str) -> str:
     ).hexdigest()
 
 
-def build(name: str, output: Path, nvcc: str = "nvcc") -> str:
-    """Compile one source; return the messages of nvcc and ptxas (registers, spills).
+def build(name: str, folder: Path, nvcc: str = "nvcc") -> str:
+    """Compile one source into a folder; return the messages of nvcc and ptxas (registers, spills).
 
     Raises:
         subprocess.CalledProcessError: it does not compile; `stderr` holds the errors.
     """
-    target = ["-cubin", "-gencode=arch=compute_90a,code=sm_90a"]
     options = ["-O3", "-std=c++17", "-Xptxas", "-v", f"-DLGNET_SOURCE={source_hash(name)}"]
-    command = [nvcc, *target, *options, "-o", str(output), str(HERE / f"{name}.cu")]
+    command = [nvcc, *TARGETS[name], *options, "-o", str(machine_code(name, folder)), str(HERE / f"{name}.cu")]
     return subprocess.run(command, capture_output=True, text=True, check=True).stderr
 
 
@@ -45,11 +58,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("names", nargs="*", default=NAMES, metavar="NAME", help=f"of {', '.join(NAMES)}; all")
     parser.add_argument("--nvcc", default="nvcc")
-    parser.add_argument("--output", type=Path, default=CUBINS)
+    parser.add_argument("--output", type=Path, default=KERNELS)
     args = parser.parse_args()
     for name in args.names:
         try:
-            print(build(name, args.output / f"{name}.cubin", args.nvcc), file=sys.stderr)
+            print(build(name, args.output, args.nvcc), file=sys.stderr)
         except subprocess.CalledProcessError as error:
             print(error.stderr, file=sys.stderr)
             return 1

@@ -24,6 +24,7 @@
 // Three more warps load weights, load patches, and apply reflection padding to the patches of tiles at the edge of
 // the map: the last copies pixels within the patch. For zero padding it does nothing, because the TMA fills with
 // zeros.
+#include "activation.cuh"
 #include "elements.cuh"
 #include "ptx.cuh"
 #include "ring.cuh"
@@ -89,26 +90,6 @@ __device__ __forceinline__ uint64_t descriptor(uint32_t group_bytes) {
 // The descriptor with its start address, which has 14 bits and counts units of 16 bytes. Addresses in shared memory
 // are smaller than that limit, so the sum does not overflow into other fields.
 __device__ __forceinline__ uint64_t at(uint64_t descriptor, uint32_t address) { return descriptor + (address >> 4); }
-
-// An activation (a value of ACTIVATIONS in kernels/launch.py). It maps x below zero to slope * x, or to 0.
-struct Activation {
-  float slope;
-  bool zero;
-  __device__ __forceinline__ explicit Activation(int code) : slope(code == 2 ? 0.2f : 1.0f), zero(code == 1) {}
-  // Not fmaxf, which does not return NaN for NaN.
-  __device__ __forceinline__ float operator()(float x) const { return x < 0.0f ? (zero ? 0.0f : slope * x) : x; }
-};
-
-template <typename T>
-__device__ __forceinline__ uint4 packed(const float (&v)[8], Activation activation) {
-  uint4 result;
-  typename Pair<T>::type* pairs = reinterpret_cast<typename Pair<T>::type*>(&result);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    pairs[i] = Pair<T>::narrow(activation(v[2 * i]), activation(v[2 * i + 1]));
-  }
-  return result;
-}
 
 // Eight channels of the residual at a pixel (-1: outside), or zeros.
 template <typename T>

@@ -42,6 +42,28 @@ __device__ __forceinline__ uint4 load_shared(uint32_t address) {
   return value;
 }
 
+__device__ __forceinline__ uint2 load_shared_pair(uint32_t address) {
+  uint2 value;
+  asm volatile("ld.shared.v2.u32 {%0, %1}, [%2];" : "=r"(value.x), "=r"(value.y) : "r"(address) : "memory");
+  return value;
+}
+
+__device__ __forceinline__ uint32_t load_shared_word(uint32_t address) {
+  uint32_t value;
+  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address) : "memory");
+  return value;
+}
+
+// Operand `a` of `warp_product`: row i % 16, elements i / 16 * 8 to i / 16 * 8 + 7 lie at the address of lane i.
+__device__ __forceinline__ uint4 load_matrix(uint32_t address) {
+  uint4 value;
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+               : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
+               : "r"(address)
+               : "memory");
+  return value;
+}
+
 __device__ __forceinline__ void store_shared(uint32_t address, const uint4& value) {
   asm volatile("st.shared.v4.u32 [%0], {%1, %2, %3, %4};" ::"r"(address), "r"(value.x), "r"(value.y), "r"(value.z),
                "r"(value.w)
@@ -155,11 +177,17 @@ __device__ __forceinline__ void cluster_meet() {
 }
 
 // Waits until the kernel before this one in the stream has ended, if this one may start earlier.
-__device__ __forceinline__ void wait_for_previous_kernel() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900  // older GPUs start no kernel earlier
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
 
 // The next kernel of the stream may start.
 __device__ __forceinline__ void start_next_kernel() {
+#if __CUDA_ARCH__ >= 900
   asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
 }
 
 // -- asynchronous copies -------------------------------------------------------------------------------------------
@@ -213,6 +241,27 @@ __device__ __forceinline__ void copy_bytes_once(uint32_t to, const void* from, u
       "%4;" ::"r"(to),
       "l"(from), "r"(bytes), "r"(barrier), "l"(policy)
       : "memory");
+}
+
+// A thread's own copy of 8 or 16 bytes, or zeros where the source is not `inside`.
+template <int BYTES>
+__device__ __forceinline__ void copy_async(uint32_t to, const void* from, bool inside) {
+  const int bytes = inside ? BYTES : 0;
+  if constexpr (BYTES == 16) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from), "r"(bytes) : "memory");
+  } else {
+    asm volatile("cp.async.ca.shared.global [%0], [%1], %2, %3;" ::"r"(to), "l"(from), "n"(BYTES), "r"(bytes)
+                 : "memory");
+  }
+}
+
+// Ends a group of a thread's own copies.
+__device__ __forceinline__ void copies_commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
+
+// Waits until at most `kGroups` groups of the thread's own copies are unfinished.
+template <int kGroups>
+__device__ __forceinline__ void copies_wait() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(kGroups) : "memory");
 }
 
 // -- global memory -------------------------------------------------------------------------------------------------

@@ -1,10 +1,11 @@
 """Running a plan on an NVIDIA GPU: Triton kernels over one arena, the whole forward replayed as one CUDA graph.
 
 Each step is one launch of `kernels/conv.py` (two with split depth, one more for every further rectangle of a
-restricted run) or the attention block. Where the tuner measured them as faster, a step uses the compiled kernel of
-`kernels/hopper.py` or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and the deep layers of a dense run share
-a launch (:mod:`.deep`). Feature maps are NHWC in the arena of :mod:`.arena`, in the dtype of the computation.
-Pictures are passed in and out as float32, so that known pixels of the result are exactly those of the input.
+restricted run) or the attention block. Where the tuner measured them as faster, a step uses a compiled kernel
+(`kernels/hopper.py`, `kernels/picture_conv.py`) or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and the
+deep layers of a dense run share a launch (:mod:`.deep`). Feature maps are NHWC in the arena of :mod:`.arena`, in the
+dtype of the computation. Pictures are passed in and out as float32, so that known pixels of the result are exactly
+those of the input.
 """
 
 from __future__ import annotations
@@ -37,9 +38,9 @@ from .regions import Rect
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from lgnet_fast.kernels.compiled import CompiledTile
     from lgnet_fast.kernels.conv_configs import Tile
     from lgnet_fast.kernels.deep import DeepGroup
-    from lgnet_fast.kernels.hopper import HopperTile
 
     from .cuda_weights import Choice, Overlap
 
@@ -178,24 +179,24 @@ class CudaExecutor(Executor):
                 return choice
         return pick_tile(work, *target)
 
-    def _hopper_tile(self, step: ConvStep, rect: Rect | None = None) -> HopperTile | None:
-        """The tile of `kernels/hopper.py` for a rectangle of a step; None where `kernels/conv.py` runs it."""
-        from lgnet_fast.kernels.hopper import HopperTile, usable
+    def _compiled_tile(self, step: ConvStep, rect: Rect | None = None) -> CompiledTile | None:
+        """The tile of a compiled kernel for a rectangle of a step; None where `kernels/conv.py` runs it."""
+        from lgnet_fast.kernels.compiled import as_compiled, usable
 
         choice = self.weights.chosen.get(step.name)
         if choice is not None:
-            return choice if isinstance(choice, HopperTile) else None
+            return as_compiled(choice)
         kind, _, _ = target_of(self.device, self.dtype)
-        measured = self.weights.tuned.tile(work_of(self.plan, step, rect), kind)
-        if isinstance(measured, HopperTile) and usable(measured, conv_of(step), self.dtype, self.device):
+        measured = as_compiled(self.weights.tuned.tile(work_of(self.plan, step, rect), kind))
+        if measured is not None and usable(measured, conv_of(step), self.dtype, self.device):
             return measured
         return None
 
     @property
     def choices(self) -> dict[str, str]:
         """Step's name -> what runs it in a dense run: "cudnn", "attention", "deep" (in one launch with others),
-        "hopper PIXELSxCHANNELS/cluster xWARPGROUPS", or BLOCK_MxBLOCK_NxBLOCK_K/splits. "launches": how they overlap,
-        if they do."""
+        "hopper PIXELSxCHANNELS/cluster xWARPGROUPS", "picture COLUMNSxROWS", or BLOCK_MxBLOCK_NxBLOCK_K/splits.
+        "launches": how they overlap, if they do."""
         choices = {step.name: self._choice(step) for step in self.plan.steps}
         for first, group in self._deep_groups().items():
             choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
@@ -222,8 +223,8 @@ class CudaExecutor(Executor):
             return "torch" if step.name in self.weights.by_library else "attention"
         if self.weights.steps[step.name].plain is not None:
             return "cudnn"
-        if (hopper_tile := self._hopper_tile(step)) is not None:
-            return hopper_tile.label
+        if (compiled_tile := self._compiled_tile(step)) is not None:
+            return compiled_tile.label
         return self.tile(step).label
 
     # -- programs ------------------------------------------------------------------------------------------------
@@ -382,20 +383,27 @@ class CudaExecutor(Executor):
         return [self._conv_launch(memory, step, rect, merge) for rect in (step.regions if rects is None else rects)]
 
     def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Any) -> Launch:
-        from lgnet_fast.kernels import conv, hopper
+        from lgnet_fast.kernels import conv, hopper, picture_conv
         from lgnet_fast.kernels.conv_configs import programs
+        from lgnet_fast.kernels.hopper import HopperTile
 
         weights = self.weights.steps[step.name]
         stores = () if step.merges else tuple(conv.Store(memory.view(s.view), s.activation) for s in step.stores)
-        operands = conv_of(step), memory.view(step.source), weights.packed, weights.bias, stores
+        source = memory.view(step.source)
         where: dict[str, Any] = {
             "size": self.plan.target(step).size,
             "rect": rect,
-            "residual": None if step.residual is None else memory.view(step.residual),
             "overlap": self.overlap != "none",
         }
-        if (hopper_tile := self._hopper_tile(step, rect)) is not None:
-            return functools.partial(hopper.hopper_forward, *operands, hopper_tile, **where)
+        compiled_tile = self._compiled_tile(step, rect)
+        if compiled_tile is not None and not isinstance(compiled_tile, HopperTile):
+            assert weights.fragments is not None
+            operands = conv_of(step), source, weights.fragments, weights.bias, stores
+            return functools.partial(picture_conv.picture_forward, *operands, compiled_tile, **where, merge=merge)
+        where["residual"] = None if step.residual is None else memory.view(step.residual)
+        operands = conv_of(step), source, weights.packed, weights.bias, stores
+        if compiled_tile is not None:
+            return functools.partial(hopper.hopper_forward, *operands, compiled_tile, **where)
         tile = self.tile(step, rect)
         work = work_of(self.plan, step, rect)
         return functools.partial(

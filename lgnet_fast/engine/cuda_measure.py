@@ -190,18 +190,18 @@ def kept(device: torch.device, dtype: torch.dtype) -> Tuned:
 
 def plain(choice: Any) -> Any:
     """A choice as a plain tuple or string, as the cache keeps it."""
-    from lgnet_fast.kernels.hopper import HopperTile
+    from lgnet_fast.kernels import compiled
 
-    if isinstance(choice, HopperTile):
-        return ("hopper", *choice)
+    if (tile := compiled.as_compiled(choice)) is not None:
+        return compiled.plain(tile)
     return choice if choice == "cudnn" else tuple(choice)
 
 
 def choice_of(stored: Any) -> Choice:
     """The inverse of :func:`plain`."""
+    from lgnet_fast.kernels import compiled
     from lgnet_fast.kernels.conv_configs import Tile
-    from lgnet_fast.kernels.hopper import HopperTile
 
     if stored == "cudnn":
         return "cudnn"
-    return HopperTile(*stored[1:]) if stored[0] == "hopper" else Tile(*stored)
+    return compiled.tile_of(stored) or Tile(*stored)

@@ -204,12 +204,12 @@ def gains(
 
 def _title(choice: Any) -> str:
     """A choice as short text: "cudnn", a tile as in the executor's `choices`, or block shapes."""
+    from lgnet_fast.kernels import compiled
+
     if choice == "cudnn":
         return "cudnn"
-    if choice[0] == "hopper":
-        from lgnet_fast.kernels.hopper import HopperTile
-
-        return HopperTile(*choice[1:]).label
+    if (tile := compiled.tile_of(choice)) is not None:
+        return tile.label
     if len(choice) == 7:
         m, n, k, splits, warps, stages, fused = choice
         return f"{m}x{n}x{k}/{splits}{'f' if fused else ''} w{warps} s{stages}"

@@ -1,7 +1,7 @@
 """Tuning the convolutions of a plan on an NVIDIA GPU.
 
-Candidates are tiles of the Triton kernels with a number of splits of the depth, tiles of the compiled kernel for
-Hopper (`kernels/hopper.py`), and PyTorch's own convolution (cuDNN). Each result is compared with that without tuning.
+Candidates are tiles of the Triton kernels with a number of splits of the depth, tiles of the compiled kernels
+(`kernels/compiled.py`), and PyTorch's own convolution (cuDNN). Each result is compared with that without tuning.
 Timing rotates copies of the weights, so that they come from memory as in a whole run.
 """
 
@@ -126,14 +126,14 @@ class Contest:
 
     def candidates(self, number: int, tried: int) -> list[Choice]:
         """Choices to measure for a step, the default first. tried: most Triton tiles."""
-        from lgnet_fast.kernels import hopper
+        from lgnet_fast.kernels import compiled
 
         step, executor = self.plan.steps[number], self.executor
         assert isinstance(step, ConvStep)
         work = work_of(self.plan, step)
         some = itertools.islice(tiles(work, *target_of(executor.device, executor.dtype)), tried)
-        compiled = hopper.candidates(conv_of(step), work, executor.dtype, executor.device)
-        return list(dict.fromkeys((self.default(number), *some, *compiled, "cudnn")))
+        others = compiled.candidates(conv_of(step), work, executor.dtype, executor.device)
+        return list(dict.fromkeys((self.default(number), *some, *others, "cudnn")))
 
     def default(self, number: int) -> Tile | Literal["cudnn"]:
         """The choice without tuning."""
@@ -243,8 +243,10 @@ def _measure(contest: Contest, number: int, choices: Sequence[Choice], timer: Ti
 
 
 def _copied(own: StepWeights) -> StepWeights:
+    """Copies of all weights of a step."""
     plain = None if own.plain is None else own.plain.clone(memory_format=torch.preserve_format)
-    return StepWeights(own.packed.clone(), own.bias, plain)
+    fragments = None if own.fragments is None else own.fragments.clone()
+    return StepWeights(own.packed.clone(), own.bias, plain, fragments)
 
 
 def _best(measured: Sequence[tuple[int, Mapping[Any, float]]], default: Any) -> Result:

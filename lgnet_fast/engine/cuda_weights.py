@@ -15,12 +15,12 @@ from .plan import AttentionStep, ConvStep, Plan, Step
 from .regions import Rect
 
 if TYPE_CHECKING:
+    from lgnet_fast.kernels.compiled import CompiledTile
     from lgnet_fast.kernels.configs import Inference
     from lgnet_fast.kernels.conv import Conv
     from lgnet_fast.kernels.conv_configs import Tile, Work
-    from lgnet_fast.kernels.hopper import HopperTile
 
-    Choice: TypeAlias = Tile | HopperTile | Literal["cudnn"]
+    Choice: TypeAlias = Tile | CompiledTile | Literal["cudnn"]
     """The kernel that runs a convolution: a tile of one of our kernels, or PyTorch's convolution."""
 
 Overlap: TypeAlias = Literal["none", "plain", "spread"]
@@ -76,11 +76,19 @@ class Tuned:
 
 @dataclass(frozen=True)
 class StepWeights:
-    """Weights of one step: packed for the kernels (or the combiner), bias, and unpacked where PyTorch may run it."""
+    """Weights of one step.
+
+    Attributes:
+        packed: for `kernels/conv.py` and `kernels/hopper.py`; of an attention block, the combiner.
+        bias: float32, of an attention block in the dtype of the computation.
+        plain: unpacked, where PyTorch may run the step.
+        fragments: for `kernels/picture_conv.py`, where it can run the step.
+    """
 
     packed: Tensor
     bias: Tensor
     plain: Tensor | None
+    fragments: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -118,6 +126,10 @@ class CudaWeights:
         by_library: frozenset[str] = frozenset(),
     ) -> CudaWeights:
         """Pack the weights of a plan for `device` (None: the device of the plan's weights)."""
+        from lgnet_fast.kernels.compiled_checks import DTYPES
+        from lgnet_fast.kernels.picture_conv import pack as picture_pack
+        from lgnet_fast.kernels.picture_conv import unsupported
+
         device = plan.steps[0].weight.device if device is None else torch.device(device)
         chosen, tuned = dict(choices or {}), tuned or Tuned()
 
@@ -130,8 +142,11 @@ class CudaWeights:
             plain = None
             if step.name in by_library or _prefers_cudnn(plan, step, chosen, tuned, target):
                 plain = moved(step.weight).contiguous(memory_format=torch.channels_last)
+            conv, weight = conv_of(step), step.weight.detach()
             bias = step.bias.detach().to(device, torch.float32)
-            return StepWeights(moved(conv_of(step).pack(step.weight.detach())), bias, plain)
+            in_order = dtype in DTYPES and unsupported(conv) is None
+            fragments = moved(picture_pack(conv, weight)) if in_order else None
+            return StepWeights(moved(conv.pack(weight)), bias, plain, fragments)
 
         with torch.inference_mode(False):
             target = target_of(device, dtype)
@@ -148,7 +163,7 @@ class CudaWeights:
     @property
     def bytes(self) -> int:
         """Bytes of all weights."""
-        tensors = [t for w in self.steps.values() for t in (w.packed, w.bias, w.plain) if t is not None]
+        tensors = [t for w in self.steps.values() for t in (w.packed, w.bias, w.plain, w.fragments) if t is not None]
         return sum(t.numel() * t.element_size() for t in (*tensors, *self.deep.values()))
 
 

@@ -185,6 +185,8 @@ struct Thread {
   std::vector<Product> open;                // since the last commit
   std::deque<std::vector<Product>> groups;  // committed, not waited for
   uint64_t products = 0;
+  std::vector<std::function<void()>> open_copies;  // its own, since the last commit
+  std::deque<std::vector<std::function<void()>>> copy_groups;
 };
 
 struct Machine {
@@ -338,6 +340,7 @@ inline void start_fiber() {
   machine->body();
   Thread* const thread = machine->current;
   if (thread->open.size() + thread->groups.size()) fail("a thread ends before its products");
+  if (thread->open_copies.size() + thread->copy_groups.size()) fail("a thread ends before its copies");
   thread->ended = true;
   ++machine->events;
   leave();
@@ -464,6 +467,7 @@ struct LgnetDimension {
 };
 #define threadIdx (LgnetDimension{static_cast<unsigned>(emulator::machine->current->index)})
 #define blockIdx (LgnetDimension{static_cast<unsigned>(emulator::machine->current->block->number)})
+#define blockDim (LgnetDimension{static_cast<unsigned>(emulator::machine->threads)})
 #define gridDim (LgnetDimension{static_cast<unsigned>(emulator::machine->grid)})
 
 [[noreturn]] inline void __trap() { emulator::fail("a wait took too long"); }
@@ -511,6 +515,24 @@ inline uint32_t remote(uint32_t address, uint32_t rank) { return address | (rank
 
 inline uint4 load_shared(uint32_t address) {
   return *reinterpret_cast<const uint4*>(emulator::shared(address, 16, 16));
+}
+inline uint2 load_shared_pair(uint32_t address) {
+  return *reinterpret_cast<const uint2*>(emulator::shared(address, 8, 8));
+}
+inline uint32_t load_shared_word(uint32_t address) {
+  return *reinterpret_cast<const uint32_t*>(emulator::shared(address, 4, 4));
+}
+inline uint4 load_matrix(uint32_t address) {
+  const uint4 row = load_shared(address);
+  const uint32_t in[] = {row.x, row.y, row.z, row.w};
+  emulator::together("ldmatrix", in, 4, [](emulator::Warp& w) {
+    // Matrix i has the rows of lanes 8 i to 8 i + 7; a lane gets two elements of row lane / 4 of each.
+    for (int lane = 0; lane < 32; ++lane) {
+      for (int i = 0; i < 4; ++i) w.out[lane][i] = w.in[8 * i + lane / 4][lane % 4];
+    }
+  });
+  const uint32_t* const out = emulator::warp().out[emulator::machine->current->index % 32];
+  return {out[0], out[1], out[2], out[3]};
 }
 inline void store_shared(uint32_t address, const uint4& value) {
   *reinterpret_cast<uint4*>(emulator::shared(address, 16, 16)) = value;
@@ -604,6 +626,38 @@ inline void copy_bytes(uint32_t to, const void* from, uint32_t bytes, uint32_t b
 }
 inline void copy_bytes_once(uint32_t to, const void* from, uint32_t bytes, uint32_t barrier) {
   copy_bytes(to, from, bytes, barrier);
+}
+
+// Happens as late as it may, when its thread waits for it, or, with an odd seed, as early.
+template <int BYTES>
+inline void copy_async(uint32_t to, const void* from, bool inside) {
+  emulator::check(reinterpret_cast<uintptr_t>(from) % BYTES == 0, "a copy that is not aligned");
+  const auto copy = [=] {
+    uint8_t* const target = emulator::shared(to, BYTES, BYTES);
+    if (inside) {
+      memcpy(target, from, BYTES);
+    } else {
+      memset(target, 0, BYTES);
+    }
+  };
+  if (emulator::machine->early) {
+    copy();
+  } else {
+    emulator::machine->current->open_copies.push_back(copy);
+  }
+}
+inline void copies_commit() {
+  emulator::Thread& thread = *emulator::machine->current;
+  thread.copy_groups.push_back(std::move(thread.open_copies));
+  thread.open_copies.clear();
+}
+template <int kGroups>
+inline void copies_wait() {
+  emulator::Thread& thread = *emulator::machine->current;
+  while (thread.copy_groups.size() > kGroups) {
+    for (const auto& copy : thread.copy_groups.front()) copy();
+    thread.copy_groups.pop_front();
+  }
 }
 
 inline uint4 load_stored(const void* address) { return *static_cast<const uint4*>(address); }

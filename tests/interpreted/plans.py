@@ -86,3 +86,36 @@ def tiny_plan(side: int = 16) -> Plan:
     order = [steps["u.e1"], steps["u.e2"], residual, steps["u.d2"], steps["u.attention"], steps["u.d1"]]
     order = [replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in order]
     return Plan(1, side, side, buffers, tuple(order))
+
+
+def picture_plan(batch: int = 1, side: int = 32) -> Plan:
+    """The first and last layers of NetL, then of a U-Net: the steps of `kernels/picture_conv.py`, in float64."""
+
+    def conv(name: str, source: View, stores: tuple[Store, ...], out: int, geometry: Geometry) -> ConvStep:
+        pair = (source.channels, out) if geometry.transposed else (out, source.channels)
+        seed = sum(name.encode())
+        weight = normal(*pair, geometry.kernel, geometry.kernel, dtype=torch.float64, seed=seed)
+        weight = weight / (geometry.kernel * source.channels**0.5)
+        bias = normal(out, dtype=torch.float64, seed=seed + 1)
+        return ConvStep(
+            name=name, source=source, stores=stores, geometry=geometry, merges=out == 3, weight=weight, bias=bias
+        )
+
+    buffers = {
+        PICTURE: Buffer(PICTURE, 4, side, side),
+        "p.stem": Buffer("p.stem", 64, side, side),
+        "p.raw": Buffer("p.raw", 3, side, side),
+        "q.cat": Buffer("q.cat", 128, side // 2, side // 2),
+        "q.raw": Buffer("q.raw", 3, side, side),
+    }
+    picture, stem, cat = View(PICTURE, 0, 4), View("p.stem", 0, 64), View("q.cat", 0, 128)
+    both = (Store(View("q.cat", 0, 64), "leaky_relu"), Store(View("q.cat", 64, 64), "relu"))
+    wide, down, up = Geometry(7, 1, 3, reflect=True), Geometry(4, 2, 1), Geometry(4, 2, 1, True)
+    steps = (
+        conv("p.stem", picture, (Store(stem, "relu"),), 64, wide),
+        conv("p.out", stem, (Store(View("p.raw", 0, 3), "tanh"),), 3, wide),
+        conv("q.e1", picture, both, 64, down),
+        conv("q.d1", cat, (Store(View("q.raw", 0, 3), "tanh"),), 3, up),
+    )
+    steps = tuple(replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in steps)
+    return Plan(batch, side, side, buffers, steps)

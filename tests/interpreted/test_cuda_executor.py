@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from lgnet_fast.kernels import picture_conv
+from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
 from lgnet_fast.engine import cuda_executor, cuda_launches
@@ -18,7 +20,8 @@ from lgnet_fast.engine.library_executor import LibraryExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from tests.interpreted.plans import cast, small_plan, tiny_plan
+from tests import emulator
+from tests.interpreted.plans import cast, picture_plan, small_plan, tiny_plan
 from tests.interpreted.rules import normal
 from tests.support import assert_accurate
 
@@ -120,6 +123,37 @@ def test_step_times() -> None:
     assert len(executor.step_times(image, mask, rounds=1)) == len(plan.steps)
     assert torch.equal(executor.run(image, mask)[0], before)
     assert list(executor.choices) == [step.name for step in plan.steps]
+
+
+PICTURE_TILES = {
+    "p.stem": PictureTile(4, 32),
+    "p.out": PictureTile(2, 48),
+    "q.e1": PictureTile(4, 32),
+    "q.d1": PictureTile(2, 32),
+}
+
+
+@pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_first_and_last_layers_by_compiled_kernels(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Dense, and restricted in memory that starts as NaN; the compiled kernels run, on the CPU."""
+    monkeypatch.setattr(picture_conv, "Kernel", emulator.EmulatedKernel)
+    monkeypatch.setattr(emulator.EmulatedKernel, "launched", launched := [])
+    plan = picture_plan(2, 64)
+    image, mask = inputs(plan)
+    executor = CudaExecutor.of(plan, dtype, choices=PICTURE_TILES)
+    assert executor.choices == {name: tile.label for name, tile in PICTURE_TILES.items()}
+    check(plan, executor, image, mask)
+    name = str(dtype).removeprefix("torch.")
+    kernels = [f"from_{name}_7", f"to_{name}_64_48", f"from_{name}_4", f"to_{name}_128_32"]
+    assert launched == [f"lgnet_{kernel}" for kernel in kernels]
+    dense, _ = executor.run(image, mask)
+    executor.memory.arena.fill_(torch.nan)
+    restricted = CudaExecutor.restricted(plan, [Rect(3, 12, 5, 14)])
+    assert plan.cost() > 2 * restricted.cost()
+    result, _ = executor.run(image, mask, None, [step.regions for step in restricted.steps])
+    assert torch.equal(result, dense)
+    assert len(launched) == 12
 
 
 def test_threads_take_turns() -> None:

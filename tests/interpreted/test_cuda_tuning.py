@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -9,9 +10,10 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
-from lgnet_fast.kernels import conv, conv_kernels, hopper
+from lgnet_fast.kernels import compiled, conv, conv_kernels, hopper, picture_conv
 from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
 from lgnet_fast.kernels.hopper import HopperTile
+from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
 from lgnet_fast import cache
@@ -23,7 +25,8 @@ from lgnet_fast.engine.cuda_tuning import gains, tune
 from lgnet_fast.engine.cuda_tuning_convolutions import LAUNCHES, tiles
 from lgnet_fast.engine.cuda_weights import Tuned, work_of
 from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
-from tests.interpreted.plans import tiny_plan
+from tests import emulator
+from tests.interpreted.plans import picture_plan, tiny_plan
 from tests.interpreted.test_cuda_executor import cast, check, inputs
 from tests.interpreted.timers import IdleTimer
 
@@ -47,21 +50,24 @@ def short(plan: Plan) -> Plan:
 
 
 class FakeTimer(IdleTimer):
-    """Compiles nothing; a launch takes `cost` of its tile (cuDNN: None), whole runs take the values of `runs`."""
+    """Compiles nothing; a launch takes `cost` of its tile (cuDNN: None), whole runs take the values of `runs`.
+
+    compiled_us: what a launch of the compiled kernels takes.
+    """
 
     def __init__(
-        self, cost: Callable[[Tile | None], float], runs: Sequence[float] = (3.0, 2.0), hopper_us: float = 1e3
+        self, cost: Callable[[Tile | None], float], runs: Sequence[float] = (3.0, 2.0), compiled_us: float = 1e3
     ) -> None:
         super().__init__()
-        self.cost, self.runs, self.hopper_us = cost, list(runs), hopper_us
+        self.cost, self.runs, self.compiled_us = cost, list(runs), compiled_us
 
     def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
         (launch, *others) = launches
         arguments: Any = getattr(launch, "args", ())
         if len(launches) == LAUNCHES:
             assert len(others) == LAUNCHES - 1
-            if any(isinstance(a, HopperTile) for a in arguments):
-                return self.hopper_us
+            if any(compiled.as_compiled(a) is not None for a in arguments):
+                return self.compiled_us
             return self.cost(next((a for a in arguments if isinstance(a, Tile)), None))
         if len(launches) == 1:
             self.runs.append(self.runs.pop(0))
@@ -183,7 +189,7 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
     monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: None)
     monkeypatch.setattr(hopper, "CANDIDATES", (tile,))
     monkeypatch.setattr(hopper, "hopper_forward", forward)
-    timer = FakeTimer(splits_are_slow, hopper_us=1.0)
+    timer = FakeTimer(splits_are_slow, compiled_us=1.0)
     found = run(short, timer)
     chosen = {step.name: found.tiles[product_key(work_of(short, step), "ieee")] for step in short.steps
               if isinstance(step, ConvStep)}  # fmt: skip
@@ -202,6 +208,39 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
     assert ran == [tile]
     monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: "another card")
     assert not executor.choices["u.block"].startswith("hopper")
+
+
+@pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
+def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As above, for all four steps that they can compute; a wrong result rules a tile out."""
+    wrong = PictureTile(4, 48)
+
+    class Wrong(emulator.EmulatedKernel):
+        def launch(self, grid: int, addresses: Sequence[Any]) -> None:
+            if not (self.name.endswith("_64_48") and self.options["threads"] == 32 * 2 * wrong.rows):
+                super().launch(grid, addresses)
+
+    monkeypatch.setattr(picture_conv, "Kernel", Wrong)
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
+    plan = picture_plan()
+    lines: list[dict[str, Any]] = []
+    contest = cuda_tuning_convolutions.Contest(plan, torch.float16, CPU)
+    found = Found()
+    timer = FakeTimer(splits_are_slow, compiled_us=1.0)
+    cuda_tuning_convolutions.tune_convolutions(
+        contest, found, timer, lambda section, **figures: lines.append(figures), lambda: None, 1, lambda: False
+    )
+    assert [line["tile"] for line in lines if "wrong" in line] == [("picture", *wrong)]
+    assert {result.choice[0] for result in found.tiles.values()} == {"picture"}
+    again = Found.from_dict(json.loads(json.dumps(found.as_dict())))
+    assert again is not None
+    executor = CudaExecutor.of(plan, torch.float16, tuned=again.tuned())
+    labels = {name: label.split()[0] for name, label in executor.choices.items()}
+    assert labels == {step.name: "picture" for step in plan.steps}
+    assert all(row[3].startswith("picture ") for row in gains(plan, torch.float16, CPU, found))
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: "another card")
+    assert not any(label.startswith("picture") for label in executor.choices.values())
 
 
 class Group:

@@ -1,0 +1,104 @@
+"""Checks of the compiled convolutions (`hopper`, `picture_conv`): of arguments, and of results at first use."""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from lgnet_fast.ops.first_use import is_capturing
+
+from .conv import Conv
+from .launch import is_recording
+
+logger = logging.getLogger("lgnet_fast")
+
+DTYPES = (torch.float16, torch.bfloat16)
+"""What the kernels compute in."""
+
+
+def check_view(name: str, view: Tensor, dtype: torch.dtype, channels: int, multiple: int = 8) -> None:
+    """Check a feature map [B, H, W, channels]: adjacent channels, pixels evenly spaced by a multiple of elements.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if view.dtype != dtype or view.shape[3] != channels or view.stride(3) != 1:
+        raise ValueError(
+            f"{name}: expected {channels} adjacent channels of {dtype}, got {tuple(view.shape)} {view.dtype}"
+        )
+    if view.data_ptr() % (2 * multiple) or any(stride % multiple for stride in view.stride()[:3]):
+        raise ValueError(f"{name}: expected pixels at multiples of {2 * multiple} bytes, got strides {view.stride()}")
+    if view.stride(1) != view.shape[2] * view.stride(2) or view.stride(0) != view.shape[1] * view.stride(1):
+        raise ValueError(f"{name}: expected evenly spaced pixels, got strides {view.stride()} of {tuple(view.shape)}")
+
+
+def check_bias(bias: Tensor, channels: int) -> None:
+    """Check a bias [channels] in float32 at a multiple of 16 bytes.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if bias.dtype != torch.float32 or bias.shape != (channels,) or bias.data_ptr() % 16:
+        raise ValueError(f"bias: expected {channels} aligned float32, got {tuple(bias.shape)} {bias.dtype}")
+
+
+def exact_convolution(conv: Conv, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """What a step computes before its activations, [B, H, W, Cout] in float64, by PyTorch."""
+    planes = source.permute(0, 3, 1, 2).double()
+    if conv.transposed:
+        exact = F.conv_transpose2d(planes, weight.double(), bias.double(), conv.stride, conv.padding)
+    else:
+        if conv.reflect:
+            planes = F.pad(planes, [conv.padding] * 4, mode="reflect")
+        padding = 0 if conv.reflect else conv.padding
+        exact = F.conv2d(planes, weight.double(), bias.double(), conv.stride, padding)
+    return exact.permute(0, 2, 3, 1)
+
+
+class FirstUse:
+    """The check of a kernel at its first use on a GPU in a dtype.
+
+    Args:
+        title: of the kernel, for the log.
+        supported: whether GPUs of a compute capability can run it.
+        needed: which those are, in words.
+        check: runs the kernel on a device in a dtype, and returns what is wrong with its results, or None.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        supported: Callable[[tuple[int, int]], bool],
+        needed: str,
+        check: Callable[[torch.device, torch.dtype], str | None],
+    ) -> None:
+        self.title, self.supported, self.needed, self.check = title, supported, needed, check
+        self._reasons: dict[tuple[int, torch.dtype], str | None] = {}
+        self._lock = threading.Lock()
+
+    def reason_against(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the kernel is not used on a GPU in `dtype`, or None. The first call for both runs the check."""
+        if device.type != "cuda" or torch.version.hip is not None or dtype not in DTYPES:
+            return "needs an NVIDIA GPU, float16 or bfloat16"
+        if not self.supported(torch.cuda.get_device_capability(device)):
+            return f"needs {self.needed}"
+        index = torch.cuda.current_device() if device.index is None else device.index
+        with self._lock:
+            key = index, dtype
+            if key not in self._reasons:
+                if is_capturing(torch.device("cuda", index)) or is_recording():
+                    return "not checked yet, and nothing can be run now"
+                try:
+                    self._reasons[key] = self.check(torch.device("cuda", index), dtype)
+                except torch.OutOfMemoryError:
+                    raise
+                except Exception as error:  # any error of the driver rules the kernel out
+                    self._reasons[key] = f"{type(error).__name__}: {error}"
+                if self._reasons[key] is not None:
+                    logger.warning("%s is not used: %s", self.title, self._reasons[key])
+            return self._reasons[key]

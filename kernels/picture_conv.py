@@ -1,0 +1,415 @@
+"""The engine's convolutions that read the picture or end a stage, by compiled CUDA C++ kernels.
+
+The kernels (`csrc/cuda/picture_conv.cu`) compute what :func:`.conv.conv_forward` computes, in float16 and bfloat16,
+for the steps that have 4 input or 3 output channels: the first layers of the U-Nets and of NetL, and the last ones.
+Such steps suit an implicit matrix product badly. With 4 input channels most of its instructions are arithmetic on
+addresses; with 3 output channels most of its columns are idle, or, as patches of outputs, it multiplies 2.7 times as
+much. Here a tile's inputs are copied to shared memory once, and the taps of a row are columns of the product (see the
+source).
+
+They run on every NVIDIA GPU of compute capability 8.0 and newer: `picture_conv.fatbin`, beside this file, has machine
+code for 8.x, 9.0, 10.x and 12.x, and PTX for what comes later. The tuner (`lgnet_fast.engine.cuda_tuning`) measures
+:func:`candidates` beside the Triton tiles; a product uses these kernels only where they were the fastest on the GPU
+in use. The first use on a GPU compares them with PyTorch in float64 (:func:`reason_against`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from lgnet_fast.engine.geometry import Axis
+
+from .cards import SHARED_LIMITS
+from .compiled_checks import DTYPES, FirstUse, check_bias, check_view, exact_convolution
+from .configs import device_generation
+from .conv import PICTURE_CHANNELS, RAW_CHANNELS, Conv, Merge, Store
+from .cuda_driver import Kernel
+from .launch import ACTIVATIONS, device_guard, is_recording
+
+CAPABILITY = (8, 0)
+FATBIN = Path(__file__).with_name("picture_conv.fatbin")
+CHANNELS = 64
+"""Output channels of a thread block, from the picture."""
+SPAN = 32
+"""Positions of a row that a warp computes, from the picture."""
+_WARP, _FRAGMENT_BYTES, _PIXEL_BYTES, _STAGES = 32, 256, 8, 2
+_FROM = ((7, 1), (4, 2))  # kernel, stride
+_TO = {(64, 7, 1): (640, (32, 48, 64)), (128, 3, 2): (384, (32, 48))}
+"""(input channels, taps of an axis, patch) -> most threads, input columns of a tile."""
+
+
+class PictureTile(NamedTuple):
+    """A thread block's tile: `rows` of positions and `width` columns of the input (from the picture: of the output).
+
+    A position is an output pixel, or a patch of 2x2 outputs of a transposed convolution.
+    """
+
+    rows: int
+    width: int
+
+    @property
+    def label(self) -> str:
+        """As text: columns x rows."""
+        return f"picture {self.width}x{self.rows}"
+
+
+class Args(ctypes.Structure):
+    """`Args` of csrc/cuda/picture_conv.cu."""
+
+    _fields_ = [
+        *(
+            (name, ctypes.c_void_p)
+            for name in ("source", "weights", "bias", "store0", "store1", "image", "mask", "raw", "merged")
+        ),
+        *(
+            (name, ctypes.c_int32)
+            for name in (
+                "in_h", "in_w", "out_h", "out_w", "top", "bottom", "left", "right",
+                "rows_top", "rows_left", "tiles_x", "tiles_y", "origin", "n_blocks",
+                "stride_x", "stride_0", "stride_1", "activation_0", "activation_1", "reflect", "planar",
+            )
+        ),
+    ]  # fmt: skip
+
+
+class _Form(NamedTuple):
+    """A step as the kernels see it.
+
+    axis: patches of outputs, if any, are side by side as `values`. parts: warps that share a row. products: columns
+    of 8 of a warp's product.
+    """
+
+    axis: Axis
+    to_picture: bool
+    parts: int
+    products: int
+
+    @property
+    def taps(self) -> int:
+        return self.axis.taps[0]
+
+
+def _form(conv: Conv) -> _Form | None:
+    """None where the kernels cannot compute the step."""
+    if conv.merges:
+        axis = conv.geometry.axis(2 if conv.transposed else 1)
+        supported = (conv.in_channels, axis.taps[0], axis.patch) in _TO and axis.in_step == 1
+        columns = axis.taps[0] * axis.patch**2 * RAW_CHANNELS
+        form = _Form(axis, True, conv.in_channels // (16 * _STAGES), -(-columns // 8))
+        return form if supported and conv.out_channels == RAW_CHANNELS else None
+    if conv.transposed or (conv.kernel, conv.stride) not in _FROM:
+        return None
+    if conv.in_channels != PICTURE_CHANNELS or conv.out_channels % CHANNELS:
+        return None
+    return _Form(conv.geometry.axis(), False, 1, CHANNELS // 8)
+
+
+def unsupported(conv: Conv) -> str | None:
+    """Why the kernels cannot compute a step, or None."""
+    if _form(conv) is not None:
+        return None
+    return f"{conv.in_channels} to {conv.out_channels} channels with {conv.kernel}x{conv.kernel} taps"
+
+
+def _fragments(matrix: Tensor) -> Tensor:
+    """Matrices [..., 16, 8] in the order of a warp's registers, [..., lane, register, half]."""
+    parts = matrix.reshape(*matrix.shape[:-2], 2, 4, 2, 8)  # a lane's register and half, lane % 4; lane / 4
+    *rest, register, quad, half, group = range(parts.dim())
+    return parts.permute(*rest, group, quad, register, half).reshape(*matrix.shape[:-2], 32, 2, 2)
+
+
+def pack(conv: Conv, weight: Tensor) -> Tensor:
+    """Weights [out, in, k, k] (transposed: [in, out, k, k]) in the order in which the kernels read them, flat.
+
+    To the picture: [16 input channels, row of taps, 8 columns, lane, register, half], where the columns are (tap of
+    the row, y and x in the patch, channel). From the picture: [64 outputs, row of taps, 4 taps, 8 columns, lane,
+    register, half], where column 2q + j of the columns 4p + c is output 32 p + 8 q + 2 c + j.
+
+    Raises:
+        ValueError: the kernels cannot compute the step.
+    """
+    if (form := _form(conv)) is None:
+        raise ValueError(f"conv: {unsupported(conv)}")
+    taps_first = weight.permute((2, 3, 0, 1) if conv.transposed else (2, 3, 1, 0))
+    if not form.to_picture:
+        size, steps = conv.kernel, -(-conv.kernel // 4)
+        padded = weight.new_zeros(size, 4 * steps, PICTURE_CHANNELS, conv.out_channels)
+        padded[:, :size] = taps_first
+        outputs = padded.reshape(size, steps, 16, -1, 2, 4, 4, 2)  # 64 outputs, p, q, c, j
+        return _fragments(outputs.permute(3, 0, 1, 4, 6, 2, 5, 7).reshape(-1, size, steps, 8, 16, 8)).flatten()
+    axis, patch, taps = form.axis, form.axis.patch, form.taps
+    rows = weight.new_zeros(taps, conv.in_channels, taps, patch, patch, RAW_CHANNELS)
+    for y in range(taps):
+        for x in range(taps):
+            for shift_y in range(patch):
+                for shift_x in range(patch):
+                    tap_y = conv.kernel_tap(shift_y, axis.origins[0] + y)
+                    tap_x = conv.kernel_tap(shift_x, axis.origins[0] + x)
+                    if tap_y is not None and tap_x is not None:
+                        rows[y, :, x, shift_y, shift_x] = taps_first[tap_y, tap_x]
+    columns = rows.reshape(taps, conv.in_channels, -1)
+    padded = weight.new_zeros(taps, conv.in_channels, 8 * form.products)
+    padded[..., : columns.shape[-1]] = columns
+    blocks = padded.reshape(taps, conv.in_channels // 16, 16, form.products, 8)
+    return _fragments(blocks.permute(1, 0, 3, 2, 4)).flatten()
+
+
+class Launch(NamedTuple):
+    """Parameters of one launch, without addresses; `macs` and `read_bytes` of a block say what it takes."""
+
+    args: Args
+    kernel: str
+    """Its name, with {} for the dtype."""
+    grid: int
+    threads: int
+    shared_bytes: int
+    macs: int
+    read_bytes: int
+
+
+def describe_launch(
+    conv: Conv,
+    batch: int,
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    rect: tuple[int, int, int, int],
+    tile: PictureTile,
+) -> Launch:
+    """A launch for outputs `rect` = (top, bottom, left, right).
+
+    Raises:
+        ValueError: the kernels cannot compute the step, or have no such tile.
+    """
+    form = _form(conv)
+    if form is None:
+        raise ValueError(f"conv: {unsupported(conv)}")
+    axis = form.axis
+    threads = _WARP * tile.rows * form.parts
+    if form.to_picture:
+        most, widths = _TO[conv.in_channels, form.taps, axis.patch]
+        columns = tile.width - form.taps + 1
+        steps = conv.in_channels // 16  # products of a warp along the depth, for a row of taps
+        read = (tile.rows + form.taps - 1) * tile.width * 2 * conv.in_channels
+        sums = form.parts * tile.rows * form.taps * axis.patch**2 * RAW_CHANNELS * (tile.width + 4)
+        kernel = f"lgnet_to_{{}}_{conv.in_channels}_{tile.width}"
+    else:
+        most, widths, columns = 512, (SPAN,), SPAN
+        steps = -(-conv.kernel // 4)
+        patch_rows, pitch = (tile.rows - 1) * conv.stride + conv.kernel, (SPAN - 1) * conv.stride + 4 * steps
+        read, sums = patch_rows * pitch * _PIXEL_BYTES, 0
+        kernel = f"lgnet_from_{{}}_{conv.kernel}"
+    fragments = form.taps * steps * form.products
+    read += fragments * _FRAGMENT_BYTES
+    if tile.width not in widths or not 0 < threads <= most:
+        raise ValueError(f"tile: expected widths of {widths} and at most {most} threads, got {tile}")
+    step = axis.out_step
+    top, bottom, left, right = rect
+    tiles_y = -(-(-(-bottom // step) - top // step) // tile.rows)
+    tiles_x = -(-(-(-right // step) - left // step) // columns)
+    n_blocks = 1 if form.to_picture else conv.out_channels // CHANNELS
+    args = Args(
+        in_h=in_size[0], in_w=in_size[1], out_h=out_size[0], out_w=out_size[1],
+        top=top, bottom=bottom, left=left, right=right, rows_top=top // step, rows_left=left // step,
+        tiles_x=tiles_x, tiles_y=tiles_y, origin=axis.origins[0], n_blocks=n_blocks, reflect=conv.reflect,
+    )  # fmt: skip
+    return Launch(
+        args,
+        kernel,
+        grid=batch * tiles_y * tiles_x * n_blocks,
+        threads=threads,
+        shared_bytes=max(read, 4 * sums),  # the sums replace what was read
+        macs=tile.rows * tile.width * fragments * 16 * 8,
+        read_bytes=read,
+    )
+
+
+def picture_forward(
+    conv: Conv,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stores: tuple[Store, ...],
+    tile: PictureTile,
+    *,
+    size: tuple[int, int],
+    rect: tuple[int, int, int, int] | None = None,
+    merge: Merge | None = None,
+    overlap: bool = False,
+) -> None:
+    """One step, with the arguments of :func:`.conv.conv_forward`, on the current stream of the source's GPU.
+
+    Args:
+        weight: :func:`pack`, in the dtype of `source`.
+
+    Raises:
+        ValueError: an argument is not what the kernels need.
+        RuntimeError: the driver rejects the kernel.
+    """
+    if is_recording():  # nothing to compile
+        return
+    batch, in_h, in_w, _ = source.shape
+    rect = (0, size[0], 0, size[1]) if rect is None else rect
+    launch = describe_launch(conv, batch, (in_h, in_w), size, rect, tile)
+    _check_operands(conv, source, weight, bias, stores, merge, size)
+    args, dtype = launch.args, source.dtype
+    args.source, args.weights, args.bias = source.data_ptr(), weight.data_ptr(), bias.data_ptr()
+    args.stride_x = source.stride(2)
+    for number, store in enumerate(stores):
+        setattr(args, f"store{number}", store.view.data_ptr())
+        setattr(args, f"stride_{number}", store.view.stride(2))
+        setattr(args, f"activation_{number}", ACTIVATIONS[store.activation])
+    if merge is not None:
+        args.image, args.mask, args.raw, args.merged = (t.data_ptr() for t in merge[:4])
+        args.planar = merge.last
+    if launch.grid == 0:
+        return
+    with device_guard(source):
+        kernel = Kernel(
+            FATBIN,
+            launch.kernel.format(str(dtype).removeprefix("torch.")),
+            threads=launch.threads,
+            shared_bytes=launch.shared_bytes,
+            overlap=overlap,
+        )
+        kernel.launch(launch.grid, [ctypes.c_void_p(ctypes.addressof(args))])
+
+
+def _check_operands(
+    conv: Conv,
+    source: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    stores: tuple[Store, ...],
+    merge: Merge | None,
+    size: tuple[int, int],
+) -> None:
+    dtype = source.dtype
+    if dtype not in DTYPES:
+        raise ValueError(f"source: expected float16 or bfloat16, got {dtype}")
+    check_view("source", source, dtype, conv.in_channels, 8 if conv.merges else 4)
+    if weight.dtype != dtype or weight.dim() != 1 or not weight.is_contiguous() or weight.data_ptr() % 16:
+        raise ValueError(f"weight: expected pack(conv, weight) in {dtype}, got {tuple(weight.shape)} {weight.dtype}")
+    check_bias(bias, conv.out_channels)
+    for store in stores:
+        check_view("stores", store.view, dtype, conv.out_channels)
+    if conv.merges != (merge is not None) or conv.merges == bool(stores):
+        raise ValueError("merge: expected for a step that ends a stage, and stores for any other")
+    if merge is None:
+        return
+    batch = source.shape[0]
+    shapes = {"image": (batch, 3, *size), "mask": (batch, 1, *size), "raw": (batch, 3, *size)}
+    shapes["merged"] = shapes["image"] if merge.last else (batch, *size, PICTURE_CHANNELS)
+    for name, shape in shapes.items():
+        tensor = getattr(merge, name)
+        expected = dtype if name == "merged" and not merge.last else torch.float32
+        if tuple(tensor.shape) != shape or tensor.dtype != expected or not tensor.is_contiguous():
+            raise ValueError(
+                f"merge.{name}: expected {shape} {expected}, contiguous, got {tuple(tensor.shape)} {tensor.dtype}"
+            )
+
+
+# -- use ----------------------------------------------------------------------------------------------------------
+
+
+def tiles(conv: Conv) -> list[PictureTile]:
+    """Every tile worth measuring for a step, whatever its size."""
+    form = _form(conv)
+    if form is None:
+        return []
+    if not form.to_picture:
+        return [PictureTile(rows, SPAN) for rows in (4, 8, 16)]
+    most, widths = _TO[conv.in_channels, form.taps, form.axis.patch]
+    rows = [n for n in (1, 2, 3, 4, 5, 6, 8, 10) if _WARP * n * form.parts <= most]
+    return [PictureTile(n, width) for width in widths for n in rows if n * form.parts >= 4]  # a warp a scheduler
+
+
+def candidates(conv: Conv, dtype: torch.dtype, device: torch.device) -> list[PictureTile]:
+    """Tiles worth measuring for a step; none where the kernels cannot compute it or may not be used on `device`."""
+    if unsupported(conv) is not None or reason_against(device, dtype) is not None:
+        return []
+    limit = SHARED_LIMITS[device_generation(device)[0]]
+    return [tile for tile in tiles(conv) if _shared_bytes(conv, tile) <= limit]
+
+
+def _shared_bytes(conv: Conv, tile: PictureTile) -> int:
+    return describe_launch(conv, 1, (64, 64), (64, 64), (0, 0, 0, 0), tile).shared_bytes
+
+
+def usable(tile: PictureTile, conv: Conv, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a tile that was measured for a product can compute another step with that product."""
+    return tile in tiles(conv) and reason_against(device, dtype) is None
+
+
+def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels are not used on a GPU in `dtype`, or None. The first call per GPU runs and checks them."""
+    return _first_use.reason_against(device, dtype)
+
+
+_CHECKED = (
+    Conv(4, 64, 7, 1, 3, False, True, False),
+    Conv(4, 64, 4, 2, 1, False, False, False),
+    Conv(64, 3, 7, 1, 3, False, True, True),
+    Conv(128, 3, 4, 2, 1, True, False, True),
+)
+
+
+def _check(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Compare every kind of step with PyTorch in float64, for every tile that fits the GPU."""
+    limit = SHARED_LIMITS[device_generation(device)[0]]
+    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+        generator = torch.Generator("cpu").manual_seed(9)
+        for conv in _CHECKED:
+            for tile in tiles(conv):
+                if _shared_bytes(conv, tile) > limit:
+                    continue
+                error = _error(conv, tile, (2, 22, 70), dtype, device, generator)
+                if not error < (1e-4 if conv.merges else 8 * torch.finfo(dtype).eps):  # pictures are float32
+                    return f"relative error {error:.1e} in {conv} with {tile}"
+    return None
+
+
+def _error(
+    conv: Conv,
+    tile: PictureTile,
+    shape: tuple[int, int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+    generator: torch.Generator,
+) -> float:
+    """RMS of the error against float64, relative to the RMS of the result, for a step on noise."""
+
+    def noise(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
+
+    batch, height, width = shape
+    x = noise(batch, height, width, conv.in_channels)
+    first, second = (conv.in_channels, conv.out_channels)[:: 1 if conv.transposed else -1]
+    weight = noise(first, second, conv.kernel, conv.kernel) / (conv.in_channels * conv.kernel**2) ** 0.5
+    bias = noise(conv.out_channels).float()
+    exact = exact_convolution(conv, x, weight, bias)
+    size = exact.shape[1], exact.shape[2]
+    operands = conv, x, pack(conv, weight).contiguous(), bias
+    if not conv.merges:
+        out = torch.full(exact.shape, float("nan"), dtype=dtype, device=device)
+        picture_forward(*operands, (Store(out, "relu"),), tile, size=size)
+        exact = exact.relu()
+        return float((out.double() - exact).norm() / exact.norm())
+    image, mask = noise(batch, 3, *size).float(), noise(batch, 1, *size).float()
+    raw, merged = torch.full_like(image, float("nan")), torch.full_like(image, float("nan"))
+    picture_forward(*operands, (), tile, size=size, merge=Merge(image, mask, raw, merged, True))
+    exact = exact.permute(0, 3, 1, 2).tanh()
+    exact = torch.cat((exact, image * (1 - mask.double()) + exact * mask), 1)
+    return float((torch.cat((raw, merged), 1).double() - exact).norm() / exact.norm())
+
+
+_first_use = FirstUse(
+    "the convolutions from and to the picture",
+    lambda capability: capability >= CAPABILITY,
+    "compute capability 8.0 or newer",
+    lambda device, dtype: _check(device, dtype),
+)
