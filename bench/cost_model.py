@@ -27,9 +27,10 @@ from typing import Any
 import torch
 
 KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}
-WARP_RATE = 0.6
-"""Share of Hopper's matrix rate that products of single warps reach (Luo et al., "Benchmarking and Dissecting the
-Nvidia Hopper GPU Architecture via Microbenchmarking", 2024: 0.63 of wgmma's)."""
+WARP_RATES = {"sm_90": 0.6, "sm_100": 0.3}
+"""Share of the matrix rate that products of single warps reach where the hardware has wider ones. Hopper: Luo et al.,
+"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024 (0.63 of wgmma's);
+Blackwell: assumed."""
 RESULTS = Path(__file__).resolve().parent / "results"
 ROW = (
     "{:<20} {:>11} {:>11} {:>3} {:>6} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:<9} {:>6} {:>8} {:<16} {:>8}"
@@ -88,7 +89,7 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
 
 
 def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | None:
-    """The least cost of a step by `kernels/picture_conv.py`, the tile, the number of blocks; None: it cannot run it."""
+    """The least cost of a step by `kernels/picture_conv.py`, its tile, the number of blocks; None: unsupported."""
     from lgnet_fast.kernels import conv_configs, picture_conv
 
     from lgnet_fast.engine.cuda_weights import conv_of
@@ -97,7 +98,7 @@ def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | Non
     if len(step.regions) != 1 or picture_conv.unsupported(conv) is not None:
         return None
     (region,) = step.regions
-    rate = WARP_RATE * card.macs / card.num_sms
+    rate = WARP_RATES.get(card.generation, 0.8) * card.macs / card.num_sms
     stored = 2 * plan.batch * region.area * sum(s.view.channels for s in step.stores)
     share = conv_configs._INGRESS_ALONE * card.l2 / card.num_sms
     found = []
