@@ -66,7 +66,6 @@ from .launch import (
     ACTIVATIONS,
     MAX_GRID,
     device_guard,
-    device_reason,
     dot_precision,
     is_interpreted,
     launch,
@@ -176,22 +175,6 @@ class Merge(NamedTuple):
     raw: Tensor
     merged: Tensor
     last: bool
-
-
-def can_run_conv(conv: Conv, source: Tensor) -> str | None:
-    """Why the kernels cannot run this step on `source` [B, H, W, C], or None."""
-    reason = device_reason(source, CAPABILITY)
-    if reason is not None:
-        return reason
-    if conv.transposed and conv.stride != 2:
-        return f"a transposed convolution of stride {conv.stride} (2 is supported)"
-    if conv.merges and conv.out_channels != RAW_CHANNELS:
-        return f"{conv.out_channels} channels at the end of a stage ({RAW_CHANNELS} are needed)"
-    if source.shape[0] * source.shape[1] * source.shape[2] * 4 > MAX_GRID:
-        return f"{tuple(source.shape[:3])} pixels (more than one grid holds)"
-    if source.stride(3) != 1 and source.shape[3] > 1:
-        return "features whose channels are not adjacent"
-    return None
 
 
 def can_overlap(device: torch.device) -> str | None:

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from lgnet_fast.kernels import conv_kernels
-from lgnet_fast.kernels.conv import Conv, Merge, Store, can_run_conv, conv_forward, paint_forward
+from lgnet_fast.kernels.conv import Conv, Merge, Store, conv_forward, paint_forward
 from lgnet_fast.kernels.conv_configs import Tile
 from lgnet_fast.kernels.conv_kernels import divisor
 from torch import Tensor
@@ -155,7 +155,6 @@ KINDS = ("conv4s2", "conv3_reflect", "deconv4s2", "deconv3s2", "conv5_merges", "
 )
 def test_conv(name: str, dtype: torch.dtype) -> None:
     conv = CONVS[name]
-    assert can_run_conv(conv, torch.empty(2, 12, 16, conv.in_channels, dtype=dtype)) is None
     check(conv, (2, 8, 10), dtype)
 
 
@@ -251,19 +250,6 @@ def test_paint(painted: bool) -> None:
     expected = torch.cat((image * (1 - mask) + paint * mask, mask), dim=1)
     assert_accurate("picture", picture.permute(0, 3, 1, 2), expected, roundings=16)
     assert torch.equal(merged, image)
-
-
-@pytest.mark.parametrize(
-    ("reason", "conv", "source"),
-    [
-        ("dtype", CONVS["conv4s2"], torch.empty(1, 4, 4, 24, dtype=torch.float64)),
-        ("stride 3", CONVS["deconv4s2"]._replace(stride=3), torch.empty(1, 4, 4, 32)),
-        ("4 channels at the end", CONVS["conv5_merges"]._replace(out_channels=4), torch.empty(1, 8, 8, 16)),
-        ("not adjacent", CONVS["conv4s2"], torch.empty(1, 24, 4, 4).permute(0, 2, 3, 1)),
-    ],
-)
-def test_refusals(reason: str, conv: Conv, source: Tensor) -> None:
-    assert reason in (can_run_conv(conv, source) or "")
 
 
 @triton.jit
