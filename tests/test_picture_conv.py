@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
+import multiprocessing
 import re
 import shutil
+import signal
 import subprocess
 from pathlib import Path
 
@@ -28,6 +31,7 @@ from lgnet_fast.kernels.picture_conv import PictureTile
 
 from tests import emulator
 from tests.compiled_kernels import build, disassembler, integers
+from tests.emulator.guarded import guarded
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "picture_conv.cu"
 STEM = Conv(4, 64, 7, 1, 3, False, True, False)
@@ -251,6 +255,41 @@ def test_emulator_finds_races(kernel, tmp_path, monkeypatch, conv, after):
 
     with pytest.raises((AssertionError, RuntimeError)):
         check_all()
+
+
+def _run_between_forbidden_pages(convs, size):
+    """Steps in a process of its own, which an access outside the operands ends. size: claimed of sources of 12x44."""
+    picture_conv.Kernel = emulator.EmulatedKernel
+    describe = picture_conv.describe_launch
+    picture_conv.describe_launch = lambda conv, batch, _, *rest: describe(conv, batch, size, *rest)
+    for conv, rect, at_end in itertools.product(convs, (None, (1, 6, 3, 20)), (False, True)):
+        emulator.EmulatedKernel.seed = int(at_end)  # copies late and early
+        source, weight, bias, exact = (guarded(tensor, at_end) for tensor in operands(conv, 2, (12, 44)))
+        merge, stores = None, ()
+        if conv.merges:
+            image, mask, merged = (torch.zeros(2, n, *exact.shape[1:3]) for n in (3, 1, 4))
+            merged = merged.permute(0, 2, 3, 1).contiguous().half()
+            merge = Merge(*(guarded(tensor, at_end) for tensor in (image, mask, image, merged)), False)
+        else:
+            stores = tuple(Store(guarded(exact.half(), at_end), name) for name in ("none", "relu"))
+        tile = {**FROM, **TO}[conv]
+        where = {"size": tuple(exact.shape[1:3]), "rect": rect, "merge": merge}
+        picture_conv.picture_forward(conv, source, weight, bias, stores, tile, **where)
+
+
+@emulated
+@pytest.mark.parametrize("convs", [(STEM, E1), (OUT, D1)], ids=["from", "to"])
+def test_nothing_outside_the_operands_is_touched(convs):
+    context = multiprocessing.get_context("spawn")
+
+    def exit_code(size):
+        process = context.Process(target=_run_between_forbidden_pages, args=(convs, size))
+        process.start()
+        process.join()
+        return process.exitcode
+
+    assert exit_code((12, 44)) == 0
+    assert exit_code((13, 44)) == -signal.SIGSEGV  # a row that is not there
 
 
 # -- the launcher -------------------------------------------------------------------------------------------------

@@ -143,7 +143,7 @@ class CudaWeights:
             if step.name in by_library or _prefers_cudnn(plan, step, chosen, tuned, target):
                 plain = moved(step.weight).contiguous(memory_format=torch.channels_last)
             conv, weight = conv_of(step), step.weight.detach()
-            bias = step.bias.detach().to(device, torch.float32)
+            bias = step.bias.detach().to(device, torch.float32, copy=True)  # the model's may be at any address
             in_order = dtype in DTYPES and unsupported(conv) is None
             fragments = moved(picture_pack(conv, weight)) if in_order else None
             return StepWeights(moved(conv.pack(weight)), bias, plain, fragments)
