@@ -35,7 +35,7 @@ def _starts_the_command_line() -> bool:
     program = sys.argv[0] if getattr(sys, "argv", None) else ""
     if program == "-m":  # until Python has found the module
         return ("-m", __name__) in zip(sys.orig_argv, sys.orig_argv[1:])
-    return os.path.splitext(os.path.basename(program))[0] == "lgnet-fast" and program in sys.orig_argv
+    return os.path.basename(program) in ("lgnet-fast", "lgnet-fast.exe") and program in sys.orig_argv
 
 
 # The command line registers the operators when a command runs (cli/application.py): --help does not wait for PyTorch,

@@ -164,6 +164,22 @@ def test_skip_existing_resumes(fake, tmp_path):
     assert (out / "a.png").read_bytes() == (out / "b.png").read_bytes()
 
 
+def test_resume_says_that_a_run_without_it_kept_no_journal(fake, tmp_path):
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / "in" / name, noise(40, 60))
+    run = ("-i", tmp_path / "in", "-m", _mask(tmp_path / "m.png"), "-o", tmp_path / "out")
+    assert "warning" not in _run(*run).stderr
+    told = _run(*run, "--resume").stderr
+    assert "warning: --resume: no run with --resume and these settings was here before" in told
+    assert "2 filled, 0 skipped" in told
+    again = _run(*run, "--resume").stderr
+    assert "warning" not in again
+    assert "2 filled (2 by an earlier run)" in again
+    assert len(fake.seen) == 4
+    other = ("-i", tmp_path / "in", "-m", tmp_path / "m.png", "-o", tmp_path / "other")
+    assert "warning" not in _run(*other, "--resume").stderr
+
+
 def test_report(fake, tmp_path):
     picture, mask = write_picture(tmp_path / "a.png", noise(40, 60)), _mask(tmp_path / "m.png")
     empty = _mask(tmp_path / "empty.png", HOLE & False)

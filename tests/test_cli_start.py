@@ -49,8 +49,14 @@ def test_help_does_not_wait_for_pytorch(tmp_path):
 def test_every_other_program_gets_the_operators(tmp_path):
     script = tmp_path / "main.py"
     script.write_text("import lgnet_fast, torch\ntorch.ops.lgnet.merge\nprint('fine')")
-    (tmp_path / "module.py").write_text(script.read_text())
-    for arguments in (["main.py"], ["-m", "module", "-m", "lgnet_fast"], ["-c", script.read_text(), "lgnet-fast"]):
+    for name in ("module.py", "lgnet-fast.py"):
+        (tmp_path / name).write_text(script.read_text())
+    for arguments in (
+        ["main.py"],
+        ["lgnet-fast.py"],
+        ["-m", "module", "-m", "lgnet_fast"],
+        ["-c", script.read_text(), "lgnet-fast"],
+    ):
         ended = subprocess.run(
             [sys.executable, *arguments], cwd=tmp_path, capture_output=True, text=True, check=False
         )

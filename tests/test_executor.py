@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lgnet_fast import LGNetError, create_model
+from lgnet_fast import LGNetError, OutOfMemoryError, create_model
 from lgnet_fast.engine import engine as engines
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.engine import Engine
@@ -253,6 +253,18 @@ def test_buffers_of_shapes_are_bounded_by_what_the_device_has_left(monkeypatch: 
     run(engine, 11)  # more than the half, which is still possible
     assert kept(engine) == [11]
     assert Buffered.used() == 11 * CELL
+    del engine, model
+
+
+def test_more_than_the_free_memory_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Linux would grant it, and end the process when it is used; what other shapes keep would be freed."""
+    small_device(monkeypatch, 20)
+    engine, _, model = engine_of(Buffered)
+    run(engine, 8)
+    run(engine, 20)
+    assert kept(engine) == [20]
+    with pytest.raises(OutOfMemoryError, match=r"^image: its buffers take \d+\.\d GiB, \d+\.\d GiB are free; pass"):
+        run(engine, 21)
     del engine, model
 
 

@@ -61,6 +61,7 @@ def test_too_little_memory_for_tuning_is_no_obstacle(
 
     monkeypatch.setattr(cuda_tuning, "tune", full)
     monkeypatch.setattr(engine_module, "fast_executor_reason", lambda *args: None)
+    monkeypatch.setattr(engine_module, "resolve_device", torch.device)
     monkeypatch.setattr(engine_module, "verified", lambda model, *args: (ModelExecutor(model, *args[1:]), None))
     optimize(narrow("C+G_att"), device="meta", dtype="float16", tune=1)
     (warning,) = caplog.messages

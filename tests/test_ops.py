@@ -280,6 +280,16 @@ def test_second_derivative_is_refused():
         gradient.sum().backward()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_second_derivative_by_the_eager_backend(variant):
+    """As the error and the docs advise."""
+    features = torch.rand(1, 4, 3, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        assert torch.autograd.gradgradcheck(
+            lambda f: torch.ops.lgnet.cosine_attention(f, variant, backend="eager"), features.requires_grad_()
+        )
+
+
 # -- the operators as PyTorch sees them --------------------------------------------------------------------------
 
 

@@ -60,7 +60,7 @@ class _Builder:
         self.batch, self.height, self.width = batch, height, width
         self.buffers: dict[str, Buffer] = {}
         self.steps: list[Step] = []
-        self.folded: dict[nn.Module, _Folded] = {}
+        self.folded: dict[tuple[nn.Module, nn.Module | None], _Folded] = {}
         self.buffer(PICTURE, 4, 1)
 
     def buffer(self, name: str, channels: int, reduction: int) -> View:
@@ -69,10 +69,10 @@ class _Builder:
         return View(name, 0, channels)
 
     def fold(self, name: str, conv: nn.Module, norm: nn.BatchNorm2d | None) -> _Folded:
-        """The weights of a step; an earlier step with the same module shares them."""
-        if conv not in self.folded:
-            self.folded[conv] = _Folded(name, *fold(conv, norm))
-        return self.folded[conv]
+        """The weights of a step; an earlier step with the same modules shares them."""
+        if (conv, norm) not in self.folded:
+            self.folded[conv, norm] = _Folded(name, *fold(conv, norm))
+        return self.folded[conv, norm]
 
     def add(self, step: Step) -> None:
         everywhere = self.buffers[step.stores[0].view.buffer].everywhere

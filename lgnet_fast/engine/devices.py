@@ -24,6 +24,8 @@ def resolve_device(device: str | torch.device) -> torch.device:
         raise BackendError(f"device: expected 'auto', 'cpu', 'cuda', 'cuda:0' or the like, got {device!r}") from cause
     if resolved.type == "cpu":
         return torch.device("cpu")  # what tensors on "cpu:1" report
+    if resolved.type == "meta":
+        raise BackendError("device: expected one that computes, got 'meta'")
     if resolved.type == "cuda":
         if torch.version.cuda is None and torch.version.hip is None:
             raise BackendError(f"device: {device} is not available: this PyTorch was built without CUDA")

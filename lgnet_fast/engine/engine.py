@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import math
 import operator
 import os
 import weakref
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import forks
-from ..errors import LGNetError
+from ..errors import LGNetError, OutOfMemoryError
 from ..ops.first_use import is_capturing
 from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
@@ -38,6 +39,7 @@ from .recent import Recent
 from .regions import Rect
 from .room import available_memory, is_out_of_memory
 from .saved import read_engine, write_engine
+from .structure import plain_stages, reason_against_engine, reason_against_plan, refresh_weights
 from .verified import verified
 
 if TYPE_CHECKING:
@@ -307,11 +309,20 @@ class Engine:
         return shape
 
     def _make_room(self, needed: int) -> None:
-        """Drop the least recently used shapes whose buffers, with `needed` bytes more, exceed :data:`KEPT_SHARE`."""
+        """Drop the least recently used shapes whose buffers, with `needed` bytes more, exceed :data:`KEPT_SHARE`.
+
+        Raises OutOfMemoryError: on a CPU, `needed` exceeds the free memory.
+        """
         room = None if needed == 0 or is_capturing(self.device) else available_memory(self.device)
         if room is None:
             return
         kept = sum(shape.executor.buffer_bytes for shape in self._shapes.values())
+        if self.device.type == "cpu" and needed > room + kept:
+            # Linux grants memory that it does not have, and ends the process when the memory is used.
+            raise OutOfMemoryError(
+                f"image: its buffers take {needed / 2**30:.1f} GiB, {(room + kept) / 2**30:.1f} GiB are free; pass "
+                "fewer or smaller pictures at once"
+            )
         most = KEPT_SHARE * (room + kept)
         for shape in self._shapes.values():
             if kept + needed <= most:
@@ -358,17 +369,24 @@ class Engine:
         at this machine's peak rates as a share of the measured time (Winograd can exceed 100 %).
 
         Args:
-            holes: describe the run restricted to these rectangles; None: the dense run.
+            holes: describe the run restricted to these rectangles, as for a call; None: the dense run.
             rounds: number of timed runs; the least times are shown.
         """
-        return describe(self._first.executor, self.plan if holes is None else self._first.restricted(holes), rounds)
+        plan = self.plan
+        if holes is not None:
+            hole = torch.empty(plan.batch, 1, plan.height, plan.width, device="meta")  # without values to cover
+            plan = self._first.restricted(check_holes(holes, hole))
+        return describe(self._first.executor, plan, rounds)
 
     def save(self, directory: str | os.PathLike[str]) -> None:
         """Write the plan and the packed weights, for :func:`load_engine` on this kind of machine.
 
         Raises:
+            TypeError: `directory` is no path.
             LGNetError: the engine is of an X_LG, whose first stage is not in the plan, or not of the CPU executor.
         """
+        if not isinstance(directory, (str, os.PathLike)):
+            raise TypeError(f"directory: expected a path, got {directory!r}")
         state = None if self._config is None else self._first.executor.state()
         if self._config is None or state is None:
             raise LGNetError("save: expected an engine of an LGNet on the C++ executor")
@@ -393,7 +411,8 @@ def optimize(
     faster (six seconds at most) and keeps the answer (:mod:`.cpu_path`).
 
     Args:
-        model: any LGNet or X_LG; used in evaluation mode, left untouched.
+        model: any LGNet or X_LG; used in evaluation mode, left untouched. One whose layers were changed (hooks, other
+            activations, convolutions of other classes) runs in plain PyTorch, with a WARNING.
         size: (height, width) to prepare for, multiples of 256; other shapes are planned at their first call.
         batch_size: to prepare for.
         device: "auto" (a GPU if there is one), or a name that torch knows.
@@ -419,18 +438,33 @@ def optimize(
         raise TypeError(f"size: expected two integers (height, width), got {size!r}") from None
     if min(height, width) < 1 or height % 2**LEVELS or width % 2**LEVELS:
         raise ValueError(f"size: expected positive multiples of {2**LEVELS}, got {(height, width)}")
-    if not isinstance(batch_size, int) or batch_size < 1:
+    try:
+        batch = operator.index(batch_size)
+    except TypeError:
+        batch = 0
+    if isinstance(batch_size, bool) or batch < 1:
         raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
     if not isinstance(hole_aware, bool):
         raise TypeError(f"hole_aware: expected a bool, got {type(hole_aware).__name__}")
-    if not isinstance(tune, (bool, int, float)) or tune < 0:
+    if not isinstance(tune, (bool, int, float)) or not 0 <= tune < math.inf:
         raise ValueError(f"tune: expected a bool or a number of seconds, got {tune!r}")
     target = resolve_device(device)
     computed = resolve_dtype(dtype, target)
+    if (reason := reason_against_engine(model)) is not None:
+        raise TypeError(f"model: expected an LGNet or a LocalGlobalRefinement as they are, but {reason}")
+    if any(tensor.is_meta for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError("model: expected weights with values, got a model on the meta device")
     # The tensors of an engine must also work outside inference mode.
     with torch.inference_mode(False), torch.no_grad(), without_autocast(target):
-        plan = build_plan(plan_stages(model), batch_size, height, width)
-        executor = _executor(model, plan, target, computed, SECONDS if tune is True else float(tune))
+        executor: Executor
+        if (reason := reason_against_plan(model)) is not None:
+            logger.warning("the model runs in plain PyTorch: %s", reason)
+            plan = build_plan(plain_stages(model), batch, height, width)
+            executor = ModelExecutor(model, target, computed)
+        else:
+            refresh_weights(model)
+            plan = build_plan(plan_stages(model), batch, height, width)
+            executor = _executor(model, plan, target, computed, SECONDS if tune is True else float(tune))
     return Engine(model, plan.without_weights(), executor, target, hole_aware)
 
 

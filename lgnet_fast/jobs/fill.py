@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -79,6 +80,23 @@ class _Run:
         self.processes: dict[str, Any] | None = None
         # File names are printed without markup: rich would interpret [brackets] in them, and wrap long ones.
         self.console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
+        if options.resume and self.world.rank == 0:
+            self._warn_without_earlier()
+
+    def _warn_without_earlier(self) -> None:
+        """Say that --resume finds results but no journal: the run that made them kept none."""
+        if self.journal is None or self.journal.has_earlier:
+            return
+        if any(file.exists() for file in self._files()):
+            self.console.print(
+                "warning: --resume: no run with --resume and these settings was here before, so pictures that are "
+                "there are filled again; --skip-existing leaves them"
+            )
+
+    def _files(self) -> list[Path]:
+        """The results that are files."""
+        outputs = [item.output for item in self.items if item.problem is None]
+        return [output for output in outputs if output != STANDARD_STREAM and not is_stream(output)]
 
     def _open_report(self) -> ReportFile | None:
         path = self.options.report
@@ -99,9 +117,7 @@ class _Run:
         """Fill the items of this process until a signal arrives."""
         options, world = self.options, self.world
         if world.rank == 0:
-            files = [item.output for item in self.items if item.problem is None and not is_stream(item.output)]
-            own = (file.parent for file in files if file != STANDARD_STREAM)
-            remove_leftovers(own, age=0 if world.size == 1 else 600)
+            remove_leftovers((file.parent for file in self._files()), age=0 if world.size == 1 else 600)
         inpainter = Inpainter.from_pretrained(
             options.model, device=world.device(options.device), dtype=options.dtype, backend=options.backend
         )

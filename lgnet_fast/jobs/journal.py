@@ -182,6 +182,11 @@ class Journal:
         self._heart = threading.Thread(target=self._beat, daemon=True)
         self._heart.start()
 
+    @property
+    def has_earlier(self) -> bool:
+        """Whether earlier launches finished any item."""
+        return bool(self._earlier)
+
     def earlier(self, key: str, output: Path | None = None) -> dict[str, Any] | None:
         """The record of an item that an earlier launch finished; None where its `output` changed or is gone."""
         done = self._earlier.get(key)

@@ -120,7 +120,7 @@ def _refuse_tangents(name: str, args: tuple[Any, ...]) -> None:
     if any(isinstance(a, Tensor) and forward_ad.unpack_dual(a).tangent is not None for a in args):
         raise RuntimeError(
             f"{name} cannot be differentiated in forward mode (jvp, jacfwd, hessian); reverse mode works (grad, vjp, "
-            "jacrev), with backend='eager' also twice"
+            "jacrev), with backend='eager' and SDPBackend.MATH also twice"
         )
 
 
@@ -129,8 +129,8 @@ def no_double_backward(name: str) -> None:
 
     def refuse(ctx: Any, *grads: Any) -> Any:
         raise RuntimeError(
-            f"{name} cannot be differentiated: the fused operators have no second derivative; "
-            "use backend='eager' for it"
+            f"{name} cannot be differentiated: the fused operators have no second derivative; use backend='eager' "
+            "for it, within torch.nn.attention.sdpa_kernel(SDPBackend.MATH)"
         )
 
     differentiable(name, refuse)

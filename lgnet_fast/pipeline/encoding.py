@@ -6,6 +6,7 @@ import io
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from PIL import ExifTags, Image, JpegImagePlugin, TiffTags
 from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
 
@@ -49,8 +50,8 @@ def save_picture(
 
     `format`: a Pillow format name; None: that of the extension. `quality`: 1 to 100, for JPEG, WebP, AVIF and
     HEIC; None gives lossless WebP, and for JPEG the quantisation tables and chroma sampling of `like`, the picture as
-    it was opened, if that was a JPEG, otherwise quality 95 without subsampling. Raises InvalidImageError when the
-    format cannot hold the picture's mode or alpha; OSError from the file system.
+    it was opened, if that was a JPEG, otherwise quality 95 without subsampling. Raises InvalidImageError: an unknown
+    format, one that cannot hold the picture's mode or alpha, or another quality; OSError from the file system.
     """
     format = format or EXTENSIONS.get(path.suffix.lower())
     if format not in MODES:
@@ -61,12 +62,13 @@ def save_picture(
 def encode(
     picture: Image.Image | DeepImage, format: str, like: Image.Image | None = None, quality: int | None = None
 ) -> bytes:
-    """The file that `save_picture` writes. `format`: a key of MODES."""
+    """The file that `save_picture` writes. `format`: a key of MODES. Raises InvalidImageError, as `save_picture`."""
+    quality = checked_quality(quality)
     if isinstance(picture, DeepImage):
         return deep.encode_deep(picture, format)
-    metadata.warn_lost(picture.info, format)
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
+    metadata.warn_lost(picture.info, format)
     for mode in held_modes(picture.mode, "transparency" in picture.info, format):
         picture = picture.convert(mode)
     directories: dict[int, dict[int, Any]] = {}
@@ -82,9 +84,9 @@ def encode(
     elif format == "WEBP":
         options.update({"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True})
     elif format == "AVIF":
-        options.update({"quality": quality or 95, "subsampling": "4:4:4"})
+        options.update({"quality": 95 if quality is None else quality, "subsampling": "4:4:4"})
     elif format == "HEIF":
-        options.update({"quality": quality or 95, "chroma": 444})
+        options.update({"quality": 95 if quality is None else quality, "chroma": 444})
     elif format == "TIFF":
         compression = picture.info.get("compression")
         options["compression"] = compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate"
@@ -107,6 +109,16 @@ def encode(
         return chunks.put_chunks(data, chunks.fitting(kept, data))
     xmp = picture.info.get("xmp")
     return chunks.put_chunks(data, [chunks.xmp_chunk(xmp)] if isinstance(xmp, bytes) else [])
+
+
+def checked_quality(quality: int | None) -> int | None:
+    """`quality` as Pillow takes it. Raises InvalidImageError: neither None nor a whole number from 1 to 100."""
+    if quality is None:
+        return None
+    whole = isinstance(quality, (int, np.integer)) and not isinstance(quality, bool)
+    if not whole or not 1 <= quality <= 100:
+        raise InvalidImageError(f"quality: expected a whole number from 1 to 100, got {quality!r}")
+    return int(quality)
 
 
 def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[int, Any]]]:

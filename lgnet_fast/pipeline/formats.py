@@ -103,9 +103,9 @@ def reason_against_reading(format: str) -> str | None:
 
 
 def reason_against_writing(format: str) -> str | None:
-    """Why pictures of a Pillow format cannot be written, None where they can."""
+    """Why pictures of a Pillow format cannot be written, None where they can; reads well behind "format: "."""
     if format not in MODES:
-        return f"{format} is not written here"
+        return f"expected one of {', '.join(MODES)}, got {format!r}"
     reason = reason_against_reading(format)
     if reason is None and format == "HEIF":
         import pillow_heif

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..engine.devices import resolve_device, resolve_dtype
 from ..engine.holes import disjoint_boxes
+from ..errors import InvalidImageError, InvalidMaskError
 from ..reference.lgnet import LGNet
 from . import memory, strategies
 from .arguments import MaskOptions, check_memory_limit, check_sides, checked_window
@@ -21,6 +23,9 @@ from .masks import masks_for
 from .network import Network, multiple_of
 from .pictures import Picture, picture_of, pictures_of_tensor
 from .results import Inpainted, Stages
+
+_OF_ALL_PICTURES = ("mask_threshold:", "invert_mask:", "mask_channel: expected", "dilate:", "feather:")
+"""Beginnings of errors about an option of the call, which no picture is to blame for."""
 
 
 class Inpainter:
@@ -144,7 +149,8 @@ class Inpainter:
             is returned unchanged, with a UserWarning; there is one too if more than 95 % is hole.
 
         Raises:
-            InvalidImageError, InvalidMaskError, OutOfMemoryError (before anything is allocated, where the estimate
+            InvalidImageError, InvalidMaskError (for one of several pictures they begin with "picture[3]", counted from
+            0), OutOfMemoryError (before anything is allocated, where the estimate
             exceeds the memory), LGNetError (output not finite even in float32), ValueError (strategy).
         """
         options: dict[str, Any] = {
@@ -156,15 +162,18 @@ class Inpainter:
             "mask_channel": mask_channel,
         }
         if isinstance(picture, (list, tuple)):
-            return [
-                self(one, own, **options) for one, own in zip(picture, masks_for(mask, len(picture)), strict=True)
-            ]
+            filled = []
+            for index, (one, own) in enumerate(zip(picture, masks_for(mask, len(picture)), strict=True)):
+                with _errors_of(index):
+                    filled.append(self(one, own, **options))
+            return filled
         if isinstance(picture, Tensor):
-            pictures, together = pictures_of_tensor(picture)
-            own_masks = masks_for(mask, len(pictures))
-            return together(
-                [self._inpaint(one, own, **options).picture for one, own in zip(pictures, own_masks, strict=True)]
-            )
+            pictures, together = _pictures_of(picture)
+            results = []
+            for index, (each, own) in enumerate(zip(pictures, masks_for(mask, len(pictures)), strict=True)):
+                with _errors_of(index) if picture.ndim == 4 else nullcontext():
+                    results.append(self._inpaint(each, own, **options).picture)
+            return together(results)
         return self.inpaint(picture, mask, **options).picture
 
     def inpaint(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
@@ -236,3 +245,31 @@ class Inpainter:
             region = job.region
             del job, fills  # these have the size of the picture, and are not needed while three copies of it exist
             return Inpainted(picture.rebuild(picture.painted(laid), region), picture.size, ratio, ran, passes)
+
+
+@contextmanager
+def _errors_of(index: int) -> Iterator[None]:
+    """Errors about the picture or the mask say which one of several it is."""
+    try:
+        yield
+    except (InvalidImageError, InvalidMaskError) as error:
+        text = str(error)
+        if text.startswith(_OF_ALL_PICTURES):
+            raise
+        # "picture: ...", "picture 'a.png': ...", and "picture[2]: ..." of a list in the list.
+        rest = text.removeprefix("picture") if text.startswith(("picture:", "picture ", "picture[")) else f": {text}"
+        raise type(error)(f"picture[{index}]{rest}") from error
+
+
+def _pictures_of(tensor: Tensor) -> tuple[list[Picture], Callable[[list[Tensor]], Tensor]]:
+    """See `pictures_of_tensor`; errors of one picture of a batch say which one."""
+    try:
+        return pictures_of_tensor(tensor)
+    except InvalidImageError:
+        if tensor.ndim != 4 or tensor.layout is not torch.strided:
+            raise
+    pictures_of_tensor(tensor[:0])  # what is wrong with the batch as a whole is said without a number
+    for index in range(len(tensor)):
+        with _errors_of(index):
+            pictures_of_tensor(tensor[index : index + 1])
+    return pictures_of_tensor(tensor)

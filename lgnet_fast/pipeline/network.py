@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import forks
 from ..engine import Engine, fast_executor_reason, optimize
 from ..engine.devices import resolve_device, resolve_dtype
+from ..engine.structure import reason_against_engine
 from ..errors import BackendError, LGNetError
 from ..ops.dispatch import require_backend
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
@@ -133,7 +134,7 @@ class Network:
         evaluation mode: itself if it is ready, else a copy.
         """
         if may_optimize and self._backend == "auto" and isinstance(self.source, _NETWORKS):
-            reason = fast_executor_reason(self.device, dtype)
+            reason = fast_executor_reason(self.device, dtype) or reason_against_engine(self.source)
             if reason is None:
                 size = (self.multiple, self.multiple)
                 return optimize(self.source, size, device=self.device, dtype=dtype)

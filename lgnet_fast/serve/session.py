@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import operator
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -19,7 +20,7 @@ from ..engine.regions import Rect
 from ..errors import InvalidImageError, InvalidMaskError
 from ..pipeline.arguments import MaskOptions
 from ..pipeline.deep import DeepImage
-from ..pipeline.encoding import encode
+from ..pipeline.encoding import checked_quality, encode
 from ..pipeline.filling import MOSTLY_HOLE
 from ..pipeline.formats import MODES
 from ..pipeline.inpainter import Inpainter
@@ -179,7 +180,7 @@ class Session:
 
         Raises:
             InvalidMaskError: unreadable, empty, outside the picture, more than 95 % without `allow_any_mask`.
-            OptionError: strategy, position. TypeError: no such option. Also errors of the `Inpainter`.
+            OptionError: strategy, at, position. TypeError: no such option. Also errors of the `Inpainter`.
         """
         known = FillArguments.__annotations__
         if unknown := options.keys() - known.keys():
@@ -256,12 +257,15 @@ class Session:
     ) -> tuple[bytes, str]:
         """The result as a file with its metadata, and the Pillow format that it has.
 
-        `format`: a Pillow format name; None: the picture's format, or PNG where it has none or it cannot be written.
+        `format`: a Pillow format name, in any case; None: the picture's format, or PNG where it has none or it cannot be written.
         `quality`: as in `lgnet_fast.pipeline.encoding.save_picture`. `position`: as in `result`. `convert`: a CMYK,
         YCbCr or HSV picture becomes RGB for a format that does not hold it, CMYK by its profile.
 
-        Raises InvalidImageError: the format cannot hold the picture.
+        Raises InvalidImageError: an unknown format, one that cannot hold the picture, or another quality.
         """
+        quality = checked_quality(quality)  # before the attempt below, which would take another format instead
+        if isinstance(format, str) and format.upper() in MODES:
+            format = format.upper()
         result = self.result(position)
         if not isinstance(result, (Image.Image, DeepImage)):
             result = Image.fromarray(result)
@@ -322,7 +326,7 @@ class Session:
         top = left = 0
         picture: Picture | None = self._picture
         if at is not None:
-            top, left = at
+            top, left = _corner(at)
             shape = _shape_of(mask)
             if not (top >= 0 and left >= 0 and top + shape[0] <= height and left + shape[1] <= width):
                 raise InvalidMaskError(
@@ -423,6 +427,17 @@ def _trimmed(box: Rect, samples: np.ndarray, touched: np.ndarray, offset: tuple[
     inner = bounding_box(touched)
     place = inner.moved(box.top + offset[0], box.left + offset[1])
     return Part(place, samples[inner.slices].copy(), touched[inner.slices].copy())
+
+
+def _corner(at: Any) -> tuple[int, int]:
+    """The place (top, left) of a box. Raises OptionError: not two whole numbers."""
+    try:
+        if not isinstance(at, (tuple, list, np.ndarray)) or any(isinstance(one, (bool, np.bool_)) for one in at):
+            raise TypeError
+        top, left = map(operator.index, at)
+    except (TypeError, ValueError):
+        raise OptionError(f"at: expected (top, left) in whole pixels, got {at!r}") from None
+    return top, left
 
 
 def _shape_of(mask: Any) -> tuple[int, int]:

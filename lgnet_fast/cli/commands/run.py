@@ -84,7 +84,12 @@ def run(
     backend: Backend = "auto",
     skip_existing: Annotated[bool, typer.Option("--skip-existing", help="Leave results that are there.")] = False,
     resume: Annotated[
-        bool, typer.Option("--resume", help="Go on with an interrupted run; always so under `accelerate launch`.")
+        bool,
+        typer.Option(
+            "--resume",
+            help="Keep a journal beside the results, and go on where an earlier run with --resume stopped; always so "
+            "under `accelerate launch`.",
+        ),
     ] = False,
     report: Annotated[
         Path | None, typer.Option(parser=path, help="Write a JSON report to this file, as the run goes.")

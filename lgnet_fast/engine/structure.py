@@ -1,0 +1,117 @@
+"""Whether a plan can express a model: its layers must be those of the reference networks.
+
+A plan holds weights, kernel sizes, strides and paddings. What else users change in a model (hooks, other activations,
+grouped convolutions, a `forward` of their own) is not in it.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn.utils import prune
+from torch.nn.utils.spectral_norm import SpectralNorm
+from torch.nn.utils.weight_norm import WeightNorm
+
+from ..reference.attention import AttentionBlock
+from ..reference.lgnet import LGNet, LocalGlobalRefinement
+from ..reference.networks import LEVELS, Down, LocalNet, UNet
+from .build import plan_stages
+
+_OF_CONVOLUTIONS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
+_SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
+    nn.Conv2d: (*_OF_CONVOLUTIONS, "padding_mode"),
+    nn.ConvTranspose2d: (*_OF_CONVOLUTIONS, "output_padding"),
+    nn.BatchNorm2d: ("num_features", "affine", "track_running_stats"),
+    nn.LeakyReLU: ("negative_slope",),
+    nn.ReflectionPad2d: ("padding",),
+    AttentionBlock: ("variant",),
+}
+_COMPUTE_WEIGHTS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
+"""Hooks of torch.nn.utils that set a module's weight, which the plan reads."""
+_REPLACED_FORWARD = ("_original_forward", "_old_forward")
+"""Attributes of modules whose `forward` accelerate has wrapped; it computes the same."""
+
+
+def plain_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Module, bool]]:
+    """The model's stages as :func:`.build.plan_stages` gives them, as new reference networks without values.
+
+    Raises:
+        TypeError: a stage is no network of the reference.
+    """
+    with torch.device("meta"):
+        return [(name, _plain(name, net), attends) for name, net, attends in plan_stages(model)]
+
+
+def _plain(name: str, net: nn.Module) -> nn.Module:
+    try:
+        if isinstance(net, LocalNet):
+            return LocalNet(cast(nn.Conv2d, net.stem.conv).out_channels)
+        if isinstance(net, UNet):
+            widths = [cast(Down, net.encoder[level]).conv.out_channels for level in ("e1", f"e{LEVELS}")]
+            variants = [cast(AttentionBlock, block).variant for block in net.attention.values()]
+            return UNet(widths[0], variants[0] if variants else None, widths[1])
+    except (AttributeError, KeyError) as error:
+        raise TypeError(f"model: {name} is not a network of LGNet ({error})") from error
+    raise TypeError(f"model: expected a UNet or a LocalNet as {name}, got {type(net).__name__}")
+
+
+def reason_against_engine(model: LGNet | LocalGlobalRefinement) -> str | None:
+    """What no engine of the model would run, because engines call its networks and not itself; None for nothing."""
+    reason = _own_code(model, LGNet if isinstance(model, LGNet) else LocalGlobalRefinement)
+    return None if reason is None else f"the model {reason}"
+
+
+def reason_against_plan(model: LGNet | LocalGlobalRefinement) -> str | None:
+    """What a plan of the networks would not compute, in one sentence that names the module; None for nothing."""
+    for (name, net, _), (_, plain, _) in zip(plan_stages(model), plain_stages(model), strict=True):
+        if (reason := _difference(name, net, plain)) is not None:
+            return reason
+    return None
+
+
+def _difference(stage: str, net: nn.Module, plain: nn.Module) -> str | None:
+    """What distinguishes a network from the one that it should be."""
+    own = dict(net.named_modules(remove_duplicate=False))
+    expected = dict(plain.named_modules(remove_duplicate=False))
+    for name, module in expected.items():
+        where = f"{stage}.{name}" if name else stage
+        if name not in own:
+            return f"{where} is missing"
+        if (reason := _own_code(own[name], type(module))) is not None:
+            return f"{where} {reason}"
+        for setting in _SETTINGS.get(type(module), ()):
+            found, wanted = getattr(own[name], setting), getattr(module, setting)
+            if found != wanted:
+                return f"{where} has {setting} = {found}, not {wanted}"
+    for name in own:
+        if name not in expected and "parametrizations" not in name.split("."):
+            return f"{stage}.{name} is no layer of LGNet"
+    return None
+
+
+def _own_code(module: nn.Module, kind: type[nn.Module]) -> str | None:
+    """Code that runs in a module and not in one of `kind`, in words."""
+    same = [type(module).forward is kind.forward]
+    if issubclass(kind, (nn.Conv2d, nn.ConvTranspose2d)):
+        same.append(isinstance(module, kind))
+    if issubclass(kind, nn.Conv2d):
+        same.append(getattr(type(module), "_conv_forward", None) is nn.Conv2d._conv_forward)
+    if not all(same) and not (kind is nn.BatchNorm2d and type(module) is nn.SyncBatchNorm):
+        return f"is not {kind.__name__} but {type(module).__name__}, which has a forward of its own"
+    if "forward" in vars(module) and not any(hasattr(module, name) for name in _REPLACED_FORWARD):
+        return "has another forward"
+    if module._forward_hooks:
+        return "has a forward hook"
+    if not all(isinstance(hook, _COMPUTE_WEIGHTS) for hook in module._forward_pre_hooks.values()):
+        return "has a forward pre-hook"
+    return None
+
+
+def refresh_weights(model: nn.Module) -> None:
+    """Compute weights that pruning or weight normalisation derives from others, as the next forward would."""
+    for module in model.modules():
+        for hook in module._forward_pre_hooks.values():
+            if isinstance(hook, _COMPUTE_WEIGHTS) and not isinstance(hook, SpectralNorm):
+                hook(module, ())
