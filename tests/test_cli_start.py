@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import textwrap
+import warnings
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
 from lgnet_fast import cli
-from lgnet_fast.cli import interrupts
+from lgnet_fast.cli import errors, interrupts
 from lgnet_fast.cli.commands import ORDER
 from lgnet_fast.errors import LGNetError
 
@@ -157,3 +158,12 @@ def test_a_reader_that_has_ended_ends_the_command_quietly(tmp_path, arguments):
         process.stdout.close()
         assert process.stderr.read() == ""
     assert process.returncode == 1
+
+
+def test_warnings_are_one_line():
+    """Without the file and the line of code, and only while a command runs."""
+    before = warnings.formatwarning
+    with errors.plain_warnings():
+        assert warnings.formatwarning("text", UserWarning, "a.py", 7) == "warning: text\n"
+    assert warnings.formatwarning is before
+    assert warnings.formatwarning("text", UserWarning, "a.py", 7).startswith("a.py:7: UserWarning: text")

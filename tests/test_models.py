@@ -201,6 +201,12 @@ def test_samples_of_a_batch_do_not_touch_each_other():
         (torch.zeros(1, 3, 0, 256), torch.zeros(1, 1, 0, 256), ValueError, "positive multiples of 256"),
         (torch.zeros(1, 3, 256, 256), torch.zeros(1, 1, 256, 256).double(), TypeError, "mask: expected dtype"),
         (
+            torch.zeros(1, 3, 256, 256).double(),
+            torch.zeros(1, 1, 256, 256).double(),
+            TypeError,
+            "image: expected torch.float32 as the model's weights, got torch.float64",
+        ),
+        (
             torch.zeros(1, 3, 256, 256),
             torch.zeros(1, 1, 256, 256, device="meta"),
             ValueError,
@@ -218,6 +224,12 @@ def test_constructor_checks():
         ({"stages": "L"}, "stages: expected one of"),
         ({"variant": "nips"}, "variant: expected one of"),
         ({"local_channels": 0}, "local_channels: expected a positive integer, got 0"),
+        ({"coarse_channels": True}, "^coarse_channels: expected a positive integer, got True$"),
+        ({"local_channels": False}, "^local_channels: expected a positive integer, got False$"),
+        ({"global_channels": True}, "^global_channels: expected a positive integer, got True$"),
+        ({"max_channels": True}, "^max_channels: expected a positive integer or None, got True$"),
+        ({"share_coarse": "yes"}, "^share_coarse: expected a bool, got 'yes'$"),
+        ({"share_coarse": 1}, "^share_coarse: expected a bool, got 1$"),
         ({"stages": "C", "share_coarse": True}, "share_coarse: needs a G_att stage"),
         ({"backend": "cuda"}, "backend: expected one of"),
     ]:

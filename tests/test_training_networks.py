@@ -11,9 +11,10 @@ from lgnet_fast import WeightsError, create_model
 from lgnet_fast.reference.discriminator import Discriminator
 from lgnet_fast.reference.features import register_features
 from lgnet_fast.reference.vgg import VGG16Features
-from lgnet_fast.training import ConfigError, Trainer
+from lgnet_fast.training import ConfigError, DataError, Trainer
 from lgnet_fast.training.config import LossConfig, config_of
 from lgnet_fast.training.networks import keep_spectral_norm_wide, make_discriminator, make_features, make_lpips
+from lgnet_fast.training.trainer import train
 from tests.support import released_state
 from tests.test_features import weights
 from tests.training_support import (
@@ -84,7 +85,8 @@ def test_networks_by_configuration(pictures, tmp_path):
     settings["model"] = {"factory": "tests.test_training_networks:make_small"}
     assert Trainer(config_of(settings)).network.channels == (2, 2, 2)
     for model, text in (
-        ({"name": "lgnett"}, "model: name: expected one of"),
+        ({"name": "lgnett"}, "^model.name: expected one of .*'lgnett'"),
+        ({"name": "lgnett", "init_from": "bundled"}, "^model.name: expected one of .*'lgnett'"),
         ({"overrides": {"width": 3}}, "model: .*width"),
         ({"factory": "nowhere:x"}, "^model.factory: expected package.module:function, got 'nowhere:x'"),
         (
@@ -106,3 +108,18 @@ def test_networks_by_configuration(pictures, tmp_path):
 
 def make_small():
     return create_model("lgnet_demo", **TINY)
+
+
+def test_weights_that_cannot_be_downloaded_name_the_setting(monkeypatch):
+    def missing(**options):
+        raise WeightsError("weights: VGG-16 is not at a and could not be downloaded (b). Download c")
+
+    monkeypatch.setattr(VGG16Features, "from_torchvision", missing)
+    with pytest.raises(WeightsError, match=r"^loss.features: VGG-16 is not at a .* Download c; or name the file as"):
+        make_features(LossConfig())
+
+
+def test_a_run_without_pictures_ends_before_weights_are_loaded(monkeypatch):
+    monkeypatch.setattr(VGG16Features, "from_torchvision", lambda **options: pytest.fail("loaded"))
+    with pytest.raises(DataError, match=r"^data.pictures: expected folders of pictures .*, got none"):
+        train(config_of({}))

@@ -10,7 +10,7 @@ import typer
 from typer.core import TyperCommand
 
 from ..version import __version__
-from .errors import one_line_errors
+from .errors import one_line_errors, plain_warnings
 from .interrupts import interrupted
 
 app = typer.Typer(
@@ -26,7 +26,7 @@ class _Command(TyperCommand):
     """A command that loads PyTorch when it runs, not for its help, and whose errors become one line."""
 
     def invoke(self, ctx: Any) -> Any:
-        with one_line_errors(self):
+        with one_line_errors(self), plain_warnings():
             # `import lgnet_fast` leaves them out for the command line.
             import_module("lgnet_fast.ops")
             if interrupted():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -33,6 +34,17 @@ def one_line_errors(command: Any) -> Iterator[None]:
         text = spelt(str(error), options_of(command)) if isinstance(error, _ABOUT_OPTIONS) else str(error)
         typer.echo(f"error: {text}", err=True)
         raise typer.Exit(2) from None
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Print warnings as "warning: TEXT", because the lines of code that Python names are not the user's."""
+    before = warnings.formatwarning
+    warnings.formatwarning = lambda message, *where: f"warning: {message}\n"
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def options_of(command: Any) -> dict[str, str]:

@@ -68,6 +68,9 @@ class Cascade(nn.Module):
             raise ValueError(f"until: expected 1 to {len(self.stage_modules())}, the model's stages, got {until!r}")
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)
+        weight = next((p for p in self.parameters() if p.is_floating_point()), None)
+        if weight is not None and weight.dtype != image.dtype and not _has_autocast(image.device.type):
+            raise TypeError(f"image: expected {weight.dtype} as the model's weights, got {image.dtype}")
 
     def _continue(
         self, image: Tensor, mask: Tensor, first: Tensor, nets: Sequence[Callable[[Tensor], Tensor]]
@@ -80,6 +83,10 @@ class Cascade(nn.Module):
             raw.append(net(x))
         merged.append(self._merge(image, raw[-1], mask))
         return raw, merged
+
+
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
 def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.spectral_norm import SpectralNorm
 
-from ..errors import ConfigError
-from ..reference import LGNet, create_model
+from ..errors import ConfigError, WeightsError
+from ..reference import LGNet, create_model, list_models
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
 from ..reference.features import LPIPS, FeaturesFn, registered_features
@@ -30,6 +30,8 @@ def make_network(config: ModelConfig) -> Cascade:
         `init_from` cannot be loaded.
     """
     network: Cascade
+    if config.name not in list_models():
+        raise ConfigError(f"model.name: expected one of {list_models()}, got {config.name!r}")
     if config.factory is not None:
         if config.init_from is not None or config.overrides:
             raise ConfigError("model.factory: it makes the whole model; leave init_from and overrides out")
@@ -114,7 +116,13 @@ def make_features(config: LossConfig) -> FeaturesFn | None:
     if config.features is None or not (config.style or config.perceptual):
         return None
     if config.features == "torchvision":
-        return VGG16Features.from_torchvision(normalised=config.features_normalised)
+        try:
+            return VGG16Features.from_torchvision(normalised=config.features_normalised)
+        except WeightsError as error:
+            reason = str(error).removeprefix("weights: ")
+            raise WeightsError(
+                f"loss.features: {reason}; or name the file as loss.features; null trains without these terms"
+            ) from error
     try:
         registered = registered_features(config.features)
     except ValueError as error:

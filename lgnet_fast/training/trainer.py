@@ -33,6 +33,7 @@ from .samples import InpaintingDataset
 from .schedule import learning_rate_factor
 from .setup import usual_modes
 from .signals import Stop, until_signal
+from .sources import PLACES
 from .validation import make_validation
 
 
@@ -214,7 +215,7 @@ class Trainer:
                 be written or read.
         """
         if self.dataset is None:
-            raise DataError("data.pictures: expected folders, tar shards or datasets, got none")
+            raise DataError(f"data.pictures: {PLACES}, got none")
         if self.checkpoints.files() and not resume:
             raise TrainingError(f"run.directory: {self.folder} holds a run already; resume it, or choose another")
         model = self.folder / "model"
@@ -419,6 +420,8 @@ class Trainer:
 
 def train(config: TrainConfig, resume: bool = False) -> Path | None:
     """Run a configuration, see :meth:`Trainer.fit`; then end the process group that accelerate started."""
+    if not config.data.pictures:  # before weights are downloaded
+        raise DataError(f"data.pictures: {PLACES}, got none")
     trainer = Trainer(config)
     try:
         return trainer.fit(resume)
