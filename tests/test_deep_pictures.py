@@ -310,6 +310,13 @@ def test_text_colour_space_and_resolution_of_a_png_are_kept(pipe, tmp_path, mode
         assert saved.text["Title"] == "Schön"
 
 
+def test_a_quality_is_checked_for_deep_pictures_too(tmp_path):
+    picture = DeepImage(np.zeros((8, 8, 3), np.uint16), "PNG")
+    with pytest.raises(InvalidImageError, match="^quality: expected a whole number from 1 to 100, got 500$"):
+        save_picture(picture, tmp_path / "out.png", quality=500)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_old_text_with_exif_is_not_copied(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("Raw profile type exif", "\nexif\n 8\n" + b"Exif\0\0..".hex())

@@ -6,13 +6,14 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from lgnet_fast import Engine, LGNet, LGNetError, WeightsError, create_model, limits, load_engine, optimize
 from lgnet_fast.engine import saved
-from lgnet_fast.reference.folders import complete_set
+from lgnet_fast.reference.folders import complete_set, staged
 from tests.engine_support import assert_same_pixels, narrow_model, needs_extension
 from tests.support import assert_accurate, case
 from tests.test_plan import NARROW, lively
@@ -110,10 +111,92 @@ def test_damaged_engines_are_refused(model, tmp_path):
     with pytest.raises(WeightsError, match=r"weights.bin: damaged or of another save"):
         load_engine(tmp_path)
     (tmp_path / "manifest.json").unlink()
-    with pytest.raises(WeightsError, match=r"expected a manifest.json beside engine.json, weights.bin"):
+    with pytest.raises(
+        WeightsError, match=r"expected a manifest.json beside engine.json and weights.bin; save again"
+    ):
         load_engine(tmp_path)
-    with pytest.raises(WeightsError, match=r"nowhere: expected a folder with engine.json, weights.bin, got none"):
-        load_engine(tmp_path / "nowhere")
+
+
+def wrong_set(folder: Path, *, manifest_needed: bool = True) -> str:
+    """The error of `complete_set` for a folder, without the folder's name."""
+    with pytest.raises(WeightsError) as caught:
+        complete_set(folder, ("engine.json", "weights.bin"), manifest_needed=manifest_needed)
+    assert str(caught.value).startswith(str(folder))
+    return str(caught.value).removeprefix(str(folder))
+
+
+def write_set(folder: Path) -> Path:
+    with staged(folder) as staging:
+        (staging / "engine.json").write_text("{}")
+        (staging / "weights.bin").write_bytes(b"weights")
+    return folder
+
+
+DAMAGED = ": weights.bin: damaged or of another save, size or hash is not what manifest.json says; save again"
+UNCHECKED = ", or delete manifest.json to take the files unchecked"
+
+
+def test_folders_without_a_set_are_told_what_they_lack(tmp_path):
+    wanted = ": expected a folder with engine.json, weights.bin and manifest.json, got "
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(b"")
+    assert wrong_set(tmp_path / "empty") == wanted + "none of them"
+    assert wrong_set(tmp_path / "file") == wanted + "a file"
+    assert wrong_set(tmp_path / "nowhere") == wanted + "nothing of that name"
+    folder = write_set(tmp_path / "set")
+    (folder / "manifest.json").unlink()
+    assert wrong_set(folder) == ": expected a manifest.json beside engine.json and weights.bin; save again"
+    assert complete_set(folder, ("engine.json", "weights.bin")) == folder
+    (folder / "weights.bin").unlink()
+    assert wrong_set(folder) == ": missing weights.bin and manifest.json; save again"
+
+
+@pytest.mark.parametrize("needed", [True, False])
+def test_a_missing_file_is_not_called_damaged(tmp_path, needed):
+    folder = write_set(tmp_path)
+    (folder / "engine.json").unlink()
+    assert wrong_set(folder, manifest_needed=needed) == ": missing engine.json; save again"
+    (folder / "weights.bin").unlink()
+    assert wrong_set(folder, manifest_needed=needed) == ": missing engine.json and weights.bin; save again"
+
+
+def test_deleting_the_manifest_is_advised_only_where_files_are_taken_without_one(tmp_path):
+    folder = write_set(tmp_path)
+    (folder / "weights.bin").write_bytes(b"weighty")
+    assert wrong_set(folder) == DAMAGED
+    assert wrong_set(folder, manifest_needed=False) == DAMAGED + UNCHECKED
+    (folder / "manifest.json").write_text("{}")
+    damaged = "/manifest.json is damaged (KeyError: 'files'); save again"
+    assert wrong_set(folder) == damaged
+    assert wrong_set(folder, manifest_needed=False) == damaged + UNCHECKED
+
+
+def test_the_folder_of_a_model_is_not_called_a_damaged_engine(tmp_path):
+    LGNet("C", coarse_channels=1).save_pretrained(tmp_path)
+    expected = ": expected the files engine.json and weights.bin, got a manifest.json of "
+    assert wrong_set(tmp_path) in (
+        expected + "model.safetensors and config.json",
+        expected + "config.json and model.safetensors",
+    )
+
+
+def test_a_killed_saves_complete_set_is_found_before_its_files_are_missed(tmp_path):
+    folder = write_set(tmp_path)
+    staging = folder / ".saving-1"
+    staging.mkdir()
+    for name in ("engine.json", "weights.bin"):
+        (folder / name).rename(staging / name)
+    manifest = json.loads((folder / "manifest.json").read_text())
+    (folder / "manifest.json").write_text(json.dumps(manifest | {"staging": staging.name}))
+    assert complete_set(folder, ("engine.json", "weights.bin"), manifest_needed=True) == staging
+
+
+@needs_extension
+def test_an_engine_is_saved_to_a_path_only(model):
+    fast = optimize(model)
+    for wrong in (None, 3, b"engine"):
+        with pytest.raises(TypeError, match=f"^directory: expected a path, got {wrong!r}$"):
+            fast.save(wrong)
 
 
 @needs_extension

@@ -53,6 +53,74 @@ def test_lists_take_one_mask_or_one_each(pipe):
         pipe(arrays, masks[:2])
 
 
+def failing(call, error):
+    """The message of the error that a call raises; it is of this class itself, and chained to its cause."""
+    with pytest.raises(error) as caught:
+        call()
+    assert type(caught.value) is error
+    if str(caught.value).startswith("picture["):
+        assert type(caught.value.__cause__) is error
+    return str(caught.value)
+
+
+def test_of_several_pictures_the_wrong_one_is_named(pipe, tmp_path):
+    good, hole, small = noise(80, 96), some_holes(80, 96), some_holes(40, 40)
+    lab = Image.fromarray(good).convert("LAB")
+    message = failing(lambda: pipe([good, good, good, lab], hole), InvalidImageError)
+    assert message.startswith("picture[3]: expected one of the modes 1, L, LA, ")
+    assert message.endswith(", got LAB; convert it, for example to RGB")
+    message = failing(lambda: pipe((good, good), [hole, small]), InvalidMaskError)
+    assert message == "picture[1]: mask: expected the picture's size 96x80 (width x height), got 40x40"
+    message = failing(lambda: pipe([good, [good, lab]], hole), InvalidImageError)
+    assert message.startswith("picture[1][1]: expected one of the modes ")
+    missing = tmp_path / "missing.png"
+    message = failing(lambda: pipe([missing], hole), InvalidImageError)
+    assert message.startswith(f"picture[0]: expected a readable picture file, got {str(missing)!r}")
+    extra = write_picture(tmp_path / "a.ppm", good)
+    extra.write_bytes(extra.read_bytes().replace(b"255", b"100", 1))
+    message = failing(lambda: pipe([good, extra], hole), InvalidImageError)
+    assert message.startswith(f"picture[1] {str(extra)!r}: expected a PPM or PGM file whose largest level is 255")
+    message = failing(lambda: pipe([good], hole, mask_channel="alpha"), InvalidMaskError)
+    assert message.startswith("picture[0]: mask_channel: 'alpha' needs a mask with transparency, got ")
+
+
+def test_of_a_batch_the_wrong_picture_is_named(pipe):
+    batch = torch.rand(3, 3, 80, 96)
+    bad, hole, small = batch.clone(), some_holes(80, 96), some_holes(40, 40)
+    bad[1, 0, 0, 0] = float("nan")
+    message = failing(lambda: pipe(bad, hole), InvalidImageError)
+    assert message == "picture[1]: expected finite levels in [0, 1], got NaN or infinity"
+    message = failing(lambda: pipe(bad[1], hole), InvalidImageError)
+    assert message == "picture: expected finite levels in [0, 1], got NaN or infinity"
+    message = failing(lambda: pipe(batch, [hole, hole, small]), InvalidMaskError)
+    assert message == "picture[2]: mask: expected the picture's size 96x80 (width x height), got 40x40"
+    message = failing(lambda: pipe(batch.permute(0, 2, 3, 1), hole), InvalidImageError)
+    assert message.startswith("picture: expected a tensor [B, C, H, W] with C = 1 to 4, got [3, 80, 96, 3]; permute")
+    for whole, words in (
+        (batch.to(torch.int32), "picture: expected a tensor of uint8 or of floats in [0, 1], got torch.int32"),
+        (batch.to("meta"), "picture: expected a dense tensor of plain values, got one without values, on meta"),
+        (batch.to_sparse(), "picture: expected a dense tensor of plain values, got layout torch.sparse_coo, "),
+    ):
+        assert failing(lambda whole=whole: pipe(whole, hole), InvalidImageError).startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ({"dilate": -1}, "dilate: expected a whole number of pixels >= 0, got -1"),
+        ({"feather": 0.5}, "feather: expected a whole number of pixels >= 0, got 0.5"),
+        ({"mask_threshold": 1}, "mask_threshold: expected 0 <= value < 1, got 1"),
+        ({"invert_mask": "no"}, "invert_mask: expected True or False, got 'no'"),
+        ({"mask_channel": "x"}, "mask_channel: expected one of auto, luma, alpha, inverse_alpha, colour, got 'x'"),
+    ],
+)
+def test_no_picture_is_blamed_for_an_option_of_the_call(pipe, option, message):
+    picture, hole = noise(20, 24), some_holes(20, 24)
+    batch = torch.from_numpy(picture).permute(2, 0, 1)[None]
+    for given in ([picture, picture], batch):
+        assert failing(lambda given=given: pipe(given, hole, **option), InvalidMaskError) == message
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -12,8 +12,8 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, IptcImagePlugin
 
 from lgnet_fast.errors import InvalidImageError, InvalidMaskError
 from lgnet_fast.pipeline import Inpainter, writing
-from lgnet_fast.pipeline.encoding import save_picture
-from lgnet_fast.pipeline.formats import EXTENSIONS
+from lgnet_fast.pipeline.encoding import encode, save_picture
+from lgnet_fast.pipeline.formats import EXTENSIONS, MODES
 from lgnet_fast.pipeline.reading import open_upright
 
 from .pipeline_support import ConstantFill, box_mask, noise, noise_of_mode
@@ -143,6 +143,32 @@ def test_jpeg_reuses_the_source_tables_so_known_blocks_hardly_change(pipe, tmp_p
     assert np.abs(np.asarray(saved).astype(int) - before)[far].max() <= 4
     save_picture(result, target, like=Image.open(source), quality=20)
     assert Image.open(target).quantization != saved.quantization
+
+
+@pytest.mark.parametrize("extension", ["jpg", "webp", "avif", "png"])
+@pytest.mark.parametrize("quality", [0, 101, 500, -1, True, 90.0, "90", np.float32(90)])
+def test_a_quality_that_no_format_has_is_refused_before_the_file_is_written(tmp_path, extension, quality):
+    with pytest.raises(InvalidImageError) as caught:
+        save_picture(Image.new("RGB", (8, 8)), tmp_path / f"out.{extension}", quality=quality)
+    assert str(caught.value) == f"quality: expected a whole number from 1 to 100, got {quality!r}"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_whole_numbers_of_numpy_are_qualities():
+    picture = Image.fromarray(noise(HEIGHT, WIDTH))
+    for format in ("JPEG", "WEBP"):
+        files = {quality: encode(picture, format, quality=quality) for quality in (1, 50, 100)}
+        assert len(files[1]) < len(files[50]) < len(files[100])
+        for quality, file in files.items():
+            assert encode(picture, format, quality=np.uint8(quality)) == file
+
+
+def test_a_format_that_there_is_not_is_told_which_there_are(tmp_path):
+    picture, message = Image.new("RGB", (8, 8)), f"format: expected one of {', '.join(MODES)}, got 'XYZ'"
+    for write in (lambda: encode(picture, "XYZ"), lambda: save_picture(picture, tmp_path / "out.png", format="XYZ")):
+        with pytest.raises(InvalidImageError) as caught:
+            write()
+        assert str(caught.value) == message
 
 
 def test_deep_and_alpha_pictures_are_not_flattened_silently(pipe, tmp_path):

@@ -14,6 +14,7 @@ from lgnet_fast.engine.regions import Rect
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.pipeline.sources import Encoded
 from lgnet_fast.serve import Session
+from lgnet_fast.serve.errors import OptionError
 
 from .pipeline_support import BlurFill
 from .serve_support import file_of, hole, photo
@@ -151,6 +152,21 @@ def test_masks_that_are_refused(pipe, mask, at, message):
     assert session.fills == 0
 
 
+@pytest.mark.parametrize("at", ["x", "xy", 3, (1,), (1, 2, 3), (1.0, 2), (True, 2), (None, 1), {1: 2, 3: 4}])
+def test_places_that_are_no_pair_of_whole_numbers(pipe, at):
+    session = Session(photo(), pipe)
+    with pytest.raises(OptionError) as caught:
+        session.fill(np.ones((10, 10), bool), at=at)
+    assert str(caught.value) == f"at: expected (top, left) in whole pixels, got {at!r}"
+    assert isinstance(caught.value, ValueError)
+    assert session.fills == 0
+
+
+def test_places_as_lists_and_arrays(pipe):
+    for at in ([20, 30], np.array([20, 30]), (np.int64(20), 30)):
+        assert Session(photo(), pipe).fill(np.ones((10, 10), bool), at=at).at == (20, 30)
+
+
 def test_options_that_are_refused(pipe):
     session = Session(photo(), pipe)
     with pytest.raises(ValueError, match="strategy: expected one of"):
@@ -206,6 +222,22 @@ def test_a_format_that_cannot_be_written_becomes_png(pipe):
     ppm = Image.new("RGBA", (40, 30))
     ppm.format = "PPM"
     assert Session(ppm, pipe).encoded()[1] == "PNG"
+
+
+def test_formats_in_any_case_and_qualities(pipe):
+    session = Session(Encoded("photo", file_of(photo(), "JPEG")), pipe)
+    for name in ("png", "Png", "PNG"):
+        data, format = session.encoded(name)
+        assert format == "PNG"
+        assert data.startswith(b"\x89PNG")
+    with pytest.raises(InvalidImageError, match=r"^format: expected one of PNG, JPEG, .*, TGA, got 'xyz'$"):
+        session.encoded("xyz")
+    small, format = session.encoded(quality=1)
+    assert format == "JPEG"
+    assert len(small) < len(session.encoded(quality=100)[0])
+    for format in (None, "JPEG", "PNG"):
+        with pytest.raises(InvalidImageError, match="^quality: expected a whole number from 1 to 100, got 500$"):
+            session.encoded(format, 500)
 
 
 @pytest.mark.parametrize(("mode", "format"), [("CMYK", "PNG"), ("CMYK", "WEBP"), ("YCbCr", "PNG"), ("HSV", "JPEG")])

@@ -452,6 +452,58 @@ def test_a_config_of_any_content_raises_what_is_documented(tmp_path, config):
         LGNet.from_pretrained(tmp_path)
 
 
+OVERFLOW = "Storage size calculation overflowed with sizes="
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        ("[]", "expected a JSON object, got []"),
+        ("null", "expected a JSON object, got null"),
+        ('"text"', 'expected a JSON object, got "text"'),
+        (
+            "{",
+            "expected a JSON object, got a file that is not JSON: Expecting property name enclosed in double quotes",
+        ),
+        ("", "expected a JSON object, got a file that is not JSON: Expecting value: line 1 column 1 (char 0)"),
+        ("\xff\xfe", "expected a JSON object, got a file that is not JSON: 'utf-8' codec can't decode byte 0xff"),
+        ("[" * 100_000, "expected a JSON object, got a file that is not JSON: "),
+        ('{"stages": "L+C"}', "stages: expected one of ('C', "),
+        ('{"coarse_channels": true}', "coarse_channels: expected a positive integer, got True"),
+        ('{"share_coarse": "yes"}', "share_coarse: expected a bool, got 'yes'"),
+        ('{"backend": []}', "backend: expected one of ('auto', 'eager', 'triton', 'cpp'), got []"),
+        ('{"coarse_channels": 1000000000}', OVERFLOW),
+    ],
+)
+def test_a_wrong_config_is_named_with_its_folder(tmp_path, config, message):
+    LGNet("C", coarse_channels=1).save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    (tmp_path / "config.json").write_text(config, encoding="latin-1")
+    with pytest.raises(WeightsError) as caught:
+        LGNet.from_pretrained(tmp_path)
+    assert str(caught.value).startswith(f"{tmp_path / 'config.json'}: {message}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_config_is_not_blamed_for_the_callers_arguments(tmp_path):
+    LGNet("C", coarse_channels=1).save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    config = json.loads((tmp_path / "config.json").read_text())
+    (tmp_path / "config.json").write_text(json.dumps(config | {"_of_a_hub": 1}))
+    assert LGNet.from_pretrained(tmp_path, backend="eager").backend == "eager"
+    for arguments, message in (
+        ({"backend": "nope"}, "backend: expected one of ('auto', 'eager', 'triton', 'cpp'), got 'nope'"),
+        ({"coarse_channels": 0}, "coarse_channels: expected a positive integer, got 0"),
+        ({"nonsense": 1}, "LGNet.__init__() got an unexpected keyword argument 'nonsense'"),
+    ):
+        with pytest.raises(WeightsError) as caught:
+            LGNet.from_pretrained(tmp_path, **arguments)
+        assert str(caught.value) == f"weights: {str(tmp_path)!r} could not be loaded: {message}"
+    (tmp_path / "config.json").write_text(json.dumps(config | {"variant": "nips"}))
+    with pytest.raises(WeightsError, match=r"/config.json: variant: expected one of .*, got 'nips'$"):
+        LGNet.from_pretrained(tmp_path, backend="eager")
+
+
 @pytest.mark.parametrize("kind", ["I32", "I64 counter"])
 def test_tensors_of_the_wrong_kind_are_refused(tmp_path, kind):
     LGNet("C", coarse_channels=1).save_pretrained(tmp_path)

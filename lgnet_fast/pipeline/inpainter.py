@@ -149,9 +149,9 @@ class Inpainter:
             is returned unchanged, with a UserWarning; there is one too if more than 95 % is hole.
 
         Raises:
-            InvalidImageError, InvalidMaskError (for one of several pictures they begin with "picture[3]", counted from
-            0), OutOfMemoryError (before anything is allocated, where the estimate
-            exceeds the memory), LGNetError (output not finite even in float32), ValueError (strategy).
+            InvalidImageError, InvalidMaskError (for a list or a batch they begin with the wrong picture's number,
+            "picture[3]", from 0), OutOfMemoryError (before anything is allocated, where the estimate exceeds the
+            memory), LGNetError (output not finite even in float32), ValueError (strategy).
         """
         options: dict[str, Any] = {
             "strategy": strategy,
@@ -266,10 +266,16 @@ def _pictures_of(tensor: Tensor) -> tuple[list[Picture], Callable[[list[Tensor]]
     try:
         return pictures_of_tensor(tensor)
     except InvalidImageError:
-        if tensor.ndim != 4 or tensor.layout is not torch.strided:
-            raise
-    pictures_of_tensor(tensor[:0])  # what is wrong with the batch as a whole is said without a number
-    for index in range(len(tensor)):
-        with _errors_of(index):
-            pictures_of_tensor(tensor[index : index + 1])
-    return pictures_of_tensor(tensor)
+        # A batch of no pictures is refused too where the shape, dtype or layout of the whole is wrong.
+        if tensor.ndim == 4 and tensor.layout is torch.strided and _accepted(tensor[:0]):
+            with _errors_of(next(i for i in range(len(tensor)) if not _accepted(tensor[i : i + 1]))):
+                raise
+        raise
+
+
+def _accepted(tensor: Tensor) -> bool:
+    try:
+        pictures_of_tensor(tensor)
+    except InvalidImageError:
+        return False
+    return True

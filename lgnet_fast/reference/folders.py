@@ -57,28 +57,31 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
     A folder without a manifest, such as a download from a model hub, is read unchecked.
 
     Args:
-        manifest_needed: a folder without one is an error.
+        manifest_needed: a folder without one is an error, and no error advises to delete it.
 
     Raises:
-        WeightsError: a file is missing, or differs from the manifest's hash.
+        WeightsError: a file is missing, or differs from the manifest's hash; the manifest is damaged, of other files,
+            or missing where it is needed.
     """
+    advice = "save again" if manifest_needed else f"save again, or delete {MANIFEST} to take the files unchecked"
     if not (directory / MANIFEST).is_file():
-        if manifest_needed and not directory.is_dir():
-            raise WeightsError(f"{directory}: expected a folder with {', '.join(names)}, got none of that name")
         if manifest_needed:
-            raise WeightsError(f"{directory}: expected a {MANIFEST} beside {', '.join(names)}; save it again")
+            raise WeightsError(f"{directory}: {_incomplete(directory, names)}")
         return directory
     try:
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
-        files = {
-            name: (int(manifest["files"][name]["bytes"]), str(manifest["files"][name]["hash"])) for name in names
-        }
+        held = manifest["files"]
+        foreign = isinstance(held, dict) and len(held) > 0 and held.keys().isdisjoint(names)
+        files = {name: (int(held[name]["bytes"]), str(held[name]["hash"])) for name in names if not foreign}
         staging = directory / str(manifest["staging"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
-            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error}); save the model again, or delete "
-            "that file to take the others unchecked"
+            f"{directory / MANIFEST} is damaged ({type(error).__name__}: {error}); {advice}"
         ) from error
+    if foreign:  # a model's folder in place of an engine's
+        raise WeightsError(
+            f"{directory}: expected the files {_listed(names)}, got a {MANIFEST} of {_listed([*held])}"
+        )
 
     def wrong(folder: Path) -> list[str]:
         return [
@@ -94,10 +97,30 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
         return directory
     if staging.parent == directory and staging.name.startswith(_STAGING) and not wrong(staging):
         return staging
+    if missing := [name for name in differing if not (directory / name).is_file()]:
+        raise WeightsError(f"{directory}: missing {_listed(missing)}; save again")  # no deletion brings them back
     raise WeightsError(
-        f"{directory}: {' and '.join(differing)}: damaged or of another save, size or hash is not what {MANIFEST} "
-        f"says; save again, or delete {MANIFEST} to take the files unchecked"
+        f"{directory}: {_listed(differing)}: damaged or of another save, size or hash is not what {MANIFEST} says; "
+        f"{advice}"
     )
+
+
+def _incomplete(directory: Path, names: Sequence[str]) -> str:
+    """What a folder that needs a manifest and has none lacks."""
+    wanted = (*names, MANIFEST)
+    missing = [name for name in wanted if not (directory / name).is_file()]
+    if missing == [MANIFEST]:
+        return f"expected a {MANIFEST} beside {_listed(names)}; save again"
+    if len(missing) < len(wanted):
+        return f"missing {_listed(missing)}; save again"
+    got = "none of them" if directory.is_dir() else "a file" if directory.exists() else "nothing of that name"
+    return f"expected a folder with {_listed(wanted)}, got {got}"
+
+
+def _listed(names: Sequence[str]) -> str:
+    """ "a, b and c"."""
+    *most, last = names
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 @contextlib.contextmanager

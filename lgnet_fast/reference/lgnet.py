@@ -22,6 +22,8 @@ from .pretrained import (
     CONFIG_FILE,
     MODEL_CARD,
     WEIGHTS_FILE,
+    check_config,
+    config_errors,
     find_weights,
     read_safetensors,
     refuse_impostor,
@@ -54,6 +56,10 @@ class LGNet(
         backend: see :meth:`set_backend`.
 
     A new model has the paper's random initialisation and is in training mode.
+
+    Raises:
+        ValueError: an argument of another type or value; the text names it.
+        BackendError: a backend that cannot run.
     """
 
     @torch.inference_mode(False)  # weights must also work outside inference mode
@@ -77,10 +83,13 @@ class LGNet(
             ("local_channels", local_channels),
             ("global_channels", global_channels),
         ):
-            if not isinstance(width, int) or width < 1:
+            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
                 raise ValueError(f"{name}: expected a positive integer, got {width!r}")
-        if max_channels is not None and (not isinstance(max_channels, int) or max_channels < 1):
+        whole = isinstance(max_channels, int) and not isinstance(max_channels, bool)
+        if max_channels is not None and (not whole or max_channels < 1):
             raise ValueError(f"max_channels: expected a positive integer or None, got {max_channels!r}")
+        if not isinstance(share_coarse, bool):
+            raise ValueError(f"share_coarse: expected a bool, got {share_coarse!r}")
         if share_coarse and "G_att" not in stages:
             raise ValueError(f"share_coarse: needs a G_att stage to share with, got stages={stages!r}")
         self.stages, self.variant, self.share_coarse = stages, variant, share_coarse
@@ -261,9 +270,9 @@ class LGNet(
             The model in eval mode.
 
         Raises:
-            WeightsError: nothing there, or names or shapes do not fit (it lists them), or the files of a directory
-                are not those of its ``manifest.json``. A directory without one, such as a download from the hub, is
-                read unchecked.
+            WeightsError: nothing there, or ``config.json`` is no JSON object or has arguments that do not fit, or
+                names or shapes do not fit (it lists them), or the files of a directory are not those of its
+                ``manifest.json``. A directory without one, such as a download from the hub, is read unchecked.
         """
         forks.prepare()
         source = pretrained_model_name_or_path
@@ -273,10 +282,19 @@ class LGNet(
                 refuse_impostor(Path(source) / CONFIG_FILE)
                 refuse_impostor(Path(source) / WEIGHTS_FILE)
                 source = complete_set(Path(source), (CONFIG_FILE, WEIGHTS_FILE))
-            return super().from_pretrained(source, **kwargs)
+                check_config(source / CONFIG_FILE)
+            return super().from_pretrained(source, given=frozenset(kwargs), **kwargs)
 
     @classmethod
-    def _from_pretrained(cls, *, model_id: str, map_location: str | torch.device = "cpu", **kwargs: Any) -> LGNet:
+    def _from_pretrained(
+        cls,
+        *,
+        model_id: str,
+        map_location: str | torch.device = "cpu",
+        given: frozenset[str] = frozenset(),
+        **kwargs: Any,
+    ) -> LGNet:
+        """See `from_pretrained`. `given`: names of the caller's arguments; the others are from ``config.json``."""
         # The last two come from huggingface_hub before 1.0.
         options = (
             "revision",
@@ -289,7 +307,8 @@ class LGNet(
         )
         hub = {key: kwargs.pop(key) for key in options if key in kwargs}
         kwargs.pop("strict", None)  # always strict
-        with torch.device("meta"):
+        own = kwargs.keys() & given
+        with config_errors(f"{model_id}/{CONFIG_FILE}", kwargs.keys() - own, own), torch.device("meta"):
             model = cls(**kwargs)
         tensors = read_safetensors(model_id, model.state_dict(), map_location, **hub)
         model.load_state_dict(tensors, strict=True, assign=True)

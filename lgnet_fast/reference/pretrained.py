@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -107,6 +108,33 @@ def weights_errors(source: str | os.PathLike[str]) -> Iterator[None]:
         raise WeightsError(
             f"weights: {str(source)!r} could not be loaded: {str(error) or type(error).__name__}"
         ) from error
+
+
+def check_config(path: Path) -> None:
+    """Raise WeightsError where the file `path` is not a JSON object."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # the latter: thousands of brackets
+        raise WeightsError(f"{path}: expected a JSON object, got a file that is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise WeightsError(f"{path}: expected a JSON object, got {json.dumps(found):.80}")
+
+
+@contextmanager
+def config_errors(path: str, names: Collection[str], others: Collection[str]) -> Iterator[None]:
+    """Turn errors about the arguments `names`, which the file `path` gives, into WeightsErrors that name the file.
+
+    Errors about the `others`, the caller's own, stay as they are, and so do those that may be about either.
+    """
+    try:
+        yield
+    except (LGNetError, MemoryError):
+        raise
+    except Exception as error:  # PyTorch raises several types for sizes that no tensor has
+        text = (str(error) or type(error).__name__).partition("\n")[0]
+        if others and text.partition(":")[0] not in names:
+            raise
+        raise WeightsError(f"{path}: {text}") from error
 
 
 def upcast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

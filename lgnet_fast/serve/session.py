@@ -257,9 +257,9 @@ class Session:
     ) -> tuple[bytes, str]:
         """The result as a file with its metadata, and the Pillow format that it has.
 
-        `format`: a Pillow format name, in any case; None: the picture's format, or PNG where it has none or it cannot be written.
-        `quality`: as in `lgnet_fast.pipeline.encoding.save_picture`. `position`: as in `result`. `convert`: a CMYK,
-        YCbCr or HSV picture becomes RGB for a format that does not hold it, CMYK by its profile.
+        `format`: a Pillow format name, in any case; None: the picture's format, or PNG where it has none or it cannot
+        be written. `quality`: as in `lgnet_fast.pipeline.encoding.save_picture`. `position`: as in `result`.
+        `convert`: a CMYK, YCbCr or HSV picture becomes RGB for a format that does not hold it, CMYK by its profile.
 
         Raises InvalidImageError: an unknown format, one that cannot hold the picture, or another quality.
         """
