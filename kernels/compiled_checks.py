@@ -19,6 +19,8 @@ logger = logging.getLogger("lgnet_fast")
 
 DTYPES = (torch.float16, torch.bfloat16)
 """What the kernels compute in."""
+LIMIT = 2
+"""Relative error (RMS) of a result in 16 bit that passes, in units of the dtype's eps; rounding gives 0.2."""
 
 
 def check_view(name: str, view: Tensor, dtype: torch.dtype, channels: int, multiple: int = 8) -> None:

@@ -108,7 +108,7 @@ class Kernel:
         name: of the kernel in the cubin.
         threads: per thread block.
         shared_bytes: dynamic shared memory per thread block.
-        cluster: thread blocks per cluster.
+        cluster: thread blocks per cluster, for Hopper and newer; None: no clusters.
         cooperative: the launch fails unless all blocks fit on the GPU at once.
         overlap: start before the previous kernel ends; the kernel must wait with ``griddepcontrol.wait``.
     """
@@ -120,7 +120,7 @@ class Kernel:
         *,
         threads: int,
         shared_bytes: int = 0,
-        cluster: int = 1,
+        cluster: int | None = None,
         cooperative: bool = False,
         overlap: bool = False,
     ) -> None:
@@ -131,8 +131,7 @@ class Kernel:
             shared_bytes,
             cluster,
         )
-        # Only Hopper and newer take this attribute.
-        chosen: list[tuple[int, tuple[int, ...]]] = [(_CLUSTER, (cluster, 1, 1))] if cluster > 1 else []
+        chosen: list[tuple[int, tuple[int, ...]]] = [] if cluster is None else [(_CLUSTER, (cluster, 1, 1))]
         if cooperative:
             chosen.append((_COOPERATIVE, (1,)))
         if overlap:
@@ -159,7 +158,8 @@ class Kernel:
         return _function(self.cubin, self.name, device)
 
     def active_clusters(self) -> int:
-        """Number of clusters (of two blocks or more) that fit on the current GPU at once."""
+        """Number of clusters that fit on the current GPU at once; for a kernel with clusters."""
+        assert self.cluster is not None
         count = ctypes.c_int()
         config = self._config(self.cluster, 0)
         config.count = 1  # the first attribute is the cluster's size

@@ -7,8 +7,9 @@ addresses; with 3 output channels most of its columns are idle, or, as patches o
 much. Here a tile's inputs are copied to shared memory once, and the taps of a row are columns of the product (see the
 source).
 
-They run on every NVIDIA GPU of compute capability 8.0 and newer: `picture_conv.fatbin`, beside this file, has machine
-code for 8.x, 9.0, 10.x and 12.x, and PTX for what comes later. The tuner (`lgnet_fast.engine.cuda_tuning`) measures
+They run on desktop and server GPUs of compute capability 8.0 and newer, with a driver for CUDA 13 (580 or newer):
+`picture_conv.fatbin`, beside this file, has machine code for 8.x, 9.0, 10.x and 12.x, and PTX for what comes later. The
+tuner (`lgnet_fast.engine.cuda_tuning`) measures
 :func:`candidates` beside the Triton tiles; a product uses these kernels only where they were the fastest on the GPU
 in use. The first use on a GPU compares them with PyTorch in float64 (:func:`reason_against`).
 """
@@ -16,6 +17,7 @@ in use. The first use on a GPU compares them with PyTorch in float64 (:func:`rea
 from __future__ import annotations
 
 import ctypes
+import math
 from pathlib import Path
 from typing import NamedTuple
 
@@ -25,7 +27,7 @@ from torch import Tensor
 from lgnet_fast.engine.geometry import Axis
 
 from .cards import SHARED_LIMITS
-from .compiled_checks import DTYPES, FirstUse, check_bias, check_view, exact_convolution
+from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution
 from .configs import device_generation
 from .conv import PICTURE_CHANNELS, RAW_CHANNELS, Conv, Merge, Store
 from .cuda_driver import Kernel
@@ -159,6 +161,14 @@ def pack(conv: Conv, weight: Tensor) -> Tensor:
     return _fragments(blocks.permute(1, 0, 3, 2, 4)).flatten()
 
 
+def _packed_size(conv: Conv) -> int:
+    """Number of elements of :func:`pack`."""
+    form = _form(conv)
+    assert form is not None
+    steps = conv.in_channels // 16 if form.to_picture else -(-conv.kernel // 4) * (conv.out_channels // CHANNELS)
+    return form.taps * steps * form.products * 16 * 8
+
+
 class Launch(NamedTuple):
     """Parameters of one launch, without addresses; `macs` and `read_bytes` of a block say what it takes."""
 
@@ -255,7 +265,7 @@ def picture_forward(
     batch, in_h, in_w, _ = source.shape
     rect = (0, size[0], 0, size[1]) if rect is None else rect
     launch = describe_launch(conv, batch, (in_h, in_w), size, rect, tile)
-    _check_operands(conv, source, weight, bias, stores, merge, size)
+    _check_operands(conv, source, weight, bias, stores, merge, size, rect)
     args, dtype = launch.args, source.dtype
     args.source, args.weights, args.bias = source.data_ptr(), weight.data_ptr(), bias.data_ptr()
     args.stride_x = source.stride(2)
@@ -287,27 +297,36 @@ def _check_operands(
     stores: tuple[Store, ...],
     merge: Merge | None,
     size: tuple[int, int],
+    rect: tuple[int, int, int, int],
 ) -> None:
     dtype = source.dtype
     if dtype not in DTYPES:
         raise ValueError(f"source: expected float16 or bfloat16, got {dtype}")
     check_view("source", source, dtype, conv.in_channels, 8 if conv.merges else 4)
-    if weight.dtype != dtype or weight.dim() != 1 or not weight.is_contiguous() or weight.data_ptr() % 16:
+    ready = weight.is_contiguous() and weight.data_ptr() % 16 == 0
+    if weight.dtype != dtype or tuple(weight.shape) != (_packed_size(conv),) or not ready:
         raise ValueError(f"weight: expected pack(conv, weight) in {dtype}, got {tuple(weight.shape)} {weight.dtype}")
     check_bias(bias, conv.out_channels)
+    batch = source.shape[0]
+    if len(stores) > 2:
+        raise ValueError(f"stores: expected one or two, got {len(stores)}")
     for store in stores:
         check_view("stores", store.view, dtype, conv.out_channels)
+        if tuple(store.view.shape[:3]) != (batch, *size):
+            raise ValueError(f"stores: expected {(batch, *size)} pixels, got {tuple(store.view.shape[:3])}")
+    if not (0 <= rect[0] <= rect[1] <= size[0] and 0 <= rect[2] <= rect[3] <= size[1]):
+        raise ValueError(f"rect: expected (top, bottom, left, right) inside {size}, got {rect}")
     if conv.merges != (merge is not None) or conv.merges == bool(stores):
         raise ValueError("merge: expected for a step that ends a stage, and stores for any other")
     if merge is None:
         return
-    batch = source.shape[0]
     shapes = {"image": (batch, 3, *size), "mask": (batch, 1, *size), "raw": (batch, 3, *size)}
     shapes["merged"] = shapes["image"] if merge.last else (batch, *size, PICTURE_CHANNELS)
     for name, shape in shapes.items():
         tensor = getattr(merge, name)
         expected = dtype if name == "merged" and not merge.last else torch.float32
-        if tuple(tensor.shape) != shape or tensor.dtype != expected or not tensor.is_contiguous():
+        ready = tensor.is_contiguous() and tensor.data_ptr() % 4 == 0
+        if tuple(tensor.shape) != shape or tensor.dtype != expected or not ready:
             raise ValueError(
                 f"merge.{name}: expected {shape} {expected}, contiguous, got {tuple(tensor.shape)} {tensor.dtype}"
             )
@@ -356,55 +375,95 @@ _CHECKED = (
     Conv(64, 3, 7, 1, 3, False, True, True),
     Conv(128, 3, 4, 2, 1, True, False, True),
 )
+_CHECKED_SIZE = (2, 22, 70)  # of inputs: batch, height, width
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
     """Compare every kind of step with PyTorch in float64, for every tile that fits the GPU."""
     limit = SHARED_LIMITS[device_generation(device)[0]]
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator("cpu").manual_seed(9)
         for conv in _CHECKED:
+            trial = _Trial(conv, _CHECKED_SIZE, dtype, device, generator)
             for tile in tiles(conv):
                 if _shared_bytes(conv, tile) > limit:
                     continue
-                error = _error(conv, tile, (2, 22, 70), dtype, device, generator)
-                if not error < (1e-4 if conv.merges else 8 * torch.finfo(dtype).eps):  # pictures are float32
+                error = trial.error(tile)
+                if not error < LIMIT * torch.finfo(dtype).eps:
                     return f"relative error {error:.1e} in {conv} with {tile}"
     return None
 
 
-def _error(
-    conv: Conv,
-    tile: PictureTile,
-    shape: tuple[int, int, int],
-    dtype: torch.dtype,
-    device: torch.device,
-    generator: torch.Generator,
-) -> float:
-    """RMS of the error against float64, relative to the RMS of the result, for a step on noise."""
+class _Trial:
+    """A step on noise, of which all that it stores is compared with PyTorch in float64."""
 
-    def noise(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
+    def __init__(
+        self,
+        conv: Conv,
+        shape: tuple[int, int, int],
+        dtype: torch.dtype,
+        device: torch.device,
+        generator: torch.Generator,
+    ) -> None:
+        def noise(*size: int) -> Tensor:
+            return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
 
-    batch, height, width = shape
-    x = noise(batch, height, width, conv.in_channels)
-    first, second = (conv.in_channels, conv.out_channels)[:: 1 if conv.transposed else -1]
-    weight = noise(first, second, conv.kernel, conv.kernel) / (conv.in_channels * conv.kernel**2) ** 0.5
-    bias = noise(conv.out_channels).float()
-    exact = exact_convolution(conv, x, weight, bias)
-    size = exact.shape[1], exact.shape[2]
-    operands = conv, x, pack(conv, weight).contiguous(), bias
-    if not conv.merges:
-        out = torch.full(exact.shape, float("nan"), dtype=dtype, device=device)
-        picture_forward(*operands, (Store(out, "relu"),), tile, size=size)
-        exact = exact.relu()
-        return float((out.double() - exact).norm() / exact.norm())
-    image, mask = noise(batch, 3, *size).float(), noise(batch, 1, *size).float()
-    raw, merged = torch.full_like(image, float("nan")), torch.full_like(image, float("nan"))
-    picture_forward(*operands, (), tile, size=size, merge=Merge(image, mask, raw, merged, True))
-    exact = exact.permute(0, 3, 1, 2).tanh()
-    exact = torch.cat((exact, image * (1 - mask.double()) + exact * mask), 1)
-    return float((torch.cat((raw, merged), 1).double() - exact).norm() / exact.norm())
+        batch, height, width = shape
+        self.conv, self.dtype = conv, dtype
+        source = noise(batch, height, width, conv.in_channels)
+        first, second = (conv.in_channels, conv.out_channels)[:: 1 if conv.transposed else -1]
+        weight = noise(first, second, conv.kernel, conv.kernel) / (conv.in_channels * conv.kernel**2) ** 0.5
+        bias = noise(conv.out_channels).float()
+        self.operands = conv, source, pack(conv, weight).contiguous(), bias
+        self.exact = exact_convolution(conv, source, weight, bias)
+        self.size = self.exact.shape[1], self.exact.shape[2]
+        self.image, self.mask = noise(batch, 3, *self.size).float(), noise(batch, 1, *self.size).float()
+
+    def error(self, tile: PictureTile) -> float:
+        """The largest error (RMS, relative to the result) of what a run everywhere and one in a rectangle store.
+
+        Infinite where one writes outside its rectangle or channels.
+        """
+        height, width = self.size
+        run = self._merged if self.conv.merges else self._stored
+        return max(run(tile, rect) for rect in ((0, height, 0, width), (3, height - 2, 5, width - 1)))
+
+    def _stored(self, tile: PictureTile, rect: tuple[int, int, int, int]) -> float:
+        channels = self.conv.out_channels
+        one = torch.full(self.exact.shape, 7, dtype=self.dtype, device=self.exact.device)
+        wide = torch.cat((one, one), -1)
+        stores = Store(one, "relu"), Store(wide[..., channels:], "leaky_relu")
+        picture_forward(*self.operands, stores, tile, size=self.size, rect=rect)
+        leaky = torch.where(self.exact < 0, 0.2 * self.exact, self.exact)
+        found = ((one, self.exact.relu()), (wide[..., channels:], leaky))
+        kept = bool((wide[..., :channels] == 7).all())
+        return max(_error_inside(actual, exact, rect) for actual, exact in found) if kept else math.inf
+
+    def _merged(self, tile: PictureTile, rect: tuple[int, int, int, int]) -> float:
+        value = self.exact.permute(0, 3, 1, 2).tanh()
+        expected = self.image * (1 - self.mask.double()) + value * self.mask
+        errors = []
+        for last in (False, True):
+            raw, planar = torch.full_like(self.image, 7), torch.full_like(self.image, 7)
+            buffer = torch.full((*self.exact.shape[:3], PICTURE_CHANNELS), 7, dtype=self.dtype, device=raw.device)
+            merge = Merge(self.image, self.mask, raw, planar if last else buffer, last)
+            picture_forward(*self.operands, (), tile, size=self.size, rect=rect, merge=merge)
+            merged = planar.permute(0, 2, 3, 1) if last else buffer[..., :3]
+            for actual, exact in ((raw.permute(0, 2, 3, 1), value), (merged, expected)):
+                errors.append(_error_inside(actual, exact.permute(0, 2, 3, 1), rect))
+            errors.append(0.0 if last or bool((buffer[..., 3] == 7).all()) else math.inf)
+        return max(errors)
+
+
+def _error_inside(actual: Tensor, exact: Tensor, rect: tuple[int, int, int, int]) -> float:
+    """RMS of the error in a rectangle of [B, H, W, C], relative to the result; infinite where not 7 is outside."""
+    top, bottom, left, right = rect
+    inside = slice(None), slice(top, bottom), slice(left, right)
+    outside = actual.clone()
+    outside[inside] = 7
+    if not bool((outside == 7).all()):
+        return math.inf
+    return float((actual[inside].double() - exact[inside]).norm() / exact[inside].norm())
 
 
 _first_use = FirstUse(

@@ -205,24 +205,68 @@ def test_bits_do_not_depend_on_the_order_of_events(kernel, conv, tile):
     found = set()
     for kernel.seed in range(6):
         generator = torch.Generator().manual_seed(1)
-        found.add(picture_conv._error(conv, tile, (1, 10, 34), torch.float16, CPU, generator))
+        found.add(picture_conv._Trial(conv, (1, 14, 34), torch.float16, CPU, generator).error(tile))
     assert len(found) == 1
 
 
 @emulated
-def test_the_check_at_first_use_passes(kernel):
+def test_the_check_at_first_use_passes(kernel, monkeypatch):
+    """Everywhere and in a rectangle, both stores, and both kinds of merge."""
+    monkeypatch.setattr(picture_conv, "_CHECKED_SIZE", (1, 14, 40))
     with assume_generation("sm_90", 132):
         assert picture_conv._check(CPU, torch.float16) is None
-    assert len(kernel.launched) == sum(len(picture_conv.tiles(conv)) for conv in picture_conv._CHECKED)
+    runs = {conv: 4 if conv.merges else 2 for conv in picture_conv._CHECKED}
+    assert len(kernel.launched) == sum(n * len(picture_conv.tiles(conv)) for conv, n in runs.items())
     assert set(picture_conv._CHECKED) == set(plan_convs().values())
 
 
-@emulated
-def test_the_check_finds_a_wrong_result(kernel, monkeypatch):
+def wrong_weights(monkeypatch):
     pack = picture_conv.pack
-    monkeypatch.setattr(picture_conv, "pack", lambda conv, weight: pack(conv, weight * (1 + 1e-2)))
+    monkeypatch.setattr(picture_conv, "pack", lambda conv, weight: pack(conv, 1.1 * weight))
+
+
+def altered(change):
+    """Arguments of the launcher, changed by `change(args)` just before the launch."""
+
+    class Altered(emulator.EmulatedKernel):
+        def launch(self, grid, addresses):
+            change(ctypes.cast(addresses[0], ctypes.POINTER(picture_conv.Args)).contents)
+            super().launch(grid, addresses)
+
+    return lambda monkeypatch: monkeypatch.setattr(picture_conv, "Kernel", Altered)
+
+
+def other_activation(args):
+    args.activation_1 = 1
+
+
+def one_row_more(args):
+    args.bottom = min(args.bottom + 1, args.out_h)
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("fault", "conv"),
+    [
+        (wrong_weights, STEM),
+        (altered(other_activation), STEM),
+        (altered(one_row_more), E1),
+        (altered(one_row_more), OUT),
+        (wrong_weights, D1),
+    ],
+    ids=["weights", "second store", "rectangle", "rectangle of a merge", "weights of a merge"],
+)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
+def test_the_check_finds_a_fault(kernel, monkeypatch, fault, conv, dtype):
+    fault(monkeypatch)
+    monkeypatch.setattr(picture_conv, "_CHECKED_SIZE", (1, 14, 40))
+    monkeypatch.setattr(picture_conv, "_CHECKED", (conv,))
+    tile = (
+        PictureTile(2, 48 if conv is OUT else 32) if conv.merges else FROM[conv]
+    )  # those of the emulator in bfloat16
+    monkeypatch.setattr(picture_conv, "tiles", lambda conv: [tile])
     with assume_generation("sm_90", 132):
-        assert "relative error" in picture_conv._check(CPU, torch.float16)
+        assert "relative error" in picture_conv._check(CPU, dtype)
 
 
 @emulated
@@ -356,8 +400,17 @@ def test_launcher_names_the_argument():
         launch(source=torch.zeros(1, 8, 8, 6, dtype=torch.float16)[..., :4])
     with pytest.raises(ValueError, match=r"^weight: expected pack\(conv, weight\) in torch.float16"):
         launch(weight=STEM.pack(torch.zeros(64, 4, 7, 7, dtype=torch.float16)))
+    with pytest.raises(ValueError, match=r"^weight: expected pack\(conv, weight\) in torch.float16, got \(128,\)"):
+        launch(weight=weight[:128])
     with pytest.raises(ValueError, match="^bias: expected 64 aligned float32"):
         launch(bias=bias.half())
+    with pytest.raises(ValueError, match="^stores: expected one or two, got 3"):
+        launch(stores=3 * out)
+    with pytest.raises(ValueError, match=r"^stores: expected \(1, 8, 8\) pixels, got \(1, 8, 4\)"):
+        launch(stores=(Store(torch.zeros(1, 8, 4, 64, dtype=torch.float16), "relu"),))
+    for rect in ((0, 9, 0, 8), (-1, 8, 0, 8), (5, 4, 0, 8), (0, 8, 0, 9)):
+        with pytest.raises(ValueError, match=r"^rect: expected \(top, bottom, left, right\) inside \(8, 8\), got"):
+            picture_conv.picture_forward(STEM, source, weight, bias, out, FROM[STEM], size=(8, 8), rect=rect)
     with pytest.raises(ValueError, match="^stores: expected 64 adjacent channels"):
         launch(stores=(Store(torch.zeros(1, 8, 8, 64), "relu"),))
     with pytest.raises(ValueError, match="^merge: expected for a step that ends a stage"):
@@ -446,13 +499,19 @@ def test_machine_code(tmp_path):
     generations = set()
     for path in machine_codes(tmp_path):
         said = subprocess.run([disassembler(), "-c", str(path)], capture_output=True, text=True, check=True).stdout
-        generations.add(re.search(r"\.target\s+sm_(\d+)", said).group(1))
+        generation = re.search(r"\.target\s+sm_(\d+)", said).group(1)
+        generations.add(generation)
         parts = re.split(r"^\.text\.(lgnet_\w+):$", said, flags=re.M)[1:]
         kernels = dict(zip(parts[::2], parts[1::2]))
         assert len(kernels) == 14
         for name, body in kernels.items():
             assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: local memory"
             assert re.search(r"\bLDGSTS\b", body), name
+            if generation != "80":  # the others wait for the kernel before, then read what it may have written
+                before, after = body.split("ACQBULK")
+                assert len(re.findall(r"\bPREEXIT\b", after)) == 1, name
+                assert not re.search(r"\bLDGSTS\.E\.64\b|\bLDG\b", before), name
+                assert "from" in name or len(re.findall(r"\bLDGSTS\b", before)) == 1, name
             if "from" in name:
                 taps = int(name[-1])
                 assert len(re.findall(r"\bHMMA\.16816\.F32", body)) == taps * -(-taps // 4) * 16, name

@@ -1,5 +1,5 @@
 // Steps of the engine (kernels/conv.py) that read the picture, with 4 input channels, or end a stage, with 3 output
-// channels. For every GPU of compute capability 8.0 and newer.
+// channels. For GPUs of compute capability 8.0 and newer.
 //
 // A tile's inputs are copied to shared memory once and used for all taps, so that no address depends on a tap but by
 // a constant, and padding costs nothing in the loop. Products are those of a warp (mma.m16n8k16): 16 positions of a
@@ -260,7 +260,8 @@ struct ToPicture {
   };
 
   static __device__ __forceinline__ void finish(const Args& args, const Tile& tile, int rows, const float* sums,
-                                                const Item& item, const float (&image)[kColors], float mask) {
+                                                const Item& item, const float (&bias)[kColors],
+                                                const float (&image)[kColors], float mask) {
     float value[kColors], merged[kColors];
 #pragma unroll
     for (int color = 0; color < kColors; ++color) {
@@ -272,7 +273,7 @@ struct ToPicture {
 #pragma unroll
         for (int tap = 0; tap < TAPS; ++tap) total += own[tap * kValues * kPitch + tap];
       }
-      value[color] = tanhf(total + args.bias[color]);
+      value[color] = tanhf(total + bias[color]);
       merged[color] = image[color] * (1.0f - mask) + value[color] * mask;
       args.raw[item.plane(args, tile.sample, color)] = value[color];
       if (args.planar) static_cast<float*>(args.merged)[item.plane(args, tile.sample, color)] = merged[color];
@@ -297,7 +298,9 @@ struct ToPicture {
     copy_weights(args, weights + kStageWeights, kStageWeights, kStageWeights);
     load(args, patch, tile, rows, 1);
     start_next_kernel();
-    float image[kItems][kColors], mask[kItems];  // read early: they are from device memory
+    float bias[kColors], image[kItems][kColors], mask[kItems];  // read early: they are from device memory
+#pragma unroll
+    for (int color = 0; color < kColors; ++color) bias[color] = args.bias[color];
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const Item item(args, tile, rows, threadIdx.x + i * blockDim.x);
@@ -335,7 +338,7 @@ struct ToPicture {
 #pragma unroll
     for (int i = 0; i < kItems; ++i) {
       const Item item(args, tile, rows, threadIdx.x + i * blockDim.x);
-      if (item.stored) finish(args, tile, rows, sums, item, image[i], mask[i]);
+      if (item.stored) finish(args, tile, rows, sums, item, bias, image[i], mask[i]);
     }
   }
 };

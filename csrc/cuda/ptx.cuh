@@ -1,4 +1,4 @@
-// PTX instructions that CUDA C++ has no function for, and which both kernels use.
+// PTX instructions that CUDA C++ has no function for, and which the kernels use.
 //
 // The kernels contain no assembly of their own: tests/emulator/ compiles them for the CPU, with its own version of
 // what is declared here and in wgmma.cuh. Addresses of shared memory are 32-bit numbers, as PTX takes them.

@@ -182,15 +182,17 @@ class CudaExecutor(Executor):
     def _compiled_tile(self, step: ConvStep, rect: Rect | None = None) -> CompiledTile | None:
         """The tile of a compiled kernel for a rectangle of a step; None where `kernels/conv.py` runs it."""
         from lgnet_fast.kernels.compiled import as_compiled, usable
+        from lgnet_fast.kernels.hopper import HopperTile
 
         choice = self.weights.chosen.get(step.name)
         if choice is not None:
             return as_compiled(choice)
         kind, _, _ = target_of(self.device, self.dtype)
         measured = as_compiled(self.weights.tuned.tile(work_of(self.plan, step, rect), kind))
-        if measured is not None and usable(measured, conv_of(step), self.dtype, self.device):
-            return measured
-        return None
+        if measured is None or not usable(measured, conv_of(step), self.dtype, self.device):
+            return None
+        # a step with the same product may have a residual, which these kernels do not add
+        return measured if isinstance(measured, HopperTile) or step.residual is None else None
 
     @property
     def choices(self) -> dict[str, str]:
