@@ -19,8 +19,8 @@ HERE = Path(__file__).resolve().parent
 KERNELS = HERE.parents[1] / "kernels"
 NAMES = tuple(sorted(path.stem for path in HERE.glob("*.cu")))
 HOPPER = ("-cubin", "-gencode=arch=compute_90a,code=sm_90a")
-# Desktop and server GPUs of 8.x, 9.0, 10.x and 12.x, and PTX that the driver compiles for what comes later. That is of
-# 9.0, because code for 8.x does not wait for the kernel before it, which newer GPUs may let overlap.
+# Desktop and server GPUs of 8.x, 9.0, 10.x and 12.x, and PTX that the driver compiles for what comes later. It is PTX
+# of 9.0, because code for 8.x does not wait for the kernel before it, which newer GPUs may let overlap.
 EVERY = (
     "-fatbin",
     *(f"-gencode=arch=compute_{n},code=sm_{n}" for n in (80, 90, 100, 120)),
