@@ -1,10 +1,11 @@
-"""Checks of the compiled convolutions (`hopper`, `picture_conv`): of arguments, and of results at first use."""
+"""What the compiled convolutions (`hopper`, `picture_conv`) share: arguments, and checks of results at first use."""
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -12,8 +13,8 @@ from torch import Tensor
 
 from lgnet_fast.ops.first_use import is_capturing
 
-from .conv import Conv
-from .launch import is_recording
+from .conv import Conv, Store
+from .launch import ACTIVATIONS, is_recording
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -48,6 +49,14 @@ def check_bias(bias: Tensor, channels: int) -> None:
     aligned = bias.is_contiguous() and (channels < 4 or bias.data_ptr() % 16 == 0)
     if bias.dtype != torch.float32 or bias.shape != (channels,) or not aligned:
         raise ValueError(f"bias: expected {channels} aligned float32, got {tuple(bias.shape)} {bias.dtype}")
+
+
+def set_stores(args: ctypes.Structure, stores: Sequence[Store]) -> None:
+    """Fill a kernel's arguments store0, stride_0, activation_0, and those of the second store."""
+    for number, store in enumerate(stores):
+        setattr(args, f"store{number}", store.view.data_ptr())
+        setattr(args, f"stride_{number}", store.view.stride(2))
+        setattr(args, f"activation_{number}", ACTIVATIONS[store.activation])
 
 
 def exact_convolution(conv: Conv, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:

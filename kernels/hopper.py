@@ -19,11 +19,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution
+from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution, set_stores
 from .conv import Conv, Store
 from .conv_configs import Work
 from .cuda_driver import Kernel, call
-from .launch import ACTIVATIONS, device_guard, is_recording
+from .launch import device_guard, is_recording
 
 CAPABILITY = (9, 0)
 CUBIN = Path(__file__).with_name("hopper_conv.cubin")
@@ -274,10 +274,7 @@ def _prepare(
     args = launch.args
     args.bias, args.residual = bias.data_ptr(), None if residual is None else residual.data_ptr()
     args.stride_r = 0 if residual is None else residual.stride(2)
-    for number, store in enumerate(stores):
-        setattr(args, f"store{number}", store.view.data_ptr())
-        setattr(args, f"stride_{number}", store.view.stride(2))
-        setattr(args, f"activation_{number}", ACTIVATIONS[store.activation])
+    set_stores(args, stores)
     patches = _tensor_map(
         source,
         [conv.in_channels, in_w, in_h, batch],

@@ -27,11 +27,11 @@ from torch import Tensor
 from lgnet_fast.engine.geometry import Axis
 
 from .cards import SHARED_LIMITS
-from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution
+from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution, set_stores
 from .configs import device_generation
 from .conv import PICTURE_CHANNELS, RAW_CHANNELS, Conv, Merge, Store
 from .cuda_driver import Kernel
-from .launch import ACTIVATIONS, device_guard, is_recording
+from .launch import device_guard, is_recording
 
 CAPABILITY = (8, 0)
 FATBIN = Path(__file__).with_name("picture_conv.fatbin")
@@ -82,18 +82,25 @@ class Args(ctypes.Structure):
 class _Form(NamedTuple):
     """A step as the kernels see it.
 
-    axis: patches of outputs, if any, are side by side as `values`. parts: warps that share a row. products: columns
-    of 8 of a warp's product.
+    axis: with one phase; a position may be a patch of outputs. parts: warps that share a row. steps: of 16
+    along the depth of a row of taps. products: groups of 8 columns. blocks: groups of output channels.
     """
 
     axis: Axis
     to_picture: bool
     parts: int
+    steps: int
     products: int
+    blocks: int
 
     @property
     def taps(self) -> int:
         return self.axis.taps[0]
+
+    @property
+    def fragments(self) -> int:
+        """Products of 16 x 8 weights in a thread block."""
+        return self.taps * self.steps * self.products
 
 
 def _form(conv: Conv) -> _Form | None:
@@ -102,13 +109,14 @@ def _form(conv: Conv) -> _Form | None:
         axis = conv.geometry.axis(2 if conv.transposed else 1)
         supported = (conv.in_channels, axis.taps[0], axis.patch) in _TO and axis.in_step == 1
         columns = axis.taps[0] * axis.patch**2 * RAW_CHANNELS
-        form = _Form(axis, True, conv.in_channels // (16 * _STAGES), -(-columns // 8))
+        steps = conv.in_channels // 16
+        form = _Form(axis, True, steps // _STAGES, steps, -(-columns // 8), 1)
         return form if supported and conv.out_channels == RAW_CHANNELS else None
     if conv.transposed or (conv.kernel, conv.stride) not in _FROM:
         return None
     if conv.in_channels != PICTURE_CHANNELS or conv.out_channels % CHANNELS:
         return None
-    return _Form(conv.geometry.axis(), False, 1, CHANNELS // 8)
+    return _Form(conv.geometry.axis(), False, 1, -(-conv.kernel // 4), CHANNELS // 8, conv.out_channels // CHANNELS)
 
 
 def unsupported(conv: Conv) -> str | None:
@@ -139,7 +147,7 @@ def pack(conv: Conv, weight: Tensor) -> Tensor:
         raise ValueError(f"conv: {unsupported(conv)}")
     taps_first = weight.permute((2, 3, 0, 1) if conv.transposed else (2, 3, 1, 0))
     if not form.to_picture:
-        size, steps = conv.kernel, -(-conv.kernel // 4)
+        size, steps = conv.kernel, form.steps
         padded = weight.new_zeros(size, 4 * steps, PICTURE_CHANNELS, conv.out_channels)
         padded[:, :size] = taps_first
         outputs = padded.reshape(size, steps, 16, -1, 2, 4, 4, 2)  # 64 outputs, p, q, c, j
@@ -157,16 +165,8 @@ def pack(conv: Conv, weight: Tensor) -> Tensor:
     columns = rows.reshape(taps, conv.in_channels, -1)
     padded = weight.new_zeros(taps, conv.in_channels, 8 * form.products)
     padded[..., : columns.shape[-1]] = columns
-    blocks = padded.reshape(taps, conv.in_channels // 16, 16, form.products, 8)
+    blocks = padded.reshape(taps, form.steps, 16, form.products, 8)
     return _fragments(blocks.permute(1, 0, 3, 2, 4)).flatten()
-
-
-def _packed_size(conv: Conv) -> int:
-    """Number of elements of :func:`pack`."""
-    form = _form(conv)
-    assert form is not None
-    steps = conv.in_channels // 16 if form.to_picture else -(-conv.kernel // 4) * (conv.out_channels // CHANNELS)
-    return form.taps * steps * form.products * 16 * 8
 
 
 class Launch(NamedTuple):
@@ -203,37 +203,33 @@ def describe_launch(
     if form.to_picture:
         most, widths = _TO[conv.in_channels, form.taps, axis.patch]
         columns = tile.width - form.taps + 1
-        steps = conv.in_channels // 16  # products of a warp along the depth, for a row of taps
         read = (tile.rows + form.taps - 1) * tile.width * 2 * conv.in_channels
         sums = form.parts * tile.rows * form.taps * axis.patch**2 * RAW_CHANNELS * (tile.width + 4)
         kernel = f"lgnet_to_{{}}_{conv.in_channels}_{tile.width}"
     else:
         most, widths, columns = 512, (SPAN,), SPAN
-        steps = -(-conv.kernel // 4)
-        patch_rows, pitch = (tile.rows - 1) * conv.stride + conv.kernel, (SPAN - 1) * conv.stride + 4 * steps
+        patch_rows, pitch = (tile.rows - 1) * conv.stride + conv.kernel, (SPAN - 1) * conv.stride + 4 * form.steps
         read, sums = patch_rows * pitch * _PIXEL_BYTES, 0
         kernel = f"lgnet_from_{{}}_{conv.kernel}"
-    fragments = form.taps * steps * form.products
-    read += fragments * _FRAGMENT_BYTES
+    read += form.fragments * _FRAGMENT_BYTES
     if tile.width not in widths or not 0 < threads <= most:
         raise ValueError(f"tile: expected widths of {widths} and at most {most} threads, got {tile}")
     step = axis.out_step
     top, bottom, left, right = rect
     tiles_y = -(-(-(-bottom // step) - top // step) // tile.rows)
     tiles_x = -(-(-(-right // step) - left // step) // columns)
-    n_blocks = 1 if form.to_picture else conv.out_channels // CHANNELS
     args = Args(
         in_h=in_size[0], in_w=in_size[1], out_h=out_size[0], out_w=out_size[1],
         top=top, bottom=bottom, left=left, right=right, rows_top=top // step, rows_left=left // step,
-        tiles_x=tiles_x, tiles_y=tiles_y, origin=axis.origins[0], n_blocks=n_blocks, reflect=conv.reflect,
+        tiles_x=tiles_x, tiles_y=tiles_y, origin=axis.origins[0], n_blocks=form.blocks, reflect=conv.reflect,
     )  # fmt: skip
     return Launch(
         args,
         kernel,
-        grid=batch * tiles_y * tiles_x * n_blocks,
+        grid=batch * tiles_y * tiles_x * form.blocks,
         threads=threads,
         shared_bytes=max(read, 4 * sums),  # the sums replace what was read
-        macs=tile.rows * tile.width * fragments * 16 * 8,
+        macs=tile.rows * tile.width * form.fragments * 16 * 8,
         read_bytes=read,
     )
 
@@ -269,10 +265,7 @@ def picture_forward(
     args, dtype = launch.args, source.dtype
     args.source, args.weights, args.bias = source.data_ptr(), weight.data_ptr(), bias.data_ptr()
     args.stride_x = source.stride(2)
-    for number, store in enumerate(stores):
-        setattr(args, f"store{number}", store.view.data_ptr())
-        setattr(args, f"stride_{number}", store.view.stride(2))
-        setattr(args, f"activation_{number}", ACTIVATIONS[store.activation])
+    set_stores(args, stores)
     if merge is not None:
         args.image, args.mask, args.raw, args.merged = (t.data_ptr() for t in merge[:4])
         args.planar = merge.last
@@ -303,8 +296,11 @@ def _check_operands(
     if dtype not in DTYPES:
         raise ValueError(f"source: expected float16 or bfloat16, got {dtype}")
     check_view("source", source, dtype, conv.in_channels, 8 if conv.merges else 4)
+    form = _form(conv)
+    assert form is not None  # `describe_launch` has refused other steps
+    packed = form.blocks * form.fragments * _FRAGMENT_BYTES // 2
     ready = weight.is_contiguous() and weight.data_ptr() % 16 == 0
-    if weight.dtype != dtype or tuple(weight.shape) != (_packed_size(conv),) or not ready:
+    if weight.dtype != dtype or tuple(weight.shape) != (packed,) or not ready:
         raise ValueError(f"weight: expected pack(conv, weight) in {dtype}, got {tuple(weight.shape)} {weight.dtype}")
     check_bias(bias, conv.out_channels)
     batch = source.shape[0]
