@@ -311,6 +311,15 @@ for steps, folder in enumerate(sys.argv[2:]):
 """
 
 
+def killed_saves(links: str, folders) -> list[int]:
+    """Exit codes of saves of one model, to these folders, killed before their first, second, ... change of it."""
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, links, *folders], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    return [int(status) for status in done.stdout.split()]
+
+
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
 @pytest.mark.parametrize("links", ["links", "copies"])
 def test_a_save_killed_anywhere_leaves_the_old_set_or_the_new_one(tmp_path, links):
@@ -322,15 +331,11 @@ def test_a_save_killed_anywhere_leaves_the_old_set_or_the_new_one(tmp_path, link
     folders = [tmp_path / str(steps) for steps in range(16)]
     for folder in folders:
         old.save_pretrained(folder)
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, links, *folders], capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
     seen = []
-    for folder, status in zip(folders, done.stdout.split(), strict=True):
+    for folder, status in zip(folders, killed_saves(links, folders), strict=True):
         loaded = LGNet.from_pretrained(folder)
         assert same(loaded, new if loaded.variant == "paper" else old)
-        seen.append((int(status), loaded.variant))
+        seen.append((status, loaded.variant))
         assert len(list(folder.glob(".saving-*"))) <= 1
         old.save_pretrained(folder)
         assert same(LGNet.from_pretrained(folder), old)
@@ -338,6 +343,31 @@ def test_a_save_killed_anywhere_leaves_the_old_set_or_the_new_one(tmp_path, link
     assert (-signal.SIGKILL, "released") in seen
     assert (-signal.SIGKILL, "paper") in seen
     assert seen[-1] == (0, "paper"), "one save has fewer calls than were stopped"
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+@pytest.mark.parametrize("links", ["links", "copies"])
+def test_a_first_save_killed_anywhere_leaves_the_whole_model_or_an_error_that_says_so(tmp_path, links):
+    torch.manual_seed(1)
+    new = LGNet("C", variant="paper", coarse_channels=1)
+    folders = [tmp_path / str(steps) for steps in range(20)]
+    seen = set()
+    for folder, status in zip(folders, killed_saves(links, folders), strict=True):
+        written = (folder / "manifest.json").exists()
+        if written:
+            assert same(LGNet.from_pretrained(folder), new)
+        else:
+            with pytest.raises(WeightsError, match="was killed before its files were complete: save again"):
+                LGNet.from_pretrained(folder)
+        seen.add((status, written))
+    assert seen == {(-signal.SIGKILL, False), (-signal.SIGKILL, True), (0, True)}
+
+
+def test_a_folder_that_lost_a_file_of_its_manifest_says_so(model, tmp_path):
+    model.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(WeightsError, match="missing model.safetensors; save again$"):
+        LGNet.from_pretrained(tmp_path)
 
 
 def test_a_mixture_of_two_saves_is_refused(model, tmp_path):

@@ -191,7 +191,7 @@ def staged(directory: Path) -> Iterator[Path]:
         directory.mkdir(parents=True, exist_ok=True)
         with _alone(directory) as alone:
             # Remains of killed saves; one of them may hold the valid set.
-            left = list(directory.glob(_STAGING + "*")) if alone else []
+            left = remains_of_saves(directory) if alone else []
             counts = _named_staging(directory)
             for folder in left:
                 if folder.name != counts:
@@ -226,6 +226,11 @@ def staged(directory: Path) -> Iterator[Path]:
     finally:
         if staging is not None and not committed:
             shutil.rmtree(staging, ignore_errors=True)
+
+
+def remains_of_saves(directory: Path) -> list[Path]:
+    """Sub-folders that saves have written into: of a killed save, or of one that runs."""
+    return list(directory.glob(_STAGING + "*"))
 
 
 def _named_staging(directory: Path) -> str | None:

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import LGNetError, WeightsError
-from .folders import impostor
+from .folders import MANIFEST, impostor, remains_of_saves
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -57,9 +57,12 @@ def find_weights(source: str | os.PathLike[str]) -> None:
         raise WeightsError(f"weights: {str(source)!r} could not be looked at: {error}") from error
     if path.is_dir():
         missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
-        if missing:
+        # Beside a manifest, files may be missing because a save was killed: `complete_set` finds them or says so.
+        if missing and not (path / MANIFEST).is_file():
             wanted = f"weights: expected {CONFIG_FILE} and {WEIGHTS_FILE} in {path}, missing {missing}"
-            if any(path.glob("*_net_G1.pth")):
+            if remains_of_saves(path):
+                wanted += "; a save to this folder runs, or was killed before its files were complete: save again"
+            elif any(path.glob("*_net_G1.pth")):
                 wanted += "; the authors' files there are read by LGNet.from_released and `lgnet-fast convert`"
             raise WeightsError(wanted)
     elif path.exists():
