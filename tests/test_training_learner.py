@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import warnings
 
 import pytest
 import torch
@@ -131,6 +132,15 @@ def test_bfloat16_steps_stay_close_to_float32_and_keep_the_spectral_norm(picture
     assert terms["bf16"]["G"].item() != terms["no"]["G"].item()
     # Three power iterations; in bfloat16 they would be off by 4e-3.
     assert torch.allclose(vectors["no"], vectors["bf16"], atol=1e-3)
+
+
+@pytest.mark.parametrize(("precision", "fast", "count"), [("bf16", False, 1), ("bf16", True, 0), ("no", False, 0)])
+def test_bfloat16_on_a_cpu_without_it_is_told(pictures, tmp_path, monkeypatch, precision, fast, count):
+    monkeypatch.setattr("lgnet_fast.training.setup._fast_bfloat16", lambda: fast)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        Trainer(tiny_config(pictures, tmp_path, optim={"precision": precision}))
+    assert sum("optim.precision: bf16" in str(one.message) for one in caught) == count
 
 
 def test_float16_needs_a_gpu(pictures, tmp_path):

@@ -36,6 +36,7 @@ from .setup import (
     prepare,
     seed_everything,
     untrained_modules,
+    warn_of_slow_bfloat16,
 )
 from .steps import Step
 
@@ -70,6 +71,7 @@ class Learner:
         lpips = make_lpips(config.loss)
 
         self.accelerator = make_accelerator(optim.precision, config.run.device)
+        warn_of_slow_bfloat16(config, self.accelerator)
         device, dtype = self.accelerator.device, getattr(torch, optim.dtype)
         if device.type == "cuda":
             torch.backends.cudnn.benchmark = True  # every step has the same shapes
