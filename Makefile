@@ -31,7 +31,7 @@ help:
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run;"
 	@echo "            AOT='--shard 1/8': an eighth; what was compiled before is known"
 	@echo "make compare-kernels BASE=REF  the kernels' machine code beside another commit's (AOT as above, or '--triton 3.6.0'); fails on what got worse"
-	@echo "make cubin  compile csrc/cuda/ again (needs nvcc; the machine code in kernels/ is shipped)"
+	@echo "make cubin  compile csrc/cuda/ again (the machine code in kernels/ is shipped)"
 	@echo "make gpu    on a machine with an NVIDIA GPU: checks, tests, tuning, benchmarks"
 	@echo "            (PYTHON=python3 picks the Python, RESULTS=dir MINUTES=8)"
 	@echo "make lint   ruff, mypy, clang-format, workflow files"
@@ -155,8 +155,13 @@ aot: $(VENV)/.extras
 compare-kernels: $(VENV)/.extras
 	$(BIN)/python -m bench.compare_kernels "$(BASE)" $(AOT)
 
-cubin:
-	$(PYTHON) csrc/cuda/build.py
+.cache/cuda/.installed: csrc/cuda/requirements.txt
+	$(PYTHON) -m venv .cache/cuda
+	.cache/cuda/bin/pip install --quiet -r csrc/cuda/requirements.txt
+	touch $@
+
+cubin: .cache/cuda/.installed
+	.cache/cuda/bin/python csrc/cuda/build.py
 
 gpu:
 	$(PYTHON) bench/run_gpu.py $(if $(RESULTS),--results "$(RESULTS)") $(if $(MINUTES),--minutes "$(MINUTES)")

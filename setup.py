@@ -189,7 +189,7 @@ setup(
     package_dir={"lgnet_fast.kernels": "kernels"},
     package_data={
         "lgnet_fast": ["py.typed", "weights/**", "samples/**", "serve/static/**"],
-        "lgnet_fast.kernels": ["*.cubin", "*.fatbin"],
+        "lgnet_fast.kernels": ["machine_code/*"],
     },
     include_package_data=False,
     ext_modules=[Extension("lgnet_fast._C", SOURCES, language="c++", depends=HEADERS)],

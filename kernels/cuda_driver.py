@@ -1,7 +1,7 @@
 """Machine code of CUDA C++ kernels, loaded and launched through NVIDIA's driver API: users need no compiler.
 
-The cubins lie beside this file; ``make cubin`` writes them and needs nvcc. Launches go to PyTorch's current stream
-and can be captured into a graph.
+It lies in ``machine_code/``, a file for each source of ``csrc/cuda/`` and each GPU; ``make cubin`` writes them.
+Launches go to PyTorch's current stream and can be captured into a graph.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import torch
 _CLUSTER, _COOPERATIVE, _PROGRAMMATIC = 4, 2, 6  # CUlaunchAttributeID
 _STATIC_SHARED, _MAX_DYNAMIC_SHARED = 1, 8  # CUfunction_attribute
 _KERNEL_NODE = 0  # CUgraphNodeType
+_FOLDER = Path(__file__).with_name("machine_code")
 
 
 class _Config(ctypes.Structure):
@@ -75,17 +76,37 @@ def _make_current(device: int) -> None:
         call("cuCtxSetCurrent", context)
 
 
+def machine_code(source: str, capability: tuple[int, int]) -> Path:
+    """The file that a GPU of a compute capability loads for a source of csrc/cuda/ (its name, without ``.cu``).
+
+    That is its own code, that of its generation's first GPU, or PTX of a generation before it, which the driver
+    compiles.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    major, minor = capability
+    named = [f"sm_{major}{minor}a.cubin", f"sm_{major}{minor}.cubin", f"sm_{major}0.cubin"]
+    ptx = {int(path.suffixes[0][len(".compute_") :]): path for path in _FOLDER.glob(f"{source}.compute_*.ptx")}
+    found = [path for path in (_FOLDER / f"{source}.{name}" for name in named) if path.is_file()]
+    found += [ptx[number] for number in sorted(ptx, reverse=True) if number <= 10 * major + minor]
+    if not found:
+        raise FileNotFoundError(f"{_FOLDER.name}: no code of {source} for compute capability {major}.{minor}")
+    return found[0]
+
+
 @functools.cache
-def _module(cubin: Path, device: int) -> ctypes.c_void_p:
+def _module(source: str, device: int) -> ctypes.c_void_p:
     module = ctypes.c_void_p()
-    call("cuModuleLoadData", ctypes.byref(module), cubin.read_bytes())
+    code = machine_code(source, torch.cuda.get_device_capability(device)).read_bytes()
+    call("cuModuleLoadData", ctypes.byref(module), code)
     return module
 
 
 @functools.cache
-def _function(cubin: Path, name: str, device: int) -> ctypes.c_void_p:
+def _function(source: str, name: str, device: int) -> ctypes.c_void_p:
     function = ctypes.c_void_p()
-    call("cuModuleGetFunction", ctypes.byref(function), _module(cubin, device), name.encode())
+    call("cuModuleGetFunction", ctypes.byref(function), _module(source, device), name.encode())
     _allow_all_shared(function, device)
     return function
 
@@ -101,11 +122,11 @@ def _allow_all_shared(function: ctypes.c_void_p, device: int) -> int:
 
 
 class Kernel:
-    """One kernel of a cubin and its launch parameters. It is loaded once on each GPU that it runs on.
+    """One compiled kernel and its launch parameters. It is loaded once on each GPU that it runs on.
 
     Args:
-        cubin: machine code.
-        name: of the kernel in the cubin.
+        source: of csrc/cuda/, without ``.cu``.
+        name: of the kernel in the source.
         threads: per thread block.
         shared_bytes: dynamic shared memory per thread block.
         cluster: thread blocks per cluster, for Hopper and newer; None: no clusters.
@@ -115,7 +136,7 @@ class Kernel:
 
     def __init__(
         self,
-        cubin: Path,
+        source: str,
         name: str,
         *,
         threads: int,
@@ -124,13 +145,8 @@ class Kernel:
         cooperative: bool = False,
         overlap: bool = False,
     ) -> None:
-        self.cubin, self.name, self.threads, self.shared_bytes, self.cluster = (
-            cubin,
-            name,
-            threads,
-            shared_bytes,
-            cluster,
-        )
+        self.source, self.name = source, name
+        self.threads, self.shared_bytes, self.cluster = threads, shared_bytes, cluster
         chosen: list[tuple[int, tuple[int, ...]]] = [] if cluster is None else [(_CLUSTER, (cluster, 1, 1))]
         if cooperative:
             chosen.append((_COOPERATIVE, (1,)))
@@ -151,11 +167,12 @@ class Kernel:
         """The function on the current GPU. Loading cannot be captured into a graph: call this before a capture.
 
         Raises:
+            OSError: there is no driver, or no machine code for this GPU.
             RuntimeError: the driver rejects the machine code.
         """
         device = torch.cuda.current_device()
         _make_current(device)
-        return _function(self.cubin, self.name, device)
+        return _function(self.source, self.name, device)
 
     def active_clusters(self) -> int:
         """Number of clusters that fit on the current GPU at once; for a kernel with clusters."""

@@ -26,7 +26,6 @@ from __future__ import annotations
 import ctypes
 import itertools
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -38,7 +37,6 @@ from .cuda_driver import Kernel
 from .launch import ACTIVATIONS, is_recording
 
 CAPABILITY = (9, 0)
-CUBIN = Path(__file__).with_name("deep.cubin")
 
 # As in deep.cu.
 MAX_LAYERS = 12
@@ -370,8 +368,6 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         return "needs an NVIDIA GPU, float16 or bfloat16"
     if torch.cuda.get_device_capability(device) != CAPABILITY:
         return "needs compute capability 9.0"
-    if not CUBIN.is_file():
-        return f"{CUBIN.name} was not built (make cubin)"
     try:
         with torch.cuda.device(device):
             _kernel(dtype, SHARED_LIMIT, 1).load()
@@ -387,10 +383,9 @@ def held_clusters(device: torch.device, dtype: torch.dtype) -> dict[int, int]:
 
 
 def _kernel(dtype: torch.dtype, shared: int, cluster: int, cooperative: bool = True, overlap: bool = False) -> Kernel:
-    name = f"lgnet_deep_{str(dtype).removeprefix('torch.')}"
     return Kernel(
-        CUBIN,
-        name,
+        "deep",
+        f"lgnet_deep_{str(dtype).removeprefix('torch.')}",
         threads=32 * (WARPS + 1),
         shared_bytes=shared,
         cluster=cluster,

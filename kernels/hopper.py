@@ -2,9 +2,9 @@
 
 It computes what :func:`.conv.conv_forward` computes, for steps of stride 1 and transposed ones, in float16 and
 bfloat16. The patch of the input that a tile of outputs needs is copied to shared memory once and used for all taps.
-The machine code, `hopper_conv.cubin`, lies beside this file and is loaded by the driver, so that users need no
-compiler; `make cubin` rebuilds it. The tuner (`lgnet_fast.engine.cuda_tuning`) measures :func:`candidates` beside the
-Triton tiles; a product uses this kernel only where it was the fastest on the GPU in use.
+The machine code is in the package and is loaded by the driver, so that users need no compiler. The tuner
+(`lgnet_fast.engine.cuda_tuning`) measures :func:`candidates` beside the Triton tiles; a product uses this kernel only
+where it was the fastest on the GPU in use.
 
 The first use on a GPU compares it with PyTorch in float32 (:func:`reason_against`).
 """
@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,7 +25,6 @@ from .cuda_driver import Kernel, call
 from .launch import device_guard, is_recording
 
 CAPABILITY = (9, 0)
-CUBIN = Path(__file__).with_name("hopper_conv.cubin")
 CHANNELS = 64
 """Output channels of a thread block, and input channels of a step."""
 TILE_W = 8
@@ -213,7 +211,7 @@ def _kernel(
     launch: Launch, dtype: torch.dtype, tile: HopperTile, overlap: bool = False, timed: bool = False
 ) -> Kernel:
     return Kernel(
-        CUBIN,
+        "hopper_conv",
         _kernel_name(dtype, tile, timed),
         threads=tile.groups * _GROUP_THREADS + _OTHER_THREADS,
         shared_bytes=launch.shared_bytes,

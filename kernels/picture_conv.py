@@ -7,18 +7,16 @@ addresses; with 3 output channels most of its columns are idle, or, as patches o
 much. Here a tile's inputs are copied to shared memory once, and the taps of a row are columns of the product (see the
 source).
 
-They run on desktop and server GPUs of compute capability 8.0 and newer, with a driver for CUDA 13 (580 or newer):
-`picture_conv.fatbin`, beside this file, has machine code for 8.x, 9.0, 10.x and 12.x, and PTX for what comes later.
-The tuner (`lgnet_fast.engine.cuda_tuning`) measures :func:`candidates` beside the Triton tiles; a product uses these
-kernels only where they were the fastest on the GPU in use. The first use on a GPU compares them with PyTorch in
-float64 (:func:`reason_against`).
+They run on GPUs of compute capability 8.0 and newer: the package has machine code for 8.x, 9.0, 10.x and 12.x, and
+PTX for what comes later. The tuner (`lgnet_fast.engine.cuda_tuning`) measures :func:`candidates` beside the Triton
+tiles; a product uses these kernels only where they were the fastest on the GPU in use. The first use on a GPU
+compares them with PyTorch in float64 (:func:`reason_against`).
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -34,7 +32,6 @@ from .cuda_driver import Kernel
 from .launch import device_guard, is_recording
 
 CAPABILITY = (8, 0)
-FATBIN = Path(__file__).with_name("picture_conv.fatbin")
 CHANNELS = 64
 """Output channels of a thread block, from the picture."""
 SPAN = 32
@@ -273,7 +270,7 @@ def picture_forward(
         return
     with device_guard(source):
         kernel = Kernel(
-            FATBIN,
+            "picture_conv",
             launch.kernel.format(str(dtype).removeprefix("torch.")),
             threads=launch.threads,
             shared_bytes=launch.shared_bytes,

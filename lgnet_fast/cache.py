@@ -138,8 +138,8 @@ def _package() -> str:
     spec = find_spec("lgnet_fast.kernels")
     digest = hashlib.sha256()
     for directory in (spec.submodule_search_locations if spec else None) or ():
-        for path in sorted(Path(directory).iterdir()):
-            if path.suffix in (".py", ".cubin", ".fatbin"):
+        for pattern in ("*.py", "machine_code/*"):
+            for path in sorted(Path(directory).glob(pattern)):
                 digest.update(path.read_bytes())
     return f"{__version__}, kernels {digest.hexdigest()[:12]}"
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import shutil
+import subprocess
 from pathlib import Path
 
 import torch
@@ -21,6 +23,14 @@ def disassembler() -> str | None:
         return shutil.which("nvdisasm")
     carried = Path(spec.origin).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
     return shutil.which("nvdisasm") or (str(carried) if carried.is_file() else None)
+
+
+def instructions(source: str, target: str) -> dict[str, str]:
+    """Name -> instructions of each kernel in the machine code of a source for a target."""
+    command = [disassembler(), "-c", str(build.machine_code(source, target))]
+    said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    parts = re.split(r"^\.text\.(lgnet_\w+):$", said, flags=re.M)[1:]
+    return dict(zip(parts[::2], parts[1::2]))
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:

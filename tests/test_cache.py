@@ -176,7 +176,8 @@ def test_key_changes_with_the_kernels(tmp_path: Path, monkeypatch: pytest.Monkey
     spec.submodule_search_locations = [str(tmp_path)]
     monkeypatch.setattr(cache, "find_spec", lambda name: spec)
     known = {cache._package()}
-    for name, counts in (("conv.py", True), ("a.cubin", True), ("b.fatbin", True), ("notes.txt", False)):
+    (tmp_path / "machine_code").mkdir()
+    for name, counts in (("conv.py", True), ("machine_code/a.cubin", True), ("notes.txt", False)):
         for content in (b"1", b"2"):
             (tmp_path / name).write_bytes(content)
             assert (cache._package() not in known) == counts

@@ -22,6 +22,7 @@
 // Every wait ends after at most `timeout` clocks. After a timeout `state[0]` holds the kind of wait, the layer and
 // the block; every block runs to its end without waiting and fills the last layer's stores with NaN. Later launches
 // do the same until `state` is zeroed.
+#include "activation.cuh"
 #include "elements.cuh"
 #include "ptx.cuh"
 #include "ring.cuh"
@@ -102,13 +103,6 @@ enum Wait { kEmpty = 1, kFull = 2, kSums = 3, kGrid = 4 };
 // The error code for `state[0]`: kind of wait, layer, block.
 __device__ __forceinline__ int32_t code_of(Wait kind, int layer) {
   return (kind << 24) | (layer << 16) | static_cast<int32_t>(blockIdx.x + 1);
-}
-
-// Codes of kernels/launch.py, ACTIVATIONS. NaN stays NaN.
-__device__ __forceinline__ float activate(float x, int code) {
-  if (code == 1) return x < 0.f ? 0.f : x;
-  if (code == 2) return x < 0.f ? 0.2f * x : x;
-  return x;
 }
 
 // A block's position in the grid, and its cluster's share of the current layer.
@@ -359,12 +353,12 @@ __device__ __forceinline__ void send(const Layer& layer, const Place& place, uin
 }
 
 template <typename T>
-__device__ __forceinline__ void store(void* to, int64_t index, const float4& value, int activation) {
+__device__ __forceinline__ void store(void* to, int64_t index, const float4& value, Activation activation) {
   using Two = typename Pair<T>::type;
   uint2 packed;
   Two* const pairs = reinterpret_cast<Two*>(&packed);
-  pairs[0] = Pair<T>::narrow(activate(value.x, activation), activate(value.y, activation));
-  pairs[1] = Pair<T>::narrow(activate(value.z, activation), activate(value.w, activation));
+  pairs[0] = Pair<T>::narrow(activation(value.x), activation(value.y));
+  pairs[1] = Pair<T>::narrow(activation(value.z), activation(value.w));
   *reinterpret_cast<uint2*>(static_cast<T*>(to) + index) = packed;
 }
 
@@ -387,8 +381,9 @@ __device__ __forceinline__ void finish(const Layer& layer, const Place& place) {
     const int out_x = (row & ((1 << layer.log_rows_w) - 1)) * layer.out_step + (phase & 1);
     const int out_y = (y & ((1 << layer.log_rows_h) - 1)) * layer.out_step + (phase >> 1);
     const int64_t pixel = (sample * layer.out_h + out_y) * layer.out_w + out_x;
-    store<T>(layer.store0, pixel * layer.stride_0 + channel, sum, layer.activation_0);
-    if (layer.store1 != nullptr) store<T>(layer.store1, pixel * layer.stride_1 + channel, sum, layer.activation_1);
+    store<T>(layer.store0, pixel * layer.stride_0 + channel, sum, Activation(layer.activation_0));
+    if (layer.store1 != nullptr)
+      store<T>(layer.store1, pixel * layer.stride_1 + channel, sum, Activation(layer.activation_1));
   }
 }
 

@@ -7,10 +7,19 @@
 #ifdef LGNET_EMULATED
 #include <emulated.h>
 #else
-#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
-#include <stdint.h>
+
+// The compiler, NVRTC, has no <stdint.h>, and <cuda.h> needs the C library.
+using uint8_t = unsigned char;
+using uint16_t = unsigned short;
+using int32_t = int;
+using uint32_t = unsigned int;
+using int64_t = long long;
+using uint64_t = unsigned long long;
+struct alignas(64) CUtensorMap {
+  uint64_t opaque[16];
+};
 
 namespace lgnet {
 

@@ -105,8 +105,8 @@ class EmulatedKernel:
     seed = 0
     launched: ClassVar[list[str]] = []
 
-    def __init__(self, cubin: Path, name: str, *, overlap: bool = False, **options: Any) -> None:
-        self.source, self.name, self.options = cubin.stem, name, options
+    def __init__(self, source: str, name: str, *, overlap: bool = False, **options: Any) -> None:
+        self.source, self.name, self.options = source, name, options
 
     def launch(self, grid: int, addresses: Sequence[ctypes.c_void_p]) -> None:
         launch(self.source, self.name, grid, addresses, seed=self.seed, **self.options)
