@@ -23,6 +23,7 @@ from PIL import Image
 from lgnet_fast import Inpainter
 from lgnet_fast.serve.app import create_app
 from lgnet_fast.serve.options import ServeOptions
+from lgnet_fast.serve.process import Connection
 from lgnet_fast.serve.state import State
 
 
@@ -94,10 +95,13 @@ def open_picture(client: httpx.Client, data: bytes) -> dict:
 
 @contextmanager
 def live_server(
-    options: ServeOptions | None = None, models: dict[str, str | None] | None = None, prefix: str = ""
+    options: ServeOptions | None = None,
+    models: dict[str, str | None] | None = None,
+    prefix: str = "",
+    silence: int = 10,
 ) -> Iterator[str]:
     """The address of a server that listens on a free port of this machine, ready to fill. `prefix`: of all paths, as
-    a proxy adds it."""
+    a proxy adds it. `silence`: seconds after which a connection without a request is closed."""
     state = State(options or ServeOptions(), models or {"bundled": None})
     app = create_app(state)
 
@@ -107,7 +111,9 @@ def live_server(
             scope = {**scope, "path": scope["path"][len(prefix) :] if known else "/unknown"}
         await app(scope, receive, send)
 
-    config = uvicorn.Config(proxied, port=0, log_level="warning", access_log=False)
+    config = uvicorn.Config(
+        proxied, port=0, http=Connection, timeout_keep_alive=silence, log_level="warning", access_log=False
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import http.client
 import json
+import socket
 import struct
 import threading
 import time
 import zlib
+from collections.abc import Iterator
 from urllib.parse import urlsplit
 
 import httpx
 import numpy as np
 import pytest
 
+from lgnet_fast.serve import process
 from lgnet_fast.serve.options import ServeOptions
+from lgnet_fast.serve.state import State
 
 from .serve_support import (
     GOOD,
@@ -195,6 +199,49 @@ def test_a_body_that_stops_is_given_up():
         assert answer.status == 408
         assert "no data for 0.5 seconds" in json.loads(answer.read())["detail"]
         connection.close()
+
+
+@pytest.mark.parametrize("answered", [False, True])
+@pytest.mark.parametrize("head", [b"", b"GET /v2/health/live HTTP/1.1\r\nHost: loc"])
+def test_a_connection_without_a_whole_request_is_closed(head, answered):
+    """uvicorn has no limit for the first byte of a connection and for the rest of a head."""
+    request = b"GET /v2/health/live HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    with (
+        live_server(silence=1) as address,
+        socket.create_connection(("127.0.0.1", urlsplit(address).port), timeout=60) as connection,
+    ):
+        if answered:
+            connection.sendall(request)
+            assert connection.recv(65536).startswith(b"HTTP/1.1 200")
+        for byte in head:
+            connection.sendall(bytes([byte]))
+        connection.settimeout(20)
+        assert connection.recv(65536) == b""
+
+
+def test_the_command_runs_that_limit():
+    async def listening() -> None: ...
+
+    assert process.Server(State(ServeOptions(), {"bundled": None}), listening).config.http is process.Connection
+
+
+def test_work_that_takes_longer_than_the_silence_is_answered(expected):
+    started = threading.Event()
+
+    def parts() -> Iterator[bytes]:
+        body = json.dumps(inpaint()["json"]).encode()
+        yield body[:100]
+        started.wait(2.5)
+        yield body[100:]
+
+    with live_server(silence=1) as address:
+        answer = httpx.post(
+            f"{address}/api/v1/inpaint",
+            content=parts(),
+            headers={"content-type": "application/json"},
+            timeout=60,
+        )
+    np.testing.assert_array_equal(pixels_of(answer.content), expected)
 
 
 def test_a_full_queue_is_told_as_429():

@@ -1,7 +1,9 @@
-"""uvicorn's server with an end in two steps: new requests are answered 503, then the socket is closed."""
+"""uvicorn's server with an end in two steps: new requests are answered 503, then the socket is closed. Connections
+without a request are closed."""
 
 from __future__ import annotations
 
+import asyncio
 import math
 import socket
 import time
@@ -9,9 +11,44 @@ from collections.abc import Awaitable, Callable
 from types import FrameType
 
 import uvicorn
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import create_app
 from .state import State
+
+
+class Connection(H11Protocol):
+    """Closes itself where the head of a request has not arrived `timeout_keep_alive` seconds after it was opened or
+    after the last answer. uvicorn waits without limit for the first request and for the rest of a head, so silent
+    clients could take all of `limit_concurrency`."""
+
+    _silent: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
+        super().connection_made(transport)
+        self._limit_silence()
+
+    def handle_events(self) -> None:
+        super().handle_events()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._end_limit()
+
+    def on_response_complete(self) -> None:
+        self._limit_silence()  # before a request that has arrived already
+        super().on_response_complete()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._end_limit()
+        super().connection_lost(exc)
+
+    def _limit_silence(self) -> None:
+        self._end_limit()
+        self._silent = self.loop.call_later(self.timeout_keep_alive, self.timeout_keep_alive_handler)
+
+    def _end_limit(self) -> None:
+        if self._silent is not None:
+            self._silent.cancel()
+            self._silent = None
 
 
 class Server(uvicorn.Server):
@@ -24,6 +61,7 @@ class Server(uvicorn.Server):
         options = state.options
         config = uvicorn.Config(
             create_app(state),
+            http=Connection,
             log_level="warning",
             access_log=False,
             timeout_keep_alive=10,
