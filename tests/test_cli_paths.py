@@ -44,6 +44,38 @@ def test_results_of_equal_names_are_numbered_from_two():
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"quality": 500}, "quality: expected a whole number from 1 to 100, got 500"),
+        ({"quality": True}, "quality: expected a whole number from 1 to 100, got True"),
+        ({"quality": "90"}, "quality: expected a whole number from 1 to 100, got '90'"),
+        ({"dilate": -1}, "dilate: expected a whole number of pixels >= 0, got -1"),
+        ({"feather": 1.5}, "feather: expected a whole number of pixels >= 0, got 1.5"),
+        ({"mask_threshold": "half"}, "mask_threshold: expected 0 <= value < 1, got 'half'"),
+        ({"mask_threshold": float("nan")}, "mask_threshold: expected 0 <= value < 1, got nan"),
+        ({"mask_channel": "red"}, "mask_channel: expected one of auto, .*, got 'red'"),
+        ({"invert_mask": "no"}, "invert_mask: expected True or False, got 'no'"),
+        ({"strategy": "huge"}, "strategy: expected one of auto, .*, got 'huge'"),
+        ({"allow_any_mask": 1}, "allow_any_mask: expected bool, got 1"),
+        ({"skip_existing": "no"}, "skip_existing: expected bool, got 'no'"),
+        ({"source": "a.png"}, "source: expected Path, got 'a.png'"),
+        ({"mask": "m.png"}, "mask: expected Path or None, got 'm.png'"),
+        ({"out": None}, "out: expected Path or str, got None"),
+        ({"report": "r.json"}, "report: expected Path or None, got 'r.json'"),
+        ({"format": ["png"]}, r"format: expected str or None, got \['png'\]"),
+        ({"mask_suffix": 3}, "mask_suffix: expected str or None, got 3"),
+        ({"model": Path("m")}, r"model: expected str or None, got .*Path\('m'\)"),
+        ({"dtype": 16}, "dtype: expected str, got 16"),
+    ],
+)
+def test_fields_out_of_range_are_refused_at_once(option, words):
+    """Not when the first result is written."""
+    fields = {"source": Path("a.png"), "mask": Path("m.png"), "out": "o.jpg", **option}
+    with pytest.raises(UsageError, match=f"^{words}$"):
+        options.FillOptions(**fields)
+
+
 def _names(folder: Path) -> list[str]:
     return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 

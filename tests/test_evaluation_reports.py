@@ -120,6 +120,23 @@ def test_a_text_in_place_of_a_list(pictures, name):
         evaluate(pictures, **{name: "l1"})
 
 
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"size": 64.5}, "size: expected a whole number, got 64.5"),
+        ({"seed": "1"}, "seed: expected a whole number, got '1'"),
+        ({"sheet_rows": True}, "sheet_rows: expected a whole number, got True"),
+        ({"sheet_rows": -1}, "sheet_rows: expected 0 or more, got -1"),
+        ({"mask_kind": "stars"}, "mask_kind: expected one of strokes, boxes, mixed, got 'stars'"),
+        ({"invert_mask": "no"}, "invert_mask: expected True or False, got 'no'"),
+        ({"dtype": 16}, "dtype: expected a text, got 16"),
+    ],
+)
+def test_options_out_of_range_are_refused_at_once(pictures, option, words):
+    with pytest.raises(UsageError, match=f"^{words}$"):
+        EvaluationOptions(pictures, **option)
+
+
 def test_titles_of_models(pictures):
     assert models_of([]) == [None]
     assert models_of(["runs/1", "runs/2"]) == ["runs/1", "runs/2"]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from torch import nn
 
+from ..data.masks import KINDS
 from ..data.metrics import METRICS, Distance
 from ..errors import UsageError
 from ..pipeline import Inpainter
@@ -87,8 +88,22 @@ class EvaluationOptions:
         for name in ("models", "baselines", "metrics"):
             if isinstance(getattr(self, name), (str, os.PathLike)):
                 raise UsageError(f"{name}: expected a list, got the single {str(getattr(self, name))!r}")
+        rows = 0 if self.sheet_rows is None else self.sheet_rows
+        for name, value in (("size", self.size), ("seed", self.seed), ("sheet_rows", rows)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise UsageError(f"{name}: expected a whole number, got {value!r}")
+        for name in ("suite", "paper_compat", "pair_by_name", "invert_mask"):
+            if not isinstance(getattr(self, name), bool):
+                raise UsageError(f"{name}: expected True or False, got {getattr(self, name)!r}")
+        for name in ("device", "dtype", "backend"):
+            if not isinstance(getattr(self, name), str):
+                raise UsageError(f"{name}: expected a text, got {getattr(self, name)!r}")
         if self.size != 0 and self.size < SMALLEST:
             raise UsageError(f"size: expected 0 or at least {SMALLEST} pixels, got {self.size}")
+        if rows < 0:
+            raise UsageError(f"sheet_rows: expected 0 or more, got {rows}")
+        if self.mask_kind not in KINDS:
+            raise UsageError(f"mask_kind: expected one of {', '.join(KINDS)}, got {self.mask_kind!r}")
         if self.suite and self.pair_by_name:
             raise UsageError("suite: expected no `pair_by_name` (with `masks` it pairs PICTURE with PICTURE_KIND)")
         unknown = [name for name in self.baseline_names if name not in BASELINES]

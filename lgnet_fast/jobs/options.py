@@ -9,12 +9,24 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UsageError
+from ..pipeline import strategies
 from ..pipeline.arguments import MASK_OPTIONS
+from ..pipeline.encoding import checked_quality
 from ..pipeline.formats import ADDRESS, EXTENSIONS, FORMATS, reason_against_writing
+from ..pipeline.masks import check_edge, check_reading
 from ..pipeline.writing import STANDARD_STREAM, is_stream
 
 _WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "HEIF")
 _PER_PICTURE = ("strategy", *MASK_OPTIONS)
+_KINDS: dict[str, tuple[type, ...]] = {
+    "source": (Path,),
+    "out": (Path, str),
+    **dict.fromkeys(("mask", "report"), (Path, type(None))),
+    **dict.fromkeys(("mask_suffix", "format", "model"), (str, type(None))),
+    **dict.fromkeys(("device", "dtype", "backend"), (str,)),
+    **dict.fromkeys(("skip_existing", "resume", "allow_any_mask"), (bool,)),
+}
+"""Types of the fields whose values the checks below take for granted."""
 
 
 @dataclass(frozen=True)
@@ -64,6 +76,11 @@ class FillOptions:
     feather: int = 0
 
     def __post_init__(self) -> None:
+        for name, kinds in _KINDS.items():
+            value = getattr(self, name)
+            if not isinstance(value, kinds):
+                words = " or ".join("None" if kind is type(None) else kind.__name__ for kind in kinds)
+                raise UsageError(f"{name}: expected {words}, got {value!r}")
         if self.format is not None and self.format not in FORMATS:
             raise UsageError(f"format: expected one of {', '.join(FORMATS)}, got {self.format!r}")
         if self.format is not None and (reason := reason_against_writing(FORMATS[self.format])) is not None:
@@ -72,8 +89,13 @@ class FillOptions:
             raise UsageError(
                 f"mask_suffix: expected the end of the masks' names, such as _mask, got {self.mask_suffix!r}"
             )
-        if not 0 <= self.mask_threshold < 1:
-            raise UsageError(f"mask_threshold: expected 0 <= value < 1, got {self.mask_threshold}")
+        try:
+            checked_quality(self.quality)
+            strategies.check(self.strategy)
+            check_reading(self.mask_threshold, self.invert_mask, self.mask_channel)
+            check_edge(self.dilate, self.feather)
+        except ValueError as error:  # of the pipeline's own kinds; the text names the field
+            raise UsageError(str(error)) from error
         self._check_quality()
         if ADDRESS.match(str(self.out)):
             raise UsageError(f"out: expected a file or a folder, got the address {str(self.out)!r}")

@@ -80,12 +80,7 @@ def read_hole(
     Raises InvalidMaskError: unreadable, wrong type, wrong size, NaN, out of range, a channel that the mask does not
     have, or auto for an ambiguous mask.
     """
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)) or not 0 <= threshold < 1:
-        raise InvalidMaskError(f"mask_threshold: expected 0 <= value < 1, got {threshold!r}")
-    if channel not in CHANNELS:
-        raise InvalidMaskError(f"mask_channel: expected one of {', '.join(CHANNELS)}, got {channel!r}")
-    if not isinstance(invert, (bool, np.bool_)):
-        raise InvalidMaskError(f"invert_mask: expected True or False, got {invert!r}")
+    check_reading(threshold, invert, channel)
     planes = _planes(mask, (height, width))
     if planes.size != (height, width):
         raise InvalidMaskError(
@@ -94,6 +89,16 @@ def read_hole(
         )
     hole = _hole_by(channel, planes, threshold, picture)
     return ~hole if invert else hole
+
+
+def check_reading(threshold: float, invert: bool, channel: str) -> None:
+    """Raise InvalidMaskError for a value that `read_hole` does not take."""
+    if isinstance(threshold, bool) or not isinstance(threshold, (int, float, np.number)) or not 0 <= threshold < 1:
+        raise InvalidMaskError(f"mask_threshold: expected 0 <= value < 1, got {threshold!r}")
+    if channel not in CHANNELS:
+        raise InvalidMaskError(f"mask_channel: expected one of {', '.join(CHANNELS)}, got {channel!r}")
+    if not isinstance(invert, (bool, np.bool_)):
+        raise InvalidMaskError(f"invert_mask: expected True or False, got {invert!r}")
 
 
 def masks_for(mask: Any, count: int) -> list[Any]:
@@ -119,6 +124,13 @@ def masks_for(mask: Any, count: int) -> list[Any]:
     return [read if isinstance(read, Encoded) else mask] * count
 
 
+def check_edge(dilate: int, feather: int) -> None:
+    """Raise InvalidMaskError for a value that `soft_edge` does not take."""
+    for name, pixels in (("dilate", dilate), ("feather", feather)):
+        if isinstance(pixels, bool) or not isinstance(pixels, (int, np.integer)) or pixels < 0:
+            raise InvalidMaskError(f"{name}: expected a whole number of pixels >= 0, got {pixels!r}")
+
+
 def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray:
     """Alpha float32 [H, W] in [0, 1] of the fill over the picture.
 
@@ -126,9 +138,7 @@ def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray
     next `feather` pixels, outside the dilated hole, and 0 beyond. Both may exceed the picture. The cost depends only
     on the area that they cover.
     """
-    for name, pixels in (("dilate", dilate), ("feather", feather)):
-        if isinstance(pixels, bool) or not isinstance(pixels, (int, np.integer)) or pixels < 0:
-            raise InvalidMaskError(f"{name}: expected a whole number of pixels >= 0, got {pixels!r}")
+    check_edge(dilate, feather)
     alpha = hole.astype(np.float32)
     if dilate + feather == 0:
         return alpha
