@@ -172,9 +172,13 @@ def test_a_format_that_there_is_not_is_told_which_there_are(tmp_path):
 
 
 def test_deep_and_alpha_pictures_are_not_flattened_silently(pipe, tmp_path):
-    for mode, extension in (("RGBA", "jpg"), ("I;16", "jpg"), ("I;16", "webp"), ("CMYK", "png"), ("RGBA", "bmp")):
+    grey, alpha = "PNG, TIFF, JPEG2000, PPM", "PNG, WEBP, TIFF, AVIF, HEIF, JPEG2000, TGA"
+    for mode, extension, holding in (
+        ("RGBA", "jpg", alpha), ("LA", "jpg", alpha), ("I;16", "jpg", grey), ("I", "webp", grey),
+        ("CMYK", "png", "JPEG, TIFF"), ("RGBA", "bmp", alpha),
+    ):  # fmt: skip
         result = pipe(noise_of_mode(mode), HOLE)
-        with pytest.raises(InvalidImageError, match=r"format: .*" + mode):
+        with pytest.raises(InvalidImageError, match=f"format: .*of mode {mode}; it is held by {holding}$"):
             save_picture(result, tmp_path / f"out.{extension}")
         assert list(tmp_path.iterdir()) == []
 

@@ -161,9 +161,10 @@ def held_modes(mode: str, transparent: bool, format: str) -> list[str]:
         elif mode in _WIDER:
             mode = _WIDER[mode]
         else:
+            holding = [name for name, modes in MODES.items() if mode in modes]
+            advice = f"it is held by {', '.join(holding)}" if holding else "convert it to RGB before"
             raise InvalidImageError(
-                f"format: {format} holds {', '.join(sorted(MODES[format]))}, got a picture of mode {own}; "
-                "PNG and TIFF keep colour, alpha and depth"
+                f"format: {format} holds {', '.join(sorted(MODES[format]))}, got a picture of mode {own}; {advice}"
             )
         steps.append(mode)
     return steps
