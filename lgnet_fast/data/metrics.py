@@ -163,8 +163,8 @@ class _Given(nn.Module):
 
 
 def one_line(cause: WeightsError) -> str:
-    """The text of an error in one line of at most 240 characters, because lists of names can be long."""
-    return textwrap.shorten(str(cause), 240, placeholder=" ...")
+    """The text of an error in one line of at most 480 characters, because lists of names can be long."""
+    return textwrap.shorten(str(cause), 480, placeholder=" ...")
 
 
 def _line(cause: Exception) -> str:
@@ -182,7 +182,7 @@ def _lpips_network(source: str | Path | Distance | None) -> Distance:
 
 
 def _alexnet_file() -> Path:
-    advice = f"; give `lpips` the path of {TORCHVISION_URL}{ALEXNET_FILE}"
+    advice = f"; give `lpips` (--lpips) the path of {TORCHVISION_URL}{ALEXNET_FILE}"
     return torchvision_file(ALEXNET_FILE, "AlexNet's weights are", advice)
 
 
