@@ -27,6 +27,7 @@ def test_packed_and_unpacked(run, tmp_path):
     parts = [file for file in files if file.suffix == ".safetensors"]
     assert len(parts) > 2
     assert {"compact.json", "log.jsonl", "model_config.json"} <= {file.name for file in files}
+    assert len({file.stat().st_mode for file in files}) == 1, "others may read some of the files, but not all"
     unpack(tmp_path / "packed", tmp_path / "again", tmp_path / "model")
     before = load_checkpoint(folder / "checkpoints" / "step_000000002.pt")
     after = load_checkpoint(tmp_path / "again" / "checkpoints" / "step_000000002.pt")

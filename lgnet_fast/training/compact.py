@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ..errors import LGNetError, TrainingError
@@ -78,7 +78,7 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
     for file in set(folder.glob("compact-*.safetensors")).difference(written):
         file.unlink()  # of an earlier, longer run of this command
     for part, file in zip(parts, written, strict=True):
-        save_file(part, file)
+        write_atomically(file, save(part))  # save_file gives files that only their owner can read
     about["parts"] = [file.name for file in written]
     written.insert(0, folder / _ABOUT)
     write_atomically(written[0], (json.dumps(about) + "\n").encode())
