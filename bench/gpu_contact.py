@@ -28,10 +28,13 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, get_args
+from typing import TYPE_CHECKING, Any, get_args
 
 import torch
 from torch import Tensor
+
+if TYPE_CHECKING:
+    from lgnet_fast.engine.graph_executor import GraphExecutor
 
 
 class Log:
@@ -172,15 +175,20 @@ def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
 
 
 def time_graph(plan: Any, dtype: torch.dtype, tuned: Any, log: Log, label: str) -> None:
-    """Time the whole forward in several forms."""
+    """Time the whole forward in several forms; "operators": by PyTorch's alone, as on a GPU without Triton."""
     from lgnet_fast.engine.cuda_executor import CudaExecutor
     from lgnet_fast.engine.cuda_weights import Overlap
+    from lgnet_fast.engine.operator_executor import OperatorExecutor
 
     image, mask = picture(plan.batch)
     expected = None
-    for overlap in get_args(Overlap):
+    for overlap in (*get_args(Overlap), "operators"):
+        executor: GraphExecutor
         try:
-            executor = CudaExecutor.of(plan, dtype, tuned=tuned, overlap=overlap, graphs=False)
+            if overlap == "operators":
+                executor = OperatorExecutor.of(plan, dtype, device=image.device, graphs=False)
+            else:
+                executor = CudaExecutor.of(plan, dtype, tuned=tuned, overlap=overlap, graphs=False)
         except RuntimeError as error:
             log("graph", label=label, overlap=overlap, error=str(error))
             continue

@@ -68,7 +68,8 @@ def log_wrong(log: Log, out: torch.Tensor, exact: torch.Tensor, wrong: torch.Ten
 def known(log: Log) -> None:
     """Every known answer, then dense weights where all are right."""
     from lgnet_fast.kernels import hopper
-    from lgnet_fast.kernels.conv import Conv, Store
+    from lgnet_fast.kernels.conv import Conv
+    from lgnet_fast.kernels.results import Store
 
     right = True
     for reflect, cluster, tile_h in KNOWN:
@@ -182,8 +183,9 @@ def supported(plan: Any) -> Iterator[tuple[int, Any, tuple[int, int]]]:
 def check_steps(log: Log) -> None:
     """Errors of all distinct steps."""
     from lgnet_fast.kernels import hopper
-    from lgnet_fast.kernels.conv import Store, conv_forward
+    from lgnet_fast.kernels.conv import conv_forward
     from lgnet_fast.kernels.conv_configs import pick_tile
+    from lgnet_fast.kernels.results import Store
 
     _, plan = model_and_plan("lgnet", 1)
     for _, step, size in supported(plan):
@@ -246,7 +248,7 @@ def check_steps(log: Log) -> None:
 def block_clocks(log: Log) -> None:
     """Medians over the blocks of NetL's block convolution, of the last of some launches."""
     from lgnet_fast.kernels import hopper
-    from lgnet_fast.kernels.conv import Store
+    from lgnet_fast.kernels.results import Store
 
     _, plan = model_and_plan("lgnet", 1)
     step, size = next((step, size) for _, step, size in supported(plan) if step.name.startswith("net_l.block"))

@@ -8,6 +8,7 @@
 `merge_concat`           ``cat(image * (1 - m) + output * m, m)``, forward and backward
 `conv`                   every convolution of the engine's plan, with its epilogue: packing and launchers
 `conv_kernels`           the kernels of `conv`; split-K for the deep layers
+`results`                what a convolution stores
 `hopper`                 convolutions by a compiled CUDA C++ kernel for Hopper GPUs
 `picture_conv`           the first and last layers, which read or write the picture, by compiled CUDA C++ kernels
 `compiled`               `hopper` and `picture_conv` as choices of the engine; `compiled_checks`: what they share

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from lgnet_fast.ops.first_use import is_capturing
 
-from .conv import Conv, Store
+from .conv import Conv
 from .launch import ACTIVATIONS, is_recording
+from .results import Store
 
 logger = logging.getLogger("lgnet_fast")
 

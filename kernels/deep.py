@@ -32,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .conv import Conv, Store
+from .conv import Conv
 from .cuda_driver import Kernel
 from .launch import ACTIVATIONS, is_recording
+from .results import Store
 
 CAPABILITY = (9, 0)
 

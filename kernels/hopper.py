@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution, set_stores
-from .conv import Conv, Store
+from .conv import Conv
 from .conv_configs import Work
 from .cuda_driver import Kernel, call
 from .launch import device_guard, is_recording
+from .results import Store
 
 CAPABILITY = (9, 0)
 CHANNELS = 64

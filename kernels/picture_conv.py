@@ -27,9 +27,10 @@ from lgnet_fast.engine.geometry import Axis
 from .cards import SHARED_LIMITS
 from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution, set_stores
 from .configs import device_generation
-from .conv import PICTURE_CHANNELS, RAW_CHANNELS, Conv, Merge, Store
+from .conv import PICTURE_CHANNELS, RAW_CHANNELS, Conv
 from .cuda_driver import Kernel
 from .launch import device_guard, is_recording
+from .results import Merge, Store
 
 CAPABILITY = (8, 0)
 CHANNELS = 64

@@ -18,14 +18,16 @@ pytest.importorskip("triton")
 from lgnet_fast.kernels.conv_configs import Work, pick_tile
 
 from bench import write_tables
-from lgnet_fast.engine import cuda_executor, graphs
+from lgnet_fast.engine import cuda_executor, graph_executor, graphs
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.checks import check_steps, make_example
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_memory import Memory
 from lgnet_fast.engine.engine import optimize
+from lgnet_fast.engine.graph_executor import GraphExecutor
 from lgnet_fast.engine.graphs import Program, capture
 from lgnet_fast.engine.guarded import Guarded
+from lgnet_fast.engine.operator_executor import OperatorExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.recent import Recent
 from lgnet_fast.engine.regions import Rect, rounded
@@ -162,7 +164,7 @@ def regions(plan: Plan, hole: Rect = HOLE) -> list[tuple[Rect, ...]]:
     return [step.regions for step in plan.restricted(holes).steps]
 
 
-def check(model: LGNet, executor: CudaExecutor, batch: int, where: list[tuple[Rect, ...]] | None = None) -> None:
+def check(model: LGNet, executor: GraphExecutor, batch: int, where: list[tuple[Rect, ...]] | None = None) -> None:
     """By twice the error of eager autocast, against float64 on the CPU."""
     image, mask = inputs(batch=batch)
     result, _ = executor.run(image, mask, None, where)
@@ -237,7 +239,7 @@ class TestOnGpu:
         assert sum(captured) == 2  # a bucket gets its graph when it comes again
 
     def test_graphs_are_bounded(self, model: LGNet, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr(cuda_executor, "GRAPHS_KEPT", 2)
+        monkeypatch.setattr(graph_executor, "GRAPHS_KEPT", 2)
         executor = CudaExecutor.of(planned(model), torch.float16, device=torch.device("cuda"))
         image, mask = inputs()
         for top in range(0, 192, 32):
@@ -352,6 +354,22 @@ class TestOnGpu:
             checks = check_steps(executor.executor, plan, make_example(plan, device, dtype))
             assert [str(c) for c in checks if not c.passed] == []
             assert verified(model, plan, device, dtype)[1] == verdict
+
+    @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+    def test_operators_alone(self, model: LGNet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+        """As where our kernels cannot run: PyTorch's operators in one graph."""
+        monkeypatch.setattr(CudaExecutor, "unavailable_reason", staticmethod(lambda *args: "no Triton here"))
+        device = torch.device("cuda", torch.cuda.current_device())
+        plan = planned(model).to(device, torch.float32)
+        executor, verdict = verified(model, plan, device, dtype, anew=True)
+        assert (verdict.runs, verdict.reason) == ("graph", None)
+        assert isinstance(executor, Guarded)
+        assert isinstance(executor.executor, OperatorExecutor)
+        assert all(program.graph is not None for program in executor.executor._programs.values())
+        for _ in range(2):
+            check(model, executor.executor, 1)
+        checks = check_steps(executor.executor, plan, make_example(plan, device, dtype))
+        assert [str(c) for c in checks if not c.passed] == []
 
     def test_masks_on_the_gpu_are_searched_for_holes(self, model: LGNet) -> None:
         fast = optimize(model, device="cuda")

@@ -21,8 +21,9 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from lgnet_fast.kernels import cuda_driver, hopper
-from lgnet_fast.kernels.conv import Conv, Store
+from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.hopper import HopperTile
+from lgnet_fast.kernels.results import Store
 
 from tests import emulator
 from tests.compiled_kernels import disassembler, instructions, integers

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from lgnet_fast import LGNet, LocalGlobalRefinement, create_model, optimize
 from lgnet_fast.engine import cuda_tuning
 from lgnet_fast.engine import engine as engine_module
+from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.engine import fast_executor_reason
 from lgnet_fast.engine.model_executor import ModelExecutor
 from tests.support import case
@@ -60,6 +61,7 @@ def test_too_little_memory_for_tuning_is_no_obstacle(
         raise torch.OutOfMemoryError("90 GiB")
 
     monkeypatch.setattr(cuda_tuning, "tune", full)
+    monkeypatch.setattr(CudaExecutor, "unavailable_reason", staticmethod(lambda *args: None))
     monkeypatch.setattr(engine_module, "fast_executor_reason", lambda *args: None)
     monkeypatch.setattr(engine_module, "resolve_device", torch.device)
     monkeypatch.setattr(engine_module, "verified", lambda model, *args: (ModelExecutor(model, *args[1:]), None))

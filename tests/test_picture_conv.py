@@ -25,8 +25,9 @@ from lgnet_fast.kernels import picture_conv
 from lgnet_fast.kernels.cards import CARDS
 from lgnet_fast.kernels.compiled_checks import exact_convolution
 from lgnet_fast.kernels.configs import assume_generation
-from lgnet_fast.kernels.conv import Conv, Merge, Store
+from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.picture_conv import PictureTile
+from lgnet_fast.kernels.results import Merge, Store
 
 from tests import emulator
 from tests.compiled_kernels import build, disassembler, instructions, integers

@@ -16,9 +16,10 @@ pytest.importorskip("triton")
 
 from lgnet_fast.kernels import precompile
 from lgnet_fast.kernels.configs import assume_generation
-from lgnet_fast.kernels.conv import Conv, Store, conv_forward
+from lgnet_fast.kernels.conv import Conv, conv_forward
 from lgnet_fast.kernels.conv_configs import Tile
 from lgnet_fast.kernels.launch import Launch, map_leaves, record, specialisation
+from lgnet_fast.kernels.results import Store
 
 CONV = Conv(32, 64, 3, 1, 1, False, False, False)
 

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops.first_use import pass_on_out_of_memory, strict_float32, tf32_allowed
-from .cuda_executor import CudaExecutor
+from .graph_executor import GraphExecutor
 from .graphs import error_text
 from .plan import PICTURE, Plan
 from .torch_executor import TorchExecutor
@@ -127,7 +127,7 @@ def judge(name: str, run: Runner, example: Example) -> Check:
 # -- step by step --------------------------------------------------------------------------------------------------
 
 
-def check_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list[Check]:
+def check_steps(executor: GraphExecutor, plan: Plan, example: Example) -> list[Check]:
     """Check every step separately, on exact operands, against the plan in float32.
 
     Args:

@@ -1,38 +1,30 @@
-"""Running a plan on an NVIDIA GPU: Triton kernels over one arena, the whole forward replayed as one CUDA graph.
+"""Running a plan on an NVIDIA GPU by this package's kernels (see :mod:`.graph_executor` for buffers and graphs).
 
 Each step is one launch of `kernels/conv.py` (two with split depth, one more for every further rectangle of a
 restricted run) or the attention block. Where the tuner measured them as faster, a step uses a compiled kernel
 (`kernels/hopper.py`, `kernels/picture_conv.py`) or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and the
-deep layers of a dense run share a launch (:mod:`.deep`). Feature maps are NHWC in the arena of :mod:`.arena`, in the
-dtype of the computation. Pictures are passed in and out as float32, so that known pixels of the result are exactly
-those of the input.
+deep layers of a dense run share a launch (:mod:`.deep`).
 """
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import itertools
 import logging
-import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 
-from .. import forks
 from ..ops.first_use import is_capturing
 from .cpu_tuning import entry_name
-from .cuda_launches import Launch, attend, convolve, ends, ends_by_graphs, run_all
-from .cuda_memory import Memory, least_bytes
-from .cuda_weights import CudaWeights, Tuned, conv_of, event_of, target_of, work_of
+from .cuda_launches import Launch, attend, convolve, run_all
+from .cuda_memory import Memory
+from .cuda_weights import CudaWeights, Tuned, conv_of, target_of, work_of
 from .deep import group_launch, make_groups
-from .executor import Executor, Regions, Result
-from .graphs import Program
+from .executor import Regions
+from .graph_executor import GraphExecutor, GraphOptions
 from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step
-from .recent import Recent
 from .regions import Rect
 
 if TYPE_CHECKING:
@@ -41,37 +33,29 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.compiled import CompiledTile
     from lgnet_fast.kernels.conv_configs import Tile
     from lgnet_fast.kernels.deep import DeepGroup
+    from lgnet_fast.kernels.results import Merge
 
     from .cuda_weights import Choice, Overlap
 
 logger = logging.getLogger("lgnet_fast")
 
-GRAPHS_KEPT = 32
-"""Graphs kept per shape, one for each set of rectangles."""
-
 
 @dataclass(frozen=True)
-class CudaOptions:
+class CudaOptions(GraphOptions):
     """How kernels are launched.
 
     Attributes:
-        graphs: replay a CUDA graph.
         overlap: how launches overlap (Hopper and newer); None: as measured, else not at all.
-        clone_outputs: return copies; otherwise the next call overwrites the results.
         deep_rows: consecutive steps of at most this many outputs per phase share a launch where they can (Hopper,
             dense runs); 0: none; None: as measured, else none.
     """
 
-    graphs: bool = True
     overlap: Overlap | None = None
-    clone_outputs: bool = True
     deep_rows: int | None = None
 
 
-class CudaExecutor(Executor):
-    """Runs a plan on an NVIDIA GPU (or, where Triton runs interpreted, on CPU tensors without graphs).
-
-    Thread-safe: calls share their buffers, so they run one after another, in the order of arrival.
+class CudaExecutor(GraphExecutor):
+    """A :class:`.graph_executor.GraphExecutor` by kernels of this package (interpreted by Triton: on CPU tensors).
 
     Args:
         plan: dense; only its shapes are used.
@@ -79,6 +63,8 @@ class CudaExecutor(Executor):
         options: how launches are made.
     """
 
+    weights: CudaWeights
+    options: CudaOptions
     granularity = 32  # coarse, so that few graphs serve many holes
     # A launch in a graph takes 2.8 us on an H100, which does 3.6e14 multiply-accumulates a second (by the difference
     # between a 16x16 hole and a dense run).
@@ -87,25 +73,10 @@ class CudaExecutor(Executor):
     def __init__(self, plan: Plan, weights: CudaWeights, options: CudaOptions = CudaOptions()) -> None:
         if (reason := self.unavailable_reason(weights.device, weights.dtype)) is not None:
             raise RuntimeError(reason)
-        self.weights, self.options = weights, options
+        super().__init__(plan, weights, options)
         if options.overlap not in (None, "none") and (reason := self._overlap_reason()) is not None:
             raise RuntimeError(f"overlap: {reason}")
-        self.plan = plan.without_weights()
-        self._lock = forks.Lock()
-        self._own: Memory | None = None
         self._groups: dict[int, DeepGroup] | None = None
-        self._last = max((number for number, step in enumerate(plan.steps) if step.merges), default=-1)
-        self._pool = self._graph_pool()
-        if weights.packed is not None and not is_capturing(self.device):
-            torch.cuda.current_stream(self.device).wait_event(weights.packed)
-        self._done = event_of(self.device)
-        # Nothing here refers to the executor itself: its memory is to be freed with the last reference, not by a
-        # later garbage collection.
-        self._programs: Recent[Program] = Recent(GRAPHS_KEPT, functools.partial(_before_drop, self._done))
-        if self._done is not None:
-            # Freed memory returns to the stream that allocated it, but the last run may still use it on another
-            # stream.
-            weakref.finalize(self, _let_finish, self._done, self.device).atexit = False
 
     @classmethod
     def of(
@@ -150,21 +121,6 @@ class CudaExecutor(Executor):
         from lgnet_fast.kernels.conv import can_overlap
 
         return can_overlap(self.device)
-
-    @property
-    def device(self) -> torch.device:
-        return self.weights.device
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.weights.dtype
-
-    def resized(self, plan: Plan) -> Self:
-        return type(self)(plan, self.weights, self.options)
-
-    def without_graphs(self) -> Self:
-        """An executor with the same weights and sizes that launches every kernel without a graph."""
-        return type(self)(self.plan, self.weights, replace(self.options, graphs=False))
 
     # -- choices -------------------------------------------------------------------------------------------------
 
@@ -231,80 +187,22 @@ class CudaExecutor(Executor):
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def _graph_pool(self) -> Any:
-        """Memory pool that the graphs share; None: nothing is captured."""
-        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" and self.options.graphs else None
+    def _precision(self) -> str:
+        return target_of(self.device, self.dtype)[0]
 
     @property
-    def memory(self) -> Memory:
-        """The buffers, allocated at first use."""
-        if self._own is None:
-            self._own = Memory(self.plan, self.dtype, self.device)
-        return self._own
+    def spread(self) -> bool:  # type: ignore[override]
+        return self.overlap == "spread"
 
-    @property
-    def uses_graphs(self) -> bool:
-        """Whether runs are captured."""
-        return self._pool is not None
-
-    @property
-    def graph_reason(self) -> str | None:
-        """Why a capture failed; None where none did."""
-        return next((p.reason for p in self._programs.values() if self.uses_graphs and p.reason), None)
-
-    @property
-    def packed_bytes(self) -> int:
-        """Bytes of the packed weights."""
-        return self.weights.bytes
-
-    @property
-    def buffer_bytes(self) -> int:
-        """See :attr:`.executor.Executor.buffer_bytes`; without the graphs' own memory, which is not known."""
-        memory = self._own
-        return least_bytes(self.plan, self.dtype) if memory is None else memory.bytes
-
-    def drop_buffers(self) -> None:
-        """See :meth:`.executor.Executor.drop_buffers`; graphs are dropped too. Waits for the device."""
-        with self._lock:
-            if self._own is None or is_capturing(self.device):
-                return
-            if self._done is not None:
-                self._done.synchronize()  # a run on any stream may still use them
-            self._programs.clear()
-            self._own = None
-            # PyTorch takes no graph into a pool whose graphs are all gone
-            self._pool = None if self._pool is None else self._graph_pool()
-
-    def holes_of(self, regions: Regions) -> tuple[Rect, ...]:
-        """The rectangles of holes to which these regions belong."""
-        return regions[self._last]
-
-    def _program(self, memory: Memory, regions: Regions | None, painted: bool) -> Program:
-        kind, _, _ = target_of(self.device, self.dtype)
-        key = (kind, painted, None if regions is None else self.holes_of(regions))
-
-        def make() -> Program:
-            launches = functools.partial(run_all, self._launches(memory, regions, painted))
-            direct = 0 if regions is None else 1
-            return Program(launches, self.device, self._pool, direct, spread=self.overlap == "spread")
-
-        return self._programs.get(key, make)
-
-    def _launches(self, memory: Memory, regions: Regions | None, painted: bool) -> list[Launch]:
+    def _paint(self, memory: Memory, painted: bool) -> Launch:
         from lgnet_fast.kernels.conv import paint_forward
 
         start = memory.start if painted else None
-        launches: list[Launch] = [
-            functools.partial(
-                paint_forward,
-                memory.image,
-                memory.mask,
-                start,
-                memory.maps[PICTURE],
-                memory.outputs[0],
-                self.overlap != "none",
-            )
-        ]
+        operands = memory.image, memory.mask, start, memory.maps[PICTURE], memory.outputs[0]
+        return functools.partial(paint_forward, *operands, self.overlap != "none")
+
+    def _launches(self, memory: Memory, regions: Regions | None, painted: bool) -> list[Launch]:
+        launches = [self._paint(memory, painted)]
         groups = {} if regions is not None else self._deep_groups()
         number = 0
         while number < len(self.plan.steps):
@@ -335,20 +233,6 @@ class CudaExecutor(Executor):
         """Whether some steps of a dense run share a launch."""
         return bool(self._deep_groups())
 
-    def launches(self, regions: Regions | None = None) -> list[Launch]:
-        """The launches of a run in `regions` (None: dense), for callers that time or capture them."""
-        return self._launches(self.memory, regions, False)
-
-    def launches_by_step(self, painted: bool) -> list[tuple[str, Launch]]:
-        """A dense run as (name of the step, its launches), with "paint" first; for checks between steps."""
-        memory = self.memory
-        paint = self._launches(memory, None, painted)[0]
-        steps = [(s.name, functools.partial(self._run_step, memory, n)) for n, s in enumerate(self.plan.steps)]
-        return [("paint", paint), *steps]
-
-    def _run_step(self, memory: Memory, number: int) -> None:
-        run_all(self.step_launches(memory, number))
-
     def precompile(self) -> None:
         """Compile the kernels of a dense run in several processes. A failure is reported by the launch itself."""
         if self.device.type != "cuda":
@@ -369,28 +253,27 @@ class CudaExecutor(Executor):
 
     def step_launches(self, memory: Memory, number: int, rects: tuple[Rect, ...] | None = None) -> list[Launch]:
         """The launches of one step, in its rectangles (None: everywhere)."""
-        from lgnet_fast.kernels.conv import Merge
-
         step = self.plan.steps[number]
-        merge = None
-        if step.merges:
-            stage = sum(s.merges for s in self.plan.steps[: number + 1])
-            last = number == self._last
-            merged = memory.outputs[0] if last else memory.maps[PICTURE]
-            merge = Merge(memory.image, memory.mask, memory.outputs[stage], merged, last)
+        merge = self._merge_of(memory, number)
         if isinstance(step, AttentionStep):
             return [] if rects == () else [self._attention(memory, step, rects)]
         if rects is None and self.weights.steps[step.name].plain is not None:
-            return [functools.partial(convolve, memory, step, self.weights.steps[step.name], merge)]
+            return [self._by_library(memory, step, merge)]
         return [self._conv_launch(memory, step, rect, merge) for rect in (step.regions if rects is None else rects)]
+
+    def _by_library(self, memory: Memory, step: ConvStep, merge: Merge | None) -> Launch:
+        weights = self.weights.steps[step.name]
+        assert weights.plain is not None
+        return functools.partial(convolve, memory, step, weights.plain, weights.bias, merge)
 
     def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Any) -> Launch:
         from lgnet_fast.kernels import conv, hopper, picture_conv
         from lgnet_fast.kernels.conv_configs import programs
         from lgnet_fast.kernels.hopper import HopperTile
+        from lgnet_fast.kernels.results import Store
 
         weights = self.weights.steps[step.name]
-        stores = () if step.merges else tuple(conv.Store(memory.view(s.view), s.activation) for s in step.stores)
+        stores = () if step.merges else tuple(Store(memory.view(s.view), s.activation) for s in step.stores)
         source = memory.view(step.source)
         where: dict[str, Any] = {
             "size": self.plan.target(step).size,
@@ -427,78 +310,3 @@ class CudaExecutor(Executor):
         tuned = self.weights.tuned.attention.get(shape)
         band = (min(r.top for r in rects), max(r.bottom for r in rects)) if rects else None
         return functools.partial(attend, features, weights, step.variant, stores, tuned, self.overlap != "none", band)
-
-    # -- running -------------------------------------------------------------------------------------------------
-
-    @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
-        """Exclusive use of the buffers: the lock orders host threads, the event orders streams."""
-        with self._lock:
-            if self._done is not None:
-                torch.cuda.current_stream(self.device).wait_event(self._done)
-            try:
-                yield
-            finally:
-                if self._done is not None:
-                    self._done.record(torch.cuda.current_stream(self.device))
-
-    def run(
-        self,
-        image: Tensor,
-        mask: Tensor,
-        start: Tensor | None = None,
-        regions: Regions | None = None,
-        stages: bool = True,
-    ) -> Result:
-        """See :meth:`.executor.Executor.run`. Waits for the device only where it captures a graph.
-
-        While the caller captures a graph, the launches become part of that graph and use separate buffers.
-        """
-        with torch.inference_mode(False), torch.no_grad():
-            if is_capturing(self.device):
-                return self._run_captured(image, mask, start, regions, stages)
-            with self._turn():
-                memory = self.memory
-                program = self._program(memory, regions, start is not None)
-                memory.take(image, mask, start)
-                program()
-                outputs = memory.outputs if stages else memory.outputs[:1]
-                if self.options.clone_outputs:
-                    outputs = outputs.clone()
-        return outputs[0], list(outputs[1:])
-
-    def _run_captured(
-        self, image: Tensor, mask: Tensor, start: Tensor | None, regions: Regions | None, stages: bool
-    ) -> Result:
-        """Launches for a graph of the caller. Our lock and event cannot order its replays, so the launches share only
-        the weights with other calls."""
-        memory = Memory(self.plan, self.dtype, self.device)
-        memory.take(image, mask, start)
-        run_all(self._launches(memory, regions, start is not None))
-        return memory.outputs[0], list(memory.outputs[1:]) if stages else []
-
-    def step_times(self, image: Tensor, mask: Tensor, regions: Regions | None = None, rounds: int = 5) -> list[float]:
-        """Milliseconds of every step. Waits for the device.
-
-        On a GPU with graphs: the difference between graphs of the first k and k + 1 steps, so that caches are in the
-        state that the previous step leaves. Otherwise the time between the ends of two steps."""
-        self.run(image, mask)  # every map holds finite numbers now
-        with torch.inference_mode(False), torch.no_grad(), self._turn():
-            parts = [self._launches(self.memory, regions, False)[:1]]
-            for number in range(len(self.plan.steps)):
-                parts.append(self.step_launches(self.memory, number, None if regions is None else regions[number]))
-            if self.uses_graphs and self.device.type == "cuda":
-                until = ends_by_graphs(parts, self.device, self._pool, self.overlap == "spread", rounds)
-            else:
-                until = ends(parts, self.device, rounds)
-        return [max(0.0, after - before) for before, after in itertools.pairwise(until)]
-
-
-def _before_drop(done: torch.cuda.Event | None, program: Program) -> None:
-    if program.graph is not None and done is not None:
-        done.synchronize()  # a graph must not be destroyed while the device runs it
-
-
-def _let_finish(done: torch.cuda.Event | None, device: torch.device) -> None:
-    if done is not None and not is_capturing(device):
-        done.synchronize()

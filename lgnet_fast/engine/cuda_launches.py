@@ -11,18 +11,19 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from ..reference.attention import attention_block
 from .cuda_memory import Memory
-from .cuda_weights import StepWeights
 from .graphs import Program, elapsed_ms
-from .plan import ConvStep
+from .plan import PICTURE, AttentionStep, ConvStep
 from .torch_executor import convolution
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Inference
-    from lgnet_fast.kernels.conv import Merge
+    from lgnet_fast.kernels.results import Merge
+
+    from .cuda_weights import StepWeights
 
 Launch = Callable[[], None]
 
@@ -54,17 +55,15 @@ def attend(
             )  # fmt: skip
 
 
-def convolve(memory: Memory, step: ConvStep, weights: StepWeights, merge: Merge | None) -> None:
-    """A dense step by PyTorch's own convolution."""
-    assert weights.plain is not None
+def convolve(memory: Memory, step: ConvStep, weight: Tensor, bias: Tensor, merge: Merge | None) -> None:
+    """A dense step by PyTorch's convolution. weight: channels last."""
     x = memory.view(step.source).permute(0, 3, 1, 2)
-    value = convolution(step.geometry, x, weights.plain, weights.bias.to(x.dtype))
+    value = convolution(step.geometry, x, weight, bias.to(x.dtype))
     if step.residual is not None:
         value = value + memory.view(step.residual).permute(0, 3, 1, 2)
     if merge is None:
         for store in step.stores:
-            out = memory.view(store.view).permute(0, 3, 1, 2)
-            activate_(out.copy_(value), store.activation)
+            activate_into(memory.view(store.view).permute(0, 3, 1, 2), value, store.activation)
         return
     torch.tanh(value.float(), out=merge.raw)
     merged = merge.image * (1 - merge.mask) + merge.raw * merge.mask
@@ -74,12 +73,31 @@ def convolve(memory: Memory, step: ConvStep, weights: StepWeights, merge: Merge 
         merge.merged[..., :3].copy_(merged.permute(0, 2, 3, 1))
 
 
-def activate_(x: Tensor, activation: str) -> None:
-    """Apply a store's activation in place."""
+def attend_by_operators(memory: Memory, step: AttentionStep, weight: Tensor, bias: Tensor) -> None:
+    """The attention block by the reference."""
+    value = attention_block(memory.view(step.source).permute(0, 3, 1, 2), weight, bias, step.variant)
+    for store in step.stores:
+        activate_into(memory.view(store.view).permute(0, 3, 1, 2), value, store.activation)
+
+
+def paint_by_operators(memory: Memory, painted: bool) -> None:
+    """The same as `kernels.conv.paint_forward`."""
+    start = memory.start if painted else torch.ones_like(memory.image)
+    merged = memory.image * (1 - memory.mask) + start * memory.mask
+    picture = memory.maps[PICTURE]
+    picture[..., :3].copy_(merged.permute(0, 2, 3, 1))
+    picture[..., 3:].copy_(memory.mask.permute(0, 2, 3, 1))
+    memory.outputs[0].copy_(memory.image)
+
+
+def activate_into(out: Tensor, x: Tensor, activation: str) -> None:
+    """Store `x` with an activation, in one pass over the memory."""
     if activation == "relu":
-        x.relu_()
+        torch.clamp_min(x, 0, out=out)
     elif activation == "leaky_relu":
-        F.leaky_relu_(x, 0.2)
+        torch._C._nn.leaky_relu(x, 0.2, out=out)
+    else:
+        out.copy_(x)
 
 
 def ends_by_graphs(

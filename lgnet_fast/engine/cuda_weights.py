@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
-from ..ops.first_use import is_capturing
+from .graphs import event_of
 from .plan import AttentionStep, ConvStep, Plan, Step
 from .regions import Rect
 
@@ -181,16 +181,6 @@ def _prefers_cudnn(
     work = work_of(plan, step)
     measured = tuned.tile(work, target[0])
     return is_tuned_cudnn(work, *target[:2]) if measured is None else measured == "cudnn"
-
-
-def event_of(device: torch.device) -> torch.cuda.Event | None:
-    """An event after all launches so far on the current stream."""
-    if device.type != "cuda":
-        return None
-    event = torch.cuda.Event()
-    if not is_capturing(device):
-        event.record(torch.cuda.current_stream(device))
-    return event
 
 
 def _unpacked(step: Step, weights: StepWeights) -> StepWeights:

@@ -141,7 +141,7 @@ def group_launch(
 
     The launch keeps a reference to the state. `times`, `only`: see :meth:`.kernels.deep.DeepGroup.program`.
     """
-    from lgnet_fast.kernels.conv import Store
+    from lgnet_fast.kernels.results import Store
 
     steps = plan.steps[first : first + len(group.layers)]
     stores = [[Store(view(s.view), s.activation) for s in step.stores] for step in steps]

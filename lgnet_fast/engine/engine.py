@@ -34,6 +34,7 @@ from .executor import Executor, Regions
 from .graphs import error_text, free_cached
 from .holes import check_holes
 from .model_executor import ModelExecutor
+from .operator_executor import OperatorExecutor
 from .plan import PICTURE, Plan
 from .recent import Recent
 from .regions import Rect
@@ -404,11 +405,12 @@ def optimize(
 ) -> Engine:
     """A fast form of `model`, called in the same way: ``engine(image, mask)``.
 
-    On an NVIDIA GPU (sm_80 and later) the kernels are checked once against the model in float32, and the verdict is
-    kept in the user's cache folder. Where a check fails, a WARNING says so and the next best path runs
-    (:mod:`.verified`). Where there is no faster executor, the model itself runs, in the best memory format for the
-    device. On a CPU that has only the portable C++ kernels, the engine measures once whether they or the model are
-    faster (six seconds at most) and keeps the answer (:mod:`.cpu_path`).
+    On an NVIDIA GPU (sm_80 and later, with Triton) the kernels are checked once against the model in float32, and the
+    verdict is kept in the user's cache folder. Where a check fails, a WARNING says so and the next best path runs
+    (:mod:`.verified`). Other NVIDIA GPUs run the same steps by PyTorch's operators, in one CUDA graph, checked alike.
+    Where there is no faster executor, the model itself runs, in the best memory format for the device. On a CPU that
+    has only the portable C++ kernels, the engine measures once whether they or the model are faster (six seconds at
+    most) and keeps the answer (:mod:`.cpu_path`).
 
     Args:
         model: any LGNet or X_LG; used in evaluation mode, left untouched. One whose layers were changed (hooks, other
@@ -472,7 +474,7 @@ def fast_executor_reason(device: torch.device, dtype: torch.dtype) -> str | None
     """Why a model would run in plain PyTorch on `device` in `dtype`, in one sentence; None where an executor is
     faster."""
     if device.type == "cuda":
-        return CudaExecutor.unavailable_reason(device, dtype)
+        return OperatorExecutor.unavailable_reason(device, dtype)
     if device.type != "cpu":
         return f"there are fast executors for CPUs and NVIDIA GPUs, not for {device}"
     if dtype not in (torch.float32, torch.bfloat16):
@@ -492,7 +494,9 @@ def _executor(
     # Weights are rounded once, by the executor.
     plan = plan.to(device, torch.float32)
     if device.type != "cpu":
-        if tune_seconds:
+        if tune_seconds and (reason := CudaExecutor.unavailable_reason(device, dtype)) is not None:
+            logger.warning("kernels are not tuned: %s", reason)
+        elif tune_seconds:
             try:
                 cuda_tuning.tune(plan, dtype, device, tune_seconds)
             except Exception as error:  # `verified` finds and reports faults of the kernels

@@ -16,6 +16,8 @@ from typing import Any
 
 import torch
 
+from ..ops.first_use import is_capturing
+
 logger = logging.getLogger("lgnet_fast")
 
 _CAPTURE_LOCK = threading.Lock()
@@ -135,6 +137,16 @@ def _end_random_capture(stream: torch.cuda.Stream) -> None:
         torch.cuda.graph(torch.cuda.CUDAGraph(), stream=stream, capture_error_mode="thread_local"),
     ):
         torch.zeros(1, device="cuda", dtype=torch.float32)  # a graph without a node gives a warning
+
+
+def event_of(device: torch.device) -> torch.cuda.Event | None:
+    """An event after all launches so far on the current stream."""
+    if device.type != "cuda":
+        return None
+    event = torch.cuda.Event()
+    if not is_capturing(device):
+        event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def elapsed_ms(call: Callable[[], None], device: torch.device) -> float:

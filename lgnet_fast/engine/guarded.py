@@ -12,6 +12,7 @@ from .. import forks
 from ..ops.first_use import is_capturing, pass_on_out_of_memory
 from .cuda_executor import CudaExecutor
 from .executor import Executor, Regions, Result
+from .graph_executor import GraphExecutor
 from .graphs import error_text
 from .library_executor import LibraryExecutor
 from .plan import Plan
@@ -26,7 +27,7 @@ HOLES_KEPT = 256
 
 class Guarded(Executor):
     """A checked executor with fallbacks for launches of another shape or hole that raise: first the dense run, then
-    launches without a graph, then all steps by PyTorch's operators. One WARNING each.
+    launches without a graph, then all steps by PyTorch's operators (unless they run already). One WARNING each.
 
     Out-of-memory errors are passed on, because the caller can reduce the size. A new hole is first run densely,
     because those kernels are compiled already; kernels for its rectangles are compiled when the hole is used again.
@@ -35,8 +36,9 @@ class Guarded(Executor):
     granularity = CudaExecutor.granularity
     region_macs = CudaExecutor.region_macs
 
-    def __init__(self, executor: CudaExecutor) -> None:
+    def __init__(self, executor: GraphExecutor) -> None:
         self.executor, self._dense_only = executor, False
+        self.restricts = executor.restricts
         self._lock = forks.Lock()
         self._holes: Recent[None] = Recent(HOLES_KEPT)
 
@@ -79,7 +81,7 @@ class Guarded(Executor):
     ) -> Result:
         if is_capturing(self.executor.device):
             return self.executor.run(image, mask, start, regions, stages)  # only the capture failed
-        if regions is not None and not self._came_before(regions):
+        if not self.executor.restricts or (regions is not None and not self._came_before(regions)):
             regions = None
         while True:
             executor, where = self.executor, None if self._dense_only else regions
@@ -100,7 +102,7 @@ class Guarded(Executor):
             self._holes.get(holes, lambda: None)
         return known
 
-    def _step_down(self, failed: CudaExecutor, restricted: bool) -> str | None:
+    def _step_down(self, failed: GraphExecutor, restricted: bool) -> str | None:
         """Take the next path; return its name, "" where another thread took it already, None where there is none."""
         with self._lock:
             if restricted:
@@ -108,13 +110,12 @@ class Guarded(Executor):
                 return "" if known else "everything is computed, not the hole alone,"
             if failed is not self.executor:
                 return ""
-            if isinstance(failed, LibraryExecutor):
-                if not failed.uses_graphs:
-                    return None
+            if failed.uses_graphs:
                 self.executor = failed.without_graphs()
-            elif failed.uses_graphs:
-                self.executor = failed.without_graphs()
-                return TITLES["direct"] + " runs"
-            else:
+                if not isinstance(failed, LibraryExecutor):
+                    return TITLES["direct"] + " runs"
+            elif isinstance(failed, CudaExecutor) and not isinstance(failed, LibraryExecutor):
                 self.executor = LibraryExecutor.taking_over(failed)
+            else:
+                return None
             return TITLES["library"] + " run"

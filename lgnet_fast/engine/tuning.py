@@ -83,6 +83,8 @@ def tune(
     """
     _check_size(model, size)
     reason = fast_executor_reason(device, dtype)
+    if reason is None and device.type == "cuda":
+        reason = CudaExecutor.unavailable_reason(device, dtype)
     if reason is not None:
         raise BackendError(f"there is nothing to tune: {reason}")
     with torch.inference_mode(False), torch.no_grad():

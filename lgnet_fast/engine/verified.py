@@ -1,5 +1,7 @@
 """The engine of an NVIDIA GPU, checked on that GPU before use, with fallbacks.
 
+It runs by this package's kernels, and where they cannot run (no Triton, an older GPU) by PyTorch's operators.
+
 A new GPU, driver or compiler may reject a kernel or compute it wrongly. So the engine runs once on a fixed picture
 and is compared with the plan in float32 by PyTorch's operators (:mod:`.checks`). The first path of :mod:`.verdicts`
 that passes is used, and :mod:`lgnet_fast.cache` keeps the verdict.
@@ -25,10 +27,12 @@ from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import cuda_measure
 from .checks import Example, Runner, check_steps, checked_plan, judge, make_example, one_picture
 from .cuda_executor import CudaExecutor
+from .graph_executor import GraphExecutor
 from .graphs import error_text, free_cached
 from .guarded import Guarded
 from .library_executor import LibraryExecutor
 from .model_executor import ModelExecutor
+from .operator_executor import OperatorExecutor
 from .plan import Plan
 from .verdicts import Check, Verdict, verdict_name
 
@@ -61,8 +65,14 @@ def verified(
     """
     key = cache.key_for(device, dtype)
     problem: str | None = None
+    engine: GraphExecutor | None
     try:
-        engine = CudaExecutor.of(plan, dtype, device=device, tuned=cuda_measure.kept(device, dtype), graphs=graphs)
+        if (without := CudaExecutor.unavailable_reason(device, dtype)) is None:
+            tuned = cuda_measure.kept(device, dtype)
+            engine = CudaExecutor.of(plan, dtype, device=device, tuned=tuned, graphs=graphs)
+        else:
+            logger.info("the engine runs by PyTorch's operators: %s", without)
+            engine = OperatorExecutor.of(plan, dtype, device=device, graphs=graphs)
         name = verdict_name(plan, engine.choices)
     except Exception as raised:
         pass_on_out_of_memory(raised)
@@ -106,7 +116,7 @@ def verified(
 
 def _built(
     verdict: Verdict,
-    engine: CudaExecutor | None,
+    engine: GraphExecutor | None,
     model: LGNet | LocalGlobalRefinement,
     plan: Plan,
     device: torch.device,
@@ -122,7 +132,7 @@ def _built(
 
 
 def _decide(
-    engine: CudaExecutor | None,
+    engine: GraphExecutor | None,
     problem: str | None,
     model: LGNet | LocalGlobalRefinement,
     plan: Plan,
@@ -133,7 +143,7 @@ def _decide(
     device = plan.steps[0].weight.device
     example = make_example(checked, device, dtype, isinstance(model, LocalGlobalRefinement))
 
-    def at_size(executor: CudaExecutor) -> CudaExecutor:
+    def at_size(executor: GraphExecutor) -> GraphExecutor:
         return _of_size(executor, plan, checked)
 
     def runner(executor: Any) -> Runner:
@@ -157,12 +167,14 @@ def _decide(
             checks.append(judge("direct", runner(at_size(direct)), example))
             if checks[-1].passed:
                 return Guarded(direct), Verdict("direct", str(checks[0]), (), False, tuple(checks)), False
-        by_step = _checked_steps(at_size(engine.without_graphs()), checked, example)
-        checks += by_step
-        steps = tuple(check.name for check in by_step if not check.passed)
-        nothing_runs = len(steps) == len(by_step)
+        if isinstance(engine, CudaExecutor):
+            by_step = _checked_steps(at_size(engine.without_graphs()), checked, example)
+            checks += by_step
+            steps = tuple(check.name for check in by_step if not check.passed)
+            nothing_runs = len(steps) == len(by_step)
     reason = _problems(checks)
-    for attempt in [steps, ()] if 0 < len(steps) <= len(plan.steps) else [()]:
+    attempts = [steps, ()] if 0 < len(steps) <= len(plan.steps) else [()]
+    for attempt in () if isinstance(engine, OperatorExecutor) else attempts:
         try:
             library = LibraryExecutor.of_steps(plan, dtype, device=device, steps=attempt or None)
             checks.append(judge("library", runner(at_size(library)), example))
@@ -189,7 +201,7 @@ def _problems(checks: Sequence[Check]) -> str:
     )
 
 
-def _checked_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list[Check]:
+def _checked_steps(executor: GraphExecutor, plan: Plan, example: Example) -> list[Check]:
     try:
         return check_steps(executor, plan, example)
     except Exception as raised:  # an error that breaks the device permanently is raised again by every call
@@ -197,7 +209,7 @@ def _checked_steps(executor: CudaExecutor, plan: Plan, example: Example) -> list
         return [Check("steps", problem=error_text(raised))]
 
 
-def _of_size(executor: CudaExecutor, plan: Plan, checked: Plan) -> CudaExecutor:
+def _of_size(executor: GraphExecutor, plan: Plan, checked: Plan) -> GraphExecutor:
     return executor if checked is plan else executor.resized(checked.without_weights())
 
 

@@ -17,8 +17,8 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from lgnet_fast import cache
-from lgnet_fast.engine import cuda_executor, verified
 from lgnet_fast.engine import describe as describing
+from lgnet_fast.engine import graph_executor, verified
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_memory import Memory, least_bytes
 from lgnet_fast.engine.cuda_weights import conv_of, unpack
@@ -290,7 +290,7 @@ def test_a_caller_who_captures_gets_launches_on_memory_of_their_own(
     expected = executor.run(image, mask)[0]
     before = executor.memory.arena.clone()
     replays = FakeGraph.replays
-    monkeypatch.setattr(cuda_executor, "is_capturing", lambda device: True)
+    monkeypatch.setattr(graph_executor, "is_capturing", lambda device: True)
     monkeypatch.setattr(CudaExecutor, "_turn", None)  # neither waits nor records
     assert torch.equal(executor.run(image, mask)[0], expected)
     assert FakeGraph.replays == replays
