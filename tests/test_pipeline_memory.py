@@ -17,7 +17,7 @@ from lgnet_fast.engine.holes import bounding_box, disjoint_boxes
 from lgnet_fast.errors import OutOfMemoryError
 from lgnet_fast.pipeline import Inpainter, memory
 from lgnet_fast.pipeline.filling import Filler
-from lgnet_fast.pipeline.memory import available_memory, estimate_memory, out_of_memory_errors
+from lgnet_fast.pipeline.memory import OutOfMemoryErrors, available_memory, estimate_memory
 
 from .pipeline_support import BlurFill, box_mask, noise
 
@@ -254,7 +254,7 @@ def test_the_estimate_of_an_unknown_strategy_is_an_error():
 
 
 def test_other_errors_pass_through():
-    with pytest.raises(RuntimeError, match="shape"), out_of_memory_errors("picture"):
+    with pytest.raises(RuntimeError, match="shape"), OutOfMemoryErrors("picture"):
         raise RuntimeError("shape mismatch")
 
 

@@ -98,7 +98,7 @@ class Filler:
         while True:
             try:
                 self._check_memory(job, plan, stages)
-                with memory.out_of_memory_errors(f"strategy {plan.strategy}"):
+                with memory.OutOfMemoryErrors(f"strategy {plan.strategy}"):
                     fills = self._run_plan(job, plan, stages)
                 break
             except OutOfMemoryError:

@@ -189,7 +189,7 @@ class Inpainter:
         stage is the picture."""
         strategies.check(strategy)
         options, read = MaskOptions.of(mask_options), picture_of(picture)
-        with memory.out_of_memory_errors("picture"):
+        with memory.OutOfMemoryErrors("picture"):
             job = job_of(read, mask, options)
             boxes = disjoint_boxes(job.groups.boxes, read.size)
             one = np.ones(1, np.float32)
@@ -234,7 +234,7 @@ class Inpainter:
     def _inpaint(self, picture: Picture, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
         strategies.check(strategy)
         options = MaskOptions.of(mask_options)
-        with memory.out_of_memory_errors("picture"):
+        with memory.OutOfMemoryErrors("picture"):
             job = job_of(picture, mask, options)
             ratio = np.count_nonzero(job.hole) / job.hole.size
             if not job.groups.boxes:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 
 import torch
 
@@ -87,17 +87,21 @@ def network_bytes(
     return int(max(passes) * channels * _MARGIN * dtype.itemsize)
 
 
-@contextmanager
-def out_of_memory_errors(what: str) -> Iterator[None]:
-    """Turns failed allocations of torch and numpy into OutOfMemoryError."""
-    try:
-        yield
-    except OutOfMemoryError:
-        raise
-    except (MemoryError, RuntimeError) as cause:  # torch's are RuntimeErrors
-        if not is_out_of_memory(cause):
-            raise
-        raise OutOfMemoryError(f"{what}: {str(cause).splitlines()[0] if str(cause) else 'out of memory'}") from cause
+class OutOfMemoryErrors(AbstractContextManager[None]):
+    """Turns failed allocations of torch and numpy into OutOfMemoryError.
+
+    A class, because the frame of a generator's context manager would keep the failed run's buffers (Python 3.13).
+    """
+
+    def __init__(self, what: str) -> None:
+        self.what = what
+
+    def __exit__(self, kind: type[BaseException] | None, cause: BaseException | None, trace: object) -> None:
+        # torch's are RuntimeErrors
+        known = isinstance(cause, OutOfMemoryError)
+        if isinstance(cause, (MemoryError, RuntimeError)) and not known and is_out_of_memory(cause):
+            reason = str(cause).splitlines()[0] if str(cause) else "out of memory"
+            raise OutOfMemoryError(f"{self.what}: {reason}") from cause
 
 
 def human(size: int) -> str:
