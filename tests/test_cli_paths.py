@@ -151,6 +151,25 @@ def test_folders_without_the_right_to_write_are_refused_before_work(case, fake, 
     assert fake.seen == []
 
 
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="no file system that takes no files")
+@pytest.mark.parametrize("out", ["/proc/o.png", "/proc/new/deeper/", "link.png"])
+def test_folders_in_which_no_file_can_be_made_are_refused_before_work(case, fake, out):
+    (case / "link.png").symlink_to("/proc/linked.png")
+    result = _run("-i", "a.png", "-m", "m.png", "-o", out)
+    assert result.exit_code == 2, result.output
+    assert f"--output: '{out.rstrip('/')}' cannot be written: no" in result.stderr
+    assert fake.seen == []
+
+
+def test_the_trial_of_an_output_leaves_nothing(case, fake, monkeypatch):
+    """Where the run ends before its first result."""
+    (case / "new").mkdir()
+    monkeypatch.setattr("lgnet_fast.jobs.fill.run_items", lambda *arguments, **options: None)
+    for out in ("new/o.png", "new/deeper/", "new/"):
+        assert _run("-i", "a.png", "-m", "m.png", "-o", out).exit_code == 0
+    assert list((case / "new").iterdir()) == []
+
+
 def test_a_picture_that_the_format_cannot_hold_fails_before_the_network_runs(case, fake):
     write_picture(case / "rgba.png", np.dstack([noise(40, 60), noise(40, 60)[..., 0]]))
     result = _run("-i", "rgba.png", "-m", "m.png", "-o", "o.jpg")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -103,6 +104,13 @@ def refuse_unwritable(out: Path) -> None:
         raise UsageError(f"out: {str(out)!r} cannot be written: {str(place)!r} is no folder")
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"out: {str(out)!r} cannot be written: no right to write in {str(place)!r}")
+    try:
+        # Rights do not tell a read-only file system or one that takes no files. This one has no name on most systems.
+        tempfile.TemporaryFile(dir=place).close()
+    except OSError as cause:
+        raise UsageError(
+            f"out: {str(out)!r} cannot be written: no file can be made in {str(place)!r} ({cause.strerror})"
+        ) from cause
     # Only a system call shows whether a name is too long for the file system.
     with contextlib.suppress(FileNotFoundError):
         os.lstat(out)
