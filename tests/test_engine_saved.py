@@ -197,6 +197,8 @@ def test_an_engine_is_saved_to_a_path_only(model):
     for wrong in (None, 3, b"engine"):
         with pytest.raises(TypeError, match=f"^directory: expected a path, got {wrong!r}$"):
             fast.save(wrong)
+        with pytest.raises(TypeError, match=f"^directory: expected a path, got {wrong!r}$"):
+            load_engine(wrong)
 
 
 @needs_extension

@@ -114,7 +114,7 @@ def test_a_missing_or_old_triton_is_named(monkeypatch):
     pytest.importorskip("triton")
     with monkeypatch.context() as patch:
         patch.setattr("triton.__version__", "3.3.1")
-        with pytest.raises(BackendError, match="triton 3.3.1 is installed, 3.6 or newer is needed"):
+        with pytest.raises(BackendError, match="triton 3.3.1 is installed, 3.5 or newer is needed"):
             torch.ops.lgnet.attention_block(*block_inputs(), backend="triton")
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, "triton", None)
@@ -448,6 +448,16 @@ print(counter.get_total_flops())
             r"weight: expected \[24, 48",
         ),
         (lambda a: torch.ops.lgnet.attention_block(a[0], a[1], a[2][1:]), ValueError, r"bias: expected \[24\]"),
+        (
+            lambda a: torch.ops.lgnet.attention_block(a[0], a[1].half(), a[2]),
+            ValueError,
+            "weight: expected dtype torch.float32 as features, got torch.float16",
+        ),
+        (
+            lambda a: torch.ops.lgnet.attention_block(a[0].half(), a[1].half(), a[2]),
+            ValueError,
+            "bias: expected dtype torch.float16 as features, got torch.float32",
+        ),
         (lambda a: torch.ops.lgnet.attention_block(*a, "other"), ValueError, "variant: expected one of"),
         (lambda a: torch.ops.lgnet.cosine_attention(a[0].int()), TypeError, "features: expected a floating dtype"),
         (lambda a: torch.ops.lgnet.cosine_attention(a[0][..., :0]), ValueError, "C, H and W of at least 1"),

@@ -134,7 +134,7 @@ def test_a_command_by_its_recipe(tmp_path: Path) -> None:
 
 @pytest.mark.once
 def test_an_operator_by_its_recipe(tmp_path: Path) -> None:
-    pytest.importorskip("triton", minversion="3.6")
+    pytest.importorskip("triton", minversion="3.5")
     tree = copy_of_the_tree(tmp_path)
     follow("operator", tree)
     place = installed(tree, LGNET_FAST_NO_EXTENSION="1")

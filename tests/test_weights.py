@@ -564,3 +564,9 @@ def test_bundled_model():
     assert all(row["licence"] and row["source"] for row in rows)
     with pytest.raises(ValueError, match="name: expected one of"):
         bundled_path("nonsense")
+
+
+@pytest.mark.parametrize("wrong", [None, 3, b"model"])
+def test_a_model_is_saved_to_a_path_only(wrong):
+    with pytest.raises(TypeError, match=f"^save_directory: expected a path, got {wrong!r}$"):
+        create_model("lgnet_demo").save_pretrained(wrong)

@@ -425,7 +425,9 @@ def optimize(
             Without measurements a cost model chooses the kernels.
 
     Returns:
-        The engine. It keeps no reference to the weights of the model.
+        The engine. It keeps no reference to the weights of the model. A call after the weights or the eps of a
+        BatchNorm have changed raises an LGNetError; other changes of the model (a stride, an activation, a hook) are
+        not noticed: optimize it again.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
@@ -516,11 +518,14 @@ def load_engine(directory: str | os.PathLike[str]) -> Engine:
     """Load an engine that :meth:`Engine.save` wrote; nothing is folded, packed or measured again.
 
     Raises:
+        TypeError: `directory` is no path.
         WeightsError: the files are missing or damaged.
         LGNetError: they were written for another instruction set, thread count, or version of this package or of
             PyTorch; it names what differs. Optimise the model again there.
     """
     forks.prepare()
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: expected a path, got {directory!r}")
     with torch.inference_mode(False), torch.no_grad():
         model, executor, hole_aware = read_engine(Path(directory))
     return Engine(model, executor.plan, executor, torch.device("cpu"), hole_aware)

@@ -6,7 +6,8 @@ grouped convolutions, a `forward` of their own) is not in it.
 
 from __future__ import annotations
 
-from typing import cast
+import functools
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -40,21 +41,30 @@ def plain_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Mod
     Raises:
         TypeError: a stage is no network of the reference.
     """
-    with torch.device("meta"):
-        return [(name, _plain(name, net), attends) for name, net, attends in plan_stages(model)]
+    return [(name, _made(*_kind(name, net)), attends) for name, net, attends in plan_stages(model)]
 
 
-def _plain(name: str, net: nn.Module) -> nn.Module:
+def _kind(name: str, net: nn.Module) -> tuple[type[nn.Module], tuple[Any, ...]]:
+    """The class of a stage's network and its arguments."""
     try:
         if isinstance(net, LocalNet):
-            return LocalNet(cast(nn.Conv2d, net.stem.conv).out_channels)
+            return LocalNet, (cast(nn.Conv2d, net.stem.conv).out_channels,)
         if isinstance(net, UNet):
             widths = [cast(Down, net.encoder[level]).conv.out_channels for level in ("e1", f"e{LEVELS}")]
             variants = [cast(AttentionBlock, block).variant for block in net.attention.values()]
-            return UNet(widths[0], variants[0] if variants else None, widths[1])
+            return UNet, (widths[0], variants[0] if variants else None, widths[1])
     except (AttributeError, KeyError) as error:
         raise TypeError(f"model: {name} is not a network of LGNet ({error})") from error
     raise TypeError(f"model: expected a UNet or a LocalNet as {name}, got {type(net).__name__}")
+
+
+def _made(kind: type[nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+    with torch.device("meta"):
+        return kind(*arguments)
+
+
+_made_once = functools.lru_cache(maxsize=16)(_made)
+"""For comparisons, which only read the network: making one takes longer than comparing."""
 
 
 def reason_against_engine(model: LGNet | LocalGlobalRefinement) -> str | None:
@@ -65,8 +75,8 @@ def reason_against_engine(model: LGNet | LocalGlobalRefinement) -> str | None:
 
 def reason_against_plan(model: LGNet | LocalGlobalRefinement) -> str | None:
     """What a plan of the networks would not compute, in one sentence that names the module; None for nothing."""
-    for (name, net, _), (_, plain, _) in zip(plan_stages(model), plain_stages(model), strict=True):
-        if (reason := _difference(name, net, plain)) is not None:
+    for name, net, _ in plan_stages(model):
+        if (reason := _difference(name, net, _made_once(*_kind(name, net)))) is not None:
             return reason
     return None
 

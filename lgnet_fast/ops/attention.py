@@ -32,6 +32,8 @@ def _check_block(features: Tensor, weight: Tensor, bias: Tensor, variant: str) -
     expected = [channels, 2 * channels, 1, 1]
     check(list(weight.shape) == expected, "weight", str(expected), list(weight.shape))
     check(list(bias.shape) == [channels], "bias", f"[{channels}]", list(bias.shape))
+    for name, tensor in (("weight", weight), ("bias", bias)):
+        check(tensor.dtype == features.dtype, name, f"dtype {features.dtype} as features", tensor.dtype)
 
 
 def _stats(features: Tensor, *others: Any) -> Tensor:

@@ -236,8 +236,11 @@ class LGNet(
             The commit's address if pushed, else None.
 
         Raises:
+            TypeError: an argument of another type.
             LGNetError: the directory cannot be written.
         """
+        if not isinstance(save_directory, (str, os.PathLike)):
+            raise TypeError(f"save_directory: expected a path, got {save_directory!r}")
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
         directory = Path(save_directory)
