@@ -7,7 +7,7 @@ grouped convolutions, a `forward` of their own) is not in it.
 from __future__ import annotations
 
 import functools
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import nn
@@ -44,7 +44,7 @@ def plain_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Mod
     return [(name, _made(*_kind(name, net)), attends) for name, net, attends in plan_stages(model)]
 
 
-def _kind(name: str, net: nn.Module) -> tuple[type[nn.Module], tuple[Any, ...]]:
+def _kind(name: str, net: nn.Module) -> tuple[type[nn.Module], tuple[int | str | None, ...]]:
     """The class of a stage's network and its arguments."""
     try:
         if isinstance(net, LocalNet):
@@ -58,7 +58,7 @@ def _kind(name: str, net: nn.Module) -> tuple[type[nn.Module], tuple[Any, ...]]:
     raise TypeError(f"model: expected a UNet or a LocalNet as {name}, got {type(net).__name__}")
 
 
-def _made(kind: type[nn.Module], arguments: tuple[Any, ...]) -> nn.Module:
+def _made(kind: type[nn.Module], arguments: tuple[int | str | None, ...]) -> nn.Module:
     with torch.device("meta"):
         return kind(*arguments)
 
@@ -76,7 +76,8 @@ def reason_against_engine(model: LGNet | LocalGlobalRefinement) -> str | None:
 def reason_against_plan(model: LGNet | LocalGlobalRefinement) -> str | None:
     """What a plan of the networks would not compute, in one sentence that names the module; None for nothing."""
     for name, net, _ in plan_stages(model):
-        if (reason := _difference(name, net, _made_once(*_kind(name, net)))) is not None:
+        kind, arguments = _kind(name, net)
+        if (reason := _difference(name, net, _made_once(kind, arguments))) is not None:
             return reason
     return None
 
