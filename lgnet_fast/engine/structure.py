@@ -77,7 +77,8 @@ def reason_against_plan(model: LGNet | LocalGlobalRefinement) -> str | None:
     """What a plan of the networks would not compute, in one sentence that names the module; None for nothing."""
     for name, net, _ in plan_stages(model):
         kind, arguments = _kind(name, net)
-        if (reason := _difference(name, net, _made_once(kind, arguments))) is not None:
+        plain = _made_once(kind, arguments)  # type: ignore[arg-type]  # classes can be hashed
+        if (reason := _difference(name, net, plain)) is not None:
             return reason
     return None
 
