@@ -566,6 +566,25 @@ def test_bundled_model():
         bundled_path("nonsense")
 
 
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no umask")
+@pytest.mark.parametrize(("umask", "rights"), [(0o077, 0o600), (0o022, 0o644), (0o027, 0o640)])
+@pytest.mark.parametrize("links", [True, False], ids=["links", "copies"])
+def test_others_may_read_a_model_where_the_umask_lets_them(tmp_path, monkeypatch, umask, rights, links):
+    def no_links(*args):
+        raise OSError("no links on this file system")
+
+    if not links:
+        monkeypatch.setattr(os, "link", no_links)
+    before = os.umask(umask)
+    try:
+        create_model("lgnet_demo", coarse_channels=4, local_channels=4, global_channels=4).save_pretrained(tmp_path)
+    finally:
+        os.umask(before)
+    files = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert {"config.json", "model.safetensors", "manifest.json"} <= {path.name for path in files}
+    assert {path.name: oct(path.stat().st_mode & 0o777) for path in files} == {p.name: oct(rights) for p in files}
+
+
 @pytest.mark.parametrize("wrong", [None, 3, b"model"])
 def test_a_model_is_saved_to_a_path_only(wrong):
     with pytest.raises(TypeError, match=f"^save_directory: expected a path, got {wrong!r}$"):

@@ -79,9 +79,8 @@ class GraphExecutor(Executor):
     spread = False
     """See :func:`.graphs.capture`."""
 
-    def __init__(self, plan: Plan, weights: Any, options: Any) -> None:
-        self.weights: Weights = weights
-        self.options: GraphOptions = options
+    def __init__(self, plan: Plan, weights: Weights, options: GraphOptions) -> None:
+        self.weights, self.options = weights, options
         self.plan = plan.without_weights()
         self._lock = forks.Lock()
         self._own: Memory | None = None

@@ -210,7 +210,8 @@ def staged(directory: Path) -> Iterator[Path]:
                 json.dumps({"files": members, "staging": staging.name}, indent=2) + "\n", encoding="utf-8"
             )
             _sync(manifest)
-            os.chmod(staging, 0o755)  # may have to be read by others
+            readers = manifest.stat().st_mode & 0o044  # those to whom the user's umask gives files
+            os.chmod(staging, 0o700 | readers | readers >> 2)
             os.replace(manifest, directory / MANIFEST)
             committed = True
             _sync(directory)

@@ -201,5 +201,8 @@ def write_safetensors(tensors: Mapping[str, Tensor], directory: Path, dtype: tor
         name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().cpu().contiguous()
         for name, t in tensors.items()
     }
-    save_file(out, directory / WEIGHTS_FILE, metadata={"format": "pt"})
-    os.chmod(directory / WEIGHTS_FILE, 0o644)  # safetensors writes files that only their owner can read
+    path = directory / WEIGHTS_FILE
+    path.touch()
+    rights = path.stat().st_mode  # by the user's umask; safetensors makes files that only their owner can read
+    save_file(out, path, metadata={"format": "pt"})
+    os.chmod(path, rights)
