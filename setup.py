@@ -19,6 +19,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,9 @@ class BuildPython(build_py):
     def find_data_files(self, package: str, src_dir: str) -> list[str]:
         return [f for f in super().find_data_files(package, src_dir) if Path(f).name != REASON_FILE]
 
+
+# That folders beside the package may shadow it is no news in a checkout, and the first thing that newcomers would read.
+warnings.filterwarnings("ignore", message="Editable installation")
 
 packages = {"lgnet_fast", *find_packages(include=["lgnet_fast", "lgnet_fast.*"])}
 packages |= {"lgnet_fast.kernels", *(f"lgnet_fast.kernels.{name}" for name in find_packages("kernels"))}
