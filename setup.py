@@ -182,7 +182,7 @@ class BuildPython(build_py):
         return [f for f in super().find_data_files(package, src_dir) if Path(f).name != REASON_FILE]
 
 
-# That folders beside the package may shadow it is no news in a checkout, and the first thing that newcomers would read.
+# Folders beside the package may shadow it: no news in a checkout, but the first thing that a newcomer would read.
 warnings.filterwarnings("ignore", message="Editable installation")
 
 packages = {"lgnet_fast", *find_packages(include=["lgnet_fast", "lgnet_fast.*"])}
