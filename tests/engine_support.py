@@ -1,6 +1,8 @@
-"""What the tests of whole engines share: a small network, and the rule for its pixels."""
+"""What the tests of whole engines share: a small network, the rule for its pixels, and graphs without a GPU."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -33,3 +35,16 @@ def assert_same_pixels(fast: Tensor, exact: Tensor, mask: Tensor) -> None:
     assert difference.max() <= 1
     assert (difference == 0).double().mean() >= 0.99
     assert (fast.double() - exact)[hole].square().mean().sqrt() <= 1e-4
+
+
+class FakeGraph:
+    """Replays by launching; counts."""
+
+    replays = 0
+
+    def __init__(self, launches: Callable[[], None]) -> None:
+        self.launches = launches
+
+    def replay(self) -> None:
+        FakeGraph.replays += 1
+        self.launches()

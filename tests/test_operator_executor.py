@@ -27,7 +27,7 @@ from lgnet_fast.engine.operator_executor import OperatorExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.engine.verdicts import Verdict
-from tests.engine_support import assert_same_pixels, narrow_model
+from tests.engine_support import FakeGraph, assert_same_pixels, narrow_model
 from tests.support import case
 from tests.test_plan import NARROW, lively
 
@@ -132,19 +132,6 @@ print(verdict.runs, sorted(name for name in sys.modules if name.startswith("lgne
 
 
 # -- choice and fallbacks --------------------------------------------------------------------------------------------
-
-
-class FakeGraph:
-    """Replays by launching; counts."""
-
-    replays = 0
-
-    def __init__(self, launches: Callable[[], None]) -> None:
-        self.launches = launches
-
-    def replay(self) -> None:
-        FakeGraph.replays += 1
-        self.launches()
 
 
 @pytest.fixture

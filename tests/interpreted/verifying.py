@@ -18,24 +18,12 @@ from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.engine.verdicts import Verdict
+from tests.engine_support import FakeGraph
 from tests.interpreted.plans import cast
 
 CPU = torch.device("cpu")
 
 HALF = torch.float16
-
-
-class FakeGraph:
-    """Replays by launching; counts."""
-
-    replays = 0
-
-    def __init__(self, launches: Callable[[], None]) -> None:
-        self.launches = launches
-
-    def replay(self) -> None:
-        FakeGraph.replays += 1
-        self.launches()
 
 
 class Model:
