@@ -79,20 +79,19 @@ def _make_current(device: int) -> None:
 def machine_code(source: str, capability: tuple[int, int]) -> Path:
     """The file that a GPU of a compute capability loads for a source of csrc/cuda/ (its name, without ``.cu``).
 
-    That is its own code, that of its generation's first GPU, or PTX of a generation before it, which the driver
-    compiles.
+    That is its own code, that of its generation's first GPU, or from 9.0 on PTX, which the driver compiles.
 
     Raises:
         FileNotFoundError: there is none.
     """
     major, minor = capability
     named = [f"sm_{major}{minor}a.cubin", f"sm_{major}{minor}.cubin", f"sm_{major}0.cubin"]
-    ptx = {int(path.suffixes[0][len(".compute_") :]): path for path in _FOLDER.glob(f"{source}.compute_*.ptx")}
-    found = [path for path in (_FOLDER / f"{source}.{name}" for name in named) if path.is_file()]
-    found += [ptx[number] for number in sorted(ptx, reverse=True) if number <= 10 * major + minor]
-    if not found:
-        raise FileNotFoundError(f"{_FOLDER.name}: no code of {source} for compute capability {major}.{minor}")
-    return found[0]
+    if capability >= (9, 0):
+        named.append("compute_90.ptx")
+    for path in (_FOLDER / f"{source}.{name}" for name in named):
+        if path.is_file():
+            return path
+    raise FileNotFoundError(f"{_FOLDER.name}: no code of {source} for compute capability {major}.{minor}")
 
 
 @functools.cache

@@ -69,7 +69,7 @@ def build(name: str, target: str, folder: Path) -> str:
         f"--gpu-architecture={target}",
         *OPTIONS,
         f"--define-macro=LGNET_SOURCE={source_hash(name)}",
-        *(f"--include-path={folder}" for folder in (HERE, headers)),
+        *(f"--include-path={place}" for place in (HERE, headers)),
     ]
     source = HERE / f"{name}.cu"
     program = call("nvrtcCreateProgram", source.read_bytes(), source.name.encode(), 0, None, None)

@@ -191,7 +191,7 @@ class CudaExecutor(GraphExecutor):
         return target_of(self.device, self.dtype)[0]
 
     @property
-    def spread(self) -> bool:  # type: ignore[override]
+    def spread(self) -> bool:
         return self.overlap == "spread"
 
     def _paint(self, memory: Memory, painted: bool) -> Launch:

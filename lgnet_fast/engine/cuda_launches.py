@@ -95,7 +95,7 @@ def activate_into(out: Tensor, x: Tensor, activation: str) -> None:
     if activation == "relu":
         torch.clamp_min(x, 0, out=out)
     elif activation == "leaky_relu":
-        torch._C._nn.leaky_relu(x, 0.2, out=out)
+        torch.ops.aten.leaky_relu.out(x, 0.2, out=out)
     else:
         out.copy_(x)
 

@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 import torch
 from torch import Tensor
 
+from lgnet_fast.kernels.results import Merge
+
 from .. import forks
 from ..ops.first_use import is_capturing
 from .cuda_launches import Launch, ends, ends_by_graphs, run_all
@@ -30,8 +32,6 @@ from .regions import Rect
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-    from lgnet_fast.kernels.results import Merge
 
 GRAPHS_KEPT = 32
 """Graphs kept per shape, one for each set of rectangles."""
@@ -76,9 +76,6 @@ class GraphExecutor(Executor):
         options: how launches are made.
     """
 
-    spread = False
-    """See :func:`.graphs.capture`."""
-
     def __init__(self, plan: Plan, weights: Weights, options: GraphOptions) -> None:
         self.weights, self.options = weights, options
         self.plan = plan.without_weights()
@@ -96,6 +93,11 @@ class GraphExecutor(Executor):
             # Freed memory returns to the stream that allocated it, but the last run may still use it on another
             # stream.
             weakref.finalize(self, _let_finish, self._done, self.device).atexit = False
+
+    @property
+    def spread(self) -> bool:
+        """See :func:`.graphs.capture`."""
+        return False
 
     def precompile(self) -> None:
         """Compile the kernels of a dense run ahead, where there are any to compile."""
@@ -195,8 +197,6 @@ class GraphExecutor(Executor):
 
     def _merge_of(self, memory: Memory, number: int) -> Merge | None:
         """Where a step that ends a stage merges its picture; None for other steps."""
-        from lgnet_fast.kernels.results import Merge
-
         if not self.plan.steps[number].merges:
             return None
         stage = sum(step.merges for step in self.plan.steps[: number + 1])
@@ -211,9 +211,8 @@ class GraphExecutor(Executor):
     def launches_by_step(self, painted: bool) -> list[tuple[str, Launch]]:
         """A dense run as (name of the step, its launches), with "paint" first; for checks between steps."""
         memory = self.memory
-        paint = self._launches(memory, None, painted)[0]
         steps = [(s.name, functools.partial(self._run_step, memory, n)) for n, s in enumerate(self.plan.steps)]
-        return [("paint", paint), *steps]
+        return [("paint", self._paint(memory, painted)), *steps]
 
     def _run_step(self, memory: Memory, number: int) -> None:
         run_all(self.step_launches(memory, number))
@@ -278,7 +277,7 @@ class GraphExecutor(Executor):
             regions = None
         self.run(image, mask)  # every map holds finite numbers now
         with torch.inference_mode(False), torch.no_grad(), self._turn():
-            parts = [self._launches(self.memory, regions, False)[:1]]
+            parts = [[self._paint(self.memory, False)]]
             for number in range(len(self.plan.steps)):
                 parts.append(self.step_launches(self.memory, number, None if regions is None else regions[number]))
             if self.uses_graphs and self.device.type == "cuda":

@@ -110,12 +110,11 @@ class Guarded(Executor):
                 return "" if known else "everything is computed, not the hole alone,"
             if failed is not self.executor:
                 return ""
+            library = isinstance(failed, LibraryExecutor)
             if failed.uses_graphs:
                 self.executor = failed.without_graphs()
-                if not isinstance(failed, LibraryExecutor):
-                    return TITLES["direct"] + " runs"
-            elif isinstance(failed, CudaExecutor) and not isinstance(failed, LibraryExecutor):
-                self.executor = LibraryExecutor.taking_over(failed)
+            elif isinstance(failed, CudaExecutor) and not library:
+                self.executor, library = LibraryExecutor.taking_over(failed), True
             else:
                 return None
-            return TITLES["library"] + " run"
+            return TITLES["library"] + " run" if library else TITLES["direct"] + " runs"

@@ -82,9 +82,10 @@ def tune(
         ValueError: a size that is no multiple of 256.
     """
     _check_size(model, size)
-    reason = fast_executor_reason(device, dtype)
-    if reason is None and device.type == "cuda":
+    if device.type == "cuda":  # the kernels alone have choices, not PyTorch's operators in their place
         reason = CudaExecutor.unavailable_reason(device, dtype)
+    else:
+        reason = fast_executor_reason(device, dtype)
     if reason is not None:
         raise BackendError(f"there is nothing to tune: {reason}")
     with torch.inference_mode(False), torch.no_grad():

@@ -1,8 +1,8 @@
 """What a check of an NVIDIA GPU's engine found, as :mod:`lgnet_fast.cache` keeps it.
 
 ==========  ========================================================================================
-"graph"     the kernels, replayed as one CUDA graph
-"direct"    the kernels, launched one by one
+"graph"     the kernels (without Triton: PyTorch's operators), replayed as one CUDA graph
+"direct"    the same, launched one by one
 "library"   the steps that fail (else all) by PyTorch's operators, cuDNN, channels last; dense
 "model"     the model itself, channels last, in eager PyTorch
 ==========  ========================================================================================
