@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from bench.timing import SMOKE
-from lgnet_fast.ops.dispatch import launchers
+from lgnet_fast.ops.registry import OPERATORS
 from lgnet_fast.reference.merge import merge_concat
 
 # Planes of H x W numbers that merge_concat has to move: 3 + 3 + 1 read, 4 written.
@@ -29,7 +29,7 @@ def test_merge_concat(size: tuple[int, int], dtype: torch.dtype, device: str, co
         return torch.ops.lgnet.merge_concat(image, output, mask, backend=backend)
 
     def ours_into() -> torch.Tensor:
-        return launchers("merge_concat", backend).merge_concat_forward(image, output, mask, out=target)
+        return OPERATORS["merge_concat"].launchers(backend).merge_concat_forward(image, output, mask, out=target)
 
     compiled = merge_concat if SMOKE else torch.compile(merge_concat)
     target = torch.empty((batch, 4, side, side), device=device, dtype=dtype)

@@ -30,7 +30,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_contact import Log, graph_of, median_us, model_and_plan, picture, run_all
+from bench.gpu_contact import Log, graph_of, median_us, model_and_plan, picture
+from lgnet_fast.engine.cuda_launches import run_all
 
 SECTIONS = ("load", "layers", "chain", "graph", "clocks")
 PROCESSES = (("load", "layers"), ("chain",), ("graph", "clocks"))

@@ -33,6 +33,8 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
+from lgnet_fast.engine.cuda_launches import run_all
+
 if TYPE_CHECKING:
     from lgnet_fast.engine.graph_executor import GraphExecutor
 
@@ -74,12 +76,6 @@ def graph_of(launches: Callable[[], None], spread: bool = False) -> torch.cuda.C
 
     device = torch.device("cuda", torch.cuda.current_device())
     return capture(launches, device, torch.cuda.graph_pool_handle(), spread)
-
-
-def run_all(launches: Sequence[Callable[[], None]]) -> None:
-    """Make the launches, one after another."""
-    for launch in launches:
-        launch()
 
 
 def model_and_plan(name: str, batch: int) -> tuple[Any, Any]:

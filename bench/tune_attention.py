@@ -86,7 +86,8 @@ def rows_of(results: Iterable[Training], side: int) -> dict[str, tuple[Row, ...]
 
 def measure(kind: str, channels: int, side: int, seconds: float) -> dict[str, tuple[Row, ...]]:
     """Operation -> its rows of the table for a head size, from the fastest correct shapes at both batches."""
-    from lgnet_fast.engine.cuda_tuning_training import progress_of, tune_training
+    from lgnet_fast.engine.cuda_measure import progress_of
+    from lgnet_fast.engine.cuda_tuning_training import tune_training
 
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float16 if kind == "half" else torch.float32

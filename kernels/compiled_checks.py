@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lgnet_fast.ops.first_use import is_capturing
+from lgnet_fast.ops.torch_state import is_capturing, pass_on_out_of_memory
 
 from .conv import Conv
 from .launch import ACTIVATIONS, is_recording
@@ -108,9 +108,8 @@ class FirstUse:
                     return "not checked yet, and nothing can be run now"
                 try:
                     self._reasons[key] = self.check(torch.device("cuda", index), dtype)
-                except torch.OutOfMemoryError:
-                    raise
                 except Exception as error:  # any error of the driver rules the kernel out
+                    pass_on_out_of_memory(error)
                     self._reasons[key] = f"{type(error).__name__}: {error}"
                 if self._reasons[key] is not None:
                     logger.warning("%s is not used: %s", self.title, self._reasons[key])

@@ -136,7 +136,7 @@ def pick(
     return Config(*next(shape for least, shape in rows if positions >= least))
 
 
-def _inference_bytes(config: Inference, channels: int, element: int) -> int:
+def inference_bytes(config: Inference, channels: int, element: int) -> int:
     """Bytes of shared memory of the loop over the keys: queries once, keys and values of every stage."""
     width = 1 << (channels - 1).bit_length()
     return element * (
@@ -176,7 +176,7 @@ def pick_inference(generation: str, kind: str, channels: int, positions: int, ba
             warps = 4
         config = Inference(block_m, 64, block_v, warps, 3, project_p, min(64, width), min(64, width), 16)
     limit = SHARED_LIMITS[generation]
-    while _inference_bytes(config, channels, element) > 0.95 * limit:
+    while inference_bytes(config, channels, element) > 0.95 * limit:
         if config.num_stages > 2:
             config = config._replace(num_stages=config.num_stages - 1)
         elif config.block_n > 16:

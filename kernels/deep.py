@@ -32,9 +32,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lgnet_fast.ops.torch_state import pass_on_out_of_memory
+
+from .cards import SHARED_LIMITS
+from .compiled_checks import set_stores
 from .conv import Conv
 from .cuda_driver import Kernel
-from .launch import ACTIVATIONS, is_recording
+from .launch import is_recording
 from .results import Store
 
 CAPABILITY = (9, 0)
@@ -49,8 +53,8 @@ PIXEL_BYTES, PIECE_BYTES = 64, 1024
 PAD = 4
 BARRIER_BYTES = 512
 STATE_STRIDE = 32
-SHARED_LIMIT = 232448
-"""Bytes of shared memory of a thread block: CUDA C++ Programming Guide, compute capability 9.0."""
+SHARED_LIMIT = SHARED_LIMITS["sm_90"]
+"""Bytes of shared memory of a thread block."""
 
 CLUSTERS = (8, 4, 2)
 """Thread blocks per cluster to try; eight is the most that every GPU of this capability supports."""
@@ -373,6 +377,7 @@ def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:
         with torch.cuda.device(device):
             _kernel(dtype, SHARED_LIMIT, 1).load()
     except (OSError, RuntimeError) as error:
+        pass_on_out_of_memory(error)
         return str(error)
     return None
 
@@ -471,12 +476,10 @@ class DeepGroup:
             told.source, told.stride_x = source.data_ptr(), source.stride(2)
             if not 1 <= len(stores[number]) <= 2:
                 raise ValueError(f"stores: expected one or two, got {len(stores[number])}")
-            for index, store in enumerate(stores[number]):
+            for store in stores[number]:
                 size = (layer.batch, *layer.out_size, layer.conv.out_channels)
                 _check_view("stores", store.view, self.dtype, size)
-                setattr(told, f"store{index}", store.view.data_ptr())
-                setattr(told, f"stride_{index}", store.view.stride(2))
-                setattr(told, f"activation_{index}", ACTIVATIONS[store.activation])
+            set_stores(told, stores[number])
             program.layer[place] = told
         return program
 

@@ -386,7 +386,7 @@ _first_use = FirstUse(
     "the convolution for Hopper",
     lambda capability: capability == CAPABILITY,
     "compute capability 9.0",
-    lambda device, dtype: _check(device, dtype),
+    _check,
 )
 
 

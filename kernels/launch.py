@@ -13,6 +13,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
+from lgnet_fast.ops.torch_state import tf32_allowed
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_GRID = 2**31 - 1
 # explicit, because the default differs between versions of Triton
@@ -157,11 +159,7 @@ def dot_precision(dtype: torch.dtype) -> str:
         return "upcast" if dtype == torch.bfloat16 else "ieee"
     if dtype != torch.float32:
         return "ieee"
-    try:
-        allowed = torch.backends.cuda.matmul.allow_tf32
-    except RuntimeError:  # raised where a program has also used the newer switch of tf32
-        allowed = torch.backends.cuda.matmul.fp32_precision == "tf32"
-    return "tf32" if allowed else "ieee"
+    return "tf32" if tf32_allowed() else "ieee"
 
 
 def device_reason(tensor: Tensor, capability: tuple[int, int]) -> str | None:

@@ -464,5 +464,5 @@ _first_use = FirstUse(
     "the convolutions from and to the picture",
     lambda capability: capability >= CAPABILITY,
     "compute capability 8.0 or newer",
-    lambda device, dtype: _check(device, dtype),
+    _check,
 )

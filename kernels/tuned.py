@@ -7,9 +7,9 @@ They are kept in the user's cache folder (:mod:`lgnet_fast.cache`), one entry fo
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -103,11 +103,11 @@ def shapes(device: torch.device, dtype: torch.dtype, block: Block) -> Mapping[st
     """Operation -> the shape measured for a block on a device; none for tensors without values (`aot`)."""
     if device.type == "meta":
         return {}
-    return _kept(device, dtype, os.environ.get(cache.ENVIRONMENT)).get(block, {})
+    return _kept(device, dtype, cache.folder()).get(block, {})
 
 
 @functools.lru_cache(maxsize=64)
-def _kept(device: torch.device, dtype: torch.dtype, folder: str | None) -> Mapping[Block, Mapping[str, Shape]]:
+def _kept(device: torch.device, dtype: torch.dtype, folder: Path | None) -> Mapping[Block, Mapping[str, Shape]]:
     key = cache.key_for(device, dtype)
     found = {}
     for entry in cache.entries(cache.CHOICES):

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,7 +15,7 @@ from lgnet_fast import cache, native
 from lgnet_fast.engine import cpu_path
 from lgnet_fast.pipeline import Inpainter
 
-from .pipeline_support import BlurFill
+from .pipeline_support import HOLE, BlurFill, noise, write_picture
 from .support import instruction_sets
 
 if TYPE_CHECKING:
@@ -113,6 +114,17 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> BlurFill:
 
     monkeypatch.setattr(Inpainter, "from_pretrained", classmethod(load))
     return model
+
+
+@pytest.fixture
+def case(fake: BlurFill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, with a picture a.png, a mask m.png and a folder in/ with a.png and b.jpg."""
+    monkeypatch.chdir(tmp_path)
+    write_picture(tmp_path / "a.png", noise(40, 60))
+    write_picture(tmp_path / "m.png", HOLE.astype(np.uint8) * 255)
+    write_picture(tmp_path / "in" / "a.png", noise(40, 60))
+    write_picture(tmp_path / "in" / "b.jpg", noise(40, 60))
+    return tmp_path
 
 
 @pytest.fixture(scope="module")

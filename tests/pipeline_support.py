@@ -16,8 +16,8 @@ from torch.nn import functional as F
 from lgnet_fast.evaluation import Evaluation, EvaluationOptions, scoring
 from lgnet_fast.jobs import items
 from lgnet_fast.jobs.items import Item
-from lgnet_fast.jobs.journal import World
 from lgnet_fast.jobs.options import FillOptions
+from lgnet_fast.jobs.world import World
 
 
 class BlurFill(nn.Module):
@@ -101,6 +101,11 @@ def box_mask(height: int, width: int, *boxes: tuple[int, int, int, int]) -> np.n
     for top, left, bottom, right in boxes:
         mask[top:bottom, left:right] = True
     return mask
+
+
+HEIGHT, WIDTH = 40, 60
+HOLE = box_mask(HEIGHT, WIDTH, (10, 15, 30, 45))
+COLOUR = (0.2, -0.3, 0.7)  # for `ConstantFill`; of 255: 153, 89.25, 216.75; their mean 153
 
 
 def some_holes(height: int, width: int) -> np.ndarray:

@@ -30,7 +30,7 @@ REFERENCE = (
     "models",
     *(f"peers_{n}" for n in ("gconv", "madf", "medfe", "pen", "rfr")),
 )
-OPERATORS = ("ops", "cpp_kernels", "cpp_threads")
+OPERATORS = ("ops", "cpp_kernels", "cpp_merge", "cpp_threads")
 KERNELS = (
     *OPERATORS,
     "engine_cpu",

@@ -226,8 +226,8 @@ def test_verify_keeps_the_verdict_of_a_kernel_that_fails_at_one_of_two_sizes(mon
         return outcome
 
     monkeypatch.setattr(first_use, "check", check)
-    monkeypatch.setattr("lgnet_fast.engine.verify.CANDIDATES", {"cpu": "triton"})
-    monkeypatch.setattr("lgnet_fast.engine.verify.reason_against", lambda *arguments: None)
+    monkeypatch.setattr("lgnet_fast.jobs.verify.CANDIDATES", {"cpu": "triton"})
+    monkeypatch.setattr("lgnet_fast.jobs.verify.reason_against", lambda *arguments: None)
     invoke("verify", "--device", "cpu")
     block = "attention_block released, up to {} channels, with gradient"
     assert kept[block.format(128)] == "OutOfResources"  # at 16x16; 32x32 comes later

@@ -1,16 +1,12 @@
-"""`lgnet-fast run`: unusual outputs, masks, pipes and reports; everything left out is reported."""
+"""`lgnet-fast run`: unusual outputs, masks and arguments; everything left out is reported."""
 
 from __future__ import annotations
 
-import contextlib
 import io
 import json
 import os
-import signal
 import sys
 import tarfile
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +17,12 @@ from typer.testing import CliRunner
 from lgnet_fast import cli
 from lgnet_fast.data import folders
 from lgnet_fast.errors import UsageError
-from lgnet_fast.jobs import entries, options, outputs
-from lgnet_fast.pipeline import Inpainter, writing
-from lgnet_fast.pipeline.writing import remove_leftovers, write_atomically, write_file
+from lgnet_fast.jobs import options, outputs
 
-from .pipeline_support import BlurFill, box_mask, noise, plan_items, png_bytes, write_picture
-
-HOLE = box_mask(40, 60, (10, 15, 30, 45))
-FILLED = Inpainter(BlurFill())(noise(40, 60), HOLE)
-
-
-def _run(*arguments, **options):
-    return CliRunner().invoke(cli.app, ["run", *map(str, arguments)], **options)
+from .cli_support import FILLED
+from .cli_support import names as _names
+from .cli_support import run as _run
+from .pipeline_support import HOLE, box_mask, noise, plan_items, png_bytes, write_picture
 
 
 def test_results_of_equal_names_are_numbered_from_two():
@@ -74,21 +64,6 @@ def test_fields_out_of_range_are_refused_at_once(option, words):
     fields = {"source": Path("a.png"), "mask": Path("m.png"), "out": "o.jpg", **option}
     with pytest.raises(UsageError, match=f"^{words}$"):
         options.FillOptions(**fields)
-
-
-def _names(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-
-
-@pytest.fixture
-def case(fake, tmp_path, monkeypatch) -> Path:
-    """The current folder, with a picture a.png, a mask m.png and a folder in/ with a.png and b.jpg."""
-    monkeypatch.chdir(tmp_path)
-    write_picture(tmp_path / "a.png", noise(40, 60))
-    write_picture(tmp_path / "m.png", HOLE.astype(np.uint8) * 255)
-    write_picture(tmp_path / "in" / "a.png", noise(40, 60))
-    write_picture(tmp_path / "in" / "b.jpg", noise(40, 60))
-    return tmp_path
 
 
 # -- outputs ------------------------------------------------------------------------------------------------------
@@ -349,254 +324,6 @@ def test_mask_suffix_with_a_folder_of_masks_one_picture_and_gaps(case):
     np.testing.assert_array_equal(np.asarray(Image.open("o.png")), FILLED)
     for arguments in (["-m", "m.png"], ["--mask-suffix", ""]):
         assert _run("-i", "a.png", "-o", "o.png", "--mask-suffix", "_mask", *arguments).exit_code == 2
-
-
-# -- pipes ---------------------------------------------------------------------------------------------------------
-
-
-def _fed(path: Path, data: bytes) -> threading.Thread:
-    os.mkfifo(path)
-    thread = threading.Thread(target=path.write_bytes, args=(data,), daemon=True)
-    thread.start()
-    return thread
-
-
-def test_pipes_as_picture_mask_and_result(case):
-    thread = _fed(case / "picture", (case / "a.png").read_bytes())
-    other = _fed(case / "mask", (case / "m.png").read_bytes())
-    assert _run("-i", "picture", "-m", "mask", "-o", "o.png").exit_code == 0
-    thread.join(60)
-    other.join(60)
-    np.testing.assert_array_equal(np.asarray(Image.open("o.png")), FILLED)
-
-    os.mkfifo("result")
-    received: list[bytes] = []
-    reader = threading.Thread(target=lambda: received.append(Path("result").read_bytes()), daemon=True)
-    reader.start()
-    assert _run("-i", "a.png", "-m", "m.png", "-o", "result", "--format", "tiff").exit_code == 0
-    reader.join(60)
-    saved = Image.open(io.BytesIO(received[0]))
-    assert saved.format == "TIFF"
-    np.testing.assert_array_equal(np.asarray(saved), FILLED)
-    assert writing.is_stream(case / "result")
-
-
-def test_standard_input_and_output(case):
-    result = _run("-i", "-", "-m", "m.png", "-o", "-", input=(case / "in" / "b.jpg").read_bytes())
-    assert result.exit_code == 0, result.stderr
-    assert "1 filled" in result.stderr
-    assert Image.open(io.BytesIO(result.stdout_bytes)).format == "JPEG"
-    result = _run("-i", "a.png", "-m", "-", "-o", "o.png", input=(case / "m.png").read_bytes())
-    assert result.exit_code == 0, result.stderr
-    np.testing.assert_array_equal(np.asarray(Image.open("o.png")), FILLED)
-    assert _run("-i", "-", "-m", "m.png", "-o", "out/", input=(case / "a.png").read_bytes()).exit_code == 0
-    assert _names(case / "out") == ["stdin.png"]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["-i", "in", "-m", "m.png", "-o", "-"], "one stream takes one picture"),
-        (["-i", "-", "-m", "-", "-o", "o.png"], "the standard input is the picture already"),
-        (["-i", "-", "-m", "in", "-o", "o.png"], "got the folder"),
-        (["-i", "a.png", "-m", "m.png", "-o", "-", "--report", "-"], "has the picture already"),
-        (["-i", "a.png", "-m", "m.png", "-o", "-", "--resume"], "got a stream"),
-        (["-i", os.devnull, "-m", "m.png", "-o", "o.png"], "got the device"),
-    ],
-)
-def test_streams_that_cannot_work_are_refused(case, arguments, words):
-    result = _run(*arguments, input=b"")
-    assert result.exit_code == 2, result.output
-    assert words in result.stderr
-
-
-def test_a_piped_picture_does_not_replace_its_mask(case):
-    mask = (case / "m.png").read_bytes()
-    result = _run("-i", "-", "-m", "m.png", "-o", "m.png", input=(case / "a.png").read_bytes())
-    assert result.exit_code == 2, result.output
-    assert "m.png" in result.stderr
-    assert (case / "m.png").read_bytes() == mask
-
-
-def test_closed_streams_are_refused(case, monkeypatch):
-    monkeypatch.setattr(sys, "stdout", None)
-    with pytest.raises(UsageError, match="out: expected a pipe or a file as standard output, got a closed one"):
-        plan_items(case / "a.png", case / "m.png", "-")
-    monkeypatch.setattr(sys, "stdin", None)
-    with pytest.raises(UsageError, match="source: expected a picture on the standard input, got a closed one"):
-        plan_items(Path("-"), case / "m.png", "o.png")
-
-
-# -- writing -----------------------------------------------------------------------------------------------------
-
-
-def test_links_stay_links_and_names_may_be_as_long_as_the_file_system_takes(tmp_path):
-    target, link = tmp_path / "sub" / "target.bin", tmp_path / "link.bin"
-    link.symlink_to(target)  # leads nowhere yet
-    for data in (b"one", b"two"):
-        write_atomically(link, data)
-        assert link.is_symlink()
-        assert target.read_bytes() == data
-    long = tmp_path / ("字" * 83 + ".png")
-    write_atomically(long, b"three")
-    assert long.read_bytes() == b"three"
-    assert len(_names(tmp_path)) == 3
-
-
-def test_a_pipe_is_written_through(tmp_path):
-    pipe = tmp_path / "pipe"
-    os.mkfifo(pipe)
-    received: list[bytes] = []
-    reader = threading.Thread(target=lambda: received.append(pipe.read_bytes()), daemon=True)
-    reader.start()
-    write_file(pipe, b"data")
-    reader.join(60)
-    assert received == [b"data"]
-    assert writing.is_stream(pipe)
-
-
-def test_leftovers_of_killed_runs_go_and_files_being_written_stay(case):
-    out = case / "out"
-    out.mkdir()
-    dead = out / f".a.png.{'0' * 32}.tmp"
-    dead.write_bytes(b"half")
-    for name in (".keep.tmp", "a.tmp", f".a.png.{'0' * 31}.tmp", f"a.png.{'0' * 32}.tmp"):
-        (out / name).write_bytes(b"not ours")
-    temporary, file = writing._open_temporary(out / "b.png")
-    with file:
-        assert _run("-i", "in", "-m", "m.png", "-o", out, "--skip-existing").exit_code == 0
-        assert temporary.exists()
-    assert not dead.exists()
-    remove_leftovers([out, case / "nowhere"])
-    assert not temporary.exists()
-    assert len([name for name in _names(out) if name.endswith("tmp")]) == 4
-
-
-# -- reports -----------------------------------------------------------------------------------------------------
-
-
-def test_a_report_through_a_link_and_to_a_pipe(case):
-    (case / "link.json").symlink_to(case / "target.json")
-    arguments = ["-i", "a.png", "-m", "m.png", "-o", "o.png", "--report"]
-    assert _run(*arguments, "link.json").exit_code == 0
-    assert (case / "link.json").is_symlink()
-    assert json.loads((case / "target.json").read_text())["complete"] is True
-    os.mkfifo("pipe.json")
-    result = _run(*arguments, "pipe.json")  # that nobody reads
-    assert result.exit_code == 2
-    assert "--report" in result.stderr
-    with open(os.open("pipe.json", os.O_RDONLY | os.O_NONBLOCK), "rb") as reader:  # open before the run begins
-        assert _run(*arguments, "pipe.json").exit_code == 0
-        assert json.loads(reader.read())["totals"]["ok"] == 1
-    assert writing.is_stream(case / "pipe.json")
-    assert json.loads(_run(*arguments, "-").stdout)["totals"]["ok"] == 1
-    assert _run(*arguments, os.devnull).exit_code == 0
-    assert Path(os.devnull).is_char_device()
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
-def test_a_full_disk_is_one_line_for_each_file(case):
-    result = _run("-i", "a.png", "-m", "m.png", "-o", "/dev/full", "--report", "r.json")
-    assert result.exit_code == 1
-    assert "failed: a.png: [Errno 28] No space left on device" in result.stderr
-    assert "0 filled, 0 skipped, 1 failed of 1" in result.stderr
-    assert "Errno 28" in json.loads(Path("r.json").read_text())["items"][0]["error"]
-    result = _run("-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", "/dev/full")
-    assert result.exit_code == 1
-    assert result.stderr.count("failed: the report '/dev/full' could not be written ([Errno 28] No space left") == 1
-    assert "1 filled, 0 skipped, 0 failed of 1" in result.stderr
-
-
-@pytest.mark.parametrize("report", ["m.png/r.json", "y" * 300 + ".json", "ftp://host/r.json", "/proc/none/r.json"])
-def test_a_report_that_cannot_be_written_is_refused_before_work(case, fake, report):
-    result = _run("-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", report)
-    assert result.exit_code == 2
-    assert "--report" in result.stderr
-    assert fake.seen == []
-    assert not Path("o.png").exists()
-
-
-def test_names_that_are_not_utf8(case):
-    name = os.fsencode("in/") + b"caf\xe9.png"
-    with open(name, "wb") as file:
-        file.write(png_bytes(noise(40, 60)))
-    (case / "in" / "line\nfeed.png").write_bytes(b"broken")
-    result = _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json")
-    assert result.exit_code == 1
-    assert "3 filled, 0 skipped, 1 failed of 4" in result.stderr
-    assert "failed: in/line\\x0afeed.png" in result.stderr
-    items = json.loads(Path("r.json").read_bytes().decode("utf-8"))["items"]
-    assert name in [os.fsencode(item["input"]) for item in items]
-    assert os.path.exists(b"out/caf\xe9.png")
-
-
-def test_the_report_grows_with_the_run(case, monkeypatch):
-    """The report that a killed run leaves: after each picture, if one is due."""
-    seen = []
-    real = entries.save_picture
-
-    def spy(*arguments, **options):
-        if Path("r.json").exists():
-            data = json.loads(Path("r.json").read_text())
-            seen.append((data["complete"], data["planned"], len(data["items"])))
-        real(*arguments, **options)
-
-    monkeypatch.setattr(entries, "save_picture", spy)
-    monkeypatch.setattr("lgnet_fast.jobs.report._INTERVAL", 0.0)
-    monkeypatch.setattr("lgnet_fast.jobs.report._SHARE", 1e9)
-    write_picture(case / "in" / "c.png", noise(40, 60))
-    assert _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json").exit_code == 0
-    assert seen == [(False, 3, 1), (False, 3, 2)]
-    data = json.loads(Path("r.json").read_text())
-    assert (data["complete"], len(data["items"])) == (True, 3)
-
-
-@pytest.fixture
-def heeded_signals():
-    """Handle SIGINT as in a terminal: in background jobs of a shell it is ignored."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    yield
-    signal.signal(signal.SIGINT, before)
-
-
-@pytest.mark.parametrize(
-    ("number", "resume", "lost"),
-    [
-        (signal.SIGINT, False, False),
-        (signal.SIGINT, True, False),
-        (signal.SIGTERM, False, False),
-        (signal.SIGINT, False, True),
-    ],
-)
-def test_an_interrupted_run_tells_what_was_done_and_keeps_the_report(
-    case, fake, monkeypatch, heeded_signals, number, resume, lost
-):
-    """`lost`: the exception is dropped, as in a destructor; then the picture under way is still finished."""
-    for name in "cdef":
-        write_picture(case / "in" / f"{name}.png", noise(40, 60))
-    forward = BlurFill.forward
-
-    def interrupted(self, *arguments, **options):
-        if len(self.seen) == 3 - lost:
-            with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
-                os.kill(os.getpid(), number)  # as a terminal does it
-                time.sleep(1)
-        return forward(self, *arguments, **options)
-
-    monkeypatch.setattr(BlurFill, "forward", interrupted)
-    arguments = ["-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json", *(["--resume"] if resume else [])]
-    result = _run(*arguments)
-    assert result.exit_code == 128 + number, result.output
-    assert "interrupted: 3 filled, 0 skipped, 0 failed of 6 in " in result.stderr.splitlines()[-1]
-    assert "Traceback" not in result.output
-    data = json.loads(Path("r.json").read_text())
-    assert (data["complete"], data["planned"], data["totals"]["ok"]) == (False, 6, 3)
-    assert [name for name in _names(case / "out") if "/" not in name] == ["a.png", "b.jpg", "c.png"]
-    assert [Path(item["input"]).name for item in data["items"]] == ["a.png", "b.jpg", "c.png"]
-    if resume:
-        monkeypatch.setattr(BlurFill, "forward", forward)
-        assert "6 filled (3 by an earlier run)" in _run(*arguments).stderr
-        assert json.loads(Path("r.json").read_text())["complete"] is True
 
 
 # -- other arguments -----------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The C++ kernels against plain PyTorch in float64: values, gradients, layouts, memory."""
+"""The C++ attention kernels against plain PyTorch in float64: values, gradients, layouts, memory; errors of all."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from lgnet_fast.engine.cpu_executor import CpuExecutor
 from lgnet_fast.ops.cpu import attention as cpu
 from lgnet_fast.ops.cpu import merge_concat as cpu_merge
 from lgnet_fast.reference import attention as reference
+from tests.cpp_support import LAYOUTS, merge_inputs, views, with_grads
 from tests.support import assert_accurate
 
 pytestmark = pytest.mark.skipif(native.unavailable_reason() is not None, reason=str(native.unavailable_reason()))
 
 VARIANTS = ("released", "paper")
 NAMES = ("out", "dF", "dweight", "dbias")
-LAYOUTS = ["contiguous", "channels_last", "sliced", "transposed", "flipped batch", "expanded"]
 
 
 def attention(features, variant):
@@ -52,11 +52,6 @@ def block(features, weight, bias, variant):
     return F.conv2d(torch.cat(pair, dim=1), weight, bias)
 
 
-def merge(image, output, mask, tanh, concat):
-    merged = image * (1 - mask) + (output.tanh() if tanh else output) * mask
-    return torch.cat((merged, mask), dim=1) if concat else merged
-
-
 def make(shape, dtype=torch.float32, seed=0):
     channels = shape[1]
     rng = torch.Generator().manual_seed(seed)
@@ -65,12 +60,6 @@ def make(shape, dtype=torch.float32, seed=0):
     bias = torch.randn(channels, generator=rng).to(dtype)
     grad = torch.randn(shape, generator=rng).to(dtype)
     return features, weight, bias, grad
-
-
-def with_grads(function, inputs, grad):
-    leaves = [t.detach().clone().requires_grad_() for t in inputs]
-    out = function(*leaves)
-    return [out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))]
 
 
 @pytest.fixture
@@ -191,20 +180,6 @@ def test_any_number_of_threads(threads_restored, variant, threads):
     assert torch.equal(out, again)  # the same bits every time
 
 
-def views(tensor):
-    batch, channels, height, width = tensor.shape
-    wide = torch.full((batch, channels + 3, height + 2, 2 * width), float("nan"), dtype=tensor.dtype)
-    wide[:, 1 : 1 + channels, 1 : 1 + height, ::2] = tensor
-    return {
-        "contiguous": tensor.contiguous(),
-        "channels_last": tensor.contiguous(memory_format=torch.channels_last),
-        "sliced": wide[:, 1 : 1 + channels, 1 : 1 + height, ::2],
-        "transposed": tensor.transpose(2, 3).contiguous().transpose(2, 3),
-        "flipped batch": tensor.transpose(0, 1).contiguous().transpose(0, 1),
-        "expanded": tensor[:1].expand(tensor.shape),
-    }
-
-
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_attention_reads_any_strides(dtype, layout):
@@ -224,7 +199,9 @@ def test_attention_reads_any_strides(dtype, layout):
     got = cpu.attention_backward(views(grad)["sliced"], view, views(attended)["transposed"], stats, "released")
     assert torch.equal(got, want)
     for a, b in zip(
-        cpu.attention_block_backward(views(grad)["channels_last"], view, None, stats, weight, "released"),
+        cpu.attention_block_backward(
+            views(grad)["channels_last"], view, views(attended)["transposed"], stats, weight, "released"
+        ),
         cpu.attention_block_backward(grad, dense, attended, stats, weight, "released"),
         strict=True,
     ):
@@ -352,102 +329,6 @@ def test_bound_on_memory():
         done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=300, check=True)
         used = float(done.stdout)
         assert used < 256, f"{variant}: {used:.0f} MB"
-
-
-MERGE_DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-
-
-def merge_inputs(shape, dtype, scale=2.0):
-    batch, height, width = shape
-    rng = torch.Generator().manual_seed(1)
-    image = torch.rand(batch, 3, height, width, generator=rng) * 2 - 1
-    output = torch.randn(batch, 3, height, width, generator=rng) * scale
-    mask = (torch.rand(batch, 1, height, width, generator=rng) > 0.5).float()
-    mask = torch.where(torch.rand(mask.shape, generator=rng) > 0.8, torch.rand(mask.shape, generator=rng), mask)
-    return [t.to(dtype) for t in (image, output, mask)]
-
-
-@pytest.mark.parametrize("concat", [True, False], ids=["merge_concat", "merge"])
-@pytest.mark.parametrize("tanh", [False, True], ids=["", "tanh"])
-@pytest.mark.parametrize("dtype", MERGE_DTYPES, ids=str)
-@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 9, 13), (0, 4, 4), (2, 17, 31), (1, 130, 129)], ids=str)
-def test_merge_and_its_gradients(isa, shape, dtype, tanh, concat):
-    inputs = merge_inputs(shape, dtype)
-    before = [t.clone() for t in inputs]
-    rng = torch.Generator().manual_seed(2)
-    grad = torch.randn(shape[0], 4 if concat else 3, *shape[1:], generator=rng).to(dtype)
-    forward = cpu_merge.merge_concat_forward if concat else cpu_merge.merge_forward
-    backward = cpu_merge.merge_concat_backward if concat else cpu_merge.merge_backward
-    truth = with_grads(lambda *a: merge(*a, tanh, concat), [t.double() for t in inputs], grad.double())
-    eager = with_grads(lambda *a: merge(*a, tanh, concat), inputs, grad)
-    got = (forward(*inputs, tanh=tanh), *backward(grad, *inputs, tanh=tanh))
-    for name, g, e, t in zip(("out", "image", "output", "mask"), got, eager, truth, strict=True):
-        # The output's gradient has a factor 1 - tanh(output)^2, whose terms may cancel.
-        terms = grad.abs().max().item() if tanh and name == "output" and grad.numel() else 0.0
-        assert_accurate(name, g, t, e, terms=terms)
-    assert all(torch.equal(a, b) for a, b in zip(inputs, before, strict=True))
-    for wanted in range(3):
-        needs = tuple(i == wanted for i in range(3))
-        alone = backward(grad, *inputs, tanh=tanh, needs=needs)
-        assert [g is not None for g in alone] == list(needs)
-        assert torch.equal(alone[wanted], got[1 + wanted])
-
-
-def test_merge_is_exact_outside_and_inside_the_hole():
-    image, output, mask = merge_inputs((2, 40, 50), torch.float32)
-    mask = (mask > 0.5).float()
-    out = cpu_merge.merge_concat_forward(image, output, mask)
-    assert torch.equal(out[:, :3], torch.where(mask.bool(), output, image))
-    assert torch.equal(out[:, 3:], mask)
-
-
-def test_tanh_to_a_few_ulp(isa):
-    x = torch.cat([torch.linspace(-12, 12, 200_001), torch.logspace(-30, 2, 50_000), -torch.logspace(-30, 2, 50_000)])
-    x = x[: x.numel() // 3 * 3].view(1, 3, 1, -1)
-    ones, zeros = torch.ones(1, 1, 1, x.shape[3]), torch.zeros_like(x)
-    got = cpu_merge.merge_forward(zeros, x, ones, tanh=True)
-    truth = x.double().tanh()
-    ulp = (got.double() - truth).abs() / (truth.abs() * 2.0**-23).clamp_min(2.0**-149)
-    assert ulp.max() < 4
-    assert got.abs().max() <= 1
-    special = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(1, 3, 1, 1)
-    got = cpu_merge.merge_forward(torch.zeros_like(special), special, torch.ones(1, 1, 1, 1), tanh=True).flatten()
-    assert got[0].isnan()
-    assert got[1:].tolist() == pytest.approx([1.0, -1.0], abs=1e-6)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
-@pytest.mark.parametrize("layout", LAYOUTS)
-def test_merge_strides_and_slices(layout, dtype):
-    image, output, mask = (views(t)[layout] for t in merge_inputs((2, 19, 45), dtype))
-    expected = cpu_merge.merge_concat_forward(*(t.contiguous() for t in (image, output, mask)), tanh=True)
-    got = cpu_merge.merge_concat_forward(image, output, mask, tanh=True)
-    assert torch.equal(got, expected)
-    buffer = torch.full((2, 9, 19, 45), float("nan"), dtype=dtype)
-    for target in (buffer[:, 2:6], buffer.contiguous(memory_format=torch.channels_last)[:, 2:6]):
-        out = cpu_merge.merge_concat_forward(image, output, mask, tanh=True, out=target)
-        assert out is target
-        assert torch.equal(target, expected)
-    assert buffer[:, :2].isnan().all()
-    assert buffer[:, 6:].isnan().all()
-    torch.manual_seed(0)
-    grad = torch.randn_like(expected)
-    want = cpu_merge.merge_concat_backward(grad, *(t.contiguous() for t in (image, output, mask)), tanh=True)
-    have = cpu_merge.merge_concat_backward(views(grad)["transposed"], image, output, mask, tanh=True)
-    assert all(torch.equal(a, b) for a, b in zip(have, want, strict=True))
-
-
-@pytest.mark.once
-@pytest.mark.parametrize("offset", [0, 1, 5])
-def test_merge_past_the_caches(offset):
-    # Above 16 MB the output is written by non-temporal stores, which need aligned planes.
-    image, output, mask = merge_inputs((1, 1056, 1024), torch.float32)
-    storage = torch.full((4 * 1056 * 1024 + 64,), float("nan"))
-    out = storage[offset : offset + 4 * 1056 * 1024].view(1, 4, 1056, 1024)
-    cpu_merge.merge_concat_forward(image, output, mask, out=out)
-    assert_accurate("merged", out, merge(image, output, mask, False, True), roundings=8)
-    assert storage[:offset].isnan().all()
-    assert storage[offset + out.numel() :].isnan().all()
 
 
 @pytest.mark.once

@@ -16,7 +16,7 @@ from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu_choice import RATES, Rates, choose_kernels, modelled
 from lgnet_fast.engine.cpu_executor import CpuExecutor
 from lgnet_fast.engine.cpu_kernels import BY_STAGES, TILES, Choice
-from lgnet_fast.engine.cpu_tuning import Timing, entry_name, kept, measured_choices, tune
+from lgnet_fast.engine.cpu_tuning import Timing, kept, measured_choices, tune
 from lgnet_fast.engine.plan import ConvStep, Plan
 from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case, instruction_sets
@@ -148,7 +148,7 @@ def test_results_are_kept_as_they_come(plan, monkeypatch):
         tune(plan, SINGLE, 60, measure=interrupted(fake(plan), 9), clock=lambda: next(ticks))
     monkeypatch.setattr(cache, "_known", {})
     (entry,) = cache.entries(cache.CHOICES)
-    assert entry.name == entry_name(plan)
+    assert entry.name == plan.name
     assert entry.key == cpu_tuning.key(SINGLE)
     assert entry.value["choices"] is None
     assert entry.value["times"]
@@ -197,7 +197,7 @@ def test_the_time_is_kept(plan):
     ids=str,
 )
 def test_what_does_not_fit_is_not_used(plan, value):
-    cache.put(cpu_tuning.key(SINGLE), cache.CHOICES, entry_name(plan), value)
+    cache.put(cpu_tuning.key(SINGLE), cache.CHOICES, plan.name, value)
     assert kept(plan, SINGLE) is None
 
 
@@ -213,7 +213,7 @@ def test_a_kernel_that_a_step_cannot_have_is_not_used(plan):
         ("net_l.down1", "?"),
     ):
         edited = {**value, "choices": {**value["choices"], name: text}}
-        cache.put(cpu_tuning.key(SINGLE), cache.CHOICES, entry_name(plan), edited)
+        cache.put(cpu_tuning.key(SINGLE), cache.CHOICES, plan.name, edited)
         assert kept(plan, SINGLE) is None
 
 

@@ -21,8 +21,9 @@ from PIL import Image
 from lgnet_fast.errors import BackendError, JobError, UsageError
 from lgnet_fast.jobs import journal
 from lgnet_fast.jobs.fill import fill
-from lgnet_fast.jobs.journal import FOLDER, Journal, World, stamp
+from lgnet_fast.jobs.journal import FOLDER, Journal, stamp
 from lgnet_fast.jobs.options import FillOptions
+from lgnet_fast.jobs.world import World
 from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill, box_mask, noise, plan_items, png_bytes

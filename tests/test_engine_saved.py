@@ -13,7 +13,7 @@ import torch
 
 from lgnet_fast import Engine, LGNet, LGNetError, WeightsError, create_model, limits, load_engine, optimize
 from lgnet_fast.engine import saved
-from lgnet_fast.reference.folders import complete_set, staged
+from lgnet_fast.reference.file_sets import complete_set, staged
 from tests.engine_support import assert_same_pixels, narrow_model, needs_extension
 from tests.support import assert_accurate, case
 from tests.test_plan import NARROW, lively

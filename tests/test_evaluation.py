@@ -17,7 +17,7 @@ from lgnet_fast.data.metrics import fid_score
 from lgnet_fast.errors import UsageError
 from lgnet_fast.evaluation import biharmonic, navier_stokes, parse_classes, telea
 from lgnet_fast.evaluation.protocol import FolderMasks, fit_mask, fit_picture
-from lgnet_fast.jobs.journal import World
+from lgnet_fast.jobs.world import World
 from lgnet_fast.pipeline import Inpainter
 
 from .evaluation_support import invoke_eval, write_waves
@@ -55,6 +55,26 @@ def test_a_picture_and_its_mask_are_scaled_and_cropped_alike(tmp_path, height, w
     assert mask.shape == (32, 32)
     np.testing.assert_array_equal(picture[..., 0] > 127, mask)
     assert fit_picture(tmp_path / "grey.png", 0).shape == (height, width, 3)
+
+
+@pytest.mark.parametrize("size", [(40_000, 3), (3, 40_000)])
+def test_a_narrow_picture_costs_what_is_evaluated(tmp_path, size, monkeypatch):
+    """Only the part that stays is scaled: the whole would be 3.4 million pixels long."""
+    made = []
+    resize = Image.Image.resize
+    monkeypatch.setattr(
+        Image.Image, "resize", lambda self, *given, **named: made.append(given[0]) or resize(self, *given, **named)
+    )
+    ramp = np.linspace(0, 255, max(size)).astype(np.uint8)
+    levels = np.broadcast_to(ramp if size[0] > size[1] else ramp[:, None], size[::-1])
+    Image.fromarray(np.ascontiguousarray(levels)).save(tmp_path / "strip.png")
+    picture = fit_picture(tmp_path / "strip.png", 256)
+    assert made == [(256, 256)]
+    assert picture.shape == (256, 256, 3)
+    assert np.abs(picture.astype(int) - 127).max() <= 1  # the middle three pixels
+    mask = fit_mask(levels > 127, 256)
+    assert mask.shape == (256, 256)
+    assert 0 < mask.mean() < 1
 
 
 def test_masks_of_a_folder_are_dealt_by_their_measured_class(tmp_path):

@@ -19,7 +19,7 @@ from lgnet_fast.engine import graphs
 from lgnet_fast.engine.cuda_launches import ends_by_graphs
 from lgnet_fast.engine.cuda_measure import Timer
 from lgnet_fast.engine.graphs import CaptureError, Program, capture
-from lgnet_fast.ops.first_use import is_capturing
+from lgnet_fast.ops.torch_state import is_capturing
 
 DEVICE = torch.device("cuda", 0)
 POOL = (0, 1)

@@ -15,7 +15,6 @@ from torch import Tensor
 from lgnet_fast import BackendError, LGNet, create_model, optimize
 from lgnet_fast.engine import cuda_launches, graphs, operator_executor, verified
 from lgnet_fast.engine import engine as engine_module
-from lgnet_fast.engine import tuning as tuning_module
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.checks import LIMITS, check_steps, make_example
 from lgnet_fast.engine.cuda_executor import CudaExecutor
@@ -27,6 +26,7 @@ from lgnet_fast.engine.operator_executor import OperatorExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.engine.verdicts import Verdict
+from lgnet_fast.jobs import tune as tuning_module
 from tests.engine_support import FakeGraph, assert_same_pixels, narrow_model
 from tests.support import case
 from tests.test_plan import NARROW, lively

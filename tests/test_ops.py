@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from lgnet_fast import BackendError, create_model, native, ops
-from lgnet_fast.ops import dispatch, first_use, library
+from lgnet_fast.ops import dispatch, library, torch_state
 from lgnet_fast.ops.cpu import attention as cpu_attention
 from lgnet_fast.reference import attention as reference
 from lgnet_fast.reference import merge as reference_merge
@@ -127,12 +127,12 @@ def test_threads_take_turns_with_the_switches_of_tf32(monkeypatch):
     entered, leave = threading.Event(), threading.Event()
 
     def work() -> None:
-        with first_use.strict_float32():
+        with torch_state.strict_float32():
             entered.set()
             leave.wait(60)
 
     other = threading.Thread(target=work)
-    with first_use.strict_float32():
+    with torch_state.strict_float32():
         other.start()
         assert not entered.wait(0.2)
     assert entered.wait(60)
@@ -158,7 +158,7 @@ def test_the_switches_of_tf32_are_set_back_exactly(before):
     code = f"""
 import torch
 from torch import backends
-from lgnet_fast.ops.first_use import strict_float32
+from lgnet_fast.ops.torch_state import strict_float32
 
 def state():
     places = (backends, backends.cuda.matmul, backends.cudnn, backends.cudnn.conv, backends.cudnn.rnn)

@@ -365,6 +365,15 @@ def test_dilation_and_feather_beyond_the_picture_saturate(pixels):
     assert not soft_edge(np.zeros_like(hole), pixels, pixels).any()
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint16])
+def test_dilation_and_feather_of_small_integers_do_not_overflow(kind):
+    hole = box_mask(300, 500, (150, 200, 152, 204))
+    for dilate, feather in ((100, 100), (127, 1), (64, 64)):
+        np.testing.assert_array_equal(soft_edge(hole, kind(dilate), kind(feather)), soft_edge(hole, dilate, feather))
+    whole = np.uint8(128)
+    np.testing.assert_array_equal(soft_edge(hole, whole, whole), soft_edge(hole, 128, 128))
+
+
 def test_far_apart_holes_are_measured_apart(monkeypatch):
     """Boxes that dilation does not join are measured alone, with the same result as the whole picture at once."""
     from scipy import ndimage

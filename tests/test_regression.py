@@ -25,7 +25,7 @@ from bench.regression import (
     write_results,
 )
 from bench.timing import ROOT, interleave, spread, summarize
-from lgnet_fast.ops.dispatch import launchers
+from lgnet_fast.ops.registry import OPERATORS
 from lgnet_fast.reference.attention import attention_block
 
 STEM = "cpu-test-1-cores_synthetic"
@@ -246,7 +246,7 @@ def test_a_real_op_slowed_is_caught(monkeypatch):
     torch.set_num_threads(1)
     torch.manual_seed(0)
     features, weight, bias = torch.randn(1, 64, 32, 32), torch.randn(64, 128, 1, 1) / 8, torch.zeros(64)
-    cpp = launchers("attention_block", "cpp")
+    cpp = OPERATORS["attention_block"].launchers("cpp")
 
     def run() -> dict:
         contestants = {

@@ -194,6 +194,40 @@ def test_kinds_of_pictures_come_back_as_they_are(pipe, mode):
     np.testing.assert_array_equal(np.asarray(result)[~hole()], np.asarray(picture)[~hole()])
 
 
+@pytest.mark.parametrize("kind", [np.int8, np.uint8, np.uint16])
+def test_small_integers_as_dilate_and_feather(pipe, kind):
+    picture, mask = photo(400, 420), hole(400, 420, (300, 320, 310, 330))
+    session = Session(picture, pipe)
+    session.fill(mask, dilate=kind(120), feather=kind(100))
+    np.testing.assert_array_equal(session.result(), pipe(picture, mask, dilate=120, feather=100))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "shape"),
+    [
+        ("uint8", (30, 40)),
+        ("uint8", (30, 40, 1)),
+        ("uint8", (30, 40, 2)),
+        ("uint8", (3, 30, 40)),
+        ("uint8", (4, 30, 40)),
+        (">u2", (30, 40)),
+        (">u2", (30, 40, 4)),
+        ("<u2", (2, 30, 40)),
+    ],
+)
+def test_arrays_become_files_with_the_same_samples(pipe, dtype, shape):
+    array = np.random.default_rng(0).integers(0, 256, shape).astype(dtype)
+    data, format = Session(array, pipe).encoded()
+    assert format == "PNG"
+    read = pytest.importorskip("imagecodecs").png_decode(data)
+    np.testing.assert_array_equal(read, np.squeeze(array.transpose(1, 2, 0) if shape[0] < 5 else array))
+
+
+def test_floats_are_in_no_file(pipe):
+    with pytest.raises(InvalidImageError, match="a file holds samples of 8 or 16 bits, got float32"):
+        Session(np.zeros((30, 40), np.float32), pipe).encoded()
+
+
 @pytest.mark.parametrize("given", [lambda data: Encoded("photo", data), bytes, io.BytesIO])
 def test_a_file_comes_back_as_a_file_with_its_metadata(pipe, given):
     exif = Image.Exif()

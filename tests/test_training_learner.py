@@ -188,6 +188,30 @@ def test_moving_average(pictures, tmp_path):
     assert trainer.network.training
 
 
+def test_a_moving_average_follows_the_dtype_of_the_run(pictures, tmp_path):
+    """A run may be resumed in another dtype than that of its checkpoint."""
+    single = Trainer(tiny_config(pictures, tmp_path / "a", optim={"ema": 0.5}))
+    double = Trainer(tiny_config(pictures, tmp_path / "b", optim={"ema": 0.5, "dtype": "float64"}))
+    double.restore(single.state())
+    own = double.network.state_dict()
+    assert {name: value.dtype for name, value in double.average.state.items()} == {k: v.dtype for k, v in own.items()}
+    double.training_mode()
+    assert double.train_step([batch()]) is not None
+    assert all(torch.isfinite(value).all() for value in double.average.state.values())
+
+
+def test_statistics_are_shared_before_they_are_frozen(pictures, tmp_path, monkeypatch):
+    """Each process has statistics of its own pictures; frozen, they would stay different."""
+    trainer = Trainer(tiny_config(pictures, tmp_path, model={"freeze_batchnorm_from": 0.5}, optim={"steps": 4}))
+    shared = []
+    monkeypatch.setattr(trainer.learner, "share_statistics", lambda: shared.append(trainer.step))
+    trainer.training_mode()
+    for step in range(4):
+        trainer.train_step([batch(seed=step)])
+        trainer.step += 1
+    assert shared == [2]
+
+
 def test_frozen_batchnorm_keeps_its_statistics(pictures, tmp_path):
     trainer = Trainer(tiny_config(pictures, tmp_path, model={"freeze_batchnorm": True}))
     trainer.training_mode()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 
@@ -25,6 +26,18 @@ def test_time_left_of_a_resumed_run(tmp_path, monkeypatch, capsys):
     report.train(99_960, 1, {"G": 2.0}, progress=0.9996, pictures=4)  # 40 steps at 1664 a second
     assert capsys.readouterr().err.endswith(", 0:00:00 left\n")
     report.close(skipped=0, broken=0)
+
+
+def test_names_on_a_terminal_are_shown_as_they_are(tmp_path, monkeypatch):
+    """Brackets in a file's name are no markup."""
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    report = Report(tmp_path, step=0, total=10, progress=0.0, tensorboard=False)
+    report.say("set[/a]/shot[red].png: cannot be read")
+    report.close(skipped=0, broken=0)
+    assert "set[/a]/shot[red].png: cannot be read" in screen.getvalue()
 
 
 def test_lines_of_the_log_are_json(tmp_path):

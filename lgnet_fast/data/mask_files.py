@@ -106,12 +106,14 @@ def _hole_of(picture: Image.Image, polarity: str) -> np.ndarray:
     return read_hole(picture, picture.height, picture.width, channel="luma", invert=polarity == "black")
 
 
-def resize_mask(mask: np.ndarray, height: int, width: int) -> np.ndarray:
-    """`mask` sampled at the centres of height x width cells (nearest neighbour)."""
+def resize_mask(
+    mask: np.ndarray, height: int, width: int, part: tuple[slice, slice] = (slice(None), slice(None))
+) -> np.ndarray:
+    """`mask` sampled at the centres of height x width cells (nearest neighbour); `part`: only these rows, columns."""
     if mask.shape == (height, width):
-        return mask
-    rows = (2 * np.arange(height) + 1) * mask.shape[0] // (2 * height)
-    columns = (2 * np.arange(width) + 1) * mask.shape[1] // (2 * width)
+        return mask[part]
+    rows = (2 * np.arange(height)[part[0]] + 1) * mask.shape[0] // (2 * height)
+    columns = (2 * np.arange(width)[part[1]] + 1) * mask.shape[1] // (2 * width)
     resized: np.ndarray = mask[rows[:, None], columns]
     return resized
 

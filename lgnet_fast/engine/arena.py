@@ -7,6 +7,9 @@ from dataclasses import dataclass
 
 from .plan import PICTURE, Plan
 
+ALIGNMENT = 64
+"""Elements that offsets are multiples of: 256 bytes in float32, 128 in 16 bit."""
+
 
 @dataclass(frozen=True)
 class Arena:
@@ -31,20 +34,19 @@ def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
     return spans
 
 
-def plan_arena(plan: Plan, alignment: int = 64, halves: Collection[str] = ()) -> Arena:
+def plan_arena(plan: Plan, halves: Collection[str] = ()) -> Arena:
     """Offsets of every buffer [batch, height, width, channels] of `plan`.
 
     Greedy: the largest buffer first, each at the lowest offset that is free during its lifetime.
 
     Args:
-        alignment: of offsets, in elements.
         halves: names of buffers whose elements take half as many bytes as those of the others.
     """
     spans = lifetimes(plan)
     sizes = {}
     for name, b in plan.buffers.items():
         elements = -(-plan.batch * b.height * b.width * b.channels // (2 if name in halves else 1))
-        sizes[name] = -(-elements // alignment) * alignment
+        sizes[name] = -(-elements // ALIGNMENT) * ALIGNMENT
     offsets: dict[str, int] = {}
     for name in sorted(spans, key=lambda n: (-sizes[n], n)):
         first, last = spans[name]

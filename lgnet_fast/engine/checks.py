@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.first_use import pass_on_out_of_memory, strict_float32, tf32_allowed
+from ..ops.torch_state import pass_on_out_of_memory, strict_float32, tf32_allowed
 from .graph_executor import GraphExecutor
 from .graphs import error_text
 from .plan import PICTURE, Plan
@@ -138,7 +138,7 @@ def check_steps(executor: GraphExecutor, plan: Plan, example: Example) -> list[C
         exact = TorchExecutor(plan).buffers_after(example.image, example.mask, example.start)
     limit = _STEP_LIMITS[executor.dtype]
     checks = []
-    with torch.inference_mode(False), torch.no_grad(), executor._turn():
+    with torch.inference_mode(False), torch.no_grad(), executor.turn():
         memory = executor.memory
         memory.take(example.image, example.mask, example.start)
         launches = executor.launches_by_step(example.start is not None)

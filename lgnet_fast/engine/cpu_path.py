@@ -53,7 +53,7 @@ class Path(NamedTuple):
 
 def entry_name(plan: Plan) -> str:
     """Name of the answer within its key of the cache."""
-    return f"path {cpu_tuning.network_digest(plan)}"
+    return f"path {plan.digest}"
 
 
 def choose_path(

@@ -7,7 +7,6 @@ processor, instruction set, threads, dtype and version, so an interrupted tuning
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections import defaultdict
@@ -107,20 +106,6 @@ class Measured:
         return f"measured: {self.total_ms:.1f} ms a run, by the model {self.model_ms:.1f} ms"
 
 
-def network_digest(plan: Plan) -> str:
-    """Twelve characters that identify the shapes of a network; the size of pictures does not enter."""
-    shapes = []
-    for step in plan.steps:
-        more: object = step.geometry if isinstance(step, ConvStep) else step.variant
-        shapes.append((step.name, step.weights_of, tuple(step.weight.shape), more))
-    return hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
-
-
-def entry_name(plan: Plan) -> str:
-    """Name of a plan's measurements within their key of the cache."""
-    return f"engine {network_digest(plan)}, {len(plan.steps)} steps, {plan.batch}x{plan.height}x{plan.width}"
-
-
 def key(dtype: torch.dtype) -> cache.Key:
     """The cache's key for this CPU with the instruction set and number of threads in use."""
     return cache.cpu_key(dtype, isa_name(), forks.kernel_threads())
@@ -128,7 +113,7 @@ def key(dtype: torch.dtype) -> cache.Key:
 
 def kept(plan: Plan, dtype: torch.dtype) -> dict[str, str] | None:
     """The measured choices of a plan on this machine; None where none are kept or they do not fit the plan."""
-    found = Measured.from_dict(cache.get(key(dtype), cache.CHOICES, entry_name(plan)))
+    found = Measured.from_dict(cache.get(key(dtype), cache.CHOICES, plan.name))
     if found is None:
         return None
     choices = measured_choices(plan, dtype, found) if found.choices is None else found.choices
@@ -351,7 +336,7 @@ class _Contest:
             self.found.choices, self.found.total_ms = by_model, self.found.model_ms
 
     def _keep(self) -> None:
-        cache.put(key(self.dtype), cache.CHOICES, entry_name(self.plan), self.found.as_dict())
+        cache.put(key(self.dtype), cache.CHOICES, self.plan.name, self.found.as_dict())
 
 
 def gains(plan: Plan, dtype: torch.dtype, found: Measured) -> list[tuple[str, str, float, str, float]]:

@@ -16,8 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..ops.first_use import is_capturing
-from .cpu_tuning import entry_name
+from ..ops.torch_state import is_capturing
 from .cuda_launches import Launch, attend, convolve, run_all
 from .cuda_memory import Memory
 from .cuda_weights import CudaWeights, Tuned, conv_of, target_of, work_of
@@ -168,7 +167,7 @@ class CudaExecutor(GraphExecutor):
         if self.options.overlap is not None:
             return self.options.overlap
         measured = self.weights.tuned.overlap
-        return measured.get(entry_name(self.plan), "none") if measured else "none"
+        return measured.get(self.plan.name, "none") if measured else "none"
 
     @property
     def chosen_by(self) -> str:
@@ -222,7 +221,7 @@ class CudaExecutor(GraphExecutor):
         if self._groups is None and can_check:
             rows = self.options.deep_rows
             if rows is None:
-                rows = self.weights.tuned.deep_rows.get(entry_name(self.plan), 0)
+                rows = self.weights.tuned.deep_rows.get(self.plan.name, 0)
             weights = self.weights
             with torch.inference_mode(False), torch.no_grad():
                 self._groups = make_groups(self.plan, weights.steps, weights.deep, rows) if rows else {}
@@ -266,7 +265,7 @@ class CudaExecutor(GraphExecutor):
         assert weights.plain is not None
         return functools.partial(convolve, memory, step, weights.plain, weights.bias, merge)
 
-    def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Any) -> Launch:
+    def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Merge | None) -> Launch:
         from lgnet_fast.kernels import conv, hopper, picture_conv
         from lgnet_fast.kernels.conv_configs import programs
         from lgnet_fast.kernels.hopper import HopperTile

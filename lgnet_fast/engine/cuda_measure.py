@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from .. import cache
+from .cuda_launches import run_all
 from .cuda_weights import Overlap, Tuned
 from .graphs import capture, elapsed_ms
 
@@ -26,9 +27,31 @@ if TYPE_CHECKING:
 GAIN = 0.02
 """Share of the time by which a candidate must beat what runs without tuning."""
 _WRONG = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 2e-3}
+"""Smallest relative error (RMS) of a step that counts as wrong."""
+
+_MOST_TRIED = 30
+"""Most candidates of one product or operation."""
+_SECONDS_A_KERNEL = 1.3
+"""Seconds to compile a kernel, in one process."""
 
 Log = Callable[..., None]
 """Called with a section's name and figures by keyword."""
+
+
+def progress_of(progress: Callable[[str], None]) -> Log:
+    """A log that gives `progress` one line for each product or operation that was measured."""
+
+    def log(section: str, **figures: Any) -> None:
+        if "best_us" in figures:
+            before, now = figures["default_us"], figures["best_us"]
+            progress(f"{figures['step']}: {before:.1f} us, now {now:.1f} us, {before / now:.2f}x")
+        elif "compiled" in figures:
+            what = figures.get("part", section)
+            progress(f"{what}: {figures['compiled']} launches compiled in {figures['seconds']:.0f} s")
+        elif "dropped" in figures:
+            progress(f"{figures['step']}: forward and backward are not faster in all, nothing is changed")
+
+    return log
 
 
 def excessive_error(actual: Tensor, expected: Tensor, dtype: torch.dtype, factor: float = 1) -> float | None:
@@ -58,6 +81,11 @@ class Timer:
 
         return workers(1000)
 
+    def affordable(self, seconds: float, groups: int) -> int:
+        """Candidates of each of `groups` products or operations, of those that can be compiled in `seconds`."""
+        kernels = seconds * self.workers() / _SECONDS_A_KERNEL
+        return max(3, min(_MOST_TRIED, int(kernels / max(1, groups))))
+
     def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
         """Microseconds per launch in a graph of all of them, the median of seven replays; `spread`: see `capture`."""
         graph = capture(functools.partial(run_all, launches), self.device, torch.cuda.graph_pool_handle(), spread)
@@ -73,12 +101,6 @@ class Timer:
     def wait(self) -> None:
         """Wait for the launches; raises their errors. Waiting for all streams would end another thread's capture."""
         torch.cuda.current_stream(self.device).synchronize()
-
-
-def run_all(launches: Sequence[Callable[[], None]]) -> None:
-    """Make every launch."""
-    for launch in launches:
-        launch()
 
 
 @dataclass

@@ -17,20 +17,16 @@ from typing import Any, get_args
 import torch
 
 from .. import cache
-from .cpu_tuning import entry_name
 from .cuda_executor import CudaExecutor, CudaOptions
-from .cuda_measure import GAIN, Found, Timer, product_key, run_all
+from .cuda_launches import run_all
+from .cuda_measure import GAIN, Found, Timer, product_key, progress_of
 from .cuda_tuning_attention import tune_attention
 from .cuda_tuning_convolutions import Contest, groups_of, tune_convolutions
 from .cuda_weights import CudaWeights, Overlap, target_of, work_of
 from .plan import AttentionStep, Plan
 
-_TRIED = 30
-"""Most tiles per product."""
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
-_SECONDS_A_KERNEL = 1.3
-"""Seconds to compile a kernel, in one process."""
 _EQUAL_RUNS = 20
 """Runs with overlapping launches that must give the bits of one without."""
 _DEEP_ROWS = (16, 64)
@@ -59,16 +55,8 @@ def tune(
     timer = timer or Timer(device)
     begin = time.perf_counter()
     found = Found()
-    key, name = cache.key_for(device, dtype), entry_name(plan)
-
-    def log(section: str, **figures: Any) -> None:
-        if "best_us" in figures:
-            gain = figures["default_us"] / figures["best_us"]
-            progress(
-                f"{figures['step']}: {figures['default_us']:.1f} us, now {figures['best_us']:.1f} us, {gain:.2f}x"
-            )
-        elif "compiled" in figures:
-            progress(f"{section}: {figures['compiled']} launches compiled in {figures['seconds']:.0f} s")
+    key, name = cache.key_for(device, dtype), plan.name
+    log = progress_of(progress)
 
     def keep() -> None:
         cache.put(key, cache.CHOICES, name, found.as_dict())
@@ -77,12 +65,11 @@ def tune(
         return lambda: time.perf_counter() - begin > share * seconds
 
     if tried is None:
-        affordable = _COMPILING_SHARE * seconds * timer.workers() / _SECONDS_A_KERNEL
-        tried = max(3, min(_TRIED, int(affordable / max(1, len(groups_of(plan))))))
+        tried = timer.affordable(_COMPILING_SHARE * seconds, len(groups_of(plan)))
     with torch.inference_mode(False), torch.no_grad():
         contest = Contest(plan, dtype, device)
         tune_convolutions(contest, found, timer, log, keep, tried, after(1 - _ATTENTION_SHARE))
-        weights = contest.executor.weights
+        weights = contest.plain_weights
         del contest
         tune_attention(plan, dtype, device, found, timer, log, keep, after(1.0), 3 * tried)
         tuned_weights = CudaWeights.pack(plan, dtype, device=device, tuned=found.tuned())

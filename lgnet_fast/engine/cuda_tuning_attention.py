@@ -50,7 +50,7 @@ class _Block:
 def _walks(block: _Block, batch: int, element: int, generation: str, num_sms: int) -> Iterator[Inference]:
     """Block shapes of the loop over the keys."""
     from lgnet_fast.kernels.cards import SHARED_LIMITS
-    from lgnet_fast.kernels.configs import _inference_bytes
+    from lgnet_fast.kernels.configs import inference_bytes
 
     channels, positions = block.channels, block.positions
     for m, n, v, warps, stages, splits in itertools.product(
@@ -68,7 +68,7 @@ def _walks(block: _Block, batch: int, element: int, generation: str, num_sms: in
         new = block.config._replace(
             block_m=m, block_n=n, block_v=v, num_warps=warps, num_stages=stages, max_splits=splits
         )
-        if _inference_bytes(new, channels, element) < 0.97 * SHARED_LIMITS[generation]:
+        if inference_bytes(new, channels, element) < 0.97 * SHARED_LIMITS[generation]:
             yield new
 
 

@@ -88,21 +88,23 @@ class Contest:
     def __init__(self, plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
         self.executor = CudaExecutor.of(plan, dtype, device=device, graphs=False)
         self.plan = plan
-        self._plain = self.executor.weights
+        self.plain_weights = self.executor.weights
 
     def launch(self, number: int, choice: Choice, own: StepWeights) -> Callable[[], None]:
         """A dense launch of one step with the weights `own`; "cudnn" needs the plain ones."""
         executor, name = self.executor, self.plan.steps[number].name
-        steps = {**self._plain.steps, name: own if choice == "cudnn" else replace(own, plain=None)}
-        executor.weights = replace(self._plain, chosen={name: choice}, steps=steps)
-        (launch,) = executor.step_launches(executor.memory, number)
-        executor.weights = self._plain
+        steps = {**self.plain_weights.steps, name: own if choice == "cudnn" else replace(own, plain=None)}
+        executor.weights = replace(self.plain_weights, chosen={name: choice}, steps=steps)
+        try:
+            (launch,) = executor.step_launches(executor.memory, number)
+        finally:
+            executor.weights = self.plain_weights
         return launch
 
     def weights(self, number: int) -> StepWeights:
         """The weights of a step, packed and plain."""
         step = self.plan.steps[number]
-        own = self._plain.steps[step.name]
+        own = self.plain_weights.steps[step.name]
         plain = step.weight.detach().to(self.executor.device, self.executor.dtype)
         return replace(own, plain=plain.contiguous(memory_format=torch.channels_last))
 
@@ -139,7 +141,7 @@ class Contest:
         """The choice without tuning."""
         step = self.plan.steps[number]
         assert isinstance(step, ConvStep)
-        return "cudnn" if self._plain.steps[step.name].plain is not None else self.executor.tile(step)
+        return "cudnn" if self.plain_weights.steps[step.name].plain is not None else self.executor.tile(step)
 
     def fill(self) -> None:
         """Fill every map and picture with noise, and the mask with ones."""

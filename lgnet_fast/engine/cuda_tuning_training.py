@@ -13,7 +13,7 @@ import functools
 import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -39,11 +39,7 @@ OPERATIONS = {
 """Operation of the tables -> the kernels whose time depends on its shape."""
 REPEATS = 8
 """Launches of the kernels in the graph that times a shape."""
-_TRIED = 30
-"""Most shapes per operation and block."""
 _COMPILING_SHARE = 0.5
-_SECONDS_A_KERNEL = 1.3
-"""Seconds to compile a kernel, in one process."""
 
 
 @dataclass
@@ -184,8 +180,7 @@ def tune_training(
     timer = timer or Timer(device)
     begin = time.perf_counter()
     if tried is None:
-        affordable = _COMPILING_SHARE * seconds * timer.workers() / _SECONDS_A_KERNEL
-        tried = max(3, min(_TRIED, int(affordable / max(1, len(blocks) * len(OPERATIONS)))))
+        tried = timer.affordable(_COMPILING_SHARE * seconds, len(blocks) * len(OPERATIONS))
     found = [tuned.Training(one.block) for one in blocks]
     with torch.inference_mode(False), torch.no_grad():
         shipped = [_shipped(one) for one in blocks]
@@ -309,18 +304,3 @@ def _compare_whole(
         }
         measured.now_us = measured.before_us
         one.shapes = dict(defaults)
-
-
-def progress_of(progress: Callable[[str], None]) -> Log:
-    """A log that gives `progress` one line for each measured operation."""
-
-    def log(section: str, **figures: Any) -> None:
-        if "best_us" in figures:
-            before, now = figures["default_us"], figures["best_us"]
-            progress(f"{figures['step']}: {before:.1f} us, now {now:.1f} us, {before / now:.2f}x")
-        elif "compiled" in figures:
-            progress(f"{figures['part']}: {figures['compiled']} launches compiled in {figures['seconds']:.0f} s")
-        elif "dropped" in figures:
-            progress(f"{figures['step']}: forward and backward are not faster in all, nothing is changed")
-
-    return log

@@ -59,7 +59,7 @@ class Tuned:
     Attributes:
         tiles: (dtype kind, rows, columns, taps, input channels) of a product -> its tile, or "cudnn".
         attention: (channels, positions, batch) -> block shapes.
-        deep_rows: name of a plan (:func:`.cpu_tuning.entry_name`) -> most rows of the layers that share a launch
+        deep_rows: name of a plan (:attr:`.plan.Plan.name`) -> most rows of the layers that share a launch
             (:mod:`.deep`).
         overlap: name of a plan -> how its launches overlap.
     """

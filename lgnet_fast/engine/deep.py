@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..ops.torch_state import pass_on_out_of_memory
+from .cuda_measure import excessive_error
 from .cuda_weights import conv_of
 from .plan import ConvStep, Plan, Step, View
 
@@ -18,9 +20,6 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.deep import DeepGroup, DeepLayer
 
 logger = logging.getLogger("lgnet_fast")
-
-_LIMITS = {torch.float16: 5e-3, torch.bfloat16: 4e-2}
-"""Largest RMS error of one step's result, relative to that result's RMS."""
 
 
 class Weights(Protocol):
@@ -198,9 +197,9 @@ def wrong_step(plan: Plan, first: int, group: DeepGroup, weights: Mapping[str, W
         if (problem := group.error(state)) is not None:
             return problem
     except RuntimeError as refusal:
+        pass_on_out_of_memory(refusal)
         return str(refusal)
     for step, stored, exact in step_errors(plan, steps, weights, maps):
-        error = ((stored - exact).norm() / exact.norm()).item()
-        if not error < _LIMITS[group.dtype]:
+        if (error := excessive_error(stored, exact, group.dtype)) is not None:
             return f"{step.name}: relative error {error:.1e}"
     return None

@@ -12,6 +12,7 @@ from .. import forks
 from ..native import library
 from .cpu_kernels import Choice, Products
 from .executor import Executor
+from .graphs import elapsed_ms
 from .plan import AttentionStep, ConvStep, Plan, Step
 
 if TYPE_CHECKING:
@@ -81,15 +82,7 @@ def measure_gpu_peaks(device: torch.device, dtype: torch.dtype) -> Peaks:
         target = torch.empty_like(source)
 
         def best(call: Callable[[], object], amount: float) -> float:
-            rates = []
-            for _ in range(10):
-                begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-                begin.record()
-                call()
-                end.record()
-                end.synchronize()
-                rates.append(1e3 * amount / begin.elapsed_time(end))
-            return max(rates)
+            return max(1e3 * amount / elapsed_ms(call, device) for _ in range(10))
 
         macs = best(lambda: torch.mm(a, b), side**3)
         return Peaks(macs, 0.0, best(lambda: target.copy_(source), 2 * source.nbytes))

@@ -18,7 +18,7 @@ from scipy import ndimage
 from torch import Tensor
 
 from .. import forks
-from ..ops.first_use import is_capturing
+from ..ops.torch_state import is_capturing
 from .recent import Recent
 from .regions import Rect, join
 

@@ -7,7 +7,6 @@ import logging
 import math
 import operator
 import os
-import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
@@ -17,11 +16,11 @@ from torch import Tensor, nn
 
 from .. import forks
 from ..errors import LGNetError, OutOfMemoryError
-from ..ops.first_use import is_capturing
+from ..ops.torch_state import is_capturing
 from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
-from . import compiled, cpu_path, cpu_tuning, cuda_tuning
+from . import cpu_path, cpu_tuning, cuda_tuning, torch_compile
 from .build import build_plan, plan_stages
 from .cover import hole_boxes
 from .cpu_executor import CpuExecutor
@@ -34,6 +33,7 @@ from .executor import Executor, Regions
 from .graphs import error_text, free_cached
 from .holes import check_holes
 from .model_executor import ModelExecutor
+from .model_watch import ModelWatch
 from .operator_executor import OperatorExecutor
 from .plan import PICTURE, Plan
 from .recent import Recent
@@ -90,27 +90,6 @@ def _drop_buffers(shape: _Shape) -> None:
     shape.executor.drop_buffers()
 
 
-def _fingerprint(model: nn.Module) -> tuple[tuple[int, int], ...]:
-    """A value that changes when a weight is written to, replaced or moved.
-
-    Tensors created under ``torch.inference_mode`` count no writes: only their replacement or move is detected."""
-    return tuple((t.data_ptr(), 0 if t.is_inference() else t._version) for t in _tensors(model))
-
-
-def _tensors(model: nn.Module) -> tuple[Tensor, ...]:
-    return (*model.parameters(), *model.buffers())
-
-
-def _epsilons(model: nn.Module) -> list[tuple[weakref.ref[nn.Module], float]]:
-    """Each normalisation and what it adds to the variance, which is folded into the weights."""
-    return [(weakref.ref(m), m.__dict__["eps"]) for m in model.modules() if "eps" in m.__dict__]
-
-
-def _storages(model: nn.Module) -> tuple[int, ...]:
-    """The part that stays the same when PyTorch moves weights to shared memory for another process."""
-    return tuple(t.untyped_storage()._cdata for t in _tensors(model))
-
-
 def _copied(first_stage: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """The first stage of an X_LG in evaluation mode, on a device and in a dtype of its own."""
     with torch.inference_mode(False):
@@ -156,16 +135,12 @@ class Engine:
             if isinstance(model, LocalGlobalRefinement)
             else None
         )
-        self._stages = ("X", "L", "G_att") if isinstance(model, LocalGlobalRefinement) else tuple(model.networks())
+        self._stages = model.stage_names if isinstance(model, LocalGlobalRefinement) else tuple(model.networks())
         self._config = model.config if isinstance(model, LGNet) else None
         # An engine read from a file has no model that could change.
         on_meta = any(p.is_meta for p in model.parameters())
-        self._model = None if on_meta else weakref.ref(model)
-        self._model_was_there = not on_meta
-        self._fingerprint = () if on_meta else _fingerprint(model)
-        self._storages = () if on_meta else _storages(model)
-        self._epsilons = [] if on_meta else _epsilons(model)
-        self._number = compiled.number_of(self)
+        self._watch = None if on_meta else ModelWatch(model)
+        self._number = torch_compile.number_of(self)
         self._lock = forks.Lock()
         self._device_holes = DeviceHoles()
         self._shapes: Recent[_Shape] = Recent(SHAPES_KEPT, _drop_buffers)
@@ -204,8 +179,8 @@ class Engine:
                 transform.
         """
         if torch.compiler.is_compiling() and not return_stages:
-            return compiled.call(self._number, image, mask, holes)
-        compiled.refuse_transforms(image, mask)
+            return torch_compile.call(self._number, image, mask, holes)
+        torch_compile.refuse_transforms(image, mask)
         forks.prepare()
         check_inputs(image, mask, self.size_multiple)
         if not same_device(image.device, self.device):
@@ -244,8 +219,7 @@ class Engine:
             merged = tuple(torch.where(hole, image * (1 - mask) + r * mask, image) for r in raw)
             if restricted:
                 return Stages(None, None, None, (), merged)
-            by_name = dict(zip(self._stages, raw, strict=True))
-            return Stages(raw[0], by_name.get("L"), by_name.get("G_att", by_name.get("G")), tuple(raw), merged)
+            return Stages.of(self._stages, raw, merged)
 
     def _run(
         self,
@@ -271,25 +245,10 @@ class Engine:
         return regions is not None, *shape.executor.run(image, mask, start, regions, stages)
 
     def _notice_model(self) -> None:
-        """Raise if the weights of the model or an eps have changed. Where the model no longer exists, release its
-        memory."""
-        model = None if self._model is None else self._model()
-        if model is not None:
-            now = _fingerprint(model)
-            if any((norm := ref()) is not None and norm.eps != eps for ref, eps in self._epsilons):
-                raise LGNetError("the eps of a BatchNorm of the model changed after optimize(); optimize it again")
-            if now != self._fingerprint:
-                same = _storages(model) == self._storages and all(
-                    version == then_version and (address == then_address or tensor.is_shared())
-                    for tensor, (address, version), (then_address, then_version) in zip(
-                        _tensors(model), now, self._fingerprint, strict=True
-                    )
-                )
-                if not same:
-                    raise LGNetError("the model's weights changed or moved after optimize(); optimize it again")
-                self._fingerprint = now
-        elif self._model_was_there:
-            self._model_was_there = False
+        """Raise if the model has changed. Where it no longer exists, release its memory, once."""
+        watch = self._watch
+        if watch is not None and not watch.check():
+            self._watch = None
             self._first.executor.release()
 
     def _unchanged(self, image: Tensor, return_stages: bool) -> Tensor | Stages:

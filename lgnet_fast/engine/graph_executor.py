@@ -21,7 +21,7 @@ from torch import Tensor
 from lgnet_fast.kernels.results import Merge
 
 from .. import forks
-from ..ops.first_use import is_capturing
+from ..ops.torch_state import is_capturing
 from .cuda_launches import Launch, ends, ends_by_graphs, run_all
 from .cuda_memory import Memory, least_bytes
 from .executor import Executor, Regions, Result
@@ -43,11 +43,9 @@ class GraphOptions:
 
     Attributes:
         graphs: replay a CUDA graph.
-        clone_outputs: return copies; otherwise the next call overwrites the results.
     """
 
     graphs: bool = True
-    clone_outputs: bool = True
 
 
 class Weights(Protocol):
@@ -220,7 +218,7 @@ class GraphExecutor(Executor):
     # -- running -------------------------------------------------------------------------------------------------
 
     @contextlib.contextmanager
-    def _turn(self) -> Iterator[None]:
+    def turn(self) -> Iterator[None]:
         """Exclusive use of the buffers: the lock orders host threads, the event orders streams."""
         with self._lock:
             if self._done is not None:
@@ -248,14 +246,12 @@ class GraphExecutor(Executor):
         with torch.inference_mode(False), torch.no_grad():
             if is_capturing(self.device):
                 return self._run_captured(image, mask, start, regions, stages)
-            with self._turn():
+            with self.turn():
                 memory = self.memory
                 program = self._program(memory, regions, start is not None)
                 memory.take(image, mask, start)
                 program()
-                outputs = memory.outputs if stages else memory.outputs[:1]
-                if self.options.clone_outputs:
-                    outputs = outputs.clone()
+                outputs = (memory.outputs if stages else memory.outputs[:1]).clone()
         return outputs[0], list(outputs[1:])
 
     def _run_captured(
@@ -276,7 +272,7 @@ class GraphExecutor(Executor):
         if not self.restricts:
             regions = None
         self.run(image, mask)  # every map holds finite numbers now
-        with torch.inference_mode(False), torch.no_grad(), self._turn():
+        with torch.inference_mode(False), torch.no_grad(), self.turn():
             parts = [[self._paint(self.memory, False)]]
             for number in range(len(self.plan.steps)):
                 parts.append(self.step_launches(self.memory, number, None if regions is None else regions[number]))
@@ -292,6 +288,6 @@ def _before_drop(done: torch.cuda.Event | None, program: Program) -> None:
         done.synchronize()  # a graph must not be destroyed while the device runs it
 
 
-def _let_finish(done: torch.cuda.Event | None, device: torch.device) -> None:
-    if done is not None and not is_capturing(device):
+def _let_finish(done: torch.cuda.Event, device: torch.device) -> None:
+    if not is_capturing(device):
         done.synchronize()

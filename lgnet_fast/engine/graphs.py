@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..ops.first_use import is_capturing
+from ..ops.torch_state import is_capturing
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -149,7 +149,7 @@ def event_of(device: torch.device) -> torch.cuda.Event | None:
     return event
 
 
-def elapsed_ms(call: Callable[[], None], device: torch.device) -> float:
+def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
     """Milliseconds of a call's work on the current stream of an NVIDIA GPU, after which it waits."""
     with torch.cuda.device(device):  # an event is recorded on the current GPU
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))

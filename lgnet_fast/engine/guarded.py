@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .. import forks
-from ..ops.first_use import is_capturing, pass_on_out_of_memory
+from ..ops.torch_state import is_capturing, pass_on_out_of_memory
 from .cuda_executor import CudaExecutor
 from .executor import Executor, Regions, Result
 from .graph_executor import GraphExecutor

@@ -35,11 +35,10 @@ class LibraryExecutor(CudaExecutor):
         *,
         device: torch.device | None = None,
         steps: Iterable[str] | None = None,
-        graphs: bool = True,
     ) -> LibraryExecutor:
         """An executor of a plan with weights that runs `steps` (None: all) by PyTorch."""
         names = _all_steps(plan) if steps is None else frozenset(steps)
-        return cls.of(plan, dtype, device=device, by_library=names, graphs=graphs)
+        return cls.of(plan, dtype, device=device, by_library=names)
 
     @classmethod
     def taking_over(cls, executor: CudaExecutor) -> LibraryExecutor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.first_use import tf32_allowed
+from ..ops.torch_state import tf32_allowed
 from .cuda_launches import Launch, attend_by_operators, convolve, paint_by_operators
 from .cuda_memory import Memory
 from .graph_executor import GraphExecutor, GraphOptions

@@ -12,6 +12,7 @@ a stage writes ``image * (1 - mask) + tanh(result) * mask`` into it; nothing is 
 from __future__ import annotations
 
 import functools
+import hashlib
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Iterable
@@ -166,6 +167,20 @@ class Plan:
     buffers: dict[str, Buffer]
     steps: tuple[Step, ...]
     holes: tuple[Rect, ...] | None = None
+
+    @property
+    def digest(self) -> str:
+        """Twelve characters that identify the shapes of the network; the size of pictures does not enter."""
+        shapes = []
+        for step in self.steps:
+            more: object = step.geometry if isinstance(step, ConvStep) else step.variant
+            shapes.append((step.name, step.weights_of, tuple(step.weight.shape), more))
+        return hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+
+    @property
+    def name(self) -> str:
+        """Names the measurements of this plan within their key of the cache."""
+        return f"engine {self.digest}, {len(self.steps)} steps, {self.batch}x{self.height}x{self.width}"
 
     def source(self, step: Step) -> Buffer:
         """The buffer that a step reads."""

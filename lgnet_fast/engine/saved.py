@@ -11,7 +11,7 @@ import torch
 
 from .. import forks
 from ..errors import LGNetError, WeightsError
-from ..reference.folders import complete_set, staged
+from ..reference.file_sets import complete_set, staged
 from ..reference.lgnet import LGNet
 from .build import build_plan, plan_stages
 from .cpu_executor import CpuExecutor
@@ -35,7 +35,7 @@ def _circumstances(isa: str) -> dict[str, Any]:
 def write_engine(
     directory: Path, config: dict[str, Any], plan: Plan, state: Mapping[str, Any], hole_aware: bool
 ) -> None:
-    """Write both files as one set: see :mod:`..reference.folders`. `state`: of the executor."""
+    """Write both files as one set: see :mod:`..reference.file_sets`. `state`: of the executor."""
     state = dict(state)
     data = state.pop("data")
     with staged(directory) as staging:

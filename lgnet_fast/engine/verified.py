@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from .. import cache
-from ..ops.first_use import KNOWN, pass_on_out_of_memory
+from ..ops.first_use import KNOWN
+from ..ops.torch_state import pass_on_out_of_memory
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from . import cuda_measure
 from .checks import Example, Runner, check_steps, checked_plan, judge, make_example, one_picture
@@ -139,7 +140,7 @@ def _decide(
     checked: Plan,
     dtype: torch.dtype,
 ) -> tuple[Guarded | ModelExecutor, Verdict, bool]:
-    """(executor, reason, whether the reason has been logged). checked: the plan with the sizes of the check."""
+    """(executor, verdict, whether its reason has been logged). checked: the plan with the sizes of the check."""
     device = plan.steps[0].weight.device
     example = make_example(checked, device, dtype, isinstance(model, LocalGlobalRefinement))
 
@@ -168,7 +169,7 @@ def _decide(
             if checks[-1].passed:
                 return Guarded(direct), Verdict("direct", str(checks[0]), (), False, tuple(checks)), False
         if isinstance(engine, CudaExecutor):
-            by_step = _checked_steps(at_size(engine.without_graphs()), checked, example)
+            by_step = _each_step(at_size(engine.without_graphs()), checked, example)
             checks += by_step
             steps = tuple(check.name for check in by_step if not check.passed)
             nothing_runs = len(steps) == len(by_step)
@@ -203,7 +204,7 @@ def _problems(checks: Sequence[Check]) -> str:
     )
 
 
-def _checked_steps(executor: GraphExecutor, plan: Plan, example: Example) -> list[Check]:
+def _each_step(executor: GraphExecutor, plan: Plan, example: Example) -> list[Check]:
     try:
         return check_steps(executor, plan, example)
     except Exception as raised:  # an error that breaks the device permanently is raised again by every call
@@ -215,7 +216,7 @@ def _of_size(executor: GraphExecutor, plan: Plan, checked: Plan) -> GraphExecuto
     return executor if checked is plan else executor.resized(checked.without_weights())
 
 
-def steps_checked(executor: Guarded | ModelExecutor, verdict: Verdict, plan: Plan, painted: bool) -> list[Check]:
+def recheck_steps(executor: Guarded | ModelExecutor, verdict: Verdict, plan: Plan, painted: bool) -> list[Check]:
     """:func:`check_steps` of what :func:`verified` returned; none where PyTorch's operators run in its steps' place.
 
     Args:

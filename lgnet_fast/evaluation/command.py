@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ..jobs.fill import shown_text
-from ..jobs.journal import World
+from ..jobs.world import World
 from .options import SHEET, EvaluationOptions
 from .scoring import evaluate
 

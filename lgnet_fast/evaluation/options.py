@@ -19,8 +19,8 @@ from .suite import SUITE_METRICS
 SHEET = "evaluation.png"
 """Name of the contact sheet in `out`."""
 
-SMALLEST = 16
-"""Smallest side of a picture in pixels: SSIM's window needs 11."""
+SMALLEST, SMALLEST_WITH_LPIPS = 16, 32
+"""Smallest side of a picture in pixels: SSIM's window needs 11, LPIPS's AlexNet 31."""
 
 Model = str | os.PathLike[str] | Inpainter | None
 

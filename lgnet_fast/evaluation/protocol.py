@@ -84,9 +84,13 @@ def fit_picture(path: Path, size: int) -> np.ndarray:
     if size == 0:
         return picture
     height, width = _scaled(*read.size, size)
-    if (height, width) != read.size:
-        picture = np.asarray(Image.fromarray(picture).resize((width, height), Image.Resampling.BICUBIC))
-    return picture[_centre(height, width, size)]
+    rows, columns = _centre(height, width, size)
+    if (height, width) == read.size:
+        return picture[rows, columns]
+    # Only the part that stays is scaled: the whole of a long, narrow picture would take gigabytes.
+    y, x = read.size[0] / height, read.size[1] / width
+    box = (columns.start * x, rows.start * y, columns.stop * x, rows.stop * y)
+    return np.asarray(Image.fromarray(picture).resize((size, size), Image.Resampling.BICUBIC, box=box))
 
 
 def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
@@ -94,7 +98,7 @@ def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
     if size == 0:
         return mask
     height, width = _scaled(mask.shape[0], mask.shape[1], size)
-    return resize_mask(mask, height, width)[_centre(height, width, size)]
+    return resize_mask(mask, height, width, _centre(height, width, size))
 
 
 def mask_of(file: Path, polarity: str, picture: Path, size: int) -> np.ndarray:

@@ -17,12 +17,13 @@ import torch
 from ..data.masks import SUITE_KINDS
 from ..data.metrics import LPIPS_VARIABLE, Metrics, fid_score
 from ..errors import BackendError, JobError, LGNetError, MissingExtraError, UsageError, WeightsError
-from ..jobs.journal import FOLDER, Journal, World, fingerprint, model_stamp, stamp
+from ..jobs.journal import FOLDER, Journal, fingerprint, model_stamp, stamp
+from ..jobs.world import World
 from ..pipeline import Inpainter
 from ..pipeline.writing import write_atomically
 from ..version import __version__
 from .baselines import BASELINES
-from .options import SHEET, SMALLEST, EvaluationOptions, Model
+from .options import SHEET, SMALLEST, SMALLEST_WITH_LPIPS, EvaluationOptions, Model
 from .protocol import (
     FolderMasks,
     GeneratedMasks,
@@ -306,9 +307,12 @@ class _Job:
     def _picture(self, index: int) -> np.ndarray:
         if index != self._index or self._truth is None:
             truth = fit_picture(self.pictures[index], self.size)
-            if min(truth.shape[:2]) < SMALLEST:
+            with_lpips = "lpips" in self.measure.available
+            least = SMALLEST_WITH_LPIPS if with_lpips else SMALLEST
+            if min(truth.shape[:2]) < least:
                 raise LGNetError(
-                    f"picture: expected sides of at least {SMALLEST}, got {truth.shape[1]}x{truth.shape[0]}"
+                    f"picture: expected sides of at least {least}{' for LPIPS' if with_lpips else ''}, "
+                    f"got {truth.shape[1]}x{truth.shape[0]}"
                 )
             self._index, self._truth, self._truth_features = index, truth, None
         return self._truth

@@ -1,1 +1,1 @@
-"""The work of commands on folders, shards and processes: filling pictures, the journal, the report."""
+"""The work of commands: filling pictures, with items, journal and report; tuning; verification."""

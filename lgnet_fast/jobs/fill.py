@@ -25,9 +25,10 @@ from ..pipeline.writing import STANDARD_STREAM, is_stream, remove_leftovers
 from ..version import __version__
 from .entries import Entry, run_items
 from .items import CONTROL, plan_items, refuse_report_clash
-from .journal import FOLDER, Journal, World, fingerprint, model_stamp
+from .journal import FOLDER, Journal, fingerprint, model_stamp
 from .options import FillOptions
 from .report import ReportFile
+from .world import World
 
 
 def fill(options: FillOptions, world: World | None = None) -> int:

@@ -16,10 +16,11 @@ from ..pipeline.formats import ADDRESS, EXTENSIONS
 from ..pipeline.sources import Encoded
 from ..pipeline.writing import STANDARD_STREAM, is_stream
 from .folders import beside, masks_by_suffix, of_mask, pair_mask
-from .journal import World, fingerprint, stamp
+from .journal import fingerprint, stamp
 from .options import FillOptions
 from .outputs import distinct, format_for, refuse_unwritable, result_files
 from .streams import opened_mask, read_stream
+from .world import World
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 """Characters that are unsafe in terminals and scripts."""

@@ -13,18 +13,15 @@ import socket
 import threading
 import time
 import types
-import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
-from datetime import timedelta
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-import torch
-
-from ..errors import BackendError, JobError
+from ..errors import JobError
 from ..pipeline.writing import temporary_prefix, write_stream
+from .world import World
 
 try:
     import fcntl
@@ -33,97 +30,8 @@ except ImportError:  # Windows has no such locks: live processes are found by th
 
 FOLDER = ".lgnet_fast"
 
-T = TypeVar("T")
-
 _HEARTBEAT = 2.0
-_RENDEZVOUS = timedelta(minutes=5)
 _POLL = 0.1
-
-_rendezvous_count = 0
-
-
-@dataclass(frozen=True)
-class World:
-    """This process's rank and the number of processes.
-
-    `launch` is a text that all processes of one launch share, and no other launch has. `launched`: whether
-    environment variables of `accelerate launch`, torchrun or mpirun are set.
-    """
-
-    rank: int = 0
-    size: int = 1
-    local_rank: int = 0
-    launched: bool = False
-    launch: str = field(default_factory=lambda: uuid.uuid4().hex)
-
-    @classmethod
-    def from_environment(cls) -> World:
-        """The process's place from RANK, WORLD_SIZE and LOCAL_RANK (or mpirun's names); without them, a single
-        process.
-
-        Several processes agree on `launch` through the launcher's rendezvous (MASTER_ADDR and MASTER_PORT). Only
-        there does a process wait for another, at most 5 minutes.
-
-        Raises BackendError: the variables contradict each other, or no rendezvous.
-        """
-        size = _variable("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
-        rank = _variable("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
-        local = _variable("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
-        if size is None or rank is None:
-            return cls()
-        if not 0 <= rank < size:
-            raise BackendError(f"RANK: expected 0 <= RANK < WORLD_SIZE = {size}, got {rank}")
-        world = cls(rank, size, rank if local is None else local, launched=True)
-        if size == 1:
-            return world
-        return cls(rank, size, world.local_rank, launched=True, launch=_agree(world))
-
-    def part(self, items: Sequence[T]) -> list[T]:
-        """This process's share of `items`: every `size`-th one, starting at `rank`."""
-        return list(items[self.rank :: self.size])
-
-    def device(self, device: str) -> str:
-        """`device`; for "auto" and "cuda" with several processes, a separate GPU for each, where there are GPUs."""
-        if self.size > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
-            return f"cuda:{self.local_rank % torch.cuda.device_count()}"
-        return device
-
-
-def _variable(*names: str) -> int | None:
-    for name in names:
-        text = os.environ.get(name)
-        if text is not None:
-            try:
-                return int(text)
-            except ValueError:
-                raise BackendError(f"{name}: expected a whole number, got {text!r}") from None
-    return None
-
-
-def _agree(world: World) -> str:
-    global _rendezvous_count
-    if not torch.distributed.is_available():
-        raise BackendError("WORLD_SIZE: this build of torch has no torch.distributed; start a single process")
-    # The launcher's store still holds the keys of a worker group's first attempt after a restart.
-    key = f"lgnet_fast/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}/{_rendezvous_count}"
-    _rendezvous_count += 1
-    os.environ.setdefault("RANK", str(world.rank))
-    os.environ.setdefault("WORLD_SIZE", str(world.size))
-    try:
-        store, _, _ = next(iter(torch.distributed.rendezvous("env://", timeout=_RENDEZVOUS)))
-        if world.rank == 0:
-            store.set(key, world.launch)
-        launch: str = store.get(key).decode()
-    except Exception as cause:  # DistNetworkError, DistStoreError, ValueError of a missing variable
-        raise BackendError(
-            f"WORLD_SIZE: {world.size} processes are announced, but they did not meet "
-            f"({str(cause).splitlines()[0]}); start them with `accelerate launch` or torchrun"
-        ) from cause
-    _stores.append(store)  # process 0's store serves the others, which may start later
-    return launch
-
-
-_stores: list[Any] = []
 
 
 def fingerprint(*values: Any) -> str:

@@ -13,7 +13,7 @@ from ..pipeline import strategies
 from ..pipeline.arguments import MASK_OPTIONS
 from ..pipeline.encoding import checked_quality
 from ..pipeline.formats import ADDRESS, EXTENSIONS, FORMATS, reason_against_writing
-from ..pipeline.masks import check_edge, check_reading
+from ..pipeline.masks import check_reading, checked_edge
 from ..pipeline.writing import STANDARD_STREAM, is_stream
 
 _WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "HEIF")
@@ -93,7 +93,7 @@ class FillOptions:
             checked_quality(self.quality)
             strategies.check(self.strategy)
             check_reading(self.mask_threshold, self.invert_mask, self.mask_channel)
-            check_edge(self.dilate, self.feather)
+            checked_edge(self.dilate, self.feather)
         except ValueError as error:  # of the pipeline's own kinds; the text names the field
             raise UsageError(str(error)) from error
         self._check_quality()

@@ -31,7 +31,7 @@ def result_files(
         if out == STANDARD_STREAM:
             check_standard("out", sys.stdout, "a pipe or a file as standard output")
         return [(out, format_for(pictures[0][0], format)[1])]
-    if out.exists() and not out.is_dir() and (out.suffix.lower() not in EXTENSIONS or from_folder):
+    if out.exists() and not out.is_dir() and (out.suffix.lower() not in EXTENSIONS or from_folder or is_folder):
         raise UsageError(f"out: expected a folder or a picture's name, got the file {str(out)!r}")
     if not from_folder and not is_folder and not out.is_dir() and out.suffix:
         by_suffix = EXTENSIONS.get(out.suffix.lower())

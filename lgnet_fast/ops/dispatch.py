@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from importlib import import_module
-from types import ModuleType
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from ..errors import BackendError
 from ..reference.attention import AttentionBlock
 from . import first_use
 from .registry import OPERATORS
+from .torch_state import pass_on_out_of_memory
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -32,11 +32,6 @@ CANDIDATES = {"cuda": "triton", "cpu": "cpp"}
 # (operator, backend) -> number of runs since the process began, or since reset_calls().
 _calls: Counter[tuple[str, str]] = Counter()
 _logged: set[tuple[str, str]] = set()
-
-
-def launchers(op: str, backend: str) -> ModuleType:
-    """The module with the launchers of `op` that its declaration names."""
-    return OPERATORS[op].launchers(backend)
 
 
 def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
@@ -133,7 +128,7 @@ def run(
         try:
             return fused(backend, *tensors)
         except Exception as error:
-            first_use.pass_on_out_of_memory(error)
+            pass_on_out_of_memory(error)
             if not first_use.distrust(use, error):
                 raise
     record(op, "eager")

@@ -12,16 +12,16 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import re
 import time
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .. import cache, forks
 from .registry import OPERATORS, Operator
+from .torch_state import is_capturing, one_line, pass_on_out_of_memory, strict_float32, tf32_allowed
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -43,7 +43,7 @@ _SIDE = 128
 _LESS = 1 / 16
 """Share of these limits for a check that is repeated where the first one found no memory."""
 
-_lock, _switches_lock = forks.Lock(), forks.Lock()
+_lock = forks.Lock()
 # use -> why the kernel is not used; None where it passed
 _verdicts: dict[Use, str | None] = {}
 
@@ -177,28 +177,6 @@ def _settle(use: Use, reason: str | None) -> None:
         logger.warning("%s runs in eager PyTorch on %s in %s: triton: %s", use.name, use.device, use.dtype, reason)
 
 
-def pass_on_out_of_memory(error: Exception) -> None:
-    """Raise torch.OutOfMemoryError where `error` is one or says that the driver or a library could not allocate.
-
-    That is no fault of a kernel: on a full GPU, loading a kernel already fails, with "Triton Error [CUDA]: out of
-    memory".
-    """
-    try:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise error
-        if re.search("out of memory|ALLOC(ATION)?_FAILED", str(error)):
-            raise torch.OutOfMemoryError(one_line(error)) from error
-    finally:
-        # The exception's traceback refers to this frame. A reference back would keep the tensors of all its frames
-        # until a garbage collection.
-        del error
-
-
-def one_line(error: BaseException) -> str:
-    """An exception's type and message."""
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
 def _can_check(tensors: tuple[Tensor, ...]) -> bool:
     if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
@@ -216,14 +194,6 @@ def _wait(device: torch.device) -> None:
     """Wait for the current stream. Waiting for all streams would end another thread's capture."""
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
-
-
-def is_capturing(device: torch.device) -> bool:
-    """Whether the current stream of `device` is being captured in a CUDA graph."""
-    if device.type != "cuda":
-        return False
-    with torch.cuda.device(device):
-        return torch.cuda.is_current_stream_capturing()
 
 
 def compare(
@@ -295,43 +265,3 @@ def _results(
         1 + torch.linspace(0, 37, out.numel(), dtype=torch.float32, device=out.device).cos().view(out.shape) / 2
     )
     return [out.detach(), *torch.autograd.grad(out, leaves, cotangent.to(out.dtype))]
-
-
-@contextlib.contextmanager
-def strict_float32() -> Iterator[None]:
-    """Float32 products and convolutions on a GPU in full precision, not in TF32.
-
-    The switches are the process's, so threads take turns: else one would restore what another had set.
-    """
-    backends: Any = torch.backends
-    strict: bool | str = False
-    name = "allow_tf32"
-    switches: tuple[Any, ...] = (backends.cuda.matmul, backends.cudnn)
-    newer: tuple[Any, ...] = ()
-    if hasattr(backends.cudnn, "conv"):  # from PyTorch 2.9 on
-        newer = (backends.cuda.matmul, backends.cudnn.conv)
-    with _switches_lock:
-        precisions = [place.fp32_precision for place in newer]
-        try:
-            before: list[Any] = [getattr(switch, name) for switch in switches]
-        except RuntimeError:  # raised where a program has also used the newer switches of TF32
-            name, strict, switches, before = "fp32_precision", "ieee", newer, precisions
-        try:
-            for switch in switches:
-                setattr(switch, name, strict)
-            yield
-        finally:
-            for switch, value in zip(switches, before):
-                setattr(switch, name, value)
-            # allow_tf32 leaves "ieee" where "none" was, which follows torch.backends.fp32_precision.
-            for place, precision in zip(newer, precisions):
-                place.fp32_precision = precision
-
-
-def tf32_allowed() -> bool:
-    """Whether float32 matrix products may be computed in TF32."""
-    backends: Any = torch.backends
-    try:
-        return bool(backends.cuda.matmul.allow_tf32)
-    except RuntimeError:
-        return backends.cuda.matmul.fp32_precision == "tf32"

@@ -227,7 +227,7 @@ def _xmp_of(content: bytes) -> bytes | None:
 
 def _encode_png(picture: DeepImage) -> bytes:
     imagecodecs, _ = _packages()
-    encoded = bytes(imagecodecs.png_encode(np.ascontiguousarray(picture.samples)))
+    encoded = bytes(imagecodecs.png_encode(np.ascontiguousarray(picture.samples, dtype=np.uint16)))
     info, added = picture.info, []
     if info.get("exif"):
         added.append((b"eXIf", info["exif"].removeprefix(b"Exif\0\0")))

@@ -124,11 +124,12 @@ def masks_for(mask: Any, count: int) -> list[Any]:
     return [read if isinstance(read, Encoded) else mask] * count
 
 
-def check_edge(dilate: int, feather: int) -> None:
-    """Raise InvalidMaskError for a value that `soft_edge` does not take."""
+def checked_edge(dilate: int, feather: int) -> tuple[int, int]:
+    """Both as Python's integers, whose sums do not overflow. Raises InvalidMaskError."""
     for name, pixels in (("dilate", dilate), ("feather", feather)):
         if isinstance(pixels, bool) or not isinstance(pixels, (int, np.integer)) or pixels < 0:
             raise InvalidMaskError(f"{name}: expected a whole number of pixels >= 0, got {pixels!r}")
+    return int(dilate), int(feather)
 
 
 def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray:
@@ -138,13 +139,13 @@ def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray
     next `feather` pixels, outside the dilated hole, and 0 beyond. Both may exceed the picture. The cost depends only
     on the area that they cover.
     """
-    check_edge(dilate, feather)
+    dilate, feather = checked_edge(dilate, feather)
     alpha = hole.astype(np.float32)
     if dilate + feather == 0:
         return alpha
     # No pixel of the picture is farther than `far`; a ramp of 2^40 pixels is 1 in float32 all over it.
     far = sum(hole.shape)
-    dilate, feather = min(int(dilate), far), min(int(feather), 2**40)
+    dilate, feather = min(dilate, far), min(feather, 2**40)
     reach = min(dilate + feather, far)
     grown = [box.grown(reach, hole.shape) for box in group_holes(hole).boxes]
     for box in disjoint_boxes(grown, hole.shape):

@@ -29,6 +29,13 @@ class Stages(NamedTuple):
     raw: tuple[Tensor, ...]
     merged: tuple[Tensor, ...]
 
+    @classmethod
+    def of(cls, names: Sequence[str], raw: Sequence[Tensor], merged: Sequence[Tensor]) -> Stages:
+        """From the pictures of the stages `names`, in order: a first one, then any of "L", "G" and "G_att"."""
+        by_name = dict(zip(names[1:], raw[1:], strict=True))
+        refined = by_name.get("G_att", by_name.get("G"))
+        return cls(raw[0], by_name.get("L"), refined, tuple(raw), tuple(merged))
+
 
 class Cascade(nn.Module):
     """Base of LGNet and of X_LG: input checks, merging between stages, choice of backend."""

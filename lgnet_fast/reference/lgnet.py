@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from .. import forks
 from . import released
 from .attention import check_variant
 from .cascade import Cascade, Stages, init_weights
-from .folders import complete_set, staged
+from .file_sets import complete_set, staged
 from .networks import LocalNet, UNet
 from .pretrained import (
     CONFIG_FILE,
@@ -36,6 +37,9 @@ CASCADES = ("C", "C+L", "C+G_att", "C+G+G_att", "C+L+G", "C+L+G_att")
 
 STAGE_MODULES = {"C": "net_c", "L": "net_l", "G": "net_g_plain", "G_att": "net_g"}
 """Stage name in the paper -> name of the sub-module."""
+
+_stored_dtype: ContextVar[torch.dtype | None] = ContextVar("_stored_dtype", default=None)
+"""The dtype in which the save under way stores weights; huggingface_hub's methods do not pass it on."""
 
 
 class LGNet(
@@ -156,9 +160,7 @@ class LGNet(
         raw, merged = self._continue(image, mask, first, nets[1:])
         if not return_stages:
             return merged[-1]
-        by_name = dict(zip(names, raw, strict=True))
-        refined = by_name.get("G_att", by_name.get("G"))
-        return Stages(raw[0], by_name.get("L"), refined, tuple(raw), tuple(merged))
+        return Stages.of(names, raw, merged)
 
     # -- weights ---------------------------------------------------------------------------------------------
 
@@ -244,7 +246,8 @@ class LGNet(
         if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
             raise TypeError(f"dtype: expected a floating torch.dtype or None, got {dtype!r}")
         directory = Path(save_directory)
-        self._save_dtype = dtype
+        # `push_to_hub` saves again, by this method and without `dtype`.
+        token = _stored_dtype.set(dtype or _stored_dtype.get())
         try:
             with staged(directory) as staging:
                 super().save_pretrained(
@@ -255,11 +258,11 @@ class LGNet(
             if push_to_hub:
                 return self.push_to_hub(repo_id=repo_id or directory.name, **push_to_hub_kwargs)
         finally:
-            del self._save_dtype
+            _stored_dtype.reset(token)
         return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_safetensors(self.state_dict(), save_directory, getattr(self, "_save_dtype", None))
+        write_safetensors(self.state_dict(), save_directory, _stored_dtype.get())
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LGNet:
@@ -346,6 +349,8 @@ class LocalGlobalRefinement(Cascade):
         self.first_stage = first_stage  # after the initialisation: it keeps its own weights
         self.set_backend(backend)
 
+    stage_names = ("X", "L", "G_att")
+
     def stage_modules(self) -> list[nn.Module]:
         return [self.first_stage, self.net_l, self.net_g]
 
@@ -357,5 +362,4 @@ class LocalGlobalRefinement(Cascade):
         raw, merged = self._continue(image, mask, self.first_stage(image, mask), self.stage_modules()[1:until])
         if not return_stages:
             return merged[-1]
-        coarse, local, refined = (*raw, None, None)[:3]
-        return Stages(coarse, local, refined, tuple(raw), tuple(merged))
+        return Stages.of(self.stage_names[:until], raw, merged)

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import LGNetError, WeightsError
-from .folders import MANIFEST, impostor, remains_of_saves
+from .file_sets import MANIFEST, remains_of_saves
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -176,6 +176,20 @@ def read_safetensors(
     check_names_and_shapes(tensors, {k: tuple(v.shape) for k, v in expected.items()}, str(file))
     check_kinds(tensors, expected, str(file))
     return upcast(tensors)
+
+
+def impostor(path: Path) -> str | None:
+    """Description of a file that is often saved in place of a checkpoint (web page, LFS pointer); None: neither."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
+    except OSError:
+        return None
+    if start.startswith(b"version https://git-lfs"):
+        return "a Git LFS pointer, not the file it stands for; `git lfs pull` fetches that"
+    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
+        return "a web page (HTML or XML), as a failed download leaves it, not a checkpoint"
+    return None
 
 
 def refuse_impostor(path: Path) -> None:

@@ -17,9 +17,8 @@ import torch
 from torch import Tensor
 
 from ..errors import WeightsError
-from .folders import impostor
 from .networks import LEVELS, LocalNet
-from .pretrained import check_names_and_shapes, upcast
+from .pretrained import check_names_and_shapes, impostor, upcast
 
 NETS = ("G1", "G2", "G3")
 _MODULES = {"G1": "net_c", "G2": "net_l", "G3": "net_g"}

@@ -17,7 +17,7 @@ from ..pipeline.formats import FORMATS
 from ..pipeline.sources import Encoded
 from .errors import OptionError, RequestError, TooLargeError
 
-_DATA_URL = re.compile(r"data:[^,]{0,200},")
+_DATA_URL = re.compile(r"data:[^,]{0,200},", re.IGNORECASE)
 _HD_STRATEGIES = {"original": "full", "crop": "crop", "resize": "resize"}
 MAX_REACH = 4096
 """Largest dilate and feather, in pixels."""

@@ -117,7 +117,7 @@ class Guard:
                 f"host: {_short(host)} is not this server's name; --allowed-host NAME adds one", status=421
             )
         changes = scope["method"] not in ("GET", "HEAD", "OPTIONS")
-        if changes and origin and origin not in self._options.cors and urlsplit(origin).netloc != host.lower():
+        if changes and origin and origin not in self._options.cors and not _is_of(origin, host):
             return RequestError(f"origin: pages of {_short(origin)} may not call this server (--cors)", status=403)
         site = headers.get("sec-fetch-site", "none")
         if changes and not origin and site not in ("none", "same-origin"):
@@ -174,6 +174,14 @@ def _in_origin_form(scope: Message) -> Message:
     host, path = absolute[1], absolute[2] or b"/"
     headers = [(b"host", host), *((name, value) for name, value in scope["headers"] if name != b"host")]
     return {**scope, "raw_path": path, "path": unquote(path.decode("ascii")), "headers": headers}
+
+
+def _is_of(origin: str, host: str) -> bool:
+    """Whether an origin is that of a page of `host`; what is no address is not."""
+    try:
+        return urlsplit(origin).netloc == host.lower()
+    except ValueError:  # such as brackets without an IPv6 address
+        return False
 
 
 def _shared_with(origin: str) -> list[tuple[bytes, bytes]]:

@@ -19,12 +19,13 @@ from ..engine.holes import CELL, bounding_box
 from ..engine.regions import Rect
 from ..errors import InvalidImageError, InvalidMaskError
 from ..pipeline.arguments import MaskOptions
+from ..pipeline.arrays import channels_last
 from ..pipeline.deep import DeepImage
 from ..pipeline.encoding import checked_quality, encode
 from ..pipeline.filling import MOSTLY_HOLE
 from ..pipeline.formats import MODES
 from ..pipeline.inpainter import Inpainter
-from ..pipeline.masks import read_hole, soft_edge
+from ..pipeline.masks import checked_edge, read_hole, soft_edge
 from ..pipeline.pictures import Picture, picture_of
 from ..pipeline.sources import Encoded, file_of, open_image
 from ..pipeline.strategies import CONTEXT, STRATEGIES, choose
@@ -198,9 +199,9 @@ class Session:
                 f"mask: {share:.1%} of the picture is hole; is the mask inverted (invert_mask)? "
                 "(allow_any_mask lets it pass)"
             )
-        kept: dict[str, Any] = {"strategy": strategy, "dilate": how.dilate, "feather": how.feather}
+        dilate, feather = checked_edge(how.dilate, how.feather)
+        kept: dict[str, Any] = {"strategy": strategy, "dilate": dilate, "feather": feather}
         pipe = self._inpainter if inpainter is None else inpainter
-        soft_edge(np.zeros((1, 1), dtype=bool), how.dilate, how.feather)  # the call checks both
         with self._turn:
             before = self._fills(position)
             region, offset, inside = self._region(pipe, hole, corner, kept, before)
@@ -261,14 +262,15 @@ class Session:
         be written. `quality`: as in `lgnet_fast.pipeline.encoding.save_picture`. `position`: as in `result`.
         `convert`: a CMYK, YCbCr or HSV picture becomes RGB for a format that does not hold it, CMYK by its profile.
 
-        Raises InvalidImageError: an unknown format, one that cannot hold the picture, or another quality.
+        Raises InvalidImageError: an unknown format, one that cannot hold the picture (none holds floats), or another
+        quality.
         """
         quality = checked_quality(quality)  # before the attempt below, which would take another format instead
         if isinstance(format, str) and format.upper() in MODES:
             format = format.upper()
         result = self.result(position)
         if not isinstance(result, (Image.Image, DeepImage)):
-            result = Image.fromarray(result)
+            result = _as_image(result)
         wanted = format or result.format or "PNG"
         if convert and wanted in MODES:
             result = as_held(result, wanted)
@@ -402,6 +404,16 @@ class Session:
             opened = None
         with opened or contextlib.nullcontext():
             yield opened
+
+
+def _as_image(array: np.ndarray) -> Image.Image | DeepImage:
+    """An array [H, W], [H, W, C] or [C, H, W] as a picture that can be encoded."""
+    if array.dtype.kind != "u":
+        raise InvalidImageError(f"format: a file holds samples of 8 or 16 bits, got {array.dtype}; convert the array")
+    samples = np.ascontiguousarray(channels_last(array, InvalidImageError, "picture", tensor=False)[0])
+    if samples.shape[2] == 1:
+        return Image.fromarray(samples[..., 0])
+    return DeepImage(samples, "PNG") if samples.dtype.itemsize == 2 else Image.fromarray(samples)
 
 
 def _lay(samples: np.ndarray, box: Rect, part: Part) -> None:

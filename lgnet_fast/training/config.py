@@ -266,9 +266,11 @@ class TrainConfig:
             ("data.hole_classes", not of_a_class, f"data.mask_kind: {data.mask_kind}"),
             ("data.mask_polarity", drawn, "data.masks: generated"),
             ("data.mask_bank", not data.in_memory, "data.in_memory: false"),
+            ("data.prefetch", data.workers == 0, "data.workers: 0"),
             ("loss.features_sha256", loss.features == "torchvision", "loss.features: torchvision"),
             ("run.validation_classes", bool(run.validation_kinds), "run.validation_kinds"),
             ("run.finite_every", run.on_nan == "skip", "run.on_nan: skip"),
+            ("run.picture_every", run.picture_every > 0 and not run.tensorboard, "run.tensorboard: false"),
         )
         for name, without_effect, reason in others:
             section, _, setting = name.partition(".")

@@ -103,8 +103,9 @@ class Learner:
                     module.eval()
 
     def freeze_batchnorm(self) -> None:
-        """Normalise by the running statistics from now on."""
+        """Normalise by the running statistics from now on. All processes must call it together."""
         if not self._frozen:
+            self.share_statistics()
             self._frozen = True
             self.training_mode()
 
@@ -157,8 +158,8 @@ class Learner:
         try:
             self.network.load_state_dict(state["network"])
             self.discriminator.load_state_dict(state["discriminator"])
-            for optimiser, own in zip(self.optimisers, state["optimisers"], strict=True):
-                optimiser.load_state_dict(own)
+            for optimiser, stored in zip(self.optimisers, state["optimisers"], strict=True):
+                optimiser.load_state_dict(stored)
         except (RuntimeError, ValueError) as error:
             reason = " ".join(str(error).split())[:300]
             raise TrainingError(f"resume: the checkpoint is of another network or optimizer ({reason})") from error
@@ -169,7 +170,9 @@ class Learner:
         if self.average is not None:
             # A run without a moving average starts it here.
             average = state["network"] if state["average"] is None else state["average"]
-            self.average.state = {k: v.to(self.accelerator.device, copy=True) for k, v in average.items()}
+            # The run may have another dtype than the one that left the checkpoint.
+            own = self.network.state_dict()
+            self.average.state = {name: value.to(own[name], copy=True) for name, value in average.items()}
         if self.accelerator.scaler is not None and state["scaler"] is not None:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if state["random"]:  # an unpacked checkpoint has none

@@ -109,7 +109,7 @@ class Report:
             say(text)
         else:
             with contextlib.suppress(OSError):
-                self._bar.console.print(text, highlight=False)
+                self._bar.console.print(text, markup=False, highlight=False, soft_wrap=True)
 
     def _write(self, kind: str, step: int, values: Mapping[str, float]) -> None:
         """One line of the log, and TensorBoard's curves. JSON has no infinity and no NaN: null."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import types
 import typing
 from collections.abc import Mapping
@@ -69,4 +70,5 @@ def _value(hint: Any, value: Any, where: str) -> Any:
             pass
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
-    return value
+    # No shell has read the value, so a home folder is still to be put in.
+    return os.path.expanduser(value) if kind is str and value.startswith("~") else value

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from lgnet_fast import cache
 from lgnet_fast.engine import cuda_executor, cuda_tuning, cuda_tuning_convolutions
-from lgnet_fast.engine.cpu_tuning import entry_name
 from lgnet_fast.engine.cuda_executor import CudaExecutor
 from lgnet_fast.engine.cuda_measure import Found, kept, product_key
 from lgnet_fast.engine.cuda_tuning import gains, tune
@@ -243,6 +242,20 @@ def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPa
     assert not any(label.startswith("picture") for label in executor.choices.values())
 
 
+def test_a_candidate_that_cannot_be_launched_leaves_the_plain_weights(plan: Plan) -> None:
+    """The tuner compares whole runs with those weights."""
+    contest = cuda_tuning_convolutions.Contest(plan, SINGLE, CPU)
+    number = next(i for i, step in enumerate(plan.steps) if isinstance(step, ConvStep) and not step.merges)
+
+    def full(elements: int) -> Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    contest.executor.memory.partial = full  # type: ignore[method-assign]
+    with pytest.raises(torch.OutOfMemoryError):
+        contest.launch(number, Tile(16, 16, 16, 2, 4, 1), contest.weights(number))
+    assert contest.executor.weights is contest.plain_weights
+
+
 class Group:
     """Steps in one launch, on a machine without the kernel: they run one by one."""
 
@@ -257,7 +270,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
     def groups(executor: CudaExecutor) -> dict[int, Any]:
         rows = executor.options.deep_rows
         if rows is None:
-            rows = executor.weights.tuned.deep_rows.get(entry_name(executor.plan), 0)
+            rows = executor.weights.tuned.deep_rows.get(executor.plan.name, 0)
         return {0: Group(2)} if rows >= 64 else {}
 
     def launch(plan: Plan, first: int, group: Group, view: Any) -> tuple[Callable[[], None], None]:
@@ -280,7 +293,7 @@ def test_deep_layers_share_a_launch_where_the_whole_gains(short: Plan, with_us: 
             return super().time(launches, spread)
 
     found = run(short, DeepTimer(splits_are_slow, (3.0, 2.0)))
-    assert found.deep_rows == ({entry_name(short): rows} if rows else {})
+    assert found.deep_rows == ({short.name: rows} if rows else {})
     assert found.now_ms == pytest.approx(with_us if rows else 2.0)
     tuned = kept(CPU, SINGLE)
     assert tuned.deep_rows == found.deep_rows
@@ -321,7 +334,7 @@ def test_launches_overlap_where_the_whole_gains(short: Plan, plain_ms: float, sp
             return 1e3 * (spread_ms if spread else plain_ms)
 
     found = run(short, OverlapTimer(splits_are_slow))
-    assert found.overlap == ({} if how == "none" else {entry_name(short): how})
+    assert found.overlap == ({} if how == "none" else {short.name: how})
     assert found.now_ms == pytest.approx({"plain": plain_ms, "spread": spread_ms, "none": 2.0}[how])
     tuned = kept(CPU, SINGLE)
     assert tuned.overlap == found.overlap

@@ -26,7 +26,7 @@ from lgnet_fast.engine.cuda_tuning_training import (
 )
 from lgnet_fast.engine.cuda_weights import Tuned
 from lgnet_fast.engine.plan import Plan
-from lgnet_fast.engine.tuning import render, training_report
+from lgnet_fast.jobs.tune import render, training_report
 from lgnet_fast.ops import dispatch, first_use
 from lgnet_fast.reference.attention import attention_block
 from tests.interpreted.plans import tiny_plan

@@ -291,7 +291,7 @@ def test_a_caller_who_captures_gets_launches_on_memory_of_their_own(
     before = executor.memory.arena.clone()
     replays = FakeGraph.replays
     monkeypatch.setattr(graph_executor, "is_capturing", lambda device: True)
-    monkeypatch.setattr(CudaExecutor, "_turn", None)  # neither waits nor records
+    monkeypatch.setattr(CudaExecutor, "turn", None)  # neither waits nor records
     assert torch.equal(executor.run(image, mask)[0], expected)
     assert FakeGraph.replays == replays
     assert torch.equal(executor.memory.arena, before)

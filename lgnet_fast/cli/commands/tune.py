@@ -42,8 +42,8 @@ def tune(
     Exit code: 0 measured, 2 it could not start.
     """
     from ...engine.devices import resolve_device, resolve_dtype
-    from ...engine.tuning import render, tune_training
-    from ...engine.tuning import tune as tune_steps
+    from ...jobs.tune import render, tune_training
+    from ...jobs.tune import tune as tune_steps
     from ...reference import LGNet, create_model
     from ...weights import bundled_path
 

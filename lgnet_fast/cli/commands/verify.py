@@ -23,8 +23,8 @@ def verify(
     Exit code: 0 all as it should be, 1 something failed and something slower runs in its place, 2 it could not start.
     """
     from ...engine.devices import resolve_device, resolve_dtype
-    from ...engine.verify import render
-    from ...engine.verify import verify as run_checks
+    from ...jobs.verify import render
+    from ...jobs.verify import verify as run_checks
     from ...reference import LGNet
     from ...weights import bundled_path
 

@@ -96,19 +96,15 @@ def attention_block_forward(
 def attention_block_backward(
     grad_out: Tensor,
     features: Tensor,
-    attended: Tensor | None,
+    attended: Tensor,
     stats: Tensor,
     weight: Tensor,
     variant: str,
     *,
     needs: tuple[bool, bool, bool] = (True, True, True),
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of features, weight and bias (those in ``needs``). Recomputes ``attended`` where it is None."""
+    """Gradients of features, weight and bias (those in ``needs``)."""
     batch, channels, height, width = features.shape
-    rows = attended
-    if rows is None:
-        # Unused where only the gradient of the bias is needed.
-        rows, stats = attention_forward(features, variant) if needs[0] or needs[1] else (features, stats)
     # The gradients of the 1x1 convolution are plain matrix products, which torch computes fast.
     grad = grad_out.reshape(batch, channels, height * width)
     flat_weight = weight.detach().reshape(channels, 2 * channels)
@@ -118,7 +114,7 @@ def attention_block_backward(
     grad_features = grad_weight = grad_bias = None
     if needs[0]:
         grad_attended = torch.matmul(weight_a.t(), grad).view(features.shape)
-        grad_features = attention_backward(grad_attended, features, rows, stats, variant)
+        grad_features = attention_backward(grad_attended, features, attended, stats, variant)
         grad_features += torch.matmul(weight_f.t(), grad).view(features.shape)
     if needs[1]:
 
@@ -126,7 +122,7 @@ def attention_block_backward(
             return tensor.transpose(0, 1).reshape(channels, batch * height * width)
 
         grad_columns = columns(grad_out)
-        parts = [grad_columns @ columns(rows).t(), grad_columns @ columns(features).t()]
+        parts = [grad_columns @ columns(attended).t(), grad_columns @ columns(features).t()]
         if variant == "paper":
             parts.reverse()
         grad_weight = torch.cat(parts, dim=1).view(weight.shape)

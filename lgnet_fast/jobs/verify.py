@@ -13,19 +13,19 @@ from rich.table import Table
 from torch import Tensor
 
 from .. import cache
+from ..engine.build import build_plan, plan_stages
+from ..engine.checks import judge, make_example
+from ..engine.cpu_executor import CpuExecutor
+from ..engine.cpu_path import choose_path
+from ..engine.cpu_tuning import kept
+from ..engine.engine import fast_executor_reason
+from ..engine.plan import AttentionStep, Plan
+from ..engine.verdicts import Check
+from ..engine.verified import recheck_steps, verified
 from ..ops import first_use
 from ..ops.dispatch import CANDIDATES, reason_against
 from ..ops.registry import OPERATORS
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
-from .build import build_plan, plan_stages
-from .checks import judge, make_example
-from .cpu_executor import CpuExecutor
-from .cpu_path import choose_path
-from .cpu_tuning import kept
-from .engine import fast_executor_reason
-from .plan import AttentionStep, Plan
-from .verdicts import Check
-from .verified import steps_checked, verified
 
 SIZE = 256
 
@@ -88,7 +88,7 @@ def verify(
     found, verdict = verified(model, plan, device, dtype, anew=True)
     for check in verdict.checks:
         add(check)
-    for check in steps_checked(found, verdict, plan, isinstance(model, LocalGlobalRefinement)):
+    for check in recheck_steps(found, verdict, plan, isinstance(model, LocalGlobalRefinement)):
         add(check)
     passed = verdict.runs == "graph" and all(c.passed for c in checks)
     return Report(key, tuple(checks), str(verdict), passed)

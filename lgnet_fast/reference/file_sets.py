@@ -240,17 +240,3 @@ def _named_staging(directory: Path) -> str | None:
         return str(json.loads((directory / MANIFEST).read_text(encoding="utf-8"))["staging"])
     except (OSError, ValueError, KeyError, TypeError):
         return None
-
-
-def impostor(path: Path) -> str | None:
-    """Description of a file that is often saved in place of a checkpoint (web page, LFS pointer); None: neither."""
-    try:
-        with open(path, "rb") as file:
-            start = file.read(1024).lstrip(b"\xef\xbb\xbf \t\r\n").lower()
-    except OSError:
-        return None
-    if start.startswith(b"version https://git-lfs"):
-        return "a Git LFS pointer, not the file it stands for; `git lfs pull` fetches that"
-    if start.startswith((b"<!doctype html", b"<html", b"<head", b"<?xml", b"<!--")):
-        return "a web page (HTML or XML), as a failed download leaves it, not a checkpoint"
-    return None

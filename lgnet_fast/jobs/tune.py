@@ -12,15 +12,15 @@ from rich.console import Group
 from rich.table import Table
 
 from .. import cache
+from ..engine import cpu_path, cpu_tuning, cuda_tuning, cuda_tuning_training
+from ..engine.build import build_plan, plan_stages
+from ..engine.cuda_executor import CudaExecutor
+from ..engine.cuda_measure import Timer, progress_of
+from ..engine.engine import fast_executor_reason
+from ..engine.plan import Plan
+from ..engine.verified import verified
 from ..errors import BackendError
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
-from . import cpu_path, cpu_tuning, cuda_tuning, cuda_tuning_training
-from .build import build_plan, plan_stages
-from .cuda_executor import CudaExecutor
-from .cuda_measure import Timer
-from .engine import fast_executor_reason
-from .plan import Plan
-from .verified import verified
 
 
 class Row(NamedTuple):
@@ -142,9 +142,9 @@ def training_report(
     timer: Timer | None = None,
     tried: int | None = None,
 ) -> Report:
-    """Measure attention forward and backward of a plan; see :func:`.cuda_tuning_training.tune_training`."""
+    """Measure attention forward and backward of a plan; see :func:`..engine.cuda_tuning_training.tune_training`."""
     blocks = cuda_tuning_training.blocks_of(plan, dtype, device)
-    log = cuda_tuning_training.progress_of(progress)
+    log = progress_of(progress)
     found = cuda_tuning_training.tune_training(blocks, dtype, device, seconds, log, timer, tried)
     rows = [
         Row(f"{one.step} {op}", _shape(result.default), result.default_us, _shape(result.shape), result.us)
