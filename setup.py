@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -69,6 +70,16 @@ def msvc_arguments(compiler: Any) -> list[str]:
     return arguments
 
 
+def number_of_jobs() -> int:
+    """``MAX_JOBS``, or as many as there are processors for this process."""
+    given = os.environ.get("MAX_JOBS", "")
+    if given.isdigit() and int(given) > 0:
+        return int(given)
+    if given:
+        print(f"lgnet_fast: MAX_JOBS: expected a positive number, got {given!r}", file=sys.stderr)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def one_line(error: BaseException) -> str:
     """The most telling line of a build error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -81,7 +92,14 @@ class BuildExtension(build_ext):
     """``build_ext`` with pybind11's include path, ninja where there is one, and a recorded reason for failure."""
 
     def run(self) -> None:
-        # Not super().run(): its compiler set-up can raise, and a missing compiler must not stop the install.
+        self.in_checkout = bool(self.inplace or self.editable_mode)  # super().run() changes `inplace` on its way
+        # What an earlier build left must neither be loaded nor packed if this one fails or is skipped.
+        for ext in self.extensions:
+            built = Path(self.build_lib_path(ext))
+            built.unlink(missing_ok=True)
+            if self.in_checkout:
+                (ROOT / built.relative_to(self.build_lib)).unlink(missing_ok=True)
+        # Its compiler set-up can raise, and a missing compiler must not stop the installation.
         try:
             super().run()
         except Exception as error:
@@ -101,7 +119,9 @@ class BuildExtension(build_ext):
             if self.compiler.compiler_type == "msvc":
                 ext.extra_compile_args += msvc_arguments(self.compiler)
             else:
-                ext.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno"]
+                # -fno-fast-math, after flags of $CXXFLAGS, because the kernels tell NaN and infinity from numbers.
+                ext.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
+                ext.extra_compile_args += ["-fno-fast-math", "-fno-math-errno"]
                 # Never libgomp: csrc/parallel.cpp uses the OpenMP runtime that torch has loaded.
                 ext.extra_link_args += ["-pthread"]
         try:
@@ -127,7 +147,8 @@ class BuildExtension(build_ext):
     def build_with_ninja(self, ninja: str, ext: Extension) -> None:
         compiler = self.compiler
         cxx = getattr(compiler, "compiler_so_cxx", None) or [*compiler.compiler_cxx, "-fPIC"]
-        link = getattr(compiler, "linker_so_cxx", None) or [compiler.compiler_cxx[0], *compiler.linker_so[1:]]
+        linker = getattr(compiler, "linker_so_cxx", None) or compiler.linker_so
+        link = [*compiler.compiler_cxx[:1], *linker[1:]]  # by $CXX, where Python's own linker may be missing
         includes = [f"-I{path}" for path in [*ext.include_dirs, *compiler.include_dirs]]
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         temp = Path(self.build_temp).resolve()
@@ -138,7 +159,7 @@ class BuildExtension(build_ext):
             return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
         def command(words: list[str]) -> str:
-            return subprocess.list2cmdline(words).replace("$", "$$")
+            return shlex.join(words).replace("$", "$$")
 
         objects = [temp / (Path(source).stem + ".o") for source in ext.sources]
         lines = [
@@ -152,16 +173,16 @@ class BuildExtension(build_ext):
         lines.append(f"build {escape(target)}: link {' '.join(escape(o) for o in objects)}")
         build_file = temp / "build.ninja"
         build_file.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        jobs = os.environ.get("MAX_JOBS") or str(os.cpu_count() or 1)
+        jobs = number_of_jobs()
         done = subprocess.run(
-            [ninja, "-f", str(build_file), "-j", jobs], cwd=temp, capture_output=True, text=True, check=False
+            [ninja, "-f", str(build_file), "-j", str(jobs)], cwd=temp, capture_output=True, text=True, check=False
         )
         sys.stdout.write(done.stdout)
         if done.returncode:
             raise RuntimeError(done.stdout + done.stderr)
 
     def reason_path(self) -> Path:
-        base = ROOT if self.inplace or self.editable_mode else Path(self.build_lib)
+        base = ROOT if self.in_checkout else Path(self.build_lib)
         return base / "lgnet_fast" / REASON_FILE
 
     def record(self, reason: str) -> None:

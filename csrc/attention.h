@@ -84,6 +84,7 @@ struct AttentionKernels {
   // Output channels [8 * first, 8 * (first + groups)) of a panel with kept operands; weight [2][groups][C][8].
   void (*combine)(const AttentionWork<T>&, int64_t b, int64_t panel, const T* weight, int64_t first, int64_t groups,
                   T* out_rows);
+  void (*row_dots)(const AttentionWork<T>&, const T* grad, const T* attended, int64_t b, int64_t tile, T* dots);
   void (*backward)(const AttentionWork<T>&, int64_t b, int64_t query_range, int64_t key_range, T* scratch);
   void (*backward_sum)(const AttentionWork<T>&, int64_t b, int64_t tile);
   void (*backward_finish)(const AttentionWork<T>&, int64_t b, int64_t tile, T* scratch);

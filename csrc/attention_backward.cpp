@@ -13,24 +13,6 @@
 namespace lgnet {
 namespace {
 
-// D = sum over the channels of grad * attended, [batch][positions].
-template <class T>
-Buffer<T> row_dots(const AttentionWork<T>& w, const T* grad, const T* attended, int64_t threads) {
-  Buffer<T> dots(w.batch * w.positions);
-  const int64_t tiles = ceil_div(w.positions, kPositionsPerTile);
-  parallel_for(threads, w.batch * tiles, [&](int64_t task, int64_t) {
-    const int64_t b = task / tiles, p0 = task % tiles * kPositionsPerTile;
-    const int64_t count = std::min(kPositionsPerTile, w.positions - p0);
-    T* dot = dots.get() + b * w.positions + p0;
-    std::fill_n(dot, count, T{0});
-    for (int64_t c = 0; c < w.channels; ++c) {
-      const int64_t offset = (b * w.channels + c) * w.positions + p0;
-      for (int64_t t = 0; t < count; ++t) dot[t] += grad[offset + t] * attended[offset + t];
-    }
-  });
-  return dots;
-}
-
 // The backward of one call: scores as in the forward (bf16 pairs for bf16 features), everything else in T, or by
 // matrix tiles all products in bf16.
 template <class T>
@@ -55,6 +37,7 @@ class Backward {
   void run(const View& grad_attended, const View& attended, const View& stats);
 
  private:
+  Buffer<T> row_dots(const T* attended);
   void pack_scores(std::optional<Packed<T>>& packed_pairs);
   void split_work();
   void differentiate();
@@ -76,8 +59,7 @@ void Backward<T>::run(const View& grad_attended, const View& attended, const Vie
     const Planes<T> grads(grad_attended, first, w_.batch, kNative<T>, threads_);
     w_.grad = grads.get();
     // A copy of the attended features, if any, is freed before more memory is allocated.
-    const Buffer<T> row_dot =
-        row_dots(w_, w_.grad, Planes<T>(attended, first, w_.batch, kNative<T>, threads_).get(), threads_);
+    const Buffer<T> row_dot = row_dots(Planes<T>(attended, first, w_.batch, kNative<T>, threads_).get());
     w_.row_dot = row_dot.get();
     const Planes<T> planes(features_, first, w_.batch, kNative<T>, threads_);
     w_.features = planes.get();
@@ -89,6 +71,17 @@ void Backward<T>::run(const View& grad_attended, const View& attended, const Vie
     split_work();
     differentiate();
   }
+}
+
+// D, [batch][positions].
+template <class T>
+Buffer<T> Backward<T>::row_dots(const T* attended) {
+  Buffer<T> dots(w_.batch * w_.positions);
+  const int64_t tiles = ceil_div(w_.positions, kPositionsPerTile);
+  parallel_for(threads_, w_.batch * tiles, [&](int64_t task, int64_t) {
+    kernels_.row_dots(w_, w_.grad, attended, task / tiles, task % tiles, dots.get());
+  });
+  return dots;
 }
 
 // Packs the keys for the scores as the forward does.

@@ -27,6 +27,39 @@ struct AttentionBackward {
     return task > finish ? task : finish;
   }
 
+  // dots[p] = D = sum over the channels of grad * attended, for a tile of positions. The sums are in the order and by
+  // the instructions of score_product. So where one weight of a row is 1, the attended features are that key's value,
+  // and dP - D is exactly 0, as in PyTorch; a rounding would be multiplied by queries and keys.
+  static void row_dots(const Work& w, const T* grad, const T* attended, int64_t b, int64_t tile, T* dots) {
+    using Full = typename Products::template F<T>;
+    using Sum = typename Full::Reg;
+    constexpr int64_t kDepth = Products::kDepth, STEP = Full::W;
+    const int64_t n = w.positions, p0 = tile * kPositionsPerTile;
+    const int64_t p1 = p0 + kPositionsPerTile < n ? p0 + kPositionsPerTile : n;
+    for (int64_t p = p0; p < p1; p += STEP) {
+      const int64_t count = p1 - p < STEP ? p1 - p : STEP;
+      const auto some = [&](const T* from) {
+        if (count == STEP) return Full::load(from);
+        T lanes[STEP] = {};
+        for (int64_t t = 0; t < count; ++t) lanes[t] = from[t];
+        return Full::load(lanes);
+      };
+      Sum total = Full::set1(0);
+      for (int64_t k0 = 0; k0 < w.channels; k0 += kDepth) {
+        const int64_t k1 = k0 + kDepth < w.channels ? k0 + kDepth : w.channels;
+        Sum sum = Full::set1(0);
+        for (int64_t c = k0; c < k1; ++c) {
+          const int64_t at = (b * w.channels + c) * n + p;
+          sum = Full::dot(sum, some(attended + at), some(grad + at));
+        }
+        total = k0 > 0 ? Full::add(total, sum) : sum;
+      }
+      T lanes[STEP];
+      Full::store(lanes, total);
+      for (int64_t t = 0; t < count; ++t) dots[b * n + p + t] = lanes[t];
+    }
+  }
+
   // The gradients of one range of query panels and one range of keys. They are added to separate buffers per range,
   // so no two tasks write the same memory, and the order of the sums is fixed.
   static void backward(const Work& w, int64_t b, int64_t query_range, int64_t key_range, T* scratch) {

@@ -38,6 +38,7 @@ struct Attention {
       k.backward = AttentionBackward<V>::backward;
     }
     if constexpr (V::PAIR == 1) {
+      k.row_dots = AttentionBackward<V>::row_dots;
       k.backward_sum = AttentionBackward<V>::backward_sum;
       k.backward_finish = AttentionBackward<V>::backward_finish;
     }

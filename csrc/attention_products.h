@@ -15,6 +15,7 @@ struct AttentionProducts {
   static constexpr int W = V::W, NR = V::W * V::NV, ROWS = V::ROWS;
   static constexpr int UNITS = static_cast<int>(kKeysPerGroup) / V::PAIR;  // of one channel in a group of keys
   static constexpr int64_t GROUP = kKeysPerGroup, CHUNK = kKeysPerChunk;
+  static constexpr int64_t kDepth = 128;  // units of the channels whose products are summed from zero
   // With matrix tiles keys and values lie as their rows: keys [position][channels_padded], values [32 positions]
   // [channel][position]. A group's bytes are as many as in the layout of attention.h.
   using Tiles = typename TilesOf<V>::type;
@@ -103,7 +104,6 @@ struct AttentionProducts {
                                                      groups * GROUP, {queries, row, M, depth * row}, 0, depth, scores,
                                                      row, accumulate);
     }
-    constexpr int64_t kDepth = 128;
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
       const int64_t step = depth - k0 < kDepth ? depth - k0 : kDepth;
       for (int64_t g = 0; g < groups; ++g) {

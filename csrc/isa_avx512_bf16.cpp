@@ -1,7 +1,7 @@
 // The kernels for one instruction set: AVX-512 with products of bf16 pairs (Cooper Lake, Sapphire Rapids, Zen 4).
 #include "simd/macros.h"
 
-#if LGNET_X86_64
+#if LGNET_AVX512_BF16
 #include "simd/x86_intrinsics.h"
 
 #define LGNET_ISA avx512_bf16

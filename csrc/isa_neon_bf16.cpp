@@ -1,7 +1,7 @@
 // The kernels for one instruction set: Advanced SIMD with dot products of bf16 pairs (Armv8.6).
 #include "simd/macros.h"
 
-#if LGNET_AARCH64
+#if LGNET_NEON_BF16
 #include <arm_neon.h>
 
 #define LGNET_ISA neon_bf16

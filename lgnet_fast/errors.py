@@ -24,7 +24,11 @@ class BackendError(LGNetError, RuntimeError):
 
 
 class OutOfMemoryError(LGNetError, MemoryError):
-    """The estimate before a run, or the run itself, exceeds the available memory."""
+    """The estimate before a run, or the run itself, exceeds the available memory, of the host or of the GPU.
+
+    `Inpainter` raises it for both. `Engine` raises it for the host's memory, before it allocates buffers; where a
+    GPU's memory does not suffice, its error is PyTorch's own ``torch.OutOfMemoryError``.
+    """
 
 
 class UsageError(LGNetError, ValueError):

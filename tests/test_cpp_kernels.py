@@ -285,6 +285,19 @@ def test_gradients_of_large_features(isa, threads_restored, variant, dtype, size
             assert_accurate(f"{name}, {threads} threads", got, t, e)
 
 
+@pytest.mark.parametrize("channels", [16, 160])
+@pytest.mark.parametrize("scale", [1e6, 1e12])
+def test_slopes_are_zero_where_one_weight_is_one(isa, channels, scale):
+    """dP and D are then the same sums, and their difference is no rounding that queries and keys multiply."""
+    features, weight, bias, grad = make((1, channels, 12, 12), seed=5)
+    inputs = (features * scale, weight, bias)
+    double = [tensor.double() for tensor in inputs]
+    _, truth, *_ = with_grads(lambda *operands: block(*operands, "released"), double, grad.double())
+    _, attended, stats = cpu.attention_block_forward(*inputs, "released", save_attended=True)
+    got, _, _ = cpu.attention_block_backward(grad, inputs[0], attended, stats, weight, "released")
+    assert (got - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
 def test_a_bias_larger_than_the_products(isa):
     features, weight, bias, _ = make((1, 200, 6, 7), seed=4)
     inputs = (features, weight, bias * 1e4)

@@ -14,6 +14,13 @@
 #define LGNET_X86_64 0
 #endif
 
+// Products of bf16 pairs: compilers that have them.
+#if LGNET_X86_64 && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define LGNET_AVX512_BF16 1
+#else
+#define LGNET_AVX512_BF16 0
+#endif
+
 // AMX: compilers that have it, and the only system whose call for permission to use it is known here.
 #if LGNET_X86_64 && defined(__linux__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
 #define LGNET_AMX 1
@@ -25,6 +32,11 @@
 #define LGNET_AARCH64 1
 #else
 #define LGNET_AARCH64 0
+#endif
+#if LGNET_AARCH64 && (defined(__clang__) ? __clang_major__ >= 11 : __GNUC__ >= 10)
+#define LGNET_NEON_BF16 1
+#else
+#define LGNET_NEON_BF16 0
 #endif
 
 #if LGNET_GNU

@@ -54,7 +54,8 @@ class NotInstalledError(InvalidImageError):
 class DeepImage:
     """A picture with 16 bits per sample and several samples per pixel, which Pillow cannot hold.
 
-    `samples`: uint16 [H, W, C], C = 2 (grey and alpha), 3 (RGB) or 4 (RGBA); also ``numpy.asarray(picture)``.
+    `samples`: uint16 [H, W, C], levels 0 (black) to 65535 (white), C = 2 (grey and alpha), 3 (RGB) or 4 (RGBA); also
+    ``numpy.asarray(picture)``.
     `format`: "PNG" or "TIFF". `info`: metadata under Pillow's names ("exif", "icc_profile", "xmp", "dpi").
 
     Raises InvalidImageError: other samples, or another format.
@@ -93,7 +94,15 @@ class DeepImage:
         return np.array(self.samples, dtype=dtype) if copy else np.asarray(self.samples, dtype=dtype)
 
     def save(self, path: Any) -> None:
-        """Write a PNG or TIFF file with the metadata, atomically. Raises InvalidImageError: another extension."""
+        """Write a PNG or TIFF file with the metadata, atomically; a UserWarning names what the format cannot hold.
+
+        Args:
+            path: the file, with the extension of its format.
+
+        Raises:
+            InvalidImageError: another extension, or the packages of the extra `[deep]` are not installed.
+            OSError: the file cannot be written.
+        """
         path = Path(path)
         format = EXTENSIONS.get(path.suffix.lower())
         if format is None:

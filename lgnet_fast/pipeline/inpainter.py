@@ -40,14 +40,16 @@ class Inpainter:
         backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is faster (on a CPU in float32 or
             bfloat16, on an NVIDIA GPU from sm_80 on); others are passed to ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
-            largest padded picture that "auto" runs whole. At least ``model.size_multiple``.
-        memory_limit: bytes that a run may take beside the picture and the mask; None: the free memory of the system,
-            asked before every run. With too little, "auto" takes smaller windows; it warns where a hole is then
-            filled at a lower scale.
+            largest padded picture that "auto" runs whole. At least ``model.size_multiple``; rounded down to a multiple
+            of it.
+        memory_limit: bytes, 0 or more, that a run may take beside the picture and the mask; None: the free memory of
+            the system and of the GPU, asked before every run. With too little, "auto" takes smaller windows; it warns
+            where a hole is then filled at a lower scale.
 
     Raises:
         BackendError: a device, dtype or backend that was asked for and cannot run.
-        TypeError, ValueError: an argument of another type, or out of its range.
+        TypeError: `model` cannot be called, `window` is no whole number, or `memory_limit` no number.
+        ValueError: `window` is below ``model.size_multiple``, or `memory_limit` below 0.
     """
 
     def __init__(
@@ -95,9 +97,21 @@ class Inpainter:
         backend: str = "auto",
         **options: Any,
     ) -> Inpainter:
-        """An Inpainter for a model directory or a Hugging Face Hub id; None is the model bundled with the package.
+        """An Inpainter for weights in a folder, on the Hugging Face Hub, or in the package.
 
-        Raises WeightsError if the weights are missing or malformed, and the errors of the constructor.
+        Args:
+            model: a model folder as :meth:`LGNet.save_pretrained` writes it, a hub id ("owner/name"), which is
+                downloaded where it is not in the hub's cache, or None: the model bundled with the package.
+            device, dtype, backend: as for the constructor.
+            options: `window` and `memory_limit`, as for the constructor.
+
+        Returns:
+            The Inpainter; its network is not warmed up, see :meth:`warmup`.
+
+        Raises:
+            WeightsError: the weights are missing or malformed.
+            TypeError: `model` is a network or of another type, or there is no such option.
+            BackendError, ValueError: as of the constructor.
         """
         resolve_dtype(dtype, resolve_device(device))  # checked before hundreds of megabytes are read
         if model is None:
@@ -129,16 +143,17 @@ class Inpainter:
         Args:
             picture: a PIL picture, a path, the bytes of a file, a file opened for reading bytes, an array [H, W] or
                 [H, W, C] (uint8, uint16, or floats in [0, 1]), a tensor [H, W], [C, H, W] or [B, C, H, W] (uint8, or
-                floats in [0, 1]), C = 1, 3 or 4 (alpha is kept), or a list of those. PIL pictures and files are
-                turned upright by their EXIF orientation.
+                floats in [0, 1]), C = 1 (grey), 2 (grey and alpha), 3 (RGB) or 4 (RGBA), or a list of those. Alpha
+                is kept. PIL pictures and files are turned upright by their EXIF orientation.
             mask: a PIL picture, a file as for the picture, an array [H, W] or [H, W, C] (bool, uint8 0..255, integers
                 whose maximum is 1, or floats in [0, 1]) or a tensor [H, W], [C, H, W] or [B, C, H, W]; one for all
                 pictures or a list of one each. Larger is hole.
             strategy: "auto", "full", "crop", "resize" or "tile"; see `lgnet_fast.pipeline.strategies.choose`.
             mask_threshold: levels above this share of full scale are hole; 0 <= value < 1.
             invert_mask: dark is hole.
-            dilate: pixels by which the hole grows on every side (a disk).
-            feather: width in pixels of a soft ramp around the grown hole, where fill and picture are blended.
+            dilate: whole pixels, 0 or more, by which the hole grows on every side (a disk).
+            feather: width in whole pixels, 0 or more, of a soft ramp around the grown hole, where fill and picture
+                are blended.
             mask_channel: the channel that marks the hole: "luma", "alpha" (opaque is hole), "inverse_alpha"
                 (transparent is hole), "colour" (saturated is hole), or "auto", which raises InvalidMaskError for an
                 ambiguous mask; see `lgnet_fast.pipeline.masks.read_hole` and docs/masks.md.
@@ -149,9 +164,13 @@ class Inpainter:
             is returned unchanged, with a UserWarning; there is one too if more than 95 % is hole.
 
         Raises:
-            InvalidImageError, InvalidMaskError (for a list or a batch they begin with the wrong picture's number,
-            "picture[3]", from 0), OutOfMemoryError (before anything is allocated, where the estimate exceeds the
-            memory), LGNetError (output not finite even in float32), ValueError (strategy).
+            InvalidImageError: a picture that cannot be read, or of another kind, shape or range. For a list or a batch
+                the text begins with the wrong picture's number, "picture[3]", from 0; so do errors about masks.
+            InvalidMaskError: the same for a mask; also an option of the mask of another type or out of its range.
+            ValueError: no such strategy. The two errors above are ValueErrors too.
+            OutOfMemoryError: the estimate exceeds the memory, before anything is allocated; or the run does.
+            LGNetError: the network's output is not finite, even in float32.
+            TypeError: the model returns no tensor of the image's shape.
         """
         options: dict[str, Any] = {
             "strategy": strategy,
@@ -177,16 +196,41 @@ class Inpainter:
         return self.inpaint(picture, mask, **options).picture
 
     def inpaint(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Inpainted:
-        """Like a call, for one PIL picture, file or array; also returns how the picture was made.
+        """Like a call, for one picture; also returns how the picture was made.
 
-        `mask_options`: mask_threshold, invert_mask, dilate, feather and mask_channel, as for a call, and
-        `allow_any_mask` (True), without which a mask that selects nothing or more than 95 % raises InvalidMaskError.
+        Args:
+            picture: one PIL picture, file, DeepImage or array, as for a call; lists and tensors are not taken.
+            mask: one mask of any kind that a call takes, tensors too.
+            strategy: as for a call.
+            mask_options: mask_threshold, invert_mask, dilate, feather and mask_channel, as for a call, and
+                `allow_any_mask` (True), without which a mask that selects nothing or more than 95 % raises
+                InvalidMaskError.
+
+        Returns:
+            The filled picture with its strategy, number of network passes and hole ratio.
+
+        Raises:
+            InvalidImageError: also for a list or a tensor.
+            TypeError: no such option of the mask; also as of a call.
+            InvalidMaskError, ValueError, OutOfMemoryError, LGNetError: as of a call.
         """
         return self._inpaint(picture_of(picture), mask, strategy, **mask_options)
 
     def stages(self, picture: Any, mask: Any, strategy: str = "auto", **mask_options: Any) -> Stages:
-        """The picture after every stage, for contact sheets; arguments as for `inpaint`. With an empty mask every
-        stage is the picture."""
+        """The picture after every stage of the network, for contact sheets.
+
+        Args:
+            picture, mask, strategy, mask_options: as for :meth:`inpaint`. The model must take ``return_stages=True``,
+                as LGNet, X_LG and their engines do.
+
+        Returns:
+            The picture with a white hole and the merged picture after every stage, each of the kind of the input.
+            With an empty mask all of them, three merged ones, are the picture.
+
+        Raises:
+            InvalidImageError, InvalidMaskError, TypeError, ValueError, OutOfMemoryError, LGNetError: as of
+                :meth:`inpaint`.
+        """
         strategies.check(strategy)
         options, read = MaskOptions.of(mask_options), picture_of(picture)
         with memory.OutOfMemoryErrors("picture"):
@@ -203,7 +247,7 @@ class Inpainter:
     def warmup(self, height: int = 256, width: int = 256) -> float:
         """Run the network once on an empty picture of this size in pixels, padded; returns the seconds it took.
 
-        Raises ValueError for a side below 1.
+        Raises TypeError for a side that is no whole number, ValueError for a side below 1.
         """
         check_sides(height, width)
         start = time.perf_counter()
@@ -211,9 +255,20 @@ class Inpainter:
         return time.perf_counter() - start
 
     def estimate_memory(self, height: int, width: int, strategy: str = "full") -> int:
-        """Most bytes that a picture of this size takes, besides the weights, with this network and dtype.
+        """Most bytes that a picture takes, besides the weights, with this network and dtype, whatever its hole.
 
-        Raises ValueError for an unknown strategy and for a side below 1.
+        A small hole takes much less: a call counts with the holes that there are.
+
+        Args:
+            height, width: of the picture, in pixels.
+            strategy: any of a call's. For "auto" the bound is that of windows in any number and shape.
+
+        Returns:
+            Bytes; on a GPU, the host's and the GPU's together.
+
+        Raises:
+            TypeError: a side that is no whole number.
+            ValueError: a side below 1, or no such strategy.
         """
         check_sides(height, width)
         return memory.estimate_memory(

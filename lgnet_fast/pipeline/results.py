@@ -10,8 +10,10 @@ from typing import Any
 class Inpainted:
     """One filled picture and how it was made.
 
-    `picture`: of the kind of the input. `size`: (height, width). `hole_ratio`: share of hole pixels in the mask,
-    before dilation. `strategy`: the one that ran, None for an empty mask. `passes`: number of network runs.
+    `picture`: of the kind of the input: for an array one of its shape and dtype, for a file a PIL picture, or a
+    DeepImage for 16-bit colour. `size`: (height, width) in pixels. `hole_ratio`: share of hole pixels in the mask, in
+    [0, 1], before dilation. `strategy`: the one that ran, None for an empty mask. `passes`: number of windows that the
+    network has run on, 0 for an empty mask.
     """
 
     picture: Any
@@ -23,10 +25,10 @@ class Inpainted:
 
 @dataclass(frozen=True)
 class Stages:
-    """One picture after every stage of the network, each of the kind of the input.
+    """One picture after every stage of the network, each of the kind and size of the input, as in `Inpainted`.
 
     `masked`: the picture with a white hole, the input of the network. `merged`: the merged picture after every stage,
-    in order (three for LGNet, fewer for ablations).
+    in order (three for LGNet, one or two for some ablations).
     """
 
     masked: Any
@@ -39,7 +41,10 @@ class Stages:
 
     @property
     def local(self) -> Any | None:
-        """After the local stage; None for networks of fewer than three stages."""
+        """After the second of three stages, LGNet's local one.
+
+        None for a network of fewer stages, also where its second one is local ("C+L"): that picture is `result`.
+        """
         return self.merged[1] if len(self.merged) > 2 else None
 
     @property

@@ -17,10 +17,14 @@ from .networks import LEVELS
 
 
 class Stages(NamedTuple):
-    """Every stage's picture, [B, 3, H, W] each.
+    """Every stage's picture, [B, 3, H, W] in [-1, 1] each.
 
-    `coarse`, `local` and `refined` are raw network outputs (None where an ablation lacks the stage; `refined` is
-    the last global network's). `raw` and `merged` list all stages in order; `merged[-1]` is the result.
+    `coarse`, `local` and `refined` are raw network outputs (None where an ablation lacks the stage, or `until` ends
+    before it; `refined` is the last global network's). Of an X_LG, `coarse` is the picture of its first stage.
+    `raw` and `merged` list all stages in order; `merged[-1]` is the result.
+
+    An engine has no raw pictures where its run was restricted to holes or the mask was empty: `coarse`, `local` and
+    `refined` are then None and `raw` is (), while `merged` is complete.
     """
 
     coarse: Tensor | None
@@ -54,10 +58,13 @@ class Cascade(nn.Module):
 
         Args:
             backend: "auto" (the fastest that can run for each input), "eager" (plain PyTorch), "triton" or "cpp".
-                An explicit choice that cannot run raises BackendError, here or at the first unsupported input.
+                With an explicit choice, an input for which it cannot run raises BackendError.
 
         Returns:
             self.
+
+        Raises:
+            ValueError: no such backend.
         """
         block, self._merge, self._merge_concat = functions(backend)
         for module in self.modules():
@@ -68,7 +75,11 @@ class Cascade(nn.Module):
 
     @abstractmethod
     def stage_modules(self) -> list[nn.Module]:
-        """The network of every stage, in order; one network may run several stages (LGNet_share)."""
+        """The network of every stage, in order; one network may run several stages (LGNet_share).
+
+        Each maps cat(picture, mask) [B, 4, H, W] to a picture [B, 3, H, W] in [-1, 1]; only the first stage of an
+        X_LG is called with image and mask instead.
+        """
 
     def _check(self, image: Tensor, mask: Tensor, until: int | None) -> None:
         if until is not None and (type(until) is not int or not 1 <= until <= len(self.stage_modules())):

@@ -51,6 +51,10 @@ class LGNet(
 ):
     """The three-stage inpainting network of Quan et al., "Image Inpainting with Local and Global Refinement".
 
+    NetC, NetL and NetG (paper, Section III; docs/model.md) run one after another. Each reads cat(picture, mask),
+    [B, 4, H, W], H and W multiples of 256, and gives a picture [B, 3, H, W] in [-1, 1], whose hole is merged into the
+    image for the next one.
+
     Args:
         stages: one of :data:`CASCADES`; "C+L+G_att" is LGNet, the others are the ablations of Table VI.
         variant: attention formulation, "released" (the authors' checkpoints) or "paper" (eq. (10)).
@@ -62,8 +66,8 @@ class LGNet(
     A new model has the paper's random initialisation and is in training mode.
 
     Raises:
-        ValueError: an argument of another type or value; the text names it.
-        BackendError: a backend that cannot run.
+        ValueError: an argument of another type or value; the text names it. Whether the backend can run is known
+            from the input only: see :meth:`forward`.
     """
 
     @torch.inference_mode(False)  # weights must also work outside inference mode
@@ -128,29 +132,42 @@ class LGNet(
         }
 
     def networks(self) -> dict[str, Callable[[Tensor], Tensor]]:
-        """Stage name of Table VI -> the function that runs it on cat(picture, mask), in order."""
+        """Stage name of Table VI -> the function that runs it, in order.
+
+        Each maps cat(picture, mask) [B, 4, H, W] to a picture [B, 3, H, W] in [-1, 1].
+        """
         nets: dict[str, Callable[[Tensor], Tensor]] = {}
         for stage, module in zip(self.stages.split("+"), self.stage_modules(), strict=True):
             nets[stage] = partial(module, use_attention=False) if stage == "C" and self.share_coarse else module
         return nets
 
     def stage_modules(self) -> list[nn.Module]:
+        """The network of every stage, in order, of the shapes of :meth:`networks`.
+
+        LGNet_share lists NetG twice; :meth:`networks` also leaves out its attention in the first stage.
+        """
         names = ["G_att" if s == "C" and self.share_coarse else s for s in self.stages.split("+")]
         return [getattr(self, STAGE_MODULES[name]) for name in names]
 
     def forward(
         self, image: Tensor, mask: Tensor, return_stages: bool = False, until: int | None = None
     ) -> Tensor | Stages:
-        """Fill the hole.
+        """Fill the hole (paper, Section III; the formulas are in docs/model.md).
 
         Args:
-            image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256.
+            image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256. Values are not checked.
             mask: [B, 1, H, W], 1 = hole, 0 = known; same dtype and device as `image`.
             return_stages: return every stage's picture.
             until: number of stages to run, from 1; None: all.
 
         Returns:
             The merged result of the last stage that runs, [B, 3, H, W] in [-1, 1], or :class:`Stages`.
+
+        Raises:
+            TypeError: an argument is no dense tensor of a floating dtype, the two have different dtypes, or their
+                dtype is not that of the weights (outside autocast).
+            ValueError: another shape, a mask on another device than the image, or an `until` out of range.
+            BackendError: a backend that was chosen by name cannot run on this device, in this dtype or at this width.
         """
         self._check(image, mask, until)
         names = self.stages.split("+")[:until]
@@ -185,6 +202,8 @@ class LGNet(
             The model in eval mode. Float64 tensors stay float64; float16 and bfloat16 become float32.
 
         Raises:
+            TypeError: `source` is neither a path nor a mapping.
+            ValueError: another `variant` or `backend`, or an `epoch` beside a mapping.
             WeightsError: a file is missing, unreadable or unsafe, or names or shapes do not fit; it lists them.
         """
         forks.prepare()
@@ -328,6 +347,14 @@ class LocalGlobalRefinement(Cascade):
         first_stage: module called as ``first_stage(image, mask)`` with the same tensors as this one; returns its
             raw picture [B, 3, H, W] in [-1, 1].
         variant, local_channels, global_channels, backend: as in :class:`LGNet`.
+
+    A new model is in training mode, NetL and NetG with the paper's random initialisation; the first stage keeps its
+    weights and its mode.
+
+    Raises:
+        TypeError: `first_stage` is no module.
+        ValueError: another `variant` or `backend`. Whether the backend can run is known from the input only: see
+            :meth:`LGNet.forward`.
     """
 
     @torch.inference_mode(False)
@@ -352,12 +379,17 @@ class LocalGlobalRefinement(Cascade):
     stage_names = ("X", "L", "G_att")
 
     def stage_modules(self) -> list[nn.Module]:
+        """The first stage, called with (image, mask), then NetL and NetG: [B, 4, H, W] to [B, 3, H, W] in [-1, 1]."""
         return [self.first_stage, self.net_l, self.net_g]
 
     def forward(
         self, image: Tensor, mask: Tensor, return_stages: bool = False, until: int | None = None
     ) -> Tensor | Stages:
-        """Same contract as :meth:`LGNet.forward`."""
+        """Fill the hole; arguments, result and errors as of :meth:`LGNet.forward`.
+
+        The picture of the first stage takes the place of NetC's (paper, Section IV-E; docs/model.md). Errors of the
+        first stage are passed on.
+        """
         self._check(image, mask, until)
         raw, merged = self._continue(image, mask, self.first_stage(image, mask), self.stage_modules()[1:until])
         if not return_stages:

@@ -71,4 +71,4 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         raise ConfigError(f"{where}: expected {kind.__name__}, got {value!r}")
     # No shell has read the value, so a home folder is still to be put in.
-    return os.path.expanduser(value) if kind is str and value.startswith("~") else value
+    return os.path.expanduser(value) if isinstance(value, str) and value.startswith("~") else value

@@ -34,11 +34,14 @@ def convert(
     out: Annotated[
         Path, typer.Argument(parser=folder, help="Model folder to write: config.json and model.safetensors.")
     ],
-    epoch: Annotated[str | None, typer.Option(help="Which one, where the folder holds several.")] = None,
+    epoch: Annotated[str | None, typer.Option(help="The epoch to convert, if the folder holds several.")] = None,
     variant: Annotated[Variant, typer.Option(help="Attention the weights were trained with.")] = Variant.released,
     dtype: Annotated[Stored | None, typer.Option(help="Store floating tensors so; default: as they are.")] = None,
 ) -> None:
-    """Convert the authors' checkpoint files to a model folder."""
+    """Convert the authors' checkpoint files to a model folder.
+
+    Exit code: 0 done, 2 it could not start.
+    """
     import torch
 
     from ...reference import LGNet

@@ -18,7 +18,10 @@ def demo(
         "demo_output"
     ),
 ) -> None:
-    """Fill the bundled pictures with the bundled model; writes results and contact sheets."""
+    """Fill the bundled pictures with the bundled model; writes results and contact sheets.
+
+    Exit code: 0 done, 2 it could not start.
+    """
     from ...demo import run_demo
     from ...pipeline import Inpainter
 

@@ -46,7 +46,7 @@ def evaluate(
         typer.Option(
             "--model",
             parser=given,
-            help="A model folder or hub id, or TITLE=it ('bundled': the package's own); more than one allowed.",
+            help="A model folder or hub id, or TITLE=MODEL ('bundled': the package's own); more than one allowed.",
         ),
     ] = None,
     classes: Annotated[
@@ -62,14 +62,19 @@ def evaluate(
     pair_by_name: Annotated[
         bool, typer.Option("--pair-by-name", help="Each picture has a mask of its name.")
     ] = False,
-    invert_mask: Annotated[bool, typer.Option("--invert-mask", help="Black = hole.")] = False,
+    invert_mask: Annotated[
+        bool, typer.Option("--invert-mask", help="In the masks of --masks, black = hole.")
+    ] = False,
     suite: Annotated[
-        bool, typer.Option("--suite", help="Thin and thick strokes, a box, a blob; sharpness; docs/evaluation.md.")
+        bool,
+        typer.Option(
+            "--suite", help="Score by kind of hole (thin and thick strokes, box, blob) instead of by hole ratio."
+        ),
     ] = False,
     baselines: Annotated[
         str | None,
         typer.Option(
-            help="Rows to compare with: telea, ns, biharmonic, or none. Default: telea,ns; with --suite all three."
+            help="Methods to compare with: telea, ns, biharmonic, or none. Default: telea,ns; with --suite all three."
         ),
     ] = None,
     metrics: Annotated[

@@ -23,7 +23,10 @@ def flops(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Print parameters and FLOPs, by the paper's rule and true, stage by stage, beside the paper's own figures."""
+    """Print parameters and FLOPs, by the paper's rule and true, stage by stage, beside the paper's own figures.
+
+    Exit code: 0 done, 2 it could not start.
+    """
     from ...counting import count, render
 
     if peers:

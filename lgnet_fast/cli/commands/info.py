@@ -17,7 +17,10 @@ def info(
     json: Json = False,
     plan: Annotated[str | None, typer.Option(help="Print the engine's plan of this model, measured here.")] = None,
 ) -> None:
-    """Print versions, devices, and which backends run here, or why not."""
+    """Print versions, devices, and which backends run here, or why not.
+
+    Exit code: 0 done, 2 it could not start.
+    """
     from ...info import collect, render
 
     if plan is None:

@@ -74,8 +74,10 @@ def run(
     allow_any_mask: Annotated[
         bool, typer.Option("--allow-any-mask", help="Let masks pass that select nothing, or more than 95 %.")
     ] = False,
-    dilate: Annotated[int, typer.Option(min=0, help="Grow the hole by this many pixels.")] = 0,
-    feather: Annotated[int, typer.Option(min=0, help="Blend over this many pixels around the hole.")] = 0,
+    dilate: Annotated[int, typer.Option(min=0, help="Grow the hole by this many pixels on every side (a disk).")] = 0,
+    feather: Annotated[
+        int, typer.Option(min=0, help="Blend over this many pixels around the grown hole (a linear ramp).")
+    ] = 0,
     format: Annotated[Format | None, typer.Option(help="The results' format; default: each picture's.")] = None,
     quality: Annotated[int | None, typer.Option(min=1, max=100, help="For JPEG, WebP, AVIF, HEIC.")] = None,
     model: Model = None,
@@ -100,7 +102,8 @@ def run(
     Started by `accelerate launch -m lgnet_fast run ...`, the processes share the work and merge one report; the same
     command run again does only what is not done.
 
-    Exit code: 0 all done, 1 some pictures failed or were left out, 2 the run could not start, 130 after Ctrl-C.
+    Exit code: 0 all done, 1 some pictures failed or were left out, 2 the run could not start, 130 after Ctrl-C,
+    143 after SIGTERM.
     """
     from ...jobs.fill import fill
     from ...jobs.options import FillOptions

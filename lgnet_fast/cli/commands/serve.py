@@ -25,18 +25,21 @@ def serve(
         typer.Option(
             "--model",
             parser=given,
-            help="A model folder or hub id, or NAME=it ('bundled': the package's own); more than one "
+            help="A model folder or hub id, or NAME=MODEL ('bundled': the package's own); more than one "
             "allowed, the first is the default.",
         ),
     ] = None,
     open_page: Annotated[bool, typer.Option("--open", help="Open the page in the browser.")] = False,
-    token: Annotated[str | None, typer.Option(help="What clients have to send; made up if needed.")] = None,
+    token: Annotated[
+        str | None,
+        typer.Option(help="What clients have to send. Default: none on 127.0.0.1, else generated and printed."),
+    ] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origins whose pages may call the API.")] = None,
     allowed_hosts: Annotated[
         list[str] | None, typer.Option("--allowed-host", help="Names that this server is reached by.")
     ] = None,
-    max_bytes: Annotated[int, typer.Option(min=1, help="Of a request's body.")] = 64 * 2**20,
-    max_pixels: Annotated[int, typer.Option(min=1, help="Of a picture.")] = 100_000_000,
+    max_bytes: Annotated[int, typer.Option(min=1, help="Largest request body, in bytes.")] = 64 * 2**20,
+    max_pixels: Annotated[int, typer.Option(min=1, help="Largest picture, in pixels.")] = 100_000_000,
     max_sessions: Annotated[int, typer.Option(min=1, help="Pictures open at the same time.")] = 50,
     queue: Annotated[int, typer.Option(min=1, help="Requests that may wait or run; more are told 429.")] = 32,
     timeout: Annotated[float, typer.Option(help="Seconds for one request.")] = 120.0,

@@ -25,7 +25,8 @@ def train(
 ) -> None:
     """Train a model.
 
-    Over N processes: `accelerate launch --multi_gpu --num_processes N -m lgnet_fast train ...`, on CPUs too.
+    Over N processes: `accelerate launch --multi_gpu --num_processes N -m lgnet_fast train ...`; on CPUs the same,
+    with --multi_gpu: with --cpu in its place accelerate starts one process only.
 
     Ctrl-C and SIGTERM end it after the current step, with a checkpoint.
 
