@@ -5,7 +5,8 @@ RUN python -m venv /venv
 ENV PATH=/venv/bin:$PATH
 RUN pip install --no-cache-dir "setuptools>=77" wheel "pybind11>=2.12" "ninja>=1.10"
 ARG TORCH=torch==2.13.0
-RUN pip install --no-cache-dir "$TORCH"
+# That index has builds without CUDA, which pip prefers to those of PyPI.
+RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu "$TORCH"
 COPY . /src
 RUN pip install --no-cache-dir --no-build-isolation "/src[serve,heif,deep]"
 

@@ -21,7 +21,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     try:
         import matplotlib
     except ImportError as error:
-        raise LGNetError('the report needs matplotlib: pip install "lgnet_fast[bench]"') from error
+        raise LGNetError("the report needs matplotlib: pip install 'lgnet-fast[bench]'") from error
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update(

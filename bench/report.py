@@ -373,7 +373,7 @@ def run_suite(own: Path | None = None, store: bool = False) -> int:
         LGNetError: pytest-benchmark is missing.
     """
     if find_spec("pytest_benchmark") is None:
-        raise LGNetError('the benchmarks need pytest-benchmark: pip install "lgnet_fast[bench]"')
+        raise LGNetError("the benchmarks need pytest-benchmark: pip install 'lgnet-fast[bench]'")
     command = [sys.executable, "-m", "pytest", "bench", *(["--bench-store"] if store else [])]
     if own is not None:
         command += ["--bench-run", str(own.absolute())]

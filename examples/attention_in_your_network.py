@@ -1,4 +1,4 @@
-"""The fused attention block in a network of one's own: forward, backward, torch.compile's fake."""
+"""The fused attention block in a network of one's own: forward, backward, and which backends ran."""
 
 import torch
 from torch import Tensor, nn

@@ -6,7 +6,7 @@ from lgnet_fast import LGNet, optimize
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.weights import bundled_path
 
-model = LGNet.from_pretrained(str(bundled_path())).eval()
+model = LGNet.from_pretrained(bundled_path())
 engine = optimize(model, size=(256, 256), batch_size=2)  # plans and packs the weights once
 
 image = torch.rand(2, 3, 256, 256) * 2 - 1  # [B, 3, H, W] in [-1, 1]

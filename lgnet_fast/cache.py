@@ -158,7 +158,7 @@ def folder() -> Path | None:
     """The folder of the entries; None where the user has no home folder."""
     named = os.environ.get(ENVIRONMENT)
     if named:
-        return Path(named)
+        return Path(named).expanduser()
     try:
         if sys.platform == "win32":
             base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")

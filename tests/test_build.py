@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import os
+import re
 import runpy
+import shlex
 import shutil
 import stat
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -98,6 +101,40 @@ def test_without_pybind11(sources, tmp_path):
     hidden.mkdir()
     (hidden / "pybind11.py").write_text("raise ImportError\n")
     assert "pybind11 was not installed" in reason_after_build(sources, PYTHONPATH=str(hidden))
+
+
+@pytest.mark.parametrize("where", ["checkout", "build folder"])
+def test_what_an_earlier_build_left_is_removed(sources, where):
+    """Old machine code under new Python would be handed addresses that it reads in another order."""
+    name = "_C" + sysconfig.get_config_var("EXT_SUFFIX")
+    if where == "checkout":
+        stale = sources / "lgnet_fast" / name
+        stale.write_bytes(b"of an earlier build")
+        run(["setup.py", "-q", "build_ext", "--inplace"], sources, LGNET_FAST_NO_EXTENSION="1")
+        assert "LGNET_FAST_NO_EXTENSION" in (sources / "lgnet_fast" / "_C_unavailable.txt").read_text()
+    else:
+        stale = sources.parent / "lib" / "lgnet_fast" / name
+        stale.parent.mkdir(parents=True)
+        stale.write_bytes(b"of an earlier build")
+        assert "LGNET_FAST_NO_EXTENSION" in reason_after_build(sources, LGNET_FAST_NO_EXTENSION="1")
+    assert not stale.exists()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="the stand-in for ninja is a shell script")
+def test_commands_of_ninja(sources, tmp_path):
+    """Flags are quoted for the shell, the linker is $CXX, and MAX_JOBS must be a number."""
+    stand_in = tmp_path / "bin" / "ninja"
+    stand_in.parent.mkdir()
+    stand_in.write_text(f'#!/bin/sh\ncp "$2" {tmp_path}/build.ninja\necho "$4" > {tmp_path}/jobs\nexit 1\n')
+    stand_in.chmod(0o755)
+    (tmp_path / "ninja.py").write_text(f"BIN_DIR = {str(stand_in.parent)!r}\n")
+    settings = {"CC": "cc-of-mine", "CXX": "c++-of-mine", "CXXFLAGS": "-DBAR=(x)", "MAX_JOBS": "many"}
+    run(["setup.py", "-q", "build_ext", "--inplace"], sources, PYTHONPATH=str(tmp_path), **settings)
+    rules = dict(re.findall(r"rule (\w+)\n  command = (.*)", (tmp_path / "build.ninja").read_text()))
+    assert shlex.split(rules["compile"])[0] == shlex.split(rules["link"])[0] == "c++-of-mine"
+    assert "-DBAR=(x)" in shlex.split(rules["compile"])
+    assert "'-DBAR=(x)'" in rules["compile"]
+    assert int((tmp_path / "jobs").read_text()) >= 1
 
 
 def test_windows_takes_clang_cl_where_it_is_found(tmp_path, monkeypatch):

@@ -69,7 +69,7 @@ def test_convert_errors_are_one_line(released, tmp_path):
     (folder / "200_net_G3.pth").unlink()
     result = invoke("convert", folder, tmp_path / "out")
     assert result.exit_code == 2
-    assert result.stderr.startswith("error: weights: missing in ")
+    assert result.stderr.startswith("error: source: missing in ")
     assert result.stderr.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

@@ -14,7 +14,16 @@ import pytest
 import torch
 from torch import nn
 
-from lgnet_fast import Engine, LGNet, LGNetError, LocalGlobalRefinement, create_model, optimize
+from lgnet_fast import (
+    Engine,
+    LGNet,
+    LGNetError,
+    LocalGlobalRefinement,
+    OutOfMemoryError,
+    create_model,
+    optimize,
+)
+from lgnet_fast.engine import engine as engine_module
 from lgnet_fast.engine.cpu_executor import CpuExecutor
 from lgnet_fast.engine.engine import SHAPES_KEPT
 from lgnet_fast.engine.model_executor import ModelExecutor
@@ -400,6 +409,14 @@ def test_shapes_come_and_go_and_are_bounded(model):
     with torch.no_grad():
         assert_accurate("result", result, model(image, mask), roundings=2**14)
     assert len(fast._shapes) == SHAPES_KEPT
+
+
+@needs_extension
+def test_a_size_that_the_memory_cannot_hold_is_refused(monkeypatch):
+    """Before the first call, which the system would end."""
+    monkeypatch.setattr(engine_module, "available_memory", lambda device: 1 << 20)
+    with pytest.raises(OutOfMemoryError, match="^size, batch_size: its buffers take"):
+        optimize(create_model("lgnet_demo", **NARROW).eval(), size=(512, 512), device="cpu", dtype="float32")
 
 
 def test_plain_pytorch_runs_what_the_extension_cannot(model, monkeypatch, caplog):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -90,6 +91,34 @@ def norm(module: nn.Module) -> Callable[[LGNet], None]:
     return change
 
 
+def without_statistics(model: LGNet) -> None:
+    model.net_l.down1.norm.running_mean = model.net_l.down1.norm.running_var = None
+
+
+class Scaled(nn.Module):
+    """A wrapper without the attributes of what it wraps, as adapters of other packages are."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 0.5 * self.inner(input)
+
+
+def wrapped(path: str) -> Callable[[LGNet], None]:
+    def change(model: LGNet) -> None:
+        owner, _, name = path.rpartition(".")
+        setattr(model.get_submodule(owner), name, Scaled(model.get_submodule(path)))
+
+    return change
+
+
+def without_attention(model: LGNet) -> None:
+    for level in list(model.net_g.attention):
+        model.net_g.attention[level] = Scaled(nn.Identity())
+
+
 def more(model: LGNet) -> None:
     model.net_l.blocks.append(copy.deepcopy(model.net_l.blocks[0]))
 
@@ -111,6 +140,13 @@ WIDTH = 2 * NARROW["local_channels"]
         (norm(nn.BatchNorm2d(WIDTH, track_running_stats=False)), "net_l.down1.norm has track_running_stats = False"),
         (norm(nn.Identity()), "net_l.down1.norm is not BatchNorm2d but Identity"),
         (norm(nn.GroupNorm(1, WIDTH)), "net_l.down1.norm is not BatchNorm2d but GroupNorm"),
+        (norm(nn.BatchNorm2d(WIDTH, bias=False)), "net_l.down1.norm has no bias"),
+        (without_statistics, "net_l.down1.norm has no running_mean"),
+        (wrapped("net_c.encoder.e1.conv"), "net_c.encoder.e1.conv is not Conv2d but Scaled"),
+        (wrapped("net_g.encoder.e8"), "net_g.encoder.e8 is not Down but Scaled"),
+        (wrapped("net_l.stem"), "net_l.stem is not ConvBlock but Scaled"),
+        (wrapped("net_l"), "net_l is not LocalNet but Scaled"),
+        (without_attention, "is not AttentionBlock but Scaled"),
         (more, "net_l.blocks.4 is no layer of LGNet"),
     ],
 )
@@ -137,6 +173,11 @@ def by_parametrization(model: LGNet) -> None:
     parametrizations.spectral_norm(model.net_l.down1.conv)
 
 
+def by_spectral_hook(model: LGNet) -> None:
+    """No forward has divided `weight` by its norm yet."""
+    nn.utils.spectral_norm(model.net_l.down1.conv)
+
+
 def pruned(model: LGNet) -> None:
     """`weight` is computed by the next forward; the plan must not read the old one."""
     prune.random_unstructured(model.net_l.down1.conv, "weight", 0.5)
@@ -150,7 +191,7 @@ def one_convolution_twice(model: LGNet) -> None:
 
 @needs_the_executor
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("change", [by_hook, by_parametrization, pruned, one_convolution_twice])
+@pytest.mark.parametrize("change", [by_hook, by_parametrization, by_spectral_hook, pruned, one_convolution_twice])
 def test_other_weights_of_the_same_layers_are_planned(model: LGNet, change: Callable[[LGNet], None]) -> None:
     before = copy.deepcopy(model)
     change(model.eval())
@@ -158,6 +199,28 @@ def test_other_weights_of_the_same_layers_are_planned(model: LGNet, change: Call
     assert reason_against_plan(model) is None
     engine = optimize(model, device="cpu", dtype="float32")
     assert_runs_as(engine, model, before)
+
+
+class Forgotten(nn.Module):
+    def forward(self, image: Tensor, mask: Tensor) -> None:
+        pass
+
+
+class Locked(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+
+def test_first_stages_that_do_not_fit() -> None:
+    narrow = {"local_channels": 1, "global_channels": 1}
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    with pytest.raises(ValueError, match=r"^first_stage: expected a picture \[1, 3, 256, 256\] .*, got NoneType$"):
+        optimize(LocalGlobalRefinement(Forgotten(), **narrow).eval())(image, mask)
+    with pytest.raises(TypeError, match="^first_stage: expected a module that can be copied .*lock"):
+        optimize(LocalGlobalRefinement(Locked(), **narrow).eval())
+    with pytest.raises(ValueError, match="^local_channels: expected a positive integer, got 0"):
+        LocalGlobalRefinement(Forgotten(), local_channels=0)
 
 
 class Own(LGNet):

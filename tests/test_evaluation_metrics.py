@@ -187,14 +187,14 @@ def _hub_directory():
 def test_extras_that_are_not_installed_are_named(monkeypatch, pictures):
     hole = box_mask(20, 20, (5, 5, 10, 10))
     monkeypatch.setitem(sys.modules, "cv2", None)
-    with pytest.raises(MissingExtraError, match=r"lgnet_fast\[eval\]"):
+    with pytest.raises(MissingExtraError, match=r"lgnet-fast\[eval\]"):
         telea(noise(20, 20), hole)
     monkeypatch.setitem(sys.modules, "skimage.restoration", None)
-    with pytest.raises(MissingExtraError, match=r"scikit-image.*lgnet_fast\[eval\]"):
+    with pytest.raises(MissingExtraError, match=r"scikit-image.*lgnet-fast\[eval\]"):
         biharmonic(noise(20, 20), hole)
     result = invoke_eval("-i", pictures, "-o", pictures.parent / "out", "--metrics", "l1", "--size", 64)
     assert result.exit_code == 2
     assert result.stderr.strip().count("\n") == 0
     monkeypatch.setitem(sys.modules, "torchmetrics.functional.image", None)
-    with pytest.raises(MissingExtraError, match=r"torchmetrics.*lgnet_fast\[eval\]"):
+    with pytest.raises(MissingExtraError, match=r"torchmetrics.*lgnet-fast\[eval\]"):
         Metrics()

@@ -10,7 +10,7 @@ from tests.support import write_files
 from tools import house
 
 ROOT = Path(__file__).resolve().parent.parent
-FILES_OF_A_TASK = {"operator": 11, "instruction set": 3, "GPU": 2, "command": 3}
+FILES_OF_A_TASK = {"operator": 11, "instruction set": 3, "GPU": 2, "command": 4}
 
 
 @pytest.fixture(scope="module")

@@ -200,7 +200,7 @@ def test_errors(results, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "find_spec", lambda name: None)
     done = run.invoke(cli.app, ["bench"])
     assert done.exit_code == 2
-    assert done.stderr == 'error: the benchmarks need pytest-benchmark: pip install "lgnet_fast[bench]"\n'
+    assert done.stderr == "error: the benchmarks need pytest-benchmark: pip install 'lgnet-fast[bench]'\n"
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(report.LGNetError, match=r"the report needs matplotlib: pip install"):
         report.plots.table4(figures(ours=1.0, eager=2.0))

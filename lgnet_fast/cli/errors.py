@@ -50,10 +50,14 @@ def plain_warnings() -> Iterator[None]:
 def options_of(command: Any) -> dict[str, str]:
     """{parameter: its option}, such as {"source": "--input"}, of click's object of a command; without arguments.
 
-    Errors about "weights" are about the option --model, where there is one.
+    Errors about "weights" are about the option --model, where there is one, else about the argument `source`, where
+    there is one.
     """
     options = {one.name: max(one.opts, key=len) for one in command.params if one.param_type_name == "option"}
-    return options | ({"weights": "--model"} if "--model" in options.values() else {})
+    if "--model" in options.values():
+        return options | {"weights": "--model"}
+    arguments = {one.name for one in command.params if one.param_type_name == "argument"}
+    return options | ({"weights": "source"} if "source" in arguments else {})
 
 
 def spelt(text: str, options: dict[str, str]) -> str:

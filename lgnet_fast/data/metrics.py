@@ -69,7 +69,7 @@ class Metrics:
             import torchmetrics.functional.image
         except ImportError as cause:
             raise MissingExtraError(
-                f'metrics: torchmetrics cannot be imported ({cause}); pip install "lgnet_fast[eval]"'
+                f"metrics: torchmetrics cannot be imported ({cause}); pip install 'lgnet-fast[eval]'"
             ) from cause
         self._functional = torchmetrics.functional.image
         self.device = torch.device(device)
@@ -87,7 +87,7 @@ class Metrics:
             with _stalled_downloads_end():
                 network = load()
         except ImportError as cause:
-            self.missing[name] = f'torch-fidelity cannot be imported ({_line(cause)}); pip install "lgnet_fast[eval]"'
+            self.missing[name] = f"torch-fidelity cannot be imported ({_line(cause)}); pip install 'lgnet-fast[eval]'"
             return None
         except WeightsError as cause:
             self.missing[name] = one_line(cause)

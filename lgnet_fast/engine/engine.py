@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -74,7 +74,9 @@ class _Shape:
         return self.executor.restricted(self.plan, holes)
 
     def regions_for(self, holes: Sequence[Rect]) -> Regions | None:
-        """The rectangles of every step for these holes; None where a dense run costs no more."""
+        """The rectangles of every step for these holes; None where the run is dense, because that costs no more."""
+        if not self.executor.restricts:
+            return None
 
         def make() -> Regions | None:
             plan = self.restricted(holes)
@@ -85,6 +87,13 @@ class _Shape:
         return self.regions.get(tuple(holes), make)
 
 
+class _Holes(NamedTuple):
+    """Rectangles that contain the holes: of all samples together, and those of each sample where they are known."""
+
+    together: Sequence[Rect]
+    each: Sequence[Sequence[Rect]] = ()
+
+
 def _drop_buffers(shape: _Shape) -> None:
     """Also of a shape that something refers to: the engine to its first one, a launch to its executor."""
     shape.executor.drop_buffers()
@@ -92,11 +101,17 @@ def _drop_buffers(shape: _Shape) -> None:
 
 def _copied(first_stage: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """The first stage of an X_LG in evaluation mode, on a device and in a dtype of its own."""
-    with torch.inference_mode(False):
-        stage = copy.deepcopy(first_stage).eval().to(device, dtype)
+    try:
+        with torch.inference_mode(False):
+            stage = copy.deepcopy(first_stage).eval().to(device, dtype)
+    except Exception as error:  # a module may hold anything, such as a lock
+        raise TypeError(f"first_stage: expected a module that can be copied ({error_text(error)})") from error
 
     def run(image: Tensor, mask: Tensor) -> Tensor:
-        out: Tensor = stage(image.to(dtype), mask.to(dtype))
+        out = stage(image.to(dtype), mask.to(dtype))
+        if not isinstance(out, Tensor) or out.shape != image.shape:
+            got = list(out.shape) if isinstance(out, Tensor) else type(out).__name__
+            raise ValueError(f"first_stage: expected a picture {list(image.shape)} as its result, got {got}")
         return out
 
     return run
@@ -145,6 +160,7 @@ class Engine:
         self._device_holes = DeviceHoles()
         self._shapes: Recent[_Shape] = Recent(SHAPES_KEPT, _drop_buffers)
         self._first = _Shape(plan, executor)
+        self._make_room(executor.buffer_bytes, "size, batch_size")
         self._shapes.put(self._key(plan), self._first)
 
     @staticmethod
@@ -162,7 +178,7 @@ class Engine:
         Args:
             image: [B, 3, H, W] in [-1, 1]; H and W multiples of 256; any float dtype.
             mask: [B, 1, H, W], 1 = hole; dtype and device of `image`.
-            return_stages: also return the pictures of all stages. Raw ones are None in a run restricted to holes.
+            return_stages: also return the pictures of all stages; there are no raw ones in a run restricted to holes.
             holes: rectangles (top, bottom, left, right), ends excluded, that contain every hole pixel of all samples.
                 None: found in the mask; on the CPU for each sample, on a GPU for all samples together in cells of
                 32x32 pixels, where that needs no wait for queued work (:mod:`.device_holes`). For a mask on the CPU
@@ -171,12 +187,15 @@ class Engine:
                 its holes be given: writes through ``.data``, DLPack or a graph's replay are not noticed.
 
         Returns:
-            The merged result in the dtype of `image`, or :class:`Stages`.
+            The merged result [B, 3, H, W] in [-1, 1], in the dtype of `image`, or :class:`Stages`.
 
         Raises:
-            TypeError, ValueError: an argument that does not fit; the message names it.
+            TypeError, ValueError: an argument that does not fit; the message names it. Rectangles outside the picture
+                are ValueErrors, on the CPU also those that leave hole pixels out.
             LGNetError: the weights or an eps of the model have changed since the engine was made; an export or a
                 transform.
+            OutOfMemoryError: on a CPU, the buffers for this batch and size exceed the free memory.
+            torch.OutOfMemoryError: a GPU's memory does not suffice, also without the buffers of other sizes.
         """
         if torch.compiler.is_compiling() and not return_stages:
             return torch_compile.call(self._number, image, mask, holes)
@@ -186,25 +205,15 @@ class Engine:
         if not same_device(image.device, self.device):
             raise ValueError(f"image: expected device {self.device} as the engine, got {image.device}")
         self._notice_model()
-        each: list[tuple[Rect, ...]] = []
-        if holes is None and self.hole_aware and mask.device.type == "cpu":
-            if self._first.executor.per_sample:
-                each = [hole_boxes(sample) for sample in mask.split(1)]
-                holes = tuple(hole for own in dict.fromkeys(each) for hole in own)
-            else:
-                holes = hole_boxes(mask)
-        elif holes is not None:
-            holes = check_holes(holes, mask)
-        elif self.hole_aware and mask.is_cuda and self._first.executor.restricts and image.shape[0]:
-            holes = self._device_holes.find(mask)
-        if image.shape[0] == 0 or (holes is not None and not holes):
+        found = self._holes_of(mask, holes)
+        if image.shape[0] == 0 or (found is not None and not found.together):
             return self._unchanged(image, return_stages)
         with torch.no_grad(), without_autocast(self.device):
             shape = self._shape(image.shape[0], image.shape[2], image.shape[3])
 
             def run() -> tuple[Tensor | None, bool, Tensor, list[Tensor]]:
                 start = None if self._first_stage is None else self._first_stage(image, mask)
-                return start, *self._run(shape, image, mask, start, holes, each, return_stages)
+                return start, *self._run(shape, image, mask, start, found, return_stages)
 
             start, restricted, result, raw = self._with_room(shape, run)
             if not return_stages:
@@ -221,27 +230,43 @@ class Engine:
                 return Stages(None, None, None, (), merged)
             return Stages.of(self._stages, raw, merged)
 
+    def _holes_of(self, mask: Tensor, given: Sequence[Rect] | None) -> _Holes | None:
+        """The holes that a caller gave or that are found in the mask; None: not known here, so all is computed."""
+        if given is not None:
+            return _Holes(check_holes(given, mask))
+        if not self.hole_aware:
+            return None
+        executor = self._first.executor
+        if mask.device.type == "cpu":
+            if not executor.per_sample:
+                return _Holes(hole_boxes(mask))
+            each = [hole_boxes(sample) for sample in mask.split(1)]
+            return _Holes(tuple(hole for own in dict.fromkeys(each) for hole in own), each)
+        if mask.is_cuda and executor.restricts and mask.shape[0]:
+            found = self._device_holes.find(mask)
+            return None if found is None else _Holes(found)
+        return None
+
     def _run(
         self,
         shape: _Shape,
         image: Tensor,
         mask: Tensor,
         start: Tensor | None,
-        holes: Sequence[Rect] | None,
-        each: list[tuple[Rect, ...]],
+        holes: _Holes | None,
         stages: bool,
     ) -> tuple[bool, Tensor, list[Tensor]]:
         """(whether the run was restricted to holes, merged picture, raw pictures)"""
-        if shape.executor.per_sample and len(set(each)) > 1:
+        if holes is not None and len(set(holes.each)) > 1:
             with self._lock:
-                own = [shape.regions_for(boxes) for boxes in each]
+                own = [shape.regions_for(boxes) for boxes in holes.each]
             if any(regions is not None for regions in own):
                 return True, *shape.executor.run_each(image, mask, start, own, stages)
             return False, *shape.executor.run(image, mask, start, None, stages)
         regions = None
         if holes is not None:
             with self._lock:
-                regions = shape.regions_for(holes)
+                regions = shape.regions_for(holes.together)
         return regions is not None, *shape.executor.run(image, mask, start, regions, stages)
 
     def _notice_model(self) -> None:
@@ -268,10 +293,11 @@ class Engine:
         self._make_room(shape.executor.buffer_bytes)
         return shape
 
-    def _make_room(self, needed: int) -> None:
+    def _make_room(self, needed: int, argument: str = "image") -> None:
         """Drop the least recently used shapes whose buffers, with `needed` bytes more, exceed :data:`KEPT_SHARE`.
 
-        Raises OutOfMemoryError: on a CPU, `needed` exceeds the free memory.
+        `argument`: what asks for them, for the error. Raises OutOfMemoryError: on a CPU, `needed` exceeds the free
+        memory.
         """
         room = None if needed == 0 or is_capturing(self.device) else available_memory(self.device)
         if room is None:
@@ -280,8 +306,8 @@ class Engine:
         if self.device.type == "cpu" and needed > room + kept:
             # Linux grants memory that it does not have, and ends the process when the memory is used.
             raise OutOfMemoryError(
-                f"image: its buffers take {needed / 2**30:.1f} GiB, {(room + kept) / 2**30:.1f} GiB are free; pass "
-                "fewer or smaller pictures at once"
+                f"{argument}: its buffers take {needed / 2**30:.1f} GiB, {(room + kept) / 2**30:.1f} GiB are free; "
+                "pass fewer or smaller pictures at once"
             )
         most = KEPT_SHARE * (room + kept)
         for shape in self._shapes.values():
@@ -310,7 +336,14 @@ class Engine:
         return run()
 
     def warmup(self) -> None:
-        """Run once on a grey picture that is all hole, so that the first real call needs no set-up."""
+        """Run once on a grey picture that is all hole, so that the first real call needs no set-up.
+
+        The run has the batch and size that the engine was made for.
+
+        Raises:
+            LGNetError: the model has changed, as for a call.
+            torch.OutOfMemoryError: a GPU's memory does not suffice.
+        """
         image, mask = self._example()
         self(image, mask, holes=[self._first.plan.buffers[PICTURE].everywhere])
 
@@ -328,9 +361,15 @@ class Engine:
         """The plan as a table for ``rich``: step, shapes, GFLOP, MB, kernel, measured ms, GFLOP/s, and the least time
         at this machine's peak rates as a share of the measured time (Winograd can exceed 100 %).
 
+        GFLOP are 1e9 operations, two for each multiply-accumulate of direct arithmetic. MB are the 1e6 bytes that a
+        step must move at least, counted in float32. Where steps cannot be timed, the times are left out.
+
         Args:
             holes: describe the run restricted to these rectangles, as for a call; None: the dense run.
-            rounds: number of timed runs; the least times are shown.
+            rounds: number of timed runs, at least 1; the least times are shown.
+
+        Raises:
+            TypeError, ValueError: `holes` are no rectangles inside the picture.
         """
         plan = self.plan
         if holes is not None:
@@ -372,8 +411,9 @@ def optimize(
     most) and keeps the answer (:mod:`.cpu_path`).
 
     Args:
-        model: any LGNet or X_LG; used in evaluation mode, left untouched. One whose layers were changed (hooks, other
-            activations, convolutions of other classes) runs in plain PyTorch, with a WARNING.
+        model: any LGNet or X_LG; used in evaluation mode, left untouched. From another device its weights are copied
+            to `device`. One whose layers were changed (hooks, other activations, convolutions of other classes) runs
+            in plain PyTorch, with a WARNING.
         size: (height, width) to prepare for, multiples of 256; other shapes are planned at their first call.
         batch_size: to prepare for.
         device: "auto" (a GPU if there is one), or a name that torch knows.
@@ -391,6 +431,8 @@ def optimize(
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
         BackendError: a device or dtype that is not there.
+        OutOfMemoryError: on a CPU, the buffers for this size and batch exceed the free memory.
+        torch.OutOfMemoryError: a GPU's memory does not suffice for the weights, or for the check of one picture.
     """
     forks.prepare()
     if not isinstance(model, (LGNet, LocalGlobalRefinement)):
@@ -451,6 +493,8 @@ def _executor(
     reason = fast_executor_reason(device, dtype)
     if reason is not None:
         logger.info("the model runs in plain PyTorch: %s", reason)
+        if tune_seconds:
+            logger.warning("kernels are not tuned: %s", reason)
         return ModelExecutor(model, device, dtype)
     # Weights are rounded once, by the executor.
     plan = plan.to(device, torch.float32)

@@ -6,6 +6,7 @@ grouped convolutions, a `forward` of their own) is not in it.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import cast
 
@@ -29,33 +30,42 @@ _SETTINGS: dict[type[nn.Module], tuple[str, ...]] = {
     nn.ReflectionPad2d: ("padding",),
     AttentionBlock: ("variant",),
 }
+_PARTS: dict[type[nn.Module], tuple[str, ...]] = {nn.BatchNorm2d: ("weight", "bias", "running_mean", "running_var")}
+"""Tensors that the plan folds, and that a module may be made without."""
 _COMPUTE_WEIGHTS = (WeightNorm, SpectralNorm, prune.BasePruningMethod)
 """Hooks of torch.nn.utils that set a module's weight, which the plan reads."""
 _REPLACED_FORWARD = ("_original_forward", "_old_forward")
 """Attributes of modules whose `forward` accelerate has wrapped; it computes the same."""
 
 
+Kind = tuple[type[nn.Module], tuple[int | str | None, ...]]
+"""A class of networks and its arguments."""
+
+
 def plain_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Module, bool]]:
-    """The model's stages as :func:`.build.plan_stages` gives them, as new reference networks without values.
-
-    Raises:
-        TypeError: a stage is no network of the reference.
-    """
-    return [(name, _made(*_kind(name, net)), attends) for name, net, attends in plan_stages(model)]
+    """The model's stages as :func:`.build.plan_stages` gives them, as new reference networks without values."""
+    return [(name, _made(*_kind(model, name, net)), attends) for name, net, attends in plan_stages(model)]
 
 
-def _kind(name: str, net: nn.Module) -> tuple[type[nn.Module], tuple[int | str | None, ...]]:
-    """The class of a stage's network and its arguments."""
-    try:
+def _kind(model: LGNet | LocalGlobalRefinement, name: str, net: nn.Module) -> Kind:
+    """The class of a stage's network and its arguments: by its layers, else those that the model was made with."""
+    with contextlib.suppress(AttributeError, KeyError):  # layers that were replaced by others
         if isinstance(net, LocalNet):
             return LocalNet, (cast(nn.Conv2d, net.stem.conv).out_channels,)
         if isinstance(net, UNet):
             widths = [cast(Down, net.encoder[level]).conv.out_channels for level in ("e1", f"e{LEVELS}")]
             variants = [cast(AttentionBlock, block).variant for block in net.attention.values()]
             return UNet, (widths[0], variants[0] if variants else None, widths[1])
-    except (AttributeError, KeyError) as error:
-        raise TypeError(f"model: {name} is not a network of LGNet ({error})") from error
-    raise TypeError(f"model: expected a UNet or a LocalNet as {name}, got {type(net).__name__}")
+    if isinstance(model, LGNet):
+        coarse, local, global_ = model.channels
+        most = model.max_channels
+        if name == "net_c" and not model.share_coarse:
+            return UNet, (coarse, None, most)
+    else:
+        (local, global_), most = model.channels, None
+    if name == "net_l":
+        return LocalNet, (local,)
+    return UNet, (global_, None if name == "net_g_plain" else model.variant, most)
 
 
 def _made(kind: type[nn.Module], arguments: tuple[int | str | None, ...]) -> nn.Module:
@@ -76,7 +86,7 @@ def reason_against_engine(model: LGNet | LocalGlobalRefinement) -> str | None:
 def reason_against_plan(model: LGNet | LocalGlobalRefinement) -> str | None:
     """What a plan of the networks would not compute, in one sentence that names the module; None for nothing."""
     for name, net, _ in plan_stages(model):
-        kind, arguments = _kind(name, net)
+        kind, arguments = _kind(model, name, net)
         plain = _made_once(kind, arguments)  # type: ignore[arg-type]  # classes can be hashed
         if (reason := _difference(name, net, plain)) is not None:
             return reason
@@ -97,6 +107,9 @@ def _difference(stage: str, net: nn.Module, plain: nn.Module) -> str | None:
             found, wanted = getattr(own[name], setting), getattr(module, setting)
             if found != wanted:
                 return f"{where} has {setting} = {found}, not {wanted}"
+        for part in _PARTS.get(type(module), ()):
+            if getattr(own[name], part) is None:
+                return f"{where} has no {part}"
     for name in own:
         if name not in expected and "parametrizations" not in name.split("."):
             return f"{stage}.{name} is no layer of LGNet"
@@ -122,8 +135,11 @@ def _own_code(module: nn.Module, kind: type[nn.Module]) -> str | None:
 
 
 def refresh_weights(model: nn.Module) -> None:
-    """Compute weights that pruning or weight normalisation derives from others, as the next forward would."""
+    """Compute weights that pruning, weight or spectral normalisation derives from others, as a forward would."""
     for module in model.modules():
         for hook in module._forward_pre_hooks.values():
-            if isinstance(hook, _COMPUTE_WEIGHTS) and not isinstance(hook, SpectralNorm):
+            if isinstance(hook, SpectralNorm):
+                # As in evaluation mode; the hook itself would improve the singular vectors in training mode.
+                setattr(module, hook.name, hook.compute_weight(module, do_power_iteration=False))
+            elif isinstance(hook, _COMPUTE_WEIGHTS):
                 hook(module, ())

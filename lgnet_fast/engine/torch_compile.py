@@ -31,6 +31,8 @@ def call(number: int, image: Tensor, mask: Tensor, holes: Sequence[Rect] | None)
     """The engine's result, by the operator. For code that is being compiled; arguments are checked when it runs."""
     if torch.compiler.is_exporting():
         raise LGNetError(_NOT_EXPORTED)
+    if holes is not None and any(len(hole) != 4 for hole in holes):
+        raise TypeError(f"holes: expected Rect(top, bottom, left, right) of four integers each, got {holes!r}")
     edges = None if holes is None else [edge for hole in holes for edge in hole]
     result: Tensor = torch.ops.lgnet.engine(image.detach(), mask.detach(), edges, number)
     return result

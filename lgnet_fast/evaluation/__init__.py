@@ -1,6 +1,6 @@
 """Evaluation: scores per hole-ratio class (the paper's protocol) or per kind of hole.
 
-Needs ``pip install "lgnet_fast[eval]"``.
+Needs ``pip install 'lgnet-fast[eval]'``.
 """
 
 from __future__ import annotations

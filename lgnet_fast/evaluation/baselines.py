@@ -48,7 +48,7 @@ def biharmonic(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
         from skimage.restoration import inpaint_biharmonic
     except ImportError as cause:
         raise MissingExtraError(
-            f'baselines: scikit-image cannot be imported ({cause}); pip install "lgnet_fast[eval]", or ask for no '
+            f"baselines: scikit-image cannot be imported ({cause}); pip install 'lgnet-fast[eval]', or ask for no "
             "baselines"
         ) from cause
     known = np.where(hole[..., None], np.uint8(0), picture)
@@ -69,7 +69,7 @@ def _opencv() -> ModuleType:
         import cv2
     except ImportError as cause:
         raise MissingExtraError(
-            f'baselines: OpenCV cannot be imported ({cause}); pip install "lgnet_fast[eval]", or ask for no baselines'
+            f"baselines: OpenCV cannot be imported ({cause}); pip install 'lgnet-fast[eval]', or ask for no baselines"
         ) from cause
     return cv2
 

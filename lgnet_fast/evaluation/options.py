@@ -38,8 +38,9 @@ class EvaluationOptions:
             None, also ready Inpainters.
         classes: indices in HOLE_CLASSES or names such as "10-20%"; with `suite`, names in SUITE_KINDS; None: all
             (that the folder of masks has).
-        size: the shorter edge is scaled to it, then the centre is cropped to size x size; 0: pictures as they are.
-        seed: of the masks and of their assignment to pictures.
+        size: pixels, 0 or at least 16: the shorter edge is scaled to it, then the centre is cropped to size x size;
+            0: pictures as they are. LPIPS needs sides of at least 32.
+        seed: of the masks and of their assignment to pictures, 0 or more.
         mask_kind: "strokes", "boxes" or "mixed", for masks that are drawn.
         suite: thin and thick strokes, a box and a blob (:func:`lgnet_fast.data.masks.suite_mask`), and the measures
             of :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
@@ -54,9 +55,9 @@ class EvaluationOptions:
             :class:`lgnet_fast.evaluation.suite.SuiteMetrics`.
         out: folder for evaluation.json, evaluation.md and evaluation.png (original, masked, and every method's
             result). An interrupted evaluation with the same options is continued. None: nothing is written.
-        sheet_rows: rows of evaluation.png; None: 6, with `suite` 12. They show the first pictures, each with a mask
-            of another class; with `suite`, an equal number of every kind, evenly from the first method's best to its
-            worst by LPIPS (else SSIM, else l1).
+        sheet_rows: rows of evaluation.png, 0 or more; None: 6, with `suite` 12. They show the first pictures, each
+            with a mask of another class; with `suite`, an equal number of every kind, evenly from the first method's
+            best to its worst by LPIPS (else SSIM, else l1).
         device, dtype, backend: as for Inpainter.
 
     Raises:

@@ -29,10 +29,17 @@ _MARGIN, _CAPTION, _CELL = 6, 22, 192
 class Score:
     """Scores of one method on one hole-ratio class: means over `pictures` pictures (FID: of their sets).
 
-    `hole_class`: a class of hole ratios, or a kind of the suite. `l1` in percent, `psnr` in dB. None: not measured,
-    or (PSNR) infinite, where a picture has no difference. Only with the suite: `sharp`, the median of the fill's
-    gradient energy in the hole relative to the truth; `sharp_all`, the ratio of the sums; `hole_l1`, `hole_psnr`, of
-    the hole instead of the whole picture.
+    `method`: the title of a model or baseline. `hole_class`: a class of hole ratios ("10-20%"), "other" for ratios in
+    none, a kind of the suite ("thin"), or "all", the row over all classes, where there are several.
+
+    `l1`: percent, 0 to 100. `psnr`: dB, 0 or more. `ssim`: in [-1, 1], 1 for equal pictures; with Gaussian windows
+    11x11 of sigma 1.5, but with the suite uniform ones 7x7, so that the two do not compare. `lpips`, `fid`: 0 or
+    more, lower for pictures that are more alike. None: not measured, or (PSNR without the suite) infinite, where a
+    picture has no difference.
+
+    Only with the suite: `sharp`, the median of the fill's gradient energy in the hole relative to the truth, 0 or
+    more, 1 = as sharp; `sharp_all`, the ratio of the sums; `hole_l1`, `hole_psnr`, of the hole instead of the whole
+    picture. The suite's PSNR is at most 78 dB.
     """
 
     method: str
@@ -75,7 +82,11 @@ class Evaluation:
         raise KeyError((method, hole_class))
 
     def as_dict(self) -> dict[str, Any]:
-        """The evaluation as JSON values."""
+        """The evaluation as JSON values: the fields by their names, a score that is not measured or infinite as null.
+
+        Returns:
+            Dicts, lists, texts, numbers and None; this is the content of ``evaluation.json``.
+        """
         return asdict(self)
 
     def markdown(self) -> str:
@@ -118,7 +129,14 @@ class Evaluation:
         return notes
 
     def write(self, out: Path) -> None:
-        """Write ``evaluation.json`` and ``evaluation.md`` to the folder `out`, atomically."""
+        """Write ``evaluation.json`` (see :meth:`as_dict`) and ``evaluation.md`` to a folder, each atomically.
+
+        Args:
+            out: the folder; made if needed.
+
+        Raises:
+            OSError: a file cannot be written.
+        """
         write_atomically(out / "evaluation.json", json_bytes(self.as_dict()))
         write_atomically(out / "evaluation.md", self.markdown().encode("utf-8", "backslashreplace"))
 

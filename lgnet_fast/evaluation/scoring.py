@@ -53,11 +53,17 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
 
     Returns:
         The merged evaluation. Of several processes (`out` must be given, on a disk that they share) the first one
-        waits for the others and returns it; the others return None.
+        waits for the others and returns it; the others return None. A picture or mask that cannot be read, or is too
+        small, is listed in `failures` and left out of the scores.
 
     Raises:
-        UsageError: options that do not fit the existing files. WeightsError, BackendError, JobError,
-        MissingExtraError.
+        UsageError: options that do not fit the existing files, or a folder without pictures or masks.
+        InvalidMaskError: a file in the folder of masks cannot be read, where masks are assigned by class.
+        WeightsError: the weights of a model are missing or malformed.
+        BackendError: a device, dtype or backend that cannot run; or the launcher's variables contradict each other.
+        JobError: another process runs the same evaluation, or its journal cannot be written.
+        MissingExtraError: a package of the extra `[eval]` is not installed.
+        OSError: the results cannot be written to `out`.
     """
     world = world or World.from_environment()
     plan = _plan(options)

@@ -145,7 +145,7 @@ class SuiteMetrics:
             from skimage.metrics import structural_similarity
         except ImportError as cause:
             raise MissingExtraError(
-                f'suite: scikit-image cannot be imported ({cause}); pip install "lgnet_fast[eval]"'
+                f"suite: scikit-image cannot be imported ({cause}); pip install 'lgnet-fast[eval]'"
             ) from cause
         self._ssim: Callable[..., Any] = structural_similarity
         self.device = torch.device(device)

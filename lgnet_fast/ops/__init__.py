@@ -7,7 +7,17 @@
 ``merge(image, output, mask, tanh=False)``                  -> [B, 3, H, W], the merged picture
 ==========================================================  ==============================================
 
-Each also takes ``backend="auto" | "eager" | "triton" | "cpp"``.
+Each also takes ``backend="auto" | "eager" | "triton" | "cpp"``, and returns the dtype and device of its operands.
+
+Attention is softmax attention over the H*W positions by cosine similarity (paper, eq. (10)), in the formulation
+`variant`, "released" or "paper" (docs/model.md). `features` [B, C, H, W], `weight` [C, 2C, 1, 1] and `bias` [C] have
+one dtype. The merges compute ``image * (1 - mask) + output * mask``: `image` and `output` are [B, 3, H, W], `mask` is
+[B, 1, H, W], 1 = hole; with `tanh`, `output` is taken before its tanh.
+
+Operands are dense, of a real floating dtype. The fused backends need one dtype for all operands: "triton" float32,
+float16 or bfloat16, "cpp" float32, float64 or bfloat16 (the merges float16 too). Errors, which name the argument:
+TypeError for another dtype or layout; ValueError for another shape, device, variant or name of a backend;
+BackendError where a backend that was asked for by name cannot run.
 """
 
 from __future__ import annotations

@@ -152,10 +152,16 @@ def record(op: str, backend: str) -> None:
 
 
 def calls() -> dict[tuple[str, str], int]:
-    """{(operator, backend): runs}; backward runs are counted under ``<op>_backward``."""
+    """Which backends have run in this process, in all its threads, since it began or since :func:`reset_calls`.
+
+    Returns:
+        {(operator, backend): runs}, the backend "eager", "triton" or "cpp". Backward runs of fused backends are
+        counted under ``<op>_backward``. Runs that check a kernel before its first use are not counted. Networks whose
+        backend is "eager" and an engine's own kernels do not use the operators, so they are not counted either.
+    """
     return dict(_calls)
 
 
 def reset_calls() -> None:
-    """Forget all counts."""
+    """Forget all counts of this process, those of other threads too."""
     _calls.clear()

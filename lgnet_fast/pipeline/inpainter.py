@@ -40,8 +40,8 @@ class Inpainter:
         backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is faster (on a CPU in float32 or
             bfloat16, on an NVIDIA GPU from sm_80 on); others are passed to ``model.set_backend``.
         window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
-            largest padded picture that "auto" runs whole. At least ``model.size_multiple``; rounded down to a multiple
-            of it.
+            largest padded picture that "auto" runs whole. At least ``model.size_multiple``; it is rounded down to a
+            multiple of that.
         memory_limit: bytes, 0 or more, that a run may take beside the picture and the mask; None: the free memory of
             the system and of the GPU, asked before every run. With too little, "auto" takes smaller windows; it warns
             where a hole is then filled at a lower scale.
@@ -164,10 +164,11 @@ class Inpainter:
             is returned unchanged, with a UserWarning; there is one too if more than 95 % is hole.
 
         Raises:
-            InvalidImageError: a picture that cannot be read, or of another kind, shape or range. For a list or a batch
-                the text begins with the wrong picture's number, "picture[3]", from 0; so do errors about masks.
-            InvalidMaskError: the same for a mask; also an option of the mask of another type or out of its range.
-            ValueError: no such strategy. The two errors above are ValueErrors too.
+            InvalidImageError: a picture that cannot be read, or of another kind, shape or range.
+            InvalidMaskError: the same for a mask; or mask_threshold, invert_mask, dilate, feather or mask_channel is
+                of another type or out of its range. For a list or a batch, errors about one picture or its mask begin
+                with its number, "picture[3]", from 0.
+            ValueError: no such strategy. InvalidImageError and InvalidMaskError are ValueErrors too.
             OutOfMemoryError: the estimate exceeds the memory, before anything is allocated; or the run does.
             LGNetError: the network's output is not finite, even in float32.
             TypeError: the model returns no tensor of the image's shape.

@@ -25,7 +25,7 @@ from .sources import Encoded, file_of
 ACCEPTED = (
     "a PIL picture, a path, a file's bytes, a file opened for reading bytes, a DeepImage, an array [H, W] or "
     "[H, W, C] of uint8, uint16 or floats in [0, 1], a tensor [H, W], [C, H, W] or [B, C, H, W] of uint8 or floats "
-    "in [0, 1], C = 1, 3 or 4, or a list of those"
+    "in [0, 1], C = 1 to 4, or a list of those"
 )
 PIL_MODES = "1, L, LA, P, RGB, RGBA, I, I;16, I;16B, CMYK, YCbCr, HSV"
 

@@ -12,8 +12,8 @@ class Inpainted:
 
     `picture`: of the kind of the input: for an array one of its shape and dtype, for a file a PIL picture, or a
     DeepImage for 16-bit colour. `size`: (height, width) in pixels. `hole_ratio`: share of hole pixels in the mask, in
-    [0, 1], before dilation. `strategy`: the one that ran, None for an empty mask. `passes`: number of windows that the
-    network has run on, 0 for an empty mask.
+    [0, 1], before dilation. `strategy`: the one that ran, None for an empty mask. `passes`: number of windows on
+    which the network has run, 0 for an empty mask.
     """
 
     picture: Any

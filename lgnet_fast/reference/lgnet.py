@@ -42,6 +42,13 @@ _stored_dtype: ContextVar[torch.dtype | None] = ContextVar("_stored_dtype", defa
 """The dtype in which the save under way stores weights; huggingface_hub's methods do not pass it on."""
 
 
+def check_widths(**widths: int) -> None:
+    """Raise ValueError for a width that is no positive integer."""
+    for name, width in widths.items():
+        if isinstance(width, bool) or not isinstance(width, int) or width < 1:
+            raise ValueError(f"{name}: expected a positive integer, got {width!r}")
+
+
 class LGNet(
     Cascade,
     PyTorchModelHubMixin,
@@ -86,13 +93,7 @@ class LGNet(
         if stages not in CASCADES:
             raise ValueError(f"stages: expected one of {CASCADES}, got {stages!r}")
         check_variant(variant)
-        for name, width in (
-            ("coarse_channels", coarse_channels),
-            ("local_channels", local_channels),
-            ("global_channels", global_channels),
-        ):
-            if isinstance(width, bool) or not isinstance(width, int) or width < 1:
-                raise ValueError(f"{name}: expected a positive integer, got {width!r}")
+        check_widths(coarse_channels=coarse_channels, local_channels=local_channels, global_channels=global_channels)
         whole = isinstance(max_channels, int) and not isinstance(max_channels, bool)
         if max_channels is not None and (not whole or max_channels < 1):
             raise ValueError(f"max_channels: expected a positive integer or None, got {max_channels!r}")
@@ -369,6 +370,9 @@ class LocalGlobalRefinement(Cascade):
         super().__init__()
         if not isinstance(first_stage, nn.Module):
             raise TypeError(f"first_stage: expected a torch.nn.Module, got {type(first_stage).__name__}")
+        check_variant(variant)
+        check_widths(local_channels=local_channels, global_channels=global_channels)
+        self.variant, self.channels = variant, (local_channels, global_channels)
         self.net_l = LocalNet(local_channels)
         self.net_g = UNet(global_channels, attention=variant)
         if not any(p.is_meta for p in self.net_l.parameters()):

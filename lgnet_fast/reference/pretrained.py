@@ -141,8 +141,8 @@ def config_errors(path: str, names: Collection[str], others: Collection[str]) ->
 
 
 def upcast(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """16-bit floating tensors as float32, the networks' default dtype; others unchanged."""
-    return {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
+    """Floating tensors of 16 or fewer bits as float32, the networks' default dtype; others unchanged."""
+    return {k: v.float() if v.is_floating_point() and v.element_size() < 4 else v for k, v in tensors.items()}
 
 
 def check_names_and_shapes(found: Mapping[str, Any], expected: Mapping[str, tuple[int, ...]], what: str) -> None:
@@ -175,7 +175,11 @@ def read_safetensors(
     tensors = load_file(file, device=str(map_location))
     check_names_and_shapes(tensors, {k: tuple(v.shape) for k, v in expected.items()}, str(file))
     check_kinds(tensors, expected, str(file))
-    return upcast(tensors)
+    tensors = upcast(tensors)
+    kinds = {str(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
+    if len(kinds) > 1:
+        raise WeightsError(f"{file}: expected weights of one dtype, got {' and '.join(sorted(kinds))}")
+    return tensors
 
 
 def impostor(path: Path) -> str | None:

@@ -25,7 +25,23 @@ logger = logging.getLogger("lgnet_fast")
 
 
 def create_app(state: State) -> FastAPI:
-    """The ASGI application for the state of one server. Its lifespan warms the models up and ends the threads."""
+    """The ASGI application for the state of one server.
+
+        from lgnet_fast.serve import ServeOptions, State, create_app
+        app = create_app(State(ServeOptions(), {"lgnet": None}))  # for uvicorn, or another ASGI server
+
+    Its lifespan warms the models up and, at its end, closes the state: a State serves one application, once. Address
+    and port of the options are the server's matter.
+
+    Args:
+        state: of this application alone.
+
+    Returns:
+        The application, with all routes and the checks of host, origin, token and size.
+
+    Raises:
+        MissingExtraError: a package of the extra `[serve]` is not installed; the import of this function raises it.
+    """
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:

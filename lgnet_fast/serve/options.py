@@ -14,11 +14,12 @@ _ORIGIN = re.compile(r"https?://[^/?#\s]+")
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """Address, access and limits of the server. Checks itself; errors name the field.
+    """Address, access and limits of the server. Numbers and seconds must be above 0, except the port.
 
-    `host`, `port`: address to listen on; port 0: any free one. `token`: secret that clients must send, None: none; on
-    an address other than loopback :func:`lgnet_fast.serve.command.run` generates one. `cors`: origins of other pages
-    that may call the API, "https://host[:port]" each. `allowed_hosts`: names of the server, besides its address.
+    `host`, `port`: address to listen on; port 0 to 65535, 0: any free one. `token`: secret that clients must send, of
+    ASCII letters, digits and the characters ``._~-``, None: none; on an address other than loopback
+    :func:`lgnet_fast.serve.command.run` generates one. `cors`: origins of other pages that may call the API,
+    "https://host[:port]" each. `allowed_hosts`: names of the server, besides its address.
     `max_bytes`: of a request's body. `max_pixels`: of a picture, read from its header before it is decoded.
     `max_sessions`, `session_bytes`, `session_idle`: number of open pictures of the page, bytes of memory for all of
     them, and seconds after which an unused one is closed. `queue`: requests that may wait or run; more are answered
@@ -27,6 +28,8 @@ class ServeOptions:
     seconds between two parts of a body. `grace`: seconds after the signal to end during which new requests are still
     answered (503, also /v2/health/ready); at least the interval of a load balancer's checks. `shutdown`: seconds
     after the same signal in which running work must end; what has not ended by then is answered 503.
+
+    Raises ValueError: a value that a field does not take; the text begins with the name of the field.
     """
 
     host: str = "127.0.0.1"
@@ -57,7 +60,8 @@ class ServeOptions:
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 < value < math.inf:
                 raise ValueError(f"{name}: expected seconds > 0, got {value!r}")
-        if self.token is not None and not re.fullmatch(r"[A-Za-z0-9._~-]+", self.token):
+        valid = isinstance(self.token, str) and re.fullmatch(r"[A-Za-z0-9._~-]+", self.token)
+        if self.token is not None and not valid:
             raise ValueError("token: expected letters, digits and . _ ~ -, got something else")
         for name in ("cors", "allowed_hosts"):
             values = getattr(self, name)

@@ -37,7 +37,10 @@ if TYPE_CHECKING:
 
 
 class FillArguments(TypedDict, total=False):
-    """Options of a fill, see `Inpainter`; `allow_any_mask`: more than 95 % may be hole."""
+    """Options of a fill, see a call of `Inpainter`; `dilate` and `feather` in whole pixels.
+
+    `allow_any_mask` (False): more than 95 % may be hole.
+    """
 
     strategy: str
     dilate: int
@@ -53,8 +56,7 @@ _MASK_DEFAULTS = MaskOptions(allow_any_mask=False)
 
 @dataclass(frozen=True)
 class Part:
-    """A box of a picture after a fill: `samples` [h, w, C] of the picture's depth, and `touched` bool [h, w]: pixels
-    that the fill may have changed."""
+    """A box of a picture after a fill; :class:`Patch` explains its fields."""
 
     box: Rect
     samples: np.ndarray
@@ -65,9 +67,14 @@ class Part:
 class Patch:
     """The changes of one fill, and how it was made.
 
-    `parts`: one or more disjoint boxes. `box`: the box around all of them. `strategy`, `passes`: as in `Inpainted`.
-    `seconds`: duration of the call. `hole`: bool, the mask inside its bounding box, which begins at `at` (top, left);
-    `options`, `inpainter`: of the call.
+    `parts`: one or more disjoint boxes. Each has `box`, (top, bottom, left, right) in pixels of the picture, ends
+    excluded; `samples` [h, w, C], C = 1 (grey) or 3 (RGB), without alpha, in the depth of the picture: uint8 (levels
+    0 to 255), uint16 or, for PIL's mode I, int32 (0 to 65535), or floats in [0, 1]; and `touched` bool [h, w]: pixels
+    that the fill may have changed.
+
+    `box`: the box around all of them. `strategy`, `passes`: as in `Inpainted`. `seconds`: duration of the call.
+    `hole`: bool [h, w], the mask before dilation inside its bounding box, which begins at `at` (top, left).
+    `options`: of the call, by the keys "strategy" (as asked), "dilate" and "feather". `inpainter`: of the call.
     """
 
     parts: tuple[Part, ...]
@@ -81,7 +88,7 @@ class Patch:
 
     @property
     def box(self) -> Rect:
-        """The box around all parts, in pixels of the picture."""
+        """The box around all parts, (top, bottom, left, right) in pixels of the picture, ends excluded."""
         boxes = [part.box for part in self.parts]
         return Rect(
             min(box.top for box in boxes),
@@ -172,16 +179,24 @@ class Session:
         """Fill a hole of the current picture and keep the fill. Undone fills are dropped.
 
         Args:
-            mask: of the whole picture, as for `Inpainter`; with `at`, of a box of the picture.
-            at: (top, left) of that box, which must lie inside the picture.
-            position: number of fills that the caller sees; later ones are undone first.
+            mask: of the whole picture, as for `Inpainter`; with `at`, of a box of the picture: a PIL picture, or an
+                array or tensor [h, w] or [h, w, C].
+            at: (top, left) in whole pixels of that box, which must lie inside the picture.
+            position: number of fills that the caller sees; later ones are undone first. None: the current ones.
             inpainter: used for this fill instead of the session's.
             confirm: called when the fill is computed; if it raises, the session does not change.
-            options: see :class:`FillArguments`.
+            options: strategy, dilate and feather (whole pixels), mask_threshold, invert_mask, mask_channel, as for a
+                call of `Inpainter`; allow_any_mask (False).
+
+        Returns:
+            The changed boxes of the picture, and how they were made.
 
         Raises:
-            InvalidMaskError: unreadable, empty, outside the picture, more than 95 % without `allow_any_mask`.
-            OptionError: strategy, at, position. TypeError: no such option. Also errors of the `Inpainter`.
+            InvalidMaskError: unreadable, empty, outside the picture, more than 95 % without `allow_any_mask`, or an
+                option of the mask out of its range.
+            OptionError: strategy, at, position.
+            TypeError: no such option.
+            OutOfMemoryError, LGNetError: as of a call of `Inpainter`.
         """
         known = FillArguments.__annotations__
         if unknown := options.keys() - known.keys():
@@ -234,9 +249,17 @@ class Session:
             self._position = self._checked(position)
 
     def result(self, position: int | None = None) -> Any:
-        """The picture with its fills, of the same kind as the original (a path gives a PIL picture, or a DeepImage).
+        """The picture with its fills.
 
-        `position`: number of fills to include; None: the current ones.
+        Args:
+            position: number of fills to include; None: the current ones.
+
+        Returns:
+            A picture of the same kind, size and depth as the original, with its alpha; for a file a PIL picture, or a
+            DeepImage for 16-bit colour.
+
+        Raises:
+            OptionError: there are not that many fills.
         """
         patches = self._fills(position)
         samples = self._picture.samples.copy()
@@ -258,12 +281,20 @@ class Session:
     ) -> tuple[bytes, str]:
         """The result as a file with its metadata, and the Pillow format that it has.
 
-        `format`: a Pillow format name, in any case; None: the picture's format, or PNG where it has none or it cannot
-        be written. `quality`: as in `lgnet_fast.pipeline.encoding.save_picture`. `position`: as in `result`.
-        `convert`: a CMYK, YCbCr or HSV picture becomes RGB for a format that does not hold it, CMYK by its profile.
+        Args:
+            format: a Pillow format name, in any case; None: the picture's format, or PNG where it has none or it
+                cannot be written.
+            quality: 1 to 100, as in `lgnet_fast.pipeline.encoding.save_picture`.
+            position: as in :meth:`result`.
+            convert: a CMYK, YCbCr or HSV picture becomes RGB for a format that does not hold it, CMYK by its profile.
 
-        Raises InvalidImageError: an unknown format, one that cannot hold the picture (none holds floats), or another
-        quality.
+        Returns:
+            (the bytes of the file, the Pillow format's name in capitals).
+
+        Raises:
+            InvalidImageError: an unknown format, one that cannot hold the picture (none holds floats), or another
+                quality.
+            OptionError: there are not that many fills.
         """
         quality = checked_quality(quality)  # before the attempt below, which would take another format instead
         if isinstance(format, str) and format.upper() in MODES:
@@ -283,14 +314,27 @@ class Session:
             return encode(result, "PNG"), "PNG"
 
     def region(self, box: Rect, position: int | None = None) -> np.ndarray:
-        """A copy of the samples [h, w, C] in a box, with the first `position` fills (None: the current ones)."""
+        """A copy of the samples in a box, with the first `position` fills.
+
+        Args:
+            box: a :class:`lgnet_fast.engine.regions.Rect` (top, bottom, left, right) inside the picture, in pixels,
+                ends excluded. It is not checked.
+            position: as in :meth:`result`.
+
+        Returns:
+            [h, w, C], C = 1 (grey) or 3 (RGB), without alpha, in the depth of the picture, as in :class:`Patch`.
+
+        Raises:
+            OptionError: there are not that many fills.
+        """
         return self._read(box, self._fills(position))
 
     def stages(self, context: int = 32, position: int | None = None) -> tuple[Rect, list[np.ndarray]]:
         """The surroundings of the last fill, `context` pixels on each side: with the hole white, and after each stage
-        of the network, as (box, samples [h, w, C] of each). Runs the network again. `position`: as in `result`.
+        of the network, as (box, samples [h, w, C] of each, as in :class:`Patch`). Runs the network again.
+        `position`: as in `result`.
 
-        Raises OptionError: no fill.
+        Raises OptionError: no fill, or not that many.
         """
         fills = self._fills(position)
         if not fills:

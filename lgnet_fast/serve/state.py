@@ -36,11 +36,20 @@ MEDIA_TYPES = {
 
 
 class State:
-    """One server. `models`: {name: folder or hub id, None = the bundled one}; the first is the default.
+    """One server: what its routes share.
 
-    Raises Pillow's limit of pixels (`PIL.Image.MAX_IMAGE_PIXELS`) to `options.max_pixels`, if it is lower.
+    The constructor loads the models and starts the thread that runs the network; :meth:`close` ends it. Threads of
+    requests start with the first ones. Pillow's limit of pixels (`PIL.Image.MAX_IMAGE_PIXELS`) is raised to
+    `options.max_pixels` for the whole process, if it is lower.
 
-    Raises the errors of `Inpainter.from_pretrained`.
+    Args:
+        options: address, access and limits.
+        models: {name: folder or hub id, None = the bundled one}; the first is the default.
+        inpainter: device, dtype, backend, window, memory_limit, as for `Inpainter.from_pretrained`, for all models.
+
+    Raises:
+        WeightsError: no model is given, or its weights are missing or malformed.
+        BackendError, TypeError, ValueError: as of `Inpainter.from_pretrained`.
     """
 
     def __init__(self, options: ServeOptions, models: Mapping[str, str | None], **inpainter: Any) -> None:

@@ -1,4 +1,4 @@
-"""Training of LGNet: masks, data, configuration, trainer. Needs ``pip install "lgnet_fast[train]"`` to run."""
+"""Training of LGNet: masks, data, configuration, trainer. Needs ``pip install 'lgnet-fast[train]'`` to run."""
 
 from __future__ import annotations
 

@@ -83,12 +83,14 @@ class DataConfig:
     categories: tuple[str, ...] | None = None
     """Only pictures in folders of these names (Places2's 20 categories, for instance), or of those in a .txt file."""
     size: int = 256
+    """Side of the squares in pixels, a positive multiple of 256; 256 in the paper."""
     masks: str = "generated"
     """"generated", a folder of mask pictures (Liu et al.'s, QD-IMD, ...), or "paired": those in the tar shards."""
     mask_kind: str = "strokes"
     """"strokes", "boxes", "mixed", "varied" (thin and thick strokes, boxes, blobs and shapes like objects), or "fine"
     (half of them thin strokes, close together; half varied)."""
     mask_polarity: str = "white"
+    """Levels of mask pictures that are hole: "white", those above a half of the scale, or "black", the others."""
     hole_classes: tuple[int, ...] = tuple(range(len(HOLE_CLASSES)))
     """Classes of generated masks, drawn evenly; indices in :data:`.masks.HOLE_CLASSES`."""
     workers: int = 2
@@ -132,6 +134,7 @@ class LossConfig(LossWeights):
     """The same gradients with less memory, see ``generator_loss``; not used in float16."""
 
     def options(self) -> FeatureOptions:
+        """The settings of the feature terms, as ``generator_loss`` takes them."""
         return FeatureOptions(
             self.feature_stages, self.feature_pictures, self.feature_crop, float(self.feature_every)
         )
@@ -148,12 +151,16 @@ class OptimConfig:
     optimizer: Literal["adam", "muon"] = "adam"
     """Of the generators: Adam, as in the paper, or Muon (:mod:`.optimisers`)."""
     learning_rate: float = 2e-4
+    """Of the generators, above 0, before the factor of the schedule; 2e-4 in the paper."""
     discriminator_learning_rate: float | None = None
-    """None: `learning_rate`."""
+    """Above 0; None: `learning_rate`, as in the paper."""
     betas: tuple[float, float] = (0.5, 0.999)
+    """Decay rates of Adam's two moments, each in [0, 1); 0.5 and 0.999 in the paper. With Muon, of the parameters
+    that Adam optimises."""
     epochs: int | None = 200
+    """Length of the run in passes over all pictures, above 0; 200 in the paper. None needs `steps`."""
     steps: int | None = None
-    """Length of the run; overrides `epochs`."""
+    """Length of the run in optimiser steps, above 0; overrides `epochs`."""
     max_minutes: float | None = None
     """Longest duration of the run. The schedule follows the larger of the shares of time and of steps."""
     leg_minutes: float | None = None
@@ -161,6 +168,7 @@ class OptimConfig:
     schedule: Literal["paper", "linear", "cosine", "constant"] = "paper"
     """"paper": constant for half of the epochs, then falling linearly (docs/model.md)."""
     warmup_steps: int = 0
+    """Steps at the start, 0 or more, over which the learning rate rises linearly to its value; 0 in the paper."""
     clip: float | None = None
     """Largest gradient norm of either network."""
     ema: float | None = None
@@ -180,21 +188,30 @@ class RunConfig:
     """The run's folder, device, logs, validation and checkpoints."""
 
     directory: str = "runs/lgnet"
+    """Folder of the run: configuration, log, checkpoints, models. It is made if needed; "~" is the home folder."""
     seed: int = 0
+    """0 to 2**63 - 1: of the random weights, and of order, crops, colours and holes of the pictures, also of the
+    validation's holes."""
     device: Literal["auto", "cpu"] = "auto"
+    """"auto": a GPU if there is one, as accelerate chooses; "cpu"."""
     log_every: int = 50
+    """Steps, 1 or more, between lines of the log, each with the means of the losses since the one before."""
     picture_every: int = 500
     """Steps between picture grids, which are for TensorBoard; 0: none."""
     validate_every: int = 1000
+    """Steps, 1 or more, between validations; there is one at the end too."""
     metric: Literal["psnr", "ssim", "l1", "lpips"] = "psnr"
     """The metric that selects the best checkpoint."""
     validation_classes: tuple[int, ...] = (1, 2)
+    """Classes of the validation's stroke masks, indices 0 to 5 in :data:`.masks.HOLE_CLASSES`; every picture has one
+    mask of each."""
     validation_kinds: tuple[str, ...] = ()
     """Kinds of :data:`.masks.SUITE_KINDS`, instead of `validation_classes`. They are scored in batches on the device:
     l1, PSNR, sharpness, and LPIPS where ``loss.lpips_weights`` is given."""
     validation_pictures: int | None = None
     """Use only the first N pictures."""
     checkpoint_every: int = 1000
+    """Steps, 1 or more, between checkpoints; there is one at the end too."""
     checkpoint_minutes: float | None = None
     """Minutes after which a checkpoint is written, besides those by steps."""
     keep: int = 3
@@ -205,6 +222,7 @@ class RunConfig:
     finite_every: int = 1
     """With "stop": steps between checks of the loss. Each check waits for the GPU."""
     tensorboard: bool = True
+    """Write TensorBoard's files beside the log; needs the extra `[train]`."""
     threads: int | None = None
     """Threads of PyTorch on the CPU; None: PyTorch's default."""
 
@@ -379,13 +397,17 @@ def load_config(path: str | Path, overrides: typing.Sequence[str] = ()) -> Train
         path: the file.
         overrides: ``"section.name=value"``, the value in YAML; these replace values of the file.
 
+    Returns:
+        The configuration; settings that neither names have their defaults.
+
     Raises:
         ConfigError: the file cannot be read, or see :func:`config_of`.
+        MissingExtraError: PyYAML, of the extra `[train]`, is not installed; JSON files need it too.
     """
     try:
         import yaml  # noqa: F401
     except ImportError as error:
-        raise MissingExtraError('configurations need PyYAML: pip install "lgnet_fast[train]"') from error
+        raise MissingExtraError("configurations need PyYAML: pip install 'lgnet-fast[train]'") from error
     try:
         values = _parsed(Path(path).read_text(encoding="utf-8"))
     except Exception as error:  # a value that does not fit its YAML tag raises many types

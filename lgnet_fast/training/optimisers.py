@@ -37,7 +37,7 @@ def generator_optimiser(network: nn.Module, optim: OptimConfig, fused: bool | No
         from pytorch_optimizer import Muon
     except ImportError as error:
         raise MissingExtraError(
-            'optim.optimizer: muon needs pytorch_optimizer: pip install "lgnet_fast[train]"'
+            "optim.optimizer: muon needs pytorch_optimizer: pip install 'lgnet-fast[train]'"
         ) from error
     hidden = [p for p in trained if _is_hidden(p)]
     others = [p for p in trained if not _is_hidden(p)]

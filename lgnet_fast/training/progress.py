@@ -74,7 +74,7 @@ class Report:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError as error:
                 raise MissingExtraError(
-                    'TensorBoard is missing: pip install "lgnet_fast[train]", or set run.tensorboard=false'
+                    "TensorBoard is missing: pip install 'lgnet-fast[train]', or set run.tensorboard=false"
                 ) from error
             self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         log = folder / LOG

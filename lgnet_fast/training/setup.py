@@ -138,7 +138,7 @@ def make_accelerator(precision: str, device: str) -> Any:
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
-        raise MissingExtraError('training needs accelerate: pip install "lgnet_fast[train]"') from error
+        raise MissingExtraError("training needs accelerate: pip install 'lgnet-fast[train]'") from error
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
         # An earlier trainer of this process may have had another precision, which accelerate refuses to change.
         AcceleratorState._reset_state()

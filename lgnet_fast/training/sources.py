@@ -111,7 +111,7 @@ class HuggingFaceSource:
             import datasets
         except ImportError as error:
             raise MissingExtraError(
-                f'{setting}: "hf:" needs the package datasets: pip install "lgnet_fast[datasets]"'
+                f"{setting}: 'hf:' needs the package datasets: pip install 'lgnet-fast[datasets]'"
             ) from error
         try:
             found: Any = datasets.load_from_disk(name) if Path(name).is_dir() else datasets.load_dataset(name)

@@ -46,7 +46,8 @@ class Trainer:
     Args:
         config: of the run.
         model, discriminator: replace the configured ones, e.g. an X_LG; on the CPU.
-        features: any module or function picture -> list of features, instead of the configured network.
+        features: any module or function from a picture [B, 3, H, W] in [-1, 1] to a list of feature maps
+            [B, C, h, w], one for each level, of any C, h and w, instead of the configured network.
 
     Raises:
         ConfigError, DataError, WeightsError: before anything is written.
@@ -148,7 +149,17 @@ class Trainer:
         self.learner.training_mode()
 
     def train_step(self, batches: list[dict[str, Any]]) -> dict[str, Tensor] | None:
-        """One step of both optimisers on batches of :func:`.loader.collate`; the terms, None where it was skipped.
+        """One step of both optimisers, at their present learning rates; :attr:`step` is not advanced.
+
+        All processes must call it together.
+
+        Args:
+            batches: at least one, as of :func:`.loader.collate`: "image" [B, 3, S, S] in [-1, 1] and "mask"
+                [B, 1, S, S], 1 = hole. Their gradients are averaged.
+
+        Returns:
+            The terms of the loss by name, each a mean over the batches without dimensions; None where the step was
+            skipped.
 
         Raises:
             TrainingError: a loss is not finite, and ``run.on_nan`` is "stop".
@@ -163,7 +174,12 @@ class Trainer:
     # -- state ---------------------------------------------------------------------------------------------------
 
     def state(self) -> dict[str, Any]:
-        """The state that determines the rest of the run. All processes must call it together."""
+        """The state that determines the rest of the run. All processes must call it together.
+
+        Returns:
+            Tensors and plain values by name, as checkpoints hold them. Tensors of the networks and the optimisers are
+            their own, not copies.
+        """
         return {
             **self.learner.state(),
             "step": self.step,
@@ -178,7 +194,10 @@ class Trainer:
         }
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Continue from `state`, the result of :meth:`state`.
+        """Continue from an earlier state.
+
+        Args:
+            state: the result of :meth:`state`, or a checkpoint's.
 
         Raises:
             TrainingError: the state is of another network or optimizer, or of another number of processes, batch
@@ -382,8 +401,16 @@ class Trainer:
         return self.learner.averaged()
 
     def validate(self) -> dict[str, float]:
-        """Scores of the held-out pictures, see :class:`.validation.ClassValidation` and
-        :class:`.validation.KindValidation`; {} without ``data.validation``."""
+        """Scores of the held-out pictures by the network as it is exported. All processes must call it together.
+
+        Returns:
+            The scores by name, the same in all processes: see :meth:`.validation.ClassValidation.scores` and
+            :meth:`.validation.KindValidation.scores`; {} without ``data.validation``.
+
+        Raises:
+            TrainingError: another process has failed; its text has the error.
+            MissingExtraError: torchmetrics, of the extra `[train]`, is not installed (by classes).
+        """
         if self.validation is None:
             return {}
         self.learner.share_statistics()
@@ -409,7 +436,14 @@ class Trainer:
             self.export(self.folder / "best_model")
 
     def export(self, folder: Path) -> Path:
-        """Write the network to `folder` for ``LGNet.from_pretrained`` (an X_LG: its state dict, ``network.pt``).
+        """Write the network, with the weights of the moving average if there is one. All processes must call it
+        together; the first one writes.
+
+        Args:
+            folder: for ``LGNet.from_pretrained``; of an X_LG, its state dict goes to ``network.pt`` there.
+
+        Returns:
+            `folder`.
 
         Raises:
             TrainingError: it cannot be written.

@@ -8,7 +8,17 @@ BUNDLED = "lgnet_small"
 
 
 def bundled_path(name: str = BUNDLED) -> Path:
-    """Directory of a bundled model, as ``LGNet.from_pretrained`` takes it. Raises ValueError: no such model."""
+    """The folder of a bundled model.
+
+    Args:
+        name: of the model; the package has "lgnet_small".
+
+    Returns:
+        The folder, as ``LGNet.from_pretrained`` and ``Inpainter.from_pretrained`` take it.
+
+    Raises:
+        ValueError: no such model.
+    """
     path = Path(__file__).parent / name
     if not path.is_dir():
         known = sorted(p.name for p in Path(__file__).parent.iterdir() if (p / "config.json").is_file())
