@@ -117,6 +117,20 @@ def test_answers_keep_the_inputs_format_or_take_the_one_asked_for(client):
     np.testing.assert_array_equal(pixels_of(png.content)[~HOLE], pixels_of(jpeg)[~HOLE])
 
 
+def test_clients_that_take_anything_get_the_bytes(client):
+    body = {"image": base64_of(file_of(PICTURE)), "mask": base64_of(file_of(HOLE))}
+    for accept in ("application/json, text/plain, */*", "image/png, application/json", "*/*"):
+        answer = client.post("/api/v1/inpaint", json=body, headers={"Accept": accept})
+        assert answer.headers["content-type"] == "image/png", accept
+
+
+def test_data_addresses_in_any_case(client):
+    for scheme in ("data", "DATA"):
+        mask = f"{scheme}:image/png;base64,{base64_of(file_of(HOLE))}"
+        answer = client.post("/api/v1/inpaint", json={"image": base64_of(file_of(PICTURE)), "mask": mask})
+        assert answer.status_code == 200, answer.text
+
+
 def test_json_answers(client, expected):
     body = {"image": base64_of(file_of(PICTURE)), "mask": base64_of(file_of(~HOLE)), "invert_mask": True, "stages": 1}
     answer = client.post("/api/v1/inpaint", json=body, headers={"Accept": "application/json"}).json()
@@ -243,6 +257,22 @@ def test_webuiapis_client(server):
     )
     expected = Inpainter.from_pretrained(None)(PICTURE, HOLE, feather=2)
     np.testing.assert_array_equal(np.asarray(inverted.image), expected)
+
+
+def test_a_mask_with_transparent_places_is_its_alpha_for_a1111(client, expected):
+    """Black strokes on a transparent layer, as editors export them."""
+    strokes = np.zeros((*HOLE.shape, 4), np.uint8)
+    strokes[HOLE, 3] = 255
+    opaque = np.dstack([np.repeat(HOLE[..., None] * np.uint8(255), 3, axis=2), np.full(HOLE.shape, 255, np.uint8)])
+    for mask in (strokes, opaque):
+        body = {"init_images": [base64_of(file_of(PICTURE))], "mask": base64_of(file_of(mask)), "mask_blur": 0}
+        answer = client.post("/sdapi/v1/img2img", json=body)
+        assert answer.status_code == 200, answer.text
+        np.testing.assert_array_equal(pixels_of(base64.b64decode(answer.json()["images"][0])), expected)
+    damaged = {**body, "mask": base64_of(file_of(strokes)[:-40])}
+    refused = client.post("/sdapi/v1/img2img", json=damaged)
+    assert refused.status_code == 400
+    assert "mask" in refused.text
 
 
 def test_head_is_get_without_a_body(client):

@@ -101,11 +101,12 @@ def _drop_buffers(shape: _Shape) -> None:
 
 def _copied(first_stage: nn.Module, device: torch.device, dtype: torch.dtype) -> Callable[[Tensor, Tensor], Tensor]:
     """The first stage of an X_LG in evaluation mode, on a device and in a dtype of its own."""
-    try:
-        with torch.inference_mode(False):
-            stage = copy.deepcopy(first_stage).eval().to(device, dtype)
-    except Exception as error:  # a module may hold anything, such as a lock
-        raise TypeError(f"first_stage: expected a module that can be copied ({error_text(error)})") from error
+    with torch.inference_mode(False):
+        try:
+            stage = copy.deepcopy(first_stage)
+        except Exception as error:  # a module may hold anything, such as a lock
+            raise TypeError(f"first_stage: expected a module that can be copied ({error_text(error)})") from error
+        stage = stage.eval().to(device, dtype)
 
     def run(image: Tensor, mask: Tensor) -> Tensor:
         out = stage(image.to(dtype), mask.to(dtype))

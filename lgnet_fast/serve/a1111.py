@@ -7,7 +7,7 @@ import json
 
 from fastapi import APIRouter, Request, Response
 
-from .bodies import FillFields, Img2ImgRequest, checked, from_base64, read_json
+from .bodies import FillFields, Img2ImgRequest, checked, from_base64, mask_picture, read_json
 from .routing import IMAGE_RESPONSES, ServerState, body_of
 from .work import Job
 
@@ -28,7 +28,8 @@ async def img2img(request: Request, state: ServerState) -> Response:
         asked = read_json(body, Img2ImgRequest)
         fields = checked({"feather": asked.mask_blur, "invert_mask": bool(asked.inpainting_mask_invert)}, FillFields)
         image, mask = from_base64(asked.init_images[0], "init_images"), from_base64(asked.mask, "mask")
-        session, patch = state.fill_once(job, image, mask, fields)
+        channel = _channel(mask, state.options.max_pixels)
+        session, patch = state.fill_once(job, image, mask, fields, mask_channel=channel)
         data, _ = state.encode(job, session, "png", None)
         height, width = session.size
         parameters = asked.model_dump(exclude={"init_images", "mask"})
@@ -41,3 +42,12 @@ async def img2img(request: Request, state: ServerState) -> Response:
 
     data, job = await state.queue.run(work, request.is_disconnected)
     return Response(data, media_type="application/json", headers={"Server-Timing": job.server_timing})
+
+
+def _channel(mask: bytes, max_pixels: int) -> str:
+    """As A1111 reads a mask: its alpha where a part of it is transparent, else its brightness."""
+    picture = mask_picture(mask, max_pixels)
+    try:
+        return "alpha" if picture.mode == "RGBA" and picture.getchannel("A").getextrema() != (255, 255) else "luma"
+    except OSError:  # a damaged file, which the fill names
+        return "luma"

@@ -49,8 +49,11 @@ router = APIRouter()
 )
 async def inpaint(request: Request, state: ServerState) -> Response:
     """Fills the hole of a picture; the answer is the picture's bytes, in its own format unless `format` is
-    given. With `Accept: application/json` it is JSON with a data URL, timings and backend."""
-    wants_json = "application/json" in request.headers.get("accept", "").lower()
+    given. With `Accept: application/json`, without `image/` and `*/*`, it is JSON with a data URL, timings and
+    backend."""
+    accepted = request.headers.get("accept", "").lower()
+    # Clients that take anything, such as axios with "application/json, text/plain, */*", expect IOPaint's bytes.
+    wants_json = "application/json" in accepted and "*/*" not in accepted and "image/" not in accepted
     if has_type(request, "multipart/"):
         found = await form_fields(request, state, ("image", "mask"))
         return await _answer_inpaint(request, state, lambda: _of_form(found), wants_json)
