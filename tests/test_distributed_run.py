@@ -126,7 +126,10 @@ def test_a_process_killed_under_accelerate_launch_loses_nothing_and_repeats_noth
     before = _visible(out)
     finished = {name: content for name, content in before.items() if name.endswith(".png") and name[0] != "."}
     assert 2 <= len(finished) < 30
-    assert not report.exists() or not json.loads(report.read_text())["complete"]
+    if report.exists():
+        told = json.loads(report.read_text())
+        # Process 0 may have done its part and noticed the death before the launcher ended it.
+        assert not told["complete"] or told["processes"]["died"] == [1]
 
     second = _launch(arguments, log)
     try:
