@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..ops.torch_state import is_capturing
+from ..ops.torch_state import is_capturing, one_line
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -163,8 +163,7 @@ def elapsed_ms(call: Callable[[], object], device: torch.device) -> float:
 def error_text(error: BaseException) -> str:
     """An exception in one line, preceded by its context: a failed capture hides the error of the launch."""
     first = error.__cause__ or error.__context__
-    text = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return text if first is None else f"{error_text(first)}; then {text}"
+    return one_line(error) if first is None else f"{error_text(first)}; then {one_line(error)}"
 
 
 class Program:
