@@ -143,8 +143,9 @@ def test_files_of_other_networks_and_broken_files(tmp_path):
     file = tmp_path / "file.pth"
     # VGG-19's third block has a fourth convolution where VGG-16 has the pool.
     torch.save({f"features.{k}": v for k, v in state().items()} | {"features.16.weight": torch.zeros(1)}, file)
-    with pytest.raises(WeightsError, match=r"unexpected \(1\): 16.weight"):
-        VGG16Features.from_torchvision(file)
+    for load in (VGG16Features.from_torchvision, VGG16Features.from_file):
+        with pytest.raises(WeightsError, match=r"unexpected \(1\): 16.weight"):
+            load(file)
     torch.save({"conv1.weight": torch.zeros(1)}, file)
     with pytest.raises(WeightsError, match=r"missing \(14\).*unexpected \(1\): conv1.weight"):
         VGG16Features.from_torchvision(file)

@@ -78,19 +78,27 @@ def _imagenet(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]
 
 
 def read_weights(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Tensor]:
-    """The tensors of a weights file in either layout, by the names of the numbered one, float32 (or float64).
+    """The tensors of a weights file in either layout, by the names of the numbered one.
+
+    Arguments, dtypes and errors are those of :func:`read_tensors`.
+    """
+    return _numbered(read_tensors(path, sha256))
+
+
+def read_tensors(path: str | os.PathLike[str], sha256: str | None = None) -> dict[str, Tensor]:
+    """The tensors of a weights file by its own names, float32 (or float64).
 
     Args:
         path: ``.npz``, ``.safetensors``, or a PyTorch file.
         sha256: hash of the file or its start, in hexadecimal; None: the one in the file's name, if there is one.
 
     Raises:
-        WeightsError: no such file, another hash, damaged, unsafe, or of neither layout.
+        WeightsError: no such file, another hash, damaged, or unsafe.
     """
     file = Path(path)
     if not file.is_file():
         raise WeightsError(f"weights: expected a file of VGG-16 or AlexNet, got {str(file)!r}, which does not exist")
-    check_hash(file, sha256)
+    _check_hash(file, sha256)
     tensors: Mapping[str, Tensor]
     try:
         if file.suffix == ".npz":
@@ -104,10 +112,10 @@ def read_weights(path: str | os.PathLike[str], sha256: str | None = None) -> dic
         raise
     except (OSError, ValueError, TypeError, BadZipFile, SafetensorError) as error:
         raise WeightsError(f"weights: {str(file)!r} cannot be read ({error})") from error
-    return upcast(_numbered(tensors))
+    return upcast(tensors)
 
 
-def check_hash(file: Path, sha256: str | None) -> None:
+def _check_hash(file: Path, sha256: str | None) -> None:
     """Raise WeightsError unless the SHA-256 of `file` starts with `sha256`, or with the hash in its name."""
     if sha256 is None:
         promised = re.search(r"-([0-9a-f]{8,64})$", file.stem)

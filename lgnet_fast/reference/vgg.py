@@ -9,14 +9,14 @@ from __future__ import annotations
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import WeightsError
-from .features import check_hash, normalise, read_weights
+from .features import normalise, read_tensors
 from .pretrained import TORCHVISION_URL, check_names_and_shapes, torchvision_file, upcast
 from .released import load_state_dict_file
 
@@ -31,6 +31,7 @@ _ADVICE = (
 # Output channels of the convolutions of each block; a max pool ends it.
 _BLOCKS = ((64, 64), (128, 128), (256, 256, 256))
 _LAYERS = sum(2 * len(block) + 1 for block in _BLOCKS)
+_LEAVES = {"w": "weight", "b": "bias"}
 
 
 class VGG16Features(nn.Sequential):
@@ -94,23 +95,14 @@ class VGG16Features(nn.Sequential):
         """Load the first seven convolutions of a file: torchvision's, ``.safetensors`` or ``.npz``.
 
         Args:
-            path, sha256: see :func:`.features.read_weights`, which describes the layouts; further convolutions and
-                LPIPS's heads are left out.
+            path, sha256: see :func:`.features.read_tensors`; :mod:`.features` describes the layouts. Further
+                convolutions, the classifier and LPIPS's heads are left out.
             normalised: as in the constructor.
 
         Raises:
             WeightsError: the file is missing, has another hash, is damaged, unsafe, or of another network.
         """
-        weights = read_weights(path, sha256)
-        with torch.device("meta"):
-            net = cls(normalised)
-        places = [i for i, layer in enumerate(net) if isinstance(layer, nn.Conv2d)]
-        names = {f"{leaf[0]}{i}": f"{p}.{leaf}" for i, p in enumerate(places) for leaf in ("weight", "bias")}
-        expected = {short: tuple(net.state_dict()[name].shape) for short, name in names.items()}
-        check_names_and_shapes({k: v for k, v in weights.items() if k in expected}, expected, str(path))
-        net.load_state_dict({name: weights[short] for short, name in names.items()}, strict=True, assign=True)
-        net.requires_grad_(False)
-        return net
+        return cls._from(read_tensors(path, sha256), str(path), normalised)
 
     @classmethod
     def from_torchvision(cls, path: str | os.PathLike[str] | None = None, normalised: bool = False) -> VGG16Features:
@@ -138,26 +130,35 @@ class VGG16Features(nn.Sequential):
             raise WeightsError(
                 f"weights: expected torchvision's VGG-16 file, got {file}, which does not exist. {_ADVICE}"
             )
-        if path is not None:  # the cached file was checked when it was downloaded
-            check_hash(file, None)
-        state = _select(load_state_dict_file(file))
+        # The cached file's hash was checked when it was downloaded.
+        tensors = upcast(load_state_dict_file(file)) if path is None else read_tensors(file)
+        return cls._from(tensors, str(file), normalised)
+
+    @classmethod
+    def _from(cls, tensors: Mapping[str, Tensor], what: str, normalised: bool) -> VGG16Features:
         with torch.device("meta"):
             net = cls(normalised)
-        check_names_and_shapes(state, {k: tuple(v.shape) for k, v in net.state_dict().items()}, str(file))
-        net.load_state_dict(upcast(state), strict=True, assign=True)
+        places = [place for place, layer in enumerate(net) if isinstance(layer, nn.Conv2d)]
+        state = _select(tensors, places)
+        check_names_and_shapes(state, {name: tuple(v.shape) for name, v in net.state_dict().items()}, what)
+        net.load_state_dict(state, strict=True, assign=True)
         net.requires_grad_(False)  # assigned tensors keep their requires_grad
         return net
 
 
-def _select(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tensors of the first three blocks, named ``0.weight``...; unknown names are kept, so that they are
-    reported."""
+def _select(tensors: Mapping[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
+    """The tensors of the first three blocks by the names of the modules, ``0.weight``...
+
+    Unknown names are kept, so that they are reported: with a fourth convolution in its third block a file is VGG-19's.
+    """
     selected = {}
-    for name, tensor in state.items():
-        match = re.fullmatch(r"(?:features\.)?(\d+)\.(\w+)", name)
-        if match is None:
-            if not name.startswith("classifier."):
-                selected[name] = tensor
-        elif int(match[1]) < _LAYERS:
-            selected[f"{match[1]}.{match[2]}"] = tensor
+    for name, tensor in tensors.items():
+        if match := re.fullmatch(r"(?:features\.)?(\d+)\.(\w+)", name):  # torchvision's
+            if int(match[1]) < _LAYERS:
+                selected[f"{match[1]}.{match[2]}"] = tensor
+        elif match := re.fullmatch(r"([wb])(\d+)", name):  # numbered
+            if int(match[2]) < len(places):
+                selected[f"{places[int(match[2])]}.{_LEAVES[match[1]]}"] = tensor
+        elif not name.startswith(("classifier.", "lin")):
+            selected[name] = tensor
     return selected
