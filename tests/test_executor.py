@@ -288,6 +288,7 @@ def test_many_shapes_are_kept_where_there_is_room(monkeypatch: pytest.MonkeyPatc
         torch.OutOfMemoryError,
         MemoryError,
         lambda: RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory: you"),
+        lambda: RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_a_run_that_finds_no_memory_is_repeated_without_the_other_shapes(

@@ -36,6 +36,8 @@ def test_list_models():
     assert list_models() == ["lgnet", "lgnet_share", "lgnet_light", "lgnet_demo", "lgnet_small", *ABLATIONS]
     with pytest.raises(ValueError, match="name: expected one of .*got 'lgnet_huge'"):
         create_model("lgnet_huge")
+    with pytest.raises(ValueError, match=r"name: expected one of .*got \['lgnet'\]"):
+        create_model(["lgnet"])  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(

@@ -327,6 +327,14 @@ class SlowFill(BlurFill):
         return super().forward(image, mask, return_stages)
 
 
+@pytest.mark.parametrize("box", [(0, 97, 0, 10), (-1, 10, 0, 10), (5, 5, 0, 10), (0, 10, 0, 121)])
+def test_a_region_lies_inside_the_picture(pipe, box):
+    session = Session(photo(), pipe)
+    with pytest.raises(OptionError, match=r"^box: expected pixels inside the picture \[96, 120\], got \("):
+        session.region(Rect(*box))
+    assert session.region(Rect(90, 96, 0, 120)).shape == (6, 120, 3)
+
+
 def test_a_picture_is_read_while_it_is_filled(pipe):
     slow = SlowFill()
     session = Session(photo(), pipe)

@@ -1,4 +1,7 @@
-"""Device and dtype by name. An explicit choice that cannot run raises with the reason; only "auto" falls back."""
+"""Device and dtype by name, and the memory that a device has left.
+
+An explicit choice that cannot run raises with the reason; only "auto" falls back.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,7 @@ import contextlib
 
 import torch
 
+from .. import limits
 from ..errors import BackendError
 
 _ALIASES = {"fp16": "float16", "half": "float16", "bf16": "bfloat16", "fp32": "float32", "float": "float32"}
@@ -46,6 +50,14 @@ def resolve_device(device: str | torch.device) -> torch.device:
 def same_device(a: torch.device, b: torch.device) -> bool:
     """Whether two devices are the same; "mps" and "xpu" equal "mps:0" and "xpu:0", which their tensors report."""
     return a.type == b.type and (a.index or 0) == (b.index or 0)
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that can still be allocated on `device`, None where the system does not report them."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return limits.memory()
 
 
 def without_autocast(device: torch.device) -> contextlib.AbstractContextManager[None]:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from .. import forks
 from ..errors import LGNetError, OutOfMemoryError
-from ..ops.torch_state import is_capturing
+from ..ops.torch_state import is_capturing, is_out_of_memory
 from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
@@ -28,7 +28,7 @@ from .cpu_tuning import SECONDS
 from .cuda_executor import CudaExecutor
 from .describe import describe
 from .device_holes import DeviceHoles
-from .devices import resolve_device, resolve_dtype, same_device, without_autocast
+from .devices import available_memory, resolve_device, resolve_dtype, same_device, without_autocast
 from .executor import Executor, Regions
 from .graphs import error_text, free_cached
 from .holes import check_holes
@@ -38,7 +38,6 @@ from .operator_executor import OperatorExecutor
 from .plan import PICTURE, Plan
 from .recent import Recent
 from .regions import Rect
-from .room import available_memory, is_out_of_memory
 from .saved import read_engine, write_engine
 from .structure import plain_stages, reason_against_engine, reason_against_plan, refresh_weights
 from .verified import verified

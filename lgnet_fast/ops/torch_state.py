@@ -22,16 +22,27 @@ def is_capturing(device: torch.device) -> bool:
         return torch.cuda.is_current_stream_capturing()
 
 
-def pass_on_out_of_memory(error: Exception) -> None:
-    """Raise torch.OutOfMemoryError where `error` is one or says that the driver or a library could not allocate.
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an exception of PyTorch, NumPy, a driver or the C++ extension says that memory could not be allocated.
 
-    That is no fault of a kernel: on a full GPU, loading a kernel already fails, with "Triton Error [CUDA]: out of
-    memory".
+    Only PyTorch's allocator for GPUs and Python itself have a type for it. On a full GPU, loading a kernel already
+    fails, with "Triton Error [CUDA]: out of memory".
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = "out of memory|ALLOC(ATION)?_FAILED|allocate memory|not enough memory"
+    return isinstance(error, Exception) and re.search(said, str(error)) is not None
+
+
+def pass_on_out_of_memory(error: Exception) -> None:
+    """Raise `error`, or torch.OutOfMemoryError from it, where it says that memory could not be allocated.
+
+    That is no fault of a kernel.
     """
     try:
-        if isinstance(error, torch.OutOfMemoryError):
+        if isinstance(error, torch.OutOfMemoryError | MemoryError):
             raise error
-        if re.search("out of memory|ALLOC(ATION)?_FAILED", str(error)):
+        if is_out_of_memory(error):
             raise torch.OutOfMemoryError(one_line(error)) from error
     finally:
         # The exception's traceback refers to this frame. A reference back would keep the tensors of all its frames

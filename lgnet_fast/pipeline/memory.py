@@ -7,10 +7,10 @@ from contextlib import AbstractContextManager
 
 import torch
 
+from ..engine.devices import available_memory as available_memory
 from ..engine.engine import KEPT_SHARE, SHAPES_KEPT
-from ..engine.room import available_memory as available_memory
-from ..engine.room import is_out_of_memory
 from ..errors import OutOfMemoryError
+from ..ops.torch_state import is_out_of_memory
 from .strategies import check, padded
 
 # Bytes per pixel of a file in 8-bit colour: the decoded picture and mask, the copy that is painted, the result.

@@ -43,6 +43,6 @@ def create_model(name: str, **overrides: Any) -> LGNet:
         ValueError: no such name, or an argument of another type or value.
         TypeError: LGNet has no such argument.
     """
-    if name not in _CONFIGS:
+    if not isinstance(name, str) or name not in _CONFIGS:
         raise ValueError(f"name: expected one of {list_models()}, got {name!r}")
     return LGNet(**{**_CONFIGS[name], **overrides})

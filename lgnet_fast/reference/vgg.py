@@ -149,7 +149,7 @@ class VGG16Features(nn.Sequential):
 def _select(tensors: Mapping[str, Tensor], places: Sequence[int]) -> dict[str, Tensor]:
     """The tensors of the first three blocks by the names of the modules, ``0.weight``...
 
-    Unknown names are kept, so that they are reported: with a fourth convolution in its third block a file is VGG-19's.
+    Unknown names are kept, so that they are reported: a fourth convolution in the third block is VGG-19's.
     """
     selected = {}
     for name, tensor in tensors.items():

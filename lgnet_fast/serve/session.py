@@ -318,15 +318,18 @@ class Session:
 
         Args:
             box: a :class:`lgnet_fast.engine.regions.Rect` (top, bottom, left, right) inside the picture, in pixels,
-                ends excluded. It is not checked.
+                ends excluded.
             position: as in :meth:`result`.
 
         Returns:
             [h, w, C], C = 1 (grey) or 3 (RGB), without alpha, in the depth of the picture, as in :class:`Patch`.
 
         Raises:
-            OptionError: there are not that many fills.
+            OptionError: the box is empty or not inside the picture, or there are not that many fills.
         """
+        height, width = self.size
+        if not (0 <= box.top < box.bottom <= height and 0 <= box.left < box.right <= width):
+            raise OptionError(f"box: expected pixels inside the picture [{height}, {width}], got {tuple(box)}")
         return self._read(box, self._fills(position))
 
     def stages(self, context: int = 32, position: int | None = None) -> tuple[Rect, list[np.ndarray]]:
