@@ -199,8 +199,9 @@ def selected_jobs(arguments: argparse.Namespace, title: str) -> list[Job]:
 
 def compile_here(arguments: argparse.Namespace) -> int:
     """Compile with the Triton of this process, print, and return the number of violations."""
-    import lgnet_fast.kernels.aot as aot
     import triton
+
+    import lgnet_fast.kernels.aot as aot
 
     begin = time.monotonic()
     title = f"triton {triton.__version__}"

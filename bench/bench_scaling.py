@@ -16,7 +16,7 @@ from bench.bench_inference import model_of
 from bench.timing import SMOKE
 from lgnet_fast import optimize
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 from lgnet_fast.engine.describe import measure_peaks, traffic
 
 NETWORK = "lgnet_demo" if SMOKE else "lgnet"

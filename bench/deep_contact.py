@@ -31,7 +31,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu_contact import Log, graph_of, median_us, model_and_plan, picture
-from lgnet_fast.engine.cuda_launches import run_all
+from lgnet_fast.engine.cuda.launches import run_all
 
 SECTIONS = ("load", "layers", "chain", "graph", "clocks")
 PROCESSES = (("load", "layers"), ("chain",), ("graph", "clocks"))
@@ -50,9 +50,8 @@ class Bench:
     """The plan, its packed weights, and groups of its steps."""
 
     def __init__(self, model: str, dtype: torch.dtype) -> None:
+        from lgnet_fast.engine.cuda.executor import CudaExecutor
         from lgnet_fast.kernels.deep import held_clusters
-
-        from lgnet_fast.engine.cuda_executor import CudaExecutor
 
         self.model, self.plan = model_and_plan(model, 1)
         self.dtype = dtype
@@ -64,9 +63,8 @@ class Bench:
 
     def groups(self, rows: int, cluster: int | None = None, **options: Any) -> dict[int, Any]:
         """First step -> group, or why there is none."""
+        from lgnet_fast.engine.cuda import deep_layers as deep
         from lgnet_fast.kernels.deep import best_cluster
-
-        from lgnet_fast.engine import deep
 
         found: dict[int, Any] = {}
         for numbers in deep.runs(self.plan, rows):
@@ -86,7 +84,7 @@ class Bench:
 
     def choose_launch(self, log: Log) -> None:
         """Launch without the cooperative attribute where the driver rejects it."""
-        from lgnet_fast.engine import deep
+        from lgnet_fast.engine.cuda import deep_layers as deep
 
         first, group = next((f, g) for f, g in self.groups(16).items() if not isinstance(g, str))
         steps = self.plan.steps[first : first + len(group.layers)]
@@ -147,7 +145,7 @@ def load(bench: Bench, log: Log) -> None:
 
 def _untouched(steps: Any, before: dict[str, Tensor], maps: dict[str, Tensor]) -> bool:
     """Whether nothing but the stores of `steps` has changed."""
-    from lgnet_fast.engine.deep import view_of
+    from lgnet_fast.engine.cuda.deep_layers import view_of
 
     kept = {name: value.clone() for name, value in maps.items()}
     for step in steps:
@@ -160,9 +158,8 @@ def _check(
     bench: Bench, log: Log, section: str, rows: int, options: dict[str, Any], only: bool, nets: int | None = None
 ) -> bool:
     """Whether the groups (the first `nets` of them) are right; `only`: each layer by itself."""
+    from lgnet_fast.engine.cuda import deep_layers as deep
     from lgnet_fast.kernels.deep import STATE_STRIDE
-
-    from lgnet_fast.engine import deep
 
     right = True
     for first, group in list(bench.groups(rows, **options).items())[:nets]:
@@ -275,7 +272,7 @@ def graph(bench: Bench, log: Log) -> None:
 
 
 def clocks(bench: Bench, log: Log) -> None:
-    from lgnet_fast.engine.deep import group_launch
+    from lgnet_fast.engine.cuda.deep_layers import group_launch
 
     image, mask = picture(1)
     bench.executor.memory.take(image, mask, None)

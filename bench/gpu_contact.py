@@ -33,10 +33,10 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from lgnet_fast.engine.cuda_launches import run_all
+from lgnet_fast.engine.cuda.launches import run_all
 
 if TYPE_CHECKING:
-    from lgnet_fast.engine.graph_executor import GraphExecutor
+    from lgnet_fast.engine.cuda.graph_executor import GraphExecutor
 
 
 class Log:
@@ -72,7 +72,7 @@ def median_us(call: Callable[[], None], repeats: int = 20, inner: int = 1) -> fl
 
 def graph_of(launches: Callable[[], None], spread: bool = False) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `launches`, which run once before the capture; `spread`: see `capture`."""
-    from lgnet_fast.engine.graphs import capture
+    from lgnet_fast.engine.cuda.graphs import capture
 
     device = torch.device("cuda", torch.cuda.current_device())
     return capture(launches, device, torch.cuda.graph_pool_handle(), spread)
@@ -172,9 +172,9 @@ def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
 
 def time_graph(plan: Any, dtype: torch.dtype, tuned: Any, log: Log, label: str) -> None:
     """Time the whole forward in several forms; "operators": by PyTorch's alone, as on a GPU without Triton."""
-    from lgnet_fast.engine.cuda_executor import CudaExecutor
-    from lgnet_fast.engine.cuda_weights import Overlap
-    from lgnet_fast.engine.operator_executor import OperatorExecutor
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
+    from lgnet_fast.engine.cuda.operator_executor import OperatorExecutor
+    from lgnet_fast.engine.cuda.weights import Overlap
 
     image, mask = picture(plan.batch)
     expected = None
@@ -215,7 +215,7 @@ def time_graph(plan: Any, dtype: torch.dtype, tuned: Any, log: Log, label: str) 
 
 def time_steps(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
     """Time graphs of the first k steps; the time of a step is the difference."""
-    from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
 
     executor = CudaExecutor.of(plan, dtype, tuned=tuned, graphs=False)
     image, mask = picture(plan.batch)
@@ -236,11 +236,10 @@ def time_steps(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
 
 def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
     """Time restricted graphs, with the dense one and their share of its multiplications."""
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
+    from lgnet_fast.engine.regions import Rect
     from lgnet_fast.kernels.launch import record
     from lgnet_fast.kernels.precompile import compile_all
-
-    from lgnet_fast.engine.cuda_executor import CudaExecutor
-    from lgnet_fast.engine.regions import Rect
 
     executor = CudaExecutor.of(plan, dtype, graphs=False)
     image, mask = picture(plan.batch)
@@ -271,7 +270,7 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
     """Time the engine's graph in turn with other forms of the same network; the slowest to compile is last."""
     import copy
 
-    from lgnet_fast.engine.cuda_executor import CudaExecutor
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
 
     image, mask = picture(plan.batch)
     executor = CudaExecutor.of(plan, dtype, graphs=False)
@@ -316,9 +315,8 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
 
 def compile_dense(plan: Any, dtype: torch.dtype, can_overlap: bool, log: Log) -> None:
     """Compile the kernels of a dense run; where launches can overlap, also those of overlapping launches."""
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
     from lgnet_fast.kernels.precompile import compile_all
-
-    from lgnet_fast.engine.cuda_executor import CudaExecutor
 
     for overlap in ("none", "plain") if can_overlap else ("none",):
         launches = recorded(CudaExecutor.of(plan, dtype, overlap=overlap, graphs=False))
@@ -339,9 +337,9 @@ def search_shapes(
         tried: tiles per convolution.
         deadline: no new measurement begins after this time of ``time.perf_counter``.
     """
-    from lgnet_fast.engine.cuda_measure import Found, Timer
-    from lgnet_fast.engine.cuda_tuning_attention import tune_attention
-    from lgnet_fast.engine.cuda_tuning_convolutions import Contest, tune_convolutions
+    from lgnet_fast.engine.cuda.measure import Found, Timer
+    from lgnet_fast.engine.cuda.tuning_attention import tune_attention
+    from lgnet_fast.engine.cuda.tuning_convolutions import Contest, tune_convolutions
 
     device = torch.device("cuda", torch.cuda.current_device())
     found, timer = Found(), Timer(device)
@@ -362,8 +360,8 @@ def measure(args: argparse.Namespace) -> None:
     """Measure the sections of the arguments on the current GPU."""
     import triton
 
-    from lgnet_fast.engine.cuda_executor import CudaExecutor
-    from lgnet_fast.engine.cuda_weights import Tuned
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
+    from lgnet_fast.engine.cuda.weights import Tuned
 
     deadline = time.perf_counter() + 60 * args.minutes
     sections = args.sections.split(",")

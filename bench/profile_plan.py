@@ -5,7 +5,7 @@
 
 Times are the least of the rounds. GFLOP/s counts the direct multiplications of a step, so a Winograd step can exceed
 the peak of the CPU; "share" is the part of a step in the whole. `--kernel` forces one kernel wherever it can run.
-The constants of the cost model in lgnet_fast/engine/cpu_choice.py were found by comparing such tables.
+The constants of the cost model in lgnet_fast/engine/cpu/choice.py were found by comparing such tables.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ import sys
 import torch
 
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_choice import choose_kernels
-from lgnet_fast.engine.cpu_executor import CpuExecutor
-from lgnet_fast.engine.cpu_kernels import candidates
+from lgnet_fast.engine.cpu.choice import choose_kernels
+from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.cpu.kernels import candidates
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.reference.lgnet import LGNet
 

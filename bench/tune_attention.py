@@ -2,7 +2,7 @@
 
     python bench/tune_attention.py [--dtype half] [--channels 128] [--seconds 120] [--dry-run]
 
-The search is that of `lgnet-fast tune --training` (lgnet_fast/engine/cuda_tuning_training.py), for every dtype, head
+The search is that of `lgnet-fast tune --training` (lgnet_fast/engine/cuda/tuning_training.py), for every dtype, head
 size and batch (1 and 16, at the network's shapes for a 256 x 256 picture). Only this GPU generation's entries change.
 Without a GPU it prints so and exits with 0.
 """
@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
+    from lgnet_fast.engine.cuda.tuning_training import Attention
     from lgnet_fast.kernels.tuned import Training
-
-    from lgnet_fast.engine.cuda_tuning_training import Attention
 
 TABLES_FILE = Path(__file__).resolve().parent.parent / "kernels" / "tables.py"
 Row = tuple[int, tuple[int, int, int, int]]
@@ -55,9 +54,8 @@ def render(tables: Tables) -> str:
 
 def training_blocks(kind: str, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> list[Attention]:
     """Attention blocks of a head size, [batch, channels, side, side], at both batches."""
+    from lgnet_fast.engine.cuda.tuning_training import Attention
     from lgnet_fast.kernels.tuned import Block
-
-    from lgnet_fast.engine.cuda_tuning_training import Attention
 
     return [
         Attention.of(
@@ -86,8 +84,8 @@ def rows_of(results: Iterable[Training], side: int) -> dict[str, tuple[Row, ...]
 
 def measure(kind: str, channels: int, side: int, seconds: float) -> dict[str, tuple[Row, ...]]:
     """Operation -> its rows of the table for a head size, from the fastest correct shapes at both batches."""
-    from lgnet_fast.engine.cuda_measure import progress_of
-    from lgnet_fast.engine.cuda_tuning_training import tune_training
+    from lgnet_fast.engine.cuda.measure import progress_of
+    from lgnet_fast.engine.cuda.tuning_training import tune_training
 
     device = torch.device("cuda", torch.cuda.current_device())
     dtype = torch.float16 if kind == "half" else torch.float32

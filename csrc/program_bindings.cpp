@@ -1,4 +1,4 @@
-// Bindings of program.h. lgnet_fast/engine/cpu_executor.py fills specifications attribute by attribute.
+// Bindings of program.h. lgnet_fast/engine/cpu/executor.py fills specifications attribute by attribute.
 #include "program_bindings.h"
 
 #include <pybind11/stl.h>

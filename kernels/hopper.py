@@ -3,7 +3,7 @@
 It computes what :func:`.conv.conv_forward` computes, for steps of stride 1 and transposed ones, in float16 and
 bfloat16. The patch of the input that a tile of outputs needs is copied to shared memory once and used for all taps.
 The machine code is in the package and is loaded by the driver, so that users need no compiler. The tuner
-(`lgnet_fast.engine.cuda_tuning`) measures :func:`candidates` beside the Triton tiles; a product uses this kernel only
+(`lgnet_fast.engine.cuda.tuning`) measures :func:`candidates` beside the Triton tiles; a product uses this kernel only
 where it was the fastest on the GPU in use.
 
 The first use on a GPU compares it with PyTorch in float32 (:func:`reason_against`).

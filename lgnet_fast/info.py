@@ -16,10 +16,10 @@ from rich.text import Text
 from lgnet_fast.kernels.tuned import Training
 
 from . import cache, forks, native
-from .engine.cpu_path import Path
-from .engine.cpu_tuning import Measured
-from .engine.cuda_measure import Found
-from .engine.verdicts import Verdict
+from .engine.cpu.path import Path
+from .engine.cpu.tuning import Measured
+from .engine.cuda.measure import Found
+from .engine.cuda.verdicts import Verdict
 from .ops.dispatch import FUSED, reason_against
 from .ops.registry import OPERATORS
 from .version import __version__

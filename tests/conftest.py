@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from lgnet_fast import cache, native
-from lgnet_fast.engine import cpu_path
+from lgnet_fast.engine.cpu import path as cpu_path
 from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import HOLE, BlurFill, noise, write_picture

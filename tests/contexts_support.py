@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import LGNet, optimize
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 
 TINY = {"coarse_channels": 1, "local_channels": 1, "global_channels": 1}
 

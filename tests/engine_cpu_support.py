@@ -7,9 +7,9 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from lgnet_fast.engine import cpu_kernels
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu import kernels as cpu_kernels
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor

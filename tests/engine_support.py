@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import LGNet, create_model
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 from tests.test_plan import NARROW, lively
 
 needs_extension = pytest.mark.skipif(

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
+
 from lgnet_fast.kernels import picture_conv
 from lgnet_fast.kernels.compiled_checks import exact_convolution
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.picture_conv import PictureTile
-from torch import Tensor
 
 from .compiled_kernels import integers
 
@@ -34,7 +35,7 @@ def plan_convs() -> dict[str, Conv]:
     """Every step of LGNet that the kernels can compute: name -> Conv."""
     from lgnet_fast import create_model
     from lgnet_fast.engine.build import build_plan, plan_stages
-    from lgnet_fast.engine.cuda_weights import conv_of
+    from lgnet_fast.engine.cuda.weights import conv_of
     from lgnet_fast.engine.plan import ConvStep
 
     with torch.device("meta"):

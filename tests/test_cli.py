@@ -24,7 +24,7 @@ from lgnet_fast.cli.commands import run as run_command
 from lgnet_fast.cli.commands.serve import models_of as served
 from lgnet_fast.cli.errors import options_of, spelt
 from lgnet_fast.data import masks as data_masks
-from lgnet_fast.engine.verdicts import Verdict
+from lgnet_fast.engine.cuda.verdicts import Verdict
 from lgnet_fast.errors import UsageError
 from lgnet_fast.evaluation import EvaluationOptions
 from lgnet_fast.info import _openmp, render

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from lgnet_fast import BackendError, Inpainter, LGNet, LGNetError, LocalGlobalRefinement, load_engine, optimize
 from lgnet_fast.data.metrics import Metrics, fid_score
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 from tests.contexts_support import TINY, image_and_mask, operator_and_arguments, saved
 from tests.engine_support import needs_extension
 

@@ -14,8 +14,8 @@ from lgnet_fast import create_model
 from lgnet_fast.engine import plan as plan_module
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cover import MOST_RECTS, cover, fewer, hole_boxes
-from lgnet_fast.engine.cpu_executor import CpuExecutor
-from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.plan import PICTURE, Plan
 from lgnet_fast.engine.regions import Rect, join
 from lgnet_fast.engine.torch_executor import TorchExecutor

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 
 from lgnet_fast import create_model, native
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 from lgnet_fast.ops.cpu import attention as cpu
 from lgnet_fast.ops.cpu import merge_concat as cpu_merge
 from lgnet_fast.reference import attention as reference

@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from lgnet_fast import cache, create_model, native, optimize
-from lgnet_fast.engine import cpu_path
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_executor import CpuExecutor
-from lgnet_fast.engine.cpu_path import Path, choose_path, measured
+from lgnet_fast.engine.cpu import path as cpu_path
+from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.cpu.path import Path, choose_path, measured
 from lgnet_fast.engine.model_executor import ModelExecutor
 from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case

@@ -11,12 +11,14 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import cache, create_model, load_engine, native, optimize
-from lgnet_fast.engine import cpu_choice, cpu_path, cpu_tuning
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_choice import RATES, Rates, choose_kernels, modelled
-from lgnet_fast.engine.cpu_executor import CpuExecutor
-from lgnet_fast.engine.cpu_kernels import BY_STAGES, TILES, Choice
-from lgnet_fast.engine.cpu_tuning import Timing, kept, measured_choices, tune
+from lgnet_fast.engine.cpu import choice as cpu_choice
+from lgnet_fast.engine.cpu import path as cpu_path
+from lgnet_fast.engine.cpu import tuning as cpu_tuning
+from lgnet_fast.engine.cpu.choice import RATES, Rates, choose_kernels, modelled
+from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.cpu.kernels import BY_STAGES, TILES, Choice
+from lgnet_fast.engine.cpu.tuning import Timing, kept, measured_choices, tune
 from lgnet_fast.engine.plan import ConvStep, Plan
 from lgnet_fast.reference.lgnet import LGNet
 from tests.support import assert_accurate, case, instruction_sets

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from lgnet_fast.engine import device_holes
-from lgnet_fast.engine.device_holes import DeviceHoles, boxes, hole_cells
+from lgnet_fast.engine.cuda import device_holes
+from lgnet_fast.engine.cuda.device_holes import DeviceHoles, boxes, hole_cells
 from lgnet_fast.engine.devices import same_device
 from lgnet_fast.engine.regions import Rect
 from tests.test_plan import random_mask

@@ -24,7 +24,7 @@ from lgnet_fast import (
     optimize,
 )
 from lgnet_fast.engine import engine as engine_module
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 from lgnet_fast.engine.engine import SHAPES_KEPT
 from lgnet_fast.engine.model_executor import ModelExecutor
 from lgnet_fast.engine.regions import Rect

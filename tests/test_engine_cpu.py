@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import native
-from lgnet_fast.engine import cpu_weights
 from lgnet_fast.engine.arena import lifetimes, plan_arena
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_executor import CpuExecutor
-from lgnet_fast.engine.cpu_weights import CpuWeights
+from lgnet_fast.engine.cpu import weights as cpu_weights
+from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.cpu.weights import CpuWeights
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.lgnet import LGNet

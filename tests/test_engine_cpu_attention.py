@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import native
-from lgnet_fast.engine import cpu_weights
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu import weights as cpu_weights
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.reference.attention import attention_block
 from tests.support import assert_accurate

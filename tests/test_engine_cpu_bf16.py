@@ -6,11 +6,13 @@ import pytest
 import torch
 
 from lgnet_fast import create_model, native
-from lgnet_fast.engine import cpu_choice, cpu_executor, cpu_weights
 from lgnet_fast.engine.arena import plan_arena
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_choice import choice_of
-from lgnet_fast.engine.cpu_executor import CpuExecutor
+from lgnet_fast.engine.cpu import choice as cpu_choice
+from lgnet_fast.engine.cpu import executor as cpu_executor
+from lgnet_fast.engine.cpu import weights as cpu_weights
+from lgnet_fast.engine.cpu.choice import choice_of
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 from lgnet_fast.engine.plan import PICTURE, Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.reference.lgnet import LGNet

@@ -6,10 +6,11 @@ import pytest
 import torch
 
 from lgnet_fast import create_model, native
-from lgnet_fast.engine import cpu_kernels, cpu_weights
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu_executor import CpuExecutor
-from lgnet_fast.engine.cpu_weights import CpuWeights
+from lgnet_fast.engine.cpu import kernels as cpu_kernels
+from lgnet_fast.engine.cpu import weights as cpu_weights
+from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.cpu.weights import CpuWeights
 from lgnet_fast.engine.regions import Rect
 from tests.engine_cpu_support import HOLES, KERNELS, assert_close, choices, picture, plan_of, truth
 

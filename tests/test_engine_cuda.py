@@ -15,24 +15,24 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from lgnet_fast.kernels.conv_configs import Work, pick_tile
-
 from bench import write_tables
-from lgnet_fast.engine import cuda_executor, graph_executor, graphs
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.checks import check_steps, make_example
-from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.cuda_memory import Memory
+from lgnet_fast.engine.cuda import executor as cuda_executor
+from lgnet_fast.engine.cuda import graph_executor, graphs
+from lgnet_fast.engine.cuda.checks import check_steps, make_example
+from lgnet_fast.engine.cuda.executor import CudaExecutor
+from lgnet_fast.engine.cuda.graph_executor import GraphExecutor
+from lgnet_fast.engine.cuda.graphs import Program, capture
+from lgnet_fast.engine.cuda.guarded import Guarded
+from lgnet_fast.engine.cuda.memory import Memory
+from lgnet_fast.engine.cuda.operator_executor import OperatorExecutor
+from lgnet_fast.engine.cuda.verified import verified
 from lgnet_fast.engine.engine import optimize
-from lgnet_fast.engine.graph_executor import GraphExecutor
-from lgnet_fast.engine.graphs import Program, capture
-from lgnet_fast.engine.guarded import Guarded
-from lgnet_fast.engine.operator_executor import OperatorExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.recent import Recent
 from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.engine.verified import verified
+from lgnet_fast.kernels.conv_configs import Work, pick_tile
 from lgnet_fast.reference.lgnet import LGNet
 from tests.interpreted.rules import DTYPES, normal
 from tests.support import assert_accurate

@@ -24,7 +24,6 @@ from lgnet_fast.kernels import compiled_checks, cuda_driver, hopper
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.results import Store
-
 from tests import emulator
 from tests.compiled_kernels import disassembler, instructions, integers
 
@@ -82,7 +81,7 @@ def plan_convs():
     """Every step of LGNet that the kernel can compute: (name, Conv, size of its input)."""
     from lgnet_fast import create_model
     from lgnet_fast.engine.build import build_plan, plan_stages
-    from lgnet_fast.engine.cuda_weights import conv_of
+    from lgnet_fast.engine.cuda.weights import conv_of
     from lgnet_fast.engine.plan import ConvStep
 
     with torch.device("meta"):

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from lgnet_fast import LGNet, LocalGlobalRefinement, create_model, optimize
-from lgnet_fast.engine import cuda_tuning
 from lgnet_fast.engine import engine as engine_module
-from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda import tuning as cuda_tuning
+from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.engine import fast_executor_reason
 from lgnet_fast.engine.model_executor import ModelExecutor
 from tests.support import case

@@ -13,19 +13,20 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import BackendError, LGNet, create_model, optimize
-from lgnet_fast.engine import cuda_launches, graphs, operator_executor, verified
 from lgnet_fast.engine import engine as engine_module
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.checks import LIMITS, check_steps, make_example
-from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda import graphs, operator_executor, verified
+from lgnet_fast.engine.cuda import launches as cuda_launches
+from lgnet_fast.engine.cuda.checks import LIMITS, check_steps, make_example
+from lgnet_fast.engine.cuda.executor import CudaExecutor
+from lgnet_fast.engine.cuda.graph_executor import GraphExecutor
+from lgnet_fast.engine.cuda.guarded import Guarded
+from lgnet_fast.engine.cuda.operator_executor import OperatorExecutor
+from lgnet_fast.engine.cuda.verdicts import Verdict
 from lgnet_fast.engine.engine import fast_executor_reason
-from lgnet_fast.engine.graph_executor import GraphExecutor
-from lgnet_fast.engine.guarded import Guarded
 from lgnet_fast.engine.model_executor import ModelExecutor
-from lgnet_fast.engine.operator_executor import OperatorExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.engine.verdicts import Verdict
 from lgnet_fast.jobs import tune as tuning_module
 from tests.engine_support import FakeGraph, assert_same_pixels, narrow_model
 from tests.support import case
@@ -116,9 +117,9 @@ sys.modules["triton"] = None  # an import raises ImportError
 import torch
 from lgnet_fast import create_model
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.guarded import Guarded
-from lgnet_fast.engine.verified import verified
-from lgnet_fast.engine.operator_executor import OperatorExecutor
+from lgnet_fast.engine.cuda.guarded import Guarded
+from lgnet_fast.engine.cuda.verified import verified
+from lgnet_fast.engine.cuda.operator_executor import OperatorExecutor
 
 model = create_model("lgnet_demo").eval()
 plan = build_plan(plan_stages(model), 1, 256, 256)

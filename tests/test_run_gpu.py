@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from lgnet_fast.kernels.tuned import Block, Measured, Training
 
 from bench import gpu_contact, run_gpu, tune_attention
+from lgnet_fast.kernels.tuned import Block, Measured, Training
 
 LOGGING = """
 import sys, time
@@ -80,15 +80,15 @@ def test_contact_measures_the_sections_in_a_fixed_order(
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(gpu_contact, "model_and_plan", lambda model, batch: (model, f"plan {batch}"))
-    monkeypatch.setattr("lgnet_fast.engine.cuda_executor.CudaExecutor.of", lambda *_, **__: None)
+    monkeypatch.setattr("lgnet_fast.engine.cuda.executor.CudaExecutor.of", lambda *_, **__: None)
     monkeypatch.setattr(gpu_contact, "compile_dense", lambda *_: done.append("compile"))
     monkeypatch.setattr(gpu_contact, "check_buffers", lambda *_: done.append("buffers"))
     monkeypatch.setattr(gpu_contact, "time_graph", lambda *args: done.append(f"graph {args[-1]}"))
     monkeypatch.setattr(gpu_contact, "time_steps", lambda *_: done.append("steps"))
     monkeypatch.setattr(gpu_contact, "time_holes", lambda *_: done.append("holes"))
     monkeypatch.setattr(gpu_contact, "peers", lambda *_: done.append("peers"))
-    monkeypatch.setattr("lgnet_fast.engine.cuda_tuning_attention.tune_attention", lambda *_: done.append("attention"))
-    convolutions = "lgnet_fast.engine.cuda_tuning_convolutions"
+    monkeypatch.setattr("lgnet_fast.engine.cuda.tuning_attention.tune_attention", lambda *_: done.append("attention"))
+    convolutions = "lgnet_fast.engine.cuda.tuning_convolutions"
     monkeypatch.setattr(f"{convolutions}.Contest", lambda *_: None)
     monkeypatch.setattr(f"{convolutions}.tune_convolutions", lambda *args: done.append(f"convs {args[-2]}"))
     options = {"model": "lgnet", "dtype": "float16", "batch": 4, "minutes": 1.0, "tried": 7}

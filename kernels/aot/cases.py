@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.reference.variants import create_model

@@ -10,9 +10,9 @@ import torch
 
 from .. import forks
 from ..native import library
-from .cpu_kernels import Choice, Products
+from .cpu.kernels import Choice, Products
+from .cuda.graphs import elapsed_ms
 from .executor import Executor
-from .graphs import elapsed_ms
 from .plan import AttentionStep, ConvStep, Plan, Step
 
 if TYPE_CHECKING:

@@ -20,27 +20,30 @@ from ..ops.torch_state import is_capturing, is_out_of_memory
 from ..reference.cascade import Cascade, Stages, check_inputs
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS
-from . import cpu_path, cpu_tuning, cuda_tuning, torch_compile
+from . import torch_compile
 from .build import build_plan, plan_stages
 from .cover import hole_boxes
-from .cpu_executor import CpuExecutor
-from .cpu_tuning import SECONDS
-from .cuda_executor import CudaExecutor
+from .cpu import path as cpu_path
+from .cpu import tuning as cpu_tuning
+from .cpu.executor import CpuExecutor
+from .cpu.tuning import SECONDS
+from .cuda import tuning as cuda_tuning
+from .cuda.device_holes import DeviceHoles
+from .cuda.executor import CudaExecutor
+from .cuda.graphs import error_text, free_cached
+from .cuda.operator_executor import OperatorExecutor
+from .cuda.verified import verified
 from .describe import describe
-from .device_holes import DeviceHoles
 from .devices import available_memory, resolve_device, resolve_dtype, same_device, without_autocast
 from .executor import Executor, Regions
-from .graphs import error_text, free_cached
 from .holes import check_holes
 from .model_executor import ModelExecutor
 from .model_watch import ModelWatch
-from .operator_executor import OperatorExecutor
 from .plan import PICTURE, Plan
 from .recent import Recent
 from .regions import Rect
 from .saved import read_engine, write_engine
 from .structure import plain_stages, reason_against_engine, reason_against_plan, refresh_weights
-from .verified import verified
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -181,10 +184,10 @@ class Engine:
             return_stages: also return the pictures of all stages; there are no raw ones in a run restricted to holes.
             holes: rectangles (top, bottom, left, right), ends excluded, that contain every hole pixel of all samples.
                 None: found in the mask; on the CPU for each sample, on a GPU for all samples together in cells of
-                32x32 pixels, where that needs no wait for queued work (:mod:`.device_holes`). For a mask on the CPU
-                it is checked that they contain every hole pixel. On other devices the caller is responsible: a hole
-                pixel outside them may be returned white. A mask on a GPU that changes must be written by PyTorch, or
-                its holes be given: writes through ``.data``, DLPack or a graph's replay are not noticed.
+                32x32 pixels, where that needs no wait for queued work (:mod:`.cuda.device_holes`). For a mask on the
+                CPU it is checked that they contain every hole pixel. On other devices the caller is responsible: a
+                hole pixel outside them may be returned white. A mask on a GPU that changes must be written by
+                PyTorch, or its holes be given: writes through ``.data``, DLPack or a graph's replay are not noticed.
 
         Returns:
             The merged result [B, 3, H, W] in [-1, 1], in the dtype of `image`, or :class:`Stages`.
@@ -405,10 +408,10 @@ def optimize(
 
     On an NVIDIA GPU (sm_80 and later, with Triton) the kernels are checked once against the model in float32, and the
     verdict is kept in the user's cache folder. Where a check fails, a WARNING says so and the next best path runs
-    (:mod:`.verified`). Other NVIDIA GPUs run the same steps by PyTorch's operators, in one CUDA graph, checked alike.
-    Where there is no faster executor, the model itself runs, in the best memory format for the device. On a CPU that
-    has only the portable C++ kernels, the engine measures once whether they or the model are faster (six seconds at
-    most) and keeps the answer (:mod:`.cpu_path`).
+    (:mod:`.cuda.verified`). Other NVIDIA GPUs run the same steps by PyTorch's operators, in one CUDA graph, checked
+    alike. Where there is no faster executor, the model itself runs, in the best memory format for the device. On a
+    CPU that has only the portable C++ kernels, the engine measures once whether they or the model are faster (six
+    seconds at most) and keeps the answer (:mod:`.cpu.path`).
 
     Args:
         model: any LGNet or X_LG; used in evaluation mode, left untouched. From another device its weights are copied

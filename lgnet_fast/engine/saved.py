@@ -14,8 +14,8 @@ from ..errors import LGNetError, WeightsError
 from ..reference.file_sets import complete_set, staged
 from ..reference.lgnet import LGNet
 from .build import build_plan, plan_stages
-from .cpu_executor import CpuExecutor
-from .cpu_weights import CpuWeights
+from .cpu.executor import CpuExecutor
+from .cpu.weights import CpuWeights
 from .plan import Plan
 
 _DESCRIPTION, _WEIGHTS = "engine.json", "weights.bin"

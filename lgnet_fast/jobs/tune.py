@@ -12,13 +12,16 @@ from rich.console import Group
 from rich.table import Table
 
 from .. import cache
-from ..engine import cpu_path, cpu_tuning, cuda_tuning, cuda_tuning_training
 from ..engine.build import build_plan, plan_stages
-from ..engine.cuda_executor import CudaExecutor
-from ..engine.cuda_measure import Timer, progress_of
+from ..engine.cpu import path as cpu_path
+from ..engine.cpu import tuning as cpu_tuning
+from ..engine.cuda import tuning as cuda_tuning
+from ..engine.cuda import tuning_training as cuda_tuning_training
+from ..engine.cuda.executor import CudaExecutor
+from ..engine.cuda.measure import Timer, progress_of
+from ..engine.cuda.verified import verified
 from ..engine.engine import fast_executor_reason
 from ..engine.plan import Plan
-from ..engine.verified import verified
 from ..errors import BackendError
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 
@@ -142,7 +145,7 @@ def training_report(
     timer: Timer | None = None,
     tried: int | None = None,
 ) -> Report:
-    """Measure attention forward and backward of a plan; see :func:`..engine.cuda_tuning_training.tune_training`."""
+    """Measure attention forward and backward of a plan; see :func:`..engine.cuda.tuning_training.tune_training`."""
     blocks = cuda_tuning_training.blocks_of(plan, dtype, device)
     log = progress_of(progress)
     found = cuda_tuning_training.tune_training(blocks, dtype, device, seconds, log, timer, tried)

@@ -14,14 +14,14 @@ from torch import Tensor
 
 from .. import cache
 from ..engine.build import build_plan, plan_stages
-from ..engine.checks import judge, make_example
-from ..engine.cpu_executor import CpuExecutor
-from ..engine.cpu_path import choose_path
-from ..engine.cpu_tuning import kept
+from ..engine.cpu.executor import CpuExecutor
+from ..engine.cpu.path import choose_path
+from ..engine.cpu.tuning import kept
+from ..engine.cuda.checks import judge, make_example
+from ..engine.cuda.verdicts import Check
+from ..engine.cuda.verified import recheck_steps, verified
 from ..engine.engine import fast_executor_reason
 from ..engine.plan import AttentionStep, Plan
-from ..engine.verdicts import Check
-from ..engine.verified import recheck_steps, verified
 from ..ops import first_use
 from ..ops.dispatch import CANDIDATES, reason_against
 from ..ops.registry import OPERATORS

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from ..lazy import attach
 
 if TYPE_CHECKING:
-    from .deep import DeepImage
+    from .deep_colour import DeepImage
     from .inpainter import Inpainter
     from .results import Inpainted, Stages
 

@@ -11,8 +11,9 @@ from PIL import ExifTags, Image, JpegImagePlugin, TiffTags
 from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
 
 from ..errors import InvalidImageError
-from . import chunks, deep, metadata
-from .deep import DeepImage
+from . import chunks, metadata
+from . import deep_colour as deep
+from .deep_colour import DeepImage
 from .exif import TIFF_DESCRIPTIVE
 from .formats import EXTENSIONS, MODES, reason_against_writing
 from .sources import reason_of

@@ -16,7 +16,7 @@ from PIL import Image
 from ..engine.regions import Rect
 from ..errors import InvalidImageError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
-from .deep import DeepImage, check_deep_format
+from .deep_colour import DeepImage, check_deep_format
 from .encoding import held_modes
 from .notices import warn
 from .reading import read_picture, upright

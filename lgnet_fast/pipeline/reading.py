@@ -10,8 +10,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InvalidImageError, LGNetError
-from . import chunks, deep, metadata
-from .deep import DeepImage
+from . import chunks, metadata
+from . import deep_colour as deep
+from .deep_colour import DeepImage
 from .exif import kept_exif
 from .notices import warn
 from .sources import Encoded, open_image, reason_of

@@ -10,7 +10,7 @@ import numpy as np
 from PIL import Image, ImageCms
 
 from ..engine.regions import Rect
-from ..pipeline.deep import DeepImage
+from ..pipeline.deep_colour import DeepImage
 from .colours import to_srgb
 from .session import Patch, Session
 

@@ -20,7 +20,7 @@ from ..engine.regions import Rect
 from ..errors import InvalidImageError, InvalidMaskError
 from ..pipeline.arguments import MaskOptions
 from ..pipeline.arrays import channels_last
-from ..pipeline.deep import DeepImage
+from ..pipeline.deep_colour import DeepImage
 from ..pipeline.encoding import checked_quality, encode
 from ..pipeline.filling import MOSTLY_HOLE
 from ..pipeline.formats import MODES

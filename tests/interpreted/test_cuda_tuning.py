@@ -10,20 +10,22 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from torch import Tensor
+
+from lgnet_fast import cache
+from lgnet_fast.engine.cuda import executor as cuda_executor
+from lgnet_fast.engine.cuda import tuning as cuda_tuning
+from lgnet_fast.engine.cuda import tuning_convolutions as cuda_tuning_convolutions
+from lgnet_fast.engine.cuda.executor import CudaExecutor
+from lgnet_fast.engine.cuda.measure import Found, kept, product_key
+from lgnet_fast.engine.cuda.tuning import gains, tune
+from lgnet_fast.engine.cuda.tuning_convolutions import LAUNCHES, tiles
+from lgnet_fast.engine.cuda.weights import Tuned, work_of
+from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
 from lgnet_fast.kernels import compiled, conv, conv_kernels, hopper, picture_conv
 from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
 from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.picture_conv import PictureTile
-from torch import Tensor
-
-from lgnet_fast import cache
-from lgnet_fast.engine import cuda_executor, cuda_tuning, cuda_tuning_convolutions
-from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.cuda_measure import Found, kept, product_key
-from lgnet_fast.engine.cuda_tuning import gains, tune
-from lgnet_fast.engine.cuda_tuning_convolutions import LAUNCHES, tiles
-from lgnet_fast.engine.cuda_weights import Tuned, work_of
-from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
 from tests import emulator
 from tests.interpreted.plans import picture_plan, tiny_plan
 from tests.interpreted.test_cuda_executor import cast, check, inputs

@@ -8,20 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from lgnet_fast.kernels import attention_inference as attention_kernels
-from lgnet_fast.kernels import conv as conv_kernels
 
 from lgnet_fast import cache
-from lgnet_fast.engine import checks, graphs, verified
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.checks import check_steps, judge, make_example
-from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.cuda_memory import Memory
-from lgnet_fast.engine.cuda_weights import CudaWeights
-from lgnet_fast.engine.graphs import CaptureError
+from lgnet_fast.engine.cuda import checks, graphs, verified
+from lgnet_fast.engine.cuda.checks import check_steps, judge, make_example
+from lgnet_fast.engine.cuda.executor import CudaExecutor
+from lgnet_fast.engine.cuda.graphs import CaptureError
+from lgnet_fast.engine.cuda.memory import Memory
+from lgnet_fast.engine.cuda.verdicts import Verdict
+from lgnet_fast.engine.cuda.weights import CudaWeights
 from lgnet_fast.engine.plan import AttentionStep, Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.engine.verdicts import Verdict
+from lgnet_fast.kernels import attention_inference as attention_kernels
+from lgnet_fast.kernels import conv as conv_kernels
 from lgnet_fast.reference.variants import create_model
 from tests.interpreted.plans import cast, small_plan, tiny_plan
 from tests.interpreted.verifying import (

@@ -12,22 +12,22 @@ from typing import Any
 
 import pytest
 import torch
-from lgnet_fast.kernels import conv as conv_kernels
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from lgnet_fast import cache
 from lgnet_fast.engine import describe as describing
-from lgnet_fast.engine import graph_executor, verified
-from lgnet_fast.engine.cuda_executor import CudaExecutor
-from lgnet_fast.engine.cuda_memory import Memory, least_bytes
-from lgnet_fast.engine.cuda_weights import conv_of, unpack
+from lgnet_fast.engine.cuda import graph_executor, verified
+from lgnet_fast.engine.cuda.executor import CudaExecutor
+from lgnet_fast.engine.cuda.guarded import Guarded
+from lgnet_fast.engine.cuda.library_executor import LibraryExecutor
+from lgnet_fast.engine.cuda.memory import Memory, least_bytes
+from lgnet_fast.engine.cuda.weights import conv_of, unpack
 from lgnet_fast.engine.describe import Peaks
-from lgnet_fast.engine.guarded import Guarded
-from lgnet_fast.engine.library_executor import LibraryExecutor
 from lgnet_fast.engine.plan import AttentionStep, Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
+from lgnet_fast.kernels import conv as conv_kernels
 from tests.interpreted.plans import tiny_plan
 from tests.interpreted.verifying import (
     CPU,

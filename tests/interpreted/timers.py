@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from lgnet_fast.engine.cuda_measure import Timer
+from lgnet_fast.engine.cuda.measure import Timer
 
 
 class IdleTimer(Timer):

@@ -12,12 +12,12 @@ from torch import Tensor
 from triton.compiler.errors import CompilationError
 from triton.runtime.errors import OutOfResources
 
-from lgnet_fast.engine import checks, graphs, verified
-from lgnet_fast.engine.checks import judge, make_example
-from lgnet_fast.engine.cuda_executor import CudaExecutor
+from lgnet_fast.engine.cuda import checks, graphs, verified
+from lgnet_fast.engine.cuda.checks import judge, make_example
+from lgnet_fast.engine.cuda.executor import CudaExecutor
+from lgnet_fast.engine.cuda.verdicts import Verdict
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.engine.verdicts import Verdict
 from tests.engine_support import FakeGraph
 from tests.interpreted.plans import cast
 

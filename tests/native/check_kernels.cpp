@@ -364,7 +364,7 @@ std::vector<Values> weight_transform(int64_t m, int64_t r) {
   return rows;
 }
 
-// [slices][panels][units][panel's columns][pair] of weights [depth][outputs], as cpu_executor.py packs them.
+// [slices][panels][units][panel's columns][pair] of weights [depth][outputs], as engine/cpu/weights.py packs them.
 void pack(const ConvKernels& kernels, const Values& weights, int64_t depth, int64_t outputs,
           std::vector<uint32_t>& to) {
   const int64_t columns = round_up(outputs, kernels.lanes), units = depth / kernels.pair;

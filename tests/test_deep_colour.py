@@ -13,8 +13,9 @@ import pytest
 from PIL import ExifTags, Image, PngImagePlugin
 
 from lgnet_fast.errors import InvalidImageError
-from lgnet_fast.pipeline import DeepImage, Inpainter, chunks, deep, formats
-from lgnet_fast.pipeline.deep import cut_depth
+from lgnet_fast.pipeline import DeepImage, Inpainter, chunks, formats
+from lgnet_fast.pipeline import deep_colour as deep
+from lgnet_fast.pipeline.deep_colour import cut_depth
 from lgnet_fast.pipeline.encoding import save_picture
 from lgnet_fast.pipeline.reading import open_upright, read_picture
 

@@ -17,10 +17,10 @@ import torch
 from scipy import ndimage
 from torch import Tensor
 
-from .. import forks
-from ..ops.torch_state import is_capturing
-from .recent import Recent
-from .regions import Rect, join
+from ... import forks
+from ...ops.torch_state import is_capturing
+from ..recent import Recent
+from ..regions import Rect, join
 
 CELL = 32
 """Side of the cells, in pixels; rectangles are rounded outward to it."""

@@ -17,9 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cache, forks
-from ..native import isa_name
-from .cpu_choice import (
+from ... import cache, forks
+from ...native import isa_name
+from ..plan import ConvStep, Plan, Step
+from .choice import (
     Cost,
     choice_of,
     choose_kernels,
@@ -29,10 +30,9 @@ from .cpu_choice import (
     products_for,
     weight_bytes,
 )
-from .cpu_executor import CpuExecutor
-from .cpu_kernels import CHUNKS, TILES, Choice, Products
-from .cpu_weights import CpuWeights
-from .plan import ConvStep, Plan, Step
+from .executor import CpuExecutor
+from .kernels import CHUNKS, TILES, Choice, Products
+from .weights import CpuWeights
 
 logger = logging.getLogger("lgnet_fast")
 

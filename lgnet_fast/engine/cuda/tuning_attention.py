@@ -16,10 +16,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cuda_measure import GAIN, Found, Log, Result, Timer, excessive_error
-from .cuda_weights import target_of
+from ..plan import AttentionStep, Plan
 from .graphs import error_text
-from .plan import AttentionStep, Plan
+from .measure import GAIN, Found, Log, Result, Timer, excessive_error
+from .weights import target_of
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Inference
@@ -122,7 +122,7 @@ def tune_attention(
 
     Args:
         plan, dtype, device: of the steps.
-        found, timer, log, keep, expired: see :func:`.cuda_tuning_convolutions.tune_convolutions`.
+        found, timer, log, keep, expired: see :func:`.tuning_convolutions.tune_convolutions`.
         tried: shapes per block and part; None: all.
     """
     from lgnet_fast.kernels.configs import override

@@ -21,20 +21,20 @@ from typing import Any
 
 import torch
 
-from .. import cache
-from ..ops.first_use import KNOWN
-from ..ops.torch_state import pass_on_out_of_memory
-from ..reference.lgnet import LGNet, LocalGlobalRefinement
-from . import cuda_measure
+from ... import cache
+from ...ops.first_use import KNOWN
+from ...ops.torch_state import pass_on_out_of_memory
+from ...reference.lgnet import LGNet, LocalGlobalRefinement
+from ..model_executor import ModelExecutor
+from ..plan import Plan
+from . import measure as cuda_measure
 from .checks import Example, Runner, check_steps, checked_plan, judge, make_example, one_picture
-from .cuda_executor import CudaExecutor
+from .executor import CudaExecutor
 from .graph_executor import GraphExecutor
 from .graphs import error_text, free_cached
 from .guarded import Guarded
 from .library_executor import LibraryExecutor
-from .model_executor import ModelExecutor
 from .operator_executor import OperatorExecutor
-from .plan import Plan
 from .verdicts import Check, Verdict, verdict_name
 
 logger = logging.getLogger("lgnet_fast")

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import torch
 
-from ..native import library, multiplies
-from .cpu_kernels import NARROW, TILES, Choice, Products, candidates, jobs_of
-from .plan import ConvStep, Plan, Step
+from ...native import library, multiplies
+from ..plan import ConvStep, Plan, Step
+from .kernels import NARROW, TILES, Choice, Products, candidates, jobs_of
 
 
 class Rates(NamedTuple):
@@ -135,7 +135,7 @@ def plain_choice(step: Step, products: Products) -> str:
 def choose_kernels(
     plan: Plan, dtype: torch.dtype, costs: Mapping[str, Mapping[str, Cost]] | None = None
 ) -> dict[str, str]:
-    """How every step runs, as :class:`.cpu_kernels.Choice` writes it: the least time whose packed weights keep to
+    """How every step runs, as :class:`.kernels.Choice` writes it: the least time whose packed weights keep to
     the budget.
 
     Args:

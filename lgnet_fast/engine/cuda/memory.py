@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .arena import plan_arena
-from .plan import Plan, View
+from ..arena import plan_arena
+from ..plan import Plan, View
 
 
 class Memory:

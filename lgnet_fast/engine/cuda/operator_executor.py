@@ -14,13 +14,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..ops.torch_state import tf32_allowed
-from .cuda_launches import Launch, attend_by_operators, convolve, paint_by_operators
-from .cuda_memory import Memory
+from ...ops.torch_state import tf32_allowed
+from ..plan import AttentionStep, Plan, Step
+from ..regions import Rect
 from .graph_executor import GraphExecutor, GraphOptions
 from .graphs import event_of
-from .plan import AttentionStep, Plan, Step
-from .regions import Rect
+from .launches import Launch, attend_by_operators, convolve, paint_by_operators
+from .memory import Memory
 
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 

@@ -8,15 +8,15 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from .. import forks
-from ..ops.torch_state import is_capturing, pass_on_out_of_memory
-from .cuda_executor import CudaExecutor
-from .executor import Executor, Regions, Result
+from ... import forks
+from ...ops.torch_state import is_capturing, pass_on_out_of_memory
+from ..executor import Executor, Regions, Result
+from ..plan import Plan
+from ..recent import Recent
+from .executor import CudaExecutor
 from .graph_executor import GraphExecutor
 from .graphs import error_text
 from .library_executor import LibraryExecutor
-from .plan import Plan
-from .recent import Recent
 from .verdicts import TITLES
 
 logger = logging.getLogger("lgnet_fast")

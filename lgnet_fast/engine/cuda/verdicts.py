@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .plan import ConvStep, Plan, Step
+from ..plan import ConvStep, Plan, Step
 
 TITLES = {
     "graph": "the engine, as one CUDA graph",

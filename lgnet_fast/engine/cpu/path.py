@@ -17,14 +17,14 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .. import cache
-from ..native import isa_name
-from ..reference.lgnet import LGNet, LocalGlobalRefinement
-from . import cpu_tuning
-from .build import build_plan, plan_stages
-from .cpu_executor import CpuExecutor
-from .model_executor import ModelExecutor
-from .plan import Plan
+from ... import cache
+from ...native import isa_name
+from ...reference.lgnet import LGNet, LocalGlobalRefinement
+from ..build import build_plan, plan_stages
+from ..model_executor import ModelExecutor
+from ..plan import Plan
+from . import tuning as cpu_tuning
+from .executor import CpuExecutor
 
 PORTABLE = "portable"
 """Name of the instruction set whose kernels may be slower than PyTorch's."""
@@ -149,7 +149,7 @@ def tune(
 
     Args:
         model, plan, dtype: see :func:`choose_path`; the plan has float32 weights.
-        seconds, progress: see :func:`.cpu_tuning.tune`.
+        seconds, progress: see :func:`.tuning.tune`.
     """
     found = cpu_tuning.tune(plan, dtype, seconds, progress)
     executor = ModelExecutor(model, torch.device("cpu"), dtype, "eager")

@@ -2,7 +2,7 @@
 
 With ``dtype=torch.bfloat16`` a step multiplies pairs of bf16 and sums in float32, where the CPU has such instructions
 and where that is faster. A feature map is stored as bf16 where every step that reads it multiplies such pairs, else
-as float32. :mod:`.cpu_kernels` lists the kernels, :mod:`.cpu_choice` chooses one for each step.
+as float32. :mod:`.kernels` lists the kernels, :mod:`.choice` chooses one for each step.
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .. import forks, native
-from ..native import tensor_arg, unavailable_reason
-from .arena import plan_arena
-from .cpu_choice import choose_kernels
-from .cpu_kernels import NARROW, TILES, Choice, jobs_of
-from .cpu_weights import CpuWeights
-from .executor import Executor, Regions, Result
-from .plan import PICTURE, ConvStep, Plan, Step, View
-from .recent import Recent
-from .regions import Rect
+from ... import forks, native
+from ...native import tensor_arg, unavailable_reason
+from ..arena import plan_arena
+from ..executor import Executor, Regions, Result
+from ..plan import PICTURE, ConvStep, Plan, Step, View
+from ..recent import Recent
+from ..regions import Rect
+from .choice import choose_kernels
+from .kernels import NARROW, TILES, Choice, jobs_of
+from .weights import CpuWeights
 
 _ACTIVATIONS = {"none": 0, "relu": 1, "leaky_relu": 2}
 _NO_TENSOR = (0,) * 10
@@ -95,7 +95,7 @@ class CpuExecutor(Executor):
         choices: Mapping[str, str] | None = None,
         chosen_by: str = "request",
     ) -> CpuExecutor:
-        """The executor of a plan with weights on the CPU. `choices` None: by :func:`.cpu_choice.choose_kernels`."""
+        """The executor of a plan with weights on the CPU. `choices` None: by :func:`.choice.choose_kernels`."""
         if (reason := cls.unavailable_reason()) is not None:
             raise RuntimeError(reason)
         if choices is None:
@@ -144,7 +144,7 @@ class CpuExecutor(Executor):
         return max(self.workspace_bytes, 4 * self._arena.size)
 
     def drop_buffers(self) -> None:
-        """See :meth:`.executor.Executor.drop_buffers`; those of runs in other threads are freed as these end."""
+        """See :meth:`..executor.Executor.drop_buffers`; those of runs in other threads are freed as these end."""
         self._program = self._new_program()
 
     def release(self) -> None:

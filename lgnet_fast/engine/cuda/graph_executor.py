@@ -1,6 +1,6 @@
 """Running a plan on a GPU over one arena, the whole forward replayed as one CUDA graph, whatever runs its steps.
 
-Feature maps are NHWC in the arena of :mod:`.arena`, in the dtype of the computation. Pictures are passed in and out
+Feature maps are NHWC in the arena of :mod:`..arena`, in the dtype of the computation. Pictures are passed in and out
 as float32, so that known pixels of the result are exactly those of the input.
 """
 
@@ -20,15 +20,15 @@ from torch import Tensor
 
 from lgnet_fast.kernels.results import Merge
 
-from .. import forks
-from ..ops.torch_state import is_capturing
-from .cuda_launches import Launch, ends, ends_by_graphs, run_all
-from .cuda_memory import Memory, least_bytes
-from .executor import Executor, Regions, Result
+from ... import forks
+from ...ops.torch_state import is_capturing
+from ..executor import Executor, Regions, Result
+from ..plan import PICTURE, Plan
+from ..recent import Recent
+from ..regions import Rect
 from .graphs import Program, event_of
-from .plan import PICTURE, Plan
-from .recent import Recent
-from .regions import Rect
+from .launches import Launch, ends, ends_by_graphs, run_all
+from .memory import Memory, least_bytes
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -157,12 +157,12 @@ class GraphExecutor(Executor):
 
     @property
     def buffer_bytes(self) -> int:
-        """See :attr:`.executor.Executor.buffer_bytes`; without the graphs' own memory, which is not known."""
+        """See :attr:`..executor.Executor.buffer_bytes`; without the graphs' own memory, which is not known."""
         memory = self._own
         return least_bytes(self.plan, self.dtype) if memory is None else memory.bytes
 
     def drop_buffers(self) -> None:
-        """See :meth:`.executor.Executor.drop_buffers`; graphs are dropped too. Waits for the device."""
+        """See :meth:`..executor.Executor.drop_buffers`; graphs are dropped too. Waits for the device."""
         with self._lock:
             if self._own is None or is_capturing(self.device):
                 return
@@ -237,7 +237,7 @@ class GraphExecutor(Executor):
         regions: Regions | None = None,
         stages: bool = True,
     ) -> Result:
-        """See :meth:`.executor.Executor.run`. Waits for the device only where it captures a graph.
+        """See :meth:`..executor.Executor.run`. Waits for the device only where it captures a graph.
 
         While the caller captures a graph, the launches become part of that graph and use separate buffers.
         """

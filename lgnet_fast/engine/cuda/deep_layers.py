@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.torch_state import pass_on_out_of_memory
-from .cuda_measure import excessive_error
-from .cuda_weights import conv_of
-from .plan import ConvStep, Plan, Step, View
+from ...ops.torch_state import pass_on_out_of_memory
+from ..plan import ConvStep, Plan, Step, View
+from .measure import excessive_error
+from .weights import conv_of
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.deep import DeepGroup, DeepLayer
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger("lgnet_fast")
 
 
-class Weights(Protocol):
+class LayerWeights(Protocol):
     """Weights of one step: packed for the Triton kernels, and the float32 bias."""
 
     @property
@@ -66,7 +66,7 @@ def runs(plan: Plan, rows: int) -> list[range]:
 def make_group(
     plan: Plan,
     numbers: Sequence[int],
-    weights: Mapping[str, Weights],
+    weights: Mapping[str, LayerWeights],
     packs: dict[tuple[str, Any], Tensor],
     cluster: int,
     clusters: int,
@@ -100,7 +100,7 @@ def make_group(
 
 def make_groups(
     plan: Plan,
-    weights: Mapping[str, Weights],
+    weights: Mapping[str, LayerWeights],
     packs: dict[tuple[str, Any], Tensor],
     rows: int,
 ) -> dict[int, DeepGroup]:
@@ -138,7 +138,7 @@ def group_launch(
 ) -> tuple[Callable[[], None], Tensor]:
     """The launch of a group that begins at step `first`, on maps given by `view`, and its state.
 
-    The launch keeps a reference to the state. `times`, `only`: see :meth:`.kernels.deep.DeepGroup.program`.
+    The launch keeps a reference to the state. `times`, `only`: see :meth:`..kernels.deep.DeepGroup.program`.
     """
     from lgnet_fast.kernels.results import Store
 
@@ -172,7 +172,7 @@ def view_of(maps: Mapping[str, Tensor], view: View) -> Tensor:
 
 
 def step_errors(
-    plan: Plan, steps: Sequence[ConvStep], weights: Mapping[str, Weights], maps: Mapping[str, Tensor]
+    plan: Plan, steps: Sequence[ConvStep], weights: Mapping[str, LayerWeights], maps: Mapping[str, Tensor]
 ) -> list[tuple[ConvStep, Tensor, Tensor]]:
     """(step, stored, expected) of every store. Expected: the step by PyTorch in float32, on its source in `maps`."""
     from lgnet_fast.kernels.deep import reference
@@ -187,7 +187,7 @@ def step_errors(
     return found
 
 
-def wrong_step(plan: Plan, first: int, group: DeepGroup, weights: Mapping[str, Weights]) -> str | None:
+def wrong_step(plan: Plan, first: int, group: DeepGroup, weights: Mapping[str, LayerWeights]) -> str | None:
     """The first wrong step of a group on noise and its error, or None. Waits for the device."""
     steps = steps_at(plan, first, len(group.layers))
     maps = noise_maps(plan, steps, group.dtype, group.weights[0].device)

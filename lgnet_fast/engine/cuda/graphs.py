@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..ops.torch_state import is_capturing, one_line
+from ...ops.torch_state import is_capturing, one_line
 
 logger = logging.getLogger("lgnet_fast")
 

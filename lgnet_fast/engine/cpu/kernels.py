@@ -22,8 +22,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Literal, NamedTuple, get_args
 
-from .geometry import Geometry
-from .plan import PICTURE, AttentionStep, Step
+from ..geometry import Geometry
+from ..plan import PICTURE, AttentionStep, Step
 
 TILES = {"direct": 1, "winograd2": 2, "winograd4": 4}
 """Outputs along a side of a tile, of the kernels that convolve."""

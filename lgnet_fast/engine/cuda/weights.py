@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 import torch
 from torch import Tensor
 
+from ..plan import AttentionStep, ConvStep, Plan, Step
+from ..regions import Rect
 from .graphs import event_of
-from .plan import AttentionStep, ConvStep, Plan, Step
-from .regions import Rect
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.compiled import CompiledTile
@@ -54,13 +54,13 @@ def target_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str, int]:
 
 @dataclass(frozen=True)
 class Tuned:
-    """Choices measured on this GPU (:mod:`.cuda_tuning`), which replace the shipped tables.
+    """Choices measured on this GPU (:mod:`.tuning`), which replace the shipped tables.
 
     Attributes:
         tiles: (dtype kind, rows, columns, taps, input channels) of a product -> its tile, or "cudnn".
         attention: (channels, positions, batch) -> block shapes.
-        deep_rows: name of a plan (:attr:`.plan.Plan.name`) -> most rows of the layers that share a launch
-            (:mod:`.deep`).
+        deep_rows: name of a plan (:attr:`..plan.Plan.name`) -> most rows of the layers that share a launch
+            (:mod:`.deep_layers`).
         overlap: name of a plan -> how its launches overlap.
     """
 

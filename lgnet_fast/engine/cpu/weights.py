@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..native import library, packing
-from .cpu_kernels import NARROW, TILES, Choice, Group, Products, jobs_of
-from .plan import ConvStep, Plan, Step
+from ...native import library, packing
+from ..plan import ConvStep, Plan, Step
+from .kernels import NARROW, TILES, Choice, Group, Products, jobs_of
 
 _ALIGNMENT = 64  # bytes
 

@@ -10,11 +10,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..ops.torch_state import pass_on_out_of_memory, strict_float32, tf32_allowed
+from ...ops.torch_state import pass_on_out_of_memory, strict_float32, tf32_allowed
+from ..plan import PICTURE, Plan
+from ..torch_executor import TorchExecutor
 from .graph_executor import GraphExecutor
 from .graphs import error_text
-from .plan import PICTURE, Plan
-from .torch_executor import TorchExecutor
 from .verdicts import Check
 
 LIMITS = {torch.float16: 2e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3}

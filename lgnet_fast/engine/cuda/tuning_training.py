@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from .cuda_measure import GAIN, Log, Timer, excessive_error
-from .cuda_weights import target_of
+from ..plan import AttentionStep, Plan
 from .graphs import error_text
-from .plan import AttentionStep, Plan
+from .measure import GAIN, Log, Timer, excessive_error
+from .weights import target_of
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Config

@@ -18,16 +18,16 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from .cuda_executor import CudaExecutor
-from .cuda_measure import GAIN, Found, Log, Result, Timer, excessive_error, plain, product_key
-from .cuda_weights import StepWeights, conv_of, target_of, work_of
+from ..plan import ConvStep, Plan
+from .executor import CudaExecutor
 from .graphs import error_text
-from .plan import ConvStep, Plan
+from .measure import GAIN, Found, Log, Result, Timer, excessive_error, plain, product_key
+from .weights import StepWeights, conv_of, target_of, work_of
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.conv_configs import Tile, Work
 
-    from .cuda_weights import Choice
+    from .weights import Choice
 
 LAUNCHES = 24
 """Launches in a graph that times one kernel."""

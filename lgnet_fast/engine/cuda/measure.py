@@ -13,16 +13,16 @@ from typing import TYPE_CHECKING, Any, get_args
 import torch
 from torch import Tensor
 
-from .. import cache
-from .cuda_launches import run_all
-from .cuda_weights import Overlap, Tuned
+from ... import cache
 from .graphs import capture, elapsed_ms
+from .launches import run_all
+from .weights import Overlap, Tuned
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Inference
     from lgnet_fast.kernels.conv_configs import Work
 
-    from .cuda_weights import Choice
+    from .weights import Choice
 
 GAIN = 0.02
 """Share of the time by which a candidate must beat what runs without tuning."""

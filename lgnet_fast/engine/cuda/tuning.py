@@ -1,10 +1,10 @@
 """Measured choices on an NVIDIA GPU: block shapes of every product of a plan, timed with cold weights, and kept.
 
-The convolutions are tuned first (:mod:`.cuda_tuning_convolutions`), then the attention blocks
-(:mod:`.cuda_tuning_attention`). Candidates are compiled in parallel processes, run once, compared with what runs
-without tuning, and timed. The results are kept (:mod:`.cuda_measure`); where nothing was better, the shipped tables
-hold. Last, whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep`), then whether
-launches should overlap.
+The convolutions are tuned first (:mod:`.tuning_convolutions`), then the attention blocks
+(:mod:`.tuning_attention`). Candidates are compiled in parallel processes, run once, compared with what runs
+without tuning, and timed. The results are kept (:mod:`.measure`); where nothing was better, the shipped tables
+hold. Last, whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), then
+whether launches should overlap.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from typing import Any, get_args
 
 import torch
 
-from .. import cache
-from .cuda_executor import CudaExecutor, CudaOptions
-from .cuda_launches import run_all
-from .cuda_measure import GAIN, Found, Timer, product_key, progress_of
-from .cuda_tuning_attention import tune_attention
-from .cuda_tuning_convolutions import Contest, groups_of, tune_convolutions
-from .cuda_weights import CudaWeights, Overlap, target_of, work_of
-from .plan import AttentionStep, Plan
+from ... import cache
+from ..plan import AttentionStep, Plan
+from .executor import CudaExecutor, CudaOptions
+from .launches import run_all
+from .measure import GAIN, Found, Timer, product_key, progress_of
+from .tuning_attention import tune_attention
+from .tuning_convolutions import Contest, groups_of, tune_convolutions
+from .weights import CudaWeights, Overlap, target_of, work_of
 
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
 _EQUAL_RUNS = 20
 """Runs with overlapping launches that must give the bits of one without."""
 _DEEP_ROWS = (16, 64)
-"""Values of `deep_rows` that are timed in whole runs, see :class:`.cuda_executor.CudaOptions`."""
+"""Values of `deep_rows` that are timed in whole runs, see :class:`.executor.CudaOptions`."""
 
 
 def tune(

@@ -13,17 +13,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from ..reference.attention import attention_block
-from .cuda_memory import Memory
+from ...reference.attention import attention_block
+from ..plan import PICTURE, AttentionStep, ConvStep
+from ..torch_executor import convolution
 from .graphs import Program, elapsed_ms
-from .plan import PICTURE, AttentionStep, ConvStep
-from .torch_executor import convolution
+from .memory import Memory
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Inference
     from lgnet_fast.kernels.results import Merge
 
-    from .cuda_weights import StepWeights
+    from .weights import StepWeights
 
 Launch = Callable[[], None]
 

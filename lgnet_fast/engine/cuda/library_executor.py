@@ -11,18 +11,18 @@ from dataclasses import replace
 
 import torch
 
-from .cuda_executor import CudaExecutor
-from .cuda_launches import Launch, attend_by_operators, paint_by_operators
-from .cuda_memory import Memory
-from .plan import AttentionStep, Plan
-from .regions import Rect
+from ..plan import AttentionStep, Plan
+from ..regions import Rect
+from .executor import CudaExecutor
+from .launches import Launch, attend_by_operators, paint_by_operators
+from .memory import Memory
 
 PAINT = "paint"
 """Name of the work before the first step of a plan: painting the hole, copying the picture."""
 
 
 class LibraryExecutor(CudaExecutor):
-    """A :class:`.cuda_executor.CudaExecutor` that runs the steps named in ``by_library`` of its weights (and
+    """A :class:`.executor.CudaExecutor` that runs the steps named in ``by_library`` of its weights (and
     :data:`PAINT`, if named) by PyTorch's operators."""
 
     restricts = False

@@ -3,7 +3,7 @@
 Each step is one launch of `kernels/conv.py` (two with split depth, one more for every further rectangle of a
 restricted run) or the attention block. Where the tuner measured them as faster, a step uses a compiled kernel
 (`kernels/hopper.py`, `kernels/picture_conv.py`) or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and the
-deep layers of a dense run share a launch (:mod:`.deep`).
+deep layers of a dense run share a launch (:mod:`.deep_layers`).
 """
 
 from __future__ import annotations
@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..ops.torch_state import is_capturing
-from .cuda_launches import Launch, attend, convolve, run_all
-from .cuda_memory import Memory
-from .cuda_weights import CudaWeights, Tuned, conv_of, target_of, work_of
-from .deep import group_launch, make_groups
-from .executor import Regions
+from ...ops.torch_state import is_capturing
+from ..executor import Regions
+from ..plan import PICTURE, AttentionStep, ConvStep, Plan, Step
+from ..regions import Rect
+from .deep_layers import group_launch, make_groups
 from .graph_executor import GraphExecutor, GraphOptions
-from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step
-from .regions import Rect
+from .launches import Launch, attend, convolve, run_all
+from .memory import Memory
+from .weights import CudaWeights, Tuned, conv_of, target_of, work_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.deep import DeepGroup
     from lgnet_fast.kernels.results import Merge
 
-    from .cuda_weights import Choice, Overlap
+    from .weights import Choice, Overlap
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -95,7 +95,7 @@ class CudaExecutor(GraphExecutor):
             plan: dense, with weights; only its shapes are kept.
             dtype: float32 (tf32 as ``torch.backends.cuda.matmul.allow_tf32`` says), float16 or bfloat16.
             device: where to run; None: where the weights are.
-            choices, tuned, by_library: see :class:`.cuda_weights.CudaWeights`.
+            choices, tuned, by_library: see :class:`.weights.CudaWeights`.
             options: of :class:`CudaOptions`.
         """
         device = plan.steps[0].weight.device if device is None else torch.device(device)
@@ -214,7 +214,7 @@ class CudaExecutor(GraphExecutor):
         return launches
 
     def _deep_groups(self) -> dict[int, DeepGroup]:
-        """First step -> the group of steps that runs in one launch from there (see :mod:`.deep`)."""
+        """First step -> the group of steps that runs in one launch from there (see :mod:`.deep_layers`)."""
         from lgnet_fast.kernels.launch import is_recording
 
         can_check = self.device.type == "cuda" and not is_capturing(self.device) and not is_recording()
