@@ -138,6 +138,53 @@ def test_a_forgotten_picture_is_sent_once(new_page, server):
     assert [url.rpartition("/")[2].partition("?")[0] for url in sent] == ["pictures", "fill"]
 
 
+def test_a_picture_that_could_not_be_sent_again_as_a_whole_is_sent_once_more(new_page, server):
+    page = new_page()
+    page.expected_errors += ["404", "net::ERR_FAILED"]
+    with page.expect_response(lambda response: response.url.endswith("/pictures?sample=chelsea")) as caught:
+        open_sample(page)
+    drag(page, STROKE)
+    filled(page)
+    drag(page, [(300, 200), (330, 200)])
+    filled(page, 2)
+    before = pixels_of(download(page)[1])
+    assert page.request.delete(f"{server}/api/v1/pictures/{caught.value.json()['id']}").status == 204
+    page.route("**/fill?*&position=1", lambda route: route.abort())  # the second fill that is sent again
+    with page.expect_request(lambda request: request.method == "DELETE"):
+        page.keyboard.press("Control+s")
+    assert "does not answer" in failed(page)
+    page.unroute("**/fill?*&position=1")
+    np.testing.assert_array_equal(pixels_of(download(page)[1]), before)
+
+
+def test_files_that_are_gone_or_too_large_are_told_without_a_call(new_page, tmp_path):
+    with live_server(ServeOptions(max_bytes=2**20)) as address:
+        page = new_page(address=address)
+        files = [tmp_path / f"{name}.png" for name in "abc"]
+        for file in files:
+            file.write_bytes(file_of(photo(90, 120)))
+        files[1].write_bytes(bytes(2**20 + 2**19))
+        page.set_input_files("#file", files)
+        opened(page)
+        calls = []
+        page.on("request", lambda request: calls.append(request.url) if request.method == "POST" else None)
+        page.keyboard.press("PageDown")
+        assert failed(page) == "b.png: The file has 1.5 MiB. This server takes at most 1.0 MiB (--max-bytes)."
+        assert page.text_content("#number") == "2 of 2"  # c.png took its place
+        opened(page)
+        page.keyboard.press("PageUp")
+        page.wait_for_selector("#name:text('a.png')")
+        assert len(calls) == 1
+
+        page.set_input_files("#file", files[::2])
+        opened(page)
+        files[2].unlink()
+        page.keyboard.press("PageDown")
+        page.wait_for_selector("#status:text('c.png: The file cannot be read any more.')")
+        assert page.text_content("#number") == "1 of 2"
+        assert len(calls) == 2
+
+
 def test_a_file_that_is_no_picture_is_passed_over(new_page):
     page = new_page(init=COLLECTS)
     page.expected_errors.append("400")

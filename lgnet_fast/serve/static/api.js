@@ -1,5 +1,7 @@
 // Calls of the server, by paths relative to the page. A token, if any, is read from the page's address once and kept
 // in this tab.
+import { t } from "./text.js";
+
 const KEY = "lgnet-token";
 let token = new URLSearchParams(location.search).get("token");
 if (token) history.replaceState(null, "", location.pathname);
@@ -10,12 +12,26 @@ try {
   // where the browser stores nothing, the token is lost when the page is loaded again
 }
 
-/** An answer that is not 2xx; `status` 0: no answer. */
+/** An answer that is not 2xx, or a call that could not be made; `status` 0: no answer. */
 export class ApiError extends Error {
   constructor(status, text) {
     super(text);
     this.status = status;
   }
+}
+
+/** What the server takes, as far as the page has to know it before a call. */
+export const limits = { bytes: Infinity };
+
+/** The bytes of a file. A file that is gone or too large would fail in `fetch` as if there was no server. */
+async function bytesOf(file) {
+  if (file.size > limits.bytes) {
+    const [size, most] = [file.size, limits.bytes].map((bytes) => (bytes / 2 ** 20).toFixed(1));
+    throw new ApiError(413, t("tooLarge", { size, most }));
+  }
+  return file.arrayBuffer().catch(() => {
+    throw new ApiError(0, t("fileGone"));
+  });
 }
 
 const pause = (ms, signal) =>
@@ -32,13 +48,14 @@ export async function call(path, { method = "GET", body, type, signal, waiting, 
   const headers = {};
   if (token) headers.Authorization = `Bearer ${token}`;
   if (type) headers["Content-Type"] = type;
+  if (body instanceof File) body = await bytesOf(body);
   for (let tries = 0; ; tries++) {
     let response;
     try {
       response = await fetch(path, { method, body, headers, signal, keepalive });
     } catch (error) {
       if (error.name === "AbortError") throw error;
-      throw new ApiError(0, "");
+      throw new ApiError(0, t("unreachable"));
     }
     if (response.ok) return response;
     const again = response.headers.get("Retry-After"); // without it, the same call would fail again

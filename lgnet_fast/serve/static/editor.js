@@ -8,7 +8,6 @@ const PREVIEWS = 8; // that are kept; those of other pictures are loaded again w
 
 /** What a user is told of an error. */
 export function reasonOf(error) {
-  if (error.status === 0) return t("unreachable");
   if (error.status === 401) return t("locked");
   return /allow_any_mask/.test(error.message) ? t("mostlyHole") : error.message;
 }
@@ -63,9 +62,9 @@ export class Editor {
     this.changed();
   }
 
-  /** Lets the server close the pictures. */
-  free() {
-    for (const { id } of this.pictures) {
+  /** Lets the server close pictures. */
+  free(pictures = this.pictures) {
+    for (const { id } of pictures) {
       if (id) call(`api/v1/pictures/${id}`, { method: "DELETE", keepalive: true }).catch(() => {});
     }
   }
@@ -97,7 +96,7 @@ export class Editor {
 
   async prepare(picture) {
     if (!picture.open) {
-      await this.upload(picture);
+      Object.assign(picture, await this.upload(picture));
       Object.assign(picture, { open: true, fills: [], position: 0, history: [], done: 0, pending: [], running: null });
     }
     const { signal } = picture.closing;
@@ -129,13 +128,13 @@ export class Editor {
     this.say(`${shorten(picture.name)}: ${reasonOf(error)}`, "error");
   }
 
+  /** What the server tells of a picture that it is sent: its id, size and format. */
   async upload(picture) {
     const body = picture.file;
     const path = picture.sample ? `api/v1/pictures?sample=${picture.sample}` : "api/v1/pictures";
     const type = "application/octet-stream";
     const { signal } = picture.closing;
-    const told = await json(path, { method: "POST", body, type, signal, waiting: this.waiting });
-    Object.assign(picture, told);
+    return json(path, { method: "POST", body, type, signal, waiting: this.waiting });
   }
 
   /** A call for a picture. If the server has dropped the picture, it is sent again with all its fills. */
@@ -155,8 +154,16 @@ export class Editor {
   }
 
   async reopen(picture) {
-    await this.upload(picture);
-    for (const fill of picture.fills) await this.send(picture, fill);
+    const { signal } = picture.closing;
+    const told = await this.upload(picture);
+    const ask = (rest, options) => call(`api/v1/pictures/${told.id}${rest}`, { ...options, signal, waiting: this.waiting });
+    try {
+      for (const [position, fill] of picture.fills.entries()) await this.send(fill, position, ask);
+    } catch (error) {
+      this.free([told]); // without all the fills it is of no use; the next call begins again
+      throw error;
+    }
+    picture.id = told.id;
     this.say(t("reopened"));
     if (this.picture === picture) this.view.sharpen();
   }
@@ -303,8 +310,9 @@ export class Editor {
       const box = reach(operations, picture);
       const blob = box && (await encode(operations, box, picture));
       if (blob) {
-        const fill = { blob, box, options, position: picture.position };
-        await this.send(picture, fill, signal);
+        const fill = { blob, box, options };
+        const ask = (rest, how) => this.callFor(picture, rest, { ...how, signal });
+        await this.send(fill, picture.position, ask);
         return fill;
       }
       if (this.picture === picture && !signal.aborted) this.say(t("nothing"));
@@ -332,16 +340,11 @@ export class Editor {
     picture.done = done + waiting.length;
   }
 
-  /** Sends a fill and applies the changed pixels. */
-  async send(picture, fill, signal) {
+  /** Sends a fill by `ask(rest, options)`, to follow the first `position` fills, and keeps the changed pixels. */
+  async send(fill, position, ask) {
     const { x, y } = fill.box;
-    const query = new URLSearchParams({ x, y, ...fill.options, position: picture.fills.indexOf(fill) });
-    if (!picture.fills.includes(fill)) query.set("position", fill.position);
-    const path = `/fill?${query}`;
-    const options = { method: "POST", body: fill.blob, type: "image/png", signal };
-    const response = picture.fills.includes(fill)
-      ? await call(`api/v1/pictures/${picture.id}${path}`, { ...options, waiting: this.waiting })
-      : await this.callFor(picture, path, options);
+    const query = new URLSearchParams({ x, y, ...fill.options, position });
+    const response = await ask(`/fill?${query}`, { method: "POST", body: fill.blob, type: "image/png" });
     const boxes = response.headers.get("X-Boxes").split(";").map((text) => text.split(",").map(Number));
     const sheet = await bitmapOf(response);
     let top = 0;

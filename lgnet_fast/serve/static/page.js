@@ -1,5 +1,5 @@
 // What all parts of the page share: what the server offers, the view, the editor, messages and questions.
-import { json } from "./api.js";
+import { json, limits } from "./api.js";
 import { Editor, reasonOf } from "./editor.js";
 import { settings } from "./settings.js";
 import { t, translate } from "./text.js";
@@ -30,6 +30,7 @@ export const server = await json("api/v1/page").catch((error) => {
   for (const button of document.querySelectorAll("button")) button.disabled = true;
   throw error;
 });
+limits.bytes = server.max_bytes;
 export const view = new View($("#stage"), server.preview);
 export const editor = new Editor(view, say);
 view.colour = settings.colour;
