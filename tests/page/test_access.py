@@ -185,6 +185,37 @@ def test_keys_that_are_not_the_pages(new_page):
     assert page.text_content("#number") == "1 of 2"
 
 
+def test_letters_of_other_alphabets_are_read_by_their_place(new_page):
+    page = new_page(init=COLLECTS)
+    open_sample(page)
+    drag(page, STROKE)
+
+    def press(key: str, code: str, **more: bool) -> None:
+        page.evaluate(
+            "(how) => document.querySelector('#stage').dispatchEvent(new KeyboardEvent('keydown', how))",
+            {"key": key, "code": code, "bubbles": True, **more},
+        )
+
+    press("у", "KeyE")
+    assert page.get_attribute("button[data-tool=eraser]", "aria-checked") == "true"
+    size = int(page.input_value("#size"))
+    press("ъ", "BracketRight")
+    assert int(page.input_value("#size")) > size
+    press("я", "KeyZ", ctrlKey=True)
+    assert page.is_disabled("#undo")
+    press("€", "KeyD")
+    press("w", "KeyD")  # a Latin letter is what it says
+    assert page.get_attribute("button[data-tool=eraser]", "aria-checked") == "true"
+
+
+def test_the_name_can_be_read_above_any_picture(new_page):
+    page = new_page()
+    open_sample(page)
+    background = page.evaluate("() => getComputedStyle(document.querySelector('.title')).backgroundColor")
+    assert background.startswith("rgb")
+    assert not background.endswith(", 0)")
+
+
 def test_the_brush_of_the_keyboard_takes_the_window_with_it(new_page):
     page = new_page()
     open_sample(page)

@@ -5,6 +5,12 @@ import { t } from "./text.js";
 const LEAST = 2; // pixels of the picture: a thinner brush may cover no pixel by half, and would paint nothing
 const CLOSE = 2; // screen pixels below which a shape is a slip
 
+/** The key of an event. For a letter that is not of the Latin alphabet, what a keyboard of the US has at its place. */
+export function keyOf({ key, code }) {
+  if (!/^\p{L}$/u.test(key) || /^\p{Script=Latin}$/u.test(key)) return key;
+  return { BracketLeft: "[", BracketRight: "]" }[code] ?? (/^Key[A-Z]$/.test(code) ? code[3] : key);
+}
+
 export class Input {
   /** `actions`: functions for keys that act outside the picture, by name. */
   constructor(view, editor, actions) {
@@ -220,7 +226,7 @@ export class Input {
       return;
     }
     if (dialog || (field && !(event.ctrlKey || event.metaKey))) return;
-    const { key } = event;
+    const key = keyOf(event);
     // Alt with these is the browser's: back, address, tabs. Other characters may need Alt to be typed.
     if (event.altKey && !this.stroke && (key.length > 1 || /[a-z\d]/i.test(key))) return;
     if (key.startsWith("Page") && event.target.type === "range") return;
@@ -269,7 +275,7 @@ export class Input {
       this.held.delete(" ");
       this.container.classList.remove("grab");
       if (this.stroke && this.stroke.pointer === undefined) this.finish(event.ctrlKey);
-    } else if (["b", "\\"].includes(event.key.toLowerCase())) this.actions.peekOff();
+    } else if (["b", "\\"].includes(keyOf(event).toLowerCase())) this.actions.peekOff();
     else if (["Control", "Meta"].includes(event.key)) this.collected();
   }
 

@@ -1,6 +1,6 @@
 // The controls of the page, and the connections between picture, editor and input.
 import { compare, peek, stages } from "./comparing.js";
-import { Input } from "./input.js";
+import { Input, keyOf } from "./input.js";
 import { mayDiscard } from "./opening.js";
 import { $, editor, row, server, view } from "./page.js";
 import { copy, exportMask, save } from "./saving.js";
@@ -258,7 +258,8 @@ document.addEventListener("click", (event) => {
   if (menu.open && !menu.contains(event.target)) menu.open = false;
 });
 document.addEventListener("keydown", (event) => {
-  if ((event.key === "v" && $("#slider").open) || (event.key === "t" && $("#stage-dialog").open)) {
+  const key = keyOf(event).toLowerCase();
+  if ((key === "v" && $("#slider").open) || (key === "t" && $("#stage-dialog").open)) {
     document.querySelector("dialog[open]").close();
   }
 });
