@@ -125,6 +125,8 @@ BAD = {
     "an edit with a wrong compression": (
         form("/v1/images/edits", {"output_format": "webp", "output_compression": "101"}, image=rubbed_out()), 422,
         "output_compression: expected a whole number from 0 to 100, got '101'"),
+    "an edit as a stream": (
+        form("/v1/images/edits", {"stream": "true"}, image=rubbed_out()), 400, "stream: expected false"),
     "an edit by a torn mask": (form("/v1/images/edits", image=GOOD, mask=rubbed_out()[:-900]), 400, "mask"),
     "no initial image": (
         {"url": "/sdapi/v1/img2img", "json": {"init_images": [], "mask": base64_of(MASK)}}, 422, "init_images: "),

@@ -54,6 +54,8 @@ async def edit(request: Request, state: ServerState) -> Response:
         raise RequestError("n: expected 1, the model has no randomness")
     if str(found.get("response_format", "b64_json")) != "b64_json":
         raise RequestError("response_format: expected b64_json, no files are kept to link to")
+    if str(found.get("stream", "false")).lower() != "false":
+        raise RequestError("stream: expected false, the answer comes as a whole")
     format = str(found.get("output_format", "png"))
     if format not in ("png", "jpeg", "webp"):
         raise RequestError("output_format: expected png, jpeg or webp")
