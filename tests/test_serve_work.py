@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgnet_fast import LGNetError
+from lgnet_fast import LGNetError, limits
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.serve.bodies import picture_file
 from lgnet_fast.serve.command import _address, run
@@ -366,6 +366,17 @@ def test_the_servers_limit_of_pixels_takes_the_place_of_pillows(monkeypatch):
     assert Session(picture_file(data, "image", 11520), state.model(None)).size == (96, 120)
     assert Image.MAX_IMAGE_PIXELS == 11520
     assert state.close() is True
+
+
+@pytest.mark.parametrize(("room", "count"), [(1600, 2), (10**6, 3), (None, 3)])
+def test_open_pictures_take_half_of_the_memory_at_most(monkeypatch, room, count):
+    monkeypatch.setattr(limits, "memory", lambda: room)
+    monkeypatch.setattr(SharedInpainter, "over", lambda worker, model: shared(BlurFill()))
+    state = State(ServeOptions(session_bytes=1000), {"blur": None})
+    for _ in range(5):
+        _opened(state.store)  # 300 bytes each
+    assert state.store.usage()[0] == count
+    state.close()
 
 
 @pytest.mark.parametrize(

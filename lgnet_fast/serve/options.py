@@ -22,7 +22,8 @@ class ServeOptions:
     "https://host[:port]" each. `allowed_hosts`: names of the server, besides its address.
     `max_bytes`: of a request's body. `max_pixels`: of a picture, read from its header before it is decoded.
     `max_sessions`, `session_bytes`, `session_idle`: number of open pictures of the page, bytes of memory for all of
-    them, and seconds after which an unused one is closed. `queue`: requests that may wait or run; more are answered
+    them (at most half of what the machine or the container has left when the server starts), and seconds after which
+    an unused one is closed. `queue`: requests that may wait or run; more are answered
     429. `threads`: requests that are prepared at the same time. `batch`: network passes of one size that may run
     together. `timeout`: seconds for one request, from the last byte of its body to the answer. `body_timeout`:
     seconds between two parts of a body. `grace`: seconds after the signal to end during which new requests are still

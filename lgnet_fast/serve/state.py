@@ -10,6 +10,7 @@ from typing import Any
 
 from PIL import Image
 
+from .. import limits
 from ..errors import LGNetError, WeightsError
 from ..pipeline.formats import FORMATS
 from .bodies import FillFields, mask_picture, picture_file
@@ -62,7 +63,9 @@ class State:
         self.worker = DeviceWorker(options.batch, self.metrics.run)
         self.models = {name: SharedInpainter.over(self.worker, model, **inpainter) for name, model in models.items()}
         self.queue = WorkQueue(options.threads, options.queue, options.timeout, self.metrics.phases)
-        self.store = Store(options.max_sessions, options.session_bytes, options.session_idle)
+        room = limits.memory()  # with the models loaded
+        kept = options.session_bytes if room is None else min(options.session_bytes, room // 2)
+        self.store = Store(options.max_sessions, kept, options.session_idle)
         self.ready = self.closed = False
         self._end: float | None = None
         self.metrics.watch(lambda: self.queue.depth, self.store.usage)
