@@ -173,7 +173,7 @@ def test_keys_that_are_not_the_pages(new_page):
     page.evaluate("() => addEventListener('keydown', (event) => (window.taken = event.defaultPrevented))")
     page.keyboard.press("e")
     assert page.evaluate("() => window.taken")
-    for key in ("Alt+d", "Alt+ArrowLeft"):
+    for key in ("Alt+d", "Alt+ArrowLeft", "Control+Shift+c", "Control+Shift+s"):
         page.focus("#stage")
         page.keyboard.press(key)
         assert not page.evaluate("() => window.taken"), key

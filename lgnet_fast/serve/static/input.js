@@ -233,7 +233,9 @@ export class Input {
     const onStage = event.target === this.container;
     const onButton = Boolean(event.target.closest?.("button, a, label, summary, input, img-comparison-slider"));
     if (event.ctrlKey || event.metaKey) {
-      const name = { z: event.shiftKey ? "redo" : "undo", y: "redo", s: "save", o: "open", c: "copy" }[key.toLowerCase()];
+      // With Shift, the other letters are the browser's.
+      const names = event.shiftKey ? { z: "redo" } : { z: "undo", y: "redo", s: "save", o: "open", c: "copy" };
+      const name = names[key.toLowerCase()];
       if (!name || (field && name !== "save")) return;
       if (name === "copy" && String(getSelection())) return;
       event.preventDefault();
