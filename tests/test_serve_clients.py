@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import struct
+import tempfile
 from urllib.parse import urlsplit
 
 import numpy as np
@@ -94,6 +95,15 @@ def test_multipart(client, expected, path):
     answer = client.post(path, files=files, data=fields)
     assert answer.status_code == 200, answer.text
     assert answer.headers["x-seed"] == "11"
+    np.testing.assert_array_equal(pixels_of(answer.content), expected)
+
+
+def test_a_form_needs_no_disk(client, expected, monkeypatch):
+    """The root of a container may be read-only, or full."""
+    monkeypatch.setattr(tempfile, "TemporaryFile", None)
+    large = file_of(PICTURE) + bytes(3 * 2**20)  # Pillow ignores what follows a PNG
+    answer = client.post("/inpaint", files={"image": large, "mask": file_of(HOLE)})
+    assert answer.status_code == 200, answer.text
     np.testing.assert_array_equal(pixels_of(answer.content), expected)
 
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import email.message
+import sys
 from typing import Annotated, Any
 
 import python_multipart  # noqa: F401 (Starlette, which reads forms by it, misses it at the first form only)
 from fastapi import Depends, Request
 from pydantic import BaseModel
 from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
 
 from .errors import RequestError
 from .guard import Message, Receive
@@ -58,24 +60,35 @@ def has_type(request: Request, prefix: str) -> bool:
     return request.headers.get("content-type", "").lower().startswith(prefix)
 
 
+class _FormParser(MultiPartParser):
+    """Keeps files in memory: a body has a limit, and a container may have no place to write to."""
+
+    spool_max_size = sys.maxsize
+
+
 async def form_fields(request: Request, state: State, files: tuple[str, ...]) -> dict[str, Any]:
     """A multipart form: files as bytes, in `files`; other fields as texts. Raises RequestError."""
     if not has_type(request, "multipart/form-data"):
         raise RequestError("body: expected multipart/form-data", status=415)
-    found: dict[str, Any] = {}
     header = email.message.Message()
     header["content-type"] = request.headers["content-type"]
     if boundary := header.get_boundary():
         receive = _without_preamble(request.receive, boundary.encode("latin-1"))
         request = Request({**request.scope, "headers": _lower_media_type(request.scope["headers"])}, receive)
-    async with request.form(max_files=4, max_fields=64, max_part_size=state.options.max_bytes) as form:
-        for name, value in form.multi_items():
-            if isinstance(value, UploadFile):
-                if name in files and name in found:
-                    raise RequestError(f"{name}: expected one file, got several")
-                found[name] = await value.read()
-            else:
-                found.setdefault(name, value)
+    most = state.options.max_bytes
+    parser = _FormParser(request.headers, request.stream(), max_files=4, max_fields=64, max_part_size=most)
+    try:
+        form = await parser.parse()
+    except MultiPartException as cause:
+        raise RequestError(f"body: {cause.message}") from None
+    found: dict[str, Any] = {}
+    for name, value in form.multi_items():
+        if isinstance(value, UploadFile):
+            if name in files and name in found:
+                raise RequestError(f"{name}: expected one file, got several")
+            found[name] = await value.read()
+        else:
+            found.setdefault(name, value)
     return found
 
 
