@@ -256,6 +256,18 @@ def test_one_bad_name_in_a_shard_does_not_end_the_run(case):
     assert len(json.loads(Path("r.json").read_text())["items"]) == len(bad) + 2
 
 
+def test_dots_in_names_of_a_shard_are_left_out_and_named(case):
+    """webdataset ends a name at its first dot: without a.png, a.1.png is no picture; beside it, it belongs to it."""
+    names = ["a.1.png", "a.2.png", "good.png", "good.depth.png", "good.mask.png"]
+    _shard(case / "x.tar", {name: png_bytes(noise(40, 60)) for name in names})
+    result = _run("-i", "x.tar", "-m", "m.png", "-o", "out", "--report", "r.json")
+    assert result.exit_code == 1
+    assert "1 filled, 0 skipped, 0 failed, 2 left out of 3" in result.stderr
+    left = {i["input"]: i["error"] for i in json.loads(Path("r.json").read_text())["items"] if i["error"]}
+    assert left.keys() == {"x.tar/a.1.png", "x.tar/a.2.png"}
+    assert "a name ends at its first dot, and there is no picture of the name 'a'" in left["x.tar/a.1.png"]
+
+
 def test_shards_of_names_that_meet_keep_all_results(case):
     folder = case / "shards"
     folder.mkdir()

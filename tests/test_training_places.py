@@ -227,6 +227,20 @@ def test_names_in_shards(tmp_path):
     assert {source.picture(i).size for i in range(len(source))} == {(9, 9)}
 
 
+def test_pictures_that_are_left_out_of_shards_are_told_of(tmp_path):
+    shard = tmp_path / "a.tar"
+    with tarfile.open(shard, "w") as tar:
+        for name in ("taken 10.30.png", "raw.cr2"):
+            add(tar, name, np.zeros((9, 9), dtype=np.uint8))
+    with pytest.raises(DataError, match=r"got none in .*a.tar'\] \(.*raw.cr2: pictures of the format .cr2 are not"):
+        open_source([str(shard)], "data.pictures")
+    with tarfile.open(shard, "a") as tar:
+        for name in ("b.png", "b.depth.png"):
+            add(tar, name, np.zeros((9, 9), dtype=np.uint8))
+    with pytest.warns(UserWarning, match=r"^2 left out of '.*a.tar', the first: .*raw.cr2: pictures of the format"):
+        assert len(open_source([str(shard)], "data.pictures")) == 1
+
+
 def test_files_that_a_tar_stores_once_under_several_names(tmp_path):
     with tarfile.open(tmp_path / "a.tar", "w") as tar:
         add(tar, "a.png", np.full((9, 9), 7, dtype=np.uint8))

@@ -6,7 +6,7 @@ Hidden files and folders are left out. Links are followed; a folder is listed on
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -82,6 +82,11 @@ def all_below(folder: str | Path, expected: str, suffixes: Iterable[str] = EXTEN
     if not found.pictures:
         reason = f" ({left_out[0]})" if left_out else ""
         raise DataError(f"{expected}, got {str(folder)!r}, which has none{reason}")
-    if left_out:
-        warn(f"{len(left_out)} left out of {str(folder)!r}, the first: {left_out[0]}")
+    warn_of_left_out(left_out, repr(str(folder)))
     return sorted(found.pictures)
+
+
+def warn_of_left_out(left_out: Sequence[str], place: str) -> None:
+    """One warning for what is `left_out` of a place, path and reason each; none where that is nothing."""
+    if left_out:
+        warn(f"{len(left_out)} left out of {place}, the first: {left_out[0]}")

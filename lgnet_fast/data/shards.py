@@ -11,6 +11,7 @@ from PIL import Image
 from ..errors import InvalidImageError, LGNetError
 from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS
 from ..pipeline.sources import Encoded
+from .folders import unread
 
 MASK_MARK = "mask"
 
@@ -54,29 +55,25 @@ class Sample:
 
 @dataclass(frozen=True)
 class Shard:
-    """The samples of a shard that have pictures, in order, and its pictures in unsupported formats."""
+    """The samples of a shard that have pictures, in order, and pictures that are `left_out`, with reasons."""
 
     samples: list[Sample]
-    others: list[Member]
-
-
-def samples_in(shard: Path) -> list[Sample]:
-    """The samples of `read_shard`."""
-    return read_shard(shard).samples
+    left_out: list[tuple[Member, str]]
 
 
 def read_shard(shard: Path) -> Shard:
     """The contents of a shard.
 
-    As in webdataset, a key is a file's path up to the first dot of its name. Files of other kinds (captions, labels)
-    and hidden ones, also in hidden folders, are skipped; only the headers are read.
+    As in webdataset, a key is a file's path up to the first dot of its name. Files of other kinds (captions, labels,
+    ``<key>.depth.png`` beside ``<key>.png``) and hidden ones, also in hidden folders, are skipped; only the headers
+    are read. Pictures in unsupported formats, and ``<key>.1.png`` without a ``<key>.png``, are left out.
 
     Raises InvalidImageError: not a plain tar file (compressed ones cannot be read at random), or a damaged or
     truncated one.
     """
-    found: dict[str, tuple[list[Member], list[Member]]] = {}
+    found: dict[str, tuple[list[Member], list[Member], list[Member]]] = {}
     stored: dict[str, tarfile.TarInfo] = {}
-    others = []
+    left_out = []
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
@@ -93,20 +90,24 @@ def read_shard(shard: Path) -> Shard:
                 extension = f".{extensions[-1].lower()}" if extensions else ""
                 member = Member(shard, info.name, data.offset_data, data.size)
                 if extension in OTHER_EXTENSIONS:
-                    others.append(member)
+                    left_out.append((member, unread(extension)))
                 if extension not in EXTENSIONS:
                     continue
-                pictures, masks = found.setdefault(str(path.with_name(stem)), ([], []))
+                pictures, masks, further = found.setdefault(str(path.with_name(stem)), ([], [], []))
                 if len(extensions) == 1:
                     pictures.append(member)
                 elif extensions[:-1] == [MASK_MARK]:
                     masks.append(member)
+                else:
+                    further.append(member)
             _check_end(shard, tar.offset)
     except (tarfile.TarError, OSError, EOFError) as cause:
         raise InvalidImageError(f"shard: expected an uncompressed tar file, got {str(shard)!r} ({cause})") from cause
-    return Shard(
-        [Sample(k, tuple(pictures), tuple(masks)) for k, (pictures, masks) in found.items() if pictures], others
-    )
+    for key, (pictures, _, further) in found.items():
+        reason = f"in a shard a name ends at its first dot, and there is no picture of the name {key!r}"
+        left_out += [] if pictures else [(member, reason) for member in further]
+    samples = [Sample(k, tuple(pictures), tuple(masks)) for k, (pictures, masks, _) in found.items() if pictures]
+    return Shard(samples, left_out)
 
 
 def _check_end(shard: Path, offset: int) -> None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ..data.folders import Found, scan, unread
+from ..data.folders import Found, scan
 from ..data.shards import Member, Sample, Shard, read_shard
 from ..errors import InvalidImageError, UsageError
 from ..pipeline.formats import ADDRESS, EXTENSIONS
@@ -240,7 +240,7 @@ def _shard_items(
     content: Shard, mask: Path | Encoded | None, masks: list[Path], folder: Path, format: str | None
 ) -> list[Item]:
     items = [_shard_item(sample, mask, masks, folder, format) for sample in content.samples]
-    left_out = [Item(other, None, folder, "PNG", unread(other.suffix), left_out=True) for other in content.others]
+    left_out = [Item(other, None, folder, "PNG", reason, left_out=True) for other, reason in content.left_out]
     return items + left_out
 
 

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from PIL import Image
 
-from ..data.folders import all_below
-from ..data.shards import Member, samples_in
+from ..data.folders import all_below, warn_of_left_out
+from ..data.shards import Member, read_shard
 from ..errors import ConfigError, DataError, InvalidImageError, LGNetError, MissingExtraError
 from ..pipeline.formats import EXTENSIONS
 from ..pipeline.sources import open_image
@@ -56,7 +56,7 @@ class TarSource:
     """The pictures of uncompressed tar shards in webdataset's layout, read by their offsets.
 
     ``<key>.mask.<extension>`` is the mask of picture ``<key>.<extension>``. Of several pictures or masks of one key,
-    the first counts.
+    the first counts. One warning for the pictures that are left out.
 
     Args:
         shards: the files.
@@ -68,13 +68,18 @@ class TarSource:
 
     def __init__(self, shards: Sequence[Path], setting: str) -> None:
         try:
-            samples = [sample for shard in shards for sample in samples_in(shard)]
+            found = [read_shard(shard) for shard in shards]
         except InvalidImageError as error:
             raise DataError(f"{setting}: {str(error).removeprefix('shard: ')}") from error
+        samples = [sample for shard in found for sample in shard.samples]
+        left_out = [f"{member}: {reason}" for shard in found for member, reason in shard.left_out]
         self.pictures: list[Member] = [sample.pictures[0] for sample in samples]
         self.masks: list[Member | None] = [sample.masks[0] if sample.masks else None for sample in samples]
+        names = [str(shard) for shard in shards]
         if not self.pictures:
-            raise DataError(f"{setting}: expected tar shards with pictures, got none in {[str(s) for s in shards]}")
+            reason = f" ({left_out[0]})" if left_out else ""
+            raise DataError(f"{setting}: expected tar shards with pictures, got none in {names}{reason}")
+        warn_of_left_out(left_out, repr(names[0]) if len(names) == 1 else f"{len(names)} shards")
 
     def __len__(self) -> int:
         return len(self.pictures)
