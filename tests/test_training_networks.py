@@ -119,6 +119,24 @@ def test_weights_that_cannot_be_downloaded_name_the_setting(monkeypatch):
         make_features(LossConfig())
 
 
+@pytest.mark.parametrize(
+    ("setting", "text"),
+    [
+        ("model.init_from", "expected a model directory or a hub id 'owner/name', got 'nothing.pth'"),
+        ("discriminator.init_from", "expected a checkpoint file, got nothing.pth, which does not exist"),
+        ("loss.features", "expected a file of VGG-16 .*, got 'nothing.pth', which does not exist"),
+        ("loss.lpips_weights", "expected a file of VGG-16 .*, got 'nothing.pth', which does not exist"),
+    ],
+)
+def test_weights_that_are_not_there_name_the_setting(pictures, tmp_path, setting, text):
+    settings = tiny_settings(pictures, tmp_path)
+    section, _, name = setting.partition(".")
+    settings |= {"model": {}, "discriminator": {}, "loss": {"features": None}}
+    settings[section] = {**settings.get(section, {}), name: "nothing.pth"}
+    with pytest.raises(WeightsError, match=f"^{setting}: {text}"):
+        Trainer(config_of(settings))
+
+
 def test_a_run_without_pictures_ends_before_weights_are_loaded(monkeypatch):
     monkeypatch.setattr(VGG16Features, "from_torchvision", lambda **options: pytest.fail("loaded"))
     with pytest.raises(DataError, match=r"^data.pictures: expected folders of pictures .*, got none"):

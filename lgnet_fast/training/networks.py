@@ -48,11 +48,8 @@ def make_network(config: ModelConfig) -> Cascade:
     elif config.init_from is not None:
         if config.overrides:
             raise ConfigError("model.overrides: init_from brings its own architecture; leave one of the two out")
-        source = bundled_path() if config.init_from == "bundled" else Path(config.init_from)
-        if source.is_dir() and not (source / "config.json").exists() and any(source.glob("*_net_G1.pth")):
-            network = LGNet.from_released(source)
-        else:
-            network = LGNet.from_pretrained(str(source))
+        with _naming("model.init_from"):
+            network = _weights_at(str(bundled_path()) if config.init_from == "bundled" else config.init_from)
     else:
         try:
             network = create_model(config.name, **config.overrides)
@@ -62,6 +59,23 @@ def make_network(config: ModelConfig) -> Cascade:
         return network.float().set_backend(config.backend)
     except ValueError as error:
         raise ConfigError(f"model.{error}") from error
+
+
+def _weights_at(source: str) -> LGNet:
+    """A model folder, a folder of the authors' files, or a hub id."""
+    folder = Path(source)
+    if source and folder.is_dir() and not (folder / "config.json").exists() and any(folder.glob("*_net_G1.pth")):
+        return LGNet.from_released(folder)
+    return LGNet.from_pretrained(source)
+
+
+@contextlib.contextmanager
+def _naming(setting: str) -> Iterator[None]:
+    """Errors of weights files name the setting that gives the file."""
+    try:
+        yield
+    except WeightsError as error:
+        raise WeightsError(f"{setting}: {str(error).removeprefix('weights: ')}") from error
 
 
 def _imported(where: str) -> Callable[[], Any]:
@@ -84,7 +98,8 @@ def make_discriminator(config: DiscriminatorConfig) -> Discriminator:
         WeightsError: `init_from` cannot be loaded.
     """
     if config.init_from is not None:
-        discriminator = Discriminator.from_released(config.init_from, variant=config.variant).float()
+        with _naming("discriminator.init_from"):
+            discriminator = Discriminator.from_released(config.init_from, variant=config.variant).float()
     else:
         discriminator = Discriminator(config.variant, config.channels)
     return discriminator.train()
@@ -134,7 +149,8 @@ def make_features(config: LossConfig) -> FeaturesFn | None:
                 "where they have no effect"
             )
         return registered
-    return VGG16Features.from_file(config.features, config.features_sha256, config.features_normalised)
+    with _naming("loss.features"):
+        return VGG16Features.from_file(config.features, config.features_sha256, config.features_normalised)
 
 
 def make_lpips(config: LossConfig) -> LPIPS | None:
@@ -143,7 +159,10 @@ def make_lpips(config: LossConfig) -> LPIPS | None:
     Raises:
         WeightsError: the file cannot be loaded.
     """
-    return None if config.lpips_weights is None else LPIPS.from_file(config.lpips_weights)
+    if config.lpips_weights is None:
+        return None
+    with _naming("loss.lpips_weights"):
+        return LPIPS.from_file(config.lpips_weights)
 
 
 class MovingAverage:
