@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import multiprocessing
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -208,6 +209,18 @@ def test_command_line(pictures, tmp_path):
     result = runner.invoke(app, ["train", str(tmp_path / "none.yaml")])
     assert result.exit_code == 2
     assert result.stderr.startswith("error: config: expected a readable YAML or JSON file")
+
+
+def test_modules_of_the_present_folder_are_found(pictures, tmp_path, monkeypatch):
+    """The script that an installation makes has not the present folder on Python's path."""
+    settings = tiny_settings(pictures, tmp_path / "run")
+    settings["model"] = {"factory": "a_module_of_mine:make"}
+    (tmp_path / "c.yaml").write_text(json.dumps(settings))
+    (tmp_path / "a_module_of_mine.py").write_text("from tests.training_support import lively_model as make\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    result = CliRunner().invoke(app, ["train", "c.yaml", "--set", "optim.steps=1"])
+    assert result.exit_code == 0, result.output
 
 
 @pytest.mark.parametrize("workers", [0, 1])

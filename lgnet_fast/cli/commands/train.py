@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -35,6 +36,9 @@ def train(
     from ...training.config import load_config
     from ...training.trainer import train as run
 
+    # model.factory and loss.features may name a module beside which the command is called: `python -m` finds it, a
+    # script that an installation makes does not.
+    sys.path.append(os.getcwd())
     model = run(load_config(config, change or []), resume)
     if model is None:
         raise typer.Exit(1)
