@@ -87,7 +87,7 @@ def plain_lpips(network: str, w: dict[str, np.ndarray], a: torch.Tensor, b: torc
 # -- LPIPS ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("network", "side", "count"), [("alexnet", 64, 10), ("vgg16", 16, 2)])
+@pytest.mark.parametrize(("network", "side", "count"), [("alexnet", 64, 10), ("alexnet", 31, 2), ("vgg16", 16, 2)])
 def test_lpips_is_the_plain_formula(files, network, side, count):
     a, b = pairs(count, side)
     net = LPIPS.from_file(files[network])

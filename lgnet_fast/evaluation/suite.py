@@ -177,7 +177,7 @@ class SuiteMetrics:
         Also ``hole_l1`` and ``hole_psnr`` of the hole alone; ``energy`` and ``true_energy`` in it.
 
         Args:
-            filled: sides of at least 16; of 63 for LPIPS on AlexNet.
+            filled: sides of at least 16; of 31 for LPIPS on AlexNet.
             truth: uint8 [H, W, 3].
             hole: bool [H, W], with a hole.
         """

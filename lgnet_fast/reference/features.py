@@ -275,7 +275,7 @@ class LPIPS(nn.Module):
         """The distance of each pair, [B], float32 at least.
 
         Args:
-            a, b: [B, 3, H, W] in [-1, 1]; sides of at least 63 (AlexNet) or 16 (VGG-16).
+            a, b: [B, 3, H, W] in [-1, 1]; sides of at least 31 (AlexNet) or 16 (VGG-16).
         """
         _check_picture("a", a)
         if a.shape != b.shape:
