@@ -366,14 +366,18 @@ def test_a_merge_without_a_dead_processs_part_says_so(fake, folder, monkeypatch,
 
 def test_shards_hold_their_masks_and_results_are_files(fake, tmp_path):
     _shard(tmp_path / "in" / "a" / "0.tar", _samples(0, 1))
-    _shard(tmp_path / "in" / "1.tar", {"deep/x.jpg.png": b"", **_samples(2)})
-    assert _run(tmp_path, mask=None) == 0
+    _shard(tmp_path / "in" / "1.tar", {"deep/0002.jpg.png": b"", "0002.depth.png": b"", **_samples(2)})
+    assert _run(tmp_path, mask=None) == 1
     assert sorted(_visible(tmp_path / "out")) == ["1/0002.png", "a/0/0000.png", "a/0/0001.png"]
     for name, number in (("1/0002.png", 2), ("a/0/0001.png", 1)):
         expected = Inpainter(BlurFill())(noise(40, 60, number), HOLE)
         np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "out" / name)), expected)
-    assert _report(tmp_path)["items"][1]["mask"].endswith("0.tar/0000.mask.png")
-    assert {item.picture.name for item in plan_items(tmp_path / "in" / "1.tar", None, tmp_path / "o")} == {"0002.png"}
+    assert _report(tmp_path)["items"][2]["mask"].endswith("0.tar/0000.mask.png")
+    items = plan_items(tmp_path / "in" / "1.tar", None, tmp_path / "o")
+    assert [(item.picture.name, item.left_out) for item in items] == [
+        ("0002.png", False),
+        ("deep/0002.jpg.png", True),
+    ]
 
 
 def test_masks_of_a_shard_may_come_from_elsewhere(fake, tmp_path):
