@@ -197,7 +197,13 @@ class BuildExtension(build_ext):
 
 
 class BuildPython(build_py):
-    """``build_py`` that never packs a checkout's own note of a failed in-place build."""
+    """``build_py`` that packs neither what an earlier build left nor a checkout's note of a failed in-place build."""
+
+    def run(self) -> None:
+        # setuptools keeps build/lib*/; a command that the sources no longer have would still be loaded.
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib, "lgnet_fast"), ignore_errors=True)
+        super().run()
 
     def find_data_files(self, package: str, src_dir: str) -> list[str]:
         return [f for f in super().find_data_files(package, src_dir) if Path(f).name != REASON_FILE]

@@ -116,7 +116,11 @@ def test_what_an_earlier_build_left_is_removed(sources, where):
         stale = sources.parent / "lib" / "lgnet_fast" / name
         stale.parent.mkdir(parents=True)
         stale.write_bytes(b"of an earlier build")
+        removed = stale.parent / "cli" / "commands" / "removed.py"  # every file there is a command
+        removed.parent.mkdir(parents=True)
+        removed.write_text("from ..gone import what_it_needed\n")
         assert "LGNET_FAST_NO_EXTENSION" in reason_after_build(sources, LGNET_FAST_NO_EXTENSION="1")
+        assert not removed.exists()
     assert not stale.exists()
 
 
