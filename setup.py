@@ -14,6 +14,7 @@ MSVC alone compiles the portable kernels.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import shlex
@@ -123,7 +124,9 @@ class BuildExtension(build_ext):
                 ext.extra_compile_args += ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden"]
                 ext.extra_compile_args += ["-fno-fast-math", "-fno-math-errno"]
                 # Never libgomp: csrc/parallel.cpp uses the OpenMP runtime that torch has loaded.
-                ext.extra_link_args += ["-pthread"]
+                # With -ffast-math or -Ofast of $CXXFLAGS the linker would add code that makes the whole process treat
+                # subnormal numbers as zero.
+                ext.extra_link_args += ["-pthread", "-O3", "-fno-fast-math"]
         try:
             ninja = ninja_executable()
             if ninja is None or self.compiler.compiler_type != "unix":
@@ -148,7 +151,9 @@ class BuildExtension(build_ext):
         compiler = self.compiler
         cxx = getattr(compiler, "compiler_so_cxx", None) or [*compiler.compiler_cxx, "-fPIC"]
         linker = getattr(compiler, "linker_so_cxx", None) or compiler.linker_so
-        link = [*compiler.compiler_cxx[:1], *linker[1:]]  # by $CXX, where Python's own linker may be missing
+        # By $CXX with all its words, such as "ccache g++", where Python's own linker may be missing.
+        options = itertools.dropwhile(lambda word: not word.startswith("-"), linker)
+        link = [*compiler.compiler_cxx, *options]
         includes = [f"-I{path}" for path in [*ext.include_dirs, *compiler.include_dirs]]
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         temp = Path(self.build_temp).resolve()

@@ -126,16 +126,22 @@ def test_what_an_earlier_build_left_is_removed(sources, where):
 
 @pytest.mark.skipif(os.name == "nt", reason="the stand-in for ninja is a shell script")
 def test_commands_of_ninja(sources, tmp_path):
-    """Flags are quoted for the shell, the linker is $CXX, and MAX_JOBS must be a number."""
+    """Flags are quoted for the shell, the linker is $CXX with all its words, and MAX_JOBS must be a number."""
     stand_in = tmp_path / "bin" / "ninja"
     stand_in.parent.mkdir()
     stand_in.write_text(f'#!/bin/sh\ncp "$2" {tmp_path}/build.ninja\necho "$4" > {tmp_path}/jobs\nexit 1\n')
     stand_in.chmod(0o755)
     (tmp_path / "ninja.py").write_text(f"BIN_DIR = {str(stand_in.parent)!r}\n")
-    settings = {"CC": "cc-of-mine", "CXX": "c++-of-mine", "CXXFLAGS": "-DBAR=(x)", "MAX_JOBS": "many"}
+    settings = {"CC": "cc-of-mine", "CXX": "ccache c++-of-mine", "CXXFLAGS": "-Ofast -DBAR=(x)", "MAX_JOBS": "many"}
     run(["setup.py", "-q", "build_ext", "--inplace"], sources, PYTHONPATH=str(tmp_path), **settings)
     rules = dict(re.findall(r"rule (\w+)\n  command = (.*)", (tmp_path / "build.ninja").read_text()))
-    assert shlex.split(rules["compile"])[0] == shlex.split(rules["link"])[0] == "c++-of-mine"
+    for rule in ("compile", "link"):
+        words = shlex.split(rules[rule])
+        assert words[:2] == ["ccache", "c++-of-mine"]
+        assert words.count("c++-of-mine") == 1
+        # The last one counts. With -Ofast GCC's linker makes the whole process flush subnormal numbers.
+        assert [word for word in words if word.startswith("-O")][-1] == "-O3"
+        assert words.index("-fno-fast-math") > words.index("-Ofast")
     assert "-DBAR=(x)" in shlex.split(rules["compile"])
     assert "'-DBAR=(x)'" in rules["compile"]
     assert int((tmp_path / "jobs").read_text()) >= 1
