@@ -8,7 +8,9 @@ ARG TORCH=torch==2.13.0
 # That index has builds without CUDA, which pip prefers to those of PyPI.
 RUN pip install --no-cache-dir --extra-index-url https://download.pytorch.org/whl/cpu "$TORCH"
 COPY . /src
-RUN pip install --no-cache-dir --no-build-isolation "/src[serve,heif,deep]"
+# The second command fails where the C++ kernels could not be compiled, of which pip only warns.
+RUN pip install --no-cache-dir --no-build-isolation "/src[serve,heif,deep]" \
+    && python -c "from lgnet_fast import native; native.library()"
 
 FROM python:3.12-slim
 RUN useradd --create-home --uid 10001 lgnet
@@ -16,6 +18,7 @@ COPY --from=build /venv /venv
 ENV PATH=/venv/bin:$PATH PYTHONUNBUFFERED=1
 USER lgnet
 EXPOSE 8080
-HEALTHCHECK --start-period=60s CMD ["python", "-c", "import urllib.request as r; r.urlopen('http://127.0.0.1:8080/v2/health/ready')"]
+# http.client, because urllib would ask the proxy that Docker may put into a container's environment.
+HEALTHCHECK --start-period=60s CMD ["python", "-c", "import sys, http.client as h; c = h.HTTPConnection('127.0.0.1', 8080, timeout=20); c.request('GET', '/v2/health/ready'); sys.exit(c.getresponse().status != 200)"]
 # Other machines reach a container: a token is made up and printed, unless --token is given.
 ENTRYPOINT ["lgnet-fast", "serve", "--host", "0.0.0.0"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import runpy
@@ -12,7 +13,9 @@ import subprocess
 import sys
 import sysconfig
 import tarfile
+import threading
 import zipfile
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -209,3 +212,26 @@ def test_data_files_are_packed(sources):
         assert page <= set(file.namelist())
         assert {"lgnet_fast/weights/nested/data.bin", "lgnet_fast/samples/nested/data.bin"} <= set(file.namelist())
         assert b"LGNET_FAST_NO_EXTENSION" in file.read("lgnet_fast/_C_unavailable.txt")
+
+
+@pytest.mark.parametrize(("status", "code"), [(200, 0), (503, 1)])
+def test_the_health_check_of_the_image_asks_the_server_and_no_proxy(status, code):
+    class Server(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(status if self.path == "/v2/health/ready" else 404)
+            self.end_headers()
+
+        def log_message(self, *arguments):
+            pass
+
+    dockerfile = (ROOT / "Dockerfile").read_text(encoding="utf-8")
+    program, *arguments = json.loads(re.search(r"^HEALTHCHECK .*CMD (\[.*\])$", dockerfile, re.MULTILINE)[1])
+    assert program == "python"
+    with HTTPServer(("127.0.0.1", 0), Server) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        arguments = [word.replace("8080", str(server.server_port)) for word in arguments]
+        # Docker passes the proxy of its configuration on to containers.
+        environment = {**os.environ, "http_proxy": "http://127.0.0.1:9", "no_proxy": ""}
+        done = subprocess.run([sys.executable, *arguments], env=environment, timeout=60)
+        server.shutdown()
+    assert done.returncode == code
