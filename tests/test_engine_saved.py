@@ -254,3 +254,18 @@ def test_a_description_that_makes_no_sense_raises_what_is_documented(model, tmp_
         optimize(model).save(tmp_path)
     with pytest.raises(LGNetError):
         load_engine(tmp_path)
+
+
+@needs_extension
+@pytest.mark.parametrize("change", ["another variant", "another width", "a shared block"])
+def test_an_engine_whose_layers_are_not_those_of_its_config_is_not_saved(model, tmp_path, change):
+    """Loading builds the plan from the config. The weights would fit that of another variant."""
+    if change == "another variant":
+        model.net_g = create_model("lgnet", **NARROW, variant="paper").net_g
+    elif change == "another width":
+        model.net_l = create_model("lgnet", **NARROW | {"local_channels": 8}).net_l
+    else:
+        model.net_l.blocks[1] = model.net_l.blocks[0]
+    with pytest.raises(LGNetError, match="save: expected an engine of a model with the layers that LGNet made"):
+        optimize(model.eval()).save(tmp_path / "engine")
+    assert not (tmp_path / "engine").exists()

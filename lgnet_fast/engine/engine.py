@@ -385,7 +385,8 @@ class Engine:
 
         Raises:
             TypeError: `directory` is no path.
-            LGNetError: the engine is of an X_LG, whose first stage is not in the plan, or not of the CPU executor.
+            LGNetError: the engine is of an X_LG, whose first stage is not in the plan, or not of the CPU executor, or
+                layers of its model were replaced by others or shared after LGNet had made it.
         """
         if not isinstance(directory, (str, os.PathLike)):
             raise TypeError(f"directory: expected a path, got {directory!r}")

@@ -32,17 +32,34 @@ def _circumstances(isa: str) -> dict[str, Any]:
     }
 
 
+def _without_weights(config: dict[str, Any], size: tuple[int, int, int]) -> tuple[LGNet, Plan]:
+    """The model of a config and its plan for `size` (batch, height, width), both without weights."""
+    with torch.device("meta"):
+        model = LGNet(**config)
+    return model, build_plan(plan_stages(model), *size)
+
+
 def write_engine(
     directory: Path, config: dict[str, Any], plan: Plan, state: Mapping[str, Any], hole_aware: bool
 ) -> None:
-    """Write both files as one set: see :mod:`..reference.file_sets`. `state`: of the executor."""
+    """Write both files as one set: see :mod:`..reference.file_sets`. `state`: of the executor.
+
+    Raises:
+        LGNetError: the plan is not that of the config, from which it is built when the engine is loaded.
+    """
+    size = (plan.batch, plan.height, plan.width)
+    if _without_weights(config, size)[1].digest != plan.digest:
+        raise LGNetError(
+            "save: expected an engine of a model with the layers that LGNet made, got one with layers that were "
+            "replaced or shared afterwards"
+        )
     state = dict(state)
     data = state.pop("data")
     with staged(directory) as staging:
         data.numpy().tofile(staging / _WEIGHTS)
         description = {
             "config": config,
-            "size": [plan.batch, plan.height, plan.width],
+            "size": list(size),
             "hole_aware": hole_aware,
             "made for": _circumstances(state["isa"]),
             "state": state,
@@ -61,12 +78,10 @@ def read_engine(directory: Path) -> tuple[LGNet, CpuExecutor, bool]:
         folder = complete_set(directory, (_DESCRIPTION, _WEIGHTS), manifest_needed=True)
         description = json.loads((folder / _DESCRIPTION).read_text(encoding="utf-8"))
         weights = folder / _WEIGHTS
-        with torch.device("meta"):
-            model = LGNet(**description["config"])
         batch, height, width = description["size"]
-        if batch < 1 or min(height, width) < 1 or height % model.size_multiple or width % model.size_multiple:
+        if batch < 1 or min(height, width) < 1 or height % LGNet.size_multiple or width % LGNet.size_multiple:
             raise ValueError(f"size {description['size']}")
-        plan = build_plan(plan_stages(model), batch, height, width)
+        model, plan = _without_weights(description["config"], (batch, height, width))
         state, made_for = dict(description["state"]), dict(description["made for"])
         hole_aware = bool(description["hole_aware"])
     except WeightsError:
