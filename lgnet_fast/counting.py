@@ -298,7 +298,7 @@ def count(model: nn.Module | str, size: tuple[int, int] = (256, 256), batch_size
     for module in twin.modules():
         module.register_forward_hook(lambda *args: tally.layer(*args))
         if isinstance(module, AttentionBlock):
-            module.run = lambda features, *rest, block=module: tally.attention_block(block, features)
+            vars(module)["forward"] = lambda features, block=module: tally.attention_block(block, features)
     dtype = next((p.dtype for p in parameters if p.is_floating_point()), torch.float32)
     image = torch.empty((batch_size, 3, *size), dtype=dtype, device="meta")
     mask = torch.empty((batch_size, 1, *size), dtype=dtype, device="meta")

@@ -9,9 +9,11 @@ import sys
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from lgnet_fast import BackendError, LGNet, LocalGlobalRefinement, create_model, list_models
 from lgnet_fast.reference import LocalNet, UNet
+from lgnet_fast.reference.attention import attention_block
 from tests.support import assert_accurate, case
 
 ABLATIONS = ["C", "C+L", "C+G_att", "C+G+G_att", "C+L+G", "C+L+G_att"]
@@ -338,3 +340,77 @@ print("fine")
 """
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert done.stdout == "fine\n", done.stderr
+
+
+class Adapted(nn.Module):
+    """A convolution with a low-rank update, which shows the weight of the convolution alone, as LoRA's layers do."""
+
+    def __init__(self, base: nn.Conv2d) -> None:
+        super().__init__()
+        self.base, self.weight, self.bias, self.out_channels = base, base.weight, base.bias, base.out_channels
+        self.down = nn.Conv2d(base.in_channels, 2, 1, bias=False)
+        self.up = nn.Conv2d(2, base.out_channels, 1, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.up(self.down(x))
+
+    def merged(self) -> torch.Tensor:
+        return self.weight + (self.up.weight[..., 0, 0] @ self.down.weight[..., 0, 0])[..., None, None]
+
+
+def adapted(block: nn.Module) -> torch.Tensor:
+    block.combiner = Adapted(block.combiner)
+    return block.combiner.merged()
+
+
+def hooked(block: nn.Module) -> torch.Tensor:
+    nn.init.zeros_(block.combiner.bias)
+    block.combiner.register_forward_hook(lambda module, inputs, output: 2 * output)
+    return 2 * block.combiner.weight
+
+
+def replaced_forward(block: nn.Module) -> torch.Tensor:
+    nn.init.zeros_(block.combiner.bias)
+    forward = block.combiner.forward
+    block.combiner.forward = lambda x: 2 * forward(x)
+    return 2 * block.combiner.weight
+
+
+def pruned(block: nn.Module) -> torch.Tensor:
+    """The hook computes `weight` from values that were loaded after the pruning."""
+    prune.random_unstructured(block.combiner, "weight", 0.5)
+    block.combiner.weight_orig.data.neg_()
+    return block.combiner.weight_orig * block.combiner.weight_mask
+
+
+def without_bias(block: nn.Module) -> torch.Tensor:
+    block.combiner.bias = None
+    return block.combiner.weight
+
+
+@pytest.mark.parametrize("variant", ["released", "paper"])
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+@pytest.mark.parametrize("change", [adapted, hooked, replaced_forward, pruned, without_bias])
+@torch.no_grad()
+def test_a_changed_combiner_is_called(change, backend, variant):
+    """Not only its weight and bias are read, as for the fused operator."""
+    net = narrow("C+G_att", variant=variant, backend=backend).net_g
+    block = net.attention["d4"]
+    weight = change(block)
+    channels = block.combiner.out_channels
+    features = torch.randn(2, channels, 6, 5)
+    bias = torch.zeros(channels) if block.combiner.bias is None else block.combiner.bias
+    exact = attention_block(features.double(), weight.double(), bias.double(), variant)
+    eager = attention_block(features, weight, bias, variant)
+    assert_accurate("combined", block(features), exact, eager)
+
+
+def test_gradients_reach_what_a_combiner_is_computed_from():
+    """Each step computes the pruned weight anew; a stale one belongs to the graph of an earlier step."""
+    block = narrow("C+G_att").net_g.attention["d4"]
+    prune.random_unstructured(block.combiner, "weight", 0.5)
+    features = torch.randn(2, block.combiner.out_channels, 6, 5)
+    for _ in range(2):
+        block.combiner.weight_orig.grad = None
+        block(features).sum().backward()
+        assert block.combiner.weight_orig.grad.count_nonzero() > 0

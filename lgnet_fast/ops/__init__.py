@@ -61,8 +61,13 @@ class Bound:
 
 
 def functions(backend: str) -> Functions:
-    """(attention_block, merge, merge_concat) with the backend bound: what ``set_backend`` injects."""
-    return Bound("attention_block", backend), Bound("merge", backend), Bound("merge_concat", backend)
+    """What ``set_backend`` injects: (cosine_attention, attention_block, merge, merge_concat) of the backend."""
+    return (
+        Bound("cosine_attention", backend),
+        Bound("attention_block", backend),
+        Bound("merge", backend),
+        Bound("merge_concat", backend),
+    )
 
 
 provide(functions)

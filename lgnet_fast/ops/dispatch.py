@@ -87,7 +87,7 @@ def require_backend(model: nn.Module, backend: str, device: torch.device, dtype:
 
     for module in model.modules():
         if isinstance(module, AttentionBlock):
-            channels = module.combiner.out_channels
+            channels = module.channels
             tensors = empty(1, channels, 8, 8), empty(channels, 2 * channels, 1, 1), empty(channels)
             resolve("attention_block", backend, tensors)
     for op in ("merge", "merge_concat"):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 VARIANTS = ("released", "paper")
 
+AttentionFn = Callable[[Tensor, str], Tensor]
 AttentionBlockFn = Callable[[Tensor, Tensor, Tensor, str], Tensor]
 
 
@@ -96,23 +97,51 @@ def attention_block(features: Tensor, weight: Tensor, bias: Tensor, variant: str
     Returns:
         [B, C, H, W].
     """
-    attended = cosine_attention(features, variant)
-    pair = (attended, features) if variant == "released" else (features, attended)
-    return F.conv2d(torch.cat(pair, dim=1), weight, bias)
+    return F.conv2d(_joined(cosine_attention(features, variant), features, variant), weight, bias)
+
+
+def _joined(attended: Tensor, features: Tensor, variant: str) -> Tensor:
+    """The combiner's input, [B, 2C, H, W]."""
+    return torch.cat((attended, features) if variant == "released" else (features, attended), dim=1)
+
+
+def _is_plain(layer: nn.Module) -> bool:
+    """Whether a call of `layer` computes ``conv2d(x, layer.weight, layer.bias)`` and nothing else."""
+    return (
+        type(layer).forward is nn.Conv2d.forward
+        and getattr(type(layer), "_conv_forward", None) is nn.Conv2d._conv_forward
+        and "forward" not in layer.__dict__
+        and layer.bias is not None
+        and not layer._forward_pre_hooks
+        and not layer._forward_hooks
+        and not layer._backward_pre_hooks
+        and not layer._backward_hooks
+    )
 
 
 class AttentionBlock(nn.Module):
-    """Attention block of NetG. `run` is the injected function: :func:`attention_block` or a fused one."""
+    """Attention block of NetG.
+
+    `attend` and `run` are the injected functions: :func:`cosine_attention` and :func:`attention_block`, or fused
+    ones. Where the combiner has hooks (pruning, sharding) or is a layer of another class (LoRA, quantised), `attend`
+    runs, then the combiner.
+    """
 
     def __init__(self, channels: int, variant: str = "released") -> None:
         super().__init__()
         self.variant = check_variant(variant)
+        self.channels = channels
         self.combiner = nn.Conv2d(2 * channels, channels, kernel_size=1)
+        self.attend: AttentionFn = cosine_attention
         self.run: AttentionBlockFn = attention_block
 
     def forward(self, features: Tensor) -> Tensor:
-        assert self.combiner.bias is not None
-        return self.run(features, self.combiner.weight, self.combiner.bias, self.variant)
+        combiner = self.combiner
+        if _is_plain(combiner):
+            assert combiner.bias is not None
+            return self.run(features, combiner.weight, combiner.bias, self.variant)
+        combined: Tensor = combiner(_joined(self.attend(features, self.variant), features, self.variant))
+        return combined
 
     def extra_repr(self) -> str:
         return f"variant={self.variant!r}"

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .attention import AttentionBlockFn, attention_block
+from .attention import AttentionBlockFn, AttentionFn, attention_block, cosine_attention
 from .merge import MergeFn, merge, merge_concat
 
-Functions = tuple[AttentionBlockFn, MergeFn, MergeFn]
-"""(attention_block, merge, merge_concat)."""
+Functions = tuple[AttentionFn, AttentionBlockFn, MergeFn, MergeFn]
+"""(cosine_attention, attention_block, merge, merge_concat)."""
 
 BACKENDS = ("auto", "eager", "triton", "cpp")
 
@@ -32,5 +32,5 @@ def functions(backend: str) -> Functions:
     if backend not in BACKENDS:
         raise ValueError(f"backend: expected one of {BACKENDS}, got {backend!r}")
     if backend == "eager":
-        return attention_block, merge, merge_concat
+        return cosine_attention, attention_block, merge, merge_concat
     return _fused[0](backend)

@@ -66,10 +66,10 @@ class Cascade(nn.Module):
         Raises:
             ValueError: no such backend.
         """
-        block, self._merge, self._merge_concat = functions(backend)
+        attention, block, self._merge, self._merge_concat = functions(backend)
         for module in self.modules():
             if isinstance(module, AttentionBlock):
-                module.run = block
+                module.attend, module.run = attention, block
         self.backend = backend
         return self
 
