@@ -199,9 +199,8 @@ def selected_jobs(arguments: argparse.Namespace, title: str) -> list[Job]:
 
 def compile_here(arguments: argparse.Namespace) -> int:
     """Compile with the Triton of this process, print, and return the number of violations."""
-    import triton
-
     import lgnet_fast.kernels.aot as aot
+    import triton
 
     begin = time.monotonic()
     title = f"triton {triton.__version__}"

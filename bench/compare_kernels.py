@@ -101,10 +101,9 @@ def programs_resident(capability: tuple[int, int], shared_limit: int, shared: in
 def compile_one(job: Any) -> Kernel:
     """Compile one job of `lgnet_fast.kernels.aot`."""
     import triton
+    from lgnet_fast.kernels import aot
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
-
-    from lgnet_fast.kernels import aot
 
     report = aot.compile_job(job)
     if report.error is not None:

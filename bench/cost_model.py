@@ -74,8 +74,9 @@ def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[An
 
 def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str, int]:
     """The costs of a convolution's launches, the tile of the last one, and the number of programs."""
-    from lgnet_fast.engine.cuda.weights import work_of
     from lgnet_fast.kernels.conv_configs import cost, pick_tile, programs
+
+    from lgnet_fast.engine.cuda.weights import work_of
 
     costs, name, count = [], "", 0
     for region in step.regions:
@@ -89,8 +90,9 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
 
 def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | None:
     """The least cost of a step by `kernels/picture_conv.py`, its tile, the number of blocks; None: unsupported."""
-    from lgnet_fast.engine.cuda.weights import conv_of
     from lgnet_fast.kernels import conv_configs, picture_conv
+
+    from lgnet_fast.engine.cuda.weights import conv_of
 
     conv, source, out = conv_of(step), plan.source(step), plan.target(step)
     if len(step.regions) != 1 or picture_conv.unsupported(conv) is not None:
@@ -181,12 +183,13 @@ def print_step(
 
 def main(arguments: Sequence[str]) -> int:
     """Print the table; return the exit code."""
-    from lgnet_fast.engine.build import build_plan, plan_stages
-    from lgnet_fast.engine.cuda.executor import CudaExecutor
-    from lgnet_fast.engine.regions import Rect
     from lgnet_fast.kernels.attention import VARIANTS
     from lgnet_fast.kernels.cards import CARDS
     from lgnet_fast.kernels.conv_configs import LAUNCH_SECONDS
+
+    from lgnet_fast.engine.build import build_plan, plan_stages
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
+    from lgnet_fast.engine.regions import Rect
     from lgnet_fast.reference.lgnet import LGNet
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)

@@ -50,8 +50,9 @@ class Bench:
     """The plan, its packed weights, and groups of its steps."""
 
     def __init__(self, model: str, dtype: torch.dtype) -> None:
-        from lgnet_fast.engine.cuda.executor import CudaExecutor
         from lgnet_fast.kernels.deep import held_clusters
+
+        from lgnet_fast.engine.cuda.executor import CudaExecutor
 
         self.model, self.plan = model_and_plan(model, 1)
         self.dtype = dtype
@@ -63,8 +64,9 @@ class Bench:
 
     def groups(self, rows: int, cluster: int | None = None, **options: Any) -> dict[int, Any]:
         """First step -> group, or why there is none."""
-        from lgnet_fast.engine.cuda import deep_layers as deep
         from lgnet_fast.kernels.deep import best_cluster
+
+        from lgnet_fast.engine.cuda import deep_layers as deep
 
         found: dict[int, Any] = {}
         for numbers in deep.runs(self.plan, rows):
@@ -158,8 +160,9 @@ def _check(
     bench: Bench, log: Log, section: str, rows: int, options: dict[str, Any], only: bool, nets: int | None = None
 ) -> bool:
     """Whether the groups (the first `nets` of them) are right; `only`: each layer by itself."""
-    from lgnet_fast.engine.cuda import deep_layers as deep
     from lgnet_fast.kernels.deep import STATE_STRIDE
+
+    from lgnet_fast.engine.cuda import deep_layers as deep
 
     right = True
     for first, group in list(bench.groups(rows, **options).items())[:nets]:

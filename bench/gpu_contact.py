@@ -236,10 +236,11 @@ def time_steps(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
 
 def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
     """Time restricted graphs, with the dense one and their share of its multiplications."""
-    from lgnet_fast.engine.cuda.executor import CudaExecutor
-    from lgnet_fast.engine.regions import Rect
     from lgnet_fast.kernels.launch import record
     from lgnet_fast.kernels.precompile import compile_all
+
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
+    from lgnet_fast.engine.regions import Rect
 
     executor = CudaExecutor.of(plan, dtype, graphs=False)
     image, mask = picture(plan.batch)
@@ -315,8 +316,9 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
 
 def compile_dense(plan: Any, dtype: torch.dtype, can_overlap: bool, log: Log) -> None:
     """Compile the kernels of a dense run; where launches can overlap, also those of overlapping launches."""
-    from lgnet_fast.engine.cuda.executor import CudaExecutor
     from lgnet_fast.kernels.precompile import compile_all
+
+    from lgnet_fast.engine.cuda.executor import CudaExecutor
 
     for overlap in ("none", "plain") if can_overlap else ("none",):
         launches = recorded(CudaExecutor.of(plan, dtype, overlap=overlap, graphs=False))

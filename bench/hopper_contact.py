@@ -164,9 +164,10 @@ def step_operands(step: Any, batch: int, size: tuple[int, int], dtype: torch.dty
 
 def supported(plan: Any) -> Iterator[tuple[int, Any, tuple[int, int]]]:
     """Number, step and input size of the distinct steps that the kernel computes."""
+    from lgnet_fast.kernels import hopper
+
     from lgnet_fast.engine.cuda.weights import conv_of
     from lgnet_fast.engine.plan import ConvStep
-    from lgnet_fast.kernels import hopper
 
     seen = set()
     for number, step in enumerate(plan.steps):

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING
 import torch
 
 if TYPE_CHECKING:
-    from lgnet_fast.engine.cuda.tuning_training import Attention
     from lgnet_fast.kernels.tuned import Training
+
+    from lgnet_fast.engine.cuda.tuning_training import Attention
 
 TABLES_FILE = Path(__file__).resolve().parent.parent / "kernels" / "tables.py"
 Row = tuple[int, tuple[int, int, int, int]]
@@ -54,8 +55,9 @@ def render(tables: Tables) -> str:
 
 def training_blocks(kind: str, channels: int, side: int, dtype: torch.dtype, device: torch.device) -> list[Attention]:
     """Attention blocks of a head size, [batch, channels, side, side], at both batches."""
-    from lgnet_fast.engine.cuda.tuning_training import Attention
     from lgnet_fast.kernels.tuned import Block
+
+    from lgnet_fast.engine.cuda.tuning_training import Attention
 
     return [
         Attention.of(

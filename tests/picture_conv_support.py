@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
-
 from lgnet_fast.kernels import picture_conv
 from lgnet_fast.kernels.compiled_checks import exact_convolution
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.picture_conv import PictureTile
+from torch import Tensor
 
 from .compiled_kernels import integers
 

@@ -13,13 +13,14 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton", minversion="3.5")
 
+from lgnet_fast.kernels import deep
+from lgnet_fast.kernels.conv import Conv
+
 from lgnet_fast import create_model
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import deep_layers as engine_deep
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.plan import Plan
-from lgnet_fast.kernels import deep
-from lgnet_fast.kernels.conv import Conv
 from tests import emulator
 from tests.compiled_kernels import disassembler, instructions
 from tests.support import assert_accurate

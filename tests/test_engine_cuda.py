@@ -15,6 +15,8 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
+from lgnet_fast.kernels.conv_configs import Work, pick_tile
+
 from bench import write_tables
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import executor as cuda_executor
@@ -32,7 +34,6 @@ from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.recent import Recent
 from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.kernels.conv_configs import Work, pick_tile
 from lgnet_fast.reference.lgnet import LGNet
 from tests.interpreted.rules import DTYPES, normal
 from tests.support import assert_accurate

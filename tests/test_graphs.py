@@ -13,11 +13,12 @@ import torch
 
 pytest.importorskip("triton")
 
+from lgnet_fast.kernels import cuda_driver
+
 from lgnet_fast.engine.cuda import graphs
 from lgnet_fast.engine.cuda.graphs import CaptureError, Program, capture
 from lgnet_fast.engine.cuda.launches import ends_by_graphs
 from lgnet_fast.engine.cuda.measure import Timer
-from lgnet_fast.kernels import cuda_driver
 from lgnet_fast.ops.torch_state import is_capturing
 
 DEVICE = torch.device("cuda", 0)

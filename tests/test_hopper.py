@@ -24,6 +24,7 @@ from lgnet_fast.kernels import compiled_checks, cuda_driver, hopper
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.results import Store
+
 from tests import emulator
 from tests.compiled_kernels import disassembler, instructions, integers
 

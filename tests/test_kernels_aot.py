@@ -11,13 +11,6 @@ import pytest
 
 pytest.importorskip("triton", minversion="3.5")
 
-from triton.backends.compiler import GPUTarget
-from triton.runtime import driver
-from triton.runtime.jit import JITFunction
-
-from bench import aot_report
-from lgnet_fast import kernels
-from lgnet_fast.engine.regions import Rect
 from lgnet_fast.kernels import (
     aot,
     attention_backward,
@@ -33,6 +26,13 @@ from lgnet_fast.kernels.cards import CARDS
 from lgnet_fast.kernels.launch import OPTIONS, is_interpreted, record
 from lgnet_fast.kernels.precompile import distinct
 from lgnet_fast.kernels.tables import TABLES
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+from bench import aot_report
+from lgnet_fast import kernels
+from lgnet_fast.engine.regions import Rect
 
 pytestmark = pytest.mark.skipif(is_interpreted(), reason="Triton runs interpreted: nothing is compiled")
 

@@ -26,6 +26,7 @@ from lgnet_fast.kernels.merge_concat import (
     merge_concat_forward,
     merge_forward,
 )
+
 from tests.interpreted.rules import (
     DTYPES,
     VARIANTS,

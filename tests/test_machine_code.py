@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 
 import pytest
-
 from lgnet_fast.kernels import cuda_driver
+
 from tests.compiled_kernels import build
 
 ALL = [(name, target) for name in build.NAMES for target in build.TARGETS[name]]

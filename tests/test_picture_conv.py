@@ -24,6 +24,7 @@ from lgnet_fast.kernels.configs import assume_generation
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.picture_conv import PictureTile
 from lgnet_fast.kernels.results import Merge, Store
+
 from tests import emulator
 from tests.emulator.guarded import guarded
 from tests.picture_conv_support import CPU, D1, E1, FROM, OUT, STEM, TO, operands, plan_convs

@@ -17,6 +17,7 @@ from lgnet_fast.kernels.configs import assume_generation
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.picture_conv import PictureTile
 from lgnet_fast.kernels.results import Merge, Store
+
 from tests.compiled_kernels import build, disassembler, instructions
 from tests.picture_conv_support import CPU, D1, FROM, OUT, STEM, TO, operands, plan_convs
 

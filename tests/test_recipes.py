@@ -15,11 +15,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from lgnet_fast.kernels import cards
 from typer.testing import CliRunner
 
 from lgnet_fast import LGNet
 from lgnet_fast.cli import app
-from lgnet_fast.kernels import cards
 from lgnet_fast.reference import variants
 from tools import house
 

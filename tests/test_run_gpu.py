@@ -12,9 +12,9 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from lgnet_fast.kernels.tuned import Block, Measured, Training
 
 from bench import gpu_contact, run_gpu, tune_attention
-from lgnet_fast.kernels.tuned import Block, Measured, Training
 
 LOGGING = """
 import sys, time

@@ -9,8 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
 from lgnet_fast.kernels import attention_inference
 from lgnet_fast.kernels.attention import (
     attention_backward,
@@ -22,6 +20,8 @@ from lgnet_fast.kernels.attention import (
 from lgnet_fast.kernels.attention_inference import attention_block_inference
 from lgnet_fast.kernels.configs import Config, Inference, assume_generation, num_splits, override
 from lgnet_fast.kernels.maps import split_head
+from torch import Tensor
+
 from lgnet_fast.reference.attention import attention_block, query_key_value
 from tests.interpreted.rules import DTYPES, VARIANTS, attention_results, block_results, normal
 from tests.support import assert_accurate

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from torch import Tensor
-
 from lgnet_fast.kernels import conv_kernels
 from lgnet_fast.kernels.conv import Conv, conv_forward, paint_forward
 from lgnet_fast.kernels.conv_configs import Tile
 from lgnet_fast.kernels.conv_kernels import divisor
 from lgnet_fast.kernels.results import Merge, Store
+from torch import Tensor
+
 from tests.interpreted.rules import DTYPES, normal
 from tests.support import assert_accurate
 

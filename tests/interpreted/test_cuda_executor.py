@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 import torch
+from lgnet_fast.kernels import picture_conv
+from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
 from lgnet_fast.engine.cuda import executor as cuda_executor
@@ -19,8 +21,6 @@ from lgnet_fast.engine.cuda.library_executor import LibraryExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.kernels import picture_conv
-from lgnet_fast.kernels.picture_conv import PictureTile
 from tests import emulator
 from tests.interpreted.plans import cast, picture_plan, small_plan, tiny_plan
 from tests.interpreted.rules import normal

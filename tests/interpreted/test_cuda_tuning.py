@@ -10,6 +10,10 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
+from lgnet_fast.kernels import compiled, conv, conv_kernels, hopper, picture_conv
+from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
+from lgnet_fast.kernels.hopper import HopperTile
+from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
 from lgnet_fast import cache
@@ -22,10 +26,6 @@ from lgnet_fast.engine.cuda.tuning import gains, tune
 from lgnet_fast.engine.cuda.tuning_convolutions import LAUNCHES, tiles
 from lgnet_fast.engine.cuda.weights import Tuned, work_of
 from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
-from lgnet_fast.kernels import compiled, conv, conv_kernels, hopper, picture_conv
-from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
-from lgnet_fast.kernels.hopper import HopperTile
-from lgnet_fast.kernels.picture_conv import PictureTile
 from tests import emulator
 from tests.interpreted.plans import picture_plan, tiny_plan
 from tests.interpreted.test_cuda_executor import cast, check, inputs

@@ -9,6 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from lgnet_fast.kernels import attention, tuned
+from lgnet_fast.kernels.cards import CARDS
+from lgnet_fast.kernels.configs import Config, pick
+from lgnet_fast.kernels.launch import record
 
 from lgnet_fast import cache
 from lgnet_fast.engine.cuda import tuning_training as cuda_tuning_training
@@ -23,10 +27,6 @@ from lgnet_fast.engine.cuda.tuning_training import (
 from lgnet_fast.engine.cuda.weights import Tuned
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.jobs.tune import render, training_report
-from lgnet_fast.kernels import attention, tuned
-from lgnet_fast.kernels.cards import CARDS
-from lgnet_fast.kernels.configs import Config, pick
-from lgnet_fast.kernels.launch import record
 from lgnet_fast.ops import dispatch, first_use
 from lgnet_fast.reference.attention import attention_block
 from tests.interpreted.plans import tiny_plan

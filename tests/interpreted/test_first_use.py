@@ -12,14 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from lgnet_fast.kernels import attention as kernels
+from lgnet_fast.kernels import merge_concat as merge_kernels
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 from triton.runtime.errors import OutOfResources
 
 from lgnet_fast import BackendError, cache, ops
-from lgnet_fast.kernels import attention as kernels
-from lgnet_fast.kernels import merge_concat as merge_kernels
 from lgnet_fast.ops import dispatch, first_use
 from lgnet_fast.reference import attention as reference
 from tests.interpreted.rules import normal

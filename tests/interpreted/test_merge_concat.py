@@ -7,8 +7,6 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from torch import Tensor
-
 from lgnet_fast.kernels.merge_concat import (
     can_run_merge,
     merge_backward,
@@ -16,6 +14,8 @@ from lgnet_fast.kernels.merge_concat import (
     merge_concat_forward,
     merge_forward,
 )
+from torch import Tensor
+
 from tests.interpreted.rules import DTYPES, merge_results, normal
 from tests.support import assert_accurate
 

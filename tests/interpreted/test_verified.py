@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from lgnet_fast.kernels import attention_inference as attention_kernels
+from lgnet_fast.kernels import conv as conv_kernels
 
 from lgnet_fast import cache
 from lgnet_fast.engine.build import build_plan, plan_stages
@@ -20,8 +22,6 @@ from lgnet_fast.engine.cuda.verdicts import Verdict
 from lgnet_fast.engine.cuda.weights import CudaWeights
 from lgnet_fast.engine.plan import AttentionStep, Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.kernels import attention_inference as attention_kernels
-from lgnet_fast.kernels import conv as conv_kernels
 from lgnet_fast.reference.variants import create_model
 from tests.interpreted.plans import cast, small_plan, tiny_plan
 from tests.interpreted.verifying import (

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from lgnet_fast.kernels import conv as conv_kernels
 from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
@@ -27,7 +28,6 @@ from lgnet_fast.engine.describe import Peaks
 from lgnet_fast.engine.plan import AttentionStep, Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from lgnet_fast.kernels import conv as conv_kernels
 from tests.interpreted.plans import tiny_plan
 from tests.interpreted.verifying import (
     CPU,

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
+from lgnet_fast.kernels import masked_l1 as kernels
 from lgnet_fast.kernels.masked_l1 import can_run_masked_l1, masked_l1_backward, masked_l1_forward
 from torch import Tensor
 
 from lgnet_fast import cache, ops
-from lgnet_fast.kernels import masked_l1 as kernels
 from lgnet_fast.ops import dispatch, first_use
 from lgnet_fast.reference.losses import masked_l1
 from tests.interpreted.rules import DTYPES, normal
