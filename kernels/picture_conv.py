@@ -450,14 +450,15 @@ class _Trial:
 
 
 def _error_inside(actual: Tensor, exact: Tensor, rect: tuple[int, int, int, int]) -> float:
-    """RMS of the error in a rectangle of [B, H, W, C], relative to the result; infinite where not 7 is outside."""
+    """RMS of the error in a rectangle of [B, H, W, C], relative to the result; infinite for NaN, or not 7 outside."""
     top, bottom, left, right = rect
     inside = slice(None), slice(top, bottom), slice(left, right)
     outside = actual.clone()
     outside[inside] = 7
     if not bool((outside == 7).all()):
         return math.inf
-    return float((actual[inside].double() - exact[inside]).norm() / exact[inside].norm())
+    error = float((actual[inside].double() - exact[inside]).norm() / exact[inside].norm())
+    return math.inf if math.isnan(error) else error
 
 
 _first_use = FirstUse(

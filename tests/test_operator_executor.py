@@ -6,6 +6,7 @@ import logging
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -73,6 +74,17 @@ def test_every_step_in_16_bit(dtype: torch.dtype) -> None:
     checks = check_steps(executor, plan, make_example(plan, CPU, dtype))
     assert [check.name for check in checks] == ["paint", *(step.name for step in plan.steps)]
     assert [str(check) for check in checks if not check.passed] == []
+
+
+@pytest.mark.parametrize("left_out", [0, 1])
+def test_a_store_that_is_not_written_fails_the_check_of_its_step(left_out: int) -> None:
+    plan = planned(narrow_model())
+    number = next(n for n, step in enumerate(plan.steps) if len(step.stores) == 2)
+    steps = list(plan.steps)
+    steps[number] = replace(steps[number], stores=(steps[number].stores[1 - left_out],))
+    executor = OperatorExecutor.of(replace(plan, steps=tuple(steps)), torch.float32, device=CPU)
+    checks = check_steps(executor, plan, make_example(plan, CPU, torch.float32))
+    assert [check.name for check in checks if not check.passed] == [steps[number].name]
 
 
 def test_a_start_and_another_size() -> None:

@@ -207,17 +207,28 @@ def one_row_more(args):
     args.bottom = min(args.bottom + 1, args.out_h)
 
 
+def nan_in_the_second_store(monkeypatch):
+    forward = picture_conv.picture_forward
+
+    def wrong(conv, source, weight, bias, stores, *args, **options):
+        forward(conv, source, weight, bias, stores, *args, **options)
+        stores[1].view[0, 4, 6, 0] = torch.nan
+
+    monkeypatch.setattr(picture_conv, "picture_forward", wrong)
+
+
 @emulated
 @pytest.mark.parametrize(
     ("fault", "conv"),
     [
         (wrong_weights, STEM),
         (altered(other_activation), STEM),
+        (nan_in_the_second_store, STEM),
         (altered(one_row_more), E1),
         (altered(one_row_more), OUT),
         (wrong_weights, D1),
     ],
-    ids=["weights", "second store", "rectangle", "rectangle of a merge", "weights of a merge"],
+    ids=["weights", "second store", "NaN", "rectangle", "rectangle of a merge", "weights of a merge"],
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["float16", "bfloat16"])
 def test_the_check_finds_a_fault(kernel, monkeypatch, fault, conv, dtype):

@@ -218,16 +218,16 @@ def compare(
     eps = torch.finfo(dtype).eps
     if dtype == torch.float32 and tf32_allowed():
         eps = 2.0**-10
-    worst = (0.0, torch.inf)
+    compared = []
     for ours, theirs, true in zip(found, plain, exact, strict=True):
         scale = true.abs().max().item() or 1.0
         error = (ours.to(wide) - true).abs().max().item() / scale
         limit = FACTOR * (theirs.to(wide) - true).abs().max().item() / scale + _ROUNDINGS * eps
-        if not error / limit < worst[0] / worst[1]:  # so that NaN fails
-            worst = error, limit
+        compared.append((error, limit))
     now = time.perf_counter()
     logger.info("%s: compiled and run in %.1f s, checked in %.1f s", use.name, compiled - begin, now - compiled)
-    return worst
+    # One that fails comes first, because NaN is neither less nor greater than the others.
+    return max(compared, key=lambda one: (not one[0] <= one[1], one[0] / one[1]))
 
 
 def _cut(use: Use, tensors: tuple[Tensor, ...], share: float = 1) -> tuple[Tensor, ...]:

@@ -161,7 +161,17 @@ def test_a_wrong_forward_ends_in_eager(
     assert "known from an earlier run" in warnings(caplog)[1]
 
 
-@pytest.mark.parametrize("fault", [zeros, moved, out_of_resources])
+@pytest.mark.parametrize("fault", [zeros, moved, nothing])
+def test_a_wrong_forward_with_right_gradients_ends_in_eager(
+    fault: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    inject(monkeypatch, "attention_block_forward", fault)
+    tensors = tuple(t.requires_grad_() for t in operands())
+    assert torch.equal(torch.ops.lgnet.attention_block(*tensors), reference.attention_block(*tensors))
+    assert len(warnings(caplog)) == 1
+
+
+@pytest.mark.parametrize("fault", [zeros, moved, nothing, out_of_resources])
 def test_a_wrong_backward_ends_in_eager(
     fault: Callable[[Any], Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
