@@ -153,10 +153,15 @@ def png_bytes(array: np.ndarray) -> bytes:
 
 
 def plan_items(
-    source: Path, mask: Path | None, out: Path | str, format: str | None = None, world: World | None = None
+    source: Path,
+    mask: Path | None,
+    out: Path | str,
+    format: str | None = None,
+    world: World | None = None,
+    **more: Any,
 ) -> list[Item]:
     """The items of `lgnet-fast run` for these options."""
-    return items.plan_items(FillOptions(source, mask, out, format=format), world)
+    return items.plan_items(FillOptions(source, mask, out, format=format, **more), world)
 
 
 def evaluate(

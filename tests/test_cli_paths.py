@@ -338,6 +338,33 @@ def test_mask_suffix_with_a_folder_of_masks_one_picture_and_gaps(case):
         assert _run("-i", "a.png", "-o", "o.png", "--mask-suffix", "_mask", *arguments).exit_code == 2
 
 
+@pytest.mark.parametrize("suffix", [None, "_mask"])
+def test_the_work_of_pairing_grows_in_proportion(tmp_path, suffix):
+    """Thousands of pictures and masks are paired in seconds."""
+
+    def calls(number):
+        for folder, ending in (("in", ""), ("masks", suffix or "")):
+            (tmp_path / f"{folder}{number}").mkdir()
+            for index in range(number):
+                (tmp_path / f"{folder}{number}" / f"{index}{ending}.png").touch()
+        counted = 0
+
+        def count(frame, event, argument):
+            nonlocal counted
+            counted += event in ("call", "c_call")
+
+        source, masks = tmp_path / f"in{number}", tmp_path / f"masks{number}"
+        sys.setprofile(count)
+        try:
+            items = plan_items(source, masks, tmp_path / "out", mask_suffix=suffix)
+        finally:
+            sys.setprofile(None)
+        assert [item.mask.stem for item in items] == [f"{item.picture.stem}{suffix or ''}" for item in items]
+        return counted
+
+    assert calls(200) < 6 * calls(50)
+
+
 # -- other arguments -----------------------------------------------------------------------------------------------
 
 

@@ -11,7 +11,7 @@ from PIL import Image
 from ..data import folders
 from ..data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_class, read_mask, resize_mask
 from ..errors import DataError, InvalidMaskError, UsageError
-from ..jobs.folders import pair_mask
+from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
 from ..pipeline.formats import EXTENSIONS
 from ..pipeline.pictures import picture_of
@@ -197,9 +197,10 @@ class NamedMasks:
         found = list(folders.pictures_in(folder, [])) if folder.is_dir() else []
         if not found:
             raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
+        by_name = MasksByName(folder, found)
         self.files: list[Path] = []
         for picture in pictures:
-            mask, problem = pair_mask(picture.relative_to(base), folder, found)
+            mask, problem = by_name.of_picture(picture.relative_to(base))
             if mask is None:
                 raise UsageError(f"masks: {problem} (for the picture {str(picture)!r})")
             self.files.append(mask)

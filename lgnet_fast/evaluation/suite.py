@@ -18,7 +18,7 @@ from ..data import folders
 from ..data.masks import SUITE_KINDS, suite_mask
 from ..data.metrics import LEAST_SQUARED_ERROR, LPIPS_VARIABLE, LUMA, Distance, one_line
 from ..errors import InvalidMaskError, MissingExtraError, UsageError, WeightsError
-from ..jobs.folders import pair_mask
+from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
 from ..pipeline.formats import EXTENSIONS
 from ..reference.features import LPIPS
@@ -68,11 +68,12 @@ class SuiteMasks:
         found = list(folders.pictures_in(folder, [])) if folder.is_dir() else []
         if not found:
             raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
+        by_name = MasksByName(folder, found)
         for index, picture in enumerate(pictures):
             for one in self.classes:
                 relative = picture.relative_to(base).with_suffix("")
                 name = relative.with_name(f"{relative.name}_{SUITE_KINDS[one]}")
-                mask, problem = pair_mask(name, folder, found, suffix=False)
+                mask, problem = by_name.of_picture(name, suffix=False)
                 if mask is None:
                     raise UsageError(f"masks: {problem} (for the picture {str(picture)!r})")
                 self.files[index, one] = mask

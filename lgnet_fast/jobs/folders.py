@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 
 from ..pipeline.formats import EXTENSIONS
@@ -19,32 +20,52 @@ def of_mask(stem: str, suffix: str) -> str | None:
     return None if found is None else found[1]
 
 
-def masks_by_suffix(relative: Path, folder: Path, masks: list[Path], suffix: str) -> tuple[list[Path], str | None]:
-    """The masks of the picture at `relative`, or the problem with them; see `plan_items`."""
-    place = relative.with_suffix("")
-    named = [mask for mask in masks if of_mask(mask.stem, suffix) == place.name]
-    own = [mask for mask in named if mask.parent == folder / place.parent] or named
-    if not own:
-        return [], f"mask: no file named {place.name + suffix!r} in {str(folder)!r}"
-    if len({mask.stem for mask in own}) < len(own):
-        names = ", ".join(str(mask.relative_to(folder)) for mask in own)
-        return [], f"mask: expected masks of names of their own, got {names}"
-    return own, None
+class MasksByName:
+    """The masks of a folder by the names of their pictures; see `plan_items` for the rule.
 
-
-def pair_mask(relative: Path, folder: Path, masks: list[Path], suffix: bool = True) -> tuple[Path | None, str | None]:
-    """(mask, None) or (None, problem) of the picture at `relative`, whose name has an extension if `suffix`.
-
-    `masks`: those in `folder`. See `plan_items` for the rule.
+    Listed once: to go through all masks for each picture takes minutes where there are thousands.
     """
-    place = relative.with_suffix("") if suffix else relative
-    same_place = [mask for mask in masks if mask.relative_to(folder).with_suffix("") == place]
-    candidates = same_place or [mask for mask in masks if mask.stem == place.name]
-    if len(candidates) > 1:
-        candidates = [mask for mask in candidates if mask.name == relative.name] or candidates
-    if len(candidates) == 1:
-        return candidates[0], None
-    if not candidates:
-        return None, f"mask: no file named {place.name!r} in {str(folder)!r}"
-    names = ", ".join(str(mask.relative_to(folder)) for mask in candidates)
-    return None, f"mask: expected one file named {place.name!r} in {str(folder)!r}, got {names}"
+
+    def __init__(self, folder: Path, masks: Iterable[Path]) -> None:
+        self._folder = folder
+        self._at: dict[Path, list[Path]] = {}
+        self._named: dict[str, list[Path]] = {}
+        for mask in masks:
+            self._at.setdefault(mask.relative_to(folder).with_suffix(""), []).append(mask)
+            self._named.setdefault(mask.stem, []).append(mask)
+
+    def of_picture(self, relative: Path, suffix: bool = True) -> tuple[Path | None, str | None]:
+        """(mask, None) or (None, problem) of the picture at `relative`, whose name has an extension if `suffix`."""
+        place = relative.with_suffix("") if suffix else relative
+        candidates = self._at.get(place) or self._named.get(place.name, [])
+        if len(candidates) > 1:
+            candidates = [mask for mask in candidates if mask.name == relative.name] or candidates
+        if len(candidates) == 1:
+            return candidates[0], None
+        if not candidates:
+            return None, f"mask: no file named {place.name!r} in {str(self._folder)!r}"
+        names = ", ".join(str(mask.relative_to(self._folder)) for mask in candidates)
+        return None, f"mask: expected one file named {place.name!r} in {str(self._folder)!r}, got {names}"
+
+
+class MasksBySuffix:
+    """The masks of a folder that are named by their picture and a suffix; see `plan_items` for the rule."""
+
+    def __init__(self, folder: Path, masks: Iterable[Path], suffix: str) -> None:
+        self._folder, self._suffix = folder, suffix
+        self._of: dict[str, list[Path]] = {}
+        for mask in masks:
+            if (stem := of_mask(mask.stem, suffix)) is not None:
+                self._of.setdefault(stem, []).append(mask)
+
+    def of_picture(self, relative: Path) -> tuple[list[Path], str | None]:
+        """The masks of the picture at `relative`, or the problem with them."""
+        place = relative.with_suffix("")
+        named = self._of.get(place.name, [])
+        own = [mask for mask in named if mask.parent == self._folder / place.parent] or named
+        if not own:
+            return [], f"mask: no file named {place.name + self._suffix!r} in {str(self._folder)!r}"
+        if len({mask.stem for mask in own}) < len(own):
+            names = ", ".join(str(mask.relative_to(self._folder)) for mask in own)
+            return [], f"mask: expected masks of names of their own, got {names}"
+        return own, None

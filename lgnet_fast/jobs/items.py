@@ -15,7 +15,7 @@ from ..errors import InvalidImageError, UsageError
 from ..pipeline.formats import ADDRESS, EXTENSIONS
 from ..pipeline.sources import Encoded
 from ..pipeline.writing import STANDARD_STREAM, is_stream
-from .folders import beside, masks_by_suffix, of_mask, pair_mask
+from .folders import MasksByName, MasksBySuffix, beside, of_mask
 from .journal import fingerprint, stamp
 from .options import FillOptions
 from .outputs import distinct, format_for, refuse_unwritable, result_files
@@ -123,13 +123,15 @@ def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
         raise UsageError(f"source: no pictures in {str(source)!r} ({', '.join(EXTENSIONS)})")
     if mask_folder is not None and not masks:
         raise UsageError(f"mask: no pictures in {str(mask_folder)!r} ({', '.join(EXTENSIONS)})")
-    tasks: list[_Task] = []
-    for picture in pictures:
-        relative = picture.relative_to(base)
-        if mask_folder is None:
-            tasks.append(_Task(picture, relative, one_mask))
-        else:
-            tasks += _paired(picture, relative, mask_folder, masks, options.mask_suffix)
+    named = [(picture, picture.relative_to(base)) for picture in pictures]
+    if mask_folder is None:
+        tasks = [_Task(picture, name, one_mask) for picture, name in named]
+    elif options.mask_suffix is None:
+        by_name = MasksByName(mask_folder, masks)
+        tasks = [_Task(picture, name, *by_name.of_picture(name)) for picture, name in named]
+    else:
+        by_suffix = MasksBySuffix(mask_folder, masks, options.mask_suffix)
+        tasks = [task for picture, name in named for task in _with_suffix(picture, name, by_suffix)]
     files = result_files(
         [(task.picture, task.name) for task in tasks], source.is_dir(), out, options.format, options.names_folder
     )
@@ -171,11 +173,9 @@ def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple
     return found, masks
 
 
-def _paired(picture: Path, relative: Path, folder: Path, masks: list[Path], suffix: str | None) -> list[_Task]:
-    """A picture's tasks: one, or with a suffix one for each of its masks."""
-    if suffix is None:
-        return [_Task(picture, relative, *pair_mask(relative, folder, masks))]
-    own, problem = masks_by_suffix(relative, folder, masks, suffix)
+def _with_suffix(picture: Path, relative: Path, masks: MasksBySuffix) -> list[_Task]:
+    """A picture's tasks, one for each of its masks."""
+    own, problem = masks.of_picture(relative)
     if len(own) < 2:
         return [_Task(picture, relative, own[0] if own else None, problem)]
     return [_Task(picture, relative.with_stem(one.stem), one, problem) for one in own]
@@ -214,6 +214,7 @@ def _plan_shards(shards: list[Path], options: FillOptions, world: World) -> list
     one_mask = opened_mask(mask) if mask is not None and not mask.is_dir() else None
     if mask is not None and mask.is_dir() and not masks:
         raise UsageError(f"mask: no pictures in {str(mask)!r} ({', '.join(EXTENSIONS)})")
+    by_name = MasksByName(mask, masks) if mask is not None and masks else None
     relative = [shard.relative_to(base) for shard in shards]
     folders = dict(zip(shards, distinct([name.with_suffix("") for name in relative], relative)))
     # With many shards, each is read by one process; few shards are divided among all processes.
@@ -226,7 +227,7 @@ def _plan_shards(shards: list[Path], options: FillOptions, world: World) -> list
         except InvalidImageError as error:
             items.append(Item(shard, None, folder, "PNG", str(error)))
             continue
-        items += _shard_items(content, one_mask or mask, masks, folder, options.format)
+        items += _shard_items(content, by_name or one_mask, folder, options.format)
     if not items and (world.size == 1 or not whole):
         raise UsageError(f"source: no pictures in the tar shards of {str(source)!r} ({', '.join(EXTENSIONS)})")
     items = _without_clashes(items)
@@ -237,16 +238,14 @@ def _plan_shards(shards: list[Path], options: FillOptions, world: World) -> list
 
 
 def _shard_items(
-    content: Shard, mask: Path | Encoded | None, masks: list[Path], folder: Path, format: str | None
+    content: Shard, mask: Path | Encoded | MasksByName | None, folder: Path, format: str | None
 ) -> list[Item]:
-    items = [_shard_item(sample, mask, masks, folder, format) for sample in content.samples]
+    items = [_shard_item(sample, mask, folder, format) for sample in content.samples]
     left_out = [Item(other, None, folder, "PNG", reason, left_out=True) for other, reason in content.left_out]
     return items + left_out
 
 
-def _shard_item(
-    sample: Sample, mask: Path | Encoded | None, masks: list[Path], folder: Path, format: str | None
-) -> Item:
+def _shard_item(sample: Sample, mask: Path | Encoded | MasksByName | None, folder: Path, format: str | None) -> Item:
     picture, key = sample.pictures[0], PurePosixPath(sample.key)
     own: Path | Member | Encoded | None = None
     problem = None
@@ -255,8 +254,8 @@ def _shard_item(
         if own is None:
             names = ", ".join(one.name for one in sample.masks) or "none"
             problem = f"mask: expected one file {sample.key}.mask.<extension> in the shard, got {names}"
-    elif isinstance(mask, Path) and mask.is_dir():
-        own, problem = pair_mask(Path(*key.parts), mask, masks, suffix=False)
+    elif isinstance(mask, MasksByName):
+        own, problem = mask.of_picture(Path(*key.parts), suffix=False)
     else:
         own = mask
     if len(sample.pictures) > 1:
