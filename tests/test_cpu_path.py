@@ -160,6 +160,8 @@ def test_stages_that_would_take_too_long_are_not_timed(portable, model, monkeypa
 def test_can_keep(tmp_path: File, monkeypatch):
     assert cache.can_keep()
     assert not [f for f in (tmp_path / "cache").iterdir()]
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "new" / "cache"))
+    assert cache.can_keep()
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "file"))
     assert not cache.can_keep()

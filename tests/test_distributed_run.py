@@ -432,6 +432,17 @@ def test_bad_shards_and_samples_fail_alone(fake, tmp_path):
     assert not list(tmp_path.parent.glob("evil*"))
 
 
+def test_of_samples_with_one_result_file_the_first_is_filled(fake, tmp_path):
+    """Names that differ in case alone are one file on some systems."""
+    renamed = {name.replace("0000", "A"): data for name, data in _samples(0).items()}
+    again = {name.replace("0001", "a"): data for name, data in _samples(1).items()}
+    _shard(tmp_path / "in" / "0.tar", {**renamed, **again})
+    assert _run(tmp_path, mask=None) == 1
+    assert list(_visible(tmp_path / "out")) == ["0/A.png"]
+    (error,) = [item["error"] for item in _report(tmp_path)["items"] if item["error"]]
+    assert "would replace that of" in error
+
+
 def test_shards_without_pictures_and_pictures_without_masks_are_usage_errors(tmp_path):
     _shard(tmp_path / "in" / "0.tar", {"a.txt": b""})
     with pytest.raises(UsageError, match="no pictures in the tar shards"):

@@ -49,9 +49,10 @@ def test_the_command_writes_a_table_json_markdown_and_a_sheet(fake, pictures, tm
     with Image.open(out / "evaluation.png") as sheet:
         # 5 columns of 192 with margins of 6; 2 rows of 192 under captions of 22, and the head.
         assert sheet.size == (5 * 198 + 6, 22 + 2 * 214 + 6)
-        original = np.asarray(sheet.crop((6, 44, 198, 236)), dtype=int)
-    shown = Image.fromarray(fit_picture(pictures / "0.png", 64)).resize((192, 192), Image.Resampling.LANCZOS)
-    np.testing.assert_array_equal(original, np.asarray(shown))
+        originals = [np.asarray(sheet.crop((6, top, 198, top + 192))) for top in (44, 258)]
+    for number, original in enumerate(originals):
+        picture = Image.fromarray(fit_picture(pictures / f"{number}.png", 64))
+        np.testing.assert_array_equal(original, np.asarray(picture.resize((192, 192), Image.Resampling.LANCZOS)))
 
 
 def test_a_strip_keeps_the_proportions_of_its_pictures():

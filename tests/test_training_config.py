@@ -111,6 +111,53 @@ def test_bad_configurations_are_named(tmp_path, text, error):
         load_config(file)
 
 
+@pytest.mark.parametrize(
+    ("setting", "good", "bad"),
+    [
+        ("model.freeze_batchnorm_from", (0, 0.5), (-0.1, 1)),
+        ("model.batchnorm_momentum", (0.1, 1), (0, 1.1)),
+        ("discriminator.channels", (1,), (0,)),
+        ("discriminator.crop", (64, 256), (63, 257)),
+        ("discriminator.start", (0, 0.5), (-0.1, 1)),
+        ("data.size", (256, 512), (0, -256, 257)),
+        ("data.workers", (0, 1), (-1,)),
+        ("data.prefetch", (4,), (0,)),
+        ("data.mask_bank", (4096,), (0,)),
+        ("data.colour", (0, 0.5), (-0.1, 1)),
+        ("loss.hole", (0, 10), (-0.1,)),
+        ("loss.hole_discount", (0.1, 1), (0, 1.1)),
+        ("loss.feature_every", (1,), (0,)),
+        ("loss.feature_crop", (64, 256), (63, 257)),
+        ("optim.batch_size", (1,), (0,)),
+        ("optim.accumulate", (1,), (0,)),
+        ("optim.learning_rate", (1e-9,), (0,)),
+        ("optim.discriminator_learning_rate", (1e-9,), (0,)),
+        ("optim.betas", ([0, 0.5],), ([0, 1], [-0.1, 0.5], [0.5])),
+        ("optim.warmup_steps", (0,), (-1,)),
+        ("optim.epochs", (1,), (0,)),
+        ("optim.steps", (1,), (0,)),
+        ("optim.max_minutes", (0.1,), (0,)),
+        ("optim.clip", (0.1,), (0,)),
+        ("optim.ema", (0.1, 0.9), (0, 1)),
+        ("run.seed", (0, 2**63 - 1), (-1, 2**63)),
+        ("run.validation_pictures", (1,), (0,)),
+        ("run.threads", (1, 1024), (0, 1025)),
+        ("run.picture_every", (0,), (-1,)),
+        ("run.checkpoint_minutes", (0.1,), (0,)),
+        ("run.log_every", (1,), (0,)),
+        ("run.keep", (1,), (0,)),
+        ("run.finite_every", (1,), (0,)),
+    ],
+)
+def test_numbers_are_taken_up_to_their_bounds(setting, good, bad):
+    section, _, name = setting.partition(".")
+    for value in good:
+        assert config_of({section: {name: value}})
+    for value in bad:
+        with pytest.raises(ConfigError, match=f"^{setting}: expected"):
+            config_of({section: {name: value}})
+
+
 def test_what_python_code_gives_is_checked_as_well(pictures, tmp_path):
     for make, error in (
         (lambda: TrainConfig(optim={"steps": 3}), "optim: expected a OptimConfig, got .'steps': 3}"),
