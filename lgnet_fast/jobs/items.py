@@ -159,8 +159,9 @@ class _Task:
 def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple[Found, Found]:
     """(pictures, masks); none of them are results of this run or of another."""
     source, mask, out, suffix = options.source, options.mask, options.result, options.mask_suffix
-    excluded = [folder.resolve() for folder in (mask_folder, out) if folder is not None and folder.is_dir()]
-    excluded = [folder for folder in excluded if folder != source.resolve()]
+    excluded = [
+        folder.resolve() for folder in (mask_folder, out) if folder is not None
+    ]  # the source itself is always searched
     found = scan(source, excluded) if source.is_dir() else Found([source])
     masks = Found([] if mask is None else [mask])
     if mask_folder is not None:
@@ -198,8 +199,7 @@ def _shards_in(source: Path, out: Path) -> list[Path]:
     """The tar shard `source`, or the shards of a folder without pictures."""
     if not source.is_dir():
         return [source] if source.suffix.lower() == ".tar" else []
-    excluded = [out.resolve()] if out.is_dir() and out.resolve() != source.resolve() else []
-    found = scan(source, excluded, [*EXTENSIONS, ".tar"]).pictures
+    found = scan(source, [out.resolve()], [*EXTENSIONS, ".tar"]).pictures
     shards = [path for path in found if path.suffix.lower() == ".tar"]
     return shards if len(shards) == len(found) else []
 
