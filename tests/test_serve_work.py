@@ -421,6 +421,9 @@ def test_open_pictures_are_bounded_in_number_bytes_and_time():
     assert small.get(ids[-1])
     assert len(set(ids)) == 5
     assert min(map(len, ids)) >= 24
+    small.get(ids[-1]).encoded["PNG"] = b"x" * 200, "image/png"  # it has grown beyond the limit with the other one
+    assert small.get(ids[-1])
+    assert small.usage() == (1, 500)
 
 
 @pytest.mark.parametrize(
