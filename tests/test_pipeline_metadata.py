@@ -166,6 +166,21 @@ def test_a_camera_jpeg_becomes_a_tiff_with_its_exif(pipe, tmp_path):
             assert saved.getexif().get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ISOSpeedRatings] == 400
 
 
+@pytest.mark.parametrize("order", ["<", ">"])
+@pytest.mark.parametrize("extension", [".jpg", ".png", ".webp"])
+def test_the_exif_of_a_camera_keeps_its_byte_order_and_its_interoperability(pipe, tmp_path, extension, order):
+    exif = Image.Exif()
+    exif.endian = order
+    exif[ExifTags.Base.Make] = "maker"
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.IFD.Interop] = {1: "R98", 2: b"0100"}
+    Image.fromarray(noise(HEIGHT, WIDTH)).save(tmp_path / "a.jpg", exif=exif)
+    save_picture(pipe(tmp_path / "a.jpg", HOLE), tmp_path / f"b{extension}")
+    with Image.open(tmp_path / f"b{extension}") as result:
+        written = result.getexif()
+        assert written[ExifTags.Base.Make] == "maker" and written.endian == order
+        assert written.get_ifd(ExifTags.IFD.Interop) == {1: "R98", 2: b"0100"}
+
+
 @pytest.mark.parametrize("extension", ["tif", "jpg", "png"])
 def test_a_tiff_without_resolution_gets_none(pipe, tmp_path, extension):
     Image.fromarray(noise(HEIGHT, WIDTH)).save(tmp_path / "in.tif")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from PIL import ExifTags, Image
 
 # The tags of a TIFF also describe its storage; only those about the picture may be copied to another file.
@@ -21,9 +23,17 @@ TIFF_DESCRIPTIVE = {
 def kept_exif(exif: Image.Exif, format: str | None) -> bytes:
     """The EXIF of a picture without orientation and thumbnail; for a TIFF, the tags about the picture."""
     kept = Image.Exif()
+    kept.endian = exif.endian  # values of undefined type, such as MakerNote, are in this byte order too
     directories = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
     for tag, value in exif.items():
         if tag != ExifTags.Base.Orientation and (format != "TIFF" or tag in TIFF_DESCRIPTIVE):
-            # Pillow writes a sub-directory only where it is given as a dictionary.
-            kept[tag] = exif.get_ifd(tag) if tag in directories else value
+            kept[tag] = _directory(exif, tag) if tag in directories else value
     return kept.tobytes() if len(kept) else b""
+
+
+def _directory(exif: Image.Exif, tag: int) -> dict[int, Any]:
+    """A sub-directory and, in place of its offset in the old file, the one in it; Pillow writes both as dictionaries."""
+    content = dict(exif.get_ifd(tag))
+    if content.pop(ExifTags.IFD.Interop, None) is not None and (inner := exif.get_ifd(ExifTags.IFD.Interop)):
+        content[ExifTags.IFD.Interop] = inner
+    return content
