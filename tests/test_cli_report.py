@@ -75,14 +75,14 @@ def test_names_that_are_not_utf8(case):
 
 
 def test_the_report_grows_with_the_run(case, monkeypatch):
-    """The report that a killed run leaves: after each picture, if one is due."""
+    """The report that a killed run leaves: from the start, and after each picture, if one is due."""
+    Path("r.json").write_text('{"complete": true, "planned": 9, "items": []}')  # of an earlier run
     seen = []
     real = entries.save_picture
 
     def spy(*arguments, **options):
-        if Path("r.json").exists():
-            data = json.loads(Path("r.json").read_text())
-            seen.append((data["complete"], data["planned"], len(data["items"])))
+        data = json.loads(Path("r.json").read_text())
+        seen.append((data["complete"], data["planned"], len(data["items"])))
         real(*arguments, **options)
 
     monkeypatch.setattr(entries, "save_picture", spy)
@@ -90,7 +90,7 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
     monkeypatch.setattr("lgnet_fast.jobs.report._SHARE", 1e9)
     write_picture(case / "in" / "c.png", noise(40, 60))
     assert _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json").exit_code == 0
-    assert seen == [(False, 3, 1), (False, 3, 2)]
+    assert seen == [(False, 3, 0), (False, 3, 1), (False, 3, 2)]
     data = json.loads(Path("r.json").read_text())
     assert (data["complete"], len(data["items"])) == (True, 3)
 

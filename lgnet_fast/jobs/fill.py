@@ -119,6 +119,7 @@ class _Run:
         options, world = self.options, self.world
         if world.rank == 0:
             remove_leftovers((file.parent for file in self._files()), age=0 if world.size == 1 else 600)
+        self._update_report()  # until the first picture is done, the file would be the report of an earlier run
         inpainter = Inpainter.from_pretrained(
             options.model, device=world.device(options.device), dtype=options.dtype, backend=options.backend
         )
@@ -132,8 +133,7 @@ class _Run:
             def tell(entry: Entry) -> None:
                 self._note(entry)
                 progress.advance(task)
-                if self.report is not None and self.report.due:
-                    self._write_report(len(self.items))
+                self._update_report()
                 if self.came:
                     raise KeyboardInterrupt
 
@@ -178,6 +178,11 @@ class _Run:
         self.processes = None if self.journal is None else {"count": self.world.size, "died": self.dead}
         self.finished = True
         return self._write_report(len(self.items) if self.interrupted else None)
+
+    def _update_report(self) -> None:
+        """Write the report of a run that goes on, if it is time to."""
+        if self.report is not None and self.report.due:
+            self._write_report(len(self.items))
 
     def _write_report(self, planned: int | None) -> bool:
         if self.report is None:
