@@ -8,7 +8,7 @@ import warnings
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, ImageOps, IptcImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageOps, IptcImagePlugin, PngImagePlugin
 
 from lgnet_fast.errors import InvalidMaskError
 from lgnet_fast.pipeline import Inpainter
@@ -76,6 +76,19 @@ def test_a_mask_of_the_stored_size_is_told_about_the_turn(pipe):
     picture.info["exif"] = _with_exif(6).tobytes()
     with pytest.raises(InvalidMaskError, match=r"expected the picture's size 60x40.*got 40x60.*orientation 6"):
         pipe(picture, np.zeros((WIDTH, HEIGHT), bool))
+
+
+@pytest.mark.parametrize("entry", [b"\2\0\4\0\0\0top\0", b"\3\0\1\0\0\0\0\0\0\0", b"\3\0\1\0\0\0\x09\0\0\0"])
+def test_an_orientation_that_is_none_turns_nothing(pipe, tmp_path, entry):
+    """`entry`: type, count and value of the tag: text, 0, 9."""
+    exif = b"Exif\0\0II*\0\x08\0\0\0\1\0\x12\1" + entry + bytes(4)
+    Image.fromarray(noise(HEIGHT, WIDTH)).save(tmp_path / "a.png", exif=exif, dpi=(100, 200))
+    assert open_upright(tmp_path / "a.png")[1] == 1
+    result = pipe(tmp_path / "a.png", HOLE)
+    np.testing.assert_array_equal(np.asarray(result)[~HOLE], noise(HEIGHT, WIDTH)[~HOLE])
+    save_picture(result, tmp_path / "b.png")
+    with Image.open(tmp_path / "b.png") as read:
+        assert [round(one) for one in read.info["dpi"]] == [100, 200]
 
 
 def test_open_upright_reports_the_turn(tmp_path):
@@ -177,7 +190,8 @@ def test_the_exif_of_a_camera_keeps_its_byte_order_and_its_interoperability(pipe
     save_picture(pipe(tmp_path / "a.jpg", HOLE), tmp_path / f"b{extension}")
     with Image.open(tmp_path / f"b{extension}") as result:
         written = result.getexif()
-        assert written[ExifTags.Base.Make] == "maker" and written.endian == order
+        assert written[ExifTags.Base.Make] == "maker"
+        assert written.endian == order
         assert written.get_ifd(ExifTags.IFD.Interop) == {1: "R98", 2: b"0100"}
 
 
@@ -263,6 +277,38 @@ def test_iptc_passes_between_jpeg_and_tiff_without_the_thumbnail_beside_it(pipe,
         assert b"thumbnail" not in source.read_bytes()
         with Image.open(source) as after:
             assert IptcImagePlugin.getiptcinfo(after) == {(2, 120): b"caption"}
+
+
+@pytest.mark.parametrize("key", ["dpi", "exif", "icc_profile", "iptc", "photoshop", "transparency", "xmp"])
+@pytest.mark.parametrize("behind", [False, True])
+def test_text_of_a_png_under_the_name_of_other_metadata_is_text(pipe, tmp_path, key, behind):
+    """As programs write it that copy Pillow's `info` to text. `behind`: after the image data."""
+    text = PngImagePlugin.PngInfo()
+    text.add(b"tEXt", f"{key}\0(96, 96)".encode(), after_idat=behind)
+    noise_of_mode("RGB").save(tmp_path / "a.png", pnginfo=text)
+    result = pipe(tmp_path / "a.png", HOLE)
+    for extension in ("png", "jpg", "webp", "tif"):
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*PNG chunks tEXt")
+            save_picture(result, tmp_path / f"b.{extension}")
+    with Image.open(tmp_path / "b.png") as read:
+        read.load()
+        assert read.text == {key: "(96, 96)"}
+
+
+@pytest.mark.parametrize(("key", "name", "room"), [("exif", "EXIF", 65533), ("xmp", "XMP", 65504)])
+def test_metadata_too_long_for_a_segment_of_a_jpeg_is_named(tmp_path, key, name, room):
+    picture = noise_of_mode("RGB")
+    start = Image.Exif().tobytes() if key == "exif" else b"<x/>"
+    picture.info[key] = start.ljust(room + 1)
+    with pytest.warns(UserWarning, match=f"JPEG does not hold the picture's {name}"):
+        save_picture(picture, tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as read:
+        assert key not in read.info
+    picture.info[key] = start.ljust(room)
+    save_picture(picture, tmp_path / "a.jpg")
+    with Image.open(tmp_path / "a.jpg") as read:
+        assert read.info[key] == picture.info[key]
 
 
 def test_iptc_too_long_for_a_jpeg_is_named(tmp_path):

@@ -7,6 +7,7 @@ import struct
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 SIGNATURE = b"\x89PNG\r\n\x1a\n"
 XMP_KEYWORD = b"XML:com.adobe.xmp"
@@ -18,6 +19,23 @@ _TEXT = {b"tEXt", b"zTXt", b"iTXt"}
 # Old text forms of EXIF are left out, because the result's EXIF is written without thumbnail and orientation.
 _EXIF_TEXT = (b"Raw profile type exif\0", b"Raw profile type APP1\0")
 _WRITTEN_ANEW = {b"eXIf"}
+
+# Keys of Pillow's `info` that stand for metadata. Programs that copy `info` as text write chunks of these names.
+_RESERVED = (
+    "background",
+    "disposal",
+    "dpi",
+    "duration",
+    "exif",
+    "icc_profile",
+    "iptc",
+    "loop",
+    "photoshop",
+    "transparency",
+    "xmp",
+)
+
+_EXIF = re.compile(rb"(Exif\0\0)*(II|MM)")
 
 # XMP states it as an attribute or as an element.
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation="([1-8])"|<tiff:Orientation>([1-8])</tiff:Orientation>')
@@ -101,6 +119,17 @@ def fitting(kept: Kept, encoded: bytes) -> list[Chunk]:
     header = dict(present)[b"IHDR"]
     same = header[9] == kept.layout[1] and (header[8] == kept.layout[0] or header[9] == 3)
     return [one for one in kept.chunks if (one[0] not in _LAYOUT or same) and one not in present]
+
+
+def drop_text(info: dict[Any, Any]) -> None:
+    """Remove from Pillow's `info` text that a PNG has under the name of other metadata, such as "dpi"."""
+    for key in _RESERVED:
+        value = info.get(key)
+        # Text of the name "exif" stays bytes, without the start that Pillow gives the contents of an eXIf chunk.
+        if isinstance(value, str) or (
+            key == "exif" and isinstance(value, bytes) and not value.startswith(b"Exif\0\0")
+        ):
+            del info[key]
 
 
 def names(kept: Kept) -> list[str]:

@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import IPTC_NAA_CHUNK, ImageFileDirectory_v2
 
 from ..errors import InvalidImageError
 from . import chunks, metadata
-from .exif import TIFF_DESCRIPTIVE, kept_exif
+from .exif import TIFF_DESCRIPTIVE, kept_exif, valid_orientation
 from .formats import EXTENSIONS
 from .notices import warn
 from .writing import write_file
@@ -158,7 +158,6 @@ def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
     damaged files.
     """
     samples, orientation, info = _read_png(data) if format == "PNG" else _read_tiff(data)
-    orientation = orientation if orientation in range(1, 9) else 1
     samples = np.ascontiguousarray(_turned(samples, orientation))
     if format == "PNG":
         info["png_chunks"] = chunks.kept_chunks(data, info["xmp"], orientation > 4)
@@ -179,7 +178,7 @@ def check_deep_format(mode: str, format: str) -> None:
 def encode_deep(picture: DeepImage, format: str) -> bytes:
     """The file of a deep picture, with its metadata. Raises InvalidImageError: a format without 16-bit colour."""
     check_deep_format(picture.mode, format)
-    metadata.warn_lost(picture.info, format)
+    metadata.held(picture.info, format)
     return _encode_png(picture) if format == "PNG" else _encode_tiff(picture)
 
 
@@ -214,6 +213,7 @@ def _read_png(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     if samples.dtype != np.uint16 or samples.shape[:2] != (height, width) or samples.ndim != 3:
         raise InvalidImageError(f"expected 16 bits a sample, got {samples.dtype} {list(samples.shape)}")
     with Image.open(io.BytesIO(data)) as header:
+        chunks.drop_text(header.info)
         info = {key: header.info.get(key) for key in ("icc_profile", "dpi")}
         own = {kind: content for kind, content in chunks.read_chunks(data) if kind in (b"eXIf", b"tRNS")}
         if b"eXIf" in own or "Raw profile type exif" not in header.info:
@@ -226,7 +226,7 @@ def _read_png(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     if count == 3 and len(own.get(b"tRNS", b"")) == 6:
         info["transparency"] = struct.unpack(">3H", own[b"tRNS"])
     info["exif"] = kept_exif(exif, "PNG")
-    return samples[..., :count], exif.get(ExifTags.Base.Orientation, 1), info
+    return samples[..., :count], valid_orientation(exif.get(ExifTags.Base.Orientation)), info
 
 
 def _xmp_of(content: bytes) -> bytes | None:
@@ -318,7 +318,8 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
         "dpi": None if across is None or down is None or unit == 1 else (float(across) * inch, float(down) * inch),
         "tiff": {"compression": compression, "extra": extra_kind},
     }
-    return samples, directory.get(ExifTags.Base.Orientation, chunks.xmp_orientation(xmp)), info
+    stated = directory.get(ExifTags.Base.Orientation, chunks.xmp_orientation(xmp))
+    return samples, valid_orientation(stated), info
 
 
 def _as_bytes(value: Any) -> bytes | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -69,19 +70,18 @@ def encode(
         return deep.encode_deep(picture, format)
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
-    metadata.warn_lost(picture.info, format)
+    held = metadata.held(picture.info, format)
     for mode in held_modes(picture.mode, "transparency" in picture.info, format):
         picture = picture.convert(mode)
     directories: dict[int, dict[int, Any]] = {}
-    iptc, profile = picture.info.get("iptc"), picture.info.get("icc_profile")
-    options: dict[str, Any] = {
-        key: picture.info[key]
-        for key in ("exif", "icc_profile", "dpi", "xmp", "transparency")
-        if picture.info.get(key) is not None
+    iptc, profile = held.pop("iptc", None), held.get("icc_profile")
+    options: dict[str, Any] = held | {
+        key: picture.info[key] for key in ("dpi", "transparency") if picture.info.get(key) is not None
     }
     if format == "JPEG":
         options.update(_jpeg_options(like, picture, quality))
         options["extra"] = metadata.iptc_segment(iptc) if iptc else b""
+        options.setdefault("xmp", b"")  # some versions of Pillow would take that of `info`, which may be too long
     elif format == "WEBP":
         options.update({"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True})
     elif format == "AVIF":
@@ -97,7 +97,7 @@ def encode(
     encoded = io.BytesIO()
     try:
         picture.save(encoded, format=format, **options)
-    except (ValueError, RuntimeError, OSError) as cause:  # the encoders' errors; nothing is written to a disk yet
+    except (ValueError, RuntimeError, OSError, OverflowError, struct.error) as cause:  # the encoders' errors
         raise InvalidImageError(f"format: {format} could not be written ({reason_of(cause)})") from cause
     data = encoded.getvalue()
     if format == "TIFF":

@@ -31,8 +31,13 @@ def kept_exif(exif: Image.Exif, format: str | None) -> bytes:
     return kept.tobytes() if len(kept) else b""
 
 
+def valid_orientation(stated: Any) -> int:
+    """The orientation (1 to 8) that a tag states; 1 for another value, such as text."""
+    return int(stated) if stated in range(1, 9) else 1
+
+
 def _directory(exif: Image.Exif, tag: int) -> dict[int, Any]:
-    """A sub-directory and, in place of its offset in the old file, the one in it; Pillow writes both as dictionaries."""
+    """A sub-directory, with the one in it in place of its offset in the old file; Pillow writes both."""
     content = dict(exif.get_ifd(tag))
     if content.pop(ExifTags.IFD.Interop, None) is not None and (inner := exif.get_ifd(ExifTags.IFD.Interop)):
         content[ExifTags.IFD.Interop] = inner

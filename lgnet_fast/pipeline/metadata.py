@@ -15,19 +15,29 @@ from .notices import warn
 _NAMES = {"icc_profile": "colour profile", "exif": "EXIF", "xmp": "XMP", "iptc": "IPTC"}
 _PHOTOSHOP, _IPTC_RESOURCE = b"Photoshop 3.0\0", 0x0404
 _SEGMENT_BYTES = 65533
+_XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
 
 
-def warn_lost(info: Mapping[Any, Any], format: str) -> None:
-    """One UserWarning that names the metadata of a picture which `format` (Pillow's name) cannot hold."""
-    held = METADATA.get(format, set())
-    lost = [name for key, name in _NAMES.items() if info.get(key) and key not in held]
-    if format == "JPEG" and len(info.get("iptc") or b"") > iptc_room():
-        lost.append(_NAMES["iptc"])
+def held(info: Mapping[Any, Any], format: str) -> dict[str, Any]:
+    """The metadata of a picture that `format` (Pillow's name) can hold, by Pillow's keys.
+
+    One UserWarning names the rest.
+    """
+    there = {key: info[key] for key in _NAMES if info.get(key)}
+    # In a JPEG file each of them, except the profile, must fit one segment.
+    room = {"exif": _SEGMENT_BYTES, "xmp": _SEGMENT_BYTES - len(_XMP_HEADER), "iptc": _iptc_room()}
+    fitting = {
+        key: value
+        for key, value in there.items()
+        if key in METADATA.get(format, set()) and (format != "JPEG" or key not in room or len(value) <= room[key])
+    }
+    lost = [_NAMES[key] for key in there if key not in fitting]
     kept = info.get("png_chunks")
     if kept is not None and format != "PNG" and (names := chunks.names(kept)):
         lost.append(f"PNG chunks {', '.join(names)}")
     if lost:
         warn(f"format: {format} does not hold the picture's {', '.join(lost)}")
+    return fitting
 
 
 def iptc_of(info: Mapping[Any, Any], directory: ImageFileDirectory_v2 | None) -> bytes | None:
@@ -38,15 +48,13 @@ def iptc_of(info: Mapping[Any, Any], directory: ImageFileDirectory_v2 | None) ->
     return directory._tagdata.get(IPTC_NAA_CHUNK)
 
 
-def iptc_room() -> int:
+def _iptc_room() -> int:
     """The most bytes of IPTC that one segment of a JPEG file holds."""
     return (_SEGMENT_BYTES - len(_iptc_resource(b""))) // 2 * 2  # an odd length is padded
 
 
 def iptc_segment(iptc: bytes) -> bytes:
-    """A JPEG segment (APP13) with IPTC records; nothing where they do not fit."""
-    if len(iptc) > iptc_room():
-        return b""
+    """A JPEG segment (APP13) with IPTC records."""
     content = _iptc_resource(iptc)
     return b"\xff\xed" + struct.pack(">H", 2 + len(content)) + content
 

@@ -10,10 +10,9 @@ import numpy as np
 from PIL import ExifTags, Image, ImageOps
 
 from ..errors import InvalidImageError, LGNetError
-from . import chunks, metadata
-from . import deep_colour as deep
+from . import chunks, deep_colour, metadata
 from .deep_colour import DeepImage
-from .exif import kept_exif
+from .exif import kept_exif, valid_orientation
 from .notices import warn
 from .sources import Encoded, open_image, reason_of
 
@@ -130,8 +129,10 @@ def upright(
     try:
         with _loading:
             key_step = _key_step(picture)  # first, because reading the EXIF of a PNG may decode it
-            orientation = int(picture.getexif().get(ExifTags.Base.Orientation, 1))
             picture.load()
+            if picture.format == "PNG":
+                chunks.drop_text(picture.info)
+            orientation = valid_orientation(picture.getexif().get(ExifTags.Base.Orientation))
             turned = ImageOps.exif_transpose(picture)
             exif = kept_exif(picture.getexif(), picture.format)
     except Exception as cause:  # as in open_upright: any decoder error
