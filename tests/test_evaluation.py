@@ -8,14 +8,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from torch import nn
 
 from lgnet_fast.data import metrics as metrics_module
 from lgnet_fast.data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_ratio
-from lgnet_fast.data.metrics import fid_score
 from lgnet_fast.errors import UsageError
 from lgnet_fast.evaluation import biharmonic, navier_stokes, parse_classes, telea
+from lgnet_fast.evaluation.frechet import frechet_distance
 from lgnet_fast.evaluation.protocol import FolderMasks, fit_mask, fit_picture
 from lgnet_fast.jobs.world import World
 from lgnet_fast.pipeline import Inpainter
@@ -207,7 +208,8 @@ def test_one_process_and_three_give_the_same_numbers(fake, pictures, tmp_path, m
     ]
     real = np.stack([truth.std(axis=(0, 1), ddof=1) for truth, _ in pairs])
     filled = np.stack([telea(truth, hole).std(axis=(0, 1), ddof=1) for truth, hole in pairs])
-    assert alone.score("Telea", "20-30%").fid == pytest.approx(fid_score(real, filled), rel=1e-3)
+    expected = frechet_distance(torch.from_numpy(real), torch.from_numpy(filled))
+    assert alone.score("Telea", "20-30%").fid == pytest.approx(expected, rel=1e-3)
     with pytest.raises(UsageError, match="fid: expected a path"):
         evaluate(pictures, out=tmp_path / "four", fid=Moments(), **options)
     with pytest.raises(UsageError, match="^out: several processes"):
@@ -237,6 +239,21 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(fake, pictures, tmp_path
     fake.seen.clear()
     evaluate(pictures, **{**options, "seed": 1})
     assert len(fake.seen) == 10  # another seed is another evaluation
+
+
+def test_fid_of_perfect_fills_is_zero(fake, tmp_path, monkeypatch):
+    """With fewer pictures than dimensions; the eigenvalues of the product of covariances gave a negative distance."""
+
+    class Places(nn.Module):
+        def forward(self, picture):
+            return torch.arange(1.0, 513.0).sin() * picture.float().mean()
+
+    (tmp_path / "flat").mkdir()
+    for level in (40, 90, 200):
+        Image.new("RGB", (64, 64), (level,) * 3).save(tmp_path / "flat" / f"{level}.png")
+    monkeypatch.setattr(metrics_module, "_inception", lambda source: Places())
+    result = evaluate(tmp_path / "flat", classes="1", size=64, metrics=["fid"], baselines=["ns"])
+    assert result.score("Navier-Stokes", "10-20%").fid == pytest.approx(0, abs=1e-6)
 
 
 @pytest.mark.parametrize("damage", [lambda file: file.unlink(), lambda file: file.write_bytes(b"torn")])

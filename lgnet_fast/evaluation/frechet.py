@@ -1,6 +1,6 @@
-"""Fréchet distance of VGG-16 features of two sets of pictures, for use without the Inception network of FID.
+"""Fréchet distance of features of two sets of pictures: FID of Inception's, and of VGG-16's for use without it.
 
-Its values cannot be compared with those of FID.
+Values of the two networks cannot be compared.
 """
 
 from __future__ import annotations
@@ -31,9 +31,10 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
         return math.nan  # the decomposition below would raise
     mean_a, mean_b = a.mean(dim=0), b.mean(dim=0)
     # S = R^T R for the centred rows R: the trace of (S_a S_b)^(1/2) is the sum of the singular values of R_a R_b^T,
-    # which is exact where the covariances are singular.
+    # which is exact where the covariances are singular. The factor of the QR decomposition has at most D rows.
     rows_a, rows_b = (a - mean_a) / (len(a) - 1) ** 0.5, (b - mean_b) / (len(b) - 1) ** 0.5
-    overlap = torch.linalg.svdvals(rows_a @ rows_b.T).sum()
+    root_a, root_b = (torch.linalg.qr(rows, mode="r").R for rows in (rows_a, rows_b))
+    overlap = torch.linalg.svdvals(root_a @ root_b.T).sum()
     squared = (mean_a - mean_b).square().sum() + rows_a.square().sum() + rows_b.square().sum() - 2 * overlap
     return max(0.0, float(squared))
 

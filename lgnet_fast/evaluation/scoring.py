@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..data.masks import SUITE_KINDS
-from ..data.metrics import LPIPS_VARIABLE, Metrics, fid_score
+from ..data.metrics import LPIPS_VARIABLE, Metrics
 from ..errors import BackendError, JobError, LGNetError, MissingExtraError, UsageError, WeightsError
 from ..jobs.journal import FOLDER, Journal, fingerprint, model_stamp, stamp
 from ..jobs.world import World
@@ -23,6 +23,7 @@ from ..pipeline import Inpainter
 from ..pipeline.writing import write_atomically
 from ..version import __version__
 from .baselines import BASELINES
+from .frechet import frechet_distance
 from .options import SHEET, SMALLEST, SMALLEST_WITH_LPIPS, EvaluationOptions, Model
 from .protocol import (
     FolderMasks,
@@ -458,8 +459,9 @@ def _means(group: list[dict[str, Any]], job: _Job, measured: list[str]) -> dict[
         means[title] = {name: finite(value) for name, value in values.items()}
     if "fid" in measured and len(group) > 1:
         stacked = np.stack([one for record in group if (one := job.features(record)) is not None])
-        for position, title in enumerate(job.options.titles):
-            means[title]["fid"] = finite(fid_score(stacked[:, 0], stacked[:, 1 + position]))
+        true, *filled = torch.from_numpy(stacked).unbind(dim=1)
+        for title, features in zip(job.options.titles, filled, strict=True):
+            means[title]["fid"] = finite(frechet_distance(true, features))
     return means
 
 

@@ -409,7 +409,7 @@ class Trainer:
 
         Raises:
             TrainingError: another process has failed; its text has the error.
-            MissingExtraError: torchmetrics, of the extra `[train]`, is not installed (by classes).
+            MissingExtraError: scikit-image, of the extra `[train]`, is not installed (by classes).
         """
         if self.validation is None:
             return {}
