@@ -12,8 +12,7 @@ from PIL import ExifTags, Image, JpegImagePlugin, TiffTags
 from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
 
 from ..errors import InvalidImageError
-from . import chunks, metadata
-from . import deep_colour as deep
+from . import chunks, deep_colour, metadata
 from .deep_colour import DeepImage
 from .exif import TIFF_DESCRIPTIVE
 from .formats import EXTENSIONS, MODES, reason_against_writing
@@ -67,7 +66,7 @@ def encode(
     """The file that `save_picture` writes. `format`: a key of MODES. Raises InvalidImageError, as `save_picture`."""
     quality = checked_quality(quality)
     if isinstance(picture, DeepImage):
-        return deep.encode_deep(picture, format)
+        return deep_colour.encode_deep(picture, format)
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
     held = metadata.held(picture.info, format)
@@ -101,7 +100,7 @@ def encode(
         raise InvalidImageError(f"format: {format} could not be written ({reason_of(cause)})") from cause
     data = encoded.getvalue()
     if format == "TIFF":
-        return deep.with_directories(data, directories)
+        return deep_colour.with_directories(data, directories)
     if format == "JPEG2000" and profile:
         return metadata.with_jp2_profile(data, profile)
     if format != "PNG":
@@ -126,7 +125,7 @@ def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[in
     """The tags of a TIFF's first directory for EXIF and XMP, and the directories to append."""
     read = Image.Exif()
     read.load(exif)
-    directories = deep.tiff_directories(read)
+    directories = deep_colour.tiff_directories(read)
     # Most tags below XMP's describe storage, here that of the file that the EXIF came from.
     tags = {
         tag: value

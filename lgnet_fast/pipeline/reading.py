@@ -49,11 +49,11 @@ def read_picture(source: Path | Encoded) -> tuple[Image.Image | DeepImage, int]:
     name = f"picture {str(source)!r}"
     try:
         data = source.data if isinstance(source, Encoded) else source.read_bytes()
-        format = deep.deep_format(data)
+        format = deep_colour.deep_format(data)
         if format is not None:
-            return deep.read_deep(data, format)
+            return deep_colour.read_deep(data, format)
         return _upright_of(data, name, InvalidImageError, whole=True)
-    except deep.NotInstalledError as cause:
+    except deep_colour.NotInstalledError as cause:
         raise InvalidImageError(f"{name}: {cause}") from cause
     except InvalidImageError as cause:
         raise cause if str(cause).startswith("picture") else InvalidImageError(f"{name}: {cause}") from cause
@@ -66,13 +66,13 @@ def read_picture(source: Path | Encoded) -> tuple[Image.Image | DeepImage, int]:
 def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = False) -> tuple[Image.Image, int]:
     """See `open_upright`. `whole`: reject files whose samples Pillow would cut to 8 bits."""
     with open_image(data) as picture:
-        depth = deep.cut_depth(picture.format, data) if whole else None
+        depth = deep_colour.cut_depth(picture.format, data) if whole else None
         if depth is not None:
             raise error(
                 f"{name}: expected at most 8 bits a sample in colour, got {depth} in a {picture.format} file; "
                 "make it a 16-bit PNG or TIFF"
             )
-        maxval = deep.ppm_maxval(data) if whole and picture.format == "PPM" else None
+        maxval = deep_colour.ppm_maxval(data) if whole and picture.format == "PPM" else None
         if maxval not in (None, 255, 65535):
             raise error(
                 f"{name}: expected a PPM or PGM file whose largest level is 255 or 65535, got {maxval}: its levels "
