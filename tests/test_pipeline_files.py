@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import struct
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -156,7 +158,7 @@ def test_writing_is_atomic(tmp_path, monkeypatch):
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.parametrize("cause", [RuntimeError, OSError, ValueError])
+@pytest.mark.parametrize("cause", [RuntimeError, OSError, ValueError, OverflowError, struct.error])
 def test_what_an_encoder_refuses_is_one_clear_error(tmp_path, monkeypatch, cause):
     picture = Image.new("RGB", (4, 4))
 

@@ -35,8 +35,6 @@ _RESERVED = (
     "xmp",
 )
 
-_EXIF = re.compile(rb"(Exif\0\0)*(II|MM)")
-
 # XMP states it as an attribute or as an element.
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation="([1-8])"|<tiff:Orientation>([1-8])</tiff:Orientation>')
 
