@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 from collections.abc import Callable, Iterator, Mapping
 
 import pytest
@@ -86,7 +87,7 @@ def test_wrong_rates_of_the_model_cost_nothing(plan, wrong, monkeypatch):
     best = choose_kernels(plan, SINGLE)
     least = sum(true_ms(plan, best))
     monkeypatch.setattr(cpu_choice, "RATES", wrong)
-    found = tune(plan, SINGLE, measure=fake(plan))
+    found = tune(plan, SINGLE, seconds=math.inf, measure=fake(plan))
     assert found.choices is not None
     assert {name: str(Choice.parse(text).packed) for name, text in found.choices.items()} == best
     chunks = {name: Choice.parse(text).chunk for name, text in found.choices.items()}
@@ -109,7 +110,9 @@ def test_rates_that_are_off_do_mislead_the_model(plan, monkeypatch):
     assert misled >= 2
 
 
-def test_what_differs_from_the_plain_kernel_is_left_out(plan, caplog):
+@pytest.mark.parametrize("ended", [False, True])
+def test_what_differs_from_the_plain_kernel_is_left_out(plan, caplog, ended):
+    """`ended`: the time is over when it is found."""
     step = next(s.name for s in plan.steps if choose_kernels(plan, SINGLE)[s.name] == "winograd4")
     broken = Choice("winograd4")
 
@@ -117,7 +120,12 @@ def test_what_differs_from_the_plain_kernel_is_left_out(plan, caplog):
         return torch.full((1, 3, 4, 4), torch.nan if choices[step].packed == broken else 1.0)
 
     with caplog.at_level(logging.WARNING, logger="lgnet_fast"):
-        found = tune(plan, SINGLE, measure=fake(plan, pictures))
+        found = tune(
+            plan,
+            SINGLE,
+            measure=fake(plan, pictures),
+            clock=lambda: math.inf if ended and caplog.messages else 0.0,
+        )
     assert found.wrong == [(step, "winograd4")]
     assert caplog.messages == [f"{step}: winograd4 differs from the plain kernel and is left out"]
     assert found.choices is not None
@@ -136,7 +144,7 @@ def test_steps_that_share_weights_count_by_their_mean():
     def measure(executor: CpuExecutor) -> Timing:
         return Timing([1.0 if step.weights_of == step.name else 3.0 for step in plan.steps], [torch.ones(1, 3, 4, 4)])
 
-    found = tune(plan, SINGLE, measure=measure)
+    found = tune(plan, SINGLE, seconds=math.inf, measure=measure)
     for step in plan.steps:
         if step.weights_of == step.name:
             kernels = [ms for choice, ms in found.times[step.name].items() if "@" not in choice and " " not in choice]
@@ -204,7 +212,7 @@ def test_what_does_not_fit_is_not_used(plan, value):
 
 
 def test_a_kernel_that_a_step_cannot_have_is_not_used(plan):
-    found = tune(plan, SINGLE, measure=fake(plan))
+    found = tune(plan, SINGLE, seconds=math.inf, measure=fake(plan))
     assert kept(plan, SINGLE) == found.choices
     assert kept(plan.resized(2, 256, 256), SINGLE) is None
     value = found.as_dict()

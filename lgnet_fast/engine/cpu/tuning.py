@@ -148,9 +148,15 @@ def options(step: Step, products: Products) -> list[str]:
 
 
 def measured_choices(plan: Plan, dtype: torch.dtype, found: Measured) -> dict[str, str]:
-    """A choice for every step: by its measured times if all its kernels were measured, else by the cost model."""
+    """A choice for every step: by its measured times if all its kernels were measured, else by the cost model.
+
+    None whose result was wrong.
+    """
     products = products_for(dtype)
-    costs: dict[str, Mapping[str, Cost]] = dict(modelled_costs(plan, dtype))
+    costs: dict[str, Mapping[str, Cost]] = {
+        name: {choice: cost for choice, cost in own.items() if (name, choice) not in found.wrong}
+        for name, own in modelled_costs(plan, dtype).items()
+    }
     for step in plan.steps:
         wanted = [c for c in options(step, products) if (step.name, c) not in found.wrong]
         times = found.times.get(step.name, {})
@@ -324,7 +330,7 @@ class _Contest:
     def _final(self) -> None:
         """Time whole runs with the measured choices and with the model's, in turn; keep the faster ones."""
         assert self.found.choices is not None
-        by_model = choose_kernels(self.plan, self.dtype)
+        by_model = measured_choices(self.plan, self.dtype, Measured(wrong=self.found.wrong))
         different = [by_model] if by_model == self.found.choices else [by_model, self.found.choices]
         executors = [CpuExecutor.of(self.plan, self.dtype, choices) for choices in different]
         totals: list[list[float]] = [[] for _ in executors]
