@@ -3,8 +3,9 @@
 // F(m, r): m outputs of an r-tap correlation, y = A^T [(G w) * (B^T d)], from m + r - 1 inputs d. With points a_p
 // (the last one infinity), A^T[i][p] = a_p^i, G[p][j] = a_p^j / prod_{q != p} (a_p - a_q), and row p of B^T holds
 // the coefficients of prod_{q != p} (x - a_q). G is applied to the weights when they are packed
-// (engine/cpu/weights.py). Points of F(4, 3): 0, +-3/4, +-3/2, infinity: half the rounding error of the textbook's 0, +-1,
-// +-2, infinity (1.1e-6 against 2.3e-6 of the output's deviation at 256 channels); F(4, 2): 0, +-3/4, 3/2, infinity.
+// (engine/cpu/weights.py). Points of F(4, 3): 0, +-3/4, +-3/2, infinity: half the rounding error of the textbook's
+// 0, +-1, +-2, infinity (1.1e-6 against 2.3e-6 of the output's deviation at 256 channels); F(4, 2): 0, +-3/4, 3/2,
+// infinity.
 // Included by isa_*.cpp inside its target pragma.
 #pragma once
 
