@@ -238,7 +238,7 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
     model = LGNet("C+L", coarse_channels=4, local_channels=4)
     model.save_pretrained(tmp_path / "model")
-    options = ["--device", "cpu", "--seconds", "2", "--model", str(tmp_path / "model")]
+    options = ["--device", "cpu", "--seconds", "20", "--model", str(tmp_path / "model")]
     result = invoke("tune", "--json", *options)
     assert result.exit_code == 0, result.output
     report = json.loads(result.stdout)

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgnet_fast.data.shards import samples_in
+from lgnet_fast.data.shards import read_shard
 from lgnet_fast.errors import DataError, WeightsError
 from lgnet_fast.reference.features import LPIPS
 from lgnet_fast.reference.vgg import VGG16Features
@@ -44,7 +44,8 @@ def test_shards_stay_below_their_limit(tmp_path):
     for number, shard in enumerate(shards):
         (tmp_path / f"{number}.tar").write_bytes(shard)
         found += [
-            (one.pictures[0].name, one.pictures[0].read().data) for one in samples_in(tmp_path / f"{number}.tar")
+            (one.pictures[0].name, one.pictures[0].read().data)
+            for one in read_shard(tmp_path / f"{number}.tar").samples
         ]
     assert found == files
     assert len(list(shards_of(files, 5_000))) == 20  # less than one file

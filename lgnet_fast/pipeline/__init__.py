@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 # Not imported here: two threads whose first imports are of different modules of the package would each wait for what
 # the other one holds, and Python would then give them modules that are not complete.
 __getattr__, __dir__ = attach(
-    __name__, {"DeepImage": "deep", "Inpainted": "results", "Inpainter": "inpainter", "Stages": "results"}
+    __name__, {"DeepImage": "deep_colour", "Inpainted": "results", "Inpainter": "inpainter", "Stages": "results"}
 )
 
 __all__ = ["DeepImage", "Inpainted", "Inpainter", "Stages"]
