@@ -159,9 +159,8 @@ class _Task:
 def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple[Found, Found]:
     """(pictures, masks); none of them are results of this run or of another."""
     source, mask, out, suffix = options.source, options.mask, options.result, options.mask_suffix
-    excluded = [
-        folder.resolve() for folder in (mask_folder, out) if folder is not None
-    ]  # the source itself is always searched
+    # The source itself is searched even if it is one of them.
+    excluded = [folder.resolve() for folder in (mask_folder, out) if folder is not None]
     found = scan(source, excluded) if source.is_dir() else Found([source])
     masks = Found([] if mask is None else [mask])
     if mask_folder is not None:

@@ -138,7 +138,7 @@ def group_launch(
 ) -> tuple[Callable[[], None], Tensor]:
     """The launch of a group that begins at step `first`, on maps given by `view`, and its state.
 
-    The launch keeps a reference to the state. `times`, `only`: see :meth:`..kernels.deep.DeepGroup.program`.
+    The launch keeps a reference to the state. `times`, `only`: see :meth:`lgnet_fast.kernels.deep.DeepGroup.program`.
     """
     from lgnet_fast.kernels.results import Store
 
