@@ -1,9 +1,10 @@
 """Measured choices on an NVIDIA GPU: block shapes of every product of a plan, timed with cold weights, and kept.
 
-The convolutions are tuned first (:mod:`.tuning_convolutions`), then the attention blocks (:mod:`.tuning_attention`).
-Candidates are compiled in parallel processes, run once, compared with what runs without tuning, and timed. The results are kept (:mod:`.measure`); where nothing was better, the shipped tables
-hold. Last, whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), then
-whether launches should overlap.
+The convolutions are tuned first (:mod:`.tuning_convolutions`), then the attention blocks
+(:mod:`.tuning_attention`). Candidates are compiled in parallel processes, run once, compared with what runs without
+tuning, and timed. The results are kept (:mod:`.measure`); where nothing was better, the shipped tables hold. Last,
+whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), then whether
+launches should overlap.
 """
 
 from __future__ import annotations
