@@ -155,6 +155,9 @@ def test_a_transparent_colour_keeps_its_pixels(pipe, tmp_path):
         after, _ = read_picture(tmp_path / "out.png")
         clear = (after.samples == transparent).all(axis=2)
         np.testing.assert_array_equal(clear, (samples == transparent).all(axis=2))
+        pipe(source, HOLE).save(tmp_path / "out.tif")  # which has no transparent colour
+        other, _ = read_picture(tmp_path / "out.tif")
+        np.testing.assert_array_equal(other.samples, np.dstack([after.samples, np.where(clear, 0, 65535)]))
 
 
 def _ppm(depth: int) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ from PIL import Image
 from lgnet_fast.errors import InvalidImageError
 from lgnet_fast.pipeline import Inpainter, writing
 from lgnet_fast.pipeline.encoding import encode, save_picture
-from lgnet_fast.pipeline.formats import MODES
+from lgnet_fast.pipeline.formats import EXTENSIONS, MODES
+from lgnet_fast.pipeline.pictures import picture_of
 
 from .pipeline_support import COLOUR, HEIGHT, HOLE, WIDTH, ConstantFill, noise, noise_of_mode
 
@@ -75,6 +77,45 @@ def test_deep_and_alpha_pictures_are_not_flattened_silently(pipe, tmp_path):
         with pytest.raises(InvalidImageError, match=f"format: .*of mode {mode}; it is held by {holding}$"):
             save_picture(result, tmp_path / f"out.{extension}")
         assert list(tmp_path.iterdir()) == []
+
+
+def _keyed(mode: str, key: Any) -> Image.Image:
+    """A picture of four vertical bands, the first of which is transparent by `key`, as some PNG and GIF files are."""
+    levels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    for band in range(4):
+        levels[:, WIDTH * band // 4 :] = 255 * (band % 2) if mode == "1" else 85 * band
+    grey = Image.fromarray(levels)
+    picture = Image.merge("RGB", [grey] * 3) if mode == "RGB" else grey.convert(mode)
+    if mode == "I;16":
+        picture = Image.fromarray(levels.astype(np.uint16))
+    picture.info["transparency"] = key
+    return picture
+
+
+KEYS = {"1": 0, "L": 0, "P": bytes([0, 255, 128]), "RGB": (0, 0, 0), "I;16": 0}
+
+
+@pytest.mark.parametrize("extension", ["png", "webp", "tif", "jp2", "tga", "gif", "jpg", "bmp", "ppm"])
+@pytest.mark.parametrize("mode", KEYS)
+def test_a_transparent_colour_becomes_a_channel_or_is_refused(tmp_path, mode, extension):
+    picture, file = _keyed(mode, KEYS[mode]), tmp_path / f"out.{extension}"
+    format = EXTENSIONS[file.suffix]
+    refused = extension in ("jpg", "bmp", "ppm") or (mode == "I;16" and extension != "png")
+    if refused or (extension == "gif" and mode in ("RGB", "P")):  # a GIF has no levels of alpha
+        for attempt in (lambda: save_picture(picture, file), lambda: picture_of(picture).check_format(format)):
+            with pytest.raises(InvalidImageError, match=f"format: .*of mode {mode} with a transparent colour; it is"):
+                attempt()
+        assert list(tmp_path.iterdir()) == []
+        return
+    picture_of(picture).check_format(format)
+    save_picture(picture, file)
+    with Image.open(file) as saved:
+        if mode == "I;16":
+            assert (saved.mode, saved.info["transparency"]) == (mode, 0)
+        else:
+            shown = np.asarray(saved.convert("RGBA"))
+            np.testing.assert_array_equal(shown, np.asarray(picture.convert("RGBA")))
+            assert set(shown[:, 0, 3].tolist()) == {0}
 
 
 @pytest.mark.parametrize(

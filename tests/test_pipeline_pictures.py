@@ -105,6 +105,24 @@ def test_colour_key_transparency_keeps_every_alpha(pipe):
         np.testing.assert_array_equal(np.asarray(result)[~HOLE], array[~HOLE])
 
 
+@pytest.mark.parametrize("key", [0, 255])
+@pytest.mark.parametrize("fill", [-1.0, 1.0])
+def test_fills_of_a_bilevel_picture_are_opaque(tmp_path, key, fill):
+    """A fill of the transparent level would be transparent: the file then has grey levels, one of them beside it."""
+    levels = np.zeros((HEIGHT, WIDTH), np.uint8)
+    levels[:, 30:] = 255
+    Image.fromarray(levels).convert("1").save(tmp_path / "in.png", transparency=key)
+    result = Inpainter(ConstantFill(fill, fill, fill))(tmp_path / "in.png", HOLE)
+    save_picture(result, tmp_path / "out.png")
+    wanted = round(127.5 * (fill + 1))
+    with Image.open(tmp_path / "out.png") as saved:
+        assert saved.mode == ("L" if wanted == key else "1")
+        grey, alpha = np.moveaxis(np.asarray(saved.convert("LA")), 2, 0)
+    np.testing.assert_array_equal(alpha, np.where(levels == key, 0, 255))
+    np.testing.assert_array_equal(grey[~HOLE], levels[~HOLE])
+    assert np.abs(grey[HOLE & (levels != key)].astype(int) - wanted).max() <= 1
+
+
 @pytest.mark.parametrize("mode", ["LAB", "F", "PA", "RGBX"])
 def test_modes_that_cannot_be_kept_are_refused(pipe, mode):
     with pytest.raises(InvalidImageError, match=mode):

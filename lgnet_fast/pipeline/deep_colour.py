@@ -10,7 +10,7 @@ from __future__ import annotations
 import io
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -179,7 +179,15 @@ def encode_deep(picture: DeepImage, format: str) -> bytes:
     """The file of a deep picture, with its metadata. Raises InvalidImageError: a format without 16-bit colour."""
     check_deep_format(picture.mode, format)
     metadata.held(picture.info, format)
-    return _encode_png(picture) if format == "PNG" else _encode_tiff(picture)
+    return _encode_png(picture) if format == "PNG" else _encode_tiff(_with_alpha(picture))
+
+
+def _with_alpha(picture: DeepImage) -> DeepImage:
+    """The picture with a channel for its transparent colour, where it has one."""
+    if (key := picture.info.get("transparency")) is None:
+        return picture
+    alpha = np.where((picture.samples == key).all(axis=2), np.uint16(0), np.uint16(65535))
+    return replace(picture, samples=np.dstack([picture.samples, alpha]))
 
 
 def _packages() -> tuple[ModuleType, ModuleType]:

@@ -15,13 +15,15 @@ from ..errors import InvalidImageError
 from . import chunks, deep_colour, metadata
 from .deep_colour import DeepImage
 from .exif import TIFF_DESCRIPTIVE
-from .formats import EXTENSIONS, MODES, reason_against_writing
+from .formats import EXTENSIONS, KEYED_MODES, MODES, reason_against_writing
 from .sources import reason_of
 from .writing import write_file
 
 # Mode -> modes that hold all its samples. Mode I of the pipeline never exceeds 16 bits, and Pillow cannot convert
 # I;16B to I;16 directly.
-_WIDER = {"1": "L", "L": "RGB", "LA": "RGBA", "I;16B": "I", "I": "I;16"}
+_WIDER = {"1": "L", "L": "RGB", "LA": "RGBA", "I;16B": "I", "I": "I;16", "P": "RGB"}
+# The same with a transparent level, colour or palette entry, which becomes a channel.
+_WITH_ALPHA = {"1": "LA", "L": "LA", "P": "RGBA", "RGB": "RGBA"}
 
 _TIFF_LOSSLESS = {
     "raw",
@@ -70,7 +72,7 @@ def encode(
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
     held = metadata.held(picture.info, format)
-    for mode in held_modes(picture.mode, "transparency" in picture.info, format):
+    for mode in held_modes(picture.mode, picture.info.get("transparency"), format):
         picture = picture.convert(mode)
     directories: dict[int, dict[int, Any]] = {}
     iptc, profile = held.pop("iptc", None), held.get("icc_profile")
@@ -149,22 +151,30 @@ def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int |
     return {"quality": 95, "subsampling": 0}
 
 
-def held_modes(mode: str, transparent: bool, format: str) -> list[str]:
+def held_modes(mode: str, transparent: Any, format: str) -> list[str]:
     """The modes to convert a picture to, one after the other, so that the format can hold it without loss.
 
-    `transparent`: whether a palette has alpha. Raises InvalidImageError: there is no such mode.
+    `transparent`: the level, colour, palette entry or palette's alphas (bytes) of Pillow's `info`, None without any.
+    Raises InvalidImageError: there is no such mode.
     """
-    own, steps = mode, []
-    while mode not in MODES[format]:
-        if mode == "P":
-            mode = "RGBA" if transparent else "RGB"
-        elif mode in _WIDER:
-            mode = _WIDER[mode]
-        else:
-            holding = [name for name, modes in MODES.items() if mode in modes]
+    steps: list[str] = []
+    keyed = transparent is not None and (mode in _WITH_ALPHA or mode.startswith("I"))
+    what = f"mode {mode} with a transparent colour" if keyed else f"mode {mode}"
+
+    def held(name: str) -> set[str]:
+        if not keyed:
+            return MODES[name]
+        return set() if name == "GIF" and isinstance(transparent, bytes) else KEYED_MODES.get(name, set())
+
+    while mode not in held(format):
+        wider = (_WITH_ALPHA if keyed and mode in _WITH_ALPHA else _WIDER).get(mode)
+        if wider is None:
+            holding = [name for name in MODES if mode in held(name)]
             advice = f"it is held by {', '.join(holding)}" if holding else "convert it to RGB before"
             raise InvalidImageError(
-                f"format: {format} holds {', '.join(sorted(MODES[format]))}, got a picture of mode {own}; {advice}"
+                f"format: {format} holds {', '.join(sorted(MODES[format]))}, got a picture of {what}; {advice}"
             )
+        keyed = keyed and mode not in _WITH_ALPHA
+        mode = wider
         steps.append(mode)
     return steps

@@ -70,6 +70,8 @@ MODES = {
     "TGA": {"L", "LA", "P", "RGB", "RGBA"},
 }
 """Pillow format -> modes that it holds."""
+KEYED_MODES = {"PNG": {"1", "L", "P", "RGB", "I;16"}, "GIF": {"1", "L", "P"}}
+"""Pillow format -> modes in which one of its levels, colours or palette entries may be transparent."""
 
 _ALL = {"icc_profile", "exif", "xmp"}
 METADATA = {

@@ -205,8 +205,8 @@ def _note(orientation: int) -> str:
 
 
 def _of_pil(picture: Image.Image, note: str) -> Picture:
-    transparent = "transparency" in picture.info
-    return replace(_of_mode(picture, note), check_format=partial(held_modes, picture.mode, transparent))
+    check = partial(held_modes, picture.mode, picture.info.get("transparency"))
+    return replace(_of_mode(picture, note), check_format=check)
 
 
 def _of_mode(picture: Image.Image, note: str) -> Picture:
@@ -257,7 +257,7 @@ def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
     """16 bits per sample: RGB with or without alpha, or grey with alpha."""
     array = picture.samples
     colours = 3 if array.shape[2] > 2 else 1
-    keep_key = _colour_key(array, picture.info.get("transparency"))
+    keep_key = _colour_key(array, picture.info)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> DeepImage:
         keep_key(samples)
@@ -271,8 +271,7 @@ def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
 def _with_colour_key(picture: Image.Image, note: str) -> Picture:
     """L and RGB; a PNG may declare one colour as transparent."""
     array = pixels_of(picture).reshape(picture.height, picture.width, -1)
-    origin, key = _Origin(dict(picture.info), picture.format), picture.info.get("transparency")
-    keep_key = _colour_key(array, None if isinstance(key, bytes) else key)
+    origin, keep_key = _Origin(dict(picture.info), picture.format), _colour_key(array, picture.info)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
         keep_key(samples)
@@ -281,12 +280,13 @@ def _with_colour_key(picture: Image.Image, note: str) -> Picture:
     return Picture(array, 255.0, rebuild, note, rebuild_bytes=4)
 
 
-def _colour_key(array: np.ndarray, key: Any) -> Callable[[np.ndarray], None]:
-    """A function that keeps the alpha that a transparent colour `key` gives to `array` [H, W, C], in place.
+def _colour_key(array: np.ndarray, info: dict[Any, Any]) -> Callable[[np.ndarray], None]:
+    """A function that keeps the alpha that the transparent colour of `info` gives to `array` [H, W, C], in place.
 
     It changes filled samples of that colour by one level, and leaves transparent pixels unchanged.
     """
-    if key is None:
+    key = info.get("transparency")
+    if key is None or isinstance(key, bytes):
         return lambda samples: None
     clear = (array == np.array(key)).all(axis=2)
 
@@ -299,12 +299,19 @@ def _colour_key(array: np.ndarray, key: Any) -> Callable[[np.ndarray], None]:
 
 
 def _of_bilevel(picture: Image.Image, note: str) -> Picture:
+    """1: filled levels become black or white. Where one of them is transparent and a fill has it, the result is L."""
     grey = np.asarray(picture.convert("L"))[..., None]
+    keep_key = _colour_key(grey, picture.info)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> Image.Image:
-        return _like(Image.fromarray(samples[..., 0]).convert("1", dither=Image.Dither.NONE), picture)
+        levels = np.where(samples >= 128, np.uint8(255), np.uint8(0))
+        keep_key(levels)
+        result = Image.fromarray(levels[..., 0])
+        if np.isin(levels, (0, 255)).all():
+            result = result.convert("1", dither=Image.Dither.NONE)
+        return _like(result, picture)
 
-    return Picture(grey, 255.0, rebuild, note, rebuild_bytes=3)
+    return Picture(grey, 255.0, rebuild, note, rebuild_bytes=6)
 
 
 def _of_deep(picture: Image.Image, note: str) -> Picture:
@@ -321,8 +328,7 @@ def _of_deep(picture: Image.Image, note: str) -> Picture:
         return _like(Image.frombytes(picture.mode, picture.size, data), picture)
 
     native = array.astype(np.int32 if picture.mode == "I" else np.uint16)[..., None]
-    key = picture.info.get("transparency")
-    keep_key = _colour_key(native, None if isinstance(key, bytes) else key)
+    keep_key = _colour_key(native, picture.info)
     return Picture(native, 65535.0, rebuild, note, rebuild_bytes=2 * array.itemsize + 2)
 
 
