@@ -151,6 +151,12 @@ def test_a_picture_that_the_format_cannot_hold_fails_before_the_network_runs(cas
     assert result.exit_code == 1
     assert "JPEG holds" in result.stderr
     assert fake.seen == []
+    write_picture(case / "long.png", noise(2, 16384))
+    write_picture(case / "long_mask.png", (np.arange(2 * 16384).reshape(2, 16384) % 7 == 0).astype(np.uint8) * 255)
+    result = _run("-i", "long.png", "-m", "long_mask.png", "-o", "o.webp")
+    assert result.exit_code == 1
+    assert "WEBP holds at most 16383 pixels a side, got 16384" in result.stderr
+    assert fake.seen == []
 
 
 def test_new_formats_pass_through_a_folder_run(case):

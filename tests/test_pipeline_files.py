@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import struct
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -12,7 +14,7 @@ from PIL import Image
 from lgnet_fast.errors import InvalidImageError
 from lgnet_fast.pipeline import Inpainter, writing
 from lgnet_fast.pipeline.encoding import encode, save_picture
-from lgnet_fast.pipeline.formats import EXTENSIONS, MODES
+from lgnet_fast.pipeline.formats import EXTENSIONS, MODES, MOST_SIDE
 from lgnet_fast.pipeline.pictures import picture_of
 
 from .pipeline_support import COLOUR, HEIGHT, HOLE, WIDTH, ConstantFill, noise, noise_of_mode
@@ -116,6 +118,25 @@ def test_a_transparent_colour_becomes_a_channel_or_is_refused(tmp_path, mode, ex
             shown = np.asarray(saved.convert("RGBA"))
             np.testing.assert_array_equal(shown, np.asarray(picture.convert("RGBA")))
             assert set(shown[:, 0, 3].tolist()) == {0}
+
+
+@pytest.mark.parametrize("format", MOST_SIDE)
+def test_sides_that_a_format_does_not_hold_are_refused(format):
+    """Up to the limit the file has the picture's size. HEIC's encoder takes no narrow picture of such a length."""
+    most, mode = MOST_SIDE[format], "L" if format in ("GIF", "JPEG") else "RGB"
+    if format not in ("HEIF", "AVIF"):
+        for size in ((most, 2), (2, most)):
+            with Image.open(io.BytesIO(encode(Image.new(mode, size), format))) as saved:
+                assert saved.size == size
+    for size in ((most + 1, 2), (2, most + 1)):
+        picture = Image.new(mode, size)
+        for attempt in (partial(encode, picture), picture_of(picture).check_format):
+            with pytest.raises(InvalidImageError) as caught:
+                attempt(format)
+            assert str(caught.value) == (
+                f"format: {format} holds at most {most} pixels a side, got {most + 1}; longer ones are held by PNG, "
+                "TIFF, BMP, JPEG2000, PPM"
+            )
 
 
 @pytest.mark.parametrize(

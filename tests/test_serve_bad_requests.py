@@ -55,6 +55,7 @@ def bomb(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
 
 
+LONG = np.dstack([photo(8, 16384), np.where(hole(8, 16384, (2, 5, 40, 70)), np.uint8(0), np.uint8(255))])
 TRUNCATED = GOOD[: len(GOOD) // 2]
 
 
@@ -100,6 +101,9 @@ BAD = {
     "a format that holds no alpha": (
         {"url": "/api/v1/inpaint", "json": {"image": base64_of(file_of(np.dstack([PICTURE, PICTURE[..., 0]]))),
          "mask": base64_of(MASK), "format": "jpeg"}}, 400, "format: JPEG holds"),
+    "a format of shorter sides": (
+        inpaint(image=base64_of(file_of(LONG[..., :3])), mask=base64_of(file_of(LONG[..., 3] == 0)), format="webp"),
+        400, "format: WEBP holds at most 16383 pixels a side, got 16384"),
     "too many bytes": (
         {"url": "/api/v1/pictures", "content": b"\0" * (4 * 2**20 + 1)}, 413, "body: expected at most"),
     "bytes that were not announced": (
@@ -125,6 +129,8 @@ BAD = {
     "an edit with a wrong compression": (
         form("/v1/images/edits", {"output_format": "webp", "output_compression": "101"}, image=rubbed_out()), 422,
         "output_compression: expected a whole number from 0 to 100, got '101'"),
+    "an edit of too long a side": (
+        form("/v1/images/edits", {"output_format": "webp"}, image=file_of(LONG)), 400, "format: WEBP holds at most"),
     "an edit as a stream": (
         form("/v1/images/edits", {"stream": "true"}, image=rubbed_out()), 400, "stream: expected false"),
     "an edit by a torn mask": (form("/v1/images/edits", image=GOOD, mask=rubbed_out()[:-900]), 400, "mask"),
@@ -156,6 +162,20 @@ def test_bad_requests_are_told_what_is_wrong(server, name):
                 told = told["error"]["message"] if request["url"].startswith("/v1/") else told["detail"]
                 assert text in told
         assert client.get("/v2/health/ready").status_code == 200
+
+
+@pytest.mark.parametrize(
+    "name", ["a format that holds no alpha", "a format of shorter sides", "an edit of too long a side"]
+)
+def test_a_format_that_cannot_hold_the_picture_is_refused_before_the_network_runs(client, name):
+    def runs() -> list[str]:
+        lines = client.get("/metrics").text.splitlines()
+        return [line for line in lines if line.startswith("lgnet_batch_windows_count")]
+
+    before = runs()
+    assert client.post(**BAD[name][0]).status_code == 400
+    assert runs() == before
+    assert len(before) == 1
 
 
 @pytest.mark.parametrize("piece", [1, 7, 2**20])

@@ -288,6 +288,9 @@ def test_colours_of_another_space_become_rgb_where_that_is_asked_for(pipe, mode,
         if format != "JPEG":
             np.testing.assert_array_equal(np.asarray(again), np.asarray(session.result().convert("RGB")))
     assert session.result().mode == mode
+    session.check_format(format, convert=True)
+    with pytest.raises(InvalidImageError, match=f"format: {format} holds .*, got a picture of mode {mode}"):
+        session.check_format(format)
 
 
 def test_stages_are_the_pipelines(pipe):

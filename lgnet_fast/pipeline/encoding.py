@@ -15,7 +15,7 @@ from ..errors import InvalidImageError
 from . import chunks, deep_colour, metadata
 from .deep_colour import DeepImage
 from .exif import TIFF_DESCRIPTIVE
-from .formats import EXTENSIONS, KEYED_MODES, MODES, reason_against_writing
+from .formats import EXTENSIONS, KEYED_MODES, MODES, MOST_SIDE, reason_against_writing
 from .sources import reason_of
 from .writing import write_file
 
@@ -54,7 +54,7 @@ def save_picture(
     `format`: a Pillow format name; None: that of the extension. `quality`: 1 to 100, for JPEG, WebP, AVIF and
     HEIC; None gives lossless WebP, and for JPEG the quantisation tables and chroma sampling of `like`, the picture as
     it was opened, if that was a JPEG, otherwise quality 95 without subsampling. Raises InvalidImageError: an unknown
-    format, one that cannot hold the picture's mode or alpha, or another quality; OSError from the file system.
+    format, one that cannot hold the picture's mode, alpha or size, or another quality; OSError from the file system.
     """
     format = format or EXTENSIONS.get(path.suffix.lower())
     if format not in MODES:
@@ -71,6 +71,7 @@ def encode(
         return deep_colour.encode_deep(picture, format)
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
+    check_side(picture.size, format)
     held = metadata.held(picture.info, format)
     for mode in held_modes(picture.mode, picture.info.get("transparency"), format):
         picture = picture.convert(mode)
@@ -111,6 +112,16 @@ def encode(
         return chunks.put_chunks(data, chunks.fitting(kept, data))
     xmp = picture.info.get("xmp")
     return chunks.put_chunks(data, [chunks.xmp_chunk(xmp)] if isinstance(xmp, bytes) else [])
+
+
+def check_side(size: tuple[int, int], format: str) -> None:
+    """Raise InvalidImageError where a side of a picture is longer than `format` (a key of MODES) holds."""
+    most = MOST_SIDE.get(format)
+    if most is not None and max(size) > most:
+        holding = ", ".join(name for name in MODES if name not in MOST_SIDE)
+        raise InvalidImageError(
+            f"format: {format} holds at most {most} pixels a side, got {max(size)}; longer ones are held by {holding}"
+        )
 
 
 def checked_quality(quality: int | None) -> int | None:

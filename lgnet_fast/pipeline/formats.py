@@ -73,6 +73,9 @@ MODES = {
 KEYED_MODES = {"PNG": {"1", "L", "P", "RGB", "I;16"}, "GIF": {"1", "L", "P"}}
 """Pillow format -> modes in which one of its levels, colours or palette entries may be transparent."""
 
+MOST_SIDE = {"JPEG": 65500, "WEBP": 16383, "GIF": 65535, "AVIF": 32768, "HEIF": 65528, "TGA": 65535}
+"""Pillow format -> most pixels of a side that its encoder takes, or (AVIF, HEIF) that readers take."""
+
 _ALL = {"icc_profile", "exif", "xmp"}
 METADATA = {
     "PNG": _ALL,

@@ -17,7 +17,7 @@ from ..engine.regions import Rect
 from ..errors import InvalidImageError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
 from .deep_colour import DeepImage, check_deep_format
-from .encoding import held_modes
+from .encoding import check_side, held_modes
 from .notices import warn
 from .reading import read_picture, upright
 from .sources import Encoded, file_of
@@ -41,21 +41,27 @@ class Picture:
     `samples` [H, W, C], C = 1 (grey) or 3 (RGB), in the depth of the picture, 0 = black, `white` = white.
     `rebuild(samples, touched)` makes a picture of the caller's kind; `touched` bool [H, W] marks pixels that may have
     changed: all others, and all alpha, come from the original. `note` explains the size of a turned picture.
-    `check_format(format)` raises InvalidImageError if a file of that format could not hold the result.
-    `rebuild_bytes`: most bytes per pixel that `rebuild` takes, with its result.
+    `check_mode(format)` raises InvalidImageError if a file of that format could not hold the result's mode.
+    `rebuild_bytes`: most bytes per pixel that `rebuild` takes, with its result. `mode`: Pillow's, "" without one.
     """
 
     samples: np.ndarray
     white: float
     rebuild: Callable[[np.ndarray, np.ndarray], Any]
     note: str = ""
-    check_format: Callable[[str], Any] = lambda format: None
+    check_mode: Callable[[str], Any] = lambda format: None
     rebuild_bytes: int = 0
+    mode: str = ""
 
     @property
     def size(self) -> tuple[int, int]:
         """(height, width) in pixels."""
         return self.samples.shape[0], self.samples.shape[1]
+
+    def check_format(self, format: str) -> None:
+        """Raise InvalidImageError if a file of a format (a key of MODES) could not hold the result."""
+        check_side(self.size, format)
+        self.check_mode(format)
 
     @property
     def result_bytes(self) -> int:
@@ -206,7 +212,7 @@ def _note(orientation: int) -> str:
 
 def _of_pil(picture: Image.Image, note: str) -> Picture:
     check = partial(held_modes, picture.mode, picture.info.get("transparency"))
-    return replace(_of_mode(picture, note), check_format=check)
+    return replace(_of_mode(picture, note), check_mode=check, mode=picture.mode)
 
 
 def _of_mode(picture: Image.Image, note: str) -> Picture:

@@ -23,13 +23,18 @@ def to_srgb(profile: bytes | None, mode: str) -> Any:
         return None
 
 
+def becomes_rgb(mode: str, format: str) -> bool:
+    """Whether a file of a format (a key of MODES) holds RGB, and not the CMYK, YCbCr or HSV of a picture."""
+    return mode in _OTHER_SPACES and mode not in MODES[format] and "RGB" in MODES[format]
+
+
 def as_held(picture: Any, format: str) -> Any:
     """A CMYK, YCbCr or HSV picture as RGB, if a file of the format holds RGB but not its mode; others unchanged.
 
     CMYK is converted by its profile, which the result does not have. `format`: a key of MODES.
     """
-    mode = getattr(picture, "mode", None)
-    if mode not in _OTHER_SPACES or mode in MODES[format] or "RGB" not in MODES[format]:
+    mode = getattr(picture, "mode", "")
+    if not becomes_rgb(mode, format):
         return picture
     transform = to_srgb(picture.info.get("icc_profile"), mode) if mode == "CMYK" else None
     converted = (transform and ImageCms.applyTransform(picture, transform)) or picture.convert("RGB")

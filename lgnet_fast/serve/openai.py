@@ -11,6 +11,7 @@ from typing import Any
 from fastapi import APIRouter, Request, Response
 
 from ..errors import InvalidMaskError
+from ..pipeline.formats import FORMATS
 from ..pipeline.reading import upright
 from .bodies import FillFields, checked, mask_picture
 from .errors import RequestError
@@ -62,7 +63,8 @@ async def edit(request: Request, state: ServerState) -> Response:
     quality = None if format == "png" else _quality(found.get("output_compression"))
 
     def work(job: Job) -> tuple[bytes, tuple[int, int]]:
-        fields = checked({"mask_channel": "inverse_alpha", "mask_threshold": 0.0, "quality": quality}, FillFields)
+        asked = {"mask_channel": "inverse_alpha", "mask_threshold": 0.0, "format": format, "quality": quality}
+        fields = checked(asked, FillFields)
         mask = found.get("mask")
         own = mask_picture(image if mask is None else mask, state.options.max_pixels)
         turned, _ = upright(own, InvalidMaskError, "mask")
@@ -70,6 +72,7 @@ async def edit(request: Request, state: ServerState) -> Response:
             raise InvalidMaskError("mask: no pixel is transparent; alpha 0 is the hole")
         if mask is None:
             session = Session(turned.convert("RGB"), state.model(None))
+            session.check_format(FORMATS[format])
             job.phase("decode")
             session.fill(turned, confirm=job.check, **fields.fill_options())
             job.phase("fill")

@@ -21,7 +21,7 @@ from ..errors import InvalidImageError, InvalidMaskError
 from ..pipeline.arguments import MaskOptions
 from ..pipeline.arrays import channels_last
 from ..pipeline.deep_colour import DeepImage
-from ..pipeline.encoding import checked_quality, encode
+from ..pipeline.encoding import check_side, checked_quality, encode
 from ..pipeline.filling import MOSTLY_HOLE
 from ..pipeline.formats import MODES
 from ..pipeline.inpainter import Inpainter
@@ -29,7 +29,7 @@ from ..pipeline.masks import checked_edge, read_hole, soft_edge
 from ..pipeline.pictures import Picture, picture_of
 from ..pipeline.sources import Encoded, file_of, open_image
 from ..pipeline.strategies import CONTEXT, STRATEGIES, choose
-from .colours import as_held
+from .colours import as_held, becomes_rgb
 from .errors import OptionError
 
 if TYPE_CHECKING:
@@ -312,6 +312,18 @@ class Session:
             if format is not None or wanted == "PNG":
                 raise
             return encode(result, "PNG"), "PNG"
+
+    def check_format(self, format: str, *, convert: bool = False) -> None:
+        """Raise InvalidImageError where :meth:`encoded` would refuse the picture, for its mode, alpha or size.
+
+        Args:
+            format: a Pillow format name in capitals, one that can be written.
+            convert: as of :meth:`encoded`.
+        """
+        if convert and becomes_rgb(self._picture.mode, format):
+            check_side(self._picture.size, format)
+        else:
+            self._picture.check_format(format)
 
     def region(self, box: Rect, position: int | None = None) -> np.ndarray:
         """A copy of the samples in a box, with the first `position` fills.

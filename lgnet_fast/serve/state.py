@@ -13,7 +13,7 @@ from PIL import Image
 from .. import limits
 from ..errors import LGNetError, WeightsError
 from ..pipeline.formats import FORMATS
-from .bodies import FillFields, mask_picture, picture_file
+from .bodies import FillFields, checked_format, mask_picture, picture_file
 from .errors import RequestError
 from .metrics import Metrics
 from .options import ServeOptions
@@ -119,11 +119,13 @@ class State:
     def fill_once(
         self, job: Job, image: bytes, mask: bytes, fields: FillFields, **more: Any
     ) -> tuple[Session, Patch]:
-        """A picture and mask as files, decoded and filled."""
+        """A picture and mask as files, decoded and filled; a format that cannot hold the result is refused before."""
         options = {**fields.fill_options(), **more}
         file = picture_file(image, "image", self.options.max_pixels)
         with _named("picture", "image"):
             session = Session(file, self.model(None))
+        if fields.format:
+            session.check_format(FORMATS[checked_format(fields.format)], convert=True)
         own = mask_picture(mask, self.options.max_pixels)
         job.phase("decode")
         patch = session.fill(own, confirm=job.check, **options)
