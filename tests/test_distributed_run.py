@@ -23,6 +23,7 @@ from lgnet_fast.jobs import journal
 from lgnet_fast.jobs.fill import fill
 from lgnet_fast.jobs.journal import FOLDER, Journal, stamp
 from lgnet_fast.jobs.options import FillOptions
+from lgnet_fast.jobs.report import ReportFile
 from lgnet_fast.jobs.world import World
 from lgnet_fast.pipeline import Inpainter
 
@@ -170,6 +171,26 @@ def test_every_process_has_its_share_and_the_first_merges(fake, folder):
     assert [Path(item["input"]).name for item in merged["items"]] == [f"{index}.png" for index in range(7)]
     assert merged["totals"]["ok"] == 7
     assert not any(item["earlier"] for item in merged["items"])
+
+
+def test_the_report_of_processes_that_run_says_how_many_it_counts(fake, folder, monkeypatch):
+    told = []
+    write = ReportFile.write
+
+    def spy(self, report):
+        told.append(report)
+        write(self, report)
+
+    monkeypatch.setattr(ReportFile, "write", spy)
+    monkeypatch.setattr("lgnet_fast.jobs.report._INTERVAL", 0.0)
+    monkeypatch.setattr("lgnet_fast.jobs.report._SHARE", 1e9)
+    assert _run(folder, world=World(1, 2, launched=True, launch="a")) == 0
+    assert told == []
+    assert _run(folder, world=World(0, 2, launched=True, launch="a")) == 0
+    running, merged = told[:-1], told[-1]
+    assert [(one["planned"], one["totals"]["items"]) for one in running] == [(4, done) for done in range(5)]
+    assert all(one["processes"] == {"count": 2, "counted": 1} for one in running)
+    assert (merged["totals"]["items"], merged["processes"]) == (7, {"count": 2, "died": []})
 
 
 def test_the_same_job_again_does_only_what_changed(fake, folder):

@@ -78,7 +78,9 @@ class _Run:
         self.dead: list[int] = []
         self.came: list[int] = []
         self.interrupted = self.finished = False
-        self.processes: dict[str, Any] | None = None
+        # While they run, the report covers this process alone: its pictures, and how many are planned for it.
+        running = {"count": world.size, "counted": 1}
+        self.processes: dict[str, Any] | None = None if self.journal is None else running
         # File names are printed without markup: rich would interpret [brackets] in them, and wrap long ones.
         self.console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
         if options.resume and self.world.rank == 0:
@@ -169,13 +171,13 @@ class _Run:
             return False
         records, self.dead = self.journal.collect()
         self.entries = sorted((Entry(**record) for record in records), key=lambda entry: entry.input)
+        self.processes = {"count": self.world.size, "died": self.dead}
         if not self.dead:
             self.journal.remove_earlier()
         return True
 
     def finish(self) -> bool:
         """Write the last report; returns whether it could be written."""
-        self.processes = None if self.journal is None else {"count": self.world.size, "died": self.dead}
         self.finished = True
         return self._write_report(len(self.items) if self.interrupted else None)
 
@@ -230,7 +232,8 @@ def report_of(
     planned: int | None = None,
 ) -> dict[str, Any]:
     """The report as JSON: `items`, `totals`, `settings`, `versions`; for a job with a journal also `processes` and
-    the items of earlier launches. `complete`: whether these are all of the `planned` items (None: they are)."""
+    the items of earlier launches. `processes`: their "count", and the ranks that "died"; before the parts of all are
+    merged, how many are "counted" in the report. `complete`: whether these are all of the `planned` items (None: they are)."""
     counts = Counter(entry.status for entry in entries)
     items = [asdict(entry) for entry in entries]
     if processes is None:
