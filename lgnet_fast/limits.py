@@ -34,7 +34,10 @@ _BINDING = ("OMP_PROC_BIND", "OMP_PLACES", "GOMP_CPU_AFFINITY", "KMP_AFFINITY")
 
 def _allowed() -> int | None:
     """Processors on which this thread may run; None where the system does not say."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    try:
+        return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else None
+    except OSError:  # a sandbox that forbids the call
+        return None
 
 
 _allowed_first = _allowed()

@@ -199,6 +199,8 @@ def test_an_engine_is_saved_to_a_path_only(model):
             fast.save(wrong)
         with pytest.raises(TypeError, match=f"^directory: expected a path, got {wrong!r}$"):
             load_engine(wrong)
+    with pytest.raises(LGNetError, match="^save: expected a folder's name, got "):
+        fast.save("a\0b")
 
 
 @needs_extension

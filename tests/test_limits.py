@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 
@@ -85,6 +86,15 @@ def test_kernels_take_no_more_threads_than_processors_that_are_left(first, now, 
         assert forks.kernel_threads() == expected
     finally:
         torch.set_num_threads(before)
+
+
+def test_a_sandbox_that_does_not_tell_the_processors(monkeypatch):
+    def denied(pid: int) -> set[int]:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "sched_getaffinity", denied, raising=False)
+    assert limits._allowed() is None
+    assert limits.narrowed() is None
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_setaffinity"), reason="no choice of processors here")

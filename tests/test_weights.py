@@ -213,6 +213,21 @@ def test_a_wrong_config_is_named_with_its_folder(tmp_path, config, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("config", ["{", "[]", ""])
+def test_a_damaged_config_of_the_hub_is_named(tmp_path, config):
+    """As a broken download leaves it in the hub's cache."""
+    revision = "0" * 40
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / revision
+    LGNet("C", coarse_channels=1).save_pretrained(snapshot)
+    (snapshot / "config.json").write_text(config)
+    (tmp_path / "models--someone--model" / "refs").mkdir()
+    (tmp_path / "models--someone--model" / "refs" / "main").write_text(revision)
+    for more in ({}, {"revision": revision}):
+        with pytest.raises(WeightsError) as caught:
+            LGNet.from_pretrained("someone/model", cache_dir=tmp_path, local_files_only=True, **more)
+        assert str(caught.value).startswith(f"{snapshot / 'config.json'}: expected a JSON object, got ")
+
+
 def test_a_config_is_not_blamed_for_the_callers_arguments(tmp_path):
     LGNet("C", coarse_channels=1).save_pretrained(tmp_path)
     (tmp_path / "manifest.json").unlink()

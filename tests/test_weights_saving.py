@@ -197,3 +197,9 @@ def test_others_may_read_a_model_where_the_umask_lets_them(tmp_path, monkeypatch
 def test_a_model_is_saved_to_a_path_only(wrong):
     with pytest.raises(TypeError, match=f"^save_directory: expected a path, got {wrong!r}$"):
         create_model("lgnet_demo").save_pretrained(wrong)
+
+
+def test_a_name_that_no_folder_can_have_is_one_clear_error():
+    with pytest.raises(LGNetError) as caught:
+        LGNet("C", coarse_channels=1).save_pretrained("a\0b")
+    assert str(caught.value) == "save: expected a folder's name, got 'a\\x00b'"

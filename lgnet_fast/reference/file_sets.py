@@ -187,6 +187,8 @@ def staged(directory: Path) -> Iterator[Path]:
     """
     staging: Path | None = None
     committed = False
+    if "\0" in str(directory):  # a ValueError of the system's functions
+        raise LGNetError(f"save: expected a folder's name, got {str(directory)!r}")
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with _alone(directory) as alone:

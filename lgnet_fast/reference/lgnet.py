@@ -24,6 +24,7 @@ from .pretrained import (
     MODEL_CARD,
     WEIGHTS_FILE,
     check_config,
+    check_hub_config,
     config_errors,
     find_weights,
     read_safetensors,
@@ -309,7 +310,12 @@ class LGNet(
                 refuse_impostor(Path(source) / WEIGHTS_FILE)
                 source = complete_set(Path(source), (CONFIG_FILE, WEIGHTS_FILE))
                 check_config(source / CONFIG_FILE)
-            return super().from_pretrained(source, given=frozenset(kwargs), **kwargs)
+            try:
+                return super().from_pretrained(source, given=frozenset(kwargs), **kwargs)
+            except Exception:  # the hub's client does not name a configuration that it cannot read
+                if not os.path.isdir(source):
+                    check_hub_config(str(source), kwargs.get("cache_dir"), kwargs.get("revision"))
+                raise
 
     @classmethod
     def _from_pretrained(

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import hf_hub_download
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -121,6 +121,13 @@ def check_config(path: Path) -> None:
         raise WeightsError(f"{path}: expected a JSON object, got a file that is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {json.dumps(found):.80}")
+
+
+def check_hub_config(source: str, cache_dir: str | os.PathLike[str] | None, revision: str | None) -> None:
+    """`check_config` of the file that the hub's cache holds for the id `source`, if there is one."""
+    found = try_to_load_from_cache(source, CONFIG_FILE, cache_dir=cache_dir, revision=revision)
+    if isinstance(found, str):
+        check_config(Path(found))
 
 
 @contextmanager
