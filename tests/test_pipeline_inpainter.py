@@ -337,6 +337,19 @@ def test_the_bundled_model_fills_a_photo_better_than_its_mean_colour(bundled, st
     assert ((result - truth)[hole] ** 2).mean() < 0.5 * ((flat - truth)[hole] ** 2).mean()
 
 
+def test_a_schedule_runs_every_pass():
+    pipe, asked = Inpainter(BlurFill()), []
+
+    def schedule(key, run, images, holes):
+        asked.append((key, images.shape, images.dtype, holes.dtype))
+        return run(images, holes)
+
+    pipe.schedule_passes(schedule)
+    picture, mask = noise(600, 900), box_mask(600, 900, (50, 60, 90, 120), (400, 700, 440, 760))
+    np.testing.assert_array_equal(pipe(picture, mask, "crop"), Inpainter(BlurFill())(picture, mask, "crop"))
+    assert [one[1:] for one in asked] == [((2, 256, 256, 3), np.float32, np.bool_)]
+
+
 def test_warmup_runs_the_network_once():
     model = BlurFill()
     assert Inpainter(model).warmup(300, 200) > 0

@@ -20,7 +20,7 @@ from . import memory, strategies
 from .arguments import MaskOptions, check_memory_limit, check_sides, checked_window
 from .filling import Filler, job_of
 from .masks import masks_for
-from .network import Network, multiple_of
+from .network import Network, Schedule, multiple_of
 from .pictures import Picture, picture_of, pictures_of_tensor
 from .results import Inpainted, Stages
 
@@ -282,6 +282,17 @@ class Inpainter:
             window=self.window,
             engine=self._network.engine_on_cpu,
         )
+
+    def schedule_passes(self, schedule: Schedule) -> None:
+        """Let `schedule` run the network's passes from now on, such as in another thread, and those of several
+        pictures in one batch.
+
+        Args:
+            schedule: called as ``schedule(key, run, images, holes)`` from each thread that fills a picture; returns
+                what ``run(images, holes)`` returns: arrays [B, H, W, 3] for images float32 [B, H, W, 3] in [-1, 1]
+                and holes bool [B, H, W]. Calls of equal keys and window sizes may be joined along the first axis.
+        """
+        self._network.schedule = schedule
 
     @property
     def _filler(self) -> Filler:

@@ -27,6 +27,9 @@ _NETWORKS = (LGNet, LocalGlobalRefinement)
 Run = Callable[[np.ndarray, np.ndarray], list[np.ndarray]]
 """Images float32 [B, H, W, 3] in [-1, 1] and holes bool [B, H, W] to the results of one or all stages, each float32
 [B, H, W, 3]."""
+Schedule = Callable[[tuple[Hashable, ...], Run, np.ndarray, np.ndarray], list[np.ndarray]]
+"""``schedule(key, run, images, holes)`` runs ``run(images, holes)``; passes of equal keys and window sizes may go
+together in one batch."""
 
 
 def multiple_of(model: Any) -> int:
@@ -37,8 +40,7 @@ def multiple_of(model: Any) -> int:
 class Network:
     """A model on a device in a dtype; arguments as of :class:`Inpainter`. Thread-safe; can be pickled if that can.
 
-    `schedule(key, run, images, holes)` runs ``run(images, holes)``; passes of equal keys and window sizes may go
-    together in one batch.
+    `schedule` runs its passes; by default at once.
     """
 
     def __init__(
@@ -48,7 +50,7 @@ class Network:
         self.dtype = resolve_dtype(dtype, self.device)
         self.multiple = multiple_of(model)
         self.base_channels = max(getattr(model, "channels", None) or (64,))
-        self.schedule: Callable[[tuple[Hashable, ...], Run, np.ndarray, np.ndarray], list[np.ndarray]] = _at_once
+        self.schedule: Schedule = _at_once
         self.source = model
         self._backend = backend
         if self.device.type == "cpu" and self.dtype == torch.float16 and isinstance(model, _NETWORKS):
@@ -70,6 +72,12 @@ class Network:
         self.__dict__.update(state)
         resolve_device(self.device)
         self._prepare()
+
+    @property
+    def description(self) -> str:
+        """What runs, where, and in which dtype, such as "engine on cpu, float32"."""
+        way = "engine" if isinstance(self.model, Engine) else type(self.model).__name__
+        return f"{way} on {self.device}, {str(self.dtype).removeprefix('torch.')}"
 
     @property
     def engine_on_cpu(self) -> bool:

@@ -154,16 +154,12 @@ class SharedInpainter(Inpainter):
     def share(self, worker: DeviceWorker) -> None:
         """Let the worker run the network's passes from now on."""
         self.worker = worker
-        self._network.schedule = worker.run
+        self.schedule_passes(worker.run)
 
     @property
     def backend(self) -> str:
         """The backend of the network, as text."""
-        from ..engine import Engine
-
-        model = self._network.model
-        way = "engine" if isinstance(model, Engine) else type(model).__name__
-        return f"{way} on {self.device}, {str(self.dtype).removeprefix('torch.')}"
+        return self._network.description
 
 
 class Job:
