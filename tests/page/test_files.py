@@ -23,9 +23,11 @@ from .support import (
     filled,
     hold,
     named,
+    open_file,
     open_sample,
     opened,
     parts_shown,
+    place,
 )
 
 pytestmark = pytest.mark.page
@@ -183,6 +185,76 @@ def test_files_that_are_gone_or_too_large_are_told_without_a_call(new_page, tmp_
         page.wait_for_selector("#status:text('c.png: The file cannot be read any more.')")
         assert page.text_content("#number") == "1 of 2"
         assert len(calls) == 2
+
+
+@pytest.mark.parametrize("gone", ["before the fill", "after the fill"])
+def test_fills_outlive_the_file_and_the_servers_picture(new_page, server, tmp_path, gone):
+    """The page keeps a copy of a file with fills, or says that it cannot."""
+    page, file = new_page(), tmp_path / "photo.png"
+    page.expected_errors.append("404")
+    file.write_bytes(file_of(photo(200, 300)))
+    with page.expect_response(lambda response: response.url.endswith("/pictures")) as caught:
+        page.set_input_files("#file", file)
+    opened(page)
+    identity = caught.value.json()["id"]
+    if gone == "before the fill":
+        file.unlink()
+    drag(page, [(150, 100), (180, 100)])
+    filled(page)
+    if gone == "before the fill":
+        assert failed(page) == (
+            "The file of photo.png cannot be read any more. Save the picture: if the server closes it, its fills are "
+            "lost."
+        )
+        assert pixels_of(download(page)[1]).shape == (200, 300, 3)
+        return
+    page.wait_for_selector("#status[data-kind=done]")
+    page.wait_for_timeout(300)  # the file is copied
+    first = pixels_of(download(page)[1])
+    file.unlink()
+    assert page.request.delete(f"{server}/api/v1/pictures/{identity}").status == 204
+    drag(page, [(40, 40), (60, 40)])
+    filled(page, 2)
+    both = pixels_of(download(page)[1])
+    np.testing.assert_array_equal(both[95:], first[95:])
+    assert (both[:60] != first[:60]).any()
+
+
+def test_each_picture_is_shown_where_it_was_left(new_page):
+    page = new_page(init=COLLECTS)
+    page.set_input_files("#file", named(("a.png", file_of(photo(200, 300))), ("b.png", file_of(photo(150, 100)))))
+    opened(page)
+    fitted = place(page)
+    page.keyboard.press("+")
+    page.keyboard.press("+")
+    left = place(page)
+    assert left[2] == pytest.approx(1.69 * fitted[2])
+    page.keyboard.press("PageDown")
+    page.wait_for_selector("#name:text('b.png')")
+    opened(page)
+    other = place(page)
+    assert other[2] != pytest.approx(left[2])
+    page.keyboard.press("PageUp")
+    page.wait_for_selector("#name:text('a.png')")
+    opened(page)
+    assert place(page) == pytest.approx(left)
+    page.keyboard.press("0")
+    page.set_viewport_size({"width": 900, "height": 700})
+    page.keyboard.press("PageDown")
+    page.wait_for_selector("#name:text('b.png')")
+    opened(page)
+    assert place(page)[2] < other[2]  # it was fitted to the window, and is
+
+
+def test_transparent_parts_are_shown_on_a_checkerboard(new_page):
+    page = new_page()
+    clear = np.dstack([photo(100, 160), np.where(hole(100, 160, (0, 100, 0, 80)), np.uint8(0), np.uint8(255))])
+    open_file(page, file_of(clear))
+    x, y, scale = place(page)
+    box = {"x": x + 20 * scale, "y": y + 20 * scale, "width": 32, "height": 32}
+    shown = pixels_of(page.screenshot(clip=box))[..., 0]
+    assert np.isin(shown, (0x66, 0x9A)).mean() > 0.7  # the rest is between two squares
+    assert 0.3 < (shown < 0x80).mean() < 0.7
 
 
 def test_a_file_that_is_no_picture_is_passed_over(new_page):

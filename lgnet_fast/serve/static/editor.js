@@ -297,9 +297,24 @@ export class Editor {
     fill.milliseconds = performance.now() - released;
     performance.measure("lgnet-fill", { start: released, end: performance.now() });
     picture.last = fill;
-    if (this.picture !== picture) return;
-    if (!picture.running) this.say(t("filled", { ms: Math.round(fill.milliseconds) }), "done");
-    this.changed();
+    if (this.picture === picture) {
+      if (!picture.running) this.say(t("filled", { ms: Math.round(fill.milliseconds) }), "done");
+      this.changed();
+    }
+    await this.keepFile(picture);
+  }
+
+  /**
+   * Keeps a copy of the file of a picture with fills. If the server closed the picture and the file was gone, the fills
+   * would be lost.
+   */
+  async keepFile(picture) {
+    if (!(picture.file instanceof File)) return; // a sample, or a copy
+    try {
+      picture.file = new Blob([await picture.file.arrayBuffer()]);
+    } catch {
+      this.say(t("fileGoneSave", { name: shorten(picture.name) }), "error");
+    }
   }
 
   /** The fill of some operations; null where it was cancelled, and where it failed, which is told. */

@@ -117,6 +117,7 @@ const TEXT = {
   unreachable: "The server does not answer. Is lgnet-fast serve still running?",
   tooLarge: "The file has {size} MiB. This server takes at most {most} MiB (--max-bytes).",
   fileGone: "The file cannot be read any more. It was moved, changed or removed after it had been chosen.",
+  fileGoneSave: "The file of {name} cannot be read any more. Save the picture: if the server closes it, its fills are lost.",
   locked: "This server needs its token. Open the address with ?token= that lgnet-fast serve has printed.",
   mostlyHole: "More than 95 % is painted: too little is left to fill it from. Erase some, or invert the mask (I).",
   again: "The server is busy, trying again in {seconds} s …",

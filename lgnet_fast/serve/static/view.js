@@ -5,6 +5,18 @@ import { draw } from "./mask.js";
 const MOST = 32; // screen pixels for one of the picture
 const SETTLED = 150; // milliseconds without a move before a sharper crop is asked for
 
+/** What is seen through transparent pixels: squares of 8 pixels of the screen. */
+function checkerboard() {
+  const canvas = document.createElement("canvas");
+  canvas.width = canvas.height = 16;
+  const context = canvas.getContext("2d");
+  context.fillStyle = "#9a9a9a";
+  context.fillRect(0, 0, 16, 16);
+  context.fillStyle = "#666";
+  for (const at of [0, 8]) context.fillRect(at, at, 8, 8);
+  return canvas;
+}
+
 export class View {
   constructor(container, longest) {
     this.container = container;
@@ -31,6 +43,7 @@ export class View {
       shown.canvas._canvas.classList.add("mask", name);
     }
     for (const canvas of container.querySelectorAll("canvas")) canvas.setAttribute("aria-hidden", "true");
+    this.squares = checkerboard();
     this.scale = 1;
     this.x = this.y = 0;
     this.inset = 0; // what a panel covers on the right
@@ -38,20 +51,25 @@ export class View {
     new ResizeObserver(() => this.resize()).observe(container);
   }
 
-  /** Shows a picture {id, width, height, preview, fills, position}; fits it to the window. */
+  /** Shows a picture {id, width, height, preview, fills, position}: where it was left, or fitted to the window. */
   show(picture) {
     this.hide();
     this.picture = picture;
-    this.shade = new Konva.Rect({ width: picture.width, height: picture.height, fill: "#808080" });
+    this.shade = new Konva.Rect({ width: picture.width, height: picture.height, fillPatternImage: this.squares });
     this.preview = this.image(picture.preview, 0, 0, picture.width, picture.height);
     this.patches = new Konva.Group({ visible: !this.original });
     this.shade.visible(picture.alpha);
     this.pictureLayer.add(this.shade, this.preview, this.patches);
     this.history();
-    this.fit();
+    if (!picture.left) this.fit();
+    else {
+      Object.assign(this, picture.left);
+      this.place();
+    }
   }
 
   hide() {
+    if (this.picture) this.picture.left = this.fitted ? null : { scale: this.scale, x: this.x, y: this.y };
     this.sharp(null);
     this.pictureLayer.destroyChildren();
     this.picture = null;
@@ -114,6 +132,10 @@ export class View {
     return Math.min(across, down, MOST);
   }
 
+  get fitted() {
+    return Boolean(this.picture) && Math.abs(this.scale / this.fitting - 1) < 1e-6;
+  }
+
   fit() {
     if (!this.picture) return;
     const { top, bottom } = this.margin;
@@ -159,6 +181,7 @@ export class View {
       layer.scale({ x: this.scale, y: this.scale });
       layer.batchDraw();
     }
+    this.shade.fillPatternScale({ x: 1 / this.scale, y: 1 / this.scale });
     this.pictureLayer.imageSmoothingEnabled(this.scale < 3);
     this.moved();
     clearTimeout(this.settled);
@@ -167,7 +190,7 @@ export class View {
 
   resize(inset = this.inset) {
     const { clientWidth: width, clientHeight: height } = this.container;
-    const fitted = this.picture && Math.abs(this.scale / this.fitting - 1) < 1e-6;
+    const { fitted } = this;
     this.inset = inset;
     this.stage.size({ width, height });
     if (fitted) this.fit();
