@@ -293,6 +293,26 @@ def test_colours_of_another_space_become_rgb_where_that_is_asked_for(pipe, mode,
         session.check_format(format)
 
 
+@pytest.mark.parametrize(
+    "kind", ["1", "P", "P with alpha", "L with a transparent level", "RGB with a transparent colour"]
+)
+def test_fills_have_the_colours_that_the_file_holds(pipe, kind):
+    """What a fill returns is in the result, and the next one reads it, as if the pipeline filled one after the other."""
+    picture = Image.fromarray(photo()).convert(kind.split()[0])
+    if "with" in kind:
+        picture.info["transparency"] = {"P": bytes(range(0, 256, 2)), "L": 100, "RGB": (80, 90, 100)}[picture.mode]
+    masks = [hole(box=(20, 60, 30, 70)), hole(box=(50, 90, 50, 110))]
+    session, expected = Session(picture, pipe), picture
+    for mask in masks:
+        patch = session.fill(mask, feather=3)
+        expected = pipe(expected, mask, feather=3)
+        np.testing.assert_array_equal(np.asarray(session.result()), np.asarray(expected))
+        shown = np.asarray(session.result().convert("RGB" if picture.mode != "1" else "L"))
+        for part in patch.parts:
+            where = shown[part.box.slices].reshape(*part.touched.shape, -1)
+            np.testing.assert_array_equal(np.broadcast_to(part.samples, where.shape), where)
+
+
 def test_stages_are_the_pipelines(pipe):
     picture, mask = photo(), hole()
     session = Session(picture, pipe)

@@ -43,6 +43,8 @@ class Picture:
     changed: all others, and all alpha, come from the original. `note` explains the size of a turned picture.
     `check_mode(format)` raises InvalidImageError if a file of that format could not hold the result's mode.
     `rebuild_bytes`: most bytes per pixel that `rebuild` takes, with its result. `mode`: Pillow's, "" without one.
+    `exact`: whether the result has the filled colours, up to the rounding of CMYK, YCbCr and HSV; else `rebuild`
+    takes the nearest ones that its palette or its levels hold.
     """
 
     samples: np.ndarray
@@ -52,6 +54,7 @@ class Picture:
     check_mode: Callable[[str], Any] = lambda format: None
     rebuild_bytes: int = 0
     mode: str = ""
+    exact: bool = True
 
     @property
     def size(self) -> tuple[int, int]:
@@ -211,8 +214,10 @@ def _note(orientation: int) -> str:
 
 
 def _of_pil(picture: Image.Image, note: str) -> Picture:
-    check = partial(held_modes, picture.mode, picture.info.get("transparency"))
-    return replace(_of_mode(picture, note), check_mode=check, mode=picture.mode)
+    key = picture.info.get("transparency")
+    exact = key is None and picture.mode not in ("1", "P")
+    check = partial(held_modes, picture.mode, key)
+    return replace(_of_mode(picture, note), check_mode=check, mode=picture.mode, exact=exact)
 
 
 def _of_mode(picture: Image.Image, note: str) -> Picture:
@@ -271,7 +276,8 @@ def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
         return DeepImage(merged, picture.format, dict(picture.info))
 
     size, check = 2 * array.shape[2], partial(check_deep_format, picture.mode)
-    return Picture(array[..., :colours], 65535.0, rebuild, note, check, rebuild_bytes=size)
+    exact = not picture.info.get("transparency")
+    return Picture(array[..., :colours], 65535.0, rebuild, note, check, rebuild_bytes=size, exact=exact)
 
 
 def _with_colour_key(picture: Image.Image, note: str) -> Picture:

@@ -6,7 +6,7 @@ import contextlib
 import math
 import operator
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypedDict
@@ -121,7 +121,8 @@ class Session:
 
     The picture is decoded once. A fill reads and returns only the boxes that its hole depends on, and equals
     ``inpainter(picture, mask)`` on the picture at that time. Memory: the samples of the picture, and the boxes of
-    every fill.
+    every fill. Of a palette, of 1-bit pictures and of those with a transparent colour, each fill makes the result once,
+    for the colours that it holds.
 
     Args:
         picture: as for `Inpainter`, or an `Encoded`; a file is turned upright by its EXIF orientation.
@@ -222,6 +223,8 @@ class Session:
             region, offset, inside = self._region(pipe, hole, corner, kept, before)
             made = pipe.inpaint(region, inside, **kept)
             parts = tuple(_trimmed(box, samples, touched, offset) for box, samples, touched in made.picture)
+            if not self._picture.exact:
+                parts = self._held(parts, before)
             seconds = time.perf_counter() - start
             patch = Patch(parts, str(made.strategy), made.passes, seconds, hole, corner, kept, pipe)
             if confirm is not None:
@@ -261,15 +264,7 @@ class Session:
         Raises:
             OptionError: there are not that many fills.
         """
-        patches = self._fills(position)
-        samples = self._picture.samples.copy()
-        touched = np.zeros(self.size, dtype=bool)
-        whole = Rect(0, self.size[0], 0, self.size[1])
-        for patch in patches:
-            for part in patch.parts:
-                _lay(samples, whole, part)
-                touched[part.box.slices] |= part.touched
-        return self._picture.rebuild(samples, touched)
+        return self._rebuilt(part for patch in self._fills(position) for part in patch.parts)
 
     def encoded(
         self,
@@ -368,6 +363,23 @@ class Session:
         return box, shown
 
     # -- parts -------------------------------------------------------------------------------------------------
+
+    def _rebuilt(self, parts: Iterable[Part]) -> Any:
+        """The picture with some parts, one after the other."""
+        samples = self._picture.samples.copy()
+        touched = np.zeros(self.size, dtype=bool)
+        whole = Rect(0, self.size[0], 0, self.size[1])
+        for part in parts:
+            _lay(samples, whole, part)
+            touched[part.box.slices] |= part.touched
+        return self._picture.rebuild(samples, touched)
+
+    def _held(self, parts: tuple[Part, ...], fills: list[Patch]) -> tuple[Part, ...]:
+        """The parts of a fill after others, in colours that the picture's mode holds: later fills read these, and a
+        user sees what the file will have."""
+        earlier = (part for fill in fills for part in fill.parts)
+        samples = picture_of(self._rebuilt([*earlier, *parts])).samples
+        return tuple(replace(part, samples=samples[part.box.slices].copy()) for part in parts)
 
     def _fills(self, position: int | None) -> list[Patch]:
         """The first `position` fills, None: the current ones."""
