@@ -297,7 +297,7 @@ def test_colours_of_another_space_become_rgb_where_that_is_asked_for(pipe, mode,
     "kind", ["1", "P", "P with alpha", "L with a transparent level", "RGB with a transparent colour"]
 )
 def test_fills_have_the_colours_that_the_file_holds(pipe, kind):
-    """What a fill returns is in the result, and the next one reads it, as if the pipeline filled one after the other."""
+    """What a fill returns is in the result, and the next one reads it, as if the pipeline filled them in turn."""
     picture = Image.fromarray(photo()).convert(kind.split()[0])
     if "with" in kind:
         picture.info["transparency"] = {"P": bytes(range(0, 256, 2)), "L": 100, "RGB": (80, 90, 100)}[picture.mode]

@@ -121,8 +121,8 @@ class Session:
 
     The picture is decoded once. A fill reads and returns only the boxes that its hole depends on, and equals
     ``inpainter(picture, mask)`` on the picture at that time. Memory: the samples of the picture, and the boxes of
-    every fill. Of a palette, of 1-bit pictures and of those with a transparent colour, each fill makes the result once,
-    for the colours that it holds.
+    every fill. Of a palette, a 1-bit picture and one with a transparent colour, each fill makes the result once, for
+    the colours that it holds.
 
     Args:
         picture: as for `Inpainter`, or an `Encoded`; a file is turned upright by its EXIF orientation.
