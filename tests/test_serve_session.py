@@ -14,6 +14,7 @@ from lgnet_fast.engine.regions import Rect
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.pipeline.sources import Encoded
 from lgnet_fast.serve import Session
+from lgnet_fast.serve.display import Display
 from lgnet_fast.serve.errors import OptionError
 
 from .pipeline_support import BlurFill
@@ -311,6 +312,20 @@ def test_fills_have_the_colours_that_the_file_holds(pipe, kind):
         for part in patch.parts:
             where = shown[part.box.slices].reshape(*part.touched.shape, -1)
             np.testing.assert_array_equal(np.broadcast_to(part.samples, where.shape), where)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_a_scaled_view_has_no_colour_of_transparent_pixels(pipe, mode):
+    """White on transparent black: at its edge a view is white of less alpha, not grey."""
+    clear = np.zeros((90, 120, 4), np.uint8)
+    clear[31:62, 40:83] = 255
+    session = Session(Image.fromarray(clear).convert(mode), pipe)
+    box = Rect(0, 90, 0, 120)
+    shown = Display.of(session, session.result()).picture(session.region(box), box, (40, 30))
+    assert (shown.mode, shown.size) == ("RGBA", (40, 30))
+    colours, alpha = np.asarray(shown)[..., :3], np.asarray(shown)[..., 3]
+    assert ((alpha > 20) & (alpha < 235)).sum() > 20
+    assert colours[alpha > 20].min() >= 250
 
 
 def test_stages_are_the_pipelines(pipe):

@@ -46,10 +46,16 @@ class Display:
 
     def picture(self, samples: np.ndarray, box: Rect, size: tuple[int, int] | None = None) -> Image.Image:
         """Samples [h, w, C] of a box as RGB, or RGBA where the picture has alpha, scaled to (width, height)."""
-        shown = self._colours(samples, size)
-        if self.alpha is not None:
-            alpha = Image.fromarray(np.ascontiguousarray(self.alpha[box.slices]))
-            shown.putalpha(alpha if size is None else alpha.resize(size, Image.Resampling.BOX))
+        shown = self._eight_bit(samples)
+        if self.alpha is not None:  # scaled together, so that colours of transparent pixels do not show at edges
+            shown.putalpha(Image.fromarray(np.ascontiguousarray(self.alpha[box.slices])))
+        if size is not None and size != shown.size:
+            shown = shown.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        if self.alpha is None:
+            return self._for_screen(shown)
+        alpha = shown.getchannel("A")
+        shown = self._for_screen(shown.convert(shown.mode[:-1]))
+        shown.putalpha(alpha)
         return shown
 
     def patch(self, patch: Patch) -> tuple[bytes, list[Rect]]:
@@ -59,7 +65,7 @@ class Display:
         sheet = Image.new("RGBA", size)
         top = 0
         for part in patch.parts:
-            shown = self._colours(part.samples, None)
+            shown = self._for_screen(self._eight_bit(part.samples))
             alpha = np.where(part.touched, np.uint8(255), np.uint8(0))
             if self.alpha is not None:
                 alpha = np.minimum(alpha, self.alpha[part.box.slices])
@@ -68,12 +74,14 @@ class Display:
             top += shown.height
         return png(sheet), boxes
 
-    def _colours(self, samples: np.ndarray, size: tuple[int, int] | None) -> Image.Image:
+    def _eight_bit(self, samples: np.ndarray) -> Image.Image:
+        """Samples [h, w, C] as L or RGB."""
         if self.white != 255:
             samples = np.rint(samples * (255 / self.white)).astype(np.uint8)
-        shown = Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else np.ascontiguousarray(samples))
-        if size is not None and size != shown.size:
-            shown = shown.resize(size, Image.Resampling.LANCZOS, reducing_gap=2.0)
+        return Image.fromarray(samples[..., 0] if samples.shape[2] == 1 else np.ascontiguousarray(samples))
+
+    def _for_screen(self, shown: Image.Image) -> Image.Image:
+        """L or RGB as RGB in sRGB."""
         if self.to_srgb is not None:
             return ImageCms.applyTransform(shown, self.to_srgb) or shown
         return shown.convert("RGB")
