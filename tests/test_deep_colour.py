@@ -215,6 +215,33 @@ def test_tiffs_that_cannot_be_kept_are_refused(pipe, tmp_path, options, words):
         pipe(tmp_path / "in.tif", HOLE)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "options"),
+    [
+        (np.uint8, {}),
+        (np.uint8, {"imagej": True}),
+        (np.uint8, {"ome": True}),
+        (np.uint16, {}),
+        (np.uint16, {"ome": True}),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*only one of its 2 frames is used")
+def test_a_page_does_not_describe_the_pages_that_were_beside_it(pipe, tmp_path, options, dtype):
+    """tifffile reads as many pages as the description says, and fails where there are fewer."""
+    tifffile = pytest.importorskip("tifffile")
+    pages = np.stack([_samples(3, seed) for seed in (1, 2)]).astype(dtype)
+    tifffile.imwrite(tmp_path / "two.tif", pages, photometric="rgb", **options)
+    tifffile.imwrite(tmp_path / "one.tif", pages[0], photometric="rgb", **options)
+    for name in ("two.tif", "one.tif"):
+        save = tmp_path / f"out_{name}"
+        result = pipe(tmp_path / name, HOLE)
+        result.save(save) if dtype == np.uint16 else save_picture(result, save)
+        np.testing.assert_array_equal(tifffile.imread(save)[~HOLE], pages[0][~HOLE])
+        with tifffile.TiffFile(tmp_path / name) as before, tifffile.TiffFile(save) as after:
+            described = before.pages[0].description if name == "one.tif" else ""
+            assert after.pages[0].description == described
+
+
 @pytest.mark.parametrize("extension", ["png", "tif"])
 def test_truncated_deep_files_are_one_clear_error(pipe, tmp_path, extension):
     file = _write(tmp_path / f"cut.{extension}", _samples(3))

@@ -21,7 +21,7 @@ from PIL.TiffImagePlugin import IPTC_NAA_CHUNK, ImageFileDirectory_v2
 
 from ..errors import InvalidImageError
 from . import chunks, metadata
-from .exif import TIFF_DESCRIPTIVE, kept_exif, valid_orientation
+from .exif import TIFF_DESCRIPTIVE, counts_pages, kept_exif, valid_orientation
 from .formats import EXTENSIONS
 from .notices import warn
 from .writing import write_file
@@ -275,11 +275,11 @@ def _directory(data: bytes, place: int | None = None) -> ImageFileDirectory_v2:
     return directory
 
 
-def _tiff_exif(data: bytes, directory: ImageFileDirectory_v2) -> bytes:
+def _tiff_exif(data: bytes, directory: ImageFileDirectory_v2, frames: int) -> bytes:
     """The result of `kept_exif`, also for a BigTIFF, which Pillow's EXIF reader does not support."""
     kept = Image.Exif()
     for tag in TIFF_DESCRIPTIVE:
-        if tag in directory:
+        if tag in directory and not (frames > 1 and counts_pages(tag, directory[tag])):
             value = directory[tag]
             if tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
                 own = dict(_directory(data, int(value)))
@@ -293,8 +293,9 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     """As `_read_png`."""
     _, tifffile = _packages()
     with tifffile.TiffFile(io.BytesIO(data)) as file:
-        if len(file.pages) > 1:
-            warn(f"only one of its {len(file.pages)} frames is used")
+        frames = len(file.pages)
+        if frames > 1:
+            warn(f"only one of its {frames} frames is used")
         page = file.pages[0]
         _check_size(page.imagewidth, page.imagelength)
         colours = {_RGB: 3, _GREY: 1}.get(page.photometric)
@@ -319,7 +320,7 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     across, down = (directory.get(tag) for tag in (ExifTags.Base.XResolution, ExifTags.Base.YResolution))
     xmp = _as_bytes(directory.get(ExifTags.Base.XMLPacket)) or b""
     info = {
-        "exif": _tiff_exif(data, directory),
+        "exif": _tiff_exif(data, directory, frames),
         "icc_profile": _as_bytes(directory.get(ExifTags.Base.InterColorProfile)),
         "xmp": chunks.upright_xmp(xmp),
         "iptc": metadata.iptc_of({}, directory),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from PIL import ExifTags, Image
@@ -20,12 +21,26 @@ TIFF_DESCRIPTIVE = {
 }
 
 
-def kept_exif(exif: Image.Exif, format: str | None) -> bytes:
-    """The EXIF of a picture without orientation and thumbnail; for a TIFF, the tags about the picture."""
+# Descriptions by tifffile, ImageJ and microscopes' programs of how many pages a TIFF has.
+_OF_PAGES = re.compile(r'\{"shape":|ImageJ=|<\?xml.*<OME\b', re.DOTALL)
+
+
+def counts_pages(tag: int, value: Any) -> bool:
+    """Whether a tag describes the pages of a file, which programs then miss in a file of one of them."""
+    return tag == ExifTags.Base.ImageDescription and isinstance(value, str) and bool(_OF_PAGES.match(value))
+
+
+def kept_exif(exif: Image.Exif, format: str | None, frames: int = 1) -> bytes:
+    """The EXIF of a picture without orientation and thumbnail; for a TIFF, the tags about the picture.
+
+    `frames`: of the file; where it has several, no description of them.
+    """
     kept = Image.Exif()
     kept.endian = exif.endian  # values of undefined type, such as MakerNote, are in this byte order too
     directories = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
     for tag, value in exif.items():
+        if frames > 1 and counts_pages(tag, value):
+            continue
         if tag != ExifTags.Base.Orientation and (format != "TIFF" or tag in TIFF_DESCRIPTIVE):
             kept[tag] = _directory(exif, tag) if tag in directories else value
     return kept.tobytes() if len(kept) else b""

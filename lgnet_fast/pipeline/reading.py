@@ -134,7 +134,7 @@ def upright(
                 chunks.drop_text(picture.info)
             orientation = valid_orientation(picture.getexif().get(ExifTags.Base.Orientation))
             turned = ImageOps.exif_transpose(picture)
-            exif = kept_exif(picture.getexif(), picture.format)
+            exif = kept_exif(picture.getexif(), picture.format, frames)
     except Exception as cause:  # as in open_upright: any decoder error
         # Pillow asserts that there is a file (older ones just use it); the end of `with Image.open(...)` closed it.
         closed = isinstance(cause, AssertionError | AttributeError) and getattr(picture, "fp", None) is None
