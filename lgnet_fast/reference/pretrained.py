@@ -123,7 +123,7 @@ def check_config(path: Path) -> None:
         raise WeightsError(f"{path}: expected a JSON object, got {json.dumps(found):.80}")
 
 
-def check_hub_config(source: str, cache_dir: str | os.PathLike[str] | None, revision: str | None) -> None:
+def check_hub_config(source: str, cache_dir: str | Path | None, revision: str | None) -> None:
     """`check_config` of the file that the hub's cache holds for the id `source`, if there is one."""
     found = try_to_load_from_cache(source, CONFIG_FILE, cache_dir=cache_dir, revision=revision)
     if isinstance(found, str):
