@@ -233,7 +233,8 @@ def report_of(
 ) -> dict[str, Any]:
     """The report as JSON: `items`, `totals`, `settings`, `versions`; for a job with a journal also `processes` and
     the items of earlier launches. `processes`: their "count", and the ranks that "died"; before the parts of all are
-    merged, how many are "counted" in the report. `complete`: whether these are all of the `planned` items (None: they are)."""
+    merged, how many are "counted" in the report. `complete`: whether these are all of the `planned` items (None: they
+    are)."""
     counts = Counter(entry.status for entry in entries)
     items = [asdict(entry) for entry in entries]
     if processes is None:
