@@ -427,7 +427,33 @@ def test_a_signal_between_two_steps_counts_at_the_next_agreement():
     assert stop.agreed == 0
     assert stop.agree(1.0) == 1.0
     assert stop.agreed == signal.SIGINT
-    others = {"num_processes": 2, "is_main_process": False, "device": "cpu"}
-    stop = Stop(SimpleNamespace(reduce=lambda own, how: own + torch.tensor([3.0, signal.SIGTERM]), **others))
-    assert stop.agree(1.0) == 3.0
-    assert stop.agreed == signal.SIGTERM
+
+
+@pytest.mark.parametrize(
+    ("own", "another", "agreed"),
+    [
+        (0, 0, 0),
+        (0, signal.SIGINT, signal.SIGINT),
+        (0, signal.SIGTERM, signal.SIGTERM),
+        (signal.SIGTERM, 0, signal.SIGTERM),
+        (signal.SIGTERM, signal.SIGINT, signal.SIGINT),
+    ],
+)
+def test_processes_agree_on_the_signal_that_one_of_them_got(own, another, agreed):
+    both = []
+
+    def reduce(sent, how):
+        if not both:  # what the first process sends, with its clock
+            both.append(sent)
+            return sent
+        return both[0] + sent
+
+    def process(first):
+        return SimpleNamespace(num_processes=2, is_main_process=first, device="cpu", reduce=reduce)
+
+    first, second = Stop(process(True)), Stop(process(False))
+    first.ask(another)
+    second.ask(own)
+    first.agree(3.0)
+    assert second.agree(1.0) == 3.0
+    assert second.agreed == agreed

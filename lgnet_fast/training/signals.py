@@ -61,8 +61,8 @@ class Stop:
             self.agreed = self.asked
             return minutes
         asked = self.asked  # a signal may come now
-        own = [minutes if self.accelerator.is_main_process else 0.0, float(asked)]
-        first, signals = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
-        if signals:
-            self.agreed = asked or int(signal.SIGTERM)
+        own = [minutes if self.accelerator.is_main_process else 0.0, *(float(asked == n) for n in STOP_SIGNALS)]
+        first, *counts = self.accelerator.reduce(torch.tensor(own, device=self.accelerator.device), "sum").tolist()
+        # All agree on one signal, because the first process reports it whichever process got it.
+        self.agreed = next((int(n) for n, count in zip(STOP_SIGNALS, counts) if count), 0)
         return float(first)
