@@ -47,11 +47,15 @@ def log(run, kind):
 
 @pytest.mark.slow(reason="two processes of training, and one beside them that equals both")
 def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
-    pictures, held_out = write_pictures(tmp_path / "p", 5), write_pictures(tmp_path / "h", 3)
+    pictures, held_out = write_pictures(tmp_path / "p", 15), write_pictures(tmp_path / "h", 3)
+    broken = [pictures / f"{number}_broken.png" for number in range(3)]  # the first process meets one of them alone
+    for picture in broken:
+        picture.write_bytes(b"broken")
     file = tmp_path / "c.json"
     file.write_text(json.dumps(settings(pictures, held_out, tmp_path / "two", 1)))
     done = subprocess.run(launch(file), capture_output=True, text=True, timeout=280, env=ENVIRONMENT)
     assert done.returncode == 0, done.stderr
+    assert "3 pictures could not be read and were skipped" in done.stderr
     threads = torch.get_num_threads()
     Trainer(config_of(settings(pictures, held_out, tmp_path / "one", 2))).fit()
     torch.set_num_threads(threads)
@@ -78,3 +82,6 @@ def test_two_processes_equal_one_with_twice_the_batch(tmp_path):
             # Adam divides by the root of the squared gradient, so the rounding of tiny gradients matters.
             assert torch.allclose(value, states[1][part][name], rtol=1e-5, atol=1e-6), name
     assert [len(state["random"]) for state in states] == [2, 1]
+    # Whichever process has met them.
+    told = [{message.partition(": ")[0] for message in state["broken"]} for state in states]
+    assert told == [{str(picture) for picture in broken}] * 2

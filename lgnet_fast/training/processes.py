@@ -55,6 +55,15 @@ def failed_together(accelerator: Any, error: Exception) -> bool:
     return accelerator.num_processes == 1 or getattr(error, _TOGETHER, False)
 
 
+def texts_of_all(accelerator: Any, texts: Iterable[str]) -> list[str]:
+    """The different texts of all processes, which must call it together, those of the first process first."""
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        texts = gather_object(list(texts))
+    return list(dict.fromkeys(texts))
+
+
 def all_equal(accelerator: Any, number: int) -> bool:
     """Whether `number` is the same in all processes, which must call it together."""
     if accelerator.num_processes == 1:

@@ -26,7 +26,7 @@ from .learner import Learner
 from .memory import MemoryBatches
 from .nonfinite import NotFiniteError
 from .optimisers import learning_rates
-from .processes import all_equal, any_process, failed_together, failing_together
+from .processes import all_equal, any_process, failed_together, failing_together, texts_of_all
 from .progress import Means, Report, say
 from .resuming import best_score, refuse_other_runs, settings_of, warm_from
 from .samples import InpaintingDataset
@@ -383,6 +383,8 @@ class Trainer:
             raise TrainingError(
                 f"after step {self.step} the weights are not finite; the checkpoint before is as it was"
             )
+        # The first process reports and stores what others have met, too.
+        self.broken = texts_of_all(self.accelerator, self.broken)
         state = self.state()
         with failing_together(self.accelerator):
             if self.accelerator.is_main_process:
