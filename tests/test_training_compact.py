@@ -7,7 +7,7 @@ import torch
 
 from lgnet_fast import LGNet
 from lgnet_fast.training import Trainer, TrainingError
-from lgnet_fast.training.checkpoints import load_checkpoint
+from lgnet_fast.training.checkpoints import CheckpointFolder, load_checkpoint
 from lgnet_fast.training.compact import main, pack, unpack
 from tests.training_support import tiny_config, write_pictures
 
@@ -76,6 +76,16 @@ def test_without_moments_the_learning_rate_warms_up_again(run, tmp_path):
     # Adam's bias correction begins anew, as its moments do.
     state = load_checkpoint(checkpoints / "step_000000002.pt")
     assert all("step" not in group for one in state["optimisers"] for group in one["param_groups"])
+
+
+def test_the_best_score_stays_where_its_checkpoint_is(run, tmp_path):
+    """Else a run that goes on elsewhere, without best.pt, would have none until it is better."""
+    folder, _, _ = run
+    state = load_checkpoint(folder / "checkpoints" / "step_000000002.pt")
+    CheckpointFolder(tmp_path / "run" / "checkpoints", keep=1).save(2, {**state, "best": 25.0})
+    pack(tmp_path / "run", tmp_path / "packed")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert load_checkpoint(tmp_path / "again" / "checkpoints" / "step_000000002.pt")["best"] is None
 
 
 def test_nothing_to_pack_or_unpack(tmp_path):

@@ -31,7 +31,7 @@ from .progress import LOG
 
 _ABOUT = "compact.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of Adam, of Adam, of Muon
-_PLAIN = ("step", "position", "processes", "minutes", "skipped", "best")
+_PLAIN = ("step", "position", "processes", "minutes", "skipped")
 
 
 def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_000_000) -> list[Path]:
@@ -142,6 +142,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
         "scaler": None,
         "random": [],
         "broken": [],
+        "best": None,  # the best checkpoint and its model are not packed
     }
     CheckpointFolder(run / "checkpoints", keep=1).save(about["step"], state)
     if (folder / LOG).is_file():
