@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -182,6 +183,16 @@ def test_pictures_without_any_difference_are_the_best_and_valid_json(tmp_path):
     assert shown == {"exact": "**∞**", "dark": f"{by_title['dark']['psnr']:.2f}"}
     missing = Evaluation([Score("a", "all", 1, l1=0.0)], metrics=("l1", "psnr"), missing={"psnr": "no time"})
     assert missing.markdown().splitlines()[2] == "| all | a | 1 | 0.00 | n/a |"
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_score_that_json_cannot_hold_is_refused(tmp_path, value):
+    """Rather than written as NaN, which few readers of JSON take; a file that is there stays as it is."""
+    (tmp_path / "evaluation.json").write_text("{}")
+    with pytest.raises(ValueError, match="JSON"):
+        Evaluation([Score("a", "all", 1, l1=value)], metrics=("l1",)).write(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    assert (tmp_path / "evaluation.json").read_text() == "{}"
 
 
 def test_figures_stay_whole_in_a_narrow_terminal():

@@ -40,6 +40,30 @@ def test_names_on_a_terminal_are_shown_as_they_are(tmp_path, monkeypatch):
     assert "set[/a]/shot[red].png: cannot be read" in screen.getvalue()
 
 
+def test_the_bar_shows_the_share_and_the_losses(tmp_path, monkeypatch):
+    """By time, 0.6 of the run; log.jsonl has the same line as without a terminal, and no line is printed."""
+    now = [1000.0]
+    monkeypatch.setattr("lgnet_fast.training.progress.time.monotonic", lambda: now[0])
+    screen = io.StringIO()
+    monkeypatch.setattr(screen, "isatty", lambda: True)
+    monkeypatch.setattr("sys.stderr", screen)
+    monkeypatch.setenv("TERM", "xterm")
+    monkeypatch.setenv("COLUMNS", "200")
+    report = Report(tmp_path, step=100, total=100_000, progress=0.5, tensorboard=False)
+    now[0] += 60
+    report.train(160, 1, {"G": 2.0, "D": 0.25}, progress=0.6, pictures=4)
+    (task,) = report._bar.tasks
+    assert (task.completed, task.total) == (0.6, 1.0)
+    assert task.fields == {"step": 160, "steps": 100_000, "loss": "epoch 1, G 2.0000, D 0.2500, 4.0 pictures/s"}
+    report.close(skipped=0, broken=0)
+    text = screen.getvalue()
+    assert "step 160/100000" in text
+    assert "60%" in text
+    assert "epoch 1, G 2.0000, D 0.2500, 4.0 pictures/s" in text
+    assert " left" not in text
+    assert lines(tmp_path) == [{"kind": "train", "step": 160, "G": 2.0, "D": 0.25}]
+
+
 def test_lines_of_the_log_are_json(tmp_path):
     """Which has no infinity: null."""
     report = Report(tmp_path, step=0, total=4, progress=0.0, tensorboard=False)
