@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from lgnet_fast import LGNet
 from lgnet_fast.evaluation.suite import SuiteMetrics, _psnr, summary
@@ -103,6 +104,28 @@ def test_equal_pictures_have_the_suites_highest_psnr(pictures, tmp_path, kinds):
     assert scores["psnr"] == pytest.approx(10 * math.log10(255**2 / 1e-3))
     assert scores["psnr"] == pytest.approx(_psnr(np.zeros((4, 4, 3))))
     assert scores["l1"] == 0
+
+
+@pytest.mark.parametrize("kinds", [(), ("box",)])
+def test_pictures_that_are_not_a_number_have_no_score(pictures, tmp_path, kinds):
+    """In 8 bits they would be black."""
+    run = {"validation_kinds": kinds, "validation_pictures": 2}
+    validation = make_validation(tiny_config(pictures, tmp_path, data={"validation": str(pictures)}, run=run))
+    scores = validation.scores(Perfect(math.nan), None, ONE)
+    assert all(math.isnan(scores[name]) for name in ("l1", "psnr"))
+
+
+def test_flat_pictures_that_are_filled_exactly_are_as_sharp_as_the_truth(tmp_path):
+    """Not blurred: their gradients are 0, as the truth's."""
+    (tmp_path / "p").mkdir()
+    Image.new("RGB", (256, 256), (30, 90, 201)).save(tmp_path / "p" / "flat.png")
+    run = {"validation_kinds": ["box"]}
+    config = tiny_config(tmp_path / "p", tmp_path, data={"validation": str(tmp_path / "p")}, run=run)
+    assert make_validation(config).scores(Perfect(), None, ONE)["sharpness"] == 1
+    flat, hole = np.full((32, 32, 3), 90, np.uint8), np.zeros((32, 32), bool)
+    hole[8:20, 8:20] = True
+    own = SuiteMetrics(["l1", "psnr", "sharp"]).scores({"same": flat}, flat, hole)["same"]
+    assert own["sharp"] == summary([own], ["sharp"])["sharp_all"] == 1
 
 
 def test_sharpness_is_the_suites(pictures, tmp_path):

@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,6 +22,8 @@ from ..reference.pretrained import TORCHVISION_URL, torchvision_file
 from ..reference.released import load_state_dict_file
 
 METRICS = ("l1", "psnr", "ssim", "lpips", "fid")
+
+Number = TypeVar("Number", float, Tensor)
 
 LUMA = (0.299, 0.587, 0.114)
 """Weights of red, green and blue in the grey values that sharpness is measured on."""
@@ -137,6 +139,11 @@ class Metrics:
             given = torch.from_numpy(np.ascontiguousarray(picture.transpose(2, 0, 1))[None]).to(self.device)
             features: np.ndarray = self._inception(given).reshape(-1).float().cpu().numpy()
         return features
+
+
+def relative_energy(filled: Number, truth: Number) -> Number:
+    """Sharpness: the gradient energy of a fill relative to that of the true picture; 1 where both are flat."""
+    return (filled + 1e-9) / (truth + 1e-9)
 
 
 def one_line(cause: WeightsError) -> str:

@@ -16,7 +16,7 @@ from torch import nn
 
 from ..data import folders
 from ..data.masks import SUITE_KINDS, suite_mask
-from ..data.metrics import LEAST_SQUARED_ERROR, LPIPS_VARIABLE, LUMA, Distance, one_line
+from ..data.metrics import LEAST_SQUARED_ERROR, LPIPS_VARIABLE, LUMA, Distance, one_line, relative_energy
 from ..errors import InvalidMaskError, MissingExtraError, UsageError, WeightsError
 from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
@@ -120,7 +120,8 @@ class SuiteMetrics:
             RGB
     lpips   LPIPS v0.1, on the network of the weights given: AlexNet or VGG-16
     sharp   energy of the fill in the hole / that of the truth, where energy is the sum of squared differences of
-            neighbours, horizontal and vertical, that both lie in the hole, of the luma .299 R + .587 G + .114 B
+            neighbours, horizontal and vertical, that both lie in the hole, of the luma .299 R + .587 G + .114 B; 1
+            where both are 0
     ======  ==========================================================================================================
 
     Args:
@@ -194,7 +195,7 @@ class SuiteMetrics:
                 "hole_psnr": _psnr(difference[hole]),
                 "energy": energy,
                 "true_energy": true_energy,
-                "sharp": energy / max(true_energy, 1e-9),
+                "sharp": relative_energy(energy, true_energy),
             }
             if "ssim" in self.available:
                 values["ssim"] = float(self._ssim(picture, truth, channel_axis=2))
@@ -233,7 +234,7 @@ def summary(scores: Sequence[Mapping[str, float]], names: Collection[str]) -> di
     values = {name: float(np.mean(column(name))) for name in (*names, "hole_l1", "hole_psnr")}
     if "sharp" in values:
         values["sharp"] = float(np.median(column("sharp")))
-    values["sharp_all"] = sum(column("energy")) / max(sum(column("true_energy")), 1e-9)
+    values["sharp_all"] = relative_energy(sum(column("energy")), sum(column("true_energy")))
     return values
 
 

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.masks import suite_mask
-from ..data.metrics import LEAST_SQUARED_ERROR, LUMA, Metrics
+from ..data.metrics import LEAST_SQUARED_ERROR, LUMA, Metrics, relative_energy
 from ..reference.features import LPIPS
 from .config import TrainConfig
 from .held_out import validation_pairs, validation_pictures
@@ -54,7 +54,8 @@ class ClassValidation:
 
     @torch.no_grad()
     def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
-        """Means over pictures and classes, of 8-bit merged pictures: ``l1`` in %, ``psnr`` in dB, ``ssim``."""
+        """Means over pictures and classes, of 8-bit merged pictures: ``l1`` in %, ``psnr`` in dB, ``ssim``; NaN where
+        one has NaN."""
         names = ("l1", "psnr", "ssim")
         metrics = Metrics(names)
         like = next(network.parameters())
@@ -63,6 +64,9 @@ class ClassValidation:
             for number in own_share(accelerator, len(self.pairs)):
                 image, mask = self.pairs[number]
                 filled = network(image.to(like), mask.to(like))
+                if bool(filled.isnan().any()):
+                    table[number] = math.nan  # in 8 bits it would be black
+                    continue
                 found = metrics.scores(_eight_bit(filled), _eight_bit(image))
                 found["psnr"] = min(found["psnr"], _HIGHEST_PSNR)
                 table[number] = torch.tensor([found[name] for name in names], dtype=torch.float64)
@@ -143,7 +147,7 @@ def _scores(
     values = {
         "l1": 100 / 255 * error.abs().mean(dim=(1, 2, 3)),
         "psnr": 10 * (255**2 / squared).log10(),
-        "sharpness": gradient_energy(filled, mask) / gradient_energy(truth, mask).clamp(min=1e-9),
+        "sharpness": relative_energy(gradient_energy(filled, mask), gradient_energy(truth, mask)),
     }
     if lpips is not None:
         values["lpips"] = lpips(filled / 127.5 - 1, truth / 127.5 - 1)
