@@ -1,7 +1,4 @@
-"""Fréchet distance of features of two sets of pictures: FID of Inception's, and of VGG-16's for use without it.
-
-Values of the two networks cannot be compared.
-"""
+"""Fréchet distance of features of two sets of pictures: FID, where they are Inception's."""
 
 from __future__ import annotations
 
@@ -9,8 +6,6 @@ import math
 
 import torch
 from torch import Tensor
-
-from ..reference.features import ConvFeatures
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
@@ -37,42 +32,3 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
     overlap = torch.linalg.svdvals(root_a @ root_b.T).sum()
     squared = (mean_a - mean_b).square().sum() + rows_a.square().sum() + rows_b.square().sum() - 2 * overlap
     return max(0.0, float(squared))
-
-
-class VGGFrechet:
-    """Fréchet distance between true and filled pictures, on means over positions of one level of VGG-16.
-
-    Args:
-        features: VGG-16 from a file, ``ConvFeatures.from_file(path)``.
-        level: of the features, counted from 0, relu1_2; -1: the last that the file has (relu5_3 of a whole one).
-
-    Raises:
-        ValueError: not VGG-16, or no such level.
-    """
-
-    def __init__(self, features: ConvFeatures, level: int = -1) -> None:
-        if features.network != "vgg16":
-            raise ValueError(f"features: expected vgg16, got {features.network}")
-        if not -features.levels <= level < features.levels:
-            raise ValueError(f"level: expected one of {features.levels} levels, got {level}")
-        self.network, self.level = features, level
-        self._rows: dict[bool, list[Tensor]] = {True: [], False: []}
-
-    @torch.inference_mode()
-    def features(self, pictures: Tensor) -> Tensor:
-        """[B, 3, H, W] in [-1, 1] -> [B, D], float32 at least, on the CPU."""
-        levels: list[Tensor] = self.network(pictures)
-        return levels[self.level].float().mean(dim=(2, 3)).cpu()
-
-    def update(self, pictures: Tensor, real: bool) -> None:
-        """Add pictures [B, 3, H, W] in [-1, 1], true or filled ones."""
-        self._rows[real].append(self.features(pictures))
-
-    def compute(self) -> float:
-        """The distance of the pictures added so far. Raises ValueError: fewer than two of either kind."""
-        counts = {real: sum(map(len, rows)) for real, rows in self._rows.items()}
-        if min(counts.values()) < 2:
-            raise ValueError(
-                f"pictures: expected two or more of each, got {counts[True]} true, {counts[False]} filled"
-            )
-        return frechet_distance(torch.cat(self._rows[True]), torch.cat(self._rows[False]))
