@@ -92,6 +92,7 @@ def test_every_wrong_name_and_shape_is_listed(model):
         ({"G1": {}, "G2": {}, "G3": {}, "G4": {}}, r"unexpected \['G4'\]"),
         ({"G1": {}, "G2": {}, "G3": {}}, "G1: expected a tensor model.model.0.weight"),
         ({"G1": 3, "G2": {}, "G3": {}}, "G1: expected a state dict"),
+        ({"G1": {1: torch.zeros(1)}, "G2": {}, "G3": {}}, "G1: expected a state dict .* other things in the mapping"),
         ("/nowhere/at/all", "expected a directory with"),
         ("x" * 300, "expected a directory with"),
         ({"G1": "x" * 300, "G2": {}, "G3": {}}, "expected a checkpoint file"),

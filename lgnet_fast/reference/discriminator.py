@@ -14,10 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import spectral_norm
 
-from ..errors import WeightsError
 from .attention import check_variant
-from .pretrained import check_names_and_shapes, upcast
-from .released import load_state_dict_file
+from .pretrained import check_names_and_shapes
+from .released import read_net
 
 # The paper's 32x32 map for a 256x256 picture needs padding 2; the released network has 1.
 _PADDING = {"released": 1, "paper": 2}
@@ -115,16 +114,9 @@ class Discriminator(nn.Module):
             TypeError: `source` is neither.
             WeightsError: the file is missing, unreadable or unsafe, or names or shapes do not fit; it lists them.
         """
-        if isinstance(source, (str, os.PathLike)):
-            state = load_state_dict_file(source)
-        elif isinstance(source, Mapping):
-            if not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in source.items()):
-                raise WeightsError("D: expected a state dict (name -> tensor), got other things in the mapping")
-            # The network must not share memory with the caller's tensors.
-            state = {k: v.detach().clone() for k, v in source.items()}
-        else:
+        if not isinstance(source, (str, os.PathLike, Mapping)):
             raise TypeError(f"source: expected a path or a state dict, got {type(source).__name__}")
-        state = upcast({k.removeprefix("module."): v for k, v in state.items()})
+        state = read_net("D", source)
         with torch.device("meta"):
             net = cls(variant)
         check_names_and_shapes(state, {k: tuple(v.shape) for k, v in net.state_dict().items()}, "D")

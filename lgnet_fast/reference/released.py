@@ -143,6 +143,23 @@ def _files(directory: Path, epoch: str | int | None) -> dict[str, Path]:
     return files
 
 
+def read_net(net: str, source: Any) -> dict[str, Tensor]:
+    """The state dict of one network from a file or a mapping, without ``module.`` prefixes, float32 at least.
+
+    Raises:
+        WeightsError: `source`, which is of `net`, is neither, or see :func:`load_state_dict_file`.
+    """
+    if isinstance(source, (str, os.PathLike)):
+        state = load_state_dict_file(source)
+    elif isinstance(source, Mapping) and all(isinstance(k, str) and isinstance(v, Tensor) for k, v in source.items()):
+        # The network must not share memory with the caller's tensors.
+        state = {k: v.detach().clone() for k, v in source.items()}
+    else:
+        what = "other things in the mapping" if isinstance(source, Mapping) else type(source).__name__
+        raise WeightsError(f"{net}: expected a state dict (name -> tensor) or a path, got {what}")
+    return upcast({k.removeprefix("module."): v for k, v in state.items()})
+
+
 def read(source: Any, epoch: str | int | None = None) -> dict[str, dict[str, Tensor]]:
     """State dicts {"G1", "G2", "G3"} of `source`, without ``module.`` prefixes, in one common float dtype."""
     if isinstance(source, Mapping):
@@ -159,16 +176,7 @@ def read(source: Any, epoch: str | int | None = None) -> dict[str, dict[str, Ten
         items = dict(_files(Path(source), epoch))
     else:
         raise TypeError(f"source: expected a directory or a mapping, got {type(source).__name__}")
-    nets: dict[str, dict[str, Tensor]] = {}
-    for net, item in items.items():
-        if isinstance(item, (str, os.PathLike)):
-            state = load_state_dict_file(item)
-        elif isinstance(item, Mapping) and all(isinstance(v, Tensor) for v in item.values()):
-            # The model must not share memory with the caller's tensors.
-            state = {k: v.detach().clone() for k, v in item.items()}
-        else:
-            raise WeightsError(f"{net}: expected a state dict (name -> tensor) or a path, got {type(item).__name__}")
-        nets[net] = upcast({k.removeprefix("module."): v for k, v in state.items()})
+    nets = {net: read_net(net, item) for net, item in items.items()}
     double = any(t.dtype == torch.float64 for state in nets.values() for t in state.values())
     if double:  # one dtype for the whole model, without loss of precision
         nets = {
