@@ -86,6 +86,14 @@ class EvaluationOptions:
     backend: str = "auto"
 
     def __post_init__(self) -> None:
+        self._check_kinds()
+        self._check_ranges()
+        self._check_names()
+        self._check_out()
+        self._check_files()
+        self._check_masks()
+
+    def _check_kinds(self) -> None:
         for name in ("models", "baselines", "metrics"):
             if isinstance(getattr(self, name), (str, os.PathLike)):
                 raise UsageError(f"{name}: expected a list, got the single {str(getattr(self, name))!r}")
@@ -99,48 +107,53 @@ class EvaluationOptions:
         for name in ("device", "dtype", "backend"):
             if not isinstance(getattr(self, name), str):
                 raise UsageError(f"{name}: expected a text, got {getattr(self, name)!r}")
+
+    def _check_ranges(self) -> None:
         if self.size != 0 and self.size < SMALLEST:
             raise UsageError(f"size: expected 0 or at least {SMALLEST} pixels, got {self.size}")
-        if rows < 0:
-            raise UsageError(f"sheet_rows: expected 0 or more, got {rows}")
+        for name, value in (("seed", self.seed), ("sheet_rows", self.sheet_rows)):
+            if value is not None and value < 0:
+                raise UsageError(f"{name}: expected 0 or more, got {value}")
         if self.mask_kind not in KINDS:
             raise UsageError(f"mask_kind: expected one of {', '.join(KINDS)}, got {self.mask_kind!r}")
-        if self.suite and self.pair_by_name:
-            raise UsageError("suite: expected no `pair_by_name` (with `masks` it pairs PICTURE with PICTURE_KIND)")
-        unknown = [name for name in self.baseline_names if name not in BASELINES]
-        if unknown:
-            raise UsageError(f"baselines: expected names of {', '.join(BASELINES)}, got {', '.join(unknown)}")
-        if len(set(self.baseline_names)) < len(self.baseline_names):
-            raise UsageError(f"baselines: expected each name once, got {', '.join(self.baseline_names)}")
-        names = SUITE_METRICS if self.suite else METRICS
-        bad = [name for name in self.metric_names if name not in names]
-        if bad or not self.metric_names:
-            raise UsageError(f"metrics: expected names of {', '.join(names)}, got {', '.join(bad) or 'none'}")
-        if len(set(self.metric_names)) < len(self.metric_names):
-            raise UsageError(f"metrics: expected each name once, got {', '.join(self.metric_names)}")
-        if self.seed < 0:
-            raise UsageError(f"seed: expected 0 or more, got {self.seed}")
+
+    def _check_names(self) -> None:
+        metrics = SUITE_METRICS if self.suite else METRICS
+        if not self.metric_names:
+            raise UsageError(f"metrics: expected names of {', '.join(metrics)}, got none")
+        for name, given, known in (
+            ("baselines", self.baseline_names, tuple(BASELINES)),
+            ("metrics", self.metric_names, metrics),
+        ):
+            unknown = [one for one in given if one not in known]
+            if unknown:
+                raise UsageError(f"{name}: expected names of {', '.join(known)}, got {', '.join(unknown)}")
+            if len(set(given)) < len(given):
+                raise UsageError(f"{name}: expected each name once, got {', '.join(given)}")
         titles = self.titles
         if not titles or len(set(titles)) != len(titles):
             raise UsageError(
                 "models: expected each method once, or models with titles of their own, got "
                 + (", ".join(titles) or "none")
             )
-        if self.folder is not None and self.folder.exists() and not self.folder.is_dir():
+
+    def _check_out(self) -> None:
+        """The next evaluation must not read what this one writes."""
+        if self.folder is None:
+            return
+        if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"out: expected a folder, got the file {str(self.folder)!r}")
         read = [path.resolve() for path in (self.source, self.mask_folder) if path is not None]
-        if self.folder is not None and self.folder.resolve() in read:
+        if self.folder.resolve() in read:
             raise UsageError(
                 "out: expected another folder than that of the pictures or masks, where the next evaluation would "
-                f"read evaluation.png, got {str(self.folder)!r}"
+                f"read {SHEET}, got {str(self.folder)!r}"
             )
-        if self.folder is not None and self.source.resolve() == (self.folder / SHEET).resolve():
+        if self.source.resolve() == (self.folder / SHEET).resolve():
             raise UsageError(
                 f"out: expected another folder than that of the picture, which {SHEET} would replace, got "
                 f"{str(self.folder)!r}"
             )
-        self._check_files()
-        self._check_masks()
 
     def _check_files(self) -> None:
         for name, file in (("lpips", self.lpips), ("fid", self.fid)):
@@ -151,6 +164,8 @@ class EvaluationOptions:
 
     def _check_masks(self) -> None:
         """Options that would have no effect are mistakes."""
+        if self.suite and self.pair_by_name:
+            raise UsageError("suite: expected no `pair_by_name` (with `masks` it pairs PICTURE with PICTURE_KIND)")
         if self.invert_mask and self.masks is None:
             raise UsageError("invert_mask: expected `masks`; masks that are drawn are not inverted")
         if self.mask_kind != "strokes" and (self.suite or self.masks is not None):
@@ -217,4 +232,4 @@ class EvaluationOptions:
     def titles(self) -> list[str]:
         """Titles of all methods, networks first."""
         models = [title for title, _ in self._with_titles]
-        return models + [BASELINES[name][0] for name in self.baseline_names if name in BASELINES]
+        return models + [BASELINES[name][0] for name in self.baseline_names]

@@ -7,7 +7,7 @@ import os
 import platform
 import shutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,7 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
             if world.rank > 0:
                 return None
             records, died = journal.collect()
-        result = _evaluation(job, records, died, settings)
+        result = _merged(job, records, died, settings)
         if options.folder is not None and journal is not None:
             result.write(options.folder)
             job.write_sheet(options.folder, records)
@@ -195,14 +195,6 @@ def _run(job: _Job, world: World, tell: Tell) -> list[dict[str, Any]]:
             error = f"{record['picture']}: {record['error']}"
         tell(done + 1, len(own) * len(classes), error)
     return records
-
-
-def _evaluation(job: _Job, records: list[dict[str, Any]], died: list[int], settings: dict[str, Any]) -> Evaluation:
-    """All records together."""
-    result = _merged(records, job, died, settings)
-    if isinstance(job.holes, SuiteMasks) and isinstance(job.measure, SuiteMetrics):
-        result = replace(result, legend=" ".join(filter(None, (job.holes.legend, job.measure.legend))))
-    return replace(result, failures=[*result.failures, *job.plan.not_read])
 
 
 class _Job:
@@ -406,7 +398,8 @@ def _identity(options: EvaluationOptions, settings: dict[str, Any]) -> str:
     return fingerprint(settings, weights, backbones, options.rows, __version__)
 
 
-def _merged(records: list[dict[str, Any]], job: _Job, died: list[int], settings: dict[str, Any]) -> Evaluation:
+def _merged(job: _Job, records: list[dict[str, Any]], died: list[int], settings: dict[str, Any]) -> Evaluation:
+    """The evaluation of the records of all processes."""
     # Sums have a fixed order, so that the results do not depend on the number of processes.
     records = sorted(records, key=lambda record: (record["index"], record["class"]))
     good = [record for record in records if record.get("error") is None]
@@ -432,8 +425,11 @@ def _merged(records: list[dict[str, Any]], job: _Job, died: list[int], settings:
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
-    listed = [{"picture": picture, "error": error} for picture, error in failures.items()]
-    return Evaluation(scores, metrics, missing, listed, died, settings, versions)
+    listed = [{"picture": picture, "error": error} for picture, error in failures.items()] + job.plan.not_read
+    legend = ""
+    if isinstance(job.holes, SuiteMasks) and isinstance(job.measure, SuiteMetrics):
+        legend = " ".join(filter(None, (job.holes.legend, job.measure.legend)))
+    return Evaluation(scores, metrics, missing, listed, died, settings, versions, legend)
 
 
 def _groups(good: list[dict[str, Any]], label: Callable[[int], str]) -> dict[str, list[dict[str, Any]]]:

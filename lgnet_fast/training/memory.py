@@ -10,8 +10,7 @@ import multiprocessing
 import os
 import warnings
 from collections.abc import Iterator
-from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import nullcontext
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -124,17 +123,15 @@ class MemoryBatches:
     def _draw_masks(self, workers: int) -> Tensor:
         """uint8 [count, S, S], 1 = hole."""
         count, size = self.data.mask_bank, self.data.size
-        several = workers > 1 and count >= _FEW_MASKS and "fork" in multiprocessing.get_all_start_methods()
-        pool: Any = nullcontext()
-        with warnings.catch_warnings():
-            # Python 3.12 warns of forks in processes with threads; these children run numpy's integer code, or decode
-            # masks.
-            warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
-            if several:
-                pool = ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("fork"))
-            with pool as executor:
-                run = executor.map if isinstance(executor, Executor) else lambda f, n, chunksize: map(f, n)
-                drawn = list(run(self._packed_mask, range(count), chunksize=max(1, count // (4 * workers))))
+        if workers > 1 and count >= _FEW_MASKS and "fork" in multiprocessing.get_all_start_methods():
+            fork = multiprocessing.get_context("fork")
+            with warnings.catch_warnings(), ProcessPoolExecutor(workers, mp_context=fork) as pool:
+                # Python 3.12 warns of forks in processes with threads; these children run numpy's integer code, or
+                # decode masks.
+                warnings.filterwarnings("ignore", category=DeprecationWarning, message=".*fork.*")
+                drawn = list(pool.map(self._packed_mask, range(count), chunksize=max(1, count // (4 * workers))))
+        else:
+            drawn = [self._packed_mask(number) for number in range(count)]
         # A file that cannot be read stands for many masks of the bank.
         self.broken += dict.fromkeys(one for _, broken in drawn for one in broken)
         packed = np.stack([mask for mask, _ in drawn])
