@@ -71,8 +71,9 @@ def samples(folder: Path) -> None:
         shutil.copy(file, folder / name)
 
 
-def before_and_after(pipe: Inpainter, file: Path, height: int = 230, gap: int = 6) -> None:
-    """Write the demo's pictures, their holes in white, and below each its fill, all scaled to `height`."""
+def before_and_after(pipe: Inpainter, file: Path) -> None:
+    """Write the demo's pictures, their holes in white, and below each its fill, all scaled to one height."""
+    height, gap = 230, 6  # pixels
     columns = []
     for picture_path, mask_path in sample_paths().values():
         fill = pipe(picture_path, mask_path)

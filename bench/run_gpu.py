@@ -36,9 +36,9 @@ BENCHES = (
 SHARES = {"build": 0.06, "contact": 0.17, "tests": 0.25, "tuning": 0.3}
 
 
-def parts(results: Path, minutes: float, python: str = sys.executable) -> list[tuple[str, float, list[str]]]:
+def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
     """(name, seconds it may take, command) in the order in which they run."""
-    seconds = 60 * minutes
+    seconds, python = 60 * minutes, sys.executable
     contact = [python, "bench/gpu_contact.py", str(results)]
     pytest = [python, "-m", "pytest", "-m", "gpu", "-q"]
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") is not None else []

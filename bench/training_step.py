@@ -38,20 +38,19 @@ class Step(NamedTuple):
     network: nn.Module
 
 
-def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> Step:
+def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") -> Step:
     """A training step on one fixed random batch.
 
     Args:
         form: of :data:`FORMS`.
         dtype: float32, or bfloat16 for autocast.
         batch: pictures per step.
-        name: for ``create_model``.
     """
     if form not in FORMS:
         raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
     torch.manual_seed(0)
     ours = form == "ours"
-    network = create_model(name, backend="auto" if ours else "eager").to(device).train()
+    network = create_model("lgnet", backend="auto" if ours else "eager").to(device).train()
     if form == "released":
         for module in network.modules():
             if isinstance(module, AttentionBlock):
@@ -97,10 +96,10 @@ class Memory(NamedTuple):
     step: int
 
 
-def memory_of(form: str, dtype: torch.dtype, batch: int, device: str = "cpu", name: str = "lgnet") -> Memory:
+def memory_of(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") -> Memory:
     """Memory of a training step in one of :data:`FORMS`. On a CPU it is measured for the whole process (Linux):
     call it once per process."""
-    step = make_step(form, dtype, batch, device, name)
+    step = make_step(form, dtype, batch, device)
     step.run()  # gradients and optimiser state exist from here on
     gc.collect()
     if device == "cuda":
@@ -125,6 +124,5 @@ if __name__ == "__main__":
     parser.add_argument("form", choices=FORMS)
     parser.add_argument("dtype", choices=tuple(DTYPES))
     parser.add_argument("batch", type=int)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     args = parser.parse_args()
-    print(json.dumps(memory_of(args.form, DTYPES[args.dtype], args.batch, args.device)._asdict()))
+    print(json.dumps(memory_of(args.form, DTYPES[args.dtype], args.batch)._asdict()))

@@ -50,20 +50,29 @@ def scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSION
             kept.append(name)
         folders[:] = kept
         for name in sorted(names):
-            suffix = Path(name).suffix.lower()
+            path = Path(parent) / name
+            suffix = path.suffix.lower()
             if name.startswith("."):
                 continue
-            path = Path(parent) / name
-            reason = reason_against_reading(EXTENSIONS[suffix]) if suffix in EXTENSIONS else None
-            if reason is None and suffix in suffixes and is_stream(path):
-                reason = "a pipe or a device, which may never end"
-            if suffix in suffixes and reason is None:
-                found.pictures.append(path)
-            elif suffix in OTHER_EXTENSIONS or reason is not None:
-                found.left_out.append((path, reason or unread(suffix)))
+            if suffix in suffixes:
+                reason = _reason_against(path, suffix)
+                if reason is None:
+                    found.pictures.append(path)
+                else:
+                    found.left_out.append((path, reason))
+            elif suffix in OTHER_EXTENSIONS:
+                found.left_out.append((path, unread(suffix)))
     for error in errors:
         found.left_out.append((Path(error.filename), f"the folder cannot be read ({error.strerror})"))
     return found
+
+
+def _reason_against(path: Path, suffix: str) -> str | None:
+    """Why a file with a suffix that is looked for cannot be read, or None."""
+    reason = reason_against_reading(EXTENSIONS[suffix]) if suffix in EXTENSIONS else None
+    if reason is None and is_stream(path):
+        return "a pipe or a device, which may never end"
+    return reason
 
 
 def unread(suffix: str) -> str:

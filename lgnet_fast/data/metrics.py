@@ -198,10 +198,10 @@ def _inception(source: str | Path | nn.Module | None) -> nn.Module:
 
 
 @contextmanager
-def _stalled_downloads_end(seconds: float = 30.0) -> Iterator[None]:
+def _stalled_downloads_end() -> Iterator[None]:
     """Set a timeout for urllib, which has none by default."""
     before = socket.getdefaulttimeout()
-    socket.setdefaulttimeout(seconds)
+    socket.setdefaulttimeout(30)  # seconds
     try:
         yield
     finally:

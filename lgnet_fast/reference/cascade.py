@@ -138,13 +138,13 @@ def check_inputs(image: Tensor, mask: Tensor, multiple: int) -> None:
 
 
 @torch.no_grad()
-def init_weights(module: nn.Module, std: float = 0.02) -> None:
-    """The paper's initialisation: conv weights N(0, std), BatchNorm weights N(1, std), biases 0."""
+def init_weights(module: nn.Module) -> None:
+    """The paper's initialisation: conv weights N(0, 0.02), BatchNorm weights N(1, 0.02), biases 0."""
     for m in module.modules():
         if isinstance(m, (nn.Conv2d, nn.ConvTranspose2d)):
-            nn.init.normal_(m.weight, 0.0, std)
+            nn.init.normal_(m.weight, 0.0, 0.02)
         elif isinstance(m, nn.BatchNorm2d):
-            nn.init.normal_(m.weight, 1.0, std)
+            nn.init.normal_(m.weight, 1.0, 0.02)
         else:
             continue
         if m.bias is not None:

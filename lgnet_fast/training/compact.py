@@ -64,14 +64,7 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
         next((float(moments["step"]) for moments in one["state"].values() if "step" in moments), 0.0)
         for one in state["optimisers"]
     ]
-    parts: list[dict[str, Tensor]] = [{}]
-    room = part_bytes
-    for name, tensor in tensors.items():
-        if parts[-1] and tensor.nbytes > room:
-            parts.append({})
-            room = part_bytes
-        parts[-1][name] = tensor.contiguous()
-        room -= tensor.nbytes
+    parts = _in_parts(tensors, part_bytes)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / _ABOUT).unlink(missing_ok=True)  # so that a pack that is cut off is not read with parts of two runs
     written = [folder / f"compact-{number:02d}.safetensors" for number in range(len(parts))]
@@ -87,6 +80,18 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
             written.append(folder / (file.name if file.name == LOG else f"model_{CONFIG_FILE}"))
             shutil.copyfile(file, written[-1])
     return written
+
+
+def _in_parts(tensors: Mapping[str, Tensor], part_bytes: int) -> list[dict[str, Tensor]]:
+    parts: list[dict[str, Tensor]] = [{}]
+    room = part_bytes
+    for name, tensor in tensors.items():
+        if parts[-1] and tensor.nbytes > room:
+            parts.append({})
+            room = part_bytes
+        parts[-1][name] = tensor.contiguous()
+        room -= tensor.nbytes
+    return parts
 
 
 def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> None:
