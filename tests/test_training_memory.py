@@ -139,6 +139,7 @@ def test_broken_pictures_are_told_of_once(tmp_path):
     assert name == str(tmp_path / "p" / "0.png")
     assert reason == "no picture that Pillow can read"
     assert next(batches)["broken"] == []
+    assert next(kept.batches(PositionSampler(0, 2, rank=1, processes=2)))["broken"] == []  # the first process tells
     (tmp_path / "p" / "1.png").write_bytes(b"broken")
     with pytest.raises(DataError, match="data.pictures: none of 2 can be read; the last: .*png: no picture"):
         memory(tmp_path / "p")

@@ -61,8 +61,8 @@ class DiscriminatorConfig:
     init_from: str | None = None
     """The authors' ``<epoch>_net_D.pth`` to go on from, which has the paper's `channels`."""
     by_hole: bool = False
-    """Weight each score by the hole ratio of its patch. In the paper all scores count equally, although most patches
-    of a merged picture are true pixels."""
+    """Weight each score by the hole ratio of its cell of the picture, of which there are as many as scores. In the
+    paper all scores count equally, although most cells of a merged picture are true pixels."""
     crop: int | None = None
     """Side of a square around a random hole pixel, which it judges instead of the whole picture."""
 

@@ -186,8 +186,9 @@ class MemoryBatches:
         return {"image": image, "mask": hole[:, None].float(), "name": names, "broken": []}
 
     def batches(self, sampler: PositionSampler) -> Iterator[dict[str, Any]]:
-        """Endless batches in the sampler's order; the first one lists pictures that cannot be read."""
-        broken = self.broken
+        """Endless batches in the sampler's order; the first one of the first process lists pictures that cannot be
+        read, because every process has read all of them."""
+        broken = self.broken if sampler.rank == 0 else []
         for positions in sampler:
             yield {**self.batch(positions[0], len(positions)), "broken": broken}
             broken = []
