@@ -27,7 +27,7 @@ from .native import run as native
 
 ROOT = Path(__file__).resolve().parent.parent
 RECIPES = Path(__file__).resolve().parent / "recipes"
-EXAMPLES = {"operator": "masked_l1", "instruction set": "sse41", "command": "holes"}
+EXAMPLES = {"operator": "masked_l1", "stage": "P", "instruction set": "sse41", "command": "holes"}
 """Recipe -> the X of its example."""
 
 
@@ -61,6 +61,12 @@ def follow(recipe: str, tree: Path) -> None:
 def run(command: list[str], folder: Path, **environment: str) -> None:
     done = subprocess.run(command, cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-4000:]
+
+
+def with_the_extension(place: Path) -> None:
+    """Adds this checkout's extension, where it has one: the recipe does not change its sources."""
+    for built in (ROOT / "lgnet_fast").glob("_C.*"):
+        shutil.copy(built, place / "lgnet_fast")
 
 
 def copy_of_the_tree(folder: Path) -> Path:
@@ -130,6 +136,16 @@ def test_a_command_by_its_recipe(tmp_path: Path) -> None:
     tree = copy_of_the_tree(tmp_path)
     follow("command", tree)
     run_tests(installed(tree, LGNET_FAST_NO_EXTENSION="1"), "tests/test_cli_holes.py")
+
+
+@pytest.mark.once
+def test_a_stage_by_its_recipe(tmp_path: Path) -> None:
+    """The network, the plan, the engine on the CPU in C++ where this machine has it, and the counts."""
+    tree = copy_of_the_tree(tmp_path)
+    follow("stage", tree)
+    place = installed(tree, LGNET_FAST_NO_EXTENSION="1")
+    with_the_extension(place)
+    run_tests(place, "tests/test_plan.py::test_a_stage_of_a_new_class", "tests/test_models.py::test_parameter_counts")
 
 
 @pytest.mark.once
