@@ -238,10 +238,17 @@ def test_a_config_is_not_blamed_for_the_callers_arguments(tmp_path):
         ({"backend": "nope"}, "backend: expected one of ('auto', 'eager', 'triton', 'cpp'), got 'nope'"),
         ({"coarse_channels": 0}, "coarse_channels: expected a positive integer, got 0"),
         ({"nonsense": 1}, "LGNet.__init__() got an unexpected keyword argument 'nonsense'"),
+        ({"map_location": 7}, "map_location: expected a torch.device or its name, got 7"),
+        (
+            {"map_location": torch.device("meta")},
+            "map_location: expected a device of this machine, got 'meta' (it has no memory)",
+        ),
     ):
         with pytest.raises(WeightsError) as caught:
             LGNet.from_pretrained(tmp_path, **arguments)
         assert str(caught.value) == f"weights: {str(tmp_path)!r} could not be loaded: {message}"
+    with pytest.raises(WeightsError, match=r": map_location: expected a device of this machine, got 'tape' \(.+\)$"):
+        LGNet.from_pretrained(tmp_path, map_location="tape")
     (tmp_path / "config.json").write_text(json.dumps(config | {"variant": "nips"}))
     with pytest.raises(WeightsError, match=r"/config.json: variant: expected one of .*, got 'nips'$"):
         LGNet.from_pretrained(tmp_path, backend="eager")

@@ -25,6 +25,7 @@ from .pretrained import (
     WEIGHTS_FILE,
     check_config,
     check_hub_config,
+    check_map_location,
     config_errors,
     find_weights,
     read_safetensors,
@@ -291,7 +292,8 @@ class LGNet(
 
         Args:
             pretrained_model_name_or_path: directory or hub id ("owner/name").
-            kwargs: ``backend=``, and those of huggingface_hub (revision, cache_dir, local_files_only, token).
+            kwargs: ``backend=``; ``map_location=``, the device of the weights (default: "cpu"); and those of
+                huggingface_hub (revision, cache_dir, local_files_only, token).
 
         Returns:
             The model in eval mode.
@@ -339,6 +341,7 @@ class LGNet(
         )
         hub = {key: kwargs.pop(key) for key in options if key in kwargs}
         kwargs.pop("strict", None)  # always strict
+        check_map_location(map_location)
         own = kwargs.keys() & given
         with config_errors(f"{model_id}/{CONFIG_FILE}", kwargs.keys() - own, own), torch.device("meta"):
             model = cls(**kwargs)

@@ -170,6 +170,19 @@ def check_names_and_shapes(found: Mapping[str, Any], expected: Mapping[str, tupl
         raise WeightsError(f"{what}: names and shapes do not fit. " + " | ".join(parts))
 
 
+def check_map_location(map_location: object) -> None:
+    """Raise TypeError or ValueError unless it is a device that tensors can be loaded to on this machine."""
+    if not isinstance(map_location, (str, torch.device)):
+        raise TypeError(f"map_location: expected a torch.device or its name, got {map_location!r:.80}")
+    try:
+        usable = not torch.empty(0, device=map_location).is_meta
+        reason = "it has no memory"
+    except (RuntimeError, AssertionError) as error:
+        usable, reason = False, (str(error) or type(error).__name__).partition("\n")[0]
+    if not usable:
+        raise ValueError(f"map_location: expected a device of this machine, got {str(map_location)!r} ({reason})")
+
+
 def read_safetensors(
     source: str, expected: Mapping[str, Tensor], map_location: str | torch.device, **hub: Any
 ) -> dict[str, Tensor]:
