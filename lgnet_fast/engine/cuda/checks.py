@@ -11,10 +11,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.torch_state import pass_on_out_of_memory, strict_float32, tf32_allowed
-from ..plan import PICTURE, Plan
+from ..plan import PICTURE, Plan, Step, View
 from ..torch_executor import TorchExecutor
 from .graph_executor import GraphExecutor
 from .graphs import error_text
+from .memory import Memory
 from .verdicts import Check
 
 LIMITS = {torch.float16: 2e-2, torch.bfloat16: 4e-2, torch.float32: 1e-3}
@@ -137,45 +138,72 @@ def check_steps(executor: GraphExecutor, plan: Plan, example: Example) -> list[C
     with strict_float32():
         exact = TorchExecutor(plan).buffers_after(example.image, example.mask, example.start)
     limit = _STEP_LIMITS[executor.dtype]
+    steps = {step.name: step for step in plan.steps}
+    stages, stage = sum(step.merges for step in plan.steps), 0
     checks = []
     with torch.inference_mode(False), torch.no_grad(), executor.turn():
         memory = executor.memory
         memory.take(example.image, example.mask, example.start)
-        launches = executor.launches_by_step(example.start is not None)
-        stage = 0
-        for name, own in launches:
-            step = next((s for s in plan.steps if s.name == name), None)
-            expected: list[tuple[Tensor, Tensor]] = []
-            if step is None:
-                start = torch.ones_like(example.image) if example.start is None else example.start
-                painted = example.image * (1 - example.mask) + start * example.mask
-                picture = torch.cat((painted, example.mask), dim=1)
-                expected.append((memory.maps[PICTURE].permute(0, 3, 1, 2), picture))
-                memory.maps[PICTURE].fill_(torch.nan)
-            else:
-                for view in (step.source, step.residual):
-                    if view is not None and view.buffer != PICTURE:
-                        values = exact[view.buffer][:, view.offset : view.offset + view.channels]
-                        memory.view(view).copy_(values.permute(0, 2, 3, 1))
-                for store in step.stores:
-                    view = store.view
-                    values = exact[view.buffer][:, view.offset : view.offset + view.channels]
-                    found = memory.view(view).permute(0, 3, 1, 2)
-                    if step.merges:
-                        stage += 1
-                        found = memory.outputs[stage]
-                    found.fill_(torch.nan)
-                    expected.append((found, values))
-            checks.append(_check_step(name, own, expected, limit))
-            if step is None:
-                expected[0][0].copy_(expected[0][1])
-            elif step.merges and stage < sum(s.merges for s in plan.steps):
-                merged = example.image * (1 - example.mask) + expected[0][1] * example.mask
-                found = memory.maps[PICTURE].permute(0, 3, 1, 2)[:, :3]
-                if checks[-1].passed:
-                    checks[-1] = _compare(name, [(found, merged)], limit)
-                found.copy_(merged)
+        for name, launches in executor.launches_by_step(example.start is not None):
+            if name not in steps:
+                checks.append(_check_painting(name, launches, memory, example, limit))
+                continue
+            step = steps[name]
+            stage += step.merges
+            _write_operands(memory, step, exact)
+            results = _spoilt_results(memory, step, stage, exact)
+            check = _check_step(name, launches, results, limit)
+            if step.merges and stage < stages:
+                check = _check_merging(check, memory, example, results[0][1], limit)
+            checks.append(check)
     return checks
+
+
+def _values(exact: dict[str, Tensor], view: View) -> Tensor:
+    """The exact values of a view, [B, C, H, W]."""
+    return exact[view.buffer][:, view.offset : view.offset + view.channels]
+
+
+def _write_operands(memory: Memory, step: Step, exact: dict[str, Tensor]) -> None:
+    """What a step reads, except the picture, which the steps before it have left exact."""
+    for view in (step.source, step.residual):
+        if view is not None and view.buffer != PICTURE:
+            memory.view(view).copy_(_values(exact, view).permute(0, 2, 3, 1))
+
+
+def _spoilt_results(memory: Memory, step: Step, stage: int, exact: dict[str, Tensor]) -> list[tuple[Tensor, Tensor]]:
+    """Where a step stores, filled with NaN, and what must be there; `stage`: number of the stages that have ended."""
+    results = []
+    for store in step.stores:
+        found = memory.outputs[stage] if step.merges else memory.view(store.view).permute(0, 3, 1, 2)
+        found.fill_(torch.nan)
+        results.append((found, _values(exact, store.view)))
+    return results
+
+
+def _check_painting(name: str, launches: Callable[[], None], memory: Memory, example: Example, limit: float) -> Check:
+    """Check the launch before the first step, which paints the hole, and leave the exact picture."""
+    start = torch.ones_like(example.image) if example.start is None else example.start
+    painted = example.image * (1 - example.mask) + start * example.mask
+    exact = torch.cat((painted, example.mask), dim=1)
+    found = memory.maps[PICTURE].permute(0, 3, 1, 2)
+    found.fill_(torch.nan)
+    check = _check_step(name, launches, [(found, exact)], limit)
+    found.copy_(exact)
+    return check
+
+
+def _check_merging(check: Check, memory: Memory, example: Example, exact: Tensor, limit: float) -> Check:
+    """Check the picture that the end of a stage leaves for the next, and leave the exact one.
+
+    `check`: of the stage's raw picture, `exact`; it is the result where it has failed.
+    """
+    merged = example.image * (1 - example.mask) + exact * example.mask
+    found = memory.maps[PICTURE].permute(0, 3, 1, 2)[:, :3]
+    if check.passed:
+        check = _compare(check.name, [(found, merged)], limit)
+    found.copy_(merged)
+    return check
 
 
 def _check_step(

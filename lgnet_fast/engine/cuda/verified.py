@@ -17,7 +17,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -28,7 +28,7 @@ from ...reference.lgnet import LGNet, LocalGlobalRefinement
 from ..model_executor import ModelExecutor
 from ..plan import Plan
 from . import measure as cuda_measure
-from .checks import Example, Runner, check_steps, checked_plan, judge, make_example, one_picture
+from .checks import Example, check_steps, checked_plan, judge, make_example, one_picture
 from .executor import CudaExecutor
 from .graph_executor import GraphExecutor
 from .graphs import error_text, free_cached
@@ -132,6 +132,71 @@ def _built(
     return Guarded(engine if verdict.runs == "graph" else engine.without_graphs())
 
 
+class _Decision(NamedTuple):
+    executor: Guarded | ModelExecutor
+    verdict: Verdict
+    warned: bool = False
+    """Whether the verdict's reason has been logged."""
+
+
+class _Trial:
+    """The paths of one engine, each tried on the same example.
+
+    Args:
+        model, plan, dtype: of the engine.
+        checked: the plan with the sizes of the check.
+    """
+
+    def __init__(self, model: LGNet | LocalGlobalRefinement, plan: Plan, checked: Plan, dtype: torch.dtype) -> None:
+        self.model, self.plan, self.checked, self.dtype = model, plan, checked, dtype
+        self.device = plan.steps[0].weight.device
+        self.example = make_example(checked, self.device, dtype, isinstance(model, LocalGlobalRefinement))
+        self.checks: list[Check] = []
+        """What was found, in order."""
+
+    def at_size(self, executor: GraphExecutor) -> GraphExecutor:
+        """The executor for the sizes of the check."""
+        return _of_size(executor, self.plan, self.checked)
+
+    def passes(self, name: str, executor: Any) -> bool:
+        """Whether an executor for the sizes of the check computes the example."""
+        self.checks.append(judge(name, lambda image, mask, start: executor.run(image, mask, start)[0], self.example))
+        return self.checks[-1].passed
+
+    def engine(self, engine: GraphExecutor) -> _Decision | None:
+        """The engine with its graphs, else its launches one by one; None where neither passes."""
+        sized = self.at_size(engine)
+        if self.passes("graph" if engine.uses_graphs else "direct", sized):
+            reason = sized.graph_reason
+            runs = "graph" if engine.uses_graphs and reason is None else "direct"
+            verdict = Verdict(runs, reason, (), reason is not None, tuple(self.checks))
+            return _Decision(Guarded(engine), verdict, warned=True)  # a failed capture has logged its reason
+        if not engine.uses_graphs:
+            return None
+        direct, reason = engine.without_graphs(), str(self.checks[-1])
+        if not self.passes("direct", self.at_size(direct)):
+            return None
+        return _Decision(Guarded(direct), Verdict("direct", reason, (), False, tuple(self.checks)))
+
+    def steps(self, engine: CudaExecutor) -> tuple[tuple[str, ...], bool]:
+        """Names of the steps that fail by themselves, and whether all do."""
+        found = _each_step(self.at_size(engine.without_graphs()), self.checked, self.example)
+        self.checks += found
+        failed = tuple(check.name for check in found if not check.passed)
+        return failed, len(failed) == len(found)
+
+    def library(self, steps: tuple[str, ...]) -> Guarded | None:
+        """These steps, or all where none is named, by PyTorch's operators; None where that does not pass."""
+        try:
+            library = LibraryExecutor.of_steps(self.plan, self.dtype, device=self.device, steps=steps or None)
+            sized = self.at_size(library)
+        except Exception as raised:
+            pass_on_out_of_memory(raised)
+            self.checks.append(Check("library", problem=error_text(raised)))
+            return None
+        return Guarded(library) if self.passes("library", sized) else None
+
+
 def _decide(
     engine: GraphExecutor | None,
     problem: str | None,
@@ -139,57 +204,28 @@ def _decide(
     plan: Plan,
     checked: Plan,
     dtype: torch.dtype,
-) -> tuple[Guarded | ModelExecutor, Verdict, bool]:
-    """(executor, verdict, whether its reason has been logged). checked: the plan with the sizes of the check."""
-    device = plan.steps[0].weight.device
-    example = make_example(checked, device, dtype, isinstance(model, LocalGlobalRefinement))
-
-    def at_size(executor: GraphExecutor) -> GraphExecutor:
-        return _of_size(executor, plan, checked)
-
-    def runner(executor: Any) -> Runner:
-        return lambda image, mask, start: executor.run(image, mask, start)[0]
-
-    checks: list[Check] = []
+) -> _Decision:
+    """The first path that passes, else the model. engine: None where it could not be made, by `problem`."""
+    trial = _Trial(model, plan, checked, dtype)
     steps: tuple[str, ...] = ()
     nothing_runs = False  # no kernel: then the set-up is at fault, such as a missing C compiler, and may be mended
     if engine is None:
-        checks.append(Check("engine", problem=problem))
-    else:
-        sized = at_size(engine)
-        checks.append(judge("graph" if engine.uses_graphs else "direct", runner(sized), example))
-        if checks[-1].passed:
-            reason = sized.graph_reason
-            runs = "graph" if engine.uses_graphs and reason is None else "direct"
-            # a failed capture has logged its reason
-            return Guarded(engine), Verdict(runs, reason, (), reason is not None, tuple(checks)), True
-        if engine.uses_graphs:
-            direct = engine.without_graphs()
-            checks.append(judge("direct", runner(at_size(direct)), example))
-            if checks[-1].passed:
-                return Guarded(direct), Verdict("direct", str(checks[0]), (), False, tuple(checks)), False
-        if isinstance(engine, CudaExecutor):
-            by_step = _each_step(at_size(engine.without_graphs()), checked, example)
-            checks += by_step
-            steps = tuple(check.name for check in by_step if not check.passed)
-            nothing_runs = len(steps) == len(by_step)
-    reason = _problems(checks)
+        trial.checks.append(Check("engine", problem=problem))
+    elif (decision := trial.engine(engine)) is not None:
+        return decision
+    elif isinstance(engine, CudaExecutor):
+        steps, nothing_runs = trial.steps(engine)
+    reason = _problems(trial.checks)
     attempts = [steps, ()] if 0 < len(steps) <= len(plan.steps) else [()]
     if isinstance(engine, OperatorExecutor):
         attempts = []  # PyTorch's operators have failed already
     for attempt in attempts:
-        try:
-            library = LibraryExecutor.of_steps(plan, dtype, device=device, steps=attempt or None)
-            checks.append(judge("library", runner(at_size(library)), example))
-        except Exception as raised:
-            pass_on_out_of_memory(raised)
-            checks.append(Check("library", problem=error_text(raised)))
-        if checks[-1].passed:
-            return Guarded(library), Verdict("library", reason, attempt, nothing_runs, tuple(checks)), False
-        reason += f"; {checks[-1]}"
-    last = ModelExecutor(model, device, dtype, "eager")
-    checks.append(judge("model", runner(last), example))
-    return last, Verdict("model", reason, (), not checks[-1].passed, tuple(checks)), False
+        if (library := trial.library(attempt)) is not None:
+            return _Decision(library, Verdict("library", reason, attempt, nothing_runs, tuple(trial.checks)))
+        reason += f"; {trial.checks[-1]}"
+    last = ModelExecutor(model, trial.device, dtype, "eager")
+    passed = trial.passes("model", last)
+    return _Decision(last, Verdict("model", reason, (), not passed, tuple(trial.checks)))
 
 
 def _problems(checks: Sequence[Check]) -> str:
