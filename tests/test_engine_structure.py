@@ -201,6 +201,21 @@ def test_other_weights_of_the_same_layers_are_planned(model: LGNet, change: Call
     assert_runs_as(engine, model, before)
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", [by_parametrization, by_spectral_hook])
+def test_a_model_in_training_is_left_as_it_is(model: LGNet, change: Callable[[LGNet], None]) -> None:
+    """Reading a weight with spectral normalisation must not improve its singular vectors; the results are those of
+    evaluation mode."""
+    before = copy.deepcopy(model)
+    change(model.train())
+    state = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    engine = optimize(model, device="cpu", dtype="float32")
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    assert [module.training for module in model.modules()] == modes
+    assert_runs_as(engine, model.eval(), before)
+
+
 class Forgotten(nn.Module):
     def forward(self, image: Tensor, mask: Tensor) -> None:
         pass

@@ -43,7 +43,13 @@ from .plan import PICTURE, Plan
 from .recent import Recent
 from .regions import Rect
 from .saved import read_engine, write_engine
-from .structure import plain_stages, reason_against_engine, reason_against_plan, refresh_weights
+from .structure import (
+    plain_stages,
+    reason_against_engine,
+    reason_against_plan,
+    refresh_weights,
+    weights_in_evaluation,
+)
 
 if TYPE_CHECKING:
     from rich.table import Table
@@ -472,7 +478,8 @@ def optimize(
             executor = ModelExecutor(model, target, computed)
         else:
             refresh_weights(model)
-            plan = build_plan(plan_stages(model), batch, height, width)
+            with weights_in_evaluation(model):
+                plan = build_plan(plan_stages(model), batch, height, width)
             executor = _executor(model, plan, target, computed, SECONDS if tune is True else float(tune))
     return Engine(model, plan.without_weights(), executor, target, hole_aware)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Iterator
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from torch.nn.utils import prune
 from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
-from ..reference.attention import AttentionBlock
+from ..reference.attention import AttentionBlock, computes_as
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS, Down, LocalNet, UNet
 from .build import plan_stages
@@ -118,12 +119,8 @@ def _difference(stage: str, net: nn.Module, plain: nn.Module) -> str | None:
 
 def _own_code(module: nn.Module, kind: type[nn.Module]) -> str | None:
     """Code that runs in a module and not in one of `kind`, in words."""
-    same = [type(module).forward is kind.forward]
-    if issubclass(kind, (nn.Conv2d, nn.ConvTranspose2d)):
-        same.append(isinstance(module, kind))
-    if issubclass(kind, nn.Conv2d):
-        same.append(getattr(type(module), "_conv_forward", None) is nn.Conv2d._conv_forward)
-    if not all(same) and not (kind is nn.BatchNorm2d and type(module) is nn.SyncBatchNorm):
+    synchronised = kind is nn.BatchNorm2d and type(module) is nn.SyncBatchNorm
+    if not computes_as(module, kind) and not synchronised:
         return f"is not {kind.__name__} but {type(module).__name__}, which has a forward of its own"
     if "forward" in vars(module) and not any(hasattr(module, name) for name in _REPLACED_FORWARD):
         return "has another forward"
@@ -132,6 +129,25 @@ def _own_code(module: nn.Module, kind: type[nn.Module]) -> str | None:
     if not all(isinstance(hook, _COMPUTE_WEIGHTS) for hook in module._forward_pre_hooks.values()):
         return "has a forward pre-hook"
     return None
+
+
+@contextlib.contextmanager
+def weights_in_evaluation(model: nn.Module) -> Iterator[None]:
+    """Compute parametrized weights as in evaluation mode, whatever the mode of the model.
+
+    In training mode, each reading of a weight with spectral normalisation would improve its singular vectors, which
+    are part of the user's model.
+    """
+    training = [
+        module for name, module in model.named_modules() if module.training and "parametrizations" in name.split(".")
+    ]
+    for module in training:
+        module.training = False
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def refresh_weights(model: nn.Module) -> None:

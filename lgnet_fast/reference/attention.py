@@ -105,11 +105,22 @@ def _joined(attended: Tensor, features: Tensor, variant: str) -> Tensor:
     return torch.cat((attended, features) if variant == "released" else (features, attended), dim=1)
 
 
+def computes_as(layer: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a layer's class is `kind`, or one of its sub-classes that compute the same from other weights.
+
+    What was added to the layer itself (hooks, another `forward`) is not looked at: what of that is harmless depends
+    on whether its weights are read once or its call is replaced.
+    """
+    same = isinstance(layer, kind) and type(layer).forward is kind.forward
+    if issubclass(kind, nn.Conv2d):
+        same = same and getattr(type(layer), "_conv_forward", None) is nn.Conv2d._conv_forward
+    return same
+
+
 def _is_plain(layer: nn.Module) -> bool:
     """Whether a call of `layer` computes ``conv2d(x, layer.weight, layer.bias)`` and nothing else."""
     return (
-        type(layer).forward is nn.Conv2d.forward
-        and getattr(type(layer), "_conv_forward", None) is nn.Conv2d._conv_forward
+        computes_as(layer, nn.Conv2d)
         and "forward" not in layer.__dict__
         and layer.bias is not None
         and not layer._forward_pre_hooks
