@@ -190,10 +190,13 @@ struct AttentionBackward {
         along += g * (f[c * n + p] + shift) * inverse;
       }
       // A clamped norm is a constant; the derivative is then the division alone.
-      if (!w.released && inverse == T{1} / static_cast<T>(1e-12)) along = 0;
+      const bool clamped = !w.released && inverse == T{1} / static_cast<T>(1e-12);
+      if (clamped) along = 0;
       for (int64_t c = 0; c < w.channels; ++c) {
         T& g = total[c * kPositionsPerTile + t];
-        g = (g - along * (f[c * n + p] + shift) * inverse) * inverse;
+        // The key of one channel is its sign, which has no slope: the rounded product would leave some of it.
+        const bool sign = w.channels == 1 && !clamped;
+        g = (g - (sign ? g : along * (f[c * n + p] + shift) * inverse)) * inverse;
         if (!w.released) {
           for (int64_t r = 0; r < w.query_ranges; ++r) g += w.grad_value[r * copy + offset + c];
         }

@@ -298,6 +298,18 @@ def test_slopes_are_zero_where_one_weight_is_one(isa, channels, scale):
     assert (got - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_the_key_of_one_channel_has_no_slope(isa, variant):
+    """It is the sign of the feature. What rounding leaves of its gradient is divided by the feature, here 1e-4."""
+    features, _, _, grad = make((2, 1, 6, 7))
+    features = features.sign() * torch.linspace(1e-4, 2, features.numel()).view(features.shape)
+    exact, truth = with_grads(lambda x: attention(x, variant)[0], [features.double()], grad.double())
+    attended, stats = cpu.attention_forward(features, variant)
+    assert_accurate("out", attended, exact, roundings=16)
+    found = cpu.attention_backward(grad, features, attended, stats, variant)
+    assert (found - truth).abs().max() < 1e-5 * truth.abs().max()
+
+
 def test_a_bias_larger_than_the_products(isa):
     features, weight, bias, _ = make((1, 200, 6, 7), seed=4)
     inputs = (features, weight, bias * 1e4)

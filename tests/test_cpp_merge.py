@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
@@ -66,7 +68,17 @@ def test_tanh_to_a_few_ulp(isa):
     special = torch.tensor([float("nan"), float("inf"), -float("inf")]).view(1, 3, 1, 1)
     got = cpu_merge.merge_forward(torch.zeros_like(special), special, torch.ones(1, 1, 1, 1), tanh=True).flatten()
     assert got[0].isnan()
-    assert got[1:].tolist() == pytest.approx([1.0, -1.0], abs=1e-6)
+    assert got[1:].tolist() == [1.0, -1.0]
+
+
+def test_tanh_is_1_and_flat_where_it_rounds_to_1(isa):
+    """From 13 log 2 on. A result a few roundings below 1 would have a slope of some 1e-7 instead of 0."""
+    x = torch.logspace(math.log10(13 * math.log(2) + 1e-5), 38, 999).repeat(3).view(1, 3, 1, -1)
+    x[:, 1] *= -1
+    ones, zeros = torch.ones(1, 1, 1, x.shape[3]), torch.zeros_like(x)
+    assert torch.equal(cpu_merge.merge_forward(zeros, x, ones, tanh=True), x.sign())
+    slope = cpu_merge.merge_backward(torch.ones_like(x), zeros, x, ones, tanh=True)[1]
+    assert torch.equal(slope, zeros)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)

@@ -49,9 +49,11 @@ constexpr float kExp2Short[3] = {6.95116786e-01f, 2.27644991e-01f, 7.70670420e-0
 // products with values and gradients may be subnormal numbers, with which an operation takes over a hundred cycles.
 constexpr float kExp2Lowest = -64.0f;
 
-// tanh(x) = x * p(x^2) / q(x^2) on [-7.99881, 7.99881], where it reaches 1 in float32 (the rational approximation
-// of Eigen's generic_fast_tanh_float).
+// tanh(x) = x * p(x^2) / q(x^2) on [-7.99881, 7.99881], where it comes as near to 1 as its roundings let it (the
+// rational approximation of Eigen's generic_fast_tanh_float). From 13 log 2 on, tanh rounds to 1 in float32: it must
+// be exactly 1 there, or the slope 1 - tanh^2 of a saturated output would not be 0.
 constexpr float kTanhBound = 7.99881172180175781f;
+constexpr float kTanhOne = 9.01091334f;
 constexpr float kTanhLinear = 4e-4f;
 constexpr float kTanhP[7] = {4.89352455891786e-03f, 6.37261928875436e-04f,  1.48572235717979e-05f,
                              5.12229709037114e-08f, -8.60467152213735e-11f, 2.00018790482477e-13f,
@@ -124,9 +126,10 @@ LGNET_INLINE typename V::Reg tanh(typename V::Reg x) {
     Reg p = V::set1(kTanhP[6]), q = V::set1(kTanhQ[3]);
     for (int i = 5; i >= 0; --i) p = V::fma(p, square, V::set1(kTanhP[i]));
     for (int i = 2; i >= 0; --i) q = V::fma(q, square, V::set1(kTanhQ[i]));
-    const Reg ratio = V::div(V::mul(bounded, p), q);
+    const Reg ratio = V::div(V::mul(bounded, p), q), size = V::abs(x);
+    const Reg result = V::select_greater(size, V::set1(kTanhOne), V::clamp(x, 1), ratio);
     // tanh(x) = x for tiny arguments; NaN compares false, so it is kept too.
-    return V::select_greater(V::abs(x), V::set1(kTanhLinear), ratio, x);
+    return V::select_greater(size, V::set1(kTanhLinear), result, x);
   }
 }
 
