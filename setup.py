@@ -17,6 +17,7 @@ from __future__ import annotations
 import itertools
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -35,6 +36,9 @@ REASON_FILE = "_C_unavailable.txt"
 # csrc/isa_*.cpp by target pragmas, so that the same flags serve every file and every build path.
 SOURCES = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").glob("*.cpp"))
 HEADERS = sorted(p.relative_to(ROOT).as_posix() for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".inc"))
+# In the extension, so that an editable install notices one that was built from other sources than it has.
+DIGEST = runpy.run_path(str(ROOT / "lgnet_fast" / "cpp_sources.py"))["digest"](ROOT)
+DEFINED = ("csrc/module.cpp", "LGNET_SOURCES", f"{DIGEST}ULL")
 
 
 def ninja_executable() -> str | None:
@@ -130,6 +134,8 @@ class BuildExtension(build_ext):
         try:
             ninja = ninja_executable()
             if ninja is None or self.compiler.compiler_type != "unix":
+                for ext in self.extensions:
+                    ext.define_macros.append(DEFINED[1:])
                 super().build_extensions()
             else:
                 for ext in self.extensions:
@@ -170,11 +176,13 @@ class BuildExtension(build_ext):
         lines = [
             "ninja_required_version = 1.5",
             f"rule compile\n  command = {command([*cxx, *includes, *ext.extra_compile_args])} "
-            "-MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
+            "$defined -MMD -MF $out.d -c $in -o $out\n  depfile = $out.d\n  deps = gcc",
             f"rule link\n  command = {command(link)} $in {command(ext.extra_link_args)} -o $out",
         ]
         for source, obj in zip(ext.sources, objects, strict=True):
             lines.append(f"build {escape(obj)}: compile {escape(Path(source).resolve())}")
+            if source == DEFINED[0]:  # of the others, those are compiled again that have changed
+                lines.append(f"  defined = -D{DEFINED[1]}={DEFINED[2]}")
         lines.append(f"build {escape(target)}: link {' '.join(escape(o) for o in objects)}")
         build_file = temp / "build.ninja"
         build_file.write_text("\n".join(lines) + "\n", encoding="utf-8")

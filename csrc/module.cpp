@@ -14,6 +14,7 @@ namespace py = pybind11;
 
 PYBIND11_MODULE(_C, m) {
   lgnet::watch_forks();
+  m.attr("sources") = LGNET_SOURCES;  // their digest, by setup.py
   m.doc() = "Fused CPU kernels of lgnet_fast; called through lgnet_fast.ops.cpu and lgnet_fast.engine";
   using NoGil = py::call_guard<lgnet::ReleasedGil>;
   m.def("attention_forward", &lgnet::attention_forward, NoGil());

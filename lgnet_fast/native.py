@@ -6,13 +6,16 @@ The extension does not depend on PyTorch. A tensor is passed as ten integers, se
 from __future__ import annotations
 
 import importlib
+import logging
 from pathlib import Path
 from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from . import forks
+from . import cpp_sources, forks
+
+logger = logging.getLogger("lgnet_fast")
 
 DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float64: 2, torch.float16: 3}
 """Element types of the extension and their numbers (``DType`` in csrc/common.h)."""
@@ -38,10 +41,23 @@ def _load() -> ModuleType | None:
                 why = note.read_text(encoding="utf-8").strip() if note.is_file() else str(error)
                 _reason = f"the C++ extension lgnet_fast._C is not installed: {why}"
             else:
+                _notice_other_sources(module)
                 if forks.forked():
                     module.mark_forked()  # a module that was loaded before a fork detects it
                 _module = module
     return _module
+
+
+def _notice_other_sources(module: ModuleType) -> None:
+    """Warn where an editable install has an extension of other sources: results may be those of another version."""
+    root = Path(__file__).resolve().parent.parent
+    digest = cpp_sources.digest(root)
+    if digest is not None and getattr(module, "sources", None) != digest:
+        logger.warning(
+            "%s was built from other sources than %s; build it again: python setup.py build_ext --inplace",
+            module.__file__,
+            root / "csrc",
+        )
 
 
 def unavailable_reason() -> str | None:

@@ -21,6 +21,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from lgnet_fast import cpp_sources, native
+
 ROOT = Path(__file__).resolve().parent.parent
 
 if not (ROOT / "setup.py").is_file():
@@ -137,7 +139,8 @@ def test_commands_of_ninja(sources, tmp_path):
     (tmp_path / "ninja.py").write_text(f"BIN_DIR = {str(stand_in.parent)!r}\n")
     settings = {"CC": "cc-of-mine", "CXX": "ccache c++-of-mine", "CXXFLAGS": "-Ofast -DBAR=(x)", "MAX_JOBS": "many"}
     run(["setup.py", "-q", "build_ext", "--inplace"], sources, PYTHONPATH=str(tmp_path), **settings)
-    rules = dict(re.findall(r"rule (\w+)\n  command = (.*)", (tmp_path / "build.ninja").read_text()))
+    build = (tmp_path / "build.ninja").read_text()
+    rules = dict(re.findall(r"rule (\w+)\n  command = (.*)", build))
     for rule in ("compile", "link"):
         words = shlex.split(rules[rule])
         assert words[:2] == ["ccache", "c++-of-mine"]
@@ -148,6 +151,30 @@ def test_commands_of_ninja(sources, tmp_path):
     assert "-DBAR=(x)" in shlex.split(rules["compile"])
     assert "'-DBAR=(x)'" in rules["compile"]
     assert int((tmp_path / "jobs").read_text()) >= 1
+    # In one object only, so that a change of another source compiles that and no third.
+    defined = re.findall(r"compile (.*)\n  defined = -DLGNET_SOURCES=(\d+)ULL$", build, re.MULTILINE)
+    assert defined == [(str(sources / "csrc" / "module.cpp"), str(cpp_sources.digest(sources)))]
+    assert build.count("LGNET_SOURCES") == 1
+    assert " $defined " in rules["compile"]
+
+
+def test_an_extension_of_other_sources_is_noticed(sources, caplog):
+    """In a checkout; beside an installed package there are no sources."""
+    digest = cpp_sources.digest(sources)
+    assert digest == cpp_sources.digest(ROOT)
+    source = sources / "csrc" / "simd" / "plain.h"
+    source.write_text(source.read_text() + "// changed\n")
+    assert cpp_sources.digest(sources) not in (None, digest)
+    assert cpp_sources.digest(sources / "lgnet_fast") is None
+
+    native._notice_other_sources(SimpleNamespace(__file__="_C.so", sources=digest))
+    assert not caplog.records
+    for older in (SimpleNamespace(__file__="_C.so", sources=digest + 1), SimpleNamespace(__file__="_C.so")):
+        native._notice_other_sources(older)
+        (record,) = caplog.records
+        assert record.levelname == "WARNING"
+        assert re.search(r"^_C\.so was built from other sources than .*csrc; build it again: ", record.getMessage())
+        caplog.clear()
 
 
 def test_windows_takes_clang_cl_where_it_is_found(tmp_path, monkeypatch):

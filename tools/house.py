@@ -27,7 +27,7 @@ PACKAGE = "lgnet_fast"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("limits",),
-    ("version", "errors", "lazy", "forks", "samples", "weights"),
+    ("version", "cpp_sources", "errors", "lazy", "forks", "samples", "weights"),
     ("cache", "native"),
     ("reference",),
     ("ops",),
