@@ -119,6 +119,10 @@ def without_attention(model: LGNet) -> None:
         model.net_g.attention[level] = Scaled(nn.Identity())
 
 
+def own_attention(model: LGNet) -> None:
+    model.net_g.attention["d4"].run = lambda features, weight, bias, variant: 0.5 * features
+
+
 def more(model: LGNet) -> None:
     model.net_l.blocks.append(copy.deepcopy(model.net_l.blocks[0]))
 
@@ -147,6 +151,7 @@ WIDTH = 2 * NARROW["local_channels"]
         (wrapped("net_l.stem"), "net_l.stem is not ConvBlock but Scaled"),
         (wrapped("net_l"), "net_l is not LocalNet but Scaled"),
         (without_attention, "is not AttentionBlock but Scaled"),
+        (own_attention, "net_g.attention.d4 has an attention of its own"),
         (more, "net_l.blocks.4 is no layer of LGNet"),
     ],
 )
@@ -189,9 +194,28 @@ def one_convolution_twice(model: LGNet) -> None:
     model.net_l.blocks[1].first.conv = model.net_l.blocks[0].first.conv
 
 
+def attention_in_net_c(model: LGNet) -> None:
+    torch.manual_seed(1)
+    model.net_c = lively(create_model("lgnet", variant="paper", **NARROW, backend="eager")).float().net_g
+
+
+def no_attention_in_net_g(model: LGNet) -> None:
+    torch.manual_seed(1)
+    model.net_g = lively(create_model("C", **NARROW, backend="eager")).float().net_c
+
+
+def one_network_twice(model: LGNet) -> None:
+    """Not LGNet_share: its attention runs in both stages."""
+    model.net_c = model.net_g
+
+
+OTHER_WEIGHTS = [by_hook, by_parametrization, by_spectral_hook, pruned, one_convolution_twice]
+OTHER_NETWORKS = [attention_in_net_c, no_attention_in_net_g, one_network_twice]
+
+
 @needs_the_executor
 @pytest.mark.filterwarnings("ignore::FutureWarning")
-@pytest.mark.parametrize("change", [by_hook, by_parametrization, by_spectral_hook, pruned, one_convolution_twice])
+@pytest.mark.parametrize("change", OTHER_WEIGHTS + OTHER_NETWORKS)
 def test_other_weights_of_the_same_layers_are_planned(model: LGNet, change: Callable[[LGNet], None]) -> None:
     before = copy.deepcopy(model)
     change(model.eval())

@@ -211,11 +211,16 @@ def build_plan(stages: Iterable[tuple[str, nn.Module, bool]], batch: int, height
 def plan_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Module, bool]]:
     """The stages of a model as :func:`build_plan` takes them; for an X_LG, those after the first."""
     if isinstance(model, LocalGlobalRefinement):
-        return [("net_l", model.net_l, False), ("net_g", model.net_g, True)]
-    modules = dict(model.named_children())
+        return [("net_l", model.net_l, False), ("net_g", model.net_g, _attends(model.net_g, True))]
     stages = []
     for stage in model.stages.split("+"):
         name = STAGE_MODULES[stage]
         shared = stage == "C" and model.share_coarse
-        stages.append((name, modules[STAGE_MODULES["G_att"] if shared else name], stage == "G_att"))
+        net = getattr(model, STAGE_MODULES["G_att"] if shared else name)
+        stages.append((name, net, not shared and _attends(net, stage == "G_att")))
     return stages
+
+
+def _attends(net: nn.Module, made: bool) -> bool:
+    """Whether a call of a network runs attention blocks; `made`: whether LGNet has made the stage with some."""
+    return len(net.attention) > 0 if isinstance(net, UNet) else made

@@ -18,6 +18,7 @@ from torch.nn.utils.spectral_norm import SpectralNorm
 from torch.nn.utils.weight_norm import WeightNorm
 
 from ..reference.attention import AttentionBlock, computes_as
+from ..reference.backends import BACKENDS, functions
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
 from ..reference.networks import LEVELS, Down, LocalNet, UNet
 from .build import plan_stages
@@ -108,6 +109,8 @@ def _difference(stage: str, net: nn.Module, plain: nn.Module) -> str | None:
             found, wanted = getattr(own[name], setting), getattr(module, setting)
             if found != wanted:
                 return f"{where} has {setting} = {found}, not {wanted}"
+        if isinstance(module, AttentionBlock) and _own_attention(cast(AttentionBlock, own[name])):
+            return f"{where} has an attention of its own"
         for part in _PARTS.get(type(module), ()):
             if getattr(own[name], part) is None:
                 return f"{where} has no {part}"
@@ -129,6 +132,12 @@ def _own_code(module: nn.Module, kind: type[nn.Module]) -> str | None:
     if not all(isinstance(hook, _COMPUTE_WEIGHTS) for hook in module._forward_pre_hooks.values()):
         return "has a forward pre-hook"
     return None
+
+
+def _own_attention(block: AttentionBlock) -> bool:
+    """Whether a block runs other functions than :meth:`.Cascade.set_backend` injects, which all compute the same."""
+    injected = [function for backend in BACKENDS for function in functions(backend)[:2]]
+    return not all(function in injected for function in (block.attend, block.run))
 
 
 @contextlib.contextmanager
