@@ -130,12 +130,12 @@ class Engine:
     """The optimised form of a model; made by :func:`optimize`.
 
     Calling it is thread-safe. It holds packed copies of the weights (of an X_LG's first stage a plain one) and no
-    strong reference to the model. If the weights of the model or the eps of a BatchNorm change, or weights move,
-    while the model exists, the next call raises LGNetError. (Writes that PyTorch does not count are not noticed, only
-    a replacement or a move of the tensor: by optimisers with ``fused=True``, through ``.data`` and NumPy, by another
-    process through shared memory, and to weights created under ``torch.inference_mode``.) Engines cannot be pickled,
-    exported or transformed by ``torch.func``. They work under any default dtype, default device and inference mode;
-    in code that ``torch.compile`` compiles, a call is one operator.
+    strong reference to the model. If the weights of the model or the eps of a BatchNorm change, weights move, or a
+    layer is replaced, while the model exists, the next call raises LGNetError. (Writes that PyTorch does not count
+    are not noticed, only a replacement or a move of the tensor: by optimisers with ``fused=True``, through ``.data``
+    and NumPy, by another process through shared memory, and to weights created under ``torch.inference_mode``.)
+    Engines cannot be pickled, exported or transformed by ``torch.func``. They work under any default dtype, default
+    device and inference mode; in code that ``torch.compile`` compiles, a call is one operator.
 
     Where NaN or infinity in the weights or the input makes a hole sample of the model NaN or infinite, the engine's
     is too, also in a run restricted to holes. (An overflow that occurs only in the model, in a feature that its
@@ -434,9 +434,9 @@ def optimize(
             Without measurements a cost model chooses the kernels.
 
     Returns:
-        The engine. It keeps no reference to the weights of the model. A call after the weights or the eps of a
-        BatchNorm have changed raises an LGNetError; other changes of the model (a stride, an activation, a hook) are
-        not noticed: optimize it again.
+        The engine. It does not keep the model. A call after the weights or the eps of a BatchNorm have changed, or a
+        layer was replaced, raises an LGNetError; other changes of the model (a stride, a slope, a hook) are not
+        noticed: optimize it again.
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the message names it.
