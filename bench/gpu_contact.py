@@ -13,6 +13,7 @@ buffers    a run without graphs; every step's output beside the plan in plain Py
 graph      the whole forward: launched one by one, as a graph, without and with overlapping launches
 steps      each step in place: graphs of the first k steps, and differences, so weights come from memory
 holes      graphs restricted to square holes of 16, 64 and 128 pixels
+calls      whole calls of the engine on a picture on the GPU, with the host's work that a graph's replay does not need
 attention  block shapes of `attention_inference`: the loop over the keys, the projection, the sum over splits
 convs      tiles of every distinct convolution, timed in graphs that rotate copies of the weights (cold, as in place)
 peers      the engine beside the model in eager PyTorch (channels last, with and without a graph) and torch.compile
@@ -24,6 +25,7 @@ from __future__ import annotations
 import argparse
 import functools
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -267,6 +269,31 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
         )
 
 
+def time_calls(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
+    """Time calls of an engine as a program makes them: until a call returns, and until its result is there."""
+    from lgnet_fast import optimize
+
+    image, mask = picture(plan.batch)
+    size = (plan.height, plan.width)
+    engine = optimize(model, size, device=image.device, dtype=dtype, batch_size=plan.batch)
+    for side in (64, 128, None):
+        mask.fill_(side is None)
+        if side is not None:
+            start = (plan.height - side) // 2 - 5
+            mask[..., start : start + side, start : start + side] = 1
+        times = []
+        for number in range(60):
+            torch.cuda.synchronize()
+            begin = time.perf_counter()
+            engine(image, mask)
+            returned = time.perf_counter()
+            torch.cuda.synchronize()
+            if number >= 10:  # the first ones compile kernels and capture graphs
+                times.append((returned - begin, time.perf_counter() - begin))
+        returns, ends = (1e6 * statistics.median(some) for some in zip(*times))
+        log("calls", side=side, returns_us=round(returns, 1), ends_us=round(ends, 1))
+
+
 def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
     """Time the engine's graph in turn with other forms of the same network; the slowest to compile is last."""
     import copy
@@ -389,6 +416,8 @@ def measure(args: argparse.Namespace) -> None:
         time_steps(plan, dtype, shipped, log)
     if "holes" in sections:
         time_holes(plan, dtype, log)
+    if "calls" in sections:
+        time_calls(model, plan, dtype, log)
     search_shapes(sections, plan, dtype, log, args.tried, deadline)
     if "peers" in sections:
         peers(model, plan, dtype, log)
@@ -398,7 +427,7 @@ def main() -> int:
     """Measure the sections of the arguments, where there is a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default="compile,buffers,graph,steps,holes,peers,attention,convs")
+    parser.add_argument("--sections", default="compile,buffers,graph,steps,holes,calls,peers,attention,convs")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--model", default="lgnet")

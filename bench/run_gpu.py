@@ -49,7 +49,7 @@ def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
     rest = seconds * (1 - sum(SHARES.values())) / len(BENCHES)
     return [
         ("build", SHARES["build"] * seconds, pip),
-        ("contact", SHARES["contact"] * seconds, [*contact, "--sections", "compile,buffers,graph,steps"]),
+        ("contact", SHARES["contact"] * seconds, [*contact, "--sections", "compile,buffers,graph,steps,calls"]),
         ("tests", SHARES["tests"] * seconds, [*pytest, "tests", *workers, *limit, *junit]),
         (
             "tuning",

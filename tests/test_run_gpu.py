@@ -64,8 +64,8 @@ def test_a_part_that_hangs_is_cut_off_and_one_that_fails_is_noticed(capfd: pytes
     ("sections", "expected"),
     [
         (
-            "compile,buffers,graph,steps,holes,peers",
-            ["compile", "buffers", "graph shipped", "steps", "holes", "peers"],
+            "compile,buffers,graph,steps,holes,calls,peers",
+            ["compile", "buffers", "graph shipped", "steps", "holes", "calls", "peers"],
         ),
         ("peers,convs", ["convs 7", "graph tuned", "steps", "peers"]),
         ("attention", ["attention"]),
@@ -86,6 +86,7 @@ def test_contact_measures_the_sections_in_a_fixed_order(
     monkeypatch.setattr(gpu_contact, "time_graph", lambda *args: done.append(f"graph {args[-1]}"))
     monkeypatch.setattr(gpu_contact, "time_steps", lambda *_: done.append("steps"))
     monkeypatch.setattr(gpu_contact, "time_holes", lambda *_: done.append("holes"))
+    monkeypatch.setattr(gpu_contact, "time_calls", lambda *_: done.append("calls"))
     monkeypatch.setattr(gpu_contact, "peers", lambda *_: done.append("peers"))
     monkeypatch.setattr("lgnet_fast.engine.cuda.tuning_attention.tune_attention", lambda *_: done.append("attention"))
     convolutions = "lgnet_fast.engine.cuda.tuning_convolutions"
@@ -97,6 +98,34 @@ def test_contact_measures_the_sections_in_a_fixed_order(
     (line,) = (tmp_path / "contact_lgnet_float16_b4.jsonl").read_text().splitlines()
     machine = json.loads(line)
     assert (machine["section"], machine["device"], machine["multiprocessors"]) == ("machine", "A GPU", 100)
+
+
+def test_calls_are_timed_until_they_return_and_until_the_result_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock, masks = [0.0], []
+
+    def wait() -> None:
+        clock[0] += 5e-4
+
+    def engine(image: torch.Tensor, mask: torch.Tensor) -> None:
+        clock[0] += 1e-4
+        masks.append(int(mask.sum()))
+
+    monkeypatch.setattr(
+        gpu_contact, "picture", lambda batch: (torch.zeros(1, 3, 256, 256), torch.zeros(1, 1, 256, 256))
+    )
+    monkeypatch.setattr(gpu_contact.time, "perf_counter", lambda: clock[0])
+    monkeypatch.setattr(torch.cuda, "synchronize", wait)
+    monkeypatch.setattr("lgnet_fast.optimize", lambda *_, **__: engine)
+    plan = SimpleNamespace(batch=1, height=256, width=256)
+    gpu_contact.time_calls(None, plan, torch.float16, gpu_contact.Log(tmp_path / "calls.jsonl"))
+    lines = [json.loads(line) for line in (tmp_path / "calls.jsonl").read_text().splitlines()]
+    assert [line["side"] for line in lines] == [64, 128, None]
+    assert list(dict.fromkeys(masks)) == [64**2, 128**2, 256**2]
+    for line in lines:
+        assert line["returns_us"] == pytest.approx(100, abs=0.2)
+        assert line["ends_us"] == pytest.approx(600, abs=0.2)
 
 
 def test_rows_of_attention_tables_hold_by_positions_and_the_last_for_all_smaller_batches() -> None:
