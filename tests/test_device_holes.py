@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import weakref
+from typing import Any, ClassVar
 
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lgnet_fast.engine.cuda import device_holes
 from lgnet_fast.engine.cuda.device_holes import DeviceHoles, boxes, hole_cells
@@ -36,6 +38,21 @@ def test_cells_of_odd_masks() -> None:
     assert Rect(96, 128, 96, 128) in boxes(hole_cells(mask))
     turned = mask.transpose(2, 3)  # strided
     assert Rect(480, 512, 224, 256) in boxes(hole_cells(turned))
+
+
+def test_cells_take_one_launch() -> None:
+    class Computed(TorchDispatchMode):
+        names: ClassVar[list[str]] = []
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if not func.is_view:
+                self.names.append(str(func))
+            return func(*args, **(kwargs or {}))
+
+    mask = torch.zeros(2, 1, 256, 256)
+    with Computed():
+        hole_cells(mask)
+    assert Computed.names == ["aten.any.dims"]
 
 
 class Stream:

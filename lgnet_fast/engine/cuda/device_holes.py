@@ -80,7 +80,7 @@ def _begin(mask: Tensor, stream: torch.cuda.Stream) -> _Search:
 def hole_cells(mask: Tensor) -> Tensor:
     """bool [H/32, W/32]: which cells of a mask [B, 1, H, W] hold a hole pixel of any sample."""
     blocks = mask[:, 0].unflatten(2, (-1, CELL)).unflatten(1, (-1, CELL))
-    return blocks.ne(0).any(dim=4).any(dim=2).any(dim=0)
+    return torch.any(blocks, dim=(0, 2, 4))  # one launch
 
 
 def boxes(cells: Tensor) -> tuple[Rect, ...]:
