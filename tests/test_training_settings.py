@@ -106,6 +106,7 @@ ELSEWHERE = {
     "loss.lean": "the same gradients in less memory; test_losses.py",
     "optim.channels_last": "the same results",
     "optim.compile": "the same results",
+    "optim.cuda_graphs": "the same results, on a GPU; test_training_graphed.py",
     "run.device": "test_training_processes.py",
     "run.picture_every": "test_training_trainer.py",
     "run.on_nan": "test_training_learner.py",

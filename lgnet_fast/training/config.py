@@ -181,6 +181,9 @@ class OptimConfig:
     """Memory format channels_last; faster on GPUs in 16 bit."""
     compile: bool = False
     """torch.compile the generator."""
+    cuda_graphs: bool = False
+    """Replay the kernels of a step as CUDA graphs (:mod:`.graphed`), for small batches, which launch kernels more
+    slowly than a GPU runs them. For one process on an NVIDIA GPU, without `compile`, fp16 and crops."""
 
 
 @dataclass(frozen=True)
@@ -350,6 +353,14 @@ class TrainConfig:
         _check("optim.epochs", optim.epochs, optim.epochs is not None or optim.steps is not None, "epochs or steps")
         plain = optim.dtype == "float32" or optim.precision == "no"
         _check("optim.precision", optim.precision, plain, "no with optim.dtype: float64, which autocast leaves")
+        against = {
+            "optim.compile: true": optim.compile,
+            "optim.precision: fp16": optim.precision == "fp16",
+            "loss.feature_crop": self.loss.feature_crop is not None,
+            "discriminator.crop": self.discriminator.crop is not None,
+        }
+        reasons = " and ".join(name for name, asked in against.items() if asked)
+        _check("optim.cuda_graphs", optim.cuda_graphs, not (optim.cuda_graphs and reasons), f"false with {reasons}")
         _check("optim.ema", optim.ema, optim.ema is None or 0 < optim.ema < 1, "a number between 0 and 1")
 
     def _check_run(self) -> None:

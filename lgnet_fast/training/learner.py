@@ -35,10 +35,10 @@ from .setup import (
     place_networks,
     prepare,
     seed_everything,
+    step_class,
     untrained_modules,
     warn_of_slow_bfloat16,
 )
-from .steps import Step
 
 _PICTURES_SHOWN = 4
 
@@ -86,7 +86,8 @@ class Learner:
         self._losses = FiniteLosses(
             config.run, self.accelerator, self.network, self.discriminator, self.optimisers[1]
         )
-        self._optimise = Step(self.nets, self.optimisers, objective, self.accelerator, optim.clip, self._losses)
+        kind = step_class(config, self.accelerator)
+        self._optimise = kind(self.nets, self.optimisers, objective, self.accelerator, optim.clip, self._losses)
         self._frozen = config.model.freeze_batchnorm
 
     # -- one step ------------------------------------------------------------------------------------------------

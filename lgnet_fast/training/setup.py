@@ -24,9 +24,10 @@ from ..reference.features import LPIPS, FeaturesFn
 from ..reference.losses import LossWeights
 from ..reference.vgg import VGG16Features
 from .config import LossConfig, TrainConfig
+from .graphed import GraphedStep
 from .networks import keep_spectral_norm_wide
 from .optimisers import discriminator_optimiser, generator_optimiser
-from .steps import Objective, Trained
+from .steps import Objective, Step, Trained
 
 
 @contextlib.contextmanager
@@ -162,6 +163,19 @@ def make_accelerator(precision: str, device: str) -> Any:
     if precision == "fp16" and accelerator.device.type == "cpu":
         raise ConfigError("optim.precision: 'fp16' cannot be used here (it needs a GPU; bf16 does not)")
     return accelerator
+
+
+def step_class(config: TrainConfig, accelerator: Any) -> type[Step]:
+    """The class of a run's steps. Raises ConfigError: ``optim.cuda_graphs``, but not one process on an NVIDIA GPU."""
+    if not config.optim.cuda_graphs:
+        return Step
+    device, count = accelerator.device, accelerator.num_processes
+    if device.type != "cuda" or torch.version.hip is not None or count > 1:
+        what = f"{count} processes" if count > 1 else f"the device {device.type}"
+        raise ConfigError(
+            f"optim.cuda_graphs: expected false with {what}; graphs are for one process on an NVIDIA GPU"
+        )
+    return GraphedStep
 
 
 def warn_of_slow_bfloat16(config: TrainConfig, accelerator: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,6 +51,20 @@ class Trained:
     wrapped: nn.Module
     wrapped_discriminator: nn.Module
     forward: Callable[..., Stages]
+
+
+class Judged(NamedTuple):
+    """A batch, what the generators made of it, and what the discriminator's loss was of that.
+
+    `merged`: what it judged, not detached, and None without it; `share_of_hole`: the weight of its scores.
+    """
+
+    image: Tensor
+    mask: Tensor
+    stages: Stages
+    merged: Tensor | None
+    share_of_hole: Tensor | None
+    terms: Terms
 
 
 class Step:
@@ -101,8 +115,7 @@ class Step:
         """
         share = 1 / len(batches)
         sums: Terms = {}
-        self.generator_optimizer.zero_grad()
-        self.discriminator_optimizer.zero_grad()
+        self._clear_gradients()
         for number, batch in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
@@ -115,38 +128,58 @@ class Step:
         self.generator_optimizer.step()
         return sums
 
+    def _clear_gradients(self) -> None:
+        self.generator_optimizer.zero_grad()
+        self.discriminator_optimizer.zero_grad()
+
     def _train_on(
         self, batch: tuple[Tensor, Tensor], number: int, share: float, last: bool, adversarial: bool, features: bool
     ) -> Terms | None:
         """Compute the gradients of one batch and, after the last, the discriminator's step; returns the terms."""
-        image, mask = batch
-        with self.accelerator.autocast():
-            stages = self.nets.forward(image, mask, return_stages=True)
-        merged, truth, holes = stages.merged[self.objective.judged_stage], image, mask
-        if adversarial and self.objective.judged_crop is not None:
-            merged, truth, holes = window([merged, image, mask], mask, self.objective.judged_crop)
-        terms: Terms = {}
-        share_of_hole: Tensor | None = None
+        judged = self._judge(*batch, adversarial)
         if adversarial:
-            with self.accelerator.autocast():
-                judge = self.nets.wrapped_discriminator
-                fake, real = judge(merged.detach()), judge(truth)
-                share_of_hole = hole_share(holes, fake) if self.objective.by_hole else None
-                terms |= discriminator_loss(fake, real, share_of_hole)
-            if self.on_nonfinite("D", terms, number):
+            if self.on_nonfinite("D", judged.terms, number):
                 return None
-            self.accelerator.backward(terms["D"] * share)
-            if last:
-                self._clip(self.discriminator_optimizer, list(self.nets.discriminator.parameters()))
-                self._step_discriminator(earlier=number > 0)
-        with self.accelerator.autocast(), _frozen(self.nets.discriminator):
-            # Scores of 1, the generators' target, give no loss and no gradient.
-            scores = self.nets.discriminator(merged) if adversarial else merged.new_ones(1)
-            terms |= self._generator_terms(stages, image, mask, scores, share_of_hole, features)
+            self.accelerator.backward(judged.terms["D"] * share)
+            self._after_judging(number, last)
+        terms = self._generate(judged, features)
         if self.on_nonfinite("G", terms, number):
             return None
         self.accelerator.backward(terms["G"] * share)
         return terms
+
+    def _judge(self, image: Tensor, mask: Tensor, adversarial: bool) -> Judged:
+        """The generators' forward, and the discriminator's terms if it is `adversarial`."""
+        with self.accelerator.autocast():
+            stages = self.nets.forward(image, mask, return_stages=True)
+        merged, truth, holes = stages.merged[self.objective.judged_stage], image, mask
+        if not adversarial:
+            return Judged(image, mask, stages, None, None, {})
+        if self.objective.judged_crop is not None:
+            merged, truth, holes = window([merged, image, mask], mask, self.objective.judged_crop)
+        with self.accelerator.autocast():
+            judge = self.nets.wrapped_discriminator
+            fake, real = judge(merged.detach()), judge(truth)
+            share_of_hole = hole_share(holes, fake) if self.objective.by_hole else None
+            terms = discriminator_loss(fake, real, share_of_hole)
+        return Judged(image, mask, stages, merged, share_of_hole, terms)
+
+    def _after_judging(self, number: int, last: bool) -> None:
+        """After the discriminator's gradients of a batch: its optimiser step, if the batch is the last."""
+        if last:
+            self._clip(self.discriminator_optimizer, list(self.nets.discriminator.parameters()))
+            self._step_discriminator(earlier=number > 0)
+
+    def _generate(self, judged: Judged, features: bool) -> Terms:
+        """All terms of a batch."""
+        with self.accelerator.autocast(), _frozen(self.nets.discriminator):
+            merged = judged.merged
+            # Scores of 1, the generators' target, give no loss and no gradient.
+            scores = judged.image.new_ones(1) if merged is None else self.nets.discriminator(merged)
+            terms = self._generator_terms(
+                judged.stages, judged.image, judged.mask, scores, judged.share_of_hole, features
+            )
+        return judged.terms | terms
 
     def _generator_terms(
         self,

@@ -33,19 +33,24 @@ class CaptureError(Exception):
 
 
 def capture(
-    launches: Callable[[], None], device: torch.device, pool: Any, spread: bool = False
+    launches: Callable[[], None],
+    device: torch.device,
+    pool: Any,
+    spread: bool = False,
+    warm_up: Callable[[], None] | None = None,
 ) -> torch.cuda.CUDAGraph:
     """Capture the launches of `launches` on `device`. The caller's stream is restored, also on failure.
 
     Args:
-        launches: called twice, first to warm up. It must neither wait for the device nor read from it.
+        launches: called to warm up, and again. It must neither wait for the device nor read from it.
         pool: memory for what it allocates, as ``torch.cuda.graph_pool_handle()`` gives.
         spread: a multiprocessor holds one block of a kernel at a time where all fit so, see
             ``kernels.cuda_driver.spread_blocks``.
+        warm_up: called instead of the first call of `launches`.
 
     Raises:
         CaptureError: `launches` runs, but could not be captured.
-        Exception: any error of the first call of `launches`.
+        Exception: any error of the warm-up.
     """
     with _CAPTURE_LOCK, torch.cuda.device(device):
         current = torch.cuda.current_stream(device)
@@ -54,7 +59,7 @@ def capture(
             stream.wait_stream(current)
             try:
                 with torch.cuda.stream(stream):
-                    launches()
+                    (launches if warm_up is None else warm_up)()
             finally:  # launches before one that raises may still use the memory
                 current.wait_stream(stream)
             graph = torch.cuda.CUDAGraph(keep_graph=True) if spread else torch.cuda.CUDAGraph()
