@@ -21,11 +21,16 @@ from bench.attention_forms import score_map
 from lgnet_fast import create_model
 from lgnet_fast.reference.attention import AttentionBlock
 from lgnet_fast.reference.discriminator import Discriminator
-from lgnet_fast.reference.losses import discriminator_loss, generator_loss
+from lgnet_fast.reference.losses import LossWeights, discriminator_loss, generator_loss
 from lgnet_fast.reference.vgg import VGG16Features
+from lgnet_fast.training.graphed import GraphedStep
+from lgnet_fast.training.steps import Objective, Trained
 
 FORMS = ("released", "sdpa", "compiled", "ours")
 """Eager with the attention as released; with SDPA's; that compiled; the fused operators and lean losses."""
+
+GRAPHS = "ours, CUDA graphs"
+"""On a GPU also: "ours" by :class:`lgnet_fast.training.graphed.GraphedStep`."""
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SIZE = 256
@@ -38,18 +43,30 @@ class Step(NamedTuple):
     network: nn.Module
 
 
+class _OneDevice:
+    """What a step takes from accelerate, for one process without loss scaling."""
+
+    scaler = None
+
+    def __init__(self, autocast: Callable[[], torch.autocast]) -> None:
+        self.autocast = autocast
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
 def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") -> Step:
     """A training step on one fixed random batch.
 
     Args:
-        form: of :data:`FORMS`.
+        form: of :data:`FORMS`, or :data:`GRAPHS`.
         dtype: float32, or bfloat16 for autocast.
         batch: pictures per step.
     """
-    if form not in FORMS:
-        raise ValueError(f"form: expected one of {FORMS}, got {form!r}")
+    if form not in (*FORMS, GRAPHS):
+        raise ValueError(f"form: expected one of {(*FORMS, GRAPHS)}, got {form!r}")
     torch.manual_seed(0)
-    ours = form == "ours"
+    ours = form in ("ours", GRAPHS)
     network = create_model("lgnet", backend="auto" if ours else "eager").to(device).train()
     if form == "released":
         for module in network.modules():
@@ -65,6 +82,12 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") ->
 
     def autocast() -> torch.autocast:
         return torch.autocast(device, dtype, enabled=dtype != torch.float32)
+
+    if form == GRAPHS:
+        nets = Trained(network, discriminator, network, discriminator, network)
+        objective = Objective(LossWeights(), features=vgg)
+        graphed = GraphedStep(nets, (generator_optimizer, discriminator_optimizer), objective, _OneDevice(autocast))
+        return Step(lambda: graphed([(image, mask)]) or {}, network)
 
     def run() -> dict[str, Tensor]:
         with autocast():
@@ -121,7 +144,7 @@ def memory_of(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") ->
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("form", choices=FORMS)
+    parser.add_argument("form", choices=(*FORMS, GRAPHS))
     parser.add_argument("dtype", choices=tuple(DTYPES))
     parser.add_argument("batch", type=int)
     args = parser.parse_args()
