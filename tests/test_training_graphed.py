@@ -75,14 +75,14 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "DIRECT", 1)
 
 
-def step_of(kind: type[Step], accumulate: int = 1, **options: Any) -> tuple[Step, nn.Module, nn.Module]:
+def step_of(kind: type[Step], device: str = "cpu", **options: Any) -> tuple[Step, nn.Module, nn.Module]:
     torch.manual_seed(1)
-    network = LGNet(stages="C+L", coarse_channels=4, local_channels=4, backend="eager").double().train()
+    network = LGNet(stages="C+L", coarse_channels=4, local_channels=4, backend="eager").to(device).double().train()
     # As the package's own: power iterations, whose vectors each run changes in place.
     discriminator = nn.Sequential(
         spectral_norm(nn.Conv2d(3, 4, 16, 16)), nn.LeakyReLU(0.2), spectral_norm(nn.Conv2d(4, 1, 3))
     )
-    discriminator.double().train()
+    discriminator.to(device).double().train()
     optimisers = [
         torch.optim.Adam(network.parameters(), 2e-4, (0.5, 0.999)),
         torch.optim.Adam(discriminator.parameters(), 2e-4, (0.5, 0.999)),
@@ -106,19 +106,22 @@ def trained(
 ) -> tuple[Any, list[Any]]:
     step, network, discriminator = step_of(kind, **options)
     found = []
+    device = next(network.parameters()).device
     for number, own in enumerate(batch_lists):
-        terms = step(own, adversarial=number != 1)
+        terms = step([(image.to(device), mask.to(device)) for image, mask in own], adversarial=number != 1)
         found.append(None if terms is None else {name: float(term) for name, term in terms.items()})
     return copy.deepcopy([network.state_dict(), discriminator.state_dict()]), found
 
 
-def assert_equal(own: Any, expected: Any) -> None:
+def assert_equal(own: Any, expected: Any, tolerance: float = 1e-9) -> None:
     for state, exact in zip(own[0], expected[0], strict=True):
         for name, value in exact.items():
-            torch.testing.assert_close(state[name], value, rtol=1e-9, atol=1e-12, msg=lambda m, n=name: f"{n}: {m}")
+            torch.testing.assert_close(
+                state[name], value, rtol=tolerance, atol=tolerance / 1e3, msg=lambda m, n=name: f"{n}: {m}"
+            )
     assert len(own[1]) == len(expected[1])
     for terms, exact in zip(own[1], expected[1], strict=True):
-        assert terms == (None if exact is None else pytest.approx(exact, rel=1e-9))
+        assert terms == (None if exact is None else pytest.approx(exact, rel=tolerance))
 
 
 def test_graphed_steps_train_as_others(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -152,6 +155,17 @@ def test_a_step_is_skipped_in_graphs_too(monkeypatch: pytest.MonkeyPatch) -> Non
     own = trained(GraphedStep, lists, on_nonfinite=skipping())
     assert own[1].count(None) == 1
     assert_equal(own, trained(Step, lists, on_nonfinite=skipping()))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_graphs_of_a_gpu_train_as_a_step_without_them(caplog: pytest.LogCaptureFixture) -> None:
+    lists = [[batch] for batch in batches(5)]
+    with caplog.at_level(logging.WARNING, "lgnet_fast"):
+        own = trained(GraphedStep, lists, device="cuda")
+    assert caplog.messages == []  # no path without graphs
+    # Its sums are in an order that changes.
+    assert_equal(own, trained(Step, lists, device="cuda"), 1e-5)
 
 
 @pytest.mark.parametrize("fault", ["weights", "picture", "raises"])
