@@ -42,6 +42,11 @@ class _Graphs(NamedTuple):
     terms: Terms
     """All terms."""
 
+    def take(self, image: Tensor, mask: Tensor) -> None:
+        """The next replays are of this batch."""
+        self.image.copy_(image)
+        self.mask.copy_(mask)
+
 
 class GraphedStep(Step):
     """A `Step` of one process on an NVIDIA GPU; see there.
@@ -76,8 +81,7 @@ class GraphedStep(Step):
         graphs = None if self._direct else self._graphs_for(batch, share, adversarial, features)
         if graphs is None:
             return super()._train_on(batch, number, share, last, adversarial, features)
-        graphs.image.copy_(batch[0])
-        graphs.mask.copy_(batch[1])
+        graphs.take(*batch)
         graphs.judge.replay()
         if adversarial:
             if self.on_nonfinite("D", graphs.judged, number):
@@ -174,8 +178,7 @@ class GraphedStep(Step):
             with self._restored():
                 torch._foreach_zero_(self._gradients)
                 if graphed:
-                    graphs.image.copy_(image)
-                    graphs.mask.copy_(mask)
+                    graphs.take(image, mask)
                     graphs.judge.replay()
                     graphs.generate.replay()
                     terms = graphs.terms
