@@ -38,7 +38,8 @@ def assert_runs_as(engine: Engine, model: LGNet, before: LGNet) -> None:
         result, expected, old = (one(image, mask) for one in (engine, model, before.eval()))
     hole = (mask != 0).expand_as(image)
     error, change = ((one - expected)[hole].norm() / expected[hole].norm() for one in (result, old))
-    assert error < 1e-4 < 0.01 * change
+    assert error < 1e-3  # bf16x3 leaves 2^-16 of each product out, which deep networks amplify
+    assert error < 0.01 * change
 
 
 class Halved(nn.Conv2d):
