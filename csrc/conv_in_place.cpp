@@ -13,7 +13,9 @@ namespace lgnet {
 namespace {
 
 constexpr int64_t kFewChannels = 16;  // of a map that direct convolution reads in place
-constexpr int64_t kLongBand = 256;    // rows of a product that reads in place by matrix tiles
+// Rows of a product that reads in place by matrix tiles: so many are enough, because the weights are read once for all
+// of them; twice as many are tried for, because weights of two parts leave the second-level cache from band to band.
+constexpr int64_t kEnoughRows = 256, kBandRows = 512;
 
 // A copy of the source with its padding, [sample][height][width][pixel] in units; (top, left): where its first pixel
 // is.
@@ -58,7 +60,7 @@ bool can_read_in_place(const Convolution& conv) {
 // Whether bands are long enough, or the weights small enough to stay in the cache from band to band.
 bool reads_weights_seldom(const Convolution& conv, const Padded& padded, const std::vector<Band>& bands) {
   for (const Band& band : bands) {
-    if (band.rows(padded) >= kLongBand) return true;
+    if (band.rows(padded) >= kEnoughRows) return true;
   }
   return conv.kernels.parts * conv.parts[0].weights(conv.columns) * conv.kernels.unit_bytes <= kCacheBytes / 2;
 }
@@ -103,7 +105,7 @@ std::vector<Band> bands_of(const Convolution& conv, const Padded& padded) {
   int64_t together = 1;
   if (conv.kernels.tile_units > 0 && conv.step.in_step == 1) {
     const int64_t balanced = total * conv.jobs() / (kConvTasksPerThread * conv.run.threads);
-    together = std::max<int64_t>(1, std::min(ceil_div(kLongBand, padded.width), balanced));
+    together = std::max<int64_t>(1, std::min(ceil_div(kBandRows, padded.width), balanced));
   }
   std::vector<Band> bands;
   for (int64_t number = 0; number < total; ++number) {
