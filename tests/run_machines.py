@@ -36,7 +36,7 @@ KERNELS = (
     "engine_cpu",
     *(f"engine_cpu_{n}" for n in ("attention", "bf16", "regions")),
     "engine",
-    *(f"engine_{n}" for n in ("costs", "saved")),
+    *(f"engine_{n}" for n in ("costs", "saved", "structure")),
 )
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_ENABLE_INSTRUCTIONS": "AVX2"}
 SSE = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_ENABLE_INSTRUCTIONS": "SSE4_2"}
