@@ -13,9 +13,9 @@ namespace lgnet {
 namespace {
 
 constexpr int64_t kFewChannels = 16;  // of a map that direct convolution reads in place
-// Rows of a product that reads in place by matrix tiles. The weights are read once for all of them, so kEnoughRows
-// are worth it. kBandRows are tried for: weights of two parts do not stay in the second-level cache from band to
-// band.
+// Rows of a product by matrix tiles, for all of which the weights are read once: from kEnoughRows on, reading in
+// place is faster than patches; a band has kBandRows, because weights of two parts leave the second-level cache
+// between bands.
 constexpr int64_t kEnoughRows = 256, kBandRows = 512;
 
 // A copy of the source with its padding, [sample][height][width][pixel] in units; (top, left): where its first pixel
