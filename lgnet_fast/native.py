@@ -126,7 +126,7 @@ def tensor_arg(tensor: Tensor, name: str = "tensor") -> tuple[int, ...]:
     The extension checks sizes; it cannot check the address.
 
     Args:
-        tensor: four dimensions, any strides. It must outlive the call.
+        tensor: at most four dimensions, any strides; missing ones are first ones of size 1. It must outlive the call.
         name: of the argument, for errors.
 
     Raises:
@@ -136,10 +136,11 @@ def tensor_arg(tensor: Tensor, name: str = "tensor") -> tuple[int, ...]:
     reason = reason_against(name, tensor)
     if reason is not None:
         raise (ValueError if isinstance(tensor, Tensor) else TypeError)(reason)
-    argument = (tensor.data_ptr(), DTYPES[tensor.dtype], *tensor.shape, *tensor.stride())
-    if len(argument) != len(ABSENT):
-        raise ValueError(f"{name}: expected four dimensions, got {list(tensor.shape)}")
-    return argument
+    missing = 4 - tensor.dim()
+    if missing < 0:
+        raise ValueError(f"{name}: expected at most four dimensions, got {list(tensor.shape)}")
+    sizes, strides = (1,) * missing + tensor.shape, (0,) * missing + tensor.stride()
+    return (tensor.data_ptr(), DTYPES[tensor.dtype], *sizes, *strides)
 
 
 def optional_arg(tensor: Tensor | None, name: str = "tensor") -> tuple[int, ...]:

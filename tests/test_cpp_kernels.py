@@ -402,8 +402,10 @@ def test_errors_name_argument_expected_and_got():
         cpu_merge.merge_forward(image, output, image)
     assert "output: expected torch.float32, got torch.float16" in cpu_merge.can_run_merge(image, output.half(), mask)
     assert cpu_merge.can_run_merge(image, output, mask) is None
-    with pytest.raises(ValueError, match=r"weight: expected four dimensions, got \[8\]"):
-        native.tensor_arg(bias, "weight")
+    with pytest.raises(ValueError, match=r"weight: expected at most four dimensions, got \[1, 1, 1, 1, 8\]"):
+        native.tensor_arg(bias[None, None, None, None], "weight")
+    assert native.tensor_arg(bias)[1:] == (0, 1, 1, 1, 8, 0, 0, 0, 1)
+    assert native.tensor_arg(weight.flatten(1))[2:] == (1, 1, *weight.shape[:2], 0, 0, weight.shape[1], 1)
     with pytest.raises(TypeError, match=r"mask: expected a torch.Tensor, got list"):
         native.tensor_arg([], "mask")
     library = native.library()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ..reference import attention as reference
 from .library import register
-from .registry import Operator, check, checked_float, like
+from .registry import Operator, checked_float, like, unexpected
 
 _BACKENDS = {"triton": "lgnet_fast.kernels.attention", "cpp": "lgnet_fast.ops.cpu.attention"}
 
@@ -22,18 +22,23 @@ _BACKENDS = {"triton": "lgnet_fast.kernels.attention", "cpp": "lgnet_fast.ops.cp
 def _check_attention(features: Tensor, variant: str) -> None:
     reference.check_variant(variant)
     checked_float("features", features)
-    check(features.dim() == 4, "features", "[B, C, H, W]", list(features.shape))
-    check(0 not in features.shape[1:], "features", "C, H and W of at least 1", list(features.shape))
+    if features.dim() != 4:
+        raise unexpected("features", "[B, C, H, W]", list(features.shape))
+    if 0 in features.shape[1:]:
+        raise unexpected("features", "C, H and W of at least 1", list(features.shape))
 
 
 def _check_block(features: Tensor, weight: Tensor, bias: Tensor, variant: str) -> None:
     _check_attention(features, variant)
     channels = features.shape[1]
-    expected = [channels, 2 * channels, 1, 1]
-    check(list(weight.shape) == expected, "weight", str(expected), list(weight.shape))
-    check(list(bias.shape) == [channels], "bias", f"[{channels}]", list(bias.shape))
+    expected = (channels, 2 * channels, 1, 1)
+    if weight.shape != expected:
+        raise unexpected("weight", str(list(expected)), list(weight.shape))
+    if bias.shape != (channels,):
+        raise unexpected("bias", f"[{channels}]", list(bias.shape))
     for name, tensor in (("weight", weight), ("bias", bias)):
-        check(tensor.dtype == features.dtype, name, f"dtype {features.dtype} as features", tensor.dtype)
+        if tensor.dtype != features.dtype:
+            raise unexpected(name, f"dtype {features.dtype} as features", tensor.dtype)
 
 
 def _stats(features: Tensor, *others: Any) -> Tensor:

@@ -36,8 +36,8 @@ _logged: set[tuple[str, str]] = set()
 
 def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | None:
     """Why `backend` cannot run `op` on these tensors, or None if it can. Reads metadata only."""
-    device = tensors[0].device.type
-    if any(t.dtype != tensors[0].dtype for t in tensors):
+    device, dtype = tensors[0].device.type, tensors[0].dtype
+    if any([t.dtype != dtype for t in tensors]):
         return f"tensors have several dtypes: {sorted({str(t.dtype) for t in tensors})}"
     if backend == "cpp" and device != "cpu":
         return f"the C++ kernels run on the CPU, the tensors are on {device}"
@@ -98,7 +98,7 @@ def run(
     op: str,
     asked: str,
     tensors: tuple[Tensor, ...],
-    variant: str | None,
+    variant: Callable[[], str | None],
     fused: Callable[..., Tensor],
     eager: Callable[..., Tensor],
 ) -> Tensor:
@@ -108,7 +108,7 @@ def run(
         op: name of the operator.
         asked: name of the backend, or "auto".
         tensors: the operands.
-        variant: distinguishes uses of the operator, see :func:`.registry.label`.
+        variant: tells uses of the operator apart, see :func:`.registry.label`; called only where that is needed.
         fused: called with the backend's name and operands.
         eager: called with operands.
 
@@ -122,7 +122,7 @@ def run(
     if asked != "auto" or backend != "triton":
         return fused(backend, *tensors)
     gradient = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    use = first_use.use_of(OPERATORS[op], tensors, variant, gradient)
+    use = first_use.use_of(OPERATORS[op], tensors, variant(), gradient)
     reason = first_use.reason_against(use, tensors, partial(fused, backend), eager, _uncounted)
     if reason is None:
         try:

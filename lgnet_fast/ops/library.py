@@ -104,7 +104,7 @@ def differentiable(
 
     def autograd(*args: Any) -> Any:
         _refuse_tangents(name, args)
-        if torch.is_grad_enabled() and any(isinstance(a, Tensor) and a.requires_grad for a in args):
+        if torch.is_grad_enabled() and any([isinstance(a, Tensor) and a.requires_grad for a in args]):
             with enable_single_level_autograd_function():
                 return function.apply(*args)  # type: ignore[attr-defined]
         with torch._C._AutoDispatchBelowAutograd():
@@ -266,7 +266,7 @@ def _public(declaration: Operator, inner: _Inner) -> Callable[..., Tensor]:
         def eager(*operands: Tensor) -> Tensor:
             return declaration.eager(*operands, *options)
 
-        return run(name, backend, operands, label(dict(zip(names, options))), fused, eager)
+        return run(name, backend, operands, lambda: label(dict(zip(names, options))), fused, eager)
 
     return call
 

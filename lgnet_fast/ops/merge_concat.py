@@ -11,16 +11,19 @@ from torch import Tensor
 
 from ..reference import merge as reference
 from .library import register
-from .registry import Operator, check, checked_float, like, widest
+from .registry import Operator, checked_float, like, unexpected, widest
 
 
 def _check(image: Tensor, output: Tensor, mask: Tensor, tanh: bool) -> None:
     for name, tensor in (("image", image), ("output", output), ("mask", mask)):
         checked_float(name, tensor)
-    check(image.dim() == 4 and image.shape[1] == 3, "image", "[B, 3, H, W]", list(image.shape))
-    check(output.shape == image.shape, "output", f"{list(image.shape)} as image", list(output.shape))
-    expected = [image.shape[0], 1, *image.shape[2:]]
-    check(list(mask.shape) == expected, "mask", f"{expected} to fit image", list(mask.shape))
+    if image.dim() != 4 or image.shape[1] != 3:
+        raise unexpected("image", "[B, 3, H, W]", list(image.shape))
+    if output.shape != image.shape:
+        raise unexpected("output", f"{list(image.shape)} as image", list(output.shape))
+    expected = (image.shape[0], 1, *image.shape[2:])
+    if mask.shape != expected:
+        raise unexpected("mask", f"{list(expected)} to fit image", list(mask.shape))
 
 
 def _flops(shape: torch.Size) -> tuple[int, int]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -96,21 +97,22 @@ class Operator:
 
     def launchers(self, backend: str) -> ModuleType:
         """The module with the launchers of `backend`."""
-        return import_module(self.backends[backend])
+        return _module(self.backends[backend])
 
     def examples(self, device: str | torch.device, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
         """Operands of the shapes of `example`, without values."""
         return tuple(torch.empty(shape, device=device, dtype=dtype) for shape in self.example)
 
 
+_module = cache(import_module)  # an import that is known takes longer than all of an operator's checks
+
 OPERATORS: dict[str, Operator] = {}
 """Every operator by name; :func:`.library.register` adds to it."""
 
 
-def check(condition: bool, argument: str, expected: str, got: object) -> None:
-    """Raise ValueError naming `argument`, unless `condition`."""
-    if not condition:
-        raise ValueError(f"{argument}: expected {expected}, got {got}")
+def unexpected(argument: str, expected: str, got: object) -> ValueError:
+    """The error for an argument of another shape or value. Made where a check fails, because texts take time."""
+    return ValueError(f"{argument}: expected {expected}, got {got}")
 
 
 def checked_float(argument: str, tensor: Tensor) -> None:

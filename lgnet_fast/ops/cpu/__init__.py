@@ -18,13 +18,13 @@ def reason_against(**tensors: Tensor | None) -> str | None:
     reason = native.unavailable_reason()
     if reason is not None:
         return reason
-    first = next(tensor for tensor in tensors.values() if tensor is not None)
+    dtype = None
     for name, tensor in tensors.items():
         if tensor is None:
             continue
         reason = native.reason_against(name, tensor)
-        if reason is None and tensor.dtype != first.dtype:
-            reason = f"{name}: expected {first.dtype}, got {tensor.dtype}"
+        if reason is None and tensor.dtype != (dtype := dtype or tensor.dtype):
+            reason = f"{name}: expected {dtype}, got {tensor.dtype}"
         if reason is not None:
             return reason
     return None

@@ -35,8 +35,7 @@ def _forward(
     dtype = torch.float64 if features.dtype == torch.float64 else torch.float32
     batch, _, height, width = features.shape
     stats = torch.empty((2, batch, height * width), dtype=dtype, device="cpu")
-    weight = None if weight is None else weight.detach()[None, None, :, :, 0, 0]
-    bias = None if bias is None else bias.detach()[None, None, None]
+    weight = None if weight is None else weight.flatten(1)
     library().attention_forward(
         tensor_arg(features, "features"),
         optional_arg(weight, "weight"),
@@ -44,7 +43,7 @@ def _forward(
         check_variant(variant) == "released",
         optional_arg(out, "out"),
         optional_arg(attended, "attended"),
-        tensor_arg(stats[None], "stats"),
+        tensor_arg(stats, "stats"),
         forks.kernel_threads(),
     )
     return stats
@@ -65,7 +64,7 @@ def attention_backward(
 ) -> Tensor:
     """Gradient of the features, from that of ``attended`` and the results of ``attention_forward``."""
     grad = like(features)
-    stats = stats.contiguous()[None]  # bound to a name, because the call has the address alone
+    stats = stats.contiguous()  # bound to a name, because the call has the address alone
     library().attention_backward(
         tensor_arg(grad_attended, "grad_attended"),
         tensor_arg(features, "features"),

@@ -9,16 +9,19 @@ import torch
 from torch import Tensor
 
 from .library import register
-from .registry import Operator, check, checked_float, widest
+from .registry import Operator, checked_float, unexpected, widest
 
 
 def _check(output: Tensor, target: Tensor, weight: Tensor) -> None:
     for name, tensor in (("output", output), ("target", target), ("weight", weight)):
         checked_float(name, tensor)
-    check(output.dim() == 4 and output.numel() > 0, "output", "[B, C, H, W], not empty", list(output.shape))
-    check(target.shape == output.shape, "target", f"{list(output.shape)} as output", list(target.shape))
-    expected = [output.shape[0], 1, *output.shape[2:]]
-    check(list(weight.shape) == expected, "weight", f"{expected} to fit output", list(weight.shape))
+    if output.dim() != 4 or output.numel() == 0:
+        raise unexpected("output", "[B, C, H, W], not empty", list(output.shape))
+    if target.shape != output.shape:
+        raise unexpected("target", f"{list(output.shape)} as output", list(target.shape))
+    expected = (output.shape[0], 1, *output.shape[2:])
+    if weight.shape != expected:
+        raise unexpected("weight", f"{list(expected)} to fit output", list(weight.shape))
 
 
 def _eager(output: Tensor, target: Tensor, weight: Tensor) -> Tensor:
