@@ -42,12 +42,12 @@ struct AttentionWork {
   int64_t splits, groups_per_split;  // key range of one task, in groups of 8
   int64_t panels_per_task;           // these share each groups_per_turn of the keys while it is in the cache
   int64_t groups_per_turn;
-  const T* weight;  // [2: attended, features][channels_padded / 8][channels][8]; null: none, or for combine
-  const T* bias;    // [channels_padded]
+  const char* weight;  // the combiner's packed groups; null: none, or the scheduling packs them for each combine
+  const T* bias;       // [channels_padded]
   T* part_rows;     // [batch][panels][splits][channels_padded][panel], only where splits > 1
   T* part_max;      // [batch][panels][splits][panel]
   T* part_sum;
-  T* operands;         // [batch][panels][2: attended, features][channels_padded][panel] kept for combine, or null
+  T* operands;         // [batch][panels][combiner's operand: 2 * channels_padded * panel elements], or null: not kept
   View out, attended;  // either may be empty
   T* row_max;          // [batch][positions]: the maxima subtracted from the scores (in units of log 2); or null
   T* row_sum;          // [batch][positions]: the sum of exp2 of the differences
@@ -71,7 +71,7 @@ template <class T>
 struct AttentionKernels {
   int64_t panel;            // queries in a panel
   int64_t lanes;            // of a vector
-  int64_t element_bytes;    // of packed keys and values
+  int64_t element_bytes;    // of packed keys and values, and of the combiner's weight and operand
   int64_t panels_per_task;  // at most
   int64_t chunk_groups;     // groups of keys between two updates of the maximum
   int64_t key_groups;       // that lie together: ranges of keys begin at multiples of it
@@ -81,9 +81,14 @@ struct AttentionKernels {
   void (*prepare)(const AttentionWork<T>&, int64_t b, int64_t tile);
   void (*forward)(const AttentionWork<T>&, int64_t b, int64_t task, int64_t split, T* scratch);  // panels_per_task
   void (*merge)(const AttentionWork<T>&, int64_t b, int64_t panel, T* scratch);
-  // Output channels [8 * first, 8 * (first + groups)) of a panel with kept operands; weight [2][groups][C][8].
-  void (*combine)(const AttentionWork<T>&, int64_t b, int64_t panel, const T* weight, int64_t first, int64_t groups,
-                  T* out_rows);
+  // Packs a group of the combiner's weight, eight output channels, in the layout of a group of keys: 16 *
+  // channels_padded elements. rows: eight, with the attended channels from `attended` on, the features' from
+  // `features` on.
+  void (*pack_combiner)(const T* const* rows, int64_t attended, int64_t features, int64_t channels,
+                        int64_t channels_padded, char* packed);
+  // Output channels [8 * first, 8 * (first + groups)) of a panel with a kept operand; weight: their packed groups.
+  void (*combine)(const AttentionWork<T>&, int64_t b, int64_t panel, const char* weight, int64_t first,
+                  int64_t groups, T* out_rows);
   void (*row_dots)(const AttentionWork<T>&, const T* grad, const T* attended, int64_t b, int64_t tile, T* dots);
   void (*backward)(const AttentionWork<T>&, int64_t b, int64_t query_range, int64_t key_range, T* scratch);
   void (*backward_sum)(const AttentionWork<T>&, int64_t b, int64_t tile);
@@ -115,10 +120,14 @@ struct PixelMaps {
   std::vector<int32_t> queries;  // positions to compute, in every sample; all positions are keys
 };
 
-// attention_forward without checks and stats, for attention_step.cpp. weight [C][2C], bias [C]; float32 products
-// where the table has not the wanted ones.
-void attention_pixels(const AttentionTable& table, const PixelMaps& maps, const float* weight, const float* bias,
+// attention_forward without checks and stats, for attention_step.cpp; float32 products where the table has not the
+// wanted ones. weight: from pack_combiner for the same table and products; bias [C rounded up to a multiple of 8].
+void attention_pixels(const AttentionTable& table, const PixelMaps& maps, const char* weight, const float* bias,
                       bool released, Products products, int64_t threads);
+// The combiner's weight [C][2C] as those products read it.
+int64_t combiner_bytes(const AttentionTable& table, int64_t channels, Products products);
+void pack_combiner(const AttentionTable& table, const float* weight, int64_t channels, bool released,
+                   Products products, char* packed);
 void attention_backward(const TensorArg& grad_attended, const TensorArg& features, const TensorArg& attended,
                         const TensorArg& stats, bool released, const TensorArg& grad_features, int64_t threads);
 

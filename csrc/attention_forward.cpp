@@ -6,8 +6,8 @@
 // dynamically. Where there are too few for the threads, the keys are split too, and the parts are merged by their
 // maxima and sums. Each task computes its queries, and applies the combiner to its panel while that is still in
 // cache. If the combiner's weights do not fit the second-level cache (C = 512: 2 MB), all panels are finished first,
-// and the combiner is computed by output channels: a task packs the weights of some channels and multiplies all
-// panels by them, so each core reads only its part of the weights.
+// and the combiner is computed by output channels: a task multiplies all panels by the weights of some channels, which
+// it packs first if a program has not, so each core reads only its part of the weights.
 #include <optional>
 
 #include "attention_operands.h"
@@ -39,42 +39,50 @@ View dense_view(const float* data, std::array<int64_t, 4> size) {
   return view;
 }
 
-// The combiner's weight [1, 1, C, 2C] by groups of eight output channels, interleaved for the register block.
+// The combiner's weight [1, 1, C, 2C], packed by groups of eight output channels.
 template <class T>
 class CombinerWeight {
  public:
-  CombinerWeight(const View& weight, bool released, DType native, int64_t workers)
-      : weight_(weight), released_(released), channels_(weight.size[2]) {
-    plain_ = weight.dtype == native && weight.stride[3] == 1;
-    if (!plain_) rows_ = Buffer<T>(workers * 8 * channels_);
+  CombinerWeight(const View& weight, bool released, const AttentionKernels<T>& kernels, int64_t workers)
+      : weight_(weight), released_(released), channels_(weight.size[2]), kernels_(kernels) {
+    plain_ = weight.dtype == kNative<T> && weight.stride[3] == 1;
+    if (!plain_) rows_ = Buffer<T>(workers * 16 * channels_);
   }
 
-  // packed[channel][8] of output channels [8 * group, 8 * group + 8); half 0 multiplies attended, 1 the features.
-  void pack(int64_t half, int64_t group, int64_t worker, T* packed) const {
-    const int64_t c = channels_, to = group * 8;
-    // Columns are (attended, F) in the released network and (F, attended) in the paper.
-    const int64_t column = (half == 0) == released_ ? 0 : c;
+  static int64_t groups(int64_t channels) { return ceil_div(channels, 8); }
+  static int64_t group_bytes(const AttentionKernels<T>& kernels, int64_t channels) {
+    return 2 * 8 * round_up(channels, 8) * kernels.element_bytes;
+  }
+
+  void pack(int64_t group, int64_t worker, char* packed) const {
+    const int64_t c = channels_;
     const T* row[8];
     for (int64_t r = 0; r < 8; ++r) {
       // Products of rows beyond the last channel are discarded, so these rows may hold any numbers.
-      const int64_t from = std::min(to + r, c - 1);
+      const int64_t from = std::min(group * 8 + r, c - 1);
       if (plain_) {
-        row[r] = reinterpret_cast<const T*>(weight_.data) + from * weight_.stride[2] + column;
+        row[r] = reinterpret_cast<const T*>(weight_.data) + from * weight_.stride[2];
       } else {
-        T* copy = rows_.get() + (worker * 8 + r) * c;
-        load_rows(weight_, 0, from * 2 * c + column, c, copy, c);
+        T* copy = rows_.get() + (worker * 8 + r) * 2 * c;
+        load_rows(weight_, 0, from * 2 * c, 2 * c, copy, 2 * c);
         row[r] = copy;
       }
     }
-    for (int64_t from = 0; from < c; ++from) {
-      for (int64_t r = 0; r < 8; ++r) packed[from * 8 + r] = row[r][from];
-    }
+    // Columns are (attended, F) in the released network and (F, attended) in the paper.
+    kernels_.pack_combiner(row, released_ ? 0 : c, released_ ? c : 0, c, round_up(c, 8), packed);
+  }
+
+  void pack_all(int64_t threads, char* packed) const {
+    const int64_t bytes = group_bytes(kernels_, channels_);
+    parallel_for(threads, groups(channels_),
+                 [&](int64_t group, int64_t worker) { pack(group, worker, packed + group * bytes); });
   }
 
  private:
   View weight_;
   bool released_, plain_;
   int64_t channels_;
+  const AttentionKernels<T>& kernels_;
   Buffer<T> rows_;  // eight per worker, where they cannot be read in place
 };
 
@@ -96,11 +104,14 @@ class Forward {
 
   // Applies the combiner to the attended features.
   void combine_with(const View& weight, const View& bias);
+  // The same with a packed weight; bias [channels_padded].
+  void combine_with(const char* weight, const T* bias);
   // Reads and writes these maps instead of features and out. To be called before combine_with.
   void use(const PixelMaps& maps);
   void run();
 
  private:
+  void keep_operands();
   void split_keys();
   void attend();
   void combine();
@@ -112,7 +123,8 @@ class Forward {
   bool share_;    // keys and values are the same memory
   int64_t turn_;  // batch items at once
   std::optional<CombinerWeight<T>> combiner_;
-  Buffer<T> packed_weight_, packed_bias_, operands_;
+  Buffer<char> packed_weight_;
+  Buffer<T> packed_bias_, operands_;
   Buffer<T> part_rows_, part_max_, part_sum_;
 };
 
@@ -132,24 +144,34 @@ void Forward<T>::use(const PixelMaps& maps) {
 
 template <class T>
 void Forward<T>::combine_with(const View& weight, const View& bias) {
-  const int64_t c = w_.channels, cp = w_.channels_padded, element = sizeof(T);
-  combiner_.emplace(weight, w_.released, kNative<T>, threads_);
+  const int64_t c = w_.channels, cp = w_.channels_padded;
   packed_bias_ = Buffer<T>(cp);
   std::fill_n(packed_bias_.get(), cp, T{0});
   if (bias) load_rows(bias, 0, 0, c, packed_bias_.get(), c);
   w_.bias = packed_bias_.get();
-  const int64_t operands = turn_ * w_.panels * 2 * cp * w_.panel;
-  if (2 * cp * c * element > kWeightsInCacheBytes && operands * element <= kOperandBudgetBytes) {
-    operands_ = Buffer<T>(operands);
-    w_.operands = operands_.get();
-    return;
-  }
-  packed_weight_ = Buffer<T>(2 * cp * c);
+  keep_operands();
+  combiner_.emplace(weight, w_.released, kernels_, threads_);
+  if (w_.operands) return;  // each task packs its part
+  packed_weight_ = Buffer<char>(CombinerWeight<T>::groups(c) * CombinerWeight<T>::group_bytes(kernels_, c));
   w_.weight = packed_weight_.get();
-  const int64_t groups = cp / 8;
-  parallel_for(threads_, 2 * groups, [&](int64_t task, int64_t worker) {
-    combiner_->pack(task / groups, task % groups, worker, packed_weight_.get() + task * 8 * c);
-  });
+  combiner_->pack_all(threads_, packed_weight_.get());
+}
+
+template <class T>
+void Forward<T>::combine_with(const char* weight, const T* bias) {
+  w_.weight = weight;
+  w_.bias = bias;
+  keep_operands();
+}
+
+// Keeps the operands of all panels if the combiner is to be computed by output channels.
+template <class T>
+void Forward<T>::keep_operands() {
+  const int64_t row = 2 * w_.channels_padded * kernels_.element_bytes;
+  const int64_t bytes = turn_ * w_.panels * w_.panel * row;
+  if (row * w_.channels_padded <= kWeightsInCacheBytes || bytes > kOperandBudgetBytes) return;
+  operands_ = Buffer<T>(bytes / static_cast<int64_t>(sizeof(T)));
+  w_.operands = operands_.get();
 }
 
 template <class T>
@@ -212,21 +234,24 @@ void Forward<T>::attend() {
   });
 }
 
-// By output channels: a task packs the weights of some channels and multiplies all panels by them.
+// By output channels: a task multiplies all panels by the weights of some channels.
 template <class T>
 void Forward<T>::combine() {
-  const int64_t c = w_.channels, groups = w_.channels_padded / 8, panels = w_.batch * w_.panels;
+  const int64_t groups = w_.channels_padded / 8, panels = w_.batch * w_.panels;
+  const int64_t group_bytes = CombinerWeight<T>::group_bytes(kernels_, w_.channels);
   const int64_t tasks = std::min(groups, round_up(ceil_div(groups, kGroupsPerCombinerTask), threads_));
-  const int64_t most = ceil_div(groups, tasks), room = round_up(most * 8 * (2 * c + w_.panel), 64);
-  const Buffer<T> blocks(room * std::min(threads_, tasks));
+  const int64_t most = ceil_div(groups, tasks), workers = std::min(threads_, tasks);
+  const int64_t own = round_up(most * 8 * w_.panel, 64), room = round_up(most * group_bytes, 64);
+  const Buffer<T> rows(own * workers);
+  const Buffer<char> blocks(w_.weight ? 0 : room * workers);
   parallel_for(threads_, tasks, [&](int64_t task, int64_t worker) {
     const int64_t begin = groups * task / tasks, count = groups * (task + 1) / tasks - begin;
-    T* block = blocks.get() + worker * room;
-    for (int64_t i = 0; i < 2 * count; ++i) {
-      combiner_->pack(i / count, begin + i % count, worker, block + i * 8 * c);
+    const char* weight = w_.weight ? w_.weight + begin * group_bytes : blocks.get() + worker * room;
+    for (int64_t i = 0; !w_.weight && i < count; ++i) {
+      combiner_->pack(begin + i, worker, blocks.get() + worker * room + i * group_bytes);
     }
     for (int64_t i = 0; i < panels; ++i) {
-      kernels_.combine(w_, i / w_.panels, i % w_.panels, block, begin, count, block + 2 * count * 8 * c);
+      kernels_.combine(w_, i / w_.panels, i % w_.panels, weight, begin, count, rows.get() + worker * own);
     }
   });
 }
@@ -245,17 +270,27 @@ template void run_forward<float>(const AttentionTable&, const View&, const View&
 template void run_forward<double>(const AttentionTable&, const View&, const View&, const View&, bool, const View&,
                                   const View&, const View&, int64_t);
 
-void attention_pixels(const AttentionTable& table, const PixelMaps& maps, const float* weight, const float* bias,
+void attention_pixels(const AttentionTable& table, const PixelMaps& maps, const char* weight, const float* bias,
                       bool released, Products products, int64_t threads) {
-  const int64_t channels = maps.channels;
   View features;  // only its sizes are used
-  const int64_t size[4] = {maps.batch, channels, maps.height, maps.width};
+  const int64_t size[4] = {maps.batch, maps.channels, maps.height, maps.width};
   std::copy_n(size, 4, features.size);
   threads = useful_threads(features, static_cast<int64_t>(maps.queries.size()), threads);
   Forward<float> forward(table, features, released, products, View{}, View{}, View{}, threads);
   forward.use(maps);
-  forward.combine_with(dense_view(weight, {1, 1, channels, 2 * channels}), dense_view(bias, {1, 1, 1, channels}));
+  forward.combine_with(weight, bias);
   forward.run();
+}
+
+int64_t combiner_bytes(const AttentionTable& table, int64_t channels, Products products) {
+  using Weight = CombinerWeight<float>;
+  return Weight::groups(channels) * Weight::group_bytes(pick(table, 0.0f, products), channels);
+}
+
+void pack_combiner(const AttentionTable& table, const float* weight, int64_t channels, bool released,
+                   Products products, char* packed) {
+  const View view = dense_view(weight, {1, 1, channels, 2 * channels});
+  CombinerWeight<float>(view, released, pick(table, 0.0f, products), 1).pack_all(1, packed);
 }
 
 }  // namespace lgnet

@@ -1,8 +1,8 @@
-// The attention of a task's panels over its keys, the sum over the ranges of keys, and the combiner.
+// The attention of a task's panels over its keys, and the sum over the ranges of keys.
 // Included by isa_*.cpp inside its target pragma.
 #pragma once
 
-#include "attention_maps.h"
+#include "attention_combiner.h"
 
 namespace lgnet {
 namespace LGNET_ISA {
@@ -11,6 +11,7 @@ template <class V>
 struct AttentionForward {
   using Products = AttentionProducts<V>;
   using Maps = AttentionMaps<V>;
+  using Combiner = AttentionCombiner<V>;
   using T = typename V::T;
   using Unit = typename V::Unit;
   using Reg = typename V::Reg;
@@ -32,6 +33,7 @@ struct AttentionForward {
     T* scores;     // [CHUNK][NR] scores, then weights
     T* chunk_top;  // [NR]
     T* spare;      // [cp][NR] the combiner's result
+    Unit* operand;  // the combiner's, of pairs; in T it is the panel's rows
     Multiplier multiplier;
   };
 
@@ -39,18 +41,20 @@ struct AttentionForward {
     return (2 * w.channels_padded + 2 + (kSplit ? KEY_PARTS * w.channels_padded / 2 : 0)) * NR;
   }
   static int64_t forward_scratch(const Work& w) {
-    return w.panels_per_task * panel_scratch(w) + (CHUNK + 1 + w.channels_padded) * NR;
+    return w.panels_per_task * panel_scratch(w) + (CHUNK + 1 + w.channels_padded) * NR +
+           (V::PAIR == 2 ? Combiner::operand_size(w) : 0);
   }
   static Panel panel_of(const Work& w, int64_t b, int64_t panel, T* scratch) {
     const int64_t size = w.channels_padded * NR;
     T* own = scratch + panel % w.panels_per_task * panel_scratch(w);
-    T* rows = w.operands && w.splits == 1 ? operands(w, b, panel) : own;
+    T* rows = w.splits == 1 ? rows_of(w, b, panel, own) : own;
     T* top = own + 2 * size;
     return {rows, kSplit ? top + 2 * NR : rows + size, top, top + NR};
   }
   static Scratch shared_scratch(const Work& w, T* scratch) {
     T* scores = scratch + w.panels_per_task * panel_scratch(w);
-    return {scores, scores + CHUNK * NR, scores + (CHUNK + 1) * NR, {}};
+    T* spare = scores + (CHUNK + 1) * NR;
+    return {scores, scores + CHUNK * NR, spare, reinterpret_cast<Unit*>(spare + w.channels_padded * NR), {}};
   }
 
   // Attention of a task's panels of queries over one range of keys. A part of the keys serves all panels before the
@@ -70,7 +74,7 @@ struct AttentionForward {
         Products::with_vectors(count, [&](auto m) {
           constexpr int M = decltype(m)::value;
           attend_keys<M>(w, b, g, g + turn < g_end ? g + turn : g_end, g == g_begin, own, shared);
-          if (g + turn >= g_end) end_panel<M>(w, b, panel, count, split, own, shared.spare);
+          if (g + turn >= g_end) end_panel<M>(w, b, panel, count, split, own, shared);
         });
       }
     }
@@ -112,8 +116,8 @@ struct AttentionForward {
 
   template <int M>
   static void end_panel(const Work& w, int64_t b, int64_t panel, int64_t count, int64_t split, const Panel& own,
-                        T* spare) {
-    if (w.splits == 1) return finish<M>(w, b, panel, count, own.rows, own.top, own.sum, spare);
+                        Scratch& shared) {
+    if (w.splits == 1) return finish<M>(w, b, panel, count, own.rows, own.top, own.sum, shared);
     const int64_t cp = w.channels_padded, part = (b * w.panels + panel) * w.splits + split;
     T* part_rows = w.part_rows + part * cp * NR;
     for (int64_t c = 0; c < cp; ++c) {
@@ -200,10 +204,10 @@ struct AttentionForward {
   }
 
   // Divides by the sums, writes sums and maxima for the backward, and writes the results: the attended rows, and the
-  // combiner's rows, whose second operand are the features; rows [2: attended, features][cp][NR].
+  // combiner's. rows [2: attended, space for the features][cp][NR].
   template <int M>
   static void finish(const Work& w, int64_t b, int64_t panel, int64_t count, T* rows, const T* top, const T* sum,
-                     T* out_rows) {
+                     Scratch& shared) {
     const int64_t p0 = panel * NR, cp = w.channels_padded, item = w.first_item + b;
     for (int m = 0; m < M; ++m) {
       const Reg inverse = V::div(V::set1(1), V::load(sum + m * W));
@@ -219,52 +223,29 @@ struct AttentionForward {
     if (w.attended) store_rows(w.attended, item, p0, count, rows, NR);
     if (!w.out && !w.to_pixels) return;
     Maps::load_features(w, b, p0, count, rows + cp * NR);
-    if (w.weight) combine_rows<M>(w, b, p0, count, rows, w.weight, 0, cp / GROUP, out_rows);
+    Unit* operand = w.operands ? operand_of(w, b, panel) : V::PAIR == 2 ? shared.operand : as_units(rows);
+    Maps::template to_units<M>(rows, 2 * cp, operand);
+    if (w.operands) return;
+    Combiner::template combine<M>(w, b, p0, count, operand, w.weight, 0, cp / GROUP, shared.spare, shared.multiplier);
   }
 
-  static T* operands(const Work& w, int64_t b, int64_t panel) {
-    return w.operands + (b * w.panels + panel) * 2 * w.channels_padded * NR;
+  static Unit* as_units(T* rows) { return reinterpret_cast<Unit*>(rows); }
+  static Unit* operand_of(const Work& w, int64_t b, int64_t panel) {
+    return as_units(w.operands) + (b * w.panels + panel) * Combiner::operand_size(w);
+  }
+  // Where a panel's rows are summed: in T in the place of its operand, if that is kept.
+  static T* rows_of(const Work& w, int64_t b, int64_t panel, T* own) {
+    return V::PAIR == 1 && w.operands ? reinterpret_cast<T*>(operand_of(w, b, panel)) : own;
   }
 
-  static void combine(const Work& w, int64_t b, int64_t panel, const T* weight, int64_t first, int64_t groups,
+  static void combine(const Work& w, int64_t b, int64_t panel, const char* weight, int64_t first, int64_t groups,
                       T* out_rows) {
     const int64_t p0 = panel * NR, count = w.query_count - p0 < NR ? w.query_count - p0 : NR;
+    Multiplier multiplier;
     Products::with_vectors(count, [&](auto m) {
-      combine_rows<decltype(m)::value>(w, b, p0, count, operands(w, b, panel), weight, first, groups, out_rows);
+      Combiner::template combine<decltype(m)::value>(w, b, p0, count, operand_of(w, b, panel), weight, first, groups,
+                                                     out_rows, multiplier);
     });
-  }
-
-  // Output channels [8 * first, 8 * (first + groups)) from rows [2: attended, features][cp][NR].
-  template <int M>
-  static void combine_rows(const Work& w, int64_t b, int64_t p0, int64_t count, const T* rows, const T* weight,
-                           int64_t first, int64_t groups, T* out_rows) {
-    // In plain T also where keys are bf16 pairs, because the combiner is a sixteenth of the work or less.
-    using Full = AttentionProducts<typename Products::template F<T>>;
-    const int64_t stride = w.channels * GROUP;
-    typename Full::Multiplier multiplier;
-    for (int64_t t = 0; t < M * W; t += Full::NR) {
-      Full::with_vectors(M * W - t, [&](auto m) {
-        constexpr int SOME = decltype(m)::value;
-        Full::template score_product<SOME>(weight, stride, groups, rows + t, w.channels, out_rows + t, false,
-                                           multiplier, NR);
-        Full::template score_product<SOME>(weight + groups * stride, stride, groups,
-                                           rows + w.channels_padded * NR + t, w.channels, out_rows + t, true,
-                                           multiplier, NR);
-      });
-    }
-    // The bias is added last: sums that begin with a bias much larger than the products would lose digits.
-    for (int64_t c = 0; c < groups * GROUP; ++c) {
-      const Reg bias = V::set1(w.bias[first * GROUP + c]);
-      for (int m = 0; m < M; ++m) {
-        V::store(out_rows + c * NR + m * W, V::add(V::load(out_rows + c * NR + m * W), bias));
-      }
-    }
-    if (w.to_pixels) {
-      const int64_t left = w.channels - first * GROUP;
-      return Maps::scatter_rows(w, b, p0, count, first * GROUP, left < groups * GROUP ? left : groups * GROUP,
-                                out_rows);
-    }
-    store_rows(w.out.channels(first * GROUP, groups * GROUP), w.first_item + b, p0, count, out_rows, NR);
   }
 
   // Merges the key ranges of one panel: sums of the rows, weighted by exp2 of the differences of their maxima.
@@ -276,7 +257,7 @@ struct AttentionForward {
   template <int M>
   static void merge_panel(const Work& w, int64_t b, int64_t panel, int64_t count, T* scratch) {
     const int64_t cp = w.channels_padded, part = (b * w.panels + panel) * w.splits;
-    T* rows = w.operands ? operands(w, b, panel) : scratch;
+    T* rows = rows_of(w, b, panel, scratch);
     T* top = scratch + 2 * cp * NR;
     T* sum = top + NR;
     for (int m = 0; m < M; ++m) {
@@ -296,7 +277,8 @@ struct AttentionForward {
       }
       V::store(sum + m * W, total);
     }
-    finish<M>(w, b, panel, count, rows, top, sum, shared_scratch(w, scratch).spare);
+    Scratch shared = shared_scratch(w, scratch);
+    finish<M>(w, b, panel, count, rows, top, sum, shared);
   }
 };
 

@@ -31,6 +31,7 @@ struct Attention {
     k.prepare = AttentionKeys<V>::prepare;
     k.forward = Forward::forward;
     k.merge = Forward::merge;
+    k.pack_combiner = Forward::Combiner::pack;
     k.combine = Forward::combine;
     if constexpr (!kSplit) {
       k.tiled_backward = kTiled;

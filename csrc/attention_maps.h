@@ -138,9 +138,7 @@ struct AttentionMaps {
     } else {
       box_sum(f, w.channels, n, width, p0, count, scale, rows);
     }
-    for (int64_t c = w.channels; c < w.channels_padded; ++c) {
-      for (int64_t t = 0; t < NR; ++t) rows[c * NR + t] = T{0};
-    }
+    std::fill(rows + w.channels * NR, rows + w.channels_padded * NR, T{0});
   }
 
   // rows[c][t] = scale * sum of the 3x3 neighbourhood of position p0 + t in image c, zero outside the image.
@@ -175,11 +173,13 @@ struct AttentionMaps {
     }
   }
 
-  // Rows as pairs of channels, [part][channels / 2][NR]; in place where there is one part, as row c / 2 <= c.
+  // M vectors of rows as pairs of channels, [part][channels / 2][NR]; in place where there is one part, as row
+  // c / 2 <= c. Nothing where units are not pairs: the rows are the units.
+  template <int M = V::NV>
   static LGNET_INLINE void to_units(const T* rows, int64_t channels_padded, Unit* units) {
     if constexpr (V::PAIR == 2) {
       for (int64_t c = 0; c < channels_padded; c += 2) {
-        for (int64_t t = 0; t < NR; t += W) {
+        for (int64_t t = 0; t < M * W; t += W) {
           Reg even = V::load(rows + c * NR + t), odd = V::load(rows + (c + 1) * NR + t);
           for (int64_t part = 0; part < KEY_PARTS; ++part) {
             V::store_pairs(units + (part * channels_padded + c) / 2 * NR + t, even, odd);
@@ -206,17 +206,19 @@ struct AttentionMaps {
     }
   }
 
-  // rows[c][t]: the features of a panel's positions.
+  // rows[c][t]: the features of a panel's positions; zero beyond the last channel.
   static void load_features(const Work& w, int64_t b, int64_t p0, int64_t count, T* rows) {
     if (w.pixels) {
-      return gather_rows(w, count, rows, [&](int64_t t, int64_t c) {
+      gather_rows(w, count, rows, [&](int64_t t, int64_t c) {
         return load_some(pixel_of(w, b, w.queries[p0 + t]) + c, w.channels - c, T{0});
       });
+    } else {
+      const T* f = w.features + b * w.channels * w.positions + p0;
+      for (int64_t c = 0; c < w.channels; ++c) {
+        for (int64_t t = 0; t < NR; ++t) rows[c * NR + t] = t < count ? f[c * w.positions + t] : T{0};
+      }
     }
-    const T* f = w.features + b * w.channels * w.positions + p0;
-    for (int64_t c = 0; c < w.channels; ++c) {
-      for (int64_t t = 0; t < NR; ++t) rows[c * NR + t] = t < count ? f[c * w.positions + t] : T{0};
-    }
+    std::fill(rows + w.channels * NR, rows + w.channels_padded * NR, T{0});
   }
 };
 

@@ -93,32 +93,30 @@ struct AttentionProducts {
 
   // scores[key][query] (+)= keys . queries for `groups` groups of 8 keys; depth: units of the channels. Channels are
   // taken kDepth at a time, which keeps the panel's slice in the first-level cache and the chains of sums short.
-  // row: from one row of queries, and of scores, to the next.
   template <int M>
   static void score_product(const Unit* keys, int64_t group_stride, int64_t groups, const Unit* queries,
-                            int64_t depth, T* scores, bool accumulate, [[maybe_unused]] Multiplier& multiplier,
-                            int64_t row = NR) {
+                            int64_t depth, T* scores, bool accumulate, [[maybe_unused]] Multiplier& multiplier) {
     if constexpr (kTiled) {
-      // Keys [position][part][channels], queries [part][channels][row].
+      // Keys [position][part][channels], queries [part][channels][query].
       return multiplier.template multiply<KEY_PARTS>({keys, KEY_PARTS * depth, depth, depth, 0, depth},
-                                                     groups * GROUP, {queries, row, M, depth * row}, 0, depth, scores,
-                                                     row, accumulate);
+                                                     groups * GROUP, {queries, NR, M, depth * NR}, 0, depth, scores,
+                                                     NR, accumulate);
     }
     for (int64_t k0 = 0; k0 < depth; k0 += kDepth) {
       const int64_t step = depth - k0 < kDepth ? depth - k0 : kDepth;
       for (int64_t g = 0; g < groups; ++g) {
         for (int r0 = 0; r0 < GROUP; r0 += ROWS) {
-          if constexpr (V::BLOCK_ROWS > 0 && M == V::NV) {  // row is NR there
+          if constexpr (V::BLOCK_ROWS > 0 && M == V::NV) {
             const Unit* a = keys + g * group_stride + k0 * GROUP + r0;
-            write_block(scores + (g * GROUP + r0) * row, accumulate || k0 > 0,
-                        [&](T* to) { V::score_block(a, queries + k0 * row, step, to); });
+            write_block(scores + (g * GROUP + r0) * NR, accumulate || k0 > 0,
+                        [&](T* to) { V::score_block(a, queries + k0 * NR, step, to); });
             continue;
           }
           Reg acc[ROWS][M];
           clear<ROWS, M>(acc);
           multiply<ROWS, M, 1, static_cast<int>(GROUP)>(acc, keys + g * group_stride + k0 * GROUP + r0,
-                                                        queries + k0 * row, row, step);
-          store_block<ROWS, M>(acc, scores + (g * GROUP + r0) * row, row, accumulate || k0 > 0);
+                                                        queries + k0 * NR, NR, step);
+          store_block<ROWS, M>(acc, scores + (g * GROUP + r0) * NR, NR, accumulate || k0 > 0);
         }
       }
     }

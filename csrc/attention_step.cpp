@@ -47,7 +47,7 @@ void run_step(const AttentionStep& step, const std::vector<Region>& regions, con
                          target.activation == Activation::relu,
                          positions_of(regions, apart ? b : -1, source)};
     if (maps.queries.empty()) continue;
-    attention_pixels(run.kernels.attention, maps, reinterpret_cast<const float*>(step.weight),
+    attention_pixels(run.kernels.attention, maps, reinterpret_cast<const char*>(step.weight),
                      reinterpret_cast<const float*>(step.bias), step.released, step.products, run.threads);
   }
 }

@@ -219,6 +219,17 @@ std::array<int64_t, 5> packing(Products products) {
   return {kernels.lanes, kernels.panel, kernels.pair, kernels.depth, kernels.parts};
 }
 
+int64_t attention_weight_bytes(int64_t channels, Products products) {
+  if (channels < 1) fail("attention_weight_bytes", "channels", "at least 1", std::to_string(channels));
+  return combiner_bytes(current_kernels().attention, channels, products);
+}
+
+void pack_attention_weight(uint64_t weight, int64_t channels, bool released, Products products, uint64_t into) {
+  if (channels < 1) fail("pack_attention_weight", "channels", "at least 1", std::to_string(channels));
+  pack_combiner(current_kernels().attention, reinterpret_cast<const float*>(weight), channels, released, products,
+                reinterpret_cast<char*>(into));
+}
+
 bool multiplies_by_tiles() { return current_kernels().conv.bf16.tile_units > 0; }
 
 int64_t multiply_adds(bool bf16, int64_t rounds, int64_t threads) {

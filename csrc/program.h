@@ -49,6 +49,11 @@ class Program {
 // All zero where it has no such products.
 std::array<int64_t, 5> packing(Products products);
 
+// Bytes of an attention block's packed weight for the instruction set in use, and the packing: weight [channels]
+// [2 * channels], float; addresses.
+int64_t attention_weight_bytes(int64_t channels, Products products);
+void pack_attention_weight(uint64_t weight, int64_t channels, bool released, Products products, uint64_t into);
+
 // Whether products of bf16 pairs are by matrix tiles.
 bool multiplies_by_tiles();
 

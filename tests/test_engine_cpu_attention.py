@@ -48,7 +48,13 @@ class AttentionAlone:
         attention.source = library.MapSpec(begin, height, width, channels, channels, False)
         attention.released = variant == "released"
         attention.products = library.Products.__members__[products]
-        attention.weight, attention.bias = self.weight.data_ptr(), self.bias.data_ptr()
+        weight = torch.empty(library.attention_weight_bytes(channels, attention.products), dtype=torch.uint8)
+        library.pack_attention_weight(
+            self.weight.data_ptr(), channels, attention.released, attention.products, weight.data_ptr()
+        )
+        bias = torch.cat((self.bias, torch.zeros(-channels % 8)))
+        self.packed += [weight, bias]
+        attention.weight, attention.bias = weight.data_ptr(), bias.data_ptr()
         end = begin + pixels * channels
         attention.targets = [library.TargetSpec(end, channels, 0, False)]
         attention.out_height, attention.out_width = height, width

@@ -212,15 +212,18 @@ void check_attention_maps() {
   constexpr int64_t kBatch = 2, kChannels = 70, kHeight = 9, kWidth = 7, kPixel = 75;
   const Values features = rounded_to_bf16(random(kBatch * kHeight * kWidth * kPixel, 1));
   const Values weight = random(2 * kChannels * kChannels, 2, 1 / std::sqrt(static_cast<double>(kChannels)));
-  const std::vector<float> weights(weight.begin(), weight.end()), bias(kChannels, 0.25f);
+  const std::vector<float> weights(weight.begin(), weight.end()), bias(kChannels + 2, 0.25f);
   set_isa(g_isa);
   const auto attend = [&](bool from_bf16, bool to_bf16, bool released, bool pairs) {
     Map from(from_bf16, features), to(to_bf16, features.size());
     PixelMaps maps{kBatch,    kChannels, kHeight, kWidth,  from.data(), kPixel,
                    from_bf16, to.data(), kPixel,  to_bf16, true,        {}};
     for (int32_t position = 3; position < 50; position += 2) maps.queries.push_back(position);
-    attention_pixels(current_kernels().attention, maps, weights.data(), bias.data(), released,
-                     pairs ? Products::bf16 : Products::float32, 1);
+    const AttentionTable& table = current_kernels().attention;
+    const Products products = pairs ? Products::bf16 : Products::float32;
+    std::vector<char> packed(static_cast<size_t>(combiner_bytes(table, kChannels, products)));
+    pack_combiner(table, weights.data(), kChannels, released, products, packed.data());
+    attention_pixels(table, maps, packed.data(), bias.data(), released, products, 1);
     return to.values();
   };
   for (bool released : {true, false}) {

@@ -71,11 +71,6 @@ class Choice(NamedTuple):
         """What the packed weights depend on: the same by the rule."""
         return self._replace(chunk=0)
 
-    @property
-    def packs(self) -> Products:
-        """What the weights are packed for; the attention block's are packed in each run."""
-        return "float32" if self.kernel == ATTENTION else self.products
-
 
 def candidates(step: Step) -> list[str]:
     """Kernels that can run a step, the plainest first."""

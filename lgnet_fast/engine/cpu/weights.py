@@ -153,11 +153,16 @@ def _allocate(size: int) -> Tensor:
     return data.zero_()
 
 
+def _products(choice: Choice) -> Any:
+    """What a step multiplies, for the extension."""
+    return library().Products.__members__[choice.products]
+
+
 def _parts(step: Step, choice: Choice) -> Iterator[tuple[int, int, Group | None]]:
     """(bytes, tile, group) of each packed weight of a step."""
-    packing = Packing.of(choice.packs)
+    packing = Packing.of(choice.products)
     if not isinstance(step, ConvStep):
-        yield 4 * step.weight.numel(), 0, None
+        yield library().attention_weight_bytes(step.out_channels, _products(choice)), 0, None
     elif choice.kernel == NARROW:
         kernel, channels = step.geometry.kernel, step.source.channels
         if channels % packing.pair:
@@ -294,7 +299,7 @@ class CpuWeights:
 
 def _pack(step: Step, choice: Choice, placed: Placed, data: Tensor) -> None:
     """Write one step's packed weights and bias to their place."""
-    packing = Packing.of(choice.packs)
+    packing = Packing.of(choice.products)
 
     def room(offset: int, count: int, dtype: torch.dtype) -> Tensor:
         return data[offset : offset + count * dtype.itemsize].view(dtype)
@@ -304,7 +309,14 @@ def _pack(step: Step, choice: Choice, placed: Placed, data: Tensor) -> None:
 
     room(placed.bias, step.bias.numel(), torch.float32).copy_(step.bias)
     if not isinstance(step, ConvStep):
-        room(placed.weights[0], step.weight.numel(), torch.float32).copy_(step.weight.flatten())
+        weight = step.weight.flatten().float()
+        library().pack_attention_weight(
+            weight.data_ptr(),
+            step.out_channels,
+            step.variant == "released",
+            _products(choice),
+            data.data_ptr() + placed.weights[0],
+        )
     elif choice.kernel == NARROW:
         # [kernel rows, in][column tap * 3 + out]
         taps = _taps_first(step).permute(0, 2, 1, 3).flatten(2).flatten(0, 1)
