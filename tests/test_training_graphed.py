@@ -144,6 +144,34 @@ def test_gradients_of_several_batches_add_up(monkeypatch: pytest.MonkeyPatch) ->
     assert_equal(trained(GraphedStep, lists), trained(Step, lists))
 
 
+def test_no_autograd_graph_of_an_earlier_batch_is_alive_at_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its nodes that add up gradients are on the stream of that batch, which a capture on another may not involve."""
+    networks: list[nn.Module] = []
+    old: list[list[bool]] = []
+
+    def nodes() -> list[Any]:
+        """Those of the weights: the nodes of a living graph, else new ones."""
+        weights = (p for network in networks for p in network.parameters() if p.requires_grad)
+        return [p.view_as(p).grad_fn.next_functions[0][0] for p in weights]
+
+    def mark(total: str, terms: Terms, number: int) -> bool:
+        for node in nodes():
+            node.metadata["of an earlier batch"] = True
+        return False
+
+    def spied(launches: Callable[[], None], device: Any, pool: Any, warm_up: Callable[[], None]) -> Recorded:
+        if not old:  # before the first of the two graphs, which are captured together
+            old.append(["of an earlier batch" in node.metadata for node in nodes()])
+        return record(launches, device, pool, warm_up)
+
+    monkeypatch.setattr(graphed, "capture", spied)
+    step, *networks[:] = step_of(GraphedStep, on_nonfinite=mark)
+    step(batches(2))  # the first without graphs
+    (found,) = old
+    assert found
+    assert not any(found)
+
+
 def test_a_step_is_skipped_in_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "capture", record)
     lists = [[batch] for batch in batches(4)]

@@ -123,7 +123,7 @@ class Step:
             if terms is None:
                 return None
             for name, term in terms.items():
-                sums[name] = sums.get(name, 0) + share * term.detach()
+                sums[name] = sums.get(name, 0) + share * term
         self._clip(self.generator_optimizer, self.parameters)
         self.generator_optimizer.step()
         return sums
@@ -135,7 +135,11 @@ class Step:
     def _train_on(
         self, batch: tuple[Tensor, Tensor], number: int, share: float, last: bool, adversarial: bool, features: bool
     ) -> Terms | None:
-        """Compute the gradients of one batch and, after the last, the discriminator's step; returns the terms."""
+        """Compute the gradients of one batch and, after the last, the discriminator's step; returns the terms.
+
+        They are detached: else they would keep the batch's autograd graph during the next one, and in it the nodes
+        that add up gradients, on the stream of this batch. No CUDA graph can be captured on another stream then.
+        """
         judged = self._judge(*batch, adversarial)
         if adversarial:
             if self.on_nonfinite("D", judged.terms, number):
@@ -146,7 +150,7 @@ class Step:
         if self.on_nonfinite("G", terms, number):
             return None
         self.accelerator.backward(terms["G"] * share)
-        return terms
+        return {name: term.detach() for name, term in terms.items()}
 
     def _judge(self, image: Tensor, mask: Tensor, adversarial: bool) -> Judged:
         """The generators' forward, and the discriminator's terms if it is `adversarial`."""
