@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import itertools
 import logging
 from collections.abc import Callable, Iterator
 from typing import ClassVar
@@ -33,20 +34,24 @@ class FakeCuda:
         self.capturing: FakeGraph | None = None
         self.fail_begin: Exception | None = None
         self.fail_end: Exception | None = None
+        self.handles = itertools.count(2)
         self.ended_pools: list[object] = []
+        self.recording: set[object] = set()
+        """Pools of captures that did not end, for PyTorch's allocator of page-locked memory."""
         self.random_captured = False
         """Whether PyTorch's random generator believes that a graph is being captured."""
         self.streams: list[FakeStream] = []
         self.device = 0
         cuda = torch.cuda
         monkeypatch.setattr(graphs, "_streams", {})
+        monkeypatch.setattr(graphs, "_replaced", {})
         for name, value in {
             "Stream": self.new_stream,
             "Event": lambda enable_timing: FakeEvent(self),
             "current_stream": lambda device=None: self.current,
             "set_stream": self.set_stream,
             "stream": lambda stream: self.on(stream),
-            "graph_pool_handle": lambda: POOL,
+            "graph_pool_handle": lambda: (0, next(self.handles)),
             "synchronize": lambda *args: None,
             "empty_cache": lambda: None,
             "CUDAGraph": lambda **options: FakeGraph(self, **options),
@@ -117,10 +122,15 @@ class FakeGraph:
     def __init__(self, cuda: FakeCuda, keep_graph: bool = False) -> None:
         self.cuda, self.kernels = cuda, list[Callable[[], None]]()
         self.kept, self.captured, self.ready = keep_graph, False, False
+        self.pool: set[object] = set()
 
-    def capture_begin(self, *args: object, **options: object) -> None:
+    def capture_begin(self, *pool: object, **options: object) -> None:
         if self.cuda.fail_begin is not None:
             raise self.cuda.fail_begin
+        self.pool = set(pool)
+        if self.cuda.recording & self.pool:
+            raise RuntimeError("beginAllocateToPool: already recording to mempool_id")
+        self.cuda.recording |= self.pool
         self.cuda.capturing = self
         self.cuda.random_captured = True
 
@@ -128,6 +138,7 @@ class FakeGraph:
         self.cuda.capturing = None
         if self.cuda.fail_end is not None:
             raise self.cuda.fail_end
+        self.cuda.recording -= self.pool
         self.cuda.random_captured = False
         self.captured, self.ready = True, not self.kept
 
@@ -236,6 +247,9 @@ def test_a_later_capture_succeeds(cuda: FakeCuda) -> None:
     launched = work.launched
     program()
     assert work.launched == launched
+    other = Program(Work(cuda), DEVICE, POOL)  # of the same executor
+    other()
+    assert other.graph is not None
 
 
 class OutOfResources(Exception):

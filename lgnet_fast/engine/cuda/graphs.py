@@ -24,6 +24,9 @@ _CAPTURE_LOCK = threading.Lock()
 # GPU's number -> the stream of all captures there. PyTorch's allocator gives memory of a pool to the stream that used
 # it before, so graphs captured on streams of their own would share none of it.
 _streams: dict[int, torch.cuda.Stream] = {}
+# Pool of a failed capture -> the pool that later captures use in its place. PyTorch's allocator of page-locked memory
+# (2.11) takes the failed capture for one that still goes on, and refuses another into its pool.
+_replaced: dict[Any, Any] = {}
 _RETRY_AFTER = (10, 100, 1000)
 """Numbers of calls between a failed capture and the next attempt."""
 
@@ -43,7 +46,7 @@ def capture(
 
     Args:
         launches: called to warm up, and again. It must neither wait for the device nor read from it.
-        pool: memory for what it allocates, as ``torch.cuda.graph_pool_handle()`` gives.
+        pool: memory for what it allocates, as ``torch.cuda.graph_pool_handle()`` gives; another after a failure.
         spread: a multiprocessor holds one block of a kernel at a time where all fit so, see
             ``kernels.cuda_driver.spread_blocks``.
         warm_up: called instead of the first call of `launches`.
@@ -54,7 +57,7 @@ def capture(
     """
     with _CAPTURE_LOCK, torch.cuda.device(device):
         current = torch.cuda.current_stream(device)
-        stream = _capture_stream()
+        stream, own_pool = _capture_stream(), _replaced.get(pool, pool)
         try:
             stream.wait_stream(current)
             try:
@@ -67,14 +70,15 @@ def capture(
                 # thread_local: other threads may allocate meanwhile
                 with (
                     _uncollected(),
-                    torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+                    torch.cuda.graph(graph, pool=own_pool, stream=stream, capture_error_mode="thread_local"),
                 ):
                     launches()
                 if spread:
                     _spread(graph)
             except BaseException as error:  # an interrupt too: the program, such as a notebook, may go on after it
                 reason = error_text(error)
-                _end_allocations(pool)
+                _end_allocations(own_pool)
+                _replaced[pool] = torch.cuda.graph_pool_handle()
                 _end_random_capture(stream)
                 if not isinstance(error, Exception):
                     raise
