@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -51,6 +52,14 @@ def test_parts_fit_the_minutes_and_correctness_comes_first(tmp_path: Path, minut
         assert str(tmp_path) in " ".join(command), name
 
 
+def test_only_files_with_tests_for_gpus_are_collected(tmp_path: Path) -> None:
+    """Others import what a machine with a GPU may not have."""
+    (command,) = (command for name, _, command in run_gpu.parts(tmp_path, 8.0) if name == "tests")
+    files = {part for part in command if part.startswith("tests")}
+    assert {"tests/test_engine_cuda.py", "tests/test_kernels_gpu.py", "tests/test_training_graphed.py"} <= files
+    assert not {"tests", "tests/test_cli.py", "tests/test_serve_api.py"} & files
+
+
 def test_a_part_that_hangs_is_cut_off_and_one_that_fails_is_noticed(capfd: pytest.CaptureFixture[str]) -> None:
     assert not run_gpu.run("hangs", 0.5, [sys.executable, "-c", "import time; time.sleep(60)"])
     assert not run_gpu.run("fails", 60, [sys.executable, "-c", "raise SystemExit(3)"])
@@ -60,20 +69,9 @@ def test_a_part_that_hangs_is_cut_off_and_one_that_fails_is_noticed(capfd: pytes
     assert "fails: exit status 3" in text
 
 
-@pytest.mark.parametrize(
-    ("sections", "expected"),
-    [
-        (
-            "compile,buffers,graph,steps,holes,calls,peers",
-            ["compile", "buffers", "graph shipped", "steps", "holes", "calls", "peers"],
-        ),
-        ("peers,convs", ["convs 7", "graph tuned", "steps", "peers"]),
-        ("attention", ["attention"]),
-    ],
-)
-def test_contact_measures_the_sections_in_a_fixed_order(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sections: str, expected: list[str]
-) -> None:
+@pytest.fixture
+def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What `measure` did, in order, in place of measuring it."""
     pytest.importorskip("triton")
     done: list[str] = []
     gpu = SimpleNamespace(name="A GPU", multi_processor_count=100, major=8)
@@ -92,12 +90,62 @@ def test_contact_measures_the_sections_in_a_fixed_order(
     convolutions = "lgnet_fast.engine.cuda.tuning_convolutions"
     monkeypatch.setattr(f"{convolutions}.Contest", lambda *_: None)
     monkeypatch.setattr(f"{convolutions}.tune_convolutions", lambda *args: done.append(f"convs {args[-2]}"))
+    return done
+
+
+def measured(results: Path, sections: str) -> tuple[int, list[dict[str, Any]]]:
+    """The number of sections that failed, and the lines of the log."""
     options = {"model": "lgnet", "dtype": "float16", "batch": 4, "minutes": 1.0, "tried": 7}
-    gpu_contact.measure(argparse.Namespace(results=tmp_path, sections=sections, **options))
-    assert done == expected
-    (line,) = (tmp_path / "contact_lgnet_float16_b4.jsonl").read_text().splitlines()
-    machine = json.loads(line)
+    failed = gpu_contact.measure(argparse.Namespace(results=results, sections=sections, **options))
+    lines = (results / "contact_lgnet_float16_b4.jsonl").read_text().splitlines()
+    return failed, [json.loads(line) for line in lines]
+
+
+@pytest.mark.parametrize(
+    ("sections", "expected"),
+    [
+        (
+            "compile,buffers,graph,steps,holes,calls,peers",
+            ["compile", "buffers", "graph shipped", "steps", "holes", "calls", "peers"],
+        ),
+        ("peers,convs", ["convs 7", "graph tuned", "steps", "peers"]),
+        ("attention", ["attention"]),
+        ("attention,convs", ["attention", "convs 7", "graph tuned", "steps"]),
+    ],
+)
+def test_contact_measures_the_sections_in_a_fixed_order(
+    tmp_path: Path, done: list[str], sections: str, expected: list[str]
+) -> None:
+    failed, (machine,) = measured(tmp_path, sections)
+    assert (failed, done) == (0, expected)
     assert (machine["section"], machine["device"], machine["multiprocessors"]) == ("machine", "A GPU", 100)
+
+
+def test_a_section_that_fails_is_noted_and_the_next_one_runs(
+    tmp_path: Path, done: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*args: object) -> None:
+        raise RuntimeError("a capture failed")
+
+    monkeypatch.setattr(gpu_contact, "time_steps", fails)
+    failed, (_, line) = measured(tmp_path, "graph,steps,holes")
+    assert (failed, done) == (1, ["graph shipped", "holes"])
+    assert (line["section"], line["failed"]) == ("steps", "RuntimeError: a capture failed")
+
+
+def test_a_form_of_the_forward_that_cannot_run_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def time_form(plan: str, dtype: str, tuned: str, overlap: str, first: list[Any], log: Any) -> None:
+        if overlap == "spread":
+            raise RuntimeError("cuGraphKernelNodeSetParams_v2: invalid argument (1)")
+        log(overlap=overlap)
+
+    monkeypatch.setattr(gpu_contact, "time_form", time_form)
+    gpu_contact.time_graph("plan", "dtype", "tuned", gpu_contact.Log(tmp_path / "log"), "shipped")
+    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
+    assert [(line["overlap"], line["label"]) for line in lines] == [
+        (overlap, "shipped") for overlap in ("none", "plain", "spread", "operators")
+    ]
+    assert ["invalid argument" in line.get("error", "") for line in lines] == [False, False, True, False]
 
 
 def test_calls_are_timed_until_they_return_and_until_the_result_is_there(
@@ -129,12 +177,12 @@ def test_calls_are_timed_until_they_return_and_until_the_result_is_there(
 
 
 def test_rows_of_attention_tables_hold_by_positions_and_the_last_for_all_smaller_batches() -> None:
-    def measured(batch: int, **shapes: tuple[int, int, int, int]) -> Training:
+    def trained(batch: int, **shapes: tuple[int, int, int, int]) -> Training:
         operations = {op: Measured(shape, 1.0, shape, 1.0) for op, shape in shapes.items()}
         return Training(Block("half", "released", 64, 1024, batch), operations)
 
     large, small = (128, 64, 8, 3), (64, 32, 4, 2)
-    results = [measured(16, forward=large, rows=large), measured(1, forward=small)]
+    results = [trained(16, forward=large, rows=large), trained(1, forward=small)]
     assert tune_attention.rows_of(results, 32) == {
         "forward": ((4096, large), (0, small)),
         "rows": ((0, large),),
