@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -21,6 +22,7 @@ from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import tuning as cuda_tuning
 from lgnet_fast.engine.cuda import tuning_convolutions as cuda_tuning_convolutions
 from lgnet_fast.engine.cuda.executor import CudaExecutor
+from lgnet_fast.engine.cuda.graphs import CaptureError
 from lgnet_fast.engine.cuda.measure import Found, kept, product_key
 from lgnet_fast.engine.cuda.tuning import gains, tune
 from lgnet_fast.engine.cuda.tuning_convolutions import LAUNCHES, tiles
@@ -348,6 +350,23 @@ def test_launches_overlap_where_the_whole_gains(short: Plan, plain_ms: float, sp
     ] * 2
     assert CudaExecutor.of(short, SINGLE, tuned=tuned, overlap="none").overlap == "none"
     assert executor.resized(short.resized(2, short.height, short.width)).overlap == "none"
+
+
+@pytest.mark.usefixtures("overlapping")
+def test_what_was_measured_stays_where_the_driver_lets_no_blocks_be_spread(
+    short: Plan, caplog: pytest.LogCaptureFixture
+) -> None:
+    class RefusingTimer(FakeTimer):
+        def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
+            if spread:
+                raise CaptureError("cuGraphKernelNodeSetParams_v2: invalid argument (1)")
+            return super().time(launches)
+
+    with caplog.at_level(logging.INFO, "lgnet_fast"):
+        found = run(short, RefusingTimer(splits_are_slow))
+    assert found.overlap == {}
+    assert found.tiles
+    assert "how launches overlap is not tuned: cuGraphKernelNodeSetParams_v2" in caplog.text
 
 
 @pytest.mark.usefixtures("overlapping")

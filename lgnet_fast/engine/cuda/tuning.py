@@ -10,6 +10,7 @@ launches should overlap.
 from __future__ import annotations
 
 import functools
+import logging
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, get_args
@@ -19,11 +20,14 @@ import torch
 from ... import cache
 from ..plan import AttentionStep, Plan
 from .executor import CudaExecutor, CudaOptions
+from .graphs import CaptureError
 from .launches import run_all
 from .measure import GAIN, Found, Timer, product_key, progress_of
 from .tuning_attention import tune_attention
 from .tuning_convolutions import Contest, groups_of, tune_convolutions
 from .weights import CudaWeights, Overlap, target_of, work_of
+
+logger = logging.getLogger("lgnet_fast")
 
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
@@ -142,7 +146,11 @@ def _best_overlap(
     timer.compile(launches)
     if not _equal_pictures(executors[0], executors[1]):
         return "none", now_ms
-    best, milliseconds = _fastest(executors, now_ms, timer)
+    try:
+        best, milliseconds = _fastest(executors, now_ms, timer)
+    except CaptureError as error:  # such as a driver that does not let blocks be spread
+        logger.info("how launches overlap is not tuned: %s", error)
+        return "none", now_ms
     return best.overlap, milliseconds
 
 
