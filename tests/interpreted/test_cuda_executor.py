@@ -16,6 +16,7 @@ from torch import Tensor
 
 from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import launches as cuda_launches
+from lgnet_fast.engine.cuda import weights as cuda_weights
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.library_executor import LibraryExecutor
 from lgnet_fast.engine.plan import Plan
@@ -114,6 +115,15 @@ def test_steps_by_library_convolutions() -> None:
     check(plan, executor, *inputs(plan))
     assert set(executor.choices.values()) == {"cudnn", "attention"}
     assert executor.packed_bytes > CudaExecutor.of(plan, torch.float32).packed_bytes
+
+
+def test_executors_of_other_sizes_wait_for_unpacked_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their stream may be another than the one on which the weights were unpacked."""
+    plan = small_plan()
+    executor = CudaExecutor.of(plan, torch.float32)
+    event = object()
+    monkeypatch.setattr(cuda_weights, "event_of", lambda device: event)
+    assert executor.weights.all_by_library(executor.plan, frozenset()).packed is event
 
 
 def test_step_times() -> None:

@@ -158,7 +158,8 @@ class CudaWeights:
         """The same weights for PyTorch's operators, unpacked."""
         with torch.inference_mode(False), torch.no_grad():
             own = {s.name: _unpacked(s, self.steps[s.name]) for s in plan.steps if s.weights_of == s.name}
-        return replace(self, by_library=names, steps={s.name: own[s.weights_of] for s in plan.steps})
+        steps = {s.name: own[s.weights_of] for s in plan.steps}
+        return replace(self, by_library=names, steps=steps, packed=event_of(self.device))
 
     @property
     def bytes(self) -> int:
