@@ -67,6 +67,22 @@ def test_result_is_the_models(name: str) -> None:
     assert executor.run(image, mask, stages=False)[1] == []
 
 
+@pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs PyTorch 2.9, for fp32_precision")
+def test_tf32_of_convolutions_by_the_newer_switch() -> None:
+    """The older switch cannot be read then."""
+    conv: Any = torch.backends.cudnn.conv
+    executor = OperatorExecutor.of(planned(narrow_model()), torch.float32, device=CPU)
+    before = conv.fp32_precision
+    try:
+        found = []
+        for precision in ("ieee", "tf32"):
+            conv.fp32_precision = precision
+            found.append(executor._precision())
+    finally:
+        conv.fp32_precision = before
+    assert found == [(False, False), (False, True)]
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_every_step_in_16_bit(dtype: torch.dtype) -> None:
     plan = planned(narrow_model())

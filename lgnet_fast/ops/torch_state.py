@@ -93,3 +93,12 @@ def tf32_allowed() -> bool:
         return bool(backends.cuda.matmul.allow_tf32)
     except RuntimeError:
         return backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def cudnn_tf32_allowed() -> bool:
+    """Whether float32 convolutions of cuDNN may be computed in TF32."""
+    backends: Any = torch.backends
+    try:
+        return bool(backends.cudnn.allow_tf32)
+    except RuntimeError:
+        return backends.cudnn.conv.fp32_precision == "tf32"

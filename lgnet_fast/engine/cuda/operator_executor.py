@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ...ops.torch_state import tf32_allowed
+from ...ops.torch_state import cudnn_tf32_allowed, tf32_allowed
 from ..plan import AttentionStep, Plan, Step
 from ..regions import Rect
 from .graph_executor import GraphExecutor, GraphOptions
@@ -94,7 +94,7 @@ class OperatorExecutor(GraphExecutor):
         return {step.name: "torch" if isinstance(step, AttentionStep) else "cudnn" for step in self.plan.steps}
 
     def _precision(self) -> tuple[bool, bool]:
-        return tf32_allowed(), torch.backends.cudnn.allow_tf32
+        return tf32_allowed(), cudnn_tf32_allowed()
 
     def _paint(self, memory: Memory, painted: bool) -> Launch:
         return functools.partial(paint_by_operators, memory, painted)
