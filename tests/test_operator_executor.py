@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -68,8 +69,10 @@ def test_result_is_the_models(name: str) -> None:
 
 
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs PyTorch 2.9, for fp32_precision")
-def test_tf32_of_convolutions_by_the_newer_switch() -> None:
+@pytest.mark.parametrize("products", [False, True])
+def test_tf32_of_convolutions_by_the_newer_switch(products: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """The older switch cannot be read then."""
+    monkeypatch.setattr(operator_executor, "tf32_allowed", lambda: products)
     conv: Any = torch.backends.cudnn.conv
     executor = OperatorExecutor.of(planned(narrow_model()), torch.float32, device=CPU)
     before = conv.fp32_precision
@@ -80,7 +83,29 @@ def test_tf32_of_convolutions_by_the_newer_switch() -> None:
             found.append(executor._precision())
     finally:
         conv.fp32_precision = before
-    assert found == [(False, False), (False, True)]
+    assert found == [(products, False), (products, products)]
+
+
+def test_every_operator_is_called_with_the_engines_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's own convolutions are in TF32 by default, which the check of the engine does not pass."""
+    inside: list[torch.dtype] = []
+    calls: list[bool] = []
+
+    @contextlib.contextmanager
+    def spied(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
+        inside.append(dtype)
+        yield
+        inside.clear()
+
+    def noted(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        return lambda *args: (calls.append(inside == [torch.float32]), function(*args))[1]
+
+    monkeypatch.setattr(cuda_launches, "engine_float32", spied)
+    for name in ("convolution", "attention_block"):
+        monkeypatch.setattr(cuda_launches, name, noted(getattr(cuda_launches, name)))
+    plan = planned(narrow_model())
+    OperatorExecutor.of(plan, torch.float32, device=CPU).run(*inputs())
+    assert calls == [True] * len(plan.steps)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

@@ -142,6 +142,27 @@ def test_threads_take_turns_with_the_switches_of_tf32(monkeypatch):
     assert torch.backends.cuda.matmul.allow_tf32
 
 
+def test_a_thread_may_ask_for_full_precision_twice():
+    before = torch_state.cudnn_tf32_allowed()
+    with torch_state.strict_float32():
+        with torch_state.strict_float32():
+            assert not torch_state.cudnn_tf32_allowed()
+        assert not torch_state.cudnn_tf32_allowed()
+    assert torch_state.cudnn_tf32_allowed() == before
+
+
+@pytest.mark.parametrize("products", [False, True])
+def test_convolutions_of_an_engine_are_in_tf32_only_where_products_may_be(products, monkeypatch):
+    monkeypatch.setattr(torch_state, "tf32_allowed", lambda: products)
+    before, gpu = torch_state.cudnn_tf32_allowed(), torch.device("cuda", 0)
+    with torch_state.engine_float32(gpu, torch.float32):
+        assert torch_state.cudnn_tf32_allowed() == (before and products)
+    assert torch_state.cudnn_tf32_allowed() == before
+    for device, dtype in ((gpu, torch.float16), (torch.device("cpu"), torch.float32)):
+        with torch_state.engine_float32(device, dtype):
+            assert torch_state.cudnn_tf32_allowed() == before
+
+
 @pytest.mark.once
 @pytest.mark.skipif(not hasattr(torch.backends.cudnn, "conv"), reason="needs PyTorch 2.9, for fp32_precision")
 @pytest.mark.parametrize(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 from .. import forks
 
 _switches_lock = forks.Lock()
+_strict = threading.local()
+"""`here`: whether this thread computes in full precision already."""
 
 
 def is_capturing(device: torch.device) -> bool:
@@ -61,6 +64,9 @@ def strict_float32() -> Iterator[None]:
 
     The switches are the process's, so threads take turns: else one would restore what another had set.
     """
+    if getattr(_strict, "here", False):
+        yield
+        return
     backends: Any = torch.backends
     strict: bool | str = False
     name = "allow_tf32"
@@ -77,8 +83,10 @@ def strict_float32() -> Iterator[None]:
         try:
             for switch in switches:
                 setattr(switch, name, strict)
+            _strict.here = True
             yield
         finally:
+            _strict.here = False
             for switch, value in zip(switches, before):
                 setattr(switch, name, value)
             # allow_tf32 leaves "ieee" where "none" was, which follows torch.backends.fp32_precision.
@@ -93,6 +101,16 @@ def tf32_allowed() -> bool:
         return bool(backends.cuda.matmul.allow_tf32)
     except RuntimeError:
         return backends.cuda.matmul.fp32_precision == "tf32"
+
+
+def engine_float32(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
+    """The context of an engine's calls of PyTorch's operators on a GPU: float32 is TF32 only where products may be.
+
+    PyTorch's own convolutions are in TF32 by default.
+    """
+    if device.type != "cuda" or dtype != torch.float32 or tf32_allowed():
+        return contextlib.nullcontext()
+    return strict_float32()
 
 
 def cudnn_tf32_allowed() -> bool:

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from ...ops.torch_state import engine_float32
 from ...reference.attention import attention_block
 from ..plan import PICTURE, AttentionStep, ConvStep
 from ..torch_executor import convolution
@@ -58,7 +59,8 @@ def attend(
 def convolve(memory: Memory, step: ConvStep, weight: Tensor, bias: Tensor, merge: Merge | None) -> None:
     """A dense step by PyTorch's convolution. weight: channels last."""
     x = memory.view(step.source).permute(0, 3, 1, 2)
-    value = convolution(step.geometry, x, weight, bias.to(x.dtype))
+    with engine_float32(x.device, x.dtype):
+        value = convolution(step.geometry, x, weight, bias.to(x.dtype))
     if step.residual is not None:
         value = value + memory.view(step.residual).permute(0, 3, 1, 2)
     if merge is None:
@@ -75,7 +77,9 @@ def convolve(memory: Memory, step: ConvStep, weight: Tensor, bias: Tensor, merge
 
 def attend_by_operators(memory: Memory, step: AttentionStep, weight: Tensor, bias: Tensor) -> None:
     """The attention block by the reference."""
-    value = attention_block(memory.view(step.source).permute(0, 3, 1, 2), weight, bias, step.variant)
+    x = memory.view(step.source).permute(0, 3, 1, 2)
+    with engine_float32(x.device, x.dtype):
+        value = attention_block(x, weight, bias, step.variant)
     for store in step.stores:
         activate_into(memory.view(store.view).permute(0, 3, 1, 2), value, store.activation)
 

@@ -73,7 +73,7 @@ class OperatorExecutor(GraphExecutor):
 
         Args:
             plan: dense, with weights; only its shapes are kept.
-            dtype: float32, float16 or bfloat16; PyTorch's switches say whether float32 is TF32.
+            dtype: float32 (TF32 only where PyTorch's switch of matrix products allows it), float16 or bfloat16.
             device: where to run.
             graphs: see :class:`.graph_executor.GraphOptions`.
         """
@@ -94,7 +94,8 @@ class OperatorExecutor(GraphExecutor):
         return {step.name: "torch" if isinstance(step, AttentionStep) else "cudnn" for step in self.plan.steps}
 
     def _precision(self) -> tuple[bool, bool]:
-        return tf32_allowed(), cudnn_tf32_allowed()
+        products = tf32_allowed()
+        return products, products and cudnn_tf32_allowed()
 
     def _paint(self, memory: Memory, painted: bool) -> Launch:
         return functools.partial(paint_by_operators, memory, painted)
