@@ -233,9 +233,17 @@ def test_a_wrong_picture_leaves_the_model(monkeypatch: pytest.MonkeyPatch, caplo
     def wrong(memory: Any, step: Any, weight: Tensor, bias: Tensor, merge: Any) -> None:
         original(memory, step, weight, bias + 0.5, merge)
 
+    strict: list[tuple[torch.device, torch.dtype]] = []
+
+    def spied(*asked: Any) -> Any:
+        strict.append(asked)
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(verified, "engine_float32", spied)
     monkeypatch.setattr(operator_executor, "convolve", wrong)
     model = narrow_model()
     executor, verdict = decide(model, planned(model))
+    assert strict == [(CPU, torch.float32)]  # so that a model in TF32, PyTorch's default, is checked only once
     assert isinstance(executor, ModelExecutor)
     assert verdict.runs == "model"
     assert [(check.name, check.passed) for check in verdict.checks] == [

@@ -23,7 +23,7 @@ import torch
 
 from ... import cache
 from ...ops.first_use import KNOWN
-from ...ops.torch_state import pass_on_out_of_memory
+from ...ops.torch_state import engine_float32, pass_on_out_of_memory
 from ...reference.lgnet import LGNet, LocalGlobalRefinement
 from ..model_executor import ModelExecutor
 from ..plan import Plan
@@ -224,7 +224,8 @@ def _decide(
             return _Decision(library, Verdict("library", reason, attempt, nothing_runs, tuple(trial.checks)))
         reason += f"; {trial.checks[-1]}"
     last = ModelExecutor(model, trial.device, dtype, "eager")
-    passed = trial.passes("model", last)
+    with engine_float32(trial.device, dtype):  # TF32, which a program may allow its models, is no fault of the set-up
+        passed = trial.passes("model", last)
     return _Decision(last, Verdict("model", reason, (), not passed, tuple(trial.checks)))
 
 
