@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from lgnet_fast.engine.cuda.launches import run_all
+from lgnet_fast.ops.torch_state import strict_float32
 
 if TYPE_CHECKING:
     from lgnet_fast.engine.cuda.graph_executor import GraphExecutor
@@ -124,7 +125,8 @@ def check_buffers(executor: Any, plan: Any, log: Log) -> None:
     executor.memory.arena.fill_(torch.nan)
     exact = TorchExecutor(plan)
     result, _ = executor.run(image, mask)
-    expected, _ = exact.run(image, mask)
+    with strict_float32():  # PyTorch's convolutions are in TF32 by default
+        expected, _ = exact.run(image, mask)
     hole = (mask != 0).expand_as(image)
     error = (result - expected)[hole]
     log(
@@ -156,10 +158,11 @@ def log_step_error(executor: Any, plan: Any, number: int, log: Log) -> None:
     run_all(executor.step_launches(executor.memory, number))
     own = executor.memory.view(step.stores[0].view).float()
     x = executor.memory.view(step.source).float().permute(0, 3, 1, 2)
-    if isinstance(step, AttentionStep):
-        value = attention_block(x, step.weight.float(), step.bias.float(), step.variant)
-    else:
-        value = convolution(step.geometry, x, step.weight.float(), step.bias.float())
+    with strict_float32():
+        if isinstance(step, AttentionStep):
+            value = attention_block(x, step.weight.float(), step.bias.float(), step.variant)
+        else:
+            value = convolution(step.geometry, x, step.weight.float(), step.bias.float())
     if step.residual is not None:
         value = value + executor.memory.view(step.residual).float().permute(0, 3, 1, 2)
     activation = step.stores[0].activation
