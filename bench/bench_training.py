@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from bench.conftest import marked_device
-from bench.training_step import DTYPES, FORMS, GRAPHS, Memory, make_step, memory_of
+from bench.training_step import DTYPES, FORMS, GRAPHS, Memory, Step, make_step, memory_of
 from lgnet_fast import ops
+from lgnet_fast.training.graphed import DIRECT
 
 device = pytest.fixture(marked_device)
 
@@ -27,6 +28,13 @@ def measured_memory(form: str, dtype: str, batch: int, device: str) -> Memory:
     command = [sys.executable, "-m", "bench.training_step", form, dtype, str(batch)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     return Memory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def captured(step: Step) -> bool:
+    """Run a step until its graphs are captured, before the clock starts; False: it runs without them."""
+    for _ in range(DIRECT):
+        step.run()
+    return step.graphed is not None and step.graphed.uses_graphs
 
 
 def compare(
@@ -42,10 +50,13 @@ def compare(
     tolerance = 2e-3 if dtype == "fp32" else 0.1
     for form in forms:
         assert first[form]["G"].item() == pytest.approx(first["released"]["G"].item(), rel=tolerance), form
+    graphs = {form: captured(step) for form, step in steps.items() if step.graphed is not None}
     summary = compete({form: step.run for form, step in steps.items()}, "ours", warmup=1, long_rounds=3)
     steps.clear()
     peaks = {form: round(measured_memory(form, dtype, batch, device).step / 1e6, 1) for form in measured}
     report: dict[str, Any] = {"batch": batch, "peak_mb": peaks}
+    if graphs:
+        report["graphs"] = graphs
     if peaks:
         report["peak_of_released"] = round(peaks["ours"] / peaks["released"], 3)
         assert report["peak_of_released"] < 0.75

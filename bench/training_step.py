@@ -37,10 +37,11 @@ SIZE = 256
 
 
 class Step(NamedTuple):
-    """Runs one step and returns its loss terms; `network`: the generator."""
+    """Runs one step and returns its loss terms; `network`: the generator. `graphed`: of :data:`GRAPHS`."""
 
     run: Callable[[], dict[str, Tensor]]
     network: nn.Module
+    graphed: GraphedStep | None = None
 
 
 class _OneDevice:
@@ -87,7 +88,7 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") ->
         nets = Trained(network, discriminator, network, discriminator, network)
         objective = Objective(LossWeights(), features=vgg)
         graphed = GraphedStep(nets, (generator_optimizer, discriminator_optimizer), objective, _OneDevice(autocast))
-        return Step(lambda: graphed([(image, mask)]) or {}, network)
+        return Step(lambda: graphed([(image, mask)]) or {}, network, graphed)
 
     def run() -> dict[str, Tensor]:
         with autocast():

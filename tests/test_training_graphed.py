@@ -170,6 +170,8 @@ def test_no_autograd_graph_of_an_earlier_batch_is_alive_at_a_capture(monkeypatch
     (found,) = old
     assert found
     assert not any(found)
+    assert isinstance(step, GraphedStep)
+    assert step.uses_graphs
 
 
 def test_a_step_is_skipped_in_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -68,6 +68,11 @@ class GraphedStep(Step):
         self._gradients: list[Tensor] = []
         self._pool: Any = None
 
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether there are graphs, which :data:`DIRECT` batches of a kind come before."""
+        return bool(self._graphs)
+
     def _clear_gradients(self) -> None:
         if not self._gradients:
             self._gradients = [torch.zeros_like(p) for p in self._trained]
