@@ -140,6 +140,13 @@ def test_compiled_code_calls_an_engine_as_one_operator(quick, inputs):
     torch.library.opcheck(torch.ops.lgnet.engine, (image, mask, None, engine._number))
 
 
+@pytest.mark.skipif(not hasattr(torch.Tag, "cudagraph_unsafe"), reason="this PyTorch has no such tag")
+def test_inductor_takes_no_engine_into_its_cuda_graphs():
+    """Their memory is reused, but an engine keeps its buffers."""
+    assert torch.Tag.cudagraph_unsafe in torch.ops.lgnet.engine.default.tags
+    assert torch.Tag.cudagraph_unsafe not in torch.ops.lgnet.merge.default.tags
+
+
 def test_a_graph_whose_engine_is_gone_says_so(quick, inputs):
     number = optimize(LGNet.from_pretrained(quick), device="cpu")._number
     gc.collect()

@@ -72,6 +72,9 @@ def _fake(image: Tensor, mask: Tensor, edges: list[int] | None, number: int) -> 
     return image.new_empty(image.shape)
 
 
-_NAME = define("engine(Tensor image, Tensor mask, int[]? holes, int number) -> Tensor")
+# Not part of the CUDA graphs of mode="reduce-overhead": their memory is reused, but an engine keeps its buffers and
+# graphs. (Older versions of PyTorch have no such tag.)
+_TAGS = [torch.Tag.cudagraph_unsafe] if hasattr(torch.Tag, "cudagraph_unsafe") else []
+_NAME = define("engine(Tensor image, Tensor mask, int[]? holes, int number) -> Tensor", *_TAGS)
 LIBRARY.impl("engine", _run, "CompositeExplicitAutograd")
 torch.library.register_fake(_NAME, _fake, lib=LIBRARY)

@@ -47,9 +47,9 @@ def tag_compiled_graphs() -> None:
     compiler_config.cache_key_tag += f" lgnet_fast {digest.hexdigest()[:16]}"
 
 
-def define(schema: str) -> str:
+def define(schema: str, *tags: torch.Tag) -> str:
     """Define an operator; returns its qualified name."""
-    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
+    LIBRARY.define(schema, tags=(torch.Tag.pt2_compliant_tag, *tags))
     return "lgnet::" + schema.split("(", 1)[0]
 
 
