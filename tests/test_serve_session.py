@@ -295,7 +295,8 @@ def test_colours_of_another_space_become_rgb_where_that_is_asked_for(pipe, mode,
 
 
 @pytest.mark.parametrize(
-    "kind", ["1", "P", "P with alpha", "L with a transparent level", "RGB with a transparent colour"]
+    "kind",
+    ["1", "P", "YCbCr", "HSV", "CMYK", "P with alpha", "L with a transparent level", "RGB with a transparent colour"],
 )
 def test_fills_have_the_colours_that_the_file_holds(pipe, kind):
     """What a fill returns is in the result, and the next one reads it, as if the pipeline filled them in turn."""

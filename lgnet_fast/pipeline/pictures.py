@@ -43,8 +43,8 @@ class Picture:
     changed: all others, and all alpha, come from the original. `note` explains the size of a turned picture.
     `check_mode(format)` raises InvalidImageError if a file of that format could not hold the result's mode.
     `rebuild_bytes`: most bytes per pixel that `rebuild` takes, with its result. `mode`: Pillow's, "" without one.
-    `exact`: whether the result has the filled colours, up to the rounding of CMYK, YCbCr and HSV; else `rebuild`
-    takes the nearest ones that its palette or its levels hold.
+    `exact`: whether the result has the filled colours; else `rebuild` takes the nearest ones that its palette or its
+    levels hold, or rounds them to YCbCr or HSV.
     """
 
     samples: np.ndarray
@@ -215,7 +215,7 @@ def _note(orientation: int) -> str:
 
 def _of_pil(picture: Image.Image, note: str) -> Picture:
     key = picture.info.get("transparency")
-    exact = key is None and picture.mode not in ("1", "P")
+    exact = key is None and picture.mode not in ("1", "P", "YCbCr", "HSV")
     check = partial(held_modes, picture.mode, key)
     return replace(_of_mode(picture, note), check_mode=check, mode=picture.mode, exact=exact)
 

@@ -75,6 +75,8 @@ class Patch:
     `box`: the box around all of them. `strategy`, `passes`: as in `Inpainted`. `seconds`: duration of the call.
     `hole`: bool [h, w], the mask before dilation inside its bounding box, which begins at `at` (top, left).
     `options`: of the call, by the keys "strategy" (as asked), "dilate" and "feather". `inpainter`: of the call.
+    `painted`: the parts before their colours became those that the picture's mode holds; the result is made of them,
+    because some modes round a colour again each time that it is converted.
     """
 
     parts: tuple[Part, ...]
@@ -85,6 +87,7 @@ class Patch:
     at: tuple[int, int]
     options: dict[str, Any]
     inpainter: Inpainter = field(repr=False)
+    painted: tuple[Part, ...] = field(repr=False)
 
     @property
     def box(self) -> Rect:
@@ -100,7 +103,10 @@ class Patch:
     @property
     def nbytes(self) -> int:
         """Bytes of memory that it takes."""
-        return self.hole.nbytes + sum(part.samples.nbytes + part.touched.nbytes for part in self.parts)
+        arrays = [part.touched for part in self.parts] + [part.samples for part in self.parts]
+        if self.painted is not self.parts:
+            arrays += [part.samples for part in self.painted]
+        return self.hole.nbytes + sum(array.nbytes for array in arrays)
 
 
 class _Region(Picture):
@@ -121,8 +127,8 @@ class Session:
 
     The picture is decoded once. A fill reads and returns only the boxes that its hole depends on, and equals
     ``inpainter(picture, mask)`` on the picture at that time. Memory: the samples of the picture, and the boxes of
-    every fill. Of a palette, a 1-bit picture and one with a transparent colour, each fill makes the result once, for
-    the colours that it holds.
+    every fill. Of a palette, a 1-bit picture, YCbCr, HSV and one with a transparent colour, each fill makes the
+    result once, for the colours that it holds.
 
     Args:
         picture: as for `Inpainter`, or an `Encoded`; a file is turned upright by its EXIF orientation.
@@ -222,11 +228,10 @@ class Session:
             before = self._fills(position)
             region, offset, inside = self._region(pipe, hole, corner, kept, before)
             made = pipe.inpaint(region, inside, **kept)
-            parts = tuple(_trimmed(box, samples, touched, offset) for box, samples, touched in made.picture)
-            if not self._picture.exact:
-                parts = self._held(parts, before)
+            painted = tuple(_trimmed(box, samples, touched, offset) for box, samples, touched in made.picture)
+            parts = painted if self._picture.exact else self._held(painted, before)
             seconds = time.perf_counter() - start
-            patch = Patch(parts, str(made.strategy), made.passes, seconds, hole, corner, kept, pipe)
+            patch = Patch(parts, str(made.strategy), made.passes, seconds, hole, corner, kept, pipe, painted)
             if confirm is not None:
                 confirm()
             with self._lock:
@@ -264,7 +269,7 @@ class Session:
         Raises:
             OptionError: there are not that many fills.
         """
-        return self._rebuilt(part for patch in self._fills(position) for part in patch.parts)
+        return self._rebuilt(part for patch in self._fills(position) for part in patch.painted)
 
     def encoded(
         self,
@@ -374,12 +379,12 @@ class Session:
             touched[part.box.slices] |= part.touched
         return self._picture.rebuild(samples, touched)
 
-    def _held(self, parts: tuple[Part, ...], fills: list[Patch]) -> tuple[Part, ...]:
+    def _held(self, painted: tuple[Part, ...], fills: list[Patch]) -> tuple[Part, ...]:
         """The parts of a fill after others, in colours that the picture's mode holds: later fills read these, and a
         user sees what the file will have."""
-        earlier = (part for fill in fills for part in fill.parts)
-        samples = picture_of(self._rebuilt([*earlier, *parts])).samples
-        return tuple(replace(part, samples=samples[part.box.slices].copy()) for part in parts)
+        earlier = (part for fill in fills for part in fill.painted)
+        samples = picture_of(self._rebuilt([*earlier, *painted])).samples
+        return tuple(replace(part, samples=samples[part.box.slices].copy()) for part in painted)
 
     def _fills(self, position: int | None) -> list[Patch]:
         """The first `position` fills, None: the current ones."""
