@@ -6,6 +6,7 @@ import io
 import struct
 import warnings
 import zlib
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,8 @@ from lgnet_fast.errors import InvalidImageError
 from lgnet_fast.pipeline import DeepImage, Inpainter, chunks, formats
 from lgnet_fast.pipeline import deep_colour as deep
 from lgnet_fast.pipeline.deep_colour import cut_depth
-from lgnet_fast.pipeline.encoding import save_picture
+from lgnet_fast.pipeline.encoding import encode, save_picture
+from lgnet_fast.pipeline.pictures import picture_of
 from lgnet_fast.pipeline.reading import open_upright, read_picture
 
 from .pipeline_support import ConstantFill, box_mask
@@ -286,6 +288,20 @@ def test_deep_pictures_and_masks_are_accepted_in_lists(pipe, tmp_path):
     np.testing.assert_array_equal(results[0].samples, results[1].samples)
     np.testing.assert_array_equal(results[0].samples[~HOLE], _samples(3)[~HOLE])
     assert (results[0].samples[HOLE] != _samples(3)[HOLE]).mean() > 0.9
+
+
+def test_sides_longer_than_libpng_takes_are_refused():
+    for samples in (np.zeros((1, 1_000_001, 3), np.uint16), np.zeros((1_000_001, 1, 4), np.uint16)):
+        picture = DeepImage(samples, "TIFF")
+        for attempt in (partial(encode, picture), picture_of(picture).check_format):
+            with pytest.raises(InvalidImageError) as caught:
+                attempt("PNG")
+            assert str(caught.value) == (
+                "format: PNG holds at most 1000000 pixels a side at 16 bits a sample in colour, got 1000001; longer "
+                "ones are held by TIFF"
+            )
+        picture_of(picture).check_format("TIFF")
+    picture_of(DeepImage(samples[:-1], "TIFF")).check_format("PNG")
 
 
 def test_deep_pictures_do_not_become_shallow_files(pipe, tmp_path):

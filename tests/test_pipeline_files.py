@@ -13,7 +13,7 @@ from PIL import Image
 
 from lgnet_fast.errors import InvalidImageError
 from lgnet_fast.pipeline import Inpainter, writing
-from lgnet_fast.pipeline.encoding import encode, save_picture
+from lgnet_fast.pipeline.encoding import encode, held_modes, save_picture
 from lgnet_fast.pipeline.formats import EXTENSIONS, MODES, MOST_SIDE
 from lgnet_fast.pipeline.pictures import picture_of
 
@@ -137,6 +137,42 @@ def test_sides_that_a_format_does_not_hold_are_refused(format):
                 f"format: {format} holds at most {most} pixels a side, got {most + 1}; longer ones are held by PNG, "
                 "TIFF, BMP, JPEG2000, PPM"
             )
+
+
+def test_narrow_pictures_that_x265_does_not_take_are_refused():
+    pytest.importorskip("pillow_heif")
+    for size in ((4216, 1), (31, 4216), (4217, 32)):
+        with Image.open(io.BytesIO(encode(Image.new("RGB", size), "HEIF"))) as saved:
+            assert saved.size == size
+    for size in ((4217, 1), (31, 4217), (31, 65528)):
+        picture = Image.new("RGB", size)
+        for attempt in (partial(encode, picture), picture_of(picture).check_format):
+            with pytest.raises(InvalidImageError) as caught:
+                attempt("HEIF")
+            assert str(caught.value) == (
+                "format: HEIF holds at most 4216 pixels a side where the other has less than 32, got "
+                f"{max(size)} beside {min(size)}; PNG holds more"
+            )
+
+
+@pytest.mark.parametrize(("format", "most"), [("TIFF", 2**32 - 2**25), ("BMP", 2**32 - 2**11)])
+@pytest.mark.parametrize(("mode", "size"), [("1", 1 / 8), ("L", 1), ("RGB", 3)])
+def test_samples_of_more_bytes_than_a_format_holds_are_refused(format, most, mode, size):
+    """Only by their size: a test of such a file would take its 4 GiB."""
+    width = 2**16
+    rows = int(most // (width * size))
+    held_modes(mode, None, format, (width, rows))
+    for other in ("PNG", "PPM"):
+        held_modes(mode, None, other, (width, rows + 1))
+    with pytest.raises(InvalidImageError) as caught:
+        held_modes(mode, None, format, (width, rows + 1))
+    assert str(caught.value) == (
+        f"format: {format} holds at most {most} bytes of samples, got {int(width * (rows + 1) * size)} "
+        f"({width}x{rows + 1}, mode {mode}); PNG and PPM hold more"
+    )
+    if format == "TIFF":  # a transparent colour becomes a channel, which counts too
+        with pytest.raises(InvalidImageError, match=r"mode (LA|RGBA)\); PNG and PPM hold more"):
+            held_modes(mode, 0, format, (width, rows))
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ EXTRA = "pip install 'lgnet-fast[deep]'"
 
 _COLOUR_TYPES = {2: 3, 4: 2, 6: 4}  # PNG's colour type -> samples per pixel
 _MODES = {2: "LA;16", 3: "RGB;16", 4: "RGBA;16"}
+_MOST_SIDE_PNG = 1_000_000  # libpng's limit, which imagecodecs keeps
 _RGB, _GREY = 2, 1  # TIFF's photometric interpretation
 _UNASSOCIATED = (0, 2)  # extra samples that do not change the colours: unspecified, and unassociated alpha
 _COMPRESSIONS = {1: None, 5: "lzw", 8: "adobe_deflate", 32946: "adobe_deflate", 50000: "zstd"}
@@ -166,18 +167,23 @@ def read_deep(data: bytes, format: str) -> tuple[DeepImage, int]:
     return DeepImage(samples, format, {key: value for key, value in info.items() if value}), orientation
 
 
-def check_deep_format(mode: str, format: str) -> None:
-    """Raise InvalidImageError for a format (Pillow's name) without 16-bit colour."""
+def check_deep_format(mode: str, size: tuple[int, int], format: str) -> None:
+    """Raise InvalidImageError for a format (Pillow's name) without 16-bit colour, or where a side is too long."""
     if format not in ("PNG", "TIFF"):
         raise InvalidImageError(
             f"format: {format} does not hold 16 bits a sample in colour, got a picture of mode {mode}; "
             "PNG and TIFF do"
         )
+    if format == "PNG" and max(size) > _MOST_SIDE_PNG:
+        raise InvalidImageError(
+            f"format: PNG holds at most {_MOST_SIDE_PNG} pixels a side at 16 bits a sample in colour, got "
+            f"{max(size)}; longer ones are held by TIFF"
+        )
 
 
 def encode_deep(picture: DeepImage, format: str) -> bytes:
-    """The file of a deep picture, with its metadata. Raises InvalidImageError: a format without 16-bit colour."""
-    check_deep_format(picture.mode, format)
+    """The file of a deep picture, with its metadata. Raises InvalidImageError, as `check_deep_format`."""
+    check_deep_format(picture.mode, picture.size, format)
     metadata.held(picture.info, format)
     return _encode_png(picture) if format == "PNG" else _encode_tiff(_with_alpha(picture))
 

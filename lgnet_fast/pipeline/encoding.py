@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, JpegImagePlugin, TiffTags
+from PIL import ExifTags, Image, ImageMode, JpegImagePlugin, TiffTags
 from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
 
 from ..errors import InvalidImageError
 from . import chunks, deep_colour, metadata
 from .deep_colour import DeepImage
 from .exif import TIFF_DESCRIPTIVE
-from .formats import EXTENSIONS, KEYED_MODES, MODES, MOST_SIDE, reason_against_writing
+from .formats import EXTENSIONS, KEYED_MODES, MODES, MOST_BYTES, MOST_SIDE, NARROW_HEIC, reason_against_writing
 from .sources import reason_of
 from .writing import write_file
 
@@ -73,7 +73,7 @@ def encode(
         raise InvalidImageError(f"format: {reason}")
     check_side(picture.size, format)
     held = metadata.held(picture.info, format)
-    for mode in held_modes(picture.mode, picture.info.get("transparency"), format):
+    for mode in held_modes(picture.mode, picture.info.get("transparency"), format, picture.size):
         picture = picture.convert(mode)
     directories: dict[int, dict[int, Any]] = {}
     iptc, profile = held.pop("iptc", None), held.get("icc_profile")
@@ -122,6 +122,12 @@ def check_side(size: tuple[int, int], format: str) -> None:
         raise InvalidImageError(
             f"format: {format} holds at most {most} pixels a side, got {max(size)}; longer ones are held by {holding}"
         )
+    short, long = NARROW_HEIC
+    if format == "HEIF" and min(size) < short and max(size) > long:
+        raise InvalidImageError(
+            f"format: HEIF holds at most {long} pixels a side where the other has less than {short}, got {max(size)} "
+            f"beside {min(size)}; PNG holds more"
+        )
 
 
 def checked_quality(quality: int | None) -> int | None:
@@ -162,11 +168,11 @@ def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int |
     return {"quality": 95, "subsampling": 0}
 
 
-def held_modes(mode: str, transparent: Any, format: str) -> list[str]:
+def held_modes(mode: str, transparent: Any, format: str, size: tuple[int, int]) -> list[str]:
     """The modes to convert a picture to, one after the other, so that the format can hold it without loss.
 
     `transparent`: the level, colour, palette entry or palette's alphas (bytes) of Pillow's `info`, None without any.
-    Raises InvalidImageError: there is no such mode.
+    Raises InvalidImageError: there is no such mode, or its samples take more bytes than the format holds.
     """
     steps: list[str] = []
     keyed = transparent is not None and (mode in _WITH_ALPHA or mode.startswith("I"))
@@ -188,4 +194,17 @@ def held_modes(mode: str, transparent: Any, format: str) -> list[str]:
         keyed = keyed and mode not in _WITH_ALPHA
         mode = wider
         steps.append(mode)
+    own, most = _sample_bytes(size, mode), MOST_BYTES.get(format)
+    if most is not None and own > most:
+        raise InvalidImageError(
+            f"format: {format} holds at most {most} bytes of samples, got {own} ({size[0]}x{size[1]}, mode {mode}); "
+            "PNG and PPM hold more"
+        )
     return steps
+
+
+def _sample_bytes(size: tuple[int, int], mode: str) -> int:
+    """The bytes of a picture's samples, each row in whole words of 4 bytes, as in a BMP."""
+    known = ImageMode.getmode(mode)
+    bits = 1 if mode == "1" else len(known.bands) * int(known.typestr[-1]) * 8
+    return size[1] * ((size[0] * bits + 31) // 32 * 4)

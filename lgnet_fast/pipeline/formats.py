@@ -75,6 +75,11 @@ KEYED_MODES = {"PNG": {"1", "L", "P", "RGB", "I;16"}, "GIF": {"1", "L", "P"}}
 
 MOST_SIDE = {"JPEG": 65500, "WEBP": 16383, "GIF": 65535, "AVIF": 32768, "HEIF": 65528, "TGA": 65535}
 """Pillow format -> most pixels of a side that its encoder takes, or (AVIF, HEIF) that readers take."""
+NARROW_HEIC = (32, 4216)
+"""x265 takes a side below the first number of pixels only beside one of at most the second."""
+MOST_BYTES = {"TIFF": 2**32 - 2**25, "BMP": 2**32 - 2**11}
+"""Pillow format -> most bytes of samples, with room for metadata: their files have offsets of 32 bits. How much
+smaller compression makes a TIFF is known only at the end."""
 
 _ALL = {"icc_profile", "exif", "xmp"}
 METADATA = {

@@ -41,7 +41,8 @@ class Picture:
     `samples` [H, W, C], C = 1 (grey) or 3 (RGB), in the depth of the picture, 0 = black, `white` = white.
     `rebuild(samples, touched)` makes a picture of the caller's kind; `touched` bool [H, W] marks pixels that may have
     changed: all others, and all alpha, come from the original. `note` explains the size of a turned picture.
-    `check_mode(format)` raises InvalidImageError if a file of that format could not hold the result's mode.
+    `check_mode(format)` raises InvalidImageError if a file of that format could not hold the result's mode, or so
+    much of it.
     `rebuild_bytes`: most bytes per pixel that `rebuild` takes, with its result. `mode`: Pillow's, "" without one.
     `exact`: whether the result has the filled colours; else `rebuild` takes the nearest ones that its palette or its
     levels hold, or rounds them to YCbCr or HSV.
@@ -216,7 +217,7 @@ def _note(orientation: int) -> str:
 def _of_pil(picture: Image.Image, note: str) -> Picture:
     key = picture.info.get("transparency")
     exact = key is None and picture.mode not in ("1", "P", "YCbCr", "HSV")
-    check = partial(held_modes, picture.mode, key)
+    check = partial(held_modes, picture.mode, key, size=picture.size)
     return replace(_of_mode(picture, note), check_mode=check, mode=picture.mode, exact=exact)
 
 
@@ -275,7 +276,7 @@ def _of_deep_colour(picture: DeepImage, note: str) -> Picture:
         merged = np.concatenate([samples, array[..., colours:]], axis=2)
         return DeepImage(merged, picture.format, dict(picture.info))
 
-    size, check = 2 * array.shape[2], partial(check_deep_format, picture.mode)
+    size, check = 2 * array.shape[2], partial(check_deep_format, picture.mode, picture.size)
     exact = not picture.info.get("transparency")
     return Picture(array[..., :colours], 65535.0, rebuild, note, check, rebuild_bytes=size, exact=exact)
 
