@@ -5,10 +5,12 @@ from __future__ import annotations
 import functools
 import struct
 import warnings
+from typing import Any
 
 import numpy as np
 import pytest
-from PIL import ExifTags, Image, ImageCms, ImageOps, IptcImagePlugin, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageOps, IptcImagePlugin, PngImagePlugin, TiffTags
+from PIL.TiffImagePlugin import IFDRational, ImageFileDirectory_v2
 
 from lgnet_fast.errors import InvalidMaskError
 from lgnet_fast.pipeline import Inpainter
@@ -193,6 +195,97 @@ def test_the_exif_of_a_camera_keeps_its_byte_order_and_its_interoperability(pipe
         assert written[ExifTags.Base.Make] == "maker"
         assert written.endian == order
         assert written.get_ifd(ExifTags.IFD.Interop) == {1: "R98", 2: b"0100"}
+
+
+def _exif_with(**values: tuple[int, Any]) -> bytes:
+    """EXIF with an orientation of 6 and tags whose types, by number, are not those that they should have."""
+    directory, sub = ImageFileDirectory_v2(), ImageFileDirectory_v2()
+    directory[ExifTags.Base.Orientation], directory[ExifTags.Base.Make] = 6, "Camera"
+    for name, (kind, value) in values.items():
+        tag = ExifTags.Base[name]
+        own = sub if tag == ExifTags.Base.CFAPattern else directory
+        own.tagtype[tag] = kind
+        own[tag] = value
+    sub[ExifTags.Base.LensModel] = "Lens"
+    place = 8 + len(directory.tobytes(8)) + 12
+    directory[ExifTags.IFD.Exif] = place
+    first = directory.tobytes(8)
+    return b"Exif\0\0" + b"II*\0\x08\0\0\0" + first.ljust(place - 8, b"\0") + sub.tobytes(place)
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "webp", "tif"])
+def test_exif_that_pillow_cannot_write_costs_its_tags_not_the_picture(pipe, tmp_path, extension):
+    exif = _exif_with(ImageWidth=(TiffTags.DOUBLE, 0.5), CFAPattern=(TiffTags.DOUBLE, -1.5))
+    upright = noise(HEIGHT, WIDTH)
+    stored = Image.fromarray(upright).transpose(STORED[6])
+    source = tmp_path / f"in.{'png' if extension == 'tif' else extension}"
+    stored.save(source, exif=exif, **({"lossless": True} if extension == "webp" else {}))
+    with pytest.warns(UserWarning, match="left out: ImageWidth, CFAPattern$") as told:
+        result = pipe(source, HOLE)
+    assert len(told) == 1
+    if extension != "jpg":
+        np.testing.assert_array_equal(np.asarray(result)[~HOLE], upright[~HOLE])
+    save_picture(result, tmp_path / f"out.{extension}")
+    with Image.open(tmp_path / f"out.{extension}") as saved:
+        written = saved.getexif()
+        assert saved.size == (WIDTH, HEIGHT)
+        assert written[ExifTags.Base.Make] == "Camera"
+        assert dict(written.get_ifd(ExifTags.IFD.Exif)) == {ExifTags.Base.LensModel: "Lens"}
+        assert written.get(ExifTags.Base.Orientation, 1) == 1
+
+
+def test_exif_that_a_tiff_does_not_take_costs_its_tag_not_the_result(tmp_path):
+    picture = Image.fromarray(noise(HEIGHT, WIDTH))
+    picture.info["exif"] = _exif_with(CFARepeatPatternDim=(TiffTags.SIGNED_BYTE, (51, 0, -56, -27)))
+    with pytest.warns(UserWarning, match="^format: TIFF does not take .* EXIF tags CFARepeatPatternDim$"):
+        save_picture(picture, tmp_path / "out.tif")
+    with Image.open(tmp_path / "out.tif") as saved:
+        assert saved.getexif()[ExifTags.Base.Make] == "Camera"
+        np.testing.assert_array_equal(np.asarray(saved), noise(HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGB;16"])
+@pytest.mark.parametrize(("across", "kept"), [((0, 0), None), ((1, 0), None), ((4 * 10**9, 1), 4e9), ((300, 1), 300)])
+def test_a_resolution_that_is_none_or_too_high_does_not_cost_the_result(pipe, tmp_path, mode, across, kept):
+    """0/0 pixels per inch, as some scanners write, and more than a format's field holds."""
+    resolution = IFDRational(*across)
+    tags = {ExifTags.Base.XResolution: resolution, ExifTags.Base.YResolution: resolution}
+    if mode == "RGB":
+        Image.fromarray(noise(HEIGHT, WIDTH)).save(tmp_path / "in.tif", tiffinfo={**tags, 296: 2})
+    else:
+        samples, tifffile = noise(HEIGHT, WIDTH, dtype=np.uint16), pytest.importorskip("tifffile")
+        tifffile.imwrite(tmp_path / "in.tif", samples, photometric="rgb", resolution=(54321, 54321), resolutionunit=2)
+        data, stated = (tmp_path / "in.tif").read_bytes(), struct.pack("<II", 54321, 1)
+        assert data.count(stated) == 2
+        (tmp_path / "in.tif").write_bytes(data.replace(stated, struct.pack("<II", *across)))
+    result = pipe(tmp_path / "in.tif", HOLE)
+    for extension, most in (("tif", 2**32 - 1), ("png", (2**31 - 1) * 0.0254), ("jpg", 65535), ("bmp", 54e6)):
+        if mode == "RGB;16" and extension in ("jpg", "bmp"):
+            continue
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            save_picture(result, tmp_path / f"out.{extension}")
+        held = kept is not None and kept <= most
+        lost = kept is not None and not held
+        format = EXTENSIONS[f".{extension}"]
+        assert [str(one.message) for one in told] == [
+            f"format: {format} does not hold the picture's resolution"
+        ] * lost
+        with Image.open(tmp_path / f"out.{extension}") as saved:
+            assert saved.size == (WIDTH, HEIGHT)
+            if held:
+                assert saved.info["dpi"] == pytest.approx((kept, kept), rel=1e-4)
+            elif extension not in ("tif", "bmp"):  # Pillow takes 1 and 96 for those
+                assert "dpi" not in saved.info
+
+
+@pytest.mark.parametrize("extension", ["jpg", "png", "tif"])
+def test_a_quarter_turn_exchanges_the_resolutions(pipe, tmp_path, extension):
+    stored = Image.fromarray(noise(HEIGHT, WIDTH)).transpose(STORED[6])
+    stored.save(tmp_path / "in.jpg", exif=_with_exif(6), dpi=(100, 200))
+    save_picture(pipe(tmp_path / "in.jpg", HOLE), tmp_path / f"out.{extension}")
+    with Image.open(tmp_path / f"out.{extension}") as saved:
+        assert [round(one) for one in saved.info["dpi"]] == [200, 100]
 
 
 @pytest.mark.parametrize("extension", ["tif", "jpg", "png"])

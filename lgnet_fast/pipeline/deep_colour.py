@@ -21,7 +21,15 @@ from PIL.TiffImagePlugin import IPTC_NAA_CHUNK, ImageFileDirectory_v2
 
 from ..errors import InvalidImageError
 from . import chunks, metadata
-from .exif import TIFF_DESCRIPTIVE, counts_pages, kept_exif, valid_orientation
+from .exif import (
+    TIFF_DESCRIPTIVE,
+    counts_pages,
+    kept_exif,
+    name_of_tag,
+    packed_exif,
+    valid_orientation,
+    warn_of_exif,
+)
 from .formats import EXTENSIONS
 from .notices import warn
 from .writing import write_file
@@ -184,7 +192,8 @@ def check_deep_format(mode: str, size: tuple[int, int], format: str) -> None:
 def encode_deep(picture: DeepImage, format: str) -> bytes:
     """The file of a deep picture, with its metadata. Raises InvalidImageError, as `check_deep_format`."""
     check_deep_format(picture.mode, picture.size, format)
-    metadata.held(picture.info, format)
+    dpi = metadata.held(picture.info, format).get("dpi")
+    picture = replace(picture, info={**picture.info, "dpi": dpi})
     return _encode_png(picture) if format == "PNG" else _encode_tiff(_with_alpha(picture))
 
 
@@ -239,7 +248,8 @@ def _read_png(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     info["xmp"] = chunks.upright_xmp(xmp) if isinstance(xmp, bytes) else None
     if count == 3 and len(own.get(b"tRNS", b"")) == 6:
         info["transparency"] = struct.unpack(">3H", own[b"tRNS"])
-    info["exif"] = kept_exif(exif, "PNG")
+    info["exif"], left_out = kept_exif(exif, "PNG")
+    warn_of_exif("picture", left_out)
     return samples[..., :count], valid_orientation(exif.get(ExifTags.Base.Orientation)), info
 
 
@@ -283,16 +293,22 @@ def _directory(data: bytes, place: int | None = None) -> ImageFileDirectory_v2:
 
 def _tiff_exif(data: bytes, directory: ImageFileDirectory_v2, frames: int) -> bytes:
     """The result of `kept_exif`, also for a BigTIFF, which Pillow's EXIF reader does not support."""
-    kept = Image.Exif()
-    for tag in TIFF_DESCRIPTIVE:
-        if tag in directory and not (frames > 1 and counts_pages(tag, directory[tag])):
+    kept: dict[int, Any] = {}
+    broken = []
+    for tag in TIFF_DESCRIPTIVE & directory.keys():
+        try:
             value = directory[tag]
             if tag in (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo):
-                own = dict(_directory(data, int(value)))
-                own.pop(ExifTags.IFD.Interop, None)  # an offset in the old file
-                value = own
+                value = dict(_directory(data, int(value)))
+                value.pop(ExifTags.IFD.Interop, None)  # an offset in the old file
+        except Exception:  # as in `kept_exif`
+            broken.append(name_of_tag(tag))
+            continue
+        if not (frames > 1 and counts_pages(tag, value)):
             kept[tag] = value
-    return kept.tobytes() if len(kept) else b""
+    packed, unwritable = packed_exif(kept, None)
+    warn_of_exif("picture", broken + unwritable)
+    return packed
 
 
 def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:

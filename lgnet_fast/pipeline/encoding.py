@@ -14,8 +14,9 @@ from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
 from ..errors import InvalidImageError
 from . import chunks, deep_colour, metadata
 from .deep_colour import DeepImage
-from .exif import TIFF_DESCRIPTIVE
+from .exif import TIFF_DESCRIPTIVE, name_of_tag
 from .formats import EXTENSIONS, KEYED_MODES, MODES, MOST_BYTES, MOST_SIDE, NARROW_HEIC, reason_against_writing
+from .notices import warn
 from .sources import reason_of
 from .writing import write_file
 
@@ -77,9 +78,9 @@ def encode(
         picture = picture.convert(mode)
     directories: dict[int, dict[int, Any]] = {}
     iptc, profile = held.pop("iptc", None), held.get("icc_profile")
-    options: dict[str, Any] = held | {
-        key: picture.info[key] for key in ("dpi", "transparency") if picture.info.get(key) is not None
-    }
+    options: dict[str, Any] = dict(held)
+    if (key := picture.info.get("transparency")) is not None:
+        options["transparency"] = key
     if format == "JPEG":
         options.update(_jpeg_options(like, picture, quality))
         options["extra"] = metadata.iptc_segment(iptc) if iptc else b""
@@ -93,7 +94,8 @@ def encode(
     elif format == "TIFF":
         compression = picture.info.get("compression")
         options["compression"] = compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate"
-        options["tiffinfo"], directories = _tiff_tags(options.pop("exif", b""), options.pop("xmp", None))
+        tags, directories = _tiff_tags(options.pop("exif", b""), options.pop("xmp", None))
+        options["tiffinfo"] = _taken_tags(tags, picture.mode, options["compression"])
         if iptc:
             options["tiffinfo"][IPTC_NAA_CHUNK] = iptc
     encoded = io.BytesIO()
@@ -155,6 +157,25 @@ def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[in
     if xmp:
         tags[ExifTags.Base.XMLPacket] = xmp
     return tags, directories
+
+
+def _taken_tags(tags: dict[int, Any], mode: str, compression: str) -> dict[int, Any]:
+    """The tags that Pillow writes to a TIFF; a UserWarning names those whose values are not of their tags' types."""
+    pixel = Image.new(mode, (1, 1))
+
+    def taken(some: dict[int, Any]) -> bool:
+        try:
+            pixel.save(io.BytesIO(), "TIFF", compression=compression, tiffinfo=some)
+        except Exception:  # struct.error, TypeError, ValueError, RuntimeError of libtiff
+            return False
+        return True
+
+    if taken(tags):
+        return tags
+    good = {tag: value for tag, value in tags.items() if taken({tag: value})}
+    names = ", ".join(name_of_tag(tag) for tag in tags if tag not in good)
+    warn(f"format: TIFF does not take the values of the picture's EXIF tags {names}")
+    return good
 
 
 def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int | None) -> dict[str, Any]:

@@ -7,6 +7,8 @@ from typing import Any
 
 from PIL import ExifTags, Image
 
+from .notices import warn
+
 # The tags of a TIFF also describe its storage; only those about the picture may be copied to another file.
 TIFF_DESCRIPTIVE = {
     ExifTags.Base.ImageDescription,
@@ -19,7 +21,7 @@ TIFF_DESCRIPTIVE = {
     ExifTags.IFD.Exif,
     ExifTags.IFD.GPSInfo,
 }
-
+_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
 
 # Descriptions by tifffile, ImageJ and microscopes' programs of how many pages a TIFF has.
 _OF_PAGES = re.compile(r'\{"shape":|ImageJ=|<\?xml.*<OME\b', re.DOTALL)
@@ -30,20 +32,70 @@ def counts_pages(tag: int, value: Any) -> bool:
     return tag == ExifTags.Base.ImageDescription and isinstance(value, str) and bool(_OF_PAGES.match(value))
 
 
-def kept_exif(exif: Image.Exif, format: str | None, frames: int = 1) -> bytes:
-    """The EXIF of a picture without orientation and thumbnail; for a TIFF, the tags about the picture.
+def kept_exif(exif: Image.Exif, format: str | None, frames: int = 1) -> tuple[bytes, list[str]]:
+    """The EXIF of a picture without orientation and thumbnail; for a TIFF, the tags about the picture. And the names
+    of tags that are left out, because their values cannot be read or written.
 
     `frames`: of the file; where it has several, no description of them.
     """
-    kept = Image.Exif()
-    kept.endian = exif.endian  # values of undefined type, such as MakerNote, are in this byte order too
-    directories = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
-    for tag, value in exif.items():
-        if frames > 1 and counts_pages(tag, value):
+    kept: dict[int, Any] = {}
+    broken = []
+    for tag in exif:
+        if tag == ExifTags.Base.Orientation or (format == "TIFF" and tag not in TIFF_DESCRIPTIVE):
             continue
-        if tag != ExifTags.Base.Orientation and (format != "TIFF" or tag in TIFF_DESCRIPTIVE):
-            kept[tag] = _directory(exif, tag) if tag in directories else value
-    return kept.tobytes() if len(kept) else b""
+        try:
+            value = _directory(exif, tag) if tag in _DIRECTORIES else exif[tag]
+        except Exception:  # values of a wrong type or length: decoders raise struct.error, TypeError and more
+            broken.append(name_of_tag(tag))
+            continue
+        if not (frames > 1 and counts_pages(tag, value)):
+            kept[tag] = value
+    packed, unwritable = packed_exif(kept, exif.endian)
+    return packed, broken + unwritable
+
+
+def warn_of_exif(name: str, left_out: list[str]) -> None:
+    """One warning about the picture `name`, if any of its tags are `left_out`."""
+    if left_out:
+        warn(f"{name}: its EXIF has values that are not of their tags' types, left out: {', '.join(left_out)}")
+
+
+def packed_exif(tags: dict[int, Any], endian: str | None) -> tuple[bytes, list[str]]:
+    """EXIF of these tags, those of a directory as a dict, b"" without any; and the names of those that cannot be
+    written. `endian`: "<", ">" or None for either."""
+    broken = []
+    if not _writable(tags, endian):
+        for tag, value in list(tags.items()):
+            if tag in _DIRECTORIES and isinstance(value, dict):
+                good = {inner: one for inner, one in value.items() if _writable({tag: {inner: one}}, endian)}
+                broken += [name_of_tag(inner, tag) for inner in value if inner not in good]
+                tags[tag] = good
+            elif not _writable({tag: value}, endian):
+                broken.append(name_of_tag(tag))
+                del tags[tag]
+    return (_exif_of(tags, endian).tobytes() if tags else b""), broken
+
+
+def _exif_of(tags: dict[int, Any], endian: str | None) -> Image.Exif:
+    made = Image.Exif()
+    made.endian = endian  # values of undefined type, such as MakerNote, are in this byte order too
+    for tag, value in tags.items():
+        made[tag] = value
+    return made
+
+
+def _writable(tags: dict[int, Any], endian: str | None) -> bool:
+    try:
+        _exif_of(tags, endian).tobytes()
+    except Exception:  # as in `kept_exif`
+        return False
+    return True
+
+
+def name_of_tag(tag: int, directory: int | None = None) -> str:
+    """The name of a tag of the first directory, or of another one."""
+    names = ExifTags.GPSTAGS if directory == ExifTags.IFD.GPSInfo else ExifTags.TAGS
+    return names.get(tag, f"{tag:#06x}")
 
 
 def valid_orientation(stated: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -16,12 +17,14 @@ _NAMES = {"icc_profile": "colour profile", "exif": "EXIF", "xmp": "XMP", "iptc":
 _PHOTOSHOP, _IPTC_RESOURCE = b"Photoshop 3.0\0", 0x0404
 _SEGMENT_BYTES = 65533
 _XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
+# Pillow format -> most pixels per inch that its field holds; PNG and BMP count those per metre in 31 bits.
+_MOST_DPI = {"JPEG": 65535, "PNG": (2**31 - 1) * 0.0254, "BMP": (2**31 - 1) * 0.0254, "TIFF": 2**32 - 1}
 
 
 def held(info: Mapping[Any, Any], format: str) -> dict[str, Any]:
-    """The metadata of a picture that `format` (Pillow's name) can hold, by Pillow's keys.
+    """The metadata of a picture that `format` (Pillow's name) can hold, by Pillow's keys, and its resolution ("dpi").
 
-    One UserWarning names the rest.
+    One UserWarning names the rest. A resolution that is none, such as 0/0, is dropped.
     """
     there = {key: info[key] for key in _NAMES if info.get(key)}
     # In a JPEG file each of them, except the profile, must fit one segment.
@@ -32,12 +35,25 @@ def held(info: Mapping[Any, Any], format: str) -> dict[str, Any]:
         if key in METADATA.get(format, set()) and (format != "JPEG" or key not in room or len(value) <= room[key])
     }
     lost = [_NAMES[key] for key in there if key not in fitting]
+    if (dpi := _resolution(info)) is not None:
+        if max(dpi) <= _MOST_DPI.get(format, math.inf):
+            fitting["dpi"] = dpi
+        else:
+            lost.append("resolution")
     kept = info.get("png_chunks")
     if kept is not None and format != "PNG" and (names := chunks.names(kept)):
         lost.append(f"PNG chunks {', '.join(names)}")
     if lost:
         warn(f"format: {format} does not hold the picture's {', '.join(lost)}")
     return fitting
+
+
+def _resolution(info: Mapping[Any, Any]) -> tuple[float, float] | None:
+    """Pixels per inch, across and down; None unless both are positive numbers."""
+    dpi = info.get("dpi")
+    if dpi is None or not all(math.isfinite(float(one)) and one > 0 for one in dpi):
+        return None
+    return dpi[0], dpi[1]
 
 
 def iptc_of(info: Mapping[Any, Any], directory: ImageFileDirectory_v2 | None) -> bytes | None:

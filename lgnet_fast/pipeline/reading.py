@@ -7,16 +7,28 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, ImageOps
+from PIL import ExifTags, Image
 
 from ..errors import InvalidImageError, LGNetError
 from . import chunks, deep_colour, metadata
 from .deep_colour import DeepImage
-from .exif import kept_exif, valid_orientation
+from .exif import kept_exif, valid_orientation, warn_of_exif
 from .notices import warn
 from .sources import Encoded, open_image, reason_of
 
 _EXTRA_SAMPLES = 338
+_XMP_TEXT, _EXIF_TEXT = chunks.XMP_KEYWORD.decode(), "Raw profile type exif"  # of a PNG
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+"""EXIF orientation -> how a picture is turned upright."""
 
 # Pillow decodes lazily into the object itself, so two threads that share one must not both load it.
 _loading = threading.Lock()
@@ -133,20 +145,30 @@ def upright(
             if picture.format == "PNG":
                 chunks.drop_text(picture.info)
             orientation = valid_orientation(picture.getexif().get(ExifTags.Base.Orientation))
-            turned = ImageOps.exif_transpose(picture)
-            exif = kept_exif(picture.getexif(), picture.format, frames)
+            # Pillow's own exif_transpose writes the EXIF anew and fails where a value is not of its tag's type.
+            turned = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture.copy()
+            exif, left_out = kept_exif(picture.getexif(), picture.format, frames)
     except Exception as cause:  # as in open_upright: any decoder error
         # Pillow asserts that there is a file (older ones just use it); the end of `with Image.open(...)` closed it.
         closed = isinstance(cause, AssertionError | AttributeError) and getattr(picture, "fp", None) is None
         reason = "its file was closed before it was read" if closed else reason_of(cause)
         raise error(f"{name}: expected a readable picture, got one that does not decode ({reason})") from cause
-    key, xmp = turned.info.get("transparency"), turned.info.get("xmp")
+    warn_of_exif(name, left_out)
+    key = turned.info.get("transparency")
     if key_step > 1 and isinstance(key, int):
         turned.info["transparency"] = key % (255 // key_step + 1) * key_step
-    if isinstance(xmp, bytes):
+    # All the places in which Pillow looks for an orientation.
+    if isinstance(xmp := turned.info.get("xmp"), bytes):
         turned.info["xmp"] = chunks.upright_xmp(xmp)
+    if isinstance(text := turned.info.get(_XMP_TEXT), str):
+        turned.info[_XMP_TEXT] = chunks.upright_xmp(text.encode("utf-8", "surrogatepass")).decode(
+            "utf-8", "surrogatepass"
+        )
+    turned.info.pop(_EXIF_TEXT, None)
     if picture.format == "TIFF" and ExifTags.Base.XResolution not in getattr(picture, "tag_v2", ()):
         turned.info.pop("dpi", None)  # Pillow's default of 1
+    if orientation > 4 and isinstance(dpi := turned.info.get("dpi"), tuple):
+        turned.info["dpi"] = dpi[::-1]  # across and down change places
     iptc = metadata.iptc_of(picture.info, getattr(picture, "tag_v2", None))
     turned.info.pop("photoshop", None)  # its other resources hold a thumbnail
     if iptc:
