@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgnet_fast.errors import InvalidImageError
+from lgnet_fast.errors import InvalidImageError, InvalidMaskError
 from lgnet_fast.pipeline import Inpainter, writing
 from lgnet_fast.pipeline.encoding import encode, held_modes, save_picture
 from lgnet_fast.pipeline.formats import EXTENSIONS, MODES, MOST_SIDE
@@ -282,6 +282,54 @@ def test_a_tiff_whose_samples_would_change_or_go_is_refused(pipe, tmp_path, extr
     (tmp_path / "in.tif").write_bytes(data)
     with pytest.raises(InvalidImageError, match=rf"in\.tif.*{words}"):
         pipe(tmp_path / "in.tif", HOLE)
+
+
+def test_a_bmp_whose_bits_pillow_takes_for_pixels_is_refused(pipe, tmp_path):
+    """8 bits a pixel, and a palette of black and white: read as 1 bit a pixel, half of the pixels would be wrong."""
+    picture = Image.frombytes("P", (WIDTH, HEIGHT), HOLE.astype(np.uint8).tobytes())
+    picture.putpalette([0, 0, 0, 255, 255, 255])
+    picture.save(tmp_path / "eight.bmp")
+    Image.fromarray(HOLE).save(tmp_path / "one.bmp")
+    words = "expected a BMP of 1 bit a pixel for black and white, got one of 8 bits"
+    with pytest.raises(InvalidImageError, match=words):
+        pipe(tmp_path / "eight.bmp", HOLE)
+    with pytest.raises(InvalidMaskError, match=words):
+        pipe(noise(HEIGHT, WIDTH), tmp_path / "eight.bmp")
+    np.testing.assert_array_equal(np.asarray(pipe(tmp_path / "one.bmp", ~HOLE))[HOLE], True)
+    for colours in ([0, 0, 0, 200, 200, 200], [255, 255, 255, 0, 0, 0]):
+        picture.putpalette(colours)
+        picture.save(tmp_path / "other.bmp")
+        result = pipe(tmp_path / "other.bmp", HOLE)
+        assert result.mode == "P"
+        np.testing.assert_array_equal(np.asarray(result)[~HOLE], 0)
+
+
+@pytest.mark.parametrize("extension", ["png", "webp", "tif", "jp2", "tga"])
+def test_the_alphas_of_a_palette_are_kept(tmp_path, extension):
+    picture = noise_of_mode("RGBA").quantize(32, method=Image.Quantize.FASTOCTREE)
+    assert "transparency" not in picture.info
+    shown = np.asarray(picture.convert("RGBA"))
+    assert len(np.unique(shown[..., 3])) > 4
+    save_picture(picture, tmp_path / f"out.{extension}")
+    with Image.open(tmp_path / f"out.{extension}") as saved:
+        np.testing.assert_array_equal(np.asarray(saved.convert("RGBA")), shown)
+
+
+@pytest.mark.parametrize("format", ["BMP", "GIF", "PPM", "JPEG"])
+def test_a_format_without_a_palette_of_alphas_refuses_it(format):
+    picture = noise_of_mode("RGBA").quantize(32, method=Image.Quantize.FASTOCTREE)
+    for attempt in (partial(encode, picture), picture_of(picture).check_format):
+        with pytest.raises(InvalidImageError, match=r"format: .*a transparent colour; it is held by PNG"):
+            attempt(format)
+
+
+def test_a_gif_of_a_picture_that_pillow_has_given_alphas_has_its_colours():
+    picture = noise_of_mode("P")
+    picture.info["transparency"] = 3
+    shown = np.asarray(picture.convert("RGBA"))  # from now on its palette has four bytes a colour
+    with Image.open(io.BytesIO(encode(picture, "GIF"))) as saved:
+        np.testing.assert_array_equal(np.asarray(saved.convert("RGBA")), shown)
+    assert set(shown[..., 3].flat) == {0, 255}
 
 
 def test_deep_grey_with_white_as_zero_is_inverted(pipe, tmp_path):

@@ -74,8 +74,11 @@ def encode(
         raise InvalidImageError(f"format: {reason}")
     check_side(picture.size, format)
     held = metadata.held(picture.info, format)
-    for mode in held_modes(picture.mode, picture.info.get("transparency"), format, picture.size):
+    for mode in held_modes(picture.mode, transparency_of(picture), format, picture.size):
         picture = picture.convert(mode)
+    if format == "GIF" and _has_alphas(picture):  # Pillow would take its bytes for red, green and blue
+        picture = picture.copy()
+        picture.putpalette(picture.getpalette("RGB") or ())
     directories: dict[int, dict[int, Any]] = {}
     iptc, profile = held.pop("iptc", None), held.get("icc_profile")
     options: dict[str, Any] = dict(held)
@@ -189,10 +192,25 @@ def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int |
     return {"quality": 95, "subsampling": 0}
 
 
+def transparency_of(picture: Image.Image) -> Any:
+    """The transparent level, colour or palette entry, or the palette's alphas (bytes); None without any."""
+    key = picture.info.get("transparency")
+    if key is None and _has_alphas(picture):
+        alphas = bytes((picture.getpalette("RGBA") or ())[3::4])
+        return alphas if min(alphas, default=255) < 255 else None
+    return key
+
+
+def _has_alphas(picture: Image.Image) -> bool:
+    """Whether the colours of a palette have alphas; in some pictures `info` has them too."""
+    picture.load()
+    return picture.mode == "P" and picture.im.getpalettemode() == "RGBA"
+
+
 def held_modes(mode: str, transparent: Any, format: str, size: tuple[int, int]) -> list[str]:
     """The modes to convert a picture to, one after the other, so that the format can hold it without loss.
 
-    `transparent`: the level, colour, palette entry or palette's alphas (bytes) of Pillow's `info`, None without any.
+    `transparent`: of `transparency_of`.
     Raises InvalidImageError: there is no such mode, or its samples take more bytes than the format holds.
     """
     steps: list[str] = []

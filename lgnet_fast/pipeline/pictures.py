@@ -17,7 +17,7 @@ from ..engine.regions import Rect
 from ..errors import InvalidImageError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
 from .deep_colour import DeepImage, check_deep_format
-from .encoding import check_side, held_modes
+from .encoding import check_side, held_modes, transparency_of
 from .notices import warn
 from .reading import read_picture, upright
 from .sources import Encoded, file_of
@@ -215,7 +215,7 @@ def _note(orientation: int) -> str:
 
 
 def _of_pil(picture: Image.Image, note: str) -> Picture:
-    key = picture.info.get("transparency")
+    key = transparency_of(picture)
     exact = key is None and picture.mode not in ("1", "P", "YCbCr", "HSV")
     check = partial(held_modes, picture.mode, key, size=picture.size)
     return replace(_of_mode(picture, note), check_mode=check, mode=picture.mode, exact=exact)

@@ -90,6 +90,8 @@ def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = F
                 f"{name}: expected a PPM or PGM file whose largest level is 255 or 65535, got {maxval}: its levels "
                 "would be rescaled; make it a PNG"
             )
+        if picture.format == "BMP":
+            _check_bits(picture.mode, data, error, name)
         turned, orientation = upright(picture, error, name)
         if picture.format == "JPEG2000" and (profile := metadata.jp2_profile(data)) is not None:
             turned.info["icc_profile"] = profile
@@ -104,6 +106,17 @@ def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = F
     if kept is not None:
         turned.info["png_chunks"] = kept
     return turned, orientation
+
+
+def _check_bits(mode: str, data: bytes, error: type[LGNetError], name: str) -> None:
+    """Reject a BMP whose bits Pillow takes for pixels of another depth: a palette of black and white at 8 bits."""
+    bits = int.from_bytes(data[28:30], "little")
+    oldest = int.from_bytes(data[14:18], "little") == 12  # its header has the bits elsewhere, and whole palettes
+    if not oldest and mode in ("1", "L") and bits != {"1": 1, "L": 8}[mode]:
+        raise error(
+            f"{name}: expected a BMP of 1 bit a pixel for black and white, got one of {bits} bits, which Pillow does "
+            "not read right; make it a PNG"
+        )
 
 
 def _check_extra_samples(extra: tuple[int, ...], error: type[LGNetError], name: str) -> None:
