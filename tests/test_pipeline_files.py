@@ -304,6 +304,17 @@ def test_a_bmp_whose_bits_pillow_takes_for_pixels_is_refused(pipe, tmp_path):
         np.testing.assert_array_equal(np.asarray(result)[~HOLE], 0)
 
 
+@pytest.mark.parametrize("colours", [[0, 0, 0, 255, 255, 255], [0, 0, 0], [255, 255, 255, 0, 0, 0]])
+def test_a_bmp_of_a_short_palette_is_read_as_it_was_written(pipe, tmp_path, colours):
+    levels = HOLE.astype(np.uint8) * (len(colours) > 3)
+    picture = Image.frombytes("P", (WIDTH, HEIGHT), levels.tobytes())
+    picture.putpalette(colours)
+    save_picture(picture, tmp_path / "out.bmp")
+    with Image.open(tmp_path / "out.bmp") as saved:
+        np.testing.assert_array_equal(np.asarray(saved.convert("RGB")), np.asarray(picture.convert("RGB")))
+    np.testing.assert_array_equal(np.asarray(pipe(tmp_path / "out.bmp", HOLE))[~HOLE], levels[~HOLE])
+
+
 @pytest.mark.parametrize("extension", ["png", "webp", "tif", "jp2", "tga"])
 def test_the_alphas_of_a_palette_are_kept(tmp_path, extension):
     picture = noise_of_mode("RGBA").quantize(32, method=Image.Quantize.FASTOCTREE)

@@ -79,6 +79,9 @@ def encode(
     if format == "GIF" and _has_alphas(picture):  # Pillow would take its bytes for red, green and blue
         picture = picture.copy()
         picture.putpalette(picture.getpalette("RGB") or ())
+    if format == "BMP" and picture.mode == "P" and len(palette := picture.getpalette("RGB") or []) < 9:
+        picture = picture.copy()  # Pillow would read a file of two colours, black and white, as one of 1 bit a pixel
+        picture.putpalette([*palette, *[0] * (9 - len(palette))])
     directories: dict[int, dict[int, Any]] = {}
     iptc, profile = held.pop("iptc", None), held.get("icc_profile")
     options: dict[str, Any] = dict(held)
