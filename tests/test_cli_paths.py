@@ -323,6 +323,32 @@ def test_lamas_layout_by_mask_suffix(case, named):
         assert changed[hole].mean() > 0.9
 
 
+def test_a_picture_of_a_name_like_a_masks_is_filled_by_its_own_mask(case):
+    """venetian_mask.png is no mask, because there is no venetian.png, and it has a mask; a_mask.png stays a's."""
+    folder, mask = case / "lama", HOLE.astype(np.uint8) * 255
+    for name in ("venetian_mask.png", "a.png"):
+        write_picture(folder / name, noise(40, 60))
+    for name in ("venetian_mask_mask.png", "a_mask.png", "a_mask_mask.png", "gone_mask.png"):
+        write_picture(folder / name, mask)
+    result = _run("-i", folder, "-o", "out", "--mask-suffix", "_mask")
+    assert result.exit_code == 0, result.output
+    assert _names(case / "out") == ["a.png", "venetian_mask.png"]
+    for name in _names(case / "out"):
+        np.testing.assert_array_equal(np.asarray(Image.open(case / "out" / name)), FILLED)
+
+
+def test_links_that_lead_nowhere_or_in_a_circle_fail_alone(case):
+    for name, target in (("circle.png", "circle.png"), ("gone.png", "nowhere.png")):
+        (case / "in" / name).symlink_to(target)
+    result = _run("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json")
+    assert result.exit_code == 1
+    assert "2 filled, 0 skipped, 2 failed of 4" in result.stderr
+    assert _names(case / "out") == ["a.png", "b.jpg"]
+    for option in ("-o", "--report"):
+        arguments = ["-i", "a.png", "-m", "m.png", "-o", "o.png", option, "in/circle.png"]
+        assert isinstance(_run(*arguments).exception, SystemExit | None), option
+
+
 def test_results_of_an_earlier_run_are_no_masks(case):
     write_picture(case / "in" / "out" / "a_mask.png", HOLE.astype(np.uint8) * 255)
     result = _run("-i", "in", "-o", "in/out", "--mask-suffix", "_mask")

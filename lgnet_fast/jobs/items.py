@@ -160,15 +160,19 @@ def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple
     """(pictures, masks); none of them are results of this run or of another."""
     source, mask, out, suffix = options.source, options.mask, options.result, options.mask_suffix
     # The source itself is searched even if it is one of them.
-    excluded = [folder.resolve() for folder in (mask_folder, out) if folder is not None]
+    excluded = [_real(folder) for folder in (mask_folder, out) if folder is not None]
     found = scan(source, excluded) if source.is_dir() else Found([source])
     masks = Found([] if mask is None else [mask])
     if mask_folder is not None:
-        earlier = [out.resolve()]  # results of another run are not masks
+        earlier = [_real(out)]  # results of another run are not masks
         masks = scan(mask_folder, earlier) if source.is_dir() or mask is not None else Found(beside(source))
-    together = suffix is not None and mask_folder is not None and mask_folder.resolve() == base.resolve()
+    together = suffix is not None and mask_folder is not None and _real(mask_folder) == _real(base)
     if suffix is not None and together and source.is_dir():
-        own = {one for one in masks.pictures if of_mask(one.stem, suffix) is None}
+        stems = {one.stem for one in masks.pictures}
+        masked = {of_mask(stem, suffix) for stem in stems}
+        # A picture whose name is like that of a mask, but of no picture that is there, and that has a mask itself.
+        alike = {stem for stem in stems & masked if of_mask(stem, suffix) not in stems}
+        own = {one for one in masks.pictures if of_mask(one.stem, suffix) is None or one.stem in alike}
         found = replace(found, pictures=[picture for picture in found.pictures if picture in own])
     return found, masks
 
@@ -198,7 +202,7 @@ def _shards_in(source: Path, out: Path) -> list[Path]:
     """The tar shard `source`, or the shards of a folder without pictures."""
     if not source.is_dir():
         return [source] if source.suffix.lower() == ".tar" else []
-    found = scan(source, [out.resolve()], [*EXTENSIONS, ".tar"]).pictures
+    found = scan(source, [_real(out)], [*EXTENSIONS, ".tar"]).pictures
     shards = [path for path in found if path.suffix.lower() == ".tar"]
     return shards if len(shards) == len(found) else []
 
@@ -269,6 +273,12 @@ def _shard_item(sample: Sample, mask: Path | Encoded | MasksByName | None, folde
     return Item(picture, own, folder / f"{sample.key}{suffix}", pillow_format, problem)
 
 
+def _real(path: Path) -> Path:
+    """The file or folder that a path leads to through links; `Path.resolve` raises RuntimeError for links in a
+    circle."""
+    return Path(os.path.realpath(path))
+
+
 def _file_of(source: Path | Member | Encoded) -> Path | None:
     if isinstance(source, Encoded):
         return None
@@ -296,9 +306,9 @@ def _without_clashes(items: list[Item]) -> list[Item]:
 
 
 def _refuse_to_overwrite(items: list[Item], inputs: list[Path]) -> None:
-    read = {path.resolve() for path in inputs}
+    read = {_real(path) for path in inputs}
     for item in items:
-        if item.problem is None and item.output.resolve() in read:
+        if item.problem is None and _real(item.output) in read:
             raise UsageError(f"out: {str(item.output)!r} would replace an input of this run")
 
 
@@ -326,5 +336,5 @@ def refuse_report_clash(report: Path, items: list[Item], out: Path) -> None:
         raise UsageError("report: the standard output has the picture already")
     for item in items:
         files = [item.output, *(_file_of(path) for path in (item.picture, item.mask) if path is not None)]
-        if not item.left_out and report.resolve() in {path.resolve() for path in files if path is not None}:
+        if not item.left_out and _real(report) in {_real(path) for path in files if path is not None}:
             raise UsageError(f"report: {str(report)!r} is a picture or mask of this run")
