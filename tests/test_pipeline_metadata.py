@@ -13,7 +13,7 @@ from PIL import ExifTags, Image, ImageCms, ImageOps, IptcImagePlugin, PngImagePl
 from PIL.TiffImagePlugin import IFDRational, ImageFileDirectory_v2
 
 from lgnet_fast.errors import InvalidMaskError
-from lgnet_fast.pipeline import Inpainter
+from lgnet_fast.pipeline import DeepImage, Inpainter
 from lgnet_fast.pipeline.encoding import save_picture
 from lgnet_fast.pipeline.formats import EXTENSIONS
 from lgnet_fast.pipeline.reading import open_upright
@@ -203,7 +203,7 @@ def _exif_with(**values: tuple[int, Any]) -> bytes:
     directory[ExifTags.Base.Orientation], directory[ExifTags.Base.Make] = 6, "Camera"
     for name, (kind, value) in values.items():
         tag = ExifTags.Base[name]
-        own = sub if tag == ExifTags.Base.CFAPattern else directory
+        own = sub if tag in (ExifTags.Base.CFAPattern, ExifTags.Base.CameraOwnerName) else directory
         own.tagtype[tag] = kind
         own[tag] = value
     sub[ExifTags.Base.LensModel] = "Lens"
@@ -242,6 +242,31 @@ def test_exif_that_a_tiff_does_not_take_costs_its_tag_not_the_result(tmp_path):
     with Image.open(tmp_path / "out.tif") as saved:
         assert saved.getexif()[ExifTags.Base.Make] == "Camera"
         np.testing.assert_array_equal(np.asarray(saved), noise(HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize(
+    ("mode", "extension", "compression"),
+    [("RGB", extension, None) for extension in ("jpg", "png", "webp", "tif", "avif", "heic")]
+    + [("RGB", "tif", "raw"), ("RGB;16", "tif", None), ("RGB;16", "png", None)],
+)
+def test_text_of_exif_that_is_not_ascii_is_kept_byte_for_byte(pipe, tmp_path, mode, extension, compression):
+    """As many programs write it: a copyright sign in UTF-8 or Latin-1. Pillow itself writes "?" for it."""
+    pytest.importorskip({"heic": "pillow_heif"}.get(extension, "tifffile" if mode == "RGB;16" else "PIL"))
+    texts = {"Copyright": "© Zoë 字".encode(), "Artist": "Zo\xeb".encode("latin-1"), "DateTime": b"2026-01-02"}
+    owner = "Zoë".encode()
+    exif = _exif_with(**{name: (TiffTags.ASCII, text) for name, text in texts.items()}, CameraOwnerName=(2, owner))
+    picture: Any = Image.fromarray(noise(WIDTH, HEIGHT))
+    picture.info.update({"exif": exif} | ({"compression": compression} if compression else {}))
+    if mode == "RGB;16":
+        picture = tmp_path / "deep.png"
+        DeepImage(noise(WIDTH, HEIGHT, dtype=np.uint16), "PNG", {"exif": exif}).save(picture)
+    save_picture(pipe(picture, HOLE), tmp_path / f"a.{extension}")
+    save_picture(pipe(tmp_path / f"a.{extension}", HOLE), tmp_path / f"b.{extension}")
+    with Image.open(tmp_path / f"b.{extension}") as saved:
+        directory = saved.getexif()
+        for name, text in texts.items():
+            assert directory[ExifTags.Base[name]].encode("latin-1") == text
+        assert directory.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.CameraOwnerName].encode("latin-1") == owner
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGB;16"])

@@ -24,6 +24,7 @@ from . import chunks, metadata
 from .exif import (
     TIFF_DESCRIPTIVE,
     counts_pages,
+    exact,
     kept_exif,
     name_of_tag,
     packed_exif,
@@ -44,8 +45,11 @@ _UNASSOCIATED = (0, 2)  # extra samples that do not change the colours: unspecif
 _COMPRESSIONS = {1: None, 5: "lzw", 8: "adobe_deflate", 32946: "adobe_deflate", 50000: "zstd"}
 
 _TIFF_TEXT = (
+    ExifTags.Base.ImageDescription,
     ExifTags.Base.Make,
     ExifTags.Base.Model,
+    ExifTags.Base.Software,
+    ExifTags.Base.DateTime,
     ExifTags.Base.Artist,
     ExifTags.Base.Copyright,
 )
@@ -365,7 +369,9 @@ def _encode_tiff(picture: DeepImage) -> bytes:
         exif.load(info["exif"])
     stored = info.get("tiff", {})
     compression = stored.get("compression", "adobe_deflate")
-    tags: list[tuple[Any, ...]] = [(int(tag), 2, 0, str(exif[tag]), True) for tag in _TIFF_TEXT if tag in exif]
+    text = {tag: str(exif[tag]).encode("latin-1") for tag in _TIFF_TEXT if tag in exif}  # as Pillow reads it
+    description = text.pop(ExifTags.Base.ImageDescription, None)
+    tags: list[tuple[Any, ...]] = [(int(tag), 2, 0, one, True) for tag, one in text.items()]
     if info.get("xmp"):
         tags.append((int(ExifTags.Base.XMLPacket), 1, len(info["xmp"]), info["xmp"], True))
     if info.get("iptc"):
@@ -385,9 +391,8 @@ def _encode_tiff(picture: DeepImage) -> bytes:
         iccprofile=info.get("icc_profile"),
         resolution=info.get("dpi"),
         resolutionunit="inch" if info.get("dpi") else None,
-        description=exif.get(ExifTags.Base.ImageDescription),
-        datetime=exif.get(ExifTags.Base.DateTime),
-        software=exif.get(ExifTags.Base.Software, False),
+        description=description,
+        software=False,
         metadata=None,
         extratags=tags,
     )
@@ -411,7 +416,7 @@ def with_directories(data: bytes, directories: Mapping[int, Mapping[int, Any]]) 
     for tag, content in directories.items():
         own = ImageFileDirectory_v2(data[:2] + (b"*\0\0\0\0\0" if data[:2] == b"II" else b"\0*\0\0\0\0"))
         for key, value in content.items():
-            own[key] = value
+            own[key] = exact(value)
         place = file.seek(0, io.SEEK_END)
         place += file.write(b"\0" * (place % 2))
         file.write(own.tobytes(place))

@@ -14,7 +14,7 @@ from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
 from ..errors import InvalidImageError
 from . import chunks, deep_colour, metadata
 from .deep_colour import DeepImage
-from .exif import TIFF_DESCRIPTIVE, name_of_tag
+from .exif import TIFF_DESCRIPTIVE, exact, name_of_tag
 from .formats import EXTENSIONS, KEYED_MODES, MODES, MOST_BYTES, MOST_SIDE, NARROW_HEIC, reason_against_writing
 from .notices import warn
 from .sources import reason_of
@@ -155,7 +155,7 @@ def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[in
     directories = deep_colour.tiff_directories(read)
     # Most tags below XMP's describe storage, here that of the file that the EXIF came from.
     tags = {
-        tag: value
+        tag: exact(value)
         for tag, value in read.items()
         if (tag in TIFF_DESCRIPTIVE or tag > ExifTags.Base.XMLPacket) and tag not in TiffTags.TAGS_V2_GROUPS
     }

@@ -76,11 +76,26 @@ def packed_exif(tags: dict[int, Any], endian: str | None) -> tuple[bytes, list[s
     return (_exif_of(tags, endian).tobytes() if tags else b""), broken
 
 
+class _Text(str):
+    """Text as Pillow reads it, one character for each byte. Pillow would write "?" for those that are not ASCII, such
+    as of a copyright sign."""
+
+    def encode(self, encoding: str = "latin-1", errors: str = "strict") -> bytes:
+        return str.encode(self, "latin-1")
+
+
+def exact(value: Any) -> Any:
+    """A value of a tag, or a directory, whose text Pillow writes byte for byte as it read it."""
+    if isinstance(value, dict):
+        return {tag: exact(inner) for tag, inner in value.items()}
+    return _Text(value) if isinstance(value, str) else value
+
+
 def _exif_of(tags: dict[int, Any], endian: str | None) -> Image.Exif:
     made = Image.Exif()
     made.endian = endian  # values of undefined type, such as MakerNote, are in this byte order too
     for tag, value in tags.items():
-        made[tag] = value
+        made[tag] = exact(value)
     return made
 
 
