@@ -323,6 +323,28 @@ def test_a_tiff_without_resolution_gets_none(pipe, tmp_path, extension):
             assert "dpi" not in saved.info
 
 
+@pytest.mark.parametrize("mode", ["L", "LA"])
+@pytest.mark.parametrize("extension", ["webp", "avif", "heic", "png", "tif"])
+def test_a_profile_of_greys_is_not_put_into_a_file_in_colour(tmp_path, mode, extension):
+    pytest.importorskip("pillow_heif" if extension == "heic" else "PIL")
+    picture, profile = noise_of_mode(mode), bytes(16) + b"GRAY" + bytes(112)
+    picture.info["icc_profile"] = profile
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        save_picture(picture, tmp_path / f"out.{extension}")
+    grey = extension in ("png", "tif")
+    format = EXTENSIONS[f".{extension}"]
+    lost = [] if grey else [f"format: {format} does not hold the picture's colour profile"]
+    assert [str(one.message) for one in told] == lost
+    with Image.open(tmp_path / f"out.{extension}") as saved:
+        assert saved.info.get("icc_profile") == (profile if grey else None)
+        assert saved.mode == (mode if grey else {"L": "RGB", "LA": "RGBA"}[mode])
+    picture.info["icc_profile"] = bytes(16) + b"RGB " + bytes(112)  # some programs give grey pictures one in colour
+    save_picture(picture, tmp_path / f"out.{extension}")
+    with Image.open(tmp_path / f"out.{extension}") as saved:
+        assert saved.info["icc_profile"] == picture.info["icc_profile"]
+
+
 @functools.cache  # a profile holds the second in which it was made
 def _profile() -> bytes:
     """Not that of sRGB, which a reader may take for granted."""

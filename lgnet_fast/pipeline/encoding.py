@@ -73,9 +73,12 @@ def encode(
     if (reason := reason_against_writing(format)) is not None:
         raise InvalidImageError(f"format: {reason}")
     check_side(picture.size, format)
-    held = metadata.held(picture.info, format)
-    for mode in held_modes(picture.mode, transparency_of(picture), format, picture.size):
+    modes = held_modes(picture.mode, transparency_of(picture), format, picture.size)
+    held = metadata.held(picture.info, format, in_colour=bool(modes) and modes[-1].startswith("RGB"))
+    for mode in modes:
         picture = picture.convert(mode)
+        if "icc_profile" not in held:  # some of Pillow's encoders would take that of `info`
+            picture.info.pop("icc_profile", None)
     if format == "GIF" and _has_alphas(picture):  # Pillow would take its bytes for red, green and blue
         picture = picture.copy()
         picture.putpalette(picture.getpalette("RGB") or ())

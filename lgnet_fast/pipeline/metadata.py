@@ -21,10 +21,11 @@ _XMP_HEADER = b"http://ns.adobe.com/xap/1.0/\0"
 _MOST_DPI = {"JPEG": 65535, "PNG": (2**31 - 1) * 0.0254, "BMP": (2**31 - 1) * 0.0254, "TIFF": 2**32 - 1}
 
 
-def held(info: Mapping[Any, Any], format: str) -> dict[str, Any]:
+def held(info: Mapping[Any, Any], format: str, in_colour: bool = False) -> dict[str, Any]:
     """The metadata of a picture that `format` (Pillow's name) can hold, by Pillow's keys, and its resolution ("dpi").
 
-    One UserWarning names the rest. A resolution that is none, such as 0/0, is dropped.
+    One UserWarning names the rest. A resolution that is none, such as 0/0, is dropped. `in_colour`: the file will
+    hold RGB, for which a profile of greys says nothing.
     """
     there = {key: info[key] for key in _NAMES if info.get(key)}
     # In a JPEG file each of them, except the profile, must fit one segment.
@@ -34,6 +35,8 @@ def held(info: Mapping[Any, Any], format: str) -> dict[str, Any]:
         for key, value in there.items()
         if key in METADATA.get(format, set()) and (format != "JPEG" or key not in room or len(value) <= room[key])
     }
+    if in_colour and fitting.get("icc_profile", b"")[16:20] == b"GRAY":
+        del fitting["icc_profile"]
     lost = [_NAMES[key] for key in there if key not in fitting]
     if (dpi := _resolution(info)) is not None:
         if max(dpi) <= _MOST_DPI.get(format, math.inf):
