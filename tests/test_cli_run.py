@@ -118,6 +118,18 @@ def test_masks_are_paired_by_stem_and_one_that_is_missing_fails_alone(fake, tmp_
     assert items["d.png"]["hole_ratio"] == pytest.approx(25 / 2400, abs=1e-6)
 
 
+def test_the_mask_of_another_picture_is_not_taken(fake, tmp_path):
+    for name in ("a.png", "sub/a.png"):
+        write_picture(tmp_path / "in" / name, noise(40, 60))
+    _mask(tmp_path / "masks" / "sub" / "a.png")
+    result = _run("-i", tmp_path / "in", "-m", tmp_path / "masks", "-o", tmp_path / "out")
+    assert result.exit_code == 1
+    assert "1 filled, 0 skipped, 1 failed of 2" in result.stderr
+    other = Path("sub") / "a.png"
+    assert f"no file named 'a' in '{tmp_path / 'masks'}' but {other}, another picture's" in result.stderr
+    assert _files(tmp_path / "out") == ["sub/a.png"]
+
+
 def test_duplicate_stems(fake, tmp_path):
     for name in ("a.png", "a.bmp", "b.png"):
         write_picture(tmp_path / "in" / name, noise(40, 60))

@@ -197,7 +197,7 @@ class NamedMasks:
         found = list(folders.pictures_in(folder, [])) if folder.is_dir() else []
         if not found:
             raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
-        by_name = MasksByName(folder, found)
+        by_name = MasksByName(folder, found, (picture.relative_to(base) for picture in pictures))
         self.files: list[Path] = []
         for picture in pictures:
             mask, problem = by_name.of_picture(picture.relative_to(base))

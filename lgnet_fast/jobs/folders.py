@@ -23,11 +23,13 @@ def of_mask(stem: str, suffix: str) -> str | None:
 class MasksByName:
     """The masks of a folder by the names of their pictures; see `plan_items` for the rule.
 
-    Listed once: to go through all masks for each picture takes minutes where there are thousands.
+    Listed once: to go through all masks for each picture takes minutes where there are thousands. `pictures`: the
+    relative paths of all pictures of the run; the mask at the place of one of them is that picture's alone.
     """
 
-    def __init__(self, folder: Path, masks: Iterable[Path]) -> None:
+    def __init__(self, folder: Path, masks: Iterable[Path], pictures: Iterable[Path] = ()) -> None:
         self._folder = folder
+        self._owned = {folder / picture.with_suffix("") for picture in pictures}
         self._at: dict[Path, list[Path]] = {}
         self._named: dict[str, list[Path]] = {}
         for mask in masks:
@@ -41,7 +43,10 @@ class MasksByName:
         if len(candidates) > 1:
             candidates = [mask for mask in candidates if mask.name == relative.name] or candidates
         if len(candidates) == 1:
-            return candidates[0], None
+            if place in self._at or candidates[0].with_suffix("") not in self._owned:
+                return candidates[0], None
+            other = str(candidates[0].relative_to(self._folder))
+            return None, f"mask: no file named {place.name!r} in {str(self._folder)!r} but {other}, another picture's"
         if not candidates:
             return None, f"mask: no file named {place.name!r} in {str(self._folder)!r}"
         names = ", ".join(str(mask.relative_to(self._folder)) for mask in candidates)

@@ -50,10 +50,11 @@ def plan_items(options: FillOptions, world: World | None = None) -> list[Item]:
     """The items of this process, in the order of their names.
 
     `source` and `mask` are files or folders; folders are searched with their sub-folders. A picture takes the mask of
-    the same relative path without extension; without one, the only mask of that stem anywhere; without any, or with
-    several candidates, the item has a `problem`. `out` names a file (one picture) or a folder: relative paths are
-    kept, and where two pictures would get the same name, it keeps their original extensions. For one picture, a name
-    with an extension is a file, unless it is an existing folder or ends with a slash.
+    the same relative path without extension; without one, the only mask of that stem anywhere, if it is no other
+    picture's; without any, or with several candidates, the item has a `problem`. `out` names a file (one picture) or
+    a folder: relative paths are kept, and where two pictures would get the same name, it keeps their original
+    extensions. For one picture, a name with an extension is a file, unless it is an existing folder or ends with a
+    slash.
 
     With `mask_suffix`, e.g. "_mask", picture ``a`` takes ``a_mask`` or ``a_mask001`` (LaMa's layout), where `mask` is
     None beside it; of several such masks each gives a result, named by the mask.
@@ -127,7 +128,7 @@ def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
     if mask_folder is None:
         tasks = [_Task(picture, name, one_mask) for picture, name in named]
     elif options.mask_suffix is None:
-        by_name = MasksByName(mask_folder, masks)
+        by_name = MasksByName(mask_folder, masks, (name for _, name in named))
         tasks = [_Task(picture, name, *by_name.of_picture(name)) for picture, name in named]
     else:
         by_suffix = MasksBySuffix(mask_folder, masks, options.mask_suffix)
