@@ -337,6 +337,17 @@ def test_a_picture_of_a_name_like_a_masks_is_filled_by_its_own_mask(case):
         np.testing.assert_array_equal(np.asarray(Image.open(case / "out" / name)), FILLED)
 
 
+def test_the_suffixed_mask_of_another_picture_is_not_taken(case):
+    for name in ("a.png", "sub/a.png", "sub/b.png"):
+        write_picture(case / "lama" / name, noise(40, 60))
+    for name in ("sub/a_mask.png", "b_mask.png"):  # b's mask is elsewhere, but no other picture's
+        write_picture(case / "lama" / name, HOLE.astype(np.uint8) * 255)
+    result = _run("-i", "lama", "-o", "out", "--mask-suffix", "_mask")
+    assert result.exit_code == 1
+    assert "failed: lama/a.png: mask: no file named 'a_mask' in 'lama' but those of other pictures" in result.stderr
+    assert _names(case / "out") == ["sub/a.png", "sub/b.png"]
+
+
 def test_links_that_lead_nowhere_or_in_a_circle_fail_alone(case):
     for name, target in (("circle.png", "circle.png"), ("gone.png", "nowhere.png")):
         (case / "in" / name).symlink_to(target)

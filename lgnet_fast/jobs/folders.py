@@ -54,10 +54,14 @@ class MasksByName:
 
 
 class MasksBySuffix:
-    """The masks of a folder that are named by their picture and a suffix; see `plan_items` for the rule."""
+    """The masks of a folder that are named by their picture and a suffix; see `plan_items` for the rule.
 
-    def __init__(self, folder: Path, masks: Iterable[Path], suffix: str) -> None:
+    `pictures`: as of `MasksByName`.
+    """
+
+    def __init__(self, folder: Path, masks: Iterable[Path], suffix: str, pictures: Iterable[Path] = ()) -> None:
         self._folder, self._suffix = folder, suffix
+        self._owned = {folder / picture.with_suffix("") for picture in pictures}
         self._of: dict[str, list[Path]] = {}
         for mask in masks:
             if (stem := of_mask(mask.stem, suffix)) is not None:
@@ -67,9 +71,11 @@ class MasksBySuffix:
         """The masks of the picture at `relative`, or the problem with them."""
         place = relative.with_suffix("")
         named = self._of.get(place.name, [])
-        own = [mask for mask in named if mask.parent == self._folder / place.parent] or named
+        own = [mask for mask in named if mask.parent == self._folder / place.parent]
+        own = own or [mask for mask in named if mask.parent / place.name not in self._owned]
         if not own:
-            return [], f"mask: no file named {place.name + self._suffix!r} in {str(self._folder)!r}"
+            but = " but those of other pictures" if named else ""
+            return [], f"mask: no file named {place.name + self._suffix!r} in {str(self._folder)!r}{but}"
         if len({mask.stem for mask in own}) < len(own):
             names = ", ".join(str(mask.relative_to(self._folder)) for mask in own)
             return [], f"mask: expected masks of names of their own, got {names}"

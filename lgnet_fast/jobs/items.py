@@ -131,7 +131,7 @@ def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
         by_name = MasksByName(mask_folder, masks, (name for _, name in named))
         tasks = [_Task(picture, name, *by_name.of_picture(name)) for picture, name in named]
     else:
-        by_suffix = MasksBySuffix(mask_folder, masks, options.mask_suffix)
+        by_suffix = MasksBySuffix(mask_folder, masks, options.mask_suffix, (name for _, name in named))
         tasks = [task for picture, name in named for task in _with_suffix(picture, name, by_suffix)]
     files = result_files(
         [(task.picture, task.name) for task in tasks], source.is_dir(), out, options.format, options.names_folder
