@@ -72,7 +72,8 @@ class MasksBySuffix:
         place = relative.with_suffix("")
         named = self._of.get(place.name, [])
         own = [mask for mask in named if mask.parent == self._folder / place.parent]
-        own = own or [mask for mask in named if mask.parent / place.name not in self._owned]
+        if not own and not any(mask.parent / place.name in self._owned for mask in named):
+            own = named
         if not own:
             but = " but those of other pictures" if named else ""
             return [], f"mask: no file named {place.name + self._suffix!r} in {str(self._folder)!r}{but}"
