@@ -203,7 +203,7 @@ def _exif_with(**values: tuple[int, Any]) -> bytes:
     directory[ExifTags.Base.Orientation], directory[ExifTags.Base.Make] = 6, "Camera"
     for name, (kind, value) in values.items():
         tag = ExifTags.Base[name]
-        own = sub if tag in (ExifTags.Base.CFAPattern, ExifTags.Base.CameraOwnerName) else directory
+        own = sub if name in ("CFAPattern", "CameraOwnerName", "UserComment") else directory
         own.tagtype[tag] = kind
         own[tag] = value
     sub[ExifTags.Base.LensModel] = "Lens"
@@ -253,8 +253,12 @@ def test_text_of_exif_that_is_not_ascii_is_kept_byte_for_byte(pipe, tmp_path, mo
     """As many programs write it: a copyright sign in UTF-8 or Latin-1. Pillow itself writes "?" for it."""
     pytest.importorskip({"heic": "pillow_heif"}.get(extension, "tifffile" if mode == "RGB;16" else "PIL"))
     texts = {"Copyright": "© Zoë 字".encode(), "Artist": "Zo\xeb".encode("latin-1"), "DateTime": b"2026-01-02"}
-    owner = "Zoë".encode()
-    exif = _exif_with(**{name: (TiffTags.ASCII, text) for name, text in texts.items()}, CameraOwnerName=(2, owner))
+    owner, comment = "Zoë".encode(), b"UNICODE\0\0s\0t\0e\0p\0s"
+    exif = _exif_with(
+        **{name: (TiffTags.ASCII, text) for name, text in texts.items()},
+        CameraOwnerName=(TiffTags.ASCII, owner),
+        UserComment=(TiffTags.UNDEFINED, comment),
+    )
     picture: Any = Image.fromarray(noise(WIDTH, HEIGHT))
     picture.info.update({"exif": exif} | ({"compression": compression} if compression else {}))
     if mode == "RGB;16":
@@ -266,7 +270,12 @@ def test_text_of_exif_that_is_not_ascii_is_kept_byte_for_byte(pipe, tmp_path, mo
         directory = saved.getexif()
         for name, text in texts.items():
             assert directory[ExifTags.Base[name]].encode("latin-1") == text
-        assert directory.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.CameraOwnerName].encode("latin-1") == owner
+        further = directory.get_ifd(ExifTags.IFD.Exif)
+        assert further[ExifTags.Base.CameraOwnerName].encode("latin-1") == owner
+        assert further[ExifTags.Base.UserComment] == comment
+    # Some programs read a comment only where its type is undefined.
+    stated = [struct.pack(f"{order}HHI", ExifTags.Base.UserComment, 7, len(comment)) for order in "<>"]
+    assert any(one in (tmp_path / f"b.{extension}").read_bytes() for one in stated)
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGB;16"])

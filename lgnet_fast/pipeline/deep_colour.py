@@ -16,13 +16,14 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffTags
 from PIL.TiffImagePlugin import IPTC_NAA_CHUNK, ImageFileDirectory_v2
 
 from ..errors import InvalidImageError
 from . import chunks, metadata
 from .exif import (
     TIFF_DESCRIPTIVE,
+    UNDEFINED,
     counts_pages,
     exact,
     kept_exif,
@@ -416,6 +417,8 @@ def with_directories(data: bytes, directories: Mapping[int, Mapping[int, Any]]) 
     for tag, content in directories.items():
         own = ImageFileDirectory_v2(data[:2] + (b"*\0\0\0\0\0" if data[:2] == b"II" else b"\0*\0\0\0\0"))
         for key, value in content.items():
+            if key in UNDEFINED[tag] and isinstance(value, bytes):
+                own.tagtype[key] = TiffTags.UNDEFINED
             own[key] = exact(value)
         place = file.seek(0, io.SEEK_END)
         place += file.write(b"\0" * (place % 2))

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+import struct
 from typing import Any
 
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, TiffTags
 
 from .notices import warn
 
@@ -22,6 +23,24 @@ TIFF_DESCRIPTIVE = {
     ExifTags.IFD.GPSInfo,
 }
 _DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+
+_PADDING = 0xEA1C
+UNDEFINED: dict[int, set[int]] = {
+    0: {ExifTags.Base.PrintImageMatching, _PADDING},
+    ExifTags.IFD.Exif: {
+        ExifTags.Base.OECF,
+        ExifTags.Base.ComponentsConfiguration,
+        ExifTags.Base.MakerNote,
+        ExifTags.Base.UserComment,
+        ExifTags.Base.SpatialFrequencyResponse,
+        ExifTags.Base.FileSource,
+        ExifTags.Base.SceneType,
+        ExifTags.Base.DeviceSettingDescription,
+        _PADDING,
+    },
+    ExifTags.IFD.GPSInfo: {ExifTags.GPS.GPSProcessingMethod, ExifTags.GPS.GPSAreaInformation},
+}
+"""Directory (0: the first) -> its tags of undefined type, which Pillow does not know; other programs expect it."""
 
 # Descriptions by tifffile, ImageJ and microscopes' programs of how many pages a TIFF has.
 _OF_PAGES = re.compile(r'\{"shape":|ImageJ=|<\?xml.*<OME\b', re.DOTALL)
@@ -73,7 +92,25 @@ def packed_exif(tags: dict[int, Any], endian: str | None) -> tuple[bytes, list[s
             elif not _writable({tag: value}, endian):
                 broken.append(name_of_tag(tag))
                 del tags[tag]
-    return (_exif_of(tags, endian).tobytes() if tags else b""), broken
+    return (_typed(_exif_of(tags, endian).tobytes()) if tags else b""), broken
+
+
+def _typed(packed: bytes) -> bytes:
+    """EXIF with the type undefined for the tags of `UNDEFINED`, which Pillow has written as bytes."""
+    data, head = bytearray(packed), len(b"Exif\0\0")
+    order = "<" if data[head : head + 2] == b"II" else ">"
+    places = [(0, struct.unpack_from(order + "I", data, head + 4)[0])]
+    while places:
+        directory, place = places.pop()
+        begin = head + place + 2
+        (count,) = struct.unpack_from(order + "H", data, begin - 2)
+        for entry in range(begin, begin + 12 * count, 12):
+            tag, kind, _, value = struct.unpack_from(order + "HHII", data, entry)
+            if kind == TiffTags.BYTE and tag in UNDEFINED[directory]:
+                struct.pack_into(order + "H", data, entry + 2, TiffTags.UNDEFINED)
+            elif directory == 0 and tag in _DIRECTORIES:
+                places.append((tag, value))
+    return bytes(data)
 
 
 class _Text(str):
