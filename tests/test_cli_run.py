@@ -130,6 +130,24 @@ def test_the_mask_of_another_picture_is_not_taken(fake, tmp_path):
     assert _files(tmp_path / "out") == ["sub/a.png"]
 
 
+def test_a_picture_that_is_moved_while_the_network_runs_is_written(fake, tmp_path, monkeypatch):
+    source = write_picture(tmp_path / "a.jpg", noise(40, 60), quality=30)
+    with Image.open(source) as opened:
+        tables = opened.quantization
+    forward = BlurFill.forward
+
+    def move_and_fill(*arguments):
+        source.rename(tmp_path / "moved.jpg")
+        return forward(*arguments)
+
+    monkeypatch.setattr(BlurFill, "forward", move_and_fill)
+    result = _run("-i", source, "-m", _mask(tmp_path / "m.png"), "-o", tmp_path / "out.jpg")
+    assert result.exit_code == 0, result.output
+    assert not source.exists()
+    with Image.open(tmp_path / "out.jpg") as written:
+        assert written.quantization == tables
+
+
 def test_duplicate_stems(fake, tmp_path):
     for name in ("a.png", "a.bmp", "b.png"):
         write_picture(tmp_path / "in" / name, noise(40, 60))

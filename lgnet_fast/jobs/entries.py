@@ -122,13 +122,13 @@ def _run_item(
     # Checked before the network runs: a result that the format cannot hold would be lost.
     picture.check_format(item.format)
     mask = item.mask if isinstance(item.mask, Path) or item.mask is None else item.mask.open(InvalidMaskError, "mask")
+    like = None
+    if item.format == "JPEG":  # its tables are read before the network runs, because a file may be moved meanwhile
+        with source.open() if isinstance(source, Encoded) else Image.open(source) as like:
+            pass
     done = inpainter.inpaint(picture, mask, **call)
     entry.size, entry.strategy, entry.passes = list(done.size), done.strategy, done.passes
     entry.hole_ratio = round(done.hole_ratio, 6)
     if journal is not None:
         journal.writing(key, asdict(entry), item.output)
-    if item.format != "JPEG":
-        save_picture(done.picture, item.output, format=item.format, quality=quality)
-        return
-    with source.open() if isinstance(source, Encoded) else Image.open(source) as original:
-        save_picture(done.picture, item.output, like=original, format=item.format, quality=quality)
+    save_picture(done.picture, item.output, like=like, format=item.format, quality=quality)
