@@ -210,6 +210,16 @@ def test_pictures_that_are_not_read_are_named_and_the_exit_code_tells(case, monk
     assert _names(case / "out") == ["a.png", "b.jpg"]
 
 
+def test_shards_beside_pictures_are_named(case):
+    with tarfile.open(case / "in" / "more.tar", "w") as tar:
+        tar.add(case / "a.png", "x.png")
+    result = _run("-i", "in", "-m", "m.png", "-o", "out")
+    assert result.exit_code == 1
+    assert "left out: in/more.tar: a tar shard beside pictures" in result.stderr
+    assert "2 filled, 0 skipped, 0 failed, 1 left out of 3" in result.stderr
+    assert _names(case / "out") == ["a.png", "b.jpg"]
+
+
 @pytest.mark.parametrize("side", ["in", "masks"])
 def test_folders_that_cannot_be_read_are_named(case, monkeypatch, side):
     """By a spy, since the tests may run as root, who can read everything."""

@@ -22,6 +22,8 @@ from .outputs import distinct, format_for, refuse_unwritable, result_files
 from .streams import opened_mask, read_stream
 from .world import World
 
+_SUFFIXES = (*EXTENSIONS, ".tar")
+
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 """Characters that are unsafe in terminals and scripts."""
 
@@ -162,7 +164,7 @@ def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple
     source, mask, out, suffix = options.source, options.mask, options.result, options.mask_suffix
     # The source itself is searched even if it is one of them.
     excluded = [_real(folder) for folder in (mask_folder, out) if folder is not None]
-    found = scan(source, excluded) if source.is_dir() else Found([source])
+    found = _beside_shards(scan(source, excluded, _SUFFIXES)) if source.is_dir() else Found([source])
     masks = Found([] if mask is None else [mask])
     if mask_folder is not None:
         earlier = [_real(out)]  # results of another run are not masks
@@ -176,6 +178,14 @@ def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple
         own = {one for one in masks.pictures if of_mask(one.stem, suffix) is None or one.stem in alike}
         found = replace(found, pictures=[picture for picture in found.pictures if picture in own])
     return found, masks
+
+
+def _beside_shards(found: Found) -> Found:
+    """The pictures of a folder; shards among them are left out."""
+    shards = [path for path in found.pictures if path.suffix.lower() == ".tar"]
+    left_out = [(shard, "a tar shard beside pictures; give it alone, or a folder of shards") for shard in shards]
+    pictures = [path for path in found.pictures if path.suffix.lower() != ".tar"]
+    return Found(pictures, found.left_out + left_out)
 
 
 def _with_suffix(picture: Path, relative: Path, masks: MasksBySuffix) -> list[_Task]:
@@ -203,7 +213,7 @@ def _shards_in(source: Path, out: Path) -> list[Path]:
     """The tar shard `source`, or the shards of a folder without pictures."""
     if not source.is_dir():
         return [source] if source.suffix.lower() == ".tar" else []
-    found = scan(source, [_real(out)], [*EXTENSIONS, ".tar"]).pictures
+    found = scan(source, [_real(out)], _SUFFIXES).pictures
     shards = [path for path in found if path.suffix.lower() == ".tar"]
     return shards if len(shards) == len(found) else []
 
