@@ -210,6 +210,14 @@ def test_pictures_that_are_not_read_are_named_and_the_exit_code_tells(case, monk
     assert _names(case / "out") == ["a.png", "b.jpg"]
 
 
+def test_a_folder_in_the_place_of_a_result_fails_before_the_network_runs(case, fake):
+    (case / "out" / "a.png").mkdir(parents=True)
+    result = _run("-i", "in", "-m", "m.png", "-o", "out")
+    assert result.exit_code == 1
+    assert "failed: in/a.png: out: expected a file, got the folder 'out/a.png'" in result.stderr
+    assert (_names(case / "out"), len(fake.seen)) == (["b.jpg"], 1)
+
+
 def test_shards_beside_pictures_are_named(case):
     with tarfile.open(case / "in" / "more.tar", "w") as tar:
         tar.add(case / "a.png", "x.png")

@@ -117,6 +117,8 @@ def _run_item(
 ) -> None:
     if item.problem is not None:
         raise InvalidImageError(item.problem)
+    if item.output.is_dir():
+        raise IsADirectoryError(f"out: expected a file, got the folder {str(item.output)!r}")
     source = item.picture.read() if isinstance(item.picture, Member) else item.picture
     picture = picture_of(source)
     # Checked before the network runs: a result that the format cannot hold would be lost.
