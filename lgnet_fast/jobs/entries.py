@@ -17,6 +17,7 @@ from ..pipeline.encoding import save_picture
 from ..pipeline.inpainter import Inpainter
 from ..pipeline.pictures import picture_of
 from ..pipeline.sources import Encoded
+from ..pipeline.writing import STANDARD_STREAM
 from .items import Item
 from .journal import Journal
 
@@ -117,7 +118,7 @@ def _run_item(
 ) -> None:
     if item.problem is not None:
         raise InvalidImageError(item.problem)
-    if item.output.is_dir():
+    if item.output != STANDARD_STREAM and item.output.is_dir():
         raise IsADirectoryError(f"out: expected a file, got the folder {str(item.output)!r}")
     source = item.picture.read() if isinstance(item.picture, Member) else item.picture
     picture = picture_of(source)
