@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..engine.cuda.graphs import capture, error_text
-from .steps import Judged, Step, Terms
+from .steps import Judged, Part, Step, Terms
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -31,10 +31,9 @@ _SCALE = 1.5
 
 
 class _Graphs(NamedTuple):
-    """Two graphs with what they read and write, all at fixed places."""
+    """Two graphs with the batch that they read and the terms that they write, all at fixed places."""
 
-    image: Tensor
-    mask: Tensor
+    part: Part
     judge: Any
     generate: Any
     judged: Terms
@@ -42,10 +41,10 @@ class _Graphs(NamedTuple):
     terms: Terms
     """All terms."""
 
-    def take(self, image: Tensor, mask: Tensor) -> None:
+    def take(self, part: Part) -> None:
         """The next replays are of this batch."""
-        self.image.copy_(image)
-        self.mask.copy_(mask)
+        self.part.image.copy_(part.image)
+        self.part.mask.copy_(part.mask)
 
 
 class GraphedStep(Step):
@@ -80,27 +79,24 @@ class GraphedStep(Step):
         for parameter, gradient in zip(self._trained, self._gradients, strict=True):
             parameter.grad = gradient
 
-    def _train_on(
-        self, batch: tuple[Tensor, Tensor], number: int, share: float, last: bool, adversarial: bool, features: bool
-    ) -> Terms | None:
-        graphs = None if self._direct else self._graphs_for(batch, share, adversarial, features)
+    def _train_on(self, part: Part, number: int, last: bool) -> Terms | None:
+        graphs = None if self._direct else self._graphs_for(part)
         if graphs is None:
-            return super()._train_on(batch, number, share, last, adversarial, features)
-        graphs.take(*batch)
+            return super()._train_on(part, number, last)
+        graphs.take(part)
         graphs.judge.replay()
-        if adversarial:
+        if part.adversarial:
             if self.on_nonfinite("D", graphs.judged, number):
                 return None
             self._after_judging(number, last)
         graphs.generate.replay()
         return None if self.on_nonfinite("G", graphs.terms, number) else graphs.terms
 
-    def _graphs_for(
-        self, batch: tuple[Tensor, Tensor], share: float, adversarial: bool, features: bool
-    ) -> _Graphs | None:
+    def _graphs_for(self, part: Part) -> _Graphs | None:
         """The graphs for such a batch; None where it is to run without."""
-        places = tuple((t.shape, t.stride(), t.dtype) for t in batch)
-        key = (places, share, adversarial, features, tuple(norm.training for norm in self._norms))
+        image, mask, *options = part
+        places = tuple((t.shape, t.stride(), t.dtype) for t in (image, mask))
+        key = (places, *options, tuple(norm.training for norm in self._norms))
         if key in self._graphs:
             return self._graphs[key]
         self._came[key] = self._came.get(key, 0) + 1
@@ -108,8 +104,8 @@ class GraphedStep(Step):
             return None
         try:
             with self._restored():
-                graphs = self._captured(batch, share, adversarial, features)
-                problem = self._problem(graphs, batch, share, adversarial, features)
+                graphs = self._captured(part)
+                problem = self._problem(graphs, part)
         except Exception as error:
             # any error of torch, CUDA or a feature network, and too little memory for the graphs' own
             problem = error_text(error)
@@ -135,60 +131,58 @@ class GraphedStep(Step):
                 for state, own in zip(states, before, strict=True):
                     state.copy_(own)
 
-    def _gradients_of(self, batch: tuple[Tensor, Tensor], share: float, adversarial: bool, features: bool) -> Terms:
+    def _gradients_of(self, part: Part) -> Terms:
         """Add the gradients of a batch without graphs, and without the optimisers' steps; returns the terms."""
-        judged = self._judge(*batch, adversarial)
-        if adversarial:
-            self.accelerator.backward(judged.terms["D"] * share)
-        terms = self._generate(judged, features)
-        self.accelerator.backward(terms["G"] * share)
+        judged = self._judge(part)
+        if part.adversarial:
+            self.accelerator.backward(judged.terms["D"] * part.share)
+        terms = self._generate(judged)
+        self.accelerator.backward(terms["G"] * part.share)
         return terms
 
-    def _captured(self, batch: tuple[Tensor, Tensor], share: float, adversarial: bool, features: bool) -> _Graphs:
-        image, mask = (tensor.clone() for tensor in batch)
-        device = image.device
+    def _captured(self, part: Part) -> _Graphs:
+        part = part._replace(image=part.image.clone(), mask=part.mask.clone())
+        device = part.image.device
         if self._pool is None and device.type == "cuda":
             self._pool = torch.cuda.graph_pool_handle()
         made: list[Judged] = []
         terms: Terms = {}
 
         def judge() -> None:
-            made[:] = [self._judge(image, mask, adversarial)]
-            if adversarial:
-                self.accelerator.backward(made[0].terms["D"] * share)
+            made[:] = [self._judge(part)]
+            if part.adversarial:
+                self.accelerator.backward(made[0].terms["D"] * part.share)
 
         def generate() -> None:
-            terms.update(self._generate(made[0], features))
-            self.accelerator.backward(terms["G"] * share)
+            terms.update(self._generate(made[0]))
+            self.accelerator.backward(terms["G"] * part.share)
 
         def warm_up() -> None:
-            self._gradients_of((image, mask), share, adversarial, features)
+            self._gradients_of(part)
 
         first = capture(judge, device, self._pool, warm_up=warm_up)
         # Nothing runs here: the second graph continues what the first has recorded.
         second = capture(generate, device, self._pool, warm_up=lambda: None)
         own = {name: term.detach() for name, term in made[0].terms.items()}
-        return _Graphs(image, mask, first, second, own, {name: term.detach() for name, term in terms.items()})
+        return _Graphs(part, first, second, own, {name: term.detach() for name, term in terms.items()})
 
-    def _problem(
-        self, graphs: _Graphs, batch: tuple[Tensor, Tensor], share: float, adversarial: bool, features: bool
-    ) -> str | None:
+    def _problem(self, graphs: _Graphs, part: Part) -> str | None:
         """How the graphs differ from a run without them, on other pictures and weights; None where they do not."""
         networks = self.nets.network, self.nets.discriminator
         with torch.no_grad():
             torch._foreach_mul_([p for network in networks for p in network.parameters()], _SCALE)
-        image, mask = (tensor.flip(3) for tensor in batch)
+        part = part._replace(image=part.image.flip(3), mask=part.mask.flip(3))
         found = []
         for graphed in (False, True):
             with self._restored():
                 torch._foreach_zero_(self._gradients)
                 if graphed:
-                    graphs.take(image, mask)
+                    graphs.take(part)
                     graphs.judge.replay()
                     graphs.generate.replay()
                     terms = graphs.terms
                 else:
-                    terms = self._gradients_of((image, mask), share, adversarial, features)
+                    terms = self._gradients_of(part)
                 own = {name: term.detach().clone() for name, term in terms.items()}
                 found.append(([gradient.clone() for gradient in self._gradients], own))
         (exact, expected), (gradients, terms) = found

@@ -53,14 +53,26 @@ class Trained:
     forward: Callable[..., Stages]
 
 
+class Part(NamedTuple):
+    """One batch of a step.
+
+    `share`: its losses' weight in those of the step; `adversarial`, `features`: see :meth:`Step.__call__`.
+    """
+
+    image: Tensor
+    mask: Tensor
+    share: float
+    adversarial: bool
+    features: bool
+
+
 class Judged(NamedTuple):
     """A batch, what the generators made of it, and what the discriminator's loss was of that.
 
     `merged`: what it judged, not detached, and None without it; `share_of_hole`: the weight of its scores.
     """
 
-    image: Tensor
-    mask: Tensor
+    part: Part
     stages: Stages
     merged: Tensor | None
     share_of_hole: Tensor | None
@@ -116,10 +128,10 @@ class Step:
         share = 1 / len(batches)
         sums: Terms = {}
         self._clear_gradients()
-        for number, batch in enumerate(batches):
+        for number, (image, mask) in enumerate(batches):
             last = number == len(batches) - 1
             with contextlib.nullcontext() if last else self._no_sync():
-                terms = self._train_on(batch, number, share, last, adversarial, features)
+                terms = self._train_on(Part(image, mask, share, adversarial, features), number, last)
             if terms is None:
                 return None
             for name, term in terms.items():
@@ -132,41 +144,39 @@ class Step:
         self.generator_optimizer.zero_grad()
         self.discriminator_optimizer.zero_grad()
 
-    def _train_on(
-        self, batch: tuple[Tensor, Tensor], number: int, share: float, last: bool, adversarial: bool, features: bool
-    ) -> Terms | None:
+    def _train_on(self, part: Part, number: int, last: bool) -> Terms | None:
         """Compute the gradients of one batch and, after the last, the discriminator's step; returns the terms.
 
         They are detached: else they would keep the batch's autograd graph during the next one, and in it the nodes
         that add up gradients, on the stream of this batch. No CUDA graph can be captured on another stream then.
         """
-        judged = self._judge(*batch, adversarial)
-        if adversarial:
+        judged = self._judge(part)
+        if part.adversarial:
             if self.on_nonfinite("D", judged.terms, number):
                 return None
-            self.accelerator.backward(judged.terms["D"] * share)
+            self.accelerator.backward(judged.terms["D"] * part.share)
             self._after_judging(number, last)
-        terms = self._generate(judged, features)
+        terms = self._generate(judged)
         if self.on_nonfinite("G", terms, number):
             return None
-        self.accelerator.backward(terms["G"] * share)
+        self.accelerator.backward(terms["G"] * part.share)
         return {name: term.detach() for name, term in terms.items()}
 
-    def _judge(self, image: Tensor, mask: Tensor, adversarial: bool) -> Judged:
+    def _judge(self, part: Part) -> Judged:
         """The generators' forward, and the discriminator's terms if it is `adversarial`."""
         with self.accelerator.autocast():
-            stages = self.nets.forward(image, mask, return_stages=True)
-        merged, truth, holes = stages.merged[self.objective.judged_stage], image, mask
-        if not adversarial:
-            return Judged(image, mask, stages, None, None, {})
+            stages = self.nets.forward(part.image, part.mask, return_stages=True)
+        merged, truth, holes = stages.merged[self.objective.judged_stage], part.image, part.mask
+        if not part.adversarial:
+            return Judged(part, stages, None, None, {})
         if self.objective.judged_crop is not None:
-            merged, truth, holes = window([merged, image, mask], mask, self.objective.judged_crop)
+            merged, truth, holes = window([merged, truth, holes], holes, self.objective.judged_crop)
         with self.accelerator.autocast():
             judge = self.nets.wrapped_discriminator
             fake, real = judge(merged.detach()), judge(truth)
             share_of_hole = hole_share(holes, fake) if self.objective.by_hole else None
             terms = discriminator_loss(fake, real, share_of_hole)
-        return Judged(image, mask, stages, merged, share_of_hole, terms)
+        return Judged(part, stages, merged, share_of_hole, terms)
 
     def _after_judging(self, number: int, last: bool) -> None:
         """After the discriminator's gradients of a batch: its optimiser step, if the batch is the last."""
@@ -174,39 +184,25 @@ class Step:
             self._clip(self.discriminator_optimizer, list(self.nets.discriminator.parameters()))
             self._step_discriminator(earlier=number > 0)
 
-    def _generate(self, judged: Judged, features: bool) -> Terms:
+    def _generate(self, judged: Judged) -> Terms:
         """All terms of a batch."""
+        objective, part, merged = self.objective, judged.part, judged.merged
         with self.accelerator.autocast(), _frozen(self.nets.discriminator):
-            merged = judged.merged
             # Scores of 1, the generators' target, give no loss and no gradient.
-            scores = judged.image.new_ones(1) if merged is None else self.nets.discriminator(merged)
-            terms = self._generator_terms(
-                judged.stages, judged.image, judged.mask, scores, judged.share_of_hole, features
+            scores = part.image.new_ones(1) if merged is None else self.nets.discriminator(merged)
+            terms = generator_loss(
+                judged.stages,
+                part.image,
+                part.mask,
+                scores,
+                objective.features if part.features else None,
+                objective.weights,
+                lean=objective.lean,
+                lpips=objective.lpips if part.features else None,
+                options=objective.options,
+                score_weight=judged.share_of_hole,
             )
         return judged.terms | terms
-
-    def _generator_terms(
-        self,
-        stages: Stages,
-        image: Tensor,
-        mask: Tensor,
-        scores: Tensor,
-        share_of_hole: Tensor | None,
-        features: bool,
-    ) -> Terms:
-        objective = self.objective
-        return generator_loss(
-            stages,
-            image,
-            mask,
-            scores,
-            objective.features if features else None,
-            objective.weights,
-            lean=objective.lean,
-            lpips=objective.lpips if features else None,
-            options=objective.options,
-            score_weight=share_of_hole,
-        )
 
     @contextlib.contextmanager
     def _no_sync(self) -> Iterator[None]:
