@@ -73,6 +73,13 @@ def test_without_moments_the_learning_rate_warms_up_again(run, tmp_path):
     Trainer(tiny_config(pictures, tmp_path / "again", optim={**optim, "steps": 3})).fit(resume=True)
     trainer.restore(load_checkpoint(checkpoints / "step_000000003.pt"))
     assert trainer._set_learning_rates() == pytest.approx(0.5e-3)
+    # Nor is a pack with the moments; one without them starts another.
+    for optimiser, rate in ((True, 0.5e-3), (False, 0.25e-3)):
+        moved = tmp_path / f"moved_{optimiser}"
+        pack(tmp_path / "again", moved / "packed", optimiser=optimiser)
+        unpack(moved / "packed", moved / "run")
+        trainer.restore(load_checkpoint(moved / "run" / "checkpoints" / "step_000000003.pt"))
+        assert trainer._set_learning_rates() == pytest.approx(rate)
     # Adam's bias correction begins anew, as its moments do.
     state = load_checkpoint(checkpoints / "step_000000002.pt")
     assert all("step" not in group for one in state["optimisers"] for group in one["param_groups"])

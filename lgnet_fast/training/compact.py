@@ -28,6 +28,7 @@ from ..pipeline.writing import write_atomically
 from ..reference.pretrained import CONFIG_FILE, upcast, write_safetensors
 from .checkpoints import CheckpointFolder
 from .progress import LOG
+from .resuming import warm_from
 
 _ABOUT = "compact.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of Adam, of Adam, of Muon
@@ -58,7 +59,7 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
         for number, one in enumerate(state["optimisers"]):
             for index, moments in one["state"].items():
                 tensors |= {f"optimiser{number}.{index}.{m}": moments[m].bfloat16() for m in _MOMENTS if m in moments}
-    about = {name: state[name] for name in _PLAIN}
+    about = {name: state[name] for name in _PLAIN} | {"warm_from": warm_from(state)}
     about["param_groups"] = [one["param_groups"] for one in state["optimisers"]]
     about["adam_steps"] = [
         next((float(moments["step"]) for moments in one["state"].values() if "step" in moments), 0.0)
@@ -148,6 +149,7 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
         "random": [],
         "broken": [],
         "best": None,  # the best checkpoint and its model are not packed
+        "warm_from": about.get("warm_from", 0),  # older packs have none
     }
     CheckpointFolder(run / "checkpoints", keep=1).save(about["step"], state)
     if (folder / LOG).is_file():
