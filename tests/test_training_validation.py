@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from types import SimpleNamespace
 
 import numpy as np
@@ -200,3 +201,24 @@ def test_processes_share_the_pictures_and_get_the_same_scores(pictures, tmp_path
     assert own[1].any()
     for index in range(2):
         assert validation.scores(network, None, process(index, lambda table, how: tables[0] + tables[1])) == expected
+
+
+@pytest.mark.parametrize(("rank", "count"), [(0, 3), (1, 0)])
+def test_the_first_process_alone_tells_of_what_is_left_out(pictures, tmp_path, monkeypatch, rank, count):
+    (pictures / "0.png").write_bytes(b"broken")
+    (pictures / "sketch.psd").write_bytes(b"of a format that is not read")
+
+    def learner(*given):
+        raise KeyError("the pictures are read before")
+
+    monkeypatch.setattr("lgnet_fast.training.trainer.Learner", learner)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    config = tiny_config(pictures, tmp_path / "run", data={"validation": str(pictures)})
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(KeyError, match="the pictures are read before"):
+            Trainer(config)
+    told = [str(one.message) for one in caught]
+    assert len(told) == count, told  # of the drawing in both folders, and of the held-out picture
+    assert any("data.validation: left out" in text for text in told) == bool(count)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import uuid
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -36,14 +36,11 @@ class World:
     launch: str = field(default_factory=lambda: uuid.uuid4().hex)
 
     @classmethod
-    def from_environment(cls) -> World:
+    def announced(cls) -> World:
         """The process's place from RANK, WORLD_SIZE and LOCAL_RANK (or mpirun's names); without them, a single
-        process.
+        process. `launch` is this process's own.
 
-        Several processes agree on `launch` through the launcher's rendezvous (MASTER_ADDR and MASTER_PORT). Only
-        there does a process wait for another, at most 5 minutes.
-
-        Raises BackendError: the variables contradict each other, or no rendezvous.
+        Raises BackendError: the variables contradict each other.
         """
         size = _variable("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
         rank = _variable("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
@@ -52,10 +49,17 @@ class World:
             return cls()
         if not 0 <= rank < size:
             raise BackendError(f"RANK: expected 0 <= RANK < WORLD_SIZE = {size}, got {rank}")
-        world = cls(rank, size, rank if local is None else local, launched=True)
-        if size == 1:
-            return world
-        return cls(rank, size, world.local_rank, launched=True, launch=_agree(world))
+        return cls(rank, size, rank if local is None else local, launched=True)
+
+    @classmethod
+    def from_environment(cls) -> World:
+        """As :meth:`announced`, but several processes agree on `launch` through the launcher's rendezvous
+        (MASTER_ADDR and MASTER_PORT). Only there does a process wait for another, at most 5 minutes.
+
+        Raises BackendError: the variables contradict each other, or no rendezvous.
+        """
+        world = cls.announced()
+        return world if world.size == 1 else replace(world, launch=_agree(world))
 
     def part(self, items: Sequence[T]) -> list[T]:
         """This process's share of `items`: every `size`-th one, starting at `rank`."""

@@ -10,6 +10,13 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from ..jobs.world import World
+from .crops import quiet
+
+
+def first_tells() -> contextlib.AbstractContextManager[None]:
+    """For what all processes read alike, before accelerate knows them: the first one alone warns in this context."""
+    return contextlib.nullcontext() if World.announced().rank == 0 else quiet()
 
 
 def any_process(accelerator: Any, here: bool) -> bool:

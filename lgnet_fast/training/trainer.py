@@ -26,7 +26,7 @@ from .learner import Learner
 from .memory import MemoryBatches
 from .nonfinite import NotFiniteError
 from .optimisers import learning_rates
-from .processes import all_equal, any_process, failed_together, failing_together, texts_of_all
+from .processes import all_equal, any_process, failed_together, failing_together, first_tells, texts_of_all
 from .progress import Means, Report, say
 from .resuming import best_score, refuse_other_runs, settings_of, warm_from
 from .samples import InpaintingDataset
@@ -73,9 +73,10 @@ class Trainer:
         data, run = config.data, config.run
         if run.threads is not None:
             torch.set_num_threads(run.threads)
-        self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
-        self.memory = MemoryBatches(self.dataset) if data.in_memory and self.dataset is not None else None
-        self.validation = make_validation(config)
+        with first_tells():
+            self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
+            self.memory = MemoryBatches(self.dataset) if data.in_memory and self.dataset is not None else None
+            self.validation = make_validation(config)
         self.learner = Learner(config, model, discriminator, features)
         self.accelerator = self.learner.accelerator
         self.network, self.discriminator = self.learner.network, self.learner.discriminator
