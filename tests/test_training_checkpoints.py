@@ -256,6 +256,37 @@ def test_the_best_alone_is_gone_on_from_with_a_note(pictures, tmp_path):
         assert rest.checkpoints.load_latest() == {"step": 3}
 
 
+def test_a_best_that_is_newer_than_the_checkpoint_is_not_replaced_by_a_worse_one(pictures, tmp_path):
+    """As a kill between two checkpoints leaves it."""
+    run = tmp_path / "run"
+    often = {"validate_every": 1, "checkpoint_every": 2, "validation_pictures": 1}
+    config = tiny_config(pictures, run, data={"validation": str(pictures)}, optim={"steps": 9}, run=often)
+
+    def killed_before(step, scores):
+        trainer = Trainer(config)
+        train_step = trainer.train_step
+        trainer.validate = lambda: {"psnr": scores[trainer.step]}
+
+        def train(batches):
+            if trainer.step == step:
+                raise KeyboardInterrupt
+            return train_step(batches)
+
+        trainer.train_step = train
+        with pytest.raises(KeyboardInterrupt):
+            trainer.fit(resume=True)
+        best = load_checkpoint(run / "checkpoints" / "best.pt")
+        return trainer.checkpoints.steps()[-1], best["step"], best["best"]
+
+    assert killed_before(3, {1: 20.0, 2: 21.0, 3: 26.0}) == (2, 3, 26.0)
+    model = (run / "best_model" / "model.safetensors").read_bytes()
+    assert killed_before(5, {3: 23.0, 4: 24.0, 5: 25.0}) == (4, 3, 26.0)
+    assert (run / "best_model" / "model.safetensors").read_bytes() == model
+    assert load_checkpoint(run / "checkpoints" / "step_000000004.pt")["best"] == 26.0
+    assert killed_before(6, {5: 26.5, 6: 0.0}) == (6, 5, 26.5)
+    assert (run / "best_model" / "model.safetensors").read_bytes() != model
+
+
 def test_full_disk_leaves_the_old_checkpoint(pictures, tmp_path, monkeypatch):
     config = tiny_config(pictures, tmp_path / "run", run={"checkpoint_every": 1})
     trainer = Trainer(config)

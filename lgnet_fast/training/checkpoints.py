@@ -58,14 +58,16 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
+def load_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU; only tensors and plain values are unpickled.
+
+    mapped: leave the tensors in the file until they are used.
 
     Raises:
         TrainingError: it cannot be read.
     """
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(state, dict):
             raise TypeError(f"expected a dict in it, got {type(state).__name__}")
         return state
@@ -106,7 +108,7 @@ class CheckpointFolder:
 
     def files(self) -> list[Path]:
         """The checkpoints from which a run is resumed, in the order in which they are tried: the newest first, the
-        best one, which is at most as new as they are, last."""
+        best one last."""
         best = self.folder / BEST
         return [*(self.path(step) for step in reversed(self.steps())), *([best] if best.is_file() else [])]
 
@@ -136,6 +138,13 @@ class CheckpointFolder:
         if failure is not None:
             raise failure
         return None
+
+    def load_best(self) -> dict[str, Any]:
+        """``best.pt``, mapped; {} where there is none that can be read."""
+        try:
+            return load_checkpoint(self.folder / BEST, mapped=True)
+        except TrainingError:
+            return {}
 
 
 def random_states() -> dict[str, Any]:

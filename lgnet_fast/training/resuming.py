@@ -64,7 +64,7 @@ def refuse_other_runs(state: Mapping[str, Any], settings: Mapping[str, Any], acc
 def best_score(state: Mapping[str, Any], settings: Mapping[str, Any]) -> float | None:
     """The checkpoint's best score; None where it says nothing about the present run: it is by another metric, on
     other pictures, or infinite, which older versions took for the PSNR of equal pictures."""
-    best: float | None = state["best"]
+    best: float | None = state.get("best")
     then = state.get("settings", {})
     pairs = [(then.get(name, settings[name]), settings[name]) for name in _SCORED]
     same = all(a == b or a is None or b is None for a, b in pairs)

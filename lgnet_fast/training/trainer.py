@@ -244,6 +244,9 @@ class Trainer:
             if state is not None:
                 self.restore(state)
                 del state
+                # It may be newer than the checkpoint, and no worse one is to replace it.
+                kept = best_score(self.checkpoints.load_best(), settings_of(self.config))
+                self.best = self.best if kept is None else kept
         if not all_equal(self.accelerator, self.step):
             raise TrainingError(
                 f"resume: the checkpoint that this process found is of step {self.step}, others found one of another "
@@ -431,12 +434,13 @@ class Trainer:
         if best:
             before, self.best = self.best, scores[metric]
             try:
+                # The model first: a run that is killed between the two goes on with the score before.
+                self.export(self.folder / "best_model")
                 self._save(best=True)
             except Exception:
                 self.best = before  # best.pt is as it was
                 raise
             self._saved = -1  # a checkpoint of this step has the score before
-            self.export(self.folder / "best_model")
 
     def export(self, folder: Path) -> Path:
         """Write the network, with the weights of the moving average if there is one. All processes must call it
