@@ -359,6 +359,24 @@ def test_random_states_of_every_kind(tmp_path):
     assert draw() == first
 
 
+@pytest.mark.parametrize("count", [1, 3])
+def test_random_states_of_more_gpus_or_fewer(monkeypatch, count):
+    """A checkpoint has the states of all GPUs that its machine had."""
+    generators = [torch.Generator() for _ in range(count)]
+
+    def set_state(state, device):
+        generators[device].set_state(state)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", set_state)
+    monkeypatch.setattr(torch.cuda, "get_rng_state_all", list)
+    seeded = [torch.Generator().manual_seed(5 + device).get_state() for device in range(2)]
+    restore_random_states({**random_states(), "cuda": seeded})
+    fresh = torch.Generator().initial_seed()
+    assert [one.initial_seed() for one in generators] == [5, 6, fresh][:count]
+
+
 def test_what_cannot_be_resumed(pictures, tmp_path):
     run = tmp_path / "run"
     Trainer(tiny_config(pictures, run, optim={"steps": 1})).fit()

@@ -166,5 +166,7 @@ def restore_random_states(states: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = states["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))  # noqa: NPY002
     torch.set_rng_state(states["torch"])
-    if states["cuda"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state_all(states["cuda"])
+    if torch.cuda.is_available():
+        # There may be fewer GPUs here than where the checkpoint was written, or more.
+        for device, state in zip(range(torch.cuda.device_count()), states["cuda"]):
+            torch.cuda.set_rng_state(state, device)
