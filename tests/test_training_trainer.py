@@ -7,7 +7,10 @@ import itertools
 import json
 import math
 import multiprocessing
+import os
+import signal
 import sys
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -269,6 +272,30 @@ def test_pictures_that_end_in_the_middle_of_a_run_leave_a_checkpoint(pictures, t
     assert rest.checkpoints.steps() == [2]
     rest.fit(resume=True)
     assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2, 3, 4]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no SIGCHLD")
+def test_a_worker_that_dies_within_a_step_leaves_a_checkpoint(pictures, tmp_path):
+    """As one that has met a limit of memory. PyTorch's loader raises it at once, in the middle of the step."""
+    config = tiny_config(pictures, tmp_path / "run", data={"workers": 1})
+    trainer = Trainer(config)
+    train_step = trainer.train_step
+
+    def killing_in_the_third(batches):
+        if trainer.step == 2:
+            (worker,) = multiprocessing.active_children()
+            os.kill(worker.pid, signal.SIGKILL)
+            time.sleep(0.5)
+        return train_step(batches)
+
+    trainer.train_step = killing_in_the_third
+    with pytest.raises(TrainingError, match=r"^data.workers: a process that reads pictures has died \(DataLoader "):
+        trainer.fit()
+    assert trainer.checkpoints.steps() == [3]
+    assert "torch" in signal.getsignal(signal.SIGCHLD).__module__  # given back
+    rest = Trainer(config)
+    rest.fit(resume=True)
+    assert rest.step == 4
 
 
 def test_an_error_between_two_steps_leaves_a_checkpoint(pictures, tmp_path, capsys):

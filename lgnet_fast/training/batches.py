@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import LGNetError
+from ..errors import LGNetError, TrainingError
 from .loader import PositionSampler, make_loader
 from .memory import MemoryBatches
 from .samples import InpaintingDataset
+from .signals import LateDeaths
 
 
 class Batches:
@@ -30,17 +31,31 @@ class Batches:
             self._batches = source.batches(sampler)
         else:
             self._batches = iter(make_loader(source, sampler, pin=accelerator.device.type == "cuda"))
+        self._deaths = LateDeaths()
 
     def take(self, count: int) -> list[dict[str, Any]]:
-        """The next `count` batches. Raises DataError: none of many pictures can be read."""
+        """The next `count` batches.
+
+        Raises DataError: none of many pictures can be read. TrainingError: a worker has died, now or since the last
+        call.
+        """
         try:
-            return [next(self._batches) for _ in range(count)]
+            with self._deaths.raised():
+                return [next(self._batches) for _ in range(count)]
         except LGNetError as error:
             # An error of a worker contains its traceback as text; its last line has the type and the message.
             lines = str(error).strip().splitlines()
             if len(lines) > 1:
                 raise type(error)(lines[-1].partition(": ")[2]) from None
             raise
+        except RuntimeError as error:
+            text = " ".join(str(error).split()).rstrip(".")
+            if not text.startswith("DataLoader worker"):
+                raise
+            raise TrainingError(
+                f"data.workers: a process that reads pictures has died ({text}); fewer of them, or a smaller "
+                "data.prefetch, need less memory and less of /dev/shm"
+            ) from error
 
     def close(self) -> None:
         """End the workers. They ignore SIGTERM, and the traceback of an error keeps the loader: at its exit, Python
@@ -48,3 +63,4 @@ class Batches:
         end = getattr(self._batches, "_shutdown_workers", None)
         if end is not None:
             end()
+        self._deaths.close()

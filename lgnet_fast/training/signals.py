@@ -1,4 +1,5 @@
-"""Ending a long run cleanly: on SIGINT or SIGTERM, or after a time, in all processes alike."""
+"""Ending a long run cleanly: on SIGINT or SIGTERM, or after a time, in all processes alike; or where a process that
+reads pictures has died."""
 
 from __future__ import annotations
 
@@ -37,6 +38,44 @@ def until_signal(ask: Callable[[int], None]) -> Iterator[None]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class LateDeaths:
+    """Holds back the handler of SIGCHLD by which PyTorch's loader raises the death of a worker process.
+
+    It would raise within a step too, after which there can be no checkpoint. To be made after the loader has set it.
+    """
+
+    def __init__(self) -> None:
+        self._number: Any = getattr(signal, "SIGCHLD", None)  # Windows has none
+        own: Any = None if self._number is None else signal.getsignal(self._number)
+        self._own = own if str(getattr(own, "__module__", None)).startswith("torch.") else None
+        self._raising = self._missed = False
+        if self._own is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(self._number, self._note)
+
+    def _note(self, number: int, frame: Any) -> None:
+        if self._raising:
+            self._own(number, frame)
+        else:
+            self._missed = True
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """In this context, a death is raised, as RuntimeError; at its start, one of the time before."""
+        self._raising = True
+        try:
+            if self._missed:
+                self._missed = False
+                self._own(self._number, None)
+            yield
+        finally:
+            self._raising = False
+
+    def close(self) -> None:
+        """Give the handler back."""
+        if self._own is not None and threading.current_thread() is threading.main_thread():
+            signal.signal(self._number, self._own)
 
 
 class Stop:
