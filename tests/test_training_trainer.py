@@ -9,6 +9,7 @@ import math
 import multiprocessing
 import os
 import signal
+import subprocess
 import sys
 import time
 from types import SimpleNamespace
@@ -333,6 +334,26 @@ def test_a_folder_that_cannot_be_written_is_one_error(pictures, tmp_path):
     (tmp_path / "run").write_text("a file")
     with pytest.raises(TrainingError, match="^run.directory: .*run cannot be written"):
         Trainer(tiny_config(pictures, tmp_path / "run")).fit()
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="Windows has no such locks")
+def test_a_second_run_in_the_same_folder_is_refused(pictures, tmp_path):
+    """Each would replace the other's checkpoints and lines of the log."""
+    config = tiny_config(pictures, tmp_path / "run", optim={"steps": 2})
+    Trainer(tiny_config(pictures, tmp_path / "run", optim={"steps": 1})).fit()
+    before = {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()}
+    script = "import sys; from lgnet_fast.training.checkpoints import held; from pathlib import Path\n"
+    script += "with held(Path(sys.argv[1])): print('held', flush=True); sys.stdin.read()"
+    command = [sys.executable, "-c", script, str(tmp_path / "run")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(TrainingError, match="^run.directory: expected a folder in which no other run is at work"):
+            Trainer(config).fit(resume=True)
+        assert {file: file.read_bytes() for file in (tmp_path / "run").rglob("*") if file.is_file()} == before
+        other.kill()
+    rest = Trainer(config)
+    rest.fit(resume=True)
+    assert [line["step"] for line in lines(tmp_path / "run")] == [1, 2]
 
 
 @pytest.mark.parametrize("ema", [None, 0.9])

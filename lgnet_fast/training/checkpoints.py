@@ -7,6 +7,7 @@ import os
 import random
 import re
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,37 @@ import torch
 from ..errors import TrainingError
 from ..reference.released import unreadable
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
 BEST = "best.pt"
 _STEP = re.compile(r"step_(\d+)\.pt")
 _UNFINISHED = ".unfinished"
+_LOCK = ".lock"
+
+
+@contextlib.contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """In this context, no other run works in `folder`. Windows, and some network disks, have no such locks.
+
+    Raises:
+        TrainingError: one does. OSError: the folder cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / _LOCK, "ab") as file:
+        if fcntl is not None:
+            try:
+                # Of the process, not of the file: workers that outlive it for a moment do not hold it.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError) as error:  # which of the two depends on the system
+                raise TrainingError(
+                    f"run.directory: expected a folder in which no other run is at work, got {folder}, where one is"
+                ) from error
+            except OSError:
+                pass
+        yield
 
 
 def save_checkpoint(path: Path, state: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
 from ..reference.features import FeaturesFn
 from .batches import Batches
-from .checkpoints import BEST, CheckpointFolder, save_checkpoint
+from .checkpoints import BEST, CheckpointFolder, held, save_checkpoint
 from .config import TrainConfig
 from .learner import Learner
 from .memory import MemoryBatches
@@ -231,8 +231,8 @@ class Trainer:
 
         Raises:
             DataError: no pictures were configured, or none can be read.
-            TrainingError: the folder holds a run and `resume` is false; a loss is not finite; a checkpoint cannot
-                be written or read.
+            TrainingError: the folder holds a run and `resume` is false, or another run is at work in it; a loss is
+                not finite; a checkpoint cannot be written or read.
         """
         if self.dataset is None:
             raise DataError(f"data.pictures: {PLACES}, got none")
@@ -260,8 +260,7 @@ class Trainer:
         with until_signal(self._stop.ask), contextlib.ExitStack() as closing:
             with failing_together(self.accelerator):
                 if self.accelerator.is_main_process:
-                    self._open_report()
-                    closing.callback(self._close_report)
+                    self._open_report(closing)
             position, batch_size = self.step * self.config.optim.accumulate, self.config.optim.batch_size
             batches = Batches(self.memory or self.dataset, position, batch_size, self.accelerator)
             closing.callback(batches.close)
@@ -274,9 +273,10 @@ class Trainer:
                 self._report.say(f"this leg ended after step {self.step}; --resume goes on")
         return self.export(model)
 
-    def _open_report(self) -> None:
+    def _open_report(self, closing: contextlib.ExitStack) -> None:
         text = json.dumps(self.config.as_dict(), indent=2) + "\n"
         try:
+            closing.enter_context(held(self.folder))
             write_atomically(self.folder / "config.json", text.encode())
             self.checkpoints.clean()
             self._report = Report(
@@ -284,6 +284,7 @@ class Trainer:
             )
         except OSError as error:
             raise TrainingError(f"run.directory: {self.folder} cannot be written ({error})") from error
+        closing.callback(self._close_report)
 
     def _close_report(self) -> None:
         if self._report is not None:
