@@ -166,6 +166,7 @@ def test_what_python_code_gives_is_checked_as_well(pictures, tmp_path):
         (lambda: TrainConfig(optim=OptimConfig(precision="half")), "optim.precision: expected one of no, bf16, fp16"),
         (lambda: Trainer(tiny_settings(pictures, tmp_path)), "^config: expected a TrainConfig, .* got dict"),
         (lambda: Trainer(tiny_config(pictures, tmp_path), model="bundled"), "^model: expected an LGNet .* got str"),
+        (lambda: Trainer(tiny_config(pictures, tmp_path), discriminator=3), "^discriminator: expected a .* got int$"),
         (lambda: Trainer(tiny_config(pictures, tmp_path), features="vgg"), "^features: expected a module .* got str"),
         (
             lambda: Trainer(tiny_config(pictures, tmp_path, loss={"feature_dtype": "bf16"}), features=lambda x: [x]),

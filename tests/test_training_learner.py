@@ -313,6 +313,11 @@ def test_feature_terms_in_every_second_step_and_in_bfloat16(pictures, tmp_path):
     assert seen == [(torch.bfloat16, (2, 3, 64, 64))] * 4  # the truth and the merged picture, twice
 
 
+def test_a_step_of_no_batches(pictures, tmp_path):
+    with pytest.raises(ValueError, match="^batches: expected at least one, got none$"):
+        Trainer(tiny_config(pictures, tmp_path)).train_step([])
+
+
 def poisoned() -> dict:
     bad = batch(seed=1)
     bad["image"][0, 0, 0, 0] = math.nan

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..errors import ConfigError, DataError, TrainingError
 from ..pipeline.writing import write_atomically
@@ -67,6 +67,8 @@ class Trainer:
             raise ConfigError(f"config: expected a TrainConfig, as load_config returns, got {type(config).__name__}")
         if not isinstance(model, (Cascade, type(None))):
             raise ConfigError(f"model: expected an LGNet or LocalGlobalRefinement, got {type(model).__name__}")
+        if not isinstance(discriminator, (nn.Module, type(None))):
+            raise ConfigError(f"discriminator: expected a Discriminator, got {type(discriminator).__name__}")
         if not (features is None or callable(features)):
             raise ConfigError(f"features: expected a module or a function, got {type(features).__name__}")
         self.config = config
@@ -163,8 +165,10 @@ class Trainer:
             skipped.
 
         Raises:
-            TrainingError: a loss is not finite, and ``run.on_nan`` is "stop".
+            ValueError: no batches. TrainingError: a loss is not finite, and ``run.on_nan`` is "stop".
         """
+        if not batches:
+            raise ValueError("batches: expected at least one, got none")
         freeze = self.config.model.freeze_batchnorm_from
         if freeze is not None and self.progress >= freeze:
             self.learner.freeze_batchnorm()
