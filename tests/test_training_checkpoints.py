@@ -25,6 +25,7 @@ from lgnet_fast.training.checkpoints import (
     restore_random_states,
     save_checkpoint,
 )
+from lgnet_fast.training.resuming import best_score, settings_of
 from lgnet_fast.training.signals import Stop, until_signal
 from tests.training_support import assert_same, lines, tiny_config, tiny_settings, write_pictures
 
@@ -430,6 +431,19 @@ def test_what_may_change_between_two_legs(pictures, tmp_path):
         trainer.restore(state)
         assert trainer.best == best, (data, changes)
     assert [group["betas"] for one in other.optimisers for group in one.param_groups] == [(0.9, 0.99)] * 2
+
+
+def test_distances_by_another_network_are_not_compared(tmp_path):
+    def settings(weights, metric):
+        run = {"validation_kinds": ["box"], "metric": metric}
+        loss, data = {"lpips_weights": weights}, {"validation": "held_out"}
+        return settings_of(tiny_config(tmp_path, tmp_path, data=data, loss=loss, run=run))
+
+    state = {"best": 0.25, "settings": settings("vgg16.npz", "lpips")}
+    assert best_score(state, settings("vgg16.npz", "lpips")) == 0.25
+    assert best_score(state, settings("alexnet.npz", "lpips")) is None
+    state["settings"] = settings("vgg16.npz", "psnr")
+    assert best_score(state, settings("alexnet.npz", "psnr")) == 0.25
 
 
 # Entries of checkpoints before version 2.6; the oldest ones lack the last two.

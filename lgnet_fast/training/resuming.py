@@ -24,6 +24,8 @@ def settings_of(config: TrainConfig) -> dict[str, Any]:
     data, run = config.data, config.run
     holes = run.validation_kinds or run.validation_classes
     scored = [data.validation, data.protocol, data.size, run.seed, list(holes), run.validation_pictures]
+    if run.metric == "lpips":
+        scored.append(config.loss.lpips_weights)  # distances by another network are others
     return {
         "optim.batch_size": config.optim.batch_size,
         "model.train_stages": list(config.model.train_stages),
