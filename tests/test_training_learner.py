@@ -11,6 +11,7 @@ import torch
 
 from lgnet_fast import create_model
 from lgnet_fast.training import ConfigError, Trainer, TrainingError
+from lgnet_fast.training.setup import make_accelerator
 from tests.training_support import (
     TINY,
     Features,
@@ -146,6 +147,20 @@ def test_bfloat16_on_a_cpu_without_it_is_told(pictures, tmp_path, monkeypatch, p
 def test_float16_needs_a_gpu(pictures, tmp_path):
     with pytest.raises(ConfigError, match="optim.precision: 'fp16' cannot be used here"):
         Trainer(tiny_config(pictures, tmp_path, optim={"precision": "fp16"}))
+
+
+def test_a_trainer_has_the_device_it_asks_for(monkeypatch):
+    """Accelerate keeps that of the first one in a process."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    gpu = torch.device("cuda")
+    monkeypatch.setattr(PartialState, "default_device", property(lambda state: gpu))
+    try:
+        for precision in ("no", "bf16"):
+            found = [make_accelerator(precision, device).device.type for device in ("cpu", "auto", "cpu", "cpu")]
+            assert found == ["cpu", "cuda", "cpu", "cpu"]
+    finally:
+        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_clipping_bounds_both_gradients(pictures, tmp_path):

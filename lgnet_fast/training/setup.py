@@ -136,19 +136,25 @@ def make_accelerator(precision: str, device: str) -> Any:
     """
     try:
         from accelerate import Accelerator
-        from accelerate.state import AcceleratorState
+        from accelerate.state import AcceleratorState, PartialState
         from accelerate.utils import DistributedDataParallelKwargs
     except ImportError as error:
         raise MissingExtraError("training needs accelerate: pip install 'lgnet-fast[train]'") from error
-    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != precision:
-        # An earlier trainer of this process may have had another precision, which accelerate refuses to change.
-        AcceleratorState._reset_state()
     launched = int(os.environ.get("WORLD_SIZE", "1"))
+    # Without a GPU, accelerate forms a group of a launcher's processes only if it is told to use the CPU.
+    cpu = device == "cpu" or (launched > 1 and not torch.cuda.is_available())
+    if AcceleratorState._shared_state:
+        # An earlier trainer of this process may have had another precision, which accelerate refuses to change, or
+        # another device, which it would keep without a word.
+        before = AcceleratorState()
+        wanted = "cpu" if cpu else PartialState().default_device.type
+        moves = before.num_processes == 1 and before.device.type != wanted
+        if moves or before.mixed_precision != precision:
+            AcceleratorState._reset_state(reset_partial_state=moves)
     try:
         accelerator = Accelerator(
             mixed_precision=precision,
-            # Without a GPU, accelerate forms a group of a launcher's processes only if it is told to use the CPU.
-            cpu=device == "cpu" or (launched > 1 and not torch.cuda.is_available()),
+            cpu=cpu,
             # No buffer may be overwritten between the discriminator's two passes and their backward pass; every
             # process computes the same power iteration.
             kwargs_handlers=[DistributedDataParallelKwargs(broadcast_buffers=False)],
