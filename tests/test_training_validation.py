@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import tarfile
 import warnings
 from types import SimpleNamespace
 
@@ -201,6 +203,33 @@ def test_processes_share_the_pictures_and_get_the_same_scores(pictures, tmp_path
     assert own[1].any()
     for index in range(2):
         assert validation.scores(network, None, process(index, lambda table, how: tables[0] + tables[1])) == expected
+
+
+@pytest.mark.parametrize("shard", [False, True])
+def test_held_out_pictures_that_are_trained_on_are_told_of(tmp_path, shard):
+    """Else their scores would be taken for those of unseen pictures."""
+    write_pictures(tmp_path / "all" / "train", 3)
+    held_out = write_pictures(tmp_path / "all" / "val", 2)
+    if shard:
+        for name in ("train", "val"):
+            with tarfile.open(tmp_path / "all" / f"{name}.tar", "w") as tar:
+                tar.add(tmp_path / "all" / name, name)
+            shutil.rmtree(tmp_path / "all" / name)
+        held_out = held_out.with_suffix(".tar")
+    text = f"data.validation: 2 of the pictures in '{held_out}' are trained on too, as part of '{tmp_path / 'all'}'"
+
+    def told(place, **data):
+        data |= {"pictures": [place], "validation": str(held_out)}
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            Trainer(tiny_config(tmp_path, tmp_path / "run", data=data))
+        return [str(one.message).partition(";")[0] for one in caught]
+
+    whole = str(tmp_path / "all")
+    assert told(whole) == [text]
+    assert told(whole, exclude=["0", "1"]) == []
+    assert told(str(held_out)) == []  # evidently
+    assert told(str(held_out.with_name(held_out.name.replace("val", "train")))) == []
 
 
 @pytest.mark.parametrize(("rank", "count"), [(0, 3), (1, 0)])

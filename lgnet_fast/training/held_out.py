@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -12,9 +14,10 @@ from torch import Tensor
 from ..data.masks import generate_mask
 from ..errors import DataError
 from ..pipeline.notices import warn
+from .config import DataConfig
 from .crops import PROTOCOLS, crop_box, decode, quiet, scale
 from .samples import VALIDATION, network_range, reason_of
-from .sources import open_source
+from .sources import Source, open_source
 
 
 def validation_pairs(
@@ -70,3 +73,23 @@ def validation_pictures(place: str, size: int, protocol: str, limit: int | None)
     for reason in reasons:
         warn(f"data.validation: left out {reason}")
     return pictures
+
+
+def warn_of_trained(data: DataConfig, trained: Source) -> None:
+    """Warn where the held-out pictures lie in a folder that is trained on: their scores would be those of pictures
+    that the network has seen. Nothing is said of one place that is named for both."""
+    if data.validation is None:
+        return
+    held = Path(data.validation).resolve()
+    for place in data.pictures:
+        whole = Path(place).resolve()
+        if whole not in held.parents:
+            continue
+        inside = str(Path(place) / held.relative_to(whole))
+        starts = (f"{inside}/", f"{inside}{os.sep}")  # members of shards have a slash on every system
+        count = sum(trained.name(i).startswith(starts) for i in range(len(trained)))
+        if count:
+            warn(
+                f"data.validation: {count} of the pictures in {data.validation!r} are trained on too, as part of "
+                f"{place!r}; leave them out by data.exclude, or name folders beside each other"
+            )

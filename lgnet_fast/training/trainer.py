@@ -22,6 +22,7 @@ from ..reference.features import FeaturesFn
 from .batches import Batches
 from .checkpoints import BEST, CheckpointFolder, held, save_checkpoint
 from .config import TrainConfig
+from .held_out import warn_of_trained
 from .learner import Learner
 from .memory import MemoryBatches
 from .nonfinite import NotFiniteError
@@ -79,6 +80,8 @@ class Trainer:
             self.dataset = InpaintingDataset(data, run.seed) if data.pictures else None
             self.memory = MemoryBatches(self.dataset) if data.in_memory and self.dataset is not None else None
             self.validation = make_validation(config)
+            if self.dataset is not None:
+                warn_of_trained(data, self.dataset.source)
         self.learner = Learner(config, model, discriminator, features)
         self.accelerator = self.learner.accelerator
         self.network, self.discriminator = self.learner.network, self.learner.discriminator
