@@ -23,6 +23,7 @@ from lgnet_fast.pipeline import Inpainter
 
 from .evaluation_support import invoke_eval, write_waves
 from .pipeline_support import BlurFill, ConstantFill, evaluate, noise
+from .test_features import weights
 
 
 @pytest.fixture
@@ -54,6 +55,17 @@ def test_the_command_writes_a_table_json_markdown_and_a_sheet(fake, pictures, tm
     for number, original in enumerate(originals):
         picture = Image.fromarray(fit_picture(pictures / f"{number}.png", 64))
         np.testing.assert_array_equal(original, np.asarray(picture.resize((192, 192), Image.Resampling.LANCZOS)))
+
+
+@pytest.mark.parametrize(("network", "name"), [("alexnet", "AlexNet"), ("vgg16", "VGG-16")])
+def test_the_network_of_lpips_is_named(pictures, tmp_path, network, name):
+    """Its distances by the two differ by more than those of two models."""
+    np.savez(tmp_path / "weights.npz", **weights(network))
+    options = {"metrics": ["lpips"], "lpips": tmp_path / "weights.npz", "classes": "10-20", "size": 32}
+    result = evaluate(pictures, models={"grey": Inpainter(ConstantFill(0.0, 0.0, 0.0))}, baselines=[], **options)
+    assert result.missing == {}
+    assert result.legend == f"LPIPS: {name}."
+    assert f"\n- LPIPS: {name}.\n" in result.markdown()
 
 
 def test_a_strip_keeps_the_proportions_of_its_pictures():

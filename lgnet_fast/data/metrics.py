@@ -104,7 +104,7 @@ class Metrics:
 
         l1: 100 * mean|a - b| / 255, in percent. PSNR in dB with data range 255; infinite for equal pictures. SSIM
         (Wang et al. 2004): Gaussian windows 11x11 of sigma 1.5 inside the picture, data range 255, mean of RGB.
-        LPIPS: v0.1 on AlexNet.
+        LPIPS: v0.1 on the network of the weights given.
         """
         a, b = _tensor(filled), _tensor(truth)
         values: dict[str, float] = {}
@@ -131,6 +131,11 @@ class Metrics:
                 values["lpips"] = float(self._lpips(*scaled))
         return values
 
+    @property
+    def legend(self) -> str:
+        """The network of LPIPS, see :func:`lpips_legend`."""
+        return lpips_legend(self._lpips)
+
     def features(self, picture: np.ndarray) -> np.ndarray:
         """FID's features of a uint8 [H, W, 3], float32 [D]. Raises ValueError: FID is not available."""
         if self._inception is None:
@@ -144,6 +149,12 @@ class Metrics:
 def relative_energy(filled: Number, truth: Number) -> Number:
     """Sharpness: the gradient energy of a fill relative to that of the true picture; 1 where both are flat."""
     return (filled + 1e-9) / (truth + 1e-9)
+
+
+def lpips_legend(lpips: Distance | None) -> str:
+    """On which network LPIPS is measured, in words; empty where it is not, or by a function of the caller's."""
+    names = {"alexnet": "AlexNet", "vgg16": "VGG-16"}
+    return f"LPIPS: {names[lpips.features.network]}." if isinstance(lpips, LPIPS) else ""
 
 
 def one_line(cause: WeightsError) -> str:

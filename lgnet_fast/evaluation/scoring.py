@@ -426,9 +426,8 @@ def _merged(job: _Job, records: list[dict[str, Any]], died: list[int], settings:
         "python": platform.python_version(),
     }
     listed = [{"picture": picture, "error": error} for picture, error in failures.items()] + job.plan.not_read
-    legend = ""
-    if isinstance(job.holes, SuiteMasks) and isinstance(job.measure, SuiteMetrics):
-        legend = " ".join(filter(None, (job.holes.legend, job.measure.legend)))
+    holes = job.holes.legend if isinstance(job.holes, SuiteMasks) else ""
+    legend = " ".join(filter(None, (holes, job.measure.legend)))
     return Evaluation(scores, metrics, missing, listed, died, settings, versions, legend)
 
 

@@ -16,7 +16,15 @@ from torch import nn
 
 from ..data import folders
 from ..data.masks import SUITE_KINDS, suite_mask
-from ..data.metrics import LEAST_SQUARED_ERROR, LPIPS_VARIABLE, LUMA, Distance, one_line, relative_energy
+from ..data.metrics import (
+    LEAST_SQUARED_ERROR,
+    LPIPS_VARIABLE,
+    LUMA,
+    Distance,
+    lpips_legend,
+    one_line,
+    relative_energy,
+)
 from ..errors import InvalidMaskError, MissingExtraError, UsageError, WeightsError
 from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
@@ -25,8 +33,6 @@ from ..reference.features import LPIPS
 from .protocol import mask_of
 
 SUITE_METRICS = ("l1", "psnr", "ssim", "lpips", "sharp")
-
-_NETWORKS = {"alexnet": "AlexNet", "vgg16": "VGG-16"}
 
 
 def parse_kinds(kinds: str | Sequence[int | str] | None) -> tuple[str, ...]:
@@ -168,8 +174,8 @@ class SuiteMetrics:
     @property
     def legend(self) -> str:
         """Descriptions of the columns."""
-        network = f" LPIPS: {_NETWORKS[self._lpips.features.network]}." if isinstance(self._lpips, LPIPS) else ""
-        return f"Sharpness: gradient energy in the hole, 1 = as sharp as the truth, median.{network}"
+        sharpness = "Sharpness: gradient energy in the hole, 1 = as sharp as the truth, median."
+        return " ".join(filter(None, (sharpness, lpips_legend(self._lpips))))
 
     def scores(
         self, filled: Mapping[str, np.ndarray], truth: np.ndarray, hole: np.ndarray
