@@ -128,6 +128,18 @@ def test_parts_are_those_of_the_last_pack(run, tmp_path):
     assert not (tmp_path / "third").exists()
 
 
+def test_a_pack_has_nothing_of_another_run_in_its_folder(run, tmp_path):
+    folder, _, _ = run
+    state = load_checkpoint(folder / "checkpoints" / "step_000000002.pt")
+    CheckpointFolder(tmp_path / "bare" / "checkpoints", keep=1).save(2, state)  # it was killed before its model
+    pack(folder, tmp_path / "packed")
+    pack(tmp_path / "bare", tmp_path / "packed")
+    with pytest.raises(TrainingError, match="model_config.json is missing: the run had exported no model"):
+        unpack(tmp_path / "packed", model=tmp_path / "model")
+    unpack(tmp_path / "packed", tmp_path / "again")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["checkpoints"]
+
+
 def test_a_command_s_error_is_one_line(run, tmp_path, capsys):
     folder, _, _ = run
     pack(folder, tmp_path / "packed")

@@ -74,12 +74,14 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
     for part, file in zip(parts, written, strict=True):
         write_atomically(file, save(part))  # save_file gives files that only their owner can read
     about["parts"] = [file.name for file in written]
+    for file, name in ((run / LOG, LOG), (run / "model" / CONFIG_FILE, f"model_{CONFIG_FILE}")):
+        if file.is_file():
+            written.append(folder / name)
+            shutil.copyfile(file, written[-1])
+        else:
+            (folder / name).unlink(missing_ok=True)  # of another run
     written.insert(0, folder / _ABOUT)
     write_atomically(written[0], (json.dumps(about) + "\n").encode())
-    for file in (run / LOG, run / "model" / CONFIG_FILE):
-        if file.is_file():
-            written.append(folder / (file.name if file.name == LOG else f"model_{CONFIG_FILE}"))
-            shutil.copyfile(file, written[-1])
     return written
 
 
