@@ -10,6 +10,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -221,6 +222,20 @@ def test_damaged_newest_falls_back_with_a_warning(tmp_path):
     ):
         folder.load_latest()
     assert CheckpointFolder(tmp_path / "none", 3).load_latest() is None
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_the_first_process_alone_tells_of_a_damaged_checkpoint(pictures, tmp_path, monkeypatch, rank):
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", optim={"steps": 2}, run={"checkpoint_every": 1}))
+    trainer.fit()
+    trainer.checkpoints.path(2).write_bytes(b"damaged")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", str(rank))
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer.fit(resume=True)
+    assert sum("step_000000002.pt cannot be read" in str(one.message) for one in caught) == 1 - rank
+    assert trainer.checkpoints.load_latest()["step"] == 2
 
 
 def test_what_is_written_after_a_damaged_newest_stays(tmp_path):

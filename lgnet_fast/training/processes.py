@@ -15,7 +15,8 @@ from .crops import quiet
 
 
 def first_tells() -> contextlib.AbstractContextManager[None]:
-    """For what all processes read alike, before accelerate knows them: the first one alone warns in this context."""
+    """For what all processes read alike, also before accelerate knows them: the first one alone warns in this
+    context."""
     return contextlib.nullcontext() if World.announced().rank == 0 else quiet()
 
 

@@ -246,7 +246,7 @@ class Trainer:
         if self.checkpoints.files() and not resume:
             raise TrainingError(f"run.directory: {self.folder} holds a run already; resume it, or choose another")
         model = self.folder / "model"
-        with failing_together(self.accelerator):
+        with failing_together(self.accelerator), first_tells():
             state = self.checkpoints.load_latest()
             if state is not None:
                 self.restore(state)
