@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from bench.attention_forms import score_map
+from bench.one_device import OneDevice
 from lgnet_fast import create_model
 from lgnet_fast.reference.attention import AttentionBlock
 from lgnet_fast.reference.discriminator import Discriminator
@@ -42,18 +43,6 @@ class Step(NamedTuple):
     run: Callable[[], dict[str, Tensor]]
     network: nn.Module
     graphed: GraphedStep | None = None
-
-
-class _OneDevice:
-    """What a step takes from accelerate, for one process without loss scaling."""
-
-    scaler = None
-
-    def __init__(self, autocast: Callable[[], torch.autocast]) -> None:
-        self.autocast = autocast
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
 
 
 def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") -> Step:
@@ -87,7 +76,7 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") ->
     if form == GRAPHS:
         nets = Trained(network, discriminator, network, discriminator, network)
         objective = Objective(LossWeights(), features=vgg)
-        graphed = GraphedStep(nets, (generator_optimizer, discriminator_optimizer), objective, _OneDevice(autocast))
+        graphed = GraphedStep(nets, (generator_optimizer, discriminator_optimizer), objective, OneDevice(autocast))
         return Step(lambda: graphed([(image, mask)]) or {}, network, graphed)
 
     def run() -> dict[str, Tensor]:

@@ -44,8 +44,8 @@ struct AttentionWork {
   int64_t groups_per_turn;
   const char* weight;  // the combiner's packed groups; null: none, or the scheduling packs them for each combine
   const T* bias;       // [channels_padded]
-  T* part_rows;     // [batch][panels][splits][channels_padded][panel], only where splits > 1
-  T* part_max;      // [batch][panels][splits][panel]
+  T* part_rows;        // [batch][panels][splits][channels_padded][panel], only where splits > 1
+  T* part_max;         // [batch][panels][splits][panel]
   T* part_sum;
   T* operands;         // [batch][panels][combiner's operand: 2 * channels_padded * panel elements], or null: not kept
   View out, attended;  // either may be empty

@@ -26,8 +26,8 @@ struct AttentionCombiner {
   static int64_t operand_size(const Work& w) { return KEY_PARTS * depth(w.channels_padded) * NR; }
 
   // See AttentionKernels::pack_combiner.
-  static void pack(const T* const* rows, int64_t attended, int64_t features, int64_t channels, int64_t channels_padded,
-                   char* packed) {
+  static void pack(const T* const* rows, int64_t attended, int64_t features, int64_t channels,
+                   int64_t channels_padded, char* packed) {
     const int64_t starts[2] = {attended, features};
     for (int64_t half = 0; half < 2; ++half) {
       const int64_t to = half * channels_padded;

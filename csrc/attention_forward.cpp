@@ -5,9 +5,9 @@
 // first-level cache, the 64 KB of keys are read twice from the second level. Tasks are (batch, panel), scheduled
 // dynamically. Where there are too few for the threads, the keys are split too, and the parts are merged by their
 // maxima and sums. Each task computes its queries, and applies the combiner to its panel while that is still in
-// cache. If the combiner's weights do not fit the second-level cache (C = 512: 2 MB), all panels are finished first,
-// and the combiner is computed by output channels: a task multiplies all panels by the weights of some channels, which
-// it packs first if a program has not, so each core reads only its part of the weights.
+// cache. If the combiner's weights do not fit the second-level cache (C = 512: 1 to 3 MB), all panels are finished
+// first, and the combiner is computed by output channels: a task multiplies all panels by the weights of some
+// channels, which it packs first if a program has not, so each core reads only its part of the weights.
 #include <optional>
 
 #include "attention_operands.h"
@@ -19,8 +19,9 @@ namespace {
 // Tasks per thread: enough to balance uneven panels and cores that other processes use too.
 constexpr int64_t kTasksPerThread = 3;
 constexpr int64_t kMinimumGroupsPerSplit = 8;
-// The combiner is computed by output channels if its weights exceed kWeightsInCacheBytes and the panels' operands do
-// not exceed kOperandBudgetBytes. Every task reads the operands again, which is slower for larger batches.
+// The combiner is computed by output channels if its weights take kWeightsInCacheBytes or more and the panels'
+// operands do not exceed kOperandBudgetBytes. Every task reads the operands again, which is slower for larger
+// batches.
 constexpr int64_t kWeightsInCacheBytes = int64_t{1} << 20;
 constexpr int64_t kOperandBudgetBytes = int64_t{4} << 20;
 constexpr int64_t kGroupsPerCombinerTask = 16;
@@ -169,7 +170,7 @@ template <class T>
 void Forward<T>::keep_operands() {
   const int64_t row = 2 * w_.channels_padded * kernels_.element_bytes;
   const int64_t bytes = turn_ * w_.panels * w_.panel * row;
-  if (row * w_.channels_padded <= kWeightsInCacheBytes || bytes > kOperandBudgetBytes) return;
+  if (row * w_.channels_padded < kWeightsInCacheBytes || bytes > kOperandBudgetBytes) return;
   operands_ = Buffer<T>(bytes / static_cast<int64_t>(sizeof(T)));
   w_.operands = operands_.get();
 }

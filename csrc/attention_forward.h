@@ -30,9 +30,9 @@ struct AttentionForward {
     T* sum;      // [NR]
   };
   struct Scratch {
-    T* scores;     // [CHUNK][NR] scores, then weights
-    T* chunk_top;  // [NR]
-    T* spare;      // [cp][NR] the combiner's result
+    T* scores;      // [CHUNK][NR] scores, then weights
+    T* chunk_top;   // [NR]
+    T* spare;       // [cp][NR] the combiner's result
     Unit* operand;  // the combiner's, of pairs; in T it is the panel's rows
     Multiplier multiplier;
   };

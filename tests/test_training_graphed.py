@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import logging
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from torch.nn.utils import spectral_norm
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from bench.one_device import OneDevice
 from lgnet_fast import LGNet
 from lgnet_fast.errors import ConfigError
 from lgnet_fast.reference.losses import LossWeights
@@ -55,21 +57,6 @@ def record(launches: Callable[[], None], device: Any, pool: Any, warm_up: Callab
     return recorded
 
 
-class Plain:
-    """As accelerate's, on one device."""
-
-    scaler = None
-
-    def autocast(self) -> torch.autocast:
-        return torch.autocast("cpu", enabled=False)
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def no_sync(self, model: nn.Module) -> Any:
-        return torch.autograd.set_detect_anomaly(False)
-
-
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "DIRECT", 1)
@@ -88,7 +75,11 @@ def step_of(kind: type[Step], device: str = "cpu", **options: Any) -> tuple[Step
         torch.optim.Adam(discriminator.parameters(), 2e-4, (0.5, 0.999)),
     ]
     nets = Trained(network, discriminator, network, discriminator, network)
-    return kind(nets, optimisers, Objective(LossWeights()), Plain(), **options), network, discriminator
+    return (
+        kind(nets, optimisers, Objective(LossWeights()), OneDevice(contextlib.nullcontext), **options),
+        network,
+        discriminator,
+    )
 
 
 def batches(count: int) -> list[tuple[Tensor, Tensor]]:

@@ -1,5 +1,5 @@
-"""Ending a long run cleanly: on SIGINT or SIGTERM, or after a time, in all processes alike; or where a process that
-reads pictures has died."""
+"""Ending a long run cleanly, in all processes alike: on SIGINT or SIGTERM, after a time, or where a process that reads
+pictures has died."""
 
 from __future__ import annotations
 
@@ -47,9 +47,9 @@ class LateDeaths:
     """
 
     def __init__(self) -> None:
-        self._number: Any = getattr(signal, "SIGCHLD", None)  # Windows has none
-        own: Any = None if self._number is None else signal.getsignal(self._number)
-        self._own = own if str(getattr(own, "__module__", None)).startswith("torch.") else None
+        self._number: int = getattr(signal, "SIGCHLD", 0)  # Windows has none
+        own: Any = signal.getsignal(self._number) if self._number else None
+        self._own: Any = own if str(getattr(own, "__module__", None)).startswith("torch.") else None
         self._raising = self._missed = False
         if self._own is not None and threading.current_thread() is threading.main_thread():
             signal.signal(self._number, self._note)
