@@ -114,7 +114,7 @@ class KindValidation:
                 some = slice(first, first + _BATCH)
                 image, mask = self.images[some].to(like), masks[row][some].to(like)
                 found = _scores(_rounded(network(image, mask).to(like)), _rounded(image), mask, lpips)
-                table[row, some] = torch.stack([found[name] for name in names], dim=1).double().cpu()
+                table[row, some] = torch.stack([found[name] for name in names], dim=1).cpu().double()
         rows = sum_of_processes(accelerator, table).numpy()
         result = _summary(names, rows.reshape(-1, len(names)))
         for kind, own in zip(self.masks, rows, strict=True):
