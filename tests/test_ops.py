@@ -113,10 +113,12 @@ def test_explicit_backend(backend, error, message):
 def test_a_missing_or_old_triton_is_named(monkeypatch):
     pytest.importorskip("triton")
     with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "_missing_triton", dispatch._missing_triton.__wrapped__)  # asked once in a process
         patch.setattr("triton.__version__", "3.3.1")
         with pytest.raises(BackendError, match="triton 3.3.1 is installed, 3.5 or newer is needed"):
             torch.ops.lgnet.attention_block(*block_inputs(), backend="triton")
     with monkeypatch.context() as patch:
+        patch.setattr(dispatch, "_missing_triton", dispatch._missing_triton.__wrapped__)
         patch.setitem(sys.modules, "triton", None)
         with pytest.raises(BackendError, match="Triton is not installed \\(pip install 'lgnet-fast\\[triton\\]'\\)"):
             torch.ops.lgnet.attention_block(*block_inputs(), backend="triton")

@@ -11,7 +11,7 @@ import logging
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 
 import torch
@@ -41,11 +41,17 @@ def reason_against(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str | 
         return f"tensors have several dtypes: {sorted({str(t.dtype) for t in tensors})}"
     if backend == "cpp" and device != "cpu":
         return f"the C++ kernels run on the CPU, the tensors are on {device}"
-    if backend == "triton" and (reason := import_module("lgnet_fast.kernels").missing()) is not None:
-        return str(reason)
+    if backend == "triton" and (reason := _missing_triton()) is not None:
+        return reason
     declaration = OPERATORS[op]
     can_run: Callable[..., str | None] = getattr(declaration.launchers(backend), declaration.can_run)
     return can_run(*tensors)
+
+
+@cache  # where Triton is not installed, Python searches all its folders for it at each import
+def _missing_triton() -> str | None:
+    reason: str | None = import_module("lgnet_fast.kernels").missing()
+    return reason
 
 
 def resolve(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
