@@ -1,5 +1,5 @@
-"""Ending a long run cleanly, in all processes alike: on SIGINT or SIGTERM, after a time, or where a process that reads
-pictures has died."""
+"""Ending a long run cleanly, in all processes alike: on SIGINT or SIGTERM, after a time, or where a process that
+reads pictures has died."""
 
 from __future__ import annotations
 
