@@ -91,7 +91,7 @@ def test_a_saved_engine_loads_where_processors_were_taken_away(model, tmp_path, 
 
 
 @needs_extension
-@pytest.mark.parametrize("circumstance", ["instruction set", "threads", "lgnet_fast", "torch"])
+@pytest.mark.parametrize("circumstance", ["instruction set", "kernel sources", "threads", "lgnet_fast", "torch"])
 def test_an_engine_made_elsewhere_is_refused(model, tmp_path, circumstance, monkeypatch):
     here = saved._circumstances
     with monkeypatch.context() as patch:

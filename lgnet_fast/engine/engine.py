@@ -534,8 +534,8 @@ def load_engine(directory: str | os.PathLike[str]) -> Engine:
     Raises:
         TypeError: `directory` is no path.
         WeightsError: the files are missing or damaged.
-        LGNetError: they were written for another instruction set, thread count, or version of this package or of
-            PyTorch; it names what differs. Optimise the model again there.
+        LGNetError: they were written for another instruction set, thread count, version or build of this package, or
+            version of PyTorch; it names what differs. Optimise the model again there.
     """
     forks.prepare()
     if not isinstance(directory, (str, os.PathLike)):

@@ -22,10 +22,12 @@ _DESCRIPTION, _WEIGHTS = "engine.json", "weights.bin"
 
 
 def _circumstances(isa: str) -> dict[str, Any]:
+    from ..native import library
     from ..version import __version__
 
     return {
         "instruction set": isa,
+        "kernel sources": library().sources,  # how weights are packed may differ between builds of one version
         "threads": forks.program_threads(),
         "lgnet_fast": __version__,
         "torch": torch.__version__,
