@@ -104,7 +104,7 @@ class Operator:
         return tuple(torch.empty(shape, device=device, dtype=dtype) for shape in self.example)
 
 
-_module = cache(import_module)  # an import that is known takes longer than all of an operator's checks
+_module = cache(import_module)  # import_module takes a while also where the module is loaded
 
 OPERATORS: dict[str, Operator] = {}
 """Every operator by name; :func:`.library.register` adds to it."""

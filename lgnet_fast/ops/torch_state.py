@@ -96,11 +96,22 @@ def strict_float32() -> Iterator[None]:
 
 def tf32_allowed() -> bool:
     """Whether float32 matrix products may be computed in TF32."""
-    backends: Any = torch.backends
+    products: Any = torch.backends.cuda.matmul
+    return _is_tf32(products, products)
+
+
+def cudnn_tf32_allowed() -> bool:
+    """Whether float32 convolutions of cuDNN may be computed in TF32."""
+    cudnn: Any = torch.backends.cudnn
+    return _is_tf32(cudnn, getattr(cudnn, "conv", None))  # PyTorch before 2.9 has the older switch alone
+
+
+def _is_tf32(backend: Any, place: Any) -> bool:
+    """Whether a switch allows TF32; PyTorch refuses to read the older one where the one of `place` was set."""
     try:
-        return bool(backends.cuda.matmul.allow_tf32)
+        return bool(backend.allow_tf32)
     except RuntimeError:
-        return backends.cuda.matmul.fp32_precision == "tf32"
+        return place.fp32_precision == "tf32"
 
 
 def engine_float32(device: torch.device, dtype: torch.dtype) -> contextlib.AbstractContextManager[None]:
@@ -111,12 +122,3 @@ def engine_float32(device: torch.device, dtype: torch.dtype) -> contextlib.Abstr
     if device.type != "cuda" or dtype != torch.float32 or tf32_allowed():
         return contextlib.nullcontext()
     return strict_float32()
-
-
-def cudnn_tf32_allowed() -> bool:
-    """Whether float32 convolutions of cuDNN may be computed in TF32."""
-    backends: Any = torch.backends
-    try:
-        return bool(backends.cudnn.allow_tf32)
-    except RuntimeError:
-        return backends.cudnn.conv.fp32_precision == "tf32"
