@@ -26,7 +26,7 @@ help:
 	@echo "make wheel  a wheel for this kind of machine and an sdist, in dist/"
 	@echo "make bench  run the benchmarks beside their rivals; fails where something got slower than bench/results/"
 	@echo "make bench BASE=REF  this tree and another commit in turns (MODULES='attention inference', ROUNDS=3)"
-	@echo "make plots  redraw the README's pictures from bench/results/"
+	@echo "make plots  redraw the documentation's plots from bench/results/"
 	@echo "make evaluation KODAK=DIR LPIPS=FILE   measure the bundled model again for docs/evaluation.md"
 	@echo "make aot    compile what every card would launch (AOT='--card H100 --dtype float16': a part); fails on what it could not run;"
 	@echo "            AOT='--shard 1/8': an eighth; what was compiled before is known"

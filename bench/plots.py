@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-OURS, OURS_LIGHT, OTHERS, WRONG = "#0b6e4f", "#5bb99a", "#9aa5b1", "#d9b8b8"
+OURS, OURS_LIGHT, OTHERS = "#0b6e4f", "#5bb99a", "#9aa5b1"
 PALETTE = ("#0b6e4f", "#c8553d", "#28559a", "#8a5a9e", "#b58900", "#4f5d6b")
 
 
@@ -50,28 +50,32 @@ def _bars(axes: Axes, values: Mapping[str, float], colours: Mapping[str, str], u
     axes.barh(names, [values[name] for name in names], color=[colours[name] for name in names], height=0.7)
     axes.invert_yaxis()
     for i, name in enumerate(names):
-        axes.text(values[name], i, f" {values[name]:.4g}", va="center", fontsize=8)
+        axes.text(values[name], i, f" {values[name]:.3g}", va="center", fontsize=8)
     axes.set_xlabel(unit)
     axes.margins(x=0.15)
 
 
-def _colour(name: str, wrong: Mapping[str, Any]) -> str:
-    if name in wrong:
-        return WRONG
+def _colour(name: str) -> str:
     return OURS if name == "ours" else OURS_LIGHT if name.startswith("ours") else OTHERS
 
 
-def latency(benches: Mapping[str, Any]) -> bytes:
-    """Bars of the least times of every whole-network bench and the peers."""
+def latency(benches: Mapping[str, Any], title: str = "", relative: bool = False) -> bytes:
+    """Bars of every whole-network bench and the peers: least times in ms, or medians relative to our dense run.
+
+    Peers whose pixels are wrong are left out.
+    """
     figure, axes = _figure((len(benches) + 1) // 2, min(2, len(benches)), 9, 2.4 * ((len(benches) + 1) // 2))
     for spare in axes[len(benches) :]:
         spare.remove()
+    figure.suptitle(title, fontsize=9)
     for plot, (name, bench) in zip(axes, benches.items()):
         wrong = bench.get("wrong_peers", {})
-        times = dict(sorted(bench["least_ms"].items(), key=lambda item: item[1]))
-        labels = {key: key + (" (wrong pixels)" if key in wrong else "") for key in times}
-        colours = {labels[key]: _colour(key, wrong) for key in times}
-        _bars(plot, {labels[key]: ms for key, ms in times.items()}, colours, "ms, least of one interleaved run")
+        times = {"ours": 1.0} | bench["times_slower_than_ours"] if relative else bench["least_ms"]
+        times = dict(
+            sorted(((key, time) for key, time in times.items() if key not in wrong), key=lambda item: item[1])
+        )
+        axis = "time, relative to our dense run" if relative else "ms, least of one interleaved run"
+        _bars(plot, times, {key: _colour(key) for key in times}, axis)
         plot.set_title(name.removeprefix("test_").replace("inference", "").strip("[]_") or name, loc="left")
     return _svg(figure)
 
@@ -131,9 +135,10 @@ def scaling(benches: Mapping[str, Any]) -> bytes:
     return _svg(figure)
 
 
-def hole_ratio(bench: Mapping[str, Any]) -> bytes:
+def hole_ratio(bench: Mapping[str, Any], title: str = "") -> bytes:
     """Speed-up of the hole-aware run over the dense one and over eager, by the hole's share of the picture."""
     figure, (axes,) = _figure(1, 1, 6.5, 3.6)
+    figure.suptitle(title, fontsize=9)
     kinds = {"square": ("one square hole", OURS, "o"), "squares": ("2 x 2 square holes", "#28559a", "s")}
     for kind, (label, colour, marker) in kinds.items():
         points = sorted(

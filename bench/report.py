@@ -339,27 +339,30 @@ def write_report(out: Path, folders: Sequence[Path] = (RESULTS,)) -> list[Path]:
 
 
 def write_plots(out: Path, folders: Sequence[Path] = (RESULTS,)) -> list[Path]:
-    """The README's two pictures, latency.svg and hole_ratio.svg, of the preferred CPU, and X.svg of every X.jsonl in
+    """The documentation's latency.svg and hole_ratio.svg, of the preferred CPU, and X.svg of every X.jsonl in
     `out`, a training run's log; the files.
 
     Raises:
         LGNetError: results or matplotlib are missing.
     """
     machines = load(folders)
-    name = preferred(machines, cpu=True)
-    images = dict(pictures({name: machines[name]})) if name else {}
-    written = []
-    for picture in ("latency", "hole_ratio"):
-        image = images.get(f"{name}_{picture}")
-        if image is None:
-            raise LGNetError(f"no CPU results for {picture}.svg in {', '.join(map(str, folders))}")
-        write_atomically(out / f"{picture}.svg", image)
-        written.append(out / f"{picture}.svg")
+    name = preferred(machines, cpu=True) or ""
+    machine = machines.get(name, {})
+    benches = machine.get("inference", {"benches": {}})["benches"]
+    holes = bench_of(machine, "scaling", "test_hole_ratio")
+    if not benches or not holes:
+        missing = "hole_ratio.svg" if benches else "latency.svg"
+        raise LGNetError(f"no CPU results for {missing} in {', '.join(map(str, folders))}")
+    files = {
+        out / "latency.svg": plots.latency(benches, name, relative=True),
+        out / "hole_ratio.svg": plots.hole_ratio(holes, name),
+    }
     for log in sorted(out.glob("*.jsonl")):
         lines = [json.loads(line) for line in log.read_text().splitlines()]
-        write_atomically(log.with_suffix(".svg"), plots.training_curve(lines))
-        written.append(log.with_suffix(".svg"))
-    return written
+        files[log.with_suffix(".svg")] = plots.training_curve(lines)
+    for file, image in files.items():
+        write_atomically(file, image)
+    return list(files)
 
 
 def run_suite(own: Path | None = None, store: bool = False) -> int:

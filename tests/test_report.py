@@ -129,12 +129,15 @@ def test_a_later_folder_counts(results, tmp_path):
 
 
 def test_plots(results, tmp_path):
-    """The README's two, the same bytes every time."""
+    """The documentation's two, the same bytes every time: ratios, and the machine's class."""
     first = {file.name: file.read_bytes() for file in report.write_plots(tmp_path / "a", [results])}
     second = {file.name: file.read_bytes() for file in report.write_plots(tmp_path / "b", [results])}
     assert first.keys() == {"latency.svg", "hole_ratio.svg"}
     assert first == second
-    assert b"openvino" in first["latency.svg"]
+    for text in (b"openvino", b">time, relative to our dense run<", b"> 1.7<", CPU.encode()):
+        assert text in first["latency.svg"]
+    assert b"frozen" not in first["latency.svg"], "its pixels are wrong"
+    assert CPU.encode() in first["hole_ratio.svg"]
     assert max(map(len, first.values())) < 100_000
     (results / f"{CPU}_scaling.json").unlink()
     with pytest.raises(report.LGNetError, match=r"no CPU results for hole_ratio\.svg in"):
