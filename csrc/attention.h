@@ -42,7 +42,7 @@ struct AttentionWork {
   int64_t splits, groups_per_split;  // key range of one task, in groups of 8
   int64_t panels_per_task;           // these share each groups_per_turn of the keys while it is in the cache
   int64_t groups_per_turn;
-  const char* weight;  // the combiner's packed groups; null: none, or the scheduling packs them for each combine
+  const char* weight;  // the combiner's packed groups, or null: no combiner
   const T* bias;       // [channels_padded]
   T* part_rows;        // [batch][panels][splits][channels_padded][panel], only where splits > 1
   T* part_max;         // [batch][panels][splits][panel]

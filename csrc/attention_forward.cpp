@@ -7,7 +7,7 @@
 // maxima and sums. Each task computes its queries, and applies the combiner to its panel while that is still in
 // cache. If the combiner's weights do not fit the second-level cache (C = 512: 1 to 3 MB), all panels are finished
 // first, and the combiner is computed by output channels: a task multiplies all panels by the weights of some
-// channels, which it packs first if a program has not, so each core reads only its part of the weights.
+// channels, so each core reads only its part of the weights.
 #include <optional>
 
 #include "attention_operands.h"
@@ -40,52 +40,36 @@ View dense_view(const float* data, std::array<int64_t, 4> size) {
   return view;
 }
 
-// The combiner's weight [1, 1, C, 2C], packed by groups of eight output channels.
+// Bytes of a packed group of the combiner's weight, eight output channels.
 template <class T>
-class CombinerWeight {
- public:
-  CombinerWeight(const View& weight, bool released, const AttentionKernels<T>& kernels, int64_t workers)
-      : weight_(weight), released_(released), channels_(weight.size[2]), kernels_(kernels) {
-    plain_ = weight.dtype == kNative<T> && weight.stride[3] == 1;
-    if (!plain_) rows_ = Buffer<T>(workers * 16 * channels_);
-  }
+int64_t group_bytes_of(const AttentionKernels<T>& kernels, int64_t channels) {
+  return 2 * 8 * round_up(channels, 8) * kernels.element_bytes;
+}
 
-  static int64_t groups(int64_t channels) { return ceil_div(channels, 8); }
-  static int64_t group_bytes(const AttentionKernels<T>& kernels, int64_t channels) {
-    return 2 * 8 * round_up(channels, 8) * kernels.element_bytes;
-  }
-
-  void pack(int64_t group, int64_t worker, char* packed) const {
-    const int64_t c = channels_;
+// Packs the combiner's weight [1, 1, C, 2C].
+template <class T>
+void pack_weight(const AttentionKernels<T>& kernels, const View& weight, bool released, int64_t threads,
+                 char* packed) {
+  const int64_t c = weight.size[2], groups = ceil_div(c, 8), group_bytes = group_bytes_of(kernels, c);
+  const bool plain = weight.dtype == kNative<T> && weight.stride[3] == 1;
+  const Buffer<T> copies(plain ? 0 : threads * 8 * 2 * c);
+  parallel_for(threads, groups, [&](int64_t group, int64_t worker) {
     const T* row[8];
     for (int64_t r = 0; r < 8; ++r) {
       // Products of rows beyond the last channel are discarded, so these rows may hold any numbers.
       const int64_t from = std::min(group * 8 + r, c - 1);
-      if (plain_) {
-        row[r] = reinterpret_cast<const T*>(weight_.data) + from * weight_.stride[2];
+      if (plain) {
+        row[r] = reinterpret_cast<const T*>(weight.data) + from * weight.stride[2];
       } else {
-        T* copy = rows_.get() + (worker * 8 + r) * 2 * c;
-        load_rows(weight_, 0, from * 2 * c, 2 * c, copy, 2 * c);
+        T* copy = copies.get() + (worker * 8 + r) * 2 * c;
+        load_rows(weight, 0, from * 2 * c, 2 * c, copy, 2 * c);
         row[r] = copy;
       }
     }
     // Columns are (attended, F) in the released network and (F, attended) in the paper.
-    kernels_.pack_combiner(row, released_ ? 0 : c, released_ ? c : 0, c, round_up(c, 8), packed);
-  }
-
-  void pack_all(int64_t threads, char* packed) const {
-    const int64_t bytes = group_bytes(kernels_, channels_);
-    parallel_for(threads, groups(channels_),
-                 [&](int64_t group, int64_t worker) { pack(group, worker, packed + group * bytes); });
-  }
-
- private:
-  View weight_;
-  bool released_, plain_;
-  int64_t channels_;
-  const AttentionKernels<T>& kernels_;
-  Buffer<T> rows_;  // eight per worker, where they cannot be read in place
-};
+    kernels.pack_combiner(row, released ? 0 : c, released ? c : 0, c, round_up(c, 8), packed + group * group_bytes);
+  });
+}
 
 // The forward of one call, with these products where the CPU has them.
 template <class T>
@@ -112,7 +96,6 @@ class Forward {
   void run();
 
  private:
-  void keep_operands();
   void split_keys();
   void attend();
   void combine();
@@ -123,7 +106,6 @@ class Forward {
   AttentionWork<T> w_{};
   bool share_;    // keys and values are the same memory
   int64_t turn_;  // batch items at once
-  std::optional<CombinerWeight<T>> combiner_;
   Buffer<char> packed_weight_;
   Buffer<T> packed_bias_, operands_;
   Buffer<T> part_rows_, part_max_, part_sum_;
@@ -149,25 +131,16 @@ void Forward<T>::combine_with(const View& weight, const View& bias) {
   packed_bias_ = Buffer<T>(cp);
   std::fill_n(packed_bias_.get(), cp, T{0});
   if (bias) load_rows(bias, 0, 0, c, packed_bias_.get(), c);
-  w_.bias = packed_bias_.get();
-  keep_operands();
-  combiner_.emplace(weight, w_.released, kernels_, threads_);
-  if (w_.operands) return;  // each task packs its part
-  packed_weight_ = Buffer<char>(CombinerWeight<T>::groups(c) * CombinerWeight<T>::group_bytes(kernels_, c));
-  w_.weight = packed_weight_.get();
-  combiner_->pack_all(threads_, packed_weight_.get());
+  packed_weight_ = Buffer<char>(ceil_div(c, 8) * group_bytes_of(kernels_, c));
+  pack_weight(kernels_, weight, w_.released, threads_, packed_weight_.get());
+  combine_with(packed_weight_.get(), packed_bias_.get());
 }
 
 template <class T>
 void Forward<T>::combine_with(const char* weight, const T* bias) {
   w_.weight = weight;
   w_.bias = bias;
-  keep_operands();
-}
-
-// Keeps the operands of all panels if the combiner is to be computed by output channels.
-template <class T>
-void Forward<T>::keep_operands() {
+  // The operands of all panels are kept if the combiner is to be computed by output channels.
   const int64_t row = 2 * w_.channels_padded * kernels_.element_bytes;
   const int64_t bytes = turn_ * w_.panels * w_.panel * row;
   if (row * w_.channels_padded < kWeightsInCacheBytes || bytes > kOperandBudgetBytes) return;
@@ -239,20 +212,16 @@ void Forward<T>::attend() {
 template <class T>
 void Forward<T>::combine() {
   const int64_t groups = w_.channels_padded / 8, panels = w_.batch * w_.panels;
-  const int64_t group_bytes = CombinerWeight<T>::group_bytes(kernels_, w_.channels);
+  const int64_t group_bytes = group_bytes_of(kernels_, w_.channels);
   const int64_t tasks = std::min(groups, round_up(ceil_div(groups, kGroupsPerCombinerTask), threads_));
   const int64_t most = ceil_div(groups, tasks), workers = std::min(threads_, tasks);
-  const int64_t own = round_up(most * 8 * w_.panel, 64), room = round_up(most * group_bytes, 64);
+  const int64_t own = round_up(most * 8 * w_.panel, 64);
   const Buffer<T> rows(own * workers);
-  const Buffer<char> blocks(w_.weight ? 0 : room * workers);
   parallel_for(threads_, tasks, [&](int64_t task, int64_t worker) {
     const int64_t begin = groups * task / tasks, count = groups * (task + 1) / tasks - begin;
-    const char* weight = w_.weight ? w_.weight + begin * group_bytes : blocks.get() + worker * room;
-    for (int64_t i = 0; !w_.weight && i < count; ++i) {
-      combiner_->pack(begin + i, worker, blocks.get() + worker * room + i * group_bytes);
-    }
     for (int64_t i = 0; i < panels; ++i) {
-      kernels_.combine(w_, i / w_.panels, i % w_.panels, weight, begin, count, rows.get() + worker * own);
+      kernels_.combine(w_, i / w_.panels, i % w_.panels, w_.weight + begin * group_bytes, begin, count,
+                       rows.get() + worker * own);
     }
   });
 }
@@ -284,14 +253,13 @@ void attention_pixels(const AttentionTable& table, const PixelMaps& maps, const 
 }
 
 int64_t combiner_bytes(const AttentionTable& table, int64_t channels, Products products) {
-  using Weight = CombinerWeight<float>;
-  return Weight::groups(channels) * Weight::group_bytes(pick(table, 0.0f, products), channels);
+  return ceil_div(channels, 8) * group_bytes_of(pick(table, 0.0f, products), channels);
 }
 
 void pack_combiner(const AttentionTable& table, const float* weight, int64_t channels, bool released,
                    Products products, char* packed) {
   const View view = dense_view(weight, {1, 1, channels, 2 * channels});
-  CombinerWeight<float>(view, released, pick(table, 0.0f, products), 1).pack_all(1, packed);
+  pack_weight(pick(table, 0.0f, products), view, released, 1, packed);
 }
 
 }  // namespace lgnet
