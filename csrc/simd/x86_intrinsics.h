@@ -1,6 +1,11 @@
 // The intrinsics of every x86 instruction set.
 #pragma once
 
+// GCC 12 warns of the undefined operands in its own intrinsics, wherever they are inlined.
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#endif
+
 #include <immintrin.h>
 
 // clang-cl's immintrin.h omits what the target of the command line lacks. Each header needs the ones before it.
