@@ -98,11 +98,48 @@ def test_masks_of_a_folder_are_dealt_by_their_measured_class(tmp_path):
         FolderMasks(MaskFolder(tmp_path), (5,), 0)
 
 
+def test_a_mask_that_scaling_empties_is_told(tmp_path, pictures):
+    """Its score would be that of a perfect fill: l1 0, and an infinite PSNR of the whole class."""
+    folder = tmp_path / "masks"
+    folder.mkdir()
+    rows = np.zeros((128, 128), bool)
+    rows[::4] = True  # a quarter of the picture; at half the size only odd rows are sampled
+    Image.fromarray(rows).save(folder / "lines.png")
+    result = evaluate(pictures, masks=folder, size=64, models=[], baselines=["ns"], metrics=["l1", "psnr"])
+    assert result.scores == []
+    expected = f"mask {str(folder / 'lines.png')!r}: no hole pixel at 64x64"
+    assert [one["error"] for one in result.failures] == [expected] * 5
+
+
+@pytest.mark.parametrize("options", [{}, {"pair_by_name": True}])
+def test_pictures_are_no_masks(pictures, tmp_path, options):
+    """Their bright parts would be the holes."""
+    expected = f"^masks: expected masks, got {str(pictures / '0.png')!r}, which is one of the pictures$"
+    with pytest.raises(UsageError, match=expected):
+        evaluate(pictures, masks=pictures, **options)
+    with pytest.raises(UsageError, match=expected):  # the folder of pictures lies in that of the masks
+        evaluate(pictures, masks=tmp_path, **options)
+
+
+def test_the_sheet_of_an_earlier_evaluation_is_no_mask(pictures, tmp_path):
+    masks = tmp_path / "masks"
+    masks.mkdir()
+    for index, path in enumerate(sorted(pictures.iterdir())):
+        height, width = Image.open(path).size[::-1]
+        Image.fromarray(box_mask(height, width, (0, 0, height // 4, width))).save(masks / f"{index}.png")
+    options = {"masks": masks, "size": 0, "models": [], "baselines": ["ns"], "metrics": ["l1"]}
+    with pytest.raises(UsageError, match=r"^out: expected another folder .* evaluation.png, got '.*out'"):
+        evaluate(pictures, out=masks / "results" / "out", **options)
+    for _ in range(2):  # by name no other file is a mask
+        result = evaluate(pictures, out=masks / "results", pair_by_name=True, **options)
+        assert [(score.hole_class, score.pictures) for score in result.scores] == [("20-30%", 5)]
+
+
 def test_class_names():
     assert parse_classes(None) is None
     assert parse_classes("1, 2") == parse_classes("10-20,20-30%") == parse_classes([1, "20-30"]) == (1, 2)
     assert parse_classes("0,1-10") == (0,)
-    for bad in ("6", "-1", "10-30", "", "two"):
+    for bad in ("6", "-1", "10-30", "", "two", []):
         with pytest.raises(UsageError, match="^classes"):
             parse_classes(bad)
 

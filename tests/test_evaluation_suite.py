@@ -200,6 +200,10 @@ def test_kinds_can_be_chosen_and_the_seed_counts(pictures):
     assert [score.hole_class for score in first.scores] == ["thin", "box", "all"]
     assert first.scores == again.scores
     assert first.scores != other.scores
+    with pytest.raises(
+        UsageError, match="^classes: with `suite` expected names of thin, thick, box, blob, got none$"
+    ):
+        evaluate(pictures, **{**options, "classes": []})
 
 
 def test_the_command_writes_table_json_markdown_and_sheet(fake, pictures, tmp_path):

@@ -33,7 +33,7 @@ class EvaluationOptions:
         pictures: a folder (with its sub-folders), or one picture.
         masks: a folder of masks (Liu et al.'s 12,000, or any), white = hole; the masks of each class are assigned to
             the pictures in an order drawn from (seed, class). With `suite`: ``<picture>_<kind>.png``. None: masks
-            drawn from (seed, index, class or kind).
+            drawn from (seed, index, class or kind). A picture of the evaluation is no mask, and refused as one.
         models: model folders or hub ids, None = the bundled one; or a mapping from titles to them. Where `out` is
             None, also ready Inpainters.
         classes: indices in HOLE_CLASSES or names such as "10-20%"; with `suite`, names in SUITE_KINDS; None: all
@@ -144,7 +144,8 @@ class EvaluationOptions:
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"out: expected a folder, got the file {str(self.folder)!r}")
         read = [path.resolve() for path in (self.source, self.mask_folder) if path is not None]
-        if self.folder.resolve() in read:
+        dealt = self.masks is not None and not (self.suite or self.pair_by_name)  # any file in and below the folder
+        if self.folder.resolve() in read or (dealt and read[-1] in self.folder.resolve().parents):
             raise UsageError(
                 "out: expected another folder than that of the pictures or masks, where the next evaluation would "
                 f"read {SHEET}, got {str(self.folder)!r}"

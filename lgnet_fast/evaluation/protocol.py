@@ -31,12 +31,14 @@ def class_label(index: int) -> str:
 def parse_classes(classes: str | Sequence[int | str] | None) -> tuple[int, ...] | None:
     """Indices in HOLE_CLASSES of classes given by index ("1") or by percent ("10-20", "10-20%"); None stays None.
 
-    Raises UsageError: a name that is neither.
+    Raises UsageError: a name that is neither, or no name.
     """
     if classes is None:
         return None
     named = {class_label(index): index for index in range(len(HOLE_CLASSES))}
     parts = classes.split(",") if isinstance(classes, str) else [str(part) for part in classes]
+    if not parts:
+        raise UsageError(f"classes: expected names of {', '.join(named)}, got none")
     chosen = []
     for part in (part.strip().removesuffix("%") for part in parts):
         if part.isdecimal() and int(part) < len(HOLE_CLASSES):
@@ -176,8 +178,15 @@ class FolderMasks:
         return int(dealt[index % len(dealt)])
 
     def mask(self, index: int, hole_class: int, height: int, width: int) -> np.ndarray:
-        """The assigned mask, scaled."""
-        return self.folder.mask(self._index(index, hole_class), height, width)
+        """The assigned mask, scaled.
+
+        Raises InvalidMaskError: scaling leaves no hole.
+        """
+        number = self._index(index, hole_class)
+        mask = self.folder.mask(number, height, width)
+        if not mask.any():
+            raise InvalidMaskError(f"mask {str(self.folder.files[number])!r}: no hole pixel at {width}x{height}")
+        return mask
 
     def identity(self, index: int, hole_class: int) -> object:
         """The mask's file."""
@@ -188,7 +197,7 @@ class FolderMasks:
 class NamedMasks:
     """Pairs masks and pictures by name, as `lgnet-fast run` does.
 
-    Raises UsageError: no masks, or a picture without one, or with several.
+    Raises UsageError: no masks, a picture without one, or with several, or a picture that is a mask.
     """
 
     classes = (OTHER,)
@@ -204,6 +213,7 @@ class NamedMasks:
             if mask is None:
                 raise UsageError(f"masks: {problem} (for the picture {str(picture)!r})")
             self.files.append(mask)
+        _refuse_pictures(self.files, pictures)
         self.polarity = "black" if invert else "white"
 
     def paired(self, index: int, picture: Path, size: int) -> tuple[np.ndarray, int]:
@@ -242,4 +252,13 @@ def mask_source(
         folder = MaskFolder(masks, polarity="black" if invert else "white")
     except DataError as cause:
         raise UsageError(str(cause)) from cause
+    _refuse_pictures(folder.files, pictures)
     return FolderMasks(folder, classes, seed)
+
+
+def _refuse_pictures(masks: Sequence[Path], pictures: Sequence[Path]) -> None:
+    """Any picture could be read as a mask: its bright parts would be the hole."""
+    own = {picture.resolve() for picture in pictures}
+    for mask in masks:
+        if mask.resolve() in own:
+            raise UsageError(f"masks: expected masks, got {str(mask)!r}, which is one of the pictures")

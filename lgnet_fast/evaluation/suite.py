@@ -36,10 +36,12 @@ SUITE_METRICS = ("l1", "psnr", "ssim", "lpips", "sharp")
 
 
 def parse_kinds(kinds: str | Sequence[int | str] | None) -> tuple[str, ...]:
-    """Names in SUITE_KINDS, given as a sequence or with commas; None: all. Raises UsageError: another name."""
+    """Names in SUITE_KINDS, given as a sequence or with commas; None: all. Raises UsageError: another, or none."""
     if kinds is None:
         return SUITE_KINDS
     chosen = [part.strip() for part in (kinds.split(",") if isinstance(kinds, str) else map(str, kinds))]
+    if not chosen:
+        raise UsageError(f"classes: with `suite` expected names of {', '.join(SUITE_KINDS)}, got none")
     for part in chosen:
         if part not in SUITE_KINDS:
             raise UsageError(f"classes: with `suite` expected names of {', '.join(SUITE_KINDS)}, got {part!r}")
