@@ -63,6 +63,13 @@ def device(request: pytest.FixtureRequest) -> str:
     return request.param
 
 
+@pytest.fixture(autouse=True)
+def own_compilations() -> None:
+    """Each bench compiles anew. Where torch.compile has compiled the same function for other sizes, it makes kernels
+    of variable sizes, which are slower; after eight compilations it runs the function eagerly."""
+    torch.compiler.reset()
+
+
 def marked_device(request: pytest.FixtureRequest) -> str:
     """The device of a test by its mark, for ``device = pytest.fixture(marked_device)`` in a bench's module."""
     return "cuda" if request.node.get_closest_marker("gpu") else "cpu"

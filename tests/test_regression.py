@@ -343,6 +343,34 @@ def test_command(tmp_path, monkeypatch):
     assert len(kept) == 6
 
 
+COMPILED = """
+import pytest, torch
+
+def forward(x):
+    return x + 1
+
+def told(graph, examples):
+    print("sizes", [[type(side).__name__, int(side)] for x in examples for side in getattr(x, "shape", [x])])
+    return graph.forward
+
+@pytest.mark.parametrize("side", range(4, 16))
+def test_compiled(side):
+    torch.compile(forward, backend=told)(torch.zeros(side))
+"""
+
+
+def test_every_bench_compiles_for_its_own_sizes(tmp_path):
+    """Not for variable ones because another bench had other sizes; and more than eight times."""
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "bench_compiled.py").write_text(COMPILED)
+    command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider", "-q", "--capture=no"]
+    command += ["--rootdir", str(tmp_path), "-o", "python_files=bench_*.py", str(tmp_path / "bench_compiled.py")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stdout + done.stderr
+    sizes = [line.lstrip(".") for line in done.stdout.splitlines() if "sizes" in line]
+    assert sizes == [f"sizes [['int', {side}]]" for side in range(4, 16)]
+
+
 FAULTS = """
 import resource, sys
 import torch
