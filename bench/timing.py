@@ -120,14 +120,15 @@ def interleave(
             once[name] = seconds(call, device)
             if once[name] > LONG_CALL_S:
                 break
-    if min(once.values()) > LONG_CALL_S:
+    all_long = min(once.values()) > LONG_CALL_S
+    if all_long:
         rounds = min(rounds, long_rounds)
     repeats = {name: max(1, round(MIN_RUN_S / s)) for name, s in once.items()}
     taken: Rounds = []
     start = clock()
 
     def worth_another() -> bool:
-        if SMOKE or rounds == 1:
+        if SMOKE or rounds == 1 or all_long:
             return False
         return clock() < start + MIN_CONTEST_S or (
             len(taken) < 2 * rounds and clock() < start + MAX_CONTEST_S and not _steady(taken)

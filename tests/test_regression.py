@@ -217,6 +217,23 @@ def test_long_calls_join_few_rounds(monkeypatch):
     assert called["short"] == 3 + len(rounds)
 
 
+def test_long_calls_alone_have_no_empty_rounds(monkeypatch):
+    """Each takes part in every round, however unsteady the ratios are."""
+    now, calls = [0.0], [0]
+    monkeypatch.setattr("bench.timing.clock", lambda: now[0])
+
+    def noisy():
+        calls[0] += 1
+        now[0] += 2.0 if calls[0] % 2 else 4.0
+
+    def steady():
+        now[0] += 1.5
+
+    rounds = interleave({"ours": steady, "rival": noisy}, "cpu", rounds=12, warmup=3, long_rounds=3)
+    assert rounds == [{"ours": 1.5, "rival": s} for s in (4.0, 2.0, 4.0)]
+    assert summarize(rounds, "ours")["rounds"] == 3
+
+
 @pytest.mark.parametrize(
     ("enough", "patience", "expected"), [(0.0, 0.0, 4), (0.0, 2.2, 6), (0.0, 1e9, 8), (4.4, 0.0, 11)]
 )
