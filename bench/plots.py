@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 OURS, OURS_LIGHT, OTHERS = "#0b6e4f", "#5bb99a", "#9aa5b1"
+NEEDS_MATPLOTLIB = "the report needs matplotlib: pip install 'lgnet-fast[bench]'"
 PALETTE = ("#0b6e4f", "#c8553d", "#28559a", "#8a5a9e", "#b58900", "#4f5d6b")
 
 
@@ -21,7 +22,7 @@ def _figure(rows: int, columns: int, width: float, height: float) -> tuple[Figur
     try:
         import matplotlib
     except ImportError as error:
-        raise LGNetError("the report needs matplotlib: pip install 'lgnet-fast[bench]'") from error
+        raise LGNetError(NEEDS_MATPLOTLIB) from error
     from matplotlib.figure import Figure
 
     matplotlib.rcParams.update(

@@ -373,12 +373,16 @@ def run_suite(own: Path | None = None, store: bool = False) -> int:
         store: make this run the one to compare with.
 
     Raises:
-        LGNetError: pytest-benchmark is missing.
+        LGNetError: pytest-benchmark is missing, or matplotlib, without which no report can be made of `own`.
+        OSError: `own` cannot be made.
     """
     if find_spec("pytest_benchmark") is None:
         raise LGNetError("the benchmarks need pytest-benchmark: pip install 'lgnet-fast[bench]'")
     command = [sys.executable, "-m", "pytest", "bench", *(["--bench-store"] if store else [])]
-    if own is not None:
+    if own is not None:  # the suite takes minutes
+        if find_spec("matplotlib") is None:
+            raise LGNetError(plots.NEEDS_MATPLOTLIB)
+        own.mkdir(parents=True, exist_ok=True)
         command += ["--bench-run", str(own.absolute())]
     return subprocess.run(command, cwd=ROOT).returncode
 

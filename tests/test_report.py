@@ -7,6 +7,7 @@ import json
 import re
 import subprocess
 import sys
+from importlib.util import find_spec
 from xml.etree import ElementTree
 
 import pytest
@@ -204,6 +205,18 @@ def test_errors(results, tmp_path, monkeypatch):
     done = run.invoke(cli.app, ["bench"])
     assert done.exit_code == 2
     assert done.stderr == "error: the benchmarks need pytest-benchmark: pip install 'lgnet-fast[bench]'\n"
+    # What the report needs is asked before the suite runs for minutes.
+    monkeypatch.setattr(report.subprocess, "run", lambda *_, **__: pytest.fail("the suite ran"))
+    monkeypatch.setattr(report, "find_spec", lambda name: None if name == "matplotlib" else find_spec(name))
+    done = run.invoke(cli.app, ["bench", "--report", str(tmp_path / "out")])
+    assert done.exit_code == 2
+    assert done.stderr == "error: the report needs matplotlib: pip install 'lgnet-fast[bench]'\n"
+    monkeypatch.setattr(report, "find_spec", find_spec)
+    (tmp_path / "file").write_text("")
+    done = run.invoke(cli.app, ["bench", "--report", str(tmp_path / "file" / "out")])
+    assert done.exit_code == 2
+    assert done.stderr.startswith("error: ")
+    assert str(tmp_path / "file") in done.stderr
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(report.LGNetError, match=r"the report needs matplotlib: pip install"):
         report.plots.table4(figures(ours=1.0, eager=2.0))
