@@ -133,7 +133,7 @@ def memory_of(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") ->
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("form", choices=(*FORMS, GRAPHS))
     parser.add_argument("dtype", choices=tuple(DTYPES))
     parser.add_argument("batch", type=int)

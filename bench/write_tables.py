@@ -8,6 +8,7 @@ residual) gets the tile of least summed time. Without results nothing is written
 
 from __future__ import annotations
 
+import argparse
 import json
 import sys
 from collections import defaultdict
@@ -74,16 +75,19 @@ def measured(files: Sequence[Path]) -> tuple[Tables, dict[tuple[Any, ...], Any]]
     return tables, inference
 
 
-def main(arguments: Sequence[str]) -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     """Write the table."""
     from lgnet_fast.kernels.conv_tables import INFERENCE, TUNED
 
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("results", type=Path, nargs="+", metavar="RESULTS")
+    given = parser.parse_args(arguments).results
     files: list[Path] = []
-    for name in map(Path, arguments):
+    for name in given:
         files += sorted(name.glob("contact_*.jsonl")) if name.is_dir() else [name]
     tables, inference = measured(files)
     if not tables and not inference:
-        print("no measured tiles in", *(arguments or ["no file"]))
+        print("no measured tiles in", *given)
         return 1
     merged = {generation: dict(rows) for generation, rows in TUNED.items()}
     for generation, rows in tables.items():
@@ -94,4 +98,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(main())

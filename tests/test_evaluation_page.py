@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from bench import evaluation_page
+from bench import evaluation_page, write_tables
 from lgnet_fast.errors import LGNetError
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
@@ -60,3 +60,11 @@ def test_scikit_image_has_the_samples(tmp_path):
     pytest.importorskip("skimage")
     evaluation_page.samples(tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == set(evaluation_page.SAMPLES)
+
+
+@pytest.mark.parametrize("script", [evaluation_page, write_tables])
+def test_help_is_the_whole_text(script, capsys):
+    with pytest.raises(SystemExit) as ended:
+        script.main(["--help"])
+    assert ended.value.code == 0
+    assert script.__doc__.strip() in capsys.readouterr().out
