@@ -243,6 +243,8 @@ def compare_or_store(
             if fresh:
                 write_results(file, fresh, before["environment"], before)
                 notes.append(f"stored {len(fresh)} new benches in {file}: {', '.join(sorted(fresh))}")
+            if alone := sorted(own.keys() - compared - fresh.keys()):
+                notes.append(f"not compared with {file}, for want of rivals: {', '.join(alone)}")
             continue
         write_results(file, own, info, before)
         notes.append(f"stored {len(own)} benches in {file}: {reason}")

@@ -128,6 +128,15 @@ def test_settle(tmp_path):
     assert not only(compare_or_store({STEM: {"a": bench(eager=2.0)}}, tmp_path)[0]).failed
 
 
+def test_benches_without_rivals_are_named(tmp_path):
+    """Only ratios to rivals are compared, so the slow-down of a bench that has none is not seen."""
+    own = {"a": bench(eager=3.0), "b": bench(ours_2_threads=1.5)}
+    compare_or_store({STEM: own}, tmp_path)
+    changes, notes = compare_or_store({STEM: own}, tmp_path)
+    assert only(changes).bench == "a"
+    assert notes == [f"not compared with {tmp_path / f'{STEM}.json'}, for want of rivals: b"]
+
+
 def test_settle_after_another_torch(tmp_path, monkeypatch):
     compare_or_store({STEM: {"a": bench(eager=3.0), "b": bench(eager=3.0)}}, tmp_path)
     info = regression.environment()
