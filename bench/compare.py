@@ -89,13 +89,19 @@ def _build(tree: Path, commit: str) -> None:
         raise LGNetError(f"the extension of {commit} cannot be built: {done.stderr.strip()[-500:]}")
 
 
+def _file(module: str) -> str:
+    return f"bench/bench_{module}.py"
+
+
 def run_benches(tree: Path, modules: Sequence[str], results: Path) -> Run:
-    """Run the benches of a tree; returns its figures by results file.
+    """Run the benches of a tree; returns its figures by results file. Modules that it lacks are left out.
 
     Raises:
         LGNetError: a bench failed.
     """
-    files = [f"bench/bench_{module}.py" for module in modules if (tree / f"bench/bench_{module}.py").is_file()]
+    files = [_file(module) for module in modules if (tree / _file(module)).is_file()]
+    if not files:  # without a file pytest would run the tests
+        return {}
     stored = results / "stored"  # an empty folder, so that nothing is compared with bench/results or written there
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *files]
     command += ["--bench-results", str(stored), "--bench-run", str(results / "run")]
@@ -147,8 +153,13 @@ def main() -> int:
     args = parser.parse_args()
     if args.rounds < 1:
         parser.error(f"--rounds: expected 1 or more, got {args.rounds}")
+    for module in args.modules:
+        if not (ROOT / _file(module)).is_file():
+            parser.error(f"--modules: expected names of bench/bench_MODULE.py, got {module}")
     try:
         changes = compare_with(args.ref, args.modules, args.rounds)
+        if not changes:
+            raise LGNetError(f"{args.ref} and this tree have no bench with rivals in common: nothing is compared")
     except LGNetError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

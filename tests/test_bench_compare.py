@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import subprocess
 import sys
 
 import pytest
 
+import bench.compare
 from bench.compare import over_rounds
 from bench.timing import ROOT
 
@@ -56,6 +58,27 @@ def compare(*arguments: str) -> subprocess.CompletedProcess[str]:
     environment = {**os.environ, "LGNET_BENCH_SMOKE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "bench.compare", *arguments]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_a_module_that_is_none_is_refused():
+    done = compare("HEAD", "--modules", "attention", "atention")
+    assert done.returncode == 2
+    assert done.stderr.endswith("error: --modules: expected names of bench/bench_MODULE.py, got atention\n")
+
+
+def test_nothing_to_compare_is_an_error(tmp_path, monkeypatch, capsys):
+    """The other tree lacks the module: pytest is not run without a file, and the comparison does not pass."""
+
+    def ran(tree, modules, results):
+        return run_benches(tmp_path, modules, results) if tree == tmp_path else run_with(1.0, 3.0)
+
+    run_benches = bench.compare.run_benches
+    monkeypatch.setattr(bench.compare, "checked_out", lambda ref: contextlib.nullcontext(tmp_path))
+    monkeypatch.setattr(bench.compare, "run_benches", ran)
+    monkeypatch.setattr(sys, "argv", ["compare", "HEAD", "--modules", "attention", "--rounds", "1"])
+    assert bench.compare.main() == 2
+    expected = "error: HEAD and this tree have no bench with rivals in common: nothing is compared\n"
+    assert capsys.readouterr().err == expected
 
 
 needs_git = pytest.mark.skipif(not (ROOT / ".git").exists(), reason="needs a clone")
