@@ -200,6 +200,7 @@ def test_kinds_can_be_chosen_and_the_seed_counts(pictures):
     assert [score.hole_class for score in first.scores] == ["thin", "box", "all"]
     assert first.scores == again.scores
     assert first.scores != other.scores
+    assert first.legend == "Holes at 256x256: thin, strokes of 3 to 9 pixels over 10-20 %; box, 64x64."
     with pytest.raises(
         UsageError, match="^classes: with `suite` expected names of thin, thick, box, blob, got none$"
     ):

@@ -34,6 +34,13 @@ from .protocol import mask_of
 
 SUITE_METRICS = ("l1", "psnr", "ssim", "lpips", "sharp")
 
+_HOLES = {
+    "thin": "strokes of 3 to 9 pixels over 10-20 %",
+    "thick": "strokes of 17 to 31 pixels over 20-30 %",
+    "box": "64x64",
+    "blob": "one shape of 15 %",
+}
+
 
 def parse_kinds(kinds: str | Sequence[int | str] | None) -> tuple[str, ...]:
     """Names in SUITE_KINDS, given as a sequence or with commas; None: all. Raises UsageError: another, or none."""
@@ -91,10 +98,8 @@ class SuiteMasks:
         """Descriptions of the kinds; empty for masks of a folder."""
         if self.files:
             return ""
-        return (
-            "Holes at 256x256: thin, strokes of 3 to 9 pixels over 10-20 %; thick, strokes of 17 to 31 pixels over "
-            "20-30 %; box, 64x64; blob, one shape of 15 %."
-        )
+        kinds = (f"{SUITE_KINDS[one]}, {_HOLES[SUITE_KINDS[one]]}" for one in self.classes)
+        return f"Holes at 256x256: {'; '.join(kinds)}."
 
     def mask(self, index: int, hole_class: int, height: int, width: int) -> np.ndarray:
         """The mask of picture `index`: bool [height, width].
@@ -177,7 +182,7 @@ class SuiteMetrics:
     def legend(self) -> str:
         """Descriptions of the columns."""
         sharpness = "Sharpness: gradient energy in the hole, 1 = as sharp as the truth, median."
-        return " ".join(filter(None, (sharpness, lpips_legend(self._lpips))))
+        return " ".join(filter(None, (sharpness if "sharp" in self.available else "", lpips_legend(self._lpips))))
 
     def scores(
         self, filled: Mapping[str, np.ndarray], truth: np.ndarray, hole: np.ndarray
