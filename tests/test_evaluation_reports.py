@@ -42,6 +42,8 @@ def test_the_command_writes_a_table_json_markdown_and_a_sheet(fake, pictures, tm
     scores = {score["method"]: score for score in written["scores"]}
     assert list(scores) == ["bundled", "Telea", "Navier-Stokes"]
     assert written["settings"]["classes"] == ["10-20%"]
+    # Those in which the network was computed, not the option "auto".
+    assert (written["settings"]["device"], written["settings"]["dtype"]) == ("cpu", "float32")
     for title, score in scores.items():
         row = f"| {title} | 5 |"
         (line,) = [line for line in (out / "evaluation.md").read_text().splitlines() if row in line]

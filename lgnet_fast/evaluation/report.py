@@ -62,7 +62,8 @@ class Evaluation:
 
     `scores`: by class, then by method. `metrics`: the requested ones. `missing`: those that could not be measured,
     with reasons. `failures`: pictures that could not be evaluated ("picture", "error"). `died`: ranks of processes
-    that ended before they were done. `settings`, `versions`: of the evaluation. `legend`: the meaning of the columns.
+    that ended before they were done. `settings`, `versions`: of the evaluation; `device` and `dtype` are those of the
+    first network. `legend`: the meaning of the columns.
     """
 
     scores: list[Score]

@@ -77,6 +77,7 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
     journal = None if options.folder is None else Journal(options.folder / FOLDER / f"eval-{identity}", world)
     try:
         job = _Job(plan, options, methods or _methods(options, world), journal)
+        settings |= job.computed
         records = _run(job, world, tell or (lambda done, total, error: None))
         died: list[int] = []
         if journal is not None:
@@ -167,18 +168,26 @@ def _settings(options: EvaluationOptions, holes: Holes) -> dict[str, Any]:
 Method = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
-def _methods(options: EvaluationOptions, world: World) -> tuple[dict[str, Method], Metrics | SuiteMetrics]:
-    """Networks and baselines by title, and the metrics."""
+Methods = tuple[dict[str, Method], Metrics | SuiteMetrics, dict[str, str]]
+"""Networks and baselines by title, the metrics, and the device and dtype of the first network, for the report."""
+
+
+def _methods(options: EvaluationOptions, world: World) -> Methods:
     device = world.device(options.device)
     pipes = {title: _inpainter(model, options, device) for title, model in options.named.items()}
-    where = next(iter(pipes.values())).device if pipes else "cpu"
+    first = next(iter(pipes.values()), None)
+    where = "cpu" if first is None else first.device
     measure: Metrics | SuiteMetrics
     if options.suite:
         measure = SuiteMetrics(options.metric_names, options.lpips, where)
     else:
         measure = Metrics(options.metric_names, options.lpips, options.fid, where)
     methods = {title: _network(pipe, options.paper_compat) for title, pipe in pipes.items()}
-    return methods | {BASELINES[name][0]: BASELINES[name][1] for name in options.baseline_names}, measure
+    methods |= {BASELINES[name][0]: BASELINES[name][1] for name in options.baseline_names}
+    computed: dict[str, str] = {}
+    if first is not None:
+        computed = {"device": str(first.device), "dtype": str(first.dtype).removeprefix("torch.")}
+    return methods, measure, computed
 
 
 def _run(job: _Job, world: World, tell: Tell) -> list[dict[str, Any]]:
@@ -204,12 +213,12 @@ class _Job:
         self,
         plan: _Plan,
         options: EvaluationOptions,
-        methods: tuple[dict[str, Method], Metrics | SuiteMetrics],
+        methods: Methods,
         journal: Journal | None,
     ) -> None:
         self.plan, self.options, self.journal = plan, options, journal
         self.pictures, self.holes = plan.pictures, plan.holes
-        self.methods, self.measure = methods
+        self.methods, self.measure, self.computed = methods
         self.size, self.sheet_rows = options.size, options.rows
         self._index = -1
         self._truth: np.ndarray | None = None
