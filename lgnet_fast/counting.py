@@ -226,8 +226,9 @@ def _meta_copy(model: nn.Module) -> nn.Module:
     for parameter in model.parameters():
         empty = torch.empty_like(parameter, device="meta")
         memo[id(parameter)] = nn.Parameter(empty, requires_grad=parameter.requires_grad)
-    for buffer in model.buffers():
-        memo[id(buffer)] = torch.empty_like(buffer, device="meta")
+    plain = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    for tensor in (*model.buffers(), *plain):
+        memo[id(tensor)] = torch.empty_like(tensor, device="meta")
     return copy.deepcopy(model, memo).eval()
 
 

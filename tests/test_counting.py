@@ -269,6 +269,29 @@ def test_any_size_for_a_foreign_module():
     assert count(First(), size=(10, 6)).size == (10, 6)
 
 
+def test_tensors_that_are_no_parameters_and_no_buffers():
+    """A kernel kept as an attribute, and the weight of torch.nn.utils.spectral_norm after a step of training."""
+
+    class Blur(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kernel = torch.ones(4, 1, 3, 3) / 9
+            self.layer = nn.utils.spectral_norm(nn.Conv2d(4, 3, 1))
+
+        def forward(self, image, mask):
+            joined = torch.cat((image, mask), dim=1)
+            return self.layer(nn.functional.conv2d(joined, self.kernel, padding=1, groups=4))
+
+    model = Blur().train()
+    model(torch.zeros(1, 3, 8, 8), torch.zeros(1, 1, 8, 8))
+    kernel = model.kernel
+    total = count(model, size=(10, 6)).total
+    assert total.macs == 10 * 6 * (4 * 9 + 4 * 3)
+    assert total.parameters == 4 * 3 + 3
+    assert model.kernel is kernel
+    assert kernel.device.type == "cpu"
+
+
 def test_one_network_alone():
     with torch.device("meta"):
         nets = {"NetC": UNet(), "NetL": LocalNet(), "NetG": UNet(attention="released")}
