@@ -52,7 +52,7 @@ def parse_classes(classes: str | Sequence[int | str] | None) -> tuple[int, ...] 
     return tuple(dict.fromkeys(chosen))
 
 
-def pictures_in(folder: Path, excluded: Sequence[Path] = ()) -> list[Path]:
+def pictures_in(folder: Path, excluded: Sequence[Path] = ()) -> folders.Found:
     """The pictures of a folder and its sub-folders, except those in the folders `excluded`; or the one picture.
 
     Raises UsageError: no such folder or file, or no picture in it.
@@ -60,19 +60,11 @@ def pictures_in(folder: Path, excluded: Sequence[Path] = ()) -> list[Path]:
     if not folder.exists():
         raise UsageError(f"pictures: {str(folder)!r} does not exist")
     if not folder.is_dir():
-        return [folder]
-    resolved = [path.resolve() for path in excluded if path.resolve() != folder.resolve()]
-    found = list(folders.pictures_in(folder, resolved))
-    if not found:
+        return folders.Found([folder])
+    found = folders.scan(folder, [path.resolve() for path in excluded if path.resolve() != folder.resolve()])
+    if not found.pictures:
         raise UsageError(f"pictures: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
     return found
-
-
-def left_out_in(folder: Path, excluded: Sequence[Path] = ()) -> list[dict[str, str]]:
-    """Unreadable sub-folders and pictures in unsupported formats, which `pictures_in` skips."""
-    resolved = [path.resolve() for path in excluded if path.resolve() != folder.resolve()]
-    found = folders.scan(folder, resolved).left_out if folder.is_dir() else []
-    return [{"picture": str(path), "error": reason} for path, reason in found]
 
 
 def fit_picture(path: Path, size: int) -> np.ndarray:
@@ -203,7 +195,7 @@ class NamedMasks:
     classes = (OTHER,)
 
     def __init__(self, pictures: Sequence[Path], base: Path, folder: Path, invert: bool) -> None:
-        found = list(folders.pictures_in(folder, [])) if folder.is_dir() else []
+        found = folders.pictures_in(folder, []) if folder.is_dir() else []
         if not found:
             raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
         by_name = MasksByName(folder, found, (picture.relative_to(base) for picture in pictures))

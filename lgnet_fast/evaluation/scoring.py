@@ -31,7 +31,6 @@ from .protocol import (
     NamedMasks,
     class_label,
     fit_picture,
-    left_out_in,
     mask_source,
     parse_classes,
     pictures_in,
@@ -101,7 +100,7 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
 
 @dataclass(frozen=True)
 class _Plan:
-    """The pictures, those in unsupported formats, and the masks."""
+    """The pictures, what in their folder cannot be read, and the masks."""
 
     pictures: list[Path]
     not_read: list[dict[str, str]]
@@ -116,7 +115,7 @@ def _plan(options: EvaluationOptions) -> _Plan:
     holes: Holes
     if options.suite:
         holes = SuiteMasks(
-            found,
+            found.pictures,
             options.base,
             options.mask_folder,
             kinds,
@@ -127,7 +126,7 @@ def _plan(options: EvaluationOptions) -> _Plan:
     else:
         holes = mask_source(
             options.mask_folder,
-            found,
+            found.pictures,
             options.base,
             classes,
             kind=options.mask_kind,
@@ -135,7 +134,8 @@ def _plan(options: EvaluationOptions) -> _Plan:
             invert=options.invert_mask,
             by_name=options.pair_by_name,
         )
-    return _Plan(found, left_out_in(options.source, besides), holes)
+    not_read = [{"picture": str(path), "error": reason} for path, reason in found.left_out]
+    return _Plan(found.pictures, not_read, holes)
 
 
 def _label(options: EvaluationOptions, hole_class: int) -> str:

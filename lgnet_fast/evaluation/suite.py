@@ -80,7 +80,7 @@ class SuiteMasks:
         self.files: dict[tuple[int, int], Path] = {}
         if folder is None:
             return
-        found = list(folders.pictures_in(folder, [])) if folder.is_dir() else []
+        found = folders.pictures_in(folder, []) if folder.is_dir() else []
         if not found:
             raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
         by_name = MasksByName(folder, found)
