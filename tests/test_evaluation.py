@@ -207,6 +207,12 @@ def test_masks_paired_by_name_are_grouped_by_their_class(pictures, tmp_path):
     result = evaluate(pictures, masks=masks, pair_by_name=True, size=0, models=[], baselines=["ns"], metrics=["l1"])
     counts = {score.hole_class: score.pictures for score in result.scores}
     assert counts == {"1-10%": 1, "20-30%": 1, "40-50%": 1, "other": 2, "all": 5}
+    Image.new("L", (128, 96), 255).save(masks / "4.png")  # a picture of which nothing is known
+    (failure,) = evaluate(
+        pictures, masks=masks, pair_by_name=True, size=0, models=[], baselines=["ns"], metrics=["l1"]
+    ).failures
+    assert failure["picture"] == str(pictures / "4.png")
+    assert failure["error"] == f"mask {str(masks / '4.png')!r}: no known pixel in the part that is evaluated"
     (masks / "3.png").unlink()
     with pytest.raises(UsageError, match=r"no file named '3'.*3.png"):
         evaluate(pictures, masks=masks, pair_by_name=True)

@@ -98,7 +98,7 @@ def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
 def mask_of(file: Path, polarity: str, picture: Path, size: int) -> np.ndarray:
     """The mask in `file`, scaled and cropped as :func:`fit_picture` does its picture.
 
-    Raises InvalidMaskError: not of the picture's size, or without a hole.
+    Raises InvalidMaskError: not of the picture's size, without a hole, or without a known pixel.
     """
     mask, own = read_mask(file, polarity), picture_of(picture).size
     if mask.shape != own:
@@ -109,6 +109,8 @@ def mask_of(file: Path, polarity: str, picture: Path, size: int) -> np.ndarray:
     mask = fit_mask(mask, size)
     if not mask.any():
         raise InvalidMaskError(f"mask {str(file)!r}: no hole pixel in the part that is evaluated")
+    if mask.all():
+        raise InvalidMaskError(f"mask {str(file)!r}: no known pixel in the part that is evaluated")
     return mask
 
 
@@ -211,7 +213,7 @@ class NamedMasks:
     def paired(self, index: int, picture: Path, size: int) -> tuple[np.ndarray, int]:
         """The mask of picture number `index`, scaled and cropped like the picture, and its class.
 
-        Raises InvalidMaskError: not of the picture's size, or without a hole.
+        Raises InvalidMaskError: see :func:`mask_of`.
         """
         mask = mask_of(self.files[index], self.polarity, picture, size)
         found = hole_class(mask)

@@ -25,7 +25,7 @@ from ..data.metrics import (
     one_line,
     relative_energy,
 )
-from ..errors import InvalidMaskError, MissingExtraError, UsageError, WeightsError
+from ..errors import MissingExtraError, UsageError, WeightsError
 from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
 from ..pipeline.formats import EXTENSIONS
@@ -104,16 +104,12 @@ class SuiteMasks:
     def mask(self, index: int, hole_class: int, height: int, width: int) -> np.ndarray:
         """The mask of picture `index`: bool [height, width].
 
-        Raises InvalidMaskError: a file that cannot be read, is not of the picture's size, or has no hole.
+        Raises InvalidMaskError: a file that cannot be read, or see :func:`lgnet_fast.evaluation.protocol.mask_of`.
         """
         if not self.files:
             seed = (self.seed, index, hole_class)
             return suite_mask(height, width, kind=SUITE_KINDS[hole_class], seed=seed)
-        file = self.files[index, hole_class]
-        mask = mask_of(file, self.polarity, self.pictures[index], self.size)
-        if mask.all():
-            raise InvalidMaskError(f"mask {str(file)!r}: no known pixel in the part that is evaluated")
-        return mask
+        return mask_of(self.files[index, hole_class], self.polarity, self.pictures[index], self.size)
 
     def identity(self, index: int, hole_class: int) -> object:
         """The seed values of the mask, or its file."""
