@@ -30,7 +30,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from bench.gpu_contact import Log, graph_of, median_us, model_and_plan, picture
+from bench.gpu_contact import Log, graph_of, median_us, model_and_plan, picture, sections_of
 from lgnet_fast.engine.cuda.launches import run_all
 
 SECTIONS = ("load", "layers", "chain", "graph", "clocks")
@@ -323,7 +323,8 @@ def main() -> int:
     """Measure the sections of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default=",".join(SECTIONS))
+    known = sections_of((*SECTIONS, "compile_kernels"))
+    parser.add_argument("--sections", type=known, default=",".join(SECTIONS))
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--model", default="lgnet")
     parser.add_argument("--seconds", type=float, default=85)

@@ -42,6 +42,21 @@ if TYPE_CHECKING:
     from lgnet_fast.engine.cuda.graph_executor import GraphExecutor
 
 
+SECTIONS = ("compile", "buffers", "graph", "steps", "holes", "calls", "peers", "attention", "convs")
+
+
+def sections_of(known: Sequence[str]) -> Callable[[str], str]:
+    """A type for argparse: names of `known` between commas. Other names would measure nothing."""
+
+    def checked(text: str) -> str:
+        for name in text.split(","):
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"expected names of {', '.join(known)}, got {name!r}")
+        return text
+
+    return checked
+
+
 class Log:
     """Lines of JSON, flushed at once."""
 
@@ -437,7 +452,7 @@ def main() -> int:
     """Measure the sections of the arguments, where there is a GPU."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default="compile,buffers,graph,steps,holes,calls,peers,attention,convs")
+    parser.add_argument("--sections", type=sections_of(SECTIONS), default=",".join(SECTIONS))
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--model", default="lgnet")

@@ -28,7 +28,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from gpu_contact import Log, model_and_plan
+from gpu_contact import Log, model_and_plan, sections_of
 
 LIMITS = {"known": 45, "steps": 90, "clocks": 45}
 """Time limit of each part, in seconds."""
@@ -281,7 +281,7 @@ def main() -> int:
     """Run the sections of the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", type=Path)
-    parser.add_argument("--sections", default=",".join(PARTS))
+    parser.add_argument("--sections", type=sections_of(tuple(PARTS)), default=",".join(PARTS))
     parser.add_argument("--part", choices=PARTS, help="run this part only, in this process")
     args = parser.parse_args()
     if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -187,3 +188,15 @@ def test_rows_of_attention_tables_hold_by_positions_and_the_last_for_all_smaller
         "forward": ((4096, large), (0, small)),
         "rows": ((0, large),),
     }
+
+
+@pytest.mark.parametrize(
+    ("script", "known"), [("gpu", "compile, buffers,"), ("deep", "load, "), ("hopper", "known, ")]
+)
+def test_an_unknown_section_is_refused(tmp_path: Path, script: str, known: str) -> None:
+    """Also where there is no GPU; it would measure nothing, and pass."""
+    command = [sys.executable, f"bench/{script}_contact.py", str(tmp_path), "--sections", "clocks,step"]
+    environment = {**os.environ, "PYTHONPATH": str(run_gpu.ROOT)}
+    done = subprocess.run(command, cwd=run_gpu.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert f"error: argument --sections: expected names of {known}" in done.stderr
