@@ -46,16 +46,16 @@ def kodak(source: Path, folder: Path) -> None:
 
     Raises LGNetError: not 24 pictures numbered from 1 to 24.
     """
-    numbered = {}
+    numbered = []
     for file in sorted(source.glob("*")):
         digits = re.search(r"(\d+)$", file.stem)
         if digits and file.suffix.lower() in EXTENSIONS:
-            numbered[int(digits[1])] = file
-    if sorted(numbered) != list(range(1, 25)):
+            numbered.append((int(digits[1]), file))
+    if sorted(number for number, _ in numbered) != list(range(1, 25)):
         raise LGNetError(
             f"--kodak: expected 24 pictures numbered from 1 to 24 in {str(source)!r}, got {len(numbered)}"
         )
-    for number, file in numbered.items():
+    for number, file in numbered:
         shutil.copy(file, folder / f"kodim{number:02d}{file.suffix}")
 
 

@@ -51,6 +51,10 @@ def test_kodak_is_taken_in_the_order_of_its_numbers(tmp_path):
         (source / f"{number}.png").write_bytes(bytes([number]))
     evaluation_page.kodak(source, folder)
     assert [file.read_bytes()[0] for file in sorted(folder.iterdir())] == list(range(1, 25))
+    (source / "07.jpg").write_bytes(b"")  # which of the two is of the set is not known
+    with pytest.raises(LGNetError, match="24 pictures numbered from 1 to 24.*got 25"):
+        evaluation_page.kodak(source, folder)
+    (source / "07.jpg").unlink()
     (source / "7.png").unlink()
     with pytest.raises(LGNetError, match="24 pictures numbered from 1 to 24.*got 23"):
         evaluation_page.kodak(source, folder)
