@@ -126,6 +126,21 @@ def test_missing_backbones_are_one_line_each_and_the_other_metrics_stay(tmp_path
     assert result.markdown().count("n/a |") == 2
 
 
+def test_a_mean_that_is_no_number_has_a_reason(pictures):
+    """LPIPS by a network that gives NaN on one picture: its other means are shown."""
+
+    def distance(a, b):
+        return torch.tensor(np.nan) if a.shape[2:] == (80, 64) else torch.tensor(0.5)
+
+    options = {"metrics": ["l1", "lpips"], "lpips": distance, "size": 0, "models": [], "baselines": ["ns"]}
+    result = evaluate(pictures, classes="1", **options)
+    assert result.score("Navier-Stokes", "10-20%").lpips is None
+    assert result.score("Navier-Stokes", "10-20%").l1 > 0
+    assert result.missing == {"lpips": "not a number on some pictures"}
+    assert "- LPIPS: n/a (not a number on some pictures)" in result.markdown()
+    assert evaluate(pictures, **{**options, "size": 64}, classes="1").missing == {}
+
+
 def _alexnet_features() -> nn.Sequential:
     """torchvision's ``alexnet().features``, random."""
     torch.manual_seed(0)

@@ -34,8 +34,8 @@ class Score:
 
     `l1`: percent, 0 to 100. `psnr`: dB, 0 or more. `ssim`: in [-1, 1], 1 for equal pictures; with Gaussian windows
     11x11 of sigma 1.5, but with the suite uniform ones 7x7, so that the two do not compare. `lpips`, `fid`: 0 or
-    more, lower for pictures that are more alike. None: not measured, or (PSNR without the suite) infinite, where a
-    picture has no difference.
+    more, lower for pictures that are more alike. None: not measured, not a number, or (PSNR without the suite)
+    infinite, where a picture has no difference.
 
     Only with the suite: `sharp`, the median of the fill's gradient energy in the hole relative to the truth, 0 or
     more, 1 = as sharp; `sharp_all`, the ratio of the sums; `hole_l1`, `hole_psnr`, of the hole instead of the whole

@@ -424,6 +424,9 @@ def _merged(job: _Job, records: list[dict[str, Any]], died: list[int], settings:
         scores += [Score(title, hole_class, len(group), **means[title]) for title in job.options.titles]
     if "fid" in metrics and "fid" not in missing and any(len(group) < 2 for group in groups.values()):
         missing["fid"] = "classes of a single picture have none"
+    for name in metrics:  # a PSNR of None is infinite
+        if name != "psnr" and name not in missing and any(getattr(one, name) is None for one in scores):
+            missing[name] = "not a number on some pictures"
     failures: dict[str, str] = {}
     for record in records:
         if record.get("error") is not None:
