@@ -240,15 +240,22 @@ def roofline(name: str, machine: Machine) -> Section | None:
     return Section("Roofline of the plan's steps", text, picture=f"{name}_roofline")
 
 
+def versions(machine: Machine) -> str:
+    """The versions that the modules were measured with, all of them where they differ, and the threads."""
+    environments = [content["environment"] for content in machine.values()]
+    parts = []
+    for key in ("torch", "triton", "openvino", "onnxruntime", "cuda"):
+        found = dict.fromkeys(info[key] for info in environments if key in info)
+        if found:
+            parts.append(f"{key} {' and '.join(found)}")
+    return f"{', '.join(parts)}; {environments[0]['threads']} CPU threads."
+
+
 def sections(machines: Mapping[str, Machine]) -> list[Section]:
     """The sections for which there are results."""
     found = [table4(machines)]
     for name, machine in machines.items():
-        info = next(iter(machine.values()))["environment"]
-        parts = ", ".join(
-            f"{key} {info[key]}" for key in ("torch", "triton", "openvino", "onnxruntime", "cuda") if key in info
-        )
-        found.append(Section(f"Machine class {name}", f"{parts}; {info['threads']} CPU threads."))
+        found.append(Section(f"Machine class {name}", versions(machine)))
         found += all_contests(name, machine)
         found += [growth(name, machine), hole_speed_up(name, machine), roofline(name, machine)]
         if len(history(name)) > 1:

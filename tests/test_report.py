@@ -105,6 +105,17 @@ def test_report(results, tmp_path):
     assert len(re.findall(r"!\[", text)) == 5  # no history: nothing was committed for this machine class
 
 
+def test_every_version_is_told(results):
+    """Modules are measured at different times; the report has one line for all of them."""
+    file = results / f"{CPU}_inference.json"
+    content = json.loads(file.read_text())
+    write_results(file, content["benches"], INFO | {"torch": "2.14.0"})
+    told = {section.title: section.text for section in report.sections(report.load([results]))}
+    expected = "torch 2.14.0 and 2.13.0, openvino 2026.4; 2 CPU threads."
+    assert told[f"Machine class {CPU}"] == expected
+    assert told[f"Machine class {GPU}"] == "torch 2.13.0, openvino 2026.4, cuda 12.8; 2 CPU threads."
+
+
 def test_one_self_contained_page(results, tmp_path):
     report.write_report(tmp_path / "out", [results])
     page = (tmp_path / "out" / "report.html").read_text()
