@@ -238,6 +238,9 @@ def compare(base: Tree, new: Tree) -> int:
         note = difference(a, b) if a.error is None and b.error is None else "does not compile"
         print(row(b.name, b.label, b.config, *numbers, f"WORSE: {'; '.join(wrong)}; {note}" if wrong else note))
     print(f"{len(pairs)} kernels, {same} of the same instructions, {broken} worse")
+    if not pairs and not broken:
+        print("no kernel matches --case and --kernel: nothing is compared")
+        return 1
     return broken
 
 

@@ -81,6 +81,12 @@ def test_launches_are_paired_in_order(capsys: pytest.CaptureFixture[str]) -> Non
     assert "b: 1 launches before, not there now" in printed
 
 
+def test_a_comparison_of_nothing_does_not_pass(capsys: pytest.CaptureFixture[str]) -> None:
+    """A pattern that no name matches leaves cases without launches."""
+    assert compare(Tree({"a": []}, []), Tree({"a": []}, [])) == 1
+    assert capsys.readouterr().out.endswith("no kernel matches --case and --kernel: nothing is compared\n")
+
+
 def test_the_commit_is_needed() -> None:
     with pytest.raises(SystemExit):
         compare_kernels.main([])
