@@ -155,17 +155,17 @@ def _driver() -> str:
 
 
 def folder() -> Path | None:
-    """The folder of the entries; None where the user has no home folder."""
-    named = os.environ.get(ENVIRONMENT)
-    if named:
-        return Path(named).expanduser()
+    """The folder of the entries, a leading "~" replaced by the home; None where there is no such home folder."""
     try:
+        if named := os.environ.get(ENVIRONMENT):
+            return Path(named).expanduser()
         if sys.platform == "win32":
             base = Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local")
         elif sys.platform == "darwin":
             base = Path.home() / "Library" / "Caches"
         else:
-            base = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+            # expanded as PyTorch and huggingface_hub do: container files and units hand over "~" as it is
+            base = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser()
     except RuntimeError:  # no home
         return None
     return base / "lgnet_fast"

@@ -111,10 +111,26 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(cache.ENVIRONMENT)
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.setattr(Path, "expanduser", lambda path: homeless())
     assert cache.folder() is None
     assert not cache.put(KEY, VERDICTS, "x", 1)
     assert cache.get(KEY, VERDICTS, "x") == 1
     assert list(cache.entries(VERDICTS)) == []
+
+
+@pytest.mark.parametrize("name", [cache.ENVIRONMENT, "XDG_CACHE_HOME"])
+def test_a_tilde_is_the_home(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    forget(monkeypatch)
+    monkeypatch.delenv(cache.ENVIRONMENT)
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv(name, "~/kept")
+    below = "" if name == cache.ENVIRONMENT else "lgnet_fast"
+    assert cache.folder() == tmp_path / "kept" / below
+    monkeypatch.setenv(name, "~nobody_of_this_name/kept")
+    assert cache.folder() is None
+    assert not cache.put(KEY, VERDICTS, "x", 1)
+    assert cache.get(KEY, VERDICTS, "x") == 1
 
 
 def test_an_interrupted_write_leaves_what_was_there(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
