@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import csv
 import gzip
 import json
@@ -11,6 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from lgnet_fast import LGNet, WeightsError, create_model
 from lgnet_fast.weights import bundled_path
@@ -70,6 +73,72 @@ def test_every_kind_of_model_survives_saving(name, tmp_path):
     loaded = LGNet.from_pretrained(tmp_path)
     assert same(model, loaded)
     assert (loaded.stages, loaded.variant) == (model.stages, "paper")
+
+
+def _pruned(model: LGNet) -> None:
+    prune.l1_unstructured(model.net_l.out, "weight", 0.5)
+
+
+def _normed(model: LGNet) -> None:
+    parametrizations.weight_norm(model.net_l.out)
+
+
+def _compiled(model: LGNet) -> None:
+    model.net_l.out = torch.compile(model.net_l.out)
+
+
+def _replaced(model: LGNet) -> None:
+    model.net_l.out = nn.Conv2d(4, 3, 5)
+
+
+def _in_two_dtypes(model: LGNet) -> None:
+    model.net_l.out.double()
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (
+            _pruned,
+            "names and shapes do not fit. missing (1): net_l.out.weight | unexpected (2): net_l.out.weight_mask; "
+            "net_l.out.weight_orig",
+        ),
+        (
+            _normed,
+            "names and shapes do not fit. missing (1): net_l.out.weight | unexpected (2): "
+            "net_l.out.parametrizations.weight.original0; net_l.out.parametrizations.weight.original1",
+        ),
+        (
+            _compiled,
+            "names and shapes do not fit. missing (2): net_l.out.bias; net_l.out.weight | unexpected (2): "
+            "net_l.out._orig_mod.bias; net_l.out._orig_mod.weight",
+        ),
+        (
+            _replaced,
+            "names and shapes do not fit. wrong shape (1): net_l.out.weight: expected [3, 4, 7, 7], got [3, 4, 5, 5]",
+        ),
+        (_in_two_dtypes, "expected weights of one dtype, got torch.float32 and torch.float64"),
+    ],
+)
+def test_what_could_not_be_loaded_again_is_not_saved(change, text, model, tmp_path):
+    model.save_pretrained(tmp_path)
+    before = copy.deepcopy(model)
+    change(model)
+    with pytest.raises(WeightsError) as caught:
+        model.save_pretrained(tmp_path)
+    assert str(caught.value) == f"save: from_pretrained makes the layers anew and could not load these: {text}"
+    assert same(before, LGNet.from_pretrained(tmp_path))
+
+
+def test_weights_that_are_shared_or_in_several_dtypes_are_saved_where_they_can_be_loaded(model, tmp_path):
+    first, second = model.net_l.blocks[:2]
+    second.first.conv.weight = first.first.conv.weight
+    model.save_pretrained(tmp_path)
+    assert same(model, LGNet.from_pretrained(tmp_path))
+    model.net_g.half()
+    model.net_l.double()
+    model.save_pretrained(tmp_path, dtype=torch.float32)
+    assert same(model.float(), LGNet.from_pretrained(tmp_path))
 
 
 def test_stored_dtype(model, tmp_path):

@@ -28,6 +28,7 @@ from .pretrained import (
     check_map_location,
     config_errors,
     find_weights,
+    fitting,
     read_safetensors,
     refuse_impostor,
     weights_errors,
@@ -261,6 +262,8 @@ class LGNet(
 
         Raises:
             TypeError: an argument of another type.
+            WeightsError: `from_pretrained` could not load the weights, because layers were replaced, pruned,
+                parametrized or compiled one by one, or have several dtypes; it lists them. The old set stays.
             LGNetError: the directory cannot be written.
         """
         if not isinstance(save_directory, (str, os.PathLike)):
@@ -284,7 +287,18 @@ class LGNet(
         return None
 
     def _save_pretrained(self, save_directory: Path) -> None:
-        write_safetensors(self.state_dict(), save_directory, _stored_dtype.get())
+        state, dtype = self.state_dict(), _stored_dtype.get()
+        if type(self) is LGNet:  # another class may make other layers
+            with torch.device("meta"):
+                plain = LGNet(**self.config)
+            stored = {
+                name: torch.empty_like(t, device="meta", dtype=dtype if t.is_floating_point() else None)
+                for name, t in state.items()
+            }
+            fitting(
+                stored, plain.state_dict(), "save: from_pretrained makes the layers anew and could not load these"
+            )
+        write_safetensors(state, save_directory, dtype)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LGNet:

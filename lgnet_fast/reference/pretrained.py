@@ -192,14 +192,18 @@ def read_safetensors(
     else:
         file = hf_hub_download(repo_id=source, filename=WEIGHTS_FILE, **hub)
     refuse_impostor(Path(file))
-    tensors = load_file(file, device=str(map_location))
-    check_names_and_shapes(tensors, {k: tuple(v.shape) for k, v in expected.items()}, str(file))
-    check_kinds(tensors, expected, str(file))
-    tensors = upcast(tensors)
-    kinds = {str(tensor.dtype) for tensor in tensors.values() if tensor.is_floating_point()}
+    return fitting(load_file(file, device=str(map_location)), expected, str(file))
+
+
+def fitting(tensors: Mapping[str, Tensor], expected: Mapping[str, Tensor], what: str) -> dict[str, Tensor]:
+    """The tensors of a file, 16-bit floats as float32. WeightsError unless they fit the model of `expected`."""
+    check_names_and_shapes(tensors, {k: tuple(v.shape) for k, v in expected.items()}, what)
+    check_kinds(tensors, expected, what)
+    upcasted = upcast(tensors)
+    kinds = {str(tensor.dtype) for tensor in upcasted.values() if tensor.is_floating_point()}
     if len(kinds) > 1:
-        raise WeightsError(f"{file}: expected weights of one dtype, got {' and '.join(sorted(kinds))}")
-    return tensors
+        raise WeightsError(f"{what}: expected weights of one dtype, got {' and '.join(sorted(kinds))}")
+    return upcasted
 
 
 def impostor(path: Path) -> str | None:
@@ -235,10 +239,13 @@ def check_kinds(found: Mapping[str, Tensor], expected: Mapping[str, Tensor], wha
 
 def write_safetensors(tensors: Mapping[str, Tensor], directory: Path, dtype: torch.dtype | None) -> None:
     """Write ``model.safetensors`` in `directory`, floating tensors in `dtype` (None: as they are)."""
-    out = {
-        name: (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().cpu().contiguous()
-        for name, t in tensors.items()
-    }
+    out: dict[str, Tensor] = {}
+    written: set[int] = set()
+    for name, t in tensors.items():
+        stored = (t.to(dtype) if dtype is not None and t.is_floating_point() else t).detach().cpu().contiguous()
+        place = stored.untyped_storage().data_ptr()
+        out[name] = stored.clone() if place in written else stored  # safetensors refuses tensors that share memory
+        written.add(place)
     path = directory / WEIGHTS_FILE
     path.touch()
     rights = path.stat().st_mode  # by the user's umask; safetensors makes files that only their owner can read
