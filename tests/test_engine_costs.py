@@ -34,6 +34,12 @@ def test_description_names_every_step_and_its_cost(model):
     assert 0 <= shares[-1] < 400  # whole percents: a narrow network leaves many cores idle
 
 
+@pytest.mark.parametrize("rounds", [0, -1, True, 1.5, "5", None])
+def test_a_description_needs_a_run(rounds, model):
+    with pytest.raises(ValueError, match=f"^rounds: expected a positive integer, got {rounds!r}$"):
+        optimize(model).describe(rounds=rounds)
+
+
 @needs_extension
 def test_arithmetic_roof():
     """The work timed for the roof has the stated number of operations."""

@@ -9,7 +9,7 @@ import operator
 import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -67,6 +67,17 @@ T = TypeVar("T")
 
 # A restricted run must save this share of a dense run's cost (Executor.cost); otherwise the run is dense.
 _WORTHWHILE = 0.05
+
+
+def _positive(name: str, value: Any) -> int:
+    """An argument as a positive integer; ValueError where it is none."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name}: expected a positive integer, got {value!r}")
+    return number
 
 
 class _Shape:
@@ -378,8 +389,9 @@ class Engine:
             rounds: number of timed runs, at least 1; the least times are shown.
 
         Raises:
-            TypeError, ValueError: `holes` are no rectangles inside the picture.
+            TypeError, ValueError: `holes` are no rectangles inside the picture, or `rounds` is no positive integer.
         """
+        rounds = _positive("rounds", rounds)
         plan = self.plan
         if holes is not None:
             hole = torch.empty(plan.batch, 1, plan.height, plan.width, device="meta")  # without values to cover
@@ -453,12 +465,7 @@ def optimize(
         raise TypeError(f"size: expected two integers (height, width), got {size!r}") from None
     if min(height, width) < 1 or height % 2**LEVELS or width % 2**LEVELS:
         raise ValueError(f"size: expected positive multiples of {2**LEVELS}, got {(height, width)}")
-    try:
-        batch = operator.index(batch_size)
-    except TypeError:
-        batch = 0
-    if isinstance(batch_size, bool) or batch < 1:
-        raise ValueError(f"batch_size: expected a positive integer, got {batch_size!r}")
+    batch = _positive("batch_size", batch_size)
     if not isinstance(hole_aware, bool):
         raise TypeError(f"hole_aware: expected a bool, got {type(hole_aware).__name__}")
     if not isinstance(tune, (bool, int, float)) or not 0 <= tune < math.inf:
