@@ -227,6 +227,21 @@ def test_other_weights_of_the_same_layers_are_planned(model: LGNet, change: Call
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
+@pytest.mark.parametrize("change", [by_hook, by_spectral_hook, pruned])
+def test_a_changed_model_that_was_trained_is_copied(model: LGNet, change: Callable[[LGNet], None]) -> None:
+    """A training step leaves a computed weight that is part of a graph, which PyTorch does not copy."""
+    before = copy.deepcopy(model)
+    change(model)
+    hooked(model)
+    model.train()
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    model(image, mask).sum().backward()
+    engine = optimize(model, device="cpu", dtype="float32")
+    assert isinstance(engine._first.executor, ModelExecutor)
+    assert_runs_as(engine, model.eval(), before)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", [by_parametrization, by_spectral_hook])
 def test_a_model_in_training_is_left_as_it_is(model: LGNet, change: Callable[[LGNet], None]) -> None:
     """Reading a weight with spectral normalisation must not improve its singular vectors; the results are those of

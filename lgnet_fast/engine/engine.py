@@ -479,12 +479,12 @@ def optimize(
     # The tensors of an engine must also work outside inference mode.
     with torch.inference_mode(False), torch.no_grad(), without_autocast(target):
         executor: Executor
+        refresh_weights(model)  # what a forward has left belongs to its graph, and could not be copied
         if (reason := reason_against_plan(model)) is not None:
             logger.warning("the model runs in plain PyTorch: %s", reason)
             plan = build_plan(plain_stages(model), batch, height, width)
             executor = ModelExecutor(model, target, computed)
         else:
-            refresh_weights(model)
             with weights_in_evaluation(model):
                 plan = build_plan(plan_stages(model), batch, height, width)
             executor = _executor(model, plan, target, computed, SECONDS if tune is True else float(tune))
