@@ -36,6 +36,18 @@ def test_save_and_load(model, tmp_path):
     assert torch.equal(loaded(wide, wide_mask), fast(wide, wide_mask))
 
 
+@needs_extension
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_folder_whose_name_is_not_utf_8(model, tmp_path):
+    fast, folder = optimize(model), tmp_path / os.fsdecode(b"\xff")
+    fast.save(folder)
+    loaded = load_engine(folder)
+    loaded.save(folder)  # over the files that it has mapped
+    image, mask = case("gen256", 1, 256, 256, torch.float32)
+    assert torch.equal(load_engine(folder)(image, mask), loaded(image, mask))
+    assert torch.equal(loaded(image, mask), fast(image, mask))
+
+
 FORKED = """
 import os, sys, torch
 import lgnet_fast

@@ -203,3 +203,12 @@ def test_a_name_that_no_folder_can_have_is_one_clear_error():
     with pytest.raises(LGNetError) as caught:
         LGNet("C", coarse_channels=1).save_pretrained("a\0b")
     assert str(caught.value) == "save: expected a folder's name, got 'a\\x00b'"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
+def test_a_name_that_is_not_utf_8_is_one_clear_error(tmp_path):
+    folder = tmp_path / os.fsdecode(b"\xff")
+    with pytest.raises(LGNetError) as caught:
+        LGNet("C", coarse_channels=1).save_pretrained(folder)
+    assert str(caught.value).startswith(f"save: {folder} could not be written: 'utf-8' codec can't encode ")
+    assert list(folder.iterdir()) == []

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from .. import forks
@@ -101,9 +102,8 @@ def read_engine(directory: Path) -> tuple[LGNet, CpuExecutor, bool]:
             f"{directory}: the engine was made elsewhere ({'; '.join(differs)}); optimise the model again"
         )
     try:
-        state["data"] = torch.from_file(
-            str(weights), shared=False, size=description["bytes"], dtype=torch.uint8, device="cpu"
-        )
+        # mapped by NumPy, because torch.from_file takes no names that are not UTF-8
+        state["data"] = torch.from_numpy(np.memmap(weights, np.uint8, mode="c", shape=description["bytes"]))
         return model, CpuExecutor(plan, CpuWeights.from_state(plan, state)), hole_aware
     except Exception as error:
         raise WeightsError(f"{directory}: {_DESCRIPTION} does not fit the network: {error}") from error

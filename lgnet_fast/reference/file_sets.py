@@ -224,7 +224,7 @@ def staged(directory: Path) -> Iterator[Path]:
             committed = False  # the sub-folder is no longer needed
             for folder in left:
                 shutil.rmtree(folder, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, UnicodeError) as error:  # the last: a name that is not UTF-8
         raise LGNetError(f"save: {directory} could not be written: {error}") from error
     finally:
         if staging is not None and not committed:
