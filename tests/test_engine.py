@@ -419,6 +419,18 @@ def test_a_size_that_the_memory_cannot_hold_is_refused(monkeypatch):
         optimize(create_model("lgnet_demo", **NARROW).eval(), size=(512, 512), device="cpu", dtype="float32")
 
 
+@needs_extension
+def test_buffers_that_no_run_has_taken_are_no_memory_to_be_freed(monkeypatch):
+    fast = optimize(create_model("lgnet_demo", **NARROW).eval(), size=(512, 512), device="cpu", dtype="float32")
+    own = fast._first.executor.buffer_bytes
+    monkeypatch.setattr(engine_module, "available_memory", lambda device: own)
+    larger = torch.zeros(1, 3, 512, 768), torch.ones(1, 1, 512, 768)
+    with pytest.raises(OutOfMemoryError, match="^image: its buffers take"):
+        fast(*larger)
+    fast.warmup()
+    assert fast(*larger).shape == larger[0].shape  # what the first run has taken is freed for it
+
+
 def test_plain_pytorch_runs_what_the_extension_cannot(model, monkeypatch, caplog):
     monkeypatch.setattr(CpuExecutor, "unavailable_reason", staticmethod(lambda: "no compiler today"))
     with caplog.at_level(logging.INFO, logger="lgnet_fast"):

@@ -238,9 +238,9 @@ def test_dropped_buffers_are_allocated_anew(threads):
     least = executor.buffer_bytes
     assert executor.workspace_bytes == 0
     expected = executor.run(*inputs)[0]
-    assert executor.buffer_bytes == executor.workspace_bytes >= least > 0
+    assert executor.held_bytes == executor.buffer_bytes == executor.workspace_bytes >= least > 0
     executor.drop_buffers()
-    assert (executor.workspace_bytes, executor.buffer_bytes) == (0, least)
+    assert (executor.held_bytes, executor.workspace_bytes, executor.buffer_bytes) == (0, 0, least)
     assert torch.equal(executor.run(*inputs)[0], expected)
 
 

@@ -323,13 +323,15 @@ class Engine:
         if room is None:
             return
         kept = sum(shape.executor.buffer_bytes for shape in self._shapes.values())
-        if self.device.type == "cpu" and needed > room + kept:
+        # a shape that has not run yet has taken nothing of what the system says is left
+        free = room + sum(shape.executor.held_bytes for shape in self._shapes.values())
+        if self.device.type == "cpu" and needed > free:
             # Linux grants memory that it does not have, and ends the process when the memory is used.
             raise OutOfMemoryError(
-                f"{argument}: its buffers take {needed / 2**30:.1f} GiB, {(room + kept) / 2**30:.1f} GiB are free; "
+                f"{argument}: its buffers take {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free; "
                 "pass fewer or smaller pictures at once"
             )
-        most = KEPT_SHARE * (room + kept)
+        most = KEPT_SHARE * free
         for shape in self._shapes.values():
             if kept + needed <= most:
                 break

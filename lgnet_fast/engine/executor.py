@@ -115,6 +115,11 @@ class Executor(ABC):
         """Bytes that runs leave allocated for later ones; before the first run, what it will leave at least."""
         return 0
 
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of :attr:`buffer_bytes` that are allocated now."""
+        return self.buffer_bytes
+
     def drop_buffers(self) -> None:  # noqa: B027
         """Free the buffers that runs have left; the next run allocates them anew. Other threads may be running."""
 

@@ -213,12 +213,12 @@ def test_dropped_buffers_are_allocated_anew() -> None:
     memory = executor.memory
     tensors = (memory.arena, memory.image, memory.mask, memory.start, memory.outputs)
     assert least == sum(tensor.nbytes for tensor in tensors)
-    assert executor.buffer_bytes == memory.bytes >= least
+    assert executor.held_bytes == executor.buffer_bytes == memory.bytes >= least
     gone = weakref.ref(memory.arena)
     del memory, tensors
     executor.drop_buffers()
     assert gone() is None
-    assert executor.buffer_bytes == least
+    assert (executor.held_bytes, executor.buffer_bytes) == (0, least)
     assert torch.equal(executor.run(image, mask)[0], expected)
     executor.drop_buffers()
     executor.drop_buffers()

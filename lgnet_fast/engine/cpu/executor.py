@@ -143,6 +143,10 @@ class CpuExecutor(Executor):
     def buffer_bytes(self) -> int:
         return max(self.workspace_bytes, 4 * self._arena.size)
 
+    @property
+    def held_bytes(self) -> int:
+        return self.workspace_bytes
+
     def drop_buffers(self) -> None:
         """See :meth:`..executor.Executor.drop_buffers`; those of runs in other threads are freed as these end."""
         self._program = self._new_program()

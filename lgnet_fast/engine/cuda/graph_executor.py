@@ -161,6 +161,11 @@ class GraphExecutor(Executor):
         memory = self._own
         return least_bytes(self.plan, self.dtype) if memory is None else memory.bytes
 
+    @property
+    def held_bytes(self) -> int:
+        memory = self._own
+        return 0 if memory is None else memory.bytes
+
     def drop_buffers(self) -> None:
         """See :meth:`..executor.Executor.drop_buffers`; graphs are dropped too. Waits for the device."""
         with self._lock:

@@ -62,6 +62,10 @@ class Guarded(Executor):
     def buffer_bytes(self) -> int:
         return self.executor.buffer_bytes
 
+    @property
+    def held_bytes(self) -> int:
+        return self.executor.held_bytes
+
     def drop_buffers(self) -> None:
         self.executor.drop_buffers()
 
