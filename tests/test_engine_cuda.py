@@ -29,7 +29,7 @@ from lgnet_fast.engine.cuda.guarded import Guarded
 from lgnet_fast.engine.cuda.memory import Memory
 from lgnet_fast.engine.cuda.operator_executor import OperatorExecutor
 from lgnet_fast.engine.cuda.verified import verified
-from lgnet_fast.engine.engine import optimize
+from lgnet_fast.engine.making import optimize
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.recent import Recent
 from lgnet_fast.engine.regions import Rect, rounded

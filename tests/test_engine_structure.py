@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrizations, prune
 
 from lgnet_fast import Engine, Inpainter, LGNet, LocalGlobalRefinement, create_model, optimize
-from lgnet_fast.engine.engine import fast_executor_reason
+from lgnet_fast.engine.making import fast_executor_reason
 from lgnet_fast.engine.model_executor import ModelExecutor
 from lgnet_fast.engine.structure import plain_stages, reason_against_engine, reason_against_plan
 from tests.support import case

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor, nn
 
 from lgnet_fast import LGNet, LocalGlobalRefinement, create_model, optimize
-from lgnet_fast.engine import engine as engine_module
+from lgnet_fast.engine import making
 from lgnet_fast.engine.cuda import tuning as cuda_tuning
 from lgnet_fast.engine.cuda.executor import CudaExecutor
-from lgnet_fast.engine.engine import fast_executor_reason
+from lgnet_fast.engine.making import fast_executor_reason
 from lgnet_fast.engine.model_executor import ModelExecutor
 from tests.support import case
 from tests.test_plan import NARROW, lively
@@ -62,9 +62,9 @@ def test_too_little_memory_for_tuning_is_no_obstacle(
 
     monkeypatch.setattr(cuda_tuning, "tune", full)
     monkeypatch.setattr(CudaExecutor, "unavailable_reason", staticmethod(lambda *args: None))
-    monkeypatch.setattr(engine_module, "fast_executor_reason", lambda *args: None)
-    monkeypatch.setattr(engine_module, "resolve_device", torch.device)
-    monkeypatch.setattr(engine_module, "verified", lambda model, *args: (ModelExecutor(model, *args[1:]), None))
+    monkeypatch.setattr(making, "fast_executor_reason", lambda *args: None)
+    monkeypatch.setattr(making, "resolve_device", torch.device)
+    monkeypatch.setattr(making, "verified", lambda model, *args: (ModelExecutor(model, *args[1:]), None))
     optimize(narrow("C+G_att"), device="meta", dtype="float16", tune=1)
     (warning,) = caplog.messages
     assert warning == "kernels are not tuned: OutOfMemoryError: 90 GiB"

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lgnet_fast import BackendError, LGNet, create_model, optimize
-from lgnet_fast.engine import engine as engine_module
+from lgnet_fast.engine import making
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import graphs, operator_executor, verified
 from lgnet_fast.engine.cuda import launches as cuda_launches
@@ -25,7 +25,7 @@ from lgnet_fast.engine.cuda.graph_executor import GraphExecutor
 from lgnet_fast.engine.cuda.guarded import Guarded
 from lgnet_fast.engine.cuda.operator_executor import OperatorExecutor
 from lgnet_fast.engine.cuda.verdicts import Verdict
-from lgnet_fast.engine.engine import fast_executor_reason
+from lgnet_fast.engine.making import fast_executor_reason
 from lgnet_fast.engine.model_executor import ModelExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
@@ -310,8 +310,8 @@ def test_there_is_nothing_to_tune(monkeypatch: pytest.MonkeyPatch, caplog: pytes
     model, card = narrow_model(), torch.device("cuda", 0)
     with pytest.raises(BackendError, match=f"nothing to tune: {reason}"):
         tuning_module.tune(model, (256, 256), 1, card, torch.float16, 1.0)
-    monkeypatch.setattr(engine_module, "fast_executor_reason", lambda *args: None)
-    monkeypatch.setattr(engine_module, "resolve_device", torch.device)
-    monkeypatch.setattr(engine_module, "verified", lambda model, *args: (ModelExecutor(model, *args[1:]), None))
+    monkeypatch.setattr(making, "fast_executor_reason", lambda *args: None)
+    monkeypatch.setattr(making, "resolve_device", torch.device)
+    monkeypatch.setattr(making, "verified", lambda model, *args: (ModelExecutor(model, *args[1:]), None))
     optimize(model, device="meta", dtype="float16", tune=1)
     assert warnings(caplog) == [f"kernels are not tuned: {reason}"]

@@ -20,7 +20,7 @@ from ..engine.cuda import tuning_training as cuda_tuning_training
 from ..engine.cuda.executor import CudaExecutor
 from ..engine.cuda.measure import Timer, progress_of
 from ..engine.cuda.verified import verified
-from ..engine.engine import fast_executor_reason
+from ..engine.making import fast_executor_reason
 from ..engine.plan import Plan
 from ..errors import BackendError
 from ..reference.lgnet import LGNet, LocalGlobalRefinement

@@ -20,7 +20,7 @@ from ..engine.cpu.tuning import kept
 from ..engine.cuda.checks import judge, make_example
 from ..engine.cuda.verdicts import Check
 from ..engine.cuda.verified import recheck_steps, verified
-from ..engine.engine import fast_executor_reason
+from ..engine.making import fast_executor_reason
 from ..engine.plan import AttentionStep, Plan
 from ..ops import first_use
 from ..ops.dispatch import CANDIDATES, reason_against
