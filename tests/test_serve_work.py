@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 
 import numpy as np
 import pytest
@@ -321,6 +325,83 @@ def test_passes_that_nobody_waits_for_do_not_run():
         worker.close()
 
     asyncio.run(main())
+
+
+@pytest.fixture
+def no_collection() -> Iterator[None]:
+    """Without garbage collections: what stays in memory then is kept, or in a cycle."""
+    gc.collect()
+    gc.disable()
+    yield
+    gc.enable()
+
+
+def assert_freed(ref: Callable[[], object]) -> None:
+    deadline = time.monotonic() + 30
+    while ref() is not None:  # threads of the queue end a moment after the answer
+        assert time.monotonic() < deadline, "it stays in memory"
+        time.sleep(0.01)
+
+
+class Uploaded(bytearray):
+    """The bytes of a request, which a weak reference can be made to."""
+
+
+@pytest.mark.parametrize("end", ["answered", "refused", "over the time", "left"])
+@pytest.mark.parametrize("turn", [True, False])
+def test_the_bytes_of_a_request_go_with_it(no_collection, end, turn):
+    refs = []
+
+    async def handle(queue: WorkQueue) -> None:
+        body = Uploaded(8)
+        refs.append(weakref.ref(body))
+
+        def work(job: object) -> int:
+            if end == "refused":
+                raise TooLargeError("picture: too large")
+            while end != "answered":
+                time.sleep(0.005)
+                job.check()
+            return len(body)
+
+        async def gone() -> bool:
+            return end == "left"
+
+        await queue.run(work, gone, asyncio.Lock() if turn else None)
+
+    async def main() -> None:
+        queue = WorkQueue(threads=1, limit=2, timeout=0.2 if end == "over the time" else 60)
+        with suppress(TooLargeError, TimeLimitError, CancelledError):
+            await handle(queue)
+        while queue.depth:
+            await asyncio.sleep(0.005)
+        assert_freed(refs[0])
+        queue.close()
+
+    asyncio.run(main())
+
+
+class Windows(np.ndarray):
+    """Windows of a pass, which a weak reference can be made to."""
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_the_arrays_of_a_pass_go_with_it(no_collection, fails):
+    worker = DeviceWorker(4)
+
+    def run(images: np.ndarray, holes: np.ndarray) -> list[np.ndarray]:
+        if fails:
+            raise MemoryError("too much")
+        return [images.copy()]
+
+    def ask() -> weakref.ref:
+        images = np.zeros((1, 3, 8, 8)).view(Windows)
+        with suppress(MemoryError):
+            worker.run(("k",), run, images, np.zeros((1, 1, 8, 8)))
+        return weakref.ref(images)
+
+    assert_freed(ask())
+    worker.close()
 
 
 def test_a_worker_that_is_closed_refuses_the_passes_that_wait():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import math
 import threading
 import time
@@ -72,7 +73,10 @@ class DeviceWorker:
                 raise DrainingError(_ENDING, retry_after=_COME_AGAIN)
             self._waiting.append(one)
             self._changed.notify()
-        return one.done.result()
+        try:
+            return one.done.result()
+        finally:
+            del one  # it refers to the error, which refers to this frame; see `_run`
 
     def close(self, limit: float | None = None) -> bool:
         """Refuse the waiting passes and end the thread after the one that runs. Returns whether it has ended.
@@ -112,30 +116,41 @@ class DeviceWorker:
         for one in list(self._waiting):
             if one.job is not None and one.job.left is not None:
                 self._waiting.remove(one)
-                one.done.set_exception(one.job.left)
+                one.done.set_exception(copy.copy(one.job.left))
 
     def _work(self) -> None:
-        while passes := self._next():
-            start = time.perf_counter()
-            try:
-                images = np.concatenate([one.images for one in passes])
-                holes = np.concatenate([one.holes for one in passes])
-                outputs = passes[0].run(images, holes)
-            except Exception as error:
-                if len(passes) == 1:
-                    passes[0].done.set_exception(error)
-                    continue
-                for one in passes:  # passes that fail in a batch, for example for lack of memory, may run alone
-                    try:
-                        one.done.set_result(one.run(one.images, one.holes))
-                    except Exception as own:
-                        one.done.set_exception(own)
-                continue
-            finally:
-                self._seen(sum(len(one.images) for one in passes), time.perf_counter() - start)
+        while self._run(self._next()):
+            pass
+
+    def _run(self, passes: list[_Pass]) -> bool:
+        """Run passes as one batch; False where there are none.
+
+        An error refers to the frames that it has left, and a pass to its error. The list is emptied, because frames
+        that refer to the pass would make a cycle, which keeps the arrays until a garbage collection.
+        """
+        if not passes:
+            return False
+        try:
+            outputs = self._together(passes)
+        except Exception as error:
+            if len(passes) == 1:
+                passes.pop().done.set_exception(error)
+            while passes:  # what failed in a batch, for example for lack of memory, may run alone
+                self._run([passes.pop(0)])
+        else:
             for number, one in enumerate(passes):
                 part = slice(number, number + 1) if len(passes) > 1 else slice(None)
                 one.done.set_result([output[part] for output in outputs])
+        return True
+
+    def _together(self, passes: list[_Pass]) -> list[np.ndarray]:
+        start = time.perf_counter()
+        images = np.concatenate([one.images for one in passes])
+        holes = np.concatenate([one.holes for one in passes])
+        try:
+            return passes[0].run(images, holes)
+        finally:
+            self._seen(len(images), time.perf_counter() - start)
 
 
 class SharedInpainter(Inpainter):
@@ -171,13 +186,17 @@ class Job:
         self._mark = time.perf_counter()
 
     def leave(self, why: Exception) -> None:
-        """Cancel the work: its next :meth:`check` raises `why`."""
-        self.left = why
+        """Cancel the work: its next :meth:`check` raises a copy of `why`.
+
+        `why` itself refers to frames that refer to this job: a cycle, which would keep the bytes of the request and
+        the picture until a garbage collection.
+        """
+        self.left = copy.copy(why)
 
     def check(self) -> None:
         """Raise the error given to :meth:`leave`."""
         if self.left is not None:
-            raise self.left
+            raise copy.copy(self.left)
 
     def phase(self, name: str) -> None:
         """End a phase: the time since the end of the previous one belongs to it."""
@@ -245,11 +264,12 @@ class WorkQueue:
         waiting = self._started(work, job, turn)
         try:
             await self._watch(waiting, job, start, gone)
+            if waiting.cancelled():
+                raise DrainingError(_ENDING, retry_after=_COME_AGAIN)
+            result = waiting.result()
         finally:
             waiting.cancel()  # no effect on work that is done; work that runs ends at its next check
-        if waiting.cancelled():
-            raise DrainingError(_ENDING, retry_after=_COME_AGAIN)
-        result = waiting.result()
+            del waiting  # it refers to the error, which refers to this frame; see `Job.leave`
         spent = time.monotonic() - start
         self._usual += 0.1 * (spent - self._usual)
         self._seen(job.seconds)
