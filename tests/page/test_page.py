@@ -13,6 +13,7 @@ from PIL import Image, ImageOps
 from ..serve_support import file_of, photo, pixels_of
 from .support import (
     CANVASES,
+    COLLECTS,
     NOISE,
     PHONE,
     REACH,
@@ -128,10 +129,15 @@ def test_turned_files_are_painted_on_as_they_are_seen(new_page, format, kind):
     assert_only_near_the_stroke(pixels_of(png), upright)
 
 
+def session_of(page: Any) -> Any:
+    """The connection to the browser by which a page gets events of fingers and pens."""
+    page.own_session = getattr(page, "own_session", None) or page.context.new_cdp_session(page)
+    return page.own_session
+
+
 def touch(page: Any, kind: str, *points: tuple[float, float]) -> None:
-    session = page.touch_session = getattr(page, "touch_session", None) or page.context.new_cdp_session(page)
     fingers = [{"x": x, "y": y, "id": number} for number, (x, y) in enumerate(points)]
-    session.send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
+    session_of(page).send("Input.dispatchTouchEvent", {"type": kind, "touchPoints": fingers})
 
 
 def test_a_finger_paints_and_two_zoom(new_page, shots):
@@ -164,6 +170,43 @@ def test_a_finger_paints_and_two_zoom(new_page, shots):
     page.wait_for_selector("#panel", state="visible")
     page.screenshot(path=shots / "phone_settings.png")
     assert page.evaluate("() => window.noteAll()") <= 390 * 844 * 2 * 2
+
+
+@pytest.mark.parametrize("first", ["pen", "palm"])
+def test_the_palm_of_the_hand_that_holds_the_pen_does_nothing(new_page, first):
+    page = new_page(init=COLLECTS, has_touch=True)
+    open_sample(page)
+    before = place(page)
+    x, y, scale = before
+    points = [(x + across * scale, y + down * scale) for across, down in STROKE]
+
+    def pen(kind: str, at: tuple[float, float]) -> None:
+        how = {"x": at[0], "y": at[1], "button": "left", "buttons": 1, "pointerType": "pen"}
+        session_of(page).send("Input.dispatchMouseEvent", {"type": kind, **how})
+
+    palm = [(points[0][0] + 60, points[0][1] + 200), (points[0][0] + 110, points[0][1] + 230)]
+    down = [lambda: pen("mousePressed", points[0]), lambda: touch(page, "touchStart", palm[0])]
+    for step in down if first == "pen" else down[::-1]:
+        step()
+    touch(page, "touchMove", (palm[0][0] - 30, palm[0][1] - 40))
+    pen("mouseMoved", points[1])
+    touch(page, "touchStart", (palm[0][0] - 30, palm[0][1] - 40), palm[1])
+    touch(page, "touchMove", (palm[0][0] - 60, palm[0][1] - 40), (palm[1][0] + 30, palm[1][1]))
+    pen("mouseMoved", points[2])
+    pen("mouseReleased", points[2])
+    touch(page, "touchEnd")
+    assert waiting(page) == 1
+    assert place(page) == before
+    page.keyboard.press("Enter")
+    filled(page)
+    left, _, right, bottom = changed(pixels_of(download(page)[1]), SAMPLE)
+    assert left < 150 < 200 < right  # the whole stroke, and not one of the palm
+    assert bottom < 110 + REACH
+
+    touch(page, "touchStart", palm[0])  # without the pen, a finger pans
+    touch(page, "touchMove", (palm[0][0] - 30, palm[0][1] - 40))
+    touch(page, "touchEnd")
+    assert place(page) == pytest.approx((x - 30, y - 40, scale))
 
 
 def test_strokes_during_a_fill_wait_and_go_together(new_page):

@@ -57,21 +57,31 @@ export class Input {
     return [event.clientX - box.left, event.clientY - box.top];
   }
 
+  /** What is down of a kind: "touch", "pen" or "mouse". */
+  of(kind) {
+    return [...this.pointers.values()].filter(({ pointerType }) => pointerType === kind);
+  }
+
   down(event) {
     if (!this.editor.picture) return;
+    // While a pen is down, what touches is the palm of its hand, which may have come before it.
+    if (event.pointerType === "touch" && this.of("pen").length) return;
+    if (event.pointerType === "pen") {
+      for (const finger of this.of("touch")) this.up(finger, true);
+    }
     this.container.focus({ preventScroll: true });
     this.keyboard = null;
     this.container.setPointerCapture(event.pointerId);
     const [x, y] = this.at(event);
-    this.pointers.set(event.pointerId, { x, y, kind: event.pointerType });
-    this.penSeen ||= event.pointerType === "pen";
-    const fingers = [...this.pointers.values()].filter((one) => one.kind === "touch");
-    if (fingers.length > 1) {
+    const { pointerId, pointerType } = event;
+    this.pointers.set(pointerId, { pointerId, pointerType, x, y });
+    this.penSeen ||= pointerType === "pen";
+    if (this.of("touch").length > 1) {
       this.drop(); // the second finger of a pinch: what the first one began is no stroke
       return;
     }
     const pans =
-      event.button === 1 || this.held.has(" ") || (event.pointerType === "touch" && this.penSeen) || this.stroke;
+      event.button === 1 || this.held.has(" ") || (pointerType === "touch" && this.penSeen) || this.stroke;
     if (pans) {
       if (event.button === 1) event.preventDefault();
       this.panning = event.pointerId;
@@ -90,7 +100,7 @@ export class Input {
     if (!known) return;
     const before = { ...known };
     Object.assign(known, { x, y });
-    const fingers = [...this.pointers.values()].filter((one) => one.kind === "touch");
+    const fingers = this.of("touch");
     if (fingers.length === 2) {
       const [a, b] = fingers;
       const other = known === a ? b : a;
