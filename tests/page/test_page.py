@@ -393,6 +393,39 @@ def test_sizes_zoom_and_pan(new_page):
     assert place(page) == pytest.approx((x, y, scale))
 
 
+# The browser's tools for developers change the density of the screen without the event that tells it.
+QUERIES = """
+const ask = window.matchMedia;
+const queries = [];
+window.matchMedia = (query) => (queries.push(ask.call(window, query)), queries.at(-1));
+window.tell = (name) => queries.findLast(({ media }) => media.includes(name)).dispatchEvent(new Event("change"));
+"""
+
+
+@pytest.mark.parametrize("width", [1280, 960], ids=["another screen", "zoom of the browser"])
+def test_the_picture_is_drawn_in_the_pixels_of_the_screen(new_page, width):
+    page = new_page(init=QUERIES)
+    open_sample(page)
+    size = "() => { const { width, height } = document.querySelector('#stage canvas'); return [width, height]; }"
+    assert page.evaluate(size) == [1280, 800]
+    metrics = {"width": width, "height": width * 5 // 8, "deviceScaleFactor": 2, "mobile": False}
+    session_of(page).send("Emulation.setDeviceMetricsOverride", metrics)
+    if width == 1280:
+        page.evaluate("() => window.tell('resolution')")
+    drawn = f"() => document.querySelector('#stage canvas').width === {2 * width}"
+    page.wait_for_function(drawn, timeout=20_000)
+    assert page.evaluate(size) == [2 * width, 2 * width * 5 // 8]
+    x, y, scale = place(page)
+    levels = """async ([x, y]) => {
+      for (let frame = 0; frame < 2; frame++) await new Promise(requestAnimationFrame);
+      return [...document.querySelector("#stage canvas").getContext("2d").getImageData(x, y, 1, 1).data];
+    }"""
+    row, column = 60, 420  # near a corner, where the picture is smooth
+    seen = page.evaluate(levels, [round(2 * (x + (column + 0.5) * scale)), round(2 * (y + (row + 0.5) * scale))])
+    assert np.abs(np.array(seen[:3]) - SAMPLE[row, column]).max() <= 16
+    assert seen[3] == 255
+
+
 def test_a_large_picture_is_previewed_cropped_and_filled_at_full_size(new_page, tmp_path):
     picture = photo(2400, 3200)
     page = new_page(init=CANVASES)

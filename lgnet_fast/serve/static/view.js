@@ -49,6 +49,13 @@ export class View {
     this.inset = 0; // what a panel covers on the right
     this.moved = () => {};
     new ResizeObserver(() => this.resize()).observe(container);
+    this.watchDensity();
+  }
+
+  /** Draws anew where a pixel of the page has another number of the screen's: the browser's zoom, another screen. */
+  watchDensity() {
+    const changed = () => (this.resize(), this.watchDensity());
+    matchMedia(`(resolution: ${devicePixelRatio}dppx)`).addEventListener("change", changed, { once: true });
   }
 
   /** Shows a picture {id, width, height, preview, fills, position}: where it was left, or fitted to the window. */
@@ -192,6 +199,7 @@ export class View {
     const { clientWidth: width, clientHeight: height } = this.container;
     const { fitted } = this;
     this.inset = inset;
+    for (const layer of this.stage.getLayers()) layer.getCanvas().setPixelRatio(devicePixelRatio);
     this.stage.size({ width, height });
     if (fitted) this.fit();
     else this.place();
