@@ -23,6 +23,7 @@ from .support import (
     open_file,
     open_sample,
     parts_shown,
+    waiting,
 )
 
 pytestmark = pytest.mark.page
@@ -159,3 +160,21 @@ def test_erasing_where_nothing_is_painted_does_nothing(new_page):
     page.keyboard.press("Enter")
     filled(page)
     assert re.fullmatch(r"Filled in \d+ ms", page.text_content("#status"))
+
+
+def test_strokes_beside_the_picture_are_none(new_page):
+    page = new_page()
+    open_sample(page)
+    drag(page, [(-40, 100), (-30, 120)])
+    assert page.text_content("#status") == "That is beside the picture."
+    page.click("#settings")
+    page.fill("#rectangle-x", "451")
+    page.click("#numbers button")
+    page.wait_for_timeout(100)
+    assert page.text_content("#status") == "That is beside the picture."
+    assert waiting(page) == 0
+    assert page.is_disabled("#undo")
+    page.fill("#rectangle-x", "450")  # a column of the picture
+    page.click("#numbers button")
+    filled(page)
+    assert page.is_enabled("#undo")

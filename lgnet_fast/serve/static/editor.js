@@ -191,16 +191,18 @@ export class Editor {
     else this.view.mask({ current: [stroke], ...(this.view.masks.pending !== pending && { pending }) });
   }
 
-  /** Adds an operation to the mask of a picture. */
+  /** Adds an operation to the mask of a picture. Returns whether it did: one beside the picture is none. */
   add(operation, picture = this.picture) {
-    if (!picture) return;
-    if (!operation.erase || paintedIn(picture)) {
+    if (!picture) return false;
+    const adds = operation.erase ? paintedIn(picture) > 0 : reach([operation], picture) !== null;
+    if (adds) {
       picture.pending = [...picture.pending, operation];
       picture.history = [...picture.history.slice(0, picture.done), { kind: "operation", operation }];
       picture.done = picture.history.length;
-    }
+    } else if (!operation.erase) this.say(t("beside"));
     this.showMask();
     this.changed();
+    return adds;
   }
 
   clear() {

@@ -194,9 +194,9 @@ export class Input {
       this.last = { picture: this.editor.picture, point: stroke.points.slice(-2) };
     }
     const { kind, points, width, height, x, y, erase } = stroke;
-    this.editor.add({ kind, points, width, height, x, y, erase });
+    const added = this.editor.add({ kind, points, width, height, x, y, erase });
     this.collecting ||= collect;
-    if (settings.auto && !collect && !erase) this.editor.fill(released);
+    if (added && settings.auto && !collect && !erase) this.editor.fill(released);
   }
 
   /** Forgets the stroke that is being painted. */

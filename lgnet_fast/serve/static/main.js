@@ -120,8 +120,7 @@ function addRectangle(event) {
   if (!picture) return;
   const [x, y, width, height] = ["x", "y", "width", "height"].map((name) => Number($(`#rectangle-${name}`).value));
   if (!(width > 0 && height > 0)) return;
-  editor.add({ kind: "rectangle", x, y, width, height });
-  if (settings.auto) editor.fill();
+  if (editor.add({ kind: "rectangle", x, y, width, height }) && settings.auto) editor.fill();
 }
 $("#numbers").addEventListener("submit", addRectangle);
 

@@ -98,6 +98,7 @@ const TEXT = {
   undone: "Undone.",
   redone: "Redone.",
   nothing: "Paint something first.",
+  beside: "That is beside the picture.",
   saving: "Saving …",
   saved: "Saved as {name}",
   copying: "Copying …",
