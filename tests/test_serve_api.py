@@ -141,6 +141,22 @@ def test_profiles_and_depth_are_for_the_file_and_the_screen_gets_srgb(client):
     assert client.get(f"/api/v1/pictures/{told['id']}/view").status_code == 200
 
 
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "YCbCr"])
+def test_the_screen_gets_srgb_of_every_mode(client, mode):
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    # Red and green change places.
+    profile = profile.replace(b"rXYZ", b"----").replace(b"gXYZ", b"rXYZ").replace(b"----", b"gXYZ")
+    levels = np.full((40, 60, 3), (200, 60, 40), dtype=np.uint8)
+    file = io.BytesIO()
+    Image.fromarray(levels).convert(mode).save(file, "TIFF", icc_profile=profile)
+    at = f"/api/v1/pictures/{open_picture(client, file.getvalue())['id']}"
+    shown = pixels_of(client.get(f"{at}/view").content).astype(int)
+    assert np.abs(shown[..., :3].mean(axis=(0, 1)) - (60, 200, 40)).max() <= 8  # a palette dithers
+    patch = client.post(f"{at}/fill?x=20&y=10", content=file_of(np.ones((10, 10), dtype=bool)))
+    filled = pixels_of(patch.content)
+    assert (filled[filled[..., 3] > 0][:, 1] > filled[filled[..., 3] > 0][:, 0]).all()
+
+
 def test_alpha_is_shown_and_kept(client):
     alpha = photo(seed=5)[..., 0]
     told = open_picture(client, file_of(np.dstack([PICTURE, alpha])))

@@ -34,10 +34,9 @@ class Display:
                 alpha = (rebuilt.samples[..., -1] >> 8).astype(np.uint8)
         elif rebuilt.mode in ("RGBA", "LA", "PA") or "transparency" in rebuilt.info:
             alpha = np.asarray(rebuilt.convert("RGBA").getchannel("A"))
-        channels = picture.samples.shape[2]
-        own = isinstance(rebuilt, DeepImage) or rebuilt.mode in ("L", "LA", "RGB", "RGBA", "I;16", "I")
-        profile = rebuilt.info.get("icc_profile") if own else None
-        return cls(picture.white, alpha, to_srgb(profile, "RGB" if channels == 3 else "L"))
+        # That of CMYK is not one of the samples, which are RGB.
+        profile = None if rebuilt.mode == "CMYK" else rebuilt.info.get("icc_profile")
+        return cls(picture.white, alpha, to_srgb(profile, "RGB" if picture.samples.shape[2] == 3 else "L"))
 
     @property
     def nbytes(self) -> int:
