@@ -241,6 +241,23 @@ def test_a_connection_without_a_whole_request_is_closed(head, answered):
         assert connection.recv(65536) == b""
 
 
+def test_a_slow_client_whose_body_is_refused_can_read_why():
+    with live_server(ServeOptions(max_bytes=1000), silence=1) as address:
+        connection = http.client.HTTPConnection("127.0.0.1", urlsplit(address).port, timeout=60)
+        connection.putrequest("POST", "/api/v1/pictures")
+        connection.putheader("Content-Length", "1500000")
+        connection.endheaders()
+        for _ in range(15):  # 3 seconds, and more than a socket's buffers hold
+            connection.send(bytes(100_000))
+            time.sleep(0.2)
+        answer = connection.getresponse()
+        assert answer.status == 413
+        assert json.loads(answer.read())["detail"] == "body: expected at most 1000 bytes (--max-bytes)"
+        connection.request("GET", "/v2/health/live")
+        assert connection.getresponse().status == 200
+        connection.close()
+
+
 def test_the_command_runs_that_limit():
     async def listening() -> None: ...
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
 
+import h11
 import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
@@ -18,9 +19,9 @@ from .state import State
 
 
 class Connection(H11Protocol):
-    """Closes itself where the head of a request has not arrived `timeout_keep_alive` seconds after it was opened or
-    after the last answer. uvicorn waits without limit for the first request and for the rest of a head, so silent
-    clients could take all of `limit_concurrency`."""
+    """Closes itself where the head of a request has not arrived `timeout_keep_alive` seconds after it was opened,
+    after the last answer, or after the last part of a body that was answered before its end. uvicorn waits without
+    limit for the first request and for the rest of a head: silent clients could take all of `limit_concurrency`."""
 
     _silent: asyncio.TimerHandle | None = None
 
@@ -32,6 +33,9 @@ class Connection(H11Protocol):
         super().handle_events()
         if self.cycle is not None and not self.cycle.response_complete:
             self._end_limit()
+        elif self.conn.their_state is h11.SEND_BODY:
+            # The rest of a body that was refused: many clients read the answer only when they have sent all of it.
+            self._limit_silence()
 
     def on_response_complete(self) -> None:
         self._limit_silence()  # before a request that has arrived already
