@@ -38,7 +38,15 @@ def expected() -> np.ndarray:
 
 def test_fill_undo_and_result(client, expected):
     told = open_picture(client, file_of(PICTURE))
-    assert {**told, "id": ""} == {"id": "", "width": 120, "height": 96, "format": "png", "alpha": False, "depth": 8}
+    assert {**told, "id": ""} == {
+        "id": "",
+        "width": 120,
+        "height": 96,
+        "format": "png",
+        "alpha": False,
+        "depth": 8,
+        "frames": 1,
+    }
     at = f"/api/v1/pictures/{told['id']}"
     mask = io.BytesIO()
     Image.fromarray(np.full((20, 30), 255, np.uint8)).convert("1").save(mask, "PNG")
@@ -139,6 +147,17 @@ def test_profiles_and_depth_are_for_the_file_and_the_screen_gets_srgb(client):
     profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("XYZ")).tobytes()
     told = open_picture(client, file_of(PICTURE, icc_profile=profile))
     assert client.get(f"/api/v1/pictures/{told['id']}/view").status_code == 200
+
+
+@pytest.mark.parametrize(
+    ("format", "count", "frames"), [("GIF", 3, 3), ("PNG", 2, 2), ("TIFF", 2, 2), ("TIFF", 1, 1), ("MPO", 2, 1)]
+)
+@pytest.mark.filterwarnings("ignore:.*frames is used")
+def test_the_number_of_frames_is_told(client, format, count, frames):
+    first, *others = [Image.fromarray(photo(seed=seed)) for seed in range(count)]
+    file = io.BytesIO()
+    first.save(file, format, **({"save_all": True, "append_images": others} if count > 1 else {}))
+    assert open_picture(client, file.getvalue())["frames"] == frames
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "P", "YCbCr"])

@@ -56,11 +56,12 @@ async def open_picture(
     state: ServerState,
     sample: Annotated[str | None, Query(description="a bundled photograph instead")] = None,
 ) -> dict[str, Any]:
-    """Opens a picture: the body is the bytes of the file, with any media type."""
+    """Opens a picture: the body is the bytes of the file, with any media type. Of several `frames` (GIF, TIFF) the
+    first one is opened, and saved alone."""
     body = await request.body()
     path = None if sample is None else sample_path(sample)
 
-    def work(job: Job) -> Open:
+    def work(job: Job) -> tuple[Open, int]:
         data = body if path is None else path.read_bytes()
         file = picture_file(data, "picture", state.options.max_pixels)
         session = Session(file, state.model(None))
@@ -68,11 +69,13 @@ async def open_picture(
         if session.size[0] * session.size[1] > state.options.max_pixels:
             raise TooLargeError(f"picture: expected at most {state.options.max_pixels} pixels (--max-pixels)")
         display = Display.of(session, rebuilt)
+        with file.open() as opened:  # of MPO, the others are previews and the like of a camera
+            frames = 1 if opened.format == "MPO" else getattr(opened, "n_frames", 1)
         job.phase("decode")
         short = _SHORT.get(rebuilt.format or "PNG", "png")
-        return state.store.add(session, display, short)
+        return state.store.add(session, display, short), frames
 
-    own, _ = await state.queue.run(work, request.is_disconnected)
+    (own, frames), _ = await state.queue.run(work, request.is_disconnected)
     height, width = own.session.size
     return {
         "id": own.id,
@@ -81,6 +84,7 @@ async def open_picture(
         "format": own.format,
         "alpha": own.display.alpha is not None,
         "depth": 8 if own.display.white == 255 else 16,
+        "frames": frames,
     }
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from lgnet_fast.pipeline.formats import EXTENSIONS
 from lgnet_fast.serve.options import ServeOptions
@@ -255,6 +257,21 @@ def test_transparent_parts_are_shown_on_a_checkerboard(new_page):
     shown = pixels_of(page.screenshot(clip=box))[..., 0]
     assert np.isin(shown, (0x66, 0x9A)).mean() > 0.7  # the rest is between two squares
     assert 0.3 < (shown < 0x80).mean() < 0.7
+
+
+@pytest.mark.filterwarnings("ignore:.*frames is used")
+def test_frames_that_are_not_opened_are_told(new_page):
+    frames = [Image.fromarray(photo(seed=seed)).quantize(64) for seed in range(3)]
+    file = io.BytesIO()
+    frames[0].save(file, "GIF", save_all=True, append_images=frames[1:])
+    page = new_page()
+    open_file(page, file.getvalue(), "moves.gif", "image/gif")
+    assert page.text_content("#status") == (
+        "moves.gif, 120 × 96. Only the first of its 3 frames is opened, and will be saved."
+    )
+    assert page.text_content("#about") == "120 × 96 · GIF · frame 1 of 3"
+    open_file(page, file_of(photo()))
+    assert page.text_content("#about") == "120 × 96 · PNG"
 
 
 def test_a_file_that_is_no_picture_is_passed_over(new_page):

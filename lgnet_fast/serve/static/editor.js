@@ -90,7 +90,7 @@ export class Editor {
     this.showMask();
     this.changed();
     performance.mark("lgnet-opened");
-    this.say(t("opened", { ...picture, name: shorten(picture.name) }));
+    this.say(t(picture.frames > 1 ? "openedFrames" : "opened", { ...picture, name: shorten(picture.name) }));
     return true;
   }
 

@@ -39,9 +39,10 @@ function update() {
     $("#next").disabled = editor.number >= count - 1;
   }
   $("#name").textContent = $("#name").title = chosen?.name ?? "";
-  $("#about").textContent = picture
-    ? `${picture.width} × ${picture.height} · ${picture.format.toUpperCase()}${picture.depth > 8 ? " · 16 bit" : ""}`
-    : "";
+  const about = picture && [`${picture.width} × ${picture.height}`, picture.format.toUpperCase()];
+  if (picture?.depth > 8) about.push("16 bit");
+  if (picture?.frames > 1) about.push(t("frames", picture));
+  $("#about").textContent = about?.join(" · ") ?? "";
   showLast(picture?.last);
   for (const button of document.querySelectorAll("button[data-tool]")) {
     button.setAttribute("aria-checked", String(button.dataset.tool === settings.tool));

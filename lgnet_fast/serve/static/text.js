@@ -91,6 +91,8 @@ const TEXT = {
   stagesNone: "Fill a hole first: its stages are shown here.",
   opening: "Opening …",
   opened: "{name}, {width} × {height}. Paint over what should go.",
+  openedFrames: "{name}, {width} × {height}. Only the first of its {frames} frames is opened, and will be saved.",
+  frames: "frame 1 of {frames}",
   filling: "Filling …",
   fillingMore: "Filling, {count} more strokes wait …",
   filled: "Filled in {ms} ms",
