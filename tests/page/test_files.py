@@ -436,6 +436,25 @@ def test_all_that_the_server_reads_is_opened_and_the_rest_is_named(new_page):
     assert page.text_content("#about").startswith("120 × 90")
 
 
+@pytest.mark.parametrize(
+    ("name", "format", "saved"),
+    [
+        ("photo.JPEG", "JPEG", "photo_filled.JPEG"),
+        ("photo.jpg", "WEBP", "photo_filled.webp"),  # as many web sites name it
+        ("photo.jpg", "PNG", "photo_filled.png"),
+        ("my.photo.tiff", "TIFF", "my.photo_filled.tiff"),
+        ("grey.pgm", "PPM", "grey_filled.pgm"),
+        ("photo", "PNG", "photo_filled.png"),
+    ],
+)
+def test_the_saved_name_has_an_extension_of_its_format(new_page, name, format, saved):
+    page = new_page()
+    open_file(page, file_of(photo()[..., 0] if format == "PPM" else photo(), format), name)
+    found, data = download(page)
+    assert found == saved
+    assert Image.open(io.BytesIO(data)).format == format
+
+
 def test_copying_says_where_it_is_allowed(new_page):
     page = new_page(init="Object.defineProperty(navigator, 'clipboard', { value: undefined });")
     open_sample(page)
@@ -584,6 +603,10 @@ def test_pictures_and_masks_are_pasted_and_dropped(new_page):
     page.focus("#rectangle-x")
     page.evaluate(GIVE.replace("#stage", "#rectangle-x"), ["paste", ["c.png"], data])
     assert page.text_content("#name") == "b.png"  # a field takes what is pasted into it
+    page.focus("#dilate")
+    page.evaluate(GIVE.replace("#stage", "#dilate"), ["paste", ["c.png"], data])
+    page.click("#discard [value=discard]")
+    page.wait_for_selector("#name:text('c.png')")  # a slider does not
 
 
 def test_a_folder_is_dropped(new_page, tmp_path):

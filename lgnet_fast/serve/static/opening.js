@@ -87,7 +87,7 @@ addEventListener("drop", (event) => {
   else openFiles(files);
 });
 addEventListener("paste", (event) => {
-  if (event.target.closest?.("input, textarea")) return;
+  if (event.target.closest?.("input:not([type=range]):not([type=checkbox])")) return;
   openFiles([...event.clipboardData.files]);
 });
 

@@ -5,9 +5,16 @@ import { editor, say } from "./page.js";
 import { settings } from "./settings.js";
 import { shorten, t } from "./text.js";
 
-// The server's format, or the media type, -> the extension of its files, where they differ.
-const EXTENSIONS = { jpeg: "jpg", tiff: "tif", "x-portable-pixmap": "ppm", "x-tga": "tga" };
-const extensionOf = (format) => EXTENSIONS[format] || format;
+// What follows "image/" in the media type -> the extensions of such files, where they differ.
+const EXTENSIONS = {
+  jpeg: ["jpg", "jpeg", "jpe", "jfif"],
+  png: ["png", "apng"],
+  tiff: ["tif", "tiff"],
+  heif: ["heic", "heif", "hif"],
+  jp2: ["jp2", "j2k", "jpx", "jpf"],
+  "x-portable-pixmap": ["ppm", "pgm", "pbm", "pnm"],
+  "x-tga": ["tga"],
+};
 const stem = (name) => name.replace(/\.[^.]*$/, "");
 
 function download(blob, name) {
@@ -34,10 +41,11 @@ export async function save() {
   say(t("saving"), "busy");
   try {
     const blob = await result(picture, format);
-    const kind = extensionOf(blob.type.split("/")[1]);
-    const own = picture.name.includes(".") ? picture.name.split(".").pop() : "";
-    const same = !format && extensionOf(picture.format) === kind;
-    const name = `${stem(picture.name)}_filled.${same && own ? own : kind}`;
+    const kind = blob.type.split("/")[1];
+    const own = picture.name.split(".").pop();
+    const extensions = EXTENSIONS[kind] ?? [kind];
+    const extension = extensions.includes(own.toLowerCase()) ? own : extensions[0]; // a file may have a wrong name
+    const name = `${stem(picture.name)}_filled.${extension}`;
     download(blob, name);
     picture.saved = shown;
     say(t("saved", { name: shorten(name) }), "done");
