@@ -198,6 +198,9 @@ def test_masks_are_read_as_the_pipeline_reads_them(client):
     assert "mask_channel" in ambiguous.json()["detail"]
     shown = pixels_of(client.post(f"{at}?channel=inverse_alpha", content=rubbed_out()).content)
     np.testing.assert_array_equal(shown[..., 1] > 0, HOLE)
+    empty = client.post(at, content=file_of(HOLE & False))
+    assert empty.status_code == 400
+    assert empty.json()["detail"] == "mask: no hole pixel; is the mask inverted?"
 
 
 def test_samples_and_what_the_page_offers(client):

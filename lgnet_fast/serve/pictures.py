@@ -11,6 +11,7 @@ from fastapi import APIRouter, Query, Request, Response
 from PIL import Image
 
 from ..engine.regions import Rect
+from ..errors import InvalidMaskError
 from ..pipeline.formats import FORMATS
 from ..pipeline.masks import CHANNELS, read_hole
 from ..samples import sample_paths
@@ -201,7 +202,8 @@ async def read_mask(
     id: str,
     channel: Annotated[str, Query(description=f"{', '.join(CHANNELS)}: docs/masks.md")] = "auto",
 ) -> Response:
-    """Reads a mask file of the picture's size: a PNG, opaque white where its hole is, transparent elsewhere."""
+    """Reads a mask file of the picture's size, which must have a hole: a PNG, opaque white where its hole is,
+    transparent elsewhere."""
     own = state.store.get(id)
     body = await request.body()
 
@@ -209,6 +211,8 @@ async def read_mask(
         mask = mask_picture(body, state.options.max_pixels)
         picture = own.session.picture
         hole = read_hole(mask, *own.session.size, channel=channel, picture=picture, note=picture.note)
+        if not hole.any():
+            raise InvalidMaskError("mask: no hole pixel; is the mask inverted?")
         grey = np.where(hole, np.uint8(255), np.uint8(0))
         return png(Image.merge("LA", [Image.fromarray(grey)] * 2))
 
