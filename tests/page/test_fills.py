@@ -28,6 +28,7 @@ from .support import (
 
 pytestmark = pytest.mark.page
 
+NO_TEXT = "Object.defineProperty(Response.prototype, 'statusText', { value: '' });"
 LEFT, RIGHT = [(60, 60), (90, 60)], [(300, 200), (330, 200)]
 
 
@@ -97,6 +98,19 @@ def test_strokes_that_waited_for_a_fill_that_failed_are_kept(new_page):
     assert page.is_disabled("#undo")
     assert not mask_shown(page)
     assert len(held) == 1
+
+
+@pytest.mark.parametrize(("init", "told"), [("", "502 Bad Gateway"), (NO_TEXT, "502")], ids=["HTTP/1.1", "HTTP/2"])
+def test_an_answer_that_is_not_the_servers_is_told(new_page, init, told):
+    """Of a proxy, with a page as its body."""
+    page = new_page(init=COLLECTS + init)
+    open_sample(page)
+    drag(page, LEFT)
+    page.route("**/fill?*", lambda route: route.fulfill(status=502, content_type="text/html", body="<h1>No</h1>"))
+    page.expected_errors.append("502")
+    page.keyboard.press("Enter")
+    assert failed(page) == f"The server, or one between it and this page, answers {told}."
+    assert waiting(page) == 1
 
 
 def test_an_answer_without_a_time_is_not_asked_for_again(new_page):

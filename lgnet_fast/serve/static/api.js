@@ -66,7 +66,8 @@ export async function call(path, { method = "GET", body, type, signal, waiting, 
       continue;
     }
     const told = await response.json().catch(() => ({}));
-    throw new ApiError(response.status, told.detail || response.statusText);
+    const { status, statusText } = response; // HTTP/2 has no text
+    throw new ApiError(status, told.detail || t("answered", { status: `${status} ${statusText}`.trim() }));
   }
 }
 

@@ -118,6 +118,7 @@ const TEXT = {
   channel_inverse_alpha: "Transparent is hole",
   channel_colour: "Colour is hole",
   unreachable: "The server does not answer. Is lgnet-fast serve still running?",
+  answered: "The server, or one between it and this page, answers {status}.",
   tooLarge: "The file has {size} MiB. This server takes at most {most} MiB (--max-bytes).",
   fileGone: "The file cannot be read any more. It was moved, changed or removed after it had been chosen.",
   fileGoneSave: "The file of {name} cannot be read any more. Save the picture: if the server closes it, its fills are lost.",
