@@ -39,6 +39,12 @@ def test_origins_and_hosts(client, headers, status):
     assert allowed == ("https://ok.example" if headers.get("Origin") == "https://ok.example" else None)
 
 
+def test_another_name_of_the_server_is_told_as_the_option_takes_it(client):
+    answer = client.get("/v2/health/live", headers={"Host": "Example.org:8443"})
+    assert answer.status_code == 421
+    assert answer.json()["detail"] == "host: 'example.org' is not this server's name; --allowed-host NAME adds one"
+
+
 @pytest.mark.parametrize(("host", "status"), [(b"", 200), (b"Host: evil.example\r\n", 421), (b"Host: \r\n", 421)])
 def test_http_1_0_needs_no_host(server, host, status):
     """Such clients may send none; where there is one, it is checked."""

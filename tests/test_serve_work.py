@@ -516,6 +516,8 @@ def test_open_pictures_are_bounded_in_number_bytes_and_time():
         ("token", "two words"),
         ("cors", ("example.org",)),
         ("cors", "https://example.org"),
+        ("allowed_hosts", ("example.org:8443",)),
+        ("allowed_hosts", ("https://example.org",)),
         ("max_bytes", 0),
         ("max_pixels", 1.5),
         ("queue", 0),

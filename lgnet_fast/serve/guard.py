@@ -112,9 +112,9 @@ class Guard:
     def _refusal(self, scope: Message, headers: dict[str, str], origin: str) -> RequestError | None:
         host = headers.get("host", "")
         # Clients of HTTP/1.0 may send none, browsers always do.
-        if "host" in headers and not self._known(host):
+        if "host" in headers and not self._known(name := _name_of(host)):
             return RequestError(
-                f"host: {_short(host)} is not this server's name; --allowed-host NAME adds one", status=421
+                f"host: {_short(name)} is not this server's name; --allowed-host NAME adds one", status=421
             )
         changes = scope["method"] not in ("GET", "HEAD", "OPTIONS")
         if changes and origin and origin not in self._options.cors and not _is_of(origin, host):
@@ -136,13 +136,9 @@ class Guard:
             return TooLargeError(self._too_many())
         return None
 
-    def _known(self, host: str) -> bool:
-        """Whether a Host header names this server. IP addresses always pass: DNS rebinding needs a name."""
-        try:
-            name = urlsplit(f"//{host}").hostname or ""
-        except ValueError:
-            return False
-        if name.lower() in self._hosts:
+    def _known(self, name: str) -> bool:
+        """Whether a name is this server's. IP addresses always pass: DNS rebinding needs a name."""
+        if name in self._hosts:
             return True
         try:
             ipaddress.ip_address(name)
@@ -174,6 +170,14 @@ def _in_origin_form(scope: Message) -> Message:
     host, path = absolute[1], absolute[2] or b"/"
     headers = [(b"host", host), *((name, value) for name, value in scope["headers"] if name != b"host")]
     return {**scope, "raw_path": path, "path": unquote(path.decode("ascii")), "headers": headers}
+
+
+def _name_of(host: str) -> str:
+    """The name in a Host header, in lower case and without the port; of what is no address, all of it."""
+    try:
+        return urlsplit(f"//{host}").hostname or host
+    except ValueError:  # such as brackets without an IPv6 address
+        return host
 
 
 def _is_of(origin: str, host: str) -> bool:

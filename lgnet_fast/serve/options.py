@@ -10,6 +10,7 @@ from typing import Any
 
 _MIB = 2**20
 _ORIGIN = re.compile(r"https?://[^/?#\s]+")
+_NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
 @dataclass(frozen=True)
@@ -19,7 +20,7 @@ class ServeOptions:
     `host`, `port`: address to listen on; port 0 to 65535, 0: any free one. `token`: secret that clients must send, of
     ASCII letters, digits and the characters ``._~-``, None: none; on an address other than loopback
     :func:`lgnet_fast.serve.command.run` generates one. `cors`: origins of other pages that may call the API,
-    "https://host[:port]" each. `allowed_hosts`: names of the server, besides its address.
+    "https://host[:port]" each. `allowed_hosts`: names of the server, besides its address, without scheme and port.
     `max_bytes`: of a request's body. `max_pixels`: of a picture, read from its header before it is decoded.
     `max_sessions`, `session_bytes`, `session_idle`: number of open pictures of the page, bytes of memory for all of
     them (at most half of what the machine or the container has left when the server starts), and seconds after which
@@ -72,6 +73,9 @@ class ServeOptions:
         for origin in self.cors:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"cors: expected an origin such as https://example.org:8443, got {origin!r}")
+        for name in self.allowed_hosts:
+            if not _NAME.fullmatch(name):
+                raise ValueError(f"allowed_hosts: expected a name such as example.org, without a port, got {name!r}")
 
     @property
     def loopback(self) -> bool:

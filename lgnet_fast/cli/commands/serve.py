@@ -36,7 +36,7 @@ def serve(
     ] = None,
     cors: Annotated[list[str] | None, typer.Option(help="Origins whose pages may call the API.")] = None,
     allowed_hosts: Annotated[
-        list[str] | None, typer.Option("--allowed-host", help="Names that this server is reached by.")
+        list[str] | None, typer.Option("--allowed-host", help="Names, without port, that this server is reached by.")
     ] = None,
     max_bytes: Annotated[int, typer.Option(min=1, help="Largest request body, in bytes.")] = 64 * 2**20,
     max_pixels: Annotated[int, typer.Option(min=1, help="Largest picture, in pixels.")] = 100_000_000,
