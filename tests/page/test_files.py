@@ -595,6 +595,8 @@ def test_pictures_and_masks_are_pasted_and_dropped(new_page):
     page.wait_for_selector("#status:text('Skipped, no pictures: notes.txt')")
     assert page.text_content("#name") == "b.png"
     assert page.text_content("#number") == "1 of 2"
+    page.evaluate(GIVE, ["drop", [], data])
+    assert failed(page).startswith("No file was dropped.")
     page.evaluate(GIVE, ["drop", ["my_mask.png"], list(file_of(hole(90, 120)))])
     page.wait_for_selector("#fill:enabled")
     assert page.text_content("#name") == "b.png"

@@ -82,7 +82,8 @@ addEventListener("drop", (event) => {
   document.body.classList.remove("dropping");
   const files = [...event.dataTransfer.files];
   const entries = [...event.dataTransfer.items].map((item) => item.webkitGetAsEntry?.()).filter(Boolean);
-  if (entries.some((entry) => entry.isDirectory)) filesOf(entries).then((all) => openFiles(sorted(all)));
+  if (!files.length && !entries.length) say(t("noFile"), "error"); // some browsers give a page's picture as its address
+  else if (entries.some((entry) => entry.isDirectory)) filesOf(entries).then((all) => openFiles(sorted(all)));
   else if (files.length === 1 && editor.picture && /mask/i.test(files[0].name)) importMask(files[0]);
   else openFiles(files);
 });

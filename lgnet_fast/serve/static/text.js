@@ -10,6 +10,7 @@ const TEXT = {
   openFolder: "Open a folder",
   dropHint: "or drop one anywhere, or paste it",
   dropNow: "Drop to open",
+  noFile: "No file was dropped. Save a picture of another page first, or copy and paste it.",
   skipped: "Skipped, no pictures: {names}",
   andMore: "{names} and {count} more",
   samples: "Or try one of these",
