@@ -92,6 +92,11 @@ def norm(module: nn.Module) -> Callable[[LGNet], None]:
     return change
 
 
+def without_bias(model: LGNet) -> None:
+    model.net_l.down1.norm = nn.BatchNorm2d(WIDTH)
+    model.net_l.down1.norm.bias = None
+
+
 def without_statistics(model: LGNet) -> None:
     model.net_l.down1.norm.running_mean = model.net_l.down1.norm.running_var = None
 
@@ -145,7 +150,7 @@ WIDTH = 2 * NARROW["local_channels"]
         (norm(nn.BatchNorm2d(WIDTH, track_running_stats=False)), "net_l.down1.norm has track_running_stats = False"),
         (norm(nn.Identity()), "net_l.down1.norm is not BatchNorm2d but Identity"),
         (norm(nn.GroupNorm(1, WIDTH)), "net_l.down1.norm is not BatchNorm2d but GroupNorm"),
-        (norm(nn.BatchNorm2d(WIDTH, bias=False)), "net_l.down1.norm has no bias"),
+        (without_bias, "net_l.down1.norm has no bias"),
         (without_statistics, "net_l.down1.norm has no running_mean"),
         (wrapped("net_c.encoder.e1.conv"), "net_c.encoder.e1.conv is not Conv2d but Scaled"),
         (wrapped("net_g.encoder.e8"), "net_g.encoder.e8 is not Down but Scaled"),
