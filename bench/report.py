@@ -73,10 +73,14 @@ def preferred(machines: Mapping[str, Machine], cpu: bool) -> str | None:
     return max(names, key=lambda name: sum(len(m["benches"]) for m in machines[name].values()), default=None)
 
 
+def benches_of(machine: Machine, module: str) -> dict[str, Any]:
+    """The benches of a module, by name; none where it was not measured."""
+    return machine[module]["benches"] if module in machine else {}
+
+
 def bench_of(machine: Machine, module: str, prefix: str) -> dict[str, Any] | None:
     """The first bench of a module whose name begins so."""
-    benches = machine.get(module, {"benches": {}})["benches"]
-    return next((bench for name, bench in benches.items() if name.startswith(prefix)), None)
+    return next((bench for name, bench in benches_of(machine, module).items() if name.startswith(prefix)), None)
 
 
 def history(name: str) -> list[tuple[str, str, dict[str, float]]]:
@@ -201,7 +205,7 @@ def all_contests(name: str, machine: Machine) -> list[Section | None]:
 def growth(name: str, machine: Machine) -> Section | None:
     """How the cost grows with the size."""
     slopes = []
-    for bench_name, bench in machine.get("scaling", {"benches": {}})["benches"].items():
+    for bench_name, bench in benches_of(machine, "scaling").items():
         for what, fit in bench.get("slopes", {}).items():
             error = "" if fit["standard_error"] is None else f"{fit['standard_error']:.3f}"
             slopes.append([bench_name.removeprefix("test_"), what, f"{fit['slope']:.3f}", error])
@@ -271,9 +275,9 @@ def pictures(machines: Mapping[str, Machine]) -> Iterator[tuple[str, bytes]]:
     if bench:
         yield "table4", plots.table4(bench)
     for name, machine in machines.items():
-        if "inference" in machine:
-            yield f"{name}_latency", plots.latency(machine["inference"]["benches"])
-        growing = {k: b for k, b in machine.get("scaling", {"benches": {}})["benches"].items() if "slopes" in b}
+        if benches := benches_of(machine, "inference"):
+            yield f"{name}_latency", plots.latency(benches)
+        growing = {k: b for k, b in benches_of(machine, "scaling").items() if "slopes" in b}
         if growing:
             yield f"{name}_scaling", plots.scaling(growing)
         if hole := bench_of(machine, "scaling", "test_hole_ratio"):
@@ -355,7 +359,7 @@ def write_plots(out: Path, folders: Sequence[Path] = (RESULTS,)) -> list[Path]:
     machines = load(folders)
     name = preferred(machines, cpu=True) or ""
     machine = machines.get(name, {})
-    benches = machine.get("inference", {"benches": {}})["benches"]
+    benches = benches_of(machine, "inference")
     holes = bench_of(machine, "scaling", "test_hole_ratio")
     if not benches or not holes:
         missing = "hole_ratio.svg" if benches else "latency.svg"
