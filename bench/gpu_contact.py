@@ -90,10 +90,10 @@ def median_us(call: Callable[[], None], repeats: int = 20, inner: int = 1) -> fl
 
 def graph_of(launches: Callable[[], None], spread: bool = False) -> torch.cuda.CUDAGraph:
     """A CUDA graph of `launches`, which run once before the capture; `spread`: see `capture`."""
-    from lgnet_fast.engine.cuda.graphs import capture
+    from lgnet_fast.engine.cuda.graphs import Pool, capture
 
     device = torch.device("cuda", torch.cuda.current_device())
-    return capture(launches, device, torch.cuda.graph_pool_handle(), spread)
+    return capture(launches, device, Pool(device), spread)
 
 
 def model_and_plan(name: str, batch: int) -> tuple[Any, Any]:

@@ -37,6 +37,13 @@ def assert_same_pixels(fast: Tensor, exact: Tensor, mask: Tensor) -> None:
     assert (fast.double() - exact)[hole].square().mean().sqrt() <= 1e-4
 
 
+class FakePool:
+    """Memory of graphs on the CPU."""
+
+    def renew(self) -> None:
+        pass
+
+
 class FakeGraph:
     """Replays by launching; counts."""
 

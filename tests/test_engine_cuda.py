@@ -24,7 +24,7 @@ from lgnet_fast.engine.cuda import graph_executor, graphs
 from lgnet_fast.engine.cuda.checks import check_steps, make_example
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.graph_executor import GraphExecutor
-from lgnet_fast.engine.cuda.graphs import Program, capture
+from lgnet_fast.engine.cuda.graphs import Pool, Program, capture
 from lgnet_fast.engine.cuda.guarded import Guarded
 from lgnet_fast.engine.cuda.memory import Memory
 from lgnet_fast.engine.cuda.operator_executor import OperatorExecutor
@@ -213,7 +213,6 @@ class TestOnGpu:
 
     def test_capture_takes_the_lock_of_the_process(self, executor: CudaExecutor) -> None:
         x = torch.zeros(8, device="cuda")
-        pool = torch.cuda.graph_pool_handle()
         device = torch.device("cuda", torch.cuda.current_device())
         locked: list[bool] = []
 
@@ -221,7 +220,7 @@ class TestOnGpu:
             locked.append(graphs._CAPTURE_LOCK.locked())
             x.add_(1)
 
-        graph = capture(launches, device, pool)
+        graph = capture(launches, device, Pool(device))
         assert locked == [True, True]
         assert not graphs._CAPTURE_LOCK.locked()
         graph.replay()

@@ -17,13 +17,12 @@ pytest.importorskip("triton")
 from lgnet_fast.kernels import cuda_driver
 
 from lgnet_fast.engine.cuda import graphs
-from lgnet_fast.engine.cuda.graphs import CaptureError, Program, capture
+from lgnet_fast.engine.cuda.graphs import CaptureError, Pool, Program, capture
 from lgnet_fast.engine.cuda.launches import ends_by_graphs
 from lgnet_fast.engine.cuda.measure import Timer
 from lgnet_fast.ops.torch_state import is_capturing
 
 DEVICE = torch.device("cuda", 0)
-POOL = (0, 1)
 
 
 class FakeCuda:
@@ -41,10 +40,12 @@ class FakeCuda:
         self.random_captured = False
         """Whether PyTorch's random generator believes that a graph is being captured."""
         self.streams: list[FakeStream] = []
+        """Of captures and warm-ups, each once."""
+        self.made: dict[int, int] = {}
+        """GPU's number -> how often a stream was asked for."""
         self.device = 0
         cuda = torch.cuda
         monkeypatch.setattr(graphs, "_streams", {})
-        monkeypatch.setattr(graphs, "_replaced", {})
         for name, value in {
             "Stream": self.new_stream,
             "Event": lambda enable_timing: FakeEvent(self),
@@ -68,7 +69,10 @@ class FakeCuda:
     def new_stream(self, index: int | None = None) -> FakeStream:
         if index is None:  # PyTorch 2.7 makes one that it never uses
             return FakeStream("unused", self.device)
-        self.streams.append(FakeStream("a side", index))
+        number = self.made[index] = self.made.get(index, 0) + 1
+        if number > graphs._STREAMS:  # PyTorch's 33rd is the first again
+            return [s for s in self.streams if s.device == index][(number - 1) % graphs._STREAMS]
+        self.streams.append(FakeStream("warm-up" if number == 1 else f"capture {number - 1}", index))
         return self.streams[-1]
 
     @contextlib.contextmanager
@@ -182,24 +186,25 @@ class Work:
 
 def test_a_capture_warms_up_on_a_stream_of_its_own_and_replays(cuda: FakeCuda) -> None:
     work = Work(cuda)
-    program = Program(work, DEVICE, POOL)
+    program = Program(work, DEVICE, Pool(DEVICE))
     for _ in range(3):
         program()
     assert (work.launched, work.ran) == (2, 4)
-    assert work.streams == ["a side", "a side"]
+    assert work.streams == ["warm-up", "capture 1"]
     assert (program.reason, cuda.current, gc.isenabled()) == (None, cuda.user, True)
 
 
 @pytest.mark.parametrize("where", ["fail_begin", "fail_end"])
 def test_a_failed_capture_leaves_the_callers_stream_and_tells_the_allocator(cuda: FakeCuda, where: str) -> None:
     setattr(cuda, where, RuntimeError("CUDA error: operation failed due to a previous error during capture"))
-    work = Work(cuda)
+    work, pool = Work(cuda), Pool(DEVICE)
+    handle = pool.handle
     with pytest.raises(CaptureError, match="previous error during capture"):
-        capture(work, DEVICE, POOL)
+        capture(work, DEVICE, pool)
     assert cuda.current is cuda.user
-    assert cuda.ended_pools == [POOL]
+    assert cuda.ended_pools == [handle]
     assert gc.isenabled()
-    program = Program(work, DEVICE, POOL)
+    program = Program(work, DEVICE, pool)
     program()
     assert cuda.current is cuda.user
     assert work.streams[-1] == "the user's"
@@ -213,14 +218,14 @@ def test_the_reason_names_what_failed_first(cuda: FakeCuda) -> None:
             raise KeyError("a launch")
 
     with pytest.raises(CaptureError, match="KeyError: 'a launch'; then RuntimeError: capture invalidated"):
-        capture(launches, DEVICE, POOL)
+        capture(launches, DEVICE, Pool(DEVICE))
     assert cuda.current is cuda.user
 
 
 def test_failed_captures_are_tried_again_a_few_times(cuda: FakeCuda, caplog: pytest.LogCaptureFixture) -> None:
     cuda.fail_end = RuntimeError("another thread synchronised")
     work = Work(cuda)
-    program = Program(work, DEVICE, POOL, direct=1)
+    program = Program(work, DEVICE, Pool(DEVICE), direct=1)
     tries: list[int] = []
     original = graphs.capture
     with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.INFO, logger="lgnet_fast"):
@@ -236,8 +241,8 @@ def test_failed_captures_are_tried_again_a_few_times(cuda: FakeCuda, caplog: pyt
 
 def test_a_later_capture_succeeds(cuda: FakeCuda) -> None:
     cuda.fail_end = RuntimeError("a moment's trouble")
-    work = Work(cuda)
-    program = Program(work, DEVICE, POOL)
+    work, pool = Work(cuda), Pool(DEVICE)
+    program = Program(work, DEVICE, pool)
     program()
     cuda.fail_end = None
     for _ in range(11):
@@ -247,7 +252,7 @@ def test_a_later_capture_succeeds(cuda: FakeCuda) -> None:
     launched = work.launched
     program()
     assert work.launched == launched
-    other = Program(Work(cuda), DEVICE, POOL)  # of the same executor
+    other = Program(Work(cuda), DEVICE, pool)  # of the same executor
     other()
     assert other.graph is not None
 
@@ -262,7 +267,7 @@ def test_launches_that_raise_are_not_taken_for_a_failed_capture(
     def launches() -> None:
         raise OutOfResources("shared memory")
 
-    program = Program(launches, DEVICE, POOL)
+    program = Program(launches, DEVICE, Pool(DEVICE))
     with pytest.raises(OutOfResources):
         program()
     assert not caplog.records
@@ -277,7 +282,7 @@ def test_errors_of_triton_during_the_capture_are_failed_captures(cuda: FakeCuda)
             raise OutOfResources("shared memory")
         work()
 
-    program = Program(launches, DEVICE, POOL)
+    program = Program(launches, DEVICE, Pool(DEVICE))
     program()
     assert "OutOfResources" in (program.reason or "")
     assert work.ran == 2  # the warm-up, and the launches in the graph's place
@@ -292,7 +297,7 @@ def test_blocks_are_spread_before_the_graph_is_instantiated(cuda: FakeCuda, monk
 
     monkeypatch.setattr(cuda_driver, "spread_blocks", spread_blocks)
     work = Work(cuda)
-    program = Program(work, DEVICE, POOL, spread=True)
+    program = Program(work, DEVICE, Pool(DEVICE), spread=True)
     for _ in range(3):
         program()
     assert (work.launched, work.ran, program.reason) == (2, 4, None)
@@ -307,17 +312,25 @@ def test_a_graph_whose_blocks_cannot_be_spread_is_a_failed_capture(
 
     monkeypatch.setattr(cuda_driver, "spread_blocks", spread_blocks)
     work = Work(cuda)
-    program = Program(work, DEVICE, POOL, spread=True)
+    program = Program(work, DEVICE, Pool(DEVICE), spread=True)
     program()
     assert "invalid argument" in (program.reason or "")
     assert (program.graph, work.ran, cuda.current) == (None, 2, cuda.user)
 
 
-def test_graphs_of_a_gpu_are_captured_on_one_stream(cuda: FakeCuda) -> None:
-    """Memory of a pool belongs to the stream that allocated it, so other streams' graphs could not share it."""
-    for device in (DEVICE, DEVICE, torch.device("cuda", 1)):
-        capture(Work(cuda), device, POOL)
-    assert [stream.device for stream in cuda.streams] == [0, 1]
+def test_each_owner_of_graphs_has_a_stream(cuda: FakeCuda) -> None:
+    """Its graphs hold the address of the stream's workspace of cuBLAS, which graphs that are replayed at the same
+    time must not share. Graphs of one owner share memory, which PyTorch's allocator gives to one stream only."""
+    pools = [Pool(DEVICE) for _ in range(graphs._STREAMS - 1)]
+    works = [Work(cuda) for _ in (0, 0, 1)]
+    for work, number in zip(works, (0, 0, 1), strict=True):
+        capture(work, DEVICE, pools[number])
+    assert [work.streams for work in works] == [["warm-up", "capture 1"]] * 2 + [["warm-up", "capture 2"]]
+    assert {pool.stream.name for pool in pools} == {f"capture {n}" for n in range(1, graphs._STREAMS)}
+    pools += [Pool(DEVICE), Pool(torch.device("cuda", 1))]
+    assert [(p.stream.name, p.stream.device) for p in pools[-2:]] == [("capture 1", 0), ("capture 1", 1)]
+    del pools[4]
+    assert Pool(DEVICE).stream.name == "capture 5"
 
 
 def test_random_numbers_work_after_a_failed_capture(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -330,7 +343,7 @@ def test_random_numbers_work_after_a_failed_capture(cuda: FakeCuda, monkeypatch:
 
     monkeypatch.setattr(FakeGraph, "capture_end", once)
     with pytest.raises(CaptureError):
-        capture(Work(cuda), DEVICE, POOL)
+        capture(Work(cuda), DEVICE, Pool(DEVICE))
     assert not cuda.random_captured
     assert (cuda.current, cuda.capturing) == (cuda.user, None)
 
@@ -339,11 +352,13 @@ def test_random_numbers_work_after_a_failed_capture(cuda: FakeCuda, monkeypatch:
 def test_an_interrupted_capture_leaves_no_capture_mode(cuda: FakeCuda, where: str) -> None:
     """A notebook goes on after it."""
     setattr(cuda, where, KeyboardInterrupt())
-    program = Program(Work(cuda), DEVICE, POOL)
+    pool = Pool(DEVICE)
+    handle = pool.handle
+    program = Program(Work(cuda), DEVICE, pool)
     with pytest.raises(KeyboardInterrupt):
         program()
     assert cuda.current is cuda.user
-    assert cuda.ended_pools == [POOL]
+    assert cuda.ended_pools == [handle]
     assert gc.isenabled()
     setattr(cuda, where, None)
     program()
@@ -355,8 +370,8 @@ def test_a_launch_that_raises_is_ordered_before_what_the_caller_launches_next(cu
         raise OutOfResources("shared memory")
 
     with pytest.raises(OutOfResources):
-        capture(launches, DEVICE, POOL)
-    assert cuda.user.waited_for == cuda.streams
+        capture(launches, DEVICE, Pool(DEVICE))
+    assert [stream.name for stream in cuda.user.waited_for] == ["warm-up"]
 
 
 def test_times_are_taken_on_the_measured_gpu(cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -364,7 +379,7 @@ def test_times_are_taken_on_the_measured_gpu(cuda: FakeCuda, monkeypatch: pytest
     monkeypatch.setattr(FakeEvent, "recorded_on", [])
     second = torch.device("cuda", 1)
     assert Timer(second).time([Work(cuda)]) == pytest.approx(2.0)
-    assert ends_by_graphs([[Work(cuda)]], second, POOL, False, 1) == pytest.approx([0.0005])
+    assert ends_by_graphs([[Work(cuda)]], second, Pool(second), False, 1) == pytest.approx([0.0005])
     assert set(FakeEvent.recorded_on) == {1}
     assert cuda.device == 0
 

@@ -30,7 +30,7 @@ from lgnet_fast.engine.model_executor import ModelExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.jobs import tune as tuning_module
-from tests.engine_support import FakeGraph, assert_same_pixels, narrow_model
+from tests.engine_support import FakeGraph, FakePool, assert_same_pixels, narrow_model
 from tests.support import case
 from tests.test_plan import NARROW, lively
 
@@ -190,7 +190,7 @@ print(verdict.runs, sorted(name for name in sys.modules if name.startswith("lgne
 
 @pytest.fixture
 def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(GraphExecutor, "_graph_pool", lambda self: (0, 1) if self.options.graphs else None)
+    monkeypatch.setattr(GraphExecutor, "_graph_pool", lambda self: FakePool() if self.options.graphs else None)
     monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(launches))
     monkeypatch.setattr(FakeGraph, "replays", 0)
 

@@ -62,6 +62,12 @@ def soon(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphed, "DIRECT", 1)
 
 
+def by_emulation(monkeypatch: pytest.MonkeyPatch, capture: Callable[..., Any] = record) -> None:
+    """Captures on the CPU."""
+    monkeypatch.setattr(graphed, "capture", capture)
+    monkeypatch.setattr(graphed, "Pool", lambda device: None)
+
+
 def step_of(kind: type[Step], device: str = "cpu", **options: Any) -> tuple[Step, nn.Module, nn.Module]:
     torch.manual_seed(1)
     network = LGNet(stages="C+L", coarse_channels=4, local_channels=4, backend="eager").to(device).double().train()
@@ -116,7 +122,7 @@ def assert_equal(own: Any, expected: Any, tolerance: float = 1e-9) -> None:
 
 
 def test_graphed_steps_train_as_others(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(graphed, "capture", record)
+    by_emulation(monkeypatch)
     replays = []
     monkeypatch.setattr(Recorded, "replay", lambda self, own=Recorded.replay: (replays.append(1), own(self)))
     lists = [[batch] for batch in batches(5)]
@@ -129,44 +135,55 @@ def test_graphed_steps_train_as_others(monkeypatch: pytest.MonkeyPatch, caplog: 
 
 
 def test_gradients_of_several_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed, "capture", record)
+    by_emulation(monkeypatch)
     several = batches(6)
     lists = [several[number : number + 2] for number in range(0, 6, 2)]
     assert_equal(trained(GraphedStep, lists), trained(Step, lists))
 
 
-def test_no_autograd_graph_of_an_earlier_batch_is_alive_at_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Its nodes that add up gradients are on the stream of that batch, which a capture on another may not involve."""
+def test_no_autograd_graph_of_an_earlier_run_is_alive_at_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a batch or of the warm-up. Its nodes that add up gradients are on the stream of that run, which a capture on
+    another may not involve."""
     networks: list[nn.Module] = []
-    old: list[list[bool]] = []
+    marked: list[int] = []
+    old: list[bool] = []
 
     def nodes() -> list[Any]:
         """Those of the weights: the nodes of a living graph, else new ones."""
         weights = (p for network in networks for p in network.parameters() if p.requires_grad)
         return [p.view_as(p).grad_fn.next_functions[0][0] for p in weights]
 
-    def mark(total: str, terms: Terms, number: int) -> bool:
+    def mark(*args: Any) -> bool:
         for node in nodes():
-            node.metadata["of an earlier batch"] = True
+            node.metadata["of an earlier run"] = True
+        marked.append(len(nodes()))
         return False
 
-    def spied(launches: Callable[[], None], device: Any, pool: Any, warm_up: Callable[[], None]) -> Recorded:
-        if not old:  # before the first of the two graphs, which are captured together
-            old.append(["of an earlier batch" in node.metadata for node in nodes()])
-        return record(launches, device, pool, warm_up)
+    def warmed(step: GraphedStep, part: Any) -> Terms:
+        terms = gradients_of(step, part)
+        mark()
+        return terms
 
-    monkeypatch.setattr(graphed, "capture", spied)
+    def spied(launches: Callable[[], None], device: Any, pool: Any, warm_up: Callable[[], None]) -> Recorded:
+        warm_up()
+        if not old:  # before the first of the two graphs, which are captured together
+            old.extend("of an earlier run" in node.metadata for node in nodes())
+        return record(launches, device, pool, lambda: None)
+
+    gradients_of = GraphedStep._gradients_of
+    by_emulation(monkeypatch, spied)
+    monkeypatch.setattr(GraphedStep, "_gradients_of", warmed)
     step, *networks[:] = step_of(GraphedStep, on_nonfinite=mark)
     step(batches(2))  # the first without graphs
-    (found,) = old
-    assert found
-    assert not any(found)
+    assert len(marked) == 6  # two totals of each batch, the warm-up, the check
+    assert len(old) == marked[0] > 0
+    assert not any(old)
     assert isinstance(step, GraphedStep)
     assert step.uses_graphs
 
 
 def test_a_step_is_skipped_in_graphs_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphed, "capture", record)
+    by_emulation(monkeypatch)
     lists = [[batch] for batch in batches(4)]
 
     def skipping() -> Callable[[str, Terms, int], bool]:
@@ -215,7 +232,7 @@ def test_what_cannot_be_captured_runs_without_graphs(
         return recorded
 
     graphed_error = RuntimeError("operation not permitted when stream is capturing")
-    monkeypatch.setattr(graphed, "capture", faulty)
+    by_emulation(monkeypatch, faulty)
     lists = [[batch] for batch in batches(3)]
     with caplog.at_level(logging.WARNING, "lgnet_fast"):
         own = trained(GraphedStep, lists)

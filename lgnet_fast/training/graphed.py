@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ..engine.cuda.graphs import capture, error_text
+from ..engine.cuda.graphs import Pool, capture, error_text
 from .steps import Judged, Part, Step, Terms
 
 logger = logging.getLogger("lgnet_fast")
@@ -65,7 +65,7 @@ class GraphedStep(Step):
         self._trained = [p for network in networks for p in network.parameters() if p.requires_grad]
         self._norms = [m for network in networks for m in network.modules() if isinstance(m, nn.BatchNorm2d)]
         self._gradients: list[Tensor] = []
-        self._pool: Any = None
+        self._pool: Pool | None = None
 
     @property
     def uses_graphs(self) -> bool:
@@ -143,8 +143,8 @@ class GraphedStep(Step):
     def _captured(self, part: Part) -> _Graphs:
         part = part._replace(image=part.image.clone(), mask=part.mask.clone())
         device = part.image.device
-        if self._pool is None and device.type == "cuda":
-            self._pool = torch.cuda.graph_pool_handle()
+        if self._pool is None:
+            self._pool = Pool(device)
         made: list[Judged] = []
         terms: Terms = {}
 

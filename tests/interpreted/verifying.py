@@ -18,7 +18,7 @@ from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.verdicts import Verdict
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
-from tests.engine_support import FakeGraph
+from tests.engine_support import FakeGraph, FakePool
 from tests.interpreted.plans import cast
 
 CPU = torch.device("cpu")
@@ -45,7 +45,7 @@ class Model:
 
 def graphs_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Graphs on CPU tensors, and Model in place of the model. With an empty cache of its own, for each test."""
-    monkeypatch.setattr(CudaExecutor, "_graph_pool", lambda self: (0, 1) if self.options.graphs else None)
+    monkeypatch.setattr(CudaExecutor, "_graph_pool", lambda self: FakePool() if self.options.graphs else None)
     monkeypatch.setattr(graphs, "capture", lambda launches, *args: FakeGraph(launches))
     monkeypatch.setattr(verified, "ModelExecutor", Model)
     FakeGraph.replays = Model.made = 0

@@ -13,7 +13,7 @@ import weakref
 from abc import abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor
@@ -26,7 +26,7 @@ from ..executor import Executor, Regions, Result
 from ..plan import PICTURE, Plan
 from ..recent import Recent
 from ..regions import Rect
-from .graphs import Program, event_of
+from .graphs import Pool, Program, event_of
 from .launches import Launch, ends, ends_by_graphs, run_all
 from .memory import Memory, least_bytes
 
@@ -129,9 +129,9 @@ class GraphExecutor(Executor):
 
     # -- programs ------------------------------------------------------------------------------------------------
 
-    def _graph_pool(self) -> Any:
-        """Memory pool that the graphs share; None: nothing is captured."""
-        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" and self.options.graphs else None
+    def _graph_pool(self) -> Pool | None:
+        """Memory that the graphs share; None: nothing is captured."""
+        return Pool(self.device) if self.device.type == "cuda" and self.options.graphs else None
 
     @property
     def memory(self) -> Memory:
@@ -175,8 +175,8 @@ class GraphExecutor(Executor):
                 self._done.synchronize()  # a run on any stream may still use them
             self._programs.clear()
             self._own = None
-            # PyTorch takes no graph into a pool whose graphs are all gone
-            self._pool = None if self._pool is None else self._graph_pool()
+            if self._pool is not None:
+                self._pool.renew()
 
     def holes_of(self, regions: Regions) -> tuple[Rect, ...]:
         """The rectangles of holes to which these regions belong."""
@@ -281,7 +281,7 @@ class GraphExecutor(Executor):
             parts = [[self._paint(self.memory, False)]]
             for number in range(len(self.plan.steps)):
                 parts.append(self.step_launches(self.memory, number, None if regions is None else regions[number]))
-            if self.uses_graphs and self.device.type == "cuda":
+            if self._pool is not None and self.device.type == "cuda":
                 until = ends_by_graphs(parts, self.device, self._pool, self.spread, rounds)
             else:
                 until = ends(parts, self.device, rounds)

@@ -1,7 +1,7 @@
 """CUDA graphs: a list of launches captured once and replayed by one call.
 
 A capture holds a lock of the whole process, because concurrent captures disturb each other. It uses a separate
-stream, after a warm-up run on that stream, which compiles and loads every kernel. Launches that cannot be captured
+stream, after a warm-up run on another one, which compiles and loads every kernel. Launches that cannot be captured
 are made directly; the caller's stream, the allocator and the random generator are restored.
 """
 
@@ -11,6 +11,7 @@ import contextlib
 import gc
 import logging
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -21,14 +22,74 @@ from ...ops.torch_state import is_capturing, one_line
 logger = logging.getLogger("lgnet_fast")
 
 _CAPTURE_LOCK = threading.Lock()
-# GPU's number -> the stream of all captures there. PyTorch's allocator gives memory of a pool to the stream that used
-# it before, so graphs captured on streams of their own would share none of it.
-_streams: dict[int, torch.cuda.Stream] = {}
-# Pool of a failed capture -> the pool that later captures use in its place. PyTorch's allocator of page-locked memory
-# (2.11) takes the failed capture for one that still goes on, and refuses another into its pool.
-_replaced: dict[Any, Any] = {}
 _RETRY_AFTER = (10, 100, 1000)
 """Numbers of calls between a failed capture and the next attempt."""
+
+
+_STREAMS = 32
+"""PyTorch's streams of a GPU; a further one is one of these again."""
+
+
+class Pool:
+    """Memory that the graphs of one owner share, and the stream on which they are captured.
+
+    An owner replays its graphs one after another. PyTorch keeps a workspace of cuBLAS for each stream, whose address
+    is part of every graph captured there. Graphs of two owners, replayed at the same time, must not share it; and
+    PyTorch 2.13 frees the workspace with any graph captured on its stream, although others use it
+    (https://github.com/pytorch/pytorch/issues/193402). Therefore each owner has a stream, as far as there are enough,
+    on which nothing runs but captures: the workspace is part of the owner's memory, which remains as long as one of
+    its graphs.
+
+    Args:
+        device: an NVIDIA GPU.
+
+    Attributes:
+        handle: the memory, as ``torch.cuda.graph_pool_handle()`` gives it.
+        stream: for captures. PyTorch's allocator gives memory to the stream that used it before, so the graphs of an
+            owner share memory only on one stream.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        with torch.cuda.device(device):
+            index = torch.cuda.current_device()
+        with _CAPTURE_LOCK:
+            self.stream = _streams_of(index).take(self)
+        self.renew()
+
+    def renew(self) -> None:
+        """Other memory for later captures. PyTorch takes no graph into memory whose graphs are all gone, nor into
+        that of a failed capture: its allocator of page-locked memory (2.11) takes the capture for one that goes on.
+        """
+        self.handle = torch.cuda.graph_pool_handle()
+
+
+class _Streams:
+    """The streams of a GPU for captures and their warm-ups."""
+
+    def __init__(self, index: int) -> None:
+        self._index = index
+        self.warm_up = torch.cuda.Stream(index)
+        self._pools: dict[torch.cuda.Stream, weakref.WeakSet[Pool]] = {}
+
+    def take(self, pool: Pool) -> torch.cuda.Stream:
+        """The stream of the fewest living pools, which is used by none where possible."""
+        if all(self._pools.values()) and len(self._pools) < _STREAMS - 1:
+            new = torch.cuda.Stream(self._index)
+            if new != self.warm_up:
+                self._pools.setdefault(new, weakref.WeakSet())
+        stream, pools = min(self._pools.items(), key=lambda item: len(item[1]))
+        pools.add(pool)
+        return stream
+
+
+_streams: dict[int, _Streams] = {}
+"""GPU's number -> its streams."""
+
+
+def _streams_of(index: int) -> _Streams:
+    if index not in _streams:
+        _streams[index] = _Streams(index)
+    return _streams[index]
 
 
 class CaptureError(Exception):
@@ -38,7 +99,7 @@ class CaptureError(Exception):
 def capture(
     launches: Callable[[], None],
     device: torch.device,
-    pool: Any,
+    pool: Pool,
     spread: bool = False,
     warm_up: Callable[[], None] | None = None,
 ) -> torch.cuda.CUDAGraph:
@@ -46,7 +107,7 @@ def capture(
 
     Args:
         launches: called to warm up, and again. It must neither wait for the device nor read from it.
-        pool: memory for what it allocates, as ``torch.cuda.graph_pool_handle()`` gives; another after a failure.
+        pool: memory for what it allocates, and the stream; its memory is renewed after a failure.
         spread: a multiprocessor holds one block of a kernel at a time where all fit so, see
             ``kernels.cuda_driver.spread_blocks``.
         warm_up: called instead of the first call of `launches`.
@@ -57,29 +118,29 @@ def capture(
     """
     with _CAPTURE_LOCK, torch.cuda.device(device):
         current = torch.cuda.current_stream(device)
-        stream, own_pool = _capture_stream(), _replaced.get(pool, pool)
+        first = _streams_of(torch.cuda.current_device()).warm_up
         try:
-            stream.wait_stream(current)
+            first.wait_stream(current)
             try:
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(first):
                     (launches if warm_up is None else warm_up)()
             finally:  # launches before one that raises may still use the memory
-                current.wait_stream(stream)
+                current.wait_stream(first)
             graph = torch.cuda.CUDAGraph(keep_graph=True) if spread else torch.cuda.CUDAGraph()
             try:
                 # thread_local: other threads may allocate meanwhile
                 with (
                     _uncollected(),
-                    torch.cuda.graph(graph, pool=own_pool, stream=stream, capture_error_mode="thread_local"),
+                    torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"),
                 ):
                     launches()
                 if spread:
                     _spread(graph)
             except BaseException as error:  # an interrupt too: the program, such as a notebook, may go on after it
                 reason = error_text(error)
-                _end_allocations(own_pool)
-                _replaced[pool] = torch.cuda.graph_pool_handle()
-                _end_random_capture(stream)
+                _end_allocations(pool.handle)
+                pool.renew()
+                _end_random_capture(pool.stream)
                 if not isinstance(error, Exception):
                     raise
                 raise CaptureError(reason) from error
@@ -95,14 +156,6 @@ def _spread(graph: torch.cuda.CUDAGraph) -> None:
 
     spread_blocks(graph.raw_cuda_graph(), torch.cuda.current_device())
     graph.instantiate()
-
-
-def _capture_stream() -> torch.cuda.Stream:
-    """The stream of all captures on the current GPU."""
-    index = torch.cuda.current_device()
-    if index not in _streams:
-        _streams[index] = torch.cuda.Stream(index)
-    return _streams[index]
 
 
 def free_cached(device: torch.device) -> None:
@@ -127,12 +180,12 @@ def _uncollected() -> Iterator[None]:
             gc.enable()
 
 
-def _end_allocations(pool: Any) -> None:
+def _end_allocations(handle: Any) -> None:
     """End the capture mode of PyTorch's allocator, which a failed capture may leave on."""
     end = getattr(torch._C, "_cuda_endAllocateToPool", None)
     if end is not None:
         with contextlib.suppress(Exception):  # the mode had ended, or had not begun
-            end(torch.cuda.current_device(), pool)
+            end(torch.cuda.current_device(), handle)
 
 
 def _end_random_capture(stream: torch.cuda.Stream) -> None:
@@ -196,7 +249,7 @@ class Program:
         self,
         launches: Callable[[], None],
         device: torch.device,
-        pool: Any = None,
+        pool: Pool | None = None,
         direct: int = 0,
         spread: bool = False,
     ) -> None:
@@ -208,17 +261,17 @@ class Program:
         self._wait = direct if pool is not None else -1
 
     def __call__(self) -> None:
-        if self.graph is None and self._wait == 0:
-            self._capture()
+        if self.graph is None and self._wait == 0 and self._pool is not None:
+            self._capture(self._pool)
         if self.graph is not None:
             self.graph.replay()
         else:
             self._wait -= self._wait > 0
             self._launches()
 
-    def _capture(self) -> None:
+    def _capture(self, pool: Pool) -> None:
         try:
-            self.graph = capture(self._launches, self._device, self._pool, self._spread)
+            self.graph = capture(self._launches, self._device, pool, self._spread)
         except CaptureError as error:
             first = self.reason is None
             self.reason = str(error)

@@ -8,7 +8,7 @@ import itertools
 import math
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from ...ops.torch_state import engine_float32
 from ...reference.attention import attention_block
 from ..plan import PICTURE, AttentionStep, ConvStep
 from ..torch_executor import convolution
-from .graphs import Program, elapsed_ms
+from .graphs import Pool, Program, elapsed_ms
 from .memory import Memory
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ def activate_into(out: Tensor, x: Tensor, activation: str) -> None:
 
 
 def ends_by_graphs(
-    parts: Sequence[Sequence[Launch]], device: torch.device, pool: Any, spread: bool, rounds: int
+    parts: Sequence[Sequence[Launch]], device: torch.device, pool: Pool, spread: bool, rounds: int
 ) -> list[float]:
     """Milliseconds from the start to the end of each part, the least of `rounds`, by a graph up to each part.
 

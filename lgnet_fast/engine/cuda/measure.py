@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ... import cache
-from .graphs import capture, elapsed_ms
+from .graphs import Pool, capture, elapsed_ms
 from .launches import run_all
 from .weights import Overlap, Tuned
 
@@ -88,7 +88,7 @@ class Timer:
 
     def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
         """Microseconds per launch in a graph of all of them, the median of seven replays; `spread`: see `capture`."""
-        graph = capture(functools.partial(run_all, launches), self.device, torch.cuda.graph_pool_handle(), spread)
+        graph = capture(functools.partial(run_all, launches), self.device, Pool(self.device), spread)
         return self.median_us(graph.replay) / len(launches)
 
     def median_us(self, call: Callable[[], None], repeats: int = 7) -> float:
