@@ -102,7 +102,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Rewrites the page; without ``--kodak`` only the part of scikit-image's samples."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kodak", type=Path, metavar="DIR", help="the 24 pictures of the Kodak set")
-    parser.add_argument("--lpips", type=Path, metavar="FILE", help="AlexNet's weights with the heads of LPIPS")
+    parser.add_argument(
+        "--lpips", type=Path, metavar="FILE", required=True, help="AlexNet's weights with the heads of LPIPS"
+    )
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evaluation.md")
     options = parser.parse_args(arguments)
     page = options.page.read_text()

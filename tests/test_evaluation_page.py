@@ -12,17 +12,20 @@ from PIL import Image
 from bench import evaluation_page, write_tables
 from lgnet_fast.errors import LGNetError
 
+from .test_features import weights
+
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "evaluation.md"
 
 
 def test_the_page_is_rewritten_in_its_places_only(fake, tmp_path, monkeypatch):
-    monkeypatch.delenv("LGNET_FAST_LPIPS", raising=False)
+    np.savez(tmp_path / "lpips.npz", **weights("alexnet"))
     monkeypatch.setattr(evaluation_page, "SAMPLES", {"a.png": "somebody, CC0"})
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     monkeypatch.setattr(evaluation_page, "samples", lambda folder: Image.fromarray(picture).save(folder / "a.png"))
     before = PAGE.read_text()
     (tmp_path / "evaluation.md").write_text(before)
-    assert evaluation_page.main(["--page", str(tmp_path / "evaluation.md")]) == 0
+    arguments = ["--page", str(tmp_path / "evaluation.md"), "--lpips", str(tmp_path / "lpips.npz")]
+    assert evaluation_page.main(arguments) == 0
     after = (tmp_path / "evaluation.md").read_text()
     places = re.compile(r"<!-- (samples|kodak|licences|weights) -->\n(.*?)<!-- end -->", re.DOTALL)
     assert places.sub("", after) == places.sub("", before)
@@ -31,6 +34,7 @@ def test_the_page_is_rewritten_in_its_places_only(fake, tmp_path, monkeypatch):
     assert [line.split("|")[2].strip() for line in new["samples"].splitlines()[2:6]] == [
         "LGNet", "Telea", "Navier-Stokes", "biharmonic"
     ]  # fmt: skip
+    assert "n/a" not in new["samples"]
     assert "| `a.png` | somebody, CC0 |" in new["licences"]
     assert re.search(r"SHA-256 `[0-9a-f]{16}…`", new["weights"])
     with Image.open(tmp_path / "evaluation_samples.jpg") as sheet:

@@ -535,7 +535,9 @@ def test_options_check_themselves_and_name_the_field(field, value):
 
 def test_options():
     assert "secret" not in repr(ServeOptions(token="secret"))
-    assert ServeOptions(cors=["HTTPS://Example.org"]).cors == ("https://example.org",)
+    origins = "HTTPS://Example.org", "https://a.org:443", "http://a.org:80", "http://a.org:443", "https://[::1]:8443"
+    sent = "https://example.org", "https://a.org", "http://a.org", "http://a.org:443", "https://[::1]:8443"
+    assert ServeOptions(cors=origins).cors == sent
     for host, loopback in (("127.0.0.1", True), ("::1", True), ("localhost", True), ("0.0.0.0", False)):
         assert ServeOptions(host=host).loopback is loopback
 

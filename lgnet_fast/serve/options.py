@@ -73,6 +73,7 @@ class ServeOptions:
         for origin in self.cors:
             if not _ORIGIN.fullmatch(origin):
                 raise ValueError(f"cors: expected an origin such as https://example.org:8443, got {origin!r}")
+        object.__setattr__(self, "cors", tuple(map(_as_sent, self.cors)))
         for name in self.allowed_hosts:
             if not _NAME.fullmatch(name):
                 raise ValueError(f"allowed_hosts: expected a name such as example.org, without a port, got {name!r}")
@@ -86,6 +87,12 @@ class ServeOptions:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:
             return False
+
+
+def _as_sent(origin: str) -> str:
+    """An origin as browsers send it: without the port that its scheme has anyway."""
+    scheme = origin.partition(":")[0]
+    return origin.removesuffix({"http": ":80", "https": ":443"}[scheme])
 
 
 def _whole(name: str, value: Any, low: int, high: int | None) -> None:
