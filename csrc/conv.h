@@ -119,9 +119,8 @@ struct ConvKernels {
   int64_t stream_bytes;  // maps of more bytes are written past the caches
   // Units of the depth in a full matrix tile, by which rows in place cost no more than rows of patches; 0: no tiles.
   int64_t tile_units;
-  // Of an element in V and in the weights: 2 where it is the sum of a high and a low one. Then tiles are of one
-  // output.
-  int64_t parts;
+  int64_t parts;         // of an element in V and in the weights: 2 where it is the sum of a high and a low one
+  int64_t largest_tile;  // outputs along a side; 1: no transforms
   void (*product)(const Product&);
   // V of `count` tiles: v[point * point_stride + tile * row + k], in units; low parts `low` units further on. A
   // source of bf16 needs products of bf16 pairs.

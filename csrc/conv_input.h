@@ -158,9 +158,9 @@ struct ConvInput {
   static void transform_map(const Input& in, const Group& group, int64_t m, const Tile* tiles, int64_t count, void* v,
                             int64_t point_stride, int64_t row, int64_t low) {
     Unit* to = static_cast<Unit*>(v);
-    if (V::PARTS > 1 || m == 1) return patches<S>(in, group, tiles, count, to, row, low);
-    if constexpr (V::PARTS == 1) {
-      with_form(m, group.ry, group.rx, [&](auto mm, auto ry, auto rx) {
+    if (m == 1) return patches<S>(in, group, tiles, count, to, row, low);
+    if constexpr (V::LARGEST_TILE > 1) {
+      with_form<V::LARGEST_TILE>(m, group.ry, group.rx, [&](auto mm, auto ry, auto rx) {
         transform_tiles<S, decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(in, group, tiles, count, to,
                                                                                           point_stride, row);
       });

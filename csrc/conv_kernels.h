@@ -26,6 +26,7 @@ struct Conv {
     k.rows = Products::ROWS;
     k.tile_units = Products::tile_units();
     k.parts = V::PARTS;
+    k.largest_tile = V::LARGEST_TILE;
     k.stream_bytes = LGNET_STREAM_BYTES;
     k.product = Products::product;
     k.transform = ConvInput<V>::transform;

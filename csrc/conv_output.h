@@ -114,9 +114,9 @@ struct ConvOutput {
       const float* values = scratch;
       if (m == 1) {
         values = products[0] + t * row;
-      } else {
+      } else if constexpr (V::LARGEST_TILE > 1) {
         for (size_t g = 0; g < job.groups.size(); ++g) {
-          with_form(m, job.groups[g].ry, job.groups[g].rx, [&](auto mm, auto ry, auto rx) {
+          with_form<V::LARGEST_TILE>(m, job.groups[g].ry, job.groups[g].rx, [&](auto mm, auto ry, auto rx) {
             transform_products<decltype(mm)::value, decltype(ry)::value, decltype(rx)::value>(
                 products[g] + t * row, point_strides[g], out.channels, g > 0, scratch, row);
           });

@@ -85,8 +85,8 @@ struct Axis {
   }
 };
 
-// Calls f with (m, ry, rx) as compile-time constants.
-template <class F>
+// Calls f with (m, ry, rx) as compile-time constants. m is 2 or, where the class has such tiles, 4.
+template <int LARGEST, class F>
 static LGNET_INLINE void with_form(int64_t m, int64_t ry, int64_t rx, F f) {
   using std::integral_constant;
   const auto columns = [&](auto mm, auto y) {
@@ -99,8 +99,10 @@ static LGNET_INLINE void with_form(int64_t m, int64_t ry, int64_t rx, F f) {
     if (ry == 2) return columns(mm, integral_constant<int, 2>());
     columns(mm, integral_constant<int, 3>());
   };
-  if (m == 2) return rows(integral_constant<int, 2>());
-  rows(integral_constant<int, 4>());
+  if constexpr (LARGEST == 4) {
+    if (m == 4) return rows(integral_constant<int, 4>());
+  }
+  rows(integral_constant<int, 2>());
 }
 
 }  // namespace LGNET_ISA

@@ -5,8 +5,9 @@
 #include <arm_neon.h>
 
 #define LGNET_ISA neon_bf16
+#define LGNET_BASE neon
 #define LGNET_SIMD "simd/neon_bf16.h"
-#define LGNET_VECTORS F32, F64, Bf16
+#define LGNET_VECTORS Bf16
 #if defined(__clang__)
 #define LGNET_TARGET "bf16"
 #else

@@ -60,8 +60,13 @@ void check_step(const AnyStep& any, const Kernels& kernels, int64_t batch) {
     }
   }
   if (const ConvStep* conv = std::get_if<ConvStep>(&any)) {
-    if (step.products == Products::bf16x3 && conv->tile > 1) {
-      fail("Program", "tile", "1 for bf16x3", std::to_string(conv->tile));
+    const int64_t largest = kernels.conv.of(step.products).largest_tile;
+    if (conv->tile != 1 && conv->tile != 2 && conv->tile != 4) {
+      fail("Program", "tile", "1, 2 or 4", std::to_string(conv->tile));
+    }
+    if (conv->tile > largest) {
+      fail("Program", "tile", "at most " + std::to_string(largest) + " for such products",
+           std::to_string(conv->tile));
     }
     for (const Job& job : conv->jobs) {
       if (job.groups.size() > kMaximumGroups) {
@@ -229,6 +234,8 @@ void pack_attention_weight(uint64_t weight, int64_t channels, bool released, Pro
   pack_combiner(current_kernels().attention, reinterpret_cast<const float*>(weight), channels, released, products,
                 reinterpret_cast<char*>(into));
 }
+
+int64_t largest_tile(Products products) { return current_kernels().conv.of(products).largest_tile; }
 
 bool multiplies_by_tiles() { return current_kernels().conv.bf16.tile_units > 0; }
 

@@ -54,6 +54,9 @@ std::array<int64_t, 5> packing(Products products);
 int64_t attention_weight_bytes(int64_t channels, Products products);
 void pack_attention_weight(uint64_t weight, int64_t channels, bool released, Products products, uint64_t into);
 
+// Outputs along a side of the largest tile that a convolution may have with these products; 0 where there are none.
+int64_t largest_tile(Products products);
+
 // Whether products of bf16 pairs are by matrix tiles.
 bool multiplies_by_tiles();
 

@@ -88,6 +88,8 @@ void bind_program(py::module_& m) {
   m.def("attention_weight_bytes", &attention_weight_bytes, py::arg("channels"), py::arg("products"));
   m.def("pack_attention_weight", &pack_attention_weight, py::arg("weight"), py::arg("channels"), py::arg("released"),
         py::arg("products"), py::arg("into"), py::call_guard<ReleasedGil>());
+  m.def("largest_tile", &largest_tile, py::arg("products"),
+        "Outputs along a side of the largest tile of a convolution; 0 where there are no such products");
   m.def("multiplies_by_tiles", &multiplies_by_tiles, "Whether the instruction set in use has matrix tiles of bf16");
   m.def("multiply_adds", &multiply_adds, py::arg("bf16"), py::arg("rounds"), py::arg("threads"),
         py::call_guard<ReleasedGil>(), "Work of known size that no memory slows; returns its amount");

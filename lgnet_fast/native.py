@@ -105,6 +105,16 @@ def multiplies(products: str) -> bool:
     return packing(products)[0] > 0
 
 
+def largest_tile(products: str) -> int:
+    """Outputs along a side of the largest tile that a convolution may have with such products; 0: there are none.
+
+    Args:
+        products: "float32", "bf16" or "bf16x3".
+    """
+    module = library()
+    return int(module.largest_tile(module.Products.__members__[products]))
+
+
 def reason_against(name: str, tensor: object) -> str | None:
     """Why the extension cannot read `tensor`, in one sentence that begins with `name`; None where it can."""
     if not isinstance(tensor, Tensor):

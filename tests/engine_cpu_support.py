@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from functools import cache
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from lgnet_fast import native
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu import kernels as cpu_kernels
+from lgnet_fast.engine.cpu.choice import kernels_for
 from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.cpu.kernels import Products
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
@@ -63,10 +67,16 @@ def truth(plan: tuple[object, ...], batch: int, height: int, width: int) -> tupl
     return executor.run(*picture(batch, height, width))
 
 
-def choices(plan: Plan, kernel: str) -> dict[str, str]:
-    """`kernel` wherever it can run."""
-    able = {step.name: cpu_kernels.candidates(step) for step in plan.steps}
+def choices(plan: Plan, kernel: str, products: Products = "float32") -> dict[str, str]:
+    """`kernel` wherever it can run with such products."""
+    able = {step.name: kernels_for(step, products) for step in plan.steps}
     return {name: kernel if kernel in options else options[0] for name, options in able.items()}
+
+
+def skip_without_tiles(kernel: str, products: Products) -> None:
+    """Skip a test of convolutions by `kernel` where the instruction set in use has no such tiles."""
+    if cpu_kernels.TILES[kernel] > native.largest_tile(products):
+        pytest.skip(f"no {kernel} by products of {products} here")
 
 
 def assert_close(got: Tensor, expected: Tensor, rms: float = 170, roundings: float = 2**13) -> None:

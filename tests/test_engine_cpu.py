@@ -9,7 +9,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from lgnet_fast import native
 from lgnet_fast.engine.arena import lifetimes, plan_arena
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu import weights as cpu_weights
@@ -18,7 +17,16 @@ from lgnet_fast.engine.cpu.weights import CpuWeights
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.lgnet import LGNet
-from tests.engine_cpu_support import ISAS, KERNELS, assert_close, check, choices, picture, plan_of
+from tests.engine_cpu_support import (
+    ISAS,
+    KERNELS,
+    assert_close,
+    check,
+    choices,
+    picture,
+    plan_of,
+    skip_without_tiles,
+)
 from tests.support import case, released_state
 
 pytestmark = pytest.mark.skipif(
@@ -193,8 +201,7 @@ def test_lgnet_with_the_recipe_s_weights():
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_a_broken_weight_is_not_hidden(isa, kernel, dtype):
     """NaN or infinity in one weight of each kind of step, in a run restricted to the hole."""
-    if dtype == torch.bfloat16 and not native.multiplies("bf16"):
-        pytest.skip("no products of bf16 pairs")
+    skip_without_tiles(kernel, "bf16" if dtype == torch.bfloat16 else "float32")
     plan = plan_of(2)
     image, mask = picture(1, 256, 256)
     mask = torch.zeros_like(mask)

@@ -16,7 +16,16 @@ from lgnet_fast.engine.cpu.executor import CpuExecutor
 from lgnet_fast.engine.plan import PICTURE, Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.reference.lgnet import LGNet
-from tests.engine_cpu_support import HOLES, ISAS, assert_close, choices, picture, plan_of, truth
+from tests.engine_cpu_support import (
+    HOLES,
+    ISAS,
+    assert_close,
+    choices,
+    picture,
+    plan_of,
+    skip_without_tiles,
+    truth,
+)
 from tests.support import instruction_sets
 
 pytestmark = pytest.mark.skipif(
@@ -34,7 +43,7 @@ def pairs(isa: str) -> str:
 
 def in_pairs(plan: Plan, kernel: str) -> dict[str, str]:
     """`kernel` wherever it can run, with products of bf16 pairs wherever there are some."""
-    return {step.name: choice_of(step, choices(plan, kernel)[step.name], "bf16") for step in plan.steps}
+    return {step.name: choice_of(step, choices(plan, kernel, "bf16")[step.name], "bf16") for step in plan.steps}
 
 
 def with_maps_of_both_kinds(
@@ -82,6 +91,7 @@ def test_direct_products_round_maps_of_float32_as_they_are_stored_in_bf16(pairs,
 @pytest.mark.parametrize("channels", [5, 16])
 def test_maps_of_bf16_add_little_to_the_error(pairs, channels, kernel, threads, monkeypatch):
     """Of whole networks, with residuals and attention."""
+    skip_without_tiles(kernel, "bf16")
     plan = plan_of(channels)
     expected = truth((channels,), 2, 256, 256)[0]
     errors = []
@@ -241,12 +251,21 @@ def test_full_precision_is_kept_where_the_program_asks_pytorch_for_it(place):
     assert any("bf16x3" in choice for choice in cpu_choice.choose_kernels(plan, torch.float32).values())
 
 
-@pytest.mark.usefixtures("bf16x3")
-def test_bf16x3_has_tiles_of_one_output():
+def test_products_have_tiles_up_to_a_size(isa):
     plan = plan_of(5)
-    chosen = CpuExecutor.of(plan).choices
-    with pytest.raises(ValueError, match="tile: expected 1 for bf16x3, got 2"):
-        CpuExecutor.of(plan, choices=chosen | {"net_l.block0.first": "winograd2/bf16x3"})
+    sizes = {products: native.largest_tile(products) for products in ("float32", "bf16", "bf16x3")}
+    by_tiles = isa == "amx_bf16"
+    assert sizes == {
+        "float32": 4,
+        "bf16": (1 if by_tiles else 2) if native.multiplies("bf16") else 0,
+        "bf16x3": 1 if by_tiles else 0,
+    }
+    for products in ("bf16", "bf16x3"):
+        if native.multiplies(products):
+            size = 2 * sizes[products]
+            chosen = choices(plan, "direct") | {"net_l.block0.first": f"winograd{size}/{products}"}
+            with pytest.raises(ValueError, match=f"tile: expected at most {size // 2} for such products, got {size}"):
+                CpuExecutor.of(plan, choices=chosen)
 
 
 def test_an_odd_number_of_channels_has_no_pairs_in_a_last_step(isa):

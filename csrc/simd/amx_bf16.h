@@ -336,7 +336,7 @@ class TileProduct {
 };
 
 struct TiledBf16 : Bf16 {
-  static constexpr int CONV_ROWS = 32, NV = 4;
+  static constexpr int CONV_ROWS = 32, NV = 4, LARGEST_TILE = 1;
   using Tiles = TileProduct<1>;
 };
 

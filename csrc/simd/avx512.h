@@ -11,7 +11,7 @@ struct F32 {
   using T = float;
   using Unit = float;
   using Reg = __m512;
-  static constexpr int W = 16, NV = 3, ROWS = 8, PAIR = 1, PARTS = 1;
+  static constexpr int W = 16, NV = 3, ROWS = 8, PAIR = 1, PARTS = 1, LARGEST_TILE = 4;
   static constexpr int CONV_NV = 2, CONV_ROWS = 14;
   static constexpr int BLOCK_ROWS = 0;
 

@@ -9,7 +9,7 @@ namespace LGNET_ISA {
 // Products of bf16 pairs, sums in float32: twice the multiplications per instruction.
 struct Bf16 : F32 {
   using Unit = uint32_t;
-  static constexpr int PAIR = 2;
+  static constexpr int PAIR = 2, LARGEST_TILE = 2;
   static LGNET_INLINE __m512i load_units(const Unit* p) { return _mm512_loadu_si512(p); }
   static LGNET_INLINE __m512i broadcast(const Unit* p) { return _mm512_set1_epi32(static_cast<int>(*p)); }
   static LGNET_INLINE Reg dot(Reg acc, __m512i a, __m512i b) {

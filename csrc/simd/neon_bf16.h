@@ -9,7 +9,7 @@ namespace LGNET_ISA {
 // Products of bf16 pairs, sums in float32: twice the multiplications per instruction.
 struct Bf16 : F32 {
   using Unit = uint32_t;
-  static constexpr int PAIR = 2;
+  static constexpr int PAIR = 2, LARGEST_TILE = 2;
   static LGNET_INLINE uint32x4_t load_units(const Unit* p) { return vld1q_u32(p); }
   static LGNET_INLINE uint32x4_t broadcast(const Unit* p) { return vld1q_dup_u32(p); }
   // In assembly, as is the conversion: Clang before 16 has these intrinsics only where the whole file has the target.

@@ -575,7 +575,7 @@ void check_convolution(const Shape& s) {
   set_isa(g_isa);
   for (int64_t threads : {1, 3}) accurate(name, layer.by_kernels(false, threads), exact, portable, DType::float32);
   check_maps(name, layer, false);
-  if (current_kernels().conv.bf16.product && s.tile < 4) {
+  if (s.tile <= current_kernels().conv.bf16.largest_tile) {
     const Values rounded = layer.direct<float>([](double x) { return to_float(to_bf16(static_cast<float>(x))); });
     for (int64_t threads : {1, 3}) {
       accurate(name + " bf16", layer.by_kernels(true, threads), exact, rounded, DType::float32, s.tile == 1 ? 2 : 8);
@@ -692,7 +692,7 @@ void check_random_convolutions() {
             s.tile == 1   ? 1
             : s.tile == 2 ? 4
                           : 16);
-    if (current_kernels().conv.bf16.product && s.tile < 4) {
+    if (s.tile <= current_kernels().conv.bf16.largest_tile) {
       // Winograd's transforms of weights and of pixels are rounded too.
       compare(name + " bf16", layer.by_kernels(true, threads, {false, false, false}, regions, chunk),
               layer.direct<double>(half), layer.direct<float>(half), s.tile == 1 ? 1 : 0x1p16);

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from ...native import library, multiplies
+from ...native import largest_tile, library, multiplies
 from ..plan import ConvStep, Plan, Step
 from .kernels import NARROW, TILES, Choice, Products, candidates, jobs_of
 
@@ -64,16 +64,9 @@ def products_for(dtype: torch.dtype) -> Products:
 
 
 def kernels_for(step: Step, products: Products) -> list[str]:
-    """Kernels worth having for a step, the plainest first.
-
-    F(4x4) is not taken with bf16 products: its transforms blow their rounding up (LGNet's error grows 1.6 times, with
-    F(2x2) 1.15 times). With matrix tiles multiplying is so fast that transforms cost more than they save: every step
-    of LGNet is faster direct.
-    """
-    kernels = candidates(step)
-    if products != "float32" and library().multiplies_by_tiles():
-        return kernels[:1]
-    return [k for k in kernels if not (products == "bf16" and k == "winograd4")]
+    """Kernels that can run a step with such products, the plainest first."""
+    largest = largest_tile(products)
+    return [kernel for kernel in candidates(step) if TILES.get(kernel, 1) <= largest]
 
 
 def choice_of(step: Step, kernel: str, products: Products) -> str:
