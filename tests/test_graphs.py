@@ -329,7 +329,9 @@ def test_each_owner_of_graphs_has_a_stream(cuda: FakeCuda) -> None:
     assert {pool.stream.name for pool in pools} == {f"capture {n}" for n in range(1, graphs._STREAMS)}
     pools += [Pool(DEVICE), Pool(torch.device("cuda", 1))]
     assert [(p.stream.name, p.stream.device) for p in pools[-2:]] == [("capture 1", 0), ("capture 1", 1)]
-    del pools[4]
+    graph = capture(Work(cuda), DEVICE, pools.pop(4))
+    assert Pool(DEVICE).stream.name == "capture 2"  # as the second: the graph of the fifth is alive
+    del graph
     assert Pool(DEVICE).stream.name == "capture 5"
 
 

@@ -127,6 +127,7 @@ def capture(
             finally:  # launches before one that raises may still use the memory
                 current.wait_stream(first)
             graph = torch.cuda.CUDAGraph(keep_graph=True) if spread else torch.cuda.CUDAGraph()
+            graph.own_pool = pool  # type: ignore[attr-defined]  # whose stream no other pool gets while it is alive
             try:
                 # thread_local: other threads may allocate meanwhile
                 with (
