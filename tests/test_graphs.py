@@ -350,6 +350,25 @@ def test_random_numbers_work_after_a_failed_capture(cuda: FakeCuda, monkeypatch:
     assert (cuda.current, cuda.capturing) == (cuda.user, None)
 
 
+def test_a_graph_after_one_that_was_captured_in_inference_mode(
+    cuda: FakeCuda, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first of a program allocates the seed that every capture writes."""
+    with torch.inference_mode():
+        seed = torch.zeros(1)
+    begin = FakeGraph.capture_begin
+
+    def capture_begin(graph: FakeGraph, *args: object, **options: object) -> None:
+        seed.fill_(1)
+        begin(graph, *args, **options)
+
+    monkeypatch.setattr(FakeGraph, "capture_begin", capture_begin)
+    modes: list[bool] = []
+    capture(lambda: modes.append(torch.is_inference_mode_enabled()), DEVICE, Pool(DEVICE))
+    assert modes == [False, False]
+    assert (cuda.current, cuda.capturing, gc.isenabled()) == (cuda.user, None, True)
+
+
 @pytest.mark.parametrize("where", ["fail_begin", "fail_end"])
 def test_an_interrupted_capture_leaves_no_capture_mode(cuda: FakeCuda, where: str) -> None:
     """A notebook goes on after it."""

@@ -129,11 +129,8 @@ def capture(
             graph = torch.cuda.CUDAGraph(keep_graph=True) if spread else torch.cuda.CUDAGraph()
             graph.own_pool = pool  # type: ignore[attr-defined]  # whose stream no other pool gets while it is alive
             try:
-                # thread_local: other threads may allocate meanwhile
-                with (
-                    _uncollected(),
-                    torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local"),
-                ):
+                with _uncollected(), contextlib.ExitStack() as end:
+                    end.push(_begun(graph, pool))
                     launches()
                 if spread:
                     _spread(graph)
@@ -149,6 +146,28 @@ def capture(
             # where the end of the capture raises, torch.cuda.graph leaves its stream current
             torch.cuda.set_stream(current)
     return graph
+
+
+def _begun(graph: torch.cuda.CUDAGraph, pool: Pool) -> torch.cuda.graph:
+    """A capture that has begun.
+
+    Its begin writes tensors of PyTorch's random generator. Those are inference tensors where the program's first
+    graph was captured in inference mode, and can then be written in it only.
+    """
+
+    def begin() -> torch.cuda.graph:
+        # thread_local: other threads may allocate meanwhile
+        recording = torch.cuda.graph(graph, pool.handle, pool.stream, capture_error_mode="thread_local")
+        recording.__enter__()
+        return recording
+
+    try:
+        return begin()
+    except RuntimeError as error:
+        if "inference tensor" not in str(error):
+            raise
+        with torch.inference_mode():
+            return begin()
 
 
 def _spread(graph: torch.cuda.CUDAGraph) -> None:
