@@ -242,8 +242,9 @@ def can_keep() -> bool:
         return False
     try:
         where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=where, prefix=".writing-"):
-            return True
+        with tempfile.NamedTemporaryFile(dir=where, prefix=".writing-") as file:
+            file.write(b"{}")  # a full disk takes empty files
+        return True
     except OSError:
         return False
 

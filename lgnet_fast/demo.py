@@ -10,6 +10,7 @@ from typing import NamedTuple
 from PIL import Image, ImageDraw, ImageFont
 
 from .pipeline import Inpainter
+from .pipeline.encoding import save_picture
 from .samples import sample_paths
 
 _MARGIN, _CAPTION, _WIDTH = 8, 26, 320
@@ -39,15 +40,14 @@ def contact_sheet(panels: dict[str, Image.Image]) -> Image.Image:
 
 
 def run_demo(out: Path, pipe: Inpainter) -> Iterator[DemoResult]:
-    """Fill every sample with `pipe`; write ``<name>.png`` and ``<name>_sheet.png`` to the folder `out`."""
-    out.mkdir(parents=True, exist_ok=True)
+    """Fill every sample with `pipe`; write ``<name>.png`` and ``<name>_sheet.png`` to `out`, a folder, atomically."""
     for name, (picture_path, mask_path) in sample_paths().items():
         start = time.perf_counter()
         result = pipe(picture_path, mask_path)
         seconds = time.perf_counter() - start
-        result.save(out / f"{name}.png")
+        save_picture(result, out / f"{name}.png")
         stages = pipe.stages(picture_path, mask_path)
         merged = zip(("coarse", "local", "result"), stages.merged, strict=True)
         sheet = contact_sheet({"input": Image.open(picture_path), "hole": stages.masked, **dict(merged)})
-        sheet.save(out / f"{name}_sheet.png")
+        save_picture(sheet, out / f"{name}_sheet.png")
         yield DemoResult(name, result.size, out / f"{name}.png", out / f"{name}_sheet.png", seconds)

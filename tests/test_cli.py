@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import inspect
 import json
+import os
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -189,6 +191,18 @@ def test_demo_writes_to_demo_output_where_no_folder_is_named(tmp_path, monkeypat
     assert re.fullmatch(pattern, result.output.replace("\\", "/").rstrip())
 
 
+def test_demo_leaves_no_part_of_a_picture_on_a_full_disk(tmp_path, monkeypatch, fake):
+    def full(descriptor: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    result = invoke("demo", "--output", tmp_path / "out")
+    assert result.exit_code == 2
+    file = str(tmp_path / "out" / "astronaut.png")
+    assert result.stderr == f"error: [Errno 28] No space left on device: {file!r}\n"
+    assert not list((tmp_path / "out").iterdir())
+
+
 def test_verify_prints_every_check_with_its_error():
     result = invoke("verify", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -255,6 +269,18 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
     assert kept["path"] == report["runs"]
     shown = " ".join(invoke("info").stdout.split())
     assert "measured choices kept in" in shown
+
+
+def test_tune_says_where_nothing_can_be_kept(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "file"))
+    LGNet("C", coarse_channels=4).save_pretrained(tmp_path / "model")
+    result = invoke("tune", "--device", "cpu", "--seconds", "1", "--model", tmp_path / "model")
+    assert result.exit_code == 0, result.output
+    warning = f"warning: nothing is kept for later runs: no file can be written in {tmp_path / 'file'}"
+    assert warning in result.stderr
+    monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
+    assert "warning" not in invoke("tune", "--device", "cpu", "--seconds", "1", "--model", tmp_path / "model").stderr
 
 
 @pytest.mark.parametrize(

@@ -41,6 +41,7 @@ def tune(
 
     Exit code: 0 measured, 2 it could not start.
     """
+    from ... import cache
     from ...engine.devices import resolve_device, resolve_dtype
     from ...jobs.tune import render, tune_training
     from ...jobs.tune import tune as tune_steps
@@ -56,6 +57,10 @@ def tune(
     def tell(text: str) -> None:
         typer.echo(text, err=True)
 
+    if not cache.can_keep():
+        place = cache.folder()
+        reason = "there is no home folder" if place is None else f"no file can be written in {place}"
+        tell(f"warning: nothing is kept for later runs: {reason}")
     with wrong_values(name="--name", size="--size"):
         network = LGNet.from_pretrained(model or bundled_path()) if name is None else create_model(name).eval()
         report = (tune_training if training else tune_steps)(network, sides, batch, target, kind, seconds, tell)
