@@ -206,6 +206,9 @@ def test_resume_says_that_a_run_without_it_kept_no_journal(fake, tmp_path):
     assert "warning" not in again
     assert "2 filled (2 by an earlier run)" in again
     assert len(fake.seen) == 4
+    left = _run(*run, "--resume", "--skip-existing", "--dilate", "1").stderr
+    assert "warning" not in left
+    assert "0 filled, 2 skipped" in left
     other = ("-i", tmp_path / "in", "-m", tmp_path / "m.png", "-o", tmp_path / "other")
     assert "warning" not in _run(*other, "--resume").stderr
 

@@ -83,7 +83,7 @@ class _Run:
         self.processes: dict[str, Any] | None = None if self.journal is None else running
         # File names are printed without markup: rich would interpret [brackets] in them, and wrap long ones.
         self.console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-        if options.resume and self.world.rank == 0:
+        if options.resume and not options.skip_existing and self.world.rank == 0:
             self._warn_without_earlier()
 
     def _warn_without_earlier(self) -> None:
