@@ -360,6 +360,7 @@ def test_names_that_are_not_utf8_and_formats_that_are_not_read(fake, pictures, t
     result = invoke_eval("-i", pictures, "-o", tmp_path / "out", *arguments)
     assert result.exit_code == 1, result.output
     assert "2 pictures could not be evaluated" in result.stderr
+    assert f"failed: {pictures / 'art.psd'}: pictures of the format .psd are not read here" in result.stderr
     assert {path.name for path in (tmp_path / "out").glob("evaluation.*")} == {
         "evaluation.json", "evaluation.md", "evaluation.png",
     }  # fmt: skip

@@ -93,6 +93,7 @@ def test_a_strip_keeps_the_proportions_of_its_pictures():
         (["-i", "pictures", "--baselines", "patchmatch"], "--baselines: expected names of telea, ns"),
         (["-i", "pictures", "--baselines", "ns,telea,ns"], "--baselines: expected each name once, got ns, telea, ns"),
         (["-i", "pictures", "--metrics", "l1,mse"], "--metrics"),
+        (["-i", "pictures", "--metrics", ""], "--metrics: expected names of l1, psnr, ssim, lpips, fid, got none"),
         (["-i", "pictures", "--metrics", "l1, psnr,l1"], "--metrics: expected each name once, got l1, psnr, l1"),
         (["-i", "pictures", "--metrics", "l1", "--fid", "a.pth"], "--fid: expected fid among the --metrics, got l1"),
         (["-i", "pictures", "--suite", "--fid", "a.pth"], "--fid: expected fid among the --metrics, got l1, psnr, "),

@@ -195,6 +195,10 @@ def _run(job: _Job, world: World, tell: Tell) -> list[dict[str, Any]]:
     own, classes = world.part(range(len(job.pictures))), job.holes.classes
     records = []
     broken: set[str] = set()
+    total = len(own) * len(classes)
+    if world.rank == 0:
+        for one in job.plan.not_read:
+            tell(0, total, f"{one['picture']}: {one['error']}")
     for done, (index, one) in enumerate((i, c) for i in own for c in classes):
         record = job.run(index, one)
         records.append(record)
@@ -202,7 +206,7 @@ def _run(job: _Job, world: World, tell: Tell) -> list[dict[str, Any]]:
         if record.get("error") is not None and record["picture"] not in broken:
             broken.add(record["picture"])
             error = f"{record['picture']}: {record['error']}"
-        tell(done + 1, len(own) * len(classes), error)
+        tell(done + 1, total, error)
     return records
 
 

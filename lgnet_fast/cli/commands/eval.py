@@ -119,7 +119,7 @@ def evaluate(
         seed=seed,
         mask_kind=mask_kind.value,
         suite=suite,
-        baselines=None if baselines is None else [] if baselines in ("", "none") else names_in(baselines),
+        baselines=None if baselines is None else [] if baselines == "none" else names_in(baselines),
         metrics=None if metrics is None else names_in(metrics),
         paper_compat=paper_compat,
         pair_by_name=pair_by_name,
@@ -137,7 +137,7 @@ def evaluate(
 
 def names_in(text: str) -> list[str]:
     """Names between commas."""
-    return [name.strip() for name in text.split(",")]
+    return [name.strip() for name in text.split(",") if name.strip()]
 
 
 def models_of(texts: list[str]) -> dict[str, str | None] | list[str | None]:
