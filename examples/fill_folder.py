@@ -13,6 +13,8 @@ from lgnet_fast.samples import sample_paths
 
 if len(sys.argv) == 4:
     pictures, masks, results = map(Path, sys.argv[1:])
+elif len(sys.argv) > 1:
+    sys.exit(__doc__)
 else:
     pictures, masks, results = (Path("examples_output", name) for name in ("pictures", "masks", "results"))
     for folder in (pictures, masks):

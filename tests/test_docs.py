@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import typer
-from PIL import Image
+from PIL import ExifTags, Image
 
 from lgnet_fast import cli
 from lgnet_fast.samples import sample_paths
@@ -100,6 +100,28 @@ def test_examples_are_short():
     for script in scripts:
         assert len(script.read_text().splitlines()) < 40, script
         assert script.name in (DOCS / "index.md").read_text(), script
+
+
+def test_the_photo_example_takes_a_turned_photo_and_no_other_number_of_arguments(tmp_path):
+    photo, mask = (Image.open(path) for path in sample_paths()["chelsea"])
+    exif = Image.Exif()
+    exif[ExifTags.Base.Orientation] = 6
+    photo.convert("RGB").transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.jpg", exif=exif)
+    mask.save(tmp_path / "mask.png")
+
+    def run(script: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, str(ROOT / "examples" / script), *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+
+    done = run("fill_photo.py", "turned.jpg", "mask.png", "filled.jpg")
+    assert done.returncode == 0, done.stderr
+    assert "turned.jpg -> filled.jpg: the mask covers 3.8%" in done.stdout
+    assert Image.open(tmp_path / "filled.jpg").size == photo.size
+    for script, expected in ("fill_photo.py", "PHOTO MASK RESULT"), ("fill_folder.py", "PICTURES MASKS RESULTS"):
+        done = run(script, "turned.jpg", "mask.png")
+        assert done.returncode == 1
+        assert f"python examples/{script} [{expected}]" in done.stderr
+    assert not (tmp_path / "examples_output").exists()
 
 
 def test_the_version_stands_in_one_place():
