@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import signal
@@ -47,7 +48,7 @@ def test_a_full_disk_is_one_line_for_each_file(case):
     assert "Errno 28" in json.loads(Path("r.json").read_text())["items"][0]["error"]
     result = _run("-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", "/dev/full")
     assert result.exit_code == 1
-    assert result.stderr.count("failed: the report '/dev/full' could not be written ([Errno 28] No space left") == 1
+    assert result.stderr.count("failed: the report '/dev/full' could not be written (No space left on device)") == 1
     assert "1 filled, 0 skipped, 0 failed of 1" in result.stderr
 
 
@@ -93,6 +94,25 @@ def test_the_report_grows_with_the_run(case, monkeypatch):
     assert seen == [(False, 3, 0), (False, 3, 1), (False, 3, 2)]
     data = json.loads(Path("r.json").read_text())
     assert (data["complete"], len(data["items"])) == (True, 3)
+
+
+def test_a_report_that_cannot_be_written_during_the_run_is_told_once(case, fake, monkeypatch):
+    tried = []
+
+    def full(path, data):
+        tried.append(len(json.loads(data)["items"]))
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr("lgnet_fast.jobs.report.write_file", full)
+    arguments = ("-i", "in", "-m", "m.png", "-o", "out", "--report", "r.json")
+    result = _run(*arguments)
+    assert result.exit_code == 1
+    assert result.stderr.count("failed: the report 'r.json' could not be written (No space left on device)") == 1
+    assert tried == [0, 2]  # at the start, and at the end
+    monkeypatch.setattr("lgnet_fast.jobs.report._INTERVAL", 0.0)
+    monkeypatch.setattr("lgnet_fast.jobs.report._SHARE", 1e9)
+    assert _run(*arguments).stderr.count("failed: ") == 1
+    assert tried[2:] == [0, 1, 2, 2]
 
 
 @pytest.fixture

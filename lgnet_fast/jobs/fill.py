@@ -77,6 +77,7 @@ class _Run:
         self.entries: list[Entry] = []
         self.dead: list[int] = []
         self.came: list[int] = []
+        self.told: set[str] = set()  # why the report could not be written
         self.interrupted = self.finished = False
         # While they run, the report covers this process alone: its pictures, and how many are planned for it.
         running = {"count": world.size, "counted": 1}
@@ -193,7 +194,10 @@ class _Run:
         try:
             self.report.write(report_of(self.entries, self.settings, seconds, self.processes, planned))
         except OSError as cause:
-            self.console.print(f"failed: the report {str(self.options.report)!r} could not be written ({cause})")
+            reason = cause.strerror or str(cause)
+            if reason not in self.told:
+                self.told.add(reason)
+                self.console.print(f"failed: the report {str(self.options.report)!r} could not be written ({reason})")
             return False
         return True
 

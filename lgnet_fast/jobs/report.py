@@ -73,12 +73,14 @@ class ReportFile:
         """Replace the file by this version. Raises OSError."""
         start = time.monotonic()
         data = json_bytes(report)
-        if self._stream is None:
-            write_file(self.path, data)
-        else:
-            write_stream(self._stream, data)
-        end = time.monotonic()
-        self._next = end + max(_INTERVAL, (end - start) / _SHARE)
+        try:
+            if self._stream is None:
+                write_file(self.path, data)
+            else:
+                write_stream(self._stream, data)
+        finally:
+            end = time.monotonic()
+            self._next = end + max(_INTERVAL, (end - start) / _SHARE)
 
     def close(self) -> None:
         """Close the stream."""
