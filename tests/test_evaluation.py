@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -44,6 +45,16 @@ def test_baselines_keep_known_pixels_and_never_look_under_the_hole(method):
     filled = method(picture, hole)
     np.testing.assert_array_equal(filled[~hole], picture[~hole])
     assert (filled[hole] != picture[hole]).mean() > 0.9
+
+
+@pytest.mark.parametrize("method", [telea, navier_stokes, biharmonic])
+def test_baselines_refuse_what_is_no_8_bit_colour_picture_with_its_hole(method):
+    hole = box_mask(40, 40, (10, 15, 25, 40))
+    for wrong, got in (noise(40, 40) / 255, "float64 [40, 40, 3]"), (noise(40, 40)[..., 0], "uint8 [40, 40]"):
+        with pytest.raises(ValueError, match=re.escape(f"picture: expected uint8 [H, W, 3], got {got}")):
+            method(wrong, hole)
+    with pytest.raises(ValueError, match=re.escape("hole: expected [40, 50] to fit the picture, got [40, 40]")):
+        method(noise(40, 50), hole)
 
 
 @pytest.mark.parametrize(("height", "width"), [(60, 90), (90, 60), (32, 32), (20, 31)])

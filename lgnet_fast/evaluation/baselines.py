@@ -24,6 +24,7 @@ def telea(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
         uint8 [H, W, 3]; known pixels are unchanged.
 
     Raises:
+        ValueError: a picture or hole of another shape, or a picture of another dtype.
         MissingExtraError: OpenCV is not installed.
     """
     cv2 = _opencv()
@@ -44,6 +45,7 @@ def biharmonic(picture: np.ndarray, hole: np.ndarray) -> np.ndarray:
     Raises:
         MissingExtraError: scikit-image is not installed.
     """
+    _check(picture, hole)
     try:
         from skimage.restoration import inpaint_biharmonic
     except ImportError as cause:
@@ -75,6 +77,15 @@ def _opencv() -> ModuleType:
 
 
 def _inpaint(cv2: ModuleType, picture: np.ndarray, hole: np.ndarray, method: int) -> np.ndarray:
+    _check(picture, hole)
     known = np.where(hole[..., None], np.uint8(0), picture)
     filled = cv2.inpaint(known, hole.astype(np.uint8), RADIUS, method)
     return np.where(hole[..., None], filled, picture)
+
+
+def _check(picture: np.ndarray, hole: np.ndarray) -> None:
+    """Raise ValueError where the methods would return no filled picture, and not always an error."""
+    if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[2] != 3:
+        raise ValueError(f"picture: expected uint8 [H, W, 3], got {picture.dtype} {list(picture.shape)}")
+    if hole.shape != picture.shape[:2]:
+        raise ValueError(f"hole: expected {list(picture.shape[:2])} to fit the picture, got {list(hole.shape)}")
