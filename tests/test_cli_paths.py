@@ -250,6 +250,18 @@ def test_folders_that_cannot_be_read_are_named(case, monkeypatch, side):
     assert items[f"{side}/sub"]["status"] == "left_out"
 
 
+def test_why_no_mask_of_a_folder_can_be_read_is_said(case, monkeypatch):
+    (case / "masks").mkdir()
+    (case / "masks" / "a.psd").write_bytes(b"x")
+    result = _run("-i", "in", "-m", "masks", "-o", "out")
+    assert result.exit_code == 2
+    reason = "masks/a.psd: pictures of the format .psd are not read here"
+    assert f"error: --mask: no pictures in 'masks' ({reason})" in result.stderr
+    _shard(case / "some.tar", {"a.png": png_bytes(noise(40, 60))})
+    result = _run("-i", "some.tar", "-m", "masks", "-o", "out")
+    assert f"error: --mask: no pictures in 'masks' ({reason})" in result.stderr
+
+
 def test_links_to_folders_are_followed_once(case):
     write_picture(case / "elsewhere" / "c.png", noise(40, 60))
     (case / "elsewhere" / "loop").symlink_to(case / "elsewhere")

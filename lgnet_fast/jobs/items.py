@@ -123,9 +123,9 @@ def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
     found, found_masks = _search(options, base, mask_folder)
     pictures, masks = found.pictures, found_masks.pictures
     if not pictures and not found.left_out:
-        raise UsageError(f"source: no pictures in {str(source)!r} ({', '.join(EXTENSIONS)})")
+        raise _no_pictures("source", source, found)
     if mask_folder is not None and not masks:
-        raise UsageError(f"mask: no pictures in {str(mask_folder)!r} ({', '.join(EXTENSIONS)})")
+        raise _no_pictures("mask", mask_folder, found_masks)
     named = [(picture, picture.relative_to(base)) for picture in pictures]
     if mask_folder is None:
         tasks = [_Task(picture, name, one_mask) for picture, name in named]
@@ -147,6 +147,12 @@ def _plan_pictures(options: FillOptions, world: World) -> list[Item]:
     problems = [*found.left_out, *(found_masks.left_out if mask is not None else [])]
     items += [Item(path, None, out, "PNG", reason, left_out=True) for path, reason in dict(problems).items()]
     return world.part(items)
+
+
+def _no_pictures(name: str, folder: Path, found: Found) -> UsageError:
+    """The error about a folder in which nothing can be read."""
+    reason = ": ".join(map(str, found.left_out[0])) if found.left_out else ", ".join(EXTENSIONS)
+    return UsageError(f"{name}: no pictures in {str(folder)!r} ({reason})")
 
 
 @dataclass(frozen=True)
@@ -227,7 +233,7 @@ def _plan_shards(shards: list[Path], options: FillOptions, world: World) -> list
     masks = found.pictures
     one_mask = opened_mask(mask) if mask is not None and not mask.is_dir() else None
     if mask is not None and mask.is_dir() and not masks:
-        raise UsageError(f"mask: no pictures in {str(mask)!r} ({', '.join(EXTENSIONS)})")
+        raise _no_pictures("mask", mask, found)
     by_name = MasksByName(mask, masks) if mask is not None and masks else None
     relative = [shard.relative_to(base) for shard in shards]
     folders = dict(zip(shards, distinct([name.with_suffix("") for name in relative], relative)))
