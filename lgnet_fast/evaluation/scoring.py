@@ -197,8 +197,8 @@ def _run(job: _Job, world: World, tell: Tell) -> list[dict[str, Any]]:
     broken: set[str] = set()
     total = len(own) * len(classes)
     if world.rank == 0:
-        for one in job.plan.not_read:
-            tell(0, total, f"{one['picture']}: {one['error']}")
+        for left in job.plan.not_read:
+            tell(0, total, f"{left['picture']}: {left['error']}")
     for done, (index, one) in enumerate((i, c) for i in own for c in classes):
         record = job.run(index, one)
         records.append(record)
