@@ -81,6 +81,13 @@ def test_version():
     assert (result.exit_code, result.stdout) == (0, f"lgnet-fast {__version__}\n")
 
 
+def test_paragraphs_of_the_help_fill_the_terminal():
+    for name, command in typer.main.get_command(app).commands.items():
+        assert re.search(r"\S\n\S", command.help) is None, name
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["run", "--help"]).output
+    assert "work and merge one report; the same command run again does only what is not " in shown
+
+
 def test_info_says_what_runs_and_why_not():
     report = json.loads(invoke("info", "--json").stdout)
     assert report["packages"]["torch"] == torch.__version__

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from functools import partial
 from importlib import import_module
 from typing import Annotated, Any
@@ -24,6 +26,11 @@ app = typer.Typer(
 
 class _Command(TyperCommand):
     """A command that loads PyTorch when it runs, not for its help, and whose errors become one line."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        # Typer keeps a docstring's line ends, which are those of another width than the terminal's.
+        self.help = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(self.help or ""))
 
     def invoke(self, ctx: Any) -> Any:
         with one_line_errors(self), plain_warnings():
