@@ -63,6 +63,15 @@ def test_standard_input_and_output(case):
     assert _names(case / "out") == ["stdin.png"]
 
 
+def test_a_launched_process_writes_to_standard_output_without_a_journal(case, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")  # as containers of training jobs have them
+    result = _run("-i", "a.png", "-m", "m.png", "-o", "-")
+    assert result.exit_code == 0, result.stderr
+    np.testing.assert_array_equal(np.asarray(Image.open(io.BytesIO(result.stdout_bytes))), FILLED)
+    assert not (case / ".lgnet_fast").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -37,10 +37,11 @@ def fill(options: FillOptions, world: World | None = None) -> int:
 
     The report is rewritten during the run, so that a killed run leaves one too, with `complete` false.
 
-    With `resume`, and always under `accelerate launch`, journals in the hidden folder ``.lgnet_fast`` of the output
-    folder record finished items: the same command run again does only the rest, and its report covers all. Of several
-    processes the first one waits for the others, merges the report and returns the exit code of the whole job; the
-    others return 0 once their failures are in the report, because launchers end all processes after another code.
+    With `resume`, and under `accelerate launch` unless the result goes to a stream, journals in the hidden folder
+    ``.lgnet_fast`` of the output folder record finished items: the same command run again does only the rest, and its
+    report covers all. Of several processes the first one waits for the others, merges the report and returns the exit
+    code of the whole job; the others return 0 once their failures are in the report, because launchers end all
+    processes after another code.
 
     Raises UsageError, WeightsError, BackendError, JobError before or instead of running.
     """
@@ -66,7 +67,8 @@ class _Run:
         self.started = time.perf_counter()
         self.options, self.world = options, world
         self.items = plan_items(options, world)
-        keeps_journal = options.resume or world.launched
+        to_stream = options.result == STANDARD_STREAM or is_stream(options.result)
+        keeps_journal = options.resume or (world.launched and not to_stream)
         folder = options.journal_folder if keeps_journal else None
         self.settings = options.settings
         self.report = self._open_report()
