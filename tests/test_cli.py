@@ -276,6 +276,9 @@ def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
     assert kept["path"] == report["runs"]
     shown = " ".join(invoke("info").stdout.split())
     assert "measured choices kept in" in shown
+    shown = CliRunner(env={"COLUMNS": "80"}).invoke(app, ["tune", *options]).stdout
+    assert "net_l.block0.f" in shown
+    assert "…" not in shown
 
 
 def test_tune_says_where_nothing_can_be_kept(tmp_path, monkeypatch):

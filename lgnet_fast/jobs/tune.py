@@ -172,9 +172,9 @@ def _check_size(model: LGNet | LocalGlobalRefinement, size: tuple[int, int]) -> 
 
 def render(report: Report) -> Group:
     """As a table for a terminal."""
-    table = Table(
-        "step", "without tuning", "us", "measured", "us", "gain", title=f"{report.key.card}, {report.key.dtype}"
-    )
+    table = Table(title=f"{report.key.card}, {report.key.dtype}")
+    for heading in ("step", "without tuning", "us", "measured", "us", "gain"):
+        table.add_column(heading, overflow="fold")  # names of steps differ at their ends
 
     def us(value: float) -> str:
         return "" if math.isnan(value) else f"{value:.1f}"
