@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 
 from lgnet_fast import cli
 from lgnet_fast.errors import OutOfMemoryError, UsageError, WeightsError
+from lgnet_fast.jobs import entries
 from lgnet_fast.jobs.entries import run_items
+from lgnet_fast.jobs.journal import Journal
 from lgnet_fast.pipeline import Inpainter
 
 from .pipeline_support import BlurFill, box_mask, noise, plan_items, write_picture
@@ -211,6 +213,25 @@ def test_resume_says_that_a_run_without_it_kept_no_journal(fake, tmp_path):
     assert "0 filled, 2 skipped" in left
     other = ("-i", tmp_path / "in", "-m", tmp_path / "m.png", "-o", tmp_path / "other")
     assert "warning" not in _run(*other, "--resume").stderr
+
+
+def test_a_folder_of_results_that_is_removed_during_a_run_with_a_journal(fake, tmp_path, monkeypatch):
+    """The journal, which was in it, is not waited for."""
+    for name in ("a.png", "b.png"):
+        write_picture(tmp_path / "in" / name, noise(40, 60))
+    out, save = tmp_path / "out", entries.save_picture
+
+    def remove_first(picture, path, **options):
+        if path.name == "b.png":
+            shutil.rmtree(out)
+        save(picture, path, **options)
+
+    monkeypatch.setattr(entries, "save_picture", remove_first)
+    monkeypatch.setattr(Journal, "collect", lambda self: pytest.fail("it would wait for five minutes"))
+    result = _run("-i", tmp_path / "in", "-m", _mask(tmp_path / "m.png"), "-o", out, "--resume")
+    assert result.exit_code == 0, result.output
+    assert "2 filled, 0 skipped" in result.stderr
+    assert [file.name for file in out.iterdir()] == ["b.png"]
 
 
 def test_report(fake, tmp_path):

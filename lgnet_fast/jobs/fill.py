@@ -172,8 +172,9 @@ class _Run:
         self.journal.finish()
         if self.world.rank > 0:
             return False
-        records, self.dead = self.journal.collect()
-        self.entries = sorted((Entry(**record) for record in records), key=lambda entry: entry.input)
+        if self.world.size > 1:
+            records, self.dead = self.journal.collect()
+            self.entries = sorted((Entry(**record) for record in records), key=lambda entry: entry.input)
         self.processes = {"count": self.world.size, "died": self.dead}
         if not self.dead:
             self.journal.remove_earlier()
