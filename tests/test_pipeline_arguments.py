@@ -315,6 +315,23 @@ def test_a_model_that_returns_something_else_is_one_clear_error():
             Inpainter(model)(picture, hole)
 
 
+def test_attributes_of_other_networks_may_be_of_any_kind():
+    """`channels` of an LGNet are a tuple; many networks have a number of that name."""
+    model, array, hole = BlurFill(), noise(64, 80), some_holes(64, 80)
+    expected = Inpainter(model)(array, hole)
+    for channels in (32, None, "RGB", ()):
+        model.channels = channels
+        np.testing.assert_array_equal(Inpainter(model)(array, hole), expected)
+    for multiple, error, text in (
+        (0, ValueError, "^model: expected a size_multiple of at least 1 pixel, got 0$"),
+        (8.5, TypeError, "^model: expected a whole number of pixels as its size_multiple, got 8.5$"),
+        (None, TypeError, "got None$"),
+    ):
+        model.size_multiple = multiple
+        with pytest.raises(error, match=text):
+            Inpainter(model)
+
+
 def test_representations_are_short(pipe):
     assert repr(pipe) == f"Inpainter(BlurFill, device={str(pipe.device)!r}, dtype={str(pipe.dtype)[6:]!r})"
     deep = DeepImage(np.zeros((20, 24, 4), np.uint16), "TIFF")

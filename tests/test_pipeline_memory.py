@@ -129,6 +129,15 @@ def test_estimate_grows_with_the_padded_picture_and_not_beyond_the_window():
     assert engine["resize"] + 6 * one < engine["crop"] < engine["resize"] + 7 * one
 
 
+def test_windows_of_any_shape_are_counted_without_trying_each():
+    """9 cells are 6 shapes (windows, down, across), 8 cells 10; an engine keeps eight shapes."""
+    cell = 8**2
+    options = {"size_multiple": 8, "window": 24, "engine": True}
+    expected = memory.network_bytes([9 * cell] * 6 + [8 * cell] * 10, 64, torch.float32, True)
+    assert estimate_memory(64, 64, "crop", **options) == 64 * 64 * 20 + memory.fill_bytes(64 * 64) + expected
+    assert estimate_memory(4000, 6000, "auto", size_multiple=1) > 0  # 2^18 cells
+
+
 def test_kept_buffers_are_counted_only_as_far_as_the_engine_keeps_them():
     """It keeps at most half of the free memory, and needs what the largest pass takes."""
     sizes = [n * 256**2 for n in range(1, 11)]

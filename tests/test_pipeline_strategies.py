@@ -93,6 +93,19 @@ def test_a_large_hole_is_seen_at_reduced_scale_with_context():
     assert window.size[0] == window.size[1]
 
 
+@pytest.mark.parametrize("multiple", [1, 7, 8, 256])
+def test_a_window_is_the_smallest_of_the_largest_scale(multiple):
+    """As found by trying every shape; small networks have many."""
+    rng = np.random.default_rng(multiple)
+    for _ in range(300):
+        cells = int(rng.choice([1, 2, 4, 9, 36, 100]))
+        height, width = (int(multiple * rng.uniform(0.1, 12)) + 1 for _ in range(2))
+        shapes = [(a, b) for a in range(1, cells + 1) for b in range(1, cells // a + 1)]
+        scales = [min(1.0, a * multiple / height, b * multiple / width) for a, b in shapes]
+        scale, _, _, down, across = max((s, -a * b, -a, a, b) for s, (a, b) in zip(scales, shapes, strict=True))
+        assert strategies._shape([height, width], multiple, cells) == (scale, down, across)
+
+
 def test_groups_near_each_other_merge_and_distant_ones_do_not():
     near = box_mask(1024, 1024, (100, 100, 110, 110), (100, 180, 110, 190))
     assert len(crop_windows(near, 256, 512)) == 1
@@ -111,6 +124,14 @@ def test_overlapping_windows_fill_only_their_own_group():
     assert first.rows.stop > second.rows.start
     assert first.columns.stop > second.columns.start
     assert set(np.unique(_filled(windows, hole.shape)[hole])) == {1.0}
+
+
+def test_a_network_of_any_size_gets_its_windows_at_once():
+    hole = np.zeros((1200, 1200), bool)
+    hole[::300, ::300] = True
+    windows = crop_windows(hole, 1, 512)  # 2^18 cells, in 3.4 million shapes
+    assert (_filled(windows, hole.shape)[hole] > 0).all()
+    assert {max(window.reduced) for window in windows} <= {*range(129, 140)}
 
 
 def test_many_specks_take_few_windows():

@@ -48,8 +48,9 @@ class Inpainter:
 
     Raises:
         BackendError: a device, dtype or backend that was asked for and cannot run.
-        TypeError: `model` cannot be called, `window` is no whole number, or `memory_limit` no number.
-        ValueError: `window` is below ``model.size_multiple``, or `memory_limit` below 0.
+        TypeError: `model` cannot be called, `window` or ``model.size_multiple`` is no whole number, or `memory_limit`
+            no number.
+        ValueError: `window` is below ``model.size_multiple``, that is below 1, or `memory_limit` below 0.
     """
 
     def __init__(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 
 import torch
@@ -59,10 +60,21 @@ def estimate_memory(
         pixels = min(pixels, max(window, size_multiple) ** 2)
     passes = [pixels, pixels // 2] if strategy == "tile" else [pixels]
     if strategy in ("auto", "crop"):  # any number of windows of any shape
-        cells = range(1, pixels // size_multiple**2 + 1)
-        passes = [a * b * c * size_multiple**2 for a in cells for b in cells for c in cells if a * b * c in cells]
+        shapes = _shapes(pixels // size_multiple**2)
+        passes = [cells * size_multiple**2 for cells in itertools.islice(shapes, SHAPES_KEPT)]
     network = network_bytes(passes, base_channels, dtype, engine)
     return height * width * _FILE_BYTES + fill_bytes(height * width) + network
+
+
+def _shapes(most: int) -> Iterator[int]:
+    """The cells of every shape of a pass (windows, cells down, cells across), at most so many, the largest first."""
+    for cells in range(most, 0, -1):
+        for windows in _divisors(cells):
+            yield from (cells for _ in _divisors(cells // windows))
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]
 
 
 def fill_bytes(pixels: int, results: int = 1) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import operator
 from collections.abc import Callable, Hashable
 from typing import Any
 
@@ -33,8 +34,15 @@ together in one batch."""
 
 
 def multiple_of(model: Any) -> int:
-    """The number of which a model's height and width must be multiples."""
-    return int(getattr(model, "size_multiple", 256))
+    """The number of which a model's height and width must be multiples. Raises TypeError, ValueError."""
+    stated = getattr(model, "size_multiple", 256)
+    try:
+        pixels = operator.index(stated)
+    except TypeError:
+        raise TypeError(f"model: expected a whole number of pixels as its size_multiple, got {stated!r}") from None
+    if pixels < 1:
+        raise ValueError(f"model: expected a size_multiple of at least 1 pixel, got {stated}")
+    return pixels
 
 
 class Network:
@@ -49,7 +57,9 @@ class Network:
         self.device = resolve_device(device)
         self.dtype = resolve_dtype(dtype, self.device)
         self.multiple = multiple_of(model)
-        self.base_channels = max(getattr(model, "channels", None) or (64,))
+        widths = getattr(model, "channels", None)
+        # LGNet's are those of its stages; another network may have something else by this name.
+        self.base_channels = max(widths) if isinstance(widths, tuple) and widths else 64
         self.schedule: Schedule = _at_once
         self.source = model
         self._backend = backend

@@ -250,12 +250,7 @@ class _Frame:
             min(extent.stop - extent.start + 2 * context, length)
             for extent, length in zip(box, hole.shape, strict=True)
         ]
-        cells = max(1, (largest // multiple) ** 2)
-        shapes = [(a, b) for a in range(1, cells + 1) for b in range(1, cells // a + 1)]
-        scale, down, across = max(
-            ((min(1.0, a * multiple / wanted[0], b * multiple / wanted[1]), a, b) for a, b in shapes),
-            key=lambda shape: (shape[0], -shape[1] * shape[2], -shape[1]),
-        )
+        scale, down, across = _shape(wanted, multiple, max(1, (largest // multiple) ** 2))
         rows, high = _place(box[0], down * multiple, scale, hole.shape[0])
         columns, wide = _place(box[1], across * multiple, scale, hole.shape[1])
         return cls(box, frozenset(groups), rows, columns, (high, wide), scale, down * across)
@@ -267,6 +262,19 @@ class _Frame:
             and self.columns.start < other.columns.stop
             and other.columns.start < self.columns.stop
         )
+
+
+def _shape(wanted: list[int], multiple: int, cells: int) -> tuple[float, int, int]:
+    """(scale, cells down, cells across) of the smallest window of at most so many cells of `multiple`^2 pixels that
+    holds a `wanted` (height, width) at the largest scale, at most 1; of equal ones the one with fewer cells down."""
+    best = (0.0, 0, 0)
+    for down in range(1, min(cells, -(-wanted[0] // multiple)) + 1):
+        own = min(1.0, down * multiple / wanted[0])
+        fitting = math.ceil(own * wanted[1] / multiple)
+        for across in {min(max(1, one), cells // down) for one in (fitting - 1, fitting)}:  # ceil may be rounded up
+            scale = min(own, across * multiple / wanted[1])
+            best = max(best, (scale, -down * across, -down))
+    return best[0], -best[2], best[1] // best[2]
 
 
 def _place(extent: slice, network: int, scale: float, length: int) -> tuple[slice, int]:
