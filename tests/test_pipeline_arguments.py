@@ -238,6 +238,22 @@ def test_bytes_and_open_files_give_what_their_paths_give(pipe, tmp_path):
         np.testing.assert_array_equal(np.asarray(result), expected)
 
 
+def test_open_files_are_read_from_their_start(pipe):
+    """As by Pillow: just written, or read before; a pipe is read from where it is."""
+    array, hole = noise(20, 24), box_mask(20, 24, (5, 5, 12, 16))
+    expected, picture, mask = pipe(array, hole), io.BytesIO(), io.BytesIO()
+    Image.fromarray(array).save(picture, "PNG")
+    Image.fromarray(np.uint8(255) * hole).save(mask, "PNG")
+    for result in pipe([picture, picture], [mask, mask]):
+        np.testing.assert_array_equal(np.asarray(result), expected)
+
+    class Pipe(io.BufferedIOBase):
+        def read(self, size: int | None = -1) -> bytes:
+            return picture.getvalue()
+
+    np.testing.assert_array_equal(np.asarray(pipe(Pipe(), mask)), expected)
+
+
 def test_files_that_cannot_be_read_are_one_clear_error(pipe, tmp_path):
     hole = box_mask(20, 24, (5, 5, 12, 16))
     (tmp_path / "a.txt").write_text("text")

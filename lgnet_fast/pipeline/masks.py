@@ -120,7 +120,7 @@ def masks_for(mask: Any, count: int) -> list[Any]:
             f"mask: expected a list of {count} masks or a tensor [{count}, 1, H, W], or [1, {count}, H, W] for one "
             f"mask of {count} channels, got {list(mask.shape)}, which can mean both"
         )
-    read = file_of(mask, InvalidMaskError, "mask")  # a file object can be read only once
+    read = file_of(mask, InvalidMaskError, "mask")  # a pipe can be read only once
     return [read if isinstance(read, Encoded) else mask] * count
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
 from dataclasses import dataclass
@@ -38,8 +39,8 @@ class Encoded:
 
 
 def file_of(source: Any, error: type[LGNetError], name: str) -> Any:
-    """A path as `Path`; the bytes of a file, a file opened for reading bytes (read to its end), or a file with
-    `read_bytes`, such as `zipfile.Path`, as `Encoded`.
+    """A path as `Path`; the bytes of a file, a file opened for reading bytes (read from its start, as by Pillow, or
+    from where a pipe is, to its end), or a file with `read_bytes`, such as `zipfile.Path`, as `Encoded`.
 
     Anything else is returned as it is. Raises `error`: an empty path, an address such as https://..., a file opened
     as text, or one that cannot be read.
@@ -57,6 +58,8 @@ def file_of(source: Any, error: type[LGNetError], name: str) -> Any:
     if callable(getattr(source, "read", None)):
         title = str(getattr(source, "name", type(source).__name__))
         try:
+            with contextlib.suppress(AttributeError, OSError):  # a pipe
+                source.seek(0)
             read = source.read()
         except (OSError, ValueError) as cause:  # ValueError: it is closed
             raise error(f"{name}: expected a readable file, got {title!r} ({reason_of(cause)})") from cause
