@@ -65,11 +65,12 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             os.fsync(file.fileno())
         os.replace(unfinished, path)
         _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError on a full disk
+    except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError after the disk's error
         with contextlib.suppress(OSError):
             unfinished.unlink(missing_ok=True)
+        reason = error.__context__ if isinstance(error.__context__, OSError) else error  # its text hides the disk's
         raise TrainingError(
-            f"checkpoint: {path} cannot be written ({error}); earlier checkpoints are as they were"
+            f"checkpoint: {path} cannot be written ({reason}); earlier checkpoints are as they were"
         ) from error
 
 
