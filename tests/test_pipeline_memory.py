@@ -205,6 +205,21 @@ def test_auto_goes_to_smaller_windows_until_the_run_fits():
         Inpainter(BlurFill(), memory_limit=limit - 1)(picture, hole)
 
 
+def test_windows_of_a_network_of_a_small_multiple_do_not_become_smaller_than_256():
+    """A tile of 8x8 would show nothing but its hole."""
+    hole = np.zeros((900, 900), bool)
+    hole[::100] = hole[:, ::100] = True
+    model = BlurFill()
+    model.size_multiple = 8
+    limit = needed(hole, 256 * 256)
+    Inpainter(model, memory_limit=limit)(noise(900, 900), hole)
+    assert set(model.seen) == {(1, 256, 256)}
+    with pytest.raises(OutOfMemoryError, match="strategy resize"):
+        Inpainter(model, memory_limit=limit - 1)(noise(900, 900), hole)
+    Inpainter(model, memory_limit=limit - 1, window=64)(noise(900, 900), hole)  # where it is asked for
+    assert {size[1:] for size in model.seen} == {(256, 256), (64, 64)}
+
+
 def test_auto_warns_where_less_memory_means_a_lower_scale():
     picture, hole = noise(900, 900), box_mask(900, 900, (200, 200, 600, 600))
     limit = needed(hole, 256 * 256)

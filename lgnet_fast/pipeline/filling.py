@@ -24,6 +24,8 @@ from .strategies import Window
 MOSTLY_HOLE = 0.95
 """A larger share of hole pixels is probably an inverted mask."""
 _MOST_STAGES = 3
+_LEAST_WINDOW = 256
+"""Pixels of a side; smaller windows, which networks of a small multiple take, show too little beside the hole."""
 
 Fills = list[tuple[Rect, np.ndarray]]
 """Fills of disjoint boxes of a picture: each float32 [h, w, 3] in [-1, 1]."""
@@ -118,12 +120,13 @@ class Filler:
         """The plans to try, in the order of decreasing memory; each is made when it is asked for."""
         multiple = self.network.multiple
         ladder = [("auto", self.window), ("crop", self.window)]
-        ladder += [(name, multiple) for name in ("auto", "crop", "resize")]
+        least = min(self.window, strategies.padded(_LEAST_WINDOW, multiple))
+        ladder += [(name, least) for name in ("auto", "crop", "resize")]
         made: set[tuple[str, int]] = set()
         for asked, largest in ladder if strategy == "auto" else [(strategy, self.window)]:
             if asked == "auto":
                 name, windows = strategies.choose(job.region, multiple, largest, job.groups)
-            elif asked == "crop" and made == {("tile", self.window)} and largest > multiple:
+            elif asked == "crop" and made == {("tile", self.window)} and largest > least:
                 continue  # tiles become smaller first, because crops of thin holes reduce the scale
             else:
                 name = asked

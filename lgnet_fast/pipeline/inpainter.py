@@ -43,8 +43,8 @@ class Inpainter:
             largest padded picture that "auto" runs whole. At least ``model.size_multiple``; it is rounded down to a
             multiple of that.
         memory_limit: bytes, 0 or more, that a run may take beside the picture and the mask; None: the free memory of
-            the system and of the GPU, asked before every run. With too little, "auto" takes smaller windows; it warns
-            where a hole is then filled at a lower scale.
+            the system and of the GPU, asked before every run. With too little, "auto" takes smaller windows, of 256
+            pixels or more where `window` is no smaller; it warns where a hole is then filled at a lower scale.
 
     Raises:
         BackendError: a device, dtype or backend that was asked for and cannot run.
