@@ -18,7 +18,7 @@ from PIL import Image
 from lgnet_fast.training import DataError, hole_class
 from lgnet_fast.training.config import DataConfig
 from lgnet_fast.training.crops import PROTOCOLS, crop_box
-from lgnet_fast.training.held_out import validation_pairs
+from lgnet_fast.training.held_out import HeldOut, HeldOutPairs
 from lgnet_fast.training.loader import PositionSampler, _start_worker, make_loader
 from lgnet_fast.training.memory import MemoryBatches
 from tests.training_support import dataset, write_pictures
@@ -128,7 +128,7 @@ def test_the_random_numbers_of_a_seed_stay_the_same(tmp_path, options, expected)
 
 
 def test_the_masks_of_the_validation_stay_the_same(tmp_path):
-    pairs = validation_pairs(str(write_noise(tmp_path / "p")), 256, (0, 4), 7)
+    pairs = HeldOutPairs(HeldOut(str(write_noise(tmp_path / "p")), 256, "photos", None), (0, 4), 7)
     assert digest_of(pairs) == "e2904a2bf823b4e3"  # a change makes earlier scores incomparable
 
 
@@ -216,7 +216,7 @@ def test_crops_of_the_shorter_edge(tmp_path, protocol, largest):
     assert max(lefts) - min(lefts) > 40
     assert 1 / largest - 0.03 <= min(shares) <= max(shares) <= 1.01
     assert (min(shares) < 0.8) == (largest > 1)
-    (image, mask), *rest = validation_pairs(str(tmp_path), 256, (0, 3), 0, protocol)
+    (image, mask), *rest = HeldOutPairs(HeldOut(str(tmp_path), 256, protocol, None), (0, 3), 0)
     assert len(rest) == 1
     red, green, _ = (image[0] + 1) * 127.5
     assert [red[0, 0].item(), red[0, -1].item()] == pytest.approx([62.5, 187.5], abs=3)  # the centre

@@ -14,7 +14,7 @@ from PIL import Image
 
 from lgnet_fast.training import ConfigError, DataError
 from lgnet_fast.training.config import DataConfig
-from lgnet_fast.training.held_out import validation_pairs
+from lgnet_fast.training.held_out import HeldOut
 from lgnet_fast.training.samples import InpaintingDataset
 from lgnet_fast.training.sources import open_source
 from tests.training_support import dataset, write_pictures
@@ -173,14 +173,14 @@ def test_errors_of_the_validation_name_its_setting(tmp_path, prepare, text):
     for file in (tmp_path / "held").glob("*.png"):
         file.write_bytes(b"no picture")
     with pytest.raises(DataError, match=f"^{text}"):
-        validation_pairs(str(tmp_path / "held"), 256, (0,), 0)
+        HeldOut(str(tmp_path / "held"), 256, "photos", None)
 
 
 def test_a_broken_picture_of_the_validation_is_told_of(tmp_path):
     write_pictures(tmp_path / "p", 2)
     (tmp_path / "p" / "0.png").write_bytes(b"no picture")
     with pytest.warns(UserWarning, match="data.validation: left out .*0.png: no picture"):
-        assert len(validation_pairs(str(tmp_path / "p"), 256, (0,), 0)) == 1
+        assert len(HeldOut(str(tmp_path / "p"), 256, "photos", None)) == 1
 
 
 def test_truncated_and_damaged_shards_are_errors(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import pickle
 import shutil
 import tarfile
 import warnings
@@ -51,8 +52,8 @@ def test_pictures_in_memory_and_scores_by_kind_of_hole(pictures, tmp_path):
     assert {"l1", "psnr", "lpips", "sharpness", "psnr_thin", "lpips_box"} <= scores.keys()
     assert scores["psnr"] == pytest.approx((scores["psnr_thin"] + scores["psnr_box"]) / 2)
     assert trainer.best == pytest.approx(scores["lpips"])
-    assert len(trainer.validation.images) == 1
-    image, mask = trainer.validation.images, trainer.validation.masks["box"]
+    assert len(trainer.validation.pictures) == 1
+    image, mask = trainer.validation.pictures.images(slice(None)), trainer.validation.masks["box"].float()
     truth = ((image + 1) * 127.5).round()
     with trainer.averaged(), torch.no_grad():
         error = ((trainer.network(image, mask) + 1) * 127.5).round().clamp(0, 255) - truth
@@ -72,6 +73,17 @@ def test_scores_by_kind_in_float64(pictures, tmp_path):
     )
     Trainer(config).fit()
     assert {"psnr_box", "lpips_box"} <= lines(tmp_path / "run")[-1].keys()
+
+
+@pytest.mark.parametrize("kinds", [(), ("thin", "box")])
+def test_held_out_pictures_take_a_byte_a_sample(tmp_path, kinds):
+    """Tens of thousands of them, as of Places2, are kept by every process."""
+    places = write_pictures(tmp_path / "p", 40, (256, 256))
+    options = {"validation_kinds": kinds} if kinds else {"validation_classes": (1, 2)}
+    config = tiny_config(places, tmp_path, data={"validation": str(places)}, run=options)
+    validation = make_validation(config)
+    assert len(pickle.dumps(validation)) < (3.2 + len(kinds)) * 40 * 256**2
+    assert validation.scores(Perfect(), None, ONE)["psnr"] > 77
 
 
 def test_gradient_energy_by_hand():
@@ -147,7 +159,7 @@ def test_sharpness_is_the_suites(pictures, tmp_path):
     rows = {}
     for kind, masks in validation.masks.items():
         rows[kind] = []
-        for image, mask in zip(validation.images, masks):
+        for image, mask in zip(validation.pictures.images(slice(None)), masks):
             filled, truth = (
                 ((picture + 1) * 127.5).round().clamp(0, 255).byte().permute(1, 2, 0).numpy()
                 for picture in (blur(image[None], mask[None])[0], image)
@@ -175,7 +187,7 @@ def test_scores_are_those_of_the_exported_model_whatever_the_precision(pictures,
     scores = trainer.validate()
     exported = LGNet.from_pretrained(trainer.export(tmp_path / "model")).eval().set_backend("eager")
     assert scores == trainer.validation.scores(exported, None, ONE)
-    image = trainer.validation.images if kinds else trainer.validation.pairs[0][0]
+    image = trainer.validation.pictures.images(slice(2)) if kinds else trainer.validation.pairs[0][0]
     mask = torch.ones_like(image[:, :1])
     with torch.no_grad():
         assert not torch.equal(trainer.network(image, mask), exported(image, mask))

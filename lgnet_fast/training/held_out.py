@@ -20,59 +20,68 @@ from .samples import VALIDATION, network_range, reason_of
 from .sources import Source, open_source
 
 
-def validation_pairs(
-    place: str,
-    size: int,
-    hole_classes: Sequence[int],
-    seed: int,
-    protocol: str = "photos",
-    limit: int | None = None,
-) -> list[tuple[Tensor, Tensor]]:
-    """The pictures of a place with one stroke mask of every class: ([1, 3, S, S] in [-1, 1], [1, 1, S, S]) each.
+class HeldOut:
+    """The held-out pictures of a place, kept in 8 bits: of a data set of tens of thousands, floats would not fit.
 
-    Drawn masks by (seed, index, class), pictures as of :func:`validation_pictures`.
+    Args:
+        place, size, protocol: of the configuration.
+        limit: use the first pictures only.
 
     Raises:
-        DataError: see there.
+        DataError: no such place, or no picture in it that can be read. One that cannot is left out with a warning.
     """
-    pairs = []
-    for index, image in validation_pictures(place, size, protocol, limit):
-        for hole_class in hole_classes:
-            mask = generate_mask(
-                size, size, hole_class=hole_class, kind="strokes", seed=(VALIDATION, seed, index, hole_class)
+
+    def __init__(self, place: str, size: int, protocol: str, limit: int | None) -> None:
+        source = open_source([place], "data.validation")
+        count = len(source) if limit is None else min(limit, len(source))
+        self.numbers: list[int] = []
+        """Of the pictures in the place."""
+        self._levels: list[np.ndarray] = []
+        reasons = []
+        for index in range(count):
+            try:
+                with quiet():
+                    picture = decode(source.picture(index))
+            except Exception as error:  # as in InpaintingDataset
+                reasons.append(f"{source.name(index)}: {reason_of(error)}")
+                continue
+            box = crop_box(picture.shape[0], picture.shape[1], size, PROTOCOLS[protocol], None)
+            levels = scale(picture, box, size, Image.Resampling.BICUBIC).transpose(2, 0, 1)
+            self.numbers.append(index)
+            self._levels.append(np.ascontiguousarray(levels))
+        if not self.numbers:
+            raise DataError(
+                f"data.validation: none of {count} pictures in {place!r} can be read; the first: {reasons[0]}"
             )
-            pairs.append((image, torch.from_numpy(mask)[None, None].float()))
-    return pairs
+        for reason in reasons:
+            warn(f"data.validation: left out {reason}")
+
+    def __len__(self) -> int:
+        return len(self.numbers)
+
+    def images(self, some: slice) -> Tensor:
+        """Centre crops [B, 3, S, S] in [-1, 1]."""
+        return network_range(np.stack(self._levels[some]))
 
 
-def validation_pictures(place: str, size: int, protocol: str, limit: int | None) -> list[tuple[int, Tensor]]:
-    """(number, centre crop [1, 3, S, S] in [-1, 1]) of the pictures of a place, of the first `limit` only.
+class HeldOutPairs:
+    """Held-out pictures, each with one stroke mask of every class: ([1, 3, S, S] in [-1, 1], [1, 1, S, S]).
 
-    A picture that cannot be read is left out with a warning.
-
-    Raises:
-        DataError: no such place, or no picture in it that can be read.
+    Masks are drawn by (seed, number of the picture, class) at each access.
     """
-    source = open_source([place], "data.validation")
-    count = len(source) if limit is None else min(limit, len(source))
-    pictures, reasons = [], []
-    for index in range(count):
-        try:
-            with quiet():
-                picture = decode(source.picture(index))
-        except Exception as error:  # as in InpaintingDataset
-            reasons.append(f"{source.name(index)}: {reason_of(error)}")
-            continue
-        box = crop_box(picture.shape[0], picture.shape[1], size, PROTOCOLS[protocol], None)
-        image = scale(picture, box, size, Image.Resampling.BICUBIC).transpose(2, 0, 1)
-        pictures.append((index, network_range(np.ascontiguousarray(image))[None]))
-    if not pictures:
-        raise DataError(
-            f"data.validation: none of {count} pictures in {place!r} can be read; the first: {reasons[0]}"
-        )
-    for reason in reasons:
-        warn(f"data.validation: left out {reason}")
-    return pictures
+
+    def __init__(self, pictures: HeldOut, hole_classes: Sequence[int], seed: int) -> None:
+        self._pictures, self._classes, self._seed = pictures, hole_classes, seed
+
+    def __len__(self) -> int:
+        return len(self._pictures) * len(self._classes)
+
+    def __getitem__(self, number: int) -> tuple[Tensor, Tensor]:
+        place, which = divmod(range(len(self))[number], len(self._classes))  # IndexError ends an iteration
+        image, hole_class = self._pictures.images(slice(place, place + 1)), self._classes[which]
+        seed = (VALIDATION, self._seed, self._pictures.numbers[place], hole_class)
+        mask = generate_mask(*image.shape[2:], hole_class=hole_class, kind="strokes", seed=seed)
+        return image, torch.from_numpy(mask)[None, None].float()
 
 
 def warn_of_trained(data: DataConfig, trained: Source) -> None:

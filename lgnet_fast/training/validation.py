@@ -19,7 +19,7 @@ from ..data.masks import suite_mask
 from ..data.metrics import LEAST_SQUARED_ERROR, LUMA, Metrics, relative_energy
 from ..reference.features import LPIPS
 from .config import TrainConfig
-from .held_out import validation_pairs, validation_pictures
+from .held_out import HeldOut, HeldOutPairs
 from .processes import failing_together, own_share, sum_of_processes
 from .samples import KINDS
 
@@ -48,9 +48,8 @@ class ClassValidation:
 
     def __init__(self, config: TrainConfig) -> None:
         data, run = config.data, config.run
-        self.pairs = validation_pairs(
-            data.validation or "", data.size, run.validation_classes, run.seed, data.protocol, run.validation_pictures
-        )
+        pictures = HeldOut(data.validation or "", data.size, data.protocol, run.validation_pictures)
+        self.pairs = HeldOutPairs(pictures, run.validation_classes, run.seed)
 
     @torch.no_grad()
     def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
@@ -83,17 +82,17 @@ class KindValidation:
     def __init__(self, config: TrainConfig) -> None:
         data, run = config.data, config.run
         size = data.size
-        found = validation_pictures(data.validation or "", size, data.protocol, run.validation_pictures)
-        self.images = torch.cat([image for _, image in found])
+        self.pictures = HeldOut(data.validation or "", size, data.protocol, run.validation_pictures)
         self.masks = {
             kind: torch.stack(
                 [
                     torch.from_numpy(suite_mask(size, size, kind=kind, seed=(KINDS, run.seed, i)))[None]
-                    for i, _ in found
+                    for i in self.pictures.numbers
                 ]
-            ).float()
+            )
             for kind in run.validation_kinds
         }
+        """Of each kind: bool [pictures, 1, S, S], True = hole."""
 
     @torch.no_grad()
     def scores(self, network: nn.Module, lpips: LPIPS | None, accelerator: Any) -> dict[str, float]:
@@ -104,7 +103,7 @@ class KindValidation:
         """
         names = ["l1", "psnr", "sharpness", *(() if lpips is None else ("lpips",))]
         like = next(network.parameters())
-        count = len(self.images)
+        count = len(self.pictures)
         table = torch.zeros(len(self.masks), count, len(names), dtype=torch.float64)
         masks = list(self.masks.values())
         batches = [(row, first) for row in range(len(masks)) for first in range(0, count, _BATCH)]
@@ -112,7 +111,7 @@ class KindValidation:
             for number in own_share(accelerator, len(batches)):
                 row, first = batches[number]
                 some = slice(first, first + _BATCH)
-                image, mask = self.images[some].to(like), masks[row][some].to(like)
+                image, mask = self.pictures.images(some).to(like), masks[row][some].to(like)
                 found = _scores(_rounded(network(image, mask).to(like)), _rounded(image), mask, lpips)
                 table[row, some] = torch.stack([found[name] for name in names], dim=1).cpu().double()
         rows = sum_of_processes(accelerator, table).numpy()
