@@ -58,7 +58,7 @@ def file_of(source: Any, error: type[LGNetError], name: str) -> Any:
     if callable(getattr(source, "read", None)):
         title = str(getattr(source, "name", type(source).__name__))
         try:
-            with contextlib.suppress(AttributeError, OSError):  # a pipe
+            with contextlib.suppress(AttributeError, OSError, ValueError):  # a pipe, or a download
                 source.seek(0)
             read = source.read()
         except (OSError, ValueError) as cause:  # ValueError: it is closed
