@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import subprocess
+import sys
 import time
 
 import pytest
@@ -303,3 +305,42 @@ def test_one_network_alone():
             stage.attention_macs,
             stage.parameters,
         )
+
+
+COUNTED = """
+import importlib.abc, sys
+from importlib.machinery import PathFinder
+import torch, lgnet_fast
+assert "torch.utils.flop_counter" not in sys.modules
+
+class Frozen(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    # One loader for all modules of a folder, as in programs of PyInstaller.
+    def find_spec(self, name, path=None, target=None):
+        spec = PathFinder.find_spec(name, path) if name.startswith("torch.utils.") else None
+        if spec is not None:
+            code[name] = spec.loader.get_code(name)
+            spec.loader = self
+        return spec
+
+    def exec_module(self, module):
+        exec(code[module.__name__], module.__dict__)
+
+code, frozen = {}, Frozen()
+if "frozen" in sys.argv:
+    sys.meta_path.insert(1, frozen)
+from torch.utils import flop_counter
+import torch.utils.throughput_benchmark
+assert all(type(finder).__name__ != "_RegisterFlopsOnImport" for finder in sys.meta_path)
+assert flop_counter.__loader__ is flop_counter.__spec__.loader
+assert (flop_counter.__loader__ is frozen) == ("frozen" in sys.argv)
+with flop_counter.FlopCounterMode(display=False) as counter:
+    torch.ops.lgnet.cosine_attention(torch.randn(1, 8, 4, 4), "released")
+print(counter.get_total_flops())
+"""
+
+
+@pytest.mark.once
+@pytest.mark.parametrize("program", ["plain", "frozen"])
+def test_formulas_reach_a_counter_that_is_imported_later(program):
+    done = subprocess.run([sys.executable, "-c", COUNTED, program], capture_output=True, text=True)
+    assert done.stdout == f"{4 * 16**2 * 8}\n", done.stderr

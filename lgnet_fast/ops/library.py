@@ -193,18 +193,28 @@ class _RegisterFlopsOnImport(importlib.abc.MetaPathFinder):
             return None
         specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
         spec = next(filter(None, specs), None)
-        if spec is None or spec.loader is None:
-            return None
-        run = spec.loader.exec_module
-
-        def exec_module(module: ModuleType) -> None:
-            run(module)
-            sys.meta_path.remove(self)
-            for operators, formula in _formulas:
-                module.register_flop_formula(operators)(formula)
-
-        spec.loader.exec_module = exec_module  # type: ignore[method-assign]
+        if spec is not None and spec.loader is not None:
+            spec.loader = _LoadAndRegister(self, spec.loader)
         return spec
+
+
+class _LoadAndRegister(importlib.abc.Loader):
+    """Loads the counter by its own loader, which stays as it is: in frozen programs it loads other modules too."""
+
+    def __init__(self, finder: _RegisterFlopsOnImport, loader: Any) -> None:
+        self._finder, self._loader = finder, loader
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        module: ModuleType | None = self._loader.create_module(spec)
+        return module
+
+    def exec_module(self, module: ModuleType) -> None:
+        assert module.__spec__ is not None
+        module.__spec__.loader = module.__loader__ = self._loader
+        self._loader.exec_module(module)
+        sys.meta_path.remove(self._finder)
+        for operators, formula in _formulas:
+            module.register_flop_formula(operators)(formula)
 
 
 def flop_formula(operator: Any, formula: Callable[..., int]) -> None:
