@@ -39,6 +39,7 @@ from lgnet_fast.pipeline import masks as pipeline_masks
 from lgnet_fast.reference.attention import VARIANTS
 from lgnet_fast.samples import sample_paths
 from lgnet_fast.version import __version__
+from tests.engine_support import needs_extension
 
 
 def invoke(*arguments: object) -> Result:
@@ -88,6 +89,7 @@ def test_paragraphs_of_the_help_fill_the_terminal():
     assert "work and merge one report; the same command run again does only what is not " in shown
 
 
+@needs_extension
 def test_info_says_what_runs_and_why_not():
     report = json.loads(invoke("info", "--json").stdout)
     assert report["packages"]["torch"] == torch.__version__
@@ -143,6 +145,7 @@ def test_info_names_the_missing_extension(monkeypatch):
     assert report["devices"][0]["kernels"] == report["devices"][0]["openmp"] == "none"
 
 
+@needs_extension
 def test_info_names_the_threads_of_the_kernels(monkeypatch):
     for backend, shown in (("openmp (/a/lib/libgomp (1).so.1)", "libgomp (1).so.1"), ("threads", "none")):
         library = SimpleNamespace(parallel_backend=lambda backend=backend: backend)
@@ -210,6 +213,7 @@ def test_demo_leaves_no_part_of_a_picture_on_a_full_disk(tmp_path, monkeypatch, 
     assert not list((tmp_path / "out").iterdir())
 
 
+@needs_extension
 def test_verify_prints_every_check_with_its_error():
     result = invoke("verify", "--json", "--device", "cpu")
     assert result.exit_code == 0, result.output
@@ -224,6 +228,7 @@ def test_verify_prints_every_check_with_its_error():
     assert report["key"]["dtype"] == "float32"
 
 
+@needs_extension
 def test_verify_fails_where_a_kernel_is_wrong(monkeypatch):
     forward = cpu_attention.attention_block_forward
 
@@ -255,6 +260,7 @@ def test_verify_keeps_the_verdict_of_a_kernel_that_fails_at_one_of_two_sizes(mon
     assert kept[block.format(64)] is None
 
 
+@needs_extension
 def test_tune_prints_every_step_and_keeps_it(tmp_path, monkeypatch):
     monkeypatch.setenv(cache.ENVIRONMENT, str(tmp_path / "cache"))
     model = LGNet("C+L", coarse_channels=4, local_channels=4)

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 import lgnet_fast  # noqa: F401  (registers the operators)
 from lgnet_fast.counting import Report, count, render
 from lgnet_fast.reference import CASCADES, LocalGlobalRefinement, LocalNet, UNet, create_model
+from tests.engine_support import needs_extension
 
 
 def giga(value: int, digits: int = 3) -> float:
@@ -339,6 +340,7 @@ print(counter.get_total_flops())
 """
 
 
+@needs_extension
 @pytest.mark.once
 @pytest.mark.parametrize("program", ["plain", "frozen"])
 def test_formulas_reach_a_counter_that_is_imported_later(program):

@@ -15,6 +15,7 @@ from lgnet_fast.errors import BackendError, InvalidImageError, InvalidMaskError
 from lgnet_fast.pipeline import DeepImage, Inpainter
 from lgnet_fast.reference import LGNet
 
+from .engine_support import needs_extension
 from .pipeline_support import BlurFill, box_mask, noise, some_holes, write_picture
 
 
@@ -136,6 +137,7 @@ def test_devices_dtypes_and_backends_that_are_not_there(arguments, words):
         Inpainter(BlurFill(), **arguments)
 
 
+@needs_extension
 def test_the_backend_is_passed_on_to_a_copy():
     class Chooses(BlurFill):
         backend = "auto"

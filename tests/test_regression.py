@@ -27,6 +27,7 @@ from bench.regression import (
 from bench.timing import ROOT, interleave, spread, summarize
 from lgnet_fast.ops.registry import OPERATORS
 from lgnet_fast.reference.attention import attention_block
+from tests.engine_support import needs_extension
 
 STEM = "cpu-test-1-cores_synthetic"
 
@@ -265,6 +266,7 @@ def test_rounds_are_added(monkeypatch, enough, patience, expected):
     assert len(rounds) == expected
 
 
+@needs_extension
 def test_a_real_op_slowed_is_caught(monkeypatch):
     """The attention block in C++ against eager; then its kernel runs twice a call."""
     monkeypatch.setattr("bench.timing.clock", time.process_time)  # independent of the load of the machine

@@ -75,6 +75,7 @@ def test_function_transforms(name):
         assert (result - wanted).abs().max() <= 1e-12 * wanted.abs().max()
 
 
+@needs_extension
 def test_a_second_derivative_by_transforms_is_refused_too():
     operator, (features,) = operator_and_arguments("cosine_attention")
     first = torch.func.grad(lambda x: operator(x, backend="cpp").square().sum())
@@ -85,6 +86,7 @@ def test_a_second_derivative_by_transforms_is_refused_too():
         torch.autograd.grad(first(leaf).sum(), leaf)
 
 
+@needs_extension
 @pytest.mark.parametrize("name", ["cosine_attention", "merge"])
 def test_forward_mode_is_refused_and_never_zero(name):
     operator, given = operator_and_arguments(name)
