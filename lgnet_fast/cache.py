@@ -18,6 +18,7 @@ import platform
 import re
 import sys
 import tempfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from functools import cache
@@ -211,13 +212,11 @@ def _store(key: Key, section: str, name: str, value: Any, replace: bool) -> bool
 
 def _write(path: Path, text: str, replace: bool) -> bool:
     """Write a file as a whole, in place of an existing one only if `replace`. Returns whether it was written."""
-    temporary = None
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Not by `tempfile`: its files can be read by their owner only, and users may share the folder.
+    temporary = path.with_name(f".writing-{uuid.uuid4().hex}")
     try:
-        with tempfile.NamedTemporaryFile(
-            "w", dir=path.parent, prefix=".writing-", delete=False, encoding="utf-8"
-        ) as file:
-            temporary = file.name
+        with open(temporary, "x", encoding="utf-8") as file:
             file.write(text)
         if not replace:
             try:
@@ -230,9 +229,8 @@ def _write(path: Path, text: str, replace: bool) -> bool:
         os.replace(temporary, path)
         return True
     finally:
-        if temporary is not None:
-            with contextlib.suppress(OSError):  # it has been renamed
-                os.unlink(temporary)
+        with contextlib.suppress(OSError):  # it has been renamed
+            os.unlink(temporary)
 
 
 def can_keep() -> bool:

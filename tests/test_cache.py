@@ -147,6 +147,18 @@ def test_an_interrupted_write_leaves_what_was_there(where: Path, monkeypatch: py
     assert cache.get(KEY, VERDICTS, "x") == 1
 
 
+@pytest.mark.skipif(os.name == "nt", reason="rights of files are others there")
+def test_other_users_can_read_what_is_kept(where: Path) -> None:
+    """As when root tunes while an image is built, and its programs run as another user."""
+    before = os.umask(0o022)
+    try:
+        cache.put(KEY, CHOICES, "x", 1)
+        cache.put_first(KEY, CHOICES, "y", 2)
+    finally:
+        os.umask(before)
+    assert [path.stat().st_mode & 0o777 for path in where.iterdir()] == [0o644, 0o644]
+
+
 def test_dropped_sections_are_forgotten_others_stay(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put(KEY, VERDICTS, "x", 1)
     cache.put(KEY, CHOICES, "x", 2)
