@@ -465,6 +465,7 @@ def test_flops_of_the_fused_operators_are_those_of_the_eager_ones():
             ValueError,
             "bias: expected dtype torch.float16 as features, got torch.float32",
         ),
+        (lambda a: torch.ops.lgnet.attention_block(*a[:2], None), TypeError, "bias: expected a tensor, got None"),
         (lambda a: torch.ops.lgnet.attention_block(*a, "other"), ValueError, "variant: expected one of"),
         (lambda a: torch.ops.lgnet.cosine_attention(a[0].int()), TypeError, "features: expected a floating dtype"),
         (lambda a: torch.ops.lgnet.cosine_attention(a[0][..., :0]), ValueError, "C, H and W of at least 1"),
@@ -489,6 +490,9 @@ def test_flops_of_the_fused_operators_are_those_of_the_eager_ones():
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call(block_inputs())
+    if "None" in message:
+        with pytest.raises(error, match=message), torch.autocast("cpu", torch.bfloat16):
+            call(block_inputs())
 
 
 def test_merge_arguments_are_named():

@@ -25,7 +25,7 @@ from torch.autograd.function import _SingleLevelFunction
 from .. import forks
 from ..version import __version__
 from .dispatch import record, run
-from .registry import OPERATORS, Operator, checked_device, label, like, memory_format
+from .registry import OPERATORS, Operator, checked_device, checked_tensors, label, like, memory_format
 
 LIBRARY = torch.library.Library("lgnet", "DEF")
 
@@ -236,7 +236,7 @@ def register(declaration: Operator) -> None:
     public = define(f'{declaration.name}({declaration.schema}, *, str backend="auto") -> Tensor')
     inner = _Inner(declaration, _arguments(declaration.name))
     inner.define()
-    composite(public, _public(declaration, inner), _cast(declaration, len(inner.operands)))
+    composite(public, _public(declaration, inner), _cast(declaration, inner))
     vectorized(public, declaration.batched)
 
 
@@ -245,8 +245,12 @@ def _arguments(name: str) -> list[Any]:
     return [a for a in getattr(torch.ops.lgnet, name).default._schema.arguments if not a.kwarg_only]
 
 
-def _cast(declaration: Operator, count: int) -> Callable[..., tuple[Any, ...]]:
+def _cast(declaration: Operator, inner: _Inner) -> Callable[..., tuple[Any, ...]]:
+    tensors = tuple(a.name for a in inner.operands)
+    count = len(tensors)
+
     def cast(device: str, *args: Any) -> tuple[Any, ...]:
+        checked_tensors(tensors, args[:count])
         return (*declaration.autocast(device, *args[:count]), *args[count:])
 
     return cast
@@ -264,6 +268,7 @@ def _public(declaration: Operator, inner: _Inner) -> Callable[..., Tensor]:
         forks.prepare()
         operands, options = args[:count], args[count:]
         options += defaults[len(options) :]
+        checked_tensors(tensors, operands)
         declaration.checks(*operands, *options)
         checked_device(tensors, operands)
 

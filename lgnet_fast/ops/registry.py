@@ -123,6 +123,13 @@ def checked_float(argument: str, tensor: Tensor) -> None:
         raise TypeError(f"{argument}: expected a dense tensor, got layout {tensor.layout}")
 
 
+def checked_tensors(arguments: Sequence[str], tensors: Sequence[Tensor | None]) -> None:
+    """Raise TypeError for None, which PyTorch passes on as a tensor."""
+    for argument, tensor in zip(arguments, tensors, strict=True):
+        if tensor is None:
+            raise TypeError(f"{argument}: expected a tensor, got None")
+
+
 def checked_device(arguments: Sequence[str], tensors: Sequence[Tensor]) -> None:
     """Raise ValueError unless all operands are on the device of the first.
 
