@@ -237,6 +237,8 @@ def test_data_files_are_packed(sources):
     with zipfile.ZipFile(wheel) as file:
         page = {f"lgnet_fast/serve/static/{name}" for name in ("index.html", "main.js", "vendor/konva.min.js")}
         assert page <= set(file.namelist())
+        licences = {name.split(".dist-info/licenses/")[1] for name in file.namelist() if "/licenses/" in name}
+        assert licences == {"LICENSE", "lgnet_fast/serve/static/vendor/LICENSES.txt"}
         assert {"lgnet_fast/weights/nested/data.bin", "lgnet_fast/samples/nested/data.bin"} <= set(file.namelist())
         assert b"LGNET_FAST_NO_EXTENSION" in file.read("lgnet_fast/_C_unavailable.txt")
 
