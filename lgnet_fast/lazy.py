@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
@@ -18,4 +19,4 @@ def attach(package: str, names: Mapping[str, str]) -> tuple[Callable[[str], Any]
             return getattr(import_module(f".{names[name]}", package), name)
         raise AttributeError(f"module {package!r} has no attribute {name!r}")
 
-    return getattr_, lambda: sorted(names)
+    return getattr_, lambda: sorted({*names, *vars(sys.modules[package])})

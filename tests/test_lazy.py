@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 
@@ -45,3 +46,10 @@ print(failed)
 def test_first_imports_by_two_threads(names: tuple[str, str]) -> None:
     ended = subprocess.run([sys.executable, "-c", PROGRAM, *names], capture_output=True, text=True, check=False)
     assert ended.stdout == "[]\n", ended.stdout + ended.stderr
+
+
+@pytest.mark.parametrize("package", ["", ".cli", ".engine", ".evaluation", ".pipeline", ".reference", ".training"])
+def test_completion_offers_every_public_name(package: str) -> None:
+    """What `dir` returns is what IPython completes."""
+    module = importlib.import_module(f"lgnet_fast{package}")
+    assert {*module.__all__, "__doc__", "__file__"} <= set(dir(module))
