@@ -49,7 +49,7 @@ def test_an_instruction_set_is_a_header_a_unit_and_a_row():
         unit = (csrc / f"isa_{name}.cpp").read_text()
         assert f"#define LGNET_ISA {name}\n" in unit
         assert f'#define LGNET_SIMD "simd/{name}.h"\n' in unit
-        assert len(unit.splitlines()) <= 16
+        assert len(unit.splitlines()) <= 18
         assert (csrc / "simd" / f"{name}.h").is_file()
         assert re.search(rf"^// .+\nLGNET_ROW\({name},", table, re.MULTILINE), f"{name}: which processors?"
 

@@ -16,9 +16,9 @@
 //                    (conv_block, score_block, value_block), for compilers that would spill in them
 //   Unit, PAIR       what one lane of a product's operand holds: one T, or a pair of bf16
 //   PARTS            2: an element of a product is the sum of two bf16 (Products::bf16x3); else 1
-//   LARGEST_TILE     outputs along a side of Winograd's largest tiles, 1: none. Transforms increase the rounding error
-//                    of bf16 (LGNet's is 1.15 times as large with tiles of 2x2, 1.6 times with 4x4), and cost more
-//                    than they save where matrix tiles multiply
+//   LARGEST_TILE     outputs along a side of Winograd's largest tiles, 1: none. Transforms increase the error of
+//                    rounding to bf16 (LGNet's is 1.15 times as large with tiles of 2x2, 1.6 times with 4x4), and
+//                    cost more than they save where matrix tiles multiply
 //   max(a, b)        b, or NaN, where either is NaN
 //   dot(acc, a, b)   acc + a * b, or acc + a.lo * b.lo + a.hi * b.hi. For float32 on x86 it is an instruction in
 //                    assembly that adds to its accumulator: with the intrinsic, GCC also takes the forms that

@@ -11,7 +11,7 @@ struct F32 {
   using T = float;
   using Unit = float;
   using Reg = __m128;
-  static constexpr int W = 4, NV = 2, ROWS = 4, PAIR = 1, PARTS = 1;
+  static constexpr int W = 4, NV = 2, ROWS = 4, PAIR = 1, PARTS = 1, LARGEST_TILE = 4;
   static constexpr int CONV_NV = 2, CONV_ROWS = 6;
   static constexpr int BLOCK_ROWS = 0;
 
