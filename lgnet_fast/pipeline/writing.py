@@ -79,8 +79,9 @@ def write_atomically(path: Path, data: bytes) -> None:
             os.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.filename is None:
-            error.filename = str(path)  # on a full disk, `write` names no file
+        # On a full disk, `write` names no file. An error without a number would lose its text by it.
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None:
+            error.filename = str(path)
         raise
 
 
