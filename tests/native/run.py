@@ -88,7 +88,7 @@ X86 = Target(
     least_registers=15,  # of 16 or 32
 )
 # Unit -> its vector classes.
-ARM_UNITS = {"isa_neon": ("F32",), "isa_neon_bf16": ("F32", "Bf16")}
+ARM_UNITS = {"isa_neon": ("F32",), "isa_neon_bf16": ("Bf16",)}
 X86_UNITS = {"isa_avx2": ("F32",), "isa_avx512": ("F32",), "isa_avx512_bf16": ("Bf16",)}
 
 
