@@ -16,9 +16,9 @@ import sys
 import torch
 
 from lgnet_fast.engine.build import build_plan, plan_stages
-from lgnet_fast.engine.cpu.choice import choose_kernels
+from lgnet_fast.engine.cpu.choice import choose_kernels, kernels_for
 from lgnet_fast.engine.cpu.executor import CpuExecutor
-from lgnet_fast.engine.cpu.kernels import candidates
+from lgnet_fast.engine.cpu.kernels import Choice
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.reference.lgnet import LGNet
 
@@ -45,8 +45,9 @@ def main() -> int:
     choices = choose_kernels(plan, dtype)
     if args.kernel:
         for step in plan.steps:
-            if args.kernel in candidates(step):
-                choices[step.name] = args.kernel + ("/bf16" if choices[step.name].endswith("/bf16") else "")
+            products = Choice.parse(choices[step.name]).products
+            if args.kernel in kernels_for(step, products):
+                choices[step.name] = str(Choice(args.kernel, products))
     executor = CpuExecutor.of(plan, dtype, choices)
     image = torch.rand(args.batch, 3, *args.size) * 2 - 1
     mask = torch.ones(args.batch, 1, *args.size)

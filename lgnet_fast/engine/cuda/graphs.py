@@ -24,8 +24,6 @@ logger = logging.getLogger("lgnet_fast")
 _CAPTURE_LOCK = threading.Lock()
 _RETRY_AFTER = (10, 100, 1000)
 """Numbers of calls between a failed capture and the next attempt."""
-
-
 _STREAMS = 32
 """PyTorch's streams of a GPU; a further one is one of these again."""
 
