@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from ..errors import UsageError
 from ..pipeline.inpainter import Inpainter
-from ..pipeline.writing import STANDARD_STREAM, is_stream, remove_leftovers
+from ..pipeline.writing import is_any_stream, remove_leftovers
 from ..version import __version__
 from .entries import Entry, run_items
 from .items import CONTROL, plan_items, refuse_report_clash
@@ -67,8 +67,7 @@ class _Run:
         self.started = time.perf_counter()
         self.options, self.world = options, world
         self.items = plan_items(options, world)
-        to_stream = options.result == STANDARD_STREAM or is_stream(options.result)
-        keeps_journal = options.resume or (world.launched and not to_stream)
+        keeps_journal = options.resume or (world.launched and not is_any_stream(options.result))
         folder = options.journal_folder if keeps_journal else None
         self.settings = options.settings
         self.report = self._open_report()
@@ -102,7 +101,7 @@ class _Run:
     def _files(self) -> list[Path]:
         """The results that are files."""
         outputs = [item.output for item in self.items if item.problem is None]
-        return [output for output in outputs if output != STANDARD_STREAM and not is_stream(output)]
+        return [output for output in outputs if not is_any_stream(output)]
 
     def _open_report(self) -> ReportFile | None:
         path = self.options.report

@@ -14,7 +14,7 @@ from ..data.shards import Member, Sample, Shard, read_shard
 from ..errors import InvalidImageError, UsageError
 from ..pipeline.formats import ADDRESS, EXTENSIONS
 from ..pipeline.sources import Encoded
-from ..pipeline.writing import STANDARD_STREAM, is_stream
+from ..pipeline.writing import STANDARD_STREAM, is_any_stream
 from .folders import MasksByName, MasksBySuffix, beside, of_mask
 from .journal import fingerprint, stamp
 from .options import FillOptions
@@ -88,7 +88,7 @@ def _plan(options: FillOptions, world: World) -> list[Item]:
     refuse_unwritable(out)
     if source == STANDARD_STREAM and mask == STANDARD_STREAM:
         raise UsageError("mask: the standard input is the picture already")
-    if source == STANDARD_STREAM or is_stream(source):
+    if is_any_stream(source):
         return _plan_stream(read_stream("source", source), options, world)
     shards = _shards_in(source, out)
     if shards or source.is_dir():
@@ -103,7 +103,7 @@ def _plan(options: FillOptions, world: World) -> list[Item]:
 def _refuse_one_result(options: FillOptions) -> None:
     """Raise UsageError where `out` is a file or stream for one picture; for the results of a folder."""
     out = options.result
-    if out == STANDARD_STREAM or is_stream(out):
+    if is_any_stream(out):
         raise UsageError("out: one stream takes one picture; expected a folder for the results of a folder")
     if not options.names_folder and not out.is_dir() and out.suffix.lower() in EXTENSIONS:
         raise UsageError(f"out: expected a folder for the results of a folder, got a picture's name {out.name!r}")

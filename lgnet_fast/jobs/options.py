@@ -14,7 +14,7 @@ from ..pipeline.arguments import MASK_OPTIONS
 from ..pipeline.encoding import checked_quality
 from ..pipeline.formats import ADDRESS, EXTENSIONS, FORMATS, reason_against_writing
 from ..pipeline.masks import check_reading, checked_edge
-from ..pipeline.writing import STANDARD_STREAM, is_stream
+from ..pipeline.writing import is_any_stream
 
 _WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "HEIF")
 _PER_PICTURE = ("strategy", *MASK_OPTIONS)
@@ -147,7 +147,7 @@ class FillOptions:
             UsageError: the result goes to a stream.
         """
         out = self.result
-        if out == STANDARD_STREAM or is_stream(out):
+        if is_any_stream(out):
             raise UsageError("resume: expected a file or a folder as `out`, got a stream")
         # A single result may be a file; its journal lies beside it.
         names_file = out.suffix.lower() in EXTENSIONS and not out.is_dir() and not self.names_folder

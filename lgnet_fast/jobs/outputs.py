@@ -14,7 +14,7 @@ from ..data.shards import Member
 from ..errors import UsageError
 from ..pipeline.formats import EXTENSIONS, FORMATS, reason_against_writing
 from ..pipeline.sources import Encoded, format_of
-from ..pipeline.writing import STANDARD_STREAM, is_stream
+from ..pipeline.writing import STANDARD_STREAM, is_any_stream, is_stream
 from .streams import check_standard
 
 
@@ -25,7 +25,7 @@ def result_files(
 
     `from_folder`: the pictures are from a folder. `is_folder`: `out` was named as a folder, with a slash.
     """
-    if out == STANDARD_STREAM or is_stream(out):
+    if is_any_stream(out):
         if len(pictures) > 1:
             raise UsageError("out: one stream takes one picture; this one has several masks")
         if out == STANDARD_STREAM:

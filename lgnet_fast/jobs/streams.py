@@ -8,7 +8,7 @@ from typing import Any
 
 from ..errors import UsageError
 from ..pipeline.sources import Encoded
-from ..pipeline.writing import STANDARD_STREAM, is_stream
+from ..pipeline.writing import STANDARD_STREAM, is_any_stream
 
 
 def check_standard(name: str, stream: Any, expected: str) -> None:
@@ -30,4 +30,4 @@ def read_stream(name: str, path: Path) -> Encoded:
 
 def opened_mask(mask: Path) -> Path | Encoded:
     """The mask; of a pipe its bytes, because several pictures need them."""
-    return read_stream("mask", mask) if mask == STANDARD_STREAM or is_stream(mask) else mask
+    return read_stream("mask", mask) if is_any_stream(mask) else mask

@@ -41,6 +41,11 @@ def is_stream(path: Path) -> bool:
     return not stat.S_ISREG(mode) and not stat.S_ISDIR(mode)
 
 
+def is_any_stream(path: Path) -> bool:
+    """Whether `path` is the standard input or output ("-"), or :func:`is_stream`."""
+    return path == STANDARD_STREAM or is_stream(path)
+
+
 def write_file(path: Path, data: bytes) -> None:
     """`write_atomically`; but a pipe, a device or the standard output ("-") is written to directly."""
     if path == STANDARD_STREAM:
