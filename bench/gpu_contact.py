@@ -16,7 +16,8 @@ holes      graphs restricted to square holes of 16, 64 and 128 pixels
 calls      whole calls of the engine on a picture on the GPU, with the host's work that a graph's replay does not need
 attention  block shapes of `attention_inference`: the loop over the keys, the projection, the sum over splits
 convs      tiles of every distinct convolution, timed in graphs that rotate copies of the weights (cold, as in place)
-peers      the engine beside the model in eager PyTorch (channels last, with and without a graph) and torch.compile
+peers      the engine beside the model in eager PyTorch (channels last, with and without a graph) and torch.compile,
+           each with its error
 =========  ==========================================================================================================
 """
 
@@ -72,7 +73,7 @@ class Log:
         print(json.dumps(figures)[:400], flush=True)
 
 
-def median_us(call: Callable[[], None], repeats: int = 20, inner: int = 1) -> float:
+def median_us(call: Callable[[], object], repeats: int = 20, inner: int = 1) -> float:
     """Microseconds per call: the median of `repeats` event timings of `inner` calls."""
     for _ in range(3):
         call()
@@ -317,7 +318,10 @@ def time_calls(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
 
 
 def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
-    """Time the engine's graph in turn with other forms of the same network; the slowest to compile is last."""
+    """Time the engine's graph in turn with other forms of the same network; the slowest to compile is last.
+
+    Each form's error in the hole, relative to the model in float32, stands beside its time.
+    """
     import copy
 
     from lgnet_fast.engine.cuda.executor import CudaExecutor
@@ -326,16 +330,33 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
     executor = CudaExecutor.of(plan, dtype, graphs=False)
     executor.run(image, mask)
     ours = graph_of(functools.partial(run_all, executor.launches()))
-    half = copy.deepcopy(model).to(dtype).set_backend("eager")
+    exact_model = copy.deepcopy(model).set_backend("eager")
+    half = copy.deepcopy(exact_model).to(dtype)
     last = copy.deepcopy(half).to(memory_format=torch.channels_last)
     inputs = [t.to(dtype) for t in (image, mask)]
     inputs_last = [t.to(memory_format=torch.channels_last) for t in inputs]
     with torch.no_grad():
-        captured = graph_of(lambda: last(*inputs_last))
-        forms: dict[str, Callable[[], Any]] = {
+        with strict_float32():
+            exact = exact_model(image, mask)
+        result = torch.empty_like(inputs[0])
+
+        def write_result() -> None:
+            result.copy_(last(*inputs_last))
+
+        captured = graph_of(write_result)
+
+        def replayed() -> Tensor:
+            captured.replay()
+            return result
+
+        def error_of(output: Tensor) -> float:
+            return ((output.float() - exact) * mask).norm().item() / (exact * mask).norm().item()
+
+        own_error = error_of(executor.memory.outputs[0])
+        forms: dict[str, Callable[[], Tensor]] = {
             "eager": lambda: half(*inputs),
             "eager, channels last": lambda: last(*inputs_last),
-            "eager, channels last, CUDA graph": captured.replay,
+            "eager, channels last, CUDA graph": replayed,
         }
         for mode in ("default", "max-autotune"):
             compiled = torch.compile(copy.deepcopy(last), mode=None if mode == "default" else mode)
@@ -344,12 +365,11 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
             begin = time.perf_counter()
             try:
                 for _ in range(4):
-                    form()
-                torch.cuda.synchronize()
+                    error = error_of(form())
                 first = time.perf_counter() - begin
                 rounds = [(median_us(ours.replay, 10, inner=4), median_us(form, 10, inner=4)) for _ in range(3)]
-            except Exception as error:  # a form that cannot run here is left out
-                log("peers", form=name, error=f"{type(error).__name__}: {error}"[:200])
+            except Exception as problem:  # a form that cannot run here is left out
+                log("peers", form=name, error=f"{type(problem).__name__}: {problem}"[:200])
                 continue
             ratios = sorted(b / a for a, b in rounds)
             log(
@@ -359,6 +379,9 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
                 us=[round(b, 1) for _, b in rounds],
                 times_slower_than_ours=ratios[1],
                 first_calls_s=round(first, 1),
+                relative_error=error,
+                relative_error_ours=own_error,
+                right=max(error, own_error) < 16 * torch.finfo(dtype).eps,
                 pictures_a_second_ours=round(plan.batch * 1e6 / min(a for a, _ in rounds)),
             )
 
