@@ -317,6 +317,37 @@ def time_calls(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
         log("calls", side=side, returns_us=round(returns, 1), ends_us=round(ends, 1))
 
 
+def peer_forms(model: Any, dtype: torch.dtype, image: Tensor, mask: Tensor) -> dict[str, Callable[[], Tensor]]:
+    """Forms of `model` in plain PyTorch, each of which returns the whole picture."""
+    import copy
+
+    half = copy.deepcopy(model).to(dtype)
+    last = copy.deepcopy(half).to(memory_format=torch.channels_last)
+    inputs = [t.to(dtype) for t in (image, mask)]
+    inputs_last = [t.to(memory_format=torch.channels_last) for t in inputs]
+    result = torch.empty_like(inputs[0])
+
+    def write_result() -> None:
+        result.copy_(last(*inputs_last))
+
+    captured = graph_of(write_result)
+
+    def replayed() -> Tensor:
+        captured.replay()
+        return result
+
+    forms: dict[str, Callable[[], Tensor]] = {
+        "eager": lambda: half(*inputs),
+        "eager, channels last": lambda: last(*inputs_last),
+        "eager, channels last, CUDA graph": replayed,
+    }
+    for mode in ("default", "max-autotune"):
+        compiled = torch.compile(copy.deepcopy(last), mode=None if mode == "default" else mode)
+        forms[f"torch.compile {mode}, channels last"] = functools.partial(compiled, *inputs_last)
+    return forms
+
+
+@torch.no_grad()
 def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
     """Time the engine's graph in turn with other forms of the same network; the slowest to compile is last.
 
@@ -330,60 +361,37 @@ def peers(model: Any, plan: Any, dtype: torch.dtype, log: Log) -> None:
     executor = CudaExecutor.of(plan, dtype, graphs=False)
     executor.run(image, mask)
     ours = graph_of(functools.partial(run_all, executor.launches()))
-    exact_model = copy.deepcopy(model).set_backend("eager")
-    half = copy.deepcopy(exact_model).to(dtype)
-    last = copy.deepcopy(half).to(memory_format=torch.channels_last)
-    inputs = [t.to(dtype) for t in (image, mask)]
-    inputs_last = [t.to(memory_format=torch.channels_last) for t in inputs]
-    with torch.no_grad():
-        with strict_float32():
-            exact = exact_model(image, mask)
-        result = torch.empty_like(inputs[0])
+    plain = copy.deepcopy(model).set_backend("eager")
+    with strict_float32():
+        exact = plain(image, mask)
 
-        def write_result() -> None:
-            result.copy_(last(*inputs_last))
+    def error_of(output: Tensor) -> float:
+        return ((output.float() - exact) * mask).norm().item() / (exact * mask).norm().item()
 
-        captured = graph_of(write_result)
-
-        def replayed() -> Tensor:
-            captured.replay()
-            return result
-
-        def error_of(output: Tensor) -> float:
-            return ((output.float() - exact) * mask).norm().item() / (exact * mask).norm().item()
-
-        own_error = error_of(executor.memory.outputs[0])
-        forms: dict[str, Callable[[], Tensor]] = {
-            "eager": lambda: half(*inputs),
-            "eager, channels last": lambda: last(*inputs_last),
-            "eager, channels last, CUDA graph": replayed,
-        }
-        for mode in ("default", "max-autotune"):
-            compiled = torch.compile(copy.deepcopy(last), mode=None if mode == "default" else mode)
-            forms[f"torch.compile {mode}, channels last"] = functools.partial(compiled, *inputs_last)
-        for name, form in forms.items():
-            begin = time.perf_counter()
-            try:
-                for _ in range(4):
-                    error = error_of(form())
-                first = time.perf_counter() - begin
-                rounds = [(median_us(ours.replay, 10, inner=4), median_us(form, 10, inner=4)) for _ in range(3)]
-            except Exception as problem:  # a form that cannot run here is left out
-                log("peers", form=name, error=f"{type(problem).__name__}: {problem}"[:200])
-                continue
-            ratios = sorted(b / a for a, b in rounds)
-            log(
-                "peers",
-                form=name,
-                ours_us=[round(a, 1) for a, _ in rounds],
-                us=[round(b, 1) for _, b in rounds],
-                times_slower_than_ours=ratios[1],
-                first_calls_s=round(first, 1),
-                relative_error=error,
-                relative_error_ours=own_error,
-                right=max(error, own_error) < 16 * torch.finfo(dtype).eps,
-                pictures_a_second_ours=round(plan.batch * 1e6 / min(a for a, _ in rounds)),
-            )
+    own_error = error_of(executor.memory.outputs[0])
+    for name, form in peer_forms(plain, dtype, image, mask).items():
+        begin = time.perf_counter()
+        try:
+            for _ in range(4):
+                error = error_of(form())
+            first = time.perf_counter() - begin
+            rounds = [(median_us(ours.replay, 10, inner=4), median_us(form, 10, inner=4)) for _ in range(3)]
+        except Exception as problem:  # a form that cannot run here is left out
+            log("peers", form=name, error=f"{type(problem).__name__}: {problem}"[:200])
+            continue
+        ratios = sorted(b / a for a, b in rounds)
+        log(
+            "peers",
+            form=name,
+            ours_us=[round(a, 1) for a, _ in rounds],
+            us=[round(b, 1) for _, b in rounds],
+            times_slower_than_ours=ratios[1],
+            first_calls_s=round(first, 1),
+            relative_error=error,
+            relative_error_ours=own_error,
+            right=max(error, own_error) < 16 * torch.finfo(dtype).eps,
+            pictures_a_second_ours=round(plan.batch * 1e6 / min(a for a, _ in rounds)),
+        )
 
 
 def compile_dense(plan: Any, dtype: torch.dtype, can_overlap: bool, log: Log) -> None:

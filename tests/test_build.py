@@ -96,8 +96,9 @@ def test_with_a_compiler_that_fails(sources, tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'fatal error: no such thing' >&2\nexit 1\n")
     compiler.chmod(compiler.stat().st_mode | stat.S_IXUSR)
+    command = shlex.quote(str(compiler))
     # Debian's and Ubuntu's Python has such a flag; ninja prints the command before the error.
-    reason = reason_after_build(sources, CC=str(compiler), CXX=str(compiler), CFLAGS="-Werror=format-security")
+    reason = reason_after_build(sources, CC=command, CXX=command, CFLAGS="-Werror=format-security")
     assert reason == "the C++ extension lgnet_fast._C is not installed: fatal error: no such thing"
 
 
@@ -134,7 +135,8 @@ def test_commands_of_ninja(sources, tmp_path):
     """Flags are quoted for the shell, the linker is $CXX with all its words, and MAX_JOBS must be a number."""
     stand_in = tmp_path / "bin" / "ninja"
     stand_in.parent.mkdir()
-    stand_in.write_text(f'#!/bin/sh\ncp "$2" {tmp_path}/build.ninja\necho "$4" > {tmp_path}/jobs\nexit 1\n')
+    folder = shlex.quote(str(tmp_path))
+    stand_in.write_text(f'#!/bin/sh\ncp "$2" {folder}/build.ninja\necho "$4" > {folder}/jobs\nexit 1\n')
     stand_in.chmod(0o755)
     (tmp_path / "ninja.py").write_text(f"BIN_DIR = {str(stand_in.parent)!r}\n")
     settings = {"CC": "cc-of-mine", "CXX": "ccache c++-of-mine", "CXXFLAGS": "-Ofast -DBAR=(x)", "MAX_JOBS": "many"}
