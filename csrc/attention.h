@@ -37,6 +37,7 @@ struct AttentionWork {
   char* keys;          // [batch][key_groups][channels_padded][8]
   char* values;        // the same layout; the same memory in the released variant
   int64_t pack_bytes;  // of one batch item in keys and in values
+  bool rounds_values;  // values (and keys in the same memory) are rounded to bf16, as attended features in bf16 are
 
   // Forward.
   int64_t splits, groups_per_split;  // key range of one task, in groups of 8

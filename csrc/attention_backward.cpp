@@ -1,10 +1,11 @@
 // Tasks, memory and order of the attention's backward; formulas in attention.cpp, arithmetic in attention_backward.h.
 //
 // The recomputed scores equal those of the forward bit for bit, because operands and instructions are the same, also
-// for bf16 pairs. Of bf16 features matrix tiles multiply all five products in bf16; else all but the scores are in T.
-// Threads compute rectangles of (query range, key range) with separate gradient buffers: about 2 sqrt(threads) copies
-// of N x C, no atomics, a fixed order of summation. Then the copies are summed, and the features' gradient follows by
-// tiles of positions.
+// for bf16 pairs. The attended features of bf16 features were rounded when they were saved, so values are rounded
+// alike: where one weight of a row is 1, dP - D is exactly 0. Of bf16 features matrix tiles multiply all five
+// products in bf16; else all but the scores are in T. Threads compute rectangles of (query range, key range) with
+// separate gradient buffers: about 2 sqrt(threads) copies of N x C, no atomics, a fixed order of summation. Then the
+// copies are summed, and the features' gradient follows by tiles of positions.
 #include <optional>
 
 #include "attention_operands.h"
@@ -24,11 +25,12 @@ class Backward {
         kernels_(pick(table, T{}, Products::float32)),
         score_kernels_(pick(table, T{}, products_of(features))),
         packing_(score_kernels_.tiled_backward ? score_kernels_ : kernels_),
-        share_(shares_values(released, packing_)),
+        share_(shares_values(released, packing_) && (!is_bf16(features) || has_score_keys())),
         threads_(threads) {
     describe(features, released, packing_, w_);
     w_.out = grad_features;
-    if (score_kernels_.element_bytes != packing_.element_bytes) {
+    w_.rounds_values = is_bf16(features);
+    if (has_score_keys()) {
       pair_bytes_ = w_.pack_bytes / packing_.element_bytes * score_kernels_.element_bytes;
     }
     turn_ = items_at_once(features.size[0], w_.pack_bytes * (share_ ? 1 : 2) + pair_bytes_);
@@ -37,6 +39,9 @@ class Backward {
   void run(const View& grad_attended, const View& attended, const View& stats);
 
  private:
+  static bool is_bf16(const View& features) { return features.dtype == DType::bfloat16; }
+  // Whether the scores' keys are packed apart from the others, as pairs.
+  bool has_score_keys() const { return score_kernels_.element_bytes != packing_.element_bytes; }
   Buffer<T> row_dots(const T* attended);
   void pack_scores(std::optional<Packed<T>>& packed_pairs);
   void split_work();

@@ -30,12 +30,17 @@ struct AttentionKeys {
     }
   }
 
+  static LGNET_INLINE T as_packed(T value, bool rounded) {
+    return rounded ? static_cast<T>(to_float(to_bf16(static_cast<float>(value)))) : value;
+  }
+
   // Packs key and value of channel c for a group of positions; row: the features, shifted.
   static LGNET_INLINE void put_group(const Work& w, int64_t b, int64_t group, int64_t c, const T* row,
                                      const T* inverse) {
     Unit* kp = reinterpret_cast<Unit*>(w.keys + b * w.pack_bytes) + group * w.channels_padded * UNITS;
+    const bool rounds_keys = w.rounds_values && w.values == w.keys;
     T key[GROUP];
-    for (int64_t t = 0; t < GROUP; ++t) key[t] = row[t] * inverse[t];
+    for (int64_t t = 0; t < GROUP; ++t) key[t] = as_packed(row[t] * inverse[t], rounds_keys);
     for (int64_t t = 0; t < GROUP; ++t) {
       // Pairs run along the summed index: channels in the keys, keys in the values.
       if constexpr (V::PAIR == 1) {
@@ -46,7 +51,9 @@ struct AttentionKeys {
     }
     if (w.values == w.keys) return;
     Unit* vp = reinterpret_cast<Unit*>(w.values + b * w.pack_bytes) + group * w.channels_padded * UNITS;
-    for (int64_t t = 0; t < GROUP; ++t) put(vp, c * GROUP + t, w.released ? key[t] : row[t]);
+    for (int64_t t = 0; t < GROUP; ++t) {
+      put(vp, c * GROUP + t, as_packed(w.released ? key[t] : row[t], w.rounds_values));
+    }
   }
 
   // Tiles: packs keys and values of W positions, W channels from c on. x: a position's features, shifted.

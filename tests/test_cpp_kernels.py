@@ -298,6 +298,17 @@ def test_slopes_are_zero_where_one_weight_is_one(isa, channels, scale):
     assert (got - truth).abs().max() < 1e-5 * truth.abs().max()
 
 
+@pytest.mark.parametrize("channels", [5, 64])
+def test_slopes_of_bf16_are_zero_where_one_weight_is_one(isa, channels):
+    """The attended features are saved in bf16, so dP and D are the same only with values that are rounded alike."""
+    features, _, _, grad = make((2, channels, 9, 7), torch.bfloat16, seed=5)
+    features = features * 1e6
+    _, truth = with_grads(lambda x: attention(x, "released")[0], [features.double()], grad.double())
+    attended, stats = cpu.attention_forward(features, "released")
+    got = cpu.attention_backward(grad, features, attended, stats, "released")
+    assert_accurate("dF", got, truth, roundings=64)
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_the_key_of_one_channel_has_no_slope(isa, variant):
     """It is the sign of the feature. What rounding leaves of its gradient is divided by the feature, here 1e-4."""
