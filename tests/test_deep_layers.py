@@ -21,6 +21,7 @@ from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import deep_layers as engine_deep
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.plan import Plan
+from lgnet_fast.engine.torch_executor import ACTIVATIONS
 from tests import emulator
 from tests.compiled_kernels import disassembler, instructions
 from tests.support import assert_accurate
@@ -93,10 +94,6 @@ def run_group(plan, steps, group, maps, seed=0, error=0, times=None):
     return state
 
 
-def activated(value, name):
-    return {"relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.2), "none": lambda v: v}[name](value)
-
-
 def test_runs_are_the_deep_layers():
     plan = plan_of("lgnet")
     names = [[plan.steps[n].name for n in run] for run in engine_deep.runs(plan, 64)]
@@ -162,7 +159,7 @@ def test_kernel_on_the_cpu(name, net, batch, cluster, clusters):
         value = exact(step, plain, own.bias, view(step.source))
         for store in step.stores:
             # sums in another order, one rounding
-            assert_accurate(step.name, view(store.view), activated(value, store.activation), roundings=1)
+            assert_accurate(step.name, view(store.view), ACTIVATIONS[store.activation](value), roundings=1)
             engine_deep.view_of(written, store.view)[:] = True
     for key, value in maps.items():
         assert torch.equal(value[~written[key]], before[key][~written[key]]), key
@@ -186,7 +183,7 @@ def test_bits_do_not_depend_on_the_order_of_events(dtype):
     value = exact(step, plain, own.bias, engine_deep.view_of(maps, step.source))
     store = step.stores[0]
     stored = engine_deep.view_of(maps, store.view)
-    assert_accurate(step.name, stored, activated(value, store.activation), roundings=1)
+    assert_accurate(step.name, stored, ACTIVATIONS[store.activation](value), roundings=1)
 
 
 @emulated

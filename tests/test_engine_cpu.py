@@ -14,6 +14,7 @@ from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu import weights as cpu_weights
 from lgnet_fast.engine.cpu.executor import CpuExecutor
 from lgnet_fast.engine.cpu.weights import CpuWeights
+from lgnet_fast.engine.plan import AttentionStep
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.lgnet import LGNet
@@ -45,6 +46,24 @@ def test_every_kernel(channels, kernel, threads):
 def test_every_instruction_set(isa, kernel):
     plan = plan_of(5)
     check((5,), CpuExecutor.of(plan, choices=choices(plan, kernel)))
+
+
+def test_attention_stores_what_the_plan_says_or_not_at_all():
+    def stored(activation):
+        steps = []
+        for step in plan.steps:
+            if isinstance(step, AttentionStep):
+                step = replace(step, stores=(replace(step.stores[0], activation=activation),))
+            steps.append(step)
+        return replace(plan, steps=tuple(steps))
+
+    plan = plan_of(5)
+    image, mask = picture(1, 256, 256)
+    expected = TorchExecutor(stored("none")).run(image, mask)[0]
+    assert_close(CpuExecutor.of(stored("none")).run(image, mask)[0], expected)
+    assert (expected - TorchExecutor(plan).run(image, mask)[0]).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"attention_d5: expected no activation or relu, got leaky_relu"):
+        CpuExecutor.of(stored("leaky_relu")).run(image, mask)
 
 
 @pytest.mark.parametrize("shape", [(3, 256, 256), (1, 256, 512), (2, 512, 256)], ids=str)

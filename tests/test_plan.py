@@ -17,6 +17,7 @@ from lgnet_fast.engine.holes import group_holes
 from lgnet_fast.engine.plan import PICTURE, Plan
 from lgnet_fast.engine.regions import Rect, join, rounded
 from lgnet_fast.engine.torch_executor import TorchExecutor
+from lgnet_fast.reference.attention import AttentionBlock
 from tests.support import assert_accurate, case
 
 NARROW = {"coarse_channels": 4, "local_channels": 5, "global_channels": 6}
@@ -94,6 +95,26 @@ def test_plan_reproduces_every_model(name, variant):
     assert_accurate("merged", merged, expected.merged[-1], roundings=2**20)
     for ours, theirs in zip(raw, expected.raw, strict=True):
         assert_accurate("raw", ours, theirs, roundings=2**20)
+
+
+def test_a_plan_has_the_activations_and_attention_levels_of_the_layers():
+    torch.manual_seed(0)
+    model = lively(create_model("lgnet", **NARROW, backend="eager"))
+    net = model.net_g
+    net.encoder["e3"].activation = nn.ReLU()
+    net.encoder["e4"].activation = None
+    net.decoder["d8"].activation = net.decoder["d3"].activation = nn.LeakyReLU(0.2)
+    del net.attention["d5"]
+    channels = net.decoder["d6"].deconv.out_channels
+    net.attention["d6"] = AttentionBlock(channels, model.variant).double()
+    image, mask = case("gen256", 1, 256, 256)
+    with torch.no_grad():
+        merged, _ = TorchExecutor(plan_of(model)).run(image, mask)
+        assert_accurate("merged", merged, model(image, mask), roundings=2**20)
+    for other in (nn.GELU(), nn.LeakyReLU(0.1)):
+        net.decoder["d2"].activation = other
+        with pytest.raises(TypeError, match=r"activation: plans have .*, got (GELU|LeakyReLU)"):
+            plan_of(model)
 
 
 def test_plan_of_x_lg_starts_from_the_first_stages_picture(model):

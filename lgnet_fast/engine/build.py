@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from ..reference.attention import AttentionBlock
 from ..reference.lgnet import STAGE_MODULES, LGNet, LocalGlobalRefinement
-from ..reference.networks import ATTENTION_LEVELS, LEVELS, ConvBlock, Down, LocalNet, ResidualBlock, UNet, Up
+from ..reference.networks import LEVELS, ConvBlock, Down, LocalNet, ResidualBlock, UNet, Up
 from .geometry import Geometry
-from .plan import PICTURE, Activation, AttentionStep, Buffer, ConvStep, Plan, Step, Store, View
+from .plan import LEAKY_SLOPE, PICTURE, Activation, AttentionStep, Buffer, ConvStep, Plan, Step, Store, View
 
 _FOLDED_ROWS = 32
 
@@ -47,6 +47,21 @@ def fold(conv: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     ):
         target.copy_(rows.double() * factor)
     return folded, bias.to(dtype)
+
+
+def activation_of(module: nn.Module | None) -> Activation:
+    """The name of a layer's activation in plans; of None "none".
+
+    Raises:
+        TypeError: plans have no such activation.
+    """
+    if module is None:
+        return "none"
+    if isinstance(module, nn.ReLU):
+        return "relu"
+    if isinstance(module, nn.LeakyReLU) and module.negative_slope == LEAKY_SLOPE:
+        return "leaky_relu"
+    raise TypeError(f"activation: plans have ReLU and LeakyReLU({LEAKY_SLOPE}), got {module}")
 
 
 class _Folded(NamedTuple):
@@ -125,11 +140,12 @@ class _Builder:
         for i in range(1, LEVELS + 1):
             down = encoder[f"e{i}"]
             out = self.buffer(f"{name}.e{i}", widths[i - 1], 2**i)
+            stores = [
+                Store(out, activation_of((encoder[f"e{i + 1}"] if i < LEVELS else decoder[f"d{i}"]).activation))
+            ]
             if i < LEVELS:
                 skip = View(joined[i].buffer, 0, widths[i - 1])
-                stores: tuple[Store, ...] = (Store(out, "leaky_relu"), Store(skip, "relu"))
-            else:
-                stores = (Store(out, "relu"),)
+                stores.append(Store(skip, activation_of(decoder[f"d{i}"].activation)))
             self.conv(f"{name}.e{i}", down.conv, down.norm, source, *stores)
             source = out
         for i in range(LEVELS, 0, -1):
@@ -138,13 +154,14 @@ class _Builder:
                 raw = self.buffer(f"{name}.raw", 3, 1)
                 self.conv(f"{name}.d1", up.deconv, None, source, Store(raw, "tanh"), merges=True)
                 return
-            target = View(joined[i - 1].buffer, widths[i - 2], ups[i - 1])
-            if use_attention and i in ATTENTION_LEVELS:
+            view = View(joined[i - 1].buffer, widths[i - 2], ups[i - 1])
+            target = Store(view, activation_of(decoder[f"d{i - 1}"].activation))
+            if use_attention and f"d{i}" in net.attention:
                 features = self.buffer(f"{name}.d{i}", ups[i - 1], 2 ** (i - 1))
                 self.conv(f"{name}.d{i}", up.deconv, up.norm, source, Store(features))
-                self.attend(f"{name}.attention_d{i}", net.attention[f"d{i}"], features, Store(target, "relu"))
+                self.attend(f"{name}.attention_d{i}", net.attention[f"d{i}"], features, target)
             else:
-                self.conv(f"{name}.d{i}", up.deconv, up.norm, source, Store(target, "relu"))
+                self.conv(f"{name}.d{i}", up.deconv, up.norm, source, target)
             source = joined[i - 1]
 
     def attend(self, name: str, block: nn.Module, source: View, store: Store) -> None:
@@ -168,8 +185,7 @@ class _Builder:
         def layer(part: str, block: ConvBlock, source: View, reduction: int, residual: View | None = None) -> View:
             pad = block.pad.padding[0] if block.pad is not None else 0
             out = self.buffer(f"{name}.{part}", block.norm.num_features, reduction)
-            activation: Activation = "none" if block.activation is None else "relu"
-            store = Store(out, activation)
+            store = Store(out, activation_of(block.activation))
             self.conv(f"{name}.{part}", block.conv, block.norm, source, store, reflected=pad, residual=residual)
             return out
 

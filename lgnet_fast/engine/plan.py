@@ -1,9 +1,9 @@
 """A plan: a model as a list of steps over named buffers, which executors run.
 
 BatchNorm is folded into weights. Every pointwise operation is in the epilogue of the step that produces its operand.
-A concatenation is one buffer; two steps write its channel slices. Because relu(leaky_relu(x)) = relu(x), an encoder
-step stores its result twice: leaky_relu(x) for the next encoder step, and relu(x) in the slice that the decoder
-reads. So no step needs an activation on its input.
+A concatenation is one buffer; two steps write its channel slices. An activation belongs to the step before it: an
+encoder step stores its result twice, with the activation of the next encoder level, and with that of the decoder
+level in the slice that this one reads. So no step needs an activation on its input.
 
 One buffer [B, H, W, 4] = (merged picture, mask) holds the picture from the first stage to the last. The last step of
 a stage writes ``image * (1 - mask) + tanh(result) * mask`` into it; nothing is copied between stages.
@@ -27,6 +27,9 @@ from .geometry import Geometry
 from .regions import Rect, join
 
 Activation = Literal["none", "relu", "leaky_relu", "tanh"]
+
+LEAKY_SLOPE = 0.2
+"""The slope of "leaky_relu" below zero, in every executor."""
 
 PICTURE = "picture"
 """Name of the buffer that holds (merged picture, mask)."""

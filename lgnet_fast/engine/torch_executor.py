@@ -5,6 +5,7 @@ Buffers start as NaN and only the regions of a step are computed, so a region th
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
@@ -14,7 +15,7 @@ from torch import Tensor
 from ..reference.attention import query_key_value
 from .executor import Executor, Regions, Result
 from .geometry import Geometry
-from .plan import PICTURE, AttentionStep, ConvStep, Plan, Step
+from .plan import LEAKY_SLOPE, PICTURE, AttentionStep, ConvStep, Plan, Step
 from .regions import Rect
 
 
@@ -135,12 +136,13 @@ def _attention(step: AttentionStep, region: Rect, source: Tensor) -> Tensor:
     return F.conv2d(torch.cat(pair, dim=1), step.weight, step.bias)
 
 
-_ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
     "relu": torch.relu,
-    "leaky_relu": lambda x: F.leaky_relu(x, 0.2),
+    "leaky_relu": lambda x: F.leaky_relu(x, LEAKY_SLOPE),
     "tanh": torch.tanh,
 }
+"""The activations of plans in plain PyTorch."""
 
 
 def _store(step: Step, region: Rect, value: Tensor, buffers: dict[str, Tensor], image: Tensor, mask: Tensor) -> None:
@@ -151,7 +153,7 @@ def _store(step: Step, region: Rect, value: Tensor, buffers: dict[str, Tensor], 
     for store in step.stores:
         view = store.view
         target = buffers[view.buffer][:, view.offset : view.offset + view.channels, rows, columns]
-        target.copy_(_ACTIVATIONS[store.activation](value))
+        target.copy_(ACTIVATIONS[store.activation](value))
     if step.merges:
         m = mask[:, :, rows, columns]
         merged = image[:, :, rows, columns] * (1 - m) + torch.tanh(value) * m

@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 import triton
 import triton.language as tl
-from lgnet_fast.kernels import conv_kernels
+from lgnet_fast.kernels import conv_kernels, launch
 from lgnet_fast.kernels.conv import Conv, conv_forward, paint_forward
 from lgnet_fast.kernels.conv_configs import Tile
 from lgnet_fast.kernels.conv_kernels import divisor
 from lgnet_fast.kernels.results import Merge, Store
 from torch import Tensor
 
+from lgnet_fast.engine.torch_executor import ACTIVATIONS
 from tests.interpreted.rules import DTYPES, normal
 from tests.support import assert_accurate
 
 TILE = Tile(128, 32, 32, 1, 4, 1)
 SPLIT = Tile(64, 16, 64, 4, 4, 1)
-ACTIVATIONS = {"none": lambda x: x, "relu": torch.relu, "leaky_relu": lambda x: F.leaky_relu(x, 0.2)}
 
 CONVS = {
     "conv4s2": Conv(24, 20, 4, 2, 1, False, False, False),
@@ -207,8 +207,8 @@ def test_maps_smaller_than_the_window(name: str, size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_residual_and_two_stores(dtype: torch.dtype) -> None:
-    activations = ("leaky_relu", "none")
-    check(CONVS["conv3_reflect"], (2, 8, 8), dtype, residual=True, activations=activations)
+    for activation in launch.ACTIVATIONS:
+        check(CONVS["conv3_reflect"], (2, 8, 8), dtype, residual=True, activations=("none", activation))
     check(CONVS["conv4s2"], (1, 8, 8), dtype, SPLIT, activations=("leaky_relu", "relu"))
 
 

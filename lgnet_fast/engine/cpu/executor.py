@@ -177,6 +177,8 @@ class CpuExecutor(Executor):
 
         source, out = plan.source(step), plan.target(step)
         if not isinstance(step, ConvStep):
+            if step.stores[0].activation not in ("none", "relu"):
+                raise ValueError(f"{step.name}: expected no activation or relu, got {step.stores[0].activation}")
             spec = library.AttentionStep()
         else:
             spec = library.LastStep() if choice.kernel == NARROW else library.ConvStep()

@@ -8,11 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ...ops.torch_state import pass_on_out_of_memory
 from ..plan import ConvStep, Plan, Step, View
+from ..torch_executor import ACTIVATIONS
 from .measure import excessive_error
 from .weights import conv_of
 
@@ -182,8 +182,8 @@ def step_errors(
         own = weights[step.name]
         value = reference(layer_of(plan, step), view_of(maps, step.source), own.packed, own.bias)
         for store in step.stores:
-            exact = {"relu": F.relu, "leaky_relu": lambda v: F.leaky_relu(v, 0.2)}.get(store.activation, lambda v: v)
-            found.append((step, view_of(maps, store.view).float(), exact(value)))
+            exact = ACTIVATIONS[store.activation](value)
+            found.append((step, view_of(maps, store.view).float(), exact))
     return found
 
 

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from ...ops.torch_state import engine_float32
 from ...reference.attention import attention_block
-from ..plan import PICTURE, AttentionStep, ConvStep
-from ..torch_executor import convolution
+from ..plan import LEAKY_SLOPE, PICTURE, AttentionStep, ConvStep
+from ..torch_executor import ACTIVATIONS, convolution
 from .graphs import Pool, Program, elapsed_ms
 from .memory import Memory
 
@@ -99,9 +99,9 @@ def activate_into(out: Tensor, x: Tensor, activation: str) -> None:
     if activation == "relu":
         torch.clamp_min(x, 0, out=out)
     elif activation == "leaky_relu":
-        torch.ops.aten.leaky_relu.out(x, 0.2, out=out)
+        torch.ops.aten.leaky_relu.out(x, LEAKY_SLOPE, out=out)
     else:
-        out.copy_(x)
+        out.copy_(ACTIVATIONS[activation](x))
 
 
 def ends_by_graphs(
