@@ -10,15 +10,14 @@ from .drawn import KINDS, generate_mask
 from .mask_files import POLARITIES, MaskFolder, hole_levels, reaches_border, read_mask, resize_mask
 from .ratios import HOLE_CLASSES, hole_class, hole_ratio
 from .suite import SUITE_KINDS, suite_mask
-from .varied import FINE, VARIED, fine_mask, varied_mask
+from .varied import FREE_KINDS, fine_mask, varied_mask
 
 __all__ = [
-    "FINE",
+    "FREE_KINDS",
     "HOLE_CLASSES",
     "KINDS",
     "POLARITIES",
     "SUITE_KINDS",
-    "VARIED",
     "MaskFolder",
     "Seed",
     "fine_mask",

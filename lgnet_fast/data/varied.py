@@ -8,11 +8,6 @@ from .brushes import DIRECTIONS, SCALE, TURN, Seed, capsule, generator
 from .drawn import KINDS, generate_mask
 from .suite import SUITE_KINDS, suite_mask
 
-VARIED = "varied"
-"""The kind of :func:`varied_mask`."""
-FINE = "fine"
-"""The kind of :func:`fine_mask`."""
-
 _LEAST_SIDE = 24
 
 # Shares of the kinds: those of the suite, :func:`generate_mask`'s, and "object".
@@ -76,6 +71,10 @@ def fine_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
     for _ in range(int(rng.integers(1, 4))):
         hole |= suite_mask(height, width, kind="thin", seed=int(rng.integers(1 << 62)))
     return hole
+
+
+FREE_KINDS = {"varied": varied_mask, "fine": fine_mask}
+"""Kinds of holes without hole classes: name -> the function that draws one, called as ``f(height, width, seed=)``."""
 
 
 def _check_size(height: int, width: int) -> None:

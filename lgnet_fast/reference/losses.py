@@ -367,10 +367,14 @@ def generator_loss(
         "tv": weights.total_variation,
         "G_adv": weights.adversarial,
     }
-    named = [(factors.get(name.rstrip("0123456789")), term) for name, term in terms.items()]
-    plain = [factor * term for factor, term in named if factor is not None]
+    named = [(name.rstrip("0123456789"), term) for name, term in terms.items()]
+    plain = [factors[name] * term for name, term in named if name not in _FEATURE_TERMS]
     terms["G"] = torch.stack(plain + feature_totals).sum()
     return terms
+
+
+_FEATURE_TERMS = ("style", "perceptual", "lpips")
+"""Terms whose weights :class:`_Truth` applies."""
 
 
 class _Truth:
@@ -381,7 +385,7 @@ class _Truth:
         with torch.no_grad():
             self.levels = () if features is None else features(image)
             self.directions = [] if lpips is None else lpips.directions(image)
-        self.names = (*(() if features is None else ("style", "perceptual")), *(() if lpips is None else ("lpips",)))
+        self.names = (() if features is None else _FEATURE_TERMS[:2]) + (() if lpips is None else _FEATURE_TERMS[2:])
 
     def terms(self, pictures: Tensor) -> tuple[Tensor, ...]:
         """The weighted total, then what is in `names`; `pictures`: one or two batches, one after the other, of which

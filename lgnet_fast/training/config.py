@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from ..data.masks import FINE, HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS, VARIED
+from ..data.masks import FREE_KINDS, HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS
 from ..errors import ConfigError, MissingExtraError
 from ..reference.losses import FeatureOptions, LossWeights
 from .typed import build
@@ -257,7 +257,7 @@ class TrainConfig:
     def _check_data(self) -> None:
         data, run = self.data, self.run
         _check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
-        kinds = (*KINDS, VARIED, FINE)
+        kinds = (*KINDS, *FREE_KINDS)
         _check("data.mask_kind", data.mask_kind, data.mask_kind in kinds, f"one of {kinds}")
         _check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
         for name, classes in (

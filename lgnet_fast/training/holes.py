@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ..data.masks import FINE, VARIED, MaskFolder, fine_mask, generate_mask, hole_levels, resize_mask, varied_mask
+from ..data.masks import FREE_KINDS, MaskFolder, generate_mask, hole_levels, resize_mask
 from ..data.shards import Member
 from ..errors import DataError, InvalidMaskError
 from .config import DataConfig
@@ -64,9 +64,8 @@ class HoleSource:
             DataError: no file of the folder can be used.
         """
         rng = np.random.default_rng(np.random.SeedSequence(seed))
-        free = {VARIED: varied_mask, FINE: fine_mask}.get(self.kind)
-        if self.folder is None and free is not None:
-            return free(size, size, seed=(*seed, 1))
+        if self.folder is None and self.kind in FREE_KINDS:
+            return FREE_KINDS[self.kind](size, size, seed=(*seed, 1))
         if self.folder is None:
             return generate_mask(
                 size, size, hole_class=int(rng.choice(self.classes)), kind=self.kind, seed=(*seed, 1)
