@@ -14,6 +14,22 @@ from lgnet_fast import InvalidMaskError
 from lgnet_fast.data import brushes, mask_files, masks
 from lgnet_fast.pipeline.masks import read_hole
 from lgnet_fast.training import HOLE_CLASSES, DataError, MaskFolder, generate_mask, hole_class, hole_ratio
+from lgnet_fast.training.config import DataConfig, TrainConfig
+from lgnet_fast.training.holes import HoleSource
+from lgnet_fast.training.sources import JoinedSource
+
+
+def test_a_kind_in_the_table_is_a_setting_of_training(monkeypatch):
+    def left_half(height, width, *, seed):
+        return np.indices((height, width))[1] < width // 2
+
+    monkeypatch.setitem(masks.FREE_KINDS, "left", left_half)
+    for kind in masks.FREE_KINDS:
+        holes = HoleSource(TrainConfig(data=DataConfig(mask_kind=kind)).data, JoinedSource([]))
+        mask = holes.draw(64, (1, 2), [])
+        assert mask.shape == (64, 64)
+        assert 0 < mask.mean() < 1
+    assert mask.mean() == 0.5
 
 
 @pytest.mark.parametrize("kind", masks.KINDS)

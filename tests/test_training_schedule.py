@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import typing
+
 import pytest
 
 from lgnet_fast.training.config import OptimConfig
@@ -29,3 +31,12 @@ def test_schedules_by_progress(schedule, expected):
     assert warm == [0.25, 0.5, 0.75, 1.0]
     found = [learning_rate_factor(optim, 50, 100, progress, 10) for progress in (0, 0.25, 0.5, 0.75, 1)]
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+def test_every_schedule_of_the_configuration_falls_or_stays():
+    for schedule in typing.get_args(typing.get_type_hints(OptimConfig)["schedule"]):
+        factors = [
+            learning_rate_factor(OptimConfig(schedule=schedule), 0, 100, share / 10, 10) for share in range(11)
+        ]
+        assert factors == sorted(factors, reverse=True)
+        assert (factors[0], factors[-1] > 0.9) == (1.0, schedule == "constant")

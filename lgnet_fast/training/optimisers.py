@@ -30,9 +30,14 @@ def generator_optimiser(network: nn.Module, optim: OptimConfig, fused: bool | No
     Raises:
         MissingExtraError: pytorch_optimizer, which has Muon, is not installed.
     """
-    trained = [p for p in network.parameters() if p.requires_grad]
-    if optim.optimizer == "adam":
-        return torch.optim.Adam(trained, lr=optim.learning_rate, betas=optim.betas, fused=fused)
+    return _MAKERS[optim.optimizer]([p for p in network.parameters() if p.requires_grad], optim, fused)
+
+
+def _adam(trained: list[nn.Parameter], optim: OptimConfig, fused: bool | None) -> torch.optim.Optimizer:
+    return torch.optim.Adam(trained, lr=optim.learning_rate, betas=optim.betas, fused=fused)
+
+
+def _muon(trained: list[nn.Parameter], optim: OptimConfig, fused: bool | None) -> torch.optim.Optimizer:
     try:
         from pytorch_optimizer import Muon
     except ImportError as error:
@@ -47,6 +52,9 @@ def generator_optimiser(network: nn.Module, optim: OptimConfig, fused: bool | No
     ]
     made: torch.optim.Optimizer = Muon([{**group, "lr": optim.learning_rate} for group in groups if group["params"]])
     return made
+
+
+_MAKERS = {"adam": _adam, "muon": _muon}
 
 
 def discriminator_optimiser(

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from .config import OptimConfig
+
+_BY_PROGRESS: dict[str, Callable[[float], float]] = {
+    "linear": lambda progress: 1.0 - progress,
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),
+    "constant": lambda progress: 1.0,
+}
+"""The factors of all schedules but "paper", which counts epochs."""
 
 
 def learning_rate_factor(
@@ -29,12 +37,8 @@ def learning_rate_factor(
 def _scheduled(optim: OptimConfig, step: int, total: int, progress: float, steps_an_epoch: int) -> float:
     if step < optim.warmup_steps:
         return (step + 1) / optim.warmup_steps
-    if optim.schedule == "constant":
-        return 1.0
-    if optim.schedule == "linear":
-        return 1.0 - progress
-    if optim.schedule == "cosine":
-        return 0.5 * (1 + math.cos(math.pi * progress))
+    if optim.schedule != "paper":
+        return _BY_PROGRESS[optim.schedule](progress)
     epochs = max(2, round(total / steps_an_epoch))
     constant = epochs // 2
     epoch = int(progress * epochs + 1e-9)  # a share of 3/200 times 200 may be a bit less than 3
