@@ -14,11 +14,13 @@ from PIL import Image
 from rich.console import Console
 
 from lgnet_fast.cli.commands.eval import models_of
+from lgnet_fast.data.metrics import METRICS
 from lgnet_fast.errors import UsageError
 from lgnet_fast.evaluation import EvaluationOptions
 from lgnet_fast.evaluation.protocol import fit_picture
 from lgnet_fast.evaluation.report import Evaluation, Score, strip
 from lgnet_fast.evaluation.scoring import _identity, _plan, _settings
+from lgnet_fast.evaluation.suite import SUITE_METRICS
 from lgnet_fast.pipeline import Inpainter
 
 from .evaluation_support import invoke_eval, write_waves
@@ -165,6 +167,17 @@ def test_titles_of_models(pictures):
     pipe = Inpainter(ConstantFill(0, 0, 0))
     with pytest.raises(UsageError, match="titles of their own"):
         evaluate(pictures, models={"Telea": pipe})
+
+
+def test_every_metric_has_a_column_and_a_field():
+    metrics = tuple(dict.fromkeys((*METRICS, *SUITE_METRICS)))
+    scores = [
+        Score("a", "thin", 1, **dict.fromkeys(metrics, 0.25)),
+        Score("b", "thin", 1, **dict.fromkeys(metrics, 2)),
+    ]
+    head, _, first, second = Evaluation(scores, metrics).markdown().splitlines()
+    assert [cell.split()[-1] for cell in head.split(" | ")[3:-1]] == ["↓", "↑", "↑", "↓", "↓"]
+    assert [line.count("**") // 2 for line in (first, second)] == [4, 2]
 
 
 def test_the_best_of_each_class_is_bold_and_missing_values_are_not_compared():

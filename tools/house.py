@@ -52,7 +52,18 @@ subpackage are rooms by themselves: the kernels also need "engine.regions" and "
 compiles the launches of the engine.
 """
 
-TASKS = ("operator", "stage", "network variant", "activation", "instruction set", "GPU", "command")
+TASKS = (
+    "operator",
+    "stage",
+    "network variant",
+    "activation",
+    "instruction set",
+    "GPU",
+    "metric",
+    "setting of training",
+    "route of the server",
+    "command",
+)
 """The recipes of docs/contributing.md: "Add an operator", and so on."""
 
 SCRIPTS = ("bench", "tools")

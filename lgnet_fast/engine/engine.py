@@ -169,7 +169,9 @@ class Engine:
         return plan.batch, plan.height, plan.width
 
     def __reduce__(self) -> str:
-        raise LGNetError("an engine cannot be pickled: it holds machine code choices and buffers; pickle the model")
+        raise LGNetError(
+            "an engine cannot be pickled or copied: it holds memory of this process; pickle or copy the model"
+        )
 
     def __call__(
         self, image: Tensor, mask: Tensor, return_stages: bool = False, holes: Sequence[Rect] | None = None

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
@@ -19,9 +19,25 @@ from ..pipeline.writing import json_bytes, write_atomically
 ALL = "all"
 """The class label of the row over all classes."""
 
-TITLES = {"l1": "l1 %", "psnr": "PSNR", "ssim": "SSIM", "lpips": "LPIPS", "fid": "FID", "sharp": "sharpness"}
-DIGITS = {"l1": 2, "psnr": 2, "ssim": 4, "lpips": 4, "fid": 2, "sharp": 3}
-_HIGHER_IS_BETTER = {"psnr", "ssim"}
+
+class Column(NamedTuple):
+    """How a metric is shown: title, digits after the point, and which values are better ("↓", "↑" or "→ 1")."""
+
+    title: str
+    digits: int
+    better: str
+
+
+COLUMNS = {
+    "l1": Column("l1 %", 2, "↓"),
+    "psnr": Column("PSNR", 2, "↑"),
+    "ssim": Column("SSIM", 4, "↑"),
+    "lpips": Column("LPIPS", 4, "↓"),
+    "fid": Column("FID", 2, "↓"),
+    "sharp": Column("sharpness", 3, "→ 1"),
+}
+"""One for each metric, which is also a field of :class:`Score`."""
+
 _MARGIN, _CAPTION, _CELL = 6, 22, 192
 
 
@@ -92,7 +108,12 @@ class Evaluation:
 
     def markdown(self) -> str:
         """A table in Markdown, the best of each class in bold, with notes below it."""
-        heads = ["holes", "method", "pictures", *(f"{TITLES[name]} {_arrow(name)}" for name in self.metrics)]
+        heads = [
+            "holes",
+            "method",
+            "pictures",
+            *(f"{COLUMNS[name].title} {COLUMNS[name].better}" for name in self.metrics),
+        ]
         lines = ["| " + " | ".join(heads) + " |", "|" + "|".join(["---", "---", *["---:"] * (len(heads) - 2)]) + "|"]
         for label, rows in self._classes():
             for row, cells in rows:
@@ -108,7 +129,7 @@ class Evaluation:
         table = Table(title="inpainting by hole", caption=self.legend or None, caption_justify="left")
         for head in ("holes", "method"):
             table.add_column(head, no_wrap=True)
-        for head in ("pictures", *(f"{TITLES[name]} {_arrow(name)}" for name in self.metrics)):
+        for head in ("pictures", *(f"{COLUMNS[name].title} {COLUMNS[name].better}" for name in self.metrics)):
             table.add_column(head, justify="right", overflow="fold")  # figures stay whole in a narrow terminal
         for label, rows in self._classes():
             for position, (row, cells) in enumerate(rows):
@@ -121,7 +142,7 @@ class Evaluation:
 
     def notes(self) -> list[str]:
         """Notes below the table."""
-        notes = [f"{TITLES[name]}: n/a ({reason})" for name, reason in self.missing.items()]
+        notes = [f"{COLUMNS[name].title}: n/a ({reason})" for name, reason in self.missing.items()]
         if self.failures:
             notes.append(f"{len(self.failures)} pictures could not be evaluated and are left out")
         if self.died:
@@ -204,17 +225,9 @@ def contact_sheet(columns: Sequence[str], rows: Sequence[tuple[str, bytes]]) -> 
 
 
 def loss(name: str, value: float) -> float:
-    """A key that is smaller for better values: the value, or its negative where larger is better."""
-    if name == "sharp":
-        return abs(value - 1)
-    return -value if name in _HIGHER_IS_BETTER else value
+    """A key that is smaller for better values: the value, its negative, or its distance from 1."""
+    return {"↓": value, "↑": -value, "→ 1": abs(value - 1)}[COLUMNS[name].better]
 
 
 def _shown(name: str, value: float) -> str:
-    return "∞" if math.isinf(value) else f"{value:.{DIGITS[name]}f}"
-
-
-def _arrow(name: str) -> str:
-    if name == "sharp":
-        return "→ 1"
-    return "↑" if name in _HIGHER_IS_BETTER else "↓"
+    return "∞" if math.isinf(value) else f"{value:.{COLUMNS[name].digits}f}"

@@ -35,7 +35,7 @@ from .protocol import (
     parse_classes,
     pictures_in,
 )
-from .report import ALL, DIGITS, TITLES, Evaluation, Score, contact_sheet, finite, loss, strip
+from .report import ALL, COLUMNS, Evaluation, Score, contact_sheet, finite, loss, strip
 from .suite import SuiteMasks, SuiteMetrics, parse_kinds, summary
 
 Holes = GeneratedMasks | FolderMasks | NamedMasks | SuiteMasks
@@ -362,7 +362,7 @@ def _best_to_worst(
         for place in dict.fromkeys(np.rint(places).astype(int).tolist()):
             rank = f"{SUITE_KINDS[one]}, number {place + 1} of {len(ranked)} for {title}"
             value = ranked[place]["scores"][title][name]
-            chosen.append((f"{rank}: {TITLES[name]} {value:.{DIGITS[name]}f}", ranked[place]))
+            chosen.append((f"{rank}: {COLUMNS[name].title} {value:.{COLUMNS[name].digits}f}", ranked[place]))
     return chosen
 
 
