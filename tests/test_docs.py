@@ -13,6 +13,7 @@ from PIL import ExifTags, Image
 
 from lgnet_fast import cli
 from lgnet_fast.samples import sample_paths
+from lgnet_fast.training.config import config_of
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
@@ -80,6 +81,14 @@ def test_python_of_the_pages_runs_as_it_stands(tmp_path):
     done = subprocess.run([sys.executable, "-W", "error", "all.py"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert Image.open(tmp_path / "filled.png").size == Image.open(photo).size
+
+
+def test_yaml_of_the_pages_is_a_configuration_of_training():
+    yaml = pytest.importorskip("yaml")
+    blocks = [
+        b for page in DOCS.glob("*.md") for b in re.findall(r"^```yaml\n(.*?)^```", page.read_text(), re.M | re.S)
+    ]
+    assert [config_of(yaml.safe_load(block)).model.init_from for block in blocks] == ["bundled"]
 
 
 def test_files_that_the_code_cites_exist():
