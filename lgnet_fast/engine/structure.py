@@ -20,7 +20,7 @@ from torch.nn.utils.weight_norm import WeightNorm
 from ..reference.attention import AttentionBlock, computes_as
 from ..reference.backends import BACKENDS, functions
 from ..reference.lgnet import LGNet, LocalGlobalRefinement
-from ..reference.networks import LEVELS, Down, LocalNet, UNet
+from ..reference.networks import NETWORKS
 from .build import plan_stages
 
 _OF_CONVOLUTIONS = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
@@ -51,23 +51,18 @@ def plain_stages(model: LGNet | LocalGlobalRefinement) -> list[tuple[str, nn.Mod
 
 def _kind(model: LGNet | LocalGlobalRefinement, name: str, net: nn.Module) -> Kind:
     """The class of a stage's network and its arguments: by its layers, else those that the model was made with."""
-    with contextlib.suppress(AttributeError, KeyError):  # layers that were replaced by others
-        if isinstance(net, LocalNet):
-            return LocalNet, (cast(nn.Conv2d, net.stem.conv).out_channels,)
-        if isinstance(net, UNet):
-            widths = [cast(Down, net.encoder[level]).conv.out_channels for level in ("e1", f"e{LEVELS}")]
-            variants = [cast(AttentionBlock, block).variant for block in net.attention.values()]
-            return UNet, (widths[0], variants[0] if variants else None, widths[1])
-    if isinstance(model, LGNet):
-        coarse, local, global_ = model.channels
-        most = model.max_channels
-        if name == "net_c" and not model.share_coarse:
-            return UNet, (coarse, None, most)
-    else:
-        (local, global_), most = model.channels, None
-    if name == "net_l":
-        return LocalNet, (local,)
-    return UNet, (global_, None if name == "net_g_plain" else model.variant, most)
+    for kind in NETWORKS:
+        if isinstance(net, kind):
+            with contextlib.suppress(AttributeError, KeyError):  # layers that were replaced by others
+                return kind, net.arguments()
+    with torch.device("meta"):
+        if isinstance(model, LGNet):
+            made: LGNet | LocalGlobalRefinement = LGNet(**model.config)
+        else:
+            made = LocalGlobalRefinement(nn.Identity(), model.variant, *model.channels)
+    net = next(other for stage, other, _ in plan_stages(made) if stage == name)
+    assert isinstance(net, NETWORKS)
+    return type(net), net.arguments()
 
 
 def _made(kind: type[nn.Module], arguments: tuple[int | str | None, ...]) -> nn.Module:

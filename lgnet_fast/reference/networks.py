@@ -6,6 +6,8 @@ residual network. Inputs are cat(picture, mask), [B, 4, H, W]; outputs are pictu
 
 from __future__ import annotations
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 
@@ -80,6 +82,12 @@ class UNet(nn.Module):
             for i in ATTENTION_LEVELS:
                 self.attention[f"d{i}"] = AttentionBlock(widths[i - 2], attention)
 
+    def arguments(self) -> tuple[int | str | None, ...]:
+        """The arguments that make these layers. Raises AttributeError or KeyError: layers were replaced."""
+        first, last = (cast(Down, self.encoder[level]).conv.out_channels for level in ("e1", f"e{LEVELS}"))
+        variants = [cast(AttentionBlock, block).variant for block in self.attention.values()]
+        return first, variants[0] if variants else None, last
+
     def forward(self, x: Tensor, use_attention: bool = True) -> Tensor:
         """[B, 4, H, W] -> [B, 3, H, W]; ``use_attention=False`` runs NetG as NetC (LGNet_share)."""
         skips: list[Tensor] = []
@@ -150,6 +158,10 @@ class LocalNet(nn.Module):
         self.out_pad = nn.ReflectionPad2d(3)
         self.out = nn.Conv2d(n, 3, 7)
 
+    def arguments(self) -> tuple[int | str | None, ...]:
+        """See :meth:`UNet.arguments`."""
+        return (cast(nn.Conv2d, self.stem.conv).out_channels,)
+
     @staticmethod
     def _deconv(in_channels: int, out_channels: int) -> nn.ConvTranspose2d:
         return nn.ConvTranspose2d(in_channels, out_channels, 3, stride=2, padding=1, output_padding=1, bias=False)
@@ -158,3 +170,7 @@ class LocalNet(nn.Module):
         """[B, 4, H, W] -> [B, 3, H, W]."""
         x = self.blocks(self.down2(self.down1(self.stem(x))))
         return torch.tanh(self.out(self.out_pad(self.up2(self.up1(x)))))
+
+
+NETWORKS = (UNet, LocalNet)
+"""The classes of the stages' networks."""
