@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from ..pipeline.masks import check_reading, checked_edge
 from ..pipeline.writing import is_any_stream
 
 _WITH_QUALITY = ("JPEG", "WEBP", "AVIF", "HEIF")
+_NOT_IN_RESULTS = ("source", "mask", "out", "resume", "report", "device")
 _PER_PICTURE = ("strategy", *MASK_OPTIONS)
 _KINDS: dict[str, tuple[type, ...]] = {
     "source": (Path,),
@@ -127,17 +128,9 @@ class FillOptions:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The settings that identify this job, for the report."""
-        return {
-            "model": self.model or "bundled",
-            "dtype": self.dtype,
-            "backend": self.backend,
-            "format": self.format,
-            "quality": self.quality,
-            "skip_existing": self.skip_existing,
-            "mask_suffix": self.mask_suffix,
-            **self.call,
-        }
+        """The settings that identify this job, for the report: all that results depend on, without the files."""
+        found = {one.name: getattr(self, one.name) for one in fields(self) if one.name not in _NOT_IN_RESULTS}
+        return found | {"model": self.model or "bundled"}
 
     @property
     def journal_folder(self) -> Path:

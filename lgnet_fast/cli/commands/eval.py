@@ -150,5 +150,6 @@ def models_of(texts: list[str]) -> dict[str, str | None] | list[str | None]:
     if not titles:
         return [model for _, model in named]
     if len(set(titles)) < len(named):
-        raise UsageError(f"models: expected a title of its own for each, as TITLE=DIR, or for none, got {', '.join(texts)}")
+        given = ", ".join(texts)
+        raise UsageError(f"models: expected a title of its own for each, as TITLE=DIR, or for none, got {given}")
     return {str(title): model for title, model in named}
