@@ -64,8 +64,8 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") ->
                 module.run = lambda features, weight, bias, variant: score_map(features, weight, bias)
     model = torch.compile(network) if form == "compiled" else network
     discriminator, vgg = Discriminator().to(device).train(), VGG16Features().to(device)
-    generator_optimizer = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
-    discriminator_optimizer = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    generator_optimiser = torch.optim.Adam(network.parameters(), lr=2e-4, betas=(0.5, 0.999))
+    discriminator_optimiser = torch.optim.Adam(discriminator.parameters(), lr=2e-4, betas=(0.5, 0.999))
     image = torch.rand(batch, 3, SIZE, SIZE, device=device) * 2 - 1
     mask = torch.zeros(batch, 1, SIZE, SIZE, device=device)
     mask[..., 64:160, 64:160] = 1
@@ -76,21 +76,21 @@ def make_step(form: str, dtype: torch.dtype, batch: int, device: str = "cpu") ->
     if form == GRAPHS:
         nets = Trained(network, discriminator, network, discriminator, network)
         objective = Objective(LossWeights(), features=vgg)
-        graphed = GraphedStep(nets, (generator_optimizer, discriminator_optimizer), objective, OneDevice(autocast))
+        graphed = GraphedStep(nets, (generator_optimiser, discriminator_optimiser), objective, OneDevice(autocast))
         return Step(lambda: graphed([(image, mask)]) or {}, network, graphed)
 
     def run() -> dict[str, Tensor]:
         with autocast():
             stages = model(image, mask, return_stages=True)
             judged = discriminator_loss(discriminator(stages.merged[0].detach()), discriminator(image))
-        discriminator_optimizer.zero_grad(set_to_none=False)
+        discriminator_optimiser.zero_grad(set_to_none=False)
         judged["D"].backward()
-        discriminator_optimizer.step()
+        discriminator_optimiser.step()
         with autocast():
             terms = generator_loss(stages, image, mask, discriminator(stages.merged[0]), vgg, lean=ours)
-        generator_optimizer.zero_grad(set_to_none=False)  # the same memory in every step, for equal peaks
+        generator_optimiser.zero_grad(set_to_none=False)  # the same memory in every step, for equal peaks
         terms["G"].backward()
-        generator_optimizer.step()
+        generator_optimiser.step()
         return {name: term.detach() for name, term in (terms | judged).items()}
 
     return Step(run, network)

@@ -414,7 +414,7 @@ def test_a_new_loss_scale_is_that_of_all_the_generators_gradients(pictures, tmp_
         if scaler is not None:
             step = trainer.learner._optimise
             step.accelerator.scaler = scaler
-            step.generator_optimizer, step.discriminator_optimizer = (
+            step.generator_optimiser, step.discriminator_optimiser = (
                 AcceleratedOptimizer(one.optimizer, scaler=scaler) for one in trainer.optimisers
             )
         trainer.train_step(batches)

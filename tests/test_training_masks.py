@@ -11,7 +11,7 @@ from PIL import Image
 from scipy import ndimage
 
 from lgnet_fast import InvalidMaskError
-from lgnet_fast.data import brushes, mask_files, masks
+from lgnet_fast.data import mask_files, masks, strokes
 from lgnet_fast.pipeline.masks import read_hole
 from lgnet_fast.training import HOLE_CLASSES, DataError, MaskFolder, generate_mask, hole_class, hole_ratio
 from lgnet_fast.training.config import DataConfig, TrainConfig
@@ -83,7 +83,7 @@ def test_strokes_are_thick_and_rounded():
     """Every hole pixel of a stroke belongs to a disc of at least the thinnest brush."""
     mask = generate_mask(256, 256, hole_class=3, kind="strokes", seed=11)
     thinnest = max(1, round(0.075 * 256) // 4)
-    disc = brushes._disc(thinnest - 1)
+    disc = strokes._disc(thinnest - 1)
     padded = np.pad(mask, thinnest, mode="edge")
     eroded = np.ones_like(padded)
     opened = np.zeros_like(padded)

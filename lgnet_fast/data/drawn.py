@@ -6,8 +6,8 @@ import math
 
 import numpy as np
 
-from .brushes import Seed, fill, generator, walk
 from .ratios import pixel_bounds
+from .strokes import Seed, fill, generator, walk
 
 KINDS = ("strokes", "boxes", "mixed")
 """Kinds of :func:`generate_mask`."""

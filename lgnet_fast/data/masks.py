@@ -5,10 +5,10 @@ The public names of the modules that hold them. A mask is a bool array [H, W], T
 
 from __future__ import annotations
 
-from .brushes import Seed
 from .drawn import KINDS, generate_mask
 from .mask_files import POLARITIES, MaskFolder, hole_levels, reaches_border, read_mask, resize_mask
 from .ratios import HOLE_CLASSES, hole_class, hole_ratio
+from .strokes import Seed
 from .suite import SUITE_KINDS, suite_mask
 from .varied import FREE_KINDS, fine_mask, varied_mask
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .brushes import DIRECTIONS, SCALE, TURN, Seed, fill, generator, walk
 from .ratios import pixel_bounds
+from .strokes import DIRECTIONS, SCALE, TURN, Seed, fill, generator, walk
 
 SUITE_KINDS = ("thin", "thick", "box", "blob")
 """Kinds of :func:`suite_mask`."""

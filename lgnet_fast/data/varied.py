@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from .brushes import DIRECTIONS, SCALE, TURN, Seed, capsule, generator
 from .drawn import KINDS, generate_mask
+from .strokes import DIRECTIONS, SCALE, TURN, Seed, capsule, generator
 from .suite import SUITE_KINDS, suite_mask
 
 _LEAST_SIDE = 24

@@ -107,7 +107,7 @@ class Step:
         on_nonfinite: Callable[[str, Terms, int], bool] = lambda total, terms, number: False,
     ) -> None:
         self.nets, self.objective, self.accelerator = nets, objective, accelerator
-        self.generator_optimizer, self.discriminator_optimizer = optimisers
+        self.generator_optimiser, self.discriminator_optimiser = optimisers
         self.clip, self.on_nonfinite = clip, on_nonfinite
         self.parameters = [p for p in nets.network.parameters() if p.requires_grad]
 
@@ -136,13 +136,13 @@ class Step:
                 return None
             for name, term in terms.items():
                 sums[name] = sums.get(name, 0) + share * term
-        self._clip(self.generator_optimizer, self.parameters)
-        self.generator_optimizer.step()
+        self._clip(self.generator_optimiser, self.parameters)
+        self.generator_optimiser.step()
         return sums
 
     def _clear_gradients(self) -> None:
-        self.generator_optimizer.zero_grad()
-        self.discriminator_optimizer.zero_grad()
+        self.generator_optimiser.zero_grad()
+        self.discriminator_optimiser.zero_grad()
 
     def _train_on(self, part: Part, number: int, last: bool) -> Terms | None:
         """Compute the gradients of one batch and, after the last, the discriminator's step; returns the terms.
@@ -181,7 +181,7 @@ class Step:
     def _after_judging(self, number: int, last: bool) -> None:
         """After the discriminator's gradients of a batch: its optimiser step, if the batch is the last."""
         if last:
-            self._clip(self.discriminator_optimizer, list(self.nets.discriminator.parameters()))
+            self._clip(self.discriminator_optimiser, list(self.nets.discriminator.parameters()))
             self._step_discriminator(earlier=number > 0)
 
     def _generate(self, judged: Judged) -> Terms:
@@ -216,7 +216,7 @@ class Step:
         `earlier` batches have left are brought to the new one, which the last batch's will have."""
         scaler = self.accelerator.scaler if earlier else None
         before = 1.0 if scaler is None else scaler.get_scale()
-        self.discriminator_optimizer.step()
+        self.discriminator_optimiser.step()
         if scaler is not None and (factor := scaler.get_scale() / before) != 1:
             torch._foreach_mul_([p.grad for p in self.parameters if p.grad is not None], factor)
 
