@@ -332,15 +332,8 @@ def generator_loss(
     count = len(stages.raw)
     for i, (raw, merged) in enumerate(zip(stages.raw, stages.merged, strict=True), start=1):
         _same_shape(f"stages.raw[{i - 1}]", raw, "image", image)
-        terms[f"valid{i}"] = masked_l1(raw, image, 1 - mask)
-        if i == count and weights.hole_discount < 1:
-            # The factor is on both pictures, not on the weight, which masked_l1 would normalise by.
-            discount = rim_discount(mask, weights.hole_discount)
-            terms[f"hole{i}"] = masked_l1(discount * raw, discount * image, mask)
-        else:
-            terms[f"hole{i}"] = masked_l1(raw, image, mask)
-        if weights.edge:
-            terms[f"edge{i}"] = edge_l1(raw, image, mask)
+        of_raw = _terms_of_raw(raw, image, mask, weights, i == count)
+        terms |= {f"{name}{i}": term for name, term in of_raw.items()}
         if i == 1:
             continue
         terms[f"tv{i}"] = total_variation(merged * mask)
@@ -370,6 +363,20 @@ def generator_loss(
     named = [(name.rstrip("0123456789"), term) for name, term in terms.items()]
     plain = [factors[name] * term for name, term in named if name not in _FEATURE_TERMS]
     terms["G"] = torch.stack(plain + feature_totals).sum()
+    return terms
+
+
+def _terms_of_raw(raw: Tensor, image: Tensor, mask: Tensor, weights: LossWeights, last: bool) -> dict[str, Tensor]:
+    """The terms of the raw picture of a stage, by name; `last`: of the last stage."""
+    terms = {"valid": masked_l1(raw, image, 1 - mask)}
+    if last and weights.hole_discount < 1:
+        # The factor is on both pictures, not on the weight, which masked_l1 would normalise by.
+        discount = rim_discount(mask, weights.hole_discount)
+        terms["hole"] = masked_l1(discount * raw, discount * image, mask)
+    else:
+        terms["hole"] = masked_l1(raw, image, mask)
+    if weights.edge:
+        terms["edge"] = edge_l1(raw, image, mask)
     return terms
 
 
