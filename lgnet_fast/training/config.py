@@ -14,6 +14,7 @@ from typing import Any, Literal
 from ..data.masks import FREE_KINDS, HOLE_CLASSES, KINDS, POLARITIES, SUITE_KINDS
 from ..errors import ConfigError, MissingExtraError
 from ..reference.losses import FeatureOptions, LossWeights
+from ..reference.networks import LEVELS
 from .typed import build
 
 _MOST_THREADS = 1024
@@ -256,7 +257,8 @@ class TrainConfig:
 
     def _check_data(self) -> None:
         data, run = self.data, self.run
-        _check("data.size", data.size, data.size > 0 and data.size % 256 == 0, "a positive multiple of 256")
+        least = 2**LEVELS
+        _check("data.size", data.size, data.size > 0 and data.size % least == 0, f"a positive multiple of {least}")
         kinds = (*KINDS, *FREE_KINDS)
         _check("data.mask_kind", data.mask_kind, data.mask_kind in kinds, f"one of {kinds}")
         _check("data.mask_polarity", data.mask_polarity, data.mask_polarity in POLARITIES, f"one of {POLARITIES}")
