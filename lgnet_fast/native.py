@@ -153,6 +153,17 @@ def tensor_arg(tensor: Tensor, name: str = "tensor") -> tuple[int, ...]:
     return (tensor.data_ptr(), DTYPES[tensor.dtype], *sizes, *strides)
 
 
+def variant_arg(variant: str) -> bool:
+    """A formulation of attention as the extension takes it: whether it is "released".
+
+    Raises:
+        ValueError: it is neither that nor "paper", the two that the extension computes.
+    """
+    if variant not in ("released", "paper"):
+        raise ValueError(f"variant: expected one of released and paper, got {variant!r}")
+    return variant == "released"
+
+
 def optional_arg(tensor: Tensor | None, name: str = "tensor") -> tuple[int, ...]:
     """:func:`tensor_arg`, or :data:`ABSENT` for None."""
     return ABSENT if tensor is None else tensor_arg(tensor, name)

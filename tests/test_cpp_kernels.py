@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from lgnet_fast import create_model, native
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.plan import AttentionStep
 from lgnet_fast.ops.cpu import attention as cpu
 from lgnet_fast.ops.cpu import merge_concat as cpu_merge
 from lgnet_fast.reference import attention as reference
@@ -395,6 +397,11 @@ def test_errors_name_argument_expected_and_got():
         cpu.attention_block_forward(features, weight[:, :8], bias, "released")
     with pytest.raises(ValueError, match=r"variant: expected one of .*, got 'other'"):
         cpu.attention_forward(features, "other")
+    model = create_model("C+G_att", coarse_channels=2, global_channels=2)
+    plan = build_plan(plan_stages(model.eval()), 1, 256, 256)
+    steps = [replace(step, variant="other") if isinstance(step, AttentionStep) else step for step in plan.steps]
+    with pytest.raises(ValueError, match=r"variant: expected one of .*, got 'other'"):
+        CpuExecutor.of(replace(plan, steps=tuple(steps)))
     with pytest.raises(ValueError, match=r"attended: expected shape \[1, 8, 4, 4\], got \[1, 8, 4, 5\]"):
         cpu.attention_forward(features, "paper", out=torch.empty(1, 8, 4, 5))
     with pytest.raises(ValueError, match=r"out: expected memory other than that of features, got the same address"):

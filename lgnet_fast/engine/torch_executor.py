@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..reference.attention import query_key_value
+from ..reference.attention import joined, query_key_value
 from .executor import Executor, Regions, Result
 from .geometry import Geometry
 from .plan import LEAKY_SLOPE, PICTURE, AttentionStep, ConvStep, Plan, Step
@@ -132,8 +132,7 @@ def _attention(step: AttentionStep, region: Rect, source: Tensor) -> Tensor:
         x.flatten(2).transpose(1, 2).unsqueeze(1).contiguous() for x in (query[:, :, rows, columns], key, value)
     )
     attended = F.scaled_dot_product_attention(q, k, v, scale=1.0).squeeze(1).transpose(1, 2).reshape(here.shape)
-    pair = (attended, here) if step.variant == "released" else (here, attended)
-    return F.conv2d(torch.cat(pair, dim=1), step.weight, step.bias)
+    return F.conv2d(joined(attended, here, step.variant), step.weight, step.bias)
 
 
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {

@@ -97,10 +97,10 @@ def attention_block(features: Tensor, weight: Tensor, bias: Tensor, variant: str
     Returns:
         [B, C, H, W].
     """
-    return F.conv2d(_joined(cosine_attention(features, variant), features, variant), weight, bias)
+    return F.conv2d(joined(cosine_attention(features, variant), features, variant), weight, bias)
 
 
-def _joined(attended: Tensor, features: Tensor, variant: str) -> Tensor:
+def joined(attended: Tensor, features: Tensor, variant: str) -> Tensor:
     """The combiner's input, [B, 2C, H, W]."""
     return torch.cat((attended, features) if variant == "released" else (features, attended), dim=1)
 
@@ -151,7 +151,7 @@ class AttentionBlock(nn.Module):
         if _is_plain(combiner):
             assert combiner.bias is not None
             return self.run(features, combiner.weight, combiner.bias, self.variant)
-        combined: Tensor = combiner(_joined(self.attend(features, self.variant), features, self.variant))
+        combined: Tensor = combiner(joined(self.attend(features, self.variant), features, self.variant))
         return combined
 
     def extra_repr(self) -> str:

@@ -193,7 +193,7 @@ class CpuExecutor(Executor):
         spec.weight, spec.bias = base + placed.weights[0], base + placed.bias
         spec.regions = self._regions(step, step.regions)
         if not isinstance(step, ConvStep):
-            spec.released = step.variant == "released"
+            spec.released = native.variant_arg(step.variant)
             return spec
         geometry = step.geometry
         spec.reflect = geometry.reflect

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...native import library, packing
+from ...native import library, packing, variant_arg
 from ..plan import ConvStep, Plan, Step
 from .kernels import NARROW, TILES, Choice, Group, Products, jobs_of
 
@@ -313,7 +313,7 @@ def _pack(step: Step, choice: Choice, placed: Placed, data: Tensor) -> None:
         library().pack_attention_weight(
             weight.data_ptr(),
             step.out_channels,
-            step.variant == "released",
+            variant_arg(step.variant),
             _products(choice),
             data.data_ptr() + placed.weights[0],
         )

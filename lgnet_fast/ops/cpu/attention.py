@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import forks
-from ...native import library, optional_arg, tensor_arg
-from ...reference.attention import check_variant
+from ...native import library, optional_arg, tensor_arg, variant_arg
 from ..registry import like
 from . import reason_against
 
@@ -40,7 +39,7 @@ def _forward(
         tensor_arg(features, "features"),
         optional_arg(weight, "weight"),
         optional_arg(bias, "bias"),
-        check_variant(variant) == "released",
+        variant_arg(variant),
         optional_arg(out, "out"),
         optional_arg(attended, "attended"),
         tensor_arg(stats, "stats"),
@@ -70,7 +69,7 @@ def attention_backward(
         tensor_arg(features, "features"),
         tensor_arg(attended, "attended"),
         tensor_arg(stats, "stats"),
-        check_variant(variant) == "released",
+        variant_arg(variant),
         tensor_arg(grad, "grad_features"),
         forks.kernel_threads(),
     )
