@@ -162,7 +162,7 @@ def test_titles_of_models(pictures):
     assert models_of(["old=bundled", "new=runs/2=b"]) == {"old": None, "new": "runs/2=b"}
     assert models_of(["bundled", "runs/1"]) == [None, "runs/1"]
     for wrong in (["a=runs/1", "runs/2"], ["a=runs/1", "a=runs/2"]):
-        with pytest.raises(UsageError, match=r"a title of its own for each, as TITLE=DIR, or for none, got a=runs/1, .*runs/2"):
+        with pytest.raises(UsageError, match=r"as TITLE=DIR, or for none, got a=runs/1, .*runs/2"):
             models_of(wrong)
     pipe = Inpainter(ConstantFill(0, 0, 0))
     with pytest.raises(UsageError, match="titles of their own"):

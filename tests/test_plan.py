@@ -100,8 +100,10 @@ def test_plan_reproduces_every_model(name, variant):
 def test_a_plan_has_the_activations_and_attention_levels_of_the_layers():
     torch.manual_seed(0)
     model = lively(create_model("lgnet", **NARROW, backend="eager"))
-    net = model.net_g
+    net, plain = model.net_g, plan_of(model)
+    assert plain.resized(2, 512, 256).digest == plain.digest
     net.encoder["e3"].activation = nn.ReLU()
+    assert plan_of(model).digest != plain.digest  # or a check of the one would hold for the other
     net.encoder["e4"].activation = None
     net.decoder["d8"].activation = net.decoder["d3"].activation = nn.LeakyReLU(0.2)
     del net.attention["d5"]

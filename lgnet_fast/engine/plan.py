@@ -173,12 +173,13 @@ class Plan:
 
     @property
     def digest(self) -> str:
-        """Twelve characters that identify the shapes of the network; the size of pictures does not enter."""
-        shapes = []
+        """Twelve characters that identify the layers of the network; weights and sizes of pictures do not enter."""
+        layers = []
         for step in self.steps:
             more: object = step.geometry if isinstance(step, ConvStep) else step.variant
-            shapes.append((step.name, step.weights_of, tuple(step.weight.shape), more))
-        return hashlib.sha256(repr(shapes).encode()).hexdigest()[:12]
+            activations = [store.activation for store in step.stores]
+            layers.append((step.name, step.weights_of, tuple(step.weight.shape), more, activations))
+        return hashlib.sha256(repr(layers).encode()).hexdigest()[:12]
 
     @property
     def name(self) -> str:

@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..plan import ConvStep, Plan, Step
+from ..plan import Plan
 
 TITLES = {
     "graph": "the engine, as one CUDA graph",
@@ -87,14 +87,6 @@ class Verdict:
 
 
 def verdict_name(plan: Plan, choices: Mapping[str, str]) -> str:
-    """Name of a verdict within its key: shapes of the network, sizes, and the chosen kernels."""
-
-    def shape(step: Step) -> tuple[object, ...]:
-        own = (step.name, step.kind, tuple(step.weight.shape))
-        if isinstance(step, ConvStep):
-            return (*own, step.geometry.stride, step.geometry.padding, None)
-        return (*own, 1, 0, step.variant)
-
-    shapes = [shape(step) for step in plan.steps]
-    digest = hashlib.sha256(repr((shapes, sorted(choices.items()))).encode()).hexdigest()[:12]
+    """Name of a verdict within its key: layers of the network, sizes, and the chosen kernels."""
+    digest = hashlib.sha256(repr((plan.digest, sorted(choices.items()))).encode()).hexdigest()[:12]
     return f"engine {digest}, {len(plan.steps)} steps, {plan.batch}x{plan.height}x{plan.width}"
