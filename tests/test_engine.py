@@ -252,7 +252,7 @@ def test_given_holes_are_used_instead_of_the_masks(model):
 def test_holes_that_do_not_fit_are_refused(model, holes, error, message, hole_aware, request):
     fast = request.getfixturevalue("narrow_engines")[hole_aware]
     image, mask = torch.zeros(2, 3, 256, 256), torch.zeros(2, 1, 256, 256)
-    mask[1, :, 30:60, 40:90] = 1
+    mask[1, :, 30:60, 40:90] = 0.25  # what is not known is hole
     with pytest.raises(error, match=f"holes: expected .*{message}|holes: .*{message}"):
         fast(image, mask, holes=holes)
 

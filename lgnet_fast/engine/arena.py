@@ -20,17 +20,16 @@ class Arena:
 
 
 def lifetimes(plan: Plan) -> dict[str, tuple[int, int]]:
-    """First and last step that uses each buffer. The picture is alive throughout, raw pictures until the end."""
-    last = len(plan.steps) - 1
-    spans = {PICTURE: (0, last)}
+    """First and last step that uses each buffer; the picture is alive throughout. Steps copy raw pictures out."""
+    spans: dict[str, tuple[int, int]] = {}
     for number, step in enumerate(plan.steps):
         views = [step.source, *(s.view for s in step.stores)]
         if step.residual is not None:
             views.append(step.residual)
         for view in views:
             first, _ = spans.get(view.buffer, (number, number))
-            spans[view.buffer] = (first, last if step.merges and view is step.stores[0].view else number)
-        spans[PICTURE] = (0, last)
+            spans[view.buffer] = (first, number)
+    spans[PICTURE] = (0, len(plan.steps) - 1)
     return spans
 
 
