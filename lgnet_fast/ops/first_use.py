@@ -247,8 +247,10 @@ def _cut(use: Use, tensors: tuple[Tensor, ...], share: float = 1) -> tuple[Tenso
         batch = (batch + 1) // 2
     while max(height, width) > 1 and large():
         height, width = ((height + 1) // 2, width) if height >= width else (height, (width + 1) // 2)
+    # beside maps of a single pixel, the weight of a 1x1 convolution differs in its first size alone
+    sizes = first.shape[0], *first.shape[2:]
     return tuple(
-        t.detach()[:batch, :, :height, :width] if t.shape[2:] == first.shape[2:] else t.detach() for t in tensors
+        t.detach()[:batch, :, :height, :width] if (t.shape[0], *t.shape[2:]) == sizes else t.detach() for t in tensors
     )
 
 

@@ -353,6 +353,8 @@ def test_large_operands_are_cut() -> None:
     cut, weight = first_use._cut(use(16), (big, torch.empty(4, 8, 1, 1, device="meta")))
     assert cut.shape == (1, 4, 64, 128)
     assert weight.shape == (4, 8, 1, 1)
+    pixels = torch.empty(2, 4, 1, 1, device="meta")
+    assert first_use._cut(use(16), (pixels, weight))[1].shape == (4, 8, 1, 1)
     assert first_use._cut(use(16), (torch.empty(64, 4, 64, 64, device="meta"),))[0].shape == (4, 4, 64, 64)
     # LGNet's largest block
     block = torch.empty(16, 128, 64, 64, device="meta")
