@@ -191,6 +191,9 @@ def test_a_result_has_no_gradient_and_views_of_any_kind_are_read(model):
     fast = optimize(model, dtype="float32")
     expected = fast(image, mask)
     assert not fast(image.clone().requires_grad_(), mask).requires_grad
+    assert not fast(image.double().requires_grad_(), mask.double()).requires_grad
+    unchanged = fast(image.clone().requires_grad_(), torch.zeros_like(mask), return_stages=True)
+    assert not any(picture.requires_grad for picture in unchanged.merged)
     assert not fast(image.clone().requires_grad_(), torch.zeros_like(mask)).requires_grad
     negative = torch.complex(torch.zeros_like(image), -image).conj().imag
     assert negative.is_neg()
@@ -217,11 +220,14 @@ def test_empty_and_full_masks(model):
     result = fast(image, empty)
     assert torch.equal(result, image)
     assert result.data_ptr() != image.data_ptr()
-    assert [torch.equal(m, image) for m in fast(image, empty, return_stages=True).merged] == [True] * 3
+    merged = fast(image, empty, return_stages=True).merged
+    assert [torch.equal(m, image) for m in merged] == [True] * 3
+    assert len({m.data_ptr() for m in (image, *merged)}) == 4
     with torch.no_grad():
         exact = copy.deepcopy(model).double()(image.double(), torch.ones(1, 1, 256, 256).double())
     assert_same_pixels(fast(image, torch.ones(1, 1, 256, 256)), exact, torch.ones(1, 1, 256, 256))
-    assert fast(image[:0], empty[:0]).shape == (0, 3, 256, 256)
+    for holes in (None, [Rect(0, 9, 0, 9)]):
+        assert fast(image[:0], empty[:0], holes=holes).shape == (0, 3, 256, 256)
 
 
 def test_given_holes_are_used_instead_of_the_masks(model):

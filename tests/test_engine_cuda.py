@@ -56,6 +56,9 @@ def test_recent_drops_the_least_recently_used() -> None:
     assert dropped == ["two"]
     assert 1 in recent
     assert len(recent) == 2
+    recent.put(1, "one again")
+    recent.get(4, lambda: "four")
+    assert dropped == ["two", "three"]
 
 
 def test_programs_without_a_pool_launch_directly() -> None:

@@ -146,6 +146,15 @@ def test_rectangles_are_as_coarse_as_the_executor_wants_them() -> None:
         assert executor.asked == [(expected,)]
 
 
+def test_only_given_holes_restrict_an_engine_that_is_not_hole_aware() -> None:
+    hole = Rect(33, 60, 100, 101)
+    engine, executor, _ = engine_of(Notes)
+    engine.hole_aware = False
+    engine(*picture(hole))
+    engine(*picture(hole), holes=[hole])
+    assert executor.asked == [None, (hole,)]
+
+
 def test_what_saves_nothing_is_dense() -> None:
     """By the coarse rectangles: these cover all but a margin that the fine ones leave."""
     hole = Rect(1, 255, 1, 255)
@@ -177,6 +186,9 @@ def test_samples_apart_or_together() -> None:
     assert executor.asked == [[(holes[0],), (holes[1],)]]
     engine(*picture(holes[0], holes[0]))  # alike: no need to tell them apart
     assert executor.asked[-1] == (holes[0],)
+    stages = engine(*picture(Rect(0, 255, 0, 256), Rect(1, 256, 0, 256)), return_stages=True)
+    assert executor.asked[-1] is None  # it would save nothing for either
+    assert len(stages.raw) == 2
 
 
 def test_raw_pictures_are_asked_for_with_the_stages_alone() -> None:
