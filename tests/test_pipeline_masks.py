@@ -173,6 +173,7 @@ UNCERTAIN = {
     "red on white": _painted((255, 0, 0), 255),
     "red and white on black": _painted((255, 0, 0), np.where(PHOTO[..., :1] > 250, 255, 0)),
     "black on red": _painted((0, 0, 0), (255, 0, 0)),
+    "dark red on as dark a grey": _painted((40, 0, 0), (40, 40, 40)),
     "labels": _labels(),
     "labels as a palette": _labels().quantize(8),
     "two labels, one dark": _painted((192, 0, 0), np.where(np.arange(64)[:, None] < 4, (0, 64, 0), (0, 0, 0))),

@@ -299,6 +299,8 @@ def _blends(pixels: np.ndarray, low: np.ndarray, high: np.ndarray) -> bool:
     low = low.astype(np.float32)
     way = high - low
     widest = np.abs(way).argmax()
+    if way[widest] == 0:
+        return False
     for start in range(0, len(pixels), 2**20):
         change = pixels[start : start + 2**20] - low
         if (np.abs(change - change[:, widest, None] * (way / way[widest])) > _ROUNDING).any():
