@@ -28,6 +28,8 @@ def test_description_names_every_step_and_its_cost(model):
     restricted = fast.describe(holes=[Rect(96, 160, 96, 160)], rounds=1)
     dense_gflop, sparse_gflop = (float(list(t.columns[4].cells)[-1]) for t in (table, restricted))
     assert 0 < sparse_gflop < 0.6 * dense_gflop
+    with pytest.raises(ValueError, match=r"^holes: expected 0 <= top < bottom <= 256 .* got holes\[0\]"):
+        fast.describe(holes=[Rect(0, 257, 0, 9)], rounds=1)
     # A step cannot move its bytes faster than a copy; Winograd saves at most a factor of four of the arithmetic.
     shares = [float(cell.rstrip("%")) for cell in table.columns[-1].cells if cell]
     assert len(shares) == table.row_count
