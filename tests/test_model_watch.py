@@ -58,6 +58,14 @@ def write_another_storage(model: LGNet) -> None:
     model.net_l.out.weight.data = model.net_l.out.weight.data.clone()
 
 
+def write_another_shared_storage(model: LGNet) -> None:
+    model.net_l.out.weight.data = model.net_l.out.weight.data.clone().share_memory_()
+
+
+def move_within_the_storage(model: LGNet) -> None:
+    model.net_l.out.weight.data = model.net_l.out.weight.data[1:]
+
+
 def load_state(model: LGNet) -> None:
     model.load_state_dict(model.state_dict())
 
@@ -73,6 +81,8 @@ def load_state(model: LGNet) -> None:
         drop_bias,
         write_in_place,
         write_another_storage,
+        write_another_shared_storage,
+        move_within_the_storage,
         load_state,
     ],
 )
