@@ -149,6 +149,9 @@ CERTAIN = {
     "red on black": _painted((255, 0, 0), 0),
     "magenta on black": _painted((255, 0, 255), (8, 8, 8)),
     "dark blue on black": _painted((0, 0, 128), 0),
+    "red on black, mostly opaque": Image.fromarray(
+        np.dstack([_painted((255, 0, 0), 0), np.full(SIZE, 200, np.uint8)])
+    ),
     "red on black array": np.asarray(_painted((255, 0, 0), 0)),
     "blue on black as OpenCV has it": np.asarray(_painted((0, 0, 255), 0))[..., ::-1],
     "float tensor, green on black": torch.from_numpy(np.asarray(_painted((0, 255, 0), 0)) / 255).permute(2, 0, 1),
@@ -171,6 +174,7 @@ UNCERTAIN = {
     "RGBA array": np.asarray(_erased(PHOTO)),
     "RGBA tensor": torch.from_numpy(np.array(_erased(PHOTO))).permute(2, 0, 1),
     "red on white": _painted((255, 0, 0), 255),
+    "red on grey": _painted((255, 0, 0), 128),
     "red and white on black": _painted((255, 0, 0), np.where(PHOTO[..., :1] > 250, 255, 0)),
     "black on red": _painted((0, 0, 0), (255, 0, 0)),
     "dark red on as dark a grey": _painted((40, 0, 0), (40, 40, 40)),
@@ -180,6 +184,9 @@ UNCERTAIN = {
     "a photograph": Image.fromarray(noise(*SIZE, seed=8)),
     "red on another photograph": _painted((255, 0, 0), noise(*SIZE, seed=8)),
     "white on a copy of the picture": _painted((255, 255, 255), PHOTO),
+    "magenta on most of a copy of the picture": Image.fromarray(
+        np.where(STROKE[..., None], PHOTO, (255, 0, 255)).astype(np.uint8)
+    ),
     "brush of the picture's own colour": _painted(PHOTO[0, 0], PHOTO),
 }
 
@@ -213,6 +220,7 @@ def test_auto_refuses_what_can_mean_two_things_and_names_the_choices(kind):
         ("colour", _painted((255, 0, 255), PHOTO)),
         ("colour", _painted((255, 0, 255), PHOTO // 4, quality=95)),
         ("colour", _layer((200, 0, 0), below=(0, 200, 0))),
+        ("colour", _layer((200, 0, 0), below=np.where(np.arange(64)[:, None] < 4, (200, 0, 0), 0))),
         ("colour", _painted((192, 128, 128), 0)),
     ],
 )
