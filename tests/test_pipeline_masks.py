@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import re
 
 import numpy as np
@@ -40,6 +41,7 @@ def _kinds(tmp_path):
         "1": grey.convert("1"),
         "P": grey.convert("P"),
         "int64 of 0 and 1": HOLE.astype(np.int64),
+        "int16 of 0 and 255": HOLE.astype(np.int16) * 255,
         "int32 of 0 and 255": HOLE.astype(np.int32) * 255,
         "uint16": HOLE.astype(np.uint16) * 65535,
         "three channels, as OpenCV reads": np.stack([HOLE.astype(np.uint8) * 255] * 3, axis=2),
@@ -270,6 +272,7 @@ def test_grey_levels_are_thresholded_at_half_by_default():
     assert read_hole(levels, 1, 7).tolist() == [[False, False, False, False, True, True, True]]
     assert read_hole(levels, 1, 7, threshold=0.0).tolist() == [[False] + [True] * 6]
     assert read_hole(levels, 1, 7, threshold=0.505).tolist() == [[False] * 5 + [True] * 2]
+    assert read_hole(levels, 1, 7, threshold=1 - 1e-9).tolist() == [[False] * 6 + [True]]
     assert read_hole(np.array([[0.5, 0.51]]), 1, 2).tolist() == [[False, True]]
 
 
@@ -303,6 +306,7 @@ def test_jpeg_masks_keep_their_shape_and_black_ones_stay_empty():
         (torch.zeros(2, 1, 3, 4), r"\[1, C, H, W\]"),
         (torch.full((1, 1, 3, 4), float("nan")), "finite"),
         (None, "NoneType"),
+        (np.zeros((0, 4), np.uint8), "got 4x0"),
         (Image.fromarray(np.full((3, 4), 70000, np.int32)), "70000"),
     ],
 )
@@ -334,6 +338,11 @@ def test_masks_for_a_batch():
     masks = torch.arange(3).view(3, 1, 1, 1)
     assert [int(mask) for mask in masks_for(masks, 3)] == [0, 1, 2]
     assert masks_for("a.png", 2) == ["a.png", "a.png"]
+    unread, write = os.pipe()
+    os.write(write, b"a mask")
+    os.close(write)
+    with open(unread, "rb") as pipe:  # can be read only once
+        assert [mask.data for mask in masks_for(pipe, 2)] == [b"a mask"] * 2
     for wrong in (["a", "b", "c"], masks):
         with pytest.raises(InvalidMaskError, match="2"):
             masks_for(wrong, 2)

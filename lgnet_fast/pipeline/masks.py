@@ -146,7 +146,7 @@ def soft_edge(hole: np.ndarray, dilate: int = 0, feather: int = 0) -> np.ndarray
     # No pixel of the picture is farther than `far`; a ramp of 2^40 pixels is 1 in float32 all over it.
     far = sum(hole.shape)
     dilate, feather = min(dilate, far), min(feather, 2**40)
-    reach = min(dilate + feather, far)
+    reach = dilate + feather
     grown = [box.grown(reach, hole.shape) for box in group_holes(hole).boxes]
     for box in disjoint_boxes(grown, hole.shape):
         # Indices of the nearest hole pixel; distances are computed from them strip by strip, which takes less memory.
@@ -282,10 +282,8 @@ def _above(levels: np.ndarray, white: float, threshold: float) -> np.ndarray:
     above: np.ndarray
     if levels.dtype != np.uint8:
         above = levels / np.float32(white) > threshold
-        return above
-    # Compare bytes with the least level that exceeds the threshold.
-    exceeding = np.flatnonzero(np.arange(256, dtype=np.float32) / np.float32(white) > threshold)
-    above = levels >= exceeding[0] if len(exceeding) else np.zeros(levels.shape, dtype=bool)
+    else:  # compare bytes with the least level that exceeds the threshold; white does
+        above = levels >= int((np.arange(256) / white > threshold).argmax())
     return above
 
 
