@@ -36,6 +36,7 @@ def test_any_size_comes_back_with_known_pixels_untouched(pipe, size, strategy):
         hole[:] = True
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # a picture of one pixel is all hole
+        warnings.simplefilter("error", RuntimeWarning)  # numpy's of NaN
         result = pipe(picture, hole, strategy=strategy)
     assert result.shape == picture.shape
     assert result.dtype == np.uint8
