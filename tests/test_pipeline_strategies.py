@@ -106,6 +106,10 @@ def test_a_window_is_the_smallest_of_the_largest_scale(multiple):
         assert strategies._shape([height, width], multiple, cells) == (scale, down, across)
 
 
+def test_rounding_takes_no_cell_more():
+    assert strategies._shape([25, 50], 7, 4) == (7 / 25, 1, 2)  # 7 / 25 * 50 / 7 is more than 2
+
+
 def test_groups_near_each_other_merge_and_distant_ones_do_not():
     near = box_mask(1024, 1024, (100, 100, 110, 110), (100, 180, 110, 190))
     assert len(crop_windows(near, 256, 512)) == 1
@@ -113,6 +117,21 @@ def test_groups_near_each_other_merge_and_distant_ones_do_not():
     assert len(crop_windows(touching, 256, 512)) == 1
     distant = box_mask(1024, 1024, (100, 100, 110, 110), (900, 900, 910, 910))
     assert len(crop_windows(distant, 256, 512)) == 2
+    rings = box_mask(900, 1200, (200, 200, 500, 500), (200, 540, 500, 840))
+    rings &= ~box_mask(900, 1200, (204, 204, 496, 496), (204, 544, 496, 836))
+    windows = crop_windows(rings, 256, 512)  # together they would be seen at two thirds of the scale
+    assert [window.reduced for window in windows] == [window.size for window in windows] == [(512, 512)] * 2
+
+
+def test_a_groups_context_does_not_grow_with_other_groups():
+    windows = crop_windows(box_mask(2000, 2000, (100, 100, 500, 500), (1500, 1500, 1516, 1516)), 256, 512)
+    assert [network_size(window, 256) for window in windows] == [(512, 512), (256, 256)]
+
+
+def test_a_picture_of_one_row_keeps_it():
+    row = np.ones((1, 9000), bool)
+    for strategy, reduced in (("crop", (1, 1024)), ("resize", (1, 512))):
+        assert [window.reduced for window in windows_for(strategy, row, 256, 512)] == [reduced]
 
 
 def test_overlapping_windows_fill_only_their_own_group():
@@ -188,6 +207,8 @@ def test_thick_is_a_square_of_128(across, thick):
     speckled = hole.copy()
     speckled[30 + across[0] // 2, 50 + across[1] // 2] = False
     assert not _is_thick(speckled)
+    corner = box_mask(200, 200, (0, 0, 120, 120), (190, 0, 200, 200), (0, 190, 200, 200))
+    assert not _is_thick(corner)  # what lies beyond the group is no hole
 
 
 @pytest.mark.parametrize("seed", [2, 3])
@@ -213,7 +234,7 @@ def test_reduced_scale_averages_known_pixels_only():
     region = np.zeros((4, 4, 3), np.float32)
     region[:2] = 0.5
     hole = np.zeros((4, 4), bool)
-    hole[0, 0] = hole[2:, 2:] = True
+    hole[0, :2] = hole[2:, 2:] = True  # a half of a reduced pixel, which is known then, and a whole one
     poisoned = region.copy()
     poisoned[hole] = -1
     for content in (region, poisoned):
@@ -229,11 +250,12 @@ def _at_once(plane, size, filter):
 
 def test_strips_reduce_as_one_call_of_pillow(monkeypatch):
     rng = np.random.default_rng(0)
-    region, hole = rng.random((67, 131, 3)).astype(np.float32), rng.random((67, 131)) > 0.9
+    region, hole = rng.random((67, 131, 3)).astype(np.float32), rng.random((67, 131)) > 0.5
     monkeypatch.setattr(strategies, "_STRIP_PIXELS", 1000)
     reduced, small_hole = strategies.reduce_region(region.__getitem__, hole, (20, 33))
     known = (~hole).astype(np.float32)
     share = _at_once(known, (20, 33), Image.Resampling.BOX)
+    np.testing.assert_array_equal(small_hole, share < 0.5)
     for channel in range(3):
         expected = _at_once(region[..., channel] * known, (20, 33), Image.Resampling.BOX) / np.maximum(share, 1e-6)
         np.testing.assert_array_equal(reduced[..., channel], np.where(small_hole, 0, expected))

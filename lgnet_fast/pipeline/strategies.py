@@ -281,7 +281,7 @@ def _place(extent: slice, network: int, scale: float, length: int) -> tuple[slic
     """Place of a window of `network` pixels at `scale` along an axis of `length`, and its reduced length."""
     span = round(network / scale)
     if span >= length:
-        return slice(0, length), length if scale == 1 else max(1, min(network, round(length * scale)))
+        return slice(0, length), max(1, min(network, round(length * scale)))
     start = (extent.start + extent.stop - span) // 2
     start = min(max(0, start), length - span)
     return slice(start, start + span), network
