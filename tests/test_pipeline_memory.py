@@ -119,6 +119,8 @@ def test_estimate_grows_with_the_padded_picture_and_not_beyond_the_window():
         network = memory.network_bytes([512 * 512], 64, torch.float32)
         assert large == 24_000_000 * 20 + memory.fill_bytes(24_000_000) + network
         assert large < estimate_memory(4000, 6000, "full") / 5
+        small = estimate_memory(4000, 6000, strategy, window=64)  # no window is smaller than the multiple
+        assert small == estimate_memory(4000, 6000, strategy, window=256)
     assert estimate_memory(512, 512, dtype=torch.float16) < estimate_memory(512, 512)
     assert estimate_memory(512, 512, base_channels=16) < estimate_memory(512, 512)
     # An engine takes less, and keeps the buffers of up to eight shapes: windows of 4 cells and less.
@@ -187,7 +189,7 @@ def needed(hole, network):
     return 3 * hole.size + fills + memory.network_bytes([network], 4, torch.float32)
 
 
-def test_auto_goes_to_smaller_windows_until_the_run_fits():
+def test_auto_goes_to_smaller_windows_until_the_run_fits(monkeypatch):
     hole = np.zeros((900, 900), bool)
     hole[::100] = hole[:, ::100] = True  # lines everywhere: tiles of 512 at first
     picture = noise(900, 900)
@@ -203,6 +205,11 @@ def test_auto_goes_to_smaller_windows_until_the_run_fits():
     np.testing.assert_array_equal(tight.picture[~hole], picture[~hole])
     with pytest.raises(OutOfMemoryError, match="strategy resize"):
         Inpainter(BlurFill(), memory_limit=limit - 1)(picture, hole)
+    with pytest.raises(OutOfMemoryError, match="strategy resize"):
+        Inpainter(BlurFill(), memory_limit=limit).stages(picture, hole)  # a picture for each of three stages
+    monkeypatch.setattr(memory, "available_memory", lambda device: limit - 1)
+    with pytest.raises(OutOfMemoryError, match="strategy resize"):
+        Inpainter(BlurFill())(picture, hole)  # fills and network share the memory of a CPU
 
 
 def test_windows_of_a_network_of_a_small_multiple_do_not_become_smaller_than_256():
@@ -280,6 +287,8 @@ def test_the_estimate_of_an_unknown_strategy_is_an_error():
 def test_other_errors_pass_through():
     with pytest.raises(RuntimeError, match="shape"), OutOfMemoryErrors("picture"):
         raise RuntimeError("shape mismatch")
+    with pytest.raises(OutOfMemoryError, match="^image: out of memory$"), OutOfMemoryErrors("picture"):
+        raise OutOfMemoryError("image: out of memory")  # the library's own
 
 
 def test_available_memory_is_what_the_system_says():
