@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -299,6 +300,8 @@ def test_stages_are_pictures_of_the_same_kind():
     np.testing.assert_array_equal(np.asarray(stages.result), filled)
     local = np.asarray(stages.local)[hole].astype(float)
     np.testing.assert_allclose(local, filled[hole] / 2, atol=1)
+    two = replace(stages, merged=stages.merged[:2])
+    assert (two.local, two.result) == (None, stages.merged[1])
 
 
 def test_eight_threads_give_what_one_gives(bundled):
