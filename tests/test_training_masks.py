@@ -59,6 +59,13 @@ def test_any_size_keeps_the_class_or_says_why_not(kind, height, width):
         generate_mask(3, 3, hole_class=0, kind=kind, seed=0)
 
 
+def test_a_hole_grows_by_exactly_what_is_missing():
+    hole, rng = np.zeros((4, 5), dtype=bool), np.random.default_rng(0)
+    for missing, count in ((3, 3), (4, 7), (13, 20)):
+        brushes._grow(hole, rng, missing)
+        assert hole.sum() == count
+
+
 def test_any_ratio_without_a_class():
     ratios = [hole_ratio(generate_mask(64, 64, hole_class=None, kind="strokes", seed=s)) for s in range(60)]
     assert 0.01 < min(ratios) < 0.12
@@ -243,7 +250,7 @@ def test_folder_by_number_polarity_and_measured_class(tmp_path, mode):
 
 
 def test_resizing_is_nearest_neighbour(tmp_path):
-    folder = MaskFolder(write_masks(tmp_path / "m", [0.5]))
+    folder = MaskFolder(write_masks(tmp_path / "m", [0.5725]))
     assert np.array_equal(folder.mask(0, 40, 40), np.kron(folder[0], np.ones((2, 2), dtype=bool)))
     assert np.array_equal(folder.mask(0, 10, 10), folder[0][1::2, 1::2])
 
@@ -266,11 +273,13 @@ def test_liu_layout(tmp_path, monkeypatch):
 
 def test_qd_imd_layout_is_searched_with_its_folders(tmp_path):
     write_masks(tmp_path / "m" / "train", [0.1, 0.2])
-    write_masks(tmp_path / "m" / "test", [0.3])
+    write_masks(tmp_path / "m" / "test", [0.3, 0.4])
+    (tmp_path / "m" / "train" / "0.png").rename(tmp_path / "m" / "train" / "2_0.png")  # the last number counts
     folder = MaskFolder(tmp_path / "m")
     assert [f.relative_to(tmp_path / "m").as_posix() for f in folder.files] == [
         "test/0.png",
-        "train/0.png",
+        "test/1.png",
+        "train/2_0.png",
         "train/1.png",
     ]
 
