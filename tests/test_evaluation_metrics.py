@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import sys
 from pathlib import Path
 from urllib.error import URLError
@@ -99,6 +100,7 @@ def test_lpips_and_fid_networks_may_be_given():
     class Mean(nn.Module):
         def forward(self, picture):
             assert picture.dtype == torch.uint8
+            assert not self.training
             return picture.float().mean(dim=(2, 3))
 
     white, black = np.full((16, 20, 3), 255, np.uint8), np.zeros((16, 20, 3), np.uint8)
@@ -107,6 +109,7 @@ def test_lpips_and_fid_networks_may_be_given():
     assert measure.scores(white, black) == {"lpips": 2.0}
     assert seen == [((1, 3, 16, 20), torch.float32, 1.0, 1.0)]
     np.testing.assert_array_equal(measure.features(white), [255, 255, 255])
+    assert socket.getdefaulttimeout() is None  # that of the downloads has gone
 
 
 def test_missing_backbones_are_one_line_each_and_the_other_metrics_stay(tmp_path, pictures):

@@ -12,6 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
+from lgnet_fast.data.folders import pictures_in
 from lgnet_fast.training import ConfigError, DataError
 from lgnet_fast.training.config import DataConfig
 from lgnet_fast.training.held_out import HeldOut
@@ -95,6 +96,7 @@ def test_hidden_pictures_are_left_out_and_links_followed(tmp_path):
     assert [source.name(i) for i in range(len(source))] == [str(path) for path in expected]
     masks = dataset(tmp_path / "p", masks=str(tmp_path / "p")).masks.folder
     assert sorted(masks.files) == expected
+    assert pictures_in(tmp_path, [tmp_path / "elsewhere"]) == expected[:2]  # through no link either
 
 
 def test_files_that_are_left_out_are_told_of(tmp_path):
