@@ -286,9 +286,13 @@ def test_an_interrupted_evaluation_goes_on_where_it_was(fake, pictures, tmp_path
     before = len(fake.seen)
     assert before == 4
     (part,) = (tmp_path / "out").rglob("*.jsonl")
-    part.write_bytes(part.read_bytes() + b'{"key": "torn')
+    records = part.read_bytes()
+    assert records.count(b'"measured": ["l1"]') == 4
+    records = records.replace(b'"measured": ["l1"]', b'"measured": []', 1)  # as where a metric was not available
+    part.write_bytes(records + b'{"key": "torn')
+    os.utime(pictures / "1.png", (1, 1))  # another picture: both of its records are
     result = evaluate(pictures, **options)
-    assert len(fake.seen) - before == 6
+    assert len(fake.seen) - before == 9
     assert result.scores == evaluate(pictures, **{**options, "out": None}).scores
     fake.seen.clear()
     evaluate(pictures, **{**options, "seed": 1})

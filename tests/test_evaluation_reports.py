@@ -266,6 +266,13 @@ def test_another_device_or_network_is_another_evaluation(fake, pictures, tmp_pat
     for changed in ({"device": "cuda"}, {"dtype": "float64"}, {"backend": "eager"}, {"seed": 1}, {"sheet_rows": 1}):
         other = replace(options, **changed)
         assert _identity(other, _settings(other, _plan(other).holes)) != one, changed
+    model = tmp_path / "model" / "model.safetensors"
+    model.parent.mkdir()
+    own, identities = replace(options, models=[str(model.parent)]), set()
+    for weights in (b"x", b"other"):
+        model.write_bytes(weights)
+        identities.add(_identity(own, _settings(own, _plan(own).holes)))
+    assert len(identities) == 2
     (tmp_path / "vgg.npz").write_bytes(b"x")
     monkeypatch.setenv("LGNET_FAST_LPIPS", str(tmp_path / "vgg.npz"))
     assert _identity(options, _settings(options, _plan(options).holes)) != one

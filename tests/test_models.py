@@ -405,6 +405,15 @@ def test_a_changed_combiner_is_called(change, backend, variant):
     assert_accurate("combined", block(features), exact, eager)
 
 
+@pytest.mark.parametrize(("hook", "gradients"), [("full_backward_pre_hook", 1), ("full_backward_hook", 2)])
+def test_backward_hooks_of_a_combiner_run(hook, gradients):
+    block = narrow("C+G_att").net_g.attention["d4"]
+    seen = []
+    getattr(block.combiner, f"register_{hook}")(lambda module, *found: seen.append(len(found)))
+    block(torch.randn(2, block.combiner.out_channels, 6, 5, requires_grad=True)).sum().backward()
+    assert seen == [gradients]
+
+
 def test_gradients_reach_what_a_combiner_is_computed_from():
     """Each step computes the pruned weight anew; a stale one belongs to the graph of an earlier step."""
     block = narrow("C+G_att").net_g.attention["d4"]
