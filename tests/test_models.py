@@ -13,7 +13,7 @@ from torch.nn.utils import prune
 
 from lgnet_fast import BackendError, LGNet, LocalGlobalRefinement, create_model, list_models
 from lgnet_fast.reference import LocalNet, UNet
-from lgnet_fast.reference.attention import attention_block
+from lgnet_fast.reference.attention import VARIANTS, attention_block, query_key_value
 from tests.support import assert_accurate, case
 
 ABLATIONS = ["C", "C+L", "C+G_att", "C+G+G_att", "C+L+G", "C+L+G_att"]
@@ -403,6 +403,21 @@ def test_a_changed_combiner_is_called(change, backend, variant):
     exact = attention_block(features.double(), weight.double(), bias.double(), variant)
     eager = attention_block(features, weight, bias, variant)
     assert_accurate("combined", block(features), exact, eager)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_keys_of_tiny_features_have_unit_norm(variant):
+    _, key, _ = query_key_value(torch.full((1, 4, 2, 3), 1e-9, dtype=torch.float64), variant)
+    assert torch.allclose(key, torch.full_like(key, 0.5), rtol=1e-12)
+
+
+def test_autocast_takes_pictures_in_16_bit():
+    image, mask = case("gen256", 1, 256, 256, torch.bfloat16)
+    model = narrow("C")
+    with pytest.raises(TypeError, match="image: expected torch.float32 as the model's weights, got torch.bfloat16"):
+        model(image, mask)
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(torch.where(mask > 0, image, model(image, mask)), image)
 
 
 @pytest.mark.parametrize(("hook", "gradients"), [("full_backward_pre_hook", 1), ("full_backward_hook", 2)])

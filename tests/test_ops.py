@@ -415,6 +415,7 @@ def test_autocast_lowers_attention_and_widens_merging():
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.ops.lgnet.attention_block(*args).dtype == torch.bfloat16
         assert torch.ops.lgnet.cosine_attention(args[0].double()).dtype == torch.float64
+        assert torch.ops.lgnet.merge(image, output.bfloat16(), mask.bfloat16()).dtype == torch.float32
         merged = torch.ops.lgnet.merge_concat(image, output.bfloat16(), mask)
     assert merged.dtype == torch.float32
     expected = reference_merge.merge_concat(image, output.bfloat16().float(), mask)
