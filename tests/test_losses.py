@@ -371,6 +371,13 @@ def test_crops_restrict_the_terms_and_their_gradient():
     assert not stages.raw[1].grad[..., 16:].any()
 
 
+def test_each_stages_crop_is_compared_with_the_same_place_of_the_image():
+    _, image, mask = stages_of(3, side=32)
+    right = Stages(None, None, None, (image,) * 3, (image,) * 3)
+    terms = generator_loss(right, image, mask, torch.ones(1), features, options=FeatureOptions(crop=8))
+    assert [terms[f"{name}{i}"].item() for i in (2, 3) for name in ("style", "perceptual")] == [0] * 4
+
+
 class _LPIPS:
     """A stand-in with LPIPS's two methods."""
 
