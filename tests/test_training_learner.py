@@ -5,11 +5,14 @@ from __future__ import annotations
 import copy
 import math
 import warnings
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from lgnet_fast import create_model
+from lgnet_fast.reference.losses import adversarial_loss, hole_share
 from lgnet_fast.training import ConfigError, Trainer, TrainingError
 from lgnet_fast.training.setup import make_accelerator
 from tests.training_support import (
@@ -65,6 +68,7 @@ def test_accumulated_halves_equal_the_whole_batch(pictures, tmp_path):
     parts = [{"image": image[i : i + 1], "mask": mask[i : i + 1], "name": ["ab"[i]]} for i in range(2)]
     second = halves.train_step(parts)
     assert first.keys() == second.keys()
+    assert not any(term.requires_grad for terms in (first, second) for term in terms.values())
     for name in first:
         # In the first half, the generators' loss uses the discriminator before its step.
         tolerance = 1e-2 if name in ("G", "G_adv") else 1e-9
@@ -291,6 +295,8 @@ def test_the_discriminator_judges_a_crop(pictures, tmp_path):
     trainer = Trainer(tiny_config(pictures, tmp_path, discriminator={"crop": 64, "stage": "last", "by_hole": True}))
     seen = []
     trainer.discriminator.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].detach().clone()))
+    scores, holes = [], []
+    trainer.discriminator.register_forward_hook(lambda module, inputs, found: scores.append(found.detach()))
     trainer.training_mode()
     sample = batch()
     terms = trainer.train_step([sample])
@@ -301,11 +307,14 @@ def test_the_discriminator_judges_a_crop(pictures, tmp_path):
     found = (places == real[:, :, None, None]).all(dim=(1, 4, 5)).nonzero().tolist()
     assert [i for i, _, _ in found] == [0, 1]
     for i, row, column in found:
-        known = (sample["mask"][i, :, row : row + 64, column : column + 64] == 0).expand(3, 64, 64)
+        holes.append(sample["mask"][i, :, row : row + 64, column : column + 64])
+        known = (holes[-1] == 0).expand(3, 64, 64)
         assert not known.all()
         assert torch.equal(fake[i][known], real[i][known])
         assert not torch.equal(fake[i], real[i])
     assert all(torch.isfinite(term) for term in terms.values())
+    weighted = adversarial_loss(scores[2], True, hole_share(torch.stack(holes), scores[2]))
+    assert terms["G_adv"].item() == pytest.approx(weighted.item(), rel=1e-6)
 
 
 def test_feature_terms_in_every_second_step_and_in_bfloat16(pictures, tmp_path):
@@ -319,12 +328,16 @@ def test_feature_terms_in_every_second_step_and_in_bfloat16(pictures, tmp_path):
     loss = {"feature_every": 2, "feature_dtype": "bf16", "feature_stages": "last", "feature_pictures": "merged"}
     config = tiny_config(pictures, tmp_path, loss={**loss, "feature_crop": 64, "features": "torchvision"})
     trainer = Trainer(config, features=Seeing())
+    step = trainer.learner._optimise
+    lpips = SimpleNamespace(directions=lambda picture: picture, distance=lambda a, b: (a - b).abs().mean((1, 2, 3)))
+    step.objective = replace(step.objective, lpips=lpips)
     trainer.training_mode()
     found = []
     for number in range(3):
-        found.append("style3" in trainer.train_step([batch(seed=number)]))
+        terms = trainer.train_step([batch(seed=number)])
+        found.append(["style3" in terms, "lpips3" in terms])
         trainer.step += 1
-    assert found == [True, False, True]
+    assert found == [[True] * 2, [False] * 2, [True] * 2]
     assert seen == [(torch.bfloat16, (2, 3, 64, 64))] * 4  # the truth and the merged picture, twice
 
 
