@@ -208,6 +208,16 @@ def test_newest_stay_and_half_written_ones_go(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step_000000020.pt", "step_000000100.pt"]
 
 
+@pytest.mark.skipif(checkpoints.fcntl is None, reason="no locks of files here")
+def test_a_disk_without_locks_holds_a_run(tmp_path, monkeypatch):
+    def lockf(*arguments):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoints.fcntl, "lockf", lockf)
+    with checkpoints.held(tmp_path / "run"):
+        assert (tmp_path / "run").is_dir()
+
+
 def test_damaged_newest_falls_back_with_a_warning(tmp_path):
     folder = CheckpointFolder(tmp_path, keep=3)
     for step in (1, 2):
@@ -422,6 +432,7 @@ def test_what_cannot_be_resumed(pictures, tmp_path):
     late = Trainer(tiny_config(pictures, run, optim={"ema": 0.9}))
     late.restore(state)
     assert_same(dict(late.average.state), dict(late.network.state_dict()))
+    assert all(late.average.state[name].data_ptr() != value.data_ptr() for name, value in state["network"].items())
 
 
 def test_what_may_change_between_two_legs(pictures, tmp_path):

@@ -199,6 +199,8 @@ def test_moving_average(pictures, tmp_path):
         decay = min(0.15, (1 + step) / (10 + step))
         expected = decay * expected + (1 - decay) * trainer.network.state_dict()[name]
     assert torch.allclose(trainer.average.state[name], expected, atol=1e-7)
+    counts = {key: int(value) for key, value in trainer.average.state.items() if value.dtype == torch.int64}
+    assert set(counts.values()) == {3}  # batches that the BatchNorms have seen
     own = trainer.network.state_dict()[name].clone()
     with trainer.averaged():
         assert torch.equal(trainer.network.state_dict()[name], trainer.average.state[name])

@@ -19,6 +19,8 @@ def test_paper_schedule_is_specs():
             for step in {epoch * per_epoch, epoch * per_epoch + per_epoch - 1}:
                 factor = learning_rate_factor(optim, step, total, step / total, per_epoch)
                 assert factor == pytest.approx(expected, abs=1e-12), (per_epoch, epoch)
+    # a run of a part of an epoch counts as two
+    assert [learning_rate_factor(optim, step, 3, step / 3, 10) for step in range(3)] == [1, 1, 0.5]
 
 
 @pytest.mark.parametrize(

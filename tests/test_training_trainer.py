@@ -168,16 +168,17 @@ def test_time_ends_a_run_with_a_checkpoint(pictures, tmp_path, monkeypatch):
     assert rates[-1] < 2e-4 * (1 - trainer.step / 100_000) - 1e-6  # by the clock, not by the steps
 
 
-def test_weights_that_are_not_finite_are_not_kept(pictures, tmp_path, monkeypatch):
+@pytest.mark.parametrize("where", ["network", "discriminator", "average"])
+def test_weights_that_are_not_finite_are_not_kept(pictures, tmp_path, monkeypatch, where):
     """A gradient may be NaN where the loss is finite."""
-    trainer = Trainer(tiny_config(pictures, tmp_path / "run", run={"checkpoint_every": 1, "keep": 1}))
+    config = tiny_config(pictures, tmp_path / "run", optim={"ema": 0.9}, run={"checkpoint_every": 1, "keep": 1})
+    trainer = Trainer(config)
     step = trainer.train_step
 
     def poisoned_in_the_second(batches):
         terms = step(batches)
         if trainer.step == 1:
-            with torch.no_grad():
-                next(trainer.network.parameters()).view(-1)[0] = math.nan
+            next(iter(trainer.state()[where].values())).fill_(math.nan)
         return terms
 
     monkeypatch.setattr(trainer, "train_step", poisoned_in_the_second)
