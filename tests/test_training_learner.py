@@ -131,6 +131,11 @@ def test_bfloat16_steps_stay_close_to_float32_and_keep_the_spectral_norm(picture
         vectors[precision] = trainer.discriminator.state_dict()["encoder.2.weight_u"]
         assert all(p.dtype == torch.float32 for p in trainer.network.parameters())
         assert trainer.accelerator.mixed_precision == precision
+        forward = vars(trainer.network).get("forward")  # accelerate's, with autocast
+        assert (forward is None) == (precision == "no")
+        with trainer.averaged():
+            assert "forward" not in vars(trainer.network)
+        assert vars(trainer.network).get("forward") is forward
     for name, value in terms["no"].items():
         assert terms["bf16"][name].item() == pytest.approx(value.item(), rel=0.05, abs=2e-3), name
         assert terms["bf16"][name].dtype == torch.float32
