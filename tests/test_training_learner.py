@@ -375,6 +375,16 @@ def test_not_finite_stops_and_saves_the_batch(pictures, tmp_path):
     assert math.isnan(saved["terms"]["G"])
 
 
+def test_losses_are_looked_at_in_every_second_step(pictures, tmp_path):
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", run={"finite_every": 2}))
+    trainer.training_mode()
+    trainer.step = 1
+    assert math.isnan(trainer.train_step([poisoned()])["G"].item())
+    trainer.step = 2
+    with pytest.raises(TrainingError, match="the loss of step 3 is not finite"):
+        trainer.train_step([batch()])
+
+
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_not_finite_stops_with_a_checkpoint_of_the_step_before(pictures, tmp_path, capsys, accumulate):
     """Though the discriminator has made its step, with gradients that are not finite."""
