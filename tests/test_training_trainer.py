@@ -387,6 +387,26 @@ def test_the_last_checkpoint_has_the_best_score(pictures, tmp_path):
     assert trainer.checkpoints.load_latest()["best"] == 23.0
 
 
+@pytest.mark.parametrize(("metric", "best"), [("psnr", 3.0), ("ssim", 3.0), ("l1", 1.0), ("lpips", 1.0)])
+def test_the_best_score_is_the_highest_or_the_lowest(pictures, tmp_path, monkeypatch, metric, best):
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run"))
+    monkeypatch.setattr(trainer, "config", SimpleNamespace(run=SimpleNamespace(metric=metric)))
+    scores = iter([2.0, 3.0, 1.0, 2.5])
+    monkeypatch.setattr(trainer, "validate", lambda: {metric: next(scores)})
+    monkeypatch.setattr(trainer, "export", lambda folder: folder)
+    monkeypatch.setattr(trainer, "_save", lambda best: None)
+    for _ in range(4):
+        trainer._validate()
+    assert trainer.best == best
+
+
+def test_minutes_of_earlier_legs_count(pictures, tmp_path):
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", optim={"steps": 1}))
+    trainer.minutes = 5.0
+    trainer.fit()
+    assert 5 < trainer.minutes < 10
+
+
 def test_a_best_checkpoint_that_cannot_be_written_is_not_the_best(pictures, tmp_path, monkeypatch):
     data, run = {"validation": str(pictures)}, {"validation_pictures": 1, "validate_every": 2}
     trainer = Trainer(tiny_config(pictures, tmp_path / "run", data=data, run=run))
