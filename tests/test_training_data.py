@@ -77,6 +77,11 @@ def test_workers_and_a_later_start_change_nothing(tmp_path):
     assert_same_batches(alone[4:], read(dataset(tmp_path / "p"), 2, start=4))
 
 
+def test_each_of_several_processes_goes_on_behind_what_all_have_read():
+    started = [next(iter(PositionSampler(3, 2, rank, 4))) for rank in range(4)]
+    assert started == [[24, 25], [26, 27], [28, 29], [30, 31]]
+
+
 def test_processes_together_read_what_one_reads(tmp_path):
     data = dataset(write_pictures(tmp_path / "p"))
     whole = read(data, 4, batch_size=4)

@@ -400,6 +400,11 @@ def test_the_best_score_is_the_highest_or_the_lowest(pictures, tmp_path, monkeyp
     assert trainer.best == best
 
 
+def test_an_epoch_has_a_step_for_its_last_pictures_too(pictures, tmp_path):
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", optim={"batch_size": 2}))
+    assert (len(trainer.dataset), trainer.steps_an_epoch) == (5, 3)
+
+
 def test_minutes_of_earlier_legs_count(pictures, tmp_path):
     trainer = Trainer(tiny_config(pictures, tmp_path / "run", optim={"steps": 1}))
     trainer.minutes = 5.0
