@@ -364,6 +364,20 @@ def test_a_quality_is_checked_for_deep_pictures_too(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_chunks_fit_a_layout_and_come_once():
+    def png(depth, kind):
+        header = struct.pack(">IIBBBBB", 1, 1, depth, kind, 0, 0, 0)
+        return chunks.SIGNATURE + b"".join(chunks._chunk(*one) for one in ((b"IHDR", header), first, (b"IDAT", b"x")))
+
+    first, second, bits = (b"tEXt", b"a\0b"), (b"tEXt", b"c\0d"), (b"sBIT", b"\5\5\5")
+    for source, result, fits in (((8, 3), (4, 3), True), ((8, 2), (8, 2), True), ((16, 2), (8, 2), False)):
+        kept = chunks.Kept(source, (first, second, bits))
+        assert chunks.fitting(kept, png(*result)) == [second, bits][: 1 + fits]
+    both = chunks.put_chunks(png(8, 2), [second])
+    assert [one for one in chunks.read_chunks(both) if one[0] == b"tEXt"] == [first, second]
+    assert [kind for kind, _ in chunks.read_chunks(both[:-1])] == [b"IHDR", b"tEXt", b"tEXt"]
+
+
 def test_an_old_text_with_exif_is_not_copied(tmp_path):
     info = PngImagePlugin.PngInfo()
     info.add_text("Raw profile type exif", "\nexif\n 8\n" + b"Exif\0\0..".hex())
