@@ -206,6 +206,12 @@ def test_cpp_refuses_what_is_not_on_the_cpu():
     assert torch.ops.lgnet.attention_block(*args).shape == args[0].shape
 
 
+def test_attention_in_float16_is_left_to_pytorch_on_a_cpu():
+    with torch.no_grad():
+        torch.ops.lgnet.attention_block(*block_inputs(dtype=torch.float16))
+    assert ops.calls() == {("attention_block", "eager"): 1}
+
+
 def test_model_uses_the_kernels_in_eval_and_in_training():
     torch.manual_seed(0)
     model = create_model("lgnet_demo", coarse_channels=4, local_channels=4, global_channels=8, backend="cpp").train()
