@@ -269,8 +269,8 @@ def test_another_device_or_network_is_another_evaluation(fake, pictures, tmp_pat
     model = tmp_path / "model" / "model.safetensors"
     model.parent.mkdir()
     own, identities = replace(options, models=[str(model.parent)]), set()
-    for weights in (b"x", b"other"):
-        model.write_bytes(weights)
+    for content in (b"x", b"other"):
+        model.write_bytes(content)
         identities.add(_identity(own, _settings(own, _plan(own).holes)))
     assert len(identities) == 2
     (tmp_path / "vgg.npz").write_bytes(b"x")

@@ -62,7 +62,7 @@ def test_any_size_keeps_the_class_or_says_why_not(kind, height, width):
 def test_a_hole_grows_by_exactly_what_is_missing():
     hole, rng = np.zeros((4, 5), dtype=bool), np.random.default_rng(0)
     for missing, count in ((3, 3), (4, 7), (13, 20)):
-        brushes._grow(hole, rng, missing)
+        strokes._grow(hole, rng, missing)
         assert hole.sum() == count
 
 
