@@ -393,6 +393,7 @@ def test_every_bench_compiles_for_its_own_sizes(tmp_path):
     (tmp_path / "bench_compiled.py").write_text(COMPILED)
     command = [sys.executable, "-m", "pytest", "-p", "bench.conftest", "-p", "no:cacheprovider", "-q", "--capture=no"]
     command += ["--rootdir", str(tmp_path), "-o", "python_files=bench_*.py", str(tmp_path / "bench_compiled.py")]
+    command += ["-p", "no:randomly"]  # a plugin of the user's, if there: the sizes are compared in order
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stdout + done.stderr
     sizes = [line.lstrip(".") for line in done.stdout.splitlines() if "sizes" in line]
