@@ -140,9 +140,8 @@ class _Builder:
         for i in range(1, LEVELS + 1):
             down = encoder[f"e{i}"]
             out = self.buffer(f"{name}.e{i}", widths[i - 1], 2**i)
-            stores = [
-                Store(out, activation_of((encoder[f"e{i + 1}"] if i < LEVELS else decoder[f"d{i}"]).activation))
-            ]
+            reader = encoder[f"e{i + 1}"] if i < LEVELS else decoder[f"d{i}"]
+            stores = [Store(out, activation_of(reader.activation))]
             if i < LEVELS:
                 skip = View(joined[i].buffer, 0, widths[i - 1])
                 stores.append(Store(skip, activation_of(decoder[f"d{i}"].activation)))
