@@ -22,6 +22,7 @@
 `conv_configs`           tiles of the convolutions, chosen by a cost estimate. `conv_tables` overrides the estimate;
                          it is measured by `bench/gpu_contact.py` and written by `bench/write_tables.py`
 `launch`                 the launch itself, device guard, interpreter check, matrix products
+`triton_cache`           where Triton keeps what it compiles
 `precompile`             compiling many launches in parallel processes
 `aot`                    ahead-of-time compilation for any GPU, without having one
 =======================  ==============================================================

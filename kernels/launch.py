@@ -15,6 +15,10 @@ from triton.runtime.jit import JITFunction
 
 from lgnet_fast.ops.torch_state import tf32_allowed
 
+from .triton_cache import ensure_folder
+
+ensure_folder()  # every module with kernels imports this one before any is compiled
+
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 MAX_GRID = 2**31 - 1
 # explicit, because the default differs between versions of Triton

@@ -44,6 +44,8 @@ def sources(tmp_path):
             shutil.copy(ROOT / name, tree / name)
     if not (tree / "README.md").exists():
         (tree / "README.md").write_text("")
+    for path in tree.rglob("*"):  # copies of a checkout that cannot be written
+        path.chmod(path.stat().st_mode | stat.S_IWUSR)
     return tree
 
 

@@ -5,7 +5,11 @@ Without a GPU every compiling process fails at once, which the caller must handl
 
 from __future__ import annotations
 
+import os
 import pickle
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -124,3 +128,29 @@ def test_processes_that_cannot_start_are_reported(monkeypatch: pytest.MonkeyPatc
     failures = precompile.compile_all([*launches((0, 16, 0, 16)), *launches((0, 16, 0, 16), torch.bfloat16)], 0)
     assert len(failures) == 2
     assert all("ended with status 1" in failure for failure in failures)
+
+
+@pytest.mark.parametrize("home", ["missing", "there"])
+def test_kernels_have_a_folder_without_a_home(tmp_path, home):
+    """A file stands for a home folder that cannot be written, also by root."""
+    folder = tmp_path / "home"
+    if home == "there":
+        folder.mkdir()
+    else:
+        folder.write_text("")
+    program = """
+import os
+import triton
+import lgnet_fast.kernels.launch
+print(triton.knobs.cache.dir, os.access(triton.knobs.cache.dir, os.W_OK))
+"""
+    environment = {**os.environ, "HOME": str(folder), "USERPROFILE": str(folder)}
+    for name in ("TRITON_CACHE_DIR", "TRITON_HOME"):
+        environment.pop(name, None)
+    printed = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    ).stdout
+    used, writable = printed.rsplit(maxsplit=1)
+    assert writable == "True"
+    assert (Path(used) == folder / ".triton" / "cache") == (home == "there")
+    assert Path(used).exists() == (home == "there")  # a temporary one goes with the process
