@@ -18,6 +18,8 @@ def ensure_folder() -> None:
 
     Triton compiles nothing then: its own is in the home folder, which users of containers often lack.
     """
+    if "TRITON_CACHE_DIR" in os.environ:
+        return  # the user's choice; Triton's error names it
     folder = triton.knobs.cache.dir
     try:
         os.makedirs(folder, exist_ok=True)
@@ -26,8 +28,6 @@ def ensure_folder() -> None:
         reason = "it cannot be written"
     except OSError as error:
         reason = str(error)
-    if "TRITON_CACHE_DIR" in os.environ:
-        return  # Triton's error names the folder that the user chose
     own = tempfile.mkdtemp(prefix="lgnet_fast_triton_")
     atexit.register(shutil.rmtree, own, ignore_errors=True)
     os.environ["TRITON_CACHE_DIR"] = own
