@@ -304,6 +304,40 @@ def test_dots_in_names_of_a_shard_are_left_out_and_named(case):
     assert "a name ends at its first dot, and there is no picture of the name 'a'" in left["x.tar/a.1.png"]
 
 
+def test_pictures_of_a_shard_that_cannot_be_read_at_random_are_left_out_and_named(case):
+    """A second name of a file is read; a link to elsewhere, and a file that tar stored sparse, are not."""
+    picture = png_bytes(noise(40, 60))
+    sparse = tarfile.TarInfo("sparse.png")
+    sparse.size = len(picture)
+    sparse.pax_headers = {"GNU.sparse.map": f"0,{len(picture)}", "GNU.sparse.size": str(len(picture))}
+    with tarfile.open(case / "x.tar", "w", format=tarfile.PAX_FORMAT) as tar:
+        for info in (tarfile.TarInfo("good.png"), sparse):
+            info.size = len(picture)
+            tar.addfile(info, io.BytesIO(picture))
+        for name, kind, target in [
+            ("second.png", tarfile.LNKTYPE, "good.png"),
+            ("again.png", tarfile.LNKTYPE, "sparse.png"),
+            ("hard.png", tarfile.LNKTYPE, "elsewhere.png"),
+            ("soft.png", tarfile.SYMTYPE, "good.png"),
+            ("folder.png", tarfile.DIRTYPE, ""),
+            ("caption.txt", tarfile.SYMTYPE, "good.txt"),
+        ]:
+            link = tarfile.TarInfo(name)
+            link.type, link.linkname = kind, target
+            tar.addfile(link)
+    result = _run("-i", "x.tar", "-m", "m.png", "-o", "out", "--report", "r.json")
+    assert result.exit_code == 1
+    assert "2 filled, 0 skipped, 0 failed, 4 left out of 6" in result.stderr
+    left = {i["input"]: i["error"] for i in json.loads(Path("r.json").read_text())["items"] if i["error"]}
+    assert {name.removeprefix("x.tar/"): reason.partition(";")[0] for name, reason in left.items()} == {
+        "sparse.png": "stored sparse",
+        "again.png": "stored sparse",
+        "hard.png": "a hard link to a file that is not before it in the shard",
+        "soft.png": "a symbolic link",
+    }
+    assert _names(case / "out") == ["x/good.png", "x/second.png"]
+
+
 def test_shards_of_names_that_meet_keep_all_results(case):
     folder = case / "shards"
     folder.mkdir()

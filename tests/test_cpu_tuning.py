@@ -134,6 +134,37 @@ def test_what_differs_from_the_plain_kernel_is_left_out(plan, caplog, ended):
     assert "winograd4" in kernels.values()
 
 
+def test_packed_weights_keep_to_a_budget(plan, monkeypatch):
+    """1.44 times the network's own bytes; in exchange, runs take at most a quarter more by the model."""
+    costs = cpu_choice.modelled_costs(plan, SINGLE)
+    owners = {step.name: step for step in plan.steps}
+    own = sum(4 * owners[name].weight.numel() for name in costs)
+
+    def bytes_and_seconds() -> tuple[int, float]:
+        chosen = choose_kernels(plan, SINGLE)
+        used = [costs[step.weights_of][chosen[step.name]] for step in plan.steps if step.weights_of in costs]
+        return sum(costs[name][chosen[name]].weight_bytes for name in costs), sum(cost.seconds for cost in used)
+
+    free, least = bytes_and_seconds()  # small networks may have 128 MB more
+    assert 1.44 * own < free <= own + 128 * 2**20
+    fastest = {name: min(c.seconds for c in by_choice.values()) for name, by_choice in costs.items()}
+    assert least == pytest.approx(sum(fastest.get(step.weights_of, 0) for step in plan.steps))
+    monkeypatch.setattr(cpu_choice, "_WEIGHT_SLACK_BYTES", 0)
+    packed, seconds = bytes_and_seconds()
+    assert 1.3 * own < packed <= 1.44 * own
+    assert least < seconds < 1.25 * least
+
+
+@pytest.mark.parametrize(("ms", "taken"), [(0.985, True), (0.995, False)])
+def test_a_chunk_must_gain_one_percent(plan, ms, taken):
+    chosen = choose_kernels(plan, SINGLE)
+    step = next(name for name, choice in chosen.items() if choice in TILES)
+    found = cpu_tuning.Measured()
+    found.times[step].update({f"{chosen[step]} by rule": 1.0, f"{chosen[step]}@56": ms})
+    expected = f"{chosen[step]}@56" if taken else chosen[step]
+    assert measured_choices(plan, SINGLE, found) == chosen | {step: expected}
+
+
 def test_steps_that_share_weights_count_by_their_mean():
     torch.manual_seed(0)
     model = create_model("lgnet_share", local_channels=8, global_channels=8).eval()

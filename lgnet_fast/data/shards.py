@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tarfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
 from PIL import Image
@@ -66,7 +66,8 @@ def read_shard(shard: Path) -> Shard:
 
     As in webdataset, a key is a file's path up to the first dot of its name. Files of other kinds (captions, labels,
     ``<key>.depth.png`` beside ``<key>.png``) and hidden ones, also in hidden folders, are skipped; only the headers
-    are read. Pictures in unsupported formats, and ``<key>.1.png`` without a ``<key>.png``, are left out.
+    are read. Pictures in unsupported formats, links to other places, pictures that tar stored sparse (``tar
+    --sparse``), and ``<key>.1.png`` without a ``<key>.png``, are left out.
 
     Raises InvalidImageError: not a plain tar file (compressed ones cannot be read at random), or a damaged or
     truncated one.
@@ -81,18 +82,23 @@ def read_shard(shard: Path) -> Shard:
                 hidden = any(part.startswith(".") and part != ".." for part in path.parts)
                 # tar stores a file with several names once, and the other names as hard links to it.
                 data = stored.get(info.linkname) if info.islnk() else info
-                if data is None or not data.isreg() or data.sparse is not None:
+                if not (info.isreg() or info.islnk() or info.issym()):
                     continue
-                stored[info.name] = data
+                if data is not None:
+                    stored[info.name] = data
                 if hidden:
                     continue
                 stem, *extensions = path.name.split(".")
                 extension = f".{extensions[-1].lower()}" if extensions else ""
-                member = Member(shard, info.name, data.offset_data, data.size)
+                member = Member(shard, info.name, info.offset_data, info.size)
                 if extension in OTHER_EXTENSIONS:
                     left_out.append((member, unread(extension)))
                 if extension not in EXTENSIONS:
                     continue
+                if data is None or not data.isreg() or data.sparse is not None:
+                    left_out.append((member, _why_unread(data)))
+                    continue
+                member = replace(member, offset=data.offset_data, size=data.size)
                 pictures, masks, further = found.setdefault(str(path.with_name(stem)), ([], [], []))
                 if len(extensions) == 1:
                     pictures.append(member)
@@ -108,6 +114,13 @@ def read_shard(shard: Path) -> Shard:
         left_out += [] if pictures else [(member, reason) for member in further]
     samples = [Sample(k, tuple(pictures), tuple(masks)) for k, (pictures, masks, _) in found.items() if pictures]
     return Shard(samples, left_out)
+
+
+def _why_unread(data: tarfile.TarInfo | None) -> str:
+    """`data`: what a shard holds of a picture that cannot be read at random."""
+    if data is None:
+        return "a hard link to a file that is not before it in the shard"
+    return "a symbolic link; pack the file itself" if data.issym() else "stored sparse; pack it without --sparse"
 
 
 def _check_end(shard: Path, offset: int) -> None:
