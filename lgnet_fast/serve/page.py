@@ -43,6 +43,7 @@ _STATIC = (
     "text.js",
     "view.js",
     "vendor/LICENSES.txt",
+    "vendor/client-zip.js",
     "vendor/img-comparison-slider.js",
     "vendor/konva.min.js",
 )

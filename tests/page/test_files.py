@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import zipfile
 import json
 from typing import Any
 
@@ -121,6 +122,38 @@ def test_fills_outlive_the_file_and_the_servers_picture(new_page, server, tmp_pa
     both = pixels_of(download(page)[1])
     np.testing.assert_array_equal(both[95:], first[95:])
     assert (both[:60] != first[:60]).any()
+
+
+def test_all_pictures_with_fills_are_saved_as_a_zip_file(new_page):
+    """Under names of their own; a picture without a fill is left out."""
+    page = new_page()
+    originals = [photo(96, 120, seed=seed) for seed in range(3)]
+    names = ("a.png", "A.png", "b.png")
+    page.set_input_files("#file", named(*((n, file_of(one)) for n, one in zip(names, originals, strict=True))))
+    opened(page)
+    page.click("#save-all")
+    page.wait_for_selector("#status:text('No picture has a fill yet.')")
+    singles = []
+    for count in (1, 2):
+        drag(page, [(50, 50), (60, 50)])
+        filled(page, count)
+        singles.append(download(page)[1])
+        page.keyboard.press("PageDown")
+        page.wait_for_selector(f"#name:text-is('{names[count]}')")
+        opened(page)
+    name, data = download(page, "#save-all")
+    assert name == "filled.zip"
+    with zipfile.ZipFile(io.BytesIO(data)) as archive:
+        assert archive.testzip() is None
+        assert archive.namelist() == ["a_filled.png", "A_filled-2.png"]
+        files = [archive.read(one) for one in archive.namelist()]
+    assert files == singles
+    for file, original in zip(files, originals, strict=False):
+        assert (pixels_of(file) != original).any()
+    assert page.text_content("#status") == "Saved as filled.zip, pictures: 2"
+    open_file(page, file_of(originals[0]), "other.png")  # nothing unsaved is asked about
+    assert page.text_content("#name") == "other.png"
+    assert page.is_hidden("#save-all")
 
 
 def test_each_picture_is_shown_where_it_was_left(new_page):

@@ -3,7 +3,7 @@ import { compare, peek, stages } from "./comparing.js";
 import { Input, keyOf } from "./input.js";
 import { mayDiscard } from "./opening.js";
 import { $, editor, row, server, view } from "./page.js";
-import { copy, exportMask, save } from "./saving.js";
+import { copy, exportMask, save, saveAll } from "./saving.js";
 import { SIZES, TOOLS, settings } from "./settings.js";
 import { KEYS, t } from "./text.js";
 
@@ -215,6 +215,7 @@ const actions = {
   "mask-export": exportMask,
   settings: togglePanel,
   save,
+  saveAll,
   copy,
   compare,
   stages,
