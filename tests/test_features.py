@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from lgnet_fast import WeightsError
+from lgnet_fast.evaluation import VGGFrechet
 from lgnet_fast.evaluation.frechet import frechet_distance
 from lgnet_fast.reference.features import LPIPS, ConvFeatures, read_weights, register_features, registered_features
 from lgnet_fast.reference.vgg import VGG16Features
@@ -262,3 +263,20 @@ def test_frechet_distance_by_the_matrix_formula():
     # Fewer vectors than dimensions; a shift by (1, ..., 1) is the number of dimensions.
     few = torch.from_numpy(rng.standard_normal((3, 64)))
     assert frechet_distance(few, few + 1) == pytest.approx(64, rel=1e-9)
+
+
+def test_frechet_distance_of_vgg_features(files):
+    metric = VGGFrechet(files["vgg16"])
+    a, b = pairs(3, 16)
+    with pytest.raises(ValueError, match="got 0 true, 0 filled"):
+        metric.compute()
+    for x, y in zip(a.split(2), b.split(2)):
+        metric.update(x, real=True)
+        metric.update(y, real=False)
+    expected = [plain_levels("vgg16", weights("vgg16"), p)[4].mean(dim=(2, 3)) for p in (a, b)]
+    assert metric.compute() == pytest.approx(frechet_distance(*expected), rel=1e-3)
+    assert VGGFrechet(files["vgg16"], level=0).features(a.double()).shape == (3, 64)
+    with pytest.raises(ValueError, match="level: expected one of 5 levels, got 5"):
+        VGGFrechet(files["vgg16"], level=5)
+    with pytest.raises(ValueError, match="file: expected the weights of vgg16, got those of alexnet"):
+        VGGFrechet(files["alexnet"])

@@ -12,6 +12,7 @@ from ..lazy import attach
 if TYPE_CHECKING:
     from ..data.metrics import METRICS
     from .baselines import BASELINES, biharmonic, navier_stokes, telea
+    from .frechet import VGGFrechet
     from .options import EvaluationOptions
     from .protocol import class_label, parse_classes
     from .report import Evaluation, Score
@@ -27,6 +28,7 @@ __getattr__, __dir__ = attach(
         "Evaluation": "report",
         "EvaluationOptions": "options",
         "Score": "report",
+        "VGGFrechet": "frechet",
         "biharmonic": "baselines",
         "class_label": "protocol",
         "evaluate": "scoring",
@@ -43,6 +45,7 @@ __all__ = [
     "Evaluation",
     "EvaluationOptions",
     "Score",
+    "VGGFrechet",
     "biharmonic",
     "class_label",
     "evaluate",
