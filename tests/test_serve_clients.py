@@ -8,11 +8,13 @@ import struct
 import tempfile
 from urllib.parse import urlsplit
 
+import httpx
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
-from lgnet_fast import Inpainter
+from lgnet_fast import Inpainter, create_model
 
 from .serve_support import (
     GOOD,
@@ -22,6 +24,7 @@ from .serve_support import (
     base64_of,
     data_url,
     file_of,
+    live_server,
     open_picture,
     photo,
     pixels_of,
@@ -160,6 +163,33 @@ def test_iopaints_other_calls(client):
     assert client.get("/api/v1/model").json()["name"] == "bundled"
     assert client.post("/api/v1/model", json={"name": "bundled"}).status_code == 200
     assert client.post("/api/v1/model", json={"name": "sd"}).status_code == 403
+    assert config["disableModelSwitch"]
+
+
+def test_a_client_chooses_among_several_models(expected, tmp_path):
+    torch.manual_seed(0)
+    create_model("lgnet_demo", coarse_channels=4, local_channels=4, global_channels=4).save_pretrained(tmp_path / "m")
+    asked = {"json": {"image": base64_of(GOOD), "mask": base64_of(MASK)}}
+    with (
+        live_server(models={"bundled": None, "other": str(tmp_path / "m")}) as address,
+        httpx.Client(base_url=address, timeout=60) as client,
+    ):
+        assert not client.get("/api/v1/server-config").json()["disableModelSwitch"]
+        unknown = client.post("/api/v1/model", json={"name": "sd"})
+        assert (unknown.status_code, unknown.json()["detail"]) == (
+            400,
+            "model: expected one of bundled, other, got 'sd'",
+        )
+        filled = {}
+        for name in ("other", "bundled"):
+            assert client.post("/api/v1/model", json={"name": name}).json()["name"] == name
+            assert client.get("/api/v1/model").json()["name"] == name
+            filled[name] = pixels_of(client.post("/api/v1/inpaint", **asked).content)
+            form = {"image": ("a.png", rubbed_out(), "image/png")}
+            edited = client.post("/v1/images/edits", files=form).json()["data"][0]["b64_json"]
+            np.testing.assert_array_equal(pixels_of(base64.b64decode(edited)), filled[name])
+    np.testing.assert_array_equal(filled["bundled"], expected)
+    assert (filled["other"] != expected)[HOLE].mean() > 0.5
 
 
 @pytest.mark.parametrize("operate", ["expand", "shrink", "reverse"])

@@ -28,7 +28,7 @@ from .display import Display, png
 from .errors import RequestError
 from .routing import IMAGE_RESPONSES, ServerState, body_of, form_fields, form_schema, has_type
 from .state import State
-from .work import Job
+from .work import Job, SharedInpainter
 
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
 _MASK_COLOUR = (255, 203, 0, 186)  # IOPaint's brush
@@ -95,7 +95,7 @@ async def server_config(state: ServerState) -> dict[str, Any]:
         "enableAutoSaving": False,
         "enableControlnet": False,
         "controlnetMethod": None,
-        "disableModelSwitch": True,
+        "disableModelSwitch": len(state.models) == 1,
         "isDesktop": False,
         "samplers": [],
     }
@@ -103,22 +103,24 @@ async def server_config(state: ServerState) -> dict[str, Any]:
 
 @router.get("/api/v1/model", tags=["IOPaint"])
 async def current_model(state: ServerState) -> dict[str, Any]:
-    """The model that fills where a request names none."""
-    return _model_info(state.default)
+    """The model that fills: the first one, until another is chosen."""
+    return _model_info(state.chosen)
 
 
 @router.post(
     "/api/v1/model",
     tags=["IOPaint"],
-    responses={403: {"description": "models are chosen when the server starts"}, 422: IMAGE_RESPONSES[422]},
+    responses={
+        400: {"description": "no such model"},
+        403: {"description": "there is one model, which was chosen when the server started"},
+        422: IMAGE_RESPONSES[422],
+    },
     openapi_extra=body_of(("application/json", ModelRequest)),
 )
 async def switch_model(request: Request, state: ServerState) -> dict[str, Any]:
-    """Answers for the model that is the default already; another one is chosen when the server starts."""
-    asked = read_json(await request.body(), ModelRequest)
-    if asked.name != state.default:
-        raise RequestError("model: it is chosen when the server starts (--model)", status=403)
-    return _model_info(state.default)
+    """Of several models, chooses the one of these calls, for all clients; the page has its own choice."""
+    state.choose(read_json(await request.body(), ModelRequest).name)
+    return _model_info(state.chosen)
 
 
 @router.post(
@@ -158,7 +160,12 @@ async def _answer_inpaint(request: Request, state: State, parse: Callable[[], _A
         format = fields.format and checked_format(fields.format)
         session, patch = state.fill_once(job, image, mask, fields)
         data, media_type = state.encode(job, session, format, fields.quality)
-        told: dict[str, Any] = {"strategy": patch.strategy, "passes": patch.passes}
+        assert isinstance(patch.inpainter, SharedInpainter)  # of `state`
+        told: dict[str, Any] = {
+            "backend": patch.inpainter.backend,
+            "strategy": patch.strategy,
+            "passes": patch.passes,
+        }
         if wants_json and fields.stages:
             box, stages = session.stages()
             display = Display.of(session, session.result())
@@ -167,16 +174,15 @@ async def _answer_inpaint(request: Request, state: State, parse: Callable[[], _A
         return data, media_type, told, fields
 
     (data, media_type, told, fields), job = await state.queue.run(work, request.is_disconnected)
-    backend = state.model(None).backend
     headers = {
         "X-Seed": str(fields.sd_seed),
         "X-Strategy": told["strategy"],
-        "X-Backend": backend,
+        "X-Backend": told["backend"],
         "Server-Timing": job.server_timing,
     }
     if not wants_json:
         return Response(data, media_type=media_type, headers=headers)
-    body = {"image": _data_url(data, media_type), "timings": job.seconds, "backend": backend, **told}
+    body = {"image": _data_url(data, media_type), "timings": job.seconds, **told}
     return Response(json.dumps(body), media_type="application/json", headers=headers)
 
 

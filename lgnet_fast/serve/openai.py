@@ -71,7 +71,7 @@ async def edit(request: Request, state: ServerState) -> Response:
         if turned.convert("RGBA").getchannel("A").getextrema()[0] != 0:
             raise InvalidMaskError("mask: no pixel is transparent; alpha 0 is the hole")
         if mask is None:
-            session = Session(turned.convert("RGB"), state.model(None))
+            session = Session(turned.convert("RGB"), state.model(state.chosen))
             session.check_format(FORMATS[format])
             job.phase("decode")
             session.fill(turned, confirm=job.check, **fields.fill_options())

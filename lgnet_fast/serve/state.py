@@ -45,7 +45,7 @@ class State:
 
     Args:
         options: address, access and limits.
-        models: {name: folder or hub id, None = the bundled one}; the first is the default.
+        models: {name: folder or hub id, None = the bundled one}; the first is the default, see :meth:`choose`.
         inpainter: device, dtype, backend, window, memory_limit, as for `Inpainter.from_pretrained`, for all models.
 
     Raises:
@@ -66,6 +66,7 @@ class State:
         room = limits.memory()  # with the models loaded
         kept = options.session_bytes if room is None else min(options.session_bytes, room // 2)
         self.store = Store(options.max_sessions, kept, options.session_idle)
+        self.chosen = self.default
         self.ready = self.closed = False
         self._end: float | None = None
         self.metrics.watch(lambda: self.queue.depth, self.store.usage)
@@ -82,6 +83,16 @@ class State:
         if name is not None and name not in self.models:
             raise RequestError(f"model: expected one of {', '.join(self.models)}, got {name[:80]!r}")
         return self.models[name or self.default]
+
+    def choose(self, name: str) -> None:
+        """Make a model the one of the API's calls, which name none, for all clients; the page names its own.
+
+        Raises RequestError: there is no such model; 403 where there is one model only.
+        """
+        if len(self.models) == 1 and name != self.default:
+            raise RequestError("model: it is chosen when the server starts (--model)", status=403)
+        self.model(name)
+        self.chosen = name
 
     def warm_up(self) -> float:
         """Run every model once and report readiness; returns the seconds it took."""
@@ -123,7 +134,7 @@ class State:
         options = {**fields.fill_options(), **more}
         file = picture_file(image, "image", self.options.max_pixels)
         with _named("picture", "image"):
-            session = Session(file, self.model(None))
+            session = Session(file, self.model(self.chosen))
         if fields.format:
             session.check_format(FORMATS[checked_format(fields.format)], convert=True)
         own = mask_picture(mask, self.options.max_pixels)
