@@ -6,6 +6,7 @@ import copy
 import csv
 import gzip
 import json
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
-from lgnet_fast import LGNet, WeightsError, create_model
+from lgnet_fast import Inpainter, LGNet, WeightsError, create_model
 from lgnet_fast.weights import bundled_path
 from tests.weights_support import demo_model, same
 
@@ -294,6 +295,35 @@ def test_a_damaged_config_of_the_hub_is_named(tmp_path, config):
         with pytest.raises(WeightsError) as caught:
             LGNet.from_pretrained("someone/model", cache_dir=tmp_path, local_files_only=True, **more)
         assert str(caught.value).startswith(f"{snapshot / 'config.json'}: expected a JSON object, got ")
+
+
+def test_a_revision_of_the_hub(tmp_path, monkeypatch):
+    """Two of them in the hub's cache, without a network."""
+    folder = tmp_path / "models--someone--model"
+    for letter, width in (("a", 1), ("b", 2)):
+        LGNet("C", coarse_channels=width).save_pretrained(folder / "snapshots" / (letter * 40))
+    (folder / "refs").mkdir()
+    for name, commit in (("main", "a" * 40), ("v2", "b" * 40)):
+        (folder / "refs" / name).write_text(commit)
+    offline = {"cache_dir": tmp_path, "local_files_only": True}
+
+    def width(source, **more):
+        return LGNet.from_pretrained(source, **offline, **more).channels[0]
+
+    assert width("someone/model") == 1
+    assert [width(f"someone/model@{revision}") for revision in ("v2", "b" * 40, "main")] == [2, 2, 1]
+    assert width("someone/model@v2", revision="v2") == width("someone/model", revision="v2") == 2
+    with pytest.raises(WeightsError, match="expected one revision, got 'v2' and 'main'"):
+        width("someone/model@v2", revision="main")
+    with pytest.raises(WeightsError, match="expected a branch, tag or commit after the @, got 'someone/model@'"):
+        width("someone/model@")
+    LGNet("C", coarse_channels=3).save_pretrained(tmp_path / "own" / "model@v2")
+    monkeypatch.chdir(tmp_path)
+    assert width("own/model@v2") == 3
+    monkeypatch.setattr(LGNet, "from_pretrained", partial(LGNet.from_pretrained, **offline))
+    assert (
+        Inpainter.from_pretrained("someone/model@v2", device="cpu", backend="eager")._network.source.channels[0] == 2
+    )
 
 
 def test_a_config_is_not_blamed_for_the_callers_arguments(tmp_path):

@@ -101,8 +101,9 @@ class Inpainter:
         """An Inpainter for weights in a folder, on the Hugging Face Hub, or in the package.
 
         Args:
-            model: a model folder as :meth:`LGNet.save_pretrained` writes it, a hub id ("owner/name"), which is
-                downloaded where it is not in the hub's cache, or None: the model bundled with the package.
+            model: a model folder as :meth:`LGNet.save_pretrained` writes it, a hub id ("owner/name", or
+                "owner/name@revision"), which is downloaded where it is not in the hub's cache, or None: the model
+                bundled with the package.
             device, dtype, backend: as for the constructor.
             options: `window` and `memory_limit`, as for the constructor.
 

@@ -29,6 +29,7 @@ from .pretrained import (
     config_errors,
     find_weights,
     fitting,
+    of_revision,
     read_safetensors,
     refuse_impostor,
     weights_errors,
@@ -305,7 +306,8 @@ class LGNet(
         """Load what :meth:`save_pretrained` wrote, from a directory or a Hugging Face Hub id; strict.
 
         Args:
-            pretrained_model_name_or_path: directory or hub id ("owner/name").
+            pretrained_model_name_or_path: directory or hub id: "owner/name", or "owner/name@revision" for a branch, a
+                tag or, so that it stays the same, a commit.
             kwargs: ``backend=``; ``map_location=``, the device of the weights (default: "cpu"); and those of
                 huggingface_hub (revision, cache_dir, local_files_only, token).
 
@@ -318,7 +320,9 @@ class LGNet(
                 ``manifest.json``. A directory without one, such as a download from the hub, is read unchecked.
         """
         forks.prepare()
-        source = pretrained_model_name_or_path
+        source, revision = of_revision(pretrained_model_name_or_path, kwargs.get("revision"))
+        if revision is not None:
+            kwargs["revision"] = revision
         find_weights(source)
         with weights_errors(source), torch.inference_mode(False):
             if os.path.isdir(source):

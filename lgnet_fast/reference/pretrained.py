@@ -76,6 +76,24 @@ def find_weights(source: str | os.PathLike[str]) -> None:
         )
 
 
+def of_revision(source: str | Path, given: str | None) -> tuple[str | Path, str | None]:
+    """("owner/name", "revision") of the hub id "owner/name@revision"; (source, given) of any other, and of a path
+    that exists.
+
+    Raises WeightsError: no revision after the @, or another one than `given`.
+    """
+    if not isinstance(source, str) or os.path.exists(source):
+        return source, given
+    name, mark, revision = source.partition("@")
+    if not mark or name.count("/") != 1:
+        return source, given
+    if not revision:
+        raise WeightsError(f"weights: expected a branch, tag or commit after the @, got {source!r}")
+    if given is not None and given != revision:
+        raise WeightsError(f"weights: expected one revision, got {revision!r} and {given!r}")
+    return name, revision
+
+
 def torchvision_file(name: str, missing: str, advice: str, *, progress: bool = False) -> Path:
     """Torchvision's file `name` in torch's hub cache; downloaded if it is missing.
 
