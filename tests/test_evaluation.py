@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import re
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -268,6 +270,51 @@ def test_one_process_and_three_give_the_same_numbers(fake, pictures, tmp_path, m
         evaluate(pictures, out=tmp_path / "four", fid=Moments(), **options)
     with pytest.raises(UsageError, match="^out: several processes"):
         evaluate(pictures, world=worlds[0], **options)
+
+
+def _shard(path: Path, files: dict[str, bytes]) -> None:
+    path.parent.mkdir(exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for name, data in files.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+
+
+def test_tar_shards_give_the_numbers_of_their_pictures(fake, pictures, tmp_path):
+    files = {path.name: path.read_bytes() for path in sorted(pictures.iterdir())}
+    _shard(tmp_path / "shards" / "a.tar", {name: files[name] for name in ("0.png", "1.png", "2.png")})
+    _shard(tmp_path / "shards" / "b.tar", {"3.png": files["3.png"], "3.txt": b"a caption", "4.png": files["4.png"]})
+    (tmp_path / "shards" / "torn.tar").write_bytes(b"torn")
+    options = {"classes": "1,2", "size": 64, "metrics": ["l1", "psnr"], "sheet_rows": 2}
+    expected = evaluate(pictures, out=tmp_path / "one", **options)
+    worlds = [World(rank, 2, launch="same") for rank in range(2)]
+    assert evaluate(tmp_path / "shards", out=tmp_path / "two", world=worlds[1], **options) is None
+    found = evaluate(tmp_path / "shards", out=tmp_path / "two", world=worlds[0], **options)
+    assert found.scores == expected.scores
+    assert found.score("Telea", "20-30%").pictures == 5
+    assert [failure["picture"] for failure in found.failures] == [str(tmp_path / "shards" / "torn.tar")]
+    assert len(fake.seen) == 2 * 10
+
+    alone = evaluate(tmp_path / "shards" / "b.tar", **options)
+    assert (alone.failures, alone.score("Telea", "20-30%").pictures) == ([], 2)
+    (tmp_path / "masks").mkdir()
+    for index in (3, 4):
+        with Image.open(pictures / f"{index}.png") as picture:
+            width, height = picture.size
+        Image.fromarray(box_mask(height, width, (20, 20, 44, 44))).save(tmp_path / "masks" / f"{index}.png")
+    named = evaluate(
+        tmp_path / "shards" / "b.tar", masks=tmp_path / "masks", pair_by_name=True, **{**options, "classes": None}
+    )
+    assert (named.failures, [one.pictures for one in named.scores if one.method == "Telea"]) == ([], [1, 1, 2])
+    _shard(pictures / "beside.tar", {"5.png": files["4.png"]})
+    beside = evaluate(pictures, **options)
+    assert beside.scores == expected.scores
+    assert "a tar shard beside pictures" in beside.failures[0]["error"]
+    with pytest.raises(
+        UsageError, match=r"^pictures: no pictures in '.*torn.tar' \(.*expected an uncompressed tar file"
+    ):
+        evaluate(tmp_path / "shards" / "torn.tar", **options)
 
 
 def test_an_interrupted_evaluation_goes_on_where_it_was(fake, pictures, tmp_path):

@@ -30,7 +30,7 @@ class EvaluationOptions:
     """Methods, pictures, masks and metrics of an evaluation.
 
     Args:
-        pictures: a folder (with its sub-folders), or one picture.
+        pictures: a folder (with its sub-folders), or one picture; a tar shard (webdataset), or a folder of shards.
         masks: a folder of masks (Liu et al.'s 12,000, or any), white = hole; the masks of each class are assigned to
             the pictures in an order drawn from (seed, class). With `suite`: ``<picture>_<kind>.png``. None: masks
             drawn from (seed, index, class or kind). A picture of the evaluation is no mask, and refused as one.

@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 import numpy as np
 from PIL import Image
 
 from ..data import folders
 from ..data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_class, read_mask, resize_mask
-from ..errors import DataError, InvalidMaskError, UsageError
+from ..data.shards import Member, read_shard
+from ..errors import DataError, InvalidImageError, InvalidMaskError, UsageError
 from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
 from ..pipeline.formats import EXTENSIONS
-from ..pipeline.pictures import picture_of
+from ..pipeline.pictures import Picture, picture_of
+
+PictureFile: TypeAlias = Path | Member
+"""A picture in a file of its own, or in a tar shard."""
 
 OTHER = -1
 """The class of masks whose hole ratio lies in none of HOLE_CLASSES."""
@@ -52,27 +58,68 @@ def parse_classes(classes: str | Sequence[int | str] | None) -> tuple[int, ...] 
     return tuple(dict.fromkeys(chosen))
 
 
-def pictures_in(folder: Path, excluded: Sequence[Path] = ()) -> folders.Found:
-    """The pictures of a folder and its sub-folders, except those in the folders `excluded`; or the one picture.
+@dataclass(frozen=True)
+class Pictures:
+    """The pictures of an evaluation, and what is `left_out`, with reasons."""
+
+    files: list[PictureFile] = field(default_factory=list)
+    left_out: list[tuple[PictureFile, str]] = field(default_factory=list)
+
+
+def pictures_in(source: Path, excluded: Sequence[Path] = ()) -> Pictures:
+    """The pictures of a folder and its sub-folders, except those in the folders `excluded`; or the one picture; or
+    those of a tar shard, or of the shards of a folder without other pictures.
 
     Raises UsageError: no such folder or file, or no picture in it.
     """
-    if not folder.exists():
-        raise UsageError(f"pictures: {str(folder)!r} does not exist")
-    if not folder.is_dir():
-        return folders.Found([folder])
-    found = folders.scan(folder, [path.resolve() for path in excluded if path.resolve() != folder.resolve()])
-    if not found.pictures:
-        raise UsageError(f"pictures: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
-    return found
+    if not source.exists():
+        raise UsageError(f"pictures: {str(source)!r} does not exist")
+    if source.is_dir():
+        others = [path.resolve() for path in excluded if path.resolve() != source.resolve()]
+        found = folders.scan(source, others, (*EXTENSIONS, ".tar"))
+        all_files, left_out = found.pictures, list[tuple[PictureFile, str]](found.left_out)
+    else:
+        all_files, left_out = [source], []
+    shards = [path for path in all_files if path.suffix.lower() == ".tar"]
+    files: list[PictureFile] = [path for path in all_files if path.suffix.lower() != ".tar"]
+    if files:
+        reason = "a tar shard beside pictures; give it alone, or a folder of shards"
+        left_out += [(shard, reason) for shard in shards]
+        shards = []
+    for shard in shards:
+        try:
+            content = read_shard(shard)
+        except InvalidImageError as error:
+            left_out.append((shard, str(error)))
+        else:
+            files += [picture for sample in content.samples for picture in sample.pictures]
+            left_out += content.left_out
+    if not files:
+        reason = f"{left_out[0][0]}: {left_out[0][1]}" if left_out else ", ".join(EXTENSIONS)
+        raise UsageError(f"pictures: no pictures in {str(source)!r} ({reason})")
+    return Pictures(files, left_out)
 
 
-def fit_picture(path: Path, size: int) -> np.ndarray:
+def stored_in(picture: PictureFile) -> Path:
+    """The file on the disk: the shard of a picture in one."""
+    return picture.shard if isinstance(picture, Member) else picture
+
+
+def name_of(picture: PictureFile, base: Path) -> Path:
+    """The name by which masks are paired: relative to the folder `base`, or in the shard."""
+    return Path(picture.name) if isinstance(picture, Member) else picture.relative_to(base)
+
+
+def _read(picture: PictureFile) -> Picture:
+    return picture_of(picture.read() if isinstance(picture, Member) else picture)
+
+
+def fit_picture(picture_file: PictureFile, size: int) -> np.ndarray:
     """The picture as uint8 [size, size, 3]: shorter edge scaled to `size` (bicubic), centre crop. 0: as it is.
 
     Raises InvalidImageError: unreadable, or of a kind that the pipeline does not support.
     """
-    read = picture_of(path)
+    read = _read(picture_file)
     levels = np.rint(read.samples.astype(np.float64) * (255 / read.white)).astype(np.uint8)
     picture = np.ascontiguousarray(np.broadcast_to(levels, (*read.size, 3)))
     if size == 0:
@@ -95,12 +142,12 @@ def fit_mask(mask: np.ndarray, size: int) -> np.ndarray:
     return resize_mask(mask, height, width, _centre(height, width, size))
 
 
-def mask_of(file: Path, polarity: str, picture: Path, size: int) -> np.ndarray:
+def mask_of(file: Path, polarity: str, picture: PictureFile, size: int) -> np.ndarray:
     """The mask in `file`, scaled and cropped as :func:`fit_picture` does its picture.
 
     Raises InvalidMaskError: not of the picture's size, without a hole, or without a known pixel.
     """
-    mask, own = read_mask(file, polarity), picture_of(picture).size
+    mask, own = read_mask(file, polarity), _read(picture).size
     if mask.shape != own:
         raise InvalidMaskError(
             f"mask {str(file)!r}: expected the picture's size {own[1]}x{own[0]} (width x height), "
@@ -196,21 +243,21 @@ class NamedMasks:
 
     classes = (OTHER,)
 
-    def __init__(self, pictures: Sequence[Path], base: Path, folder: Path, invert: bool) -> None:
+    def __init__(self, pictures: Sequence[PictureFile], base: Path, folder: Path, invert: bool) -> None:
         found = folders.pictures_in(folder, []) if folder.is_dir() else []
         if not found:
             raise UsageError(f"masks: no pictures in {str(folder)!r} ({', '.join(EXTENSIONS)})")
-        by_name = MasksByName(folder, found, (picture.relative_to(base) for picture in pictures))
+        by_name = MasksByName(folder, found, (name_of(picture, base) for picture in pictures))
         self.files: list[Path] = []
         for picture in pictures:
-            mask, problem = by_name.of_picture(picture.relative_to(base))
+            mask, problem = by_name.of_picture(name_of(picture, base))
             if mask is None:
                 raise UsageError(f"masks: {problem} (for the picture {str(picture)!r})")
             self.files.append(mask)
         _refuse_pictures(self.files, pictures)
         self.polarity = "black" if invert else "white"
 
-    def paired(self, index: int, picture: Path, size: int) -> tuple[np.ndarray, int]:
+    def paired(self, index: int, picture: PictureFile, size: int) -> tuple[np.ndarray, int]:
         """The mask of picture number `index`, scaled and cropped like the picture, and its class.
 
         Raises InvalidMaskError: see :func:`mask_of`.
@@ -226,7 +273,7 @@ class NamedMasks:
 
 def mask_source(
     masks: Path | None,
-    pictures: Sequence[Path],
+    pictures: Sequence[PictureFile],
     base: Path,
     classes: tuple[int, ...] | None,
     *,
@@ -250,9 +297,9 @@ def mask_source(
     return FolderMasks(folder, classes, seed)
 
 
-def _refuse_pictures(masks: Sequence[Path], pictures: Sequence[Path]) -> None:
+def _refuse_pictures(masks: Sequence[Path], pictures: Sequence[PictureFile]) -> None:
     """Any picture could be read as a mask: its bright parts would be the hole."""
-    own = {picture.resolve() for picture in pictures}
+    own = {stored_in(picture).resolve() for picture in pictures}
     for mask in masks:
         if mask.resolve() in own:
             raise UsageError(f"masks: expected masks, got {str(mask)!r}, which is one of the pictures")

@@ -29,11 +29,13 @@ from .protocol import (
     FolderMasks,
     GeneratedMasks,
     NamedMasks,
+    PictureFile,
     class_label,
     fit_picture,
     mask_source,
     parse_classes,
     pictures_in,
+    stored_in,
 )
 from .report import ALL, COLUMNS, Evaluation, Score, contact_sheet, finite, loss, strip
 from .suite import SuiteMasks, SuiteMetrics, parse_kinds, summary
@@ -102,7 +104,7 @@ def evaluate(options: EvaluationOptions, world: World | None = None, tell: Tell 
 class _Plan:
     """The pictures, what in their folder cannot be read, and the masks."""
 
-    pictures: list[Path]
+    pictures: list[PictureFile]
     not_read: list[dict[str, str]]
     holes: Holes
 
@@ -115,7 +117,7 @@ def _plan(options: EvaluationOptions) -> _Plan:
     holes: Holes
     if options.suite:
         holes = SuiteMasks(
-            found.pictures,
+            found.files,
             options.base,
             options.mask_folder,
             kinds,
@@ -126,7 +128,7 @@ def _plan(options: EvaluationOptions) -> _Plan:
     else:
         holes = mask_source(
             options.mask_folder,
-            found.pictures,
+            found.files,
             options.base,
             classes,
             kind=options.mask_kind,
@@ -135,7 +137,7 @@ def _plan(options: EvaluationOptions) -> _Plan:
             by_name=options.pair_by_name,
         )
     not_read = [{"picture": str(path), "error": reason} for path, reason in found.left_out]
-    return _Plan(found.pictures, not_read, holes)
+    return _Plan(found.files, not_read, holes)
 
 
 def _label(options: EvaluationOptions, hole_class: int) -> str:
@@ -232,7 +234,9 @@ class _Job:
     def run(self, index: int, hole_class: int) -> dict[str, Any]:
         """The record of one picture with one mask, if possible from an earlier launch; see `_measure`."""
         path = self.pictures[index]
-        key = fingerprint(str(path), stamp(path), index, hole_class, self.holes.identity(index, hole_class))
+        key = fingerprint(
+            str(path), stamp(stored_in(path)), index, hole_class, self.holes.identity(index, hole_class)
+        )
         record = None if self.journal is None else self.journal.earlier(key)
         if record is None or not self._is_complete(record):
             record = {"key": key, "index": index, "picture": str(path), "class": hole_class, "measured": []}

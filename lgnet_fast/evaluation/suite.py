@@ -30,7 +30,7 @@ from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
 from ..pipeline.formats import EXTENSIONS
 from ..reference.features import LPIPS
-from .protocol import mask_of
+from .protocol import PictureFile, mask_of, name_of
 
 SUITE_METRICS = ("l1", "psnr", "ssim", "lpips", "sharp")
 
@@ -65,7 +65,7 @@ class SuiteMasks:
 
     def __init__(
         self,
-        pictures: Sequence[Path],
+        pictures: Sequence[PictureFile],
         base: Path,
         folder: Path | None,
         kinds: Sequence[str] = SUITE_KINDS,
@@ -86,7 +86,7 @@ class SuiteMasks:
         by_name = MasksByName(folder, found)
         for index, picture in enumerate(pictures):
             for one in self.classes:
-                relative = picture.relative_to(base).with_suffix("")
+                relative = name_of(picture, base).with_suffix("")
                 name = relative.with_name(f"{relative.name}_{SUITE_KINDS[one]}")
                 mask, problem = by_name.of_picture(name, suffix=False)
                 if mask is None:

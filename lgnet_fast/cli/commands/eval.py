@@ -27,7 +27,7 @@ class MaskKind(str, Enum):
 @command("eval")
 def evaluate(
     pictures: Annotated[
-        Path, typer.Option("-i", "--input", parser=path, help="A folder of pictures, or one picture.")
+        Path, typer.Option("-i", "--input", parser=path, help="A folder of pictures, one picture, or tar shards.")
     ],
     out: Annotated[
         Path, typer.Option("-o", "--output", parser=folder, help="Folder for evaluation.json, .md and .png.")
