@@ -85,6 +85,8 @@ def pictures(tmp_path):
         ),
         ("data: {mask_bank: 8}", r"data.mask_bank: expected the default \(4096\) with data.in_memory: false, where"),
         ("loss: {features_sha256: ab}", "loss.features_sha256: .* with loss.features: torchvision, .* got 'ab'"),
+        ("loss: {hole: 0, hole_discount: 0.9}", "loss.hole_discount: .* with loss.hole: 0, .* got 0.9"),
+        ("loss: {lpips_weights: a.npz}", "loss.lpips_weights: .* with loss.lpips: 0, no validation_kinds, .* got"),
         ("run: {on_nan: skip, finite_every: 2}", "run.finite_every: .* with run.on_nan: skip, .* got 2"),
         (
             "run: {validation_kinds: [box], validation_classes: [0]}",

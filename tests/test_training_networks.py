@@ -132,6 +132,7 @@ def test_weights_that_are_not_there_name_the_setting(pictures, tmp_path, setting
     settings = tiny_settings(pictures, tmp_path)
     section, _, name = setting.partition(".")
     settings |= {"model": {}, "discriminator": {}, "loss": {"features": None}}
+    settings["loss"]["lpips"] = float(name == "lpips_weights")
     settings[section] = {**settings.get(section, {}), name: "nothing.pth"}
     with pytest.raises(WeightsError, match=f"^{setting}: {text}"):
         Trainer(config_of(settings))

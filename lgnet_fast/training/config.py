@@ -291,6 +291,8 @@ class TrainConfig:
             ("data.mask_bank", not data.in_memory, "data.in_memory: false"),
             ("data.prefetch", data.workers == 0, "data.workers: 0"),
             ("loss.features_sha256", loss.features == "torchvision", "loss.features: torchvision"),
+            ("loss.hole_discount", loss.hole == 0, "loss.hole: 0"),
+            ("loss.lpips_weights", not (loss.lpips or run.validation_kinds), "loss.lpips: 0, no validation_kinds"),
             ("run.validation_classes", bool(run.validation_kinds), "run.validation_kinds"),
             ("run.finite_every", run.on_nan == "skip", "run.on_nan: skip"),
             ("run.picture_every", run.picture_every > 0 and not run.tensorboard, "run.tensorboard: false"),
@@ -343,9 +345,9 @@ class TrainConfig:
         for name in ("batch_size", "accumulate"):
             _check(f"optim.{name}", getattr(optim, name), getattr(optim, name) >= 1, "1 or more")
         _check("optim.learning_rate", optim.learning_rate, 0 < optim.learning_rate < math.inf, "a positive number")
-        its_rate = optim.discriminator_learning_rate
-        inside = its_rate is None or 0 < its_rate < math.inf
-        _check("optim.discriminator_learning_rate", its_rate, inside, "a positive number")
+        adversary_rate = optim.discriminator_learning_rate
+        inside = adversary_rate is None or 0 < adversary_rate < math.inf
+        _check("optim.discriminator_learning_rate", adversary_rate, inside, "a positive number")
         inside = len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas)
         _check("optim.betas", optim.betas, inside, "two numbers in [0, 1)")
         _check("optim.warmup_steps", optim.warmup_steps, optim.warmup_steps >= 0, "0 or more")
