@@ -22,6 +22,7 @@ def test_signatures_and_functions_are_short(found: dict) -> None:
     assert found["longest signature outside kernels"]["count"] <= 10, found["longest signature outside kernels"]
     assert found["longest signature of a Triton kernel"]["count"] <= 35, found["longest signature of a Triton kernel"]
     assert found["functions over 60 lines"] == []
+    assert found["longest C++ function"]["count"] <= 60, found["longest C++ function"]
 
 
 def test_rooms_import_downwards_only_and_in_no_circle(found: dict) -> None:
@@ -61,6 +62,23 @@ def test_functions_are_counted_without_their_docstrings(tmp_path: Path) -> None:
     assert (found["f"].parameters, found["f"].lines, found["f"].kind) == (4, 2, "python")
     assert (found["k"].parameters, found["k"].kind) == (2, "triton")
     assert (found["main"].place, found["main"].lines) == ("bench/b.py:1 main", 2)
+
+
+def test_functions_of_micro_kernels_are_not_counted(tmp_path: Path) -> None:
+    body = "int f() {\n" + "  g();\n" * 70 + "}\n"
+    root = write_files(
+        tmp_path,
+        {
+            "csrc/a_kernels.h": '#include "b.h"\n#include "c.h"\n' + body,
+            "csrc/b.h": body,
+            "csrc/simd/d.h": body,
+            "csrc/c.h": "int c() {\n  return 1;\n}\n",
+            "csrc/c.cpp": '#include "c.h"\n\nint g() {\n  return 1;\n}\n',
+        },
+    )
+    assert [(f.place, f.lines) for f in house.cpp_functions(root)] == [("csrc/c.cpp:3 g", 3), ("csrc/c.h:1 c", 3)]
+    write_files(tmp_path, {"csrc/e.cpp": body})
+    assert max(f.lines for f in house.cpp_functions(root)) == 72
 
 
 def test_recipes_are_read_from_fenced_lists(tmp_path: Path) -> None:

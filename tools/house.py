@@ -127,14 +127,33 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path, root: Pa
     return Function(f"{file.relative_to(root)}:{node.lineno} {node.name}", len(names) + extra, lines, kind)
 
 
+def micro_kernels(root: Path) -> set[Path]:
+    """The headers that are compiled for each instruction set: those of simd/, ``*_kernels.h``, and what these
+    include, except what a .cpp file includes too."""
+    csrc = root / "csrc"
+    elsewhere = {header for file in csrc.glob("*.cpp") for header in _included(file)}
+    found: set[Path] = set()
+    new = {*csrc.glob("simd/*.h"), *csrc.glob("*_kernels.h")}
+    while new:
+        found |= new
+        new = {header for file in new for header in _included(file)} - found - elsewhere
+    return found
+
+
+def _included(file: Path) -> list[Path]:
+    """The headers of csrc/ that a file of that folder names."""
+    names = re.findall(r'^#include "([\w./]+)"', _text(file), re.MULTILINE)
+    return [header for header in (file.parent / name for name in names) if header.is_file()]
+
+
 def cpp_functions(root: Path) -> list[Function]:
-    """Functions of csrc/ outside the micro-kernels (``*_kernels.h``), recognised by clang-format's layout."""
-    found = []
+    """Functions of csrc/ outside the micro-kernels, recognised by clang-format's layout."""
+    found, inner = [], micro_kernels(root)
     for file in sorted((root / "csrc").rglob("*.*")):
-        if file.suffix not in (".cpp", ".h") or file.name.endswith("_kernels.h"):
+        if file.suffix not in (".cpp", ".h") or file in inner:
             continue
         opened: dict[str, tuple[int, str]] = {}
-        for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_text(file).splitlines(), 1):
             indent = line[: len(line) - len(line.lstrip())]
             if re.match(r"\}", line.strip()) and indent in opened:
                 start, name = opened.pop(indent)
@@ -142,6 +161,10 @@ def cpp_functions(root: Path) -> list[Function]:
             elif len(indent) <= 2 and (begun := _opens(line.strip())) is not None:
                 opened[indent] = (number, begun)
     return found
+
+
+def _text(file: Path) -> str:
+    return file.read_text(encoding="utf-8")
 
 
 def _opens(line: str) -> str | None:
