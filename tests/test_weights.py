@@ -326,6 +326,23 @@ def test_a_revision_of_the_hub(tmp_path, monkeypatch):
     )
 
 
+def test_weights_of_the_hub_are_compared_with_their_hash(tmp_path):
+    snapshot = tmp_path / "models--someone--model" / "snapshots" / ("0" * 40)
+    LGNet("C", coarse_channels=1).save_pretrained(snapshot)
+    (snapshot.parents[1] / "refs").mkdir()
+    (snapshot.parents[1] / "refs" / "main").write_text("0" * 40)
+    offline = {"cache_dir": tmp_path, "local_files_only": True}
+    assert LGNet.from_pretrained("someone/model", **offline).channels[0] == 1
+    file = snapshot / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1  # one bit of the last value
+    file.write_bytes(data)
+    with pytest.raises(WeightsError, match="model.safetensors: damaged or of another save, size or hash is not what"):
+        LGNet.from_pretrained("someone/model", **offline)
+    (snapshot / "manifest.json").unlink()
+    assert LGNet.from_pretrained("someone/model", **offline).channels[0] == 1  # nothing to compare with
+
+
 def test_a_config_is_not_blamed_for_the_callers_arguments(tmp_path):
     LGNet("C", coarse_channels=1).save_pretrained(tmp_path)
     (tmp_path / "manifest.json").unlink()

@@ -54,7 +54,7 @@ def file_hash(path: Path) -> str:
 def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool = False) -> Path:
     """The folder that holds the files `names` of a save: `directory`, or where a killed save left the complete set.
 
-    A folder without a manifest, such as a download from a model hub, is read unchecked.
+    A folder without a manifest, such as one from another program, is read unchecked.
 
     Args:
         manifest_needed: a folder without one is an error, and no error advises to delete it.

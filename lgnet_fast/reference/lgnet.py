@@ -316,8 +316,8 @@ class LGNet(
 
         Raises:
             WeightsError: nothing there, or ``config.json`` is no JSON object or has arguments that do not fit, or
-                names or shapes do not fit (it lists them), or the files of a directory are not those of its
-                ``manifest.json``. A directory without one, such as a download from the hub, is read unchecked.
+                names or shapes do not fit (it lists them), or the files of a directory, of a hub id the weights, are
+                not those of its ``manifest.json``. What has none is read unchecked.
         """
         forks.prepare()
         source, revision = of_revision(pretrained_model_name_or_path, kwargs.get("revision"))

@@ -5,17 +5,18 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.utils import EntryNotFoundError  # type: ignore[attr-defined]
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import LGNetError, WeightsError
-from .file_sets import MANIFEST, remains_of_saves
+from .file_sets import MANIFEST, complete_set, remains_of_saves
 
 WEIGHTS_FILE = "model.safetensors"
 CONFIG_FILE = "config.json"
@@ -204,11 +205,17 @@ def check_map_location(map_location: object) -> None:
 def read_safetensors(
     source: str, expected: Mapping[str, Tensor], map_location: str | torch.device, **hub: Any
 ) -> dict[str, Tensor]:
-    """Tensors of `source` (directory or hub id), checked against `expected`; 16-bit floats become float32."""
+    """Tensors of `source` (directory or hub id), checked against `expected`; 16-bit floats become float32.
+
+    Of a hub id the file is compared with the hash in ``manifest.json``, if the repository has one.
+    """
     if os.path.isdir(source):
         file = os.path.join(source, WEIGHTS_FILE)
     else:
         file = hf_hub_download(repo_id=source, filename=WEIGHTS_FILE, **hub)
+        with suppress(EntryNotFoundError):  # the repository has none, or only the other files are in the cache
+            hf_hub_download(repo_id=source, filename=MANIFEST, **hub)
+        complete_set(Path(file).parent, (WEIGHTS_FILE,))
     refuse_impostor(Path(file))
     return fitting(load_file(file, device=str(map_location)), expected, str(file))
 
