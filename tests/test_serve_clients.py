@@ -14,7 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
-from lgnet_fast import Inpainter, create_model
+from lgnet_fast import Inpainter, Session, create_model
 
 from .serve_support import (
     GOOD,
@@ -219,6 +219,17 @@ def test_openais_client(server, expected):
         calls.images.edit(image=("photo.png", rubbed_out()), prompt="x", n=2)
     with pytest.raises(openai.BadRequestError, match="size: expected auto or the picture's 120x96"):
         calls.images.edit(image=("photo.png", rubbed_out()), prompt="x", size="512x512")
+
+
+@pytest.mark.parametrize("masked", [True, False])
+def test_a_size_that_openais_call_cannot_give_is_refused_before_the_fill(client, monkeypatch, masked):
+    filled = []
+    monkeypatch.setattr(Session, "fill", lambda *args, **kwargs: filled.append(1))
+    files = {"image": file_of(PICTURE), "mask": rubbed_out()} if masked else {"image": rubbed_out()}
+    answer = client.post("/v1/images/edits", files=files, data={"size": "512x512"})
+    assert answer.status_code == 400
+    assert "size: expected auto or the picture's 120x96" in answer.text
+    assert not filled
 
 
 def test_openais_compression_begins_at_0(client):

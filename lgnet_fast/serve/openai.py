@@ -70,6 +70,9 @@ async def edit(request: Request, state: ServerState) -> Response:
         turned, _ = upright(own, InvalidMaskError, "mask")
         if turned.convert("RGBA").getchannel("A").getextrema()[0] != 0:
             raise InvalidMaskError("mask: no pixel is transparent; alpha 0 is the hole")
+        size = f"{turned.width}x{turned.height}"  # of the picture too: the fill checks that
+        if str(found.get("size", "auto")) not in ("auto", size):
+            raise RequestError(f"size: expected auto or the picture's {size}")
         if mask is None:
             session = Session(turned.convert("RGB"), state.model(state.chosen))
             session.check_format(FORMATS[format])
@@ -79,8 +82,6 @@ async def edit(request: Request, state: ServerState) -> Response:
         else:
             session, _ = state.fill_once(job, image, mask, fields)
         height, width = session.size
-        if str(found.get("size", "auto")) not in ("auto", f"{width}x{height}"):
-            raise RequestError(f"size: expected auto or the picture's {width}x{height}")
         return state.encode(job, session, format, fields.quality)[0], (width, height)
 
     (data, (width, height)), job = await state.queue.run(work, request.is_disconnected)
