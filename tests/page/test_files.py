@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import io
-import zipfile
 import json
+import zipfile
 from typing import Any
 
 import numpy as np
