@@ -506,6 +506,23 @@ def test_avif_and_heic(pipe, tmp_path, extension):
     assert np.sqrt((apart**2).mean()) < 4
 
 
+@pytest.mark.parametrize("extension", ["avif", "heic"])
+def test_a_grey_avif_or_heic_stays_one_without_colours(pipe, tmp_path, extension):
+    """Stored with colours it would come back as RGB, with levels of red, green and blue that differ."""
+    reason = formats.reason_against_writing(formats.EXTENSIONS[f".{extension}"])
+    if reason is not None:
+        pytest.skip(reason)
+    grey = Image.fromarray(np.linspace(0, 255, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint8))
+    grey.save(tmp_path / f"in.{extension}", quality=90, **({"subsampling": "4:0:0"} if extension == "avif" else {}))
+    save_picture(pipe(tmp_path / f"in.{extension}", HOLE), tmp_path / f"out.{extension}")
+    one_of_8_bits = b"pixi\0\0\0\0\1\x08"
+    assert one_of_8_bits in (tmp_path / f"out.{extension}").read_bytes()
+    with Image.open(tmp_path / f"in.{extension}") as before, Image.open(tmp_path / f"out.{extension}") as saved:
+        assert saved.mode == before.mode
+        apart = np.abs(np.asarray(saved).astype(int) - np.asarray(before))[~HOLE]
+    assert np.sqrt((apart**2).mean()) < 4
+
+
 def test_a_heic_without_its_package_names_the_extra(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pillow_heif", None)
     (tmp_path / "IMG_1.jpg").write_bytes(struct.pack(">I", 24) + b"ftypheic" + bytes(40))

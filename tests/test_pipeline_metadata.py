@@ -341,13 +341,14 @@ def test_a_profile_of_greys_is_not_put_into_a_file_in_colour(tmp_path, mode, ext
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         save_picture(picture, tmp_path / f"out.{extension}")
-    grey = extension in ("png", "tif")
+    grey = extension in ("png", "tif") or (mode == "L" and extension in ("avif", "heic"))
     format = EXTENSIONS[f".{extension}"]
     lost = [] if grey else [f"format: {format} does not hold the picture's colour profile"]
     assert [str(one.message) for one in told] == lost
     with Image.open(tmp_path / f"out.{extension}") as saved:
         assert saved.info.get("icc_profile") == (profile if grey else None)
-        assert saved.mode == (mode if grey else {"L": "RGB", "LA": "RGBA"}[mode])
+        if extension != "avif" or not grey:  # older versions of Pillow read a grey AVIF as RGB
+            assert saved.mode == (mode if grey else {"L": "RGB", "LA": "RGBA"}[mode])
     picture.info["icc_profile"] = bytes(16) + b"RGB " + bytes(112)  # some programs give grey pictures one in colour
     save_picture(picture, tmp_path / f"out.{extension}")
     with Image.open(tmp_path / f"out.{extension}") as saved:

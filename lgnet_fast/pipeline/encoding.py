@@ -96,10 +96,9 @@ def encode(
         options.setdefault("xmp", b"")  # some versions of Pillow would take that of `info`, which may be too long
     elif format == "WEBP":
         options.update({"lossless": True, "exact": True} if quality is None else {"quality": quality, "exact": True})
-    elif format == "AVIF":
-        options.update({"quality": 95 if quality is None else quality, "subsampling": "4:4:4"})
-    elif format == "HEIF":
-        options.update({"quality": 95 if quality is None else quality, "chroma": 444})
+    elif format in ("AVIF", "HEIF"):
+        options["quality"] = 95 if quality is None else quality
+        options.update(_chroma(format, picture.mode))
     elif format == "TIFF":
         compression = picture.info.get("compression")
         options["compression"] = compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate"
@@ -123,6 +122,13 @@ def encode(
         return chunks.put_chunks(data, chunks.fitting(kept, data))
     xmp = picture.info.get("xmp")
     return chunks.put_chunks(data, [chunks.xmp_chunk(xmp)] if isinstance(xmp, bytes) else [])
+
+
+def _chroma(format: str, mode: str) -> dict[str, Any]:
+    """The options of an AVIF or HEIC by which colours are stored at full resolution, and those of greys not at all."""
+    if format == "AVIF":
+        return {"subsampling": "4:0:0" if mode == "L" else "4:4:4"}
+    return {} if mode == "L" else {"chroma": 444}
 
 
 def check_side(size: tuple[int, int], format: str) -> None:
