@@ -137,6 +137,15 @@ def test_devices_dtypes_and_backends_that_are_not_there(arguments, words):
         Inpainter(BlurFill(), **arguments)
 
 
+@pytest.mark.parametrize("backend", ["auto", "eager"])
+def test_a_model_without_weights_is_an_error_of_the_constructor(backend):
+    with torch.device("meta"):
+        model = LGNet(coarse_channels=1, local_channels=1, global_channels=1)
+    for given in (model, torch.nn.Conv2d(4, 3, 1, device="meta")):
+        with pytest.raises(ValueError, match="^model: expected weights with values, got a model on the meta device$"):
+            Inpainter(given, device="cpu", backend=backend)
+
+
 @needs_extension
 def test_the_backend_is_passed_on_to_a_copy():
     class Chooses(BlurFill):

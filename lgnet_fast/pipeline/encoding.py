@@ -125,7 +125,7 @@ def encode(
 
 
 def _chroma(format: str, mode: str) -> dict[str, Any]:
-    """The options of an AVIF or HEIC by which colours are stored at full resolution, and those of greys not at all."""
+    """The options of AVIF and HEIC that store colours at full resolution, and of a grey picture none."""
     if format == "AVIF":
         return {"subsampling": "4:0:0" if mode == "L" else "4:4:4"}
     return {} if mode == "L" else {"chroma": 444}

@@ -50,7 +50,8 @@ class Inpainter:
         BackendError: a device, dtype or backend that was asked for and cannot run.
         TypeError: `model` cannot be called, `window` or ``model.size_multiple`` is no whole number, or `memory_limit`
             no number.
-        ValueError: `window` is below ``model.size_multiple``, that is below 1, or `memory_limit` below 0.
+        ValueError: `window` is below ``model.size_multiple``, that is below 1, `memory_limit` is below 0, or the
+            weights are on the meta device.
     """
 
     def __init__(

@@ -160,6 +160,8 @@ class Network:
         model = self.source
         if isinstance(model, nn.Module):
             tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
+            if any(tensor.is_meta for tensor in tensors):
+                raise ValueError("model: expected weights with values, got a model on the meta device")
             fits = all(tensor.device == self.device and tensor.dtype == dtype for tensor in tensors)
             if not fits or model.training or self._backend != "auto":
                 model = copy.deepcopy(model).to(self.device, dtype).eval()
