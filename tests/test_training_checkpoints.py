@@ -234,6 +234,24 @@ def test_damaged_newest_falls_back_with_a_warning(tmp_path):
     assert CheckpointFolder(tmp_path / "none", 3).load_latest() is None
 
 
+def test_one_wrong_bit_of_a_tensor_is_noticed(tmp_path):
+    """The file has checksums, which `torch.load` does not compare, also where the program has switched them off."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        folder = CheckpointFolder(tmp_path, keep=2)
+        for step in (1, 2):
+            folder.save(step, {"step": step, "x": torch.full((1000,), 0.75)})
+        assert not torch.serialization.get_crc32_options()
+    finally:
+        torch.serialization.set_crc32_options(True)
+    data = folder.path(2).read_bytes()
+    at = data.index(torch.full((10,), 0.75).numpy().tobytes()) + 7
+    folder.path(2).write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    assert (torch.load(folder.path(2))["x"] != 0.75).sum() == 1
+    with pytest.warns(UserWarning, match="step_000000002.pt cannot be read .*/data/0 does not have its checksum.*; try"):
+        assert folder.load_latest()["step"] == 1
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_the_first_process_alone_tells_of_a_damaged_checkpoint(pictures, tmp_path, monkeypatch, rank):
     trainer = Trainer(tiny_config(pictures, tmp_path / "run", optim={"steps": 2}, run={"checkpoint_every": 1}))

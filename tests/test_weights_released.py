@@ -180,3 +180,18 @@ def test_other_files_that_are_no_checkpoint(tmp_path, content):
     assert "weights_only" not in str(caught.value)
     assert "\x1b" not in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_one_wrong_bit_is_noticed(tmp_path):
+    """`torch.load` does not compare the checksums of the file."""
+    torch.save({"x": torch.full((1000,), 0.75)}, tmp_path / "x.pth")
+    data = (tmp_path / "x.pth").read_bytes()
+    at = data.index(torch.full((10,), 0.75).numpy().tobytes()) + 7
+    (tmp_path / "x.pth").write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+    with pytest.raises(WeightsError, match=r"weights: .*x.pth is not .*: x/data/0 does not have its checksum$"):
+        load_state_dict_file(tmp_path / "x.pth")
+
+
+def test_files_of_old_versions_of_pytorch_have_no_checksums(tmp_path):
+    torch.save({"x": torch.full((1000,), 0.75)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+    assert load_state_dict_file(tmp_path / "x.pth")["x"].sum() == 750

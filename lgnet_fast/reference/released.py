@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,20 @@ def unreadable(path: Path, error: Exception) -> str:
     return f"is not a readable checkpoint: {first}"
 
 
+def check_sums(path: str | os.PathLike[str]) -> None:
+    """Compare every record of a file of ``torch.save`` with its checksum, which ``torch.load`` does not do.
+
+    A file in PyTorch's format before 1.6, which is no zip file, has none.
+
+    Raises:
+        zipfile.BadZipFile: one differs. OSError: the file cannot be read.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if (record := archive.testzip()) is not None:
+                raise zipfile.BadZipFile(f"{record} does not have its checksum")
+
+
 def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """A state dict from a .pth file, tensors only.
 
@@ -110,6 +125,7 @@ def load_state_dict_file(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise WeightsError(f"weights: expected a checkpoint file, got {path}, which does not exist")
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
+        check_sums(path)
     except Exception as error:  # pickle, zip and torch errors of many kinds
         raise WeightsError(f"weights: {path} {unreadable(path, error)}") from error
     if not isinstance(state, Mapping) or not all(

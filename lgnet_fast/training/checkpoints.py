@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from ..errors import TrainingError
-from ..reference.released import unreadable
+from ..reference.released import check_sums, unreadable
 
 try:
     import fcntl
@@ -59,7 +59,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
     unfinished = path.with_name(path.name + _UNFINISHED)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with open(unfinished, "wb") as file, _checksums():
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
@@ -72,6 +72,17 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         raise TrainingError(
             f"checkpoint: {path} cannot be written ({reason}); earlier checkpoints are as they were"
         ) from error
+
+
+@contextlib.contextmanager
+def _checksums() -> Iterator[None]:
+    """``torch.save`` writes checksums in this context, even if the program has switched them off."""
+    before = torch.serialization.get_crc32_options()
+    torch.serialization.set_crc32_options(True)
+    try:
+        yield
+    finally:
+        torch.serialization.set_crc32_options(before)
 
 
 def _sync_folder(folder: Path) -> None:
@@ -91,15 +102,17 @@ def _sync_folder(folder: Path) -> None:
 def load_checkpoint(path: Path, mapped: bool = False) -> dict[str, Any]:
     """Read a checkpoint to the CPU; only tensors and plain values are unpickled.
 
-    mapped: leave the tensors in the file until they are used.
+    mapped: leave the tensors in the file until they are used. Checksums are not compared then.
 
     Raises:
-        TrainingError: it cannot be read.
+        TrainingError: it cannot be read, or is damaged.
     """
     try:
         state = torch.load(path, map_location="cpu", weights_only=True, mmap=mapped)
         if not isinstance(state, dict):
             raise TypeError(f"expected a dict in it, got {type(state).__name__}")
+        if not mapped:
+            check_sums(path)
         return state
     except Exception as error:  # pickle, zip and torch errors of many kinds
         raise TrainingError(f"checkpoint: {path} cannot be read (it {unreadable(path, error)})") from error
