@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 
@@ -126,6 +128,26 @@ def test_parts_are_those_of_the_last_pack(run, tmp_path):
     with pytest.raises(TrainingError, match="compact: .* cannot be read"):
         unpack(tmp_path / "packed", tmp_path / "third")
     assert not (tmp_path / "third").exists()
+
+
+def test_one_wrong_bit_of_a_pack_is_noticed(run, tmp_path):
+    files = pack(run[0], tmp_path / "packed")
+    assert len(files) == 4  # compact.json, one part, the log, the model's configuration
+    for file in files:
+        data = file.read_bytes()
+        at = data.index(b'"step": 2') + 8 if file.suffix == ".json" and b'"step": 2' in data else len(data) - 3
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        with pytest.raises(TrainingError, match=rf"compact: .* cannot be read \({file.name}: damaged"):
+            unpack(tmp_path / "packed", tmp_path / "again")
+        file.write_bytes(data)
+    assert not (tmp_path / "again").exists()
+    older = json.loads((tmp_path / "packed" / "compact.json").read_text())
+    del older["hash"], older["hashes"]  # a pack of an earlier version has none
+    (tmp_path / "packed" / "compact.json").write_text(json.dumps(older))
+    unpack(tmp_path / "packed", tmp_path / "again")
+    (tmp_path / "packed" / "compact.json").write_text("[]")
+    with pytest.raises(TrainingError, match="compact: .* cannot be read"):
+        unpack(tmp_path / "packed", tmp_path / "third")
 
 
 def test_a_pack_has_nothing_of_another_run_in_its_folder(run, tmp_path):

@@ -12,6 +12,7 @@ times as large.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -25,6 +26,7 @@ from torch import Tensor
 
 from ..errors import LGNetError, TrainingError
 from ..pipeline.writing import write_atomically
+from ..reference.file_sets import file_hash
 from ..reference.pretrained import CONFIG_FILE, upcast, write_safetensors
 from .checkpoints import CheckpointFolder
 from .progress import LOG
@@ -80,9 +82,25 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
             shutil.copyfile(file, written[-1])
         else:
             (folder / name).unlink(missing_ok=True)  # of another run
+    about["hashes"] = {file.name: file_hash(file) for file in written}
+    about["hash"] = _hash_of(about)
     written.insert(0, folder / _ABOUT)
     write_atomically(written[0], (json.dumps(about) + "\n").encode())
     return written
+
+
+def _hash_of(about: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(about).encode()).hexdigest()
+
+
+def _check_hashes(folder: Path, about: dict[str, Any]) -> None:
+    """Raise ValueError unless the packed files are as they were written. Packs of earlier versions have no hashes."""
+    stated = about.pop("hash", None)
+    damaged = [] if stated in (None, _hash_of(about)) else [_ABOUT]
+    there = {name: own for name, own in about.get("hashes", {}).items() if (folder / name).is_file()}
+    damaged += [name for name, own in there.items() if file_hash(folder / name) != own]
+    if damaged:
+        raise ValueError(f"{', '.join(damaged)}: damaged or of another pack, the hash is not the stated one")
 
 
 def _in_parts(tensors: Mapping[str, Tensor], part_bytes: int) -> list[dict[str, Tensor]]:
@@ -107,8 +125,8 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
             not made.
 
     Raises:
-        TrainingError: `folder` does not hold the files of :func:`pack`; `run` holds checkpoints already; neither
-            `run` nor `model` is given.
+        TrainingError: `folder` does not hold the files of :func:`pack`, or one is damaged; `run` holds checkpoints
+            already; neither `run` nor `model` is given.
     """
     if run is None and model is None:
         raise TrainingError("run, model: expected one of them at least, got none")
@@ -118,13 +136,14 @@ def unpack(folder: Path, run: Path | None = None, model: Path | None = None) -> 
         )
     try:
         about: dict[str, Any] = json.loads((folder / _ABOUT).read_text(encoding="utf-8"))
+        _check_hashes(folder, about)
         tensors: dict[str, Tensor] = {}
         for part in about["parts"]:
             tensors |= load_file(folder / part)
         config = folder / f"model_{CONFIG_FILE}"
         if model is not None and not config.is_file():
             raise ValueError(f"{config.name} is missing: the run had exported no model when it was packed")
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise TrainingError(f"compact: {str(folder)!r} cannot be read ({error})") from error
     network = _below("network.", tensors)
     if model is not None:
