@@ -36,7 +36,7 @@ logger = logging.getLogger("lgnet_fast")
 ENVIRONMENT = "LGNET_FAST_CACHE"
 """Environment variable that names the folder."""
 SCHEMA = 1
-"""Version of the files' layout: {"schema", "key", "section", "name", "value"}."""
+"""Version of the files' layout: {"schema", "key", "section", "name", "value", "hash"}; older ones have no hash."""
 VERDICTS = "verdicts"
 """Section of the checks: the path that runs, and why no faster one does."""
 CHOICES = "choices"
@@ -203,6 +203,7 @@ def _store(key: Key, section: str, name: str, value: Any, replace: bool) -> bool
     if where is None:
         return False
     content = {"schema": SCHEMA, "key": asdict(key), "section": section, "name": name, "value": value}
+    content["hash"] = _hash_of(content)
     try:
         return _write(_path(where, key, section, name), json.dumps(content, indent=1), replace)
     except OSError as error:
@@ -295,11 +296,18 @@ def entries(section: str) -> Iterator[Entry]:
             yield entry
 
 
+def _hash_of(content: dict[str, Any]) -> str:
+    # The order of a file's keys is that in which they were written; sorted, numbers would move when they become text.
+    return hashlib.sha256(json.dumps(content).encode()).hexdigest()
+
+
 def _read(path: Path) -> Entry | None:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         if content["schema"] != SCHEMA:
             return None
+        if content.pop("hash", None) not in (None, _hash_of(content)):
+            raise ValueError("damaged, the hash is not the stated one")
         key = Key(**{field.name: str(content["key"][field.name]) for field in fields(Key)})
         return Entry(key, str(content["section"]), str(content["name"]), content["value"])
     except FileNotFoundError:

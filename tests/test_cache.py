@@ -68,6 +68,27 @@ def test_damaged_files_are_as_if_not_there(where: Path, monkeypatch: pytest.Monk
     assert cache.get(KEY, VERDICTS, "x") == 2
 
 
+def test_one_wrong_bit_gives_no_other_value(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    value = {10: "128x64", 2: [0.1, 1e-300, True, None], "runs": "graph"}
+    cache.put(KEY, CHOICES, "x", value)
+    (file,) = where.iterdir()
+    data, known = file.read_bytes(), json.loads(json.dumps(value))
+    forget(monkeypatch)
+    assert cache.get(KEY, CHOICES, "x") == known
+    answers = []
+    for at in range(len(data)):
+        file.write_bytes(data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :])
+        forget(monkeypatch)
+        answers.append(cache.get(KEY, CHOICES, "x"))
+    assert all(answer in (None, known) for answer in answers)
+    assert sum(answer is None for answer in answers) > len(data) / 2
+    older = json.loads(data)
+    del older["hash"]  # a file of an earlier version
+    file.write_text(json.dumps(older))
+    forget(monkeypatch)
+    assert cache.get(KEY, CHOICES, "x") == known
+
+
 def test_bytes_that_are_no_text(where: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache.put(KEY, VERDICTS, "x", 1)
     (file,) = where.iterdir()
