@@ -51,6 +51,12 @@ def test_make_targets_that_are_named_exist_and_are_in_its_help():
         assert set(named) <= targets, path
 
 
+def test_the_readme_names_what_continuous_integration_runs():
+    run = re.findall(r"\bmake ([\w-]+)$", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    assert {"lint", "test"} <= set(run)
+    assert set(run) <= set(re.findall(r"(?:`|^)make ([\w-]+)", (ROOT / "README.md").read_text(), re.MULTILINE))
+
+
 def test_commands_that_are_named_exist():
     commands = set(typer.main.get_command(cli.app).commands)
     pages = {ROOT / "README.md", *DOCS.glob("*.md")} - {DOCS / "contributing.md"}  # which names an example of one
