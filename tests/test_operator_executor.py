@@ -31,7 +31,7 @@ from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.jobs import tune as tuning_module
 from tests.engine_support import FakeGraph, FakePool, assert_same_pixels, narrow_model
-from tests.support import case
+from tests.support import assert_accurate, case
 from tests.test_plan import NARROW, lively
 
 CPU = torch.device("cpu")
@@ -62,7 +62,7 @@ def test_result_is_the_models(name: str) -> None:
         assert_same_pixels(result, expected.merged[-1], mask)
         assert len(raw) == len(expected.raw)
         for ours, theirs in zip(raw, expected.raw):
-            assert (ours - theirs).square().mean().sqrt() < 1e-4
+            assert_accurate("raw", ours, theirs, roundings=2**13)
         known = (mask == 0).expand_as(image)
         assert torch.equal(result[known], image[known])
     assert executor.run(image, mask, stages=False)[1] == []
