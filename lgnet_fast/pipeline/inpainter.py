@@ -34,7 +34,8 @@ class Inpainter:
     Args:
         model: called as ``model(image, mask)`` with image [B, 3, H, W] in [-1, 1], mask [B, 1, H, W], 1 = hole, H and
             W multiples of ``model.size_multiple`` (256 where it has none); returns the merged picture. A model on
-            another device, of another dtype, in training mode or with an explicit backend is copied, not changed.
+            another device, of another dtype, in training mode or with an explicit backend is copied, not changed; the
+            copy keeps the weights of that moment.
         device: "auto" (CUDA if there is a GPU) or a torch device.
         dtype: "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name.
         backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is faster (on a CPU in float32 or
