@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import pickle
+import zipfile
 
 import pytest
 import torch
@@ -192,6 +193,14 @@ def test_one_wrong_bit_is_noticed(tmp_path):
         load_state_dict_file(tmp_path / "x.pth")
 
 
-def test_files_of_old_versions_of_pytorch_have_no_checksums(tmp_path):
-    torch.save({"x": torch.full((1000,), 0.75)}, tmp_path / "x.pth", _use_new_zipfile_serialization=False)
+@pytest.mark.parametrize("zipped", [True, False])
+def test_files_without_checksums_are_read(tmp_path, zipped):
+    """Those of a program that has switched checksums off, and of PyTorch before 1.6."""
+    torch.serialization.set_crc32_options(False)
+    try:
+        torch.save({"x": torch.full((1000,), 0.75)}, tmp_path / "x.pth", _use_new_zipfile_serialization=zipped)
+    finally:
+        torch.serialization.set_crc32_options(True)
+    if zipped:
+        assert {record.CRC for record in zipfile.ZipFile(tmp_path / "x.pth").infolist()} == {0}
     assert load_state_dict_file(tmp_path / "x.pth")["x"].sum() == 750
