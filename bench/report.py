@@ -22,7 +22,7 @@ from typing import Any
 from bench import complexity, plots
 from bench.peers import LGNET_MS, PEERS
 from bench.regression import RESULTS, bench_spread, machine_class, read_results, rivals
-from bench.timing import ROOT
+from bench.timing import PACKAGES, ROOT
 from lgnet_fast.errors import LGNetError
 from lgnet_fast.pipeline.writing import write_atomically
 
@@ -248,7 +248,7 @@ def versions(machine: Machine) -> str:
     """The versions that the modules were measured with, all of them where they differ, and the threads."""
     environments = [content["environment"] for content in machine.values()]
     parts = []
-    for key in ("torch", "triton", "openvino", "onnxruntime", "cuda"):
+    for key in ("torch", *PACKAGES, "cuda"):
         found = dict.fromkeys(info[key] for info in environments if key in info)
         if found:
             parts.append(f"{key} {' and '.join(found)}")

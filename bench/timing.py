@@ -37,6 +37,9 @@ MIN_CONTEST_S = 1.0
 MAX_CONTEST_S = 30.0
 """No rounds are added to a contest after this many seconds, so that the whole suite ends within 15 minutes."""
 
+PACKAGES = ("triton", "openvino", "onnxruntime", "ncnn", "MNN")
+"""Packages beside PyTorch whose code contestants run."""
+
 clock = time.perf_counter
 """Clock in seconds. Tests replace it by the process's CPU time, to be independent of the machine's load."""
 
@@ -196,7 +199,7 @@ def _output(*command: str) -> str:
 def environment() -> dict[str, Any]:
     """Versions, thread count, commit and date, which every figure needs. No host name."""
     versions = {}
-    for package in ("triton", "openvino", "onnxruntime"):
+    for package in PACKAGES:
         try:
             versions[package] = version(package)
         except PackageNotFoundError:

@@ -14,7 +14,7 @@ from contextlib import redirect_stdout
 import pytest
 import torch
 
-from bench import regression, timing
+from bench import inference_peers, regression, timing
 from bench.regression import (
     Change,
     compare,
@@ -176,6 +176,15 @@ def test_results_file(tmp_path):
     assert read["benches"]["a"] == bench(eager=2.5) | {"commit": "abc", "date": "2026-01-02T03:04:05+00:00"}
     with pytest.raises(ValueError, match="expected a results file"):
         read_results("[]")
+
+
+def test_every_contestants_version_is_stored(monkeypatch):
+    """Also of the rivals that `make bench` installs beside the extra."""
+    monkeypatch.setattr(timing, "version", lambda package: f"{package} 7")
+    rivals = {name for name in ("openvino", "onnxruntime", "mnn", "ncnn") if hasattr(inference_peers, name)}
+    told = {name.lower(): text for name, text in timing.environment().items() if str(text).endswith(" 7")}
+    assert len(rivals) == 4
+    assert set(told) == rivals | {"triton"}
 
 
 @pytest.mark.parametrize(

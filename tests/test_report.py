@@ -109,9 +109,9 @@ def test_every_version_is_told(results):
     """Modules are measured at different times; the report has one line for all of them."""
     file = results / f"{CPU}_inference.json"
     content = json.loads(file.read_text())
-    write_results(file, content["benches"], INFO | {"torch": "2.14.0"})
+    write_results(file, content["benches"], INFO | {"torch": "2.14.0", "ncnn": "1.0", "MNN": "3.6"})
     told = {section.title: section.text for section in report.sections(report.load([results]))}
-    expected = "torch 2.14.0 and 2.13.0, openvino 2026.4; 2 CPU threads."
+    expected = "torch 2.14.0 and 2.13.0, openvino 2026.4, ncnn 1.0, MNN 3.6; 2 CPU threads."
     assert told[f"Machine class {CPU}"] == expected
     assert told[f"Machine class {GPU}"] == "torch 2.13.0, openvino 2026.4, cuda 12.8; 2 CPU threads."
 
