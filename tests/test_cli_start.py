@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -170,3 +171,20 @@ def test_warnings_are_one_line():
         assert warnings.formatwarning("text", UserWarning, "a.py", 7) == "warning: text\n"
     assert warnings.formatwarning is before
     assert warnings.formatwarning("text", UserWarning, "a.py", 7).startswith("a.py:7: UserWarning: text")
+
+
+def test_the_wait_for_a_gpus_kernels_is_shown(monkeypatch):
+    """On stderr, while a command runs; other notes of the library are not."""
+    waits = logging.getLogger("lgnet_fast.waits")
+
+    def collect():
+        waits.info("compiling the engine's kernels: %d of %d", 10, 57)
+        logging.getLogger("lgnet_fast").info("a note")
+        return {}
+
+    monkeypatch.setattr("lgnet_fast.info.collect", collect)
+    for _ in range(2):
+        result = CliRunner().invoke(cli.app, ["info", "--json"])
+        assert (result.exit_code, result.stdout) == (0, "{}\n")
+        assert result.stderr == "compiling the engine's kernels: 10 of 57\n"
+    assert (waits.handlers, waits.level) == ([], logging.NOTSET)

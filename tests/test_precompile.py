@@ -5,13 +5,14 @@ Without a GPU every compiling process fails at once, which the caller must handl
 
 from __future__ import annotations
 
+import logging
 import os
 import pickle
 import subprocess
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -24,6 +25,8 @@ from lgnet_fast.kernels.conv import Conv, conv_forward
 from lgnet_fast.kernels.conv_configs import Tile
 from lgnet_fast.kernels.launch import Launch, map_leaves, record, specialisation
 from lgnet_fast.kernels.results import Store
+
+from lgnet_fast.engine.cuda.executor import CudaExecutor
 
 CONV = Conv(32, 64, 3, 1, 1, False, False, False)
 
@@ -154,3 +157,18 @@ print(triton.knobs.cache.dir, os.access(triton.knobs.cache.dir, os.W_OK))
     assert writable == "True"
     assert (Path(used) == folder / ".triton" / "cache") == (home == "there")
     assert Path(used).exists() == (home == "there")  # a temporary one goes with the process
+
+
+def test_an_engine_tells_how_far_its_compilation_is(monkeypatch: pytest.MonkeyPatch, caplog: Any) -> None:
+    def compile_all(launches: Any, device: int, progress: Any) -> list[str]:
+        for done in range(1, 26):
+            progress(done, 25)
+        return []
+
+    monkeypatch.setattr(precompile, "compile_all", compile_all)
+    engine: Any = SimpleNamespace(device=torch.device("cuda", 0), memory=None, _launches=lambda *_: [])
+    with caplog.at_level(logging.INFO, logger="lgnet_fast.waits"):
+        CudaExecutor.precompile(engine)
+    assert [(record.name, record.getMessage()) for record in caplog.records] == [
+        ("lgnet_fast.waits", f"compiling the engine's kernels: {done} of 25") for done in (1, 10, 20, 25)
+    ]

@@ -14,6 +14,7 @@ from typer.core import TyperCommand
 from ..version import __version__
 from .errors import one_line_errors, plain_warnings
 from .interrupts import interrupted
+from .output import shown_waits
 
 app = typer.Typer(
     name="lgnet-fast",
@@ -33,7 +34,7 @@ class _Command(TyperCommand):
         self.help = re.sub(r"(?<=\S)\n(?=\S)", " ", inspect.cleandoc(self.help or ""))
 
     def invoke(self, ctx: Any) -> Any:
-        with one_line_errors(self), plain_warnings():
+        with one_line_errors(self), plain_warnings(), shown_waits():
             # `import lgnet_fast` leaves them out for the command line.
             import_module("lgnet_fast.ops")
             if interrupted():

@@ -1,11 +1,12 @@
-"""What commands print on standard output."""
+"""What commands print: results on standard output, and on stderr what they wait for."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import typer
@@ -45,6 +46,28 @@ def draw(table: Any, width: int | None = None, piped: int | None = None) -> None
         console.width = piped
     with _written():
         console.print(table)
+
+
+class _Waits(logging.Handler):
+    """Prints each text as a line on stderr."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        with suppress(OSError):  # nobody reads it
+            typer.echo(record.getMessage(), err=True)
+
+
+@contextmanager
+def shown_waits() -> Iterator[None]:
+    """Show what takes long at the first use on a GPU, such as compiling kernels, which other programs log at INFO."""
+    waits, handler = logging.getLogger("lgnet_fast.waits"), _Waits()
+    level = waits.level
+    waits.addHandler(handler)
+    waits.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        waits.removeHandler(handler)
+        waits.setLevel(level)
 
 
 @contextmanager

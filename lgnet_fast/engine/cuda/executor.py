@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from .weights import Choice, Overlap
 
 logger = logging.getLogger("lgnet_fast")
+waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 
 @dataclass(frozen=True)
@@ -245,7 +246,7 @@ class CudaExecutor(GraphExecutor):
 
         def tell(done: int, total: int) -> None:
             if done in (1, total) or done % 10 == 0:
-                logger.info("compiling the engine's kernels: %d of %d", done, total)
+                waits.info("compiling the engine's kernels: %d of %d", done, total)
 
         for failure in compile_all(launches, self.device.index or 0, tell):
             logger.info("not compiled ahead: %s", failure)

@@ -38,6 +38,7 @@ from .operator_executor import OperatorExecutor
 from .verdicts import Check, Verdict, verdict_name
 
 logger = logging.getLogger("lgnet_fast")
+waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 
 def verified(
@@ -95,7 +96,7 @@ def verified(
         compiled = time.perf_counter()
         executor, verdict, warned = _decide(engine, problem, model, plan, checked, dtype)
         verdict = replace(verdict, seconds=time.perf_counter() - compiled)
-        logger.info("kernels compiled in %.1f s, checked in %.1f s", compiled - begin, verdict.seconds)
+        waits.info("kernels compiled in %.1f s, checked in %.1f s", compiled - begin, verdict.seconds)
         cache.put(key, cache.VERDICTS, name, verdict.as_dict())
         if verdict.reason is not None and not warned:
             logger.warning("%s on %s in %s", verdict, key.card, key.dtype)
