@@ -32,7 +32,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         type=Path,
         help="stored results to compare with, and where new ones go (default: bench/results; none in smoke runs)",
     )
-    group.addoption("--bench-run", metavar="DIR", type=Path, help="write this run's own results here too")
+    group.addoption(
+        "--bench-run", metavar="DIR", type=Path, help="write this run's own results here too, each as it comes"
+    )
     group.addoption("--bench-store", action="store_true", help="store this run instead of comparing it")
     group.addoption("--bench-full", action="store_true", help="also the benches that take several minutes each")
 
@@ -118,16 +120,16 @@ def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) ->
             stem = f"{regression.machine_class(figures['device'])}_{item.path.stem.removeprefix('bench_')}"
             info = environment()
             stamp = {key: info[key] for key in ("commit", "date")}
-            item.config.stash[_RUN][stem][item.name] = dict(figures) | stamp
+            benches = item.config.stash[_RUN][stem]
+            benches[item.name] = dict(figures) | stamp
+            if own := item.config.getoption("--bench-run"):  # at once, for a run that is killed
+                regression.write_results(own / f"{stem}.json", benches, info)
     return report
 
 
 def pytest_sessionfinish(session: pytest.Session, exitstatus: int) -> None:
     config = session.config
     run, folder = config.stash[_RUN], config.getoption("--bench-results")
-    if own := config.getoption("--bench-run"):
-        for stem, benches in run.items():
-            regression.write_results(own / f"{stem}.json", benches, environment())
     if not run or (SMOKE and folder is None):
         return
     changes, notes = regression.compare_or_store(run, folder or regression.RESULTS, config.getoption("--bench-store"))

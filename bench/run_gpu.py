@@ -3,25 +3,28 @@
 =========  =================================================================================================
 build      in place, without the C++ extension, which no GPU needs
 contact    every step of the engine against float32, the graph and each step timed (bench/gpu_contact.py)
-tests      those marked `gpu`, in parallel where pytest-xdist is installed; junit file in RESULTS
+tests      those marked `gpu`, in parallel where pytest-xdist is installed; failures in RESULTS as they come, then a
+           junit file
 tuning     tiles of convolutions and attention, then the engine beside eager PyTorch and torch.compile
 benches    the benches' GPU cases, ours before the rivals
 =========  =================================================================================================
 
 Each part has a share of MINUTES; a part that takes longer is stopped, and the others still run. Figures are written
-to RESULTS (bench/results by default) at once, so that a killed run keeps its measurements. Uses the current Python
-and no network. Without an NVIDIA GPU it prints so and exits 0.
+to RESULTS (bench/results by default) at once, those of each bench to RESULTS/run, so that a killed run keeps its
+measurements. Uses the current Python and no network. Without an NVIDIA GPU it prints so and exits 0.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import time
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCHES = (
@@ -34,6 +37,8 @@ BENCHES = (
 )
 # Of the whole time; the benches share the rest.
 SHARES = {"build": 0.06, "contact": 0.17, "tests": 0.25, "tuning": 0.3}
+GRACE_S = 5.0
+"""Seconds that a part has to end in, once its time is over."""
 
 
 def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
@@ -44,6 +49,8 @@ def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
     workers = ["-n", str(min(8, os.cpu_count() or 1))] if find_spec("xdist") is not None else []
     limit = ["--timeout", "120"] if find_spec("pytest_timeout") is not None else []
     junit = [f"--junitxml={results / 'gpu_tests.xml'}", "--tb=short", "-rf"]
+    junit += ["-p", "bench.failures", "--failures", str(results / "gpu_failures.jsonl")]
+    stored = ["--bench-results", str(results), "--bench-run", str(results / "run")]
     tuning = SHARES["tuning"] * minutes
     pip = [python, "-m", "pip", "install", "--quiet", "--no-build-isolation", "--no-deps", "--no-index", "-e", "."]
     # Others need packages that a machine with a GPU may lack, and collecting them takes half a minute.
@@ -59,7 +66,7 @@ def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
             SHARES["tuning"] * seconds,
             [*contact, "--sections", "attention,convs,peers", "--minutes", f"{0.6 * tuning:.2f}"],
         ),
-        *((name, rest, [*pytest, f"bench/{name}.py", "-s", "--bench-results", str(results)]) for name in BENCHES),
+        *((name, rest, [*pytest, f"bench/{name}.py", "-s", *stored]) for name in BENCHES),
     ]
 
 
@@ -68,12 +75,26 @@ def run(name: str, seconds: float, command: list[str]) -> bool:
     print(f"== {name}: {' '.join(command)}", flush=True)
     start = time.perf_counter()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1", "LGNET_FAST_NO_EXTENSION": "1"}
-    try:
-        status = str(subprocess.run(command, cwd=ROOT, timeout=seconds, env=environment).returncode)
-    except subprocess.TimeoutExpired:
-        status = f"cut off after {seconds:.0f} s"
+    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+        try:
+            status = str(process.wait(seconds))
+        except subprocess.TimeoutExpired:
+            end(process)
+            status = f"cut off after {seconds:.0f} s"
+        except BaseException:
+            process.kill()
+            raise
     print(f"== {name}: exit status {status}, {time.perf_counter() - start:.0f} s", flush=True)
     return status == "0"
+
+
+def end(process: subprocess.Popen[Any]) -> None:
+    """Interrupt a process, which lets pytest write what it knows, and kill it where it goes on."""
+    process.send_signal(signal.SIGINT)
+    try:
+        process.wait(GRACE_S)
+    except subprocess.TimeoutExpired:
+        process.kill()
 
 
 def main() -> int:

@@ -44,6 +44,70 @@ def test_a_killed_run_leaves_its_figures(tmp_path: Path) -> None:
     ]
 
 
+FAILING = """
+import time
+
+def test_a():
+    assert 6 * 9 == 42
+
+def test_b():
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "xdist"])
+def test_failures_are_on_disk_before_the_run_ends(tmp_path: Path, workers: list[str]) -> None:
+    if workers:
+        pytest.importorskip("xdist")
+    (tmp_path / "test_some.py").write_text(FAILING)
+    (tests,) = (command for name, _, command in run_gpu.parts(tmp_path / "new", 8.0) if name == "tests")
+    own = tests[tests.index("-p") : tests.index("-p") + 4] + [part for part in tests if part.startswith("--junit")]
+    assert own[1:3] == ["bench.failures", "--failures"]
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, str(tmp_path / "test_some.py"), *own, *workers]
+    file = tmp_path / "new" / "gpu_failures.jsonl"
+    with subprocess.Popen(command, cwd=run_gpu.ROOT, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        shown = ""
+        while "assert (6 * 9) == 42" not in shown:  # as it comes
+            line = process.stdout.readline()
+            assert line, shown
+            shown += line
+        (failure,) = [json.loads(line) for line in file.read_text().splitlines()]
+        run_gpu.end(process)
+    assert failure["test"].endswith("test_some.py::test_a")
+    assert failure["when"] == "call"
+    assert "assert (6 * 9) == 42" in failure["text"]
+    if not workers:  # others are waited for, and take longer than `end` waits
+        assert 'name="test_a"' in (tmp_path / "new" / "gpu_tests.xml").read_text()
+
+
+BENCHES = """
+import os, signal
+
+def test_first(benchmark):
+    benchmark.pedantic(lambda: None, rounds=1)
+    benchmark.extra_info.update(times_slower_than_ours={"eager": 2.0}, device="cpu", ours="ours")
+
+def test_second(benchmark):
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def test_a_bench_is_on_disk_when_it_ends(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    (tmp_path / "conftest.py").write_text("from bench.conftest import *\n")
+    (tmp_path / "bench_some.py").write_text(BENCHES)
+    (*_, (_, _, last)) = run_gpu.parts(tmp_path / "results", 8.0)
+    stored = last[last.index("--bench-results") :]
+    command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, str(tmp_path / "bench_some.py"), *stored]
+    environment = {name: value for name, value in os.environ.items() if name != "LGNET_BENCH_SMOKE"}
+    done = subprocess.run(command, cwd=run_gpu.ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == -signal.SIGKILL, done.stdout + done.stderr
+    (file,) = (tmp_path / "results" / "run").iterdir()
+    assert file.name.endswith("_some.json")
+    assert json.loads(file.read_text())["benches"]["test_first"]["times_slower_than_ours"] == {"eager": 2.0}
+
+
 @pytest.mark.parametrize("minutes", [4.0, 8.0])
 def test_parts_fit_the_minutes_and_correctness_comes_first(tmp_path: Path, minutes: float) -> None:
     parts = run_gpu.parts(tmp_path, minutes)
