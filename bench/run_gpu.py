@@ -7,6 +7,7 @@ tests      those marked `gpu`, in parallel where pytest-xdist is installed; fail
            junit file
 tuning     tiles of convolutions and attention, then the engine beside eager PyTorch and torch.compile
 benches    the benches' GPU cases, ours before the rivals
+cores      with the C++ extension: the CPU's engine on 1, 2, 4, ... threads, beside OpenVINO where that is installed
 =========  =================================================================================================
 
 Each part has a share of MINUTES; a part that takes longer is stopped, and the others still run. Figures are written
@@ -36,7 +37,7 @@ BENCHES = (
     "bench_merge_concat",
 )
 # Of the whole time; the benches share the rest.
-SHARES = {"build": 0.06, "contact": 0.17, "tests": 0.25, "tuning": 0.3}
+SHARES = {"build": 0.06, "contact": 0.17, "tests": 0.25, "tuning": 0.26, "cores": 0.08}
 GRACE_S = 5.0
 """Seconds that a part has to end in, once its time is over."""
 
@@ -67,6 +68,11 @@ def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
             [*contact, "--sections", "attention,convs,peers", "--minutes", f"{0.6 * tuning:.2f}"],
         ),
         *((name, rest, [*pytest, f"bench/{name}.py", "-s", *stored]) for name in BENCHES),
+        (
+            "cores",
+            SHARES["cores"] * seconds,
+            [python, "-m", "pytest", "-q", "bench/bench_cores.py::test_threads", "-s", *stored],
+        ),
     ]
 
 

@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,7 +17,8 @@ import pytest
 import torch
 from lgnet_fast.kernels.tuned import Block, Measured, Training
 
-from bench import gpu_contact, run_gpu, tune_attention
+from bench import bench_cores, gpu_contact, run_gpu, tune_attention
+from lgnet_fast.engine.cpu.executor import CpuExecutor
 
 LOGGING = """
 import sys, time
@@ -97,8 +99,10 @@ def test_a_bench_is_on_disk_when_it_ends(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "conftest.py").write_text("from bench.conftest import *\n")
     (tmp_path / "bench_some.py").write_text(BENCHES)
-    (*_, (_, _, last)) = run_gpu.parts(tmp_path / "results", 8.0)
-    stored = last[last.index("--bench-results") :]
+    (command,) = (
+        command for name, _, command in run_gpu.parts(tmp_path / "results", 8.0) if name == "bench_training"
+    )
+    stored = command[command.index("--bench-results") :]
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, str(tmp_path / "bench_some.py"), *stored]
     environment = {name: value for name, value in os.environ.items() if name != "LGNET_BENCH_SMOKE"}
     done = subprocess.run(command, cwd=run_gpu.ROOT, env=environment, capture_output=True, text=True)
@@ -111,7 +115,7 @@ def test_a_bench_is_on_disk_when_it_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("minutes", [4.0, 8.0])
 def test_parts_fit_the_minutes_and_correctness_comes_first(tmp_path: Path, minutes: float) -> None:
     parts = run_gpu.parts(tmp_path, minutes)
-    assert [name for name, *_ in parts][:4] == ["build", "contact", "tests", "tuning"]
+    assert [name for name, *_ in parts] == ["build", "contact", "tests", "tuning", *run_gpu.BENCHES, "cores"]
     assert sum(seconds for _, seconds, _ in parts) == pytest.approx(60 * minutes)
     for name, _, command in parts[1:]:
         assert str(tmp_path) in " ".join(command), name
@@ -123,6 +127,31 @@ def test_only_files_with_tests_for_gpus_are_collected(tmp_path: Path) -> None:
     files = {part for part in command if part.startswith("tests")}
     assert {"tests/test_engine_cuda.py", "tests/test_kernels_gpu.py", "tests/test_training_graphed.py"} <= files
     assert not {"tests", "tests/test_cli.py", "tests/test_serve_api.py"} & files
+
+
+def test_the_cpus_threads_are_1_2_4_8_and_16_on_a_machine_that_has_them() -> None:
+    pytest.importorskip("pytest_benchmark")
+    assert bench_cores.thread_counts(16) == [1, 2, 4, 8, 16]
+    assert bench_cores.thread_counts(12) == [1, 2, 4, 8, 12]
+
+
+@pytest.mark.slow(reason="a bench in a process of its own")
+def test_the_cpus_threads_are_timed_beside_openvino(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    if (reason := CpuExecutor.unavailable_reason()) is not None:
+        pytest.skip(reason)
+    (*_, (name, _, command)) = run_gpu.parts(tmp_path, 8.0)
+    environment = os.environ | {"OMP_NUM_THREADS": "2", "LGNET_BENCH_SMOKE": "1"}
+    done = subprocess.run(command, cwd=run_gpu.ROOT, env=environment, capture_output=True, text=True)
+    assert (name, done.returncode) == ("cores", 0), done.stdout + done.stderr
+    if "1 skipped" in done.stdout:
+        pytest.skip("one processor is all there is")
+    (file,) = (tmp_path / "run").iterdir()
+    figures = json.loads(file.read_text())["benches"]["test_threads"]
+    assert list(figures["speed_up"]) == ["1", "2"]
+    others = {"openvino_1_threads", "openvino_2_threads"} if find_spec("openvino") and find_spec("onnx") else set()
+    assert set(figures["least_ms"]) == {"ours", "ours_1_threads"} | others
+    assert list(figures.get("speed_up_of_openvino", {})) == (["1", "2"] if others else [])
 
 
 def test_a_part_that_hangs_is_cut_off_and_one_that_fails_is_noticed(capfd: pytest.CaptureFixture[str]) -> None:
