@@ -237,9 +237,9 @@ def roofline(name: str, machine: Machine) -> Section | None:
     peaks = roof["peaks"]
     text = (
         f"The roofs are measured: float32 multiply-adds in registers ({peaks['gflops']:.0f} GFLOP/s) and "
-        f"a 128 MB copy ({peaks['gigabytes_a_second']:.1f} GB/s). FLOPs are those of the direct convolution, so a "
-        "Winograd step, which multiplies up to four times less, can lie above the roof; bytes are source, "
-        "result and weights once each."
+        f"a 128 MB copy ({peaks['gigabytes_a_second']:.1f} GB/s). FLOPs are those of the direct convolution in "
+        "float32. So a Winograd step, which multiplies up to four times less, can lie above the roof, and with AMX "
+        "every step that multiplies bf16 parts of float32. Bytes are source, result and weights once each."
     )
     return Section("Roofline of the plan's steps", text, picture=f"{name}_roofline")
 
