@@ -25,6 +25,7 @@ from lgnet_fast import (
 )
 from lgnet_fast.engine import engine as engine_module
 from lgnet_fast.engine.cpu.executor import CpuExecutor
+from lgnet_fast.engine.devices import resolve_device
 from lgnet_fast.engine.engine import SHAPES_KEPT
 from lgnet_fast.engine.model_executor import ModelExecutor
 from lgnet_fast.engine.regions import Rect
@@ -374,6 +375,18 @@ def test_the_model_is_left_alone(model):
 def test_bad_arguments_of_optimize(model, arguments, error, message):
     with pytest.raises(error, match=message):
         optimize(model, **arguments)
+
+
+@pytest.mark.parametrize("device", ["mps", "xpu", "vulkan"])
+def test_a_device_that_is_not_there_is_refused_in_one_sentence(device):
+    """Without the backends that PyTorch lists."""
+    try:
+        torch.zeros(1, device=device)
+    except Exception:
+        with pytest.raises(LGNetError, match=rf"^device: {device} is not available: .{{1,120}}$"):
+            resolve_device(device)
+    else:
+        pytest.skip(f"{device} is there")
 
 
 def test_a_numbered_cpu_is_the_cpu(model):

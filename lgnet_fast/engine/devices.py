@@ -42,7 +42,7 @@ def resolve_device(device: str | torch.device) -> torch.device:
     try:
         torch.zeros(1, device=resolved).add(1)
     except Exception as cause:  # every device type raises a different exception
-        reason = str(cause).splitlines()[0]
+        reason = str(cause).splitlines()[0].partition(". ")[0]  # PyTorch goes on with a list of all backends
         raise BackendError(f"device: {device} is not available: {reason}") from cause
     return resolved
 
