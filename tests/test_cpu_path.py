@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from lgnet_fast import cache, create_model, native, optimize
+from lgnet_fast.engine import build
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cpu import path as cpu_path
 from lgnet_fast.engine.cpu.executor import CpuExecutor
@@ -136,7 +137,8 @@ def test_a_spoilt_entry_is_measured_anew(portable, model, value):
 def test_a_real_measurement(portable, model, dtype):
     """Positive, within its time, and the model is left as it was."""
     before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
-    engine, eager = measured(model.train(), dtype)
+    plan = build_plan(plan_stages(model), 1, 512, 256)
+    engine, eager = measured(model.train(), plan, dtype)
     assert model.training
     model.eval()
     assert 0 < engine < cpu_path.SECONDS
@@ -152,9 +154,29 @@ def test_stages_that_would_take_too_long_are_not_timed(portable, model, monkeypa
     monkeypatch.setattr(
         CpuExecutor, "of", classmethod(lambda cls, plan, dtype: stages.append(plan) or of(plan, dtype))
     )
-    engine, eager = measured(model, SINGLE, clock=lambda: float(next(now)))
+    plan = build_plan(plan_stages(model), 1, 256, 256)
+    engine, eager = measured(model, plan, SINGLE, clock=lambda: float(next(now)))
     assert len(stages) == 1
     assert (engine, eager) == (2.0, 2.0)
+
+
+@pytest.mark.parametrize("name", ["lgnet", "lgnet_share", "C+L", "C+G+G_att"])
+def test_both_sides_run_the_same_stages_and_no_weight_is_folded_again(portable, name, monkeypatch):
+    """Folding LGNet's weights takes longer than the runs that are timed."""
+    torch.manual_seed(0)
+    widths = {"coarse_channels": 4, "local_channels": 5, "global_channels": 6}
+    model = create_model(name, **widths | ({"coarse_channels": 6} if name == "lgnet_share" else {})).eval()
+    plan = build_plan(plan_stages(model), 1, 256, 512)
+    folded: list[object] = []
+    monkeypatch.setattr(build, "fold", lambda *modules: folded.append(modules))
+    results: list[torch.Tensor] = []
+    monkeypatch.setattr(cpu_path, "_seconds", lambda call, clock: results.append(call()) or 0.1)
+    measured(model, plan, SINGLE)
+    assert folded == []
+    assert len(results) == 2 * len(plan_stages(model))
+    for (merged, (raw,)), ours in zip(results[::2], results[1::2], strict=True):
+        assert_accurate("stage", raw, ours, roundings=2**13)
+        assert_accurate("merged", merged, raw, roundings=1)  # all is hole
 
 
 def test_can_keep(tmp_path: File, monkeypatch):

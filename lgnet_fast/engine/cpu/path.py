@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
@@ -20,16 +21,15 @@ from torch import Tensor
 from ... import cache
 from ...native import isa_name
 from ...reference.lgnet import LGNet, LocalGlobalRefinement
-from ..build import build_plan, plan_stages
 from ..model_executor import ModelExecutor
-from ..plan import Plan
+from ..plan import Plan, Step
 from . import tuning as cpu_tuning
 from .executor import CpuExecutor
 
 PORTABLE = "portable"
 """Name of the instruction set whose kernels may be slower than PyTorch's."""
 SECONDS = 6.0
-"""Longest duration of the measurement."""
+"""Longest duration of the measurement, where its cheapest stage takes no longer."""
 _SIDE = 256
 
 
@@ -60,15 +60,15 @@ def choose_path(
     model: LGNet | LocalGlobalRefinement,
     plan: Plan,
     dtype: torch.dtype,
-    compare: Callable[[LGNet | LocalGlobalRefinement, torch.dtype], tuple[float, float]] | None = None,
+    compare: Callable[[LGNet | LocalGlobalRefinement, Plan, torch.dtype], tuple[float, float]] | None = None,
 ) -> Path:
     """Choose the executor or PyTorch.
 
     Args:
         model: with weights on the CPU.
-        plan: of the model.
+        plan: of the model, with float32 weights on the CPU.
         dtype: float32 or bfloat16.
-        compare: (model, dtype) -> seconds of the C++ executor and of PyTorch; None: :func:`measured`.
+        compare: (model, plan, dtype) -> seconds of the C++ executor and of PyTorch; None: :func:`measured`.
     """
     name = entry_name(plan)
     kept = Path.from_dict(cache.get(cpu_tuning.key(dtype), cache.CHOICES, name))
@@ -78,7 +78,7 @@ def choose_path(
         return Path("engine", f"kernels for {isa_name()}")
     if not cache.can_keep():
         return Path("eager", "portable kernels, and no measurement can be kept")
-    return keep_path(plan, dtype, *(compare or measured)(model, dtype))
+    return keep_path(plan, dtype, *(compare or measured)(model, plan, dtype))
 
 
 def keep_path(plan: Plan, dtype: torch.dtype, engine: float, eager: float) -> Path:
@@ -95,37 +95,51 @@ def _faster(engine: float, eager: float) -> Path:
 
 def measured(
     model: LGNet | LocalGlobalRefinement,
+    plan: Plan,
     dtype: torch.dtype,
     seconds: float = SECONDS,
     clock: Callable[[], float] = time.perf_counter,
 ) -> tuple[float, float]:
     """Seconds of the C++ executor and of PyTorch for the same stages of a model, each the faster of two runs.
 
-    Stages are timed one by one, the cheapest first, until the next one is expected to end after `seconds`.
+    Stages are timed one by one, the cheapest first, until the next one is expected to end after `seconds`. Their
+    weights are those of the plan, because folding takes longer than the runs.
     """
     begin = clock()
     device = torch.device("cpu")
     networks = ModelExecutor(model, device, dtype, "eager").networks
     stages: list[tuple[int, int, Plan, Callable[[Tensor], Tensor]]] = []
-    for (name, net, attends), network in zip(plan_stages(model), networks, strict=True):
-        plan = build_plan([(name, net, attends)], 1, _SIDE, _SIDE).to(device, torch.float32)
-        stages.append((plan.total_macs(), len(stages), plan, network))
-    generator = torch.Generator("cpu").manual_seed(20)
-    image = torch.rand(1, 3, _SIDE, _SIDE, generator=generator, device="cpu", dtype=torch.float32) * 2 - 1
+    for own, network in zip(_stages(plan), networks, strict=True):
+        stages.append((own.total_macs(), len(stages), own, network))
+    # All is hole, which the executor paints white for the first stage that it has.
+    image = torch.ones(1, 3, _SIDE, _SIDE, device="cpu", dtype=torch.float32)
     mask = torch.ones_like(image[:, :1])
     picture = torch.cat((image, mask), dim=1).to(dtype)
     total = [0.0, 0.0]
     spent, done = 0.0, 0
-    for macs, _, plan, network in sorted(stages, key=lambda stage: stage[:2]):
+    for macs, _, own, network in sorted(stages, key=lambda stage: stage[:2]):
         if done and clock() - begin + spent * macs / done > seconds:
             break
         started = clock()
-        executor = CpuExecutor.of(plan, dtype)
+        executor = CpuExecutor.of(own, dtype)
         total[0] += _seconds(partial(executor.run, image, mask), clock)
         total[1] += _seconds(partial(network, picture), clock)
         spent += clock() - started
         done += macs
     return total[0], total[1]
+
+
+def _stages(plan: Plan) -> list[Plan]:
+    """Each stage of a plan as a plan of one picture of 256x256."""
+    small = plan.resized(1, _SIDE, _SIDE)
+    stages: list[Plan] = []
+    steps: list[Step] = []
+    for step in small.steps:
+        steps.append(replace(step, weights_of=step.name))  # another stage may have the same
+        if step.merges:
+            stages.append(replace(small, steps=tuple(steps)))
+            steps = []
+    return stages
 
 
 def _seconds(call: Callable[[], object], clock: Callable[[], float]) -> float:
