@@ -69,6 +69,11 @@ def leaves(tensors: tuple[Tensor, ...], dtype: torch.dtype | None = None) -> tup
     return tuple(t.detach().clone().to(dtype or t.dtype).requires_grad_() for t in tensors)
 
 
+def for_attention() -> str:
+    """The backend that "auto" takes for attention in float32 and bfloat16 on this CPU."""
+    return "eager" if native.isa_name() == "portable" else "cpp"
+
+
 # -- which backend runs ----------------------------------------------------------------------------------------
 
 
@@ -80,11 +85,41 @@ def test_auto_runs_the_cpp_kernels_on_a_cpu():
         torch.ops.lgnet.merge_concat(*merge_inputs())
         torch.ops.lgnet.merge(*merge_inputs())
     assert ops.calls() == {
-        ("attention_block", "cpp"): 1,
-        ("cosine_attention", "cpp"): 1,
+        ("attention_block", for_attention()): 1,
+        ("cosine_attention", for_attention()): 1,
         ("merge_concat", "cpp"): 1,
         ("merge", "cpp"): 1,
     }
+
+
+def test_auto_leaves_attention_without_vector_kernels_to_pytorch(monkeypatch, caplog):
+    """They take five to fifteen times as long there; merging does not. Who asks for them by name gets them."""
+    monkeypatch.setattr(dispatch, "_logged", set())
+    native.library().set_isa("portable")
+    try:
+        args = leaves(block_inputs())
+        with caplog.at_level(logging.INFO, logger="lgnet_fast"):
+            for _ in range(2):
+                torch.ops.lgnet.attention_block(*args).sum().backward()
+        with torch.no_grad():
+            torch.ops.lgnet.cosine_attention(args[0])
+            torch.ops.lgnet.merge(*merge_inputs())
+            torch.ops.lgnet.attention_block(*args, backend="cpp")
+    finally:
+        native.library().set_isa("auto")
+    expected = {("cosine_attention", "eager"): 1, ("merge", "cpp"): 1}
+    assert ops.calls() == {("attention_block", "eager"): 2, ("attention_block", "cpp"): 1} | expected
+    told = [record.getMessage() for record in caplog.records if "attention_block" in record.getMessage()]
+    assert told == [
+        "attention_block runs in eager PyTorch: cpp: the extension has portable kernels only, and PyTorch is faster"
+    ]
+
+
+def test_auto_leaves_attention_in_float64_to_pytorch():
+    with torch.no_grad():
+        torch.ops.lgnet.attention_block(*block_inputs(dtype=torch.float64))
+        torch.ops.lgnet.merge(*merge_inputs(dtype=torch.float64))
+    assert ops.calls() == {("attention_block", "eager"): 1, ("merge", "cpp"): 1}
 
 
 def test_auto_falls_back_and_logs_the_reason_once(monkeypatch, caplog):
@@ -369,8 +404,9 @@ def test_a_declaration_says_what_its_kernels_give(operator):
     arguments = public.default._schema.arguments[len(operands) :]
     operator.checks(*operands, *(a.default_value for a in arguments if not a.kwarg_only))
     result = public(*operands)
-    assert ops.calls() == {(operator.name, "cpp"): 1}
+    assert ops.calls() == {(operator.name, for_attention() if operator.slower else "cpp"): 1}
     assert_accurate(operator.name, result, operator.eager(*operands), roundings=64)
+    result = public(*operands, backend="cpp")  # "auto" may have left it to PyTorch
     with FakeTensorMode() as mode:
         fake = public(*map(mode.from_tensor, operands), backend="cpp")
     assert (fake.shape, fake.stride(), fake.dtype) == (result.shape, result.stride(), result.dtype)
@@ -428,7 +464,7 @@ def test_autocast_lowers_attention_and_widens_merging():
     assert merged.dtype == torch.float32
     expected = reference_merge.merge_concat(image, output.bfloat16().float(), mask)
     assert_accurate("merged", merged, expected, roundings=8)
-    assert ops.calls()["attention_block", "cpp"] == 1
+    assert ops.calls()["attention_block", for_attention()] == 1
 
 
 def test_flops_of_the_fused_operators_are_those_of_the_eager_ones():

@@ -117,6 +117,7 @@ register(
         saves={"stats": _stats},
         saves_result=True,
         by_channels=True,
+        slower="slower_attention",
         example=((1, 128, 64, 64),),
     )
 )
@@ -134,6 +135,7 @@ register(
         result=_map,
         saves={"attended": _map, "stats": _stats},
         by_channels=True,
+        slower="slower_attention",
         example=((1, 128, 64, 64), (128, 256, 1, 1), (128,)),
     )
 )

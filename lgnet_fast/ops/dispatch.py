@@ -1,8 +1,8 @@
 """Choosing the backend of an operator: "auto", "eager", "triton" or "cpp".
 
 An explicit choice that cannot run raises BackendError with the reason. "auto" takes the fused backend of the tensors'
-device where it can run (on a GPU: where it also passed the check of its first use, :mod:`.first_use`), else eager
-PyTorch. Each reason for a fallback is logged once.
+device where it can run and is faster (on a GPU: where it also passed the check of its first use, :mod:`.first_use`),
+else eager PyTorch. Each reason for a fallback is logged once.
 """
 
 from __future__ import annotations
@@ -74,6 +74,8 @@ def resolve(op: str, backend: str, tensors: tuple[Tensor, ...]) -> str:
     if candidate is None:
         return "eager"
     reason = reason_against(op, candidate, tensors)
+    if reason is None and (slower := getattr(OPERATORS[op].launchers(candidate), OPERATORS[op].slower, None)):
+        reason = slower(*tensors)
     if reason is None:
         return candidate
     if (op, reason) not in _logged:

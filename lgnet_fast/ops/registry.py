@@ -92,6 +92,9 @@ class Operator:
     """Number of first operands that are [B, ...], like the result. 0: the result is not; vmap makes single calls."""
     by_channels: bool = False
     """Whether kernels are compiled for each number of channels, so that the first use of each is checked."""
+    slower: str = ""
+    """Name of the launchers' function ``(*operands)`` that returns why "auto" leaves kernels that can run to plain
+    PyTorch, which is faster; launchers without it have none that are slower."""
     example: tuple[tuple[int, ...], ...] = ()
     """Shapes of operands for which `lgnet-fast info` shows whether the backends can run."""
 

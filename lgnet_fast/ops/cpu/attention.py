@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ... import forks
-from ...native import library, optional_arg, tensor_arg, variant_arg
+from ...native import isa_name, library, optional_arg, tensor_arg, variant_arg
 from ..registry import like
 from . import reason_against
 
@@ -21,6 +21,19 @@ def can_run_attention(features: Tensor, weight: Tensor | None = None, bias: Tens
     if reason is None and features.dtype == torch.float16:
         return "features: expected float32, bfloat16 or float64, got float16 (scores overflow its range)"
     return reason
+
+
+def slower_attention(features: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> str | None:
+    """Why plain PyTorch computes attention faster than the C++ kernels, in one sentence; None where it does not.
+
+    Without vector instructions the kernels take five to fifteen times as long. It is no measurement, so that all
+    processes choose the same.
+    """
+    if isa_name() == "portable":
+        return "the extension has portable kernels only, and PyTorch is faster"
+    if features.dtype == torch.float64:
+        return "float64 has no vector kernels, and PyTorch is faster"
+    return None
 
 
 def _forward(
