@@ -4,7 +4,7 @@
                                [--triton 3.6.0] [--shard 1/8] [--count] [--all] [--anew] [--store]
 
 The launches of the engine (dense, restricted) and of the operators are recorded for each card of kernels/cards.py and
-compiled by two versions of Triton: 3.6.0, which the timed GPU has, and the newest. Both are installed in folders under
+compiled by two versions of Triton: 3.6.0, that of the timed GPU, and the newest. Both are installed in folders under
 .cache/aot. The reports of the compiled kernels are kept there too (verdicts-VERSION.jsonl), under a hash of the
 kernel's code and specialisation, so that an interrupted run can be continued and a later one compiles only what has
 changed (--anew: everything). --shard I/N compiles part I of N, the same kernels on every machine; the files of
