@@ -15,6 +15,7 @@ import torch
 from bench.conftest import marked_device
 from bench.training_step import DTYPES, FORMS, GRAPHS, Memory, Step, make_step, memory_of
 from lgnet_fast import ops
+from lgnet_fast.ops.cpu.attention import slower_attention
 from lgnet_fast.training.graphed import DIRECT
 
 device = pytest.fixture(marked_device)
@@ -41,6 +42,8 @@ def compare(
     compete: Any, benchmark: Any, device: str, dtype: str, batch: int, forms: Sequence[str], measured: Sequence[str]
 ) -> None:
     """Time a step in `forms`, and the peak memory of those `measured`."""
+    if device == "cpu" and (reason := slower_attention(torch.empty(1, dtype=DTYPES[dtype]))) is not None:
+        pytest.skip(reason)
     steps = {form: make_step(form, DTYPES[dtype], batch, device) for form in forms}
     ops.reset_calls()
     first = {form: step.run() for form, step in steps.items()}

@@ -6,11 +6,12 @@ contact    every step of the engine against float32, the graph and each step tim
 tests      those marked `gpu`, in parallel where pytest-xdist is installed; failures in RESULTS as they come, then a
            junit file
 tuning     tiles of convolutions and attention, then the engine beside eager PyTorch and torch.compile
-benches    the benches' GPU cases, ours before the rivals
+benches    the benches' GPU cases, ours before the rivals; that with torch.compile, bench_inference, is the last part
 cores      with the C++ extension: the CPU's engine on 1, 2, 4, ... threads, beside OpenVINO where that is installed
 =========  =================================================================================================
 
-Each part has a share of MINUTES; a part that takes longer is stopped, and the others still run. Figures are written
+Each part has a share of MINUTES, and what the parts before have left of theirs; a part that takes longer is stopped,
+and the others still run. Figures are written
 to RESULTS (bench/results by default) at once, those of each bench to RESULTS/run, so that a killed run keeps its
 measurements. Uses the current Python and no network. Without an NVIDIA GPU it prints so and exits 0.
 """
@@ -23,19 +24,15 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-BENCHES = (
-    "bench_inference",
-    "bench_attention",
-    "bench_training",
-    "bench_table4",
-    "bench_pipeline",
-    "bench_merge_concat",
-)
+BENCHES = ("bench_attention", "bench_training", "bench_table4", "bench_pipeline", "bench_merge_concat")
+LONGEST = "bench_inference"
+"""The last bench: its torch.compile takes minutes, and gets what the parts before have left."""
 # Of the whole time; the benches share the rest.
 SHARES = {"build": 0.06, "contact": 0.17, "tests": 0.25, "tuning": 0.26, "cores": 0.08}
 GRACE_S = 5.0
@@ -57,7 +54,11 @@ def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
     # Others need packages that a machine with a GPU may lack, and collecting them takes half a minute.
     files = sorted((ROOT / "tests").glob("test_*.py"))
     tests = [f"tests/{file.name}" for file in files if "mark.gpu" in file.read_text(encoding="utf-8")]
-    rest = seconds * (1 - sum(SHARES.values())) / len(BENCHES)
+    rest = seconds * (1 - sum(SHARES.values())) / len((*BENCHES, LONGEST))
+
+    def bench(name: str) -> tuple[str, float, list[str]]:
+        return name, rest, [*pytest, f"bench/{name}.py", "-s", *stored]
+
     return [
         ("build", SHARES["build"] * seconds, pip),
         ("contact", SHARES["contact"] * seconds, [*contact, "--sections", "compile,buffers,graph,steps,calls"]),
@@ -67,12 +68,13 @@ def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
             SHARES["tuning"] * seconds,
             [*contact, "--sections", "attention,convs,peers", "--minutes", f"{0.6 * tuning:.2f}"],
         ),
-        *((name, rest, [*pytest, f"bench/{name}.py", "-s", *stored]) for name in BENCHES),
+        *map(bench, BENCHES),
         (
             "cores",
             SHARES["cores"] * seconds,
             [python, "-m", "pytest", "-q", "bench/bench_cores.py::test_threads", "-s", *stored],
         ),
+        bench(LONGEST),
     ]
 
 
@@ -103,6 +105,16 @@ def end(process: subprocess.Popen[Any]) -> None:
         process.kill()
 
 
+def run_all(planned: Sequence[tuple[str, float, list[str]]]) -> bool:
+    """Run every part, also after one that failed; whether all succeeded."""
+    succeeded, left = True, 0.0
+    for name, seconds, command in planned:
+        begin = time.perf_counter()
+        succeeded &= run(name, seconds + left, command)
+        left = max(0.0, left + seconds - (time.perf_counter() - begin))
+    return succeeded
+
+
 def main() -> int:
     """Run every part."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -122,7 +134,7 @@ def main() -> int:
     print(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, results in {results}"
     )
-    return 0 if all([run(*part) for part in parts(results, args.minutes)]) else 1
+    return 0 if run_all(parts(results, args.minutes)) else 1
 
 
 if __name__ == "__main__":

@@ -115,7 +115,8 @@ def test_a_bench_is_on_disk_when_it_ends(tmp_path: Path) -> None:
 @pytest.mark.parametrize("minutes", [4.0, 8.0])
 def test_parts_fit_the_minutes_and_correctness_comes_first(tmp_path: Path, minutes: float) -> None:
     parts = run_gpu.parts(tmp_path, minutes)
-    assert [name for name, *_ in parts] == ["build", "contact", "tests", "tuning", *run_gpu.BENCHES, "cores"]
+    first = ["build", "contact", "tests", "tuning"]
+    assert [name for name, *_ in parts] == [*first, *run_gpu.BENCHES, "cores", "bench_inference"]
     assert sum(seconds for _, seconds, _ in parts) == pytest.approx(60 * minutes)
     for name, _, command in parts[1:]:
         assert str(tmp_path) in " ".join(command), name
@@ -140,10 +141,10 @@ def test_the_cpus_threads_are_timed_beside_openvino(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     if (reason := CpuExecutor.unavailable_reason()) is not None:
         pytest.skip(reason)
-    (*_, (name, _, command)) = run_gpu.parts(tmp_path, 8.0)
+    (command,) = (command for name, _, command in run_gpu.parts(tmp_path, 8.0) if name == "cores")
     environment = os.environ | {"OMP_NUM_THREADS": "2", "LGNET_BENCH_SMOKE": "1"}
     done = subprocess.run(command, cwd=run_gpu.ROOT, env=environment, capture_output=True, text=True)
-    assert (name, done.returncode) == ("cores", 0), done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     if "1 skipped" in done.stdout:
         pytest.skip("one processor is all there is")
     (file,) = (tmp_path / "run").iterdir()
@@ -161,6 +162,22 @@ def test_a_part_that_hangs_is_cut_off_and_one_that_fails_is_noticed(capfd: pytes
     text = capfd.readouterr().out
     assert "hangs: exit status cut off after 0 s" in text
     assert "fails: exit status 3" in text
+
+
+def test_a_part_gets_what_the_parts_before_have_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    now, limits = 0.0, []
+    takes = {"short": 2.0, "long": 50.0, "last": 1.0}
+
+    def run(name: str, seconds: float, command: list[str]) -> bool:
+        nonlocal now
+        limits.append(seconds)
+        now += min(takes[name], seconds + 5)  # it has 5 s to end in
+        return name != "long"
+
+    monkeypatch.setattr(run_gpu, "run", run)
+    monkeypatch.setattr(run_gpu.time, "perf_counter", lambda: now)
+    assert not run_gpu.run_all([("short", 10.0, []), ("long", 20.0, []), ("last", 30.0, [])])
+    assert limits == [10.0, 28.0, 30.0]
 
 
 @pytest.fixture
