@@ -1,19 +1,20 @@
 """`make gpu RESULTS=dir MINUTES=8`: checks and benchmarks on this machine's NVIDIA GPU, the most informative first.
 
 =========  =================================================================================================
-build      in place, without the C++ extension, which no GPU needs
+build      in place, without the C++ extension, which GPUs do not need
 contact    every step of the engine against float32, the graph and each step timed (bench/gpu_contact.py)
 tests      those marked `gpu`, in parallel where pytest-xdist is installed; failures in RESULTS as they come, then a
            junit file
 tuning     tiles of convolutions and attention, then the engine beside eager PyTorch and torch.compile
 benches    the benches' GPU cases, ours before the rivals; that with torch.compile, bench_inference, is the last part
-cores      with the C++ extension: the CPU's engine on 1, 2, 4, ... threads, beside OpenVINO where that is installed
+extension  the C++ extension, if there is a compiler
+cores      the CPU's engine on 1, 2, 4, ... threads, beside OpenVINO where that is installed
 =========  =================================================================================================
 
 Each part has a share of MINUTES, and what the parts before have left of theirs; a part that takes longer is stopped,
-and the others still run. Figures are written
-to RESULTS (bench/results by default) at once, those of each bench to RESULTS/run, so that a killed run keeps its
-measurements. Uses the current Python and no network. Without an NVIDIA GPU it prints so and exits 0.
+and the others still run. Figures are written to RESULTS (bench/results by default) at once, those of each bench to
+RESULTS/run, so that a killed run keeps its measurements. Uses the current Python and no network. Without an NVIDIA
+GPU it prints so and exits 0.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ BENCHES = ("bench_attention", "bench_training", "bench_table4", "bench_pipeline"
 LONGEST = "bench_inference"
 """The last bench: its torch.compile takes minutes, and gets what the parts before have left."""
 # Of the whole time; the benches share the rest.
-SHARES = {"build": 0.06, "contact": 0.17, "tests": 0.25, "tuning": 0.26, "cores": 0.08}
+SHARES = {"build": 0.06, "contact": 0.17, "tests": 0.25, "tuning": 0.25, "extension": 0.06, "cores": 0.05}
 GRACE_S = 5.0
 """Seconds that a part has to end in, once its time is over."""
 
@@ -69,6 +70,7 @@ def parts(results: Path, minutes: float) -> list[tuple[str, float, list[str]]]:
             [*contact, "--sections", "attention,convs,peers", "--minutes", f"{0.6 * tuning:.2f}"],
         ),
         *map(bench, BENCHES),
+        ("extension", SHARES["extension"] * seconds, [python, "setup.py", "--quiet", "build_ext", "--inplace"]),
         (
             "cores",
             SHARES["cores"] * seconds,
@@ -82,7 +84,10 @@ def run(name: str, seconds: float, command: list[str]) -> bool:
     """Run `command` from the repository root for at most `seconds`; whether it succeeded."""
     print(f"== {name}: {' '.join(command)}", flush=True)
     start = time.perf_counter()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "LGNET_FAST_NO_EXTENSION": "1"}
+    environment = os.environ | {
+        "PYTHONUNBUFFERED": "1",
+        "LGNET_FAST_NO_EXTENSION": "" if name == "extension" else "1",
+    }
     with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
         try:
             status = str(process.wait(seconds))
