@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
@@ -75,6 +76,36 @@ def test_a_saved_engine_loads_in_a_forked_child(tmp_path):
     """There PyTorch has one thread, the kernels have the parent's two."""
     done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "e")], capture_output=True, text=True)
     assert (done.stdout, done.returncode) == ("0\n", 0), done.stderr
+
+
+LIMITED = """
+import resource, signal, sys
+import lgnet_fast
+from pathlib import Path
+model = lgnet_fast.create_model("lgnet_demo", coarse_channels=4, local_channels=4, global_channels=4).eval()
+engine = lgnet_fast.optimize(model, size=(256, 256))
+folder = Path(sys.argv[1])
+engine.save(folder)
+before = sorted(folder.iterdir())
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
+try:
+    engine.save(folder)
+except lgnet_fast.LGNetError as error:
+    print(error)
+assert sorted(folder.iterdir()) == before
+lgnet_fast.load_engine(folder)
+"""
+
+
+@pytest.mark.once
+@needs_extension
+@pytest.mark.skipif(sys.platform == "win32", reason="resource limits are POSIX's")
+def test_a_save_that_the_disk_does_not_take_names_the_reason_and_keeps_the_old_engine(tmp_path):
+    folder = tmp_path / "e"
+    done = subprocess.run([sys.executable, "-c", LIMITED, str(folder)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == f"save: {folder} could not be written: [Errno {errno.EFBIG}] File too large\n"
 
 
 @pytest.mark.once

@@ -389,7 +389,8 @@ class Engine:
         Raises:
             TypeError: `directory` is no path.
             LGNetError: the engine is of an X_LG, whose first stage is not in the plan, or not of the CPU executor, or
-                layers of its model were replaced by others or shared after LGNet had made it.
+                layers of its model were replaced by others or shared after LGNet had made it; or the folder cannot be
+                written (an engine that was in it stays).
         """
         if not isinstance(directory, (str, os.PathLike)):
             raise TypeError(f"directory: expected a path, got {directory!r}")

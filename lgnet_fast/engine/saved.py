@@ -59,7 +59,8 @@ def write_engine(
     state = dict(state)
     data = state.pop("data")
     with staged(directory) as staging:
-        data.numpy().tofile(staging / _WEIGHTS)
+        with open(staging / _WEIGHTS, "wb") as file:
+            file.write(data.numpy())  # `tofile` says nothing of a full disk
         description = {
             "config": config,
             "size": list(size),
