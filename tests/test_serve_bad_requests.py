@@ -130,12 +130,23 @@ BAD = {
         form("/v1/images/edits", {"output_format": "webp", "output_compression": "101"}, image=rubbed_out()), 422,
         "output_compression: expected a whole number from 0 to 100, got '101'"),
     "an edit of too long a side": (
-        form("/v1/images/edits", {"output_format": "webp"}, image=file_of(LONG)), 400, "format: WEBP holds at most"),
+        form("/v1/images/edits", {"output_format": "webp"}, image=file_of(LONG)), 400,
+        "output_format: WEBP holds at most"),
+    "an edit whose alpha the format does not hold": (
+        form("/v1/images/edits", {"output_format": "jpeg"},
+             image=file_of(np.dstack([PICTURE, PICTURE[..., 0] | 1])), mask=rubbed_out()),
+        400, "output_format: JPEG holds"),
     "an edit as a stream": (
         form("/v1/images/edits", {"stream": "true"}, image=rubbed_out()), 400, "stream: expected false"),
     "an edit by a torn mask": (form("/v1/images/edits", image=GOOD, mask=rubbed_out()[:-900]), 400, "mask"),
     "no initial image": (
         {"url": "/sdapi/v1/img2img", "json": {"init_images": [], "mask": base64_of(MASK)}}, 422, "init_images: "),
+    "a torn initial image": (
+        {"url": "/sdapi/v1/img2img", "json": {"init_images": [base64_of(b"hello")], "mask": base64_of(MASK)}}, 400,
+        "init_images: expected a readable picture"),
+    "a large initial image": (
+        {"url": "/sdapi/v1/img2img", "json": {"init_images": [base64_of(bomb(2001, 2000))], "mask": base64_of(MASK)}},
+        413, "init_images: expected at most 4000000 pixels"),
     "an unknown picture": ({"url": "/api/v1/pictures/no/fill?x=0&y=0", "content": MASK}, 404, "send it again"),
     "no place": ({"url": "/api/v1/pictures/no/fill", "content": MASK}, 422, "x: Field required"),
     "a picture of a sample that is none": ({"url": "/api/v1/pictures?sample=../x"}, 404, "no such sample"),
@@ -161,6 +172,8 @@ def test_bad_requests_are_told_what_is_wrong(server, name):
                 told = answer.json()
                 told = told["error"]["message"] if request["url"].startswith("/v1/") else told["detail"]
                 assert text in told
+                if request["url"].startswith("/v1/") and ":" in text:
+                    assert answer.json()["error"]["param"] == text.partition(":")[0]
         assert client.get("/v2/health/ready").status_code == 200
 
 

@@ -9,6 +9,7 @@ from fastapi import APIRouter, Request, Response
 
 from .bodies import FillFields, Img2ImgRequest, checked, from_base64, mask_picture, read_json
 from .routing import IMAGE_RESPONSES, ServerState, body_of
+from .state import named
 from .work import Job
 
 router = APIRouter()
@@ -29,7 +30,8 @@ async def img2img(request: Request, state: ServerState) -> Response:
         fields = checked({"feather": asked.mask_blur, "invert_mask": bool(asked.inpainting_mask_invert)}, FillFields)
         image, mask = from_base64(asked.init_images[0], "init_images"), from_base64(asked.mask, "mask")
         channel = _channel(mask, state.options.max_pixels)
-        session, patch = state.fill_once(job, image, mask, fields, mask_channel=channel)
+        with named("image", "init_images"):
+            session, patch = state.fill_once(job, image, mask, fields, mask_channel=channel)
         data, _ = state.encode(job, session, "png", None)
         height, width = session.size
         parameters = asked.model_dump(exclude={"init_images", "mask"})

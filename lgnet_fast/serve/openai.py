@@ -17,6 +17,7 @@ from .bodies import FillFields, checked, mask_picture
 from .errors import RequestError
 from .routing import FILE, IMAGE_RESPONSES, ServerState, body_of, form_fields
 from .session import Session
+from .state import named
 from .work import Job
 
 _FORM = {
@@ -75,12 +76,14 @@ async def edit(request: Request, state: ServerState) -> Response:
             raise RequestError(f"size: expected auto or the picture's {size}")
         if mask is None:
             session = Session(turned.convert("RGB"), state.model(state.chosen))
-            session.check_format(FORMATS[format])
+            with named("format:", "output_format:"):
+                session.check_format(FORMATS[format])
             job.phase("decode")
             session.fill(turned, confirm=job.check, **fields.fill_options())
             job.phase("fill")
         else:
-            session, _ = state.fill_once(job, image, mask, fields)
+            with named("format:", "output_format:"):
+                session, _ = state.fill_once(job, image, mask, fields)
         height, width = session.size
         return state.encode(job, session, format, fields.quality)[0], (width, height)
 

@@ -133,7 +133,7 @@ class State:
         """A picture and mask as files, decoded and filled; a format that cannot hold the result is refused before."""
         options = {**fields.fill_options(), **more}
         file = picture_file(image, "image", self.options.max_pixels)
-        with _named("picture", "image"):
+        with named("picture", "image"):
             session = Session(file, self.model(self.chosen))
         if fields.format:
             session.check_format(FORMATS[checked_format(fields.format)], convert=True)
@@ -154,8 +154,8 @@ class State:
 
 
 @contextmanager
-def _named(before: str, after: str) -> Any:
-    """Errors that name a field with the client's name for it."""
+def named(before: str, after: str) -> Any:
+    """Errors whose texts begin with a field's name begin with the client's name for it."""
     try:
         yield
     except LGNetError as error:
