@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 _MIB = 2**20
-_ORIGIN = re.compile(r"https?://[^/?#\s]+")
+_ORIGIN = re.compile(r"https?://(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(:[0-9]{1,5})?")
 _NAME = re.compile(r"[A-Za-z0-9._-]+")
 
 
@@ -20,7 +20,8 @@ class ServeOptions:
     `host`, `port`: address to listen on; port 0 to 65535, 0: any free one. `token`: secret that clients must send, of
     ASCII letters, digits and the characters ``._~-``, None: none; on an address other than loopback
     :func:`lgnet_fast.serve.command.run` generates one. `cors`: origins of other pages that may call the API,
-    "https://host[:port]" each. `allowed_hosts`: names of the server, besides its address, without scheme and port.
+    "https://host[:port]" or "http://host[:port]" each, without a path or a wildcard; a host beyond ASCII as browsers
+    send it ("xn--..."). `allowed_hosts`: names of the server, besides its address, without scheme and port.
     `max_bytes`: of a request's body. `max_pixels`: of a picture, read from its header before it is decoded.
     `max_sessions`, `session_bytes`, `session_idle`: number of open pictures of the page, bytes of memory for all of
     them (at most half of what the machine or the container has left when the server starts), and seconds after which
