@@ -168,6 +168,57 @@ def test_places_as_lists_and_arrays(pipe):
         assert Session(photo(), pipe).fill(np.ones((10, 10), bool), at=at).at == (20, 30)
 
 
+def test_positions_as_integers_of_numpy(pipe):
+    session = Session(photo(), pipe)
+    session.fill(hole())
+    session.go_to(np.int64(0))
+    assert session.position == 0
+    np.testing.assert_array_equal(session.result(np.uint8(0)), photo())
+    for position in (np.int64(2), True, 1.0, None):
+        with pytest.raises(OptionError, match="position: expected 0 to 1 fills, got"):
+            session.go_to(position)
+
+
+@pytest.mark.parametrize("context", [-1, 1.5, True, None])
+def test_surroundings_of_stages_that_are_no_number_of_pixels(pipe, context):
+    session = Session(photo(), pipe)
+    session.fill(hole())
+    with pytest.raises(OptionError, match=r"^context: expected a whole number of pixels >= 0, got "):
+        session.stages(context)
+    assert session.stages(0)[0] == Rect(30, 50, 40, 70)
+
+
+@pytest.mark.parametrize(
+    ("kind", "refused"),
+    [
+        ("grey", set()),
+        ("grey and alpha", {"JPEG", "BMP", "GIF", "PPM"}),
+        ("RGBA", {"JPEG", "BMP", "GIF", "PPM"}),
+        ("uint16", {"JPEG", "WEBP", "BMP", "GIF", "TGA"}),
+        ("floats", {"PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA"}),
+    ],
+)
+def test_check_format_refuses_what_encoded_refuses_of_arrays(pipe, kind, refused):
+    pixels = photo(20, 30)
+    arrays = {
+        "grey": pixels[..., 0],
+        "grey and alpha": pixels[..., :2],
+        "RGBA": np.dstack([pixels, pixels[..., 0]]).transpose(2, 0, 1),
+        "uint16": pixels[..., 0].astype(np.uint16),
+        "floats": pixels / 255,
+    }
+    session = Session(arrays[kind], pipe)
+    calls = {"encoded": session.encoded, "check_format": session.check_format}
+    found: dict[str, set[str]] = {name: set() for name in calls}
+    for name, call in calls.items():
+        for format in ("PNG", "JPEG", "WEBP", "TIFF", "BMP", "GIF", "PPM", "TGA"):  # which need no other package
+            try:
+                call(format)
+            except InvalidImageError:
+                found[name].add(format)
+    assert found == {name: refused for name in calls}
+
+
 def test_options_that_are_refused(pipe):
     session = Session(photo(), pipe)
     with pytest.raises(ValueError, match="strategy: expected one of"):

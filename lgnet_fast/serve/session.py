@@ -131,11 +131,12 @@ class Session:
     result once, for the colours that it holds.
 
     Args:
-        picture: as for `Inpainter`, or an `Encoded`; a file is turned upright by its EXIF orientation.
+        picture: one PIL picture, file, DeepImage or array, as for :meth:`Inpainter.inpaint`, or an `Encoded`; lists
+            and tensors are not taken. A PIL picture or a file is turned upright by its EXIF orientation.
         inpainter: fills the holes; None loads the bundled model.
 
     Raises:
-        InvalidImageError: the picture cannot be read.
+        InvalidImageError: the picture cannot be read, or is of another kind, shape or range.
     """
 
     def __init__(self, picture: Any, inpainter: Inpainter | None = None) -> None:
@@ -314,16 +315,20 @@ class Session:
             return encode(result, "PNG"), "PNG"
 
     def check_format(self, format: str, *, convert: bool = False) -> None:
-        """Raise InvalidImageError where :meth:`encoded` would refuse the picture, for its mode, alpha or size.
+        """Raise InvalidImageError where :meth:`encoded` would refuse the picture, for its mode, alpha or size;
+        for an array, for its dtype and channels too.
 
         Args:
             format: a Pillow format name in capitals, one that can be written.
             convert: as of :meth:`encoded`.
         """
-        if convert and becomes_rgb(self._picture.mode, format):
-            check_side(self._picture.size, format)
+        picture = self._picture
+        if isinstance(self._source, np.ndarray):  # `encoded` makes a picture of it, which has a mode
+            picture = picture_of(_as_image(self._source))
+        if convert and becomes_rgb(picture.mode, format):
+            check_side(picture.size, format)
         else:
-            self._picture.check_format(format)
+            picture.check_format(format)
 
     def region(self, box: Rect, position: int | None = None) -> np.ndarray:
         """A copy of the samples in a box, with the first `position` fills.
@@ -345,12 +350,20 @@ class Session:
         return self._read(box, self._fills(position))
 
     def stages(self, context: int = 32, position: int | None = None) -> tuple[Rect, list[np.ndarray]]:
-        """The surroundings of the last fill, `context` pixels on each side: with the hole white, and after each stage
-        of the network, as (box, samples [h, w, C] of each, as in :class:`Patch`). Runs the network again.
-        `position`: as in `result`.
+        """The surroundings of the last fill after each stage of the network, which runs again.
 
-        Raises OptionError: no fill, or not that many.
+        Args:
+            context: pixels, 0 or more, on each side of the fill's box, as far as the picture goes.
+            position: as in :meth:`result`.
+
+        Returns:
+            (box, samples [h, w, C] of it: with the hole white, then after each stage, as in :class:`Patch`).
+
+        Raises:
+            OptionError: no fill, or not that many; `context` is no whole number of 0 or more.
         """
+        if isinstance(context, bool) or not isinstance(context, (int, np.integer)) or context < 0:
+            raise OptionError(f"context: expected a whole number of pixels >= 0, got {context!r}")
         fills = self._fills(position)
         if not fills:
             raise OptionError("stages: expected a session with a fill, got one without")
@@ -392,9 +405,10 @@ class Session:
             return self._patches[: self._position if position is None else self._checked(position)]
 
     def _checked(self, position: int) -> int:
-        if isinstance(position, bool) or not isinstance(position, int) or not 0 <= position <= len(self._patches):
+        whole = isinstance(position, (int, np.integer)) and not isinstance(position, bool)
+        if not whole or not 0 <= position <= len(self._patches):
             raise OptionError(f"position: expected 0 to {len(self._patches)} fills, got {position!r}")
-        return position
+        return int(position)
 
     def _hole(
         self, mask: Any, at: tuple[int, int] | None, options: MaskOptions
