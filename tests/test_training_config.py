@@ -36,6 +36,7 @@ def pictures(tmp_path):
         ("data: {size: 300}", "data.size: expected a positive multiple of 256, got 300"),
         ("data: {hole_classes: [6]}", "data.hole_classes: expected indices from 0 to 5"),
         ("data: {mask_kind: dots}", "data.mask_kind: expected one of"),
+        ("data: {masks: ''}", "data.masks: expected generated, paired or a folder, got ''"),
         ("loss: {hole: -1}", "loss.hole: expected 0 or more, got -1"),
         ("loss: {feature_crop: 300}", "loss.feature_crop: expected 64 to 256, got 300"),
         ("loss: {hole_discount: 0}", "loss.hole_discount: expected a factor in"),
@@ -206,6 +207,11 @@ def test_whatever_stands_in_a_configuration_is_a_configuration_error(tmp_path, t
     (tmp_path / "empty.yaml").write_text("")
     with pytest.raises(ConfigError):
         load_config(tmp_path / "empty.yaml", ["run.seed=!!timestamp x"])
+
+
+def test_a_configuration_that_is_no_mapping():
+    with pytest.raises(ConfigError, match="^config: expected a mapping, got 3"):
+        config_of(3)
 
 
 def test_configuration_from_yaml_json_and_the_command_line(tmp_path):

@@ -117,6 +117,12 @@ def test_wrong_arguments(changes, text):
         generate_mask(**{"height": 32, "width": 32, "hole_class": 1, "kind": "boxes", "seed": 0, **changes})
 
 
+@pytest.mark.parametrize("seed", [1.5, None, (1, 2.5), "12", (None,)])
+def test_seeds_that_are_no_integers(seed):
+    with pytest.raises(TypeError, match="seed: expected a non-negative integer or several, got "):
+        generate_mask(32, 32, hole_class=1, kind="boxes", seed=seed)
+
+
 def test_classes_are_closed_above():
     mask = np.zeros((10, 10), dtype=bool)
     found = []

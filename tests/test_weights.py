@@ -397,5 +397,6 @@ def test_bundled_model():
         rows = list(csv.DictReader(table, delimiter="\t"))
     assert len(rows) == 1680
     assert all(row["licence"] and row["source"] for row in rows)
-    with pytest.raises(ValueError, match="name: expected one of"):
-        bundled_path("nonsense")
+    for name in ("nonsense", "", ".", "..", str(path), None):
+        with pytest.raises(ValueError, match=r"name: expected one of \['lgnet_small'\], got "):
+            bundled_path(name)

@@ -30,6 +30,7 @@ def generate_mask(height: int, width: int, *, hole_class: int | None, kind: str,
         bool [height, width], True = hole.
 
     Raises:
+        TypeError: `seed` is no integer and no sequence of them.
         ValueError: an argument outside the above, or a picture too small for the class.
     """
     if kind not in KINDS:

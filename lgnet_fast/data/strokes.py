@@ -6,7 +6,8 @@ Integer arithmetic and numpy's PCG64 alone, so that a seed gives the same hole o
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -27,7 +28,10 @@ DIRECTIONS = np.array(
 
 
 def generator(seed: Seed) -> np.random.Generator:
-    words = [int(seed)] if isinstance(seed, (int, np.integer)) else [int(word) for word in seed]
+    try:
+        words = [operator.index(word) for word in (seed if isinstance(seed, Iterable) else (seed,))]
+    except TypeError:
+        raise TypeError(f"seed: expected a non-negative integer or several, got {seed!r}") from None
     if any(word < 0 for word in words):
         raise ValueError(f"seed: expected non-negative integers, got {seed!r}")
     return np.random.default_rng(np.random.SeedSequence(words))

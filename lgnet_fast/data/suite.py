@@ -28,6 +28,7 @@ def suite_mask(height: int, width: int, *, kind: str, seed: Seed) -> np.ndarray:
         bool [height, width], True = hole.
 
     Raises:
+        TypeError: `seed` is no integer and no sequence of them.
         ValueError: an argument outside the above.
     """
     if kind not in SUITE_KINDS:

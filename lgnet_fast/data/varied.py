@@ -25,6 +25,7 @@ def varied_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
         bool [height, width], True = hole.
 
     Raises:
+        TypeError: `seed` is no integer and no sequence of them.
         ValueError: an argument outside the above.
     """
     _check_size(height, width)
@@ -61,6 +62,7 @@ def fine_mask(height: int, width: int, *, seed: Seed) -> np.ndarray:
         bool [height, width], True = hole.
 
     Raises:
+        TypeError: `seed` is no integer and no sequence of them.
         ValueError: an argument outside the above.
     """
     _check_size(height, width)

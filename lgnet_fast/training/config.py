@@ -275,6 +275,7 @@ class TrainConfig:
         places = (*data.pictures, *(() if data.validation is None else (data.validation,)))
         name = "data.validation" if data.validation == "" else "data.pictures"
         _check(name, "", "" not in places, "a folder, a tar shard or a dataset")
+        _check("data.masks", data.masks, data.masks != "", "generated, paired or a folder")
 
     def _check_without_effect(self) -> None:
         """Settings that another one leaves without effect are mistakes, unless it leaves out a whole part of the

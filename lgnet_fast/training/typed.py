@@ -28,7 +28,7 @@ def build(cls: type[T], mapping: Any, where: str) -> T:
         ConfigError: an unknown name, or a value of the wrong kind.
     """
     if not isinstance(mapping, Mapping):
-        raise ConfigError(f"{where.rstrip('.')}: expected a mapping, got {mapping!r}")
+        raise ConfigError(f"{where.rstrip('.') or 'config'}: expected a mapping, got {mapping!r}")
     hints = typing.get_type_hints(cls)
     names = [f.name for f in dataclasses.fields(cls)]  # type: ignore[arg-type]
     for name in mapping:

@@ -19,8 +19,7 @@ def bundled_path(name: str = BUNDLED) -> Path:
     Raises:
         ValueError: no such model.
     """
-    path = Path(__file__).parent / name
-    if not path.is_dir():
-        known = sorted(p.name for p in Path(__file__).parent.iterdir() if (p / "config.json").is_file())
-        raise ValueError(f"name: expected one of {known}, got {name!r}")
-    return path
+    known = {path.name: path for path in Path(__file__).parent.iterdir() if (path / "config.json").is_file()}
+    if name not in known:
+        raise ValueError(f"name: expected one of {sorted(known)}, got {name!r}")
+    return known[name]
