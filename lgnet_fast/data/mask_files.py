@@ -22,7 +22,7 @@ _LIU_COUNT, _LIU_PER_CLASS = 12_000, 2_000
 
 
 class MaskFolder:
-    """Masks from picture files, in the order of their numbers.
+    """Masks from picture files: folder by folder, in each by the last number in the file's name.
 
     Layouts that are recognised by themselves:
 
@@ -38,6 +38,7 @@ class MaskFolder:
         polarity: "white" = levels above a half are hole; "black" = the others.
 
     Raises:
+        ValueError: no such polarity.
         DataError: no such folder, or no picture in it.
         InvalidMaskError: at access, a file that cannot be read; it names the file.
     """

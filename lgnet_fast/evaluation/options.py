@@ -61,7 +61,8 @@ class EvaluationOptions:
         device, dtype, backend: as for Inpainter.
 
     Raises:
-        UsageError: invalid values, or values that contradict each other.
+        UsageError: invalid values, or values that contradict each other. What depends on the files, such as names of
+            `classes`, is checked by :func:`lgnet_fast.evaluation.evaluate`.
     """
 
     pictures: str | Path

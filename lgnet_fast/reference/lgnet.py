@@ -123,7 +123,8 @@ class LGNet(
 
     @property
     def config(self) -> dict[str, Any]:
-        """The constructor's arguments, except the backend, which depends on the machine."""
+        """The constructor's arguments, except the backend, which depends on the machine, and a `max_channels` of
+        None."""
         coarse, local, global_ = self.channels
         capped = {} if self.max_channels is None else {"max_channels": self.max_channels}
         return {
@@ -264,7 +265,8 @@ class LGNet(
         Raises:
             TypeError: an argument of another type.
             WeightsError: `from_pretrained` could not load the weights, because layers were replaced, pruned,
-                parametrized or compiled one by one, or have several dtypes; it lists them. The old set stays.
+                parametrized or compiled one by one, or some are float64 and others not; it lists them. The old set
+                stays.
             LGNetError: the directory cannot be written.
         """
         if not isinstance(save_directory, (str, os.PathLike)):
@@ -303,7 +305,8 @@ class LGNet(
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LGNet:
-        """Load what :meth:`save_pretrained` wrote, from a directory or a Hugging Face Hub id; strict.
+        """Load what :meth:`save_pretrained` wrote, from a directory or a Hugging Face Hub id; strict, but names in
+        ``config.json`` that LGNet does not have are ignored.
 
         Args:
             pretrained_model_name_or_path: directory or hub id: "owner/name", or "owner/name@revision" for a branch, a
@@ -312,12 +315,13 @@ class LGNet(
                 huggingface_hub (revision, cache_dir, local_files_only, token).
 
         Returns:
-            The model in eval mode.
+            The model in eval mode. Float64 weights stay float64; float16 and bfloat16 become float32.
 
         Raises:
-            WeightsError: nothing there, or ``config.json`` is no JSON object or has arguments that do not fit, or
-                names or shapes do not fit (it lists them), or the files of a directory, of a hub id the weights, are
-                not those of its ``manifest.json``. What has none is read unchecked.
+            TypeError: neither a path nor an id.
+            WeightsError: an argument of another value; nothing there; ``config.json`` is no JSON object or has
+                arguments that do not fit; names or shapes do not fit (it lists them); or the files of a directory, of
+                a hub id the weights, are not those of its ``manifest.json``. What has none is read unchecked.
         """
         forks.prepare()
         source, revision = of_revision(pretrained_model_name_or_path, kwargs.get("revision"))
