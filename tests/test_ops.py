@@ -502,12 +502,12 @@ def test_flops_of_the_fused_operators_are_those_of_the_eager_ones():
         (lambda a: torch.ops.lgnet.attention_block(a[0], a[1], a[2][1:]), ValueError, r"bias: expected \[24\]"),
         (
             lambda a: torch.ops.lgnet.attention_block(a[0], a[1].half(), a[2]),
-            ValueError,
+            TypeError,
             "weight: expected dtype torch.float32 as features, got torch.float16",
         ),
         (
             lambda a: torch.ops.lgnet.attention_block(a[0].half(), a[1].half(), a[2]),
-            ValueError,
+            TypeError,
             "bias: expected dtype torch.float16 as features, got torch.float32",
         ),
         (lambda a: torch.ops.lgnet.attention_block(*a[:2], None), TypeError, "bias: expected a tensor, got None"),

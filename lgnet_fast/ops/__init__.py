@@ -14,7 +14,8 @@ Attention is softmax attention over the H*W positions by cosine similarity (pape
 one dtype. The merges compute ``image * (1 - mask) + output * mask``: `image` and `output` are [B, 3, H, W], `mask` is
 [B, 1, H, W], 1 = hole; with `tanh`, `output` is taken before its tanh.
 
-Operands are dense, of a real floating dtype. The fused backends need one dtype for all operands: "triton" float32,
+Operands are dense, of a real floating dtype of 16 bits or more. In plain PyTorch the merges take several dtypes, and
+return the one to which PyTorch promotes them. The fused backends need one dtype for all operands: "triton" float32,
 float16 or bfloat16, "cpp" float32, float64 or bfloat16 (the merges float16 too). Errors, which name the argument:
 TypeError for another dtype or layout; ValueError for another shape, device, variant or name of a backend;
 BackendError where a backend that was asked for by name cannot run.

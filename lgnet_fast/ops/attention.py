@@ -38,7 +38,7 @@ def _check_block(features: Tensor, weight: Tensor, bias: Tensor, variant: str) -
         raise unexpected("bias", f"[{channels}]", list(bias.shape))
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor.dtype != features.dtype:
-            raise unexpected(name, f"dtype {features.dtype} as features", tensor.dtype)
+            raise TypeError(f"{name}: expected dtype {features.dtype} as features, got {tensor.dtype}")
 
 
 def _stats(features: Tensor, *others: Any) -> Tensor:
