@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from lgnet_fast import LGNetError, limits
+from lgnet_fast import LGNetError, WeightsError, limits
 from lgnet_fast.pipeline import Inpainter
 from lgnet_fast.serve.bodies import picture_file
 from lgnet_fast.serve.command import _address, run
@@ -447,6 +447,14 @@ def test_the_servers_limit_of_pixels_takes_the_place_of_pillows(monkeypatch):
     assert Session(picture_file(data, "image", 11520), state.model(None)).size == (96, 120)
     assert Image.MAX_IMAGE_PIXELS == 11520
     assert state.close() is True
+
+
+def test_a_model_that_cannot_be_loaded_leaves_no_thread(tmp_path):
+    before = threading.active_count()
+    for models, error in (({}, "model: expected at least one"), ({"none": str(tmp_path)}, "weights: expected")):
+        with pytest.raises(WeightsError, match=error):
+            State(ServeOptions(), models)
+    assert threading.active_count() == before
 
 
 @pytest.mark.parametrize(("room", "count"), [(1600, 2), (10**6, 3), (None, 3)])

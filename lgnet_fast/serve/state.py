@@ -61,7 +61,12 @@ class State:
             Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, options.max_pixels)
         self.metrics = Metrics()
         self.worker = DeviceWorker(options.batch, self.metrics.run)
-        self.models = {name: SharedInpainter.over(self.worker, model, **inpainter) for name, model in models.items()}
+        try:
+            over = SharedInpainter.over
+            self.models = {name: over(self.worker, model, **inpainter) for name, model in models.items()}
+        except BaseException:
+            self.worker.close()  # nobody could end its thread
+            raise
         self.queue = WorkQueue(options.threads, options.queue, options.timeout, self.metrics.phases)
         room = limits.memory()  # with the models loaded
         kept = options.session_bytes if room is None else min(options.session_bytes, room // 2)
