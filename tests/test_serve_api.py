@@ -199,7 +199,11 @@ def test_masks_are_read_as_the_pipeline_reads_them(client):
     np.testing.assert_array_equal(shown[..., 1] > 0, HOLE)
     ambiguous = client.post(at, content=rubbed_out())
     assert ambiguous.status_code == 400
-    assert "mask_channel" in ambiguous.json()["detail"]
+    assert "mask_channel" in ambiguous.json()["detail"]  # the page's sign to ask
+    for channel, expected in (("red", "channel: expected one of auto, luma"), ("alpha", "channel: 'alpha' needs")):
+        refused = client.post(f"{at}?channel={channel}", content=file_of(HOLE))
+        assert refused.status_code == 400
+        assert refused.json()["detail"].startswith(expected)
     shown = pixels_of(client.post(f"{at}?channel=inverse_alpha", content=rubbed_out()).content)
     np.testing.assert_array_equal(shown[..., 1] > 0, HOLE)
     empty = client.post(at, content=file_of(HOLE & False))

@@ -20,6 +20,7 @@ from .display import Display, photo, png
 from .errors import RequestError, TooLargeError
 from .routing import FILE, IMAGE_RESPONSES, ServerState, body_of
 from .session import Session
+from .state import named
 from .store import Open
 from .work import Job
 
@@ -210,7 +211,8 @@ async def read_mask(
     def work(job: Job) -> bytes:
         mask = mask_picture(body, state.options.max_pixels)
         picture = own.session.picture
-        hole = read_hole(mask, *own.session.size, channel=channel, picture=picture, note=picture.note)
+        with named("mask_channel:", "channel:"):
+            hole = read_hole(mask, *own.session.size, channel=channel, picture=picture, note=picture.note)
         if not hole.any():
             raise InvalidMaskError("mask: no hole pixel; is the mask inverted?")
         grey = np.where(hole, np.uint8(255), np.uint8(0))
