@@ -43,8 +43,8 @@ _MARGIN, _CAPTION, _CELL = 6, 22, 192
 
 @dataclass(frozen=True)
 class Score:
-    """Scores of one method on one hole-ratio class: means over `pictures` filled pictures (FID: of their sets). In the
-    row "all" a picture counts once for each class in which it has a mask.
+    """Scores of one method on one hole-ratio class: means over `pictures` filled pictures (FID: of their sets). In
+    the row "all" a picture counts once for each class in which it has a mask.
 
     `method`: the title of a model or baseline. `hole_class`: a class of hole ratios ("10-20%"), "other" for ratios in
     none, a kind of the suite ("thin"), or "all", the row over all classes, where there are several.
