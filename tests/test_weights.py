@@ -369,6 +369,17 @@ def test_a_config_is_not_blamed_for_the_callers_arguments(tmp_path):
         LGNet.from_pretrained(tmp_path, backend="eager")
 
 
+def test_names_in_a_config_that_lgnet_lacks_are_warned_of(tmp_path):
+    model = LGNet("C", coarse_channels=1)
+    model.save_pretrained(tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    config = model.config | {"varient": "paper", "zoom": 2, "_of_a_hub": 1}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.warns(UserWarning, match=r"config.json: ignored varient, zoom, which LGNet does not have$") as caught:
+        assert LGNet.from_pretrained(tmp_path).variant == "released"
+    assert len(caught) == 1
+
+
 @pytest.mark.parametrize("kind", ["I32", "I64 counter"])
 def test_tensors_of_the_wrong_kind_are_refused(tmp_path, kind):
     LGNet("C", coarse_channels=1).save_pretrained(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextvars import ContextVar
@@ -306,7 +307,7 @@ class LGNet(
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: Any) -> LGNet:
         """Load what :meth:`save_pretrained` wrote, from a directory or a Hugging Face Hub id; strict, but names in
-        ``config.json`` that LGNet does not have are ignored.
+        ``config.json`` that LGNet does not have are ignored, with a warning.
 
         Args:
             pretrained_model_name_or_path: directory or hub id: "owner/name", or "owner/name@revision" for a branch, a
@@ -328,18 +329,18 @@ class LGNet(
         if revision is not None:
             kwargs["revision"] = revision
         find_weights(source)
+        known = inspect.signature(cls).parameters.keys()
         with weights_errors(source), torch.inference_mode(False):
             if os.path.isdir(source):
                 refuse_impostor(Path(source) / CONFIG_FILE)
                 refuse_impostor(Path(source) / WEIGHTS_FILE)
                 source = complete_set(Path(source), (CONFIG_FILE, WEIGHTS_FILE))
-                check_config(source / CONFIG_FILE)
+                check_config(source / CONFIG_FILE, known)
+                return super().from_pretrained(source, given=frozenset(kwargs), **kwargs)
             try:
                 return super().from_pretrained(source, given=frozenset(kwargs), **kwargs)
-            except Exception:  # the hub's client does not name a configuration that it cannot read
-                if not os.path.isdir(source):
-                    check_hub_config(str(source), kwargs.get("cache_dir"), kwargs.get("revision"))
-                raise
+            finally:  # after an error too: the hub's client does not name a configuration that it cannot read
+                check_hub_config(str(source), known, kwargs.get("cache_dir"), kwargs.get("revision"))
 
     @classmethod
     def _from_pretrained(

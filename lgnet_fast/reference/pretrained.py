@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -132,21 +133,24 @@ def weights_errors(source: str | os.PathLike[str]) -> Iterator[None]:
         ) from error
 
 
-def check_config(path: Path) -> None:
-    """Raise WeightsError where the file `path` is not a JSON object."""
+def check_config(path: Path, known: Collection[str]) -> None:
+    """Raise WeightsError where the file `path` is not a JSON object; warn of names beyond `known`, which may be
+    misspelt. Those that begin with "_" are the hub's."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # the latter: thousands of brackets
         raise WeightsError(f"{path}: expected a JSON object, got a file that is not JSON: {error}") from error
     if not isinstance(found, dict):
         raise WeightsError(f"{path}: expected a JSON object, got {json.dumps(found):.80}")
+    if unknown := sorted(name for name in found.keys() - known if not name.startswith("_")):
+        warnings.warn(f"{path}: ignored {', '.join(unknown)}, which LGNet does not have", stacklevel=3)
 
 
-def check_hub_config(source: str, cache_dir: str | Path | None, revision: str | None) -> None:
+def check_hub_config(source: str, known: Collection[str], cache_dir: str | Path | None, revision: str | None) -> None:
     """`check_config` of the file that the hub's cache holds for the id `source`, if there is one."""
     found = try_to_load_from_cache(source, CONFIG_FILE, cache_dir=cache_dir, revision=revision)
     if isinstance(found, str):
-        check_config(Path(found))
+        check_config(Path(found), known)
 
 
 @contextmanager
