@@ -263,6 +263,19 @@ def test_bombs_are_refused_before_they_are_decoded(pipe, tmp_path, monkeypatch):
             pipe(_write(tmp_path / f"in.{extension}", _samples(3)), HOLE)
 
 
+@pytest.mark.parametrize("extension", ["png", "tif"])
+def test_files_beyond_half_of_the_limit_are_warned_of_once(pipe, tmp_path, monkeypatch, extension):
+    source = _write(tmp_path / f"in.{extension}", _samples(3))
+    for limit, told in ((HEIGHT * WIDTH - 1, 1), (HEIGHT * WIDTH, 0)):
+        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            pipe(source, HOLE)
+        bombs = [one for one in caught if issubclass(one.category, Image.DecompressionBombWarning)]
+        assert len(bombs) == len(caught) == told
+        assert all(f"{HEIGHT * WIDTH} pixels" in str(one.message) for one in bombs)
+
+
 def test_missing_packages_are_named_and_so_is_the_extra(pipe, tmp_path, monkeypatch):
     source = _write(tmp_path / "in.png", _samples(3))
     monkeypatch.setitem(__import__("sys").modules, "imagecodecs", None)
@@ -278,6 +291,38 @@ def test_a_picture_that_pillow_cuts_to_eight_bits_is_warned_of(pipe, tmp_path, e
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         pipe(Image.fromarray(_samples(1)[..., 0]), HOLE)
+
+
+def _wide_ppm() -> bytes:
+    return b"P6 %d %d 65535\n" % (WIDTH, HEIGHT) + _samples(3).astype(">u2").tobytes()
+
+
+def _avif(depth: int) -> bytes:
+    samples = _samples(3) >> (16 - depth)
+    codec = pytest.importorskip("imagecodecs")
+    return codec.avif_encode(samples if depth > 8 else samples.astype(np.uint8), bitspersample=depth)
+
+
+@pytest.mark.parametrize(
+    ("data", "bits"),
+    [(_wide_ppm, 16), (lambda: _jp2(12), 12), (lambda: _avif(10), 10), (lambda: _avif(8), None)],
+    ids=["ppm", "jp2", "avif", "avif of 8 bits"],
+)
+def test_formats_whose_lower_bits_pillow_drops_are_warned_of_as_pictures(pipe, data, bits):
+    def caught_of(picture: Image.Image) -> list[str]:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            result = pipe(picture, HOLE)
+        np.testing.assert_array_equal(np.asarray(result)[~HOLE], expected[~HOLE])
+        return [str(one.message) for one in caught]
+
+    encoded = data()
+    with Image.open(io.BytesIO(encoded)) as decoded:
+        expected = np.asarray(decoded)
+        assert caught_of(decoded) == []
+    with Image.open(io.BytesIO(encoded)) as opened:
+        cuts = [] if bits is None else [f"picture: Pillow cuts {bits}-bit colour to 8 bits; give the file's path"]
+        assert caught_of(opened) == cuts
 
 
 def test_deep_pictures_and_masks_are_accepted_in_lists(pipe, tmp_path):

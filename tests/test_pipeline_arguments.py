@@ -187,7 +187,7 @@ def test_wrong_arguments_are_named(pipe):
 
 def test_arrays_of_the_other_byte_order(pipe):
     picture, hole = noise(20, 20).astype(np.uint16) * 257, some_holes(20, 20)
-    for own in (picture, (picture / 65535).astype(np.float32)):
+    for own in (picture, np.dstack([picture, picture[..., :1]]), (picture / 65535).astype(np.float32)):
         swapped = own.astype(own.dtype.newbyteorder())
         result = pipe(swapped, hole)
         assert result.dtype == swapped.dtype

@@ -380,6 +380,35 @@ def test_levels_that_pillow_would_rescale_are_refused(pipe, tmp_path, header, wh
         pipe(source, HOLE)
 
 
+@pytest.mark.parametrize(("bits", "channels"), [(4, 1), (7, 3), (12, 1)])
+def test_jpeg_2000_of_other_depths_is_refused(pipe, tmp_path, bits, channels):
+    codec = pytest.importorskip("imagecodecs")
+    levels = noise(HEIGHT, WIDTH, dtype=np.uint16)[..., :channels] >> (16 - bits)
+    levels = (levels if bits > 8 else levels.astype(np.uint8)).squeeze()
+    source = tmp_path / "a.jp2"
+    source.write_bytes(codec.jpeg2k_encode(levels, level=0, bitspersample=bits, codecformat="jp2"))
+    with pytest.raises(
+        InvalidImageError, match=rf"a\.jp2.* JPEG2000 file of 8 or 16 bits a sample, got {bits}: .* PNG"
+    ):
+        pipe(source, HOLE)
+
+
+def test_a_tiff_of_12_bits_is_refused(pipe, tmp_path):
+    """Pillow leaves its levels in 0..4095 of 65535: the fill would be of another white than the picture."""
+    levels = noise(HEIGHT, WIDTH, dtype=np.uint16)[..., 0] >> 4
+    bits = (levels[..., None] >> np.arange(11, -1, -1)) & 1
+    data = np.packbits(bits.astype(np.uint8).reshape(HEIGHT, -1), axis=1).tobytes()
+    tags = {256: WIDTH, 257: HEIGHT, 258: 12, 259: 1, 262: 1, 273: 110, 277: 1, 279: len(data)}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in tags.items())
+    head = b"II*\0" + struct.pack("<IH", 8, len(tags)) + entries + bytes(4)
+    assert len(head) == 110
+    (tmp_path / "a.tif").write_bytes(head + data)
+    with Image.open(tmp_path / "a.tif") as opened:
+        np.testing.assert_array_equal(np.asarray(opened), levels)
+    with pytest.raises(InvalidImageError, match=r"a\.tif.* TIFF file of 8 or 16 bits a sample, got 12: .* PNG"):
+        pipe(tmp_path / "a.tif", HOLE)
+
+
 @pytest.mark.parametrize("white", [255, 65535])
 def test_full_levels_of_pgm_are_kept(pipe, tmp_path, white):
     dtype = np.uint8 if white == 255 else np.uint16

@@ -144,9 +144,8 @@ def cut_depth(format: str | None, data: bytes) -> int | None:
     if format == "PPM":
         depth = (ppm_maxval(data) or 255).bit_length() if data[:2] in (b"P3", b"P6") else 8
     elif format == "JPEG2000":
-        at = data.find(b"\xff\x4f\xff\x51")
-        if at >= 0 and len(data) > at + 42 and int.from_bytes(data[at + 40 : at + 42], "big") > 1:
-            depth = (data[at + 42] & 127) + 1
+        samples, bits = jp2_samples(data)
+        depth = bits if samples > 1 else 8
     elif format in ("AVIF", "HEIF"):
         at = data.find(b"av1C")
         if at >= 0 and len(data) > at + 6 and data[at + 6] & 0x40:
@@ -155,6 +154,14 @@ def cut_depth(format: str | None, data: bytes) -> int | None:
         if at >= 0 and len(data) > at + 21:
             depth = max(depth, 8 + (data[at + 21] & 7))
     return depth if depth > 8 else None
+
+
+def jp2_samples(data: bytes) -> tuple[int, int]:
+    """(samples per pixel, bits of the first one) of a JPEG 2000 file or stream; (1, 8) where it states none."""
+    at = data.find(b"\xff\x4f\xff\x51")
+    if at < 0 or len(data) <= at + 42:
+        return 1, 8
+    return int.from_bytes(data[at + 40 : at + 42], "big"), (data[at + 42] & 127) + 1
 
 
 def ppm_maxval(data: bytes) -> int | None:
@@ -221,11 +228,14 @@ def _packages() -> tuple[ModuleType, ModuleType]:
     return imagecodecs, tifffile
 
 
-def _check_size(width: int, height: int) -> None:
-    """Check Pillow's limit against decompression bombs, for files that Pillow does not decode."""
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and width * height > 2 * limit:
-        raise Image.DecompressionBombError(f"{width * height} pixels exceed the limit of {2 * limit}")
+def _check_size(width: int, height: int, opened: bool) -> None:
+    """Check Pillow's limit against decompression bombs, for files that Pillow does not decode. `opened`: whether it
+    opens the file, and so gives its own warning."""
+    limit, pixels = Image.MAX_IMAGE_PIXELS, width * height
+    if limit is not None and pixels > 2 * limit:
+        raise Image.DecompressionBombError(f"{pixels} pixels exceed the limit of {2 * limit}")
+    if limit is not None and pixels > limit and not opened:
+        warn(f"{pixels} pixels exceed {limit}, could be a decompression bomb", Image.DecompressionBombWarning)
 
 
 # -- PNG ---------------------------------------------------------------------------------------------------------
@@ -235,7 +245,7 @@ def _read_png(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
     """Stored samples [H, W, C], EXIF orientation, metadata."""
     imagecodecs, _ = _packages()
     width, height = struct.unpack_from(">II", data, 16)
-    _check_size(width, height)
+    _check_size(width, height, opened=True)
     samples = imagecodecs.png_decode(data)
     count = _COLOUR_TYPES[data[25]]
     if samples.dtype != np.uint16 or samples.shape[:2] != (height, width) or samples.ndim != 3:
@@ -324,7 +334,7 @@ def _read_tiff(data: bytes) -> tuple[np.ndarray, int, dict[str, Any]]:
         if frames > 1:
             warn(f"only one of its {frames} frames is used")
         page = file.pages[0]
-        _check_size(page.imagewidth, page.imagelength)
+        _check_size(page.imagewidth, page.imagelength, opened=False)
         colours = {_RGB: 3, _GREY: 1}.get(page.photometric)
         extra = tuple(page.extrasamples)
         fits = page.dtype == np.uint16 and page.bitspersample == 16 and page.imagedepth == 1 and len(extra) < 2

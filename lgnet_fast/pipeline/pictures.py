@@ -19,7 +19,7 @@ from .arrays import channels_last, host_values, pixels_of, unit_levels
 from .deep_colour import DeepImage, check_deep_format
 from .encoding import check_side, held_modes, transparency_of
 from .notices import warn
-from .reading import read_picture, upright
+from .reading import cut_bits, read_picture, upright
 from .sources import Encoded, file_of
 
 ACCEPTED = (
@@ -135,10 +135,8 @@ def picture_of(picture: Any) -> Picture:
     if isinstance(picture, DeepImage):
         return _of_deep_colour(picture, "")
     if isinstance(picture, Image.Image):
-        # For a file that is not decoded yet, the bytes of the file.
-        stored = str(getattr(picture, "tile", None) or "")
-        if ";16" in stored and len(picture.getbands()) > 1:
-            warn("picture: Pillow cuts 16-bit colour to 8 bits; give the file's path")
+        if (bits := cut_bits(picture)) is not None:
+            warn(f"picture: Pillow cuts {bits}-bit colour to 8 bits; give the file's path")
         turned, orientation = upright(picture)
         return _of_pil(turned, _note(orientation))
     if isinstance(picture, np.ndarray):
@@ -200,7 +198,8 @@ def _of_array(array: np.ndarray, tensor: bool) -> Picture:
     with_alpha = pixels.shape[2] in (2, 4)
 
     def rebuild(samples: np.ndarray, touched: np.ndarray) -> np.ndarray:
-        whole = np.concatenate([samples, pixels[..., -1:]], axis=2) if with_alpha else samples
+        # of the array's dtype, because NumPy joins arrays in the machine's byte order
+        whole = np.concatenate([samples, pixels[..., -1:]], axis=2, dtype=array.dtype) if with_alpha else samples
         if order == "CHW":
             return np.ascontiguousarray(whole.transpose(2, 0, 1))
         return whole if order == "HWC" else whole[..., 0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from pathlib import Path
 from typing import Any
@@ -84,12 +85,8 @@ def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = F
                 f"{name}: expected at most 8 bits a sample in colour, got {depth} in a {picture.format} file; "
                 "make it a 16-bit PNG or TIFF"
             )
-        maxval = deep_colour.ppm_maxval(data) if whole and picture.format == "PPM" else None
-        if maxval not in (None, 255, 65535):
-            raise error(
-                f"{name}: expected a PPM or PGM file whose largest level is 255 or 65535, got {maxval}: its levels "
-                "would be rescaled; make it a PNG"
-            )
+        if whole:
+            _check_levels(picture, data, error, name)
         if picture.format == "BMP":
             _check_bits(picture.mode, data, error, name)
         turned, orientation = upright(picture, error, name)
@@ -106,6 +103,24 @@ def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = F
     if kept is not None:
         turned.info["png_chunks"] = kept
     return turned, orientation
+
+
+def _check_levels(picture: Image.Image, data: bytes, error: type[LGNetError], name: str) -> None:
+    """Reject a file whose levels Pillow rescales, or takes for those of another white."""
+    maxval = deep_colour.ppm_maxval(data) if picture.format == "PPM" else None
+    if maxval not in (None, 255, 65535):
+        raise error(
+            f"{name}: expected a PPM or PGM file whose largest level is 255 or 65535, got {maxval}: its levels "
+            "would be rescaled; make it a PNG"
+        )
+    bits = deep_colour.jp2_samples(data)[1] if picture.format == "JPEG2000" else 8
+    if picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(ExifTags.Base.BitsPerSample) == (12,):
+        bits = 12
+    if bits not in (8, 16):
+        raise error(
+            f"{name}: expected a {picture.format} file of 8 or 16 bits a sample, got {bits}: its levels would be "
+            "rescaled; make it a PNG"
+        )
 
 
 def _check_bits(mode: str, data: bytes, error: type[LGNetError], name: str) -> None:
@@ -135,6 +150,24 @@ def _black_is_zero(picture: Image.Image) -> Image.Image:
     inverted = Image.fromarray(65535 - np.asarray(picture))
     inverted.info, inverted.format = picture.info, picture.format
     return inverted
+
+
+def cut_bits(picture: Image.Image) -> int | None:
+    """Bits per sample of the colour file of a picture, of which Pillow will keep 8. None: it keeps all of them, or
+    nothing tells, because the picture is decoded already or of no file."""
+    file = getattr(picture, "fp", None)
+    if len(picture.getbands()) < 2 or file is None:
+        return None
+    with _loading, contextlib.suppress(AttributeError, OSError, ValueError):  # its file was closed
+        if ";16" in str(getattr(picture, "tile", "")):
+            return 16
+        if picture.format in ("PPM", "JPEG2000", "AVIF", "HEIF"):
+            place = file.tell()
+            file.seek(0)
+            data = file.read()
+            file.seek(place)
+            return deep_colour.cut_depth(picture.format, data)
+    return None
 
 
 def upright(
