@@ -15,6 +15,7 @@ from ..engine.holes import disjoint_boxes, group_holes
 from ..errors import InvalidMaskError
 from .arrays import channels_last, host_values, pixels_of, unit_levels
 from .brushes import black, brush_hole, chroma, largest
+from .encoding import transparency_of
 from .pictures import Picture
 from .reading import open_upright, upright
 from .sources import Encoded, file_of
@@ -376,7 +377,9 @@ def _of_pil(mask: Image.Image) -> _Planes:
     if mask.mode == "F" or mask.mode.startswith("I"):
         levels, white = _scaled(pixels_of(mask))
         return _Planes(levels, white, None, None, kind)
-    keyed = "transparency" in mask.info and mask.mode in ("1", "L", "RGB", "P")
+    if mask.mode == "La":  # Pillow has no way from it to RGBA
+        mask = mask.convert("LA")
+    keyed = mask.mode in ("1", "L", "RGB", "P") and transparency_of(mask) is not None
     if mask.mode in ("1", "L") and not keyed:
         grey = pixels_of(mask)
         levels, white = (grey, 255.0) if mask.format in _LOSSY_FORMATS else _scaled(grey)
@@ -384,7 +387,7 @@ def _of_pil(mask: Image.Image) -> _Planes:
     if keyed:
         kind += " with transparency"
     try:
-        wanted = "RGBA" if keyed or mask.mode in ("LA", "La", "PA", "RGBA", "RGBa") else "RGB"
+        wanted = "RGBA" if keyed or mask.mode in ("LA", "PA", "RGBA", "RGBa") else "RGB"
         return _of_bytes(pixels_of(mask if mask.mode == wanted else mask.convert(wanted)), kind)
     except ValueError as error:
         raise InvalidMaskError(f"mask: expected a mode that converts to grey, got {mask.mode}") from error
