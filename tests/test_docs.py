@@ -40,6 +40,17 @@ def test_every_environment_variable_is_documented():
     assert set(re.findall(r"`(LGNET_\w+)`", page)) <= found
 
 
+def test_every_variable_that_the_package_reads_is_documented():
+    read = re.compile(
+        r"""(?:environ(?:\.get)?[(\[]\s*|getenv\(\s*)["'](\w+)["']|["'](\w+)["'] (?:not )?in os\.environ"""
+    )
+    files = [*(ROOT / "lgnet_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py"), ROOT / "setup.py"]
+    found = {name for file in files for pair in read.findall(file.read_text()) for name in pair if name}
+    assert {"RANK", "MAX_JOBS", "XDG_CACHE_HOME", "TRITON_CACHE_DIR"} <= found
+    documented = set(re.findall(r"[A-Z_]{4,}", (DOCS / "environment.md").read_text()))
+    assert found - documented == set()
+
+
 def test_make_targets_that_are_named_exist_and_are_in_its_help():
     makefile = (ROOT / "Makefile").read_text()
     (phony,) = re.findall(r"^\.PHONY: (.*)$", makefile.replace("\\\n", ""), re.MULTILINE)

@@ -40,9 +40,9 @@ class Inpainter:
         dtype: "auto" (float16 on CUDA, float32 elsewhere), a torch.dtype or its name.
         backend: "auto" runs an LGNet by :func:`lgnet_fast.optimize` where that is faster (on a CPU in float32 or
             bfloat16, on an NVIDIA GPU from sm_80 on); others are passed to ``model.set_backend``.
-        window: side of the largest network pass, in pixels, under the strategies crop, tile and resize; also the
-            largest padded picture that "auto" runs whole. At least ``model.size_multiple``; it is rounded down to a
-            multiple of that.
+        window: longest side of a network pass, in pixels, under the strategies tile and resize; a pass of crop has
+            no more pixels than its square, but may be longer. Also the longest side of a padded picture that "auto"
+            runs whole. At least ``model.size_multiple``; it is rounded down to a multiple of that.
         memory_limit: bytes, 0 or more, that a run may take beside the picture and the mask; None: the free memory of
             the system and of the GPU, asked before every run. With too little, "auto" takes smaller windows, of 256
             pixels or more where `window` is no smaller; it warns where a hole is then filled at a lower scale.
