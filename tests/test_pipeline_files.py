@@ -407,6 +407,8 @@ def test_a_tiff_of_12_bits_is_refused(pipe, tmp_path):
         np.testing.assert_array_equal(np.asarray(opened), levels)
     with pytest.raises(InvalidImageError, match=r"a\.tif.* TIFF file of 8 or 16 bits a sample, got 12: .* PNG"):
         pipe(tmp_path / "a.tif", HOLE)
+    with pytest.raises(InvalidMaskError, match=r"mask .*a\.tif.* TIFF file of 8 or 16 bits a sample, got 12"):
+        pipe(noise(HEIGHT, WIDTH), tmp_path / "a.tif")
 
 
 @pytest.mark.parametrize("white", [255, 65535])

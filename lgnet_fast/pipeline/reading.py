@@ -85,8 +85,7 @@ def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = F
                 f"{name}: expected at most 8 bits a sample in colour, got {depth} in a {picture.format} file; "
                 "make it a 16-bit PNG or TIFF"
             )
-        if whole:
-            _check_levels(picture, data, error, name)
+        _check_levels(picture, data, error, name, whole)
         if picture.format == "BMP":
             _check_bits(picture.mode, data, error, name)
         turned, orientation = upright(picture, error, name)
@@ -105,15 +104,15 @@ def _upright_of(data: bytes, name: str, error: type[LGNetError], whole: bool = F
     return turned, orientation
 
 
-def _check_levels(picture: Image.Image, data: bytes, error: type[LGNetError], name: str) -> None:
-    """Reject a file whose levels Pillow rescales, or takes for those of another white."""
-    maxval = deep_colour.ppm_maxval(data) if picture.format == "PPM" else None
+def _check_levels(picture: Image.Image, data: bytes, error: type[LGNetError], name: str, whole: bool) -> None:
+    """Reject a file whose levels Pillow takes for those of another white, or, if `whole`, rescales."""
+    maxval = deep_colour.ppm_maxval(data) if whole and picture.format == "PPM" else None
     if maxval not in (None, 255, 65535):
         raise error(
             f"{name}: expected a PPM or PGM file whose largest level is 255 or 65535, got {maxval}: its levels "
             "would be rescaled; make it a PNG"
         )
-    bits = deep_colour.jp2_samples(data)[1] if picture.format == "JPEG2000" else 8
+    bits = deep_colour.jp2_samples(data)[1] if whole and picture.format == "JPEG2000" else 8
     if picture.format == "TIFF" and getattr(picture, "tag_v2", {}).get(ExifTags.Base.BitsPerSample) == (12,):
         bits = 12
     if bits not in (8, 16):
