@@ -314,12 +314,16 @@ def test_a_resolution_that_is_none_or_too_high_does_not_cost_the_result(pipe, tm
 
 
 @pytest.mark.parametrize("extension", ["jpg", "png", "tif"])
-def test_a_quarter_turn_exchanges_the_resolutions(pipe, tmp_path, extension):
+@pytest.mark.parametrize("source", ["in.jpg", "in.png", "in.tif"])
+def test_a_quarter_turn_exchanges_the_resolutions(pipe, tmp_path, source, extension):
     stored = Image.fromarray(noise(HEIGHT, WIDTH)).transpose(STORED[6])
-    stored.save(tmp_path / "in.jpg", exif=_with_exif(6), dpi=(100, 200))
-    save_picture(pipe(tmp_path / "in.jpg", HOLE), tmp_path / f"out.{extension}")
+    stored.save(tmp_path / source, exif=_with_exif(6).tobytes(), dpi=(100, 200))
+    save_picture(pipe(tmp_path / source, HOLE), tmp_path / f"out.{extension}")
     with Image.open(tmp_path / f"out.{extension}") as saved:
+        assert saved.size == (WIDTH, HEIGHT)
         assert [round(one) for one in saved.info["dpi"]] == [200, 100]
+    with pytest.raises(InvalidMaskError, match="turned upright by its EXIF orientation 6"):
+        pipe(tmp_path / source, HOLE.T)
 
 
 @pytest.mark.parametrize("extension", ["tif", "jpg", "png"])

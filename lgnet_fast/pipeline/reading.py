@@ -186,10 +186,12 @@ def upright(
     try:
         with _loading:
             key_step = _key_step(picture)  # first, because reading the EXIF of a PNG may decode it
+            turns_itself = picture.format == "TIFF" and bool(getattr(picture, "tile", None))
+            by_pillow = _orientation(picture) if turns_itself else 1
             picture.load()
             if picture.format == "PNG":
                 chunks.drop_text(picture.info)
-            orientation = valid_orientation(picture.getexif().get(ExifTags.Base.Orientation))
+            orientation = _orientation(picture)
             # Pillow's own exif_transpose writes the EXIF anew and fails where a value is not of its tag's type.
             turned = picture.transpose(_TURNS[orientation]) if orientation in _TURNS else picture.copy()
             exif, left_out = kept_exif(picture.getexif(), picture.format, frames)
@@ -199,6 +201,7 @@ def upright(
         reason = "its file was closed before it was read" if closed else reason_of(cause)
         raise error(f"{name}: expected a readable picture, got one that does not decode ({reason})") from cause
     warn_of_exif(name, left_out)
+    orientation = by_pillow if orientation == 1 else orientation
     key = turned.info.get("transparency")
     if key_step > 1 and isinstance(key, int):
         turned.info["transparency"] = key % (255 // key_step + 1) * key_step
@@ -223,6 +226,12 @@ def upright(
         turned.info["exif"] = exif
     turned.format = "JPEG" if picture.format == "MPO" else picture.format
     return turned, orientation
+
+
+def _orientation(picture: Image.Image) -> int:
+    """The EXIF orientation (1 to 8) that a picture states; Pillow drops that of a TIFF, which it turns as it decodes
+    it."""
+    return valid_orientation(picture.getexif().get(ExifTags.Base.Orientation))
 
 
 def _key_step(picture: Image.Image) -> int:
