@@ -6,6 +6,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from lgnet_fast import LGNet
 from lgnet_fast.training import Trainer, TrainingError
@@ -28,6 +29,7 @@ def test_packed_and_unpacked(run, tmp_path):
     files = pack(folder, tmp_path / "packed", optimiser=True, part_bytes=20_000)
     parts = [file for file in files if file.suffix == ".safetensors"]
     assert len(parts) > 2
+    assert all(file.stat().st_size <= 20_000 or len(load_file(file)) == 1 for file in parts)
     assert {"compact.json", "log.jsonl", "model_config.json"} <= {file.name for file in files}
     assert len({file.stat().st_mode for file in files}) == 1, "others may read some of the files, but not all"
     unpack(tmp_path / "packed", tmp_path / "again", tmp_path / "model")

@@ -34,6 +34,7 @@ from .resuming import warm_from
 
 _ABOUT = "compact.json"
 _MOMENTS = ("exp_avg", "exp_avg_sq", "momentum_buffer")  # of Adam, of Adam, of Muon
+_HEADER = 128  # largest number of bytes that a safetensors file adds to those of each tensor and its name, and once
 _PLAIN = ("step", "position", "processes", "minutes", "skipped")
 
 
@@ -105,13 +106,14 @@ def _check_hashes(folder: Path, about: dict[str, Any]) -> None:
 
 def _in_parts(tensors: Mapping[str, Tensor], part_bytes: int) -> list[dict[str, Tensor]]:
     parts: list[dict[str, Tensor]] = [{}]
-    room = part_bytes
+    room = part_bytes - _HEADER
     for name, tensor in tensors.items():
-        if parts[-1] and tensor.nbytes > room:
+        needed = tensor.nbytes + len(name) + _HEADER
+        if parts[-1] and needed > room:
             parts.append({})
-            room = part_bytes
+            room = part_bytes - _HEADER
         parts[-1][name] = tensor.contiguous()
-        room -= tensor.nbytes
+        room -= needed
     return parts
 
 
