@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lgnet_fast import create_model
+from lgnet_fast import WeightsError, create_model
 from lgnet_fast.reference.losses import adversarial_loss, hole_share
 from lgnet_fast.training import ConfigError, Trainer, TrainingError
 from lgnet_fast.training.setup import make_accelerator
@@ -289,6 +289,18 @@ def test_some_stages_are_trained_and_later_ones_do_not_run(pictures, tmp_path, s
     assert all(norm.training == (name in trained) for name, norm in norms.items())
 
 
+def test_no_network_of_features_is_read_where_no_stage_has_its_terms(pictures, tmp_path):
+    loss = {"features": str(tmp_path / "none.npz")}
+    trainer = Trainer(tiny_config(pictures, tmp_path, model={"train_stages": [1]}, loss=loss))
+    assert trainer.learner.features is None
+    trainer.training_mode()
+    terms = trainer.train_step([batch()])
+    assert {name for name in terms if name.startswith(("style", "perceptual", "tv"))} == set()
+    for stages in ([], [1, 2]):
+        with pytest.raises(WeightsError, match="loss.features: .* does not exist"):
+            Trainer(tiny_config(pictures, tmp_path, model={"train_stages": stages}, loss=loss))
+
+
 def test_stages_that_cannot_be_trained_alone(pictures, tmp_path):
     with pytest.raises(ConfigError, match="model.train_stages: expected all stages that one network"):
         Trainer(tiny_config(pictures, tmp_path, model={"name": "lgnet_share", "train_stages": [3]}))
@@ -383,6 +395,25 @@ def test_losses_are_looked_at_in_every_second_step(pictures, tmp_path):
     trainer.step = 2
     with pytest.raises(TrainingError, match="the loss of step 3 is not finite"):
         trainer.train_step([batch()])
+
+
+def test_weights_that_are_not_finite_at_the_check_are_no_checkpoint(pictures, tmp_path):
+    changes = {"finite_every": 3, "checkpoint_every": 1000}
+    trainer = Trainer(tiny_config(pictures, tmp_path / "run", optim={"steps": 6}, run=changes))
+    step, seen = trainer.train_step, []
+
+    def poisoned_second(batches):
+        seen.append(batches[0]["name"])
+        if trainer.step == 1:
+            batches[0]["image"][0, 0, 0, 0] = math.nan
+        return step(batches)
+
+    trainer.train_step = poisoned_second
+    with pytest.raises(TrainingError, match="the loss of step 4 is not finite"):
+        trainer.fit()
+    assert trainer.checkpoints.files() == []
+    (file,) = (tmp_path / "run").glob("not_finite_step_*.pt")
+    assert torch.load(file, weights_only=True)["name"] == seen[3]
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -224,7 +224,8 @@ class RunConfig:
     """At a loss that is not finite: "stop" saves the batch and a checkpoint of the step before, and ends the run;
     "skip" skips and counts the batch."""
     finite_every: int = 1
-    """With "stop": steps between checks of the loss. Each check waits for the GPU."""
+    """With "stop": steps between checks of the loss. Each check waits for the GPU. Above 1, the weights may not be
+    finite any more at the check; the last checkpoint is then an earlier one."""
     tensorboard: bool = True
     """Write TensorBoard's files beside the log; needs the extra `[train]`."""
     threads: int | None = None

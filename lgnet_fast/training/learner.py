@@ -34,6 +34,7 @@ from .setup import (
     place_lpips,
     place_networks,
     prepare,
+    reaches_later_stages,
     seed_everything,
     step_class,
     untrained_modules,
@@ -67,7 +68,8 @@ class Learner:
         network = make_network(config.model) if model is None else model
         if discriminator is None:
             discriminator = make_discriminator(config.discriminator)
-        feature_network = make_features(config.loss) if features is None else features
+        if features is None and reaches_later_stages(config, network):
+            features = make_features(config.loss)
         lpips = make_lpips(config.loss)
 
         self.accelerator = make_accelerator(optim.precision, config.run.device)
@@ -78,7 +80,7 @@ class Learner:
         self.network, self.discriminator = place_networks(
             config, network.to(device, dtype), discriminator.to(device, dtype)
         )
-        self.features = place_features(config.loss, feature_network, device, dtype)
+        self.features = place_features(config.loss, features, device, dtype)
         self.lpips = place_lpips(lpips, device, dtype)
         self.average = None if optim.ema is None else MovingAverage(self.network, optim.ema)
         self.nets, self.optimisers = prepare(config, self.accelerator, self.network, self.discriminator)

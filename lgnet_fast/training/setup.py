@@ -87,6 +87,11 @@ def untrained_modules(config: TrainConfig, network: Cascade) -> list[nn.Module]:
     return others
 
 
+def reaches_later_stages(config: TrainConfig, network: Cascade) -> bool:
+    """Whether a step runs a stage after the first, where total variation, style, perceptual and LPIPS terms begin."""
+    return max(config.model.train_stages or [len(network.stage_modules())]) > 1
+
+
 def place_features(
     loss: LossConfig, features: FeaturesFn | None, device: torch.device, dtype: torch.dtype
 ) -> FeaturesFn | None:
