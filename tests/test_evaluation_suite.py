@@ -252,6 +252,9 @@ def test_the_sheet_shows_the_best_and_the_worst():
     assert chosen[1][0] == "box, number 3 of 3 for a: LPIPS 0.3000"
     assert [r["index"] for _, r in _best_to_worst(boxes, "a", (2,), 3)] == [0, 2, 1]
     assert [r["index"] for _, r in _best_to_worst(boxes, "a", (2,), 1)] == [2]
+    every = [record(i, one, ssim=0.1 * i) for one in range(4) for i in range(5)]
+    rows = {asked: len(_best_to_worst(every, "a", range(4), asked)) for asked in (1, 7, 8, 13, 20)}
+    assert rows == {1: 4, 7: 4, 8: 8, 13: 12, 20: 20}  # as many of each kind, at least one
     by_ssim = [record(i, 1, ssim=s) for i, s in enumerate([0.7, 0.9])]
     assert [r["index"] for _, r in _best_to_worst(by_ssim, "a", (1,), 9)] == [1, 0]
     assert [r["index"] for _, r in _best_to_worst([record(0, 3)], "a", (3,), 9)] == [0]

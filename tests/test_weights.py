@@ -130,6 +130,15 @@ def test_what_could_not_be_loaded_again_is_not_saved(change, text, model, tmp_pa
     assert same(before, LGNet.from_pretrained(tmp_path))
 
 
+def test_changes_that_no_tensor_shows_are_not_saved(model, tmp_path):
+    model.net_c.encoder["e2"].activation = torch.nn.ReLU()
+    model.net_l.stem.conv.register_forward_hook(lambda *_: None)
+    model.save_pretrained(tmp_path)
+    loaded = LGNet.from_pretrained(tmp_path)
+    assert loaded.net_c.encoder["e2"].activation.negative_slope == 0.2
+    assert not loaded.net_l.stem.conv._forward_hooks
+
+
 def test_weights_that_are_shared_or_in_several_dtypes_are_saved_where_they_can_be_loaded(model, tmp_path):
     first, second = model.net_l.blocks[:2]
     second.first.conv.weight = first.first.conv.weight

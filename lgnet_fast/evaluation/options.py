@@ -56,8 +56,8 @@ class EvaluationOptions:
         out: folder for evaluation.json, evaluation.md and evaluation.png (original, masked, and every method's
             result). An interrupted evaluation with the same options is continued. None: nothing is written.
         sheet_rows: rows of evaluation.png, 0 or more; None: 6, with `suite` 12. They show the first pictures, each
-            with a mask of another class; with `suite`, an equal number of every kind, evenly from the first method's
-            best to its worst by LPIPS (else SSIM, else l1).
+            with a mask of another class; with `suite`, an equal number of every kind (rounded down, at least one),
+            evenly from the first method's best to its worst by LPIPS (else SSIM, else l1).
         device, dtype, backend: as for Inpainter.
 
     Raises:
