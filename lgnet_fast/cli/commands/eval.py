@@ -95,7 +95,10 @@ def evaluate(
     ] = None,
     fid: Annotated[Path | None, typer.Option(help="torch-fidelity's Inception weights; default: downloaded.")] = None,
     sheet_rows: Annotated[
-        int | None, typer.Option(min=0, help="Rows of the contact sheet; 0: none. Default: 6; with --suite 12.")
+        int | None,
+        typer.Option(
+            min=0, help="Rows of the contact sheet; 0: none. Default: 6; with --suite 12, shared by the kinds."
+        ),
     ] = None,
     device: Device = "auto",
     dtype: Dtype = "auto",
