@@ -45,7 +45,7 @@ def pack(run: Path, folder: Path, optimiser: bool = False, part_bytes: int = 15_
         run: the run's folder.
         folder: created if needed.
         optimiser: keep the moments of Adam and Muon.
-        part_bytes: of tensors in a file, at most, unless one tensor alone is larger; their names add some kilobytes.
+        part_bytes: largest file, unless one tensor alone is larger.
 
     Returns:
         The files.
