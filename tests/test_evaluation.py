@@ -18,7 +18,7 @@ from torch import nn
 from lgnet_fast.data import metrics as metrics_module
 from lgnet_fast.data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_ratio
 from lgnet_fast.errors import UsageError
-from lgnet_fast.evaluation import biharmonic, navier_stokes, parse_classes, telea
+from lgnet_fast.evaluation import EvaluationOptions, biharmonic, navier_stokes, parse_classes, scoring, telea
 from lgnet_fast.evaluation.frechet import frechet_distance
 from lgnet_fast.evaluation.protocol import FolderMasks, fit_mask, fit_picture
 from lgnet_fast.jobs.world import World
@@ -270,6 +270,31 @@ def test_one_process_and_three_give_the_same_numbers(fake, pictures, tmp_path, m
         evaluate(pictures, out=tmp_path / "four", fid=Moments(), **options)
     with pytest.raises(UsageError, match="^out: several processes"):
         evaluate(pictures, world=worlds[0], **options)
+
+
+def test_a_process_that_dies_is_named_and_a_later_launch_does_the_rest(fake, pictures, tmp_path):
+    options = {"classes": "1,2", "size": 64, "metrics": ["l1", "psnr"], "sheet_rows": 0, "baselines": ["ns"]}
+    alone = evaluate(pictures, out=tmp_path / "one", **options)
+
+    def killed(done: int, total: int, error: str | None) -> None:
+        if done == 2:
+            raise KeyboardInterrupt
+
+    out = tmp_path / "two"
+    first, second = (World(rank, 2, launch="a") for rank in range(2))
+    with pytest.raises(KeyboardInterrupt):
+        scoring.evaluate(EvaluationOptions(pictures, out=out, **options), second, killed)
+    merged = evaluate(pictures, out=out, world=first, **options)
+    counted = merged.score("bundled").pictures
+    assert (merged.died, counted) == ([1], 6 + 2)  # six of three pictures, two of the process that died
+    assert "incomplete: processes 1 ended before their part" in (out / "evaluation.md").read_text()
+    before = len(fake.seen)
+    again = [World(rank, 2, launch="b") for rank in range(2)]
+    assert evaluate(pictures, out=out, world=again[1], **options) is None
+    whole = evaluate(pictures, out=out, world=again[0], **options)
+    assert (whole.died, whole.scores) == ([], alone.scores)
+    assert len(fake.seen) - before == 10 - counted
+    assert sorted(path.name for path in out.iterdir()) == ["evaluation.json", "evaluation.md"]
 
 
 def _shard(path: Path, files: dict[str, bytes]) -> None:
