@@ -171,6 +171,34 @@ def test_sigterm_ends_with_a_checkpoint(pictures, tmp_path):
     assert signal.getsignal(signal.SIGTERM) == before
 
 
+@pytest.mark.parametrize(("every", "expected"), [(2, [4]), (3, [3, 4])])
+def test_a_signal_waits_for_no_validation(pictures, tmp_path, every, expected):
+    """Neither for that of its step nor for that at the end of a run; a run without signals has both."""
+    config = tiny_config(
+        pictures,
+        tmp_path / "run",
+        optim={"steps": 4},
+        data={"validation": str(pictures)},
+        run={"validate_every": every},
+    )
+    trainer = Trainer(config)
+    step, validated = trainer.train_step, []
+
+    def terminated_in_the_second(batches):
+        if trainer.step == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(batches)
+
+    trainer.train_step = terminated_in_the_second
+    trainer._validate = lambda: validated.append(trainer.step)
+    assert trainer.fit() is None
+    assert (validated, trainer.checkpoints.steps()) == ([], [2])
+    rest = Trainer(config)
+    rest._validate = lambda: validated.append(rest.step)
+    assert rest.fit(resume=True) is not None
+    assert validated == expected
+
+
 @pytest.mark.parametrize("handler", [signal.SIG_IGN, None])
 def test_signals_that_are_ignored_or_not_pythons_are_left(handler, monkeypatch):
     """None: a program that embeds Python had set the handler, which Python cannot set again."""

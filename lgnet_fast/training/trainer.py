@@ -323,7 +323,8 @@ class Trainer:
                     with failing_together(self.accelerator):
                         if self._report is not None:
                             self._report.pictures(self.step, self.learner.shown(several[-1]))
-                if self.validation is not None and self.step % run.validate_every == 0:
+                # A signal's grace is short, and the checkpoint comes first.
+                if self.validation is not None and self.step % run.validate_every == 0 and not self._stop.agreed:
                     self._validate()
                     validated = self.step
                 if self.step % run.checkpoint_every == 0 or self._late():
