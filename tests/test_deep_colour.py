@@ -559,6 +559,9 @@ def test_a_grey_avif_or_heic_stays_one_without_colours(pipe, tmp_path, extension
         pytest.skip(reason)
     grey = Image.fromarray(np.linspace(0, 255, HEIGHT * WIDTH).reshape(HEIGHT, WIDTH).astype(np.uint8))
     grey.save(tmp_path / f"in.{extension}", quality=90, **({"subsampling": "4:0:0"} if extension == "avif" else {}))
+    with Image.open(tmp_path / f"in.{extension}") as before:
+        if before.mode != "L":
+            pytest.skip(f"this version of its package reads grey {extension} as {before.mode}")
     save_picture(pipe(tmp_path / f"in.{extension}", HOLE), tmp_path / f"out.{extension}")
     one_of_8_bits = b"pixi\0\0\0\0\1\x08"
     assert one_of_8_bits in (tmp_path / f"out.{extension}").read_bytes()

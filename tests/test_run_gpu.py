@@ -76,7 +76,7 @@ def test_failures_are_on_disk_before_the_run_ends(tmp_path: Path, workers: list[
             shown += line
         (failure,) = [json.loads(line) for line in file.read_text().splitlines()]
         run_gpu.end(process)
-    assert failure["test"].endswith("test_some.py::test_a")
+    assert failure["test"].endswith("::test_a")
     assert failure["when"] == "call"
     assert "assert (6 * 9) == 42" in failure["text"]
     if not workers:  # others are waited for, and take longer than `end` waits
