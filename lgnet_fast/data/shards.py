@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tarfile
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 
@@ -14,6 +15,9 @@ from ..pipeline.sources import Encoded
 from .folders import unread
 
 MASK_MARK = "mask"
+SHARD = ".tar"
+BESIDE_PICTURES = "a tar shard beside pictures; give it alone, or a folder of shards"
+"""Why a shard in a folder with pictures is left out."""
 
 
 @dataclass(frozen=True)
@@ -59,6 +63,19 @@ class Shard:
 
     samples: list[Sample]
     left_out: list[tuple[Member, str]]
+
+
+def is_shard(path: Path) -> bool:
+    """Whether a file is a shard, by its name."""
+    return path.suffix.lower() == SHARD
+
+
+def apart(files: Iterable[Path]) -> tuple[list[Path], list[Path]]:
+    """(shards, other files), each in their order."""
+    found: tuple[list[Path], list[Path]] = ([], [])
+    for path in files:
+        found[0 if is_shard(path) else 1].append(path)
+    return found
 
 
 def read_shard(shard: Path) -> Shard:

@@ -12,7 +12,7 @@ from PIL import Image
 
 from ..data import folders
 from ..data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_class, read_mask, resize_mask
-from ..data.shards import Member, read_shard
+from ..data.shards import BESIDE_PICTURES, SHARD, Member, apart, read_shard
 from ..errors import DataError, InvalidImageError, InvalidMaskError, UsageError
 from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
@@ -76,15 +76,14 @@ def pictures_in(source: Path, excluded: Sequence[Path] = ()) -> Pictures:
         raise UsageError(f"pictures: {str(source)!r} does not exist")
     if source.is_dir():
         others = [path.resolve() for path in excluded if path.resolve() != source.resolve()]
-        found = folders.scan(source, others, (*EXTENSIONS, ".tar"))
+        found = folders.scan(source, others, (*EXTENSIONS, SHARD))
         all_files, left_out = found.pictures, list[tuple[PictureFile, str]](found.left_out)
     else:
         all_files, left_out = [source], []
-    shards = [path for path in all_files if path.suffix.lower() == ".tar"]
-    files: list[PictureFile] = [path for path in all_files if path.suffix.lower() != ".tar"]
+    shards, alone = apart(all_files)
+    files: list[PictureFile] = [*alone]
     if files:
-        reason = "a tar shard beside pictures; give it alone, or a folder of shards"
-        left_out += [(shard, reason) for shard in shards]
+        left_out += [(shard, BESIDE_PICTURES) for shard in shards]
         shards = []
     for shard in shards:
         try:

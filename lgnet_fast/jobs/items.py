@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ..data.folders import Found, scan
-from ..data.shards import Member, Sample, Shard, read_shard
+from ..data.shards import BESIDE_PICTURES, SHARD, Member, Sample, Shard, apart, is_shard, read_shard
 from ..errors import InvalidImageError, UsageError
 from ..pipeline.formats import ADDRESS, EXTENSIONS
 from ..pipeline.sources import Encoded
@@ -22,7 +22,7 @@ from .outputs import distinct, format_for, refuse_unwritable, result_files
 from .streams import opened_mask, read_stream
 from .world import World
 
-_SUFFIXES = (*EXTENSIONS, ".tar")
+_SUFFIXES = (*EXTENSIONS, SHARD)
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 """Characters that are unsafe in terminals and scripts."""
@@ -188,9 +188,8 @@ def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple
 
 def _beside_shards(found: Found) -> Found:
     """The pictures of a folder; shards among them are left out."""
-    shards = [path for path in found.pictures if path.suffix.lower() == ".tar"]
-    left_out = [(shard, "a tar shard beside pictures; give it alone, or a folder of shards") for shard in shards]
-    pictures = [path for path in found.pictures if path.suffix.lower() != ".tar"]
+    shards, pictures = apart(found.pictures)
+    left_out = [(shard, BESIDE_PICTURES) for shard in shards]
     return Found(pictures, found.left_out + left_out)
 
 
@@ -218,10 +217,9 @@ def _plan_stream(picture: Encoded, options: FillOptions, world: World) -> list[I
 def _shards_in(source: Path, out: Path) -> list[Path]:
     """The tar shard `source`, or the shards of a folder without pictures."""
     if not source.is_dir():
-        return [source] if source.suffix.lower() == ".tar" else []
-    found = scan(source, [_real(out)], _SUFFIXES).pictures
-    shards = [path for path in found if path.suffix.lower() == ".tar"]
-    return shards if len(shards) == len(found) else []
+        return [source] if is_shard(source) else []
+    shards, pictures = apart(scan(source, [_real(out)], _SUFFIXES).pictures)
+    return [] if pictures else shards
 
 
 def _plan_shards(shards: list[Path], options: FillOptions, world: World) -> list[Item]:

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from ..data.folders import all_below, warn_of_left_out
-from ..data.shards import Member, read_shard
+from ..data.shards import SHARD, Member, apart, is_shard, read_shard
 from ..errors import ConfigError, DataError, InvalidImageError, LGNetError, MissingExtraError
 from ..pipeline.formats import EXTENSIONS
 from ..pipeline.sources import open_image
@@ -19,7 +19,6 @@ PLACES = "expected folders of pictures or of tar shards, uncompressed tar shards
 """What the settings `data.pictures` and `data.validation` take, for messages."""
 
 _HUB = "hf:"
-_SHARD = ".tar"
 
 
 class Source(Protocol):
@@ -231,17 +230,16 @@ def open_source(places: Sequence[str], setting: str, categories: Sequence[str] |
 def _files_at(place: str, setting: str) -> FileSource | TarSource:
     """The pictures of a folder, of its tar shards, or of a tar shard."""
     path = Path(place)
-    if path.suffix.lower() == _SHARD and not path.is_dir():
+    if is_shard(path) and not path.is_dir():
         return TarSource([path], setting)
-    files = all_below(place, f"{setting}: {PLACES}", (*EXTENSIONS, _SHARD))
-    shards = [file for file in files if file.suffix.lower() == _SHARD]
+    files = all_below(place, f"{setting}: {PLACES}", (*EXTENSIONS, SHARD))
+    shards, pictures = apart(files)
     if not shards:
         return FileSource(files)
-    if len(shards) < len(files):
-        picture = next(file for file in files if file.suffix.lower() != _SHARD)
+    if pictures:
         raise DataError(
             f"{setting}: expected a folder of pictures or of tar shards, got {place!r} with both: "
-            f"{len(files) - len(shards)} pictures ({str(picture)!r}, ...) and {len(shards)} shards "
+            f"{len(pictures)} pictures ({str(pictures[0])!r}, ...) and {len(shards)} shards "
             f"({str(shards[0])!r}, ...); name the shards, or a folder without them"
         )
     return TarSource(shards, setting)
