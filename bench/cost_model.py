@@ -10,8 +10,8 @@ multiplications at the GPU's rate and of weights, inputs and outputs, once each,
 measurement, if there is one.
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
---compiled: with the compiled kernels of kernels/picture_conv.py, which the tuner may choose, where their estimate is
-less; no measurement confirms it yet.
+--compiled: with the compiled kernels of kernels/picture_conv.py, which an engine's first use may choose, where their
+estimate is less; no measurement confirms it yet.
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
 """
 

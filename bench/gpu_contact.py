@@ -10,7 +10,8 @@ interrupted run keeps its measurements. A section that fails is noted there, and
 compile    every kernel of the dense plan, in parallel processes
 buffers    a run without graphs; every step's output beside the plan in plain PyTorch, float32: the first wrong step
            is named
-graph      the whole forward: launched one by one, as a graph, without and with overlapping launches
+graph      the whole forward: launched one by one, as a graph, without and with overlapping launches; by shipped
+           choices, then by those of an engine's first use, which the sections after it have too
 steps      each step in place: graphs of the first k steps, and differences, so weights come from memory
 holes      graphs restricted to square holes of 16, 64 and 128 pixels
 calls      whole calls of the engine on a picture on the GPU, with the host's work that a graph's replay does not need
@@ -259,7 +260,7 @@ def time_steps(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
         before = total
 
 
-def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
+def time_holes(plan: Any, dtype: torch.dtype, tuned: Any, log: Log) -> None:
     """Time restricted graphs, with the dense one and their share of its multiplications."""
     from lgnet_fast.kernels.launch import record
     from lgnet_fast.kernels.precompile import compile_all
@@ -267,7 +268,7 @@ def time_holes(plan: Any, dtype: torch.dtype, log: Log) -> None:
     from lgnet_fast.engine.cuda.executor import CudaExecutor
     from lgnet_fast.engine.regions import Rect
 
-    executor = CudaExecutor.of(plan, dtype, graphs=False)
+    executor = CudaExecutor.of(plan, dtype, tuned=tuned, graphs=False)
     image, mask = picture(plan.batch)
     executor.run(image, mask)
     dense = plan.total_macs()
@@ -433,7 +434,8 @@ def search_shapes(
         tune_attention(plan, dtype, device, found, timer, log, lambda: None, functools.partial(over, 0.0))
     if "convs" in sections:
         contest = Contest(plan, dtype, device)
-        tune_convolutions(contest, found, timer, log, lambda: None, tried, functools.partial(over, 30.0))
+        candidates = functools.partial(contest.candidates, tried=tried)
+        tune_convolutions(contest, found, timer, log, lambda: None, candidates, functools.partial(over, 30.0))
         time_graph(plan, dtype, found.tuned(), log, "tuned")
         time_steps(plan, dtype, found.tuned(), log)
 
@@ -443,6 +445,7 @@ def measure(args: argparse.Namespace) -> int:
     import triton
 
     from lgnet_fast.engine.cuda.executor import CudaExecutor
+    from lgnet_fast.engine.cuda.tuning import at_first_use
     from lgnet_fast.engine.cuda.weights import Tuned
 
     deadline = time.perf_counter() + 60 * args.minutes
@@ -457,13 +460,22 @@ def measure(args: argparse.Namespace) -> int:
     )
     dtype = getattr(torch, args.dtype)
     model, plan = model_and_plan(args.model, args.batch)
-    shipped, asked = Tuned(), args.sections.split(",")
+    asked = args.sections.split(",")
+
+    @functools.cache
+    def measured() -> Tuned:
+        return at_first_use(plan, dtype, torch.device("cuda", torch.cuda.current_device()))
+
+    def graph() -> None:
+        time_graph(plan, dtype, Tuned(), log, "shipped")
+        time_graph(plan, dtype, measured(), log, "first use")
+
     sections: dict[str, Callable[[], None]] = {
         "compile": lambda: compile_dense(plan, dtype, properties.major >= 9, log),
         "buffers": lambda: check_buffers(CudaExecutor.of(plan, dtype, graphs=False), plan, log),
-        "graph": lambda: time_graph(plan, dtype, shipped, log, "shipped"),
-        "steps": lambda: time_steps(plan, dtype, shipped, log),
-        "holes": lambda: time_holes(plan, dtype, log),
+        "graph": graph,
+        "steps": lambda: time_steps(plan, dtype, measured(), log),
+        "holes": lambda: time_holes(plan, dtype, measured(), log),
         "calls": lambda: time_calls(model, plan, dtype, log),
         "attention,convs": lambda: search_shapes(asked, plan, dtype, log, args.tried, deadline),
         "peers": lambda: peers(model, plan, dtype, log),

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import ctypes
 import logging
-import threading
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from lgnet_fast import cache, forks
+from lgnet_fast.ops.first_use import KNOWN
 from lgnet_fast.ops.torch_state import is_capturing, pass_on_out_of_memory
 
 from .conv import Conv
 from .launch import ACTIVATIONS, is_recording
 from .results import Store
+from .trial import Check, try_apart
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -76,26 +78,28 @@ def exact_convolution(conv: Conv, source: Tensor, weight: Tensor, bias: Tensor) 
 class FirstUse:
     """The check of a kernel at its first use on a GPU in a dtype.
 
+    The check runs in another process (:mod:`.trial`), or in this one where none can be started. The verdict is kept
+    in the user's cache folder, so that later processes do not check.
+
     Args:
         title: of the kernel, for the log.
         supported: whether GPUs of a compute capability can run it.
         needed: which those are, in words.
-        check: runs the kernel on a device in a dtype, and returns what is wrong with its results, or None.
+        check: a function of a module, which another process can import: runs the kernel on a device in a dtype, and
+            returns what is wrong with its results, or None.
     """
 
-    def __init__(
-        self,
-        title: str,
-        supported: Callable[[tuple[int, int]], bool],
-        needed: str,
-        check: Callable[[torch.device, torch.dtype], str | None],
-    ) -> None:
+    def __init__(self, title: str, supported: Callable[[tuple[int, int]], bool], needed: str, check: Check) -> None:
         self.title, self.supported, self.needed, self.check = title, supported, needed, check
         self._reasons: dict[tuple[int, torch.dtype], str | None] = {}
-        self._lock = threading.Lock()
+        self._lock = forks.Lock()
 
     def reason_against(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the kernel is not used on a GPU in `dtype`, or None. The first call for both runs the check."""
+        """Why the kernel is not used on a GPU in `dtype`, or None. The first call for both runs the check.
+
+        Raises:
+            torch.OutOfMemoryError: there is not enough memory for the check.
+        """
         if device.type != "cuda" or torch.version.hip is not None or dtype not in DTYPES:
             return "needs an NVIDIA GPU, float16 or bfloat16"
         if not self.supported(torch.cuda.get_device_capability(device)):
@@ -106,11 +110,25 @@ class FirstUse:
             if key not in self._reasons:
                 if is_capturing(torch.device("cuda", index)) or is_recording():
                     return "not checked yet, and nothing can be run now"
-                try:
-                    self._reasons[key] = self.check(torch.device("cuda", index), dtype)
-                except Exception as error:  # any error of the driver rules the kernel out
-                    pass_on_out_of_memory(error)
-                    self._reasons[key] = f"{type(error).__name__}: {error}"
+                self._reasons[key] = self._verdict(torch.device("cuda", index), dtype)
                 if self._reasons[key] is not None:
                     logger.warning("%s is not used: %s", self.title, self._reasons[key])
             return self._reasons[key]
+
+    def _verdict(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """What is wrong with the kernel, or None: as kept, else by a check, whose verdict is kept."""
+        key = cache.key_for(device, dtype)
+        kept = cache.get(key, cache.VERDICTS, self.title)
+        if isinstance(kept, dict) and {"passed", "reason"} <= kept.keys():
+            return None if kept["passed"] else f"{kept['reason']}; {KNOWN}"
+        # Where nothing is kept, every process would wait for another one.
+        verdict = try_apart(self.check, device.index, dtype) if cache.can_keep() else None
+        if verdict is None:
+            try:
+                reason = self.check(device, dtype)
+            except Exception as error:  # rules the kernel out, in this process; the fault may be another's
+                pass_on_out_of_memory(error)
+                return f"{type(error).__name__}: {error}"
+            verdict = {"passed": reason is None, "reason": reason}
+        cache.put(key, cache.VERDICTS, self.title, verdict)
+        return None if verdict["passed"] else str(verdict["reason"])

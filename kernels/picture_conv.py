@@ -8,9 +8,9 @@ much. Here a tile's inputs are copied to shared memory once, and the taps of a r
 source).
 
 They run on GPUs of compute capability 8.0 and newer: the package has machine code for 8.x, 9.0, 10.x and 12.x, and
-PTX for what comes later. The tuner (`lgnet_fast.engine.cuda.tuning`) measures :func:`candidates` beside the Triton
-tiles; a product uses these kernels only where they were the fastest on the GPU in use. The first use on a GPU
-compares them with PyTorch in float64 (:func:`reason_against`).
+PTX for what comes later. An engine's first use, and the tuner (`lgnet_fast.engine.cuda.tuning`), measure
+:func:`candidates` beside the Triton tiles; a product uses these kernels only where they were the fastest on the GPU
+in use. The first use on a GPU compares them with PyTorch in float64 (:func:`reason_against`).
 """
 
 from __future__ import annotations

@@ -2,8 +2,7 @@
 
 Compiling LGNet's fifty kernels one after another takes half a minute, so several processes share the work. Each
 creates a CUDA context and calls ``JITFunction.warmup`` with stand-ins for the tensors, because only dtype and
-alignment matter. The caller's process then finds every kernel on disk. The processes run this module; a pool of
-`multiprocessing` would import the caller's program again.
+alignment matter. The caller's process then finds every kernel on disk. The processes run this module.
 """
 
 from __future__ import annotations
@@ -12,12 +11,10 @@ import importlib
 import json
 import os
 import pickle
-import subprocess
 import sys
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +22,7 @@ from torch import Tensor
 
 from lgnet_fast import limits
 
+from . import processes
 from .launch import OPTIONS, Launch, map_leaves, specialisation
 
 WORKER_BYTES = 2 << 30
@@ -94,12 +92,6 @@ def workers(tasks: int) -> int:
     return max(1, min(cores, memory, tasks // 4))
 
 
-def can_start() -> bool:
-    """Whether ``sys.executable`` is Python. A frozen program, or one that embeds Python, would start itself again."""
-    name = Path(sys.executable or "").stem.lower()
-    return not getattr(sys, "frozen", False) and name.startswith(("python", "pypy"))
-
-
 def compile_all(
     launches: Sequence[Launch], device: int, progress: Callable[[int, int], None] | None = None
 ) -> list[str]:
@@ -114,21 +106,17 @@ def compile_all(
     count = workers(len(tasks))
     if torch.cuda.is_available():
         count = min(count, torch.cuda.mem_get_info(device)[0] // 2 // CONTEXT_BYTES)
-    if count < 2 or not can_start():
+    if count < 2 or not processes.can_start():
         return []  # the launches of the caller compile them
     failures: list[str] = []
     done = 0
     lock = threading.Lock()
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    command = [sys.executable, "-c", f"from {__name__} import main; main()"]
 
     def share(number: int) -> None:
         nonlocal done
         own = tasks[number::count]
         answers = 0
-        with subprocess.Popen(
-            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
-        ) as process:
+        with processes.start(__name__) as process:
             assert process.stdin is not None
             assert process.stdout is not None
             try:

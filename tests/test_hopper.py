@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from lgnet_fast.kernels import compiled_checks, cuda_driver, hopper
+from lgnet_fast.kernels import cuda_driver, hopper
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.results import Store
@@ -398,27 +398,10 @@ def test_the_stream_of_the_kernels_gpu_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hopper.CAPABILITY)
     monkeypatch.setattr(torch.cuda, "device", chosen)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
-    monkeypatch.setattr(hopper._first_use, "check", lambda device, dtype: None)
+    monkeypatch.setattr(hopper._first_use, "_verdict", lambda device, dtype: None)
     monkeypatch.setattr(hopper._first_use, "_reasons", {})
     assert "not checked yet" in hopper.reason_against(torch.device("cuda", 1), torch.float16)
     assert hopper.reason_against(torch.device("cuda", 0), torch.float16) is None
-
-
-def test_a_full_gpu_rules_no_kernel_out(monkeypatch):
-    """The driver's error is passed on as PyTorch's, and the next use checks again."""
-
-    def full(device, dtype):
-        raise RuntimeError("cuModuleLoadData: out of memory (2)")
-
-    monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hopper.CAPABILITY)
-    monkeypatch.setattr(compiled_checks, "is_capturing", lambda device: False)
-    first_use = compiled_checks.FirstUse("a kernel", lambda capability: True, "nothing", full)
-    for _ in range(2):
-        with pytest.raises(torch.OutOfMemoryError, match="cuModuleLoadData"):
-            first_use.reason_against(torch.device("cuda", 0), torch.float16)
-    first_use.check = lambda device, dtype: None
-    assert first_use.reason_against(torch.device("cuda", 0), torch.float16) is None
 
 
 @pytest.mark.parametrize(("system", "name"), [("win32", "nvcuda.dll"), ("linux", "libcuda.so.1")])

@@ -19,7 +19,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from lgnet_fast.kernels import precompile
+from lgnet_fast.kernels import precompile, processes
 from lgnet_fast.kernels.configs import assume_generation
 from lgnet_fast.kernels.conv import Conv, conv_forward
 from lgnet_fast.kernels.conv_configs import Tile
@@ -99,10 +99,10 @@ def test_only_python_is_started(
     monkeypatch.setattr(precompile, "workers", lambda tasks: 2)
     monkeypatch.setattr(precompile.sys, "executable", executable)
     monkeypatch.setattr(precompile.sys, "frozen", frozen, raising=False)
-    assert precompile.can_start() == expected
+    assert processes.can_start() == expected
     if not expected:
         monkeypatch.setattr(precompile.torch.cuda, "is_available", lambda: False)
-        monkeypatch.setattr(precompile.subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
+        monkeypatch.setattr(processes.subprocess, "Popen", lambda *args, **options: pytest.fail("started"))
         assert precompile.compile_all(launches((0, 16, 0, 16)), 0) == []
 
 

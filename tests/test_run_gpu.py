@@ -193,15 +193,23 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gpu_contact, "compile_dense", lambda *_: done.append("compile"))
     monkeypatch.setattr(gpu_contact, "check_buffers", lambda *_: done.append("buffers"))
     monkeypatch.setattr(gpu_contact, "time_graph", lambda *args: done.append(f"graph {args[-1]}"))
-    monkeypatch.setattr(gpu_contact, "time_steps", lambda *_: done.append("steps"))
-    monkeypatch.setattr(gpu_contact, "time_holes", lambda *_: done.append("holes"))
+    monkeypatch.setattr("lgnet_fast.engine.cuda.tuning.at_first_use", lambda *_: "first use")
+    monkeypatch.setattr(gpu_contact, "time_steps", lambda *args: done.append(f"steps {named(args[2])}"))
+    monkeypatch.setattr(gpu_contact, "time_holes", lambda *args: done.append(f"holes {named(args[2])}"))
     monkeypatch.setattr(gpu_contact, "time_calls", lambda *_: done.append("calls"))
     monkeypatch.setattr(gpu_contact, "peers", lambda *_: done.append("peers"))
     monkeypatch.setattr("lgnet_fast.engine.cuda.tuning_attention.tune_attention", lambda *_: done.append("attention"))
     convolutions = "lgnet_fast.engine.cuda.tuning_convolutions"
-    monkeypatch.setattr(f"{convolutions}.Contest", lambda *_: None)
-    monkeypatch.setattr(f"{convolutions}.tune_convolutions", lambda *args: done.append(f"convs {args[-2]}"))
+    monkeypatch.setattr(f"{convolutions}.Contest", lambda *_: SimpleNamespace(candidates=print))
+    monkeypatch.setattr(
+        f"{convolutions}.tune_convolutions", lambda *args: done.append(f"convs {args[-2].keywords['tried']}")
+    )
     return done
+
+
+def named(tuned: Any) -> str:
+    """Which choices a section was given: those of the first use, or those that were measured."""
+    return tuned if isinstance(tuned, str) else "tuned"
 
 
 def measured(results: Path, sections: str) -> tuple[int, list[dict[str, Any]]]:
@@ -217,11 +225,20 @@ def measured(results: Path, sections: str) -> tuple[int, list[dict[str, Any]]]:
     [
         (
             "compile,buffers,graph,steps,holes,calls,peers",
-            ["compile", "buffers", "graph shipped", "steps", "holes", "calls", "peers"],
+            [
+                "compile",
+                "buffers",
+                "graph shipped",
+                "graph first use",
+                "steps first use",
+                "holes first use",
+                "calls",
+                "peers",
+            ],
         ),
-        ("peers,convs", ["convs 7", "graph tuned", "steps", "peers"]),
+        ("peers,convs", ["convs 7", "graph tuned", "steps tuned", "peers"]),
         ("attention", ["attention"]),
-        ("attention,convs", ["attention", "convs 7", "graph tuned", "steps"]),
+        ("attention,convs", ["attention", "convs 7", "graph tuned", "steps tuned"]),
     ],
 )
 def test_contact_measures_the_sections_in_a_fixed_order(
@@ -240,7 +257,7 @@ def test_a_section_that_fails_is_noted_and_the_next_one_runs(
 
     monkeypatch.setattr(gpu_contact, "time_steps", fails)
     failed, (_, line) = measured(tmp_path, "graph,steps,holes")
-    assert (failed, done) == (1, ["graph shipped", "holes"])
+    assert (failed, done) == (1, ["graph shipped", "graph first use", "holes first use"])
     assert (line["section"], line["failed"]) == ("steps", "RuntimeError: a capture failed")
 
 

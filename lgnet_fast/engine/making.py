@@ -51,8 +51,9 @@ def optimize(
 ) -> Engine:
     """A fast form of `model`, called in the same way: ``engine(image, mask)``.
 
-    On an NVIDIA GPU (sm_80 and later, with Triton) the kernels are checked once against the model in float32, and the
-    verdict is kept in the user's cache folder. Where a check fails, a WARNING says so and the next best path runs
+    On an NVIDIA GPU (sm_80 and later, with Triton) the first engine of a network and size measures the kernels that
+    need no compilation, and the kernels are checked once against the model in float32; choices and verdict are kept
+    in the user's cache folder. Where a check fails, a WARNING says so and the next best path runs
     (:mod:`.cuda.verified`). Other NVIDIA GPUs run the same steps by PyTorch's operators, in one CUDA graph, checked
     alike. Where there is no faster executor, the model itself runs, in the best memory format for the device. On a
     CPU that has only the portable C++ kernels, the engine measures once whether they or the model are faster (six
@@ -69,7 +70,7 @@ def optimize(
         hole_aware: compute each layer only where a hole pixel depends on it. The result equals that of a dense run.
         tune: measure the kernels of every step on this machine, for a minute (True) or for this many seconds, and
             keep the fastest in the user's cache folder, where later calls for this network and size find them.
-            Without measurements a cost model chooses the kernels.
+            Of what is not measured a cost model chooses the kernels.
 
     Returns:
         The engine. It does not keep the model. A call after the weights or the eps of a BatchNorm have changed, or a

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from collections.abc import Callable, Sequence
@@ -28,12 +29,15 @@ from lgnet_fast.engine.cuda.tuning import gains, tune
 from lgnet_fast.engine.cuda.tuning_convolutions import LAUNCHES, tiles
 from lgnet_fast.engine.cuda.weights import Tuned, work_of
 from lgnet_fast.engine.plan import PICTURE, ConvStep, Plan
+from lgnet_fast.engine.regions import Rect
 from tests import emulator
 from tests.interpreted.plans import picture_plan, tiny_plan
 from tests.interpreted.test_cuda_executor import cast, check, inputs
 from tests.interpreted.timers import IdleTimer
 
 pytestmark = pytest.mark.usefixtures("fresh_cache")
+
+needs_emulator = pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
 
 CPU = torch.device("cpu")
 SINGLE = torch.float32
@@ -213,7 +217,7 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
     assert not executor.choices["u.block"].startswith("hopper")
 
 
-@pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
+@needs_emulator
 def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
     """As above, for all four steps that they can compute; a wrong result rules a tile out."""
     wrong = PictureTile(4, 48)
@@ -232,8 +236,9 @@ def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPa
     found = Found()
     timer = FakeTimer(splits_are_slow, compiled_us=1.0)
     cuda_tuning_convolutions.tune_convolutions(
-        contest, found, timer, lambda section, **figures: lines.append(figures), lambda: None, 1, lambda: False
-    )
+        contest, found, timer, lambda section, **figures: lines.append(figures), lambda: None,
+        functools.partial(contest.candidates, tried=1), lambda: False,
+    )  # fmt: skip
     assert [line["tile"] for line in lines if "wrong" in line] == [("picture", *wrong)]
     assert {result.choice[0] for result in found.tiles.values()} == {"picture"}
     again = Found.from_dict(json.loads(json.dumps(found.as_dict())))
@@ -244,6 +249,115 @@ def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPa
     assert all(row[3].startswith("picture ") for row in gains(plan, torch.float16, CPU, found))
     monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: "another card")
     assert not any(label.startswith("picture") for label in executor.choices.values())
+
+
+@pytest.fixture
+def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The kernels for the picture have passed their check and run in the emulator, with one tile each.
+
+    Returns the names of their launches.
+    """
+    few = {64: [PictureTile(3, 32)], 128: [PictureTile(2, 32)], 4: [PictureTile(4, 32)]}
+    monkeypatch.setattr(picture_conv, "tiles", lambda conv: few.get(conv.in_channels, []))
+    launched: list[str] = []
+    monkeypatch.setattr(emulator.EmulatedKernel, "launched", launched)
+    monkeypatch.setattr(picture_conv, "Kernel", emulator.EmulatedKernel)
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
+    return launched
+
+
+def first_use(plan: Plan, timer: FakeTimer | None = None) -> Tuned:
+    """As another process has it."""
+    cache._known.clear()
+    return cuda_tuning.at_first_use(plan, torch.float16, CPU, timer)
+
+
+@needs_emulator
+def test_the_first_use_measures_the_kernels_for_the_picture(
+    emulated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are kept, and run in holes and at other sizes too; later uses measure nothing."""
+    plan = picture_plan(side=64)
+    tuned = first_use(plan, FakeTimer(splits_are_slow, compiled_us=1.0))
+    (entry,) = cache.entries(cache.CHOICES)
+    assert entry.name == plan.name
+    assert str(Found.from_dict(entry.value)) == "4 convolutions measured at first use"
+    monkeypatch.setattr(cuda_tuning, "_tune_picture", lambda *args: pytest.fail("measured again"))
+    assert first_use(plan) == tuned
+
+    executor = CudaExecutor.of(plan, torch.float16, tuned=tuned)
+    image, mask = inputs(plan)
+    emulated.clear()
+    check(plan, executor, image, mask)
+    assert len(emulated) == 4
+    dense, _ = executor.run(image, mask)
+    executor.memory.arena.fill_(torch.nan)
+    restricted = CudaExecutor.restricted(plan, [Rect(3, 12, 5, 14)])
+    assert plan.cost() > 2 * restricted.cost()
+    emulated.clear()
+    result, _ = executor.run(image, mask, None, [step.regions for step in restricted.steps])
+    assert torch.equal(result, dense)
+    assert len(emulated) == 4
+    other = executor.resized(plan.resized(2, 64, 128).without_weights())
+    assert {label.split()[0] for label in other.choices.values()} == {"picture"}
+
+
+@needs_emulator
+def test_a_kernel_for_the_picture_that_gains_nothing_runs_nowhere(emulated: list[str]) -> None:
+    plan = picture_plan(side=64)
+    tuned = first_use(plan, FakeTimer(lambda tile: 1.0))
+    executor = CudaExecutor.of(plan, torch.float16, tuned=tuned)
+    restricted = CudaExecutor.restricted(plan, [Rect(3, 12, 5, 14)])
+    assert plan.cost() > 2 * restricted.cost()
+    for regions in (None, tuple(step.regions for step in restricted.steps)):
+        launches: list[Any] = executor.launches(regions)
+        assert [launch.func for launch in launches[1:]] == [conv.conv_forward] * 4
+
+
+def test_the_nearest_number_of_rows_decides() -> None:
+    def work(rows: int, columns: int = 64) -> Work:
+        return Work(rows, columns, (49,), 4, 0, (7,), False)
+
+    tile, picture = Tile(16, 16, 16, 1, 4, 1), PictureTile(4, 32)
+    tuned = Tuned({("half", *work(1000)[:4]): picture, ("half", *work(100000)[:4]): tile})
+    for rows, expected in ((1, picture), (1000, picture), (9000, picture), (11000, tile), (10**7, tile)):
+        assert tuned.nearest_tile(work(rows), "half") == expected
+    assert tuned.nearest_tile(work(1000, columns=128), "half") is None
+    assert tuned.nearest_tile(work(1000), "tf32") is None
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", ["tuned before", "nothing can be kept", "other steps", "not on this GPU"])
+def test_when_the_first_use_measures_nothing(
+    case: str, plan: Plan, emulated: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used = plan if case == "other steps" else picture_plan()
+    kept_before = Found(now_ms=1.0)
+    if case == "tuned before":
+        cache.put(cache.key_for(CPU, torch.float16), cache.CHOICES, used.name, kept_before.as_dict())
+    elif case == "nothing can be kept":
+        monkeypatch.setattr(cache, "can_keep", lambda: False)
+    elif case == "not on this GPU":
+        monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: "another card")
+    assert first_use(used, FakeTimer(splits_are_slow, compiled_us=1.0)) == Tuned()
+    assert emulated == []
+    assert [e.value for e in cache.entries(cache.CHOICES)] == [kept_before.as_dict()] * (case == "tuned before")
+
+
+@needs_emulator
+def test_a_first_use_that_fails_is_logged_and_not_repeated(
+    emulated: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(FakeTimer):
+        def compile(self, launches: Sequence[Any]) -> list[str]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    plan = picture_plan()
+    with caplog.at_level(logging.INFO, "lgnet_fast"):
+        assert first_use(plan, Full(splits_are_slow)) == Tuned()
+    assert "the kernels for the picture are not measured: OutOfMemoryError: CUDA out of memory" in caplog.text
+    monkeypatch.setattr(cuda_tuning, "_tune_picture", lambda *args: pytest.fail("measured again"))
+    assert first_use(plan) == Tuned()
 
 
 def test_a_candidate_that_cannot_be_launched_leaves_the_plain_weights(plan: Plan) -> None:

@@ -10,6 +10,8 @@ import pytest
 import torch
 from lgnet_fast.kernels import attention_inference as attention_kernels
 from lgnet_fast.kernels import conv as conv_kernels
+from lgnet_fast.kernels import picture_conv
+from lgnet_fast.kernels.picture_conv import PictureTile
 
 from lgnet_fast import cache
 from lgnet_fast.engine.build import build_plan, plan_stages
@@ -17,13 +19,15 @@ from lgnet_fast.engine.cuda import checks, graphs, verified
 from lgnet_fast.engine.cuda.checks import check_steps, judge, make_example
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.graphs import CaptureError
+from lgnet_fast.engine.cuda.measure import product_key
 from lgnet_fast.engine.cuda.memory import Memory
 from lgnet_fast.engine.cuda.verdicts import Verdict
-from lgnet_fast.engine.cuda.weights import CudaWeights
-from lgnet_fast.engine.plan import AttentionStep, Plan
+from lgnet_fast.engine.cuda.weights import CudaWeights, Tuned, work_of
+from lgnet_fast.engine.plan import AttentionStep, ConvStep, Plan
 from lgnet_fast.engine.torch_executor import TorchExecutor
 from lgnet_fast.reference.variants import create_model
-from tests.interpreted.plans import cast, small_plan, tiny_plan
+from tests import emulator
+from tests.interpreted.plans import cast, picture_plan, small_plan, tiny_plan
 from tests.interpreted.verifying import (
     CPU,
     FAULTS,
@@ -72,6 +76,30 @@ def test_kernels_and_graph_run_where_the_check_passes(
     assert type(executor.executor) is CudaExecutor
     assert set(executor.choices.values()) & {"cudnn", "torch"} == set()
     assert not warnings(caplog)
+
+
+@pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
+def test_what_the_first_use_measures_is_checked_and_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Right kernels for the picture pass; a wrong one fails the check, and is named."""
+    tiles = {"p.stem": PictureTile(4, 32), "p.out": PictureTile(3, 32), "q.e1": PictureTile(4, 32)}
+    launched: list[str] = []
+    monkeypatch.setattr(emulator.EmulatedKernel, "launched", launched)
+    monkeypatch.setattr(picture_conv, "Kernel", emulator.EmulatedKernel)
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
+    plan = Model.plan = cast(picture_plan(), torch.float32)
+    steps = {s.name: s for s in plan.steps if isinstance(s, ConvStep)}
+    tuned = Tuned({product_key(work_of(plan, steps[name]), "half"): tile for name, tile in tiles.items()})
+    monkeypatch.setattr(verified.tuning, "at_first_use", lambda *args: tuned)
+    executor, verdict = decide(plan)
+    assert (verdict.runs, verdict.reason) == ("graph", None)
+    assert {name for name, choice in executor.choices.items() if choice.startswith("picture")} == tiles.keys()
+    launched.clear()
+    executor.executor.drop_buffers()  # the graph has kept its launches
+    assert_right(plan, executor)
+    assert len(launched) == 3
+    monkeypatch.setattr(picture_conv, "picture_forward", FAULTS["zeros"](picture_conv.picture_forward))
+    verdict = decide(plan, anew=True)[1]
+    assert (verdict.runs, set(verdict.steps)) == ("library", tiles.keys())
 
 
 def test_a_kept_verdict_saves_the_check(plan: Plan, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,7 @@
 """Running a plan on an NVIDIA GPU by this package's kernels (see :mod:`.graph_executor` for buffers and graphs).
 
 Each step is one launch of `kernels/conv.py` (two with split depth, one more for every further rectangle of a
-restricted run) or the attention block. Where the tuner measured them as faster, a step uses a compiled kernel
+restricted run) or the attention block. Where they were measured as faster, a step uses a compiled kernel
 (`kernels/hopper.py`, `kernels/picture_conv.py`) or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and the
 deep layers of a dense run share a launch (:mod:`.deep_layers`).
 """
@@ -137,6 +137,7 @@ class CudaExecutor(GraphExecutor):
 
     def _compiled_tile(self, step: ConvStep, rect: Rect | None = None) -> CompiledTile | None:
         """The tile of a compiled kernel for a rectangle of a step; None where `kernels/conv.py` runs it."""
+        from lgnet_fast.kernels import picture_conv
         from lgnet_fast.kernels.compiled import as_compiled, usable
         from lgnet_fast.kernels.hopper import HopperTile
 
@@ -144,8 +145,13 @@ class CudaExecutor(GraphExecutor):
         if choice is not None:
             return as_compiled(choice)
         kind, _, _ = target_of(self.device, self.dtype)
-        measured = as_compiled(self.weights.tuned.tile(work_of(self.plan, step, rect), kind))
-        if measured is None or not usable(measured, conv_of(step), self.dtype, self.device):
+        conv, work, tuned = conv_of(step), work_of(self.plan, step, rect), self.weights.tuned
+        choice = tuned.tile(work, kind)
+        if choice is None and picture_conv.unsupported(conv) is None:
+            # A hole has its own number of rows, so hardly one is measured. These kernels gain alike at every size.
+            choice = tuned.nearest_tile(work, kind)
+        measured = as_compiled(choice)
+        if measured is None or not usable(measured, conv, self.dtype, self.device):
             return None
         # a step with the same product may have a residual, which these kernels do not add
         return measured if isinstance(measured, HopperTile) or step.residual is None else None

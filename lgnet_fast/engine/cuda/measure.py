@@ -114,6 +114,7 @@ class Found:
         before_ms: milliseconds of a run without tuning; None where it was not measured.
         deep_rows: name of a plan -> most rows of the layers that share a launch.
         overlap: name of a plan -> how its launches overlap.
+        at_first_use: whether these are the engine's own measurements at its first use, not those of a tuning.
     """
 
     tiles: dict[tuple[Any, ...], Result] = field(default_factory=dict)
@@ -122,6 +123,7 @@ class Found:
     before_ms: float | None = None
     deep_rows: dict[str, int] = field(default_factory=dict)
     overlap: dict[str, Overlap] = field(default_factory=dict)
+    at_first_use: bool = False
 
     def tuned(self) -> Tuned:
         """The choices, for the executor."""
@@ -140,6 +142,7 @@ class Found:
             "before_ms": self.before_ms,
             "deep_rows": self.deep_rows,
             "overlap": self.overlap,
+            "at_first_use": self.at_first_use,
         }
 
     @classmethod
@@ -153,6 +156,7 @@ class Found:
                 value["before_ms"],
                 {str(name): int(rows) for name, rows in value.get("deep_rows", {}).items()},
                 {name: how for name, how in value.get("overlap", {}).items() if how in get_args(Overlap)},
+                bool(value.get("at_first_use", False)),
             )
             found.tuned()
         except (AttributeError, TypeError, KeyError, ValueError):
@@ -160,6 +164,8 @@ class Found:
         return found
 
     def __str__(self) -> str:
+        if self.at_first_use:
+            return f"{len(self.tiles)} convolutions measured at first use"
         count = f"{len(self.tiles)} convolutions, {len(self.attention)} attention blocks measured"
         if self.now_ms is None or self.before_ms is None:
             return f"{count}, not to the end"

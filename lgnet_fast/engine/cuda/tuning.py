@@ -5,6 +5,8 @@ The convolutions are tuned first (:mod:`.tuning_convolutions`), then the attenti
 tuning, and timed. The results are kept (:mod:`.measure`); where nothing was better, the shipped tables hold. Last,
 whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), then whether
 launches should overlap.
+
+Without a tuning, an engine's first use measures the compiled kernels for the picture, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -13,21 +15,23 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
 
 from ... import cache
-from ..plan import AttentionStep, Plan
+from ..plan import PICTURE, AttentionStep, ConvStep, Plan
 from .executor import CudaExecutor, CudaOptions
-from .graphs import CaptureError
+from .graphs import CaptureError, error_text
 from .launches import run_all
-from .measure import GAIN, Found, Timer, product_key, progress_of
+from .measure import GAIN, Found, Timer, kept, product_key, progress_of
 from .tuning_attention import tune_attention
 from .tuning_convolutions import Contest, groups_of, tune_convolutions
-from .weights import CudaWeights, Overlap, target_of, work_of
+from .weights import CudaWeights, Overlap, Tuned, conv_of, target_of, work_of
 
 logger = logging.getLogger("lgnet_fast")
+waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
@@ -72,7 +76,8 @@ def tune(
         tried = timer.affordable(_COMPILING_SHARE * seconds, len(groups_of(plan)))
     with torch.inference_mode(False), torch.no_grad():
         contest = Contest(plan, dtype, device)
-        tune_convolutions(contest, found, timer, log, keep, tried, after(1 - _ATTENTION_SHARE))
+        candidates = functools.partial(contest.candidates, tried=tried)
+        tune_convolutions(contest, found, timer, log, keep, candidates, after(1 - _ATTENTION_SHARE))
         weights = contest.plain_weights
         del contest
         tune_attention(plan, dtype, device, found, timer, log, keep, after(1.0), 3 * tried)
@@ -93,6 +98,54 @@ def tune(
             found.overlap = {name: how}
             keep()
     return found
+
+
+def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device, timer: Timer | None = None) -> Tuned:
+    """All choices that are kept for a GPU. Where the plan has none, those for the picture are measured before.
+
+    These are the steps with 4 input or 3 output channels (`kernels/picture_conv.py`). Nothing is measured where it
+    could not be kept. A failure is logged, and what runs without tuning stays.
+
+    Args:
+        plan: dense, with float32 weights on `device`.
+        dtype, device: of the computation.
+        timer: compiles and times; None: on the GPU.
+    """
+    key, name = cache.key_for(device, dtype), plan.name
+    part = _picture_part(plan)
+    if part.steps and cache.get(key, cache.CHOICES, name) is None and cache.can_keep():
+        try:
+            with torch.inference_mode(False), torch.no_grad():
+                _tune_picture(part, dtype, device, timer or Timer(device), name)
+        except Exception as error:  # the check of the engine finds and reports faults of the kernels
+            logger.info("the kernels for the picture are not measured: %s", error_text(error))
+    return kept(device, dtype)
+
+
+def _picture_part(plan: Plan) -> Plan:
+    """The steps of a plan that `kernels/picture_conv.py` can compute."""
+    from lgnet_fast.kernels.picture_conv import unsupported
+
+    steps = tuple(s for s in plan.steps if isinstance(s, ConvStep) and unsupported(conv_of(s)) is None)
+    used = {PICTURE, *(view.buffer for s in steps for view in (s.source, *(store.view for store in s.stores)))}
+    return replace(plan, steps=steps, buffers={n: b for n, b in plan.buffers.items() if n in used})
+
+
+def _tune_picture(part: Plan, dtype: torch.dtype, device: torch.device, timer: Timer, name: str) -> None:
+    """Measure the steps of :func:`_picture_part` and keep the result for the plan `name`."""
+    from lgnet_fast.kernels.picture_conv import candidates
+
+    if not any(candidates(conv_of(step), dtype, device) for step in part.steps if isinstance(step, ConvStep)):
+        return
+    found = Found(at_first_use=True)
+
+    def keep() -> None:
+        cache.put(cache.key_for(device, dtype), cache.CHOICES, name, found.as_dict())
+
+    keep()  # so that no later process repeats what has ended this one
+    waits.info("measuring the kernels for the picture")
+    contest, log = Contest(part, dtype, device), progress_of(logger.info)
+    tune_convolutions(contest, found, timer, log, keep, contest.picture_candidates, lambda: False)
 
 
 def _whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:

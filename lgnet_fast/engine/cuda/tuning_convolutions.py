@@ -137,6 +137,14 @@ class Contest:
         others = compiled.candidates(conv_of(step), work, executor.dtype, executor.device)
         return list(dict.fromkeys((self.default(number), *some, *others, "cudnn")))
 
+    def picture_candidates(self, number: int) -> list[Choice]:
+        """The default, and the tiles of `kernels/picture_conv.py`, for which nothing is compiled."""
+        from lgnet_fast.kernels import picture_conv
+
+        step, executor = self.plan.steps[number], self.executor
+        assert isinstance(step, ConvStep)
+        return [self.default(number), *picture_conv.candidates(conv_of(step), executor.dtype, executor.device)]
+
     def default(self, number: int) -> Tile | Literal["cudnn"]:
         """The choice without tuning."""
         step = self.plan.steps[number]
@@ -168,7 +176,7 @@ def tune_convolutions(
     timer: Timer,
     log: Log,
     keep: Callable[[], None],
-    tried: int,
+    candidates: Callable[[int], list[Choice]],
     expired: Callable[[], bool],
 ) -> None:
     """Measure the products of a plan into `found`.
@@ -179,7 +187,7 @@ def tune_convolutions(
         timer: compiles and times.
         log: called with a section's name and figures.
         keep: called after every product.
-        tried: Triton tiles per product.
+        candidates: gives the choices to measure for the step of a number, the default first.
         expired: returns whether the time is over.
     """
     from lgnet_fast.kernels.launch import record
@@ -187,12 +195,12 @@ def tune_convolutions(
     plan, executor = contest.plan, contest.executor
     kind, generation, _ = target_of(executor.device, executor.dtype)
     groups = groups_of(plan)
-    candidates: dict[int, list[Choice]] = {}
+    choices: dict[int, list[Choice]] = {}
     queue = []
     for numbers in groups.values():
-        candidates[numbers[0]] = contest.candidates(numbers[0], tried)
+        choices[numbers[0]] = candidates(numbers[0])
         own = contest.weights(numbers[0])
-        for choice in candidates[numbers[0]]:
+        for choice in choices[numbers[0]]:
             if choice != "cudnn":
                 # an error here is raised again, and reported, when the choice is measured
                 with contextlib.suppress(Exception), record() as launches:
@@ -206,8 +214,8 @@ def tune_convolutions(
         if expired():
             log("convs", cut_off=plan.steps[numbers[0]].name)
             return
-        times = _measure(contest, numbers[0], candidates[numbers[0]], timer, log)
-        default = candidates[numbers[0]][0]
+        times = _measure(contest, numbers[0], choices[numbers[0]], timer, log)
+        default = choices[numbers[0]][0]
         if default not in times:
             continue
         key = product_key(work, kind)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
@@ -72,6 +73,12 @@ class Tuned:
     def tile(self, work: Work, kind: str) -> Choice | None:
         """The choice for a product; None where nothing was measured."""
         return self.tiles.get((kind, *work[:4]))
+
+    def nearest_tile(self, work: Work, kind: str) -> Choice | None:
+        """The choice for the product or, where it was not measured, for the one that differs least in its rows."""
+        rows, *rest = work[:4]
+        alike = [key for key in self.tiles if (key[0], *key[2:]) == (kind, *rest)]
+        return self.tiles[min(alike, key=lambda key: abs(math.log(key[1] / rows)))] if alike else None
 
 
 @dataclass(frozen=True)
