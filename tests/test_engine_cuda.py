@@ -18,6 +18,7 @@ pytest.importorskip("triton")
 from lgnet_fast.kernels.conv_configs import Work, pick_tile
 
 from bench import write_tables
+from lgnet_fast import cache
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import graph_executor, graphs
@@ -26,11 +27,13 @@ from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.graph_executor import GraphExecutor
 from lgnet_fast.engine.cuda.graphs import Pool, Program, capture
 from lgnet_fast.engine.cuda.guarded import Guarded
+from lgnet_fast.engine.cuda.measure import Found, product_key
 from lgnet_fast.engine.cuda.memory import Memory
 from lgnet_fast.engine.cuda.operator_executor import OperatorExecutor
 from lgnet_fast.engine.cuda.verified import verified
+from lgnet_fast.engine.cuda.weights import work_of
 from lgnet_fast.engine.making import optimize
-from lgnet_fast.engine.plan import Plan
+from lgnet_fast.engine.plan import ConvStep, Plan
 from lgnet_fast.engine.recent import Recent
 from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.engine.torch_executor import TorchExecutor
@@ -357,6 +360,26 @@ class TestOnGpu:
             checks = check_steps(executor.executor, plan, make_example(plan, device, dtype))
             assert [str(c) for c in checks if not c.passed] == []
             assert verified(model, plan, device, dtype)[1] == verdict
+
+    @pytest.mark.usefixtures("fresh_cache")
+    def test_the_first_use_measures_the_layers_at_the_picture(self) -> None:
+        """Kept for later processes, and the engine that has them is right."""
+        device, dtype = torch.device("cuda", torch.cuda.current_device()), torch.float16
+        wide = LGNet().eval()
+        plan = build_plan(plan_stages(wide), 1, 256, 256).to(device, torch.float32)
+        executor, verdict = verified(wide, plan, device, dtype)
+        assert (verdict.runs, verdict.reason) == ("graph", None)
+        (entry,) = cache.entries(cache.CHOICES)
+        found = Found.from_dict(entry.value)
+        assert found is not None
+        assert len(found.tiles) == 4  # NetL's first and last layer, those of the U-Nets
+        assert all(result.us <= result.default_us for result in found.tiles.values())
+        faster = {step.name for step in plan.steps if executor.choices[step.name].startswith("picture")}
+        kept = [found.tiles.get(product_key(work_of(plan, s), "half")) for s in plan.steps if isinstance(s, ConvStep)]
+        assert len(faster) == sum(result is not None and result.choice[0] == "picture" for result in kept)
+        assert isinstance(executor, Guarded)
+        checks = check_steps(executor.executor, plan, make_example(plan, device, dtype))
+        assert [str(c) for c in checks if not c.passed] == []
 
     @pytest.mark.parametrize("dtype", DTYPES, ids=str)
     def test_operators_alone(self, model: LGNet, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:

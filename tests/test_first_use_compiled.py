@@ -28,6 +28,13 @@ def wrong(device: torch.device, dtype: torch.dtype) -> str | None:
     return f"wrong on {device} in {dtype}"
 
 
+def broken(device: torch.device, dtype: torch.dtype) -> str | None:
+    """A check that ends its CUDA context: an index beyond the operand."""
+    torch.zeros(4, device=device, dtype=dtype)[torch.tensor([9], device=device)]
+    torch.cuda.synchronize(device)
+    return None
+
+
 # -- the process ----------------------------------------------------------------------------------------------------
 
 
@@ -113,6 +120,16 @@ def test_the_process_answers(monkeypatch, capsys, error, answer):
     trial.main()
     assert chosen == [torch.device("cuda", 1)]
     assert capsys.readouterr().out.splitlines() == [READY, PREFIX + json.dumps(answer)]
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no NVIDIA GPU here")
+def test_a_broken_context_is_that_of_the_process():
+    assert trial.try_apart(wrong, 0, HALF) == {"passed": False, "reason": "wrong on cuda:0 in torch.float16"}
+    verdict = trial.try_apart(broken, 0, HALF)
+    assert verdict is not None
+    assert not verdict["passed"]
+    assert torch.ones(2, device=DEVICE).sum().item() == 2
 
 
 # -- the verdict ----------------------------------------------------------------------------------------------------
