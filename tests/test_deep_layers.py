@@ -21,6 +21,7 @@ from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import deep_layers as engine_deep
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.plan import Plan
+from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.engine.torch_executor import ACTIVATIONS
 from tests import emulator
 from tests.compiled_kernels import disassembler, instructions
@@ -102,6 +103,24 @@ def test_runs_are_the_deep_layers():
     names = [[plan.steps[n].name[6:] for n in run] for run in engine_deep.runs(plan, 16)]
     assert names == [deep_ones[1:-1]] * 2
     assert engine_deep.runs(plan, 0) == []
+
+
+@pytest.mark.parametrize("rows", [16, 64])
+def test_restricted_runs_share_launches_too(rows):
+    """The encoders are whole in every run, so both U-Nets' groups apply, unless their stage computes nothing."""
+    plan = plan_of("lgnet")
+    groups = engine_deep.runs(plan, rows)
+    for hole in (Rect(96, 160, 96, 160), Rect(0, 32, 224, 256)):
+        regions = [step.regions for step in CudaExecutor.restricted(plan, [hole]).steps]
+        decoder = next(n for n in groups[0] if plan.steps[n].name == "net_c.d6")
+        assert regions[decoder] != (plan.target(plan.steps[decoder]).everywhere,)
+        for numbers in groups:
+            assert engine_deep.applies(plan, numbers, regions)
+            feeding = list(regions)
+            feeding[numbers.start - 1] = (Rect(0, 1, 0, 1),)  # the layer before the group
+            assert not engine_deep.applies(plan, numbers, feeding)
+            none = [() if number in numbers else own for number, own in enumerate(regions)]
+            assert not engine_deep.applies(plan, numbers, none)
 
 
 @pytest.mark.parametrize(
@@ -307,6 +326,11 @@ def test_a_dense_run_with_shared_launches(dtype):
         found, _ = one.run(image, mask)
         assert torch.equal(found[:, :, :60], image[:, :, :60])
         assert (found - expected).norm() < 64 * torch.finfo(dtype).eps * expected.norm()
+    holes = rounded([Rect(60, 200, 40, 180)], CudaExecutor.granularity, 256, 256)
+    regions = [step.regions for step in CudaExecutor.restricted(plan, holes).steps]
+    executor.memory.arena.fill_(torch.nan)
+    found, _ = executor.run(image, mask, None, regions)
+    assert (found - expected).norm() < 64 * torch.finfo(dtype).eps * expected.norm()
 
 
 @pytest.mark.skipif(disassembler() is None, reason="no nvdisasm here")

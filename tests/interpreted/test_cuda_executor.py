@@ -6,6 +6,7 @@ import gc
 import threading
 import weakref
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -97,6 +98,31 @@ def test_regions(monkeypatch: pytest.MonkeyPatch) -> None:
     (region,) = attention.regions
     assert bands == [None, (region.top, region.bottom)]
     assert plan.target(attention).height > 2 * (region.bottom - region.top)
+
+
+def test_steps_that_share_a_launch_share_it_in_a_restricted_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As the compiled kernel does, the launch computes its steps everywhere, also where less is asked for."""
+    plan = tiny_plan()
+    image, mask = inputs(plan)
+    executor = CudaExecutor.of(plan, torch.float32)
+    expected, _ = executor.run(image, mask)
+    number = [step.name for step in plan.steps].index("u.block")
+    regions = [step.regions for step in plan.steps]
+    for own in (number, number + 1):
+        regions[own] = (Rect(0, 1, 0, 1),)
+    launched: list[int] = []
+
+    def launch(plan: Plan, first: int, group: Any, view: Any) -> tuple[Any, None]:
+        launched.append(first)
+        launches = [one for own in (first, first + 1) for one in executor.step_launches(executor.memory, own)]
+        return (lambda: cuda_launches.run_all(launches)), None
+
+    monkeypatch.setattr(cuda_executor, "group_launch", launch)
+    monkeypatch.setattr(CudaExecutor, "_deep_groups", lambda own: {number: SimpleNamespace(layers=[None, None])})
+    executor.memory.arena.fill_(torch.nan)
+    result, _ = executor.run(image, mask, None, regions)
+    assert torch.equal(result, expected)
+    assert launched == [number]
 
 
 def test_resized_shares_the_weights() -> None:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ...ops.torch_state import pass_on_out_of_memory
+from ..executor import Regions
 from ..plan import ConvStep, Plan, Step, View
 from ..torch_executor import ACTIVATIONS
 from .measure import excessive_error
@@ -126,6 +127,18 @@ def make_groups(
         else:
             groups[numbers[0]] = group
     return groups
+
+
+def applies(plan: Plan, numbers: range, regions: Regions) -> bool:
+    """Whether a group may run in a restricted run: some of its steps do, and what they read from others is whole.
+
+    The group computes its own steps everywhere, which takes no longer, because it is bound by reading weights.
+    """
+    if not any(regions[number] for number in numbers):
+        return False
+    read = {plan.steps[number].source.buffer for number in numbers}
+    earlier = [n for n in range(numbers.start) if read & {store.view.buffer for store in plan.steps[n].stores}]
+    return all(regions[n] == (plan.target(plan.steps[n]).everywhere,) for n in earlier)
 
 
 def group_launch(

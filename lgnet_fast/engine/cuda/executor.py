@@ -3,7 +3,7 @@
 Each step is one launch of `kernels/conv.py` (two with split depth, one more for every further rectangle of a
 restricted run) or the attention block. Where they were measured as faster, a step uses a compiled kernel
 (`kernels/hopper.py`, `kernels/picture_conv.py`) or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and the
-deep layers of a dense run share a launch (:mod:`.deep_layers`).
+deep layers share a launch (:mod:`.deep_layers`).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from ...ops.torch_state import is_capturing
 from ..executor import Regions
 from ..plan import PICTURE, AttentionStep, ConvStep, Plan, Step
 from ..regions import Rect
-from .deep_layers import group_launch, make_groups
+from .deep_layers import applies, group_launch, make_groups
 from .graph_executor import GraphExecutor, GraphOptions
 from .launches import Launch, attend, convolve, run_all
 from .memory import Memory
@@ -46,8 +46,8 @@ class CudaOptions(GraphOptions):
 
     Attributes:
         overlap: how launches overlap (Hopper and newer); None: as measured, else not at all.
-        deep_rows: consecutive steps of at most this many outputs per phase share a launch where they can (Hopper,
-            dense runs); 0: none; None: as measured, else none.
+        deep_rows: consecutive steps of at most this many outputs per phase share a launch where they can (Hopper); 0:
+            none; None: as measured, else none.
     """
 
     overlap: Overlap | None = None
@@ -209,12 +209,13 @@ class CudaExecutor(GraphExecutor):
 
     def _launches(self, memory: Memory, regions: Regions | None, painted: bool) -> list[Launch]:
         launches = [self._paint(memory, painted)]
-        groups = {} if regions is not None else self._deep_groups()
+        groups = self._deep_groups()
         number = 0
         while number < len(self.plan.steps):
-            if number in groups:
+            count = len(groups[number].layers) if number in groups else 0
+            if count and (regions is None or applies(self.plan, range(number, number + count), regions)):
                 launches.append(group_launch(self.plan, number, groups[number], memory.view)[0])
-                number += len(groups[number].layers)
+                number += count
             else:
                 launches += self.step_launches(memory, number, None if regions is None else regions[number])
                 number += 1
@@ -236,7 +237,7 @@ class CudaExecutor(GraphExecutor):
 
     @property
     def shares_launches(self) -> bool:
-        """Whether some steps of a dense run share a launch."""
+        """Whether some steps share a launch."""
         return bool(self._deep_groups())
 
     def precompile(self) -> None:
