@@ -27,10 +27,6 @@ from typing import Any
 import torch
 
 KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}
-WARP_RATES = {"sm_90": 0.6, "sm_100": 0.3}
-"""Share of the matrix rate that products of single warps reach where the hardware has wider ones. Hopper: Luo et al.,
-"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024 (0.63 of wgmma's);
-Blackwell: assumed."""
 RESULTS = Path(__file__).resolve().parent / "results"
 ROW = (
     "{:<20} {:>11} {:>11} {:>3} {:>6} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:<9} {:>6} {:>8} {:<16} {:>8}"
@@ -90,7 +86,7 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
 
 def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | None:
     """The least cost of a step by `kernels/picture_conv.py`, its tile, the number of blocks; None: unsupported."""
-    from lgnet_fast.kernels import conv_configs, picture_conv
+    from lgnet_fast.kernels import picture_conv
 
     from lgnet_fast.engine.cuda.weights import conv_of
 
@@ -98,22 +94,9 @@ def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | Non
     if len(step.regions) != 1 or picture_conv.unsupported(conv) is not None:
         return None
     (region,) = step.regions
-    rate = WARP_RATES.get(card.generation, 0.8) * card.macs / card.num_sms
+    tile, launch = picture_conv.pick_tile(conv, plan.batch, source.size, out.size, tuple(region), card)
     stored = 2 * plan.batch * region.area * sum(s.view.channels for s in step.stores)
-    share = conv_configs._INGRESS_ALONE * card.l2 / card.num_sms
-    found = []
-    for tile in picture_conv.tiles(conv):
-        launch = picture_conv.describe_launch(conv, plan.batch, source.size, out.size, tuple(region), tile)
-        if launch.shared_bytes > card.shared_limit:
-            continue
-        waves = -(-launch.grid // card.num_sms)
-        start = conv_configs.LAUNCH_SECONDS + conv_configs._FILL_SECONDS
-        products, reads = waves * launch.macs / rate, waves * launch.read_bytes / share
-        bytes_read = float(launch.grid * launch.read_bytes)
-        memory = stored / card.memory
-        cost = conv_configs.Cost(start, products, reads, 0.0, max(products, reads), memory, 0.0, bytes_read)
-        found.append((cost, tile.label, launch.grid))
-    return min(found, key=lambda one: one[0].seconds)
+    return picture_conv.cost(launch, card)._replace(memory=stored / card.memory), tile.label, launch.grid
 
 
 def measured_steps(path: Path) -> dict[str, float]:

@@ -24,7 +24,7 @@
 `launch`                 the launch itself, device guard, interpreter check, matrix products
 `triton_cache`           where Triton keeps what it compiles
 `precompile`             compiling many launches in parallel processes
-`trial`                  the first run of a compiled kernel on a machine, in a process of its own
+`apart`                  calling a function in another process, for kernels that have not run on a machine yet
 `processes`              how both are started
 `aot`                    ahead-of-time compilation for any GPU, without having one
 =======================  ==============================================================

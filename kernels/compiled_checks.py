@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -14,13 +15,16 @@ from lgnet_fast import cache, forks
 from lgnet_fast.ops.first_use import KNOWN
 from lgnet_fast.ops.torch_state import is_capturing, pass_on_out_of_memory
 
+from .apart import call_apart
 from .conv import Conv
 from .launch import ACTIVATIONS, is_recording
 from .results import Store
-from .trial import Check, try_apart
 
 logger = logging.getLogger("lgnet_fast")
+waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
+Check = Callable[[torch.device, torch.dtype], "str | None"]
+"""Runs a kernel on a device in a dtype, and returns what is wrong with its results, or None."""
 DTYPES = (torch.float16, torch.bfloat16)
 """What the kernels compute in."""
 LIMIT = 2
@@ -78,15 +82,15 @@ def exact_convolution(conv: Conv, source: Tensor, weight: Tensor, bias: Tensor) 
 class FirstUse:
     """The check of a kernel at its first use on a GPU in a dtype.
 
-    The check runs in another process (:mod:`.trial`), or in this one where none can be started. The verdict is kept
+    The check runs in another process (:mod:`.apart`), or in this one where none can be started. The verdict is kept
     in the user's cache folder, so that later processes do not check.
 
     Args:
         title: of the kernel, for the log.
         supported: whether GPUs of a compute capability can run it.
         needed: which those are, in words.
-        check: a function of a module, which another process can import: runs the kernel on a device in a dtype, and
-            returns what is wrong with its results, or None.
+        check: a function of a module: runs the kernel on a device in a dtype, and returns what is wrong with its
+            results, or None.
     """
 
     def __init__(self, title: str, supported: Callable[[tuple[int, int]], bool], needed: str, check: Check) -> None:
@@ -94,8 +98,12 @@ class FirstUse:
         self._reasons: dict[tuple[int, torch.dtype], str | None] = {}
         self._lock = forks.Lock()
 
-    def reason_against(self, device: torch.device, dtype: torch.dtype) -> str | None:
+    def reason_against(self, device: torch.device, dtype: torch.dtype, here: bool = True) -> str | None:
         """Why the kernel is not used on a GPU in `dtype`, or None. The first call for both runs the check.
+
+        Args:
+            device, dtype: of the computation.
+            here: let this process run the kernel where no other one could.
 
         Raises:
             torch.OutOfMemoryError: there is not enough memory for the check.
@@ -104,31 +112,51 @@ class FirstUse:
             return "needs an NVIDIA GPU, float16 or bfloat16"
         if not self.supported(torch.cuda.get_device_capability(device)):
             return f"needs {self.needed}"
-        index = torch.cuda.current_device() if device.index is None else device.index
-        with self._lock:
-            key = index, dtype
-            if key not in self._reasons:
-                if is_capturing(torch.device("cuda", index)) or is_recording():
-                    return "not checked yet, and nothing can be run now"
-                self._reasons[key] = self._verdict(torch.device("cuda", index), dtype)
-                if self._reasons[key] is not None:
-                    logger.warning("%s is not used: %s", self.title, self._reasons[key])
+        device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+        key = device.index, dtype
+        if key in self._reasons:  # without the lock, which another GPU's check may hold for long
             return self._reasons[key]
+        with self._lock:
+            if key in self._reasons:
+                return self._reasons[key]
+            if is_capturing(device) or is_recording():
+                return "not checked yet, and nothing can be run now"
+            found = self._kept(device, dtype) or self._found_apart(device, dtype)
+            if found is None and not here:
+                return "not checked yet, because no other process could run it"
+            self._reasons[key] = reason = (self._found_here(device, dtype) if found is None else found).reason
+            return reason
 
-    def _verdict(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """What is wrong with the kernel, or None: as kept, else by a check, whose verdict is kept."""
-        key = cache.key_for(device, dtype)
-        kept = cache.get(key, cache.VERDICTS, self.title)
-        if isinstance(kept, dict) and {"passed", "reason"} <= kept.keys():
-            return None if kept["passed"] else f"{kept['reason']}; {KNOWN}"
-        # Where nothing is kept, every process would wait for another one.
-        verdict = try_apart(self.check, device.index, dtype) if cache.can_keep() else None
-        if verdict is None:
-            try:
-                reason = self.check(device, dtype)
-            except Exception as error:  # rules the kernel out, in this process; the fault may be another's
-                pass_on_out_of_memory(error)
-                return f"{type(error).__name__}: {error}"
-            verdict = {"passed": reason is None, "reason": reason}
-        cache.put(key, cache.VERDICTS, self.title, verdict)
-        return None if verdict["passed"] else str(verdict["reason"])
+    def _kept(self, device: torch.device, dtype: torch.dtype) -> _Verdict | None:
+        value = cache.get(cache.key_for(device, dtype), cache.VERDICTS, self.title)
+        if not isinstance(value, dict) or not {"passed", "reason"} <= value.keys():
+            return None
+        return _Verdict(None if value["passed"] else f"{value['reason']}; {KNOWN}")
+
+    def _found_apart(self, device: torch.device, dtype: torch.dtype) -> _Verdict | None:
+        if not cache.can_keep():  # every process would wait for another one
+            return None
+        waits.info("checking %s", self.title)
+        outcome = call_apart(self.check, device, dtype)
+        return None if outcome is None else self._keep(device, dtype, outcome.problem or outcome.value)
+
+    def _found_here(self, device: torch.device, dtype: torch.dtype) -> _Verdict:
+        try:
+            reason = self.check(device, dtype)
+        except Exception as error:  # rules the kernel out, in this process; the fault may be another's
+            pass_on_out_of_memory(error)
+            logger.warning("not used: %s: %s: %s", self.title, type(error).__name__, error)
+            return _Verdict(f"{type(error).__name__}: {error}")
+        return self._keep(device, dtype, reason)
+
+    def _keep(self, device: torch.device, dtype: torch.dtype, reason: str | None) -> _Verdict:
+        if reason is not None:
+            logger.warning("not used: %s: %s", self.title, reason)
+        value = {"passed": reason is None, "reason": reason, "otherwise": "Triton's kernels run"}
+        cache.put(cache.key_for(device, dtype), cache.VERDICTS, self.title, value)
+        return _Verdict(reason)
+
+
+class _Verdict(NamedTuple):
+    reason: str | None
+    """Why the kernel is not used."""

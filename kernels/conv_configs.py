@@ -69,13 +69,13 @@ LAUNCH_SECONDS = 2.0e-6
 # The constants below are fitted to 225 measured tiles of 24 products on an H100 (bench/results/h100_contact_*.jsonl):
 # the logarithms of estimate and measurement differ by 0.17 (standard deviation).
 # Seconds from the start of a program to its first product, and the least for a step of 64 along the depth.
-_FILL_SECONDS = 0.8e-6
+FILL_SECONDS = 0.8e-6
 _STEP_SECONDS = 9.0e-8
 # Share of the tensor cores' rate that blocks of 128 by 128 reach, and how it falls with the block's area.
 _EFFICIENCY = 0.6
 _AREA_EXPONENT = 0.3
 # L2 bandwidth of a multiprocessor relative to an even share: with one program, and with several.
-_INGRESS_ALONE, _INGRESS_SHARED = 1.8, 1.5
+INGRESS_ALONE, _INGRESS_SHARED = 1.8, 1.5
 # L2 bandwidth of the last program of a block while it reads the splits, relative to an even share.
 _SPLIT_READ = 0.6
 # Factor for the index arithmetic where a step takes rows of taps; measured when that arithmetic was longer.
@@ -144,9 +144,9 @@ def cost(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -> Co
     elif tile.splits > 1:
         splits = LAUNCH_SECONDS + 8 * work.all_rows * work.columns * tile.splits / card.l2 + 2e-8 * tile.splits
     return Cost(
-        start=LAUNCH_SECONDS + _FILL_SECONDS,
+        start=LAUNCH_SECONDS + FILL_SECONDS,
         products=slowed * longest * products,
-        reads=slowed * longest * read / (_INGRESS_ALONE * share),
+        reads=slowed * longest * read / (INGRESS_ALONE * share),
         issue=slowed * longest * _STEP_SECONDS * (tile.block_k / 64) ** 0.5,
         together=slowed * mean * -(-count // num_sms) * max(products, read / (_INGRESS_SHARED * share)),
         memory=weights / (card.memory * min(1.0, count / num_sms)),

@@ -16,6 +16,7 @@ in use. The first use on a GPU compares them with PyTorch in float64 (:func:`rea
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from typing import NamedTuple
 
@@ -24,10 +25,11 @@ from torch import Tensor
 
 from lgnet_fast.engine.geometry import Axis
 
-from .cards import SHARED_LIMITS
+from .cards import SHARED_LIMITS, Card
 from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution, set_stores
 from .configs import device_generation
 from .conv import PICTURE_CHANNELS, RAW_CHANNELS, Conv
+from .conv_configs import FILL_SECONDS, INGRESS_ALONE, LAUNCH_SECONDS, Cost
 from .cuda_driver import Kernel
 from .launch import device_guard, is_recording
 from .results import Merge, Store
@@ -41,6 +43,10 @@ _WARP, _FRAGMENT_BYTES, _PIXEL_BYTES, _STAGES = 32, 256, 8, 2
 _FROM = ((7, 1), (4, 2))  # kernel, stride
 _TO = {(64, 7, 1): (640, (32, 48, 64)), (128, 3, 2): (384, (32, 48))}
 """(input channels, taps of an axis, patch) -> most threads, input columns of a tile."""
+_WARP_RATES = {"sm_90": 0.6, "sm_100": 0.3}
+"""Share of the matrix rate that products of single warps reach where the hardware has wider ones. Hopper: Luo et al.,
+"Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking", 2024 (0.63 of wgmma's);
+Blackwell: assumed."""
 
 
 class PictureTile(NamedTuple):
@@ -349,6 +355,45 @@ def candidates(conv: Conv, dtype: torch.dtype, device: torch.device) -> list[Pic
     return [tile for tile in tiles(conv) if _shared_bytes(conv, tile) <= limit]
 
 
+def cost(launch: Launch, card: Card) -> Cost:
+    """Estimated seconds of a launch by its parts. Products are of single warps; a block waits for what it reads."""
+    rate = _WARP_RATES.get(card.generation, 0.8) * card.macs / card.num_sms
+    share = INGRESS_ALONE * card.l2 / card.num_sms
+    waves = -(-launch.grid // card.num_sms)
+    products, reads = waves * launch.macs / rate, waves * launch.read_bytes / share
+    return Cost(
+        start=LAUNCH_SECONDS + FILL_SECONDS,
+        products=products,
+        reads=reads,
+        issue=0.0,
+        together=max(products, reads),
+        memory=0.0,
+        splits=0.0,
+        l2_bytes=float(launch.grid * launch.read_bytes),
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def pick_tile(
+    conv: Conv,
+    batch: int,
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    rect: tuple[int, int, int, int],
+    card: Card,
+) -> tuple[PictureTile, Launch]:
+    """The tile of least estimated time for outputs `rect` of a step, and its launch.
+
+    Raises:
+        ValueError: the kernels cannot compute the step.
+    """
+    launches = {tile: describe_launch(conv, batch, in_size, out_size, rect, tile) for tile in tiles(conv)}
+    fitting = {tile: launch for tile, launch in launches.items() if launch.shared_bytes <= card.shared_limit}
+    if not fitting:
+        raise ValueError(f"conv: {unsupported(conv)}")
+    return min(fitting.items(), key=lambda item: cost(item[1], card).seconds)
+
+
 def _shared_bytes(conv: Conv, tile: PictureTile) -> int:
     return describe_launch(conv, 1, (64, 64), (64, 64), (0, 0, 0, 0), tile).shared_bytes
 
@@ -358,9 +403,10 @@ def usable(tile: PictureTile, conv: Conv, dtype: torch.dtype, device: torch.devi
     return tile in tiles(conv) and reason_against(device, dtype) is None
 
 
-def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels are not used on a GPU in `dtype`, or None. The first call per GPU runs and checks them."""
-    return _first_use.reason_against(device, dtype)
+def reason_against(device: torch.device, dtype: torch.dtype, here: bool = True) -> str | None:
+    """Why the kernels are not used on a GPU in `dtype`, or None. The first call per GPU runs and checks them, in this
+    process only if `here`, see :meth:`.compiled_checks.FirstUse.reason_against`."""
+    return _first_use.reason_against(device, dtype, here)
 
 
 _CHECKED = (

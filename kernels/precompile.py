@@ -25,11 +25,6 @@ from lgnet_fast import limits
 from . import processes
 from .launch import OPTIONS, Launch, map_leaves, specialisation
 
-WORKER_BYTES = 2 << 30
-"""Host memory that one compiling process may need."""
-CONTEXT_BYTES = 600 << 20
-"""GPU memory that the CUDA context of one compiling process takes."""
-
 
 @dataclass(frozen=True)
 class Pointer:
@@ -87,7 +82,7 @@ def workers(tasks: int) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     cores = min(cores, limits.granted() or cores)
     room = limits.memory()
-    memory = cores if room is None else room // WORKER_BYTES
+    memory = cores if room is None else room // processes.HOST_BYTES
     # a worker takes seconds to start, a kernel about one second to compile
     return max(1, min(cores, memory, tasks // 4))
 
@@ -105,7 +100,7 @@ def compile_all(
     tasks = distinct(launches)
     count = workers(len(tasks))
     if torch.cuda.is_available():
-        count = min(count, torch.cuda.mem_get_info(device)[0] // 2 // CONTEXT_BYTES)
+        count = min(count, torch.cuda.mem_get_info(device)[0] // 2 // processes.CONTEXT_BYTES)
     if count < 2 or not processes.can_start():
         return []  # the launches of the caller compile them
     failures: list[str] = []

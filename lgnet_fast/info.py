@@ -114,7 +114,8 @@ def collect() -> dict[str, Any]:
 def _found(value: Any) -> str:
     """A verdict as text: of an operator's first use, or of the engine."""
     if isinstance(value, dict) and "passed" in value:
-        return "passed" if value["passed"] else f"eager PyTorch runs: {value.get('reason')}"
+        otherwise = value.get("otherwise", "eager PyTorch runs")
+        return "passed" if value["passed"] else f"{otherwise}: {value.get('reason')}"
     verdict = Verdict.from_dict(value)
     return "not readable" if verdict is None else str(verdict)
 

@@ -157,6 +157,21 @@ def test_an_h100_is_filled_once():
         assert picture_conv.describe_launch(conv, 1, size, (256, 256), (0, 256, 0, 256), tile).grid == blocks
 
 
+def test_a_hole_gets_a_tile_of_its_own():
+    """By the estimate: a dense run's tile would leave most multiprocessors idle."""
+    card, step, hole = CARDS["L40S"], (D1, 1, (128, 128), (256, 256)), (96, 128, 96, 128)
+    dense, _ = picture_conv.pick_tile(*step, (0, 256, 0, 256), card)
+    tile, launch = picture_conv.pick_tile(*step, hole, card)
+    assert launch[1:] == picture_conv.describe_launch(*step, hole, tile)[1:]  # all but the structure of arguments
+    assert launch.shared_bytes <= card.shared_limit
+    others = {one: picture_conv.describe_launch(*step, hole, one) for one in picture_conv.tiles(D1)}
+    least = picture_conv.cost(launch, card).seconds
+    assert all(picture_conv.cost(one, card).seconds >= least for one in others.values())
+    assert picture_conv.cost(others[dense], card).seconds > 1.2 * least
+    with pytest.raises(ValueError, match="^conv: 4 to 48 channels"):
+        picture_conv.pick_tile(Conv(4, 48, 7, 1, 3, False, True, False), *step[1:], hole, card)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(
     not torch.cuda.is_available() or torch.cuda.get_device_capability() < picture_conv.CAPABILITY,

@@ -77,7 +77,7 @@ def test_a_containers_share_of_the_processors_counts(monkeypatch: pytest.MonkeyP
 def test_a_containers_memory_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(precompile.os, "sched_getaffinity", lambda pid: range(64), raising=False)
     monkeypatch.setattr(precompile.limits, "granted", lambda: None)
-    monkeypatch.setattr(precompile.limits, "memory", lambda: 3 * precompile.WORKER_BYTES)
+    monkeypatch.setattr(precompile.limits, "memory", lambda: 3 * processes.HOST_BYTES)
     assert precompile.workers(1000) == 3
 
 

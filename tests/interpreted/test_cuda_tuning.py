@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
@@ -12,7 +13,8 @@ from typing import Any
 import pytest
 import torch
 import triton.language as tl
-from lgnet_fast.kernels import compiled, conv, conv_kernels, hopper, picture_conv
+from lgnet_fast.kernels import apart, compiled, conv, conv_kernels, hopper, picture_conv
+from lgnet_fast.kernels.apart import Outcome
 from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
 from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.picture_conv import PictureTile
@@ -193,7 +195,7 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
         conv.conv_forward(*operands, default, **where)
 
     monkeypatch.setattr(hopper, "unsupported", lambda conv, tile=None: "transposed" if conv.transposed else None)
-    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype, here=True: None)
     monkeypatch.setattr(hopper, "CANDIDATES", (tile,))
     monkeypatch.setattr(hopper, "hopper_forward", forward)
     timer = FakeTimer(splits_are_slow, compiled_us=1.0)
@@ -213,7 +215,7 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
     for launch in executor.launches():
         launch()
     assert ran == [tile]
-    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: "another card")
+    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype, here=True: "another card")
     assert not executor.choices["u.block"].startswith("hopper")
 
 
@@ -228,7 +230,7 @@ def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPa
                 super().launch(grid, addresses)
 
     monkeypatch.setattr(picture_conv, "Kernel", Wrong)
-    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here=True: None)
     monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
     plan = picture_plan()
     lines: list[dict[str, Any]] = []
@@ -247,7 +249,7 @@ def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPa
     labels = {name: label.split()[0] for name, label in executor.choices.items()}
     assert labels == {step.name: "picture" for step in plan.steps}
     assert all(row[3].startswith("picture ") for row in gains(plan, torch.float16, CPU, found))
-    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: "another card")
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here=True: "another card")
     assert not any(label.startswith("picture") for label in executor.choices.values())
 
 
@@ -262,28 +264,42 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     launched: list[str] = []
     monkeypatch.setattr(emulator.EmulatedKernel, "launched", launched)
     monkeypatch.setattr(picture_conv, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here=True: None)
     return launched
 
 
-def first_use(plan: Plan, timer: FakeTimer | None = None) -> Tuned:
-    """As another process has it."""
+@pytest.fixture
+def other_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """This process in the place of the other one, with the clock `[0]`; what was called follows."""
+    calls: list[Any] = [FakeTimer(splits_are_slow, compiled_us=1.0)]
+
+    def call_apart(function: Any, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Outcome | None:
+        calls.append(function)
+        sent = pickle.loads(pickle.dumps(arguments))
+        return Outcome(json.loads(json.dumps(function(device, dtype, *sent))))
+
+    monkeypatch.setattr(apart, "call_apart", call_apart)
+    monkeypatch.setattr(cuda_tuning, "Timer", lambda device: calls[0])
+    return calls
+
+
+def first_use(plan: Plan) -> Tuned:
+    """As a new process has it."""
     cache._known.clear()
-    return cuda_tuning.at_first_use(plan, torch.float16, CPU, timer)
+    return cuda_tuning.at_first_use(plan, torch.float16, CPU)
 
 
 @needs_emulator
-def test_the_first_use_measures_the_kernels_for_the_picture(
-    emulated: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_first_use_measures_the_kernels_for_the_picture(emulated: list[str], other_process: list[Any]) -> None:
     """They are kept, and run in holes and at other sizes too; later uses measure nothing."""
     plan = picture_plan(side=64)
-    tuned = first_use(plan, FakeTimer(splits_are_slow, compiled_us=1.0))
+    tuned = first_use(plan)
     (entry,) = cache.entries(cache.CHOICES)
     assert entry.name == plan.name
     assert str(Found.from_dict(entry.value)) == "4 convolutions measured at first use"
-    monkeypatch.setattr(cuda_tuning, "_tune_picture", lambda *args: pytest.fail("measured again"))
+    assert other_process[1:] == [cuda_tuning.measure_picture]
     assert first_use(plan) == tuned
+    assert len(other_process) == 2
 
     executor = CudaExecutor.of(plan, torch.float16, tuned=tuned)
     image, mask = inputs(plan)
@@ -303,9 +319,15 @@ def test_the_first_use_measures_the_kernels_for_the_picture(
 
 
 @needs_emulator
-def test_a_kernel_for_the_picture_that_gains_nothing_runs_nowhere(emulated: list[str]) -> None:
+@pytest.mark.parametrize("us", [1e3, 9.1])
+def test_a_kernel_for_the_picture_that_gains_too_little_runs_nowhere(
+    emulated: list[str], other_process: list[Any], us: float
+) -> None:
+    """Less than a tenth: no whole runs are compared."""
     plan = picture_plan(side=64)
-    tuned = first_use(plan, FakeTimer(lambda tile: 1.0))
+    other_process[0] = FakeTimer(lambda tile: 10.0, compiled_us=us)
+    tuned = first_use(plan)
+    assert len(tuned.tiles) == 4
     executor = CudaExecutor.of(plan, torch.float16, tuned=tuned)
     restricted = CudaExecutor.restricted(plan, [Rect(3, 12, 5, 14)])
     assert plan.cost() > 2 * restricted.cost()
@@ -327,9 +349,12 @@ def test_the_nearest_number_of_rows_decides() -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize("case", ["tuned before", "nothing can be kept", "other steps", "not on this GPU"])
+@pytest.mark.parametrize(
+    "case", ["tuned before", "nothing can be kept", "other steps", "not on this GPU", "no other process"]
+)
+@pytest.mark.usefixtures("emulated")
 def test_when_the_first_use_measures_nothing(
-    case: str, plan: Plan, emulated: list[str], monkeypatch: pytest.MonkeyPatch
+    case: str, plan: Plan, other_process: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = plan if case == "other steps" else picture_plan()
     kept_before = Found(now_ms=1.0)
@@ -338,26 +363,60 @@ def test_when_the_first_use_measures_nothing(
     elif case == "nothing can be kept":
         monkeypatch.setattr(cache, "can_keep", lambda: False)
     elif case == "not on this GPU":
-        monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: "another card")
-    assert first_use(used, FakeTimer(splits_are_slow, compiled_us=1.0)) == Tuned()
-    assert emulated == []
+        monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here: "another card")
+    elif case == "no other process":
+        monkeypatch.setattr(apart, "call_apart", lambda *arguments: None)
+    assert first_use(used) == Tuned()
+    assert len(other_process) == 1
     assert [e.value for e in cache.entries(cache.CHOICES)] == [kept_before.as_dict()] * (case == "tuned before")
 
 
 @needs_emulator
-def test_a_first_use_that_fails_is_logged_and_not_repeated(
-    emulated: list[str], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("emulated")
+def test_a_first_use_that_fails_is_told_and_not_repeated(
+    other_process: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    class Full(FakeTimer):
-        def compile(self, launches: Sequence[Any]) -> list[str]:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-
     plan = picture_plan()
-    with caplog.at_level(logging.INFO, "lgnet_fast"):
-        assert first_use(plan, Full(splits_are_slow)) == Tuned()
-    assert "the kernels for the picture are not measured: OutOfMemoryError: CUDA out of memory" in caplog.text
-    monkeypatch.setattr(cuda_tuning, "_tune_picture", lambda *args: pytest.fail("measured again"))
+    monkeypatch.setattr(apart, "call_apart", lambda *arguments: Outcome(None, "its process ended with status -6"))
     assert first_use(plan) == Tuned()
+    assert "the kernels for the picture are not measured: its process ended with status -6" in caplog.text
+    monkeypatch.setattr(apart, "call_apart", lambda *arguments: pytest.fail("tried again"))
+    assert first_use(plan) == Tuned()
+    (entry,) = cache.entries(cache.CHOICES)
+    assert str(Found.from_dict(entry.value)) == "no convolutions measured at first use"
+
+
+@needs_emulator
+@pytest.mark.usefixtures("emulated")
+def test_an_entry_that_cannot_be_read_is_measured_again(other_process: list[Any]) -> None:
+    plan = picture_plan()
+    cache.put(cache.key_for(CPU, torch.float16), cache.CHOICES, plan.name, {"tiles": 1})
+    assert len(first_use(plan).tiles) == 4
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", ["no time", "interrupted", "slower in the whole"])
+@pytest.mark.usefixtures("emulated")
+def test_a_tuning_takes_nothing_away_that_the_first_use_has_found(
+    case: str, other_process: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = picture_plan()
+    before = first_use(plan)
+    assert len(before.tiles) == 4
+    timer = FakeTimer(splits_are_slow, (2.0, 3.0))
+    expected = before.tiles
+
+    def interrupted(*arguments: Any) -> Any:
+        raise KeyboardInterrupt
+
+    if case == "interrupted":
+        monkeypatch.setattr(timer, "compile", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            tune(plan, torch.float16, CPU, 1e6, timer=timer, tried=1)
+    else:
+        tune(plan, torch.float16, CPU, 0.0 if case == "no time" else 1e6, timer=timer, tried=1)
+    cache._known.clear()
+    assert kept(CPU, torch.float16).tiles == expected
 
 
 def test_a_candidate_that_cannot_be_launched_leaves_the_plain_weights(plan: Plan) -> None:

@@ -138,18 +138,23 @@ class CudaExecutor(GraphExecutor):
     def _compiled_tile(self, step: ConvStep, rect: Rect | None = None) -> CompiledTile | None:
         """The tile of a compiled kernel for a rectangle of a step; None where `kernels/conv.py` runs it."""
         from lgnet_fast.kernels import picture_conv
+        from lgnet_fast.kernels.cards import card_for
         from lgnet_fast.kernels.compiled import as_compiled, usable
         from lgnet_fast.kernels.hopper import HopperTile
+        from lgnet_fast.kernels.picture_conv import PictureTile
 
         choice = self.weights.chosen.get(step.name)
         if choice is not None:
             return as_compiled(choice)
-        kind, _, _ = target_of(self.device, self.dtype)
+        kind, generation, num_sms = target_of(self.device, self.dtype)
         conv, work, tuned = conv_of(step), work_of(self.plan, step, rect), self.weights.tuned
         choice = tuned.tile(work, kind)
-        if choice is None and picture_conv.unsupported(conv) is None:
-            # A hole has its own number of rows, so hardly one is measured. These kernels gain alike at every size.
-            choice = tuned.nearest_tile(work, kind)
+        if choice is None and isinstance(tuned.nearest_tile(work, kind), PictureTile):
+            # A hole has its own number of rows, so hardly one is measured; these kernels gain at every size.
+            source, out = self.plan.source(step), self.plan.target(step)
+            where = tuple(out.everywhere if rect is None else rect)
+            card = card_for(generation, num_sms)
+            choice, _ = picture_conv.pick_tile(conv, self.plan.batch, source.size, out.size, where, card)
         measured = as_compiled(choice)
         if measured is None or not usable(measured, conv, self.dtype, self.device):
             return None

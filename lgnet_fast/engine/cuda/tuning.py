@@ -19,6 +19,7 @@ from dataclasses import replace
 from typing import Any, get_args
 
 import torch
+from torch import Tensor
 
 from ... import cache
 from ..plan import PICTURE, AttentionStep, ConvStep, Plan
@@ -35,6 +36,8 @@ waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
+_FIRST_USE_GAIN = 0.1
+"""As `measure.GAIN`, where no whole runs are timed afterwards."""
 _EQUAL_RUNS = 20
 """Runs with overlapping launches that must give the bits of one without."""
 _DEEP_ROWS = (16, 64)
@@ -62,8 +65,10 @@ def tune(
     """
     timer = timer or Timer(device)
     begin = time.perf_counter()
-    found = Found()
     key, name = cache.key_for(device, dtype), plan.name
+    before = Found.from_dict(cache.get(key, cache.CHOICES, name))
+    untuned = before.tiles if before is not None and before.at_first_use else {}
+    found = Found(dict(untuned))  # so that an interrupted tuning takes nothing away
     log = progress_of(progress)
 
     def keep() -> None:
@@ -78,7 +83,7 @@ def tune(
         contest = Contest(plan, dtype, device)
         candidates = functools.partial(contest.candidates, tried=tried)
         tune_convolutions(contest, found, timer, log, keep, candidates, after(1 - _ATTENTION_SHARE))
-        weights = contest.plain_weights
+        weights = replace(contest.plain_weights, tuned=Found(untuned).tuned())
         del contest
         tune_attention(plan, dtype, device, found, timer, log, keep, after(1.0), 3 * tried)
         tuned_weights = CudaWeights.pack(plan, dtype, device=device, tuned=found.tuned())
@@ -87,8 +92,9 @@ def tune(
         del both
         if found.now_ms > found.before_ms:
             progress(f"a run takes {found.now_ms:.3f} ms with, {found.before_ms:.3f} ms without: nothing is changed")
-            found.tiles, found.attention, found.now_ms = {}, {}, found.before_ms
-        best = tuned_weights if found.tiles else weights
+            found.tiles, found.attention, found.now_ms = dict(untuned), {}, found.before_ms
+            tuned_weights = weights
+        best = tuned_weights
         rows, found.now_ms = _best_deep_rows(plan, best, found.now_ms, timer)
         if rows:
             found.deep_rows = {name: rows}
@@ -100,52 +106,71 @@ def tune(
     return found
 
 
-def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device, timer: Timer | None = None) -> Tuned:
+def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
     """All choices that are kept for a GPU. Where the plan has none, those for the picture are measured before.
 
-    These are the steps with 4 input or 3 output channels (`kernels/picture_conv.py`). Nothing is measured where it
-    could not be kept. A failure is logged, and what runs without tuning stays.
+    These are the steps with 4 input or 3 output channels (`kernels/picture_conv.py`). Another process measures them,
+    because the kernels may not have run on this GPU yet. Nothing is measured where no process can be started, or
+    where the result could not be kept. A failure is logged, and what runs without tuning stays.
 
     Args:
         plan: dense, with float32 weights on `device`.
         dtype, device: of the computation.
-        timer: compiles and times; None: on the GPU.
     """
-    key, name = cache.key_for(device, dtype), plan.name
-    part = _picture_part(plan)
-    if part.steps and cache.get(key, cache.CHOICES, name) is None and cache.can_keep():
+    key, part = cache.key_for(device, dtype), _picture_part(plan)
+    known = cache.get(key, cache.CHOICES, plan.name)
+    if part.steps and Found.from_dict(known) is None and cache.can_keep():
         try:
-            with torch.inference_mode(False), torch.no_grad():
-                _tune_picture(part, dtype, device, timer or Timer(device), name)
-        except Exception as error:  # the check of the engine finds and reports faults of the kernels
+            found = _picture_choices(part, dtype, device)
+        except Exception as error:  # such as a GPU without memory for the other process
             logger.info("the kernels for the picture are not measured: %s", error_text(error))
+        else:
+            if found is not None:
+                store = cache.put_first if known is None else cache.put
+                store(key, cache.CHOICES, plan.name, found.as_dict())
     return kept(device, dtype)
 
 
 def _picture_part(plan: Plan) -> Plan:
-    """The steps of a plan that `kernels/picture_conv.py` can compute."""
+    """The steps of a plan that `kernels/picture_conv.py` can compute, without their weights."""
     from lgnet_fast.kernels.picture_conv import unsupported
 
     steps = tuple(s for s in plan.steps if isinstance(s, ConvStep) and unsupported(conv_of(s)) is None)
     used = {PICTURE, *(view.buffer for s in steps for view in (s.source, *(store.view for store in s.stores)))}
-    return replace(plan, steps=steps, buffers={n: b for n, b in plan.buffers.items() if n in used})
+    part = replace(plan, steps=steps, buffers={n: b for n, b in plan.buffers.items() if n in used})
+    return part.without_weights()
 
 
-def _tune_picture(part: Plan, dtype: torch.dtype, device: torch.device, timer: Timer, name: str) -> None:
-    """Measure the steps of :func:`_picture_part` and keep the result for the plan `name`."""
-    from lgnet_fast.kernels.picture_conv import candidates
+def _picture_choices(part: Plan, dtype: torch.dtype, device: torch.device) -> Found | None:
+    """What another process measures of the steps of :func:`_picture_part`; None where nothing could be found out."""
+    from lgnet_fast.kernels.apart import call_apart
+    from lgnet_fast.kernels.picture_conv import reason_against
 
-    if not any(candidates(conv_of(step), dtype, device) for step in part.steps if isinstance(step, ConvStep)):
-        return
-    found = Found(at_first_use=True)
-
-    def keep() -> None:
-        cache.put(cache.key_for(device, dtype), cache.CHOICES, name, found.as_dict())
-
-    keep()  # so that no later process repeats what has ended this one
+    if (reason := reason_against(device, dtype, here=False)) is not None:
+        logger.info("the kernels for the picture are not measured: %s", reason)
+        return None
     waits.info("measuring the kernels for the picture")
-    contest, log = Contest(part, dtype, device), progress_of(logger.info)
-    tune_convolutions(contest, found, timer, log, keep, contest.picture_candidates, lambda: False)
+    outcome = call_apart(measure_picture, device, dtype, part)
+    if outcome is None:
+        logger.info("the kernels for the picture are not measured: no process could do it")
+        return None
+    if outcome.problem is not None:
+        logger.warning("the kernels for the picture are not measured: %s", outcome.problem)
+    return Found.from_dict(outcome.value) or Found(at_first_use=True)
+
+
+def measure_picture(device: torch.device, dtype: torch.dtype, part: Plan) -> dict[str, Any]:
+    """The measurements of :func:`_picture_part` on a GPU, as a dictionary, with noise as weights."""
+    found = Found(at_first_use=True)
+    with torch.inference_mode(False), torch.no_grad():
+        steps = tuple(replace(s, weight=_noise(s.weight, device), bias=_noise(s.bias, device)) for s in part.steps)
+        contest, log = Contest(replace(part, steps=steps), dtype, device, _FIRST_USE_GAIN), progress_of(logger.info)
+        tune_convolutions(contest, found, Timer(device), log, lambda: None, contest.picture_candidates, lambda: False)
+    return found.as_dict()
+
+
+def _noise(like: Tensor, device: torch.device) -> Tensor:
+    return torch.randn(like.shape, device=device, dtype=torch.float32) / max(1, like.numel() // like.shape[0]) ** 0.5
 
 
 def _whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:

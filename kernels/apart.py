@@ -1,0 +1,121 @@
+"""Calling a function in another process, for kernels that have not run on a machine yet.
+
+A kernel that reads beyond its operands breaks the CUDA context of its process for good, and one that waits for what
+never comes does not end. Neither may happen to the caller's program.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import importlib
+import json
+import pickle
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+
+from lgnet_fast import cache, limits
+
+from .processes import CONTEXT_BYTES, HOST_BYTES, can_start, start
+
+SECONDS = 120
+"""Time that a call may take."""
+LOADING_SECONDS = 180
+"""Time that the process may take before, to import PyTorch from a slow disk and to get a CUDA context."""
+_MARK = "lgnet_fast.apart "
+"""Begins the lines of the answer, because other code may print too."""
+_READY = "ready"
+_LATE = 1
+"""The exit status of a process that `faulthandler` ends."""
+_ENDED_BY_OTHERS = {-int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGKILL") if hasattr(signal, name)}
+
+
+class Outcome(NamedTuple):
+    """What a function returned, or `problem`: its exception, or how the process ended."""
+
+    value: Any
+    problem: str | None = None
+
+
+def call_apart(
+    function: Callable[..., Any], device: torch.device, dtype: torch.dtype, *arguments: Any
+) -> Outcome | None:
+    """``function(device, dtype, *arguments)`` in another process.
+
+    Args:
+        function: of a module, which the other process imports; returns what JSON can hold.
+        device: a GPU.
+        dtype: of the computation.
+        arguments: can be pickled.
+
+    Returns:
+        None where nothing could be found out: no process could be started, it got no CUDA context on this GPU or too
+        little memory, or something else ended it.
+    """
+    room = limits.memory()
+    if not can_start() or not torch.cuda.is_available() or (room is not None and room < HOST_BYTES):
+        return None
+    device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
+    if torch.cuda.mem_get_info(device)[0] < 2 * CONTEXT_BYTES:
+        return None
+    key = cache.key_for(device, dtype)
+    question = pickle.dumps((function.__module__, function.__name__, key, device.index, dtype, arguments))
+    try:
+        process = start(__name__, alone=True)
+    except OSError:
+        return None
+    try:
+        output, status = process.communicate(question, LOADING_SECONDS + SECONDS)[0], process.returncode
+    except subprocess.TimeoutExpired as late:
+        output, status = late.output or b"", _LATE
+    finally:
+        if process.poll() is None:
+            process.kill()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it may be waiting in the driver
+                process.wait(10)
+    return _outcome(output.decode(errors="replace").splitlines(), status)
+
+
+def _outcome(lines: list[str], status: int) -> Outcome | None:
+    """What a process found out, by the lines that it printed and by its exit status."""
+    ready, *answers = [line.removeprefix(_MARK) for line in lines if line.startswith(_MARK)] or [""]
+    if ready != _READY:
+        return None
+    with contextlib.suppress(ValueError):
+        for answer in map(json.loads, answers):
+            return None if answer.get("memory") else Outcome(answer.get("value"), answer.get("problem"))
+    if status in _ENDED_BY_OTHERS:
+        return None
+    late = f"did not end within {SECONDS} s" if status == _LATE else f"ended with status {status}"
+    return Outcome(None, f"its process {late}")
+
+
+def main() -> None:
+    """The process: reads the pickled question, writes "ready" once it can call the function, then the answer."""
+    from lgnet_fast.ops.torch_state import pass_on_out_of_memory
+
+    faulthandler.dump_traceback_later(LOADING_SECONDS, exit=True)
+    module, name, key, index, dtype, arguments = pickle.load(sys.stdin.buffer)
+    function = getattr(importlib.import_module(module), name)
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    torch.cuda.synchronize(device)
+    if cache.key_for(device, dtype) != key:  # the program has changed what decides which GPUs are visible
+        return
+    print(_MARK + _READY, flush=True)
+    faulthandler.dump_traceback_later(SECONDS, exit=True)
+    try:
+        answer = {"value": function(device, dtype, *arguments)}
+    except Exception as error:  # any error of the driver rules a kernel out
+        try:
+            pass_on_out_of_memory(error)
+            answer = {"problem": f"{type(error).__name__}: {error}"}
+        except torch.OutOfMemoryError:
+            answer = {"memory": True}
+    print(_MARK + json.dumps(answer), flush=True)
+    faulthandler.cancel_dump_traceback_later()
