@@ -42,6 +42,20 @@ class Outcome(NamedTuple):
     problem: str | None = None
 
 
+def unavailable(device: torch.device) -> str | None:
+    """Why no other process is started for a GPU now, or None."""
+    if not can_start():
+        return "this program cannot start Python"
+    if not torch.cuda.is_available():
+        return "there is no GPU"
+    room = limits.memory()
+    if room is not None and room < HOST_BYTES:
+        return f"another process may need {HOST_BYTES >> 30} GiB of host memory"
+    if torch.cuda.mem_get_info(device)[0] < 2 * CONTEXT_BYTES:
+        return f"another process needs {2 * CONTEXT_BYTES >> 20} MiB of the GPU's memory"
+    return None
+
+
 def call_apart(
     function: Callable[..., Any], device: torch.device, dtype: torch.dtype, *arguments: Any
 ) -> Outcome | None:
@@ -54,15 +68,12 @@ def call_apart(
         arguments: can be pickled.
 
     Returns:
-        None where nothing could be found out: no process could be started, it got no CUDA context on this GPU or too
-        little memory, or something else ended it.
+        None where nothing could be found out: no process could be started (see :func:`unavailable`), it got no CUDA
+        context on this GPU or too little memory, or something else ended it.
     """
-    room = limits.memory()
-    if not can_start() or not torch.cuda.is_available() or (room is not None and room < HOST_BYTES):
+    if unavailable(device) is not None:
         return None
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
-    if torch.cuda.mem_get_info(device)[0] < 2 * CONTEXT_BYTES:
-        return None
     key = cache.key_for(device, dtype)
     question = pickle.dumps((function.__module__, function.__name__, key, device.index, dtype, arguments))
     try:

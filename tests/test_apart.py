@@ -156,6 +156,7 @@ def test_what_a_process_needs(monkeypatch, lack):
         monkeypatch.setattr(apart.limits, "memory", lambda: 1 << 30)
     elif lack == "GPU memory":
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
+    assert (apart.unavailable(DEVICE) is None) == (lack == "a process")
     assert apart.call_apart(wrong, DEVICE, HALF) is None
 
 

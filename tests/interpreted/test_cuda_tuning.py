@@ -279,6 +279,7 @@ def other_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         return Outcome(json.loads(json.dumps(function(device, dtype, *sent))))
 
     monkeypatch.setattr(apart, "call_apart", call_apart)
+    monkeypatch.setattr(apart, "unavailable", lambda device: None)
     monkeypatch.setattr(cuda_tuning, "Timer", lambda device: calls[0])
     return calls
 
@@ -349,38 +350,46 @@ def test_the_nearest_number_of_rows_decides() -> None:
 
 
 @needs_emulator
-@pytest.mark.parametrize(
-    "case", ["tuned before", "nothing can be kept", "other steps", "not on this GPU", "no other process"]
-)
+@pytest.mark.parametrize("case", ["tuned before", "nothing can be kept", "other steps", "float32", "no process"])
 @pytest.mark.usefixtures("emulated")
 def test_when_the_first_use_measures_nothing(
     case: str, plan: Plan, other_process: list[Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used = plan if case == "other steps" else picture_plan()
+    dtype = torch.float32 if case == "float32" else torch.float16
     kept_before = Found(now_ms=1.0)
     if case == "tuned before":
-        cache.put(cache.key_for(CPU, torch.float16), cache.CHOICES, used.name, kept_before.as_dict())
+        cache.put(cache.key_for(CPU, dtype), cache.CHOICES, used.name, kept_before.as_dict())
     elif case == "nothing can be kept":
         monkeypatch.setattr(cache, "can_keep", lambda: False)
-    elif case == "not on this GPU":
-        monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here: "another card")
-    elif case == "no other process":
-        monkeypatch.setattr(apart, "call_apart", lambda *arguments: None)
-    assert first_use(used) == Tuned()
+    elif case == "no process":
+        monkeypatch.setattr(apart, "unavailable", lambda device: "there is no GPU")
+    assert cuda_tuning.at_first_use(used, dtype, CPU) == Tuned()
     assert len(other_process) == 1
     assert [e.value for e in cache.entries(cache.CHOICES)] == [kept_before.as_dict()] * (case == "tuned before")
 
 
 @needs_emulator
-@pytest.mark.usefixtures("emulated")
+@pytest.mark.parametrize(
+    ("outcome", "told"),
+    [
+        (Outcome(None, "its process ended with status -6"), "its process ended with status -6"),
+        (None, "no process could do it"),
+        ("another card", "another card"),
+    ],
+)
+@pytest.mark.usefixtures("emulated", "other_process")
 def test_a_first_use_that_fails_is_told_and_not_repeated(
-    other_process: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    outcome: Any, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     plan = picture_plan()
-    monkeypatch.setattr(apart, "call_apart", lambda *arguments: Outcome(None, "its process ended with status -6"))
-    assert first_use(plan) == Tuned()
-    assert "the kernels for the picture are not measured: its process ended with status -6" in caplog.text
-    monkeypatch.setattr(apart, "call_apart", lambda *arguments: pytest.fail("tried again"))
+    monkeypatch.setattr(apart, "call_apart", lambda *arguments: outcome)
+    if isinstance(outcome, str):
+        monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here: outcome)
+    with caplog.at_level(logging.INFO, "lgnet_fast"):
+        assert first_use(plan) == Tuned()
+    assert f"the kernels for the picture are not measured: {told}" in caplog.text
+    monkeypatch.setattr(picture_conv, "reason_against", lambda *arguments, **_: pytest.fail("tried again"))
     assert first_use(plan) == Tuned()
     (entry,) = cache.entries(cache.CHOICES)
     assert str(Found.from_dict(entry.value)) == "no convolutions measured at first use"

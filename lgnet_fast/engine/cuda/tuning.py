@@ -36,6 +36,7 @@ waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
+_PICTURE_DTYPES = (torch.float16, torch.bfloat16)
 _FIRST_USE_GAIN = 0.1
 """As `measure.GAIN`, where no whole runs are timed afterwards."""
 _EQUAL_RUNS = 20
@@ -111,24 +112,31 @@ def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
 
     These are the steps with 4 input or 3 output channels (`kernels/picture_conv.py`). Another process measures them,
     because the kernels may not have run on this GPU yet. Nothing is measured where no process can be started, or
-    where the result could not be kept. A failure is logged, and what runs without tuning stays.
+    where the result could not be kept. A failure is logged and kept, and what runs without tuning stays.
 
     Args:
         plan: dense, with float32 weights on `device`.
         dtype, device: of the computation.
     """
+    try:
+        _measure_at_first_use(plan, dtype, device)
+    except Exception as error:  # the engine can do without
+        logger.info("the kernels for the picture are not measured: %s", error_text(error))
+    return kept(device, dtype)
+
+
+def _measure_at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+    from lgnet_fast.kernels.apart import unavailable
+
     key, part = cache.key_for(device, dtype), _picture_part(plan)
     known = cache.get(key, cache.CHOICES, plan.name)
-    if part.steps and Found.from_dict(known) is None and cache.can_keep():
-        try:
-            found = _picture_choices(part, dtype, device)
-        except Exception as error:  # such as a GPU without memory for the other process
-            logger.info("the kernels for the picture are not measured: %s", error_text(error))
-        else:
-            if found is not None:
-                store = cache.put_first if known is None else cache.put
-                store(key, cache.CHOICES, plan.name, found.as_dict())
-    return kept(device, dtype)
+    if not part.steps or dtype not in _PICTURE_DTYPES or Found.from_dict(known) is not None or not cache.can_keep():
+        return
+    if (reason := unavailable(device)) is not None:
+        raise RuntimeError(reason)
+    found = _picture_choices(part, dtype, device)
+    store = cache.put_first if known is None else cache.put
+    store(key, cache.CHOICES, plan.name, found.as_dict())
 
 
 def _picture_part(plan: Plan) -> Plan:
@@ -141,22 +149,19 @@ def _picture_part(plan: Plan) -> Plan:
     return part.without_weights()
 
 
-def _picture_choices(part: Plan, dtype: torch.dtype, device: torch.device) -> Found | None:
-    """What another process measures of the steps of :func:`_picture_part`; None where nothing could be found out."""
+def _picture_choices(part: Plan, dtype: torch.dtype, device: torch.device) -> Found:
+    """What another process measures of the steps of :func:`_picture_part`; nothing where it could not."""
     from lgnet_fast.kernels.apart import call_apart
     from lgnet_fast.kernels.picture_conv import reason_against
 
-    if (reason := reason_against(device, dtype, here=False)) is not None:
-        logger.info("the kernels for the picture are not measured: %s", reason)
-        return None
-    waits.info("measuring the kernels for the picture")
-    outcome = call_apart(measure_picture, device, dtype, part)
-    if outcome is None:
-        logger.info("the kernels for the picture are not measured: no process could do it")
-        return None
-    if outcome.problem is not None:
-        logger.warning("the kernels for the picture are not measured: %s", outcome.problem)
-    return Found.from_dict(outcome.value) or Found(at_first_use=True)
+    if (reason := reason_against(device, dtype, here=False)) is None:
+        waits.info("measuring the kernels for the picture")
+        outcome = call_apart(measure_picture, device, dtype, part)
+        reason = "no process could do it" if outcome is None else outcome.problem
+        if outcome is not None and (found := Found.from_dict(outcome.value)) is not None:
+            return found
+    logger.info("the kernels for the picture are not measured: %s", reason)
+    return Found(at_first_use=True)
 
 
 def measure_picture(device: torch.device, dtype: torch.dtype, part: Plan) -> dict[str, Any]:
