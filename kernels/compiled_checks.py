@@ -27,6 +27,8 @@ Check = Callable[[torch.device, torch.dtype], "str | None"]
 """Runs a kernel on a device in a dtype, and returns what is wrong with its results, or None."""
 DTYPES = (torch.float16, torch.bfloat16)
 """What the kernels compute in."""
+OTHERWISE = "Triton's kernels run"
+"""What happens where a kernel is not used."""
 LIMIT = 2
 """Relative error (RMS) of a result in 16 bit that passes, in units of the dtype's eps; rounding gives 0.2."""
 
@@ -152,7 +154,7 @@ class FirstUse:
     def _keep(self, device: torch.device, dtype: torch.dtype, reason: str | None) -> _Verdict:
         if reason is not None:
             logger.warning("not used: %s: %s", self.title, reason)
-        value = {"passed": reason is None, "reason": reason, "otherwise": "Triton's kernels run"}
+        value = {"passed": reason is None, "reason": reason, "otherwise": OTHERWISE}
         cache.put(cache.key_for(device, dtype), cache.VERDICTS, self.title, value)
         return _Verdict(reason)
 

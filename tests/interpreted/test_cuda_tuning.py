@@ -20,7 +20,7 @@ from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
-from lgnet_fast import cache
+from lgnet_fast import cache, info
 from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import tuning as cuda_tuning
 from lgnet_fast.engine.cuda import tuning_convolutions as cuda_tuning_convolutions
@@ -391,8 +391,14 @@ def test_a_first_use_that_fails_is_told_and_not_repeated(
     assert f"the kernels for the picture are not measured: {told}" in caplog.text
     monkeypatch.setattr(picture_conv, "reason_against", lambda *arguments, **_: pytest.fail("tried again"))
     assert first_use(plan) == Tuned()
-    (entry,) = cache.entries(cache.CHOICES)
-    assert str(Found.from_dict(entry.value)) == "no convolutions measured at first use"
+    (entry,) = cache.entries(cache.VERDICTS)
+    assert entry.name == f"the kernels for the picture, {plan.name}"
+    assert info._found(entry.value) == f"Triton's kernels run: {told}"
+    cache.drop(entry.key, cache.VERDICTS)  # as `lgnet-fast verify` does
+    tried: list[Any] = []
+    monkeypatch.setattr(picture_conv, "reason_against", lambda *arguments, **_: tried.append(1) or "another card")
+    assert first_use(plan) == Tuned()
+    assert tried == [1]
 
 
 @needs_emulator

@@ -165,7 +165,7 @@ class Found:
 
     def __str__(self) -> str:
         if self.at_first_use:
-            return f"{len(self.tiles) or 'no'} convolutions measured at first use"
+            return f"{len(self.tiles)} convolutions measured at first use"
         count = f"{len(self.tiles)} convolutions, {len(self.attention)} attention blocks measured"
         if self.now_ms is None or self.before_ms is None:
             return f"{count}, not to the end"

@@ -36,6 +36,7 @@ waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
+_PICTURE_KERNELS = "the kernels for the picture"
 _PICTURE_DTYPES = (torch.float16, torch.bfloat16)
 _FIRST_USE_GAIN = 0.1
 """As `measure.GAIN`, where no whole runs are timed afterwards."""
@@ -119,24 +120,35 @@ def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
         dtype, device: of the computation.
     """
     try:
-        _measure_at_first_use(plan, dtype, device)
+        reason = _measure_at_first_use(plan, dtype, device)
     except Exception as error:  # the engine can do without
-        logger.info("the kernels for the picture are not measured: %s", error_text(error))
+        reason = error_text(error)
+    if reason is not None:
+        logger.info("%s are not measured: %s", _PICTURE_KERNELS, reason)
     return kept(device, dtype)
 
 
-def _measure_at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> None:
+def _measure_at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why nothing is measured now; None where it is, or need not be."""
     from lgnet_fast.kernels.apart import unavailable
+    from lgnet_fast.kernels.compiled_checks import OTHERWISE
 
     key, part = cache.key_for(device, dtype), _picture_part(plan)
     known = cache.get(key, cache.CHOICES, plan.name)
     if not part.steps or dtype not in _PICTURE_DTYPES or Found.from_dict(known) is not None or not cache.can_keep():
-        return
+        return None
+    attempt = f"{_PICTURE_KERNELS}, {plan.name}"
+    if cache.get(key, cache.VERDICTS, attempt) is not None:
+        return None  # it has failed before
     if (reason := unavailable(device)) is not None:
-        raise RuntimeError(reason)
+        return reason
     found = _picture_choices(part, dtype, device)
+    if isinstance(found, str):
+        cache.put(key, cache.VERDICTS, attempt, {"passed": False, "reason": found, "otherwise": OTHERWISE})
+        return found
     store = cache.put_first if known is None else cache.put
     store(key, cache.CHOICES, plan.name, found.as_dict())
+    return None
 
 
 def _picture_part(plan: Plan) -> Plan:
@@ -149,19 +161,18 @@ def _picture_part(plan: Plan) -> Plan:
     return part.without_weights()
 
 
-def _picture_choices(part: Plan, dtype: torch.dtype, device: torch.device) -> Found:
-    """What another process measures of the steps of :func:`_picture_part`; nothing where it could not."""
+def _picture_choices(part: Plan, dtype: torch.dtype, device: torch.device) -> Found | str:
+    """What another process measures of the steps of :func:`_picture_part`, or why it does not."""
     from lgnet_fast.kernels.apart import call_apart
     from lgnet_fast.kernels.picture_conv import reason_against
 
-    if (reason := reason_against(device, dtype, here=False)) is None:
-        waits.info("measuring the kernels for the picture")
-        outcome = call_apart(measure_picture, device, dtype, part)
-        reason = "no process could do it" if outcome is None else outcome.problem
-        if outcome is not None and (found := Found.from_dict(outcome.value)) is not None:
-            return found
-    logger.info("the kernels for the picture are not measured: %s", reason)
-    return Found(at_first_use=True)
+    if (reason := reason_against(device, dtype, here=False)) is not None:
+        return reason
+    waits.info("measuring %s", _PICTURE_KERNELS)
+    outcome = call_apart(measure_picture, device, dtype, part)
+    if outcome is None:
+        return "no process could do it"
+    return Found.from_dict(outcome.value) or outcome.problem or "the process gave no measurements"
 
 
 def measure_picture(device: torch.device, dtype: torch.dtype, part: Plan) -> dict[str, Any]:
