@@ -10,6 +10,7 @@ import contextlib
 import faulthandler
 import importlib
 import json
+import os
 import pickle
 import signal
 import subprocess
@@ -129,4 +130,4 @@ def main() -> None:
         except torch.OutOfMemoryError:
             answer = {"memory": True}
     print(_MARK + json.dumps(answer), flush=True)
-    faulthandler.cancel_dump_traceback_later()
+    os._exit(0)  # because leaving a broken CUDA context may not end

@@ -168,9 +168,8 @@ def asked(monkeypatch: pytest.MonkeyPatch, function: Callable[..., Any], key: ca
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     question = pickle.dumps((__name__, "function", key, 1, torch.bfloat16, (5,)))
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(question)))
-    watches: list[Any] = []
-    monkeypatch.setattr(apart.faulthandler, "dump_traceback_later", lambda *args, **_: watches.append(args))
-    monkeypatch.setattr(apart.faulthandler, "cancel_dump_traceback_later", watches.clear)
+    monkeypatch.setattr(apart.faulthandler, "dump_traceback_later", lambda seconds, exit: None)
+    monkeypatch.setattr(apart.os, "_exit", lambda status: None)
     apart.main()
     return chosen
 
