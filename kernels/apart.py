@@ -27,13 +27,21 @@ from .processes import CONTEXT_BYTES, HOST_BYTES, can_start, start
 SECONDS = 120
 """Time that a call may take."""
 LOADING_SECONDS = 180
-"""Time that the process may take before, to import PyTorch from a slow disk and to get a CUDA context."""
+"""Time that the process may take, after the import of PyTorch, to import the function and to get a CUDA context."""
+_BACKSTOP_SECONDS = 600
+"""Time after which a process that cannot end itself is ended, whatever it waits for."""
+NO_CONTEXT = "its process got no CUDA context"
+"""The problem of a process that ends before it can call the function, as on a GPU in exclusive mode."""
 _MARK = "lgnet_fast.apart "
 """Begins the lines of the answer, because other code may print too."""
 _READY = "ready"
-_LATE = 1
-"""The exit status of a process that `faulthandler` ends."""
+_LATE, _FAILED = 1, 3
+"""Exit statuses: of a process that `faulthandler` ends, and of one that an exception ends."""
 _ENDED_BY_OTHERS = {-int(getattr(signal, name)) for name in ("SIGINT", "SIGTERM", "SIGKILL") if hasattr(signal, name)}
+
+
+inside = False
+"""Whether this is such a process, which starts no other one."""
 
 
 class Outcome(NamedTuple):
@@ -69,10 +77,10 @@ def call_apart(
         arguments: can be pickled.
 
     Returns:
-        None where nothing could be found out: no process could be started (see :func:`unavailable`), it got no CUDA
-        context on this GPU or too little memory, or something else ended it.
+        None where nothing could be found out now: no process could be started (see :func:`unavailable`), it got too
+        little memory or another GPU, or something else ended it.
     """
-    if unavailable(device) is not None:
+    if inside or unavailable(device) is not None:
         return None
     device = torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
     key = cache.key_for(device, dtype)
@@ -82,7 +90,7 @@ def call_apart(
     except OSError:
         return None
     try:
-        output, status = process.communicate(question, LOADING_SECONDS + SECONDS)[0], process.returncode
+        output, status = process.communicate(question, _BACKSTOP_SECONDS)[0], process.returncode
     except subprocess.TimeoutExpired as late:
         output, status = late.output or b"", _LATE
     finally:
@@ -96,19 +104,31 @@ def call_apart(
 def _outcome(lines: list[str], status: int) -> Outcome | None:
     """What a process found out, by the lines that it printed and by its exit status."""
     ready, *answers = [line.removeprefix(_MARK) for line in lines if line.startswith(_MARK)] or [""]
-    if ready != _READY:
+    if status in _ENDED_BY_OTHERS or (ready != _READY and status == 0):
         return None
+    if ready != _READY:
+        return Outcome(None, NO_CONTEXT)
     with contextlib.suppress(ValueError):
         for answer in map(json.loads, answers):
             return None if answer.get("memory") else Outcome(answer.get("value"), answer.get("problem"))
-    if status in _ENDED_BY_OTHERS:
-        return None
     late = f"did not end within {SECONDS} s" if status == _LATE else f"ended with status {status}"
     return Outcome(None, f"its process {late}")
 
 
 def main() -> None:
     """The process: reads the pickled question, writes "ready" once it can call the function, then the answer."""
+    global inside
+    inside = True
+    status = _FAILED
+    try:
+        status = _answer()
+        sys.stdout.flush()
+    finally:
+        os._exit(status)  # because leaving a broken CUDA context may not end
+
+
+def _answer() -> int:
+    """Print the answer; the exit status."""
     from lgnet_fast.ops.torch_state import pass_on_out_of_memory
 
     faulthandler.dump_traceback_later(LOADING_SECONDS, exit=True)
@@ -118,16 +138,18 @@ def main() -> None:
     torch.cuda.set_device(device)
     torch.cuda.synchronize(device)
     if cache.key_for(device, dtype) != key:  # the program has changed what decides which GPUs are visible
-        return
+        return 0
     print(_MARK + _READY, flush=True)
     faulthandler.dump_traceback_later(SECONDS, exit=True)
     try:
-        answer = {"value": function(device, dtype, *arguments)}
+        value = function(device, dtype, *arguments)
+        torch.cuda.synchronize(device)  # raises what a launch has broken
+        answer = {"value": value}
     except Exception as error:  # any error of the driver rules a kernel out
         try:
             pass_on_out_of_memory(error)
             answer = {"problem": f"{type(error).__name__}: {error}"}
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, MemoryError):
             answer = {"memory": True}
-    print(_MARK + json.dumps(answer), flush=True)
-    os._exit(0)  # because leaving a broken CUDA context may not end
+    print(_MARK + json.dumps(answer))
+    return 0

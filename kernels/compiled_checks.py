@@ -15,7 +15,7 @@ from lgnet_fast import cache, forks
 from lgnet_fast.ops.first_use import KNOWN
 from lgnet_fast.ops.torch_state import is_capturing, pass_on_out_of_memory
 
-from .apart import call_apart
+from .apart import NO_CONTEXT, call_apart
 from .conv import Conv
 from .launch import ACTIVATIONS, is_recording
 from .results import Store
@@ -100,12 +100,8 @@ class FirstUse:
         self._reasons: dict[tuple[int, torch.dtype], str | None] = {}
         self._lock = forks.Lock()
 
-    def reason_against(self, device: torch.device, dtype: torch.dtype, here: bool = True) -> str | None:
+    def reason_against(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """Why the kernel is not used on a GPU in `dtype`, or None. The first call for both runs the check.
-
-        Args:
-            device, dtype: of the computation.
-            here: let this process run the kernel where no other one could.
 
         Raises:
             torch.OutOfMemoryError: there is not enough memory for the check.
@@ -123,11 +119,9 @@ class FirstUse:
                 return self._reasons[key]
             if is_capturing(device) or is_recording():
                 return "not checked yet, and nothing can be run now"
-            found = self._kept(device, dtype) or self._found_apart(device, dtype)
-            if found is None and not here:
-                return "not checked yet, because no other process could run it"
-            self._reasons[key] = reason = (self._found_here(device, dtype) if found is None else found).reason
-            return reason
+            found = self._kept(device, dtype) or self._found_apart(device, dtype) or self._found_here(device, dtype)
+            self._reasons[key] = found.reason
+            return found.reason
 
     def _kept(self, device: torch.device, dtype: torch.dtype) -> _Verdict | None:
         value = cache.get(cache.key_for(device, dtype), cache.VERDICTS, self.title)
@@ -140,7 +134,9 @@ class FirstUse:
             return None
         waits.info("checking %s", self.title)
         outcome = call_apart(self.check, device, dtype)
-        return None if outcome is None else self._keep(device, dtype, outcome.problem or outcome.value)
+        if outcome is None or outcome.problem == NO_CONTEXT:
+            return None
+        return self._keep(device, dtype, outcome.problem or outcome.value)
 
     def _found_here(self, device: torch.device, dtype: torch.dtype) -> _Verdict:
         try:

@@ -403,10 +403,9 @@ def usable(tile: PictureTile, conv: Conv, dtype: torch.dtype, device: torch.devi
     return tile in tiles(conv) and reason_against(device, dtype) is None
 
 
-def reason_against(device: torch.device, dtype: torch.dtype, here: bool = True) -> str | None:
-    """Why the kernels are not used on a GPU in `dtype`, or None. The first call per GPU runs and checks them, in this
-    process only if `here`, see :meth:`.compiled_checks.FirstUse.reason_against`."""
-    return _first_use.reason_against(device, dtype, here)
+def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernels are not used on a GPU in `dtype`, or None. The first call per GPU runs and checks them."""
+    return _first_use.reason_against(device, dtype)
 
 
 _CHECKED = (

@@ -34,7 +34,7 @@ def start(module: str, alone: bool = False) -> subprocess.Popen[bytes]:
     """
     environment = {
         **os.environ,
-        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),
+        "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path if isinstance(path, str)),
         "PYTHONSAFEPATH": "1",  # else Python puts the current folder first, and a `torch.py` there would be imported
     }
     return subprocess.Popen(

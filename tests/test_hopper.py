@@ -20,7 +20,7 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from lgnet_fast.kernels import cuda_driver, hopper
+from lgnet_fast.kernels import compiled_checks, cuda_driver, hopper
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.results import Store
@@ -398,7 +398,8 @@ def test_the_stream_of_the_kernels_gpu_is_asked(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hopper.CAPABILITY)
     monkeypatch.setattr(torch.cuda, "device", chosen)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
-    monkeypatch.setattr(hopper._first_use, "_verdict", lambda device, dtype: None)
+    passed = compiled_checks._Verdict(None)
+    monkeypatch.setattr(hopper._first_use, "_kept", lambda device, dtype: passed)
     monkeypatch.setattr(hopper._first_use, "_reasons", {})
     assert "not checked yet" in hopper.reason_against(torch.device("cuda", 1), torch.float16)
     assert hopper.reason_against(torch.device("cuda", 0), torch.float16) is None

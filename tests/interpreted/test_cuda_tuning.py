@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import logging
@@ -21,12 +22,13 @@ from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
 from lgnet_fast import cache, info
+from lgnet_fast.engine.cuda import checks
 from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import tuning as cuda_tuning
 from lgnet_fast.engine.cuda import tuning_convolutions as cuda_tuning_convolutions
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.graphs import CaptureError
-from lgnet_fast.engine.cuda.measure import Found, kept, product_key
+from lgnet_fast.engine.cuda.measure import Found, Result, kept, product_key
 from lgnet_fast.engine.cuda.tuning import gains, tune
 from lgnet_fast.engine.cuda.tuning_convolutions import LAUNCHES, tiles
 from lgnet_fast.engine.cuda.weights import Tuned, work_of
@@ -195,7 +197,7 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
         conv.conv_forward(*operands, default, **where)
 
     monkeypatch.setattr(hopper, "unsupported", lambda conv, tile=None: "transposed" if conv.transposed else None)
-    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype, here=True: None)
+    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: None)
     monkeypatch.setattr(hopper, "CANDIDATES", (tile,))
     monkeypatch.setattr(hopper, "hopper_forward", forward)
     timer = FakeTimer(splits_are_slow, compiled_us=1.0)
@@ -215,7 +217,7 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
     for launch in executor.launches():
         launch()
     assert ran == [tile]
-    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype, here=True: "another card")
+    monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: "another card")
     assert not executor.choices["u.block"].startswith("hopper")
 
 
@@ -230,7 +232,7 @@ def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPa
                 super().launch(grid, addresses)
 
     monkeypatch.setattr(picture_conv, "Kernel", Wrong)
-    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here=True: None)
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
     monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
     plan = picture_plan()
     lines: list[dict[str, Any]] = []
@@ -249,7 +251,7 @@ def test_the_kernels_for_the_picture_are_candidates(monkeypatch: pytest.MonkeyPa
     labels = {name: label.split()[0] for name, label in executor.choices.items()}
     assert labels == {step.name: "picture" for step in plan.steps}
     assert all(row[3].startswith("picture ") for row in gains(plan, torch.float16, CPU, found))
-    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here=True: "another card")
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: "another card")
     assert not any(label.startswith("picture") for label in executor.choices.values())
 
 
@@ -264,19 +266,22 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     launched: list[str] = []
     monkeypatch.setattr(emulator.EmulatedKernel, "launched", launched)
     monkeypatch.setattr(picture_conv, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here=True: None)
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
     return launched
 
 
 @pytest.fixture
 def other_process(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """This process in the place of the other one, with the clock `[0]`; what was called follows."""
+    """This process in the place of the other one, with the clock `[0]`; the functions that were called follow."""
     calls: list[Any] = [FakeTimer(splits_are_slow, compiled_us=1.0)]
 
-    def call_apart(function: Any, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Outcome | None:
+    def call_apart(function: Any, device: torch.device, dtype: torch.dtype, *arguments: Any) -> Outcome:
         calls.append(function)
         sent = pickle.loads(pickle.dumps(arguments))
-        return Outcome(json.loads(json.dumps(function(device, dtype, *sent))))
+        try:
+            return Outcome(json.loads(json.dumps(function(device, dtype, *sent))))
+        except RuntimeError as error:
+            return Outcome(None, str(error))
 
     monkeypatch.setattr(apart, "call_apart", call_apart)
     monkeypatch.setattr(apart, "unavailable", lambda device: None)
@@ -296,7 +301,7 @@ def test_the_first_use_measures_the_kernels_for_the_picture(emulated: list[str],
     plan = picture_plan(side=64)
     tuned = first_use(plan)
     (entry,) = cache.entries(cache.CHOICES)
-    assert entry.name == plan.name
+    assert entry.name == f"{plan.name}, at first use"
     assert str(Found.from_dict(entry.value)) == "4 convolutions measured at first use"
     assert other_process[1:] == [cuda_tuning.measure_picture]
     assert first_use(plan) == tuned
@@ -357,81 +362,133 @@ def test_when_the_first_use_measures_nothing(
 ) -> None:
     used = plan if case == "other steps" else picture_plan()
     dtype = torch.float32 if case == "float32" else torch.float16
-    kept_before = Found(now_ms=1.0)
+    before = Found()
     if case == "tuned before":
-        cache.put(cache.key_for(CPU, dtype), cache.CHOICES, used.name, kept_before.as_dict())
+        tune(used, dtype, CPU, 1e6, timer=FakeTimer(splits_are_slow), tried=1)
+        (entry,) = cache.entries(cache.CHOICES)
+        before = Found.from_dict(entry.value) or before
+        assert len(before.tiles) == 4
     elif case == "nothing can be kept":
         monkeypatch.setattr(cache, "can_keep", lambda: False)
     elif case == "no process":
         monkeypatch.setattr(apart, "unavailable", lambda device: "there is no GPU")
-    assert cuda_tuning.at_first_use(used, dtype, CPU) == Tuned()
+    assert cuda_tuning.at_first_use(used, dtype, CPU) == before.tuned()
     assert len(other_process) == 1
-    assert [e.value for e in cache.entries(cache.CHOICES)] == [kept_before.as_dict()] * (case == "tuned before")
+    assert len(list(cache.entries(cache.CHOICES))) == (case == "tuned before")
+    assert not list(cache.entries(cache.VERDICTS))
 
 
 @needs_emulator
 @pytest.mark.parametrize(
-    ("outcome", "told"),
+    ("fault", "told"),
     [
-        (Outcome(None, "its process ended with status -6"), "its process ended with status -6"),
-        (None, "no process could do it"),
-        ("another card", "another card"),
+        ("the process", "its process ended with status -6"),
+        ("the check", "another card"),
+        ("a wrong tile", "q.d1 with ('picture', 2, 32): relative error"),
+        ("a tile that raises", "q.d1 with ('picture', 2, 32): RuntimeError: misaligned address"),
+        ("the default", "p.out with"),
     ],
 )
-@pytest.mark.usefixtures("emulated", "other_process")
-def test_a_first_use_that_fails_is_told_and_not_repeated(
-    outcome: Any, told: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+@pytest.mark.usefixtures("emulated")
+def test_a_first_use_that_fails_is_told_and_tried_once(
+    fault: str, told: str, other_process: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
+    """One wrong tile rules all out, because holes and other sizes choose among all."""
     plan = picture_plan()
-    monkeypatch.setattr(apart, "call_apart", lambda *arguments: outcome)
-    if isinstance(outcome, str):
-        monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here: outcome)
+    original, plain_forward = picture_conv.picture_forward, conv.conv_forward
+
+    def forward(step: Any, *arguments: Any, **options: Any) -> None:
+        original(step, *arguments, **options)
+        if step.in_channels == 128:
+            if fault == "a tile that raises":
+                raise RuntimeError("misaligned address")
+            options["merge"].raw.mul_(2)
+
+    def default(step: Any, *arguments: Any, **options: Any) -> None:
+        if step.in_channels == 64:
+            raise RuntimeError("Failed to find C compiler")
+        plain_forward(step, *arguments, **options)
+
+    if fault == "the process":
+        monkeypatch.setattr(apart, "call_apart", lambda *arguments: Outcome(None, told))
+    elif fault == "the check":
+        monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: told)
+    elif fault == "the default":
+        monkeypatch.setattr(conv, "conv_forward", default)
+    else:
+        monkeypatch.setattr(picture_conv, "picture_forward", forward)
     with caplog.at_level(logging.INFO, "lgnet_fast"):
         assert first_use(plan) == Tuned()
     assert f"the kernels for the picture are not measured: {told}" in caplog.text
-    monkeypatch.setattr(picture_conv, "reason_against", lambda *arguments, **_: pytest.fail("tried again"))
-    assert first_use(plan) == Tuned()
     (entry,) = cache.entries(cache.VERDICTS)
     assert entry.name == f"the kernels for the picture, {plan.name}"
-    assert info._found(entry.value) == f"Triton's kernels run: {told}"
-    cache.drop(entry.key, cache.VERDICTS)  # as `lgnet-fast verify` does
+    assert info._found(entry.value).startswith(f"Triton's kernels run: {told}")
     tried: list[Any] = []
-    monkeypatch.setattr(picture_conv, "reason_against", lambda *arguments, **_: tried.append(1) or "another card")
+    monkeypatch.setattr(apart, "call_apart", lambda *arguments: tried.append(1))
+    assert first_use(plan) == Tuned()
+    assert tried == []
+    cache.drop(entry.key, cache.VERDICTS)  # as `lgnet-fast verify` does
     assert first_use(plan) == Tuned()
     assert tried == [1]
+    assert not list(cache.entries(cache.VERDICTS))  # nothing was found out
 
 
 @needs_emulator
 @pytest.mark.usefixtures("emulated")
 def test_an_entry_that_cannot_be_read_is_measured_again(other_process: list[Any]) -> None:
     plan = picture_plan()
-    cache.put(cache.key_for(CPU, torch.float16), cache.CHOICES, plan.name, {"tiles": 1})
+    cache.put(cache.key_for(CPU, torch.float16), cache.CHOICES, f"{plan.name}, at first use", {"tiles": 1})
     assert len(first_use(plan).tiles) == 4
 
 
 @needs_emulator
-@pytest.mark.parametrize("case", ["no time", "interrupted", "slower in the whole"])
 @pytest.mark.usefixtures("emulated")
-def test_a_tuning_takes_nothing_away_that_the_first_use_has_found(
-    case: str, other_process: list[Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_plans_are_measured_by_one_picture(other_process: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """And plans of several batches once."""
+    monkeypatch.setattr(checks, "MOST_PIXELS", 32 * 32)
+    plan = picture_plan()
+    tuned = first_use(picture_plan(batch=3))
+    assert tuned.tiles.keys() == {
+        product_key(work_of(plan, s), "half") for s in plan.steps if isinstance(s, ConvStep)
+    }
+    assert first_use(plan) == first_use(picture_plan(batch=2)) == tuned
+    assert len(other_process) == 2
+
+
+@needs_emulator
+@pytest.mark.parametrize("case", ["no time", "interrupted", "slower in the whole"])
+@pytest.mark.usefixtures("emulated", "other_process")
+def test_tunings_take_nothing_away_that_the_first_use_has_found(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = picture_plan()
     before = first_use(plan)
-    assert len(before.tiles) == 4
+    assert {type(tile) for tile in before.tiles.values()} == {PictureTile}
     timer = FakeTimer(splits_are_slow, (2.0, 3.0))
-    expected = before.tiles
 
     def interrupted(*arguments: Any) -> Any:
         raise KeyboardInterrupt
 
     if case == "interrupted":
         monkeypatch.setattr(timer, "compile", interrupted)
-        with pytest.raises(KeyboardInterrupt):
-            tune(plan, torch.float16, CPU, 1e6, timer=timer, tried=1)
-    else:
-        tune(plan, torch.float16, CPU, 0.0 if case == "no time" else 1e6, timer=timer, tried=1)
+    for _ in range(2):
+        with contextlib.suppress(KeyboardInterrupt):
+            tune(plan, torch.float16, CPU, 0.0 if case == "no time" else 1e6, timer=timer, tried=1)
     cache._known.clear()
-    assert kept(CPU, torch.float16).tiles == expected
+    assert kept(CPU, torch.float16).tiles == before.tiles
+
+
+@needs_emulator
+@pytest.mark.usefixtures("emulated", "other_process")
+def test_a_tuning_replaces_what_the_first_use_has_found() -> None:
+    """In whatever order the folder has the entries."""
+    plan = picture_plan()
+    first_use(plan)
+    tune(plan, torch.float16, CPU, 1e6, timer=FakeTimer(splits_are_slow), tried=1)
+    for number in range(6):  # the same, under names with other hashes
+        found = Found(dict.fromkeys(kept(CPU, torch.float16).tiles, Result(("picture", 1, 2), 1.0, "cudnn", 2.0)))
+        entry = replace(found, at_first_use=True).as_dict()
+        cache.put(cache.key_for(CPU, torch.float16), cache.CHOICES, f"{number}", entry)
+    cache._known.clear()
+    assert not any(isinstance(tile, PictureTile) for tile in kept(CPU, torch.float16).tiles.values())
 
 
 def test_a_candidate_that_cannot_be_launched_leaves_the_plain_weights(plan: Plan) -> None:

@@ -85,7 +85,7 @@ def test_what_the_first_use_measures_is_checked_and_runs(monkeypatch: pytest.Mon
     launched: list[str] = []
     monkeypatch.setattr(emulator.EmulatedKernel, "launched", launched)
     monkeypatch.setattr(picture_conv, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype, here=True: None)
+    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
     plan = Model.plan = cast(picture_plan(), torch.float32)
     steps = {s.name: s for s in plan.steps if isinstance(s, ConvStep)}
     tuned = Tuned({product_key(work_of(plan, steps[name]), "half"): tile for name, tile in tiles.items()})

@@ -198,17 +198,21 @@ def product_key(work: Work, kind: str) -> tuple[Any, ...]:
     return (kind, *work[:4])
 
 
-def kept(device: torch.device, dtype: torch.dtype) -> Tuned:
-    """All measurements on a GPU in a dtype, for all networks and sizes."""
+def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = None) -> Tuned:
+    """All measurements on a GPU in a dtype, for all networks and sizes; those of a tuning before those at first use.
+
+    at_first_use: those alone; None: both.
+    """
     key = cache.key_for(device, dtype)
+    found = [Found.from_dict(entry.value) for entry in cache.entries(cache.CHOICES) if entry.key == key]
+    all_found = sorted((one for one in found if one is not None), key=lambda one: not one.at_first_use)
     tiles: dict[tuple[Any, ...], Any] = {}
     attention: dict[tuple[int, int, int], Inference] = {}
     deep_rows: dict[str, int] = {}
     overlap: dict[str, Overlap] = {}
-    for entry in cache.entries(cache.CHOICES):
-        found = Found.from_dict(entry.value) if entry.key == key else None
-        if found is not None:
-            tuned = found.tuned()
+    for one in all_found:
+        if at_first_use in (None, one.at_first_use):
+            tuned = one.tuned()
             tiles.update(tuned.tiles)
             attention.update(tuned.attention)
             deep_rows.update(tuned.deep_rows)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from ... import cache
 from ..plan import PICTURE, AttentionStep, ConvStep, Plan
+from .checks import checked_plan
 from .executor import CudaExecutor, CudaOptions
 from .graphs import CaptureError, error_text
 from .launches import run_all
@@ -37,7 +38,6 @@ waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
 _PICTURE_KERNELS = "the kernels for the picture"
-_PICTURE_DTYPES = (torch.float16, torch.bfloat16)
 _FIRST_USE_GAIN = 0.1
 """As `measure.GAIN`, where no whole runs are timed afterwards."""
 _EQUAL_RUNS = 20
@@ -67,10 +67,8 @@ def tune(
     """
     timer = timer or Timer(device)
     begin = time.perf_counter()
+    found = Found()
     key, name = cache.key_for(device, dtype), plan.name
-    before = Found.from_dict(cache.get(key, cache.CHOICES, name))
-    untuned = before.tiles if before is not None and before.at_first_use else {}
-    found = Found(dict(untuned))  # so that an interrupted tuning takes nothing away
     log = progress_of(progress)
 
     def keep() -> None:
@@ -85,16 +83,20 @@ def tune(
         contest = Contest(plan, dtype, device)
         candidates = functools.partial(contest.candidates, tried=tried)
         tune_convolutions(contest, found, timer, log, keep, candidates, after(1 - _ATTENTION_SHARE))
-        weights = replace(contest.plain_weights, tuned=Found(untuned).tuned())
+        untuned = kept(device, dtype, at_first_use=True)
+        weights = replace(contest.plain_weights, tuned=untuned)
         del contest
         tune_attention(plan, dtype, device, found, timer, log, keep, after(1.0), 3 * tried)
-        tuned_weights = CudaWeights.pack(plan, dtype, device=device, tuned=found.tuned())
+        tuned = found.tuned()
+        tuned_weights = CudaWeights.pack(
+            plan, dtype, device=device, tuned=replace(tuned, tiles={**untuned.tiles, **tuned.tiles})
+        )
         both = [CudaExecutor(plan, one, CudaOptions(graphs=False)) for one in (weights, tuned_weights)]
         found.before_ms, found.now_ms = _whole_runs(both, timer)
         del both
         if found.now_ms > found.before_ms:
             progress(f"a run takes {found.now_ms:.3f} ms with, {found.before_ms:.3f} ms without: nothing is changed")
-            found.tiles, found.attention, found.now_ms = dict(untuned), {}, found.before_ms
+            found.tiles, found.attention, found.now_ms = {}, {}, found.before_ms
             tuned_weights = weights
         best = tuned_weights
         rows, found.now_ms = _best_deep_rows(plan, best, found.now_ms, timer)
@@ -109,46 +111,23 @@ def tune(
 
 
 def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
-    """All choices that are kept for a GPU. Where the plan has none, those for the picture are measured before.
+    """All choices that are kept for a GPU. Where they lack those for the picture, these are measured before.
 
-    These are the steps with 4 input or 3 output channels (`kernels/picture_conv.py`). Another process measures them,
-    because the kernels may not have run on this GPU yet. Nothing is measured where no process can be started, or
-    where the result could not be kept. A failure is logged and kept, and what runs without tuning stays.
+    These are the steps with 4 input or 3 output channels (`kernels/picture_conv.py`), in 16 bit. Another process
+    measures them, because the kernels may not have run on this GPU yet. Nothing is measured where no process can be
+    started, or where the result could not be kept. A failure is logged and kept, and what runs without tuning stays.
 
     Args:
         plan: dense, with float32 weights on `device`.
         dtype, device: of the computation.
     """
     try:
-        reason = _measure_at_first_use(plan, dtype, device)
+        reason = _measure_at_first_use(_picture_part(checked_plan(plan)), plan.name, dtype, device)
     except Exception as error:  # the engine can do without
         reason = error_text(error)
     if reason is not None:
         logger.info("%s are not measured: %s", _PICTURE_KERNELS, reason)
     return kept(device, dtype)
-
-
-def _measure_at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why nothing is measured now; None where it is, or need not be."""
-    from lgnet_fast.kernels.apart import unavailable
-    from lgnet_fast.kernels.compiled_checks import OTHERWISE
-
-    key, part = cache.key_for(device, dtype), _picture_part(plan)
-    known = cache.get(key, cache.CHOICES, plan.name)
-    if not part.steps or dtype not in _PICTURE_DTYPES or Found.from_dict(known) is not None or not cache.can_keep():
-        return None
-    attempt = f"{_PICTURE_KERNELS}, {plan.name}"
-    if cache.get(key, cache.VERDICTS, attempt) is not None:
-        return None  # it has failed before
-    if (reason := unavailable(device)) is not None:
-        return reason
-    found = _picture_choices(part, dtype, device)
-    if isinstance(found, str):
-        cache.put(key, cache.VERDICTS, attempt, {"passed": False, "reason": found, "otherwise": OTHERWISE})
-        return found
-    store = cache.put_first if known is None else cache.put
-    store(key, cache.CHOICES, plan.name, found.as_dict())
-    return None
 
 
 def _picture_part(plan: Plan) -> Plan:
@@ -161,27 +140,65 @@ def _picture_part(plan: Plan) -> Plan:
     return part.without_weights()
 
 
-def _picture_choices(part: Plan, dtype: torch.dtype, device: torch.device) -> Found | str:
-    """What another process measures of the steps of :func:`_picture_part`, or why it does not."""
-    from lgnet_fast.kernels.apart import call_apart
-    from lgnet_fast.kernels.picture_conv import reason_against
+def _measure_at_first_use(part: Plan, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why nothing is measured now; None where it is, or need not be.
 
-    if (reason := reason_against(device, dtype, here=False)) is not None:
+    part: :func:`_picture_part` of the plan `name`, at the size of a check, because the choices hold for all sizes.
+    """
+    from lgnet_fast.kernels.apart import call_apart, unavailable
+    from lgnet_fast.kernels.compiled_checks import DTYPES, OTHERWISE
+
+    if dtype not in DTYPES or _has_all(kept(device, dtype), part, dtype, device) or not cache.can_keep():
+        return None
+    key, attempt = cache.key_for(device, dtype), f"{_PICTURE_KERNELS}, {name}"
+    if cache.get(key, cache.VERDICTS, attempt) is not None:
+        return None  # it has failed before
+    if (reason := unavailable(device)) is not None:
         return reason
-    waits.info("measuring %s", _PICTURE_KERNELS)
+    waits.info("checking and measuring %s", _PICTURE_KERNELS)
     outcome = call_apart(measure_picture, device, dtype, part)
     if outcome is None:
-        return "no process could do it"
-    return Found.from_dict(outcome.value) or outcome.problem or "the process gave no measurements"
+        return "the other process had too little memory, or was ended"
+    if (found := Found.from_dict(outcome.value)) is not None:
+        cache.put(key, cache.CHOICES, f"{name}, at first use", found.as_dict())
+        return None
+    value = {"passed": False, "reason": outcome.problem, "otherwise": OTHERWISE}
+    cache.put(key, cache.VERDICTS, attempt, value)
+    return outcome.problem
+
+
+def _has_all(tuned: Tuned, part: Plan, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether every product of a part was measured."""
+    kind, _, _ = target_of(device, dtype)
+    return all(tuned.tile(work_of(part, s), kind) is not None for s in part.steps if isinstance(s, ConvStep))
 
 
 def measure_picture(device: torch.device, dtype: torch.dtype, part: Plan) -> dict[str, Any]:
-    """The measurements of :func:`_picture_part` on a GPU, as a dictionary, with noise as weights."""
+    """The measurements of a :func:`_picture_part` on a GPU, as a dictionary, with noise as weights.
+
+    Raises:
+        RuntimeError: a kernel is wrong or fails, so that none may be used.
+    """
+    from lgnet_fast.kernels.picture_conv import reason_against
+
+    problems: list[str] = []
+    tell = progress_of(logger.info)
+
+    def log(section: str, **figures: Any) -> None:
+        if "error" in figures or "wrong" in figures:
+            problem = figures.get("error") or f"relative error {figures['wrong']:.1e}"
+            problems.append(f"{figures['step']} with {figures['tile']}: {problem}")
+        tell(section, **figures)
+
+    if (reason := reason_against(device, dtype)) is not None:
+        raise RuntimeError(reason)
     found = Found(at_first_use=True)
     with torch.inference_mode(False), torch.no_grad():
         steps = tuple(replace(s, weight=_noise(s.weight, device), bias=_noise(s.bias, device)) for s in part.steps)
-        contest, log = Contest(replace(part, steps=steps), dtype, device, _FIRST_USE_GAIN), progress_of(logger.info)
+        contest = Contest(replace(part, steps=steps), dtype, device, _FIRST_USE_GAIN)
         tune_convolutions(contest, found, Timer(device), log, lambda: None, contest.picture_candidates, lambda: False)
+    if problems:
+        raise RuntimeError(problems[0])
     return found.as_dict()
 
 
