@@ -150,7 +150,7 @@ class CudaExecutor(GraphExecutor):
         conv, work, tuned = conv_of(step), work_of(self.plan, step, rect), self.weights.tuned
         choice = tuned.tile(work, kind)
         if choice is None and isinstance(tuned.nearest_tile(work, kind), PictureTile):
-            # A hole has its own number of rows, which hardly is measured. By estimate these kernels gain at every size.
+            # Hardly any hole's number of rows was measured; by estimate these kernels gain at every size.
             source, out = self.plan.source(step), self.plan.target(step)
             where = tuple(out.everywhere if rect is None else rect)
             card = card_for(generation, num_sms)
