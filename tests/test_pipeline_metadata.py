@@ -234,14 +234,66 @@ def test_exif_that_pillow_cannot_write_costs_its_tags_not_the_picture(pipe, tmp_
         assert written.get(ExifTags.Base.Orientation, 1) == 1
 
 
+def _exif_of_one_directory(tag: int, kind: int, value: Any) -> bytes:
+    directory = ImageFileDirectory_v2()
+    directory.tagtype[tag] = kind
+    directory[tag] = value
+    directory[ExifTags.Base.Make] = "Camera"
+    return b"Exif\0\0II*\0\x08\0\0\0" + directory.tobytes(8)
+
+
 def test_exif_that_a_tiff_does_not_take_costs_its_tag_not_the_result(tmp_path):
+    """A text where a number belongs."""
     picture = Image.fromarray(noise(HEIGHT, WIDTH))
-    picture.info["exif"] = _exif_with(CFARepeatPatternDim=(TiffTags.SIGNED_BYTE, (51, 0, -56, -27)))
-    with pytest.warns(UserWarning, match="^format: TIFF does not take .* EXIF tags CFARepeatPatternDim$"):
+    picture.info["exif"] = _exif_of_one_directory(ExifTags.Base.BestQualityScale, TiffTags.ASCII, b"best")
+    with pytest.warns(UserWarning, match="^format: TIFF does not take .* EXIF tags BestQualityScale$"):
         save_picture(picture, tmp_path / "out.tif")
     with Image.open(tmp_path / "out.tif") as saved:
         assert saved.getexif()[ExifTags.Base.Make] == "Camera"
+        assert ExifTags.Base.BestQualityScale not in saved.getexif()
         np.testing.assert_array_equal(np.asarray(saved), noise(HEIGHT, WIDTH))
+
+
+@pytest.mark.parametrize("compression", [None, "raw", "tiff_lzw", "packbits"])
+@pytest.mark.parametrize(
+    ("tag", "kind", "value"),
+    [
+        (50706, TiffTags.BYTE, b"\1\4\0\0"),  # DNGVersion
+        (ExifTags.Base.Artist, TiffTags.SHORT, 2),
+        (50736, TiffTags.RATIONAL, (24.0, 70.0, 2.8, 4.0)),  # LensInfo
+        (50717, TiffTags.SHORT, 16383),  # WhiteLevel
+        (33421, TiffTags.SIGNED_BYTE, (51, 0, -56, -27)),  # CFARepeatPatternDim, which has two other numbers
+        (65000, TiffTags.ASCII, b"private"),
+    ],
+)
+def test_tags_that_libtiff_knows_otherwise_are_kept(tmp_path, tag, kind, value, compression):
+    """Libtiff expects other types or lengths of them than Pillow hands over, and ends the process."""
+    picture = Image.fromarray(noise(HEIGHT, WIDTH))
+    picture.info["exif"] = _exif_of_one_directory(tag, kind, value)
+    picture.info["icc_profile"] = profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    if compression is not None:
+        picture.info["compression"] = compression
+    save_picture(picture, tmp_path / "out.tif")
+    with Image.open(tmp_path / "out.tif") as saved:
+        found = saved.getexif()[tag]
+        if isinstance(value, bytes):
+            assert found == (value if kind == TiffTags.BYTE else value.decode())
+        else:  # Pillow stores a text under Artist
+            assert found == ("2" if tag == ExifTags.Base.Artist else pytest.approx(value, rel=1e-6))
+        assert saved.getexif()[ExifTags.Base.Make] == "Camera"
+        assert saved.info["icc_profile"] == profile
+        np.testing.assert_array_equal(np.asarray(saved), noise(HEIGHT, WIDTH))
+
+
+def test_tags_of_another_file_replace_none_of_a_tiff(tmp_path):
+    """Such as a colour profile among the EXIF of a JPEG."""
+    picture = Image.fromarray(noise(HEIGHT, WIDTH))
+    exif = _exif_of_one_directory(ExifTags.Base.InterColorProfile, TiffTags.UNDEFINED, b"another profile")
+    picture.info["exif"] = exif
+    picture.info["icc_profile"] = profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    save_picture(picture, tmp_path / "out.tif")
+    with Image.open(tmp_path / "out.tif") as saved:
+        assert saved.info["icc_profile"] == profile
 
 
 @pytest.mark.parametrize(

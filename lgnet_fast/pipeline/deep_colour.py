@@ -9,23 +9,20 @@ from __future__ import annotations
 
 import io
 import struct
-from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
-from PIL import ExifTags, Image, TiffTags
+from PIL import ExifTags, Image
 from PIL.TiffImagePlugin import IPTC_NAA_CHUNK, ImageFileDirectory_v2
 
 from ..errors import InvalidImageError
-from . import chunks, metadata
+from . import chunks, metadata, tiff
 from .exif import (
     TIFF_DESCRIPTIVE,
-    UNDEFINED,
     counts_pages,
-    exact,
     kept_exif,
     name_of_tag,
     packed_exif,
@@ -387,7 +384,7 @@ def _encode_tiff(picture: DeepImage) -> bytes:
         tags.append((int(ExifTags.Base.XMLPacket), 1, len(info["xmp"]), info["xmp"], True))
     if info.get("iptc"):
         tags.append((IPTC_NAA_CHUNK, 7, len(info["iptc"]), info["iptc"], True))
-    directories = tiff_directories(exif)
+    directories = tiff.directories_of(exif)
     tags += [(_DIRECTORIES[tag], 4, 1, 0, True) for tag in directories]
     file = io.BytesIO()
     tifffile.imwrite(
@@ -407,48 +404,7 @@ def _encode_tiff(picture: DeepImage) -> bytes:
         metadata=None,
         extratags=tags,
     )
-    return with_directories(file.getvalue(), directories)
-
-
-def tiff_directories(exif: Image.Exif) -> dict[int, dict[int, Any]]:
-    """The Exif and GPS directories of a picture, those that it has, by their tags."""
-    directories = {tag: dict(exif.get_ifd(tag)) for tag in _DIRECTORIES}
-    for content in directories.values():
-        content.pop(ExifTags.IFD.Interop, None)  # an offset in the old file
-    return {tag: content for tag, content in directories.items() if content}
-
-
-def with_directories(data: bytes, directories: Mapping[int, Mapping[int, Any]]) -> bytes:
-    """A TIFF file with directories appended. Its first directory has their tags already, as 4-byte numbers.
-
-    Neither tifffile nor Pillow's writer of compressed files takes the content of a directory.
-    """
-    file = io.BytesIO(data)
-    for tag, content in directories.items():
-        own = ImageFileDirectory_v2(data[:2] + (b"*\0\0\0\0\0" if data[:2] == b"II" else b"\0*\0\0\0\0"))
-        for key, value in content.items():
-            if key in UNDEFINED[tag] and isinstance(value, bytes):
-                own.tagtype[key] = TiffTags.UNDEFINED
-            own[key] = exact(value)
-        place = file.seek(0, io.SEEK_END)
-        place += file.write(b"\0" * (place % 2))
-        file.write(own.tobytes(place))
-        _set_tag(file, tag, place)
-    return file.getvalue()
-
-
-def _set_tag(file: io.BytesIO, tag: int, value: int) -> None:
-    """Replace the value of a 4-byte tag in the first directory of a TIFF or BigTIFF."""
-    data = file.getbuffer()
-    order = "<" if data[0] == ord("I") else ">"
-    big = 43 in data[2:4]
-    count, entry, header = ("Q", "HHQI4x", 8) if big else ("H", "HHII", 2)
-    (at,) = struct.unpack_from(order + ("Q" if big else "I"), data, 8 if big else 4)
-    (entries,) = struct.unpack_from(order + count, data, at)
-    size = struct.calcsize(order + entry)
-    for place in range(at + header, at + header + entries * size, size):
-        if struct.unpack_from(order + entry, data, place)[0] == tag:
-            struct.pack_into(order + entry, data, place, tag, 4, 1, value)
+    return tiff.with_directories(file.getvalue(), directories)
 
 
 def _turned(samples: np.ndarray, orientation: int) -> np.ndarray:

@@ -12,9 +12,9 @@ from PIL import ExifTags, Image, ImageMode, JpegImagePlugin, TiffTags
 from PIL.TiffImagePlugin import IPTC_NAA_CHUNK
 
 from ..errors import InvalidImageError
-from . import chunks, deep_colour, metadata
+from . import chunks, deep_colour, metadata, tiff
 from .deep_colour import DeepImage
-from .exif import TIFF_DESCRIPTIVE, exact, name_of_tag
+from .exif import TIFF_DESCRIPTIVE, name_of_tag
 from .formats import EXTENSIONS, KEYED_MODES, MODES, MOST_BYTES, MOST_SIDE, NARROW_HEIC, reason_against_writing
 from .notices import warn
 from .sources import reason_of
@@ -85,6 +85,7 @@ def encode(
     if format == "BMP" and picture.mode == "P" and len(palette := picture.getpalette("RGB") or []) < 9:
         picture = picture.copy()  # Pillow would read a file of two colours, black and white, as one of 1 bit a pixel
         picture.putpalette([*palette, *[0] * (9 - len(palette))])
+    tags: dict[int, Any] = {}
     directories: dict[int, dict[int, Any]] = {}
     iptc, profile = held.pop("iptc", None), held.get("icc_profile")
     options: dict[str, Any] = dict(held)
@@ -103,17 +104,16 @@ def encode(
         compression = picture.info.get("compression")
         options["compression"] = compression if compression in _TIFF_LOSSLESS else "tiff_adobe_deflate"
         tags, directories = _tiff_tags(options.pop("exif", b""), options.pop("xmp", None))
-        options["tiffinfo"] = _taken_tags(tags, picture.mode, options["compression"])
         if iptc:
-            options["tiffinfo"][IPTC_NAA_CHUNK] = iptc
+            tags[IPTC_NAA_CHUNK] = iptc
     encoded = io.BytesIO()
     try:
         picture.save(encoded, format=format, **options)
+        data = encoded.getvalue()
+        if format == "TIFF":
+            return tiff.with_tags(data, tags, directories)
     except (ValueError, RuntimeError, OSError, OverflowError, struct.error) as cause:  # the encoders' errors
         raise InvalidImageError(f"format: {format} could not be written ({reason_of(cause)})") from cause
-    data = encoded.getvalue()
-    if format == "TIFF":
-        return deep_colour.with_directories(data, directories)
     if format == "JPEG2000" and profile:
         return metadata.with_jp2_profile(data, profile)
     if format != "PNG":
@@ -158,39 +158,25 @@ def checked_quality(quality: int | None) -> int | None:
 
 
 def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[int, Any]]]:
-    """The tags of a TIFF's first directory for EXIF and XMP, and the directories to append."""
+    """The tags of a TIFF's first directory for EXIF and XMP, and the directories that it holds.
+
+    A UserWarning names the tags whose values cannot be written.
+    """
     read = Image.Exif()
     read.load(exif)
-    directories = deep_colour.tiff_directories(read)
     # Most tags below XMP's describe storage, here that of the file that the EXIF came from.
     tags = {
-        tag: exact(value)
+        tag: value
         for tag, value in read.items()
         if (tag in TIFF_DESCRIPTIVE or tag > ExifTags.Base.XMLPacket) and tag not in TiffTags.TAGS_V2_GROUPS
     }
-    tags.update(dict.fromkeys(directories, 0))
+    good = {tag: value for tag, value in tags.items() if tiff.can_write({tag: value})}
+    if bad := tags.keys() - good.keys():
+        names = ", ".join(name_of_tag(tag) for tag in tags if tag in bad)
+        warn(f"format: TIFF does not take the values of the picture's EXIF tags {names}")
     if xmp:
-        tags[ExifTags.Base.XMLPacket] = xmp
-    return tags, directories
-
-
-def _taken_tags(tags: dict[int, Any], mode: str, compression: str) -> dict[int, Any]:
-    """The tags that Pillow writes to a TIFF; a UserWarning names those whose values are not of their tags' types."""
-    pixel = Image.new(mode, (1, 1))
-
-    def taken(some: dict[int, Any]) -> bool:
-        try:
-            pixel.save(io.BytesIO(), "TIFF", compression=compression, tiffinfo=some)
-        except Exception:  # struct.error, TypeError, ValueError, RuntimeError of libtiff
-            return False
-        return True
-
-    if taken(tags):
-        return tags
-    good = {tag: value for tag, value in tags.items() if taken({tag: value})}
-    names = ", ".join(name_of_tag(tag) for tag in tags if tag not in good)
-    warn(f"format: TIFF does not take the values of the picture's EXIF tags {names}")
-    return good
+        good[ExifTags.Base.XMLPacket] = xmp
+    return good, tiff.directories_of(read)
 
 
 def _jpeg_options(like: Image.Image | None, picture: Image.Image, quality: int | None) -> dict[str, Any]:
