@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,11 +49,13 @@ def test_a_killed_run_leaves_its_figures(tmp_path: Path) -> None:
 
 FAILING = """
 import time
+from pathlib import Path
 
 def test_a():
     assert 6 * 9 == 42
 
 def test_b():
+    Path(__file__).with_name("began").touch()
     time.sleep(600)
 """
 
@@ -75,6 +78,9 @@ def test_failures_are_on_disk_before_the_run_ends(tmp_path: Path, workers: list[
             assert line, shown
             shown += line
         (failure,) = [json.loads(line) for line in file.read_text().splitlines()]
+        while not (tmp_path / "began").exists():  # within a report pytest does not expect to be interrupted
+            assert process.poll() is None
+            time.sleep(0.01)
         run_gpu.end(process)
     assert failure["test"].endswith("::test_a")
     assert failure["when"] == "call"
