@@ -20,6 +20,7 @@ GPU it prints so and exits 0.
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import signal
 import subprocess
@@ -88,7 +89,7 @@ def run(name: str, seconds: float, command: list[str]) -> bool:
         "PYTHONUNBUFFERED": "1",
         "LGNET_FAST_NO_EXTENSION": "" if name == "extension" else "1",
     }
-    with subprocess.Popen(command, cwd=ROOT, env=environment) as process:
+    with spawn(command, env=environment) as process:
         try:
             status = str(process.wait(seconds))
         except subprocess.TimeoutExpired:
@@ -99,6 +100,15 @@ def run(name: str, seconds: float, command: list[str]) -> bool:
             raise
     print(f"== {name}: exit status {status}, {time.perf_counter() - start:.0f} s", flush=True)
     return status == "0"
+
+
+def spawn(command: list[str], **options: Any) -> subprocess.Popen[Any]:
+    """A process that can be interrupted, also where a shell has started this one in the background.
+
+    Such a shell lets SIGINT be ignored, and processes inherit that.
+    """
+    interruptible = functools.partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, preexec_fn=interruptible, **options)
 
 
 def end(process: subprocess.Popen[Any]) -> None:

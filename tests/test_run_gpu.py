@@ -70,7 +70,12 @@ def test_failures_are_on_disk_before_the_run_ends(tmp_path: Path, workers: list[
     assert own[1:3] == ["bench.failures", "--failures"]
     command = [sys.executable, "-m", "pytest", "-q", "-c", os.devnull, str(tmp_path / "test_some.py"), *own, *workers]
     file = tmp_path / "new" / "gpu_failures.jsonl"
-    with subprocess.Popen(command, cwd=run_gpu.ROOT, stdout=subprocess.PIPE, text=True) as process:
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background of a shell
+    try:
+        process = run_gpu.spawn(command, stdout=subprocess.PIPE, text=True)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    with process:
         assert process.stdout is not None
         shown = ""
         while "assert (6 * 9) == 42" not in shown:  # as it comes
