@@ -171,8 +171,7 @@ def _tiff_tags(exif: bytes, xmp: Any) -> tuple[dict[int, Any], dict[int, dict[in
         if (tag in TIFF_DESCRIPTIVE or tag > ExifTags.Base.XMLPacket) and tag not in TiffTags.TAGS_V2_GROUPS
     }
     good = {tag: value for tag, value in tags.items() if tiff.can_write({tag: value})}
-    if bad := tags.keys() - good.keys():
-        names = ", ".join(name_of_tag(tag) for tag in tags if tag in bad)
+    if names := ", ".join(name_of_tag(tag) for tag in tags if tag not in good):
         warn(f"format: TIFF does not take the values of the picture's EXIF tags {names}")
     if xmp:
         good[ExifTags.Base.XMLPacket] = xmp

@@ -22,7 +22,8 @@ TIFF_DESCRIPTIVE = {
     ExifTags.IFD.Exif,
     ExifTags.IFD.GPSInfo,
 }
-_DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
+"""Tags of the first directory that hold a directory."""
 
 _PADDING = 0xEA1C
 UNDEFINED: dict[int, set[int]] = {
@@ -63,7 +64,7 @@ def kept_exif(exif: Image.Exif, format: str | None, frames: int = 1) -> tuple[by
         if tag == ExifTags.Base.Orientation or (format == "TIFF" and tag not in TIFF_DESCRIPTIVE):
             continue
         try:
-            value = _directory(exif, tag) if tag in _DIRECTORIES else exif[tag]
+            value = _directory(exif, tag) if tag in DIRECTORIES else exif[tag]
         except Exception:  # values of a wrong type or length: decoders raise struct.error, TypeError and more
             broken.append(name_of_tag(tag))
             continue
@@ -85,7 +86,7 @@ def packed_exif(tags: dict[int, Any], endian: str | None) -> tuple[bytes, list[s
     broken = []
     if not _writable(tags, endian):
         for tag, value in list(tags.items()):
-            if tag in _DIRECTORIES and isinstance(value, dict):
+            if tag in DIRECTORIES and isinstance(value, dict):
                 good = {inner: one for inner, one in value.items() if _writable({tag: {inner: one}}, endian)}
                 broken += [name_of_tag(inner, tag) for inner in value if inner not in good]
                 tags[tag] = good
@@ -108,7 +109,7 @@ def _typed(packed: bytes) -> bytes:
             tag, kind, _, value = struct.unpack_from(order + "HHII", data, entry)
             if kind == TiffTags.BYTE and tag in UNDEFINED[directory]:
                 struct.pack_into(order + "H", data, entry + 2, TiffTags.UNDEFINED)
-            elif directory == 0 and tag in _DIRECTORIES:
+            elif directory == 0 and tag in DIRECTORIES:
                 places.append((tag, value))
     return bytes(data)
 

@@ -13,10 +13,7 @@ from typing import Any
 from PIL import ExifTags, Image, TiffTags
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
-from .exif import UNDEFINED, exact
-
-DIRECTORIES = (ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo)
-"""Tags of the first directory that hold a directory."""
+from .exif import DIRECTORIES, UNDEFINED, exact
 
 
 def directories_of(exif: Image.Exif) -> dict[int, dict[int, Any]]:

@@ -121,8 +121,16 @@ def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
         plan: dense, with float32 weights on `device`.
         dtype, device: of the computation.
     """
+    from lgnet_fast.kernels.compiled_checks import DTYPES
+
+    tuned = kept(device, dtype)
+    if dtype not in DTYPES:
+        return tuned
     try:
-        reason = _measure_at_first_use(_picture_part(checked_plan(plan)), plan.name, dtype, device)
+        part = _picture_part(checked_plan(plan))
+        if _has_all(tuned, part, dtype, device):
+            return tuned
+        reason = _measure_at_first_use(part, plan.name, dtype, device)
     except Exception as error:  # the engine can do without
         reason = error_text(error)
     if reason is not None:
@@ -141,14 +149,14 @@ def _picture_part(plan: Plan) -> Plan:
 
 
 def _measure_at_first_use(part: Plan, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why nothing is measured now; None where it is, or need not be.
+    """Why nothing is measured now; None where it is, was tried before, or could not be kept.
 
     part: :func:`_picture_part` of the plan `name`, at the size of a check, because the choices hold for all sizes.
     """
     from lgnet_fast.kernels.apart import call_apart, unavailable
-    from lgnet_fast.kernels.compiled_checks import DTYPES, OTHERWISE
+    from lgnet_fast.kernels.compiled_checks import OTHERWISE
 
-    if dtype not in DTYPES or _has_all(kept(device, dtype), part, dtype, device) or not cache.can_keep():
+    if not cache.can_keep():
         return None
     key, attempt = cache.key_for(device, dtype), f"{_PICTURE_KERNELS}, {name}"
     if cache.get(key, cache.VERDICTS, attempt) is not None:
