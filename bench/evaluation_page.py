@@ -107,7 +107,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--page", type=Path, default=ROOT / "docs" / "evaluation.md")
     options = parser.parse_args(arguments)
-    page = options.page.read_text()
+    page = options.page.read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as temporary:
         sets = {"samples": samples}
         if options.kodak is not None:
@@ -129,7 +129,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     file = weights.bundled_path() / "model.safetensors"
     digest = hashlib.sha256(file.read_bytes()).hexdigest()
     page = filled_in(page, "weights", f"Weights measured: `{weights.BUNDLED}`, SHA-256 `{digest[:16]}…`.\n")
-    options.page.write_text(page)
+    options.page.write_text(page, encoding="utf-8")
     before_and_after(Inpainter.from_pretrained(None, device="cpu"), options.page.with_name("demo.jpg"))
     return 0
 

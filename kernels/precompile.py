@@ -7,6 +7,7 @@ alignment matter. The caller's process then finds every kernel on disk. The proc
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -117,8 +118,9 @@ def compile_all(
             try:
                 pickle.dump((device, own), process.stdin)
                 process.stdin.close()
-            except BrokenPipeError:  # the process ended at once
-                pass
+            except OSError as error:  # the process ended at once, for which Windows has another number
+                if error.errno not in (errno.EPIPE, errno.EINVAL):
+                    raise
             for line in process.stdout:
                 failure = json.loads(line)
                 answers += 1

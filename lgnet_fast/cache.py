@@ -17,7 +17,6 @@ import os
 import platform
 import re
 import sys
-import tempfile
 import uuid
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
@@ -29,7 +28,7 @@ from typing import Any
 
 import torch
 
-from . import forks
+from . import files, forks
 
 logger = logging.getLogger("lgnet_fast")
 
@@ -125,7 +124,7 @@ def _machine(kind: str, index: int | None) -> tuple[str, str, str, str, str]:
 
 
 def _triton() -> str:
-    for name in ("triton", "pytorch-triton"):
+    for name in ("triton", "pytorch-triton", "triton-windows"):
         with contextlib.suppress(PackageNotFoundError):
             return version(name)
     return "none"
@@ -227,7 +226,7 @@ def _write(path: Path, text: str, replace: bool) -> bool:
                 return False
             except OSError:  # a file system without hard links
                 pass
-        os.replace(temporary, path)
+        files.replace(temporary, path)
         return True
     finally:
         with contextlib.suppress(OSError):  # it has been renamed
@@ -241,8 +240,7 @@ def can_keep() -> bool:
         return False
     try:
         where.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=where, prefix=".writing-") as file:
-            file.write(b"{}")  # a full disk takes empty files
+        files.check_writable(where, b"{}")  # a full disk takes empty files
         return True
     except OSError:
         return False

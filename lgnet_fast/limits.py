@@ -133,8 +133,10 @@ def _system_room() -> int | None:
         return available * 1024
     if sys.platform == "win32":
         return _windows_room()
+    # macOS does not tell what is free; what there is at all bounds it.
+    pages = "SC_AVPHYS_PAGES" if "SC_AVPHYS_PAGES" in os.sysconf_names else "SC_PHYS_PAGES"
     try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        return os.sysconf(pages) * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError):
         return None
 

@@ -22,4 +22,4 @@ def run(*arguments: object, **options: Any) -> Result:
 
 def names(folder: Path) -> list[str]:
     """Paths of the files in a folder and below, sorted."""
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())

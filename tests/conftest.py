@@ -127,6 +127,14 @@ def case(fake: BlurFill, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     return tmp_path
 
 
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Windows' rules for files in use, and its locks. What is refused is appended to the list."""
+    from .windows_support import windows_rules
+
+    return windows_rules(monkeypatch)
+
+
 @pytest.fixture(scope="module")
 def server() -> Iterator[str]:
     """The address of a live server with the bundled model; one for the tests of a file."""

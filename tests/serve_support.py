@@ -138,7 +138,12 @@ class Server:
         command = [sys.executable, "-m", "lgnet_fast", "serve", "--port", "0", *options]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
         self.process = subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment,
+            creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # which gets the signal of `ask_to_end`
         )
         self.lines: list[str] = []
         self.address = ""
@@ -164,6 +169,10 @@ class Server:
     def _drain(self) -> None:
         self.lines.extend(self.process.stdout or ())
 
+    def ask_to_end(self) -> None:
+        """Send SIGTERM; Ctrl-Break on Windows, where SIGTERM kills."""
+        self.process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
+
     def end(self) -> int:
-        self.process.send_signal(signal.SIGTERM)
+        self.ask_to_end()
         return self.process.wait(60)

@@ -130,7 +130,8 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 
     forget(monkeypatch)
     monkeypatch.delenv(cache.ENVIRONMENT)
-    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    for name in ("XDG_CACHE_HOME", "LOCALAPPDATA"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     monkeypatch.setattr(Path, "expanduser", lambda path: homeless())
     assert cache.folder() is None
@@ -144,7 +145,8 @@ def test_a_tilde_is_the_home(name: str, tmp_path: Path, monkeypatch: pytest.Monk
     forget(monkeypatch)
     monkeypatch.delenv(cache.ENVIRONMENT)
     monkeypatch.setattr(sys, "platform", "linux")
-    monkeypatch.setenv("HOME", str(tmp_path))
+    for home in ("HOME", "USERPROFILE"):  # the other one is Windows'
+        monkeypatch.setenv(home, str(tmp_path))
     monkeypatch.setenv(name, "~/kept")
     below = "" if name == cache.ENVIRONMENT else "lgnet_fast"
     assert cache.folder() == tmp_path / "kept" / below

@@ -7,6 +7,7 @@ import errno
 import json
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from .cli_support import run as _run
 from .pipeline_support import BlurFill, noise, png_bytes, write_picture
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
 def test_a_report_through_a_link_and_to_a_pipe(case):
     (case / "link.json").symlink_to(case / "target.json")
     arguments = ["-i", "a.png", "-m", "m.png", "-o", "o.png", "--report"]
@@ -52,7 +54,17 @@ def test_a_full_disk_is_one_line_for_each_file(case):
     assert "1 filled, 0 skipped, 0 failed of 1" in result.stderr
 
 
-@pytest.mark.parametrize("report", ["m.png/r.json", "y" * 300 + ".json", "ftp://host/r.json", "/proc/none/r.json"])
+@pytest.mark.parametrize(
+    "report",
+    [
+        "m.png/r.json",
+        "y" * 300 + ".json",
+        "ftp://host/r.json",
+        pytest.param(
+            "/proc/none/r.json", marks=pytest.mark.skipif(not Path("/proc/self").exists(), reason="no /proc here")
+        ),
+    ],
+)
 def test_a_report_that_cannot_be_written_is_refused_before_work(case, fake, report):
     result = _run("-i", "a.png", "-m", "m.png", "-o", "o.png", "--report", report)
     assert result.exit_code == 2
@@ -61,6 +73,7 @@ def test_a_report_that_cannot_be_written_is_refused_before_work(case, fake, repo
     assert not Path("o.png").exists()
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="names of files are bytes on Linux alone")
 def test_names_that_are_not_utf8(case):
     name = os.fsencode("in/") + b"caf\xe9.png"
     with open(name, "wb") as file:
@@ -143,7 +156,7 @@ def test_an_interrupted_run_tells_what_was_done_and_keeps_the_report(
     def interrupted(self, *arguments, **options):
         if len(self.seen) == 3 - lost:
             with contextlib.suppress(KeyboardInterrupt) if lost else contextlib.nullcontext():
-                os.kill(os.getpid(), number)  # as a terminal does it
+                signal.raise_signal(number)
                 time.sleep(1)
         return forward(self, *arguments, **options)
 

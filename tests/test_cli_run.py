@@ -35,7 +35,7 @@ def _run(*arguments):
 
 
 def _files(folder: Path) -> list[str]:
-    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
 
 
 def test_one_picture_to_a_file(fake, tmp_path):
@@ -128,7 +128,7 @@ def test_the_mask_of_another_picture_is_not_taken(fake, tmp_path):
     assert result.exit_code == 1
     assert "1 filled, 0 skipped, 1 failed of 2" in result.stderr
     other = Path("sub") / "a.png"
-    assert f"no file named 'a' in '{tmp_path / 'masks'}' but {other}, another picture's" in result.stderr
+    assert f"no file named 'a' in {str(tmp_path / 'masks')!r} but {other}, another picture's" in result.stderr
     assert _files(tmp_path / "out") == ["sub/a.png"]
 
 
@@ -215,6 +215,7 @@ def test_resume_says_that_a_run_without_it_kept_no_journal(fake, tmp_path):
     assert "warning" not in _run(*other, "--resume").stderr
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="a folder with open files cannot be removed there")
 def test_a_folder_of_results_that_is_removed_during_a_run_with_a_journal(fake, tmp_path, monkeypatch):
     """The journal, which was in it, is not waited for."""
     for name in ("a.png", "b.png"):

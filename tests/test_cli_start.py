@@ -148,7 +148,8 @@ main()
 """
     environment = {**os.environ, "PYTHONUTF8": "0", **variables}
     ended = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, check=False)
-    assert (ended.returncode, ended.stdout, ended.stderr) == (0, printed, b"")
+    lines = ended.stdout.replace(os.linesep.encode(), b"\n")
+    assert (ended.returncode, lines, ended.stderr) == (0, printed, b"")
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="a closed pipe has another error there")

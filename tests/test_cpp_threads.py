@@ -58,6 +58,7 @@ def test_the_gil_is_released():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS's libraries do not work after fork()")
 @pytest.mark.parametrize("loaded", [True, False], ids=["loaded before", "loaded in the child"])
 def test_after_fork(loaded):
     code = f"""
@@ -178,6 +179,7 @@ def test_the_pool_serves_several_callers():
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs os.fork")
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS's libraries do not work after fork()")
 def test_a_fork_has_a_pool_of_its_own():
     run_with_the_pool("""
         def in_child(body):

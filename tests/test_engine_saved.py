@@ -72,6 +72,7 @@ print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
 @pytest.mark.once
 @needs_extension
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS's libraries do not work after fork()")
 def test_a_saved_engine_loads_in_a_forked_child(tmp_path):
     """There PyTorch has one thread, the kernels have the parent's two."""
     done = subprocess.run([sys.executable, "-c", FORKED, str(tmp_path / "e")], capture_output=True, text=True)
@@ -209,7 +210,7 @@ def test_deleting_the_manifest_is_advised_only_where_files_are_taken_without_one
     assert wrong_set(folder) == DAMAGED
     assert wrong_set(folder, manifest_needed=False) == DAMAGED + UNCHECKED
     (folder / "manifest.json").write_text("{}")
-    damaged = "/manifest.json is damaged (KeyError: 'files'); save again"
+    damaged = f"{os.sep}manifest.json is damaged (KeyError: 'files'); save again"
     assert wrong_set(folder) == damaged
     assert wrong_set(folder, manifest_needed=False) == damaged + UNCHECKED
 

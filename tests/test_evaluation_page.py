@@ -22,11 +22,11 @@ def test_the_page_is_rewritten_in_its_places_only(fake, tmp_path, monkeypatch):
     monkeypatch.setattr(evaluation_page, "SAMPLES", {"a.png": "somebody, CC0"})
     picture = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
     monkeypatch.setattr(evaluation_page, "samples", lambda folder: Image.fromarray(picture).save(folder / "a.png"))
-    before = PAGE.read_text()
-    (tmp_path / "evaluation.md").write_text(before)
+    before = PAGE.read_text(encoding="utf-8")
+    (tmp_path / "evaluation.md").write_text(before, encoding="utf-8")
     arguments = ["--page", str(tmp_path / "evaluation.md"), "--lpips", str(tmp_path / "lpips.npz")]
     assert evaluation_page.main(arguments) == 0
-    after = (tmp_path / "evaluation.md").read_text()
+    after = (tmp_path / "evaluation.md").read_text(encoding="utf-8")
     places = re.compile(r"<!-- (samples|kodak|licences|weights) -->\n(.*?)<!-- end -->", re.DOTALL)
     assert places.sub("", after) == places.sub("", before)
     old, new = (dict(places.findall(text)) for text in (before, after))

@@ -206,7 +206,7 @@ def test_pictures_without_any_difference_are_the_best_and_valid_json(tmp_path):
     by_title = {score["method"]: score for score in written["scores"] if score["hole_class"] == "all"}
     assert (by_title["exact"]["l1"], by_title["exact"]["psnr"]) == (0, None)
     assert 10 < by_title["dark"]["psnr"] < 30
-    lines = (tmp_path / "out" / "evaluation.md").read_text().splitlines()
+    lines = (tmp_path / "out" / "evaluation.md").read_text(encoding="utf-8").splitlines()
     shown = {line.split("|")[2].strip(): line.split("|")[5].strip() for line in lines if line.startswith("| all")}
     assert shown == {"exact": "**∞**", "dark": f"{by_title['dark']['psnr']:.2f}"}
     missing = Evaluation([Score("a", "all", 1, l1=0.0)], metrics=("l1", "psnr"), missing={"psnr": "no time"})

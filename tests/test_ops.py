@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -29,6 +30,10 @@ VARIANTS = ("released", "paper")
 
 pytestmark = pytest.mark.skipif(
     native.unavailable_reason() is not None, reason=f"no C++ extension: {native.unavailable_reason()}"
+)
+
+needs_compiler = pytest.mark.skipif(
+    sys.platform == "win32" and shutil.which("cl") is None, reason="PyTorch's compiler needs cl.exe there"
 )
 
 
@@ -413,6 +418,7 @@ def test_a_declaration_says_what_its_kernels_give(operator):
     assert set(operator.backends) == {"triton", "cpp"}
 
 
+@needs_compiler
 @pytest.mark.skipif(" " in tempfile.gettempdir(), reason="PyTorch's compiler does not quote paths")
 def test_compiled_fullgraph_forward_and_backward():
     def network(features: Tensor, weight: Tensor, bias: Tensor, image: Tensor, mask: Tensor) -> Tensor:
@@ -430,6 +436,7 @@ def test_compiled_fullgraph_forward_and_backward():
     assert ops.calls()["attention_block_backward", "cpp"] == 2
 
 
+@needs_compiler
 def test_a_graph_kept_by_torch_compile_is_not_used_by_another_version(tmp_path, monkeypatch):
     """Its calls have the schemas of the version that compiled it; see `library.tag_compiled_graphs`."""
 

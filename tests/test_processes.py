@@ -82,6 +82,7 @@ print("parent", torch.get_num_threads())
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork() here")
+@pytest.mark.skipif(sys.platform == "darwin", reason="macOS's libraries do not work after fork()")
 def test_a_forked_child_works(folder):
     assert in_process(FORKED, folder).split() == ["child", "1", "parent", "2"]
 

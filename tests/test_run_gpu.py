@@ -40,7 +40,7 @@ def test_a_killed_run_leaves_its_figures(tmp_path: Path) -> None:
         assert process.stdout is not None
         while "measured" not in process.stdout.readline():
             pass
-        process.send_signal(signal.SIGKILL)
+        process.kill()
     figures = [json.loads(line) for line in file.read_text().splitlines()]
     assert [(f["section"], f["step"], f["us"]) for f in figures] == [
         ("steps", f"step {number}", 1.5 * number) for number in range(3)
@@ -60,6 +60,7 @@ def test_b():
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="`make gpu` is for Linux")
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "xdist"])
 def test_failures_are_on_disk_before_the_run_ends(tmp_path: Path, workers: list[str]) -> None:
     if workers:
@@ -106,6 +107,7 @@ def test_second(benchmark):
 """
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="`make gpu` is for Linux")
 def test_a_bench_is_on_disk_when_it_ends(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     (tmp_path / "conftest.py").write_text("from bench.conftest import *\n")
@@ -166,6 +168,7 @@ def test_the_cpus_threads_are_timed_beside_openvino(tmp_path: Path) -> None:
     assert list(figures.get("speed_up_of_openvino", {})) == (["1", "2"] if others else [])
 
 
+@pytest.mark.skipif(sys.platform == "win32", reason="`make gpu` is for Linux")
 def test_a_part_that_hangs_is_cut_off_and_one_that_fails_is_noticed(capfd: pytest.CaptureFixture[str]) -> None:
     assert not run_gpu.run("hangs", 0.5, [sys.executable, "-c", "import time; time.sleep(60)"])
     assert not run_gpu.run("fails", 60, [sys.executable, "-c", "raise SystemExit(3)"])

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from lgnet_fast import files
 from lgnet_fast.training import Trainer, TrainingError, checkpoints
 from lgnet_fast.training.checkpoints import (
     CheckpointFolder,
@@ -160,7 +161,7 @@ def test_sigterm_ends_with_a_checkpoint(pictures, tmp_path):
 
     def terminated_in_the_second(batches):
         if trainer.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return step(batches)
 
     trainer.train_step = terminated_in_the_second
@@ -186,7 +187,7 @@ def test_a_signal_waits_for_no_validation(pictures, tmp_path, every, expected):
 
     def terminated_in_the_second(batches):
         if trainer.step == 1:
-            os.kill(os.getpid(), signal.SIGTERM)
+            signal.raise_signal(signal.SIGTERM)
         return step(batches)
 
     trainer.train_step = terminated_in_the_second
@@ -236,12 +237,12 @@ def test_newest_stay_and_half_written_ones_go(tmp_path):
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step_000000020.pt", "step_000000100.pt"]
 
 
-@pytest.mark.skipif(checkpoints.fcntl is None, reason="no locks of files here")
+@pytest.mark.skipif(files.fcntl is None, reason="no locks of whole files here")
 def test_a_disk_without_locks_holds_a_run(tmp_path, monkeypatch):
     def lockf(*arguments):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(checkpoints.fcntl, "lockf", lockf)
+    monkeypatch.setattr(files.fcntl, "lockf", lockf)
     with checkpoints.held(tmp_path / "run"):
         assert (tmp_path / "run").is_dir()
 

@@ -254,7 +254,19 @@ def test_a_standard_error_that_is_gone_does_not_end_a_run(pictures, tmp_path, mo
 # -- errors and ends ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("workers", [0, 1])
+@pytest.mark.parametrize(
+    "workers",
+    [
+        0,
+        pytest.param(
+            1,
+            marks=pytest.mark.skipif(
+                multiprocessing.get_all_start_methods()[0] != "fork",
+                reason="workers that are not forked lack the patch",
+            ),
+        ),
+    ],
+)
 def test_pictures_that_end_in_the_middle_of_a_run_leave_a_checkpoint(pictures, tmp_path, monkeypatch, workers):
     """The steps since the last checkpoint are kept, the workers end."""
     sample = InpaintingDataset.__getitem__

@@ -228,7 +228,8 @@ def test_held_out_pictures_that_are_trained_on_are_told_of(tmp_path, shard):
                 tar.add(tmp_path / "all" / name, name)
             shutil.rmtree(tmp_path / "all" / name)
         held_out = held_out.with_suffix(".tar")
-    text = f"data.validation: 2 of the pictures in '{held_out}' are trained on too, as part of '{tmp_path / 'all'}'"
+    whole = str(tmp_path / "all")
+    text = f"data.validation: 2 of the pictures in {str(held_out)!r} are trained on too, as part of {whole!r}"
 
     def told(place, **data):
         data |= {"pictures": [place], "validation": str(held_out)}
@@ -237,7 +238,6 @@ def test_held_out_pictures_that_are_trained_on_are_told_of(tmp_path, shard):
             Trainer(tiny_config(tmp_path, tmp_path / "run", data=data))
         return [str(one.message).partition(";")[0] for one in caught]
 
-    whole = str(tmp_path / "all")
     assert told(whole) == [text]
     assert told(whole, exclude=["0", "1"]) == []
     assert told(str(held_out)) == []  # evidently

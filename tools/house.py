@@ -27,7 +27,7 @@ PACKAGE = "lgnet_fast"
 
 FLOORS: tuple[tuple[str, ...], ...] = (
     ("limits",),
-    ("version", "cpp_sources", "errors", "lazy", "forks", "samples", "weights"),
+    ("version", "cpp_sources", "errors", "files", "lazy", "forks", "samples", "weights"),
     ("cache", "native"),
     ("reference",),
     ("ops",),
@@ -124,7 +124,7 @@ def _function(node: ast.FunctionDef | ast.AsyncFunctionDef, file: Path, root: Pa
         kind = "triton"
     elif file.parent.name == COMMANDS and any(re.match(r"command\b", d) for d in decorators):
         kind = "command"
-    return Function(f"{file.relative_to(root)}:{node.lineno} {node.name}", len(names) + extra, lines, kind)
+    return Function(f"{file.relative_to(root).as_posix()}:{node.lineno} {node.name}", len(names) + extra, lines, kind)
 
 
 def micro_kernels(root: Path) -> set[Path]:
@@ -157,7 +157,9 @@ def cpp_functions(root: Path) -> list[Function]:
             indent = line[: len(line) - len(line.lstrip())]
             if re.match(r"\}", line.strip()) and indent in opened:
                 start, name = opened.pop(indent)
-                found.append(Function(f"{file.relative_to(root)}:{start} {name}", 0, number - start + 1, "c++"))
+                found.append(
+                    Function(f"{file.relative_to(root).as_posix()}:{start} {name}", 0, number - start + 1, "c++")
+                )
             elif len(indent) <= 2 and (begun := _opens(line.strip())) is not None:
                 opened[indent] = (number, begun)
     return found

@@ -25,7 +25,7 @@ def main() -> None:
     try:
         from .commands import app
 
-        app()
+        app(windows_expand_args=False)  # names with brackets are no patterns
     except KeyboardInterrupt:
         sys.exit(interrupts.CODE)
     except Exception as error:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -77,4 +78,6 @@ def _written() -> Iterator[None]:
     except BrokenPipeError:
         raise
     except OSError as cause:
+        if os.name == "nt" and cause.errno == errno.EINVAL:  # its word for a pipe that nobody reads
+            raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from cause
         raise OutputError(f"standard output: {cause}") from cause

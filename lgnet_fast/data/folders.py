@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import DataError
+from ..files import is_link, real_path
 from ..pipeline.formats import EXTENSIONS, OTHER_EXTENSIONS, reason_against_reading
 from ..pipeline.notices import warn
 from ..pipeline.writing import is_stream
@@ -35,16 +36,16 @@ def scan(folder: Path, excluded: list[Path], suffixes: Iterable[str] = EXTENSION
     suffixes = set(suffixes)
     found = Found([])
     errors: list[OSError] = []
-    root = folder.resolve()
+    root = real_path(folder)
     seen: set[Path] = set()
     for parent, folders, names in os.walk(folder, followlinks=True, onerror=errors.append):
         kept = []
         for name in sorted(folders):
             path = Path(parent) / name
-            real = path.resolve()
+            real = real_path(path)
             # Folders of this tree are listed under their real names; the target of a link is listed once.
             inside = root == real or root in real.parents or real in root.parents
-            if name.startswith(".") or real in excluded or (path.is_symlink() and (inside or real in seen)):
+            if name.startswith(".") or real in excluded or (is_link(path) and (inside or real in seen)):
                 continue
             seen.add(real)
             kept.append(name)
@@ -92,7 +93,7 @@ def all_below(folder: str | Path, expected: str, suffixes: Iterable[str] = EXTEN
         reason = f" ({left_out[0]})" if left_out else ""
         raise DataError(f"{expected}, got {str(folder)!r}, which has none{reason}")
     warn_of_left_out(left_out, repr(str(folder)))
-    return sorted(found.pictures)
+    return sorted(found.pictures, key=lambda path: path.parts)  # paths ignore case on Windows
 
 
 def warn_of_left_out(left_out: Sequence[str], place: str) -> None:

@@ -32,21 +32,27 @@ def fold(conv: nn.Module, norm: nn.BatchNorm2d | None) -> tuple[Tensor, Tensor]:
     # longer than all the rest of `load_engine`.
     if norm is None or weight.is_meta:
         return weight.to(dtype, copy=True), bias.to(dtype, copy=True)
-    bias = bias.double()
+    bias = _wide(bias)
     assert norm.running_mean is not None
     assert norm.running_var is not None
-    scale = norm.weight.detach().double() / (norm.running_var.double() + norm.eps).sqrt()
-    bias = (bias - norm.running_mean.double()) * scale + norm.bias.detach().double()
+    scale = _wide(norm.weight) / (_wide(norm.running_var) + norm.eps).sqrt()
+    bias = (bias - _wide(norm.running_mean)) * scale + _wide(norm.bias)
     # A few rows at a time: page faults of large temporaries would take longer than the arithmetic.
-    folded = torch.empty_like(weight, dtype=dtype)
+    folded = torch.empty_like(weight, dtype=dtype, device=scale.device)
     scale = scale.view((-1, 1, 1, 1) if isinstance(conv, nn.Conv2d) else (1, -1, 1, 1)).expand(
         *weight.shape[:2], 1, 1
     )
     for target, rows, factor in zip(
         folded.split(_FOLDED_ROWS), weight.split(_FOLDED_ROWS), scale.split(_FOLDED_ROWS)
     ):
-        target.copy_(rows.double() * factor)
+        target.copy_(_wide(rows) * factor)
     return folded, bias.to(dtype)
+
+
+def _wide(values: Tensor) -> Tensor:
+    """`values` in float64; of Apple's GPUs, which lack it, on the CPU."""
+    values = values.detach()
+    return (values.cpu() if values.device.type == "mps" else values).double()
 
 
 def activation_of(module: nn.Module | None) -> Activation:

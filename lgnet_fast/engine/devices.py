@@ -78,4 +78,6 @@ def resolve_dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype
     resolved = getattr(torch, _ALIASES.get(dtype, dtype), None) if isinstance(dtype, str) else dtype
     if resolved not in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
         raise BackendError(f"dtype: expected 'auto', float16, bfloat16, float32 or float64, got {dtype!r}")
+    if resolved == torch.float64 and device.type == "mps":
+        raise BackendError("dtype: expected 'auto', float16, bfloat16 or float32 on MPS, which has no float64")
     return resolved

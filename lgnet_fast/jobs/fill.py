@@ -268,6 +268,10 @@ def report_of(
     }
 
 
+# SIGBREAK: Ctrl-Break on Windows.
+_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+
+
 @contextlib.contextmanager
 def _signals_told(came: list[int]) -> Iterator[None]:
     """In this context, Ctrl-C and SIGTERM raise KeyboardInterrupt and are appended to `came`.
@@ -281,7 +285,7 @@ def _signals_told(came: list[int]) -> Iterator[None]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in (signal.SIGINT, signal.SIGTERM):
+        for number in _SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as in background jobs of a shell
                 before[number] = signal.signal(number, handle)
     try:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable
 from pathlib import Path
 
+from ..files import composed
 from ..pipeline.formats import EXTENSIONS
 
 
@@ -20,6 +21,11 @@ def of_mask(stem: str, suffix: str) -> str | None:
     return None if found is None else found[1]
 
 
+def _key(path: Path) -> Path:
+    """A relative path without its extension, by which masks are found."""
+    return Path(composed(str(path.with_suffix(""))))
+
+
 class MasksByName:
     """The masks of a folder by the names of their pictures; see `plan_items` for the rule.
 
@@ -29,21 +35,22 @@ class MasksByName:
 
     def __init__(self, folder: Path, masks: Iterable[Path], pictures: Iterable[Path] = ()) -> None:
         self._folder = folder
-        self._owned = {folder / picture.with_suffix("") for picture in pictures}
+        self._owned = {_key(picture) for picture in pictures}
         self._at: dict[Path, list[Path]] = {}
         self._named: dict[str, list[Path]] = {}
         for mask in masks:
-            self._at.setdefault(mask.relative_to(folder).with_suffix(""), []).append(mask)
-            self._named.setdefault(mask.stem, []).append(mask)
+            place = _key(mask.relative_to(folder))
+            self._at.setdefault(place, []).append(mask)
+            self._named.setdefault(place.name, []).append(mask)
 
     def of_picture(self, relative: Path, suffix: bool = True) -> tuple[Path | None, str | None]:
         """(mask, None) or (None, problem) of the picture at `relative`, whose name has an extension if `suffix`."""
-        place = relative.with_suffix("") if suffix else relative
+        place = _key(relative) if suffix else Path(composed(str(relative)))
         candidates = self._at.get(place) or self._named.get(place.name, [])
         if len(candidates) > 1:
             candidates = [mask for mask in candidates if mask.name == relative.name] or candidates
         if len(candidates) == 1:
-            if place in self._at or candidates[0].with_suffix("") not in self._owned:
+            if place in self._at or _key(candidates[0].relative_to(self._folder)) not in self._owned:
                 return candidates[0], None
             other = str(candidates[0].relative_to(self._folder))
             return None, f"mask: no file named {place.name!r} in {str(self._folder)!r} but {other}, another picture's"
@@ -61,18 +68,19 @@ class MasksBySuffix:
 
     def __init__(self, folder: Path, masks: Iterable[Path], suffix: str, pictures: Iterable[Path] = ()) -> None:
         self._folder, self._suffix = folder, suffix
-        self._owned = {folder / picture.with_suffix("") for picture in pictures}
+        self._owned = {_key(picture) for picture in pictures}
         self._of: dict[str, list[Path]] = {}
         for mask in masks:
-            if (stem := of_mask(mask.stem, suffix)) is not None:
+            if (stem := of_mask(composed(mask.stem), composed(suffix))) is not None:
                 self._of.setdefault(stem, []).append(mask)
 
     def of_picture(self, relative: Path) -> tuple[list[Path], str | None]:
         """The masks of the picture at `relative`, or the problem with them."""
-        place = relative.with_suffix("")
+        place = _key(relative)
         named = self._of.get(place.name, [])
-        own = [mask for mask in named if mask.parent == self._folder / place.parent]
-        if not own and not any(mask.parent / place.name in self._owned for mask in named):
+        folders = {mask: _key(mask.relative_to(self._folder)).parent for mask in named}
+        own = [mask for mask in named if folders[mask] == place.parent]
+        if not own and not any(folder / place.name in self._owned for folder in folders.values()):
             own = named
         if not own:
             but = " but those of other pictures" if named else ""

@@ -12,6 +12,7 @@ from typing import Any
 from ..data.folders import Found, scan
 from ..data.shards import BESIDE_PICTURES, SHARD, Member, Sample, Shard, apart, is_shard, read_shard
 from ..errors import InvalidImageError, UsageError
+from ..files import folded, real_path
 from ..pipeline.formats import ADDRESS, EXTENSIONS
 from ..pipeline.sources import Encoded
 from ..pipeline.writing import STANDARD_STREAM, is_any_stream
@@ -26,6 +27,10 @@ _SUFFIXES = (*EXTENSIONS, SHARD)
 
 CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 """Characters that are unsafe in terminals and scripts."""
+
+
+_TAKEN = re.compile(r'[\\:*?"<>|]|[. ]$')
+_DEVICE = re.compile(r"con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -169,13 +174,13 @@ def _search(options: FillOptions, base: Path, mask_folder: Path | None) -> tuple
     """(pictures, masks); none of them are results of this run or of another."""
     source, mask, out, suffix = options.source, options.mask, options.result, options.mask_suffix
     # The source itself is searched even if it is one of them.
-    excluded = [_real(folder) for folder in (mask_folder, out) if folder is not None]
+    excluded = [real_path(folder) for folder in (mask_folder, out) if folder is not None]
     found = _beside_shards(scan(source, excluded, _SUFFIXES)) if source.is_dir() else Found([source])
     masks = Found([] if mask is None else [mask])
     if mask_folder is not None:
-        earlier = [_real(out)]  # results of another run are not masks
+        earlier = [real_path(out)]  # results of another run are not masks
         masks = scan(mask_folder, earlier) if source.is_dir() or mask is not None else Found(beside(source))
-    together = suffix is not None and mask_folder is not None and _real(mask_folder) == _real(base)
+    together = suffix is not None and mask_folder is not None and real_path(mask_folder) == real_path(base)
     if suffix is not None and together and source.is_dir():
         stems = {one.stem for one in masks.pictures}
         masked = {of_mask(stem, suffix) for stem in stems}
@@ -218,7 +223,7 @@ def _shards_in(source: Path, out: Path) -> list[Path]:
     """The tar shard `source`, or the shards of a folder without pictures."""
     if not source.is_dir():
         return [source] if is_shard(source) else []
-    shards, pictures = apart(scan(source, [_real(out)], _SUFFIXES).pictures)
+    shards, pictures = apart(scan(source, [real_path(out)], _SUFFIXES).pictures)
     return [] if pictures else shards
 
 
@@ -280,18 +285,20 @@ def _shard_item(sample: Sample, mask: Path | Encoded | MasksByName | None, folde
         names = ", ".join(one.name for one in sample.pictures)
         problem = f"picture: expected one picture of the key {sample.key!r}, got {names}"
     suffix, pillow_format = format_for(picture, format)
+    special = os.name == "nt" and is_special_on_windows(sample.key)
     unsafe = key.is_absolute() or ".." in key.parts or CONTROL.search(picture.name)
-    if unsafe or any(CONTROL.search(one.name) for one in sample.masks):
+    if special or unsafe or any(CONTROL.search(one.name) for one in sample.masks):
         # Tar files are untrusted: names must not lead out of the output folder or contain control characters.
         problem = f"picture: expected a name inside the shard, without control characters, got {picture.name!r}"
         return Item(picture, own, folder, pillow_format, problem)
     return Item(picture, own, folder / f"{sample.key}{suffix}", pillow_format, problem)
 
 
-def _real(path: Path) -> Path:
-    """The file or folder that a path leads to through links; `Path.resolve` raises RuntimeError for links in a
-    circle."""
-    return Path(os.path.realpath(path))
+def is_special_on_windows(key: str) -> bool:
+    """Whether Windows takes a name, with "/" between its parts, for more than that: a drive, a stream of a file, a
+    device, another folder; or drops its end."""
+    parts = key.split("/")
+    return any(_TAKEN.search(part) or _DEVICE.fullmatch(part.split(".")[0].rstrip()) for part in parts)
 
 
 def _file_of(source: Path | Member | Encoded) -> Path | None:
@@ -313,7 +320,7 @@ def _without_clashes(items: list[Item]) -> list[Item]:
     kept = []
     for item in items:
         if item.problem is None:
-            other = taken.setdefault(str(item.output).casefold(), item)
+            other = taken.setdefault(folded(item.output), item)
             if other is not item:
                 item = replace(item, problem=f"picture: its result would replace that of {str(other.picture)!r}")
         kept.append(item)
@@ -321,9 +328,9 @@ def _without_clashes(items: list[Item]) -> list[Item]:
 
 
 def _refuse_to_overwrite(items: list[Item], inputs: list[Path]) -> None:
-    read = {_real(path) for path in inputs}
+    read = {real_path(path) for path in inputs}
     for item in items:
-        if item.problem is None and _real(item.output) in read:
+        if item.problem is None and real_path(item.output) in read:
             raise UsageError(f"out: {str(item.output)!r} would replace an input of this run")
 
 
@@ -351,5 +358,5 @@ def refuse_report_clash(report: Path, items: list[Item], out: Path) -> None:
         raise UsageError("report: the standard output has the picture already")
     for item in items:
         files = [item.output, *(_file_of(path) for path in (item.picture, item.mask) if path is not None)]
-        if not item.left_out and _real(report) in {_real(path) for path in files if path is not None}:
+        if not item.left_out and real_path(report) in {real_path(path) for path in files if path is not None}:
             raise UsageError(f"report: {str(report)!r} is a picture or mask of this run")

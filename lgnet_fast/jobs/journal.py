@@ -13,20 +13,15 @@ import socket
 import threading
 import time
 import types
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from .. import files
 from ..errors import JobError
 from ..pipeline.writing import temporary_prefix, write_stream
 from .world import World
-
-try:
-    import fcntl
-except ImportError:  # Windows has no such locks: live processes are found by their heartbeat alone
-    fcntl = None  # type: ignore[assignment]
 
 FOLDER = ".lgnet_fast"
 
@@ -78,11 +73,12 @@ class Journal:
         self.folder, self.world = folder, world
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _held(folder):  # else a launch that starts at the same time would not see this one's lock
+            with files.lockable(folder) as descriptor:
+                # Otherwise a launch that starts at the same time would not see this one's lock.
+                files.lock(descriptor, wait=True)
                 self._earlier = self._read_earlier()
                 self._file = open(self._part(world.rank), "xb", buffering=0)  # noqa: SIM115 (closed in `close`)
-                if fcntl is not None:
-                    fcntl.flock(self._file, fcntl.LOCK_EX)
+                files.lock(self._file, wait=True)
         except OSError as cause:
             raise JobError(f"out: no journal can be kept in {str(folder)!r} ({cause})") from cause
         self._write({"host": socket.gethostname(), "pid": os.getpid(), "rank": world.rank, "size": world.size})
@@ -140,7 +136,8 @@ class Journal:
         """Delete the journals of earlier launches; this launch's journals repeat their content."""
         for part in self.folder.glob("*.jsonl"):
             if not part.name.startswith(self.world.launch):
-                part.unlink(missing_ok=True)
+                with suppress(OSError):  # a process that died a moment ago may hold it on Windows
+                    part.unlink(missing_ok=True)
 
     def _part(self, rank: int) -> Path:
         return self.folder / f"{self.world.launch}-{rank:05d}.jsonl"
@@ -162,7 +159,7 @@ class Journal:
         found: dict[str, Done] = {}
         parts = [part for part in self.folder.glob("*.jsonl") if not part.name.startswith(self.world.launch)]
         for part in sorted(parts, key=lambda part: part.stat().st_mtime_ns):
-            if _locked(part):
+            if files.is_locked(part):
                 raise JobError(f"out: another run of this job is at work (it holds {str(part)!r})")
             begun: dict[str, dict[str, Any]] = {}
             for line in _lines(part):
@@ -175,7 +172,8 @@ class Journal:
             for key, line in begun.items():
                 output = Path(line["output"])
                 for left in output.parent.glob(f"{_escaped(temporary_prefix(output))}*.tmp"):
-                    left.unlink(missing_ok=True)
+                    with suppress(OSError):
+                        left.unlink(missing_ok=True)
                 now = stamp(output)
                 if now is not None and now != line["before"]:
                     found[key] = Done(line["writing"], now)
@@ -186,7 +184,7 @@ class Journal:
         last, since = stamp(part), time.monotonic()
         while True:
             # Checked before the lines are read, so that lines written just before a process died are not missed.
-            locked = _locked(part)
+            locked = files.is_locked(part)
             lines = _lines(part)
             records = [line["done"] for line in lines if "done" in line]
             if any("finished" in line for line in lines):
@@ -200,20 +198,6 @@ class Journal:
                 # Written but not recorded: the next launch finds the file.
                 return records, False
             time.sleep(_POLL)
-
-
-@contextmanager
-def _held(folder: Path) -> Iterator[None]:
-    """One process of this host at a time; on file systems without locks of folders, any number."""
-    descriptor = None if fcntl is None else os.open(folder, os.O_RDONLY)
-    try:
-        if descriptor is not None:
-            with suppress(OSError):
-                fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        if descriptor is not None:
-            os.close(descriptor)
 
 
 def _escaped(name: str) -> str:
@@ -247,17 +231,3 @@ def _is_whole(line: dict[str, Any]) -> bool:
     """Whether a line has every field of what it records, of the right type."""
     fields = next((fields for kind, fields in _FIELDS.items() if kind in line), {})
     return all(name in line and isinstance(line[name], kind) for name, kind in fields.items())
-
-
-def _locked(part: Path) -> bool | None:
-    """Whether a live process on this host holds the journal; None where the file system has no locks."""
-    if fcntl is None:
-        return None
-    try:
-        with open(part, "rb") as file:
-            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return None
-    return False

@@ -5,11 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
+from .. import files
 from ..data.shards import Member
 from ..errors import UsageError
 from ..pipeline.formats import EXTENSIONS, FORMATS, reason_against_writing
@@ -58,10 +58,7 @@ def result_files(
 def distinct(names: Sequence[Path], longer: Sequence[Path]) -> list[Path]:
     """`names`; equal ones are replaced by the `longer` ones, numbered where these are not unique either."""
 
-    def fold(name: Path) -> str:
-        # Some file systems ignore case.
-        return str(name).casefold()
-
+    fold = files.folded
     wanted = Counter(fold(name) for name in names)
     taken = {fold(name) for name in names if wanted[fold(name)] == 1}
     chosen = []
@@ -105,8 +102,7 @@ def refuse_unwritable(out: Path) -> None:
     if not os.access(place, os.W_OK | os.X_OK):
         raise UsageError(f"out: {str(out)!r} cannot be written: no right to write in {str(place)!r}")
     try:
-        # Rights do not tell a read-only file system or one that takes no files. This one has no name on most systems.
-        tempfile.TemporaryFile(dir=place).close()
+        files.check_writable(place)  # rights do not tell a read-only file system or one that takes no files
     except OSError as cause:
         raise UsageError(
             f"out: {str(out)!r} cannot be written: no file can be made in {str(place)!r} ({cause.strerror})"

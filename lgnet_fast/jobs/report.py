@@ -43,7 +43,8 @@ class ReportFile:
         if is_stream(path):
             # Non-blocking: do not wait for a reader.
             descriptor = os.open(path, os.O_WRONLY | getattr(os, "O_NONBLOCK", 0))
-            os.set_blocking(descriptor, True)
+            if hasattr(os, "O_NONBLOCK"):
+                os.set_blocking(descriptor, True)
             self._stream = os.fdopen(descriptor, "wb", buffering=0)
             return
         if path.is_dir():

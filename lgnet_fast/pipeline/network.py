@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from .. import forks
 from ..engine import Engine, fast_executor_reason, optimize
-from ..engine.devices import resolve_device, resolve_dtype
+from ..engine.devices import resolve_device, resolve_dtype, same_device
 from ..engine.structure import reason_against_engine
 from ..errors import BackendError, LGNetError
 from ..ops.dispatch import require_backend
@@ -162,7 +162,7 @@ class Network:
             tensors = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.is_floating_point()]
             if any(tensor.is_meta for tensor in tensors):
                 raise ValueError("model: expected weights with values, got a model on the meta device")
-            fits = all(tensor.device == self.device and tensor.dtype == dtype for tensor in tensors)
+            fits = all(same_device(tensor.device, self.device) and tensor.dtype == dtype for tensor in tensors)
             if not fits or model.training or self._backend != "auto":
                 model = copy.deepcopy(model).to(self.device, dtype).eval()
         if self._backend != "auto":

@@ -16,10 +16,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, BinaryIO
 
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
+from .. import files
 
 STANDARD_STREAM = Path("-")
 """The name of standard input, for an input, and of standard output, for an output."""
@@ -81,7 +78,10 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-            os.replace(temporary, path)
+            if not files.CLOSED_ONLY:  # while it is locked, nobody takes it for a leftover
+                os.replace(temporary, path)
+        if files.CLOSED_ONLY:
+            files.replace(temporary, path)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
         # On a full disk, `write` names no file. An error without a number would lose its text by it.
@@ -93,7 +93,10 @@ def write_atomically(path: Path, data: bytes) -> None:
 def temporary_prefix(path: Path) -> str:
     """Prefix of the names of temporary files of `path`; 32 hexadecimal digits and ".tmp" follow."""
     # Names are limited in bytes, and this one is longer than that of the file.
-    return f".{os.fsdecode(os.fsencode(path.name)[:100])}."
+    name = path.name
+    while len(os.fsencode(name)) > 100:
+        name = name[:-1]
+    return f".{name}."
 
 
 def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
@@ -101,16 +104,14 @@ def _open_temporary(path: Path) -> tuple[Path, BinaryIO]:
     while True:
         temporary = path.parent / f"{temporary_prefix(path)}{uuid.uuid4().hex}.tmp"
         file = open(temporary, "xb")  # noqa: SIM115 (the caller closes it)
-        if fcntl is None:
-            return temporary, file
-        # Fails where it is being removed as a leftover, and on file systems without locks.
-        with contextlib.suppress(OSError):
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        files.lock(file)  # fails where it is being removed as a leftover, and on file systems without locks
         if temporary.exists():
             return temporary, file
         file.close()
 
 
+# Seconds. Where files are renamed after they were closed, nothing keeps them between the two.
+_LEAST_AGE = 60.0 if files.CLOSED_ONLY else 0.0
 _TEMPORARY = re.compile(r"\..+\.[0-9a-f]{32}\.tmp", re.DOTALL)
 
 
@@ -128,13 +129,12 @@ def remove_leftovers(folders: Iterable[Path], age: float = 0.0, of: Path | None 
             continue
         found = [name for name in names if name.startswith(begin) and _TEMPORARY.fullmatch(name)]
         for temporary in (folder / name for name in found):
-            if fcntl is None:
-                continue
-            try:
-                if time.time() - temporary.stat().st_mtime < age:
+            with contextlib.suppress(OSError):  # not deletable by this user, or open, where that keeps it
+                if time.time() - temporary.stat().st_mtime < max(age, _LEAST_AGE):
+                    continue
+                if files.CLOSED_ONLY:
+                    temporary.unlink()
                     continue
                 with open(temporary, "rb") as file:
-                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                    temporary.unlink(missing_ok=True)
-            except OSError:  # locked by its writer, or not deletable by this user
-                continue
+                    if files.lock(file):
+                        temporary.unlink(missing_ok=True)

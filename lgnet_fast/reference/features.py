@@ -386,7 +386,7 @@ def registered_features(name: str) -> FeaturesFn | None:
     if name in _registered:
         return _registered[name]()
     module, colon, function = name.partition(":")
-    if not colon or not re.fullmatch(r"[\w.]+", module):
+    if not colon or not re.fullmatch(r"[\w.]+", module) or not function.isidentifier():  # a drive of Windows
         return None
     try:
         features: FeaturesFn = getattr(import_module(module), function)()

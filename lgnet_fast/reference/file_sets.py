@@ -9,13 +9,12 @@ that the manifest names, and it is read from there. The next save removes the re
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import json
 import os
 import shutil
-import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,12 +22,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from .. import files
 from ..errors import LGNetError, WeightsError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 MANIFEST = "manifest.json"
 MODEL_CARD_FILE = "README.md"
@@ -72,7 +67,7 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
         manifest = json.loads((directory / MANIFEST).read_text(encoding="utf-8"))
         held = manifest["files"]
         foreign = isinstance(held, dict) and len(held) > 0 and held.keys().isdisjoint(names)
-        files = {name: (int(held[name]["bytes"]), str(held[name]["hash"])) for name in names if not foreign}
+        wanted = {name: (int(held[name]["bytes"]), str(held[name]["hash"])) for name in names if not foreign}
         staging = directory / str(manifest["staging"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise WeightsError(
@@ -86,7 +81,7 @@ def complete_set(directory: Path, names: Sequence[str], *, manifest_needed: bool
     def wrong(folder: Path) -> list[str]:
         return [
             name
-            for name, (size, digest) in files.items()
+            for name, (size, digest) in wanted.items()
             if not (folder / name).is_file()
             or os.path.getsize(folder / name) != size
             or file_hash(folder / name) != digest
@@ -126,36 +121,23 @@ def _listed(names: Sequence[str]) -> str:
 @contextlib.contextmanager
 def _alone(directory: Path) -> Iterator[bool]:
     """Wait until no other save to this folder runs; yields whether the file system has locks."""
-    if fcntl is None:
-        yield False
-        return
-    descriptor = os.open(directory, os.O_RDONLY)
-    locked = False
-    try:
+    with files.lockable(directory) as descriptor:
         begin = time.monotonic()
-        while not locked:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except OSError as error:
-                if error.errno not in (errno.EAGAIN, errno.EACCES):
-                    break  # a file system without locks
-                if time.monotonic() - begin > _PATIENCE:
-                    raise LGNetError(
-                        f"save: another process has been saving to {directory} for {_PATIENCE:.0f} seconds"
-                    ) from error
-                time.sleep(0.05)
-        yield locked
-    finally:
-        if locked:
-            fcntl.flock(descriptor, fcntl.LOCK_UN)  # a child that was forked meanwhile would keep the lock
-        os.close(descriptor)
+        while (locked := files.lock(descriptor)) is False:
+            if time.monotonic() - begin > _PATIENCE:
+                raise LGNetError(f"save: another process has been saving to {directory} for {_PATIENCE:.0f} seconds")
+            time.sleep(0.05)
+        try:
+            yield bool(locked)
+        finally:
+            if locked:
+                files.unlock(descriptor)
 
 
 def _sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk, where the system allows it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY)
+        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what can be written
     except OSError:  # folders on Windows
         return
     try:
@@ -173,7 +155,7 @@ def _put(file: Path, target: Path) -> None:
     except OSError:  # a file system without links
         shutil.copyfile(file, copy)
         _sync(copy)
-    os.replace(copy, target)
+    files.replace(copy, target)
 
 
 @contextlib.contextmanager
@@ -198,12 +180,14 @@ def staged(directory: Path) -> Iterator[Path]:
             for folder in left:
                 if folder.name != counts:
                     shutil.rmtree(folder, ignore_errors=True)
-            staging = Path(tempfile.mkdtemp(dir=directory, prefix=_STAGING))
+            staging = directory / f"{_STAGING}{uuid.uuid4().hex}"
+            # Windows turns the mode into a list of users, which files keep when they are moved.
+            staging.mkdir(0o777 if os.name == "nt" else 0o700)
             yield staging
             # Largest files first, so that the small description comes last.
-            files = sorted(staging.iterdir(), key=lambda file: (-file.stat().st_size, file.name))
+            written = sorted(staging.iterdir(), key=lambda file: (-file.stat().st_size, file.name))
             members: dict[str, Any] = {}
-            for file in files:
+            for file in written:
                 _sync(file)
                 if file.name != MODEL_CARD_FILE:
                     members[file.name] = {"bytes": file.stat().st_size, "hash": file_hash(file)}
@@ -214,12 +198,17 @@ def staged(directory: Path) -> Iterator[Path]:
             _sync(manifest)
             readers = manifest.stat().st_mode & 0o044  # those to whom the user's umask gives files
             os.chmod(staging, 0o700 | readers | readers >> 2)
-            os.replace(manifest, directory / MANIFEST)
+            files.replace(manifest, directory / MANIFEST)
             committed = True
             _sync(directory)
-            for file in files:
-                if file.name in members or not (directory / file.name).exists():
-                    _put(file, directory / file.name)
+            try:
+                for file in written:
+                    if file.name in members or not (directory / file.name).exists():
+                        _put(file, directory / file.name)
+            except PermissionError:
+                if not files.CLOSED_ONLY:
+                    raise
+                return  # an old file is in use, by a loaded model for instance: the set is read from the sub-folder
             _sync(directory)
             committed = False  # the sub-folder is no longer needed
             for folder in left:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -52,9 +54,12 @@ class Batches:
             text = " ".join(str(error).split()).rstrip(".")
             if not text.startswith("DataLoader worker"):
                 raise
+            shared = " and less of /dev/shm" if sys.platform == "linux" else ""
+            spawned = multiprocessing.get_start_method() != "fork"  # they import the program again
+            guard = "; a program starts the training under `if __name__ == '__main__':`" if spawned else ""
             raise TrainingError(
                 f"data.workers: a process that reads pictures has died ({text}); fewer of them, or a smaller "
-                "data.prefetch, need less memory and less of /dev/shm"
+                f"data.prefetch, need less memory{shared}{guard}"
             ) from error
 
     def close(self) -> None:

@@ -14,39 +14,29 @@ from typing import Any
 import numpy as np
 import torch
 
+from .. import files
 from ..errors import TrainingError
 from ..reference.released import check_sums, unreadable
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None  # type: ignore[assignment]
 
 BEST = "best.pt"
 _STEP = re.compile(r"step_(\d+)\.pt")
 _UNFINISHED = ".unfinished"
-_LOCK = ".lock"
 
 
 @contextlib.contextmanager
 def held(folder: Path) -> Iterator[None]:
-    """In this context, no other run works in `folder`. Windows, and some network disks, have no such locks.
+    """In this context, no other run works in `folder`. Some network disks have no such locks.
 
     Raises:
         TrainingError: one does. OSError: the folder cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / _LOCK, "ab") as file:
-        if fcntl is not None:
-            try:
-                # Of the process, not of the file: workers that outlive it for a moment do not hold it.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError) as error:  # which of the two depends on the system
-                raise TrainingError(
-                    f"run.directory: expected a folder in which no other run is at work, got {folder}, where one is"
-                ) from error
-            except OSError:
-                pass
+    with open(folder / files.LOCK_FILE, "ab") as file:
+        # Of the process, not of the file: workers that outlive it for a moment do not hold it.
+        if files.lock(file, of_process=True) is False:
+            raise TrainingError(
+                f"run.directory: expected a folder in which no other run is at work, got {folder}, where one is"
+            )
         yield
 
 
@@ -63,7 +53,7 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
             torch.save(state, file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(unfinished, path)
+        files.replace(unfinished, path)
         _sync_folder(path.parent)
     except (OSError, RuntimeError) as error:  # torch's writer raises RuntimeError after the disk's error
         with contextlib.suppress(OSError):
@@ -140,14 +130,16 @@ class CheckpointFolder:
         save_checkpoint(path, state)
         # Later ones are of a run that was resumed from an earlier checkpoint because they are damaged.
         for old in [one for one in self.steps() if one <= step][: -self.keep]:
-            self.path(old).unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # open elsewhere, on Windows: the next save tries again
+                self.path(old).unlink(missing_ok=True)
         self.clean()
         return path
 
     def clean(self) -> None:
         """Remove incomplete files of killed processes."""
         for left in self.folder.glob(f"*{_UNFINISHED}"):
-            left.unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):
+                left.unlink(missing_ok=True)
 
     def files(self) -> list[Path]:
         """The checkpoints from which a run is resumed, in the order in which they are tried: the newest first, the
@@ -199,6 +191,7 @@ def random_states() -> dict[str, Any]:
         "numpy": [kind, torch.from_numpy(np.asarray(keys).astype(np.int64)), position, has_gauss, cached],
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+        "mps": torch.mps.get_rng_state() if torch.backends.mps.is_available() else None,
     }
 
 
@@ -213,3 +206,5 @@ def restore_random_states(states: dict[str, Any]) -> None:
         # There may be fewer GPUs here than where the checkpoint was written, or more.
         for device, state in zip(range(torch.cuda.device_count()), states["cuda"]):
             torch.cuda.set_rng_state(state, device)
+    if states.get("mps") is not None and torch.backends.mps.is_available():
+        torch.mps.set_rng_state(states["mps"])

@@ -10,6 +10,7 @@ import torch
 from torch.utils.data import DataLoader, Sampler
 
 from .samples import InpaintingDataset, Sample
+from .signals import STOP_SIGNALS
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -66,5 +67,5 @@ def make_loader(dataset: InpaintingDataset, sampler: PositionSampler, pin: bool)
 def _start_worker(worker: int) -> None:
     # Both may reach the whole process group (Ctrl-C, timeout, a job's end). The trainer finishes its step, for which
     # it needs the workers, and then ends them.
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -123,7 +124,9 @@ class MemoryBatches:
     def _draw_masks(self, workers: int) -> Tensor:
         """uint8 [count, S, S], 1 = hole."""
         count, size = self.data.mask_bank, self.data.size
-        if workers > 1 and count >= _FEW_MASKS and "fork" in multiprocessing.get_all_start_methods():
+        # macOS has fork, but its libraries may crash in the child.
+        forks = sys.platform != "darwin" and "fork" in multiprocessing.get_all_start_methods()
+        if workers > 1 and count >= _FEW_MASKS and forks:
             fork = multiprocessing.get_context("fork")
             with warnings.catch_warnings(), ProcessPoolExecutor(workers, mp_context=fork) as pool:
                 # Python 3.12 warns of forks in processes with threads; these children run numpy's integer code, or

@@ -11,7 +11,8 @@ from typing import Any
 
 import torch
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# SIGBREAK: Ctrl-Break and the end of the console on Windows, where nothing else sends SIGTERM.
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
 
 
 @contextlib.contextmanager

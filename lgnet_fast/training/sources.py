@@ -107,7 +107,10 @@ class HuggingFaceSource:
     """
 
     def __init__(self, place: str, setting: str) -> None:
-        parts = place.removeprefix(_HUB).split(":")
+        rest = place.removeprefix(_HUB)
+        drive = re.match(r"[A-Za-z]:(?=[\\/])|", rest)[0]  # type: ignore[index]
+        parts = rest[len(drive) :].split(":")
+        parts[0] = drive + parts[0]
         if len(parts) > 3 or not all(parts):
             raise DataError(f"{setting}: expected hf:NAME[:SPLIT[:COLUMN]], got {place!r}")
         name, split, column = [*parts, *("train", "image")[len(parts) - 1 :]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import multiprocessing
 import signal
 import time
 from collections.abc import Iterator, Mapping
@@ -64,6 +65,11 @@ class Trainer:
         features: FeaturesFn | None = None,
     ) -> None:
         self._born = time.monotonic()
+        if getattr(multiprocessing.current_process(), "_inheriting", False):
+            raise TrainingError(
+                "data.workers: expected a program that starts the training under `if __name__ == '__main__':`, "
+                "because the processes that read pictures import it again"
+            )
         if not isinstance(config, TrainConfig):
             raise ConfigError(f"config: expected a TrainConfig, as load_config returns, got {type(config).__name__}")
         if not isinstance(model, (Cascade, type(None))):
