@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-lowest test-arm test-sanitized test-all examples docs wheel \
+.PHONY: help demo demo-data serve test test-page fuzz-serve test-machines test-lowest test-arm test-cross test-sanitized test-all examples docs wheel \
 	bench plots evaluation aot compare-kernels cubin gpu lint format clean
 
 help:
@@ -19,6 +19,7 @@ help:
 	@echo "make test-machines  the numerical tests as on other processors and numbers of threads"
 	@echo "make test-lowest  the tests with the lowest version of each dependency (a second PyTorch, of gigabytes on Linux)"
 	@echo "make test-arm  the C++ kernels cross-compiled for 64-bit Arm, under an emulator (speed is not measured)"
+	@echo "make test-cross  the C++ kernels compiled for Windows, run under Wine, and for macOS on Arm, not run"
 	@echo "make test-sanitized  the C++ kernels with the compiler's checks of memory, undefined behaviour and threads (minutes)"
 	@echo "make test-all  every test, long ones too, then test-machines and aot"
 	@echo "make examples  run the scripts of examples/ (a minute)"
@@ -113,6 +114,14 @@ test-lowest: $(BIN)/python
 # Needs a cross-compiler and an emulator; says which packages are missing.
 test-arm:
 	$(PYTHON) tests/native/run.py --arm
+
+$(VENV)/.cross: | $(BIN)/python
+	$(PIP) "ziglang>=0.14"
+	@touch $@
+
+# Needs Wine; says so.
+test-cross: $(VENV)/.cross
+	$(BIN)/python tests/native/run.py --cross
 
 # Needs a compiler with its sanitizers, GCC or Clang.
 test-sanitized:

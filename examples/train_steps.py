@@ -31,3 +31,4 @@ with tempfile.TemporaryDirectory() as folder:
     Trainer(config).fit()
     pipe = Inpainter.from_pretrained(f"{folder}/run/model", device="cpu")
     print("a picture of", pipe(*samples["coffee"]).size, "filled by the model that was trained just now")
+    del pipe  # it maps the model's file, which Windows cannot remove meanwhile

@@ -4,6 +4,8 @@
                                         register blocks' inner loops are counted too
     python tests/native/run.py --arm    for 64-bit Arm: cross-compiled, run under an emulator; the instructions of the
                                         register blocks' inner loops are counted too (`make test-arm`)
+    python tests/native/run.py --cross  for Windows, run under Wine, and for macOS on Arm, compiled and linked alone,
+                                        by the Clang of the package ziglang (`make test-cross`)
     python tests/native/run.py --sanitized
                                         for this machine with AddressSanitizer and UndefinedBehaviorSanitizer, then
                                         with ThreadSanitizer (`make test-sanitized`): minutes
@@ -34,12 +36,17 @@ SANITIZERS = {
     "native-address": ("-fsanitize=address,undefined", "-fno-sanitize-recover=undefined", "-fno-omit-frame-pointer"),
     "native-thread": ("-fsanitize=thread",),
 }
-# Program of Debian and Ubuntu -> its package.
-ARM_TOOLS = {
-    "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
-    "aarch64-linux-gnu-objdump": "binutils-aarch64-linux-gnu",
-    "qemu-aarch64": "qemu-user",
+# Option -> program -> its package in Debian and Ubuntu.
+TOOLS = {
+    "--arm": {
+        "aarch64-linux-gnu-g++": "g++-aarch64-linux-gnu",
+        "aarch64-linux-gnu-objdump": "binutils-aarch64-linux-gnu",
+        "qemu-aarch64": "qemu-user",
+    },
+    "--cross": {"wine": "wine"},
 }
+# Folder below build/ -> target of Zig's Clang, which has the headers and libraries of these systems.
+CROSS = {"native-windows": "x86_64-windows-gnu", "native-macos": "aarch64-macos"}
 
 
 @dataclass(frozen=True)
@@ -154,10 +161,10 @@ def check_blocks(disassembly: str, target: Target, classes: tuple[str, ...]) -> 
     return lines
 
 
-def missing_tools() -> str | None:
-    """What must be installed for --arm, in one sentence; None where nothing is missing."""
-    packages = [package for tool, package in ARM_TOOLS.items() if shutil.which(tool) is None]
-    return f"test-arm needs: apt-get install {' '.join(packages)}" if packages else None
+def missing_tools(option: str) -> str | None:
+    """What must be installed for an option, in one sentence; None where nothing is missing."""
+    packages = [package for tool, package in TOOLS.get(option, {}).items() if shutil.which(tool) is None]
+    return f"{option} needs: apt-get install {' '.join(packages)}" if packages else None
 
 
 def build(compiler: list[str], folder: Path, root: Path = ROOT, flags: tuple[str, ...] = FLAGS) -> Path:
@@ -179,8 +186,9 @@ def build(compiler: list[str], folder: Path, root: Path = ROOT, flags: tuple[str
 
     with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)) as pool:
         objects = [str(target) for target in pool.map(compile_one, sources)]
-    program = folder / "check_kernels"
-    link = ["-pthread", "-ldl"] if compiler == host_compiler() else ["-pthread", "-static"]
+    program = folder / ("check_kernels.exe" if folder.name == "native-windows" else "check_kernels")
+    own = [] if folder.name in CROSS else ["-ldl"] if compiler == host_compiler() else ["-static"]
+    link = ["-pthread", *own]
     link += [flag for flag in flags if flag.startswith("-fsanitize=")]
     subprocess.run([*compiler, *objects, *link, "-o", str(program)], check=True)
     return program
@@ -194,6 +202,16 @@ def run_all(command: list[str]) -> bool:
     """Runs the program for every instruction set that it lists; returns whether all checks passed."""
     names = subprocess.run([*command, "list"], capture_output=True, text=True, check=True).stdout.split()
     return all([subprocess.run([*command, name], check=False).returncode == 0 for name in names])
+
+
+def run_cross() -> bool:
+    programs = {}
+    for folder, target in CROSS.items():
+        print(f"{folder}: {target}", flush=True)
+        compiler = [sys.executable, "-m", "ziglang", "c++", "-target", target]
+        programs[folder] = build(compiler, ROOT / "build" / folder, flags=(*FLAGS, "-Wno-unknown-warning-option"))
+    os.environ["WINEDEBUG"] = "-all"
+    return run_all(["wine", str(programs["native-windows"])])
 
 
 def run_sanitized(folder: str, flags: tuple[str, ...]) -> bool:
@@ -220,7 +238,7 @@ def counts_here() -> bool:
 
 
 def main(arguments: list[str]) -> int:
-    if arguments not in ([], ["--arm"], ["--sanitized"]):
+    if arguments not in ([], ["--arm"], ["--cross"], ["--sanitized"]):
         print(__doc__, file=sys.stderr)
         return 2
     if not arguments:
@@ -231,9 +249,11 @@ def main(arguments: list[str]) -> int:
         return 0 if run_all([str(program)]) else 1
     if arguments == ["--sanitized"]:
         return 0 if all([run_sanitized(*sanitizer) for sanitizer in SANITIZERS.items()]) else 1
-    if (missing := missing_tools()) is not None:
+    if (missing := missing_tools(arguments[0])) is not None:
         print(missing, file=sys.stderr)
         return 2
+    if arguments == ["--cross"]:
+        return 0 if run_cross() else 1
     folder = ROOT / "build" / "native-arm"
     program = build(["aarch64-linux-gnu-g++"], folder)
     count_blocks("aarch64-linux-gnu-objdump", folder, ARM, ARM_UNITS)
