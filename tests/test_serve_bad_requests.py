@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import socket
@@ -275,6 +276,41 @@ def test_the_command_runs_that_limit():
     async def listening() -> None: ...
 
     assert process.Server(State(ServeOptions(), {"bundled": None}), listening).config.http is process.Connection
+
+
+def test_a_listening_socket_that_is_closed_is_opened_again(monkeypatch):
+    monkeypatch.setattr(process, "_LOSES_SOCKETS", True)  # as asyncio does on Windows
+
+    async def answers(port: int) -> int:
+        async with httpx.AsyncClient(trust_env=False) as client:
+            return (await client.get(f"http://127.0.0.1:{port}/v2/health/live", timeout=30)).status_code
+
+    async def serve() -> list[int]:
+        state = State(ServeOptions(), {"bundled": None})
+        listening = socket.create_server(("127.0.0.1", 0))
+        port = listening.getsockname()[1]
+        started = asyncio.Event()
+
+        async def announce() -> None:
+            started.set()
+
+        server = process.Server(state, announce)
+        running = asyncio.create_task(server.serve(sockets=[listening]))
+        await asyncio.wait_for(started.wait(), 60)
+        found = [await answers(port)]
+        for one in (listening, *server._sockets):
+            if one.fileno() != -1:
+                asyncio.get_running_loop().remove_reader(one)
+                one.close()
+        await asyncio.sleep(0.5)  # several ticks
+        found.append(await answers(port))
+        server.should_exit = True
+        await asyncio.wait_for(running, 60)
+        with pytest.raises(httpx.ConnectError):
+            await answers(port)
+        return found
+
+    assert asyncio.run(serve()) == [200, 200]
 
 
 def test_work_that_takes_longer_than_the_silence_is_answered(expected):

@@ -4,8 +4,10 @@ without a request are closed."""
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 import socket
+import sys
 import time
 from collections.abc import Awaitable, Callable
 from types import FrameType
@@ -16,6 +18,9 @@ from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from .app import create_app
 from .state import State
+
+# On Windows asyncio closes a listening socket where a client has gone before it was accepted (python/cpython#93821).
+_LOSES_SOCKETS = sys.platform == "win32"
 
 
 class Connection(H11Protocol):
@@ -78,10 +83,31 @@ class Server(uvicorn.Server):
         self._listening = listening
         self._ending: float | None = None
         self._grace = options.grace
+        self._sockets: list[socket.socket] = []
+        self._spares: list[socket.socket] = []
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
+        if _LOSES_SOCKETS:
+            self._sockets = list(sockets or [])
+            self._spares = [one.dup() for one in self._sockets]
         await self._listening()
+
+    async def _listen_again(self) -> None:
+        """Take the spare of each listening socket that was closed."""
+        for number, spare in enumerate(self._spares):
+            if self._sockets[number].fileno() == -1:
+                self._sockets[number] = spare.dup()
+                protocol = functools.partial(
+                    Connection, config=self.config, server_state=self.server_state, app_state=self.lifespan.state
+                )
+                loop = asyncio.get_running_loop()
+                self.servers[number] = await loop.create_server(protocol, sock=self._sockets[number])
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        for spare in self._spares:
+            spare.close()
+        await super().shutdown(sockets)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self.should_exit:
@@ -95,7 +121,9 @@ class Server(uvicorn.Server):
             self._state.give_up()
 
     async def on_tick(self, counter: int) -> bool:
-        if self._ending is not None:
+        if self._ending is None:
+            await self._listen_again()
+        else:
             over = self._state.remaining == 0
             if over:
                 self._state.give_up()
