@@ -37,6 +37,8 @@ LOCK_FILE = ".lock"
 # The byte that stands for a whole file on Windows. Nothing is there, because a locked byte cannot be read; the
 # positions of `msvcrt.locking` have 31 bits.
 _LOCKED_BYTE = 1 << 30
+# Windows' error of a file that is mapped.
+_USER_MAPPED = 1224
 # Seconds between attempts on Windows, where scanners of new files, and other processes, hold one for a moment.
 _WAITS = (0.01, 0.05, 0.2, 0.5)
 
@@ -47,7 +49,7 @@ def lock(file: IO[Any] | int, wait: bool = False, of_process: bool = False) -> b
     wait: until no other holds it. of_process: processes that inherit the file do not hold the lock, and closing any
     other opening of the file in this process releases it (POSIX's rule).
 
-    Returns True; False where another holds it; None where the file system, or the system, has no locks.
+    Returns True; False where another holds it, or it is not granted; None where the file system has no locks.
     """
     if fcntl is not None:
         call = fcntl.lockf if of_process else fcntl.flock
@@ -70,7 +72,8 @@ def unlock(descriptor: int) -> None:
 
 @contextlib.contextmanager
 def lockable(folder: Path) -> Iterator[int]:
-    """A descriptor for :func:`lock` that stands for a folder: its own, or on Windows that of a hidden file in it."""
+    """A descriptor for :func:`lock` that stands for a folder: its own, or on Windows that of a file in it, which is
+    removed by the last process that has it open."""
     if fcntl is not None:
         descriptor = os.open(folder, os.O_RDONLY)
     else:
@@ -79,6 +82,9 @@ def lockable(folder: Path) -> Iterator[int]:
         yield descriptor
     finally:
         os.close(descriptor)
+        if fcntl is None:
+            with contextlib.suppress(OSError):
+                os.unlink(folder / LOCK_FILE)
 
 
 def is_locked(path: Path) -> bool | None:
@@ -125,6 +131,13 @@ def replace(old: str | Path, new: str | Path) -> None:
         except PermissionError:
             time.sleep(seconds)
     os.replace(old, new)
+
+
+def is_in_use(error: OSError) -> bool:
+    """Whether a file was neither replaced nor removed because it is open or mapped, which Windows alone refuses."""
+    if not CLOSED_ONLY:
+        return False
+    return isinstance(error, PermissionError) or getattr(error, "winerror", None) == _USER_MAPPED
 
 
 def check_writable(folder: Path, content: bytes = b"") -> None:
@@ -184,4 +197,4 @@ def composed(name: str) -> str:
 
 def folded(path: str | Path) -> str:
     """A path as file systems see it that ignore case and how accents are written."""
-    return composed(str(path)).casefold()
+    return composed(composed(str(path)).casefold())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import os
 import socket
 import sys
@@ -21,7 +22,7 @@ from lgnet_fast.data.folders import scan
 from lgnet_fast.engine.build import _wide
 from lgnet_fast.engine.devices import resolve_dtype
 from lgnet_fast.errors import BackendError, DataError, JobError
-from lgnet_fast.jobs.folders import MasksByName, MasksBySuffix
+from lgnet_fast.jobs.folders import MasksByName, MasksBySuffix, of_mask
 from lgnet_fast.jobs.items import is_special_on_windows
 from lgnet_fast.jobs.journal import Journal
 from lgnet_fast.jobs.outputs import distinct
@@ -96,6 +97,7 @@ def test_a_model_that_is_loaded_is_saved_over(tmp_path, windows):
         assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), again.state_dict().values()))
     assert any(path.endswith(".safetensors") for path in windows)
     del loaded, again
+    gc.collect()
     LGNet(**size).save_pretrained(tmp_path)
     assert remains_of_saves(tmp_path) == []
 
@@ -152,6 +154,23 @@ def test_a_second_run_is_refused_on_windows(tmp_path, windows):
     assert [name for name in names(tmp_path / "job") if name.endswith(".jsonl")] == ["c-00000.jsonl"]
 
 
+@pytest.mark.skipif(files.fcntl is None, reason="no such locks here")
+def test_where_there_are_no_locks_a_heartbeat_tells_of_a_run(tmp_path, monkeypatch):
+    def flock(*arguments):
+        raise OSError(errno.ENOTSUP, "Operation not supported")
+
+    monkeypatch.setattr(files.fcntl, "flock", flock)
+    first = Journal(tmp_path, World(launch="a"))
+    with pytest.raises(JobError, match="another run of this job is at work"):
+        Journal(tmp_path, World(launch="b"))
+    first.finish()
+    first.close()
+    Journal(tmp_path, World(launch="c")).close()  # not to its end
+    for part in tmp_path.glob("*.jsonl"):
+        os.utime(part, (time.time() - 11,) * 2)
+    Journal(tmp_path, World(launch="d")).close()
+
+
 # -- names -------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +216,16 @@ def test_masks_are_found_however_their_accents_are_written(tmp_path):
         masks = [tmp_path / mask / f"{mask}_mask.png"]
         by_suffix = MasksBySuffix(tmp_path, masks, "_mask", [Path(f"{picture}/{picture}.jpg")])
         assert by_suffix.of_picture(Path(f"{picture}/{picture}.jpg")) == (masks, None)
+    # Where a file system keeps both spellings apart, each picture has its own mask, and none takes another's.
+    pictures, masks = ([Path(f"{name}{end}") for name in (one, two)] for end in (".jpg", ".png"))
+    by_name = MasksByName(tmp_path, [tmp_path / mask for mask in masks], pictures)
+    assert [by_name.of_picture(picture)[0] for picture in pictures] == [tmp_path / mask for mask in masks]
+    alone = MasksByName(tmp_path, [tmp_path / masks[0]], pictures)
+    assert [alone.of_picture(picture)[0] for picture in pictures] == [tmp_path / masks[0], None]
+    masks = [tmp_path / f"{name}_mask.png" for name in (one, two)]
+    by_suffix = MasksBySuffix(tmp_path, masks, "_mask", pictures)
+    assert [by_suffix.of_picture(picture)[0] for picture in pictures] == [[mask] for mask in masks]
+    assert of_mask(f"a_{two}", f"_{one}") == "a"
     both = [Path(f"{name}.png") for name in (one, two)]
     chosen = distinct(both, [Path(f"{name}.jpg.png") for name in (one, two)])
     assert len({files.folded(name) for name in chosen}) == 2

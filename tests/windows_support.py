@@ -26,7 +26,8 @@ def in_use(path: Any) -> bool:
             continue
         if os.path.samestat(own, other):
             return True
-    return os.path.realpath(path) in Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+    lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
+    return any(line.endswith(f" {os.path.realpath(path)}") for line in lines)
 
 
 class Locks:
@@ -83,6 +84,15 @@ def windows_rules(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     for name, function in (("replace", checked_replace), ("unlink", checked_unlink), ("remove", checked_unlink)):
         monkeypatch.setattr(os, name, function)
+
+    def unlink_path(path: Path, missing_ok: bool = False) -> None:
+        try:
+            checked_unlink(path)
+        except FileNotFoundError:
+            if not missing_ok:
+                raise
+
+    monkeypatch.setattr(Path, "unlink", unlink_path)  # which keeps a function of its own in Python 3.10
     monkeypatch.setattr(files, "fcntl", None)
     monkeypatch.setattr(files, "msvcrt", Locks())
     monkeypatch.setattr(files, "CLOSED_ONLY", True)

@@ -25,7 +25,7 @@ def main() -> None:
     try:
         from .commands import app
 
-        app(windows_expand_args=False)  # names with brackets are no patterns
+        app(windows_expand_args=False)  # a name with brackets is no pattern, and ~ no home
     except KeyboardInterrupt:
         sys.exit(interrupts.CODE)
     except Exception as error:

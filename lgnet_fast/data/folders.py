@@ -27,7 +27,7 @@ class Found:
 
 def pictures_in(folder: Path, excluded: list[Path]) -> list[Path]:
     """The files in `folder` and below with an extension of EXTENSIONS, sorted, without hidden and `excluded` folders
-    (resolved paths)."""
+    (as :func:`.files.real_path` gives them)."""
     return scan(folder, excluded).pictures
 
 

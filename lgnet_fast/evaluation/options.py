@@ -12,6 +12,7 @@ from torch import nn
 from ..data.masks import KINDS
 from ..data.metrics import METRICS, Distance
 from ..errors import UsageError
+from ..files import real_path
 from ..pipeline import Inpainter
 from .baselines import BASELINES
 from .suite import SUITE_METRICS
@@ -144,14 +145,14 @@ class EvaluationOptions:
             return
         if self.folder.exists() and not self.folder.is_dir():
             raise UsageError(f"out: expected a folder, got the file {str(self.folder)!r}")
-        read = [path.resolve() for path in (self.source, self.mask_folder) if path is not None]
+        read = [real_path(path) for path in (self.source, self.mask_folder) if path is not None]
         dealt = self.masks is not None and not (self.suite or self.pair_by_name)  # any file in and below the folder
-        if self.folder.resolve() in read or (dealt and read[-1] in self.folder.resolve().parents):
+        if real_path(self.folder) in read or (dealt and read[-1] in real_path(self.folder).parents):
             raise UsageError(
                 "out: expected another folder than that of the pictures or masks, where the next evaluation would "
                 f"read {SHEET}, got {str(self.folder)!r}"
             )
-        if self.source.resolve() == (self.folder / SHEET).resolve():
+        if real_path(self.source) == real_path(self.folder / SHEET):
             raise UsageError(
                 f"out: expected another folder than that of the picture, which {SHEET} would replace, got "
                 f"{str(self.folder)!r}"

@@ -14,6 +14,7 @@ from ..data import folders
 from ..data.masks import HOLE_CLASSES, MaskFolder, generate_mask, hole_class, read_mask, resize_mask
 from ..data.shards import BESIDE_PICTURES, SHARD, Member, apart, read_shard
 from ..errors import DataError, InvalidImageError, InvalidMaskError, UsageError
+from ..files import real_path
 from ..jobs.folders import MasksByName
 from ..jobs.journal import stamp
 from ..pipeline.formats import EXTENSIONS
@@ -75,7 +76,7 @@ def pictures_in(source: Path, excluded: Sequence[Path] = ()) -> Pictures:
     if not source.exists():
         raise UsageError(f"pictures: {str(source)!r} does not exist")
     if source.is_dir():
-        others = [path.resolve() for path in excluded if path.resolve() != source.resolve()]
+        others = [real_path(path) for path in excluded if real_path(path) != real_path(source)]
         found = folders.scan(source, others, (*EXTENSIONS, SHARD))
         all_files, left_out = found.pictures, list[tuple[PictureFile, str]](found.left_out)
     else:
@@ -298,7 +299,7 @@ def mask_source(
 
 def _refuse_pictures(masks: Sequence[Path], pictures: Sequence[PictureFile]) -> None:
     """Any picture could be read as a mask: its bright parts would be the hole."""
-    own = {stored_in(picture).resolve() for picture in pictures}
+    own = {real_path(stored_in(picture)) for picture in pictures}
     for mask in masks:
-        if mask.resolve() in own:
+        if real_path(mask) in own:
             raise UsageError(f"masks: expected masks, got {str(mask)!r}, which is one of the pictures")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import unicodedata
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -17,13 +18,20 @@ def beside(picture: Path) -> list[Path]:
 
 def of_mask(stem: str, suffix: str) -> str | None:
     """The stem of the picture to which a mask of this stem belongs; None where the stem is not that of a mask."""
-    found = re.fullmatch(rf"(.+){re.escape(suffix)}\d*", stem, re.DOTALL)
-    return None if found is None else found[1]
+    # macOS may write the accents of the suffix in another way than they were typed.
+    for spelling in dict.fromkeys((suffix, *(unicodedata.normalize(form, suffix) for form in ("NFC", "NFD")))):
+        if (found := re.fullmatch(rf"(.+){re.escape(spelling)}\d*", stem, re.DOTALL)) is not None:
+            return found[1]
+    return None
 
 
-def _key(path: Path) -> Path:
-    """A relative path without its extension, by which masks are found."""
-    return Path(composed(str(path.with_suffix(""))))
+def _spelt_alike(places: dict[Path, list[Path]], owned: set[Path]) -> dict[Path, list[Path]]:
+    """The files of `places` by the composed spelling of their place, without those at the place of a picture."""
+    alike: dict[Path, list[Path]] = {}
+    for place, found in places.items():
+        if place not in owned:
+            alike.setdefault(Path(composed(str(place))), []).extend(found)
+    return alike
 
 
 class MasksByName:
@@ -35,22 +43,25 @@ class MasksByName:
 
     def __init__(self, folder: Path, masks: Iterable[Path], pictures: Iterable[Path] = ()) -> None:
         self._folder = folder
-        self._owned = {_key(picture) for picture in pictures}
+        self._owned = {folder / picture.with_suffix("") for picture in pictures}
         self._at: dict[Path, list[Path]] = {}
         self._named: dict[str, list[Path]] = {}
         for mask in masks:
-            place = _key(mask.relative_to(folder))
-            self._at.setdefault(place, []).append(mask)
-            self._named.setdefault(place.name, []).append(mask)
+            self._at.setdefault(mask.relative_to(folder).with_suffix(""), []).append(mask)
+            self._named.setdefault(mask.stem, []).append(mask)
+        own = {place.relative_to(folder) for place in self._owned}
+        self._alike = _spelt_alike(self._at, own)
 
     def of_picture(self, relative: Path, suffix: bool = True) -> tuple[Path | None, str | None]:
         """(mask, None) or (None, problem) of the picture at `relative`, whose name has an extension if `suffix`."""
-        place = _key(relative) if suffix else Path(composed(str(relative)))
+        place = relative.with_suffix("") if suffix else relative
         candidates = self._at.get(place) or self._named.get(place.name, [])
+        if not candidates:  # with the accents in another spelling
+            candidates = self._alike.get(Path(composed(str(place))), [])
         if len(candidates) > 1:
             candidates = [mask for mask in candidates if mask.name == relative.name] or candidates
         if len(candidates) == 1:
-            if place in self._at or _key(candidates[0].relative_to(self._folder)) not in self._owned:
+            if place in self._at or candidates[0].with_suffix("") not in self._owned:
                 return candidates[0], None
             other = str(candidates[0].relative_to(self._folder))
             return None, f"mask: no file named {place.name!r} in {str(self._folder)!r} but {other}, another picture's"
@@ -68,20 +79,22 @@ class MasksBySuffix:
 
     def __init__(self, folder: Path, masks: Iterable[Path], suffix: str, pictures: Iterable[Path] = ()) -> None:
         self._folder, self._suffix = folder, suffix
-        self._owned = {_key(picture) for picture in pictures}
+        self._owned = {folder / picture.with_suffix("") for picture in pictures}
         self._of: dict[str, list[Path]] = {}
+        at: dict[Path, list[Path]] = {}
         for mask in masks:
-            if (stem := of_mask(composed(mask.stem), composed(suffix))) is not None:
+            if (stem := of_mask(mask.stem, suffix)) is not None:
                 self._of.setdefault(stem, []).append(mask)
+                at.setdefault(mask.parent / stem, []).append(mask)
+        self._alike = _spelt_alike(at, self._owned)
 
     def of_picture(self, relative: Path) -> tuple[list[Path], str | None]:
         """The masks of the picture at `relative`, or the problem with them."""
-        place = _key(relative)
+        place = relative.with_suffix("")
         named = self._of.get(place.name, [])
-        folders = {mask: _key(mask.relative_to(self._folder)).parent for mask in named}
-        own = [mask for mask in named if folders[mask] == place.parent]
-        if not own and not any(folder / place.name in self._owned for folder in folders.values()):
-            own = named
+        own = [mask for mask in named if mask.parent == self._folder / place.parent]
+        if not own and not any(mask.parent / place.name in self._owned for mask in named):
+            own = named or self._alike.get(Path(composed(str(self._folder / place))), [])
         if not own:
             but = " but those of other pictures" if named else ""
             return [], f"mask: no file named {place.name + self._suffix!r} in {str(self._folder)!r}{but}"

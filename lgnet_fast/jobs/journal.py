@@ -26,6 +26,8 @@ from .world import World
 FOLDER = ".lgnet_fast"
 
 _HEARTBEAT = 2.0
+# Seconds without a heartbeat after which a journal is that of a dead process.
+_PATIENCE = 10.0
 _POLL = 0.1
 
 
@@ -136,7 +138,7 @@ class Journal:
         """Delete the journals of earlier launches; this launch's journals repeat their content."""
         for part in self.folder.glob("*.jsonl"):
             if not part.name.startswith(self.world.launch):
-                with suppress(OSError):  # a process that died a moment ago may hold it on Windows
+                with suppress(PermissionError):  # a process that ends may hold it, on Windows
                     part.unlink(missing_ok=True)
 
     def _part(self, rank: int) -> Path:
@@ -159,10 +161,11 @@ class Journal:
         found: dict[str, Done] = {}
         parts = [part for part in self.folder.glob("*.jsonl") if not part.name.startswith(self.world.launch)]
         for part in sorted(parts, key=lambda part: part.stat().st_mtime_ns):
-            if files.is_locked(part):
+            lines = _lines(part)
+            if _is_at_work(part, lines):
                 raise JobError(f"out: another run of this job is at work (it holds {str(part)!r})")
             begun: dict[str, dict[str, Any]] = {}
-            for line in _lines(part):
+            for line in lines:
                 if "writing" in line:
                     begun[line["key"]] = line
                 elif "done" in line:
@@ -172,7 +175,7 @@ class Journal:
             for key, line in begun.items():
                 output = Path(line["output"])
                 for left in output.parent.glob(f"{_escaped(temporary_prefix(output))}*.tmp"):
-                    with suppress(OSError):
+                    with suppress(PermissionError):
                         left.unlink(missing_ok=True)
                 now = stamp(output)
                 if now is not None and now != line["before"]:
@@ -198,6 +201,14 @@ class Journal:
                 # Written but not recorded: the next launch finds the file.
                 return records, False
             time.sleep(_POLL)
+
+
+def _is_at_work(part: Path, lines: list[dict[str, Any]]) -> bool:
+    """Whether a live process holds a journal; where the file system has no locks, by its heartbeat."""
+    if (locked := files.is_locked(part)) is not None:
+        return locked
+    silent = time.time() - part.stat().st_mtime
+    return silent < _PATIENCE and not any("finished" in line for line in lines)
 
 
 def _escaped(name: str) -> str:

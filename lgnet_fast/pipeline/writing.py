@@ -79,11 +79,12 @@ def write_atomically(path: Path, data: bytes) -> None:
             file.flush()
             os.fsync(file.fileno())
             if not files.CLOSED_ONLY:  # while it is locked, nobody takes it for a leftover
-                os.replace(temporary, path)
+                files.replace(temporary, path)
         if files.CLOSED_ONLY:
             files.replace(temporary, path)
     except BaseException as error:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # which would hide the first one
+            temporary.unlink(missing_ok=True)
         # On a full disk, `write` names no file. An error without a number would lose its text by it.
         if isinstance(error, OSError) and error.errno is not None and error.filename is None:
             error.filename = str(path)

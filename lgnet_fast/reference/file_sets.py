@@ -137,7 +137,7 @@ def _alone(directory: Path) -> Iterator[bool]:
 def _sync(path: Path) -> None:
     """Flush a file, or the names in a folder, to the disk, where the system allows it."""
     try:
-        descriptor = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR)  # Windows flushes what can be written
+        descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)  # there only what can be written
     except OSError:  # folders on Windows
         return
     try:
@@ -155,7 +155,11 @@ def _put(file: Path, target: Path) -> None:
     except OSError:  # a file system without links
         shutil.copyfile(file, copy)
         _sync(copy)
-    files.replace(copy, target)
+    try:
+        files.replace(copy, target)
+    except OSError:
+        copy.unlink(missing_ok=True)
+        raise
 
 
 @contextlib.contextmanager
@@ -205,8 +209,8 @@ def staged(directory: Path) -> Iterator[Path]:
                 for file in written:
                     if file.name in members or not (directory / file.name).exists():
                         _put(file, directory / file.name)
-            except PermissionError:
-                if not files.CLOSED_ONLY:
+            except OSError as error:
+                if not files.is_in_use(error):
                     raise
                 return  # an old file is in use, by a loaded model for instance: the set is read from the sub-folder
             _sync(directory)

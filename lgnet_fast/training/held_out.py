@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..data.masks import generate_mask
 from ..errors import DataError
+from ..files import real_path
 from ..pipeline.notices import warn
 from .config import DataConfig
 from .crops import PROTOCOLS, crop_box, decode, quiet, scale
@@ -89,9 +90,9 @@ def warn_of_trained(data: DataConfig, trained: Source) -> None:
     that the network has seen. Nothing is said of one place that is named for both."""
     if data.validation is None:
         return
-    held = Path(data.validation).resolve()
+    held = real_path(data.validation)
     for place in data.pictures:
-        whole = Path(place).resolve()
+        whole = real_path(place)
         if whole not in held.parents:
             continue
         inside = str(Path(place) / held.relative_to(whole))
