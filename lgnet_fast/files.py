@@ -140,6 +140,15 @@ def is_in_use(error: OSError) -> bool:
     return isinstance(error, PermissionError) or getattr(error, "winerror", None) == _USER_MAPPED
 
 
+def remove(path: Path) -> None:
+    """Remove a file if it is there; on Windows one that is open or mapped stays."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError as error:
+        if not is_in_use(error):
+            raise
+
+
 def check_writable(folder: Path, content: bytes = b"") -> None:
     """Write a file in a folder, and remove it. Raises OSError."""
     if os.name != "nt":
@@ -190,11 +199,11 @@ def is_link(path: Path) -> bool:
     return bool(tag) and tag == getattr(stat, "IO_REPARSE_TAG_MOUNT_POINT", None)
 
 
-def composed(name: str) -> str:
-    """A name with composed characters: macOS hands out "e" and an accent where other systems have one character."""
-    return unicodedata.normalize("NFC", name)
+def composed(path: str | Path) -> str:
+    """A path with composed characters: macOS hands out "e" and an accent where other systems have one character."""
+    return unicodedata.normalize("NFC", str(path))
 
 
 def folded(path: str | Path) -> str:
     """A path as file systems see it that ignore case and how accents are written."""
-    return composed(composed(str(path)).casefold())
+    return composed(composed(path).casefold())

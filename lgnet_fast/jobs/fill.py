@@ -28,7 +28,7 @@ from .items import CONTROL, plan_items, refuse_report_clash
 from .journal import FOLDER, Journal, fingerprint, model_stamp
 from .options import FillOptions
 from .report import ReportFile
-from .world import World
+from .world import STOP_SIGNALS, World
 
 
 def fill(options: FillOptions, world: World | None = None) -> int:
@@ -268,10 +268,6 @@ def report_of(
     }
 
 
-# SIGBREAK: Ctrl-Break on Windows.
-_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
-
-
 @contextlib.contextmanager
 def _signals_told(came: list[int]) -> Iterator[None]:
     """In this context, Ctrl-C and SIGTERM raise KeyboardInterrupt and are appended to `came`.
@@ -285,7 +281,7 @@ def _signals_told(came: list[int]) -> Iterator[None]:
 
     before = {}
     if threading.current_thread() is threading.main_thread():
-        for number in _SIGNALS:
+        for number in STOP_SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, None):  # ignored, as in background jobs of a shell
                 before[number] = signal.signal(number, handle)
     try:

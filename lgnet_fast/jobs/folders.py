@@ -25,12 +25,12 @@ def of_mask(stem: str, suffix: str) -> str | None:
     return None
 
 
-def _spelt_alike(places: dict[Path, list[Path]], owned: set[Path]) -> dict[Path, list[Path]]:
+def _spelt_alike(places: dict[Path, list[Path]], owned: set[Path]) -> dict[str, list[Path]]:
     """The files of `places` by the composed spelling of their place, without those at the place of a picture."""
-    alike: dict[Path, list[Path]] = {}
+    alike: dict[str, list[Path]] = {}
     for place, found in places.items():
         if place not in owned:
-            alike.setdefault(Path(composed(str(place))), []).extend(found)
+            alike.setdefault(composed(place), []).extend(found)
     return alike
 
 
@@ -43,21 +43,21 @@ class MasksByName:
 
     def __init__(self, folder: Path, masks: Iterable[Path], pictures: Iterable[Path] = ()) -> None:
         self._folder = folder
-        self._owned = {folder / picture.with_suffix("") for picture in pictures}
+        owned = {picture.with_suffix("") for picture in pictures}
+        self._owned = {folder / place for place in owned}
         self._at: dict[Path, list[Path]] = {}
         self._named: dict[str, list[Path]] = {}
         for mask in masks:
             self._at.setdefault(mask.relative_to(folder).with_suffix(""), []).append(mask)
             self._named.setdefault(mask.stem, []).append(mask)
-        own = {place.relative_to(folder) for place in self._owned}
-        self._alike = _spelt_alike(self._at, own)
+        self._alike = _spelt_alike(self._at, owned)
 
     def of_picture(self, relative: Path, suffix: bool = True) -> tuple[Path | None, str | None]:
         """(mask, None) or (None, problem) of the picture at `relative`, whose name has an extension if `suffix`."""
         place = relative.with_suffix("") if suffix else relative
         candidates = self._at.get(place) or self._named.get(place.name, [])
         if not candidates:  # with the accents in another spelling
-            candidates = self._alike.get(Path(composed(str(place))), [])
+            candidates = self._alike.get(composed(place), [])
         if len(candidates) > 1:
             candidates = [mask for mask in candidates if mask.name == relative.name] or candidates
         if len(candidates) == 1:
@@ -94,7 +94,7 @@ class MasksBySuffix:
         named = self._of.get(place.name, [])
         own = [mask for mask in named if mask.parent == self._folder / place.parent]
         if not own and not any(mask.parent / place.name in self._owned for mask in named):
-            own = named or self._alike.get(Path(composed(str(self._folder / place))), [])
+            own = named or self._alike.get(composed(self._folder / place), [])
         if not own:
             but = " but those of other pictures" if named else ""
             return [], f"mask: no file named {place.name + self._suffix!r} in {str(self._folder)!r}{but}"

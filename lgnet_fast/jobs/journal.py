@@ -13,7 +13,6 @@ import socket
 import threading
 import time
 import types
-from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -138,8 +137,7 @@ class Journal:
         """Delete the journals of earlier launches; this launch's journals repeat their content."""
         for part in self.folder.glob("*.jsonl"):
             if not part.name.startswith(self.world.launch):
-                with suppress(PermissionError):  # a process that ends may hold it, on Windows
-                    part.unlink(missing_ok=True)
+                files.remove(part)
 
     def _part(self, rank: int) -> Path:
         return self.folder / f"{self.world.launch}-{rank:05d}.jsonl"
@@ -161,8 +159,10 @@ class Journal:
         found: dict[str, Done] = {}
         parts = [part for part in self.folder.glob("*.jsonl") if not part.name.startswith(self.world.launch)]
         for part in sorted(parts, key=lambda part: part.stat().st_mtime_ns):
+            # Checked before the lines are read, so that lines written just before a process died are not missed.
+            locked = files.is_locked(part)
             lines = _lines(part)
-            if _is_at_work(part, lines):
+            if locked or (locked is None and _beats(part, lines)):
                 raise JobError(f"out: another run of this job is at work (it holds {str(part)!r})")
             begun: dict[str, dict[str, Any]] = {}
             for line in lines:
@@ -175,8 +175,7 @@ class Journal:
             for key, line in begun.items():
                 output = Path(line["output"])
                 for left in output.parent.glob(f"{_escaped(temporary_prefix(output))}*.tmp"):
-                    with suppress(PermissionError):
-                        left.unlink(missing_ok=True)
+                    files.remove(left)
                 now = stamp(output)
                 if now is not None and now != line["before"]:
                     found[key] = Done(line["writing"], now)
@@ -203,10 +202,8 @@ class Journal:
             time.sleep(_POLL)
 
 
-def _is_at_work(part: Path, lines: list[dict[str, Any]]) -> bool:
-    """Whether a live process holds a journal; where the file system has no locks, by its heartbeat."""
-    if (locked := files.is_locked(part)) is not None:
-        return locked
+def _beats(part: Path, lines: list[dict[str, Any]]) -> bool:
+    """Whether a journal without an end had a heartbeat a moment ago, for file systems without locks."""
     silent = time.time() - part.stat().st_mtime
     return silent < _PATIENCE and not any("finished" in line for line in lines)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -14,6 +15,10 @@ import torch
 from ..errors import BackendError
 
 T = TypeVar("T")
+
+STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+"""What asks a process to end. SIGBREAK: Ctrl-Break and the end of the console on Windows, where nothing else sends
+SIGTERM."""
 
 _RENDEZVOUS = timedelta(minutes=5)
 

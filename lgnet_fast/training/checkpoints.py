@@ -64,15 +64,6 @@ def save_checkpoint(path: Path, state: dict[str, Any]) -> None:
         ) from error
 
 
-def _remove(path: Path) -> None:
-    """Remove a file; one that is open elsewhere, on Windows, stays until the next save."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError as error:
-        if not files.is_in_use(error):
-            raise
-
-
 @contextlib.contextmanager
 def _checksums() -> Iterator[None]:
     """``torch.save`` writes checksums in this context, even if the program has switched them off."""
@@ -139,14 +130,14 @@ class CheckpointFolder:
         save_checkpoint(path, state)
         # Later ones are of a run that was resumed from an earlier checkpoint because they are damaged.
         for old in [one for one in self.steps() if one <= step][: -self.keep]:
-            _remove(self.path(old))
+            files.remove(self.path(old))  # one that is read meanwhile goes with the next save
         self.clean()
         return path
 
     def clean(self) -> None:
         """Remove incomplete files of killed processes."""
         for left in self.folder.glob(f"*{_UNFINISHED}"):
-            _remove(left)
+            files.remove(left)
 
     def files(self) -> list[Path]:
         """The checkpoints from which a run is resumed, in the order in which they are tried: the newest first, the

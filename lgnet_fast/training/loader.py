@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Sampler
 
+from ..jobs.world import STOP_SIGNALS
 from .samples import InpaintingDataset, Sample
-from .signals import STOP_SIGNALS
 
 
 def collate(samples: Sequence[Sample]) -> dict[str, Any]:
@@ -65,7 +65,7 @@ def make_loader(dataset: InpaintingDataset, sampler: PositionSampler, pin: bool)
 
 
 def _start_worker(worker: int) -> None:
-    # Both may reach the whole process group (Ctrl-C, timeout, a job's end). The trainer finishes its step, for which
+    # They may reach the whole process group (Ctrl-C, timeout, a job's end). The trainer finishes its step, for which
     # it needs the workers, and then ends them.
     for number in STOP_SIGNALS:
         signal.signal(number, signal.SIG_IGN)

@@ -11,8 +11,7 @@ from typing import Any
 
 import torch
 
-# SIGBREAK: Ctrl-Break and the end of the console on Windows, where nothing else sends SIGTERM.
-STOP_SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGBREAK") if hasattr(signal, name)]
+from ..jobs.world import STOP_SIGNALS
 
 
 @contextlib.contextmanager
