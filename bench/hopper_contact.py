@@ -73,7 +73,7 @@ def known(log: Log) -> None:
 
     right = True
     for reflect, cluster, tile_h in KNOWN:
-        tile = hopper.HopperTile(tile_h, cluster, 3, 2)
+        tile = hopper.HopperTile(tile_h, cluster, 6, 2)
         conv = Conv(64, 64, 3, 1, 1, False, reflect, False)
         # pixels are numbered from 1 (0 is what lies outside), channels from 1
         number = torch.arange(1, HEIGHT * WIDTH + 1, device="cuda", dtype=torch.float16).view(1, HEIGHT, WIDTH, 1)
@@ -126,7 +126,7 @@ def random_weights(log: Log) -> None:
         conv = (
             Conv(64, 128, 4, 2, 1, True, False, False) if transposed else Conv(128, 128, 3, 1, 1, False, True, False)
         )
-        tile = hopper.HopperTile(tile_h, cluster, 4, 2)
+        tile = hopper.HopperTile(tile_h, cluster, 6, 2)
         error = hopper._error(conv, tile, (2, 32, 16), torch.float16, device, generator)
         log("known", tile=list(tile), conv=list(conv), relative_error=error, right=error < 1e-3)
 
@@ -190,15 +190,15 @@ def check_steps(log: Log) -> None:
     _, plan = model_and_plan("lgnet", 1)
     for _, step, size in supported(plan):
         for dtype, batch, rect, tile in (
-            (torch.float16, 1, None, hopper.HopperTile(16, 4, 6, 2)),
-            (torch.float16, 1, None, hopper.HopperTile(16, 2, 6, 2, 2)),
-            (torch.float16, 1, None, hopper.HopperTile(16, 2, 6, 2, 1, True)),
-            (torch.bfloat16, 2, None, hopper.HopperTile(8, 4, 6, 2, 2, True)),
-            (torch.float16, 1, None, hopper.HopperTile(4, 2, 6, 2)),
-            (torch.float16, 2, None, hopper.HopperTile(8, 8, 6, 2, 2)),
-            (torch.float16, 2, None, hopper.HopperTile(32, 1, 6, 2)),
-            (torch.bfloat16, 1, None, hopper.HopperTile(16, 4, 6, 2, 2)),
-            (torch.float16, 1, (1, 5, 2, 9), hopper.HopperTile(4, 1, 6, 2)),
+            (torch.float16, 1, None, hopper.HopperTile(16, 4, 12, 2)),
+            (torch.float16, 1, None, hopper.HopperTile(16, 2, 12, 2, 2)),
+            (torch.float16, 1, None, hopper.HopperTile(16, 2, 12, 2, 1, True)),
+            (torch.bfloat16, 2, None, hopper.HopperTile(8, 4, 12, 2, 2, True)),
+            (torch.float16, 1, None, hopper.HopperTile(4, 2, 12, 2)),
+            (torch.float16, 2, None, hopper.HopperTile(8, 8, 12, 2, 2)),
+            (torch.float16, 2, None, hopper.HopperTile(32, 1, 12, 2)),
+            (torch.bfloat16, 1, None, hopper.HopperTile(16, 4, 12, 2, 2)),
+            (torch.float16, 1, (1, 5, 2, 9), hopper.HopperTile(4, 1, 12, 2)),
         ):
             operands = step_operands(step, batch, size, dtype)
             conv, value = operands["conv"], operands["value"]

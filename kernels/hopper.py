@@ -27,7 +27,7 @@ from .results import Store
 
 CAPABILITY = (9, 0)
 CHANNELS = 64
-"""Output channels of a thread block, and input channels of a step."""
+"""Output channels of a thread block, and input channels of a step, which is a row of taps."""
 TILE_W = 8
 TILE_HEIGHTS = (4, 8, 16, 32)
 SHARED_LIMIT = 232448
@@ -35,7 +35,7 @@ SHARED_LIMIT = 232448
 _GROUP_THREADS, _OTHER_THREADS = 128, 128
 _MOST_SPLIT_BLOCKS = 160  # an H100 has 132 multiprocessors; more blocks need no split of the depth
 _LINE = 2 * CHANNELS  # bytes of a pixel's channels, or of a depth's columns
-_WEIGHT_BYTES = CHANNELS * _LINE
+_TAP_BYTES = CHANNELS * _LINE  # of the weights of a tap
 _MAX_WEIGHT_STAGES, _MAX_PATCH_STAGES = 12, 4
 _BARRIER_BYTES = 8 * (2 * _MAX_WEIGHT_STAGES + 3 * _MAX_PATCH_STAGES)
 _ALIGNMENT = 1024  # bytes after which the swizzle repeats
@@ -48,7 +48,8 @@ class HopperTile(NamedTuple):
     tile_h: int
     cluster: int
     """Blocks that share the weights of a stage, or with `split` the depth of a tile."""
-    weight_stages: int = 8
+    weight_taps: int = 12
+    """Taps of which a block holds weights; a stage has a row of them."""
     patch_stages: int = 4
     groups: int = 1
     """Warpgroups of a block, which multiply in turns."""
@@ -90,7 +91,7 @@ class Args(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 "stride_r", "stride_0", "stride_1", "activation_0", "activation_1", "reflect",
-                "pitch", "box_rows", "weight_stages", "patch_stages", "patch_bytes",
+                "pitch", "box_rows", "weight_stages", "weight_bytes", "patch_stages", "patch_bytes",
             )
         ),
     ]  # fmt: skip
@@ -124,12 +125,15 @@ def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
         return None
     if tile.tile_h not in TILE_HEIGHTS:
         return f"tiles of {tile.tile_h} rows ({TILE_HEIGHTS} are supported)"
-    if not (
-        2 * tile.groups <= tile.weight_stages <= _MAX_WEIGHT_STAGES and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES
-    ):
-        return f"{tile.weight_stages} stages of weights and {tile.patch_stages} of patches"
     if tile.groups not in (1, 2):
         return f"{tile.groups} warpgroups (1 and 2 are supported)"
+    stages = tile.weight_taps // max(axis.taps)
+    if not (
+        2 * tile.groups <= stages
+        and tile.weight_taps <= _MAX_WEIGHT_STAGES
+        and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES
+    ):
+        return f"weights of {tile.weight_taps} taps, {stages} rows of them, and {tile.patch_stages} stages of patches"
     if tile.split and tile.cluster * CHANNELS > conv.in_channels:
         return f"{conv.in_channels} channels among {tile.cluster} blocks (multiples of {CHANNELS} each are supported)"
     if tile.cluster not in (1, 2, 4, 8):
@@ -167,17 +171,18 @@ def describe_launch(
     cluster, parts = (tile.cluster, tile.cluster) if tile.split else (sharing, 1)
     all_chunks = conv.in_channels // CHANNELS
     chunks = all_chunks // parts  # the fewest of a block
-    fewest_taps = min(y for _, y in used[0]) * min(x for _, x in used[1])
-    if chunks * fewest_taps < tile.groups:
+    fewest_rows = min(count for _, count in used[0])
+    if chunks * fewest_rows < tile.groups:
         raise ValueError(f"tile: {tile} has more warpgroups than the product has steps")
     # A group keeps a patch until its next step, which may belong to a later one; that patch needs a stage, too.
-    kept = 1 - (-tile.groups // fewest_taps)
+    kept = 1 - (-tile.groups // fewest_rows)
+    weight_stages, weight_bytes = tile.weight_taps // most_x, most_x * _TAP_BYTES
     results = tile.groups * TILE_W * tile.tile_h * _ROW_BYTES  # they replace weights and patches
     patch_stages = max(
         min(max(tile.patch_stages, kept), -(-all_chunks // parts)),
-        -((tile.weight_stages * _WEIGHT_BYTES - results) // patch_bytes),
+        -((weight_stages * weight_bytes - results) // patch_bytes),
     )
-    shared_bytes = tile.weight_stages * _WEIGHT_BYTES + patch_stages * patch_bytes + _ALIGNMENT + _BARRIER_BYTES
+    shared_bytes = weight_stages * weight_bytes + patch_stages * patch_bytes + _ALIGNMENT + _BARRIER_BYTES
     if patch_stages > _MAX_PATCH_STAGES or shared_bytes > SHARED_LIMIT:
         raise ValueError(f"tile: {tile} takes {shared_bytes} bytes of shared memory")
     pair = ctypes.c_int32 * 2
@@ -192,8 +197,8 @@ def describe_launch(
         count_y=pair(*(count for _, count in used[0])), count_x=pair(*(count for _, count in used[1])),
         taps=pair(axis.taps[0], axis.taps[phases - 1]),
         reflect=conv.reflect,
-        pitch=pitch, box_rows=box_rows, weight_stages=tile.weight_stages, patch_stages=patch_stages,
-        patch_bytes=patch_bytes,
+        pitch=pitch, box_rows=box_rows, weight_stages=weight_stages, weight_bytes=weight_bytes,
+        patch_stages=patch_stages, patch_bytes=patch_bytes,
     )  # fmt: skip
     return Launch(args, m_tiles * args.n_blocks * args.phases * parts, cluster, shared_bytes, (pitch, box_rows))
 

@@ -5,7 +5,7 @@
 //     out[channel, pixel] = sum over taps and input channels of weight[channel, depth] * patch[pixel + tap, depth]
 //
 // The channels are the rows of the product (wgmma's M) and the pixels its columns (N = 8 TILE_H). A 64 x 128 block
-// then reads 48 bytes of shared memory a clock; the hardware's limit is 128.
+// then reads 96 bytes of shared memory a clock; the hardware's limit is 128.
 //
 // Patch. For 64 input channels at a time the tensor memory accelerator (TMA) copies the tile with its halo into
 // shared memory once: one line of 128 bytes a pixel, `pitch` pixels a row, swizzled by 128 bytes. Every tap reads the
@@ -13,14 +13,17 @@
 // `pitch` lines apart. The swizzle exclusive-ors bits 4 to 6 of the shared memory address with its bits 7 to 9, in
 // the TMA and in wgmma alike. A start address therefore need not be a multiple of 1024 bytes.
 //
-// Weights are packed by kernels/conv.py as [taps * channels in, channels out] and loaded in stages of 64 x 64. The
-// blocks of a cluster either have the same weights and different tiles: then each loads its part of a stage and
+// Weights are packed by kernels/conv.py as [taps * channels in, channels out] and loaded in boxes of 64 x 64. The
+// blocks of a cluster either have the same weights and different tiles: then each loads its part of a box and
 // multicasts it to all of them. Or they split the input channels of the same tile (`Args::split`): block i takes
 // every cluster-th 64 channels from the i-th on. Each then stores a part of the pixels, for which it reads the sums
 // of all blocks through distributed shared memory, in the order of the blocks.
 //
-// A step is one tap of 64 input channels. GROUPS warpgroups multiply: group i computes every GROUPS-th step from the
-// i-th on, for the whole tile, so that one multiplies while another waits. Their sums are added when they are stored.
+// A step is a row of taps of 64 input channels: their weights are one stage, their products one group. Waiting,
+// addresses and signals of a step take about 85 instructions, 400 clocks, which pass while the tensor cores work on
+// the step before (tile of 8 x 16: 256 clocks a tap). GROUPS warpgroups multiply: group i computes every GROUPS-th
+// step from the i-th on, for the whole tile, so that one multiplies while another waits. Their sums are added when
+// they are stored.
 // Three more warps load weights, load patches, and apply reflection padding to the patches of tiles at the edge of
 // the map: the last copies pixels within the patch. For zero padding it does nothing, because the TMA fills with
 // zeros.
@@ -35,7 +38,7 @@ namespace lgnet {
 
 constexpr int kChannels = 64;  // output channels of a block, and input channels of a step
 constexpr int kLine = 128;     // bytes of a pixel's input channels, or of a depth's output channels
-constexpr int kWeightBytes = kChannels * kLine;
+constexpr int kTapBytes = kChannels * kLine;  // of the weights of a tap
 constexpr int kMaxWeightStages = 12;
 constexpr int kMaxPatchStages = 4;
 constexpr int kGroupThreads = 128;
@@ -56,8 +59,8 @@ struct Args {
   int32_t tiles_x, tiles_y, m_tiles, n_blocks, chunks, phases, out_step, split;
   int32_t origin_y[2], origin_x[2], first_y[2], first_x[2], count_y[2], count_x[2], taps[2];
   int32_t stride_r, stride_0, stride_1, activation_0, activation_1, reflect;
-  // the patch: pixels of a row (pitch), rows, bytes of a stage
-  int32_t pitch, box_rows, weight_stages, patch_stages, patch_bytes;
+  // the patch: pixels of a row (pitch), rows; stages and their bytes
+  int32_t pitch, box_rows, weight_stages, weight_bytes, patch_stages, patch_bytes;
 };
 
 // The most tries of a wait, so that an endless wait ends in an error. A launch takes microseconds; this many tries
@@ -184,7 +187,7 @@ struct Memory {
     char* const start = reinterpret_cast<char*>(dynamic_shared());
     bytes = start + ((1024 - (shared_address(start) & 1023)) & 1023);  // the swizzle repeats after 1024 bytes
     weights = shared_address(bytes);
-    patches = weights + args.weight_stages * kWeightBytes;
+    patches = weights + args.weight_stages * args.weight_bytes;
     barriers = patches + args.patch_stages * args.patch_bytes;
   }
   __device__ __forceinline__ uint32_t weights_full(int stage) const { return barriers + 8 * stage; }
@@ -236,26 +239,28 @@ __device__ __forceinline__ void load_weights(const Args& args, const Memory& mem
   const int taps_x = args.taps[place.phase_x];
   const int before = place.phase_y * args.taps[0] * (args.taps[0] + args.taps[1]) +
                      place.phase_x * args.taps[place.phase_y] * args.taps[0];
+  const int first = before + args.first_y[place.phase_y] * taps_x + args.first_x[place.phase_x];
+  const int tap_rows = args.chunks * kChannels;  // of the weights, from a tap to the next
   const uint32_t to = memory.weights + rank * part * kLine;
   Ring ring = {0, args.weight_stages, 1};
 #pragma unroll 1
   for (int chunk = cluster.part; chunk < args.chunks; chunk += cluster.parts) {
+    int row = first * tap_rows + chunk * kChannels + rank * part;
 #pragma unroll 1
-    for (int y = 0; y < reading.count_y; ++y) {
+    for (int y = 0; y < reading.count_y; ++y, row += taps_x * tap_rows) {
+      const uint32_t full = memory.weights_full(ring.stage);
+      barrier_wait(memory.weights_empty(ring.stage), ring.parity);
+      barrier_expect(full, reading.count_x * kTapBytes);
 #pragma unroll 1
       for (int x = 0; x < reading.count_x; ++x) {
-        const int tap = before + (args.first_y[place.phase_y] + y) * taps_x + args.first_x[place.phase_x] + x;
-        const int row = (tap * args.chunks + chunk) * kChannels + rank * part;
-        const uint32_t full = memory.weights_full(ring.stage);
-        barrier_wait(memory.weights_empty(ring.stage), ring.parity);
-        barrier_expect(full, kWeightBytes);
+        const uint32_t stage = to + ring.stage * args.weight_bytes + x * kTapBytes;
         if (blocks > 1) {
-          multicast_box(to + ring.stage * kWeightBytes, weights, full, place.column, row, (1 << blocks) - 1);
+          multicast_box(stage, weights, full, place.column, row + x * tap_rows, (1 << blocks) - 1);
         } else {
-          copy_box(to + ring.stage * kWeightBytes, weights, full, place.column, row);
+          copy_box(stage, weights, full, place.column, row + x * tap_rows);
         }
-        ring.advance();
       }
+      ring.advance();
     }
   }
   // A block must not end before every block of the cluster has signalled its barriers for the last time.
@@ -322,8 +327,8 @@ struct Clocks {
   }
 };
 
-// The products of one warpgroup.
-template <bool BF16, int N, int GROUPS, bool TIMED>
+// The products of one warpgroup, where a row has kTaps taps.
+template <bool BF16, int N, int GROUPS, int kTaps, bool TIMED>
 __device__ __forceinline__ void multiply(const Args& args, const Memory& memory, const Reading& reading, int group,
                                          int lane, const Cluster& cluster, float (&sum)[N / 2],
                                          Clocks<TIMED>& clocks) {
@@ -332,14 +337,13 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
   Ring weights = {0, args.weight_stages, 0}, patches = {0, args.patch_stages, 0};
   uint32_t patch = 0;
   const int chunks = (args.chunks - cluster.part + cluster.parts - 1) / cluster.parts;
-  int chunk = 0, y = 0, x = 0;  // the step
-  int waited = 0, kept = 0;     // patches before these chunks have arrived, and have been released
-  Ring held = patches;          // where the patch of chunk `kept` is
-  int before = -1;              // the stage of this group's last step
+  int chunk = 0, y = 0;      // the step
+  int waited = 0, kept = 0;  // patches before these chunks have arrived, and have been released
+  Ring held = patches;       // where the patch of chunk `kept` is
+  int before = -1;           // the stage of this group's last step
   const auto next = [&] {
     weights.advance();
-    if (++x == reading.count_x) x = 0, ++y;
-    if (y == reading.count_y) y = 0, ++chunk;
+    if (++y == reading.count_y) y = 0, ++chunk;
   };
   for (int i = 0; i < group; ++i) next();
   // The loop is always entered and has no branch around the products: ptxas would otherwise wait for each product.
@@ -354,17 +358,21 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
       patch = memory.patches + patches.stage * args.patch_bytes;
       patches.advance();
     }
-    const uint64_t from_weights = at(a, memory.weights + weights.stage * kWeightBytes);
-    const uint64_t from_patch = at(b, patch + y * row_bytes + x * kLine);
+    const uint64_t from_weights = at(a, memory.weights + weights.stage * args.weight_bytes);
+    const uint64_t from_patch = at(b, patch + y * row_bytes);
     clocks.wait(kForWeights, memory.weights_full(weights.stage), weights.parity);
     if (before < 0) clocks.set(kOperands);
     products_begin();
 #pragma unroll
-    for (int k = 0; k < kChannels / 16; ++k) {
-      Product<N>::template add<BF16>(sum, from_weights + k * 16 * kLine / 16, from_patch + k * 32 / 16);
+    for (int x = 0; x < kTaps; ++x) {
+#pragma unroll
+      for (int k = 0; k < kChannels / 16; ++k) {
+        Product<N>::template add<BF16>(sum, from_weights + (x * kTapBytes + k * 16 * kLine) / 16,
+                                       from_patch + (x * kLine + k * 32) / 16);
+      }
     }
     products_commit();
-    // At most the last product is unfinished: the operands of the step before it have been read.
+    // At most the last step's products are unfinished: the operands of the step before it have been read.
     products_wait<1>();
     if (before >= 0) release(memory.weights_empty(before), cluster.sharing, lane);
 #pragma unroll 1
@@ -381,6 +389,19 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) opaque(sum[i]);
   clocks.set(kProducts);
+}
+
+template <bool BF16, int N, int GROUPS, bool TIMED>
+__device__ __forceinline__ void multiply_any(const Args& args, const Memory& memory, const Reading& reading, int group,
+                                             int lane, const Cluster& cluster, float (&sum)[N / 2],
+                                             Clocks<TIMED>& clocks) {
+  if (reading.count_x == 1) {
+    multiply<BF16, N, GROUPS, 1>(args, memory, reading, group, lane, cluster, sum, clocks);
+  } else if (reading.count_x == 2) {
+    multiply<BF16, N, GROUPS, 2>(args, memory, reading, group, lane, cluster, sum, clocks);
+  } else {
+    multiply<BF16, N, GROUPS, 3>(args, memory, reading, group, lane, cluster, sum, clocks);
+  }
 }
 
 // Where a thread stores: eight threads store a pixel, eight channels each.
@@ -477,7 +498,7 @@ __device__ __forceinline__ void compute(const Args& args, const Memory& memory, 
   float sum[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-  multiply<Pair<T>::kBf16, N, GROUPS, TIMED>(args, memory, reading, group, lane, cluster, sum, clocks);
+  multiply_any<Pair<T>::kBf16, N, GROUPS, TIMED>(args, memory, reading, group, lane, cluster, sum, clocks);
   // The sums replace the weights and patches, which all groups have read.
   float* const rows = reinterpret_cast<float*>(memory.bytes);
   meet<1, GROUPS * kGroupThreads>();
