@@ -17,6 +17,7 @@ from lgnet_fast.ops.torch_state import is_capturing, pass_on_out_of_memory
 
 from .apart import NO_CONTEXT, call_apart
 from .conv import Conv
+from .conv_kernels import divisor
 from .launch import ACTIVATIONS, is_recording
 from .results import Store
 
@@ -58,6 +59,18 @@ def check_bias(bias: Tensor, channels: int) -> None:
     aligned = bias.is_contiguous() and (channels < 4 or bias.data_ptr() % 16 == 0)
     if bias.dtype != torch.float32 or bias.shape != (channels,) or not aligned:
         raise ValueError(f"bias: expected {channels} aligned float32, got {tuple(bias.shape)} {bias.dtype}")
+
+
+class Divisor(ctypes.Structure):
+    """`Divisor` of csrc/cuda/divisor.cuh."""
+
+    _fields_ = [("size", ctypes.c_uint32), ("magic", ctypes.c_uint32), ("shift", ctypes.c_int32)]
+
+    @classmethod
+    def of(cls, size: int) -> Divisor:
+        """For the division of numbers below 2**31 by `size`; 0, of launches without blocks, counts as 1."""
+        magic, shift = divisor(max(size, 1))
+        return cls(max(size, 1), magic % (1 << 32), shift)
 
 
 def set_stores(args: ctypes.Structure, stores: Sequence[Store]) -> None:

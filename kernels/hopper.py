@@ -1,7 +1,8 @@
 """The engine's convolutions on Hopper (compute capability 9.0) by the CUDA C++ kernel of `csrc/cuda/hopper_conv.cu`.
 
-It computes what :func:`.conv.conv_forward` computes, for steps of stride 1 and transposed ones, in float16 and
-bfloat16. The patch of the input that a tile of outputs needs is copied to shared memory once and used for all taps.
+It computes what :func:`.conv.conv_forward` computes, for steps of stride 1, transposed ones, and those of stride 2
+with an even number of taps, in float16 and bfloat16. The patch of the input that a tile of outputs needs is copied to
+shared memory once and used for all taps.
 The machine code is in the package and is loaded by the driver, so that users need no compiler. The tuner
 (`lgnet_fast.engine.cuda.tuning`) measures :func:`candidates` beside the Triton tiles; a product uses this kernel only
 where it was the fastest on the GPU in use.
@@ -18,7 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from .compiled_checks import DTYPES, LIMIT, FirstUse, check_bias, check_view, exact_convolution, set_stores
+from .compiled_checks import DTYPES, LIMIT, Divisor, FirstUse, check_bias, check_view, exact_convolution, set_stores
 from .conv import Conv
 from .conv_configs import Work
 from .cuda_driver import Kernel, call
@@ -80,8 +81,12 @@ class Args(ctypes.Structure):
             for name in (
                 "out_h", "out_w", "top", "bottom", "left", "right",
                 "rows_top", "rows_left", "in_h", "in_w",
-                "tiles_x", "tiles_y", "m_tiles", "n_blocks", "chunks", "phases", "out_step", "split",
             )
+        ),
+        *((name, Divisor) for name in ("tiles_x", "tiles_y", "m_tiles", "n_blocks")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("log_sharing", "log_parts", "chunks", "phases", "out_step", "planes", "tap_step")
         ),
         *(
             (name, ctypes.c_int32 * 2)
@@ -112,14 +117,21 @@ class Launch(NamedTuple):
     """Pixels and rows of one box of the patch."""
 
 
+def _most_taps(conv: Conv) -> int:
+    """Most taps along an axis of a phase, or of a plane of every second pixel."""
+    return -(-max(conv.axis.taps) // conv.axis.in_step)
+
+
 def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
     """Why the kernel cannot compute a step (with this tile, if given), or None."""
     axis = conv.axis
-    if axis.in_step != 1 or axis.patch != 1 or conv.merges:
-        return "a step of stride 2, or one that ends a stage"
+    if axis.patch != 1 or conv.merges:
+        return "a step that ends a stage"
     if conv.in_channels % CHANNELS or conv.out_channels % CHANNELS:
         return f"{conv.in_channels} to {conv.out_channels} channels (multiples of {CHANNELS} are supported)"
-    if max(axis.taps) > 3 or (conv.reflect and conv.padding > 1):
+    if axis.in_step > 1 and (axis.in_step, *axis.taps) != (2, 4):
+        return f"{conv.kernel}x{conv.kernel} taps of stride {conv.stride} (4x4 of stride 2 are supported)"
+    if _most_taps(conv) > 3 or (conv.reflect and (conv.padding > 1 or axis.in_step > 1)):
         return f"{conv.kernel}x{conv.kernel} taps (at most 3x3 a phase are supported)"
     if tile is None:
         return None
@@ -127,7 +139,7 @@ def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
         return f"tiles of {tile.tile_h} rows ({TILE_HEIGHTS} are supported)"
     if tile.groups not in (1, 2):
         return f"{tile.groups} warpgroups (1 and 2 are supported)"
-    stages = tile.weight_taps // max(axis.taps)
+    stages = tile.weight_taps // _most_taps(conv)
     if not (
         2 * tile.groups <= stages
         and tile.weight_taps <= _MAX_WEIGHT_STAGES
@@ -139,6 +151,30 @@ def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
     if tile.cluster not in (1, 2, 4, 8):
         return f"clusters of {tile.cluster} blocks (1, 2, 4 and 8 are supported)"
     return None
+
+
+class _Reads(NamedTuple):
+    """What the tiles read along an axis, for the first and last phase, or the even and the odd plane: the source of
+    row 0's first tap, that tap, and the number of taps."""
+
+    origin: tuple[int, int]
+    first: tuple[int, int]
+    count: tuple[int, int]
+
+
+def _reads(conv: Conv, in_size: int, out_size: int) -> _Reads:
+    axis = conv.axis
+    if axis.in_step == 1:
+        phases = (0, axis.phases - 1)
+        used = [axis.used(phase, in_size, out_size, conv.reflect) for phase in phases]
+        found = [(axis.origins[phase] + first, first, count) for phase, (first, count) in zip(phases, used)]
+    else:
+        found = []
+        for plane in (0, 1):
+            first = (plane - axis.origins[0]) % axis.in_step
+            found.append(((axis.origins[0] + first) // axis.in_step, first, axis.taps[0] // axis.in_step))
+    origin, first_taps, counts = zip(*found)
+    return _Reads(origin, first_taps, counts)
 
 
 def describe_launch(
@@ -158,28 +194,27 @@ def describe_launch(
         raise ValueError(f"conv: {reason}")
     axis, phases = conv.axis, conv.axis.phases
     (rows_top, rows_bottom), (rows_left, rows_right) = conv.rows_of(rect)
-    used = [
-        [axis.used(phase, in_size[dim], out_size[dim], conv.reflect) for phase in (0, phases - 1)] for dim in (0, 1)
-    ]
-    most_y, most_x = (max(count for _, count in used[dim]) for dim in (0, 1))
+    along_y, along_x = (_reads(conv, in_size[dim], out_size[dim]) for dim in (0, 1))
+    most_y, most_x = (max(reads.count) for reads in (along_y, along_x))
     box_rows, pitch = tile.tile_h + most_y - 1, TILE_W + most_x - 1
     patch_bytes = -(-pitch * box_rows * _LINE // _ALIGNMENT) * _ALIGNMENT
     tiles_y = -(-(rows_bottom - rows_top) // tile.tile_h)
     tiles_x = -(-(rows_right - rows_left) // TILE_W)
-    m_tiles = batch * tiles_y * tiles_x
+    m_tiles, n_blocks = batch * tiles_y * tiles_x, conv.out_channels // CHANNELS
     sharing = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
     cluster, parts = (tile.cluster, tile.cluster) if tile.split else (sharing, 1)
+    planes = axis.in_step**2
     all_chunks = conv.in_channels // CHANNELS
     chunks = all_chunks // parts  # the fewest of a block
-    fewest_rows = min(count for _, count in used[0])
-    if chunks * fewest_rows < tile.groups:
+    fewest_rows = min(along_y.count)
+    if chunks * planes * fewest_rows < tile.groups:
         raise ValueError(f"tile: {tile} has more warpgroups than the product has steps")
     # A group keeps a patch until its next step, which may belong to a later one; that patch needs a stage, too.
     kept = 1 - (-tile.groups // fewest_rows)
     weight_stages, weight_bytes = tile.weight_taps // most_x, most_x * _TAP_BYTES
     results = tile.groups * TILE_W * tile.tile_h * _ROW_BYTES  # they replace weights and patches
     patch_stages = max(
-        min(max(tile.patch_stages, kept), -(-all_chunks // parts)),
+        min(max(tile.patch_stages, kept), -(-all_chunks // parts) * planes),
         -((weight_stages * weight_bytes - results) // patch_bytes),
     )
     shared_bytes = weight_stages * weight_bytes + patch_stages * patch_bytes + _ALIGNMENT + _BARRIER_BYTES
@@ -189,18 +224,19 @@ def describe_launch(
     args = Args(
         out_h=out_size[0], out_w=out_size[1], top=rect[0], bottom=rect[1], left=rect[2], right=rect[3],
         rows_top=rows_top, rows_left=rows_left, in_h=in_size[0], in_w=in_size[1],
-        tiles_x=tiles_x, tiles_y=tiles_y, m_tiles=m_tiles, n_blocks=conv.out_channels // CHANNELS,
-        chunks=all_chunks, phases=phases**2, out_step=axis.out_step, split=tile.split,
-        origin_y=pair(*(axis.origins[phase] + used[0][i][0] for i, phase in enumerate((0, phases - 1)))),
-        origin_x=pair(*(axis.origins[phase] + used[1][i][0] for i, phase in enumerate((0, phases - 1)))),
-        first_y=pair(*(first for first, _ in used[0])), first_x=pair(*(first for first, _ in used[1])),
-        count_y=pair(*(count for _, count in used[0])), count_x=pair(*(count for _, count in used[1])),
+        tiles_x=Divisor.of(tiles_x), tiles_y=Divisor.of(tiles_y), m_tiles=Divisor.of(m_tiles),
+        n_blocks=Divisor.of(n_blocks), log_sharing=(cluster // parts).bit_length() - 1,
+        log_parts=parts.bit_length() - 1, chunks=all_chunks, phases=phases**2, out_step=axis.out_step, planes=planes,
+        tap_step=axis.in_step,
+        origin_y=pair(*along_y.origin), origin_x=pair(*along_x.origin),
+        first_y=pair(*along_y.first), first_x=pair(*along_x.first),
+        count_y=pair(*along_y.count), count_x=pair(*along_x.count),
         taps=pair(axis.taps[0], axis.taps[phases - 1]),
         reflect=conv.reflect,
         pitch=pitch, box_rows=box_rows, weight_stages=weight_stages, weight_bytes=weight_bytes,
         patch_stages=patch_stages, patch_bytes=patch_bytes,
     )  # fmt: skip
-    return Launch(args, m_tiles * args.n_blocks * args.phases * parts, cluster, shared_bytes, (pitch, box_rows))
+    return Launch(args, m_tiles * n_blocks * phases**2 * parts, cluster, shared_bytes, (pitch, box_rows))
 
 
 CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weights", "for_patches")
@@ -227,9 +263,9 @@ def _kernel(
 
 
 def _tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> Any:
-    """A CUtensorMap: dimensions from the innermost on, strides in bytes from the second on. Aligned to 128 bytes."""
+    """A CUtensorMap: dimensions from the innermost on, strides in bytes from the second on."""
     memory = ctypes.create_string_buffer(128 + 128)
-    address = -(-ctypes.addressof(memory) // 128) * 128
+    address = -(-ctypes.addressof(memory) // 128) * 128  # the driver wants 64
     rank = len(sizes)
     call(
         "cuTensorMapEncodeTiled",
@@ -246,7 +282,21 @@ def _tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[
         ctypes.c_int(_PROMOTE_256B),
         ctypes.c_int(0),
     )
-    return memory, ctypes.c_void_p(address)
+    return (ctypes.c_char * 128).from_buffer_copy(ctypes.string_at(address, 128))
+
+
+def _planes(source: Tensor, step: int, box: tuple[int, int]) -> Any:
+    """`Sources` of csrc/cuda/hopper_conv.cu: the tensor maps of a feature map, or of its even and odd rows and
+    columns, whose channels are adjacent."""
+    batch, height, *_, channels = source.shape
+    per_sample = 2 * source.stride(1) * height
+    maps = []
+    for y, x in itertools.product(range(step), repeat=2):
+        plane = source[:, y::step, x::step]
+        sizes = [channels, plane.shape[2], plane.shape[1], batch]
+        strides = [2 * plane.stride(2), 2 * plane.stride(1), per_sample]
+        maps.append(_tensor_map(plane, sizes, strides, [CHANNELS, *box, 1]))
+    return (type(maps[0]) * 4)(*maps)
 
 
 def _prepare(
@@ -279,19 +329,15 @@ def _prepare(
     args.bias, args.residual = bias.data_ptr(), None if residual is None else residual.data_ptr()
     args.stride_r = 0 if residual is None else residual.stride(2)
     set_stores(args, stores)
-    patches = _tensor_map(
-        source,
-        [conv.in_channels, in_w, in_h, batch],
-        [2 * source.stride(2), 2 * source.stride(1), 2 * source.stride(1) * in_h],
-        [CHANNELS, *launch.box, 1],
-    )
+    sources = _planes(source, conv.axis.in_step, launch.box)
     weights = _tensor_map(
         weight,
         [conv.out_channels, weight.shape[0]],
         [2 * conv.out_channels],
-        [CHANNELS, CHANNELS if tile.split else CHANNELS // launch.cluster],
+        [CHANNELS, CHANNELS >> args.log_sharing],
     )
-    return launch, [patches[1], weights[1], ctypes.c_void_p(ctypes.addressof(args))], [patches, weights, args]
+    kept = [sources, weights, args]
+    return launch, [ctypes.c_void_p(ctypes.addressof(parameter)) for parameter in kept], kept
 
 
 def hopper_forward(
@@ -344,7 +390,7 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
 
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
-    """Compare a 3x3 convolution with reflection and residual, and a transposed 4x4 one, with PyTorch in float32."""
+    """Compare with PyTorch: a 3x3 convolution with reflection, and 4x4 ones of stride 2, also transposed."""
     with torch.inference_mode(False), torch.no_grad():
         generator = torch.Generator("cpu").manual_seed(9)
         for tile in CANDIDATES:
@@ -352,6 +398,7 @@ def _check(device: torch.device, dtype: torch.dtype) -> str | None:
             for conv in (
                 Conv(channels, 128, 3, 1, 1, False, True, False),
                 Conv(channels, 64, 4, 2, 1, True, False, False),
+                Conv(channels, 64, 4, 2, 1, False, False, False),
             ):
                 error = _error(conv, tile, (2, 32, 16), dtype, device, generator)
                 if not error < LIMIT * torch.finfo(dtype).eps:
@@ -373,15 +420,14 @@ def _error(
         return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
 
     batch, height, width = shape
-    step = conv.axis.out_step
+    size = tuple(n * conv.axis.out_step // conv.axis.in_step for n in (height, width))
     x = noise(batch, height, width, conv.in_channels)
     first, second = (conv.in_channels, conv.out_channels)[:: 1 if conv.transposed else -1]
     weight = noise(first, second, conv.kernel, conv.kernel) / (conv.in_channels * conv.kernel**2) ** 0.5
     bias = noise(conv.out_channels).float()
-    residual = noise(batch, step * height, step * width, conv.out_channels)
+    residual = noise(batch, *size, conv.out_channels)
     out = torch.full_like(residual, float("nan"))
     stores = (Store(out, "relu"),)
-    size = (step * height, step * width)
     hopper_forward(conv, x, conv.pack(weight).contiguous(), bias, stores, tile, size=size, residual=residual)
     exact = (exact_convolution(conv, x, weight, bias) + residual.double()).relu()
     return float((out.double() - exact).norm() / exact.norm())

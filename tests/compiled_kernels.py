@@ -1,7 +1,8 @@
-"""For the tests of the CUDA C++ kernels: `csrc/cuda/build.py` as a module, a disassembler, exact inputs."""
+"""For the tests of the CUDA C++ kernels: `csrc/cuda/build.py` as a module, structures, machine code, exact inputs."""
 
 from __future__ import annotations
 
+import ctypes
 import importlib.util
 import re
 import shutil
@@ -14,6 +15,37 @@ _SCRIPT = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "build.py"
 _spec = importlib.util.spec_from_file_location("cuda_build", _SCRIPT)
 build = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(build)
+
+
+_KINDS = {
+    ctypes.c_void_p: "*",
+    ctypes.c_int32: "int32_t",
+    ctypes.c_int64: "int64_t",
+    ctypes.c_uint32: "uint32_t",
+}
+
+
+def fields_in_cpp(path: Path, name: str) -> list[tuple[str, int, str]]:
+    """Name, length (1: no array) and kind ("*": a pointer) of the fields of a structure, which come before its
+    functions."""
+    body = re.search(rf"struct {name} \{{(.*?)(\}};|__device__)", path.read_text(), re.S).group(1)
+    fields = []
+    for declaration in re.sub(r"//[^\n]*", "", body).split(";"):
+        kind, _, names = declaration.strip().removeprefix("const ").partition(" ")
+        for one in names.split(","):
+            bare, _, length = one.strip().partition("[")
+            fields.append((bare, int(length.rstrip("]") or 1), "*" if kind.endswith("*") else kind))
+    return [field for field in fields if field[0]]
+
+
+def fields_in_python(structure: type[ctypes.Structure]) -> list[tuple[str, int, str]]:
+    """The same of a structure of ctypes."""
+    fields = []
+    for name, kind, *_ in structure._fields_:
+        is_array = issubclass(kind, ctypes.Array)
+        element = kind._type_ if is_array else kind
+        fields.append((name, kind._length_ if is_array else 1, _KINDS.get(element, element.__name__)))
+    return fields
 
 
 def disassembler() -> str | None:

@@ -7,7 +7,6 @@ that sums are exact in any order.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import functools
 import itertools
 import re
@@ -21,12 +20,13 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from lgnet_fast.kernels import compiled_checks, cuda_driver, hopper
+from lgnet_fast.kernels.compiled_checks import Divisor
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.results import Store
 
 from tests import emulator
-from tests.compiled_kernels import disassembler, instructions, integers
+from tests.compiled_kernels import disassembler, fields_in_cpp, fields_in_python, instructions, integers
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_conv.cu"
 BLOCK = Conv(256, 256, 3, 1, 1, False, True, False)
@@ -60,7 +60,7 @@ def operands(conv, batch, size, dtype=torch.float16):
     elif conv.reflect:
         y = F.conv2d(F.pad(x, [conv.padding] * 4, mode="reflect"), weight.float())
     else:
-        y = F.conv2d(x, weight.float(), None, 1, conv.padding)
+        y = F.conv2d(x, weight.float(), None, conv.stride, conv.padding)
     return source, conv.pack(weight).contiguous(), y.permute(0, 2, 3, 1).contiguous()
 
 
@@ -98,13 +98,18 @@ def plan_convs():
     return found
 
 
+def out_size(conv, size):
+    """Height and width of a step's outputs."""
+    return tuple(n * conv.axis.out_step // conv.axis.in_step for n in size)
+
+
 def test_supported_steps():
     names = [name for name, *_ in plan_convs()]
     blocks = [f"net_l.block{i}.{part}" for i in range(4) for part in ("first", "second")]
     assert [name for name in names if name.startswith("net_l")] == [*blocks, "net_l.up1", "net_l.up2"]
-    ups = [f"d{i}" for i in range(8, 1, -1)]
+    layers = [*(f"e{i}" for i in range(2, 9)), *(f"d{i}" for i in range(8, 1, -1))]
     for net in ("net_c", "net_g"):
-        assert [name for name in names if name.startswith(net)] == [f"{net}.{up}" for up in ups]
+        assert [name for name in names if name.startswith(net)] == [f"{net}.{layer}" for layer in layers]
 
 
 @emulated
@@ -114,8 +119,8 @@ def test_every_product_of_the_plan(kernel):
     for _, conv, size in plan_convs():
         if (conv, size) in seen:
             continue
-        height, width = (conv.axis.out_step * n for n in size)
-        tile_h = 16 if size[0] >= 16 else 4
+        height, width = out_size(conv, size)
+        tile_h = 16 if height >= 16 else 4
         tall, wide = min(height, tile_h), min(width, 8)
         tile = HopperTile(tile_h, 2, patch_stages=2, groups=1 + len(seen) % 2)
         seen[conv, size] = tile
@@ -142,6 +147,7 @@ def test_tiles(kernel, tile_h, groups):
     check(kernel, Conv(64, 64, 3, 1, 1, False, True, False), 1, (12, 11), tile)
     check(kernel, Conv(128, 64, 4, 2, 1, True, False, False), 1, (tile_h, 16), tile)
     check(kernel, Conv(256, 64, 3, 2, 1, True, False, False), 1, (9, 8), tile)
+    check(kernel, Conv(128, 64, 4, 2, 1, False, False, False), 2, (2 * tile_h + 2, 18), tile)
     assert set(kernel.launched) == {f"lgnet_conv_float16_{tile_h}_{groups}"}
 
 
@@ -156,6 +162,7 @@ def test_blocks_that_split_the_depth(kernel, channels, cluster, groups):
     check(kernel, conv, 2, (12, 11), tile)
     check(kernel, conv, 1, (16, 16), tile, ((3, 13, 5, 16),))
     check(kernel, Conv(channels, 64, 4, 2, 1, True, False, False), 1, (8, 8), tile)
+    check(kernel, Conv(channels, 64, 4, 2, 1, False, False, False), 1, (16, 20), tile)
     size = (0, 12, 0, 11)
     launch = hopper.describe_launch(conv, 2, (12, 11), (12, 11), size, tile)
     assert launch.grid == cluster * hopper.describe_launch(conv, 2, (12, 11), (12, 11), size, HopperTile(8, 1)).grid
@@ -180,6 +187,7 @@ def test_rectangles(kernel):
     tile = HopperTile(8, 2, 12, 2, 2)
     check(kernel, conv, 1, (24, 24), tile, ((0, 7, 0, 5), (3, 20, 9, 22), (19, 24, 1, 24), (23, 24, 23, 24)))
     check(kernel, Conv(64, 64, 4, 2, 1, True, False, False), 1, (16, 16), tile, ((5, 19, 2, 31),))
+    check(kernel, Conv(64, 64, 4, 2, 1, False, False, False), 1, (32, 48), tile, ((5, 14, 2, 23), (15, 16, 23, 24)))
 
 
 @emulated
@@ -240,7 +248,7 @@ def test_the_check_at_first_use_passes(kernel, monkeypatch):
     monkeypatch.setattr(hopper, "_error", lambda conv, tile, shape, *rest: error(conv, tile, (2, 16, 8), *rest))
     assert hopper._check(torch.device("cpu"), torch.float16) is None
     assert set(kernel.launched) == {f"lgnet_conv_float16_{h}_{g}" for h in hopper.TILE_HEIGHTS for g in (1, 2)}
-    assert len(kernel.launched) == 2 * len(hopper.CANDIDATES)
+    assert len(kernel.launched) == 3 * len(hopper.CANDIDATES)
 
 
 @emulated
@@ -281,10 +289,10 @@ def test_emulator_finds_races(kernel, tmp_path, monkeypatch, right, wrong):
 
 def test_every_block_of_a_cluster_has_the_same_weights():
     for _, conv, size in plan_convs():
-        out_size = tuple(conv.axis.out_step * n for n in size)
-        launch = hopper.describe_launch(conv, 1, size, out_size, (0, out_size[0], 0, out_size[1]), HopperTile(4, 8))
+        height, width = out_size(conv, size)
+        launch = hopper.describe_launch(conv, 1, size, (height, width), (0, height, 0, width), HopperTile(4, 8))
         assert launch.grid % launch.cluster == 0
-        assert launch.args.m_tiles % launch.cluster == 0
+        assert launch.args.m_tiles.size % launch.cluster == 0
 
 
 def test_netl_fills_the_chip():
@@ -298,20 +306,8 @@ def test_netl_fills_the_chip():
 
 def test_arguments_match_the_kernel():
     """Names and order of `Args`, and the limits, agree in C++ and Python."""
+    assert fields_in_cpp(SOURCE, "Args") == fields_in_python(hopper.Args)
     text = SOURCE.read_text()
-    body = re.search(r"struct Args \{(.*?)\};", text, re.S).group(1)
-    body = re.sub(r"//[^\n]*", "", body)
-    fields = []
-    for declaration in body.split(";"):
-        words = re.sub(r"^\s*(const )?(float|void|int32_t|int64_t)\*?", "", declaration.strip())
-        for name in words.split(","):
-            if name.strip():
-                bare, _, length = name.strip().partition("[")
-                fields.append((bare, 2 if length else 1, "*" in declaration))
-    expected = []
-    for name, kind in hopper.Args._fields_:
-        expected.append((name, 2 if issubclass(kind, ctypes.Array) else 1, kind is ctypes.c_void_p))
-    assert fields == expected
     constants = dict(re.findall(r"constexpr int (k\w+) = (\d+);", text))
     assert int(constants["kChannels"]) == hopper.CHANNELS
     assert int(constants["kGroupThreads"]) == hopper._GROUP_THREADS
@@ -319,6 +315,18 @@ def test_arguments_match_the_kernel():
     assert int(constants["kClocks"]) == len(hopper.CLOCKS)
     assert int(constants["kMaxWeightStages"]) == hopper._MAX_WEIGHT_STAGES
     assert int(constants["kMaxPatchStages"]) == hopper._MAX_PATCH_STAGES
+
+
+def test_division():
+    """`Divisor` divides as its C++ twin does."""
+    assert fields_in_cpp(SOURCE.with_name("divisor.cuh"), "Divisor") == fields_in_python(Divisor)
+    for size in (1, 2, 3, 5, 7, 12, 64, 100, 641, 2**20 - 1, 2**31 - 1):
+        made = Divisor.of(size)
+        assert made.size == size
+        for number in (0, 1, size - 1, size, size + 1, 7 * size - 1, 7 * size, 2**31 - 1):
+            if number < 2**31:
+                assert number * made.magic >> 31 >> made.shift == number // size
+    assert Divisor.of(0).size == 1
 
 
 @pytest.mark.parametrize(
@@ -416,14 +424,17 @@ def test_candidates_can_be_launched(monkeypatch):
     """Every candidate of every product of the plan fits shared memory; small maps get small tiles only."""
     monkeypatch.setattr(hopper, "reason_against", lambda device, dtype: None)
     for _, conv, size in plan_convs():
-        out_size = tuple(conv.axis.out_step * n for n in size)
-        whole = (0, out_size[0], 0, out_size[1])
-        tiles = hopper.candidates(conv, conv.work(1, size, out_size, whole), torch.float16, torch.device("cpu"))
+        height, width = out_size(conv, size)
+        whole = (0, height, 0, width)
+        tiles = hopper.candidates(
+            conv, conv.work(1, size, (height, width), whole), torch.float16, torch.device("cpu")
+        )
         heights = {tile.tile_h for tile in tiles}
-        assert max(heights) == max(h for h in hopper.TILE_HEIGHTS if h == 4 or 8 * h <= size[0] * size[1])
+        rows = height * width // conv.axis.out_step**2
+        assert max(heights) == max(h for h in hopper.TILE_HEIGHTS if h == 4 or 8 * h <= rows)
         for tile in tiles:
             assert hopper.usable(tile, conv, torch.float16, torch.device("cpu"))
-            assert hopper.describe_launch(conv, 1, size, out_size, whole, tile).grid > 0
+            assert hopper.describe_launch(conv, 1, size, (height, width), whole, tile).grid > 0
     stride_2 = Conv(64, 64, 3, 2, 1, False, False, False)
     work = stride_2.work(1, (64, 64), (32, 32), (0, 32, 0, 32))
     assert hopper.candidates(stride_2, work, torch.float16, torch.device("cpu")) == []

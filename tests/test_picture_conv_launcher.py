@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import re
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.picture_conv import PictureTile
 from lgnet_fast.kernels.results import Merge, Store
 
-from tests.compiled_kernels import build, disassembler, instructions
+from tests.compiled_kernels import build, disassembler, fields_in_cpp, fields_in_python, instructions
 from tests.picture_conv_support import CPU, D1, FROM, OUT, STEM, TO, operands, plan_convs
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "picture_conv.cu"
@@ -29,13 +28,8 @@ SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "picture_conv.cu"
 
 def test_arguments_match_the_kernel():
     """Names and order of `Args`, and the constants, agree in C++ and Python."""
+    assert fields_in_cpp(SOURCE, "Args") == fields_in_python(picture_conv.Args)
     text = SOURCE.read_text()
-    body = re.sub(r"//[^\n]*", "", re.search(r"struct Args \{(.*?)\};", text, re.S).group(1))
-    fields = []
-    for declaration in body.split(";"):
-        words = re.sub(r"^\s*(const )?(float|void|int32_t)\*?", "", declaration.strip())
-        fields += [(name.strip(), "*" in declaration) for name in words.split(",") if name.strip()]
-    assert fields == [(name, kind is ctypes.c_void_p) for name, kind in picture_conv.Args._fields_]
     constants = dict(re.findall(r"constexpr int (k\w+) = (\d+);", text))
     expected = {
         "kChannels": picture_conv.CHANNELS, "kSpan": picture_conv.SPAN, "kWarp": picture_conv._WARP,

@@ -1,4 +1,5 @@
-// A step of the engine (kernels/conv.py) on Hopper: stride 1 convolutions and the phases of transposed ones.
+// A step of the engine (kernels/conv.py) on Hopper: stride 1 convolutions, the phases of transposed ones, and those
+// of stride 2 whose taps are even in number.
 //
 // A block computes 64 output channels of a tile of 8 x TILE_H rows g (pixels of one phase):
 //
@@ -12,6 +13,9 @@
 // same patch from another start address: 8 pixels of a row are one group of wgmma's matrix descriptor, rows are
 // `pitch` lines apart. The swizzle exclusive-ors bits 4 to 6 of the shared memory address with its bits 7 to 9, in
 // the TMA and in wgmma alike. A start address therefore need not be a multiple of 1024 bytes.
+//
+// Stride 2. The even and odd rows and columns of the map are four planes, each with a tensor map of its own. A tile
+// takes a patch of every plane; within a plane the stride is 1, and every second tap belongs to it.
 //
 // Weights are packed by kernels/conv.py as [taps * channels in, channels out] and loaded in boxes of 64 x 64. The
 // blocks of a cluster either have the same weights and different tiles: then each loads its part of a box and
@@ -28,6 +32,7 @@
 // the map: the last copies pixels within the patch. For zero padding it does nothing, because the TMA fills with
 // zeros.
 #include "activation.cuh"
+#include "divisor.cuh"
 #include "elements.cuh"
 #include "ptx.cuh"
 #include "ring.cuh"
@@ -36,8 +41,8 @@
 
 namespace lgnet {
 
-constexpr int kChannels = 64;  // output channels of a block, and input channels of a step
-constexpr int kLine = 128;     // bytes of a pixel's input channels, or of a depth's output channels
+constexpr int kChannels = 64;                 // output channels of a block, and input channels of a step
+constexpr int kLine = 128;                    // bytes of a pixel's input channels, or of a depth's output channels
 constexpr int kTapBytes = kChannels * kLine;  // of the weights of a tap
 constexpr int kMaxWeightStages = 12;
 constexpr int kMaxPatchStages = 4;
@@ -56,7 +61,10 @@ struct Args {
   int64_t* clocks;  // [blocks, kClocks], of the kernels with TIMED
   int32_t out_h, out_w, top, bottom, left, right;
   int32_t rows_top, rows_left, in_h, in_w;
-  int32_t tiles_x, tiles_y, m_tiles, n_blocks, chunks, phases, out_step, split;
+  Divisor tiles_x, tiles_y, m_tiles, n_blocks;
+  // Logarithms of the blocks of a cluster: that share weights; that split the depth. planes: 1 or 4. tap_step: from a
+  // tap to the next of its plane.
+  int32_t log_sharing, log_parts, chunks, phases, out_step, planes, tap_step;
   int32_t origin_y[2], origin_x[2], first_y[2], first_x[2], count_y[2], count_x[2], taps[2];
   int32_t stride_r, stride_0, stride_1, activation_0, activation_1, reflect;
   // the patch: pixels of a row (pitch), rows; stages and their bytes
@@ -102,15 +110,20 @@ __device__ __forceinline__ uint4 residual_of(const Args& args, int pixel, int co
                                          column);
 }
 
+// The feature map; of stride 2: its planes (even rows: even, odd columns; odd rows: ...).
+struct Sources {
+  CUtensorMap plane[4];
+};
+
 // What the blocks of a cluster share, and this block's part of it.
 struct Cluster {
-  uint32_t sharing;  // blocks that have the same weights
-  int parts, part;   // of the input channels
+  int sharing;      // blocks that have the same weights
+  int parts, part;  // of the input channels
 
   __device__ __forceinline__ explicit Cluster(const Args& args) {
-    sharing = args.split ? 1 : cluster_size();
-    parts = args.split ? cluster_size() : 1;
-    part = args.split ? cluster_rank() : 0;
+    sharing = 1 << args.log_sharing;
+    parts = 1 << args.log_parts;
+    part = args.log_parts > 0 ? cluster_rank() : 0;
   }
 };
 
@@ -121,18 +134,17 @@ struct Place {
   int column;  // first output channel
 };
 
-__device__ __forceinline__ Place place_of(const Args& args, const Cluster& cluster, int tile_h) {
+__device__ __forceinline__ Place place_of(const Args& args, int tile_h) {
   Place p;
-  int block = blockIdx.x / cluster.parts;
-  const int tile = block % args.m_tiles;
-  block /= args.m_tiles;
-  p.column = block % args.n_blocks * kChannels;
-  const int phase = args.phases - 1 - block / args.n_blocks;  // starts with the phases that have the most taps
+  Digits block = {blockIdx.x >> args.log_parts};
+  Digits tile = {static_cast<uint32_t>(block.next(args.m_tiles))};
+  p.column = block.next(args.n_blocks) * kChannels;
+  const int phase = args.phases - 1 - static_cast<int>(block.rest);  // starts with the phases that have the most taps
   p.phase_y = phase >> 1;
   p.phase_x = phase & 1;
-  p.x = args.rows_left + tile % args.tiles_x * 8;
-  p.y = args.rows_top + tile / args.tiles_x % args.tiles_y * tile_h;
-  p.sample = tile / (args.tiles_x * args.tiles_y);
+  p.x = args.rows_left + tile.next(args.tiles_x) * 8;
+  p.y = args.rows_top + tile.next(args.tiles_y) * tile_h;
+  p.sample = static_cast<int>(tile.rest);
   return p;
 }
 
@@ -200,15 +212,18 @@ struct Memory {
   __device__ __forceinline__ uint32_t patch_mended(int stage) const { return patch_full(kMaxPatchStages + stage); }
   __device__ __forceinline__ uint32_t patch_empty(int stage) const { return patch_full(2 * kMaxPatchStages + stage); }
 
+  // Every warp initialises a few of the barriers: one after another they would take longer than a product.
   template <int GROUPS>
-  __device__ __forceinline__ void initialise(const Args& args, uint32_t blocks) const {
+  __device__ __forceinline__ void initialise(const Args& args, int blocks, int warp, int lane) const {
+    constexpr int kWarps = (GROUPS * kGroupThreads + kOtherThreads) / 32;
+    if (lane != 0) return;
 #pragma unroll 1
-    for (int i = 0; i < args.weight_stages; ++i) {
+    for (int i = warp; i < args.weight_stages; i += kWarps) {
       barrier_init(weights_full(i), 1);
       barrier_init(weights_empty(i), kGroupWarps * blocks);
     }
 #pragma unroll 1
-    for (int i = 0; i < args.patch_stages; ++i) {
+    for (int i = kWarps - 1 - warp; i < args.patch_stages; i += kWarps) {
       barrier_init(patch_full(i), 1);
       barrier_init(patch_mended(i), 32);
       barrier_init(patch_empty(i), kGroupWarps * GROUPS);
@@ -217,7 +232,7 @@ struct Memory {
   }
 };
 
-// What a block reads for its tile.
+// What a block reads for its tile, of the first plane.
 struct Reading {
   int y0, x0;            // the patch's first pixel in the map
   int count_y, count_x;  // taps
@@ -234,33 +249,37 @@ struct Reading {
 __device__ __forceinline__ void load_weights(const Args& args, const Memory& memory, const Place& place,
                                              const Reading& reading, const CUtensorMap& weights,
                                              const Cluster& cluster) {
-  const uint32_t blocks = cluster.sharing;
-  const int part = kChannels / blocks, rank = blocks > 1 ? cluster_rank() : 0;
   const int taps_x = args.taps[place.phase_x];
   const int before = place.phase_y * args.taps[0] * (args.taps[0] + args.taps[1]) +
                      place.phase_x * args.taps[place.phase_y] * args.taps[0];
-  const int first = before + args.first_y[place.phase_y] * taps_x + args.first_x[place.phase_x];
   const int tap_rows = args.chunks * kChannels;  // of the weights, from a tap to the next
+  const int next_x = args.tap_step * tap_rows, next_y = next_x * taps_x;
+  const int part = kChannels >> args.log_sharing, rank = cluster.sharing > 1 ? cluster_rank() : 0;
   const uint32_t to = memory.weights + rank * part * kLine;
   Ring ring = {0, args.weight_stages, 1};
 #pragma unroll 1
   for (int chunk = cluster.part; chunk < args.chunks; chunk += cluster.parts) {
-    int row = first * tap_rows + chunk * kChannels + rank * part;
 #pragma unroll 1
-    for (int y = 0; y < reading.count_y; ++y, row += taps_x * tap_rows) {
-      const uint32_t full = memory.weights_full(ring.stage);
-      barrier_wait(memory.weights_empty(ring.stage), ring.parity);
-      barrier_expect(full, reading.count_x * kTapBytes);
+    for (int plane = 0; plane < args.planes; ++plane) {
+      const int first_y = args.first_y[place.phase_y + (plane >> 1)];
+      const int first_x = args.first_x[place.phase_x + (plane & 1)];
+      int row = (before + first_y * taps_x + first_x) * tap_rows + chunk * kChannels + rank * part;
 #pragma unroll 1
-      for (int x = 0; x < reading.count_x; ++x) {
-        const uint32_t stage = to + ring.stage * args.weight_bytes + x * kTapBytes;
-        if (blocks > 1) {
-          multicast_box(stage, weights, full, place.column, row + x * tap_rows, (1 << blocks) - 1);
-        } else {
-          copy_box(stage, weights, full, place.column, row + x * tap_rows);
+      for (int y = 0; y < reading.count_y; ++y, row += next_y) {
+        const uint32_t full = memory.weights_full(ring.stage);
+        barrier_wait(memory.weights_empty(ring.stage), ring.parity);
+        barrier_expect(full, reading.count_x * kTapBytes);
+#pragma unroll 1
+        for (int x = 0; x < reading.count_x; ++x) {
+          const uint32_t stage = to + ring.stage * args.weight_bytes + x * kTapBytes;
+          if (cluster.sharing > 1) {
+            multicast_box(stage, weights, full, place.column, row + x * next_x, (1 << cluster.sharing) - 1);
+          } else {
+            copy_box(stage, weights, full, place.column, row + x * next_x);
+          }
         }
+        ring.advance();
       }
-      ring.advance();
     }
   }
   // A block must not end before every block of the cluster has signalled its barriers for the last time.
@@ -273,21 +292,25 @@ __device__ __forceinline__ void load_weights(const Args& args, const Memory& mem
 
 // One thread loads the patches.
 __device__ __forceinline__ void load_patches(const Args& args, const Memory& memory, const Place& place,
-                                             const Reading& reading, const CUtensorMap& source,
-                                             const Cluster& cluster) {
+                                             const Sources& sources, const Cluster& cluster) {
   Ring ring = {0, args.patch_stages, 1};
 #pragma unroll 1
   for (int chunk = cluster.part; chunk < args.chunks; chunk += cluster.parts) {
-    const uint32_t full = memory.patch_full(ring.stage);
-    barrier_wait(memory.patch_empty(ring.stage), ring.parity);
-    barrier_expect(full, args.box_rows * args.pitch * kLine);
-    copy_box(memory.patches + ring.stage * args.patch_bytes, source, full, chunk * kChannels, reading.x0, reading.y0,
-             place.sample);
-    ring.advance();
+#pragma unroll 1
+    for (int plane = 0; plane < args.planes; ++plane) {
+      const int y0 = place.y + args.origin_y[place.phase_y + (plane >> 1)];
+      const int x0 = place.x + args.origin_x[place.phase_x + (plane & 1)];
+      const uint32_t full = memory.patch_full(ring.stage);
+      barrier_wait(memory.patch_empty(ring.stage), ring.parity);
+      barrier_expect(full, args.box_rows * args.pitch * kLine);
+      copy_box(memory.patches + ring.stage * args.patch_bytes, sources.plane[plane], full, chunk * kChannels, x0, y0,
+               place.sample);
+      ring.advance();
+    }
   }
 }
 
-// One warp applies reflection padding to every patch.
+// One warp applies reflection padding to every patch, of a single plane.
 __device__ __forceinline__ void mend_patches(const Args& args, const Memory& memory, const Reading& reading,
                                              const Cluster& cluster, int lane) {
   char* const patches = memory.bytes + (memory.patches - memory.weights);
@@ -336,8 +359,8 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
   const uint64_t a = descriptor(1024), b = descriptor(row_bytes);
   Ring weights = {0, args.weight_stages, 0}, patches = {0, args.patch_stages, 0};
   uint32_t patch = 0;
-  const int chunks = (args.chunks - cluster.part + cluster.parts - 1) / cluster.parts;
-  int chunk = 0, y = 0;      // the step
+  const int chunks = ((args.chunks - cluster.part + cluster.parts - 1) >> args.log_parts) * args.planes;
+  int chunk = 0, y = 0;      // the step; the patches of a chunk's planes count as chunks
   int waited = 0, kept = 0;  // patches before these chunks have arrived, and have been released
   Ring held = patches;       // where the patch of chunk `kept` is
   int before = -1;           // the stage of this group's last step
@@ -346,8 +369,8 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
     if (++y == reading.count_y) y = 0, ++chunk;
   };
   for (int i = 0; i < group; ++i) next();
-  // The loop is always entered and has no branch around the products: ptxas would otherwise wait for each product.
-  // Every group has a step (kernels/hopper.py).
+    // The loop is always entered and has no branch around the products: ptxas would otherwise wait for each product.
+    // Every group has a step (kernels/hopper.py).
 #pragma unroll 1
   do {
 #pragma unroll 1
@@ -392,8 +415,8 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
 }
 
 template <bool BF16, int N, int GROUPS, bool TIMED>
-__device__ __forceinline__ void multiply_any(const Args& args, const Memory& memory, const Reading& reading, int group,
-                                             int lane, const Cluster& cluster, float (&sum)[N / 2],
+__device__ __forceinline__ void multiply_any(const Args& args, const Memory& memory, const Reading& reading,
+                                             int group, int lane, const Cluster& cluster, float (&sum)[N / 2],
                                              Clocks<TIMED>& clocks) {
   if (reading.count_x == 1) {
     multiply<BF16, N, GROUPS, 1>(args, memory, reading, group, lane, cluster, sum, clocks);
@@ -517,20 +540,18 @@ __device__ __forceinline__ void compute(const Args& args, const Memory& memory, 
 }
 
 template <typename T, int TILE_H, int GROUPS, bool TIMED>
-__device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap& weights, const Args& args) {
+__device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& weights, const Args& args) {
   constexpr int kFirstOther = GROUPS * kGroupWarps;  // warp
   Clocks<TIMED> clocks;
   clocks.set(kStart);
   const Memory memory(args);
   const int warp = __shfl_sync(0xffffffff, threadIdx.x / 32, 0), lane = threadIdx.x % 32;
   const Cluster cluster(args);
-  const Place place = place_of(args, cluster, TILE_H);
+  if (warp == kFirstOther && lane == 0) prefetch_map(weights);
+  if (warp == kFirstOther + 1 && lane == 0) prefetch_map(sources.plane[0]);
+  memory.initialise<GROUPS>(args, cluster.sharing, warp, lane);
+  const Place place = place_of(args, TILE_H);
   const Reading reading(args, place);
-  if (threadIdx.x == kFirstOther * 32) {
-    prefetch_map(weights);
-    prefetch_map(source);
-  }
-  if (threadIdx.x == 0) memory.initialise<GROUPS>(args, cluster.sharing);
   if (cluster.sharing > 1) {
     cluster_meet();
   } else {
@@ -550,7 +571,7 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
   } else if (warp == kFirstOther + 1) {
     if (lane == 0) {
       wait_for_previous_kernel();
-      load_patches(args, memory, place, reading, source, cluster);
+      load_patches(args, memory, place, sources, cluster);
     }
   } else if (warp == kFirstOther + 2 && reading.mending) {
     wait_for_previous_kernel();
@@ -564,11 +585,11 @@ __device__ __forceinline__ void run(const CUtensorMap& source, const CUtensorMap
 
 }  // namespace lgnet
 
-#define LGNET_CONV(name, type, tile_h, groups, timed)                                                  \
-  extern "C" __global__ void __launch_bounds__(groups* lgnet::kGroupThreads + lgnet::kOtherThreads, 1) \
-      name(const __grid_constant__ CUtensorMap source, const __grid_constant__ CUtensorMap weights,    \
-           const __grid_constant__ lgnet::Args args) {                                                 \
-    lgnet::run<type, tile_h, groups, timed>(source, weights, args);                                    \
+#define LGNET_CONV(name, type, tile_h, groups, timed)                                                   \
+  extern "C" __global__ void __launch_bounds__(groups* lgnet::kGroupThreads + lgnet::kOtherThreads, 1)  \
+      name(const __grid_constant__ lgnet::Sources sources, const __grid_constant__ CUtensorMap weights, \
+           const __grid_constant__ lgnet::Args args) {                                                  \
+    lgnet::run<type, tile_h, groups, timed>(sources, weights, args);                                    \
   }
 
 #define LGNET_CONVS(dtype, type)                            \

@@ -36,13 +36,12 @@ class TensorMap(ctypes.Structure):
     ]
 
 
-def tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> tuple[Any, ctypes.c_void_p]:
+def tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> TensorMap:
     """In place of `hopper._tensor_map`."""
     rank = len(sizes)
     four = ctypes.c_int64 * 4
     ones = [1] * (4 - rank)
-    made = TensorMap(tensor.data_ptr(), rank, four(*sizes, *ones), four(2, *strides), four(*box, *ones))
-    return made, ctypes.c_void_p(ctypes.addressof(made))
+    return TensorMap(tensor.data_ptr(), rank, four(*sizes, *ones), four(2, *strides), four(*box, *ones))
 
 
 @functools.cache
