@@ -85,16 +85,22 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
 
 
 def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | None:
-    """The least cost of a step by `kernels/picture_conv.py`, its tile, the number of blocks; None: unsupported."""
-    from lgnet_fast.kernels import picture_conv
+    """The least cost of a step by a compiled kernel, its tile, the number of blocks; None: unsupported."""
+    from lgnet_fast.kernels import hopper, picture_conv
 
     from lgnet_fast.engine.cuda.weights import conv_of
 
     conv, source, out = conv_of(step), plan.source(step), plan.target(step)
-    if len(step.regions) != 1 or picture_conv.unsupported(conv) is not None:
+    if len(step.regions) != 1:
         return None
     (region,) = step.regions
-    tile, launch = picture_conv.pick_tile(conv, plan.batch, source.size, out.size, tuple(region), card)
+    product = conv, plan.batch, source.size, out.size, tuple(region), card
+    if card.capability == hopper.CAPABILITY and hopper.unsupported(conv) is None:
+        fastest, wide = hopper.pick_tile(*product)
+        return hopper.cost(wide, fastest, card), fastest.label, wide.grid
+    if picture_conv.unsupported(conv) is not None:
+        return None
+    tile, launch = picture_conv.pick_tile(*product)
     stored = 2 * plan.batch * region.area * sum(s.view.channels for s in step.stores)
     return picture_conv.cost(launch, card)._replace(memory=stored / card.memory), tile.label, launch.grid
 

@@ -13,15 +13,17 @@ The first use on a GPU compares it with PyTorch in float32 (:func:`reason_agains
 from __future__ import annotations
 
 import ctypes
+import functools
 import itertools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from .cards import SHARED_LIMITS, Card
 from .compiled_checks import DTYPES, LIMIT, Divisor, FirstUse, check_bias, check_view, exact_convolution, set_stores
 from .conv import Conv
-from .conv_configs import Work
+from .conv_configs import INGRESS_ALONE, LAUNCH_SECONDS, Cost, Work
 from .cuda_driver import Kernel, call
 from .launch import device_guard, is_recording
 from .results import Store
@@ -31,8 +33,8 @@ CHANNELS = 64
 """Output channels of a thread block, and input channels of a step, which is a row of taps."""
 TILE_W = 8
 TILE_HEIGHTS = (4, 8, 16, 32)
-SHARED_LIMIT = 232448
-"""Bytes of shared memory of a thread block: CUDA C++ Programming Guide, compute capability 9.0."""
+SHARED_LIMIT = SHARED_LIMITS["sm_90"]
+"""Bytes of shared memory of a thread block."""
 _GROUP_THREADS, _OTHER_THREADS = 128, 128
 _MOST_SPLIT_BLOCKS = 160  # an H100 has 132 multiprocessors; more blocks need no split of the depth
 _LINE = 2 * CHANNELS  # bytes of a pixel's channels, or of a depth's columns
@@ -237,6 +239,79 @@ def describe_launch(
         patch_stages=patch_stages, patch_bytes=patch_bytes,
     )  # fmt: skip
     return Launch(args, m_tiles * n_blocks * phases**2 * parts, cluster, shared_bytes, (pitch, box_rows))
+
+
+# Fitted to the 28 tiles of an earlier form that ran one block a multiprocessor (bench/results/h100_hopper.jsonl):
+# 2.0 us + 2.2 us + 6.4 ns a pixel + (479 + a quarter of the products) clocks a tap, error 2 % (root mean square).
+# That form waited and signalled at every tap, in 110 instructions; this one does at every row of taps, in 100.
+_CLOCK = 1.755e9
+_FILL_SECONDS, _PIXEL_SECONDS = 2.2e-6, 6.4e-9
+_STEP_CLOCKS, _TAIL = 435, 0.24
+# Clocks of products relative to the tensor cores' rate: what the fitted tiles of 256 pixels took.
+_PRODUCTS = 1.15
+# Assumed: blocks of a cluster meet twice, and read each other's sums.
+_EXCHANGE_SECONDS = 1.0e-6
+
+
+def cost(launch: Launch, tile: HopperTile, card: Card) -> Cost:
+    """Estimated seconds of a launch by its parts. issue: a step's instructions before and after its products."""
+    args = launch.args
+    pixels, parts = TILE_W * tile.tile_h, 1 << args.log_parts
+    resident = max(1, SHARED_LIMIT // launch.shared_bytes)
+    waves = -(-launch.grid // (card.num_sms * resident))
+    issue, products = 0.0, 0.0
+    read, phases = 0.0, range(2 if args.phases > 1 else 1)
+    for y, x in itertools.product(phases, repeat=2):
+        steps = -(-args.chunks // parts) * args.planes * args.count_y[y]
+        multiplied = _PRODUCTS * 2 * pixels * args.count_x[x]
+        longest = steps * max((_STEP_CLOCKS + _TAIL * 2 * pixels) / tile.groups, multiplied)
+        issue = max(issue, longest)
+        products += steps * multiplied / args.phases
+        patches = args.box_rows * args.pitch * _LINE * steps / args.count_y[y]
+        read += (steps * args.count_x[x] * _TAP_BYTES / (1 << args.log_sharing) + patches) / args.phases
+    together = -(-launch.grid // card.num_sms)
+    share = INGRESS_ALONE * card.l2 / card.num_sms
+    weights = args.n_blocks.size * CHANNELS * 2 * args.chunks * CHANNELS * args.planes
+    weights *= sum(args.count_y[y] * args.count_x[x] for y, x in itertools.product(phases, repeat=2))
+    return Cost(
+        start=LAUNCH_SECONDS + waves * (_FILL_SECONDS + pixels * _PIXEL_SECONDS),
+        products=products / _CLOCK,
+        reads=read / share,
+        issue=waves * issue / _CLOCK,
+        together=together * max(products / _CLOCK, read / share),
+        memory=weights / (card.memory * min(1.0, launch.grid / card.num_sms)),
+        splits=_EXCHANGE_SECONDS if parts > 1 else 0.0,
+        l2_bytes=launch.grid * read,
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def pick_tile(
+    conv: Conv,
+    batch: int,
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    rect: tuple[int, int, int, int],
+    card: Card,
+) -> tuple[HopperTile, Launch]:
+    """The candidate of least estimated time for outputs `rect` of a step, and its launch.
+
+    Raises:
+        ValueError: the kernel cannot compute the step.
+    """
+    found: list[tuple[float, HopperTile, Launch]] = []
+    reason = ""
+    for tile in CANDIDATES:
+        try:
+            launch = describe_launch(conv, batch, in_size, out_size, rect, tile)
+        except ValueError as refusal:
+            reason = str(refusal)
+        else:
+            found.append((cost(launch, tile, card).seconds, tile, launch))
+    if not found:
+        raise ValueError(reason)
+    _, tile, launch = min(found, key=lambda one: one[:2])
+    return tile, launch
 
 
 CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weights", "for_patches")

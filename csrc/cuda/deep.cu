@@ -362,28 +362,49 @@ __device__ __forceinline__ void store(void* to, int64_t index, const float4& val
   *reinterpret_cast<uint2*>(static_cast<T*>(to) + index) = packed;
 }
 
+// Four channels of a row that the block finishes.
+struct Quad {
+  int row, phase, channel;
+
+  __device__ __forceinline__ Quad(const Layer& layer, const Place& place, int index) {
+    const int which = ((index >> 2) << place.log_cluster) + place.rank,
+              unit = place.begin + (which >> layer.log_rows);
+    row = which & (layer.rows - 1);
+    phase = phase_of(layer, unit);
+    channel = (unit - phase * layer.groups) * kUnit + (index & 3) * 4;
+  }
+
+  __device__ __forceinline__ float4 bias(const Layer& layer) const {
+    return __ldg(reinterpret_cast<const float4*>(layer.bias + channel));
+  }
+};
+
+// The bias of the first quad that the thread finishes. It comes from memory in about 1000 clocks, because every run
+// reads it once. Read at the begin of the layer, it is there when it is added.
+__device__ __forceinline__ float4 first_bias(const Layer& layer, const Place& place) {
+  if (threadIdx.x >= finished(layer, place) * 4) return make_float4(0.f, 0.f, 0.f, 0.f);
+  return Quad(layer, place, threadIdx.x).bias(layer);
+}
+
 // Adds the sums that the cluster's blocks sent, in the order of the blocks, and stores the result.
 template <typename T>
-__device__ __forceinline__ void finish(const Layer& layer, const Place& place) {
+__device__ __forceinline__ void finish(const Layer& layer, const Place& place, const float4& first) {
   const int total = finished(layer, place) * 4, most = most_finished(layer, place) * 4;
   for (int index = threadIdx.x; index < total; index += kThreads) {
-    const int which = ((index >> 2) << place.log_cluster) + place.rank;
-    const int row = which & (layer.rows - 1), unit = place.begin + (which >> layer.log_rows);
-    const int phase = phase_of(layer, unit);
-    const int channel = (unit - phase * layer.groups) * kUnit + (index & 3) * 4;
-    const float4 bias = __ldg(reinterpret_cast<const float4*>(layer.bias + channel));
+    const Quad quad(layer, place, index);
+    const float4 bias = index < kThreads ? first : quad.bias(layer);
     float4 sum = make_float4(0.f, 0.f, 0.f, 0.f);
     for (int from = 0; from < 1 << place.log_cluster; ++from) {
       add_shared(sum, place.stage + layer.received + (from * most + index) * 16);
     }
     sum.x += bias.x, sum.y += bias.y, sum.z += bias.z, sum.w += bias.w;
-    const int y = row >> layer.log_rows_w, sample = y >> layer.log_rows_h;
-    const int out_x = (row & ((1 << layer.log_rows_w) - 1)) * layer.out_step + (phase & 1);
-    const int out_y = (y & ((1 << layer.log_rows_h) - 1)) * layer.out_step + (phase >> 1);
+    const int y = quad.row >> layer.log_rows_w, sample = y >> layer.log_rows_h;
+    const int out_x = (quad.row & ((1 << layer.log_rows_w) - 1)) * layer.out_step + (quad.phase & 1);
+    const int out_y = (y & ((1 << layer.log_rows_h) - 1)) * layer.out_step + (quad.phase >> 1);
     const int64_t pixel = (sample * layer.out_h + out_y) * layer.out_w + out_x;
-    store<T>(layer.store0, pixel * layer.stride_0 + channel, sum, Activation(layer.activation_0));
+    store<T>(layer.store0, pixel * layer.stride_0 + quad.channel, sum, Activation(layer.activation_0));
     if (layer.store1 != nullptr)
-      store<T>(layer.store1, pixel * layer.stride_1 + channel, sum, Activation(layer.activation_1));
+      store<T>(layer.store1, pixel * layer.stride_1 + quad.channel, sum, Activation(layer.activation_1));
   }
 }
 
@@ -467,7 +488,9 @@ __device__ __forceinline__ void run(const Program& program) {
       place.enter(layer, program.clusters);
       const bool works = place.units > 0;
       if (times != nullptr) times[0] = clock64();
+      float4 bias;
       if (works) {
+        bias = first_bias(layer, place);
         for (int at = threadIdx.x * 16; at < layer.stage_bytes; at += kThreads * 16) {
           store_shared(place.stage + at, make_uint4(0, 0, 0, 0));
         }
@@ -495,7 +518,7 @@ __device__ __forceinline__ void run(const Program& program) {
         guard.wait<true>(received_barrier, received, code_of(kSums, number));
         received ^= 1;
         if (times != nullptr) times[4] = clock64();
-        finish<T>(layer, place);
+        finish<T>(layer, place, bias);
       }
       meet<1, kThreads>();  // the next layer uses the same shared memory
       if (threadIdx.x == 0 && number + 1 < program.layers) {
