@@ -10,8 +10,9 @@ multiplications at the GPU's rate and of weights, inputs and outputs, once each,
 measurement, if there is one.
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
---compiled: with the compiled kernels of kernels/picture_conv.py, which an engine's first use may choose, where their
-estimate is less; no measurement confirms it yet.
+--compiled: with the CUDA C++ kernels (picture_conv, hopper, deep) where their estimate is less. An engine uses those
+that its first use or `lgnet-fast tune` measured as faster; these forms of the kernels have not been measured yet. The
+steps of a launch that computes deep layers have its cost at the first of them.
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
 """
 
@@ -28,6 +29,8 @@ import torch
 
 KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}
 RESULTS = Path(__file__).resolve().parent / "results"
+DEEP_BLOCKS = 120
+"""Of a launch that computes deep layers: 15 clusters of 8 fit on an H100 (bench/results/h100_deep.jsonl)."""
 ROW = (
     "{:<20} {:>11} {:>11} {:>3} {:>6} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:<9} {:>6} {:>8} {:<16} {:>8}"
 )
@@ -96,13 +99,33 @@ def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | Non
     (region,) = step.regions
     product = conv, plan.batch, source.size, out.size, tuple(region), card
     if card.capability == hopper.CAPABILITY and hopper.unsupported(conv) is None:
-        fastest, wide = hopper.pick_tile(*product)
-        return hopper.cost(wide, fastest, card), fastest.label, wide.grid
+        (fastest, least), *_ = hopper.ranked(*product)
+        return least, fastest.label, hopper.describe_launch(*product[:-1], fastest).grid
     if picture_conv.unsupported(conv) is not None:
         return None
     tile, launch = picture_conv.pick_tile(*product)
     stored = 2 * plan.batch * region.area * sum(s.view.channels for s in step.stores)
     return picture_conv.cost(launch, card)._replace(memory=stored / card.memory), tile.label, launch.grid
+
+
+def deep_costs(plan: Any, card: Any) -> dict[range, Any]:
+    """Numbers of consecutive steps that `kernels/deep.py` can compute in one launch -> the cost of the launch."""
+    from lgnet_fast.kernels import deep
+
+    from lgnet_fast.engine.cuda.deep_layers import applies, layer_of, runs
+
+    if card.capability != deep.CAPABILITY:
+        return {}
+    found = {}
+    for numbers in runs(plan, deep.MAX_ROWS):
+        if not applies(plan, numbers, [step.regions for step in plan.steps]):
+            continue
+        layers = [layer_of(plan, plan.steps[number]) for number in numbers]
+        cluster = deep.CLUSTERS[0]
+        shares = deep.plan_splits(layers, cluster, DEEP_BLOCKS // cluster)
+        if not isinstance(shares, str):
+            found[numbers] = deep.cost(layers, shares, card)
+    return found
 
 
 def measured_steps(path: Path) -> dict[str, float]:
@@ -134,6 +157,18 @@ def step_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tu
     if other is not None and other[0].seconds < sum(cost.seconds for cost in costs):
         return [other[0]], *other[1:], 1
     return costs, name, count, len(costs) + sum(not name.endswith("f") and not name.endswith("/1") for _ in costs)
+
+
+def all_costs(plan: Any, kind: str, card: Any, compiled: bool) -> list[tuple[list[Any], str, int, int]]:
+    """:func:`step_costs` of every step, with launches that compute several of them."""
+    found = [step_costs(step, plan, kind, card, compiled) for step in plan.steps]
+    deep = deep_costs(plan, card) if compiled and kind == "half" else {}
+    for numbers, shared in deep.items():
+        if shared.seconds < sum(cost.seconds for number in numbers for cost in found[number][0]):
+            for number in numbers:
+                first = number == numbers[0]
+                found[number] = ([shared] if first else [], "deep", DEEP_BLOCKS if first else 0, int(first))
+    return found
 
 
 def print_step(
@@ -211,8 +246,7 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     total = floor = found = 0.0
     launches = 1
-    for step in plan.steps:
-        costs, tile, programs, kernels = step_costs(step, plan, kind, card, args.compiled)
+    for step, (costs, tile, programs, kernels) in zip(plan.steps, all_costs(plan, kind, card, args.compiled)):
         least = floor_seconds(step, plan, card, rate, element)
         print_step(step, plan, costs, least, measured.get(step.name), tile, programs, kernels)
         total, floor, launches = total + sum(c.seconds for c in costs), floor + least, launches + kernels

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from types import ModuleType
 from typing import Any, TypeAlias
 
 import torch
 
 from . import hopper, picture_conv
+from .cards import card_for
+from .configs import device_generation
 from .conv import Conv
 from .conv_configs import Work
 from .hopper import HopperTile
 from .picture_conv import PictureTile
 
 CompiledTile: TypeAlias = HopperTile | PictureTile
+
+AT_FIRST_USE: dict[str, ModuleType] = {
+    "the kernels for the picture": picture_conv,
+    "the convolution for Hopper": hopper,
+}
+"""Kernels that an engine's first use measures, by what messages call them."""
+_FEW = 4
 
 _TILES: dict[str, type[CompiledTile]] = {"hopper": HopperTile, "picture": PictureTile}
 
@@ -35,6 +46,25 @@ def tile_of(stored: Any) -> CompiledTile | None:
 def candidates(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device) -> list[CompiledTile]:
     """Tiles worth measuring for a step whose product is `work`."""
     return [*hopper.candidates(conv, work, dtype, device), *picture_conv.candidates(conv, dtype, device)]
+
+
+def few_candidates(
+    conv: Conv,
+    batch: int,
+    in_size: tuple[int, int],
+    out_size: tuple[int, int],
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Sequence[CompiledTile]:
+    """Tiles to measure at an engine's first use of a step: all of `picture_conv`, else those of `hopper` of least
+    estimated time; none where the kernel may not be used."""
+    if hopper.unsupported(conv) is not None:
+        return [*picture_conv.candidates(conv, dtype, device)]
+    if hopper.reason_against(device, dtype) is not None:
+        return []
+    whole = (0, out_size[0], 0, out_size[1])
+    best = hopper.ranked(conv, batch, in_size, out_size, whole, card_for(*device_generation(device)))[:_FEW]
+    return [tile for tile, _ in best]
 
 
 def usable(tile: CompiledTile, conv: Conv, dtype: torch.dtype, device: torch.device) -> bool:

@@ -34,9 +34,10 @@ from torch import Tensor
 
 from lgnet_fast.ops.torch_state import pass_on_out_of_memory
 
-from .cards import SHARED_LIMITS
+from .cards import SHARED_LIMITS, Card
 from .compiled_checks import set_stores
 from .conv import Conv
+from .conv_configs import LAUNCH_SECONDS, Cost
 from .cuda_driver import Kernel
 from .launch import is_recording
 from .results import Store
@@ -365,6 +366,28 @@ def best_cluster(layers: Sequence[DeepLayer], held: Mapping[int, int]) -> tuple[
         return reason
     _, cluster, clusters = min(found)
     return -cluster, clusters
+
+
+# Clocks at 1.755 GHz (an H100). A layer but its chunks: measured, of eight layers in one launch (section "clocks" of
+# bench/results/h100_deep.jsonl). A chunk: expected of the present loop; an earlier one took 700 to 800.
+_CLOCK = 1.755e9
+_LAYER_CLOCKS, _CHUNK_CLOCKS = 6500, 275
+
+
+def cost(layers: Sequence[DeepLayer], shares: Sequence[Split], card: Card) -> Cost:
+    """Estimated seconds of a launch by its parts. issue: of the block that reads most weights."""
+    chunks = sum(share.chunks for share in shares)
+    weights = sum(share.units * share.steps for share in shares) * PIECE_BYTES
+    return Cost(
+        start=LAUNCH_SECONDS,
+        products=0.0,
+        reads=0.0,
+        issue=(len(layers) * _LAYER_CLOCKS + chunks * _CHUNK_CLOCKS) / _CLOCK,
+        together=0.0,
+        memory=weights / card.memory,
+        splits=0.0,
+        l2_bytes=float(weights),
+    )
 
 
 def unavailable(device: torch.device, dtype: torch.dtype) -> str | None:

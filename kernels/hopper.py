@@ -12,6 +12,7 @@ The first use on a GPU compares it with PyTorch in float32 (:func:`reason_agains
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import itertools
@@ -161,7 +162,7 @@ class _Reads(NamedTuple):
 
     origin: tuple[int, int]
     first: tuple[int, int]
-    count: tuple[int, int]
+    taps: tuple[int, int]
 
 
 def _reads(conv: Conv, in_size: int, out_size: int) -> _Reads:
@@ -197,7 +198,7 @@ def describe_launch(
     axis, phases = conv.axis, conv.axis.phases
     (rows_top, rows_bottom), (rows_left, rows_right) = conv.rows_of(rect)
     along_y, along_x = (_reads(conv, in_size[dim], out_size[dim]) for dim in (0, 1))
-    most_y, most_x = (max(reads.count) for reads in (along_y, along_x))
+    most_y, most_x = (max(reads.taps) for reads in (along_y, along_x))
     box_rows, pitch = tile.tile_h + most_y - 1, TILE_W + most_x - 1
     patch_bytes = -(-pitch * box_rows * _LINE // _ALIGNMENT) * _ALIGNMENT
     tiles_y = -(-(rows_bottom - rows_top) // tile.tile_h)
@@ -208,7 +209,7 @@ def describe_launch(
     planes = axis.in_step**2
     all_chunks = conv.in_channels // CHANNELS
     chunks = all_chunks // parts  # the fewest of a block
-    fewest_rows = min(along_y.count)
+    fewest_rows = min(along_y.taps)
     if chunks * planes * fewest_rows < tile.groups:
         raise ValueError(f"tile: {tile} has more warpgroups than the product has steps")
     # A group keeps a patch until its next step, which may belong to a later one; that patch needs a stage, too.
@@ -232,7 +233,7 @@ def describe_launch(
         tap_step=axis.in_step,
         origin_y=pair(*along_y.origin), origin_x=pair(*along_x.origin),
         first_y=pair(*along_y.first), first_x=pair(*along_x.first),
-        count_y=pair(*along_y.count), count_x=pair(*along_x.count),
+        count_y=pair(*along_y.taps), count_x=pair(*along_x.taps),
         taps=pair(axis.taps[0], axis.taps[phases - 1]),
         reflect=conv.reflect,
         pitch=pitch, box_rows=box_rows, weight_stages=weight_stages, weight_bytes=weight_bytes,
@@ -286,32 +287,20 @@ def cost(launch: Launch, tile: HopperTile, card: Card) -> Cost:
 
 
 @functools.lru_cache(maxsize=4096)
-def pick_tile(
+def ranked(
     conv: Conv,
     batch: int,
     in_size: tuple[int, int],
     out_size: tuple[int, int],
     rect: tuple[int, int, int, int],
     card: Card,
-) -> tuple[HopperTile, Launch]:
-    """The candidate of least estimated time for outputs `rect` of a step, and its launch.
-
-    Raises:
-        ValueError: the kernel cannot compute the step.
-    """
-    found: list[tuple[float, HopperTile, Launch]] = []
-    reason = ""
+) -> tuple[tuple[HopperTile, Cost], ...]:
+    """The candidates that can compute outputs `rect` of a step, and their costs, by rising estimated time."""
+    found = []
     for tile in CANDIDATES:
-        try:
-            launch = describe_launch(conv, batch, in_size, out_size, rect, tile)
-        except ValueError as refusal:
-            reason = str(refusal)
-        else:
-            found.append((cost(launch, tile, card).seconds, tile, launch))
-    if not found:
-        raise ValueError(reason)
-    _, tile, launch = min(found, key=lambda one: one[:2])
-    return tile, launch
+        with contextlib.suppress(ValueError):  # it cannot
+            found.append((tile, cost(describe_launch(conv, batch, in_size, out_size, rect, tile), tile, card)))
+    return tuple(sorted(found, key=lambda one: (one[1].seconds, one[0])))
 
 
 CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weights", "for_patches")
@@ -495,7 +484,8 @@ def _error(
         return torch.randn(size, generator=generator, device="cpu", dtype=torch.float32).to(device, dtype)
 
     batch, height, width = shape
-    size = tuple(n * conv.axis.out_step // conv.axis.in_step for n in (height, width))
+    up, down = conv.axis.out_step, conv.axis.in_step
+    size = height * up // down, width * up // down
     x = noise(batch, height, width, conv.in_channels)
     first, second = (conv.in_channels, conv.out_channels)[:: 1 if conv.transposed else -1]
     weight = noise(first, second, conv.kernel, conv.kernel) / (conv.in_channels * conv.kernel**2) ** 0.5
@@ -531,6 +521,11 @@ def candidates(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device)
         return tile.groups <= chunks // tile.cluster and blocks * tile.cluster <= _MOST_SPLIT_BLOCKS
 
     return list(filter(worth_measuring, CANDIDATES))
+
+
+def runs_on(device: torch.device) -> bool:
+    """Whether a device is a GPU that the kernel was compiled for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
 
 
 def usable(tile: HopperTile, conv: Conv, dtype: torch.dtype, device: torch.device) -> bool:

@@ -398,6 +398,11 @@ def _shared_bytes(conv: Conv, tile: PictureTile) -> int:
     return describe_launch(conv, 1, (64, 64), (64, 64), (0, 0, 0, 0), tile).shared_bytes
 
 
+def runs_on(device: torch.device) -> bool:
+    """Whether a device is a GPU that the kernels were compiled for."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= CAPABILITY
+
+
 def usable(tile: PictureTile, conv: Conv, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a tile that was measured for a product can compute another step with that product."""
     return tile in tiles(conv) and reason_against(device, dtype) is None

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 pytest.importorskip("triton")
 
 from lgnet_fast.kernels import compiled_checks, cuda_driver, hopper
+from lgnet_fast.kernels.cards import CARDS
 from lgnet_fast.kernels.compiled_checks import Divisor
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.hopper import HopperTile
@@ -438,6 +439,36 @@ def test_candidates_can_be_launched(monkeypatch):
     stride_2 = Conv(64, 64, 3, 2, 1, False, False, False)
     work = stride_2.work(1, (64, 64), (32, 32), (0, 32, 0, 32))
     assert hopper.candidates(stride_2, work, torch.float16, torch.device("cpu")) == []
+
+
+def test_the_estimate_ranks_the_tiles():
+    """One block for each multiprocessor; a split depth where the map has too few tiles; parts that add up."""
+    card = CARDS["H100"]
+    convs = {name: (conv, size) for name, conv, size in plan_convs()}
+    found = {}
+    for name in ("net_l.block0.first", "net_c.d4", "net_c.e2"):
+        conv, size = convs[name]
+        product = conv, 1, size, out_size(conv, size)
+        whole = (0, product[3][0], 0, product[3][1])
+        best = hopper.ranked(*product, whole, card)
+        seconds = [cost.seconds for _, cost in best]
+        assert seconds == sorted(seconds)
+        tile, cost = best[0]
+        launch = hopper.describe_launch(*product, whole, tile)
+        assert launch.grid == 128, name
+        assert cost == hopper.cost(launch, tile, card)
+        work = conv.work(1, size, product[3], whole)
+        macs = work.all_rows * work.columns * sum(work.taps) / len(work.taps) * work.in_channels
+        assert cost.products > macs / card.macs / 1.2  # the H100's figure is of a lower clock
+        found[name] = tile, cost
+    tile, cost = found["net_l.block0.first"]
+    assert (tile.tile_h, tile.split, cost.bound) == (16, False, "products")
+    assert 6e-6 < cost.seconds - cost.start < 7e-6
+    assert found["net_c.d4"][0].split
+    assert not found["net_c.e2"][0].split
+    hole = hopper.ranked(BLOCK, 1, (64, 64), (64, 64), (8, 24, 8, 24), card)[0][1]
+    assert hole.seconds < cost.seconds
+    assert hopper.ranked(Conv(96, 64, 3, 1, 1, False, False, False), 1, (8, 8), (8, 8), (0, 8, 0, 8), card) == ()
 
 
 @pytest.mark.gpu

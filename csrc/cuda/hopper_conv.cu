@@ -369,8 +369,8 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
     if (++y == reading.count_y) y = 0, ++chunk;
   };
   for (int i = 0; i < group; ++i) next();
-    // The loop is always entered and has no branch around the products: ptxas would otherwise wait for each product.
-    // Every group has a step (kernels/hopper.py).
+  // The loop is always entered and has no branch around the products: ptxas would otherwise wait for each product.
+  // Every group has a step (kernels/hopper.py).
 #pragma unroll 1
   do {
 #pragma unroll 1

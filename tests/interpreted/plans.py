@@ -88,18 +88,30 @@ def tiny_plan(side: int = 16) -> Plan:
     return Plan(1, side, side, buffers, tuple(order))
 
 
-def picture_plan(batch: int = 1, side: int = 32) -> Plan:
-    """The first and last layers of NetL, then of a U-Net: the steps of `kernels/picture_conv.py`, in float64."""
+def picture_plan(batch: int = 1, side: int = 32, inner: bool = False) -> Plan:
+    """The first and last layers of NetL, then of a U-Net: the steps of `kernels/picture_conv.py`, in float64.
 
-    def conv(name: str, source: View, stores: tuple[Store, ...], out: int, geometry: Geometry) -> ConvStep:
+    inner: between those of NetL, a block's layer with its residual, one of stride 2, and a transposed one, of 64
+    channels: steps of `kernels/hopper.py`.
+    """
+
+    def conv(
+        name: str,
+        source: View,
+        stores: tuple[Store, ...],
+        out: int,
+        geometry: Geometry,
+        residual: View | None = None,
+    ) -> ConvStep:
         pair = (source.channels, out) if geometry.transposed else (out, source.channels)
         seed = sum(name.encode())
         weight = normal(*pair, geometry.kernel, geometry.kernel, dtype=torch.float64, seed=seed)
         weight = weight / (geometry.kernel * source.channels**0.5)
         bias = normal(out, dtype=torch.float64, seed=seed + 1)
         return ConvStep(
-            name=name, source=source, stores=stores, geometry=geometry, merges=out == 3, weight=weight, bias=bias
-        )
+            name=name, source=source, stores=stores, geometry=geometry, merges=out == 3, weight=weight, bias=bias,
+            residual=residual,
+        )  # fmt: skip
 
     buffers = {
         PICTURE: Buffer(PICTURE, 4, side, side),
@@ -108,12 +120,23 @@ def picture_plan(batch: int = 1, side: int = 32) -> Plan:
         "q.cat": Buffer("q.cat", 128, side // 2, side // 2),
         "q.raw": Buffer("q.raw", 3, side, side),
     }
+    if inner:
+        buffers |= {name: Buffer(name, 64, side, side) for name in ("p.block", "p.up")}
+        buffers["p.down"] = Buffer("p.down", 64, side // 2, side // 2)
     picture, stem, cat = View(PICTURE, 0, 4), View("p.stem", 0, 64), View("q.cat", 0, 128)
     both = (Store(View("q.cat", 0, 64), "leaky_relu"), Store(View("q.cat", 64, 64), "relu"))
     wide, down, up = Geometry(7, 1, 3, reflect=True), Geometry(4, 2, 1), Geometry(4, 2, 1, True)
+    block, halved, last = View("p.block", 0, 64), View("p.down", 0, 64), View("p.up" if inner else "p.stem", 0, 64)
+    three = Geometry(3, 1, 1, reflect=True)
+    between = (
+        conv("p.block", stem, (Store(block, "relu"),), 64, three, stem),
+        conv("p.down", block, (Store(halved, "relu"),), 64, down),
+        conv("p.up", halved, (Store(last, "relu"),), 64, up),
+    )
     steps = (
         conv("p.stem", picture, (Store(stem, "relu"),), 64, wide),
-        conv("p.out", stem, (Store(View("p.raw", 0, 3), "tanh"),), 3, wide),
+        *(between if inner else ()),
+        conv("p.out", last, (Store(View("p.raw", 0, 3), "tanh"),), 3, wide),
         conv("q.e1", picture, both, 64, down),
         conv("q.d1", cat, (Store(View("q.raw", 0, 3), "tanh"),), 3, up),
     )

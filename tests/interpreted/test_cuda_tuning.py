@@ -16,7 +16,7 @@ import torch
 import triton.language as tl
 from lgnet_fast.kernels import apart, compiled, conv, conv_kernels, hopper, picture_conv
 from lgnet_fast.kernels.apart import Outcome
-from lgnet_fast.kernels.conv_configs import Tile, Work, pick_tile
+from lgnet_fast.kernels.conv_configs import Cost, Tile, Work, pick_tile
 from lgnet_fast.kernels.hopper import HopperTile
 from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
@@ -204,7 +204,7 @@ def test_the_kernel_for_hopper_is_a_candidate(short: Plan, monkeypatch: pytest.M
     found = run(short, timer)
     chosen = {step.name: found.tiles[product_key(work_of(short, step), "ieee")] for step in short.steps
               if isinstance(step, ConvStep)}  # fmt: skip
-    assert chosen["u.block"].choice == ("hopper", 4, 2, 8, 4, 1, False)
+    assert chosen["u.block"].choice == ("hopper", *tile)
     assert chosen["u.block"].us == 1.0
     assert chosen["u.d1"].choice[0] != "hopper"
     monkeypatch.setattr(cache, "_known", {})  # another process
@@ -266,7 +266,9 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     launched: list[str] = []
     monkeypatch.setattr(emulator.EmulatedKernel, "launched", launched)
     monkeypatch.setattr(picture_conv, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(picture_conv, "reason_against", lambda device, dtype: None)
+    for kernel in (picture_conv, hopper):
+        monkeypatch.setattr(kernel, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(picture_conv, "runs_on", lambda device: True)
     return launched
 
 
@@ -301,9 +303,9 @@ def test_the_first_use_measures_the_kernels_for_the_picture(emulated: list[str],
     plan = picture_plan(side=64)
     tuned = first_use(plan)
     (entry,) = cache.entries(cache.CHOICES)
-    assert entry.name == f"{plan.name}, at first use"
+    assert entry.name == f"{plan.name}, the kernels for the picture, at first use"
     assert str(Found.from_dict(entry.value)) == "4 convolutions measured at first use"
-    assert other_process[1:] == [cuda_tuning.measure_picture]
+    assert other_process[1:] == [cuda_tuning.measure_compiled]
     assert first_use(plan) == tuned
     assert len(other_process) == 2
 
@@ -340,6 +342,69 @@ def test_a_kernel_for_the_picture_that_gains_too_little_runs_nowhere(
     for regions in (None, tuple(step.regions for step in restricted.steps)):
         launches: list[Any] = executor.launches(regions)
         assert [launch.func for launch in launches[1:]] == [conv.conv_forward] * 4
+
+
+@pytest.fixture
+def hopper_emulated(emulated: list[str], monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """And the convolution for Hopper, with two tiles."""
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
+    monkeypatch.setattr(hopper, "Kernel", emulator.EmulatedKernel)
+    monkeypatch.setattr(hopper, "_tensor_map", emulator.tensor_map)
+    monkeypatch.setattr(hopper, "CANDIDATES", (HopperTile(8, 1), HopperTile(16, 1, groups=2)))
+    monkeypatch.setattr(hopper, "ranked", hopper.ranked.__wrapped__)  # not kept for other tests
+    return emulated
+
+
+@needs_emulator
+def test_the_first_use_measures_the_convolution_for_hopper(
+    hopper_emulated: list[str], other_process: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a process of its own; elsewhere the estimate decides between it and Triton's kernel."""
+    plan = picture_plan(side=64, inner=True)
+    tuned = first_use(plan)
+    titles = ("the convolution for Hopper", "the kernels for the picture")
+    assert sorted(entry.name for entry in cache.entries(cache.CHOICES)) == [
+        f"{plan.name}, {title}, at first use" for title in titles
+    ]
+    assert other_process[1:] == 2 * [cuda_tuning.measure_compiled]
+    assert first_use(plan) == tuned
+    assert len(other_process) == 3
+    executor = CudaExecutor.of(plan, torch.float16, tuned=tuned)
+    image, mask = inputs(plan)
+    hopper_emulated.clear()
+    check(plan, executor, image, mask)
+    assert len(hopper_emulated) == 7
+    assert len([name for name in hopper_emulated if name.startswith("lgnet_conv_float16")]) == 3
+
+    other = executor.resized(plan.resized(2, 64, 128).without_weights())
+    inner = ("p.block", "p.down", "p.up")
+    card = Cost(*(0.0,) * 8)
+    for seconds, kernel in ((1e-9, "hopper"), (1.0, "Triton")):
+        found = ((HopperTile(8, 1), card._replace(start=seconds)),)
+        monkeypatch.setattr(hopper, "ranked", lambda *product, found=found: found)
+        assert [other.choices[name].startswith("hopper") for name in inner] == 3 * [kernel == "hopper"]
+
+
+@needs_emulator
+def test_a_wrong_kernel_for_hopper_leaves_those_for_the_picture(
+    hopper_emulated: list[str],
+    other_process: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    original = hopper.hopper_forward
+
+    def forward(step: Any, source: Any, weight: Any, bias: Any, stores: Any, *rest: Any, **options: Any) -> None:
+        original(step, source, weight, bias, stores, *rest, **options)
+        stores[0].view.mul_(2)
+
+    monkeypatch.setattr(hopper, "hopper_forward", forward)
+    with caplog.at_level(logging.INFO, "lgnet_fast"):
+        tuned = first_use(picture_plan(inner=True))
+    assert {type(tile) for tile in tuned.tiles.values()} == {PictureTile}
+    assert "not measured: the convolution for Hopper: p.block with ('hopper', 8, 1," in caplog.text
+    assert first_use(picture_plan(inner=True)) == tuned
+    assert len(other_process) == 3
 
 
 def test_the_nearest_number_of_rows_decides() -> None:
@@ -419,7 +484,7 @@ def test_a_first_use_that_fails_is_told_and_tried_once(
         monkeypatch.setattr(picture_conv, "picture_forward", forward)
     with caplog.at_level(logging.INFO, "lgnet_fast"):
         assert first_use(plan) == Tuned()
-    assert f"the kernels for the picture are not measured: {told}" in caplog.text
+    assert f"not measured: the kernels for the picture: {told}" in caplog.text
     (entry,) = cache.entries(cache.VERDICTS)
     assert entry.name == f"the kernels for the picture, {plan.name}"
     assert info._found(entry.value).startswith(f"Triton's kernels run: {told}")

@@ -137,29 +137,41 @@ class CudaExecutor(GraphExecutor):
 
     def _compiled_tile(self, step: ConvStep, rect: Rect | None = None) -> CompiledTile | None:
         """The tile of a compiled kernel for a rectangle of a step; None where `kernels/conv.py` runs it."""
-        from lgnet_fast.kernels import picture_conv
-        from lgnet_fast.kernels.cards import card_for
         from lgnet_fast.kernels.compiled import as_compiled, usable
         from lgnet_fast.kernels.hopper import HopperTile
-        from lgnet_fast.kernels.picture_conv import PictureTile
 
         choice = self.weights.chosen.get(step.name)
         if choice is not None:
             return as_compiled(choice)
-        kind, generation, num_sms = target_of(self.device, self.dtype)
+        kind = target_of(self.device, self.dtype)[0]
         conv, work, tuned = conv_of(step), work_of(self.plan, step, rect), self.weights.tuned
         choice = tuned.tile(work, kind)
-        if choice is None and isinstance(tuned.nearest_tile(work, kind), PictureTile):
-            # Hardly any hole's number of rows was measured; by estimate these kernels gain at every size.
-            source, out = self.plan.source(step), self.plan.target(step)
-            where = tuple(out.everywhere if rect is None else rect)
-            card = card_for(generation, num_sms)
-            choice, _ = picture_conv.pick_tile(conv, self.plan.batch, source.size, out.size, where, card)
         measured = as_compiled(choice)
+        if choice is None and (nearest := as_compiled(tuned.nearest_tile(work, kind))) is not None:
+            measured = self._estimated_tile(step, rect, type(nearest))
         if measured is None or not usable(measured, conv, self.dtype, self.device):
             return None
         # a step with the same product may have a residual, which these kernels do not add
         return measured if isinstance(measured, HopperTile) or step.residual is None else None
+
+    def _estimated_tile(self, step: ConvStep, rect: Rect | None, kind: type[CompiledTile]) -> CompiledTile | None:
+        """The tile of least estimated time of a compiled kernel that was the fastest at the nearest size: hardly any
+        hole's number of rows is measured. None where the Triton kernel's estimate is less."""
+        from lgnet_fast.kernels import hopper, picture_conv
+        from lgnet_fast.kernels.cards import card_for
+        from lgnet_fast.kernels.conv_configs import estimate
+        from lgnet_fast.kernels.hopper import HopperTile
+
+        target = target_of(self.device, self.dtype)
+        conv, source, out = conv_of(step), self.plan.source(step), self.plan.target(step)
+        where = tuple(out.everywhere if rect is None else rect)
+        product = conv, self.plan.batch, source.size, out.size, where, card_for(*target[1:])
+        if kind is not HopperTile:  # by estimate these gain at every size
+            return picture_conv.pick_tile(*product)[0]
+        for tile, cost in hopper.ranked(*product)[:1]:
+            if cost.seconds < estimate(work_of(self.plan, step, rect), self.tile(step, rect), *target):
+                return tile
+        return None
 
     @property
     def choices(self) -> dict[str, str]:

@@ -6,7 +6,8 @@ tuning, and timed. The results are kept (:mod:`.measure`); where nothing was bet
 whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), then whether
 launches should overlap.
 
-Without a tuning, an engine's first use measures the compiled kernels for the picture, because that takes seconds.
+Without a tuning, an engine's first use measures the compiled kernels, those for the picture and the convolution for
+Hopper, because that takes seconds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import ModuleType
 from typing import Any, get_args
 
 import torch
@@ -37,7 +39,6 @@ waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
-_PICTURE_KERNELS = "the kernels for the picture"
 _FIRST_USE_GAIN = 0.1
 """As `measure.GAIN`, where no whole runs are timed afterwards."""
 _EQUAL_RUNS = 20
@@ -111,64 +112,67 @@ def tune(
 
 
 def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
-    """All choices that are kept for a GPU. Where they lack those for the picture, these are measured before.
+    """All choices that are kept for a GPU. Where they lack those between compiled kernels, these are measured before.
 
-    These are the steps with 4 input or 3 output channels (`kernels/picture_conv.py`), in 16 bit. Another process
-    measures them, because the kernels may not have run on this GPU yet. Nothing is measured where no process can be
-    started, or where the result could not be kept. A failure is logged and kept, and what runs without tuning stays.
+    These are, in 16 bit, the steps with 4 input or 3 output channels (`kernels/picture_conv.py`) and, on Hopper, most
+    others (`kernels/hopper.py`). A process for each kernel measures them, because it may not have run on this GPU
+    yet. Nothing is measured where no process can be started, or where the result could not be kept. A failure is
+    logged and kept, and what runs without tuning stays.
 
     Args:
         plan: dense, with float32 weights on `device`.
         dtype, device: of the computation.
     """
+    from lgnet_fast.kernels.compiled import AT_FIRST_USE
     from lgnet_fast.kernels.compiled_checks import DTYPES
 
     tuned = kept(device, dtype)
     if dtype not in DTYPES:
         return tuned
-    try:
-        part = _picture_part(checked_plan(plan))
-        if _has_all(tuned, part, dtype, device):
-            return tuned
-        reason = _measure_at_first_use(part, plan.name, dtype, device)
-    except Exception as error:  # the engine can do without
-        reason = error_text(error)
-    if reason is not None:
-        logger.info("%s are not measured: %s", _PICTURE_KERNELS, reason)
+    for title, kernel in AT_FIRST_USE.items():
+        try:
+            part = _part(checked_plan(plan), kernel)
+            if not kernel.runs_on(device) or _has_all(tuned, part, dtype, device):
+                continue
+            reason = _measure_at_first_use(title, part, plan.name, dtype, device)
+        except Exception as error:  # the engine can do without
+            reason = error_text(error)
+        if reason is not None:
+            logger.info("not measured: %s: %s", title, reason)
     return kept(device, dtype)
 
 
-def _picture_part(plan: Plan) -> Plan:
-    """The steps of a plan that `kernels/picture_conv.py` can compute, without their weights."""
-    from lgnet_fast.kernels.picture_conv import unsupported
-
-    steps = tuple(s for s in plan.steps if isinstance(s, ConvStep) and unsupported(conv_of(s)) is None)
-    used = {PICTURE, *(view.buffer for s in steps for view in (s.source, *(store.view for store in s.stores)))}
+def _part(plan: Plan, kernel: ModuleType) -> Plan:
+    """The steps of a plan that a compiled kernel can compute, without their weights."""
+    steps = tuple(s for s in plan.steps if isinstance(s, ConvStep) and kernel.unsupported(conv_of(s)) is None)
+    views = [view for s in steps for view in (s.source, s.residual, *(store.view for store in s.stores)) if view]
+    used = {PICTURE, *(view.buffer for view in views)}
     part = replace(plan, steps=steps, buffers={n: b for n, b in plan.buffers.items() if n in used})
     return part.without_weights()
 
 
-def _measure_at_first_use(part: Plan, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
+def _measure_at_first_use(title: str, part: Plan, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
     """Why nothing is measured now; None where it is, was tried before, or could not be kept.
 
-    part: :func:`_picture_part` of the plan `name`, at the size of a check, because the choices hold for all sizes.
+    title: of the kernel. part: :func:`_part` of the plan `name`, at the size of a check, because the choices hold for
+    all sizes.
     """
     from lgnet_fast.kernels.apart import call_apart, unavailable
     from lgnet_fast.kernels.compiled_checks import OTHERWISE
 
     if not cache.can_keep():
         return None
-    key, attempt = cache.key_for(device, dtype), f"{_PICTURE_KERNELS}, {name}"
+    key, attempt = cache.key_for(device, dtype), f"{title}, {name}"
     if cache.get(key, cache.VERDICTS, attempt) is not None:
         return None  # it has failed before
     if (reason := unavailable(device)) is not None:
         return reason
-    waits.info("checking and measuring %s", _PICTURE_KERNELS)
-    outcome = call_apart(measure_picture, device, dtype, part)
+    waits.info("checking and measuring %s", title)
+    outcome = call_apart(measure_compiled, device, dtype, title, part)
     if outcome is None:
         return "the other process had too little memory, or was ended"
     if (found := Found.from_dict(outcome.value)) is not None:
-        cache.put(key, cache.CHOICES, f"{name}, at first use", found.as_dict())
+        cache.put(key, cache.CHOICES, f"{name}, {title}, at first use", found.as_dict())
         return None
     value = {"passed": False, "reason": outcome.problem, "otherwise": OTHERWISE}
     cache.put(key, cache.VERDICTS, attempt, value)
@@ -181,13 +185,13 @@ def _has_all(tuned: Tuned, part: Plan, dtype: torch.dtype, device: torch.device)
     return all(tuned.tile(work_of(part, s), kind) is not None for s in part.steps if isinstance(s, ConvStep))
 
 
-def measure_picture(device: torch.device, dtype: torch.dtype, part: Plan) -> dict[str, Any]:
-    """The measurements of a :func:`_picture_part` on a GPU, as a dictionary, with noise as weights.
+def measure_compiled(device: torch.device, dtype: torch.dtype, title: str, part: Plan) -> dict[str, Any]:
+    """The measurements of the kernel `title` and its :func:`_part` on a GPU, as a dictionary, with noise as weights.
 
     Raises:
-        RuntimeError: a kernel is wrong or fails, so that none may be used.
+        RuntimeError: a tile is wrong or fails, so that none may be used.
     """
-    from lgnet_fast.kernels.picture_conv import reason_against
+    from lgnet_fast.kernels.compiled import AT_FIRST_USE
 
     problems: list[str] = []
     tell = progress_of(logger.info)
@@ -198,13 +202,13 @@ def measure_picture(device: torch.device, dtype: torch.dtype, part: Plan) -> dic
             problems.append(f"{figures['step']} with {figures['tile']}: {problem}")
         tell(section, **figures)
 
-    if (reason := reason_against(device, dtype)) is not None:
+    if (reason := AT_FIRST_USE[title].reason_against(device, dtype)) is not None:
         raise RuntimeError(reason)
     found = Found(at_first_use=True)
     with torch.inference_mode(False), torch.no_grad():
         steps = tuple(replace(s, weight=_noise(s.weight, device), bias=_noise(s.bias, device)) for s in part.steps)
         contest = Contest(replace(part, steps=steps), dtype, device, _FIRST_USE_GAIN)
-        tune_convolutions(contest, found, Timer(device), log, lambda: None, contest.picture_candidates, lambda: False)
+        tune_convolutions(contest, found, Timer(device), log, lambda: None, contest.few_candidates, lambda: False)
     if problems:
         raise RuntimeError(problems[0])
     return found.as_dict()

@@ -143,13 +143,14 @@ class Contest:
         others = compiled.candidates(conv_of(step), work, executor.dtype, executor.device)
         return list(dict.fromkeys((self.default(number), *some, *others, "cudnn")))
 
-    def picture_candidates(self, number: int) -> list[Choice]:
-        """The default, and the tiles of `kernels/picture_conv.py`, for which nothing is compiled."""
-        from lgnet_fast.kernels import picture_conv
+    def few_candidates(self, number: int) -> list[Choice]:
+        """The default, and some tiles of a compiled kernel, for which nothing is compiled."""
+        from lgnet_fast.kernels import compiled
 
-        step, executor = self.plan.steps[number], self.executor
+        step, plan = self.plan.steps[number], self.plan
         assert isinstance(step, ConvStep)
-        return [self.default(number), *picture_conv.candidates(conv_of(step), executor.dtype, executor.device)]
+        product = conv_of(step), plan.batch, plan.source(step).size, plan.target(step).size
+        return [self.default(number), *compiled.few_candidates(*product, self.executor.dtype, self.executor.device)]
 
     def default(self, number: int) -> Tile | Literal["cudnn"]:
         """The choice without tuning."""
