@@ -12,6 +12,7 @@ from collections.abc import Iterator
 
 import httpx
 import numpy as np
+import psutil
 import pytest
 
 from lgnet_fast import Inpainter
@@ -153,6 +154,11 @@ def test_work_over_the_limit_of_the_shutdown_is_answered_and_the_process_ends(se
     asking.start()
     deadline = time.monotonic() + 300
     while "lgnet_queue_depth 1.0" not in server.get("/metrics").text:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    process = psutil.Process(server.process.pid)
+    decoded = 2 + sum(process.cpu_times()[:2])  # seconds; the network takes a minute of a core
+    while sum(process.cpu_times()[:2]) < decoded:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     start = time.monotonic()
