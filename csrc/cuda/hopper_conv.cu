@@ -436,11 +436,16 @@ struct Target {
   int pixels[kPasses];  // -1: outside
   uint4 residual[kEarly ? kPasses : 1];
   int first_pixel, channel, column;  // channel: of the block's
+  float bias[8];                     // from memory, where every run reads it once: before the products, not after
 
   // Of the cluster's blocks that split the depth, block i stores every parts-th pixel from the i-th on.
   __device__ __forceinline__ Target(const Args& args, const Place& place, const Cluster& cluster) {
     channel = threadIdx.x % 8 * 8, first_pixel = threadIdx.x / 8;
     column = place.column + channel;
+    const float4 low = *reinterpret_cast<const float4*>(args.bias + column);
+    const float4 high = *reinterpret_cast<const float4*>(args.bias + column + 4);
+    bias[0] = low.x, bias[1] = low.y, bias[2] = low.z, bias[3] = low.w;
+    bias[4] = high.x, bias[5] = high.y, bias[6] = high.z, bias[7] = high.w;
 #pragma unroll
     for (int pass = 0; pass < kPasses; ++pass) {
       const int pixel = pixel_of(pass, cluster);
@@ -468,42 +473,58 @@ struct Target {
     }
   }
 
-  // Stores the sums of all groups and blocks, with bias and residual. rows: the block's sums in shared memory,
-  // float32 [group, pixel, channel].
+  // Stores the sums of all groups and, with kSplit, of all blocks of the cluster, with bias and residual. rows: the
+  // block's sums in shared memory, float32 [group, pixel, channel]. Some passes at a time have no branch between them
+  // without a split, so that the compiler reads all their sums before it needs the first.
+  template <bool kSplit>
   __device__ __forceinline__ void store(const Args& args, const char* rows, const Cluster& cluster) const {
-    using Two = typename Pair<T>::type;
-    const float4 bias0 = *reinterpret_cast<const float4*>(args.bias + column);
-    const float4 bias1 = *reinterpret_cast<const float4*>(args.bias + column + 4);
+    constexpr int kTogether = kPasses < 4 ? kPasses : 4;
     const Activation activation0(args.activation_0), activation1(args.activation_1);
-    const float bias[8] = {bias0.x, bias0.y, bias0.z, bias0.w, bias1.x, bias1.y, bias1.z, bias1.w};
 #pragma unroll
-    for (int pass = 0; pass < kPasses; ++pass) {
-      if (pixels[pass] < 0) continue;
-      float value[8] = {};
-      const int pixel = pixel_of(pass, cluster);
-      if (cluster.parts == 1) {
-        add(value, pixel, [&](int at) { return *reinterpret_cast<const float4*>(rows + at); });
-      } else {
+    for (int pass = 0; pass < kPasses; pass += kTogether) {
+      float value[kTogether][8] = {};
+#pragma unroll
+      for (int i = 0; i < kTogether; ++i) {
+        if constexpr (!kSplit) {
+          add(value[i], (pass + i) * kPixels + first_pixel,
+              [&](int at) { return *reinterpret_cast<const float4*>(rows + at); });
+        } else if (pixels[pass + i] >= 0) {
 #pragma unroll 1
-        for (int block = 0; block < cluster.parts; ++block) {
-          const uint32_t sums = remote(shared_address(rows), block);
-          add(value, pixel, [&](int at) { return load_remote(sums + at); });
+          for (int block = 0; block < cluster.parts; ++block) {
+            const uint32_t sums = remote(shared_address(rows), block);
+            add(value[i], pixel_of(pass + i, cluster), [&](int at) { return load_remote(sums + at); });
+          }
         }
       }
-      const uint4 added = kEarly ? residual[kEarly ? pass : 0] : residual_of<T>(args, pixels[pass], column);
-      const Two* more = reinterpret_cast<const Two*>(&added);
 #pragma unroll
-      for (int i = 0; i < 4; ++i) {
-        const float2 r = Pair<T>::wide(more[i]);
-        value[2 * i] = value[2 * i] + bias[2 * i] + r.x;
-        value[2 * i + 1] = value[2 * i + 1] + bias[2 * i + 1] + r.y;
-      }
-      T* const to0 = static_cast<T*>(args.store0) + int64_t(pixels[pass]) * args.stride_0 + column;
-      *reinterpret_cast<uint4*>(to0) = packed<T>(value, activation0);
-      if (args.store1 != nullptr) {
-        T* const to1 = static_cast<T*>(args.store1) + int64_t(pixels[pass]) * args.stride_1 + column;
-        *reinterpret_cast<uint4*>(to1) = packed<T>(value, activation1);
-      }
+      for (int i = 0; i < kTogether; ++i) add_others(args, value[i], pass + i);
+      put(value, pass, static_cast<T*>(args.store0), args.stride_0, activation0);
+      if (args.store1 != nullptr) put(value, pass, static_cast<T*>(args.store1), args.stride_1, activation1);
+    }
+  }
+
+  // Adds bias and residual to eight sums of a pass.
+  __device__ __forceinline__ void add_others(const Args& args, float (&value)[8], int pass) const {
+    using Two = typename Pair<T>::type;
+    const uint4 added = kEarly ? residual[kEarly ? pass : 0] : residual_of<T>(args, pixels[pass], column);
+    const Two* more = reinterpret_cast<const Two*>(&added);
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const float2 r = Pair<T>::wide(more[i]);
+      value[2 * i] = value[2 * i] + bias[2 * i] + r.x;
+      value[2 * i + 1] = value[2 * i + 1] + bias[2 * i + 1] + r.y;
+    }
+  }
+
+  // Stores the values of the passes from `pass` on.
+  template <int kTogether>
+  __device__ __forceinline__ void put(const float (&value)[kTogether][8], int pass, T* to, int stride,
+                                      Activation activation) const {
+#pragma unroll
+    for (int i = 0; i < kTogether; ++i) {
+      const int pixel = pixels[pass + i];
+      const uint4 stored = packed<T>(value[i], activation);
+      if (pixel >= 0) *reinterpret_cast<uint4*>(to + int64_t(pixel) * stride + column) = stored;
     }
   }
 };
@@ -530,13 +551,14 @@ __device__ __forceinline__ void compute(const Args& args, const Memory& memory, 
     const int pixel = i / 4 * 8 + lane % 4 * 2 + i % 2;
     rows[(group * N + pixel) * kRowFloats + warp * 16 + lane / 4 + i / 2 % 2 * 8] = sum[i];
   }
-  if (cluster.parts > 1) {
-    cluster_meet();
-  } else {
+  if (cluster.parts == 1) {
     meet<1, GROUPS * kGroupThreads>();
+    target.template store<false>(args, memory.bytes, cluster);
+  } else {
+    cluster_meet();
+    target.template store<true>(args, memory.bytes, cluster);
+    cluster_meet();  // a block must not end while others read its sums
   }
-  target.store(args, memory.bytes, cluster);
-  if (cluster.parts > 1) cluster_meet();  // a block must not end while others read its sums
 }
 
 template <typename T, int TILE_H, int GROUPS, bool TIMED>
