@@ -453,6 +453,13 @@ struct Target {
       const int x = (place.x + pixel % 8) * args.out_step + place.phase_x;
       const bool inside = pixel < N && y >= args.top && y < args.bottom && x >= args.left && x < args.right;
       pixels[pass] = inside ? (place.sample * args.out_h + y) * args.out_w + x : -1;
+    }
+  }
+
+  // What kernels before this one have written.
+  __device__ __forceinline__ void read_residual(const Args& args) {
+#pragma unroll
+    for (int pass = 0; pass < kPasses; ++pass) {
       if (kEarly) residual[pass] = residual_of<T>(args, pixels[pass], column);
     }
   }
@@ -536,9 +543,10 @@ __device__ __forceinline__ void compute(const Args& args, const Memory& memory, 
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int group = GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
   const int warp = threadIdx.x / 32 % kGroupWarps, lane = threadIdx.x % 32;
+  Target<T, N, GROUPS> target(args, place, cluster);
   wait_for_previous_kernel();
   clocks.set(kPrevious);
-  const Target<T, N, GROUPS> target(args, place, cluster);
+  target.read_residual(args);
   float sum[N / 2];
 #pragma unroll
   for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
