@@ -472,7 +472,7 @@ __device__ __forceinline__ void run(const Program& program) {
     barrier_init(received_barrier, 1);
     barriers_initialised();
   }
-  cluster_meet();  // no block may send to a barrier before it is initialised
+  cluster_meet_initialised();  // no block may send to a barrier before it is initialised
 
   if (place.warp == kWarps) {
     if (place.lane == 0) stream(program, place, guard);

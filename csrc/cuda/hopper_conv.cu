@@ -583,7 +583,7 @@ __device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& w
   const Place place = place_of(args, TILE_H);
   const Reading reading(args, place);
   if (cluster.sharing > 1) {
-    cluster_meet();
+    cluster_meet_initialised();
   } else {
     __syncthreads();
   }

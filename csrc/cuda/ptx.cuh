@@ -185,6 +185,13 @@ __device__ __forceinline__ void cluster_meet() {
   asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
 
+// All threads of the cluster wait for each other, and see the barriers that others initialised before
+// (`barriers_initialised`), but nothing else that they wrote: the wait for that would take longer than a product.
+__device__ __forceinline__ void cluster_meet_initialised() {
+  __syncwarp();
+  asm volatile("barrier.cluster.arrive.relaxed.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
 // Waits until the kernel before this one in the stream has ended, if this one may start earlier.
 __device__ __forceinline__ void wait_for_previous_kernel() {
 #if __CUDA_ARCH__ >= 900  // older GPUs start no kernel earlier

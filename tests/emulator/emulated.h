@@ -591,6 +591,7 @@ inline void cluster_meet() {
   const int number = (m.current->block->number - m.blocks[0]->number) / m.cluster;
   emulator::join(emulator::machine->clusters[number], m.cluster * m.threads, "barrier.cluster");
 }
+inline void cluster_meet_initialised() { cluster_meet(); }
 inline void wait_for_previous_kernel() {}
 inline void start_next_kernel() {}
 
