@@ -7,7 +7,7 @@ separate process, so that a kernel that crashes or hangs affects that part only.
 
 ========  ===========================================================================================================
 known     one-hot weights over inputs that hold the number of their pixel or channel: an output shows which input
-          it read. Zero and reflected borders, tiles, clusters; then dense weights on a small map
+          it read. Zero and reflected borders, stride 2, tiles, clusters; then dense weights on a small map
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
 clocks    where the blocks of NetL's block convolution spend their time, by warpgroups, clusters, split depth
@@ -32,10 +32,11 @@ from gpu_contact import Log, model_and_plan, sections_of
 
 LIMITS = {"known": 45, "steps": 90, "clocks": 45}
 """Time limit of each part, in seconds."""
-KNOWN = ((False, 1, 16), (True, 1, 16), (False, 4, 8), (True, 2, 4), (False, 2, 32))
-"""Known answers: whether borders reflect, blocks of a cluster, rows of a tile."""
-RANDOM = tuple(itertools.product((False, True), (4, 16), (1, 2, 4, 8)))
-"""Dense weights: whether transposed, rows of a tile, blocks of a cluster."""
+KNOWN = ((3, 1, False, 1, 16), (3, 1, True, 1, 16), (3, 1, False, 4, 8), (3, 1, True, 2, 4), (3, 1, False, 2, 32),
+         (4, 2, False, 1, 16), (4, 2, False, 2, 4))  # fmt: skip
+"""Known answers: taps along an axis, stride, whether borders reflect, blocks of a cluster, rows of a tile."""
+RANDOM = tuple(itertools.product(("stride 1", "stride 2", "transposed"), (4, 16), (1, 2, 4, 8)))
+"""Dense weights: the kind of step, rows of a tile, blocks of a cluster."""
 HEIGHT, WIDTH = 32, 24
 """Of the map with known answers."""
 
@@ -72,9 +73,10 @@ def known(log: Log) -> None:
     from lgnet_fast.kernels.results import Store
 
     right = True
-    for reflect, cluster, tile_h in KNOWN:
+    for taps, stride, reflect, cluster, tile_h in KNOWN:
         tile = hopper.HopperTile(tile_h, cluster, 6, 2)
-        conv = Conv(64, 64, 3, 1, 1, False, reflect, False)
+        conv = Conv(64, 64, taps, stride, 1, False, reflect, False)
+        size = (HEIGHT // stride, WIDTH // stride)
         # pixels are numbered from 1 (0 is what lies outside), channels from 1
         number = torch.arange(1, HEIGHT * WIDTH + 1, device="cuda", dtype=torch.float16).view(1, HEIGHT, WIDTH, 1)
         inputs = {
@@ -85,28 +87,28 @@ def known(log: Log) -> None:
         }
         bias = torch.zeros(64, device="cuda")
         wrong_taps = 0
-        for tap in range(9):
-            weight = torch.zeros(64, 64, 3, 3, device="cuda", dtype=torch.float16)
-            weight[torch.arange(64), torch.arange(64), tap // 3, tap % 3] = 1
+        for tap in range(taps**2):
+            weight = torch.zeros(64, 64, taps, taps, device="cuda", dtype=torch.float16)
+            weight[torch.arange(64), torch.arange(64), tap // taps, tap % taps] = 1
             packed = conv.pack(weight).contiguous()
             for what, x in inputs.items():
-                out = torch.full_like(x, float("nan"))
-                hopper.hopper_forward(conv, x, packed, bias, (Store(out, "none"),), tile, size=(HEIGHT, WIDTH))
+                out = torch.full((1, *size, 64), float("nan"), device="cuda", dtype=torch.float16)
+                hopper.hopper_forward(conv, x, packed, bias, (Store(out, "none"),), tile, size=size)
                 torch.cuda.synchronize()
                 planes = F.pad(x.permute(0, 3, 1, 2).float(), [1] * 4, mode="reflect" if reflect else "constant")
-                exact = F.conv2d(planes, weight.float()).permute(0, 2, 3, 1)
+                exact = F.conv2d(planes, weight.float(), stride=stride).permute(0, 2, 3, 1)
                 wrong = (out.float() - exact).abs().nan_to_num(1e9) > 0.1
                 if not wrong.any():
                     continue
                 wrong_taps += 1
                 if wrong_taps > 4:
                     continue
-                case = {"tile": list(tile), "reflect": reflect, "tap": [tap // 3, tap % 3], "input": what}
+                case = {"tile": list(tile), "conv": list(conv), "tap": [tap // taps, tap % taps], "input": what}
                 log_wrong(log, out, exact, wrong, **case)
         log(
             "known",
             tile=list(tile),
-            reflect=reflect,
+            conv=list(conv),
             right=wrong_taps == 0,
             wrong_cases=wrong_taps,
         )
@@ -122,10 +124,13 @@ def random_weights(log: Log) -> None:
 
     generator = torch.Generator("cpu").manual_seed(1)
     device = torch.device("cuda")
-    for transposed, tile_h, cluster in RANDOM:
-        conv = (
-            Conv(64, 128, 4, 2, 1, True, False, False) if transposed else Conv(128, 128, 3, 1, 1, False, True, False)
-        )
+    convs = {
+        "stride 1": Conv(128, 128, 3, 1, 1, False, True, False),
+        "stride 2": Conv(64, 128, 4, 2, 1, False, False, False),
+        "transposed": Conv(64, 128, 4, 2, 1, True, False, False),
+    }
+    for kind, tile_h, cluster in RANDOM:
+        conv = convs[kind]
         tile = hopper.HopperTile(tile_h, cluster, 6, 2)
         error = hopper._error(conv, tile, (2, 32, 16), torch.float16, device, generator)
         log("known", tile=list(tile), conv=list(conv), relative_error=error, right=error < 1e-3)

@@ -74,3 +74,9 @@ def card_for(generation: str, num_sms: int) -> Card:
     """The card of a generation whose number of multiprocessors is nearest; the H100 for the interpreter."""
     same = [card for card in CARDS.values() if card.generation == generation] or [CARDS["H100"]]
     return min(same, key=lambda card: abs(card.num_sms - num_sms))
+
+
+def card_with(generation: str, num_sms: int) -> Card:
+    """As :func:`card_for`, with this number of multiprocessors and their share of the products' rate."""
+    card = card_for(generation, num_sms)
+    return card._replace(num_sms=num_sms, macs=card.macs * num_sms / card.num_sms)

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from . import hopper, picture_conv
-from .cards import card_for
+from .cards import card_with
 from .configs import device_generation
 from .conv import Conv
 from .conv_configs import Work
@@ -63,7 +63,7 @@ def few_candidates(
     if hopper.reason_against(device, dtype) is not None:
         return []
     whole = (0, out_size[0], 0, out_size[1])
-    best = hopper.ranked(conv, batch, in_size, out_size, whole, card_for(*device_generation(device)))[:_FEW]
+    best = hopper.ranked(conv, batch, in_size, out_size, whole, card_with(*device_generation(device)))[:_FEW]
     return [tile for tile, _ in best]
 
 

@@ -75,7 +75,7 @@ _STEP_SECONDS = 9.0e-8
 _EFFICIENCY = 0.6
 _AREA_EXPONENT = 0.3
 # L2 bandwidth of a multiprocessor relative to an even share: with one program, and with several.
-INGRESS_ALONE, _INGRESS_SHARED = 1.8, 1.5
+INGRESS_ALONE, INGRESS_SHARED = 1.8, 1.5
 # L2 bandwidth of the last program of a block while it reads the splits, relative to an even share.
 _SPLIT_READ = 0.6
 # Factor for the index arithmetic where a step takes rows of taps; measured when that arithmetic was longer.
@@ -148,7 +148,7 @@ def cost(work: Work, tile: Tile, kind: str, generation: str, num_sms: int) -> Co
         products=slowed * longest * products,
         reads=slowed * longest * read / (INGRESS_ALONE * share),
         issue=slowed * longest * _STEP_SECONDS * (tile.block_k / 64) ** 0.5,
-        together=slowed * mean * -(-count // num_sms) * max(products, read / (_INGRESS_SHARED * share)),
+        together=slowed * mean * -(-count // num_sms) * max(products, read / (INGRESS_SHARED * share)),
         memory=weights / (card.memory * min(1.0, count / num_sms)),
         splits=splits,
         l2_bytes=count * mean * read,

@@ -1,11 +1,11 @@
 """The engine's convolutions on Hopper (compute capability 9.0) by the CUDA C++ kernel of `csrc/cuda/hopper_conv.cu`.
 
-It computes what :func:`.conv.conv_forward` computes, for steps of stride 1, transposed ones, and those of stride 2
-with an even number of taps, in float16 and bfloat16. The patch of the input that a tile of outputs needs is copied to
-shared memory once and used for all taps.
-The machine code is in the package and is loaded by the driver, so that users need no compiler. The tuner
-(`lgnet_fast.engine.cuda.tuning`) measures :func:`candidates` beside the Triton tiles; a product uses this kernel only
-where it was the fastest on the GPU in use.
+It computes what :func:`.conv.conv_forward` computes, for steps of stride 1, transposed ones, 4x4 ones of stride 2, in
+float16 and bfloat16. The patch of the input that a tile of outputs needs is copied to shared memory once and used
+for all taps. The machine code is in the package and is loaded by the driver, so that users need no compiler. An
+engine's first use measures some tiles of it beside what runs otherwise, the tuner (`lgnet_fast.engine.cuda.tuning`)
+all :func:`candidates`. A product uses this kernel where it was the fastest on the GPU in use; a product that was not
+measured, where the nearest one does and the estimate is clearly less than that of Triton's kernel.
 
 The first use on a GPU compares it with PyTorch in float32 (:func:`reason_against`).
 """
@@ -16,15 +16,18 @@ import contextlib
 import ctypes
 import functools
 import itertools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from lgnet_fast.engine.geometry import Axis
+
 from .cards import SHARED_LIMITS, Card
 from .compiled_checks import DTYPES, LIMIT, Divisor, FirstUse, check_bias, check_view, exact_convolution, set_stores
 from .conv import Conv
-from .conv_configs import INGRESS_ALONE, LAUNCH_SECONDS, Cost, Work
+from .conv_configs import INGRESS_ALONE, INGRESS_SHARED, LAUNCH_SECONDS, Cost, Work
 from .cuda_driver import Kernel, call
 from .launch import device_guard, is_recording
 from .results import Store
@@ -67,11 +70,13 @@ class HopperTile(NamedTuple):
 
 
 CANDIDATES = tuple(
-    HopperTile(tile_h, cluster, patch_stages=2 if tile_h == 32 else 4, groups=groups, split=split)
+    HopperTile(tile_h, cluster, 6 * groups if split else 12, 2 if tile_h == 32 else 4, groups, split)
     for split, clusters in ((False, (1, 2)), (True, (2, 4, 8)))
     for tile_h, cluster, groups in itertools.product(TILE_HEIGHTS, clusters, (1, 2))
 )
-"""Tiles worth measuring: 4 and 8 blocks that share weights were slower on an H100 wherever they were tried."""
+"""Tiles worth measuring: 4 and 8 blocks that share weights were slower on an H100 wherever they were tried. Clusters
+of these sizes leave 12 of its multiprocessors idle; blocks that split the depth hold fewer weights, so that two of
+some tiles fit on one."""
 
 
 class Args(ctypes.Structure):
@@ -120,11 +125,6 @@ class Launch(NamedTuple):
     """Pixels and rows of one box of the patch."""
 
 
-def _most_taps(conv: Conv) -> int:
-    """Most taps along an axis of a phase, or of a plane of every second pixel."""
-    return -(-max(conv.axis.taps) // conv.axis.in_step)
-
-
 def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
     """Why the kernel cannot compute a step (with this tile, if given), or None."""
     axis = conv.axis
@@ -134,23 +134,26 @@ def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
         return f"{conv.in_channels} to {conv.out_channels} channels (multiples of {CHANNELS} are supported)"
     if axis.in_step > 1 and (axis.in_step, *axis.taps) != (2, 4):
         return f"{conv.kernel}x{conv.kernel} taps of stride {conv.stride} (4x4 of stride 2 are supported)"
-    if _most_taps(conv) > 3 or (conv.reflect and (conv.padding > 1 or axis.in_step > 1)):
+    most_taps = max(axis.taps) // axis.in_step
+    if most_taps > 3 or (conv.reflect and (conv.padding > 1 or axis.in_step > 1)):
         return f"{conv.kernel}x{conv.kernel} taps (at most 3x3 a phase are supported)"
-    if tile is None:
-        return None
+    return None if tile is None else _unsupported_tile(tile, conv.in_channels, most_taps)
+
+
+def _unsupported_tile(tile: HopperTile, in_channels: int, most_taps: int) -> str | None:
     if tile.tile_h not in TILE_HEIGHTS:
         return f"tiles of {tile.tile_h} rows ({TILE_HEIGHTS} are supported)"
     if tile.groups not in (1, 2):
         return f"{tile.groups} warpgroups (1 and 2 are supported)"
-    stages = tile.weight_taps // _most_taps(conv)
+    stages = tile.weight_taps // most_taps
     if not (
         2 * tile.groups <= stages
         and tile.weight_taps <= _MAX_WEIGHT_STAGES
         and 1 <= tile.patch_stages <= _MAX_PATCH_STAGES
     ):
         return f"weights of {tile.weight_taps} taps, {stages} rows of them, and {tile.patch_stages} stages of patches"
-    if tile.split and tile.cluster * CHANNELS > conv.in_channels:
-        return f"{conv.in_channels} channels among {tile.cluster} blocks (multiples of {CHANNELS} each are supported)"
+    if tile.split and tile.cluster * CHANNELS > in_channels:
+        return f"{in_channels} channels among {tile.cluster} blocks (multiples of {CHANNELS} each are supported)"
     if tile.cluster not in (1, 2, 4, 8):
         return f"clusters of {tile.cluster} blocks (1, 2, 4 and 8 are supported)"
     return None
@@ -165,8 +168,7 @@ class _Reads(NamedTuple):
     taps: tuple[int, int]
 
 
-def _reads(conv: Conv, in_size: int, out_size: int) -> _Reads:
-    axis = conv.axis
+def _reads(conv: Conv, axis: Axis, in_size: int, out_size: int) -> _Reads:
     if axis.in_step == 1:
         phases = (0, axis.phases - 1)
         used = [axis.used(phase, in_size, out_size, conv.reflect) for phase in phases]
@@ -178,6 +180,102 @@ def _reads(conv: Conv, in_size: int, out_size: int) -> _Reads:
             found.append(((axis.origins[0] + first) // axis.in_step, first, axis.taps[0] // axis.in_step))
     origin, first_taps, counts = zip(*found)
     return _Reads(origin, first_taps, counts)
+
+
+class _Product(NamedTuple):
+    """A step in a rectangle, before a tile is chosen. rows: of a phase, (top, bottom), (left, right). chunks and
+    n_blocks: of the input and of the output channels. planes: 1, or 4 for stride 2."""
+
+    conv: Conv
+    axis: Axis
+    samples: int
+    rows: tuple[tuple[int, int], tuple[int, int]]
+    along_y: _Reads
+    along_x: _Reads
+    chunks: int
+    n_blocks: int
+    planes: int
+
+    @classmethod
+    def of(
+        cls,
+        conv: Conv,
+        batch: int,
+        in_size: tuple[int, int],
+        out_size: tuple[int, int],
+        rect: tuple[int, int, int, int],
+    ) -> _Product:
+        """Raises ValueError where the kernel cannot compute the step."""
+        if (reason := unsupported(conv)) is not None:
+            raise ValueError(f"conv: {reason}")
+        axis = conv.axis
+        if any(size % axis.in_step for size in in_size):  # the strides of a plane's tensor map would be refused
+            raise ValueError(f"conv: {conv} of a map of {in_size} (even sizes are supported)")
+        along_y, along_x = (_reads(conv, axis, in_size[dim], out_size[dim]) for dim in (0, 1))
+        chunks, n_blocks = conv.in_channels // CHANNELS, conv.out_channels // CHANNELS
+        return cls(conv, axis, batch, conv.rows_of(rect), along_y, along_x, chunks, n_blocks, axis.in_step**2)
+
+
+class _Shape(NamedTuple):
+    """A product in tiles. sharing: blocks of a cluster with the same weights; parts: of the depth, in a cluster.
+    box: pixels and rows of a patch."""
+
+    product: _Product
+    tiles_y: int
+    tiles_x: int
+    sharing: int
+    parts: int
+    box: tuple[int, int]
+    weight_stages: int
+    weight_bytes: int
+    patch_stages: int
+    patch_bytes: int
+
+    @classmethod
+    def of(cls, product: _Product, tile: HopperTile) -> _Shape:
+        """Raises ValueError where the tile cannot compute the product, or needs too much shared memory."""
+        most_y, most_x = (max(reads.taps) for reads in (product.along_y, product.along_x))
+        most_taps = max(product.axis.taps) // product.axis.in_step
+        if (reason := _unsupported_tile(tile, product.conv.in_channels, most_taps)) is not None:
+            raise ValueError(f"conv: {reason}")
+        pitch, box_rows = TILE_W + most_x - 1, tile.tile_h + most_y - 1
+        patch_bytes = -(-pitch * box_rows * _LINE // _ALIGNMENT) * _ALIGNMENT
+        (top, bottom), (left, right) = product.rows
+        tiles_y, tiles_x = -(-(bottom - top) // tile.tile_h), -(-(right - left) // TILE_W)
+        m_tiles = product.samples * tiles_y * tiles_x
+        sharing = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
+        sharing, parts = (1, tile.cluster) if tile.split else (sharing, 1)
+        fewest_rows = min(product.along_y.taps)
+        if product.chunks // parts * product.planes * fewest_rows < tile.groups:
+            raise ValueError(f"tile: {tile} has more warpgroups than the product has steps")
+        # A group keeps a patch until its next step, which may belong to a later one; that patch needs a stage, too.
+        kept = 1 - (-tile.groups // fewest_rows)
+        weight_stages, weight_bytes = tile.weight_taps // most_x, most_x * _TAP_BYTES
+        results = tile.groups * TILE_W * tile.tile_h * _ROW_BYTES  # they replace weights and patches
+        patch_stages = max(
+            min(max(tile.patch_stages, kept), -(-product.chunks // parts) * product.planes),
+            -((weight_stages * weight_bytes - results) // patch_bytes),
+        )
+        shape = cls(
+            product, tiles_y, tiles_x, sharing, parts, (pitch, box_rows), weight_stages, weight_bytes, patch_stages,
+            patch_bytes,
+        )  # fmt: skip
+        if patch_stages > _MAX_PATCH_STAGES or shape.shared_bytes > SHARED_LIMIT:
+            raise ValueError(f"tile: {tile} takes {shape.shared_bytes} bytes of shared memory")
+        return shape
+
+    @property
+    def m_tiles(self) -> int:
+        return self.product.samples * self.tiles_y * self.tiles_x
+
+    @property
+    def grid(self) -> int:
+        return self.m_tiles * self.product.n_blocks * self.product.axis.phases**2 * self.parts
+
+    @property
+    def shared_bytes(self) -> int:
+        held = self.weight_stages * self.weight_bytes + self.patch_stages * self.patch_bytes
+        return held + _ALIGNMENT + _BARRIER_BYTES
 
 
 def describe_launch(
@@ -193,53 +291,26 @@ def describe_launch(
     Raises:
         ValueError: the kernel cannot compute the step, or its tile needs more shared memory than a block has.
     """
-    if (reason := unsupported(conv, tile)) is not None:
-        raise ValueError(f"conv: {reason}")
-    axis, phases = conv.axis, conv.axis.phases
-    (rows_top, rows_bottom), (rows_left, rows_right) = conv.rows_of(rect)
-    along_y, along_x = (_reads(conv, in_size[dim], out_size[dim]) for dim in (0, 1))
-    most_y, most_x = (max(reads.taps) for reads in (along_y, along_x))
-    box_rows, pitch = tile.tile_h + most_y - 1, TILE_W + most_x - 1
-    patch_bytes = -(-pitch * box_rows * _LINE // _ALIGNMENT) * _ALIGNMENT
-    tiles_y = -(-(rows_bottom - rows_top) // tile.tile_h)
-    tiles_x = -(-(rows_right - rows_left) // TILE_W)
-    m_tiles, n_blocks = batch * tiles_y * tiles_x, conv.out_channels // CHANNELS
-    sharing = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
-    cluster, parts = (tile.cluster, tile.cluster) if tile.split else (sharing, 1)
-    planes = axis.in_step**2
-    all_chunks = conv.in_channels // CHANNELS
-    chunks = all_chunks // parts  # the fewest of a block
-    fewest_rows = min(along_y.taps)
-    if chunks * planes * fewest_rows < tile.groups:
-        raise ValueError(f"tile: {tile} has more warpgroups than the product has steps")
-    # A group keeps a patch until its next step, which may belong to a later one; that patch needs a stage, too.
-    kept = 1 - (-tile.groups // fewest_rows)
-    weight_stages, weight_bytes = tile.weight_taps // most_x, most_x * _TAP_BYTES
-    results = tile.groups * TILE_W * tile.tile_h * _ROW_BYTES  # they replace weights and patches
-    patch_stages = max(
-        min(max(tile.patch_stages, kept), -(-all_chunks // parts) * planes),
-        -((weight_stages * weight_bytes - results) // patch_bytes),
-    )
-    shared_bytes = weight_stages * weight_bytes + patch_stages * patch_bytes + _ALIGNMENT + _BARRIER_BYTES
-    if patch_stages > _MAX_PATCH_STAGES or shared_bytes > SHARED_LIMIT:
-        raise ValueError(f"tile: {tile} takes {shared_bytes} bytes of shared memory")
+    shape = _Shape.of(_Product.of(conv, batch, in_size, out_size, rect), tile)
+    product, axis = shape.product, shape.product.axis
+    along_y, along_x = product.along_y, product.along_x
     pair = ctypes.c_int32 * 2
     args = Args(
         out_h=out_size[0], out_w=out_size[1], top=rect[0], bottom=rect[1], left=rect[2], right=rect[3],
-        rows_top=rows_top, rows_left=rows_left, in_h=in_size[0], in_w=in_size[1],
-        tiles_x=Divisor.of(tiles_x), tiles_y=Divisor.of(tiles_y), m_tiles=Divisor.of(m_tiles),
-        n_blocks=Divisor.of(n_blocks), log_sharing=(cluster // parts).bit_length() - 1,
-        log_parts=parts.bit_length() - 1, chunks=all_chunks, phases=phases**2, out_step=axis.out_step, planes=planes,
-        tap_step=axis.in_step,
+        rows_top=product.rows[0][0], rows_left=product.rows[1][0], in_h=in_size[0], in_w=in_size[1],
+        tiles_x=Divisor.of(shape.tiles_x), tiles_y=Divisor.of(shape.tiles_y), m_tiles=Divisor.of(shape.m_tiles),
+        n_blocks=Divisor.of(product.n_blocks), log_sharing=shape.sharing.bit_length() - 1,
+        log_parts=shape.parts.bit_length() - 1, chunks=product.chunks, phases=axis.phases**2,
+        out_step=axis.out_step, planes=product.planes, tap_step=axis.in_step,
         origin_y=pair(*along_y.origin), origin_x=pair(*along_x.origin),
         first_y=pair(*along_y.first), first_x=pair(*along_x.first),
         count_y=pair(*along_y.taps), count_x=pair(*along_x.taps),
-        taps=pair(axis.taps[0], axis.taps[phases - 1]),
+        taps=pair(axis.taps[0], axis.taps[-1]),
         reflect=conv.reflect,
-        pitch=pitch, box_rows=box_rows, weight_stages=weight_stages, weight_bytes=weight_bytes,
-        patch_stages=patch_stages, patch_bytes=patch_bytes,
+        pitch=shape.box[0], box_rows=shape.box[1], weight_stages=shape.weight_stages,
+        weight_bytes=shape.weight_bytes, patch_stages=shape.patch_stages, patch_bytes=shape.patch_bytes,
     )  # fmt: skip
-    return Launch(args, m_tiles * n_blocks * phases**2 * parts, cluster, shared_bytes, (pitch, box_rows))
+    return Launch(args, shape.grid, shape.sharing * shape.parts, shape.shared_bytes, shape.box)
 
 
 # Fitted to the 28 tiles of an earlier form that ran one block a multiprocessor (bench/results/h100_hopper.jsonl):
@@ -252,37 +323,51 @@ _STEP_CLOCKS, _TAIL = 435, 0.24
 _PRODUCTS = 1.15
 # Assumed: blocks of a cluster meet twice, and read each other's sums.
 _EXCHANGE_SECONDS = 1.0e-6
+# Share of the multiprocessors that clusters of 4 and 8 fill: 30 and 15 fit on an H100 (h100_deep.jsonl, "held").
+_CLUSTERED = 120 / 132
+# Registers of a thread, by the rows of a tile.
+_REGISTERS = {4: 72, 8: 96, 16: 160, 32: 184}
 
 
-def cost(launch: Launch, tile: HopperTile, card: Card) -> Cost:
+def _at_once(shape: _Shape, tile: HopperTile, card: Card) -> int:
+    """Blocks that run at the same time."""
+    threads = tile.groups * _GROUP_THREADS + _OTHER_THREADS
+    resident = min((SHARED_LIMIT + 1024) // (shape.shared_bytes + 1024), 65536 // (threads * _REGISTERS[tile.tile_h]))
+    cluster = shape.sharing * shape.parts
+    held = card.num_sms if cluster <= 2 else int(card.num_sms * _CLUSTERED)
+    return max(1, resident) * max(cluster, held // cluster * cluster)
+
+
+def _cost(shape: _Shape, tile: HopperTile, card: Card) -> Cost:
     """Estimated seconds of a launch by its parts. issue: a step's instructions before and after its products."""
-    args = launch.args
-    pixels, parts = TILE_W * tile.tile_h, 1 << args.log_parts
-    resident = max(1, SHARED_LIMIT // launch.shared_bytes)
-    waves = -(-launch.grid // (card.num_sms * resident))
-    issue, products = 0.0, 0.0
-    read, phases = 0.0, range(2 if args.phases > 1 else 1)
-    for y, x in itertools.product(phases, repeat=2):
-        steps = -(-args.chunks // parts) * args.planes * args.count_y[y]
-        multiplied = _PRODUCTS * 2 * pixels * args.count_x[x]
-        longest = steps * max((_STEP_CLOCKS + _TAIL * 2 * pixels) / tile.groups, multiplied)
+    product = shape.product
+    pixels, phases = TILE_W * tile.tile_h, product.axis.phases
+    waves = -(-shape.grid // _at_once(shape, tile, card))
+    # Shared memory gives 128 bytes a clock; a tap reads its weights and pixels of 64 channels.
+    tap = max(_PRODUCTS * 2 * pixels, (_TAP_BYTES + pixels * _LINE) / 128)
+    issue = products = read = 0.0
+    for rows, taps in itertools.product(product.along_y.taps[:phases], product.along_x.taps[:phases]):
+        patches = -(-product.chunks // shape.parts) * product.planes
+        steps = patches * rows
+        longest = steps * max((_STEP_CLOCKS + _TAIL * 2 * pixels) / tile.groups, taps * tap)
         issue = max(issue, longest)
-        products += steps * multiplied / args.phases
-        patches = args.box_rows * args.pitch * _LINE * steps / args.count_y[y]
-        read += (steps * args.count_x[x] * _TAP_BYTES / (1 << args.log_sharing) + patches) / args.phases
-    together = -(-launch.grid // card.num_sms)
-    share = INGRESS_ALONE * card.l2 / card.num_sms
-    weights = args.n_blocks.size * CHANNELS * 2 * args.chunks * CHANNELS * args.planes
-    weights *= sum(args.count_y[y] * args.count_x[x] for y, x in itertools.product(phases, repeat=2))
+        products += steps * taps * tap / phases**2
+        read += (
+            steps * taps * _TAP_BYTES / shape.sharing + patches * shape.box[0] * shape.box[1] * _LINE
+        ) / phases**2
+    all_taps = sum(product.along_y.taps[:phases]) * sum(product.along_x.taps[:phases]) * product.planes
+    weights = all_taps * product.chunks * product.n_blocks * _TAP_BYTES
+    share = card.l2 / card.num_sms
+    together = -(-shape.grid // card.num_sms) * max(products / _CLOCK, read / (INGRESS_SHARED * share))
     return Cost(
         start=LAUNCH_SECONDS + waves * (_FILL_SECONDS + pixels * _PIXEL_SECONDS),
         products=products / _CLOCK,
-        reads=read / share,
+        reads=read / (INGRESS_ALONE * share),
         issue=waves * issue / _CLOCK,
-        together=together * max(products / _CLOCK, read / share),
-        memory=weights / (card.memory * min(1.0, launch.grid / card.num_sms)),
-        splits=_EXCHANGE_SECONDS if parts > 1 else 0.0,
-        l2_bytes=launch.grid * read,
+        together=together,
+        memory=weights / (card.memory * min(1.0, max(1, shape.grid) / card.num_sms)),
+        splits=_EXCHANGE_SECONDS if shape.parts > 1 else 0.0,
+        l2_bytes=shape.grid * read,
     )
 
 
@@ -295,12 +380,24 @@ def ranked(
     rect: tuple[int, int, int, int],
     card: Card,
 ) -> tuple[tuple[HopperTile, Cost], ...]:
-    """The candidates that can compute outputs `rect` of a step, and their costs, by rising estimated time."""
-    found = []
-    for tile in CANDIDATES:
-        with contextlib.suppress(ValueError):  # it cannot
-            found.append((tile, cost(describe_launch(conv, batch, in_size, out_size, rect, tile), tile, card)))
-    return tuple(sorted(found, key=lambda one: (one[1].seconds, one[0])))
+    """The eight candidates of least estimated time for outputs `rect` of a step, and their costs; fewer where others
+    cannot compute it."""
+    found: list[tuple[HopperTile, Cost]] = []
+    with contextlib.suppress(ValueError):
+        product = _Product.of(conv, batch, in_size, out_size, rect)
+        for tile in CANDIDATES:
+            with contextlib.suppress(ValueError):
+                found.append((tile, _cost(_Shape.of(product, tile), tile, card)))
+    return tuple(sorted(found, key=lambda one: (one[1].seconds, one[0]))[:8])
+
+
+def tile_like(tile: HopperTile, best: Sequence[tuple[HopperTile, Cost]]) -> tuple[HopperTile, Cost] | None:
+    """Of :func:`ranked`, the tile of least time; of those that take at most 3 % more, which the estimate does not
+    tell apart, the one that resembles `tile`, which was measured for a similar product."""
+    if not best:
+        return None
+    close = [one for one in best if one[1].seconds <= 1.03 * best[0][1].seconds]
+    return max(close, key=lambda one: sum(a == b for a, b in zip(one[0], tile)))
 
 
 CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weights", "for_patches")

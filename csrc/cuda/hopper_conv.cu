@@ -1,5 +1,5 @@
-// A step of the engine (kernels/conv.py) on Hopper: stride 1 convolutions, the phases of transposed ones, and those
-// of stride 2 whose taps are even in number.
+// A step of the engine (kernels/conv.py) on Hopper: convolutions of stride 1, the phases of transposed ones, and 4x4
+// ones of stride 2.
 //
 // A block computes 64 output channels of a tile of 8 x TILE_H rows g (pixels of one phase):
 //
@@ -24,7 +24,7 @@
 // of all blocks through distributed shared memory, in the order of the blocks.
 //
 // A step is a row of taps of 64 input channels: their weights are one stage, their products one group. Waiting,
-// addresses and signals of a step take about 85 instructions, 400 clocks, which pass while the tensor cores work on
+// addresses and signals of a step take about 100 instructions, 400 clocks, which pass while the tensor cores work on
 // the step before (tile of 8 x 16: 256 clocks a tap). GROUPS warpgroups multiply: group i computes every GROUPS-th
 // step from the i-th on, for the whole tile, so that one multiplies while another waits. Their sums are added when
 // they are stored.

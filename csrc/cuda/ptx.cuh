@@ -167,12 +167,6 @@ __device__ __forceinline__ void meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
 }
 
-__device__ __forceinline__ uint32_t cluster_size() {
-  uint32_t n;
-  asm("mov.u32 %0, %%cluster_nctaid.x;" : "=r"(n));
-  return n;
-}
-
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t n;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));

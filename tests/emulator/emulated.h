@@ -584,7 +584,6 @@ template <int kNumber, int kThreads>
 inline void meet() {
   emulator::join(emulator::machine->current->block->meetings[kNumber], kThreads, "bar.sync");
 }
-inline uint32_t cluster_size() { return emulator::machine->cluster; }
 inline uint32_t cluster_rank() { return emulator::machine->current->block->rank; }
 inline void cluster_meet() {
   const emulator::Machine& m = *emulator::machine;

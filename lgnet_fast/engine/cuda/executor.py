@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
     from .weights import Choice, Overlap
 
+_ESTIMATED_GAIN = 0.1
+"""Share of the time by which Hopper's convolution must beat Triton's by estimate, where it was not measured."""
+
 logger = logging.getLogger("lgnet_fast")
 waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
@@ -148,30 +151,29 @@ class CudaExecutor(GraphExecutor):
         choice = tuned.tile(work, kind)
         measured = as_compiled(choice)
         if choice is None and (nearest := as_compiled(tuned.nearest_tile(work, kind))) is not None:
-            measured = self._estimated_tile(step, rect, type(nearest))
+            measured = self._estimated_tile(step, rect, nearest)
         if measured is None or not usable(measured, conv, self.dtype, self.device):
             return None
         # a step with the same product may have a residual, which these kernels do not add
         return measured if isinstance(measured, HopperTile) or step.residual is None else None
 
-    def _estimated_tile(self, step: ConvStep, rect: Rect | None, kind: type[CompiledTile]) -> CompiledTile | None:
+    def _estimated_tile(self, step: ConvStep, rect: Rect | None, nearest: CompiledTile) -> CompiledTile | None:
         """The tile of least estimated time of a compiled kernel that was the fastest at the nearest size: hardly any
-        hole's number of rows is measured. None where the Triton kernel's estimate is less."""
+        hole's number of rows is measured. None where the estimate is not clearly less than Triton's."""
         from lgnet_fast.kernels import hopper, picture_conv
-        from lgnet_fast.kernels.cards import card_for
+        from lgnet_fast.kernels.cards import card_with
         from lgnet_fast.kernels.conv_configs import estimate
         from lgnet_fast.kernels.hopper import HopperTile
 
         target = target_of(self.device, self.dtype)
-        conv, source, out = conv_of(step), self.plan.source(step), self.plan.target(step)
+        source, out = self.plan.source(step), self.plan.target(step)
         where = tuple(out.everywhere if rect is None else rect)
-        product = conv, self.plan.batch, source.size, out.size, where, card_for(*target[1:])
-        if kind is not HopperTile:  # by estimate these gain at every size
+        product = conv_of(step), self.plan.batch, source.size, out.size, where, card_with(*target[1:])
+        if not isinstance(nearest, HopperTile):  # by estimate these gain at every size
             return picture_conv.pick_tile(*product)[0]
-        for tile, cost in hopper.ranked(*product)[:1]:
-            if cost.seconds < estimate(work_of(self.plan, step, rect), self.tile(step, rect), *target):
-                return tile
-        return None
+        found = hopper.tile_like(nearest, hopper.ranked(*product))
+        least = estimate(work_of(self.plan, step, rect), self.tile(step, rect), *target)
+        return found[0] if found is not None and found[1].seconds < (1 - _ESTIMATED_GAIN) * least else None
 
     @property
     def choices(self) -> dict[str, str]:
