@@ -10,9 +10,10 @@ multiplications at the GPU's rate and of weights, inputs and outputs, once each,
 measurement, if there is one.
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
---compiled: with the CUDA C++ kernels (picture_conv, hopper, deep) where their estimate is less. An engine uses those
-that its first use or `lgnet-fast tune` measured as faster; these forms of the kernels have not been measured yet. The
-steps of a launch that computes deep layers have its cost at the first of them.
+--compiled: with the CUDA C++ kernels (picture_conv, hopper, deep) where their estimate is less, for a single step a
+tenth less. An engine uses those that its first use or `lgnet-fast tune` measured as faster; these forms of the
+kernels have not been measured yet. The steps of a launch that computes deep layers have its cost at the first of
+them.
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
 """
 
@@ -29,6 +30,8 @@ import torch
 
 KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}
 RESULTS = Path(__file__).resolve().parent / "results"
+GAIN = 0.1
+"""Share of the time by which another kernel must beat Triton's to run a step, as at an engine's first use."""
 DEEP_BLOCKS = 120
 """Of a launch that computes deep layers: 15 clusters of 8 fit on an H100 (bench/results/h100_deep.jsonl)."""
 ROW = (
@@ -98,8 +101,8 @@ def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | Non
         return None
     (region,) = step.regions
     product = conv, plan.batch, source.size, out.size, tuple(region), card
-    if card.capability == hopper.CAPABILITY and hopper.unsupported(conv) is None:
-        (fastest, least), *_ = hopper.ranked(*product)
+    if card.capability == hopper.CAPABILITY and (best := hopper.ranked(*product)):
+        fastest, least = best[0]
         return least, fastest.label, hopper.describe_launch(*product[:-1], fastest).grid
     if picture_conv.unsupported(conv) is not None:
         return None
@@ -154,7 +157,7 @@ def step_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tu
         return costs, name, 0, len(costs)
     costs, name, count = conv_costs(step, plan, kind, card)
     other = compiled_cost(step, plan, card) if compiled and kind == "half" else None
-    if other is not None and other[0].seconds < sum(cost.seconds for cost in costs):
+    if other is not None and other[0].seconds < (1 - GAIN) * sum(cost.seconds for cost in costs):
         return [other[0]], *other[1:], 1
     return costs, name, count, len(costs) + sum(not name.endswith("f") and not name.endswith("/1") for _ in costs)
 

@@ -77,6 +77,7 @@ def card_for(generation: str, num_sms: int) -> Card:
 
 
 def card_with(generation: str, num_sms: int) -> Card:
-    """As :func:`card_for`, with this number of multiprocessors and their share of the products' rate."""
+    """As :func:`card_for`, with this number of multiprocessors and their share of the products' rate. `l2` and
+    `memory` stay those of the whole GPU, as in `conv_configs.cost`."""
     card = card_for(generation, num_sms)
     return card._replace(num_sms=num_sms, macs=card.macs * num_sms / card.num_sms)

@@ -221,6 +221,7 @@ class _Shape(NamedTuple):
     box: pixels and rows of a patch."""
 
     product: _Product
+    tile: HopperTile
     tiles_y: int
     tiles_x: int
     sharing: int
@@ -257,8 +258,8 @@ class _Shape(NamedTuple):
             -((weight_stages * weight_bytes - results) // patch_bytes),
         )
         shape = cls(
-            product, tiles_y, tiles_x, sharing, parts, (pitch, box_rows), weight_stages, weight_bytes, patch_stages,
-            patch_bytes,
+            product, tile, tiles_y, tiles_x, sharing, parts, (pitch, box_rows), weight_stages, weight_bytes,
+            patch_stages, patch_bytes,
         )  # fmt: skip
         if patch_stages > _MAX_PATCH_STAGES or shape.shared_bytes > SHARED_LIMIT:
             raise ValueError(f"tile: {tile} takes {shape.shared_bytes} bytes of shared memory")
@@ -325,24 +326,30 @@ _PRODUCTS = 1.15
 _EXCHANGE_SECONDS = 1.0e-6
 # Share of the multiprocessors that clusters of 4 and 8 fill: 30 and 15 fit on an H100 (h100_deep.jsonl, "held").
 _CLUSTERED = 120 / 132
-# Registers of a thread, by the rows of a tile.
-_REGISTERS = {4: 72, 8: 96, 16: 160, 32: 184}
+# Registers of a thread, by the rows of a tile and the warpgroups.
+_REGISTERS = {
+    (4, 1): 80, (4, 2): 72, (8, 1): 88, (8, 2): 96, (16, 1): 136, (16, 2): 136, (32, 1): 184, (32, 2): 160,
+}  # fmt: skip
 
 
-def _at_once(shape: _Shape, tile: HopperTile, card: Card) -> int:
+def _at_once(shape: _Shape, card: Card) -> int:
     """Blocks that run at the same time."""
+    tile = shape.tile
     threads = tile.groups * _GROUP_THREADS + _OTHER_THREADS
-    resident = min((SHARED_LIMIT + 1024) // (shape.shared_bytes + 1024), 65536 // (threads * _REGISTERS[tile.tile_h]))
+    resident = min(
+        (SHARED_LIMIT + 1024) // (shape.shared_bytes + 1024),
+        65536 // (threads * _REGISTERS[tile.tile_h, tile.groups]),
+    )
     cluster = shape.sharing * shape.parts
     held = card.num_sms if cluster <= 2 else int(card.num_sms * _CLUSTERED)
     return max(1, resident) * max(cluster, held // cluster * cluster)
 
 
-def _cost(shape: _Shape, tile: HopperTile, card: Card) -> Cost:
+def _cost(shape: _Shape, card: Card) -> Cost:
     """Estimated seconds of a launch by its parts. issue: a step's instructions before and after its products."""
-    product = shape.product
+    product, tile = shape.product, shape.tile
     pixels, phases = TILE_W * tile.tile_h, product.axis.phases
-    waves = -(-shape.grid // _at_once(shape, tile, card))
+    waves = -(-shape.grid // _at_once(shape, card))
     # Shared memory gives 128 bytes a clock; a tap reads its weights and pixels of 64 channels.
     tap = max(_PRODUCTS * 2 * pixels, (_TAP_BYTES + pixels * _LINE) / 128)
     issue = products = read = 0.0
@@ -387,7 +394,7 @@ def ranked(
         product = _Product.of(conv, batch, in_size, out_size, rect)
         for tile in CANDIDATES:
             with contextlib.suppress(ValueError):
-                found.append((tile, _cost(_Shape.of(product, tile), tile, card)))
+                found.append((tile, _cost(_Shape.of(product, tile), card)))
     return tuple(sorted(found, key=lambda one: (one[1].seconds, one[0]))[:8])
 
 

@@ -481,11 +481,11 @@ struct Target {
   }
 
   // Stores the sums of all groups and, with kSplit, of all blocks of the cluster, with bias and residual. rows: the
-  // block's sums in shared memory, float32 [group, pixel, channel]. Some passes at a time have no branch between them
-  // without a split, so that the compiler reads all their sums before it needs the first.
+  // block's sums in shared memory, float32 [group, pixel, channel]. Without a split, two passes have no branch
+  // between them, so that the compiler reads the sums of both before it needs the first.
   template <bool kSplit>
   __device__ __forceinline__ void store(const Args& args, const char* rows, const Cluster& cluster) const {
-    constexpr int kTogether = kPasses < 4 ? kPasses : 4;
+    constexpr int kTogether = kPasses < 2 ? kPasses : 2;
     const Activation activation0(args.activation_0), activation1(args.activation_1);
 #pragma unroll
     for (int pass = 0; pass < kPasses; pass += kTogether) {
@@ -531,7 +531,7 @@ struct Target {
     for (int i = 0; i < kTogether; ++i) {
       const int pixel = pixels[pass + i];
       const uint4 stored = packed<T>(value[i], activation);
-      if (pixel >= 0) *reinterpret_cast<uint4*>(to + int64_t(pixel) * stride + column) = stored;
+      store_if(pixel >= 0, to + int64_t(pixel) * stride + column, stored);
     }
   }
 };

@@ -102,6 +102,18 @@ __device__ __forceinline__ float4 load_remote(uint32_t address) {
   return value;
 }
 
+// Stores 16 bytes in global memory, without a branch, where `whether`.
+__device__ __forceinline__ void store_if(bool whether, void* to, const uint4& value) {
+  asm volatile(
+      "{\n"
+      ".reg .pred p;\n"
+      "setp.ne.s32 p, %0, 0;\n"
+      "@p st.global.v4.u32 [%1], {%2, %3, %4, %5};\n"
+      "}\n" ::"r"(int(whether)),
+      "l"(to), "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
+}
+
 // Orders this thread's stores to shared memory before later reads by asynchronous units (copies, wgmma).
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 

@@ -559,6 +559,9 @@ inline void send(uint32_t address, const float4& value, uint32_t barrier) {
 inline float4 load_remote(uint32_t address) {
   return *reinterpret_cast<const float4*>(emulator::shared(address, 16, 16));
 }
+inline void store_if(bool whether, void* to, const uint4& value) {
+  if (whether) *static_cast<uint4*>(to) = value;
+}
 inline void fence_async() {}
 
 inline void barrier_init(uint32_t barrier, uint32_t count) {

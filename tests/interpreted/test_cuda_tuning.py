@@ -379,10 +379,20 @@ def test_the_first_use_measures_the_convolution_for_hopper(
     other = executor.resized(plan.resized(2, 64, 128).without_weights())
     inner = ("p.block", "p.down", "p.up")
     monkeypatch.setattr(conv_configs, "estimate", lambda *product: 1e-5)
+    monkeypatch.setattr(conv_configs, "pick_tile", conv_configs.pick_tile.__wrapped__)  # not kept for other tests
+    monkeypatch.setattr(cuda_executor, "target_of", lambda *target: ("half", "sm_90", 114))
     for seconds, kernel in ((0.89e-5, "hopper"), (0.91e-5, "Triton")):
-        found = ((HopperTile(8, 1), Cost(seconds, *(0.0,) * 7)),)
-        monkeypatch.setattr(hopper, "ranked", lambda *product, found=found: found)
-        assert [other.choices[name].startswith("hopper") for name in inner] == 3 * [kernel == "hopper"]
+        cards = []
+        least = Cost(seconds, *(0.0,) * 7)
+
+        def ranked(*product: Any, cards: list[Any] = cards, least: Cost = least) -> Any:
+            cards.append(product[-1])
+            return (HopperTile(16, 2), least), (HopperTile(8, 1), least)
+
+        monkeypatch.setattr(hopper, "ranked", ranked)
+        labels = [other.choices[name] for name in inner]
+        assert [label == "hopper 8x8x64/1 x1" for label in labels] == 3 * [kernel == "hopper"], labels
+        assert {card.num_sms for card in cards} == {114}
 
 
 @needs_emulator
