@@ -377,7 +377,8 @@ def test_the_first_use_measures_the_convolution_for_hopper(
     assert len([name for name in hopper_emulated if name.startswith("lgnet_conv_float16")]) == 3
 
     other = executor.resized(plan.resized(2, 64, 128).without_weights())
-    inner = ("p.block", "p.down", "p.up")
+    steps = [step for step in plan.steps if isinstance(step, ConvStep) and step.name in ("p.block", "p.down", "p.up")]
+    measured = {step.name: tuned.tile(work_of(plan, step), "half").label for step in steps}
     monkeypatch.setattr(conv_configs, "estimate", lambda *product: 1e-5)
     monkeypatch.setattr(conv_configs, "pick_tile", conv_configs.pick_tile.__wrapped__)  # not kept for other tests
     monkeypatch.setattr(cuda_executor, "target_of", lambda *target: ("half", "sm_90", 114))
@@ -387,11 +388,11 @@ def test_the_first_use_measures_the_convolution_for_hopper(
 
         def ranked(*product: Any, cards: list[Any] = cards, least: Cost = least) -> Any:
             cards.append(product[-1])
-            return (HopperTile(16, 2), least), (HopperTile(8, 1), least)
+            unlike = HopperTile(32, 8, 6, 2, 1, split=True)
+            return tuple((tile, least) for tile in (unlike, *hopper.CANDIDATES))
 
         monkeypatch.setattr(hopper, "ranked", ranked)
-        labels = [other.choices[name] for name in inner]
-        assert [label == "hopper 8x8x64/1 x1" for label in labels] == 3 * [kernel == "hopper"], labels
+        assert [other.choices[name] == label for name, label in measured.items()] == 3 * [kernel == "hopper"]
         assert {card.num_sms for card in cards} == {114}
 
 
