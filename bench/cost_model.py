@@ -30,10 +30,6 @@ import torch
 
 KINDS = {"float16": "half", "bfloat16": "half", "float32": "ieee", "tf32": "tf32"}
 RESULTS = Path(__file__).resolve().parent / "results"
-GAIN = 0.1
-"""Share of the time by which another kernel must beat Triton's to run a step, as at an engine's first use."""
-DEEP_BLOCKS = 120
-"""Of a launch that computes deep layers: 15 clusters of 8 fit on an H100 (bench/results/h100_deep.jsonl)."""
 ROW = (
     "{:<20} {:>11} {:>11} {:>3} {:>6} {:>5} {:>6} {:>6} {:>6} {:>6} {:>6} {:>6} {:>7} {:<9} {:>6} {:>8} {:<16} {:>8}"
 )
@@ -111,9 +107,10 @@ def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | Non
     return picture_conv.cost(launch, card)._replace(memory=stored / card.memory), tile.label, launch.grid
 
 
-def deep_costs(plan: Any, card: Any) -> dict[range, Any]:
-    """Numbers of consecutive steps that `kernels/deep.py` can compute in one launch -> the cost of the launch."""
+def deep_costs(plan: Any, card: Any) -> dict[range, tuple[Any, int]]:
+    """Numbers of consecutive steps that `kernels/deep.py` can compute in one launch -> its cost and blocks."""
     from lgnet_fast.kernels import deep
+    from lgnet_fast.kernels.cards import CLUSTERED
 
     from lgnet_fast.engine.cuda.deep_layers import applies, layer_of, runs
 
@@ -125,9 +122,10 @@ def deep_costs(plan: Any, card: Any) -> dict[range, Any]:
             continue
         layers = [layer_of(plan, plan.steps[number]) for number in numbers]
         cluster = deep.CLUSTERS[0]
-        shares = deep.plan_splits(layers, cluster, DEEP_BLOCKS // cluster)
+        clusters = int(card.num_sms * CLUSTERED) // cluster
+        shares = deep.plan_splits(layers, cluster, clusters)
         if not isinstance(shares, str):
-            found[numbers] = deep.cost(layers, shares, card)
+            found[numbers] = deep.cost(layers, shares, card), cluster * clusters
     return found
 
 
@@ -150,6 +148,7 @@ def floor_seconds(step: Any, plan: Any, card: Any, rate: float, element: int) ->
 
 def step_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tuple[list[Any], str, int, int]:
     """The costs of a step's launches, the tile of the last one, the numbers of programs (0: unknown) and kernels."""
+    from lgnet_fast.engine.cuda.measure import GAIN_ALONE
     from lgnet_fast.engine.plan import AttentionStep
 
     if isinstance(step, AttentionStep):
@@ -157,7 +156,7 @@ def step_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tu
         return costs, name, 0, len(costs)
     costs, name, count = conv_costs(step, plan, kind, card)
     other = compiled_cost(step, plan, card) if compiled and kind == "half" else None
-    if other is not None and other[0].seconds < (1 - GAIN) * sum(cost.seconds for cost in costs):
+    if other is not None and other[0].seconds < (1 - GAIN_ALONE) * sum(cost.seconds for cost in costs):
         return [other[0]], *other[1:], 1
     return costs, name, count, len(costs) + sum(not name.endswith("f") and not name.endswith("/1") for _ in costs)
 
@@ -166,11 +165,11 @@ def all_costs(plan: Any, kind: str, card: Any, compiled: bool) -> list[tuple[lis
     """:func:`step_costs` of every step, with launches that compute several of them."""
     found = [step_costs(step, plan, kind, card, compiled) for step in plan.steps]
     deep = deep_costs(plan, card) if compiled and kind == "half" else {}
-    for numbers, shared in deep.items():
+    for numbers, (shared, blocks) in deep.items():
         if shared.seconds < sum(cost.seconds for number in numbers for cost in found[number][0]):
             for number in numbers:
                 first = number == numbers[0]
-                found[number] = ([shared] if first else [], "deep", DEEP_BLOCKS if first else 0, int(first))
+                found[number] = ([shared] if first else [], "deep", blocks if first else 0, int(first))
     return found
 
 

@@ -70,6 +70,13 @@ CARDS = {
 }
 
 
+H100_CLOCK = 1.755e9
+"""Clocks a second of an H100 under load, by which measured clocks become seconds."""
+CLUSTERED = 120 / 132
+"""Share of Hopper's multiprocessors that clusters of 4 and 8 blocks fill: 30 and 15 fit on an H100
+(bench/results/h100_deep.jsonl, "held")."""
+
+
 def card_for(generation: str, num_sms: int) -> Card:
     """The card of a generation whose number of multiprocessors is nearest; the H100 for the interpreter."""
     same = [card for card in CARDS.values() if card.generation == generation] or [CARDS["H100"]]

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from lgnet_fast.ops.torch_state import pass_on_out_of_memory
 
-from .cards import SHARED_LIMITS, Card
+from .cards import H100_CLOCK, SHARED_LIMITS, Card
 from .compiled_checks import set_stores
 from .conv import Conv
 from .conv_configs import LAUNCH_SECONDS, Cost
@@ -368,9 +368,8 @@ def best_cluster(layers: Sequence[DeepLayer], held: Mapping[int, int]) -> tuple[
     return -cluster, clusters
 
 
-# Clocks at 1.755 GHz (an H100). A layer but its chunks: measured, of eight layers in one launch (section "clocks" of
+# Clocks of an H100. A layer but its chunks: measured, of eight layers in one launch (section "clocks" of
 # bench/results/h100_deep.jsonl). A chunk: expected of the present loop; an earlier one took 700 to 800.
-_CLOCK = 1.755e9
 _LAYER_CLOCKS, _CHUNK_CLOCKS = 6500, 275
 
 
@@ -382,7 +381,7 @@ def cost(layers: Sequence[DeepLayer], shares: Sequence[Split], card: Card) -> Co
         start=LAUNCH_SECONDS,
         products=0.0,
         reads=0.0,
-        issue=(len(layers) * _LAYER_CLOCKS + chunks * _CHUNK_CLOCKS) / _CLOCK,
+        issue=(len(layers) * _LAYER_CLOCKS + chunks * _CHUNK_CLOCKS) / H100_CLOCK,
         together=0.0,
         memory=weights / card.memory,
         splits=0.0,

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from lgnet_fast.engine.geometry import Axis
 
-from .cards import SHARED_LIMITS, Card
+from .cards import CLUSTERED, H100_CLOCK, SHARED_LIMITS, Card
 from .compiled_checks import DTYPES, LIMIT, Divisor, FirstUse, check_bias, check_view, exact_convolution, set_stores
 from .conv import Conv
 from .conv_configs import INGRESS_ALONE, INGRESS_SHARED, LAUNCH_SECONDS, Cost, Work
@@ -317,15 +317,12 @@ def describe_launch(
 # Fitted to the 28 tiles of an earlier form that ran one block a multiprocessor (bench/results/h100_hopper.jsonl):
 # 2.0 us + 2.2 us + 6.4 ns a pixel + (479 + a quarter of the products) clocks a tap, error 2 % (root mean square).
 # That form waited and signalled at every tap, in 110 instructions; this one does at every row of taps, in 100.
-_CLOCK = 1.755e9
 _FILL_SECONDS, _PIXEL_SECONDS = 2.2e-6, 6.4e-9
 _STEP_CLOCKS, _TAIL = 435, 0.24
 # Clocks of products relative to the tensor cores' rate: what the fitted tiles of 256 pixels took.
 _PRODUCTS = 1.15
 # Assumed: blocks of a cluster meet twice, and read each other's sums.
 _EXCHANGE_SECONDS = 1.0e-6
-# Share of the multiprocessors that clusters of 4 and 8 fill: 30 and 15 fit on an H100 (h100_deep.jsonl, "held").
-_CLUSTERED = 120 / 132
 # Registers of a thread, by the rows of a tile and the warpgroups.
 _REGISTERS = {
     (4, 1): 80, (4, 2): 72, (8, 1): 88, (8, 2): 96, (16, 1): 136, (16, 2): 136, (32, 1): 184, (32, 2): 160,
@@ -341,7 +338,7 @@ def _at_once(shape: _Shape, card: Card) -> int:
         65536 // (threads * _REGISTERS[tile.tile_h, tile.groups]),
     )
     cluster = shape.sharing * shape.parts
-    held = card.num_sms if cluster <= 2 else int(card.num_sms * _CLUSTERED)
+    held = card.num_sms if cluster <= 2 else int(card.num_sms * CLUSTERED)
     return max(1, resident) * max(cluster, held // cluster * cluster)
 
 
@@ -365,12 +362,12 @@ def _cost(shape: _Shape, card: Card) -> Cost:
     all_taps = sum(product.along_y.taps[:phases]) * sum(product.along_x.taps[:phases]) * product.planes
     weights = all_taps * product.chunks * product.n_blocks * _TAP_BYTES
     share = card.l2 / card.num_sms
-    together = -(-shape.grid // card.num_sms) * max(products / _CLOCK, read / (INGRESS_SHARED * share))
+    together = -(-shape.grid // card.num_sms) * max(products / H100_CLOCK, read / (INGRESS_SHARED * share))
     return Cost(
         start=LAUNCH_SECONDS + waves * (_FILL_SECONDS + pixels * _PIXEL_SECONDS),
-        products=products / _CLOCK,
+        products=products / H100_CLOCK,
         reads=read / (INGRESS_ALONE * share),
-        issue=waves * issue / _CLOCK,
+        issue=waves * issue / H100_CLOCK,
         together=together,
         memory=weights / (card.memory * min(1.0, max(1, shape.grid) / card.num_sms)),
         splits=_EXCHANGE_SECONDS if shape.parts > 1 else 0.0,

@@ -23,6 +23,7 @@ from ..regions import Rect
 from .deep_layers import applies, group_launch, make_groups
 from .graph_executor import GraphExecutor, GraphOptions
 from .launches import Launch, attend, convolve, run_all
+from .measure import GAIN_ALONE
 from .memory import Memory
 from .weights import CudaWeights, Tuned, conv_of, target_of, work_of
 
@@ -35,9 +36,6 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.results import Merge
 
     from .weights import Choice, Overlap
-
-_ESTIMATED_GAIN = 0.1
-"""Share of the time by which Hopper's convolution must beat Triton's by estimate, where it was not measured."""
 
 logger = logging.getLogger("lgnet_fast")
 waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
@@ -173,7 +171,7 @@ class CudaExecutor(GraphExecutor):
             return picture_conv.pick_tile(*product)[0]
         found = hopper.tile_like(nearest, hopper.ranked(*product))
         least = estimate(work_of(self.plan, step, rect), self.tile(step, rect), *target)
-        return found[0] if found is not None and found[1].seconds < (1 - _ESTIMATED_GAIN) * least else None
+        return found[0] if found is not None and found[1].seconds < (1 - GAIN_ALONE) * least else None
 
     @property
     def choices(self) -> dict[str, str]:

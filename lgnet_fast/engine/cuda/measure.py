@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 
 GAIN = 0.02
 """Share of the time by which a candidate must beat what runs without tuning."""
+GAIN_ALONE = 0.1
+"""The same where no whole runs are timed afterwards: at an engine's first use, and by estimate."""
 _WRONG = {torch.float16: 5e-3, torch.bfloat16: 4e-2, torch.float32: 2e-3}
 """Smallest relative error (RMS) of a step that counts as wrong."""
 

@@ -29,7 +29,7 @@ from .checks import checked_plan
 from .executor import CudaExecutor, CudaOptions
 from .graphs import CaptureError, error_text
 from .launches import run_all
-from .measure import GAIN, Found, Timer, kept, product_key, progress_of
+from .measure import GAIN, GAIN_ALONE, Found, Timer, kept, product_key, progress_of
 from .tuning_attention import tune_attention
 from .tuning_convolutions import Contest, groups_of, tune_convolutions
 from .weights import CudaWeights, Overlap, Tuned, conv_of, target_of, work_of
@@ -39,8 +39,6 @@ waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 _COMPILING_SHARE, _ATTENTION_SHARE = 0.4, 0.25
 """Shares of the time: for compiling tiles, and for the attention blocks."""
-_FIRST_USE_GAIN = 0.1
-"""As `measure.GAIN`, where no whole runs are timed afterwards."""
 _EQUAL_RUNS = 20
 """Runs with overlapping launches that must give the bits of one without."""
 _DEEP_ROWS = (16, 64)
@@ -131,8 +129,10 @@ def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
         return tuned
     for title, kernel in AT_FIRST_USE.items():
         try:
+            if not kernel.runs_on(device):
+                continue
             part = _part(checked_plan(plan), kernel)
-            if not kernel.runs_on(device) or _has_all(tuned, part, dtype, device):
+            if _has_all(tuned, part, dtype, device):
                 continue
             reason = _measure_at_first_use(title, part, plan.name, dtype, device)
         except Exception as error:  # the engine can do without
@@ -207,7 +207,7 @@ def measure_compiled(device: torch.device, dtype: torch.dtype, title: str, part:
     found = Found(at_first_use=True)
     with torch.inference_mode(False), torch.no_grad():
         steps = tuple(replace(s, weight=_noise(s.weight, device), bias=_noise(s.bias, device)) for s in part.steps)
-        contest = Contest(replace(part, steps=steps), dtype, device, _FIRST_USE_GAIN)
+        contest = Contest(replace(part, steps=steps), dtype, device, GAIN_ALONE)
         tune_convolutions(contest, found, Timer(device), log, lambda: None, contest.few_candidates, lambda: False)
     if problems:
         raise RuntimeError(problems[0])
