@@ -10,9 +10,9 @@ multiplications at the GPU's rate and of weights, inputs and outputs, once each,
 measurement, if there is one.
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
---compiled: with the CUDA C++ kernels (picture_conv, hopper, deep) where their estimate is less, for a single step a
-tenth less. An engine uses those that its first use or `lgnet-fast tune` measured as faster; these forms of the
-kernels have not been measured yet. The steps of a launch that computes deep layers have its cost at the first of
+--compiled: with the CUDA C++ kernels (picture_conv, hopper, hopper_chain, deep) where their estimate is less, for a
+single step a tenth less. An engine uses those that its first use or `lgnet-fast tune` measured as faster; these forms
+of the kernels have not been measured yet. The steps of a launch that computes several have its cost at the first of
 them.
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
 """
@@ -88,7 +88,8 @@ def conv_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], s
 
 def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | None:
     """The least cost of a step by a compiled kernel, its tile, the number of blocks; None: unsupported."""
-    from lgnet_fast.kernels import hopper, picture_conv
+    from lgnet_fast.kernels import hopper_shapes, picture_conv
+    from lgnet_fast.kernels.hopper import describe_launch
 
     from lgnet_fast.engine.cuda.weights import conv_of
 
@@ -97,9 +98,9 @@ def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | Non
         return None
     (region,) = step.regions
     product = conv, plan.batch, source.size, out.size, tuple(region), card
-    if card.capability == hopper.CAPABILITY and (best := hopper.ranked(*product)):
+    if card.capability == hopper_shapes.CAPABILITY and (best := hopper_shapes.ranked(*product)):
         fastest, least = best[0]
-        return least, fastest.label, hopper.describe_launch(*product[:-1], fastest).grid
+        return least, fastest.label, describe_launch(*product[:-1], fastest).grid
     if picture_conv.unsupported(conv) is not None:
         return None
     tile, launch = picture_conv.pick_tile(*product)
@@ -126,6 +127,24 @@ def deep_costs(plan: Any, card: Any) -> dict[range, tuple[Any, int]]:
         shares = deep.plan_splits(layers, cluster, clusters)
         if not isinstance(shares, str):
             found[numbers] = deep.cost(layers, shares, card), cluster * clusters
+    return found
+
+
+def chain_costs(plan: Any, card: Any) -> dict[range, tuple[Any, str, int]]:
+    """Numbers of consecutive steps that `kernels/hopper_chain.py` computes in one launch -> cost, tile, blocks."""
+    from lgnet_fast.kernels.hopper_chain import describe_chain
+    from lgnet_fast.kernels.hopper_shapes import CAPABILITY
+
+    from lgnet_fast.engine.cuda import chains
+    from lgnet_fast.engine.cuda.weights import conv_of
+
+    found = {}
+    for numbers in chains.runs(plan) if card.capability == CAPABILITY else []:
+        rects = chains.rectangles(plan, numbers, None)
+        if rects is not None and (best := chains.best_tile(plan, numbers, rects, card)) is not None:
+            first = plan.steps[numbers.start]
+            launch = describe_chain(conv_of(first), plan.batch, plan.source(first).size, rects, best[0])
+            found[numbers] = best[1], best[0].label.replace("hopper", "chain"), launch.grid
     return found
 
 
@@ -164,12 +183,14 @@ def step_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tu
 def all_costs(plan: Any, kind: str, card: Any, compiled: bool) -> list[tuple[list[Any], str, int, int]]:
     """:func:`step_costs` of every step, with launches that compute several of them."""
     found = [step_costs(step, plan, kind, card, compiled) for step in plan.steps]
-    deep = deep_costs(plan, card) if compiled and kind == "half" else {}
-    for numbers, (shared, blocks) in deep.items():
+    if not compiled or kind != "half":
+        return found
+    deep = {numbers: (shared, "deep", blocks) for numbers, (shared, blocks) in deep_costs(plan, card).items()}
+    for numbers, (shared, name, blocks) in {**deep, **chain_costs(plan, card)}.items():
         if shared.seconds < sum(cost.seconds for number in numbers for cost in found[number][0]):
             for number in numbers:
                 first = number == numbers[0]
-                found[number] = ([shared] if first else [], "deep", blocks if first else 0, int(first))
+                found[number] = ([shared] if first else [], name, blocks if first else 0, int(first))
     return found
 
 

@@ -1,6 +1,6 @@
 """Checks the convolution for Hopper on a GPU, and locates errors. (The tuner times it.)
 
-    python bench/hopper_contact.py RESULTS [--sections known,steps,clocks]
+    python bench/hopper_contact.py RESULTS [--sections known,steps,chain,clocks]
 
 Each figure is written to RESULTS/hopper_contact.jsonl at once, one JSON object per line. Every part runs in a
 separate process, so that a kernel that crashes or hangs affects that part only.
@@ -10,6 +10,8 @@ known     one-hot weights over inputs that hold the number of their pixel or cha
           it read. Zero and reflected borders, stride 2, tiles, clusters; then dense weights on a small map
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
+chain     NetL's eight block convolutions in one launch, in every tile: each beside float64, the bits of repeated
+          launches, the time beside eight launches, where the blocks spend it
 clocks    where the blocks of NetL's block convolution spend their time, by warpgroups, clusters, split depth
 ========  ===========================================================================================================
 """
@@ -22,15 +24,15 @@ import itertools
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from gpu_contact import Log, model_and_plan, sections_of
+from gpu_contact import Log, graph_of, median_us, model_and_plan, sections_of
 
-LIMITS = {"known": 45, "steps": 90, "clocks": 45}
+LIMITS = {"known": 45, "steps": 90, "chain": 60, "clocks": 45}
 """Time limit of each part, in seconds."""
 KNOWN = ((3, 1, False, 1, 16), (3, 1, True, 1, 16), (3, 1, False, 4, 8), (3, 1, True, 2, 4), (3, 1, False, 2, 32),
          (4, 2, False, 1, 16), (4, 2, False, 2, 4))  # fmt: skip
@@ -70,11 +72,12 @@ def known(log: Log) -> None:
     """Every known answer, then dense weights where all are right."""
     from lgnet_fast.kernels import hopper
     from lgnet_fast.kernels.conv import Conv
+    from lgnet_fast.kernels.hopper_shapes import HopperTile
     from lgnet_fast.kernels.results import Store
 
     right = True
     for taps, stride, reflect, cluster, tile_h in KNOWN:
-        tile = hopper.HopperTile(tile_h, cluster, 6, 2)
+        tile = HopperTile(tile_h, cluster, 6, 2)
         conv = Conv(64, 64, taps, stride, 1, False, reflect, False)
         size = (HEIGHT // stride, WIDTH // stride)
         # pixels are numbered from 1 (0 is what lies outside), channels from 1
@@ -121,6 +124,7 @@ def random_weights(log: Log) -> None:
     """Dense weights on a small map, so that an error of the weights' own descriptor shows."""
     from lgnet_fast.kernels import hopper
     from lgnet_fast.kernels.conv import Conv
+    from lgnet_fast.kernels.hopper_shapes import HopperTile
 
     generator = torch.Generator("cpu").manual_seed(1)
     device = torch.device("cuda")
@@ -131,7 +135,7 @@ def random_weights(log: Log) -> None:
     }
     for kind, tile_h, cluster in RANDOM:
         conv = convs[kind]
-        tile = hopper.HopperTile(tile_h, cluster, 6, 2)
+        tile = HopperTile(tile_h, cluster, 6, 2)
         error = hopper._error(conv, tile, (2, 32, 16), torch.float16, device, generator)
         log("known", tile=list(tile), conv=list(conv), relative_error=error, right=error < 1e-3)
 
@@ -169,14 +173,14 @@ def step_operands(step: Any, batch: int, size: tuple[int, int], dtype: torch.dty
 
 def supported(plan: Any) -> Iterator[tuple[int, Any, tuple[int, int]]]:
     """Number, step and input size of the distinct steps that the kernel computes."""
-    from lgnet_fast.kernels import hopper
+    from lgnet_fast.kernels.hopper_shapes import unsupported
 
     from lgnet_fast.engine.cuda.weights import conv_of
     from lgnet_fast.engine.plan import ConvStep
 
     seen = set()
     for number, step in enumerate(plan.steps):
-        if not isinstance(step, ConvStep) or hopper.unsupported(conv_of(step)) is not None:
+        if not isinstance(step, ConvStep) or unsupported(conv_of(step)) is not None:
             continue
         buffer = plan.source(step)
         key = conv_of(step), buffer.height, step.residual is not None, len(step.stores), step.stores[0].activation
@@ -190,20 +194,21 @@ def check_steps(log: Log) -> None:
     from lgnet_fast.kernels import hopper
     from lgnet_fast.kernels.conv import conv_forward
     from lgnet_fast.kernels.conv_configs import pick_tile
+    from lgnet_fast.kernels.hopper_shapes import HopperTile
     from lgnet_fast.kernels.results import Store
 
     _, plan = model_and_plan("lgnet", 1)
     for _, step, size in supported(plan):
         for dtype, batch, rect, tile in (
-            (torch.float16, 1, None, hopper.HopperTile(16, 4, 12, 2)),
-            (torch.float16, 1, None, hopper.HopperTile(16, 2, 12, 2, 2)),
-            (torch.float16, 1, None, hopper.HopperTile(16, 2, 12, 2, 1, True)),
-            (torch.bfloat16, 2, None, hopper.HopperTile(8, 4, 12, 2, 2, True)),
-            (torch.float16, 1, None, hopper.HopperTile(4, 2, 12, 2)),
-            (torch.float16, 2, None, hopper.HopperTile(8, 8, 12, 2, 2)),
-            (torch.float16, 2, None, hopper.HopperTile(32, 1, 12, 2)),
-            (torch.bfloat16, 1, None, hopper.HopperTile(16, 4, 12, 2, 2)),
-            (torch.float16, 1, (1, 5, 2, 9), hopper.HopperTile(4, 1, 12, 2)),
+            (torch.float16, 1, None, HopperTile(16, 4, 12, 2)),
+            (torch.float16, 1, None, HopperTile(16, 2, 12, 2, 2)),
+            (torch.float16, 1, None, HopperTile(16, 2, 12, 2, 1, True)),
+            (torch.bfloat16, 2, None, HopperTile(8, 4, 12, 2, 2, True)),
+            (torch.float16, 1, None, HopperTile(4, 2, 12, 2)),
+            (torch.float16, 2, None, HopperTile(8, 8, 12, 2, 2)),
+            (torch.float16, 2, None, HopperTile(32, 1, 12, 2)),
+            (torch.bfloat16, 1, None, HopperTile(16, 4, 12, 2, 2)),
+            (torch.float16, 1, (1, 5, 2, 9), HopperTile(4, 1, 12, 2)),
         ):
             operands = step_operands(step, batch, size, dtype)
             conv, value = operands["conv"], operands["value"]
@@ -247,12 +252,131 @@ def check_steps(log: Log) -> None:
                 right="wrong" not in figures, **figures)  # fmt: skip
 
 
+# -- chains -------------------------------------------------------------------------------------------------------
+
+
+class ChainCase(NamedTuple):
+    """NetL's block convolutions on noise, each in the same rectangle."""
+
+    plan: Any
+    numbers: range
+    weights: Any
+    maps: dict[str, torch.Tensor]
+    rect: Any
+    tile: Any
+
+    def view(self, view: Any) -> torch.Tensor:
+        """[1, 64, 64, 256] of a step."""
+        return self.maps[view.buffer][..., view.offset : view.offset + view.channels]
+
+    def chain(self, clocks: torch.Tensor | None = None) -> Any:
+        """All of them in one launch."""
+        from lgnet_fast.engine.cuda.chains import make_chain
+
+        rects = [self.rect] * len(self.numbers)
+        return make_chain(self.plan, self.numbers, self.weights.steps, self.view, rects, self.tile, clocks)
+
+    def errors_and_launches(self) -> Iterator[tuple[float, Callable[[], None]]]:
+        """Of each step: the error of what is stored, relative to float64, and its launch by itself."""
+        from lgnet_fast.kernels.compiled_checks import exact_convolution
+        from lgnet_fast.kernels.hopper import hopper_forward
+        from lgnet_fast.kernels.results import Store
+
+        from lgnet_fast.engine.cuda.weights import conv_of
+        from lgnet_fast.engine.torch_executor import ACTIVATIONS
+
+        top, bottom, left, right = self.rect
+        for number in self.numbers:
+            step = self.plan.steps[number]
+            conv, source, own = conv_of(step), self.view(step.source), self.weights.steps[step.name]
+            residual = None if step.residual is None else self.view(step.residual)
+            (store,) = (Store(self.view(s.view), s.activation) for s in step.stores)
+            exact = exact_convolution(conv, source, step.weight.to(source.dtype), own.bias)
+            exact = ACTIVATIONS[store.activation](exact if residual is None else exact + residual.double())
+            exact = exact[:, top:bottom, left:right]
+            error = (store.view[:, top:bottom, left:right].double() - exact).norm() / exact.norm()
+            yield error.item(), functools.partial(
+                hopper_forward, conv, source, own.packed, own.bias, (store,), self.tile,
+                size=self.plan.source(step).size, rect=tuple(self.rect), residual=residual,
+            )  # fmt: skip
+
+
+def check_chains(log: Log) -> None:
+    """Every tile, whole maps and a rectangle."""
+    from lgnet_fast.kernels import hopper_chain
+
+    from lgnet_fast.engine.cuda import chains
+    from lgnet_fast.engine.cuda.deep_layers import noise_maps
+    from lgnet_fast.engine.cuda.weights import CudaWeights
+    from lgnet_fast.engine.regions import Rect
+
+    _, plan = model_and_plan("lgnet", 1)
+    (numbers,) = chains.runs(plan)
+    steps = [plan.steps[number] for number in numbers]
+    for dtype, rect in (
+        (torch.float16, Rect(0, 64, 0, 64)),
+        (torch.bfloat16, Rect(0, 64, 0, 64)),
+        (torch.float16, Rect(5, 29, 16, 40)),
+    ):
+        weights = CudaWeights.pack(plan, dtype)
+        for tile in hopper_chain.TILES:
+            maps = noise_maps(plan, steps, dtype, torch.device("cuda"))
+            name = {"dtype": str(dtype), "rect": list(rect), "tile": list(tile)}
+            check_chain(log, ChainCase(plan, numbers, weights, maps, rect, tile), name)
+
+
+def check_chain(log: Log, case: ChainCase, name: dict[str, Any]) -> None:
+    """Errors and repeated bits of one chain; its time, and that of its steps one by one; clocks."""
+    chain = case.chain()
+    if not chain.fits():
+        log("chain", **name, refused=f"{chain.description.grid} blocks")
+        return
+    before = {key: one.clone() for key, one in case.maps.items()}
+    chain.launch()
+    first = {key: one.clone() for key, one in case.maps.items()}
+    equal = 0
+    for _ in range(50):
+        for key, one in case.maps.items():
+            one.copy_(before[key])
+        chain.launch()
+        equal += all(torch.equal(one, first[key]) for key, one in case.maps.items())
+    errors, single = zip(*case.errors_and_launches())
+    chain_us, single_us = (median_us(graph_of(functools.partial(run_each, one)).replay)
+                           for one in ([chain.launch], single))  # fmt: skip
+    limit = 8 * torch.finfo(chain.dtype).eps
+    log("chain", **name, errors=errors, equal=equal, chain_us=chain_us, single_us=single_us,
+        right=equal == 50 and max(errors) < limit)  # fmt: skip
+    if case.tile.tile_h == 16 and chain.dtype == torch.float16:
+        chain_clocks(log, case, chain.description.grid, name)
+
+
+def run_each(launches: Sequence[Callable[[], None]]) -> None:
+    """Make the launches in order."""
+    for launch in launches:
+        launch()
+
+
+def chain_clocks(log: Log, case: ChainCase, blocks: int, name: dict[str, Any]) -> None:
+    """Medians over the blocks, of each layer of a chain, since the first layer's start."""
+    from lgnet_fast.kernels.hopper import CLOCKS
+
+    clocks = torch.zeros(len(case.numbers), blocks, len(CLOCKS), dtype=torch.int64, device="cuda")
+    chain = case.chain(clocks)
+    for _ in range(20):
+        chain.launch()
+    torch.cuda.synchronize()
+    since = (clocks[..., :6] - clocks[:1, :, :1]).double().median(1).values.tolist()
+    waited = clocks[..., 6:].double().median(1).values.tolist()
+    log("chain clocks", **name, names=CLOCKS, since_start=since, waited=waited)
+
+
 # -- clocks -------------------------------------------------------------------------------------------------------
 
 
 def block_clocks(log: Log) -> None:
     """Medians over the blocks of NetL's block convolution, of the last of some launches."""
     from lgnet_fast.kernels import hopper
+    from lgnet_fast.kernels.hopper_shapes import HopperTile
     from lgnet_fast.kernels.results import Store
 
     _, plan = model_and_plan("lgnet", 1)
@@ -260,7 +384,7 @@ def block_clocks(log: Log) -> None:
     operands = step_operands(step, 1, size, torch.float16)
     out = torch.empty_like(operands["x"])
     for (cluster, split), groups in itertools.product(((1, False), (2, False), (4, False), (2, True)), (1, 2)):
-        tile = hopper.HopperTile(16, cluster, groups=groups, split=split)
+        tile = HopperTile(16, cluster, groups=groups, split=split)
         rect = (0, size[0], 0, size[1])
         grid = hopper.describe_launch(operands["conv"], 1, size, size, rect, tile).grid
         clocks = torch.zeros(grid, len(hopper.CLOCKS), dtype=torch.int64, device="cuda")
@@ -279,7 +403,7 @@ def block_clocks(log: Log) -> None:
 
 # -- parts --------------------------------------------------------------------------------------------------------
 
-PARTS = {"known": known, "steps": check_steps, "clocks": block_clocks}
+PARTS = {"known": known, "steps": check_steps, "chain": check_chains, "clocks": block_clocks}
 
 
 def main() -> int:

@@ -8,12 +8,12 @@ from typing import Any, TypeAlias
 
 import torch
 
-from . import hopper, picture_conv
+from . import hopper, hopper_shapes, picture_conv
 from .cards import card_with
 from .configs import device_generation
 from .conv import Conv
 from .conv_configs import Work
-from .hopper import HopperTile
+from .hopper_shapes import HopperTile
 from .picture_conv import PictureTile
 
 CompiledTile: TypeAlias = HopperTile | PictureTile
@@ -58,12 +58,12 @@ def few_candidates(
 ) -> Sequence[CompiledTile]:
     """Tiles to measure at an engine's first use of a step: all of `picture_conv`, else those of `hopper` of least
     estimated time; none where the kernel may not be used."""
-    if hopper.unsupported(conv) is not None:
+    if hopper_shapes.unsupported(conv) is not None:
         return [*picture_conv.candidates(conv, dtype, device)]
     if hopper.reason_against(device, dtype) is not None:
         return []
     whole = (0, out_size[0], 0, out_size[1])
-    best = hopper.ranked(conv, batch, in_size, out_size, whole, card_with(*device_generation(device)))[:_FEW]
+    best = hopper_shapes.ranked(conv, batch, in_size, out_size, whole, card_with(*device_generation(device)))[:_FEW]
     return [tile for tile, _ in best]
 
 

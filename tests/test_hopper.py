@@ -19,18 +19,18 @@ import torch.nn.functional as F
 
 pytest.importorskip("triton")
 
-from lgnet_fast.kernels import compiled_checks, cuda_driver, hopper
+from lgnet_fast.kernels import compiled_checks, cuda_driver, hopper, hopper_shapes
 from lgnet_fast.kernels.cards import CARDS, card_with
 from lgnet_fast.kernels.compiled_checks import Divisor
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.conv_configs import Cost
-from lgnet_fast.kernels.hopper import HopperTile
+from lgnet_fast.kernels.hopper_shapes import HopperTile
 from lgnet_fast.kernels.results import Store
 
 from tests import emulator
 from tests.compiled_kernels import disassembler, fields_in_cpp, fields_in_python, instructions, integers
 
-SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_conv.cu"
+SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_conv.cuh"
 BLOCK = Conv(256, 256, 3, 1, 1, False, True, False)
 """NetL's block convolution."""
 SMALL = Conv(128, 64, 3, 1, 1, False, True, False)
@@ -96,7 +96,7 @@ def plan_convs():
         if not isinstance(step, ConvStep):
             continue
         conv, buffer = conv_of(step), plan.source(step)
-        if hopper.unsupported(conv) is None:
+        if hopper_shapes.unsupported(conv) is None:
             found.append((step.name, conv, (buffer.height, buffer.width)))
     return found
 
@@ -141,7 +141,7 @@ def test_every_pixel_of_the_local_network(kernel, groups):
 
 @emulated
 @pytest.mark.parametrize("groups", [1, 2])
-@pytest.mark.parametrize("tile_h", hopper.TILE_HEIGHTS)
+@pytest.mark.parametrize("tile_h", hopper_shapes.TILE_HEIGHTS)
 def test_tiles(kernel, tile_h, groups):
     """Stride 1, transposed and stride 2; every border, a batch, stages that are used again."""
     tile = HopperTile(tile_h, 2, 6 * groups, 2, groups)
@@ -250,8 +250,8 @@ def test_the_check_at_first_use_passes(kernel, monkeypatch):
     error = hopper._error
     monkeypatch.setattr(hopper, "_error", lambda conv, tile, shape, *rest: error(conv, tile, (2, 16, 8), *rest))
     assert hopper._check(torch.device("cpu"), torch.float16) is None
-    assert set(kernel.launched) == {f"lgnet_conv_float16_{h}_{g}" for h in hopper.TILE_HEIGHTS for g in (1, 2)}
-    assert len(kernel.launched) == 3 * len(hopper.CANDIDATES)
+    assert set(kernel.launched) == {f"lgnet_conv_float16_{h}_{g}" for h in hopper_shapes.TILE_HEIGHTS for g in (1, 2)}
+    assert len(kernel.launched) == 3 * len(hopper_shapes.CANDIDATES)
 
 
 @emulated
@@ -279,7 +279,7 @@ def test_emulator_finds_races(kernel, tmp_path, monkeypatch, right, wrong):
     """A kernel with a fault that a GPU shows now and then gives wrong results."""
     for folder in ("csrc/cuda", "tests/emulator"):
         shutil.copytree(emulator.ROOT / folder, tmp_path / folder)
-    source = tmp_path / "csrc" / "cuda" / "hopper_conv.cu"
+    source = tmp_path / "csrc" / "cuda" / SOURCE.name
     text = source.read_text()
     assert text.count(right) == 1
     source.write_text(text.replace(right, wrong))
@@ -308,16 +308,17 @@ def test_netl_fills_the_chip():
 
 
 def test_arguments_match_the_kernel():
-    """Names and order of `Args`, and the limits, agree in C++ and Python."""
-    assert fields_in_cpp(SOURCE, "Args") == fields_in_python(hopper.Args)
+    """Names and order of `Args` and `Output`, and the limits, agree in C++ and Python."""
+    for structure in (hopper.Args, hopper.Output):
+        assert fields_in_cpp(SOURCE, structure.__name__) == fields_in_python(structure)
     text = SOURCE.read_text()
     constants = dict(re.findall(r"constexpr int (k\w+) = (\d+);", text))
-    assert int(constants["kChannels"]) == hopper.CHANNELS
-    assert int(constants["kGroupThreads"]) == hopper._GROUP_THREADS
-    assert int(constants["kOtherThreads"]) == hopper._OTHER_THREADS
+    assert int(constants["kChannels"]) == hopper_shapes.CHANNELS
+    assert int(constants["kGroupThreads"]) == hopper_shapes.GROUP_THREADS
+    assert int(constants["kOtherThreads"]) == hopper_shapes.OTHER_THREADS
     assert int(constants["kClocks"]) == len(hopper.CLOCKS)
-    assert int(constants["kMaxWeightStages"]) == hopper._MAX_WEIGHT_STAGES
-    assert int(constants["kMaxPatchStages"]) == hopper._MAX_PATCH_STAGES
+    assert int(constants["kMaxWeightStages"]) == hopper_shapes.MAX_WEIGHT_STAGES
+    assert int(constants["kMaxPatchStages"]) == hopper_shapes.MAX_PATCH_STAGES
 
 
 def test_division():
@@ -343,7 +344,7 @@ def test_division():
     ],
 )
 def test_steps_it_cannot_compute(conv, reason):
-    assert reason in hopper.unsupported(conv)
+    assert reason in hopper_shapes.unsupported(conv)
     with pytest.raises(ValueError, match="conv: "):
         hopper.describe_launch(conv, 1, (8, 8), (8, 8), (0, 8, 0, 8), HopperTile(8, 1))
 
@@ -409,7 +410,7 @@ def test_the_stream_of_the_kernels_gpu_is_asked(monkeypatch):
         current.pop()
 
     monkeypatch.setattr(torch.version, "hip", None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hopper.CAPABILITY)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: hopper_shapes.CAPABILITY)
     monkeypatch.setattr(torch.cuda, "device", chosen)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: current[-1] == 1)
     passed = compiled_checks._Verdict(None)
@@ -437,7 +438,7 @@ def test_candidates_can_be_launched(monkeypatch):
         )
         heights = {tile.tile_h for tile in tiles}
         rows = height * width // conv.axis.out_step**2
-        assert max(heights) == max(h for h in hopper.TILE_HEIGHTS if h == 4 or 8 * h <= rows)
+        assert max(heights) == max(h for h in hopper_shapes.TILE_HEIGHTS if h == 4 or 8 * h <= rows)
         for tile in tiles:
             assert hopper.usable(tile, conv, torch.float16, torch.device("cpu"))
             assert hopper.describe_launch(conv, 1, size, (height, width), whole, tile).grid > 0
@@ -455,7 +456,7 @@ def test_the_estimate_ranks_the_tiles():
         conv, size = convs[name]
         product = conv, 1, size, out_size(conv, size)
         whole = (0, product[3][0], 0, product[3][1])
-        best = hopper.ranked(*product, whole, card)
+        best = hopper_shapes.ranked(*product, whole, card)
         seconds = [cost.seconds for _, cost in best]
         assert seconds == sorted(seconds)
         tile, cost = best[0]
@@ -470,25 +471,31 @@ def test_the_estimate_ranks_the_tiles():
     assert found["net_c.e4"][0].split
     assert not found["net_c.d4"][0].split
     conv, size = convs["net_c.d4"]
-    product = hopper._Product.of(conv, 1, size, (32, 32), (0, 32, 0, 32))
-    split = hopper._Shape.of(product, HopperTile(16, 4, 6, split=True))
-    assert (split.grid, hopper._at_once(split, card)) == (128, 120)
-    small = hopper._Shape.of(product, HopperTile(8, 2, 6))
-    assert hopper._at_once(small, card) == 2 * 132
-    assert hopper._at_once(small._replace(tile=HopperTile(8, 2, 6, groups=2)), card) == 132  # for lack of registers
-    hole = hopper.ranked(BLOCK, 1, (64, 64), (64, 64), (8, 24, 8, 24), card)[0][1]
+    product = hopper_shapes.Product.of(conv, 1, size, (32, 32), (0, 32, 0, 32))
+    split = hopper_shapes.Shape.of(product, HopperTile(16, 4, 6, split=True))
+    assert (split.grid, hopper_shapes.at_once(split, card)) == (128, 120)
+    small = hopper_shapes.Shape.of(product, HopperTile(8, 2, 6))
+    assert hopper_shapes.at_once(small, card) == 2 * 132
+    assert (
+        hopper_shapes.at_once(small._replace(tile=HopperTile(8, 2, 6, groups=2)), card) == 132
+    )  # for lack of registers
+    hole = hopper_shapes.ranked(BLOCK, 1, (64, 64), (64, 64), (8, 24, 8, 24), card)[0][1]
     assert hole.seconds < cost.seconds
-    assert hopper.ranked(Conv(96, 64, 3, 1, 1, False, False, False), 1, (8, 8), (8, 8), (0, 8, 0, 8), card) == ()
-    assert hopper.ranked(Conv(64, 64, 4, 2, 1, False, False, False), 1, (7, 8), (3, 4), (0, 3, 0, 4), card) == ()
+    assert (
+        hopper_shapes.ranked(Conv(96, 64, 3, 1, 1, False, False, False), 1, (8, 8), (8, 8), (0, 8, 0, 8), card) == ()
+    )
+    assert (
+        hopper_shapes.ranked(Conv(64, 64, 4, 2, 1, False, False, False), 1, (7, 8), (3, 4), (0, 3, 0, 4), card) == ()
+    )
 
 
 def test_tiles_that_the_estimate_does_not_tell_apart():
     """The one that resembles the measured tile, not the first in order."""
     best = [(HopperTile(16, 1), CLOSE), (HopperTile(16, 2, groups=2), CLOSE._replace(start=1.02e-5)),
             (HopperTile(8, 2, groups=2), CLOSE._replace(start=1.2e-5))]  # fmt: skip
-    assert hopper.tile_like(HopperTile(16, 1), best) == best[0]
-    assert hopper.tile_like(HopperTile(8, 2, groups=2), best) == best[1]
-    assert hopper.tile_like(HopperTile(8, 2, groups=2), []) is None
+    assert hopper_shapes.tile_like(HopperTile(16, 1), best) == best[0]
+    assert hopper_shapes.tile_like(HopperTile(8, 2, groups=2), best) == best[1]
+    assert hopper_shapes.tile_like(HopperTile(8, 2, groups=2), []) is None
 
 
 def test_a_smaller_gpu_takes_longer():
@@ -497,12 +504,14 @@ def test_a_smaller_gpu_takes_longer():
     whole, part = (card_with("sm_90", count) for count in (132, 114))
     assert whole == CARDS["H100"]
     assert (part.num_sms, part.macs) == (114, CARDS["H100"].macs * 114 / 132)
-    assert hopper.ranked(*product, part)[0][1].seconds > 1.2 * hopper.ranked(*product, whole)[0][1].seconds
+    assert (
+        hopper_shapes.ranked(*product, part)[0][1].seconds > 1.2 * hopper_shapes.ranked(*product, whole)[0][1].seconds
+    )
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != hopper.CAPABILITY,
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != hopper_shapes.CAPABILITY,
     reason="no Hopper GPU here",
 )
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -521,7 +530,7 @@ def test_machine_code():
     names = {
         hopper._kernel_name(dtype, HopperTile(h, 1, groups=groups))
         for dtype in hopper._TYPES
-        for h in hopper.TILE_HEIGHTS
+        for h in hopper_shapes.TILE_HEIGHTS
         for groups in (1, 2)
     }
     timed = {hopper._kernel_name(torch.float16, HopperTile(16, 1, groups=groups), True) for groups in (1, 2)}
@@ -538,7 +547,7 @@ def test_machine_code():
         assert 3 <= sum(count for kind, count in runs if kind == "0x0") <= 4, f"{name}: {runs}"
         # What `_at_once` takes; and, of blocks that split no depth, the first four reads before a store.
         registers = 1 + max(map(int, re.findall(r"\bR(\d+)\b", body)))
-        expected = hopper._REGISTERS[tuple(map(int, name.split("_")[3:5]))]
+        expected = hopper_shapes.REGISTERS[tuple(map(int, name.split("_")[3:5]))]
         assert name.endswith("timed") or expected - 16 < registers <= expected, (name, registers)
         end = re.findall(r"LDS\.128|STG\.E\.128", body[body.rindex("HGMMA") :])
         first = end.index("LDS.128")

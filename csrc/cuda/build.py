@@ -26,7 +26,7 @@ HOPPER = ("sm_90a",)
 # overlap.
 EVERY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_120", "compute_90")
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")
-TARGETS = {"deep": HOPPER, "hopper_conv": HOPPER, "picture_conv": EVERY}
+TARGETS = {"deep": HOPPER, "hopper_chain": HOPPER, "hopper_conv": HOPPER, "picture_conv": EVERY}
 REQUIREMENTS = (HERE / "requirements.txt").read_bytes()
 
 
@@ -36,10 +36,15 @@ def machine_code(name: str, target: str, folder: Path = MACHINE_CODE) -> Path:
 
 
 def source_hash(name: str) -> str:
-    """SHA-256 of a source, the headers beside it that it includes, and the compiler and its options, in hex."""
-    text = (HERE / f"{name}.cu").read_bytes()
-    headers = re.findall(rb'^#include "([^"]+)"', text, re.M)
-    parts = [text, *((HERE / header.decode()).read_bytes() for header in headers)]
+    """SHA-256 of a source, the headers beside it that it needs, and the compiler and its options, in hex."""
+    texts: dict[str, bytes] = {}
+    needed = [f"{name}.cu"]
+    while needed:
+        file = needed.pop(0)
+        if file not in texts:
+            texts[file] = (HERE / file).read_bytes()
+            needed += re.findall(r'^#include "([^"]+)"', texts[file].decode(), re.M)
+    parts = texts.values()
     options = repr((OPTIONS, TARGETS[name])).encode()
     return hashlib.sha256(b"".join([*parts, options, REQUIREMENTS])).hexdigest()
 

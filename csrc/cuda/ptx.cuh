@@ -117,6 +117,10 @@ __device__ __forceinline__ void store_if(bool whether, void* to, const uint4& va
 // Orders this thread's stores to shared memory before later reads by asynchronous units (copies, wgmma).
 __device__ __forceinline__ void fence_async() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 
+// The same of global memory: of this thread's stores, and of those that it has waited for. The fence of both at once
+// would also wait until the GPU has seen this thread's stores.
+__device__ __forceinline__ void fence_async_global() { asm volatile("fence.proxy.async.global;" ::: "memory"); }
+
 // -- barriers in shared memory (mbarrier) --------------------------------------------------------------------------
 
 __device__ __forceinline__ void barrier_init(uint32_t barrier, uint32_t count) {

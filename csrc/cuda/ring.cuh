@@ -13,6 +13,8 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++stage == stages) stage = 0, parity ^= 1;
   }
+  // The stage before this one.
+  __device__ __forceinline__ int before() const { return (stage == 0 ? stages : stage) - 1; }
 };
 
 }  // namespace lgnet

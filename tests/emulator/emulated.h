@@ -563,6 +563,7 @@ inline void store_if(bool whether, void* to, const uint4& value) {
   if (whether) *static_cast<uint4*>(to) = value;
 }
 inline void fence_async() {}
+inline void fence_async_global() {}
 
 inline void barrier_init(uint32_t barrier, uint32_t count) {
   emulator::barrier_at(barrier) = {0, static_cast<uint16_t>(count), static_cast<uint16_t>(count << 1)};

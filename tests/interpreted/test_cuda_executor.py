@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import logging
 import threading
 import weakref
 from dataclasses import replace
@@ -11,15 +12,17 @@ from typing import Any
 
 import pytest
 import torch
-from lgnet_fast.kernels import picture_conv
+from lgnet_fast.kernels import hopper_chain, picture_conv
 from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
+from lgnet_fast.engine.cuda import chains
 from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import launches as cuda_launches
 from lgnet_fast.engine.cuda import weights as cuda_weights
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.library_executor import LibraryExecutor
+from lgnet_fast.engine.cuda.weights import Tuned
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect
 from lgnet_fast.engine.torch_executor import TorchExecutor
@@ -123,6 +126,71 @@ def test_steps_that_share_a_launch_share_it_in_a_restricted_run(monkeypatch: pyt
     result, _ = executor.run(image, mask, None, regions)
     assert torch.equal(result, expected)
     assert launched == [number]
+
+
+def test_a_chain_is_one_launch_where_its_rectangles_allow_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In dense and restricted runs; not where a step of it computes nothing, or where its blocks do not fit."""
+    plan = tiny_plan()
+    image, mask = inputs(plan)
+    executor = CudaExecutor.of(plan, torch.float32)
+    expected, _ = executor.run(image, mask)
+    number = [step.name for step in plan.steps].index("u.block")
+    numbers = range(number, number + 2)
+    made: list[tuple[Rect, ...]] = []
+    fits = True
+
+    def tile(executor: CudaExecutor, numbers: range, regions: Any) -> Any:
+        rects = chains.rectangles(plan, numbers, regions)
+        return None if rects is None else (rects, "a tile")
+
+    def make(plan: Plan, numbers: range, weights: Any, view: Any, rects: tuple[Rect, ...], tile: str) -> Any:
+        made.append(rects)
+        launches = [
+            one for own, rect in zip(numbers, rects) for one in executor.step_launches(executor.memory, own, (rect,))
+        ]
+        return SimpleNamespace(fits=lambda: fits, launch=lambda: cuda_launches.run_all(launches))
+
+    monkeypatch.setattr(CudaExecutor, "_chains", lambda own: [numbers])
+    monkeypatch.setattr(CudaExecutor, "_chain_tile", tile)
+    monkeypatch.setattr(chains, "make_chain", make)
+    assert [executor.choices[plan.steps[own].name] for own in numbers] == ["chain", "chain"]
+    assert executor.shares_launches
+    whole = tuple(plan.steps[own].regions[0] for own in numbers)
+    for regions, count in (
+        (None, len(plan.steps)),
+        ([step.regions for step in plan.steps], len(plan.steps)),
+        ([() if own == number else step.regions for own, step in enumerate(plan.steps)], len(plan.steps)),
+    ):
+        assert len(executor.launches(regions)) == count
+    assert made == [whole, whole]
+    executor.memory.arena.fill_(torch.nan)
+    result, _ = executor.run(image, mask)
+    assert torch.equal(result, expected)
+    fits = False
+    assert len(executor.launches()) == len(plan.steps) + 1
+
+
+@pytest.mark.parametrize(("chosen", "tuned", "groups"), [(True, False, 1), (None, True, 1), (None, False, 0),
+                                                         (False, True, 0)])  # fmt: skip
+def test_chains_as_asked_for_or_as_measured(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chosen: bool | None, tuned: bool, groups: int
+) -> None:
+    plan = tiny_plan()
+    names = frozenset({plan.name}) if tuned else frozenset()
+    executor = CudaExecutor.of(plan, torch.float32, chains=chosen, tuned=Tuned(chains=names))
+    assert executor._chains() == []  # no GPU
+    monkeypatch.setattr(CudaExecutor, "_can_check", lambda own: True)
+    monkeypatch.setattr(CudaExecutor, "_chain_tile", lambda own, numbers, regions: ((), "a tile"))
+    monkeypatch.setattr(chains, "runs", lambda plan: [range(2)])
+    reasons = [None, "another GPU"]
+    monkeypatch.setattr(hopper_chain, "reason_against", lambda device, dtype: reasons.pop(0))
+    assert executor._chains() == groups * [range(2)]
+    with caplog.at_level(logging.INFO, "lgnet_fast"):
+        assert executor._chains() == []
+    assert ("chains are launched step by step: another GPU" in caplog.text) == bool(groups)
+    assert CudaExecutor.of(plan, torch.float32, tuned=Tuned(chains=names)).chosen_by.startswith(
+        "measurement" if tuned else "table"
+    )
 
 
 def test_resized_shares_the_weights() -> None:

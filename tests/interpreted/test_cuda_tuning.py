@@ -9,15 +9,16 @@ import logging
 import pickle
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import triton.language as tl
-from lgnet_fast.kernels import apart, compiled, conv, conv_configs, conv_kernels, hopper, picture_conv
+from lgnet_fast.kernels import apart, compiled, conv, conv_configs, conv_kernels, hopper, hopper_shapes, picture_conv
 from lgnet_fast.kernels.apart import Outcome
 from lgnet_fast.kernels.conv_configs import Cost, Tile, Work, pick_tile
-from lgnet_fast.kernels.hopper import HopperTile
+from lgnet_fast.kernels.hopper_shapes import HopperTile
 from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
@@ -350,8 +351,9 @@ def hopper_emulated(emulated: list[str], monkeypatch: pytest.MonkeyPatch) -> lis
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
     monkeypatch.setattr(hopper, "Kernel", emulator.EmulatedKernel)
     monkeypatch.setattr(hopper, "_tensor_map", emulator.tensor_map)
-    monkeypatch.setattr(hopper, "CANDIDATES", (HopperTile(8, 1), HopperTile(16, 1, groups=2)))
-    monkeypatch.setattr(hopper, "ranked", hopper.ranked.__wrapped__)  # not kept for other tests
+    for module in (hopper, hopper_shapes):
+        monkeypatch.setattr(module, "CANDIDATES", (HopperTile(8, 1), HopperTile(16, 1, groups=2)))
+    monkeypatch.setattr(hopper_shapes, "ranked", hopper_shapes.ranked.__wrapped__)  # not kept for other tests
     return emulated
 
 
@@ -389,9 +391,9 @@ def test_the_first_use_measures_the_convolution_for_hopper(
         def ranked(*product: Any, cards: list[Any] = cards, least: Cost = least) -> Any:
             cards.append(product[-1])
             unlike = HopperTile(32, 8, 6, 2, 1, split=True)
-            return tuple((tile, least) for tile in (unlike, *hopper.CANDIDATES))
+            return tuple((tile, least) for tile in (unlike, *hopper_shapes.CANDIDATES))
 
-        monkeypatch.setattr(hopper, "ranked", ranked)
+        monkeypatch.setattr(hopper_shapes, "ranked", ranked)
         assert [other.choices[name] == label for name, label in measured.items()] == 3 * [kernel == "hopper"]
         assert {card.num_sms for card in cards} == {114}
 
@@ -630,6 +632,37 @@ def test_deep_layers_share_a_launch_where_the_whole_gains(short: Plan, with_us: 
     assert CudaExecutor.of(short, SINGLE, tuned=tuned, deep_rows=0).choices[short.steps[0].name] != "deep"
     larger = executor.resized(short.resized(2, short.height, short.width))
     assert "deep" not in larger.choices.values()
+
+
+@pytest.mark.parametrize(("with_us", "gains"), [(1.9, True), (1.97, False)])
+def test_chains_share_a_launch_where_the_whole_gains(
+    short: Plan, monkeypatch: pytest.MonkeyPatch, with_us: float, gains: bool
+) -> None:
+    """If the gain is at least two percent, and only for this plan."""
+
+    def groups(executor: CudaExecutor) -> list[range]:
+        wanted = executor.options.chains
+        if wanted is None:
+            wanted = executor.plan.name in executor.weights.tuned.chains
+        return [range(2)] if wanted else []
+
+    class ChainTimer(FakeTimer):
+        def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
+            (launch, *_) = launches
+            if len(launches) == 1 and len(getattr(launch, "args", [[]])[0]) == len(short.steps):
+                return 1e3 * with_us
+            return super().time(launches, spread)
+
+    monkeypatch.setattr(CudaExecutor, "_chains", groups)
+    monkeypatch.setattr(CudaExecutor, "_chain", lambda *call: SimpleNamespace(launch=lambda: None))
+    found = run(short, ChainTimer(splits_are_slow, (3.0, 2.0)))
+    assert found.chains == ({short.name} if gains else set())
+    assert found.now_ms == pytest.approx(with_us if gains else 2.0)
+    assert ("chains of convolutions in one launch" in str(found)) == gains
+    tuned = kept(CPU, SINGLE)
+    assert tuned.chains == found.chains
+    assert list(CudaExecutor.of(short, SINGLE, tuned=tuned).choices.values()).count("chain") == 2 * gains
+    assert "chain" not in CudaExecutor.of(short, SINGLE, tuned=tuned, chains=False).choices.values()
 
 
 @pytest.fixture

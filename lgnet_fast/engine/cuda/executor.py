@@ -2,8 +2,8 @@
 
 Each step is one launch of `kernels/conv.py` (two with split depth, one more for every further rectangle of a
 restricted run) or the attention block. Where they were measured as faster, a step uses a compiled kernel
-(`kernels/hopper.py`, `kernels/picture_conv.py`) or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and the
-deep layers share a launch (:mod:`.deep_layers`).
+(`kernels/hopper.py`, `kernels/picture_conv.py`) or PyTorch's convolution (cuDNN, kernels/conv_tables.py), and some
+steps share a launch: the deep layers (:mod:`.deep_layers`), and NetL's residual blocks (:mod:`.chains`).
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from ...ops.torch_state import is_capturing
 from ..executor import Regions
 from ..plan import PICTURE, AttentionStep, ConvStep, Plan, Step
 from ..regions import Rect
+from . import chains
 from .deep_layers import applies, group_launch, make_groups
 from .graph_executor import GraphExecutor, GraphOptions
 from .launches import Launch, attend, convolve, run_all
@@ -33,6 +34,8 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.compiled import CompiledTile
     from lgnet_fast.kernels.conv_configs import Tile
     from lgnet_fast.kernels.deep import DeepGroup
+    from lgnet_fast.kernels.hopper_chain import Chain
+    from lgnet_fast.kernels.hopper_shapes import HopperTile
     from lgnet_fast.kernels.results import Merge
 
     from .weights import Choice, Overlap
@@ -49,10 +52,13 @@ class CudaOptions(GraphOptions):
         overlap: how launches overlap (Hopper and newer); None: as measured, else not at all.
         deep_rows: consecutive steps of at most this many outputs per phase share a launch where they can (Hopper); 0:
             none; None: as measured, else none.
+        chains: whether consecutive convolutions of the same shape share a launch where they can (Hopper); None: as
+            measured, else no.
     """
 
     overlap: Overlap | None = None
     deep_rows: int | None = None
+    chains: bool | None = None
 
 
 class CudaExecutor(GraphExecutor):
@@ -139,7 +145,7 @@ class CudaExecutor(GraphExecutor):
     def _compiled_tile(self, step: ConvStep, rect: Rect | None = None) -> CompiledTile | None:
         """The tile of a compiled kernel for a rectangle of a step; None where `kernels/conv.py` runs it."""
         from lgnet_fast.kernels.compiled import as_compiled, usable
-        from lgnet_fast.kernels.hopper import HopperTile
+        from lgnet_fast.kernels.hopper_shapes import HopperTile
 
         choice = self.weights.chosen.get(step.name)
         if choice is not None:
@@ -158,10 +164,10 @@ class CudaExecutor(GraphExecutor):
     def _estimated_tile(self, step: ConvStep, rect: Rect | None, nearest: CompiledTile) -> CompiledTile | None:
         """The tile of least estimated time of a compiled kernel that was the fastest at the nearest size: hardly any
         hole's number of rows is measured. None where the estimate is not clearly less than Triton's."""
-        from lgnet_fast.kernels import hopper, picture_conv
+        from lgnet_fast.kernels import picture_conv
         from lgnet_fast.kernels.cards import card_with
         from lgnet_fast.kernels.conv_configs import estimate
-        from lgnet_fast.kernels.hopper import HopperTile
+        from lgnet_fast.kernels.hopper_shapes import HopperTile, ranked, tile_like
 
         target = target_of(self.device, self.dtype)
         source, out = self.plan.source(step), self.plan.target(step)
@@ -169,18 +175,21 @@ class CudaExecutor(GraphExecutor):
         product = conv_of(step), self.plan.batch, source.size, out.size, where, card_with(*target[1:])
         if not isinstance(nearest, HopperTile):  # by estimate these gain at every size
             return picture_conv.pick_tile(*product)[0]
-        found = hopper.tile_like(nearest, hopper.ranked(*product))
+        found = tile_like(nearest, ranked(*product))
         least = estimate(work_of(self.plan, step, rect), self.tile(step, rect), *target)
         return found[0] if found is not None and found[1].seconds < (1 - GAIN_ALONE) * least else None
 
     @property
     def choices(self) -> dict[str, str]:
-        """Step's name -> what runs it in a dense run: "cudnn", "attention", "deep" (in one launch with others),
-        "hopper PIXELSxCHANNELS/cluster xWARPGROUPS", "picture COLUMNSxROWS", or BLOCK_MxBLOCK_NxBLOCK_K/splits.
+        """Step's name -> what runs it in a dense run: "cudnn", "attention", "deep" or "chain" (in one launch with
+        others), "hopper PIXELSxCHANNELS/cluster xWARPGROUPS", "picture COLUMNSxROWS", or
+        BLOCK_MxBLOCK_NxBLOCK_K/splits.
         "launches": how they overlap, if they do."""
         choices = {step.name: self._choice(step) for step in self.plan.steps}
         for first, group in self._deep_groups().items():
             choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
+        for numbers in self._chains():
+            choices.update((step.name, "chain") for step in self.plan.steps[numbers.start : numbers.stop])
         if self.overlap != "none":
             choices["launches"] = f"overlap, {self.overlap}"
         return choices
@@ -196,7 +205,7 @@ class CudaExecutor(GraphExecutor):
     @property
     def chosen_by(self) -> str:
         tuned = self.weights.tuned
-        measured = tuned.tiles or tuned.attention or tuned.deep_rows or tuned.overlap
+        measured = tuned.tiles or tuned.attention or tuned.deep_rows or tuned.chains or tuned.overlap
         return "measurement, else table and estimate" if measured else "table and estimate"
 
     def _choice(self, step: Step) -> str:
@@ -227,12 +236,16 @@ class CudaExecutor(GraphExecutor):
     def _launches(self, memory: Memory, regions: Regions | None, painted: bool) -> list[Launch]:
         launches = [self._paint(memory, painted)]
         groups = self._deep_groups()
+        chained = {numbers.start: numbers for numbers in self._chains()}
         number = 0
         while number < len(self.plan.steps):
             count = len(groups[number].layers) if number in groups else 0
             if count and (regions is None or applies(self.plan, range(number, number + count), regions)):
                 launches.append(group_launch(self.plan, number, groups[number], memory.view)[0])
                 number += count
+            elif number in chained and (chain := self._chain(memory, chained[number], regions)) is not None:
+                launches.append(chain.launch)
+                number = chained[number].stop
             else:
                 launches += self.step_launches(memory, number, None if regions is None else regions[number])
                 number += 1
@@ -240,10 +253,7 @@ class CudaExecutor(GraphExecutor):
 
     def _deep_groups(self) -> dict[int, DeepGroup]:
         """First step -> the group of steps that runs in one launch from there (see :mod:`.deep_layers`)."""
-        from lgnet_fast.kernels.launch import is_recording
-
-        can_check = self.device.type == "cuda" and not is_capturing(self.device) and not is_recording()
-        if self._groups is None and can_check:
+        if self._groups is None and self._can_check():
             rows = self.options.deep_rows
             if rows is None:
                 rows = self.weights.tuned.deep_rows.get(self.plan.name, 0)
@@ -252,10 +262,46 @@ class CudaExecutor(GraphExecutor):
                 self._groups = make_groups(self.plan, weights.steps, weights.deep, rows) if rows else {}
         return self._groups or {}
 
+    def _can_check(self) -> bool:
+        from lgnet_fast.kernels.launch import is_recording
+
+        return self.device.type == "cuda" and not is_capturing(self.device) and not is_recording()
+
     @property
     def shares_launches(self) -> bool:
         """Whether some steps share a launch."""
-        return bool(self._deep_groups())
+        return bool(self._deep_groups() or self._chains())
+
+    def _chains(self) -> list[range]:
+        """The groups of steps that share a launch in a dense run, and in others where their rectangles allow it."""
+        wanted = self.options.chains
+        if wanted is None:
+            wanted = self.plan.name in self.weights.tuned.chains
+        if not wanted or not self._can_check():
+            return []
+        from lgnet_fast.kernels.hopper_chain import reason_against
+
+        if (reason := reason_against(self.device, self.dtype)) is not None:
+            logger.info("chains are launched step by step: %s", reason)
+            return []
+        return [numbers for numbers in chains.runs(self.plan) if self._chain_tile(numbers, None) is not None]
+
+    def _chain_tile(self, numbers: range, regions: Regions | None) -> tuple[tuple[Rect, ...], HopperTile] | None:
+        from lgnet_fast.kernels.cards import card_with
+        from lgnet_fast.kernels.configs import device_generation
+
+        rects = chains.rectangles(self.plan, numbers, regions)
+        if rects is None:
+            return None
+        best = chains.best_tile(self.plan, numbers, rects, card_with(*device_generation(self.device)))
+        return None if best is None else (rects, best[0])
+
+    def _chain(self, memory: Memory, numbers: range, regions: Regions | None) -> Chain | None:
+        """The launch of a group of steps, or None where they are launched one by one."""
+        if (found := self._chain_tile(numbers, regions)) is None:
+            return None
+        chain = chains.make_chain(self.plan, numbers, self.weights.steps, memory.view, *found)
+        return chain if chain.fits() else None
 
     def precompile(self) -> None:
         """Compile the kernels of a dense run in several processes. A failure is reported by the launch itself."""
@@ -293,7 +339,7 @@ class CudaExecutor(GraphExecutor):
     def _conv_launch(self, memory: Memory, step: ConvStep, rect: Rect, merge: Merge | None) -> Launch:
         from lgnet_fast.kernels import conv, hopper, picture_conv
         from lgnet_fast.kernels.conv_configs import programs
-        from lgnet_fast.kernels.hopper import HopperTile
+        from lgnet_fast.kernels.hopper_shapes import HopperTile
         from lgnet_fast.kernels.results import Store
 
         weights = self.weights.steps[step.name]

@@ -44,7 +44,9 @@ class LibraryExecutor(CudaExecutor):
     def taking_over(cls, executor: CudaExecutor) -> LibraryExecutor:
         """An executor that runs all steps of another one by PyTorch, in the same dtype, without a graph."""
         weights = executor.weights.all_by_library(executor.plan, _all_steps(executor.plan))
-        return cls(executor.plan, weights, replace(executor.options, graphs=False, deep_rows=0, overlap="none"))
+        return cls(
+            executor.plan, weights, replace(executor.options, graphs=False, deep_rows=0, chains=False, overlap="none")
+        )
 
     def _paint(self, memory: Memory, painted: bool) -> Launch:
         if PAINT not in self.weights.by_library:

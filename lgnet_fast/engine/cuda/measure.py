@@ -116,6 +116,7 @@ class Found:
         before_ms: milliseconds of a run without tuning; None where it was not measured.
         deep_rows: name of a plan -> most rows of the layers that share a launch.
         overlap: name of a plan -> how its launches overlap.
+        chains: names of plans whose consecutive convolutions of the same shape share a launch.
         at_first_use: whether these are the engine's own measurements at its first use, not those of a tuning.
     """
 
@@ -125,6 +126,7 @@ class Found:
     before_ms: float | None = None
     deep_rows: dict[str, int] = field(default_factory=dict)
     overlap: dict[str, Overlap] = field(default_factory=dict)
+    chains: frozenset[str] = frozenset()
     at_first_use: bool = False
 
     def tuned(self) -> Tuned:
@@ -133,7 +135,7 @@ class Found:
 
         tiles = {key: choice_of(result.choice) for key, result in self.tiles.items()}
         attention = {key: Inference(*result.choice) for key, result in self.attention.items()}
-        return Tuned(tiles, attention, dict(self.deep_rows), dict(self.overlap))
+        return Tuned(tiles, attention, dict(self.deep_rows), dict(self.overlap), self.chains)
 
     def as_dict(self) -> dict[str, Any]:
         """As the cache keeps it."""
@@ -144,6 +146,7 @@ class Found:
             "before_ms": self.before_ms,
             "deep_rows": self.deep_rows,
             "overlap": self.overlap,
+            "chains": sorted(self.chains),
             "at_first_use": self.at_first_use,
         }
 
@@ -158,6 +161,7 @@ class Found:
                 value["before_ms"],
                 {str(name): int(rows) for name, rows in value.get("deep_rows", {}).items()},
                 {name: how for name, how in value.get("overlap", {}).items() if how in get_args(Overlap)},
+                frozenset(map(str, value.get("chains", ()))),
                 bool(value.get("at_first_use", False)),
             )
             found.tuned()
@@ -173,7 +177,8 @@ class Found:
             return f"{count}, not to the end"
         deep = ", deep layers in one launch" if self.deep_rows else ""
         overlap = ", overlapping launches" if self.overlap else ""
-        return f"{count}{deep}{overlap}: {self.now_ms:.3f} ms a run, without {self.before_ms:.3f} ms"
+        chains = ", chains of convolutions in one launch" if self.chains else ""
+        return f"{count}{deep}{chains}{overlap}: {self.now_ms:.3f} ms a run, without {self.before_ms:.3f} ms"
 
 
 @dataclass(frozen=True)
@@ -212,6 +217,7 @@ def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = N
     attention: dict[tuple[int, int, int], Inference] = {}
     deep_rows: dict[str, int] = {}
     overlap: dict[str, Overlap] = {}
+    chains: frozenset[str] = frozenset()
     for one in all_found:
         if at_first_use in (None, one.at_first_use):
             tuned = one.tuned()
@@ -219,7 +225,8 @@ def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = N
             attention.update(tuned.attention)
             deep_rows.update(tuned.deep_rows)
             overlap.update(tuned.overlap)
-    return Tuned(tiles, attention, deep_rows, overlap)
+            chains |= tuned.chains
+    return Tuned(tiles, attention, deep_rows, overlap, chains)
 
 
 def plain(choice: Any) -> Any:

@@ -3,8 +3,8 @@
 The convolutions are tuned first (:mod:`.tuning_convolutions`), then the attention blocks
 (:mod:`.tuning_attention`). Candidates are compiled in parallel processes, run once, compared with what runs without
 tuning, and timed. The results are kept (:mod:`.measure`); where nothing was better, the shipped tables hold. Last,
-whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), then whether
-launches should overlap.
+whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), whether consecutive
+convolutions of the same shape should (:mod:`.chains`), then whether launches should overlap.
 
 Without a tuning, an engine's first use measures the compiled kernels, those for the picture and the convolution for
 Hopper, because that takes seconds.
@@ -102,7 +102,12 @@ def tune(
         if rows:
             found.deep_rows = {name: rows}
         keep()
-        how, found.now_ms = _best_overlap(plan, best, rows, found.now_ms, timer)
+        chains, found.now_ms = _best_chains(plan, best, rows, found.now_ms, timer)
+        if chains:
+            found.chains = frozenset({name})
+            keep()
+        options = CudaOptions(graphs=False, deep_rows=rows, chains=chains)
+        how, found.now_ms = _best_overlap(plan, best, options, found.now_ms, timer)
         if how != "none":
             found.overlap = {name: how}
             keep()
@@ -250,19 +255,31 @@ def _best_deep_rows(plan: Plan, weights: CudaWeights, now_ms: float, timer: Time
     return best.options.deep_rows or 0, milliseconds
 
 
+def _best_chains(plan: Plan, weights: CudaWeights, deep_rows: int, now_ms: float, timer: Timer) -> tuple[bool, float]:
+    """Whether chains should share a launch (not where a run is not faster), and milliseconds of a run."""
+    executors = [
+        CudaExecutor(plan, weights, CudaOptions(graphs=False, deep_rows=deep_rows, chains=chains))
+        for chains in (False, True)
+    ]
+    if "chain" not in executors[1].choices.values():
+        return False, now_ms
+    best, milliseconds = _fastest(executors, now_ms, timer)
+    return bool(best.options.chains), milliseconds
+
+
 def _best_overlap(
-    plan: Plan, weights: CudaWeights, deep_rows: int, now_ms: float, timer: Timer
+    plan: Plan, weights: CudaWeights, options: CudaOptions, now_ms: float, timer: Timer
 ) -> tuple[Overlap, float]:
-    """How launches should overlap ("none" where a run is not faster), and milliseconds of a run."""
+    """How launches should overlap ("none" where a run is not faster), and milliseconds of a run.
+
+    options: of the runs, but how they overlap.
+    """
     from lgnet_fast.kernels.conv import can_overlap
     from lgnet_fast.kernels.launch import record
 
     if can_overlap(weights.device) is not None:
         return "none", now_ms
-    executors = [
-        CudaExecutor(plan, weights, CudaOptions(graphs=False, deep_rows=deep_rows, overlap=how))
-        for how in get_args(Overlap)
-    ]
+    executors = [CudaExecutor(plan, weights, replace(options, overlap=how)) for how in get_args(Overlap)]
     runs = executors[1].launches()
     with record() as launches:
         run_all(runs)
