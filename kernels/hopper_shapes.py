@@ -179,6 +179,8 @@ class Shape(NamedTuple):
         patch_bytes = -(-pitch * box_rows * _LINE // _ALIGNMENT) * _ALIGNMENT
         (top, bottom), (left, right) = product.rows
         tiles_y, tiles_x = -(-(bottom - top) // tile.tile_h), -(-(right - left) // TILE_W)
+        if tile.cluster > 1 and not tile.split and product.samples * tiles_y * tiles_x % 2:
+            tiles_y += 1  # below the rectangle, where nothing is stored: else no blocks would share weights
         m_tiles = product.samples * tiles_y * tiles_x
         sharing = next(n for n in (8, 4, 2, 1) if n <= tile.cluster and m_tiles % n == 0)
         sharing, parts = (1, tile.cluster) if tile.split else (sharing, 1)

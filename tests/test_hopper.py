@@ -298,6 +298,15 @@ def test_every_block_of_a_cluster_has_the_same_weights():
         assert launch.args.m_tiles.size % launch.cluster == 0
 
 
+def test_an_odd_number_of_tiles_has_another_row_of_them():
+    """So that blocks can share weights: 25 tiles of a hole become 30; one of 5 tiles of a batch is of another row."""
+    for batch, rect, tiles in ((1, (16, 49, 16, 49), 30), (2, (16, 49, 16, 49), 50), (1, (0, 40, 0, 8), 6)):
+        launch = hopper.describe_launch(BLOCK, batch, (64, 64), (64, 64), rect, HopperTile(8, 2))
+        assert (launch.args.m_tiles.size, launch.grid, launch.cluster) == (tiles, 4 * tiles, 2)
+    alone = hopper.describe_launch(BLOCK, 1, (64, 64), (64, 64), (16, 49, 16, 49), HopperTile(8, 1))
+    assert (alone.grid, alone.cluster) == (100, 1)
+
+
 def test_netl_fills_the_chip():
     launch = hopper.describe_launch(BLOCK, 1, (64, 64), (64, 64), (0, 64, 0, 64), HopperTile(16, 4))
     assert launch.grid == 128
