@@ -25,6 +25,7 @@ from typing import Any
 import torch
 
 from bench.timing import ROOT, environment
+from lgnet_fast import native
 from lgnet_fast.pipeline.writing import write_atomically
 
 RESULTS = ROOT / "bench" / "results"
@@ -82,11 +83,32 @@ def cpu_name() -> str:
     return slug(platform.processor() or platform.machine())
 
 
+_USUAL = {
+    "haswell": "avx2",
+    "broadwell": "avx2",
+    "zen": "avx2",
+    "zen2": "avx2",
+    "zen3": "avx2",
+    "zen4": "avx512_bf16",
+    "zen5": "avx512_bf16",
+    "icelake": "avx512",
+    "sapphirerapids": "amx_bf16",
+    "emeraldrapids": "amx_bf16",
+    "graniterapids": "amx_bf16",
+}
+"""Microarchitecture -> the kernels that such cores get. A virtual machine may hide instructions from its guests."""
+
+
 def machine_class(device: str) -> str:
-    """Name of a class of comparable machines: the GPU, or the cores of the CPU and how many are used."""
+    """Name of a class of comparable machines: the GPU, or the cores of the CPU and how many are used; the instruction
+    set of our kernels too, where it is not the usual one of such cores."""
     if device == "cuda":
         return slug(torch.cuda.get_device_name())
-    return f"cpu-{cpu_name()}-{torch.get_num_threads()}-cores"
+    cores = cpu_name()
+    kernels = "none" if native.unavailable_reason() else native.isa_name()
+    if kernels != _USUAL.get(cores):
+        cores = f"{cores}-{slug(kernels)}"
+    return f"cpu-{cores}-{torch.get_num_threads()}-cores"
 
 
 def read_results(text: str) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import platform
+import re
 import subprocess
 import sys
 import time
@@ -201,9 +202,32 @@ def test_cpu_names(vendor, family, model, name):
     assert regression._microarchitecture(vendor, family, model) == name
 
 
-def test_machine_class():
-    threads = torch.get_num_threads()
-    assert machine_class("cpu") == f"cpu-{regression.cpu_name()}-{threads}-cores"
+@pytest.mark.parametrize(
+    ("cores", "kernels", "name"),
+    [
+        ("emeraldrapids", "amx_bf16", "emeraldrapids"),
+        ("emeraldrapids", "avx512", "emeraldrapids-avx512"),  # of a virtual machine without matrix tiles
+        ("zen4", "avx2", "zen4-avx2"),
+        ("zen3", "avx2", "zen3"),
+        ("zen3", None, "zen3-none"),
+        ("some-vendor-7-8", "neon_bf16", "some-vendor-7-8-neon-bf16"),
+    ],
+)
+def test_machine_class(monkeypatch, cores, kernels, name):
+    """Our kernels count: the same cores with other instructions have other ratios to the rivals."""
+    monkeypatch.setattr(regression, "cpu_name", lambda: cores)
+    monkeypatch.setattr(regression.native, "unavailable_reason", lambda: None if kernels else "not built")
+    monkeypatch.setattr(regression.native, "isa_name", lambda: kernels)
+    assert machine_class("cpu") == f"cpu-{name}-{torch.get_num_threads()}-cores"
+
+
+def test_usual_kernels():
+    """They exist, of cores that have a name."""
+    rows = re.findall(r"^LGNET_ROW\((\w+)", (ROOT / "csrc" / "isa.inc").read_text(), re.MULTILINE)
+    assert {"avx2", "amx_bf16"} <= set(regression._USUAL.values()) <= set(rows)
+    families = (("AuthenticAMD", 0x17), ("AuthenticAMD", 0x19), ("AuthenticAMD", 0x1A), ("GenuineIntel", 6))
+    names = {regression._microarchitecture(*family, model) for family in families for model in range(256)}
+    assert regression._USUAL.keys() <= names
 
 
 def test_rounds_and_ratios():
