@@ -113,7 +113,8 @@ def deep_costs(plan: Any, card: Any) -> dict[range, tuple[Any, int]]:
     from lgnet_fast.kernels import deep
     from lgnet_fast.kernels.cards import CLUSTERED
 
-    from lgnet_fast.engine.cuda.deep_layers import applies, layer_of, runs
+    from lgnet_fast.engine.cuda.deep_layers import applies, runs
+    from lgnet_fast.engine.cuda.grouped import layer_of
 
     if card.capability != deep.CAPABILITY:
         return {}
@@ -140,11 +141,11 @@ def chain_costs(plan: Any, card: Any) -> dict[range, tuple[Any, str, int]]:
 
     found = {}
     for numbers in chains.runs(plan) if card.capability == CAPABILITY else []:
-        rects = chains.rectangles(plan, numbers, None)
-        if rects is not None and (best := chains.best_tile(plan, numbers, rects, card)) is not None:
+        rects = chains.rectangles(plan, numbers, None) or ()
+        for tile, cost in chains.tiles(plan, numbers, rects, card)[:1] if rects else ():
             first = plan.steps[numbers.start]
-            launch = describe_chain(conv_of(first), plan.batch, plan.source(first).size, rects, best[0])
-            found[numbers] = best[1], best[0].label.replace("hopper", "chain"), launch.grid
+            launch = describe_chain(conv_of(first), plan.batch, plan.source(first).size, rects, tile)
+            found[numbers] = cost, tile.label.replace("hopper", "chain"), launch.grid
     return found
 
 

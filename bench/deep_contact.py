@@ -67,12 +67,13 @@ class Bench:
         from lgnet_fast.kernels.deep import best_cluster
 
         from lgnet_fast.engine.cuda import deep_layers as deep
+        from lgnet_fast.engine.cuda import grouped
 
         found: dict[int, Any] = {}
         for numbers in deep.runs(self.plan, rows):
             held = self.held if cluster is None else {cluster: self.held[cluster]}
-            steps = deep.steps_at(self.plan, numbers[0], len(numbers))
-            best = best_cluster([deep.layer_of(self.plan, step) for step in steps], held)
+            steps = grouped.steps_at(self.plan, numbers[0], len(numbers))
+            best = best_cluster([grouped.layer_of(self.plan, step) for step in steps], held)
             found[numbers[0]] = best
             if not isinstance(best, str):
                 given = {**self.defaults, **options}
@@ -87,11 +88,12 @@ class Bench:
     def choose_launch(self, log: Log) -> None:
         """Launch without the cooperative attribute where the driver rejects it."""
         from lgnet_fast.engine.cuda import deep_layers as deep
+        from lgnet_fast.engine.cuda import grouped
 
         first, group = next((f, g) for f, g in self.groups(16).items() if not isinstance(g, str))
         steps = self.plan.steps[first : first + len(group.layers)]
-        maps = deep.noise_maps(self.plan, steps, self.dtype, self.executor.device)
-        launch, _ = deep.group_launch(self.plan, first, group, functools.partial(deep.view_of, maps))
+        maps = grouped.noise_maps(self.plan, steps, self.dtype, self.executor.device)
+        launch, _ = deep.group_launch(self.plan, first, group, functools.partial(grouped.view_of, maps))
         refused = None
         try:
             launch()
@@ -147,7 +149,7 @@ def load(bench: Bench, log: Log) -> None:
 
 def _untouched(steps: Any, before: dict[str, Tensor], maps: dict[str, Tensor]) -> bool:
     """Whether nothing but the stores of `steps` has changed."""
-    from lgnet_fast.engine.cuda.deep_layers import view_of
+    from lgnet_fast.engine.cuda.grouped import view_of
 
     kept = {name: value.clone() for name, value in maps.items()}
     for step in steps:
@@ -163,6 +165,7 @@ def _check(
     from lgnet_fast.kernels.deep import STATE_STRIDE
 
     from lgnet_fast.engine.cuda import deep_layers as deep
+    from lgnet_fast.engine.cuda import grouped
 
     right = True
     for first, group in list(bench.groups(rows, **options).items())[:nets]:
@@ -170,12 +173,12 @@ def _check(
             log(section, rows=rows, options=options, refused=group)
             right = False
             continue
-        steps = deep.steps_at(bench.plan, first, len(group.layers))
+        steps = grouped.steps_at(bench.plan, first, len(group.layers))
         for number in range(len(steps)) if only else (None,):
             checked = steps if number is None else steps[number : number + 1]
-            maps = deep.noise_maps(bench.plan, steps, bench.dtype, bench.executor.device)
+            maps = grouped.noise_maps(bench.plan, steps, bench.dtype, bench.executor.device)
             before = {name: value.clone() for name, value in maps.items()}
-            view = functools.partial(deep.view_of, maps)
+            view = functools.partial(grouped.view_of, maps)
             launch, state = deep.group_launch(bench.plan, first, group, view, None, number)
             try:
                 launch()
@@ -188,7 +191,7 @@ def _check(
             untouched = _untouched(checked, before, maps)
             places = [
                 (step, where_wrong(stored, exact))
-                for step, stored, exact in deep.step_errors(bench.plan, checked, bench.weights, maps)
+                for step, stored, exact in grouped.step_errors(bench.plan, checked, bench.weights, maps)
             ]
             kept = {name: value.clone() for name, value in maps.items()}
             equal = 0

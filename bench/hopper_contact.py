@@ -11,7 +11,7 @@ known     one-hot weights over inputs that hold the number of their pixel or cha
 steps     every step of LGNet that the kernel supports, on noise, beside float64 and the Triton kernel; batches,
           rectangles, bfloat16, both stores, tiles
 chain     NetL's eight block convolutions in one launch, in every tile: each beside float64, the bits of repeated
-          launches, the time beside eight launches, where the blocks spend it
+          launches, the time beside eight launches, where the blocks spend it; two such launches on two streams
 clocks    where the blocks of NetL's block convolution spend their time, by warpgroups, clusters, split depth
 ========  ===========================================================================================================
 """
@@ -306,7 +306,7 @@ def check_chains(log: Log) -> None:
     from lgnet_fast.kernels import hopper_chain
 
     from lgnet_fast.engine.cuda import chains
-    from lgnet_fast.engine.cuda.deep_layers import noise_maps
+    from lgnet_fast.engine.cuda.grouped import noise_maps
     from lgnet_fast.engine.cuda.weights import CudaWeights
     from lgnet_fast.engine.regions import Rect
 
@@ -323,6 +323,31 @@ def check_chains(log: Log) -> None:
             maps = noise_maps(plan, steps, dtype, torch.device("cuda"))
             name = {"dtype": str(dtype), "rect": list(rect), "tile": list(tile)}
             check_chain(log, ChainCase(plan, numbers, weights, maps, rect, tile), name)
+    weights = CudaWeights.pack(plan, torch.float16)
+    pair = [
+        ChainCase(plan, numbers, weights, noise_maps(plan, steps, torch.float16, torch.device("cuda")),
+                  Rect(0, 64, 0, 64), hopper_chain.TILES[0])
+        for _ in range(2)
+    ]  # fmt: skip
+    check_two_streams(log, *pair)
+
+
+def check_two_streams(log: Log, first: ChainCase, second: ChainCase) -> None:
+    """Whether launches that need nearly all multiprocessors each end, with the bits that they give alone."""
+    cases = first, second
+    launches = [case.chain() for case in cases]
+    for chain in launches:
+        chain.launch()
+    torch.cuda.synchronize()
+    alone = [{key: one.clone() for key, one in case.maps.items()} for case in cases]
+    streams = [torch.cuda.Stream() for _ in cases]
+    for _ in range(200):
+        for stream, chain in zip(streams, launches):
+            with torch.cuda.stream(stream):
+                chain.launch()
+    torch.cuda.synchronize()
+    equal = [all(torch.equal(one, kept[key]) for key, one in case.maps.items()) for case, kept in zip(cases, alone)]
+    log("chains on two streams", equal=equal, right=all(equal))
 
 
 def check_chain(log: Log, case: ChainCase, name: dict[str, Any]) -> None:

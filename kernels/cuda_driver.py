@@ -173,6 +173,17 @@ class Kernel:
         _make_current(device)
         return _function(self.source, self.name, device)
 
+    def blocks_at_once(self) -> int:
+        """Number of blocks that fit on the current GPU at once."""
+        if self.cluster is not None and self.cluster > 1:
+            return self.cluster * self.active_clusters()
+        count = ctypes.c_int()
+        call(
+            "cuOccupancyMaxActiveBlocksPerMultiprocessor", ctypes.byref(count), self.load(),
+            ctypes.c_int(self.threads), ctypes.c_size_t(self.shared_bytes),
+        )  # fmt: skip
+        return count.value * torch.cuda.get_device_properties(torch.cuda.current_device()).multi_processor_count
+
     def active_clusters(self) -> int:
         """Number of clusters that fit on the current GPU at once; for a kernel with clusters."""
         assert self.cluster is not None

@@ -536,8 +536,9 @@ def reference(layer: DeepLayer, source: Tensor, weight: Tensor, bias: Tensor) ->
     """
     conv, axis = layer.conv, layer.conv.axis
     value = bias.repeat(layer.batch, *layer.out_size, 1)
-    border = 2 * conv.kernel
-    padded = F.pad(source.float(), (0, 0, border, border, border, border))
+    border, reflected = 2 * conv.kernel, conv.padding if conv.reflect else 0
+    padded = F.pad(source.float().permute(0, 3, 1, 2), 4 * [reflected], mode="reflect")
+    padded = F.pad(padded, 4 * [border - reflected]).permute(0, 2, 3, 1)
     begin = 0
     for phase_y, phase_x in itertools.product(range(axis.phases), repeat=2):
         out = value[:, phase_y :: axis.out_step, phase_x :: axis.out_step]

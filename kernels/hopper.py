@@ -178,7 +178,7 @@ def _tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[
         ctypes.c_int(_PROMOTE_256B),
         ctypes.c_int(0),
     )
-    return (ctypes.c_char * 128).from_buffer_copy(ctypes.string_at(address, 128))
+    return (ctypes.c_uint64 * 16).from_buffer_copy(ctypes.string_at(address, 128))
 
 
 def source_maps(source: Tensor, step: int, box: tuple[int, int]) -> list[Any]:

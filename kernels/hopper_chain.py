@@ -2,7 +2,9 @@
 
 NetL's eight block convolutions are such a chain. The kernel is that of :mod:`.hopper`, but its blocks stay for all
 layers and wait for each other between two of them. So every block must run at the same time, and one launch takes the
-place of several.
+place of several. The launch is cooperative: CUDA starts it when all its blocks fit, so that two of them on different
+streams do not wait for each other for ever (`bench/hopper_contact.py` tries that). A wait of seconds ends in an
+error.
 
 The first use on a GPU compares it with PyTorch in float64 (:func:`reason_against`).
 """
@@ -19,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import hopper_shapes
 from .cards import H100_CLOCK, Card
 from .compiled_checks import LIMIT, FirstUse, exact_convolution
 from .conv import Conv
@@ -47,7 +50,7 @@ from .hopper_shapes import (
     Product,
     Shape,
     at_once,
-    cost,
+    ranked,
 )
 from .launch import device_guard, is_recording
 from .results import Store
@@ -109,7 +112,7 @@ _BETWEEN_SECONDS = 2000 / H100_CLOCK
 
 def chain_cost(shape: Shape, layers: int, card: Card) -> Cost:
     """Estimated seconds of a launch by its parts."""
-    one = cost(shape, card)
+    one = hopper_shapes.cost(shape, card)
     stored = TILE_W * shape.tile.tile_h * PIXEL_SECONDS
     return Cost(
         start=LAUNCH_SECONDS + FILL_SECONDS + (layers - 1) * _BETWEEN_SECONDS + layers * stored,
@@ -124,17 +127,21 @@ def chain_cost(shape: Shape, layers: int, card: Card) -> Cost:
 
 
 @functools.lru_cache(maxsize=1024)
-def best_tile(
+def ranked_chains(
     conv: Conv, batch: int, size: tuple[int, int], rects: tuple[Rect, ...], card: Card
-) -> tuple[HopperTile, Cost] | None:
-    """The tile of least estimated time whose blocks run at the same time, and its cost; None where there is none."""
+) -> tuple[tuple[HopperTile, Cost], ...]:
+    """The tiles whose blocks run at the same time, and that take less time by estimate than a launch for each layer;
+    the one of least time first, each with its cost."""
+    alone = [ranked(conv, batch, size, size, rect, card) for rect in rects]
+    limit = sum(best[0][1].seconds for best in alone) if all(alone) else 0.0
     found = []
     for tile in TILES:
         with contextlib.suppress(ValueError):
             shape = _shape(conv, batch, size, rects, tile)
-            if shape.grid <= at_once(shape, card):
-                found.append((tile, chain_cost(shape, len(rects), card)))
-    return min(found, key=lambda one: (one[1].seconds, one[0]), default=None)
+            cost = chain_cost(shape, len(rects), card)
+            if shape.grid <= at_once(shape, card) and cost.seconds < limit:
+                found.append((tile, cost))
+    return tuple(sorted(found, key=lambda one: (one[1].seconds, one[0])))
 
 
 def _layer_type(tensor_map: type) -> type[ctypes.Structure]:
@@ -191,26 +198,33 @@ class Chain:
     ) -> None:
         batch, height, width, _ = layers[0].source.shape
         self.description = describe_chain(conv, batch, (height, width), [layer.rect for layer in layers], tile)
+        self._layers = tuple(layers)  # whose memory the launch reads and writes
         self._source = layers[0].source
         self.dtype = self._source.dtype
-        args = self.description.args
-        for layer in layers:
+        for number, layer in enumerate(layers):
+            if number > 0:
+                _check_alike(self._source, layer)
             check_operands(conv, layer.source, layer.weight, layer.bias, layer.stores, layer.residual)
-        made = []
-        for layer in layers:
-            (source,) = source_maps(layer.source, 1, self.description.box)
-            output = output_of(layer.rect, layer.bias, layer.stores, layer.residual)
-            made.append((source, weights_map(layer.weight, args), output))
-        layer_type = _layer_type(type(made[0][0]))
-        self._counters = new_counters(self._source.device)
-        self._chain = _chain_type(layer_type)(
-            counters=self._counters.data_ptr(), layers=len(layers), layer=tuple(layer_type(*one) for one in made)
-        )
+        _check_alike(self._source, layers[0])
         if clocks is not None:
             self._check_clocks(clocks, len(layers), tile)
-            args.clocks = clocks.data_ptr()
+            self.description.args.clocks = clocks.data_ptr()
+        with device_guard(self._source):
+            self._counters = new_counters(self._source.device)
+            self._chain = self._structure()
         name = f"lgnet_chain_{str(self.dtype).removeprefix('torch.')}_{tile.tile_h}"
         self._kernel = _kernel(name if clocks is None else f"{name}_timed", self.description)
+
+    def _structure(self) -> ctypes.Structure:
+        made = []
+        for layer in self._layers:
+            (source,) = source_maps(layer.source, 1, self.description.box)
+            weights = weights_map(layer.weight, self.description.args)
+            made.append((source, weights, output_of(layer.rect, layer.bias, layer.stores, layer.residual)))
+        layer_type = _layer_type(type(made[0][0]))
+        return _chain_type(layer_type)(
+            counters=self._counters.data_ptr(), layers=len(made), layer=tuple(layer_type(*one) for one in made)
+        )
 
     def _check_clocks(self, clocks: Tensor, layers: int, tile: HopperTile) -> None:
         shape = (layers, self.description.grid, len(CLOCKS))
@@ -222,7 +236,7 @@ class Chain:
     def fits(self) -> bool:
         """Whether all its blocks run on the GPU at the same time."""
         with device_guard(self._source):
-            return self.description.grid <= self._kernel.active_clusters() * self.description.cluster
+            return self.description.grid <= self._kernel.blocks_at_once()
 
     def launch(self) -> None:
         """Run it on the current stream of its GPU.
@@ -230,11 +244,22 @@ class Chain:
         Raises:
             RuntimeError: the driver rejects the kernel.
         """
-        if is_recording():  # nothing to compile
+        if is_recording() or self.description.grid == 0:  # nothing to compile, or to compute
             return
         parameters = (self._chain, self.description.args)
         with device_guard(self._source):
             self._kernel.launch(self.description.grid, [ctypes.c_void_p(ctypes.addressof(one)) for one in parameters])
+
+
+def _check_alike(first: Tensor, layer: ChainLayer) -> None:
+    """Raises ValueError where a layer's maps are not like the first layer's source, but for their strides."""
+    residual = () if layer.residual is None else (("residual", layer.residual),)
+    for name, view in (("source", layer.source), *residual, *(("stores", store.view) for store in layer.stores)):
+        if view.shape != first.shape or view.dtype != first.dtype:
+            raise ValueError(
+                f"{name}: expected {tuple(first.shape)} {first.dtype} as the first layer's source, "
+                f"got {tuple(view.shape)} {view.dtype}"
+            )
 
 
 def _kernel(name: str, launch: Launch) -> Kernel:
@@ -292,8 +317,8 @@ def _problem(
         for i in range(4)
     ]  # fmt: skip
     chain = Chain(conv, layers, tile)
-    if device.type == "cuda" and not chain.fits():
-        return f"only some of {chain.description.grid} blocks fit on the GPU"
+    if not chain.fits():  # on a part of a GPU; the engine does not use such a launch either
+        return None
     found: list[Tensor] = []
     for _ in range(repeats):
         for one in maps[1:]:

@@ -19,6 +19,7 @@ from lgnet_fast.kernels.conv import Conv
 from lgnet_fast import create_model
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import deep_layers as engine_deep
+from lgnet_fast.engine.cuda import grouped
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect, rounded
@@ -50,7 +51,7 @@ def random_weights(plan, numbers):
     found = {}
     for number in numbers:
         step = plan.steps[number]
-        layer = engine_deep.layer_of(plan, step)
+        layer = grouped.layer_of(plan, step)
         plain = torch.randn(step.weight.shape, generator=generator)
         plain = (plain / (4 * step.source.channels) ** 0.5).half()
         bias = torch.randn(step.out_channels, generator=generator)
@@ -79,12 +80,12 @@ def make_group(name, net, batch, cluster, clusters, dtype=torch.float16, **optio
     own = {step: Weights(pair[0].packed.to(dtype), pair[0].bias) for step, pair in weights.items()}
     group = engine_deep.make_group(plan, numbers, own, {}, cluster, clusters, **options)
     assert not isinstance(group, str), group
-    return plan, steps, group, weights, engine_deep.noise_maps(plan, steps, dtype, torch.device("cpu"))
+    return plan, steps, group, weights, grouped.noise_maps(plan, steps, dtype, torch.device("cpu"))
 
 
 def run_group(plan, steps, group, maps, seed=0, error=0, times=None):
     """Run a group on the CPU, as `DeepGroup.launch` does on a GPU; return its state."""
-    view = functools.partial(engine_deep.view_of, maps)
+    view = functools.partial(grouped.view_of, maps)
     launch, state = engine_deep.group_launch(plan, plan.steps.index(steps[0]), group, view, times)
     state[0] = error
     kernel = f"lgnet_deep_{str(group.dtype).removeprefix('torch.')}"
@@ -129,7 +130,7 @@ def test_restricted_runs_share_launches_too(rows):
 )
 def test_every_block_reads_as_many_weights(rows, cluster, clusters):
     plan = plan_of("lgnet")
-    layers = [engine_deep.layer_of(plan, plan.steps[number]) for number in engine_deep.runs(plan, rows)[0]]
+    layers = [grouped.layer_of(plan, plan.steps[number]) for number in engine_deep.runs(plan, rows)[0]]
     shares = deep.plan_splits(layers, cluster, clusters)
     assert not isinstance(shares, str), shares
     read = [sum(share.block_bytes(c) for share in shares) for c in range(clusters)]
@@ -143,7 +144,7 @@ def test_every_block_reads_as_many_weights(rows, cluster, clusters):
 
 def test_best_cluster():
     plan = plan_of("lgnet")
-    layers = [engine_deep.layer_of(plan, plan.steps[number]) for number in engine_deep.runs(plan, 64)[0]]
+    layers = [grouped.layer_of(plan, plan.steps[number]) for number in engine_deep.runs(plan, 64)[0]]
     assert deep.best_cluster(layers, {8: 15, 4: 30, 2: 66}) == (8, 15)
     assert deep.best_cluster(layers, {8: 0, 4: 30, 2: 66}) == (4, 30)
     assert deep.best_cluster(layers, {8: 0}) == "the GPU holds no cluster"
@@ -167,7 +168,7 @@ def test_best_cluster():
 def test_kernel_on_the_cpu(name, net, batch, cluster, clusters):
     plan, steps, group, weights, maps = make_group(name, net, batch, cluster, clusters)
     before = {key: value.clone() for key, value in maps.items()}
-    view = functools.partial(engine_deep.view_of, maps)
+    view = functools.partial(grouped.view_of, maps)
     run_group(plan, steps, group, maps)
     for number in range(clusters):
         read = sum(share.block_bytes(number) for share in group.shares)
@@ -179,7 +180,7 @@ def test_kernel_on_the_cpu(name, net, batch, cluster, clusters):
         for store in step.stores:
             # sums in another order, one rounding
             assert_accurate(step.name, view(store.view), ACTIVATIONS[store.activation](value), roundings=1)
-            engine_deep.view_of(written, store.view)[:] = True
+            grouped.view_of(written, store.view)[:] = True
     for key, value in maps.items():
         assert torch.equal(value[~written[key]], before[key][~written[key]]), key
 
@@ -199,9 +200,9 @@ def test_bits_do_not_depend_on_the_order_of_events(dtype):
         assert torch.equal(found[2][key], value), key
     step = steps[0]
     own, plain = weights[step.name]
-    value = exact(step, plain, own.bias, engine_deep.view_of(maps, step.source))
+    value = exact(step, plain, own.bias, grouped.view_of(maps, step.source))
     store = step.stores[0]
-    stored = engine_deep.view_of(maps, store.view)
+    stored = grouped.view_of(maps, store.view)
     assert_accurate(step.name, stored, ACTIVATIONS[store.activation](value), roundings=1)
 
 
@@ -213,7 +214,7 @@ def test_a_launch_after_a_failure_ends_with_nan():
     state = run_group(plan, steps, group, maps, error=code)
     assert state[0] == code
     for store in steps[-1].stores:
-        assert engine_deep.view_of(maps, store.view).isnan().all()
+        assert grouped.view_of(maps, store.view).isnan().all()
 
 
 @emulated
@@ -232,11 +233,11 @@ def test_reference_is_the_convolution():
     numbers = engine_deep.runs(plan, 64)[0]
     weights = random_weights(plan, numbers)
     steps = [plan.steps[number] for number in numbers]
-    maps = engine_deep.noise_maps(plan, steps, torch.float16, torch.device("cpu"))
+    maps = grouped.noise_maps(plan, steps, torch.float16, torch.device("cpu"))
     for step in steps:
         own, plain = weights[step.name]
-        source = engine_deep.view_of(maps, step.source)
-        found = deep.reference(engine_deep.layer_of(plan, step), source, own.packed, own.bias)
+        source = grouped.view_of(maps, step.source)
+        found = deep.reference(grouped.layer_of(plan, step), source, own.packed, own.bias)
         assert_accurate(step.name, found, exact(step, plain, own.bias, source), roundings=64)
 
 
@@ -261,9 +262,9 @@ def test_bad_views_are_named():
     weights = {step: pair[0] for step, pair in random_weights(plan, numbers).items()}
     group = engine_deep.make_group(plan, numbers, weights, {}, 8, 16)
     steps = [plan.steps[number] for number in numbers]
-    maps = engine_deep.noise_maps(plan, steps, torch.float32, torch.device("cpu"))
+    maps = grouped.noise_maps(plan, steps, torch.float32, torch.device("cpu"))
     with pytest.raises(ValueError, match="sources: expected .*torch.float16"):
-        engine_deep.group_launch(plan, numbers[0], group, functools.partial(engine_deep.view_of, maps))
+        engine_deep.group_launch(plan, numbers[0], group, functools.partial(grouped.view_of, maps))
 
 
 def test_structures_have_the_kernel_s_fields():

@@ -554,7 +554,7 @@ def test_machine_code():
         assert runs[1::3] == 3 * [("0x1", 1)], f"{name}: {runs}"
         assert [kind for kind, _ in runs[2::3]] == 3 * ["0x0"], f"{name}: {runs}"
         assert 3 <= sum(count for kind, count in runs if kind == "0x0") <= 4, f"{name}: {runs}"
-        # What `_at_once` takes; and, of blocks that split no depth, the first four reads before a store.
+        # What `at_once` takes; and, of blocks that split no depth, the first four reads before a store.
         registers = 1 + max(map(int, re.findall(r"\bR(\d+)\b", body)))
         expected = hopper_shapes.REGISTERS[tuple(map(int, name.split("_")[3:5]))]
         assert name.endswith("timed") or expected - 16 < registers <= expected, (name, registers)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import itertools
 import re
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,12 +25,11 @@ from lgnet_fast.kernels.results import Store
 from lgnet_fast import create_model
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import chains
-from lgnet_fast.engine.cuda.deep_layers import noise_maps, steps_at, view_of
 from lgnet_fast.engine.cuda.executor import CudaExecutor
-from lgnet_fast.engine.plan import Store as PlanStore
+from lgnet_fast.engine.cuda.grouped import noise_maps, steps_at, view_of, wrong_step
 from lgnet_fast.engine.regions import Rect
 from tests import emulator
-from tests.compiled_kernels import disassembler, fields_in_cpp, fields_in_python, instructions
+from tests.compiled_kernels import disassembler, fields_in_python, instructions
 from tests.test_deep_layers import Weights, plan_of
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_chain.cu"
@@ -103,10 +104,8 @@ def test_a_chain_gives_the_bits_of_its_layers(kernel, tile, batch, size, channel
             for i, (layer, exact) in enumerate(zip(own, expected)):
                 assert torch.equal(layer.stores[0].view, exact.stores[0].view), (rect, kernel.seed, i)
         assert not chain._counters.any()
-        assert chain.description.grid == chain.description.cluster * (chain.description.grid // tile.cluster)
         name = f"lgnet_chain_{str(dtype).removeprefix('torch.')}_{tile.tile_h}"
         assert kernel.launched[-1 - layers] == name
-        assert kernel.launched.count(name) % 2 == 0
 
 
 @emulated
@@ -141,7 +140,7 @@ def test_the_steps_of_a_plan(kernel):
     (numbers,) = chains.runs(plan)
     regions = [step.regions for step in CudaExecutor.restricted(plan, [Rect(96, 128, 96, 128)]).steps]
     rects = chains.rectangles(plan, numbers, regions)
-    tile, _ = chains.best_tile(plan, numbers, rects, CARDS["H100"])
+    tile, _ = chains.tiles(plan, numbers, rects, CARDS["H100"])[0]
     steps = steps_at(plan, numbers.start, len(numbers))
     conv = chains.conv_of(steps[0])
     weights = {
@@ -154,6 +153,8 @@ def test_the_steps_of_a_plan(kernel):
     alone = {name: one.clone() for name, one in maps.items()}
     chain = chains.make_chain(plan, numbers, weights, functools.partial(view_of, maps), rects, tile)
     chain.launch()
+    assert wrong_step(plan, steps, weights, maps, rects[-1]) is None
+    assert wrong_step(plan, steps, weights, maps).startswith("net_l.block0.first: relative error")
     for step, rect in zip(steps, rects):
         own = weights[step.name]
         stores = tuple(Store(view_of(alone, s.view), s.activation) for s in step.stores)
@@ -254,12 +255,10 @@ def test_a_chain_ends_before_a_residual_that_another_thread_stores(monkeypatch):
     plan = plan_of("lgnet_demo")
     (numbers,) = chains.runs(plan)
     third = plan.steps[numbers.start + 3]
-    shifted = third.residual.__class__(third.residual.buffer, 8, third.residual.channels)
-    steps = list(plan.steps)
-    steps[numbers.start + 3] = third.__class__(**{**third.__dict__, "residual": shifted})
-    changed = plan.__class__(**{**plan.__dict__, "steps": tuple(steps)})
+    shifted = replace(third, residual=replace(third.residual, offset=8))
+    steps = [shifted if step is third else step for step in plan.steps]
+    changed = replace(plan, steps=tuple(steps))
     assert chains.runs(changed) == [range(numbers.start, numbers.start + 3), range(numbers.start + 3, numbers.stop)]
-    assert all(isinstance(store, PlanStore) for store in third.stores)
     monkeypatch.setattr(hopper_chain, "MAX_LAYERS", 3)
     begin = numbers.start
     assert chains.runs(plan) == [range(begin, begin + 3), range(begin + 3, begin + 6), range(begin + 6, begin + 8)]
@@ -281,14 +280,50 @@ def test_rectangles_of_restricted_runs():
 def test_the_estimate():
     """The chain saves some of the starts; its blocks must run at the same time; fewer rows take less time."""
     h100 = CARDS["H100"]
-    tile, cost = hopper_chain.best_tile(BLOCK, 1, (64, 64), 8 * (WHOLE,), h100)
+    (tile, cost), *others = hopper_chain.ranked_chains(BLOCK, 1, (64, 64), 8 * (WHOLE,), h100)
     assert hopper_chain.describe_chain(BLOCK, 1, (64, 64), 8 * (WHOLE,), tile).grid == 128
+    assert all(cost.seconds <= other.seconds for _, other in others)
     single = 8 * ranked(BLOCK, 1, (64, 64), (64, 64), WHOLE, h100)[0][1].seconds
     assert 15e-6 < single - cost.seconds < 8 * 5e-6
-    assert hopper_chain.best_tile(BLOCK, 2, (64, 64), 8 * (WHOLE,), h100) is None
-    assert hopper_chain.best_tile(BLOCK, 1, (64, 64), 8 * (WHOLE,), card_with("sm_90", 114)) is None
-    hole = hopper_chain.best_tile(BLOCK, 1, (64, 64), 8 * ((16, 40, 16, 40),), h100)[1]
+    assert hopper_chain.ranked_chains(BLOCK, 2, (64, 64), 8 * (WHOLE,), h100) == ()
+    assert hopper_chain.ranked_chains(BLOCK, 1, (64, 64), 8 * (WHOLE,), card_with("sm_90", 114)) == ()
+    hole = hopper_chain.ranked_chains(BLOCK, 1, (64, 64), 8 * ((16, 40, 16, 40),), h100)[0][1]
     assert hole.seconds < 0.7 * cost.seconds
+    for rect in itertools.product((8, 16), (41, 49, 57), (8, 16), (41, 49, 57)):
+        for _, one in hopper_chain.ranked_chains(BLOCK, 1, (64, 64), 8 * (rect,), h100):
+            assert one.seconds < 8 * ranked(BLOCK, 1, (64, 64), (64, 64), rect, h100)[0][1].seconds
+
+
+@emulated
+@pytest.mark.parametrize(
+    ("broken", "held", "groups"), [(False, 132, 1), (True, 132, 0), (False, 31, 0), (False, 32, 1)]
+)
+def test_a_group_is_checked_before_it_is_used(kernel, monkeypatch, caplog, broken, held, groups):
+    """As the engine launches it, in the dense run; the bundled model's has 32 blocks."""
+    plan = plan_of("lgnet_demo")
+    monkeypatch.setattr(hopper_chain, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(kernel, "held", held)
+    steps = steps_at(plan, chains.runs(plan)[0].start, 8)
+    conv = chains.conv_of(steps[0])
+    weights = {
+        step.name: Weights(
+            conv.pack(noise(*step.weight.shape, seed=i) / 24).contiguous(), noise(step.out_channels, seed=i).float()
+        )
+        for i, step in enumerate(steps)
+    }
+    monkeypatch.setattr(hopper_chain, "TILES", (HopperTile(16, 2),))
+    if broken:
+        output_of = hopper_chain.output_of
+        monkeypatch.setattr(hopper_chain, "output_of", lambda rect, *rest: output_of((0, 60, *rect[2:]), *rest))
+    found = chains.checked_runs(plan, weights, CARDS["H100"])
+    assert len(found) == groups
+    if broken:
+        assert "net_l.block0.first and after are launched one by one: net_l.block0.first: relative er" in caplog.text
+    elif not groups:
+        assert "its blocks do not fit on the GPU at the same time" in caplog.text
+    monkeypatch.setattr(hopper_chain, "reason_against", lambda device, dtype: "another GPU")
+    assert chains.checked_runs(plan, weights, CARDS["H100"]) == []
+    assert chains.checked_runs(plan, weights, CARDS["H100"]._replace(num_sms=1)) == []
 
 
 # -- the launcher -------------------------------------------------------------------------------------------------
@@ -296,18 +331,45 @@ def test_the_estimate():
 
 def test_structures_have_the_kernel_s_fields():
     layer = hopper_chain._layer_type(emulator.TensorMap)
-    kinds = {"TensorMap": "CUtensorMap", "Layer": "ChainLayer", "Chain": "Chain"}
+    text = SOURCE.read_text()
+    kinds = {"TensorMap": "CUtensorMap", "Layer": "ChainLayer"}
+    lengths = {"kMaxLayers": hopper_chain.MAX_LAYERS}
     for structure, name in ((layer, "ChainLayer"), (hopper_chain._chain_type(layer), "Chain")):
+        body = re.search(rf"struct {name} \{{(.*?)\}};", text, re.S)[1]
+        declared = re.findall(r"^  (\w+\*?) ([^;]+);", body, re.M)
+        in_cpp = [
+            (field, int(lengths.get(length, length) or 1), "*" if kind.endswith("*") else kind)
+            for kind, names in declared
+            for field, length in re.findall(r"(\w+)(?:\[(\w+)\])?", names)
+        ]
         found = [(field, count, kinds.get(kind, kind)) for field, count, kind in fields_in_python(structure)]
-        text = SOURCE.read_text().replace("kMaxLayers]", f"{hopper_chain.MAX_LAYERS}]")
-        in_cpp = re.search(rf"struct {name} \{{(.*?)\}};", text, re.S)
-        assert in_cpp is not None
-        names = [field for field, *_ in found]
-        assert re.findall(r"(\w+)(?:\[\w+\])?[,;]", re.sub(r"//[^\n]*", "", in_cpp[1])) == names
-    for name, value in (("kMaxLayers", hopper_chain.MAX_LAYERS), ("kCounterStride", hopper_chain.COUNTER_STRIDE),
-                        ("kTaps", hopper_chain._TAPS)):  # fmt: skip
-        assert int(re.search(rf"constexpr int {name} = (\d+);", SOURCE.read_text())[1]) == value
-    assert fields_in_cpp(SOURCE.with_name("hopper_conv.cuh"), "Output") == fields_in_python(hopper.Output)
+        assert in_cpp == found
+    for constant, value in (("kMaxLayers", hopper_chain.MAX_LAYERS), ("kCounterStride", hopper_chain.COUNTER_STRIDE),
+                            ("kTaps", hopper_chain._TAPS)):  # fmt: skip
+        assert int(re.search(rf"constexpr int {constant} = (\d+);", text)[1]) == value
+
+
+def test_the_structures_of_a_gpu(monkeypatch):
+    """With the driver's tensor maps: 128 bytes each, at multiples of 64, where the kernel reads them."""
+    count = itertools.count(1)
+
+    def encode(name, address, *rest):
+        assert name == "cuTensorMapEncodeTiled"
+        ctypes.memmove(address, bytes([next(count), 0] * 64), 128)
+
+    monkeypatch.setattr(hopper, "call", encode)
+    conv = Conv(64, 64, 3, 1, 1, False, True, False)
+    maps = [torch.zeros(1, 8, 8, 64, dtype=torch.float16) for _ in range(4)]
+    chain = Chain(conv, blocks(conv, maps, 3 * [(0, 8, 0, 8)]), HopperTile(8, 1))
+    found = bytes(chain._chain)
+    assert len(found) == 3136
+    assert [
+        found[384 * layer + 128 * part : 384 * layer + 128 * part + 128] for layer in range(3) for part in (0, 1)
+    ] == [bytes([number, 0] * 64) for number in range(1, 7)]
+    stores = [int.from_bytes(found[384 * layer + 256 + 16 : 384 * layer + 256 + 24], "little") for layer in range(3)]
+    assert stores == [one.data_ptr() for one in maps[1:]]
+    assert int.from_bytes(found[3072:3080], "little") == chain._counters.data_ptr()
+    assert int.from_bytes(found[3080:3084], "little") == 3
 
 
 def test_launcher_names_the_argument():
@@ -321,8 +383,16 @@ def test_launcher_names_the_argument():
         Chain(conv, layers, HopperTile(32, 1))
     with pytest.raises(ValueError, match="^source: expected float16 or bfloat16"):
         Chain(conv, [layers[0]._replace(source=maps[0].float()), layers[1]], tile)
-    with pytest.raises(ValueError, match="^residual: expected 64 adjacent channels"):
-        Chain(conv, [layers[0], layers[1]._replace(residual=maps[0].float())], tile)
+    for name, layer in (
+        ("source", layers[1]._replace(source=maps[1].bfloat16(), weight=layers[1].weight.bfloat16(), residual=None,
+                                      stores=(Store(maps[2].bfloat16(), "none"),))),
+        ("source", layers[1]._replace(source=maps[1][:, :8], residual=None)),
+        ("residual", layers[1]._replace(residual=maps[0][:, :8])),
+        ("residual", layers[1]._replace(residual=maps[0].float())),
+        ("stores", layers[1]._replace(stores=(Store(maps[2][:, :8], "none"),))),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match=rf"^{name}: expected \(1, 16, 16, 64\) torch.float16 as the first"):
+            Chain(conv, [layers[0], layer], tile)
     for other, said in (
         (conv._replace(stride=2, kernel=4), "stride 1 and as many"),
         (conv._replace(out_channels=128), "stride 1 and as many"),
@@ -360,9 +430,11 @@ def test_a_dense_run_with_a_chain(dtype):
         found, _ = one.run(image, mask)
         assert (found - expected).norm() < 64 * torch.finfo(dtype).eps * expected.norm()
     regions = [step.regions for step in CudaExecutor.restricted(plan, [Rect(96, 160, 96, 160)]).steps]
-    executor.memory.arena.fill_(torch.nan)
-    found, _ = executor.run(image, mask, None, regions)
-    assert (found - expected).norm() < 64 * torch.finfo(dtype).eps * expected.norm()
+    assert len(executor.launches(regions)) == len(CudaExecutor.of(plan, dtype, chains=False).launches(regions)) - 7
+    for _ in range(3):  # launch by launch at first, then by a graph
+        executor.memory.arena.fill_(torch.nan)
+        found, _ = executor.run(image, mask, None, regions)
+        assert (found - expected).norm() < 64 * torch.finfo(dtype).eps * expected.norm()
 
 
 @pytest.mark.skipif(disassembler() is None, reason="no nvdisasm here")
@@ -377,6 +449,17 @@ def test_machine_code():
         runs = [(kind[-3:], len(list(run))) for kind, run in itertools.groupby(order)]
         assert runs[:2] == [("F32", 12), ("0x1", 1)], f"{name}: serialised products: {runs}"
         assert [kind for kind, _ in runs[2:]] == ["0x0"], f"{name}: {runs}"
+        # What the layer after this one reads by copies: stores, fences, all threads, then the count; and in the
+        # thread that waits: the count, the fence, the first copy.
+        after = body[body.rindex("HGMMA") :]
+        order = re.findall(r"STG\.E\.128|FENCE\.VIEW\.ASYNC\.[GS]|BAR\.SYNC|MEMBAR\.ALL\.GPU|REDG\.E\.ADD", after)
+        last = len(order) - order[::-1].index("STG.E.128")
+        end = [kind for kind, _ in itertools.groupby(order[last:])]
+        assert end[:3] in (["FENCE.VIEW.ASYNC.G", "FENCE.VIEW.ASYNC.S", "BAR.SYNC"],
+                           ["FENCE.VIEW.ASYNC.S", "FENCE.VIEW.ASYNC.G", "BAR.SYNC"]), (name, end)  # fmt: skip
+        assert order[order.index("REDG.E.ADD") - 1] == "MEMBAR.ALL.GPU", (name, order)
+        before = body[: body.index("UTMALDG.4D")]
+        assert before.rindex("LDG.E.STRONG.GPU") < before.rindex("FENCE.VIEW.ASYNC.G"), name
         for opcode in (
             "UTMALDG.4D",
             "UTMALDG.2D.MULTICAST",

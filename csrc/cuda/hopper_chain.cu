@@ -27,12 +27,19 @@ struct ChainLayer {
   int32_t unused[14];  // tensor maps are at multiples of 64 bytes
 };
 
+#ifndef LGNET_EMULATED
+static_assert(sizeof(ChainLayer) == 384, "kernels/hopper_chain.py makes the same structure");
+#endif
+
 struct Chain {
   ChainLayer layer[kMaxLayers];
   int32_t* counters;  // [layers, kCounterStride] blocks that have stored a layer; zeros, also afterwards
   int32_t layers;
   int32_t unused[13];
 };
+#ifndef LGNET_EMULATED
+static_assert(sizeof(Chain) == 3136, "as above");
+#endif
 
 // One thread waits until all blocks have stored a layer, which asynchronous copies may read then.
 __device__ __forceinline__ void wait_for_layer(const Chain& chain, int number) {
@@ -64,7 +71,10 @@ __device__ __forceinline__ void compute(const Chain& chain, const Args& args, co
   wait_for_previous_kernel();
 #pragma unroll 1
   for (int number = 0; number < chain.layers; ++number) {
-    const Output& output = chain.layer[number].output;
+    Output output = chain.layer[number].output;
+    // Kept in registers: else they are read again while results are stored.
+    opaque(output.store0), opaque(output.store1);
+    opaque(output.stride_0), opaque(output.stride_1), opaque(output.activation_0), opaque(output.activation_1);
     Clocks<TIMED> clocks;
     clocks.set(kStart);
     Target<T, N, 1> target(args, output, place, cluster);
@@ -116,13 +126,16 @@ __device__ __forceinline__ void run(const Chain& chain, const Args& args) {
     wait_for_previous_kernel();
 #pragma unroll 1
     for (int number = 0; number < chain.layers; ++number) {
-      if (number > 0) wait_for_layer(chain, number - 1);
-      load_patches(args, memory, place, &chain.layer[number].source, cluster, ring);
+      load_patches(args, memory, place, &chain.layer[number].source, cluster, ring, [&] {
+        if (number > 0) wait_for_layer(chain, number - 1);
+      });
     }
-  } else if (warp == kGroupWarps + 2 && reading.mending) {
+  } else if (warp >= kGroupWarps + 2 && reading.mending) {
     Ring ring = {0, args.patch_stages, 0};
 #pragma unroll 1
-    for (int number = 0; number < chain.layers; ++number) mend_patches(args, memory, reading, cluster, lane, ring);
+    for (int number = 0; number < chain.layers; ++number) {
+      mend_patches(args, memory, reading, cluster, warp == kGroupWarps + 2, lane, ring);
+    }
   }
 }
 

@@ -71,13 +71,12 @@ __device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& w
   } else if (warp == kFirstOther + 1) {
     if (lane == 0) {
       Ring ring = {0, args.patch_stages, 1};
-      wait_for_previous_kernel();
-      load_patches(args, memory, place, sources.plane, cluster, ring);
+      load_patches(args, memory, place, sources.plane, cluster, ring, [] { wait_for_previous_kernel(); });
     }
-  } else if (warp == kFirstOther + 2 && reading.mending) {
+  } else if (reading.mending) {
     Ring ring = {0, args.patch_stages, 0};
     wait_for_previous_kernel();
-    mend_patches(args, memory, reading, cluster, lane, ring);
+    mend_patches(args, memory, reading, cluster, warp == kFirstOther + 2, lane, ring);
   }
   if (cluster.parts > 1) {  // as the warps that store
     cluster_meet();

@@ -28,9 +28,9 @@
 // the step before (tile of 8 x 16: 256 clocks a tap). GROUPS warpgroups multiply: group i computes every GROUPS-th
 // step from the i-th on, for the whole tile, so that one multiplies while another waits. Their sums are added when
 // they are stored.
-// Three more warps load weights, load patches, and apply reflection padding to the patches of tiles at the edge of
-// the map: the last copies pixels within the patch. For zero padding it does nothing, because the TMA fills with
-// zeros.
+// Of four more warps one loads weights, one loads patches, and two apply reflection padding to the patches of tiles
+// at the edge of the map: they copy pixels within the patch. For zero padding they do nothing, because the TMA fills
+// with zeros.
 #pragma once
 
 #include "activation.cuh"
@@ -49,7 +49,8 @@ constexpr int kMaxWeightStages = 12;
 constexpr int kMaxPatchStages = 4;
 constexpr int kGroupThreads = 128;
 constexpr int kGroupWarps = 4;
-constexpr int kOtherThreads = 128;         // of the warps that load and mend; one of them has no work
+constexpr int kOtherThreads = 128;         // of the warps that load and mend
+constexpr int kMendingWarps = 2;           // one for rows, one for columns
 constexpr int kRowFloats = kChannels + 4;  // between the results of two pixels; 4 floats avoid bank conflicts
 constexpr int kClocks = 8;                 // numbers of a block in `Args::clocks`
 
@@ -150,45 +151,60 @@ __device__ __forceinline__ Place place_of(const Args& args, int tile_h) {
   return p;
 }
 
-// Copy pixel `from` of a patch's box onto pixel `to`, eight lanes a pixel.
-__device__ __forceinline__ void copy_pixel(char* box, int to, int from, int part) {
-  const uint4 v = *reinterpret_cast<const uint4*>(box + from * kLine + ((part ^ (from & 7)) << 4));
-  *reinterpret_cast<uint4*>(box + to * kLine + ((part ^ (to & 7)) << 4)) = v;
-}
-
 __device__ __forceinline__ int reflected(int i, int size) {
   return i < 0 ? -i : (i >= size ? 2 * (size - 1) - i : i);
 }
 
-// Reflection padding, by one warp: writes the row above the map, the one below it, the column to its left and the one
-// to its right, where the patch contains them.
-__device__ __forceinline__ void mend(char* box, const Args& args, int y0, int x0, int lane) {
-  const int below = args.in_h - y0, beyond = args.in_w - x0;
+// One warp copies `count` pixels of a patch's box onto others, eight lanes a pixel. `pixel` sets where the i-th comes
+// from and goes to, and is false for those that stay. Several are read before the first is written.
+template <typename Pixel>
+__device__ __forceinline__ void copy_pixels(char* box, int count, int lane, const Pixel& pixel) {
+  constexpr int kAhead = 5;
 #pragma unroll 1
-  for (int side = 0; side < 2; ++side) {
-    const int row = side ? below : -1 - y0;
-    if (row < 0 || row >= args.box_rows) continue;
-#pragma unroll 1
-    for (int i = lane; i < args.pitch * 8; i += 32) {
-      const int x = i >> 3, to = reflected(x0 + x, args.in_w) - x0;
-      if (to >= 0 && to < args.pitch) {
-        const int from = reflected(y0 + row, args.in_h) - y0;
-        copy_pixel(box, row * args.pitch + x, from * args.pitch + to, i & 7);
-      }
+  for (int first = lane; first < count * 8; first += 32 * kAhead) {
+    uint4 value[kAhead];
+    int places[kAhead];
+    const int part = lane & 7;
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      const int i = first + 32 * k;
+      int from = 0, to = 0;
+      places[k] = i < count * 8 && pixel(i >> 3, from, to) ? to * kLine + ((part ^ (to & 7)) << 4) : -1;
+      if (places[k] >= 0) value[k] = *reinterpret_cast<const uint4*>(box + from * kLine + ((part ^ (from & 7)) << 4));
+    }
+#pragma unroll
+    for (int k = 0; k < kAhead; ++k) {
+      if (places[k] >= 0) *reinterpret_cast<uint4*>(box + places[k]) = value[k];
     }
   }
+}
+
+// Reflection padding of a patch: the row above the map and the one below it, corners included, where the patch
+// contains them. A tile that is wholly below the map has neither.
+__device__ __forceinline__ void mend_rows(char* box, const Args& args, int y0, int x0, int lane) {
 #pragma unroll 1
   for (int side = 0; side < 2; ++side) {
-    const int column = side ? beyond : -1 - x0;
-    if (column < 0 || column >= args.pitch) continue;
-    const int from = reflected(x0 + column, args.in_w) - x0;
-    if (from < 0 || from >= args.pitch) continue;
+    const int row = side ? args.in_h - y0 : -1 - y0, from_row = reflected(y0 + row, args.in_h) - y0;
+    if (row < 0 || row >= args.box_rows || from_row < 0 || from_row >= args.box_rows) continue;
+    copy_pixels(box, args.pitch, lane, [&](int x, int& from, int& to) {
+      const int column = reflected(x0 + x, args.in_w) - x0;
+      from = from_row * args.pitch + column, to = row * args.pitch + x;
+      return column >= 0 && column < args.pitch;
+    });
+  }
+}
+
+// The column to the left of the map and the one to its right, in the rows of the map. It neither reads nor writes
+// what `mend_rows` writes.
+__device__ __forceinline__ void mend_columns(char* box, const Args& args, int y0, int x0, int lane) {
 #pragma unroll 1
-    for (int i = lane; i < args.box_rows * 8; i += 32) {
-      const int y = i >> 3;
-      if (y0 + y < 0 || y0 + y >= args.in_h) continue;  // the corners are written with the rows
-      copy_pixel(box, y * args.pitch + column, y * args.pitch + from, i & 7);
-    }
+  for (int side = 0; side < 2; ++side) {
+    const int column = side ? args.in_w - x0 : -1 - x0, from_column = reflected(x0 + column, args.in_w) - x0;
+    if (column < 0 || column >= args.pitch || from_column < 0 || from_column >= args.pitch) continue;
+    copy_pixels(box, args.box_rows, lane, [&](int y, int& from, int& to) {
+      from = y * args.pitch + from_column, to = y * args.pitch + column;
+      return y0 + y >= 0 && y0 + y < args.in_h;
+    });
   }
 }
 
@@ -227,7 +243,7 @@ struct Memory {
 #pragma unroll 1
     for (int i = kWarps - 1 - warp; i < args.patch_stages; i += kWarps) {
       barrier_init(patch_full(i), 1);
-      barrier_init(patch_mended(i), 32);
+      barrier_init(patch_mended(i), kMendingWarps * 32);
       barrier_init(patch_empty(i), kGroupWarps * GROUPS);
     }
     barriers_initialised();
@@ -306,9 +322,12 @@ __device__ __forceinline__ void wait_for_signals(const Args& args, const Memory&
   }
 }
 
-// One thread loads the patches, from the feature map or from its planes.
+// One thread loads the patches, from the feature map or from its planes. `wait` waits until they may be read.
+template <typename Wait>
 __device__ __forceinline__ void load_patches(const Args& args, const Memory& memory, const Place& place,
-                                             const CUtensorMap* planes, const Cluster& cluster, Ring& ring) {
+                                             const CUtensorMap* planes, const Cluster& cluster, Ring& ring,
+                                             const Wait& wait) {
+  bool waits = true;
 #pragma unroll 1
   for (int chunk = cluster.part; chunk < args.chunks; chunk += cluster.parts) {
 #pragma unroll 1
@@ -318,6 +337,7 @@ __device__ __forceinline__ void load_patches(const Args& args, const Memory& mem
       const uint32_t full = memory.patch_full(ring.stage);
       barrier_wait(memory.patch_empty(ring.stage), ring.parity);
       barrier_expect(full, args.box_rows * args.pitch * kLine);
+      if (waits) wait(), waits = false;
       copy_box(memory.patches + ring.stage * args.patch_bytes, planes[plane], full, chunk * kChannels, x0, y0,
                place.sample);
       ring.advance();
@@ -325,14 +345,19 @@ __device__ __forceinline__ void load_patches(const Args& args, const Memory& mem
   }
 }
 
-// One warp applies reflection padding to every patch, of a single plane.
+// Two warps apply reflection padding to every patch, of a single plane: `rows` whether this is the one for rows.
 __device__ __forceinline__ void mend_patches(const Args& args, const Memory& memory, const Reading& reading,
-                                             const Cluster& cluster, int lane, Ring& ring) {
+                                             const Cluster& cluster, bool rows, int lane, Ring& ring) {
   char* const patches = memory.bytes + (memory.patches - memory.weights);
 #pragma unroll 1
   for (int chunk = cluster.part; chunk < args.chunks; chunk += cluster.parts) {
     barrier_wait(memory.patch_full(ring.stage), ring.parity);
-    mend(patches + ring.stage * args.patch_bytes, args, reading.y0, reading.x0, lane);
+    char* const box = patches + ring.stage * args.patch_bytes;
+    if (rows) {
+      mend_rows(box, args, reading.y0, reading.x0, lane);
+    } else {
+      mend_columns(box, args, reading.y0, reading.x0, lane);
+    }
     fence_async();
     barrier_arrive(memory.patch_mended(ring.stage));
     ring.advance();
@@ -393,7 +418,7 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
   };
   for (int i = 0; i < group; ++i) next();
   // The loop is always entered and has no branch around the products: ptxas would otherwise wait for each product.
-  // Every group has a step (kernels/hopper.py).
+  // Every group has a step (kernels/hopper_shapes.py).
 #pragma unroll 1
   do {
 #pragma unroll 1

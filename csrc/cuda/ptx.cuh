@@ -334,6 +334,7 @@ __device__ __forceinline__ void warp_product(float (&d)[4], const uint4& a, uint
 
 // The compiler takes the value as unknown from here on, and does not compute it earlier or again.
 __device__ __forceinline__ void opaque(int& value) { asm volatile("" : "+r"(value)); }
+__device__ __forceinline__ void opaque(void*& value) { asm volatile("" : "+l"(value)); }
 
 }  // namespace lgnet
 #endif

@@ -102,10 +102,14 @@ class EmulatedKernel:
     """In place of `cuda_driver.Kernel`; `seed` is a class attribute that tests change."""
 
     seed = 0
+    held = 132  # blocks
     launched: ClassVar[list[str]] = []
 
     def __init__(self, source: str, name: str, *, overlap: bool = False, **options: Any) -> None:
         self.source, self.name, self.options = source, name, options
+
+    def blocks_at_once(self) -> int:
+        return self.held
 
     def launch(self, grid: int, addresses: Sequence[ctypes.c_void_p]) -> None:
         launch(self.source, self.name, grid, addresses, seed=self.seed, **self.options)

@@ -699,6 +699,7 @@ inline void warp_product(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1
 }
 
 inline void opaque(int&) {}
+inline void opaque(void*&) {}
 
 // -- wgmma.cuh -----------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import logging
 import threading
 import weakref
 from dataclasses import replace
@@ -12,10 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from lgnet_fast.kernels import hopper_chain, picture_conv
+from lgnet_fast.kernels import hopper, hopper_chain, picture_conv
+from lgnet_fast.kernels.configs import assume_generation
 from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
+from lgnet_fast import create_model
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import chains
 from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import launches as cuda_launches
@@ -139,20 +141,19 @@ def test_a_chain_is_one_launch_where_its_rectangles_allow_it(monkeypatch: pytest
     made: list[tuple[Rect, ...]] = []
     fits = True
 
-    def tile(executor: CudaExecutor, numbers: range, regions: Any) -> Any:
-        rects = chains.rectangles(plan, numbers, regions)
-        return None if rects is None else (rects, "a tile")
-
-    def make(plan: Plan, numbers: range, weights: Any, view: Any, rects: tuple[Rect, ...], tile: str) -> Any:
+    def fitting(plan: Plan, numbers: range, weights: Any, view: Any, regions: Any, card: Any) -> Any:
+        if (rects := chains.rectangles(plan, numbers, regions)) is None:
+            return None
         made.append(rects)
         launches = [
             one for own, rect in zip(numbers, rects) for one in executor.step_launches(executor.memory, own, (rect,))
         ]
-        return SimpleNamespace(fits=lambda: fits, launch=lambda: cuda_launches.run_all(launches))
+        return SimpleNamespace(launch=lambda: cuda_launches.run_all(launches)) if fits else None
 
     monkeypatch.setattr(CudaExecutor, "_chains", lambda own: [numbers])
-    monkeypatch.setattr(CudaExecutor, "_chain_tile", tile)
-    monkeypatch.setattr(chains, "make_chain", make)
+    monkeypatch.setattr(chains, "fitting_chain", fitting)
+    assert "chain" not in executor.choices.values()  # by estimate a dense run has too many blocks
+    monkeypatch.setattr(chains, "tiles", lambda *call: ("a tile",))
     assert [executor.choices[plan.steps[own].name] for own in numbers] == ["chain", "chain"]
     assert executor.shares_launches
     whole = tuple(plan.steps[own].regions[0] for own in numbers)
@@ -170,27 +171,49 @@ def test_a_chain_is_one_launch_where_its_rectangles_allow_it(monkeypatch: pytest
     assert len(executor.launches()) == len(plan.steps) + 1
 
 
-@pytest.mark.parametrize(("chosen", "tuned", "groups"), [(True, False, 1), (None, True, 1), (None, False, 0),
-                                                         (False, True, 0)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("chosen", "tuned", "used"), [(True, False, True), (None, True, True), (None, False, False), (False, True, False)]
+)
 def test_chains_as_asked_for_or_as_measured(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, chosen: bool | None, tuned: bool, groups: int
+    monkeypatch: pytest.MonkeyPatch, chosen: bool | None, tuned: bool, used: bool
 ) -> None:
+    """The groups are checked once, on a GPU, and not while a graph is captured."""
     plan = tiny_plan()
     names = frozenset({plan.name}) if tuned else frozenset()
     executor = CudaExecutor.of(plan, torch.float32, chains=chosen, tuned=Tuned(chains=names))
+    checked = []
+    monkeypatch.setattr(chains, "checked_runs", lambda *call: checked.append(call) or [range(2)])
     assert executor._chains() == []  # no GPU
     monkeypatch.setattr(CudaExecutor, "_can_check", lambda own: True)
-    monkeypatch.setattr(CudaExecutor, "_chain_tile", lambda own, numbers, regions: ((), "a tile"))
-    monkeypatch.setattr(chains, "runs", lambda plan: [range(2)])
-    reasons = [None, "another GPU"]
-    monkeypatch.setattr(hopper_chain, "reason_against", lambda device, dtype: reasons.pop(0))
-    assert executor._chains() == groups * [range(2)]
-    with caplog.at_level(logging.INFO, "lgnet_fast"):
-        assert executor._chains() == []
-    assert ("chains are launched step by step: another GPU" in caplog.text) == bool(groups)
-    assert CudaExecutor.of(plan, torch.float32, tuned=Tuned(chains=names)).chosen_by.startswith(
-        "measurement" if tuned else "table"
-    )
+    assert executor._chains() == used * [range(2)]
+    monkeypatch.setattr(CudaExecutor, "_can_check", lambda own: False)
+    assert executor._chains() == used * [range(2)]
+    assert len(checked) == used
+    assert executor.chosen_by.startswith("measurement" if tuned else "table")
+
+
+@pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
+def test_a_chain_on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine's own choice of tile, dense and in holes, and its launches; where a launch does not fit, none."""
+    kernel = emulator.EmulatedKernel
+    monkeypatch.setattr(hopper_chain, "Kernel", kernel)
+    monkeypatch.setattr(hopper, "_tensor_map", emulator.tensor_map)
+    monkeypatch.setattr(kernel, "launched", [])
+    monkeypatch.setattr(hopper_chain, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(CudaExecutor, "_can_check", lambda own: True)
+    with torch.device("cpu"):
+        model = create_model("lgnet_demo").eval()
+    plan = build_plan(plan_stages(model), 1, 256, 256)
+    with assume_generation("sm_90"):
+        executor = CudaExecutor.of(plan, torch.float16, chains=True)
+        assert list(executor.choices.values()).count("chain") == 8
+        assert kernel.launched == ["lgnet_chain_float16_4"]  # the check
+        for holes in (None, [Rect(96, 160, 96, 160)], [Rect(0, 32, 0, 32), Rect(224, 256, 224, 256)]):
+            regions = holes and [step.regions for step in CudaExecutor.restricted(plan, holes).steps]
+            made = [one for one in executor.launches(regions) if getattr(one, "__name__", "") == "launch"]
+            assert len(made) == 1
+        monkeypatch.setattr(kernel, "held", 4)
+        assert all(getattr(one, "__name__", "") != "launch" for one in executor.launches())
 
 
 def test_resized_shares_the_weights() -> None:

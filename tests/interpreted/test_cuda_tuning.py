@@ -23,7 +23,7 @@ from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
 from lgnet_fast import cache, info
-from lgnet_fast.engine.cuda import checks
+from lgnet_fast.engine.cuda import chains, checks
 from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import tuning as cuda_tuning
 from lgnet_fast.engine.cuda import tuning_convolutions as cuda_tuning_convolutions
@@ -654,7 +654,8 @@ def test_chains_share_a_launch_where_the_whole_gains(
             return super().time(launches, spread)
 
     monkeypatch.setattr(CudaExecutor, "_chains", groups)
-    monkeypatch.setattr(CudaExecutor, "_chain", lambda *call: SimpleNamespace(launch=lambda: None))
+    monkeypatch.setattr(chains, "tiles", lambda *call: ("a tile",))
+    monkeypatch.setattr(chains, "fitting_chain", lambda *call: SimpleNamespace(launch=lambda: None))
     found = run(short, ChainTimer(splits_are_slow, (3.0, 2.0)))
     assert found.chains == ({short.name} if gains else set())
     assert found.now_ms == pytest.approx(with_us if gains else 2.0)

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from ...ops.torch_state import is_capturing
 from ..executor import Regions
-from ..plan import PICTURE, AttentionStep, ConvStep, Plan, Step
+from ..plan import PICTURE, AttentionStep, ConvStep, Plan, Step, View
 from ..regions import Rect
 from . import chains
 from .deep_layers import applies, group_launch, make_groups
@@ -31,11 +32,11 @@ from .weights import CudaWeights, Tuned, conv_of, target_of, work_of
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+    from lgnet_fast.kernels.cards import Card
     from lgnet_fast.kernels.compiled import CompiledTile
     from lgnet_fast.kernels.conv_configs import Tile
     from lgnet_fast.kernels.deep import DeepGroup
     from lgnet_fast.kernels.hopper_chain import Chain
-    from lgnet_fast.kernels.hopper_shapes import HopperTile
     from lgnet_fast.kernels.results import Merge
 
     from .weights import Choice, Overlap
@@ -84,6 +85,7 @@ class CudaExecutor(GraphExecutor):
         if options.overlap not in (None, "none") and (reason := self._overlap_reason()) is not None:
             raise RuntimeError(f"overlap: {reason}")
         self._groups: dict[int, DeepGroup] | None = None
+        self._chained: list[range] | None = None
 
     @classmethod
     def of(
@@ -165,14 +167,13 @@ class CudaExecutor(GraphExecutor):
         """The tile of least estimated time of a compiled kernel that was the fastest at the nearest size: hardly any
         hole's number of rows is measured. None where the estimate is not clearly less than Triton's."""
         from lgnet_fast.kernels import picture_conv
-        from lgnet_fast.kernels.cards import card_with
         from lgnet_fast.kernels.conv_configs import estimate
         from lgnet_fast.kernels.hopper_shapes import HopperTile, ranked, tile_like
 
         target = target_of(self.device, self.dtype)
         source, out = self.plan.source(step), self.plan.target(step)
         where = tuple(out.everywhere if rect is None else rect)
-        product = conv_of(step), self.plan.batch, source.size, out.size, where, card_with(*target[1:])
+        product = conv_of(step), self.plan.batch, source.size, out.size, where, self._card
         if not isinstance(nearest, HopperTile):  # by estimate these gain at every size
             return picture_conv.pick_tile(*product)[0]
         found = tile_like(nearest, ranked(*product))
@@ -189,7 +190,9 @@ class CudaExecutor(GraphExecutor):
         for first, group in self._deep_groups().items():
             choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
         for numbers in self._chains():
-            choices.update((step.name, "chain") for step in self.plan.steps[numbers.start : numbers.stop])
+            rects = chains.rectangles(self.plan, numbers, None)
+            if rects is not None and chains.tiles(self.plan, numbers, rects, self._card):
+                choices.update((step.name, "chain") for step in self.plan.steps[numbers.start : numbers.stop])
         if self.overlap != "none":
             choices["launches"] = f"overlap, {self.overlap}"
         return choices
@@ -243,7 +246,7 @@ class CudaExecutor(GraphExecutor):
             if count and (regions is None or applies(self.plan, range(number, number + count), regions)):
                 launches.append(group_launch(self.plan, number, groups[number], memory.view)[0])
                 number += count
-            elif number in chained and (chain := self._chain(memory, chained[number], regions)) is not None:
+            elif number in chained and (chain := self._chain(chained[number], memory.view, regions)) is not None:
                 launches.append(chain.launch)
                 number = chained[number].stop
             else:
@@ -273,35 +276,23 @@ class CudaExecutor(GraphExecutor):
         return bool(self._deep_groups() or self._chains())
 
     def _chains(self) -> list[range]:
-        """The groups of steps that share a launch in a dense run, and in others where their rectangles allow it."""
-        wanted = self.options.chains
-        if wanted is None:
-            wanted = self.plan.name in self.weights.tuned.chains
-        if not wanted or not self._can_check():
-            return []
-        from lgnet_fast.kernels.hopper_chain import reason_against
+        """The groups of steps that share a launch where their rectangles allow it (see :mod:`.chains`)."""
+        if self._chained is None and self._can_check():
+            wanted = self.options.chains
+            if wanted is None:
+                wanted = self.plan.name in self.weights.tuned.chains
+            with torch.inference_mode(False), torch.no_grad():
+                self._chained = chains.checked_runs(self.plan, self.weights.steps, self._card) if wanted else []
+        return self._chained or []
 
-        if (reason := reason_against(self.device, self.dtype)) is not None:
-            logger.info("chains are launched step by step: %s", reason)
-            return []
-        return [numbers for numbers in chains.runs(self.plan) if self._chain_tile(numbers, None) is not None]
+    def _chain(self, numbers: range, view: Callable[[View], Tensor], regions: Regions | None) -> Chain | None:
+        return chains.fitting_chain(self.plan, numbers, self.weights.steps, view, regions, self._card)
 
-    def _chain_tile(self, numbers: range, regions: Regions | None) -> tuple[tuple[Rect, ...], HopperTile] | None:
+    @property
+    def _card(self) -> Card:
         from lgnet_fast.kernels.cards import card_with
-        from lgnet_fast.kernels.configs import device_generation
 
-        rects = chains.rectangles(self.plan, numbers, regions)
-        if rects is None:
-            return None
-        best = chains.best_tile(self.plan, numbers, rects, card_with(*device_generation(self.device)))
-        return None if best is None else (rects, best[0])
-
-    def _chain(self, memory: Memory, numbers: range, regions: Regions | None) -> Chain | None:
-        """The launch of a group of steps, or None where they are launched one by one."""
-        if (found := self._chain_tile(numbers, regions)) is None:
-            return None
-        chain = chains.make_chain(self.plan, numbers, self.weights.steps, memory.view, *found)
-        return chain if chain.fits() else None
+        return card_with(*target_of(self.device, self.dtype)[1:])
 
     def precompile(self) -> None:
         """Compile the kernels of a dense run in several processes. A failure is reported by the launch itself."""
