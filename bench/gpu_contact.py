@@ -445,7 +445,7 @@ def measure(args: argparse.Namespace) -> int:
     import triton
 
     from lgnet_fast.engine.cuda.executor import CudaExecutor
-    from lgnet_fast.engine.cuda.tuning import at_first_use
+    from lgnet_fast.engine.cuda.first_use import at_first_use
     from lgnet_fast.engine.cuda.weights import Tuned
 
     deadline = time.perf_counter() + 60 * args.minutes

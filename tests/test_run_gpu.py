@@ -207,7 +207,7 @@ def done(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(gpu_contact, "compile_dense", lambda *_: done.append("compile"))
     monkeypatch.setattr(gpu_contact, "check_buffers", lambda *_: done.append("buffers"))
     monkeypatch.setattr(gpu_contact, "time_graph", lambda *args: done.append(f"graph {args[-1]}"))
-    monkeypatch.setattr("lgnet_fast.engine.cuda.tuning.at_first_use", lambda *_: "first use")
+    monkeypatch.setattr("lgnet_fast.engine.cuda.first_use.at_first_use", lambda *_: "first use")
     monkeypatch.setattr(gpu_contact, "time_steps", lambda *args: done.append(f"steps {named(args[2])}"))
     monkeypatch.setattr(gpu_contact, "time_holes", lambda *args: done.append(f"holes {named(args[2])}"))
     monkeypatch.setattr(gpu_contact, "time_calls", lambda *_: done.append("calls"))

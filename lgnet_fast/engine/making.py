@@ -52,7 +52,7 @@ def optimize(
     """A fast form of `model`, called in the same way: ``engine(image, mask)``.
 
     On an NVIDIA GPU (sm_80 and later, with Triton) the first engine of a network and size in 16 bit measures the
-    compiled kernels (:func:`.cuda.tuning.at_first_use`), and all kernels are checked once against the model in
+    compiled kernels (:func:`.cuda.first_use.at_first_use`), and all kernels are checked once against the model in
     float32; choices and verdict are kept in the user's cache folder. Where a check fails, a WARNING says so and the
     next best path runs (:mod:`.cuda.verified`). Other NVIDIA GPUs run the same steps by PyTorch's operators, in one
     CUDA graph, checked alike. Where there is no faster executor, the model itself runs, in the best memory format for

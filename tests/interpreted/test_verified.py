@@ -89,7 +89,7 @@ def test_what_the_first_use_measures_is_checked_and_runs(monkeypatch: pytest.Mon
     plan = Model.plan = cast(picture_plan(), torch.float32)
     steps = {s.name: s for s in plan.steps if isinstance(s, ConvStep)}
     tuned = Tuned({product_key(work_of(plan, steps[name]), "half"): tile for name, tile in tiles.items()})
-    monkeypatch.setattr(verified.tuning, "at_first_use", lambda *args: tuned)
+    monkeypatch.setattr(verified.first_use, "at_first_use", lambda *args: tuned)
     executor, verdict = decide(plan)
     assert (verdict.runs, verdict.reason) == ("graph", None)
     assert {name for name, choice in executor.choices.items() if choice.startswith("picture")} == tiles.keys()

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Inference
     from lgnet_fast.kernels.conv_configs import Work
 
+    from .executor import CudaExecutor
     from .weights import Choice
 
 GAIN = 0.02
@@ -105,6 +106,19 @@ class Timer:
         torch.cuda.current_stream(self.device).synchronize()
 
 
+def whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:
+    """Milliseconds of a dense run of each executor, the least of three rounds; the executors take turns."""
+    runs = []
+    for executor in executors:
+        executor.memory.arena.zero_()
+        runs.append(functools.partial(run_all, executor.launches()))
+    best = [float("inf")] * len(runs)
+    for _ in range(3):
+        for number, (executor, run) in enumerate(zip(executors, runs)):
+            best[number] = min(best[number], 1e-3 * timer.time([run], executor.overlap == "spread"))
+    return best
+
+
 @dataclass
 class Found:
     """Measurements of a plan.
@@ -170,14 +184,15 @@ class Found:
         return found
 
     def __str__(self) -> str:
-        if self.at_first_use:
-            return f"{len(self.tiles)} convolutions measured at first use"
-        count = f"{len(self.tiles)} convolutions, {len(self.attention)} attention blocks measured"
-        if self.now_ms is None or self.before_ms is None:
-            return f"{count}, not to the end"
         deep = ", deep layers in one launch" if self.deep_rows else ""
         overlap = ", overlapping launches" if self.overlap else ""
         chains = ", chains of convolutions in one launch" if self.chains else ""
+        if self.at_first_use:
+            count = f"{len(self.tiles)} convolutions" if self.tiles else "launches of several layers"
+            return f"{count} measured at first use{deep}{chains}"
+        count = f"{len(self.tiles)} convolutions, {len(self.attention)} attention blocks measured"
+        if self.now_ms is None or self.before_ms is None:
+            return f"{count}, not to the end"
         return f"{count}{deep}{chains}{overlap}: {self.now_ms:.3f} ms a run, without {self.before_ms:.3f} ms"
 
 
@@ -205,6 +220,12 @@ def product_key(work: Work, kind: str) -> tuple[Any, ...]:
     return (kind, *work[:4])
 
 
+def tuned_plans(key: cache.Key) -> set[str]:
+    """Names of the plans of which a tuning has decided how whole runs are launched, also that nothing gains."""
+    found = {entry.name: Found.from_dict(entry.value) for entry in cache.entries(cache.CHOICES) if entry.key == key}
+    return {name for name, one in found.items() if one and not one.at_first_use and one.now_ms is not None}
+
+
 def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = None) -> Tuned:
     """All measurements on a GPU in a dtype, for all networks and sizes; those of a tuning before those at first use.
 
@@ -213,6 +234,7 @@ def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = N
     key = cache.key_for(device, dtype)
     found = [Found.from_dict(entry.value) for entry in cache.entries(cache.CHOICES) if entry.key == key]
     all_found = sorted((one for one in found if one is not None), key=lambda one: not one.at_first_use)
+    decided = tuned_plans(key)
     tiles: dict[tuple[Any, ...], Any] = {}
     attention: dict[tuple[int, int, int], Inference] = {}
     deep_rows: dict[str, int] = {}
@@ -223,9 +245,10 @@ def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = N
             tuned = one.tuned()
             tiles.update(tuned.tiles)
             attention.update(tuned.attention)
-            deep_rows.update(tuned.deep_rows)
+            overridden = decided if one.at_first_use and at_first_use is None else set()
+            deep_rows.update({name: rows for name, rows in tuned.deep_rows.items() if name not in overridden})
             overlap.update(tuned.overlap)
-            chains |= tuned.chains
+            chains |= tuned.chains - overridden
     return Tuned(tiles, attention, deep_rows, overlap, chains)
 
 

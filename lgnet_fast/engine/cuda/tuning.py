@@ -6,8 +6,7 @@ tuning, and timed. The results are kept (:mod:`.measure`); where nothing was bet
 whole runs are timed to find whether the deep layers should share a launch (:mod:`.deep_layers`), whether consecutive
 convolutions of the same shape should (:mod:`.chains`), then whether launches should overlap.
 
-Without a tuning, an engine's first use measures the compiled kernels, those for the picture and the convolution for
-Hopper, because that takes seconds.
+Without a tuning, an engine's first use measures what takes seconds (:mod:`.first_use`).
 """
 
 from __future__ import annotations
@@ -17,22 +16,19 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, get_args
 
 import torch
-from torch import Tensor
 
 from ... import cache
-from ..plan import PICTURE, AttentionStep, ConvStep, Plan
-from .checks import checked_plan
+from ..plan import AttentionStep, Plan
 from .executor import CudaExecutor, CudaOptions
-from .graphs import CaptureError, error_text
+from .graphs import CaptureError
 from .launches import run_all
-from .measure import GAIN, GAIN_ALONE, Found, Timer, kept, product_key, progress_of
+from .measure import GAIN, Found, Timer, kept, product_key, progress_of, whole_runs
 from .tuning_attention import tune_attention
 from .tuning_convolutions import Contest, groups_of, tune_convolutions
-from .weights import CudaWeights, Overlap, Tuned, conv_of, target_of, work_of
+from .weights import CudaWeights, Overlap, target_of, work_of
 
 logger = logging.getLogger("lgnet_fast")
 waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
@@ -88,10 +84,13 @@ def tune(
         tune_attention(plan, dtype, device, found, timer, log, keep, after(1.0), 3 * tried)
         tuned = found.tuned()
         tuned_weights = CudaWeights.pack(
-            plan, dtype, device=device, tuned=replace(tuned, tiles={**untuned.tiles, **tuned.tiles})
+            plan,
+            dtype,
+            device=device,
+            tuned=replace(untuned, tiles={**untuned.tiles, **tuned.tiles}, attention=tuned.attention),
         )
         both = [CudaExecutor(plan, one, CudaOptions(graphs=False)) for one in (weights, tuned_weights)]
-        found.before_ms, found.now_ms = _whole_runs(both, timer)
+        found.before_ms, found.now_ms = whole_runs(both, timer)
         del both
         if found.now_ms > found.before_ms:
             progress(f"a run takes {found.now_ms:.3f} ms with, {found.before_ms:.3f} ms without: nothing is changed")
@@ -114,139 +113,17 @@ def tune(
     return found
 
 
-def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
-    """All choices that are kept for a GPU. Where they lack those between compiled kernels, these are measured before.
-
-    These are, in 16 bit, the steps with 4 input or 3 output channels (`kernels/picture_conv.py`) and, on Hopper, most
-    others (`kernels/hopper.py`). A process for each kernel measures them, because it may not have run on this GPU
-    yet. Nothing is measured where no process can be started, or where the result could not be kept. A failure is
-    logged and kept, and what runs without tuning stays.
-
-    Args:
-        plan: dense, with float32 weights on `device`.
-        dtype, device: of the computation.
-    """
-    from lgnet_fast.kernels.compiled import AT_FIRST_USE
-    from lgnet_fast.kernels.compiled_checks import DTYPES
-
-    tuned = kept(device, dtype)
-    if dtype not in DTYPES:
-        return tuned
-    for title, kernel in AT_FIRST_USE.items():
-        try:
-            if not kernel.runs_on(device):
-                continue
-            part = _part(checked_plan(plan), kernel)
-            if _has_all(tuned, part, dtype, device):
-                continue
-            reason = _measure_at_first_use(title, part, plan.name, dtype, device)
-        except Exception as error:  # the engine can do without
-            reason = error_text(error)
-        if reason is not None:
-            logger.info("not measured: %s: %s", title, reason)
-    return kept(device, dtype)
-
-
-def _part(plan: Plan, kernel: ModuleType) -> Plan:
-    """The steps of a plan that a compiled kernel can compute, without their weights."""
-    steps = tuple(s for s in plan.steps if isinstance(s, ConvStep) and kernel.unsupported(conv_of(s)) is None)
-    views = [view for s in steps for view in (s.source, s.residual, *(store.view for store in s.stores)) if view]
-    used = {PICTURE, *(view.buffer for view in views)}
-    part = replace(plan, steps=steps, buffers={n: b for n, b in plan.buffers.items() if n in used})
-    return part.without_weights()
-
-
-def _measure_at_first_use(title: str, part: Plan, name: str, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why nothing is measured now; None where it is, was tried before, or could not be kept.
-
-    title: of the kernel. part: :func:`_part` of the plan `name`, at the size of a check, because the choices hold for
-    all sizes.
-    """
-    from lgnet_fast.kernels.apart import call_apart, unavailable
-    from lgnet_fast.kernels.compiled_checks import OTHERWISE
-
-    if not cache.can_keep():
-        return None
-    key, attempt = cache.key_for(device, dtype), f"{title}, {name}"
-    if cache.get(key, cache.VERDICTS, attempt) is not None:
-        return None  # it has failed before
-    if (reason := unavailable(device)) is not None:
-        return reason
-    waits.info("checking and measuring %s", title)
-    outcome = call_apart(measure_compiled, device, dtype, title, part)
-    if outcome is None:
-        return "the other process had too little memory, or was ended"
-    if (found := Found.from_dict(outcome.value)) is not None:
-        cache.put(key, cache.CHOICES, f"{name}, {title}, at first use", found.as_dict())
-        return None
-    value = {"passed": False, "reason": outcome.problem, "otherwise": OTHERWISE}
-    cache.put(key, cache.VERDICTS, attempt, value)
-    return outcome.problem
-
-
-def _has_all(tuned: Tuned, part: Plan, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether every product of a part was measured."""
-    kind, _, _ = target_of(device, dtype)
-    return all(tuned.tile(work_of(part, s), kind) is not None for s in part.steps if isinstance(s, ConvStep))
-
-
-def measure_compiled(device: torch.device, dtype: torch.dtype, title: str, part: Plan) -> dict[str, Any]:
-    """The measurements of the kernel `title` and its :func:`_part` on a GPU, as a dictionary, with noise as weights.
-
-    Raises:
-        RuntimeError: a tile is wrong or fails, so that none may be used.
-    """
-    from lgnet_fast.kernels.compiled import AT_FIRST_USE
-
-    problems: list[str] = []
-    tell = progress_of(logger.info)
-
-    def log(section: str, **figures: Any) -> None:
-        if "error" in figures or "wrong" in figures:
-            problem = figures.get("error") or f"relative error {figures['wrong']:.1e}"
-            problems.append(f"{figures['step']} with {figures['tile']}: {problem}")
-        tell(section, **figures)
-
-    if (reason := AT_FIRST_USE[title].reason_against(device, dtype)) is not None:
-        raise RuntimeError(reason)
-    found = Found(at_first_use=True)
-    with torch.inference_mode(False), torch.no_grad():
-        steps = tuple(replace(s, weight=_noise(s.weight, device), bias=_noise(s.bias, device)) for s in part.steps)
-        contest = Contest(replace(part, steps=steps), dtype, device, GAIN_ALONE)
-        tune_convolutions(contest, found, Timer(device), log, lambda: None, contest.few_candidates, lambda: False)
-    if problems:
-        raise RuntimeError(problems[0])
-    return found.as_dict()
-
-
-def _noise(like: Tensor, device: torch.device) -> Tensor:
-    return torch.randn(like.shape, device=device, dtype=torch.float32) / max(1, like.numel() // like.shape[0]) ** 0.5
-
-
-def _whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:
-    """Milliseconds of a dense run of each executor, the least of three rounds; the executors take turns."""
-    runs = []
-    for executor in executors:
-        executor.memory.arena.zero_()
-        runs.append(functools.partial(run_all, executor.launches()))
-    best = [float("inf")] * len(runs)
-    for _ in range(3):
-        for number, (executor, run) in enumerate(zip(executors, runs)):
-            best[number] = min(best[number], 1e-3 * timer.time([run], executor.overlap == "spread"))
-    return best
-
-
 def _fastest(executors: Sequence[CudaExecutor], now_ms: float, timer: Timer) -> tuple[CudaExecutor, float]:
-    """The executor whose run is shortest, and its milliseconds; the first one, and `now_ms`, where no other gains, or
-    where one cannot be captured."""
+    """The executor whose run is shortest, and its milliseconds; the first one where no other gains. Where one cannot
+    be captured, the first one and `now_ms`."""
     try:
-        without, *times = _whole_runs(executors, timer)
+        without, *times = whole_runs(executors, timer)
     except CaptureError as error:  # such as a driver that does not let blocks be spread
         logger.info("whole runs are not compared: %s", error)
         return executors[0], now_ms
     best = min(range(len(times)), key=times.__getitem__)
     if times[best] > (1 - GAIN) * without:
-        return executors[0], now_ms
+        return executors[0], without
     return executors[1 + best], times[best]
 
 

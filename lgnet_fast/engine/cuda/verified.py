@@ -27,7 +27,7 @@ from ...ops.torch_state import engine_float32, pass_on_out_of_memory
 from ...reference.lgnet import LGNet, LocalGlobalRefinement
 from ..model_executor import ModelExecutor
 from ..plan import Plan
-from . import tuning
+from . import first_use
 from .checks import Example, check_steps, checked_plan, judge, make_example, one_picture
 from .executor import CudaExecutor
 from .graph_executor import GraphExecutor
@@ -70,7 +70,7 @@ def verified(
     engine: GraphExecutor | None
     try:
         if (without := CudaExecutor.unavailable_reason(device, dtype)) is None:
-            tuned = tuning.at_first_use(plan, dtype, device)
+            tuned = first_use.at_first_use(plan, dtype, device)
             engine = CudaExecutor.of(plan, dtype, device=device, tuned=tuned, graphs=graphs)
         else:
             logger.info("the engine runs by PyTorch's operators: %s", without)
