@@ -10,6 +10,7 @@ these.
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -24,7 +25,8 @@ from ..plan import PICTURE, ConvStep, Plan, Step
 from .checks import checked_plan
 from .executor import CudaExecutor, CudaOptions
 from .graphs import error_text
-from .measure import GAIN_ALONE, Found, Timer, kept, progress_of, tuned_plans, whole_runs
+from .launches import run_all
+from .measure import GAIN_ALONE, Found, Timer, kept, progress_of, tuned_plans
 from .tuning_convolutions import Contest, tune_convolutions
 from .weights import CudaWeights, Tuned, conv_of, target_of, work_of
 
@@ -207,6 +209,19 @@ def measure_shared(device: torch.device, dtype: torch.dtype, name: str, parts: S
     if _gains(times["chain"]):
         found.chains = frozenset({name})
     return found.as_dict()
+
+
+def whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:
+    """Milliseconds of a dense run of each executor, the least of three rounds; the executors take turns."""
+    runs = []
+    for executor in executors:
+        executor.memory.arena.zero_()
+        runs.append(functools.partial(run_all, executor.launches()))
+    best = [float("inf")] * len(runs)
+    for _ in range(3):
+        for number, (executor, run) in enumerate(zip(executors, runs)):
+            best[number] = min(best[number], 1e-3 * timer.time([run], executor.overlap == "spread"))
+    return best
 
 
 def _gains(times: Sequence[Sequence[float]]) -> bool:

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Inference
     from lgnet_fast.kernels.conv_configs import Work
 
-    from .executor import CudaExecutor
     from .weights import Choice
 
 GAIN = 0.02
@@ -104,19 +103,6 @@ class Timer:
     def wait(self) -> None:
         """Wait for the launches; raises their errors. Waiting for all streams would end another thread's capture."""
         torch.cuda.current_stream(self.device).synchronize()
-
-
-def whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:
-    """Milliseconds of a dense run of each executor, the least of three rounds; the executors take turns."""
-    runs = []
-    for executor in executors:
-        executor.memory.arena.zero_()
-        runs.append(functools.partial(run_all, executor.launches()))
-    best = [float("inf")] * len(runs)
-    for _ in range(3):
-        for number, (executor, run) in enumerate(zip(executors, runs)):
-            best[number] = min(best[number], 1e-3 * timer.time([run], executor.overlap == "spread"))
-    return best
 
 
 @dataclass

@@ -23,9 +23,10 @@ import torch
 from ... import cache
 from ..plan import AttentionStep, Plan
 from .executor import CudaExecutor, CudaOptions
+from .first_use import whole_runs
 from .graphs import CaptureError
 from .launches import run_all
-from .measure import GAIN, Found, Timer, kept, product_key, progress_of, whole_runs
+from .measure import GAIN, Found, Timer, kept, product_key, progress_of
 from .tuning_attention import tune_attention
 from .tuning_convolutions import Contest, groups_of, tune_convolutions
 from .weights import CudaWeights, Overlap, target_of, work_of
