@@ -336,6 +336,9 @@ def check_two_streams(log: Log, first: ChainCase, second: ChainCase) -> None:
     """Whether launches that need nearly all multiprocessors each end, with the bits that they give alone."""
     cases = first, second
     launches = [case.chain() for case in cases]
+    if not all(chain.fits() for chain in launches):
+        log("chains on two streams", refused=f"{launches[0].description.grid} blocks")
+        return
     for chain in launches:
         chain.launch()
     torch.cuda.synchronize()

@@ -155,7 +155,6 @@ def test_a_chain_is_one_launch_where_its_rectangles_allow_it(monkeypatch: pytest
     assert "chain" not in executor.choices.values()  # by estimate a dense run has too many blocks
     monkeypatch.setattr(chains, "tiles", lambda *call: ("a tile",))
     assert [executor.choices[plan.steps[own].name] for own in numbers] == ["chain", "chain"]
-    assert executor.shares_launches
     whole = tuple(plan.steps[own].regions[0] for own in numbers)
     for regions, count in (
         (None, len(plan.steps)),

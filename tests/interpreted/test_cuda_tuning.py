@@ -22,7 +22,8 @@ from lgnet_fast.kernels.hopper_shapes import HopperTile
 from lgnet_fast.kernels.picture_conv import PictureTile
 from torch import Tensor
 
-from lgnet_fast import cache, info
+from lgnet_fast import LGNet, cache, info
+from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import chains, checks, deep_layers
 from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import first_use as cuda_first_use
@@ -473,14 +474,16 @@ def test_the_first_use_measures_launches_of_several_layers(
     """Used where they take a tenth less than one by one (30 and 40 us with the picture's), of this plan alone."""
     other_process[0] = GroupTimer({2: deep_us, 3: chain_us})
     tuned = first_use(groups)
-    assert other_process[1:] == [cuda_first_use.measure_shared]
+    assert other_process[1:] == 2 * [cuda_first_use.measure_shared]
     assert shared_steps(groups, tuned) == used
     assert shared_steps(groups.resized(2, 64, 64), tuned) == {}
-    (entry,) = cache.entries(cache.CHOICES)
-    assert entry.name == f"{groups.name}, launches of several layers, at first use"
-    assert str(Found.from_dict(entry.value)).startswith("launches of several layers measured at first use")
+    assert sorted(entry.name for entry in cache.entries(cache.CHOICES)) == [
+        f"{groups.name}, {title} in one launch, at first use" for title in ("chains of convolutions", "deep layers")
+    ]
+    for entry in cache.entries(cache.CHOICES):
+        assert str(Found.from_dict(entry.value)).startswith("launches of several layers measured at first use")
     assert first_use(groups) == tuned
-    assert len(other_process) == 2
+    assert len(other_process) == 3
 
 
 def test_a_tuning_decides_which_layers_share_launches(groups: Plan, other_process: list[Any]) -> None:
@@ -502,21 +505,73 @@ def test_a_tuning_decides_which_layers_share_launches(groups: Plan, other_proces
             cache.drop(entry.key, cache.CHOICES)
     cache.put(key, cache.CHOICES, groups.name, Found(now_ms=1.0).as_dict())
     assert shared_steps(groups, first_use(groups)) == {}
-    assert len(other_process) == 2
+    assert len(other_process) == 3
+
+
+@pytest.mark.parametrize(("gain", "stays"), [(0.01, True), (0.03, False)])
+def test_a_tuning_starts_from_what_the_first_use_has_chosen(
+    groups: Plan, other_process: list[Any], monkeypatch: pytest.MonkeyPatch, gain: float, stays: bool
+) -> None:
+    """Launches one by one must gain two percent of the run to replace it; a tuning that did not end does not."""
+    other_process[0] = GroupTimer({2: 1.0, 3: 1.0})
+    first_use(groups)
+
+    class RunTimer(FakeTimer):
+        def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
+            if len(launches) > 1:
+                return super().time(launches)
+            run: Any = launches[0]
+            shared = sum(getattr(one, "func", None) is in_one_launch for one in run.args[0])
+            return 2000.0 * (1 - gain * (2 - shared))
+
+    def stopped(*call: Any) -> Any:
+        raise KeyboardInterrupt
+
+    timer = RunTimer(splits_are_slow)
+    with monkeypatch.context() as patch:
+        patch.setattr(cuda_tuning, "_best_overlap", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            tune(groups, torch.float16, CPU, 1e6, timer=timer, tried=1)
+    assert shared_steps(groups, kept(CPU, torch.float16)) == {"deep": 2, "chain": 3}
+    found = tune(groups, torch.float16, CPU, 1e6, timer=timer, tried=1)
+    used = {"deep": 2, "chain": 3} if stays else {}
+    assert shared_steps(groups, kept(CPU, torch.float16)) == used
+    assert (bool(found.deep_rows), bool(found.chains)) == (stays, stays)
+    assert found.before_ms == pytest.approx(2.0)
+    assert found.now_ms == pytest.approx(2.0 if stays else 2.0 * (1 - 2 * gain))
 
 
 def test_launches_of_several_layers_that_fail_are_not_tried_again(
     groups: Plan, other_process: list[Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(*arguments: Any) -> dict[str, Any]:
-        raise RuntimeError("an illegal instruction was encountered")
+    """A kind that fails does not rule out the other one."""
+    measure = cuda_first_use.measure_shared
 
+    def fails(device: torch.device, dtype: torch.dtype, kind: str, *rest: Any) -> dict[str, Any]:
+        if kind == "deep":
+            raise RuntimeError("an illegal instruction was encountered")
+        return measure(device, dtype, kind, *rest)
+
+    other_process[0] = GroupTimer({3: 1.0})
     monkeypatch.setattr(cuda_first_use, "measure_shared", fails)
     with caplog.at_level(logging.INFO, "lgnet_fast"):
-        assert shared_steps(groups, first_use(groups)) == {}
-        assert shared_steps(groups, first_use(groups)) == {}
-    assert caplog.text.count("not measured: launches of several layers: an illegal instruction") == 1
-    assert len(other_process) == 2
+        assert shared_steps(groups, first_use(groups)) == {"chain": 3}
+        assert shared_steps(groups, first_use(groups)) == {"chain": 3}
+    assert caplog.text.count("not measured: deep layers in one launch: an illegal instruction") == 1
+    assert len(other_process) == 3
+
+
+def test_a_group_whose_weights_another_stage_has() -> None:
+    """In the part that is measured its first step has them."""
+    with torch.device("meta"):
+        model = LGNet(share_coarse=True).eval()
+    plan = build_plan(plan_stages(model), 1, 256, 256)
+    for numbers in deep_layers.runs(plan, 64):
+        part = cuda_first_use._part(plan, plan.steps[numbers.start : numbers.stop].__contains__)
+        assert [step.name for step in part.steps] == [plan.steps[number].name for number in numbers]
+        assert all(step.weights_of == step.name for step in part.steps)
+        assert deep_layers.runs(part, 64) == [range(len(numbers))]
+    assert {plan.steps[number].weights_of.split(".")[0] for number in numbers} == {"net_c"}
 
 
 @pytest.mark.usefixtures("groups")

@@ -270,11 +270,6 @@ class CudaExecutor(GraphExecutor):
 
         return self.device.type == "cuda" and not is_capturing(self.device) and not is_recording()
 
-    @property
-    def shares_launches(self) -> bool:
-        """Whether some steps share a launch."""
-        return bool(self._deep_groups() or self._chains())
-
     def _chains(self) -> list[range]:
         """The groups of steps that share a launch where their rectangles allow it (see :mod:`.chains`)."""
         if self._chained is None and self._can_check():

@@ -33,8 +33,10 @@ from .weights import CudaWeights, Tuned, conv_of, target_of, work_of
 logger = logging.getLogger("lgnet_fast")
 waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
-SHARED = "launches of several layers"
+SHARED = {"deep": "deep layers in one launch", "chain": "chains of convolutions in one launch"}
+"""Kinds of groups of layers that share a launch, as in the executor's `choices`, by what messages call them."""
 _DEEP_ROWS = 64
+"""Value of :attr:`.executor.CudaOptions.deep_rows` that is timed."""
 
 
 def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
@@ -50,7 +52,8 @@ def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
     if dtype in DTYPES:
         for title, kernel in AT_FIRST_USE.items():
             _tried(title, _compiled, title, kernel, plan, dtype, device)
-        _tried(SHARED, _shared, plan, dtype, device)
+        for kind, title in SHARED.items():
+            _tried(title, _shared, kind, plan, dtype, device)
     return kept(device, dtype)
 
 
@@ -75,33 +78,47 @@ def _compiled(title: str, kernel: ModuleType, plan: Plan, dtype: torch.dtype, de
     return _measured_apart(title, plan.name, dtype, device, measure_compiled, title, part)
 
 
-def _shared(plan: Plan, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Measure the groups of layers that can share a launch where that was not done; why not, or None."""
-    from lgnet_fast.kernels import deep, hopper
-    from lgnet_fast.kernels.cards import card_with
+def _shared(kind: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Measure the groups of a :data:`SHARED` kind where that was not done; why not, or None."""
+    from lgnet_fast.kernels import hopper
 
-    from . import chains, deep_layers
-
-    key = cache.key_for(device, dtype)
+    key, title = cache.key_for(device, dtype), SHARED[kind]
     if not hopper.runs_on(device) or plan.name in tuned_plans(key):
         return None
-    if cache.get(key, cache.CHOICES, _entry(plan.name, SHARED)) is not None:
+    if cache.get(key, cache.CHOICES, _entry(plan.name, title)) is not None:
         return None
-    groups = deep_layers.runs(plan, min(_DEEP_ROWS, deep.MAX_ROWS))
-    card = card_with(*target_of(device, dtype)[1:])
-    for numbers in chains.runs(plan):
-        rects = chains.rectangles(plan, numbers, None)
-        if rects is not None and chains.tiles(plan, numbers, rects, card):
-            groups.append(numbers)
+    groups = _deep_groups(plan) if kind == "deep" else _chains(plan, dtype, device)
     if not groups:
         return None
     parts = [_part(plan, plan.steps[numbers.start : numbers.stop].__contains__) for numbers in groups]
-    return _measured_apart(SHARED, plan.name, dtype, device, measure_shared, plan.name, parts)
+    return _measured_apart(title, plan.name, dtype, device, measure_shared, kind, plan.name, parts)
+
+
+def _deep_groups(plan: Plan) -> list[range]:
+    from . import deep_layers
+
+    return deep_layers.runs(plan, _DEEP_ROWS)
+
+
+def _chains(plan: Plan, dtype: torch.dtype, device: torch.device) -> list[range]:
+    """Those that gain in a dense run by estimate."""
+    from lgnet_fast.kernels.cards import card_with
+
+    from . import chains
+
+    card = card_with(*target_of(device, dtype)[1:])
+    rects = {numbers: chains.rectangles(plan, numbers, None) for numbers in chains.runs(plan)}
+    return [numbers for numbers, whole in rects.items() if whole and chains.tiles(plan, numbers, whole, card)]
 
 
 def _part(plan: Plan, belongs: Callable[[ConvStep], bool]) -> Plan:
     """Some convolutions of a plan, without their weights."""
-    steps = tuple(s for s in plan.steps if isinstance(s, ConvStep) and belongs(s))
+    owners: dict[str, str] = {}  # of weights that several steps share: the first step of the part
+    steps = tuple(
+        replace(s, weights_of=owners.setdefault(s.weights_of, s.name))
+        for s in plan.steps
+        if isinstance(s, ConvStep) and belongs(s)
+    )
     views = [view for s in steps for view in (s.source, s.residual, *(store.view for store in s.stores)) if view]
     used = {PICTURE, *(view.buffer for view in views)}
     part = replace(plan, steps=steps, buffers={n: b for n, b in plan.buffers.items() if n in used})
@@ -185,14 +202,15 @@ def measure_compiled(device: torch.device, dtype: torch.dtype, title: str, part:
     return found.as_dict()
 
 
-def measure_shared(device: torch.device, dtype: torch.dtype, name: str, parts: Sequence[Plan]) -> dict[str, Any]:
+def measure_shared(
+    device: torch.device, dtype: torch.dtype, kind: str, name: str, parts: Sequence[Plan]
+) -> dict[str, Any]:
     """Whether groups of layers, each a part of the plan `name`, take less time in one launch, as a dictionary.
 
     Each group has noise as weights, and the kernels that were measured for its steps when they are launched one by
     one. A launch whose results are wrong is not used.
     """
-    found = Found(at_first_use=True)
-    times: dict[str, list[list[float]]] = {"deep": [], "chain": []}
+    times = []
     with torch.inference_mode(False), torch.no_grad():
         tuned = kept(device, dtype)
         for part in parts:
@@ -200,14 +218,14 @@ def measure_shared(device: torch.device, dtype: torch.dtype, name: str, parts: S
             alone = CudaOptions(graphs=False, overlap="none", deep_rows=0, chains=False)
             together = replace(alone, deep_rows=_DEEP_ROWS, chains=True)
             both = [CudaExecutor(part, weights, options) for options in (alone, together)]
-            kind = both[1].choices[part.steps[0].name]
-            if kind in times:
+            if both[1].choices[part.steps[0].name] == kind:
                 both[0].precompile()
-                times[kind].append(whole_runs(both, Timer(device)))
-    if _gains(times["deep"]):
-        found.deep_rows = {name: _DEEP_ROWS}
-    if _gains(times["chain"]):
-        found.chains = frozenset({name})
+                times.append(whole_runs(both, Timer(device)))
+    without, shared = (sum(column) for column in zip(*times)) if times else (0.0, 0.0)
+    found = Found(at_first_use=True)
+    if shared < (1 - GAIN_ALONE) * without:
+        found.deep_rows = {name: _DEEP_ROWS} if kind == "deep" else {}
+        found.chains = frozenset({name} if kind == "chain" else ())
     return found.as_dict()
 
 
@@ -222,12 +240,6 @@ def whole_runs(executors: Sequence[CudaExecutor], timer: Timer) -> list[float]:
         for number, (executor, run) in enumerate(zip(executors, runs)):
             best[number] = min(best[number], 1e-3 * timer.time([run], executor.overlap == "spread"))
     return best
-
-
-def _gains(times: Sequence[Sequence[float]]) -> bool:
-    """Whether the second times are clearly less in all; False where nothing was measured."""
-    without, shared = (sum(column) for column in zip(*times)) if times else (0.0, 0.0)
-    return shared < (1 - GAIN_ALONE) * without
 
 
 def _with_noise(part: Plan, device: torch.device) -> Plan:

@@ -91,26 +91,20 @@ def tune(
             tuned=replace(untuned, tiles={**untuned.tiles, **tuned.tiles}, attention=tuned.attention),
         )
         both = [CudaExecutor(plan, one, CudaOptions(graphs=False)) for one in (weights, tuned_weights)]
-        found.before_ms, found.now_ms = whole_runs(both, timer)
+        before_ms, now_ms = whole_runs(both, timer)
         del both
-        if found.now_ms > found.before_ms:
-            progress(f"a run takes {found.now_ms:.3f} ms with, {found.before_ms:.3f} ms without: nothing is changed")
-            found.tiles, found.attention, found.now_ms = {}, {}, found.before_ms
+        if now_ms > before_ms:
+            progress(f"a run takes {now_ms:.3f} ms with, {before_ms:.3f} ms without: nothing is changed")
+            found.tiles, found.attention, now_ms = {}, {}, before_ms
             tuned_weights = weights
-        best = tuned_weights
-        rows, found.now_ms = _best_deep_rows(plan, best, found.now_ms, timer)
-        if rows:
-            found.deep_rows = {name: rows}
+        options, now_ms = _best_launches(plan, tuned_weights, now_ms, timer)
+        found.deep_rows = {name: options.deep_rows} if options.deep_rows else {}
+        found.chains = frozenset({name} if options.chains else ())
         keep()
-        chains, found.now_ms = _best_chains(plan, best, rows, found.now_ms, timer)
-        if chains:
-            found.chains = frozenset({name})
-            keep()
-        options = CudaOptions(graphs=False, deep_rows=rows, chains=chains)
-        how, found.now_ms = _best_overlap(plan, best, options, found.now_ms, timer)
-        if how != "none":
-            found.overlap = {name: how}
-            keep()
+        how, now_ms = _best_overlap(plan, tuned_weights, options, now_ms, timer)
+        found.overlap = {name: how} if how != "none" else {}
+        found.before_ms, found.now_ms = before_ms, now_ms  # last, because they say that the tuning came to its end
+        keep()
     return found
 
 
@@ -128,26 +122,37 @@ def _fastest(executors: Sequence[CudaExecutor], now_ms: float, timer: Timer) -> 
     return executors[1 + best], times[best]
 
 
-def _best_deep_rows(plan: Plan, weights: CudaWeights, now_ms: float, timer: Timer) -> tuple[int, float]:
-    """Most rows of the layers that share a launch (0 where a run is not faster), and milliseconds of a run."""
-    executors = [CudaExecutor(plan, weights, CudaOptions(graphs=False, deep_rows=rows)) for rows in (0, *_DEEP_ROWS)]
-    executors = [executors[0], *(executor for executor in executors[1:] if executor.shares_launches)]
-    if len(executors) == 1:
-        return 0, now_ms
-    best, milliseconds = _fastest(executors, now_ms, timer)
-    return best.options.deep_rows or 0, milliseconds
+def _best_launches(plan: Plan, weights: CudaWeights, now_ms: float, timer: Timer) -> tuple[CudaOptions, float]:
+    """Which layers should share a launch, and milliseconds of a run. Where nothing gains, what `weights` say stays: none,
+    or what the first use has chosen."""
+    tuned = weights.tuned
+    options = CudaOptions(
+        graphs=False, deep_rows=tuned.deep_rows.get(plan.name, 0), chains=plan.name in tuned.chains, overlap="none"
+    )
+    deep = [replace(options, deep_rows=rows) for rows in (0, *_DEEP_ROWS)]
+    options, now_ms = _fastest_of(plan, weights, options, deep, "deep", now_ms, timer)
+    chained = [replace(options, chains=chains) for chains in (False, True)]
+    return _fastest_of(plan, weights, options, chained, "chain", now_ms, timer)
 
 
-def _best_chains(plan: Plan, weights: CudaWeights, deep_rows: int, now_ms: float, timer: Timer) -> tuple[bool, float]:
-    """Whether chains should share a launch (not where a run is not faster), and milliseconds of a run."""
-    executors = [
-        CudaExecutor(plan, weights, CudaOptions(graphs=False, deep_rows=deep_rows, chains=chains))
-        for chains in (False, True)
-    ]
-    if "chain" not in executors[1].choices.values():
-        return False, now_ms
-    best, milliseconds = _fastest(executors, now_ms, timer)
-    return bool(best.options.chains), milliseconds
+def _fastest_of(
+    plan: Plan,
+    weights: CudaWeights,
+    now: CudaOptions,
+    others: Sequence[CudaOptions],
+    kind: str,
+    now_ms: float,
+    timer: Timer,
+) -> tuple[CudaOptions, float]:
+    """The options whose run is shortest, and its milliseconds; `now` where no others gain. Others without a launch of
+    this kind are compared only where `now` has one."""
+    executors = [CudaExecutor(plan, weights, options) for options in (now, *(o for o in others if o != now))]
+    have = [kind in executor.choices.values() for executor in executors]
+    compared = [one for one, has in zip(executors[1:], have[1:]) if has or have[0]]
+    if not compared:
+        return now, now_ms
+    best, milliseconds = _fastest([executors[0], *compared], now_ms, timer)
+    return best.options, milliseconds
 
 
 def _best_overlap(
