@@ -123,8 +123,8 @@ def _fastest(executors: Sequence[CudaExecutor], now_ms: float, timer: Timer) -> 
 
 
 def _best_launches(plan: Plan, weights: CudaWeights, now_ms: float, timer: Timer) -> tuple[CudaOptions, float]:
-    """Which layers should share a launch, and milliseconds of a run. Where nothing gains, what `weights` say stays: none,
-    or what the first use has chosen."""
+    """Which layers should share a launch, and milliseconds of a run. Where nothing gains, what `weights` say stays:
+    none, or what the first use has chosen."""
     tuned = weights.tuned
     options = CudaOptions(
         graphs=False, deep_rows=tuned.deep_rows.get(plan.name, 0), chains=plan.name in tuned.chains, overlap="none"
