@@ -86,7 +86,7 @@ def one_by_one(conv, layers, tile):
         (HopperTile(16, 1), 1, (20, 11), 64, 3, torch.float16),
         (HopperTile(8, 2), 2, (16, 8), 192, 2, torch.bfloat16),
         (HopperTile(8, 1), 1, (9, 17), 64, 8, torch.float16),
-        (HopperTile(4, 2), 1, (8, 16), 320, 3, torch.float16),
+        (HopperTile(4, 2), 1, (8, 16), 192, 3, torch.float16),
         (HopperTile(4, 1), 3, (4, 8), 64, 5, torch.bfloat16),
     ],
 )
