@@ -127,12 +127,12 @@ def checked_runs(plan: Plan, weights: Mapping[str, LayerWeights], card: Card) ->
         (first,) = steps_at(plan, numbers.start, 1)
         whole, packed = plan.target(first).everywhere, weights[first.name].packed
         corner = Rect(0, min(whole.bottom, _CORNER), 0, min(whole.right, _CORNER))
-        rects = next((one for one in (whole, corner) if tiles(plan, numbers, len(numbers) * (one,), card)), None)
-        if rects is None:
+        where = next((one for one in (whole, corner) if tiles(plan, numbers, len(numbers) * (one,), card)), None)
+        if where is None:
             continue
         if (reason := reason_against(packed.device, packed.dtype)) is not None:
             logger.info("%s and after are launched one by one: %s", first.name, reason)
-        elif (problem := _problem(plan, numbers, weights, rects, card)) is not None:
+        elif (problem := _problem(plan, numbers, weights, where, card)) is not None:
             logger.warning("%s and after are launched one by one: %s", first.name, problem)
         else:
             passed.append(numbers)
