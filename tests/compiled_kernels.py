@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import importlib.util
 import re
 import shutil
 import subprocess
 from pathlib import Path
 
+import pytest
 import torch
+
+from tests import emulator
 
 _SCRIPT = Path(__file__).resolve().parent.parent / "csrc" / "cuda" / "build.py"
 _spec = importlib.util.spec_from_file_location("cuda_build", _SCRIPT)
@@ -63,6 +67,19 @@ def instructions(source: str, target: str) -> dict[str, str]:
     said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     parts = re.split(r"^\.text\.(lgnet_\w+):$", said, flags=re.M)[1:]
     return dict(zip(parts[::2], parts[1::2]))
+
+
+def emulate_fault(folder: Path, monkeypatch: pytest.MonkeyPatch, name: str, right: str, wrong: str) -> None:
+    """The emulator runs a copy of the sources in `folder`, with `wrong` in place of `right` in the file `name`."""
+    for part in ("csrc/cuda", "tests/emulator"):
+        shutil.copytree(emulator.ROOT / part, folder / part)
+    source = folder / "csrc" / "cuda" / name
+    text = source.read_text()
+    assert text.count(right) == 1
+    source.write_text(text.replace(right, wrong))
+    monkeypatch.setattr(emulator, "ROOT", folder)
+    monkeypatch.setattr(emulator, "HERE", folder / "tests" / "emulator")
+    monkeypatch.setattr(emulator, "_library", functools.cache(emulator._library.__wrapped__))
 
 
 def integers(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:

@@ -7,10 +7,8 @@ that sums are exact in any order.
 from __future__ import annotations
 
 import contextlib
-import functools
 import itertools
 import re
-import shutil
 from pathlib import Path
 
 import pytest
@@ -28,7 +26,14 @@ from lgnet_fast.kernels.hopper_shapes import HopperTile
 from lgnet_fast.kernels.results import Store
 
 from tests import emulator
-from tests.compiled_kernels import disassembler, fields_in_cpp, fields_in_python, instructions, integers
+from tests.compiled_kernels import (
+    disassembler,
+    emulate_fault,
+    fields_in_cpp,
+    fields_in_python,
+    instructions,
+    integers,
+)
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_conv.cuh"
 BLOCK = Conv(256, 256, 3, 1, 1, False, True, False)
@@ -277,15 +282,7 @@ def test_emulator_finds_a_wait_that_never_ends(kernel):
 )
 def test_emulator_finds_races(kernel, tmp_path, monkeypatch, right, wrong):
     """A kernel with a fault that a GPU shows now and then gives wrong results."""
-    for folder in ("csrc/cuda", "tests/emulator"):
-        shutil.copytree(emulator.ROOT / folder, tmp_path / folder)
-    source = tmp_path / "csrc" / "cuda" / SOURCE.name
-    text = source.read_text()
-    assert text.count(right) == 1
-    source.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(emulator, "ROOT", tmp_path)
-    monkeypatch.setattr(emulator, "HERE", tmp_path / "tests" / "emulator")
-    monkeypatch.setattr(emulator, "_library", functools.cache(emulator._library.__wrapped__))
+    emulate_fault(tmp_path, monkeypatch, SOURCE.name, right, wrong)
     with pytest.raises(AssertionError):
         check(kernel, SMALL, 1, (16, 16), HopperTile(8, 1, 6, 2), seeds=range(4))
 

@@ -6,7 +6,6 @@ import ctypes
 import functools
 import itertools
 import re
-import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.grouped import noise_maps, steps_at, view_of, wrong_step
 from lgnet_fast.engine.regions import Rect
 from tests import emulator
-from tests.compiled_kernels import disassembler, fields_in_python, instructions
+from tests.compiled_kernels import disassembler, emulate_fault, fields_in_python, instructions
 from tests.test_deep_layers import Weights, plan_of
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_chain.cu"
@@ -224,15 +223,7 @@ def test_the_check_at_first_use(kernel, monkeypatch):
     ],
 )
 def test_emulator_finds_races(kernel, tmp_path, monkeypatch, right, wrong):
-    for folder in ("csrc/cuda", "tests/emulator"):
-        shutil.copytree(emulator.ROOT / folder, tmp_path / folder)
-    source = tmp_path / "csrc" / "cuda" / SOURCE.name
-    text = source.read_text()
-    assert text.count(right) == 1
-    source.write_text(text.replace(right, wrong))
-    monkeypatch.setattr(emulator, "ROOT", tmp_path)
-    monkeypatch.setattr(emulator, "HERE", tmp_path / "tests" / "emulator")
-    monkeypatch.setattr(emulator, "_library", functools.cache(emulator._library.__wrapped__))
+    emulate_fault(tmp_path, monkeypatch, SOURCE.name, right, wrong)
     found = []
     for kernel.seed in range(6):
         problem = hopper_chain._problem(HopperTile(8, 1), (1, 16, 8), 128, torch.float16, torch.device("cpu"), 1)
