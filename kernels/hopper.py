@@ -137,7 +137,7 @@ def launch_of(shape: Shape, in_size: tuple[int, int], out_size: tuple[int, int])
 
 CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weights", "for_patches")
 """What a block's first warp stores with `clocks`: `Clock` of hopper_conv.cuh."""
-TIMED_HEIGHT = 16
+_TIMED_HEIGHT = 16
 
 
 def _kernel_name(dtype: torch.dtype, tile: HopperTile, timed: bool = False) -> str:
@@ -282,18 +282,18 @@ def hopper_forward(
         if launch.grid == 0:
             return
         if clocks is not None:
-            _check_clocks(clocks, launch, source.dtype, tile)
+            check_clocks(clocks, (launch.grid, len(CLOCKS)), source.dtype, tile)
             launch.args.clocks = clocks.data_ptr()
         _kernel(launch, source.dtype, tile, overlap, clocks is not None).launch(launch.grid, addresses)
         del kept
 
 
-def _check_clocks(clocks: Tensor, launch: Launch, dtype: torch.dtype, tile: HopperTile) -> None:
-    shape = (launch.grid, len(CLOCKS))
+def check_clocks(clocks: Tensor, shape: tuple[int, ...], dtype: torch.dtype, tile: HopperTile) -> None:
+    """Raises ValueError where a kernel that stores :data:`CLOCKS` does not exist, or needs another tensor."""
     if clocks.dtype != torch.int64 or tuple(clocks.shape) != shape or not clocks.is_contiguous():
         raise ValueError(f"clocks: expected {shape} int64, contiguous, got {tuple(clocks.shape)} {clocks.dtype}")
-    if dtype != torch.float16 or tile.tile_h != TIMED_HEIGHT:
-        raise ValueError(f"clocks: expected float16 and tiles of {TIMED_HEIGHT} rows, got {dtype} and {tile}")
+    if dtype != torch.float16 or tile.tile_h != _TIMED_HEIGHT:
+        raise ValueError(f"clocks: expected float16 and tiles of {_TIMED_HEIGHT} rows, got {dtype} and {tile}")
 
 
 def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:

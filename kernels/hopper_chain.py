@@ -29,9 +29,9 @@ from .conv_configs import LAUNCH_SECONDS, Cost
 from .cuda_driver import Kernel
 from .hopper import (
     CLOCKS,
-    TIMED_HEIGHT,
     Launch,
     Output,
+    check_clocks,
     check_operands,
     launch_of,
     output_of,
@@ -207,7 +207,7 @@ class Chain:
             check_operands(conv, layer.source, layer.weight, layer.bias, layer.stores, layer.residual)
         _check_alike(self._source, layers[0])
         if clocks is not None:
-            self._check_clocks(clocks, len(layers), tile)
+            check_clocks(clocks, (len(layers), self.description.grid, len(CLOCKS)), self.dtype, tile)
             self.description.args.clocks = clocks.data_ptr()
         with device_guard(self._source):
             self._counters = new_counters(self._source.device)
@@ -225,13 +225,6 @@ class Chain:
         return _chain_type(layer_type)(
             counters=self._counters.data_ptr(), layers=len(made), layer=tuple(layer_type(*one) for one in made)
         )
-
-    def _check_clocks(self, clocks: Tensor, layers: int, tile: HopperTile) -> None:
-        shape = (layers, self.description.grid, len(CLOCKS))
-        if clocks.dtype != torch.int64 or tuple(clocks.shape) != shape or not clocks.is_contiguous():
-            raise ValueError(f"clocks: expected {shape} int64, contiguous, got {tuple(clocks.shape)} {clocks.dtype}")
-        if self.dtype != torch.float16 or tile.tile_h != TIMED_HEIGHT:
-            raise ValueError(f"clocks: expected float16 and tiles of {TIMED_HEIGHT} rows, got {self.dtype}, {tile}")
 
     def fits(self) -> bool:
         """Whether all its blocks run on the GPU at the same time."""

@@ -29,6 +29,11 @@ _KINDS = {
 }
 
 
+hopper_gpu = pytest.mark.skipif(
+    not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0), reason="no Hopper GPU here"
+)
+
+
 def fields_in_cpp(path: Path, name: str) -> list[tuple[str, int, str]]:
     """Name, length (1: no array) and kind ("*": a pointer) of the fields of a structure, which come before its
     functions."""

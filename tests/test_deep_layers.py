@@ -25,7 +25,7 @@ from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.engine.torch_executor import ACTIVATIONS
 from tests import emulator
-from tests.compiled_kernels import disassembler, instructions
+from tests.compiled_kernels import disassembler, hopper_gpu, instructions
 from tests.support import assert_accurate
 
 emulated = pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
@@ -301,12 +301,6 @@ def test_error_codes():
     assert deep.DeepGroup.error(state) is None
     state[0] = 4 << 24 | 3 << 16 | 18
     assert deep.DeepGroup.error(state) == "block 17 waited for the layer before, at layer 3"
-
-
-hopper_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != deep.CAPABILITY,
-    reason="no Hopper GPU here",
-)
 
 
 @pytest.mark.gpu

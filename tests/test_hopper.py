@@ -31,6 +31,7 @@ from tests.compiled_kernels import (
     emulate_fault,
     fields_in_cpp,
     fields_in_python,
+    hopper_gpu,
     instructions,
     integers,
 )
@@ -516,10 +517,7 @@ def test_a_smaller_gpu_takes_longer():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != hopper_shapes.CAPABILITY,
-    reason="no Hopper GPU here",
-)
+@hopper_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_every_candidate_is_right_on_a_gpu(dtype):
     """Three kinds of step with a residual, each candidate beside PyTorch in float64."""

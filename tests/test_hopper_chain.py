@@ -18,7 +18,7 @@ from lgnet_fast.kernels import hopper, hopper_chain
 from lgnet_fast.kernels.cards import CARDS, card_with
 from lgnet_fast.kernels.conv import Conv
 from lgnet_fast.kernels.hopper_chain import Chain, ChainLayer
-from lgnet_fast.kernels.hopper_shapes import CAPABILITY, HopperTile, ranked
+from lgnet_fast.kernels.hopper_shapes import HopperTile, ranked
 from lgnet_fast.kernels.results import Store
 
 from lgnet_fast import create_model
@@ -28,7 +28,13 @@ from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.grouped import noise_maps, steps_at, view_of, wrong_step
 from lgnet_fast.engine.regions import Rect
 from tests import emulator
-from tests.compiled_kernels import disassembler, emulate_fault, fields_in_python, instructions
+from tests.compiled_kernels import (
+    disassembler,
+    emulate_fault,
+    fields_in_python,
+    hopper_gpu,
+    instructions,
+)
 from tests.test_deep_layers import Weights, plan_of
 
 SOURCE = Path(__file__).parents[1] / "csrc" / "cuda" / "hopper_chain.cu"
@@ -303,6 +309,7 @@ def test_a_group_is_checked_before_it_is_used(kernel, monkeypatch, caplog, broke
         for i, step in enumerate(steps)
     }
     monkeypatch.setattr(hopper_chain, "TILES", (HopperTile(16, 2),))
+    monkeypatch.setattr(hopper_chain, "ranked_chains", hopper_chain.ranked_chains.__wrapped__)  # not kept for others
     if broken:
         output_of = hopper_chain.output_of
         monkeypatch.setattr(hopper_chain, "output_of", lambda rect, *rest: output_of((0, 60, *rect[2:]), *rest))
@@ -395,12 +402,6 @@ def test_launcher_names_the_argument():
 
 def test_not_used_without_such_a_gpu():
     assert "NVIDIA GPU" in hopper_chain.reason_against(torch.device("cpu"), torch.float16)
-
-
-hopper_gpu = pytest.mark.skipif(
-    not torch.cuda.is_available() or torch.cuda.get_device_capability() != CAPABILITY,
-    reason="no Hopper GPU here",
-)
 
 
 @pytest.mark.gpu

@@ -29,6 +29,7 @@ from lgnet_fast.engine.cuda import executor as cuda_executor
 from lgnet_fast.engine.cuda import first_use as cuda_first_use
 from lgnet_fast.engine.cuda import tuning as cuda_tuning
 from lgnet_fast.engine.cuda import tuning_convolutions as cuda_tuning_convolutions
+from lgnet_fast.engine.cuda import weights as cuda_weights
 from lgnet_fast.engine.cuda.executor import CudaExecutor
 from lgnet_fast.engine.cuda.graphs import CaptureError
 from lgnet_fast.engine.cuda.measure import Found, Result, kept, product_key
@@ -385,7 +386,8 @@ def test_the_first_use_measures_the_convolution_for_hopper(
     measured = {step.name: tuned.tile(work_of(plan, step), "half").label for step in steps}
     monkeypatch.setattr(conv_configs, "estimate", lambda *product: 1e-5)
     monkeypatch.setattr(conv_configs, "pick_tile", conv_configs.pick_tile.__wrapped__)  # not kept for other tests
-    monkeypatch.setattr(cuda_executor, "target_of", lambda *target: ("half", "sm_90", 114))
+    for module in (cuda_executor, cuda_weights):
+        monkeypatch.setattr(module, "target_of", lambda *target: ("half", "sm_90", 114))
     for seconds, kernel in ((0.89e-5, "hopper"), (0.91e-5, "Triton")):
         cards = []
         least = Cost(seconds, *(0.0,) * 7)
@@ -768,6 +770,20 @@ def test_a_candidate_that_cannot_be_launched_leaves_the_plain_weights(plan: Plan
     assert contest.executor.weights is contest.plain_weights
 
 
+class SharedTimer(FakeTimer):
+    """A whole run of so many launches, in which two steps share one, takes `with_us`; others 3 and 2 ms in turn."""
+
+    def __init__(self, launches: int, with_us: float) -> None:
+        super().__init__(splits_are_slow, (3.0, 2.0))
+        self.launches, self.with_us = launches, with_us
+
+    def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
+        (launch, *_) = launches
+        if len(launches) == 1 and len(getattr(launch, "args", [[]])[0]) == self.launches:
+            return 1e3 * self.with_us
+        return super().time(launches, spread)
+
+
 class Group:
     """Steps in one launch, on a machine without the kernel: they run one by one."""
 
@@ -797,14 +813,7 @@ def shared(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_deep_layers_share_a_launch_where_the_whole_gains(short: Plan, with_us: float, rows: int) -> None:
     """If the gain is at least two percent, and only for this plan."""
 
-    class DeepTimer(FakeTimer):
-        def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
-            (launch, *_) = launches
-            if len(launches) == 1 and len(getattr(launch, "args", [[]])[0]) == len(short.steps):
-                return 1e3 * with_us
-            return super().time(launches, spread)
-
-    found = run(short, DeepTimer(splits_are_slow, (3.0, 2.0)))
+    found = run(short, SharedTimer(len(short.steps), with_us))
     assert found.deep_rows == ({short.name: rows} if rows else {})
     assert found.now_ms == pytest.approx(with_us if rows else 2.0)
     tuned = kept(CPU, SINGLE)
@@ -831,17 +840,10 @@ def test_chains_share_a_launch_where_the_whole_gains(
             wanted = executor.plan.name in executor.weights.tuned.chains
         return [range(2)] if wanted else []
 
-    class ChainTimer(FakeTimer):
-        def time(self, launches: Sequence[Callable[[], None]], spread: bool = False) -> float:
-            (launch, *_) = launches
-            if len(launches) == 1 and len(getattr(launch, "args", [[]])[0]) == len(short.steps):
-                return 1e3 * with_us
-            return super().time(launches, spread)
-
     monkeypatch.setattr(CudaExecutor, "_chains", groups)
     monkeypatch.setattr(chains, "tiles", lambda *call: ("a tile",))
     monkeypatch.setattr(chains, "fitting_chain", lambda *call: SimpleNamespace(launch=lambda: None))
-    found = run(short, ChainTimer(splits_are_slow, (3.0, 2.0)))
+    found = run(short, SharedTimer(len(short.steps), with_us))
     assert found.chains == ({short.name} if gains else set())
     assert found.now_ms == pytest.approx(with_us if gains else 2.0)
     assert ("chains of convolutions in one launch" in str(found)) == gains

@@ -74,6 +74,12 @@ def tiles(plan: Plan, numbers: range, rects: tuple[Rect, ...], card: Card) -> tu
     return ranked_chains(conv_of(first), plan.batch, plan.source(first).size, rects, card)
 
 
+def gains(plan: Plan, numbers: range, card: Card) -> bool:
+    """Whether a group gains in a dense run, by estimate."""
+    rects = rectangles(plan, numbers, None)
+    return rects is not None and bool(tiles(plan, numbers, rects, card))
+
+
 def make_chain(
     plan: Plan,
     numbers: range,

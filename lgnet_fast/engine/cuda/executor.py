@@ -27,7 +27,7 @@ from .graph_executor import GraphExecutor, GraphOptions
 from .launches import Launch, attend, convolve, run_all
 from .measure import GAIN_ALONE
 from .memory import Memory
-from .weights import CudaWeights, Tuned, conv_of, target_of, work_of
+from .weights import CudaWeights, Tuned, card_of, conv_of, target_of, work_of
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -190,8 +190,7 @@ class CudaExecutor(GraphExecutor):
         for first, group in self._deep_groups().items():
             choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
         for numbers in self._chains():
-            rects = chains.rectangles(self.plan, numbers, None)
-            if rects is not None and chains.tiles(self.plan, numbers, rects, self._card):
+            if chains.gains(self.plan, numbers, self._card):
                 choices.update((step.name, "chain") for step in self.plan.steps[numbers.start : numbers.stop])
         if self.overlap != "none":
             choices["launches"] = f"overlap, {self.overlap}"
@@ -285,9 +284,7 @@ class CudaExecutor(GraphExecutor):
 
     @property
     def _card(self) -> Card:
-        from lgnet_fast.kernels.cards import card_with
-
-        return card_with(*target_of(self.device, self.dtype)[1:])
+        return card_of(self.device, self.dtype)
 
     def precompile(self) -> None:
         """Compile the kernels of a dense run in several processes. A failure is reported by the launch itself."""

@@ -22,13 +22,14 @@ from torch import Tensor
 
 from ... import cache
 from ..plan import PICTURE, ConvStep, Plan, Step
+from . import chains, deep_layers
 from .checks import checked_plan
 from .executor import CudaExecutor, CudaOptions
 from .graphs import error_text
 from .launches import run_all
 from .measure import GAIN_ALONE, Found, Timer, kept, progress_of, tuned_plans
 from .tuning_convolutions import Contest, tune_convolutions
-from .weights import CudaWeights, Tuned, conv_of, target_of, work_of
+from .weights import CudaWeights, Tuned, card_of, conv_of, target_of, work_of
 
 logger = logging.getLogger("lgnet_fast")
 waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
@@ -83,32 +84,19 @@ def _shared(kind: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> 
     from lgnet_fast.kernels import hopper
 
     key, title = cache.key_for(device, dtype), SHARED[kind]
-    if not hopper.runs_on(device) or plan.name in tuned_plans(key):
+    if not hopper.runs_on(device) or cache.get(key, cache.CHOICES, _entry(plan.name, title)) is not None:
         return None
-    if cache.get(key, cache.CHOICES, _entry(plan.name, title)) is not None:
+    if plan.name in tuned_plans(key):
         return None
-    groups = _deep_groups(plan) if kind == "deep" else _chains(plan, dtype, device)
+    if kind == "deep":
+        groups = deep_layers.runs(plan, _DEEP_ROWS)
+    else:
+        card = card_of(device, dtype)
+        groups = [numbers for numbers in chains.runs(plan) if chains.gains(plan, numbers, card)]
     if not groups:
         return None
     parts = [_part(plan, plan.steps[numbers.start : numbers.stop].__contains__) for numbers in groups]
     return _measured_apart(title, plan.name, dtype, device, measure_shared, kind, plan.name, parts)
-
-
-def _deep_groups(plan: Plan) -> list[range]:
-    from . import deep_layers
-
-    return deep_layers.runs(plan, _DEEP_ROWS)
-
-
-def _chains(plan: Plan, dtype: torch.dtype, device: torch.device) -> list[range]:
-    """Those that gain in a dense run by estimate."""
-    from lgnet_fast.kernels.cards import card_with
-
-    from . import chains
-
-    card = card_with(*target_of(device, dtype)[1:])
-    rects = {numbers: chains.rectangles(plan, numbers, None) for numbers in chains.runs(plan)}
-    return [numbers for numbers, whole in rects.items() if whole and chains.tiles(plan, numbers, whole, card)]
 
 
 def _part(plan: Plan, belongs: Callable[[ConvStep], bool]) -> Plan:

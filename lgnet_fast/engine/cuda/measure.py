@@ -6,7 +6,7 @@ The user's cache folder keeps results product by product, for the GPU, driver, P
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, get_args
 
@@ -208,8 +208,17 @@ def product_key(work: Work, kind: str) -> tuple[Any, ...]:
 
 def tuned_plans(key: cache.Key) -> set[str]:
     """Names of the plans of which a tuning has decided how whole runs are launched, also that nothing gains."""
+    return _ended(_all_found(key))
+
+
+def _all_found(key: cache.Key) -> dict[str, Found]:
+    """Name in the cache -> measurements."""
     found = {entry.name: Found.from_dict(entry.value) for entry in cache.entries(cache.CHOICES) if entry.key == key}
-    return {name for name, one in found.items() if one and not one.at_first_use and one.now_ms is not None}
+    return {name: one for name, one in found.items() if one is not None}
+
+
+def _ended(found: Mapping[str, Found]) -> set[str]:
+    return {name for name, one in found.items() if not one.at_first_use and one.now_ms is not None}
 
 
 def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = None) -> Tuned:
@@ -218,9 +227,9 @@ def kept(device: torch.device, dtype: torch.dtype, at_first_use: bool | None = N
     at_first_use: those alone; None: both.
     """
     key = cache.key_for(device, dtype)
-    found = [Found.from_dict(entry.value) for entry in cache.entries(cache.CHOICES) if entry.key == key]
-    all_found = sorted((one for one in found if one is not None), key=lambda one: not one.at_first_use)
-    decided = tuned_plans(key)
+    named = _all_found(key)
+    all_found = sorted(named.values(), key=lambda one: not one.at_first_use)
+    decided = _ended(named)
     tiles: dict[tuple[Any, ...], Any] = {}
     attention: dict[tuple[int, int, int], Inference] = {}
     deep_rows: dict[str, int] = {}

@@ -16,6 +16,7 @@ from ..regions import Rect
 from .graphs import event_of
 
 if TYPE_CHECKING:
+    from lgnet_fast.kernels.cards import Card
     from lgnet_fast.kernels.compiled import CompiledTile
     from lgnet_fast.kernels.configs import Inference
     from lgnet_fast.kernels.conv import Conv
@@ -51,6 +52,13 @@ def target_of(device: torch.device, dtype: torch.dtype) -> tuple[str, str, int]:
     from lgnet_fast.kernels.launch import dot_precision
 
     return config_kind(dtype, dot_precision(dtype)), *device_generation(device)
+
+
+def card_of(device: torch.device, dtype: torch.dtype) -> Card:
+    """The GPU as the estimates take it."""
+    from lgnet_fast.kernels.cards import card_with
+
+    return card_with(*target_of(device, dtype)[1:])
 
 
 @dataclass(frozen=True)
