@@ -10,8 +10,8 @@ multiplications at the GPU's rate and of weights, inputs and outputs, once each,
 measurement, if there is one.
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
---compiled: with the CUDA C++ kernels (picture_conv, hopper, hopper_chain, deep) where their estimate is less, for a
-single step a tenth less. An engine uses those that its first use or `lgnet-fast tune` measured as faster; these forms
+--compiled: with the CUDA C++ kernels (picture_conv, hopper, hopper_attention, hopper_chain, deep) where their estimate
+is less, for a single convolution a tenth less. An engine uses those that its first use or `lgnet-fast tune` measured as faster; these forms
 of the kernels have not been measured yet. The steps of a launch that computes several have its cost at the first of
 them.
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
@@ -35,8 +35,9 @@ ROW = (
 )
 
 
-def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[Any], str]:
+def attention_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tuple[list[Any], str]:
     """The costs of the projection, the loop over the keys and the sum of an attention step, and the loop's blocks."""
+    from lgnet_fast.kernels import hopper_attention
     from lgnet_fast.kernels.configs import inference_splits, pick_inference
     from lgnet_fast.kernels.conv_configs import Tile, Work, cost
 
@@ -67,6 +68,10 @@ def attention_costs(step: Any, plan: Any, kind: str, card: Any) -> tuple[list[An
         products=0.0, reads=0.0, issue=0.0, together=0.0, memory=0.0,
         splits=4 * plan.batch * queries * channels * splits / card.l2, l2_bytes=0.0,
     )  # fmt: skip
+    if compiled and kind == "half" and card.capability == hopper_attention.CAPABILITY:
+        for tile, least in hopper_attention.ranked(channels, positions, queries, plan.batch, card)[:1]:
+            if least.seconds < walk_cost.seconds + total.seconds:
+                return [projection, least], tile.label
     return [projection, walk_cost, total], f"{config.block_m}x{config.block_n}x{config.block_v}/{splits}"
 
 
@@ -172,7 +177,7 @@ def step_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tu
     from lgnet_fast.engine.plan import AttentionStep
 
     if isinstance(step, AttentionStep):
-        costs, name = attention_costs(step, plan, kind, card) if step.regions else ([], "")
+        costs, name = attention_costs(step, plan, kind, card, compiled) if step.regions else ([], "")
         return costs, name, 0, len(costs)
     costs, name, count = conv_costs(step, plan, kind, card)
     other = compiled_cost(step, plan, card) if compiled and kind == "half" else None

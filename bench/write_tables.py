@@ -47,6 +47,14 @@ def _choice(value: Any) -> Any:
     return "cudnn" if value in ("cudnn", ["cudnn"]) else tuple(value)
 
 
+def _of_triton(shapes: list[Any]) -> tuple[int, ...] | None:
+    """The fields of `configs.Inference` but `hopper`; None where that kernel runs."""
+    from lgnet_fast.kernels.configs import Inference
+
+    *fields, hopper = Inference(*shapes)
+    return tuple(fields) if hopper is None else None
+
+
 def measured(files: Sequence[Path]) -> tuple[Tables, dict[tuple[Any, ...], Any]]:
     """Tables of the results in `files`."""
     times: dict[tuple[str, tuple[Any, ...]], list[dict[tuple[Any, ...], float]]] = defaultdict(list)
@@ -57,7 +65,8 @@ def measured(files: Sequence[Path]) -> tuple[Tables, dict[tuple[Any, ...], Any]]
             if "best" not in figures or "key" not in figures:
                 continue
             if figures["section"] == "attention":
-                inference[tuple(figures["key"])] = tuple(figures["best"])
+                shapes = [figures["best"], *(other[1:] for other in figures.get("others", ()))]
+                inference.update({tuple(figures["key"]): one for one in map(_of_triton, shapes[::-1]) if one})
             elif figures["section"] == "convs":
                 generation, kind, rows, columns, taps, channels = figures["key"]
                 found = {_choice(figures["best"]): figures["best_us"]}

@@ -8,7 +8,8 @@ The combiner is linear, so it can be applied before the weighted sum::
 v = k = F / ||F||, so v' is F Wa^T divided by the norm. `_attn_weigh_kernel` loops over the keys: a program computes
 BLOCK_M queries and BLOCK_V columns of v' and ends with out = activation(sum + r). With splits over the keys it writes
 partial results, which `_attn_sum_kernel` weights and adds. That kernel has no matrix product, unlike
-`attention._attn_merge_kernel`, which reads every partial result once for each block of output channels.
+`attention._attn_merge_kernel`, which reads every partial result once for each block of output channels. On Hopper one
+launch of :mod:`.hopper_attention` takes the place of both where it was measured as faster (`Inference.hopper`).
 
 A restricted run needs some rows of the map only: the queries are theirs, the keys are all positions. The fewer blocks
 of queries there are, the more splits the keys get.
@@ -28,8 +29,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import hopper_attention
 from .attention_forward import KEY_SHIFT, LOG2E, NORM_CLAMP, AttentionCall, exp_above, weight_halves
+from .cards import card_with
 from .configs import Inference, inference_splits, pick_inference
+from .hopper_attention import AttentionTile
 from .launch import ACTIVATIONS, activate, device_guard, dot, launch, overlapping
 from .maps import (
     advance,
@@ -350,8 +354,26 @@ def attention_block_inference(
     with device_guard(features):
         _project(call, features, weight, bias, projected, config, shared)
         queries = top * call.width, (bottom - top) * call.width
-        _weigh(call, projected, result, queries, config, shared | {"ACTIVATION": ACTIVATIONS[activation]})
+        if (tile := _hopper_tile(call, config, queries[1], result)) is None:
+            _weigh(call, projected, result, queries, config, shared | {"ACTIVATION": ACTIVATIONS[activation]})
+        else:
+            hopper_attention.weigh(
+                *projected, result, tile,
+                scale=LOG2E.value / call.q_scale, queries=queries, activation=activation, overlap=overlap,
+            )  # fmt: skip
     return result
+
+
+def _hopper_tile(call: AttentionCall, config: Inference, queries: int, out: Tensor) -> AttentionTile | None:
+    """The tile for `queries` of the positions where `hopper_attention` runs; None: Triton's kernels do."""
+    if config.hopper is None or not hopper_attention.can_store(out):
+        return None
+    if not hopper_attention.usable(call.channels, out.dtype, out.device):
+        return None
+    if queries == call.positions:
+        return AttentionTile(*config.hopper)
+    card = card_with(call.generation, call.num_sms)
+    return hopper_attention.ranked(call.channels, call.positions, queries, call.batch, card)[0][0]
 
 
 def _project(

@@ -48,7 +48,8 @@ class Inference(NamedTuple):
 
     block_m queries by block_n keys per step, block_v columns of the result per program. project_p, project_o,
     project_d: positions, columns and depth of the projection. sum_m: positions of the sum over splits. max_splits: of
-    the keys.
+    the keys. hopper: the tile by which `hopper_attention` runs in place of the loop over the keys and of the sum; None:
+    Triton's kernels run.
     """
 
     block_m: int
@@ -61,6 +62,7 @@ class Inference(NamedTuple):
     project_d: int
     sum_m: int
     max_splits: int = 8
+    hopper: tuple[int, int] | None = None
 
 
 _assumed: ContextVar[tuple[str, int] | None] = ContextVar("lgnet_fast_assumed_generation", default=None)
@@ -149,7 +151,7 @@ def pick_inference(generation: str, kind: str, channels: int, positions: int, ba
     overridden: Inference | None = _overrides.get().get("inference")
     if overridden is not None:
         return overridden
-    tuned = INFERENCE.get((generation, kind, channels, positions, batch))
+    tuned: Any = INFERENCE.get((generation, kind, channels, positions, batch))
     if tuned is not None:
         return Inference(*tuned)
     width = max(16, 1 << (channels - 1).bit_length())

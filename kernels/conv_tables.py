@@ -2,7 +2,7 @@
 
 TUNED: generation -> (dtype kind, rows, columns, taps of every phase, input channels) -> (BLOCK_M, BLOCK_N, BLOCK_K,
 splits, num_warps, num_stages, fused), or "cudnn" where PyTorch's own convolution is faster.
-INFERENCE: (generation, dtype kind, head size, positions, batch) -> the fields of `configs.Inference`.
+INFERENCE: (generation, dtype kind, head size, positions, batch) -> the fields of `configs.Inference` but `hopper`.
 What is not here is chosen by estimate or by rule.
 """
 

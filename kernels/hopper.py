@@ -158,7 +158,7 @@ def _kernel(
     )
 
 
-def _tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> Any:
+def tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> Any:
     """A CUtensorMap: dimensions from the innermost on, strides in bytes from the second on."""
     memory = ctypes.create_string_buffer(128 + 128)
     address = -(-ctypes.addressof(memory) // 128) * 128  # the driver wants 64
@@ -191,14 +191,14 @@ def source_maps(source: Tensor, step: int, box: tuple[int, int]) -> list[Any]:
         plane = source[:, y::step, x::step]
         sizes = [channels, plane.shape[2], plane.shape[1], batch]
         strides = [2 * plane.stride(2), 2 * plane.stride(1), per_sample]
-        maps.append(_tensor_map(plane, sizes, strides, [CHANNELS, *box, 1]))
+        maps.append(tensor_map(plane, sizes, strides, [CHANNELS, *box, 1]))
     return maps
 
 
 def weights_map(weight: Tensor, args: Args) -> Any:
     """The tensor map of packed weights, in boxes of what a block loads."""
     depth, channels = weight.shape
-    return _tensor_map(weight, [channels, depth], [2 * channels], [CHANNELS, CHANNELS >> args.log_sharing])
+    return tensor_map(weight, [channels, depth], [2 * channels], [CHANNELS, CHANNELS >> args.log_sharing])
 
 
 def check_operands(

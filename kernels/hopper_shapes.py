@@ -225,7 +225,7 @@ _STEP_CLOCKS, _TAIL = 435, 0.24
 # Clocks of products relative to the tensor cores' rate: what the fitted tiles of 256 pixels took.
 _PRODUCTS = 1.15
 # Assumed: blocks of a cluster meet twice, and read each other's sums.
-_EXCHANGE_SECONDS = 1.0e-6
+EXCHANGE_SECONDS = 1.0e-6
 # Registers of a thread, by the rows of a tile and the warpgroups.
 REGISTERS = {
     (4, 1): 80, (4, 2): 80, (8, 1): 88, (8, 2): 96, (16, 1): 136, (16, 2): 136, (32, 1): 184, (32, 2): 160,
@@ -273,7 +273,7 @@ def cost(shape: Shape, card: Card) -> Cost:
         issue=waves * issue / H100_CLOCK,
         together=together,
         memory=weights / (card.memory * min(1.0, max(1, shape.grid) / card.num_sms)),
-        splits=_EXCHANGE_SECONDS if shape.parts > 1 else 0.0,
+        splits=EXCHANGE_SECONDS if shape.parts > 1 else 0.0,
         l2_bytes=shape.grid * read,
     )
 

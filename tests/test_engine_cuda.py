@@ -84,6 +84,7 @@ def test_measured_tiles_become_the_table(tmp_path: Path) -> None:
     )
     compiled = ["hopper", 16, 1, 8, 4]
     block = ["sm_90", "half", 128, 4096, 1]
+    walk = [128, 64, 128, 8, 3, 32, 64, 128, 4, 4]
     lines = [
         {
             "section": "convs",
@@ -101,14 +102,20 @@ def test_measured_tiles_become_the_table(tmp_path: Path) -> None:
             "best_us": 8.0,
             "others": [[9.0, *fast], [12.0, *slow]],
         },
-        {"section": "attention", "key": block, "best": [128, 64, 128, 8, 3, 32, 64, 128, 4, 4]},
+        {
+            "section": "attention",
+            "key": block,
+            "best": [64, 64, 128, 8, 3, 32, 64, 128, 4, 4, [128, 3]],
+            "others": [[9.0, *walk, None], [9.5, *walk[:9], 8, None]],
+        },
+        {"section": "attention", "key": block, "best": [64, 64, 128, 8, 3, 32, 64, 128, 4, 4, [128, 3]]},
         {"section": "convs", "cut_off": "net_g.d1"},
     ]
     file = tmp_path / "contact_lgnet_float16_b1.jsonl"
     file.write_text("\n".join(map(json.dumps, lines)))
     tables, inference = write_tables.measured([file])
     assert tables == {"sm_90": {("half", 4096, 256, (9,), 256): tuple(fast)}}
-    assert inference == {tuple(block): (128, 64, 128, 8, 3, 32, 64, 128, 4, 4)}
+    assert inference == {tuple(block): tuple(walk)}
     kept = {"sm_80": {("tf32", 16, 512, (4, 4, 4, 4), 1024): "cudnn"}}
     text = write_tables.TABLES_FILE.read_text()
     namespace: dict[str, object] = {}

@@ -49,7 +49,7 @@ def kernel(monkeypatch):
     """The launchers start kernels on the emulator. Returns the class, whose `launched` has the kernels' names."""
     for module in (hopper, hopper_chain):
         monkeypatch.setattr(module, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(hopper, "_tensor_map", emulator.tensor_map)
+    monkeypatch.setattr(hopper, "tensor_map", emulator.tensor_map)
     monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
     monkeypatch.setattr(emulator.EmulatedKernel, "seed", 0)
     return emulator.EmulatedKernel

@@ -45,7 +45,7 @@ def test_a_gpu_gets_code_that_it_runs(capability, target):
     assert cuda_driver.machine_code("picture_conv", capability) == build.machine_code("picture_conv", target)
 
 
-@pytest.mark.parametrize("name", ["deep", "hopper_chain", "hopper_conv"])
+@pytest.mark.parametrize("name", ["deep", "hopper_attention", "hopper_chain", "hopper_conv"])
 def test_code_of_one_gpu_alone(name):
     assert cuda_driver.machine_code(name, (9, 0)) == build.machine_code(name, "sm_90a")
     for other in ((8, 9), (10, 0)):

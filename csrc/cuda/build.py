@@ -26,7 +26,9 @@ HOPPER = ("sm_90a",)
 # overlap.
 EVERY = ("sm_80", "sm_87", "sm_90", "sm_100", "sm_120", "compute_90")
 OPTIONS = ("--std=c++17", "--ptxas-options=-v")
-TARGETS = {"deep": HOPPER, "hopper_chain": HOPPER, "hopper_conv": HOPPER, "picture_conv": EVERY}
+TARGETS = {
+    "deep": HOPPER, "hopper_attention": HOPPER, "hopper_chain": HOPPER, "hopper_conv": HOPPER, "picture_conv": EVERY,
+}  # fmt: skip
 REQUIREMENTS = (HERE / "requirements.txt").read_bytes()
 
 

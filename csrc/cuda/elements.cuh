@@ -15,6 +15,7 @@ struct Pair<__half> {
   static constexpr bool kBf16 = false;
   static __device__ __forceinline__ float2 wide(__half2 v) { return __half22float2(v); }
   static __device__ __forceinline__ __half2 narrow(float a, float b) { return __floats2half2_rn(a, b); }
+  static __device__ __forceinline__ uint32_t bits(__half2 v) { return *reinterpret_cast<const uint32_t*>(&v); }
 };
 
 template <>
@@ -23,6 +24,7 @@ struct Pair<__nv_bfloat16> {
   static constexpr bool kBf16 = true;
   static __device__ __forceinline__ float2 wide(__nv_bfloat162 v) { return __bfloat1622float2(v); }
   static __device__ __forceinline__ __nv_bfloat162 narrow(float a, float b) { return __floats2bfloat162_rn(a, b); }
+  static __device__ __forceinline__ uint32_t bits(__nv_bfloat162 v) { return *reinterpret_cast<const uint32_t*>(&v); }
 };
 
 }  // namespace lgnet

@@ -38,6 +38,7 @@
 #include "elements.cuh"
 #include "ptx.cuh"
 #include "ring.cuh"
+#include "wait.cuh"
 #include "wgmma.cuh"
 
 namespace lgnet {
@@ -79,16 +80,6 @@ struct Args {
   int32_t pitch, box_rows, weight_stages, weight_bytes, patch_stages, patch_bytes;
 };
 
-// The most tries of a wait, so that an endless wait ends in an error. A launch takes microseconds; this many tries
-// take 0.1 s or more.
-constexpr uint32_t kTries = 10000000;
-
-__device__ __forceinline__ void barrier_wait(uint32_t barrier, uint32_t parity) {
-  for (uint32_t tries = 0; !barrier_passed(barrier, parity);) {
-    if (++tries > kTries) __trap();
-  }
-}
-
 // A warp signals to every block of the cluster that it has read a stage.
 __device__ __forceinline__ void release(uint32_t barrier, uint32_t blocks, int lane) {
   if (lane < blocks) {
@@ -99,16 +90,6 @@ __device__ __forceinline__ void release(uint32_t barrier, uint32_t blocks, int l
     }
   }
 }
-
-// wgmma's matrix descriptor without its start address: swizzle of 128 bytes, groups of eight lines `group_bytes`
-// apart.
-__device__ __forceinline__ uint64_t descriptor(uint32_t group_bytes) {
-  return (uint64_t(1) << 62) | (uint64_t(group_bytes >> 4) << 32) | (uint64_t(group_bytes >> 4) << 16);
-}
-
-// The descriptor with its start address, which has 14 bits and counts units of 16 bytes. Addresses in shared memory
-// are smaller than that limit, so the sum does not overflow into other fields.
-__device__ __forceinline__ uint64_t at(uint64_t descriptor, uint32_t address) { return descriptor + (address >> 4); }
 
 // Eight channels of the residual at a pixel (-1: outside), or zeros.
 template <typename T>
@@ -404,7 +385,7 @@ __device__ __forceinline__ void multiply(const Args& args, const Memory& memory,
                                          int lane, const Cluster& cluster, Rings& rings, float (&sum)[N / 2],
                                          Clocks<TIMED>& clocks) {
   const uint32_t row_bytes = args.pitch * kLine;
-  const uint64_t a = descriptor(1024), b = descriptor(row_bytes);
+  const uint64_t a = descriptor(1024, 1024), b = descriptor(row_bytes, row_bytes);
   Ring &weights = rings.weights, &patches = rings.patches;
   uint32_t patch = 0;
   const int chunks = ((args.chunks - cluster.part + cluster.parts - 1) >> args.log_parts) * args.planes;

@@ -37,7 +37,7 @@ class TensorMap(ctypes.Structure):
 
 
 def tensor_map(tensor: Tensor, sizes: list[int], strides: list[int], box: list[int]) -> TensorMap:
-    """In place of `hopper._tensor_map`."""
+    """In place of `hopper.tensor_map`."""
     rank = len(sizes)
     four = ctypes.c_int64 * 4
     ones = [1] * (4 - rank)

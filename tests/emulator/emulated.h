@@ -50,6 +50,7 @@ struct uint2 {
 struct uint4 {
   uint32_t x, y, z, w;
 };
+inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
@@ -152,9 +153,10 @@ struct Warp {
   Meeting meeting;
   const char* operation = nullptr;
   uint32_t in[32][8], out[32][4];
-  // wgmma: number of a product -> this warp's 16 rows of it, and how many lanes have taken theirs
+  // wgmma: number of a product -> this warp's 16 rows of the left operand where it is in registers, and of the
+  // result; how many lanes have taken theirs
   struct Part {
-    std::vector<float> rows;
+    std::vector<float> left, rows;
     int taken = 0;
   };
   std::map<uint64_t, Part> parts;
@@ -168,11 +170,15 @@ struct Block {
   std::vector<Warp> warps;
 };
 
+// As wgmma.cuh describes them: `add`, `multiply`, `multiply_rows`.
+enum class Kind { kAdd, kMultiply, kRows };
+
 struct Product {
   float* sums;
   uint64_t a, b, number;
   int columns;
-  bool bf16;
+  bool bf16, keep;
+  Kind kind;
 };
 
 struct Thread {
@@ -486,6 +492,22 @@ inline int __shfl_sync(uint32_t, int value, int lane) {
   emulator::together("__shfl_sync", &in, 1, [](emulator::Warp&) {});
   return emulator::warp().in[lane][0];
 }
+inline float __shfl_xor_sync(uint32_t, float value, int mask) {
+  const uint32_t in = bits_of(value);
+  emulator::together("__shfl_xor_sync", &in, 1, [&](emulator::Warp& w) {
+    for (int lane = 0; lane < 32; ++lane) w.out[lane][0] = w.in[lane ^ mask][0];
+  });
+  return float_of(emulator::warp().out[emulator::machine->current->index % 32][0]);
+}
+inline bool __any_sync(uint32_t, bool value) {
+  const uint32_t in = value;
+  emulator::together("__any_sync", &in, 1, [](emulator::Warp& w) {
+    uint32_t any = 0;
+    for (int lane = 0; lane < 32; ++lane) any |= w.in[lane][0];
+    for (int lane = 0; lane < 32; ++lane) w.out[lane][0] = any;
+  });
+  return emulator::warp().out[emulator::machine->current->index % 32][0];
+}
 inline int32_t atomicAdd(int32_t* address, int32_t value) {
   ++emulator::machine->events;
   const int32_t before = *address;
@@ -522,6 +544,9 @@ inline uint2 load_shared_pair(uint32_t address) {
 inline uint32_t load_shared_word(uint32_t address) {
   return *reinterpret_cast<const uint32_t*>(emulator::shared(address, 4, 4));
 }
+inline float2 load_shared_floats(uint32_t address) {
+  return *reinterpret_cast<const float2*>(emulator::shared(address, 8, 8));
+}
 inline uint4 load_matrix(uint32_t address) {
   const uint4 row = load_shared(address);
   const uint32_t in[] = {row.x, row.y, row.z, row.w};
@@ -536,6 +561,9 @@ inline uint4 load_matrix(uint32_t address) {
 }
 inline void store_shared(uint32_t address, const uint4& value) {
   *reinterpret_cast<uint4*>(emulator::shared(address, 16, 16)) = value;
+}
+inline void store_shared(uint32_t address, const float2& value) {
+  *reinterpret_cast<float2*>(emulator::shared(address, 8, 8)) = value;
 }
 inline void store_shared(uint32_t address, float value) {
   *reinterpret_cast<float*>(emulator::shared(address, 4, 4)) = value;
@@ -559,6 +587,7 @@ inline void send(uint32_t address, const float4& value, uint32_t barrier) {
 inline float4 load_remote(uint32_t address) {
   return *reinterpret_cast<const float4*>(emulator::shared(address, 16, 16));
 }
+inline float2 load_remote_pair(uint32_t address) { return load_shared_floats(address); }
 inline void store_if(bool whether, void* to, const uint4& value) {
   if (whether) *static_cast<uint4*>(to) = value;
 }
@@ -698,33 +727,45 @@ inline void warp_product(float (&d)[4], const uint4& a, uint32_t b0, uint32_t b1
   for (int i = 0; i < 4; ++i) d[i] += float_of(emulator::warp().out[emulator::machine->current->index % 32][i]);
 }
 
+inline float exp2_fast(float x) { return std::exp2(x); }
 inline void opaque(int&) {}
 inline void opaque(void*&) {}
 
 // -- wgmma.cuh -----------------------------------------------------------------------------------------------------
 
-// The 16 rows of a warp: A is M-major and B K-major, both swizzled by 128 bytes.
-inline std::vector<float> rows_of(const emulator::Product& product, int warp) {
-  emulator::check(product.a >> 62 == 1 && product.b >> 62 == 1, "a descriptor without swizzle of 128 bytes");
+// The 16 rows of a warp, from operands that are swizzled by 128 bytes. left: A where it is in registers.
+inline std::vector<float> rows_of(const emulator::Product& product, int warp, const std::vector<float>& left) {
+  using emulator::Kind;
   const float* const number = emulator::table(product.bf16);
   const auto read = [&](uint32_t address) {
     uint16_t bits;
     memcpy(&bits, emulator::shared(emulator::swizzled(address), 2, 2), 2);
     return number[bits];
   };
-  const auto start = [](uint64_t d) { return uint32_t(d & 0x3fff) << 4; };
-  const auto stride = [](uint64_t d) { return uint32_t(d >> 32 & 0x3fff) << 4; };
+  // Where an operand has its row or column i at a depth.
+  const auto adjacent_depth = [&](uint64_t d, int i, int depth) {
+    emulator::check(d >> 62 == 1, "a descriptor without swizzle of 128 bytes");
+    return read((uint32_t(d & 0x3fff) << 4) + i / 8 * (uint32_t(d >> 32 & 0x3fff) << 4) + i % 8 * 128 + 2 * depth);
+  };
+  const auto adjacent_columns = [&](uint64_t d, int i, int depth) {
+    emulator::check(d >> 62 == 1, "a descriptor without swizzle of 128 bytes");
+    const uint32_t leading = uint32_t(d >> 16 & 0x3fff) << 4, stride = uint32_t(d >> 32 & 0x3fff) << 4;
+    return read((uint32_t(d & 0x3fff) << 4) + i / 64 * leading + depth / 8 * stride + depth % 8 * 128 + i % 64 * 2);
+  };
   const int columns = product.columns;
   std::vector<float> sum(16 * columns, 0.0f), right(16 * columns);
   for (int k = 0; k < 16; ++k) {
     for (int n = 0; n < columns; ++n) {
-      right[k * columns + n] = read(start(product.b) + n / 8 * stride(product.b) + n % 8 * 128 + 2 * k);
+      right[k * columns + n] =
+          product.kind == Kind::kRows ? adjacent_columns(product.b, n, k) : adjacent_depth(product.b, n, k);
     }
   }
   for (int m = 0; m < 16; ++m) {
     for (int k = 0; k < 16; ++k) {
-      const float left = read(start(product.a) + k / 8 * stride(product.a) + k % 8 * 128 + 2 * (16 * warp + m));
-      for (int n = 0; n < columns; ++n) sum[m * columns + n] += left * right[k * columns + n];
+      const float a = product.kind == Kind::kRows       ? left[m * 16 + k]
+                      : product.kind == Kind::kMultiply ? adjacent_depth(product.a, 16 * warp + m, k)
+                                                        : adjacent_columns(product.a, 16 * warp + m, k);
+      for (int n = 0; n < columns; ++n) sum[m * columns + n] += a * right[k * columns + n];
     }
   }
   return sum;
@@ -733,7 +774,7 @@ inline std::vector<float> rows_of(const emulator::Product& product, int warp) {
 // The first lane of a warp that comes here reads the operands for all.
 inline emulator::Warp::Part& part_of(const emulator::Product& product) {
   emulator::Warp::Part& part = emulator::warp().parts[product.number];
-  if (part.rows.empty()) part.rows = rows_of(product, emulator::machine->current->index / 32 % 4);
+  if (part.rows.empty()) part.rows = rows_of(product, emulator::machine->current->index / 32 % 4, part.left);
   return part;
 }
 
@@ -742,7 +783,7 @@ inline void finish_product(const emulator::Product& product) {
   emulator::Warp::Part& part = part_of(product);
   for (int i = 0; i < product.columns / 2; ++i) {
     const int row = lane / 4 + 8 * (i / 2 % 2), column = i / 4 * 8 + lane % 4 * 2 + i % 2;
-    product.sums[i] += part.rows[row * product.columns + column];
+    product.sums[i] = (product.keep ? product.sums[i] : 0.0f) + part.rows[row * product.columns + column];
   }
   if (++part.taken == 32) emulator::warp().parts.erase(product.number);
 }
@@ -763,13 +804,40 @@ inline void products_wait() {
 }
 inline void opaque(float&) {}
 
+inline void start_product(const emulator::Product& product) {
+  emulator::Thread& thread = *emulator::machine->current;
+  thread.open.push_back(product);
+  ++thread.products;
+  if (emulator::machine->early) part_of(product);
+}
+
 template <int N>
 struct Product {
   template <bool BF16>
   static void add(float (&d)[N / 2], uint64_t a, uint64_t b) {
-    emulator::Thread& thread = *emulator::machine->current;
-    thread.open.push_back({d, a, b, thread.products++, N, BF16});
-    if (emulator::machine->early) part_of(thread.open.back());
+    start_product({d, a, b, emulator::machine->current->products, N, BF16, true, emulator::Kind::kAdd});
+  }
+  template <bool BF16, bool KEEP>
+  static void multiply(float (&d)[N / 2], uint64_t a, uint64_t b) {
+    start_product({d, a, b, emulator::machine->current->products, N, BF16, KEEP, emulator::Kind::kMultiply});
+  }
+  template <bool BF16>
+  static void multiply_rows(float (&d)[N / 2], uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3, uint64_t b) {
+    const uint64_t number = emulator::machine->current->products;
+    const uint32_t in[] = {a0, a1, a2, a3};
+    emulator::together("wgmma", in, 4, [=](emulator::Warp& w) {
+      std::vector<float>& left = w.parts[number].left;
+      left.resize(16 * 16);
+      for (int lane = 0; lane < 32; ++lane) {
+        for (int i = 0; i < 4; ++i) {
+          for (int half = 0; half < 2; ++half) {
+            const int row = lane / 4 + 8 * (i & 1), depth = lane % 4 * 2 + half + 8 * (i >> 1);
+            left[row * 16 + depth] = emulator::table(BF16)[w.in[lane][i] >> 16 * half & 0xffff];
+          }
+        }
+      }
+    });
+    start_product({d, 0, b, number, N, BF16, true, emulator::Kind::kRows});
   }
 };
 

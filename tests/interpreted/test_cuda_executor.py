@@ -196,7 +196,7 @@ def test_a_chain_on_the_emulator(monkeypatch: pytest.MonkeyPatch) -> None:
     """The engine's own choice of tile, dense and in holes, and its launches; where a launch does not fit, none."""
     kernel = emulator.EmulatedKernel
     monkeypatch.setattr(hopper_chain, "Kernel", kernel)
-    monkeypatch.setattr(hopper, "_tensor_map", emulator.tensor_map)
+    monkeypatch.setattr(hopper, "tensor_map", emulator.tensor_map)
     monkeypatch.setattr(kernel, "launched", [])
     monkeypatch.setattr(hopper_chain, "reason_against", lambda device, dtype: None)
     monkeypatch.setattr(CudaExecutor, "_can_check", lambda own: True)

@@ -353,7 +353,7 @@ def hopper_emulated(emulated: list[str], monkeypatch: pytest.MonkeyPatch) -> lis
     """And the convolution for Hopper, with two tiles."""
     monkeypatch.setattr(hopper, "runs_on", lambda device: True)
     monkeypatch.setattr(hopper, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(hopper, "_tensor_map", emulator.tensor_map)
+    monkeypatch.setattr(hopper, "tensor_map", emulator.tensor_map)
     for module in (hopper, hopper_shapes):
         monkeypatch.setattr(module, "CANDIDATES", (HopperTile(8, 1), HopperTile(16, 1, groups=2)))
     monkeypatch.setattr(hopper_shapes, "ranked", hopper_shapes.ranked.__wrapped__)  # not kept for other tests

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
     from lgnet_fast.kernels.cards import Card
     from lgnet_fast.kernels.compiled import CompiledTile
+    from lgnet_fast.kernels.configs import Inference
     from lgnet_fast.kernels.conv_configs import Tile
     from lgnet_fast.kernels.deep import DeepGroup
     from lgnet_fast.kernels.hopper_chain import Chain
@@ -180,12 +181,28 @@ class CudaExecutor(GraphExecutor):
         least = estimate(work_of(self.plan, step, rect), self.tile(step, rect), *target)
         return found[0] if found is not None and found[1].seconds < (1 - GAIN_ALONE) * least else None
 
+    def _inference(self, step: AttentionStep) -> Inference | None:
+        """Measured block shapes of an attention block; None: those of the table. Where the compiled kernel was the
+        fastest at the nearest size, it runs, in the tile of least estimated time."""
+        from lgnet_fast.kernels import hopper_attention
+        from lgnet_fast.kernels.configs import pick_inference
+
+        source = self.plan.source(step)
+        shape = step.out_channels, source.height * source.width, self.plan.batch
+        tuned = self.weights.tuned
+        if shape in tuned.attention or (nearest := tuned.nearest_attention(*shape)) is None or nearest.hopper is None:
+            return tuned.attention.get(shape)
+        channels, positions, batch = shape
+        best = hopper_attention.ranked(channels, positions, positions, batch, self._card)
+        kind, generation, num_sms = target_of(self.device, self.dtype)
+        return pick_inference(generation, kind, *shape, num_sms)._replace(hopper=best[0][0]) if best else None
+
     @property
     def choices(self) -> dict[str, str]:
-        """Step's name -> what runs it in a dense run: "cudnn", "attention", "deep" or "chain" (in one launch with
-        others), "hopper PIXELSxCHANNELS/cluster xWARPGROUPS", "picture COLUMNSxROWS", or
-        BLOCK_MxBLOCK_NxBLOCK_K/splits.
-        "launches": how they overlap, if they do."""
+        """Step's name -> what runs it in a dense run: "cudnn", "attention" or "attention, hopper
+        QUERIESxCOLUMNS/splits", "deep" or "chain" (in one launch with others), "hopper PIXELSxCHANNELS/cluster
+        xWARPGROUPS", "picture COLUMNSxROWS", or BLOCK_MxBLOCK_NxBLOCK_K/splits. "launches": how they overlap, if they
+        do."""
         choices = {step.name: self._choice(step) for step in self.plan.steps}
         for first, group in self._deep_groups().items():
             choices.update((step.name, "deep") for step in self.plan.steps[first : first + len(group.layers)])
@@ -212,12 +229,20 @@ class CudaExecutor(GraphExecutor):
 
     def _choice(self, step: Step) -> str:
         if isinstance(step, AttentionStep):
-            return "torch" if step.name in self.weights.by_library else "attention"
+            return "torch" if step.name in self.weights.by_library else self._attention_choice(step)
         if self.weights.steps[step.name].plain is not None:
             return "cudnn"
         if (compiled_tile := self._compiled_tile(step)) is not None:
             return compiled_tile.label
         return self.tile(step).label
+
+    def _attention_choice(self, step: AttentionStep) -> str:
+        from lgnet_fast.kernels.hopper_attention import AttentionTile
+
+        config = self._inference(step)
+        if config is None or config.hopper is None:
+            return "attention"
+        return f"attention, {AttentionTile(*config.hopper).label}"
 
     # -- programs ------------------------------------------------------------------------------------------------
 
@@ -358,8 +383,7 @@ class CudaExecutor(GraphExecutor):
         """The launch of the attention block, for all rows of the map that meet the rectangles (None: all rows)."""
         weights = self.weights.steps[step.name]
         features = memory.view(step.source).permute(0, 3, 1, 2)
-        shape = (step.out_channels, features.shape[2] * features.shape[3], self.plan.batch)
         stores = [(memory.view(store.view).permute(0, 3, 1, 2), store.activation) for store in step.stores]
-        tuned = self.weights.tuned.attention.get(shape)
+        tuned = self._inference(step)
         band = (min(r.top for r in rects), max(r.bottom for r in rects)) if rects else None
         return functools.partial(attend, features, weights, step.variant, stores, tuned, self.overlap != "none", band)

@@ -1,11 +1,11 @@
 """What an engine measures at its first use on a GPU, without a tuning, because it takes seconds.
 
 In 16 bit, in this order: the convolutions in CUDA C++ (`kernels/picture_conv.py`; on Hopper `kernels/hopper.py`)
-beside what runs otherwise; on Hopper, whether groups of layers that can share a launch take less time so
-(:mod:`.deep_layers`, :mod:`.chains`). Another process measures each of these, because it may not have run on this GPU
-yet. The results are kept; a failure is logged and kept, and what runs without it stays. Nothing is measured where no
-process can be started, or where the result could not be kept. :mod:`.tuning` measures more, and its results replace
-these.
+beside what runs otherwise; on Hopper, attention in CUDA C++ (`kernels/hopper_attention.py`) in the same way, then
+whether groups of layers that can share a launch take less time so (:mod:`.deep_layers`, :mod:`.chains`). Another
+process measures each of these, because it may not have run on this GPU yet. The results are kept; a failure is logged
+and kept, and what runs without it stays. Nothing is measured where no process can be started, or where the result
+could not be kept. :mod:`.tuning` measures more, and its results replace these.
 """
 
 from __future__ import annotations
@@ -21,13 +21,14 @@ import torch
 from torch import Tensor
 
 from ... import cache
-from ..plan import PICTURE, ConvStep, Plan, Step
+from ..plan import PICTURE, AttentionStep, ConvStep, Plan, Step
 from . import chains, deep_layers
 from .checks import checked_plan
 from .executor import CudaExecutor, CudaOptions
 from .graphs import error_text
 from .launches import run_all
-from .measure import GAIN_ALONE, Found, Timer, kept, progress_of, tuned_plans
+from .measure import GAIN_ALONE, Found, Log, Timer, kept, progress_of, tuned_plans
+from .tuning_attention import compare_compiled
 from .tuning_convolutions import Contest, tune_convolutions
 from .weights import CudaWeights, Tuned, card_of, conv_of, target_of, work_of
 
@@ -36,6 +37,8 @@ waits = logging.getLogger("lgnet_fast.waits")  # which the command line shows
 
 SHARED = {"deep": "deep layers in one launch", "chain": "chains of convolutions in one launch"}
 """Kinds of groups of layers that share a launch, as in the executor's `choices`, by what messages call them."""
+ATTENTION = "attention for Hopper"
+"""What messages call its measurement."""
 _DEEP_ROWS = 64
 """Value of :attr:`.executor.CudaOptions.deep_rows` that is timed."""
 
@@ -53,6 +56,7 @@ def at_first_use(plan: Plan, dtype: torch.dtype, device: torch.device) -> Tuned:
     if dtype in DTYPES:
         for title, kernel in AT_FIRST_USE.items():
             _tried(title, _compiled, title, kernel, plan, dtype, device)
+        _tried(ATTENTION, _attention, plan, dtype, device)
         for kind, title in SHARED.items():
             _tried(title, _shared, kind, plan, dtype, device)
     return kept(device, dtype)
@@ -73,10 +77,29 @@ def _compiled(title: str, kernel: ModuleType, plan: Plan, dtype: torch.dtype, de
     because the choices hold for all sizes."""
     if not kernel.runs_on(device):
         return None
-    part = _part(checked_plan(plan), lambda step: kernel.unsupported(conv_of(step)) is None)
+    part = _part(
+        checked_plan(plan), lambda step: isinstance(step, ConvStep) and kernel.unsupported(conv_of(step)) is None
+    )
     if _has_all(kept(device, dtype), part, dtype, device):
         return None
     return _measured_apart(title, plan.name, dtype, device, measure_compiled, title, part)
+
+
+def _attention(plan: Plan, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Measure compiled attention where that was not done for blocks of as many channels; why not, or None."""
+    from lgnet_fast.kernels import hopper_attention
+
+    if not hopper_attention.runs_on(device):
+        return None
+    part = _part(checked_plan(plan), lambda step: step.out_channels in hopper_attention.KEYS and _attends(step))
+    measured = {channels for channels, _, _ in kept(device, dtype).attention}
+    if measured.issuperset(step.out_channels for step in part.steps):
+        return None
+    return _measured_apart(ATTENTION, plan.name, dtype, device, measure_attention, part)
+
+
+def _attends(step: Step) -> bool:
+    return isinstance(step, AttentionStep)
 
 
 def _shared(kind: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -99,14 +122,10 @@ def _shared(kind: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> 
     return _measured_apart(title, plan.name, dtype, device, measure_shared, kind, plan.name, parts)
 
 
-def _part(plan: Plan, belongs: Callable[[ConvStep], bool]) -> Plan:
-    """Some convolutions of a plan, without their weights."""
+def _part(plan: Plan, belongs: Callable[[Step], bool]) -> Plan:
+    """Some steps of a plan, without their weights."""
     owners: dict[str, str] = {}  # of weights that several steps share: the first step of the part
-    steps = tuple(
-        replace(s, weights_of=owners.setdefault(s.weights_of, s.name))
-        for s in plan.steps
-        if isinstance(s, ConvStep) and belongs(s)
-    )
+    steps = tuple(replace(s, weights_of=owners.setdefault(s.weights_of, s.name)) for s in plan.steps if belongs(s))
     views = [view for s in steps for view in (s.source, s.residual, *(store.view for store in s.stores)) if view]
     used = {PICTURE, *(view.buffer for view in views)}
     part = replace(plan, steps=steps, buffers={n: b for n, b in plan.buffers.items() if n in used})
@@ -171,14 +190,7 @@ def measure_compiled(device: torch.device, dtype: torch.dtype, title: str, part:
     from lgnet_fast.kernels.compiled import AT_FIRST_USE
 
     problems: list[str] = []
-    tell = progress_of(logger.info)
-
-    def log(section: str, **figures: Any) -> None:
-        if "error" in figures or "wrong" in figures:
-            problem = figures.get("error") or f"relative error {figures['wrong']:.1e}"
-            problems.append(f"{figures['step']} with {figures['tile']}: {problem}")
-        tell(section, **figures)
-
+    log = _collecting(problems, "tile")
     if (reason := AT_FIRST_USE[title].reason_against(device, dtype)) is not None:
         raise RuntimeError(reason)
     found = Found(at_first_use=True)
@@ -188,6 +200,39 @@ def measure_compiled(device: torch.device, dtype: torch.dtype, title: str, part:
     if problems:
         raise RuntimeError(problems[0])
     return found.as_dict()
+
+
+def measure_attention(device: torch.device, dtype: torch.dtype, part: Plan) -> dict[str, Any]:
+    """The measurements of compiled attention for the blocks of a :func:`_part`, as a dictionary.
+
+    Raises:
+        RuntimeError: a tile is wrong or fails, so that none may be used.
+    """
+    from lgnet_fast.kernels import hopper_attention
+
+    problems: list[str] = []
+    log = _collecting(problems, "config")
+    if (reason := hopper_attention.reason_against(device, dtype)) is not None:
+        raise RuntimeError(reason)
+    found = Found(at_first_use=True)
+    with torch.inference_mode(False), torch.no_grad():
+        compare_compiled(part, dtype, device, found, Timer(device), log, GAIN_ALONE)
+    if problems:
+        raise RuntimeError(problems[0])
+    return found.as_dict()
+
+
+def _collecting(problems: list[str], what: str) -> Log:
+    """A log that adds what is wrong or fails to `problems`; what: the figure that names the candidate."""
+    tell = progress_of(logger.info)
+
+    def log(section: str, **figures: Any) -> None:
+        if "error" in figures or "wrong" in figures:
+            problem = figures.get("error") or f"relative error {figures['wrong']:.1e}"
+            problems.append(f"{figures['step']} with {figures[what]}: {problem}")
+        tell(section, **figures)
+
+    return log
 
 
 def measure_shared(

@@ -174,7 +174,8 @@ class Found:
         overlap = ", overlapping launches" if self.overlap else ""
         chains = ", chains of convolutions in one launch" if self.chains else ""
         if self.at_first_use:
-            count = f"{len(self.tiles)} convolutions" if self.tiles else "launches of several layers"
+            blocks = f"{len(self.attention)} attention blocks" if self.attention else "launches of several layers"
+            count = f"{len(self.tiles)} convolutions" if self.tiles else blocks
             return f"{count} measured at first use{deep}{chains}"
         count = f"{len(self.tiles)} convolutions, {len(self.attention)} attention blocks measured"
         if self.now_ms is None or self.before_ms is None:

@@ -88,7 +88,11 @@ def tune(
             plan,
             dtype,
             device=device,
-            tuned=replace(untuned, tiles={**untuned.tiles, **tuned.tiles}, attention=tuned.attention),
+            tuned=replace(
+                untuned,
+                tiles={**untuned.tiles, **tuned.tiles},
+                attention={**untuned.attention, **tuned.attention},
+            ),
         )
         both = [CudaExecutor(plan, one, CudaOptions(graphs=False)) for one in (weights, tuned_weights)]
         before_ms, now_ms = whole_runs(both, timer)
@@ -224,6 +228,8 @@ def gains(
 def _title(choice: Any) -> str:
     """A choice as short text: "cudnn", a tile as in the executor's `choices`, or block shapes."""
     from lgnet_fast.kernels import compiled
+    from lgnet_fast.kernels.configs import Inference
+    from lgnet_fast.kernels.hopper_attention import AttentionTile
 
     if choice == "cudnn":
         return "cudnn"
@@ -232,4 +238,5 @@ def _title(choice: Any) -> str:
     if len(choice) == 7:
         m, n, k, splits, warps, stages, fused = choice
         return f"{m}x{n}x{k}/{splits}{'f' if fused else ''} w{warps} s{stages}"
-    return "x".join(map(str, choice))
+    *shapes, hopper = Inference(*choice)
+    return "x".join(map(str, shapes)) if hopper is None else AttentionTile(*hopper).label

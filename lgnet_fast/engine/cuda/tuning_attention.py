@@ -1,6 +1,7 @@
 """Tuning the attention blocks of a plan on an NVIDIA GPU.
 
-Candidates are block shapes of the loop over the keys, of the projection and of the sum over splits, searched in turn.
+Candidates are block shapes of the loop over the keys (on Hopper also the tiles of the compiled kernel, which needs no
+sum), of the projection and of the sum over splits, searched in turn.
 """
 
 from __future__ import annotations
@@ -19,10 +20,11 @@ from torch import Tensor
 from ..plan import AttentionStep, Plan
 from .graphs import error_text
 from .measure import GAIN, Found, Log, Result, Timer, excessive_error
-from .weights import target_of
+from .weights import card_of, target_of
 
 if TYPE_CHECKING:
     from lgnet_fast.kernels.configs import Inference
+    from lgnet_fast.kernels.hopper_attention import AttentionTile
 
 
 @dataclass
@@ -34,6 +36,8 @@ class _Block:
     call: Callable[[], Tensor]
     default: Inference
     config: Inference
+    compiled: Sequence[AttentionTile]
+    """Tiles of the compiled kernel, those of least estimated time first."""
 
     def launch(self) -> None:
         self.call()
@@ -53,6 +57,7 @@ def _walks(block: _Block, batch: int, element: int, generation: str, num_sms: in
     from lgnet_fast.kernels.configs import inference_bytes
 
     channels, positions = block.channels, block.positions
+    yield from (block.config._replace(hopper=tile) for tile in block.compiled)
     for m, n, v, warps, stages, splits in itertools.product(
         (32, 64, 128), (32, 64, 128), (64, 128, 256), (4, 8), (2, 3), (1, 2, 4, 8)
     ):
@@ -82,15 +87,19 @@ def _projections(block: _Block, batch: int, *_: object) -> Iterator[Inference]:
 
 def _sums(block: _Block, *_: object) -> Iterator[Inference]:
     """Block shapes of the sum over splits."""
+    if block.config.hopper is not None:
+        return
     for m in (2, 4, 8, 16, 32):
         yield block.config._replace(sum_m=m)
 
 
 def _blocks(plan: Plan, dtype: torch.dtype, device: torch.device) -> list[_Block]:
+    from lgnet_fast.kernels import hopper_attention
     from lgnet_fast.kernels.attention_inference import attention_block_inference
     from lgnet_fast.kernels.configs import pick_inference
 
     kind, generation, num_sms = target_of(device, dtype)
+    card = card_of(device, dtype)
     blocks = []
     for step in plan.steps:
         if isinstance(step, AttentionStep):
@@ -103,7 +112,8 @@ def _blocks(plan: Plan, dtype: torch.dtype, device: torch.device) -> list[_Block
             call = functools.partial(attention_block_inference, x, weight, bias, step.variant, out=out)
             key = (channels, source.height * source.width, plan.batch)
             config = pick_inference(generation, kind, *key, num_sms)
-            blocks.append(_Block(step.name, key, call, config, config))
+            compiled = hopper_attention.candidates(*key, dtype, device, card)
+            blocks.append(_Block(step.name, key, call, config, config, compiled))
     return blocks
 
 
@@ -169,6 +179,26 @@ def tune_attention(
             best = Result(tuple(block.config), times[block.config], tuple(block.default), default_us)
             found.attention[block.key] = best
             keep()
+
+
+def compare_compiled(
+    plan: Plan, dtype: torch.dtype, device: torch.device, found: Found, timer: Timer, log: Log, gain: float
+) -> None:
+    """Measure the tiles of the compiled kernel for every attention step into `found`, beside what runs otherwise.
+
+    gain: share of the time of the whole block by which a tile must be faster.
+    """
+    for block in _blocks(plan, dtype, device):
+        tiles = [block.config._replace(hopper=tile) for tile in block.compiled]
+        times = _measure_block(block, "walk", [block.config, *tiles], dtype, timer, log)
+        if block.config not in times:
+            continue
+        best = min(times, key=lambda config: times[config])
+        choice = best if times[best] <= (1 - gain) * times[block.config] else block.config
+        found.attention[block.key] = Result(tuple(choice), times[choice], tuple(block.config), times[block.config])
+        log(
+            "attention", step=block.name, default_us=times[block.config], best_us=times[choice], best=list(choice)
+        )  # fmt: skip
 
 
 def _measure_block(

@@ -90,6 +90,15 @@ class Tuned:
         alike = [key for key in self.tiles if (key[0], *key[2:]) == (kind, *rest)]
         return self.tiles[min(alike, key=lambda key: abs(math.log(key[1] / rows)))] if alike else None
 
+    def nearest_attention(self, channels: int, positions: int, batch: int) -> Inference | None:
+        """The block shapes of the attention block with as many channels that differs least in its work."""
+        alike = [key for key in self.attention if key[0] == channels]
+
+        def distance(key: tuple[int, int, int]) -> float:
+            return abs(math.log(key[1] / positions)) + abs(math.log(key[2] / batch))
+
+        return self.attention[min(alike, key=distance)] if alike else None
+
 
 @dataclass(frozen=True)
 class StepWeights:
