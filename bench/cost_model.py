@@ -10,10 +10,10 @@ multiplications at the GPU's rate and of weights, inputs and outputs, once each,
 measurement, if there is one.
 
 The estimate is the one that chooses block shapes (kernels/conv_configs.py, which names the source of each constant).
---compiled: with the CUDA C++ kernels (picture_conv, hopper, hopper_attention, hopper_chain, deep) where their estimate
-is less, for a single convolution a tenth less. An engine uses those that its first use or `lgnet-fast tune` measured as faster; these forms
-of the kernels have not been measured yet. The steps of a launch that computes several have its cost at the first of
-them.
+--compiled: with the CUDA C++ kernels (picture_conv, hopper, hopper_attention, hopper_chain, deep) where their
+estimate is less, for a single convolution a tenth less. An engine uses those that its first use or `lgnet-fast tune`
+measured as faster; these forms of the kernels have not been measured yet. The steps of a launch that computes several
+have its cost at the first of them.
 MEASURED: lines of bench/gpu_contact.py; for a dense fp16 run of the H100, bench/results/h100_contact_*.
 """
 

@@ -1,6 +1,6 @@
-"""Checks the convolution for Hopper on a GPU, and locates errors. (The tuner times it.)
+"""Checks the kernels for Hopper on a GPU: convolution, chains of them, attention. Locates errors.
 
-    python bench/hopper_contact.py RESULTS [--sections known,steps,chain,clocks]
+    python bench/hopper_contact.py RESULTS [--sections known,steps,chain,clocks,attention]
 
 Each figure is written to RESULTS/hopper_contact.jsonl at once, one JSON object per line. Every part runs in a
 separate process, so that a kernel that crashes or hangs affects that part only.
@@ -13,6 +13,8 @@ steps     every step of LGNet that the kernel supports, on noise, beside float64
 chain     NetL's eight block convolutions in one launch, in every tile: each beside float64, the bits of repeated
           launches, the time beside eight launches, where the blocks spend it; two such launches on two streams
 clocks    where the blocks of NetL's block convolution spend their time, by warpgroups, clusters, split depth
+attention queries that each choose one key: which key's value came; then LGNet's three blocks, batch 1 and 16, in
+          every tile: beside float64, the bits of repeated launches, the time of the block beside Triton's kernels
 ========  ===========================================================================================================
 """
 
@@ -32,7 +34,7 @@ import torch
 import torch.nn.functional as F
 from gpu_contact import Log, graph_of, median_us, model_and_plan, sections_of
 
-LIMITS = {"known": 45, "steps": 90, "chain": 60, "clocks": 45}
+LIMITS = {"known": 45, "steps": 90, "chain": 60, "clocks": 45, "attention": 90}
 """Time limit of each part, in seconds."""
 KNOWN = ((3, 1, False, 1, 16), (3, 1, True, 1, 16), (3, 1, False, 4, 8), (3, 1, True, 2, 4), (3, 1, False, 2, 32),
          (4, 2, False, 1, 16), (4, 2, False, 2, 4))  # fmt: skip
@@ -378,7 +380,7 @@ def check_chain(log: Log, case: ChainCase, name: dict[str, Any]) -> None:
         chain_clocks(log, case, chain.description.grid, name)
 
 
-def run_each(launches: Sequence[Callable[[], None]]) -> None:
+def run_each(launches: Sequence[Callable[[], Any]]) -> None:
     """Make the launches in order."""
     for launch in launches:
         launch()
@@ -429,9 +431,88 @@ def block_clocks(log: Log) -> None:
         log("clocks", tile=list(tile), since_start=since, waited=waited)
 
 
+# -- attention ----------------------------------------------------------------------------------------------------
+
+
+def chosen_keys(log: Log, channels: int, tile: Any) -> None:
+    """Each query's score is far the greatest for one key, whose number and column are its value."""
+    from lgnet_fast.kernels import hopper_attention
+
+    positions = hopper_attention.KEYS[channels] * max(2, tile.cluster) * 2
+    number = torch.arange(positions, device="cuda")
+    bits = 2 * ((number[:, None] >> torch.arange(13, device="cuda")) % 2) - 1
+    chosen = torch.randperm(positions, generator=torch.Generator().manual_seed(0)).cuda()
+    q, k = (torch.zeros(1, positions, channels, device="cuda", dtype=torch.float16) for _ in range(2))
+    k[0, :, :13], q[0, :, :13] = bits.half(), 8 * bits[chosen].half()
+    rest = torch.zeros(1, positions, channels, device="cuda")
+    for what, one in (("key", number[:, None]), ("column", torch.arange(channels, device="cuda")[None])):
+        v = one.expand(positions, channels).half().contiguous()[None]
+        out = torch.full((1, 1, positions, channels), float("nan"), device="cuda", dtype=torch.float16)
+        hopper_attention.weigh(q, k, v, rest, out.permute(0, 3, 1, 2), tile, scale=4.0)
+        torch.cuda.synchronize()
+        expected = v[0, chosen]
+        wrong = ((out[0, 0].float() - expected.float()).abs().nan_to_num(1e9) > 0.1).nonzero()
+        places = wrong[:: max(1, len(wrong) // 8)][:8].tolist()
+        first = [[query, column, expected[query, column].item(), out[0, 0, query, column].item()]
+                 for query, column in places]  # fmt: skip
+        log("known attention", channels=channels, tile=list(tile), value=what, right=not len(wrong),
+            wrong=len(wrong), query_column_expected_got=first)  # fmt: skip
+
+
+def check_attention(log: Log) -> None:
+    """Known answers, then LGNet's blocks in every tile."""
+    from lgnet_fast.kernels import hopper_attention
+    from lgnet_fast.kernels.cards import card_with
+
+    device, properties = torch.device("cuda"), torch.cuda.get_device_properties(0)
+    card = card_with("sm_90", properties.multi_processor_count)
+    for channels, queries, cluster in itertools.product(hopper_attention.KEYS, hopper_attention.QUERIES, (1, 2, 4)):
+        chosen_keys(log, channels, hopper_attention.AttentionTile(queries, cluster))
+    for channels, side in ((512, 16), (256, 32), (128, 64)):
+        for dtype, tile in itertools.product((torch.float16, torch.bfloat16), hopper_attention.CANDIDATES):
+            try:
+                error = hopper_attention._error(channels, (2, side, side), tile, dtype, device)
+            except (RuntimeError, ValueError) as refusal:
+                log("attention", channels=channels, tile=list(tile), refused=str(refusal)[:200])
+                continue
+            right = error < 2 * torch.finfo(dtype).eps
+            log("attention", channels=channels, tile=list(tile), dtype=str(dtype), error=error, right=right)
+        for batch in (1, 16):
+            tiles = hopper_attention.candidates(channels, side * side, batch, torch.float16, device, card)
+            time_attention(log, batch, channels, side, tiles)
+
+
+def time_attention(log: Log, batch: int, channels: int, side: int, tiles: Sequence[Any]) -> None:
+    """Microseconds of the block by Triton's kernels (tile None) and by every tile, and whether ten launches agree."""
+    from lgnet_fast.kernels.attention_inference import attention_block_inference
+    from lgnet_fast.kernels.configs import override, pick_inference
+
+    x = torch.randn(batch, channels, side, side, device="cuda", dtype=torch.float16)
+    x = x.to(memory_format=torch.channels_last)
+    weight = (torch.randn(channels, 2 * channels, 1, 1, device="cuda") / channels**0.5).half()
+    bias, out = torch.zeros(channels, device="cuda", dtype=torch.float16), torch.empty_like(x)
+    plain = pick_inference("sm_90", "half", channels, side * side, batch, 132)
+    for tile in (None, *tiles):
+        with override("inference", plain._replace(hopper=tile)):
+            run = functools.partial(attention_block_inference, x, weight, bias, "released", out=out)
+            results = [run().clone() for _ in range(10)]
+            us = median_us(graph_of(functools.partial(run_each, [run] * 8)).replay) / 8
+        equal = all(torch.equal(results[0], one) for one in results)
+        log(
+            "attention time",
+            batch=batch,
+            channels=channels,
+            tile=tile and list(tile),
+            us=us,
+            equal=equal,
+            right=equal,
+        )
+
+
 # -- parts --------------------------------------------------------------------------------------------------------
 
-PARTS = {"known": known, "steps": check_steps, "chain": check_chains, "clocks": block_clocks}
+PARTS = {"known": known, "steps": check_steps, "chain": check_chains, "clocks": block_clocks,
+         "attention": check_attention}  # fmt: skip
 
 
 def main() -> int:

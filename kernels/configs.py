@@ -48,8 +48,8 @@ class Inference(NamedTuple):
 
     block_m queries by block_n keys per step, block_v columns of the result per program. project_p, project_o,
     project_d: positions, columns and depth of the projection. sum_m: positions of the sum over splits. max_splits: of
-    the keys. hopper: the tile by which `hopper_attention` runs in place of the loop over the keys and of the sum; None:
-    Triton's kernels run.
+    the keys. hopper: the tile by which `hopper_attention` takes the place of the loop over the keys and of the sum;
+    None: Triton's kernels run.
     """
 
     block_m: int

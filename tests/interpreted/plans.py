@@ -88,30 +88,32 @@ def tiny_plan(side: int = 16) -> Plan:
     return Plan(1, side, side, buffers, tuple(order))
 
 
+def _convolution(
+    name: str,
+    source: View,
+    stores: tuple[Store, ...],
+    out: int,
+    geometry: Geometry,
+    residual: View | None = None,
+) -> ConvStep:
+    """A convolution with noise as weights; one to three channels ends a stage."""
+    pair = (source.channels, out) if geometry.transposed else (out, source.channels)
+    seed = sum(name.encode())
+    weight = normal(*pair, geometry.kernel, geometry.kernel, dtype=torch.float64, seed=seed)
+    weight = weight / (geometry.kernel * source.channels**0.5)
+    bias = normal(out, dtype=torch.float64, seed=seed + 1)
+    return ConvStep(
+        name=name, source=source, stores=stores, geometry=geometry, merges=out == 3, weight=weight, bias=bias,
+        residual=residual,
+    )  # fmt: skip
+
+
 def picture_plan(batch: int = 1, side: int = 32, inner: bool = False) -> Plan:
     """The first and last layers of NetL, then of a U-Net: the steps of `kernels/picture_conv.py`, in float64.
 
     inner: between those of NetL, a block's layer with its residual, one of stride 2, and a transposed one, of 64
     channels: steps of `kernels/hopper.py`.
     """
-
-    def conv(
-        name: str,
-        source: View,
-        stores: tuple[Store, ...],
-        out: int,
-        geometry: Geometry,
-        residual: View | None = None,
-    ) -> ConvStep:
-        pair = (source.channels, out) if geometry.transposed else (out, source.channels)
-        seed = sum(name.encode())
-        weight = normal(*pair, geometry.kernel, geometry.kernel, dtype=torch.float64, seed=seed)
-        weight = weight / (geometry.kernel * source.channels**0.5)
-        bias = normal(out, dtype=torch.float64, seed=seed + 1)
-        return ConvStep(
-            name=name, source=source, stores=stores, geometry=geometry, merges=out == 3, weight=weight, bias=bias,
-            residual=residual,
-        )  # fmt: skip
 
     buffers = {
         PICTURE: Buffer(PICTURE, 4, side, side),
@@ -129,16 +131,40 @@ def picture_plan(batch: int = 1, side: int = 32, inner: bool = False) -> Plan:
     block, halved, last = View("p.block", 0, 64), View("p.down", 0, 64), View("p.up" if inner else "p.stem", 0, 64)
     three = Geometry(3, 1, 1, reflect=True)
     between = (
-        conv("p.block", stem, (Store(block, "relu"),), 64, three, stem),
-        conv("p.down", block, (Store(halved, "relu"),), 64, down),
-        conv("p.up", halved, (Store(last, "relu"),), 64, up),
+        _convolution("p.block", stem, (Store(block, "relu"),), 64, three, stem),
+        _convolution("p.down", block, (Store(halved, "relu"),), 64, down),
+        _convolution("p.up", halved, (Store(last, "relu"),), 64, up),
     )
     steps = (
-        conv("p.stem", picture, (Store(stem, "relu"),), 64, wide),
+        _convolution("p.stem", picture, (Store(stem, "relu"),), 64, wide),
         *(between if inner else ()),
-        conv("p.out", last, (Store(View("p.raw", 0, 3), "tanh"),), 3, wide),
-        conv("q.e1", picture, both, 64, down),
-        conv("q.d1", cat, (Store(View("q.raw", 0, 3), "tanh"),), 3, up),
+        _convolution("p.out", last, (Store(View("p.raw", 0, 3), "tanh"),), 3, wide),
+        _convolution("q.e1", picture, both, 64, down),
+        _convolution("q.d1", cat, (Store(View("q.raw", 0, 3), "tanh"),), 3, up),
+    )
+    steps = tuple(replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in steps)
+    return Plan(batch, side, side, buffers, steps)
+
+
+def attention_plan(batch: int = 1, side: int = 32) -> Plan:
+    """An attention block of 128 channels between two convolutions, in float64, for `kernels/hopper_attention.py`."""
+    half = side // 2
+    buffers = {
+        PICTURE: Buffer(PICTURE, 4, side, side),
+        "a.e1": Buffer("a.e1", 128, half, half),
+        "a.d2": Buffer("a.d2", 128, half, half),
+        "a.raw": Buffer("a.raw", 3, side, side),
+    }
+    encoded, attended = View("a.e1", 0, 128), View("a.d2", 0, 128)
+    attention = AttentionStep(
+        name="a.attention", source=encoded, stores=(Store(attended, "relu"),), variant="released",
+        weight=normal(128, 256, 1, 1, dtype=torch.float64) / 16, bias=normal(128, dtype=torch.float64, seed=1),
+    )  # fmt: skip
+    down, up = Geometry(4, 2, 1), Geometry(4, 2, 1, True)
+    steps = (
+        _convolution("a.e1", View(PICTURE, 0, 4), (Store(encoded),), 128, down),
+        attention,
+        _convolution("a.d1", attended, (Store(View("a.raw", 0, 3), "tanh"),), 3, up),
     )
     steps = tuple(replace(s, regions=(buffers[s.stores[0].view.buffer].everywhere,)) for s in steps)
     return Plan(batch, side, side, buffers, steps)

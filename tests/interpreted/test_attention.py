@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from lgnet_fast.kernels import attention_inference
+from lgnet_fast.kernels import attention_inference, hopper_attention
 from lgnet_fast.kernels.attention import (
     attention_backward,
     attention_block_backward,
@@ -19,10 +19,12 @@ from lgnet_fast.kernels.attention import (
 )
 from lgnet_fast.kernels.attention_inference import attention_block_inference
 from lgnet_fast.kernels.configs import Config, Inference, assume_generation, num_splits, override
+from lgnet_fast.kernels.hopper_attention import AttentionTile
 from lgnet_fast.kernels.maps import split_head
 from torch import Tensor
 
 from lgnet_fast.reference.attention import attention_block, query_key_value
+from tests import emulator
 from tests.interpreted.rules import DTYPES, VARIANTS, attention_results, block_results, normal
 from tests.support import assert_accurate
 
@@ -370,3 +372,41 @@ def test_a_band_outside_the_map_is_refused(band: tuple[int, int]) -> None:
     with pytest.raises(ValueError, match=r"band: expected 0 <= top < bottom <= 9, got"):
         attention_block_inference(features, normal(16, 32, 1, 1), normal(16), "released", out=out, band=band)
     assert out.isnan().all()
+
+
+@pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_inference_by_the_kernel_for_hopper(
+    variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All rows, and a band of them; a map that it cannot store, or a GPU that has no such kernel, takes Triton's."""
+    monkeypatch.setattr(hopper_attention, "Kernel", emulator.EmulatedKernel)
+    monkeypatch.setattr(hopper_attention, "tensor_map", emulator.tensor_map)
+    monkeypatch.setattr(hopper_attention, "reason_against", lambda device, dtype: None)
+    monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
+    launched = emulator.EmulatedKernel.launched
+    features = normal(2, 128, 16, 17, dtype=dtype)
+    weight, bias = (normal(128, 256, 1, 1, seed=1) / 11).to(dtype), normal(128, dtype=dtype, seed=2)
+    exact, eager = (
+        attention_block(*(t.to(kind) for t in (features, weight, bias)), variant) for kind in (torch.float64, dtype)
+    )
+    config = Inference(16, 32, 128, 4, 1, 32, 128, 64, 16, 8, AttentionTile(128, 2))
+
+    def run(band: tuple[int, int] | None = None, layout: torch.memory_format = torch.channels_last) -> Tensor:
+        out = torch.full_like(features, math.nan, memory_format=layout)
+        with assume_generation("sm_90"), override("inference", config):
+            return attention_block_inference(features, weight, bias, variant, out=out, band=band)
+
+    assert_accurate("out", run(), exact, eager)
+    name = f"lgnet_attention_{str(dtype).removeprefix('torch.')}_128"
+    assert launched == [f"{name}_128"]
+    found = run((3, 5))
+    assert_accurate("rows", found[:, :, 3:5], exact[:, :, 3:5], eager[:, :, 3:5])
+    assert found[:, :, :3].isnan().all()
+    assert found[:, :, 5:].isnan().all()
+    assert len(launched) == 2
+    assert_accurate("out", run(layout=torch.contiguous_format), exact, eager)
+    monkeypatch.setattr(hopper_attention, "reason_against", lambda device, dtype: "another GPU")
+    assert_accurate("out", run(), exact, eager)
+    assert len(launched) == 2
