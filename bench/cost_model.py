@@ -105,7 +105,7 @@ def compiled_cost(step: Any, plan: Any, card: Any) -> tuple[Any, str, int] | Non
     product = conv, plan.batch, source.size, out.size, tuple(region), card
     if card.capability == hopper_shapes.CAPABILITY and (best := hopper_shapes.ranked(*product)):
         fastest, least = best[0]
-        return least, fastest.label, describe_launch(*product[:-1], fastest).grid
+        return least, fastest.label, describe_launch(*product[:-1], fastest, card.num_sms).grid
     if picture_conv.unsupported(conv) is not None:
         return None
     tile, launch = picture_conv.pick_tile(*product)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .compiled_checks import DTYPES, LIMIT, Divisor, FirstUse, check_bias, check_view, exact_convolution, set_stores
+from .configs import device_generation
 from .conv import Conv
 from .conv_configs import Work
 from .cuda_driver import Kernel, call
@@ -34,6 +35,7 @@ from .hopper_shapes import (
     HopperTile,
     Product,
     Shape,
+    takes_several,
     unsupported,
 )
 from .launch import device_guard, is_recording
@@ -76,6 +78,7 @@ class Args(ctypes.Structure):
             (name, ctypes.c_int32)
             for name in (
                 "reflect", "pitch", "box_rows", "weight_stages", "weight_bytes", "patch_stages", "patch_bytes",
+                "tiles", "sums",
             )
         ),
     ]  # fmt: skip
@@ -103,13 +106,15 @@ def describe_launch(
     out_size: tuple[int, int],
     rect: tuple[int, int, int, int],
     tile: HopperTile,
+    num_sms: int | None = None,
 ) -> Launch:
-    """A launch for outputs `rect` = (top, bottom, left, right).
+    """A launch for outputs `rect` = (top, bottom, left, right), on a GPU of so many multiprocessors; None: as many as
+    it has tiles.
 
     Raises:
         ValueError: the kernel cannot compute the step, or its tile needs more shared memory than a block has.
     """
-    return launch_of(Shape.of(Product.of(conv, batch, in_size, out_size, rect), tile), in_size, out_size)
+    return launch_of(Shape.of(Product.of(conv, batch, in_size, out_size, rect), tile, num_sms), in_size, out_size)
 
 
 def launch_of(shape: Shape, in_size: tuple[int, int], out_size: tuple[int, int]) -> Launch:
@@ -131,8 +136,9 @@ def launch_of(shape: Shape, in_size: tuple[int, int], out_size: tuple[int, int])
         reflect=product.conv.reflect,
         pitch=shape.box[0], box_rows=shape.box[1], weight_stages=shape.weight_stages,
         weight_bytes=shape.weight_bytes, patch_stages=shape.patch_stages, patch_bytes=shape.patch_bytes,
+        tiles=shape.grid, sums=shape.sums,
     )  # fmt: skip
-    return Launch(args, shape.grid, shape.sharing * shape.parts, shape.shared_bytes, shape.box)
+    return Launch(args, shape.blocks or shape.grid, shape.sharing * shape.parts, shape.shared_bytes, shape.box)
 
 
 CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weights", "for_patches")
@@ -140,17 +146,13 @@ CLOCKS = ("start", "ready", "previous", "operands", "products", "end", "for_weig
 _TIMED_HEIGHT = 16
 
 
-def _kernel_name(dtype: torch.dtype, tile: HopperTile, timed: bool = False) -> str:
-    name = f"lgnet_conv_{str(dtype).removeprefix('torch.')}_{tile.tile_h}_{tile.groups}"
-    return f"{name}_timed" if timed else name
-
-
 def _kernel(
     launch: Launch, dtype: torch.dtype, tile: HopperTile, overlap: bool = False, timed: bool = False
 ) -> Kernel:
+    kind = "_timed" if timed else "_several" if launch.args.sums else ""
     return Kernel(
         "hopper_conv",
-        _kernel_name(dtype, tile, timed),
+        f"lgnet_conv_{str(dtype).removeprefix('torch.')}_{tile.tile_h}_{tile.groups}{kind}",
         threads=tile.groups * GROUP_THREADS + OTHER_THREADS,
         shared_bytes=launch.shared_bytes,
         cluster=launch.cluster,
@@ -240,11 +242,12 @@ def _prepare(
     size: tuple[int, int],
     rect: tuple[int, int, int, int] | None,
     residual: Tensor | None,
+    num_sms: int | None,
 ) -> tuple[Launch, list[Any], list[Any]]:
     """The launch, the addresses of its parameters, and the objects that must be kept until it is made."""
     batch, in_h, in_w, _ = source.shape
     rect = (0, size[0], 0, size[1]) if rect is None else rect
-    launch = describe_launch(conv, batch, (in_h, in_w), size, rect, tile)
+    launch = describe_launch(conv, batch, (in_h, in_w), size, rect, tile, num_sms)
     check_operands(conv, source, weight, bias, stores, residual)
     maps = source_maps(source, conv.axis.in_step, launch.box)
     sources = (type(maps[0]) * 4)(*maps)
@@ -265,11 +268,14 @@ def hopper_forward(
     residual: Tensor | None = None,
     overlap: bool = False,
     clocks: Tensor | None = None,
+    num_sms: int | None = None,
 ) -> None:
     """One step, with the arguments of :func:`.conv.conv_forward`, on the current stream of the source's GPU.
 
     Args:
-        clocks: [thread blocks, 8] int64, which gets each block's :data:`CLOCKS`; float16 and tiles of 16 rows only.
+        clocks: [thread blocks, 8] int64, which gets each block's :data:`CLOCKS`; float16 and tiles of 16 rows only,
+            one tile a block.
+        num_sms: multiprocessors, of which each has one block where there are more tiles; None: those of the GPU.
 
     Raises:
         ValueError: an argument is not what the kernel needs.
@@ -278,7 +284,9 @@ def hopper_forward(
     if is_recording():  # nothing to compile
         return
     with device_guard(source):
-        launch, addresses, kept = _prepare(conv, source, weight, bias, stores, tile, size, rect, residual)
+        if clocks is None and num_sms is None and source.device.type == "cuda":
+            num_sms = device_generation(source.device)[1]
+        launch, addresses, kept = _prepare(conv, source, weight, bias, stores, tile, size, rect, residual, num_sms)
         if launch.grid == 0:
             return
         if clocks is not None:
@@ -312,9 +320,12 @@ def _check(device: torch.device, dtype: torch.dtype) -> str | None:
                 Conv(channels, 64, 4, 2, 1, True, False, False),
                 Conv(channels, 64, 4, 2, 1, False, False, False),
             ):
-                error = _error(conv, tile, (2, 32, 16), dtype, device, generator)
-                if not error < LIMIT * torch.finfo(dtype).eps:
-                    return f"relative error {error:.1e} in {conv} with {tile}"
+                shape = 2, 32, 16
+                for num_sms in (None, 2) if takes_several(tile) else (None,):
+                    error = _error(conv, tile, shape, dtype, device, generator, num_sms)
+                    if not error < LIMIT * torch.finfo(dtype).eps:
+                        several = "" if num_sms is None else ", several tiles a block"
+                        return f"relative error {error:.1e} in {conv} with {tile}{several}"
     return None
 
 
@@ -325,6 +336,7 @@ def _error(
     dtype: torch.dtype,
     device: torch.device,
     generator: torch.Generator,
+    num_sms: int | None = None,
 ) -> float:
     """RMS of the error against float32, relative to the RMS of the result, for a step on noise."""
 
@@ -341,7 +353,8 @@ def _error(
     residual = noise(batch, *size, conv.out_channels)
     out = torch.full_like(residual, float("nan"))
     stores = (Store(out, "relu"),)
-    hopper_forward(conv, x, conv.pack(weight).contiguous(), bias, stores, tile, size=size, residual=residual)
+    packed = conv.pack(weight).contiguous()
+    hopper_forward(conv, x, packed, bias, stores, tile, size=size, residual=residual, num_sms=num_sms)
     exact = (exact_convolution(conv, x, weight, bias) + residual.double()).relu()
     return float((out.double() - exact).norm() / exact.norm())
 

@@ -27,6 +27,7 @@ _LINE = 2 * CHANNELS  # bytes of a pixel's channels, or of a depth's columns
 _TAP_BYTES = CHANNELS * _LINE  # of the weights of a tap
 MAX_WEIGHT_STAGES, MAX_PATCH_STAGES = 12, 4
 _BARRIER_BYTES = 8 * (2 * MAX_WEIGHT_STAGES + 3 * MAX_PATCH_STAGES)
+_SEVERAL_HEIGHTS = (16, 32)  # of tiles of which a block may compute several
 _ALIGNMENT = 1024  # bytes after which the swizzle repeats
 ROW_BYTES = 4 * (CHANNELS + 4)  # bytes from one pixel's results to the next in shared memory
 
@@ -59,6 +60,11 @@ CANDIDATES = tuple(
 """Tiles worth measuring: 4 and 8 blocks that share weights were slower on an H100 wherever they were tried. Clusters
 of these sizes leave 12 of its multiprocessors idle; blocks that split the depth hold fewer weights, so that two of
 some tiles fit on one."""
+
+
+def takes_several(tile: HopperTile) -> bool:
+    """Whether there is a kernel whose blocks compute several such tiles."""
+    return tile.groups == 1 and not tile.split and tile.tile_h in _SEVERAL_HEIGHTS
 
 
 def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
@@ -154,7 +160,7 @@ class Product(NamedTuple):
 
 class Shape(NamedTuple):
     """A product in tiles. sharing: blocks of a cluster with the same weights; parts: of the depth, in a cluster.
-    box: pixels and rows of a patch."""
+    box: pixels and rows of a patch. blocks: of the launch where they compute several tiles each; 0: one."""
 
     product: Product
     tile: HopperTile
@@ -167,10 +173,15 @@ class Shape(NamedTuple):
     weight_bytes: int
     patch_stages: int
     patch_bytes: int
+    blocks: int = 0
 
     @classmethod
-    def of(cls, product: Product, tile: HopperTile) -> Shape:
-        """Raises ValueError where the tile cannot compute the product, or needs too much shared memory."""
+    def of(cls, product: Product, tile: HopperTile, num_sms: int | None = None) -> Shape:
+        """The shape on a GPU of so many multiprocessors; None: each block computes one tile.
+
+        Raises:
+            ValueError: the tile cannot compute the product, or needs too much shared memory.
+        """
         most_y, most_x = (max(reads.taps) for reads in (product.along_y, product.along_x))
         most_taps = max(product.axis.taps) // product.axis.in_step
         if (reason := _unsupported_tile(tile, product.conv.in_channels, most_taps)) is not None:
@@ -201,7 +212,21 @@ class Shape(NamedTuple):
         )  # fmt: skip
         if patch_stages > MAX_PATCH_STAGES or shape.shared_bytes > SHARED_LIMIT:
             raise ValueError(f"tile: {tile} takes {shape.shared_bytes} bytes of shared memory")
-        return shape
+        several = None if num_sms is None else shape._several(num_sms)
+        return several or shape
+
+    def _several(self, num_sms: int) -> Shape | None:
+        """With several tiles a block; None where that gains nothing: a multiprocessor holds two blocks, or blocks as
+        many as tiles. The sums of a tile have their own shared memory, so that the next one's loads need not wait."""
+        tile, held = self.tile, _held(self, num_sms)
+        if not takes_several(tile) or not held < self.grid:
+            return None
+        taps = self.weight_bytes // _TAP_BYTES
+        for weight_taps, patch_stages in itertools.product((tile.weight_taps, 9, 6), (self.patch_stages, 3, 2)):
+            shape = self._replace(weight_stages=weight_taps // taps, patch_stages=patch_stages, blocks=held)
+            if shape.weight_stages >= 2 and shape.shared_bytes <= SHARED_LIMIT and held <= num_sms:
+                return shape
+        return None
 
     @property
     def m_tiles(self) -> int:
@@ -209,12 +234,23 @@ class Shape(NamedTuple):
 
     @property
     def grid(self) -> int:
+        """Tiles of all blocks of output channels, phases and parts of the depth."""
         return self.m_tiles * self.product.n_blocks * self.product.axis.phases**2 * self.parts
 
     @property
     def shared_bytes(self) -> int:
-        held = self.weight_stages * self.weight_bytes + self.patch_stages * self.patch_bytes
-        return held + _ALIGNMENT + _BARRIER_BYTES
+        after = self.sums + TILE_W * self.tile.tile_h * ROW_BYTES if self.sums else self._operands + _BARRIER_BYTES
+        return _ALIGNMENT + after
+
+    @property
+    def sums(self) -> int:
+        """Bytes in shared memory before the sums of a tile; 0: they replace weights and patches."""
+        return self._operands + _BARRIER_BYTES if self.blocks else 0
+
+    @property
+    def _operands(self) -> int:
+        """Bytes of weights and patches."""
+        return self.weight_stages * self.weight_bytes + self.patch_stages * self.patch_bytes
 
 
 # Fitted to the 28 tiles of an earlier form that ran one block a multiprocessor (bench/results/h100_hopper.jsonl):
@@ -226,7 +262,8 @@ _STEP_CLOCKS, _TAIL = 435, 0.24
 _PRODUCTS = 1.15
 # Assumed: blocks of a cluster meet twice, and read each other's sums.
 EXCHANGE_SECONDS = 1.0e-6
-# Registers of a thread, by the rows of a tile and the warpgroups.
+# Registers of a thread, by the rows of a tile and the warpgroups. Kernels with several tiles a block have more of them,
+# but a multiprocessor holds one such block.
 REGISTERS = {
     (4, 1): 80, (4, 2): 80, (8, 1): 88, (8, 2): 96, (16, 1): 136, (16, 2): 136, (32, 1): 184, (32, 2): 160,
 }  # fmt: skip
@@ -234,6 +271,10 @@ REGISTERS = {
 
 def at_once(shape: Shape, card: Card) -> int:
     """Blocks that run at the same time."""
+    return _held(shape, card.num_sms)
+
+
+def _held(shape: Shape, num_sms: int) -> int:
     tile = shape.tile
     threads = tile.groups * GROUP_THREADS + OTHER_THREADS
     resident = min(
@@ -241,23 +282,26 @@ def at_once(shape: Shape, card: Card) -> int:
         65536 // (threads * REGISTERS[tile.tile_h, tile.groups]),
     )
     cluster = shape.sharing * shape.parts
-    held = card.num_sms if cluster <= 2 else int(card.num_sms * CLUSTERED)
+    held = num_sms if cluster <= 2 else int(num_sms * CLUSTERED)
     return max(1, resident) * max(cluster, held // cluster * cluster)
 
 
 def cost(shape: Shape, card: Card) -> Cost:
-    """Estimated seconds of a launch by its parts. issue: a step's instructions before and after its products."""
+    """Estimated seconds of a launch by its parts. issue: a step's instructions before and after its products.
+
+    Where a block computes several tiles, the first patch and weights of each but the first are there in time.
+    """
     product, tile = shape.product, shape.tile
     pixels, phases = TILE_W * tile.tile_h, product.axis.phases
-    waves = -(-shape.grid // at_once(shape, card))
+    waves = -(-shape.grid // (shape.blocks or at_once(shape, card)))
     # Shared memory gives 128 bytes a clock; a tap reads its weights and pixels of 64 channels.
     tap = max(_PRODUCTS * 2 * pixels, (_TAP_BYTES + pixels * _LINE) / 128)
-    issue = products = read = 0.0
+    issue = all_issue = products = read = 0.0
     for rows, taps in itertools.product(product.along_y.taps[:phases], product.along_x.taps[:phases]):
         patches = -(-product.chunks // shape.parts) * product.planes
         steps = patches * rows
         longest = steps * max((_STEP_CLOCKS + _TAIL * 2 * pixels) / tile.groups, taps * tap)
-        issue = max(issue, longest)
+        issue, all_issue = max(issue, longest), all_issue + longest
         products += steps * taps * tap / phases**2
         read += (
             steps * taps * _TAP_BYTES / shape.sharing + patches * shape.box[0] * shape.box[1] * _LINE
@@ -266,11 +310,12 @@ def cost(shape: Shape, card: Card) -> Cost:
     weights = all_taps * product.chunks * product.n_blocks * _TAP_BYTES
     share = card.l2 / card.num_sms
     together = -(-shape.grid // card.num_sms) * max(products / H100_CLOCK, read / (INGRESS_SHARED * share))
+    fills, issue = (1, max(issue, waves * all_issue / phases**2)) if shape.blocks else (waves, waves * issue)
     return Cost(
-        start=LAUNCH_SECONDS + waves * (FILL_SECONDS + pixels * PIXEL_SECONDS),
+        start=LAUNCH_SECONDS + fills * FILL_SECONDS + waves * pixels * PIXEL_SECONDS,
         products=products / H100_CLOCK,
         reads=read / (INGRESS_ALONE * share),
-        issue=waves * issue / H100_CLOCK,
+        issue=issue / H100_CLOCK,
         together=together,
         memory=weights / (card.memory * min(1.0, max(1, shape.grid) / card.num_sms)),
         splits=EXCHANGE_SECONDS if shape.parts > 1 else 0.0,
@@ -294,7 +339,7 @@ def ranked(
         product = Product.of(conv, batch, in_size, out_size, rect)
         for tile in CANDIDATES:
             with contextlib.suppress(ValueError):
-                found.append((tile, cost(Shape.of(product, tile), card)))
+                found.append((tile, cost(Shape.of(product, tile, card.num_sms), card)))
     return tuple(sorted(found, key=lambda one: (one[1].seconds, one[0]))[:8])
 
 

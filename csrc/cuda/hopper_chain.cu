@@ -108,7 +108,7 @@ __device__ __forceinline__ void run(const Chain& chain, const Args& args) {
   const Cluster cluster(args);
   if (warp == kGroupWarps && lane < chain.layers) prefetch_map(chain.layer[lane].weights);
   if (warp == kGroupWarps + 1 && lane < chain.layers) prefetch_map(chain.layer[lane].source);
-  const Place place = place_of(args, TILE_H);
+  const Place place = place_of(args, TILE_H, blockIdx.x);
   const Reading reading(args, place);
   begin<1>(args, memory, cluster, warp, lane);
 

@@ -9,37 +9,63 @@ struct Sources {
   CUtensorMap plane[4];
 };
 
+// The tiles of the block, of which the launch gives it several or one. The loads of a tile begin while the one before
+// is stored.
+template <bool kSeveral>
+struct Tiles {
+  Place place;
+  Reading reading;
+
+  __device__ __forceinline__ Tiles(const Args& args, int height)
+      : place(place_of(args, height, blockIdx.x)), reading(args, place) {}
+
+  template <typename Use>
+  __device__ __forceinline__ void each(const Args& args, int height, const Use& use) {
+    uint32_t number = blockIdx.x;
+#pragma unroll 1
+    do {
+      use();
+      number += gridDim.x;
+      if (kSeveral && number < args.tiles) place = place_of(args, height, number), reading = Reading(args, place);
+    } while (kSeveral && number < args.tiles);
+  }
+};
+
 // A warpgroup that multiplies and stores.
-template <typename T, int N, int GROUPS, bool TIMED>
+template <typename T, int N, int GROUPS, bool SEVERAL, bool TIMED>
 __device__ __forceinline__ void compute(const Args& args, const Output& output, const Memory& memory,
-                                        const Place& place, const Reading& reading, const Cluster& cluster,
-                                        Clocks<TIMED>& clocks) {
+                                        const Cluster& cluster, Tiles<SEVERAL>& tiles, Clocks<TIMED>& clocks) {
   // The shuffle tells the compiler that the value is the same in all lanes.
   const int group = GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
   const int warp = threadIdx.x / 32 % kGroupWarps, lane = threadIdx.x % 32;
-  Target<T, N, GROUPS> target(args, output, place, cluster);
-  wait_for_previous_kernel();
-  clocks.set(kPrevious);
-  target.read_residual(output);
+  char* const sums = memory.bytes + (SEVERAL ? args.sums : 0);
   Rings rings(args);
-  float sum[N / 2];
+  tiles.each(args, N / 8, [&] {
+    Target<T, N, GROUPS> target(args, output, tiles.place, cluster);
+    wait_for_previous_kernel();
+    clocks.set(kPrevious);
+    target.read_residual(output);
+    float sum[N / 2];
 #pragma unroll
-  for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-  multiply_any<Pair<T>::kBf16, N, GROUPS, TIMED>(args, memory, reading, group, lane, cluster, rings, sum, clocks);
-  // The sums replace the weights and patches, which all groups have read.
-  meet<1, GROUPS * kGroupThreads>();
-  write_sums<N>(reinterpret_cast<float*>(memory.bytes), group, warp, lane, sum);
-  if (cluster.parts == 1) {
+    for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
+    multiply_any<Pair<T>::kBf16, N, GROUPS, TIMED>(args, memory, tiles.reading, group, lane, cluster, rings, sum,
+                                                   clocks);
+    if (SEVERAL && lane == 0) barrier_arrive(memory.patch_empty(rings.patches.before()));  // the last one
+    // All groups have read the weights and patches, and the sums of the tile before.
     meet<1, GROUPS * kGroupThreads>();
-    target.template store<false>(output, memory.bytes, cluster);
-  } else {
-    cluster_meet();
-    target.template store<true>(output, memory.bytes, cluster);
-    cluster_meet();  // a block must not end while others read its sums
-  }
+    write_sums<N>(reinterpret_cast<float*>(sums), group, warp, lane, sum);
+    if (cluster.parts == 1) {
+      meet<1, GROUPS * kGroupThreads>();
+      target.template store<false>(output, sums, cluster);
+    } else {
+      cluster_meet();
+      target.template store<true>(output, sums, cluster);
+      cluster_meet();  // a block must not end while others read its sums
+    }
+  });
 }
 
-template <typename T, int TILE_H, int GROUPS, bool TIMED>
+template <typename T, int TILE_H, int GROUPS, bool SEVERAL, bool TIMED>
 __device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& weights, const Args& args,
                                     const Output& output) {
   constexpr int kFirstOther = GROUPS * kGroupWarps;  // warp
@@ -50,14 +76,13 @@ __device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& w
   const Cluster cluster(args);
   if (warp == kFirstOther && lane == 0) prefetch_map(weights);
   if (warp == kFirstOther + 1 && lane == 0) prefetch_map(sources.plane[0]);
-  const Place place = place_of(args, TILE_H);
-  const Reading reading(args, place);
+  Tiles<SEVERAL> tiles(args, TILE_H);
   begin<GROUPS>(args, memory, cluster, warp, lane);
   start_next_kernel();
   clocks.set(kReady);
 
   if (warp < kFirstOther) {
-    compute<T, 8 * TILE_H, GROUPS, TIMED>(args, output, memory, place, reading, cluster, clocks);
+    compute<T, 8 * TILE_H, GROUPS, SEVERAL>(args, output, memory, cluster, tiles, clocks);
     clocks.set(kEnd);
     if (threadIdx.x == 0) clocks.store(args);
     return;
@@ -65,18 +90,22 @@ __device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& w
   if (warp == kFirstOther) {
     if (lane == 0) {
       Ring ring = {0, args.weight_stages, 1};
-      load_weights(args, memory, place, reading, weights, cluster, ring);
+      tiles.each(args, TILE_H,
+                 [&] { load_weights(args, memory, tiles.place, tiles.reading, weights, cluster, ring); });
       wait_for_signals(args, memory, ring);
     }
   } else if (warp == kFirstOther + 1) {
     if (lane == 0) {
       Ring ring = {0, args.patch_stages, 1};
-      load_patches(args, memory, place, sources.plane, cluster, ring, [] { wait_for_previous_kernel(); });
+      tiles.each(args, TILE_H, [&] {
+        load_patches(args, memory, tiles.place, sources.plane, cluster, ring, [] { wait_for_previous_kernel(); });
+      });
     }
-  } else if (reading.mending) {
+  } else if (tiles.reading.mending) {
     Ring ring = {0, args.patch_stages, 0};
     wait_for_previous_kernel();
-    mend_patches(args, memory, reading, cluster, warp == kFirstOther + 2, lane, ring);
+    tiles.each(args, TILE_H,
+               [&] { mend_patches(args, memory, tiles.reading, cluster, warp == kFirstOther + 2, lane, ring); });
   }
   if (cluster.parts > 1) {  // as the warps that store
     cluster_meet();
@@ -86,24 +115,26 @@ __device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& w
 
 }  // namespace lgnet
 
-#define LGNET_CONV(name, type, tile_h, groups, timed)                                                   \
+#define LGNET_CONV(name, type, tile_h, groups, several, timed)                                          \
   extern "C" __global__ void __launch_bounds__(groups* lgnet::kGroupThreads + lgnet::kOtherThreads, 1)  \
       name(const __grid_constant__ lgnet::Sources sources, const __grid_constant__ CUtensorMap weights, \
            const __grid_constant__ lgnet::Args args, const __grid_constant__ lgnet::Output output) {    \
-    lgnet::run<type, tile_h, groups, timed>(sources, weights, args, output);                            \
+    lgnet::run<type, tile_h, groups, several, timed>(sources, weights, args, output);                   \
   }
 
-#define LGNET_CONVS(dtype, type)                            \
-  LGNET_CONV(lgnet_conv_##dtype##_4_1, type, 4, 1, false)   \
-  LGNET_CONV(lgnet_conv_##dtype##_8_1, type, 8, 1, false)   \
-  LGNET_CONV(lgnet_conv_##dtype##_16_1, type, 16, 1, false) \
-  LGNET_CONV(lgnet_conv_##dtype##_32_1, type, 32, 1, false) \
-  LGNET_CONV(lgnet_conv_##dtype##_4_2, type, 4, 2, false)   \
-  LGNET_CONV(lgnet_conv_##dtype##_8_2, type, 8, 2, false)   \
-  LGNET_CONV(lgnet_conv_##dtype##_16_2, type, 16, 2, false) \
-  LGNET_CONV(lgnet_conv_##dtype##_32_2, type, 32, 2, false)
+#define LGNET_CONVS(dtype, type)                                          \
+  LGNET_CONV(lgnet_conv_##dtype##_4_1, type, 4, 1, false, false)          \
+  LGNET_CONV(lgnet_conv_##dtype##_8_1, type, 8, 1, false, false)          \
+  LGNET_CONV(lgnet_conv_##dtype##_16_1, type, 16, 1, false, false)        \
+  LGNET_CONV(lgnet_conv_##dtype##_32_1, type, 32, 1, false, false)        \
+  LGNET_CONV(lgnet_conv_##dtype##_4_2, type, 4, 2, false, false)          \
+  LGNET_CONV(lgnet_conv_##dtype##_8_2, type, 8, 2, false, false)          \
+  LGNET_CONV(lgnet_conv_##dtype##_16_2, type, 16, 2, false, false)        \
+  LGNET_CONV(lgnet_conv_##dtype##_32_2, type, 32, 2, false, false)        \
+  LGNET_CONV(lgnet_conv_##dtype##_16_1_several, type, 16, 1, true, false) \
+  LGNET_CONV(lgnet_conv_##dtype##_32_1_several, type, 32, 1, true, false)
 
 LGNET_CONVS(float16, __half)
 LGNET_CONVS(bfloat16, __nv_bfloat16)
-LGNET_CONV(lgnet_conv_float16_16_1_timed, __half, 16, 1, true)
-LGNET_CONV(lgnet_conv_float16_16_2_timed, __half, 16, 2, true)
+LGNET_CONV(lgnet_conv_float16_16_1_timed, __half, 16, 1, false, true)
+LGNET_CONV(lgnet_conv_float16_16_2_timed, __half, 16, 2, false, true)

@@ -78,6 +78,9 @@ struct Args {
   int32_t reflect;
   // the patch: pixels of a row (pitch), rows; stages and their bytes
   int32_t pitch, box_rows, weight_stages, weight_bytes, patch_stages, patch_bytes;
+  // tiles: of all blocks; with more than blocks, a block computes several. sums: bytes from the weights to the sums
+  // of a tile; 0: they replace weights and patches.
+  int32_t tiles, sums;
 };
 
 // A warp signals to every block of the cluster that it has read a stage.
@@ -118,9 +121,10 @@ struct Place {
   int column;  // first output channel
 };
 
-__device__ __forceinline__ Place place_of(const Args& args, int tile_h) {
+// number: of the tile.
+__device__ __forceinline__ Place place_of(const Args& args, int tile_h, uint32_t number) {
   Place p;
-  Digits block = {blockIdx.x >> args.log_parts};
+  Digits block = {number >> args.log_parts};
   Digits tile = {static_cast<uint32_t>(block.next(args.m_tiles))};
   p.column = block.next(args.n_blocks) * kChannels;
   const int phase = args.phases - 1 - static_cast<int>(block.rest);  // starts with the phases that have the most taps
@@ -247,12 +251,14 @@ __device__ __forceinline__ void begin(const Args& args, const Memory& memory, co
 struct Reading {
   int y0, x0;            // the patch's first pixel in the map
   int count_y, count_x;  // taps
-  bool mending;          // whether the patch has pixels of the padding that reflect
+  bool mending;          // whether the patch may have pixels of the padding that reflect
 
   __device__ __forceinline__ Reading(const Args& args, const Place& place) {
     y0 = place.y + args.origin_y[place.phase_y], x0 = place.x + args.origin_x[place.phase_x];
     count_y = args.count_y[place.phase_y], count_x = args.count_x[place.phase_x];
-    mending = args.reflect && (y0 < 0 || x0 < 0 || y0 + args.box_rows > args.in_h || x0 + args.pitch > args.in_w);
+    // Of several tiles of a block all count as such, so that the barriers of all have the same parity.
+    mending = args.reflect && (args.tiles > static_cast<int>(gridDim.x) || y0 < 0 || x0 < 0 ||
+                               y0 + args.box_rows > args.in_h || x0 + args.pitch > args.in_w);
   }
 };
 
