@@ -262,7 +262,7 @@ _STEP_CLOCKS, _TAIL = 435, 0.24
 _PRODUCTS = 1.15
 # Assumed: blocks of a cluster meet twice, and read each other's sums.
 EXCHANGE_SECONDS = 1.0e-6
-# Registers of a thread, by the rows of a tile and the warpgroups. Kernels with several tiles a block have more of them,
+# Registers of a thread, by the rows of a tile and the warpgroups. Kernels of several tiles a block have more of them,
 # but a multiprocessor holds one such block.
 REGISTERS = {
     (4, 1): 80, (4, 2): 80, (8, 1): 88, (8, 2): 96, (16, 1): 136, (16, 2): 136, (32, 1): 184, (32, 2): 160,
