@@ -208,8 +208,7 @@ def check_steps(log: Log) -> None:
             (torch.bfloat16, 2, None, HopperTile(8, 4, 12, 2, 2, True)),
             (torch.float16, 1, None, HopperTile(4, 2, 12, 2)),
             (torch.float16, 2, None, HopperTile(8, 8, 12, 2, 2)),
-            (torch.float16, 2, None, HopperTile(32, 1, 12, 2)),
-            (torch.float16, 16, None, HopperTile(16, 2)),  # several tiles a block
+            (torch.float16, 16, None, HopperTile(16, 2, groups=2)),  # several tiles a block
             (torch.bfloat16, 1, None, HopperTile(16, 4, 12, 2, 2)),
             (torch.float16, 1, (1, 5, 2, 9), HopperTile(4, 1, 12, 2)),
         ):

@@ -27,7 +27,7 @@ _LINE = 2 * CHANNELS  # bytes of a pixel's channels, or of a depth's columns
 _TAP_BYTES = CHANNELS * _LINE  # of the weights of a tap
 MAX_WEIGHT_STAGES, MAX_PATCH_STAGES = 12, 4
 _BARRIER_BYTES = 8 * (2 * MAX_WEIGHT_STAGES + 3 * MAX_PATCH_STAGES)
-_SEVERAL_HEIGHTS = (16, 32)  # of tiles of which a block may compute several
+_SEVERAL_HEIGHT, _SEVERAL_GROUPS = 16, 2  # of tiles of which a block may compute several
 _ALIGNMENT = 1024  # bytes after which the swizzle repeats
 ROW_BYTES = 4 * (CHANNELS + 4)  # bytes from one pixel's results to the next in shared memory
 
@@ -64,7 +64,7 @@ some tiles fit on one."""
 
 def takes_several(tile: HopperTile) -> bool:
     """Whether there is a kernel whose blocks compute several such tiles."""
-    return tile.groups == 1 and not tile.split and tile.tile_h in _SEVERAL_HEIGHTS
+    return (tile.tile_h, tile.groups, tile.split) == (_SEVERAL_HEIGHT, _SEVERAL_GROUPS, False)
 
 
 def unsupported(conv: Conv, tile: HopperTile | None = None) -> str | None:
@@ -239,12 +239,12 @@ class Shape(NamedTuple):
 
     @property
     def shared_bytes(self) -> int:
-        after = self.sums + TILE_W * self.tile.tile_h * ROW_BYTES if self.sums else self._operands + _BARRIER_BYTES
-        return _ALIGNMENT + after
+        results = self.tile.groups * TILE_W * self.tile.tile_h * ROW_BYTES if self.sums else 0
+        return _ALIGNMENT + self._operands + _BARRIER_BYTES + results
 
     @property
     def sums(self) -> int:
-        """Bytes in shared memory before the sums of a tile; 0: they replace weights and patches."""
+        """Bytes in shared memory before the sums of a block's tiles; 0: they replace weights and patches."""
         return self._operands + _BARRIER_BYTES if self.blocks else 0
 
     @property
@@ -289,19 +289,21 @@ def _held(shape: Shape, num_sms: int) -> int:
 def cost(shape: Shape, card: Card) -> Cost:
     """Estimated seconds of a launch by its parts. issue: a step's instructions before and after its products.
 
-    Where a block computes several tiles, the first patch and weights of each but the first are there in time.
+    Where a block computes several tiles, one warpgroup multiplies while the other stores, and loads run ahead.
     """
     product, tile = shape.product, shape.tile
     pixels, phases = TILE_W * tile.tile_h, product.axis.phases
     waves = -(-shape.grid // (shape.blocks or at_once(shape, card)))
+    groups = 1 if shape.blocks else tile.groups
     # Shared memory gives 128 bytes a clock; a tap reads its weights and pixels of 64 channels.
     tap = max(_PRODUCTS * 2 * pixels, (_TAP_BYTES + pixels * _LINE) / 128)
-    issue = all_issue = products = read = 0.0
+    longest = issue = products = read = 0.0
     for rows, taps in itertools.product(product.along_y.taps[:phases], product.along_x.taps[:phases]):
         patches = -(-product.chunks // shape.parts) * product.planes
         steps = patches * rows
-        longest = steps * max((_STEP_CLOCKS + _TAIL * 2 * pixels) / tile.groups, taps * tap)
-        issue, all_issue = max(issue, longest), all_issue + longest
+        own = steps * max((_STEP_CLOCKS + _TAIL * 2 * pixels) / groups, taps * tap)
+        longest = max(longest, own)
+        issue += own / phases**2
         products += steps * taps * tap / phases**2
         read += (
             steps * taps * _TAP_BYTES / shape.sharing + patches * shape.box[0] * shape.box[1] * _LINE
@@ -310,12 +312,18 @@ def cost(shape: Shape, card: Card) -> Cost:
     weights = all_taps * product.chunks * product.n_blocks * _TAP_BYTES
     share = card.l2 / card.num_sms
     together = -(-shape.grid // card.num_sms) * max(products / H100_CLOCK, read / (INGRESS_SHARED * share))
-    fills, issue = (1, max(issue, waves * all_issue / phases**2)) if shape.blocks else (waves, waves * issue)
+    store = pixels * PIXEL_SECONDS
+    if shape.blocks:
+        turns = -(-waves // tile.groups)  # of a warpgroup
+        start = FILL_SECONDS + store
+        alone = max(longest / H100_CLOCK, turns * (issue / H100_CLOCK + store) - store)
+    else:
+        start, alone = waves * (FILL_SECONDS + store), waves * longest / H100_CLOCK
     return Cost(
-        start=LAUNCH_SECONDS + fills * FILL_SECONDS + waves * pixels * PIXEL_SECONDS,
+        start=LAUNCH_SECONDS + start,
         products=products / H100_CLOCK,
         reads=read / (INGRESS_ALONE * share),
-        issue=issue / H100_CLOCK,
+        issue=alone,
         together=together,
         memory=weights / (card.memory * min(1.0, max(1, shape.grid) / card.num_sms)),
         splits=EXCHANGE_SECONDS if shape.parts > 1 else 0.0,

@@ -15,13 +15,13 @@ template <bool kSeveral>
 struct Tiles {
   Place place;
   Reading reading;
+  uint32_t number;
 
   __device__ __forceinline__ Tiles(const Args& args, int height)
-      : place(place_of(args, height, blockIdx.x)), reading(args, place) {}
+      : place(place_of(args, height, blockIdx.x)), reading(args, place), number(blockIdx.x) {}
 
   template <typename Use>
   __device__ __forceinline__ void each(const Args& args, int height, const Use& use) {
-    uint32_t number = blockIdx.x;
 #pragma unroll 1
     do {
       use();
@@ -31,37 +31,72 @@ struct Tiles {
   }
 };
 
+// The number of this thread's warpgroup. The shuffle tells the compiler that the value is the same in all lanes.
+template <int GROUPS>
+__device__ __forceinline__ int group_of_thread() {
+  return GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
+}
+
 // A warpgroup that multiplies and stores.
-template <typename T, int N, int GROUPS, bool SEVERAL, bool TIMED>
+template <typename T, int N, int GROUPS, bool TIMED>
 __device__ __forceinline__ void compute(const Args& args, const Output& output, const Memory& memory,
-                                        const Cluster& cluster, Tiles<SEVERAL>& tiles, Clocks<TIMED>& clocks) {
-  // The shuffle tells the compiler that the value is the same in all lanes.
-  const int group = GROUPS == 1 ? 0 : __shfl_sync(0xffffffff, threadIdx.x / kGroupThreads, 0);
-  const int warp = threadIdx.x / 32 % kGroupWarps, lane = threadIdx.x % 32;
-  char* const sums = memory.bytes + (SEVERAL ? args.sums : 0);
+                                        const Place& place, const Reading& reading, const Cluster& cluster,
+                                        Clocks<TIMED>& clocks) {
+  const int group = group_of_thread<GROUPS>(), warp = threadIdx.x / 32 % kGroupWarps, lane = threadIdx.x % 32;
+  Target<T, N, GROUPS> target(args, output, place, cluster);
+  wait_for_previous_kernel();
+  clocks.set(kPrevious);
+  target.read_residual(output);
   Rings rings(args);
+  float sum[N / 2];
+#pragma unroll
+  for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
+  multiply_any<Pair<T>::kBf16, N, GROUPS, TIMED>(args, memory, reading, group, lane, cluster, rings, sum, clocks);
+  // The sums replace the weights and patches, which all groups have read.
+  meet<1, GROUPS * kGroupThreads>();
+  write_sums<N>(reinterpret_cast<float*>(memory.bytes), group, warp, lane, sum);
+  if (cluster.parts == 1) {
+    meet<1, GROUPS * kGroupThreads>();
+    target.template store<false>(output, memory.bytes, cluster);
+  } else {
+    cluster_meet();
+    target.template store<true>(output, memory.bytes, cluster);
+    cluster_meet();  // a block must not end while others read its sums
+  }
+}
+
+// One of two warpgroups, which compute the block's tiles in turns. A tile's products begin when the other's have
+// ended: a barrier tells apart only whether a stage was filled an even or odd number of times.
+template <typename T, int N>
+__device__ __forceinline__ void compute_in_turns(const Args& args, const Output& output, const Memory& memory,
+                                                 const Cluster& cluster, Tiles<true>& tiles) {
+  constexpr int kOwn = 1, kTurn = 3;  // the first of two barriers each
+  const int group = group_of_thread<2>(), warp = threadIdx.x / 32 % kGroupWarps, lane = threadIdx.x % 32;
+  char* const sums = memory.bytes + args.sums + group * N * kRowFloats * 4;
+  const int chunks = args.chunks * args.planes;
+  Rings rings(args);
+  Clocks<false> clocks;
+  int turn = 0;
+  wait_for_previous_kernel();
   tiles.each(args, N / 8, [&] {
-    Target<T, N, GROUPS> target(args, output, tiles.place, cluster);
-    wait_for_previous_kernel();
-    clocks.set(kPrevious);
+    if (turn++ % 2 != group) {  // the other's
+      rings.weights.advance(chunks * tiles.reading.count_y);
+      rings.patches.advance(chunks);
+      return;
+    }
+    Target<T, N, 1> target(args, output, tiles.place, cluster);
     target.read_residual(output);
     float sum[N / 2];
 #pragma unroll
     for (int i = 0; i < N / 2; ++i) sum[i] = 0.0f;
-    multiply_any<Pair<T>::kBf16, N, GROUPS, TIMED>(args, memory, tiles.reading, group, lane, cluster, rings, sum,
-                                                   clocks);
-    if (SEVERAL && lane == 0) barrier_arrive(memory.patch_empty(rings.patches.before()));  // the last one
-    // All groups have read the weights and patches, and the sums of the tile before.
-    meet<1, GROUPS * kGroupThreads>();
-    write_sums<N>(reinterpret_cast<float*>(sums), group, warp, lane, sum);
-    if (cluster.parts == 1) {
-      meet<1, GROUPS * kGroupThreads>();
-      target.template store<false>(output, sums, cluster);
-    } else {
-      cluster_meet();
-      target.template store<true>(output, sums, cluster);
-      cluster_meet();  // a block must not end while others read its sums
-    }
+    if (turn > 1) meet_at<2 * kGroupThreads>(kTurn + group);
+    multiply_any<Pair<T>::kBf16, N, 1, false>(args, memory, tiles.reading, 0, lane, cluster, rings, sum, clocks);
+    if (lane == 0) barrier_arrive(memory.patch_empty(rings.patches.before()));  // the last one
+    if (tiles.number + gridDim.x < args.tiles) arrive_at<2 * kGroupThreads>(kTurn + 1 - group);
+    meet_at<kGroupThreads>(kOwn + group);  // all have read the sums of the tile before
+    write_sums<N>(reinterpret_cast<float*>(sums), 0, warp, lane, sum);
+    meet_at<kGroupThreads>(kOwn + group);
+    target.template store<false>(output, sums, cluster);
   });
 }
 
@@ -77,12 +112,16 @@ __device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& w
   if (warp == kFirstOther && lane == 0) prefetch_map(weights);
   if (warp == kFirstOther + 1 && lane == 0) prefetch_map(sources.plane[0]);
   Tiles<SEVERAL> tiles(args, TILE_H);
-  begin<GROUPS>(args, memory, cluster, warp, lane);
+  begin<GROUPS, SEVERAL ? 1 : GROUPS>(args, memory, cluster, warp, lane);
   start_next_kernel();
   clocks.set(kReady);
 
   if (warp < kFirstOther) {
-    compute<T, 8 * TILE_H, GROUPS, SEVERAL>(args, output, memory, cluster, tiles, clocks);
+    if constexpr (SEVERAL) {
+      compute_in_turns<T, 8 * TILE_H>(args, output, memory, cluster, tiles);
+    } else {
+      compute<T, 8 * TILE_H, GROUPS>(args, output, memory, tiles.place, tiles.reading, cluster, clocks);
+    }
     clocks.set(kEnd);
     if (threadIdx.x == 0) clocks.store(args);
     return;
@@ -122,17 +161,16 @@ __device__ __forceinline__ void run(const Sources& sources, const CUtensorMap& w
     lgnet::run<type, tile_h, groups, several, timed>(sources, weights, args, output);                   \
   }
 
-#define LGNET_CONVS(dtype, type)                                          \
-  LGNET_CONV(lgnet_conv_##dtype##_4_1, type, 4, 1, false, false)          \
-  LGNET_CONV(lgnet_conv_##dtype##_8_1, type, 8, 1, false, false)          \
-  LGNET_CONV(lgnet_conv_##dtype##_16_1, type, 16, 1, false, false)        \
-  LGNET_CONV(lgnet_conv_##dtype##_32_1, type, 32, 1, false, false)        \
-  LGNET_CONV(lgnet_conv_##dtype##_4_2, type, 4, 2, false, false)          \
-  LGNET_CONV(lgnet_conv_##dtype##_8_2, type, 8, 2, false, false)          \
-  LGNET_CONV(lgnet_conv_##dtype##_16_2, type, 16, 2, false, false)        \
-  LGNET_CONV(lgnet_conv_##dtype##_32_2, type, 32, 2, false, false)        \
-  LGNET_CONV(lgnet_conv_##dtype##_16_1_several, type, 16, 1, true, false) \
-  LGNET_CONV(lgnet_conv_##dtype##_32_1_several, type, 32, 1, true, false)
+#define LGNET_CONVS(dtype, type)                                   \
+  LGNET_CONV(lgnet_conv_##dtype##_4_1, type, 4, 1, false, false)   \
+  LGNET_CONV(lgnet_conv_##dtype##_8_1, type, 8, 1, false, false)   \
+  LGNET_CONV(lgnet_conv_##dtype##_16_1, type, 16, 1, false, false) \
+  LGNET_CONV(lgnet_conv_##dtype##_32_1, type, 32, 1, false, false) \
+  LGNET_CONV(lgnet_conv_##dtype##_4_2, type, 4, 2, false, false)   \
+  LGNET_CONV(lgnet_conv_##dtype##_8_2, type, 8, 2, false, false)   \
+  LGNET_CONV(lgnet_conv_##dtype##_16_2, type, 16, 2, false, false) \
+  LGNET_CONV(lgnet_conv_##dtype##_32_2, type, 32, 2, false, false) \
+  LGNET_CONV(lgnet_conv_##dtype##_16_2_several, type, 16, 2, true, false)
 
 LGNET_CONVS(float16, __half)
 LGNET_CONVS(bfloat16, __nv_bfloat16)

@@ -27,7 +27,8 @@
 // addresses and signals of a step take about 100 instructions, 400 clocks, which pass while the tensor cores work on
 // the step before (tile of 8 x 16: 256 clocks a tap). GROUPS warpgroups multiply: group i computes every GROUPS-th
 // step from the i-th on, for the whole tile, so that one multiplies while another waits. Their sums are added when
-// they are stored.
+// they are stored. Where a block has several tiles, two warpgroups compute them in turns, each a whole one: one
+// multiplies while the other stores.
 // Of four more warps one loads weights, one loads patches, and two apply reflection padding to the patches of tiles
 // at the edge of the map: they copy pixels within the patch. For zero padding they do nothing, because the TMA fills
 // with zeros.
@@ -216,7 +217,8 @@ struct Memory {
   __device__ __forceinline__ uint32_t patch_empty(int stage) const { return patch_full(2 * kMaxPatchStages + stage); }
 
   // Every warp initialises a few of the barriers: one after another they would take longer than a product.
-  template <int GROUPS>
+  // READERS: warpgroups that read each patch.
+  template <int GROUPS, int READERS>
   __device__ __forceinline__ void initialise(const Args& args, int blocks, int warp, int lane) const {
     constexpr int kWarps = (GROUPS * kGroupThreads + kOtherThreads) / 32;
     if (lane != 0) return;
@@ -229,17 +231,17 @@ struct Memory {
     for (int i = kWarps - 1 - warp; i < args.patch_stages; i += kWarps) {
       barrier_init(patch_full(i), 1);
       barrier_init(patch_mended(i), kMendingWarps * 32);
-      barrier_init(patch_empty(i), kGroupWarps * GROUPS);
+      barrier_init(patch_empty(i), kGroupWarps * READERS);
     }
     barriers_initialised();
   }
 };
 
 // The barriers of the block are initialised, and those of its cluster.
-template <int GROUPS>
+template <int GROUPS, int READERS = GROUPS>
 __device__ __forceinline__ void begin(const Args& args, const Memory& memory, const Cluster& cluster, int warp,
                                       int lane) {
-  memory.initialise<GROUPS>(args, cluster.sharing, warp, lane);
+  memory.initialise<GROUPS, READERS>(args, cluster.sharing, warp, lane);
   if (cluster.sharing > 1) {
     cluster_meet_initialised();
   } else {
@@ -476,7 +478,7 @@ struct Target {
   // Of the cluster's blocks that split the depth, block i stores every parts-th pixel from the i-th on.
   __device__ __forceinline__ Target(const Args& args, const Output& output, const Place& place,
                                     const Cluster& cluster) {
-    channel = threadIdx.x % 8 * 8, first_pixel = threadIdx.x / 8;
+    channel = threadIdx.x % 8 * 8, first_pixel = threadIdx.x % (GROUPS * kGroupThreads) / 8;
     column = place.column + channel;
     const float4 low = *reinterpret_cast<const float4*>(output.bias + column);
     const float4 high = *reinterpret_cast<const float4*>(output.bias + column + 4);

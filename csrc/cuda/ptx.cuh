@@ -199,6 +199,18 @@ __device__ __forceinline__ void meet() {
   asm volatile("bar.sync %0, %1;" ::"n"(kNumber), "n"(kThreads) : "memory");
 }
 
+// The same at a barrier that is known only when the kernel runs.
+template <int kThreads>
+__device__ __forceinline__ void meet_at(int number) {
+  asm volatile("bar.sync %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
+}
+
+// Counts as one that has come to such a barrier, without waiting.
+template <int kThreads>
+__device__ __forceinline__ void arrive_at(int number) {
+  asm volatile("bar.arrive %0, %1;" ::"r"(number), "n"(kThreads) : "memory");
+}
+
 __device__ __forceinline__ uint32_t cluster_rank() {
   uint32_t n;
   asm("mov.u32 %0, %%cluster_ctarank;" : "=r"(n));

@@ -13,6 +13,9 @@ struct Ring {
   __device__ __forceinline__ void advance() {
     if (++stage == stages) stage = 0, parity ^= 1;
   }
+  __device__ __forceinline__ void advance(int count) {
+    for (stage += count; stage >= stages; parity ^= 1) stage -= stages;
+  }
   // The stage before this one.
   __device__ __forceinline__ int before() const { return (stage == 0 ? stages : stage) - 1; }
 };

@@ -247,13 +247,17 @@ inline void check(bool right, const char* text) {
   if (!right) fail(text);
 }
 
-inline void join(Meeting& meeting, int count, const char* what) {
-  const uint64_t number = meeting.number;
+inline void arrive(Meeting& meeting, int count) {
   if (++meeting.arrived == count) {
     meeting.arrived = 0;
     ++meeting.number;
     ++machine->events;
   }
+}
+
+inline void join(Meeting& meeting, int count, const char* what) {
+  const uint64_t number = meeting.number;
+  arrive(meeting, count);
   while (meeting.number == number) pause(what);
 }
 
@@ -616,6 +620,14 @@ inline bool barrier_passed(uint32_t barrier, uint32_t parity) {
 template <int kNumber, int kThreads>
 inline void meet() {
   emulator::join(emulator::machine->current->block->meetings[kNumber], kThreads, "bar.sync");
+}
+template <int kThreads>
+inline void meet_at(int number) {
+  emulator::join(emulator::machine->current->block->meetings[number], kThreads, "bar.sync");
+}
+template <int kThreads>
+inline void arrive_at(int number) {
+  emulator::arrive(emulator::machine->current->block->meetings[number], kThreads);
 }
 inline uint32_t cluster_rank() { return emulator::machine->current->block->rank; }
 inline void cluster_meet() {
