@@ -358,6 +358,9 @@ def test_machine_code():
         scores = [(f"HGMMA.64x{keys}x16", channels // 16), ("DEPBAR.LE gsb0", 1)]
         values = [("HGMMA.64x128x16", keys // 16), ("DEPBAR.LE gsb0", 1)]
         assert runs == scores + values, f"{name}: serialised products: {runs}"
+        # P is converted before the fence, whose products read it from registers
+        (fence,) = re.findall(r"WARPGROUP\.ARRIVE((?:(?!WARPGROUP).)*?)HGMMA\.\S+ R\d+, R\d+", body, re.S)
+        assert "F2FP" not in fence, name
         for opcode in ("UTMALDG.4D", "STG.E.128", "MUFU.EX2", "VOTE.ANY"):
             assert opcode in body, (name, opcode)
         assert body.count("MUFU.EX2") < keys / 2 + 12
