@@ -438,7 +438,7 @@ def chosen_keys(log: Log, channels: int, tile: Any) -> None:
     """Each query's score is far the greatest for one key, whose number and column are its value."""
     from lgnet_fast.kernels import hopper_attention
 
-    positions = hopper_attention.KEYS[channels] * max(2, tile.cluster) * 2
+    positions = hopper_attention.keys_of_tile(channels, tile.queries) * max(2, tile.cluster) * 2
     number = torch.arange(positions, device="cuda")
     bits = 2 * ((number[:, None] >> torch.arange(13, device="cuda")) % 2) - 1
     chosen = torch.randperm(positions, generator=torch.Generator().manual_seed(0)).cuda()
@@ -466,7 +466,9 @@ def check_attention(log: Log) -> None:
 
     device, properties = torch.device("cuda"), torch.cuda.get_device_properties(0)
     card = card_with("sm_90", properties.multi_processor_count)
-    for channels, queries, cluster in itertools.product(hopper_attention.KEYS, hopper_attention.QUERIES, (1, 2, 4)):
+    for channels, queries, cluster in itertools.product(
+        hopper_attention.CHANNELS, hopper_attention.QUERIES, (1, 2, 4)
+    ):
         chosen_keys(log, channels, hopper_attention.AttentionTile(queries, cluster))
     for channels, side in ((512, 16), (256, 32), (128, 64)):
         for dtype, tile in itertools.product((torch.float16, torch.bfloat16), hopper_attention.CANDIDATES):

@@ -30,8 +30,8 @@ from .launch import ACTIVATIONS, device_guard, is_recording
 from .maps import is_flat, position_stride
 
 CAPABILITY = (9, 0)
-KEYS = {128: 128, 256: 64, 512: 32}
-"""Channels that the kernel supports -> keys of a tile."""
+CHANNELS = (128, 256, 512)
+"""That the kernel supports."""
 COLUMNS = 128
 """Columns of the values of a thread block."""
 QUERIES = (64, 128)
@@ -46,6 +46,11 @@ _BARRIER_BYTES = 8 * (1 + 3 * MAX_STAGES)
 _MOST_PARTS = 160
 _RESULT_BYTES = _GROUPS * _ROWS * (4 * (COLUMNS + 8) + 8) + _MOST_PARTS * 12
 """Of the sums, the maximum and the sum of each row, and what a block merges; they replace the operands."""
+
+
+def keys_of_tile(channels: int, queries: int) -> int:
+    """Keys of a tile of a block with so many queries."""
+    return queries if channels == 128 else 16384 // channels
 
 
 class AttentionTile(NamedTuple):
@@ -100,12 +105,12 @@ class Shape(NamedTuple):
         Raises:
             ValueError: the kernel cannot compute it.
         """
-        if channels not in KEYS:
-            raise ValueError(f"channels: expected one of {tuple(KEYS)}, got {channels}")
+        if channels not in CHANNELS:
+            raise ValueError(f"channels: expected one of {CHANNELS}, got {channels}")
         if tile.queries not in QUERIES or not 1 <= tile.cluster <= MAX_CLUSTER:
             raise ValueError(f"tile: expected {QUERIES} queries and 1 to {MAX_CLUSTER} blocks, got {tile}")
         parts = _GROUPS * _ROWS // tile.queries
-        key_tiles = -(-positions // KEYS[channels])
+        key_tiles = -(-positions // keys_of_tile(channels, tile.queries))
         if key_tiles // tile.cluster < parts:
             raise ValueError(f"tile: {tile} leaves a warpgroup none of {key_tiles} tiles of keys")
         shape = cls(channels, positions, queries, batch, tile, parts, 0)
@@ -113,13 +118,21 @@ class Shape(NamedTuple):
         fitting = (SHARED_LIMIT - least) // shape.stage_bytes
         needed = -(-(_RESULT_BYTES - shape.query_bytes) // shape.stage_bytes)
         stages = max(min(MAX_STAGES, fitting, -(-key_tiles // tile.cluster)), needed)
+        # Where the warpgroups take tiles in turns, each has its own stages: of the other's tiles, which it does not wait
+        # for, a barrier would tell it only whether a stage was filled an even or odd number of times.
+        stages += stages % parts
         if stages > fitting:
             raise ValueError(f"tile: {tile} takes more than {SHARED_LIMIT} bytes of shared memory")
         return shape._replace(stages=stages)
 
     @property
     def key_tiles(self) -> int:
-        return -(-self.positions // KEYS[self.channels])
+        return -(-self.positions // self.keys)
+
+    @property
+    def keys(self) -> int:
+        """Of a tile."""
+        return keys_of_tile(self.channels, self.tile.queries)
 
     @property
     def tiles(self) -> int:
@@ -140,7 +153,7 @@ class Shape(NamedTuple):
 
     @property
     def stage_bytes(self) -> int:
-        return (self.channels + COLUMNS) // 64 * KEYS[self.channels] * _LINE
+        return (self.channels + COLUMNS) // 64 * self.keys * _LINE
 
     @property
     def shared_bytes(self) -> int:
@@ -155,7 +168,7 @@ _KEY_CLOCKS, _TILE_CLOCKS = 4 + 3, 200
 def cost(shape: Shape, card: Card) -> Cost:
     """Estimated seconds of a launch by its parts. issue: of a warpgroup by itself, whose products wait for its
     exponentials."""
-    keys, cluster = KEYS[shape.channels], shape.tile.cluster
+    keys, cluster = shape.keys, shape.tile.cluster
     held = card.num_sms if cluster <= 2 else int(card.num_sms * CLUSTERED)
     waves = -(-shape.grid // max(cluster, held // cluster * cluster))
     # A product of 64 x keys x 16 takes keys / 2 clocks, and reads (64 + keys) * 32 bytes of the 128 a clock.
@@ -251,7 +264,7 @@ def weigh(
         positions, first, count, shape.key_tiles, tile.cluster, shape.stages, ACTIVATIONS[activation], scale,
     )  # fmt: skip
     with device_guard(q):
-        keys = KEYS[channels]
+        keys = shape.keys
         parameters = [_rows_map(q, tile.queries), _rows_map(k, keys), _rows_map(v, keys), args]
         _kernel(shape, q.dtype, overlap).launch(
             shape.grid, [ctypes.c_void_p(ctypes.addressof(one)) for one in parameters]
@@ -296,7 +309,7 @@ def runs_on(device: torch.device) -> bool:
 
 def usable(channels: int, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether the kernel can compute an attention block on a GPU."""
-    return channels in KEYS and reason_against(device, dtype) is None
+    return channels in CHANNELS and reason_against(device, dtype) is None
 
 
 def candidates(
@@ -329,8 +342,12 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
     with torch.inference_mode(False), torch.no_grad():
-        for channels, queries, cluster in itertools.product(KEYS, QUERIES, (1, 2, 4, 8)):
-            size = 2, 16, KEYS[channels] + 1  # enough tiles of keys for every cluster, the last one not full
+        for channels, queries, cluster in itertools.product(CHANNELS, QUERIES, (1, 2, 4, 8)):
+            size = (
+                2,
+                16,
+                keys_of_tile(channels, queries) + 1,
+            )  # enough tiles of keys for every cluster, the last one not full
             error = _error(channels, size, AttentionTile(queries, cluster), dtype, device)
             if not error < LIMIT * torch.finfo(dtype).eps:
                 return f"relative error {error:.1e} of {channels} channels with {AttentionTile(queries, cluster)}"

@@ -90,6 +90,7 @@ def _unsupported_tile(tile: HopperTile, in_channels: int, most_taps: int) -> str
     stages = tile.weight_taps // most_taps
     if not (
         2 * tile.groups <= stages
+        and stages % tile.groups == 0  # each warpgroup has its own: a barrier tells odd from even fillings alone
         and tile.weight_taps <= MAX_WEIGHT_STAGES
         and 1 <= tile.patch_stages <= MAX_PATCH_STAGES
     ):

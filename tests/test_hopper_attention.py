@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 
 from lgnet_fast.kernels import hopper_attention
 from lgnet_fast.kernels.cards import CARDS
-from lgnet_fast.kernels.hopper_attention import KEYS, AttentionTile, Shape, ranked, weigh
+from lgnet_fast.kernels.hopper_attention import CHANNELS, AttentionTile, Shape, keys_of_tile, ranked, weigh
 
 from tests import emulator
 from tests.compiled_kernels import (
@@ -107,6 +107,18 @@ def test_a_band_of_rows(kernel, tile):
 
 
 @emulated
+@pytest.mark.parametrize(("tile", "positions"), [(AttentionTile(64, 1), 64 * 13), (AttentionTile(64, 2), 64 * 19)])
+def test_warpgroups_that_take_many_tiles_in_turns(kernel, tile, positions):
+    """One must not take a stage's earlier tile for its own, in whatever order copies end."""
+    given = operands(1, positions, 128)
+    expected = exact(*given)[:, :64]
+    for kernel.seed in range(16):
+        out = torch.empty(1, positions // 8, 8, 128, dtype=torch.float16)
+        weigh(*given, out.permute(0, 3, 1, 2), tile, scale=math.log2(math.e), queries=(0, 64))
+        assert error_of(out.reshape(given[0].shape)[:, :64], expected) < 0.4
+
+
+@emulated
 @pytest.mark.parametrize("activation", ["relu", "leaky_relu"])
 def test_activations(kernel, activation):
     given = operands(1, 128, 128)
@@ -172,12 +184,14 @@ def test_the_check_at_first_use(kernel, monkeypatch):
         sizes.append((channels, size, tile))
         batch, height, width = size
         assert Shape.of(channels, height * width, height * width, batch, tile).grid > 0
-        return error(channels, (1, 4, -(-KEYS[channels] * tile.cluster // 2)), tile, dtype, device)
+        return error(
+            channels, (1, 4, -(-keys_of_tile(channels, tile.queries) * tile.cluster // 2)), tile, dtype, device
+        )
 
     monkeypatch.setattr(hopper_attention, "_error", smaller)
     assert hopper_attention._check(CPU, torch.float16) is None
     assert len(sizes) == 3 * 2 * 4
-    assert set(kernel.launched) == {f"lgnet_attention_float16_{c}_{q}" for c in KEYS for q in (64, 128)}
+    assert set(kernel.launched) == {f"lgnet_attention_float16_{c}_{q}" for c in CHANNELS for q in (64, 128)}
     monkeypatch.setattr(hopper_attention, "_error", lambda *case: math.nan)
     assert hopper_attention._check(CPU, torch.float16).startswith("relative error nan of 128 channels with")
     assert "NVIDIA GPU" in hopper_attention.reason_against(CPU, torch.float16)
@@ -231,10 +245,10 @@ def test_the_estimate():
     assert ranked(128, 4096, 4096, 1, h100._replace(num_sms=66))[0][1].seconds > 1.2 * cost.seconds
 
 
-@pytest.mark.parametrize("channels", KEYS)
+@pytest.mark.parametrize("channels", CHANNELS)
 def test_shapes_fit_and_every_warpgroup_has_a_tile(channels):
     for positions, tile in itertools.product((1, 33, 256, 4096, 16384), hopper_attention.CANDIDATES):
-        if -(-positions // KEYS[channels]) // tile.cluster < 128 // tile.queries:
+        if -(-positions // keys_of_tile(channels, tile.queries)) // tile.cluster < 128 // tile.queries:
             with pytest.raises(ValueError, match="leaves a warpgroup none"):
                 Shape.of(channels, positions, positions, 1, tile)
             continue
@@ -246,6 +260,7 @@ def test_shapes_fit_and_every_warpgroup_has_a_tile(channels):
             for rank in range(tile.cluster)
         ]
         assert sum(tiles) == shape.key_tiles
+        assert shape.stages % shape.parts == 0
         assert min(tiles) >= shape.parts
         rows = max(
             (r + 1) * tile.queries // tile.cluster - r * tile.queries // tile.cluster for r in range(tile.cluster)
@@ -267,8 +282,9 @@ def test_structure_and_constants_are_the_kernel_s():
         ("kGroups", hopper_attention._GROUPS),
     ):
         assert int(re.search(rf"constexpr int {name} = (\d+);", text)[1]) == value
-    keys = re.search(r"kKeys = CHANNELS == 128 \? (\d+) : CHANNELS == 256 \? (\d+) : (\d+);", text)
-    assert dict(zip((128, 256, 512), map(int, keys.groups()))) == KEYS
+    keys = re.search(r"kKeys = CHANNELS == 128 \? QUERIES : (\d+) / CHANNELS;", text)
+    assert [int(keys[1]) // channels for channels in (256, 512)] == [keys_of_tile(c, 64) for c in (256, 512)]
+    assert [keys_of_tile(128, queries) for queries in (64, 128)] == [64, 128]
     assert int(re.search(r"constexpr int kThreads = (\d+);", text)[1]) + 32 == hopper_attention.THREADS
 
 
@@ -291,7 +307,7 @@ def test_launcher_names_the_argument():
     for wrong, said in (
         (AttentionTile(96, 1), r"^tile: expected \(64, 128\) queries"),
         (AttentionTile(64, 9), "^tile: expected"),
-        (AttentionTile(64, 4), "leaves a warpgroup none of 4 tiles"),
+        (AttentionTile(64, 6), "leaves a warpgroup none of 8 tiles"),
     ):
         with pytest.raises(ValueError, match=said):
             weigh(q, k, v, rest, out, wrong, scale=1.0)
@@ -332,7 +348,7 @@ def test_candidates(kernel, monkeypatch):
 @pytest.mark.gpu
 @hopper_gpu
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("channels", KEYS)
+@pytest.mark.parametrize("channels", CHANNELS)
 def test_every_tile_on_a_gpu(channels, dtype):
     device = torch.device("cuda")
     tiles = hopper_attention.candidates(channels, 4096, 1, dtype, device, CARDS["H100"])
@@ -348,11 +364,11 @@ def test_machine_code():
     kernels = instructions("hopper_attention", "sm_90a")
     assert set(kernels) == {
         f"lgnet_attention_{kind}_{channels}_{queries}"
-        for kind, channels, queries in itertools.product(("float16", "bfloat16"), KEYS, (64, 128))
+        for kind, channels, queries in itertools.product(("float16", "bfloat16"), CHANNELS, (64, 128))
     }
     for name, body in kernels.items():
-        channels = int(name.split("_")[3])
-        keys = KEYS[channels]
+        channels, queries = map(int, name.split("_")[3:])
+        keys = keys_of_tile(channels, queries)
         order = re.findall(r"(HGMMA\.64x\d+x16)\.F32|(DEPBAR\.LE gsb0)", body)
         runs = [(kind, len(list(run))) for kind, run in itertools.groupby(one or other for one, other in order)]
         scores = [(f"HGMMA.64x{keys}x16", channels // 16), ("DEPBAR.LE gsb0", 1)]

@@ -50,7 +50,7 @@ struct Args {
 // The shape of a block. C: channels of q and k. KEYS: of a tile.
 template <int CHANNELS, int QUERIES>
 struct Shape {
-  static constexpr int kKeys = CHANNELS == 128 ? 128 : CHANNELS == 256 ? 64 : 32;
+  static constexpr int kKeys = CHANNELS == 128 ? QUERIES : 16384 / CHANNELS;
   static constexpr int kParts = kGroups * kRows / QUERIES;  // of the sums of a row, in a block
   static constexpr uint32_t kQueryBox = QUERIES * kLine, kKeyBox = kKeys * kLine;
   static constexpr uint32_t kQueryBytes = CHANNELS / 64 * kQueryBox;

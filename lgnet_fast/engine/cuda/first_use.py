@@ -91,7 +91,7 @@ def _attention(plan: Plan, dtype: torch.dtype, device: torch.device) -> str | No
 
     if not hopper_attention.runs_on(device):
         return None
-    part = _part(checked_plan(plan), lambda step: step.out_channels in hopper_attention.KEYS and _attends(step))
+    part = _part(checked_plan(plan), lambda step: step.out_channels in hopper_attention.CHANNELS and _attends(step))
     measured = {channels for channels, _, _ in kept(device, dtype).attention}
     if measured.issuperset(step.out_channels for step in part.steps):
         return None
