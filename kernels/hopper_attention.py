@@ -118,8 +118,8 @@ class Shape(NamedTuple):
         fitting = (SHARED_LIMIT - least) // shape.stage_bytes
         needed = -(-(_RESULT_BYTES - shape.query_bytes) // shape.stage_bytes)
         stages = max(min(MAX_STAGES, fitting, -(-key_tiles // tile.cluster)), needed)
-        # Where the warpgroups take tiles in turns, each has its own stages: of the other's tiles, which it does not wait
-        # for, a barrier would tell it only whether a stage was filled an even or odd number of times.
+        # Warpgroups that take tiles in turns have stages of their own: a barrier tells only whether a stage was filled
+        # an even or odd number of times, and a warpgroup does not wait for the other's tiles.
         stages += stages % parts
         if stages > fitting:
             raise ValueError(f"tile: {tile} takes more than {SHARED_LIMIT} bytes of shared memory")
