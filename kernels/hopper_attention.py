@@ -118,8 +118,8 @@ class Shape(NamedTuple):
         fitting = (SHARED_LIMIT - least) // shape.stage_bytes
         needed = -(-(_RESULT_BYTES - shape.query_bytes) // shape.stage_bytes)
         stages = max(min(MAX_STAGES, fitting, -(-key_tiles // tile.cluster)), needed)
-        # Warpgroups that take tiles in turns have stages of their own: a barrier tells only whether a stage was filled
-        # an even or odd number of times, and a warpgroup does not wait for the other's tiles.
+        # Warpgroups that take tiles in turns have stages of their own: a barrier tells only whether a stage was
+        # filled an even or odd number of times, and a warpgroup does not wait for the other's tiles.
         stages += stages % parts
         if stages > fitting:
             raise ValueError(f"tile: {tile} takes more than {SHARED_LIMIT} bytes of shared memory")
