@@ -372,8 +372,8 @@ def _hopper_tile(call: AttentionCall, config: Inference, queries: int, out: Tens
         return None
     if queries == call.positions:
         return AttentionTile(*config.hopper)
-    card = card_with(call.generation, call.num_sms)
-    return hopper_attention.ranked(call.channels, call.positions, queries, call.batch, card)[0][0]
+    size = call.channels, call.positions, queries, call.batch
+    return hopper_attention.best_tile(*size, out.dtype, out.device, card_with(call.generation, call.num_sms))
 
 
 def _project(

@@ -290,6 +290,8 @@ def hopper_forward(
         if launch.grid == 0:
             return
         if clocks is not None:
+            if launch.args.sums:
+                raise ValueError(f"num_sms: expected as many as tiles where clocks are stored, got {num_sms}")
             check_clocks(clocks, (launch.grid, len(CLOCKS)), source.dtype, tile)
             launch.args.clocks = clocks.data_ptr()
         _kernel(launch, source.dtype, tile, overlap, clocks is not None).launch(launch.grid, addresses)
@@ -309,6 +311,10 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
     return _first_use.reason_against(device, dtype)
 
 
+_CHECKED = (((2, 32, 16), None), ((3, 64, 16), 2))
+"""Batch and sizes of a map, and multiprocessors of which each computes several tiles: three, of stride 2."""
+
+
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
     """Compare with PyTorch: a 3x3 convolution with reflection, and 4x4 ones of stride 2, also transposed."""
     with torch.inference_mode(False), torch.no_grad():
@@ -320,8 +326,7 @@ def _check(device: torch.device, dtype: torch.dtype) -> str | None:
                 Conv(channels, 64, 4, 2, 1, True, False, False),
                 Conv(channels, 64, 4, 2, 1, False, False, False),
             ):
-                shape = 2, 32, 16
-                for num_sms in (None, 2) if takes_several(tile) else (None,):
+                for shape, num_sms in _CHECKED if takes_several(tile) else _CHECKED[:1]:
                     error = _error(conv, tile, shape, dtype, device, generator, num_sms)
                     if not error < LIMIT * torch.finfo(dtype).eps:
                         several = "" if num_sms is None else ", several tiles a block"
@@ -377,7 +382,7 @@ def candidates(conv: Conv, work: Work, dtype: torch.dtype, device: torch.device)
         if tile.tile_h > TILE_HEIGHTS[0] and tile.tile_h * TILE_W > work.rows:
             return False
         if not tile.split:
-            return tile.groups <= chunks
+            return tile.groups <= chunks or takes_several(tile)
         blocks = -(-work.rows // (tile.tile_h * TILE_W)) * (conv.out_channels // CHANNELS) * len(work.taps)
         return tile.groups <= chunks // tile.cluster and blocks * tile.cluster <= _MOST_SPLIT_BLOCKS
 

@@ -13,6 +13,7 @@ import ctypes
 import functools
 import itertools
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -241,7 +242,7 @@ def weigh(
         rest: the same in float32.
         out: [B, C, H, W] with H W = N, in the dtype of q; see :func:`can_store`.
         tile: see :class:`AttentionTile`.
-        scale: of the scores, to base 2: log2(e) for a softmax of q k^T.
+        scale: of the scores, to base 2, more than 0: log2(e) for a softmax of q k^T.
         queries: the first position to compute, and the number of positions; None: all.
         activation: a key of ACTIVATIONS.
         overlap: start while the launch before still runs.
@@ -256,6 +257,8 @@ def weigh(
     _check_operands(q, k, v, rest, out)
     if not 0 <= first < first + count <= positions:
         raise ValueError(f"queries: expected a first one and a number within {positions}, got {queries}")
+    if not scale > 0:
+        raise ValueError(f"scale: expected more than 0, got {scale}")
     if is_recording():  # nothing to compile
         return
     args = Args(
@@ -318,13 +321,25 @@ def candidates(
     """Tiles worth measuring, those of least estimated time first; none where the kernel may not be used."""
     if not usable(channels, dtype, device):
         return []
-    return [
-        tile
-        for tile, _ in ranked(channels, positions, positions, batch, card)
-        if _can_run(Shape.of(channels, positions, positions, batch, tile), dtype, device)
-    ]
+    return list(_running(channels, positions, positions, batch, dtype, device, card))
 
 
+def best_tile(
+    channels: int, positions: int, queries: int, batch: int, dtype: torch.dtype, device: torch.device, card: Card
+) -> AttentionTile | None:
+    """The tile of least estimated time for `queries` of the positions; None where the kernel cannot compute them."""
+    return next(_running(channels, positions, queries, batch, dtype, device, card), None)
+
+
+def _running(
+    channels: int, positions: int, queries: int, batch: int, dtype: torch.dtype, device: torch.device, card: Card
+) -> Iterator[AttentionTile]:
+    for tile, _ in ranked(channels, positions, queries, batch, card):
+        if _can_run(Shape.of(channels, positions, queries, batch, tile), dtype, device):
+            yield tile
+
+
+@functools.lru_cache(maxsize=1024)
 def _can_run(shape: Shape, dtype: torch.dtype, device: torch.device) -> bool:
     """Whether a GPU holds such a cluster: a part of one may have too few multiprocessors side by side."""
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
@@ -342,15 +357,14 @@ def reason_against(device: torch.device, dtype: torch.dtype) -> str | None:
 
 def _check(device: torch.device, dtype: torch.dtype) -> str | None:
     with torch.inference_mode(False), torch.no_grad():
-        for channels, queries, cluster in itertools.product(CHANNELS, QUERIES, (1, 2, 4, 8)):
-            size = (
-                2,
-                16,
-                keys_of_tile(channels, queries) + 1,
-            )  # enough tiles of keys for every cluster, the last one not full
-            error = _error(channels, size, AttentionTile(queries, cluster), dtype, device)
+        for channels, tile in itertools.product(CHANNELS, CANDIDATES):
+            size = 2, 16, keys_of_tile(channels, tile.queries) + 1  # tiles for every cluster, the last one not full
+            positions = size[1] * size[2]
+            if not _can_run(Shape.of(channels, positions, positions, size[0], tile), dtype, device):
+                continue
+            error = _error(channels, size, tile, dtype, device)
             if not error < LIMIT * torch.finfo(dtype).eps:
-                return f"relative error {error:.1e} of {channels} channels with {AttentionTile(queries, cluster)}"
+                return f"relative error {error:.1e} of {channels} channels with {tile}"
     return None
 
 

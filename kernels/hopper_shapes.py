@@ -220,12 +220,13 @@ class Shape(NamedTuple):
         """With several tiles a block; None where that gains nothing: a multiprocessor holds two blocks, or blocks as
         many as tiles. The sums of a tile have their own shared memory, so that the next one's loads need not wait."""
         tile, held = self.tile, _held(self, num_sms)
-        if not takes_several(tile) or not held < self.grid:
+        if not takes_several(tile) or not held < self.grid or held > num_sms:
             return None
         taps = self.weight_bytes // _TAP_BYTES
-        for weight_taps, patch_stages in itertools.product((tile.weight_taps, 9, 6), (self.patch_stages, 3, 2)):
+        patches = max(2, self.patch_stages), 3, 2  # of a tile with one patch another holds that of the next
+        for weight_taps, patch_stages in itertools.product((tile.weight_taps, 6), patches):
             shape = self._replace(weight_stages=weight_taps // taps, patch_stages=patch_stages, blocks=held)
-            if shape.weight_stages >= 2 and shape.shared_bytes <= SHARED_LIMIT and held <= num_sms:
+            if shape.weight_stages >= 2 and shape.shared_bytes <= SHARED_LIMIT:
                 return shape
         return None
 
@@ -317,7 +318,8 @@ def cost(shape: Shape, card: Card) -> Cost:
     if shape.blocks:
         turns = -(-waves // tile.groups)  # of a warpgroup
         start = FILL_SECONDS + store
-        alone = max(longest / H100_CLOCK, turns * (issue / H100_CLOCK + store) - store)
+        alone = max(longest, waves * issue) / H100_CLOCK  # products of one after another
+        alone = max(alone, turns * (issue / H100_CLOCK + store) - store)
     else:
         start, alone = waves * (FILL_SECONDS + store), waves * longest / H100_CLOCK
     return Cost(

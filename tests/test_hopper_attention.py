@@ -81,7 +81,7 @@ def test_it_computes_attention(kernel, channels, tile, batch, size, dtype):
     """In every order of events, into a view of a wider map; numbers of positions that fill no tile."""
     given = operands(batch, math.prod(size), channels, dtype)
     results = []
-    for kernel.seed in (0, 1, 2):
+    for kernel.seed in (0, 1, 6):
         wide = torch.full((batch, *size, channels + 64), float("nan"), dtype=dtype)
         out = wide[..., 64:].permute(0, 3, 1, 2)
         weigh(*given, out, tile, scale=math.log2(math.e))
@@ -112,7 +112,7 @@ def test_warpgroups_that_take_many_tiles_in_turns(kernel, tile, positions):
     """One must not take a stage's earlier tile for its own, in whatever order copies end."""
     given = operands(1, positions, 128)
     expected = exact(*given)[:, :64]
-    for kernel.seed in range(16):
+    for kernel.seed in (0, 1, 6, 7, 14, 15, 22, 23):
         out = torch.empty(1, positions // 8, 8, 128, dtype=torch.float16)
         weigh(*given, out.permute(0, 3, 1, 2), tile, scale=math.log2(math.e), queries=(0, 64))
         assert error_of(out.reshape(given[0].shape)[:, :64], expected) < 0.4
@@ -190,7 +190,7 @@ def test_the_check_at_first_use(kernel, monkeypatch):
 
     monkeypatch.setattr(hopper_attention, "_error", smaller)
     assert hopper_attention._check(CPU, torch.float16) is None
-    assert len(sizes) == 3 * 2 * 4
+    assert len(sizes) == 3 * 2 * 6
     assert set(kernel.launched) == {f"lgnet_attention_float16_{c}_{q}" for c in CHANNELS for q in (64, 128)}
     monkeypatch.setattr(hopper_attention, "_error", lambda *case: math.nan)
     assert hopper_attention._check(CPU, torch.float16).startswith("relative error nan of 128 channels with")
@@ -304,6 +304,8 @@ def test_launcher_names_the_argument():
     ):
         with pytest.raises(ValueError, match=f"^{said}"):
             weigh(*arguments, tile, scale=1.0)
+    with pytest.raises(ValueError, match="^scale: expected more than 0, got -1"):
+        weigh(q, k, v, rest, out, tile, scale=-1.0)
     for wrong, said in (
         (AttentionTile(96, 1), r"^tile: expected \(64, 128\) queries"),
         (AttentionTile(64, 9), "^tile: expected"),
@@ -339,7 +341,12 @@ def test_candidates(kernel, monkeypatch):
         return 0 if own.options["cluster"] == 8 else 120
 
     monkeypatch.setattr(kernel, "blocks_at_once", blocks_at_once)
+    hopper_attention._can_run.cache_clear()
     assert {tile.cluster for tile in hopper_attention.candidates(*arguments)} == {1, 2, 3, 4}
+    few = 128, 4096, 512, 1, torch.float16, CPU, CARDS["H100"]
+    assert ranked(128, 4096, 512, 1, CARDS["H100"])[0][0].cluster == 8
+    assert hopper_attention.best_tile(*few).cluster <= 4
+    hopper_attention._can_run.cache_clear()
     assert hopper_attention.candidates(96, *arguments[1:]) == []
     monkeypatch.setattr(hopper_attention, "reason_against", lambda device, dtype: "another GPU")
     assert hopper_attention.candidates(*arguments) == []

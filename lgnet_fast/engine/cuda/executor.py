@@ -192,10 +192,13 @@ class CudaExecutor(GraphExecutor):
         tuned = self.weights.tuned
         if shape in tuned.attention or (nearest := tuned.nearest_attention(*shape)) is None or nearest.hopper is None:
             return tuned.attention.get(shape)
+        if not hopper_attention.usable(step.out_channels, self.dtype, self.device):
+            return None
         channels, positions, batch = shape
-        best = hopper_attention.ranked(channels, positions, positions, batch, self._card)
+        size = channels, positions, positions, batch
+        best = hopper_attention.best_tile(*size, self.dtype, self.device, self._card)
         kind, generation, num_sms = target_of(self.device, self.dtype)
-        return pick_inference(generation, kind, *shape, num_sms)._replace(hopper=best[0][0]) if best else None
+        return pick_inference(generation, kind, *shape, num_sms)._replace(hopper=best)
 
     @property
     def choices(self) -> dict[str, str]:
@@ -237,10 +240,10 @@ class CudaExecutor(GraphExecutor):
         return self.tile(step).label
 
     def _attention_choice(self, step: AttentionStep) -> str:
-        from lgnet_fast.kernels.hopper_attention import AttentionTile
+        from lgnet_fast.kernels.hopper_attention import AttentionTile, usable
 
         config = self._inference(step)
-        if config is None or config.hopper is None:
+        if config is None or config.hopper is None or not usable(step.out_channels, self.dtype, self.device):
             return "attention"
         return f"attention, {AttentionTile(*config.hopper).label}"
 

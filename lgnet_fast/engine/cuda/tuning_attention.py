@@ -52,12 +52,11 @@ class _Block:
 
 
 def _walks(block: _Block, batch: int, element: int, generation: str, num_sms: int) -> Iterator[Inference]:
-    """Block shapes of the loop over the keys."""
+    """Block shapes of Triton's loop over the keys."""
     from lgnet_fast.kernels.cards import SHARED_LIMITS
     from lgnet_fast.kernels.configs import inference_bytes
 
     channels, positions = block.channels, block.positions
-    yield from (block.config._replace(hopper=tile) for tile in block.compiled)
     for m, n, v, warps, stages, splits in itertools.product(
         (32, 64, 128), (32, 64, 128), (64, 128, 256), (4, 8), (2, 3), (1, 2, 4, 8)
     ):
@@ -146,7 +145,8 @@ def tune_attention(
         queue = []
         for block in blocks:
             some = itertools.islice(options(block, plan.batch, element, generation, num_sms), tried)
-            shapes[block.name] = list(dict.fromkeys((block.config, *some)))
+            compiled = [block.config._replace(hopper=tile) for tile in block.compiled if part == "walk"]
+            shapes[block.name] = list(dict.fromkeys((block.config, *compiled, *some)))
             for config in shapes[block.name]:
                 with contextlib.suppress(Exception), override("inference", config), record() as launches:
                     block.call()
