@@ -519,7 +519,7 @@ def test_a_wrong_kernel_for_hopper_leaves_those_for_the_picture(
     with caplog.at_level(logging.INFO, "lgnet_fast"):
         tuned = first_use(picture_plan(inner=True))
     assert {type(tile) for tile in tuned.tiles.values()} == {PictureTile}
-    assert "not measured: the convolution for Hopper: p.block with ('hopper', 8, 1," in caplog.text
+    assert "not measured: the convolution for Hopper: p.block with ('hopper', " in caplog.text
     assert first_use(picture_plan(inner=True)) == tuned
     assert len(other_process) == 3
 
