@@ -37,7 +37,7 @@ ROW = (
 
 def attention_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) -> tuple[list[Any], str]:
     """The costs of the projection, the loop over the keys and the sum of an attention step, and the loop's blocks."""
-    from lgnet_fast.kernels import hopper_attention
+    from lgnet_fast.kernels import hopper_attention, hopper_shapes
     from lgnet_fast.kernels.configs import inference_splits, pick_inference
     from lgnet_fast.kernels.conv_configs import Tile, Work, cost
 
@@ -68,7 +68,7 @@ def attention_costs(step: Any, plan: Any, kind: str, card: Any, compiled: bool) 
         products=0.0, reads=0.0, issue=0.0, together=0.0, memory=0.0,
         splits=4 * plan.batch * queries * channels * splits / card.l2, l2_bytes=0.0,
     )  # fmt: skip
-    if compiled and kind == "half" and card.capability == hopper_attention.CAPABILITY:
+    if compiled and kind == "half" and card.capability == hopper_shapes.CAPABILITY:
         for tile, least in hopper_attention.ranked(channels, positions, queries, plan.batch, card)[:1]:
             if least.seconds < walk_cost.seconds + total.seconds:
                 return [projection, least], tile.label

@@ -500,15 +500,7 @@ def time_attention(log: Log, batch: int, channels: int, side: int, tiles: Sequen
             results = [run().clone() for _ in range(10)]
             us = median_us(graph_of(functools.partial(run_each, [run] * 8)).replay) / 8
         equal = all(torch.equal(results[0], one) for one in results)
-        log(
-            "attention time",
-            batch=batch,
-            channels=channels,
-            tile=tile and list(tile),
-            us=us,
-            equal=equal,
-            right=equal,
-        )
+        log("attention time", batch=batch, channels=channels, tile=tile and list(tile), us=us, right=equal)
 
 
 # -- parts --------------------------------------------------------------------------------------------------------

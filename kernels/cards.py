@@ -77,6 +77,12 @@ CLUSTERED = 120 / 132
 (bench/results/h100_deep.jsonl, "held")."""
 
 
+def clustered_blocks(num_sms: int, cluster: int) -> int:
+    """Blocks in clusters that a Hopper GPU of so many multiprocessors runs at once, one block on each."""
+    held = num_sms if cluster <= 2 else int(num_sms * CLUSTERED)
+    return max(cluster, held // cluster * cluster)
+
+
 def card_for(generation: str, num_sms: int) -> Card:
     """The card of a generation whose number of multiprocessors is nearest; the H100 for the interpreter."""
     same = [card for card in CARDS.values() if card.generation == generation] or [CARDS["H100"]]

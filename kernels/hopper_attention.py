@@ -21,16 +21,15 @@ from torch import Tensor
 
 from lgnet_fast.ops.torch_state import pass_on_out_of_memory
 
-from .cards import CLUSTERED, H100_CLOCK, SHARED_LIMITS, Card
+from .cards import H100_CLOCK, Card, clustered_blocks
 from .compiled_checks import DTYPES, LIMIT, Divisor, FirstUse
 from .conv_configs import INGRESS_ALONE, INGRESS_SHARED, LAUNCH_SECONDS, Cost
 from .cuda_driver import Kernel
 from .hopper import tensor_map
-from .hopper_shapes import EXCHANGE_SECONDS, FILL_SECONDS, PIXEL_SECONDS
+from .hopper_shapes import CAPABILITY, EXCHANGE_SECONDS, FILL_SECONDS, PIXEL_SECONDS, SHARED_LIMIT
 from .launch import ACTIVATIONS, device_guard, is_recording
 from .maps import is_flat, position_stride
 
-CAPABILITY = (9, 0)
 CHANNELS = (128, 256, 512)
 """That the kernel supports."""
 COLUMNS = 128
@@ -39,8 +38,6 @@ QUERIES = (64, 128)
 """Of a thread block."""
 MAX_CLUSTER, MAX_STAGES = 8, 4
 THREADS = 256 + 32  # of two warpgroups that multiply, and of a warp that loads
-SHARED_LIMIT = SHARED_LIMITS["sm_90"]
-"""Bytes of shared memory of a thread block."""
 _GROUPS, _ROWS, _LINE = 2, 64, 128
 _ALIGNMENT = 1024  # bytes after which the swizzle repeats
 _BARRIER_BYTES = 8 * (1 + 3 * MAX_STAGES)
@@ -170,8 +167,7 @@ def cost(shape: Shape, card: Card) -> Cost:
     """Estimated seconds of a launch by its parts. issue: of a warpgroup by itself, whose products wait for its
     exponentials."""
     keys, cluster = shape.keys, shape.tile.cluster
-    held = card.num_sms if cluster <= 2 else int(card.num_sms * CLUSTERED)
-    waves = -(-shape.grid // max(cluster, held // cluster * cluster))
+    waves = -(-shape.grid // clustered_blocks(card.num_sms, cluster))
     # A product of 64 x keys x 16 takes keys / 2 clocks, and reads (64 + keys) * 32 bytes of the 128 a clock.
     products = shape.channels // 16 * max(keys / 2, 16 + keys / 4) + keys / 16 * COLUMNS / 2
     tiles = -(-shape.key_tiles // cluster)
@@ -303,11 +299,6 @@ def _check_operands(q: Tensor, k: Tensor, v: Tensor, rest: Tensor, out: Tensor) 
             f"out: expected [{batch}, {channels}, H, W] of {positions} positions in {q.dtype}, channels last, "
             f"got {tuple(out.shape)} {out.dtype} of strides {out.stride()}"
         )
-
-
-def runs_on(device: torch.device) -> bool:
-    """Whether a device is a GPU that the kernel was compiled for."""
-    return device.type == "cuda" and torch.cuda.get_device_capability(device) == CAPABILITY
 
 
 def usable(channels: int, dtype: torch.dtype, device: torch.device) -> bool:

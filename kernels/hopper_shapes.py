@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from lgnet_fast.engine.geometry import Axis
 
-from .cards import CLUSTERED, H100_CLOCK, SHARED_LIMITS, Card
+from .cards import H100_CLOCK, SHARED_LIMITS, Card, clustered_blocks
 from .conv import Conv
 from .conv_configs import INGRESS_ALONE, INGRESS_SHARED, LAUNCH_SECONDS, Cost
 
@@ -283,9 +283,7 @@ def _held(shape: Shape, num_sms: int) -> int:
         (SHARED_LIMIT + 1024) // (shape.shared_bytes + 1024),
         65536 // (threads * REGISTERS[tile.tile_h, tile.groups]),
     )
-    cluster = shape.sharing * shape.parts
-    held = num_sms if cluster <= 2 else int(num_sms * CLUSTERED)
-    return max(1, resident) * max(cluster, held // cluster * cluster)
+    return max(1, resident) * clustered_blocks(num_sms, shape.sharing * shape.parts)
 
 
 def cost(shape: Shape, card: Card) -> Cost:

@@ -51,11 +51,7 @@ emulated = pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emula
 @pytest.fixture
 def kernel(monkeypatch):
     """The launcher starts kernels on the emulator. Returns the class, whose `launched` has the kernels' names."""
-    monkeypatch.setattr(hopper, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(hopper, "tensor_map", emulator.tensor_map)
-    monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
-    monkeypatch.setattr(emulator.EmulatedKernel, "seed", 0)
-    return emulator.EmulatedKernel
+    return emulator.install(monkeypatch, hopper)
 
 
 def operands(conv, batch, size, dtype=torch.float16):

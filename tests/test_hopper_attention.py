@@ -34,11 +34,7 @@ emulated = pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emula
 @pytest.fixture
 def kernel(monkeypatch):
     """The launcher starts kernels on the emulator. Returns the class, whose `launched` has the kernels' names."""
-    monkeypatch.setattr(hopper_attention, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(hopper_attention, "tensor_map", emulator.tensor_map)
-    monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
-    monkeypatch.setattr(emulator.EmulatedKernel, "seed", 0)
-    return emulator.EmulatedKernel
+    return emulator.install(monkeypatch, hopper_attention)
 
 
 def noise(*shape, dtype=torch.float16, factor=1.0, seed=0):

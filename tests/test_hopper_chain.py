@@ -47,12 +47,7 @@ emulated = pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emula
 @pytest.fixture
 def kernel(monkeypatch):
     """The launchers start kernels on the emulator. Returns the class, whose `launched` has the kernels' names."""
-    for module in (hopper, hopper_chain):
-        monkeypatch.setattr(module, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(hopper, "tensor_map", emulator.tensor_map)
-    monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
-    monkeypatch.setattr(emulator.EmulatedKernel, "seed", 0)
-    return emulator.EmulatedKernel
+    return emulator.install(monkeypatch, hopper, hopper_chain)
 
 
 def noise(*shape, dtype=torch.float16, seed=0):

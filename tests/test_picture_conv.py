@@ -35,10 +35,7 @@ emulated = pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emula
 @pytest.fixture
 def kernel(monkeypatch):
     """The launcher starts kernels on the emulator. Returns the class, whose `launched` has the kernels' names."""
-    monkeypatch.setattr(picture_conv, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
-    monkeypatch.setattr(emulator.EmulatedKernel, "seed", 0)
-    return emulator.EmulatedKernel
+    return emulator.install(monkeypatch, picture_conv)
 
 
 def run(conv, batch, size, tile, rect=None, dtype=torch.float16):

@@ -12,8 +12,10 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, ClassVar
 
+import pytest
 from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
@@ -116,4 +118,15 @@ class EmulatedKernel:
         self.launched.append(self.name)
 
 
-__all__ = ["UNAVAILABLE", "EmulatedKernel", "TensorMap", "copied", "launch", "tensor_map"]
+def install(monkeypatch: pytest.MonkeyPatch, *launchers: ModuleType) -> type[EmulatedKernel]:
+    """The launchers start kernels on the emulator. Returns the class, whose `launched` has the kernels' names."""
+    for module in launchers:
+        monkeypatch.setattr(module, "Kernel", EmulatedKernel)
+        if hasattr(module, "tensor_map"):
+            monkeypatch.setattr(module, "tensor_map", tensor_map)
+    monkeypatch.setattr(EmulatedKernel, "launched", [])
+    monkeypatch.setattr(EmulatedKernel, "seed", 0)
+    return EmulatedKernel
+
+
+__all__ = ["UNAVAILABLE", "EmulatedKernel", "TensorMap", "copied", "install", "launch", "tensor_map"]

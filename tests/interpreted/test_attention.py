@@ -381,11 +381,8 @@ def test_inference_by_the_kernel_for_hopper(
     variant: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """All rows, and a band of them; a map that it cannot store, or a GPU that has no such kernel, takes Triton's."""
-    monkeypatch.setattr(hopper_attention, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(hopper_attention, "tensor_map", emulator.tensor_map)
+    launched = emulator.install(monkeypatch, hopper_attention).launched
     monkeypatch.setattr(hopper_attention, "reason_against", lambda device, dtype: None)
-    monkeypatch.setattr(emulator.EmulatedKernel, "launched", [])
-    launched = emulator.EmulatedKernel.launched
     features = normal(2, 128, 16, 17, dtype=dtype)
     weight, bias = (normal(128, 256, 1, 1, seed=1) / 11).to(dtype), normal(128, dtype=dtype, seed=2)
     exact, eager = (

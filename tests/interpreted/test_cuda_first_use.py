@@ -213,14 +213,10 @@ class AttentionTimer(FakeTimer):
 @pytest.fixture
 def attention_emulated(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Attention for Hopper has passed its check and runs in the emulator. Returns the names of its launches."""
-    launched: list[str] = []
-    monkeypatch.setattr(emulator.EmulatedKernel, "launched", launched)
-    monkeypatch.setattr(hopper_attention, "Kernel", emulator.EmulatedKernel)
-    monkeypatch.setattr(hopper_attention, "tensor_map", emulator.tensor_map)
     monkeypatch.setattr(hopper_attention, "reason_against", lambda device, dtype: None)
-    monkeypatch.setattr(hopper_attention, "runs_on", lambda device: True)
+    monkeypatch.setattr(hopper, "runs_on", lambda device: True)
     monkeypatch.setattr(compiled, "AT_FIRST_USE", {})
-    return launched
+    return emulator.install(monkeypatch, hopper_attention).launched
 
 
 @needs_emulator

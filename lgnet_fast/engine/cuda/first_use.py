@@ -87,19 +87,16 @@ def _compiled(title: str, kernel: ModuleType, plan: Plan, dtype: torch.dtype, de
 
 def _attention(plan: Plan, dtype: torch.dtype, device: torch.device) -> str | None:
     """Measure compiled attention where that was not done for blocks of as many channels; why not, or None."""
-    from lgnet_fast.kernels import hopper_attention
+    from lgnet_fast.kernels import hopper
+    from lgnet_fast.kernels.hopper_attention import CHANNELS
 
-    if not hopper_attention.runs_on(device):
+    if not hopper.runs_on(device):
         return None
-    part = _part(checked_plan(plan), lambda step: step.out_channels in hopper_attention.CHANNELS and _attends(step))
+    part = _part(checked_plan(plan), lambda step: isinstance(step, AttentionStep) and step.out_channels in CHANNELS)
     measured = {channels for channels, _, _ in kept(device, dtype).attention}
     if measured.issuperset(step.out_channels for step in part.steps):
         return None
     return _measured_apart(ATTENTION, plan.name, dtype, device, measure_attention, part)
-
-
-def _attends(step: Step) -> bool:
-    return isinstance(step, AttentionStep)
 
 
 def _shared(kind: str, plan: Plan, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -189,17 +186,11 @@ def measure_compiled(device: torch.device, dtype: torch.dtype, title: str, part:
     """
     from lgnet_fast.kernels.compiled import AT_FIRST_USE
 
-    problems: list[str] = []
-    log = _collecting(problems, "tile")
-    if (reason := AT_FIRST_USE[title].reason_against(device, dtype)) is not None:
-        raise RuntimeError(reason)
-    found = Found(at_first_use=True)
-    with torch.inference_mode(False), torch.no_grad():
+    def measure(found: Found, log: Log) -> None:
         contest = Contest(_with_noise(part, device), dtype, device, GAIN_ALONE)
         tune_convolutions(contest, found, Timer(device), log, lambda: None, contest.few_candidates, lambda: False)
-    if problems:
-        raise RuntimeError(problems[0])
-    return found.as_dict()
+
+    return _all_right(AT_FIRST_USE[title].reason_against(device, dtype), "tile", measure)
 
 
 def measure_attention(device: torch.device, dtype: torch.dtype, part: Plan) -> dict[str, Any]:
@@ -210,20 +201,26 @@ def measure_attention(device: torch.device, dtype: torch.dtype, part: Plan) -> d
     """
     from lgnet_fast.kernels import hopper_attention
 
-    problems: list[str] = []
-    log = _collecting(problems, "config")
-    if (reason := hopper_attention.reason_against(device, dtype)) is not None:
-        raise RuntimeError(reason)
-    found = Found(at_first_use=True)
-    with torch.inference_mode(False), torch.no_grad():
+    def measure(found: Found, log: Log) -> None:
         compare_compiled(part, dtype, device, found, Timer(device), log, GAIN_ALONE)
-    if problems:
-        raise RuntimeError(problems[0])
-    return found.as_dict()
+
+    return _all_right(hopper_attention.reason_against(device, dtype), "config", measure)
 
 
-def _collecting(problems: list[str], what: str) -> Log:
-    """A log that adds what is wrong or fails to `problems`; what: the figure that names the candidate."""
+def _all_right(reason: str | None, what: str, measure: Callable[[Found, Log], None]) -> dict[str, Any]:
+    """What `measure` finds, as a dictionary.
+
+    Args:
+        reason: why the kernel is not used, or None.
+        what: the figure of a log that names the candidate.
+        measure: measures, and logs candidates that are wrong or fail.
+
+    Raises:
+        RuntimeError: `reason`, or the first problem that was logged.
+    """
+    if reason is not None:
+        raise RuntimeError(reason)
+    found, problems = Found(at_first_use=True), []
     tell = progress_of(logger.info)
 
     def log(section: str, **figures: Any) -> None:
@@ -232,7 +229,11 @@ def _collecting(problems: list[str], what: str) -> Log:
             problems.append(f"{figures['step']} with {figures[what]}: {problem}")
         tell(section, **figures)
 
-    return log
+    with torch.inference_mode(False), torch.no_grad():
+        measure(found, log)
+    if problems:
+        raise RuntimeError(problems[0])
+    return found.as_dict()
 
 
 def measure_shared(

@@ -195,10 +195,9 @@ def compare_compiled(
             continue
         best = min(times, key=lambda config: times[config])
         choice = best if times[best] <= (1 - gain) * times[block.config] else block.config
-        found.attention[block.key] = Result(tuple(choice), times[choice], tuple(block.config), times[block.config])
-        log(
-            "attention", step=block.name, default_us=times[block.config], best_us=times[choice], best=list(choice)
-        )  # fmt: skip
+        default_us, best_us = times[block.config], times[choice]
+        found.attention[block.key] = Result(tuple(choice), best_us, tuple(block.config), default_us)
+        log("attention", step=block.name, default_us=default_us, best_us=best_us, best=list(choice))
 
 
 def _measure_block(
