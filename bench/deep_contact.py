@@ -179,15 +179,15 @@ def _check(
             maps = grouped.noise_maps(bench.plan, steps, bench.dtype, bench.executor.device)
             before = {name: value.clone() for name, value in maps.items()}
             view = functools.partial(grouped.view_of, maps)
-            launch, state = deep.group_launch(bench.plan, first, group, view, None, number)
+            launch, state = deep.group_launch(bench.plan, first, group, view, only=number)
             try:
                 launch()
             except RuntimeError as refused:
                 log(section, rows=rows, options=options, refused=str(refused))
                 return False
             torch.cuda.synchronize()
-            error = group.error(state)
-            counters = state[::STATE_STRIDE].tolist()
+            error = state.error()
+            counters = state.counters[: 2 * STATE_STRIDE : STATE_STRIDE].tolist()
             untouched = _untouched(checked, before, maps)
             places = [
                 (step, where_wrong(stored, exact))
@@ -288,7 +288,7 @@ def clocks(bench: Bench, log: Log) -> None:
                 continue
             times = group.new_times()
             view = bench.executor.memory.view
-            launch, state = group_launch(bench.plan, first, group, view, times)
+            launch, state = group_launch(bench.plan, first, group, view, times=times)
             plain = bench.launches({})
             one = graph_of(functools.partial(run_all, [*plain[: 1 + first], launch]))
             seen = []
@@ -296,8 +296,8 @@ def clocks(bench: Bench, log: Log) -> None:
                 one.replay()
                 torch.cuda.synchronize()
                 seen.append(times.clone())
-            if group.error(state) is not None:
-                log("clocks", variant=name, rows=rows, error=group.error(state))
+            if (error := state.error()) is not None:
+                log("clocks", variant=name, rows=rows, error=error)
                 continue
             clock = torch.stack(seen).double()  # [repeats, layers, blocks, 6]
             begin = clock[:, :1, :, :1]
@@ -309,7 +309,7 @@ def clocks(bench: Bench, log: Log) -> None:
                     variant=name,
                     rows=rows,
                     step=bench.plan.steps[first + number].name,
-                    names=["begin", "layer before ends", "products", "sums sent", "sums received", "stored"],
+                    names=["begin", "positions", "products", "sums sent", "sums received", "stored"],
                     median=[int(c) for c in since[number].tolist()],
                     last_block=[int(c) for c in late[number].tolist()],
                     size=list(layer.out_size),

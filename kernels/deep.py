@@ -3,8 +3,8 @@
 Layers of 8x8 outputs and smaller are 4x4 convolutions of stride 2 and transposed ones, with 2 to 17 MB of weights
 and little arithmetic. Launched one by one they take 8 to 12 us each on an H100, although reading their weights takes
 3 to 6 us: each launch begins with cold reads and ends with a sum over the splits of the depth. `csrc/cuda/deep.cu`
-runs a group of consecutive layers in one launch: its thread blocks prefetch the weights of later layers, and
-synchronise between layers.
+runs a group of consecutive layers in one launch: its thread blocks prefetch the weights of later layers, and wait for
+what other blocks store.
 
 This module describes the group to the kernel: :func:`split` assigns parts of a layer to thread blocks, :func:`pack`
 puts weights in the order in which blocks read them, :class:`DeepGroup` holds both and launches. It needs compute
@@ -16,6 +16,10 @@ more; which ones changes from layer to layer, so that all clusters read about th
 a cluster takes `block_steps` steps of the depth, and copies the positions that they need to shared memory. Its eight
 warps take items, (unit, every ``warps_k``-th step of the block), eight at a time.
 
+**Exchange.** What a layer reads and layers of the same launch have stored comes from :attr:`State.exchange`, where a
+number that is not there yet is a NaN that the kernel never stores: blocks wait for the numbers themselves. A source
+is either stored wholly within the launch or older than it.
+
 **Failure.** All blocks must fit on the GPU at once; a cooperative launch guarantees it. Every wait is bounded: one
 that takes more than `timeout` clocks ends the launch with NaN in the last layer's stores and a code in the state,
 which :meth:`DeepGroup.error` reads.
@@ -25,6 +29,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -54,6 +59,7 @@ PIXEL_BYTES, PIECE_BYTES = 64, 1024
 PAD = 4
 BARRIER_BYTES = 512
 STATE_STRIDE = 32
+ABSENT = -1  # as int16
 SHARED_LIMIT = SHARED_LIMITS["sm_90"]
 """Bytes of shared memory of a thread block."""
 
@@ -64,7 +70,13 @@ MIN_SLOTS = 11
 MAX_ROWS = 64
 TIMEOUT = 20_000_000_000
 """Clocks after which a wait times out: about ten seconds, long enough for a GPU shared by several processes."""
-WAITS = {1: "for room for weights", 2: "for weights", 3: "for the cluster's sums", 4: "for the layer before"}
+WAITS = {
+    1: "for room for weights",
+    2: "for weights",
+    3: "for the cluster's sums",
+    4: "for the layer before",
+    5: "for its cluster",
+}
 
 
 class _Layer(ctypes.Structure):
@@ -82,6 +94,7 @@ class _Layer(ctypes.Structure):
                 "stage_w", "stage_h", "stage_half", "stage_pixels", "stage_bytes", "border_y", "border_x",
                 "sums", "received",
                 "stride_x", "stride_0", "stride_1", "activation_0", "activation_1",
+                "exchange_x", "exchange_0", "exchange_1", "pitch_0", "pitch_1",
             )
         ),
         ("origin_y", ctypes.c_int32 * 2),
@@ -94,9 +107,13 @@ class _Program(ctypes.Structure):
 
     _fields_ = [
         ("state", ctypes.c_void_p),
+        ("exchange", ctypes.c_void_p),
         ("times", ctypes.c_void_p),
         ("timeout", ctypes.c_int64),
-        *((name, ctypes.c_int32) for name in ("layers", "log_cluster", "clusters", "slots", "evict_first")),
+        *(
+            (name, ctypes.c_int32)
+            for name in ("layers", "log_cluster", "clusters", "slots", "evict_first", "exchange_size")
+        ),
         ("layer", _Layer * MAX_LAYERS),
     ]
 
@@ -368,9 +385,11 @@ def best_cluster(layers: Sequence[DeepLayer], held: Mapping[int, int]) -> tuple[
     return -cluster, clusters
 
 
-# Clocks of an H100. A layer but its chunks: measured, of eight layers in one launch (section "clocks" of
-# bench/results/h100_deep.jsonl). A chunk: expected of the present loop; an earlier one took 700 to 800.
-_LAYER_CLOCKS, _CHUNK_CLOCKS = 6500, 275
+# Clocks of an H100. A layer but its chunks: 6,500 measured, of eight layers in one launch (section "clocks" of
+# bench/results/h100_deep.jsonl). Of these, reading the bias after the products took 1,000; a counter in memory, and
+# the reading of positions after it, 2,100. A wait for the positions themselves is expected to take 1,100. A chunk:
+# expected of the present loop; an earlier one took 700 to 800.
+_LAYER_CLOCKS, _CHUNK_CLOCKS = 4500, 275
 
 
 def cost(layers: Sequence[DeepLayer], shares: Sequence[Split], card: Card) -> Cost:
@@ -422,6 +441,37 @@ def _kernel(dtype: torch.dtype, shared: int, cluster: int, cooperative: bool = T
     )
 
 
+class State:
+    """What launches of a group leave to the next one.
+
+    Args:
+        size: numbers of 16 bits in an exchange.
+        device: of the group.
+    """
+
+    counters: Tensor
+    """[3 * STATE_STRIDE] int32: the code of an error, the blocks that have ended, which exchange is next."""
+    exchange: Tensor
+    """[2, size] int16. One is :data:`ABSENT` throughout between launches."""
+
+    def __init__(self, size: int, device: torch.device) -> None:
+        self.counters = torch.zeros(3 * STATE_STRIDE, dtype=torch.int32, device=device)
+        self.exchange = torch.full((2, size), ABSENT, dtype=torch.int16, device=device)
+
+    @property
+    def bytes(self) -> int:
+        """Bytes on the device."""
+        return self.counters.nbytes + self.exchange.nbytes
+
+    def error(self) -> str | None:
+        """The wait that timed out, or None. Waits for the device. Launches fail from then on."""
+        code = int(self.counters[0])
+        if code == 0:
+            return None
+        kind, layer, block = code >> 24, code >> 16 & 0xFF, (code & 0xFFFF) - 1
+        return f"block {block} waited {WAITS.get(kind, kind)}, at layer {layer}"
+
+
 class DeepGroup:
     """Consecutive layers with their packed weights, on one GPU.
 
@@ -454,9 +504,15 @@ class DeepGroup:
         self._evict_first, self._timeout = evict_first, timeout
         self._kernel = _kernel(self.dtype, self.bytes, self.cluster, cooperative, overlap)
 
-    def new_state(self) -> Tensor:
-        """int32 zeros that the launches of one program share; every launch resets them to zero."""
-        return torch.zeros((2 + len(self.layers)) * STATE_STRIDE, dtype=torch.int32, device=self.weights[0].device)
+        # Where each layer's source begins in the exchange, of which the first layer needs none.
+        ends = itertools.accumulate(
+            layer.batch * math.prod(layer.in_size) * layer.conv.in_channels for layer in layers[1:]
+        )
+        self._begins = [-1, 0, *ends]
+
+    def new_state(self) -> State:
+        """What the launches of one program share, and programs that never run at the same time."""
+        return State(self._begins[-1], self.weights[0].device)
 
     def new_times(self) -> Tensor:
         """A buffer for the clocks of a launch, [layers, blocks, 6]: begin, end of the previous layer, products, sums
@@ -468,7 +524,7 @@ class DeepGroup:
         self,
         sources: Sequence[Tensor],
         stores: Sequence[Sequence[Store]],
-        state: Tensor,
+        state: State,
         times: Tensor | None = None,
         only: int | None = None,
     ) -> _Program:
@@ -485,9 +541,10 @@ class DeepGroup:
         """
         numbers = range(len(self.layers)) if only is None else [only]
         program = _Program(
-            state=state.data_ptr(), times=None if times is None else times.data_ptr(), timeout=self._timeout,
+            state=state.counters.data_ptr(), exchange=state.exchange.data_ptr(),
+            times=None if times is None else times.data_ptr(), timeout=self._timeout,
             layers=len(numbers), log_cluster=_log(self.cluster), clusters=self.clusters, slots=self.slots,
-            evict_first=self._evict_first,
+            evict_first=self._evict_first, exchange_size=state.exchange.shape[1],
         )  # fmt: skip
         for place, number in enumerate(numbers):
             layer = self.layers[number]
@@ -502,8 +559,32 @@ class DeepGroup:
                 size = (layer.batch, *layer.out_size, layer.conv.out_channels)
                 _check_view("stores", store.view, self.dtype, size)
             set_stores(told, stores[number])
+            told.exchange_x = told.exchange_0 = told.exchange_1 = -1
             program.layer[place] = told
+        self._join(program, [sources[number] for number in numbers], [stores[number] for number in numbers])
         return program
+
+    def _join(self, program: _Program, sources: Sequence[Tensor], stores: Sequence[Sequence[Store]]) -> None:
+        """Let the layers of a program read through the exchange what others of it store."""
+        for reader, source in enumerate(sources):
+            found = _writers(source, stores[:reader])
+            for writer, which, offset in found:
+                told = program.layer[writer]
+                if getattr(told, f"exchange_{which}") >= 0:
+                    raise ValueError("stores: expected each to be read by one layer")
+                setattr(told, f"exchange_{which}", self._begins[reader] + offset)
+                setattr(told, f"pitch_{which}", source.shape[3])
+            if found:
+                program.layer[reader].exchange_x = self._begins[reader]
+                program.layer[reader].stride_x = source.shape[3]
+        for number, own in enumerate(stores):
+            for which, store in enumerate(own):
+                later = [one.view for after in stores[number + 1 :] for one in after]
+                # What a later layer overwrites nobody reads after the launch. Without the stores there is no order.
+                if getattr(program.layer[number], f"exchange_{which}") >= 0 and any(
+                    _overlap(store.view, view) for view in later
+                ):
+                    setattr(program.layer[number], f"store{which}", None)
 
     def launch(self, program: _Program) -> None:
         """Run the program on the current stream of its GPU."""
@@ -511,15 +592,6 @@ class DeepGroup:
             return
         with torch.cuda.device(self.weights[0].device):
             self._kernel.launch(self.grid, [ctypes.c_void_p(ctypes.addressof(program))])
-
-    @staticmethod
-    def error(state: Tensor) -> str | None:
-        """The wait that timed out, or None. Waits for the device. Launches fail until the state is zeroed."""
-        code = int(state[0])
-        if code == 0:
-            return None
-        kind, layer, block = code >> 24, code >> 16 & 0xFF, (code & 0xFFFF) - 1
-        return f"block {block} waited {WAITS.get(kind, kind)}, at layer {layer}"
 
 
 def reference(layer: DeepLayer, source: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -548,6 +620,50 @@ def reference(layer: DeepLayer, source: Tensor, weight: Tensor, bias: Tensor) ->
             out += rows @ weight[begin : begin + conv.in_channels].float()
             begin += conv.in_channels
     return value
+
+
+def _bytes_of(view: Tensor) -> range:
+    """Addresses from a view's first number to its last."""
+    last = sum((size - 1) * stride for size, stride in zip(view.shape, view.stride()))
+    return range(view.data_ptr(), view.data_ptr() + (last + 1) * view.element_size())
+
+
+def _channels_of(view: Tensor, source: Tensor) -> range | None:
+    """The channels of `source` that a view of the same pixels is, some of which it may lack; None: other pixels."""
+    first, rest = divmod(view.data_ptr() - source.data_ptr(), view.element_size())
+    if rest or abs(first) >= source.stride(2) or view.shape[:3] != source.shape[:3]:
+        return None
+    return range(first, first + view.shape[3]) if view.stride() == source.stride() else None
+
+
+def _overlap(one: Tensor, other: Tensor) -> bool:
+    a, b = _bytes_of(one), _bytes_of(other)
+    if a.stop <= b.start or b.stop <= a.start:
+        return False
+    channels = _channels_of(one, other)
+    return channels is None or (channels.start < other.shape[3] and channels.stop > 0)
+
+
+def _writers(source: Tensor, stores: Sequence[Sequence[Store]]) -> list[tuple[int, int, int]]:
+    """(layer, number of its store, first channel) of the last stores of each of a source's channels; none where it is
+    older than all of them.
+
+    Raises:
+        ValueError: some of its channels are older, or a store has others than these.
+    """
+    found: list[tuple[int, int, int]] = []
+    missing = set(range(source.shape[3]))
+    for layer in reversed(range(len(stores))):
+        for which, store in enumerate(stores[layer]):
+            channels = _channels_of(store.view, source)
+            if missing and _overlap(store.view, source):
+                if channels is None or not missing.issuperset(channels):
+                    raise ValueError("sources: expected each channel from one store of the layers before")
+                missing.difference_update(channels)
+                found.append((layer, which, channels.start))
+    if found and missing:
+        raise ValueError("sources: expected all channels, or none, from the layers before")
+    return found
 
 
 def _check_view(name: str, view: Tensor, dtype: torch.dtype, shape: tuple[int, ...]) -> None:

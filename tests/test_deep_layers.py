@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import functools
 import re
 from pathlib import Path
@@ -15,12 +16,14 @@ pytest.importorskip("triton", minversion="3.5")
 
 from lgnet_fast.kernels import deep
 from lgnet_fast.kernels.conv import Conv
+from lgnet_fast.kernels.results import Store
 
 from lgnet_fast import create_model
 from lgnet_fast.engine.build import build_plan, plan_stages
 from lgnet_fast.engine.cuda import deep_layers as engine_deep
 from lgnet_fast.engine.cuda import grouped
 from lgnet_fast.engine.cuda.executor import CudaExecutor
+from lgnet_fast.engine.cuda.memory import Memory
 from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.engine.torch_executor import ACTIVATIONS
@@ -83,16 +86,20 @@ def make_group(name, net, batch, cluster, clusters, dtype=torch.float16, **optio
     return plan, steps, group, weights, grouped.noise_maps(plan, steps, dtype, torch.device("cpu"))
 
 
-def run_group(plan, steps, group, maps, seed=0, error=0, times=None):
+def run_group(plan, steps, group, maps, seed=0, error=0, states=None, times=None):
     """Run a group on the CPU, as `DeepGroup.launch` does on a GPU; return its state."""
     view = functools.partial(grouped.view_of, maps)
-    launch, state = engine_deep.group_launch(plan, plan.steps.index(steps[0]), group, view, times)
-    state[0] = error
+    launch, state = engine_deep.group_launch(plan, plan.steps.index(steps[0]), group, view, states, times)
+    state.counters[0] = error
+    turn = int(state.counters[2 * deep.STATE_STRIDE])
     kernel = f"lgnet_deep_{str(group.dtype).removeprefix('torch.')}"
     options = {"threads": 32 * (deep.WARPS + 1), "shared_bytes": group.bytes, "cluster": group.cluster}
     address = ctypes.c_void_p(ctypes.addressof(launch.args[1]))
     emulator.launch("deep", kernel, group.grid, [address], cooperative=True, seed=seed, **options)
-    assert error or not state.any()
+    if not error:
+        assert state.counters.nonzero().tolist() == [[2 * deep.STATE_STRIDE]] * (1 - turn)
+        assert (state.exchange[1 - turn] == deep.ABSENT).all()
+        assert not (state.exchange[turn] == deep.ABSENT).any()
     return state
 
 
@@ -207,12 +214,48 @@ def test_bits_do_not_depend_on_the_order_of_events(dtype):
 
 
 @emulated
+def test_launches_in_turn_share_a_state():
+    """Each finds its exchange empty, whatever the launches before it stored there; nothing waits for a NaN."""
+    plan, steps, group, _, maps = make_group("lgnet_demo", "net_c", 1, 8, 5)
+    source = grouped.view_of(maps, steps[0].source)
+    first = source.clone()
+    broken = first.clone()
+    broken[:, 0, 0] = -torch.tensor(torch.nan)  # a sum of it is rounded to the bits that mark what is absent
+    states, found = {}, []
+    for seed, value in enumerate((first, broken, -first, first)):
+        source.copy_(value)
+        run_group(plan, steps, group, maps, seed, states=states)
+        found.append(grouped.view_of(maps, steps[-1].stores[0].view).clone())
+    assert len(states) == 1
+    assert found[1].isnan().any()
+    assert not torch.equal(found[0], found[2])
+    assert torch.equal(found[0], found[3])
+
+
+@emulated
+def test_maps_that_share_memory():
+    """In an arena later maps take the place of earlier ones; these are in the exchange only."""
+    plan, steps, group, _, maps = make_group("lgnet_demo", "net_c", 1, 8, 5)
+    memory = Memory(plan, torch.float16, torch.device("cpu"))
+    source, last = steps[0].source, steps[-1].stores[0].view
+    memory.view(source).copy_(grouped.view_of(maps, source))
+    stores = [[Store(memory.view(s.view), s.activation) for s in step.stores] for step in steps]
+    program = group.program([memory.view(step.source) for step in steps], stores, group.new_state())
+    kept = [[bool(layer.store0), bool(layer.store1)] for layer in program.layer[: len(steps)]]
+    assert kept[-1][0]
+    assert sum(map(sum, kept)) < sum(map(len, stores))
+    run_group(plan, steps, group, maps)
+    run_group(plan, steps, group, memory.maps, seed=1)
+    assert torch.equal(memory.view(last), grouped.view_of(maps, last))
+
+
+@emulated
 def test_a_launch_after_a_failure_ends_with_nan():
     """If the state has an error, no block waits for another, the results are NaN, and the error stays."""
     plan, steps, group, _, maps = make_group("lgnet_demo", "net_c", 1, 8, 5)
     code = 4 << 24 | 3 << 16 | 18
     state = run_group(plan, steps, group, maps, error=code)
-    assert state[0] == code
+    assert state.error() == "block 17 waited for the layer before, at layer 3"
     for store in steps[-1].stores:
         assert grouped.view_of(maps, store.view).isnan().all()
 
@@ -267,6 +310,38 @@ def test_bad_views_are_named():
         engine_deep.group_launch(plan, numbers[0], group, functools.partial(grouped.view_of, maps))
 
 
+def test_sources_are_stored_by_the_layers_before_or_older():
+    def stores(*views):
+        return [[Store(view, "none")] for view in views]
+
+    memory = torch.zeros(4096, dtype=torch.float16)
+    source, other = memory[:2048].view(1, 4, 8, 64), memory[2048:].view(1, 4, 8, 64)
+    low, high = source[..., :32], source[..., 32:]
+    assert deep._writers(source, stores(other)) == []
+    assert deep._writers(source, stores(source)) == [(0, 0, 0)]
+    assert deep._writers(source, stores(low, other, high)) == [(2, 0, 32), (0, 0, 0)]
+    dead = memory[:512].view(1, 2, 4, 64)  # a map that was there before
+    assert deep._writers(source, stores(dead, source)) == [(1, 0, 0)]
+    with pytest.raises(ValueError, match="all channels, or none"):
+        deep._writers(source, stores(low, other))
+    for view in (dead, memory[32:2080].view(1, 4, 8, 64)):
+        with pytest.raises(ValueError, match="each channel from one store"):
+            deep._writers(source, stores(source, view))
+
+
+def test_a_group_ends_before_a_step_that_reads_older_channels_too():
+    plan = plan_of("lgnet")
+    group, other = engine_deep.runs(plan, 64)
+    number = next(n for n in group if plan.steps[n].name == "net_c.d7")
+    skip = next(n for n in group if plan.steps[n].name == "net_c.e7")
+    steps = list(plan.steps)
+    kept = tuple(store for store in steps[skip].stores if store.view.buffer != steps[number].source.buffer)
+    assert len(kept) == 1
+    steps[skip] = dataclasses.replace(steps[skip], stores=kept)
+    changed = dataclasses.replace(plan, steps=tuple(steps))
+    assert engine_deep.runs(changed, 64) == [range(group.start, number), other]  # d6 and d5 read encoders' maps, too
+
+
 def test_structures_have_the_kernel_s_fields():
     text = re.sub(r"//[^\n]*", "", SOURCE.read_text())
 
@@ -297,10 +372,10 @@ def test_structures_have_the_kernel_s_fields():
 
 
 def test_error_codes():
-    state = torch.zeros(4, dtype=torch.int32)
-    assert deep.DeepGroup.error(state) is None
-    state[0] = 4 << 24 | 3 << 16 | 18
-    assert deep.DeepGroup.error(state) == "block 17 waited for the layer before, at layer 3"
+    state = deep.State(8, torch.device("cpu"))
+    assert state.error() is None
+    state.counters[0] = 5 << 24 | 3 << 16 | 18
+    assert state.error() == "block 17 waited for its cluster, at layer 3"
 
 
 @pytest.mark.gpu

@@ -12,8 +12,13 @@
 // of zeros. An item is (unit, every warps_k-th step). The eight multiplying warps compute eight items at a time; the
 // weights of these items for one step each are a chunk, which fills a slot of the ring. Each block sends its sums
 // through distributed shared memory to the block of the cluster that finishes them. That block adds them in float32
-// and in a fixed order, so that results are bitwise repeatable. Between layers all blocks wait for each other at a
-// counter in global memory.
+// and in a fixed order, so that results are bitwise repeatable.
+//
+// Exchange. A layer reads what other blocks have just stored. No counter tells when: the numbers themselves do. Each
+// launch has a copy of the maps between its layers in which every number is kAbsent at first, a NaN that no block
+// stores. A block reads its positions again and again until none is absent. That is one way through the L2 cache and
+// back, where a fence, a counter and the reading after it are three. There are two such copies: a launch uses one and
+// makes the other absent for the next launch.
 //
 // Weights are packed in the order of mma's fragments (kernels/deep.py, `pack`): for every unit and 16 depths, 32
 // lanes x 16 bytes. A lane's 16 bytes of a position are 8 consecutive channels t * 8 .. + 7 of a step, the operand of
@@ -42,13 +47,14 @@ constexpr int kPieceBytes = 1024;  // bytes of the weights of one unit and step
 constexpr int kPad = 4;            // unused floats after a row of partial sums, which avoid bank conflicts
 constexpr int kBarrierBytes = 512;
 constexpr int kStateStride = 32;  // integers from one counter to the next: each has its own line of the L2 cache
+constexpr uint32_t kAbsent = 0xffffffff;  // two numbers of the exchange that have not been stored
 
 // kernels/deep.py has the same fields in the same order.
 struct Layer {
   const void* weights;  // clusters in the order that `shift` gives; of each: [block, chunk, piece, 2, lane, 8]
   const float* bias;
   const void* source;
-  void* store0;
+  void* store0;  // null: only layers of this launch read it
   void* store1;
   int32_t base, extra, shift, groups;  // units of every cluster, clusters with one more, rotation, units of a phase
   int32_t log_warps_k, step_rounds, steps, block_steps, log_taps, log_count_x;
@@ -57,14 +63,18 @@ struct Layer {
   int32_t stage_w, stage_h, stage_half, stage_pixels, stage_bytes, border_y, border_x;  // of the positions' copy
   int32_t sums, received;  // offsets in bytes from the end of the ring
   int32_t stride_x, stride_0, stride_1, activation_0, activation_1;
+  // In the exchange: where the source begins (-1: it is in memory, older than the launch), where the results of each
+  // store begin (-1: no layer of the launch reads them), and numbers from a pixel of those to the next.
+  int32_t exchange_x, exchange_0, exchange_1, pitch_0, pitch_1;
   int32_t origin_y[2], origin_x[2];  // where phase 0 or 1 starts to read in the copy
 };
 
 struct Program {
-  int32_t* state;  // [2 + layers, kStateStride], zeros at first: error, finished blocks, a counter for each layer
-  int64_t* times;  // [layers, blocks, 6] clocks, or null
+  int32_t* state;      // [3, kStateStride], zeros at first: error, finished blocks, which exchange is next
+  uint16_t* exchange;  // [2, exchange_size] numbers, absent at first
+  int64_t* times;      // [layers, blocks, 6] clocks, or null
   int64_t timeout;
-  int32_t layers, log_cluster, clusters, slots, evict_first;
+  int32_t layers, log_cluster, clusters, slots, evict_first, exchange_size;
   Layer layer[kLayers];
 };
 
@@ -90,15 +100,13 @@ struct Guard {
     }
   }
 
-  __device__ __forceinline__ void wait_count(const int32_t* counter, int32_t count, int32_t code) {
-    if (dead) return;
-    for (int tries = 1;; ++tries) {
-      if (load_acquire(counter) >= count || (tries % 64 == 0 && (dead = expired(error, until, code)))) return;
-    }
+  // Whether to give up after so many tries.
+  __device__ __forceinline__ bool gives_up(int tries, int32_t code) {
+    return dead || (tries % 64 == 0 && (dead = expired(error, until, code)));
   }
 };
 
-enum Wait { kEmpty = 1, kFull = 2, kSums = 3, kGrid = 4 };
+enum Wait { kEmpty = 1, kFull = 2, kSums = 3, kLayer = 4, kCluster = 5 };
 
 // The error code for `state[0]`: kind of wait, layer, block.
 __device__ __forceinline__ int32_t code_of(Wait kind, int layer) {
@@ -111,6 +119,7 @@ struct Place {
   int begin, units;                   // the cluster's units
   int first, steps;                   // the block's steps
   uint32_t full, empty, ring, stage;  // shared memory: barriers, weights, positions
+  uint16_t* exchange;                 // of this launch
 
   __device__ __forceinline__ void enter(const Layer& layer, int clusters) {
     int turn = cluster + layer.shift;
@@ -132,19 +141,30 @@ __device__ __forceinline__ void add_shared(float4& sum, uint32_t address) {
   sum.z += __uint_as_float(part.z), sum.w += __uint_as_float(part.w);
 }
 
+// Marks the halves of a word that are absent, and perhaps, beside such a one, another NaN.
+__device__ __forceinline__ uint32_t absent(uint32_t word) { return (~word - 0x00010001u) & word & 0x80008000u; }
+
+__device__ __forceinline__ bool is_whole(const uint4& v) {
+  return (absent(v.x) | absent(v.y) | absent(v.z) | absent(v.w)) == 0;
+}
+
 // Copies the positions that the block's steps need into shared memory: [input channels / 32, sample, y, x, 32]. With
 // stride 2 the pixels of even x come before those of odd x, so that neighbouring rows of the product are in different
-// banks. The border already holds zeros.
-__device__ __forceinline__ void load_positions(const Layer& layer, const Place& place) {
+// banks. The border already holds zeros. Waits for those that other blocks have yet to store.
+__device__ __forceinline__ void load_positions(const Layer& layer, const Place& place, Guard& guard, int number) {
   constexpr int kAhead = 4;
   if (place.steps == 0) return;
+  const bool exchanged = layer.exchange_x >= 0;
   const int chunk0 = place.first >> layer.log_taps;
   const int chunks = ((place.first + place.steps - 1) >> layer.log_taps) - chunk0 + 1;
   const int total = chunks << (layer.log_pixels + 2);
-  const uint16_t* source = static_cast<const uint16_t*>(layer.source) + chunk0 * kStep;
+  const uint16_t* const map =
+      exchanged ? place.exchange + layer.exchange_x : static_cast<const uint16_t*>(layer.source);
+  const uint16_t* const source = map + chunk0 * kStep;
   for (int index0 = threadIdx.x; index0 < total; index0 += kAhead * kThreads) {
     uint4 value[kAhead];
     uint32_t to[kAhead];
+    const uint16_t* from[kAhead];
 #pragma unroll
     for (int i = 0; i < kAhead; ++i) {
       const int index = index0 + i * kThreads;
@@ -155,8 +175,15 @@ __device__ __forceinline__ void load_positions(const Layer& layer, const Place& 
       const int y = sample * layer.stage_h + (line & ((1 << layer.log_in_h) - 1)) + layer.border_y;
       const int column = (x & ((1 << layer.log_in_step) - 1)) * layer.stage_half + (x >> layer.log_in_step);
       to[i] = place.stage + (chunk * layer.stage_pixels + y * layer.stage_w + column) * kPixelBytes + part * 16;
-      if (index < total) {
-        value[i] = load_stored(source + static_cast<int64_t>(pixel) * layer.stride_x + chunk * kStep + part * 8);
+      from[i] = source + static_cast<int64_t>(pixel) * layer.stride_x + chunk * kStep + part * 8;
+      if (index < total) value[i] = load_relaxed(from[i]);
+    }
+    bool whole = !exchanged;
+    for (int tries = 1; !whole && !guard.gives_up(tries, code_of(kLayer, number)); ++tries) {
+      whole = true;
+#pragma unroll
+      for (int i = 0; i < kAhead; ++i) {
+        if (index0 + i * kThreads < total && !is_whole(value[i])) value[i] = load_relaxed(from[i]), whole = false;
       }
     }
 #pragma unroll
@@ -352,15 +379,27 @@ __device__ __forceinline__ void send(const Layer& layer, const Place& place, uin
   }
 }
 
-template <typename T>
-__device__ __forceinline__ void store(void* to, int64_t index, const float4& value, Activation activation) {
-  using Two = typename Pair<T>::type;
-  uint2 packed;
-  Two* const pairs = reinterpret_cast<Two*>(&packed);
-  pairs[0] = Pair<T>::narrow(activation(value.x), activation(value.y));
-  pairs[1] = Pair<T>::narrow(activation(value.z), activation(value.w));
-  *reinterpret_cast<uint2*>(static_cast<T*>(to) + index) = packed;
-}
+// Where a store of a layer writes four channels of a pixel: to a map in memory (or null), and to the exchange (or
+// -1).
+struct Target {
+  void* map;
+  int32_t stride, exchange, pitch;
+
+  template <typename T>
+  __device__ __forceinline__ void store(const Place& place, int64_t pixel, int channel, const float4& value,
+                                        Activation activation) const {
+    using Two = typename Pair<T>::type;
+    uint2 packed;
+    Two* const pairs = reinterpret_cast<Two*>(&packed);
+    pairs[0] = Pair<T>::narrow(activation(value.x), activation(value.y));
+    pairs[1] = Pair<T>::narrow(activation(value.z), activation(value.w));
+    if (exchange >= 0) {  // no NaN is stored as absent: its sign is cleared
+      const uint2 known = make_uint2(packed.x & ~absent(packed.x), packed.y & ~absent(packed.y));
+      store_relaxed(place.exchange + exchange + pixel * pitch + channel, known);
+    }
+    if (map != nullptr) *reinterpret_cast<uint2*>(static_cast<T*>(map) + pixel * stride + channel) = packed;
+  }
+};
 
 // Four channels of a row that the block finishes.
 struct Quad {
@@ -390,6 +429,8 @@ __device__ __forceinline__ float4 first_bias(const Layer& layer, const Place& pl
 template <typename T>
 __device__ __forceinline__ void finish(const Layer& layer, const Place& place, const float4& first) {
   const int total = finished(layer, place) * 4, most = most_finished(layer, place) * 4;
+  const Target target0 = {layer.store0, layer.stride_0, layer.exchange_0, layer.pitch_0};
+  const Target target1 = {layer.store1, layer.stride_1, layer.exchange_1, layer.pitch_1};
   for (int index = threadIdx.x; index < total; index += kThreads) {
     const Quad quad(layer, place, index);
     const float4 bias = index < kThreads ? first : quad.bias(layer);
@@ -402,9 +443,16 @@ __device__ __forceinline__ void finish(const Layer& layer, const Place& place, c
     const int out_x = (quad.row & ((1 << layer.log_rows_w) - 1)) * layer.out_step + (quad.phase & 1);
     const int out_y = (y & ((1 << layer.log_rows_h) - 1)) * layer.out_step + (quad.phase >> 1);
     const int64_t pixel = (sample * layer.out_h + out_y) * layer.out_w + out_x;
-    store<T>(layer.store0, pixel * layer.stride_0 + quad.channel, sum, Activation(layer.activation_0));
-    if (layer.store1 != nullptr)
-      store<T>(layer.store1, pixel * layer.stride_1 + quad.channel, sum, Activation(layer.activation_1));
+    target0.template store<T>(place, pixel, quad.channel, sum, Activation(layer.activation_0));
+    target1.template store<T>(place, pixel, quad.channel, sum, Activation(layer.activation_1));
+  }
+}
+
+// This block's part of the other exchange becomes absent, for the next launch.
+__device__ __forceinline__ void clear(const Program& program, int which) {
+  uint4* const words = reinterpret_cast<uint4*>(program.exchange + which * int64_t(program.exchange_size));
+  for (int i = blockIdx.x * kThreads + threadIdx.x; i < program.exchange_size / 8; i += gridDim.x * kThreads) {
+    words[i] = make_uint4(kAbsent, kAbsent, kAbsent, kAbsent);
   }
 }
 
@@ -451,6 +499,8 @@ template <typename T>
 __device__ __forceinline__ void run(const Program& program) {
   const uint32_t shared = shared_address(dynamic_shared());
   const uint32_t received_barrier = shared + 16 * kMaxSlots;
+  const uint32_t added =
+      received_barrier + 8;  // two barriers, of even and odd layers: all blocks have added their sums
   Place place;
   place.rank = cluster_rank();
   place.log_cluster = program.log_cluster;
@@ -470,6 +520,7 @@ __device__ __forceinline__ void run(const Program& program) {
       barrier_init(place.empty + 8 * slot, kWarps);
     }
     barrier_init(received_barrier, 1);
+    for (int i = 0; i < 2; ++i) barrier_init(added + 8 * i, 1 << program.log_cluster);
     barriers_initialised();
   }
   cluster_meet_initialised();  // no block may send to a barrier before it is initialised
@@ -478,6 +529,8 @@ __device__ __forceinline__ void run(const Program& program) {
     if (place.lane == 0) stream(program, place, guard);
   } else {
     wait_for_previous_kernel();
+    const int turn = *reinterpret_cast<volatile int32_t*>(program.state + 2 * kStateStride);  // 0 or 1
+    place.exchange = program.exchange + turn * int64_t(program.exchange_size);
     Ring ring = {0, program.slots, 0};
     uint32_t received = 0;  // parity
     for (int number = 0; number < program.layers; ++number) {
@@ -495,24 +548,24 @@ __device__ __forceinline__ void run(const Program& program) {
           store_shared(place.stage + at, make_uint4(0, 0, 0, 0));
         }
       }
-      if (threadIdx.x == 0) {
-        // Sums may arrive before this call: the barrier's count of bytes is then negative until it is made. After a
-        // failure the phase before may be incomplete, which then must not be arrived at again.
-        if (works && !guard.dead) {
-          barrier_expect(received_barrier, (finished(layer, place) * kUnit * 4) << place.log_cluster);
-        }
-        if (number > 0) {
-          guard.wait_count(program.state + (1 + number) * kStateStride, gridDim.x, code_of(kGrid, number));
-        }
+      // Sums may arrive before this call: the barrier's count of bytes is then negative until it is made. After a
+      // failure the phase before may be incomplete, which then must not be arrived at again.
+      if (threadIdx.x == 0 && works && !guard.dead) {
+        barrier_expect(received_barrier, (finished(layer, place) * kUnit * 4) << place.log_cluster);
       }
       meet<1, kThreads>();
-      if (times != nullptr) times[1] = clock64();
       if (works) {
-        load_positions(layer, place);
+        load_positions(layer, place, guard, number);
         meet<1, kThreads>();
+        if (times != nullptr) times[1] = clock64();
         multiply_any<T>(layer, place, guard, ring, number);
         meet<1, kThreads>();
         if (times != nullptr) times[2] = clock64();
+      }
+      // Without a wait a block could be so far ahead that it replaces sums that another has yet to add.
+      const int before = number - 1;
+      if (number > 0) guard.wait<true>(added + 8 * (before & 1), before >> 1 & 1, code_of(kCluster, number));
+      if (works) {
         send(layer, place, received_barrier);
         if (times != nullptr) times[3] = clock64();
         guard.wait<true>(received_barrier, received, code_of(kSums, number));
@@ -521,22 +574,21 @@ __device__ __forceinline__ void run(const Program& program) {
         finish<T>(layer, place, bias);
       }
       meet<1, kThreads>();  // the next layer uses the same shared memory
-      if (threadIdx.x == 0 && number + 1 < program.layers) {
-        add_release(program.state + (2 + number) * kStateStride, 1);
-      }
+      if (threadIdx.x < 1 << place.log_cluster) barrier_arrive_remote(added + 8 * (number & 1), threadIdx.x);
+      if (number == 0) clear(program, turn ^ 1);
       if (times != nullptr) times[5] = clock64();
     }
     if (guard.dead || *reinterpret_cast<volatile int32_t*>(program.state) != 0) {
       const Layer& layer = program.layer[program.layers - 1];
-      fill_with_nan<T>(layer, layer.store0, layer.stride_0);
+      if (layer.store0 != nullptr) fill_with_nan<T>(layer, layer.store0, layer.stride_0);
       if (layer.store1 != nullptr) fill_with_nan<T>(layer, layer.store1, layer.stride_1);
       // No thread has waited for the copies and sums in flight. They must end before another block gets this memory.
       for (const int64_t until = clock64() + 100000; clock64() < until;) {
       }
     } else if (threadIdx.x == 0) {
-      // The last block zeroes the counters for the next launch.
+      // The last block prepares the next launch.
       if (atomicAdd(program.state + kStateStride, 1) == static_cast<int32_t>(gridDim.x) - 1) {
-        for (int number = 0; number <= program.layers; ++number) program.state[(1 + number) * kStateStride] = 0;
+        program.state[kStateStride] = 0, program.state[2 * kStateStride] = turn ^ 1;
       }
     }
   }

@@ -320,15 +320,19 @@ __device__ __forceinline__ void copies_wait() {
 
 // -- global memory -------------------------------------------------------------------------------------------------
 
-// Reads past the L1 cache, which is not updated by other blocks' stores. Unlike __ldcg it is volatile: the compiler
-// must not move it before a wait.
-__device__ __forceinline__ uint4 load_stored(const void* address) {
+// Reads and stores numbers that other blocks store and read meanwhile: past the L1 cache, which their stores do not
+// update. Each word is whole; their order is not that of the calls. Unlike __ldcg and __stcg these are volatile.
+__device__ __forceinline__ uint4 load_relaxed(const void* address) {
   uint4 value;
-  asm volatile("ld.global.cg.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"
                : "=r"(value.x), "=r"(value.y), "=r"(value.z), "=r"(value.w)
                : "l"(address)
                : "memory");
   return value;
+}
+
+__device__ __forceinline__ void store_relaxed(void* address, const uint2& value) {
+  asm volatile("st.relaxed.gpu.global.v2.u32 [%0], {%1, %2};" ::"l"(address), "r"(value.x), "r"(value.y) : "memory");
 }
 
 // The value of a counter. What other blocks wrote before they added to it is visible afterwards.

@@ -53,6 +53,7 @@ struct uint4 {
 };
 inline float2 make_float2(float x, float y) { return {x, y}; }
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+inline uint2 make_uint2(uint32_t x, uint32_t y) { return {x, y}; }
 inline uint4 make_uint4(uint32_t x, uint32_t y, uint32_t z, uint32_t w) { return {x, y, z, w}; }
 
 // A tensor map as tests/emulator/__init__.py makes it; sizes and boxes in elements of two bytes, innermost first.
@@ -708,7 +709,16 @@ inline void copies_wait() {
   }
 }
 
-inline uint4 load_stored(const void* address) { return *static_cast<const uint4*>(address); }
+inline uint4 load_relaxed(const void* address) {
+  emulator::pause("numbers of other blocks");
+  return *static_cast<const uint4*>(address);
+}
+// Each word arrives by itself.
+inline void store_relaxed(void* address, const uint2& value) {
+  uint32_t* const words = static_cast<uint32_t*>(address);
+  later([=, word = value.x] { words[0] = word; });
+  later([=, word = value.y] { words[1] = word; });
+}
 inline int32_t load_acquire(const int32_t* counter) {
   emulator::pause("a counter in global memory");
   return *counter;

@@ -117,7 +117,7 @@ def test_steps_that_share_a_launch_share_it_in_a_restricted_run(monkeypatch: pyt
         regions[own] = (Rect(0, 1, 0, 1),)
     launched: list[int] = []
 
-    def launch(plan: Plan, first: int, group: Any, view: Any) -> tuple[Any, None]:
+    def launch(plan: Plan, first: int, *call: Any) -> tuple[Any, None]:
         launched.append(first)
         launches = [one for own in (first, first + 1) for one in executor.step_launches(executor.memory, own)]
         return (lambda: cuda_launches.run_all(launches)), None

@@ -15,13 +15,14 @@ from ..plan import ConvStep, Plan, Step, View
 from .grouped import LayerWeights, layer_of, noise_maps, steps_at, view_of, wrong_step
 
 if TYPE_CHECKING:
-    from lgnet_fast.kernels.deep import DeepGroup
+    from lgnet_fast.kernels.deep import DeepGroup, State
 
 logger = logging.getLogger("lgnet_fast")
 
 
 def runs(plan: Plan, rows: int) -> list[range]:
-    """Groups of two or more consecutive steps that the kernel supports, with at most `rows` outputs per phase."""
+    """Groups of two or more consecutive steps that the kernel can compute in one launch, with at most `rows` outputs
+    per phase."""
     from lgnet_fast.kernels.deep import unsupported
 
     def fits(step: Step) -> bool:
@@ -32,11 +33,20 @@ def runs(plan: Plan, rows: int) -> list[range]:
 
     found, begin = [], 0
     for end in range(len(plan.steps) + 1):
-        if end == len(plan.steps) or not fits(plan.steps[end]):
+        fitting = end < len(plan.steps) and fits(plan.steps[end])
+        if not fitting or not _reads_whole(plan, range(begin, end), plan.steps[end].source):
             if end - begin > 1:
                 found.append(range(begin, end))
-            begin = end + 1
+            begin = end if fitting else end + 1
     return found
+
+
+def _reads_whole(plan: Plan, numbers: range, source: View) -> bool:
+    """Whether a view is older than a group of steps, or stored wholly by them and read by none of them."""
+    steps = steps_at(plan, numbers.start, len(numbers))
+    stored = [store.view for step in steps for store in step.stores if store.view.buffer == source.buffer]
+    read = any(step.source.buffer == source.buffer for step in steps)
+    return not stored or (not read and sum(view.channels for view in stored) == source.channels)
 
 
 def make_group(
@@ -121,23 +131,31 @@ def group_launch(
     first: int,
     group: DeepGroup,
     view: Callable[[View], Tensor],
+    states: dict[DeepGroup, State] | None = None,
     times: Tensor | None = None,
     only: int | None = None,
-) -> tuple[Callable[[], None], Tensor]:
+) -> tuple[Callable[[], None], State]:
     """The launch of a group that begins at step `first`, on maps given by `view`, and its state.
 
-    The launch keeps a reference to the state. `times`, `only`: see :meth:`lgnet_fast.kernels.deep.DeepGroup.program`.
+    Args:
+        plan, first, group, view: as above.
+        states: of groups on these maps, whose launches run one after another; None: the launch gets its own. Launches
+            keep a reference to theirs.
+        times, only: see :meth:`lgnet_fast.kernels.deep.DeepGroup.program`.
     """
     from lgnet_fast.kernels.results import Store
 
     steps = plan.steps[first : first + len(group.layers)]
     stores = [[Store(view(s.view), s.activation) for s in step.stores] for step in steps]
-    state = group.new_state()
+    states = {} if states is None else states
+    if group not in states:
+        states[group] = group.new_state()
+    state = states[group]
     program = group.program([view(step.source) for step in steps], stores, state, times, only)
     return functools.partial(_launch, group, program, state), state
 
 
-def _launch(group: DeepGroup, program: Any, state: Tensor) -> None:
+def _launch(group: DeepGroup, program: Any, state: State) -> None:
     del state  # an argument only so that the launch keeps a reference to it
     group.launch(program)
 
@@ -149,7 +167,7 @@ def wrong_group(plan: Plan, first: int, group: DeepGroup, weights: Mapping[str, 
     try:
         launch, state = group_launch(plan, first, group, functools.partial(view_of, maps))
         launch()
-        if (problem := group.error(state)) is not None:
+        if (problem := state.error()) is not None:
             return problem
     except RuntimeError as refusal:
         pass_on_out_of_memory(refusal)

@@ -271,7 +271,7 @@ class CudaExecutor(GraphExecutor):
         while number < len(self.plan.steps):
             count = len(groups[number].layers) if number in groups else 0
             if count and (regions is None or applies(self.plan, range(number, number + count), regions)):
-                launches.append(group_launch(self.plan, number, groups[number], memory.view)[0])
+                launches.append(group_launch(self.plan, number, groups[number], memory.view, memory.states)[0])
                 number += count
             elif number in chained and (chain := self._chain(chained[number], memory.view, regions)) is not None:
                 launches.append(chain.launch)

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from ..arena import plan_arena
 from ..plan import Plan, View
+
+if TYPE_CHECKING:
+    from lgnet_fast.kernels.deep import DeepGroup, State
 
 
 class Memory:
@@ -39,6 +42,7 @@ class Memory:
         self._partial = torch.empty(0, **single)
         self._outgrown: list[Tensor] = []
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
+        self.states: dict[DeepGroup, State] = {}
 
     def take(self, image: Tensor, mask: Tensor, start: Tensor | None) -> None:
         """Copy the arguments of a call into the buffers."""
@@ -72,7 +76,8 @@ class Memory:
     def bytes(self) -> int:
         """Bytes of all buffers."""
         own = (self.arena, self.image, self.mask, self.start, self.outputs, self._partial, self._counters)
-        return sum(tensor.nbytes for tensor in (*own, *self._outgrown))
+        states = sum(state.bytes for state in self.states.values())
+        return states + sum(tensor.nbytes for tensor in (*own, *self._outgrown))
 
 
 def least_bytes(plan: Plan, dtype: torch.dtype) -> int:
