@@ -16,6 +16,7 @@ from bench.conftest import marked_device
 from bench.training_step import DTYPES, FORMS, GRAPHS, Memory, Step, make_step, memory_of
 from lgnet_fast import ops
 from lgnet_fast.ops.cpu.attention import slower_attention
+from lgnet_fast.ops.torch_state import has_fast_bfloat16
 from lgnet_fast.training.graphed import DIRECT
 
 device = pytest.fixture(marked_device)
@@ -44,6 +45,8 @@ def compare(
     """Time a step in `forms`, and the peak memory of those `measured`."""
     if device == "cpu" and (reason := slower_attention(torch.empty(1, dtype=DTYPES[dtype]))) is not None:
         pytest.skip(reason)
+    if device == "cpu" and dtype == "bf16" and not has_fast_bfloat16():
+        pytest.skip("PyTorch's convolutions in bfloat16 would take hours here")
     steps = {form: make_step(form, DTYPES[dtype], batch, device) for form in forms}
     ops.reset_calls()
     first = {form: step.run() for form, step in steps.items()}

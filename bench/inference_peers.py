@@ -20,6 +20,7 @@ from torch import Tensor
 
 from bench.timing import SMOKE
 from lgnet_fast import LGNet
+from lgnet_fast.ops.torch_state import has_fast_bfloat16
 
 Peer = Callable[[Tensor, Tensor], Tensor]
 
@@ -143,7 +144,12 @@ def eager(model: LGNet) -> Peer:
 
 
 def peers(model: LGNet, image: Tensor, mask: Tensor, dtype: torch.dtype, compile: bool = True) -> dict[str, Peer]:
-    """Every peer that computes in `dtype`, with or without torch.compile; `model` must have backend "eager"."""
+    """Every peer that computes in `dtype`, with or without torch.compile; `model` must have backend "eager".
+
+    Without PyTorch in bfloat16 where it takes more than a hundred times as long as in float32.
+    """
+    bf16 = dtype == torch.bfloat16
+    compile = compile and (has_fast_bfloat16() or not bf16)
     threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as name:
         file = onnx_file(model, image, mask, Path(name))
@@ -153,7 +159,6 @@ def peers(model: LGNet, image: Tensor, mask: Tensor, dtype: torch.dtype, compile
         if compile:
             others["compiled"] = compiled(model, dtype, freezing=False)
             others["compiled_frozen"] = compiled(copy.deepcopy(model), dtype, freezing=True)
-        bf16 = dtype == torch.bfloat16
         if find_spec("ncnn") and find_spec("pnnx"):
             others["ncnn"] = ncnn(file, threads, bf16)
         if bf16:

@@ -146,7 +146,7 @@ def test_bfloat16_steps_stay_close_to_float32_and_keep_the_spectral_norm(picture
 
 @pytest.mark.parametrize(("precision", "fast", "count"), [("bf16", False, 1), ("bf16", True, 0), ("no", False, 0)])
 def test_bfloat16_on_a_cpu_without_it_is_told(pictures, tmp_path, monkeypatch, precision, fast, count):
-    monkeypatch.setattr("lgnet_fast.training.setup._fast_bfloat16", lambda: fast)
+    monkeypatch.setattr("lgnet_fast.training.setup.has_fast_bfloat16", lambda: fast)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         Trainer(tiny_config(pictures, tmp_path, optim={"precision": precision}))

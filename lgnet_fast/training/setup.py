@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from ..errors import ConfigError, MissingExtraError
+from ..ops.torch_state import has_fast_bfloat16
 from ..pipeline.notices import warn
 from ..reference.cascade import Cascade
 from ..reference.discriminator import Discriminator
@@ -191,7 +192,7 @@ def step_class(config: TrainConfig, accelerator: Any) -> type[Step]:
 
 def warn_of_slow_bfloat16(config: TrainConfig, accelerator: Any) -> None:
     """Name the settings that ask for bfloat16 on a CPU for which PyTorch has only slow convolutions of that dtype."""
-    if accelerator.device.type != "cpu" or not accelerator.is_main_process or _fast_bfloat16():
+    if accelerator.device.type != "cpu" or not accelerator.is_main_process or has_fast_bfloat16():
         return
     loss = config.loss
     slow = {
@@ -201,11 +202,6 @@ def warn_of_slow_bfloat16(config: TrainConfig, accelerator: Any) -> None:
     for name, asked in slow.items():
         if asked:
             warn(f"{name}: PyTorch computes it many times slower than float32 on this processor")
-
-
-def _fast_bfloat16() -> bool:
-    """Whether oneDNN has convolutions in bfloat16 for this CPU. PyTorch has no public name for this question."""
-    return torch.backends.mkldnn.is_available() and bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def make_objective(config: TrainConfig, features: FeaturesFn | None, lpips: LPIPS | None) -> Objective:
