@@ -9,7 +9,7 @@ graph are compiled at the same time.
 ======  =============================================================================================================
 load    machine code, how many clusters fit on the GPU, which are chosen, whether a cooperative launch is accepted
 layers  every layer separately on noise, compared with float32: the first wrong element, whether repeats are equal
-chain   the whole group on noise, every layer on the result of the previous one; repeats; whether the state is zeroed
+chain   the whole group on noise, every layer on the result of the previous one; repeats; whether the state is ready
 graph   the dense graph with and without the kernel, in turn, with variants of the launch; the pictures compared
 clocks  the parts of a launch's time: clocks of every layer since its begin, the median over blocks
 ======  =============================================================================================================
@@ -162,7 +162,7 @@ def _check(
     bench: Bench, log: Log, section: str, rows: int, options: dict[str, Any], only: bool, nets: int | None = None
 ) -> bool:
     """Whether the groups (the first `nets` of them) are right; `only`: each layer by itself."""
-    from lgnet_fast.kernels.deep import STATE_STRIDE
+    from lgnet_fast.kernels.deep import ABSENT, STATE_STRIDE
 
     from lgnet_fast.engine.cuda import deep_layers as deep
     from lgnet_fast.engine.cuda import grouped
@@ -198,8 +198,10 @@ def _check(
             for _ in range(REPEATS if error is None else 0):
                 launch()
                 equal += all(torch.equal(maps[name], kept[name]) for name in maps)
+            turn = int(state.counters[2 * STATE_STRIDE])
+            ready = not any(counters) and bool((state.exchange[turn] == ABSENT).all())
             for step, place in places:
-                fine = "wrong" not in place and error is None and equal == REPEATS and untouched and not any(counters)
+                fine = "wrong" not in place and error is None and equal == REPEATS and untouched and ready
                 right &= fine
                 log(
                     section,
@@ -209,7 +211,7 @@ def _check(
                     right=fine,
                     error=error,
                     equal=equal,
-                    counters_left=counters if any(counters) else None,
+                    ready=ready,
                     untouched=untouched,
                     **place,
                 )
@@ -301,8 +303,9 @@ def clocks(bench: Bench, log: Log) -> None:
                 continue
             clock = torch.stack(seen).double()  # [repeats, layers, blocks, 6]
             begin = clock[:, :1, :, :1]
-            since = (clock - begin).median(2).values.median(0).values
-            late = (clock - begin).amax(2).median(0).values
+            clock[clock == 0] = torch.nan  # of blocks without work
+            since = (clock - begin).nanmedian(2).values.median(0).values
+            late = (clock - begin).nan_to_num(0).amax(2).median(0).values
             for number, layer in enumerate(group.layers):
                 log(
                     "clocks",

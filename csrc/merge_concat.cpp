@@ -8,8 +8,8 @@
 // bytes.
 //
 // An output larger than the caches is written by non-temporal stores, because plain stores would first read each line
-// that they overwrite (15 planes instead of 11). All planes of a run advance together, about a page at a time, so
-// that there are 11 hardware streams.
+// that they overwrite (15 planes instead of 11). All planes of a run advance together, a block of a kilobyte at a
+// time.
 //
 // Backward, for gradient g of out (only the requested gradients are computed and written):
 //   d image = g (1 - mask)     d output = g mask (1 - o^2 if tanh)     d mask = sum_c g_c (o_c - image_c) + g_3

@@ -17,12 +17,14 @@ a cluster takes `block_steps` steps of the depth, and copies the positions that 
 warps take items, (unit, every ``warps_k``-th step of the block), eight at a time.
 
 **Exchange.** What a layer reads and layers of the same launch have stored comes from :attr:`State.exchange`, where a
-number that is not there yet is a NaN that the kernel never stores: blocks wait for the numbers themselves. A source
-is either stored wholly within the launch or older than it.
+number that is not there yet is a NaN that the kernel never stores: blocks wait for the numbers themselves. Each layer
+but the first reads what the layer before it stores, and its source is stored wholly within the launch. So when a
+block stores results of a layer, all blocks have read the source of the layer before: a map that the arena puts in the
+place of an older one does not overwrite what is still read.
 
 **Failure.** All blocks must fit on the GPU at once; a cooperative launch guarantees it. Every wait is bounded: one
 that takes more than `timeout` clocks ends the launch with NaN in the last layer's stores and a code in the state,
-which :meth:`DeepGroup.error` reads.
+which :meth:`State.error` reads.
 """
 
 from __future__ import annotations
@@ -463,8 +465,14 @@ class State:
         """Bytes on the device."""
         return self.counters.nbytes + self.exchange.nbytes
 
+    def reset(self) -> None:
+        """As at first, after a launch that failed."""
+        self.counters.zero_()
+        self.exchange.fill_(ABSENT)
+
     def error(self) -> str | None:
-        """The wait that timed out, or None. Waits for the device. Launches fail from then on."""
+        """The wait that timed out, or None. Waits for the device. All launches with this state fail until it is
+        :meth:`reset`."""
         code = int(self.counters[0])
         if code == 0:
             return None
@@ -515,8 +523,8 @@ class DeepGroup:
         return State(self._begins[-1], self.weights[0].device)
 
     def new_times(self) -> Tensor:
-        """A buffer for the clocks of a launch, [layers, blocks, 6]: begin, end of the previous layer, products, sums
-        sent, sums received, results stored."""
+        """A buffer for the clocks of a launch, [layers, blocks, 6]: begin, positions in shared memory, products, sums
+        sent, sums received, results stored. Blocks without work in a layer store the first and the last."""
         size = (len(self.layers), self.grid, 6)
         return torch.zeros(size, dtype=torch.int64, device=self.weights[0].device)
 
@@ -568,6 +576,8 @@ class DeepGroup:
         """Let the layers of a program read through the exchange what others of it store."""
         for reader, source in enumerate(sources):
             found = _writers(source, stores[:reader])
+            if reader > 0 and reader - 1 not in (writer for writer, _, _ in found):
+                raise ValueError("sources: expected each layer to read what the layer before it stores")
             for writer, which, offset in found:
                 told = program.layer[writer]
                 if getattr(told, f"exchange_{which}") >= 0:
@@ -580,10 +590,8 @@ class DeepGroup:
         for number, own in enumerate(stores):
             for which, store in enumerate(own):
                 later = [one.view for after in stores[number + 1 :] for one in after]
-                # What a later layer overwrites nobody reads after the launch. Without the stores there is no order.
-                if getattr(program.layer[number], f"exchange_{which}") >= 0 and any(
-                    _overlap(store.view, view) for view in later
-                ):
+                # What a later layer overwrites nobody reads after the launch, and stores of two layers have no order.
+                if any(_overlap(store.view, view) for view in later):
                     setattr(program.layer[number], f"store{which}", None)
 
     def launch(self, program: _Program) -> None:
@@ -640,8 +648,11 @@ def _overlap(one: Tensor, other: Tensor) -> bool:
     a, b = _bytes_of(one), _bytes_of(other)
     if a.stop <= b.start or b.stop <= a.start:
         return False
-    channels = _channels_of(one, other)
-    return channels is None or (channels.start < other.shape[3] and channels.stop > 0)
+    if _channels_of(one, other) is None:
+        return True
+    pixel = one.stride(2)
+    first = (one.data_ptr() - other.data_ptr()) // one.element_size() % pixel
+    return first < other.shape[3] or first + one.shape[3] > pixel
 
 
 def _writers(source: Tensor, stores: Sequence[Sequence[Store]]) -> list[tuple[int, int, int]]:

@@ -28,7 +28,7 @@ from lgnet_fast.engine.plan import Plan
 from lgnet_fast.engine.regions import Rect, rounded
 from lgnet_fast.engine.torch_executor import ACTIVATIONS
 from tests import emulator
-from tests.compiled_kernels import disassembler, hopper_gpu, instructions
+from tests.compiled_kernels import disassembler, emulate_fault, hopper_gpu, instructions
 from tests.support import assert_accurate
 
 emulated = pytest.mark.skipif(emulator.UNAVAILABLE is not None, reason=str(emulator.UNAVAILABLE))
@@ -87,16 +87,18 @@ def make_group(name, net, batch, cluster, clusters, dtype=torch.float16, **optio
 
 
 def run_group(plan, steps, group, maps, seed=0, error=0, states=None, times=None):
-    """Run a group on the CPU, as `DeepGroup.launch` does on a GPU; return its state."""
+    """Run a group on the CPU, as `DeepGroup.launch` does on a GPU; return its state. error: the code in its state
+    before; None: whatever that is, and whatever it becomes."""
     view = functools.partial(grouped.view_of, maps)
     launch, state = engine_deep.group_launch(plan, plan.steps.index(steps[0]), group, view, states, times)
-    state.counters[0] = error
+    if error is not None:
+        state.counters[0] = error
     turn = int(state.counters[2 * deep.STATE_STRIDE])
     kernel = f"lgnet_deep_{str(group.dtype).removeprefix('torch.')}"
     options = {"threads": 32 * (deep.WARPS + 1), "shared_bytes": group.bytes, "cluster": group.cluster}
     address = ctypes.c_void_p(ctypes.addressof(launch.args[1]))
     emulator.launch("deep", kernel, group.grid, [address], cooperative=True, seed=seed, **options)
-    if not error:
+    if error == 0:
         assert state.counters.nonzero().tolist() == [[2 * deep.STATE_STRIDE]] * (1 - turn)
         assert (state.exchange[1 - turn] == deep.ABSENT).all()
         assert not (state.exchange[turn] == deep.ABSENT).any()
@@ -197,7 +199,7 @@ def test_kernel_on_the_cpu(name, net, batch, cluster, clusters):
 def test_bits_do_not_depend_on_the_order_of_events(dtype):
     """Also by launches that keep the weights in the L2 cache, or load them once."""
     found = []
-    for seed, evict_first in ((0, True), (1, True), (2, False)):
+    for seed, evict_first in ((0, True), (1, True), (6, False)):  # 6: slow copies
         plan, steps, group, weights, maps = make_group("lgnet_demo", "net_c", 1, 8, 5, dtype, evict_first=evict_first)
         run_group(plan, steps, group, maps, seed)
         found.append(maps)
@@ -310,6 +312,50 @@ def test_bad_views_are_named():
         engine_deep.group_launch(plan, numbers[0], group, functools.partial(grouped.view_of, maps))
 
 
+@emulated
+def test_a_wait_that_times_out_is_named_and_the_state_can_be_reset():
+    plan, steps, group, _, maps = make_group("lgnet_demo", "net_c", 1, 8, 5)
+    last = steps[-1].stores[0].view
+    states = {}
+    state = run_group(plan, steps, group, maps, states=states)
+    right = grouped.view_of(maps, last).clone()
+    group._timeout = 1
+    run_group(plan, steps, group, maps, states=states, error=None)
+    assert re.fullmatch(r"block \d+ waited (for .*), at layer \d+", state.error())[1] in deep.WAITS.values()
+    assert grouped.view_of(maps, last).isnan().all()
+    group._timeout = deep.TIMEOUT
+    state.reset()
+    run_group(plan, steps, group, maps, states=states)
+    assert torch.equal(grouped.view_of(maps, last), right)
+
+
+@emulated
+@pytest.mark.slow(reason="compiles the kernel three times")
+@pytest.mark.parametrize(
+    ("right", "wrong"),
+    [
+        ("if (number > 0) guard.wait<true>(added", "if (false) guard.wait<true>(added"),
+        ("before >> 1 & 1, code_of(kCluster", "before & 1, code_of(kCluster"),
+        ("return (absent(v.x) | absent(v.y) | absent(v.z) | absent(v.w)) == 0;", "return absent(v.x) == 0;"),
+    ],
+)
+def test_emulator_finds_races(tmp_path, monkeypatch, right, wrong):
+    plan, steps, group, _, maps = make_group("lgnet_demo", "net_c", 1, 8, 5)
+    last = steps[-1].stores[0].view
+    run_group(plan, steps, group, maps)
+    expected = grouped.view_of(maps, last).clone()
+    emulate_fault(tmp_path, monkeypatch, SOURCE.name, right, wrong)
+    problems = []
+    for seed in range(8):
+        try:
+            run_group(plan, steps, group, maps, seed)
+        except RuntimeError as error:
+            problems.append(str(error))
+        else:
+            problems.append(None if torch.equal(grouped.view_of(maps, last), expected) else "another result")
+    assert any(problems)
+
+
 def test_sources_are_stored_by_the_layers_before_or_older():
     def stores(*views):
         return [[Store(view, "none")] for view in views]
@@ -322,6 +368,11 @@ def test_sources_are_stored_by_the_layers_before_or_older():
     assert deep._writers(source, stores(low, other, high)) == [(2, 0, 32), (0, 0, 0)]
     dead = memory[:512].view(1, 2, 4, 64)  # a map that was there before
     assert deep._writers(source, stores(dead, source)) == [(1, 0, 0)]
+    wide = memory[: 64 * 33].as_strided((1, 1, 32, 32), (64 * 32, 64 * 32, 64, 1))
+    for first, overlaps in ((0, True), (31, True), (32, False), (33, True), (63, True)):
+        other = memory[first:].as_strided(wide.shape, wide.stride())
+        assert deep._overlap(wide, other) == deep._overlap(other, wide) == overlaps, first
+    other = memory[2048:].view(1, 4, 8, 64)
     with pytest.raises(ValueError, match="all channels, or none"):
         deep._writers(source, stores(low, other))
     for view in (dead, memory[32:2080].view(1, 4, 8, 64)):
@@ -407,6 +458,9 @@ def test_machine_code():
     kernels = instructions("deep", "sm_90a")
     assert set(kernels) == {"lgnet_deep_float16", "lgnet_deep_bfloat16"}
     for name, body in kernels.items():
-        for opcode in ("UBLKCP", "HMMA.16816.F32", "LDS.128", "SYNCS.PHASECHK", "LDG.E.128", "STAS"):
+        for opcode in (
+            "UBLKCP", "HMMA.16816.F32", "LDS.128", "SYNCS.PHASECHK", "STAS",
+            "LDG.E.128.STRONG.GPU", "STG.E.64.STRONG.GPU",
+        ):  # fmt: skip
             assert opcode in body, (name, opcode)
         assert not re.search(r"\b(LDL|STL)\b", body), f"{name}: registers spill"

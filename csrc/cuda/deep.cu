@@ -16,9 +16,11 @@
 //
 // Exchange. A layer reads what other blocks have just stored. No counter tells when: the numbers themselves do. Each
 // launch has a copy of the maps between its layers in which every number is kAbsent at first, a NaN that no block
-// stores. A block reads its positions again and again until none is absent. That is one way through the L2 cache and
-// back, where a fence, a counter and the reading after it are three. There are two such copies: a launch uses one and
-// makes the other absent for the next launch.
+// stores. A block reads its positions again and again until none is absent: one trip to the L2 cache. With a counter
+// there would be three: a fence, the counter, the reading. There are two such copies: a launch uses one and makes the
+// other absent for the next launch. Every layer but the first reads all that the layer before it has stored; so when
+// a block stores results of a layer, all blocks have read the source of the layer before, whose memory they may
+// replace.
 //
 // Weights are packed in the order of mma's fragments (kernels/deep.py, `pack`): for every unit and 16 depths, 32
 // lanes x 16 bytes. A lane's 16 bytes of a position are 8 consecutive channels t * 8 .. + 7 of a step, the operand of
@@ -54,8 +56,8 @@ struct Layer {
   const void* weights;  // clusters in the order that `shift` gives; of each: [block, chunk, piece, 2, lane, 8]
   const float* bias;
   const void* source;
-  void* store0;  // null: only layers of this launch read it
-  void* store1;
+  void* store0;                        // null: a later layer of the launch stores in its place
+  void* store1;                        // null: likewise, or there is none
   int32_t base, extra, shift, groups;  // units of every cluster, clusters with one more, rotation, units of a phase
   int32_t log_warps_k, step_rounds, steps, block_steps, log_taps, log_count_x;
   int32_t rows, log_rows, log_rows_h, log_rows_w;
@@ -499,8 +501,8 @@ template <typename T>
 __device__ __forceinline__ void run(const Program& program) {
   const uint32_t shared = shared_address(dynamic_shared());
   const uint32_t received_barrier = shared + 16 * kMaxSlots;
-  const uint32_t added =
-      received_barrier + 8;  // two barriers, of even and odd layers: all blocks have added their sums
+  // Two barriers, of even and odd layers: all blocks of the cluster have added their sums.
+  const uint32_t added = received_barrier + 8;
   Place place;
   place.rank = cluster_rank();
   place.log_cluster = program.log_cluster;
@@ -574,7 +576,9 @@ __device__ __forceinline__ void run(const Program& program) {
         finish<T>(layer, place, bias);
       }
       meet<1, kThreads>();  // the next layer uses the same shared memory
-      if (threadIdx.x < 1 << place.log_cluster) barrier_arrive_remote(added + 8 * (number & 1), threadIdx.x);
+      if (number + 1 < program.layers && threadIdx.x < 1 << place.log_cluster) {
+        barrier_arrive_remote(added + 8 * (number & 1), threadIdx.x);
+      }
       if (number == 0) clear(program, turn ^ 1);
       if (times != nullptr) times[5] = clock64();
     }

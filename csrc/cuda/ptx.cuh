@@ -157,9 +157,10 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the same barrier in block `rank` of the cluster.
+// Arrives at the same barrier in block `rank` of the cluster, after what this thread has read and written before.
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(barrier, rank)) : "memory");
+  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote(barrier, rank))
+               : "memory");
 }
 
 // Whether a barrier has completed the phase of `parity`; it may wait for a while. With kCluster, writes of other
@@ -321,7 +322,8 @@ __device__ __forceinline__ void copies_wait() {
 // -- global memory -------------------------------------------------------------------------------------------------
 
 // Reads and stores numbers that other blocks store and read meanwhile: past the L1 cache, which their stores do not
-// update. Each word is whole; their order is not that of the calls. Unlike __ldcg and __stcg these are volatile.
+// update. A word is never half old; several may become visible in any order. Unlike __ldcg and __stcg these are
+// volatile.
 __device__ __forceinline__ uint4 load_relaxed(const void* address) {
   uint4 value;
   asm volatile("ld.relaxed.gpu.global.v4.u32 {%0, %1, %2, %3}, [%4];"

@@ -13,6 +13,7 @@ struct F32 {
   using Reg = __m256;
   static constexpr int W = 8, NV = 3, ROWS = 4, PAIR = 1, PARTS = 1, LARGEST_TILE = 4;
   static constexpr int CONV_NV = 2, CONV_ROWS = 6;
+  static constexpr bool STREAMS = true;
   static constexpr int BLOCK_ROWS = 0;
 
   static LGNET_INLINE Reg set1(T x) { return _mm256_set1_ps(x); }

@@ -13,6 +13,7 @@ struct F32 {
   using Reg = float32x4_t;
   static constexpr int W = 4, NV = 6, ROWS = 4, PAIR = 1, PARTS = 1, LARGEST_TILE = 4;
   static constexpr int CONV_NV = 4, CONV_ROWS = 6;
+  static constexpr bool STREAMS = false;
   static constexpr int BLOCK_ROWS = 4;
 
   static LGNET_INLINE Reg set1(T x) { return vdupq_n_f32(x); }

@@ -15,6 +15,7 @@ struct Plain {
   };
   static constexpr int W = Lanes, NV = 2, ROWS = 4, PAIR = 1, PARTS = 1, LARGEST_TILE = 4;
   static constexpr int CONV_NV = 2, CONV_ROWS = 4;
+  static constexpr bool STREAMS = false;
   static constexpr int BLOCK_ROWS = 0;
 
   template <class F>

@@ -24,6 +24,7 @@
 //                    assembly that adds to its accumulator: with the intrinsic, GCC also takes the forms that
 //                    overwrite a factor, moves accumulators and spills some in the register blocks
 //   stream, fence    non-temporal stores, and the fence that completes them
+//   STREAMS          false where stream is an ordinary store
 //   store_half,      with pairs: bf16 by the instruction set's conversion, and the same as a non-temporal store
 //   stream_half
 //   exp2_short       optional: exp2 for weights that are rounded to bf16; below kExp2Lowest any number up to its exp2

@@ -42,11 +42,18 @@ def runs(plan: Plan, rows: int) -> list[range]:
 
 
 def _reads_whole(plan: Plan, numbers: range, source: View) -> bool:
-    """Whether a view is older than a group of steps, or stored wholly by them and read by none of them."""
+    """Whether the steps of a group store a view wholly, the last of them some of it, and none of them reads it; of a
+    group without steps always."""
     steps = steps_at(plan, numbers.start, len(numbers))
-    stored = [store.view for step in steps for store in step.stores if store.view.buffer == source.buffer]
-    read = any(step.source.buffer == source.buffer for step in steps)
-    return not stored or (not read and sum(view.channels for view in stored) == source.channels)
+    if not steps:
+        return True
+    stored = [s.view for step in steps for s in step.stores if s.view.buffer == source.buffer]
+    channels = [channel for view in stored for channel in range(view.offset, view.offset + view.channels)]
+    return (
+        sorted(channels) == list(range(source.offset, source.offset + source.channels))
+        and any(store.view in stored for store in steps[-1].stores)
+        and not any(step.source.buffer == source.buffer for step in steps)
+    )
 
 
 def make_group(
@@ -169,7 +176,7 @@ def wrong_group(plan: Plan, first: int, group: DeepGroup, weights: Mapping[str, 
         launch()
         if (problem := state.error()) is not None:
             return problem
-    except RuntimeError as refusal:
+    except (RuntimeError, ValueError) as refusal:
         pass_on_out_of_memory(refusal)
         return str(refusal)
     return wrong_step(plan, steps, weights, maps)

@@ -43,6 +43,7 @@ class Memory:
         self._outgrown: list[Tensor] = []
         self._counters = torch.zeros(0, dtype=torch.int32, device=device)
         self.states: dict[DeepGroup, State] = {}
+        """Of the groups whose launches use these buffers, one after another."""
 
     def take(self, image: Tensor, mask: Tensor, start: Tensor | None) -> None:
         """Copy the arguments of a call into the buffers."""
