@@ -157,10 +157,10 @@ __device__ __forceinline__ void barrier_arrive(uint32_t barrier) {
   asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"(barrier) : "memory");
 }
 
-// Arrives at the same barrier in block `rank` of the cluster, after what this thread has read and written before.
+// Arrives at the same barrier in block `rank` of the cluster. It tells that this thread has used what it has read;
+// what it wrote need not be visible there: with .release.cluster, ptxas waits for that (MEMBAR), in every step.
 __device__ __forceinline__ void barrier_arrive_remote(uint32_t barrier, uint32_t rank) {
-  asm volatile("mbarrier.arrive.release.cluster.shared::cluster.b64 _, [%0];" ::"r"(remote(barrier, rank))
-               : "memory");
+  asm volatile("mbarrier.arrive.shared::cluster.b64 _, [%0];" ::"r"(remote(barrier, rank)) : "memory");
 }
 
 // Whether a barrier has completed the phase of `parity`; it may wait for a while. With kCluster, writes of other
