@@ -61,7 +61,7 @@ struct Merge {
   }
 
   // Non-temporal stores are collected to whole lines of 64 bytes. On AMD Zen 3 a read writes an unfinished line to
-  // memory if its address is equal modulo 4096, or nearly so; that made merge_concat five times slower in planes of
+  // memory if its address is equal modulo 4096, or nearly so; that made merge_concat six times slower in planes of
   // whole pages. Where a vector is less than a line, results are therefore computed for a block, and its planes are
   // stored without reads from memory between.
   static constexpr int64_t kLine = 64 / sizeof(S), kBlock = W < kLine ? 16 * kLine : W;

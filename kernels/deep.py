@@ -574,9 +574,9 @@ class DeepGroup:
 
     def _join(self, program: _Program, sources: Sequence[Tensor], stores: Sequence[Sequence[Store]]) -> None:
         """Let the layers of a program read through the exchange what others of it store."""
-        for reader, source in enumerate(sources):
+        for reader, source in enumerate(sources[1:], 1):
             found = _writers(source, stores[:reader])
-            if reader > 0 and reader - 1 not in (writer for writer, _, _ in found):
+            if reader - 1 not in (writer for writer, _, _ in found):
                 raise ValueError("sources: expected each layer to read what the layer before it stores")
             for writer, which, offset in found:
                 told = program.layer[writer]
@@ -584,9 +584,8 @@ class DeepGroup:
                     raise ValueError("stores: expected each to be read by one layer")
                 setattr(told, f"exchange_{which}", self._begins[reader] + offset)
                 setattr(told, f"pitch_{which}", source.shape[3])
-            if found:
-                program.layer[reader].exchange_x = self._begins[reader]
-                program.layer[reader].stride_x = source.shape[3]
+            program.layer[reader].exchange_x = self._begins[reader]
+            program.layer[reader].stride_x = source.shape[3]
         for number, own in enumerate(stores):
             for which, store in enumerate(own):
                 later = [one.view for after in stores[number + 1 :] for one in after]
@@ -645,6 +644,7 @@ def _channels_of(view: Tensor, source: Tensor) -> range | None:
 
 
 def _overlap(one: Tensor, other: Tensor) -> bool:
+    """Whether two views have numbers in common. Those of the same pixels may lie side by side in each pixel."""
     a, b = _bytes_of(one), _bytes_of(other)
     if a.stop <= b.start or b.stop <= a.start:
         return False

@@ -65,8 +65,8 @@ struct Layer {
   int32_t stage_w, stage_h, stage_half, stage_pixels, stage_bytes, border_y, border_x;  // of the positions' copy
   int32_t sums, received;  // offsets in bytes from the end of the ring
   int32_t stride_x, stride_0, stride_1, activation_0, activation_1;
-  // In the exchange: where the source begins (-1: it is in memory, older than the launch), where the results of each
-  // store begin (-1: no layer of the launch reads them), and numbers from a pixel of those to the next.
+  // In the exchange: where the source begins (-1: of the first layer, whose source is in memory), where the results
+  // of each store begin (-1: no layer of the launch reads them), and numbers from a pixel of those to the next.
   int32_t exchange_x, exchange_0, exchange_1, pitch_0, pitch_1;
   int32_t origin_y[2], origin_x[2];  // where phase 0 or 1 starts to read in the copy
 };
